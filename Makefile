@@ -1,0 +1,47 @@
+# make demo: from nothing to a trained, measured model. make test: the whole test suite. Each is enough by itself.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_RUN := runs/quickstart
+
+.PHONY: help demo test check clean
+
+help:
+	@echo "make demo   install, train the quickstart model, measure it, show what it writes"
+	@echo "make test   install, run the test suite"
+	@echo "make check  install, run the linters, the type checker and the import contracts"
+	@echo "make clean  remove $(VENV) and what was built"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e . -c constraints.txt
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" -c constraints.txt
+	@touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/tinylm train quickstart --out $(DEMO_RUN) --overwrite
+	$(BIN)/tinylm eval --run $(DEMO_RUN)
+	$(BIN)/tinylm sample --run $(DEMO_RUN) --prompt "The for statement" --max-new-tokens 120 --seed 1
+	@echo
+	@echo "The model is in $(DEMO_RUN). Next:"
+	@echo "  $(BIN)/tinylm sample --run $(DEMO_RUN) --prompt \"Return a new list\""
+	@echo "  $(BIN)/tinylm recipes quickstart > my.yaml   # then edit data.train, and: $(BIN)/tinylm train my.yaml"
+	@echo "  $(BIN)/tinylm --help"
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -n auto
+
+check: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy tinylm cli
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,1 @@
+"""The command line of tinylm: parses, calls the library, shows the answer."""

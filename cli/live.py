@@ -1,0 +1,179 @@
+"""The view of a running training: a panel that redraws itself on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+
+from rich.align import Align
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from tinylm.training.metrics import EvaluationEvent, Observer, SampleEvent, StepEvent
+
+from .console import count, duration
+
+_PLAIN_EVERY_SECONDS = 5.0
+_SMOOTHING = 0.9
+_CURVE_HEIGHT = 8
+_DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
+
+
+class PlainView(Observer):
+    """One line per evaluation, and one per logged step but not more often than every few seconds."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._said = -_PLAIN_EVERY_SECONDS
+
+    def step(self, event: StepEvent) -> None:
+        if event.seconds - self._said < _PLAIN_EVERY_SECONDS and event.step > 1:
+            return
+        self._said = event.seconds
+        left = "" if event.step == 1 else f"  {duration(_left(event))} left"
+        self._console.print(
+            f"step {event.step:>6}  {event.done:4.0%}  loss {event.loss:.4f}  {count(event.tokens_per_second)} tokens/s{left}",
+            markup=False,
+        )
+
+    def evaluation(self, event: EvaluationEvent) -> None:
+        best = "  best so far" if event.best else ""
+        self._console.print(
+            f"step {event.step:>6}  held-out loss {event.val_loss:.4f}  {event.val_bits_per_byte:.4f} bits per byte{best}",
+            markup=False,
+        )
+
+
+class TerminalView(Observer):
+    """The live panel. Use it as a context manager; `render` gives the panel as it stands."""
+
+    def __init__(self, console: Console, title: str) -> None:
+        self._console = console
+        self._title = title
+        self._steps: list[StepEvent] = []
+        self._evaluations: list[EvaluationEvent] = []
+        self._smoothed: list[float] = []
+        self._sample: SampleEvent | None = None
+        self._phase = "preparing the first step"
+        self._live = Live(console=console, get_renderable=self.render, refresh_per_second=4, transient=False)
+        self._heard = time.monotonic()
+
+    def __enter__(self) -> TerminalView:
+        self._live.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._phase = "stopped" if error[0] else "done"
+        self._live.__exit__(None, None, None)
+
+    def step(self, event: StepEvent) -> None:
+        before = self._smoothed[-1] if self._smoothed else event.loss
+        self._smoothed.append(_SMOOTHING * before + (1 - _SMOOTHING) * event.loss)
+        self._steps.append(event)
+        self._heard = time.monotonic()
+
+    def evaluation(self, event: EvaluationEvent) -> None:
+        self._evaluations.append(event)
+
+    def sample(self, event: SampleEvent) -> None:
+        self._sample = event
+
+    def phase(self, name: str) -> None:
+        self._phase = name
+
+    def render(self) -> RenderableType:
+        if not self._steps:
+            return Panel(Text(self._phase, style="dim"), title=self._title, title_align="left", border_style="cyan")
+        parts: list[RenderableType] = [self._progress(), self._numbers(), self._curve()]
+        if self._sample is not None:
+            text = Text(self._sample.prompt, style="bold") + Text(" ".join(self._sample.text.split())[:400], style="italic")
+            text.truncate(2 * max(20, self._width()), overflow="ellipsis")
+            parts += [Text(f"at step {self._sample.step} it writes", style="dim"), text]
+        return Panel(Group(*parts), title=self._title, title_align="left", border_style="cyan", padding=(0, 1))
+
+    def _width(self) -> int:
+        return self._console.width - 6
+
+    def _progress(self) -> RenderableType:
+        last = self._steps[-1]
+        waited = time.monotonic() - self._heard if self._live.is_started and self._phase != "done" else 0.0
+        row = Table.grid(padding=(0, 2), expand=True)
+        row.add_column()
+        row.add_column(ratio=1)
+        row.add_column(justify="right")
+        row.add_row(
+            Text(f"step {last.step:,}", style="bold"),
+            ProgressBar(total=1.0, completed=last.done),
+            Text(
+                f"{last.done:.0%}  {duration(last.seconds + waited)} gone, {duration(max(0.0, _left(last) - waited))} left  {self._phase}"
+            ),
+        )
+        return row
+
+    def _numbers(self) -> RenderableType:
+        last = self._steps[-1]
+        row = Table.grid(padding=(0, 3))
+        cells = [
+            ("loss", f"{last.loss:.3f}", "bright_cyan"),
+            ("smoothed", f"{self._smoothed[-1]:.3f}", "cyan"),
+            ("tokens/s", count(last.tokens_per_second), "white"),
+            ("rate", f"{last.lr:.2g}", "white"),
+        ]
+        if self._evaluations:
+            newest = self._evaluations[-1]
+            best = min(self._evaluations, key=lambda event: event.val_loss)
+            cells[2:2] = [
+                ("held-out", f"{newest.val_loss:.3f}", "bright_yellow"),
+                ("bits/byte", f"{newest.val_bits_per_byte:.3f}", "bright_yellow"),
+                ("best", f"{best.val_bits_per_byte:.3f} at {best.step:,}", "yellow"),
+            ]
+        row.add_row(*(Text(label, style="dim") for label, _, _ in cells))
+        row.add_row(*(Text(value, style=style) for _, value, style in cells))
+        return row
+
+    def _curve(self) -> RenderableType:
+        width = max(20, min(self._width() - 9, 100))
+        end = max(self._steps[-1].step / max(self._steps[-1].done, 1e-9), 1.0)
+        training = [(event.step / end, value) for event, value in zip(self._steps, self._smoothed, strict=True)]
+        heldout = [(event.step / end, event.val_loss) for event in self._evaluations]
+        return draw_curves([(training, "cyan"), (heldout, "bright_yellow")], width, _CURVE_HEIGHT)
+
+
+def _left(event: StepEvent) -> float:
+    return event.seconds * (1 - event.done) / max(event.done, 1e-9)
+
+
+def draw_curves(curves: Sequence[tuple[Sequence[tuple[float, float]], str]], width: int, height: int) -> RenderableType:
+    """Curves of (x in [0, 1], y) with their colours, in Braille dots, the y axis labelled; later curves lie on top."""
+    values = [y for points, _ in curves for _, y in points if math.isfinite(y)]
+    low, high = min(values), max(values)
+    span = max(high - low, 1e-9)
+    cells = [[(0, "")] * width for _ in range(height)]
+    for points, style in curves:
+        for x, y in _joined(points, 2 * width):
+            row = round((high - y) / span * (4 * height - 1))
+            column = min(int(x * 2 * width), 2 * width - 1)
+            dots, _ = cells[row // 4][column // 2]
+            cells[row // 4][column // 2] = (dots | _DOTS[row % 4][column % 2], style)
+    lines = []
+    for index, line in enumerate(cells):
+        label = {0: f"{high:7.3f} ", height - 1: f"{low:7.3f} "}.get(index, " " * 8)
+        text = Text(label, style="dim")
+        for dots, style in line:
+            text.append(chr(0x2800 + dots) if dots else " ", style=style)
+        lines.append(text)
+    return Align.left(Group(*lines))
+
+
+def _joined(points: Sequence[tuple[float, float]], columns: int) -> list[tuple[float, float]]:
+    """The points with straight lines between them, a point per column."""
+    joined = list(points[:1])
+    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+        steps = max(1, int((x1 - x0) * columns))
+        joined += [(x0 + (x1 - x0) * i / steps, y0 + (y1 - y0) * i / steps) for i in range(1, steps + 1)]
+    return [(x, y) for x, y in joined if math.isfinite(y)]

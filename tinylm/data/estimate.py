@@ -1,0 +1,49 @@
+"""How many tokens a recipe's text will be, without encoding all of it when it is large. Imports without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from tinylm.data.prepare import open_text, prepare
+from tinylm.recipe.schema import DataSection, TokenizerSection
+from tinylm.reporting import Reporter
+from tinylm.text.sources import Piece
+from tinylm.tokenizer import training
+
+WHOLE_BYTES = 16 << 20
+SAMPLE_CHARACTERS = 4 << 20
+
+
+@dataclass(frozen=True)
+class TextSize:
+    vocab_size: int
+    train_tokens: int
+    exact: bool
+    """False: extrapolated from the first characters."""
+
+
+def measure_text(data: DataSection, tokenizer: TokenizerSection, reporter: Reporter) -> TextSize:
+    """Prepare a small text as training would (and so save training that work); sample a large one.
+
+    Raises `InputError` as preparing does.
+    """
+    with ExitStack() as stack:
+        text = open_text(data, reporter, stack)
+        if text.train_scan.bytes > WHOLE_BYTES:
+            sample = list(_first(text.pieces("train"), SAMPLE_CHARACTERS))
+            trained = training.train(tokenizer, sample, reporter.warn)
+            tokens = sum(len(ids) for ids, _ in trained.encode_pieces(sample))
+            characters = sum(len(piece.text) for piece in sample)
+            return TextSize(trained.vocab_size, int(tokens / characters * text.sizes("train")[1]), exact=False)
+    prepared = prepare(data, tokenizer, Reporter())
+    return TextSize(prepared.tokenizer.vocab_size, len(prepared.train), exact=True)
+
+
+def _first(pieces: Iterator[Piece], characters: int) -> Iterator[Piece]:
+    for piece in pieces:
+        if characters <= 0:
+            return
+        yield Piece(piece.text[:characters], piece.starts_document)
+        characters -= len(piece.text)

@@ -1,0 +1,130 @@
+"""Tokens on disk: one memory-mapped .npy file per half of a text, with a note of what is in it.
+
+Layout of a half: the end-of-text token, then each document followed by it. uint16 where the vocabulary fits, else uint32.
+Since no text encodes to the end-of-text token, the documents can be found again from the tokens alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.lib import format as npy
+
+from tinylm.errors import InputError
+from tinylm.paths import whole_file, write_whole
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a half holds. `tokens` leaves the end-of-text tokens out."""
+
+    documents: int
+    bytes: int
+    characters: int
+    tokens: int
+    unknown_tokens: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Memory-mapped tokens of one half of a text."""
+
+    tokens: np.ndarray
+    counts: Counts
+    end_of_text: int
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def documents(self) -> list[tuple[int, int]]:
+        """(start, end) of each document in `tokens`; the end-of-text token stands at start - 1 and at end."""
+        ends = np.flatnonzero(np.asarray(self.tokens) == self.end_of_text)
+        return [(int(a) + 1, int(b)) for a, b in pairwise(ends)]
+
+
+def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+
+class ShardWriter:
+    """Collects the tokens of a half in a file of unknown final length."""
+
+    def __init__(self, file: Path, vocab_size: int, end_of_text: int, unknown: int | None) -> None:
+        self._dtype = np.dtype(token_dtype(vocab_size))
+        self._file = open(file, "wb")  # noqa: SIM115  closed by `finish`
+        self._end_of_text = end_of_text
+        self._unknown = unknown
+        self.length = 0
+        self.documents = self.unknown_tokens = 0
+        self._header(0)
+        self._write(np.array([end_of_text]))
+
+    def _header(self, length: int) -> None:
+        self._file.seek(0)
+        npy.write_array_header_1_0(
+            self._file, {"descr": npy.dtype_to_descr(self._dtype), "fortran_order": False, "shape": (length,)}
+        )
+
+    def _write(self, ids: np.ndarray) -> None:
+        self._file.write(ids.astype(self._dtype).tobytes())
+        self.length += len(ids)
+
+    def add(self, ids: np.ndarray, starts_document: bool) -> None:
+        if starts_document:
+            if self.documents:
+                self._write(np.array([self._end_of_text]))
+            self.documents += 1
+        self._write(ids)
+        if self._unknown is not None:
+            self.unknown_tokens += int((ids == self._unknown).sum())
+
+    def finish(self) -> None:
+        self._write(np.array([self._end_of_text]))
+        self._header(self.length)
+        self._file.close()
+
+    def abandon(self) -> None:
+        self._file.close()
+
+
+def write(
+    folder: Path,
+    name: str,
+    encoded: Iterable[tuple[np.ndarray, bool]],
+    *,
+    vocab_size: int,
+    end_of_text: int,
+    unknown: int | None,
+    sizes: Callable[[], tuple[int, int]],
+) -> Counts:
+    """Write `folder/name.npy` and `folder/name.json`, each whole or absent. `sizes` gives (bytes, characters) at the end."""
+    with whole_file(folder / f"{name}.npy") as temporary:
+        writer = ShardWriter(temporary, vocab_size, end_of_text, unknown)
+        try:
+            for ids, starts in encoded:
+                writer.add(ids, starts)
+        except BaseException:
+            writer.abandon()
+            raise
+        writer.finish()
+    size, characters = sizes()
+    tokens = writer.length - writer.documents - 1
+    counts = Counts(writer.documents, size, characters, tokens, writer.unknown_tokens)
+    write_whole(folder / f"{name}.json", json.dumps({**asdict(counts), "end_of_text": end_of_text}) + "\n")
+    return counts
+
+
+def open_shard(folder: Path, name: str) -> Shard:
+    """Map `folder/name.npy`. Raises `InputError` when it is missing or damaged."""
+    try:
+        note = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        end_of_text = int(note.pop("end_of_text"))
+        tokens = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        return Shard(tokens, Counts(**note), end_of_text)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"no readable tokens: {error}", where=str(folder / f"{name}.npy")) from None

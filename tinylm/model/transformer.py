@@ -1,0 +1,98 @@
+"""The transformer: one decoder stack that a recipe's `model:` section configures into GPT-2, Llama or our own.
+
+Token ids in, logits out. It knows nothing of losses, devices, ranks or files.
+
+Legend: B batch, T time, C width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tinylm.model.cache import KeyValueCache
+from tinylm.model.initialisation import initialise
+from tinylm.model.layers import Attention, Block, FeedForward, Rotation, make_norm
+from tinylm.model.positions import rope_table, sinusoidal_table
+from tinylm.recipe.schema import ModelSection
+
+
+class Transformer(nn.Module):
+    """A causal language model. `model` gives its shape and parts, `seed` its starting weights."""
+
+    def __init__(self, model: ModelSection, vocab_size: int, *, seed: int = 0) -> None:
+        super().__init__()
+        self.model = model
+        self.vocab_size = vocab_size
+        self.embedding = nn.Embedding(vocab_size, model.n_embd)
+        self.positions = nn.Embedding(model.context_length, model.n_embd) if model.position == "learned" else None
+        self.embedding_norm = make_norm(model, model.n_embd) if model.embedding_norm else None
+        self.dropout = nn.Dropout(model.dropout)
+        self.blocks = nn.ModuleList(Block(model, layer) for layer in range(model.n_layer))
+        self.final_norm = make_norm(model, model.n_embd) if model.norm_position == "pre" else None
+        self.head = nn.Linear(model.n_embd, vocab_size, bias=False)
+        if model.position == "rope":
+            cosines, sines = rope_table(model.context_length, model.head_width, model.rope_theta or 10000.0)
+            self.register_buffer("rope_cosines", cosines, persistent=False)
+            self.register_buffer("rope_sines", sines, persistent=False)
+        elif model.position == "sinusoidal":
+            self.register_buffer("sinusoids", sinusoidal_table(model.context_length, model.n_embd), persistent=False)
+        initialise(self, model, torch.Generator().manual_seed(seed))
+        if model.tie_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Logits (B, T, V) for ids (B, T). With a cache, the ids continue what it holds and are added to it.
+
+        At most `context_length` positions, the cached ones included.
+        """
+        return self.logits(self.hidden(tokens, cache))
+
+    def hidden(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """What the head reads: (B, T) ids -> (B, T, C), after the last norm."""
+        start = cache.length if cache is not None else 0
+        end = start + tokens.shape[1]
+        if end > self.model.context_length:
+            raise ValueError(f"{end} positions do not fit the context of {self.model.context_length}")
+        x: Tensor = self.embedding(tokens)  # (B, T, C)
+        if self.positions is not None:
+            x = x + self.positions.weight[start:end]
+        elif self.model.position == "sinusoidal":
+            x = x + self.get_buffer("sinusoids")[start:end]
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
+        x = self.dropout(x)
+        rotation = self._rotation(start, end)
+        for block in self.blocks:
+            x = block(x, rotation, cache)
+        if cache is not None:
+            cache.advance(tokens.shape[1])
+        if self.final_norm is not None:
+            x = self.final_norm(x)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., C) -> (..., V), capped when the recipe says so (Gemma 2, section 2)."""
+        logits: Tensor = self.head(hidden)
+        cap = self.model.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def _rotation(self, start: int, end: int) -> Rotation | None:
+        if self.model.position != "rope":
+            return None
+        return self.get_buffer("rope_cosines")[start:end], self.get_buffer("rope_sines")[start:end]
+
+    def stacked_matrices(self) -> dict[str, tuple[int, ...]]:
+        """Parameters that hold several matrices one above the other, by name, with the rows of each."""
+        rows: dict[str, tuple[int, ...]] = {}
+        for name, module in self.named_modules():
+            if isinstance(module, Attention):
+                keys = module.kv_heads * module.head_width
+                rows[f"{name}.qkv.weight"] = (module.query_rows, keys, keys)
+            elif isinstance(module, FeedForward) and module.kind == "swiglu":
+                rows[f"{name}.input.weight"] = (self.model.feed_forward_width,) * 2
+        return rows
+
+    def parameter_count(self) -> int:
+        """Trainable numbers, a tied head counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())

@@ -1,0 +1,1 @@
+"""Optimisers and schedules: how a gradient becomes an update."""

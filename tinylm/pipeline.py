@@ -1,0 +1,296 @@
+"""The whole way: a recipe and a folder in, a trained and measured run out. What `tinylm train` does, callable from a notebook."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import tokenizers
+import torch
+
+import tinylm
+from tinylm import device as devices
+from tinylm import plan as planning
+from tinylm.data.batches import Batches
+from tinylm.data.prepare import Prepared, prepare
+from tinylm.errors import InputError
+from tinylm.evaluation.perplexity import Perplexity, evaluate
+from tinylm.generation.engine import generate
+from tinylm.generation.sampling import SamplingOptions
+from tinylm.model.transformer import Transformer
+from tinylm.optim import groups
+from tinylm.paths import whole_file, write_whole
+from tinylm.recipe import Recipe, changes
+from tinylm.reporting import SILENT, Reporter
+from tinylm.run import Run
+from tinylm.training import precision as precisions
+from tinylm.training.checkpoint import CheckpointWriter, newest_whole, restore
+from tinylm.training.metrics import MetricsFile, Observer, Observers
+from tinylm.training.signals import StopRequest
+from tinylm.training.trainer import Poll, Trainer
+
+HARMLESS = ("name", "training.micro_batch_size", "training.compile", "training.log_every", "checkpoint.", "sampling.")
+"""Keys (or sections) that may change on resuming: they do not change the model."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """The names are the keys of `tinylm train --json`; losses in nats per token."""
+
+    run: str
+    step: int
+    steps: int
+    tokens: int
+    train_loss: float | None
+    val_loss: float | None
+    val_perplexity: float | None
+    val_bits_per_byte: float | None
+    best_step: int
+    best_val_loss: float | None
+    seconds: float
+    train_seconds: float
+    tokens_per_second: float
+    parameters: int
+    device: str
+    precision: str
+    peak_memory_bytes: int | None
+    stopped: str
+    signal_number: int | None = None
+
+
+def train(
+    recipe: Recipe,
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    allow_change: Sequence[str] = (),
+    device: str = "auto",
+    stop_after: float | None = None,
+    reporter: Reporter = SILENT,
+    observer: Observer | None = None,
+) -> TrainResult:
+    """Train `recipe` into the run folder `folder`.
+
+    A folder that is not empty needs `resume` (go on from its newest whole checkpoint; only keys in `allow_change` and
+    harmless ones may differ) or `overwrite` (begin anew). `stop_after` seconds ends early, saved. Raises `InputError` for
+    what the user can mend and `WorkError` when the training fails.
+    """
+    folder = Path(folder)
+    target = devices.resolve(device)
+    _claim(folder, resume, overwrite)
+    resume = resume and (folder / "recipe.yaml").exists()
+    if resume:
+        recipe = _reconciled(Run.open(folder), recipe, allow_change, reporter)
+    prepared = prepare(recipe.data, recipe.tokenizer, reporter)
+    recipe, precision = _resolved(recipe, prepared, target, reporter)
+    if overwrite and folder.exists():
+        shutil.rmtree(folder)
+    network = Transformer(recipe.model, prepared.tokenizer.vocab_size, seed=recipe.seed).to(target)
+    optimizers = groups.build(recipe.training.optimizer, network, network.stacked_matrices())
+    batches = Batches(prepared.train.tokens, recipe.model.context_length, recipe.seed)
+    steps = planning.training_steps(recipe.training, recipe.model.context_length, len(prepared.train))
+    checkpoints = CheckpointWriter(folder, recipe.checkpoint.keep)
+    fingerprints = {"data": prepared.fingerprint, "tokenizer": prepared.tokenizer.fingerprint}
+    state = _restore(Run(folder), network, optimizers, fingerprints, checkpoints, reporter) if resume else None
+    _write_folder(folder, recipe, prepared, target)
+    metrics = MetricsFile(folder, int(state["step"]) if state else 0)
+    lengths = prepared.tokenizer.token_byte_lengths
+
+    def measure(network: Transformer, poll: Poll) -> Perplexity:
+        return evaluate(
+            network,
+            prepared.heldout,
+            lengths,
+            context=recipe.model.context_length,
+            max_tokens=recipe.evaluation.max_tokens,
+            device=target,
+            advance=poll,
+        )
+
+    def write(network: Transformer, prompt: str) -> str:
+        section = recipe.sampling
+        options = SamplingOptions(section.max_new_tokens, section.temperature, section.top_k)
+        network.eval()
+        try:
+            return generate(network, prepared.tokenizer, prompt, options, seed=recipe.seed)[0].text
+        finally:
+            network.train()
+
+    trainer = Trainer(
+        recipe,
+        network,
+        optimizers,
+        batches,
+        steps=steps,
+        micro_batch_size=int(recipe.training.micro_batch_size),
+        precision=precision,
+        compiled=bool(recipe.training.compile),
+        checkpoints=checkpoints,
+        fingerprints=fingerprints,
+        evaluate=measure,
+        write=write,
+        observer=Observers([metrics, observer or Observer()]),
+    )
+    if state is not None:
+        trainer.resume(state)
+    try:
+        with StopRequest() as request:
+            stopped = trainer.train(request, stop_after)
+    finally:
+        metrics.close()
+    return _result(folder, trainer, stopped, request.signal_number, target)
+
+
+def _claim(folder: Path, resume: bool, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise InputError("cannot both go on and begin anew", where="--resume, --overwrite")
+    if folder.exists() and not folder.is_dir():
+        raise InputError("is a file, not a folder", where=str(folder))
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / "recipe.yaml").exists():
+        raise InputError("this folder is not empty and not a run", where=str(folder), hint="choose another with --out")
+    if not resume and not overwrite:
+        raise InputError("there is a run here already", where=str(folder), hint="--resume goes on with it, --overwrite begins anew")
+
+
+def _reconciled(run: Run, recipe: Recipe, allowed: Sequence[str], reporter: Reporter) -> Recipe:
+    """The recipe to go on with: the run's, with what may change taken from the new one."""
+    refused = []
+    for key, (old, new) in changes(run.recipe, recipe).items():
+        harmless = any(key == name or (name.endswith(".") and key.startswith(name)) for name in HARMLESS)
+        if harmless or key in allowed or new == "auto":
+            continue
+        refused.append(f"{key}: {old} -> {new}")
+    if refused:
+        listed = "\n  ".join(refused)
+        raise InputError(
+            f"the recipe is not the one this run was trained with:\n  {listed}\n"
+            "--allow-change KEY takes a change over; without it, train into another folder with --out",
+            where=str(run.path),
+        )
+    return recipe
+
+
+def _resolved(recipe: Recipe, prepared: Prepared, target: torch.device, reporter: Reporter) -> tuple[Recipe, precisions.Precision]:
+    """The recipe with every `auto` decided, and its precision."""
+    training = recipe.training
+    precision = precisions.resolve(training.precision, target, reporter)
+    if target.type == "cuda":
+        memory, most_tokens = torch.cuda.mem_get_info(target)[0], None
+    else:
+        memory, most_tokens = planning.host_memory_bytes(), planning.CPU_MICRO_BATCH_TOKENS
+    half = precision.name != "fp32"
+    micro = planning.choose_micro_batch(recipe, prepared.tokenizer.vocab_size, memory, most_tokens, half=half)
+    compiled = training.compile
+    if compiled == "auto":
+        steps = planning.training_steps(training, recipe.model.context_length, len(prepared.train))
+        long = steps >= 1000 if steps is not None else (training.minutes or 0) >= 10
+        compiled = target.type == "cuda" and long and importlib.util.find_spec("triton") is not None
+        if compiled:
+            reporter.note("compiling the model: the first step takes a minute, the others pay it back (training.compile: off)")
+    decided = {"precision": precision.name, "micro_batch_size": micro, "compile": compiled}
+    return recipe.model_copy(update={"training": training.model_copy(update=decided)}), precision
+
+
+def _restore(
+    run: Run,
+    network: Transformer,
+    optimizers: groups.Optimizers,
+    fingerprints: dict[str, str],
+    checkpoints: CheckpointWriter,
+    reporter: Reporter,
+) -> dict[str, Any] | None:
+    """The state of the newest whole checkpoint, restored; None when the run was stopped before its first."""
+    if not run.checkpoints():
+        reporter.note("no checkpoint yet: beginning at step 0")
+        return None
+    checkpoint = newest_whole(run, reporter)
+    state = checkpoint.state
+    for what, name in (("tokenizer", "tokenizer"), ("data", "text")):
+        if state["fingerprints"][what] != fingerprints[what]:
+            raise InputError(
+                f"the {name} is not the one this run was trained on", where=str(run.path), hint="train anew with --out"
+            )
+    restore(checkpoint, network, optimizers)
+    for later in run.checkpoints():
+        if later.step > checkpoint.step:
+            shutil.rmtree(later.path)
+    checkpoints.point("last", checkpoint.name)
+    if state["best_step"]:
+        checkpoints.point("best", f"step-{state['best_step']:06d}")
+    reporter.note(f"resuming after step {checkpoint.step}")
+    return state
+
+
+def _write_folder(folder: Path, recipe: Recipe, prepared: Prepared, target: torch.device) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    prepared.tokenizer.save(folder / "tokenizer.json")
+    for name in ("heldout.npy", "heldout.json"):
+        with whole_file(folder / "heldout" / name) as temporary:
+            shutil.copyfile(prepared.folder / name, temporary)
+    write_whole(folder / "environment.json", json.dumps(_environment(target), indent=1) + "\n")
+    write_whole(folder / "recipe.yaml", recipe.to_yaml())
+
+
+def _environment(target: torch.device) -> dict[str, object]:
+    return {
+        "tinylm": tinylm.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "tokenizers": tokenizers.__version__,
+        "safetensors": safetensors.__version__,
+        "platform": platform.platform(),
+        "device": devices.describe(target),
+        "threads": torch.get_num_threads(),
+        "git_commit": _git_commit(),
+        "command": sys.argv,
+        "folder": str(Path.cwd()),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the repository one works in, if any."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+def _result(folder: Path, trainer: Trainer, stopped: str, signal_number: int | None, target: torch.device) -> TrainResult:
+    progress = trainer.progress
+    return TrainResult(
+        run=str(folder),
+        step=progress.step,
+        steps=trainer.steps if trainer.steps is not None else progress.step,
+        tokens=progress.tokens,
+        train_loss=progress.train_loss,
+        val_loss=progress.val_loss,
+        val_perplexity=None if progress.val_loss is None else math.exp(min(progress.val_loss, 700.0)),
+        val_bits_per_byte=progress.val_bits_per_byte,
+        best_step=progress.best_step,
+        best_val_loss=progress.best_val_loss,
+        seconds=progress.seconds,
+        train_seconds=progress.train_seconds,
+        tokens_per_second=progress.tokens / max(progress.train_seconds, 1e-9),
+        parameters=trainer.network.parameter_count(),
+        device=str(target),
+        precision=trainer.precision.name,
+        peak_memory_bytes=devices.peak_memory_bytes(target),
+        stopped=stopped,
+        signal_number=signal_number if stopped == "signal" else None,
+    )

@@ -1,0 +1,111 @@
+"""What a recipe's keys demand of each other: batches that divide, heads that fit, files that exist and are large enough."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from tinylm.recipe.schema import BpeTokenizer, FileTokenizer, HeldoutShare, HeldoutSources, Recipe, WsdSchedule
+
+KeyPath = tuple[str | int, ...]
+SPLITS = ("gpt4", "gpt2")
+_COMPRESSED = (".gz", ".zst", ".xz", ".bz2", ".parquet")
+
+
+def contradictions(recipe: Recipe, check_files: bool = True) -> Iterator[tuple[KeyPath, str]]:
+    """Each problem as (key path, sentence). Reads nothing but file sizes, and those only with `check_files`."""
+    yield from _model(recipe)
+    yield from _training(recipe)
+    if check_files:
+        yield from _files(recipe)
+
+
+def _model(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    model, tokenizer = recipe.model, recipe.tokenizer
+    if model.n_embd % model.n_head:
+        fitting = [h for h in range(1, model.n_embd + 1) if model.n_embd % h == 0]
+        nearest = min(fitting, key=lambda h: abs(h - model.n_head))
+        yield (
+            ("model", "n_head"),
+            f"{model.n_head} heads do not divide the width n_embd {model.n_embd} ({nearest} heads would)",
+        )
+    elif model.position == "rope" and model.head_width % 2:
+        yield ("model", "n_head"), f"rope needs an even head width, and n_embd / n_head is {model.head_width}"
+    if model.n_head % model.kv_heads:
+        yield ("model", "n_kv_head"), f"{model.kv_heads} key/value heads do not divide {model.n_head} heads"
+    if model.position == "sinusoidal" and model.n_embd % 2:
+        yield ("model", "n_embd"), f"sinusoidal positions need an even width, not {model.n_embd}"
+    if model.rope_theta is not None and model.position != "rope":
+        yield ("model", "rope_theta"), f"only position rope has it, and position is {model.position}"
+    if isinstance(tokenizer, BpeTokenizer):
+        if tokenizer.vocab_size < 257:
+            yield ("tokenizer", "vocab_size"), "bpe needs at least 257: the 256 bytes and the end of text"
+        if tokenizer.digits is not None and tokenizer.split != "gpt4":
+            yield ("tokenizer", "digits"), "only split gpt4 has it"
+
+
+def _training(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    training = recipe.training
+    lengths = [key for key in ("steps", "tokens", "epochs", "minutes") if getattr(training, key) is not None]
+    if not lengths:
+        yield ("training",), "say how long to train with one of steps, tokens, epochs, minutes"
+    elif len(lengths) > 1:
+        yield ("training", lengths[1]), f"only one of steps, tokens, epochs, minutes can be given, and {lengths[0]} is"
+    micro, batch = training.micro_batch_size, training.global_batch_size
+    if micro != "auto" and batch % micro:
+        fitting = [size for size in range(1, batch + 1) if batch % size == 0]
+        near = sorted(sorted(fitting, key=lambda size: abs(size - micro))[:2])
+        yield (
+            ("training", "micro_batch_size"),
+            f"{micro} does not divide global_batch_size {batch} ({' or '.join(map(str, near))} would)",
+        )
+    schedule = training.schedule
+    if training.steps is not None and schedule.warmup >= 1 and schedule.warmup > training.steps:
+        yield (
+            ("training", "schedule", "warmup"),
+            f"{schedule.warmup} steps of warm-up are more than the {training.steps} of training",
+        )
+    if isinstance(schedule, WsdSchedule) and schedule.warmup < 1 and schedule.warmup + schedule.cooldown > 1:
+        yield ("training", "schedule", "cooldown"), "warm-up and cool-down together are more than the whole training"
+    if training.minutes is not None and schedule.warmup >= 1:
+        yield ("training", "schedule", "warmup"), "with minutes, give the warm-up as a share below 1"
+
+
+def _files(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    """Only plain local files are looked at: other sources are read later, by the room that can."""
+    sizes = {"train": _plain_size(recipe.data.train)}
+    yield from _missing(("data", "train"), recipe.data.train)
+    if isinstance(recipe.tokenizer, FileTokenizer):
+        yield from _missing(("tokenizer", "path"), (recipe.tokenizer.path,))
+    heldout = recipe.data.heldout
+    if isinstance(heldout, HeldoutSources):
+        yield from _missing(("data", "heldout"), heldout.sources)
+        sizes["heldout"] = _plain_size(heldout.sources)
+    elif isinstance(heldout, HeldoutShare) and sizes["train"] is not None and heldout.by == "tail":
+        sizes["heldout"] = int(sizes["train"] * heldout.share)
+    for half, size in sizes.items():
+        if size is not None and 0 < size < recipe.model.context_length:
+            yield (
+                ("model", "context_length"),
+                f"{recipe.model.context_length} is longer than the {'held-out' if half == 'heldout' else 'training'} text "
+                f"({size:,} bytes)",
+            )
+
+
+def _is_plain(source: str) -> bool:
+    special = source == "-" or source.startswith(("builtin:", "hf:")) or "://" in source
+    return not special and not any(sign in source for sign in "*?[")
+
+
+def _missing(key: KeyPath, sources: tuple[str, ...]) -> Iterator[tuple[KeyPath, str]]:
+    for source in sources:
+        if _is_plain(source) and not os.path.exists(os.path.expanduser(source)):
+            yield key, f"{source}: no such file or folder"
+
+
+def _plain_size(sources: tuple[str, ...]) -> int | None:
+    """Bytes of text when every source is a plain uncompressed file, else None."""
+    paths = [os.path.expanduser(source) for source in sources]
+    if all(_is_plain(s) and os.path.isfile(p) and not s.endswith(_COMPRESSED) for s, p in zip(sources, paths, strict=True)):
+        return sum(os.path.getsize(path) for path in paths)
+    return None

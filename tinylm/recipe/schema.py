@@ -1,0 +1,357 @@
+"""The recipe: one typed, frozen section per room, each key with its meaning and unit.
+
+A recipe that exists is valid by itself; what depends on two sections or on the outside world is in `checks`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from tinylm.recipe.presets import PRESETS
+from tinylm.recipe.values import (
+    Betas,
+    ClipNorm,
+    Count,
+    CountOrAuto,
+    CountOrZero,
+    Dropout,
+    Flag,
+    FlagOrAuto,
+    NotNegative,
+    OpenShare,
+    OptionalCount,
+    OptionalPositive,
+    Positive,
+    Share,
+    Sources,
+    Texts,
+    Warmup,
+)
+
+
+class Section(BaseModel):
+    """A part of a recipe. Unknown keys and wrong types are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+def _named(value: object) -> object:
+    """Let `optimizer: adamw` stand for `optimizer: {name: adamw}`."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+class HeldoutShare(Section):
+    """Hold out a share of the training text."""
+
+    share: OpenShare = 0.1
+    by: Literal["document", "tail"] = "tail"
+    """document: by a hash of each document's text. tail: the last share of the characters."""
+
+
+class HeldoutSources(Section):
+    """Hold out a text of its own."""
+
+    sources: Sources
+
+
+def _heldout(value: object) -> object:
+    if isinstance(value, (str, list, tuple)):
+        return {"sources": value}
+    if isinstance(value, float):
+        return {"share": value}
+    return value
+
+
+def _heldout_form(value: object) -> str:
+    return "sources" if isinstance(value, HeldoutSources) or (isinstance(value, dict) and "sources" in value) else "share"
+
+
+Heldout = Annotated[
+    Annotated[HeldoutShare, Tag("share")] | Annotated[HeldoutSources, Tag("sources")],
+    Discriminator(_heldout_form),
+    BeforeValidator(_heldout),
+]
+
+
+class DataSection(Section):
+    """Which text is learned and which is only measured."""
+
+    train: Sources
+    heldout: Heldout = HeldoutShare()
+    field: str = "text"
+    """The field of a .jsonl line or the column of a .parquet file that holds the text."""
+    errors: Literal["strict", "replace"] = "strict"
+    """Bytes that are not UTF-8: an error, or U+FFFD in their place."""
+
+
+class BpeTokenizer(Section):
+    """Byte-level BPE, trained on the training half of the text only."""
+
+    kind: Literal["bpe"]
+    vocab_size: Count = 4096
+    """Tokens wanted, the end-of-text token included; fewer when the text has no more to merge."""
+    split: str = "gpt4"
+    """Where merges may not reach across: gpt4, gpt2 or a regular expression."""
+    digits: OptionalCount = None
+    """Longest run of digits in one token, for split gpt4; null: 2."""
+
+
+class CharTokenizer(Section):
+    """One token per character of the training half; others become <|unknown|>."""
+
+    kind: Literal["char"]
+
+
+class ByteTokenizer(Section):
+    """One token per byte of UTF-8."""
+
+    kind: Literal["byte"]
+
+
+class FileTokenizer(Section):
+    """A tokenizer.json, used as it is."""
+
+    kind: Literal["file"]
+    path: str
+
+
+def _tokenizer(value: object) -> object:
+    if isinstance(value, dict) and "kind" not in value:
+        return {"kind": "file" if "path" in value else "bpe", **value}
+    return {"kind": value} if isinstance(value, str) else value
+
+
+TokenizerSection = BpeTokenizer | CharTokenizer | ByteTokenizer | FileTokenizer
+
+
+class ModelSection(Section):
+    """The transformer. `preset` gives the parts their defaults; each can be set on its own."""
+
+    preset: Literal["modern", "gpt2", "llama"] = "modern"
+    n_layer: Count = 6
+    n_head: Count = 6
+    n_kv_head: OptionalCount = None
+    """Key/value heads for grouped-query attention; null: as many as n_head."""
+    n_embd: Count = 384
+    context_length: Count = 256
+    norm: Literal["layernorm", "rmsnorm"]
+    norm_position: Literal["pre", "post"]
+    norm_eps: Positive
+    position: Literal["learned", "sinusoidal", "rope", "none"]
+    rope_theta: OptionalPositive = None
+    """Base of the rotary frequencies, for position rope; null: 10000."""
+    feed_forward: Literal["gelu", "relu", "relu2", "swiglu"]
+    feed_forward_multiple: Positive
+    """Hidden width over n_embd; the product is rounded to the nearest multiple of 8."""
+    bias: Flag
+    tie_embeddings: Flag
+    qk_norm: Flag
+    """RMS-normalise queries and keys per head, with a learned gain, before positions are applied."""
+    embedding_norm: Flag
+    """Normalise the token embedding before the first block."""
+    zero_init_outputs: Flag
+    """Start the last projection of each attention and feed-forward at zero, so that every block starts as the identity."""
+    parallel_residual: Flag = False
+    """Attention and feed-forward read the same input and are added together (GPT-NeoX)."""
+    dropout: Dropout = 0.0
+    logit_softcap: OptionalPositive = None
+    """Cap c: logits become c * tanh(logits / c)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        preset = values.get("preset", "modern")
+        return {**PRESETS.get(preset if isinstance(preset, str) else "modern", PRESETS["modern"]), **values}
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+    @property
+    def head_width(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def feed_forward_width(self) -> int:
+        return max(8, 8 * round(self.feed_forward_multiple * self.n_embd / 8))
+
+
+class AdamWOptimizer(Section):
+    """AdamW (Loshchilov & Hutter 2019); decay on matrices only."""
+
+    name: Literal["adamw"]
+    lr: Positive = 1e-3
+    betas: Betas = (0.9, 0.95)
+    eps: Positive = 1e-8
+    weight_decay: NotNegative = 0.1
+
+
+class MuonOptimizer(Section):
+    """Muon (Jordan et al. 2024) for the matrices inside the blocks, AdamW for embeddings, head, gains and biases."""
+
+    name: Literal["muon"]
+    lr: Positive = 0.02
+    """Rate of the matrices: the update has a root-mean-square near 0.2 * sqrt(max(1, rows / columns)) per unit of rate."""
+    momentum: Share = 0.95
+    newton_schulz_steps: Count = 5
+    weight_decay: NotNegative = 0.1
+    """Decoupled, on what Muon updates, times lr."""
+    adamw_lr: Positive = 4e-3
+    betas: Betas = (0.9, 0.95)
+    eps: Positive = 1e-8
+
+
+Optimizer = Annotated[MuonOptimizer | AdamWOptimizer, Field(discriminator="name")]
+
+
+def _optimizer(value: object) -> object:
+    """`auto`, and a mapping without a name, mean Muon: it needed the fewest seconds to every loss in benchmarks/README.md."""
+    value = _named(value)
+    if isinstance(value, dict) and value.get("name", "auto") == "auto":
+        return {**value, "name": "muon"}
+    return value
+
+
+class ScheduleWithFloor(Section):
+    warmup: Warmup = 0.02
+    """Linear warm-up: steps, or a share of the training when below 1."""
+    floor: Share = 0.0
+    """Rate at the end, as a share of the peak."""
+
+
+class WsdSchedule(ScheduleWithFloor):
+    """Warm-up, stable, linear cool-down (Hu et al. 2024)."""
+
+    name: Literal["wsd"]
+    cooldown: Share = 0.6
+    """Share of the training spent cooling down."""
+
+
+class CosineSchedule(ScheduleWithFloor):
+    """Warm-up, then half a cosine down to the floor."""
+
+    name: Literal["cosine"]
+
+
+class LinearSchedule(ScheduleWithFloor):
+    """Warm-up, then a straight line down to the floor."""
+
+    name: Literal["linear"]
+
+
+class ConstantSchedule(Section):
+    """Warm-up, then the peak rate."""
+
+    name: Literal["constant"]
+    warmup: Warmup = 0.02
+
+
+Schedule = Annotated[WsdSchedule | CosineSchedule | LinearSchedule | ConstantSchedule, Field(discriminator="name")]
+
+
+def _schedule(value: object) -> object:
+    value = _named(value)
+    return {"name": "wsd", **value} if isinstance(value, dict) else value
+
+
+class TrainingSection(Section):
+    """How long, in what batches, with which optimiser. Exactly one of steps, tokens, epochs, minutes."""
+
+    steps: OptionalCount = None
+    tokens: OptionalCount = None
+    epochs: OptionalPositive = None
+    minutes: OptionalPositive = None
+    """Wall-clock from the first step on, evaluation included; the schedule follows the clock."""
+    global_batch_size: Count = 64
+    """Sequences per optimiser step."""
+    micro_batch_size: CountOrAuto = "auto"
+    """Sequences per forward pass; it must divide global_batch_size."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    optimizer: Annotated[Optimizer, BeforeValidator(_optimizer)] = MuonOptimizer(name="muon")
+    schedule: Annotated[Schedule, BeforeValidator(_schedule)] = WsdSchedule(name="wsd")
+    clip_grad_norm: ClipNorm = 1.0
+    compile: FlagOrAuto = "auto"
+    log_every: Count = 10
+    """Steps between lines of metrics.jsonl; steps in between never wait for the device."""
+
+
+class EvaluationSection(Section):
+    """Measuring on the held-out text while training."""
+
+    every: Count = 100
+    """Steps between evaluations; the last step is always evaluated."""
+    max_tokens: OptionalCount = None
+    """Evaluate on the first this many held-out tokens only; null: on all."""
+
+
+class CheckpointSection(Section):
+    every: Count = 100
+    """Steps between checkpoints; evaluated steps and the last one are always saved."""
+    keep: CountOrZero = 2
+    """Recent checkpoints kept beside best and last."""
+
+
+class SamplingSection(Section):
+    """What the model writes as it learns, into samples.md."""
+
+    every: OptionalCount = None
+    """Steps between samples; null: none."""
+    prompts: Texts = ("",)
+    max_new_tokens: Count = 80
+    temperature: NotNegative = 0.8
+    top_k: OptionalCount = 50
+
+
+class Recipe(Section):
+    """A whole experiment: text, tokenizer, model, training, and how it is measured and kept."""
+
+    name: str = "run"
+    seed: CountOrZero = 1337
+    data: DataSection
+    tokenizer: Annotated[TokenizerSection, Field(discriminator="kind"), BeforeValidator(_tokenizer)] = BpeTokenizer(kind="bpe")
+    model: ModelSection = Field(default_factory=lambda: ModelSection.model_validate({}))
+    training: TrainingSection
+    evaluation: EvaluationSection = EvaluationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    sampling: SamplingSection = SamplingSection()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, defaults written out, in the notation that `load` reads back to an equal recipe."""
+        values: dict[str, Any] = _plain(self.model_dump())
+        heldout = values["data"]["heldout"]
+        values["data"]["heldout"] = heldout.get("sources", heldout)
+        for key in ("steps", "tokens", "epochs", "minutes"):
+            if values["training"][key] is None:
+                del values["training"][key]
+        return values
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def flattened(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}: the keys as `--set` names them."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flattened(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def changes(before: Recipe, after: Recipe) -> dict[str, tuple[Any, Any]]:
+    """The keys in which two recipes differ, with both values."""
+    old, new = flattened(before.as_dict()), flattened(after.as_dict())
+    return {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}

@@ -1,0 +1,210 @@
+"""A run folder: what a training leaves behind, and what every later verb opens.
+
+    recipe.yaml  tokenizer.json  metrics.jsonl  samples.md  environment.json
+    heldout/           the held-out tokens, so that the folder can be measured wherever it is copied
+    checkpoints/       step-000500/ {model.safetensors, training.safetensors, state.json, manifest.json}, best, last
+
+This room reads. Writing checkpoints is the trainer's work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from tinylm.data.shards import Shard, open_shard
+from tinylm.errors import InputError
+from tinylm.model.transformer import Transformer
+from tinylm.recipe import Recipe, load
+from tinylm.tokenizer import Tokenizer
+
+RUNS = Path("runs")
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One saved moment of a training."""
+
+    path: Path
+
+    @property
+    def step(self) -> int:
+        return int(self.path.name.removeprefix("step-"))
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """Progress, best-so-far and fingerprints. Raises `InputError` when damaged or from another format."""
+        state = _json(self.path / "state.json")
+        if state.get("format") != FORMAT:
+            raise InputError(
+                f"saved in format {state.get('format')} by tinylm {state.get('version')}; this one reads format {FORMAT}",
+                where=str(self.path),
+            )
+        return state
+
+    def problem(self) -> str | None:
+        """Why this checkpoint cannot be trusted, or None: every file is there with the size and SHA-256 it was saved with."""
+        try:
+            manifest = _json(self.path / "manifest.json")
+            for name, noted in manifest["files"].items():
+                file = self.path / name
+                if Path(name).name != name or file.is_symlink():
+                    return f"{name} does not belong in a checkpoint"
+                if file.stat().st_size != noted["bytes"]:
+                    return f"{name} has {file.stat().st_size:,} bytes instead of {noted['bytes']:,}"
+                if sha256(file) != noted["sha256"]:
+                    return f"{name} is not what was saved"
+        except (OSError, InputError, KeyError, TypeError, AttributeError) as error:
+            return str(error)
+        return None
+
+
+def sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot be read: {error}", where=str(path)) from None
+    if not isinstance(value, dict):
+        raise InputError("is not an object", where=str(path))
+    return value
+
+
+@dataclass(frozen=True)
+class Run:
+    """An opened run folder. Make one with `Run.open` or `Run.find`."""
+
+    path: Path
+    pinned: str | None = None
+    """The checkpoint that the user named by giving its folder."""
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """A run folder, or one checkpoint folder inside it. Raises `InputError` when it is neither."""
+        path = Path(path)
+        if path.parent.name == "checkpoints" and (path / "state.json").exists():
+            return cls(path.parent.parent, path.name)
+        if not path.exists():
+            raise InputError("no such run", where=str(path), hint="`tinylm runs` lists those here")
+        if not (path / "recipe.yaml").exists():
+            raise InputError("not a run folder: it has no recipe.yaml", where=str(path))
+        return cls(path)
+
+    @classmethod
+    def find(cls) -> Run:
+        """TINYLM_RUN, or the most recently trained run under runs/. Raises `InputError` when there is none."""
+        if named := os.environ.get("TINYLM_RUN"):
+            return cls.open(named)
+        runs = list(all_runs(RUNS))
+        if not runs:
+            raise InputError("no run under runs/ yet", hint="train one with `tinylm train quickstart`, or name one with --run")
+        return max(runs, key=lambda run: run.changed)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def changed(self) -> float:
+        """When it was last trained, as seconds since the epoch."""
+        metrics = self.path / "metrics.jsonl"
+        return (metrics if metrics.exists() else self.path / "recipe.yaml").stat().st_mtime
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        return load(self.path / "recipe.yaml", check_files=False)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.load(self.path / "tokenizer.json")
+
+    def heldout(self) -> Shard:
+        """The held-out half that this run was measured on."""
+        return open_shard(self.path / "heldout", "heldout")
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """Whole or not, in the order of their steps."""
+        found = (self.path / "checkpoints").glob("step-*")
+        return sorted((Checkpoint(path) for path in found if path.name[5:].isdigit()), key=lambda checkpoint: checkpoint.step)
+
+    def checkpoint(self, which: str | None = None) -> Checkpoint:
+        """`best`, `last` or a step; default: the one pinned by its folder, else best. Raises `InputError` when absent."""
+        which = which or self.pinned or "best"
+        if which in ("best", "last"):
+            pointer = self.path / "checkpoints" / which
+            if not pointer.exists():
+                raise InputError(f"no {which} checkpoint yet", where=str(self.path), hint="has it trained to its first checkpoint?")
+            which = pointer.read_text(encoding="utf-8").strip()
+        digits = which.removeprefix("step-")
+        if not digits.isdigit():
+            raise InputError(f"{which!r} is not best, last or a step", where="--checkpoint")
+        for checkpoint in self.checkpoints():
+            if checkpoint.step == int(digits):
+                return checkpoint
+        steps = ", ".join(str(checkpoint.step) for checkpoint in self.checkpoints()) or "none"
+        raise InputError(f"no checkpoint of step {int(digits)} in {self.path} (there: {steps})", where="--checkpoint")
+
+    def network(self, checkpoint: Checkpoint, device: torch.device) -> Transformer:
+        """The model with the checkpoint's weights, in float32, ready to evaluate."""
+        network = Transformer(self.recipe.model, self.tokenizer.vocab_size)
+        load_weights(network, checkpoint)
+        return network.to(device).eval()
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """The lines of metrics.jsonl; a line torn by a crash is left out."""
+        try:
+            lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return
+        for line in lines:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue
+
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+
+
+def load_weights(network: Transformer, checkpoint: Checkpoint) -> None:
+    """Fill the network from model.safetensors. Raises `InputError` when it does not fit."""
+    file = checkpoint.path / "model.safetensors"
+    try:
+        weights = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot be read: {error}", where=str(file)) from None
+    if network.model.tie_embeddings and "embedding.weight" in weights:
+        weights["head.weight"] = weights["embedding.weight"]
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(f"does not fit the recipe: {error}", where=str(file)) from None
+
+
+def all_runs(folder: Path) -> Iterator[Run]:
+    """The run folders directly inside `folder`."""
+    for path in sorted(folder.glob("*/recipe.yaml")):
+        yield Run(path.parent)

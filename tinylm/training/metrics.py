@@ -1,0 +1,141 @@
+"""What a training reports as it goes: events, and the observer that keeps them in metrics.jsonl and samples.md."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from tinylm.paths import write_whole
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """One logged optimiser step. `loss`: mean nats over every target of the global batch, before the update."""
+
+    step: int
+    tokens: int
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens_per_second: float
+    seconds: float
+    done: float
+    """Share of the training that is done, in (0, 1]."""
+
+
+@dataclass(frozen=True)
+class EvaluationEvent:
+    """One measurement on the held-out text."""
+
+    step: int
+    tokens: int
+    val_loss: float
+    val_bits_per_byte: float
+    seconds: float
+    best: bool
+
+
+@dataclass(frozen=True)
+class SampleEvent:
+    step: int
+    prompt: str
+    text: str
+
+
+class Observer:
+    """Hears what happens in a training. Every method may be left as it is."""
+
+    def step(self, event: StepEvent) -> None: ...
+
+    def evaluation(self, event: EvaluationEvent) -> None: ...
+
+    def sample(self, event: SampleEvent) -> None: ...
+
+    def saved(self, step: int) -> None: ...
+
+    def phase(self, name: str) -> None:
+        """What the training does now: `training`, `evaluating`, `saving`, `sampling`."""
+
+
+class Observers(Observer):
+    """Several observers as one."""
+
+    def __init__(self, members: Sequence[Observer]) -> None:
+        self._members = tuple(members)
+
+    def step(self, event: StepEvent) -> None:
+        for member in self._members:
+            member.step(event)
+
+    def evaluation(self, event: EvaluationEvent) -> None:
+        for member in self._members:
+            member.evaluation(event)
+
+    def sample(self, event: SampleEvent) -> None:
+        for member in self._members:
+            member.sample(event)
+
+    def saved(self, step: int) -> None:
+        for member in self._members:
+            member.saved(step)
+
+    def phase(self, name: str) -> None:
+        for member in self._members:
+            member.phase(name)
+
+
+class MetricsFile(Observer):
+    """Appends to metrics.jsonl and samples.md of a run folder.
+
+    A resumed run first forgets what came after its checkpoint was saved: later steps, and what was measured since.
+    """
+
+    def __init__(self, folder: Path, resumed_step: int) -> None:
+        self._metrics = folder / "metrics.jsonl"
+        self._samples = folder / "samples.md"
+        kept = [line for line in self._lines() if line["step"] < resumed_step + (line["kind"] == "step")]
+        write_whole(self._metrics, "".join(json.dumps(line) + "\n" for line in kept))
+        if self._samples.exists():
+            write_whole(self._samples, _until(self._samples.read_text(encoding="utf-8"), resumed_step))
+        self._file: IO[str] = open(self._metrics, "a", encoding="utf-8", newline="\n")  # noqa: SIM115  closed by `close`
+
+    def _lines(self) -> list[dict[str, Any]]:
+        if not self._metrics.exists():
+            return []
+        lines = []
+        for line in self._metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:  # torn by a crash
+                continue
+        return lines
+
+    def _write(self, kind: str, event: StepEvent | EvaluationEvent) -> None:
+        self._file.write(json.dumps({"kind": kind, **asdict(event)}) + "\n")
+        self._file.flush()
+
+    def step(self, event: StepEvent) -> None:
+        self._write("step", event)
+
+    def evaluation(self, event: EvaluationEvent) -> None:
+        self._write("eval", event)
+
+    def sample(self, event: SampleEvent) -> None:
+        with open(self._samples, "a", encoding="utf-8", newline="\n") as file:
+            quoted = "\n".join("    " + line for line in (event.prompt + event.text).split("\n"))
+            file.write(f"## Step {event.step}\n\n{quoted}\n\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _until(samples: str, step: int) -> str:
+    """samples.md with only what was written before `step`."""
+    kept = []
+    for section in samples.split("## Step ")[1:]:
+        if int(section.split("\n", 1)[0]) < step:
+            kept.append("## Step " + section)
+    return "".join(kept)

@@ -1,0 +1,61 @@
+"""In which numbers a training computes: float32, or autocast to bfloat16 or float16 with a gradient scaler."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from tinylm.reporting import Reporter
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_PROBE_WIDTH = 256
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Weights and optimiser stay in float32; `name` is what autocast uses inside."""
+
+    name: str
+    device: torch.device
+
+    def autocast(self) -> AbstractContextManager[object]:
+        if self.name == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=_DTYPES[self.name])
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Scales losses so that float16 gradients do not vanish; does nothing for the others."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
+
+
+def resolve(name: str, device: torch.device, reporter: Reporter) -> Precision:
+    """`auto`: bf16 where the device is really faster in it, fp16 on a GPU without it, else fp32."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    if name == "auto":
+        if device.type == "cuda":
+            name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        else:
+            name = "bf16" if device.type == "cpu" and _bf16_speed_up(device) > 1.5 else "fp32"
+    elif name == "bf16" and device.type == "cpu" and (gain := _bf16_speed_up(device)) < 1:
+        reporter.warn(f"bf16 is {1 / gain:.0f} times slower than fp32 on this CPU; use precision auto or fp32")
+    return Precision(name, device)
+
+
+def _bf16_speed_up(device: torch.device) -> float:
+    """How many times faster a small matrix product is in bfloat16 than in float32, measured."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        matrix = torch.ones(_PROBE_WIDTH, _PROBE_WIDTH, dtype=dtype, device=device)
+        best = float("inf")
+        for _ in range(3):
+            start = time.perf_counter()
+            matrix @ matrix
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    return seconds(torch.float32) / max(seconds(torch.bfloat16), 1e-9)

@@ -1,0 +1,270 @@
+"""The loop: steps, measurements, checkpoints, until the recipe's length is reached or someone stops it.
+
+Everything that a step does is a function of the recipe, the seed and the number of the step, so that a run that was
+stopped and resumed is the run that was not. How to evaluate and how to sample are handed in.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from tinylm.data.batches import Batches
+from tinylm.errors import WorkError
+from tinylm.model.objective import CausalObjective
+from tinylm.model.transformer import Transformer
+from tinylm.optim.groups import Optimizers
+from tinylm.optim.schedules import multiplier
+from tinylm.recipe import Recipe
+from tinylm.training.checkpoint import CheckpointWriter
+from tinylm.training.metrics import EvaluationEvent, Observer, SampleEvent, StepEvent
+from tinylm.training.precision import Precision
+from tinylm.training.signals import StopRequest
+from tinylm.training.step import accumulate
+
+
+class Measured(Protocol):
+    """What the trainer needs to know of an evaluation."""
+
+    @property
+    def loss(self) -> float: ...
+
+    @property
+    def bits_per_byte(self) -> float: ...
+
+
+Poll = Callable[[int], None]
+Evaluate = Callable[[Transformer, Poll], Measured]
+Write = Callable[[Transformer, str], str]
+
+
+@dataclass
+class Progress:
+    """Where a training stands; saved with every checkpoint. Losses are None until there is one."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    train_seconds: float = 0.0
+    train_loss: float | None = None
+    val_loss: float | None = None
+    val_bits_per_byte: float | None = None
+    evaluated_step: int = 0
+    best_step: int = 0
+    best_val_loss: float | None = None
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Progress:
+        return cls(**{field.name: state[field.name] for field in fields(cls)})
+
+
+class _EvaluationInterrupted(Exception):
+    """A signal came while measuring."""
+
+
+class Trainer:
+    """Trains one network. `steps` None: for `minutes`, by the clock."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        network: Transformer,
+        optimizers: Optimizers,
+        batches: Batches,
+        *,
+        steps: int | None,
+        micro_batch_size: int,
+        precision: Precision,
+        compiled: bool,
+        checkpoints: CheckpointWriter,
+        fingerprints: dict[str, str],
+        evaluate: Evaluate,
+        write: Write,
+        observer: Observer,
+    ) -> None:
+        self.recipe = recipe
+        self.network = network
+        self.optimizers = optimizers
+        self.batches = batches
+        self.steps = steps
+        self.micro_batch_size = micro_batch_size
+        self.precision = precision
+        self.scaler = precision.scaler()
+        self.progress = Progress()
+        self._forward: nn.Module = torch.compile(network, dynamic=False) if compiled else network  # type: ignore[assignment]
+        self._objective = CausalObjective()
+        self._checkpoints = checkpoints
+        self._fingerprints = fingerprints
+        self._evaluate = evaluate
+        self._write = write
+        self._observer = observer
+        self._logged_step = 0
+        self._logged_seconds = 0.0
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's state; weights and optimiser are already restored."""
+        self.progress = Progress.from_state(state)
+        self.scaler.load_state_dict(state["scaler"])
+        self._logged_step, self._logged_seconds = self.progress.step, self.progress.train_seconds
+
+    def train(self, request: StopRequest, stop_after: float | None = None) -> str:
+        """Run to the end: `done`, or `time` after `stop_after` seconds, or `signal`. Saved and measured when it returns.
+
+        Raises `WorkError` when the loss is no longer a number.
+        """
+        began = time.perf_counter()
+        earlier = self.progress.seconds
+        training = self.recipe.training
+        self.network.train()
+        if self.progress.step:
+            self._look(request)
+        stopped = "done"
+        while stopped == "done" and not self._finished():
+            loss, norm = self._step()
+            progress = self.progress
+            progress.seconds = earlier + time.perf_counter() - began
+            finished = self._finished()
+            if not finished and request.signal_number is not None:
+                stopped = "signal"
+            elif not finished and stop_after is not None and progress.seconds - earlier >= stop_after:
+                stopped = "time"
+            ending = finished or stopped != "done"
+            saving = ending or self._evaluation_due() or progress.step % self.recipe.checkpoint.every == 0
+            if saving or progress.step == 1 or progress.step % training.log_every == 0:
+                self._log(loss, norm)
+            if saving:
+                self._save()
+            if stopped == "done":
+                self._look(request)
+            progress.seconds = earlier + time.perf_counter() - began
+            if request.signal_number is not None and not finished:
+                stopped = "signal"
+        return stopped
+
+    def _look(self, request: StopRequest) -> None:
+        """Measure and sample when it is time. A resumed training does so first: its checkpoint was saved before that."""
+        if self._evaluation_due() and request.signal_number is None:
+            self._measure(request)
+        every = self.recipe.sampling.every
+        if every is not None and request.signal_number is None and (self._finished() or self.progress.step % every == 0):
+            self._sample()
+
+    def _evaluation_due(self) -> bool:
+        return self._finished() or self.progress.step % self.recipe.evaluation.every == 0
+
+    def _finished(self) -> bool:
+        return self._done() >= 1
+
+    def _done(self) -> float:
+        """Share of the training that is done."""
+        if self.steps is not None:
+            return self.progress.step / self.steps
+        return self.progress.seconds / (60 * (self.recipe.training.minutes or 0.0))
+
+    def _step_share(self) -> float:
+        if self.steps is not None:
+            return 1 / self.steps
+        return self._done() / self.progress.step if self.progress.step else 0.001
+
+    def _step(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """One optimiser step: (mean loss of the global batch, gradient norm), still on the device."""
+        start = time.perf_counter()
+        training, progress = self.recipe.training, self.progress
+        batch = training.global_batch_size
+        rate = multiplier(training.schedule, self._done(), self._step_share())
+        self.optimizers.set_rate(rate)
+        self.optimizers.zero_grad()
+        sequences = torch.from_numpy(self.batches.sequences(progress.step * batch, batch))
+        seeds = self._seeds() if self.recipe.model.dropout else None
+        loss = accumulate(self._forward, self._objective, sequences, self.micro_batch_size, self.precision, self.scaler, seeds)
+        for part in self.optimizers.parts.values():
+            self.scaler.unscale_(part)
+        limit = training.clip_grad_norm if training.clip_grad_norm is not None else math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit)
+        for part in self.optimizers.parts.values():
+            self.scaler.step(part)
+        self.scaler.update()
+        progress.step += 1
+        progress.tokens += batch * self.batches.context_length
+        progress.train_seconds += time.perf_counter() - start
+        return loss, norm
+
+    def _seeds(self) -> Iterator[int]:
+        """A seed per micro-batch, from the step and the seed alone."""
+        mixed = (self.recipe.seed * 6364136223846793005 + self.progress.step) * 6364136223846793005
+        for micro in range(self.recipe.training.global_batch_size):
+            yield (mixed + micro) % 2**63
+
+    def _log(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
+        start = time.perf_counter()
+        value = float(loss)  # on a GPU this waits for the work of the steps since the last time
+        progress = self.progress
+        progress.train_seconds += time.perf_counter() - start
+        if not math.isfinite(value):
+            kept = "the last checkpoint is whole" if progress.step > 1 else "nothing was saved"
+            raise WorkError(
+                f"the loss of step {progress.step} is {value}; {kept}",
+                hint="lower training.optimizer.lr, or look at the text with `tinylm tokenize report`",
+            )
+        progress.train_loss = value
+        tokens = (progress.step - self._logged_step) * self.recipe.training.global_batch_size * self.batches.context_length
+        seconds = max(progress.train_seconds - self._logged_seconds, 1e-9)
+        self._logged_step, self._logged_seconds = progress.step, progress.train_seconds
+        group = next(iter(self.optimizers.parts.values())).param_groups[0]
+        self._observer.step(
+            StepEvent(
+                step=progress.step,
+                tokens=progress.tokens,
+                loss=value,
+                lr=float(group["lr"]),
+                grad_norm=float(norm),
+                tokens_per_second=tokens / seconds,
+                seconds=progress.seconds,
+                done=min(1.0, self._done()),
+            )
+        )
+
+    def _save(self) -> None:
+        self._observer.phase("saving")
+        state = {**asdict(self.progress), "scaler": self.scaler.state_dict(), "fingerprints": self._fingerprints}
+        self._checkpoints.save(self.network, self.optimizers, state)
+        self._checkpoints.prune()
+        self._observer.saved(self.progress.step)
+        self._observer.phase("training")
+
+    def _measure(self, request: StopRequest) -> None:
+        self._observer.phase("evaluating")
+
+        def poll(done: int) -> None:
+            if request.signal_number is not None:
+                raise _EvaluationInterrupted
+
+        try:
+            measured = self._evaluate(self.network, poll)
+        except _EvaluationInterrupted:
+            return
+        finally:
+            self._observer.phase("training")
+        progress = self.progress
+        progress.val_loss, progress.val_bits_per_byte = measured.loss, measured.bits_per_byte
+        progress.evaluated_step = progress.step
+        best = progress.best_val_loss is None or measured.loss < progress.best_val_loss
+        if best:
+            progress.best_step, progress.best_val_loss = progress.step, measured.loss
+            self._checkpoints.point("best", f"step-{progress.step:06d}")
+        self._observer.evaluation(
+            EvaluationEvent(progress.step, progress.tokens, measured.loss, measured.bits_per_byte, progress.seconds, best)
+        )
+        self._checkpoints.prune()
+
+    def _sample(self) -> None:
+        self._observer.phase("sampling")
+        for prompt in self.recipe.sampling.prompts:
+            self._observer.sample(SampleEvent(self.progress.step, prompt, self._write(self.network, prompt)))
+        self._observer.phase("training")
