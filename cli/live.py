@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 
 from rich.align import Align
 from rich.console import Console, Group, RenderableType
@@ -102,6 +103,7 @@ class TerminalView(Observer):
     def _progress(self) -> RenderableType:
         last = self._steps[-1]
         waited = time.monotonic() - self._heard if self._live.is_started and self._phase != "done" else 0.0
+        left = max(0.0, _left(last) - waited)
         row = Table.grid(padding=(0, 2), expand=True)
         row.add_column()
         row.add_column(ratio=1)
@@ -109,9 +111,7 @@ class TerminalView(Observer):
         row.add_row(
             Text(f"step {last.step:,}", style="bold"),
             ProgressBar(total=1.0, completed=last.done),
-            Text(
-                f"{last.done:.0%}  {duration(last.seconds + waited)} gone, {duration(max(0.0, _left(last) - waited))} left  {self._phase}"
-            ),
+            Text(f"{last.done:.0%}  {duration(last.seconds + waited)} gone, {duration(left)} left  {self._phase}"),
         )
         return row
 
@@ -173,7 +173,7 @@ def draw_curves(curves: Sequence[tuple[Sequence[tuple[float, float]], str]], wid
 def _joined(points: Sequence[tuple[float, float]], columns: int) -> list[tuple[float, float]]:
     """The points with straight lines between them, a point per column."""
     joined = list(points[:1])
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(points):
         steps = max(1, int((x1 - x0) * columns))
         joined += [(x0 + (x1 - x0) * i / steps, y0 + (y1 - y0) * i / steps) for i in range(1, steps + 1)]
     return [(x, y) for x, y in joined if math.isfinite(y)]

@@ -27,7 +27,7 @@ def train(
     set_: list[str] | None = SET,
     out_: str | None = typer.Option(None, "--out", help="The run folder; default: runs/NAME, with the recipe's name."),
     resume: bool = typer.Option(False, "--resume", help="Go on from the newest whole checkpoint."),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Begin anew where a run exists."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Begin anew where a run is."),
     allow_change: list[str] | None = typer.Option(
         None, "--allow-change", metavar="KEY", help="With --resume: let this key differ."
     ),

@@ -226,9 +226,9 @@ def _written_path(location: Path_, values: Any) -> Path_:
     """Pydantic's location without the union tags it adds: only what the user wrote, and a missing last key."""
     path: list[str | int] = []
     for position, part in enumerate(location):
-        if (isinstance(values, dict) and part in values) or (
-            isinstance(values, list) and isinstance(part, int) and part < len(values)
-        ):
+        if isinstance(values, dict) and part in values:
+            values = values[part]
+        elif isinstance(values, list) and isinstance(part, int) and part < len(values):
             values = values[part]
         elif position < len(location) - 1 or part in _TAGS:
             continue
