@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import pydoc_data.topics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -60,11 +58,3 @@ def tiny_run(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     train(tiny_recipe(text_file), folder, device="cpu")
     return Run.open(folder)
-
-
-def tinylm(*arguments: str | Path, cwd: Path | None = None, stdin: str | bytes | None = None) -> subprocess.CompletedProcess[bytes]:
-    """Run the command line in a process of its own, as a user would, off a terminal."""
-    data = stdin.encode() if isinstance(stdin, str) else stdin
-    environment = {**os.environ, "NO_COLOR": "1", "COLUMNS": "100"}
-    command = [sys.executable, "-m", "tinylm", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, input=data, capture_output=True, timeout=300, env=environment, check=False)

@@ -126,5 +126,5 @@ def open_shard(folder: Path, name: str) -> Shard:
         end_of_text = int(note.pop("end_of_text"))
         tokens = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
         return Shard(tokens, Counts(**note), end_of_text)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"no readable tokens: {error}", where=str(folder / f"{name}.npy")) from None

@@ -10,13 +10,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from tinylm.errors import InputError, did_you_mean
 from tinylm.recipe.checks import contradictions
+from tinylm.recipe.notation import Loader
 from tinylm.recipe.schema import (
     AdamWOptimizer,
     BpeTokenizer,
@@ -59,25 +60,6 @@ class _Document:
         return self.places.get(path, self.name)
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's scalars: words stay words, numbers may be written `3e-4`, `1_000`, `.5`."""
-
-
-_Loader.yaml_implicit_resolvers = {}
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_Loader.add_implicit_resolver("tinylm:int", re.compile(r"^[-+]?[0-9][0-9_]*$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    "tinylm:float",
-    re.compile(r"^[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))([eE][-+]?[0-9]+)?$"),
-    list("-+.0123456789"),
-)
-_Loader.add_constructor("tinylm:int", lambda loader, node: int(str(node.value).replace("_", "")))
-_Loader.add_constructor("tinylm:float", lambda loader, node: float(str(node.value).replace("_", "")))
-
-
 def load(source: str | Path, overrides: Sequence[str] = (), *, check_files: bool = True) -> Recipe:
     """Read the recipe file `source` with `--set` overrides such as `training.optimizer.lr=3e-4`.
 
@@ -109,7 +91,7 @@ def loads(text: str, overrides: Sequence[str] = (), *, name: str = "recipe", che
 def _parse(text: str, name: str) -> _Document:
     document = _Document(name)
     try:
-        loader = _Loader(text)
+        loader = Loader(text)
         try:
             node = loader.get_single_node()
             if node is None:
@@ -128,11 +110,13 @@ def _parse(text: str, name: str) -> _Document:
             raise InputError("a tab cannot indent YAML", where=line, hint="use spaces") from None
         raise InputError(f"not valid YAML: {problem}", where=line) from None
     except yaml.YAMLError as error:
-        raise InputError(f"not valid YAML: {error}", where=name) from None
+        raise InputError(f"not valid YAML: {str(error).splitlines()[0]}", where=name) from None
     return document
 
 
-def _construct(loader: _Loader, node: yaml.Node, path: Path_, document: _Document) -> Any:
+def _construct(loader: Loader, node: yaml.Node, path: Path_, document: _Document) -> Any:
+    if len(path) > _DEEPEST or len(document.places) > _MOST_KEYS:  # an alias that holds itself, or a bomb of aliases
+        raise InputError("nested too deeply, or far too large, for a recipe", where=f"{document.name}:{node.start_mark.line + 1}")
     if isinstance(node, yaml.MappingNode):
         loader.flatten_mapping(node)
         mapping: dict[str, Any] = {}
@@ -160,10 +144,7 @@ def _apply(document: _Document, override: str) -> None:
     if not equals or not all(path):
         document.problems.append((where, "write it as SECTION.KEY=VALUE, like training.steps=100"))
         return
-    try:
-        value = yaml.load(written, _Loader)
-    except yaml.YAMLError:
-        value = written
+    value = _value_of(written)
     target = document.values
     for depth, part in enumerate(path[:-1], 1):
         if isinstance(target.get(part), str) and part in ("optimizer", "schedule", "tokenizer"):
@@ -179,6 +160,18 @@ def _apply(document: _Document, override: str) -> None:
     document.places[path] = where
 
 
+def _value_of(written: str) -> Any:
+    """A YAML scalar, or a list or mapping in brackets; everything else (`-`, `*.txt`, `Note: this`) is text as it stands."""
+    try:
+        node = yaml.compose(written, Loader)
+        outline = isinstance(node, yaml.CollectionNode) and not node.flow_style
+        only_a_comment = node is None and written.strip()
+        return written if outline or only_a_comment else yaml.load(written, Loader)
+    except yaml.YAMLError:
+        return written
+
+
+_DEEPEST, _MOST_KEYS = 16, 10_000
 _LENGTHS = ("steps", "tokens", "epochs", "minutes")
 
 
@@ -218,25 +211,26 @@ def _explain(error: ValidationError, values: dict[str, Any], document: _Document
     for item in error.errors(include_url=False):
         path = _written_path(item["loc"], values)
         message = _message(item, path)
-        found.append((path, document.place(path), f"{_dotted(path)}: {message}"))
+        place = (*path, item["ctx"]["discriminator"].strip("'")) if item["type"] == "union_tag_invalid" else path
+        found.append((path, document.place(place), f"{_dotted(path)}: {message}"))
     return list({path: entry for path, *_ in found for entry in found if entry[0] == path}.values())
 
 
 def _written_path(location: Path_, values: Any) -> Path_:
-    """Pydantic's location without the union tags it adds: only what the user wrote, and a missing last key."""
-    path: list[str | int] = []
-    for position, part in enumerate(location):
-        if isinstance(values, dict) and part in values:
-            values = values[part]
-        elif isinstance(values, list) and isinstance(part, int) and part < len(values):
-            values = values[part]
-        elif position < len(location) - 1 or part in _TAGS:
-            continue
-        path.append(part)
-    return tuple(path)
+    """Pydantic's location without the union tags it adds and without keys that stand for a short form; a missing key stays."""
+    path: Path_ = ()
+    parts = iter(location)
+    for part in parts:
+        if path and not isinstance(values, dict):
+            break
+        path = (*path, part)
+        values = values.get(part)
+        if path in _TAGGED:
+            next(parts, None)
+    return path
 
 
-_TAGS = {"muon", "adamw", "wsd", "cosine", "linear", "constant", "share", "sources", "bpe", "char", "byte", "file"}
+_TAGGED: set[Path_] = {("data", "heldout"), ("tokenizer",), ("training", "optimizer"), ("training", "schedule")}
 _VARIANTS: dict[str, type[BaseModel]] = {
     "muon": MuonOptimizer,
     "adamw": AdamWOptimizer,
@@ -260,10 +254,15 @@ def _keys_at(location: Path_) -> list[str]:
         if part in _VARIANTS:
             model = _VARIANTS[str(part)]
         elif part in model.model_fields:
-            annotation = model.model_fields[str(part)].annotation
-            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-                model = annotation
+            model = _section_of(model.model_fields[str(part)].annotation) or model
     return list(model.model_fields)
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that an annotation names, the first one of a union."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((section for part in get_args(annotation) if (section := _section_of(part))), None)
 
 
 def _message(item: Any, path: Path_) -> str:

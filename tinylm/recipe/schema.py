@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from tinylm.recipe.notation import Dumper
 from tinylm.recipe.presets import PRESETS
 from tinylm.recipe.values import (
     Betas,
@@ -25,6 +26,7 @@ from tinylm.recipe.values import (
     OptionalCount,
     OptionalPositive,
     Positive,
+    Seed,
     Share,
     Sources,
     Texts,
@@ -311,7 +313,7 @@ class Recipe(Section):
     """A whole experiment: text, tokenizer, model, training, and how it is measured and kept."""
 
     name: str = "run"
-    seed: CountOrZero = 1337
+    seed: Seed = 1337
     data: DataSection
     tokenizer: Annotated[TokenizerSection, Field(discriminator="kind"), BeforeValidator(_tokenizer)] = BpeTokenizer(kind="bpe")
     model: ModelSection = Field(default_factory=lambda: ModelSection.model_validate({}))
@@ -331,7 +333,10 @@ class Recipe(Section):
         return values
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
+        text: str = yaml.dump(
+            self.as_dict(), Dumper=Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110
+        )
+        return text
 
 
 def _plain(value: Any) -> Any:

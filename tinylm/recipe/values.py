@@ -40,11 +40,11 @@ def _checked(accept: Callable[[Any], Any], expected: str) -> PlainValidator:
 _REFUSED = object()
 
 
-def _whole(minimum: int) -> Callable[[object], object]:
+def _whole(minimum: int, maximum: float = math.inf) -> Callable[[object], object]:
     def accept(value: object) -> object:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return _REFUSED
-        if not math.isfinite(value) or value != int(value) or value < minimum:
+        if not math.isfinite(value) or value != int(value) or not minimum <= value <= maximum:
             return _REFUSED
         return int(value)
 
@@ -112,6 +112,7 @@ def _texts(value: object) -> object:
 
 Count = Annotated[int, _checked(_whole(1), "a whole number of at least 1")]
 CountOrZero = Annotated[int, _checked(_whole(0), "a whole number of at least 0")]
+Seed = Annotated[int, _checked(_whole(0, 2**63 - 1), "a whole number from 0 to 2^63 - 1")]
 OptionalCount = Annotated[int | None, _checked(_or_word(_whole(1), None), "a whole number of at least 1, or null")]
 CountOrAuto = Annotated[int | Literal["auto"], _checked(_or_word(_whole(1), "auto"), "a whole number of at least 1, or auto")]
 Positive = Annotated[float, _checked(_real(0.0, above=True), "a number above 0")]

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, cast
 
 from tinylm.errors import InputError, need_extra
 from tinylm.paths import cache_folder
@@ -109,8 +109,12 @@ class Corpus:
             if not texts:
                 skipped = f": {len(found)} files that are not text" if found else ""
                 raise InputError(f"no text in this folder{skipped}", where=source)
-        elif os.path.exists(path):
+        elif os.path.isfile(path):
             texts = [path]
+        elif os.path.exists(path):  # a pipe, which gives its text only once
+            with open(path, "rb") as stream:
+                yield self._spool(source, stream)
+            return
         else:
             texts = [file for file in sorted(glob.glob(path, recursive=True)) if os.path.isfile(file)]
             if not texts:
@@ -135,7 +139,7 @@ class Corpus:
 
         try:
             with fsspec.open(source, "rb") as stream:
-                return self._spool(source, stream)
+                return self._spool(_without_query(source), stream)
         except ImportError as error:
             raise need_extra("remote", f"reading {source.partition('://')[0]}:// addresses ({error})") from None
         except (OSError, ValueError) as error:
@@ -157,16 +161,18 @@ class Corpus:
         for number, line in enumerate(_lines(entry.name, stream), 1):
             if line.strip():
                 try:
-                    record = json.loads(line.decode("utf-8", self.errors))
+                    record = json.loads(line.decode("utf-8", self.errors).lstrip("\ufeff"))
                 except UnicodeDecodeError as error:
                     raise _not_utf8(entry.name, offset + error.start) from None
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise InputError(f"not JSON: {error}", where=f"{entry.name}:{number}") from None
                 yield self._field_of(record, f"{entry.name}:{number}")
             offset += len(line)
 
     def _field_of(self, record: object, where: str) -> str:
         text = record.get(self.field) if isinstance(record, dict) else None
+        if isinstance(record, dict) and self.field in record and not isinstance(text, str):
+            raise InputError(f"field {self.field!r} holds {json.dumps(text, default=str)[:40]}, which is not text", where=where)
         if not isinstance(text, str):
             known = ", ".join(map(str, record)) if isinstance(record, dict) else "it is not an object"
             raise InputError(
@@ -197,11 +203,32 @@ class Corpus:
                     where=entry.name,
                     hint="name the column with --field or data.field",
                 )
-            row = 0
-            for batch in file.iter_batches(batch_size=256, columns=[self.field]):
-                for value in batch.column(0).to_pylist():
-                    row += 1
-                    yield self._field_of({self.field: value}, f"{entry.name} row {row}")
+            for row, value in enumerate(_column(entry.name, file, self.field), 1):
+                where = f"{entry.name} row {row}"
+                try:
+                    text = value.decode("utf-8", self.errors) if isinstance(value, bytes) else value
+                except UnicodeDecodeError as error:
+                    raise _not_utf8(where, error.start) from None
+                yield self._field_of({self.field: text}, where)
+
+
+def _column(name: str, file: Any, field: str) -> Iterator[object]:
+    """The values of a Parquet column, text as bytes: nothing promises that it is UTF-8."""
+    import pyarrow
+
+    try:
+        for batch in file.iter_batches(batch_size=256, columns=[field]):
+            column = batch.column(0)
+            if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
+                column = column.cast(pyarrow.large_binary())
+            yield from column.to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise InputError(f"cannot be read to its end: {error}", where=name) from None
+
+
+def _without_query(address: str) -> str:
+    """A web address up to its `?`: what stands behind is no part of the file's name."""
+    return address.partition("?")[0] if address.startswith(("http://", "https://")) else address
 
 
 def _entry(name: str, path: str) -> _Entry:
@@ -218,13 +245,14 @@ def _suffix(path: str) -> str:
 def _walk(folder: str) -> Iterator[str]:
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (os.path.join(parent, name) for name in sorted(files) if not name.startswith("."))
+        paths = (os.path.join(parent, name) for name in sorted(files) if not name.startswith("."))
+        yield from filter(os.path.isfile, paths)  # not pipes, nor links that lead nowhere
 
 
 def _looks_like_text(path: str) -> bool:
     if os.path.splitext(path)[1].lower() in _COMPRESSIONS:
         return _suffix(path) in (".txt", ".md", ".jsonl")
-    with open(path, "rb") as file:
+    with _opened(_entry(path, path)) as file:
         start = file.read(8192)
     if not start or b"\0" in start:
         return False
@@ -240,16 +268,25 @@ def _opened(entry: _Entry) -> IO[bytes]:
         if entry.compression is None:
             return open(entry.path, "rb")
         if entry.compression == "zstd":
-            try:
-                import zstandard  # noqa: F401  fsspec reads .zst only where this is installed
-            except ImportError:
-                raise need_extra("zst", "reading .zst files") from None
+            return _zstd(entry.path)
         import fsspec
 
         stream: IO[bytes] = fsspec.open(entry.path, "rb", compression=entry.compression).open()
         return stream
     except OSError as error:
         raise InputError(error.strerror or "cannot be read", where=entry.name) from None
+
+
+def _zstd(path: str) -> IO[bytes]:
+    """Not through fsspec, whose reader may be one that takes a file cut short for a whole one."""
+    try:
+        if sys.version_info >= (3, 14):
+            from compression import zstd
+        else:
+            from backports import zstd
+    except ImportError:
+        raise need_extra("zst", "reading .zst files") from None
+    return cast(IO[bytes], zstd.ZstdFile(path, "rb"))
 
 
 def _blocks(name: str, stream: IO[bytes]) -> Iterator[bytes]:

@@ -108,11 +108,10 @@ class Tokenizer:
         return self._bytes_of(ids).decode("utf-8", "replace")
 
     def _bytes_of(self, ids: Iterable[int]) -> bytes:
-        table = self.token_bytes
-        try:
-            return b"".join(table[id] for id in ids)
-        except IndexError:
-            raise InputError(f"an id is not below the vocabulary's size {self.vocab_size}") from None
+        table, ids = self.token_bytes, list(ids)
+        if ids and not 0 <= min(ids) <= max(ids) < len(table):
+            raise InputError(f"an id is not below the vocabulary's size {self.vocab_size}, or is negative")
+        return b"".join(table[id] for id in ids)
 
     def stream_decoder(self) -> StreamDecoder:
         return StreamDecoder(self.token_bytes)

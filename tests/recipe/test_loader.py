@@ -1,0 +1,354 @@
+"""A recipe file is read as people write it, and everything that is wrong with it is told at once, each with its line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tinylm.errors import InputError
+from tinylm.recipe import Recipe, RecipeError, load, loads
+from tinylm.recipe.schema import AdamWOptimizer, BpeTokenizer, CosineSchedule, HeldoutShare
+
+SMALLEST = "data: {train: my.txt}\ntraining: {steps: 10}\n"
+
+
+def read(text: str, *overrides: str) -> Recipe:
+    return loads(text, overrides, name="my.yaml", check_files=False)
+
+
+def problems(text: str, *overrides: str) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        read(text, *overrides)
+    assert str(caught.value) == "\n".join(caught.value.problems)
+    return caught.value.problems
+
+
+def refusal(text: str) -> str:
+    with pytest.raises(InputError) as caught:
+        read(text)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("3e-4", 3e-4), ("3E-4", 3e-4), (".5", 0.5), ("5.", 5.0), ("1e0", 1.0), ("0.0_3", 0.03), ("+1e-1", 0.1), ("2", 2.0)],
+)
+def test_a_rate_can_be_written_in_every_usual_way(written: str, meant: float) -> None:
+    assert read(f"{SMALLEST[:-2]}, optimizer: {{lr: {written}}}}}").training.optimizer.lr == meant
+
+
+@pytest.mark.parametrize(("written", "meant"), [("1e6", 1_000_000), ("1_000", 1000), ("2.5e3", 2500), ("010", 10)])
+def test_a_whole_number_can_be_written_in_every_usual_way(written: str, meant: int) -> None:
+    tokens = read(f"data: {{train: a}}\ntraining: {{tokens: {written}}}").training.tokens
+    assert tokens == meant
+    assert isinstance(tokens, int)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"), [("off", False), ("on", True), ("no", False), ("Yes", True), ("TRUE", True), ("false", False)]
+)
+def test_a_flag_understands_the_words_for_yes_and_no(written: str, meant: bool) -> None:
+    assert read(f"{SMALLEST}model: {{bias: {written}}}").model.bias is meant
+    assert read(SMALLEST, f"training.compile={written}").training.compile is meant
+
+
+@pytest.mark.parametrize("written", ["off", "false", "null", "no", ""])
+def test_clipping_can_be_switched_off(written: str) -> None:
+    assert read(SMALLEST, f"training.clip_grad_norm={written}").training.clip_grad_norm is None
+
+
+def test_words_that_yaml_1_1_would_turn_into_something_else_stay_words() -> None:
+    recipe = read(f"name: 2024-01-02\n{SMALLEST}sampling: {{every: 5, prompts: [no, 12:30, 1e, 0x1F]}}")
+    assert recipe.name == "2024-01-02"
+    assert recipe.sampling.prompts == ("no", "12:30", "1e", "0x1F")
+
+
+def test_short_forms_stand_for_sections() -> None:
+    recipe = read(
+        "data: {train: a, heldout: 0.25}\ntokenizer: {vocab_size: 300}\ntraining: {epochs: 1, optimizer: adamw, schedule: cosine}\n"
+    )
+    assert recipe.data.heldout == HeldoutShare(share=0.25, by="tail")
+    assert recipe.tokenizer == BpeTokenizer(kind="bpe", vocab_size=300)
+    assert isinstance(recipe.training.optimizer, AdamWOptimizer)
+    assert isinstance(recipe.training.schedule, CosineSchedule)
+
+
+def test_an_optimizer_called_auto_is_a_real_one() -> None:
+    assert read(SMALLEST, "training.optimizer=auto") == read(SMALLEST)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "my.yaml: the recipe is empty (`tinylm recipes` lists some to start from)"),
+        ("# nothing but a comment\n", "my.yaml: the recipe is empty (`tinylm recipes` lists some to start from)"),
+        ("- a\n- b\n", "my.yaml: a recipe is a mapping of sections such as `data:` and `training:`, not a list"),
+        ("hello", "my.yaml: a recipe is a mapping of sections such as `data:` and `training:`, not a single value"),
+        ("data:\n\ttrain: a\n", "my.yaml:2: a tab cannot indent YAML (use spaces)"),
+        ("name: x\ndata: {train: a\ntraining: [\n", "my.yaml:3: not valid YAML"),
+        ("name: a\n---\nname: b\n", "my.yaml:2: not valid YAML"),
+        ("name: a\x00b\n", "my.yaml: not valid YAML: unacceptable character #x0000: special characters are not allowed"),
+        ("name: !!python/name:os.getcwd ''\n", "my.yaml:1: not valid YAML"),
+    ],
+)
+def test_what_is_not_a_recipe_is_refused_in_one_line(text: str, told: str) -> None:
+    message = refusal(text)
+    assert message.startswith(told)
+    assert "\n" not in message
+
+
+def test_an_alias_that_holds_itself_is_refused() -> None:
+    assert "my.yaml:1: nested too deeply" in refusal("data: &a {train: *a}\n")
+
+
+def test_a_file_that_is_missing_or_not_text_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none\.yaml: No such file"):
+        load(tmp_path / "none.yaml")
+    (tmp_path / "image.yaml").write_bytes(b"name: \xff\xfe")
+    with pytest.raises(InputError, match=r"image\.yaml: not UTF-8 at byte 6"):
+        load(tmp_path / "image.yaml")
+
+
+def test_a_key_given_twice_names_both_lines() -> None:
+    assert problems(f"name: a\n{SMALLEST}name: b\n") == ["my.yaml:4: name is given twice (first in line 1)"]
+    assert problems("data: {train: a}\ntraining:\n  steps: 1\n  steps: 2\n") == [
+        "my.yaml:4: steps is given twice (first in line 3)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("modle", "{}", "modle: unknown key (did you mean model?)"),
+        ("model", "{\n  n_layers: 3}", "model.n_layers: unknown key (did you mean n_layer?)"),
+        ("tokenizer", "{\n  kind: bpe,\n  vocabsize: 3}", "tokenizer.vocabsize: unknown key (did you mean vocab_size?)"),
+        ("tokenizer", "{\n  kind: char,\n  vocab_size: 3}", "tokenizer.vocab_size: unknown key (known here: kind)"),
+        ("sampling", "{\n  every: 3,\n\n  promts: a}", "sampling.promts: unknown key (did you mean prompts?)"),
+        ("model", "{\n  preset: gpt-2}", "model.preset: must be one of modern, gpt2, llama, not 'gpt-2' (did you mean gpt2?)"),
+        ("model", "{\n  n_layer: 0}", "model.n_layer: must be a whole number of at least 1, not 0"),
+        ("model", "{\n  n_layer: -2}", "model.n_layer: must be a whole number of at least 1, not -2"),
+        ("model", "{\n  n_layer: 2.5}", "model.n_layer: must be a whole number of at least 1, not 2.5"),
+        ("model", "{\n  n_layer: six}", "model.n_layer: must be a whole number of at least 1, not 'six'"),
+        ("model", "{\n  n_layer: true}", "model.n_layer: must be a whole number of at least 1, not True"),
+        ("model", "{\n  n_layer: [2]}", "model.n_layer: must be a whole number of at least 1, not [2]"),
+        ("model", "{\n  n_layer: }", "model.n_layer: must be a whole number of at least 1, not nothing"),
+        ("model", "{\n  bias: maybe}", "model.bias: must be true or false, not 'maybe'"),
+        ("model", "{\n  bias: 1}", "model.bias: must be true or false, not 1"),
+        ("model", "{\n  dropout: 1.0}", "model.dropout: must be a share of at least 0 and below 1, not 1.0"),
+        ("model", "{\n  logit_softcap: .inf}", "model.logit_softcap: must be a number above 0, or null, not '.inf'"),
+        ("seed", "-1", "seed: must be a whole number from 0 to 2^63 - 1, not -1"),
+        ("seed", "1e30", "seed: must be a whole number from 0 to 2^63 - 1, not 1e+30"),
+        ("name", "5", "name: must be a text, not 5"),
+        ("model", "gpt2", "model: must be a section with keys such as preset, n_layer, n_head, n_kv_head"),
+        ("tokenizer", "5", "tokenizer: must be a section with keys such as kind, vocab_size, split, digits"),
+        ("tokenizer", "bqe", "tokenizer: must be one of bpe, char, byte, file, not 'bqe' (did you mean bpe?)"),
+        ("tokenizer", "{\n  vocab_size: 9,\n  kind: bqe}", "tokenizer: must be one of bpe, char, byte, file, not 'bqe'"),
+    ],
+)
+def test_a_wrong_key_or_value_is_told_with_the_line_that_holds_it(key: str, value: str, told: str) -> None:
+    (problem,) = problems(f"{SMALLEST}\n{key}: {value}\n")
+    line = 4 + value.count("\n")  # in these cases the culprit stands in the last line
+    assert problem.startswith(f"my.yaml:{line}: {told}")
+
+
+@pytest.mark.parametrize(
+    ("heldout", "told"),
+    [
+        ("{share: 0.2,\n by: tial}", "my.yaml:2: data.heldout.by: must be one of document, tail, not 'tial' (did you mean tail?)"),
+        ("{by: tail,\n share: 1.5}", "my.yaml:2: data.heldout.share: must be a share above 0 and below 1, not 1.5"),
+        ("{share: 0.1,\n shar: 0.1}", "my.yaml:2: data.heldout.shar: unknown key (did you mean share?)"),
+        ("{sources: b,\n by: tail}", "my.yaml:2: data.heldout.by: unknown key (known here: sources)"),
+        ("[a, 5]", "my.yaml:1: data.heldout: must be a SOURCE"),
+        ("1.5", "my.yaml:1: data.heldout: must be a share above 0 and below 1, not 1.5"),
+        ("true", "my.yaml:1: data.heldout: must be a section with keys such as share, by"),
+    ],
+)
+def test_a_wrong_held_out_half_is_told_under_its_own_name_and_line(heldout: str, told: str) -> None:
+    (problem,) = problems(f"data: {{train: a, heldout: {heldout}}}\ntraining: {{steps: 1}}\n")
+    assert problem.startswith(told)
+
+
+def test_wrong_keys_inside_an_optimizer_or_schedule_have_their_own_lines() -> None:
+    text = """\
+data: {train: a}
+training:
+  steps: 100
+  optimizer:
+    name: adamw
+    momentum: 0.9
+    betas: [0.9, 1.0]
+  schedule:
+    name: cosine
+    cooldown: 0.5
+    floor: 2
+"""
+    assert sorted(problems(text)) == sorted(
+        [
+            "my.yaml:6: training.optimizer.momentum: unknown key (known here: name, lr, betas, eps, weight_decay)",
+            "my.yaml:7: training.optimizer.betas: must be two numbers of at least 0 and below 1, like [0.9, 0.95], not [0.9, 1.0]",
+            "my.yaml:10: training.schedule.cooldown: unknown key (known here: warmup, floor, name)",
+            "my.yaml:11: training.schedule.floor: must be a share between 0 and 1, not 2",
+        ]
+    )
+
+
+def test_every_problem_is_told_at_once_also_those_between_keys() -> None:
+    text = """\
+name: 7
+data:
+  train: my.txt
+  feild: body
+model:
+  n_head: 5
+  n_embd: 64
+training:
+  steps: 10
+  tokens: 1e6
+  global_batch_size: 64
+  micro_batch_size: 24
+  schedule: {warmup: 50}
+evaluation: {every: -3}
+name: again
+"""
+    assert sorted(problems(text), key=lambda problem: int(problem.split(":")[1])) == [
+        "my.yaml:1: name: must be a text, not 7",
+        "my.yaml:4: data.feild: unknown key (did you mean field?)",
+        "my.yaml:6: model.n_head: 5 heads do not divide the width n_embd 64 (4 heads would)",
+        "my.yaml:10: training.tokens: only one of steps, tokens, epochs, minutes can be given, and steps is",
+        "my.yaml:12: training.micro_batch_size: 24 does not divide global_batch_size 64 (16 or 32 would)",
+        "my.yaml:13: training.schedule.warmup: 50 steps of warm-up are more than the 10 of training",
+        "my.yaml:14: evaluation.every: must be a whole number of at least 1, not -3",
+        "my.yaml:15: name is given twice (first in line 1)",
+    ]
+
+
+def test_a_mistake_in_a_key_is_not_followed_by_another_about_its_absence() -> None:
+    assert problems("data: {train: a}\ntraining: {stesp: 10}\n") == ["my.yaml:2: training.stesp: unknown key (did you mean steps?)"]
+    assert problems("data: {train: a}\ntraining: {steps: none}\n") == [
+        "my.yaml:2: training.steps: must be a whole number of at least 1, or null, not 'none'"
+    ]
+    assert problems("data: {train: []}\ntraining: {steps: 1}\n") == [
+        "my.yaml:1: data.train: must be a SOURCE (a file, folder, glob, URL, builtin:NAME) or a list of them, not []"
+    ]
+
+
+def test_missing_sections_say_what_to_write() -> None:
+    told = problems("name: x\n")
+    assert told == [
+        "my.yaml: data: missing: name the text to learn, like `data: {train: my.txt}`",
+        "my.yaml: training: missing: say how long to train with one of steps, tokens, epochs, minutes",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (["model.n_embd=15", "model.n_head=5"], "rope needs an even head width, and n_embd / n_head is 3"),
+        (["model.n_kv_head=4"], "4 key/value heads do not divide 6 heads"),
+        (["model.position=sinusoidal", "model.n_embd=15", "model.n_head=5"], "sinusoidal positions need an even width"),
+        (["model.rope_theta=1e4", "model.preset=gpt2"], "only position rope has it, and position is learned"),
+        (["tokenizer.vocab_size=256"], "bpe needs at least 257"),
+        (["tokenizer.digits=3", "tokenizer.split=gpt2"], "only split gpt4 has it"),
+        (["training.micro_batch_size=128"], "128 does not divide global_batch_size 64 (32 or 64 would)"),
+        (["training.schedule.warmup=0.5", "training.schedule.cooldown=0.6"], "more than the whole training"),
+        (["training.minutes=3", "training.schedule.warmup=5"], "with minutes, give the warm-up as a share below 1"),
+        (["training.steps=null"], "say how long to train with one of steps, tokens, epochs, minutes"),
+    ],
+)
+def test_what_contradicts_is_refused(settings: list[str], told: str) -> None:
+    (problem,) = problems(SMALLEST, *settings)
+    assert told in problem
+
+
+def test_files_that_a_recipe_names_must_be_there_and_hold_a_context(tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    text = f"data:\n  train: {short}\n  heldout: {tmp_path}/none.txt\ntokenizer: {{path: none.json}}\ntraining: {{steps: 1}}\n"
+    with pytest.raises(RecipeError) as caught:
+        loads(text, name="my.yaml")
+    assert sorted(caught.value.problems) == sorted(
+        [
+            f"my.yaml:3: data.heldout: {tmp_path}/none.txt: no such file or folder",
+            "my.yaml:4: tokenizer.path: none.json: no such file or folder",
+            "my.yaml: model.context_length: 256 is longer than the training text (9 bytes)",
+        ]
+    )
+    assert loads(text, check_files=False).data.train == (str(short),)
+
+
+def test_a_context_longer_than_the_held_out_tail_is_told_before_anything_is_read(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("x" * 1000)
+    with pytest.raises(RecipeError, match=r"my\.yaml:3: model\.context_length: 256 is longer than the held-out text \(100 bytes\)"):
+        loads(f"data: {{train: {text}}}\ntraining: {{steps: 1}}\nmodel: {{context_length: 256}}\n", name="my.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "keys", "value"),
+    [
+        ("name=a=b", ("name",), "a=b"),
+        ("name=a=b=", ("name",), "a=b="),
+        ('name="5"', ("name",), "5"),
+        ("name=Note: this", ("name",), "Note: this"),
+        ("seed=1_000", ("seed",), 1000),
+        ("training.optimizer.lr=3e-4", ("training", "optimizer", "lr"), 3e-4),
+        ("training.optimizer.betas=[0.8, 0.9]", ("training", "optimizer", "betas"), (0.8, 0.9)),
+        ("data.train=-", ("data", "train"), ("-",)),
+        ("data.train=*.txt", ("data", "train"), ("*.txt",)),
+        ("data.train=s3://bucket/a?b=c", ("data", "train"), ("s3://bucket/a?b=c",)),
+        ("data.train=[a.txt, b.txt]", ("data", "train"), ("a.txt", "b.txt")),
+        ("sampling.prompts=# A heading", ("sampling", "prompts"), ("# A heading",)),
+        ("sampling.prompts=%d items", ("sampling", "prompts"), ("%d items",)),
+        ("model.n_kv_head=null", ("model", "n_kv_head"), None),
+    ],
+)
+def test_an_override_works_as_it_looks(override: str, keys: tuple[str, ...], value: object) -> None:
+    found: object = read(SMALLEST, override)
+    for key in keys:
+        found = getattr(found, key)
+    assert found == value
+
+
+@pytest.mark.parametrize("length", ["tokens=1e6", "epochs=2.5", "minutes=3", "steps=7"])
+def test_overriding_the_length_of_the_training_replaces_the_one_in_the_file(length: str) -> None:
+    training = read(SMALLEST, f"training.{length}").training
+    key, _, value = length.partition("=")
+    given = {name: getattr(training, name) for name in ("steps", "tokens", "epochs", "minutes")}
+    assert given.pop(key) == float(value)
+    assert set(given.values()) == {None}
+
+
+def test_overrides_reach_into_short_forms_and_the_last_one_wins() -> None:
+    text = "data: {train: a}\ntokenizer: bpe\ntraining: {steps: 9, optimizer: adamw, schedule: cosine}\n"
+    recipe = read(text, "training.optimizer.lr=1e-2", "training.schedule.floor=0.1", "tokenizer.vocab_size=300", "seed=1", "seed=2")
+    assert recipe.training.optimizer == AdamWOptimizer(name="adamw", lr=0.01)
+    assert recipe.training.schedule == CosineSchedule(name="cosine", floor=0.1)
+    assert recipe.tokenizer == BpeTokenizer(kind="bpe", vocab_size=300)
+    assert recipe.seed == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("model.n_heads=3", "--set model.n_heads=3: model.n_heads: unknown key (did you mean n_head?)"),
+        ("model.n_head=x", "--set model.n_head=x: model.n_head: must be a whole number of at least 1, not 'x'"),
+        ("model.n_head=5", "--set model.n_head=5: model.n_head: 5 heads do not divide the width n_embd 384 (4 heads would)"),
+        ("stpes=3", "--set stpes=3: stpes: unknown key"),
+        ("training.steps", "--set training.steps: write it as SECTION.KEY=VALUE, like training.steps=100"),
+        ("=3", "--set =3: write it as SECTION.KEY=VALUE, like training.steps=100"),
+        ("training..steps=3", "--set training..steps=3: write it as SECTION.KEY=VALUE, like training.steps=100"),
+    ],
+)
+def test_a_wrong_override_is_told_as_it_was_typed(override: str, told: str) -> None:
+    (problem,) = problems(SMALLEST, override)
+    assert problem.startswith(told)
+
+
+def test_recipes_plans_text_tokenizers_and_data_import_without_torch() -> None:
+    modules = "tinylm.recipe, tinylm.plan, tinylm.text.sources, tinylm.text.split, tinylm.data.prepare, tinylm.data.estimate"
+    program = f"import sys, {modules}; print(sorted({{'torch', 'transformers', 'pyarrow'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -1,0 +1,238 @@
+"""Every key that a recipe accepts is kept, and what is written out reads back as the same recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from tinylm.recipe import Recipe, changes, load, loads
+from tinylm.recipe.presets import PRESETS
+from tinylm.recipe.schema import flattened
+
+BASE = "data: {train: my.txt}\ntraining: {steps: 10}\n"
+
+# For every key of every section: the settings that lead to it, the last of them giving it a value that is not its default.
+SETTINGS: dict[str, list[str]] = {
+    "Recipe.name": ["name=other"],
+    "Recipe.seed": ["seed=7"],
+    "DataSection.train": ["data.train=[a.txt, b.txt]"],
+    "DataSection.field": ["data.field=body"],
+    "DataSection.errors": ["data.errors=replace"],
+    "HeldoutShare.share": ["data.heldout.share=0.25"],
+    "HeldoutShare.by": ["data.heldout.by=document"],
+    "HeldoutSources.sources": ["data.heldout=held.txt"],
+    "BpeTokenizer.kind": ["tokenizer=char", "tokenizer=bpe"],
+    "BpeTokenizer.vocab_size": ["tokenizer.vocab_size=999"],
+    "BpeTokenizer.split": ["tokenizer.split=gpt2"],
+    "BpeTokenizer.digits": ["tokenizer.digits=3"],
+    "CharTokenizer.kind": ["tokenizer.kind=char"],
+    "ByteTokenizer.kind": ["tokenizer.kind=byte"],
+    "FileTokenizer.kind": ["tokenizer={kind: file, path: a.json}"],
+    "FileTokenizer.path": ["tokenizer={path: a.json}", "tokenizer.path=b.json"],
+    "ModelSection.preset": ["model.preset=llama"],
+    "ModelSection.n_layer": ["model.n_layer=3"],
+    "ModelSection.n_head": ["model.n_head=4"],
+    "ModelSection.n_kv_head": ["model.n_kv_head=2"],
+    "ModelSection.n_embd": ["model.n_embd=96"],
+    "ModelSection.context_length": ["model.context_length=31"],
+    "ModelSection.norm": ["model.norm=layernorm"],
+    "ModelSection.norm_position": ["model.norm_position=post"],
+    "ModelSection.norm_eps": ["model.norm_eps=1e-3"],
+    "ModelSection.position": ["model.position=none"],
+    "ModelSection.rope_theta": ["model.rope_theta=5e5"],
+    "ModelSection.feed_forward": ["model.feed_forward=swiglu"],
+    "ModelSection.feed_forward_multiple": ["model.feed_forward_multiple=3"],
+    "ModelSection.bias": ["model.bias=on"],
+    "ModelSection.tie_embeddings": ["model.tie_embeddings=on"],
+    "ModelSection.qk_norm": ["model.qk_norm=off"],
+    "ModelSection.embedding_norm": ["model.embedding_norm=off"],
+    "ModelSection.zero_init_outputs": ["model.zero_init_outputs=off"],
+    "ModelSection.parallel_residual": ["model.parallel_residual=on"],
+    "ModelSection.dropout": ["model.dropout=0.1"],
+    "ModelSection.logit_softcap": ["model.logit_softcap=30"],
+    "TrainingSection.steps": ["training.steps=11"],
+    "TrainingSection.tokens": ["training.tokens=1e6"],
+    "TrainingSection.epochs": ["training.epochs=1.5"],
+    "TrainingSection.minutes": ["training.minutes=0.5"],
+    "TrainingSection.global_batch_size": ["training.global_batch_size=32"],
+    "TrainingSection.micro_batch_size": ["training.micro_batch_size=16"],
+    "TrainingSection.precision": ["training.precision=bf16"],
+    "TrainingSection.clip_grad_norm": ["training.clip_grad_norm=off"],
+    "TrainingSection.compile": ["training.compile=on"],
+    "TrainingSection.log_every": ["training.log_every=3"],
+    "AdamWOptimizer.name": ["training.optimizer=adamw"],
+    "AdamWOptimizer.lr": ["training.optimizer=adamw", "training.optimizer.lr=3e-4"],
+    "AdamWOptimizer.betas": ["training.optimizer=adamw", "training.optimizer.betas=[0.8, 0.9]"],
+    "AdamWOptimizer.eps": ["training.optimizer=adamw", "training.optimizer.eps=1e-6"],
+    "AdamWOptimizer.weight_decay": ["training.optimizer=adamw", "training.optimizer.weight_decay=0"],
+    "MuonOptimizer.name": ["training.optimizer=adamw", "training.optimizer=muon"],
+    "MuonOptimizer.lr": ["training.optimizer.lr=0.03"],
+    "MuonOptimizer.momentum": ["training.optimizer.momentum=0.9"],
+    "MuonOptimizer.newton_schulz_steps": ["training.optimizer.newton_schulz_steps=3"],
+    "MuonOptimizer.weight_decay": ["training.optimizer.weight_decay=0.01"],
+    "MuonOptimizer.adamw_lr": ["training.optimizer.adamw_lr=1e-3"],
+    "MuonOptimizer.betas": ["training.optimizer.betas=[0.8, 0.9]"],
+    "MuonOptimizer.eps": ["training.optimizer.eps=1e-6"],
+    "WsdSchedule.name": ["training.schedule=cosine", "training.schedule=wsd"],
+    "WsdSchedule.warmup": ["training.schedule.warmup=5"],
+    "WsdSchedule.floor": ["training.schedule.floor=0.1"],
+    "WsdSchedule.cooldown": ["training.schedule.cooldown=0.3"],
+    "CosineSchedule.name": ["training.schedule=cosine"],
+    "CosineSchedule.warmup": ["training.schedule=cosine", "training.schedule.warmup=0.1"],
+    "CosineSchedule.floor": ["training.schedule=cosine", "training.schedule.floor=0.1"],
+    "LinearSchedule.name": ["training.schedule=linear"],
+    "LinearSchedule.warmup": ["training.schedule=linear", "training.schedule.warmup=5"],
+    "LinearSchedule.floor": ["training.schedule=linear", "training.schedule.floor=0.1"],
+    "ConstantSchedule.name": ["training.schedule=constant"],
+    "ConstantSchedule.warmup": ["training.schedule=constant", "training.schedule.warmup=5"],
+    "EvaluationSection.every": ["evaluation.every=7"],
+    "EvaluationSection.max_tokens": ["evaluation.max_tokens=5000"],
+    "CheckpointSection.every": ["checkpoint.every=7"],
+    "CheckpointSection.keep": ["checkpoint.keep=0"],
+    "SamplingSection.every": ["sampling.every=7"],
+    "SamplingSection.prompts": ["sampling.prompts=[one, two]"],
+    "SamplingSection.max_new_tokens": ["sampling.max_new_tokens=9"],
+    "SamplingSection.temperature": ["sampling.temperature=0"],
+    "SamplingSection.top_k": ["sampling.top_k=null"],
+}
+
+
+def read(*settings: str) -> Recipe:
+    return loads(BASE, settings, check_files=False)
+
+
+def sections_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in sections_in(part)]
+
+
+def leaves(section: type[BaseModel]) -> Iterator[str]:
+    for key, field in section.model_fields.items():
+        inner = sections_in(field.annotation)
+        for other in inner:
+            yield from leaves(other)
+        if not inner:
+            yield f"{section.__name__}.{key}"
+
+
+def test_the_table_of_settings_names_every_key_of_the_schema() -> None:
+    assert set(leaves(Recipe)) == set(SETTINGS)
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+def test_every_key_is_accepted_kept_and_read_back(settings: list[str]) -> None:
+    recipe = read(*settings)
+    path, _, written = settings[-1].partition("=")
+    changed = changes(read(*settings[:-1]), recipe)
+    assert any(key == path or key.startswith(f"{path}.") for key in changed), "the key makes no difference"
+    again = loads(recipe.to_yaml(), check_files=False)
+    assert again == recipe
+    assert changes(recipe, again) == {}
+    value = yaml.safe_load(written)
+    if type(value) in (int, float) and path in changed:
+        assert changed[path][1] == value
+
+
+PARTS = {
+    "preset": [f"model.preset={name}" for name in PRESETS],
+    "optimizer": ["training.optimizer=muon", "training.optimizer=adamw", "training.optimizer=auto"],
+    "schedule": [f"training.schedule={name}" for name in ("wsd", "cosine", "linear", "constant")],
+    "tokenizer": ["tokenizer=bpe", "tokenizer=char", "tokenizer=byte", "tokenizer={path: a.json}", "tokenizer={vocab_size: 300}"],
+    "heldout": [
+        "data.heldout=0.2",
+        "data.heldout={by: document}",
+        "data.heldout=b.txt",
+        "data.heldout=[b.txt, c.txt]",
+        "data.heldout={sources: d}",
+    ],
+}
+
+
+@pytest.mark.parametrize("part", [setting for settings in PARTS.values() for setting in settings])
+def test_the_resolved_recipe_reads_back_whatever_form_each_part_has(part: str, tmp_path: Path) -> None:
+    for preset in PARTS["preset"]:
+        recipe = read(preset, part)
+        file = tmp_path / "recipe.yaml"
+        file.write_text(recipe.to_yaml(), encoding="utf-8")
+        assert load(file, check_files=False) == recipe
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1e6",
+        "08",
+        "1_0",
+        "off",
+        "null",
+        "~",
+        "",
+        " ",
+        "=",
+        "<<",
+        "- a",
+        "a: b",
+        "#",
+        "'",
+        '"',
+        "naïve 🙂",
+        "a\nb\n",
+        "\t",
+        "\0",
+        ".5",
+        "5.",
+    ],
+)
+def test_a_text_that_looks_like_something_else_is_written_so_that_it_stays_a_text(text: str) -> None:
+    recipe = read()
+    data = recipe.data.model_copy(update={"field": text, "train": ("1e-3", f"{text}.txt")})
+    sampling = recipe.sampling.model_copy(update={"prompts": (text, "1e6")})
+    recipe = recipe.model_copy(update={"name": text, "data": data, "sampling": sampling})
+    assert loads(recipe.to_yaml(), check_files=False) == recipe
+    assert yaml.safe_load(recipe.to_yaml())["name"] == text
+
+
+def test_the_resolved_recipe_writes_out_every_default() -> None:
+    written = flattened(yaml.safe_load(read().to_yaml()))
+    parts = {key for preset in PRESETS.values() for key in preset}
+    assert {f"model.{part}" for part in parts} <= set(written)
+    assert written["training.optimizer.name"] == "muon"
+    assert written["training.optimizer.newton_schulz_steps"] == 5
+    assert written["data.heldout.share"] == 0.1
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_is_nothing_but_default_values(preset: str) -> None:
+    plain = read(f"model.preset={preset}")
+    written_out = read(f"model.preset={preset}", *(f"model.{key}={str(value).lower()}" for key, value in PRESETS[preset].items()))
+    assert plain == written_out
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_each_part_of_a_preset_can_be_changed_alone(preset: str) -> None:
+    plain = read(f"model.preset={preset}")
+    for other in PRESETS.values():
+        for key, value in other.items():
+            changed = changes(plain, read(f"model.preset={preset}", f"model.{key}={str(value).lower()}"))
+            assert changed == ({} if value == PRESETS[preset][key] else {f"model.{key}": (PRESETS[preset][key], value)})
+
+
+def test_a_recipe_cannot_be_changed_in_place() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        read().model.n_layer = 3  # type: ignore[misc]
+
+
+def test_the_width_of_the_feed_forward_is_the_nearest_multiple_of_eight() -> None:
+    widths = {
+        (n_embd, multiple): read(
+            f"model.n_embd={n_embd}", "model.n_head=2", f"model.feed_forward_multiple={multiple}"
+        ).model.feed_forward_width
+        for n_embd, multiple in [(384, 4), (768, 8 / 3), (100, 4), (36, 2.7), (4, 0.5)]
+    }
+    assert widths == {(384, 4): 1536, (768, 8 / 3): 2048, (100, 4): 400, (36, 2.7): 96, (4, 0.5): 8}

@@ -1,0 +1,33 @@
+"""YAML as recipes use it: version 1.2's plain scalars, read and written.
+
+Words stay words (`off`, `no`, dates), numbers may be written `3e-4`, `1_000`, `.5`. PyYAML alone follows version 1.1, where
+`3e-4` is a string; what it writes is quoted here wherever this notation would read it as something else.
+"""
+
+from __future__ import annotations
+
+import re
+
+import yaml
+
+_INT, _FLOAT = "tinylm:int", "tinylm:float"
+_INT_PATTERN = re.compile(r"^[-+]?[0-9][0-9_]*$")
+_FLOAT_PATTERN = re.compile(r"^[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))([eE][-+]?[0-9]+)?$")
+
+
+class Loader(yaml.SafeLoader):
+    """Reads a recipe's YAML."""
+
+
+class Dumper(yaml.SafeDumper):
+    """Writes YAML that `Loader` reads back to equal values."""
+
+
+Loader.yaml_implicit_resolvers = {}
+Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+for _notation in (Loader, Dumper):
+    _notation.add_implicit_resolver(_INT, _INT_PATTERN, list("-+0123456789"))
+    _notation.add_implicit_resolver(_FLOAT, _FLOAT_PATTERN, list("-+.0123456789"))
+Loader.add_constructor(_INT, lambda loader, node: int(str(node.value).replace("_", "")))
+Loader.add_constructor(_FLOAT, lambda loader, node: float(str(node.value).replace("_", "")))
