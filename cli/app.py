@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
+import signal
 import sys
+import traceback
+from types import FrameType, TracebackType
 from typing import Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand
 
 import tinylm
-from tinylm.errors import TinylmError
+from tinylm.errors import InputError, TinylmError, did_you_mean
+
+from .console import Verbs
 
 VERBS = {
     "train": ("Train", "Train a model from a recipe."),
@@ -24,9 +30,11 @@ VERBS = {
     "tokenize": ("Text", "Train, apply and judge tokenizers."),
 }
 _MODULES = {"eval": "evaluate"}
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+"""Every complaint of typer about a command line; the class itself has no public name."""
 
 
-class LazyVerbs(TyperGroup):
+class LazyVerbs(Verbs):
     """Knows the verbs' names and one line of help each; imports a verb's module only to run it."""
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -39,6 +47,8 @@ class LazyVerbs(TyperGroup):
         return TyperCommand(cmd_name, help=line, short_help=line, rich_help_panel=panel)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] not in VERBS and not args[0].startswith("-") and not ctx.resilient_parsing:
+            raise InputError(f"no such verb {args[0]!r}", hint=did_you_mean(args[0], VERBS) or "`tinylm --help` lists them")
         name, command, rest = super().resolve_command(ctx, args)
         if name in VERBS:
             module = importlib.import_module(f".{_MODULES.get(name, name)}", __package__)
@@ -74,20 +84,72 @@ def root(
 
 def main() -> None:
     """The console script. Exit codes: 0 done, 1 the work failed, 2 the input was wrong, 130/143 stopped by a signal."""
+    debugging = os.environ.get("TINYLM_DEBUG") == "1"
+    if not debugging:
+        sys.excepthook = _report_bug
+    signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # text goes out as it came in, file names with odd bytes too
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     try:
-        app()
+        code = typer.main.get_command(app)(standalone_mode=False)
         sys.stdout.flush()
-    except TinylmError as error:
-        if os.environ.get("TINYLM_DEBUG") == "1":
+    except (TinylmError, _UsageError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            code = _reader_has_gone()
+        elif debugging:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except KeyboardInterrupt:
-        print("stopped at once", file=sys.stderr)
-        sys.exit(130)
+        else:
+            code = _complain(error)
+    except SystemExit as ending:  # how typer and rich end when a write finds the reader gone
+        code = _reader_has_gone() if isinstance(ending.__context__, BrokenPipeError) else ending.code
+    else:
+        if code == 130:  # Ctrl-C, as typer reports it
+            print("stopped", file=sys.stderr)
+    sys.exit(code)
+
+
+def _complain(error: Exception) -> int:
+    """One line about what is wrong; the exit code."""
+    if isinstance(error, TinylmError):
+        message, code = str(error), error.exit_code
+    elif isinstance(error, OSError):  # a full disk, a folder that may not be written
+        where = f"{error.filename}: " if error.filename else ""
+        message, code = f"{where}{error.strerror or error}", 1
+    else:
+        message, code = _usage(error), 2
+    if message:
+        print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def _usage(error: Any) -> str:
+    """A wrong command line in one sentence, with the command whose help explains it. Empty when the help was just shown."""
+    message: str = error.format_message().rstrip(".")
+    context = getattr(error, "ctx", None)
+    if not message:
+        return ""
+    hint = f" (`{context.command_path} --help` explains)" if context is not None else ""
+    return f"{message[0].lower()}{message[1:]}{hint}"
+
+
+def _reader_has_gone() -> int:
+    """Whoever read our output has seen enough, as `| head` has: not a failure. What is still buffered goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """SIGTERM ends the program as an exception, so that temporary files are removed. A training replaces this while it runs."""
+    sys.exit(128 + number)
+
+
+def _report_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What no one foresaw, in one line: where it happened, and how to see more."""
+    place = traceback.extract_tb(trace)[-1] if trace else None
+    where = f" at {os.path.basename(place.filename)}:{place.lineno}" if place else ""
+    what = " ".join(f"{kind.__name__}: {error}".split())
+    print(f"error: {what}{where} (a mistake in tinylm: TINYLM_DEBUG=1 shows the traceback to report)", file=sys.stderr)
 
 
 if __name__ == "__main__":

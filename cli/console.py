@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
 
+from tinylm.errors import InputError
 from tinylm.reporting import Advance, Reporter
 
 if TYPE_CHECKING:
@@ -30,8 +34,54 @@ FIELD = typer.Option("text", "--field", help="The field of .jsonl or column of .
 ERRORS = typer.Option("strict", "--errors", help="Bytes that are not UTF-8: strict (an error) or replace.")
 
 
-def stderr() -> Console:
-    return Console(stderr=True, highlight=False)
+class Verbs(TyperGroup):
+    """A group of verbs. Without one it shows its help on stderr, as a mistake and not as an answer."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args:
+            return super().parse_args(ctx, args)
+        with redirect_stdout(sys.stderr):
+            return super().parse_args(ctx, args)
+
+
+class Conversation(Console):
+    """stderr. Nobody listening any more (`2>&1 | head`) silences it, and must not end a training."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+    def say(self, text: str, style: str) -> None:
+        """Text as it is; broken into lines only where a person reads it."""
+        self.print(text, style=style, markup=False, soft_wrap=not self.is_terminal)
+
+
+def stderr() -> Conversation:
+    return Conversation(stderr=True, highlight=False)
+
+
+def stdout() -> Console:
+    """For tables. Off a terminal they are as wide as they need to be: a program reads their lines."""
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = 1 << 12
+    return console
+
+
+def show_facts(console: Console, rows: Iterable[tuple[str, str]]) -> None:
+    """Labels and what they say, in two columns; off a terminal each row stays on its line."""
+    listed = list(rows)
+    if not console.is_terminal:
+        width = max(len(label) for label, _ in listed)
+        for label, value in listed:
+            console.print(f"{label:<{width}}  {value}", markup=False, soft_wrap=True)
+        return
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, value in listed:
+        table.add_row(label, Text(value))
+    console.print(table)
 
 
 def print_json(document: Any) -> None:
@@ -54,20 +104,20 @@ def _plain(value: Any) -> Any:
 class ConsoleReporter(Reporter):
     """Notes in grey, warnings in yellow, progress bars that disappear when done; plain lines off a terminal."""
 
-    def __init__(self, console: Console, *, quiet: bool = False) -> None:
+    def __init__(self, console: Conversation, *, quiet: bool = False) -> None:
         self.console = console
         self.quiet = quiet
 
     def note(self, text: str) -> None:
         if not self.quiet:
-            self.console.print(text, style="dim", markup=False)
+            self.console.say(text, "dim")
 
     def warn(self, text: str) -> None:
-        self.console.print(f"warning: {text}", style="yellow", markup=False)
+        self.console.say(f"warning: {text}", "yellow")
 
     @contextmanager
     def progress(self, label: str, total: int | None, unit: str) -> Iterator[Advance]:
-        if self.quiet or not self.console.is_terminal:
+        if self.quiet or not self.console.is_terminal or self.console.is_dumb_terminal:
             yield lambda done: None
             return
         columns = (
@@ -103,6 +153,11 @@ def size(value: float) -> str:
     return f"{value:.0f} B"
 
 
+def things(number: int, name: str) -> str:
+    """1 document, 2,000 documents."""
+    return f"{number:,} {name}{'' if number == 1 else 's'}"
+
+
 def duration(seconds: float) -> str:
     """75 -> 1:15."""
     whole = round(seconds)
@@ -110,7 +165,7 @@ def duration(seconds: float) -> str:
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
 
 
-def open_run(path: str | None, console: Console, *, quiet: bool) -> Run:
+def open_run(path: str | None, console: Conversation, *, quiet: bool) -> Run:
     """The run that --run names, else TINYLM_RUN, else the newest under runs/, which is then said."""
     from tinylm.run import Run
 
@@ -118,7 +173,7 @@ def open_run(path: str | None, console: Console, *, quiet: bool) -> Run:
         return Run.open(path)
     run = Run.find()
     if not quiet and "TINYLM_RUN" not in os.environ:
-        console.print(f"using {run.path}", style="dim", markup=False)
+        console.say(f"using {run.path}", "dim")
     return run
 
 
@@ -128,9 +183,14 @@ def out(text: str, *, end: str = "\n") -> None:
     sys.stdout.flush()
 
 
-def checked_errors(value: str) -> str:
-    from tinylm.errors import InputError
+def checked_text(text: str, option: str) -> str:
+    """Text from the command line; bytes in it that are not UTF-8 arrive as surrogates and are refused."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise InputError("is not UTF-8", where=option)
+    return text
 
+
+def checked_errors(value: str) -> str:
     if value not in ("strict", "replace"):
         raise InputError(f"must be strict or replace, not {value!r}", where="--errors")
     return value

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from .console import (
     CHECKPOINT,
@@ -19,7 +17,10 @@ from .console import (
     checked_errors,
     open_run,
     print_json,
+    show_facts,
     stderr,
+    stdout,
+    things,
 )
 
 app = typer.Typer(add_completion=False)
@@ -54,10 +55,12 @@ def evaluate(
     console = stderr()
     opened = open_run(run, console, quiet=quiet)
     for one in source or ():
-        if one != "-":
+        if one != "-" and "://" not in one:
             Corpus([one]).close()  # a missing file is told before torch is loaded
     if source and source.count("-") > 1:
         raise InputError("standard input can be read once", where="-")
+
+    opened.checkpoint(checkpoint)
 
     from tinylm.device import set_threads
     from tinylm.evaluation.measure import measure
@@ -79,12 +82,14 @@ def evaluate(
         return
     measured = result.perplexity
     low, high = measured.bits_per_byte_ci95
-    table = Table(box=None, show_header=False)
-    table.add_row("text", f"{result.text}: {measured.documents:,} documents, {measured.bytes:,} bytes, {measured.tokens:,} tokens")
-    table.add_row("model", f"{result.run} {result.checkpoint}, context {measured.context}, stride {measured.stride}")
-    table.add_row("bits per byte", f"{measured.bits_per_byte:.4f}  (95 % interval {low:.4f} to {high:.4f})")
+    sizes = ((measured.documents, "document"), (measured.bytes, "byte"), (measured.tokens, "token"))
+    rows = [
+        ("text", f"{result.text}: {', '.join(things(*size) for size in sizes)}"),
+        ("model", f"{result.run} {result.checkpoint}, context {measured.context}, stride {measured.stride}"),
+        ("bits per byte", f"{measured.bits_per_byte:.4f}  (95 % interval {low:.4f} to {high:.4f})"),
+        ("perplexity", f"{measured.perplexity:.3f} per token"),
+        ("loss", f"{measured.loss:.4f} nats per token"),
+    ]
     if measured.bits_per_character is not None:
-        table.add_row("bits per character", f"{measured.bits_per_character:.4f}")
-    table.add_row("perplexity", f"{measured.perplexity:.3f} per token")
-    table.add_row("loss", f"{measured.loss:.4f} nats per token")
-    Console(highlight=False).print(table)
+        rows.insert(3, ("bits per character", f"{measured.bits_per_character:.4f}"))
+    show_facts(stdout(), rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Sequence
 from itertools import pairwise
@@ -20,6 +21,7 @@ from tinylm.training.metrics import EvaluationEvent, Observer, SampleEvent, Step
 from .console import count, duration
 
 _PLAIN_EVERY_SECONDS = 5.0
+_STOPPING = "stopping after this step; once more stops at once"
 _SMOOTHING = 0.9
 _CURVE_HEIGHT = 8
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
@@ -49,9 +51,12 @@ class PlainView(Observer):
             markup=False,
         )
 
+    def stopping(self) -> None:
+        self._console.print(_STOPPING)
+
 
 class TerminalView(Observer):
-    """The live panel. Use it as a context manager; `render` gives the panel as it stands."""
+    """The live panel, shown from the first phase on. Use it as a context manager; `render` gives it as it stands."""
 
     def __init__(self, console: Console, title: str) -> None:
         self._console = console
@@ -60,17 +65,19 @@ class TerminalView(Observer):
         self._evaluations: list[EvaluationEvent] = []
         self._smoothed: list[float] = []
         self._sample: SampleEvent | None = None
-        self._phase = "preparing the first step"
+        self._phase = "first step"
+        self._stopping = self._ended = False
         self._live = Live(console=console, get_renderable=self.render, refresh_per_second=4, transient=False)
         self._heard = time.monotonic()
 
     def __enter__(self) -> TerminalView:
-        self._live.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._phase = "stopped" if error[0] else "done"
-        self._live.__exit__(None, None, None)
+        self._phase = "stopped" if error[0] or self._stopping else "done"
+        self._stopping = False
+        self._ended = True
+        self._live.stop()
 
     def step(self, event: StepEvent) -> None:
         before = self._smoothed[-1] if self._smoothed else event.loss
@@ -86,24 +93,42 @@ class TerminalView(Observer):
 
     def phase(self, name: str) -> None:
         self._phase = name
+        self._live.start()
+
+    def stopping(self) -> None:
+        self._stopping = True
 
     def render(self) -> RenderableType:
         if not self._steps:
-            return Panel(Text(self._phase, style="dim"), title=self._title, title_align="left", border_style="cyan")
+            return self._panel(Text(self._phase, style="dim"))
         parts: list[RenderableType] = [self._progress(), self._numbers(), self._curve()]
         if self._sample is not None:
-            text = Text(self._sample.prompt, style="bold") + Text(" ".join(self._sample.text.split())[:400], style="italic")
+            written = re.sub(r"\s+", " ", self._sample.text[:1000])
+            text = Text(self._sample.prompt, style="bold") + Text(written, style="italic")
             text.truncate(2 * max(20, self._width()), overflow="ellipsis")
             parts += [Text(f"at step {self._sample.step} it writes", style="dim"), text]
-        return Panel(Group(*parts), title=self._title, title_align="left", border_style="cyan", padding=(0, 1))
+        return self._panel(Group(*parts))
+
+    def _panel(self, content: RenderableType) -> RenderableType:
+        below = _STOPPING if self._stopping else None if self._ended else "Ctrl-C saves and stops"
+        return Panel(
+            content,
+            title=self._title,
+            title_align="left",
+            subtitle=None if below is None else Text(below, style="yellow" if self._stopping else "dim"),
+            subtitle_align="right",
+            border_style="cyan",
+            padding=(0, 1),
+        )
 
     def _width(self) -> int:
         return self._console.width - 6
 
     def _progress(self) -> RenderableType:
         last = self._steps[-1]
-        waited = time.monotonic() - self._heard if self._live.is_started and self._phase != "done" else 0.0
+        waited = time.monotonic() - self._heard if self._live.is_started and not self._ended else 0.0
         left = max(0.0, _left(last) - waited)
+        gone = f"{duration(last.seconds + waited)} gone, " if self._width() >= 70 else ""
         row = Table.grid(padding=(0, 2), expand=True)
         row.add_column()
         row.add_column(ratio=1)
@@ -111,13 +136,12 @@ class TerminalView(Observer):
         row.add_row(
             Text(f"step {last.step:,}", style="bold"),
             ProgressBar(total=1.0, completed=last.done),
-            Text(f"{last.done:.0%}  {duration(last.seconds + waited)} gone, {duration(left)} left  {self._phase}"),
+            Text(f"{last.done:.0%}  {gone}{duration(left)} left  {self._phase}"),
         )
         return row
 
     def _numbers(self) -> RenderableType:
         last = self._steps[-1]
-        row = Table.grid(padding=(0, 3))
         cells = [
             ("loss", f"{last.loss:.3f}", "bright_cyan"),
             ("smoothed", f"{self._smoothed[-1]:.3f}", "cyan"),
@@ -126,12 +150,17 @@ class TerminalView(Observer):
         ]
         if self._evaluations:
             newest = self._evaluations[-1]
-            best = min(self._evaluations, key=lambda event: event.val_loss)
             cells[2:2] = [
                 ("held-out", f"{newest.val_loss:.3f}", "bright_yellow"),
                 ("bits/byte", f"{newest.val_bits_per_byte:.3f}", "bright_yellow"),
-                ("best", f"{best.val_bits_per_byte:.3f} at {best.step:,}", "yellow"),
             ]
+        best = next((event for event in reversed(self._evaluations) if event.best), None)
+        if best is not None:
+            cells.insert(4, ("best", f"{best.val_bits_per_byte:.3f} at {best.step:,}", "yellow"))
+        for dispensable in ("rate", "smoothed", "tokens/s", "best"):
+            if sum(max(len(label), len(value)) + 3 for label, value, _ in cells) - 3 > self._width():
+                cells = [cell for cell in cells if cell[0] != dispensable]
+        row = Table.grid(padding=(0, 3))
         row.add_row(*(Text(label, style="dim") for label, _, _ in cells))
         row.add_row(*(Text(value, style=style) for _, value, style in cells))
         return row
@@ -150,7 +179,7 @@ def _left(event: StepEvent) -> float:
 
 def draw_curves(curves: Sequence[tuple[Sequence[tuple[float, float]], str]], width: int, height: int) -> RenderableType:
     """Curves of (x in [0, 1], y) with their colours, in Braille dots, the y axis labelled; later curves lie on top."""
-    values = [y for points, _ in curves for _, y in points if math.isfinite(y)]
+    values = [y for points, _ in curves for _, y in points if math.isfinite(y)] or [0.0]
     low, high = min(values), max(values)
     span = max(high - low, 1e-9)
     cells = [[(0, "")] * width for _ in range(height)]
@@ -163,7 +192,7 @@ def draw_curves(curves: Sequence[tuple[Sequence[tuple[float, float]], str]], wid
     lines = []
     for index, line in enumerate(cells):
         label = {0: f"{high:7.3f} ", height - 1: f"{low:7.3f} "}.get(index, " " * 8)
-        text = Text(label, style="dim")
+        text = Text().append(label, style="dim")
         for dots, style in line:
             text.append(chr(0x2800 + dots) if dots else " ", style=style)
         lines.append(text)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from tinylm.plan import Plan
 
-from .console import JSON, QUIET, SET, ConsoleReporter, count, duration, print_json, size, stderr
+from .console import JSON, QUIET, SET, ConsoleReporter, count, duration, print_json, show_facts, size, stderr, stdout
 from .recipe_files import find
 
 app = typer.Typer(add_completion=False)
@@ -49,7 +47,6 @@ def show_plan(planned: Plan, json: bool) -> None:
         print_json(document)
         return
     memory = planned.memory_bytes
-    table = Table(box=None, show_header=False)
     rows = (
         ("parameters", f"{planned.parameters:,} ({planned.parameters_non_embedding:,} without embeddings and head)"),
         ("vocabulary, context", f"{planned.vocab_size:,} tokens, {planned.context_length:,} at a time"),
@@ -68,6 +65,4 @@ def show_plan(planned: Plan, json: bool) -> None:
         ("a checkpoint", size(planned.checkpoint_bytes)),
         ("time on this CPU", f"about {duration(planned.seconds_estimate)} of stepping"),
     )
-    for label, value in rows:
-        table.add_row(label, value)
-    Console(highlight=False).print(table)
+    show_facts(stdout(), rows)

@@ -17,14 +17,14 @@ def shipped() -> dict[str, Path]:
 def find(recipe: str) -> Path:
     """The file of a recipe. Raises `InputError` when there is none, naming the nearest that ships."""
     path = Path(recipe).expanduser()
-    if path.is_dir():
-        if (path / "recipe.yaml").exists():
-            return path / "recipe.yaml"
-        raise InputError("a folder without recipe.yaml", where=recipe)
-    if path.exists():
+    if (path / "recipe.yaml").exists():
+        return path / "recipe.yaml"
+    if path.exists() and not path.is_dir():
         return path
     known = shipped()
     if recipe.removesuffix(".yaml") in known:
         return known[recipe.removesuffix(".yaml")]
+    if path.is_dir():
+        raise InputError("a folder without recipe.yaml, so not a run", where=recipe)
     hint = did_you_mean(recipe, known) or "`tinylm recipes` lists those that ship"
     raise InputError("no such recipe file, and none of that name ships", where=recipe, hint=hint)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import typer
 import yaml
-from rich.console import Console
 from rich.table import Table
 
 from tinylm.errors import InputError, did_you_mean
 
-from .console import JSON, out, print_json
+from .console import JSON, out, print_json, stdout
 from .recipe_files import shipped
 
 app = typer.Typer(add_completion=False)
@@ -33,10 +32,10 @@ def recipes(
     if json:
         print_json(rows)
         return
-    table = Table("name", "what it is", box=None)
+    table = Table("name", "what it is", box=None, pad_edge=False)
     for row in rows:
         table.add_row(row["name"], row["about"])
-    Console(highlight=False).print(table)
+    stdout().print(table)
 
 
 def _about(text: str) -> str:

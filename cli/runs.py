@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from .console import JSON, print_json, size
+from .console import JSON, print_json, size, stderr, stdout
 
 app = typer.Typer(add_completion=False)
 
@@ -28,9 +27,9 @@ def runs(folder: str = typer.Argument("runs", help="Where the runs lie."), json:
         print_json(rows)
         return
     if not rows:
-        Console(stderr=True, highlight=False).print(f"no runs under {folder}/ yet: train one with `tinylm train quickstart`")
+        stderr().say(f"no runs under {folder}/ yet: train one with `tinylm train quickstart`", "dim")
         return
-    table = Table("name", box=None)
+    table = Table("name", box=None, pad_edge=False)
     for column in ("steps", "held-out loss", "bits per byte", "age", "size"):
         table.add_column(column, justify="right")
     for row in rows:
@@ -43,7 +42,9 @@ def runs(folder: str = typer.Argument("runs", help="Where the runs lie."), json:
             _age(row["age_seconds"]),
             size(row["bytes"]),
         )
-    Console(highlight=False).print(table)
+    console = stdout()
+    console.width = max(console.width, 80)  # a narrow terminal breaks the lines; it must not cut the numbers
+    console.print(table)
 
 
 def _row(run: Any) -> dict[str, Any]:

@@ -6,7 +6,22 @@ import secrets
 
 import typer
 
-from .console import CHECKPOINT, DEVICE, JSON, QUIET, RUN, THREADS, ConsoleReporter, count, open_run, out, print_json, stderr
+from .console import (
+    CHECKPOINT,
+    DEVICE,
+    JSON,
+    QUIET,
+    RUN,
+    THREADS,
+    ConsoleReporter,
+    checked_text,
+    count,
+    open_run,
+    out,
+    print_json,
+    stderr,
+    things,
+)
 
 app = typer.Typer(add_completion=False)
 
@@ -33,15 +48,20 @@ def sample(
 ) -> None:
     """Write text with a trained model."""
     console = stderr()
+    for text, option in ((prompt, "--prompt"), *((one, "--stop") for one in stop or ())):
+        checked_text(text, option)
+    opened = open_run(run, console, quiet=quiet)
+    chosen = opened.checkpoint(checkpoint)  # what is not there is told before torch is loaded
+
     from tinylm.device import resolve, set_threads
+
+    target = resolve(device)
     from tinylm.generation.engine import generate
     from tinylm.generation.sampling import SamplingOptions
 
     options = SamplingOptions(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, tuple(stop or ()))
-    opened = open_run(run, console, quiet=quiet)
-    chosen = opened.checkpoint(checkpoint)
     set_threads(threads)
-    network = opened.network(chosen, resolve(device))
+    network = opened.network(chosen, target)
     reporter = ConsoleReporter(console, quiet=quiet)
     tokenizer = opened.tokenizer
     unknown = tokenizer.encode(prompt).count(tokenizer.unknown) if tokenizer.unknown is not None else 0
@@ -78,10 +98,7 @@ def sample(
     else:
         out("\n\n---\n\n".join(sample.prompt + sample.text for sample in samples))
     if not quiet:
-        first = samples[0]
+        total = things(sum(len(sample.token_ids) for sample in samples), "token")
+        reasons = ", ".join(dict.fromkeys(sample.finish_reason for sample in samples))
         speed = count(sum(sample.tokens_per_second for sample in samples))
-        console.print(
-            f"{len(first.token_ids)} tokens, {speed} tokens/s, {first.finish_reason}, {chosen.name}, --seed {seed}",
-            style="dim",
-            markup=False,
-        )
+        console.say(f"{total}, {speed} tokens/s, {reasons}, {chosen.name}, --seed {seed}", "dim")

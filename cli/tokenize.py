@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json as json_module
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -12,14 +14,27 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from tinylm.errors import InputError
+from tinylm.errors import InputError, did_you_mean
 
-from .console import ERRORS, FIELD, JSON, QUIET, ConsoleReporter, checked_errors, out, print_json, stderr
+from .console import (
+    ERRORS,
+    FIELD,
+    JSON,
+    QUIET,
+    ConsoleReporter,
+    Verbs,
+    checked_errors,
+    out,
+    print_json,
+    show_facts,
+    stderr,
+    stdout,
+    things,
+)
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Train, apply and judge tokenizers.")
+app = typer.Typer(cls=Verbs, add_completion=False, no_args_is_help=True, help="Train, apply and judge tokenizers.")
+KINDS = ("bpe", "char", "byte")
 TOKENIZER = typer.Option(None, "--tokenizer", "-t", help="A tokenizer.json.")
 RUN = typer.Option(None, "--run", "-r", help="A run folder, whose tokenizer is used.")
 
@@ -43,6 +58,8 @@ def train(
     from tinylm.tokenizer import training
 
     path = Path(out_)
+    if path.is_dir():
+        raise InputError("is a folder", where=out_, hint="name the file to write")
     if path.exists() and not overwrite:
         raise InputError("exists already", where=out_, hint="--overwrite replaces it")
     section = _section(kind, vocab_size, split, digits)
@@ -58,14 +75,13 @@ def train(
                 seen += len(piece.text)
                 advance(seen)
 
+        if next(corpus.pieces(), None) is None:
+            raise InputError("the text is empty", where=describe(source))
         tokenizer = training.train(section, watched(), reporter.warn)
-    if not seen:
-        raise InputError("the text is empty", where=describe(source))
     tokenizer.save(path)
     seconds = time.perf_counter() - start
-    reporter.note(
-        f"{tokenizer.kind}, {tokenizer.vocab_size:,} tokens from {seen:,} characters, fingerprint {tokenizer.fingerprint[:12]}"
-    )
+    learned = f" from {things(seen, 'character')}" if seen else ""
+    reporter.note(f"{tokenizer.kind}, {things(tokenizer.vocab_size, 'token')}{learned}, fingerprint {tokenizer.fingerprint[:12]}")
     if json:
         print_json(
             {
@@ -84,12 +100,14 @@ def _section(kind: str, vocab_size: int | None, split: str | None, digits: int |
     """The same section that a recipe's `tokenizer:` would be, with the same checks."""
     from tinylm.recipe import RecipeError, loads
 
-    keys = {
-        "kind": kind,
-        "vocab_size": vocab_size if vocab_size is not None or kind != "bpe" else 8192,
-        "split": split,
-        "digits": digits,
-    }
+    if kind not in KINDS:
+        raise InputError(f"must be one of {', '.join(KINDS)}, not {kind!r}", where="--kind", hint=did_you_mean(kind, KINDS))
+    keys = {"kind": kind, "vocab_size": vocab_size, "split": split, "digits": digits}
+    for key, value in keys.items():
+        if kind != "bpe" and key != "kind" and value is not None:
+            raise InputError("only kind bpe has it", where=f"--{key.replace('_', '-')}")
+    if kind == "bpe" and vocab_size is None:
+        keys["vocab_size"] = 8192
     written = {key: value for key, value in keys.items() if value is not None}
     text = json_module.dumps({"data": {"train": "-"}, "training": {"steps": 1}, "tokenizer": written}, ensure_ascii=False)
     try:
@@ -101,12 +119,12 @@ def _section(kind: str, vocab_size: int | None, split: str | None, digits: int |
 
 
 def _tokenizer(tokenizer: str | None, run: str | None) -> Any:
+    from tinylm.run import Run
     from tinylm.tokenizer import Tokenizer
 
     if (tokenizer is None) == (run is None):
         raise InputError("name one tokenizer", hint="with --tokenizer PATH or --run RUN")
-    path = Path(tokenizer) if tokenizer is not None else Path(str(run)) / "tokenizer.json"
-    return Tokenizer.load(path)
+    return Tokenizer.load(tokenizer) if tokenizer is not None else Run.open(str(run)).tokenizer
 
 
 @app.command()
@@ -170,15 +188,15 @@ def decode(
     table = loaded.token_bytes
     with ExitStack() as stack:
         if source == "-":
-            stream = sys.stdin
+            stream = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", errors="replace")
         else:
             try:
-                stream = stack.enter_context(open(source, encoding="utf-8"))
+                stream = stack.enter_context(open(source, encoding="utf-8", errors="replace"))
             except OSError as error:
                 raise InputError(error.strerror or "cannot be read", where=source) from None
         sys.stdout.flush()
         for word in _words(stream):
-            if not word.isascii() or not word.isdigit() or int(word) >= len(table):
+            if not re.fullmatch("[0-9]{1,9}", word) or int(word) >= len(table):
                 raise InputError(f"{word[:40]!r} is not an id below {len(table):,}", where=source)
             sys.stdout.buffer.write(table[int(word)])
     sys.stdout.buffer.flush()
@@ -214,10 +232,10 @@ def report(
     if json:
         print_json({"tokenizer": name, **asdict(found)})
         return
-    table = Table(box=None, show_header=False)
+    sizes = ((found.documents, "document"), (found.bytes, "byte"), (found.words, "word"), (found.tokens, "token"))
     rows = (
         ("tokenizer", f"{name}: {found.kind}, {found.vocab_size:,} tokens"),
-        ("text", f"{found.documents:,} documents, {found.bytes:,} bytes, {found.words:,} words, {found.tokens:,} tokens"),
+        ("text", ", ".join(things(*size) for size in sizes)),
         ("bytes per token", f"{found.bytes_per_token:.3f}"),
         ("tokens per word", f"{found.tokens_per_word:.3f}"),
         ("unused tokens", f"{found.unused_tokens:,} of {found.vocab_size:,}"),
@@ -228,6 +246,4 @@ def report(
         ("most frequent", "  ".join(f"{token!r} {times:,}" for token, times in found.frequent_tokens)),
         ("longest", "  ".join(repr(token) for token in found.longest_tokens)),
     )
-    for label, value in rows:
-        table.add_row(label, value)
-    Console(highlight=False).print(table)
+    show_facts(stdout(), rows)

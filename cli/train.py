@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import re
+import shlex
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from .console import DEVICE, JSON, QUIET, SET, THREADS, ConsoleReporter, count, duration, out, print_json, size, stderr
+from .console import (
+    DEVICE,
+    JSON,
+    QUIET,
+    SET,
+    THREADS,
+    ConsoleReporter,
+    Conversation,
+    count,
+    duration,
+    out,
+    print_json,
+    show_facts,
+    size,
+    stderr,
+)
 from .recipe_files import find
 
 if TYPE_CHECKING:
@@ -42,6 +56,7 @@ def train(
     """Train a model. Ctrl-C finishes the step, saves, and stops; --resume goes on from there."""
     from tinylm.errors import InputError
     from tinylm.recipe import load
+    from tinylm.run import claim
 
     console = stderr()
     reporter = ConsoleReporter(console, quiet=quiet)
@@ -54,16 +69,21 @@ def train(
                 "this is a run folder", where=recipe, hint="--resume goes on with it; --out trains its recipe elsewhere"
             )
         out_ = recipe
+    if allow_change and not resume:
+        raise InputError("only means something with --resume", where="--allow-change")
     seconds = _seconds(stop_after) if stop_after is not None else None
+    folder = out_ or str(Path("runs") / loaded.name)
+    claim(Path(folder), resume, overwrite)
     if dry_run:
         from .plan import make, show_plan
 
         show_plan(make(loaded, reporter), json)
         return
-    folder = out_ or str(Path("runs") / loaded.name)
 
+    from tinylm.device import resolve, set_threads
+
+    resolve(device)  # one that is not here is told before torch's models are loaded
     from tinylm import pipeline
-    from tinylm.device import set_threads
     from tinylm.training.metrics import Observer
 
     from .live import PlainView, TerminalView
@@ -72,7 +92,7 @@ def train(
     observer: Observer
     if quiet:
         observer = Observer()
-    elif console.is_terminal:
+    elif console.is_terminal and not console.is_dumb_terminal:
         observer = TerminalView(console, f"tinylm train {loaded.name}")
     else:
         observer = PlainView(console)
@@ -90,7 +110,7 @@ def train(
         )
     _show(result, console, json, quiet)
     if result.signal_number is not None:
-        raise typer.Exit(128 + result.signal_number)
+        raise SystemExit(128 + result.signal_number)
 
 
 def _seconds(text: str) -> float:
@@ -103,7 +123,7 @@ def _seconds(text: str) -> float:
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
-def _show(result: TrainResult, console: Console, json: bool, quiet: bool) -> None:
+def _show(result: TrainResult, console: Conversation, json: bool, quiet: bool) -> None:
     from dataclasses import asdict
 
     if not quiet:
@@ -116,28 +136,18 @@ def _show(result: TrainResult, console: Console, json: bool, quiet: bool) -> Non
         out(result.run)
 
 
-def _summary(result: TrainResult, console: Console) -> None:
-    table = Table(box=None, show_header=False)
+def _summary(result: TrainResult, console: Conversation) -> None:
+    rows = []
     if result.val_loss is not None:
-        table.add_row(
-            "held-out",
-            f"loss {result.val_loss:.4f} nats per token, perplexity {result.val_perplexity:.2f}, "
-            f"{result.val_bits_per_byte:.4f} bits per byte (best at step {result.best_step:,})",
-        )
-    table.add_row(
-        "trained",
-        f"{result.step:,} of {result.steps:,} steps, {count(result.tokens)} tokens, {count(result.parameters)} parameters",
-    )
+        held_out = f"loss {result.val_loss:.4f} nats per token, perplexity {result.val_perplexity:.2f}, "
+        rows.append(("held-out", f"{held_out}{result.val_bits_per_byte:.4f} bits per byte (best at step {result.best_step:,})"))
+    trained = f"{result.step:,} of {result.steps:,} steps, {count(result.tokens)} tokens, {count(result.parameters)} parameters"
     memory = "" if result.peak_memory_bytes is None else f", peak memory {size(result.peak_memory_bytes)}"
-    table.add_row(
-        "time",
-        f"{duration(result.train_seconds)} of stepping at {count(result.tokens_per_second)} tokens/s in {result.precision} on "
-        f"{result.device}, {duration(result.seconds)} in all{memory}",
-    )
-    console.print(table)
+    speed = f"{count(result.tokens_per_second)} tokens/s in {result.precision} on {result.device}"
+    time = f"{duration(result.train_seconds)} of stepping at {speed}, {duration(result.seconds)} in all{memory}"
+    show_facts(console, [*rows, ("trained", trained), ("time", time)])
+    run = shlex.quote(result.run)
     if result.stopped == "done":
-        console.print(
-            f'next: tinylm sample --run {result.run} --prompt "..."   tinylm eval --run {result.run}', style="dim", markup=False
-        )
+        console.say(f'next: tinylm sample --run {run} --prompt "..."   tinylm eval --run {run}', "dim")
     else:
-        console.print(f"stopped early and saved; go on with: tinylm train {result.run} --resume", style="yellow", markup=False)
+        console.say(f"stopped early and saved; go on with: tinylm train {run} --resume", "yellow")

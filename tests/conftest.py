@@ -27,11 +27,10 @@ checkpoint: {{every: 5, keep: 1}}
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """No test reads or writes the user's cache; two workers do not fight over two cores."""
+    """No test reads or writes the user's cache; tiny models are fastest on one thread, beside other workers above all."""
     os.environ["TINYLM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ.pop("TINYLM_RUN", None)
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

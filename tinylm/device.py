@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
-
-import torch
+from typing import TYPE_CHECKING
 
 from tinylm.errors import InputError
+
+if TYPE_CHECKING:  # a name that is no device is refused without waiting for torch
+    import torch
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -16,6 +18,9 @@ def resolve(name: str) -> torch.device:
     kind, _, index = name.partition(":")
     if kind not in DEVICES or (index and not index.isdigit()):
         raise InputError(f"no such device {name!r}", where="--device", hint=f"one of {', '.join(DEVICES)}")
+
+    import torch
+
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -29,11 +34,15 @@ def resolve(name: str) -> torch.device:
 def set_threads(threads: int | None) -> None:
     """Let torch compute on this many CPU threads; None leaves its own choice, one per core."""
     if threads is not None:
+        import torch
+
         torch.set_num_threads(threads)
 
 
 def describe(device: torch.device) -> str:
     """What the device is called by its maker, where it says."""
+    import torch
+
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
@@ -42,6 +51,8 @@ def describe(device: torch.device) -> str:
 def peak_memory_bytes(device: torch.device) -> int | None:
     """Most memory used so far: of the GPU on CUDA, of this process elsewhere; None where the system does not tell."""
     if device.type == "cuda":
+        import torch
+
         return int(torch.cuda.max_memory_allocated(device))
     try:
         import resource

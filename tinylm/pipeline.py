@@ -33,7 +33,7 @@ from tinylm.optim import groups
 from tinylm.paths import whole_file, write_whole
 from tinylm.recipe import Recipe, changes
 from tinylm.reporting import SILENT, Reporter
-from tinylm.run import Run
+from tinylm.run import Run, claim
 from tinylm.training import precision as precisions
 from tinylm.training.checkpoint import CheckpointWriter, newest_whole, restore
 from tinylm.training.metrics import MetricsFile, Observer, Observers
@@ -89,7 +89,7 @@ def train(
     """
     folder = Path(folder)
     target = devices.resolve(device)
-    _claim(folder, resume, overwrite)
+    claim(folder, resume, overwrite)
     resume = resume and (folder / "recipe.yaml").exists()
     if resume:
         recipe = _reconciled(Run.open(folder), recipe, allow_change, reporter)
@@ -107,6 +107,7 @@ def train(
     _write_folder(folder, recipe, prepared, target)
     metrics = MetricsFile(folder, int(state["step"]) if state else 0)
     lengths = prepared.tokenizer.token_byte_lengths
+    watching = observer or Observer()
 
     def measure(network: Transformer, poll: Poll) -> Perplexity:
         return evaluate(
@@ -114,6 +115,7 @@ def train(
             prepared.heldout,
             lengths,
             context=recipe.model.context_length,
+            stride=recipe.evaluation.stride,
             max_tokens=recipe.evaluation.max_tokens,
             device=target,
             advance=poll,
@@ -141,29 +143,17 @@ def train(
         fingerprints=fingerprints,
         evaluate=measure,
         write=write,
-        observer=Observers([metrics, observer or Observer()]),
+        observer=Observers([metrics, watching]),
     )
     if state is not None:
         trainer.resume(state)
     try:
-        with StopRequest() as request:
+        with StopRequest(watching.stopping) as request:
+            watching.phase("first step")
             stopped = trainer.train(request, stop_after)
     finally:
         metrics.close()
     return _result(folder, trainer, stopped, request.signal_number, target)
-
-
-def _claim(folder: Path, resume: bool, overwrite: bool) -> None:
-    if resume and overwrite:
-        raise InputError("cannot both go on and begin anew", where="--resume, --overwrite")
-    if folder.exists() and not folder.is_dir():
-        raise InputError("is a file, not a folder", where=str(folder))
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    if not (folder / "recipe.yaml").exists():
-        raise InputError("this folder is not empty and not a run", where=str(folder), hint="choose another with --out")
-    if not resume and not overwrite:
-        raise InputError("there is a run here already", where=str(folder), hint="--resume goes on with it, --overwrite begins anew")
 
 
 def _reconciled(run: Run, recipe: Recipe, allowed: Sequence[str], reporter: Reporter) -> Recipe:
@@ -181,6 +171,9 @@ def _reconciled(run: Run, recipe: Recipe, allowed: Sequence[str], reporter: Repo
             "--allow-change KEY takes a change over; without it, train into another folder with --out",
             where=str(run.path),
         )
+    if recipe.training.precision == "auto" and "training.precision" not in allowed:  # measured again, it might come out otherwise
+        decided = recipe.training.model_copy(update={"precision": run.recipe.training.precision})
+        recipe = recipe.model_copy(update={"training": decided})
     return recipe
 
 
@@ -229,8 +222,12 @@ def _restore(
         if later.step > checkpoint.step:
             shutil.rmtree(later.path)
     checkpoints.point("last", checkpoint.name)
-    if state["best_step"]:
-        checkpoints.point("best", f"step-{state['best_step']:06d}")
+    best = run.path / "checkpoints" / f"step-{state['best_step']:06d}"
+    if best.exists():
+        checkpoints.point("best", best.name)
+    else:  # removed when a later one, now gone, was better
+        state.update(best_step=0, best_val_loss=None)
+        best.with_name("best").unlink(missing_ok=True)
     reporter.note(f"resuming after step {checkpoint.step}")
     return state
 

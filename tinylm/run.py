@@ -12,21 +12,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from typing import TYPE_CHECKING, Any
 
 from tinylm.data.shards import Shard, open_shard
 from tinylm.errors import InputError
-from tinylm.model.transformer import Transformer
 from tinylm.recipe import Recipe, load
 from tinylm.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # a run can be found, listed and refused without waiting for torch
+    import torch
+
+    from tinylm.model.transformer import Transformer
 
 RUNS = Path("runs")
 FORMAT = 1
@@ -57,11 +58,17 @@ class Checkpoint:
             )
         return state
 
-    def problem(self) -> str | None:
-        """Why this checkpoint cannot be trusted, or None: every file is there with the size and SHA-256 it was saved with."""
+    def problem(self, only: Sequence[str] | None = None) -> str | None:
+        """Why this checkpoint cannot be trusted, or None: every file is there with the size and SHA-256 it was saved with.
+
+        With `only`, those files are looked at: a checkpoint can be used without what only resuming needs.
+        """
         try:
-            manifest = _json(self.path / "manifest.json")
-            for name, noted in manifest["files"].items():
+            files = _json(self.path / "manifest.json")["files"]
+            for name in only if only is not None else files:
+                if name not in files:
+                    return f"manifest.json does not list {name}"
+                noted = files[name]
                 file = self.path / name
                 if Path(name).name != name or file.is_symlink():
                     return f"{name} does not belong in a checkpoint"
@@ -69,9 +76,28 @@ class Checkpoint:
                     return f"{name} has {file.stat().st_size:,} bytes instead of {noted['bytes']:,}"
                 if sha256(file) != noted["sha256"]:
                     return f"{name} is not what was saved"
-        except (OSError, InputError, KeyError, TypeError, AttributeError) as error:
-            return str(error)
+        except OSError as error:
+            return f"{Path(str(error.filename)).name}: {error.strerror}"
+        except (InputError, KeyError, TypeError) as error:
+            return error.message if isinstance(error, InputError) else "manifest.json is not what was saved"
         return None
+
+
+def claim(folder: Path, resume: bool, overwrite: bool) -> None:
+    """Raises `InputError` unless a training may write into `folder`: what is there is only touched when that was asked for."""
+    if resume and overwrite:
+        raise InputError("cannot both go on and begin anew", where="--resume, --overwrite")
+    if folder.exists() and not folder.is_dir():
+        raise InputError("is a file, not a folder", where=str(folder), hint="choose another with --out")
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        raise InputError("this folder may not be written to", where=str(there), hint="choose another with --out")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / "recipe.yaml").exists():
+        raise InputError("this folder is not empty and not a run", where=str(folder), hint="choose another with --out")
+    if not resume and not overwrite:
+        raise InputError("there is a run here already", where=str(folder), hint="--resume goes on with it, --overwrite begins anew")
 
 
 def sha256(file: Path) -> str:
@@ -85,10 +111,12 @@ def sha256(file: Path) -> str:
 def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot be read: {error}", where=str(path)) from None
+    except OSError as error:
+        raise InputError(f"{path.name}: {error.strerror}", where=str(path.parent)) from None
+    except ValueError as error:
+        raise InputError(f"{path.name} is not JSON: {error}", where=str(path.parent)) from None
     if not isinstance(value, dict):
-        raise InputError("is not an object", where=str(path))
+        raise InputError(f"{path.name} is not an object", where=str(path.parent))
     return value
 
 
@@ -153,10 +181,7 @@ class Run:
         """`best`, `last` or a step; default: the one pinned by its folder, else best. Raises `InputError` when absent."""
         which = which or self.pinned or "best"
         if which in ("best", "last"):
-            pointer = self.path / "checkpoints" / which
-            if not pointer.exists():
-                raise InputError(f"no {which} checkpoint yet", where=str(self.path), hint="has it trained to its first checkpoint?")
-            which = pointer.read_text(encoding="utf-8").strip()
+            which = self._pointed(which)
         digits = which.removeprefix("step-")
         if not digits.isdigit():
             raise InputError(f"{which!r} is not best, last or a step", where="--checkpoint")
@@ -166,8 +191,29 @@ class Run:
         steps = ", ".join(str(checkpoint.step) for checkpoint in self.checkpoints()) or "none"
         raise InputError(f"no checkpoint of step {int(digits)} in {self.path} (there: {steps})", where="--checkpoint")
 
+    def _pointed(self, name: str) -> str:
+        pointer = self.path / "checkpoints" / name
+        if not pointer.exists():
+            saved = self.checkpoints()
+            hint = f"--checkpoint {saved[-1].step} names the newest" if saved else "has it trained to its first checkpoint?"
+            raise InputError(f"no {name} checkpoint yet", where=str(self.path), hint=hint)
+        pointed = pointer.read_text(encoding="utf-8", errors="replace").strip()
+        if not re.fullmatch(r"step-[0-9]+", pointed):
+            raise InputError("names no checkpoint", where=str(pointer), hint="name a step with --checkpoint")
+        return pointed
+
     def network(self, checkpoint: Checkpoint, device: torch.device) -> Transformer:
-        """The model with the checkpoint's weights, in float32, ready to evaluate."""
+        """The model with the checkpoint's weights, in float32, ready to evaluate.
+
+        Raises `InputError` when weights or tokenizer are not what was saved.
+        """
+        from tinylm.model.transformer import Transformer
+
+        problem = checkpoint.problem(only=("model.safetensors", "state.json"))
+        if problem is not None:
+            raise InputError(f"damaged: {problem}", where=str(checkpoint.path), hint="name another with --checkpoint")
+        if checkpoint.state["fingerprints"]["tokenizer"] != self.tokenizer.fingerprint:
+            raise InputError("not the tokenizer this model was trained with", where=str(self.path / "tokenizer.json"))
         network = Transformer(self.recipe.model, self.tokenizer.vocab_size)
         load_weights(network, checkpoint)
         return network.to(device).eval()
@@ -175,14 +221,16 @@ class Run:
     def metrics(self) -> Iterator[dict[str, Any]]:
         """The lines of metrics.jsonl; a line torn by a crash is left out."""
         try:
-            lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
         except FileNotFoundError:
             return
         for line in lines:
             try:
-                yield json.loads(line)
+                event = json.loads(line)
             except ValueError:
                 continue
+            if isinstance(event, dict) and event.get("kind") in ("step", "eval"):
+                yield event
 
     def size(self) -> int:
         """Bytes on disk."""
@@ -191,6 +239,9 @@ class Run:
 
 def load_weights(network: Transformer, checkpoint: Checkpoint) -> None:
     """Fill the network from model.safetensors. Raises `InputError` when it does not fit."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     file = checkpoint.path / "model.safetensors"
     try:
         weights = load_file(file)

@@ -352,3 +352,19 @@ def test_recipes_plans_text_tokenizers_and_data_import_without_torch() -> None:
     program = f"import sys, {modules}; print(sorted({{'torch', 'transformers', 'pyarrow'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, "a: " + "[" * 5000 + "]" * 5000, "a: &a [*a]"])
+def test_yaml_that_never_ends_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="nested too deeply"):
+        loads(text)
+
+
+def test_a_tag_that_does_not_fit_its_value_is_refused() -> None:
+    with pytest.raises(InputError, match="a recipe needs no tags"):
+        loads("seed: !!int abc")
+
+
+def test_a_lone_dash_is_told_to_be_quoted() -> None:
+    with pytest.raises(InputError, match=r"recipe:2: not valid YAML.*must be quoted"):
+        loads("data:\n  train: -")

@@ -92,6 +92,7 @@ SETTINGS: dict[str, list[str]] = {
     "ConstantSchedule.warmup": ["training.schedule=constant", "training.schedule.warmup=5"],
     "EvaluationSection.every": ["evaluation.every=7"],
     "EvaluationSection.max_tokens": ["evaluation.max_tokens=5000"],
+    "EvaluationSection.stride": ["evaluation.stride=8"],
     "CheckpointSection.every": ["checkpoint.every=7"],
     "CheckpointSection.keep": ["checkpoint.keep=0"],
     "SamplingSection.every": ["sampling.every=7"],

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import bz2
+import functools
 import gzip
+import http.server
 import io
 import json
 import lzma
 import os
+import re
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -116,7 +120,7 @@ def test_half_a_surrogate_pair_can_be_replaced(tmp_path: Path) -> None:
 def test_invalid_utf8_in_jsonl_names_the_byte_in_the_file(tmp_path: Path) -> None:
     first = json_lines("é" * 5).encode()
     path = write(tmp_path / "a.jsonl", first + b'{"text": "\xff"}\n')
-    assert refusal(path).startswith(f"{path}: not UTF-8 at byte {len(first) + 10} (--errors replace")
+    assert refusal(path).startswith(f"{path}: not UTF-8 at byte {len(first) + 10} (data.errors: replace")
     assert documents(path, errors="replace") == ["é" * 5, "\ufffd"]
 
 
@@ -408,3 +412,29 @@ def test_one_line_of_fifty_megabytes_streams_in_flat_memory(tmp_path: Path, unit
 def test_many_sources_are_described_shortly() -> None:
     assert describe(["a", "b"]) == "a, b"
     assert describe(["a", "b", "c", "d"]) == "a and 3 more"
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """A server on the loopback and the folder it serves."""
+    folder = tmp_path / "web"
+    folder.mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}", folder
+        server.shutdown()
+
+
+def test_a_text_on_the_web_is_read_as_often_as_needed(web: tuple[str, Path]) -> None:
+    address, folder = web
+    (folder / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n', encoding="utf-8")
+    with Corpus([f"{address}/a.jsonl"]) as corpus:
+        (folder / "a.jsonl").unlink()
+        assert [piece.text for piece in corpus.pieces()] == [piece.text for piece in corpus.pieces()] == ["one", "two"]
+
+
+def test_a_missing_page_is_told_with_its_address(web: tuple[str, Path]) -> None:
+    address, _ = web
+    with pytest.raises(InputError, match=re.escape(f"{address}/nothing.txt: cannot be read")):
+        Corpus([f"{address}/nothing.txt"])

@@ -220,3 +220,10 @@ def test_a_tokenizer_of_another_maker_keeps_text_as_text(english: str, tmp_path:
     assert tokenizer.end_of_text not in tokenizer.encode(text)
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode(english[:3000]) == theirs.encode(english[:3000]).ids
+
+
+def test_a_tokenizer_whose_tokens_are_not_bytes_is_refused_rather_than_decoded_wrongly(tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer(tokenizers.models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))
+    backend.save(str(tmp_path / "t.json"))
+    with pytest.raises(InputError, match="wordpiece tokenizers of this form are not read yet"):
+        Tokenizer.load(tmp_path / "t.json")

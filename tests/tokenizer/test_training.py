@@ -103,7 +103,7 @@ def test_text_without_spaces_is_learned_quickly_and_the_user_is_told() -> None:
     tokenizer = learned(dna, vocab_size=320, warnings=warnings)
     assert time.monotonic() - start < 30
     assert warnings == [
-        "2,000,000 characters stand in runs of more than 256 without a space; merges were learned from the first 1,048,576 of them"
+        "2,000,000 characters stand in runs of more than 256 without a border; merges were learned from the first 1,048,576 of them"
     ]
     assert tokenizer.vocab_size == 320
     assert len(tokenizer.encode(dna[:10_000])) < 5000
@@ -115,3 +115,10 @@ def test_a_run_that_is_cut_short_teaches_what_it_holds() -> None:
     tokenizer = learned("xyz" * 1000, vocab_size=260, warnings=warnings)
     assert any(len(set(token)) == 3 for token in tokenizer.token_bytes), "xyz, or it turned round"
     assert not any("runs of more than" in warning for warning in warnings), "all of it was learned from"
+
+
+def test_sentences_without_spaces_are_learned_from_in_full() -> None:
+    warnings: list[str] = []
+    chinese = "学而时习之，不亦说乎？有朋自远方来，不亦乐乎？" * 60_000
+    training.train(BpeTokenizer(kind="bpe", vocab_size=300), [Piece(chinese, True)], warnings.append)
+    assert not any("runs of more than" in warning for warning in warnings)

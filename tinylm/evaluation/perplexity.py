@@ -156,7 +156,7 @@ def _losses(network: nn.Module, shard: Shard, batch: list[Window], device: torch
     for row, window in enumerate(batch):
         tokens[row, : window.length + 1] = shard.tokens[window.start : window.start + window.length + 1]
     losses = CausalObjective().losses(network, torch.from_numpy(tokens).to(device))
-    return losses.double().cpu().numpy(), tokens[:, 1:]
+    return losses.cpu().double().numpy(), tokens[:, 1:]
 
 
 def _interval(nats: np.ndarray, sizes: np.ndarray, owners: np.ndarray, documents: int) -> tuple[float, float]:

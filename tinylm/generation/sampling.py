@@ -75,7 +75,8 @@ def choose(logits: Tensor, options: SamplingOptions, generators: list[torch.Gene
     """Next ids (B,). Each row draws from its own generator, so that it does not depend on its neighbours."""
     if options.temperature == 0:
         return logits.argmax(dim=-1)
-    cumulative = filtered(logits, options).double().cumsum(dim=-1)
+    cumulative = filtered(logits, options).cpu().double().cumsum(dim=-1)  # not every GPU has float64
     drawn = torch.stack([torch.rand((), generator=generator, dtype=torch.float64) for generator in generators])
-    targets = drawn.to(cumulative.device)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, targets, right=True).squeeze(-1).clamp_max(logits.shape[-1] - 1)
+    targets = drawn[:, None] * cumulative[:, -1:]
+    chosen = torch.searchsorted(cumulative, targets, right=True).squeeze(-1).clamp_max(logits.shape[-1] - 1)
+    return chosen.to(logits.device)

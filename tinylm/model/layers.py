@@ -65,8 +65,10 @@ class Attention(nn.Module):
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        if causal and T > 1 and k.shape[2] > T:  # new positions after cached ones
-            mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - T)
+        S = k.shape[2]
+        if causal and T > 1 and (mask is not None or S > T):  # the kernel's own causality takes no mask and no cached positions
+            earlier = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+            mask = earlier if mask is None else mask & earlier
         mixed = F.scaled_dot_product_attention(
             q,
             k,

@@ -22,6 +22,11 @@ class Optimizers:
             for group in part.param_groups:
                 group["peak"] = float(group["lr"])
 
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Of all parts: a gradient scaler judges them together, so that a step which one must skip is skipped by all."""
+        return [group for part in self.parts.values() for group in part.param_groups]
+
     def set_rate(self, multiplier: float) -> None:
         """Set every group's rate to `multiplier` times its peak."""
         for part in self.parts.values():

@@ -37,6 +37,12 @@ def _model(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         yield ("model", "n_embd"), f"sinusoidal positions need an even width, not {model.n_embd}"
     if model.rope_theta is not None and model.position != "rope":
         yield ("model", "rope_theta"), f"only position rope has it, and position is {model.position}"
+    stride = recipe.evaluation.stride
+    if stride is not None and stride > model.context_length:
+        yield (
+            ("evaluation", "stride"),
+            f"{stride} is more than context_length {model.context_length}: tokens between would be left out",
+        )
     if isinstance(tokenizer, BpeTokenizer):
         if tokenizer.vocab_size < 257:
             yield ("tokenizer", "vocab_size"), "bpe needs at least 257: the 256 bytes and the end of text"

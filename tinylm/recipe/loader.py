@@ -108,7 +108,12 @@ def _parse(text: str, name: str) -> _Document:
         problem = error.problem or "not YAML"
         if "'\\t'" in problem:
             raise InputError("a tab cannot indent YAML", where=line, hint="use spaces") from None
-        raise InputError(f"not valid YAML: {problem}", where=line) from None
+        hint = "a value that is a lone - must be quoted" if problem.startswith("sequence entries") else None
+        raise InputError(f"not valid YAML: {problem}", where=line, hint=hint) from None
+    except (ValueError, TypeError) as error:  # a value that does not fit the tag written before it
+        raise InputError(f"not valid YAML: {error}", where=name, hint="a recipe needs no tags such as !!int") from None
+    except RecursionError:
+        raise InputError(_TOO_LARGE, where=name) from None
     except yaml.YAMLError as error:
         raise InputError(f"not valid YAML: {str(error).splitlines()[0]}", where=name) from None
     return document
@@ -116,7 +121,7 @@ def _parse(text: str, name: str) -> _Document:
 
 def _construct(loader: Loader, node: yaml.Node, path: Path_, document: _Document) -> Any:
     if len(path) > _DEEPEST or len(document.places) > _MOST_KEYS:  # an alias that holds itself, or a bomb of aliases
-        raise InputError("nested too deeply, or far too large, for a recipe", where=f"{document.name}:{node.start_mark.line + 1}")
+        raise InputError(_TOO_LARGE, where=f"{document.name}:{node.start_mark.line + 1}")
     if isinstance(node, yaml.MappingNode):
         loader.flatten_mapping(node)
         mapping: dict[str, Any] = {}
@@ -167,11 +172,12 @@ def _value_of(written: str) -> Any:
         outline = isinstance(node, yaml.CollectionNode) and not node.flow_style
         only_a_comment = node is None and written.strip()
         return written if outline or only_a_comment else yaml.load(written, Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError):
         return written
 
 
 _DEEPEST, _MOST_KEYS = 16, 10_000
+_TOO_LARGE = "nested too deeply, or far too large, for a recipe"
 _LENGTHS = ("steps", "tokens", "epochs", "minutes")
 
 

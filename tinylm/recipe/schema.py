@@ -289,6 +289,8 @@ class EvaluationSection(Section):
     """Steps between evaluations; the last step is always evaluated."""
     max_tokens: OptionalCount = None
     """Evaluate on the first this many held-out tokens only; null: on all."""
+    stride: OptionalCount = None
+    """Tokens between windows; fewer than context_length: more context for each token, and more time. null: context_length."""
 
 
 class CheckpointSection(Section):

@@ -142,8 +142,8 @@ class Corpus:
                 return self._spool(_without_query(source), stream)
         except ImportError as error:
             raise need_extra("remote", f"reading {source.partition('://')[0]}:// addresses ({error})") from None
-        except (OSError, ValueError) as error:
-            raise InputError(f"cannot be read: {error}", where=source) from None
+        except Exception as error:  # each protocol's library raises classes of its own
+            raise InputError(f"cannot be read: {error or type(error).__name__}", where=source) from None
 
     def _documents(self, entry: _Entry) -> Iterator[Iterable[str]]:
         """Each document as an iterable of strings."""
@@ -333,7 +333,7 @@ def _decoded(name: str, stream: IO[bytes], errors: str) -> Iterator[str]:
 
 def _not_utf8(name: str, offset: int) -> InputError:
     return InputError(
-        f"not UTF-8 at byte {offset}", where=name, hint="--errors replace (or data.errors: replace) reads it as U+FFFD"
+        f"not UTF-8 at byte {offset}", where=name, hint="data.errors: replace, or --errors replace, reads it as U+FFFD"
     )
 
 

@@ -36,14 +36,19 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read a tokenizer.json. Raises `InputError` when there is none or it is not one."""
+        """Read a tokenizer.json. Raises `InputError` when there is none, it is not one, or of a kind that is not read here."""
         path = Path(path)
         if not path.is_file():
             raise InputError("no such tokenizer file", where=str(path))
         try:
-            return cls(tokenizers.Tokenizer.from_file(str(path)))
+            tokenizer = cls(tokenizers.Tokenizer.from_file(str(path)))
         except Exception as error:  # tokenizers raises plain Exception for a file it cannot read
             raise InputError(f"not a tokenizer.json: {error}", where=str(path)) from None
+        if not (tokenizer._is_byte_level or tokenizer.kind == "char"):
+            raise InputError(
+                f"{tokenizer.kind} tokenizers of this form are not read yet", where=str(path), hint="byte-level BPE is"
+            )
+        return tokenizer
 
     def save(self, path: str | Path) -> None:
         write_whole(Path(path), self.backend.to_str(pretty=True) + "\n")

@@ -93,12 +93,13 @@ def warn_of_smaller(tokenizer: Tokenizer, wanted: int, warn: Warn) -> None:
 
 
 def _without_endless_runs(pieces: Iterable[Piece], warn: Warn) -> Iterator[str]:
-    """The text with runs of letters that no pattern splits cut short, and only the first part of them kept.
+    """The text with runs of letters, digits or signs that no pattern splits cut short, and only the first part of them kept.
 
-    Every merge visits every word that holds the pair: on a text without spaces (DNA, base64) that is the whole text for
-    each of thousands of merges. A megabyte of such runs is enough to learn their merges.
+    Every merge visits every word that holds the pair: on a text without borders (DNA) that is the whole text for each of
+    thousands of merges. A megabyte of such runs is enough to learn their merges.
     """
-    endless = re.compile(rf"\S{{{LONGEST_RUN + 1},}}")
+    more = f"{{{LONGEST_RUN + 1},}}"
+    endless = re.compile(rf"[^\W\d_]{more}|\d{more}|[^\w\s]{more}")
     kept = left_out = 0
 
     def shorten(match: re.Match[str]) -> str:
@@ -113,7 +114,7 @@ def _without_endless_runs(pieces: Iterable[Piece], warn: Warn) -> Iterator[str]:
         yield endless.sub(shorten, piece.text)
     if left_out:
         warn(
-            f"{left_out + kept:,} characters stand in runs of more than {LONGEST_RUN} without a space; "
+            f"{left_out + kept:,} characters stand in runs of more than {LONGEST_RUN} without a border; "
             f"merges were learned from the first {kept:,} of them"
         )
 

@@ -75,7 +75,7 @@ class CheckpointWriter:
         pointers = [self.folder / name for name in ("best", "last")]
         wanted = {pointer.read_text(encoding="utf-8").strip() for pointer in pointers if pointer.exists()}
         found = self.run.checkpoints()
-        wanted |= {checkpoint.name for checkpoint in found[len(found) - self._keep :]}
+        wanted |= {checkpoint.name for checkpoint in found[max(0, len(found) - self._keep) :]}
         for checkpoint in found:
             if checkpoint.name not in wanted:
                 shutil.rmtree(checkpoint.path, ignore_errors=True)

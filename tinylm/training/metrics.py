@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from tinylm.paths import write_whole
+
+_NOT_JSON = (float("inf"), float("-inf"))
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,10 @@ class Observer:
     def saved(self, step: int) -> None: ...
 
     def phase(self, name: str) -> None:
-        """What the training does now: `training`, `evaluating`, `saving`, `sampling`."""
+        """What the training does now: `first step`, `training`, `evaluating`, `saving`, `sampling`."""
+
+    def stopping(self) -> None:
+        """A signal came: the training will save and stop after this step. Called from the signal's handler."""
 
 
 class Observers(Observer):
@@ -86,6 +92,10 @@ class Observers(Observer):
         for member in self._members:
             member.phase(name)
 
+    def stopping(self) -> None:
+        for member in self._members:
+            member.stopping()
+
 
 class MetricsFile(Observer):
     """Appends to metrics.jsonl and samples.md of a run folder.
@@ -99,22 +109,25 @@ class MetricsFile(Observer):
         kept = [line for line in self._lines() if line["step"] < resumed_step + (line["kind"] == "step")]
         write_whole(self._metrics, "".join(json.dumps(line) + "\n" for line in kept))
         if self._samples.exists():
-            write_whole(self._samples, _until(self._samples.read_text(encoding="utf-8"), resumed_step))
+            write_whole(self._samples, _until(self._samples.read_bytes().decode("utf-8"), resumed_step))
         self._file: IO[str] = open(self._metrics, "a", encoding="utf-8", newline="\n")  # noqa: SIM115  closed by `close`
 
     def _lines(self) -> list[dict[str, Any]]:
         if not self._metrics.exists():
             return []
         lines = []
-        for line in self._metrics.read_text(encoding="utf-8").splitlines():
+        for line in self._metrics.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                lines.append(json.loads(line))
+                event = json.loads(line)
             except ValueError:  # torn by a crash
                 continue
+            if isinstance(event, dict) and "kind" in event and "step" in event:
+                lines.append(event)
         return lines
 
     def _write(self, kind: str, event: StepEvent | EvaluationEvent) -> None:
-        self._file.write(json.dumps({"kind": kind, **asdict(event)}) + "\n")
+        numbers = {key: None if value in _NOT_JSON or value != value else value for key, value in asdict(event).items()}
+        self._file.write(json.dumps({"kind": kind, **numbers}, allow_nan=False) + "\n")
         self._file.flush()
 
     def step(self, event: StepEvent) -> None:
@@ -133,9 +146,6 @@ class MetricsFile(Observer):
 
 
 def _until(samples: str, step: int) -> str:
-    """samples.md with only what was written before `step`."""
-    kept = []
-    for section in samples.split("## Step ")[1:]:
-        if int(section.split("\n", 1)[0]) < step:
-            kept.append("## Step " + section)
-    return "".join(kept)
+    """samples.md with only what was written before `step`. What the model wrote is indented, so it cannot pass for a heading."""
+    sections = re.split(r"^(?=## Step \d+\n)", samples, flags=re.MULTILINE)
+    return "".join(section for section in sections if section and int(section.split("\n", 1)[0].removeprefix("## Step ")) < step)

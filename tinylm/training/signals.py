@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 
 class StopRequest:
-    """A context manager. `signal_number` is None until a signal came."""
+    """A context manager. `signal_number` is None until a signal came; `heard` is called when the first one does."""
 
-    def __init__(self) -> None:
+    def __init__(self, heard: Callable[[], None] = lambda: None) -> None:
+        self._heard = heard
         self.signal_number: int | None = None
         self._previous: dict[int, Any] = {}
 
@@ -29,3 +31,4 @@ class StopRequest:
         if self.signal_number is not None:
             raise KeyboardInterrupt
         self.signal_number = number
+        self._heard()

@@ -124,8 +124,8 @@ class Trainer:
         self.network.train()
         if self.progress.step:
             self._look(request)
-        stopped = "done"
-        while stopped == "done" and not self._finished():
+        stopped, finished = "done", self._finished()
+        while stopped == "done" and not finished:
             loss, norm = self._step()
             progress = self.progress
             progress.seconds = earlier + time.perf_counter() - began
@@ -143,9 +143,12 @@ class Trainer:
             if stopped == "done":
                 self._look(request)
             progress.seconds = earlier + time.perf_counter() - began
-            if request.signal_number is not None and not finished:
+            if stopped == "done" and request.signal_number is not None and not finished:
                 stopped = "signal"
-        return stopped
+                if not saving:  # the signal came after that was decided
+                    self._save()
+        measured = self.progress.evaluated_step == self.progress.step
+        return stopped if measured or stopped != "done" else "signal"  # one that came during the last evaluation
 
     def _look(self, request: StopRequest) -> None:
         """Measure and sample when it is time. A resumed training does so first: its checkpoint was saved before that."""
@@ -183,12 +186,10 @@ class Trainer:
         sequences = torch.from_numpy(self.batches.sequences(progress.step * batch, batch))
         seeds = self._seeds() if self.recipe.model.dropout else None
         loss = accumulate(self._forward, self._objective, sequences, self.micro_batch_size, self.precision, self.scaler, seeds)
-        for part in self.optimizers.parts.values():
-            self.scaler.unscale_(part)
+        self.scaler.unscale_(self.optimizers)  # type: ignore[arg-type]  # groups and a step are all it needs
         limit = training.clip_grad_norm if training.clip_grad_norm is not None else math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit)
-        for part in self.optimizers.parts.values():
-            self.scaler.step(part)
+        self.scaler.step(self.optimizers)  # type: ignore[arg-type]
         self.scaler.update()
         progress.step += 1
         progress.tokens += batch * self.batches.context_length
@@ -207,11 +208,7 @@ class Trainer:
         progress = self.progress
         progress.train_seconds += time.perf_counter() - start
         if not math.isfinite(value):
-            kept = "the last checkpoint is whole" if progress.step > 1 else "nothing was saved"
-            raise WorkError(
-                f"the loss of step {progress.step} is {value}; {kept}",
-                hint="lower training.optimizer.lr, or look at the text with `tinylm tokenize report`",
-            )
+            raise self._diverged(f"the loss of step {progress.step} is {value}")
         progress.train_loss = value
         tokens = (progress.step - self._logged_step) * self.recipe.training.global_batch_size * self.batches.context_length
         seconds = max(progress.train_seconds - self._logged_seconds, 1e-9)
@@ -230,7 +227,15 @@ class Trainer:
             )
         )
 
+    def _diverged(self, what: str) -> WorkError:
+        saved = self._checkpoints.run.checkpoints()
+        kept = f"the checkpoint of step {saved[-1].step} is whole" if saved else "nothing was saved"
+        hint = "lower training.optimizer.lr, or look at the text with `tinylm tokenize report`"
+        return WorkError(f"{what}; {kept}", hint=hint)
+
     def _save(self) -> None:
+        if not all(bool(parameter.isfinite().all()) for parameter in self.network.parameters()):
+            raise self._diverged(f"the weights after step {self.progress.step} are not all numbers")
         self._observer.phase("saving")
         state = {**asdict(self.progress), "scaler": self.scaler.state_dict(), "fingerprints": self._fingerprints}
         self._checkpoints.save(self.network, self.optimizers, state)
@@ -252,6 +257,8 @@ class Trainer:
         finally:
             self._observer.phase("training")
         progress = self.progress
+        if not math.isfinite(measured.loss):
+            raise self._diverged(f"the held-out loss of step {progress.step} is {measured.loss}")
         progress.val_loss, progress.val_bits_per_byte = measured.loss, measured.bits_per_byte
         progress.evaluated_step = progress.step
         best = progress.best_val_loss is None or measured.loss < progress.best_val_loss

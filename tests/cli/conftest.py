@@ -1,0 +1,49 @@
+"""The command line inside this process, for what does not need one of its own: torch is loaded only once."""
+
+from __future__ import annotations
+
+import io
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from command import Answer, Here
+from tinylm_cli.app import main
+
+
+@pytest.fixture
+def here(capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[Here]:
+    """`here("eval", "--json")` is `tinylm eval --json`."""
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments: str | Path, stdin: bytes = b"") -> Answer:
+        monkeypatch.setattr(sys, "argv", ["tinylm", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        capfdbinary.readouterr()
+        with pytest.raises(SystemExit) as ending:
+            main()
+        out, err = capfdbinary.readouterr()
+        return Answer(int(ending.value.code or 0), out.decode("utf-8", "surrogateescape"), err.decode())
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture
+def recipe_file(text_file: Path, tmp_path: Path) -> Path:
+    """A tiny recipe as a file, to be changed with --set."""
+    recipe = {
+        "name": "tiny",
+        "data": {"train": str(text_file)},
+        "tokenizer": {"kind": "bpe", "vocab_size": 400},
+        "model": {"n_layer": 2, "n_head": 2, "n_embd": 32, "context_length": 32},
+        "training": {"steps": 2, "global_batch_size": 4, "precision": "fp32"},
+    }
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return path

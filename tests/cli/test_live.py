@@ -1,0 +1,151 @@
+"""The views of a training, given a made-up sequence of events: the numbers shown are the numbers heard."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+
+import pytest
+from rich.console import Console
+from tinylm_cli.live import PlainView, TerminalView, draw_curves
+
+from tinylm.training.metrics import EvaluationEvent, Observer, SampleEvent, StepEvent
+
+LOSSES = [6.0, 5.0, 4.5, 4.25]
+
+
+def console(width: int = 110, *, terminal: bool = False) -> Console:
+    return Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None, highlight=False)
+
+
+def written(target: Console) -> str:
+    assert isinstance(target.file, io.StringIO)
+    return target.file.getvalue()
+
+
+def step(number: int, loss: float, *, seconds: float | None = None, steps: int = 8) -> StepEvent:
+    spent = 10.0 * number if seconds is None else seconds
+    return StepEvent(number, 100 * number, loss, 3e-3, 1.0, 12_345.0, spent, number / steps)
+
+
+def tell(view: Observer) -> None:
+    """Four steps of eight, measured after the second (the best) and the fourth; one sample."""
+    view.phase("first step")
+    for number, loss in enumerate(LOSSES, 1):
+        view.step(step(number, loss))
+        if number in (2, 4):
+            view.evaluation(EvaluationEvent(number, 100 * number, 5.5 + number, 2.25 + number, 10.0 * number, number == 2))
+    view.sample(SampleEvent(4, "The for", " statement\nis  used"))
+    view.phase("training")
+
+
+def shown(width: int = 110) -> str:
+    target = console(width)
+    view = TerminalView(target, "tinylm train tiny")
+    tell(view)
+    target.print(view.render())
+    return written(target)
+
+
+def test_plain_lines_hold_the_numbers() -> None:
+    target = console()
+    tell(PlainView(target))
+    lines = [re.sub(" +", " ", line) for line in written(target).splitlines()]
+    assert lines[0] == "step 1 12% loss 6.0000 12.3k tokens/s"
+    assert lines[1] == "step 2 25% loss 5.0000 12.3k tokens/s 1:00 left"
+    assert lines[2] == "step 2 held-out loss 7.5000 4.2500 bits per byte best so far"
+    assert lines[-1] == "step 4 held-out loss 9.5000 6.2500 bits per byte"
+
+
+def test_plain_lines_come_every_few_seconds() -> None:
+    target = console()
+    view = PlainView(target)
+    for number in range(1, 101):
+        view.step(step(number, 1.0, seconds=number * 0.1, steps=100))
+    assert len(written(target).splitlines()) == 2
+
+
+def test_the_panel_holds_the_numbers() -> None:
+    panel = shown()
+    for number in ("step 4", "50%", "0:40 gone, 0:40 left", "4.250", "9.500", "6.250", "4.250 at 2", "12.3k", "0.003", "training"):
+        assert number in panel, number
+    smoothed = LOSSES[0]
+    for loss in LOSSES:
+        smoothed = 0.9 * smoothed + 0.1 * loss
+    assert f"{smoothed:.3f}" in panel
+    assert "at step 4 it writes" in panel
+    assert "The for statement is used" in panel
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120, 200])
+def test_the_panel_fits_and_keeps_what_matters(width: int) -> None:
+    panel = shown(width)
+    assert all(len(line) <= width for line in panel.splitlines())
+    for whole in ("step 4", "50%", "loss", "held-out", "bits/byte", "4.250", "9.500", "6.250"):
+        assert whole in panel, whole
+
+
+def test_before_the_first_step_the_panel_says_so() -> None:
+    target = console()
+    view = TerminalView(target, "tinylm train tiny")
+    target.print(view.render())
+    assert "first step" in written(target)
+
+
+def test_the_panel_says_that_it_will_stop() -> None:
+    target = console(terminal=True)
+    with TerminalView(target, "tinylm train tiny") as view:
+        tell(view)
+        view.stopping()
+        target.print(view.render())
+    assert "stopping after this step" in written(target)
+    assert "0:40 left  stopped" in written(target)
+
+
+def test_a_loss_that_is_no_number_does_not_break_the_panel() -> None:
+    target = console()
+    view = TerminalView(target, "tinylm train tiny")
+    view.step(step(1, math.nan))
+    target.print(view.render())
+    assert "nan" in written(target)
+
+
+def braille(points: set[tuple[int, int]], width: int, height: int) -> list[str]:
+    """Dots at (column, row), numbered as in Unicode: 1 2 3 down the left, 4 5 6 down the right, 7 8 below."""
+    numbers = {(0, 0): 1, (0, 1): 2, (0, 2): 3, (1, 0): 4, (1, 1): 5, (1, 2): 6, (0, 3): 7, (1, 3): 8}
+    lines = []
+    for y in range(height):
+        line = ""
+        for x in range(width):
+            bits = sum(1 << (n - 1) for (dx, dy), n in numbers.items() if (2 * x + dx, 4 * y + dy) in points)
+            line += chr(0x2800 + bits) if bits else " "
+        lines.append(line)
+    return lines
+
+
+def drawn(points: list[tuple[float, float]], width: int, height: int) -> list[str]:
+    target = console(width + 20)
+    target.print(draw_curves([(points, "cyan")], width, height))
+    return [line[8:].rstrip() for line in written(target).splitlines()]
+
+
+def test_the_curve_against_dots_set_by_hand() -> None:
+    width, height = 6, 3
+    falling = [(x / 12, 11.0 - x) for x in range(12)]
+    assert drawn(falling, width, height) == [line.rstrip() for line in braille({(x, x) for x in range(12)}, width, height)]
+    flat = [(x / 12, 2.0) for x in range(12)]
+    assert drawn(flat, width, height) == [line.rstrip() for line in braille({(x, 0) for x in range(12)}, width, height)]
+    corners = [(0.0, 1.0), (1.0, 0.0)]
+    joined = drawn(corners, width, height)
+    assert joined[0][0] != " "
+    assert joined[-1][-1] != " "
+    assert all(line.strip() for line in joined), "points far apart are joined"
+
+
+def test_the_axis_is_labelled_with_the_extremes() -> None:
+    target = console(40)
+    target.print(draw_curves([([(0.0, 7.5), (0.5, 1.25)], "cyan"), ([(0.5, 9.0)], "yellow")], 20, 4))
+    lines = written(target).splitlines()
+    assert lines[0].startswith("  9.000 ")
+    assert lines[-1].startswith("  1.250 ")

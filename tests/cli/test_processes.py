@@ -1,0 +1,92 @@
+"""What only a real process shows: readers that leave early, signals, and a pipe through encode and decode."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from command import COMMAND, environment, tinylm
+
+from tinylm.run import Run
+
+posix = pytest.mark.skipif(os.name == "nt", reason="POSIX pipes and signals")
+
+
+@posix
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["recipes"],
+        ["recipes", "quickstart"],
+        ["recipes", "--json"],
+        ["runs", "RUNS"],
+        ["tokenize", "encode", "TEXT", "-r", "RUN"],
+        ["eval", "-r", "RUN", "-q"],
+    ],
+)
+def test_a_reader_that_leaves_early_is_no_failure(arguments: list[str], tiny_run: Run, text_file: Path) -> None:
+    places = {"RUN": tiny_run.path, "RUNS": tiny_run.path.parent, "TEXT": text_file}
+    reading, writing = os.pipe()
+    os.close(reading)  # the first write already finds nobody there
+    command = [*COMMAND, *(str(places.get(argument, argument)) for argument in arguments)]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, env=environment(), timeout=120, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@posix
+def test_a_training_does_not_need_anyone_to_listen(recipe_file: Path, tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [*COMMAND, "train", str(recipe_file), "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=writing, env=environment(), timeout=120, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stdout.decode()) == (0, f"{tmp_path / 'run'}\n")
+
+
+@posix
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_stops(number: signal.Signals, code: int, recipe_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = [*COMMAND, "train", str(recipe_file), "--set", "training.steps=100000", "--out", str(folder), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith(b"step "):
+                break
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    answer = json.loads(out)
+    assert (process.returncode, answer["stopped"]) == (code, "signal")
+    assert b"stopping after this step" in err
+    last = Run.open(folder).checkpoint("last")
+    assert last.step == answer["step"]
+    assert last.problem() is None
+    assert not list(folder.rglob(".*")), "nothing half-written stays behind"
+
+
+@posix
+def test_sigterm_leaves_no_temporary_files(tiny_run: Run, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    command = [*COMMAND, "eval", "-", "-r", str(tiny_run.path)]
+    there = {**environment(), "TINYLM_CACHE": str(cache)}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=there) as process:
+        assert process.stdin is not None
+        while not list(cache.glob("spool/*/*")):  # waits for the end of its standard input
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (143, b"")
+    assert b"Traceback" not in err
+    assert [path for path in cache.rglob("*") if path.is_file()] == []
+
+
+def test_a_second_process_decodes_what_the_first_encoded(tiny_run: Run) -> None:
+    text = "two\r\nlines, a NUL \0 and 🙂".encode()
+    ids = tinylm("tokenize", "encode", "-r", tiny_run.path, stdin=text)
+    assert tinylm("tokenize", "decode", "-r", tiny_run.path, stdin=ids.stdout).stdout == text

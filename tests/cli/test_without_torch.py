@@ -1,0 +1,124 @@
+"""What must answer at once does so without loading torch, told by a process that runs it all and looks at its modules."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from command import environment
+from tinylm_cli.app import VERBS
+
+SPY = """
+import contextlib, io, json, sys
+from tinylm_cli.app import main
+answers = []
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["tinylm", *arguments]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as ending:
+            code = ending.code or 0
+    answers.append([code, out.getvalue(), err.getvalue(), "torch" in sys.modules])
+print(json.dumps(answers))
+"""
+HELP = [[], ["tokenize"], *([verb, "--help"] for verb in VERBS), ["-h"], ["--help"], ["--version"]]
+HELP += [["tokenize", verb, "--help"] for verb in ("train", "encode", "decode", "report")]
+MISTAKES = {
+    "trian x": "no such verb 'trian' (did you mean train?)",
+    "xyzzy": "no such verb 'xyzzy' (`tinylm --help` lists them)",
+    "train": "missing argument 'recipe' (`tinylm train --help` explains)",
+    "train quickstart --epochs 3": "no such option: --epochs (`tinylm train --help` explains)",
+    "train quikstart": "quikstart: no such recipe file, and none of that name ships (did you mean quickstart?)",
+    "train nowhere.yaml": "nowhere.yaml: no such recipe file",
+    "train quickstart --set model.n_layers=3": "--set model.n_layers=3: model.n_layers: unknown key (did you mean n_layer?)",
+    "train quickstart --stop-after soon": "--stop-after: 'soon' is not a time (like 90s, 55m or 2h)",
+    "train quickstart --resume --overwrite": "--resume, --overwrite: cannot both go on and begin anew",
+    "train quickstart --allow-change seed": "--allow-change: only means something with --resume",
+    "train quickstart --seed -1": "invalid value for '--seed'",
+    "train quickstart --device tpu": "--device: no such device 'tpu' (one of auto, cpu, cuda, mps)",
+    "plan": "missing argument 'recipe'",
+    "plan quickstart --set training.micro_batch_size=3": "training.micro_batch_size: 3 does not divide global_batch_size 16",
+    "sample": "no run under runs/ yet (train one with `tinylm train quickstart`, or name one with --run)",
+    "sample -n 0": "invalid value for '-n'",
+    "sample --run nowhere": "nowhere: no such run (`tinylm runs` lists those here)",
+    "eval --threads 0": "invalid value for '--threads'",
+    "eval --errors perhaps": "--errors: must be strict or replace, not 'perhaps'",
+    "runs nowhere": "nowhere: no such folder",
+    "recipes quikstart": "quikstart: no recipe of that name ships (did you mean quickstart?)",
+    "tokenize trian": "no such command 'trian'",
+    "tokenize encode nowhere.txt": "name one tokenizer (with --tokenizer PATH or --run RUN)",
+    "tokenize encode - -t nowhere.json": "nowhere.json: no such tokenizer file",
+    "tokenize encode - -t x --format hex": "--format: must be ids, tokens or jsonl, not 'hex'",
+    "tokenize train nowhere.txt --out t.json": "nowhere.txt: no such file or folder",
+    "tokenize train nowhere.txt --out t.json --kind wordpice": "--kind: must be one of bpe, char, byte, not 'wordpice'",
+    "tokenize train nowhere.txt --out t.json --vocab-size 9": "--vocab-size: bpe needs at least 257",
+    "tokenize train nowhere.txt --out t.json --kind char --vocab-size 9": "--vocab-size: only kind bpe has it",
+}
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, str, bool]]:
+    folder = tmp_path_factory.mktemp("empty")
+    commands = [*HELP, ["plan", "recipe.yaml", "--json"], ["runs", "--json"], ["recipes"], *(line.split() for line in MISTAKES)]
+    (folder / "recipe.yaml").write_text(
+        "data: {train: text.txt}\ntokenizer: {kind: byte}\n"
+        "model: {n_embd: 32, n_head: 2, context_length: 16}\ntraining: {steps: 5}\n"
+    )
+    (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 100)
+    before = sorted(folder.iterdir())
+    spy = [sys.executable, "-c", SPY, json.dumps(commands)]
+    done = subprocess.run(spy, cwd=folder, capture_output=True, text=True, env=environment(), timeout=120, check=True)
+    assert sorted(folder.iterdir()) == before, "nothing that failed left anything behind"
+    return {" ".join(command): tuple(answer) for command, answer in zip(commands, json.loads(done.stdout), strict=True)}
+
+
+def test_nothing_loads_torch(answers: dict[str, tuple[int, str, str, bool]]) -> None:
+    assert [command for command, answer in answers.items() if answer[3]] == []
+
+
+@pytest.mark.parametrize("command", [" ".join(command) for command in HELP if command and command != ["tokenize"]])
+def test_help_is_an_answer(answers: dict[str, tuple[int, str, str, bool]], command: str) -> None:
+    code, out, err, _ = answers[command]
+    assert (code, err) == (0, "")
+    assert "tinylm" in out
+
+
+def test_help_lists_every_verb(answers: dict[str, tuple[int, str, str, bool]]) -> None:
+    assert all(f" {verb} " in answers["--help"][1] for verb in VERBS)
+
+
+@pytest.mark.parametrize("command", ["", "tokenize"])
+def test_without_a_verb_help_is_no_answer(answers: dict[str, tuple[int, str, str, bool]], command: str) -> None:
+    code, out, err, _ = answers[command]
+    assert (code, out) == (2, "")
+    assert "Usage" in err
+
+
+@pytest.mark.parametrize("command", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(answers: dict[str, tuple[int, str, str, bool]], command: str) -> None:
+    code, out, err, _ = answers[command]
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: ")
+    assert MISTAKES[command] in err
+
+
+def test_a_plan_is_made_without_torch(answers: dict[str, tuple[int, str, str, bool]]) -> None:
+    code, out, _, _ = answers["plan recipe.yaml --json"]
+    assert code == 0
+    assert json.loads(out)["steps"] == 5
+
+
+def test_no_runs_is_an_empty_list(answers: dict[str, tuple[int, str, str, bool]]) -> None:
+    assert answers["runs --json"][:3] == (0, "[]\n", "")
+
+
+def test_completion_knows_verbs_and_their_options() -> None:
+    for words, expected in (("tinylm tok", "tokenize"), ("tinylm train --dry", "--dry-run"), ("tinylm tokenize enc", "encode")):
+        wanted = {"_TINYLM_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+        code = "import sys; sys.argv = ['tinylm']; from tinylm_cli.app import main; main()"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**environment(), **wanted})
+        assert done.stdout.split() == [expected]

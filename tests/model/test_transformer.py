@@ -1,0 +1,374 @@
+"""The stack against other people's implementations, and the promises every configuration keeps."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import PRESETS, VOCABULARY, ids, model, roughened, section
+from torch import Tensor
+
+from tinylm.model.cache import KeyValueCache
+from tinylm.model.objective import CausalObjective
+from tinylm.model.transformer import Transformer
+from tinylm.recipe.presets import PRESETS as PRESET_PARTS
+from tinylm.recipe.schema import ModelSection
+
+# The same mathematics as transformers.
+
+
+def _copy(target: torch.nn.Module, weights: dict[str, Tensor]) -> None:
+    """Fill all of another library's model, or fail: nothing left out, nothing left over."""
+    target.load_state_dict(weights, strict=True)
+    target.eval()
+
+
+def _as_gpt2(network: Transformer) -> dict[str, Tensor]:
+    ours = network.state_dict()
+    theirs = {"transformer.wte.weight": ours["embedding.weight"], "transformer.wpe.weight": ours["positions.weight"]}
+    theirs |= {f"transformer.ln_f.{part}": ours[f"final_norm.{part}"] for part in ("weight", "bias")}
+    theirs["lm_head.weight"] = ours["head.weight"]
+    names = {
+        "attention_norm": "ln_1",
+        "attention.qkv": "attn.c_attn",
+        "attention.output": "attn.c_proj",
+        "feed_forward_norm": "ln_2",
+        "feed_forward.input": "mlp.c_fc",
+        "feed_forward.output": "mlp.c_proj",
+    }
+    for layer in range(network.model.n_layer):
+        for name, other in names.items():
+            weight = ours[f"blocks.{layer}.{name}.weight"]
+            theirs[f"transformer.h.{layer}.{other}.weight"] = weight.T if weight.ndim == 2 else weight  # Conv1D is (in, out)
+            theirs[f"transformer.h.{layer}.{other}.bias"] = ours[f"blocks.{layer}.{name}.bias"]
+    return theirs
+
+
+def _as_llama(network: Transformer) -> dict[str, Tensor]:
+    ours, model = network.state_dict(), network.model
+    theirs = {
+        "model.embed_tokens.weight": ours["embedding.weight"],
+        "model.norm.weight": ours["final_norm.weight"],
+        "lm_head.weight": ours["head.weight"],
+    }
+    keys = model.kv_heads * model.head_width
+    for layer in range(model.n_layer):
+        here, there = f"blocks.{layer}", f"model.layers.{layer}"
+        rows = ours[f"{here}.attention.qkv.weight"].split((model.n_head * model.head_width, keys, keys))
+        for name, weight in zip("qkv", rows, strict=True):
+            theirs[f"{there}.self_attn.{name}_proj.weight"] = weight
+        gate, values = ours[f"{here}.feed_forward.input.weight"].chunk(2)
+        theirs[f"{there}.self_attn.o_proj.weight"] = ours[f"{here}.attention.output.weight"]
+        theirs[f"{there}.mlp.gate_proj.weight"] = gate
+        theirs[f"{there}.mlp.up_proj.weight"] = values
+        theirs[f"{there}.mlp.down_proj.weight"] = ours[f"{here}.feed_forward.output.weight"]
+        theirs[f"{there}.input_layernorm.weight"] = ours[f"{here}.attention_norm.weight"]
+        theirs[f"{there}.post_attention_layernorm.weight"] = ours[f"{here}.feed_forward_norm.weight"]
+        if model.qk_norm:
+            theirs[f"{there}.self_attn.q_norm.weight"] = ours[f"{here}.attention.query_norm.weight"]
+            theirs[f"{there}.self_attn.k_norm.weight"] = ours[f"{here}.attention.key_norm.weight"]
+    return theirs
+
+
+def _agree(network: Transformer, other: torch.nn.Module, length: int) -> None:
+    tokens = ids(3, length)
+    with torch.no_grad():
+        torch.testing.assert_close(network(tokens), other(tokens).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"n_head": 4, "n_embd": 32},
+        {"n_head": 1, "n_embd": 24, "n_layer": 3},
+        {"n_head": 3, "n_embd": 48, "feed_forward_multiple": 2.5, "norm_eps": 1e-3},
+        {"n_head": 2, "n_embd": 16, "tie_embeddings": False},
+    ],
+)
+def test_preset_gpt2_is_transformers_gpt2(parts: dict[str, Any]) -> None:
+    transformers = pytest.importorskip("transformers")
+    network = model("gpt2", **parts)
+    shape = network.model
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=shape.context_length,
+        n_embd=shape.n_embd,
+        n_layer=shape.n_layer,
+        n_head=shape.n_head,
+        n_inner=shape.feed_forward_width,
+        layer_norm_epsilon=shape.norm_eps,
+        tie_word_embeddings=shape.tie_embeddings,
+    )
+    other = transformers.GPT2LMHeadModel(config)
+    _copy(other, _as_gpt2(network))
+    _agree(network, other, shape.context_length)
+
+
+def _llama_config(network: Transformer) -> dict[str, Any]:
+    shape = network.model
+    return {
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": shape.context_length,
+        "hidden_size": shape.n_embd,
+        "intermediate_size": shape.feed_forward_width,
+        "num_hidden_layers": shape.n_layer,
+        "num_attention_heads": shape.n_head,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_width,
+        "rms_norm_eps": shape.norm_eps,
+        "rope_theta": shape.rope_theta or 10000.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta or 10000.0},
+        "tie_word_embeddings": shape.tie_embeddings,
+    }
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"n_head": 4, "n_embd": 32},
+        {"n_head": 4, "n_kv_head": 2, "n_embd": 48, "n_layer": 3},
+        {"n_head": 4, "n_kv_head": 1, "n_embd": 32, "rope_theta": 500.0},
+        {"n_head": 2, "n_embd": 40, "tie_embeddings": True, "norm_eps": 1e-3},
+    ],
+)
+def test_preset_llama_is_transformers_llama(parts: dict[str, Any]) -> None:
+    transformers = pytest.importorskip("transformers")
+    network = model("llama", **parts)
+    other = transformers.LlamaForCausalLM(transformers.LlamaConfig(**_llama_config(network)))
+    _copy(other, _as_llama(network))
+    _agree(network, other, network.model.context_length)
+
+
+@pytest.mark.parametrize("kv_heads", [None, 2])
+def test_llama_with_query_and_key_norms_is_transformers_qwen3(kv_heads: int | None) -> None:
+    transformers = pytest.importorskip("transformers")
+    network = model("llama", qk_norm=True, n_kv_head=kv_heads)
+    other = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**_llama_config(network)))
+    _copy(other, _as_llama(network))
+    _agree(network, other, network.model.context_length)
+
+
+# No part of a recipe is ignored.
+
+CHANGES = [
+    {"preset": "llama"},
+    {"n_layer": 3},
+    {"n_head": 2},
+    {"n_kv_head": 2},
+    {"n_embd": 48},
+    {"norm": "layernorm"},
+    {"norm_position": "post"},
+    {"norm_eps": 0.1},
+    {"position": "learned"},
+    {"position": "sinusoidal"},
+    {"position": "none"},
+    {"rope_theta": 10.0},
+    {"feed_forward": "gelu"},
+    {"feed_forward": "relu"},
+    {"feed_forward": "swiglu"},
+    {"feed_forward_multiple": 2.0},
+    {"bias": True},
+    {"tie_embeddings": True},
+    {"qk_norm": False},
+    {"embedding_norm": False},
+    {"zero_init_outputs": False},
+    {"parallel_residual": True},
+    {"logit_softcap": 2.0},
+]
+
+
+def _same(one: Tensor, two: Tensor) -> bool:
+    return one.shape == two.shape and torch.allclose(one, two, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_each_part_of_the_recipe_changes_what_the_model_says(change: dict[str, Any]) -> None:
+    tokens = ids()
+    before, after = Transformer(section(), VOCABULARY), Transformer(section(**change), VOCABULARY)
+    started_elsewhere = any(
+        not _same(old, new) for old, new in zip(before.state_dict().values(), after.state_dict().values(), strict=False)
+    ) or list(before.state_dict()) != list(after.state_dict())
+    with torch.no_grad():
+        says_otherwise = not _same(roughened(before).eval()(tokens), roughened(after).eval()(tokens))
+    assert says_otherwise
+    if change == {"zero_init_outputs": False}:
+        assert started_elsewhere
+
+
+def test_context_length_is_the_most_that_fits() -> None:
+    short, long = model(context_length=8), model(context_length=9)
+    assert long(ids(1, 9)).shape == (1, 9, VOCABULARY)
+    with pytest.raises(ValueError, match="9 positions do not fit the context of 8"):
+        short(ids(1, 9))
+
+
+def test_dropout_acts_in_training_and_only_there() -> None:
+    network, plain = model(dropout=0.5), model()
+    tokens = ids()
+    assert torch.equal(network(tokens), plain(tokens))
+    network.train()
+    assert not torch.equal(network(tokens), network(tokens))
+
+
+def test_every_part_that_a_preset_sets_is_tested_above() -> None:
+    tested = {key for change in CHANGES for key in change} | {"context_length", "dropout"}
+    assert tested == set(ModelSection.model_fields)
+    assert all(set(parts) <= tested for parts in PRESET_PARTS.values())
+
+
+def test_norms_after_the_sums_differ_from_norms_before_them_also_when_parallel() -> None:
+    tokens = ids()
+    said = [
+        model(norm_position=where, parallel_residual=parallel)(tokens) for where in ("pre", "post") for parallel in (False, True)
+    ]
+    assert not any(_same(said[a], said[b]) for a in range(4) for b in range(a))
+
+
+def test_the_soft_cap_bounds_every_logit() -> None:
+    loud = model(logit_softcap=0.5)(ids())
+    assert loud.abs().max() < 0.5
+    torch.testing.assert_close(loud, 0.5 * torch.tanh(model()(ids()) / 0.5))
+
+
+@pytest.mark.parametrize(("multiple", "width"), [(8 / 3, 88), (4.0, 128), (1.1, 32), (0.01, 8)])
+def test_the_feed_forward_width_is_the_nearest_multiple_of_eight(multiple: float, width: int) -> None:
+    network = model(feed_forward_multiple=multiple)
+    assert network.model.feed_forward_width == width
+    assert network.blocks[0].feed_forward.output.weight.shape == (32, width)
+
+
+# What holds for every configuration.
+
+KINDS: list[tuple[str, dict[str, Any]]] = [
+    *((preset, {}) for preset in PRESETS),
+    ("llama", {"n_kv_head": 2}),
+    ("modern", {"n_kv_head": 1, "norm_position": "post"}),
+    ("gpt2", {"position": "sinusoidal", "parallel_residual": True}),
+    ("gpt2", {"position": "none"}),
+]
+
+
+@pytest.mark.parametrize(("preset", "parts"), KINDS, ids=str)
+def test_a_later_token_never_changes_an_earlier_logit(preset: str, parts: dict[str, Any]) -> None:
+    network = model(preset, **parts)
+    tokens = ids(1, 12)
+    before = network(tokens)
+    for place in (3, 8, 11):
+        changed = tokens.clone()
+        changed[0, place:] = (changed[0, place:] + 7) % VOCABULARY
+        after = network(changed)
+        torch.testing.assert_close(after[:, :place], before[:, :place], atol=1e-6, rtol=1e-6)
+        assert not torch.allclose(after[:, place], before[:, place], atol=1e-3)
+
+
+@pytest.mark.parametrize(("preset", "parts"), KINDS, ids=str)
+def test_an_earlier_token_reaches_every_later_logit(preset: str, parts: dict[str, Any]) -> None:
+    network = model(preset, **parts)
+    tokens = ids(1, 12)
+    changed = tokens.clone()
+    changed[0, 0] = (changed[0, 0] + 7) % VOCABULARY
+    moved = (network(changed) - network(tokens)).abs().amax(dim=-1)[0]
+    assert (moved > 1e-5).all()
+
+
+@pytest.mark.parametrize(("preset", "parts"), KINDS, ids=str)
+def test_reading_through_the_cache_gives_the_logits_of_reading_at_once(preset: str, parts: dict[str, Any]) -> None:
+    network = model(preset, **parts)
+    tokens = ids(2, 16)
+    cache = KeyValueCache(network.model, 2, 16, device=torch.device("cpu"), dtype=torch.float32)
+    said, at = [], 0
+    with torch.no_grad():
+        for step in (5, 1, 1, 4, 1, 3, 1):  # the prompt, then one or several at a time
+            said.append(network(tokens[:, at : at + step], cache))
+            at += step
+            assert cache.length == at
+        torch.testing.assert_close(torch.cat(said, dim=1), network(tokens), atol=2e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="17 positions do not fit"):
+        network(tokens[:, :1], cache)
+
+
+@pytest.mark.parametrize(("preset", "parts"), KINDS, ids=str)
+def test_gradients_are_the_slopes_of_the_loss(preset: str, parts: dict[str, Any]) -> None:
+    """Central differences in float64 along one random direction through all parameters, and along each one's own."""
+    network = model(preset, n_embd=16, feed_forward_multiple=1.0, **{"n_layer": 2, **parts}).double()
+    tokens = ids(2, 9)
+
+    def loss() -> Tensor:
+        return CausalObjective().losses(network, tokens).sum()
+
+    loss().backward()
+    generator = torch.Generator().manual_seed(1)
+    parameters = dict(network.named_parameters())
+    for name, parameter in parameters.items():
+        assert parameter.grad is not None, name
+        direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        step = 1e-6
+        with torch.no_grad():
+            parameter.add_(direction, alpha=step)
+            above = loss()
+            parameter.sub_(direction, alpha=2 * step)
+            below = loss()
+            parameter.add_(direction, alpha=step)
+        slope = (above - below) / (2 * step)
+        torch.testing.assert_close(slope, (parameter.grad * direction).sum(), atol=1e-5, rtol=1e-5, msg=name)
+
+
+# Starting weights.
+
+
+def test_the_starting_weights_are_the_seeds_alone() -> None:
+    torch.manual_seed(5)
+    one = Transformer(section(), VOCABULARY, seed=3)
+    torch.manual_seed(6)
+    two, other = Transformer(section(), VOCABULARY, seed=3), Transformer(section(), VOCABULARY, seed=4)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert not torch.equal(one.embedding.weight, other.embedding.weight)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_an_untrained_model_finds_every_token_about_equally_likely(preset: str) -> None:
+    network = Transformer(section(preset, n_embd=64), 500).eval()
+    tokens = ids(8, 17, vocabulary=500)
+    loss = CausalObjective().losses(network, tokens).mean()
+    assert abs(loss.item() - math.log(500)) < 0.1
+
+
+def test_with_zeroed_outputs_every_block_starts_as_the_identity() -> None:
+    network = Transformer(section(), VOCABULARY).eval()
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    rotation = network.rope_cosines[:5], network.rope_sines[:5]
+    assert torch.equal(network.blocks[0](x, rotation, None), x)
+
+
+def test_gpt2_starts_from_its_papers_deviations() -> None:
+    network = Transformer(section("gpt2", n_embd=128, n_layer=8), 1000)
+    assert network.embedding.weight.std().item() == pytest.approx(0.02, rel=0.03)
+    assert network.blocks[0].attention.qkv.weight.std().item() == pytest.approx(0.02, rel=0.03)
+    assert network.blocks[0].feed_forward.output.weight.std().item() == pytest.approx(0.02 / 4, rel=0.03)
+    assert not network.blocks[0].attention.qkv.bias.any()
+
+
+def test_a_tied_head_is_the_embedding_itself_and_counted_once() -> None:
+    tied, untied = model(tie_embeddings=True), model()
+    assert tied.head.weight is tied.embedding.weight
+    assert untied.parameter_count() - tied.parameter_count() == VOCABULARY * 32
+
+
+def test_stacked_matrices_name_the_rows_of_queries_keys_values_and_of_gate_and_values() -> None:
+    rows = model("llama", n_kv_head=2).stacked_matrices()
+    assert rows["blocks.0.attention.qkv.weight"] == (32, 16, 16)
+    assert rows["blocks.1.feed_forward.input.weight"] == (88, 88)
+    assert len(rows) == 4
+    network = model("llama", n_kv_head=2)
+    for name, sizes in rows.items():
+        assert network.get_parameter(name).shape[0] == sum(sizes)
+
+
+def test_the_head_reads_the_hidden_state() -> None:
+    network = model()
+    tokens = ids()
+    torch.testing.assert_close(network.logits(network.hidden(tokens)), network(tokens))
+    torch.testing.assert_close(F.linear(network.hidden(tokens), network.head.weight), network(tokens))

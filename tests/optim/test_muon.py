@@ -1,0 +1,118 @@
+"""Muon against its published algorithm written out plainly, and against torch's own."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tinylm.optim.muon import Muon, orthogonalise
+
+
+def _random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _newton_schulz(gradient: Tensor, steps: int = 5) -> Tensor:
+    """Jordan et al. 2024, `zeropower_via_newtonschulz5`, for one matrix in the precision it comes in."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = gradient.T if gradient.shape[0] > gradient.shape[1] else gradient
+    x = x / max(float(x.norm()), 1e-7)
+    for _ in range(steps):
+        square = x @ x.T
+        x = a * x + b * (square @ x) + c * (square @ square @ x)
+    return x.T if gradient.shape[0] > gradient.shape[1] else x
+
+
+class _PlainMuon:
+    """torch.optim.Muon's documented steps for one matrix, in float64: Nesterov momentum, decay, scaled orthogonal update."""
+
+    def __init__(self, weight: Tensor, lr: float, momentum: float, decay: float) -> None:
+        self.weight, self.buffer = weight.double().clone(), torch.zeros_like(weight).double()
+        self.lr, self.momentum, self.decay = lr, momentum, decay
+
+    def step(self, gradient: Tensor) -> None:
+        gradient = gradient.double()
+        self.buffer = self.momentum * self.buffer + (1 - self.momentum) * gradient
+        update = (1 - self.momentum) * gradient + self.momentum * self.buffer
+        rows, columns = self.weight.shape
+        self.weight = self.weight * (1 - self.lr * self.decay)
+        self.weight -= self.lr * math.sqrt(max(1.0, rows / columns)) * _newton_schulz(update)
+
+
+SHAPES = [(6, 6), (12, 5), (5, 12), (6, 6), (12, 5), (1, 7)]
+
+
+def _train(shapes: list[tuple[int, ...]], steps: int, optimizer: type[torch.optim.Optimizer], **options: object) -> list[Tensor]:
+    parameters = [nn.Parameter(_random(*shape, seed=index)) for index, shape in enumerate(shapes)]
+    trained = optimizer(parameters, **options)
+    for step in range(steps):
+        for index, parameter in enumerate(parameters):
+            parameter.grad = _random(*parameter.shape, seed=100 * step + index + 50)
+        trained.step()
+    return [parameter.detach() for parameter in parameters]
+
+
+@pytest.mark.parametrize("steps", [1, 6])
+def test_steps_are_the_published_algorithm(steps: int) -> None:
+    ours = _train(SHAPES, steps, Muon, lr=0.05, momentum=0.9, weight_decay=0.2)
+    for index, (shape, weight) in enumerate(zip(SHAPES, ours, strict=True)):
+        plain = _PlainMuon(_random(*shape, seed=index), 0.05, 0.9, 0.2)
+        for step in range(steps):
+            plain.step(_random(*shape, seed=100 * step + index + 50))
+        torch.testing.assert_close(weight.double(), plain.weight, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
+def test_steps_are_near_torchs_muon_which_computes_in_bfloat16() -> None:
+    options = {"lr": 0.05, "momentum": 0.95, "weight_decay": 0.1}
+    ours = _train(SHAPES, 4, Muon, **options)
+    theirs = _train(SHAPES, 4, torch.optim.Muon, adjust_lr_fn="original", **options)
+    for index, (one, two) in enumerate(zip(ours, theirs, strict=True)):
+        moved = (two - _random(*two.shape, seed=index)).norm()
+        assert (one - two).norm() < 0.05 * moved
+
+
+def test_matrices_of_one_shape_together_step_as_each_alone() -> None:
+    together = _train(SHAPES, 3, Muon)
+    for index, shape in enumerate(SHAPES):
+        parameter = nn.Parameter(_random(*shape, seed=index))
+        alone = Muon([parameter])
+        for step in range(3):
+            parameter.grad = _random(*shape, seed=100 * step + index + 50)
+            alone.step()
+        torch.testing.assert_close(together[index], parameter.detach(), atol=1e-6, rtol=1e-5)
+
+
+def test_matrices_stacked_in_one_parameter_step_as_matrices_of_their_own() -> None:
+    rows = (8, 4, 4)
+    stacked = nn.Parameter(_random(16, 8))
+    parts = [nn.Parameter(part.clone()) for part in stacked.detach().split(rows)]
+    one, three, blind = Muon([stacked], [rows]), Muon(parts), Muon([whole := nn.Parameter(stacked.detach().clone())])
+    for step in range(3):
+        gradient = _random(16, 8, seed=step + 1)
+        stacked.grad, whole.grad = gradient, gradient.clone()
+        for part, share in zip(parts, gradient.split(rows), strict=True):
+            part.grad = share.clone()
+        for optimizer in (one, three, blind):
+            optimizer.step()
+    torch.testing.assert_close(stacked.detach(), torch.cat([part.detach() for part in parts]), atol=1e-6, rtol=1e-5)
+    assert (stacked - whole).abs().max() > 1e-2
+
+
+def test_orthogonalised_matrices_have_singular_values_near_one_and_the_same_directions() -> None:
+    matrix = _random(10, 24)
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    values = left.T @ orthogonalise(matrix, 5) @ right.T
+    assert 0.6 < values.diagonal().min() < values.diagonal().max() < 1.3
+    assert (values - values.diagonal().diag()).abs().max() < 1e-4
+
+
+def test_a_zero_gradient_moves_nothing_and_a_missing_one_is_passed_over() -> None:
+    still, missing = nn.Parameter(_random(4, 4)), nn.Parameter(_random(4, 4, seed=1))
+    still.grad = torch.zeros(4, 4)
+    Muon([still, missing], weight_decay=0.5, lr=0.1).step()
+    torch.testing.assert_close(still.detach(), _random(4, 4) * 0.95)  # the decay alone
+    assert torch.equal(missing.detach(), _random(4, 4, seed=1))

@@ -1,0 +1,175 @@
+"""Checkpoints: whole or absent, verified, pruned, and nothing in them that could run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import ids, model
+
+from tinylm.errors import InputError, WorkError
+from tinylm.model.objective import CausalObjective
+from tinylm.model.transformer import Transformer
+from tinylm.optim import groups
+from tinylm.optim.groups import Optimizers
+from tinylm.recipe.schema import MuonOptimizer
+from tinylm.reporting import CollectingReporter
+from tinylm.run import Checkpoint, Run
+from tinylm.training import checkpoint as room
+from tinylm.training.checkpoint import CheckpointWriter, newest_whole, restore
+
+FILES = ("model.safetensors", "training.safetensors", "state.json", "manifest.json")
+
+
+def _trained(preset: str = "modern", steps: int = 1) -> tuple[Transformer, Optimizers]:
+    network = model(preset, n_embd=16).train()
+    optimizers = groups.build(MuonOptimizer(name="muon"), network, network.stacked_matrices())
+    for seed in range(steps):
+        optimizers.zero_grad()
+        CausalObjective().losses(network, ids(2, 9, seed=seed)).mean().backward()
+        optimizers.step()
+    return network, optimizers
+
+
+def _save(folder: Path, *steps: int, keep: int = 2, preset: str = "modern") -> CheckpointWriter:
+    writer, trained = CheckpointWriter(folder, keep), _trained(preset)
+    for step in steps:
+        writer.save(*trained, {"step": step})
+    return writer
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("preset", ["modern", "gpt2"])
+def test_what_is_saved_is_restored_bit_for_bit(preset: str, tmp_path: Path) -> None:
+    network, optimizers = _trained(preset, steps=2)
+    saved = CheckpointWriter(tmp_path, 1).save(network, optimizers, {"step": 7, "note": [1.5, None]})
+    other, others = _trained(preset, steps=1)
+    state = restore(saved, other, others)
+    assert (state["step"], state["note"]) == (7, [1.5, None])
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), other.parameters(), strict=True))
+    assert all(torch.equal(value, others.state()[name]) for name, value in optimizers.state().items())
+    assert (other.head.weight is other.embedding.weight) == (preset == "gpt2")
+
+
+def test_a_tied_head_is_stored_once(tmp_path: Path) -> None:
+    saved = CheckpointWriter(tmp_path, 1).save(*_trained("gpt2"), {"step": 1})
+    weights = load_file(saved.path / "model.safetensors")
+    assert "embedding.weight" in weights
+    assert "head.weight" not in weights
+
+
+def test_the_manifest_lists_every_file_with_its_size_and_sum(tmp_path: Path) -> None:
+    _save(tmp_path, 5)
+    folder = tmp_path / "checkpoints" / "step-000005"
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert set(manifest["files"]) == set(FILES) - {"manifest.json"}
+    assert Checkpoint(folder).problem() is None
+    assert (tmp_path / "checkpoints" / "last").read_text() == "step-000005\n"
+
+
+def _flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def _truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+@pytest.mark.parametrize("damage", [_flip, _truncate, Path.unlink], ids=["flipped", "truncated", "deleted"])
+@pytest.mark.parametrize("name", FILES)
+def test_damage_to_any_file_is_noticed_and_the_one_before_is_taken(name: str, damage: Any, tmp_path: Path) -> None:
+    _save(tmp_path, 5, 10)
+    damage(tmp_path / "checkpoints" / "step-000010" / name)
+    reporter = CollectingReporter()
+    assert newest_whole(Run(tmp_path), reporter).step == 5
+    [warning] = reporter.warnings
+    assert "step-000010 is damaged" in warning
+
+
+def test_a_checkpoint_of_links_or_of_foreign_paths_is_not_trusted(tmp_path: Path) -> None:
+    _save(tmp_path, 5, 10)
+    folder = tmp_path / "checkpoints" / "step-000010"
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(tmp_path / "checkpoints" / "step-000005" / "model.safetensors")
+    assert "does not belong" in str(Checkpoint(folder).problem())
+    (tmp_path / "checkpoints" / "step-000005" / "manifest.json").write_text('{"files": {"../../x": {"bytes": 1, "sha256": ""}}}')
+    assert "does not belong" in str(Checkpoint(tmp_path / "checkpoints" / "step-000005").problem())
+
+
+def test_without_a_whole_checkpoint_the_error_says_what_to_do(tmp_path: Path) -> None:
+    _save(tmp_path, 5)
+    _flip(tmp_path / "checkpoints" / "step-000005" / "state.json")
+    with pytest.raises(InputError, match=r"no whole checkpoint.*--overwrite"):
+        newest_whole(Run(tmp_path), CollectingReporter())
+
+
+def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
+    _save(tmp_path, 5)
+    file = tmp_path / "checkpoints" / "step-000005" / "state.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "format": 99, "version": "7.0"}))
+    with pytest.raises(InputError, match=r"format 99 by tinylm 7\.0"):
+        _ = Checkpoint(file.parent).state
+
+
+@pytest.mark.parametrize(("keep", "expected"), [(0, {10, 30}), (1, {10, 30}), (2, {10, 25, 30}), (9, {5, 10, 15, 20, 25, 30})])
+def test_pruning_keeps_best_last_and_the_newest(keep: int, expected: set[int], tmp_path: Path) -> None:
+    writer = _save(tmp_path, 5, 10, 15, 20, 25, 30, keep=keep)
+    writer.point("best", "step-000010")
+    writer.prune()
+    assert {checkpoint.step for checkpoint in Run(tmp_path).checkpoints()} == expected
+
+
+@pytest.mark.parametrize("failing", ["save_file", "write_whole", "sync_folder"])
+def test_a_failing_save_leaves_the_checkpoints_before_it_whole(
+    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = _save(tmp_path, 5)
+    before = {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()}
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(room, failing, full)
+    with pytest.raises(WorkError, match=r"step 10 could not be saved.*No space left") as caught:
+        writer.save(*_trained(), {"step": 10})
+    assert caught.value.exit_code == 1
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert _names(tmp_path) == ["last", "step-000005"]
+    monkeypatch.undo()
+    assert newest_whole(Run(tmp_path), CollectingReporter()).step == 5
+    writer.save(*_trained(), {"step": 10})
+    assert newest_whole(Run(tmp_path), CollectingReporter()).step == 10
+
+
+def test_what_a_crash_left_half_written_is_no_checkpoint_and_no_obstacle(tmp_path: Path) -> None:
+    writer = _save(tmp_path, 5)
+    shutil.copytree(tmp_path / "checkpoints" / "step-000005", tmp_path / "checkpoints" / ".step-000010.partial")
+    assert [checkpoint.step for checkpoint in Run(tmp_path).checkpoints()] == [5]
+    writer.save(*_trained(), {"step": 10})
+    assert _names(tmp_path) == ["last", "step-000005", "step-000010"]
+
+
+def test_weights_of_another_shape_are_told_as_such(tmp_path: Path) -> None:
+    saved = CheckpointWriter(tmp_path, 1).save(*_trained(), {"step": 1})
+    other = model(n_embd=24)
+    with pytest.raises(InputError, match="does not fit the recipe"):
+        restore(saved, other, groups.build(MuonOptimizer(name="muon"), other, {}))
+
+
+def test_optimizer_state_of_another_optimizer_is_told_as_such(tmp_path: Path) -> None:
+    saved = CheckpointWriter(tmp_path, 1).save(*_trained(), {"step": 1})
+    network, _ = _trained()
+    adam = groups.Optimizers({"adamw": torch.optim.AdamW(network.parameters())}, {p: n for n, p in network.named_parameters()})
+    with pytest.raises(InputError, match=r"training\.safetensors"):
+        restore(saved, network, adam)

@@ -1,0 +1,39 @@
+"""Which numbers a training computes in, and how `auto` decides."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tinylm.reporting import CollectingReporter
+from tinylm.training import precision
+from tinylm.training.precision import Precision, resolve
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("gain", "expected"), [(0.01, "fp32"), (1.2, "fp32"), (3.0, "bf16")])
+def test_auto_takes_bf16_on_a_cpu_only_where_it_is_faster(gain: float, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_bf16_speed_up", lambda device: gain)
+    assert resolve("auto", CPU, CollectingReporter()).name == expected
+
+
+def test_slow_bf16_is_taken_when_asked_for_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_bf16_speed_up", lambda device: 0.02)
+    reporter = CollectingReporter()
+    assert resolve("bf16", CPU, reporter).name == "bf16"
+    assert "50 times slower" in reporter.warnings[0]
+
+
+def test_the_probe_measures_a_positive_ratio() -> None:
+    assert precision._bf16_speed_up(CPU) > 0
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_autocast_computes_products_in_what_the_name_says(name: str, dtype: torch.dtype) -> None:
+    with Precision(name, CPU).autocast():
+        assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == dtype
+
+
+def test_only_fp16_scales() -> None:
+    assert [Precision(name, CPU).scaler().is_enabled() for name in ("fp32", "bf16", "fp16")] == [False, False, True]
