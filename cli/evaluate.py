@@ -82,11 +82,12 @@ def evaluate(
         return
     measured = result.perplexity
     low, high = measured.bits_per_byte_ci95
+    interval = f"95 % interval {low:.4f} to {high:.4f}" if low == low else "too short a text for an interval"
     sizes = ((measured.documents, "document"), (measured.bytes, "byte"), (measured.tokens, "token"))
     rows = [
         ("text", f"{result.text}: {', '.join(things(*size) for size in sizes)}"),
         ("model", f"{result.run} {result.checkpoint}, context {measured.context}, stride {measured.stride}"),
-        ("bits per byte", f"{measured.bits_per_byte:.4f}  (95 % interval {low:.4f} to {high:.4f})"),
+        ("bits per byte", f"{measured.bits_per_byte:.4f}  ({interval})"),
         ("perplexity", f"{measured.perplexity:.3f} per token"),
         ("loss", f"{measured.loss:.4f} nats per token"),
     ]

@@ -24,7 +24,7 @@ from tinylm import device as devices
 from tinylm import plan as planning
 from tinylm.data.batches import Batches
 from tinylm.data.prepare import Prepared, prepare
-from tinylm.errors import InputError
+from tinylm.errors import InputError, did_you_mean
 from tinylm.evaluation.perplexity import Perplexity, evaluate
 from tinylm.generation.engine import generate
 from tinylm.generation.sampling import SamplingOptions
@@ -32,6 +32,7 @@ from tinylm.model.transformer import Transformer
 from tinylm.optim import groups
 from tinylm.paths import whole_file, write_whole
 from tinylm.recipe import Recipe, changes
+from tinylm.recipe.schema import FileTokenizer, flattened
 from tinylm.reporting import SILENT, Reporter
 from tinylm.run import Run, claim
 from tinylm.training import precision as precisions
@@ -40,8 +41,10 @@ from tinylm.training.metrics import MetricsFile, Observer, Observers
 from tinylm.training.signals import StopRequest
 from tinylm.training.trainer import Poll, Trainer
 
-HARMLESS = ("name", "training.micro_batch_size", "training.compile", "training.log_every", "checkpoint.", "sampling.")
-"""Keys (or sections) that may change on resuming: they do not change the model."""
+HARMLESS = ("name", "training.compile", "training.log_every", "checkpoint.", "sampling.")
+"""Keys (or sections) that may change on resuming: they do not change the model. Micro-batches too, where there is no dropout."""
+AUTOMATIC = ("precision", "micro_batch_size", "compile")
+"""Keys of `training` whose `auto` is decided once: a resumed run keeps what was decided."""
 
 
 @dataclass(frozen=True)
@@ -157,13 +160,25 @@ def train(
 
 
 def _reconciled(run: Run, recipe: Recipe, allowed: Sequence[str], reporter: Reporter) -> Recipe:
-    """The recipe to go on with: the run's, with what may change taken from the new one."""
-    refused = []
-    for key, (old, new) in changes(run.recipe, recipe).items():
-        harmless = any(key == name or (name.endswith(".") and key.startswith(name)) for name in HARMLESS)
-        if harmless or key in allowed or new == "auto":
-            continue
-        refused.append(f"{key}: {old} -> {new}")
+    """The recipe to go on with: the new one, where it differs from the run's only in what may change."""
+    kept = {
+        key: getattr(run.recipe.training, key)
+        for key in AUTOMATIC
+        if getattr(recipe.training, key) == "auto" and f"training.{key}" not in allowed
+    }
+    recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update=kept)})
+    changed = changes(run.recipe, recipe)
+    for key in allowed:
+        if key not in changed:
+            known = flattened(recipe.as_dict())
+            why = "is the same as before" if key in known else "is not a key of the recipe"
+            raise InputError(f"{key} {why}", where="--allow-change", hint=did_you_mean(key, changed or known))
+    harmless = HARMLESS if recipe.model.dropout else (*HARMLESS, "training.micro_batch_size")
+    refused = [
+        f"{key}: {old} -> {new}"
+        for key, (old, new) in changed.items()
+        if key not in allowed and not any(key == name or (name.endswith(".") and key.startswith(name)) for name in harmless)
+    ]
     if refused:
         listed = "\n  ".join(refused)
         raise InputError(
@@ -171,9 +186,6 @@ def _reconciled(run: Run, recipe: Recipe, allowed: Sequence[str], reporter: Repo
             "--allow-change KEY takes a change over; without it, train into another folder with --out",
             where=str(run.path),
         )
-    if recipe.training.precision == "auto" and "training.precision" not in allowed:  # measured again, it might come out otherwise
-        decided = recipe.training.model_copy(update={"precision": run.recipe.training.precision})
-        recipe = recipe.model_copy(update={"training": decided})
     return recipe
 
 
@@ -212,11 +224,10 @@ def _restore(
         return None
     checkpoint = newest_whole(run, reporter)
     state = checkpoint.state
-    for what, name in (("tokenizer", "tokenizer"), ("data", "text")):
-        if state["fingerprints"][what] != fingerprints[what]:
-            raise InputError(
-                f"the {name} is not the one this run was trained on", where=str(run.path), hint="train anew with --out"
-            )
+    if state["fingerprints"] != fingerprints:
+        given = isinstance(run.recipe.tokenizer, FileTokenizer)
+        changed = "tokenizer" if given and state["fingerprints"]["tokenizer"] != fingerprints["tokenizer"] else "text"
+        raise InputError(f"the {changed} is not the one this run was trained on", where=str(run.path), hint="train anew with --out")
     restore(checkpoint, network, optimizers)
     for later in run.checkpoints():
         if later.step > checkpoint.step:
@@ -233,13 +244,13 @@ def _restore(
 
 
 def _write_folder(folder: Path, recipe: Recipe, prepared: Prepared, target: torch.device) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    """The recipe first: with it the folder is a run, which can be resumed or overwritten whatever happens next."""
+    write_whole(folder / "recipe.yaml", recipe.to_yaml())
     prepared.tokenizer.save(folder / "tokenizer.json")
     for name in ("heldout.npy", "heldout.json"):
         with whole_file(folder / "heldout" / name) as temporary:
             shutil.copyfile(prepared.folder / name, temporary)
     write_whole(folder / "environment.json", json.dumps(_environment(target), indent=1) + "\n")
-    write_whole(folder / "recipe.yaml", recipe.to_yaml())
 
 
 def _environment(target: torch.device) -> dict[str, object]:

@@ -22,6 +22,7 @@ from tinylm.model.objective import IGNORED, CausalObjective
 BATCH_TOKENS = 8192
 _RESAMPLES = 1000
 _MANY_DOCUMENTS = 50
+_FEWEST_WINDOWS = 5
 
 
 @dataclass(frozen=True)
@@ -160,10 +161,12 @@ def _losses(network: nn.Module, shard: Shard, batch: list[Window], device: torch
 
 
 def _interval(nats: np.ndarray, sizes: np.ndarray, owners: np.ndarray, documents: int) -> tuple[float, float]:
-    """95 % bootstrap interval of bits per byte, resampling documents when there are many, else windows."""
+    """95 % bootstrap interval of bits per byte, resampling documents when there are many, else windows; NaN for a few windows."""
     if documents >= _MANY_DOCUMENTS:
         nats = np.bincount(owners, weights=nats, minlength=documents)
         sizes = np.bincount(owners, weights=sizes, minlength=documents)
+    if len(nats) < _FEWEST_WINDOWS:
+        return math.nan, math.nan
     generator = np.random.default_rng(0)
     estimates = np.empty(_RESAMPLES)
     for index in range(_RESAMPLES):

@@ -16,11 +16,18 @@ from tinylm.recipe.schema import ModelSection
 Rotation = tuple[Tensor, Tensor]
 
 
+class RMSNorm(nn.RMSNorm):
+    """Root-mean-square norm (Zhang & Sennrich 2019) over the last axis, computed in the type of its input under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 def make_norm(model: ModelSection, width: int) -> nn.Module:
-    """A layer norm, or a root-mean-square norm (Zhang & Sennrich 2019), over the last axis."""
+    """The norm that the recipe names, over the last axis."""
     if model.norm == "layernorm":
         return nn.LayerNorm(width, eps=model.norm_eps, bias=model.bias)
-    return nn.RMSNorm(width, eps=model.norm_eps)
+    return RMSNorm(width, eps=model.norm_eps)
 
 
 class Attention(nn.Module):
@@ -39,8 +46,8 @@ class Attention(nn.Module):
         rows = self.query_rows + 2 * self.kv_heads * self.head_width
         self.qkv = nn.Linear(model.n_embd, rows, bias=model.bias)
         self.output = nn.Linear(self.query_rows, model.n_embd, bias=model.bias)
-        self.query_norm = nn.RMSNorm(self.head_width, eps=model.norm_eps) if model.qk_norm else None
-        self.key_norm = nn.RMSNorm(self.head_width, eps=model.norm_eps) if model.qk_norm else None
+        self.query_norm = RMSNorm(self.head_width, eps=model.norm_eps) if model.qk_norm else None
+        self.key_norm = RMSNorm(self.head_width, eps=model.norm_eps) if model.qk_norm else None
 
     def forward(
         self,

@@ -279,7 +279,7 @@ class TrainingSection(Section):
     clip_grad_norm: ClipNorm = 1.0
     compile: FlagOrAuto = "auto"
     log_every: Count = 10
-    """Steps between lines of metrics.jsonl; steps in between never wait for the device."""
+    """Steps between lines of metrics.jsonl; steps in between never wait for a GPU (but with fp16, whose scaler does)."""
 
 
 class EvaluationSection(Section):

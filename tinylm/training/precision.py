@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,16 @@ class Precision:
     name: str
     device: torch.device
 
+    @contextmanager
+    def tf32(self) -> Iterator[None]:
+        """Let a GPU round the inputs of float32 products to TF32 while training; measuring stays exact."""
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = self.device.type == "cuda"
+        try:
+            yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
+
     def autocast(self) -> AbstractContextManager[object]:
         if self.name == "fp32":
             return nullcontext()
@@ -33,16 +44,15 @@ class Precision:
 
 def resolve(name: str, device: torch.device, reporter: Reporter) -> Precision:
     """`auto`: bf16 where the device is really faster in it, fp16 on a GPU without it, else fp32."""
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
     if name == "auto":
         if device.type == "cuda":
             name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         else:
             name = "bf16" if device.type == "cpu" and _bf16_speed_up(device) > 1.5 else "fp32"
     elif name == "bf16" and device.type == "cpu" and (gain := _bf16_speed_up(device)) < 1:
-        reporter.warn(f"bf16 is {1 / gain:.0f} times slower than fp32 on this CPU; use precision auto or fp32")
+        reporter.warn(
+            f"bf16 is {1 / gain:.0f} times slower than fp32 on this CPU; fp32 would be faster (--set training.precision=fp32)"
+        )
     return Precision(name, device)
 
 

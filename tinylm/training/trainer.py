@@ -185,7 +185,8 @@ class Trainer:
         self.optimizers.zero_grad()
         sequences = torch.from_numpy(self.batches.sequences(progress.step * batch, batch))
         seeds = self._seeds() if self.recipe.model.dropout else None
-        loss = accumulate(self._forward, self._objective, sequences, self.micro_batch_size, self.precision, self.scaler, seeds)
+        with self.precision.tf32():
+            loss = accumulate(self._forward, self._objective, sequences, self.micro_batch_size, self.precision, self.scaler, seeds)
         self.scaler.unscale_(self.optimizers)  # type: ignore[arg-type]  # groups and a step are all it needs
         limit = training.clip_grad_norm if training.clip_grad_norm is not None else math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit)
