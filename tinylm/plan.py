@@ -16,7 +16,7 @@ from tinylm.recipe.schema import ModelSection, MuonOptimizer, Recipe, TrainingSe
 
 EFFICIENCY = 0.5
 """Share of the matrix-product peak that a training step is assumed to reach."""
-CPU_MICRO_BATCH_TOKENS = 4096
+CPU_MICRO_BATCH_TOKENS = 2048
 """Beyond this a forward pass on a CPU gains nothing and only leaves the caches."""
 
 
