@@ -137,12 +137,12 @@ class ConsoleReporter(Reporter):
             yield advance
 
 
-def count(value: float) -> str:
-    """1234567 -> 1.23M."""
+def count(value: float, *, space: str = "") -> str:
+    """1234567 -> 1.23M; `space` goes before the letter."""
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"
+            return f"{value / size:.3g}{space}{letter}"
+    return f"{value:.3g}{space}"
 
 
 def size(value: float) -> str:

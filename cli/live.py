@@ -22,7 +22,7 @@ from .console import count, duration
 
 _PLAIN_EVERY_SECONDS = 5.0
 _STOPPING = "stopping after this step; once more stops at once"
-_SMOOTHING = 0.9
+_SMOOTHING = 0.97  # per step
 _CURVE_HEIGHT = 8
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 
@@ -80,8 +80,9 @@ class TerminalView(Observer):
         self._live.stop()
 
     def step(self, event: StepEvent) -> None:
+        kept = _SMOOTHING ** (event.step - self._steps[-1].step) if self._steps else 0.0
         before = self._smoothed[-1] if self._smoothed else event.loss
-        self._smoothed.append(_SMOOTHING * before + (1 - _SMOOTHING) * event.loss)
+        self._smoothed.append(kept * before + (1 - kept) * event.loss)
         self._steps.append(event)
         self._heard = time.monotonic()
 

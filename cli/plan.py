@@ -56,7 +56,7 @@ def show_plan(planned: Plan, json: bool) -> None:
             f" = {planned.tokens_per_step:,} tokens a step",
         ),
         ("length", f"{planned.steps:,} steps = {planned.tokens:,} tokens = {planned.epochs:.2f} epochs"),
-        ("compute", f"{count(planned.flops)}FLOP"),
+        ("compute", f"{count(planned.flops, space=' ')}FLOP"),
         (
             "memory",
             f"{size(memory.total)} (weights {size(memory.weights)}, gradients {size(memory.gradients)}, "

@@ -30,6 +30,7 @@ def plot(
         raise need_extra("plot", "drawing curves") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import EngFormatter
 
     path = Path(out_)
     if path.suffix not in (".png", ".svg", ".pdf"):
@@ -54,6 +55,7 @@ def plot(
             label=f"{one.name}, held-out",
         )
     axes.set_xlabel("tokens")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_ylabel("bits per byte" if bits_per_byte else "nats per token")
     axes.grid(alpha=0.3)
     axes.legend()

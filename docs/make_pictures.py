@@ -36,7 +36,7 @@ def replayed(run: Run, console: Console) -> TerminalView:
     prompt = run.recipe.sampling.prompts[-1]
     written = "\n".join(line.removeprefix("    ") for line in text.splitlines())
     view.sample(SampleEvent(int(step), prompt, written.removeprefix(prompt)))
-    view.phase("done")
+    view.__exit__(None, None, None)
     return view
 
 

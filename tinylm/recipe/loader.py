@@ -7,6 +7,7 @@ expect: `3e-4` and `1e6` are numbers, `off` is a word that a flag understands, a
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,8 +85,15 @@ def loads(text: str, overrides: Sequence[str] = (), *, name: str = "recipe", che
     recipe, problems = _validate(document, check_files)
     problems = document.problems + problems
     if problems or recipe is None:
-        raise RecipeError([f"{where}: {message}" for where, message in dict.fromkeys(problems)])
+        ordered = sorted(dict.fromkeys(problems), key=lambda problem: _line_of(problem[0]))
+        raise RecipeError([f"{where}: {message}" for where, message in ordered])
     return recipe
+
+
+def _line_of(where: str) -> int:
+    """The line in `file:line`; what has none, such as an option, comes last."""
+    line = where.rpartition(":")[2]
+    return int(line) if line.isdigit() else sys.maxsize
 
 
 def _parse(text: str, name: str) -> _Document:
