@@ -47,6 +47,7 @@ def train(
     vocab_size: int | None = typer.Option(None, "--vocab-size", help="Tokens wanted, for bpe; default 8192."),
     split: str | None = typer.Option(None, "--split", help="For bpe: gpt4 (default), gpt2 or a regular expression."),
     digits: int | None = typer.Option(None, "--digits", help="For split gpt4: longest run of digits in a token; default 2."),
+    most_megabytes: int | None = typer.Option(None, "--most-megabytes", help="For bpe: learn from this much text; default 64."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing file."),
     field: str = FIELD,
     errors: str = ERRORS,
@@ -55,6 +56,7 @@ def train(
 ) -> None:
     """Train a tokenizer on text."""
     from tinylm.text.sources import Corpus, describe
+    from tinylm.text.split import scan
     from tinylm.tokenizer import training
 
     path = Path(out_)
@@ -62,7 +64,7 @@ def train(
         raise InputError("is a folder", where=out_, hint="name the file to write")
     if path.exists() and not overwrite:
         raise InputError("exists already", where=out_, hint="--overwrite replaces it")
-    section = _section(kind, vocab_size, split, digits)
+    section = _section(kind, vocab_size, split, digits, most_megabytes)
     reporter = ConsoleReporter(stderr(), quiet=quiet)
     start = time.perf_counter()
     with Corpus(source, field=field, errors=checked_errors(errors)) as corpus, reporter.progress("training", None, "B") as advance:
@@ -75,9 +77,10 @@ def train(
                 seen += len(piece.text)
                 advance(seen)
 
-        if next(corpus.pieces(), None) is None:
+        found = scan(corpus.pieces())
+        if not found.documents:
             raise InputError("the text is empty", where=describe(source))
-        tokenizer = training.train(section, watched(), reporter.warn)
+        tokenizer = training.train(section, watched(), reporter.warn, found.bytes)
     tokenizer.save(path)
     seconds = time.perf_counter() - start
     learned = f" from {things(seen, 'character')}" if seen else ""
@@ -96,13 +99,13 @@ def train(
         out(out_)
 
 
-def _section(kind: str, vocab_size: int | None, split: str | None, digits: int | None) -> Any:
+def _section(kind: str, vocab_size: int | None, split: str | None, digits: int | None, most_megabytes: int | None) -> Any:
     """The same section that a recipe's `tokenizer:` would be, with the same checks."""
     from tinylm.recipe import RecipeError, loads
 
     if kind not in KINDS:
         raise InputError(f"must be one of {', '.join(KINDS)}, not {kind!r}", where="--kind", hint=did_you_mean(kind, KINDS))
-    keys = {"kind": kind, "vocab_size": vocab_size, "split": split, "digits": digits}
+    keys = {"kind": kind, "vocab_size": vocab_size, "split": split, "digits": digits, "most_megabytes": most_megabytes}
     for key, value in keys.items():
         if kind != "bpe" and key != "kind" and value is not None:
             raise InputError("only kind bpe has it", where=f"--{key.replace('_', '-')}")

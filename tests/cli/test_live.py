@@ -72,8 +72,9 @@ def test_the_panel_holds_the_numbers() -> None:
         assert number in panel, number
     smoothed = LOSSES[0]
     for loss in LOSSES:
-        smoothed = 0.9 * smoothed + 0.1 * loss
+        smoothed = 0.97 * smoothed + 0.03 * loss
     assert f"{smoothed:.3f}" in panel
+
     assert "at step 4 it writes" in panel
     assert "The for statement is used" in panel
 

@@ -41,7 +41,7 @@ MISTAKES = {
     "train quickstart --seed -1": "invalid value for '--seed'",
     "train quickstart --device tpu": "--device: no such device 'tpu' (one of auto, cpu, cuda, mps)",
     "plan": "missing argument 'recipe'",
-    "plan quickstart --set training.micro_batch_size=3": "training.micro_batch_size: 3 does not divide global_batch_size 16",
+    "plan quickstart --set training.micro_batch_size=3": "training.micro_batch_size: 3 does not divide global_batch_size",
     "sample": "no run under runs/ yet (train one with `tinylm train quickstart`, or name one with --run)",
     "sample -n 0": "invalid value for '-n'",
     "sample --run nowhere": "nowhere: no such run (`tinylm runs` lists those here)",

@@ -30,6 +30,7 @@ SETTINGS: dict[str, list[str]] = {
     "BpeTokenizer.vocab_size": ["tokenizer.vocab_size=999"],
     "BpeTokenizer.split": ["tokenizer.split=gpt2"],
     "BpeTokenizer.digits": ["tokenizer.digits=3"],
+    "BpeTokenizer.most_megabytes": ["tokenizer.most_megabytes=7"],
     "CharTokenizer.kind": ["tokenizer.kind=char"],
     "ByteTokenizer.kind": ["tokenizer.kind=byte"],
     "FileTokenizer.kind": ["tokenizer={kind: file, path: a.json}"],

@@ -153,7 +153,7 @@ def _tokenizer(text: Text, section: TokenizerSection, reporter: Reporter) -> Tok
         reporter.note(f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens (from the cache)")
         return tokenizer
     with reporter.progress("training the tokenizer", text.train_scan.bytes, "B") as advance:
-        tokenizer = training.train(section, _watched(text.pieces("train"), advance), reporter.warn)
+        tokenizer = training.train(section, _watched(text.pieces("train"), advance), reporter.warn, text.train_scan.bytes)
     tokenizer.save(path)
     reporter.note(f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens")
     return tokenizer

@@ -99,6 +99,8 @@ class BpeTokenizer(Section):
     """Where merges may not reach across: gpt4, gpt2 or a regular expression."""
     digits: OptionalCount = None
     """Longest run of digits in one token, for split gpt4; null: 2."""
+    most_megabytes: Count = 64
+    """Merges are learned from this much text at the most, every n-th piece of a longer one: it bounds the memory."""
 
 
 class CharTokenizer(Section):

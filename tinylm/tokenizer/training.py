@@ -6,6 +6,8 @@ order. byte: the 256 bytes. Every vocabulary ends with the end-of-text token (an
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 
@@ -36,16 +38,16 @@ def split_pattern(section: BpeTokenizer) -> str:
     return _GPT2 if section.split == "gpt2" else section.split
 
 
-def train(section: TokenizerSection, pieces: Iterable[Piece], warn: Warn) -> Tokenizer:
-    """The tokenizer that `section` describes, learned from `pieces`.
+def train(section: TokenizerSection, pieces: Iterable[Piece], warn: Warn, size: int | None = None) -> Tokenizer:
+    """The tokenizer that `section` describes, learned from `pieces`, which are `size` bytes in all where that is known.
 
-    `warn` hears of what the user should know: a text that supports fewer tokens than asked for, text without spaces.
+    `warn` hears of what the user should know: a text that supports fewer tokens than asked for, text without borders.
     Raises `InputError` for a wrong pattern or a text without characters.
     """
     if isinstance(section, FileTokenizer):
         return Tokenizer.load(section.path)
     if isinstance(section, BpeTokenizer):
-        return _train_bpe(section, pieces, warn)
+        return _train_bpe(section, _thinned(section, pieces, size, warn), warn)
     if isinstance(section, ByteTokenizer):
         return _byte_level(models.BPE(vocab={c: i for i, c in enumerate(_alphabet())}, merges=[]), None)
     return _train_char(pieces)
@@ -85,6 +87,14 @@ def _train_bpe(section: BpeTokenizer, pieces: Iterable[Piece], warn: Warn) -> To
     if tokenizer.vocab_size < section.vocab_size:
         warn_of_smaller(tokenizer, section.vocab_size, warn)
     return tokenizer
+
+
+def _thinned(section: BpeTokenizer, pieces: Iterable[Piece], size: int | None, warn: Warn) -> Iterator[Piece]:
+    """Every n-th piece, so that at most `most_megabytes` of a text of `size` bytes remain."""
+    every = math.ceil((size or 0) / (section.most_megabytes * 1_000_000)) or 1
+    if every > 1:
+        warn(f"merges are learned from 1/{every} of the text (tokenizer.most_megabytes {section.most_megabytes})")
+    yield from itertools.islice(pieces, 0, None, every)
 
 
 def warn_of_smaller(tokenizer: Tokenizer, wanted: int, warn: Warn) -> None:

@@ -1,0 +1,61 @@
+"""Is memory flat? Peak memory of preparing a text (tokenizer, encoding, split) of two sizes, each in a process of its own.
+
+python benchmarks/memory.py [--megabytes 32 256]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+PREPARE = """
+import resource, sys
+from tinylm.data.prepare import prepare
+from tinylm.recipe import loads
+from tinylm.reporting import SILENT
+recipe = loads("data: {train: %s}\\ntraining: {steps: 1}" % sys.argv[1])
+tokens = len(prepare(recipe.data, recipe.tokenizer, SILENT).train)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, tokens)
+"""
+
+
+def write_text(path: Path, megabytes: int) -> None:
+    """Words of the language reference in random order, with new words now and then, as real text has."""
+    import pydoc_data.topics
+
+    words = " ".join(pydoc_data.topics.topics.values()).split()
+    generator = random.Random(0)
+    with open(path, "w", encoding="utf-8") as file:
+        while file.tell() < megabytes * 1_000_000:
+            line = generator.choices(words, k=12)
+            line.append("".join(generator.choices("abcdefghijklmnopqrstuvwxyz", k=8)))
+            file.write(" ".join(line) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=int, nargs="+", default=[32, 256])
+    peaks = []
+    for megabytes in parser.parse_args().megabytes:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "text.txt")
+            write_text(path, megabytes)
+            environment = {**os.environ, "TINYLM_CACHE": str(Path(folder, "cache"))}
+            start = time.perf_counter()
+            done = subprocess.run(
+                [sys.executable, "-c", PREPARE, str(path)], env=environment, check=True, capture_output=True, text=True
+            )
+            peak, tokens = map(int, done.stdout.split())
+            peaks.append(peak)
+            print(f"{megabytes:5} MB of text, {tokens:,} tokens: peak {peak} MiB, {time.perf_counter() - start:.0f} s", flush=True)
+    print(f"peak memory, last / first: {peaks[-1] / peaks[0]:.2f}")
+
+
+if __name__ == "__main__":
+    main()
