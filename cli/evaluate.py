@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import typer
 
 from .console import (
@@ -55,8 +57,8 @@ def evaluate(
     console = stderr()
     opened = open_run(run, console, quiet=quiet)
     for one in source or ():
-        if one != "-" and "://" not in one:
-            Corpus([one]).close()  # a missing file is told before torch is loaded
+        if one != "-" and "://" not in one and not os.path.exists(one):  # what is there may be a pipe, which gives its text once
+            Corpus([one]).close()  # what is missing is told before torch is loaded
     if source and source.count("-") > 1:
         raise InputError("standard input can be read once", where="-")
 

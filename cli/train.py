@@ -63,7 +63,7 @@ def train(
     overrides = [*(set_ or ()), *([f"seed={seed}"] if seed is not None else [])]
     file = find(recipe)
     loaded = load(file, overrides)
-    if Path(recipe).is_dir() and out_ is None:
+    if file == Path(recipe).expanduser() / "recipe.yaml" and out_ is None:
         if not resume:
             raise InputError(
                 "this is a run folder", where=recipe, hint="--resume goes on with it; --out trains its recipe elsewhere"

@@ -161,6 +161,19 @@ def test_overwriting_with_what_cannot_be_trained_removes_nothing(text: Path, fol
     assert _last_weights(folder) == before
 
 
+def test_overwriting_removes_the_old_run_and_nothing_else(text: Path, folder: Path) -> None:
+    train(_short(text, "sampling.every=5", "sampling.max_new_tokens=2"), folder, device="cpu")
+    (folder / "notes").mkdir()
+    (folder / "notes" / "precious.txt").write_text("mine")
+    (folder / "text.txt").write_bytes(text.read_bytes())
+    train(_short(folder / "text.txt", "seed=5", steps=2), folder, device="cpu", overwrite=True)
+    assert (folder / "notes" / "precious.txt").read_text() == "mine"
+    assert (folder / "text.txt").exists()
+    assert not (folder / "samples.md").exists()
+    assert [checkpoint.step for checkpoint in Run(folder).checkpoints()] == [2]
+    assert {line["step"] for line in Run(folder).metrics()} == {1, 2}
+
+
 def test_a_changed_recipe_is_refused_with_the_list_of_changes(text: Path, folder: Path) -> None:
     _halfway(_short(text), folder)
     changed = _short(text, "seed=9", "training.optimizer.lr=0.5", "training.schedule.cooldown=0.1", "name=other")
@@ -202,6 +215,21 @@ def test_a_precision_left_to_auto_stays_what_the_run_began_with(text: Path, fold
         assert result.precision == "bf16"
     result = train(recipe, folder, device="cpu", resume=True, allow_change=["training.precision"])
     assert result.precision == "fp32"
+
+
+def test_a_run_in_fp32_goes_on_in_fp16_when_that_is_allowed(text: Path, folder: Path) -> None:
+    _halfway(_short(text, steps=3), folder)
+    half = _short(text, "training.precision=fp16", steps=3)
+    result = train(half, folder, device="cpu", resume=True, allow_change=["training.precision"])
+    assert (result.precision, result.step) == ("fp16", 3)
+    assert Run(folder).checkpoint("last").state["scaler"]["scale"] > 0
+
+
+@pytest.mark.parametrize("key", ["training.compile=on", "training.micro_batch_size=2"])
+def test_what_decides_how_dropout_is_drawn_may_change_only_without_dropout(key: str, text: Path, folder: Path) -> None:
+    _halfway(_short(text, "model.dropout=0.1"), folder)
+    with pytest.raises(InputError, match=key.partition("=")[0]):
+        train(_short(text, "model.dropout=0.1", key), folder, device="cpu", resume=True)
 
 
 def test_a_changed_text_is_refused(text: Path, folder: Path) -> None:

@@ -41,8 +41,10 @@ from tinylm.training.metrics import MetricsFile, Observer, Observers
 from tinylm.training.signals import StopRequest
 from tinylm.training.trainer import Poll, Trainer
 
-HARMLESS = ("name", "training.compile", "training.log_every", "checkpoint.", "sampling.")
-"""Keys (or sections) that may change on resuming: they do not change the model. Micro-batches too, where there is no dropout."""
+HARMLESS = ("name", "training.log_every", "checkpoint.", "sampling.")
+"""Keys (or sections) that may change on resuming: they do not change the model."""
+HARMLESS_WITHOUT_DROPOUT = ("training.compile", "training.micro_batch_size")
+"""They change a model by rounding, but dropout altogether: the micro-batch and the compiler decide what is drawn."""
 AUTOMATIC = ("precision", "micro_batch_size", "compile")
 """Keys of `training` whose `auto` is decided once: a resumed run keeps what was decided."""
 
@@ -98,8 +100,8 @@ def train(
         recipe = _reconciled(Run.open(folder), recipe, allow_change, reporter)
     prepared = prepare(recipe.data, recipe.tokenizer, reporter)
     recipe, precision = _resolved(recipe, prepared, target, reporter)
-    if overwrite and folder.exists():
-        shutil.rmtree(folder)
+    if overwrite:
+        _remove_run(folder)
     network = Transformer(recipe.model, prepared.tokenizer.vocab_size, seed=recipe.seed).to(target)
     optimizers = groups.build(recipe.training.optimizer, network, network.stacked_matrices())
     batches = Batches(prepared.train.tokens, recipe.model.context_length, recipe.seed)
@@ -173,7 +175,7 @@ def _reconciled(run: Run, recipe: Recipe, allowed: Sequence[str], reporter: Repo
             known = flattened(recipe.as_dict())
             why = "is the same as before" if key in known else "is not a key of the recipe"
             raise InputError(f"{key} {why}", where="--allow-change", hint=did_you_mean(key, changed or known))
-    harmless = HARMLESS if recipe.model.dropout else (*HARMLESS, "training.micro_batch_size")
+    harmless = HARMLESS if recipe.model.dropout else (*HARMLESS, *HARMLESS_WITHOUT_DROPOUT)
     refused = [
         f"{key}: {old} -> {new}"
         for key, (old, new) in changed.items()
@@ -241,6 +243,15 @@ def _restore(
         best.with_name("best").unlink(missing_ok=True)
     reporter.note(f"resuming after step {checkpoint.step}")
     return state
+
+
+def _remove_run(folder: Path) -> None:
+    """Remove what an earlier training wrote, and nothing else that lies there. The recipe stays until the new one replaces it."""
+    for name in ("checkpoints", "heldout"):
+        if (folder / name).exists():
+            shutil.rmtree(folder / name)
+    for name in ("tokenizer.json", "metrics.jsonl", "samples.md", "environment.json"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _write_folder(folder: Path, recipe: Recipe, prepared: Prepared, target: torch.device) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,17 @@ def test_eval(here: Here, tiny_run: Run, tmp_path: Path) -> None:
     lines = here("eval", tmp_path / "text.jsonl", "--field", "body", "-r", tiny_run.path, "--json").json
     assert piped["loss"] == pytest.approx(lines["loss"])
     assert (piped["bytes"], piped["documents"]) == (len(text), 1)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_eval_reads_a_pipe_as_it_reads_a_file(here: Here, tiny_run: Run, text_file: Path, tmp_path: Path) -> None:
+    text, pipe = text_file.read_text()[:2000], tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=(text,), daemon=True)
+    writer.start()
+    answer = here("eval", pipe, "-r", tiny_run.path, "--json")
+    writer.join()
+    assert answer.json["characters"] == len(text)
 
 
 def test_eval_shows_the_same_numbers_to_people(here: Here, tiny_run: Run) -> None:

@@ -212,3 +212,12 @@ def test_a_mistake_in_tinylm_is_told_in_one_line(here: Here, capfdbinary: pytest
     sys.excepthook(KeyError, KeyError("x"), None)
     told = capfdbinary.readouterr().err
     assert told == b"error: KeyError: 'x' (a mistake in tinylm: TINYLM_DEBUG=1 shows the traceback to report)\n"
+
+
+def test_a_folder_that_happens_to_be_called_like_a_recipe_is_no_run(
+    here: Here, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs-bpe").mkdir()
+    sources = ("--set", f"data.train={text_file}", "--set", "data.heldout.by=tail")
+    assert here("train", "docs-bpe", *sources, "--dry-run").code == 0

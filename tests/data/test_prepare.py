@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -246,6 +248,43 @@ def test_a_tokenizer_without_an_end_of_text_is_refused(source: Path, tmp_path: P
     tokenizers.ByteLevelBPETokenizer().save(str(tmp_path / "t.json"))
     with pytest.raises(InputError, match=r"tokenizer\.path: the tokenizer has no end-of-text token"):
         prepared(source, FileTokenizer(kind="file", path=str(tmp_path / "t.json")))
+
+
+def test_a_tokenizer_that_would_read_text_as_the_end_of_text_is_refused(source: Path, tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    training.train(BYTE, [], print).save(path)
+    described = json.loads(path.read_text())
+    described["added_tokens"][0]["special"] = False
+    path.write_text(json.dumps(described))
+    with pytest.raises(InputError, match=r'tokenizer\.path: a text that holds <\|endoftext\|>.*"special": true'):
+        prepared(source, FileTokenizer(kind="file", path=str(path)))
+
+
+@pytest.mark.parametrize("change", ["more", "less", "another document"])
+def test_a_text_that_changes_while_it_is_read_is_refused_and_leaves_no_tokens(
+    change: str, tmp_path: Path, english: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [json.dumps({"text": english[start : start + 500]}) for start in range(0, 20_000, 500)]
+    source = tmp_path / "text.jsonl"
+    source.write_text("\n".join(lines))
+    changed = {"more": [*lines, lines[0]], "less": lines[:-1], "another document": [json.dumps({"text": "x"}), *lines]}[change]
+    train = training.train
+
+    def train_and_change(*arguments: Any) -> Tokenizer:
+        trained = train(*arguments)
+        source.write_text("\n".join(changed))
+        return trained
+
+    monkeypatch.setattr(training, "train", train_and_change)
+    with pytest.raises(InputError, match=r"text\.jsonl: the text changed while it was read"):
+        prepared(source)
+    assert not list(cache.rglob("*.npy"))
+
+
+def test_a_text_that_can_be_read_once_is_measured(english: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(english[:20_000].encode())))
+    size = measure_text(DataSection.model_validate({"train": "-"}), BYTE, CollectingReporter())
+    assert size.train_tokens == len(english[:18_000].encode()) + 2
 
 
 def test_a_small_text_is_measured_by_preparing_it(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tinylm.optim import muon
 from tinylm.optim.muon import Muon, orthogonalise
 
 
@@ -116,3 +117,11 @@ def test_a_zero_gradient_moves_nothing_and_a_missing_one_is_passed_over() -> Non
     Muon([still, missing], weight_decay=0.5, lr=0.1).step()
     torch.testing.assert_close(still.detach(), _random(4, 4) * 0.95)  # the decay alone
     assert torch.equal(missing.detach(), _random(4, 4, seed=1))
+
+
+@pytest.mark.parametrize(("device", "units", "fast"), [("cuda", True, True), ("cuda", False, False), ("cpu", True, False)])
+def test_the_iteration_is_in_bfloat16_only_where_the_device_has_units_for_it(
+    device: str, units: bool, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: units or including_emulation)
+    assert muon._is_fast_in_bfloat16(torch.device(device)) is fast

@@ -254,6 +254,7 @@ def test_missing_sections_say_what_to_write() -> None:
         (["tokenizer.digits=3", "tokenizer.split=gpt2"], "only split gpt4 has it"),
         (["training.micro_batch_size=128"], "128 does not divide global_batch_size 64 (32 or 64 would)"),
         (["training.schedule.warmup=0.5", "training.schedule.cooldown=0.6"], "more than the whole training"),
+        (["training.steps=10", "training.schedule.warmup=5"], "more than the whole training"),
         (["training.minutes=3", "training.schedule.warmup=5"], "with minutes, give the warm-up as a share below 1"),
         (["training.steps=null"], "say how long to train with one of steps, tokens, epochs, minutes"),
     ],

@@ -80,7 +80,7 @@ SETTINGS: dict[str, list[str]] = {
     "MuonOptimizer.betas": ["training.optimizer.betas=[0.8, 0.9]"],
     "MuonOptimizer.eps": ["training.optimizer.eps=1e-6"],
     "WsdSchedule.name": ["training.schedule=cosine", "training.schedule=wsd"],
-    "WsdSchedule.warmup": ["training.schedule.warmup=5"],
+    "WsdSchedule.warmup": ["training.schedule.warmup=3"],
     "WsdSchedule.floor": ["training.schedule.floor=0.1"],
     "WsdSchedule.cooldown": ["training.schedule.cooldown=0.3"],
     "CosineSchedule.name": ["training.schedule=cosine"],

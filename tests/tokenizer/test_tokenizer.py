@@ -227,3 +227,24 @@ def test_a_tokenizer_whose_tokens_are_not_bytes_is_refused_rather_than_decoded_w
     backend.save(str(tmp_path / "t.json"))
     with pytest.raises(InputError, match="wordpiece tokenizers of this form are not read yet"):
         Tokenizer.load(tmp_path / "t.json")
+
+
+def test_a_file_that_asks_for_truncation_or_padding_loses_and_adds_nothing(bpe: Tokenizer, english: str, tmp_path: Path) -> None:
+    theirs = tokenizers.Tokenizer.from_str(bpe.backend.to_str())
+    theirs.enable_truncation(5)
+    theirs.enable_padding(length=1000)
+    theirs.save(str(tmp_path / "t.json"))
+    tokenizer = Tokenizer.load(tmp_path / "t.json")
+    assert tokenizer.encode(english[:3000]) == bpe.encode(english[:3000])
+    assert tokenizer.encode("a") == bpe.encode("a")
+
+
+def test_every_id_is_below_the_vocabularys_size_also_where_a_file_leaves_ids_out(bpe: Tokenizer, tmp_path: Path) -> None:
+    described = json.loads(bpe.backend.to_str())
+    vocabulary = described["model"]["vocab"]
+    vocabulary["a"] = 1000
+    (tmp_path / "t.json").write_text(json.dumps(described), encoding="utf-8")
+    tokenizer = Tokenizer.load(tmp_path / "t.json")
+    assert tokenizer.encode("a") == [1000]
+    assert tokenizer.vocab_size == 1001
+    assert tokenizer.decode([1000]) == "a"

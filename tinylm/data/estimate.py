@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from tinylm.data.prepare import open_text, prepare
+from tinylm.data.prepare import open_text, prepare_text
 from tinylm.recipe.schema import DataSection, TokenizerSection
 from tinylm.reporting import Reporter
 from tinylm.text.sources import Piece
@@ -37,7 +37,7 @@ def measure_text(data: DataSection, tokenizer: TokenizerSection, reporter: Repor
             tokens = sum(len(ids) for ids, _ in trained.encode_pieces(sample))
             characters = sum(len(piece.text) for piece in sample)
             return TextSize(trained.vocab_size, int(tokens / characters * text.sizes("train")[1]), exact=False)
-    prepared = prepare(data, tokenizer, Reporter())
+        prepared = prepare_text(text, tokenizer, reporter)
     return TextSize(prepared.tokenizer.vocab_size, len(prepared.train), exact=True)
 
 

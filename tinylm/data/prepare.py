@@ -39,9 +39,12 @@ class Text:
     """None when the held-out text is a source of its own."""
 
     def pieces(self, half: str) -> Iterator[Piece]:
+        """The text of a half. Raises `InputError` when its source is no longer what was scanned."""
         if self.split is not None:
-            return self.split.select(self.train_corpus.pieces(), half)
-        return (self.train_corpus if half == "train" else self.heldout_corpus).pieces()
+            return self.split.select(_as_scanned(self.train_corpus, self.train_scan), half)
+        if half == "train":
+            return _as_scanned(self.train_corpus, self.train_scan)
+        return _as_scanned(self.heldout_corpus, self.heldout_scan)
 
     @property
     def fingerprint(self) -> str:
@@ -79,15 +82,31 @@ def _digest(*parts: str) -> str:
 def prepare(data: DataSection, tokenizer: TokenizerSection, reporter: Reporter) -> Prepared:
     """Everything up to the tokens. Raises `InputError` for a text that cannot be read, split or learned from."""
     with ExitStack() as stack:
-        text = open_text(data, reporter, stack)
-        trained = _tokenizer(text, tokenizer, reporter)
-        if trained.end_of_text is None:
-            raise InputError("the tokenizer has no end-of-text token", where="tokenizer.path", hint="add <|endoftext|> to it")
-        key = _digest(text.fingerprint, trained.fingerprint, str(_FORMAT))
-        folder = cache_folder("tokens", key)
-        halves = {half: _shard(folder, half, text, trained, reporter) for half in ("train", "heldout")}
+        return prepare_text(open_text(data, reporter, stack), tokenizer, reporter)
+
+
+def prepare_text(text: Text, tokenizer: TokenizerSection, reporter: Reporter) -> Prepared:
+    """The tokens of a text that is open."""
+    trained = _tokenizer(text, tokenizer, reporter)
+    _check_end_of_text(trained)
+    key = _digest(text.fingerprint, trained.fingerprint, str(_FORMAT))
+    folder = cache_folder("tokens", key)
+    halves = {half: _shard(folder, half, text, trained, reporter) for half in ("train", "heldout")}
     _warn_of_unknown(halves["heldout"], reporter)
     return Prepared(trained, halves["train"], halves["heldout"], folder, key)
+
+
+def _check_end_of_text(tokenizer: Tokenizer) -> None:
+    end = tokenizer.end_of_text
+    if end is None:
+        raise InputError("the tokenizer has no end-of-text token", where="tokenizer.path", hint="add <|endoftext|> to it")
+    written = str(tokenizer.backend.id_to_token(end))
+    if end in tokenizer.encode(written):
+        raise InputError(
+            f"a text that holds {written} would hold the end-of-text token",
+            where="tokenizer.path",
+            hint='mark it "special": true under added_tokens',
+        )
 
 
 def open_text(data: DataSection, reporter: Reporter, stack: ExitStack) -> Text:
@@ -126,6 +145,19 @@ def open_text(data: DataSection, reporter: Reporter, stack: ExitStack) -> Text:
 
 def _documents(count: int) -> str:
     return f"{count:,} document{'' if count == 1 else 's'}"
+
+
+def _as_scanned(corpus: Corpus, found: Scan) -> Iterator[Piece]:
+    """The pieces of a corpus, as long as they are as many as were scanned: tokens are kept under the scanned text's name."""
+    documents = characters = 0
+    for piece in corpus.pieces():
+        documents += piece.starts_document
+        characters += len(piece.text)
+        if documents > found.documents or characters > found.characters:
+            break
+        yield piece
+    if (documents, characters) != (found.documents, found.characters):
+        raise InputError("the text changed while it was read", where=describe(corpus.sources), hint="try again, or work on a copy")
 
 
 def _scan(corpus: Corpus, reporter: Reporter) -> Scan:

@@ -1,8 +1,8 @@
 """Starting weights. Every preset starts from a normal distribution scaled by a rule that is stated here.
 
-gpt2 and llama: standard deviation 0.02; with gpt2, output projections divided by sqrt(2 * layers) (Radford et al. 2019).
-With `zero_init_outputs`: matrices get 0.5 / sqrt(inputs), the projections that end a residual branch start at zero, the
-embedding at one (a norm follows it) and the head near zero, so that the first loss is log of the vocabulary.
+gpt2 and llama: standard deviation 0.02, in the projections that end a residual branch divided by sqrt(2 * layers)
+(Radford et al. 2019). With `zero_init_outputs`: matrices get 0.5 / sqrt(inputs), those projections start at zero, and an
+untied head near zero, so that the first loss is log of the vocabulary. An untied embedding that a norm follows starts at 1.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a model is trained to do: tokens in, a token-weighted loss out.
 
-An objective turns a batch of token sequences into inputs and targets and returns the *sum* of the losses with the number
-of targets, so that whoever accumulates can divide by the number in the whole global batch.
+An objective turns a batch of token sequences into inputs and targets and gives the loss of each target, never a mean, so
+that whoever accumulates can divide their sum by the number of targets in the whole global batch.
 """
 
 from __future__ import annotations

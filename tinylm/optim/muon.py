@@ -30,6 +30,11 @@ def orthogonalise(matrices: Tensor, steps: int) -> Tensor:
     return result
 
 
+def _is_fast_in_bfloat16(device: torch.device) -> bool:
+    """Older GPUs only emulate it."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 class Muon(torch.optim.Optimizer):
     """For matrices. `rows[i]`, when given, says into which row blocks parameter i falls, each a matrix of its own."""
 
@@ -67,7 +72,7 @@ class Muon(torch.optim.Optimizer):
                 stacks[(matrix.shape[0], matrix.shape[1])].append((matrix, part))
         for (height, width), members in stacks.items():
             stacked = torch.stack([update for _, update in members])
-            if stacked.is_cuda:
+            if _is_fast_in_bfloat16(stacked.device):
                 stacked = stacked.bfloat16()
             updates = orthogonalise(stacked, group["steps"])
             rate = group["lr"] * math.sqrt(max(1.0, height / width))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 
@@ -71,7 +72,8 @@ def _training(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
             ("training", "schedule", "warmup"),
             f"{schedule.warmup} steps of warm-up are more than the {training.steps} of training",
         )
-    if isinstance(schedule, WsdSchedule) and schedule.warmup < 1 and schedule.warmup + schedule.cooldown > 1:
+    warmup = schedule.warmup / (training.steps or math.inf) if schedule.warmup >= 1 else schedule.warmup
+    if isinstance(schedule, WsdSchedule) and warmup <= 1 < warmup + schedule.cooldown:
         yield ("training", "schedule", "cooldown"), "warm-up and cool-down together are more than the whole training"
     if training.minutes is not None and schedule.warmup >= 1:
         yield ("training", "schedule", "warmup"), "with minutes, give the warm-up as a share below 1"

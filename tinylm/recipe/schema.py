@@ -157,7 +157,8 @@ class ModelSection(Section):
     embedding_norm: Flag
     """Normalise the token embedding before the first block."""
     zero_init_outputs: Flag
-    """Start the last projection of each attention and feed-forward at zero, so that every block starts as the identity."""
+    """Start the last projection of each attention and feed-forward at zero, so that every block starts as the identity, the
+    head near zero, and the other matrices at 0.5 / sqrt(inputs)."""
     parallel_residual: Flag = False
     """Attention and feed-forward read the same input and are added together (GPT-NeoX)."""
     dropout: Dropout = 0.0
@@ -200,7 +201,7 @@ class MuonOptimizer(Section):
 
     name: Literal["muon"]
     lr: Positive = 0.02
-    """Rate of the matrices: the update has a root-mean-square near 0.2 * sqrt(max(1, rows / columns)) per unit of rate."""
+    """Rate of the matrices: per unit of rate the update's root-mean-square is about 1 / sqrt(columns)."""
     momentum: Share = 0.95
     newton_schulz_steps: Count = 5
     weight_decay: NotNegative = 0.1

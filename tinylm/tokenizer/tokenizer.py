@@ -31,6 +31,8 @@ class Tokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         backend.encode_special_tokens = True
+        backend.no_truncation()  # a file may ask for either, and text would be lost or added
+        backend.no_padding()
         self.backend = backend
         self._model: dict[str, Any] = json.loads(backend.to_str())["model"]
 
@@ -53,10 +55,10 @@ class Tokenizer:
     def save(self, path: str | Path) -> None:
         write_whole(Path(path), self.backend.to_str(pretty=True) + "\n")
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
-        """Number of ids, special and added tokens included: ids are below it."""
-        return int(self.backend.get_vocab_size(with_added_tokens=True))
+        """One more than the highest id, special and added tokens included; a file may leave ids below it unused."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @cached_property
     def kind(self) -> str:

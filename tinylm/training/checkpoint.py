@@ -82,11 +82,7 @@ class CheckpointWriter:
 
 
 def _contiguous(tensors: Mapping[str, Tensor], tied: bool = False) -> dict[str, Tensor]:
-    return {
-        name: tensor.detach().cpu().contiguous().reshape(tensor.shape)
-        for name, tensor in tensors.items()
-        if not (tied and name == "head.weight")
-    }
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items() if not (tied and name == "head.weight")}
 
 
 def newest_whole(run: Run, reporter: Reporter) -> Checkpoint:

@@ -110,7 +110,8 @@ class Trainer:
     def resume(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's state; weights and optimiser are already restored."""
         self.progress = Progress.from_state(state)
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the training so far was not in fp16
+            self.scaler.load_state_dict(state["scaler"])
         self._logged_step, self._logged_seconds = self.progress.step, self.progress.train_seconds
 
     def train(self, request: StopRequest, stop_after: float | None = None) -> str:
