@@ -129,11 +129,7 @@ def train(
     def write(network: Transformer, prompt: str) -> str:
         section = recipe.sampling
         options = SamplingOptions(section.max_new_tokens, section.temperature, section.top_k)
-        network.eval()
-        try:
-            return generate(network, prepared.tokenizer, prompt, options, seed=recipe.seed)[0].text
-        finally:
-            network.train()
+        return generate(network, prepared.tokenizer, prompt, options, seed=recipe.seed)[0].text
 
     trainer = Trainer(
         recipe,
@@ -195,8 +191,12 @@ def _resolved(recipe: Recipe, prepared: Prepared, target: torch.device, reporter
     """The recipe with every `auto` decided, and its precision."""
     training = recipe.training
     precision = precisions.resolve(training.precision, target, reporter)
+    memory: int
+    most_tokens: int | None
     if target.type == "cuda":
         memory, most_tokens = torch.cuda.mem_get_info(target)[0], None
+    elif target.type == "mps":
+        memory, most_tokens = torch.mps.recommended_max_memory(), None
     else:
         memory, most_tokens = planning.host_memory_bytes(), planning.CPU_MICRO_BATCH_TOKENS
     half = precision.name != "fp32"

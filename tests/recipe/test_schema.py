@@ -97,10 +97,10 @@ SETTINGS: dict[str, list[str]] = {
     "CheckpointSection.every": ["checkpoint.every=7"],
     "CheckpointSection.keep": ["checkpoint.keep=0"],
     "SamplingSection.every": ["sampling.every=7"],
-    "SamplingSection.prompts": ["sampling.prompts=[one, two]"],
-    "SamplingSection.max_new_tokens": ["sampling.max_new_tokens=9"],
-    "SamplingSection.temperature": ["sampling.temperature=0"],
-    "SamplingSection.top_k": ["sampling.top_k=null"],
+    "SamplingSection.prompts": ["sampling.every=7", "sampling.prompts=[one, two]"],
+    "SamplingSection.max_new_tokens": ["sampling.every=7", "sampling.max_new_tokens=9"],
+    "SamplingSection.temperature": ["sampling.every=7", "sampling.temperature=0"],
+    "SamplingSection.top_k": ["sampling.every=7", "sampling.top_k=null"],
 }
 
 
@@ -194,7 +194,7 @@ def test_the_resolved_recipe_reads_back_whatever_form_each_part_has(part: str, t
 def test_a_text_that_looks_like_something_else_is_written_so_that_it_stays_a_text(text: str) -> None:
     recipe = read()
     data = recipe.data.model_copy(update={"field": text, "train": ("1e-3", f"{text}.txt")})
-    sampling = recipe.sampling.model_copy(update={"prompts": (text, "1e6")})
+    sampling = recipe.sampling.model_copy(update={"every": 7, "prompts": (text, "1e6")})
     recipe = recipe.model_copy(update={"name": text, "data": data, "sampling": sampling})
     assert loads(recipe.to_yaml(), check_files=False) == recipe
     assert yaml.safe_load(recipe.to_yaml())["name"] == text

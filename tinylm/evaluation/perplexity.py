@@ -20,6 +20,8 @@ from tinylm.errors import InputError
 from tinylm.model.objective import IGNORED, CausalObjective
 
 BATCH_TOKENS = 8192
+BATCH_LOGITS = 1 << 25
+"""128 MiB of logits in float32: what bounds the batch when the vocabulary is large."""
 _RESAMPLES = 1000
 _MANY_DOCUMENTS = 50
 _FEWEST_WINDOWS = 5
@@ -105,7 +107,7 @@ def evaluate(
     network.eval()
     try:
         done = position = 0
-        for batch in _batched(windows):
+        for batch in _batched(windows, min(BATCH_TOKENS, BATCH_LOGITS // len(token_byte_lengths))):
             losses, targets = _losses(network, shard, batch, device)
             for row, window in enumerate(batch):
                 counted = slice(window.length - window.scored, window.length)
@@ -142,11 +144,11 @@ def _first(documents: list[tuple[int, int]], max_tokens: int | None) -> list[tup
     return kept
 
 
-def _batched(windows: list[Window]) -> Iterator[list[Window]]:
-    """Groups of windows, given longest first, whose padded size is at most `BATCH_TOKENS`."""
+def _batched(windows: list[Window], most_tokens: int) -> Iterator[list[Window]]:
+    """Groups of windows, given longest first, whose padded size is at most `most_tokens`; one window at least."""
     start = 0
     while start < len(windows):
-        size = max(1, BATCH_TOKENS // windows[start].length)
+        size = max(1, most_tokens // windows[start].length)
         yield windows[start : start + size]
         start += size
 

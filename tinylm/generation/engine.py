@@ -50,11 +50,16 @@ def generate(
     ids = tokenizer.encode(prompt) or [tokenizer.end_of_text or 0]
     generators = [torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63) for index in range(count)]
     start = time.perf_counter()
-    for chosen in _tokens(network, ids, options, generators):
-        for writer, id in zip(writers, chosen, strict=True):
-            writer.push(id, tokenizer.end_of_text)
-        if all(writer.finished for writer in writers):
-            break
+    was_training = network.training
+    network.eval()
+    try:
+        for chosen in _tokens(network, ids, options, generators):
+            for writer, id in zip(writers, chosen, strict=True):
+                writer.push(id, tokenizer.end_of_text)
+            if all(writer.finished for writer in writers):
+                break
+    finally:
+        network.train(was_training)
     seconds = max(time.perf_counter() - start, 1e-9)
     for writer in writers:
         writer.finish()

@@ -18,7 +18,6 @@ from tinylm.recipe.values import (
     Count,
     CountOrAuto,
     CountOrZero,
-    Dropout,
     Flag,
     FlagOrAuto,
     NotNegative,
@@ -28,6 +27,7 @@ from tinylm.recipe.values import (
     Positive,
     Seed,
     Share,
+    ShareBelowOne,
     Sources,
     Texts,
     Warmup,
@@ -161,7 +161,7 @@ class ModelSection(Section):
     head near zero, and the other matrices at 0.5 / sqrt(inputs)."""
     parallel_residual: Flag = False
     """Attention and feed-forward read the same input and are added together (GPT-NeoX)."""
-    dropout: Dropout = 0.0
+    dropout: ShareBelowOne = 0.0
     logit_softcap: OptionalPositive = None
     """Cap c: logits become c * tanh(logits / c)."""
 
@@ -202,7 +202,7 @@ class MuonOptimizer(Section):
     name: Literal["muon"]
     lr: Positive = 0.02
     """Rate of the matrices: per unit of rate the update's root-mean-square is about 1 / sqrt(columns)."""
-    momentum: Share = 0.95
+    momentum: ShareBelowOne = 0.95
     newton_schulz_steps: Count = 5
     weight_decay: NotNegative = 0.1
     """Decoupled, on what Muon updates, times lr."""

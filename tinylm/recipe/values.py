@@ -122,7 +122,9 @@ Share = Annotated[float, _checked(_real(0.0, 1.0), "a share between 0 and 1")]
 OpenShare = Annotated[
     float, _checked(lambda v: _REFUSED if v == 1 else _real(0.0, 1.0, above=True)(v), "a share above 0 and below 1")
 ]
-Dropout = Annotated[float, _checked(lambda v: _REFUSED if v == 1 else _real(0.0, 1.0)(v), "a share of at least 0 and below 1")]
+ShareBelowOne = Annotated[
+    float, _checked(lambda v: _REFUSED if v == 1 else _real(0.0, 1.0)(v), "a share of at least 0 and below 1")
+]
 Flag = Annotated[bool, _checked(_flag, "true or false")]
 FlagOrAuto = Annotated[bool | Literal["auto"], _checked(_or_word(_flag, "auto"), "true, false or auto")]
 ClipNorm = Annotated[float | None, _checked(_clip, "a number above 0, or off")]
