@@ -22,7 +22,7 @@ from .console import count, duration
 
 _PLAIN_EVERY_SECONDS = 5.0
 _STOPPING = "stopping after this step; once more stops at once"
-_SMOOTHING = 0.97  # per step
+_SMOOTHING = 0.95  # per step
 _CURVE_HEIGHT = 8
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 

@@ -72,7 +72,7 @@ def test_the_panel_holds_the_numbers() -> None:
         assert number in panel, number
     smoothed = LOSSES[0]
     for loss in LOSSES:
-        smoothed = 0.97 * smoothed + 0.03 * loss
+        smoothed = 0.95 * smoothed + 0.05 * loss
     assert f"{smoothed:.3f}" in panel
 
     assert "at step 4 it writes" in panel
