@@ -7,6 +7,7 @@ import torch
 from tinylm.model.objective import IGNORED, CausalObjective
 from tinylm.model.transformer import Transformer
 from tinylm.recipe.schema import ModelSection
+from tinylm.training.feed import GlobalBatch
 from tinylm.training.precision import Precision
 from tinylm.training.step import accumulate
 
@@ -25,7 +26,8 @@ def gradient(dtype: torch.dtype, preset: str, micro_batch_size: int) -> torch.Te
     for row in range(64):  # between 1 and 64 targets a row
         sequences[row, 2 + (row * 7) % 64 :] = IGNORED
     precision = Precision("fp32", torch.device("cpu"))
-    accumulate(network, CausalObjective(), sequences, micro_batch_size, precision, precision.scaler())
+    batch = GlobalBatch(CausalObjective().example(sequences), int((sequences[:, 1:] != IGNORED).sum()))
+    accumulate(network, CausalObjective(), batch, micro_batch_size, precision, precision.scaler())
     return torch.cat([parameter.grad.flatten() for parameter in network.parameters() if parameter.grad is not None])
 
 

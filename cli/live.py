@@ -40,7 +40,8 @@ class PlainView(Observer):
         self._said = event.seconds
         left = "" if event.step == 1 else f"  {duration(_left(event))} left"
         self._console.print(
-            f"step {event.step:>6}  {event.done:4.0%}  loss {event.loss:.4f}  {count(event.tokens_per_second)} tokens/s{left}",
+            f"step {event.step:>6}  {event.done:4.0%}  loss {event.loss:.4f}  {count(event.tokens_per_second)} tokens/s"
+            f"  MFU {event.mfu:.0%}{left}",
             markup=False,
         )
 
@@ -50,6 +51,9 @@ class PlainView(Observer):
             f"step {event.step:>6}  held-out loss {event.val_loss:.4f}  {event.val_bits_per_byte:.4f} bits per byte{best}",
             markup=False,
         )
+
+    def note(self, text: str) -> None:
+        self._console.print(text, style="yellow", markup=False)
 
     def stopping(self) -> None:
         self._console.print(_STOPPING)
@@ -95,6 +99,9 @@ class TerminalView(Observer):
     def phase(self, name: str) -> None:
         self._phase = name
         self._live.start()
+
+    def note(self, text: str) -> None:
+        self._console.print(text, style="yellow", markup=False)
 
     def stopping(self) -> None:
         self._stopping = True
@@ -147,6 +154,7 @@ class TerminalView(Observer):
             ("loss", f"{last.loss:.3f}", "bright_cyan"),
             ("smoothed", f"{self._smoothed[-1]:.3f}", "cyan"),
             ("tokens/s", count(last.tokens_per_second), "white"),
+            ("MFU", f"{last.mfu:.0%}", "white"),
             ("rate", f"{last.lr:.2g}", "white"),
         ]
         if self._evaluations:
@@ -158,7 +166,7 @@ class TerminalView(Observer):
         best = next((event for event in reversed(self._evaluations) if event.best), None)
         if best is not None:
             cells.insert(4, ("best", f"{best.val_bits_per_byte:.3f} at {best.step:,}", "yellow"))
-        for dispensable in ("rate", "smoothed", "tokens/s", "best"):
+        for dispensable in ("rate", "MFU", "smoothed", "tokens/s", "best"):
             if sum(max(len(label), len(value)) + 3 for label, value, _ in cells) - 3 > self._width():
                 cells = [cell for cell in cells if cell[0] != dispensable]
         row = Table.grid(padding=(0, 3))

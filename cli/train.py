@@ -6,7 +6,7 @@ import re
 import shlex
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
@@ -15,7 +15,6 @@ from .console import (
     JSON,
     QUIET,
     SET,
-    THREADS,
     ConsoleReporter,
     Conversation,
     count,
@@ -49,7 +48,9 @@ def train(
     seed: int | None = typer.Option(None, "--seed", min=0, help="Instead of the recipe's."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Check everything and show the plan; train nothing."),
     device: str = DEVICE,
-    threads: int | None = THREADS,
+    threads: str | None = typer.Option(
+        None, "--threads", help="CPU threads, or auto: as many as are fastest; default: one per core."
+    ),
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
@@ -72,6 +73,7 @@ def train(
     if allow_change and not resume:
         raise InputError("only means something with --resume", where="--allow-change")
     seconds = _seconds(stop_after) if stop_after is not None else None
+    wanted_threads = _threads(threads)
     folder = out_ or str(Path("runs") / loaded.name)
     claim(Path(folder), resume, overwrite)
     if dry_run:
@@ -80,7 +82,7 @@ def train(
         show_plan(make(loaded, reporter), json)
         return
 
-    from tinylm.device import resolve, set_threads
+    from tinylm.device import resolve
 
     resolve(device)  # one that is not here is told before torch's models are loaded
     from tinylm import pipeline
@@ -88,7 +90,6 @@ def train(
 
     from .live import PlainView, TerminalView
 
-    set_threads(threads)
     observer: Observer
     if quiet:
         observer = Observer()
@@ -104,6 +105,7 @@ def train(
             overwrite=overwrite,
             allow_change=allow_change or (),
             device=device,
+            threads=wanted_threads,
             stop_after=seconds,
             reporter=reporter,
             observer=observer,
@@ -111,6 +113,18 @@ def train(
     _show(result, console, json, quiet)
     if result.signal_number is not None:
         raise SystemExit(128 + result.signal_number)
+
+
+def _threads(text: str | None) -> int | Literal["auto"] | None:
+    from tinylm.errors import InputError
+
+    if text is None:
+        return None
+    if text == "auto":
+        return "auto"
+    if not text.isdigit() or int(text) < 1:
+        raise InputError(f"{text!r} is no number of threads", where="--threads", hint="a number of at least 1, or auto")
+    return int(text)
 
 
 def _seconds(text: str) -> float:

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_recipe
 from tiny import model
 
+from tinylm.data.batches import Batches
 from tinylm.evaluation.measure import measure
 from tinylm.generation.engine import generate
 from tinylm.generation.sampling import SamplingOptions
+from tinylm.model.objective import CausalObjective
+from tinylm.model.transformer import Transformer
 from tinylm.optim.muon import orthogonalise
 from tinylm.pipeline import train
 from tinylm.recipe import Recipe
+from tinylm.reporting import CollectingReporter
 from tinylm.run import Run
+from tinylm.training import compilation
+from tinylm.training import precision as precisions
 from tinylm.training import trainer as room
+from tinylm.training.feed import Feed, GlobalBatch
 from tinylm.training.metrics import Observer, StepEvent
+from tinylm.training.precision import Precision
+from tinylm.training.step import accumulate
 
 pytestmark = [
     pytest.mark.gpu,
@@ -88,11 +101,11 @@ def test_a_step_that_is_not_logged_never_waits_for_the_device(
     """CUDA itself raises when something synchronises. The first two steps may: they allocate and choose kernels."""
     step, taken = room.Trainer._step, []
 
-    def strictly(trainer: room.Trainer) -> tuple[torch.Tensor, torch.Tensor]:
+    def strictly(trainer: room.Trainer, feed: Feed) -> tuple[torch.Tensor, torch.Tensor]:
         taken.append(trainer.progress.step)
         torch.cuda.set_sync_debug_mode("error" if len(taken) > 2 else "default")
         try:
-            return step(trainer)
+            return step(trainer, feed)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -134,3 +147,135 @@ def test_auto_decides_a_precision_and_a_micro_batch_for_the_gpu(text_file: Path,
     assert result.device.startswith("cuda")
     assert result.precision in ("bf16", "fp16")
     assert Run.open(tmp_path / "run").recipe.training.micro_batch_size == 8
+
+
+needs_compiler = pytest.mark.skipif(compilation.compiler(CUDA) is None, reason="needs triton")
+
+
+def _gradient(network: Transformer, tokens: torch.Tensor, precision: Precision) -> torch.Tensor:
+    batch = GlobalBatch(CausalObjective().example(tokens), tokens[:, 1:].numel())
+    scaler = precision.scaler()
+    network.zero_grad()
+    with precision.tf32():
+        accumulate(network, CausalObjective(), batch, len(tokens), precision, scaler)
+    whole = torch.cat([parameter.grad.flatten() for parameter in network.parameters() if parameter.grad is not None])
+    return whole / scaler.get_scale()
+
+
+@needs_compiler
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("preset", ["modern", "gpt2", "llama"])
+def test_compiled_blocks_have_the_gradient_of_eager_ones(preset: str, precision: str) -> None:
+    tokens = torch.randint(61, (4, 17), generator=torch.Generator().manual_seed(0))
+    network, numbers = model(preset).to(CUDA).train(), Precision(precision, CUDA)
+    exact, eager = _gradient(network, tokens, Precision("fp32", CUDA)), _gradient(network, tokens, numbers)
+    batch = GlobalBatch(CausalObjective().example(tokens), tokens[:, 1:].numel())
+    trial = compilation.Trial(network, CausalObjective(), batch, 4, numbers)
+    reporter = CollectingReporter()
+    assert compilation.compile_blocks(network, trial, demanded=False, reporter=reporter), reporter.warnings
+    compiled = _gradient(network, tokens, numbers)
+    rounding = max(float((eager - exact).norm() / exact.norm()), 1e-3)
+    assert (compiled - exact).norm() < 2 * rounding * exact.norm()
+    assert torch.nn.functional.cosine_similarity(compiled, eager, dim=0) > 0.999
+
+
+@needs_compiler
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_was_compiled_before_the_first_step_serves_every_step(precision: str, text_file: Path, tmp_path: Path) -> None:
+    """A flag that changes between the trial and the training, TF32's for one, would have the compiler start again."""
+    from torch._dynamo.utils import counters
+
+    def graphs() -> int:
+        return int(counters["stats"]["unique_graphs"])
+
+    class Ear(Observer):
+        before = -1
+
+        def phase(self, name: str) -> None:
+            if name == "first step":
+                Ear.before = graphs()
+
+    torch.compiler.reset()
+    options = (f"training.precision={precision}", "training.compile=on", "training.micro_batch_size=8")
+    train(_recipe(text_file, *options), tmp_path / "run", device="cuda", observer=Ear())
+    assert Ear.before > 0
+    assert graphs() == Ear.before
+
+
+def test_the_feed_pins_what_a_copy_can_take_without_waiting() -> None:
+    """Rows that do not lie side by side are first copied into memory that is not pinned, and the copy waits for the device."""
+    tokens = np.random.default_rng(0).integers(0, 61, 500).astype(np.uint16)
+    with Feed(Batches(tokens, 16, 0), CausalObjective(), pin=True) as feed:
+        for start in (0, 4):
+            example = feed.take(start, 4).example
+            for part in (example.inputs, example.targets):
+                assert part.is_pinned()
+                assert part.is_contiguous()
+
+
+def _peak_of_a_gradient(network: Transformer, tokens: torch.Tensor) -> tuple[int, torch.Tensor]:
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    gradient = _gradient(network, tokens, Precision("fp32", CUDA))
+    return torch.cuda.max_memory_allocated(), gradient
+
+
+@pytest.mark.usefixtures("_exact")
+@pytest.mark.parametrize("preset", ["modern", "gpt2", "llama"])
+def test_activation_checkpointing_lowers_the_peak_and_keeps_the_gradient(preset: str) -> None:
+    network = model(preset, n_layer=8, n_embd=64, context_length=128).to(CUDA).train()
+    tokens = torch.randint(61, (64, 129), generator=torch.Generator().manual_seed(0))
+    _peak_of_a_gradient(network, tokens)  # libraries take memory of their own the first time
+    before = torch.cuda.memory_allocated()
+    kept, expected = _peak_of_a_gradient(network, tokens)
+    network.recompute = True
+    recomputed, gradient = _peak_of_a_gradient(network, tokens)
+    assert recomputed - before < 0.6 * (kept - before)
+    assert (gradient - expected).norm() < 1e-3 * expected.norm()
+
+
+def test_a_gpu_whose_memory_runs_out_goes_on_in_smaller_micro_batches(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(precisions._PEAK_WIDTH, "cuda", 256)  # the product that is timed shall not be what does not fit
+    notes: list[str] = []
+
+    class Ear(Observer):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    def trained(folder: str, micro: int) -> int:
+        """The most memory that was held."""
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        size = ("model.n_layer=4", "model.n_embd=128", "model.context_length=256", "training.global_batch_size=64")
+        options = (*size, f"training.micro_batch_size={micro}", "training.compile=off", "training.steps=4")
+        train(tiny_recipe(text_file, "modern", *options), tmp_path / folder, device="cuda", observer=Ear())
+        return torch.cuda.max_memory_reserved()
+
+    whole, small = trained("whole", 64), trained("small", 8)
+    assert whole > 2 * small, "the test needs a model whose micro-batches fill the memory"
+    assert notes == []
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((whole + small) / 2 / torch.cuda.get_device_properties(CUDA).total_memory)
+    try:
+        trained("cramped", 64)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert notes
+    assert all("out of memory" in note for note in notes)
+    assert _losses(tmp_path / "cramped") == pytest.approx(_losses(tmp_path / "whole"), rel=0.01)
+
+
+def test_the_benchmark_runs_at_a_tiny_size() -> None:
+    script = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
+    command = [sys.executable, str(script), "--device", "cuda", "--tiny", "--no-compile", "--json"]
+    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    for row in found["training"]:
+        assert row["failed"] in (None, "this device has no such units")
+        assert row["failed"] is not None or row["peak_bytes"] > 0
+    assert [row["failed"] for row in found["optimizers"]] == [None, None]
+    for row in found["decoding"]:
+        assert (row["failed"] is None) == (row["what"] != "engine, CUDA graph"), row

@@ -23,6 +23,7 @@ from tinylm.pipeline import train
 from tinylm.recipe import Recipe, load
 from tinylm.reporting import CollectingReporter
 from tinylm.run import Run
+from tinylm.training.compilation import Trial
 
 
 def _short(text: Path, *overrides: str, steps: int = 10) -> Recipe:
@@ -109,15 +110,15 @@ def test_the_result_says_what_the_folder_says(text: Path, folder: Path) -> None:
 
 def test_best_is_the_lowest_held_out_loss_and_last_the_newest(text: Path, folder: Path) -> None:
     """A rate that rises with the warm-up until it spoils the model makes an early checkpoint the best."""
-    spoiling = ("training.optimizer={name: adamw, lr: 3.0}", "training.schedule={name: constant, warmup: 20}", "evaluation.every=2")
-    result = train(_short(text, *spoiling, "checkpoint.keep=0", steps=20), folder, device="cpu")
+    spoiling = ("training.optimizer={name: adamw, lr: 3.0}", "training.schedule={name: constant, warmup: 12}", "evaluation.every=2")
+    result = train(_short(text, *spoiling, "checkpoint.keep=0", steps=12), folder, device="cpu")
     evaluations = _evaluations(folder)
-    assert len(evaluations) == 10
+    assert len(evaluations) == 6
     best = min(evaluations, key=lambda step: evaluations[step])
-    assert best != 20
+    assert best != 12
     assert Run(folder).checkpoint("best").step == best == result.best_step
-    assert Run(folder).checkpoint("last").step == 20
-    assert {checkpoint.step for checkpoint in Run(folder).checkpoints()} == {best, 20}
+    assert Run(folder).checkpoint("last").step == 12
+    assert {checkpoint.step for checkpoint in Run(folder).checkpoints()} == {best, 12}
 
 
 def test_the_library_leaves_the_training_text_unread_when_measuring_a_copied_run(tiny_run: Run) -> None:
@@ -211,6 +212,7 @@ def test_a_precision_left_to_auto_stays_what_the_run_began_with(text: Path, fold
     recipe = _short(text, "training.precision=auto", steps=3)
     for gain in (9.0, 0.1):  # as if the processor had changed its mind
         monkeypatch.setattr("tinylm.training.precision._bf16_speed_up", lambda device, gain=gain: gain)
+        monkeypatch.setattr(Trial, "seconds", lambda trial, gain=gain: 1 / gain if trial._precision.name == "bf16" else 1.0)
         result = train(recipe, folder, device="cpu", resume=True, stop_after=0.0)
         assert result.precision == "bf16"
     result = train(recipe, folder, device="cpu", resume=True, allow_change=["training.precision"])

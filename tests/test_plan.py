@@ -48,6 +48,16 @@ PARTS: list[dict[str, Any]] = [
     {"embedding_norm": True, "norm": "layernorm", "bias": True},
     {"n_kv_head": 1},
     {"n_kv_head": 2, "bias": True},
+    {"norm_gain": False},
+    {"norm_gain": False, "norm": "layernorm", "bias": True},
+    {"qk_norm": True, "qk_gain": False},
+    {"qk_norm": False, "qk_gain": True},
+    {"ngram_embeddings": [2]},
+    {"ngram_embeddings": [2, 3], "ngram_rows": 50},
+    {"value_embeddings": 1},
+    {"value_embeddings": 3, "n_kv_head": 2},
+    {"value_residual": True},
+    {"embedding_shortcut": True},
 ]
 
 
@@ -66,7 +76,11 @@ def test_the_plan_counts_the_parameters_that_the_model_has(preset: str) -> None:
         counts = parameter_counts(model, 61)
         network = Transformer(model, 61)
         assert sum(counts.values()) == network.parameter_count(), parts
-        matrices = sum(p.numel() for name, p in network.named_parameters() if p.ndim == 2 and name.startswith("blocks."))
+        matrices = sum(
+            p.numel()
+            for name, p in network.named_parameters()
+            if p.ndim == 2 and name.startswith(("blocks.", "ngrams.projection")) and "embedding" not in name
+        )
         assert counts["matrices"] == matrices
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import platform
@@ -13,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors
 import tokenizers
@@ -35,8 +34,10 @@ from tinylm.recipe import Recipe, changes
 from tinylm.recipe.schema import FileTokenizer, flattened
 from tinylm.reporting import SILENT, Reporter
 from tinylm.run import Run, claim
+from tinylm.training import automatic
 from tinylm.training import precision as precisions
 from tinylm.training.checkpoint import CheckpointWriter, newest_whole, restore
+from tinylm.training.memory import keep_freed_memory
 from tinylm.training.metrics import MetricsFile, Observer, Observers
 from tinylm.training.signals import StopRequest
 from tinylm.training.trainer import Poll, Trainer
@@ -82,6 +83,7 @@ def train(
     overwrite: bool = False,
     allow_change: Sequence[str] = (),
     device: str = "auto",
+    threads: int | Literal["auto"] | None = None,
     stop_after: float | None = None,
     reporter: Reporter = SILENT,
     observer: Observer | None = None,
@@ -89,23 +91,33 @@ def train(
     """Train `recipe` into the run folder `folder`.
 
     A folder that is not empty needs `resume` (go on from its newest whole checkpoint; only keys in `allow_change` and
-    harmless ones may differ) or `overwrite` (begin anew). `stop_after` seconds ends early, saved. Raises `InputError` for
-    what the user can mend and `WorkError` when the training fails.
+    harmless ones may differ) or `overwrite` (begin anew). `threads` on a CPU: how many, or `auto` for the fastest; None: one per
+    core. `stop_after` seconds ends early, saved. Raises `InputError` for what the user can mend and `WorkError` when the
+    training fails.
     """
     folder = Path(folder)
     target = devices.resolve(device)
+    if isinstance(threads, int):
+        devices.set_threads(threads)
     claim(folder, resume, overwrite)
     resume = resume and (folder / "recipe.yaml").exists()
     if resume:
         recipe = _reconciled(Run.open(folder), recipe, allow_change, reporter)
     prepared = prepare(recipe.data, recipe.tokenizer, reporter)
-    recipe, precision = _resolved(recipe, prepared, target, reporter)
-    if overwrite:
-        _remove_run(folder)
-    network = Transformer(recipe.model, prepared.tokenizer.vocab_size, seed=recipe.seed).to(target)
-    optimizers = groups.build(recipe.training.optimizer, network, network.stacked_matrices())
     batches = Batches(prepared.train.tokens, recipe.model.context_length, recipe.seed)
     steps = planning.training_steps(recipe.training, recipe.model.context_length, len(prepared.train))
+    if target.type == "cpu":
+        keep_freed_memory()
+        if threads == "auto":
+            chosen = automatic.use_fastest_threads(recipe, prepared.tokenizer.vocab_size, batches)
+            reporter.note(f"{chosen} CPU threads are fastest for this model")
+    network = Transformer(recipe.model, prepared.tokenizer.vocab_size, seed=recipe.seed).to(target)
+    network.recompute = recipe.training.activation_checkpointing
+    decided = automatic.decide(recipe, network, batches, steps, reporter, stop_after)
+    recipe, precision = decided.recipe, decided.precision
+    if overwrite:
+        _remove_run(folder)
+    optimizers = groups.build(recipe.training.optimizer, network, network.stacked_matrices())
     checkpoints = CheckpointWriter(folder, recipe.checkpoint.keep)
     fingerprints = {"data": prepared.fingerprint, "tokenizer": prepared.tokenizer.fingerprint}
     state = _restore(Run(folder), network, optimizers, fingerprints, checkpoints, reporter) if resume else None
@@ -139,7 +151,8 @@ def train(
         steps=steps,
         micro_batch_size=int(recipe.training.micro_batch_size),
         precision=precision,
-        compiled=bool(recipe.training.compile),
+        flops_per_token=planning.flops_per_token(recipe.model, prepared.tokenizer.vocab_size),
+        peak_flops=precisions.matmul_flops(precision),
         checkpoints=checkpoints,
         fingerprints=fingerprints,
         evaluate=measure,
@@ -148,6 +161,8 @@ def train(
     )
     if state is not None:
         trainer.resume(state)
+    trainer.progress.seconds += decided.start_up_seconds
+    trainer.progress.train_seconds += decided.start_up_seconds
     try:
         with StopRequest(watching.stopping) as request:
             watching.phase("first step")
@@ -185,31 +200,6 @@ def _reconciled(run: Run, recipe: Recipe, allowed: Sequence[str], reporter: Repo
             where=str(run.path),
         )
     return recipe
-
-
-def _resolved(recipe: Recipe, prepared: Prepared, target: torch.device, reporter: Reporter) -> tuple[Recipe, precisions.Precision]:
-    """The recipe with every `auto` decided, and its precision."""
-    training = recipe.training
-    precision = precisions.resolve(training.precision, target, reporter)
-    memory: int
-    most_tokens: int | None
-    if target.type == "cuda":
-        memory, most_tokens = torch.cuda.mem_get_info(target)[0], None
-    elif target.type == "mps":
-        memory, most_tokens = torch.mps.recommended_max_memory(), None
-    else:
-        memory, most_tokens = planning.host_memory_bytes(), planning.CPU_MICRO_BATCH_TOKENS
-    half = precision.name != "fp32"
-    micro = planning.choose_micro_batch(recipe, prepared.tokenizer.vocab_size, memory, most_tokens, half=half)
-    compiled = training.compile
-    if compiled == "auto":
-        steps = planning.training_steps(training, recipe.model.context_length, len(prepared.train))
-        long = steps >= 1000 if steps is not None else (training.minutes or 0) >= 10
-        compiled = target.type == "cuda" and long and importlib.util.find_spec("triton") is not None
-        if compiled:
-            reporter.note("compiling the model: the first step takes a minute, the others pay it back (training.compile: off)")
-    decided = {"precision": precision.name, "micro_batch_size": micro, "compile": compiled}
-    return recipe.model_copy(update={"training": training.model_copy(update=decided)}), precision
 
 
 def _restore(

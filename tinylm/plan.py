@@ -56,23 +56,25 @@ class Plan:
 
 
 def parameter_counts(model: ModelSection, vocab_size: int) -> dict[str, int]:
-    """Trainable numbers by part: embeddings (a tied head counted here), head, matrices inside blocks, the rest."""
+    """Trainable numbers by part: embeddings (a tied head counted here), tables that are looked up, head, matrices, the rest."""
     width, hidden = model.n_embd, model.feed_forward_width
     queries, keys = model.n_head * model.head_width, model.kv_heads * model.head_width
-    layer_norm_bias = model.bias and model.norm == "layernorm"
-    norm = width * (2 if layer_norm_bias else 1)
+    norm = width * (model.norm_gain + (model.norm_gain and model.bias and model.norm == "layernorm"))
     inputs = 2 * hidden if model.feed_forward == "swiglu" else hidden
     matrices = width * (queries + 2 * keys) + queries * width + width * inputs + hidden * width
     biases = (queries + 2 * keys) + width + inputs + width if model.bias else 0
     norms_per_block = 1 if model.norm_position == "post" and model.parallel_residual else 2
-    small = norms_per_block * norm + biases + (2 * model.head_width if model.qk_norm else 0)
+    small = norms_per_block * norm + biases + (2 * model.head_width if model.qk_norm and model.qk_gain else 0)
+    small += 2 if model.embedding_shortcut else 0
     outside = (norm if model.norm_position == "pre" else 0) + (norm if model.embedding_norm else 0)
     return {
         "embedding": vocab_size * width,
         "positions": model.context_length * width if model.position == "learned" else 0,
+        "tables": len(model.ngram_embeddings) * model.ngram_rows * model.ngram_width
+        + min(2 * model.value_embeddings, model.n_layer) * vocab_size * keys,
         "head": 0 if model.tie_embeddings else vocab_size * width,
-        "matrices": model.n_layer * matrices,
-        "rest": model.n_layer * small + outside,
+        "matrices": model.n_layer * matrices + len(model.ngram_embeddings) * model.ngram_width * width,
+        "rest": model.n_layer * small + outside + (model.n_layer - 1 if model.value_residual else 0),
     }
 
 
@@ -177,7 +179,7 @@ def make_plan(recipe: Recipe, vocab_size: int, train_tokens: int, *, peak_flops:
     costs = memory(recipe, vocab_size, micro)
     return Plan(
         parameters=parameters,
-        parameters_non_embedding=parameters - counts["embedding"] - counts["positions"] - counts["head"],
+        parameters_non_embedding=parameters - counts["embedding"] - counts["positions"] - counts["tables"] - counts["head"],
         context_length=model.context_length,
         vocab_size=vocab_size,
         global_batch_size=training.global_batch_size,

@@ -214,7 +214,7 @@ class Run:
             raise InputError(f"damaged: {problem}", where=str(checkpoint.path), hint="name another with --checkpoint")
         if checkpoint.state["fingerprints"]["tokenizer"] != self.tokenizer.fingerprint:
             raise InputError("not the tokenizer this model was trained with", where=str(self.path / "tokenizer.json"))
-        network = Transformer(self.recipe.model, self.tokenizer.vocab_size)
+        network = Transformer(self.recipe.model, self.tokenizer.vocab_size, seed=None)
         load_weights(network, checkpoint)
         return network.to(device).eval()
 

@@ -26,7 +26,7 @@ def written(target: Console) -> str:
 
 def step(number: int, loss: float, *, seconds: float | None = None, steps: int = 8) -> StepEvent:
     spent = 10.0 * number if seconds is None else seconds
-    return StepEvent(number, 100 * number, loss, 3e-3, 1.0, 12_345.0, spent, number / steps)
+    return StepEvent(number, 100 * number, loss, 3e-3, 1.0, 12_345.0, 0.37, spent, number / steps)
 
 
 def tell(view: Observer) -> None:
@@ -35,7 +35,8 @@ def tell(view: Observer) -> None:
     for number, loss in enumerate(LOSSES, 1):
         view.step(step(number, loss))
         if number in (2, 4):
-            view.evaluation(EvaluationEvent(number, 100 * number, 5.5 + number, 2.25 + number, 10.0 * number, number == 2))
+            seconds = 10.0 * number
+            view.evaluation(EvaluationEvent(number, 100 * number, 5.5 + number, 2.25 + number, 0.9 * seconds, seconds, number == 2))
     view.sample(SampleEvent(4, "The for", " statement\nis  used"))
     view.phase("training")
 
@@ -52,8 +53,8 @@ def test_plain_lines_hold_the_numbers() -> None:
     target = console()
     tell(PlainView(target))
     lines = [re.sub(" +", " ", line) for line in written(target).splitlines()]
-    assert lines[0] == "step 1 12% loss 6.0000 12.3k tokens/s"
-    assert lines[1] == "step 2 25% loss 5.0000 12.3k tokens/s 1:00 left"
+    assert lines[0] == "step 1 12% loss 6.0000 12.3k tokens/s MFU 37%"
+    assert lines[1] == "step 2 25% loss 5.0000 12.3k tokens/s MFU 37% 1:00 left"
     assert lines[2] == "step 2 held-out loss 7.5000 4.2500 bits per byte best so far"
     assert lines[-1] == "step 4 held-out loss 9.5000 6.2500 bits per byte"
 
@@ -68,7 +69,20 @@ def test_plain_lines_come_every_few_seconds() -> None:
 
 def test_the_panel_holds_the_numbers() -> None:
     panel = shown()
-    for number in ("step 4", "50%", "0:40 gone, 0:40 left", "4.250", "9.500", "6.250", "4.250 at 2", "12.3k", "0.003", "training"):
+    numbers = (
+        "step 4",
+        "50%",
+        "0:40 gone, 0:40 left",
+        "4.250",
+        "9.500",
+        "6.250",
+        "4.250 at 2",
+        "12.3k",
+        "37%",
+        "0.003",
+        "training",
+    )
+    for number in numbers:
         assert number in panel, number
     smoothed = LOSSES[0]
     for loss in LOSSES:
@@ -92,6 +106,13 @@ def test_before_the_first_step_the_panel_says_so() -> None:
     view = TerminalView(target, "tinylm train tiny")
     target.print(view.render())
     assert "first step" in written(target)
+
+
+def test_a_note_is_shown_as_it_is() -> None:
+    for view in (PlainView(plain := console()), TerminalView(panel := console(), "tinylm train tiny")):
+        view.note("out of memory: going on with [2] micro-batches")
+    for target in (plain, panel):
+        assert "out of memory: going on with [2] micro-batches" in written(target)
 
 
 def test_the_panel_says_that_it_will_stop() -> None:

@@ -59,6 +59,31 @@ def test_greedy_text_is_that_of_reading_everything_anew(preset: str, prompt: str
     assert len(set(sample.token_ids)) > 1
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"ngram_embeddings": [2, 4], "ngram_rows": 97},
+        {"value_embeddings": 1, "value_residual": True},
+        {"embedding_shortcut": True, "logit_softcap": 3.0},
+        {"norm_gain": False, "qk_gain": False},
+    ],
+    ids=str,
+)
+def test_so_is_that_of_every_part_of_a_model(parts: dict[str, Any], by_bytes: Tokenizer) -> None:
+    network = _network(by_bytes, **parts)
+    for prompt in ("the cat", "exactly sixteen!"):
+        [sample] = generate(network, by_bytes, prompt, _greedy(45))
+        assert sample.token_ids == _read_anew(network, by_bytes, prompt, 45)
+        assert len(set(sample.token_ids)) > 1
+
+
+def test_samples_that_share_a_prompt_have_n_grams_of_their_own(by_bytes: Tokenizer) -> None:
+    network, options = _network(by_bytes, ngram_embeddings=[2, 3], ngram_rows=97), SamplingOptions(max_new_tokens=40)
+    among = generate(network, by_bytes, "seed", options, seed=3, count=3)
+    alone = [generate(network, by_bytes, "seed", options, seed=3, count=count)[-1] for count in (1, 2, 3)]
+    assert [sample.token_ids for sample in among] == [sample.token_ids for sample in alone]
+
+
 @pytest.mark.parametrize("parts", [{"n_kv_head": 1}, {"context_length": 1}, {"context_length": 2}, {"context_length": 15}], ids=str)
 def test_so_is_that_of_shared_heads_and_odd_contexts(parts: dict[str, Any], by_bytes: Tokenizer) -> None:
     network = _network(by_bytes, "llama", **parts)

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from tiny import section
 from torch import Tensor, nn
 
+from tinylm.model.functions import rotate
 from tinylm.model.layers import Attention, FeedForward, make_norm
-from tinylm.model.positions import rope_table, rotate, sinusoidal_table
+from tinylm.model.positions import rope_table, sinusoidal_table
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
@@ -51,7 +52,7 @@ def _plainly(attention: Attention, queries_from: Tensor, keys_from: Tensor, mask
 def test_causal_attention_is_the_formula(kv_heads: int) -> None:
     attention, x = _attention(n_kv_head=kv_heads), _random(2, 7, 32)
     mask = torch.ones(7, 7, dtype=torch.bool).tril()
-    torch.testing.assert_close(attention(x, causal=True), _plainly(attention, x, x, mask), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(attention(x, causal=True)[0], _plainly(attention, x, x, mask), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
@@ -59,9 +60,9 @@ def test_cross_attention_with_a_mask_is_the_formula(kv_heads: int) -> None:
     attention, x, source = _attention(n_kv_head=kv_heads), _random(2, 5, 32), _random(2, 9, 32, seed=1)
     mask = torch.rand(2, 5, 9, generator=torch.Generator().manual_seed(2)) < 0.5
     mask[..., 0] = True
-    said = attention(x, source, mask=mask[:, None])
+    said, _ = attention(x, source, mask=mask[:, None])
     torch.testing.assert_close(said, _plainly(attention, x, source, mask), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(attention(x, source), _plainly(attention, x, source, None), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(attention(x, source)[0], _plainly(attention, x, source, None), atol=1e-5, rtol=1e-5)
 
 
 def test_cross_attention_is_torchs_multihead_attention() -> None:
@@ -78,7 +79,7 @@ def test_cross_attention_is_torchs_multihead_attention() -> None:
     padding = torch.zeros(2, 9, dtype=torch.bool)
     padding[1, 6:] = True
     theirs, _ = other(x, source, source, key_padding_mask=padding)
-    torch.testing.assert_close(attention(x, source, mask=~padding[:, None, None]), theirs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(attention(x, source, mask=~padding[:, None, None])[0], theirs, atol=1e-5, rtol=1e-5)
 
 
 def test_a_mask_and_causality_hold_together() -> None:
@@ -86,7 +87,7 @@ def test_a_mask_and_causality_hold_together() -> None:
     mask = torch.ones(2, 6, 6, dtype=torch.bool)
     mask[1, :, 1] = False
     together = mask & torch.ones(6, 6, dtype=torch.bool).tril()
-    said = attention(x, mask=mask[:, None], causal=True)
+    said, _ = attention(x, mask=mask[:, None], causal=True)
     torch.testing.assert_close(said, _plainly(attention, x, x, together), atol=1e-5, rtol=1e-5)
 
 
@@ -98,9 +99,9 @@ def test_query_and_key_norms_make_attention_deaf_to_the_inputs_scale() -> None:
         with torch.no_grad():
             attention.qkv.bias.zero_()
             attention.output.bias.zero_()
-            louder = attention(x)
+            louder, _ = attention(x)
             attention.qkv.weight[:start] *= 10  # queries and keys ten times as long, values as they were
-            deaf = torch.allclose(attention(x), louder, atol=1e-4)
+            deaf = torch.allclose(attention(x)[0], louder, atol=1e-4)
         assert deaf == (attention is normed)
 
 

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from tiny import PRESETS, VOCABULARY, ids, model, roughened, section
 from torch import Tensor
 
+from tinylm.model import transformer
 from tinylm.model.cache import KeyValueCache
+from tinylm.model.layers import Shared
 from tinylm.model.objective import CausalObjective
 from tinylm.model.transformer import Transformer
 from tinylm.recipe.presets import PRESETS as PRESET_PARTS
@@ -68,8 +70,8 @@ def _as_llama(network: Transformer) -> dict[str, Tensor]:
         theirs[f"{there}.input_layernorm.weight"] = ours[f"{here}.attention_norm.weight"]
         theirs[f"{there}.post_attention_layernorm.weight"] = ours[f"{here}.feed_forward_norm.weight"]
         if model.qk_norm:
-            theirs[f"{there}.self_attn.q_norm.weight"] = ours[f"{here}.attention.query_norm.weight"]
-            theirs[f"{there}.self_attn.k_norm.weight"] = ours[f"{here}.attention.key_norm.weight"]
+            theirs[f"{there}.self_attn.q_norm.weight"] = ours[f"{here}.attention.query_gain"]
+            theirs[f"{there}.self_attn.k_norm.weight"] = ours[f"{here}.attention.key_gain"]
     return theirs
 
 
@@ -177,6 +179,14 @@ CHANGES = [
     {"zero_init_outputs": False},
     {"parallel_residual": True},
     {"logit_softcap": 2.0},
+    {"norm_gain": False},
+    {"qk_gain": False},
+    {"ngram_embeddings": [2]},
+    {"ngram_embeddings": [2, 3]},
+    {"ngram_embeddings": [3], "ngram_rows": 50, "ngram_width": 8},
+    {"value_embeddings": 1},
+    {"value_residual": True},
+    {"embedding_shortcut": True},
 ]
 
 
@@ -248,6 +258,9 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("modern", {"n_kv_head": 1, "norm_position": "post"}),
     ("gpt2", {"position": "sinusoidal", "parallel_residual": True}),
     ("gpt2", {"position": "none"}),
+    ("modern", {"ngram_embeddings": [2, 4], "ngram_rows": 97}),
+    ("llama", {"value_embeddings": 1, "value_residual": True, "n_kv_head": 2, "n_layer": 3}),
+    ("modern", {"embedding_shortcut": True, "norm_gain": False, "qk_gain": False, "logit_softcap": 5.0}),
 ]
 
 
@@ -297,7 +310,8 @@ def test_gradients_are_the_slopes_of_the_loss(preset: str, parts: dict[str, Any]
     tokens = ids(2, 9)
 
     def loss() -> Tensor:
-        return CausalObjective().losses(network, tokens).sum()
+        objective = CausalObjective()
+        return objective.summed_loss(network, objective.example(tokens))
 
     loss().backward()
     generator = torch.Generator().manual_seed(1)
@@ -316,7 +330,188 @@ def test_gradients_are_the_slopes_of_the_loss(preset: str, parts: dict[str, Any]
         torch.testing.assert_close(slope, (parameter.grad * direction).sum(), atol=1e-5, rtol=1e-5, msg=name)
 
 
+# The parts that no other library has, against their formulas.
+
+PARTS: list[dict[str, Any]] = [
+    {},
+    {"value_embeddings": 1},
+    {"value_embeddings": 2, "n_kv_head": 2},
+    {"value_residual": True},
+    {"embedding_shortcut": True},
+    {"ngram_embeddings": [2, 3], "ngram_rows": 97, "ngram_width": 8},
+    {"logit_softcap": 3.0},
+    {"norm_gain": False},
+    {"qk_gain": False},
+    {
+        "value_embeddings": 1,
+        "value_residual": True,
+        "embedding_shortcut": True,
+        "ngram_embeddings": [2],
+        "ngram_rows": 97,
+        "logit_softcap": 3.0,
+        "norm_gain": False,
+        "qk_gain": False,
+        "n_kv_head": 2,
+    },
+]
+
+
+def _normal(x: Tensor, eps: float, gain: Tensor | None) -> Tensor:
+    normal = x / (x.square().mean(dim=-1, keepdim=True) + eps).sqrt()
+    return normal if gain is None else normal * gain
+
+
+def _turned(heads: Tensor, theta: float) -> Tensor:
+    """(time, heads, D): pair i of position t times e^(i t theta^(-2i/D))."""
+    time, _, width = heads.shape
+    angles = torch.outer(torch.arange(time), theta ** (-torch.arange(0, width, 2) / width)).double()[:, None]
+    pairs = torch.complex(heads[..., : width // 2], heads[..., width // 2 :]) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat((pairs.real, pairs.imag), dim=-1)
+
+
+def _plainly(network: Transformer, tokens: Tensor) -> Tensor:
+    """Logits of one sequence by the preset modern with any of `PARTS`, head by head; the embedding of n-grams taken as it is."""
+    shape, weights = network.model, dict(network.named_parameters())
+    eps, width = shape.norm_eps, shape.head_width
+    x = weights["embedding.weight"][tokens]
+    if network.ngrams is not None:
+        x = x + network.ngrams(tokens[None])[0]
+    x = embedded = _normal(x, eps, weights.get("embedding_norm.weight"))
+    first = None
+    for layer in range(shape.n_layer):
+        part = {name.removeprefix(f"blocks.{layer}."): w for name, w in weights.items() if name.startswith(f"blocks.{layer}.")}
+        if shape.embedding_shortcut:
+            x = part["stream_shares"][0] * x + part["stream_shares"][1] * embedded
+        rows = (shape.n_head * width, shape.kv_heads * width, shape.kv_heads * width)
+        projected = _normal(x, eps, part.get("attention_norm.weight")) @ part["attention.qkv.weight"].T
+        q, k, v = (piece.unflatten(-1, (-1, width)) for piece in projected.split(rows, dim=-1))
+        q = _turned(_normal(q, eps, part.get("attention.query_gain")), 10000.0)
+        k = _turned(_normal(k, eps, part.get("attention.key_gain")), 10000.0)
+        if layer < shape.value_embeddings or shape.n_layer - layer <= shape.value_embeddings:
+            v = v + part["value_embedding.weight"][tokens].unflatten(-1, (-1, width))
+        if first is None:
+            first = v
+        elif shape.value_residual:
+            share = part["attention.value_share"]
+            v = (1 - share) * first + share * v
+        mixed = []
+        for head in range(shape.n_head):
+            group = head * shape.kv_heads // shape.n_head
+            scores = q[:, head] @ k[:, group].T / math.sqrt(width)
+            later = torch.ones_like(scores, dtype=torch.bool).triu(1)
+            mixed.append(scores.masked_fill(later, float("-inf")).softmax(dim=-1) @ v[:, group])
+        x = x + torch.cat(mixed, dim=-1) @ part["attention.output.weight"].T
+        hidden = _normal(x, eps, part.get("feed_forward_norm.weight")) @ part["feed_forward.input.weight"].T
+        x = x + hidden.clamp_min(0).square() @ part["feed_forward.output.weight"].T
+    logits = _normal(x, eps, weights.get("final_norm.weight")) @ weights["head.weight"].T
+    return logits if shape.logit_softcap is None else shape.logit_softcap * torch.tanh(logits / shape.logit_softcap)
+
+
+@pytest.mark.parametrize("parts", PARTS, ids=str)
+def test_the_preset_modern_with_any_part_is_its_formula(parts: dict[str, Any]) -> None:
+    network = model(n_layer=3, **parts).double()
+    tokens = ids(2, 11)
+    with torch.no_grad():
+        expected = torch.stack([_plainly(network, row) for row in tokens])
+        torch.testing.assert_close(network(tokens), expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("parts", PARTS[1:], ids=str)
+def test_a_part_makes_a_difference_to_the_same_weights_and_every_parameter_of_it_learns(parts: dict[str, Any]) -> None:
+    network = model(n_layer=3, **parts)
+    shared = {key: value for key, value in parts.items() if key == "n_kv_head"}
+    without = model(n_layer=3, **shared)
+    weights = network.state_dict()
+    without.load_state_dict({name: weights.get(name, torch.ones_like(value)) for name, value in without.state_dict().items()})
+    tokens, objective = ids(4, 12), CausalObjective()
+    differs = not _same(network(tokens), without(tokens))
+    assert differs == (parts not in ({"norm_gain": False}, {"qk_gain": False})), "a gain of one is no gain"
+    assert network.parameter_count() != without.parameter_count() or "logit_softcap" in parts
+    objective.summed_loss(network, objective.example(tokens)).backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.to_dense().abs().max() > 1e-6, name
+
+
+def test_value_embeddings_are_in_so_many_first_and_last_blocks() -> None:
+    def where(count: int, n_layer: int) -> list[int]:
+        network = Transformer(section(value_embeddings=count, n_layer=n_layer), VOCABULARY)
+        return [layer for layer, block in enumerate(network.blocks) if block.value_embedding is not None]
+
+    assert where(0, 3) == []
+    assert where(1, 5) == [0, 4]
+    assert where(2, 5) == [0, 1, 3, 4]
+    assert where(9, 3) == [0, 1, 2]
+
+
+def test_a_repeated_cache_goes_on_differently_in_every_row() -> None:
+    network = model("modern", ngram_embeddings=[2, 3], ngram_rows=97, value_embeddings=1, value_residual=True)
+    prompt, more = ids(1, 6), ids(3, 4, seed=1)
+    cache = KeyValueCache(network.model, 1, 16, device=torch.device("cpu"), dtype=torch.float32)
+    with torch.no_grad():
+        network(prompt, cache)
+        cache.expand(3)
+        said = torch.cat([network(more[:, :1], cache), network(more[:, 1:], cache)], dim=1)
+        whole = network(torch.cat((prompt.expand(3, -1), more), dim=1))
+    torch.testing.assert_close(said, whole[:, 6:], atol=2e-5, rtol=1e-5)
+
+
+# The loss without the logits, and less memory for more time.
+
+
+def test_the_summed_loss_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, tokens, objective = model(vocabulary=1000), ids(8, 17, vocabulary=1000), CausalObjective()
+    example = objective.example(tokens)
+    expected = objective.losses(network, example).sum()
+    monkeypatch.setattr(transformer, "CHUNK_BYTES", {"cpu": 0, "other": 0})  # as few rows as it takes
+    monkeypatch.setattr(network, "logits", None)
+    torch.testing.assert_close(network(example.inputs, targets=example.targets), expected)
+
+
+def _gradients(network: Transformer, *, recompute: bool) -> tuple[list[Tensor], int]:
+    """The gradients, and how many bytes were kept for them."""
+    objective, kept = CausalObjective(), []
+    network.recompute = recompute
+
+    def note(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel() * tensor.itemsize)
+        return tensor
+
+    network.zero_grad()
+    torch.manual_seed(5)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = objective.summed_loss(network, objective.example(ids(4, 17)))
+        before = sum(kept)
+    loss.backward()
+    return [parameter.grad.to_dense().clone() for parameter in network.parameters()], before
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("preset", "parts"), KINDS, ids=str)
+def test_computing_blocks_again_keeps_less_and_gives_the_same_gradients(preset: str, parts: dict[str, Any], dropout: float) -> None:
+    network = model(preset, **{**parts, "n_layer": 4, "dropout": dropout}).double().train()
+    usual, much = _gradients(network, recompute=False)
+    again, little = _gradients(network, recompute=True)
+    assert all(torch.equal(one, two) for one, two in zip(usual, again, strict=True))
+    assert little < 0.5 * much
+
+
+def test_nothing_is_computed_again_where_nothing_is_learned() -> None:
+    network = model()
+    network.recompute = True
+    tokens = ids()
+    with torch.no_grad():
+        assert torch.equal(network(tokens), model()(tokens))
+
+
 # Starting weights.
+
+
+def test_blending_starts_at_half_of_the_first_values_and_none_of_the_embedding() -> None:
+    network = Transformer(section(value_residual=True, embedding_shortcut=True), VOCABULARY)
+    assert network.blocks[0].attention.value_share is None
+    assert network.blocks[1].attention.value_share.item() == 0.5
+    assert network.blocks[0].stream_shares.tolist() == network.blocks[1].stream_shares.tolist() == [1.0, 0.0]
 
 
 def test_the_starting_weights_are_the_seeds_alone() -> None:
@@ -332,15 +527,18 @@ def test_the_starting_weights_are_the_seeds_alone() -> None:
 def test_an_untrained_model_finds_every_token_about_equally_likely(preset: str) -> None:
     network = Transformer(section(preset, n_embd=64), 500).eval()
     tokens = ids(8, 17, vocabulary=500)
-    loss = CausalObjective().losses(network, tokens).mean()
+    objective = CausalObjective()
+    loss = objective.losses(network, objective.example(tokens)).mean()
     assert abs(loss.item() - math.log(500)) < 0.1
 
 
 def test_with_zeroed_outputs_every_block_starts_as_the_identity() -> None:
     network = Transformer(section(), VOCABULARY).eval()
     x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
-    rotation = network.rope_cosines[:5], network.rope_sines[:5]
-    assert torch.equal(network.blocks[0](x, rotation, None), x)
+    rotation = network.rope_cosines[:5, None], network.rope_sines[:5, None]
+    said, values = network.blocks[0](x, Shared(ids(2, 5), x, rotation), None)
+    assert torch.equal(said, x)
+    assert values.shape == (2, 5, 4, 8)
 
 
 def test_gpt2_starts_from_its_papers_deviations() -> None:

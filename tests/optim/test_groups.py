@@ -15,7 +15,11 @@ from tinylm.optim import groups
 from tinylm.optim.groups import Optimizers
 from tinylm.recipe.schema import AdamWOptimizer, MuonOptimizer, Optimizer
 
-SECTIONS: list[Optimizer] = [MuonOptimizer(name="muon"), AdamWOptimizer(name="adamw")]
+SECTIONS: list[Optimizer] = [
+    MuonOptimizer(name="muon"),
+    AdamWOptimizer(name="adamw"),
+    MuonOptimizer(name="muon", momentum_warmup=5, cautious_weight_decay=True),
+]
 
 
 def _build(section: Optimizer, **parts: Any) -> tuple[Transformer, Optimizers]:
@@ -23,9 +27,14 @@ def _build(section: Optimizer, **parts: Any) -> tuple[Transformer, Optimizers]:
     return network, groups.build(section, network, network.stacked_matrices())
 
 
+def _backward(network: Transformer, seed: int) -> None:
+    objective = CausalObjective()
+    objective.losses(network, objective.example(ids(2, 10, seed=seed))).mean().backward()
+
+
 def _step(network: Transformer, optimizers: Optimizers, seed: int) -> None:
     optimizers.zero_grad()
-    CausalObjective().losses(network, ids(2, 10, seed=seed)).mean().backward()
+    _backward(network, seed)
     optimizers.step()
 
 
@@ -77,7 +86,7 @@ def test_adamw_steps_are_torchs_plain_adamw() -> None:
     for seed in range(3):
         _step(network, optimizers, seed)
         other.zero_grad()
-        CausalObjective().losses(twin, ids(2, 10, seed=seed)).mean().backward()
+        _backward(twin, seed)
         other.step()
     for ours, theirs in zip(network.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-8, rtol=1e-7)
@@ -136,3 +145,61 @@ def test_state_of_an_unknown_parameter_is_refused() -> None:
     _, optimizers = _build(SECTIONS[1])
     with pytest.raises(KeyError):
         optimizers.load_state({"adamw/no.such.weight/step": torch.zeros(())})
+
+
+@pytest.mark.parametrize(
+    ("device", "units", "asked", "expected"),
+    [
+        ("cuda", True, "auto", torch.bfloat16),
+        ("cuda", False, "auto", torch.float32),
+        ("cpu", True, "auto", torch.bfloat16),
+        ("cpu", False, "auto", torch.float32),
+        ("mps", True, "auto", torch.float32),
+        ("cpu", False, "bf16", torch.bfloat16),
+        ("cuda", True, "fp32", torch.float32),
+    ],
+)
+def test_muon_iterates_in_bfloat16_where_the_device_has_units_for_it_or_as_it_is_told(
+    device: str, units: bool, asked: str, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: units or including_emulation)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: units)
+    section = MuonOptimizer(name="muon", orthogonalise_in=asked)
+    assert groups._orthogonalisation_type(section, torch.device(device)) is expected
+
+
+@pytest.mark.parametrize("coefficients", ["classic", "polar_express"])
+def test_muon_in_bfloat16_moves_the_same_weights_about_as_in_float32(coefficients: str) -> None:
+    networks = []
+    for asked in ("fp32", "bf16"):
+        network = model("gpt2").train()
+        section = MuonOptimizer(name="muon", orthogonalise_in=asked, newton_schulz=coefficients)
+        optimizers = groups.build(section, network, network.stacked_matrices())
+        generator = torch.Generator().manual_seed(0)
+        for parameter in network.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizers.step()
+        networks.append(network)
+    for name, start in model("gpt2").named_parameters():
+        exact, rough = (network.get_parameter(name) for network in networks)
+        moves_by_muon = name.startswith("blocks.") and start.ndim == 2
+        assert torch.equal(exact, rough) is not moves_by_muon, name
+        assert (exact - rough).norm() < 0.05 * (exact - start).norm(), name
+
+
+def test_the_recipes_settings_reach_muon() -> None:
+    section = MuonOptimizer(
+        name="muon",
+        lr=0.03,
+        momentum=0.9,
+        momentum_warmup=7,
+        newton_schulz="classic",
+        newton_schulz_steps=4,
+        weight_decay=0.2,
+        cautious_weight_decay=True,
+    )
+    _, optimizers = _build(section)
+    [group] = optimizers.parts["muon"].param_groups
+    assert (group["lr"], group["momentum"], group["momentum_warmup"]) == (0.03, 0.9, 7)
+    assert (group["coefficients"], group["steps"]) == ("classic", 4)
+    assert (group["weight_decay"], group["cautious"]) == (0.2, True)

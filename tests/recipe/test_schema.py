@@ -44,6 +44,7 @@ SETTINGS: dict[str, list[str]] = {
     "ModelSection.norm": ["model.norm=layernorm"],
     "ModelSection.norm_position": ["model.norm_position=post"],
     "ModelSection.norm_eps": ["model.norm_eps=1e-3"],
+    "ModelSection.norm_gain": ["model.norm_gain=off"],
     "ModelSection.position": ["model.position=none"],
     "ModelSection.rope_theta": ["model.rope_theta=5e5"],
     "ModelSection.feed_forward": ["model.feed_forward=swiglu"],
@@ -51,8 +52,15 @@ SETTINGS: dict[str, list[str]] = {
     "ModelSection.bias": ["model.bias=on"],
     "ModelSection.tie_embeddings": ["model.tie_embeddings=on"],
     "ModelSection.qk_norm": ["model.qk_norm=off"],
+    "ModelSection.qk_gain": ["model.qk_gain=off"],
     "ModelSection.embedding_norm": ["model.embedding_norm=off"],
     "ModelSection.zero_init_outputs": ["model.zero_init_outputs=off"],
+    "ModelSection.ngram_embeddings": ["model.ngram_embeddings=[2, 3]"],
+    "ModelSection.ngram_rows": ["model.ngram_rows=500"],
+    "ModelSection.ngram_width": ["model.ngram_width=8"],
+    "ModelSection.value_embeddings": ["model.value_embeddings=1"],
+    "ModelSection.value_residual": ["model.value_residual=on"],
+    "ModelSection.embedding_shortcut": ["model.embedding_shortcut=on"],
     "ModelSection.parallel_residual": ["model.parallel_residual=on"],
     "ModelSection.dropout": ["model.dropout=0.1"],
     "ModelSection.logit_softcap": ["model.logit_softcap=30"],
@@ -65,6 +73,7 @@ SETTINGS: dict[str, list[str]] = {
     "TrainingSection.precision": ["training.precision=bf16"],
     "TrainingSection.clip_grad_norm": ["training.clip_grad_norm=off"],
     "TrainingSection.compile": ["training.compile=on"],
+    "TrainingSection.activation_checkpointing": ["training.activation_checkpointing=on"],
     "TrainingSection.log_every": ["training.log_every=3"],
     "AdamWOptimizer.name": ["training.optimizer=adamw"],
     "AdamWOptimizer.lr": ["training.optimizer=adamw", "training.optimizer.lr=3e-4"],
@@ -74,8 +83,12 @@ SETTINGS: dict[str, list[str]] = {
     "MuonOptimizer.name": ["training.optimizer=adamw", "training.optimizer=muon"],
     "MuonOptimizer.lr": ["training.optimizer.lr=0.03"],
     "MuonOptimizer.momentum": ["training.optimizer.momentum=0.9"],
-    "MuonOptimizer.newton_schulz_steps": ["training.optimizer.newton_schulz_steps=3"],
+    "MuonOptimizer.momentum_warmup": ["training.optimizer.momentum_warmup=30"],
+    "MuonOptimizer.newton_schulz": ["training.optimizer.newton_schulz=classic"],
+    "MuonOptimizer.newton_schulz_steps": ["training.optimizer.newton_schulz_steps=4"],
+    "MuonOptimizer.orthogonalise_in": ["training.optimizer.orthogonalise_in=fp32"],
     "MuonOptimizer.weight_decay": ["training.optimizer.weight_decay=0.01"],
+    "MuonOptimizer.cautious_weight_decay": ["training.optimizer.cautious_weight_decay=on"],
     "MuonOptimizer.adamw_lr": ["training.optimizer.adamw_lr=1e-3"],
     "MuonOptimizer.betas": ["training.optimizer.betas=[0.8, 0.9]"],
     "MuonOptimizer.eps": ["training.optimizer.eps=1e-6"],
@@ -205,7 +218,7 @@ def test_the_resolved_recipe_writes_out_every_default() -> None:
     parts = {key for preset in PRESETS.values() for key in preset}
     assert {f"model.{part}" for part in parts} <= set(written)
     assert written["training.optimizer.name"] == "muon"
-    assert written["training.optimizer.newton_schulz_steps"] == 5
+    assert written["training.optimizer.newton_schulz_steps"] == 3
     assert written["data.heldout.share"] == 0.1
 
 

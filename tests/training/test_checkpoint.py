@@ -29,9 +29,10 @@ FILES = ("model.safetensors", "training.safetensors", "state.json", "manifest.js
 def _trained(preset: str = "modern", steps: int = 1) -> tuple[Transformer, Optimizers]:
     network = model(preset, n_embd=16).train()
     optimizers = groups.build(MuonOptimizer(name="muon"), network, network.stacked_matrices())
+    objective = CausalObjective()
     for seed in range(steps):
         optimizers.zero_grad()
-        CausalObjective().losses(network, ids(2, 9, seed=seed)).mean().backward()
+        objective.losses(network, objective.example(ids(2, 9, seed=seed))).mean().backward()
         optimizers.step()
     return network, optimizers
 

@@ -12,11 +12,11 @@ from tinylm.training.metrics import EvaluationEvent, MetricsFile, Observer, Obse
 
 
 def _step(step: int, grad_norm: float = 1.0) -> StepEvent:
-    return StepEvent(step, step * 10, 2.0, 0.01, grad_norm, 100.0, 0.5, step / 10)
+    return StepEvent(step, step * 10, 2.0, 0.01, grad_norm, 100.0, 0.3, 0.5, step / 10)
 
 
 def _evaluation(step: int) -> EvaluationEvent:
-    return EvaluationEvent(step, step * 10, 1.5, 1.1, 0.7, True)
+    return EvaluationEvent(step, step * 10, 1.5, 1.1, 0.4, 0.7, True)
 
 
 def _lines(folder: Path) -> list[dict[str, object]]:
@@ -34,9 +34,11 @@ def test_each_line_says_its_kind_and_carries_the_events_numbers(tmp_path: Path) 
     step, evaluation = _lines(tmp_path)
     assert step["kind"] == "step"
     assert step["loss"] == 2.0
-    assert {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "seconds"} <= set(step)
+    assert (step["tokens_per_second"], step["mfu"], step["seconds"], step["done"]) == (100.0, 0.3, 0.5, 0.1)
+    assert {"step", "tokens", "loss", "lr", "grad_norm"} <= set(step)
     assert evaluation["kind"] == "eval"
-    assert {"step", "tokens", "val_loss", "val_bits_per_byte", "seconds"} <= set(evaluation)
+    assert (evaluation["train_seconds"], evaluation["seconds"]) == (0.4, 0.7)
+    assert {"step", "tokens", "val_loss", "val_bits_per_byte"} <= set(evaluation)
 
 
 @pytest.mark.parametrize("norm", [math.inf, math.nan])
@@ -109,10 +111,19 @@ def test_several_observers_hear_everything() -> None:
         def phase(self, name: str) -> None:
             heard.append((self.name, name))
 
+        def note(self, text: str) -> None:
+            heard.append((self.name, text))
+
+        def stopping(self) -> None:
+            heard.append((self.name, "stopping"))
+
     both = Observers([Ear("a"), Ear("b")])
     both.step(_step(1))
     both.evaluation(_evaluation(1))
     both.sample(SampleEvent(1, "", ""))
     both.saved(1)
     both.phase("saving")
-    assert heard == [(ear, what) for what in ("step", "evaluation", "sample", "saved", "saving") for ear in "ab"]
+    both.note("smaller")
+    both.stopping()
+    what_was_said = ("step", "evaluation", "sample", "saved", "saving", "smaller", "stopping")
+    assert heard == [(ear, what) for what in what_was_said for ear in "ab"]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from tinylm.reporting import CollectingReporter
 from tinylm.training import precision
@@ -33,6 +36,28 @@ def test_the_probe_measures_a_positive_ratio() -> None:
 def test_autocast_computes_products_in_what_the_name_says(name: str, dtype: torch.dtype) -> None:
     with Precision(name, CPU).autocast():
         assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == dtype
+
+
+def test_the_peak_is_the_flops_of_a_product_by_the_best_time_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that says 2, 1, 4 and 3 seconds for products of 1024 x 1024 matrices: a product and a sum for each of 1024^3."""
+    times = iter([0.0, 2.0, 10.0, 11.0, 20.0, 24.0, 30.0, 33.0])
+    monkeypatch.setattr(precision.time, "perf_counter", lambda: next(times))
+    assert precision.matmul_flops(Precision("fp32", CPU)) == 2 * 1024**3 / 1.0
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16"])
+def test_the_peak_is_measured_in_the_precision(name: str) -> None:
+    multiplied = set()
+
+    class Products(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if getattr(function, "__name__", "") in ("matmul", "__matmul__"):
+                multiplied.add(args[0].dtype)
+            return function(*args, **(kwargs or {}))
+
+    with Products():
+        assert precision.matmul_flops(Precision(name, CPU)) > 1e8
+    assert multiplied == {{"fp32": torch.float32, "bf16": torch.bfloat16}[name]}
 
 
 def test_only_fp16_scales() -> None:

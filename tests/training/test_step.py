@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tinylm.model.objective import IGNORED, CausalObjective
 from tinylm.model.transformer import Transformer
+from tinylm.training.feed import GlobalBatch
 from tinylm.training.precision import Precision
 from tinylm.training.step import accumulate
 
@@ -26,10 +27,15 @@ def _sequences(ignored: bool) -> Tensor:
     return sequences
 
 
+def _batch(sequences: Tensor) -> GlobalBatch:
+    example = CausalObjective().example(sequences)
+    return GlobalBatch(example, int((sequences[:, 1:] != IGNORED).sum()))
+
+
 def _accumulated(network: Transformer, sequences: Tensor, micro: int, precision: Precision = FP32) -> tuple[float, Tensor]:
     network.zero_grad()
     scaler = precision.scaler()
-    loss = accumulate(network, CausalObjective(), sequences, micro, precision, scaler)
+    loss = accumulate(network, CausalObjective(), _batch(sequences), micro, precision, scaler)
     return float(loss), torch.cat([parameter.grad.flatten() for parameter in network.parameters()])
 
 
@@ -69,7 +75,7 @@ def test_seeds_decide_dropout() -> None:
 
     def gradient(seeds: list[int]) -> Tensor:
         network.zero_grad()
-        accumulate(network, CausalObjective(), sequences, 4, FP32, FP32.scaler(), iter(seeds))
+        accumulate(network, CausalObjective(), _batch(sequences), 4, FP32, FP32.scaler(), iter(seeds))
         return network.head.weight.grad.clone()
 
     torch.manual_seed(1)

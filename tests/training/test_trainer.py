@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import signal
@@ -23,6 +24,7 @@ from tinylm.pipeline import TrainResult, train
 from tinylm.recipe import Recipe
 from tinylm.reporting import SILENT
 from tinylm.run import Run
+from tinylm.training import compilation
 from tinylm.training import trainer as room
 from tinylm.training.metrics import EvaluationEvent, Observer, SampleEvent, StepEvent
 from tinylm.training.step import accumulate
@@ -54,7 +56,7 @@ def _lines(folder: Path, kind: str) -> list[dict[str, Any]]:
     """The lines of one kind without what the clock decides."""
     lines = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
     return [
-        {key: value for key, value in line.items() if "second" not in key and key != "done"}
+        {key: value for key, value in line.items() if "second" not in key and key not in ("done", "mfu")}
         for line in lines
         if line["kind"] == kind
     ]
@@ -110,6 +112,23 @@ def test_the_logged_loss_is_the_mean_over_the_whole_global_batch(short_file: Pat
     norm = torch.stack([parameter.grad.norm() for parameter in network.parameters()]).norm()
     assert first["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
     assert (first["step"], first["tokens"]) == (1, 8 * 32)
+
+
+def test_the_utilisation_is_the_models_flops_a_second_over_the_machines(
+    short_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token costs 6 FLOPs per weight of every product and, in each layer, 6 C for each position of the context."""
+    monkeypatch.setattr("tinylm.training.precision.matmul_flops", lambda precision: 2e9)
+    recipe = tiny_recipe(short_file, "gpt2", "training.steps=3", "evaluation.max_tokens=50")
+    train(recipe, tmp_path / "run", device="cpu")
+    vocabulary = Run(tmp_path / "run").tokenizer.vocab_size
+    weights = 2 * (4 * 32 * 32 + 2 * 32 * 128) + 32 * vocabulary
+    per_token = 6 * weights + 2 * 6 * 32 * 32
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "step"]
+    assert len(steps) == 3
+    for line in steps:
+        assert line["mfu"] == pytest.approx(line["tokens_per_second"] * per_token / 2e9)
 
 
 def test_micro_batches_change_losses_by_rounding_only(short_file: Path, tmp_path: Path) -> None:
@@ -406,6 +425,134 @@ def test_half_precision_learns_as_fp32_does_and_resumes_bit_for_bit(
     train(short, tmp_path / "run", device="cpu", resume=True)
     _same_training(tmp_path / "run", tmp_path / "whole")
     assert _losses(tmp_path / "run")[:2] == pytest.approx(_losses(in_one_go)[:2], rel=0.01)
+
+
+# When memory runs out.
+
+
+@pytest.fixture
+def cramped(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, bool], list[int]]:
+    """Learning runs out of memory with more than so many sequences; returns how many each pass was given."""
+
+    def install(most: int, on_a_gpu: bool) -> list[int]:
+        forward, seen = Transformer.forward, []
+
+        def limited(network: Transformer, tokens: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+            if "targets" in options:
+                seen.append(len(tokens))
+                if len(tokens) > most and on_a_gpu:
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+                if len(tokens) > most:
+                    torch.empty(1 << 58, dtype=torch.uint8)  # the CPU's allocator says it in its own words
+            return forward(network, tokens, *rest, **options)
+
+        monkeypatch.setattr(Transformer, "forward", limited)
+        return seen
+
+    return install
+
+
+class _Notes(Observer):
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.texts.append(text)
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "most", "tried"),
+    [(8, 8, 4, [4]), (8, 8, 2, [4, 2]), (12, 12, 4, [6, 3]), (12, 4, 3, [2]), (15, 15, 5, [5]), (10, 5, 3, [2]), (7, 7, 6, [1])],
+)
+@pytest.mark.parametrize("on_a_gpu", [True, False], ids=["gpu", "cpu"])
+def test_a_batch_that_does_not_fit_is_done_in_smaller_pieces_that_give_the_same_training(
+    batch: int, micro: int, most: int, tried: list[int], on_a_gpu: bool, cramped: Any, short_file: Path, tmp_path: Path
+) -> None:
+    """Each at most half of what was tried before, and a divisor of the batch."""
+    short = ("training.steps=3", "training.compile=off", f"training.global_batch_size={batch}", "evaluation.max_tokens=50")
+    recipes = {
+        size: tiny_recipe(short_file, "modern", *short, "model.n_embd=16", "model.dropout=0.2", f"training.micro_batch_size={size}")
+        for size in (micro, tried[-1])
+    }
+    train(recipes[tried[-1]], tmp_path / "small", device="cpu")
+    seen, notes = cramped(most, on_a_gpu), _Notes()
+    train(recipes[micro], tmp_path / "large", device="cpu", observer=notes)
+    assert seen == [micro, *tried[:-1]] + 3 * (batch // tried[-1]) * [tried[-1]]
+    assert _losses(tmp_path / "large") == _losses(tmp_path / "small")
+    sizes = [micro, *tried]
+    assert notes.texts == [
+        f"out of memory: going on with {batch // small} micro-batches of {small} instead of {batch // large} of {large}; "
+        f"the global batch stays {batch}"
+        for large, small in itertools.pairwise(sizes)
+    ]
+
+
+def test_memory_that_runs_out_in_the_middle_of_a_batch_leaves_nothing_of_its_first_half(
+    cramped: Any, short_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(short_file, "modern", "training.steps=4", "training.compile=off", "evaluation.max_tokens=50")
+    train(recipe, tmp_path / "whole", device="cpu")
+    calls, forward = [], Transformer.forward
+
+    def once(network: Transformer, tokens: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        calls.append(len(tokens))
+        if len(calls) == 6:  # the second micro-batch of the third step
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(network, tokens, *rest, **options)
+
+    monkeypatch.setattr(Transformer, "forward", once)
+    notes = _Notes()
+    train(recipe, tmp_path / "run", device="cpu", observer=notes)
+    assert calls[:14] == [4, 4, 4, 4, 4, 4, 2, 2, 2, 2, 2, 2, 2, 2]
+    assert len(notes.texts) == 1
+    assert _losses(tmp_path / "run") == pytest.approx(_losses(tmp_path / "whole"), rel=1e-5)
+
+
+def test_one_sequence_that_does_not_fit_is_an_error_that_says_what_to_do(cramped: Any, recipe: Recipe, tmp_path: Path) -> None:
+    seen, notes = cramped(0, True), _Notes()
+    with pytest.raises(WorkError, match="one sequence does not fit into memory: CUDA out of memory") as caught:
+        train(recipe, tmp_path / "run", device="cpu", observer=notes)
+    assert "activation_checkpointing" in str(caught.value.hint)
+    assert seen[-2:] == [2, 1]
+    assert len(notes.texts) == 1
+
+
+def test_a_micro_batch_left_to_auto_is_one_that_fits(cramped: Any, short_file: Path, tmp_path: Path) -> None:
+    seen, notes = cramped(2, True), _Notes()
+    options = ("training.steps=2", "training.micro_batch_size=auto", "training.compile=off", "evaluation.max_tokens=50")
+    train(tiny_recipe(short_file, "modern", *options), tmp_path / "run", device="cpu", observer=notes)
+    assert seen[:3] == [8, 4, 2]
+    assert set(seen[3:]) == {2}
+    assert notes.texts == []
+    assert Run(tmp_path / "run").recipe.training.micro_batch_size == 2
+
+
+def test_memory_that_runs_out_in_a_trial_of_the_compiler_ends_nothing(
+    cramped: Any, short_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compilation, "compiler", lambda device: "g++")
+    cramped(2, True)
+    notes = _Notes()
+    recipe = tiny_recipe(short_file, "modern", "training.steps=2", "training.compile=auto", "evaluation.max_tokens=50")
+    assert train(recipe, tmp_path / "run", device="cpu", observer=notes).step == 2
+    assert len(notes.texts) == 1
+
+
+def test_other_errors_are_not_tried_again(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> torch.Tensor:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(room, "accumulate", broken)
+    notes = _Notes()
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        train(recipe, tmp_path / "run", device="cpu", observer=notes)
+    assert notes.texts == []
+
+
+def test_computing_blocks_again_trains_the_same_model(recipe: Recipe, in_one_go: Path, tmp_path: Path) -> None:
+    training = recipe.training.model_copy(update={"activation_checkpointing": True})
+    train(recipe.model_copy(update={"training": training}), tmp_path / "run", device="cpu")
+    assert _losses(tmp_path / "run") == pytest.approx(_losses(in_one_go), rel=1e-5)
 
 
 def test_events_come_in_order_and_every_checkpoint_before_its_evaluation(recipe: Recipe, tmp_path: Path) -> None:

@@ -158,7 +158,8 @@ def _losses(network: nn.Module, shard: Shard, batch: list[Window], device: torch
     tokens = np.full((len(batch), batch[0].length + 1), IGNORED, dtype=np.int64)
     for row, window in enumerate(batch):
         tokens[row, : window.length + 1] = shard.tokens[window.start : window.start + window.length + 1]
-    losses = CausalObjective().losses(network, torch.from_numpy(tokens).to(device))
+    objective = CausalObjective()
+    losses = objective.losses(network, objective.example(torch.from_numpy(tokens).to(device)))
     return losses.cpu().double().numpy(), tokens[:, 1:]
 
 

@@ -19,6 +19,13 @@ class KeyValueCache:
         self._store = torch.zeros(shape, device=device, dtype=dtype)
         self.capacity = capacity
         self.length = 0
+        self._tokens = torch.zeros((batch, capacity), device=device, dtype=torch.long)
+
+    def remember(self, tokens: Tensor) -> Tensor:
+        """Note the ids (batch, new) of the positions being added; return all ids so far, the new included."""
+        end = self.length + tokens.shape[1]
+        self._tokens[:, self.length : end] = tokens
+        return self._tokens[:, :end]
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write (batch, kv heads, new, width) after the filled positions; return all positions so far, the new included."""
@@ -38,3 +45,4 @@ class KeyValueCache:
     def expand(self, batch: int) -> None:
         """Repeat a one-row cache for `batch` samples that share its prompt."""
         self._store = self._store.repeat(1, 1, batch, 1, 1, 1)
+        self._tokens = self._tokens.repeat(batch, 1)

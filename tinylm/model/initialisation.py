@@ -2,7 +2,8 @@
 
 gpt2 and llama: standard deviation 0.02, in the projections that end a residual branch divided by sqrt(2 * layers)
 (Radford et al. 2019). With `zero_init_outputs`: matrices get 0.5 / sqrt(inputs), those projections start at zero, and an
-untied head near zero, so that the first loss is log of the vocabulary. An untied embedding that a norm follows starts at 1.
+untied head near zero, so that the first loss is log of the vocabulary. An untied embedding that a norm follows starts at 1; n-gram
+and value embeddings start small, as additions.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def initialise(network: nn.Module, model: ModelSection, generator: torch.Generat
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
-            _normal(module.weight, 1.0 if model.embedding_norm and not model.tie_embeddings else 0.02, generator)
+            main = name == "embedding" and model.embedding_norm and not model.tie_embeddings
+            _normal(module.weight, 1.0 if main else 0.02, generator)
 
 
 def _normal(weight: torch.Tensor, std: float, generator: torch.Generator) -> None:

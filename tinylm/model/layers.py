@@ -5,29 +5,49 @@ Legend: B batch, T time, S source time, C width, H heads, K key/value heads, D h
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinylm.model.cache import KeyValueCache
-from tinylm.model.positions import rotate
+from tinylm.model.functions import relu_squared, rms_norm, rotate
 from tinylm.recipe.schema import ModelSection
 
 Rotation = tuple[Tensor, Tensor]
 
 
-class RMSNorm(nn.RMSNorm):
-    """Root-mean-square norm (Zhang & Sennrich 2019) over the last axis, computed in the type of its input under autocast."""
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, with a learned gain or without."""
+
+    def __init__(self, width: int, eps: float, gain: bool) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width)) if gain else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def make_norm(model: ModelSection, width: int) -> nn.Module:
     """The norm that the recipe names, over the last axis."""
     if model.norm == "layernorm":
-        return nn.LayerNorm(width, eps=model.norm_eps, bias=model.bias)
-    return RMSNorm(width, eps=model.norm_eps)
+        return nn.LayerNorm(width, eps=model.norm_eps, elementwise_affine=model.norm_gain, bias=model.bias)
+    return RMSNorm(width, model.norm_eps, model.norm_gain)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What every block of one forward pass may look at."""
+
+    tokens: Tensor
+    """(B, T) ids."""
+    embedded: Tensor
+    """(B, T, C), what the first block reads."""
+    rotation: Rotation | None = None
+    """Cosines and sines, (T, 1, D / 2)."""
+    cache: KeyValueCache | None = None
 
 
 class Attention(nn.Module):
@@ -46,8 +66,11 @@ class Attention(nn.Module):
         rows = self.query_rows + 2 * self.kv_heads * self.head_width
         self.qkv = nn.Linear(model.n_embd, rows, bias=model.bias)
         self.output = nn.Linear(self.query_rows, model.n_embd, bias=model.bias)
-        self.query_norm = RMSNorm(self.head_width, eps=model.norm_eps) if model.qk_norm else None
-        self.key_norm = RMSNorm(self.head_width, eps=model.norm_eps) if model.qk_norm else None
+        self.qk_norm_eps = model.norm_eps if model.qk_norm else None
+        gains = model.qk_norm and model.qk_gain
+        self.query_gain = nn.Parameter(torch.ones(self.head_width)) if gains else None
+        self.key_gain = nn.Parameter(torch.ones(self.head_width)) if gains else None
+        self.value_share = nn.Parameter(torch.tensor(0.5)) if model.value_residual and layer > 0 else None
 
     def forward(
         self,
@@ -58,20 +81,29 @@ class Attention(nn.Module):
         causal: bool = False,
         rotation: Rotation | None = None,
         cache: KeyValueCache | None = None,
-    ) -> Tensor:
-        """(B, T, C) -> (B, T, C).
+        added_values: Tensor | None = None,
+        first_values: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(B, T, C) -> (B, T, C), and the values (B, S, K, D) that were mixed.
 
         `keys_from` (B, S, C), default the queries' source. `mask` broadcasts to (B, H, T, S), True = may look. `causal`
-        lets position t look at positions up to t, counted from the end of what `cache` holds.
+        lets position t look at positions up to t, counted from the end of what `cache` holds. `added_values`
+        (B, S, K, D) are added to the values, `first_values` blended into them.
         """
         B, T, _ = queries_from.shape
-        q, k, v = self._project(queries_from, keys_from)  # (B, heads, time, D)
-        if self.query_norm is not None and self.key_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
-        if rotation is not None:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        q, k, v = self._project(queries_from, keys_from, rotation)  # (B, time, heads, D)
+        if added_values is not None:
+            v = v + added_values.to(v.dtype)
+        if self.value_share is not None and first_values is not None:
+            v = torch.lerp(first_values.to(v.dtype), v, self.value_share.to(v.dtype))
+        values = v
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, time, D)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
+        grouped = self.kv_heads != self.heads
+        if grouped and q.device.type == "cuda" and q.dtype == torch.float32:  # no fast kernel there takes groups
+            k, v = (x.repeat_interleave(self.heads // self.kv_heads, dim=1) for x in (k, v))
+            grouped = False
         S = k.shape[2]
         if causal and T > 1 and (mask is not None or S > T):  # the kernel's own causality takes no mask and no cached positions
             earlier = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
@@ -83,24 +115,36 @@ class Attention(nn.Module):
             attn_mask=mask,
             is_causal=causal and mask is None and T > 1,
             dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=self.kv_heads != self.heads,
+            enable_gqa=grouped,
         )
         output: Tensor = self.output(mixed.transpose(1, 2).reshape(B, T, self.query_rows))
-        return output
+        return output, values
 
-    def _project(self, queries_from: Tensor, keys_from: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, queries_from: Tensor, keys_from: Tensor | None, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each (B, time, heads, D). Those of one source are normalised and turned together."""
         if keys_from is None:
-            q, k, v = self.qkv(queries_from).split(
-                (self.query_rows, self.kv_heads * self.head_width, self.kv_heads * self.head_width), dim=-1
-            )
-        else:
-            rows, bias = self.query_rows, self.qkv.bias
-            q = F.linear(queries_from, self.qkv.weight[:rows], None if bias is None else bias[:rows])
-            k, v = F.linear(keys_from, self.qkv.weight[rows:], None if bias is None else bias[rows:]).chunk(2, dim=-1)
-        return self._heads(q), self._heads(k), self._heads(v)
+            together = self._heads(self.qkv(queries_from))
+            looking = self.heads + self.kv_heads
+            placed = self._placed(together[:, :, :looking], rotation)
+            q, k = torch.split(placed, [self.heads, self.kv_heads], dim=2)
+            return q, k, together[:, :, looking:]
+        rows, bias = self.query_rows, self.qkv.bias
+        q = self._heads(F.linear(queries_from, self.qkv.weight[:rows], None if bias is None else bias[:rows]))
+        k, v = self._heads(F.linear(keys_from, self.qkv.weight[rows:], None if bias is None else bias[rows:])).chunk(2, dim=2)
+        if self.qk_norm_eps is not None:
+            q, k = rms_norm(q, self.query_gain, self.qk_norm_eps), rms_norm(k, self.key_gain, self.qk_norm_eps)
+        return q, k, v
+
+    def _placed(self, queries_and_keys: Tensor, rotation: Rotation | None) -> Tensor:
+        if self.qk_norm_eps is not None:
+            queries_and_keys = rms_norm(queries_and_keys, None, self.qk_norm_eps)
+            if self.query_gain is not None and self.key_gain is not None:
+                gains = torch.cat((self.query_gain.expand(self.heads, -1), self.key_gain.expand(self.kv_heads, -1)))
+                queries_and_keys = queries_and_keys * gains.to(queries_and_keys.dtype)
+        return queries_and_keys if rotation is None else rotate(queries_and_keys, *rotation)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:2], -1, self.head_width).transpose(1, 2)
+        return x.view(*x.shape[:2], -1, self.head_width)
 
 
 class FeedForward(nn.Module):
@@ -119,9 +163,8 @@ class FeedForward(nn.Module):
             hidden = F.gelu(hidden, approximate="tanh")
         elif self.kind == "relu":
             hidden = F.relu(hidden)
-        elif self.kind == "relu2":  # So et al. 2021
-            hidden = F.relu(hidden)
-            hidden = hidden * hidden
+        elif self.kind == "relu2":
+            hidden = relu_squared(hidden)
         else:
             gate, values = hidden.chunk(2, dim=-1)
             hidden = F.silu(gate) * values
@@ -132,38 +175,48 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward around a residual stream, normalised before (pre) or after (post) each sum."""
 
-    def __init__(self, model: ModelSection, layer: int) -> None:
+    def __init__(self, model: ModelSection, layer: int, vocab_size: int) -> None:
         super().__init__()
         self.post = model.norm_position == "post"
         self.parallel = model.parallel_residual
+        self.stream_shares = nn.Parameter(torch.tensor([1.0, 0.0])) if model.embedding_shortcut else None
         self.attention_norm = make_norm(model, model.n_embd)
         self.attention = Attention(model, layer)
+        values = model.kv_heads * model.head_width
+        outer = layer < model.value_embeddings or layer >= model.n_layer - model.value_embeddings
+        self.value_embedding = nn.Embedding(vocab_size, values) if outer else None
         self.feed_forward_norm = None if self.post and self.parallel else make_norm(model, model.n_embd)
         self.feed_forward = FeedForward(model)
         self.dropout = nn.Dropout(model.dropout)
 
-    def forward(self, x: Tensor, rotation: Rotation | None, cache: KeyValueCache | None) -> Tensor:
-        """(B, T, C) -> (B, T, C), causal."""
-
-        def attend(x: Tensor) -> Tensor:
-            mixed: Tensor = self.dropout(self.attention(x, causal=True, rotation=rotation, cache=cache))
-            return mixed
-
-        def feed(x: Tensor) -> Tensor:
-            fed: Tensor = self.dropout(self.feed_forward(x))
-            return fed
-
+    def forward(self, x: Tensor, shared: Shared, first_values: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(B, T, C) -> (B, T, C), causal, and the attention's values. `first_values`: those of the first block."""
+        if self.stream_shares is not None:
+            keep, add = self.stream_shares.to(x.dtype).unbind()
+            x = keep * x + add * shared.embedded
+        added = None
+        if self.value_embedding is not None:
+            added = self.value_embedding(shared.tokens).to(x.dtype)
+            added = added.view(*added.shape[:2], -1, self.attention.head_width)
+        mixed, values = self.attention(
+            x if self.post else self.attention_norm(x),
+            causal=True,
+            rotation=shared.rotation,
+            cache=shared.cache,
+            added_values=added,
+            first_values=first_values,
+        )
+        mixed = self.dropout(mixed)
         if self.feed_forward_norm is None:
-            return self._norm(self.attention_norm, x + attend(x) + feed(x))
+            return self.attention_norm(x + mixed + self._feed(x)), values
         if self.post:
-            x = self._norm(self.attention_norm, x + attend(x))
-            return self._norm(self.feed_forward_norm, x + feed(x))
+            x = self.attention_norm(x + mixed)
+            return self.feed_forward_norm(x + self._feed(x)), values
         if self.parallel:
-            return x + attend(self.attention_norm(x)) + feed(self.feed_forward_norm(x))
-        x = x + attend(self.attention_norm(x))
-        return x + feed(self.feed_forward_norm(x))
+            return x + mixed + self._feed(self.feed_forward_norm(x)), values
+        x = x + mixed
+        return x + self._feed(self.feed_forward_norm(x)), values
 
-    @staticmethod
-    def _norm(norm: nn.Module, x: Tensor) -> Tensor:
-        normalised: Tensor = norm(x)
-        return normalised
+    def _feed(self, x: Tensor) -> Tensor:
+        fed: Tensor = self.dropout(self.feed_forward(x))
+        return fed

@@ -13,13 +13,6 @@ def rope_table(length: int, head_width: int, theta: float) -> tuple[Tensor, Tens
     return angles.cos().float(), angles.sin().float()
 
 
-def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + D/2]) of x (batch, heads, time, D) by its position's angle, as Llama pairs them."""
-    first, second = x.chunk(2, dim=-1)
-    cosines, sines = cosines.to(x.dtype), sines.to(x.dtype)
-    return torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1)
-
-
 def sinusoidal_table(length: int, width: int) -> Tensor:
     """Fixed positions (Vaswani et al. 2017, section 3.5): (length, width), float32."""
     frequencies = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)

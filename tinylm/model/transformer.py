@@ -9,26 +9,37 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tinylm.model.cache import KeyValueCache
+from tinylm.model.functions import summed_cross_entropy
 from tinylm.model.initialisation import initialise
-from tinylm.model.layers import Attention, Block, FeedForward, Rotation, make_norm
+from tinylm.model.layers import Attention, Block, FeedForward, Rotation, Shared, make_norm
+from tinylm.model.ngrams import NgramEmbedding
 from tinylm.model.positions import rope_table, sinusoidal_table
 from tinylm.recipe.schema import ModelSection
 
+CHUNK_BYTES = {"cpu": 8 << 20, "other": 512 << 20}
+"""Logits of the loss that exist at a time: what a processor's cache holds, or enough rows to fill a GPU."""
+
 
 class Transformer(nn.Module):
-    """A causal language model. `model` gives its shape and parts, `seed` its starting weights."""
+    """A causal language model. `model` gives its shape and parts, `seed` its starting weights; None leaves them to be loaded.
 
-    def __init__(self, model: ModelSection, vocab_size: int, *, seed: int = 0) -> None:
+    `recompute`: keep only each block's input for the backward pass and compute the block again there.
+    """
+
+    def __init__(self, model: ModelSection, vocab_size: int, *, seed: int | None = 0) -> None:
         super().__init__()
         self.model = model
         self.vocab_size = vocab_size
+        self.recompute = False
         self.embedding = nn.Embedding(vocab_size, model.n_embd)
+        self.ngrams = NgramEmbedding(model, vocab_size) if model.ngram_embeddings else None
         self.positions = nn.Embedding(model.context_length, model.n_embd) if model.position == "learned" else None
         self.embedding_norm = make_norm(model, model.n_embd) if model.embedding_norm else None
         self.dropout = nn.Dropout(model.dropout)
-        self.blocks = nn.ModuleList(Block(model, layer) for layer in range(model.n_layer))
+        self.blocks = nn.ModuleList(Block(model, layer, vocab_size) for layer in range(model.n_layer))
         self.final_norm = make_norm(model, model.n_embd) if model.norm_position == "pre" else None
         self.head = nn.Linear(model.n_embd, vocab_size, bias=False)
         if model.position == "rope":
@@ -37,16 +48,24 @@ class Transformer(nn.Module):
             self.register_buffer("rope_sines", sines, persistent=False)
         elif model.position == "sinusoidal":
             self.register_buffer("sinusoids", sinusoidal_table(model.context_length, model.n_embd), persistent=False)
-        initialise(self, model, torch.Generator().manual_seed(seed))
+        if seed is not None:
+            initialise(self, model, torch.Generator().manual_seed(seed))
         if model.tie_embeddings:
             self.head.weight = self.embedding.weight
 
-    def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, cache: KeyValueCache | None = None, *, targets: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) for ids (B, T). With a cache, the ids continue what it holds and are added to it.
 
-        At most `context_length` positions, the cached ones included.
+        At most `context_length` positions, the cached ones included. With `targets` (B, T): instead of logits the sum of
+        their losses in nats, a number; negative targets do not count. The logits are then never all in memory.
         """
-        return self.logits(self.hidden(tokens, cache))
+        hidden = self.hidden(tokens, cache)
+        if targets is None:
+            return self.logits(hidden)
+        room = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["other"])
+        chunk = max(64, room // (4 * self.vocab_size))
+        total: Tensor = _summed(hidden.flatten(0, 1), self.head.weight, targets.flatten(), self.model.logit_softcap, chunk)
+        return total
 
     def hidden(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """What the head reads: (B, T) ids -> (B, T, C), after the last norm."""
@@ -55,16 +74,28 @@ class Transformer(nn.Module):
         if end > self.model.context_length:
             raise ValueError(f"{end} positions do not fit the context of {self.model.context_length}")
         x: Tensor = self.embedding(tokens)  # (B, T, C)
+        if self.ngrams is not None:
+            x = x + self.ngrams(tokens if cache is None else cache.remember(tokens))[:, -tokens.shape[1] :]
         if self.positions is not None:
             x = x + self.positions.weight[start:end]
         elif self.model.position == "sinusoidal":
             x = x + self.get_buffer("sinusoids")[start:end]
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
+        if torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) == torch.bfloat16:
+            x = x.bfloat16()  # the residual stream too: half of the memory traffic (float16 has not the range)
         x = self.dropout(x)
-        rotation = self._rotation(start, end)
+        shared = Shared(tokens, x, self._rotation(start, end), cache)
+        first_values: Tensor | None = None
         for block in self.blocks:
-            x = block(x, rotation, cache)
+            if self.recompute and torch.is_grad_enabled():
+                x, values = checkpoint(
+                    block, x, shared, first_values, use_reentrant=False, preserve_rng_state=self.model.dropout > 0
+                )
+            else:
+                x, values = block(x, shared, first_values)
+            if first_values is None and self.model.value_residual:
+                first_values = values
         if cache is not None:
             cache.advance(tokens.shape[1])
         if self.final_norm is not None:
@@ -80,7 +111,7 @@ class Transformer(nn.Module):
     def _rotation(self, start: int, end: int) -> Rotation | None:
         if self.model.position != "rope":
             return None
-        return self.get_buffer("rope_cosines")[start:end], self.get_buffer("rope_sines")[start:end]
+        return self.get_buffer("rope_cosines")[start:end, None], self.get_buffer("rope_sines")[start:end, None]
 
     def stacked_matrices(self) -> dict[str, tuple[int, ...]]:
         """Parameters that hold several matrices one above the other, by name, with the rows of each."""
@@ -96,3 +127,9 @@ class Transformer(nn.Module):
     def parameter_count(self) -> int:
         """Trainable numbers, a tied head counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _summed(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None, chunk: int) -> Tensor:
+    """The loss over the vocabulary stays out of compiled graphs: it is matrix products and one pass over each chunk."""
+    return summed_cross_entropy(hidden, weight, targets, cap, chunk)

@@ -11,6 +11,10 @@ from torch import Tensor, nn
 from tinylm.optim.muon import Muon
 from tinylm.recipe.schema import MuonOptimizer, Optimizer
 
+NGRAM_TABLE = "ngrams.table.weight"
+NGRAM_RATE = 6.0
+"""The rate of n-gram tables over that of other embeddings: most rows are met too seldom to get anywhere at the same rate."""
+
 
 class Optimizers:
     """One or two torch optimisers that step together. Rates follow `set_rate`; state travels as flat named tensors."""
@@ -66,33 +70,54 @@ def _step_on_device(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def build(section: Optimizer, network: nn.Module, stacked: Mapping[str, tuple[int, ...]]) -> Optimizers:
-    """The optimiser that `section` describes. Weight decay only on what has two axes.
+    """The optimiser that `section` describes. Weight decay only on what has two axes. Fused AdamW on CPU and CUDA.
 
-    `stacked` names parameters that hold several matrices one above the other, with their rows. Fused AdamW on CUDA.
+    `stacked` names parameters that hold several matrices one above the other, with their rows.
     """
     names = {parameter: name for name, parameter in network.named_parameters()}
     if not isinstance(section, MuonOptimizer):
-        return Optimizers({"adamw": _adamw(list(names), section.lr, section, section.weight_decay)}, names)
-    matrices = [parameter for parameter, name in names.items() if name.startswith("blocks.") and parameter.ndim == 2]
+        return Optimizers({"adamw": _adamw(names, section.lr, section, section.weight_decay)}, names)
+    linears = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
+    matrices: list[nn.Parameter] = [module.weight for name, module in linears.items() if name != "head"]  # type: ignore[misc]
     inside = set(matrices)
     others = [parameter for parameter in names if parameter not in inside]
     muon = Muon(
         matrices,
-        [stacked.get(names[parameter]) for parameter in matrices],
+        {parameter: stacked[names[parameter]] for parameter in matrices if names[parameter] in stacked},
         lr=section.lr,
         momentum=section.momentum,
+        momentum_warmup=section.momentum_warmup,
         steps=section.newton_schulz_steps,
+        coefficients=section.newton_schulz,
         weight_decay=section.weight_decay,
+        cautious=section.cautious_weight_decay,
+        dtype=_orthogonalisation_type(section, matrices[0].device),
     )
-    return Optimizers({"muon": muon, "adamw": _adamw(others, section.adamw_lr, section, 0.0)}, names)
+    adamw = _adamw({parameter: names[parameter] for parameter in others}, section.adamw_lr, section, 0.0)
+    return Optimizers({"muon": muon, "adamw": adamw}, names)
 
 
-def _adamw(parameters: list[nn.Parameter], lr: float, section: Any, weight_decay: float) -> torch.optim.AdamW:
+def _orthogonalisation_type(section: MuonOptimizer, device: torch.device) -> torch.dtype:
+    half = _has_bfloat16_units(device) if section.orthogonalise_in == "auto" else section.orthogonalise_in == "bf16"
+    return torch.bfloat16 if half else torch.float32
+
+
+def _has_bfloat16_units(device: torch.device) -> bool:
+    """Older GPUs only emulate it, and most processors."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+
+
+def _adamw(names: Mapping[nn.Parameter, str], lr: float, section: Any, weight_decay: float) -> torch.optim.AdamW:
+    tables = [parameter for parameter, name in names.items() if name == NGRAM_TABLE]
+    others = [parameter for parameter, name in names.items() if name != NGRAM_TABLE]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in others if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
+        {"params": tables, "weight_decay": weight_decay, "lr": lr * NGRAM_RATE},
     ]
-    device = parameters[0].device.type
+    device = others[0].device.type
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=lr,

@@ -24,6 +24,7 @@ from tinylm.recipe.values import (
     OpenShare,
     OptionalCount,
     OptionalPositive,
+    Orders,
     Positive,
     Seed,
     Share,
@@ -144,6 +145,8 @@ class ModelSection(Section):
     norm: Literal["layernorm", "rmsnorm"]
     norm_position: Literal["pre", "post"]
     norm_eps: Positive
+    norm_gain: Flag
+    """Norms multiply by a learned gain."""
     position: Literal["learned", "sinusoidal", "rope", "none"]
     rope_theta: OptionalPositive = None
     """Base of the rotary frequencies, for position rope; null: 10000."""
@@ -153,12 +156,26 @@ class ModelSection(Section):
     bias: Flag
     tie_embeddings: Flag
     qk_norm: Flag
-    """RMS-normalise queries and keys per head, with a learned gain, before positions are applied."""
+    """RMS-normalise queries and keys per head before positions are applied."""
+    qk_gain: Flag = True
+    """With qk_norm: multiply them by a learned gain."""
     embedding_norm: Flag
     """Normalise the token embedding before the first block."""
     zero_init_outputs: Flag
     """Start the last projection of each attention and feed-forward at zero, so that every block starts as the identity, the
     head near zero, and the other matrices at 0.5 / sqrt(inputs)."""
+    ngram_embeddings: Orders = ()
+    """Orders n of the n-grams whose hashed embedding is added to each token's (Pagnoni et al. 2024): [2, 3]; []: none."""
+    ngram_rows: Count = 16384
+    """Rows of the table of each order."""
+    ngram_width: Count = 32
+    """Numbers in a row."""
+    value_embeddings: CountOrZero = 0
+    """How many first and how many last blocks add an embedding of the token to their values (Zhou et al. 2024)."""
+    value_residual: Flag = False
+    """Blend the first block's values into every later block's, in a learned share (Zhou et al. 2024)."""
+    embedding_shortcut: Flag = False
+    """Every block reads a learned blend of the residual stream and the embedding."""
     parallel_residual: Flag = False
     """Attention and feed-forward read the same input and are added together (GPT-NeoX)."""
     dropout: ShareBelowOne = 0.0
@@ -203,9 +220,18 @@ class MuonOptimizer(Section):
     lr: Positive = 0.02
     """Rate of the matrices: per unit of rate the update's root-mean-square is about 1 / sqrt(columns)."""
     momentum: ShareBelowOne = 0.95
-    newton_schulz_steps: Count = 5
+    momentum_warmup: CountOrZero = 0
+    """Steps over which the momentum rises from 0.85."""
+    newton_schulz: Literal["polar_express", "classic"] = "polar_express"
+    """Coefficients of the iteration that makes updates orthogonal (Amsel et al. 2025; Jordan et al. 2024)."""
+    newton_schulz_steps: Count = 3
+    """Iterations: 3 of polar_express do what 5 of classic do."""
+    orthogonalise_in: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 on devices with units for it (GPUs since Ampere, processors with AMX), else fp32."""
     weight_decay: NotNegative = 0.1
     """Decoupled, on what Muon updates, times lr."""
+    cautious_weight_decay: Flag = False
+    """Decay only where the update moves a weight towards zero (Chen et al. 2025)."""
     adamw_lr: Positive = 4e-3
     betas: Betas = (0.9, 0.95)
     eps: Positive = 1e-8
@@ -281,6 +307,9 @@ class TrainingSection(Section):
     schedule: Annotated[Schedule, BeforeValidator(_schedule)] = WsdSchedule(name="wsd")
     clip_grad_norm: ClipNorm = 1.0
     compile: FlagOrAuto = "auto"
+    """Fuse the element-wise work of the blocks (torch.compile); auto: where the training is long enough to earn it back."""
+    activation_checkpointing: Flag = False
+    """Keep only what each block reads and compute the rest again for the backward pass: less memory, a third more time."""
     log_every: Count = 10
     """Steps between lines of metrics.jsonl; steps in between never wait for a GPU (but with fp16, whose scaler does)."""
 

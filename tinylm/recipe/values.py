@@ -94,6 +94,12 @@ def _betas(value: object) -> object:
     return _REFUSED if _REFUSED in pair or 1.0 in pair else pair
 
 
+def _orders(value: object) -> object:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    orders = tuple(_whole(2, 16)(order) for order in values)
+    return _REFUSED if _REFUSED in orders or len(set(orders)) < len(orders) else orders
+
+
 def _sources(value: object) -> object:
     if isinstance(value, str) and value.strip():
         return (value,)
@@ -130,5 +136,6 @@ FlagOrAuto = Annotated[bool | Literal["auto"], _checked(_or_word(_flag, "auto"),
 ClipNorm = Annotated[float | None, _checked(_clip, "a number above 0, or off")]
 Warmup = Annotated[int | float, _checked(_warmup, "a number of steps, or a share of the training below 1")]
 Betas = Annotated[tuple[float, float], _checked(_betas, "two numbers of at least 0 and below 1, like [0.9, 0.95]")]
+Orders = Annotated[tuple[int, ...], _checked(_orders, "a list of different whole numbers from 2 to 16, like [2, 3]")]
 Sources = Annotated[tuple[str, ...], _checked(_sources, "a SOURCE (a file, folder, glob, URL, builtin:NAME) or a list of them")]
 Texts = Annotated[tuple[str, ...], _checked(_texts, "a text or a list of texts")]

@@ -24,6 +24,8 @@ class StepEvent:
     lr: float
     grad_norm: float
     tokens_per_second: float
+    mfu: float
+    """Model FLOPs utilisation: the model's FLOPs per second over those of the machine's matrix products in this precision."""
     seconds: float
     done: float
     """Share of the training that is done, in (0, 1]."""
@@ -37,6 +39,8 @@ class EvaluationEvent:
     tokens: int
     val_loss: float
     val_bits_per_byte: float
+    train_seconds: float
+    """Spent on optimiser steps, and not on measuring, saving or sampling."""
     seconds: float
     best: bool
 
@@ -61,6 +65,9 @@ class Observer:
 
     def phase(self, name: str) -> None:
         """What the training does now: `first step`, `training`, `evaluating`, `saving`, `sampling`."""
+
+    def note(self, text: str) -> None:
+        """Something that the person should know."""
 
     def stopping(self) -> None:
         """A signal came: the training will save and stop after this step. Called from the signal's handler."""
@@ -91,6 +98,10 @@ class Observers(Observer):
     def phase(self, name: str) -> None:
         for member in self._members:
             member.phase(name)
+
+    def note(self, text: str) -> None:
+        for member in self._members:
+            member.note(text)
 
     def stopping(self) -> None:
         for member in self._members:

@@ -13,6 +13,7 @@ from tinylm.reporting import Reporter
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PROBE_WIDTH = 256
+_PEAK_WIDTH = {"cpu": 1024, "cuda": 4096, "mps": 2048}
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,15 @@ class Precision:
     @contextmanager
     def tf32(self) -> Iterator[None]:
         """Let a GPU round the inputs of float32 products to TF32 while training; measuring stays exact."""
-        before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = self.device.type == "cuda"
+        if self.device.type != "cuda":
+            yield
+            return
+        try:
+            before = torch.backends.cuda.matmul.allow_tf32
+        except RuntimeError:  # whoever uses this process has chosen by torch's newer switch
+            yield
+            return
+        torch.backends.cuda.matmul.allow_tf32 = True
         try:
             yield
         finally:
@@ -46,7 +54,7 @@ def resolve(name: str, device: torch.device, reporter: Reporter) -> Precision:
     """`auto`: bf16 where the device is really faster in it, fp16 on a GPU without it, else fp32."""
     if name == "auto":
         if device.type == "cuda":
-            name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+            name = "bf16" if _has_bf16(device) else "fp16"
         else:
             name = "bf16" if device.type == "cpu" and _bf16_speed_up(device) > 1.5 else "fp32"
     elif name == "bf16" and device.type == "cpu" and (gain := _bf16_speed_up(device)) < 1:
@@ -54,6 +62,12 @@ def resolve(name: str, device: torch.device, reporter: Reporter) -> Precision:
             f"bf16 is {1 / gain:.0f} times slower than fp32 on this CPU; fp32 would be faster (--set training.precision=fp32)"
         )
     return Precision(name, device)
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Of the GPU that is meant, which need not be the current one; older ones only emulate it."""
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def _bf16_speed_up(device: torch.device) -> float:
@@ -69,3 +83,26 @@ def _bf16_speed_up(device: torch.device) -> float:
         return best
 
     return seconds(torch.float32) / max(seconds(torch.bfloat16), 1e-9)
+
+
+def matmul_flops(precision: Precision) -> float:
+    """FLOP/s of a large matrix product on the device in this precision (TF32 for fp32 on a GPU, as in training), measured."""
+    width = _PEAK_WIDTH[precision.device.type]
+    generator = torch.Generator().manual_seed(0)  # GPUs multiply ones faster than numbers
+    matrix = torch.randn(width, width, generator=generator).to(precision.device, _DTYPES[precision.name])
+    best = float("inf")
+    with precision.tf32():
+        for _ in range(4):
+            _wait(precision.device)
+            start = time.perf_counter()
+            matrix @ matrix
+            _wait(precision.device)
+            best = min(best, time.perf_counter() - start)
+    return 2 * width**3 / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from tinylm.data.batches import Batches
 from tinylm.errors import WorkError
@@ -23,6 +22,8 @@ from tinylm.optim.groups import Optimizers
 from tinylm.optim.schedules import multiplier
 from tinylm.recipe import Recipe
 from tinylm.training.checkpoint import CheckpointWriter
+from tinylm.training.feed import Feed
+from tinylm.training.memory import halved, is_out_of_memory
 from tinylm.training.metrics import EvaluationEvent, Observer, SampleEvent, StepEvent
 from tinylm.training.precision import Precision
 from tinylm.training.signals import StopRequest
@@ -81,7 +82,8 @@ class Trainer:
         steps: int | None,
         micro_batch_size: int,
         precision: Precision,
-        compiled: bool,
+        flops_per_token: float,
+        peak_flops: float,
         checkpoints: CheckpointWriter,
         fingerprints: dict[str, str],
         evaluate: Evaluate,
@@ -97,8 +99,8 @@ class Trainer:
         self.precision = precision
         self.scaler = precision.scaler()
         self.progress = Progress()
-        self._forward: nn.Module = torch.compile(network, dynamic=False) if compiled else network  # type: ignore[assignment]
         self._objective = CausalObjective()
+        self._utilisation = flops_per_token / peak_flops
         self._checkpoints = checkpoints
         self._fingerprints = fingerprints
         self._evaluate = evaluate
@@ -119,6 +121,10 @@ class Trainer:
 
         Raises `WorkError` when the loss is no longer a number.
         """
+        with Feed(self.batches, self._objective, pin=self.precision.device.type == "cuda") as feed:
+            return self._loop(feed, request, stop_after)
+
+    def _loop(self, feed: Feed, request: StopRequest, stop_after: float | None) -> str:
         began = time.perf_counter()
         earlier = self.progress.seconds
         training = self.recipe.training
@@ -127,7 +133,7 @@ class Trainer:
             self._look(request)
         stopped, finished = "done", self._finished()
         while stopped == "done" and not finished:
-            loss, norm = self._step()
+            loss, norm = self._step(feed)
             progress = self.progress
             progress.seconds = earlier + time.perf_counter() - began
             finished = self._finished()
@@ -176,27 +182,57 @@ class Trainer:
             return 1 / self.steps
         return self._done() / self.progress.step if self.progress.step else 0.001
 
-    def _step(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _step(self, feed: Feed) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimiser step: (mean loss of the global batch, gradient norm), still on the device."""
         start = time.perf_counter()
         training, progress = self.recipe.training, self.progress
-        batch = training.global_batch_size
         rate = multiplier(training.schedule, self._done(), self._step_share())
         self.optimizers.set_rate(rate)
-        self.optimizers.zero_grad()
-        sequences = torch.from_numpy(self.batches.sequences(progress.step * batch, batch))
-        seeds = self._seeds() if self.recipe.model.dropout else None
-        with self.precision.tf32():
-            loss = accumulate(self._forward, self._objective, sequences, self.micro_batch_size, self.precision, self.scaler, seeds)
+        loss = self._gradient(feed)
         self.scaler.unscale_(self.optimizers)  # type: ignore[arg-type]  # groups and a step are all it needs
         limit = training.clip_grad_norm if training.clip_grad_norm is not None else math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit)
         self.scaler.step(self.optimizers)  # type: ignore[arg-type]
         self.scaler.update()
         progress.step += 1
-        progress.tokens += batch * self.batches.context_length
+        progress.tokens += training.global_batch_size * self.batches.context_length
         progress.train_seconds += time.perf_counter() - start
         return loss, norm
+
+    def _gradient(self, feed: Feed) -> torch.Tensor:
+        """The gradient of one global batch; its mean loss. Where memory runs out, again in smaller micro-batches."""
+        size = self.recipe.training.global_batch_size
+        batch = feed.take(self.progress.step * size, size)
+        while True:
+            self.optimizers.zero_grad()
+            seeds = self._seeds() if self.recipe.model.dropout else None
+            try:
+                with self.precision.tf32():
+                    return accumulate(
+                        self.network, self._objective, batch, self.micro_batch_size, self.precision, self.scaler, seeds
+                    )
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                needed = str(error).splitlines()[0]
+            self._halve(needed)
+
+    def _halve(self, error: str) -> None:
+        """Go on with micro-batches of at most half the size: the global batch stays what it is."""
+        before, batch = self.micro_batch_size, self.recipe.training.global_batch_size
+        self.optimizers.zero_grad()
+        if self.precision.device.type == "cuda":
+            torch.cuda.empty_cache()
+        elif self.precision.device.type == "mps":
+            torch.mps.empty_cache()
+        if before == 1:
+            hint = "use a smaller model or context, or training.activation_checkpointing: on"
+            raise WorkError(f"one sequence does not fit into memory: {error}", hint=hint)
+        self.micro_batch_size = halved(before, batch)
+        self._observer.note(
+            f"out of memory: going on with {batch // self.micro_batch_size} micro-batches of {self.micro_batch_size} "
+            f"instead of {batch // before} of {before}; the global batch stays {batch}"
+        )
 
     def _seeds(self) -> Iterator[int]:
         """A seed per micro-batch, from the step and the seed alone."""
@@ -224,6 +260,7 @@ class Trainer:
                 lr=float(group["lr"]),
                 grad_norm=float(norm),
                 tokens_per_second=tokens / seconds,
+                mfu=tokens / seconds * self._utilisation,
                 seconds=progress.seconds,
                 done=min(1.0, self._done()),
             )
@@ -253,7 +290,8 @@ class Trainer:
                 raise _EvaluationInterrupted
 
         try:
-            measured = self._evaluate(self.network, poll)
+            with torch.compiler.set_stance("force_eager"):  # its shapes differ: each would be compiled
+                measured = self._evaluate(self.network, poll)
         except _EvaluationInterrupted:
             return
         finally:
@@ -268,12 +306,21 @@ class Trainer:
             progress.best_step, progress.best_val_loss = progress.step, measured.loss
             self._checkpoints.point("best", f"step-{progress.step:06d}")
         self._observer.evaluation(
-            EvaluationEvent(progress.step, progress.tokens, measured.loss, measured.bits_per_byte, progress.seconds, best)
+            EvaluationEvent(
+                step=progress.step,
+                tokens=progress.tokens,
+                val_loss=measured.loss,
+                val_bits_per_byte=measured.bits_per_byte,
+                train_seconds=progress.train_seconds,
+                seconds=progress.seconds,
+                best=best,
+            )
         )
         self._checkpoints.prune()
 
     def _sample(self) -> None:
         self._observer.phase("sampling")
-        for prompt in self.recipe.sampling.prompts:
-            self._observer.sample(SampleEvent(self.progress.step, prompt, self._write(self.network, prompt)))
+        with torch.compiler.set_stance("force_eager"):
+            for prompt in self.recipe.sampling.prompts:
+                self._observer.sample(SampleEvent(self.progress.step, prompt, self._write(self.network, prompt)))
         self._observer.phase("training")

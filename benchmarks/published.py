@@ -1,0 +1,264 @@
+"""Does the roofline of `tinylm.hardware` foretell training runs that others published? One row a run, with its error.
+
+Nothing is fitted to a row: architecture, batch, device and execution are what the source says, the constants are those of
+the module, the same for all. Only MATMUL_SHARE was chosen with runs in view: llm.c's 124M on A100s and 1558M on H100s. What a
+source leaves out is said in its note.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from tinylm.hardware import elementwise_bytes, find, matmul_bytes, state_bytes, step_seconds
+from tinylm.plan import flops_per_token, parameter_counts
+from tinylm.recipe.schema import ModelSection
+
+
+@dataclass(frozen=True)
+class Run:
+    name: str
+    hardware: str
+    devices: int
+    tokens_per_second: float
+    """Of all devices together."""
+    published: str
+    url: str
+    model: dict[str, Any]
+    tokens_per_step: int
+    micro_batches: int
+    vocab_size: int = 50_304
+    compiled: bool = True
+    stream_bytes: int = 4
+    note: str = ""
+
+
+def gpt2(n_layer: int, n_head: int, n_embd: int, context_length: int = 1024) -> dict[str, Any]:
+    return {"preset": "gpt2", "n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "context_length": context_length}
+
+
+LLM_C = "https://github.com/karpathy/llm.c/blob/master/scripts/run_gpt2_{}.sh"
+FOUNDRY = "https://github.com/mosaicml/llm-foundry/blob/main/scripts/train/benchmarking/README.md"
+HALF_MILLION = 524_288
+
+RUNS = (
+    Run(
+        "llm.c GPT-2 124M",
+        "a100-80gb-sxm",
+        8,
+        HALF_MILLION / 0.300,
+        "300 ms a step",
+        LLM_C.format("124M"),
+        gpt2(12, 12, 768),
+        HALF_MILLION,
+        1,
+        stream_bytes=2,
+        note="kernels fused by hand, counted as compiled; all in bf16",
+    ),
+    Run(
+        "llm.c GPT-2 350M",
+        "a100-80gb-sxm",
+        8,
+        HALF_MILLION / 0.820,
+        "820 ms a step",
+        LLM_C.format("350M"),
+        gpt2(24, 16, 1024),
+        HALF_MILLION,
+        1,
+        stream_bytes=2,
+        note="likewise",
+    ),
+    Run(
+        "llm.c GPT-2 774M",
+        "a100-80gb-sxm",
+        8,
+        HALF_MILLION / 1.7,
+        "1.7 s a step",
+        LLM_C.format("774M"),
+        gpt2(36, 20, 1280),
+        HALF_MILLION,
+        2,
+        stream_bytes=2,
+        note="likewise",
+    ),
+    Run(
+        "llm.c GPT-2 1558M",
+        "h100-sxm",
+        8,
+        2 * HALF_MILLION / 2.80,
+        "2.80 s a step",
+        LLM_C.format("1558M"),
+        gpt2(48, 25, 1600),
+        2 * HALF_MILLION,
+        8,
+        stream_bytes=2,
+        note="likewise; GELU inside the product",
+    ),
+    Run(
+        "modded-nanogpt baseline",
+        "h100-sxm",
+        8,
+        19_560 * HALF_MILLION / (45 * 60),
+        "45 min for 19,560 steps",
+        "https://github.com/KellerJordan/modded-nanogpt",
+        gpt2(12, 12, 768),
+        HALF_MILLION,
+        1,
+        note="validation included",
+    ),
+    Run(
+        "Romero, GPT-2 124M",
+        "rtx-4090",
+        2,
+        221e3,
+        "221k tokens/s",
+        "https://www.tylerromero.com/posts/nanogpt-speedrun-worklog",
+        gpt2(12, 12, 768),
+        HALF_MILLION // 2,
+        8,
+        note="compiled; micro-batches of 16 assumed",
+    ),
+    Run(
+        "ashrafs1, 162M",
+        "a100-80gb-sxm",
+        1,
+        195e3,
+        "195k tokens/s",
+        "https://huggingface.co/ashrafs1/nanogpt",
+        {"preset": "modern", "n_layer": 12, "n_head": 12, "n_embd": 768, "context_length": 2048, "logit_softcap": 30.0},
+        HALF_MILLION,
+        8,
+        note="compilation assumed; Muon's products left out",
+    ),
+    Run(
+        "TinyLlama 1.1B",
+        "a100-40gb-sxm",
+        8,
+        22e9 / (32 * 3600),
+        "32 h for 22 G tokens",
+        "https://github.com/jzhang38/TinyLlama",
+        {
+            "preset": "llama",
+            "n_layer": 22,
+            "n_head": 32,
+            "n_kv_head": 4,
+            "n_embd": 2048,
+            "feed_forward_multiple": 2.75,
+            "context_length": 2048,
+        },
+        2_097_152,
+        16,
+        vocab_size=32_000,
+        note="fused by hand, counted as compiled",
+    ),
+    Run(
+        "MPT 125M",
+        "a100-80gb-sxm",
+        8,
+        1_251_751,
+        "1.252M tokens/s",
+        FOUNDRY,
+        gpt2(12, 12, 768),
+        1_048_576,
+        2,
+        50_368,
+        False,
+        note="eager, FSDP",
+    ),
+    Run(
+        "MPT 350M",
+        "a100-80gb-sxm",
+        8,
+        518_504,
+        "518.5k tokens/s",
+        FOUNDRY,
+        gpt2(24, 16, 1024),
+        1_048_576,
+        2,
+        50_368,
+        False,
+        note="likewise",
+    ),
+    Run(
+        "MPT 1B",
+        "a100-80gb-sxm",
+        8,
+        164_109,
+        "164.1k tokens/s",
+        FOUNDRY,
+        gpt2(24, 16, 2048, 2048),
+        917_504,
+        4,
+        50_368,
+        False,
+        note="likewise",
+    ),
+    Run(
+        "MPT 1B",
+        "h100-sxm",
+        8,
+        363_645,
+        "363.6k tokens/s",
+        FOUNDRY,
+        gpt2(24, 16, 2048, 2048),
+        229_376,
+        1,
+        50_368,
+        False,
+        note="likewise",
+    ),
+    Run(
+        "nanoGPT 124M",
+        "a100-40gb-sxm",
+        8,
+        600_000 * 491_520 / (4 * 86_400),
+        "4 days for 600,000 steps",
+        "https://github.com/karpathy/nanoGPT",
+        gpt2(12, 12, 768),
+        491_520,
+        5,
+        vocab_size=50_257,
+        note="as of 2023-01-31, before commit 77e7e04 padded the vocabulary: about 25% faster",
+    ),
+)
+
+
+def predicted_seconds(run: Run) -> float:
+    """Seconds of one optimiser step of the run, by the roofline."""
+    model = ModelSection.model_validate(run.model)
+    parameters = sum(parameter_counts(model, run.vocab_size).values())
+    tokens = run.tokens_per_step
+    return step_seconds(
+        find(run.hardware),
+        run.devices,
+        "bf16",
+        matmul_flops=tokens * flops_per_token(model, run.vocab_size),
+        matmul_bytes=tokens * matmul_bytes(model, run.vocab_size, "bf16"),
+        elementwise_bytes=tokens
+        * elementwise_bytes(model, run.vocab_size, "bf16", compiled=run.compiled, stream_bytes=run.stream_bytes),
+        state_bytes=state_bytes(parameters, run.micro_batches, "bf16"),
+        gradient_bytes=4 * parameters,
+    ).total
+
+
+def main() -> None:
+    print(f"{'run':24} {'hardware':17} {'published':24} {'ms a step':>9} {'predicted':>9} {'error':>6}  note")
+    errors = []
+    for run in RUNS:
+        published, predicted = run.tokens_per_step / run.tokens_per_second, predicted_seconds(run)
+        error = predicted / published - 1
+        errors.append(abs(error))
+        hardware = f"{run.devices} {run.hardware}"
+        times = f"{1e3 * published:9.0f} {1e3 * predicted:9.0f} {100 * error:+5.0f}%"
+        print(f"{run.name:24} {hardware:17} {run.published:24} {times}  {run.note}")
+    within = sum(error <= 0.25 for error in errors)
+    print(
+        f"\nwithin 25 %: {within} of {len(errors)}; median error {100 * median(errors):.0f} %, largest {100 * max(errors):.0f} %\n"
+    )
+    for url in dict.fromkeys(run.url for run in RUNS):
+        print(f"{', '.join(dict.fromkeys(run.name for run in RUNS if run.url == url))}: {url}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""What a recipe leaves to `auto`, decided here by trying it: precision, micro-batch, compilation, threads.
+
+Every decision is written into the run's recipe, so that resuming repeats it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tinylm import plan
+from tinylm.data.batches import Batches
+from tinylm.model.objective import CausalObjective
+from tinylm.model.transformer import Transformer
+from tinylm.recipe import Recipe
+from tinylm.reporting import Reporter
+from tinylm.training import compilation
+from tinylm.training import precision as precisions
+from tinylm.training.feed import Feed, GlobalBatch
+from tinylm.training.memory import halved, is_out_of_memory
+from tinylm.training.precision import Precision
+
+_CLEARLY = 0.95
+"""A choice must be this much faster than the plain one: trials differ by a few per cent."""
+
+
+@dataclass(frozen=True)
+class Decided:
+    recipe: Recipe
+    precision: Precision
+    start_up_seconds: float
+    """What compiling took."""
+
+
+def decide(
+    recipe: Recipe, network: Transformer, batches: Batches, steps: int | None, reporter: Reporter, stop_after: float | None = None
+) -> Decided:
+    """The recipe with every `auto` decided, and the network compiled if so. `steps` None: the clock decides.
+
+    `stop_after`: seconds after which this process will stop.
+    """
+    device = next(network.parameters()).device
+    training = recipe.training
+    with Feed(batches, CausalObjective(), pin=False) as feed:
+        batch = feed.take(0, training.global_batch_size)
+    precision = precisions.resolve(training.precision, device, reporter)
+    micro = _micro_batch(recipe, network, precision)
+    if training.micro_batch_size == "auto":
+        micro = _fitting(network, batch, micro, precision)
+    if training.precision == "auto" and device.type == "cpu" and precision.name == "bf16":
+        plain = Precision("fp32", device)
+        seconds = {each: _trial(network, batch, micro, each).seconds() for each in (plain, precision)}
+        precision = precision if seconds[precision] < _CLEARLY * seconds[plain] else plain
+    trial = _trial(network, batch, micro, precision)
+    compiled = training.compile
+    if compiled == "auto":
+        compiled = compilation.compiler(device) is not None and _pays(recipe, trial, micro, steps, stop_after, reporter)
+        if compiled:
+            reporter.note("compiling the blocks: it takes some seconds and makes every step faster (training.compile)")
+    start_up = 0.0
+    if compiled:
+        start_up = compilation.compile_blocks(network, trial, demanded=training.compile is True, reporter=reporter)
+        compiled = start_up > 0
+    update = {"precision": precision.name, "micro_batch_size": micro, "compile": compiled}
+    return Decided(recipe.model_copy(update={"training": training.model_copy(update=update)}), precision, start_up)
+
+
+def _micro_batch(recipe: Recipe, network: Transformer, precision: Precision) -> int:
+    device = precision.device
+    memory: int
+    most_tokens: int | None = None
+    if device.type == "cuda":
+        memory = torch.cuda.mem_get_info(device)[0]
+    elif device.type == "mps":
+        memory = torch.mps.recommended_max_memory()
+    else:
+        memory, most_tokens = plan.host_memory_bytes(), plan.CPU_MICRO_BATCH_TOKENS
+    return plan.choose_micro_batch(recipe, network.vocab_size, memory, most_tokens, half=precision.name != "fp32")
+
+
+def _fitting(network: Transformer, batch: GlobalBatch, micro: int, precision: Precision) -> int:
+    """The micro-batch, or the largest half of a half of it with which a pass does not run out of memory."""
+    while micro > 1:
+        try:
+            _trial(network, batch, micro, precision).run()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        else:
+            break
+        micro = halved(micro, len(batch.example.inputs))
+    return micro
+
+
+def _trial(network: Transformer, batch: GlobalBatch, micro: int, precision: Precision) -> compilation.Trial:
+    return compilation.Trial(network, CausalObjective(), batch, micro, precision)
+
+
+def _pays(
+    recipe: Recipe, trial: compilation.Trial, micro: int, steps: int | None, stop_after: float | None, reporter: Reporter
+) -> bool:
+    training = recipe.training
+    try:
+        step_seconds = trial.seconds() * training.global_batch_size / micro
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        reporter.note("not compiling: a micro-batch does not fit into memory")  # the trainer will make it smaller
+        return False
+    ends = [stop_after, None if training.minutes is None else 60 * training.minutes]
+    seconds_left = min((end for end in ends if end is not None), default=None)
+    return compilation.pays(step_seconds, seconds_left, steps, trial.device)
+
+
+def use_fastest_threads(recipe: Recipe, vocab_size: int, batches: Batches) -> int:
+    """Let torch use as many CPU threads as are fastest for this model: all cores, a half, a quarter, ..., or one."""
+    network = Transformer(recipe.model, vocab_size)
+    micro = plan.choose_micro_batch(recipe, vocab_size, plan.host_memory_bytes(), plan.CPU_MICRO_BATCH_TOKENS)
+    with Feed(batches, CausalObjective(), pin=False) as feed:
+        batch = feed.take(0, recipe.training.global_batch_size)
+    trial = _trial(network, batch, micro, Precision("fp32", torch.device("cpu")))
+    best = torch.get_num_threads()
+    fastest = trial.seconds()
+    while best > 1:
+        torch.set_num_threads(best // 2)
+        seconds = trial.seconds()
+        if seconds > _CLEARLY * fastest:
+            break
+        best, fastest = best // 2, seconds
+    torch.set_num_threads(best)
+    return best
