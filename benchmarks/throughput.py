@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -33,7 +35,6 @@ from tinylm.training.step import accumulate
 VOCABULARY, CONTEXT, BATCH = 8192, 256, 8
 SHAPE = {"n_layer": 6, "n_head": 6, "n_embd": 384, "context_length": CONTEXT}
 CPU = torch.device("cpu")
-Step = Callable[[], float]
 
 
 def batches() -> Batches:
@@ -97,7 +98,7 @@ def theirs(precision: Precision) -> Callable[[], tuple[float, float]]:
 
 
 def peak(precision: Precision) -> float:
-    matrix = torch.ones(2048, 2048, dtype=torch.bfloat16 if precision.name == "bf16" else torch.float32)
+    matrix = torch.randn(2048, 2048).to(torch.bfloat16 if precision.name == "bf16" else torch.float32)
     best = float("inf")
     for _ in range(4):
         start = time.perf_counter()
@@ -106,27 +107,72 @@ def peak(precision: Precision) -> float:
     return 2 * 2048**3 / best
 
 
+SIDES = ("transformers", "gpt2", "gpt2, compiled", "modern, muon", "modern, muon, compiled")
+
+
+def serve(side: str, precision: Precision) -> None:
+    """In a process of its own: a line with the seconds of a step, and of its optimiser, for each line that comes in."""
+    if side == "transformers":
+        step = theirs(precision)
+    else:
+        keep_freed_memory()  # as `tinylm train` does; the other side runs as its users run it
+        preset, compiled = side.split(",")[0], side.endswith("compiled")
+        section = MuonOptimizer(name="muon") if "muon" in side else AdamWOptimizer(name="adamw")
+        step = ours(preset, section, precision, compiled)
+    step()
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        print(*step(), flush=True)
+
+
+class Side:
+    """One side's process."""
+
+    def __init__(self, name: str, precision: Precision) -> None:
+        command = [sys.executable, __file__, "--precision", precision.name, "--side", name]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        self._line()
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline()
+
+    def step(self) -> tuple[float, float]:
+        assert self._process.stdin is not None
+        self._process.stdin.write("step\n")
+        self._process.stdin.flush()
+        whole, optimizer = map(float, self._line().split())
+        return whole, optimizer
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     precision = Precision(arguments.precision, CPU)
-    sides: dict[str, Callable[[], tuple[float, float]]] = {"transformers": theirs(precision)}
-    keep_freed_memory()
-    adamw, muon = AdamWOptimizer(name="adamw"), MuonOptimizer(name="muon")
-    sides["tinylm, gpt2"] = ours("gpt2", adamw, precision, compiled=False)
-    sides["tinylm, gpt2, compiled"] = ours("gpt2", adamw, precision, compiled=True)
-    sides["tinylm, modern, muon"] = ours("modern", muon, precision, compiled=False)
-    sides["tinylm, modern, muon, compiled"] = ours("modern", muon, precision, compiled=True)
+    if arguments.side:
+        serve(arguments.side, precision)
+        return
+    sides = {name: Side(name, precision) for name in SIDES}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     peaks = []
     for _ in range(arguments.rounds):
         peaks.append(peak(precision))
-        for name, step in sides.items():
-            step()  # warms the caches up again after the other sides
-            times[name] += [step() for _ in range(arguments.steps)]
+        for name, side in sides.items():
+            side.step()  # warms the caches up again after the other sides
+            times[name] += [side.step() for _ in range(arguments.steps)]
+    for side in sides.values():
+        side.close()
     top = statistics.median(peaks)
     flops = plan.flops_per_token(ModelSection.model_validate({"preset": "gpt2", **SHAPE}), VOCABULARY) * BATCH * CONTEXT
     base = statistics.median(seconds for seconds, _ in times["transformers"])
@@ -135,7 +181,7 @@ def main() -> None:
         seconds = statistics.median(whole for whole, _ in taken)
         optimizer = statistics.median(part for _, part in taken)
         speed = f"{1000 * seconds:6.0f} ms a step  {BATCH * CONTEXT / seconds:6.0f} tokens/s  {base / seconds:5.2f} x transformers"
-        print(f"{name:32} {speed}  MFU {flops / seconds / top:4.0%}  optimiser {optimizer / seconds:4.1%} of the step")
+        print(f"{name:24} {speed}  MFU {flops / seconds / top:4.0%}  optimiser {optimizer / seconds:4.1%} of the step")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from tinylm.model.transformer import Transformer
 from tinylm.optim import groups
 from tinylm.paths import whole_file, write_whole
 from tinylm.recipe import Recipe, changes
-from tinylm.recipe.schema import FileTokenizer, flattened
+from tinylm.recipe.schema import FileTokenizer, MuonOptimizer, flattened
 from tinylm.reporting import SILENT, Reporter
 from tinylm.run import Run, claim
 from tinylm.training import automatic
@@ -113,7 +113,7 @@ def train(
             reporter.note(f"{chosen} CPU threads are fastest for this model")
     network = Transformer(recipe.model, prepared.tokenizer.vocab_size, seed=recipe.seed).to(target)
     network.recompute = recipe.training.activation_checkpointing
-    decided = automatic.decide(recipe, network, batches, steps, reporter, stop_after)
+    decided = automatic.decide(recipe, network, batches, steps, reporter, stop_after, resumed=resume)
     recipe, precision = decided.recipe, decided.precision
     if overwrite:
         _remove_run(folder)
@@ -179,6 +179,9 @@ def _reconciled(run: Run, recipe: Recipe, allowed: Sequence[str], reporter: Repo
         for key in AUTOMATIC
         if getattr(recipe.training, key) == "auto" and f"training.{key}" not in allowed
     }
+    before, optimizer = run.recipe.training.optimizer, recipe.training.optimizer
+    if isinstance(before, MuonOptimizer) and isinstance(optimizer, MuonOptimizer) and optimizer.orthogonalise_in == "auto":
+        kept["optimizer"] = optimizer.model_copy(update={"orthogonalise_in": before.orthogonalise_in})
     recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update=kept)})
     changed = changes(run.recipe, recipe)
     for key in allowed:
@@ -186,7 +189,7 @@ def _reconciled(run: Run, recipe: Recipe, allowed: Sequence[str], reporter: Repo
             known = flattened(recipe.as_dict())
             why = "is the same as before" if key in known else "is not a key of the recipe"
             raise InputError(f"{key} {why}", where="--allow-change", hint=did_you_mean(key, changed or known))
-    harmless = HARMLESS if recipe.model.dropout else (*HARMLESS, *HARMLESS_WITHOUT_DROPOUT)
+    harmless = HARMLESS if recipe.model.draws else (*HARMLESS, *HARMLESS_WITHOUT_DROPOUT)
     refused = [
         f"{key}: {old} -> {new}"
         for key, (old, new) in changed.items()

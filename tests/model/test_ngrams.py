@@ -85,3 +85,19 @@ def test_the_cache_gives_back_all_ids_in_pieces_as_at_once_also_after_it_was_rep
     assert torch.equal(cache.remember(more), torch.cat((tokens.expand(3, -1), more), dim=1))
     cache.clear()
     assert torch.equal(cache.remember(more), more)
+
+
+def test_dropout_leaves_whole_vectors_out_and_keeps_the_mean_while_training() -> None:
+    embedding = NgramEmbedding(
+        section(ngram_embeddings=[2], ngram_rows=64, ngram_width=4, ngram_dropout=0.75, n_embd=4, n_head=1), vocabulary_size := 5
+    )
+    with torch.no_grad():
+        embedding.table.weight.fill_(1.0)
+        embedding.projection.weight.copy_(torch.eye(4))
+    tokens = ids(200, 50, vocabulary=vocabulary_size)
+    torch.manual_seed(0)
+    vectors = embedding.train()(tokens)
+    assert set(vectors.unique().tolist()) == {0.0, 4.0}
+    assert bool((vectors == vectors[..., :1]).all()), "a vector is there or not, as a whole"
+    assert abs(float(vectors.mean()) - 1) < 0.05
+    assert torch.equal(embedding.eval()(tokens), torch.ones(200, 50, 4))

@@ -56,6 +56,7 @@ SETTINGS: dict[str, list[str]] = {
     "ModelSection.embedding_norm": ["model.embedding_norm=off"],
     "ModelSection.zero_init_outputs": ["model.zero_init_outputs=off"],
     "ModelSection.ngram_embeddings": ["model.ngram_embeddings=[2, 3]"],
+    "ModelSection.ngram_dropout": ["model.ngram_dropout=0.3"],
     "ModelSection.ngram_rows": ["model.ngram_rows=500"],
     "ModelSection.ngram_width": ["model.ngram_width=8"],
     "ModelSection.value_embeddings": ["model.value_embeddings=1"],

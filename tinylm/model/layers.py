@@ -124,10 +124,12 @@ class Attention(nn.Module):
         """Queries, keys and values, each (B, time, heads, D). Those of one source are normalised and turned together."""
         if keys_from is None:
             together = self._heads(self.qkv(queries_from))
-            looking = self.heads + self.kv_heads
-            placed = self._placed(together[:, :, :looking], rotation)
-            q, k = torch.split(placed, [self.heads, self.kv_heads], dim=2)
-            return q, k, together[:, :, looking:]
+            if self.qk_norm_eps is None and rotation is None:
+                q, k, v = torch.split(together, [self.heads, self.kv_heads, self.kv_heads], dim=2)
+                return q, k, v
+            looking, v = torch.split(together, [self.heads + self.kv_heads, self.kv_heads], dim=2)  # one gradient, not two of zeros
+            q, k = torch.split(self._placed(looking, rotation), [self.heads, self.kv_heads], dim=2)
+            return q, k, v
         rows, bias = self.query_rows, self.qkv.bias
         q = self._heads(F.linear(queries_from, self.qkv.weight[:rows], None if bias is None else bias[:rows]))
         k, v = self._heads(F.linear(keys_from, self.qkv.weight[rows:], None if bias is None else bias[rows:])).chunk(2, dim=2)

@@ -24,6 +24,7 @@ class NgramEmbedding(nn.Module):
         super().__init__()
         self.orders = model.ngram_embeddings
         self.rows = model.ngram_rows
+        self.dropout = model.ngram_dropout
         self.missing = vocab_size
         """Stands for tokens before the first."""
         self.table = nn.Embedding(len(self.orders) * self.rows, model.ngram_width)
@@ -32,7 +33,11 @@ class NgramEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, T) ids -> (B, T, C)."""
         keys = torch.stack([self.keys(tokens, order) + index * self.rows for index, order in enumerate(self.orders)], dim=-1)
-        projected: Tensor = self.projection(self.table(keys).flatten(-2))
+        vectors = self.table(keys)  # (B, T, orders, width)
+        if self.dropout and self.training:
+            kept = torch.rand(keys.shape, device=keys.device) >= self.dropout
+            vectors = vectors * (kept / (1 - self.dropout)).to(vectors.dtype).unsqueeze(-1)
+        projected: Tensor = self.projection(vectors.flatten(-2))
         return projected
 
     def keys(self, tokens: Tensor, order: int) -> Tensor:

@@ -63,7 +63,7 @@ class Transformer(nn.Module):
         if targets is None:
             return self.logits(hidden)
         room = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["other"])
-        chunk = max(64, room // (4 * self.vocab_size))
+        chunk = max(256, room // (4 * self.vocab_size))  # fewer rows would read the head's gradient too often
         total: Tensor = _summed(hidden.flatten(0, 1), self.head.weight, targets.flatten(), self.model.logit_softcap, chunk)
         return total
 

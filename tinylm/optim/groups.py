@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -91,15 +91,17 @@ def build(section: Optimizer, network: nn.Module, stacked: Mapping[str, tuple[in
         coefficients=section.newton_schulz,
         weight_decay=section.weight_decay,
         cautious=section.cautious_weight_decay,
-        dtype=_orthogonalisation_type(section, matrices[0].device),
+        dtype=torch.bfloat16 if orthogonalisation_type(section, matrices[0].device) == "bf16" else torch.float32,
     )
     adamw = _adamw({parameter: names[parameter] for parameter in others}, section.adamw_lr, section, 0.0)
     return Optimizers({"muon": muon, "adamw": adamw}, names)
 
 
-def _orthogonalisation_type(section: MuonOptimizer, device: torch.device) -> torch.dtype:
-    half = _has_bfloat16_units(device) if section.orthogonalise_in == "auto" else section.orthogonalise_in == "bf16"
-    return torch.bfloat16 if half else torch.float32
+def orthogonalisation_type(section: MuonOptimizer, device: torch.device) -> Literal["fp32", "bf16"]:
+    """What `orthogonalise_in` means on this device."""
+    if section.orthogonalise_in == "auto":
+        return "bf16" if _has_bfloat16_units(device) else "fp32"
+    return section.orthogonalise_in
 
 
 def _has_bfloat16_units(device: torch.device) -> bool:

@@ -170,6 +170,8 @@ class ModelSection(Section):
     """Rows of the table of each order."""
     ngram_width: Count = 32
     """Numbers in a row."""
+    ngram_dropout: ShareBelowOne = 0.0
+    """Share of the positions whose n-gram of an order is left out while training: tables learn a text by heart very soon."""
     value_embeddings: CountOrZero = 0
     """How many first and how many last blocks add an embedding of the token to their values (Zhou et al. 2024)."""
     value_residual: Flag = False
@@ -189,6 +191,11 @@ class ModelSection(Section):
             return values
         preset = values.get("preset", "modern")
         return {**PRESETS.get(preset if isinstance(preset, str) else "modern", PRESETS["modern"]), **values}
+
+    @property
+    def draws(self) -> bool:
+        """Whether training draws random numbers: dropout of any kind."""
+        return self.dropout > 0 or (self.ngram_dropout > 0 and bool(self.ngram_embeddings))
 
     @property
     def kv_heads(self) -> int:

@@ -13,7 +13,9 @@ from tinylm import plan
 from tinylm.data.batches import Batches
 from tinylm.model.objective import CausalObjective
 from tinylm.model.transformer import Transformer
+from tinylm.optim.groups import orthogonalisation_type
 from tinylm.recipe import Recipe
+from tinylm.recipe.schema import MuonOptimizer
 from tinylm.reporting import Reporter
 from tinylm.training import compilation
 from tinylm.training import precision as precisions
@@ -34,11 +36,19 @@ class Decided:
 
 
 def decide(
-    recipe: Recipe, network: Transformer, batches: Batches, steps: int | None, reporter: Reporter, stop_after: float | None = None
+    recipe: Recipe,
+    network: Transformer,
+    batches: Batches,
+    steps: int | None,
+    reporter: Reporter,
+    stop_after: float | None = None,
+    *,
+    resumed: bool = False,
 ) -> Decided:
     """The recipe with every `auto` decided, and the network compiled if so. `steps` None: the clock decides.
 
-    `stop_after`: seconds after which this process will stop.
+    `stop_after`: seconds after which this process will stop. A `resumed` training that was compiled goes on without, and
+    says so, where that is not possible any more.
     """
     device = next(network.parameters()).device
     training = recipe.training
@@ -60,9 +70,12 @@ def decide(
             reporter.note("compiling the blocks: it takes some seconds and makes every step faster (training.compile)")
     start_up = 0.0
     if compiled:
-        start_up = compilation.compile_blocks(network, trial, demanded=training.compile is True, reporter=reporter)
+        start_up = compilation.compile_blocks(network, trial, demanded=training.compile is True and not resumed, reporter=reporter)
         compiled = start_up > 0
-    update = {"precision": precision.name, "micro_batch_size": micro, "compile": compiled}
+    update = {"precision": precision.name, "micro_batch_size": micro, "compile": compiled, "optimizer": training.optimizer}
+    if isinstance(training.optimizer, MuonOptimizer):
+        decided = {"orthogonalise_in": orthogonalisation_type(training.optimizer, device)}
+        update["optimizer"] = training.optimizer.model_copy(update=decided)
     return Decided(recipe.model_copy(update={"training": training.model_copy(update=update)}), precision, start_up)
 
 

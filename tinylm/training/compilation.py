@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import shutil
 import time
 
 import torch
@@ -12,17 +10,12 @@ import torch
 from tinylm.errors import WorkError
 from tinylm.model.objective import Objective
 from tinylm.model.transformer import Transformer
+from tinylm.plan import compiling_pays, cpp_compiler
 from tinylm.reporting import Reporter
 from tinylm.training.feed import GlobalBatch
 from tinylm.training.memory import is_out_of_memory
 from tinylm.training.precision import Precision
 from tinylm.training.step import accumulate
-
-SAVED_SHARE = 0.15
-"""Of a step's time, at the least of what benchmarks/README.md lists for the `modern` preset."""
-START_UP_SECONDS = {"cpu": 12.0, "cuda": 45.0}
-_WORTH = 1.5
-"""What is saved must be this many times the start-up."""
 
 
 def compiler(device: torch.device) -> str | None:
@@ -30,15 +23,13 @@ def compiler(device: torch.device) -> str | None:
     if device.type == "cuda":
         return "triton" if importlib.util.find_spec("triton") is not None else None
     if device.type == "cpu":
-        return next((name for name in (os.environ.get("CXX"), "g++", "clang++") if name and shutil.which(name)), None)
+        return cpp_compiler()
     return None
 
 
 def pays(step_seconds: float, seconds_left: float | None, steps_left: float | None, device: torch.device) -> bool:
     """Whether compiling saves more than it costs, for steps that take `step_seconds` without it."""
-    ends = [seconds_left, None if steps_left is None else steps_left * step_seconds]
-    total = min((end for end in ends if end is not None), default=0.0)
-    return total * SAVED_SHARE > _WORTH * START_UP_SECONDS.get(device.type, 60.0)
+    return compiling_pays(step_seconds, seconds_left, steps_left, device.type)
 
 
 class Trial:

@@ -205,7 +205,7 @@ class Trainer:
         batch = feed.take(self.progress.step * size, size)
         while True:
             self.optimizers.zero_grad()
-            seeds = self._seeds() if self.recipe.model.dropout else None
+            seeds = self._seeds() if self.recipe.model.draws else None
             try:
                 with self.precision.tf32():
                     return accumulate(

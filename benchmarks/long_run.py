@@ -1,0 +1,64 @@
+"""How good a model of characters two CPU cores make in so many minutes: the curve of `shakespeare-char-long`.
+
+    python benchmarks/long_run.py tinyshakespeare.txt [--minutes 20] [--repeat 3] [--recipe shakespeare-char-long] [--set K=V ...]
+
+Minutes are those of the whole training from its first step on, compilation and measuring included. Held-out loss in nats per
+character over all held-out characters, each scored once. nanoGPT's best published figure for tinyshakespeare is 1.4697 (10.6 M
+parameters, an A100).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+PUBLISHED = 1.4697
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source")
+    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--recipe", default="shakespeare-char-long")
+    parser.add_argument("--set", action="append", default=[], dest="settings")
+    arguments = parser.parse_args()
+    if not Path(arguments.source).exists():
+        sys.exit(f"skipped: {arguments.source} is not here; name a copy of tinyshakespeare")
+    ends = []
+    for seed in range(1337, 1337 + arguments.repeat):
+        with tempfile.TemporaryDirectory() as folder:
+            run = Path(folder, "run")
+            settings = [
+                f"data.train={arguments.source}",
+                f"seed={seed}",
+                f"training.minutes={arguments.minutes}",
+                *arguments.settings,
+            ]
+            command = [sys.executable, "-m", "tinylm", "train", arguments.recipe, "--out", str(run), "--json", "--quiet"]
+            for setting in settings:
+                command += ["--set", setting]
+            result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        curve = [(line["seconds"] / 60, line["val_loss"]) for line in lines if line["kind"] == "eval"]
+        passed = next((minutes for minutes, loss in curve if loss <= PUBLISHED), None)
+        print(f"seed {seed}: " + "  ".join(f"{minutes:.1f} min {loss:.4f}" for minutes, loss in curve))
+        reached = "never" if passed is None else f"after {passed:.1f} minutes"
+        print(
+            f"seed {seed}: {result['best_val_loss']:.4f} nats per character at best, {result['val_loss']:.4f} at the end; "
+            f"{result['parameters']:,} parameters, {result['step']} steps, {result['seconds'] / 60:.1f} minutes",
+            f"{PUBLISHED} {reached}",
+            sep="; ",
+            flush=True,
+        )
+        ends.append(result["best_val_loss"])
+    print(f"median {statistics.median(ends):.4f} after {arguments.minutes:g} minutes")
+
+
+if __name__ == "__main__":
+    main()
