@@ -16,17 +16,28 @@ app = typer.Typer(add_completion=False)
 def plan(
     recipe: str = typer.Argument(..., help="A YAML file or the name of a recipe that ships."),
     set_: list[str] | None = SET,
+    hardware: str | None = typer.Option(
+        None, "--hardware", metavar="NAME", help="An accelerator instead of this machine's CPU, like h100-sxm; list: their names."
+    ),
+    devices: int | None = typer.Option(None, "--devices", min=1, help="How many of them, each with a share of every batch."),
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """What a recipe will cost on this machine's CPU: parameters, batch arithmetic, memory, FLOPs, time."""
+    """What a recipe will cost, here or on an accelerator: parameters, batch arithmetic, memory, FLOPs, time."""
+    from tinylm import hardware as sheets
+    from tinylm.errors import InputError
     from tinylm.recipe import load
 
-    show_plan(make(load(find(recipe), set_ or ()), ConsoleReporter(stderr(), quiet=quiet)), json)
+    if devices is not None and hardware is None:
+        raise InputError("only means something with --hardware", where="--devices")
+    if hardware is not None:
+        sheets.find(hardware)  # a name that is none is told before the text is read
+    loaded = load(find(recipe), set_ or ())
+    show_plan(make(loaded, ConsoleReporter(stderr(), quiet=quiet), hardware, devices or 1), json)
 
 
-def make(recipe: object, reporter: ConsoleReporter) -> Plan:
-    """The plan of a recipe, its text read for the number of tokens."""
+def make(recipe: object, reporter: ConsoleReporter, hardware: str | None = None, devices: int = 1) -> Plan:
+    """The plan of a recipe, its text read for the number of tokens; `hardware` None: on this machine's CPU."""
     from tinylm.data.estimate import measure_text
     from tinylm.plan import make_plan
     from tinylm.recipe import Recipe
@@ -35,34 +46,71 @@ def make(recipe: object, reporter: ConsoleReporter) -> Plan:
     text = measure_text(recipe.data, recipe.tokenizer, reporter)
     if not text.exact:
         reporter.note("the number of tokens is extrapolated from the first megabytes")
-    return make_plan(recipe, text.vocab_size, text.train_tokens)
+    return make_plan(
+        recipe, text.vocab_size, text.train_tokens, heldout_tokens=text.heldout_tokens, accelerator=hardware, devices=devices
+    )
 
 
 def show_plan(planned: Plan, json: bool) -> None:
     if json:
-        from dataclasses import asdict
-
-        document = asdict(planned)
-        document["memory_bytes"]["total"] = planned.memory_bytes.total
-        print_json(document)
+        print_json(planned)
         return
-    memory = planned.memory_bytes
-    rows = (
+    show_facts(stdout(), _rows(planned))
+
+
+def _rows(planned: Plan) -> list[tuple[str, str]]:
+    memory, many = planned.memory_bytes, planned.devices > 1
+    shares = f" on each of {planned.devices} devices" if many else ""
+    fits = "" if memory.total <= planned.device_memory_bytes else f", more than the {size(planned.device_memory_bytes)} there are"
+    machine = "this CPU" if planned.hardware == "cpu" else f"{planned.devices} {planned.hardware}"
+    how = f"{planned.precision}{', compiled' if planned.compiled else ''}"
+    start = f" and {duration(planned.start_up_seconds)} of compiling" if planned.start_up_seconds else ""
+    measuring = f"; measuring: {duration(planned.evaluation_seconds)}" if planned.evaluation_seconds else ""
+    return [
         ("parameters", f"{planned.parameters:,} ({planned.parameters_non_embedding:,} without embeddings and head)"),
         ("vocabulary, context", f"{planned.vocab_size:,} tokens, {planned.context_length:,} at a time"),
         (
             "batch",
             f"{planned.global_batch_size} sequences = {planned.gradient_accumulation_steps} x {planned.micro_batch_size}"
-            f" = {planned.tokens_per_step:,} tokens a step",
+            f"{shares} = {planned.tokens_per_step:,} tokens a step",
         ),
         ("length", f"{planned.steps:,} steps = {planned.tokens:,} tokens = {planned.epochs:.2f} epochs"),
         ("compute", f"{count(planned.flops, space=' ')}FLOP"),
         (
             "memory",
-            f"{size(memory.total)} (weights {size(memory.weights)}, gradients {size(memory.gradients)}, "
-            f"optimizer {size(memory.optimizer)}, activations {size(memory.activations)})",
+            f"{size(memory.total)}{shares} at most (weights {size(memory.weights)}, gradients {size(memory.gradients)}, "
+            f"optimizer {size(memory.optimizer)}, activations {size(memory.activations)}, "
+            f"update {size(memory.update)}, measuring {size(memory.evaluation)}){fits}",
         ),
         ("a checkpoint", size(planned.checkpoint_bytes)),
-        ("time on this CPU", f"about {duration(planned.seconds_estimate)} of stepping"),
+        (
+            f"time on {machine}",
+            f"about {duration(planned.seconds_estimate - planned.start_up_seconds)} of stepping{start} in {how} "
+            f"({_short(planned.seconds_per_step)} a step, {count(planned.tokens_per_second)} tokens/s, "
+            f"{planned.mfu:.1%} of the peak{measuring})",
+        ),
+        ("compute-optimal", _optimal(planned)),
+        ("repetition", _repetition(planned)),
+    ]
+
+
+def _short(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms" if seconds < 1 else duration(seconds)
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.2g}"
+
+
+def _optimal(planned: Plan) -> str:
+    best = planned.compute_optimal
+    return (
+        f"20 tokens a parameter are {count(best.tokens)} for this model, {_times(best.tokens / planned.tokens)} x what it gets; "
+        f"this compute suits {count(best.parameters_for_flops)} parameters and {count(best.tokens_for_flops)} tokens"
     )
-    show_facts(stdout(), rows)
+
+
+def _repetition(planned: Plan) -> str:
+    best = planned.compute_optimal
+    most = f"text repeated more than 4 times ({count(4 * best.unique_tokens)} tokens) is worth less and less"
+    return f"{planned.epochs:.2f} epochs of {count(best.unique_tokens)} are worth {count(best.worth_tokens)} new tokens; {most}"

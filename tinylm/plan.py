@@ -1,42 +1,90 @@
 """What a recipe will cost, before it costs it: parameters, batches, FLOPs, memory, time. Imports without torch.
 
-Everything is arithmetic on the recipe, the vocabulary and the number of training tokens; the only measurement is how fast
-this machine multiplies matrices.
+Everything is arithmetic on the recipe, the vocabulary and the number of training tokens. Bytes are counted in `footprint`. Seconds
+come from `processor` on this machine's CPU, which is measured for a moment, or from the data sheets in `hardware`.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import time
+import shutil
 from dataclasses import dataclass
+from typing import Literal
 
+from tinylm import footprint, hardware, processor
 from tinylm.errors import InputError
+from tinylm.hardware import Accelerator
+from tinylm.processor import CpuSeconds, Processor
 from tinylm.recipe.schema import ModelSection, MuonOptimizer, Recipe, TrainingSection
 
-EFFICIENCY = 0.5
-"""Share of the matrix-product peak that a training step is assumed to reach."""
+Numbers = Literal["fp32", "bf16", "fp16"]
+
 CPU_MICRO_BATCH_TOKENS = 2048
 """Beyond this a forward pass on a CPU gains nothing and only leaves the caches."""
+USABLE_MEMORY = 0.6
+"""Share of a device's memory that a micro-batch left to `auto` may fill."""
+CLEARLY_FASTER = 0.95
+"""On a CPU, bf16 is taken when its passes need at most this share of fp32's time, as the trial before training does."""
+
+COMPILING_SAVES = 0.15
+"""Of a step's time, at the least of what benchmarks/README.md lists for the `modern` preset."""
+COMPILING_SECONDS = {"cpu": 12.0, "cuda": 45.0}
+COMPILING_WORTH = 1.5
+"""What is saved must be this many times the start-up."""
+
+TOKENS_PER_PARAMETER = 20
+"""Of a compute-optimal training (Hoffmann et al. 2022, tables 2 and 3)."""
+EPOCHS_AS_GOOD_AS_NEW = 4
+REPETITIONS_SCALE = 15.39
+"""R* of Muennighoff et al. 2023, equation 5 and appendix A: what R repetitions of a text are worth decays as exp(-R / R*)."""
+
+_MUON_BYTES = 72
+"""That Muon moves for each weight: momentum and update (28), stack and norm (16), the iteration (16), the weight (12)."""
+_ADAMW_BYTES = 28 + 12
+"""For each weight: weight, gradient and two moments read, all but the gradient written; the gradient's norm and scaling."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the height of a training step, beside what the program itself needs."""
+    """Bytes of one device, beside what the program itself needs.
+
+    `activations` is the height of the forward and backward pass, `update` that of the optimiser's temporaries, `evaluation` that of
+    measuring: bytes of tensors, and only one of the three is there at a time. `total` is the height of the training: on a GPU
+    with the largest of the three, on a CPU as the resident set, which keeps what was freed.
+    """
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
+    update: int
+    evaluation: int
+    total: int
 
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
+
+@dataclass(frozen=True)
+class ComputeOptimal:
+    """What Hoffmann et al. 2022 would advise. Parameters are those of matrix products and embeddings, tables apart."""
+
+    tokens: int
+    """For the recipe's model."""
+    parameters_for_flops: int
+    tokens_for_flops: int
+    """For the recipe's FLOPs, by C = 6 N D."""
+    unique_tokens: int
+    worth_tokens: int
+    """What the recipe's tokens are worth in tokens that were never repeated (Muennighoff et al. 2023)."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The names are the keys of `tinylm plan --json`; `steps` and what follows from it are None for `minutes`."""
+    """The names are the keys of `tinylm plan --json`. For `minutes`, `steps` and what follows from it are estimates.
+
+    With several devices `micro_batch_size`, `gradient_accumulation_steps` and `memory_bytes` are those of each.
+    `seconds_estimate` is that of stepping, with the `start_up_seconds` of compiling; `evaluation_seconds` is that of all
+    evaluations together. `mfu`: share of the device's peak in this precision that the recipe's FLOPs are.
+    """
 
     parameters: int
     parameters_non_embedding: int
@@ -53,6 +101,17 @@ class Plan:
     memory_bytes: Memory
     checkpoint_bytes: int
     seconds_estimate: float
+    hardware: str
+    devices: int
+    device_memory_bytes: int
+    precision: Numbers
+    compiled: bool
+    mfu: float
+    seconds_per_step: float
+    tokens_per_second: float
+    start_up_seconds: float
+    evaluation_seconds: float
+    compute_optimal: ComputeOptimal
 
 
 def parameter_counts(model: ModelSection, vocab_size: int) -> dict[str, int]:
@@ -98,38 +157,78 @@ def training_steps(training: TrainingSection, context_length: int, train_tokens:
     return None
 
 
-def activation_bytes(model: ModelSection, vocab_size: int, sequences: int, *, half: bool = False) -> int:
-    """What a forward pass of `sequences` keeps for its backward pass; `half` for 16-bit autocast."""
-    tokens = sequences * model.context_length
-    width, hidden = model.n_embd, model.feed_forward_width
-    queries, keys = model.n_head * model.head_width, model.kv_heads * model.head_width
-    projections = 2 * (queries + 2 * keys) + (2 * (queries + keys) if model.position == "rope" else 0)
-    projections += queries + keys if model.qk_norm else 0
-    feed = {"swiglu": 5, "gelu": 2, "relu": 1, "relu2": 3}[model.feed_forward] * hidden
-    per_layer = 4 * width + projections + 2 * queries + feed + (2 * width + 1 if model.dropout else 0)
-    logits = (3 if model.logit_softcap is None else 4) * vocab_size
-    return tokens * (model.n_layer * per_layer + 3 * width) * (2 if half else 4) + tokens * logits * 4
+def compiling_pays(step_seconds: float, seconds_left: float | None, steps_left: float | None, device_type: str) -> bool:
+    """Whether compiling saves more than it costs, for steps that take `step_seconds` without it."""
+    ends = [seconds_left, None if steps_left is None else steps_left * step_seconds]
+    total = min((end for end in ends if end is not None), default=0.0)
+    return total * COMPILING_SAVES > COMPILING_WORTH * COMPILING_SECONDS.get(device_type, 60.0)
 
 
-def memory(recipe: Recipe, vocab_size: int, micro_batch_size: int, *, half: bool = False) -> Memory:
-    """Weights, gradients and optimiser state are float32 whatever the precision."""
-    counts = parameter_counts(recipe.model, vocab_size)
+def cpp_compiler() -> str | None:
+    """The C++ compiler that compiling for a CPU would use, where one is here."""
+    return next((name for name in (os.environ.get("CXX"), "g++", "clang++") if name and shutil.which(name)), None)
+
+
+def memory(
+    recipe: Recipe,
+    vocab_size: int,
+    micro_batch_size: int,
+    *,
+    precision: Numbers = "fp32",
+    on_gpu: bool = False,
+    accumulates: bool = True,
+    half_updates: bool = False,
+) -> Memory:
+    """Weights, gradients and optimiser state are float32 whatever the precision.
+
+    `accumulates`: a step has several micro-batches, so that gradients exist beside a pass's activations. `half_updates`: Muon works
+    in bf16.
+    """
+    model = recipe.model
+    counts = parameter_counts(model, vocab_size)
     parameters = sum(counts.values())
     muon = isinstance(recipe.training.optimizer, MuonOptimizer)
     slots = 2 * parameters - (counts["matrices"] if muon else 0)
-    activations = activation_bytes(recipe.model, vocab_size, micro_batch_size, half=half)
-    return Memory(4 * parameters, 4 * parameters, 4 * slots, activations)
+    one_pass = footprint.Pass(
+        vocab_size, micro_batch_size, precision, on_gpu=on_gpu, recompute=recipe.training.activation_checkpointing
+    )
+    activations = footprint.activation_bytes(model, one_pass)
+    update = footprint.muon_bytes(model, half=half_updates) if muon else 0
+    evaluation = max(footprint.evaluation_bytes(model, vocab_size))
+    gradients = 4 * parameters
+    if on_gpu:
+        passes = max(activations + (gradients if accumulates else 0), gradients)
+        height = max(passes, gradients + update, gradients + evaluation)
+    else:
+        kept = gradients if accumulates else 0
+        height = footprint.host_bytes(model, vocab_size, max(activations, gradients - kept + update), kept)
+    return Memory(4 * parameters, gradients, 4 * slots, activations, update, evaluation, 4 * (parameters + slots) + height)
 
 
-def choose_micro_batch(recipe: Recipe, vocab_size: int, memory_bytes: int, most_tokens: int | None, *, half: bool = False) -> int:
-    """The recipe's micro-batch, or for `auto` the largest divisor of the global batch that should fit in 60 % of the memory."""
+def choose_micro_batch(
+    recipe: Recipe,
+    vocab_size: int,
+    memory_bytes: int,
+    most_tokens: int | None,
+    *,
+    half: bool = False,
+    devices: int = 1,
+) -> int:
+    """The recipe's micro-batch, or for `auto` the largest divisor of a device's share whose step should fit in 60 % of its memory.
+
+    `most_tokens` limits it to what is in a CPU's caches; None: a GPU. `half`: in 16 bits, bf16 unless the recipe asks for fp16.
+    """
     training, context = recipe.training, recipe.model.context_length
     if training.micro_batch_size != "auto":
         return training.micro_batch_size
-    batch = training.global_batch_size
+    batch = training.global_batch_size // devices
+    precision: Numbers = ("fp16" if training.precision == "fp16" else "bf16") if half else "fp32"
     for size in (size for size in range(batch, 0, -1) if batch % size == 0):
-        fits = memory(recipe, vocab_size, size, half=half).total <= 0.6 * memory_bytes
-        if fits and (most_tokens is None or size * context <= most_tokens):
+        if most_tokens is not None and size * context > most_tokens:
+            continue
+        costs = memory(recipe, vocab_size, size, precision=precision, on_gpu=most_tokens is None, accumulates=size < batch)
+        step = costs.weights + costs.gradients + costs.optimizer + costs.activations
+        if step <= USABLE_MEMORY * memory_bytes:
             return size
     return 1
 
@@ -142,24 +241,38 @@ def host_memory_bytes() -> int:
         return 8 << 30
 
 
-def matmul_flops() -> float:
-    """Floating-point operations per second of a float32 matrix product here, measured in about 0.1 s."""
-    import numpy as np
+@dataclass(frozen=True)
+class _Pace:
+    """What `make_plan` wants to know of a device."""
 
-    size = 768
-    a = np.ones((size, size), dtype=np.float32)
-    best = math.inf
-    for _ in range(4):
-        start = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    name: str
+    memory_bytes: int
+    peak_flops: float
+    precision: Numbers
+    compiled: bool
+    micro_batch_size: int
+    half_updates: bool
+    step_seconds: float
+    evaluation_seconds: float
+    """Of one held-out token."""
+    start_up_seconds: float
 
 
-def make_plan(recipe: Recipe, vocab_size: int, train_tokens: int, *, peak_flops: float | None = None) -> Plan:
-    """The cost of a recipe on a text of `train_tokens`, on this machine's CPU unless `peak_flops` says otherwise.
+def make_plan(
+    recipe: Recipe,
+    vocab_size: int,
+    train_tokens: int,
+    *,
+    heldout_tokens: int = 0,
+    accelerator: str | None = None,
+    devices: int = 1,
+    here: Processor | None = None,
+) -> Plan:
+    """The cost of a recipe on a text of `train_tokens`, on this machine's CPU or on `devices` accelerators of that name.
 
-    Raises `InputError` when the text is shorter than one sequence.
+    `heldout_tokens`: what an evaluation reads. `here`: instead of measuring this machine. Raises `InputError` when the text is
+    shorter than one sequence, for an accelerator without a data sheet or without the recipe's precision, and for a batch that does
+    not split over the devices.
     """
     model, training = recipe.model, recipe.training
     if train_tokens <= model.context_length:
@@ -169,28 +282,242 @@ def make_plan(recipe: Recipe, vocab_size: int, train_tokens: int, *, peak_flops:
         )
     counts = parameter_counts(model, vocab_size)
     parameters = sum(counts.values())
-    micro = choose_micro_batch(recipe, vocab_size, host_memory_bytes(), CPU_MICRO_BATCH_TOKENS)
     tokens_per_step = training.global_batch_size * model.context_length
     per_token = flops_per_token(model, vocab_size)
-    speed = (peak_flops or matmul_flops()) * EFFICIENCY
     steps = training_steps(training, model.context_length, train_tokens)
+    if accelerator is None:
+        pace = _here(recipe, vocab_size, steps, here)
+    else:
+        pace = _there(recipe, vocab_size, steps, hardware.find(accelerator), devices)
+    scored = min(heldout_tokens, recipe.evaluation.max_tokens or heldout_tokens)
+    read = scored * model.context_length / (recipe.evaluation.stride or model.context_length)
+    once = read * pace.evaluation_seconds
     if steps is None:
-        steps = max(1, int((training.minutes or 0) * 60 * speed / (per_token * tokens_per_step)))
-    costs = memory(recipe, vocab_size, micro)
+        left = 60 * (training.minutes or 0) - pace.start_up_seconds
+        steps = max(1, int(left / (pace.step_seconds + once / recipe.evaluation.every)))
+    accumulation = training.global_batch_size // devices // pace.micro_batch_size
+    costs = memory(
+        recipe,
+        vocab_size,
+        pace.micro_batch_size,
+        precision=pace.precision,
+        on_gpu=accelerator is not None,
+        accumulates=accumulation > 1,
+        half_updates=pace.half_updates,
+    )
+    tokens = steps * tokens_per_step
     return Plan(
         parameters=parameters,
         parameters_non_embedding=parameters - counts["embedding"] - counts["positions"] - counts["tables"] - counts["head"],
         context_length=model.context_length,
         vocab_size=vocab_size,
         global_batch_size=training.global_batch_size,
-        micro_batch_size=micro,
-        gradient_accumulation_steps=training.global_batch_size // micro,
+        micro_batch_size=pace.micro_batch_size,
+        gradient_accumulation_steps=accumulation,
         tokens_per_step=tokens_per_step,
         steps=steps,
-        tokens=steps * tokens_per_step,
-        epochs=steps * tokens_per_step / train_tokens,
-        flops=per_token * steps * tokens_per_step,
+        tokens=tokens,
+        epochs=tokens / train_tokens,
+        flops=per_token * tokens,
         memory_bytes=costs,
         checkpoint_bytes=costs.weights + costs.optimizer,
-        seconds_estimate=per_token * steps * tokens_per_step / speed,
+        seconds_estimate=steps * pace.step_seconds + pace.start_up_seconds,
+        hardware=pace.name,
+        devices=devices,
+        device_memory_bytes=pace.memory_bytes,
+        precision=pace.precision,
+        compiled=pace.compiled,
+        mfu=per_token * tokens_per_step / (pace.step_seconds * devices * pace.peak_flops),
+        seconds_per_step=pace.step_seconds,
+        tokens_per_second=tokens_per_step / pace.step_seconds,
+        start_up_seconds=pace.start_up_seconds,
+        evaluation_seconds=once * math.ceil(steps / recipe.evaluation.every),
+        compute_optimal=compute_optimal(parameters - counts["tables"], per_token * tokens, tokens, train_tokens),
+    )
+
+
+def compute_optimal(parameters: int, flops: float, tokens: int, unique_tokens: int) -> ComputeOptimal:
+    """About 20 tokens for each parameter, and C = 6 N D: then N = sqrt(C / 120) (Hoffmann et al. 2022).
+
+    `tokens` of a text of `unique_tokens` are worth U + U R* (1 - exp(-R / R*)) with R = tokens / U - 1 (Muennighoff et al. 2023).
+    """
+    best = math.sqrt(flops / (6 * TOKENS_PER_PARAMETER))
+    repetitions = max(0.0, tokens / unique_tokens - 1)
+    worth = unique_tokens * (1 + REPETITIONS_SCALE * (1 - math.exp(-repetitions / REPETITIONS_SCALE)))
+    return ComputeOptimal(
+        tokens=TOKENS_PER_PARAMETER * parameters,
+        parameters_for_flops=round(best),
+        tokens_for_flops=round(TOKENS_PER_PARAMETER * best),
+        unique_tokens=unique_tokens,
+        worth_tokens=min(tokens, round(worth)),
+    )
+
+
+def _muon_flops(recipe: Recipe) -> int:
+    optimizer = recipe.training.optimizer
+    if not isinstance(optimizer, MuonOptimizer):
+        return 0
+    shapes = footprint.matrix_shapes(recipe.model)
+    steps = optimizer.newton_schulz_steps
+    return sum(count * processor.newton_schulz_flops(*shape, steps) for shape, count in shapes.items())
+
+
+def _half_updates(recipe: Recipe, has_units: bool) -> bool:
+    optimizer = recipe.training.optimizer
+    if not isinstance(optimizer, MuonOptimizer):
+        return False
+    return has_units if optimizer.orthogonalise_in == "auto" else optimizer.orthogonalise_in == "bf16"
+
+
+def _elementwise_bytes(model: ModelSection, vocab_size: int, precision: Numbers, *, compiled: bool) -> int:
+    """Of one token. Only blocks are compiled, so that both ends are eager; bf16's residual stream is bf16."""
+    stream = 2 if precision == "bf16" else 4
+    blocks = model.n_layer * hardware.layer_bytes(model, precision, compiled=compiled, stream_bytes=stream)
+    return blocks + hardware.ends_bytes(model, vocab_size, precision, compiled=False, stream_bytes=stream)
+
+
+def _here(recipe: Recipe, vocab_size: int, steps: int | None, measured: Processor | None) -> _Pace:
+    training = recipe.training
+    host = host_memory_bytes()
+    micro = choose_micro_batch(recipe, vocab_size, host, CPU_MICRO_BATCH_TOKENS)
+    machine = measured or _measured(recipe, vocab_size, micro)
+    half_updates = _half_updates(recipe, machine.has_amx)
+
+    def seconds(precision: Numbers, compiled: bool = False) -> CpuSeconds:
+        return cpu_seconds(recipe, vocab_size, micro, machine, precision, compiled=compiled)
+
+    if training.precision != "auto":
+        precision: Numbers = training.precision
+    else:
+        faster = machine.has_amx and seconds("bf16").passes < CLEARLY_FASTER * seconds("fp32").passes
+        precision = "bf16" if faster else "fp32"
+    micro = choose_micro_batch(recipe, vocab_size, host, CPU_MICRO_BATCH_TOKENS, half=precision != "fp32")
+    compiled = training.compile
+    if compiled == "auto":
+        left = None if training.minutes is None else 60 * training.minutes
+        compiled = cpp_compiler() is not None and compiling_pays(seconds(precision).passes, left, steps, "cpu")
+    plain = seconds("fp32").passes / (training.global_batch_size * recipe.model.context_length)
+    return _Pace(
+        name="cpu",
+        memory_bytes=host,
+        peak_flops=machine.peak(precision),
+        precision=precision,
+        compiled=compiled,
+        micro_batch_size=micro,
+        half_updates=half_updates,
+        step_seconds=seconds(precision, compiled).total,
+        evaluation_seconds=plain / 3,
+        start_up_seconds=COMPILING_SECONDS["cpu"] if compiled else 0.0,
+    )
+
+
+def _measured(recipe: Recipe, vocab_size: int, micro: int) -> Processor:
+    tensor = 4 * micro * recipe.model.context_length * recipe.model.feed_forward_width
+    return processor.measure(tensor, 4 * sum(parameter_counts(recipe.model, vocab_size).values()))
+
+
+def cpu_seconds(
+    recipe: Recipe, vocab_size: int, micro_batch_size: int, machine: Processor, precision: Numbers, *, compiled: bool = False
+) -> CpuSeconds:
+    """Seconds of one optimiser step on a CPU, and what they are spent on."""
+    model, training = recipe.model, recipe.training
+    counts = parameter_counts(model, vocab_size)
+    tokens = training.global_batch_size * model.context_length
+    passes = training.global_batch_size // micro_batch_size
+    products = 6.0 * (counts["matrices"] + vocab_size * model.n_embd)
+    muon = counts["matrices"] if isinstance(training.optimizer, MuonOptimizer) else 0
+    moved = sum(counts.values()) * (_ADAMW_BYTES + 12 * (passes - 1)) + muon * (_MUON_BYTES - 28)
+    again = 4 / 3 if training.activation_checkpointing else 1.0  # forward twice, backward once: backward counts double
+    half = _half_updates(recipe, machine.has_amx)
+    blocks = model.n_layer * processor.query_blocks(training.global_batch_size, model.n_head, model.context_length)
+    work = processor.Work(
+        numbers=precision,
+        matmul_flops=again * tokens * products,
+        elementwise_bytes=again * tokens * _elementwise_bytes(model, vocab_size, precision, compiled=compiled),
+        scores=again * tokens * model.context_length * model.n_head * model.n_layer,
+        query_blocks=blocks,
+        kernels=again * passes * processor.kernels(model.n_layer, precision, compiled=compiled),
+        state_bytes=moved,
+        newton_schulz_flops=_muon_flops(recipe),
+        newton_schulz_in="bf16" if half else "fp32",
+    )
+    return processor.step_seconds(machine, work)
+
+
+def _split_over(recipe: Recipe, devices: int) -> None:
+    """Raises `InputError` where the batch does not split into equal shares, or the recipe's micro-batch not into its share."""
+    batch, micro = recipe.training.global_batch_size, recipe.training.micro_batch_size
+    if devices < 1:
+        raise InputError(f"a step needs one device at least, not {devices}", where="--devices")
+    if batch % devices:
+        sizes = [size for size in (batch // devices * devices, -(-batch // devices) * devices) if size]
+        raise InputError(
+            f"{batch} sequences do not split over {devices} devices",
+            where="training.global_batch_size",
+            hint=f"{' and '.join(map(str, sizes))} would",
+        )
+    share = batch // devices
+    if micro != "auto" and share % micro:
+        sizes = [size for size in range(1, share + 1) if share % size == 0]
+        raise InputError(
+            f"{micro} does not divide the {share} sequences of each of {devices} devices",
+            where="training.micro_batch_size",
+            hint=f"{', '.join(map(str, sizes))} would" if len(sizes) > 1 else f"{sizes[0]} would",
+        )
+
+
+def _there(recipe: Recipe, vocab_size: int, steps: int | None, accelerator: Accelerator, devices: int) -> _Pace:
+    """Both ways of bounding a step: what the devices need, and what it takes the interpreter to start their kernels."""
+    model, training = recipe.model, recipe.training
+    _split_over(recipe, devices)
+    if training.precision != "auto":
+        precision: Numbers = training.precision
+    else:
+        precision = "bf16" if "bf16" in accelerator.flops else "fp16" if "fp16" in accelerator.flops else "fp32"
+    sheet: hardware.Precision = "tf32" if precision == "fp32" and "tf32" in accelerator.flops else precision
+    peak = accelerator.matmul_flops(sheet)
+    decided = recipe.model_copy(update={"training": training.model_copy(update={"precision": precision})})
+    micro = choose_micro_batch(decided, vocab_size, int(accelerator.memory), None, half=precision != "fp32", devices=devices)
+    passes = training.global_batch_size // devices // micro
+    half_updates = _half_updates(recipe, "bf16" in accelerator.flops)
+    tokens = training.global_batch_size * model.context_length
+    counts = parameter_counts(model, vocab_size)
+    parameters = sum(counts.values())
+    again = 4 / 3 if training.activation_checkpointing else 1.0
+    muon = counts["matrices"] if isinstance(training.optimizer, MuonOptimizer) else 0
+    muon_flops = _muon_flops(recipe) * (1 if half_updates else peak / accelerator.matmul_flops("fp32"))
+
+    def seconds(compiled: bool) -> float:
+        there = hardware.step_seconds(
+            accelerator,
+            devices,
+            sheet,
+            matmul_flops=again * tokens * flops_per_token(model, vocab_size) + devices * muon_flops,  # each device updates all
+            matmul_bytes=again * tokens * hardware.matmul_bytes(model, vocab_size, sheet),
+            elementwise_bytes=again * tokens * _elementwise_bytes(model, vocab_size, precision, compiled=compiled),
+            state_bytes=hardware.state_bytes(parameters, passes, sheet) + muon * (_MUON_BYTES - 28),
+            gradient_bytes=4 * parameters,
+        ).total
+        started = again * passes * processor.kernels(model.n_layer, precision, compiled=compiled)
+        return max(there, started * processor.LAUNCH_SECONDS)
+
+    compiled = training.compile
+    if compiled == "auto":
+        left = None if training.minutes is None else 60 * training.minutes
+        compiled = compiling_pays(seconds(compiled=False), left, steps, "cuda")
+    plain = _elementwise_bytes(model, vocab_size, "fp32", compiled=False)
+    evaluation = hardware.step_seconds(
+        accelerator, 1, "fp32", matmul_flops=flops_per_token(model, vocab_size) / 3, elementwise_bytes=plain / 3
+    )
+    return _Pace(
+        name=accelerator.name,
+        memory_bytes=int(accelerator.memory),
+        peak_flops=peak,
+        precision=precision,
+        compiled=compiled,
+        micro_batch_size=micro,
+        half_updates=half_updates,
+        step_seconds=seconds(compiled),
+        evaluation_seconds=evaluation.total,
+        start_up_seconds=COMPILING_SECONDS["cuda"] if compiled else 0.0,
     )

@@ -184,3 +184,30 @@ def test_plot_draws_a_picture(here: Here, tiny_run: Run, tmp_path: Path) -> None
     assert here("plot", tiny_run.path, "--out", picture).out == f"{picture}\n"
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert list(tmp_path.iterdir()) == [picture]
+
+
+PLAN_ELSEWHERE = "hardware devices mfu precision seconds_per_step tokens_per_second compute_optimal evaluation_seconds compiled"
+
+
+def test_a_plan_for_a_machine_that_is_not_here(here: Here, recipe_file: Path) -> None:
+    local = here("plan", recipe_file, "--json").json
+    there = here("plan", recipe_file, "--hardware", "H100-SXM", "--devices", 2, "--json").json
+    assert there.keys() == local.keys() >= set(PLAN_ELSEWHERE.split())
+    assert (local["hardware"], local["devices"]) == ("cpu", 1)
+    assert (there["hardware"], there["devices"], there["precision"]) == ("h100-sxm", 2, "fp32")
+    assert (there["micro_batch_size"], there["gradient_accumulation_steps"]) == (2, 1)
+    assert there["flops"] == local["flops"]
+    assert there["compute_optimal"]["unique_tokens"] == local["compute_optimal"]["unique_tokens"] > 0
+    shown = here("plan", recipe_file, "--hardware", "h100-sxm", "--devices", 2).out
+    assert "time on 2 h100-sxm" in shown
+    assert "20 tokens a parameter" in shown
+
+
+def test_a_plan_says_which_machines_and_which_batches_there_are(here: Here, recipe_file: Path) -> None:
+    listed = here("plan", recipe_file, "--hardware", "list")
+    assert (listed.code, listed.out) == (2, "")
+    assert "known: b200, h200, h100-sxm" in listed.err
+    uneven = here("plan", recipe_file, "--hardware", "t4", "--devices", 3, "-q")
+    assert (uneven.code, uneven.err.count("\n")) == (2, 1)
+    assert "4 sequences do not split over 3 devices (3 and 6 would)" in uneven.err
+    assert "--devices: only means something with --hardware" in here("plan", recipe_file, "--devices", 2).err

@@ -42,6 +42,9 @@ MISTAKES = {
     "train quickstart --device tpu": "--device: no such device 'tpu' (one of auto, cpu, cuda, mps)",
     "plan": "missing argument 'recipe'",
     "plan quickstart --set training.micro_batch_size=3": "training.micro_batch_size: 3 does not divide global_batch_size",
+    "plan quickstart --hardware abacus": "--hardware: there is no data sheet for 'abacus' (known: b200, h200,",
+    "plan quickstart --hardware h100-smx": "did you mean h100-sxm?",
+    "plan quickstart --devices 2": "--devices: only means something with --hardware",
     "sample": "no run under runs/ yet (train one with `tinylm train quickstart`, or name one with --run)",
     "sample -n 0": "invalid value for '-n'",
     "sample --run nowhere": "nowhere: no such run (`tinylm runs` lists those here)",
@@ -63,7 +66,14 @@ MISTAKES = {
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, str, bool]]:
     folder = tmp_path_factory.mktemp("empty")
-    commands = [*HELP, ["plan", "recipe.yaml", "--json"], ["runs", "--json"], ["recipes"], *(line.split() for line in MISTAKES)]
+    commands = [
+        *HELP,
+        ["plan", "recipe.yaml", "--json"],
+        ["plan", "recipe.yaml", "--hardware", "l4"],
+        ["runs", "--json"],
+        ["recipes"],
+        *(line.split() for line in MISTAKES),
+    ]
     (folder / "recipe.yaml").write_text(
         "data: {train: text.txt}\ntokenizer: {kind: byte}\n"
         "model: {n_embd: 32, n_head: 2, context_length: 16}\ntraining: {steps: 5}\n"
@@ -110,6 +120,8 @@ def test_a_plan_is_made_without_torch(answers: dict[str, tuple[int, str, str, bo
     code, out, _, _ = answers["plan recipe.yaml --json"]
     assert code == 0
     assert json.loads(out)["steps"] == 5
+    code, out, _, _ = answers["plan recipe.yaml --hardware l4"]
+    assert (code, "time on 1 l4" in out) == (0, True)
 
 
 def test_no_runs_is_an_empty_list(answers: dict[str, tuple[int, str, str, bool]]) -> None:

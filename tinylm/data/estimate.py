@@ -20,6 +20,7 @@ SAMPLE_CHARACTERS = 4 << 20
 class TextSize:
     vocab_size: int
     train_tokens: int
+    heldout_tokens: int
     exact: bool
     """False: extrapolated from the first characters."""
 
@@ -36,9 +37,10 @@ def measure_text(data: DataSection, tokenizer: TokenizerSection, reporter: Repor
             trained = training.train(tokenizer, sample, reporter.warn)
             tokens = sum(len(ids) for ids, _ in trained.encode_pieces(sample))
             characters = sum(len(piece.text) for piece in sample)
-            return TextSize(trained.vocab_size, int(tokens / characters * text.sizes("train")[1]), exact=False)
+            train, heldout = (int(tokens / characters * text.sizes(half)[1]) for half in ("train", "heldout"))
+            return TextSize(trained.vocab_size, train, heldout, exact=False)
         prepared = prepare_text(text, tokenizer, reporter)
-    return TextSize(prepared.tokenizer.vocab_size, len(prepared.train), exact=True)
+    return TextSize(prepared.tokenizer.vocab_size, len(prepared.train), len(prepared.heldout), exact=True)
 
 
 def _first(pieces: Iterator[Piece], characters: int) -> Iterator[Piece]:
