@@ -263,7 +263,7 @@ def test_an_evaluation_holds_what_is_counted(preset: str, vocab_size: int, part:
 
 def test_what_is_stated_twice_is_the_same() -> None:
     """Both sides import without the other: this one without torch."""
-    assert {"cpu": transformer.CHUNK_BYTES["cpu"], "gpu": transformer.CHUNK_BYTES["other"]} == footprint.LOSS_BYTES
+    assert transformer.LOSS_BYTES is footprint.LOSS_BYTES
     assert footprint.EVALUATION_TOKENS == perplexity.BATCH_TOKENS
     assert footprint.EVALUATION_LOGITS == perplexity.BATCH_LOGITS
 

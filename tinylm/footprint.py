@@ -18,9 +18,9 @@ from tinylm.recipe.schema import ModelSection
 Numbers = Literal["fp32", "bf16", "fp16"]
 
 LOSS_BYTES = {"cpu": 8 << 20, "gpu": 512 << 20}
-"""Logits that the training loss makes at a time, as `tinylm.model.transformer` has them."""
+"""Logits that the training loss makes at a time: what a processor's cache holds, or enough rows to fill a GPU."""
 LOSS_ROWS = 256
-"""At least so many rows of logits at a time."""
+"""At least so many rows of logits at a time: fewer would read the head's gradient too often."""
 EVALUATION_TOKENS = 8192
 EVALUATION_LOGITS = 1 << 25
 """Most tokens and logits of an evaluation's batch, as `tinylm.evaluation.perplexity` has them."""

@@ -25,7 +25,7 @@ CPU_MICRO_BATCH_TOKENS = 2048
 USABLE_MEMORY = 0.6
 """Share of a device's memory that a micro-batch left to `auto` may fill."""
 CLEARLY_FASTER = 0.95
-"""On a CPU, bf16 is taken when its passes need at most this share of fp32's time, as the trial before training does."""
+"""On a CPU, bf16 is taken when its passes need at most this share of fp32's time: trials differ by a few per cent."""
 
 COMPILING_SAVES = 0.15
 """Of a step's time, at the least of what benchmarks/README.md lists for the `modern` preset."""

@@ -463,7 +463,7 @@ def test_the_summed_loss_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch)
     network, tokens, objective = model(vocabulary=1000), ids(8, 17, vocabulary=1000), CausalObjective()
     example = objective.example(tokens)
     expected = objective.losses(network, example).sum()
-    monkeypatch.setattr(transformer, "CHUNK_BYTES", {"cpu": 0, "other": 0})  # as few rows as it takes
+    monkeypatch.setattr(transformer, "LOSS_BYTES", {"cpu": 0, "gpu": 0})  # as few rows as it takes
     monkeypatch.setattr(network, "logits", None)
     torch.testing.assert_close(network(example.inputs, targets=example.targets), expected)
 

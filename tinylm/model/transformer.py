@@ -1,6 +1,6 @@
 """The transformer: one decoder stack that a recipe's `model:` section configures into GPT-2, Llama or our own.
 
-Token ids in, logits out. It knows nothing of losses, devices, ranks or files.
+Token ids in, logits out, or with targets the sum of their losses. It knows nothing of devices, ranks or files.
 
 Legend: B batch, T time, C width, V vocabulary.
 """
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tinylm.footprint import LOSS_BYTES, LOSS_ROWS
 from tinylm.model.cache import KeyValueCache
 from tinylm.model.functions import summed_cross_entropy
 from tinylm.model.initialisation import initialise
@@ -18,9 +19,6 @@ from tinylm.model.layers import Attention, Block, FeedForward, Rotation, Shared,
 from tinylm.model.ngrams import NgramEmbedding
 from tinylm.model.positions import rope_table, sinusoidal_table
 from tinylm.recipe.schema import ModelSection
-
-CHUNK_BYTES = {"cpu": 8 << 20, "other": 512 << 20}
-"""Logits of the loss that exist at a time: what a processor's cache holds, or enough rows to fill a GPU."""
 
 
 class Transformer(nn.Module):
@@ -62,8 +60,8 @@ class Transformer(nn.Module):
         hidden = self.hidden(tokens, cache)
         if targets is None:
             return self.logits(hidden)
-        room = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["other"])
-        chunk = max(256, room // (4 * self.vocab_size))  # fewer rows would read the head's gradient too often
+        room = LOSS_BYTES["cpu" if hidden.device.type == "cpu" else "gpu"]
+        chunk = max(LOSS_ROWS, room // (4 * self.vocab_size))
         total: Tensor = _summed(hidden.flatten(0, 1), self.head.weight, targets.flatten(), self.model.logit_softcap, chunk)
         return total
 

@@ -23,9 +23,6 @@ from tinylm.training.feed import Feed, GlobalBatch
 from tinylm.training.memory import halved, is_out_of_memory
 from tinylm.training.precision import Precision
 
-_CLEARLY = 0.95
-"""A choice must be this much faster than the plain one: trials differ by a few per cent."""
-
 
 @dataclass(frozen=True)
 class Decided:
@@ -61,7 +58,7 @@ def decide(
     if training.precision == "auto" and device.type == "cpu" and precision.name == "bf16":
         plain = Precision("fp32", device)
         seconds = {each: _trial(network, batch, micro, each).seconds() for each in (plain, precision)}
-        precision = precision if seconds[precision] < _CLEARLY * seconds[plain] else plain
+        precision = precision if seconds[precision] < plan.CLEARLY_FASTER * seconds[plain] else plain
     trial = _trial(network, batch, micro, precision)
     compiled = training.compile
     if compiled == "auto":
@@ -138,7 +135,7 @@ def use_fastest_threads(recipe: Recipe, vocab_size: int, batches: Batches) -> in
     while best > 1:
         torch.set_num_threads(best // 2)
         seconds = trial.seconds()
-        if seconds > _CLEARLY * fastest:
+        if seconds > plan.CLEARLY_FASTER * fastest:
             break
         best, fastest = best // 2, seconds
     torch.set_num_threads(best)
