@@ -21,6 +21,7 @@ from .console import Verbs
 
 VERBS = {
     "train": ("Train", "Train a model from a recipe."),
+    "new": ("Train", "Write a recipe for a text, this machine and so many minutes."),
     "plan": ("Train", "What a recipe will cost: parameters, memory, time."),
     "recipes": ("Train", "The recipes that ship with tinylm."),
     "sample": ("Use", "Write text with a trained model."),
