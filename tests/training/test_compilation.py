@@ -25,7 +25,7 @@ from tinylm.recipe import load
 from tinylm.reporting import CollectingReporter
 from tinylm.run import Run
 from tinylm.training import compilation
-from tinylm.training.compilation import Trial, compile_blocks, compiler, pays
+from tinylm.training.compilation import Trial, compile_blocks, compiler
 from tinylm.training.feed import GlobalBatch
 from tinylm.training.metrics import Observer, StepEvent
 from tinylm.training.precision import Precision
@@ -34,18 +34,6 @@ from tinylm.training.step import accumulate
 CPU, CUDA, MPS = (torch.device(kind) for kind in ("cpu", "cuda", "mps"))
 FP32 = Precision("fp32", CPU)
 needs_a_compiler = pytest.mark.skipif(compiler(CPU) is None, reason="needs a C++ compiler")
-
-
-# When.
-
-
-@pytest.mark.parametrize(("device", "start_up"), [(CPU, 12.0), (CUDA, 45.0), (MPS, 60.0)], ids=str)
-def test_it_pays_where_15_percent_of_the_training_is_one_and_a_half_start_ups(device: torch.device, start_up: float) -> None:
-    least = 1.5 * start_up / 0.15
-    assert not pays(0.5, None, 2 * least - 1, device)
-    assert pays(0.5, None, 2 * least + 1, device)
-    assert not pays(0.5, least - 1, None, device)
-    assert pays(0.5, least + 1, None, device)
 
 
 def test_it_pays_only_where_both_steps_and_time_are_left() -> None:

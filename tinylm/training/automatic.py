@@ -120,7 +120,7 @@ def _pays(
         return False
     ends = [stop_after, None if training.minutes is None else 60 * training.minutes]
     seconds_left = min((end for end in ends if end is not None), default=None)
-    return compilation.pays(step_seconds, seconds_left, steps, trial.device)
+    return plan.compiling_pays(step_seconds, seconds_left, steps, trial.device.type)
 
 
 def use_fastest_threads(recipe: Recipe, vocab_size: int, batches: Batches) -> int:
