@@ -285,6 +285,8 @@ def test_compiling_pays_where_15_percent_of_the_training_is_one_and_a_half_start
     assert compiling_pays(0.5, None, 2 * least + 1, device)
     assert not compiling_pays(0.5, least - 1, None, device), "stopped too early"
     assert compiling_pays(0.5, least + 1, None, device)
+    assert not compiling_pays(0.5, 10.0, 10_000, device)
+    assert not compiling_pays(0.5, None, None, device), "for who knows how long"
 
 
 def test_measuring_takes_more_with_a_shorter_stride_and_less_with_fewer_tokens() -> None:
