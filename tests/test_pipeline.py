@@ -63,7 +63,8 @@ def test_a_run_folder_holds_what_it_says_and_no_pickle(tiny_run: Run) -> None:
     files = {path.relative_to(tiny_run.path).as_posix() for path in tiny_run.path.rglob("*") if path.is_file()}
     top = {"recipe.yaml", "tokenizer.json", "metrics.jsonl", "environment.json", "heldout/heldout.npy", "heldout/heldout.json"}
     assert files >= top | {"checkpoints/best", "checkpoints/last"}
-    inside = {"model.safetensors", "training.safetensors", "state.json", "manifest.json"}
+    files -= {".lock"}
+    inside = {"model.safetensors", "training-00001.safetensors", "state.json", "manifest.json"}
     for name in files - top - {"checkpoints/best", "checkpoints/last"}:
         assert Path(name).name in inside, name
     for name in files:

@@ -96,6 +96,12 @@ def prepare_text(text: Text, tokenizer: TokenizerSection, reporter: Reporter) ->
     return Prepared(trained, halves["train"], halves["heldout"], folder, key)
 
 
+def reopened(folder: Path, fingerprint: str, tokenizer: str) -> Prepared:
+    """What another process has prepared: its folder and fingerprint, and the text of its tokenizer.json."""
+    halves = {half: shards.open_shard(folder, half) for half in ("train", "heldout")}
+    return Prepared(Tokenizer.from_text(tokenizer), halves["train"], halves["heldout"], folder, fingerprint)
+
+
 def _check_end_of_text(tokenizer: Tokenizer) -> None:
     end = tokenizer.end_of_text
     if end is None:
