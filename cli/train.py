@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from contextlib import nullcontext
@@ -102,6 +103,8 @@ def _train(
     from tinylm.run import claim
 
     main = launched().rank == 0
+    if launched().count > 1:  # else torch's own library says on every process how gradients could be exchanged faster
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     quiet = quiet or not main
     console = stderr()
     reporter = ConsoleReporter(console, quiet=quiet)
