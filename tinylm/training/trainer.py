@@ -141,6 +141,7 @@ class Trainer:
         self._logged_step = 0
         self._logged_seconds = 0.0
         self._saved_step = 0
+        self._refusal: TinylmError | None = None
         self._signal = 0
         self._began = 0.0
         self._earlier = 0.0
@@ -164,7 +165,9 @@ class Trainer:
         try:
             with Feed(self.batches, self._objective, pin=pin, rank=processes.rank, count=processes.count) as feed:
                 stopped = self._loop(feed, request, stop_after)
-            self._settle(last=True)
+            self._settle()
+            if self._refusal is not None and self._saved_step != self.progress.step:
+                raise self._refusal
         except Exception:
             with suppress(Exception):
                 self._checkpoints.finish()  # what was trained before it went wrong
@@ -468,9 +471,9 @@ class Trainer:
         for parameter in self.network.parameters():
             yield parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
-    def _settle(self, *, last: bool = False) -> None:
+    def _settle(self) -> None:
         """Wait for what is being saved."""
-        with self._disk(last=last):
+        with self._disk():
             checkpoint = self._checkpoints.finish()
             if checkpoint is not None:
                 self._saved_step = checkpoint.step
@@ -478,13 +481,14 @@ class Trainer:
                 self._checkpoints.prune()
 
     @contextmanager
-    def _disk(self, *, last: bool = False) -> Iterator[None]:
+    def _disk(self) -> Iterator[None]:
         """What a disk refuses ends the training, or is said and tried again at the next checkpoint, as the recipe has it."""
         try:
             yield
         except TinylmError as error:
-            if last or self.recipe.checkpoint.on_failure == "stop":
+            if self.recipe.checkpoint.on_failure == "stop":
                 raise
+            self._refusal = error
             self._observer.note(f"{error}; going on without it (checkpoint.on_failure: continue)")
 
     def _measure(self, request: StopRequest) -> None:
