@@ -25,7 +25,7 @@ from tinylm.processes import Processes, joined, lost_peer, threads_of_each
 from tinylm.recipe import Recipe, changes
 from tinylm.recipe.schema import FileTokenizer, MuonOptimizer, flattened
 from tinylm.reporting import SILENT, Reporter
-from tinylm.run import Checkpoint, Run
+from tinylm.run import Checkpoint, Run, check_shapes
 from tinylm.training import automatic, parallel
 from tinylm.training import precision as precisions
 from tinylm.training.checkpoint import CheckpointWriter, newest_whole, restore
@@ -146,6 +146,8 @@ def _train(
             )
             devices.set_threads(chosen)
             reporter.note(f"{chosen} CPU threads are fastest for this model")
+    fingerprints = {"data": prepared.fingerprint, "tokenizer": prepared.tokenizer.fingerprint}
+    start = processes.main_does(lambda: _newest(Run(folder), recipe, prepared, fingerprints, reporter)) if resume else None
     network = Transformer(recipe.model, prepared.tokenizer.vocab_size, seed=recipe.seed).to(target)
     network.recompute = recipe.training.activation_checkpointing
     decided = automatic.decide(recipe, network, batches, steps, reporter, stop_after, resumed=resume, processes=processes)
@@ -153,9 +155,10 @@ def _train(
     together = parallel.resolve(recipe.training.parallel, recipe, network.vocab_size, target, processes)
     shared = Parallel(network, together, processes, precision)
     optimizers = groups.build(recipe.training.optimizer, network, network.stacked_matrices(), shared.mesh)
-    fingerprints = {"data": prepared.fingerprint, "tokenizer": prepared.tokenizer.fingerprint}
     checkpoints = CheckpointWriter(folder, recipe.checkpoint.keep, processes)
-    state = _restore(Run(folder), recipe, network, optimizers, fingerprints, checkpoints, processes, reporter) if resume else None
+    state = None
+    if start is not None:
+        state = _restored(start, Run(folder), recipe, network, optimizers, checkpoints, processes, reporter)
     if processes.count > 1:
         reporter.note(f"{processes.count} processes, {together}, {recipe.training.micro_batch_size} sequences at a time in each")
     elif recipe.training.parallel != "auto":
@@ -318,40 +321,35 @@ def _covers(name: str, key: str) -> bool:
     return key == name or key.startswith(name.rstrip(".") + ".")
 
 
-def _restore(
+def _newest(run: Run, recipe: Recipe, prepared: Prepared, fingerprints: dict[str, str], reporter: Reporter) -> Checkpoint | None:
+    """The newest whole checkpoint, if it is one of this text and fits the recipe; None when the run was stopped before its first."""
+    if not run.checkpoints():
+        reporter.note("no checkpoint yet: beginning at step 0")
+        return None
+    checkpoint = newest_whole(run, reporter)
+    if checkpoint.state["fingerprints"] != fingerprints:
+        given = isinstance(run.recipe.tokenizer, FileTokenizer)
+        changed = "tokenizer" if given and checkpoint.state["fingerprints"]["tokenizer"] != fingerprints["tokenizer"] else "text"
+        raise InputError(f"the {changed} is not the one this run was trained on", where=str(run.path), hint="train anew with --out")
+    check_shapes(recipe.model, prepared.tokenizer.vocab_size, checkpoint)
+    return checkpoint
+
+
+def _restored(
+    checkpoint: Checkpoint,
     run: Run,
     recipe: Recipe,
     network: Transformer,
     optimizers: groups.Optimizers,
-    fingerprints: dict[str, str],
     checkpoints: CheckpointWriter,
     processes: Processes,
     reporter: Reporter,
-) -> dict[str, Any] | None:
-    """The state of the newest whole checkpoint, restored; None when the run was stopped before its first."""
-
-    def choose() -> Checkpoint | None:
-        if not run.checkpoints():
-            reporter.note("no checkpoint yet: beginning at step 0")
-            return None
-        chosen = newest_whole(run, reporter)
-        if chosen.state["fingerprints"] != fingerprints:
-            given = isinstance(run.recipe.tokenizer, FileTokenizer)
-            changed = "tokenizer" if given and chosen.state["fingerprints"]["tokenizer"] != fingerprints["tokenizer"] else "text"
-            raise InputError(
-                f"the {changed} is not the one this run was trained on", where=str(run.path), hint="train anew with --out"
-            )
-        return chosen
-
-    checkpoint = processes.main_does(choose)
-    if checkpoint is None:
-        return None
-    same_optimizer = run.recipe.training.optimizer.name == recipe.training.optimizer.name
-    if not same_optimizer:
-        reporter.warn(
-            f"{recipe.training.optimizer.name} begins anew: the run was trained with {run.recipe.training.optimizer.name}"
-        )
-    state = restore(checkpoint, network, optimizers, processes, moments=same_optimizer)
+) -> dict[str, Any]:
+    """The state of a checkpoint, whose weights and optimiser are put back; it is the last again."""
+    before, name = run.recipe.training.optimizer.name, recipe.training.optimizer.name
+    if before != name:
+        reporter.warn(f"{name} begins anew: so far the run was trained with {before}")
+    state = restore(checkpoint, network, optimizers, processes, moments=before == name)
     if not checkpoints.forget_after(checkpoint, state["best_step"]):
         state.update(best_step=0, best_val_loss=None)
     reporter.note(f"resuming after step {checkpoint.step}")

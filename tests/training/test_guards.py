@@ -150,7 +150,9 @@ def test_weights_that_are_no_numbers_are_never_saved_and_gone_back_from(spoil: A
 
 def test_nothing_to_go_back_to_ends_with_a_report(spoil: Any, recipe: Recipe, tmp_path: Path) -> None:
     spoil({1, 2, 3}, _nan_loss)
-    with pytest.raises(WorkError, match=r"loss is nan in step 3, the last of 3 in a row; nothing was saved.*--replay .*step-000003"):
+    with pytest.raises(
+        WorkError, match=r"loss is nan in step 3, the last of 3 in a row; nothing was saved.*--replay .*step-000003"
+    ):
         train(recipe, tmp_path / "run", device="cpu")
     assert (tmp_path / "run" / "reports" / "step-000003" / "report.json").exists()
 

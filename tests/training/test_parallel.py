@@ -88,7 +88,9 @@ def test_saved_by_two_resumed_by_one_and_then_by_four(alone: Path, short_file: P
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_killed_and_resumed_are_the_same_run_to_the_bit(kind: str, short_file: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(short_file, f"training.parallel={kind}", "training.precision=bf16" if kind == "fsdp" else "checkpoint.every=2")
+    recipe = recipe_of(
+        short_file, f"training.parallel={kind}", "training.precision=bf16" if kind == "fsdp" else "checkpoint.every=2"
+    )
     lives.run(recipe, tmp_path / "whole", count=2)
     processes = lives.started(recipe, tmp_path / "run", count=2)
     assert lives.killed_when(processes, lambda: lives.lines(tmp_path / "run") >= 5, victim=1)
