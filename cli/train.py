@@ -57,6 +57,7 @@ def train(
     threads: str | None = typer.Option(
         None, "--threads", help="CPU threads, or auto: as many as are fastest; default: one per core."
     ),
+    workers: int = typer.Option(1, "--workers", min=1, help="Processes that encode the text; 1 uses threads."),
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
@@ -75,7 +76,22 @@ def train(
         return
     assert recipe is not None
     try:
-        _train(recipe, set_, out_, resume, overwrite, allow_change, stop_after, seed, dry_run, device, wanted_threads, json, quiet)
+        _train(
+            recipe,
+            set_,
+            out_,
+            resume,
+            overwrite,
+            allow_change,
+            stop_after,
+            seed,
+            dry_run,
+            device,
+            wanted_threads,
+            workers,
+            json,
+            quiet,
+        )
     except InputError as error:
         if launched().rank == 0:
             raise
@@ -94,6 +110,7 @@ def _train(
     dry_run: bool,
     device: str,
     threads: int | Literal["auto"] | None,
+    workers: int,
     json: bool,
     quiet: bool,
 ) -> None:
@@ -155,6 +172,7 @@ def _train(
             allow_change=allow_change or (),
             device=device,
             threads=threads,
+            workers=workers,
             stop_after=seconds,
             reporter=reporter,
             observer=observer,

@@ -1,4 +1,7 @@
-"""Trainings in processes of their own, which can be killed. They are forked from a server that has torch loaded, so they start fast."""
+"""Trainings in processes of their own, which can be killed.
+
+They are forked from a server that has torch loaded, so that they start fast.
+"""
 
 from __future__ import annotations
 

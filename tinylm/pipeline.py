@@ -78,16 +78,17 @@ def train(
     allow_change: Sequence[str] = (),
     device: str = "auto",
     threads: int | Literal["auto"] | None = None,
+    workers: int = 1,
     stop_after: float | None = None,
     reporter: Reporter = SILENT,
     observer: Observer | None = None,
 ) -> TrainResult:
-    """Train `recipe` into the run folder `folder`.
+    """Train `recipe` into the run folder `folder`; every process of a launcher such as torchrun calls it alike.
 
-    A folder that is not empty needs `resume` (go on from its newest whole checkpoint; only keys in `allow_change` and
-    harmless ones may differ) or `overwrite` (begin anew). `threads` on a CPU: how many, or `auto` for the fastest; None: one per
-    core. `stop_after` seconds ends early, saved. Raises `InputError` for what the user can mend and `WorkError` when the
-    training fails.
+    A folder that is not empty needs `resume` (go on from its newest whole checkpoint; only keys and sections in `allow_change`
+    and harmless ones may differ) or `overwrite` (begin anew). `threads` on a CPU: how many, or `auto` for the fastest; None: one
+    per core. `workers`: processes that encode the text. `stop_after` seconds ends early, saved. Raises `InputError` for what the
+    user can mend and `WorkError` when the training fails.
     """
     folder = Path(folder)
     target = devices.resolve(device)
@@ -107,6 +108,7 @@ def train(
                 overwrite=overwrite,
                 allow_change=allow_change,
                 threads=threads,
+                workers=workers,
                 stop_after=stop_after,
                 reporter=reporter,
                 watching=observer or Observer(),
@@ -125,6 +127,7 @@ def _train(
     overwrite: bool,
     allow_change: Sequence[str],
     threads: int | Literal["auto"] | None,
+    workers: int,
     stop_after: float | None,
     reporter: Reporter,
     watching: Observer,
@@ -134,7 +137,7 @@ def _train(
         recipe = processes.main_does(lambda: _reconciled(Run.open(folder), recipe, allow_change, reporter))
         recipe = processes.main_does(lambda: _fitted(recipe, processes.count, reporter))
     planning.split_over(recipe, processes.count)
-    prepared = _prepared(recipe, processes, reporter)
+    prepared = _prepared(recipe, processes, reporter, workers)
     batches = Batches(prepared.train.tokens, recipe.model.context_length, recipe.seed)
     steps = planning.training_steps(recipe.training, recipe.model.context_length, len(prepared.train))
     _check_schedule(recipe, steps)
@@ -230,18 +233,18 @@ def _train(
     return _result(folder, trainer, stopped, request.signal_number, target)
 
 
-def _prepared(recipe: Recipe, processes: Processes, reporter: Reporter) -> Prepared:
+def _prepared(recipe: Recipe, processes: Processes, reporter: Reporter, workers: int) -> Prepared:
     """The tokens: made by the main process, and again on machines that cannot see its cache; mapped by all."""
     if processes.count == 1:
-        return prepare(recipe.data, recipe.tokenizer, reporter)
+        return prepare(recipe.data, recipe.tokenizer, reporter, workers)
 
     def handed_on() -> tuple[Path, str, str]:
-        prepared = prepare(recipe.data, recipe.tokenizer, reporter)
+        prepared = prepare(recipe.data, recipe.tokenizer, reporter, workers)
         return prepared.folder, prepared.fingerprint, prepared.tokenizer.backend.to_str()
 
     folder, fingerprint, tokenizer = processes.main_does(handed_on)
     absent = processes.local_rank == 0 and not (folder / "heldout.json").exists()
-    there = processes.all_do(lambda: prepare(recipe.data, recipe.tokenizer, SILENT).fingerprint if absent else fingerprint)
+    there = processes.all_do(lambda: prepare(recipe.data, recipe.tokenizer, SILENT, workers).fingerprint if absent else fingerprint)
     if there != fingerprint:
         raise InputError("the text is not the one the other machines read", where="data.train")
     return processes.all_do(lambda: reopened(folder, fingerprint, tokenizer))
@@ -322,7 +325,7 @@ def _covers(name: str, key: str) -> bool:
 
 
 def _newest(run: Run, recipe: Recipe, prepared: Prepared, fingerprints: dict[str, str], reporter: Reporter) -> Checkpoint | None:
-    """The newest whole checkpoint, if it is one of this text and fits the recipe; None when the run was stopped before its first."""
+    """The newest whole checkpoint, which must be of this text and fit the recipe; None when the run was stopped before its first."""
     if not run.checkpoints():
         reporter.note("no checkpoint yet: beginning at step 0")
         return None

@@ -100,7 +100,7 @@ def test_a_disk_that_turns_read_only_is_told(text_file: Path, tmp_path: Path, mo
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     spoiler = _AfterSaving(lambda: monkeypatch.setattr(room, "_new_folder", refuse))
-    with pytest.raises(WorkError, match="step 8 could not be saved.*Read-only file system"):
+    with pytest.raises(WorkError, match=r"step 8 could not be saved.*Read-only file system"):
         train(_recipe(text_file), folder, device="cpu", observer=spoiler)
     assert _steps(folder) == [4]
 

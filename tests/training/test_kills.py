@@ -64,8 +64,8 @@ def _same(one: Path, two: Path) -> None:
 def _tormented(recipe: Recipe, folder: Path, seed: int, count: int = 1) -> tuple[int, int]:
     """Train into `folder` through kills at random moments: how many there were, and how many of them in a save."""
     chance = random.Random(seed)
-    kills = in_saves = 0
-    for _ in range(100):
+    in_saves = 0
+    for kills in range(100):
         done, in_save = lives.lines(folder), chance.random() < 0.4
         wanted = done + chance.randint(3, 16)
 
@@ -76,7 +76,6 @@ def _tormented(recipe: Recipe, folder: Path, seed: int, count: int = 1) -> tuple
         if not lives.killed_when(processes, moment, victim=chance.randrange(count)):
             assert all(process.exitcode == 0 for process in processes)
             return kills, in_saves
-        kills += 1
         in_saves += lives.saving(folder)
     raise AssertionError("no end is near")
 
