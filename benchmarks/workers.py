@@ -28,10 +28,9 @@ def main() -> None:
                 shard = encode(Path(folder), f"with-{workers}", corpus.pieces(), tokenizer, lambda done: None, workers)
                 best[workers] = min(best.get(workers, 1e9), time.perf_counter() - began)
                 file = Path(folder) / f"with-{workers}.npy"
-                digest = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
-                print(
-                    f"{workers} workers: {best[workers]:.2f} s, {shard.counts.bytes / best[workers] / 1e6:.1f} MB/s, tokens {digest}"
-                )
+                tokens = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+                speed = shard.counts.bytes / best[workers] / 1e6
+                print(f"{workers} workers: {best[workers]:.2f} s, {speed:.1f} MB/s, tokens {tokens}")
 
 
 if __name__ == "__main__":

@@ -325,7 +325,7 @@ def _covers(name: str, key: str) -> bool:
 
 
 def _newest(run: Run, recipe: Recipe, prepared: Prepared, fingerprints: dict[str, str], reporter: Reporter) -> Checkpoint | None:
-    """The newest whole checkpoint, which must be of this text and fit the recipe; None when the run was stopped before its first."""
+    """The newest whole checkpoint, which must be of this text and fit the recipe; None when there is none yet."""
     if not run.checkpoints():
         reporter.note("no checkpoint yet: beginning at step 0")
         return None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,25 @@ def test_two_processes_killed_and_resumed_are_the_same_run_to_the_bit(kind: str,
     ours, theirs = (_tensors(Run(folder).checkpoint("last").path) for folder in (tmp_path / "run", tmp_path / "whole"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_a_signal_to_one_process_stops_all_saved(short_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    processes = lives.started(recipe_of(short_file, "training.steps=100000"), folder, count=2)
+    while lives.lines(folder) < 2:
+        assert all(process.is_alive() for process in processes)
+        time.sleep(0.01)
+    assert processes[1].pid is not None
+    os.kill(processes[1].pid, signal.SIGTERM)
+    assert lives.ended(processes) == [143, 143]
+    last = Run(folder).checkpoint("last")
+    assert (last.step, last.problem()) == (_lines(folder, "step")[-1]["step"], None)
+
+
+def test_a_batch_that_does_not_split_ends_all(short_file: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(short_file, "training.global_batch_size=9", "training.micro_batch_size=3")
+    assert lives.ended(lives.started(recipe, tmp_path / "run", count=2)) == [2, 2]
+    assert not (tmp_path / "run").exists()
 
 
 def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
