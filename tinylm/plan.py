@@ -444,11 +444,13 @@ def cpu_seconds(
     return processor.step_seconds(machine, work)
 
 
-def _split_over(recipe: Recipe, devices: int) -> None:
+def split_over(recipe: Recipe, devices: int) -> None:
     """Raises `InputError` where the batch does not split into equal shares, or the recipe's micro-batch not into its share."""
     batch, micro = recipe.training.global_batch_size, recipe.training.micro_batch_size
     if devices < 1:
         raise InputError(f"a step needs one device at least, not {devices}", where="--devices")
+    if devices == 1:
+        return
     if batch % devices:
         sizes = [size for size in (batch // devices * devices, -(-batch // devices) * devices) if size]
         raise InputError(
@@ -469,7 +471,7 @@ def _split_over(recipe: Recipe, devices: int) -> None:
 def _there(recipe: Recipe, vocab_size: int, steps: int | None, accelerator: Accelerator, devices: int) -> _Pace:
     """Both ways of bounding a step: what the devices need, and what it takes the interpreter to start their kernels."""
     model, training = recipe.model, recipe.training
-    _split_over(recipe, devices)
+    split_over(recipe, devices)
     if training.precision != "auto":
         precision: Numbers = training.precision
     else:
@@ -492,7 +494,7 @@ def _there(recipe: Recipe, vocab_size: int, steps: int | None, accelerator: Acce
             accelerator,
             devices,
             sheet,
-            matmul_flops=again * tokens * flops_per_token(model, vocab_size) + devices * muon_flops,  # each device updates all
+            matmul_flops=again * tokens * flops_per_token(model, vocab_size) + muon_flops,  # each matrix is orthogonalised once
             matmul_bytes=again * tokens * hardware.matmul_bytes(model, vocab_size, sheet),
             elementwise_bytes=again * tokens * _elementwise_bytes(model, vocab_size, precision, compiled=compiled),
             state_bytes=hardware.state_bytes(parameters, passes, sheet) + muon * (_MUON_BYTES - 28),

@@ -270,13 +270,13 @@ def _options(draft: _Draft, text: TextSize, budget: Budget) -> Iterator[tuple[_D
 def _priced(draft: _Draft, text: TextSize, budget: Budget) -> tuple[_Draft, Plan]:
     """With batch, regularisation and evaluations that fit what the budget pays for."""
     plan = _planned(draft, text, budget)
+    if plan.epochs > MOST_EPOCHS:
+        draft = replace(draft, epochs=MOST_EPOCHS)
+        plan = _planned(draft, text, budget)
     if budget.accelerator is not None:
         while plan.steps >= 2 * STEPS_ON_ACCELERATORS and plan.tokens_per_step < MOST_BATCH_TOKENS:
             draft = replace(draft, batch=2 * draft.batch)
             plan = _planned(draft, text, budget)
-    if plan.epochs > MOST_EPOCHS:
-        draft = replace(draft, epochs=MOST_EPOCHS)
-        plan = _planned(draft, text, budget)
     dropout, ngram_dropout = next(rates for epochs, *rates in REGULARISATION if plan.epochs >= epochs)
     evaluations = min(EVALUATIONS, int(EVALUATION_SHARE * 60 * budget.minutes / max(plan.evaluation_seconds, 1e-3)))
     every = max(1, math.ceil(plan.steps / max(1, evaluations)))
@@ -318,7 +318,7 @@ def _reasons(draft: _Draft, plan: Plan, text: TextSize, look: _Look, budget: Bud
         "dropout": f"{epochs} would be learned by heart without it",
         "ngram_dropout": "tables learn by heart first of all",
         "minutes": f"from the first step on; `steps: {plan.steps}` instead gives the same model every time",
-        "epochs": f"more passes than these teach nothing; they take {plan.seconds_estimate / 60:.2g} of the {budget.minutes:g} minutes",
+        "epochs": f"more passes teach nothing; these take {plan.seconds_estimate / 60:.2g} of the {budget.minutes:g} minutes",
         "global_batch_size": f"{plan.tokens_per_step:,} tokens a step"
         + (": on a CPU larger ones only mean fewer steps" if budget.accelerator is None else f", for {plan.steps:,} steps"),
         "optimizer": "rates that hold for every width",

@@ -30,7 +30,7 @@ HELP += [["tokenize", verb, "--help"] for verb in ("train", "encode", "decode", 
 MISTAKES = {
     "trian x": "no such verb 'trian' (did you mean train?)",
     "xyzzy": "no such verb 'xyzzy' (`tinylm --help` lists them)",
-    "train": "missing argument 'recipe' (`tinylm train --help` explains)",
+    "train": "give a RECIPE, or a report with --replay",
     "train quickstart --epochs 3": "no such option: --epochs (`tinylm train --help` explains)",
     "train quikstart": "quikstart: no such recipe file, and none of that name ships (did you mean quickstart?)",
     "train nowhere.yaml": "nowhere.yaml: no such recipe file",

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tinylm.data import shards
 from tinylm.data.shards import Shard
+from tinylm.data.workers import encoded
 from tinylm.errors import InputError
 from tinylm.paths import cache_folder
 from tinylm.recipe.schema import DataSection, FileTokenizer, HeldoutShare, TokenizerSection
@@ -79,21 +80,30 @@ def _digest(*parts: str) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def prepare(data: DataSection, tokenizer: TokenizerSection, reporter: Reporter) -> Prepared:
-    """Everything up to the tokens. Raises `InputError` for a text that cannot be read, split or learned from."""
+def prepare(data: DataSection, tokenizer: TokenizerSection, reporter: Reporter, workers: int = 1) -> Prepared:
+    """Everything up to the tokens, which so many processes encode: the same whatever their number.
+
+    Raises `InputError` for a text that cannot be read, split or learned from.
+    """
     with ExitStack() as stack:
-        return prepare_text(open_text(data, reporter, stack), tokenizer, reporter)
+        return prepare_text(open_text(data, reporter, stack), tokenizer, reporter, workers)
 
 
-def prepare_text(text: Text, tokenizer: TokenizerSection, reporter: Reporter) -> Prepared:
+def prepare_text(text: Text, tokenizer: TokenizerSection, reporter: Reporter, workers: int = 1) -> Prepared:
     """The tokens of a text that is open."""
     trained = _tokenizer(text, tokenizer, reporter)
     _check_end_of_text(trained)
     key = _digest(text.fingerprint, trained.fingerprint, str(_FORMAT))
     folder = cache_folder("tokens", key)
-    halves = {half: _shard(folder, half, text, trained, reporter) for half in ("train", "heldout")}
+    halves = {half: _shard(folder, half, text, trained, reporter, workers) for half in ("train", "heldout")}
     _warn_of_unknown(halves["heldout"], reporter)
     return Prepared(trained, halves["train"], halves["heldout"], folder, key)
+
+
+def reopened(folder: Path, fingerprint: str, tokenizer: str) -> Prepared:
+    """What another process has prepared: its folder and fingerprint, and the text of its tokenizer.json."""
+    halves = {half: shards.open_shard(folder, half) for half in ("train", "heldout")}
+    return Prepared(Tokenizer.from_text(tokenizer), halves["train"], halves["heldout"], folder, fingerprint)
 
 
 def _check_end_of_text(tokenizer: Tokenizer) -> None:
@@ -199,15 +209,15 @@ def _watched(pieces: Iterator[Piece], advance: Advance) -> Iterator[Piece]:
         advance(done)
 
 
-def _shard(folder: Path, half: str, text: Text, tokenizer: Tokenizer, reporter: Reporter) -> Shard:
+def _shard(folder: Path, half: str, text: Text, tokenizer: Tokenizer, reporter: Reporter, workers: int) -> Shard:
     if not (folder / f"{half}.json").exists():
         with reporter.progress(f"encoding {half}", text.sizes(half)[1], "B") as advance:
-            encode(folder, half, text.pieces(half), tokenizer, advance)
+            encode(folder, half, text.pieces(half), tokenizer, advance, workers)
     return shards.open_shard(folder, half)
 
 
-def encode(folder: Path, name: str, pieces: Iterator[Piece], tokenizer: Tokenizer, advance: Advance) -> Shard:
-    """Write a text's tokens as `folder/name.npy` and map them."""
+def encode(folder: Path, name: str, pieces: Iterator[Piece], tokenizer: Tokenizer, advance: Advance, workers: int = 1) -> Shard:
+    """Write a text's tokens, encoded by so many processes, as `folder/name.npy` and map them."""
     size = characters = 0
 
     def measured() -> Iterator[Piece]:
@@ -223,7 +233,7 @@ def encode(folder: Path, name: str, pieces: Iterator[Piece], tokenizer: Tokenize
     shards.write(
         folder,
         name,
-        tokenizer.encode_pieces(measured()),
+        encoded(tokenizer, measured(), workers),
         vocab_size=tokenizer.vocab_size,
         end_of_text=end_of_text,
         unknown=tokenizer.unknown,

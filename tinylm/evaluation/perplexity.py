@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -57,6 +58,18 @@ class Perplexity:
         return self.nats / math.log(2) / self.characters if self.characters else None
 
 
+class Share(Protocol):
+    """This process among those that score a text together; `total` sums arrays over them."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def count(self) -> int: ...
+
+    def total(self, array: np.ndarray) -> np.ndarray: ...
+
+
 @dataclass(frozen=True)
 class Window:
     """`length` inputs from `start` in the shard's tokens; the last `scored` of their targets count, for `document`."""
@@ -88,11 +101,15 @@ def evaluate(
     stride: int | None = None,
     max_tokens: int | None = None,
     device: torch.device,
+    interval: bool = True,
+    share: Share | None = None,
     advance: Callable[[int], None] = lambda done: None,
 ) -> Perplexity:
     """Score a text. `context` is at most what the model was built for; `stride` defaults to it.
 
-    `max_tokens` scores only the first so many. `advance` is told the tokens scored so far, and may raise to stop.
+    `max_tokens` scores only the first so many. Without `interval` the bootstrap is left out, and its bounds are NaN. With `share`
+    several processes score the text together, each every so manieth batch, and all get the same answer to the bit, that of one
+    process. `advance` is told the tokens scored so far, after every batch and equally often in each process, and may raise to stop.
     The network's training mode is left as it was. Raises `InputError` for an empty text or a stride out of range.
     """
     stride = context if stride is None else stride
@@ -106,18 +123,23 @@ def evaluate(
     was_training = network.training
     network.eval()
     try:
-        done = position = 0
-        for batch in _batched(windows, min(BATCH_TOKENS, BATCH_LOGITS // len(token_byte_lengths))):
-            losses, targets = _losses(network, shard, batch, device)
-            for row, window in enumerate(batch):
+        batches = list(_batched(windows, min(BATCH_TOKENS, BATCH_LOGITS // len(token_byte_lengths))))
+        starts = np.cumsum([0, *(len(batch) for batch in batches)])
+        scored = np.cumsum([0, *(window.scored for window in windows)])
+        rank, count = (share.rank, share.count) if share is not None else (0, 1)
+        for turn in range(0, len(batches), count):
+            mine = turn + rank
+            number = min(mine, len(batches) - 1)  # a spread model needs all processes for every pass: some score one twice
+            losses, targets = _losses(network, shard, batches[number], device)
+            for row, window in enumerate(batches[number] if mine == number else ()):
                 counted = slice(window.length - window.scored, window.length)
-                nats[position] = losses[row, counted].sum()
-                sizes[position] = token_byte_lengths[targets[row, counted]].sum()
-                position += 1
-            done += sum(window.scored for window in batch)
-            advance(done)
+                nats[starts[number] + row] = losses[row, counted].sum()
+                sizes[starts[number] + row] = token_byte_lengths[targets[row, counted]].sum()
+            advance(int(scored[starts[min(turn + count, len(batches))]]))
     finally:
         network.train(was_training)
+    if share is not None:
+        nats, sizes = share.total(nats), share.total(sizes)
     whole = max_tokens is None or max_tokens >= shard.counts.tokens
     owners = np.array([window.document for window in windows])
     return Perplexity(
@@ -126,7 +148,7 @@ def evaluate(
         bytes=shard.counts.bytes if whole else int(sizes.sum()),
         characters=shard.counts.characters if whole else None,
         nats=float(nats.sum()),
-        bits_per_byte_ci95=_interval(nats, sizes, owners, len(documents)),
+        bits_per_byte_ci95=_interval(nats, sizes, owners, len(documents)) if interval else (math.nan, math.nan),
         context=context,
         stride=stride,
     )

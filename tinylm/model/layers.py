@@ -70,7 +70,7 @@ class Attention(nn.Module):
         gains = model.qk_norm and model.qk_gain
         self.query_gain = nn.Parameter(torch.ones(self.head_width)) if gains else None
         self.key_gain = nn.Parameter(torch.ones(self.head_width)) if gains else None
-        self.value_share = nn.Parameter(torch.tensor(0.5)) if model.value_residual and layer > 0 else None
+        self.value_share = nn.Parameter(torch.tensor([0.5])) if model.value_residual and layer > 0 else None
 
     def forward(
         self,

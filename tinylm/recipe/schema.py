@@ -297,6 +297,17 @@ def _schedule(value: object) -> object:
     return {"name": "wsd", **value} if isinstance(value, dict) else value
 
 
+class GuardsSection(Section):
+    """What happens when a loss or a gradient is not a number, or a loss jumps."""
+
+    patience: Count = 3
+    """Steps in a row without a usable gradient, each left out, before the training goes back to its last good checkpoint."""
+    rollbacks: CountOrZero = 1
+    """How often it goes back, and on past the text that did it, before it gives up with a report."""
+    spike: OptionalPositive = 12.0
+    """Flag a loss so many deviations (1.48 times the median absolute one) above the median of the last 64; null: never."""
+
+
 class TrainingSection(Section):
     """How long, in what batches, with which optimiser. Exactly one of steps, tokens, epochs, minutes."""
 
@@ -317,8 +328,11 @@ class TrainingSection(Section):
     """Fuse the element-wise work of the blocks (torch.compile); auto: where the training is long enough to earn it back."""
     activation_checkpointing: Flag = False
     """Keep only what each block reads and compute the rest again for the backward pass: less memory, a third more time."""
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """With several processes: ddp (the whole model in each), fsdp (spread over them), auto: ddp where the model leaves room."""
+    guards: GuardsSection = GuardsSection()
     log_every: Count = 10
-    """Steps between lines of metrics.jsonl; steps in between never wait for a GPU (but with fp16, whose scaler does)."""
+    """Steps between lines of metrics.jsonl."""
 
 
 class EvaluationSection(Section):
@@ -337,6 +351,8 @@ class CheckpointSection(Section):
     """Steps between checkpoints; evaluated steps and the last one are always saved."""
     keep: CountOrZero = 2
     """Recent checkpoints kept beside best and last."""
+    on_failure: Literal["stop", "continue"] = "stop"
+    """When the disk refuses one (full, read-only, removed): end the training, or warn and try again at the next."""
 
 
 class SamplingSection(Section):

@@ -52,6 +52,11 @@ class Tokenizer:
             )
         return tokenizer
 
+    @classmethod
+    def from_text(cls, text: str) -> Tokenizer:
+        """The tokenizer that a tokenizer.json with this text holds."""
+        return cls(tokenizers.Tokenizer.from_str(text))
+
     def save(self, path: str | Path) -> None:
         write_whole(Path(path), self.backend.to_str(pretty=True) + "\n")
 
