@@ -62,20 +62,22 @@ def train(section: TokenizerSection, pieces: Iterable[Piece], warn: Warn, size: 
         backend.model = models.BPE(vocab={letter: id for id, letter in enumerate(_bytes())}, merges=[])
     _add_tokens(backend, section)
     tokenizer = Tokenizer(backend)
-    if isinstance(section, VocabularyTokenizer) and tokenizer.vocab_size < section.vocab_size:
-        if not section.allow_smaller:
-            raise InputError(
-                f"the text supports {tokenizer.vocab_size:,} tokens and not {section.vocab_size:,}",
-                where="tokenizer.vocab_size",
-                hint=f"{tokenizer.vocab_size} is the largest that fits, and allow-smaller takes it",
-            )
-        warn_of_smaller(tokenizer, section.vocab_size, warn)
+    check_size(tokenizer, section, warn)
     return tokenizer
 
 
-def warn_of_smaller(tokenizer: Tokenizer, wanted: int, warn: Warn) -> None:
-    """Say that the text had fewer tokens to give than the recipe wanted."""
-    warn(f"the text supports {tokenizer.vocab_size:,} tokens, fewer than tokenizer.vocab_size {wanted:,}")
+def check_size(tokenizer: Tokenizer, section: TokenizerSection, warn: Warn) -> None:
+    """Say, or with `allow_smaller` off raise `InputError`, that the text had fewer tokens to give than were asked for."""
+    if not isinstance(section, VocabularyTokenizer) or tokenizer.vocab_size >= section.vocab_size:
+        return
+    found, wanted = f"{tokenizer.vocab_size:,}", f"{section.vocab_size:,}"
+    if not section.allow_smaller:
+        raise InputError(
+            f"the text does not support {wanted} tokens: the largest vocabulary that fits has {found}",
+            where="tokenizer.vocab_size",
+            hint="ask for that, or allow a smaller one",
+        )
+    warn(f"the text supports {found} tokens, fewer than tokenizer.vocab_size {wanted}")
 
 
 def _thinned(section: VocabularyTokenizer, pieces: Iterable[Piece], size: int | None, warn: Warn) -> Iterator[Piece]:
