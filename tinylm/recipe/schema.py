@@ -191,6 +191,9 @@ class ByteTokenizer(LearnedTokenizer):
     kind: Literal["byte"]
 
 
+LEARNED = (BpeTokenizer, UnigramTokenizer, WordPieceTokenizer, WordTokenizer, CharTokenizer, ByteTokenizer)
+
+
 class FileTokenizer(Section):
     """A tokenizer.json, used as it is."""
 

@@ -28,8 +28,7 @@ class DropoutEncoder:
         self._share = share
         self._random = random.Random(seed)
         self._ids: dict[str, int] = model["vocab"]
-        pairs = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in model["merges"]]
-        self._ranks = {pair: rank for rank, pair in enumerate(pairs)}
+        self._ranks = tokenizer.merge_ranks
 
     def encode_pieces(self, pieces: Iterable[Piece]) -> Iterator[tuple[np.ndarray, bool]]:
         """(ids as uint32, whether they begin a document), in order."""

@@ -113,17 +113,20 @@ class Tokenizer:
         """The fast way to many ids, which keeps what it has met."""
         return Encoder(self.backend, self.described, self.borders)
 
-    @cached_property
-    def _obedient(self) -> tokenizers.Tokenizer:
-        """A copy that reads special tokens in text as what they name."""
-        copy = tokenizers.Tokenizer.from_str(self.backend.to_str())
-        copy.encode_special_tokens = False
-        return copy
+    @property
+    def is_byte_level(self) -> bool:
+        """Whether its tokens are bytes, written as GPT-2 writes them."""
+        return self._decoding.byte_level
 
-    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """The ids of a text, none added. With `allow_special`, text that spells a special token becomes that token."""
-        if allow_special:
-            return list(self._obedient.encode(text, add_special_tokens=False).ids)
+    @cached_property
+    def merge_ranks(self) -> dict[tuple[str, str], int]:
+        """For BPE: each pair of tokens that is merged, with its place in the order of merges; else empty."""
+        merges = self._model.get("merges", ())
+        pairs = (tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in merges)
+        return {(left, right): rank for rank, (left, right) in enumerate(pairs)}
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, none added. Text that spells a special token is text."""
         if len(text) > UNIT_BYTES:
             return [id for ids, _ in self.encode_pieces([Piece(text, True)]) for id in ids.tolist()]
         return list(self.backend.encode(text, add_special_tokens=False).ids)
@@ -132,6 +135,13 @@ class Tokenizer:
         """(ids as uint32, whether they begin a document), in order. A document's ids do not depend on how `pieces` cut it."""
         for text, starts in units(pieces, self.borders):
             yield self.encoder.encode(text), starts
+
+    def encode_pieces_with_special(self, pieces: Iterable[Piece]) -> Iterator[tuple[np.ndarray, bool]]:
+        """The same, but text that spells a special token becomes that token. Each document is encoded as a whole."""
+        obedient = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        obedient.encode_special_tokens = False
+        for text, starts in units(pieces, None):
+            yield np.array(obedient.encode(text.decode("utf-8"), add_special_tokens=False).ids, dtype=np.uint32), starts
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids; bytes that are not UTF-8 on their own become U+FFFD. Raises `InputError` for an unknown id."""

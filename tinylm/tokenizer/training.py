@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
@@ -49,21 +50,30 @@ def train(section: TokenizerSection, pieces: Iterable[Piece], warn: Warn, size: 
         return Tokenizer.load(section.path)
     if isinstance(section, VocabularyTokenizer):
         pieces = _thinned(section, pieces, size, warn)
-    backend = _prepared(section)
-    if not isinstance(section, ByteTokenizer):
-        borders = splits.borders_of(json.loads(backend.to_str()))
-        pieces = warn_of_binary(pieces, warn)
-        single = isinstance(section, CharTokenizer)
-        words = count_characters(backend, pieces) if single else count_words(backend, borders, pieces, warn)
-        if not words.texts:
-            raise InputError("no characters to make a vocabulary of", where="tokenizer")
-        backend.model = _model(section, words)
-    else:
-        backend.model = models.BPE(vocab={letter: id for id, letter in enumerate(_bytes())}, merges=[])
-    _add_tokens(backend, section)
-    tokenizer = Tokenizer(backend)
+    tokenizer = learn(section, count(section, pieces, warn))
     check_size(tokenizer, section, warn)
     return tokenizer
+
+
+def count(section: LearnedTokenizer, pieces: Iterable[Piece], warn: Warn) -> Words:
+    """The words of a text as `section` normalises and divides it; they serve for every vocabulary size."""
+    if isinstance(section, ByteTokenizer):
+        return Words([], np.zeros(0, dtype=np.int64))
+    backend = _prepared(section)
+    pieces = warn_of_binary(pieces, warn)
+    if isinstance(section, CharTokenizer):
+        return count_characters(backend, pieces)
+    return count_words(backend, splits.borders_of(json.loads(backend.to_str())), pieces, warn)
+
+
+def learn(section: LearnedTokenizer, words: Words) -> Tokenizer:
+    """The tokenizer of counted words. Raises `InputError` when there are none."""
+    if not words.texts and not isinstance(section, ByteTokenizer):
+        raise InputError("no characters to make a vocabulary of", where="tokenizer")
+    backend = _prepared(section)
+    backend.model = _model(section, words)
+    _add_tokens(backend, section)
+    return Tokenizer(backend)
 
 
 def check_size(tokenizer: Tokenizer, section: TokenizerSection, warn: Warn) -> None:
@@ -132,6 +142,8 @@ _NORMALIZERS: dict[str, Callable[[], Sequence[normalizers.Normalizer]]] = {
 
 
 def _model(section: LearnedTokenizer, words: Words) -> models.Model:
+    if isinstance(section, ByteTokenizer):
+        return models.BPE(vocab={letter: id for id, letter in enumerate(_bytes())}, merges=[])
     if isinstance(section, BpeTokenizer):
         return _byte_pairs(section, words) if section.alphabet == "bytes" else _character_pairs(section, words)
     if isinstance(section, UnigramTokenizer):

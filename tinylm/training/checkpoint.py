@@ -23,7 +23,7 @@ from tinylm.model.transformer import Transformer
 from tinylm.optim.groups import Optimizers
 from tinylm.paths import sync_folder, write_whole
 from tinylm.reporting import Reporter
-from tinylm.run import FORMAT, Checkpoint, Run, load_weights, sha256
+from tinylm.run import FORMAT, Checkpoint, Run, load_weights, seal
 
 
 class CheckpointWriter:
@@ -47,7 +47,7 @@ class CheckpointWriter:
             save_file(_contiguous(optimizers.state()), temporary / "training.safetensors")
             note = {"format": FORMAT, "version": tinylm.__version__, **state}
             (temporary / "state.json").write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
-            self._seal(temporary)
+            seal(temporary)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)
             sync_folder(self.folder)
@@ -56,15 +56,6 @@ class CheckpointWriter:
             shutil.rmtree(temporary, ignore_errors=True)
             raise WorkError(f"the checkpoint of step {state['step']} could not be saved: {error}", where=str(self.folder)) from None
         return Checkpoint(final)
-
-    def _seal(self, folder: Path) -> None:
-        files = {}
-        for file in sorted(folder.iterdir()):
-            with open(file, "rb+") as written:
-                os.fsync(written.fileno())
-            files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
-        write_whole(folder / "manifest.json", json.dumps({"files": files}, indent=1) + "\n")
-        sync_folder(folder)
 
     def point(self, name: str, checkpoint: str) -> None:
         """Make `best` or `last` name a checkpoint."""
