@@ -91,13 +91,18 @@ def report(
         ("most frequent", "  ".join(f"{token!r} {times:,}" for token, times in found.frequent_tokens)),
         ("longest", "  ".join(repr(token) for token in found.longest_tokens)),
     ]
-    rows += [(f"not given back {at}", f"{f.file}:{f.line}: {f.text!r} came back as {f.decoded!r}") for at, f in enumerate(found.failures, 1)]
+    rows += [
+        (f"not given back {at}", f"{f.file}:{f.line}: {f.text!r} came back as {f.decoded!r}")
+        for at, f in enumerate(found.failures, 1)
+    ]
     show_facts(stdout(), rows)
     _histogram(found.token_lengths)
     if len(found.files) > 1:
         table = _table("file", "bytes", "tokens", "bytes per token", "unknown")
         for file in found.files[:50]:
-            table.add_row(file.name, f"{file.bytes:,}", f"{file.tokens:,}", f"{file.bytes_per_token:.3f}", f"{file.unknown_tokens:,}")
+            table.add_row(
+                file.name, f"{file.bytes:,}", f"{file.tokens:,}", f"{file.bytes_per_token:.3f}", f"{file.unknown_tokens:,}"
+            )
         stdout().print(table)
         if len(found.files) > 50:
             out(f"and {len(found.files) - 50:,} more files (--json lists them)")
@@ -141,8 +146,19 @@ def compare(
     if json:
         print_json([{"tokenizer": path, **asdict(found)} for path, found in zip(tokenizer, reports, strict=True)])
         return
-    table = _table("tokenizer", "kind", "vocabulary", "tokens", "bytes per token", "tokens per word", "split", "unused", "unknown", "Rényi",
-                   "lines lost", "MB/s")  # fmt: skip
+    columns = (
+        "kind",
+        "vocabulary",
+        "tokens",
+        "bytes per token",
+        "tokens per word",
+        "split",
+        "unused",
+        "unknown",
+        "Rényi",
+        "lines lost",
+    )
+    table = _table("tokenizer", *columns, "MB/s")
     for path, found in zip(tokenizer, reports, strict=True):
         table.add_row(
             path,
@@ -186,7 +202,7 @@ def explain(
         return
     console = stdout()
     for word in found.words:
-        console.print(_colored([_visible(word.text)], 0) if not console.is_terminal else Text(_visible(word.text), style="bold"), soft_wrap=True)
+        console.print(Text(_visible(word.text), style="bold" if console.is_terminal else ""), soft_wrap=True)
         for step in word.steps:
             console.print(_line(console, step.what, step.parts), soft_wrap=True)
     tokens = found.tokens
@@ -266,7 +282,9 @@ def sweep(
     if json:
         print_json(found)
         return
-    table = _table("vocabulary", "bytes per token", "embedding rows", "share of the model", "text a step", "MFLOP a byte", "seldom seen")
+    table = _table(
+        "vocabulary", "bytes per token", "embedding rows", "share of the model", "text a step", "MFLOP a byte", "seldom seen"
+    )
     for size in found.sizes:
         table.add_row(
             f"{size.vocab_size:,}" + (" *" if size.vocab_size == found.suggested else ""),
@@ -316,11 +334,16 @@ def _draw(found: Any, path: str) -> None:
     costs.plot(sizes, [100 * size.embedding_share for size in found.sizes], "s-", color="C1", label="embedding share, % (right)")
     least = min(size.flops_per_byte for size in found.sizes)
     costs.plot(
-        sizes, [100 * size.flops_per_byte / least for size in found.sizes], "^-", color="C2", label="arithmetic per byte, % of the least (right)"
+        sizes,
+        [100 * size.flops_per_byte / least for size in found.sizes],
+        "^-",
+        color="C2",
+        label="arithmetic per byte, % of the least (right)",
     )
     costs.set_ylabel("%")
     lines = axes.get_lines() + costs.get_lines()
-    axes.legend(lines, [str(line.get_label()) for line in lines], fontsize="small", loc="best")
+    names = [str(line.get_label()) for line in lines]
+    figure.legend(lines, names, fontsize="small", loc="outside upper center", ncols=2)
     with whole_file(Path(path)) as temporary:
         figure.savefig(temporary, format=os.path.splitext(path)[1][1:], dpi=150)
     pyplot.close(figure)

@@ -142,7 +142,7 @@ def section_of(kind: str, **options: Any) -> Any:
 
     if kind not in KINDS:
         raise InputError(f"must be one of {', '.join(KINDS)}, not {kind!r}", where="--kind", hint=did_you_mean(kind, KINDS))
-    sections = {section.model_fields["kind"].annotation.__args__[0]: section for section in schema.LEARNED}
+    sections = dict(zip(KINDS, schema.LEARNED, strict=True))
     known = sections[kind].model_fields
     for key, value in options.items():
         if value is not None and key not in known:
@@ -155,7 +155,12 @@ def section_of(kind: str, **options: Any) -> Any:
     alphabet = options.get("alphabet")
     if alphabet is not None and alphabet.isdecimal():
         options["alphabet"] = int(alphabet)
-    for text in (options.get("split"), options.get("alphabet"), *(options.get("special_tokens") or ()), *(options.get("added_tokens") or ())):
+    for text in (
+        options.get("split"),
+        options.get("alphabet"),
+        *(options.get("special_tokens") or ()),
+        *(options.get("added_tokens") or ()),
+    ):
         if isinstance(text, str):
             checked_text(text, "--split, --alphabet, --special, --added")
     written = {"kind": kind, **{key: value for key, value in options.items() if value is not None}}
@@ -300,7 +305,18 @@ def add(
     """Add tokens to a tokenizer, or to a run: each new embedding row is the mean of the rows of its old pieces."""
     from tinylm.tokenizer import editing
 
-    _edit(lambda loaded: editing.add(loaded, token, special=special), token, out_, tokenizer, run, checkpoint, prove_on, overwrite, json, quiet)
+    _edit(
+        lambda loaded: editing.add(loaded, token, special=special),
+        token,
+        out_,
+        tokenizer,
+        run,
+        checkpoint,
+        prove_on,
+        overwrite,
+        json,
+        quiet,
+    )
 
 
 @app.command()

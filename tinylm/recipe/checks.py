@@ -70,7 +70,9 @@ def _tokenizer(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
             yield ("tokenizer", key), f"{min(taken)} is there already"
     if isinstance(tokenizer, VocabularyTokenizer):
         more = len(tokenizer.special_tokens) + len(tokenizer.added_tokens)
-        bytes_ = isinstance(tokenizer, (BpeTokenizer, UnigramTokenizer)) and (tokenizer.alphabet == "bytes" or tokenizer.byte_fallback)
+        bytes_ = isinstance(tokenizer, (BpeTokenizer, UnigramTokenizer)) and (
+            tokenizer.alphabet == "bytes" or tokenizer.byte_fallback
+        )
         parts = ["the 256 bytes"] * bytes_ + ["the end of text"] + ["the special and added tokens"] * (more > 0)
         least = 256 * bytes_ + 1 + more
         if tokenizer.vocab_size < least:

@@ -191,7 +191,14 @@ class ByteTokenizer(LearnedTokenizer):
     kind: Literal["byte"]
 
 
-LEARNED = (BpeTokenizer, UnigramTokenizer, WordPieceTokenizer, WordTokenizer, CharTokenizer, ByteTokenizer)
+LEARNED: tuple[type[LearnedTokenizer], ...] = (
+    BpeTokenizer,
+    UnigramTokenizer,
+    WordPieceTokenizer,
+    WordTokenizer,
+    CharTokenizer,
+    ByteTokenizer,
+)
 
 
 class FileTokenizer(Section):

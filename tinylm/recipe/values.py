@@ -126,13 +126,15 @@ NORMALIZATIONS = ("nfc", "nfd", "nfkc", "nfkd", "lowercase", "strip_accents")
 
 
 def _normalizations(value: object) -> object:
-    values = [] if value is None or value == "none" else value if isinstance(value, (list, tuple)) else [value]
-    return _REFUSED if any(item not in NORMALIZATIONS for item in values) or len({*values}) < len(values) else tuple(values)
+    if value is None or value == "none":
+        return ()
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    return _REFUSED if any(item not in NORMALIZATIONS for item in values) or len(set(values)) < len(values) else values
 
 
 def _token_list(value: object) -> object:
     texts = _texts(value)
-    return _REFUSED if texts is _REFUSED or "" in texts or len({*texts}) < len(texts) else texts
+    return texts if isinstance(texts, tuple) and all(texts) and len(set(texts)) == len(texts) else _REFUSED
 
 
 Count = Annotated[int, _checked(_whole(1), "a whole number of at least 1")]

@@ -1,8 +1,8 @@
 """Distinct chunks of text, found fast: most of any text is words that stood in it before.
 
-A `ChunkIndex` numbers the chunks between the borders of a text. The bytes of a short chunk are packed into three integers and looked
-up for the whole text at once with array operations, which compare all of the chunk: a number is never a guess. Encoding then
-asks the model only for chunks not met before, and training counts numbers instead of reading words.
+A `ChunkIndex` numbers the chunks between the borders of a text. The bytes of a short chunk are packed into three integers and
+looked up for the whole text at once with array operations, which compare all of the chunk: a number is never a guess. Encoding
+then asks the model only for chunks not met before, and training counts numbers instead of reading words.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class ChunkIndex:
         if len(unknown):
             found[unknown] = self._resolve(text, starts[unknown], ends[unknown])
             self._remember(found, unknown, packed, slots, lengths)
-        return found
+        numbers: np.ndarray = found
+        return numbers
 
     def _resolve(self, text: bytes, starts: np.ndarray, ends: np.ndarray) -> list[int]:
         numbers, chunks = self._numbers, self.chunks

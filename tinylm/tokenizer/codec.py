@@ -55,9 +55,12 @@ def codec_of(tokenizer: Tokenizer, name: str = "") -> Codec:
 
 
 def open_codec(path: str) -> Codec:
-    """A tokenizer by its file: a tokenizer.json or a folder that holds one (a run, a Hugging Face model), tiktoken ranks
-    (`FILE.tiktoken`, or `FILE.tiktoken:SPLIT`; its split is llama3's, which is cl100k's, unless named) or a name that tiktoken knows
-    (`tiktoken:gpt2`), a sentencepiece `.model`. Raises `InputError` for what is none of them."""
+    """A tokenizer by its file. Raises `InputError` for what is none.
+
+    A tokenizer.json or a folder that holds one (a run, a Hugging Face model); tiktoken ranks (`FILE.tiktoken`, or
+    `FILE.tiktoken:SPLIT`; unless named, the split is llama3, which is cl100k's); a name that tiktoken knows (`tiktoken:gpt2`); a
+    sentencepiece `.model`.
+    """
     if path.startswith("tiktoken:"):
         return _tiktoken_by_name(path)
     file, _, split = path.rpartition(":") if ".tiktoken:" in path else (path, "", "llama3")

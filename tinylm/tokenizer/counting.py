@@ -8,16 +8,17 @@ memory is bounded by the distinct words kept.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import tokenizers
 
 from tinylm.text.sources import Piece
+from tinylm.tokenizer import splits
 from tinylm.tokenizer.chunks import ChunkIndex
 from tinylm.tokenizer.encoding import units
-from tinylm.tokenizer import splits
 from tinylm.tokenizer.splits import Borders
 
 Warn = Callable[[str], None]
@@ -30,6 +31,7 @@ MOST_WORDS = 2_000_000
 _KEPT_BYTES = 32 << 20
 _WINDOW = 1 << 20
 _MARGIN = 1 << 10
+_TOGETHER = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,10 @@ def count_words(backend: tokenizers.Tokenizer, borders: Borders | None, pieces: 
         found[: len(counts)] += counts
         counts = found
         if index.bytes > _KEPT_BYTES:
-            counter.add(zip(index.chunks, counts.tolist(), strict=True))
+            counter.add(borders, index.chunks, counts.tolist())
             index.clear()
             counts = np.zeros(0, dtype=np.int64)
-    counter.add(zip(index.chunks, counts.tolist(), strict=True))
+    counter.add(borders, index.chunks, counts.tolist())
     return counter.words()
 
 
@@ -82,18 +84,39 @@ def _ordered(counts: Mapping[str, int]) -> Words:
 class _Counter:
     def __init__(self, backend: tokenizers.Tokenizer, warn: Warn) -> None:
         self._normalize = backend.normalizer.normalize_str if backend.normalizer is not None else str
-        self._divide = backend.pre_tokenizer.pre_tokenize_str if backend.pre_tokenizer is not None else lambda text: [(text, None)]
+        self._divide = (
+            backend.pre_tokenizer.pre_tokenize_str if backend.pre_tokenizer is not None else lambda text: [(text, (0, len(text)))]
+        )
         self._warn = warn
         self._counts: dict[str, int] = {}
         self._kept = 0
         self._rarest = 0
         self._cut = False
 
-    def add(self, chunks: Iterable[tuple[bytes, int]]) -> None:
-        for chunk, count in chunks:
-            for word, _ in self._divide(self._normalize(chunk.decode("utf-8"))):
-                self._one(word, count)
+    def add(self, borders: Borders, chunks: Sequence[bytes], counts: Sequence[int]) -> None:
+        """Distinct chunks between `borders`, each with how often it stands in the text."""
+        for start in range(0, len(chunks), _TOGETHER):
+            texts = [self._normalize(chunk.decode("utf-8")) for chunk in chunks[start : start + _TOGETHER]]
+            self._add_together(borders, texts, np.array(counts[start : start + _TOGETHER], dtype=np.int64))
         self._forget_rare()
+
+    def _add_together(self, borders: Borders, texts: list[str], counts: np.ndarray) -> None:
+        """Divide chunks as one text, which is several times faster, wherever that text has a border between two of them."""
+        sizes = np.fromiter((len(text.encode("utf-8")) for text in texts), dtype=np.int64, count=len(texts))
+        joined = np.isin(np.cumsum(sizes) - sizes, borders.find("".join(texts).encode("utf-8")))
+        lengths = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
+        begins = np.cumsum(lengths) - lengths
+        runs = np.unique(np.concatenate(([0], np.flatnonzero(~joined), [len(texts)]))).tolist()
+        words: list[str] = []
+        starts: list[int] = []
+        for first, last in pairwise(runs):
+            offset = int(begins[first])
+            for word, (start, _) in self._divide("".join(texts[first:last])):
+                words.append(word)
+                starts.append(offset + start)
+        owners = np.searchsorted(begins, starts, side="right") - 1
+        for word, count in zip(words, counts[owners].tolist(), strict=True):
+            self._one(word, count)
 
     def add_all(self, text: str) -> None:
         """A text without known borders: divided in windows that go on where a word ended well inside the last."""
@@ -114,7 +137,10 @@ class _Counter:
             self._forget_rare()
 
     def _one(self, word: str, count: int) -> None:
-        for part in (word,) if len(word) <= LONGEST_RUN else self._parts(word):
+        if len(word) <= LONGEST_RUN:
+            self._counts[word] = self._counts.get(word, 0) + count
+            return
+        for part in self._parts(word):
             self._counts[part] = self._counts.get(part, 0) + count
 
     def _parts(self, word: str) -> Iterator[str]:

@@ -6,6 +6,7 @@ come from a seed and are drawn in the order of the text, so that the same seed g
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterable, Iterator
 
@@ -46,11 +47,7 @@ class DropoutEncoder:
         symbols = list(word)
         draw, ranks, share = self._random.random, self._ranks, self._share
         while len(symbols) > 1:
-            found = [
-                (ranks[pair], at)
-                for at, pair in enumerate(zip(symbols, symbols[1:], strict=False))
-                if pair in ranks and draw() >= share
-            ]
+            found = [(ranks[pair], at) for at, pair in enumerate(itertools.pairwise(symbols)) if pair in ranks and draw() >= share]
             if not found:
                 break
             at = min(found)[1]

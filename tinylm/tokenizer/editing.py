@@ -1,8 +1,8 @@
 """Tokens added to a tokenizer or taken out of one, so that text without them is encoded as before.
 
-An added token is looked for in the text before anything else, so nothing else changes. A token taken out of a BPE vocabulary takes its
-merge with it; a longer token that was made from it is made from two other tokens where the vocabulary has them, and goes too where
-it has not. Both only concern text that spells the token.
+An added token is looked for in the text before anything else, so nothing else changes. A token taken out of a BPE vocabulary
+takes its merge with it; a longer token that was made from it is made from two other tokens where the vocabulary has them, and goes
+too where it has not. Both only concern text that spells the token.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from tokenizers import AddedToken
 
 from tinylm.errors import InputError
 from tinylm.text.sources import Piece
-from tinylm.tokenizer.tokenizer import BYTE_TOKENS, END_OF_TEXT, UNKNOWN, Tokenizer, byte_level_table
+from tinylm.tokenizer.splits import byte_level_table
+from tinylm.tokenizer.tokenizer import BYTE_TOKENS, END_OF_TEXT, UNKNOWN, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,13 @@ class Proof:
 
 
 def add(tokenizer: Tokenizer, tokens: Sequence[str], *, special: bool = False) -> Edited:
-    """Append tokens. Special ones are control tokens, which text never becomes by itself. Raises `InputError` for one that is there."""
+    """Append tokens; special ones are control tokens. Raises `InputError` for one that is there."""
     _check(tokens)
     for token in tokens:
-        if tokenizer.backend.token_to_id(_written(tokenizer, token)) is not None or tokenizer.backend.token_to_id(token) is not None:
+        if (
+            tokenizer.backend.token_to_id(_written(tokenizer, token)) is not None
+            or tokenizer.backend.token_to_id(token) is not None
+        ):
             raise InputError(f"{token!r} is a token already", where="TOKEN")
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
     before = [tokenizer.encode(token) for token in tokens]
@@ -89,7 +93,8 @@ def remove(tokenizer: Tokenizer, tokens: Sequence[str]) -> Edited:
 def prove(before: Tokenizer, edited: Edited, tokens: Sequence[str], pieces: Iterable[Piece]) -> Proof:
     """Encode every line of a text with both tokenizers. A line is without a token when it does not spell it."""
     lines = without = same = 0
-    spelled = [*tokens, *edited.also_removed]
+    prefix = before.described["model"].get("continuing_subword_prefix") or ""
+    spelled = [token.removeprefix(prefix) for token in [*tokens, *edited.also_removed]]
     for piece in pieces:
         listed = piece.text.splitlines(keepends=True)
         lines += len(listed)

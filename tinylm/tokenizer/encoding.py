@@ -8,7 +8,7 @@ and character vocabularies need no model at all, only a table. Nothing here chan
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import tokenizers
 
 from tinylm.text.sources import Piece
 from tinylm.tokenizer.chunks import ChunkIndex
-from tinylm.tokenizer.splits import Borders, pattern_in
+from tinylm.tokenizer.splits import Borders, byte_level_table, pattern_in
 
 Engine = Callable[[Sequence[str]], list[list[int]]]
 Note = Callable[[str], None]
@@ -43,27 +43,28 @@ def units(pieces: Iterable[Piece], borders: Borders | None) -> Iterator[tuple[by
         held += piece.text.encode("utf-8")
         if borders is None or len(held) < UNIT_BYTES:
             continue
-        text = bytes(held)
-        for cut in _cuts(text, borders):
-            yield text[:cut], starts
-            held, starts = held[cut:], False
-            text = bytes(held)
+        text, begin = bytes(held), 0
+        for end in _cuts(text, borders):
+            yield text[begin:end], starts
+            begin, starts = end, False
+        held = bytearray(text[begin:])
     if held or starts:
         yield bytes(held), starts
 
 
-def _cuts(text: bytes, borders: Borders) -> Iterator[int]:
-    """Where to cut a growing text, each time counted from the last cut."""
+def _cuts(text: bytes, borders: Borders) -> list[int]:
+    """Where to cut a growing text: at the last border before every `UNIT_BYTES`, and where none is, before `LONGEST_UNIT`."""
     found = borders.find(text)
-    done = int(found[-1]) if len(found) else 0
-    if done:
-        yield done
-    while len(text) - done > LONGEST_UNIT:
-        cut = done + LONGEST_UNIT
-        while text[cut] & 0xC0 == 0x80:  # not inside a character
-            cut -= 1
-        yield cut - done
-        done = cut
+    wanted = np.searchsorted(found, np.append(np.arange(UNIT_BYTES, len(text), UNIT_BYTES), len(text)), side="right") - 1
+    cuts = [0]
+    for cut in [*np.unique(found[wanted[wanted >= 0]]).tolist(), len(text)]:
+        while cut - cuts[-1] > LONGEST_UNIT:
+            end = cuts[-1] + LONGEST_UNIT
+            while text[end] & 0xC0 == 0x80:  # not inside a character
+                end -= 1
+            cuts.append(end)
+        cuts.append(cut)
+    return cuts[1:-1]
 
 
 class Encoder:
@@ -90,9 +91,9 @@ class Encoder:
     def encode(self, text: bytes) -> np.ndarray:
         """The ids of one unit, as uint32."""
         if self._table is not None:
-            return self._table[np.frombuffer(text, dtype=np.uint8)]
+            return np.take(self._table, np.frombuffer(text, dtype=np.uint8))
         if self._characters is not None:
-            return self._characters[np.frombuffer(text.decode("utf-8").encode("utf-32-le"), dtype="<u4")]
+            return np.take(self._characters, np.frombuffer(text.decode("utf-8").encode("utf-32-le"), dtype="<u4"))
         if self._index is None:
             return np.array(self._slow([text.decode("utf-8")])[0], dtype=np.uint32)
         if self._index.bytes > _KEPT_BYTES:
@@ -145,19 +146,13 @@ def _plain(described: Mapping[str, Any]) -> bool:
     return described.get("normalizer") is None and all(token["special"] for token in described["added_tokens"])
 
 
-def _bytes_of(described: Mapping[str, Any]) -> dict[str, int]:
-    from tinylm.tokenizer.tokenizer import byte_level_table
-
-    return byte_level_table()
-
-
 def _byte_table(described: Mapping[str, Any]) -> np.ndarray | None:
     """The id of each byte, for a byte-level vocabulary without merges."""
     model = described["model"]
     decoder = described.get("decoder") or {}
     if model["type"] != "BPE" or model["merges"] or decoder.get("type") != "ByteLevel" or not _plain(described):
         return None
-    letters = {byte: letter for letter, byte in _bytes_of(described).items()}
+    letters = {byte: letter for letter, byte in byte_level_table().items()}
     if not all(letter in model["vocab"] for letter in letters.values()):
         return None
     return np.array([model["vocab"][letters[byte]] for byte in range(256)], dtype=np.uint32)
@@ -185,11 +180,11 @@ def _tiktoken(described: Mapping[str, Any]) -> Engine | None:
         return None
     if model["byte_fallback"] or model["ignore_merges"] or (described.get("decoder") or {}).get("type") != "ByteLevel":
         return None
-    letters = _bytes_of(described)
+    letters = byte_level_table()
     special = {token["content"] for token in described["added_tokens"]}
     vocabulary = {token: id for token, id in model["vocab"].items() if token not in special}
     made = [vocabulary.get("".join(merge if isinstance(merge, list) else merge.split(" ")), -1) for merge in model["merges"]]
-    in_order = all(a < b for a, b in zip(made, made[1:], strict=False)) and made[0] >= 256
+    in_order = all(a < b for a, b in pairwise(made)) and made[0] >= 256
     if not in_order or not all(letter in letters for token in vocabulary for letter in token):
         return None
     ranks = {bytes(letters[letter] for letter in token): id for token, id in vocabulary.items()}

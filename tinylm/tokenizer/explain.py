@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import html
+import itertools
 import math
 from dataclasses import dataclass
 
 from tinylm.errors import InputError
-from tinylm.tokenizer.tokenizer import BYTE_TOKENS, Tokenizer, byte_level_table
+from tinylm.tokenizer.splits import byte_level_table
+from tinylm.tokenizer.tokenizer import BYTE_TOKENS, Tokenizer
 
 LONGEST = 20_000
 
@@ -62,6 +64,7 @@ def explain(tokenizer: Tokenizer, text: str) -> Explanation:
     for part, added in _around_added(tokenizer, normalized):
         if added:
             id = backend.token_to_id(part)
+            assert id is not None
             words.append(Word(part, [Token(id, part)], [Step("an added token, whole whatever stands around it", [part])]))
         else:
             divided = backend.pre_tokenizer.pre_tokenize_str(part) if backend.pre_tokenizer is not None else [(part, None)]
@@ -77,7 +80,9 @@ def _around_added(tokenizer: Tokenizer, text: str) -> list[tuple[str, bool]]:
     added = sorted((str(t.content) for t in tokenizer.backend.get_added_tokens_decoder().values() if not t.special), key=len)
     parts: list[tuple[str, bool]] = []
     while text:
-        at, token = min(((text.find(token), token) for token in reversed(added) if token in text), default=(-1, ""), key=lambda f: f[0])
+        at, token = min(
+            ((text.find(token), token) for token in reversed(added) if token in text), default=(-1, ""), key=lambda f: f[0]
+        )
         if at < 0:
             parts.append((text, False))
             break
@@ -118,7 +123,7 @@ class _Story:
         ranks = self._tokenizer.merge_ranks
         parts = list(word)
         steps = [Step("characters" if not self._tokenizer.is_byte_level else "bytes", [self._shown(part) for part in parts])]
-        while found := [(ranks[pair], at) for at, pair in enumerate(zip(parts, parts[1:], strict=False)) if pair in ranks]:
+        while found := [(ranks[pair], at) for at, pair in enumerate(itertools.pairwise(parts)) if pair in ranks]:
             rank, at = min(found)
             left, right = parts[at : at + 2]
             parts[at : at + 2] = [left + right]
@@ -176,7 +181,8 @@ def as_html(found: Explanation, title: str) -> str:
 
     def boxes(parts: list[str], titles: list[str]) -> str:
         return "".join(
-            f'<span class="t" style="background:{colors[at % len(colors)]}" title="{html.escape(hint)}">{html.escape(visible(part))}</span>'
+            f'<span class="t" style="background:{colors[at % len(colors)]}" title="{html.escape(hint)}">'
+            f"{html.escape(visible(part))}</span>"
             for at, (part, hint) in enumerate(zip(parts, titles, strict=True))
         )
 
@@ -188,7 +194,7 @@ def as_html(found: Explanation, title: str) -> str:
         )
         ids = " ".join(str(token.id) for token in word.tokens)
         stories.append(
-            f"<details{' open' if len(found.words) <= 8 else ''}><summary><code>{html.escape(visible(word.text))}</code> "
+            f"<details{' open' * (len(found.words) <= 8)}><summary><code>{html.escape(visible(word.text))}</code> "
             f"<small>{ids}</small></summary><table>{rows}</table></details>"
         )
     hints = [f"{token.id}" + (f", score {token.score:.3f}" if token.score is not None else "") for token in tokens]
@@ -202,8 +208,10 @@ def as_html(found: Explanation, title: str) -> str:
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title><style>
-body {{ font: 16px/1.6 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1f2937; background: #fff }}
-.t {{ font-family: ui-monospace, monospace; padding: 1px 2px; margin: 1px; border-radius: 3px; white-space: pre-wrap; color: #111 }}
+body {{ font: 16px/1.6 system-ui, sans-serif; color: #1f2937; background: #fff }}
+body {{ max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
+.t {{ font-family: ui-monospace, monospace; white-space: pre-wrap; color: #111 }}
+.t {{ padding: 1px 2px; margin: 1px; border-radius: 3px }}
 td {{ padding: 2px 12px 2px 0; vertical-align: top }} td:first-child {{ color: #6b7280; white-space: nowrap }}
 summary {{ cursor: pointer }} small {{ color: #6b7280 }} .all {{ overflow-wrap: anywhere }}
 </style></head><body><h1>{title}</h1><p>{summary}</p><p class="all">{text}</p>

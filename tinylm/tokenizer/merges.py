@@ -1,8 +1,8 @@
 """Byte-pair encoding (Sennrich et al. 2016) from counted words: which pairs of symbols to merge, in what order.
 
 The merge of highest count comes next; of equals, the pair whose tokens have the lower ids: the rule of `tokenizers`, with the same
-result. All words lie in one array as a linked list of symbols. A merge rewrites every place of its pair at once and updates the counts
-of the pairs beside them, so that its cost is that of the places it touches. Counts have 64 bits.
+result. All words lie in one array as a linked list of symbols. A merge rewrites every place of its pair at once and updates the
+counts of the pairs beside them, so that its cost is that of the places it touches. Counts have 64 bits.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ class _Places:
         self._add(self._key(symbols[left], self._symbol[self._next[left]]), left)
 
     @staticmethod
-    def _key(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        return left << _SHIFT | right
+    def _key(left: np.ndarray | int, right: np.ndarray | int) -> np.ndarray:
+        return np.asarray(left << _SHIFT | right)
 
     def best(self, least: int) -> tuple[int, int] | None:
         """The pair to merge next, or None when none occurs `least` times. Pairs below a floor wait until it is reached."""
@@ -158,11 +158,11 @@ class _Places:
         left = symbol[L]
         has_left, has_right = left >= 0, alone & (right >= 0)
         self._take(
-            np.concatenate((self._key(was_left[has_left], a), self._key(np.full(int(has_right.sum()), b), right[has_right]))),
+            np.concatenate((self._key(was_left[has_left], a), self._key(b, right[has_right]))),
             np.concatenate((self._weight[P[has_left]], self._weight[P[has_right]])),
         )
         self._add(
-            np.concatenate((self._key(left[has_left], new), self._key(np.full(int(has_right.sum()), new), right[has_right]))),
+            np.concatenate((self._key(left[has_left], new), self._key(new, right[has_right]))),
             np.concatenate((L[has_left], P[has_right])),
         )
 

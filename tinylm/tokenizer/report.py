@@ -1,4 +1,4 @@
-"""How well a tokenizer fits a text: compression, coverage, balance, which words it splits, and whether decoding gives the text back."""
+"""How well a tokenizer fits a text: compression, coverage, balance, words split, and whether decoding gives the text back."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class TokenizerReport:
     frequent_tokens: list[tuple[str, int]]
     longest_tokens: list[str]
     token_lengths: list[int]
-    """Share of the text's tokens by their length in bytes is this over `tokens`: occurrences of length 0, 1, 2, ..., the last for all longer."""
+    """How many of the text's tokens have 0, 1, 2, ... bytes; the last entry is for all longer ones."""
     failures: list[RoundTripFailure]
     """The first few of them."""
     files: list[FileFigures]
@@ -158,7 +158,7 @@ def _around_difference(text: str, decoded: str) -> tuple[str, str]:
 
 
 def _share_split(codec: Codec, words: Counter[str]) -> float:
-    """Of the most frequent words, each behind a space as it mostly stands, those with more than one token that is not only white space."""
+    """Of the most frequent words, each behind a space, those with more than one token that is not only white space."""
     common = words.most_common(_MOST_WORDS)
     solid = np.array([bool(token.strip()) for token in codec.token_bytes])
     encoded = codec.encode_each([f" {word}" for word, _ in common])
@@ -175,7 +175,7 @@ def _renyi_efficiency(counts: np.ndarray) -> float:
 
 
 def gpt2_style(vocab_size: int) -> Tokenizer:
-    """A stock tokenizer to compare with: byte-level BPE with GPT-2's split and as many tokens, learned from `BASELINE_TEXT`; cached."""
+    """A stock tokenizer to compare with: byte-level BPE with GPT-2's split, learned from `BASELINE_TEXT`; cached."""
     section = BpeTokenizer(kind="bpe", vocab_size=min(max(vocab_size, 257), 50_257), split="gpt2")
     with Corpus([BASELINE_TEXT]) as corpus:
         path = cache_folder("tokenizers") / f"gpt2-style-{section.vocab_size}.json"
@@ -191,5 +191,3 @@ def bytes_per_token(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> float:
         size += len(text)
         tokens += len(tokenizer.encoder.encode(text))
     return size / max(tokens, 1)
-
-

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,15 @@ WITHOUT_SPACES = ("bert", "whitespace")
 
 _CLASSES = "a0 nr.h?"
 """Classes of bytes: letter, digit, space, line feed, carriage return, punctuation, beyond ASCII, any other."""
+
+
+@cache
+def byte_level_table() -> dict[str, int]:
+    """GPT-2's reversible map between bytes and printable characters (Radford et al. 2019, released code), inverted."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    table = {chr(byte): byte for byte in printable}
+    others = (byte for byte in range(256) if byte not in set(printable))
+    return table | {chr(256 + index): byte for index, byte in enumerate(others)}
 
 
 def pattern_of(split: str, digits: int | None) -> str:
@@ -73,7 +83,10 @@ class Borders:
         self.rules = tuple(rules)
         self.lines = lines
         self._before = bytes(1 << _CLASSES.index(name) for name in _CLASS_OF)
-        allowed = {name: sum({1 << _CLASSES.index(left) for lefts, rights in self.rules if name in rights for left in lefts}) for name in _CLASSES}
+        allowed = {
+            name: sum({1 << _CLASSES.index(left) for lefts, rights in self.rules if name in rights for left in lefts})
+            for name in _CLASSES
+        }
         self._after = bytes(allowed[name] for name in _CLASS_OF)
 
     def find(self, text: bytes) -> np.ndarray:

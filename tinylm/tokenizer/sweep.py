@@ -14,9 +14,9 @@ from tinylm.text.sources import Piece
 from tinylm.tokenizer import training
 from tinylm.tokenizer.codec import Codec, codec_of
 
-SEEN_OFTEN = 100
+SEEN_OFTEN = 50
 """Occurrences in the learned text that a token's embedding needs to become of use (an assumption, stated with the suggestion)."""
-MOST_SELDOM = 0.1
+MOST_SELDOM = 0.25
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Size:
     flops_per_byte: float
     """Training arithmetic for a byte of text: fewer tokens make it less, a larger head more."""
     seldom_tokens: float
-    """Share of the tokens that stand fewer than `SEEN_OFTEN` times in the text learned from."""
+    """Of the tokens of more than one byte, the share that stands fewer than `SEEN_OFTEN` times in the text learned from."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ def sweep(
             continue
         held_counts, held_bytes = _token_counts(codec_of(tokenizer), heldout())
         learned_counts, _ = _token_counts(codec_of(tokenizer), learned())
+        longer = learned_counts[tokenizer.token_byte_lengths > 1]
         per_token = held_bytes / max(int(held_counts.sum()), 1)
         total = sum(plan.parameter_counts(model, size).values())
         rows = total - sum(plan.parameter_counts(model, 0).values())
@@ -79,7 +80,7 @@ def sweep(
             rows / total,
             tokens_per_step * per_token,
             plan.flops_per_token(model, size) / per_token,
-            float((learned_counts < SEEN_OFTEN).mean()),
+            float((longer < SEEN_OFTEN).mean()) if len(longer) else 0.0,
         )
     if not found:
         raise InputError("no sizes to try", where="--sizes")
@@ -97,16 +98,20 @@ def _token_counts(codec: Codec, pieces: Iterable[Piece]) -> tuple[np.ndarray, in
 
 def _suggestion(sizes: Sequence[Size]) -> tuple[int, str]:
     """The size of least arithmetic per byte among those whose tokens are mostly seen often enough to be learned."""
-    learnable = [size for size in sizes if size.seldom_tokens <= MOST_SELDOM] or [min(sizes, key=lambda size: size.seldom_tokens)]
+    learnable = [size for size in sizes if size.seldom_tokens <= MOST_SELDOM]
+    if not learnable:
+        best = min(sizes, key=lambda size: size.seldom_tokens)
+        return best.vocab_size, f"no size's tokens are seen often enough: even here {_seldom(best)}; more text would help"
     best = min(learnable, key=lambda size: size.flops_per_byte)
     cheapest = min(sizes, key=lambda size: size.flops_per_byte)
     reason = f"{best.flops_per_byte / 1e6:.3g} MFLOP of training for a byte of text"
     if best is cheapest:
         return best.vocab_size, f"{reason}, the least of these sizes, and {_seldom(best)}"
     return best.vocab_size, (
-        f"{reason}; {cheapest.vocab_size:,} would need {cheapest.flops_per_byte / 1e6:.3g}, but there {_seldom(cheapest)}, too few to learn from"
+        f"{reason}; {cheapest.vocab_size:,} would need {cheapest.flops_per_byte / 1e6:.3g}, but there {_seldom(cheapest)}, "
+        "too few to learn from"
     )
 
 
 def _seldom(size: Size) -> str:
-    return f"{size.seldom_tokens:.0%} of its tokens stand fewer than {SEEN_OFTEN} times in the text learned from"
+    return f"{size.seldom_tokens:.0%} of the longer tokens stand fewer than {SEEN_OFTEN} times in the text learned from"

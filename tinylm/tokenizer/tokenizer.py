@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from tinylm.errors import InputError
 from tinylm.paths import write_whole
 from tinylm.text.sources import Piece
 from tinylm.tokenizer.encoding import UNIT_BYTES, Encoder, units
-from tinylm.tokenizer.splits import Borders, borders_of
+from tinylm.tokenizer.splits import Borders, borders_of, byte_level_table
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<|unknown|>"
@@ -261,12 +261,3 @@ class StreamDecoder:
     def finish(self) -> str:
         """U+FFFD for a character that was begun and never completed, else nothing."""
         return self._decoder.decode(b"", final=True)
-
-
-@cache
-def byte_level_table() -> dict[str, int]:
-    """GPT-2's reversible map between bytes and printable characters (Radford et al. 2019, released code), inverted."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    table = {chr(byte): byte for byte in printable}
-    others = (byte for byte in range(256) if byte not in set(printable))
-    return table | {chr(256 + index): byte for index, byte in enumerate(others)}

@@ -31,7 +31,8 @@ from tinylm.recipe.schema import (
 from tinylm.text.sources import Piece
 from tinylm.tokenizer import merges, splits, unigram
 from tinylm.tokenizer.counting import Words, character_counts, count_characters, count_words, warn_of_binary
-from tinylm.tokenizer.tokenizer import BYTE_TOKENS, END_OF_TEXT, UNKNOWN, Tokenizer, byte_level_table
+from tinylm.tokenizer.splits import byte_level_table
+from tinylm.tokenizer.tokenizer import BYTE_TOKENS, END_OF_TEXT, UNKNOWN, Tokenizer
 
 Warn = Callable[[str], None]
 
@@ -43,8 +44,8 @@ NEVER = -1000.0
 def train(section: TokenizerSection, pieces: Iterable[Piece], warn: Warn, size: int | None = None) -> Tokenizer:
     """The tokenizer that `section` describes, learned from `pieces`, which are `size` bytes in all where that is known.
 
-    `warn` hears of what the user should know: a text that supports fewer tokens than asked for, text without borders, what looks like a
-    binary file. Raises `InputError` for a wrong pattern, a text without characters, or a vocabulary that the text does not fill.
+    `warn` hears of what the user should know: a text that supports fewer tokens than asked for, text without borders, what looks
+    like a binary file. Raises `InputError` for a wrong pattern, a text without characters, or a vocabulary too large for the text.
     """
     if isinstance(section, FileTokenizer):
         return Tokenizer.load(section.path)
@@ -121,7 +122,9 @@ def _prepared(section: LearnedTokenizer) -> tokenizers.Tokenizer:
         steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
         backend.decoder = decoders.ByteLevel()
     elif isinstance(section, (BpeTokenizer, UnigramTokenizer)):
-        backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()]) if section.byte_fallback else decoders.Fuse()
+        backend.decoder = (
+            decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()]) if section.byte_fallback else decoders.Fuse()
+        )
     elif isinstance(section, WordPieceTokenizer):
         backend.decoder = decoders.WordPiece(prefix=CONTINUING, cleanup=False)
     elif isinstance(section, CharTokenizer):

@@ -9,6 +9,7 @@ same words give the same pieces; scores are rounded to six digits.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 
 import numpy as np
 
@@ -64,7 +65,12 @@ class _Lattice:
 
     @staticmethod
     def _sweep(
-        values: np.ndarray, source: np.ndarray, target: np.ndarray, scores: np.ndarray, groups: list[tuple[int, int, np.ndarray]], best: bool
+        values: np.ndarray,
+        source: np.ndarray,
+        target: np.ndarray,
+        scores: np.ndarray,
+        groups: list[tuple[int, int, np.ndarray]],
+        best: bool,
     ) -> None:
         for begin, end, firsts in groups:
             ways = values[source[begin:end]] + scores[begin:end]
@@ -94,7 +100,7 @@ def _groups(nodes: np.ndarray, levels: np.ndarray) -> list[tuple[int, int, np.nd
         return []
     borders = [0, *(np.flatnonzero(levels[1:] != levels[:-1]) + 1).tolist(), len(levels)]
     groups = []
-    for begin, end in zip(borders, borders[1:], strict=False):
+    for begin, end in pairwise(borders):
         here = nodes[begin:end]
         groups.append((begin, end, np.flatnonzero(np.concatenate(([True], here[1:] != here[:-1])))))
     return groups
@@ -106,7 +112,9 @@ def learn(words: Words, alphabet: list[str], wanted: int, *, longest: int = 16) 
     Characters outside the alphabet are borders. Fewer come back when the text has no more substrings that occur twice.
     """
     codes, levels, owners, ends, weights = _laid_out(words, alphabet)
-    strings, edges, counts = _seeds(codes, levels, ends, weights[owners], alphabet, max(_LEAST_SEEDS, SEEDS_PER_PIECE * wanted), longest)
+    strings, edges, counts = _seeds(
+        codes, levels, ends, weights[owners], alphabet, max(_LEAST_SEEDS, SEEDS_PER_PIECE * wanted), longest
+    )
     lengths = np.array([len(string) for string in strings])
     firsts, lasts = np.flatnonzero(levels == 0), np.unique(ends)
     scores = np.log(np.maximum(counts, 1e-3)) - np.log(counts.sum())
@@ -136,22 +144,23 @@ def learn(words: Words, alphabet: list[str], wanted: int, *, longest: int = 16) 
     lattice = _Lattice(edges, levels, firsts, lasts)
     expected, _ = lattice.expected(scores, weights, owners)
     scores = _maximised(expected)
-    order = sorted(range(len(strings)), key=lambda n: (lengths[n] > 1, -scores[n], strings[n]))[:wanted]
-    pieces = [(strings[n], round(float(scores[n]), 6)) for n in order]
+    chosen = sorted(range(len(strings)), key=lambda n: (lengths[n] > 1, -scores[n], strings[n]))[:wanted]
+    pieces = [(strings[n], round(float(scores[n]), 6)) for n in chosen]
     return sorted(pieces, key=lambda piece: (-piece[1], piece[0]))
 
 
 def _laid_out(words: Words, alphabet: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Every word in pieces of known characters, as nodes: (character behind it, or -1; level; owner; its word's last node),
-    one entry a node, and the weight of each owner."""
+    """The nodes of all words, cut where a character is not known: what follows (-1 at the end), level, word, the word's last node.
+
+    The fifth is the weight of each word.
+    """
     known = set(alphabet)
     parts: list[str] = []
-    weights: list[int] = []
+    weighing: list[float] = []
     for word, count in zip(words.texts, words.counts.tolist(), strict=True):
-        for part in (word,) if known.issuperset(word) else "".join(c if c in known else "\0\0" for c in word).split("\0\0"):
-            if part:
-                parts.append(part)
-                weights.append(count)
+        runs = [word] if known.issuperset(word) else ["".join(run) for inside, run in groupby(word, known.__contains__) if inside]
+        parts += runs
+        weighing += [count] * len(runs)
     lengths = np.fromiter(map(len, parts), dtype=np.int64, count=len(parts)) + 1
     begins = np.cumsum(lengths) - lengths
     size = int(lengths.sum())
@@ -162,14 +171,14 @@ def _laid_out(words: Words, alphabet: list[str]) -> tuple[np.ndarray, np.ndarray
     inside = np.ones(size, dtype=bool)
     inside[begins + lengths - 1] = False
     codes[inside] = np.fromiter((numbers[c] for part in parts for c in part), dtype=np.int64, count=size - len(parts))
-    return codes, levels, owners, (begins + lengths - 1)[owners], np.array(weights, dtype=np.float64)
+    return codes, levels, owners, (begins + lengths - 1)[owners], np.array(weighing, dtype=np.float64)
 
 
 def _seeds(
     codes: np.ndarray, levels: np.ndarray, ends: np.ndarray, weights: np.ndarray, alphabet: list[str], most: int, longest: int
 ) -> tuple[list[str], _Edges, np.ndarray]:
     """The substrings that occur at least twice and cover most text, every single character, where they stand and how often."""
-    size, letters = len(codes), len(alphabet)
+    letters = len(alphabet)
     where, ids = np.flatnonzero(codes >= 0), codes[codes >= 0]
     totals = np.bincount(ids, weights[where], minlength=letters)
     found = [(where, ids, totals, np.zeros(letters, dtype=np.int64))]
@@ -209,7 +218,6 @@ def _seeds(
             strings += ["".join(characters[codes[at : at + length]]) for at in places[length - 1][chosen].tolist()]
         offset += len(totals)
     edges = _Edges(np.concatenate(starts), np.concatenate(finishes), np.concatenate(pieces))
-    assert size >= 0
     return strings, edges, np.concatenate(counts)
 
 
@@ -229,7 +237,8 @@ def _digamma(x: np.ndarray) -> np.ndarray:
         result[small] -= 1 / x[small]
         x[small] += 1
     square = 1 / (x * x)
-    return result + np.log(x) - 0.5 / x - square * (1 / 12 - square * (1 / 120 - square / 252))
+    digamma: np.ndarray = result + np.log(x) - 0.5 / x - square * (1 / 12 - square * (1 / 120 - square / 252))
+    return digamma
 
 
 def _losses(lattice: _Lattice, scores: np.ndarray, expected: np.ndarray, lengths: np.ndarray, levels: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""A run with tokens added to its vocabulary or taken out: a new run folder with the changed tokenizer and the embedding rows that fit.
+"""A run with tokens added to its vocabulary or taken out: a new run folder with the changed tokenizer and embedding rows.
 
-The row of an added token is the mean of the rows of the pieces that it was before; rows of removed tokens are dropped. The held-out text is
-encoded anew, so that the run can be measured at once. What only resuming needs is left behind.
+The row of an added token is the mean of the rows of the pieces that it was before; rows of removed tokens are dropped. The
+held-out text is encoded anew, so that the run can be measured at once. What only resuming needs is left behind.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tinylm.tokenizer.editing import Edited
 def apply(run: Run, edited: Edited, out: Path, *, checkpoint: str | None = None, reporter: Reporter = SILENT) -> Run:
     """Write the run folder `out`: one checkpoint of `run` with the vocabulary of `edited`.
 
-    Raises `InputError` when `out` is taken, the checkpoint is damaged, or the model's n-gram tables know tokens by ids that would change.
+    Raises `InputError` when `out` is taken, the checkpoint is damaged, or ids would change that the model's n-gram tables know.
     """
     claim(out, resume=False, overwrite=False)
     chosen = run.checkpoint(checkpoint)
