@@ -11,6 +11,8 @@ import numpy as np
 
 from tinylm.tokenizer.splits import Borders
 
+MOST_CHUNKS = 400_000
+MOST_BYTES = 32 << 20
 _WORDS = 3
 """Integers of 8 bytes for a chunk; a longer chunk is looked up by itself."""
 _SLOTS = 1 << 20
@@ -33,6 +35,11 @@ class ChunkIndex:
         self._slots = np.zeros(_SLOTS, dtype=np.int32)
         self._packed = np.zeros((_WORDS, 1024), dtype="<u8")
         self._lengths = np.full(1024, -1, dtype=np.int32)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it holds as much as it should; then it is for its owner to `clear` it."""
+        return len(self.chunks) > MOST_CHUNKS or self.bytes > MOST_BYTES
 
     def find(self, text: bytes) -> np.ndarray:
         """The numbers of a text's chunks in order, as int32; chunks not met before get the next numbers."""

@@ -27,8 +27,8 @@ LONGEST_RUN = 256
 """Characters of a word that are learned from together: a longer one is cut, for nothing repeats at that length."""
 RUNS_BUDGET = 1 << 20
 """Characters of such words that are learned from at all."""
-MOST_WORDS = 2_000_000
-_KEPT_BYTES = 32 << 20
+MOST_WORDS = 500_000
+"""Distinct words kept; with more, those met least are forgotten. It bounds the memory of counting and of learning."""
 _WINDOW = 1 << 20
 _MARGIN = 1 << 10
 _TOGETHER = 1 << 12
@@ -55,7 +55,7 @@ def count_words(backend: tokenizers.Tokenizer, borders: Borders | None, pieces: 
         found = np.bincount(index.find(text), minlength=len(counts))
         found[: len(counts)] += counts
         counts = found
-        if index.bytes > _KEPT_BYTES:
+        if index.is_full:
             counter.add(borders, index.chunks, counts.tolist())
             index.clear()
             counts = np.zeros(0, dtype=np.int64)

@@ -24,7 +24,6 @@ Note = Callable[[str], None]
 UNIT_BYTES = 1 << 18
 LONGEST_UNIT = 1 << 22
 """Bytes after which a text without any border is cut all the same: a border is not expected any more."""
-_KEPT_BYTES = 32 << 20
 _PROBE = 2000
 _ENGINE_CHUNKS = 1 << 14
 
@@ -96,7 +95,7 @@ class Encoder:
             return np.take(self._characters, np.frombuffer(text.decode("utf-8").encode("utf-32-le"), dtype="<u4"))
         if self._index is None:
             return np.array(self._slow([text.decode("utf-8")])[0], dtype=np.uint32)
-        if self._index.bytes > _KEPT_BYTES:
+        if self._index.is_full:
             self._forget()
         numbers = self._index.find(text)
         self._learn(self._index.chunks[self._known :])

@@ -129,7 +129,7 @@ class _Story:
             parts[at : at + 2] = [left + right]
             what = f"merge {rank + 1:,}: {self._shown(left)!r} + {self._shown(right)!r}"
             steps.append(Step(what, [self._shown(part) for part in parts]))
-        if len(tokens) != len(parts):
+        if [token.text for token in tokens] != steps[-1].parts:
             steps.append(Step("characters outside the alphabet become bytes or unknown", [token.text for token in tokens]))
         return steps
 

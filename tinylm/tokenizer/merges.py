@@ -92,25 +92,25 @@ class _Places:
 
     def __init__(self, symbols: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> None:
         size = len(symbols)
-        self._symbol = np.append(symbols, -1)
-        self._next = np.arange(1, size + 2)
-        self._before = np.arange(-1, size)
+        self._symbol = np.append(symbols, -1).astype(np.int32)
+        self._next = np.arange(1, size + 2, dtype=np.int32)
+        self._before = np.arange(-1, size, dtype=np.int32)
         self._next[starts[1:] - 1] = size
         self._next[size - 1 :] = size
         self._before[starts] = size
-        self._before = np.append(self._before[:size], size)
+        self._before[size] = size
         self._weight = np.append(np.repeat(counts, np.diff(np.append(starts, size))), 0)
         self._marked = np.zeros(size + 1, dtype=bool)
         self._counts: dict[int, int] = {}
         self._places: dict[int, list[np.ndarray]] = {}
         self._heap: list[tuple[int, int]] = []
         self._floor = 1 << 62
-        left = np.flatnonzero((symbols >= 0) & (self._symbol[self._next[:size]] >= 0))
+        left = np.flatnonzero((symbols >= 0) & (self._symbol[self._next[:size]] >= 0)).astype(np.int32)
         self._add(self._key(symbols[left], self._symbol[self._next[left]]), left)
 
     @staticmethod
     def _key(left: np.ndarray | int, right: np.ndarray | int) -> np.ndarray:
-        return np.asarray(left << _SHIFT | right)
+        return np.asarray(np.int64(left) << _SHIFT | right)
 
     def best(self, least: int) -> tuple[int, int] | None:
         """The pair to merge next, or None when none occurs `least` times. Pairs below a floor wait until it is reached."""
