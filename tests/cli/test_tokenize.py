@@ -59,15 +59,24 @@ def test_a_report_tells_lines_that_do_not_come_back_and_every_file(here: Here, t
     (folder / "b.txt").write_text("some wörds here\n")
     path = tmp_path / "char.json"
     assert here("tokenize", "train", folder / "a.txt", "--kind", "char", "--out", path).code == 0
-    found = here("tokenize", "report", folder, "-t", path, "--json").json
+    report = ("tokenize", "report", folder, "-t", path, "--no-baselines")
+    found = here(*report, "--json").json
     assert found["round_trip_failures"] == 1
     assert found["failures"][0]["text"] == "some wörds here\n"
     assert [Path(file["name"]).name for file in found["files"]] == ["a.txt", "b.txt"]
-    assert found["baselines"]["bytes"] == 1
-    assert found["baselines"]["gpt2_style"] > 1
-    shown = here("tokenize", "report", folder, "-t", path).out
+    assert found["baselines"] == {"bytes": 1.0, "gpt2_style": None}
+    shown = here(*report).out
     assert "came back as" in shown
     assert "b.txt" in shown
+
+
+def test_a_report_compares_with_a_stock_vocabulary_of_the_same_size(
+    here: Here, tokenizer: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tinylm.tokenizer.report.BASELINE_TEXT", str(text_file))
+    found = here("tokenize", "report", text_file, "-t", tokenizer, "--json").json
+    assert found["baselines"]["gpt2_style"] == pytest.approx(found["bytes_per_token"], rel=0.1)
+    assert "GPT-2-style" in here("tokenize", "report", text_file, "-t", tokenizer).out
 
 
 def test_compare_explain_and_sweep_answer_in_both_forms(here: Here, tokenizer: Path, text_file: Path, tmp_path: Path) -> None:

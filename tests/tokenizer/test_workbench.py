@@ -163,7 +163,7 @@ def test_dropout_gives_other_tokens_of_the_same_text_and_the_same_ones_for_the_s
 
 def test_an_engine_that_gives_other_ids_is_given_up_with_a_note(bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     notes: list[str] = []
-    monkeypatch.setattr(encoding, "_tiktoken", lambda described: lambda texts: [[0] for _ in texts])
+    monkeypatch.setattr(encoding, "_tiktoken", lambda described, slow: lambda texts: [[0] for _ in texts])
     fresh = Tokenizer(tokenizers.Tokenizer.from_str(bpe.backend.to_str()))
     fresh.encoder.note = notes.append
     (ids, _) = next(fresh.encode_pieces([Piece("the for statement", True)]))
@@ -173,11 +173,13 @@ def test_an_engine_that_gives_other_ids_is_given_up_with_a_note(bpe: Tokenizer, 
 
 def test_tiktoken_is_used_where_it_can_be_and_gives_the_same_ids(bpe: Tokenizer, english: str) -> None:
     pytest.importorskip("tiktoken")
-    engine = encoding._tiktoken(bpe.described)
+    engine = encoding._tiktoken(bpe.described, lambda texts: [[-1] for _ in texts])
     assert engine is not None
     texts = english[:20_000].split("\n")
     assert engine(texts) == [found.ids for found in bpe.backend.encode_batch(texts, add_special_tokens=False)]
-    assert encoding._tiktoken(training.train(SECTIONS[2], [Piece("abc abd", True)], lambda _: None).described) is None
+    assert engine(["x" * 501]) == [[-1]], "its time grows with the square of such a word"
+    unigram = training.train(SECTIONS[2], [Piece("abc abd", True)], lambda _: None)
+    assert encoding._tiktoken(unigram.described, engine) is None
 
 
 def test_tokenizers_of_other_makers_are_measured_like_ours(bpe: Tokenizer, english: str, tmp_path: Path) -> None:

@@ -22,9 +22,11 @@ Engine = Callable[[Sequence[str]], list[list[int]]]
 Note = Callable[[str], None]
 
 UNIT_BYTES = 1 << 18
-LONGEST_UNIT = 1 << 22
+LONGEST_UNIT = 1 << 18
 """Bytes after which a text without any border is cut all the same: a border is not expected any more."""
 _PROBE = 2000
+_LONGEST_FOR_TIKTOKEN = 500
+"""Characters: its time grows with the square of a word without borders."""
 _ENGINE_CHUNKS = 1 << 14
 
 
@@ -124,7 +126,7 @@ class Encoder:
 
     def _encode_new(self, texts: list[str]) -> list[list[int]]:
         if self._engine is None:
-            self._engine = self._proven(_tiktoken(self._described), texts[:_PROBE])
+            self._engine = self._proven(_tiktoken(self._described, self._slow), texts[:_PROBE])
         return self._engine(texts)
 
     def _proven(self, engine: Engine | None, probe: Sequence[str]) -> Engine:
@@ -171,7 +173,7 @@ def _character_table(described: Mapping[str, Any]) -> np.ndarray | None:
     return table
 
 
-def _tiktoken(described: Mapping[str, Any]) -> Engine | None:
+def _tiktoken(described: Mapping[str, Any], slow: Engine) -> Engine | None:
     """tiktoken's core over the same merges, where it is installed and can express this tokenizer."""
     pattern = pattern_in(described)
     model = described["model"]
@@ -194,4 +196,4 @@ def _tiktoken(described: Mapping[str, Any]) -> Engine | None:
     except ImportError:
         return None
     core = tiktoken.Encoding("tinylm", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    return lambda texts: [core.encode_ordinary(text) for text in texts]
+    return lambda texts: [core.encode_ordinary(text) if len(text) <= _LONGEST_FOR_TIKTOKEN else slow([text])[0] for text in texts]
