@@ -139,6 +139,23 @@ def test_the_ids_of_a_document_do_not_depend_on_where_it_is_cut(trained: dict[st
             assert ids == (whole if start == 0 else trained[name].encode(text[start:]))
 
 
+def test_long_and_endless_texts_are_cut_by_what_they_say_and_not_by_how_they_come(
+    trained: dict[str, Tokenizer], english: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tinylm.tokenizer.encoding.UNIT_BYTES", 1000)
+    monkeypatch.setattr("tinylm.tokenizer.encoding.LONGEST_UNIT", 1000)
+    text = english[:4000] + " " + "語é" * 2000 + " " + english[4000:9000] + "x" * 5000
+    theirs = trained["bpe"].backend.encode(english[:9000], add_special_tokens=False).ids
+    assert [id for ids, _ in trained["bpe"].encode_pieces([Piece(english[:9000], True)]) for id in ids.tolist()] == theirs
+    answers = set()
+    for size in (len(text), 4096, 777, 50):
+        pieces = [Piece(text[at : at + size], at == 0) for at in range(0, len(text), size)]
+        ids = [id for part, _ in trained["bpe"].encode_pieces(pieces) for id in part.tolist()]
+        assert trained["bpe"].decode(ids) == text
+        answers.add(tuple(ids))
+    assert len(answers) == 1
+
+
 def test_documents_keep_their_order_and_their_beginnings(trained: dict[str, Tokenizer]) -> None:
     pieces = [Piece("one", True), Piece(" two", False), Piece("three", True), Piece("", True), Piece("four", True)]
     encoded = list(trained["bpe"].encode_pieces(pieces))

@@ -16,6 +16,7 @@ from tinylm.text.sources import Piece
 from tinylm.tokenizer import splits
 from tinylm.tokenizer.chunks import ChunkIndex
 from tinylm.tokenizer.counting import count_words
+from tinylm.tokenizer.encoding import Encoder
 
 RISKY = " \t\n\r\v\f\x1c\x85\xa0\u2003\u2028\u3000\u180e\u0301'sS'tll0190.,:(){}<>-_aZéЖ語🙂\u0345\ufb01½"
 
@@ -103,3 +104,24 @@ def test_a_long_text_with_a_pattern_of_ones_own_is_counted_in_windows_with_the_s
     assert dict(zip(words.texts, words.counts.tolist(), strict=True)) == Counter(
         word for word, _ in made.pre_tokenizer.pre_tokenize_str(english[:50_000])
     )
+
+
+def test_memory_is_bounded_by_what_is_kept_and_not_by_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tinylm.tokenizer.chunks.MOST_CHUNKS", 1000)
+    monkeypatch.setattr("tinylm.tokenizer.counting.MOST_WORDS", 1500)
+    drawn = random.Random(3)
+    words = ["common", *("".join(drawn.choices("abcdefghij", k=8)) for _ in range(30_000))]
+    pieces = [
+        Piece(" ".join(word for pair in words[at : at + 500] for word in ("common", pair)), True) for at in range(0, 30_000, 500)
+    ]
+    warnings: list[str] = []
+    made = backend("whitespace")
+    borders = splits.borders_of(json.loads(made.to_str()))
+    counted = count_words(made, borders, pieces, warnings.append)
+    assert len(counted.texts) <= 1500
+    assert (counted.texts[0], counted.counts[0]) == (" common", 30_000 - len(pieces) + 1)
+    assert "more than 1,500 different words" in warnings[0]
+    encoder = Encoder(made, json.loads(made.to_str()), borders)
+    for piece in pieces:
+        assert len(encoder.encode(piece.text.encode())) == len(made.pre_tokenizer.pre_tokenize_str(piece.text))
+        assert len(encoder._index.chunks) <= 2000  # type: ignore[union-attr]

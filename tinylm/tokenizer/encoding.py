@@ -54,18 +54,19 @@ def units(pieces: Iterable[Piece], borders: Borders | None) -> Iterator[tuple[by
 
 
 def _cuts(text: bytes, borders: Borders) -> list[int]:
-    """Where to cut a growing text: at the last border before every `UNIT_BYTES`, and where none is, before `LONGEST_UNIT`."""
+    """Where to cut a growing text: at the last border before every `UNIT_BYTES`, and inside what has no border for too long."""
     found = borders.find(text)
     wanted = np.searchsorted(found, np.append(np.arange(UNIT_BYTES, len(text), UNIT_BYTES), len(text)), side="right") - 1
-    cuts = [0]
-    for cut in [*np.unique(found[wanted[wanted >= 0]]).tolist(), len(text)]:
-        while cut - cuts[-1] > LONGEST_UNIT:
-            end = cuts[-1] + LONGEST_UNIT
-            while text[end] & 0xC0 == 0x80:  # not inside a character
-                end -= 1
-            cuts.append(end)
-        cuts.append(cut)
-    return cuts[1:-1]
+    cuts = {*found[wanted[wanted >= 0]].tolist()}
+    edges = np.concatenate(([0], found, [len(text)]))
+    for gap in np.flatnonzero(np.diff(edges) > LONGEST_UNIT).tolist():
+        begin, end = int(edges[gap]), int(edges[gap + 1])
+        while end - begin > LONGEST_UNIT:
+            begin += LONGEST_UNIT
+            while text[begin] & 0xC0 == 0x80:  # not inside a character
+                begin -= 1
+            cuts.add(begin)
+    return sorted(cuts)
 
 
 class Encoder:

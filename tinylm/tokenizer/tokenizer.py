@@ -127,7 +127,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, none added. Text that spells a special token is text."""
-        if len(text) > UNIT_BYTES:
+        if len(text) > UNIT_BYTES // 4:  # in bytes it may be more than a unit
             return [id for ids, _ in self.encode_pieces([Piece(text, True)]) for id in ids.tolist()]
         return list(self.backend.encode(text, add_special_tokens=False).ids)
 
