@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinylm.data.shards import Shard, open_shard
 from tinylm.errors import InputError
+from tinylm.paths import sync_folder, write_whole
 from tinylm.recipe import Recipe, load
 from tinylm.tokenizer import Tokenizer
 
@@ -141,6 +142,17 @@ def sha256(file: Path) -> str:
         while block := opened.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def seal(folder: Path) -> None:
+    """Sync the files of a checkpoint to disk and write its manifest, with which it counts as whole."""
+    files = {}
+    for file in sorted(folder.iterdir()):
+        with open(file, "rb+") as written:
+            os.fsync(written.fileno())
+        files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    write_whole(folder / "manifest.json", json.dumps({"files": files}, indent=1) + "\n")
+    sync_folder(folder)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -26,7 +26,9 @@ for arguments in json.loads(sys.argv[1]):
 print(json.dumps(answers))
 """
 HELP = [[], ["tokenize"], *([verb, "--help"] for verb in VERBS), ["-h"], ["--help"], ["--version"]]
-HELP += [["tokenize", verb, "--help"] for verb in ("train", "encode", "decode", "report")]
+HELP += [
+    ["tokenize", verb, "--help"] for verb in ("train", "encode", "decode", "report", "compare", "explain", "sweep", "add", "remove")
+]
 MISTAKES = {
     "trian x": "no such verb 'trian' (did you mean train?)",
     "xyzzy": "no such verb 'xyzzy' (`tinylm --help` lists them)",
@@ -61,13 +63,18 @@ MISTAKES = {
     "runs nowhere": "nowhere: no such folder",
     "recipes quikstart": "quikstart: no recipe of that name ships (did you mean quickstart?)",
     "tokenize trian": "no such command 'trian'",
-    "tokenize encode nowhere.txt": "name one tokenizer (with --tokenizer PATH or --run RUN)",
+    "tokenize encode nowhere.txt": "no run under runs/ yet",
     "tokenize encode - -t nowhere.json": "nowhere.json: no such tokenizer file",
     "tokenize encode - -t x --format hex": "--format: must be ids, tokens or jsonl, not 'hex'",
     "tokenize train nowhere.txt --out t.json": "nowhere.txt: no such file or folder",
-    "tokenize train nowhere.txt --out t.json --kind wordpice": "--kind: must be one of bpe, char, byte, not 'wordpice'",
+    "tokenize train nowhere.txt --out t.json --kind wordpice": "not 'wordpice' (did you mean wordpiece?)",
     "tokenize train nowhere.txt --out t.json --vocab-size 9": "--vocab-size: bpe needs at least 257",
-    "tokenize train nowhere.txt --out t.json --kind char --vocab-size 9": "--vocab-size: only kind bpe has it",
+    "tokenize train nowhere.txt --out t.json --kind char --vocab-size 9": "--vocab-size: only kinds bpe, unigram, wordpiece,",
+    "tokenize train nowhere.txt --out t.json --kind word --dropout 9": "no such option",
+    "tokenize train nowhere.txt --out t.json --normalize nfx": "--normalize: must be none or some of nfc, nfd,",
+    "tokenize compare nowhere.json --on nowhere.txt": "nowhere.json: no such tokenizer file",
+    "tokenize sweep nowhere.txt --sizes 5,x": "--sizes: must be numbers with commas between them",
+    "tokenize add abc -t nowhere.json --out t.json": "nowhere.json: no such tokenizer file",
 }
 
 

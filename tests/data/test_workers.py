@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,9 +33,9 @@ def tokenizer(pieces: list[Piece]) -> Tokenizer:
 def test_any_number_of_workers_writes_the_same_bytes(
     pieces: list[Piece], tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "_BATCH_CHARACTERS", 3000)
+    monkeypatch.setattr(room, "_BATCH_BYTES", 3000)
     for workers in (1, 3):
-        encode(tmp_path / str(workers), "text", iter(pieces), tokenizer, lambda done: None, workers)
+        encode(tmp_path / str(workers), "text", iter(pieces), tokenizer, lambda done: None, partial(room.encoded, tokenizer, workers=workers))
     for name in ("text.npy", "text.json"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "3" / name).read_bytes()
 

@@ -1,6 +1,7 @@
 """Encoding text on several processes.
 
-Pieces go out in order and ids come back in order, so that the tokens are the same bytes whatever the number of workers.
+Units of text, which no word crosses, go out in order and ids come back in order: the tokens are the same bytes whatever the number
+of workers.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ import numpy as np
 from tinylm.errors import WorkError
 from tinylm.text.sources import Piece
 from tinylm.tokenizer import Tokenizer
+from tinylm.tokenizer.encoding import units
 
-_BATCH_CHARACTERS = 1 << 21
+_BATCH_BYTES = 1 << 21
 _AHEAD = 3
 """Batches under way for each worker: they bound the memory, and keep everybody busy while the slowest is waited for."""
 
+Unit = tuple[bytes, bool]
 Encoded = tuple[np.ndarray, bool]
 _tokenizer: Tokenizer | None = None
 
@@ -37,7 +40,7 @@ def encoded(tokenizer: Tokenizer, pieces: Iterable[Piece], workers: int) -> Iter
     pool = ProcessPoolExecutor(workers, context, _begin, (tokenizer.backend.to_str(),))
     under_way: deque[Future[list[Encoded]]] = deque()
     try:
-        for batch in _batches(pieces):
+        for batch in _batches(units(pieces, tokenizer.borders)):
             under_way.append(pool.submit(_encode, batch))
             if len(under_way) >= _AHEAD * workers:
                 yield from under_way.popleft().result()
@@ -50,13 +53,13 @@ def encoded(tokenizer: Tokenizer, pieces: Iterable[Piece], workers: int) -> Iter
         pool.shutdown(cancel_futures=True)
 
 
-def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    batch: list[Piece] = []
+def _batches(units: Iterable[Unit]) -> Iterator[list[Unit]]:
+    batch: list[Unit] = []
     size = 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece.text)
-        if size >= _BATCH_CHARACTERS:
+    for unit in units:
+        batch.append(unit)
+        size += len(unit[0])
+        if size >= _BATCH_BYTES:
             yield batch
             batch, size = [], 0
     if batch:
@@ -79,6 +82,6 @@ def _begin(tokenizer: str) -> None:
     _tokenizer = Tokenizer.from_text(tokenizer)
 
 
-def _encode(batch: list[Piece]) -> list[Encoded]:
+def _encode(batch: list[Unit]) -> list[Encoded]:
     assert _tokenizer is not None
-    return list(_tokenizer.encode_pieces(batch))
+    return [(_tokenizer.encoder.encode(text), starts) for text, starts in batch]

@@ -36,7 +36,7 @@ from tinylm.optim.groups import Optimizers
 from tinylm.paths import sync_folder, write_whole
 from tinylm.processes import ALONE, Processes
 from tinylm.reporting import Reporter
-from tinylm.run import FORMAT, Checkpoint, Run, sha256
+from tinylm.run import FORMAT, Checkpoint, Run, seal
 from tinylm.training.parallel import named_weights
 
 
@@ -129,13 +129,7 @@ class CheckpointWriter:
         save_file(dict(snapshot.weights), partial / "model.safetensors", {"format": "pt"})
         note = {"format": FORMAT, "version": tinylm.__version__, **snapshot.state}
         (partial / "state.json").write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
-        files = {}
-        for file in sorted(partial.iterdir()):
-            with open(file, "rb+") as written:
-                os.fsync(written.fileno())
-            files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
-        write_whole(partial / "manifest.json", json.dumps({"files": files}, indent=1) + "\n")
-        sync_folder(partial)
+        seal(partial)
         if final.exists():
             self._remove(Checkpoint(final))
         os.replace(partial, final)
