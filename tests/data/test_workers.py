@@ -30,12 +30,16 @@ def tokenizer(pieces: list[Piece]) -> Tokenizer:
     return training.train(BpeTokenizer(kind="bpe", vocab_size=500), pieces, print)
 
 
+def encode_with(workers: int, folder: Path, pieces: Iterator[Piece], tokenizer: Tokenizer) -> None:
+    encode(folder, "text", pieces, tokenizer, lambda done: None, partial(room.encoded, tokenizer, workers=workers))
+
+
 def test_any_number_of_workers_writes_the_same_bytes(
     pieces: list[Piece], tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(room, "_BATCH_BYTES", 3000)
     for workers in (1, 3):
-        encode(tmp_path / str(workers), "text", iter(pieces), tokenizer, lambda done: None, partial(room.encoded, tokenizer, workers=workers))
+        encode_with(workers, tmp_path / str(workers), iter(pieces), tokenizer)
     for name in ("text.npy", "text.json"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "3" / name).read_bytes()
 
@@ -45,7 +49,7 @@ def test_a_worker_that_is_killed_is_told_and_leaves_no_file(
 ) -> None:
     monkeypatch.setattr(room, "_begin", _killed)
     with pytest.raises(WorkError, match=r"was killed.*--workers"):
-        encode(tmp_path, "text", iter(pieces), tokenizer, lambda done: None, 2)
+        encode_with(2, tmp_path, iter(pieces), tokenizer)
     assert not list(tmp_path.iterdir())
 
 
@@ -59,4 +63,4 @@ def test_an_error_in_the_text_comes_through(tokenizer: Tokenizer, tmp_path: Path
         raise OSError("the disk is gone")
 
     with pytest.raises(OSError, match="the disk is gone"):
-        encode(tmp_path, "text", broken(), tokenizer, lambda done: None, 2)
+        encode_with(2, tmp_path, broken(), tokenizer)
