@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinylm.model.cache import KeyValueCache
+from tinylm.model.cache import CacheRows
 from tinylm.model.functions import relu_squared, rms_norm, rotate
 from tinylm.recipe.schema import ModelSection
 
@@ -47,7 +47,7 @@ class Shared:
     """(B, T, C), what the first block reads."""
     rotation: Rotation | None = None
     """Cosines and sines, (T, 1, D / 2)."""
-    cache: KeyValueCache | None = None
+    cache: CacheRows | None = None
 
 
 class Attention(nn.Module):
@@ -80,7 +80,7 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         causal: bool = False,
         rotation: Rotation | None = None,
-        cache: KeyValueCache | None = None,
+        cache: CacheRows | None = None,
         added_values: Tensor | None = None,
         first_values: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:

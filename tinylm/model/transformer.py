@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tinylm.footprint import LOSS_BYTES, LOSS_ROWS
-from tinylm.model.cache import KeyValueCache
+from tinylm.model.cache import CacheRows
 from tinylm.model.functions import summed_cross_entropy
 from tinylm.model.initialisation import initialise
 from tinylm.model.layers import Attention, Block, FeedForward, Rotation, Shared, make_norm
@@ -51,7 +51,7 @@ class Transformer(nn.Module):
         if model.tie_embeddings:
             self.head.weight = self.embedding.weight
 
-    def forward(self, tokens: Tensor, cache: KeyValueCache | None = None, *, targets: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, cache: CacheRows | None = None, *, targets: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) for ids (B, T). With a cache, the ids continue what it holds and are added to it.
 
         At most `context_length` positions, the cached ones included. With `targets` (B, T): instead of logits the sum of
@@ -65,7 +65,7 @@ class Transformer(nn.Module):
         total: Tensor = _summed(hidden.flatten(0, 1), self.head.weight, targets.flatten(), self.model.logit_softcap, chunk)
         return total
 
-    def hidden(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: CacheRows | None = None) -> Tensor:
         """What the head reads: (B, T) ids -> (B, T, C), after the last norm."""
         start = cache.length if cache is not None else 0
         end = start + tokens.shape[1]
