@@ -78,6 +78,10 @@ class Constraint:
         ids, following = self._moves[state]
         return int(following[np.searchsorted(ids, id)])
 
+    def accepts(self, state: int) -> bool:
+        """Whether the text so far matches."""
+        return bool(self._accepting[state])
+
     def complete(self, state: int) -> bool:
         """Whether the text matches and nothing may follow; without an end-of-text token, whether it matches."""
         return bool(self._accepting[state]) and (self._end is None or not len(self._moves[state][0]))
