@@ -192,9 +192,11 @@ def checked_text(text: str, option: str) -> str:
 
 
 def checked_weights(value: str) -> Literal["fp32", "bf16", "int8"]:
-    if value not in ("fp32", "bf16", "int8"):
-        raise InputError(f"must be fp32, bf16 or int8, not {value!r}", where="--weights")
-    return value
+    kinds: tuple[Literal["fp32", "bf16", "int8"], ...] = ("fp32", "bf16", "int8")
+    for kind in kinds:
+        if value == kind:
+            return kind
+    raise InputError(f"must be fp32, bf16 or int8, not {value!r}", where="--weights")
 
 
 def given(ctx: typer.Context, names: Iterable[str]) -> list[str]:

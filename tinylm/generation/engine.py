@@ -350,6 +350,10 @@ class Writer:
             self._finish("length")
         return None
 
+    def stop(self) -> None:
+        """Nothing more comes, though more was wanted."""
+        self._finish("length")
+
     def _finish(self, reason: str) -> None:
         self.done = True
         self.sample.finish_reason = reason

@@ -68,12 +68,13 @@ def beam_search(
     going, ended = [_Beam([], 0.0)], []
 
     def score(beam: _Beam, tokens: int) -> float:
-        return beam.nats / max(tokens, 1) ** length_penalty
+        return float(beam.nats / max(tokens, 1) ** length_penalty)
 
     for written in range(max_new_tokens):
         totals = _logprobs(logits, going, constraint, max_new_tokens - written)
         top = totals.flatten().topk(min(2 * beams, totals.numel()))
-        sources, chosen = [], []
+        sources: list[int] = []
+        chosen: list[_Beam] = []
         for nats, place in zip(top.values.tolist(), top.indices.tolist(), strict=True):
             row, id = divmod(place, totals.shape[1])
             if nats == float("-inf") or len(chosen) == beams:

@@ -100,9 +100,9 @@ class Tokenizer:
             if id >= self.vocab_size:
                 raise InputError(f"{named} is not an id below {self.vocab_size}")
             return id
-        id = self.backend.token_to_id(named) if named in (END_OF_TEXT, UNKNOWN) else None
-        if id is not None:
-            return id
+        special = self.backend.token_to_id(named) if named in (END_OF_TEXT, UNKNOWN) else None
+        if special is not None:
+            return int(special)
         spoken = named.encode()
         if spoken and spoken in self.token_bytes:
             return self.token_bytes.index(spoken)
