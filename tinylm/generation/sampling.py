@@ -93,14 +93,17 @@ def distribution(logits: Tensor, options: SamplingOptions) -> tuple[Tensor, Tens
     then min-p (Nguyen et al. 2024), what has at least that share of the likeliest token's probability. The likeliest token
     always stays.
     """
-    logits = logits.float() / max(options.temperature, 1e-5)
+    logits = logits.float()
+    if options.temperature != 1.0:
+        logits = logits / max(options.temperature, 1e-5)
     narrowing = (options.top_p is not None and options.top_p < 1) or bool(options.min_p)
     if options.top_k is None and not narrowing:
         return logits.softmax(dim=-1), None
     probabilities, ids = _candidates(logits, options)
     if narrowing:
         probabilities = probabilities * _kept(probabilities, options)
-    return probabilities / probabilities.sum(dim=-1, keepdim=True), ids
+        probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
+    return probabilities, ids
 
 
 def _candidates(logits: Tensor, options: SamplingOptions) -> tuple[Tensor, Tensor]:
