@@ -64,7 +64,7 @@ class KneserNey:
         starts, ending = tokens, [tokens]
         for k in range(2, order + 1):
             longer = np.full(len(tokens), -1, dtype=np.int64)
-            reach = len(tokens) - k + 1
+            reach = max(len(tokens) - k + 1, 0)
             valid = np.flatnonzero(starts[:reach] >= 0)
             keys = starts[valid] * self.vocab_size + tokens[valid + k - 1]
             at = np.searchsorted(self._keys[k - 2], keys).clip(max=max(len(self._keys[k - 2]) - 1, 0))
