@@ -86,8 +86,7 @@ def compare(
             for column in (title, *runs):
                 table.add_column(column, justify="left" if column == title else "right")
             for row in rows:
-                values = row["values"]
-                table.add_row(str(row["name"]), *(Text("" if value is None else f"{value:.4f}" if title.startswith("held") else f"{value}") for value in values))
+                table.add_row(str(row["name"]), *(Text(_shown(value)) for value in row["values"]))
             console.print(table)
             console.print()
     facts = []
@@ -100,6 +99,10 @@ def compare(
             ("paired over", f"{test.pieces:,} {test.kind}"),
         ]
     show_facts(console, facts)
+
+
+def _shown(value: Any) -> str:
+    return "" if value is None else f"{value:.4f}" if isinstance(value, float) and value > 0.01 else f"{value}"
 
 
 def _named(test: dict[str, Any]) -> dict[str, Any]:

@@ -231,7 +231,7 @@ def _refuse_what_does_not_go_together(ctx: typer.Context) -> None:
     }
     for option, others in refused.items():
         if (found := given(ctx, (option,))) and (clashing := given(ctx, others)):
-            raise InputError(f"do not go together with {found[0]}", where=", ".join(clashing))
+            raise InputError(f"not together with {found[0]}", where=", ".join(clashing))
 
 
 def _prompts(prompt: str, file: Path | None, many: str | None, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -279,9 +279,12 @@ def _biases(tokenizer: Tokenizer, biases: list[str] | tuple[()], banned: list[st
     for written in biases:
         token, _, value = written.rpartition("=")
         try:
-            found.append((_token(tokenizer, token, "--logit-bias"), float(value)))
+            bias = float(value)
         except ValueError:
-            raise InputError(f"{written!r} is not TOKEN=X with a number X", where="--logit-bias") from None
+            token = ""
+        if not token:
+            raise InputError(f"{written!r} is not TOKEN=X with a number X", where="--logit-bias")
+        found.append((_token(tokenizer, token, "--logit-bias"), bias))
     return (*found, *((_token(tokenizer, token, "--ban"), float("-inf")) for token in banned))
 
 

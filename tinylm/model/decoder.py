@@ -39,10 +39,10 @@ class Decoder:
         self._head = _linear(self.network.head)
         self._shares_first_values = self.model.value_residual
         self._compiled = compiled
-        self._run = self._step
+        self._run = self.advance
         if compiled:
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"
-            self._run = torch.compile(self._step, dynamic=False, fullgraph=True, mode=mode)
+            self._run = torch.compile(self.advance, dynamic=False, fullgraph=True, mode=mode)
         if self.model.position == "rope":
             cosines, sines = self.network.get_buffer("rope_cosines"), self.network.get_buffer("rope_sines")
             self._turns = torch.stack((torch.cat((cosines, cosines), -1), torch.cat((-sines, sines), -1)), 1)[
@@ -80,14 +80,19 @@ class Decoder:
         cache.lengths[:] = [length + 1 for length in lengths]
         return logits
 
-    def _step(self, stored: list[LayerViews], read: Tensor, tokens: Tensor, positions: Tensor, span: int, even: bool) -> Tensor:
-        """`even`: every row stands at position span - 1, and nothing must be hidden from it."""
+    def advance(self, stored: list[LayerViews], read: Tensor, tokens: Tensor, positions: Tensor, span: int, even: bool) -> Tensor:
+        """A step's arithmetic: tensors in, logits (B, V) out, nothing looked up or left behind but in the cache.
+
+        Row b adds tokens[b] at positions[b], to be seen among the first `span` positions. `even`: every row stands at position
+        span - 1, so that nothing must be hidden from it.
+        """
         B, capacity = tokens.shape[0], read.shape[1]
         places = positions + torch.arange(0, B * capacity, capacity, device=positions.device) if B > 1 else positions
         mask = None
         if not even:
             hidden = torch.arange(span, device=positions.device) > positions[:, None]
-            mask = torch.zeros(hidden.shape, device=positions.device).masked_fill_(hidden, float("-inf"))[:, None, None]
+            mask = torch.zeros(hidden.shape, device=positions.device, dtype=stored[0].keys.dtype)
+            mask = mask.masked_fill_(hidden, float("-inf"))[:, None, None]
         x = self._embedded(tokens, positions, read, places)
         turn = self._turns.index_select(0, positions).unbind(1) if self.model.position == "rope" else None
         embedded, first = x, None
