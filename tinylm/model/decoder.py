@@ -64,7 +64,7 @@ class Decoder:
     def read(self, cache: KeyValueCache, row: int, ids: Sequence[int] | Tensor) -> Tensor:
         """Fill a row with these ids from the beginning; the logits (V,) after the last."""
         tokens = torch.as_tensor(ids, device=self.device, dtype=torch.long)[None]
-        return self.network.logits(self.network.hidden(tokens, cache.rows(row, row + 1))[0, -1:])[0]
+        return self.network.logits(self.network.hidden(tokens, cache.rows(row, row + 1), last=True)[0])[0]
 
     def step(self, cache: KeyValueCache, tokens: Tensor) -> Tensor:
         """Add one id (B,) to every row, of which none may be full, and give the logits (B, V) after it.

@@ -65,8 +65,8 @@ class Transformer(nn.Module):
         total: Tensor = _summed(hidden.flatten(0, 1), self.head.weight, targets.flatten(), self.model.logit_softcap, chunk)
         return total
 
-    def hidden(self, tokens: Tensor, cache: CacheRows | None = None) -> Tensor:
-        """What the head reads: (B, T) ids -> (B, T, C), after the last norm."""
+    def hidden(self, tokens: Tensor, cache: CacheRows | None = None, *, last: bool = False) -> Tensor:
+        """What the head reads: (B, T) ids -> (B, T, C), after the last norm. `last`: only after the last token, (B, 1, C)."""
         start = cache.length if cache is not None else 0
         end = start + tokens.shape[1]
         if end > self.model.context_length:
@@ -85,8 +85,10 @@ class Transformer(nn.Module):
         x = self.dropout(x)
         shared = Shared(tokens, x, self._rotation(start, end), cache)
         first_values: Tensor | None = None
-        for block in self.blocks:
-            if self.recompute and torch.is_grad_enabled():
+        for number, block in enumerate(self.blocks, 1):
+            if last and number == len(self.blocks):
+                x, values = block(x, shared, first_values, last=True)
+            elif self.recompute and torch.is_grad_enabled():
                 x, values = checkpoint(
                     block, x, shared, first_values, use_reentrant=False, preserve_rng_state=self.model.dropout > 0
                 )
