@@ -62,6 +62,33 @@ def test_rows_can_be_shared_moved_and_left_out(preset: str) -> None:
     assert cache.lengths == [9, 9]
 
 
+@torch.inference_mode()
+def test_what_is_compiled_sees_one_shape_whichever_rows_are_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler itself takes a minute; here it hands the function back and notes what it is given."""
+    shapes = set()
+
+    def compiler(function: Any, **options: Any) -> Any:
+        def called(stored: Any, read: Any, tokens: Any, positions: Any, span: int, even: bool) -> Any:
+            shapes.add((stored[0].keys.shape, tokens.shape, positions.shape, span, even))
+            return function(stored, read, tokens, positions, span, even)
+
+        return called
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    network, tokens = model("modern", ngram_embeddings=[2, 3], ngram_rows=97), ids(3, 16)
+    decoder, plain = Decoder(network, compiled=True), Decoder(network)
+    caches = [one.cache(3) for one in (decoder, plain)]
+    for rows in (1, 3, 2):
+        found = []
+        for one, cache in zip((decoder, plain), caches, strict=True):
+            cache.use(rows)
+            for row in range(rows):
+                one.read(cache, row, tokens[row, : 4 + row])
+            found += [one.step(cache, tokens[:rows, 9]), one.step(cache, tokens[:rows, 10])]
+        torch.testing.assert_close(found[:2], found[2:], atol=2e-5, rtol=1e-5)
+    assert len(shapes) == 1
+
+
 @pytest.mark.parametrize("weights", WEIGHT_KINDS)
 @pytest.mark.parametrize("preset", PRESETS)
 @torch.inference_mode()

@@ -2,8 +2,8 @@
 
 A document is read in windows of `context` tokens that advance by `stride`; a window scores the tokens that no window
 before it has scored, so that each has at least context - stride tokens before it, or all there are. The first token of a
-document is predicted from the end-of-text token. Logits are made for scored tokens alone. Arithmetic is float32 inside the
-model and float64 in every sum.
+document is predicted from the end-of-text token. Logits, and what the last block does for one position alone, are computed only
+where a token is scored. Arithmetic is float32 inside the model and float64 in every sum.
 """
 
 from __future__ import annotations
@@ -190,8 +190,10 @@ def _score(network: Transformer, shard: Shard, batch: list[Window], device: torc
         places.append(window.start + 1 + column)
         contexts.append(column + 1)
     where, targets = np.concatenate(places), shard.tokens[np.concatenate(places)].astype(np.int64)
-    hidden = network.hidden(torch.from_numpy(inputs).to(device))
-    scored = hidden[torch.from_numpy(np.concatenate(rows)).to(device), torch.from_numpy(np.concatenate(columns)).to(device)]
+    left_out = int(np.concatenate(columns).min())  # no window of this batch scores a position before
+    hidden = network.hidden(torch.from_numpy(inputs).to(device), last=inputs.shape[1] - left_out if left_out else None)
+    at = torch.from_numpy(np.concatenate(columns) - left_out).to(device)
+    scored = hidden[torch.from_numpy(np.concatenate(rows)).to(device), at]
     logits = network.logits(scored)
     precise = logits.float() if logits.itemsize < 4 else logits
     losses = F.cross_entropy(precise, torch.from_numpy(targets).to(device), reduction="none")

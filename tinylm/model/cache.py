@@ -17,7 +17,7 @@ class KeyValueCache:
     """Keys and values of every layer for up to `capacity` positions of each row, allocated once.
 
     `keys` and `values` are (L, B, S, K, D), `tokens` (B, S) the ids. `lengths` tells how many positions of each row are
-    filled; rows need not stand at the same position.
+    filled; rows need not stand at the same position. `layers` are views of the rows in use, `whole` of all.
     """
 
     def __init__(self, model: ModelSection, rows: int, capacity: int, *, device: torch.device, dtype: torch.dtype) -> None:
@@ -27,6 +27,7 @@ class KeyValueCache:
         self.tokens = torch.zeros((rows, capacity), device=device, dtype=torch.long)
         self.lengths: list[int] = []
         self.use(rows)
+        self.whole = self.layers
 
     def use(self, rows: int) -> None:
         """Only the first so many rows are stepped from now on; rows that join are empty."""

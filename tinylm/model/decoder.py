@@ -10,6 +10,7 @@ Legend: B rows, C width, H heads, K key/value heads, G = H / K, D head width, S 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ class Decoder:
     def __init__(self, network: Transformer, *, weights: WeightKind = "fp32", compiled: bool = False) -> None:
         self.network = pack(network, weights)
         self.model = network.model
-        self._layers = [_Layer(block, self.network) for block in self.network.blocks if isinstance(block, Block)]
+        self._layers = [_Layer(cast(Block, block), self.network) for block in self.network.blocks]
         self._embedding_norm = _norm(self.network.embedding_norm)
         self._final_norm = _norm(self.network.final_norm)
         self._head = _linear(self.network.head)
@@ -45,9 +46,8 @@ class Decoder:
             self._run = torch.compile(self.advance, dynamic=False, fullgraph=True, mode=mode)
         if self.model.position == "rope":
             cosines, sines = self.network.get_buffer("rope_cosines"), self.network.get_buffer("rope_sines")
-            self._turns = torch.stack((torch.cat((cosines, cosines), -1), torch.cat((-sines, sines), -1)), 1)[
-                :, :, None
-            ]  # (context, 2, 1, D)
+            turns = torch.stack((torch.cat((cosines, cosines), -1), torch.cat((-sines, sines), -1)), 1)
+            self._turns = turns[:, :, None]  # (context, 2, 1, D)
         if self.network.ngrams is not None:
             self._reach = torch.arange(max(self.network.ngrams.orders), device=self.device).flip(0)
 
@@ -64,7 +64,7 @@ class Decoder:
     def read(self, cache: KeyValueCache, row: int, ids: Sequence[int] | Tensor) -> Tensor:
         """Fill a row with these ids from the beginning; the logits (V,) after the last."""
         tokens = torch.as_tensor(ids, device=self.device, dtype=torch.long)[None]
-        return self.network.logits(self.network.hidden(tokens, cache.rows(row, row + 1), last=True)[0])[0]
+        return self.network.logits(self.network.hidden(tokens, cache.rows(row, row + 1), last=1)[0])[0]
 
     def step(self, cache: KeyValueCache, tokens: Tensor) -> Tensor:
         """Add one id (B,) to every row, of which none may be full, and give the logits (B, V) after it.
@@ -72,11 +72,15 @@ class Decoder:
         To be called in inference mode, which is not entered here: for a small model that would be a hundredth of the time.
         """
         lengths = cache.lengths
-        longest = max(lengths) + 1
-        even = min(lengths) + 1 == longest
-        positions = torch.tensor(lengths, device=self.device)
-        span = cache.capacity if self._compiled else longest
-        logits = self._run(cache.layers, cache.tokens, tokens, positions, span, even and not self._compiled)
+        if self._compiled:  # always the same shapes: rows that are not in use write where the next prompt will
+            unused = len(cache.tokens) - len(lengths)
+            positions = torch.tensor(lengths + [0] * unused, device=self.device)
+            padded = F.pad(tokens, (0, unused))
+            logits = self._run(cache.whole, cache.tokens, padded, positions, cache.capacity, False)[: len(lengths)]
+        else:
+            longest = max(lengths) + 1
+            positions = torch.tensor(lengths, device=self.device)
+            logits = self._run(cache.layers, cache.tokens, tokens, positions, longest, min(lengths) + 1 == longest)
         cache.lengths[:] = [length + 1 for length in lengths]
         return logits
 

@@ -83,9 +83,9 @@ class Attention(nn.Module):
         cache: CacheRows | None = None,
         added_values: Tensor | None = None,
         first_values: Tensor | None = None,
-        last: bool = False,
+        last: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(B, T, C) -> (B, T, C), and the values (B, S, K, D) that were mixed. `last`: only for the last position, (B, 1, C).
+        """(B, T, C) -> (B, T, C), and the values (B, S, K, D) that were mixed. `last`: only for so many last positions.
 
         `keys_from` (B, S, C), default the queries' source. `mask` broadcasts to (B, H, T, S), True = may look. `causal`
         lets position t look at positions up to t, counted from the end of what `cache` holds. `added_values`
@@ -101,8 +101,8 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, time, D)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        if last:
-            q, T = q[:, :, -1:], 1
+        if last is not None:
+            q, T = q[:, :, -last:], min(last, T)
         grouped = self.kv_heads != self.heads
         if grouped and q.device.type == "cuda" and q.dtype == torch.float32:  # no fast kernel there takes groups
             k, v = (x.repeat_interleave(self.heads // self.kv_heads, dim=1) for x in (k, v))
@@ -194,10 +194,10 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(model)
         self.dropout = nn.Dropout(model.dropout)
 
-    def forward(self, x: Tensor, shared: Shared, first_values: Tensor | None, last: bool = False) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, shared: Shared, first_values: Tensor | None, last: int | None = None) -> tuple[Tensor, Tensor]:
         """(B, T, C) -> (B, T, C), causal, and the attention's values. `first_values`: those of the first block.
 
-        `last`: only the last position, (B, 1, C), is wanted; the keys and values of all are cached.
+        `last`: only so many last positions are wanted, (B, last, C); the keys and values of all are cached.
         """
         if self.stream_shares is not None:
             keep, add = self.stream_shares.to(x.dtype).unbind()
@@ -215,8 +215,8 @@ class Block(nn.Module):
             first_values=first_values,
             last=last,
         )
-        if last:
-            x = x[:, -1:]
+        if last is not None:
+            x = x[:, -last:]
         mixed = self.dropout(mixed)
         if self.feed_forward_norm is None:
             return self.attention_norm(x + mixed + self._feed(x)), values

@@ -65,8 +65,8 @@ class Transformer(nn.Module):
         total: Tensor = _summed(hidden.flatten(0, 1), self.head.weight, targets.flatten(), self.model.logit_softcap, chunk)
         return total
 
-    def hidden(self, tokens: Tensor, cache: CacheRows | None = None, *, last: bool = False) -> Tensor:
-        """What the head reads: (B, T) ids -> (B, T, C), after the last norm. `last`: only after the last token, (B, 1, C)."""
+    def hidden(self, tokens: Tensor, cache: CacheRows | None = None, *, last: int | None = None) -> Tensor:
+        """What the head reads: (B, T) ids -> (B, T, C), after the last norm. `last`: only for so many last tokens."""
         start = cache.length if cache is not None else 0
         end = start + tokens.shape[1]
         if end > self.model.context_length:
@@ -86,8 +86,8 @@ class Transformer(nn.Module):
         shared = Shared(tokens, x, self._rotation(start, end), cache)
         first_values: Tensor | None = None
         for number, block in enumerate(self.blocks, 1):
-            if last and number == len(self.blocks):
-                x, values = block(x, shared, first_values, last=True)
+            if last is not None and number == len(self.blocks):
+                x, values = block(x, shared, first_values, last=last)
             elif self.recompute and torch.is_grad_enabled():
                 x, values = checkpoint(
                     block, x, shared, first_values, use_reentrant=False, preserve_rng_state=self.model.dropout > 0
