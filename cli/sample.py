@@ -6,7 +6,7 @@ import json as json_module
 import math
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,7 @@ from .console import (
 if TYPE_CHECKING:
     from tinylm.generation.constraint import Constraint
     from tinylm.generation.engine import Sample
+    from tinylm.generation.search import Ranked
     from tinylm.tokenizer import Tokenizer
 
 app = typer.Typer(add_completion=False)
@@ -96,6 +97,8 @@ def sample(
 ) -> None:
     """Write text with a trained model."""
     _refuse_what_does_not_go_together(ctx)
+    if beams is not None and beams < count_:
+        raise InputError(f"the best {count_} of {beams}?", where="--beams", hint=f"{count_} or more")
     checked_weights(weights)
     console = stderr()
     opened = open_run(run, console, quiet=quiet)
@@ -111,7 +114,7 @@ def sample(
     from tinylm.device import resolve, set_threads
 
     target = resolve(device)
-    from tinylm.generation.engine import Request, generate, sample_seed, write
+    from tinylm.generation.engine import Request, sample_seed, write
     from tinylm.generation.sampling import SamplingOptions
     from tinylm.generation.search import beam_search
     from tinylm.generation.search import best_of as best_samples
@@ -142,75 +145,63 @@ def sample(
     seed = secrets.randbelow(2**31) if seed is None else seed
     document = {"run": str(opened.path), "checkpoint": chosen.name, "seed": seed}
     if interactive:
-        _converse(
-            prompt,
-            lambda text, turn, heard: generate(
+
+        def turn(text: str, number: int, heard: Callable[[str], None]) -> str:
+            request = Request(text, options, sample_seed(seed, number), constraint, heard)
+            return next(write(decoder, tokenizer, [request])).text
+
+        _converse(prompt, turn)
+        return
+    streaming = count_ == 1 and prompts is None and not json and not no_stream and beams is None and best_of is None
+    if streaming:
+        out(asked[0][0], end="")
+    found: Iterator[tuple[dict[str, Any], Sample, float | None]]  # the line a prompt came in, what was written, its rank
+    if beams is not None or best_of is not None:
+
+        def search(text: str) -> list[Ranked]:
+            if beams is None:
+                among = best_of or count_
+                return best_samples(
+                    decoder, tokenizer, text, options, count=count_, among=among, ranking=rank, seed=seed, constraint=constraint
+                )
+            ranked = beam_search(
                 decoder,
                 tokenizer,
                 text,
-                options,
-                seed=sample_seed(seed, turn),
+                beams=beams,
+                max_new_tokens=max_new_tokens,
+                length_penalty=length_penalty,
                 constraint=constraint,
-                on_text=lambda _, new: heard(new),
-            )[0],
-        )
-        return
-    if beams is not None or best_of is not None:
-        ranked = [
-            one
-            for text, _ in asked
-            for one in (
-                beam_search(
-                    decoder,
-                    tokenizer,
-                    text,
-                    beams=beams,
-                    max_new_tokens=max_new_tokens,
-                    length_penalty=length_penalty,
-                    constraint=constraint,
-                )[:count_]
-                if beams is not None
-                else best_samples(
-                    decoder,
-                    tokenizer,
-                    text,
-                    options,
-                    count=count_,
-                    among=best_of or count_,
-                    ranking=rank,
-                    seed=seed,
-                    constraint=constraint,
-                )
             )
-        ]
-        shown = [(one.sample, {**_facts(one.sample, tokenizer), "score": one.score}) for one in ranked]
-        _answer(shown, document, tokenizer, json=json)
-        return
-    streaming = count_ == 1 and prompts is None and not json and not no_stream
-    if streaming:
-        out(asked[0][0], end="")
-    requests = [
-        Request(text, options, sample_seed(seed, index), constraint, (lambda new: out(new, end="")) if streaming else None)
-        for text, _ in asked
-        for index in range(count_)
-    ]
+            return ranked[:count_]
+
+        found = ((record, one.sample, one.score) for text, record in asked for one in search(text))
+    else:
+        heard = (lambda new: out(new, end="")) if streaming else None
+        repeated = [(*one, index) for one in asked for index in range(count_)]
+        requests = [Request(text, options, sample_seed(seed, index), constraint, heard) for text, _, index in repeated]
+        found = ((line[1], one, None) for line, one in zip(repeated, write(decoder, tokenizer, requests), strict=True))
     if prompts is not None and not json:
-        records = [record for _, record in asked for _ in range(count_)]
-        for record, written in zip(records, write(decoder, tokenizer, requests), strict=True):
-            facts = _facts(written, tokenizer)
-            out(json_module.dumps({**record, **facts}, ensure_ascii=False))
+        for record, one, score in found:
+            out(json_module.dumps({**record, **_facts(one, tokenizer, score)}, ensure_ascii=False))
         return
-    samples = list(write(decoder, tokenizer, requests))
+    written = [(one, score) for _, one, score in found]
+    if json:
+        document = {"run": str(opened.path), "checkpoint": chosen.name, "seed": seed}
+        print_json({**document, "samples": [_facts(one, tokenizer, score) for one, score in written]})
+        return
     if streaming:
         out("")
-        _show_choices(samples, tokenizer)
     else:
-        _answer([(one, _facts(one, tokenizer)) for one in samples], document, tokenizer, json=json)
-    if not quiet and not json:
-        total = things(sum(len(sample.token_ids) for sample in samples), "token")
-        reasons = ", ".join(dict.fromkeys(sample.finish_reason for sample in samples))
-        speed = count(sum(sample.tokens_per_second for sample in samples))
-        console.say(f"{total}, {speed} tokens/s, {reasons}, {chosen.name}, --seed {seed}", "dim")
+        out("\n\n---\n\n".join(("" if score is None else f"[{score:.4f}] ") + one.prompt + one.text for one, score in written))
+    _show_choices([one for one, _ in written], tokenizer)
+    if not quiet:
+        total = things(sum(len(one.token_ids) for one, _ in written), "token")
+        reasons = ", ".join(dict.fromkeys(one.finish_reason for one, _ in written))
+        drawn = [f"--seed {seed}"] if beams is None else []
+        speeds = [one.tokens_per_second for one, _ in written if one.tokens_per_second]
+        speed = [f"{count(sum(speeds))} tokens/s"] if speeds else []
+        console.say(", ".join([total, *speed, reasons, chosen.name, *drawn]), "dim")
 
 
 def _refuse_what_does_not_go_together(ctx: typer.Context) -> None:
@@ -303,7 +294,7 @@ def _constraint(tokenizer: Tokenizer, regex: str | None, choices: list[str] | No
     return Constraint.choices(choices, tokenizer) if choices else None
 
 
-def _facts(sample: Sample, tokenizer: Tokenizer) -> dict[str, Any]:
+def _facts(sample: Sample, tokenizer: Tokenizer, score: float | None) -> dict[str, Any]:
     """A sample as programs read it."""
     facts: dict[str, Any] = {
         "prompt": sample.prompt,
@@ -312,6 +303,8 @@ def _facts(sample: Sample, tokenizer: Tokenizer) -> dict[str, Any]:
         "finish_reason": sample.finish_reason,
         "tokens_per_second": sample.tokens_per_second,
     }
+    if score is not None:
+        facts["score"] = score
     if sample.choices:
         facts["logprobs"] = [
             {
@@ -325,18 +318,6 @@ def _facts(sample: Sample, tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _named(tokenizer: Tokenizer, id: int, logprob: float) -> dict[str, Any]:
     return {"token": tokenizer.decode([id]), "id": id, "logprob": logprob}
-
-
-def _answer(shown: list[tuple[Sample, dict[str, Any]]], document: dict[str, Any], tokenizer: Tokenizer, *, json: bool) -> None:
-    if json:
-        print_json({**document, "samples": [facts for _, facts in shown]})
-        return
-    texts = []
-    for sample, facts in shown:
-        score = f"[{facts['score']:.4f}] " if "score" in facts else ""
-        texts.append(score + sample.prompt + sample.text)
-    out("\n\n---\n\n".join(texts))
-    _show_choices([sample for sample, _ in shown], tokenizer)
 
 
 def _show_choices(samples: list[Sample], tokenizer: Tokenizer) -> None:
@@ -355,13 +336,13 @@ def _quoted(tokenizer: Tokenizer, id: int) -> str:
     return json_module.dumps(tokenizer.decode([id]), ensure_ascii=False)
 
 
-def _converse(text: str, write: Any) -> None:
+def _converse(text: str, write: Callable[[str, int, Callable[[str], None]], str]) -> None:
     """Turns: a line that is typed is added to the text, an empty one lets it go on; /new begins again, Ctrl-D ends."""
     out("Type a text to continue it, nothing to go on, /new to begin again; Ctrl-D ends.")
     turn = 0
     if text:
         out(text, end="")
-        text += write(text, turn, lambda new: out(new, end="")).text
+        text += write(text, turn, lambda new: out(new, end=""))
         out("")
     while True:
         try:
@@ -374,5 +355,5 @@ def _converse(text: str, write: Any) -> None:
             continue
         turn += 1
         text += checked_text(typed, "what was typed")
-        text += write(text, turn, lambda new: out(new, end="")).text
+        text += write(text, turn, lambda new: out(new, end=""))
         out("")
