@@ -192,7 +192,7 @@ def _train(
             stride=recipe.evaluation.stride,
             max_tokens=recipe.evaluation.max_tokens,
             device=target,
-            interval=False,
+            bootstrap=False,
             share=processes,
             advance=poll,
         )

@@ -136,6 +136,22 @@ class Tokenizer:
             return [id for ids, _ in self.encode_pieces([Piece(text, True)]) for id in ids.tolist()]
         return list(self.backend.encode(text, add_special_tokens=False).ids)
 
+    def token(self, named: str) -> int:
+        """The id of one token: `@123`, or the token's own text. Raises `InputError` for a text that is several tokens."""
+        if named.startswith("@") and named[1:].isdigit():
+            id = int(named[1:])
+            if id >= self.vocab_size:
+                raise InputError(f"{named} is not an id below {self.vocab_size}")
+            return id
+        special = self.backend.token_to_id(named) if named in (END_OF_TEXT, UNKNOWN) else None
+        if special is not None:
+            return int(special)
+        spoken = named.encode()
+        if spoken and spoken in self.token_bytes:
+            return self.token_bytes.index(spoken)
+        ids = self.encode(named)
+        raise InputError(f"{named!r} is not one token but {len(ids)}", hint=f"ids are written @{ids[0] if ids else 0}")
+
     def encode_pieces(self, pieces: Iterable[Piece]) -> Iterator[tuple[np.ndarray, bool]]:
         """(ids as uint32, whether they begin a document), in order. A document's ids do not depend on how `pieces` cut it."""
         for text, starts in units(pieces, self.borders):

@@ -147,13 +147,15 @@ def norms(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
 
 
 def _shard(network: Transformer, mesh: DeviceMesh, precision: Precision | None) -> None:
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     half = torch.bfloat16 if precision is not None and precision.name == "bf16" else None  # float16 has not the range
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in network.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(network, mesh=mesh, mp_policy=policy)  # the rest; a tied head must stay with its embedding
+    for method in ("hidden", "logits"):  # how a text is measured
+        register_fsdp_forward_method(network, method)
     # A block hands on its values as a view, which nothing changes in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for module in network.modules():
