@@ -30,6 +30,7 @@ from .recipe_files import find
 
 if TYPE_CHECKING:
     from tinylm.pipeline import TrainResult
+    from tinylm.recipe import Recipe
 
 app = typer.Typer(add_completion=False)
 _TIME = re.compile(r"(\d+(?:\.\d+)?)([smh]?)")
@@ -65,92 +66,38 @@ def train(
 
     Several processes train one model together: torchrun --nproc-per-node N -m tinylm train RECIPE.
     """
+    from tinylm.device import resolve
     from tinylm.errors import InputError
     from tinylm.processes import launched
 
-    wanted_threads = _threads(threads)
     if (recipe is None) == (replay is None):
         raise InputError("give a RECIPE, or a report with --replay", where="tinylm train", hint="`tinylm recipes` lists some")
-    if replay is not None:
-        _replay(replay, device, wanted_threads, json)
+    wanted_threads = _threads(threads)
+    if recipe is None:
+        _replay(str(replay), device, wanted_threads, json)
         return
-    assert recipe is not None
-    try:
-        _train(
-            recipe,
-            set_,
-            out_,
-            resume,
-            overwrite,
-            allow_change,
-            stop_after,
-            seed,
-            dry_run,
-            device,
-            wanted_threads,
-            workers,
-            json,
-            quiet,
-        )
-    except InputError as error:
-        if launched().rank == 0:
-            raise
-        raise SystemExit(error.exit_code) from None  # the main process says the same
-
-
-def _train(
-    recipe: str,
-    set_: list[str] | None,
-    out_: str | None,
-    resume: bool,
-    overwrite: bool,
-    allow_change: list[str] | None,
-    stop_after: str | None,
-    seed: int | None,
-    dry_run: bool,
-    device: str,
-    threads: int | Literal["auto"] | None,
-    workers: int,
-    json: bool,
-    quiet: bool,
-) -> None:
-    from tinylm.errors import InputError
-    from tinylm.processes import launched
-    from tinylm.recipe import load
-    from tinylm.run import claim
-
-    main = launched().rank == 0
-    if launched().count > 1:  # else torch's own library says on every process how gradients could be exchanged faster
+    main, several = launched().rank == 0, launched().count > 1
+    if several:  # else torch's own library says in every process how gradients could be exchanged faster
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     quiet = quiet or not main
     console = stderr()
     reporter = ConsoleReporter(console, quiet=quiet)
     overrides = [*(set_ or ()), *([f"seed={seed}"] if seed is not None else [])]
-    file = find(recipe)
-    loaded = load(file, overrides)
-    if file == Path(recipe).expanduser() / "recipe.yaml" and out_ is None:
-        if not resume:
-            raise InputError(
-                "this is a run folder", where=recipe, hint="--resume goes on with it; --out trains its recipe elsewhere"
-            )
-        out_ = recipe
-    if allow_change and not resume:
-        raise InputError("only means something with --resume", where="--allow-change")
-    seconds = _seconds(stop_after) if stop_after is not None else None
-    folder = out_ or str(Path("runs") / loaded.name)
-    if main:
-        claim(Path(folder), resume, overwrite)
+    try:
+        loaded, folder = _checked(recipe, overrides, out_, resume, overwrite, allow_change, main)
+        seconds = _seconds(stop_after) if stop_after is not None else None
+        if not dry_run:
+            resolve(device)  # one that is not here is told before torch's models are loaded
+    except InputError as error:
+        if main:
+            raise
+        raise SystemExit(error.exit_code) from None  # the main process says the same
     if dry_run:
-        if not main:
-            return
         from .plan import make, show_plan
 
-        show_plan(make(loaded, reporter), json)
+        if main:
+            show_plan(make(loaded, reporter), json)
         return
-
-    from tinylm.device import resolve
-
-    resolve(device)  # one that is not here is told before torch's models are loaded
     from tinylm import pipeline
     from tinylm.training.metrics import Observer
 
@@ -171,7 +118,7 @@ def _train(
             overwrite=overwrite,
             allow_change=allow_change or (),
             device=device,
-            threads=threads,
+            threads=wanted_threads,
             workers=workers,
             stop_after=seconds,
             reporter=reporter,
@@ -181,6 +128,30 @@ def _train(
         _show(result, console, json, quiet)
     if result.signal_number is not None:
         raise SystemExit(128 + result.signal_number)
+
+
+def _checked(
+    recipe: str, overrides: list[str], out_: str | None, resume: bool, overwrite: bool, allow_change: list[str] | None, main: bool
+) -> tuple[Recipe, str]:
+    """The recipe and the run folder that a command line means. Raises `InputError` for what does not go together."""
+    from tinylm.errors import InputError
+    from tinylm.recipe import load
+    from tinylm.run import claim
+
+    file = find(recipe)
+    loaded = load(file, overrides)
+    if file == Path(recipe).expanduser() / "recipe.yaml" and out_ is None:
+        if not resume:
+            raise InputError(
+                "this is a run folder", where=recipe, hint="--resume goes on with it; --out trains its recipe elsewhere"
+            )
+        out_ = recipe
+    if allow_change and not resume:
+        raise InputError("only means something with --resume", where="--allow-change")
+    folder = out_ or str(Path("runs") / loaded.name)
+    if main:
+        claim(Path(folder), resume, overwrite)
+    return loaded, folder
 
 
 def _replay(report: str, device: str, threads: int | Literal["auto"] | None, json: bool) -> None:

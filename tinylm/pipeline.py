@@ -94,7 +94,7 @@ def train(
     target = devices.resolve(device)
     devices.set_threads(threads if isinstance(threads, int) else threads_of_each())
     with joined(target) as processes, ExitStack() as stack:
-        target = processes.device(target)
+        target = processes.all_do(lambda: processes.device(target))
         if processes.count > 1:
             reporter, observer = (reporter, observer) if processes.main else (SILENT, None)
         processes.main_does(lambda: stack.enter_context(claimed(folder, resume=resume, overwrite=overwrite)))
@@ -136,11 +136,11 @@ def _train(
     if resume:
         recipe = processes.main_does(lambda: _reconciled(Run.open(folder), recipe, allow_change, reporter))
         recipe = processes.main_does(lambda: _fitted(recipe, processes.count, reporter))
-    planning.split_over(recipe, processes.count)
+    processes.main_does(lambda: planning.split_over(recipe, processes.count))
     prepared = _prepared(recipe, processes, reporter, workers)
+    processes.main_does(lambda: _check_length(recipe, prepared))
     batches = Batches(prepared.train.tokens, recipe.model.context_length, recipe.seed)
     steps = planning.training_steps(recipe.training, recipe.model.context_length, len(prepared.train))
-    _check_schedule(recipe, steps)
     if target.type == "cpu":
         keep_freed_memory()
         if threads == "auto":
@@ -250,9 +250,11 @@ def _prepared(recipe: Recipe, processes: Processes, reporter: Reporter, workers:
     return processes.all_do(lambda: reopened(folder, fingerprint, tokenizer))
 
 
-def _check_schedule(recipe: Recipe, steps: int | None) -> None:
-    """What the recipe alone cannot tell: how many steps its tokens or epochs are. Raises `InputError`."""
-    warmup = recipe.training.schedule.warmup
+def _check_length(recipe: Recipe, prepared: Prepared) -> None:
+    """What the recipe alone cannot tell: whether its text and its steps are long enough. Raises `InputError`."""
+    context, warmup = recipe.model.context_length, recipe.training.schedule.warmup
+    Batches(prepared.train.tokens, context, recipe.seed)
+    steps = planning.training_steps(recipe.training, context, len(prepared.train))
     if steps is not None and warmup >= 1 and warmup > steps:
         raise InputError(f"{warmup} steps of warm-up are more than the {steps} of training", where="training.schedule.warmup")
 

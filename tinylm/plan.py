@@ -50,7 +50,8 @@ class Memory:
     """Bytes of one device, beside what the program itself needs.
 
     `activations` is the height of the forward and backward pass, `update` that of the optimiser's temporaries, `evaluation` that of
-    measuring: bytes of tensors, and only one of the three is there at a time. `total` is the height of the training: on a GPU
+    measuring: bytes of tensors, and only one of the three is there at a time. `saving` are the copies of weights and optimiser
+    state that a CPU's memory holds while they are written. `total` is the height of the training: on a GPU
     with the largest of the three, on a CPU as the resident set, which keeps what was freed.
     """
 
@@ -60,6 +61,7 @@ class Memory:
     activations: int
     update: int
     evaluation: int
+    saving: int
     total: int
 
 
@@ -202,7 +204,9 @@ def memory(
     else:
         kept = gradients if accumulates else 0
         height = footprint.host_bytes(model, vocab_size, max(activations, gradients - kept + update), kept)
-    return Memory(4 * parameters, gradients, 4 * slots, activations, update, evaluation, 4 * (parameters + slots) + height)
+    kept_state = 4 * (parameters + slots)
+    saving = 0 if on_gpu else kept_state
+    return Memory(4 * parameters, gradients, 4 * slots, activations, update, evaluation, saving, kept_state + saving + height)
 
 
 def choose_micro_batch(

@@ -90,10 +90,6 @@ class CheckpointWriter:
         thread.start()
 
     @property
-    def pending(self) -> bool:
-        return self._pending is not None
-
-    @property
     def done(self) -> bool:
         """Whether `finish` would have nothing to wait for."""
         return self._pending is None or not self._pending[0].is_alive()

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,9 @@ def claimed(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
         lock.release()
         if made and folder.exists() and all(path.name == LOCK for path in folder.iterdir()):
             shutil.rmtree(folder)
-            for parent in made[1:]:
-                parent.rmdir()
+            with suppress(OSError):  # another run may lie there by now
+                for parent in made[1:]:
+                    parent.rmdir()
 
 
 def _sweep(folder: Path) -> None:

@@ -182,6 +182,8 @@ class Trainer:
         stopped, finished = "done", self._finished()
         while stopped == "done" and not finished:
             done = self._step(feed)
+            if self._processes.count == 1 and self._checkpoints.done:  # several would not see it at the same step
+                self._settle()
             self._agree(request)
             progress, finished = self.progress, self._finished()
             if not finished and self._signal:
@@ -211,7 +213,8 @@ class Trainer:
         everybodys = self._processes.gather(own)
         self.progress.seconds = everybodys[0][0]
         self._signal = int(max(signal for _, signal in everybodys))
-        request.signal_number = self._signal or None
+        if self._signal:  # else one may have come just now, to be heard the next time
+            request.signal_number = self._signal
 
     def _look(self, request: StopRequest) -> None:
         """Measure and sample when it is time. A resumed training does so first: its checkpoint was saved before that."""
