@@ -70,6 +70,8 @@ MOST_EPOCHS = 40
 MOST_HELDOUT_BYTES, HELDOUT_BYTES_A_MINUTE = 2_000_000, 200_000
 EVALUATIONS, EVALUATION_SHARE = 5, 0.05
 """At most so many, and of the budget."""
+_WORDS = re.compile(r"[^\W\d_]+(?:[ ,]+[^\W\d_]+){2,4}")
+"""A few words in a row: what the model is asked to go on from as it learns."""
 FEWEST_STEPS, FEWEST_DOCUMENTS, FEWEST_BYTES = 50, 20, 10_000
 
 
@@ -168,6 +170,10 @@ class _Draft:
         yield f"sampling: {{every: {self.every}, prompts: [{json.dumps(self.prompt, ensure_ascii=False)}]}}", "sampling"
 
 
+def _minutes(budget: Budget) -> str:
+    return "1 minute" if budget.minutes == 1 else f"{budget.minutes:g} minutes"
+
+
 def _short(number: float) -> str:
     """12345678 -> 12M."""
     size, letter = next((size, letter) for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1, "")) if number >= size)
@@ -196,9 +202,7 @@ def propose(data: DataSection, budget: Budget, *, name: str = "mine", reporter: 
     draft = _fitted(replace(draft, vocab_size=text.vocab_size), text, budget)
     options = list(_options(draft, text, budget))
     if not options:
-        raise InputError(
-            f"{budget.minutes:g} minutes are not enough for {FEWEST_STEPS} steps of the smallest model", where="--minutes"
-        )
+        raise InputError(f"{_minutes(budget)} are not enough for {FEWEST_STEPS} steps of the smallest model", where="--minutes")
     best, plan = min(options, key=lambda option: expected_lack(option[1]))
     best = replace(best, reasons=_reasons(best, plan, text, look, budget, len(options)))
     return Proposal(best.yaml, best.recipe, plan)
@@ -232,7 +236,8 @@ def _first_draft(name: str, data: DataSection, budget: Budget) -> tuple[_Draft, 
     """A recipe with the split that suits the text, and what was found of it."""
     with Corpus(data.train, field=data.field, errors=data.errors) as corpus:
         found = split.scan(corpus.pieces())
-        prompt = next((" ".join(piece.text.split()[:4]) for piece in corpus.pieces() if piece.text.strip()), "")
+        begun = (_WORDS.search(piece.text) for piece in corpus.pieces())
+        prompt = next((match[0] for match in begun if match), "")
     if not found.characters:
         raise InputError("the text is empty", where=describe(data.train))
     share = float(f"{min(0.1, budget.minutes * HELDOUT_BYTES_A_MINUTE / found.bytes, MOST_HELDOUT_BYTES / found.bytes):.1g}")
@@ -305,21 +310,21 @@ def _reasons(draft: _Draft, plan: Plan, text: TextSize, look: _Look, budget: Bud
     fewer = f"{look.documents:,} documents" if look.documents > 1 else "a single document"
     epochs = f"{plan.epochs:.1f} passes over the text" if plan.epochs < 10 else f"{plan.epochs:.0f} passes over the text"
     return {
-        "head": f"{describe(draft.data.train)}: {megabytes} in {documents}; {budget.minutes:g} minutes on {machine}.\n"
+        "head": f"{describe(draft.data.train)}: {megabytes} in {documents}; {_minutes(budget)} on {machine}.\n"
         f"About {plan.steps:,} steps, {plan.tokens_per_second:,.0f} tokens a second in {plan.precision}. "
         "What each key means: tinylm recipes, README.",
         "heldout": f"{look.heldout_bytes / 1e3:,.0f} kB, "
         + ("whole documents, chosen by their hash" if draft.by == "document" else f"the end of it: {fewer}"),
         "vocab_size": f"about one entry for {BYTES_PER_ENTRY} bytes that are seen; {text.train_tokens:,} tokens to learn from",
         "n_layer": f"{_short(plan.parameters)} parameters: the best of {options} sizes by the scaling rule,",
-        "n_head": f"between too few parameters and too few tokens for {budget.minutes:g} minutes:",
+        "n_head": f"between too few parameters and too few tokens for {_minutes(budget)}:",
         "n_embd": f"this size reads {_short(plan.tokens)} tokens, {epochs}",
         "context_length": "tokens that the model looks back",
         "ngram_embeddings": "tables of pairs and triples of tokens: nearly free, and worth a lot",
         "dropout": f"{epochs} would be learned by heart without it",
         "ngram_dropout": "tables learn by heart first of all",
         "minutes": f"from the first step on; `steps: {plan.steps}` instead gives the same model every time",
-        "epochs": f"more passes teach nothing; these take {plan.seconds_estimate / 60:.2g} of the {budget.minutes:g} minutes",
+        "epochs": f"more passes teach nothing; these take {plan.seconds_estimate / 60:.2g} of {_minutes(budget)}",
         "global_batch_size": f"{plan.tokens_per_step:,} tokens a step"
         + (": on a CPU larger ones only mean fewer steps" if budget.accelerator is None else f", for {plan.steps:,} steps"),
         "optimizer": "rates that hold for every width",
