@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,6 +20,7 @@ from .console import (
     duration,
     out,
     print_json,
+    seconds_of,
     show_facts,
     size,
     stderr,
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from tinylm.pipeline import TrainResult
 
 app = typer.Typer(add_completion=False)
-_TIME = re.compile(r"(\d+(?:\.\d+)?)([smh]?)")
 
 
 @app.command()
@@ -56,14 +55,14 @@ def train(
 ) -> None:
     """Train a model. Ctrl-C finishes the step, saves, and stops; --resume goes on from there."""
     from tinylm.errors import InputError
-    from tinylm.recipe import load
+    from tinylm.recipe import EmbeddingRecipe, load_any
     from tinylm.run import claim
 
     console = stderr()
     reporter = ConsoleReporter(console, quiet=quiet)
     overrides = [*(set_ or ()), *([f"seed={seed}"] if seed is not None else [])]
     file = find(recipe)
-    loaded = load(file, overrides)
+    loaded = load_any(file, overrides)
     if file == Path(recipe).expanduser() / "recipe.yaml" and out_ is None:
         if not resume:
             raise InputError(
@@ -72,8 +71,20 @@ def train(
         out_ = recipe
     if allow_change and not resume:
         raise InputError("only means something with --resume", where="--allow-change")
-    seconds = _seconds(stop_after) if stop_after is not None else None
+    seconds = seconds_of(stop_after)
     wanted_threads = _threads(threads)
+    if isinstance(loaded, EmbeddingRecipe):
+        from .embed import run_recipe
+
+        for option, given in (
+            ("--dry-run", dry_run),
+            ("--allow-change", allow_change),
+            ("--threads auto", wanted_threads == "auto"),
+        ):
+            if given:
+                raise InputError("means nothing for embeddings", where=option)
+        run_recipe(loaded, out_, resume, overwrite, seconds, wanted_threads if wanted_threads != "auto" else None, json, quiet)
+        return
     folder = out_ or str(Path("runs") / loaded.name)
     claim(Path(folder), resume, overwrite)
     if dry_run:
@@ -125,16 +136,6 @@ def _threads(text: str | None) -> int | Literal["auto"] | None:
     if not text.isdigit() or int(text) < 1:
         raise InputError(f"{text!r} is no number of threads", where="--threads", hint="a number of at least 1, or auto")
     return int(text)
-
-
-def _seconds(text: str) -> float:
-    """90s, 55m, 2h or plain seconds."""
-    from tinylm.errors import InputError
-
-    match = _TIME.fullmatch(text.strip())
-    if match is None:
-        raise InputError(f"{text!r} is not a time", where="--stop-after", hint="like 90s, 55m or 2h")
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
 def _show(result: TrainResult, console: Conversation, json: bool, quiet: bool) -> None:

@@ -112,6 +112,7 @@ def train(
             chosen = automatic.use_fastest_threads(recipe, prepared.tokenizer.vocab_size, batches)
             reporter.note(f"{chosen} CPU threads are fastest for this model")
     network = Transformer(recipe.model, prepared.tokenizer.vocab_size, seed=recipe.seed).to(target)
+    _start_embeddings(network, prepared, reporter, resume)
     network.recompute = recipe.training.activation_checkpointing
     decided = automatic.decide(recipe, network, batches, steps, reporter, stop_after, resumed=resume)
     recipe, precision = decided.recipe, decided.precision
@@ -170,6 +171,21 @@ def train(
     finally:
         metrics.close()
     return _result(folder, trainer, stopped, request.signal_number, target)
+
+
+def _start_embeddings(network: Transformer, prepared: Prepared, reporter: Reporter, resume: bool) -> None:
+    """What `model.init_embeddings` and `freeze_embeddings` ask for; a resumed run has its embedding in the checkpoint."""
+    model = network.model
+    if model.init_embeddings is not None and not resume:
+        from tinylm.embedding import formats, reuse
+
+        found = reuse.start_from(network.embedding, formats.read(Path(model.init_embeddings)), prepared.tokenizer)
+        how = "averaged over their pieces, " if found.from_words else ""
+        reporter.note(
+            f"embeddings: {found.tokens:,} of {found.vocab_size:,} tokens begin from {model.init_embeddings}, {how}"
+            f"{'frozen' if model.freeze_embeddings else 'learning on'}"
+        )
+    network.embedding.weight.requires_grad_(not model.freeze_embeddings)
 
 
 def _reconciled(run: Run, recipe: Recipe, allowed: Sequence[str], reporter: Reporter) -> Recipe:

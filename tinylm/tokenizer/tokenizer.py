@@ -128,7 +128,7 @@ class Tokenizer:
         """What each id stands for, as bytes. Special tokens stand for nothing, except the unknown one: U+FFFD."""
         special = {id for id, token in self.backend.get_added_tokens_decoder().items() if token.special}
         special |= {id for id in (self.end_of_text, self.unknown) if id is not None}
-        to_bytes = _byte_level_table() if self._is_byte_level else None
+        to_bytes = byte_level_table() if self._is_byte_level else None
         table = []
         for id in range(self.vocab_size):
             token = self.backend.id_to_token(id) or ""
@@ -167,7 +167,7 @@ class StreamDecoder:
         return self._decoder.decode(b"", final=True)
 
 
-def _byte_level_table() -> dict[str, int]:
+def byte_level_table() -> dict[str, int]:
     """GPT-2's reversible map between bytes and printable characters (Radford et al. 2019, released code), inverted."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     table = {chr(byte): byte for byte in printable}

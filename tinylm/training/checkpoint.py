@@ -36,15 +36,18 @@ class CheckpointWriter:
 
     def save(self, network: Transformer, optimizers: Optimizers, state: Mapping[str, Any]) -> Checkpoint:
         """Save the step that `state["step"]` names and make it `last`. Raises `WorkError` when the disk refuses."""
+        weights = _contiguous(network.state_dict(), network.model.tie_embeddings)
+        return self.write({"model": weights, "training": _contiguous(optimizers.state())}, state)
+
+    def write(self, files: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Checkpoint:
+        """Like `save`, for any tensors: a .safetensors file for each name."""
         final = self.folder / f"step-{state['step']:06d}"
         temporary = self.folder / f".{final.name}.partial"
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-            save_file(
-                _contiguous(network.state_dict(), network.model.tie_embeddings), temporary / "model.safetensors", {"format": "pt"}
-            )
-            save_file(_contiguous(optimizers.state()), temporary / "training.safetensors")
+            for name, tensors in files.items():
+                save_file(dict(tensors), temporary / f"{name}.safetensors", {"format": "pt"})
             note = {"format": FORMAT, "version": tinylm.__version__, **state}
             (temporary / "state.json").write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
             self._seal(temporary)
