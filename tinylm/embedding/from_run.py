@@ -67,7 +67,7 @@ def contextual(
     kept = kept[np.argsort(-sums.counts[kept], kind="stable")]
     if not len(kept):
         raise InputError(f"nothing in this text occurs {min_count} times", where=describe(sources), hint="lower --min-count")
-    matrix = (sums.sums[kept] / sums.counts[kept, None]).astype(np.float32)
+    matrix = (sums.sums.numpy()[kept] / sums.counts[kept, None]).astype(np.float32)
     chosen = [sums.words[row] for row in kept] if words else [names[row] for row in kept]
     notes = {**_notes(run, checkpoint, "contextual"), "layer": layer, "sources": list(sources)}
     return Vectors(chosen, matrix, sums.counts[kept], byte_mapped=not words, notes=notes)
@@ -81,7 +81,7 @@ class _Sums:
     """Sums of vectors by key; keys are token ids, or numbers given to words as they come."""
 
     def __init__(self, rows: int, width: int) -> None:
-        self.sums = np.zeros((rows, width))
+        self.sums = torch.zeros((rows, width), dtype=torch.float64)
         self.counts = np.zeros(rows, dtype=np.int64)
         self.numbers: dict[str, int] = {}
 
@@ -89,16 +89,16 @@ class _Sums:
     def words(self) -> list[str]:
         return list(self.numbers)
 
-    def add(self, keys: np.ndarray, vectors: np.ndarray) -> None:
+    def add(self, keys: np.ndarray, vectors: Tensor) -> None:
         """Add each row of `vectors` to its key; a negative key to none."""
         missing = len(self.numbers) - len(self.sums)
         if missing > 0:
             more = max(missing, len(self.sums))
-            self.sums = np.concatenate([self.sums, np.zeros((more, self.sums.shape[1]))])
+            self.sums = torch.cat([self.sums, self.sums.new_zeros((more, self.sums.shape[1]))])
             self.counts = np.concatenate([self.counts, np.zeros(more, dtype=np.int64)])
         known = keys >= 0
-        np.add.at(self.sums, keys[known], vectors[known])
-        np.add.at(self.counts, keys[known], 1)
+        self.sums.index_add_(0, torch.from_numpy(keys[known]), vectors[torch.from_numpy(known)])
+        self.counts += np.bincount(keys[known], minlength=len(self.counts))
 
 
 def _word_keys(text: str, offsets: Sequence[tuple[int, int]], sums: _Sums) -> np.ndarray:
@@ -116,7 +116,7 @@ def _word_keys(text: str, offsets: Sequence[tuple[int, int]], sums: _Sums) -> np
 @torch.no_grad()
 def _states(
     network: Transformer, ids: np.ndarray, start_token: int | None, layer: int, device: torch.device
-) -> Iterator[tuple[slice, np.ndarray]]:
+) -> Iterator[tuple[slice, Tensor]]:
     """(which tokens, their states after `layer` blocks): each once, in windows that overlap by half."""
     lead = [] if start_token is None else [start_token]
     context = network.model.context_length - len(lead)
@@ -126,7 +126,7 @@ def _states(
         window = ids[begin : begin + context]
         tokens = torch.from_numpy(np.concatenate([np.array(lead, dtype=np.int64), window]))[None].to(device)
         states = _after(network, tokens, layer)[0, len(lead) :]
-        yield slice(scored, begin + len(window)), states[scored - begin :].double().cpu().numpy()
+        yield slice(scored, begin + len(window)), states[scored - begin :].double().cpu()
         scored = begin + len(window)
         begin += stride
 

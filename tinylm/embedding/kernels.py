@@ -14,7 +14,9 @@ BOUND = 8
 STEPS = 64
 """The sigmoid is tabulated in steps of 1/64 up to 8 on each side."""
 _HALF = np.float32(0.5)
-_compiled = njit(nogil=True, fastmath=True, cache=True)
+_FAST = {"reassoc", "contract", "arcp", "nsz"}
+"""Sums may be reordered into vector instructions; what is not a number must stay so, to be noticed."""
+_compiled = njit(nogil=True, fastmath=_FAST, error_model="numpy", cache=True)
 
 
 class Law(NamedTuple):

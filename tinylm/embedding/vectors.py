@@ -157,9 +157,9 @@ class Vectors:
         }
         if self.counts is not None:
             tensors["counts"] = self.counts.astype(np.int64)
-        about = {"format": FORMAT, "byte_mapped": json.dumps(self.byte_mapped), "notes": json.dumps(self.notes)}
+        about = json.dumps({"byte_mapped": self.byte_mapped, "notes": self.notes}, sort_keys=True)
         with whole_file(path) as temporary:
-            save_file(tensors, temporary, about)
+            save_file(tensors, temporary, {FORMAT: about})  # one key: the order of several would differ from file to file
 
     @classmethod
     def load(cls, path: Path) -> Vectors:
@@ -170,12 +170,12 @@ class Vectors:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
         except (OSError, SafetensorError) as error:
             raise InputError(f"cannot be read: {error}", where=str(path)) from None
-        if about.get("format") != FORMAT or not {"vectors", "names", "name_ends"} <= tensors.keys():
+        if FORMAT not in about or not {"vectors", "names", "name_ends"} <= tensors.keys():
             raise InputError("holds no embeddings", where=str(path), hint="`tinylm embed import` reads other formats")
         raw, ends = tensors["names"].tobytes(), tensors["name_ends"].tolist()
         names = [raw[start:end].decode("utf-8", "surrogateescape") for start, end in zip([0, *ends], ends, strict=False)]
-        mapped, notes = json.loads(about.get("byte_mapped", "false")), json.loads(about.get("notes", "{}"))
-        return cls(names, tensors["vectors"], tensors.get("counts"), bool(mapped), notes)
+        noted = json.loads(about[FORMAT])
+        return cls(names, tensors["vectors"], tensors.get("counts"), bool(noted["byte_mapped"]), noted["notes"])
 
 
 METHODS = ("3cosadd", "3cosmul")
