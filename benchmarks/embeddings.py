@@ -77,7 +77,7 @@ def _both_sides(arguments: argparse.Namespace, method: str, text: object, heldou
             rates[side].append(tokens / wall)
             ratio = rates[side][-1] / rates[first][-1]
             print(
-                f"{method} {side:18} {tokens / wall:9,.0f} tokens/s ({ratio:.2f} x), {tokens / processor:9,.0f} a processor second, "
+                f"{method} {side:18} {tokens / wall:9,.0f} tokens/s ({ratio:.2f} x), {tokens / processor:9,.0f} a CPU second, "
                 f"held-out loss {_heldout_loss(*tables, heldout, text.units.counts):.4f}, "  # type: ignore[attr-defined]
                 f"plurals {_plurals(tables[0], text.units.names):.1%}",  # type: ignore[attr-defined]
                 flush=True,

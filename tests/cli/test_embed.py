@@ -93,7 +93,7 @@ def test_eval_says_what_it_covers(here: Here, trained: Path) -> None:
     assert (answers[0]["analogies"]["covered"], answers[0]["analogies"]["coverage"]) == (1, 0.5)
     assert {"pairs", "covered", "spearman", "pearson"} <= set(answers[1]["similarity"])
     assert (answers[1]["similarity"]["covered"], answers[1]["similarity"]["pairs"]) == (3, 4)
-    assert "coverage    50.0%: 1 of 2" in here("embed", "eval", "a.txt").out
+    assert "coverage   50.0%: 1 of 2" in here("embed", "eval", "a.txt").out
 
 
 def test_plot_from_run_and_tokens(here: Here, folder: Path, tiny_run: Run, text_file: Path) -> None:

@@ -107,6 +107,7 @@ def _picture(vectors: Vectors, points: np.ndarray, path: Path, labels: int) -> N
         text = vectors.shown(row)
         text = text if text.isprintable() else text.encode("unicode_escape").decode()
         axes.annotate(text, points[row], fontsize=7, alpha=0.9, parse_math=False)
+    axes.margins(0.08)
     axes.set_axis_off()
     with whole_file(path) as temporary:
         drawn = temporary.with_suffix(path.suffix)
