@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +56,6 @@ def test_threads_and_interruptions_change_no_bit(reference: Path, tmp_path: Path
         stops += 1
         assert stopped.vectors is None
         assert stopped.step == stops
-        shutil.rmtree(tmp_path / "parts" / "checkpoints" / ".step-000099.partial", ignore_errors=True)
         stopped = train_embeddings(asked, tmp_path / "parts", resume=True, threads=2, stop_after=0 if stops < 3 else None)
     assert stops == 3
     for name in ("vectors.safetensors", "checkpoints/last"):

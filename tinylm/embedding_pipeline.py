@@ -32,7 +32,7 @@ from tinylm.paths import write_whole
 from tinylm.recipe import EmbeddingRecipe, changes, load_any
 from tinylm.recipe.embeddings import GloveMethod
 from tinylm.reporting import SILENT, Reporter
-from tinylm.run import Checkpoint, Run, claim
+from tinylm.run import EMBEDDINGS_MARK, Checkpoint, Run, claim
 from tinylm.training.checkpoint import CheckpointWriter, newest_whole
 from tinylm.training.signals import StopRequest
 
@@ -164,8 +164,7 @@ def _check_same(folder: Path, recipe: EmbeddingRecipe) -> None:
     before = load_any(folder / "recipe.yaml", check_files=False)
     if not isinstance(before, EmbeddingRecipe):
         raise InputError("a language model was trained here, not embeddings", where=str(folder), hint="choose another with --out")
-    harmless = [name for name in changes(before, recipe) if name in HARMLESS or name.startswith(("watch.", "checkpoint."))]
-    refused = [f"{key}: {old} -> {new}" for key, (old, new) in changes(before, recipe).items() if key not in harmless]
+    refused = [f"{key}: {old} -> {new}" for key, (old, new) in changes(before, recipe).items() if not key.startswith(HARMLESS)]
     if refused:
         listed = "; ".join(refused)
         raise InputError(
@@ -175,7 +174,7 @@ def _check_same(folder: Path, recipe: EmbeddingRecipe) -> None:
 
 def _remove(folder: Path) -> None:
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    for name in (VECTORS_FILE, "metrics.jsonl", "neighbours.jsonl"):
+    for name in (VECTORS_FILE, "metrics.jsonl", EMBEDDINGS_MARK):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -247,7 +246,7 @@ class _Training:
         with (
             StopRequest(self._observer.stopping) as request,
             _Lines(self._folder / "metrics.jsonl", self._done) as metrics,
-            _Lines(self._folder / "neighbours.jsonl", self._done) as near,
+            _Lines(self._folder / EMBEDDINGS_MARK, self._done) as near,
         ):
             loss, terms, tokens, since = 0.0, 0, 0, time.monotonic()
             while self._done < learner.steps:

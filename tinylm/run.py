@@ -31,6 +31,8 @@ if TYPE_CHECKING:  # a run can be found, listed and refused without waiting for 
 
 RUNS = Path("runs")
 FORMAT = 1
+EMBEDDINGS_MARK = "neighbours.jsonl"
+"""A file that only folders of embeddings have, from their first moment on."""
 
 
 @dataclass(frozen=True)
@@ -256,6 +258,7 @@ def load_weights(network: Transformer, checkpoint: Checkpoint) -> None:
 
 
 def all_runs(folder: Path) -> Iterator[Run]:
-    """The run folders directly inside `folder`."""
+    """The run folders directly inside `folder`; those of embeddings are none."""
     for path in sorted(folder.glob("*/recipe.yaml")):
-        yield Run(path.parent)
+        if not (path.parent / EMBEDDINGS_MARK).exists():
+            yield Run(path.parent)

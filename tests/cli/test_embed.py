@@ -113,3 +113,5 @@ def test_plot_from_run_and_tokens(here: Here, folder: Path, tiny_run: Run, text_
 
 def test_embeddings_are_no_language_model(here: Here, trained: Path) -> None:
     assert "for embeddings, not for a language model" in complaint(here("eval", "--run", trained, "--checkpoint", "last"))
+    shutil.copytree(trained, "runs/words")
+    assert here("runs", "--json").json == []

@@ -12,8 +12,6 @@ from tinylm.embedding.vectors import Vectors
 from tinylm.embedding_pipeline import train_embeddings
 from tinylm.recipe import EmbeddingRecipe, loads_any
 
-METHODS = ("skipgram", "cbow", "glove")
-
 
 def recipe(text: Path, *overrides: str) -> EmbeddingRecipe:
     """Small vectors of the words of `text`."""
