@@ -26,6 +26,8 @@ VERBS = {
     "recipes": ("Train", "The recipes that ship with tinylm."),
     "sample": ("Use", "Write text with a trained model."),
     "eval": ("Use", "Measure a model on a text: perplexity, bits per byte."),
+    "compare": ("Use", "Compare runs: recipes, losses, and whether the difference is real."),
+    "serve": ("Use", "A model behind an OpenAI-compatible address and a page to play with."),
     "runs": ("Use", "The runs here, with their numbers."),
     "plot": ("Use", "Loss curves of runs as a picture."),
     "tokenize": ("Text", "Train, apply and judge tokenizers."),

@@ -91,6 +91,8 @@ def train(
     quiet: bool = QUIET,
 ) -> None:
     """Learn vectors from text. The same as `tinylm train` with a recipe of `kind: embeddings`."""
+    from tinylm.run import claim
+
     vocabulary = {"kind": "words", "lowercase": not keep_case, "max_size": max_size, "min_count": min_count}
     if tokenizer is not None:
         for option, value in (("--keep-case", keep_case), ("--max-size", max_size)):
@@ -112,7 +114,9 @@ def train(
         "watch": {"probes": probe},
     }
     recipe = _recipe(sections, {"name": name or method, "seed": seed}, set_ or ())
-    run_recipe(recipe, out_, resume, overwrite, seconds_of(stop_after), threads, json, quiet)
+    seconds, folder = seconds_of(stop_after), Path(out_ or FOLDER / recipe.name)
+    claim(folder, resume, overwrite)
+    run_recipe(recipe, folder, resume, overwrite, seconds, threads, json, quiet)
 
 
 _OPTIONS = {
@@ -148,7 +152,7 @@ def _as_option(problem: str) -> str:
 
 def run_recipe(
     recipe: EmbeddingRecipe,
-    folder: str | None,
+    folder: Path,
     resume: bool,
     overwrite: bool,
     stop_after: float | None,
@@ -157,11 +161,6 @@ def run_recipe(
     quiet: bool,
 ) -> None:
     """Train a recipe of `kind: embeddings` and show how it goes and what came out."""
-    from tinylm.run import claim
-
-    target = Path(folder or FOLDER / recipe.name)
-    claim(target, resume, overwrite)
-
     from tinylm.embedding_pipeline import train_embeddings
 
     from .embed_live import PlainEmbeddingView, QuietEmbeddingView, TerminalEmbeddingView
@@ -177,7 +176,7 @@ def run_recipe(
     with view if isinstance(view, TerminalEmbeddingView) else nullcontext():
         result = train_embeddings(
             recipe,
-            target,
+            folder,
             resume=resume,
             overwrite=overwrite,
             threads=threads,
@@ -294,7 +293,8 @@ def _wrote(path: Path, vectors: Vectors, json: bool, **more: Any) -> None:
 
 def _opened(path: str | None, quiet: bool = False) -> Vectors:
     """The vectors that --vectors names, else TINYLM_VECTORS, else the newest under embeddings/, which is then said."""
-    from tinylm.embedding.formats import VECTORS_FILE, read
+    from tinylm.embedding.formats import read
+    from tinylm.run import VECTORS_FILE
 
     if path is not None:
         return read(Path(path))

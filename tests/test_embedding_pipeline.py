@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from tinylm.embedding_pipeline import EmbeddingObserver, NeighboursEvent, Progre
 from tinylm.errors import InputError, WorkError
 from tinylm.recipe import EmbeddingRecipe, load_any, loads_any
 from tinylm.reporting import CollectingReporter
-from tinylm.run import Run
+from tinylm.run import LOCK, Run
+from tinylm.training.run_folder import claimed, remove_run
 
 METHODS = ("skipgram", "cbow", "glove")
 
@@ -61,7 +63,7 @@ def test_threads_and_interruptions_change_no_bit(reference: Path, tmp_path: Path
     for name in ("vectors.safetensors", "checkpoints/last"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     last = (tmp_path / "whole" / "checkpoints" / "last").read_text().strip()
-    tables = [tmp_path / run / "checkpoints" / last / "tables.safetensors" for run in ("whole", "parts")]
+    tables = [tmp_path / run / "checkpoints" / last / "model.safetensors" for run in ("whole", "parts")]
     assert tables[0].read_bytes() == tables[1].read_bytes()
     assert whole.tokens == stopped.tokens
 
@@ -116,7 +118,7 @@ def test_nothing_of_another_recipe_or_text_is_gone_on_with(reference: Path, tmp_
 
 def test_a_damaged_checkpoint_is_told(reference: Path, tmp_path: Path) -> None:
     train_embeddings(recipe(reference), tmp_path / "run", threads=1, stop_after=0)
-    file = next((tmp_path / "run" / "checkpoints").glob("step-*/tables.safetensors"))
+    file = next((tmp_path / "run" / "checkpoints").glob("step-*/model.safetensors"))
     file.write_bytes(file.read_bytes()[:-4] + b"oops")
     reporter = CollectingReporter()
     with pytest.raises(InputError, match="no whole checkpoint"):
@@ -127,6 +129,33 @@ def test_a_damaged_checkpoint_is_told(reference: Path, tmp_path: Path) -> None:
 def test_a_run_of_a_language_model_is_left_alone(tiny_run: Run, reference: Path) -> None:
     with pytest.raises(InputError, match="a language model was trained here"):
         train_embeddings(recipe(reference), tiny_run.path, resume=True)
+
+
+def test_nobody_trains_where_another_does(reference: Path, tmp_path: Path) -> None:
+    with claimed(tmp_path / "run", resume=False, overwrite=False):
+        with pytest.raises(InputError, match="another process trains into this folder"):
+            train_embeddings(recipe(reference), tmp_path / "run", overwrite=True)
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]
+
+
+def test_beginning_anew_leaves_nothing_of_what_was_there(tiny_run: Run, reference: Path, tmp_path: Path) -> None:
+    """Whatever kind it was; but what is the user's stays."""
+    folder = tmp_path / "run"
+    shutil.copytree(tiny_run.path, folder)
+    (folder / "notes.txt").write_text("mine")
+    train_embeddings(recipe(reference), folder, overwrite=True, threads=1)
+    embeddings = {"recipe.yaml", "metrics.jsonl", "neighbours.jsonl", "vectors.safetensors", "checkpoints", LOCK}
+    assert {path.name for path in folder.iterdir()} == {*embeddings, "notes.txt"}
+    remove_run(folder)
+    assert {path.name for path in folder.iterdir()} == {"recipe.yaml", LOCK, "notes.txt"}
+
+
+def test_a_link_that_leads_out_is_not_followed(reference: Path, tmp_path: Path) -> None:
+    train_embeddings(recipe(reference), tmp_path / "run", threads=1, stop_after=0)
+    shutil.move(tmp_path / "run" / "checkpoints", tmp_path / "elsewhere")
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="leads out of the run folder"):
+        train_embeddings(recipe(reference), tmp_path / "run", resume=True)
 
 
 def test_an_unknown_probe_is_told_before_training(reference: Path, tmp_path: Path) -> None:

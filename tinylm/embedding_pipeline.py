@@ -8,7 +8,6 @@ neighbours.jsonl    what stood near the probes as the vectors formed
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +21,6 @@ from safetensors.numpy import load_file
 
 import tinylm
 from tinylm.device import peak_memory_bytes
-from tinylm.embedding.formats import VECTORS_FILE
 from tinylm.embedding.glove import Glove
 from tinylm.embedding.text import Text, prepare
 from tinylm.embedding.vectors import Neighbour, Vectors
@@ -32,8 +30,9 @@ from tinylm.paths import write_whole
 from tinylm.recipe import EmbeddingRecipe, changes, load_any
 from tinylm.recipe.embeddings import GloveMethod
 from tinylm.reporting import SILENT, Reporter
-from tinylm.run import EMBEDDINGS_MARK, Checkpoint, Run, claim
-from tinylm.training.checkpoint import CheckpointWriter, newest_whole
+from tinylm.run import EMBEDDINGS_MARK, VECTORS_FILE, Checkpoint, Run
+from tinylm.training.checkpoint import CheckpointWriter, Snapshot, newest_whole
+from tinylm.training.run_folder import claimed, remove_run
 from tinylm.training.signals import StopRequest
 
 HARMLESS = ("name", "watch.", "checkpoint.")
@@ -134,10 +133,26 @@ def train_embeddings(
     """
     start = time.monotonic()
     folder = Path(folder)
-    claim(folder, resume, overwrite)
+    with claimed(folder, resume=resume, overwrite=overwrite):
+        resume = resume and (folder / "recipe.yaml").exists()
+        return _train(recipe, folder, resume, overwrite, threads, start, stop_after, reporter, observer or EmbeddingObserver())
+
+
+def _train(
+    recipe: EmbeddingRecipe,
+    folder: Path,
+    resume: bool,
+    overwrite: bool,
+    threads: int | None,
+    start: float,
+    stop_after: float | None,
+    reporter: Reporter,
+    observer: EmbeddingObserver,
+) -> EmbeddingResult:
+    """The training, once the folder is its own."""
     kernels()
-    resume = resume and (folder / "recipe.yaml").exists()
     if resume:
+        Run.open(folder, embeddings=True)  # which refuses links that lead out of it
         _check_same(folder, recipe)
     text = prepare(recipe.data, recipe.vocabulary, reporter)
     probes = _probes(recipe, text)
@@ -148,12 +163,12 @@ def train_embeddings(
         learner = Glove(text, method, recipe.seed, workers, reporter)
     else:
         learner = Word2Vec(text, method, recipe.seed, workers)
-    if overwrite:
-        _remove(folder)
     try:
-        training = _Training(recipe, folder, text, learner, probes, observer or EmbeddingObserver())
+        training = _Training(recipe, folder, text, learner, probes, observer)
         if resume:
             training.restore(reporter)
+        if overwrite:
+            remove_run(folder)
         write_whole(folder / "recipe.yaml", recipe.to_yaml())
         return training.run(start, stop_after)
     finally:
@@ -170,12 +185,6 @@ def _check_same(folder: Path, recipe: EmbeddingRecipe) -> None:
         raise InputError(
             f"the recipe is not the one these vectors were begun with: {listed}", where=str(folder), hint="train into another --out"
         )
-
-
-def _remove(folder: Path) -> None:
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    for name in (VECTORS_FILE, "metrics.jsonl", EMBEDDINGS_MARK):
-        (folder / name).unlink(missing_ok=True)
 
 
 def _probes(recipe: EmbeddingRecipe, text: Text) -> list[str]:
@@ -228,16 +237,19 @@ class _Training:
         reporter.note(f"resuming after step {self._done:,} of {self._learner.steps:,}")
 
     def _fill(self, checkpoint: Checkpoint) -> None:
-        file = checkpoint.path / "tables.safetensors"
+        file = checkpoint.path / "model.safetensors"
         try:
             saved = load_file(file)
             for name, table in self._learner.tables().items():
+                if saved[name].shape != table.shape:
+                    raise ValueError(f"{name} is {saved[name].shape} instead of {table.shape}")
                 table[:] = saved[name]
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise InputError(f"cannot be read: {error}", where=str(file)) from None
 
     def run(self, start: float, stop_after: float | None) -> EmbeddingResult:
         learner, recipe = self._learner, self._recipe
+        self._checkpoints.prepare()
         self._observer.begin(learner.unit)
         look = _every(recipe.watch.every, learner.steps)
         save = _every(recipe.checkpoint.every, learner.steps) if recipe.checkpoint.every else learner.steps
@@ -310,7 +322,7 @@ class _Training:
             "loss": self._loss,
             "fingerprint": self._text.fingerprint,
         }
-        self._checkpoints.write({"tables": tables}, state)
+        self._checkpoints.save(Snapshot(tables, {}, state))
         self._checkpoints.prune()
 
     def _result(self, start: float, stopped: str, signal_number: int | None) -> EmbeddingResult:

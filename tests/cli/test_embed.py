@@ -112,6 +112,8 @@ def test_plot_from_run_and_tokens(here: Here, folder: Path, tiny_run: Run, text_
 
 
 def test_embeddings_are_no_language_model(here: Here, trained: Path) -> None:
-    assert "for embeddings, not for a language model" in complaint(here("eval", "--run", trained, "--checkpoint", "last"))
+    for verb in (["eval", "--run", trained], ["sample", "--run", trained, "--prompt", "a"], ["compare", trained, trained]):
+        assert "holds embeddings, not a language model" in complaint(here(*verb))
+    assert here("plot", trained, "--out", "loss.svg").code == 0
     shutil.copytree(trained, "runs/words")
     assert here("runs", "--json").json == []

@@ -26,13 +26,15 @@ for arguments in json.loads(sys.argv[1]):
 print(json.dumps(answers))
 """
 HELP = [[], ["tokenize"], ["embed"], *([verb, "--help"] for verb in VERBS), ["-h"], ["--help"], ["--version"]]
-HELP += [["tokenize", verb, "--help"] for verb in ("train", "encode", "decode", "report")]
+HELP += [
+    ["tokenize", verb, "--help"] for verb in ("train", "encode", "decode", "report", "compare", "explain", "sweep", "add", "remove")
+]
 EMBED = ("train", "from-run", "nearest", "analogy", "similarity", "odd-one-out", "eval", "export", "import", "plot")
 HELP += [["embed", verb, "--help"] for verb in EMBED]
 MISTAKES = {
     "trian x": "no such verb 'trian' (did you mean train?)",
     "xyzzy": "no such verb 'xyzzy' (`tinylm --help` lists them)",
-    "train": "missing argument 'recipe' (`tinylm train --help` explains)",
+    "train": "give a RECIPE, or a report with --replay",
     "train quickstart --epochs 3": "no such option: --epochs (`tinylm train --help` explains)",
     "train quikstart": "quikstart: no such recipe file, and none of that name ships (did you mean quickstart?)",
     "train nowhere.yaml": "nowhere.yaml: no such recipe file",
@@ -63,13 +65,18 @@ MISTAKES = {
     "runs nowhere": "nowhere: no such folder",
     "recipes quikstart": "quikstart: no recipe of that name ships (did you mean quickstart?)",
     "tokenize trian": "no such command 'trian'",
-    "tokenize encode nowhere.txt": "name one tokenizer (with --tokenizer PATH or --run RUN)",
+    "tokenize encode nowhere.txt": "no run under runs/ yet",
     "tokenize encode - -t nowhere.json": "nowhere.json: no such tokenizer file",
     "tokenize encode - -t x --format hex": "--format: must be ids, tokens or jsonl, not 'hex'",
     "tokenize train nowhere.txt --out t.json": "nowhere.txt: no such file or folder",
-    "tokenize train nowhere.txt --out t.json --kind wordpice": "--kind: must be one of bpe, char, byte, not 'wordpice'",
+    "tokenize train nowhere.txt --out t.json --kind wordpice": "not 'wordpice' (did you mean wordpiece?)",
     "tokenize train nowhere.txt --out t.json --vocab-size 9": "--vocab-size: bpe needs at least 257",
-    "tokenize train nowhere.txt --out t.json --kind char --vocab-size 9": "--vocab-size: only kind bpe has it",
+    "tokenize train nowhere.txt --out t.json --kind char --vocab-size 9": "--vocab-size: only kinds bpe, unigram, wordpiece,",
+    "tokenize train nowhere.txt --out t.json --kind word --dropout 9": "no such option",
+    "tokenize train nowhere.txt --out t.json --normalize nfx": "--normalize: must be none or some of nfc, nfd,",
+    "tokenize compare nowhere.json --on nowhere.txt": "nowhere.json: no such tokenizer file",
+    "tokenize sweep nowhere.txt --sizes 5,x": "--sizes: must be numbers with commas between them",
+    "tokenize add abc -t nowhere.json --out t.json": "nowhere.json: no such tokenizer file",
     "embed nearst": "no such command 'nearst'",
     "embed train": "missing argument 'source'",
     "embed train nowhere.txt": "SOURCE: nowhere.txt: no such file or folder",
@@ -81,6 +88,9 @@ MISTAKES = {
     "embed train text.txt --resume --overwrite": "--resume, --overwrite: cannot both go on and begin anew",
     "embed train text.txt --stop-after soon": "--stop-after: 'soon' is not a time",
     "train vectors.yaml --dry-run": "--dry-run: means nothing for embeddings",
+    "train vectors.yaml --workers 2": "--workers: means nothing for embeddings",
+    "train vectors.yaml --device cuda": "--device: means nothing for embeddings",
+    "train vectors.yaml --resume --overwrite": "--resume, --overwrite: cannot both go on and begin anew",
     "plan vectors.yaml": "vectors.yaml: for embeddings, not for a language model",
     "embed nearest king": "no vectors under embeddings/ yet (`tinylm embed train SOURCE` makes some, --vectors names others)",
     "embed nearest king -v nowhere": "nowhere: no such file",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,10 @@ def test_a_recipe_starts_from_vectors_frozen_or_not(text_file: Path, tmp_path: P
             tmp_path / "run", device="cpu", resume=True,
         )  # fmt: skip
         assert again.step == 4
+        shutil.rmtree(run.path / "checkpoints")
+        train(recipe, run.path, device="cpu", resume=True, reporter=reporter)
+        assert len([note for note in reporter.notes if note.startswith("embeddings:")]) == 2, "it begins again, from the vectors"
+        assert embedding_of(Run.open(run.path), 4)[10:].tobytes() == late.tobytes()
     assert np.corrcoef(late.ravel(), tokens.matrix.ravel())[0, 1] > 0.9
 
 

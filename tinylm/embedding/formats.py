@@ -16,9 +16,9 @@ from tinylm.embedding.spelling import byte_mapped, from_byte_mapped
 from tinylm.embedding.vectors import Vectors
 from tinylm.errors import InputError, did_you_mean
 from tinylm.paths import whole_file
+from tinylm.run import VECTORS_FILE
 
 SUFFIXES = {".safetensors": "safetensors", ".bin": "word2vec-binary", ".vec": "word2vec", ".txt": "word2vec", ".tsv": "projector"}
-VECTORS_FILE = "vectors.safetensors"
 _LONGEST_NAME = 1 << 16
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from tinylm.tokenizer.tokenizer import byte_level_table
+from tinylm.tokenizer.splits import byte_level_table
 
 
 @cache
