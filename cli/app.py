@@ -31,6 +31,7 @@ VERBS = {
     "runs": ("Use", "The runs here, with their numbers."),
     "plot": ("Use", "Loss curves of runs as a picture."),
     "tokenize": ("Text", "Train, apply and judge tokenizers."),
+    "embed": ("Text", "Learn, ask, judge and reuse embeddings."),
 }
 _MODULES = {"eval": "evaluate"}
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]

@@ -35,7 +35,7 @@ def plot(
     path = Path(out_)
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise InputError("must end in .png, .svg or .pdf", where="--out")
-    opened = [Run.open(folder) for folder in run]
+    opened = [Run.open(folder, embeddings=True) for folder in run]
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for index, one in enumerate(opened):
         lines = list(one.metrics())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,6 +21,7 @@ from .console import (
     duration,
     out,
     print_json,
+    seconds_of,
     show_facts,
     size,
     stderr,
@@ -30,10 +30,9 @@ from .recipe_files import find
 
 if TYPE_CHECKING:
     from tinylm.pipeline import TrainResult
-    from tinylm.recipe import Recipe
+    from tinylm.recipe import EmbeddingRecipe, Recipe
 
 app = typer.Typer(add_completion=False)
-_TIME = re.compile(r"(\d+(?:\.\d+)?)([smh]?)")
 
 
 @app.command()
@@ -69,6 +68,7 @@ def train(
     from tinylm.device import resolve
     from tinylm.errors import InputError
     from tinylm.processes import launched
+    from tinylm.recipe import EmbeddingRecipe
 
     if (recipe is None) == (replay is None):
         raise InputError("give a RECIPE, or a report with --replay", where="tinylm train", hint="`tinylm recipes` lists some")
@@ -85,13 +85,31 @@ def train(
     overrides = [*(set_ or ()), *([f"seed={seed}"] if seed is not None else [])]
     try:
         loaded, folder = _checked(recipe, overrides, out_, resume, overwrite, allow_change, main)
-        seconds = _seconds(stop_after) if stop_after is not None else None
-        if not dry_run:
+        seconds = seconds_of(stop_after)
+        if isinstance(loaded, EmbeddingRecipe):
+            _refuse_for_embeddings(
+                {
+                    "--dry-run": dry_run,
+                    "--allow-change": bool(allow_change),
+                    "--device": device not in ("auto", "cpu"),
+                    "--threads auto": wanted_threads == "auto",
+                    "--workers": workers > 1,
+                    "torchrun": several,
+                }
+            )
+        elif not dry_run:
             resolve(device)  # one that is not here is told before torch's models are loaded
     except InputError as error:
         if main:
             raise
         raise SystemExit(error.exit_code) from None  # the main process says the same
+    if isinstance(loaded, EmbeddingRecipe):
+        from .embed import run_recipe
+
+        run_recipe(
+            loaded, Path(folder), resume, overwrite, seconds, wanted_threads if wanted_threads != "auto" else None, json, quiet
+        )
+        return
     if dry_run:
         from .plan import make, show_plan
 
@@ -132,14 +150,16 @@ def train(
 
 def _checked(
     recipe: str, overrides: list[str], out_: str | None, resume: bool, overwrite: bool, allow_change: list[str] | None, main: bool
-) -> tuple[Recipe, str]:
+) -> tuple[Recipe | EmbeddingRecipe, str]:
     """The recipe and the run folder that a command line means. Raises `InputError` for what does not go together."""
     from tinylm.errors import InputError
-    from tinylm.recipe import load
-    from tinylm.run import claim
+    from tinylm.recipe import EmbeddingRecipe, load_any
+    from tinylm.run import RUNS, claim
+
+    from .embed import FOLDER
 
     file = find(recipe)
-    loaded = load(file, overrides)
+    loaded = load_any(file, overrides)
     if file == Path(recipe).expanduser() / "recipe.yaml" and out_ is None:
         if not resume:
             raise InputError(
@@ -148,10 +168,19 @@ def _checked(
         out_ = recipe
     if allow_change and not resume:
         raise InputError("only means something with --resume", where="--allow-change")
-    folder = out_ or str(Path("runs") / loaded.name)
+    folder = out_ or str((FOLDER if isinstance(loaded, EmbeddingRecipe) else RUNS) / loaded.name)
     if main:
         claim(Path(folder), resume, overwrite)
     return loaded, folder
+
+
+def _refuse_for_embeddings(given: dict[str, bool]) -> None:
+    """Vectors are learned by one process, on the CPU."""
+    from tinylm.errors import InputError
+
+    for option, is_given in given.items():
+        if is_given:
+            raise InputError("means nothing for embeddings", where=option)
 
 
 def _replay(report: str, device: str, threads: int | Literal["auto"] | None, json: bool) -> None:
@@ -199,16 +228,6 @@ def _threads(text: str | None) -> int | Literal["auto"] | None:
     if not text.isdigit() or int(text) < 1:
         raise InputError(f"{text!r} is no number of threads", where="--threads", hint="a number of at least 1, or auto")
     return int(text)
-
-
-def _seconds(text: str) -> float:
-    """90s, 55m, 2h or plain seconds."""
-    from tinylm.errors import InputError
-
-    match = _TIME.fullmatch(text.strip())
-    if match is None:
-        raise InputError(f"{text!r} is not a time", where="--stop-after", hint="like 90s, 55m or 2h")
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
 def _show(result: TrainResult, console: Conversation, json: bool, quiet: bool) -> None:

@@ -152,6 +152,8 @@ def _train(
     fingerprints = {"data": prepared.fingerprint, "tokenizer": prepared.tokenizer.fingerprint}
     start = processes.main_does(lambda: _newest(Run(folder), recipe, prepared, fingerprints, reporter)) if resume else None
     network = Transformer(recipe.model, prepared.tokenizer.vocab_size, seed=recipe.seed).to(target)
+    if start is None and recipe.model.init_embeddings is not None:
+        processes.all_do(lambda: _start_embeddings(network, prepared, reporter))
     network.recompute = recipe.training.activation_checkpointing
     decided = automatic.decide(recipe, network, batches, steps, reporter, stop_after, resumed=resume, processes=processes)
     recipe, precision = decided.recipe, decided.precision
@@ -231,6 +233,19 @@ def _train(
         if processes.main:
             metrics.close()
     return _result(folder, trainer, stopped, request.signal_number, target)
+
+
+def _start_embeddings(network: Transformer, prepared: Prepared, reporter: Reporter) -> None:
+    """What `model.init_embeddings` asks for; a checkpoint that is gone on from has its own embedding."""
+    from tinylm.embedding import formats, reuse
+
+    model = network.model
+    found = reuse.start_from(network.embedding, formats.read(Path(str(model.init_embeddings))), prepared.tokenizer)
+    how = "averaged over their pieces, " if found.from_words else ""
+    reporter.note(
+        f"embeddings: {found.tokens:,} of {found.vocab_size:,} tokens begin from {model.init_embeddings}, {how}"
+        f"{'frozen' if model.freeze_embeddings else 'learning on'}"
+    )
 
 
 def _prepared(recipe: Recipe, processes: Processes, reporter: Reporter, workers: int) -> Prepared:

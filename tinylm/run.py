@@ -46,6 +46,8 @@ OWN = (
     LOCK,
 )
 """What a run folder consists of; anything else in it is the user's."""
+VECTORS_FILE, EMBEDDINGS_MARK = "vectors.safetensors", "neighbours.jsonl"
+"""What only folders of embeddings have beside these: the vectors, when done, and a file that is there from the beginning."""
 LONGEST_CONTEXT = 1 << 24
 """More positions than any model is trained for: their tables would fill the memory of whoever opens the run."""
 FORMAT = 2
@@ -126,13 +128,18 @@ def claim(folder: Path, resume: bool, overwrite: bool) -> None:
         raise InputError("there is a run here already", where=str(folder), hint="--resume goes on with it, --overwrite begins anew")
 
 
+def own_names(folder: Path) -> tuple[str, ...]:
+    """`OWN`, and in a folder of embeddings what only such have."""
+    return (*OWN, VECTORS_FILE, EMBEDDINGS_MARK) if os.path.lexists(folder / EMBEDDINGS_MARK) else OWN
+
+
 def refuse_links_out(folder: Path) -> None:
     """Raises `InputError` when part of a run folder is a link to somewhere else: a run is read, and written, where it lies."""
     inside = folder.resolve()
-    checkpoints = folder / "checkpoints"
+    checkpoints, names = folder / "checkpoints", own_names(folder)
     paths = [*folder.iterdir(), *(checkpoints.iterdir() if checkpoints.is_dir() and not checkpoints.is_symlink() else ())]
     for path in (*paths, *(folder / "heldout").glob("*")):
-        if path.is_symlink() and (path.name in OWN or path.parent != folder) and not path.resolve().is_relative_to(inside):
+        if path.is_symlink() and (path.name in names or path.parent != folder) and not path.resolve().is_relative_to(inside):
             raise InputError("leads out of the run folder", where=str(path), hint="copy what it leads to, if you trust it")
 
 
@@ -176,15 +183,20 @@ class Run:
     """The checkpoint that the user named by giving its folder."""
 
     @classmethod
-    def open(cls, path: str | Path) -> Run:
-        """A run folder, or one checkpoint folder inside it. Raises `InputError` when it is neither."""
+    def open(cls, path: str | Path, *, embeddings: bool = False) -> Run:
+        """A run folder, or one checkpoint folder inside it. Raises `InputError` when it is neither.
+
+        A folder of embeddings is none, unless `embeddings` says that it will do.
+        """
         path = Path(path)
         if path.parent.name == "checkpoints" and (path / "state.json").exists():
-            return cls.open(path.parent.parent)._pinned(path.name)
+            return cls.open(path.parent.parent, embeddings=embeddings)._pinned(path.name)
         if not path.exists():
             raise InputError("no such run", where=str(path), hint="`tinylm runs` lists those here")
         if not (path / "recipe.yaml").exists():
             raise InputError("not a run folder: it has no recipe.yaml", where=str(path))
+        if not embeddings and (path / EMBEDDINGS_MARK).exists():
+            raise InputError("holds embeddings, not a language model", where=str(path), hint="`tinylm embed` asks them")
         refuse_links_out(path)
         return cls(path)
 
@@ -341,6 +353,7 @@ def load_weights(network: Transformer, checkpoint: Checkpoint) -> None:
 
 
 def all_runs(folder: Path) -> Iterator[Run]:
-    """The run folders directly inside `folder`."""
+    """The run folders directly inside `folder`; those of embeddings are none."""
     for path in sorted(folder.glob("*/recipe.yaml")):
-        yield Run(path.parent)
+        if not (path.parent / EMBEDDINGS_MARK).exists():
+            yield Run(path.parent)

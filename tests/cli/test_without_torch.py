@@ -25,10 +25,12 @@ for arguments in json.loads(sys.argv[1]):
     answers.append([code, out.getvalue(), err.getvalue(), "torch" in sys.modules])
 print(json.dumps(answers))
 """
-HELP = [[], ["tokenize"], *([verb, "--help"] for verb in VERBS), ["-h"], ["--help"], ["--version"]]
+HELP = [[], ["tokenize"], ["embed"], *([verb, "--help"] for verb in VERBS), ["-h"], ["--help"], ["--version"]]
 HELP += [
     ["tokenize", verb, "--help"] for verb in ("train", "encode", "decode", "report", "compare", "explain", "sweep", "add", "remove")
 ]
+EMBED = ("train", "from-run", "nearest", "analogy", "similarity", "odd-one-out", "eval", "export", "import", "plot")
+HELP += [["embed", verb, "--help"] for verb in EMBED]
 MISTAKES = {
     "trian x": "no such verb 'trian' (did you mean train?)",
     "xyzzy": "no such verb 'xyzzy' (`tinylm --help` lists them)",
@@ -75,6 +77,39 @@ MISTAKES = {
     "tokenize compare nowhere.json --on nowhere.txt": "nowhere.json: no such tokenizer file",
     "tokenize sweep nowhere.txt --sizes 5,x": "--sizes: must be numbers with commas between them",
     "tokenize add abc -t nowhere.json --out t.json": "nowhere.json: no such tokenizer file",
+    "embed nearst": "no such command 'nearst'",
+    "embed train": "missing argument 'source'",
+    "embed train nowhere.txt": "SOURCE: nowhere.txt: no such file or folder",
+    "embed train text.txt --method glow": "--method: must be one of skipgram, cbow, glove, not 'glow' (did you mean glove?)",
+    "embed train text.txt --window 0": "--window: must be a whole number of at least 1, not 0",
+    "embed train text.txt --method glove --negatives 3": "--negatives: unknown key",
+    "embed train text.txt --set method.lr_end=1": "--set method.lr_end=1: method.lr_end: 1 is above lr: the rate falls",
+    "embed train text.txt --tokenizer t.json --keep-case": "--keep-case: only means something for words",
+    "embed train text.txt --resume --overwrite": "--resume, --overwrite: cannot both go on and begin anew",
+    "embed train text.txt --stop-after soon": "--stop-after: 'soon' is not a time",
+    "train vectors.yaml --dry-run": "--dry-run: means nothing for embeddings",
+    "train vectors.yaml --workers 2": "--workers: means nothing for embeddings",
+    "train vectors.yaml --device cuda": "--device: means nothing for embeddings",
+    "train vectors.yaml --resume --overwrite": "--resume, --overwrite: cannot both go on and begin anew",
+    "plan vectors.yaml": "vectors.yaml: for embeddings, not for a language model",
+    "embed nearest king": "no vectors under embeddings/ yet (`tinylm embed train SOURCE` makes some, --vectors names others)",
+    "embed nearest king -v nowhere": "nowhere: no such file",
+    "embed nearest king -v text.txt": "text.txt:1: holds something that is not a number",
+    "embed nearest king -v three.txt": "no vector for 'king' among 3",
+    "embed analogy a b -v three.txt": "the command line: an analogy takes three words, not 2",
+    "embed analogy a b c --method cosine": "--method: must be 3cosadd or 3cosmul, not 'cosine'",
+    "embed similarity a -v three.txt": "similarity takes two words, not 1",
+    "embed odd-one-out a b -v three.txt": "needs at least three words, or none is odd",
+    "embed eval nowhere.txt -v three.txt": "nowhere.txt: No such file or directory",
+    "embed export three.txt -v three.txt": "three.txt: exists already (--overwrite replaces it)",
+    "embed export out.dat -v three.txt": "out.dat: names no format",
+    "embed import three.txt --out out.bin": "--out: must end in .safetensors",
+    "embed plot map.gif -v three.txt": "map.gif: must end in .html, .png, .svg, .pdf",
+    "embed plot map.html -v three.txt --projection tsna": "--projection: must be pca, umap, tsne, not 'tsna' (did you mean tsne?)",
+    "embed from-run --out v.safetensors --which inputs": "--which: must be input, output or contextual, not 'inputs'",
+    "embed from-run --out v.safetensors --which contextual": "needs a SOURCE whose tokens stand in a context",
+    "embed from-run --out v.safetensors --layer 1": "--layer: only means something with --which contextual",
+    "embed from-run --out v.safetensors --run nowhere": "nowhere: no such run",
 }
 
 
@@ -87,12 +122,15 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
         ["plan", "recipe.yaml", "--hardware", "l4"],
         ["runs", "--json"],
         ["recipes"],
+        ["embed", "nearest", "a", "-v", "three.txt", "--json"],
         *(line.split() for line in MISTAKES),
     ]
     (folder / "recipe.yaml").write_text(
         "data: {train: text.txt}\ntokenizer: {kind: byte}\n"
         "model: {n_embd: 32, n_head: 2, context_length: 16}\ntraining: {steps: 5}\n"
     )
+    (folder / "three.txt").write_text("a 1 2\nb 2 1\nc 3 3\n")
+    (folder / "vectors.yaml").write_text("kind: embeddings\ndata: {train: text.txt}\n")
     (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 100)
     before = sorted(folder.iterdir())
     spy = [sys.executable, "-c", SPY, json.dumps(commands)]
@@ -105,7 +143,7 @@ def test_nothing_loads_torch(answers: dict[str, tuple[int, str, str, bool]]) -> 
     assert [command for command, answer in answers.items() if answer[3]] == []
 
 
-@pytest.mark.parametrize("command", [" ".join(command) for command in HELP if command and command != ["tokenize"]])
+@pytest.mark.parametrize("command", [" ".join(command) for command in HELP if command and command not in (["tokenize"], ["embed"])])
 def test_help_is_an_answer(answers: dict[str, tuple[int, str, str, bool]], command: str) -> None:
     code, out, err, _ = answers[command]
     assert (code, err) == (0, "")
@@ -116,7 +154,7 @@ def test_help_lists_every_verb(answers: dict[str, tuple[int, str, str, bool]]) -
     assert all(f" {verb} " in answers["--help"][1] for verb in VERBS)
 
 
-@pytest.mark.parametrize("command", ["", "tokenize"])
+@pytest.mark.parametrize("command", ["", "tokenize", "embed"])
 def test_without_a_verb_help_is_no_answer(answers: dict[str, tuple[int, str, str, bool]], command: str) -> None:
     code, out, err, _ = answers[command]
     assert (code, out) == (2, "")

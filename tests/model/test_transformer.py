@@ -224,7 +224,8 @@ def test_dropout_acts_in_training_and_only_there() -> None:
 
 
 def test_every_part_that_a_preset_sets_is_tested_above() -> None:
-    tested = {key for change in CHANGES for key in change} | {"context_length", "dropout", "ngram_dropout"}
+    elsewhere = {"context_length", "dropout", "ngram_dropout", "init_embeddings", "freeze_embeddings"}
+    tested = {key for change in CHANGES for key in change} | elsewhere
     assert tested == set(ModelSection.model_fields)
     assert all(set(parts) <= tested for parts in PRESET_PARTS.values())
 

@@ -113,6 +113,8 @@ SETTINGS: dict[str, list[str]] = {
     "ModelSection.parallel_residual": ["model.parallel_residual=on"],
     "ModelSection.dropout": ["model.dropout=0.1"],
     "ModelSection.logit_softcap": ["model.logit_softcap=30"],
+    "ModelSection.init_embeddings": ["model.init_embeddings=v.bin"],
+    "ModelSection.freeze_embeddings": ["model.init_embeddings=v.bin", "model.freeze_embeddings=on"],
     "TrainingSection.steps": ["training.steps=11"],
     "TrainingSection.tokens": ["training.tokens=1e6"],
     "TrainingSection.epochs": ["training.epochs=1.5"],

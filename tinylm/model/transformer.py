@@ -50,6 +50,7 @@ class Transformer(nn.Module):
             initialise(self, model, torch.Generator().manual_seed(seed))
         if model.tie_embeddings:
             self.head.weight = self.embedding.weight
+        self.embedding.weight.requires_grad_(not model.freeze_embeddings)
 
     def forward(self, tokens: Tensor, cache: CacheRows | None = None, *, targets: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) for ids (B, T). With a cache, the ids continue what it holds and are added to it.

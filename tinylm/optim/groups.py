@@ -106,7 +106,7 @@ def build(
     `stacked` names parameters that hold several matrices one above the other, with their rows; `mesh` the processes that train
     together.
     """
-    names = {parameter: name for name, parameter in network.named_parameters()}
+    names = {parameter: name for name, parameter in network.named_parameters() if parameter.requires_grad}
     if not isinstance(section, MuonOptimizer):
         return Optimizers({"adamw": _adamw(names, section.lr, section, section.weight_decay)}, names)
     linears = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator
 
+from tinylm.recipe.embeddings import EmbeddingRecipe, TokenVocabulary, Word2VecMethod
 from tinylm.recipe.schema import (
     BpeTokenizer,
     FileTokenizer,
@@ -31,6 +32,17 @@ def contradictions(recipe: Recipe, check_files: bool = True) -> Iterator[tuple[K
         yield from _files(recipe)
 
 
+def embedding_contradictions(recipe: EmbeddingRecipe, check_files: bool = True) -> Iterator[tuple[KeyPath, str]]:
+    """The same for a recipe of embeddings."""
+    method = recipe.method
+    if isinstance(method, Word2VecMethod) and method.lr_end > method.lr:
+        yield ("method", "lr_end"), f"{method.lr_end:g} is above lr: the rate falls"
+    if check_files:
+        yield from _missing(("data", "train"), recipe.data.train)
+        if isinstance(recipe.vocabulary, TokenVocabulary):
+            yield from _missing(("vocabulary", "tokenizer"), (recipe.vocabulary.tokenizer,))
+
+
 def _model(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     model = recipe.model
     if model.n_embd % model.n_head:
@@ -48,6 +60,10 @@ def _model(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         yield ("model", "n_embd"), f"sinusoidal positions need an even width, not {model.n_embd}"
     if model.rope_theta is not None and model.position != "rope":
         yield ("model", "rope_theta"), f"only position rope has it, and position is {model.position}"
+    if model.freeze_embeddings and model.init_embeddings is None:
+        yield ("model", "freeze_embeddings"), "only means something with init_embeddings"
+    elif model.freeze_embeddings and model.tie_embeddings:
+        yield ("model", "freeze_embeddings"), "tie_embeddings makes them the head's weights too, which must learn"
     stride = recipe.evaluation.stride
     if stride is not None and stride > model.context_length:
         yield (
@@ -121,6 +137,8 @@ def _files(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     yield from _missing(("data", "train"), recipe.data.train)
     if isinstance(recipe.tokenizer, FileTokenizer):
         yield from _missing(("tokenizer", "path"), (recipe.tokenizer.path,))
+    if recipe.model.init_embeddings is not None:
+        yield from _missing(("model", "init_embeddings"), (recipe.model.init_embeddings,))
     heldout = recipe.data.heldout
     if isinstance(heldout, HeldoutSources):
         yield from _missing(("data", "heldout"), heldout.sources)

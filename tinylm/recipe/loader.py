@@ -17,7 +17,15 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from tinylm.errors import InputError, did_you_mean
-from tinylm.recipe.checks import contradictions
+from tinylm.recipe.checks import contradictions, embedding_contradictions
+from tinylm.recipe.embeddings import (
+    CbowMethod,
+    EmbeddingRecipe,
+    GloveMethod,
+    SkipGramMethod,
+    TokenVocabulary,
+    WordVocabulary,
+)
 from tinylm.recipe.notation import Loader
 from tinylm.recipe.schema import (
     AdamWOptimizer,
@@ -55,6 +63,11 @@ class _Document:
     places: dict[Path_, str] = field(default_factory=dict)
     problems: list[tuple[str, str]] = field(default_factory=list)
 
+    @property
+    def schema(self) -> type[Recipe] | type[EmbeddingRecipe]:
+        """What `kind` says that this is a recipe for."""
+        return EmbeddingRecipe if self.values.get("kind") == "embeddings" else Recipe
+
     def place(self, path: Path_) -> str:
         while path and path not in self.places:
             path = path[:-1]
@@ -65,8 +78,13 @@ def load(source: str | Path, overrides: Sequence[str] = (), *, check_files: bool
     """Read the recipe file `source` with `--set` overrides such as `training.optimizer.lr=3e-4`.
 
     Without `check_files` the text that it names need not be there (any more).
-    Raises `InputError` when the file cannot be read and `RecipeError` with every problem found in it.
+    Raises `InputError` when the file cannot be read or is for embeddings, and `RecipeError` with every problem found in it.
     """
+    return _for_a_model(load_any(source, overrides, check_files=check_files), str(source))
+
+
+def load_any(source: str | Path, overrides: Sequence[str] = (), *, check_files: bool = True) -> Recipe | EmbeddingRecipe:
+    """`load`, for a recipe of any kind."""
     path = Path(source)
     try:
         text = path.read_text(encoding="utf-8")
@@ -74,11 +92,26 @@ def load(source: str | Path, overrides: Sequence[str] = (), *, check_files: bool
         raise InputError(f"not UTF-8 at byte {error.start}", where=str(path), hint="a recipe is a YAML text file") from None
     except OSError as error:
         raise InputError(error.strerror or "cannot be read", where=str(path)) from None
-    return loads(text, overrides, name=str(path), check_files=check_files)
+    return loads_any(text, overrides, name=str(path), check_files=check_files)
 
 
 def loads(text: str, overrides: Sequence[str] = (), *, name: str = "recipe", check_files: bool = True) -> Recipe:
     """The recipe written in `text`; `name` stands for the file in error messages."""
+    return _for_a_model(loads_any(text, overrides, name=name, check_files=check_files), name)
+
+
+def _for_a_model(recipe: Recipe | EmbeddingRecipe, where: str) -> Recipe:
+    if isinstance(recipe, EmbeddingRecipe):
+        raise InputError(
+            "for embeddings, not for a language model", where=where, hint="`tinylm embed --help` lists what they can do"
+        )
+    return recipe
+
+
+def loads_any(
+    text: str, overrides: Sequence[str] = (), *, name: str = "recipe", check_files: bool = True
+) -> Recipe | EmbeddingRecipe:
+    """`loads`, for a recipe of any kind."""
     document = _parse(text, name)
     for override in overrides:
         _apply(document, override)
@@ -160,8 +193,8 @@ def _apply(document: _Document, override: str) -> None:
     value = _value_of(written)
     target = document.values
     for depth, part in enumerate(path[:-1], 1):
-        if isinstance(target.get(part), str) and part in ("optimizer", "schedule", "tokenizer"):
-            target[part] = {"kind" if part == "tokenizer" else "name": target[part]}
+        if isinstance(target.get(part), str) and part in _SHORT_FORMS:
+            target[part] = {_SHORT_FORMS[part]: target[part]}
         if not isinstance(target.get(part), dict):
             target[part] = {}
             document.places[path[:depth]] = where
@@ -184,19 +217,21 @@ def _value_of(written: str) -> Any:
         return written
 
 
+_SHORT_FORMS = {"optimizer": "name", "schedule": "name", "tokenizer": "kind", "method": "name", "vocabulary": "kind"}
+"""Sections that a lone word may stand for, and the key whose value it is."""
 _DEEPEST, _MOST_KEYS = 16, 10_000
 _TOO_LARGE = "nested too deeply, or far too large, for a recipe"
 _LENGTHS = ("steps", "tokens", "epochs", "minutes")
 
 
-def _validate(document: _Document, check_files: bool) -> tuple[Recipe | None, list[tuple[str, str]]]:
+def _validate(document: _Document, check_files: bool) -> tuple[Recipe | EmbeddingRecipe | None, list[tuple[str, str]]]:
     """Validate; where keys are wrong, leave them out and go on, so that one mistake does not hide another."""
     problems: list[tuple[str, str]] = []
     values = document.values
     wrong: set[Path_] = set()
     for _ in range(20):
         try:
-            recipe = Recipe.model_validate(values)
+            recipe = document.schema.model_validate(values)
         except ValidationError as error:
             found = _explain(error, values, document)
             problems += [(where, message) for _, where, message in found]
@@ -205,11 +240,13 @@ def _validate(document: _Document, check_files: bool) -> tuple[Recipe | None, li
             if not isinstance(values.get("data"), dict) or not values["data"].get("train"):
                 values = {**values, "data": {**_mapping(values.get("data")), "train": "missing"}}
                 wrong.add(("data", "train"))
-            if not isinstance(values.get("training", {}), dict):
-                values = {**values, "training": {}}
-            values.setdefault("training", {})
+            if document.schema is Recipe:
+                if not isinstance(values.get("training", {}), dict):
+                    values = {**values, "training": {}}
+                values.setdefault("training", {})
             continue
-        for path, message in contradictions(recipe, check_files):
+        check = contradictions if isinstance(recipe, Recipe) else embedding_contradictions
+        for path, message in check(recipe, check_files):  # type: ignore[arg-type]  # each gets its own kind
             if not any(path[: len(bad)] == bad or bad[: len(path)] == path for bad in wrong):
                 problems.append((document.place(path), f"{_dotted(path)}: {message}"))
         return recipe, problems
@@ -224,7 +261,7 @@ def _explain(error: ValidationError, values: dict[str, Any], document: _Document
     found = []
     for item in error.errors(include_url=False):
         path = _written_path(item["loc"], values)
-        message = _message(item, path)
+        message = _message(item, path, document.schema)
         place = (*path, item["ctx"]["discriminator"].strip("'")) if item["type"] == "union_tag_invalid" else path
         found.append((path, document.place(place), f"{_dotted(path)}: {message}"))
     return list({path: entry for path, *_ in found for entry in found if entry[0] == path}.values())
@@ -244,7 +281,14 @@ def _written_path(location: Path_, values: Any) -> Path_:
     return path
 
 
-_TAGGED: set[Path_] = {("data", "heldout"), ("tokenizer",), ("training", "optimizer"), ("training", "schedule")}
+_TAGGED: set[Path_] = {
+    ("data", "heldout"),
+    ("tokenizer",),
+    ("training", "optimizer"),
+    ("training", "schedule"),
+    ("vocabulary",),
+    ("method",),
+}
 _VARIANTS: dict[str, type[BaseModel]] = {
     "muon": MuonOptimizer,
     "adamw": AdamWOptimizer,
@@ -258,12 +302,17 @@ _VARIANTS: dict[str, type[BaseModel]] = {
     "char": CharTokenizer,
     "byte": ByteTokenizer,
     "file": FileTokenizer,
+    "words": WordVocabulary,
+    "tokens": TokenVocabulary,
+    "skipgram": SkipGramMethod,
+    "cbow": CbowMethod,
+    "glove": GloveMethod,
 }
 
 
-def _keys_at(location: Path_) -> list[str]:
+def _keys_at(location: Path_, schema: type[BaseModel]) -> list[str]:
     """The keys that the schema knows beside the last part of `location`."""
-    model: type[BaseModel] = Recipe
+    model = schema
     for part in location[:-1]:
         if part in _VARIANTS:
             model = _VARIANTS[str(part)]
@@ -279,10 +328,12 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
     return next((section for part in get_args(annotation) if (section := _section_of(part))), None)
 
 
-def _message(item: Any, path: Path_) -> str:
+def _message(item: Any, path: Path_, schema: type[BaseModel]) -> str:
     kind, context = item["type"], item.get("ctx", {})
+    if path == ("kind",):
+        return "must be embeddings, or left out for a language model"
     if kind == "extra_forbidden":
-        known = _keys_at(item["loc"])
+        known = _keys_at(item["loc"], schema)
         hint = did_you_mean(str(path[-1]), known) or f"known here: {', '.join(known)}"
         return f"unknown key ({hint})"
     if kind == "missing":
@@ -300,7 +351,7 @@ def _message(item: Any, path: Path_) -> str:
         near = did_you_mean(str(given), options)
         return f"must be one of {', '.join(options)}, not {given!r}" + (f" ({near})" if near else "")
     if kind in ("model_type", "dict_type", "model_attributes_type"):
-        known = _keys_at((*item["loc"], "?"))
+        known = _keys_at((*item["loc"], "?"), schema)
         return f"must be a section with keys such as {', '.join(known[:4])}"
     if kind == "string_type":
         return f"must be a text, not {item['input']!r}"

@@ -5,7 +5,7 @@ A recipe that exists is valid by itself; what depends on two sections or on the 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -26,6 +26,7 @@ from tinylm.recipe.values import (
     NotNegative,
     OpenShare,
     OptionalCount,
+    OptionalPath,
     OptionalPositive,
     Orders,
     Positive,
@@ -270,6 +271,10 @@ class ModelSection(Section):
     dropout: ShareBelowOne = 0.0
     logit_softcap: OptionalPositive = None
     """Cap c: logits become c * tanh(logits / c)."""
+    init_embeddings: OptionalPath = None
+    """Start the token embedding from these vectors: a folder of `tinylm embed train`, or a file of any format it reads."""
+    freeze_embeddings: Flag = False
+    """Leave the token embedding as init_embeddings made it."""
 
     @model_validator(mode="before")
     @classmethod
@@ -468,7 +473,7 @@ class Recipe(Section):
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, defaults written out, in the notation that `load` reads back to an equal recipe."""
-        values: dict[str, Any] = _plain(self.model_dump())
+        values: dict[str, Any] = plain(self.model_dump())
         heldout = values["data"]["heldout"]
         values["data"]["heldout"] = heldout.get("sources", heldout)
         for key in ("steps", "tokens", "epochs", "minutes"):
@@ -477,16 +482,20 @@ class Recipe(Section):
         return values
 
     def to_yaml(self) -> str:
-        text: str = yaml.dump(
-            self.as_dict(), Dumper=Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110
-        )
-        return text
+        return written(self.as_dict())
 
 
-def _plain(value: Any) -> Any:
+def written(values: dict[str, Any]) -> str:
+    """Plain values as the YAML of a recipe."""
+    text: str = yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
+    return text
+
+
+def plain(value: Any) -> Any:
+    """Tuples as lists, all the way down: what YAML can hold."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def flattened(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -500,7 +509,13 @@ def flattened(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def changes(before: Recipe, after: Recipe) -> dict[str, tuple[Any, Any]]:
+class Described(Protocol):
+    """A recipe of any kind."""
+
+    def as_dict(self) -> dict[str, Any]: ...
+
+
+def changes(before: Described, after: Described) -> dict[str, tuple[Any, Any]]:
     """The keys in which two recipes differ, with both values."""
     old, new = flattened(before.as_dict()), flattened(after.as_dict())
     return {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}

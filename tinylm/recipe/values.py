@@ -100,6 +100,10 @@ def _orders(value: object) -> object:
     return _REFUSED if _REFUSED in orders or len(set(orders)) < len(orders) else orders
 
 
+def _path(value: object) -> object:
+    return value if value is None or (isinstance(value, str) and value) else _REFUSED
+
+
 def _sources(value: object) -> object:
     if isinstance(value, str) and value.strip():
         return (value,)
@@ -142,6 +146,9 @@ CountOrZero = Annotated[int, _checked(_whole(0), "a whole number of at least 0")
 Seed = Annotated[int, _checked(_whole(0, 2**63 - 1), "a whole number from 0 to 2^63 - 1")]
 OptionalCount = Annotated[int | None, _checked(_or_word(_whole(1), None), "a whole number of at least 1, or null")]
 CountOrAuto = Annotated[int | Literal["auto"], _checked(_or_word(_whole(1), "auto"), "a whole number of at least 1, or auto")]
+OptionalText = Annotated[
+    str | None, _checked(lambda v: v if v is None or (isinstance(v, str) and v) else _REFUSED, "a path, or null")
+]
 Positive = Annotated[float, _checked(_real(0.0, above=True), "a number above 0")]
 OptionalPositive = Annotated[float | None, _checked(_or_word(_real(0.0, above=True), None), "a number above 0, or null")]
 NotNegative = Annotated[float, _checked(_real(0.0), "a number of at least 0")]
@@ -157,6 +164,7 @@ FlagOrAuto = Annotated[bool | Literal["auto"], _checked(_or_word(_flag, "auto"),
 ClipNorm = Annotated[float | None, _checked(_clip, "a number above 0, or off")]
 Warmup = Annotated[int | float, _checked(_warmup, "a number of steps, or a share of the training below 1")]
 Betas = Annotated[tuple[float, float], _checked(_betas, "two numbers of at least 0 and below 1, like [0.9, 0.95]")]
+OptionalPath = Annotated[str | None, _checked(_path, "a path, or null")]
 Orders = Annotated[tuple[int, ...], _checked(_orders, "a list of different whole numbers from 2 to 16, like [2, 3]")]
 Sources = Annotated[tuple[str, ...], _checked(_sources, "a SOURCE (a file, folder, glob, URL, builtin:NAME) or a list of them")]
 Texts = Annotated[tuple[str, ...], _checked(_texts, "a text or a list of texts")]

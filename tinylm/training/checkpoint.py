@@ -1,7 +1,7 @@
 """Saving and restoring a training: a checkpoint folder is whole or absent, and nothing in it can execute.
 
-    model.safetensors              all weights
-    training-00001.safetensors     the optimiser's state, a file per process that saved, each with its part
+    model.safetensors              all weights; of embeddings, all tables
+    training-00001.safetensors     the optimiser's state if there is one, a file per process that saved, each with its part
     state.json                     where the training stood: step, cursor, scaler, guards, best so far, fingerprints
     manifest.json                  size and SHA-256 of each file; written last
 
@@ -81,7 +81,7 @@ class CheckpointWriter:
 
         def write() -> None:
             try:
-                outcome.append(self._write(snapshot))
+                outcome.append(self.save(snapshot))
             except BaseException as error:
                 outcome.append(error)
 
@@ -104,7 +104,8 @@ class CheckpointWriter:
             raise outcome[0]
         return outcome[0]
 
-    def _write(self, snapshot: Snapshot) -> Checkpoint:
+    def save(self, snapshot: Snapshot) -> Checkpoint:
+        """The same at once, for who has nothing to do meanwhile. Raises `WorkError` when the disk refuses."""
         final = self.folder / f"step-{snapshot.state['step']:06d}"
         partial = self.folder / f".{final.name}.partial"
         try:

@@ -24,7 +24,7 @@ from tinylm.data.prepare import Prepared
 from tinylm.errors import InputError
 from tinylm.paths import whole_file, write_whole
 from tinylm.recipe import Recipe
-from tinylm.run import LOCK, OWN, claim
+from tinylm.run import LOCK, claim, own_names
 
 
 @contextmanager
@@ -58,14 +58,14 @@ def claimed(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
 
 def _sweep(folder: Path) -> None:
     """Remove the temporary files of a process that was killed while it replaced one of the folder's own."""
-    for name in OWN:
+    for name in own_names(folder):
         for left in folder.glob(f".{name}.*"):
             left.unlink()
 
 
 def remove_run(folder: Path) -> None:
     """Remove what an earlier training wrote, and nothing else that lies there. The recipe stays until the new one replaces it."""
-    for name in OWN:
+    for name in own_names(folder):
         path = folder / name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
