@@ -63,7 +63,7 @@ def train(
     reporter = ConsoleReporter(console, quiet=quiet)
     overrides = [*(set_ or ()), *([f"seed={seed}"] if seed is not None else [])]
     file = find(recipe)
-    loaded = load(file, overrides)
+    loaded = load(file, overrides, check_files=not resume)
     if file == Path(recipe).expanduser() / "recipe.yaml" and out_ is None:
         if not resume:
             raise InputError(

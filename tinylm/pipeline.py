@@ -27,6 +27,8 @@ from tinylm.errors import InputError, did_you_mean
 from tinylm.evaluation.perplexity import Perplexity, evaluate
 from tinylm.generation.engine import generate
 from tinylm.generation.sampling import SamplingOptions
+from tinylm.model import lora
+from tinylm.model.takeover import check_parts, take_over
 from tinylm.model.transformer import Transformer
 from tinylm.optim import groups
 from tinylm.paths import whole_file, write_whole
@@ -34,6 +36,7 @@ from tinylm.recipe import Recipe, changes
 from tinylm.recipe.schema import FileTokenizer, MuonOptimizer, flattened
 from tinylm.reporting import SILENT, Reporter
 from tinylm.run import Run, claim
+from tinylm.tokenizer import Tokenizer
 from tinylm.training import automatic
 from tinylm.training import precision as precisions
 from tinylm.training.checkpoint import CheckpointWriter, newest_whole, restore
@@ -103,6 +106,7 @@ def train(
     resume = resume and (folder / "recipe.yaml").exists()
     if resume:
         recipe = _reconciled(Run.open(folder), recipe, allow_change, reporter)
+    source = None if resume else _source(recipe, reporter)
     prepared = prepare(recipe.data, recipe.tokenizer, reporter)
     batches = Batches(prepared.train.tokens, recipe.model.context_length, recipe.seed)
     steps = planning.training_steps(recipe.training, recipe.model.context_length, len(prepared.train))
@@ -111,7 +115,14 @@ def train(
         if threads == "auto":
             chosen = automatic.use_fastest_threads(recipe, prepared.tokenizer.vocab_size, batches)
             reporter.note(f"{chosen} CPU threads are fastest for this model")
-    network = Transformer(recipe.model, prepared.tokenizer.vocab_size, seed=recipe.seed).to(target)
+    network = Transformer(recipe.model, prepared.tokenizer.vocab_size, seed=recipe.seed)
+    if source is not None:
+        _start_from(source, recipe, network, prepared.tokenizer, reporter)
+    if recipe.training.lora is not None:
+        lora.attach(network, recipe.training.lora, recipe.seed)
+        trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+        reporter.note(f"LoRA: {trained:,} of {network.parameter_count():,} numbers are trained")
+    network = network.to(target)
     network.recompute = recipe.training.activation_checkpointing
     decided = automatic.decide(recipe, network, batches, steps, reporter, stop_after, resumed=resume)
     recipe, precision = decided.recipe, decided.precision
@@ -170,6 +181,24 @@ def train(
     finally:
         metrics.close()
     return _result(folder, trainer, stopped, request.signal_number, target)
+
+
+def _source(recipe: Recipe, reporter: Reporter) -> Run | None:
+    """The run of `model.init_from`. Raises `InputError` when it is none, or its model is made of other parts."""
+    given = recipe.model.init_from
+    if given is None:
+        return None
+    source = Run.open(Path(given.run).expanduser())
+    check_parts(recipe.model, source.recipe.model)
+    reporter.note(f"starting from {source.path} {source.checkpoint().name}")
+    return source
+
+
+def _start_from(source: Run, recipe: Recipe, network: Transformer, tokenizer: Tokenizer, reporter: Reporter) -> None:
+    same = source.tokenizer.fingerprint == tokenizer.fingerprint
+    anew = take_over(network, source.network(source.checkpoint(), torch.device("cpu")), same_tokenizer=same)
+    if anew:
+        reporter.note(f"starting anew: {', '.join(anew)}")
 
 
 def _reconciled(run: Run, recipe: Recipe, allowed: Sequence[str], reporter: Reporter) -> Recipe:

@@ -169,7 +169,9 @@ class Run:
         return Tokenizer.load(self.path / "tokenizer.json")
 
     def heldout(self) -> Shard:
-        """The held-out half that this run was measured on."""
+        """The held-out half that this run was measured on. Raises `InputError` where there is none: its text is not known here."""
+        if not (self.path / "heldout").exists():
+            raise InputError("this run has no held-out text", where=str(self.path), hint="name a text to measure it on")
         return open_shard(self.path / "heldout", "heldout")
 
     def checkpoints(self) -> list[Checkpoint]:
@@ -203,10 +205,11 @@ class Run:
         return pointed
 
     def network(self, checkpoint: Checkpoint, device: torch.device) -> Transformer:
-        """The model with the checkpoint's weights, in float32, ready to evaluate.
+        """The model with the checkpoint's weights, in float32, ready to evaluate; low-rank additions are merged into them.
 
         Raises `InputError` when weights or tokenizer are not what was saved.
         """
+        from tinylm.model import lora
         from tinylm.model.transformer import Transformer
 
         problem = checkpoint.problem(only=("model.safetensors", "state.json"))
@@ -215,7 +218,11 @@ class Run:
         if checkpoint.state["fingerprints"]["tokenizer"] != self.tokenizer.fingerprint:
             raise InputError("not the tokenizer this model was trained with", where=str(self.path / "tokenizer.json"))
         network = Transformer(self.recipe.model, self.tokenizer.vocab_size, seed=None)
+        adapted = self.recipe.training.lora
+        if adapted is not None:
+            lora.attach(network, adapted)
         load_weights(network, checkpoint)
+        lora.merge(network)
         return network.to(device).eval()
 
     def metrics(self) -> Iterator[dict[str, Any]]:

@@ -70,11 +70,13 @@ def _step_on_device(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def build(section: Optimizer, network: nn.Module, stacked: Mapping[str, tuple[int, ...]]) -> Optimizers:
-    """The optimiser that `section` describes. Weight decay only on what has two axes. Fused AdamW on CPU and CUDA.
+    """The optimiser that `section` describes, over the parameters that want a gradient.
+
+    Weight decay only on what has two axes. Fused AdamW on CPU and CUDA.
 
     `stacked` names parameters that hold several matrices one above the other, with their rows.
     """
-    names = {parameter: name for name, parameter in network.named_parameters()}
+    names = {parameter: name for name, parameter in network.named_parameters() if parameter.requires_grad}
     if not isinstance(section, MuonOptimizer):
         return Optimizers({"adamw": _adamw(names, section.lr, section, section.weight_decay)}, names)
     linears = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
