@@ -25,11 +25,13 @@ VERBS = {
     "recipes": ("Train", "The recipes that ship with tinylm."),
     "sample": ("Use", "Write text with a trained model."),
     "eval": ("Use", "Measure a model on a text: perplexity, bits per byte."),
+    "export": ("Share", "A model for Hugging Face, llama.cpp or ONNX, proven to be the same."),
+    "import": ("Share", "A run of other people's weights: GPT-2 and Llama folders."),
     "runs": ("Use", "The runs here, with their numbers."),
     "plot": ("Use", "Loss curves of runs as a picture."),
     "tokenize": ("Text", "Train, apply and judge tokenizers."),
 }
-_MODULES = {"eval": "evaluate"}
+_MODULES = {"eval": "evaluate", "import": "import_"}
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 """Every complaint of typer about a command line; the class itself has no public name."""
 

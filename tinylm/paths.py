@@ -51,12 +51,14 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that becomes `path`, in place of what is there, when the block ends well; else nothing is left."""
+    """A temporary folder beside `path` that takes its place when the block ends well, and disappears when it does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield temporary
         os.chmod(temporary, 0o777 & ~_umask())
+        for file in temporary.rglob("*"):
+            os.chmod(file, (0o777 if file.is_dir() else 0o666) & ~_umask())
         if path.exists():
             replaced = temporary.with_name(f"{temporary.name}.old")
             os.replace(path, replaced)

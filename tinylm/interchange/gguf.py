@@ -41,7 +41,9 @@ def check(model: ModelSection, tokenizer: Tokenizer) -> tuple[str, str]:
     """The names of architecture and split in llama.cpp. Raises `InputError` with what has none there, and what would."""
     name, lacking = stock.family(model)
     if name is None:
-        raise InputError(f"llama.cpp has no model with {', '.join(lacking)}", where="--to gguf", hint="preset gpt2 or llama has none of it")
+        raise InputError(
+            f"llama.cpp has no model with {', '.join(lacking)}", where="--to gguf", hint="preset gpt2 or llama has none of it"
+        )
     if name == "gpt2" and model.feed_forward != "gelu":
         raise InputError(f"llama.cpp's gpt2 has no feed_forward {model.feed_forward}", where="--to gguf", hint="gelu would do")
     return name, _split(tokenizer)
@@ -76,7 +78,11 @@ def _named_split(pre: dict[str, Any] | None, whole: bool) -> str | None:
         return "smollm" if digits and not whole else None
     if first[0].get("type") != "Split" or first[0].get("behavior") != "Isolated" or first[0].get("invert"):
         return None
-    return ("llama-bpe" if first[0]["pattern"].get("Regex") == _gpt4(3) else None) if whole else _PATTERNS.get(first[0]["pattern"].get("Regex"))
+    return (
+        ("llama-bpe" if first[0]["pattern"].get("Regex") == _gpt4(3) else None)
+        if whole
+        else _PATTERNS.get(first[0]["pattern"].get("Regex"))
+    )
 
 
 def _gpt4(digits: int) -> str:
@@ -230,14 +236,15 @@ def verify(path: Path, network: Transformer, tokenizer: Tokenizer, text: str, ki
     theirs, ours = proof.perplexity(lambda ids: other(ids).logits, rows), proof.perplexity(network, rows)
     if theirs > ours * MOST_WORSE.get(kind, float("inf")):
         raise WorkError(
-            f"in {kind} the perplexity is {theirs:.4f}, of the run {ours:.4f}", hint="nothing was left; f16 keeps more of the weights"
+            f"in {kind} the perplexity is {theirs:.4f}, of the run {ours:.4f}",
+            hint="nothing was left; f16 keeps more of the weights",
         )
     by, greedy = [f"transformers {transformers.__version__}"], None
     if llama_cpp.installed():
         version = importlib.metadata.version("llama-cpp-python")
         answers = _asked(path, rounded, rows, text, tokenizer)
         if isinstance(answers, str):
-            reporter.warn(f"llama-cpp-python {version} does not run here, so that only transformers has read the file ({answers})")
+            reporter.warn(f"llama-cpp-python {version} does not run here; only transformers has read the file ({answers})")
         else:
             greedy = _check_answers(answers, rounded, rows, theirs, tokenizer, text)
             by.append(f"llama-cpp-python {version}")
@@ -268,12 +275,10 @@ def _check_answers(
 
 
 def _rounded(network: Transformer, kind: str) -> Transformer:
-    """The same network with its matrices as the file stores them. A scale belongs to a part of a row, so that any order of rows will do."""
+    """The same network with its matrices as the file stores them: a scale belongs to a part of a row, whatever the rows' order."""
     import gguf
 
-    model = network.model
-    architecture, _ = stock.family(model)
-    rounded = Transformer(model, network.vocab_size, seed=None)
+    rounded = Transformer(network.model, network.vocab_size, seed=None)
     rounded.load_state_dict(network.state_dict())
     with torch.no_grad():
         for name, parameter in rounded.named_parameters():

@@ -7,11 +7,13 @@ What one of transformers' own classes computes is written for that class (`stock
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -97,7 +99,10 @@ def _own_config(model: ModelSection, vocab_size: int) -> dict[str, Any]:
     shared = {key: getattr(model, key) for key in _SAME_NAME}
     return {
         "architectures": [_CLASS],
-        "auto_map": {"AutoConfig": f"{Path(MODELING).stem}.TinylmConfig", "AutoModelForCausalLM": f"{Path(MODELING).stem}.{_CLASS}"},
+        "auto_map": {
+            "AutoConfig": f"{Path(MODELING).stem}.TinylmConfig",
+            "AutoModelForCausalLM": f"{Path(MODELING).stem}.{_CLASS}",
+        },
         "model_type": _OWN,
         "vocab_size": vocab_size,
         **shared,
@@ -179,31 +184,29 @@ def _module(code: Path) -> ModuleType:
     return module
 
 
-class quiet(warnings.catch_warnings):  # noqa: N801  reads as a statement
+@contextmanager
+def quiet(transformers: Any) -> Iterator[None]:
     """transformers without its progress bars and advice."""
-
-    def __init__(self, transformers: Any) -> None:
-        super().__init__()
-        self._logging = transformers.utils.logging
-
-    def __enter__(self) -> None:
-        super().__enter__()
-        warnings.simplefilter("ignore")
-        self._level, self._bars = self._logging.get_verbosity(), self._logging.is_progress_bar_enabled()
-        self._logging.set_verbosity_error()
-        self._logging.disable_progress_bar()
-
-    def __exit__(self, *exception: object) -> None:
-        self._logging.set_verbosity(self._level)
-        if self._bars:
-            self._logging.enable_progress_bar()
-        super().__exit__(*exception)
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 # Reading.
 
 
-def read(folder: Path, tokenizer_file: Path | None = None, *, trust_pickle: bool = False) -> tuple[ModelSection, dict[str, Tensor], Tokenizer]:
+def read(
+    folder: Path, tokenizer_file: Path | None = None, *, trust_pickle: bool = False
+) -> tuple[ModelSection, dict[str, Tensor], Tokenizer]:
     """The parts, weights and tokenizer of a folder. Raises `InputError` for what is missing, damaged or not computed here."""
     config = _config(folder)
     tensors = dict(_tensors(folder, trust_pickle))
@@ -214,7 +217,8 @@ def read(folder: Path, tokenizer_file: Path | None = None, *, trust_pickle: bool
     else:
         model = stock.model_of(config, tensors, str(folder / "config.json"))
         state = stock.state_of(tensors, model, str(config["model_type"]), where)
-    return model, state, read_tokenizer(folder if tokenizer_file is None else tokenizer_file)
+    tokenizer = read_tokenizer(folder if tokenizer_file is None else tokenizer_file)
+    return model, state, tokenizer if tokenizer_file else _with_end_of_text(tokenizer, config)
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -272,6 +276,10 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 def unpickled(path: Path, trusted: bool) -> dict[str, Any]:
     """A file of torch.save, read with `weights_only=True`, which builds tensors and plain values and calls nothing else."""
+    with open(path, "rb") as opened:
+        begins = opened.read(4)
+    if not begins.startswith((b"PK", b"\x80")):
+        raise InputError("is neither a Hugging Face folder nor a file of torch.save", where=str(path))
     if not trusted:
         raise InputError(
             "is a pickle, which can execute code when it is opened",
@@ -280,8 +288,8 @@ def unpickled(path: Path, trusted: bool) -> dict[str, Any]:
         )
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch and pickle raise classes of many kinds for a file they cannot read
-        raise InputError(f"cannot be read as tensors and plain values: {str(error).splitlines()[0]}", where=str(path)) from None
+    except Exception:  # torch and pickle raise classes of many kinds; what torch advises, to trust it fully, is not done here
+        raise InputError("holds more than tensors and plain values, or is damaged", where=str(path)) from None
     if not isinstance(value, dict):
         raise InputError(f"holds a {type(value).__name__}, not a dictionary", where=str(path))
     return value
@@ -307,6 +315,25 @@ def read_tokenizer(path: Path) -> Tokenizer:
     return Tokenizer(backend)
 
 
+def _with_end_of_text(tokenizer: Tokenizer, config: Mapping[str, Any]) -> Tokenizer:
+    """Where the end of text has a name that is not known here, the token that config.json says it is gets the usual one."""
+    end = config.get("eos_token_id")
+    end = end[0] if isinstance(end, list) and end else end
+    if tokenizer.end_of_text is not None or not isinstance(end, int) or tokenizer.backend.id_to_token(end) is None:
+        return tokenizer
+    values = json.loads(tokenizer.backend.to_str())
+    written = tokenizer.backend.id_to_token(end)
+    values["post_processor"] = None  # it may name the token, and is not used here
+    values["added_tokens"] = [token for token in values["added_tokens"] if token["id"] != end]
+    vocabulary = values["model"].get("vocab")
+    if isinstance(vocabulary, dict):
+        values["model"]["vocab"] = {END_OF_TEXT if token == written else token: id for token, id in vocabulary.items()}
+    token = {"id": end, "content": END_OF_TEXT, "special": True, "normalized": False}
+    values["added_tokens"].append({**token, "single_word": False, "lstrip": False, "rstrip": False})
+    values["added_tokens"].sort(key=lambda token: token["id"])
+    return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(values)))
+
+
 def padded(tokenizer: Tokenizer, rows: int, where: str) -> Tokenizer:
     """A tokenizer with as many ids as the embedding has rows: rows beyond it, which no text reaches, get names of their own.
 
@@ -318,6 +345,8 @@ def padded(tokenizer: Tokenizer, rows: int, where: str) -> Tokenizer:
     if missing:
         backend = tokenizer.backend
         names = [f"<|padding_{tokenizer.vocab_size + number}|>" for number in range(missing)]
+        if tokenizer.end_of_text is None:
+            names[0] = END_OF_TEXT
         backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
         tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(backend.to_str()))
     return tokenizer

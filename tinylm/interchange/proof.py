@@ -58,7 +58,7 @@ def windows(ids: list[int], context_length: int) -> Tensor:
 def largest_difference(ours: Logits, theirs: Logits, rows: Tensor) -> float:
     """Between the logits of two models, in float32, over the columns that both have. NaN anywhere is infinitely different."""
     largest = 0.0
-    for row in rows.split(1):
+    for row in rows[:, None]:
         one, other = ours(row).float(), theirs(row).float()
         columns = min(one.shape[-1], other.shape[-1])
         difference = float((one[..., :columns] - other[..., :columns]).abs().max())
@@ -70,7 +70,7 @@ def largest_difference(ours: Logits, theirs: Logits, rows: Tensor) -> float:
 def perplexity(logits: Logits, rows: Tensor) -> float:
     """Of each row's tokens after its first."""
     nats, count = 0.0, 0
-    for row in rows.split(1):
+    for row in rows[:, None]:
         losses = F.cross_entropy(logits(row).float()[0, :-1], row[0, 1:], reduction="sum")
         nats, count = nats + float(losses), count + row.shape[1] - 1
     return math.exp(min(nats / max(count, 1), 700.0))
@@ -89,7 +89,8 @@ def check_same(difference: float, what: str) -> None:
     """Raises `WorkError` for logits that differ by more than rounding explains."""
     if not difference <= MOST_DIFFERENT:
         raise WorkError(
-            f"{what} is not the same model: logits differ by {difference:.2e}, more than {MOST_DIFFERENT:.0e}", hint="nothing was left"
+            f"{what} is not the same model: logits differ by {difference:.2e}, more than {MOST_DIFFERENT:.0e}",
+            hint="nothing was left",
         )
 
 

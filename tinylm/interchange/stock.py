@@ -211,7 +211,7 @@ def _as_llama(state: Callable[[str], Tensor], model: ModelSection, name: str) ->
             yield f"{there}.{theirs}", state(f"{here}.{ours}")
         for joined, rows in _llama_rows(model).items():
             for part in ("weight", "bias") if model.bias else ("weight",):
-                pieces = state(f"{here}.{joined}.{part}").split(rows)
+                pieces = torch.split(state(f"{here}.{joined}.{part}"), list(rows))
                 yield from ((f"{there}.{name}.{part}", piece) for name, piece in zip(_LLAMA_JOINED[joined], pieces, strict=True))
 
 
@@ -234,7 +234,7 @@ def model_of(config: Mapping[str, Any], tensors: Mapping[str, Any], where: str) 
         raise InputError(f"not the shape of a model: {' '.join(str(error).split())}", where=where) from None
 
 
-_REFUSED_PARTS = {
+_REFUSED_PARTS: dict[str, dict[str, Any]] = {
     "gpt2": {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
     "llama": {"hidden_act": "silu", "quantization_config": None},
 }
@@ -242,7 +242,7 @@ _REFUSED_PARTS = {
 
 
 def _check_all_taken(config: Mapping[str, Any], kind: str, where: str) -> None:
-    plain = {**_REFUSED_PARTS["gpt2" if kind == "gpt2" else "llama"], "quantization_config": None}
+    plain: dict[str, Any] = {**_REFUSED_PARTS["gpt2" if kind == "gpt2" else "llama"], "quantization_config": None}
     for key, value in plain.items():
         if config.get(key, value) != value:
             raise InputError(f"{key} {config[key]!r} is not computed here", where=where)
@@ -294,22 +294,25 @@ def _llama_parts(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[
 
 
 def state_of(tensors: Mapping[str, Tensor], model: ModelSection, kind: str, where: str) -> dict[str, Tensor]:
-    """Our state dict of a family's tensors. Raises `InputError`, naming them, for tensors that are missing or left over."""
+    """Our state dict of a family's tensors; kind `nanogpt` is GPT-2 without Conv1D's layout.
+
+    Raises `InputError`, naming them, for tensors that are missing or left over.
+    """
     there = dict(tensors)
-    if kind == "gpt2":
+    if kind in ("gpt2", "nanogpt"):
         there = {name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": t for name, t in there.items()}
     there = {name: tensor for name, tensor in there.items() if not name.endswith(_BUFFERS)}
     missing: list[str] = []
 
-    def take(name: str, default: Callable[[], Tensor] | None = None) -> Tensor:
+    def take(name: str, zeros: int | None = None) -> Tensor:
+        """A tensor, once; where it is missing so many zeros, if they stand for it."""
         if name in there:
             return there.pop(name).float()
-        if default is None:
+        if zeros is None:
             missing.append(name)
-            return torch.zeros(0)
-        return default()
+        return torch.zeros(zeros or 0)
 
-    read = _from_gpt2(take, model) if kind == "gpt2" else _from_llama(take, model)
+    read = _from_llama(take, model) if kind in LIKE_LLAMA else _from_gpt2(take, model, transposed=kind == "gpt2")
     state = dict(read)
     there.pop("lm_head.weight", None)  # a tied head may be stored too
     if missing or there:
@@ -326,12 +329,12 @@ def _some(names: list[str]) -> str:
 Take = Callable[..., Tensor]
 
 
-def _from_gpt2(take: Take, model: ModelSection) -> Iterator[tuple[str, Tensor]]:
+def _from_gpt2(take: Take, model: ModelSection, transposed: bool) -> Iterator[tuple[str, Tensor]]:
     for ours, theirs, conv in _gpt2_names(model.n_layer):
-        if ours == "head.weight" and model.tie_embeddings:
-            continue
-        tensor = take(theirs)
-        yield ours, tensor.T.contiguous() if conv else tensor
+        tied = ours == "head.weight" and model.tie_embeddings
+        if not tied and (model.bias or not ours.endswith("bias")):
+            tensor = take(theirs)
+            yield ours, tensor.T.contiguous() if conv and transposed else tensor
 
 
 def _from_llama(take: Take, model: ModelSection) -> Iterator[tuple[str, Tensor]]:
@@ -342,13 +345,9 @@ def _from_llama(take: Take, model: ModelSection) -> Iterator[tuple[str, Tensor]]
     for layer in range(model.n_layer):
         here, there = f"blocks.{layer}", f"model.layers.{layer}"
         for ours, theirs in _llama_layer(model).items():
-            width = model.n_embd
-            yield f"{here}.{ours}", take(f"{there}.{theirs}", (lambda: torch.zeros(width)) if ours.endswith("bias") else None)
+            yield f"{here}.{ours}", take(f"{there}.{theirs}", model.n_embd if ours.endswith("bias") else None)
         for joined, names in _LLAMA_JOINED.items():
             yield f"{here}.{joined}.weight", torch.cat([take(f"{there}.{name}.weight") for name in names])
             if model.bias:
-                parts = [
-                    take(f"{there}.{name}.bias", lambda size=size: torch.zeros(size))  # type: ignore[misc]
-                    for name, size in zip(names, rows[joined], strict=True)
-                ]
+                parts = [take(f"{there}.{name}.bias", size) for name, size in zip(names, rows[joined], strict=True)]
                 yield f"{here}.{joined}.bias", torch.cat(parts)

@@ -113,7 +113,9 @@ class Attention(nn.Module):
             k,
             v,
             attn_mask=mask,
-            is_causal=causal and mask is None and not S > T,  # true of a single position too: an exporter may not ask whether T is 1
+            is_causal=causal
+            and mask is None
+            and not S > T,  # true of a single position too: an exporter may not ask whether T is 1
             dropout_p=self.dropout if self.training else 0.0,
             enable_gqa=grouped,
         )

@@ -52,7 +52,9 @@ def take_over(network: Transformer, source: Transformer, *, same_tokenizer: bool
         )
     if not keeps_head and same_tokenizer and model.tie_embeddings:
         raise InputError(
-            "head: off leaves out the head, which is the embedding here", where=_KEY, hint="untie them with model.tie_embeddings: off"
+            "head: off leaves out the head, which is the embedding here",
+            where=_KEY,
+            hint="untie them with model.tie_embeddings: off",
         )
     anew = []
     weights = source.state_dict()

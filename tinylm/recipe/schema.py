@@ -323,7 +323,7 @@ def _schedule(value: object) -> object:
 
 
 class LoraSection(Section):
-    """Low-rank adaptation (Hu et al. 2022): W stays as it is, and (alpha / rank) B A, which starts at zero, is learned beside it."""
+    """Low-rank adaptation (Hu et al. 2022): W stays, and (alpha / rank) B A, which starts at zero, is learned beside it."""
 
     rank: Count = 8
     """Rows of A and columns of B."""
