@@ -162,7 +162,7 @@ def train(
         steps=steps,
         micro_batch_size=int(recipe.training.micro_batch_size),
         precision=precision,
-        flops_per_token=planning.flops_per_token(recipe.model, prepared.tokenizer.vocab_size),
+        flops_per_token=planning.flops_per_token(recipe.model, prepared.tokenizer.vocab_size, recipe.training.lora),
         peak_flops=precisions.matmul_flops(precision),
         checkpoints=checkpoints,
         fingerprints=fingerprints,

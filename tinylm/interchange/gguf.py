@@ -222,8 +222,8 @@ class Verified:
 def verify(path: Path, network: Transformer, tokenizer: Tokenizer, text: str, kind: str, reporter: Reporter = SILENT) -> Verified:
     """Load the file elsewhere and compare it on `text`.
 
-    The network with its weights rounded to the file's type must have the same logits as transformers makes of the file, and not much
-    more perplexity than the run; llama.cpp must split the text the same and come to the same perplexity.
+    The network with its weights rounded to the file's type must have the logits that transformers makes of the file, and not
+    much more perplexity than the run; llama.cpp must split the text the same and come to the same perplexity.
     Raises `WorkError` where that does not hold, `InputError` without transformers.
     """
     transformers = proof.require("transformers", "gguf", "checking a GGUF file")

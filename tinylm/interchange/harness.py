@@ -68,9 +68,7 @@ def run_tasks(
     names, folders = _named(tasks)
     chosen = run.checkpoint(checkpoint)
     network = run.network(chosen, devices.resolve(device))
-    manager = TaskManager(
-        verbosity="ERROR", include_path=folders or None, include_defaults=any(not _is_file(task) for task in tasks)
-    )
+    manager = TaskManager(include_path=folders or None, include_defaults=any(not _is_file(task) for task in tasks))
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         raise InputError(f"no such task: {', '.join(unknown)}", where="--harness", hint="a name that lm-eval knows, or a task file")

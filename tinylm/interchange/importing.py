@@ -95,15 +95,13 @@ def _read(source: Path, tokenizer: Path | None, trust_pickle: bool) -> tuple[Mod
     if source.is_dir():
         return huggingface.read(source, tokenizer, trust_pickle=trust_pickle)
     if source.suffix == ".safetensors":
-        raise InputError(
-            "weights alone say nothing of their model", where=str(source), hint="name the folder that has config.json too"
-        )
+        raise InputError("weights alone name no model", where=str(source), hint="name the folder with its config.json")
     model, state = nanogpt.read(source, trust_pickle=trust_pickle)
     if tokenizer is None:
         raise InputError(
             "has no tokenizer beside it",
             where=str(source),
-            hint="name a tokenizer.json with --tokenizer; for characters: `tinylm tokenize train input.txt --kind char --out chars.json`",
+            hint="name a tokenizer.json with --tokenizer; `tinylm tokenize train TEXT --kind char --out FILE` makes one of characters",
         )
     return model, state, huggingface.read_tokenizer(tokenizer)
 

@@ -54,7 +54,9 @@ def _answer(file: str, questions: dict[str, Any]) -> dict[str, Any]:
 
     native.llama_model_default_params = without_repacking
     longest = max(len(questions["prompt"]) + questions["new_tokens"], *(len(row) for row in questions["rows"]))
-    model = llama_cpp.Llama(file, n_ctx=longest, n_batch=longest, n_gpu_layers=0, logits_all=True, verbose=False)
+    model = llama_cpp.Llama(
+        file, n_ctx=longest, n_batch=longest, n_threads=1, n_threads_batch=1, n_gpu_layers=0, logits_all=True, verbose=False
+    )
 
     def logits(ids: list[int]) -> Any:
         model.reset()

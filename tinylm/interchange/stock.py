@@ -334,7 +334,7 @@ def _from_gpt2(take: Take, model: ModelSection, transposed: bool) -> Iterator[tu
         tied = ours == "head.weight" and model.tie_embeddings
         if not tied and (model.bias or not ours.endswith("bias")):
             tensor = take(theirs)
-            yield ours, tensor.T.contiguous() if conv and transposed else tensor
+            yield ours, tensor.T.contiguous() if conv and transposed and tensor.ndim == 2 else tensor
 
 
 def _from_llama(take: Take, model: ModelSection) -> Iterator[tuple[str, Tensor]]:
