@@ -69,7 +69,7 @@ def test_lora_changes_nothing_but_its_additions_and_merges_by_itself(tiny_run: R
     recipe = recipe_from(tiny_run, second_text, "training.lora={rank: 4}", "training.optimizer={lr: 0.02}")
     assert recipe.training.optimizer.name == "adamw"
     train(recipe, tmp_path / "tuned", device="cpu", reporter=reporter)
-    assert any(note.startswith("LoRA: 7,680 of ") for note in reporter.notes)
+    assert any(note.startswith("LoRA: 4,096 of ") for note in reporter.notes)
     tuned = Run.open(tmp_path / "tuned")
     saved = load_file(tuned.checkpoint("last").path / "model.safetensors")
     before = load_file(tiny_run.checkpoint().path / "model.safetensors")
@@ -128,11 +128,9 @@ def test_a_recipe_that_cannot_start_so_is_refused(model: str, training: str, tol
     assert told in str(caught.value)
 
 
-def test_a_source_that_is_no_run_or_of_other_parts_is_told_before_the_text_is_read(
-    tiny_run: Run, text_file: Path, tmp_path: Path
-) -> None:
+def test_a_source_that_does_not_fit_is_told_before_the_text_is_read(tiny_run: Run, text_file: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a run folder"):
-        train(loads(f"data: {{train: {text_file}}}\nmodel: {{init_from: {tmp_path}}}\ntraining: {{steps: 1}}"), tmp_path / "a")
+        train(recipe_from(Run(tmp_path), text_file), tmp_path / "a")
     with pytest.raises(InputError, match=r"model\.n_layer 3 \(there: 2\)"):
         train(recipe_from(tiny_run, text_file, "model.n_layer=3"), tmp_path / "a")
     assert list(tmp_path.iterdir()) == []

@@ -23,12 +23,10 @@ def test_out_and_back_in(here: Here, tiny_run: Run, tmp_path: Path) -> None:
     assert "same model   logits differ by" in shown.out
     assert shown.err == ""
 
-    imported = here("import", there, "--out", back)
-    assert (imported.code, imported.out) == (0, f"{back}\n")
-    assert "logits differ by" in imported.err
+    back.mkdir()
+    imported = here("import", there, "--out", back, "--json")
+    assert imported.json.keys() >= {"run", "source", "parameters", "context_length", "vocab_size", "largest_difference"}
     assert "is not empty (--overwrite" in complaint(here("import", there, "--out", back))
-    again = here("import", there, "--out", back, "--overwrite", "--json")
-    assert again.json.keys() >= {"run", "source", "parameters", "context_length", "vocab_size", "largest_difference"}
     assert here("sample", "-r", back, "--max-new-tokens", 2).code == 0
     assert "this run has no held-out text (name a text" in complaint(here("eval", "-r", back))
     assert "the text that an imported model learned is not here" in complaint(here("train", back, "--resume"))

@@ -101,7 +101,7 @@ def _read(source: Path, tokenizer: Path | None, trust_pickle: bool) -> tuple[Mod
         raise InputError(
             "has no tokenizer beside it",
             where=str(source),
-            hint="name a tokenizer.json with --tokenizer; `tinylm tokenize train TEXT --kind char --out FILE` makes one of characters",
+            hint="name a tokenizer.json with --tokenizer, such as `tinylm tokenize train TEXT --kind char` makes",
         )
     return model, state, huggingface.read_tokenizer(tokenizer)
 

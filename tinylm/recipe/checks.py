@@ -31,7 +31,8 @@ def _model(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
             f"{model.n_head} heads do not divide the width n_embd {model.n_embd} ({nearest} heads would)",
         )
     elif model.position == "rope" and model.head_width % 2:
-        yield ("model", "n_head"), f"rope needs an even head width, not {model.head_width}"
+        width = "n_embd / n_head" if model.head_dim is None else "head_dim"
+        yield ("model", "n_head"), f"rope needs an even head width, and {width} is {model.head_width}"
     if model.n_head % model.kv_heads:
         yield ("model", "n_kv_head"), f"{model.kv_heads} key/value heads do not divide {model.n_head} heads"
     if model.position == "sinusoidal" and model.n_embd % 2:
