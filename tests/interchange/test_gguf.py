@@ -127,3 +127,32 @@ def test_a_llama_cpp_that_finds_something_else_is_believed(run_of: Make, tmp_pat
     with pytest.raises(WorkError, match=r"llama\.cpp splits .* into other tokens"):
         export(run, "gguf", tmp_path / "model.gguf")
     assert not (tmp_path / "model.gguf").exists()
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+GPT4 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def split_by(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+@pytest.mark.parametrize(
+    ("parts", "whole", "name"),
+    [
+        ([{**BYTES, "use_regex": True}], False, "gpt-2"),  # GPT-2
+        ([split_by(GPT4 % r"\p{N}"), BYTES], False, "qwen2"),  # Qwen 2 and 3
+        ([split_by(GPT4 % r"\p{N}{1,3}"), BYTES], True, "llama-bpe"),  # Llama 3
+        ([split_by(GPT4 % r"\p{N}{1,3}"), BYTES], False, "dbrx"),
+        ([{"type": "Digits", "individual_digits": True}, {**BYTES, "use_regex": True}], False, "smollm"),
+        ([split_by(GPT4 % r"\p{N}{1,2}"), BYTES], False, None),
+        ([split_by(GPT4 % r"\p{N}"), BYTES], True, None),
+        ([{**BYTES, "use_regex": True, "add_prefix_space": True}], False, None),
+        ([split_by(r"\w+"), split_by(r"\d"), BYTES], False, None),
+        ([{"type": "Whitespace"}], False, None),
+    ],
+    ids=str,
+)
+def test_the_splits_of_well_known_tokenizers_have_their_names(parts: list[dict[str, Any]], whole: bool, name: str | None) -> None:
+    pre = parts[0] if len(parts) == 1 else {"type": "Sequence", "pretokenizers": parts}
+    assert gguf._named_split(pre, whole) == name

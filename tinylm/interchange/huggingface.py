@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from tinylm.errors import InputError
+from tinylm.errors import InputError, WorkError
 from tinylm.interchange import proof, stock
 from tinylm.model.transformer import Transformer
 from tinylm.recipe.schema import ModelSection
@@ -150,9 +150,12 @@ def verify(folder: Path, network: Transformer, tokenizer: Tokenizer, text: str) 
     own = (folder / MODELING).exists()
     with quiet(transformers):
         loader = transformers.PreTrainedTokenizerFast if own else transformers.AutoTokenizer
-        theirs = loader.from_pretrained(folder)
+        try:
+            theirs = loader.from_pretrained(folder)
+            other = load_model(folder, folder / MODELING)
+        except Exception as error:  # whatever another library says of a folder is a reason not to keep it
+            raise WorkError(f"transformers cannot load what was written: {' '.join(str(error).split())[:300]}") from error
         proof.check_ids(tokenizer, lambda line: list(theirs(line)["input_ids"]), text, "the folder")
-        other = load_model(folder, folder / MODELING)
     rows = proof.windows([tokenizer.end_of_text or 0, *tokenizer.encode(text)], network.model.context_length)
     difference = proof.largest_difference(network, lambda ids: other(ids).logits, rows)
     proof.check_same(difference, "the exported folder")
@@ -163,9 +166,10 @@ def load_model(folder: Path, code: Path) -> Any:
     """The folder's model in float32, as transformers computes it; a tinylm model with the class in the file `code`."""
     import transformers
 
-    own = _config(folder).get("model_type") == _OWN
-    loader = getattr(_module(code), _CLASS) if own else transformers.AutoModelForCausalLM
-    return loader.from_pretrained(folder, **in_float32(transformers)).eval()
+    if _config(folder).get("model_type") == _OWN:
+        return getattr(_module(code), _CLASS).from_pretrained(folder, use_safetensors=True, **in_float32(transformers)).eval()
+    safely = {"trust_remote_code": False, "use_safetensors": True}
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **safely, **in_float32(transformers)).eval()
 
 
 def in_float32(transformers: Any) -> dict[str, torch.dtype]:

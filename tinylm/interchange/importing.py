@@ -153,10 +153,8 @@ def _with_mean_rows(matrix: Tensor, count: int) -> Tensor:
 
 def _verified(source: Path, network: Transformer, tokenizer: Tokenizer, reporter: Reporter) -> tuple[float | None, int, str | None]:
     theirs = _as_transformers(source)
-    if theirs is None:
-        why = "transformers is not installed" if source.is_dir() else "no other program reads such a file"
-        hint = ' (pip install "tinylm[hf]")' if source.is_dir() else ""
-        reporter.warn(f"not compared with the original: {why}{hint}")
+    if isinstance(theirs, str):
+        reporter.warn(f"not compared with the original: {theirs}")
         return None, 0, None
     logits, by = theirs
     ids = [tokenizer.end_of_text or 0, *tokenizer.encode(proof.some_english())]
@@ -166,16 +164,19 @@ def _verified(source: Path, network: Transformer, tokenizer: Tokenizer, reporter
     return difference, rows.numel(), by
 
 
-def _as_transformers(source: Path) -> tuple[Callable[[Tensor], Tensor], str] | None:
-    """The source's logits as transformers computes them. Code in the folder is never run: this package has its own copy."""
+def _as_transformers(source: Path) -> tuple[Callable[[Tensor], Tensor], str] | str:
+    """The source's logits as transformers computes them, or why not. No code of the folder is run: there is a copy here."""
+    if not source.is_dir() or not list(source.glob("*.safetensors")):
+        return "no other program reads such a file"
     try:
         import transformers
     except ImportError:
-        return None
-    if not source.is_dir() or not list(source.glob("*.safetensors")):
-        return None
+        return 'transformers is not installed (pip install "tinylm[hf]")'
     with huggingface.quiet(transformers):
-        other = huggingface.load_model(source, Path(huggingface.__file__).with_name(huggingface.MODELING))
+        try:
+            other = huggingface.load_model(source, Path(huggingface.__file__).with_name(huggingface.MODELING))
+        except Exception as error:  # what it says of somebody's folder is told, and the import stands on its own
+            return f"transformers cannot load it: {' '.join(str(error).split())[:200]}"
     return (lambda ids: other(ids).logits), f"transformers {transformers.__version__}"
 
 
