@@ -29,10 +29,10 @@ checkpoint: {{every: {steps}, keep: 1}}
 FULL = ("training.optimizer={name: muon, lr: 5e-3, adamw_lr: 1e-3}",)
 SIDES = {
     "all weights, a quarter of the rates": FULL,
-    "all weights, the rates of the first training": ("training.optimizer={name: muon, lr: 0.02, adamw_lr: 6e-3}",),
     "LoRA, rank 8": ("training.lora={rank: 8}", "training.optimizer={name: adamw, lr: 2e-3}"),
-    "LoRA, rank 32": ("training.lora={rank: 32, alpha: 64}", "training.optimizer={name: adamw, lr: 2e-3}"),
     "from nothing": ("model.init_from=null", "training.optimizer={name: muon, lr: 0.02, adamw_lr: 6e-3}"),
+    "all weights, the rates of the first training": ("training.optimizer={name: muon, lr: 0.02, adamw_lr: 6e-3}",),
+    "LoRA, rank 32": ("training.lora={rank: 32, alpha: 64}", "training.optimizer={name: adamw, lr: 2e-3}"),
 }
 
 
@@ -51,25 +51,20 @@ def main() -> None:
     arguments = parser.parse_args()
     base = Run.open(arguments.run)
     text = RECIPE.format(run=arguments.run, text=arguments.text, steps=arguments.steps)
-    first = base.heldout()
-    rows = []
-    second = None
+    first, second = base.heldout(), None
+    print("| weights | first text | second text | seconds of stepping |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for number, (name, settings) in enumerate(SIDES.items()):
             recipe = loads(text, settings)
-            if recipe.model.init_from is None:
-                recipe = recipe.model_copy(
-                    update={"tokenizer": loads(text).tokenizer, "model": loads(text).model.model_copy(update={"init_from": None})}
-                )
+            if recipe.model.init_from is None:  # the same parts and tokenizer all the same
+                model = base.recipe.model.model_copy(update={"dropout": 0.1, "init_from": None})
+                recipe = recipe.model_copy(update={"tokenizer": loads(text).tokenizer, "model": model})
             result = train(recipe, Path(folder) / str(number), device="cpu")
             tuned = Run.open(Path(folder) / str(number))
             if second is None:
                 second = tuned.heldout()
-                rows.append(("before", bits(base, first), bits(base, second), 0.0))
-            rows.append((name, bits(tuned, first), bits(tuned, second), result.train_seconds))
-    print("| weights | first text | second text | seconds of stepping |\n|---|---|---|---|")
-    for name, one, two, seconds in rows:
-        print(f"| {name} | {one:.4f} | {two:.4f} | {seconds:.0f} |")
+                print(f"| before | {bits(base, first):.4f} | {bits(base, second):.4f} | |", flush=True)
+            print(f"| {name} | {bits(tuned, first):.4f} | {bits(tuned, second):.4f} | {result.train_seconds:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -105,7 +105,8 @@ class Attention(nn.Module):
             k, v = (x.repeat_interleave(self.heads // self.kv_heads, dim=1) for x in (k, v))
             grouped = False
         S = k.shape[2]
-        if causal and (mask is not None or S > T) and T > 1:  # the kernel's own causality takes no mask and no cached positions
+        # The kernel's own causality takes no mask and no cached positions. T > 1 is asked last: an exported graph leaves T open.
+        if causal and (mask is not None or S > T) and T > 1:
             earlier = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
             mask = earlier if mask is None else mask & earlier
         mixed = F.scaled_dot_product_attention(
@@ -113,9 +114,7 @@ class Attention(nn.Module):
             k,
             v,
             attn_mask=mask,
-            is_causal=causal
-            and mask is None
-            and not S > T,  # true of a single position too: an exporter may not ask whether T is 1
+            is_causal=causal and mask is None and not S > T,
             dropout_p=self.dropout if self.training else 0.0,
             enable_gqa=grouped,
         )
