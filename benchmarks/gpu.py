@@ -30,7 +30,7 @@ from tinylm.errors import InputError
 from tinylm.generation.engine import generate
 from tinylm.generation.sampling import SamplingOptions
 from tinylm.hardware import Accelerator, find
-from tinylm.model.cache import KeyValueCache
+from tinylm.model.decoder import Decoder
 from tinylm.model.objective import CausalObjective
 from tinylm.model.transformer import Transformer
 from tinylm.optim import groups
@@ -431,17 +431,17 @@ class DecodeStep:
     """The model's part of decoding one token, again and again at the middle of the context: no sampling, the likeliest token."""
 
     def __init__(self, network: Transformer, batch: int) -> None:
-        parameter = next(network.parameters())
-        model = network.model
-        self._network = network
-        self._at = model.context_length // 2
-        self._cache = KeyValueCache(model, batch, model.context_length, device=parameter.device, dtype=parameter.dtype)
-        self.tokens = torch.zeros((batch, 1), dtype=torch.long, device=parameter.device)
+        self._decoder = Decoder(network)
+        self._at = network.model.context_length // 2
+        self._positions = torch.full((batch,), self._at, device=self._decoder.device)
+        self._cache = self._decoder.cache(batch)
+        self.tokens = torch.zeros(batch, dtype=torch.long, device=self._decoder.device)
 
     def __call__(self) -> None:
-        self._cache.length = self._at
-        self.logits = self._network.logits(self._network.hidden(self.tokens, self._cache)[:, -1])
-        self.tokens.copy_(self.logits.argmax(dim=-1, keepdim=True))
+        self.logits = self._decoder.advance(
+            self._cache.layers, self._cache.tokens, self.tokens, self._positions, self._at + 1, even=True
+        )
+        self.tokens.copy_(self.logits.argmax(dim=-1))
 
     def recorded(self) -> Callable[[], None]:
         """The same step as a CUDA graph. Raises `RuntimeError` when it cannot be recorded or does not repeat what it should."""

@@ -135,7 +135,7 @@ def main() -> None:
         evaluations = -(-planned.steps // recipe_of(name, settings).evaluation.every)
         rows = (
             ("memory of steps, MiB", step / 2**20, found["stepping"] / 2**20),
-            ("memory in all, MiB", memory.total / 2**20, found["highest"] / 2**20),
+            ("memory in all, MiB", (memory.total - memory.saving) / 2**20, found["highest"] / 2**20),
             ("a step, ms", 1000 * planned.seconds_per_step, 1000 * statistics.median(found["seconds"][2:] or found["seconds"])),
             ("an evaluation, s", planned.evaluation_seconds / evaluations, found["measuring"]),
         )

@@ -42,13 +42,14 @@ def main() -> None:
     parser.add_argument("source")
     parser.add_argument("--target", type=float)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=1337)
     parser.add_argument("--recipe", default="shakespeare-char")
     arguments = parser.parse_args()
     if not arguments.source.startswith("builtin:") and not Path(arguments.source).exists():
         sys.exit(f"skipped: {arguments.source} is not here; name a copy of tinyshakespeare")
     source = f"data.train={arguments.source}"
     ratios, same_time = [], []
-    for seed in range(1337, 1337 + arguments.repeat):
+    for seed in range(arguments.first_seed, arguments.first_seed + arguments.repeat):
         with tempfile.TemporaryDirectory() as folder:
             baseline, way = train("nanogpt-char", Path(folder, "baseline"), source, f"seed={seed}", "evaluation.every=250")
             target = arguments.target or baseline["val_loss"]

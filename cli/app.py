@@ -21,10 +21,13 @@ from .console import Verbs
 
 VERBS = {
     "train": ("Train", "Train a model from a recipe."),
+    "new": ("Train", "Write a recipe for a text, this machine and so many minutes."),
     "plan": ("Train", "What a recipe will cost: parameters, memory, time."),
     "recipes": ("Train", "The recipes that ship with tinylm."),
     "sample": ("Use", "Write text with a trained model."),
     "eval": ("Use", "Measure a model on a text: perplexity, bits per byte."),
+    "compare": ("Use", "Compare runs: recipes, losses, and whether the difference is real."),
+    "serve": ("Use", "A model behind an OpenAI-compatible address and a page to play with."),
     "export": ("Share", "A model for Hugging Face, llama.cpp or ONNX, proven to be the same."),
     "import": ("Share", "A run of other people's weights: GPT-2 and Llama folders."),
     "runs": ("Use", "The runs here, with their numbers."),

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, is_dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 from rich.console import Console
@@ -31,6 +31,7 @@ RUN = typer.Option(None, "--run", "-r", help="A run folder or a checkpoint in it
 CHECKPOINT = typer.Option(None, "--checkpoint", help="best, last or a step; default: best.")
 SET = typer.Option(None, "--set", metavar="SECTION.KEY=VALUE", help="Change a key of the recipe; may be repeated.")
 FIELD = typer.Option("text", "--field", help="The field of .jsonl or column of .parquet that holds the text.")
+WEIGHTS = typer.Option("fp32", "--weights", help="fp32, bf16 or int8: int8 reads a quarter of the bytes for each token.")
 ERRORS = typer.Option("strict", "--errors", help="Bytes that are not UTF-8: strict (an error) or replace.")
 
 
@@ -188,6 +189,22 @@ def checked_text(text: str, option: str) -> str:
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise InputError("is not UTF-8", where=option)
     return text
+
+
+def checked_weights(value: str) -> Literal["fp32", "bf16", "int8"]:
+    kinds: tuple[Literal["fp32", "bf16", "int8"], ...] = ("fp32", "bf16", "int8")
+    for kind in kinds:
+        if value == kind:
+            return kind
+    raise InputError(f"must be fp32, bf16 or int8, not {value!r}", where="--weights")
+
+
+def given(ctx: typer.Context, names: Iterable[str]) -> list[str]:
+    """Those of these parameters that stand on the command line, as they are written there."""
+    options = {parameter.name: parameter.opts[0] for parameter in ctx.command.params}
+    return [
+        options[name] for name in names if (source := ctx.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
+    ]
 
 
 def checked_errors(value: str) -> str:

@@ -16,7 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tinylm.training.metrics import EvaluationEvent, Observer, SampleEvent, StepEvent
+from tinylm.training.metrics import EvaluationEvent, GuardEvent, Observer, SampleEvent, StepEvent
 
 from .console import count, duration
 
@@ -95,6 +95,18 @@ class TerminalView(Observer):
 
     def sample(self, event: SampleEvent) -> None:
         self._sample = event
+
+    def guard(self, event: GuardEvent) -> None:
+        if event.kind == "rollback":
+            kept = [step for step in self._steps if step.step <= event.step]
+            evaluations = [evaluation for evaluation in self._evaluations if evaluation.step < event.step]
+            self._steps, self._smoothed, self._evaluations = [], [], []
+            self.earlier(kept, evaluations)
+
+    def earlier(self, steps: Sequence[StepEvent], evaluations: Sequence[EvaluationEvent]) -> None:
+        for step in steps:
+            self.step(step)
+        self._evaluations += evaluations
 
     def phase(self, name: str) -> None:
         self._phase = name

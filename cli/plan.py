@@ -80,7 +80,7 @@ def _rows(planned: Plan) -> list[tuple[str, str]]:
             "memory",
             f"{size(memory.total)}{shares} at most (weights {size(memory.weights)}, gradients {size(memory.gradients)}, "
             f"optimizer {size(memory.optimizer)}, activations {size(memory.activations)}, "
-            f"update {size(memory.update)}, measuring {size(memory.evaluation)}){fits}",
+            f"update {size(memory.update)}, measuring {size(memory.evaluation)}, saving {size(memory.saving)}){fits}",
         ),
         ("a checkpoint", size(planned.checkpoint_bytes)),
         (

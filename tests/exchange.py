@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
+from tinylm.interchange.importing import save_untrained
 from tinylm.model.transformer import Transformer
-from tinylm.optim.groups import Optimizers
 from tinylm.recipe import loads
 from tinylm.run import Run
 from tinylm.tokenizer import Tokenizer
-from tinylm.training.checkpoint import CheckpointWriter
-from tinylm.training.trainer import Progress
 
 CONTEXT = 48
 Make = Callable[..., Run]
@@ -25,7 +22,5 @@ def save(folder: Path, network: Transformer, tokenizer: Tokenizer) -> Run:
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     tokenizer.save(folder / "tokenizer.json")
     fingerprint = Tokenizer.load(folder / "tokenizer.json").fingerprint
-    writer = CheckpointWriter(folder, keep=1)
-    state = {**asdict(Progress()), "scaler": {}, "fingerprints": {"data": "", "tokenizer": fingerprint}}
-    writer.point("best", writer.save(network, Optimizers({}, {}), state).name)
+    save_untrained(folder, network, {"data": "", "tokenizer": fingerprint})
     return Run.open(folder)

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_recipe
-from tiny import model
+from tiny import ids, model
 
 from tinylm.data.batches import Batches
 from tinylm.evaluation.measure import measure
 from tinylm.generation.engine import generate
 from tinylm.generation.sampling import SamplingOptions
+from tinylm.model.decoder import Decoder
 from tinylm.model.objective import CausalObjective
 from tinylm.model.transformer import Transformer
 from tinylm.optim.muon import orthogonalise
@@ -139,6 +140,19 @@ def test_a_run_trained_here_samples_and_measures_on_either_device(text_file: Pat
     network = run.network(run.checkpoint(), CUDA)
     samples = generate(network, run.tokenizer, "The", SamplingOptions(max_new_tokens=80), count=3)
     assert all(len(sample.token_ids) <= 80 for sample in samples)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@torch.inference_mode()
+def test_decoding_here_gives_the_logits_of_reading_at_once(compiled: bool) -> None:
+    network = model("modern", ngram_embeddings=[2, 3], ngram_rows=97).to(CUDA)
+    tokens, decoder = ids(2, 12).to(CUDA), Decoder(network, compiled=compiled)
+    cache, whole = decoder.cache(2), network(tokens)
+    for row in range(2):
+        decoder.read(cache, row, tokens[row, : 4 + row])
+    for step in range(4):
+        logits = decoder.step(cache, torch.stack([tokens[row, 4 + row + step] for row in range(2)]))
+        torch.testing.assert_close(logits, torch.stack([whole[row, 4 + row + step] for row in range(2)]), atol=1e-3, rtol=1e-3)
 
 
 def test_auto_decides_a_precision_and_a_micro_batch_for_the_gpu(text_file: Path, tmp_path: Path) -> None:

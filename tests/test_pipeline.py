@@ -63,7 +63,8 @@ def test_a_run_folder_holds_what_it_says_and_no_pickle(tiny_run: Run) -> None:
     files = {path.relative_to(tiny_run.path).as_posix() for path in tiny_run.path.rglob("*") if path.is_file()}
     top = {"recipe.yaml", "tokenizer.json", "metrics.jsonl", "environment.json", "heldout/heldout.npy", "heldout/heldout.json"}
     assert files >= top | {"checkpoints/best", "checkpoints/last"}
-    inside = {"model.safetensors", "training.safetensors", "state.json", "manifest.json"}
+    files -= {".lock"}
+    inside = {"model.safetensors", "training-00001.safetensors", "state.json", "manifest.json"}
     for name in files - top - {"checkpoints/best", "checkpoints/last"}:
         assert Path(name).name in inside, name
     for name in files:
@@ -343,32 +344,11 @@ def _logged(folder: Path) -> int:
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
-def test_a_run_killed_in_the_middle_resumes_to_the_same_bits(text: Path, folder: Path, tmp_path: Path) -> None:
-    options = ("model.dropout=0.1", "training.micro_batch_size=2", "checkpoint.every=7", "evaluation.every=10")
-    recipe = _short(text, *options, steps=80)
-    process = _started(recipe, folder, tmp_path)
-    _wait(process, lambda: _logged(folder) >= 20)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    at = max(line["step"] for line in Run(folder).metrics())
-    assert 0 < at < 80
-    result = train(recipe, folder, device="cpu", resume=True)
-    train(recipe, folder.with_name("whole"), device="cpu")
-    assert result.step == 80
-    assert _last_weights(folder) == _last_weights(folder.with_name("whole"))
-    assert _evaluations(folder) == _evaluations(folder.with_name("whole"))
-    losses = [
-        [line["loss"] for line in Run(path).metrics() if line["kind"] == "step"] for path in (folder, folder.with_name("whole"))
-    ]
-    assert losses[0] == losses[1]
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
 def test_a_signal_finishes_the_step_saves_and_says_so(
     number: signal.Signals, code: int, text: Path, folder: Path, tmp_path: Path
 ) -> None:
-    recipe = _short(text, "checkpoint.every=100000", "evaluation.every=100000", steps=100000)
+    recipe = _short(text, "checkpoint.every=100000", "evaluation.every=100000", "training.compile=off", steps=100000)
     process = _started(recipe, folder, tmp_path)
     _wait(process, lambda: _logged(folder) >= 3)
     process.send_signal(number)

@@ -276,8 +276,17 @@ def test_compiling_is_planned_for_where_the_training_earns_it_back(monkeypatch: 
     assert not plan(*MIDDLE, "training.steps=20000", "training.compile=off").compiled
     monkeypatch.setattr("tinylm.plan.cpp_compiler", lambda: None)
     assert not plan(*MIDDLE, "training.steps=20000").compiled
-    assert compiling_pays(1.0, None, 1000, "cuda")
-    assert not compiling_pays(1.0, 100, 1000, "cuda"), "stopped too early"
+
+
+@pytest.mark.parametrize(("device", "start_up"), [("cpu", 12.0), ("cuda", 45.0), ("mps", 60.0)])
+def test_compiling_pays_where_15_percent_of_the_training_is_one_and_a_half_start_ups(device: str, start_up: float) -> None:
+    least = 1.5 * start_up / 0.15
+    assert not compiling_pays(0.5, None, 2 * least - 1, device)
+    assert compiling_pays(0.5, None, 2 * least + 1, device)
+    assert not compiling_pays(0.5, least - 1, None, device), "stopped too early"
+    assert compiling_pays(0.5, least + 1, None, device)
+    assert not compiling_pays(0.5, 10.0, 10_000, device)
+    assert not compiling_pays(0.5, None, None, device), "for who knows how long"
 
 
 def test_measuring_takes_more_with_a_shorter_stride_and_less_with_fewer_tokens() -> None:

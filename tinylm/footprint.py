@@ -251,9 +251,13 @@ def host_bytes(model: ModelSection, vocab_size: int, step: int, rest: int) -> in
     """The height of a training's resident set on a CPU, over weights and optimiser state.
 
     `step`: bytes of tensors that come and go in a step; `rest`: of those that stay. Freed memory is kept
-    (`training/memory.py`), which spares the system's work and leaves holes: steps take `HOLES` times what their tensors need, and
-    measuring, whose tensors have other sizes, is taken to find no room in them. Only tensors of `MAPPED` bytes are given back.
+    (`training/memory.py`), which spares the system's work and leaves holes: steps take `HOLES` times what their tensors need; the
+    largest gradient finds its old place taken by smaller tensors; and measuring, whose tensors have other sizes, is taken to find
+    no room at all. Only tensors of `MAPPED` bytes are given back.
     """
     blocks, logits = evaluation_bytes(model, vocab_size)
     mapped = 4 * _evaluated_tokens(model, vocab_size) * vocab_size >= MAPPED
-    return rest + int(HOLES * step) + (blocks + logits if mapped else max(blocks, logits))
+    tables = len(model.ngram_embeddings) * model.ngram_rows * model.ngram_width
+    largest = 4 * max(tables, vocab_size * model.n_embd)
+    moved = largest if largest < MAPPED else 0
+    return rest + int(HOLES * step) + moved + (blocks + logits if mapped else max(blocks, logits))

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
-import platform
-import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors
-import tokenizers
 import torch
 
-import tinylm
 from tinylm import device as devices
 from tinylm import plan as planning
 from tinylm.data.batches import Batches
-from tinylm.data.prepare import Prepared, prepare
+from tinylm.data.prepare import Prepared, prepare, reopened
 from tinylm.errors import InputError, did_you_mean
 from tinylm.evaluation.perplexity import Perplexity, evaluate
 from tinylm.generation.engine import generate
@@ -31,21 +23,23 @@ from tinylm.model import lora
 from tinylm.model.takeover import check_parts, take_over
 from tinylm.model.transformer import Transformer
 from tinylm.optim import groups
-from tinylm.paths import whole_file, write_whole
+from tinylm.processes import Processes, joined, lost_peer, threads_of_each
 from tinylm.recipe import Recipe, changes
 from tinylm.recipe.schema import FileTokenizer, MuonOptimizer, flattened
 from tinylm.reporting import SILENT, Reporter
-from tinylm.run import Run, claim
+from tinylm.run import Checkpoint, Run, check_shapes
 from tinylm.tokenizer import Tokenizer
-from tinylm.training import automatic
+from tinylm.training import automatic, parallel
 from tinylm.training import precision as precisions
 from tinylm.training.checkpoint import CheckpointWriter, newest_whole, restore
 from tinylm.training.memory import keep_freed_memory
 from tinylm.training.metrics import MetricsFile, Observer, Observers
+from tinylm.training.parallel import Parallel
+from tinylm.training.run_folder import claimed, remove_run, write_run
 from tinylm.training.signals import StopRequest
 from tinylm.training.trainer import Poll, Trainer
 
-HARMLESS = ("name", "training.log_every", "checkpoint.", "sampling.")
+HARMLESS = ("name", "training.log_every", "training.parallel", "training.guards.", "checkpoint.", "sampling.")
 """Keys (or sections) that may change on resuming: they do not change the model."""
 HARMLESS_WITHOUT_DROPOUT = ("training.compile", "training.micro_batch_size")
 """They change a model by rounding, but dropout altogether: the micro-batch and the compiler decide what is drawn."""
@@ -87,55 +81,112 @@ def train(
     allow_change: Sequence[str] = (),
     device: str = "auto",
     threads: int | Literal["auto"] | None = None,
+    workers: int = 1,
     stop_after: float | None = None,
     reporter: Reporter = SILENT,
     observer: Observer | None = None,
 ) -> TrainResult:
-    """Train `recipe` into the run folder `folder`.
+    """Train `recipe` into the run folder `folder`; every process of a launcher such as torchrun calls it alike.
 
-    A folder that is not empty needs `resume` (go on from its newest whole checkpoint; only keys in `allow_change` and
-    harmless ones may differ) or `overwrite` (begin anew). `threads` on a CPU: how many, or `auto` for the fastest; None: one per
-    core. `stop_after` seconds ends early, saved. Raises `InputError` for what the user can mend and `WorkError` when the
-    training fails.
+    A folder that is not empty needs `resume` (go on from its newest whole checkpoint; only keys and sections in `allow_change`
+    and harmless ones may differ) or `overwrite` (begin anew). `threads` on a CPU: how many, or `auto` for the fastest; None: one
+    per core. `workers`: processes that encode the text. `stop_after` seconds ends early, saved. Raises `InputError` for what the
+    user can mend and `WorkError` when the training fails.
     """
     folder = Path(folder)
     target = devices.resolve(device)
-    if isinstance(threads, int):
-        devices.set_threads(threads)
-    claim(folder, resume, overwrite)
-    resume = resume and (folder / "recipe.yaml").exists()
+    devices.set_threads(threads if isinstance(threads, int) else threads_of_each())
+    with joined(target) as processes, ExitStack() as stack:
+        target = processes.all_do(lambda: processes.device(target))
+        if processes.count > 1:
+            reporter, observer = (reporter, observer) if processes.main else (SILENT, None)
+        processes.main_does(lambda: stack.enter_context(claimed(folder, resume=resume, overwrite=overwrite)))
+        try:
+            return _train(
+                recipe,
+                folder,
+                target,
+                processes,
+                resume=resume and (folder / "recipe.yaml").exists(),
+                overwrite=overwrite,
+                allow_change=allow_change,
+                threads=threads,
+                workers=workers,
+                stop_after=stop_after,
+                reporter=reporter,
+                watching=observer or Observer(),
+            )
+        except RuntimeError as error:
+            raise (lost_peer(error) if processes.count > 1 else None) or error from None
+
+
+def _train(
+    recipe: Recipe,
+    folder: Path,
+    target: torch.device,
+    processes: Processes,
+    *,
+    resume: bool,
+    overwrite: bool,
+    allow_change: Sequence[str],
+    threads: int | Literal["auto"] | None,
+    workers: int,
+    stop_after: float | None,
+    reporter: Reporter,
+    watching: Observer,
+) -> TrainResult:
+    """What every process of a training does, once the folder is theirs."""
     if resume:
-        recipe = _reconciled(Run.open(folder), recipe, allow_change, reporter)
-    source = None if resume else _source(recipe, reporter)
-    prepared = prepare(recipe.data, recipe.tokenizer, reporter)
+        recipe = processes.main_does(lambda: _reconciled(Run.open(folder), recipe, allow_change, reporter))
+        recipe = processes.main_does(lambda: _fitted(recipe, processes.count, reporter))
+    begun = resume and processes.main_does(lambda: bool(Run(folder).checkpoints()))
+    source = None if begun else processes.main_does(lambda: _source(recipe, reporter))
+    processes.main_does(lambda: planning.split_over(recipe, processes.count))
+    prepared = _prepared(recipe, processes, reporter, workers)
+    processes.main_does(lambda: _check_length(recipe, prepared))
     batches = Batches(prepared.train.tokens, recipe.model.context_length, recipe.seed)
     steps = planning.training_steps(recipe.training, recipe.model.context_length, len(prepared.train))
     if target.type == "cpu":
         keep_freed_memory()
         if threads == "auto":
-            chosen = automatic.use_fastest_threads(recipe, prepared.tokenizer.vocab_size, batches)
+            chosen = processes.main_does(
+                lambda: automatic.use_fastest_threads(recipe, prepared.tokenizer.vocab_size, batches, processes.count)
+            )
+            devices.set_threads(chosen)
             reporter.note(f"{chosen} CPU threads are fastest for this model")
-    network = Transformer(recipe.model, prepared.tokenizer.vocab_size, seed=recipe.seed)
-    if source is not None:
-        _start_from(source, recipe, network, prepared.tokenizer, reporter)
-    if recipe.training.lora is not None:
-        lora.attach(network, recipe.training.lora, recipe.seed)
-        trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
-        reporter.note(f"LoRA: {trained:,} of {network.parameter_count():,} numbers are trained")
-    network = network.to(target)
-    network.recompute = recipe.training.activation_checkpointing
-    decided = automatic.decide(recipe, network, batches, steps, reporter, stop_after, resumed=resume)
-    recipe, precision = decided.recipe, decided.precision
-    if overwrite:
-        _remove_run(folder)
-    optimizers = groups.build(recipe.training.optimizer, network, network.stacked_matrices())
-    checkpoints = CheckpointWriter(folder, recipe.checkpoint.keep)
     fingerprints = {"data": prepared.fingerprint, "tokenizer": prepared.tokenizer.fingerprint}
-    state = _restore(Run(folder), network, optimizers, fingerprints, checkpoints, reporter) if resume else None
-    _write_folder(folder, recipe, prepared, target)
-    metrics = MetricsFile(folder, int(state["step"]) if state else 0)
+    start = processes.main_does(lambda: _newest(Run(folder), recipe, prepared, fingerprints, reporter)) if resume else None
+    network = processes.all_do(lambda: _network(recipe, source, prepared.tokenizer, reporter)).to(target)
+    network.recompute = recipe.training.activation_checkpointing
+    decided = automatic.decide(recipe, network, batches, steps, reporter, stop_after, resumed=resume, processes=processes)
+    recipe, precision = decided.recipe, decided.precision
+    together = parallel.resolve(recipe.training.parallel, recipe, network.vocab_size, target, processes)
+    shared = Parallel(network, together, processes, precision)
+    optimizers = groups.build(recipe.training.optimizer, network, network.stacked_matrices(), shared.mesh)
+    checkpoints = CheckpointWriter(folder, recipe.checkpoint.keep, processes)
+    state = None
+    if start is not None:
+        state = _restored(start, Run(folder), recipe, network, optimizers, checkpoints, processes, reporter)
+    if processes.count > 1:
+        reporter.note(f"{processes.count} processes, {together}, {recipe.training.micro_batch_size} sequences at a time in each")
+    elif recipe.training.parallel != "auto":
+        reporter.note(f"one process: there is nothing for training.parallel: {recipe.training.parallel} to spread")
+
+    def write_folder() -> None:
+        if overwrite:
+            remove_run(folder)
+        checkpoints.prepare()
+        facts = {"device": devices.describe(target), "processes": processes.count, "parallel": together}
+        write_run(folder, recipe, prepared, {**facts, "resumed_step": state["step"]} if state else facts)
+
+    processes.main_does(write_folder)
+    observers = [watching]
+    if processes.main:
+        going_on = recipe.checkpoint.on_failure == "continue"
+        metrics = MetricsFile(folder, int(state["step"]) if state else 0, _told_once(watching) if going_on else None)
+        watching.earlier(*metrics.history())
+        observers.insert(0, metrics)
     lengths = prepared.tokenizer.token_byte_lengths
-    watching = observer or Observer()
 
     def measure(network: Transformer, poll: Poll) -> Perplexity:
         return evaluate(
@@ -146,6 +197,8 @@ def train(
             stride=recipe.evaluation.stride,
             max_tokens=recipe.evaluation.max_tokens,
             device=target,
+            bootstrap=False,
+            share=processes,
             advance=poll,
         )
 
@@ -156,19 +209,20 @@ def train(
 
     trainer = Trainer(
         recipe,
-        network,
+        shared,
         optimizers,
         batches,
         steps=steps,
         micro_batch_size=int(recipe.training.micro_batch_size),
         precision=precision,
         flops_per_token=planning.flops_per_token(recipe.model, prepared.tokenizer.vocab_size, recipe.training.lora),
-        peak_flops=precisions.matmul_flops(precision),
+        peak_flops=processes.main_does(lambda: precisions.matmul_flops(precision)),
         checkpoints=checkpoints,
         fingerprints=fingerprints,
         evaluate=measure,
         write=write,
-        observer=Observers([metrics, watching]),
+        read=prepared.tokenizer.decode,
+        observer=Observers(observers),
     )
     if state is not None:
         trainer.resume(state)
@@ -179,7 +233,8 @@ def train(
             watching.phase("first step")
             stopped = trainer.train(request, stop_after)
     finally:
-        metrics.close()
+        if processes.main:
+            metrics.close()
     return _result(folder, trainer, stopped, request.signal_number, target)
 
 
@@ -194,11 +249,58 @@ def _source(recipe: Recipe, reporter: Reporter) -> Run | None:
     return source
 
 
-def _start_from(source: Run, recipe: Recipe, network: Transformer, tokenizer: Tokenizer, reporter: Reporter) -> None:
-    same = source.tokenizer.fingerprint == tokenizer.fingerprint
-    anew = take_over(network, source.network(source.checkpoint(), torch.device("cpu")), same_tokenizer=same)
-    if anew:
-        reporter.note(f"starting anew: {', '.join(anew)}")
+def _network(recipe: Recipe, source: Run | None, tokenizer: Tokenizer, reporter: Reporter) -> Transformer:
+    """What is trained: from chance, or from the weights of `source`; with low-rank additions where the recipe says so."""
+    network = Transformer(recipe.model, tokenizer.vocab_size, seed=recipe.seed)
+    if source is not None:
+        same = source.tokenizer.fingerprint == tokenizer.fingerprint
+        anew = take_over(network, source.network(source.checkpoint(), torch.device("cpu")), same_tokenizer=same)
+        if anew:
+            reporter.note(f"starting anew: {', '.join(anew)}")
+    if recipe.training.lora is not None:
+        lora.attach(network, recipe.training.lora, recipe.seed)
+        trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+        reporter.note(f"LoRA: {trained:,} of {network.parameter_count():,} numbers are trained")
+    return network
+
+
+def _prepared(recipe: Recipe, processes: Processes, reporter: Reporter, workers: int) -> Prepared:
+    """The tokens: made by the main process, and again on machines that cannot see its cache; mapped by all."""
+    if processes.count == 1:
+        return prepare(recipe.data, recipe.tokenizer, reporter, workers)
+
+    def handed_on() -> tuple[Path, str, str]:
+        prepared = prepare(recipe.data, recipe.tokenizer, reporter, workers)
+        return prepared.folder, prepared.fingerprint, prepared.tokenizer.backend.to_str()
+
+    folder, fingerprint, tokenizer = processes.main_does(handed_on)
+    absent = processes.local_rank == 0 and not (folder / "heldout.json").exists()
+    there = processes.all_do(lambda: prepare(recipe.data, recipe.tokenizer, SILENT, workers).fingerprint if absent else fingerprint)
+    if there != fingerprint:
+        raise InputError("the text is not the one the other machines read", where="data.train")
+    return processes.all_do(lambda: reopened(folder, fingerprint, tokenizer))
+
+
+def _check_length(recipe: Recipe, prepared: Prepared) -> None:
+    """What the recipe alone cannot tell: whether its text and its steps are long enough. Raises `InputError`."""
+    context, warmup = recipe.model.context_length, recipe.training.schedule.warmup
+    Batches(prepared.train.tokens, context, recipe.seed)
+    steps = planning.training_steps(recipe.training, context, len(prepared.train))
+    if steps is not None and warmup >= 1 and warmup > steps:
+        raise InputError(f"{warmup} steps of warm-up are more than the {steps} of training", where="training.schedule.warmup")
+
+
+def _told_once(watching: Observer) -> Callable[[str], None]:
+    """Says the first thing that it is told."""
+    said = False
+
+    def refused(what: str) -> None:
+        nonlocal said
+        if not said:
+            watching.note(f"{what}; going on without it (checkpoint.on_failure: continue)")
+        said = True
+
+    return refused
 
 
 def _reconciled(run: Run, recipe: Recipe, allowed: Sequence[str], reporter: Reporter) -> Recipe:
@@ -214,102 +316,80 @@ def _reconciled(run: Run, recipe: Recipe, allowed: Sequence[str], reporter: Repo
     recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update=kept)})
     changed = changes(run.recipe, recipe)
     for key in allowed:
-        if key not in changed:
+        if not any(_covers(key, name) for name in changed):
             known = flattened(recipe.as_dict())
-            why = "is the same as before" if key in known else "is not a key of the recipe"
+            why = "is the same as before" if any(_covers(key, name) for name in known) else "is no key or section of the recipe"
             raise InputError(f"{key} {why}", where="--allow-change", hint=did_you_mean(key, changed or known))
     harmless = HARMLESS if recipe.model.draws else (*HARMLESS, *HARMLESS_WITHOUT_DROPOUT)
     refused = [
         f"{key}: {old} -> {new}"
         for key, (old, new) in changed.items()
-        if key not in allowed and not any(key == name or (name.endswith(".") and key.startswith(name)) for name in harmless)
+        if not any(_covers(name, key) for name in (*allowed, *harmless))
     ]
     if refused:
         listed = "\n  ".join(refused)
         raise InputError(
             f"the recipe is not the one this run was trained with:\n  {listed}\n"
-            "--allow-change KEY takes a change over; without it, train into another folder with --out",
+            "--allow-change KEY, or SECTION, takes a change over; without it, train into another folder with --out",
             where=str(run.path),
         )
     return recipe
 
 
-def _restore(
-    run: Run,
-    network: Transformer,
-    optimizers: groups.Optimizers,
-    fingerprints: dict[str, str],
-    checkpoints: CheckpointWriter,
-    reporter: Reporter,
-) -> dict[str, Any] | None:
-    """The state of the newest whole checkpoint, restored; None when the run was stopped before its first."""
+def _fitted(recipe: Recipe, processes: int, reporter: Reporter) -> Recipe:
+    """A resumed recipe whose micro-batch divides the share of each of so many processes, which may be others than it began with."""
+    micro, share = recipe.training.micro_batch_size, recipe.training.global_batch_size // processes
+    if micro == "auto" or not share or share % micro == 0 or recipe.training.global_batch_size % processes:
+        return recipe
+    fitting = next(size for size in range(micro, 0, -1) if share % size == 0)
+    if recipe.model.draws:
+        raise InputError(
+            f"{micro} does not divide the {share} sequences of each of {processes} processes, and another draws other dropout",
+            where="training.micro_batch_size",
+            hint=f"--set training.micro_batch_size={fitting} --allow-change training.micro_batch_size does that",
+        )
+    reporter.note(f"{fitting} sequences at a time instead of {micro}: each of {processes} processes computes {share}")
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update={"micro_batch_size": fitting})})
+
+
+def _covers(name: str, key: str) -> bool:
+    """Whether `name` is the key, or a section that it lies in."""
+    return key == name or key.startswith(name.rstrip(".") + ".")
+
+
+def _newest(run: Run, recipe: Recipe, prepared: Prepared, fingerprints: dict[str, str], reporter: Reporter) -> Checkpoint | None:
+    """The newest whole checkpoint, which must be of this text and fit the recipe; None when there is none yet."""
     if not run.checkpoints():
         reporter.note("no checkpoint yet: beginning at step 0")
         return None
     checkpoint = newest_whole(run, reporter)
-    state = checkpoint.state
-    if state["fingerprints"] != fingerprints:
+    if checkpoint.state["fingerprints"] != fingerprints:
         given = isinstance(run.recipe.tokenizer, FileTokenizer)
-        changed = "tokenizer" if given and state["fingerprints"]["tokenizer"] != fingerprints["tokenizer"] else "text"
+        changed = "tokenizer" if given and checkpoint.state["fingerprints"]["tokenizer"] != fingerprints["tokenizer"] else "text"
         raise InputError(f"the {changed} is not the one this run was trained on", where=str(run.path), hint="train anew with --out")
-    restore(checkpoint, network, optimizers)
-    for later in run.checkpoints():
-        if later.step > checkpoint.step:
-            shutil.rmtree(later.path)
-    checkpoints.point("last", checkpoint.name)
-    best = run.path / "checkpoints" / f"step-{state['best_step']:06d}"
-    if best.exists():
-        checkpoints.point("best", best.name)
-    else:  # removed when a later one, now gone, was better
+    check_shapes(recipe, prepared.tokenizer.vocab_size, checkpoint)
+    return checkpoint
+
+
+def _restored(
+    checkpoint: Checkpoint,
+    run: Run,
+    recipe: Recipe,
+    network: Transformer,
+    optimizers: groups.Optimizers,
+    checkpoints: CheckpointWriter,
+    processes: Processes,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """The state of a checkpoint, whose weights and optimiser are put back; it is the last again."""
+    before, name = run.recipe.training.optimizer.name, recipe.training.optimizer.name
+    if before != name:
+        reporter.warn(f"{name} begins anew: so far the run was trained with {before}")
+    state = restore(checkpoint, network, optimizers, processes, moments=before == name)
+    if not checkpoints.forget_after(checkpoint, state["best_step"]):
         state.update(best_step=0, best_val_loss=None)
-        best.with_name("best").unlink(missing_ok=True)
     reporter.note(f"resuming after step {checkpoint.step}")
     return state
-
-
-def _remove_run(folder: Path) -> None:
-    """Remove what an earlier training wrote, and nothing else that lies there. The recipe stays until the new one replaces it."""
-    for name in ("checkpoints", "heldout"):
-        if (folder / name).exists():
-            shutil.rmtree(folder / name)
-    for name in ("tokenizer.json", "metrics.jsonl", "samples.md", "environment.json"):
-        (folder / name).unlink(missing_ok=True)
-
-
-def _write_folder(folder: Path, recipe: Recipe, prepared: Prepared, target: torch.device) -> None:
-    """The recipe first: with it the folder is a run, which can be resumed or overwritten whatever happens next."""
-    write_whole(folder / "recipe.yaml", recipe.to_yaml())
-    prepared.tokenizer.save(folder / "tokenizer.json")
-    for name in ("heldout.npy", "heldout.json"):
-        with whole_file(folder / "heldout" / name) as temporary:
-            shutil.copyfile(prepared.folder / name, temporary)
-    write_whole(folder / "environment.json", json.dumps(_environment(target), indent=1) + "\n")
-
-
-def _environment(target: torch.device) -> dict[str, object]:
-    return {
-        "tinylm": tinylm.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "tokenizers": tokenizers.__version__,
-        "safetensors": safetensors.__version__,
-        "platform": platform.platform(),
-        "device": devices.describe(target),
-        "threads": torch.get_num_threads(),
-        "git_commit": _git_commit(),
-        "command": sys.argv,
-        "folder": str(Path.cwd()),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-
-
-def _git_commit() -> str | None:
-    """The commit of the repository one works in, if any."""
-    try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None
 
 
 def _result(folder: Path, trainer: Trainer, stopped: str, signal_number: int | None, target: torch.device) -> TrainResult:

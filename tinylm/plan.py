@@ -50,7 +50,8 @@ class Memory:
     """Bytes of one device, beside what the program itself needs.
 
     `activations` is the height of the forward and backward pass, `update` that of the optimiser's temporaries, `evaluation` that of
-    measuring: bytes of tensors, and only one of the three is there at a time. `total` is the height of the training: on a GPU
+    measuring: bytes of tensors, and only one of the three is there at a time. `saving` are the copies of weights and optimiser
+    state that a CPU's memory holds while they are written. `total` is the height of the training: on a GPU
     with the largest of the three, on a CPU as the resident set, which keeps what was freed.
     """
 
@@ -60,6 +61,7 @@ class Memory:
     activations: int
     update: int
     evaluation: int
+    saving: int
     total: int
 
 
@@ -220,7 +222,9 @@ def memory(
     else:
         kept = gradients if accumulates else 0
         height = footprint.host_bytes(model, vocab_size, max(activations, gradients - kept + update), kept)
-    return Memory(4 * parameters, gradients, 4 * slots, activations, update, evaluation, 4 * (parameters + slots) + height)
+    kept_state = 4 * (parameters + slots)
+    saving = 0 if on_gpu else kept_state
+    return Memory(4 * parameters, gradients, 4 * slots, activations, update, evaluation, saving, kept_state + saving + height)
 
 
 def choose_micro_batch(
@@ -462,11 +466,13 @@ def cpu_seconds(
     return processor.step_seconds(machine, work)
 
 
-def _split_over(recipe: Recipe, devices: int) -> None:
+def split_over(recipe: Recipe, devices: int) -> None:
     """Raises `InputError` where the batch does not split into equal shares, or the recipe's micro-batch not into its share."""
     batch, micro = recipe.training.global_batch_size, recipe.training.micro_batch_size
     if devices < 1:
         raise InputError(f"a step needs one device at least, not {devices}", where="--devices")
+    if devices == 1:
+        return
     if batch % devices:
         sizes = [size for size in (batch // devices * devices, -(-batch // devices) * devices) if size]
         raise InputError(
@@ -487,7 +493,7 @@ def _split_over(recipe: Recipe, devices: int) -> None:
 def _there(recipe: Recipe, vocab_size: int, steps: int | None, accelerator: Accelerator, devices: int) -> _Pace:
     """Both ways of bounding a step: what the devices need, and what it takes the interpreter to start their kernels."""
     model, training = recipe.model, recipe.training
-    _split_over(recipe, devices)
+    split_over(recipe, devices)
     if training.precision != "auto":
         precision: Numbers = training.precision
     else:
@@ -510,7 +516,7 @@ def _there(recipe: Recipe, vocab_size: int, steps: int | None, accelerator: Acce
             accelerator,
             devices,
             sheet,
-            matmul_flops=again * tokens * flops_per_token(model, vocab_size) + devices * muon_flops,  # each device updates all
+            matmul_flops=again * tokens * flops_per_token(model, vocab_size) + muon_flops,  # each matrix is orthogonalised once
             matmul_bytes=again * tokens * hardware.matmul_bytes(model, vocab_size, sheet),
             elementwise_bytes=again * tokens * _elementwise_bytes(model, vocab_size, precision, compiled=compiled),
             state_bytes=hardware.state_bytes(parameters, passes, sheet) + muon * (_MUON_BYTES - 28),

@@ -2,9 +2,9 @@
 
     recipe.yaml  tokenizer.json  metrics.jsonl  samples.md  environment.json
     heldout/           the held-out tokens, so that the folder can be measured wherever it is copied
-    checkpoints/       step-000500/ {model.safetensors, training.safetensors, state.json, manifest.json}, best, last
+    checkpoints/       step-000500/ {model.safetensors, training-00001.safetensors, state.json, manifest.json}, best, last
 
-This room reads. Writing checkpoints is the trainer's work.
+This room reads, and trusts nothing that it reads: a run folder may be somebody else's. Writing is the trainer's work.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinylm.data.shards import Shard, open_shard
 from tinylm.errors import InputError
+from tinylm.paths import sync_folder, write_whole
 from tinylm.recipe import Recipe, load
 from tinylm.tokenizer import Tokenizer
 
@@ -30,7 +31,23 @@ if TYPE_CHECKING:  # a run can be found, listed and refused without waiting for 
     from tinylm.model.transformer import Transformer
 
 RUNS = Path("runs")
-FORMAT = 1
+LOCK = ".lock"
+"""Held by whoever trains into the folder; it stays behind and means nothing then."""
+OWN = (
+    "recipe.yaml",
+    "tokenizer.json",
+    "metrics.jsonl",
+    "samples.md",
+    "environment.json",
+    "heldout",
+    "checkpoints",
+    "reports",
+    LOCK,
+)
+"""What a run folder consists of; anything else in it is the user's."""
+LONGEST_CONTEXT = 1 << 24
+"""More positions than any model is trained for: their tables would fill the memory of whoever opens the run."""
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -64,6 +81,8 @@ class Checkpoint:
         With `only`, those files are looked at: a checkpoint can be used without what only resuming needs.
         """
         try:
+            if self.path.is_symlink():
+                return "it is a link"
             files = _json(self.path / "manifest.json")["files"]
             for name in only if only is not None else files:
                 if name not in files:
@@ -76,9 +95,15 @@ class Checkpoint:
                     return f"{name} has {file.stat().st_size:,} bytes instead of {noted['bytes']:,}"
                 if sha256(file) != noted["sha256"]:
                     return f"{name} is not what was saved"
+            missing = {"model.safetensors", "state.json"} - set(files)
+            strangers = {file.name for file in self.path.iterdir()} - set(files) - {"manifest.json"}
+            if missing:
+                return f"manifest.json does not list {min(missing)}"
+            if strangers and only is None:
+                return f"manifest.json does not list {min(strangers)}"
         except OSError as error:
             return f"{Path(str(error.filename)).name}: {error.strerror}"
-        except (InputError, KeyError, TypeError) as error:
+        except (InputError, KeyError, TypeError, ValueError) as error:
             return error.message if isinstance(error, InputError) else "manifest.json is not what was saved"
         return None
 
@@ -92,12 +117,22 @@ def claim(folder: Path, resume: bool, overwrite: bool) -> None:
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not os.access(there, os.W_OK):
         raise InputError("this folder may not be written to", where=str(there), hint="choose another with --out")
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or all(path.name == LOCK for path in folder.iterdir()):
         return
     if not (folder / "recipe.yaml").exists():
         raise InputError("this folder is not empty and not a run", where=str(folder), hint="choose another with --out")
     if not resume and not overwrite:
         raise InputError("there is a run here already", where=str(folder), hint="--resume goes on with it, --overwrite begins anew")
+
+
+def refuse_links_out(folder: Path) -> None:
+    """Raises `InputError` when part of a run folder is a link to somewhere else: a run is read, and written, where it lies."""
+    inside = folder.resolve()
+    checkpoints = folder / "checkpoints"
+    paths = [*folder.iterdir(), *(checkpoints.iterdir() if checkpoints.is_dir() and not checkpoints.is_symlink() else ())]
+    for path in (*paths, *(folder / "heldout").glob("*")):
+        if path.is_symlink() and (path.name in OWN or path.parent != folder) and not path.resolve().is_relative_to(inside):
+            raise InputError("leads out of the run folder", where=str(path), hint="copy what it leads to, if you trust it")
 
 
 def sha256(file: Path) -> str:
@@ -106,6 +141,17 @@ def sha256(file: Path) -> str:
         while block := opened.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def seal(folder: Path) -> None:
+    """Sync the files of a checkpoint to disk and write its manifest, with which it counts as whole."""
+    files = {}
+    for file in sorted(folder.iterdir()):
+        with open(file, "rb+") as written:
+            os.fsync(written.fileno())
+        files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    write_whole(folder / "manifest.json", json.dumps({"files": files}, indent=1) + "\n")
+    sync_folder(folder)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -133,12 +179,16 @@ class Run:
         """A run folder, or one checkpoint folder inside it. Raises `InputError` when it is neither."""
         path = Path(path)
         if path.parent.name == "checkpoints" and (path / "state.json").exists():
-            return cls(path.parent.parent, path.name)
+            return cls.open(path.parent.parent)._pinned(path.name)
         if not path.exists():
             raise InputError("no such run", where=str(path), hint="`tinylm runs` lists those here")
         if not (path / "recipe.yaml").exists():
             raise InputError("not a run folder: it has no recipe.yaml", where=str(path))
+        refuse_links_out(path)
         return cls(path)
+
+    def _pinned(self, checkpoint: str) -> Run:
+        return Run(self.path, checkpoint)
 
     @classmethod
     def find(cls) -> Run:
@@ -210,17 +260,14 @@ class Run:
         Raises `InputError` when weights or tokenizer are not what was saved.
         """
         from tinylm.model import lora
-        from tinylm.model.transformer import Transformer
 
         problem = checkpoint.problem(only=("model.safetensors", "state.json"))
         if problem is not None:
             raise InputError(f"damaged: {problem}", where=str(checkpoint.path), hint="name another with --checkpoint")
         if checkpoint.state["fingerprints"]["tokenizer"] != self.tokenizer.fingerprint:
             raise InputError("not the tokenizer this model was trained with", where=str(self.path / "tokenizer.json"))
-        network = Transformer(self.recipe.model, self.tokenizer.vocab_size, seed=None)
-        adapted = self.recipe.training.lora
-        if adapted is not None:
-            lora.attach(network, adapted)
+        check_shapes(self.recipe, self.tokenizer.vocab_size, checkpoint)
+        network = lora.blank(self.recipe.model, self.tokenizer.vocab_size, self.recipe.training.lora)
         load_weights(network, checkpoint)
         lora.merge(network)
         return network.to(device).eval()
@@ -242,6 +289,40 @@ class Run:
     def size(self) -> int:
         """Bytes on disk."""
         return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+
+
+def check_shapes(recipe: Recipe, vocab_size: int, checkpoint: Checkpoint) -> None:
+    """Compare the header of model.safetensors with what the recipe builds, before memory is spent on either.
+
+    A file is as large as its header says, and a model no larger than a file that fits it. Raises `InputError`.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    from tinylm.model import lora
+
+    model, file = recipe.model, checkpoint.path / "model.safetensors"
+    try:
+        with safe_open(file, "pt") as opened:
+            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118  it is no mapping
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot be read: {error}", where=str(file)) from None
+    layers = sum(name.endswith(".attention.qkv.weight") for name in shapes)
+    if layers != model.n_layer:
+        raise InputError(f"does not fit the recipe: {layers} layers instead of {model.n_layer}", where=str(file))
+    if model.context_length > LONGEST_CONTEXT:
+        raise InputError(f"a context of {model.context_length:,} tokens", where=str(checkpoint.path.parent.parent / "recipe.yaml"))
+    with torch.device("meta"):
+        built = lora.blank(model, vocab_size, recipe.training.lora)
+    wanted = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
+    if model.tie_embeddings:
+        del wanted["head.weight"]
+        shapes.pop("head.weight", None)
+    different = [name for name in {**wanted, **shapes} if wanted.get(name) != shapes.get(name)]
+    if different:
+        name = different[0]
+        found = f"{name} is {shapes.get(name, 'not there')} instead of {wanted.get(name, 'not there')}"
+        raise InputError(f"does not fit the recipe: {found}", where=str(file))
 
 
 def load_weights(network: Transformer, checkpoint: Checkpoint) -> None:

@@ -52,6 +52,22 @@ def test_train_plan_resume(here: Here, recipe_file: Path, tmp_path: Path) -> Non
     assert (longer.code, longer.out, longer.err) == (0, f"{folder}\n", "")
 
 
+def test_a_new_recipe_trains_as_it_is(here: Here, text_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    written = here("new", text_file, "--minutes", "0.1", "--out", path)
+    assert (written.code, written.out) == (0, f"{path}\n")
+    assert f"next: tinylm train {path}" in written.err
+    trained = here("train", path, "--out", tmp_path / "run", "--set", "training.minutes=0.02", "--json", "-q")
+    assert (trained.code, trained.json["stopped"]) == (0, "done")
+
+    answer = here("new", text_file, "--minutes", "0.1", "--json", "-q")
+    assert answer.json.keys() == {"path", "recipe", "plan"}
+    assert answer.json["recipe"]["name"] == text_file.stem
+    assert answer.json["plan"].keys() >= set(PLAN.split())
+    printed = here("new", text_file, "--minutes", "0.1", "-q", "--name", "other")
+    assert "\nname: other\n" in printed.out, "without --out the recipe itself is the answer"
+
+
 def test_the_time_limit_stops_saved(here: Here, recipe_file: Path, tmp_path: Path) -> None:
     stopped = here("train", recipe_file, "--out", tmp_path / "run", "--stop-after", "0s", "--json")
     assert (stopped.code, stopped.json["stopped"], stopped.json["step"]) == (0, "time", 1)
@@ -155,9 +171,9 @@ def test_tokenize(here: Here, text_file: Path, tmp_path: Path) -> None:
     trained = here("tokenize", "train", text_file, "--out", path, "--vocab-size", 300, "--json")
     assert trained.json.keys() >= {"tokenizer", "kind", "vocab_size", "seconds"}
     assert trained.json["vocab_size"] == 300
-    report = here("tokenize", "report", text_file, "-t", path, "--json").json
+    report = here("tokenize", "report", text_file, "-t", path, "--no-baselines", "--json").json
     assert report.keys() >= set(REPORT.split())
-    assert "tokens per word" in here("tokenize", "report", text_file, "-t", path).out
+    assert "tokens per word" in here("tokenize", "report", text_file, "-t", path, "--no-baselines").out
     for kind in ("char", "byte"):
         assert here("tokenize", "train", text_file, "--out", tmp_path / f"{kind}.json", "--kind", kind).code == 0
 

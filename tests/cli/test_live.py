@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from tinylm_cli.live import PlainView, TerminalView, draw_curves
 
-from tinylm.training.metrics import EvaluationEvent, Observer, SampleEvent, StepEvent
+from tinylm.training.metrics import EvaluationEvent, GuardEvent, Observer, SampleEvent, StepEvent
 
 LOSSES = [6.0, 5.0, 4.5, 4.25]
 
@@ -99,6 +99,35 @@ def test_the_panel_fits_and_keeps_what_matters(width: int) -> None:
     assert all(len(line) <= width for line in panel.splitlines())
     for whole in ("step 4", "50%", "loss", "held-out", "bits/byte", "4.250", "9.500", "6.250"):
         assert whole in panel, whole
+
+
+def test_a_resumed_training_shows_the_curve_that_it_goes_on_with() -> None:
+    views = [TerminalView(console(), "tinylm train tiny") for _ in range(2)]
+    steps = [step(number, loss) for number, loss in enumerate(LOSSES, 1)]
+    evaluations = [EvaluationEvent(2, 200, 5.0, 4.25, 18.0, 20.0, True)]
+    views[0].earlier(steps[:3], evaluations)
+    views[0].step(steps[3])
+    for event in steps[:2]:
+        views[1].step(event)
+    views[1].evaluation(evaluations[0])
+    for event in steps[2:]:
+        views[1].step(event)
+    panels = []
+    for view in views:
+        target = console()
+        target.print(view.render())
+        panels.append(written(target))
+    assert panels[0] == panels[1]
+    assert "4.250 at 2" in panels[0]
+
+
+def test_going_back_takes_the_curve_back() -> None:
+    target, view = console(), TerminalView(console(), "tinylm train tiny")
+    tell(view)
+    view.guard(GuardEvent("rollback", 2, 32, "the loss is nan"))
+    target.print(view.render())
+    assert "step 2" in written(target)
+    assert "step 4" not in written(target).split("at step")[0]
 
 
 def test_before_the_first_step_the_panel_says_so() -> None:

@@ -26,11 +26,13 @@ for arguments in json.loads(sys.argv[1]):
 print(json.dumps(answers))
 """
 HELP = [[], ["tokenize"], *([verb, "--help"] for verb in VERBS), ["-h"], ["--help"], ["--version"]]
-HELP += [["tokenize", verb, "--help"] for verb in ("train", "encode", "decode", "report")]
+HELP += [
+    ["tokenize", verb, "--help"] for verb in ("train", "encode", "decode", "report", "compare", "explain", "sweep", "add", "remove")
+]
 MISTAKES = {
     "trian x": "no such verb 'trian' (did you mean train?)",
     "xyzzy": "no such verb 'xyzzy' (`tinylm --help` lists them)",
-    "train": "missing argument 'recipe' (`tinylm train --help` explains)",
+    "train": "give a RECIPE, or a report with --replay",
     "train quickstart --epochs 3": "no such option: --epochs (`tinylm train --help` explains)",
     "train quikstart": "quikstart: no such recipe file, and none of that name ships (did you mean quickstart?)",
     "train nowhere.yaml": "nowhere.yaml: no such recipe file",
@@ -40,6 +42,14 @@ MISTAKES = {
     "train quickstart --allow-change seed": "--allow-change: only means something with --resume",
     "train quickstart --seed -1": "invalid value for '--seed'",
     "train quickstart --device tpu": "--device: no such device 'tpu' (one of auto, cpu, cuda, mps)",
+    "new": "missing argument 'source'",
+    "new nowhere.txt": "nowhere.txt: no such file or folder",
+    "new -": "-: standard input cannot be read again for training (save it in a file and name that)",
+    "new text.txt --minutes 0": "--minutes: must be above 0, not 0",
+    "new text.txt --out text.txt": "text.txt: is already there (--overwrite replaces it)",
+    "new text.txt --devices 2": "--devices: only means something with --hardware",
+    "new text.txt --hardware h100-smx": "did you mean h100-sxm?",
+    "new text.txt": "text.txt: 4,500 bytes are too few to learn from (use more text)",
     "plan": "missing argument 'recipe'",
     "plan quickstart --set training.micro_batch_size=3": "training.micro_batch_size: 3 does not divide global_batch_size",
     "plan quickstart --hardware abacus": "--hardware: there is no data sheet for 'abacus' (known: b200, h200,",
@@ -65,13 +75,18 @@ MISTAKES = {
     "runs nowhere": "nowhere: no such folder",
     "recipes quikstart": "quikstart: no recipe of that name ships (did you mean quickstart?)",
     "tokenize trian": "no such command 'trian'",
-    "tokenize encode nowhere.txt": "name one tokenizer (with --tokenizer PATH or --run RUN)",
+    "tokenize encode nowhere.txt": "no run under runs/ yet",
     "tokenize encode - -t nowhere.json": "nowhere.json: no such tokenizer file",
     "tokenize encode - -t x --format hex": "--format: must be ids, tokens or jsonl, not 'hex'",
     "tokenize train nowhere.txt --out t.json": "nowhere.txt: no such file or folder",
-    "tokenize train nowhere.txt --out t.json --kind wordpice": "--kind: must be one of bpe, char, byte, not 'wordpice'",
+    "tokenize train nowhere.txt --out t.json --kind wordpice": "not 'wordpice' (did you mean wordpiece?)",
     "tokenize train nowhere.txt --out t.json --vocab-size 9": "--vocab-size: bpe needs at least 257",
-    "tokenize train nowhere.txt --out t.json --kind char --vocab-size 9": "--vocab-size: only kind bpe has it",
+    "tokenize train nowhere.txt --out t.json --kind char --vocab-size 9": "--vocab-size: only kinds bpe, unigram, wordpiece,",
+    "tokenize train nowhere.txt --out t.json --kind word --dropout 9": "no such option",
+    "tokenize train nowhere.txt --out t.json --normalize nfx": "--normalize: must be none or some of nfc, nfd,",
+    "tokenize compare nowhere.json --on nowhere.txt": "nowhere.json: no such tokenizer file",
+    "tokenize sweep nowhere.txt --sizes 5,x": "--sizes: must be numbers with commas between them",
+    "tokenize add abc -t nowhere.json --out t.json": "nowhere.json: no such tokenizer file",
 }
 
 

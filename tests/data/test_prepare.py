@@ -82,7 +82,7 @@ def test_documents_stay_apart(tmp_path: Path, english: str) -> None:
 def test_the_second_time_nothing_is_trained_or_encoded(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = prepared(source)
     monkeypatch.setattr(Tokenizer, "encode_pieces", no_work)
-    monkeypatch.setattr(training, "_train_bpe", no_work)
+    monkeypatch.setattr(training, "_model", no_work)
     second = prepared(source)
     assert second.fingerprint == first.fingerprint
     assert np.array_equal(second.train.tokens, first.train.tokens)

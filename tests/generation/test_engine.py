@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
+import re
 from typing import Any
 
 import pytest
 import torch
 from tiny import PRESETS, model
 
-from tinylm.generation import engine
-from tinylm.generation.engine import Sample, generate
+from tinylm.generation.constraint import Constraint
+from tinylm.generation.engine import Request, Sample, generate, sample_seed, write
 from tinylm.generation.sampling import SamplingOptions
+from tinylm.model.decoder import Decoder
 from tinylm.model.transformer import Transformer
 from tinylm.recipe.schema import ByteTokenizer
 from tinylm.run import Run
@@ -92,12 +92,14 @@ def test_so_is_that_of_shared_heads_and_odd_contexts(parts: dict[str, Any], by_b
 
 
 def test_no_position_is_read_more_than_about_twice(by_bytes: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    network = _network(by_bytes, "gpt2")
-    read = []
-    hidden = network.hidden
-    monkeypatch.setattr(network, "hidden", lambda tokens, cache=None: read.append(tokens.shape[1]) or hidden(tokens, cache))
-    generate(network, by_bytes, "prompt", _greedy(100))
-    assert sum(read) <= 2 * 106
+    decoder = Decoder(_network(by_bytes, "gpt2"))
+    read, step, hidden = [], decoder.step, decoder.network.hidden
+    monkeypatch.setattr(
+        decoder.network, "hidden", lambda tokens, cache, last: read.append(tokens.shape[1]) or hidden(tokens, cache)[:, -1:]
+    )
+    monkeypatch.setattr(decoder, "step", lambda cache, tokens: read.append(1) or step(cache, tokens))
+    generate(decoder, by_bytes, "prompt", _greedy(100))
+    assert 105 <= sum(read) <= 2 * 106
 
 
 def test_a_seed_writes_the_same_alone_and_among_others_streamed_or_not(by_bytes: Tokenizer) -> None:
@@ -118,6 +120,102 @@ def test_the_global_random_state_decides_nothing_and_is_left_alone(by_bytes: Tok
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
     assert generate(network, by_bytes, "x", options)[0].token_ids == first
+
+
+PROMPTS = ["", "a", "the cat", "exactly sixteen!", "a prompt that is longer than the context", "b"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_prompts_of_any_length_are_written_together_as_each_alone(preset: str, rows: int, by_bytes: Tokenizer) -> None:
+    network, options = _network(by_bytes, preset), SamplingOptions(max_new_tokens=40, temperature=1.0)
+    requests = [Request(prompt, options, seed) for seed, prompt in enumerate(PROMPTS * 2)]
+    together = list(write(network, by_bytes, requests, rows=rows))
+    alone = [next(write(network, by_bytes, [request])) for request in requests]
+    assert [sample.prompt for sample in together] == PROMPTS * 2
+    assert [sample.token_ids for sample in together] == [sample.token_ids for sample in alone]
+
+
+def test_requests_with_other_options_beside_them_are_not_changed(by_bytes: Tokenizer) -> None:
+    network = _network(by_bytes)
+    kinds = [
+        SamplingOptions(max_new_tokens=30, temperature=1.0),
+        _greedy(7),
+        SamplingOptions(max_new_tokens=25, temperature=1.0, repetition_penalty=2.0, frequency_penalty=0.3),
+        SamplingOptions(max_new_tokens=20, temperature=2.0, top_k=None, top_p=0.9, presence_penalty=1.0),
+        SamplingOptions(max_new_tokens=20, temperature=1.0, logit_bias=((5, float("-inf")), (9, 2.0)), logprobs=2),
+    ]
+    requests = [Request("hello", options, seed) for seed, options in enumerate(kinds * 2)]
+    together = [sample.token_ids for sample in write(network, by_bytes, requests, rows=4)]
+    assert together == [next(write(network, by_bytes, [request])).token_ids for request in requests]
+
+
+def test_sampled_first_tokens_have_the_frequencies_of_the_softmax(by_bytes: Tokenizer) -> None:
+    """Pearson's chi-square over the engine as a whole; cells expected less than five times are one."""
+    network, count = _network(by_bytes), 4000
+    options = SamplingOptions(max_new_tokens=1, temperature=0.7, top_k=None)
+    requests = [Request("the", options, sample_seed(5, index)) for index in range(count)]
+    drawn = [sample.token_ids[0] for sample in write(network, by_bytes, requests, rows=500) if sample.token_ids]
+    with torch.no_grad():
+        logits = network(torch.tensor([by_bytes.encode("the")]))[0, -1].double() / 0.7
+    expected = count * logits.softmax(-1)
+    seen = torch.bincount(torch.tensor(drawn), minlength=len(expected)).double()
+    seen[by_bytes.end_of_text] = count - len(drawn)
+    common = expected >= 5
+    cells = [(seen[common], expected[common]), (seen[~common].sum()[None], expected[~common].sum()[None])]
+    square = sum(float(((a - b) ** 2 / b).sum()) for a, b in cells)
+    degrees = int(common.sum())
+    assert degrees > 20
+    assert square < degrees + 4 * (2 * degrees) ** 0.5
+
+
+def test_what_is_known_of_each_token_is_the_models_own_probability(by_bytes: Tokenizer) -> None:
+    network = _network(by_bytes)
+    options = SamplingOptions(max_new_tokens=8, temperature=2.0, top_k=40, logprobs=3, repetition_penalty=1.5)
+    heard: list[int] = []
+    request = Request("ab", options, seed=1, on_token=lambda choice: heard.append(choice.id))
+    [sample] = write(network, by_bytes, [request])
+    read = by_bytes.encode("ab")
+    assert heard == sample.token_ids == [choice.id for choice in sample.choices]
+    for choice in sample.choices:
+        with torch.no_grad():
+            logprobs = network(torch.tensor([read]))[0, -1].log_softmax(-1)
+        assert choice.logprob == pytest.approx(float(logprobs[choice.id]), abs=1e-4)
+        assert [id for id, _ in choice.alternatives] == logprobs.topk(3).indices.tolist()
+        read.append(choice.id)
+
+
+def test_banned_tokens_never_come_favored_ones_always_and_forced_ones_first(by_bytes: Tokenizer) -> None:
+    network = _network(by_bytes)
+    plain = generate(network, by_bytes, "x", _greedy(20))[0].token_ids
+    banned = generate(network, by_bytes, "x", _greedy(20, logit_bias=tuple((id, float("-inf")) for id in set(plain))))[0]
+    assert not set(plain) & set(banned.token_ids)
+    assert generate(network, by_bytes, "x", _greedy(5, logit_bias=((17, 1e4),)))[0].token_ids == [17] * 5
+    forced = generate(network, by_bytes, "x", _greedy(20, forced=tuple(by_bytes.encode("yes"))))[0]
+    assert forced.text.startswith("yes")
+    assert forced.token_ids == [*by_bytes.encode("yes"), *generate(network, by_bytes, "xyes", _greedy(17))[0].token_ids]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"\d{4}-\d\d-\d\d",
+        "(yes|no|maybe)",
+        "[^a-z]{3,9}",
+        ".{0,20}",
+        "(a|b)*c",
+        "naïve|日本語?",
+        "[\U0001f300-\U0001f5ff]{2}",
+        r"^x+?y$",
+        r"(?a)\w+!",
+    ],
+)
+def test_what_is_written_under_an_expression_always_matches_it(pattern: str, by_bytes: Tokenizer) -> None:
+    network, constraint = _network(by_bytes), Constraint(pattern, by_bytes)
+    options = SamplingOptions(max_new_tokens=14, temperature=1.5, top_k=None)
+    written = generate(network, by_bytes, "hello", options, count=20, constraint=constraint)
+    assert all(re.fullmatch(pattern, sample.text) for sample in written), written
+    assert all(len(sample.token_ids) <= 14 for sample in written)
 
 
 def test_a_strong_penalty_lets_no_token_of_prompt_or_text_come_again(by_bytes: Tokenizer) -> None:
@@ -143,34 +241,21 @@ def test_a_trained_model_writes_from_an_empty_prompt(tiny_run: Run) -> None:
 # What follows dictates the tokens, so that what is made of them can be known beforehand.
 
 
-class _Dictated:
-    """Stands in for `choose`: row i gets the ids of `texts[i]`, then end of text."""
-
-    def __init__(self, tokenizer: Tokenizer, *texts: bytes | str) -> None:
-        table = {text: id for id, text in enumerate(tokenizer.token_bytes) if len(text) == 1}
-        encoded = [text.encode() if isinstance(text, str) else text for text in texts]
-        end = tokenizer.end_of_text
-        self._rows: list[Iterator[int]] = [
-            itertools.chain((table[bytes([byte])] for byte in text), itertools.repeat(end)) for text in encoded
-        ]
-
-    def __call__(self, logits: torch.Tensor, *_: object) -> torch.Tensor:
-        return torch.tensor([next(row) for row in self._rows])
-
-
 @pytest.fixture
-def dictate(by_bytes: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """(samples, streamed pieces of each) of dictated texts."""
-    network = _network(by_bytes)
+def dictate(by_bytes: Tokenizer) -> Any:
+    """(samples, streamed pieces of each) of dictated texts, each followed by the end of text."""
+    decoder = Decoder(_network(by_bytes))
+    table = {text: id for id, text in enumerate(by_bytes.token_bytes) if len(text) == 1}
 
     def written(*texts: bytes | str, tokens: int = 200, stop: tuple[str, ...] = ()) -> tuple[list[Sample], list[list[str]]]:
-        monkeypatch.setattr(engine, "choose", _Dictated(by_bytes, *texts))
         pieces: list[list[str]] = [[] for _ in texts]
-        options = SamplingOptions(max_new_tokens=tokens, stop=stop)
-        samples = generate(
-            network, by_bytes, "p", options, count=len(texts), on_text=lambda index, text: pieces[index].append(text)
-        )
-        return samples, pieces
+        requests = []
+        for text, heard in zip(texts, pieces, strict=True):
+            encoded = text.encode() if isinstance(text, str) else text
+            ids = (*(table[bytes([byte])] for byte in encoded), by_bytes.end_of_text)
+            options = SamplingOptions(max_new_tokens=tokens, stop=stop, forced=ids[:tokens])
+            requests.append(Request("p", options, on_text=heard.append))
+        return list(write(decoder, by_bytes, requests)), pieces
 
     return written
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tinylm.errors import InputError
-from tinylm.generation.sampling import SamplingOptions, choose, filtered, penalised
+from tinylm.generation.sampling import SamplingOptions, choose, distribution, penalised
 
 PROBABILITIES = [0.05, 0.4, 0.1, 0.15, 0.3]
 
@@ -23,8 +23,14 @@ def _options(**options: Any) -> SamplingOptions:
     return SamplingOptions(**{"temperature": 1.0, "top_k": None, **options})
 
 
+def _whole(logits: Tensor, options: SamplingOptions) -> Tensor:
+    """The distribution over the vocabulary in its own order."""
+    probabilities, ids = distribution(logits, options)
+    return probabilities if ids is None else torch.zeros_like(logits).scatter(1, ids, probabilities)
+
+
 def _kept(**options: Any) -> list[float]:
-    return filtered(_logits(), _options(**options))[0].tolist()
+    return _whole(_logits(), _options(**options))[0].tolist()
 
 
 def _over(*kept: int) -> list[float]:
@@ -72,20 +78,40 @@ def test_a_tiny_temperature_is_no_overflow() -> None:
 
 def test_rows_are_filtered_each_by_itself() -> None:
     logits = torch.cat([_logits(), _logits([0.9, 0.025, 0.025, 0.025, 0.025])])
-    kept = filtered(logits, _options(top_p=0.7, min_p=0.1))
+    kept = _whole(logits, _options(top_p=0.7, min_p=0.1))
     assert (kept > 0).tolist() == [[False, True, False, False, True], [True, False, False, False, False]]
 
 
 def test_the_penalty_divides_what_is_positive_and_multiplies_what_is_negative() -> None:
     logits = torch.tensor([[2.0, -1.0, 0.5, -3.0]])
-    seen = torch.tensor([[True, True, False, False]])
-    assert penalised(logits, seen, 2.0).tolist() == [[1.0, -2.0, 0.5, -3.0]]
-    assert penalised(logits, seen, 0.5).tolist() == [[4.0, -0.5, 0.5, -3.0]]
-    assert penalised(logits, seen, 1.0) is logits
+    seen, counts = torch.tensor([[True, True, False, False]]), torch.zeros(1, 4)
+    assert penalised(logits, seen, counts, _options(repetition_penalty=2.0)).tolist() == [[1.0, -2.0, 0.5, -3.0]]
+    assert penalised(logits, seen, counts, _options(repetition_penalty=0.5)).tolist() == [[4.0, -0.5, 0.5, -3.0]]
+    assert penalised(logits, seen, counts, _options()) is logits
 
 
-def _generators(rows: int, seed: int = 0) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed + row) for row in range(rows)]
+def test_frequency_counts_every_time_and_presence_once() -> None:
+    logits, counts = torch.tensor([[2.0, -1.0, 0.5]]), torch.tensor([[3.0, 1.0, 0.0]])
+    seen = torch.ones(1, 3, dtype=torch.bool)
+    assert penalised(logits, seen, counts, _options(frequency_penalty=0.5)).tolist() == [[0.5, -1.5, 0.5]]
+    assert penalised(logits, seen, counts, _options(presence_penalty=0.5)).tolist() == [[1.5, -1.5, 0.5]]
+    assert penalised(logits, seen, counts, _options(frequency_penalty=-1.0)).tolist() == [[5.0, 0.0, 0.5]]
+
+
+@pytest.mark.parametrize("options", [{"top_p": 0.9}, {"top_p": 0.999}, {"min_p": 0.01}, {"min_p": 1e-6, "top_p": 0.99999}], ids=str)
+@pytest.mark.parametrize("spread", [0.1, 1.0, 5.0])
+def test_sorting_only_the_candidates_gives_what_sorting_everything_gives(options: dict[str, Any], spread: float) -> None:
+    logits = spread * torch.randn(3, 5000, generator=torch.Generator().manual_seed(2))
+    probabilities = logits.double().softmax(-1)
+    ordered, order = probabilities.sort(descending=True)
+    kept = (ordered.cumsum(-1) - ordered < options.get("top_p", 2.0)) & (ordered >= options.get("min_p", 0.0) * ordered[:, :1])
+    expected = torch.zeros_like(probabilities).scatter(1, order, ordered * kept)
+    expected /= expected.sum(-1, keepdim=True)
+    torch.testing.assert_close(_whole(logits, _options(**options)).double(), expected, atol=1e-4, rtol=0)
+
+
+def _drawn(rows: int, seed: int = 0) -> Tensor:
+    return torch.rand(rows, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +122,7 @@ def _generators(rows: int, seed: int = 0) -> list[torch.Generator]:
 def test_drawn_frequencies_fit_the_distribution(options: dict[str, Any], kept: Any) -> None:
     """Pearson's chi-square; the 99.9 % points for 1 to 4 degrees of freedom are from the usual table."""
     draws = 6000
-    chosen = choose(_logits(rows=draws), _options(**options), _generators(draws))
+    chosen = choose(_logits(rows=draws), _options(**options), _drawn(draws))
     counts = torch.bincount(chosen, minlength=5).tolist()
     powers = [value ** (1 / options.get("temperature", 1.0)) for value in PROBABILITIES]
     total = sum(powers[index] for index in kept)
@@ -105,23 +131,21 @@ def test_drawn_frequencies_fit_the_distribution(options: dict[str, Any], kept: A
     assert squares < {1: 10.83, 2: 13.82, 4: 18.47}[len(kept) - 1]
 
 
-def test_one_generator_draws_a_fresh_number_each_time() -> None:
-    generator = torch.Generator().manual_seed(0)
-    drawn = {int(choose(_logits(), _options(), [generator])) for _ in range(60)}
-    assert drawn == {0, 1, 2, 3, 4}
+@pytest.mark.parametrize("drawn", [0.0, 1.0 - 2**-53])
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.5}], ids=str)
+def test_the_ends_of_what_can_be_drawn_choose_something_that_is_likely(options: dict[str, Any], drawn: float) -> None:
+    [chosen] = choose(_logits([0.0, 0.5, 0.5, 0.0]), _options(**options), torch.tensor([drawn], dtype=torch.float64)).tolist()
+    assert chosen in (1, 2)
 
 
-def test_temperature_zero_takes_the_likeliest_and_draws_nothing() -> None:
-    generator = torch.Generator().manual_seed(0)
-    before = generator.get_state()
-    assert choose(_logits(), _options(temperature=0.0, top_k=3, top_p=0.1), [generator]).tolist() == [1]
-    assert torch.equal(generator.get_state(), before)
+def test_temperature_zero_takes_the_likeliest() -> None:
+    assert choose(_logits(), _options(temperature=0.0, top_k=3, top_p=0.1), None).tolist() == [1]
 
 
 def test_a_row_draws_the_same_whatever_its_neighbors() -> None:
-    rows = torch.randn(4, 50, generator=torch.Generator().manual_seed(9))
-    together = choose(rows, _options(), _generators(4))
-    alone = [int(choose(rows[row : row + 1], _options(), _generators(4)[row : row + 1])) for row in range(4)]
+    rows, drawn = torch.randn(4, 50, generator=torch.Generator().manual_seed(9)), _drawn(4)
+    together = choose(rows, _options(), drawn)
+    alone = [int(choose(rows[row : row + 1], _options(), drawn[row : row + 1])) for row in range(4)]
     assert together.tolist() == alone
 
 
@@ -140,6 +164,12 @@ def test_a_row_draws_the_same_whatever_its_neighbors() -> None:
         ({"repetition_penalty": 0.0}, "--repetition-penalty"),
         ({"repetition_penalty": math.inf}, "--repetition-penalty"),
         ({"stop": ("",)}, "--stop"),
+        ({"frequency_penalty": math.nan}, "--frequency-penalty"),
+        ({"presence_penalty": math.inf}, "--presence-penalty"),
+        ({"logprobs": 21}, "--logprobs"),
+        ({"logit_bias": ((3, math.inf),)}, "--logit-bias"),
+        ({"logit_bias": ((3, math.nan),)}, "--logit-bias"),
+        ({"forced": (1, 2), "max_new_tokens": 1}, "--force"),
     ],
     ids=str,
 )

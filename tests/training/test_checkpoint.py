@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import ids, model
 
+from tinylm import run as run_room
 from tinylm.errors import InputError, WorkError
 from tinylm.model.objective import CausalObjective
 from tinylm.model.transformer import Transformer
@@ -21,9 +22,10 @@ from tinylm.recipe.schema import MuonOptimizer
 from tinylm.reporting import CollectingReporter
 from tinylm.run import Checkpoint, Run
 from tinylm.training import checkpoint as room
-from tinylm.training.checkpoint import CheckpointWriter, newest_whole, restore
+from tinylm.training.checkpoint import CheckpointWriter, Snapshot, newest_whole, restore
+from tinylm.training.parallel import Parallel
 
-FILES = ("model.safetensors", "training.safetensors", "state.json", "manifest.json")
+FILES = ("model.safetensors", "training-00001.safetensors", "state.json", "manifest.json")
 
 
 def _trained(preset: str = "modern", steps: int = 1) -> tuple[Transformer, Optimizers]:
@@ -37,10 +39,25 @@ def _trained(preset: str = "modern", steps: int = 1) -> tuple[Transformer, Optim
     return network, optimizers
 
 
+def _saved(writer: CheckpointWriter, network: Transformer, optimizers: Optimizers, state: dict[str, Any]) -> Checkpoint:
+    """Begun, waited for."""
+    parallel = Parallel(network)
+    writer.begin(Snapshot(parallel.weights(), parallel.host_copies(optimizers.state()), state))
+    checkpoint = writer.finish()
+    assert checkpoint is not None
+    return checkpoint
+
+
+def _writer(folder: Path, keep: int = 1) -> CheckpointWriter:
+    writer = CheckpointWriter(folder, keep)
+    writer.prepare()
+    return writer
+
+
 def _save(folder: Path, *steps: int, keep: int = 2, preset: str = "modern") -> CheckpointWriter:
-    writer, trained = CheckpointWriter(folder, keep), _trained(preset)
+    writer, trained = _writer(folder, keep), _trained(preset)
     for step in steps:
-        writer.save(*trained, {"step": step})
+        _saved(writer, *trained, {"step": step})
     return writer
 
 
@@ -51,7 +68,7 @@ def _names(folder: Path) -> list[str]:
 @pytest.mark.parametrize("preset", ["modern", "gpt2"])
 def test_what_is_saved_is_restored_bit_for_bit(preset: str, tmp_path: Path) -> None:
     network, optimizers = _trained(preset, steps=2)
-    saved = CheckpointWriter(tmp_path, 1).save(network, optimizers, {"step": 7, "note": [1.5, None]})
+    saved = _saved(_writer(tmp_path), network, optimizers, {"step": 7, "note": [1.5, None]})
     other, others = _trained(preset, steps=1)
     state = restore(saved, other, others)
     assert (state["step"], state["note"]) == (7, [1.5, None])
@@ -61,7 +78,7 @@ def test_what_is_saved_is_restored_bit_for_bit(preset: str, tmp_path: Path) -> N
 
 
 def test_a_tied_head_is_stored_once(tmp_path: Path) -> None:
-    saved = CheckpointWriter(tmp_path, 1).save(*_trained("gpt2"), {"step": 1})
+    saved = _saved(_writer(tmp_path), *_trained("gpt2"), {"step": 1})
     weights = load_file(saved.path / "model.safetensors")
     assert "embedding.weight" in weights
     assert "head.weight" not in weights
@@ -141,15 +158,16 @@ def test_a_failing_save_leaves_the_checkpoints_before_it_whole(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(room, failing, full)
+    for module in (room, run_room):
+        monkeypatch.setattr(module, failing, full, raising=False)
     with pytest.raises(WorkError, match=r"step 10 could not be saved.*No space left") as caught:
-        writer.save(*_trained(), {"step": 10})
+        _saved(writer, *_trained(), {"step": 10})
     assert caught.value.exit_code == 1
     assert all(path.read_bytes() == content for path, content in before.items())
     assert _names(tmp_path) == ["last", "step-000005"]
     monkeypatch.undo()
     assert newest_whole(Run(tmp_path), CollectingReporter()).step == 5
-    writer.save(*_trained(), {"step": 10})
+    _saved(writer, *_trained(), {"step": 10})
     assert newest_whole(Run(tmp_path), CollectingReporter()).step == 10
 
 
@@ -157,20 +175,20 @@ def test_what_a_crash_left_half_written_is_no_checkpoint_and_no_obstacle(tmp_pat
     writer = _save(tmp_path, 5)
     shutil.copytree(tmp_path / "checkpoints" / "step-000005", tmp_path / "checkpoints" / ".step-000010.partial")
     assert [checkpoint.step for checkpoint in Run(tmp_path).checkpoints()] == [5]
-    writer.save(*_trained(), {"step": 10})
+    _saved(writer, *_trained(), {"step": 10})
     assert _names(tmp_path) == ["last", "step-000005", "step-000010"]
 
 
 def test_weights_of_another_shape_are_told_as_such(tmp_path: Path) -> None:
-    saved = CheckpointWriter(tmp_path, 1).save(*_trained(), {"step": 1})
+    saved = _saved(_writer(tmp_path), *_trained(), {"step": 1})
     other = model(n_embd=24)
     with pytest.raises(InputError, match="does not fit the recipe"):
         restore(saved, other, groups.build(MuonOptimizer(name="muon"), other, {}))
 
 
 def test_optimizer_state_of_another_optimizer_is_told_as_such(tmp_path: Path) -> None:
-    saved = CheckpointWriter(tmp_path, 1).save(*_trained(), {"step": 1})
+    saved = _saved(_writer(tmp_path), *_trained(), {"step": 1})
     network, _ = _trained()
     adam = groups.Optimizers({"adamw": torch.optim.AdamW(network.parameters())}, {p: n for n, p in network.named_parameters()})
-    with pytest.raises(InputError, match=r"training\.safetensors"):
+    with pytest.raises(InputError, match="no such state"):
         restore(saved, network, adam)

@@ -25,7 +25,7 @@ from tinylm.recipe import load
 from tinylm.reporting import CollectingReporter
 from tinylm.run import Run
 from tinylm.training import compilation
-from tinylm.training.compilation import Trial, compile_blocks, compiler, pays
+from tinylm.training.compilation import Trial, compile_blocks, compiler
 from tinylm.training.feed import GlobalBatch
 from tinylm.training.metrics import Observer, StepEvent
 from tinylm.training.precision import Precision
@@ -34,28 +34,6 @@ from tinylm.training.step import accumulate
 CPU, CUDA, MPS = (torch.device(kind) for kind in ("cpu", "cuda", "mps"))
 FP32 = Precision("fp32", CPU)
 needs_a_compiler = pytest.mark.skipif(compiler(CPU) is None, reason="needs a C++ compiler")
-
-
-# When.
-
-
-@pytest.mark.parametrize(("device", "start_up"), [(CPU, 12.0), (CUDA, 45.0), (MPS, 60.0)], ids=str)
-def test_it_pays_where_15_percent_of_the_training_is_one_and_a_half_start_ups(device: torch.device, start_up: float) -> None:
-    least = 1.5 * start_up / 0.15
-    assert not pays(0.5, None, 2 * least - 1, device)
-    assert pays(0.5, None, 2 * least + 1, device)
-    assert not pays(0.5, least - 1, None, device)
-    assert pays(0.5, least + 1, None, device)
-
-
-def test_it_pays_only_where_both_steps_and_time_are_left() -> None:
-    assert pays(1.0, 10_000.0, 10_000, CPU)
-    assert not pays(1.0, 10.0, 10_000, CPU)
-    assert not pays(1.0, 10_000.0, 10, CPU)
-
-
-def test_it_does_not_pay_where_the_length_is_unknown() -> None:
-    assert not pays(0.5, None, None, CPU)
 
 
 @pytest.mark.parametrize("found", [True, False])
@@ -170,7 +148,7 @@ def test_where_it_fails_and_was_demanded_that_is_an_error() -> None:
 def test_a_run_whose_compiler_fails_is_trained_and_its_recipe_says_how(
     text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compilation, "pays", lambda *_: True)
+    monkeypatch.setattr("tinylm.plan.compiling_pays", lambda *_: True)
     monkeypatch.setattr(compilation, "compiler", lambda device: "g++")
     reporter = CollectingReporter()
     recipe = tiny_recipe(text_file, "modern", "training.steps=2", "evaluation.max_tokens=100")
@@ -185,12 +163,12 @@ def test_a_run_whose_compiler_fails_is_trained_and_its_recipe_says_how(
 def test_auto_compiles_only_where_it_pays(worth: bool, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[float, float | None, float | None]] = []
 
-    def noted(step_seconds: float, seconds: float | None, steps: float | None, device: torch.device) -> bool:
+    def noted(step_seconds: float, seconds: float | None, steps: float | None, device_type: str) -> bool:
         asked.append((step_seconds, seconds, steps))
         return worth
 
     compiled: list[bool] = []
-    monkeypatch.setattr(compilation, "pays", noted)
+    monkeypatch.setattr("tinylm.plan.compiling_pays", noted)
     monkeypatch.setattr(compilation, "compiler", lambda device: "g++")
     monkeypatch.setattr(Trial, "seconds", lambda trial: 0.25)  # a micro-batch of 4, two to a step
     monkeypatch.setattr(compilation, "compile_blocks", lambda *_, demanded, reporter: compiled.append(demanded) or 1.5)
@@ -220,11 +198,11 @@ def test_auto_asks_for_what_is_left_in_this_process(
 ) -> None:
     asked: list[tuple[float | None, float | None]] = []
 
-    def noted(step_seconds: float, seconds: float | None, steps: float | None, device: torch.device) -> bool:
+    def noted(step_seconds: float, seconds: float | None, steps: float | None, device_type: str) -> bool:
         asked.append((seconds, steps))
         return False
 
-    monkeypatch.setattr(compilation, "pays", noted)
+    monkeypatch.setattr("tinylm.plan.compiling_pays", noted)
     monkeypatch.setattr(compilation, "compiler", lambda device: "g++")
     recipe = tiny_recipe(text_file, "modern", length, "evaluation.max_tokens=100")
     train(recipe, tmp_path / "run", device="cpu", observer=_StopAtOnce(), **options)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tinylm.training.metrics import EvaluationEvent, MetricsFile, Observer, Observers, SampleEvent, StepEvent
+from tinylm.errors import WorkError
+from tinylm.training.metrics import EvaluationEvent, GuardEvent, MetricsFile, Observer, Observers, SampleEvent, StepEvent
 
 
 def _step(step: int, grad_norm: float = 1.0) -> StepEvent:
@@ -54,6 +55,46 @@ def test_lines_are_on_disk_as_soon_as_they_are_written(tmp_path: Path) -> None:
     metrics.step(_step(1))
     assert len(_lines(tmp_path)) == 1
     metrics.close()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that refuses every byte")
+def test_a_disk_that_refuses_ends_the_work_or_is_told_and_what_it_refused_is_tried_again(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path, 0)
+    with open("/dev/full", "a") as full:
+        metrics._file = full
+        with pytest.raises(WorkError, match=r"cannot be logged: No space left.*--resume"):
+            metrics.step(_step(1))
+        told: list[str] = []
+        metrics._refused = told.append
+        metrics.step(_step(2))
+        metrics.close()
+    assert len(told) == 2
+    assert all("No space left" in what for what in told)
+
+
+def test_the_history_is_what_was_told(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path, 0)
+    metrics.step(_step(1, math.inf))
+    metrics.guard(GuardEvent("skipped", 2, 16, "the loss is nan"))
+    metrics.step(_step(3))
+    metrics.evaluation(_evaluation(3))
+    metrics.close()
+    (first, second), evaluations = MetricsFile(tmp_path, 4).history()
+    assert (first.step, second, evaluations) == (1, _step(3), [_evaluation(3)])
+    assert math.isnan(first.grad_norm)
+
+
+def test_going_back_forgets_what_came_after_and_says_so(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path, 0)
+    for step in (1, 2, 3):
+        metrics.step(_step(step))
+    metrics.evaluation(_evaluation(2))
+    metrics.guard(GuardEvent("rollback", 2, 32, "the loss is nan"))
+    metrics.step(_step(3))
+    metrics.close()
+    assert [(line["kind"], line["step"]) for line in _lines(tmp_path)] == [("step", 1), ("step", 2), ("rollback", 2), ("step", 3)]
+    MetricsFile(tmp_path, 2).close()
+    assert [(line["kind"], line["step"]) for line in _lines(tmp_path)] == [("step", 1), ("step", 2)]
 
 
 def test_a_resumed_run_forgets_later_steps_and_what_was_measured_after_its_checkpoint(tmp_path: Path) -> None:

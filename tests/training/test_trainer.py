@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_recipe
+from safetensors.torch import load_file
 
 from tinylm.data.batches import Batches
 from tinylm.data.prepare import prepare
@@ -68,9 +69,11 @@ def _losses(folder: Path) -> list[float]:
 
 def _same_training(one: Path, two: Path) -> None:
     """Equal to the bit: weights, optimizer, every logged number, every evaluation, and which checkpoint is best."""
-    for name in ("model.safetensors", "training.safetensors"):
-        last = [Run(folder).checkpoint("last").path / name for folder in (one, two)]
-        assert last[0].read_bytes() == last[1].read_bytes(), name
+    last = [Run(folder).checkpoint("last").path for folder in (one, two)]
+    assert (last[0] / "model.safetensors").read_bytes() == (last[1] / "model.safetensors").read_bytes()
+    moments = [load_file(path / "training-00001.safetensors") for path in last]
+    assert moments[0].keys() == moments[1].keys()
+    assert all(torch.equal(value, moments[1][name]) for name, value in moments[0].items())
     for kind in ("step", "eval"):
         assert _lines(one, kind) == _lines(two, kind)
     for pointer in ("best", "last"):
@@ -195,10 +198,10 @@ def test_every_micro_batch_of_every_step_drops_out_by_a_seed_of_its_own(
     used: list[int] = []
 
     def noted(*arguments: Any) -> torch.Tensor:
-        *rest, seeds = arguments
+        *rest, seeds, together = arguments
         chosen = [next(seeds) for _ in range(4)]
         used.extend(chosen)
-        return accumulate(*rest, iter(chosen))
+        return accumulate(*rest, iter(chosen), together)
 
     monkeypatch.setattr(room, "accumulate", noted)
     train(recipe, tmp_path / "run", device="cpu")
@@ -345,39 +348,6 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[Transform
         return seen
 
     return install
-
-
-def test_a_loss_that_is_no_number_ends_the_work_and_leaves_the_checkpoint_before_it(
-    spoil: Any, recipe: Recipe, in_one_go: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spoil(13, lambda network, loss: loss * math.nan)
-    with pytest.raises(WorkError, match="the loss of step 13 is nan; the checkpoint of step 12 is whole") as caught:
-        train(recipe, tmp_path / "run", device="cpu")
-    assert caught.value.exit_code == 1
-    assert "training.optimizer.lr" in str(caught.value.hint)
-    assert Run(tmp_path / "run").checkpoint("last").problem() is None
-    monkeypatch.undo()
-    train(recipe, tmp_path / "run", device="cpu", resume=True)
-    _same_training(tmp_path / "run", in_one_go)
-
-
-def test_weights_that_are_no_numbers_are_never_saved(spoil: Any, recipe: Recipe, tmp_path: Path) -> None:
-    """The loss of a step is measured before its update: it says nothing yet of a gradient that broke the weights."""
-
-    def poison(network: Transformer, loss: torch.Tensor) -> torch.Tensor:
-        network.embedding.weight.grad[0, 0] = math.nan
-        return loss
-
-    spoil(8, poison)
-    with pytest.raises(WorkError, match="weights after step 8 are not all numbers; the checkpoint of step 5 is whole"):
-        train(recipe, tmp_path / "run", device="cpu")
-    assert [checkpoint.step for checkpoint in Run(tmp_path / "run").checkpoints()][-1] == 5
-
-
-def test_a_rate_far_too_high_ends_with_a_sentence(short_file: Path, tmp_path: Path) -> None:
-    options = ("training.optimizer={name: adamw, lr: 1e38}", "training.schedule={name: constant, warmup: 0}")
-    with pytest.raises(WorkError, match=r"step 1 |step 2 "):
-        train(tiny_recipe(short_file, "gpt2", *options), tmp_path / "run", device="cpu")
 
 
 @pytest.mark.parametrize("part", ["embedding.weight", "blocks.0.attention.qkv.weight"], ids=["adamw", "muon"])
@@ -571,8 +541,7 @@ def test_events_come_in_order_and_every_checkpoint_before_its_evaluation(recipe:
     short = recipe.training.model_copy(update={"steps": 6})
     result: TrainResult = train(recipe.model_copy(update={"training": short}), tmp_path / "run", device="cpu", observer=Ear())
     assert result.step == 6
-    expected = [("step", step) for step in range(1, 7)]
-    expected[4:4] = [("saved", 4), ("evaluated", 4)]
-    expected[7:7] = [("saved", 5)]
-    expected += [("saved", 6), ("evaluated", 6)]
-    assert heard == expected
+    assert [what for what in heard if what[0] == "step"] == [("step", step) for step in range(1, 7)]
+    assert [what for what in heard if what[0] == "saved"] == [("saved", 4), ("saved", 5), ("saved", 6)]
+    for step in (4, 6):
+        assert heard.index(("step", step)) < heard.index(("saved", step)) < heard.index(("evaluated", step))

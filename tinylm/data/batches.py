@@ -45,6 +45,14 @@ def permuted(positions: np.ndarray, size: int, key: int) -> np.ndarray:
     return values.astype(np.int64)
 
 
+def fingerprint(sequences: np.ndarray) -> int:
+    """A number in [0, 2**64) that tells sets of sequences (N, length) apart, whatever their order."""
+    with np.errstate(over="ignore"):
+        places = _MIX * np.arange(1, sequences.shape[1] + 1, dtype=np.uint64)
+        rows = _mixed(sequences.astype(np.uint64) + places).sum(axis=1, dtype=np.uint64)
+        return int(_mixed(rows).sum(dtype=np.uint64))
+
+
 def _key(seed: int, epoch: int) -> int:
     mixed = _mixed(np.array([seed], dtype=np.uint64) * _MIX + np.uint64(epoch))
     return int(_mixed(mixed)[0])

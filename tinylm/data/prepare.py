@@ -8,23 +8,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from tinylm.data import shards
 from tinylm.data.shards import Shard
+from tinylm.data.workers import encoded
 from tinylm.errors import InputError
 from tinylm.paths import cache_folder
-from tinylm.recipe.schema import DataSection, FileTokenizer, HeldoutShare, TokenizerSection
+from tinylm.recipe.schema import BpeTokenizer, DataSection, FileTokenizer, HeldoutShare, TokenizerSection
 from tinylm.reporting import Advance, Reporter
 from tinylm.text import split
 from tinylm.text.sources import Corpus, Piece, describe
 from tinylm.text.split import Scan, Split
 from tinylm.tokenizer import Tokenizer, training
+from tinylm.tokenizer.dropout import DropoutEncoder
 
-_FORMAT = 1
+_FORMAT = 2
+EncodePieces = Callable[[Iterable[Piece]], Iterator[tuple[np.ndarray, bool]]]
 
 
 @dataclass(frozen=True)
@@ -79,21 +85,37 @@ def _digest(*parts: str) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def prepare(data: DataSection, tokenizer: TokenizerSection, reporter: Reporter) -> Prepared:
-    """Everything up to the tokens. Raises `InputError` for a text that cannot be read, split or learned from."""
+def prepare(data: DataSection, tokenizer: TokenizerSection, reporter: Reporter, workers: int = 1) -> Prepared:
+    """Everything up to the tokens, which so many processes encode: the same whatever their number.
+
+    Raises `InputError` for a text that cannot be read, split or learned from.
+    """
     with ExitStack() as stack:
-        return prepare_text(open_text(data, reporter, stack), tokenizer, reporter)
+        return prepare_text(open_text(data, reporter, stack), tokenizer, reporter, workers)
 
 
-def prepare_text(text: Text, tokenizer: TokenizerSection, reporter: Reporter) -> Prepared:
+def prepare_text(text: Text, tokenizer: TokenizerSection, reporter: Reporter, workers: int = 1) -> Prepared:
     """The tokens of a text that is open."""
     trained = _tokenizer(text, tokenizer, reporter)
     _check_end_of_text(trained)
-    key = _digest(text.fingerprint, trained.fingerprint, str(_FORMAT))
+    trained.encoder.note = reporter.note
+    share = tokenizer.dropout if isinstance(tokenizer, BpeTokenizer) else 0.0
+    key = _digest(text.fingerprint, trained.fingerprint, str(_FORMAT), *([f"dropout {share}"] if share else []))
     folder = cache_folder("tokens", key)
-    halves = {half: _shard(folder, half, text, trained, reporter) for half in ("train", "heldout")}
+    plainly = partial(encoded, trained, workers=workers)
+    encoders: dict[str, EncodePieces] = {
+        "train": DropoutEncoder(trained, share).encode_pieces if share else plainly,
+        "heldout": plainly,
+    }
+    halves = {half: _shard(folder, half, text, trained, encoders[half], reporter) for half in encoders}
     _warn_of_unknown(halves["heldout"], reporter)
     return Prepared(trained, halves["train"], halves["heldout"], folder, key)
+
+
+def reopened(folder: Path, fingerprint: str, tokenizer: str) -> Prepared:
+    """What another process has prepared: its folder and fingerprint, and the text of its tokenizer.json."""
+    halves = {half: shards.open_shard(folder, half) for half in ("train", "heldout")}
+    return Prepared(Tokenizer.from_text(tokenizer), halves["train"], halves["heldout"], folder, fingerprint)
 
 
 def _check_end_of_text(tokenizer: Tokenizer) -> None:
@@ -175,13 +197,12 @@ def _scan(corpus: Corpus, reporter: Reporter) -> Scan:
 def _tokenizer(text: Text, section: TokenizerSection, reporter: Reporter) -> Tokenizer:
     if isinstance(section, FileTokenizer):
         return Tokenizer.load(section.path)
-    key = _digest(text.fingerprint, section.model_dump_json(), str(_FORMAT))
+    decisive = section.model_dump(exclude={"allow_smaller", "dropout"})
+    key = _digest(text.fingerprint, json.dumps(decisive), str(_FORMAT))
     path = cache_folder("tokenizers") / f"{key}.json"
     if path.exists():
         tokenizer = Tokenizer.load(path)
-        wanted = getattr(section, "vocab_size", tokenizer.vocab_size)
-        if tokenizer.vocab_size < wanted:
-            training.warn_of_smaller(tokenizer, wanted, reporter.warn)
+        training.check_size(tokenizer, section, reporter.warn)
         reporter.note(f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens (from the cache)")
         return tokenizer
     with reporter.progress("training the tokenizer", text.train_scan.bytes, "B") as advance:
@@ -199,15 +220,22 @@ def _watched(pieces: Iterator[Piece], advance: Advance) -> Iterator[Piece]:
         advance(done)
 
 
-def _shard(folder: Path, half: str, text: Text, tokenizer: Tokenizer, reporter: Reporter) -> Shard:
+def _shard(folder: Path, half: str, text: Text, tokenizer: Tokenizer, encode_pieces: EncodePieces, reporter: Reporter) -> Shard:
     if not (folder / f"{half}.json").exists():
         with reporter.progress(f"encoding {half}", text.sizes(half)[1], "B") as advance:
-            encode(folder, half, text.pieces(half), tokenizer, advance)
+            encode(folder, half, text.pieces(half), tokenizer, advance, encode_pieces)
     return shards.open_shard(folder, half)
 
 
-def encode(folder: Path, name: str, pieces: Iterator[Piece], tokenizer: Tokenizer, advance: Advance) -> Shard:
-    """Write a text's tokens as `folder/name.npy` and map them."""
+def encode(
+    folder: Path,
+    name: str,
+    pieces: Iterator[Piece],
+    tokenizer: Tokenizer,
+    advance: Advance,
+    encode_pieces: EncodePieces | None = None,
+) -> Shard:
+    """Write a text's tokens as `folder/name.npy` and map them; `encode_pieces`: another way to ids than the tokenizer's own."""
     size = characters = 0
 
     def measured() -> Iterator[Piece]:
@@ -223,7 +251,7 @@ def encode(folder: Path, name: str, pieces: Iterator[Piece], tokenizer: Tokenize
     shards.write(
         folder,
         name,
-        tokenizer.encode_pieces(measured()),
+        (encode_pieces or tokenizer.encode_pieces)(measured()),
         vocab_size=tokenizer.vocab_size,
         end_of_text=end_of_text,
         unknown=tokenizer.unknown,

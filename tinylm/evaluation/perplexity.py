@@ -1,8 +1,9 @@
 """Perplexity one can compare: every token of a text scored exactly once, each document by itself.
 
 A document is read in windows of `context` tokens that advance by `stride`; a window scores the tokens that no window
-before it has scored. The first token of a document is predicted from the end-of-text token. Arithmetic is float32 inside
-the model and float64 in every sum.
+before it has scored, so that each has at least context - stride tokens before it, or all there are. The first token of a
+document is predicted from the end-of-text token. Logits, and what the last block does for one position alone, are computed only
+where a token is scored. Arithmetic is float32 inside the model and float64 in every sum.
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from tinylm.data.shards import Shard
 from tinylm.errors import InputError
-from tinylm.model.objective import IGNORED, CausalObjective
+from tinylm.model.transformer import Transformer
 
 BATCH_TOKENS = 8192
 BATCH_LOGITS = 1 << 25
@@ -25,6 +28,21 @@ BATCH_LOGITS = 1 << 25
 _RESAMPLES = 1000
 _MANY_DOCUMENTS = 50
 _FEWEST_WINDOWS = 5
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Tokens of one batch that were scored, in no order: where they stand in the shard, how many tokens they were predicted from,
+    their nats, and the logits (scored, V).
+    """
+
+    places: np.ndarray
+    contexts: np.ndarray
+    nats: np.ndarray
+    logits: Tensor
+
+
+Observe = Callable[[Scored], None]
 
 
 @dataclass(frozen=True)
@@ -57,6 +75,18 @@ class Perplexity:
         return self.nats / math.log(2) / self.characters if self.characters else None
 
 
+class Share(Protocol):
+    """This process among those that score a text together; `total` sums arrays over them."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def count(self) -> int: ...
+
+    def total(self, array: np.ndarray) -> np.ndarray: ...
+
+
 @dataclass(frozen=True)
 class Window:
     """`length` inputs from `start` in the shard's tokens; the last `scored` of their targets count, for `document`."""
@@ -80,53 +110,71 @@ def windows_of(documents: list[tuple[int, int]], context: int, stride: int) -> I
 
 @torch.no_grad()
 def evaluate(
-    network: nn.Module,
+    network: Transformer,
     shard: Shard,
     token_byte_lengths: np.ndarray,
     *,
     context: int,
     stride: int | None = None,
     max_tokens: int | None = None,
+    across_documents: bool = False,
     device: torch.device,
+    bootstrap: bool = True,
+    share: Share | None = None,
     advance: Callable[[int], None] = lambda done: None,
+    observe: Observe | None = None,
 ) -> Perplexity:
     """Score a text. `context` is at most what the model was built for; `stride` defaults to it.
 
-    `max_tokens` scores only the first so many. `advance` is told the tokens scored so far, and may raise to stop.
+    `max_tokens` scores only the first so many. `across_documents` lets windows reach back over the end of a document; the
+    end-of-text tokens between documents are read and not scored. Without `bootstrap` the interval's bounds are NaN. With `share`
+    several processes score the text together, each every so manieth batch, and all get the same answer to the bit, that of one
+    process. `advance` is told the tokens scored so far, after every batch and equally often in each process, and may raise to stop;
+    `observe` is shown every batch that this process scored.
     The network's training mode is left as it was. Raises `InputError` for an empty text or a stride out of range.
     """
     stride = context if stride is None else stride
     if not 1 <= stride <= context:
         raise InputError(f"a stride of {stride} does not fit windows of {context} tokens", where="--stride", hint=f"1 to {context}")
     documents = _first(shard.documents(), max_tokens)
-    windows = sorted(windows_of(documents, context, stride), key=lambda window: (-window.length, window.start))
+    spans = [(documents[0][0], documents[-1][1])] if across_documents and documents else documents
+    windows = sorted(windows_of(spans, context, stride), key=lambda window: (-window.length, window.start))
     if not windows:
         raise InputError("the text is empty")
-    nats, sizes = np.zeros(len(windows)), np.zeros(len(windows), dtype=np.int64)
+    nats, (sizes, counts) = np.zeros(len(windows)), np.zeros((2, len(windows)), dtype=np.int64)
     was_training = network.training
     network.eval()
     try:
-        done = position = 0
-        for batch in _batched(windows, min(BATCH_TOKENS, BATCH_LOGITS // len(token_byte_lengths))):
-            losses, targets = _losses(network, shard, batch, device)
-            for row, window in enumerate(batch):
-                counted = slice(window.length - window.scored, window.length)
-                nats[position] = losses[row, counted].sum()
-                sizes[position] = token_byte_lengths[targets[row, counted]].sum()
-                position += 1
-            done += sum(window.scored for window in batch)
-            advance(done)
+        batches = list(_batched(windows, min(BATCH_TOKENS, BATCH_LOGITS // len(token_byte_lengths))))
+        starts = np.cumsum([0, *(len(batch) for batch in batches)])
+        scored = np.cumsum([0, *(window.scored for window in windows)])
+        rank, together = (share.rank, share.count) if share is not None else (0, 1)
+        for turn in range(0, len(batches), together):
+            number = min(turn + rank, len(batches) - 1)
+            found = _score(network, shard, batches[number], device)
+            if number == turn + rank:  # a spread model needs all processes for every pass: at the end some score one twice
+                here = slice(starts[number], starts[number + 1])
+                rows = np.repeat(np.arange(starts[number], starts[number + 1]), [window.scored for window in windows[here]])
+                targets = shard.tokens[found.places]
+                np.add.at(nats, rows, found.nats)
+                np.add.at(sizes, rows, token_byte_lengths[targets])
+                np.add.at(counts, rows, targets != shard.end_of_text)
+                if observe is not None:
+                    observe(found)
+            advance(int(scored[starts[min(turn + together, len(batches))]]))
     finally:
         network.train(was_training)
+    if share is not None:
+        nats, sizes, counts = share.total(nats), share.total(sizes), share.total(counts)
     whole = max_tokens is None or max_tokens >= shard.counts.tokens
     owners = np.array([window.document for window in windows])
     return Perplexity(
         documents=len(documents),
-        tokens=sum(window.scored for window in windows),
+        tokens=int(counts.sum()),
         bytes=shard.counts.bytes if whole else int(sizes.sum()),
         characters=shard.counts.characters if whole else None,
         nats=float(nats.sum()),
-        bits_per_byte_ci95=_interval(nats, sizes, owners, len(documents)),
+        bits_per_byte_ci95=interval(nats, sizes, owners, len(spans)) if bootstrap else (math.nan, math.nan),
         context=context,
         stride=stride,
     )
@@ -153,17 +201,30 @@ def _batched(windows: list[Window], most_tokens: int) -> Iterator[list[Window]]:
         start += size
 
 
-def _losses(network: nn.Module, shard: Shard, batch: list[Window], device: torch.device) -> tuple[np.ndarray, np.ndarray]:
-    """Nats (windows, longest) in float64 and the targets' ids, padding at the end of the shorter ones."""
-    tokens = np.full((len(batch), batch[0].length + 1), IGNORED, dtype=np.int64)
+def _score(network: Transformer, shard: Shard, batch: list[Window], device: torch.device) -> Scored:
+    """The scored tokens of some windows, window after window; end-of-text tokens cost nothing."""
+    inputs = np.zeros((len(batch), batch[0].length), dtype=np.int64)
+    rows, columns, places, contexts = [], [], [], []
     for row, window in enumerate(batch):
-        tokens[row, : window.length + 1] = shard.tokens[window.start : window.start + window.length + 1]
-    objective = CausalObjective()
-    losses = objective.losses(network, objective.example(torch.from_numpy(tokens).to(device)))
-    return losses.cpu().double().numpy(), tokens[:, 1:]
+        inputs[row, : window.length] = shard.tokens[window.start : window.start + window.length]
+        column = np.arange(window.length - window.scored, window.length)
+        rows.append(np.full(window.scored, row))
+        columns.append(column)
+        places.append(window.start + 1 + column)
+        contexts.append(column + 1)
+    where, targets = np.concatenate(places), shard.tokens[np.concatenate(places)].astype(np.int64)
+    left_out = int(np.concatenate(columns).min())  # no window of this batch scores a position before
+    hidden = network.hidden(torch.from_numpy(inputs).to(device), last=inputs.shape[1] - left_out if left_out else None)
+    at = torch.from_numpy(np.concatenate(columns) - left_out).to(device)
+    scored = hidden[torch.from_numpy(np.concatenate(rows)).to(device), at]
+    logits = network.logits(scored)
+    precise = logits.float() if logits.itemsize < 4 else logits
+    losses = F.cross_entropy(precise, torch.from_numpy(targets).to(device), reduction="none")
+    nats = losses.cpu().double().numpy() * (targets != shard.end_of_text)
+    return Scored(where, np.concatenate(contexts), nats, logits)
 
 
-def _interval(nats: np.ndarray, sizes: np.ndarray, owners: np.ndarray, documents: int) -> tuple[float, float]:
+def interval(nats: np.ndarray, sizes: np.ndarray, owners: np.ndarray, documents: int) -> tuple[float, float]:
     """95 % bootstrap interval of bits per byte, resampling documents when there are many, else windows; NaN for a few windows."""
     if documents >= _MANY_DOCUMENTS:
         nats = np.bincount(owners, weights=nats, minlength=documents)

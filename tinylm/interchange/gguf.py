@@ -22,10 +22,10 @@ from torch import Tensor
 from tinylm.errors import InputError, WorkError
 from tinylm.interchange import huggingface, llama_cpp, proof, stock
 from tinylm.model.transformer import Transformer
-from tinylm.recipe.schema import BpeTokenizer, ModelSection
+from tinylm.recipe.schema import ModelSection
 from tinylm.reporting import SILENT, Reporter
 from tinylm.tokenizer import Tokenizer
-from tinylm.tokenizer.training import split_pattern
+from tinylm.tokenizer.splits import pattern_of
 
 TYPES = ("f32", "f16", "q8_0", "q4_0")
 MOST_WORSE = {"f32": 1.0001, "f16": 1.001, "q8_0": 1.01}
@@ -79,21 +79,17 @@ def _named_split(pre: dict[str, Any] | None, whole: bool) -> str | None:
     if first[0].get("type") != "Split" or first[0].get("behavior") != "Isolated" or first[0].get("invert"):
         return None
     return (
-        ("llama-bpe" if first[0]["pattern"].get("Regex") == _gpt4(3) else None)
+        ("llama-bpe" if first[0]["pattern"].get("Regex") == pattern_of("gpt4", 3) else None)
         if whole
         else _PATTERNS.get(first[0]["pattern"].get("Regex"))
     )
 
 
-def _gpt4(digits: int) -> str:
-    return split_pattern(BpeTokenizer(kind="bpe", split="gpt4", digits=digits))
-
-
 _PATTERNS = {
-    split_pattern(BpeTokenizer(kind="bpe", split="gpt2")): "gpt-2",
-    _gpt4(1): "qwen2",
-    _gpt4(1).replace("{1,1}", ""): "qwen2",
-    _gpt4(3): "dbrx",
+    pattern_of("gpt2", None): "gpt-2",
+    pattern_of("gpt4", 1): "qwen2",
+    pattern_of("gpt4", 1).replace("{1,1}", ""): "qwen2",
+    pattern_of("gpt4", 3): "dbrx",
 }
 """Patterns of tokenizer.json by llama.cpp's name; `llama-bpe` has the last one too, and takes words whole."""
 

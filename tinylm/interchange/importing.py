@@ -17,13 +17,13 @@ import tinylm
 from tinylm.errors import InputError
 from tinylm.interchange import huggingface, nanogpt, proof
 from tinylm.model.transformer import Transformer
-from tinylm.optim.groups import Optimizers
 from tinylm.paths import whole_folder, write_whole
 from tinylm.recipe.schema import DataSection, FileTokenizer, ModelSection, Recipe, TrainingSection
 from tinylm.reporting import SILENT, Reporter
 from tinylm.run import claim
 from tinylm.tokenizer import Tokenizer
-from tinylm.training.checkpoint import CheckpointWriter
+from tinylm.training.checkpoint import CheckpointWriter, Snapshot
+from tinylm.training.parallel import named_weights
 from tinylm.training.trainer import Progress
 
 
@@ -195,7 +195,15 @@ def _write(temporary: Path, folder: Path, source: Path, network: Transformer, to
     write_whole(
         temporary / "environment.json", json.dumps({**note, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}, indent=1) + "\n"
     )
-    writer = CheckpointWriter(temporary, keep=1)
     fingerprints = {"data": "imported", "tokenizer": Tokenizer.load(temporary / "tokenizer.json").fingerprint}
-    saved = writer.save(network, Optimizers({}, {}), {**asdict(Progress()), "scaler": {}, "fingerprints": fingerprints})
+    save_untrained(temporary, network, fingerprints)
+
+
+def save_untrained(folder: Path, network: Transformer, fingerprints: dict[str, str]) -> None:
+    """Make a run folder's only checkpoint: these weights at step 0, best and last, with no optimizer state to go on from."""
+    writer = CheckpointWriter(folder, keep=1)
+    writer.prepare()
+    writer.begin(Snapshot(named_weights(network), {}, {**asdict(Progress()), "scaler": {}, "fingerprints": fingerprints}))
+    saved = writer.finish()
+    assert saved is not None
     writer.point("best", saved.name)

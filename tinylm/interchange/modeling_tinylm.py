@@ -130,7 +130,7 @@ class Attention(nn.Module):
         gains = config.qk_norm and config.qk_gain
         self.query_gain = nn.Parameter(torch.ones(config.head_dim)) if gains else None
         self.key_gain = nn.Parameter(torch.ones(config.head_dim)) if gains else None
-        self.value_share = nn.Parameter(torch.tensor(0.5)) if config.value_residual and layer > 0 else None
+        self.value_share = nn.Parameter(torch.tensor([0.5])) if config.value_residual and layer > 0 else None
 
     def forward(self, x, positions, mask, cache, added_values, first_values):
         config, (B, T, _) = self.config, x.shape

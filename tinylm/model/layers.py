@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinylm.model.cache import KeyValueCache
+from tinylm.model.cache import CacheRows
 from tinylm.model.functions import relu_squared, rms_norm, rotate
 from tinylm.recipe.schema import ModelSection
 
@@ -47,7 +47,7 @@ class Shared:
     """(B, T, C), what the first block reads."""
     rotation: Rotation | None = None
     """Cosines and sines, (T, 1, D / 2)."""
-    cache: KeyValueCache | None = None
+    cache: CacheRows | None = None
 
 
 class Attention(nn.Module):
@@ -70,7 +70,7 @@ class Attention(nn.Module):
         gains = model.qk_norm and model.qk_gain
         self.query_gain = nn.Parameter(torch.ones(self.head_width)) if gains else None
         self.key_gain = nn.Parameter(torch.ones(self.head_width)) if gains else None
-        self.value_share = nn.Parameter(torch.tensor(0.5)) if model.value_residual and layer > 0 else None
+        self.value_share = nn.Parameter(torch.tensor([0.5])) if model.value_residual and layer > 0 else None
 
     def forward(
         self,
@@ -80,11 +80,12 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         causal: bool = False,
         rotation: Rotation | None = None,
-        cache: KeyValueCache | None = None,
+        cache: CacheRows | None = None,
         added_values: Tensor | None = None,
         first_values: Tensor | None = None,
+        last: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(B, T, C) -> (B, T, C), and the values (B, S, K, D) that were mixed.
+        """(B, T, C) -> (B, T, C), and the values (B, S, K, D) that were mixed. `last`: only for so many last positions.
 
         `keys_from` (B, S, C), default the queries' source. `mask` broadcasts to (B, H, T, S), True = may look. `causal`
         lets position t look at positions up to t, counted from the end of what `cache` holds. `added_values`
@@ -100,6 +101,8 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, time, D)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
+        if last is not None:
+            q, T = q[:, :, -last:], min(last, T)
         grouped = self.kv_heads != self.heads
         if grouped and q.device.type == "cuda" and q.dtype == torch.float32:  # no fast kernel there takes groups
             k, v = (x.repeat_interleave(self.heads // self.kv_heads, dim=1) for x in (k, v))
@@ -192,8 +195,11 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(model)
         self.dropout = nn.Dropout(model.dropout)
 
-    def forward(self, x: Tensor, shared: Shared, first_values: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(B, T, C) -> (B, T, C), causal, and the attention's values. `first_values`: those of the first block."""
+    def forward(self, x: Tensor, shared: Shared, first_values: Tensor | None, last: int | None = None) -> tuple[Tensor, Tensor]:
+        """(B, T, C) -> (B, T, C), causal, and the attention's values. `first_values`: those of the first block.
+
+        `last`: only so many last positions are wanted, (B, last, C); the keys and values of all are cached.
+        """
         if self.stream_shares is not None:
             keep, add = self.stream_shares.to(x.dtype).unbind()
             x = keep * x + add * shared.embedded
@@ -208,7 +214,10 @@ class Block(nn.Module):
             cache=shared.cache,
             added_values=added,
             first_values=first_values,
+            last=last,
         )
+        if last is not None:
+            x = x[:, -last:]
         mixed = self.dropout(mixed)
         if self.feed_forward_norm is None:
             return self.attention_norm(x + mixed + self._feed(x)), values

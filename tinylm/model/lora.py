@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinylm.recipe.schema import LoraSection
+from tinylm.model.transformer import Transformer
+from tinylm.recipe.schema import LoraSection, ModelSection
 
 
 class LoraLinear(nn.Linear):
@@ -21,9 +22,10 @@ class LoraLinear(nn.Linear):
     def __init__(self, frozen: nn.Linear, section: LoraSection, generator: torch.Generator) -> None:
         super().__init__(frozen.in_features, frozen.out_features, bias=frozen.bias is not None, device="meta")
         self.weight, self.bias = frozen.weight, frozen.bias
+        self.section = section
         self.scale = section.alpha / section.rank
         bound = 1 / math.sqrt(self.in_features)
-        start = torch.rand((section.rank, self.in_features), generator=generator)
+        start = torch.rand((section.rank, self.in_features), generator=generator, device=generator.device)
         device = frozen.weight.device
         self.lora_a = nn.Parameter((start * 2 - 1).mul_(bound).to(device))
         self.lora_b = nn.Parameter(torch.zeros(self.out_features, section.rank, device=device))
@@ -48,6 +50,19 @@ def attach(network: nn.Module, section: LoraSection, seed: int = 0) -> None:
     for name, module in list(network.named_modules()):
         if isinstance(module, nn.Linear) and name.startswith("blocks.") and name.endswith(section.targets):
             network.set_submodule(name, LoraLinear(module, section, generator))
+
+
+def blank(model: ModelSection, vocab_size: int, section: LoraSection | None) -> Transformer:
+    """A network whose weights are yet to be filled in, with the additions that `section` describes."""
+    network = Transformer(model, vocab_size, seed=None)
+    if section is not None:
+        attach(network, section)
+    return network
+
+
+def section_of(network: nn.Module) -> LoraSection | None:
+    """What `attach` was told, or None for a plain network."""
+    return next((module.section for module in network.modules() if isinstance(module, LoraLinear)), None)
 
 
 def merge(network: nn.Module) -> None:

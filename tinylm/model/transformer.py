@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tinylm.footprint import LOSS_BYTES, LOSS_ROWS
-from tinylm.model.cache import KeyValueCache
+from tinylm.model.cache import CacheRows
 from tinylm.model.functions import summed_cross_entropy
 from tinylm.model.initialisation import initialise
 from tinylm.model.layers import Attention, Block, FeedForward, Rotation, Shared, make_norm
@@ -51,7 +51,7 @@ class Transformer(nn.Module):
         if model.tie_embeddings:
             self.head.weight = self.embedding.weight
 
-    def forward(self, tokens: Tensor, cache: KeyValueCache | None = None, *, targets: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, cache: CacheRows | None = None, *, targets: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) for ids (B, T). With a cache, the ids continue what it holds and are added to it.
 
         At most `context_length` positions, the cached ones included. With `targets` (B, T): instead of logits the sum of
@@ -65,8 +65,8 @@ class Transformer(nn.Module):
         total: Tensor = _summed(hidden.flatten(0, 1), self.head.weight, targets.flatten(), self.model.logit_softcap, chunk)
         return total
 
-    def hidden(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """What the head reads: (B, T) ids -> (B, T, C), after the last norm."""
+    def hidden(self, tokens: Tensor, cache: CacheRows | None = None, *, last: int | None = None) -> Tensor:
+        """What the head reads: (B, T) ids -> (B, T, C), after the last norm. `last`: only for so many last tokens."""
         start = cache.length if cache is not None else 0
         end = start + tokens.shape[1]
         if end > self.model.context_length:
@@ -85,8 +85,10 @@ class Transformer(nn.Module):
         x = self.dropout(x)
         shared = Shared(tokens, x, self._rotation(start, end), cache)
         first_values: Tensor | None = None
-        for block in self.blocks:
-            if self.recompute and torch.is_grad_enabled():
+        for number, block in enumerate(self.blocks, 1):
+            if last is not None and number == len(self.blocks):
+                x, values = block(x, shared, first_values, last=last)
+            elif self.recompute and torch.is_grad_enabled():
                 x, values = checkpoint(
                     block, x, shared, first_values, use_reentrant=False, preserve_rng_state=self.model.dropout > 0
                 )

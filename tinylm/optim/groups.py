@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from tinylm.optim.muon import Muon
 from tinylm.recipe.schema import MuonOptimizer, Optimizer
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 NGRAM_TABLE = "ngrams.table.weight"
 NGRAM_RATE = 6.0
@@ -55,26 +58,55 @@ class Optimizers:
                 for slot, value in optimizer.state.get(parameter, {}).items():
                     yield part, name, slot, value
 
+    def blank_state(self, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+        """Zeros to be filled with a saved state, each where its parameter is, and spread as that is.
+
+        `shapes` are the names and shapes of what was saved. Raises `KeyError` for what is of no parameter here, and
+        `ValueError` for another shape.
+        """
+        blank = {}
+        for key, shape in shapes.items():
+            part, parameter, slot = self._slot(key)
+            if slot == "step" and not shape:
+                device = parameter.device if _step_on_device(self.parts[part]) else None
+                blank[key] = torch.zeros((), device=device)
+            elif shape == parameter.shape:
+                blank[key] = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
+            else:
+                raise ValueError(f"{key} is {tuple(shape)}, and its parameter {tuple(parameter.shape)}")
+        return blank
+
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what `state` returned. Raises `KeyError` for a parameter that is not there."""
-        parameters = {name: parameter for parameter, name in self._names.items()}
+        """Put back what `state` returned, and nothing else."""
+        for part in self.parts.values():
+            part.state.clear()
         for key, value in state.items():
-            part, name, slot = key.split("/")
-            parameter = parameters[name]
-            on_device = value if slot == "step" and not _step_on_device(self.parts[part]) else value.to(parameter.device)
-            self.parts[part].state[parameter][slot] = on_device.clone()
+            part_name, parameter, slot = self._slot(key)
+            self.parts[part_name].state[parameter][slot] = value.clone()
+
+    def _slot(self, key: str) -> tuple[str, nn.Parameter, str]:
+        part, _, rest = key.partition("/")
+        name, _, slot = rest.partition("/")
+        parameters = {name: parameter for parameter, name in self._names.items()}
+        parameter = parameters[name]
+        if not any(parameter is each for group in self.parts[part].param_groups for each in group["params"]):
+            raise KeyError(key)
+        return part, parameter, slot
 
 
 def _step_on_device(optimizer: torch.optim.Optimizer) -> bool:
     return any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
 
 
-def build(section: Optimizer, network: nn.Module, stacked: Mapping[str, tuple[int, ...]]) -> Optimizers:
+def build(
+    section: Optimizer, network: nn.Module, stacked: Mapping[str, tuple[int, ...]], mesh: DeviceMesh | None = None
+) -> Optimizers:
     """The optimiser that `section` describes, over the parameters that want a gradient.
 
     Weight decay only on what has two axes. Fused AdamW on CPU and CUDA.
 
-    `stacked` names parameters that hold several matrices one above the other, with their rows.
+    `stacked` names parameters that hold several matrices one above the other, with their rows; `mesh` the processes that train
+    together.
     """
     names = {parameter: name for name, parameter in network.named_parameters() if parameter.requires_grad}
     if not isinstance(section, MuonOptimizer):
@@ -94,6 +126,7 @@ def build(section: Optimizer, network: nn.Module, stacked: Mapping[str, tuple[in
         weight_decay=section.weight_decay,
         cautious=section.cautious_weight_decay,
         dtype=torch.bfloat16 if orthogonalisation_type(section, matrices[0].device) == "bf16" else torch.float32,
+        mesh=mesh,
     )
     adamw = _adamw({parameter: names[parameter] for parameter in others}, section.adamw_lr, section, 0.0)
     return Optimizers({"muon": muon, "adamw": adamw}, names)

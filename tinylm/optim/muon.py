@@ -1,18 +1,23 @@
 """Muon: momentum whose update is made orthogonal (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
 
 Equal matrices are stacked and orthogonalised together, in the floating type that is fast on the device. In float32 the
-mathematics is that of `torch.optim.Muon` with `adjust_lr_fn="original"`.
+mathematics is that of `torch.optim.Muon` with `adjust_lr_fn="original"`. Where several processes train together, each matrix is
+orthogonalised by one of them.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:  # a second of import that only several processes need
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Placement
 
 COEFFICIENTS = {
     # Jordan et al. 2024: the same polynomial a x + b x^3 + c x^5 in every iteration; five of them are usual.
@@ -63,7 +68,8 @@ class Muon(torch.optim.Optimizer):
 
     The rate is per unit of spectral norm, times sqrt(rows / columns) for tall matrices. `momentum_warmup` steps lead the
     momentum from 0.85 to `momentum`. Weight decay is decoupled; with `cautious` (Chen et al. 2025) only where the update
-    itself moves a weight towards zero.
+    itself moves a weight towards zero. `mesh`: the processes that train together, all stepping with equal parameters and
+    gradients, or each with its rows of them (`fully_shard`).
     """
 
     def __init__(
@@ -79,6 +85,7 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         cautious: bool = False,
         dtype: torch.dtype = torch.float32,
+        mesh: DeviceMesh | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -92,6 +99,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, defaults)
         self._rows = dict(rows or {})
         self._dtype = dtype
+        self._mesh = mesh
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -103,38 +111,89 @@ class Muon(torch.optim.Optimizer):
         if not parameters:
             return
         updates = self._nesterov(parameters, group)
-        pieces = [piece for pair in zip(parameters, updates, strict=True) for piece in self._matrices(*pair)]
-        directions = orthogonalised([update for _, update in pieces], group["steps"], group["coefficients"], self._dtype)
-        matrices = [matrix for matrix, _ in pieces]
+        directions = self._directions(parameters, updates, group)
+        weights = [_own(parameter) for parameter in parameters]
         decay = group["lr"] * group["weight_decay"]
         if decay and group["cautious"]:
-            for matrix, direction in zip(matrices, directions, strict=True):
-                matrix.addcmul_(matrix, (matrix * direction > 0).to(matrix.dtype), value=-decay)
+            for weight, direction in zip(weights, directions, strict=True):
+                weight.addcmul_(weight, (weight * direction > 0).to(weight.dtype), value=-decay)
         elif decay:
-            torch._foreach_mul_(parameters, 1 - decay)
-        by_scale: dict[float, list[int]] = defaultdict(list)
-        for index, matrix in enumerate(matrices):
-            by_scale[math.sqrt(max(1.0, matrix.shape[0] / matrix.shape[1]))].append(index)
-        for scale, indices in by_scale.items():
-            chosen = [matrices[index] for index in indices]
-            moves = [directions[index].to(matrices[0].dtype) for index in indices]
-            torch._foreach_add_(chosen, moves, alpha=-group["lr"] * scale)
+            torch._foreach_mul_(weights, 1 - decay)
+        torch._foreach_add_(weights, directions, alpha=-group["lr"])
 
     def _nesterov(self, parameters: list[Tensor], group: dict[str, Any]) -> tuple[Tensor, ...]:
-        """Momentum's update, a step ahead."""
+        """Momentum's update, a step ahead; of what is spread, this process's rows."""
         for parameter in parameters:
             if "momentum" not in self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
                 self.state[parameter]["step"] = torch.zeros(())
-        buffers = [self.state[parameter]["momentum"] for parameter in parameters]
+        buffers = [_own(self.state[parameter]["momentum"]) for parameter in parameters]
         counts = [self.state[parameter]["step"] for parameter in parameters]
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        gradients = [_own(parameter.grad) for parameter in parameters if parameter.grad is not None]
         warmth = min(1.0, float(counts[0]) / group["momentum_warmup"]) if group["momentum_warmup"] else 1.0
         momentum = _MOMENTUM_AT_FIRST + warmth * (group["momentum"] - _MOMENTUM_AT_FIRST)
         torch._foreach_add_(counts, 1)
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         return torch._foreach_lerp(gradients, buffers, momentum)
 
-    def _matrices(self, parameter: Tensor, update: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        sizes = list(self._rows.get(parameter, (parameter.shape[0],)))
-        yield from zip(torch.split(parameter, sizes), torch.split(update, sizes), strict=True)
+    def _directions(self, parameters: list[Tensor], updates: Sequence[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """The update of each parameter made orthogonal and scaled, in the parameter's type."""
+        if self._mesh is None:
+            whole = self._orthogonal([(update, self._blocks(p)) for p, update in zip(parameters, updates, strict=True)], group)
+            return [direction.to(update.dtype) for direction, update in zip(whole, updates, strict=True)]
+        return self._directions_together(parameters, updates, group, self._mesh)
+
+    def _directions_together(
+        self, parameters: list[Tensor], updates: Sequence[Tensor], group: dict[str, Any], mesh: DeviceMesh
+    ) -> list[Tensor]:
+        """The same by all processes: those of one shape are stacked, dealt out whole, and brought back where they were."""
+        from torch.distributed.tensor import Replicate, Shard
+
+        alike: dict[tuple[torch.Size, tuple[int, ...]], list[int]] = defaultdict(list)
+        for index, parameter in enumerate(parameters):
+            alike[parameter.shape, self._blocks(parameter)].append(index)
+        here: Placement = Shard(1) if hasattr(parameters[0], "to_local") else Replicate()
+        shares = []
+        for (shape, _), indices in alike.items():
+            stack = torch.stack([updates[index].to(self._dtype) for index in indices])
+            shares.append(_moved(stack, torch.Size((len(indices), *shape)), mesh, here, Shard(0)))
+        matrices = [(matrix, blocks) for share, (_, blocks) in zip(shares, alike, strict=True) for matrix in share]
+        done = iter(self._orthogonal(matrices, group))
+        directions = list(updates)
+        for share, ((shape, _), indices) in zip(shares, alike.items(), strict=True):
+            stack = torch.stack([next(done) for _ in share]) if len(share) else share
+            brought = _moved(stack, torch.Size((len(indices), *shape)), mesh, Shard(0), here)
+            for index, direction in zip(indices, brought, strict=True):
+                directions[index] = direction.to(updates[index].dtype)
+        return directions
+
+    def _orthogonal(self, updates: Sequence[tuple[Tensor, tuple[int, ...]]], group: dict[str, Any]) -> list[Tensor]:
+        """Each whole update with every row block of it orthogonalised, and scaled if it is tall."""
+        pieces = [piece for update, blocks in updates for piece in torch.split(update, list(blocks))]
+        done = iter(orthogonalised(pieces, group["steps"], group["coefficients"], self._dtype))
+        return [
+            torch.cat([_scaled(next(done)) for _ in blocks]) if len(blocks) > 1 else _scaled(next(done)) for _, blocks in updates
+        ]
+
+    def _blocks(self, parameter: Tensor) -> tuple[int, ...]:
+        return self._rows.get(parameter, (parameter.shape[0],))
+
+
+def _scaled(direction: Tensor) -> Tensor:
+    scale = math.sqrt(max(1.0, direction.shape[0] / direction.shape[1]))
+    return direction if scale == 1.0 else direction * scale
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """This process's rows of a tensor that is spread, else the tensor."""
+    own: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return own
+
+
+def _moved(own: Tensor, shape: torch.Size, mesh: DeviceMesh, before: Placement, after: Placement) -> Tensor:
+    """A stack of matrices of which this process holds `own`, spread over the processes in another way."""
+    from torch.distributed.tensor import DTensor
+
+    stride = (shape[1] * shape[2], shape[2], 1)
+    spread = DTensor.from_local(own, mesh, [before], run_check=False, shape=shape, stride=stride)
+    return spread.redistribute(placements=[after]).to_local()

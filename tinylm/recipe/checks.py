@@ -6,10 +6,21 @@ import math
 import os
 from collections.abc import Iterator
 
-from tinylm.recipe.schema import BpeTokenizer, FileTokenizer, HeldoutShare, HeldoutSources, MuonOptimizer, Recipe, WsdSchedule
+from tinylm.recipe.schema import (
+    BpeTokenizer,
+    FileTokenizer,
+    HeldoutShare,
+    HeldoutSources,
+    MuonOptimizer,
+    Recipe,
+    UnigramTokenizer,
+    VocabularyTokenizer,
+    WordPieceTokenizer,
+    WsdSchedule,
+)
 
 KeyPath = tuple[str | int, ...]
-SPLITS = ("gpt4", "gpt2")
+END_OF_TEXT, UNKNOWN = "<|endoftext|>", "<|unknown|>"
 _COMPRESSED = (".gz", ".zst", ".xz", ".bz2", ".parquet")
 
 
@@ -22,7 +33,7 @@ def contradictions(recipe: Recipe, check_files: bool = True) -> Iterator[tuple[K
 
 
 def _model(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
-    model, tokenizer = recipe.model, recipe.tokenizer
+    model = recipe.model
     if model.head_dim is None and model.n_embd % model.n_head:
         fitting = [h for h in range(1, model.n_embd + 1) if model.n_embd % h == 0]
         nearest = min(fitting, key=lambda h: abs(h - model.n_head))
@@ -45,11 +56,37 @@ def _model(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
             ("evaluation", "stride"),
             f"{stride} is more than context_length {model.context_length}: tokens between would be left out",
         )
-    if isinstance(tokenizer, BpeTokenizer):
-        if tokenizer.vocab_size < 257:
-            yield ("tokenizer", "vocab_size"), "bpe needs at least 257: the 256 bytes and the end of text"
-        if tokenizer.digits is not None and tokenizer.split != "gpt4":
-            yield ("tokenizer", "digits"), "only split gpt4 has it"
+    yield from _tokenizer(recipe)
+
+
+def _tokenizer(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    tokenizer = recipe.tokenizer
+    if isinstance(tokenizer, FileTokenizer):
+        return
+    both = {*tokenizer.special_tokens} & {*tokenizer.added_tokens}
+    if both:
+        yield ("tokenizer", "added_tokens"), f"{min(both)!r} is a special token too"
+    for key in ("special_tokens", "added_tokens"):
+        taken = {END_OF_TEXT, UNKNOWN} & {*getattr(tokenizer, key)}
+        if taken:
+            yield ("tokenizer", key), f"{min(taken)} is there already"
+    if isinstance(tokenizer, VocabularyTokenizer):
+        more = len(tokenizer.special_tokens) + len(tokenizer.added_tokens)
+        bytes_ = isinstance(tokenizer, (BpeTokenizer, UnigramTokenizer)) and (
+            tokenizer.alphabet == "bytes" or tokenizer.byte_fallback
+        )
+        parts = ["the 256 bytes"] * bytes_ + ["the end of text"] + ["the special and added tokens"] * (more > 0)
+        least = 256 * bytes_ + 1 + more
+        if tokenizer.vocab_size < least:
+            yield ("tokenizer", "vocab_size"), f"{tokenizer.kind} needs at least {least}: {_listed(parts)}"
+    if isinstance(tokenizer, BpeTokenizer) and tokenizer.alphabet == "bytes" and not tokenizer.byte_fallback:
+        yield ("tokenizer", "byte_fallback"), "only an alphabet of characters can do without"
+    if isinstance(tokenizer, (UnigramTokenizer, WordPieceTokenizer)) and tokenizer.alphabet == "bytes":
+        yield ("tokenizer", "alphabet"), f"{tokenizer.kind} is made of characters: text, a number, or the characters"
+
+
+def _listed(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
 def _training(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:

@@ -14,6 +14,7 @@ from tinylm.recipe.notation import Dumper
 from tinylm.recipe.presets import PRESETS
 from tinylm.recipe.values import (
     LORA_TARGETS,
+    Alphabet,
     Betas,
     ClipNorm,
     Count,
@@ -21,6 +22,8 @@ from tinylm.recipe.values import (
     CountOrZero,
     Flag,
     FlagOrAuto,
+    Megabytes,
+    Normalizations,
     NotNegative,
     OpenShare,
     OptionalCount,
@@ -33,6 +36,7 @@ from tinylm.recipe.values import (
     Sources,
     Targets,
     Texts,
+    TokenList,
     Warmup,
 )
 
@@ -92,30 +96,111 @@ class DataSection(Section):
     """Bytes that are not UTF-8: an error, or U+FFFD in their place."""
 
 
-class BpeTokenizer(Section):
-    """Byte-level BPE, trained on the training half of the text only."""
+class LearnedTokenizer(Section):
+    """What tokenizers of every kind can be asked for. They learn from the training half of the text only."""
+
+    kind: str
+    normalize: Normalizations = ()
+    """What is done to text before it is encoded, and cannot be undone: nfc, nfd, nfkc, nfkd, lowercase, strip_accents."""
+    special_tokens: TokenList = ()
+    """Control tokens beside the end of text; text that spells one is still text."""
+    added_tokens: TokenList = ()
+    """Strings that are always one token, whatever stands around them."""
+
+
+class VocabularyTokenizer(LearnedTokenizer):
+    """A vocabulary of a chosen size, learned from counted words."""
+
+    vocab_size: Count = 4096
+    """Tokens wanted, the end-of-text token and all others included."""
+    allow_smaller: Flag = True
+    """Take fewer, with a warning, where the text has no more to give; false: an error that names the largest that fits."""
+    most_megabytes: Megabytes = 64
+    """Words are counted in this much text at the most, every n-th piece of a longer one."""
+
+
+class BpeTokenizer(VocabularyTokenizer):
+    """Byte-pair encoding, of bytes or of characters."""
 
     kind: Literal["bpe"]
-    vocab_size: Count = 4096
-    """Tokens wanted, the end-of-text token included; fewer when the text has no more to merge."""
     split: str = "gpt4"
-    """Where merges may not reach across: gpt4, gpt2 or a regular expression."""
+    """Where merges may not reach across: gpt4, gpt2, llama3, whitespace, none (lines only) or a regular expression."""
     digits: OptionalCount = None
-    """Longest run of digits in one token, for split gpt4; null: 2."""
-    most_megabytes: Count = 64
-    """Merges are learned from this much text at the most, every n-th piece of a longer one: it bounds the memory."""
+    """Longest run of digits in one token; null: 2 for gpt4, 3 for llama3, no limit for others."""
+    min_frequency: Count = 1
+    """Occurrences that a pair needs to be merged."""
+    longest_token: OptionalCount = None
+    """Most bytes (of an alphabet of characters: most characters) in a token; null: no limit."""
+    alphabet: Alphabet = "bytes"
+    """What merges start from: bytes, text (its characters), a number (its most frequent characters), or the characters."""
+    byte_fallback: Flag = True
+    """Characters outside the alphabet become bytes; false: the unknown token."""
+    dropout: ShareBelowOne = 0.0
+    """Share of merges left out at random while the training half is encoded (Provilkov et al. 2020); never elsewhere."""
 
 
-class CharTokenizer(Section):
+class UnigramTokenizer(VocabularyTokenizer):
+    """The Unigram language model of SentencePiece (Kudo 2018)."""
+
+    kind: Literal["unigram"]
+    split: str = "gpt4"
+    """Where pieces may not reach across, as for bpe."""
+    digits: OptionalCount = None
+    """Longest run of digits in one piece, as for bpe."""
+    longest_token: Count = 16
+    """Most characters in a piece."""
+    alphabet: Alphabet = "text"
+    """Characters that are pieces of their own: text, a number, or the characters."""
+    byte_fallback: Flag = True
+    """Other characters become bytes; false: the unknown token."""
+
+
+class WordPieceTokenizer(VocabularyTokenizer):
+    """WordPiece as BERT has it: words without their spaces, `##` before a piece inside a word."""
+
+    kind: Literal["wordpiece"]
+    split: str = "bert"
+    """What a word is: bert (punctuation apart), whitespace, or a regular expression within what stands between spaces."""
+    min_frequency: Count = 1
+    """Occurrences that a pair needs to be merged."""
+    longest_token: OptionalCount = None
+    """Most characters in a piece; null: no limit."""
+    alphabet: Alphabet = "text"
+    """Characters that are pieces of their own: text, a number, or the characters. A word with another is unknown."""
+
+
+class WordTokenizer(VocabularyTokenizer):
+    """Whole words, the most frequent ones; others are unknown."""
+
+    kind: Literal["word"]
+    split: str = "bert"
+    """What a word is, as for wordpiece."""
+    min_frequency: Count = 1
+    """Occurrences that a word needs."""
+
+
+class CharTokenizer(LearnedTokenizer):
     """One token per character of the training half; others become <|unknown|>."""
 
     kind: Literal["char"]
+    min_frequency: Count = 1
+    """Occurrences that a character needs."""
 
 
-class ByteTokenizer(Section):
+class ByteTokenizer(LearnedTokenizer):
     """One token per byte of UTF-8."""
 
     kind: Literal["byte"]
+
+
+LEARNED: tuple[type[LearnedTokenizer], ...] = (
+    BpeTokenizer,
+    UnigramTokenizer,
+    WordPieceTokenizer,
+    WordTokenizer,
+    CharTokenizer,
+    ByteTokenizer,
+)
 
 
 class FileTokenizer(Section):
@@ -131,7 +216,9 @@ def _tokenizer(value: object) -> object:
     return {"kind": value} if isinstance(value, str) else value
 
 
-TokenizerSection = BpeTokenizer | CharTokenizer | ByteTokenizer | FileTokenizer
+TokenizerSection = (
+    BpeTokenizer | UnigramTokenizer | WordPieceTokenizer | WordTokenizer | CharTokenizer | ByteTokenizer | FileTokenizer
+)
 
 
 class InitFrom(Section):
@@ -332,6 +419,17 @@ class LoraSection(Section):
     """The matrices of every block that get an addition."""
 
 
+class GuardsSection(Section):
+    """What happens when a loss or a gradient is not a number, or a loss jumps."""
+
+    patience: Count = 3
+    """Steps in a row without a usable gradient, each left out, before the training goes back to its last good checkpoint."""
+    rollbacks: CountOrZero = 1
+    """How often it goes back, and on past the text that did it, before it gives up with a report."""
+    spike: OptionalPositive = 12.0
+    """Flag a loss so many deviations (1.48 times the median absolute one) above the median of the last 64; null: never."""
+
+
 class TrainingSection(Section):
     """How long, in what batches, with which optimiser. Exactly one of steps, tokens, epochs, minutes."""
 
@@ -354,8 +452,11 @@ class TrainingSection(Section):
     """Fuse the element-wise work of the blocks (torch.compile); auto: where the training is long enough to earn it back."""
     activation_checkpointing: Flag = False
     """Keep only what each block reads and compute the rest again for the backward pass: less memory, a third more time."""
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """With several processes: ddp (the whole model in each), fsdp (spread over them), auto: ddp where the model leaves room."""
+    guards: GuardsSection = GuardsSection()
     log_every: Count = 10
-    """Steps between lines of metrics.jsonl; steps in between never wait for a GPU (but with fp16, whose scaler does)."""
+    """Steps between lines of metrics.jsonl."""
 
     @model_validator(mode="before")
     @classmethod
@@ -385,6 +486,8 @@ class CheckpointSection(Section):
     """Steps between checkpoints; evaluated steps and the last one are always saved."""
     keep: CountOrZero = 2
     """Recent checkpoints kept beside best and last."""
+    on_failure: Literal["stop", "continue"] = "stop"
+    """When the disk refuses one (full, read-only, removed): end the training, or warn and try again at the next."""
 
 
 class SamplingSection(Section):

@@ -127,6 +127,27 @@ def _texts(value: object) -> object:
     return _REFUSED
 
 
+def _alphabet(value: object) -> object:
+    if isinstance(value, str) and value and not any("\ud800" <= character <= "\udfff" for character in value):
+        return value
+    return _whole(1)(value)
+
+
+NORMALIZATIONS = ("nfc", "nfd", "nfkc", "nfkd", "lowercase", "strip_accents")
+
+
+def _normalizations(value: object) -> object:
+    if value is None or value == "none":
+        return ()
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    return _REFUSED if any(item not in NORMALIZATIONS for item in values) or len(set(values)) < len(values) else values
+
+
+def _token_list(value: object) -> object:
+    texts = _texts(value)
+    return texts if isinstance(texts, tuple) and all(texts) and len(set(texts)) == len(texts) else _REFUSED
+
+
 Count = Annotated[int, _checked(_whole(1), "a whole number of at least 1")]
 CountOrZero = Annotated[int, _checked(_whole(0), "a whole number of at least 0")]
 Seed = Annotated[int, _checked(_whole(0, 2**63 - 1), "a whole number from 0 to 2^63 - 1")]
@@ -151,3 +172,9 @@ Orders = Annotated[tuple[int, ...], _checked(_orders, "a list of different whole
 Sources = Annotated[tuple[str, ...], _checked(_sources, "a SOURCE (a file, folder, glob, URL, builtin:NAME) or a list of them")]
 Targets = Annotated[tuple[str, ...], _checked(_targets, f"a list of {', '.join(LORA_TARGETS)}")]
 Texts = Annotated[tuple[str, ...], _checked(_texts, "a text or a list of texts")]
+Alphabet = Annotated[int | str, _checked(_alphabet, "bytes, text, a number of characters, or the characters themselves")]
+Normalizations = Annotated[
+    tuple[str, ...], _checked(_normalizations, f"none or some of {', '.join(NORMALIZATIONS)}, in the order in which they apply")
+]
+TokenList = Annotated[tuple[str, ...], _checked(_token_list, "a token or a list of different tokens")]
+Megabytes = Annotated[int, _checked(_whole(1, 1_000_000), "a whole number of megabytes of at least 1")]

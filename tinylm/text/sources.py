@@ -80,12 +80,20 @@ class Corpus:
 
     def pieces(self) -> Iterator[Piece]:
         """Every document in order, each cut into pieces of at most `LONGEST_PIECE` characters; empty ones left out."""
+        for _, pieces in self.files():
+            yield from pieces
+
+    def files(self) -> Iterator[tuple[str, Iterator[Piece]]]:
+        """(name, its pieces) for every file, remote object or builtin, in order."""
         for entry in self._entries:
-            for document in self._documents(entry):
-                starts = True
-                for text in _cut(document):
-                    yield Piece(text, starts)
-                    starts = False
+            yield entry.name, self._pieces(entry)
+
+    def _pieces(self, entry: _Entry) -> Iterator[Piece]:
+        for document in self._documents(entry):
+            starts = True
+            for text in _cut(document):
+                yield Piece(text, starts)
+                starts = False
 
     def _expand(self, source: str) -> Iterator[_Entry]:
         if source == "-":

@@ -14,9 +14,10 @@ from tinylm.data.batches import Batches
 from tinylm.model.objective import CausalObjective
 from tinylm.model.transformer import Transformer
 from tinylm.optim.groups import orthogonalisation_type
+from tinylm.processes import ALONE, Processes
 from tinylm.recipe import Recipe
 from tinylm.recipe.schema import MuonOptimizer
-from tinylm.reporting import Reporter
+from tinylm.reporting import SILENT, Reporter
 from tinylm.training import compilation
 from tinylm.training import precision as precisions
 from tinylm.training.feed import Feed, GlobalBatch
@@ -41,42 +42,64 @@ def decide(
     stop_after: float | None = None,
     *,
     resumed: bool = False,
+    processes: Processes = ALONE,
 ) -> Decided:
     """The recipe with every `auto` decided, and the network compiled if so. `steps` None: the clock decides.
 
     `stop_after`: seconds after which this process will stop. A `resumed` training that was compiled goes on without, and
-    says so, where that is not possible any more.
+    says so, where that is not possible any more. Of several processes the main one decides for all.
     """
     device = next(network.parameters()).device
-    training = recipe.training
     with Feed(batches, CausalObjective(), pin=False) as feed:
-        batch = feed.take(0, training.global_batch_size)
+        batch = feed.take(0, recipe.training.global_batch_size)
+    chosen = processes.main_does(lambda: _chosen(recipe, network, batch, steps, reporter, stop_after, device, processes.count))
+    training = chosen.training
+    precision, compiled, start_up = Precision(training.precision, device), bool(training.compile), 0.0
+    if compiled:
+        trial = _trial(network, batch, int(training.micro_batch_size), precision)
+        demanded = recipe.training.compile is True and not resumed
+        start_up = processes.all_do(
+            lambda: compilation.compile_blocks(network, trial, demanded=demanded, reporter=reporter if processes.main else SILENT)
+        )
+        compiled = not processes.any(start_up == 0)
+    training = training.model_copy(update={"compile": compiled})
+    return Decided(chosen.model_copy(update={"training": training}), precision, start_up)
+
+
+def _chosen(
+    recipe: Recipe,
+    network: Transformer,
+    batch: GlobalBatch,
+    steps: int | None,
+    reporter: Reporter,
+    stop_after: float | None,
+    device: torch.device,
+    devices: int,
+) -> Recipe:
+    """The recipe with every `auto` decided."""
+    training = recipe.training
     precision = precisions.resolve(training.precision, device, reporter)
-    micro = _micro_batch(recipe, network, precision)
+    micro = _micro_batch(recipe, network, precision, devices)
     if training.micro_batch_size == "auto":
-        micro = _fitting(network, batch, micro, precision)
+        micro = _fitting(network, batch, micro, precision, devices)
     if training.precision == "auto" and device.type == "cpu" and precision.name == "bf16":
         plain = Precision("fp32", device)
         seconds = {each: _trial(network, batch, micro, each).seconds() for each in (plain, precision)}
         precision = precision if seconds[precision] < plan.CLEARLY_FASTER * seconds[plain] else plain
-    trial = _trial(network, batch, micro, precision)
     compiled = training.compile
     if compiled == "auto":
-        compiled = compilation.compiler(device) is not None and _pays(recipe, trial, micro, steps, stop_after, reporter)
+        trial = _trial(network, batch, micro, precision)
+        compiled = compilation.compiler(device) is not None and _pays(recipe, trial, micro, steps, stop_after, reporter, devices)
         if compiled:
             reporter.note("compiling the blocks: it takes some seconds and makes every step faster (training.compile)")
-    start_up = 0.0
-    if compiled:
-        start_up = compilation.compile_blocks(network, trial, demanded=training.compile is True and not resumed, reporter=reporter)
-        compiled = start_up > 0
     update = {"precision": precision.name, "micro_batch_size": micro, "compile": compiled, "optimizer": training.optimizer}
     if isinstance(training.optimizer, MuonOptimizer):
         decided = {"orthogonalise_in": orthogonalisation_type(training.optimizer, device)}
         update["optimizer"] = training.optimizer.model_copy(update=decided)
-    return Decided(recipe.model_copy(update={"training": training.model_copy(update=update)}), precision, start_up)
+    return recipe.model_copy(update={"training": training.model_copy(update=update)})
 
 
-def _micro_batch(recipe: Recipe, network: Transformer, precision: Precision) -> int:
+def _micro_batch(recipe: Recipe, network: Transformer, precision: Precision, devices: int) -> int:
     device = precision.device
     memory: int
     most_tokens: int | None = None
@@ -85,11 +108,12 @@ def _micro_batch(recipe: Recipe, network: Transformer, precision: Precision) -> 
     elif device.type == "mps":
         memory = torch.mps.recommended_max_memory()
     else:
-        memory, most_tokens = plan.host_memory_bytes(), plan.CPU_MICRO_BATCH_TOKENS
-    return plan.choose_micro_batch(recipe, network.vocab_size, memory, most_tokens, half=precision.name != "fp32")
+        memory, most_tokens = plan.host_memory_bytes() // devices, plan.CPU_MICRO_BATCH_TOKENS
+    half = precision.name != "fp32"
+    return plan.choose_micro_batch(recipe, network.vocab_size, memory, most_tokens, half=half, devices=devices)
 
 
-def _fitting(network: Transformer, batch: GlobalBatch, micro: int, precision: Precision) -> int:
+def _fitting(network: Transformer, batch: GlobalBatch, micro: int, precision: Precision, devices: int) -> int:
     """The micro-batch, or the largest half of a half of it with which a pass does not run out of memory."""
     while micro > 1:
         try:
@@ -99,7 +123,7 @@ def _fitting(network: Transformer, batch: GlobalBatch, micro: int, precision: Pr
                 raise
         else:
             break
-        micro = halved(micro, len(batch.example.inputs))
+        micro = halved(micro, len(batch.example.inputs) // devices)
     return micro
 
 
@@ -108,11 +132,17 @@ def _trial(network: Transformer, batch: GlobalBatch, micro: int, precision: Prec
 
 
 def _pays(
-    recipe: Recipe, trial: compilation.Trial, micro: int, steps: int | None, stop_after: float | None, reporter: Reporter
+    recipe: Recipe,
+    trial: compilation.Trial,
+    micro: int,
+    steps: int | None,
+    stop_after: float | None,
+    reporter: Reporter,
+    devices: int,
 ) -> bool:
     training = recipe.training
     try:
-        step_seconds = trial.seconds() * training.global_batch_size / micro
+        step_seconds = trial.seconds() * training.global_batch_size / micro / devices
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -120,13 +150,14 @@ def _pays(
         return False
     ends = [stop_after, None if training.minutes is None else 60 * training.minutes]
     seconds_left = min((end for end in ends if end is not None), default=None)
-    return compilation.pays(step_seconds, seconds_left, steps, trial.device)
+    return plan.compiling_pays(step_seconds, seconds_left, steps, trial.device.type)
 
 
-def use_fastest_threads(recipe: Recipe, vocab_size: int, batches: Batches) -> int:
-    """Let torch use as many CPU threads as are fastest for this model: all cores, a half, a quarter, ..., or one."""
+def use_fastest_threads(recipe: Recipe, vocab_size: int, batches: Batches, devices: int = 1) -> int:
+    """Let torch use as many CPU threads as are fastest for this model: those it has, a half, a quarter, ..., or one."""
     network = Transformer(recipe.model, vocab_size)
-    micro = plan.choose_micro_batch(recipe, vocab_size, plan.host_memory_bytes(), plan.CPU_MICRO_BATCH_TOKENS)
+    memory = plan.host_memory_bytes() // devices
+    micro = plan.choose_micro_batch(recipe, vocab_size, memory, plan.CPU_MICRO_BATCH_TOKENS, devices=devices)
     with Feed(batches, CausalObjective(), pin=False) as feed:
         batch = feed.take(0, recipe.training.global_batch_size)
     trial = _trial(network, batch, micro, Precision("fp32", torch.device("cpu")))

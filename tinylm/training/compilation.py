@@ -10,7 +10,7 @@ import torch
 from tinylm.errors import WorkError
 from tinylm.model.objective import Objective
 from tinylm.model.transformer import Transformer
-from tinylm.plan import compiling_pays, cpp_compiler
+from tinylm.plan import cpp_compiler
 from tinylm.reporting import Reporter
 from tinylm.training.feed import GlobalBatch
 from tinylm.training.memory import is_out_of_memory
@@ -25,11 +25,6 @@ def compiler(device: torch.device) -> str | None:
     if device.type == "cpu":
         return cpp_compiler()
     return None
-
-
-def pays(step_seconds: float, seconds_left: float | None, steps_left: float | None, device: torch.device) -> bool:
-    """Whether compiling saves more than it costs, for steps that take `step_seconds` without it."""
-    return compiling_pays(step_seconds, seconds_left, steps_left, device.type)
 
 
 class Trial:

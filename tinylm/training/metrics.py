@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from tinylm.errors import WorkError
 from tinylm.paths import write_whole
 
 _NOT_JSON = (float("inf"), float("-inf"))
+_OF_A_STEP = ("step", "skipped", "spike")
+"""Lines that are written before a step is saved; others come after."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,8 @@ class StepEvent:
     seconds: float
     done: float
     """Share of the training that is done, in (0, 1]."""
+    batch: str = ""
+    """A fingerprint of the sequences of the global batch: equal for equal batches, however many processes shared them."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,17 @@ class EvaluationEvent:
     """Spent on optimiser steps, and not on measuring, saving or sampling."""
     seconds: float
     best: bool
+
+
+@dataclass(frozen=True)
+class GuardEvent:
+    """A step that was `skipped`, a `spike` of the loss, or a `rollback` to the step that is named."""
+
+    kind: str
+    step: int
+    cursor: int
+    """Sequences of the data's order that lie behind."""
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -61,7 +79,13 @@ class Observer:
 
     def sample(self, event: SampleEvent) -> None: ...
 
-    def saved(self, step: int) -> None: ...
+    def guard(self, event: GuardEvent) -> None: ...
+
+    def earlier(self, steps: Sequence[StepEvent], evaluations: Sequence[EvaluationEvent]) -> None:
+        """What a resumed training had logged before; told once, before anything else."""
+
+    def saved(self, step: int) -> None:
+        """The checkpoint of a step is whole; heard when the training next looks, which may be some steps later."""
 
     def phase(self, name: str) -> None:
         """What the training does now: `first step`, `training`, `evaluating`, `saving`, `sampling`."""
@@ -91,6 +115,14 @@ class Observers(Observer):
         for member in self._members:
             member.sample(event)
 
+    def guard(self, event: GuardEvent) -> None:
+        for member in self._members:
+            member.guard(event)
+
+    def earlier(self, steps: Sequence[StepEvent], evaluations: Sequence[EvaluationEvent]) -> None:
+        for member in self._members:
+            member.earlier(steps, evaluations)
+
     def saved(self, step: int) -> None:
         for member in self._members:
             member.saved(step)
@@ -111,17 +143,25 @@ class Observers(Observer):
 class MetricsFile(Observer):
     """Appends to metrics.jsonl and samples.md of a run folder.
 
-    A resumed run first forgets what came after its checkpoint was saved: later steps, and what was measured since.
+    A resumed run first forgets what came after its checkpoint was saved: later steps, and what was measured since. `refused`
+    hears of what the disk does not take, and may raise to end the training.
     """
 
-    def __init__(self, folder: Path, resumed_step: int) -> None:
+    def __init__(self, folder: Path, resumed_step: int, refused: Callable[[str], None] | None = None) -> None:
         self._metrics = folder / "metrics.jsonl"
         self._samples = folder / "samples.md"
-        kept = [line for line in self._lines() if line["step"] < resumed_step + (line["kind"] == "step")]
+        self._refused = refused or _end
+        self._forget_after(resumed_step)
+        self._file = self._opened()
+
+    def _opened(self) -> IO[str]:
+        return open(self._metrics, "a", encoding="utf-8", newline="\n")
+
+    def _forget_after(self, step: int) -> None:
+        kept = [line for line in self._lines() if line["step"] < step + (line["kind"] in _OF_A_STEP)]
         write_whole(self._metrics, "".join(json.dumps(line) + "\n" for line in kept))
         if self._samples.exists():
-            write_whole(self._samples, _until(self._samples.read_bytes().decode("utf-8"), resumed_step))
-        self._file: IO[str] = open(self._metrics, "a", encoding="utf-8", newline="\n")  # noqa: SIM115  closed by `close`
+            write_whole(self._samples, _until(self._samples.read_bytes().decode("utf-8"), step))
 
     def _lines(self) -> list[dict[str, Any]]:
         if not self._metrics.exists():
@@ -132,14 +172,36 @@ class MetricsFile(Observer):
                 event = json.loads(line)
             except ValueError:  # torn by a crash
                 continue
-            if isinstance(event, dict) and "kind" in event and "step" in event:
+            if isinstance(event, dict) and "kind" in event and isinstance(event.get("step"), int):
                 lines.append(event)
         return lines
 
-    def _write(self, kind: str, event: StepEvent | EvaluationEvent) -> None:
+    def history(self) -> tuple[list[StepEvent], list[EvaluationEvent]]:
+        """What the file holds, as it was told; lines of another version are left out."""
+        steps: list[StepEvent] = []
+        evaluations: list[EvaluationEvent] = []
+        for line in self._lines():
+            kind = line.pop("kind")
+            values: dict[str, Any] = {key: math.nan if value is None else value for key, value in line.items()}
+            with suppress(TypeError):
+                if kind == "step":
+                    steps.append(StepEvent(**values))
+                elif kind == "eval":
+                    evaluations.append(EvaluationEvent(**values))
+        return steps, evaluations
+
+    @contextmanager
+    def _disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # what could not be written stays in the buffer and is tried again
+            self._refused(f"what happens cannot be logged: {error.strerror or error}")
+
+    def _write(self, kind: str, event: StepEvent | EvaluationEvent | GuardEvent) -> None:
         numbers = {key: None if value in _NOT_JSON or value != value else value for key, value in asdict(event).items()}
-        self._file.write(json.dumps({"kind": kind, **numbers}, allow_nan=False) + "\n")
-        self._file.flush()
+        with self._disk():
+            self._file.write(json.dumps({"kind": kind} | numbers, allow_nan=False) + "\n")
+            self._file.flush()
 
     def step(self, event: StepEvent) -> None:
         self._write("step", event)
@@ -147,13 +209,26 @@ class MetricsFile(Observer):
     def evaluation(self, event: EvaluationEvent) -> None:
         self._write("eval", event)
 
+    def guard(self, event: GuardEvent) -> None:
+        if event.kind == "rollback":
+            with self._disk():
+                self._file.close()
+                self._forget_after(event.step)
+                self._file = self._opened()
+        self._write(event.kind, event)
+
     def sample(self, event: SampleEvent) -> None:
-        with open(self._samples, "a", encoding="utf-8", newline="\n") as file:
+        with self._disk(), open(self._samples, "a", encoding="utf-8", newline="\n") as file:
             quoted = "\n".join("    " + line for line in (event.prompt + event.text).split("\n"))
             file.write(f"## Step {event.step}\n\n{quoted}\n\n")
 
     def close(self) -> None:
-        self._file.close()
+        with self._disk():
+            self._file.close()
+
+
+def _end(what: str) -> None:
+    raise WorkError(what, hint="make room, and go on with --resume")
 
 
 def _until(samples: str, step: int) -> str:

@@ -1,7 +1,8 @@
 """The loop: steps, measurements, checkpoints, until the recipe's length is reached or someone stops it.
 
-Everything that a step does is a function of the recipe, the seed and the number of the step, so that a run that was
-stopped and resumed is the run that was not. How to evaluate and how to sample are handed in.
+Everything that a step does is a function of the recipe, the seed, the number of the step and the cursor into the data, so that a
+run that was stopped and resumed is the run that was not. How to evaluate and how to sample are handed in. With several processes
+all run this loop in step: whatever decides what comes next is agreed on first.
 """
 
 from __future__ import annotations
@@ -9,25 +10,32 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor, nn
 
 from tinylm.data.batches import Batches
-from tinylm.errors import WorkError
+from tinylm.errors import TinylmError, WorkError
 from tinylm.model.objective import CausalObjective
 from tinylm.model.transformer import Transformer
 from tinylm.optim.groups import Optimizers
 from tinylm.optim.schedules import multiplier
 from tinylm.recipe import Recipe
-from tinylm.training.checkpoint import CheckpointWriter
-from tinylm.training.feed import Feed
+from tinylm.run import Checkpoint
+from tinylm.training.checkpoint import CheckpointWriter, Snapshot, restore
+from tinylm.training.feed import Feed, GlobalBatch
+from tinylm.training.guards import Guard, Watch
 from tinylm.training.memory import halved, is_out_of_memory
-from tinylm.training.metrics import EvaluationEvent, Observer, SampleEvent, StepEvent
+from tinylm.training.metrics import EvaluationEvent, GuardEvent, Observer, SampleEvent, StepEvent
+from tinylm.training.parallel import Parallel, everywhere, norms
 from tinylm.training.precision import Precision
+from tinylm.training.replay import Report, write_report
 from tinylm.training.signals import StopRequest
-from tinylm.training.step import accumulate
+from tinylm.training.step import accumulate, micro_batch_seeds
 
 
 class Measured(Protocol):
@@ -43,6 +51,7 @@ class Measured(Protocol):
 Poll = Callable[[int], None]
 Evaluate = Callable[[Transformer, Poll], Measured]
 Write = Callable[[Transformer, str], str]
+Read = Callable[[list[int]], str]
 
 
 @dataclass
@@ -50,6 +59,8 @@ class Progress:
     """Where a training stands; saved with every checkpoint. Losses are None until there is one."""
 
     step: int = 0
+    cursor: int = 0
+    """Sequences of the data's order that lie behind: where the next batch begins, over all processes."""
     tokens: int = 0
     seconds: float = 0.0
     train_seconds: float = 0.0
@@ -59,14 +70,29 @@ class Progress:
     evaluated_step: int = 0
     best_step: int = 0
     best_val_loss: float | None = None
+    watch: Watch = field(default_factory=Watch)
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Progress:
-        return cls(**{field.name: state[field.name] for field in fields(cls)})
+        values = {field.name: state[field.name] for field in fields(cls)}
+        return cls(**{**values, "watch": Watch(**values["watch"])})
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What one step computed, the same in every process."""
+
+    loss: float
+    norm: float
+    fingerprint: int
 
 
 class _EvaluationInterrupted(Exception):
     """A signal came while measuring."""
+
+
+class _RanOutElsewhere(Exception):
+    """Another process has not the memory for its micro-batches."""
 
 
 class Trainer:
@@ -75,7 +101,7 @@ class Trainer:
     def __init__(
         self,
         recipe: Recipe,
-        network: Transformer,
+        parallel: Parallel,
         optimizers: Optimizers,
         batches: Batches,
         *,
@@ -88,10 +114,12 @@ class Trainer:
         fingerprints: dict[str, str],
         evaluate: Evaluate,
         write: Write,
+        read: Read,
         observer: Observer,
     ) -> None:
+        """`evaluate` measures, `write` continues a prompt, `read` is the text of some ids; `peak_flops` is one process's."""
         self.recipe = recipe
-        self.network = network
+        self.network = parallel.network
         self.optimizers = optimizers
         self.batches = batches
         self.steps = steps
@@ -99,74 +127,110 @@ class Trainer:
         self.precision = precision
         self.scaler = precision.scaler()
         self.progress = Progress()
+        self._parallel = parallel
+        self._processes = parallel.processes
+        self._guard = Guard(recipe.training.guards, self.progress.watch)
         self._objective = CausalObjective()
-        self._utilisation = flops_per_token / peak_flops
+        self._utilisation = flops_per_token / (peak_flops * parallel.processes.count)
         self._checkpoints = checkpoints
         self._fingerprints = fingerprints
         self._evaluate = evaluate
         self._write = write
+        self._read = read
         self._observer = observer
         self._logged_step = 0
         self._logged_seconds = 0.0
+        self._saved_step = 0
+        self._refusal: TinylmError | None = None
+        self._signal = 0
+        self._began = 0.0
+        self._earlier = 0.0
 
     def resume(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's state; weights and optimiser are already restored."""
         self.progress = Progress.from_state(state)
+        self._guard = Guard(self.recipe.training.guards, self.progress.watch)
         if state["scaler"]:  # empty where the training so far was not in fp16
             self.scaler.load_state_dict(state["scaler"])
         self._logged_step, self._logged_seconds = self.progress.step, self.progress.train_seconds
+        self._saved_step = self.progress.step
 
     def train(self, request: StopRequest, stop_after: float | None = None) -> str:
         """Run to the end: `done`, or `time` after `stop_after` seconds, or `signal`. Saved and measured when it returns.
 
-        Raises `WorkError` when the loss is no longer a number.
+        Raises `WorkError` when going on makes no sense: no more numbers, or no more room on the disk.
         """
-        with Feed(self.batches, self._objective, pin=self.precision.device.type == "cuda") as feed:
-            return self._loop(feed, request, stop_after)
+        processes = self._processes
+        pin = self.precision.device.type == "cuda"
+        try:
+            with Feed(self.batches, self._objective, pin=pin, rank=processes.rank, count=processes.count) as feed:
+                stopped = self._loop(feed, request, stop_after)
+            self._settle()
+            if self._refusal is not None and self._saved_step != self.progress.step:
+                raise self._refusal
+        except Exception:
+            with suppress(Exception):
+                self._checkpoints.finish()  # what was trained before it went wrong
+            raise
+        return stopped
 
     def _loop(self, feed: Feed, request: StopRequest, stop_after: float | None) -> str:
-        began = time.perf_counter()
-        earlier = self.progress.seconds
-        training = self.recipe.training
+        self._began, self._earlier = time.perf_counter(), self.progress.seconds
         self.network.train()
         if self.progress.step:
             self._look(request)
         stopped, finished = "done", self._finished()
         while stopped == "done" and not finished:
-            loss, norm = self._step(feed)
-            progress = self.progress
-            progress.seconds = earlier + time.perf_counter() - began
-            finished = self._finished()
-            if not finished and request.signal_number is not None:
+            done = self._step(feed)
+            if self._processes.count == 1 and self._checkpoints.done:  # several would not see it at the same step
+                self._settle()
+            self._agree(request)
+            progress, finished = self.progress, self._finished()
+            if not finished and self._signal:
                 stopped = "signal"
-            elif not finished and stop_after is not None and progress.seconds - earlier >= stop_after:
+            elif not finished and stop_after is not None and progress.seconds - self._earlier >= stop_after:
                 stopped = "time"
-            ending = finished or stopped != "done"
-            saving = ending or self._evaluation_due() or progress.step % self.recipe.checkpoint.every == 0
-            if saving or progress.step == 1 or progress.step % training.log_every == 0:
-                self._log(loss, norm)
+            saving = finished or stopped != "done" or (done is not None and self._save_due())
+            if done is not None:
+                self._log(done, always=saving)
             if saving:
-                self._save()
+                if not self._save():
+                    finished = self._finished()  # it went back
+                self._agree(request)
             if stopped == "done":
                 self._look(request)
-            progress.seconds = earlier + time.perf_counter() - began
-            if stopped == "done" and request.signal_number is not None and not finished:
+            self._agree(request)
+            if stopped == "done" and self._signal and not finished:
                 stopped = "signal"
                 if not saving:  # the signal came after that was decided
                     self._save()
         measured = self.progress.evaluated_step == self.progress.step
         return stopped if measured or stopped != "done" else "signal"  # one that came during the last evaluation
 
+    def _agree(self, request: StopRequest) -> None:
+        """One clock and one answer to signals for all processes: the main one's, and whichever came to any."""
+        own = [self._earlier + time.perf_counter() - self._began, float(request.signal_number or 0)]
+        everybodys = self._processes.gather(own)
+        self.progress.seconds = everybodys[0][0]
+        self._signal = int(max(signal for _, signal in everybodys))
+        if self._signal:  # else one may have come just now, to be heard the next time
+            request.signal_number = self._signal
+
     def _look(self, request: StopRequest) -> None:
         """Measure and sample when it is time. A resumed training does so first: its checkpoint was saved before that."""
-        if self._evaluation_due() and request.signal_number is None:
+        if self.progress.watch.in_a_row and not self._finished():
+            return
+        if self._evaluation_due() and not self._signal:
             self._measure(request)
         every = self.recipe.sampling.every
-        if every is not None and request.signal_number is None and (self._finished() or self.progress.step % every == 0):
+        if every is not None and not self._signal and (self._finished() or self.progress.step % every == 0):
             self._sample()
 
     def _evaluation_due(self) -> bool:
         return self._finished() or self.progress.step % self.recipe.evaluation.every == 0
+
+    def _save_due(self) -> bool:
+        return self._evaluation_due() or self.progress.step % self.recipe.checkpoint.every == 0
 
     def _finished(self) -> bool:
         return self._done() >= 1
@@ -182,40 +246,88 @@ class Trainer:
             return 1 / self.steps
         return self._done() / self.progress.step if self.progress.step else 0.001
 
-    def _step(self, feed: Feed) -> tuple[torch.Tensor, torch.Tensor]:
-        """One optimiser step: (mean loss of the global batch, gradient norm), still on the device."""
+    def _step(self, feed: Feed) -> _Step | None:
+        """One optimiser step. None when it had to be left out, or when that made the training go back."""
         start = time.perf_counter()
         training, progress = self.recipe.training, self.progress
-        rate = multiplier(training.schedule, self._done(), self._step_share())
-        self.optimizers.set_rate(rate)
-        loss = self._gradient(feed)
+        self.optimizers.set_rate(multiplier(training.schedule, self._done(), self._step_share()))
+        loss, fingerprint = self._gradient(feed)
         self.scaler.unscale_(self.optimizers)  # type: ignore[arg-type]  # groups and a step are all it needs
-        limit = training.clip_grad_norm if training.clip_grad_norm is not None else math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit)
-        self.scaler.step(self.optimizers)  # type: ignore[arg-type]
+        total = torch.nn.utils.get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None])
+        norm = float(everywhere(total))
+        adjusts = self.scaler.is_enabled() and self.scaler.get_scale() > 1
+        problem = self._guard.problem(loss, norm, overflow_expected=adjusts)
+        if problem is None:
+            if training.clip_grad_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(self.network.parameters(), training.clip_grad_norm, total)
+            self.scaler.step(self.optimizers)  # type: ignore[arg-type]
         self.scaler.update()
         progress.step += 1
+        progress.cursor += training.global_batch_size
         progress.tokens += training.global_batch_size * self.batches.context_length
         progress.train_seconds += time.perf_counter() - start
-        return loss, norm
+        if problem is not None:
+            self._left_out(_Step(loss, norm, fingerprint), problem)
+            return None
+        if (score := self._guard.spike(loss)) is not None:
+            self._tell("spike", f"a spike: the loss {loss:.4f} is {score:.0f} deviations above the median of the last steps")
+        return _Step(loss, norm, fingerprint)
 
-    def _gradient(self, feed: Feed) -> torch.Tensor:
-        """The gradient of one global batch; its mean loss. Where memory runs out, again in smaller micro-batches."""
-        size = self.recipe.training.global_batch_size
-        batch = feed.take(self.progress.step * size, size)
-        while True:
-            self.optimizers.zero_grad()
-            seeds = self._seeds() if self.recipe.model.draws else None
-            try:
-                with self.precision.tf32():
-                    return accumulate(
-                        self.network, self._objective, batch, self.micro_batch_size, self.precision, self.scaler, seeds
-                    )
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                needed = str(error).splitlines()[0]
-            self._halve(needed)
+    def _gradient(self, feed: Feed) -> tuple[float, int]:
+        """The gradient of one global batch; its mean loss and fingerprint. Where memory runs out, in smaller micro-batches."""
+        batch = feed.take(self.progress.cursor, self.recipe.training.global_batch_size)
+        while (loss := self._attempt(batch)) is None:
+            pass
+        parts = self._processes.gather([loss, *map(float, divmod(batch.fingerprint, 1 << 32))])
+        fingerprint = sum((int(high) << 32) + int(low) for _, high, low in parts) % (1 << 64)
+        return sum(part for part, _, _ in parts), fingerprint
+
+    def _attempt(self, batch: GlobalBatch) -> float | None:
+        """This process's part of the loss, the gradients in place; None when memory ran out and the micro-batch was halved.
+
+        With DDP the processes ask each other before they exchange gradients, and halve together. Whoever runs out while
+        something is being exchanged (with FSDP, always) cannot tell the others any more, and that ends the training.
+        """
+        self.optimizers.zero_grad()
+        processes, asked = self._processes, False
+        count = len(batch.example.inputs) // self.micro_batch_size
+        seeds = micro_batch_seeds(self.recipe.seed, self.progress.step, processes.rank * count, count)
+
+        @contextmanager
+        def together(last: bool) -> Iterator[nn.Module]:
+            nonlocal asked
+            if last and self._parallel.name == "ddp":
+                asked = True
+                if processes.any(False):
+                    raise _RanOutElsewhere
+            with self._parallel.micro_batch(last) as network:
+                yield network
+
+        try:
+            with self.precision.tf32():
+                loss = accumulate(
+                    self.network,
+                    self._objective,
+                    batch,
+                    self.micro_batch_size,
+                    self.precision,
+                    self.scaler,
+                    seeds if self.recipe.model.draws else None,
+                    together,
+                )
+            return float(loss)
+        except _RanOutElsewhere:
+            needed = "in another process"
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            needed = str(error).splitlines()[0]
+            if processes.count > 1 and (asked or self._parallel.name == "fsdp"):
+                hint = "go on with --resume and a smaller --set training.micro_batch_size"
+                raise WorkError(f"out of memory while computing with other processes: {needed}", hint=hint) from None
+            processes.any(True)
+        self._halve(needed)
+        return None
 
     def _halve(self, error: str) -> None:
         """Go on with micro-batches of at most half the size: the global batch stays what it is."""
@@ -228,26 +340,103 @@ class Trainer:
         if before == 1:
             hint = "use a smaller model or context, or training.activation_checkpointing: on"
             raise WorkError(f"one sequence does not fit into memory: {error}", hint=hint)
-        self.micro_batch_size = halved(before, batch)
+        self.micro_batch_size = halved(before, batch // self._processes.count)
         self._observer.note(
             f"out of memory: going on with {batch // self.micro_batch_size} micro-batches of {self.micro_batch_size} "
             f"instead of {batch // before} of {before}; the global batch stays {batch}"
         )
 
-    def _seeds(self) -> Iterator[int]:
-        """A seed per micro-batch, from the step and the seed alone."""
-        mixed = (self.recipe.seed * 6364136223846793005 + self.progress.step) * 6364136223846793005
-        for micro in range(self.recipe.training.global_batch_size):
-            yield (mixed + micro) % 2**63
-
-    def _log(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
-        start = time.perf_counter()
-        value = float(loss)  # on a GPU this waits for the work of the steps since the last time
+    def _left_out(self, done: _Step, problem: str) -> None:
+        """A step that changed nothing is told; too many of them in a row make the training go back, or end it."""
         progress = self.progress
-        progress.train_seconds += time.perf_counter() - start
-        if not math.isfinite(value):
-            raise self._diverged(f"the loss of step {progress.step} is {value}")
-        progress.train_loss = value
+        self._tell("skipped", f"left out: {problem}")
+        if self._guard.exhausted:
+            self._go_back(f"{problem} in step {progress.step}, the last of {progress.watch.in_a_row} in a row", done)
+
+    def _tell(self, kind: str, reason: str) -> None:
+        progress = self.progress
+        self._observer.guard(GuardEvent(kind, progress.step, progress.cursor, reason))
+        self._observer.note(f"step {progress.step}: {reason}")
+
+    def _go_back(self, reason: str, done: _Step | None) -> None:
+        """To the last good checkpoint, and on with the text after the bad stretch. Raises `WorkError` if that was tried before."""
+        self._settle()
+        progress, watch = self.progress, self.progress.watch
+        good = progress.step - watch.in_a_row
+
+        def newest() -> Checkpoint | None:
+            older = [checkpoint for checkpoint in self._checkpoints.run.checkpoints() if checkpoint.step <= good]
+            return next((checkpoint for checkpoint in reversed(older) if checkpoint.problem() is None), None)
+
+        checkpoint = self._processes.main_does(newest)
+        if checkpoint is None or not self._guard.may_go_back:
+            self._give_up(reason, checkpoint.step if checkpoint else 0, done)
+            return
+        state = restore(checkpoint, self.network, self.optimizers, self._processes)
+        self.resume(state)
+        now, then = self.progress, progress
+        now.cursor, now.seconds, now.train_seconds = then.cursor, then.seconds, then.train_seconds
+        now.watch.skipped, now.watch.spikes, now.watch.rollbacks = watch.skipped, watch.spikes, watch.rollbacks + 1
+        self._logged_seconds = now.train_seconds
+        if not self._checkpoints.forget_after(checkpoint, now.best_step):
+            now.best_step, now.best_val_loss = 0, None
+        self._tell("rollback", f"went back here, and on past the text up to step {then.step}: {reason}")
+
+    def _give_up(self, reason: str, saved_step: int, done: _Step | None) -> None:
+        """End with what the user can do about it, and a report of the step that was the last straw."""
+        kept = f"the checkpoint of step {saved_step} is whole" if saved_step else "nothing was saved"
+        lower = "lower training.optimizer.lr, or look at the text with `tinylm tokenize report`"
+        weights, layers = self._parallel.weights(), norms(self.network.named_parameters())
+        gradients = norms((name, p.grad) for name, p in self.network.named_parameters() if p.grad is not None)
+
+        def end() -> None:
+            if done is None:
+                raise WorkError(f"{reason}; {kept}", hint=lower)
+            folder = self._checkpoints.run.path / "reports" / f"step-{self.progress.step:06d}"
+            try:
+                self._write_report(folder, reason, done, weights, layers, gradients)
+            except OSError as error:
+                raise WorkError(f"{reason}; {kept}; the report could not be written: {error}", hint=lower) from None
+            hint = f"`tinylm train --replay {folder}` does that step again; {lower}"
+            raise WorkError(f"{reason}; {kept}", hint=hint)
+
+        self._processes.main_does(end)
+
+    def _write_report(
+        self,
+        folder: Path,
+        reason: str,
+        done: _Step,
+        weights: dict[str, Tensor],
+        layers: dict[str, float],
+        gradients: dict[str, float],
+    ) -> None:
+        size = self.recipe.training.global_batch_size
+        cursor = self.progress.cursor - size
+        sequences = torch.from_numpy(self.batches.sequences(cursor, size))
+        report = Report(
+            reason=reason,
+            step=self.progress.step,
+            cursor=cursor,
+            loss=done.loss,
+            grad_norm=done.norm,
+            micro_batch_size=self.micro_batch_size,
+            precision=self.precision.name,
+            scale=float(self.scaler.get_scale()),
+            device=str(self.precision.device),
+            vocab_size=self.network.vocab_size,
+            processes=self._processes.count,
+            threads=torch.get_num_threads(),
+            weights=layers,
+            gradients=gradients,
+        )
+        write_report(folder, report, self.recipe, weights, sequences, [self._read(row) for row in sequences.tolist()])
+
+    def _log(self, done: _Step, *, always: bool) -> None:
+        progress = self.progress
+        progress.train_loss = done.loss
+        if not (always or progress.step == 1 or progress.step % self.recipe.training.log_every == 0):
+            return
         tokens = (progress.step - self._logged_step) * self.recipe.training.global_batch_size * self.batches.context_length
         seconds = max(progress.train_seconds - self._logged_seconds, 1e-9)
         self._logged_step, self._logged_seconds = progress.step, progress.train_seconds
@@ -256,37 +445,61 @@ class Trainer:
             StepEvent(
                 step=progress.step,
                 tokens=progress.tokens,
-                loss=value,
+                loss=done.loss,
                 lr=float(group["lr"]),
-                grad_norm=float(norm),
+                grad_norm=done.norm,
                 tokens_per_second=tokens / seconds,
                 mfu=tokens / seconds * self._utilisation,
                 seconds=progress.seconds,
                 done=min(1.0, self._done()),
+                batch=f"{done.fingerprint:016x}",
             )
         )
 
-    def _diverged(self, what: str) -> WorkError:
-        saved = self._checkpoints.run.checkpoints()
-        kept = f"the checkpoint of step {saved[-1].step} is whole" if saved else "nothing was saved"
-        hint = "lower training.optimizer.lr, or look at the text with `tinylm tokenize report`"
-        return WorkError(f"{what}; {kept}", hint=hint)
-
-    def _save(self) -> None:
-        if not all(bool(parameter.isfinite().all()) for parameter in self.network.parameters()):
-            raise self._diverged(f"the weights after step {self.progress.step} are not all numbers")
+    def _save(self) -> bool:
+        """Begin to save. False when the weights are no numbers and the training went back instead."""
+        self._settle()
+        unusable = not all(bool(p.isfinite().all()) for p in self._own_weights())
+        if self._processes.any(unusable):
+            self._go_back(f"the weights after step {self.progress.step} are not all numbers", None)
+            return False
         self._observer.phase("saving")
         state = {**asdict(self.progress), "scaler": self.scaler.state_dict(), "fingerprints": self._fingerprints}
-        self._checkpoints.save(self.network, self.optimizers, state)
-        self._checkpoints.prune()
-        self._observer.saved(self.progress.step)
+        moments = self._parallel.host_copies(self.optimizers.state())
+        self._checkpoints.begin(Snapshot(self._parallel.weights(), moments, state))
         self._observer.phase("training")
+        return True
+
+    def _own_weights(self) -> Iterator[Tensor]:
+        for parameter in self.network.parameters():
+            yield parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+    def _settle(self) -> None:
+        """Wait for what is being saved."""
+        with self._disk():
+            checkpoint = self._checkpoints.finish()
+            if checkpoint is not None:
+                self._saved_step = checkpoint.step
+                self._observer.saved(checkpoint.step)
+                self._checkpoints.prune()
+
+    @contextmanager
+    def _disk(self) -> Iterator[None]:
+        """What a disk refuses ends the training, or is said and tried again at the next checkpoint, as the recipe has it."""
+        try:
+            yield
+        except TinylmError as error:
+            if self.recipe.checkpoint.on_failure == "stop":
+                raise
+            self._refusal = error
+            self._observer.note(f"{error}; going on without it (checkpoint.on_failure: continue)")
 
     def _measure(self, request: StopRequest) -> None:
         self._observer.phase("evaluating")
 
         def poll(done: int) -> None:
-            if request.signal_number is not None:
+            self._agree(request)
+            if self._signal:
                 raise _EvaluationInterrupted
 
         try:
@@ -296,15 +509,19 @@ class Trainer:
             return
         finally:
             self._observer.phase("training")
+        self._settle()
         progress = self.progress
         if not math.isfinite(measured.loss):
-            raise self._diverged(f"the held-out loss of step {progress.step} is {measured.loss}")
+            self._give_up(f"the held-out loss of step {progress.step} is {measured.loss}", self._saved_step, None)
         progress.val_loss, progress.val_bits_per_byte = measured.loss, measured.bits_per_byte
         progress.evaluated_step = progress.step
-        best = progress.best_val_loss is None or measured.loss < progress.best_val_loss
+        better = progress.best_val_loss is None or measured.loss < progress.best_val_loss
+        best = better and self._saved_step == progress.step
         if best:
             progress.best_step, progress.best_val_loss = progress.step, measured.loss
-            self._checkpoints.point("best", f"step-{progress.step:06d}")
+            with self._disk():
+                self._checkpoints.point("best", f"step-{progress.step:06d}")
+                self._checkpoints.prune()
         self._observer.evaluation(
             EvaluationEvent(
                 step=progress.step,
@@ -316,11 +533,11 @@ class Trainer:
                 best=best,
             )
         )
-        self._checkpoints.prune()
 
     def _sample(self) -> None:
         self._observer.phase("sampling")
-        with torch.compiler.set_stance("force_eager"):
-            for prompt in self.recipe.sampling.prompts:
-                self._observer.sample(SampleEvent(self.progress.step, prompt, self._write(self.network, prompt)))
+        with torch.compiler.set_stance("force_eager"), self._parallel.whole() as network:
+            if network is not None:
+                for prompt in self.recipe.sampling.prompts:
+                    self._observer.sample(SampleEvent(self.progress.step, prompt, self._write(network, prompt)))
         self._observer.phase("training")

@@ -1,0 +1,85 @@
+"""Perplexity at a stride of half the context: ours against a plain sliding-window loop over transformers' GPT2LMHeadModel.
+
+    python benchmarks/evaluating.py [--rounds 3] [--tokens 20000]
+
+13.8 M parameters, context 256, one document, windows in batches of 8192 tokens on both sides, the same weights, in turn on the
+same cores. The loop is the one of transformers' page on perplexity, batched: targets that an earlier window scored are masked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sampling import roughened, transformers_twin
+from transformers import GPT2LMHeadModel
+from transformers.utils import logging
+
+from tinylm.data.shards import Counts, Shard
+from tinylm.evaluation.perplexity import BATCH_TOKENS, evaluate
+from tinylm.model.transformer import Transformer
+from tinylm.recipe.schema import ModelSection
+
+VOCABULARY, CONTEXT = 8192, 256
+STRIDE = CONTEXT // 2
+
+
+def ours(network: Transformer, shard: Shard) -> float:
+    found = evaluate(
+        network, shard, np.ones(VOCABULARY, dtype=np.int64), context=CONTEXT, stride=STRIDE, device=torch.device("cpu")
+    )
+    return found.perplexity
+
+
+@torch.inference_mode()
+def theirs(twin: GPT2LMHeadModel, shard: Shard) -> float:
+    tokens = torch.from_numpy(np.asarray(shard.tokens[:-1], dtype=np.int64))
+    windows, scored = [], 0
+    for begin in range(0, len(tokens) - 1, STRIDE):
+        end = min(begin + CONTEXT, len(tokens) - 1)
+        inputs, targets = tokens[begin:end], tokens[begin + 1 : end + 1].clone()
+        targets[: max(0, scored - begin)] = -100
+        scored = end
+        windows.append((F.pad(inputs, (0, CONTEXT - len(inputs))), F.pad(targets, (0, CONTEXT - len(targets)), value=-100)))
+        if end == len(tokens) - 1:
+            break
+    nats, size = 0.0, BATCH_TOKENS // CONTEXT
+    for start in range(0, len(windows), size):
+        inputs, targets = (torch.stack(part) for part in zip(*windows[start : start + size], strict=True))
+        logits = twin(inputs, use_cache=False).logits
+        nats += float(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"))
+    return math.exp(nats / (len(tokens) - 1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=20_000)
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    model = ModelSection.model_validate({"preset": "gpt2", "n_layer": 6, "n_head": 6, "n_embd": 384, "context_length": CONTEXT})
+    network = roughened(Transformer(model, VOCABULARY)).eval()
+    twin = transformers_twin(network, VOCABULARY)
+    generator = np.random.default_rng(0)
+    tokens = np.concatenate([[0], generator.integers(1, VOCABULARY, options.tokens), [0]]).astype(np.uint16)
+    shard = Shard(tokens, Counts(1, options.tokens, options.tokens, options.tokens, 0), 0)
+    seconds: dict[str, list[float]] = {"transformers": [], "tinylm": []}
+    found = {}
+    for _ in range(options.rounds):
+        for side, work in (("transformers", lambda: theirs(twin, shard)), ("tinylm", lambda: ours(network, shard))):
+            start = time.perf_counter()
+            found[side] = work()
+            seconds[side].append(time.perf_counter() - start)
+    best = {side: min(times) for side, times in seconds.items()}
+    for side, value in found.items():
+        print(f"{side:<13} {options.tokens / best[side]:9.0f} tokens/s  perplexity {value:.6f}")
+    difference = abs(found["tinylm"] / found["transformers"] - 1)
+    print(f"ratio {best['transformers'] / best['tinylm']:.2f}, relative difference of perplexity {difference:.1e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""A proposed recipe is a valid one, fits its text, its machine and its budget, and says why."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinylm.errors import InputError
+from tinylm.processor import Processor
+from tinylm.proposal import SIZES, Budget, Proposal, expected_lack, propose
+from tinylm.recipe import loads
+from tinylm.recipe.schema import BpeTokenizer, DataSection
+
+FAST = Processor(350e9, 27e9, 14e9, cores=2, has_amx=True)
+SLOW = Processor(35e9, 5e9, 3e9, cores=2, has_amx=False)
+
+
+def proposed(*sources: Path | str, minutes: float = 5, here: Processor = FAST, **data: Any) -> Proposal:
+    section = DataSection(train=tuple(map(str, sources)), **data)
+    return propose(section, Budget(minutes, here=here), name="a test")
+
+
+def width(proposal: Proposal) -> int:
+    return proposal.recipe.model.n_embd
+
+
+def test_more_time_never_means_a_smaller_model(text_file: Path) -> None:
+    widths = [width(proposed(text_file, minutes=minutes)) for minutes in (0.5, 5, 50)]
+    assert widths == sorted(widths)
+    assert widths[0] < widths[-1]
+
+
+def test_a_slower_machine_gets_a_smaller_model_or_fewer_steps(text_file: Path) -> None:
+    fast, slow = proposed(text_file), proposed(text_file, here=SLOW)
+    assert width(slow) <= width(fast)
+    assert slow.plan.steps * width(slow) < fast.plan.steps * width(fast)
+    assert (fast.plan.precision, slow.plan.precision) == ("bf16", "fp32")
+
+
+def test_the_vocabulary_grows_with_the_text(tmp_path: Path, english: str) -> None:
+    sizes = []
+    for length in (30_000, len(english)):
+        path = tmp_path / f"{length}.txt"
+        path.write_text(english[:length], encoding="utf-8")
+        tokenizer = proposed(path).recipe.tokenizer
+        assert isinstance(tokenizer, BpeTokenizer)
+        sizes.append(tokenizer.vocab_size)
+    assert sizes[0] < sizes[1]
+
+
+def test_a_text_read_many_times_is_regularized_and_one_read_once_is_not(tmp_path: Path, english: str) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text(english[:30_000], encoding="utf-8")
+    often, once = proposed(path, minutes=10), proposed("builtin:python-docs", minutes=0.5)
+    assert often.plan.epochs > 10
+    assert once.plan.epochs < 2
+    assert often.recipe.model.dropout > once.recipe.model.dropout == 0
+    assert often.recipe.model.ngram_dropout > once.recipe.model.ngram_dropout == 0
+
+
+def test_one_document_gives_its_end_and_many_give_whole_ones(text_file: Path) -> None:
+    assert proposed(text_file).recipe.data.heldout.by == "tail"  # type: ignore[union-attr]
+    assert proposed("builtin:python-docs").recipe.data.heldout.by == "document"  # type: ignore[union-attr]
+
+
+def test_the_held_out_text_is_no_larger_than_the_budget_lets_it_be_measured() -> None:
+    short, long = (proposed("builtin:python-docs", minutes=minutes) for minutes in (0.2, 10))
+    assert short.recipe.data.heldout.share < long.recipe.data.heldout.share  # type: ignore[union-attr]
+    assert short.plan.evaluation_seconds <= 0.06 * 12
+
+
+def test_an_accelerator_gets_a_larger_model_in_larger_batches(text_file: Path) -> None:
+    here = proposed("builtin:python-docs")
+    there = propose(DataSection(train=("builtin:python-docs",)), Budget(5, "h100-sxm", devices=2))
+    assert width(there) > width(here)
+    assert there.plan.tokens_per_step > here.plan.tokens_per_step
+    assert there.plan.hardware == "h100-sxm"
+    assert there.plan.devices == 2
+
+
+def test_every_size_of_the_ladder_has_heads_of_64() -> None:
+    assert all(layers >= 2 and width % 64 == 0 for layers, width in SIZES)
+    assert list(SIZES) == sorted(SIZES)
+
+
+def test_the_rule_prefers_more_tokens_and_more_parameters_and_knows_repetition(text_file: Path) -> None:
+    plan = proposed(text_file, minutes=1).plan
+    longer = proposed(text_file, minutes=2).plan
+    assert expected_lack(longer) < expected_lack(plan)
+    assert plan.compute_optimal.worth_tokens < plan.tokens
+
+
+def test_what_is_written_says_why_and_is_read_back_as_the_same_recipe(text_file: Path) -> None:
+    proposal = proposed(text_file)
+    assert loads(proposal.yaml) == proposal.recipe
+    for key in ("heldout", "vocab_size", "n_layer", "context_length", "global_batch_size", "optimizer", "schedule", "minutes"):
+        line = next(line for line in proposal.yaml.splitlines() if f"{key}:" in line)
+        assert "# " in line, line
+    assert max(map(len, proposal.yaml.splitlines())) < 160
+
+
+@pytest.mark.parametrize("name", ["with space.txt", "colon: hash #.txt", "yes", '"quoted".txt', "1e6", "été.txt"])
+def test_names_that_yaml_would_read_otherwise_survive(
+    name: str, english: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text(english[:20_000], encoding="utf-8")
+    assert proposed(name).recipe.data.train == (name,)
+
+
+def test_several_sources_a_field_and_odd_bytes_are_kept(tmp_path: Path, english: str) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"body": english[:20_000]}) + "\n", encoding="utf-8")
+    recipe = proposed(tmp_path / "a.jsonl", tmp_path / "b.jsonl", field="body", errors="replace").recipe
+    assert recipe.data.train == (str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"))
+    assert (recipe.data.field, recipe.data.errors) == ("body", "replace")
+
+
+def test_standard_input_is_refused_because_training_reads_again() -> None:
+    with pytest.raises(InputError, match="cannot be read again"):
+        proposed("-")
+
+
+def test_a_text_too_short_and_a_budget_too_small_are_told(tmp_path: Path, text_file: Path) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("too short", encoding="utf-8")
+    with pytest.raises(InputError, match="too few to learn from"):
+        proposed(path)
+    with pytest.raises(InputError, match="not enough for 50 steps"):
+        proposed(text_file, minutes=0.01)

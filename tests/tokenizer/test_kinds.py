@@ -1,0 +1,264 @@
+"""Every kind of tokenizer is one tokenizer.json that others read to the same ids, and the same text gives the same file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizer.test_tokenizer import random_texts
+
+from tinylm.errors import InputError
+from tinylm.recipe import loads
+from tinylm.recipe.schema import (
+    BpeTokenizer,
+    CharTokenizer,
+    LearnedTokenizer,
+    UnigramTokenizer,
+    WordPieceTokenizer,
+    WordTokenizer,
+)
+from tinylm.text.sources import Piece
+from tinylm.tokenizer import END_OF_TEXT, Tokenizer, training
+from tinylm.tokenizer.tokenizer import UNKNOWN
+
+SECTIONS: dict[str, LearnedTokenizer] = {
+    "bpe": BpeTokenizer(kind="bpe", vocab_size=700),
+    "bpe gpt2": BpeTokenizer(kind="bpe", vocab_size=600, split="gpt2", digits=1),
+    "bpe llama3": BpeTokenizer(kind="bpe", vocab_size=600, split="llama3"),
+    "bpe whitespace": BpeTokenizer(kind="bpe", vocab_size=600, split="whitespace"),
+    "bpe none": BpeTokenizer(kind="bpe", vocab_size=600, split="none"),
+    "bpe regex": BpeTokenizer(kind="bpe", vocab_size=600, split=r"[^-]+|-"),
+    "bpe added": BpeTokenizer(kind="bpe", vocab_size=600, special_tokens=("<|user|>",), added_tokens=("self.", "for the")),
+    "bpe of characters": BpeTokenizer(kind="bpe", vocab_size=1000, alphabet="text"),
+    "bpe of 40 characters": BpeTokenizer(kind="bpe", vocab_size=900, alphabet=40),
+    "unigram": UnigramTokenizer(kind="unigram", vocab_size=900),
+    "unigram of 40 characters": UnigramTokenizer(kind="unigram", vocab_size=900, alphabet=40, split="gpt2"),
+    "bpe normalized": BpeTokenizer(kind="bpe", vocab_size=600, normalize=("nfkc", "lowercase", "strip_accents")),
+    "bpe without fallback": BpeTokenizer(kind="bpe", vocab_size=600, alphabet=40, byte_fallback=False),
+    "unigram without fallback": UnigramTokenizer(kind="unigram", vocab_size=600, alphabet=40, byte_fallback=False),
+    "wordpiece": WordPieceTokenizer(kind="wordpiece", vocab_size=600),
+    "wordpiece whitespace": WordPieceTokenizer(kind="wordpiece", vocab_size=600, split="whitespace", normalize=("lowercase",)),
+    "word": WordTokenizer(kind="word", vocab_size=600, min_frequency=2),
+    "char nfc": CharTokenizer(kind="char", normalize=("nfc",)),
+}
+LOSSLESS = list(SECTIONS)[:11]
+
+
+def learned(section: LearnedTokenizer, text: str) -> Tokenizer:
+    return training.train(section, [Piece(text, True)], lambda warning: None)
+
+
+@pytest.fixture(scope="module")
+def trained(english: str) -> dict[str, Tokenizer]:
+    return {name: learned(section, english[:60_000]) for name, section in SECTIONS.items()}
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_the_fast_way_gives_the_ids_of_tokenizers(name: str, trained: dict[str, Tokenizer], english: str, tmp_path: Path) -> None:
+    trained[name].save(tmp_path / "tokenizer.json")
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    theirs.encode_special_tokens = True
+    assert tokenizer.kind == SECTIONS[name].kind
+    for text in ["", " ", "\n\n  x", *random_texts(400, english), english[:50_000]]:
+        ours = [id for ids, _ in tokenizer.encode_pieces([Piece(text, True)]) for id in ids.tolist()]
+        assert ours == theirs.encode(text, add_special_tokens=False).ids == tokenizer.encode(text)
+        assert tokenizer.end_of_text not in ours
+        if name in LOSSLESS:
+            assert tokenizer.decode(ours) == text == theirs.decode(ours, skip_special_tokens=False)
+            assert not any(id == tokenizer.unknown for id in ours)
+
+
+@pytest.mark.parametrize("name", ["unigram", "bpe of characters", "wordpiece", "word"])
+def test_transformers_reads_the_file_to_the_same_ids(
+    name: str, trained: dict[str, Tokenizer], english: str, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    trained[name].save(tmp_path / "tokenizer.json")
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    texts = [text for text in random_texts(100, english) if END_OF_TEXT not in text and UNKNOWN not in text]
+    for text in [*texts, english[:20_000]]:
+        assert theirs.encode(text, add_special_tokens=False) == trained[name].encode(text)
+
+
+def test_what_spells_a_byte_or_the_unknown_token_is_text(trained: dict[str, Tokenizer]) -> None:
+    for name in ("unigram", "unigram of 40 characters", "bpe of characters", "bpe of 40 characters"):
+        for text in ("<0x41>", "a<0x0A>b", UNKNOWN, f"{END_OF_TEXT}<0x00>"):
+            assert trained[name].decode(trained[name].encode(text)) == text
+
+
+def test_normalization_is_what_unicodedata_says(trained: dict[str, Tokenizer], english: str) -> None:
+    def expected(text: str) -> str:
+        text = unicodedata.normalize("NFKC", text).lower()
+        bare = "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
+        return unicodedata.normalize("NFC", bare)
+
+    for text in (english[:30_000], "Ünïcödé ﬁligree ½ ① Ａ", "한국어 Éa\u0301 x²"):
+        tokenizer = trained["bpe normalized"]
+        assert tokenizer.decode(tokenizer.encode(text)) == expected(text)
+
+
+def test_kinds_without_spaces_lose_them_and_nothing_else(trained: dict[str, Tokenizer], english: str) -> None:
+    tokenizer = trained["wordpiece"]
+    words = [word for word in english[:60_000].split() if word.isalpha() and word.isascii()]
+    text = "  ".join(words)
+    assert tokenizer.decode(tokenizer.encode(text)) == " ".join(words)
+    assert tokenizer.decode(tokenizer.encode("don't")) == "don ' t"
+    assert trained["word"].decode(trained["word"].encode("the zzzzq the")) == "the \ufffd the"
+
+
+def test_added_tokens_are_one_token_and_special_ones_only_when_allowed(trained: dict[str, Tokenizer]) -> None:
+    tokenizer = trained["bpe added"]
+    added = tokenizer.backend.token_to_id("for the")
+    assert added in tokenizer.encode("wait for the end")
+    text = "<|user|>hello"
+    user = tokenizer.backend.token_to_id("<|user|>")
+    assert user not in tokenizer.encode(text)
+    (ids, _) = next(tokenizer.encode_pieces_with_special([Piece(text, True)]))
+    assert ids[0] == user
+    assert tokenizer.decode(ids.tolist()) == "hello"
+
+
+def test_the_ids_of_a_document_do_not_depend_on_where_it_is_cut(trained: dict[str, Tokenizer], english: str) -> None:
+    text = english[:30_000]
+    for name in ("bpe", "bpe gpt2", "bpe none", "bpe regex", "unigram", "wordpiece", "bpe normalized"):
+        whole = trained[name].encode(text)
+        for size in (1, 997):
+            start = 20_000 if size == 1 else 0
+            pieces = [Piece(text[at : at + size], at == start) for at in range(start, len(text), size)]
+            ids = [id for part, _ in trained[name].encode_pieces(pieces) for id in part.tolist()]
+            assert ids == (whole if start == 0 else trained[name].encode(text[start:]))
+
+
+def test_long_and_endless_texts_are_cut_by_what_they_say_and_not_by_how_they_come(
+    trained: dict[str, Tokenizer], english: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tinylm.tokenizer.encoding.UNIT_BYTES", 1000)
+    monkeypatch.setattr("tinylm.tokenizer.encoding.LONGEST_UNIT", 1000)
+    text = english[:4000] + " " + "語é" * 2000 + " " + english[4000:9000] + "x" * 5000
+    theirs = trained["bpe"].backend.encode(english[:9000], add_special_tokens=False).ids
+    assert [id for ids, _ in trained["bpe"].encode_pieces([Piece(english[:9000], True)]) for id in ids.tolist()] == theirs
+    answers = set()
+    for size in (len(text), 4096, 777, 50):
+        pieces = [Piece(text[at : at + size], at == 0) for at in range(0, len(text), size)]
+        ids = [id for part, _ in trained["bpe"].encode_pieces(pieces) for id in part.tolist()]
+        assert trained["bpe"].decode(ids) == text
+        answers.add(tuple(ids))
+    assert len(answers) == 1
+
+
+def test_documents_keep_their_order_and_their_beginnings(trained: dict[str, Tokenizer]) -> None:
+    pieces = [Piece("one", True), Piece(" two", False), Piece("three", True), Piece("", True), Piece("four", True)]
+    encoded = list(trained["bpe"].encode_pieces(pieces))
+    assert [starts for _, starts in encoded] == [True] * 4
+    assert [trained["bpe"].decode(ids.tolist()) for ids, _ in encoded] == ["one two", "three", "", "four"]
+
+
+def test_options_do_what_they_say(english: str) -> None:
+    text = english[:60_000]
+    short = learned(BpeTokenizer(kind="bpe", vocab_size=500, longest_token=3), text)
+    assert max(map(len, short.token_bytes)) == 3
+    frequent = learned(BpeTokenizer(kind="bpe", vocab_size=5000, min_frequency=50), text)
+    for token in frequent.token_bytes[256:-1]:
+        assert text.encode().count(token) >= 50 or len({*token}) == 1
+    pieces = learned(UnigramTokenizer(kind="unigram", vocab_size=800, longest_token=4), text)
+    assert max(len(token.decode("utf-8", "replace")) for token in pieces.token_bytes) <= 4
+    words = learned(WordTokenizer(kind="word", vocab_size=5000, min_frequency=20), text)
+    assert all(text.count(token.decode().strip()) >= 20 for token in words.token_bytes[1:-1])
+    dna = learned(BpeTokenizer(kind="bpe", vocab_size=300, alphabet="ACGT", byte_fallback=False), "ACGTTGCA" * 100 + "N")
+    assert [dna.backend.id_to_token(id) for id in range(5)] == [UNKNOWN, "A", "C", "G", "T"]
+    assert dna.unknown in dna.encode("N")
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "wordpiece", "word"])
+def test_a_vocabulary_that_the_text_does_not_fill_names_the_largest_that_fits(kind: str) -> None:
+    def section(size: int, smaller: bool) -> Any:
+        settings = [f"tokenizer.kind={kind}", f"tokenizer.vocab_size={size}", f"tokenizer.allow_smaller={smaller}"]
+        return loads("data: {train: a}\ntraining: {steps: 1}\n", settings, check_files=False).tokenizer
+
+    text = "low lower lowest new newer newest wide wider widest " * 3
+    with pytest.raises(InputError, match="the largest vocabulary that fits has") as caught:
+        learned(section(30_000, False), text)
+    largest = int(str(caught.value).split("fits has ")[1].split()[0].replace(",", ""))
+    assert learned(section(largest, False), text).vocab_size == largest
+    assert learned(section(30_000, True), text).vocab_size == largest
+
+
+def test_an_alphabet_without_room_is_told(english: str) -> None:
+    with pytest.raises(InputError, match=r"the alphabet has \d+ characters, and \d+ find room"):
+        learned(BpeTokenizer(kind="bpe", vocab_size=300, alphabet="text"), english[:50_000])
+
+
+TRAIN = """
+import sys, hashlib, pydoc_data.topics
+from tinylm.recipe import loads
+from tinylm.text.sources import Piece
+from tinylm.tokenizer import training
+text = "".join(pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics))[:40_000]
+for kind in sys.argv[1].split(","):
+    section = loads("data: {train: a}\\ntraining: {steps: 1}\\ntokenizer: {kind: %s}" % kind, check_files=False).tokenizer
+    section = section.model_copy(update={"vocab_size": 600}) if hasattr(section, "vocab_size") else section
+    print(kind, hashlib.sha256(training.train(section, [Piece(text, True)], print).backend.to_str().encode()).hexdigest())
+"""
+
+
+def test_processes_with_other_threads_and_hashing_train_the_same_files() -> None:
+    kinds = "bpe,unigram,wordpiece,word,char,byte"
+    answers = set()
+    for threads in ("1", "2", "4"):
+        more = {
+            "RAYON_NUM_THREADS": threads,
+            "OMP_NUM_THREADS": threads,
+            "OPENBLAS_NUM_THREADS": threads,
+            "PYTHONHASHSEED": threads,
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", TRAIN, kinds], env={**os.environ, **more}, capture_output=True, text=True, check=True
+        )
+        answers.add(done.stdout)
+    assert len(answers) == 1
+    assert next(iter(answers)).count("\n") == 6
+
+
+def test_the_order_of_documents_does_not_change_the_file(english: str) -> None:
+    documents = [Piece(english[at : at + 2000], True) for at in range(0, 40_000, 2000)]
+    for section in (SECTIONS["bpe"], SECTIONS["unigram"], SECTIONS["wordpiece"]):
+        one = training.train(section, documents, lambda warning: None)
+        other = training.train(section, documents[::-1], lambda warning: None)
+        assert hashlib.sha256(one.backend.to_str().encode()).digest() == hashlib.sha256(other.backend.to_str().encode()).digest()
+
+
+def test_a_metaspace_tokenizer_of_another_maker_is_read_and_decoded(english: str, tmp_path: Path) -> None:
+    theirs = tokenizers.SentencePieceUnigramTokenizer()
+    theirs.train_from_iterator([english[:30_000]], vocab_size=500, show_progress=False, unk_token="<unk>", special_tokens=["<unk>"])
+    theirs.save(str(tmp_path / "t.json"))
+    tokenizer = Tokenizer.load(tmp_path / "t.json")
+    assert tokenizer.borders is None
+    text = "the for statement is used to iterate"
+    assert tokenizer.encode(text) == theirs.encode(text).ids
+    assert tokenizer.decode(tokenizer.encode(text)) == theirs.decode(theirs.encode(text).ids) == text
+
+
+def test_dropout_written_in_a_file_does_not_make_ids_random(trained: dict[str, Tokenizer], tmp_path: Path) -> None:
+    described = json.loads(trained["bpe"].backend.to_str())
+    described["model"]["dropout"] = 0.9
+    (tmp_path / "t.json").write_text(json.dumps(described), encoding="utf-8")
+    tokenizer = Tokenizer.load(tmp_path / "t.json")
+    assert len({tuple(tokenizer.encode("tokenizers statement")) for _ in range(20)}) == 1
+
+
+def test_many_random_bytes_as_text_come_back(trained: dict[str, Tokenizer]) -> None:
+    drawn = np.random.default_rng(5)
+    text = drawn.integers(0, 256, 200_000, dtype=np.uint8).tobytes().decode("utf-8", "replace")
+    for name in ("bpe", "unigram", "bpe of 40 characters"):
+        ids = [id for part, _ in trained[name].encode_pieces([Piece(text, True)]) for id in part.tolist()]
+        assert trained[name].decode(ids) == text

@@ -1,0 +1,327 @@
+"""A recipe for one text, one machine and one time budget: what `tinylm new` writes. Imports without torch.
+
+The text is scanned and tokenized. For each size of a ladder `plan` says how many tokens the budget pays for, on this machine or on
+accelerators, and a scaling rule how far that size gets with them. The best is written down, each choice with its reason in a
+comment.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import yaml
+
+from tinylm.data.estimate import TextSize, measure_text
+from tinylm.errors import InputError
+from tinylm.plan import USABLE_MEMORY, Plan, make_plan
+from tinylm.processor import Processor
+from tinylm.recipe import Recipe, loads
+from tinylm.recipe.notation import Loader
+from tinylm.recipe.schema import DataSection
+from tinylm.reporting import SILENT, Reporter
+from tinylm.text import split
+from tinylm.text.sources import Corpus, describe
+
+SIZES = (
+    (2, 128),
+    (3, 192),
+    (4, 256),
+    (5, 320),
+    (6, 384),
+    (8, 512),
+    (10, 640),
+    (12, 768),
+    (16, 1024),
+    (20, 1280),
+    (24, 1536),
+)
+"""Blocks and width, with heads of 64: depth and width grow together, as in families of models that are published."""
+PARAMETER_EXPONENT, TOKEN_EXPONENT = 0.34, 0.28
+"""Of Hoffmann et al. 2022, equation 10: what a loss lacks falls as N^-0.34 in parameters and as D^-0.28 in tokens."""
+PARAMETER_WEIGHT = 1.0
+"""Of the first against the second. Fitted to the grids in benchmarks/README.md: tables of n-grams, Muon and little text change what
+Hoffmann et al. found at a thousand times the size."""
+
+BYTES_PER_ENTRY = 500
+"""Of text for each entry of the vocabulary: a token that is met more seldom is not learned."""
+SMALLEST_VOCABULARY, LARGEST_VOCABULARY = 512, 32768
+BYTES_PER_TOKEN = 4
+"""Before a tokenizer is there to tell."""
+
+CPU_BATCH_TOKENS = 2048
+STEPS_ON_ACCELERATORS = 1500
+"""Their batches grow until fewer than twice as many steps are left, for what large products gain."""
+MOST_BATCH_TOKENS = 1 << 19
+LONG_TEXT_TOKENS = 10_000_000
+"""From here on an accelerator looks back 1024 tokens."""
+
+REGULARISATION = ((6, 0.2, 0.4), (2, 0.1, 0.2), (0, 0.0, 0.0))
+"""From so many passes over the text on: dropout, and that of n-grams."""
+
+MOST_EPOCHS = 40
+"""Passes over a text after which more of them teach nothing (Muennighoff et al. 2023, figure 3)."""
+
+MOST_HELDOUT_BYTES, HELDOUT_BYTES_A_MINUTE = 2_000_000, 200_000
+EVALUATIONS, EVALUATION_SHARE = 5, 0.05
+"""At most so many, and of the budget."""
+FEWEST_STEPS, FEWEST_DOCUMENTS, FEWEST_BYTES = 50, 20, 10_000
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Minutes of a whole training on this machine's CPU, or on `devices` accelerators of a name that `tinylm.hardware` knows.
+
+    `here`: instead of measuring this machine.
+    """
+
+    minutes: float = 10
+    accelerator: str | None = None
+    devices: int = 1
+    here: Processor | None = None
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A commented recipe as YAML, the same as an object, and what it will cost."""
+
+    yaml: str
+    recipe: Recipe
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """The values of a recipe that are chosen, and the reasons for them by key."""
+
+    name: str
+    data: DataSection
+    share: float
+    by: Literal["document", "tail"]
+    minutes: float
+    prompt: str
+    vocab_size: int = 4096
+    layers: int = 4
+    width: int = 256
+    context: int = 256
+    batch: int = 8
+    dropout: float = 0.0
+    ngram_dropout: float = 0.0
+    every: int = 1_000_000
+    epochs: int | None = None
+    """Instead of minutes, where those would read the text too often."""
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def recipe(self) -> Recipe:
+        return loads(self.yaml)
+
+    @property
+    def yaml(self) -> str:
+        lines = [f"# {line}" for line in self.reasons.get("head", "").splitlines()]
+        wide = max(len(text) for text, _ in self._lines()) + 2
+        for text, key in self._lines():
+            reason = self.reasons.get(key)
+            lines.append(f"{text:<{wide}}# {reason}" if reason else text)
+        return "\n".join(lines) + "\n"
+
+    def _lines(self) -> Iterator[tuple[str, str]]:
+        """Each line of the recipe, and the key whose reason stands behind it."""
+        sources = self.data.train
+        yield f"name: {_quoted(self.name)}", "name"
+        yield "seed: 1337", "seed"
+        yield "data:", "data"
+        yield f"  train: {_quoted(sources[0]) if len(sources) == 1 else json.dumps(sources, ensure_ascii=False)}", "train"
+        yield f"  heldout: {{share: {self.share:g}, by: {self.by}}}", "heldout"
+        if self.data.field != "text":
+            yield f"  field: {_quoted(self.data.field)}", "field"
+        if self.data.errors != "strict":
+            yield f"  errors: {self.data.errors}", "errors"
+        yield f"tokenizer: {{kind: bpe, vocab_size: {self.vocab_size}}}", "vocab_size"
+        yield "model:", "model"
+        yield "  preset: modern", "preset"
+        yield f"  n_layer: {self.layers}", "n_layer"
+        yield f"  n_head: {max(1, self.width // 64)}", "n_head"
+        yield f"  n_embd: {self.width}", "n_embd"
+        yield f"  context_length: {self.context}", "context_length"
+        yield "  ngram_embeddings: [2, 3]", "ngram_embeddings"
+        yield "  ngram_width: 64", "ngram_width"
+        if self.dropout:
+            yield f"  dropout: {self.dropout:g}", "dropout"
+        if self.ngram_dropout:
+            yield f"  ngram_dropout: {self.ngram_dropout:g}", "ngram_dropout"
+        yield "training:", "training"
+        if self.epochs is None:
+            yield f"  minutes: {self.minutes:g}", "minutes"
+        else:
+            yield f"  epochs: {self.epochs}", "epochs"
+        yield f"  global_batch_size: {self.batch}", "global_batch_size"
+        yield "  optimizer: {name: muon, lr: 0.02, adamw_lr: 6e-3}", "optimizer"
+        yield "  schedule: {name: wsd, warmup: 0.02, cooldown: 0.6}", "schedule"
+        yield f"evaluation: {{every: {self.every}}}", "every"
+        yield f"checkpoint: {{every: {self.every}, keep: 1}}", "checkpoint"
+        yield f"sampling: {{every: {self.every}, prompts: [{json.dumps(self.prompt, ensure_ascii=False)}]}}", "sampling"
+
+
+def _short(number: float) -> str:
+    """12345678 -> 12M."""
+    size, letter = next((size, letter) for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1, "")) if number >= size)
+    shown = number / size
+    return f"{shown:.1f}{letter}" if shown < 10 else f"{shown:.0f}{letter}"
+
+
+def _quoted(text: str) -> str:
+    """As YAML: bare where that is read back as the same text."""
+    bare = re.fullmatch(r"[\w./~][\w./~:-]*\w", text) is not None and yaml.load(text, Loader) == text
+    return text if bare else json.dumps(text, ensure_ascii=False)
+
+
+def propose(data: DataSection, budget: Budget, *, name: str = "mine", reporter: Reporter = SILENT) -> Proposal:
+    """The recipe that should leave the fewest held-out bits per byte within the budget, measuring included.
+
+    Of `data`, `heldout` is chosen here. Raises `InputError` for a text that cannot be read or is too short, for standard input
+    (training reads the text again), and for a budget in which not even the smallest model makes `FEWEST_STEPS` steps.
+    """
+    if "-" in data.train:
+        raise InputError("standard input cannot be read again for training", where="-", hint="save it in a file and name that")
+    draft, look = _first_draft(name, data, budget)
+    affordable = BYTES_PER_TOKEN * _planned(draft, look.as_tokens(draft.vocab_size), budget).tokens
+    draft = replace(draft, vocab_size=_vocab_size(min(look.train_bytes, affordable)))
+    text = measure_text(draft.recipe.data, draft.recipe.tokenizer, reporter)
+    draft = _fitted(replace(draft, vocab_size=text.vocab_size), text, budget)
+    options = list(_options(draft, text, budget))
+    if not options:
+        raise InputError(
+            f"{budget.minutes:g} minutes are not enough for {FEWEST_STEPS} steps of the smallest model", where="--minutes"
+        )
+    best, plan = min(options, key=lambda option: expected_lack(option[1]))
+    best = replace(best, reasons=_reasons(best, plan, text, look, budget, len(options)))
+    return Proposal(best.yaml, best.recipe, plan)
+
+
+def expected_lack(plan: Plan) -> float:
+    """How much the loss should lack of what the text allows, up to a factor: what too few parameters and too few tokens cost.
+
+    Parameters are those that a token is multiplied by. Tokens of a text that is repeated count as what they are worth.
+    """
+    parameters = plan.flops / plan.tokens / 6
+    tokens = plan.compute_optimal.worth_tokens
+    return float(PARAMETER_WEIGHT * parameters**-PARAMETER_EXPONENT + tokens**-TOKEN_EXPONENT)
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What a first reading of the text found."""
+
+    bytes: int
+    documents: int
+    train_bytes: int
+    heldout_bytes: int
+
+    def as_tokens(self, vocab_size: int) -> TextSize:
+        train, heldout = (size // BYTES_PER_TOKEN for size in (self.train_bytes, self.heldout_bytes))
+        return TextSize(vocab_size, train, heldout, exact=False)
+
+
+def _first_draft(name: str, data: DataSection, budget: Budget) -> tuple[_Draft, _Look]:
+    """A recipe with the split that suits the text, and what was found of it."""
+    with Corpus(data.train, field=data.field, errors=data.errors) as corpus:
+        found = split.scan(corpus.pieces())
+        prompt = next((" ".join(piece.text.split()[:4]) for piece in corpus.pieces() if piece.text.strip()), "")
+    if not found.characters:
+        raise InputError("the text is empty", where=describe(data.train))
+    share = float(f"{min(0.1, budget.minutes * HELDOUT_BYTES_A_MINUTE / found.bytes, MOST_HELDOUT_BYTES / found.bytes):.1g}")
+    alike = found.lengths.max() <= share * found.characters / 2
+    by: Literal["document", "tail"] = "document" if found.documents >= FEWEST_DOCUMENTS and alike else "tail"
+    look = _Look(found.bytes, found.documents, int(found.bytes * (1 - share)), int(found.bytes * share))
+    if look.train_bytes < FEWEST_BYTES:
+        raise InputError(f"{found.bytes:,} bytes are too few to learn from", where=describe(data.train), hint="use more text")
+    return _Draft(name, data, share, by, budget.minutes, prompt[:40]), look
+
+
+def _vocab_size(size: int) -> int:
+    """The power of two nearest to one entry for every `BYTES_PER_ENTRY` of the `size` bytes that the training will see."""
+    exponent = round(math.log2(max(1.0, size / BYTES_PER_ENTRY)))
+    return min(max(1 << exponent, SMALLEST_VOCABULARY), LARGEST_VOCABULARY)
+
+
+def _fitted(draft: _Draft, text: TextSize, budget: Budget) -> _Draft:
+    """With the context that text and machine suit, and on a CPU the batch that goes with it."""
+    context = 256 if budget.accelerator is None or text.train_tokens < LONG_TEXT_TOKENS else 1024
+    while context > 16 and (text.train_tokens < 32 * context or text.heldout_tokens < 2 * context):
+        context //= 2
+    return replace(draft, context=context, batch=CPU_BATCH_TOKENS // context)
+
+
+def _options(draft: _Draft, text: TextSize, budget: Budget) -> Iterator[tuple[_Draft, Plan]]:
+    """Each size that is worth considering: it fits into the memory, and the budget pays for enough steps."""
+    for layers, width in SIZES:
+        option, plan = _priced(replace(draft, layers=layers, width=width), text, budget)
+        if plan.steps < FEWEST_STEPS:
+            return
+        if plan.memory_bytes.total <= USABLE_MEMORY * plan.device_memory_bytes:
+            yield option, plan
+
+
+def _priced(draft: _Draft, text: TextSize, budget: Budget) -> tuple[_Draft, Plan]:
+    """With batch, regularisation and evaluations that fit what the budget pays for."""
+    plan = _planned(draft, text, budget)
+    if plan.epochs > MOST_EPOCHS:
+        draft = replace(draft, epochs=MOST_EPOCHS)
+        plan = _planned(draft, text, budget)
+    if budget.accelerator is not None:
+        while plan.steps >= 2 * STEPS_ON_ACCELERATORS and plan.tokens_per_step < MOST_BATCH_TOKENS:
+            draft = replace(draft, batch=2 * draft.batch)
+            plan = _planned(draft, text, budget)
+    dropout, ngram_dropout = next(rates for epochs, *rates in REGULARISATION if plan.epochs >= epochs)
+    evaluations = min(EVALUATIONS, int(EVALUATION_SHARE * 60 * budget.minutes / max(plan.evaluation_seconds, 1e-3)))
+    every = max(1, math.ceil(plan.steps / max(1, evaluations)))
+    draft = replace(draft, dropout=dropout, ngram_dropout=ngram_dropout, every=every)
+    return draft, _planned(draft, text, budget)
+
+
+def _planned(draft: _Draft, text: TextSize, budget: Budget) -> Plan:
+    return make_plan(
+        draft.recipe,
+        text.vocab_size,
+        text.train_tokens,
+        heldout_tokens=text.heldout_tokens,
+        accelerator=budget.accelerator,
+        devices=budget.devices,
+        here=budget.here,
+    )
+
+
+def _reasons(draft: _Draft, plan: Plan, text: TextSize, look: _Look, budget: Budget, options: int) -> dict[str, str]:
+    """Why each value is what it is, by key."""
+    machine = "this CPU" if budget.accelerator is None else f"{budget.devices} x {budget.accelerator}"
+    documents = f"{look.documents:,} document{'' if look.documents == 1 else 's'}"
+    megabytes = f"{look.bytes / 1e6:.2g} MB"
+    fewer = f"{look.documents:,} documents" if look.documents > 1 else "a single document"
+    epochs = f"{plan.epochs:.1f} passes over the text" if plan.epochs < 10 else f"{plan.epochs:.0f} passes over the text"
+    return {
+        "head": f"{describe(draft.data.train)}: {megabytes} in {documents}; {budget.minutes:g} minutes on {machine}.\n"
+        f"About {plan.steps:,} steps, {plan.tokens_per_second:,.0f} tokens a second in {plan.precision}. "
+        "What each key means: tinylm recipes, README.",
+        "heldout": f"{look.heldout_bytes / 1e3:,.0f} kB, "
+        + ("whole documents, chosen by their hash" if draft.by == "document" else f"the end of it: {fewer}"),
+        "vocab_size": f"about one entry for {BYTES_PER_ENTRY} bytes that are seen; {text.train_tokens:,} tokens to learn from",
+        "n_layer": f"{_short(plan.parameters)} parameters: the best of {options} sizes by the scaling rule,",
+        "n_head": f"between too few parameters and too few tokens for {budget.minutes:g} minutes:",
+        "n_embd": f"this size reads {_short(plan.tokens)} tokens, {epochs}",
+        "context_length": "tokens that the model looks back",
+        "ngram_embeddings": "tables of pairs and triples of tokens: nearly free, and worth a lot",
+        "dropout": f"{epochs} would be learned by heart without it",
+        "ngram_dropout": "tables learn by heart first of all",
+        "minutes": f"from the first step on; `steps: {plan.steps}` instead gives the same model every time",
+        "epochs": f"more passes teach nothing; these take {plan.seconds_estimate / 60:.2g} of the {budget.minutes:g} minutes",
+        "global_batch_size": f"{plan.tokens_per_step:,} tokens a step"
+        + (": on a CPU larger ones only mean fewer steps" if budget.accelerator is None else f", for {plan.steps:,} steps"),
+        "optimizer": "rates that hold for every width",
+        "schedule": "the rate falls to nothing over the last 60 %, where most is learned",
+        "every": "steps between measurements of the held-out text",
+    }

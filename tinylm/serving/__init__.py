@@ -1,0 +1,1 @@
+"""Serving: a model behind HTTP, for programs that speak OpenAI's completions and for people with a browser."""
