@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
+import lives
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tinylm.errors import InputError
+from tinylm.errors import InputError, WorkError
 from tinylm.evaluation.measure import measure
 from tinylm.pipeline import train
 from tinylm.recipe import Recipe, RecipeError, load, loads
 from tinylm.reporting import CollectingReporter
 from tinylm.run import Run
+from tinylm.training.replay import replay
 
 CPU = torch.device("cpu")
 
@@ -98,6 +101,44 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_been_even_when_its_source_i
     train(load(tmp_path / "parts" / "recipe.yaml", check_files=False), tmp_path / "parts", device="cpu", resume=True)
     one, other = (load_file(Run.open(tmp_path / name).checkpoint("last").path / "model.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_training_that_was_killed_before_its_first_checkpoint_begins_at_its_source(
+    tiny_run: Run, second_text: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_from(tiny_run, second_text)
+    train(recipe, tmp_path / "whole", device="cpu")
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed", ignore=shutil.ignore_patterns("checkpoints", "metrics.jsonl"))
+    train(recipe, tmp_path / "killed", device="cpu", resume=True)
+    one, other = (load_file(Run(tmp_path / name).checkpoint("last").path / "model.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="gloo")
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_learn_the_additions_that_one_learns(kind: str, tiny_run: Run, second_text: Path, tmp_path: Path) -> None:
+    settings = ("training.lora={rank: 4}", "training.micro_batch_size=2", f"training.parallel={kind}")
+    recipe = recipe_from(tiny_run, second_text, *settings, "sampling.every=6", "sampling.prompts=[The]", "checkpoint.every=6")
+    train(recipe, tmp_path / "one", device="cpu")
+    lives.run(recipe, tmp_path / "two", count=2)
+    one, two = (load_file(Run(tmp_path / name).checkpoint("last").path / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-4, rtol=1e-2, msg=name)
+    measured = [[line["val_loss"] for line in Run(tmp_path / name).metrics() if line["kind"] == "eval"] for name in ("one", "two")]
+    assert measured[0] == pytest.approx(measured[1], abs=1e-4)
+    assert (tmp_path / "one" / "samples.md").read_text() == (tmp_path / "two" / "samples.md").read_text()
+
+
+def test_a_step_of_low_rank_additions_that_was_beyond_help_is_done_again(tiny_run: Run, second_text: Path, tmp_path: Path) -> None:
+    with pytest.raises(WorkError):
+        train(
+            recipe_from(tiny_run, second_text, "training.lora={}", "training.optimizer={lr: 1e30}"), tmp_path / "run", device="cpu"
+        )
+    [report] = (tmp_path / "run" / "reports").iterdir()
+    again = replay(report)
+    assert again.same == "bits"
+    assert {name.rpartition(".")[2] for name in again.gradients} == {"lora_a", "lora_b"}
 
 
 def test_another_tokenizer_needs_a_new_head(tiny_run: Run, second_text: Path, tmp_path: Path) -> None:

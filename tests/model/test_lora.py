@@ -9,6 +9,7 @@ import torch
 from tiny import ids, model
 
 from tinylm.model import lora
+from tinylm.model.decoder import Decoder
 from tinylm.model.lora import LoraLinear
 from tinylm.model.transformer import Transformer
 from tinylm.optim import groups
@@ -50,6 +51,17 @@ def test_an_addition_starts_as_nothing_and_merges_into_the_same_model(preset: st
         torch.testing.assert_close(network(tokens), changed, atol=1e-4, rtol=1e-4)
     assert list(network.state_dict()) == list(plain.state_dict())
     assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+@torch.inference_mode()
+def test_a_model_writes_with_its_additions_while_it_is_trained() -> None:
+    network, tokens = moved(adapted()).eval(), ids(1, 8)
+    decoder = Decoder(network)
+    cache = decoder.cache(1)
+    logits = [decoder.read(cache, 0, tokens[0, :5])[None], *(decoder.step(cache, tokens[:, place]) for place in (5, 6))]
+    torch.testing.assert_close(torch.cat(logits), network(tokens)[0, 4:7], atol=1e-4, rtol=1e-4)
+    assert not any(isinstance(module, LoraLinear) for module in decoder.network.modules())
+    assert isinstance(network.blocks[0].attention.qkv, LoraLinear)
 
 
 def test_an_addition_is_the_papers_formula() -> None:
