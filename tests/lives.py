@@ -21,7 +21,7 @@ import torch
 from tinylm.errors import TinylmError
 from tinylm.pipeline import train
 from tinylm.recipe import Recipe, loads
-from tinylm.training.metrics import Observer
+from tinylm.training.metrics import Observer, StepEvent
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["lives", "torch.distributed.checkpoint", "torch.distributed.fsdp"])
@@ -95,3 +95,20 @@ def lines(folder: Path) -> int:
 def saving(folder: Path) -> bool:
     """Whether a checkpoint is half-written at this moment."""
     return any((folder / "checkpoints").glob(".step-*.partial"))
+
+
+class FullDisk(Observer):
+    """From then on, and up to step 10, this process may write no file larger than a few kilobytes."""
+
+    def saved(self, step: int) -> None:
+        import resource
+
+        if step == 4:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))
+
+    def step(self, event: StepEvent) -> None:
+        import resource
+
+        if event.step == 10:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -23,7 +22,7 @@ from tinylm.pipeline import train
 from tinylm.recipe import Recipe
 from tinylm.run import LOCK, Run
 from tinylm.training import checkpoint as room
-from tinylm.training.metrics import Observer, StepEvent
+from tinylm.training.metrics import Observer
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals and limits")
 
@@ -52,26 +51,13 @@ class _AfterSaving(Observer):
         self.notes.append(text)
 
 
-class _FullDisk(Observer):
-    """From then on, and up to step 10, this process may write no file larger than a few kilobytes."""
-
-    def saved(self, step: int) -> None:
-        if step == 4:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))
-
-    def step(self, event: StepEvent) -> None:
-        if event.step == 10:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-
-
 @pytest.mark.parametrize(("on_failure", "code", "saved"), [("stop", 1, 4), ("continue", 0, 12)])
 def test_a_full_disk_leaves_the_checkpoint_before_and_ends_or_goes_on(
     on_failure: str, code: int, saved: int, text_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
     recipe = _recipe(text_file, f"checkpoint.on_failure={on_failure}", "training.log_every=5")
-    assert lives.ended(lives.started(recipe, folder, observer=_FullDisk())) == [code]
+    assert lives.ended(lives.started(recipe, folder, observer=lives.FullDisk())) == [code]
     last = Run(folder).checkpoint("last")
     assert (last.step, last.problem()) == (saved, None)
     assert 8 not in _steps(folder)
