@@ -506,7 +506,8 @@ def _there(recipe: Recipe, vocab_size: int, steps: int | None, accelerator: Acce
     half_updates = _half_updates(recipe, "bf16" in accelerator.flops)
     tokens = training.global_batch_size * model.context_length
     counts = parameter_counts(model, vocab_size)
-    trained = lora_parameters(model, training.lora) if training.lora else sum(counts.values())
+    parameters = sum(counts.values())
+    trained = lora_parameters(model, training.lora) if training.lora else parameters
     again = 4 / 3 if training.activation_checkpointing else 1.0
     muon = counts["matrices"] if isinstance(training.optimizer, MuonOptimizer) else 0
     muon_flops = _muon_flops(recipe) * (1 if half_updates else peak / accelerator.matmul_flops("fp32"))
@@ -516,11 +517,11 @@ def _there(recipe: Recipe, vocab_size: int, steps: int | None, accelerator: Acce
             accelerator,
             devices,
             sheet,
-            # Muon takes each matrix once
+            # Muon takes each matrix once.
             matmul_flops=again * tokens * flops_per_token(model, vocab_size, training.lora) + muon_flops,
             matmul_bytes=again * tokens * hardware.matmul_bytes(model, vocab_size, sheet),
             elementwise_bytes=again * tokens * _elementwise_bytes(model, vocab_size, precision, compiled=compiled),
-            state_bytes=hardware.state_bytes(trained, passes, sheet) + muon * (_MUON_BYTES - 28),
+            state_bytes=hardware.state_bytes(parameters, passes, sheet) + muon * (_MUON_BYTES - 28),
             gradient_bytes=4 * trained,
         ).total
         started = again * passes * processor.kernels(model.n_layer, precision, compiled=compiled)
