@@ -28,12 +28,14 @@ VERBS = {
     "eval": ("Use", "Measure a model on a text: perplexity, bits per byte."),
     "compare": ("Use", "Compare runs: recipes, losses, and whether the difference is real."),
     "serve": ("Use", "A model behind an OpenAI-compatible address and a page to play with."),
+    "export": ("Share", "A model for Hugging Face, llama.cpp or ONNX, proven to be the same."),
+    "import": ("Share", "A run of other people's weights: GPT-2 and Llama folders."),
     "runs": ("Use", "The runs here, with their numbers."),
     "plot": ("Use", "Loss curves of runs as a picture."),
     "tokenize": ("Text", "Train, apply and judge tokenizers."),
     "embed": ("Text", "Learn, ask, judge and reuse embeddings."),
 }
-_MODULES = {"eval": "evaluate"}
+_MODULES = {"eval": "evaluate", "import": "import_"}
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 """Every complaint of typer about a command line; the class itself has no public name."""
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json as json_module
 import math
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,16 +42,35 @@ from .console import (
 
 if TYPE_CHECKING:
     from tinylm.evaluation.measure import Evaluation
+    from tinylm.run import Run
 
 app = typer.Typer(add_completion=False)
+_NOT_FOR_TASKS = (
+    "context",
+    "across_documents",
+    "baselines",
+    "by_frequency",
+    "by_position",
+    "by_document",
+    "hardest",
+    "html",
+    "weights",
+    "field",
+    "errors",
+)
 
 
 @app.command()
 def evaluate(
     ctx: typer.Context,
     source: list[str] = typer.Argument(
-        None, help="SOURCEs: files, folders, globs, URLs, -, builtin:NAME; default: the run's held-out text."
+        None,
+        help="SOURCEs: files, folders, globs, URLs, -, builtin:NAME; default: the run's held-out text. With --harness: tasks.",
     ),
+    harness: bool = typer.Option(
+        False, "--harness", help="Evaluate on tasks of lm-evaluation-harness instead: names it knows, or task files (.yaml)."
+    ),
+    limit: int | None = typer.Option(None, "--limit", min=1, help="With --harness: the first documents of each task only."),
     context: int | None = typer.Option(None, "--context", help="Tokens the model sees at once; default: all it can."),
     stride: int = typer.Option(
         None, "--stride", help="Tokens between windows; default: the context, each token with what came before in its window."
@@ -82,12 +104,19 @@ def evaluate(
 
     checked_errors(errors)
     checked_weights(weights)
-    if not source and (useless := given(ctx, ("field", "errors"))):
+    if limit is not None and not harness:
+        raise InputError("only means something with --harness", where="--limit")
+    if harness:
+        _check_tasks(source, given(ctx, _NOT_FOR_TASKS))
+    elif not source and (useless := given(ctx, ("field", "errors"))):
         raise InputError("only means something with a SOURCE", where=", ".join(useless))
     if html is not None and html.is_dir():
         raise InputError("is a folder, not a file", where=f"--html {html}")
     console = stderr()
     opened = open_run(run, console, quiet=quiet)
+    if harness:
+        _on_tasks(opened, source, checkpoint, stride, limit, device, threads, json, console.is_terminal and not quiet)
+        return
     for one in source or ():
         if one != "-" and "://" not in one and not os.path.exists(one):  # what is there may be a pipe, which gives its text once
             Corpus([one]).close()  # what is missing is told before torch is loaded
@@ -169,3 +198,58 @@ def _table(*columns: str) -> Table:
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left")
     return table
+
+
+def _check_tasks(tasks: list[str] | None, useless: list[str]) -> None:
+    if not tasks:
+        raise InputError("names no task", where="--harness", hint="like `tinylm eval --harness my_task.yaml`")
+    if useless:
+        raise InputError("means nothing with --harness: tasks say what they measure, and how", where=", ".join(useless))
+    for task in tasks:
+        if task.endswith((".yaml", ".yml")) and not os.path.exists(task):
+            raise InputError("no such task file", where=task)
+
+
+def _on_tasks(
+    run: Run,
+    tasks: list[str],
+    checkpoint: str | None,
+    stride: int | None,
+    limit: int | None,
+    device: str,
+    threads: int | None,
+    json: bool,
+    talking: bool,
+) -> None:
+    run.checkpoint(checkpoint)
+
+    from tinylm.device import set_threads
+    from tinylm.interchange.harness import run_tasks
+
+    set_threads(threads)
+    with nullcontext() if talking else _silence():
+        done = run_tasks(run, tasks, checkpoint=checkpoint, stride=stride, limit=limit, device=device)
+    if json:
+        print_json(done)
+        return
+    rows = [("model", f"{done.run} {done.checkpoint}, in lm-eval {done.harness}")]
+    for task, metrics in done.results.items():
+        for metric, value in metrics.items():
+            if not metric.endswith("_stderr"):
+                error = metrics.get(f"{metric}_stderr")
+                rows.append((f"{task} {metric}", f"{value:.6g}" + (f"  (standard error {error:.2g})" if error is not None else "")))
+    show_facts(stdout(), rows)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Nothing on stderr, not from other programs either: the harness has bars of its own, and asks git."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

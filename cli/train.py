@@ -159,7 +159,7 @@ def _checked(
     from .embed import FOLDER
 
     file = find(recipe)
-    loaded = load_any(file, overrides)
+    loaded = load_any(file, overrides, check_files=not resume)
     if file == Path(recipe).expanduser() / "recipe.yaml" and out_ is None:
         if not resume:
             raise InputError(

@@ -38,6 +38,7 @@ def _live(recipe: str, folder: Path, rank: int, count: int, meeting: Path | None
         result = train(loads(recipe, check_files=False), folder, device="cpu", observer=observer, **options)
     except TinylmError as error:
         print(f"[{rank}] {error}", file=sys.stderr, flush=True)
+        folder.with_name(f"{folder.name}.error-{rank}").write_text(str(error))  # its stderr is that of whoever started the first
         os._exit(error.exit_code)
     os._exit(0 if result.signal_number is None else 128 + result.signal_number)
 

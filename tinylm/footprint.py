@@ -118,7 +118,7 @@ def block_bytes(model: ModelSection, at: Pass, layer: int) -> int:
     """What block `layer` saves of one token for its backward pass. The block's input counts where an operation of it saves it."""
     e, width, hidden = at.e, model.n_embd, model.feed_forward_width
     total = _attention(model, at, layer)
-    total += {"gelu": 2, "relu": 1, "relu2": 2, "swiglu": 4}[model.feed_forward] * hidden * e
+    total += {"gelu": 2, "gelu_exact": 2, "relu": 1, "relu2": 2, "swiglu": 4}[model.feed_forward] * hidden * e
     if model.parallel_residual and model.norm_position == "post":
         total += _norm(model, at, at.s) + _read(model, at) * (1 if e == at.s else 2)
     else:
@@ -237,7 +237,7 @@ def evaluation_bytes(model: ModelSection, vocab_size: int) -> tuple[int, int]:
     before = values if model.n_layer > 1 else 0
     placing = 2 * looking if model.qk_norm or model.position == "rope" else 0
     attention = 3 * width + values + max(placing, queries + (looking if placing else 0))
-    feed = 5 * width + values + {"gelu": 2, "relu": 2, "relu2": 3, "swiglu": 4}[model.feed_forward] * hidden
+    feed = 5 * width + values + {"gelu": 2, "gelu_exact": 2, "relu": 2, "relu2": 3, "swiglu": 4}[model.feed_forward] * hidden
     logits = (2 if model.logit_softcap is None else 3) * vocab_size
     return 4 * tokens * (before + max(attention, feed)), 4 * tokens * (width + logits)
 

@@ -270,6 +270,7 @@ def _sizes(precision: Precision, stream_bytes: int = 4) -> _Sizes:
 ACTIVATION_PASSES = {
     # Numbers read and written, forward and backward, in hidden widths: eager, compiled.
     "gelu": (2 + 3, 2 + 3),  # forward x -> y; backward y', x -> x'
+    "gelu_exact": (2 + 3, 2 + 3),
     "relu": (2 + 3, 2 + 3),
     "relu2": (2 + 2 + 2 + 2 + 3 + 3, 2 + 3),  # eager: relu, square; x^1, twice, product, relu'
     "swiglu": (2 + 3 + 3 + 3 + 3 + 4, 3 + 5),  # eager: silu, product; two products, silu', joining the halves

@@ -19,6 +19,8 @@ from tinylm.errors import InputError, did_you_mean
 from tinylm.evaluation.perplexity import Perplexity, evaluate
 from tinylm.generation.engine import generate
 from tinylm.generation.sampling import SamplingOptions
+from tinylm.model import lora
+from tinylm.model.takeover import check_parts, take_over
 from tinylm.model.transformer import Transformer
 from tinylm.optim import groups
 from tinylm.processes import Processes, joined, lost_peer, threads_of_each
@@ -136,6 +138,8 @@ def _train(
     if resume:
         recipe = processes.main_does(lambda: _reconciled(Run.open(folder), recipe, allow_change, reporter))
         recipe = processes.main_does(lambda: _fitted(recipe, processes.count, reporter))
+    begun = resume and processes.main_does(lambda: bool(Run(folder).checkpoints()))
+    source = None if begun else processes.main_does(lambda: _source(recipe, reporter))
     processes.main_does(lambda: planning.split_over(recipe, processes.count))
     prepared = _prepared(recipe, processes, reporter, workers)
     processes.main_does(lambda: _check_length(recipe, prepared))
@@ -151,9 +155,7 @@ def _train(
             reporter.note(f"{chosen} CPU threads are fastest for this model")
     fingerprints = {"data": prepared.fingerprint, "tokenizer": prepared.tokenizer.fingerprint}
     start = processes.main_does(lambda: _newest(Run(folder), recipe, prepared, fingerprints, reporter)) if resume else None
-    network = Transformer(recipe.model, prepared.tokenizer.vocab_size, seed=recipe.seed).to(target)
-    if start is None and recipe.model.init_embeddings is not None:
-        processes.all_do(lambda: _start_embeddings(network, prepared, reporter))
+    network = processes.all_do(lambda: _network(recipe, source, prepared, reporter, fresh=start is None)).to(target)
     network.recompute = recipe.training.activation_checkpointing
     decided = automatic.decide(recipe, network, batches, steps, reporter, stop_after, resumed=resume, processes=processes)
     recipe, precision = decided.recipe, decided.precision
@@ -212,7 +214,7 @@ def _train(
         steps=steps,
         micro_batch_size=int(recipe.training.micro_batch_size),
         precision=precision,
-        flops_per_token=planning.flops_per_token(recipe.model, prepared.tokenizer.vocab_size),
+        flops_per_token=planning.flops_per_token(recipe.model, prepared.tokenizer.vocab_size, recipe.training.lora),
         peak_flops=processes.main_does(lambda: precisions.matmul_flops(precision)),
         checkpoints=checkpoints,
         fingerprints=fingerprints,
@@ -233,6 +235,38 @@ def _train(
         if processes.main:
             metrics.close()
     return _result(folder, trainer, stopped, request.signal_number, target)
+
+
+def _source(recipe: Recipe, reporter: Reporter) -> Run | None:
+    """The run of `model.init_from`. Raises `InputError` when it is none, or its model is made of other parts."""
+    given = recipe.model.init_from
+    if given is None:
+        return None
+    source = Run.open(Path(given.run).expanduser())
+    check_parts(recipe.model, source.recipe.model)
+    reporter.note(f"starting from {source.path} {source.checkpoint().name}")
+    return source
+
+
+def _network(recipe: Recipe, source: Run | None, prepared: Prepared, reporter: Reporter, *, fresh: bool) -> Transformer:
+    """What is trained: from chance, or from the weights of `source`; with low-rank additions where the recipe says so.
+
+    Given embeddings are only read for a `fresh` training: a checkpoint has its own.
+    """
+    tokenizer = prepared.tokenizer
+    network = Transformer(recipe.model, tokenizer.vocab_size, seed=recipe.seed)
+    if source is not None:
+        same = source.tokenizer.fingerprint == tokenizer.fingerprint
+        anew = take_over(network, source.network(source.checkpoint(), torch.device("cpu")), same_tokenizer=same)
+        if anew:
+            reporter.note(f"starting anew: {', '.join(anew)}")
+    if fresh and recipe.model.init_embeddings is not None:
+        _start_embeddings(network, prepared, reporter)
+    if recipe.training.lora is not None:
+        lora.attach(network, recipe.training.lora, recipe.seed)
+        trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+        reporter.note(f"LoRA: {trained:,} of {network.parameter_count():,} numbers are trained")
+    return network
 
 
 def _start_embeddings(network: Transformer, prepared: Prepared, reporter: Reporter) -> None:
@@ -351,7 +385,7 @@ def _newest(run: Run, recipe: Recipe, prepared: Prepared, fingerprints: dict[str
         given = isinstance(run.recipe.tokenizer, FileTokenizer)
         changed = "tokenizer" if given and checkpoint.state["fingerprints"]["tokenizer"] != fingerprints["tokenizer"] else "text"
         raise InputError(f"the {changed} is not the one this run was trained on", where=str(run.path), hint="train anew with --out")
-    check_shapes(recipe.model, prepared.tokenizer.vocab_size, checkpoint)
+    check_shapes(recipe, prepared.tokenizer.vocab_size, checkpoint)
     return checkpoint
 
 

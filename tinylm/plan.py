@@ -16,7 +16,7 @@ from tinylm import footprint, hardware, processor
 from tinylm.errors import InputError
 from tinylm.hardware import Accelerator
 from tinylm.processor import CpuSeconds, Processor
-from tinylm.recipe.schema import ModelSection, MuonOptimizer, Recipe, TrainingSection
+from tinylm.recipe.schema import LoraSection, ModelSection, MuonOptimizer, Recipe, TrainingSection
 
 Numbers = Literal["fp32", "bf16", "fp16"]
 
@@ -139,11 +139,27 @@ def parameter_counts(model: ModelSection, vocab_size: int) -> dict[str, int]:
     }
 
 
-def flops_per_token(model: ModelSection, vocab_size: int) -> float:
-    """Forward and backward: 6 per weight of every matrix product, the head included, and causal attention's own products."""
+def lora_parameters(model: ModelSection, lora: LoraSection) -> int:
+    """Numbers of the low-rank additions, the only ones that such a training changes."""
+    width, hidden, queries = model.n_embd, model.feed_forward_width, model.n_head * model.head_width
+    shapes = {
+        "attention.qkv": (width, queries + 2 * model.kv_heads * model.head_width),
+        "attention.output": (queries, width),
+        "feed_forward.input": (width, 2 * hidden if model.feed_forward == "swiglu" else hidden),
+        "feed_forward.output": (hidden, width),
+    }
+    return model.n_layer * lora.rank * sum(sum(shapes[target]) for target in lora.targets)
+
+
+def flops_per_token(model: ModelSection, vocab_size: int, lora: LoraSection | None = None) -> float:
+    """Forward and backward: 6 per weight of every matrix product, the head included, and causal attention's own products.
+
+    With `lora` 4 for the weights that stay as they are, which need no gradient, and 6 for the additions.
+    """
     counts = parameter_counts(model, vocab_size)
     attention = 6 * model.n_layer * model.context_length * model.n_head * model.head_width
-    return 6.0 * (counts["matrices"] + vocab_size * model.n_embd) + attention
+    products = counts["matrices"] + vocab_size * model.n_embd
+    return (6.0 * products if lora is None else 4.0 * products + 6.0 * lora_parameters(model, lora)) + attention
 
 
 def training_steps(training: TrainingSection, context_length: int, train_tokens: int) -> int | None:
@@ -181,23 +197,25 @@ def memory(
     accumulates: bool = True,
     half_updates: bool = False,
 ) -> Memory:
-    """Weights, gradients and optimiser state are float32 whatever the precision.
+    """Weights, gradients and optimiser state are float32 whatever the precision; with LoRA, the last two of the additions only.
 
     `accumulates`: a step has several micro-batches, so that gradients exist beside a pass's activations. `half_updates`: Muon works
     in bf16.
     """
     model = recipe.model
     counts = parameter_counts(model, vocab_size)
-    parameters = sum(counts.values())
+    lora = recipe.training.lora
+    parameters = sum(counts.values()) + (lora_parameters(model, lora) if lora else 0)
+    trained = lora_parameters(model, lora) if lora else parameters
     muon = isinstance(recipe.training.optimizer, MuonOptimizer)
-    slots = 2 * parameters - (counts["matrices"] if muon else 0)
+    slots = 2 * trained - (counts["matrices"] if muon else 0)
     one_pass = footprint.Pass(
         vocab_size, micro_batch_size, precision, on_gpu=on_gpu, recompute=recipe.training.activation_checkpointing
     )
     activations = footprint.activation_bytes(model, one_pass)
     update = footprint.muon_bytes(model, half=half_updates) if muon else 0
     evaluation = max(footprint.evaluation_bytes(model, vocab_size))
-    gradients = 4 * parameters
+    gradients = 4 * trained
     if on_gpu:
         passes = max(activations + (gradients if accumulates else 0), gradients)
         height = max(passes, gradients + update, gradients + evaluation)
@@ -285,9 +303,9 @@ def make_plan(
             where="model.context_length",
         )
     counts = parameter_counts(model, vocab_size)
-    parameters = sum(counts.values())
+    parameters = sum(counts.values()) + (lora_parameters(model, training.lora) if training.lora else 0)
     tokens_per_step = training.global_batch_size * model.context_length
-    per_token = flops_per_token(model, vocab_size)
+    per_token = flops_per_token(model, vocab_size, training.lora)
     steps = training_steps(training, model.context_length, train_tokens)
     if accelerator is None:
         pace = _here(recipe, vocab_size, steps, here)
@@ -489,6 +507,7 @@ def _there(recipe: Recipe, vocab_size: int, steps: int | None, accelerator: Acce
     tokens = training.global_batch_size * model.context_length
     counts = parameter_counts(model, vocab_size)
     parameters = sum(counts.values())
+    trained = lora_parameters(model, training.lora) if training.lora else parameters
     again = 4 / 3 if training.activation_checkpointing else 1.0
     muon = counts["matrices"] if isinstance(training.optimizer, MuonOptimizer) else 0
     muon_flops = _muon_flops(recipe) * (1 if half_updates else peak / accelerator.matmul_flops("fp32"))
@@ -498,11 +517,12 @@ def _there(recipe: Recipe, vocab_size: int, steps: int | None, accelerator: Acce
             accelerator,
             devices,
             sheet,
-            matmul_flops=again * tokens * flops_per_token(model, vocab_size) + muon_flops,  # each matrix is orthogonalised once
+            # Muon takes each matrix once.
+            matmul_flops=again * tokens * flops_per_token(model, vocab_size, training.lora) + muon_flops,
             matmul_bytes=again * tokens * hardware.matmul_bytes(model, vocab_size, sheet),
             elementwise_bytes=again * tokens * _elementwise_bytes(model, vocab_size, precision, compiled=compiled),
             state_bytes=hardware.state_bytes(parameters, passes, sheet) + muon * (_MUON_BYTES - 28),
-            gradient_bytes=4 * parameters,
+            gradient_bytes=4 * trained,
         ).total
         started = again * passes * processor.kernels(model.n_layer, precision, compiled=compiled)
         return max(there, started * processor.LAUNCH_SECONDS)

@@ -29,7 +29,6 @@ if TYPE_CHECKING:  # a run can be found, listed and refused without waiting for 
     import torch
 
     from tinylm.model.transformer import Transformer
-    from tinylm.recipe.schema import ModelSection
 
 RUNS = Path("runs")
 LOCK = ".lock"
@@ -232,7 +231,9 @@ class Run:
         return Tokenizer.load(self.path / "tokenizer.json")
 
     def heldout(self) -> Shard:
-        """The held-out half that this run was measured on."""
+        """The held-out half that this run was measured on. Raises `InputError` where there is none: its text is not known here."""
+        if not (self.path / "heldout").exists():
+            raise InputError("this run has no held-out text", where=str(self.path), hint="name a text to measure it on")
         return open_shard(self.path / "heldout", "heldout")
 
     def checkpoints(self) -> list[Checkpoint]:
@@ -266,20 +267,21 @@ class Run:
         return pointed
 
     def network(self, checkpoint: Checkpoint, device: torch.device) -> Transformer:
-        """The model with the checkpoint's weights, in float32, ready to evaluate.
+        """The model with the checkpoint's weights, in float32, ready to evaluate; low-rank additions are merged into them.
 
         Raises `InputError` when weights or tokenizer are not what was saved.
         """
-        from tinylm.model.transformer import Transformer
+        from tinylm.model import lora
 
         problem = checkpoint.problem(only=("model.safetensors", "state.json"))
         if problem is not None:
             raise InputError(f"damaged: {problem}", where=str(checkpoint.path), hint="name another with --checkpoint")
         if checkpoint.state["fingerprints"]["tokenizer"] != self.tokenizer.fingerprint:
             raise InputError("not the tokenizer this model was trained with", where=str(self.path / "tokenizer.json"))
-        check_shapes(self.recipe.model, self.tokenizer.vocab_size, checkpoint)
-        network = Transformer(self.recipe.model, self.tokenizer.vocab_size, seed=None)
+        check_shapes(self.recipe, self.tokenizer.vocab_size, checkpoint)
+        network = lora.blank(self.recipe.model, self.tokenizer.vocab_size, self.recipe.training.lora)
         load_weights(network, checkpoint)
+        lora.merge(network)
         return network.to(device).eval()
 
     def metrics(self) -> Iterator[dict[str, Any]]:
@@ -301,7 +303,7 @@ class Run:
         return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
 
 
-def check_shapes(model: ModelSection, vocab_size: int, checkpoint: Checkpoint) -> None:
+def check_shapes(recipe: Recipe, vocab_size: int, checkpoint: Checkpoint) -> None:
     """Compare the header of model.safetensors with what the recipe builds, before memory is spent on either.
 
     A file is as large as its header says, and a model no larger than a file that fits it. Raises `InputError`.
@@ -309,9 +311,9 @@ def check_shapes(model: ModelSection, vocab_size: int, checkpoint: Checkpoint) -
     import torch
     from safetensors import SafetensorError, safe_open
 
-    from tinylm.model.transformer import Transformer
+    from tinylm.model import lora
 
-    file = checkpoint.path / "model.safetensors"
+    model, file = recipe.model, checkpoint.path / "model.safetensors"
     try:
         with safe_open(file, "pt") as opened:
             shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118  it is no mapping
@@ -323,7 +325,8 @@ def check_shapes(model: ModelSection, vocab_size: int, checkpoint: Checkpoint) -
     if model.context_length > LONGEST_CONTEXT:
         raise InputError(f"a context of {model.context_length:,} tokens", where=str(checkpoint.path.parent.parent / "recipe.yaml"))
     with torch.device("meta"):
-        wanted = {name: tuple(tensor.shape) for name, tensor in Transformer(model, vocab_size, seed=None).state_dict().items()}
+        built = lora.blank(model, vocab_size, recipe.training.lora)
+    wanted = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
     if model.tie_embeddings:
         del wanted["head.weight"]
         shapes.pop("head.weight", None)

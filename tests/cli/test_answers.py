@@ -54,17 +54,18 @@ def test_train_plan_resume(here: Here, recipe_file: Path, tmp_path: Path) -> Non
 
 def test_a_new_recipe_trains_as_it_is(here: Here, text_file: Path, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    written = here("new", text_file, "--minutes", "0.1", "--out", path)
+    written = here("new", text_file, "--minutes", "2", "--out", path)
     assert (written.code, written.out) == (0, f"{path}\n")
     assert f"next: tinylm train {path}" in written.err
-    trained = here("train", path, "--out", tmp_path / "run", "--set", "training.minutes=0.02", "--json", "-q")
+    shorter = ["training.minutes=null", "training.epochs=null", "training.steps=3"]
+    trained = here("train", path, "--out", tmp_path / "run", *(word for key in shorter for word in ("--set", key)), "--json", "-q")
     assert (trained.code, trained.json["stopped"]) == (0, "done")
 
-    answer = here("new", text_file, "--minutes", "0.1", "--json", "-q")
+    answer = here("new", text_file, "--minutes", "2", "--json", "-q")
     assert answer.json.keys() == {"path", "recipe", "plan"}
     assert answer.json["recipe"]["name"] == text_file.stem
     assert answer.json["plan"].keys() >= set(PLAN.split())
-    printed = here("new", text_file, "--minutes", "0.1", "-q", "--name", "other")
+    printed = here("new", text_file, "--minutes", "2", "-q", "--name", "other")
     assert "\nname: other\n" in printed.out, "without --out the recipe itself is the answer"
 
 

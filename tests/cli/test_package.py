@@ -15,15 +15,17 @@ from tinylm_cli.app import _MODULES, VERBS
 from tinylm_cli.recipe_files import shipped
 
 from tinylm.recipe import load
+from tinylm.run import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", "Makefile", *(f"recipes/{path.name}" for path in sorted(ROOT.glob("recipes/*.yaml"))))
 
 
 @pytest.mark.parametrize("name", shipped())
-def test_every_recipe_that_ships_loads(name: str, text_file: Path) -> None:
+def test_every_recipe_that_ships_loads(name: str, text_file: Path, tiny_run: Run) -> None:
     own_text = name == "quickstart"
-    recipe = load(shipped()[name], [] if own_text else [f"data.train={text_file}"])
+    settings = [f"model.init_from={tiny_run.path}"] if name == "finetune" else []
+    recipe = load(shipped()[name], settings if own_text else [f"data.train={text_file}", *settings])
     assert recipe.name == name
     again = recipe.to_yaml()
     assert yaml.safe_load(again)["name"] == name

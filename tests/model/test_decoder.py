@@ -25,6 +25,8 @@ KINDS: list[dict[str, Any]] = [
     {"position": "sinusoidal"},
     {"position": "none"},
     {"feed_forward": "relu"},
+    {"feed_forward": "gelu_exact", "n_inner": 40},
+    {"head_dim": 6},
 ]
 
 

@@ -169,6 +169,9 @@ CHANGES = [
     {"position": "none"},
     {"rope_theta": 10.0},
     {"feed_forward": "gelu"},
+    {"feed_forward": "gelu", "n_inner": 60},
+    {"feed_forward": "gelu_exact"},
+    {"head_dim": 4},
     {"feed_forward": "relu"},
     {"feed_forward": "swiglu"},
     {"feed_forward_multiple": 2.0},
@@ -224,7 +227,7 @@ def test_dropout_acts_in_training_and_only_there() -> None:
 
 
 def test_every_part_that_a_preset_sets_is_tested_above() -> None:
-    elsewhere = {"context_length", "dropout", "ngram_dropout", "init_embeddings", "freeze_embeddings"}
+    elsewhere = {"context_length", "dropout", "ngram_dropout", "init_embeddings", "freeze_embeddings", "init_from"}
     tested = {key for change in CHANGES for key in change} | elsewhere
     assert tested == set(ModelSection.model_fields)
     assert all(set(parts) <= tested for parts in PRESET_PARTS.values())

@@ -53,7 +53,7 @@ class _AfterSaving(Observer):
 
 @pytest.mark.parametrize(("on_failure", "code", "saved"), [("stop", 1, 4), ("continue", 0, 12)])
 def test_a_full_disk_leaves_the_checkpoint_before_and_ends_or_goes_on(
-    on_failure: str, code: int, saved: int, text_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    on_failure: str, code: int, saved: int, text_file: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     recipe = _recipe(text_file, f"checkpoint.on_failure={on_failure}", "training.log_every=5")
@@ -63,7 +63,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_ends_or_goes_on(
     assert 8 not in _steps(folder)
     assert not lives.saving(folder)
     if code:
-        assert "step 8 could not be saved: File too large" in capfd.readouterr().err.replace("[Errno 27] ", "")
+        assert "step 8 could not be saved: File too large" in (tmp_path / "run.error-0").read_text().replace("[Errno 27] ", "")
     lives.run(recipe, folder, resume=True)
     assert Run(folder).checkpoint("last").step == 12
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,13 @@ def test_removed_rows_are_gone_and_the_others_stay(tiny_run: Run, tmp_path: Path
     assert torch.equal(logits(run, text), logits(tiny_run, text)[:, kept])
     assert measure(run).perplexity.bytes == measure(tiny_run).perplexity.bytes
     assert run.recipe.tokenizer.path == str(tmp_path / "removed" / "tokenizer.json")
+
+
+def test_a_run_without_a_held_out_text_gets_tokens_too(tiny_run: Run, tmp_path: Path) -> None:
+    shutil.copytree(tiny_run.path, tmp_path / "imported", ignore=shutil.ignore_patterns("heldout"))
+    run = vocabulary.apply(Run.open(tmp_path / "imported"), editing.add(tiny_run.tokenizer, ["zzz"]), tmp_path / "added")
+    assert run.network(run.checkpoint(), torch.device("cpu")).vocab_size == tiny_run.tokenizer.vocab_size + 1
+    assert not (run.path / "heldout").exists()
 
 
 def test_a_run_is_never_written_over(tiny_run: Run, tmp_path: Path) -> None:

@@ -205,8 +205,8 @@ class _Layer:
 
     def _feed(self, x: Tensor, residual: Tensor) -> Tensor:
         hidden = self._widen(x)
-        if self._kind == "gelu":
-            return self._narrow(F.gelu(hidden, approximate="tanh"), residual)
+        if self._kind in ("gelu", "gelu_exact"):
+            return self._narrow(F.gelu(hidden, approximate="tanh" if self._kind == "gelu" else "none"), residual)
         if self._kind == "relu":
             return self._narrow(hidden.relu_(), residual)
         if self._kind == "relu2":

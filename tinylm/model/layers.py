@@ -108,7 +108,8 @@ class Attention(nn.Module):
             k, v = (x.repeat_interleave(self.heads // self.kv_heads, dim=1) for x in (k, v))
             grouped = False
         S = k.shape[2]
-        if causal and T > 1 and (mask is not None or S > T):  # the kernel's own causality takes no mask and no cached positions
+        # The kernel's own causality takes no mask and no cached positions. T > 1 is asked last: an exported graph leaves T open.
+        if causal and (mask is not None or S > T) and T > 1:
             earlier = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
             mask = earlier if mask is None else mask & earlier
         mixed = F.scaled_dot_product_attention(
@@ -116,7 +117,7 @@ class Attention(nn.Module):
             k,
             v,
             attn_mask=mask,
-            is_causal=causal and mask is None and T > 1,
+            is_causal=causal and mask is None and not S > T,
             dropout_p=self.dropout if self.training else 0.0,
             enable_gqa=grouped,
         )
@@ -164,8 +165,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.input(x)
-        if self.kind == "gelu":
-            hidden = F.gelu(hidden, approximate="tanh")
+        if self.kind in ("gelu", "gelu_exact"):
+            hidden = F.gelu(hidden, approximate="tanh" if self.kind == "gelu" else "none")
         elif self.kind == "relu":
             hidden = F.relu(hidden)
         elif self.kind == "relu2":

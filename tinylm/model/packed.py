@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tinylm.model.lora import LoraLinear
 from tinylm.model.transformer import Transformer
 
 WeightKind = Literal["fp32", "bf16", "int8"]
@@ -117,6 +118,8 @@ def pack(network: Transformer, weights: WeightKind = "fp32") -> Transformer:
     packed = copy.deepcopy(network, memo).eval()
     for parent in list(packed.modules()):
         for name, child in list(parent.named_children()):
+            if isinstance(child, LoraLinear):
+                child = child.merged()
             if type(child) is nn.Linear:
                 setattr(parent, name, _LAYERS[weights](child))
     return packed

@@ -101,7 +101,9 @@ def _step_on_device(optimizer: torch.optim.Optimizer) -> bool:
 def build(
     section: Optimizer, network: nn.Module, stacked: Mapping[str, tuple[int, ...]], mesh: DeviceMesh | None = None
 ) -> Optimizers:
-    """The optimiser that `section` describes. Weight decay only on what has two axes. Fused AdamW on CPU and CUDA.
+    """The optimiser that `section` describes, over the parameters that want a gradient.
+
+    Weight decay only on what has two axes. Fused AdamW on CPU and CUDA.
 
     `stacked` names parameters that hold several matrices one above the other, with their rows; `mesh` the processes that train
     together.

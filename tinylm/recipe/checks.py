@@ -12,6 +12,7 @@ from tinylm.recipe.schema import (
     FileTokenizer,
     HeldoutShare,
     HeldoutSources,
+    MuonOptimizer,
     Recipe,
     UnigramTokenizer,
     VocabularyTokenizer,
@@ -45,7 +46,9 @@ def embedding_contradictions(recipe: EmbeddingRecipe, check_files: bool = True) 
 
 def _model(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     model = recipe.model
-    if model.n_embd % model.n_head:
+    if model.init_from is not None and model.init_embeddings is not None:
+        yield ("model", "init_embeddings"), "init_from brings an embedding of its own: give one of them"
+    if model.head_dim is None and model.n_embd % model.n_head:
         fitting = [h for h in range(1, model.n_embd + 1) if model.n_embd % h == 0]
         nearest = min(fitting, key=lambda h: abs(h - model.n_head))
         yield (
@@ -53,7 +56,8 @@ def _model(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
             f"{model.n_head} heads do not divide the width n_embd {model.n_embd} ({nearest} heads would)",
         )
     elif model.position == "rope" and model.head_width % 2:
-        yield ("model", "n_head"), f"rope needs an even head width, and n_embd / n_head is {model.head_width}"
+        width = "n_embd / n_head" if model.head_dim is None else "head_dim"
+        yield ("model", "n_head"), f"rope needs an even head width, and {width} is {model.head_width}"
     if model.n_head % model.kv_heads:
         yield ("model", "n_kv_head"), f"{model.kv_heads} key/value heads do not divide {model.n_head} heads"
     if model.position == "sinusoidal" and model.n_embd % 2:
@@ -110,6 +114,11 @@ def _training(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         yield ("training",), "say how long to train with one of steps, tokens, epochs, minutes"
     elif len(lengths) > 1:
         yield ("training", lengths[1]), f"only one of steps, tokens, epochs, minutes can be given, and {lengths[0]} is"
+    if training.lora is not None:
+        if recipe.model.init_from is None:
+            yield ("training", "lora"), "adapts a model that is trained already: name its run with model.init_from"
+        if isinstance(training.optimizer, MuonOptimizer):
+            yield ("training", "optimizer"), "with lora it is adamw (leave its name out)"
     micro, batch = training.micro_batch_size, training.global_batch_size
     if micro != "auto" and batch % micro:
         fitting = [size for size in range(1, batch + 1) if batch % size == 0]
@@ -139,6 +148,8 @@ def _files(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         yield from _missing(("tokenizer", "path"), (recipe.tokenizer.path,))
     if recipe.model.init_embeddings is not None:
         yield from _missing(("model", "init_embeddings"), (recipe.model.init_embeddings,))
+    if recipe.model.init_from is not None and not os.path.exists(os.path.expanduser(recipe.model.init_from.run)):
+        yield ("model", "init_from"), f"{recipe.model.init_from.run}: no such run"
     heldout = recipe.data.heldout
     if isinstance(heldout, HeldoutSources):
         yield from _missing(("data", "heldout"), heldout.sources)
@@ -155,7 +166,7 @@ def _files(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
 
 
 def _is_plain(source: str) -> bool:
-    special = source == "-" or source.startswith(("builtin:", "hf:")) or "://" in source
+    special = source == "-" or source.startswith(("builtin:", "hf:", "imported:")) or "://" in source
     return not special and not any(sign in source for sign in "*?[")
 
 

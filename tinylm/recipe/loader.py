@@ -115,6 +115,7 @@ def loads_any(
     document = _parse(text, name)
     for override in overrides:
         _apply(document, override)
+    _inherit(document)
     recipe, problems = _validate(document, check_files)
     problems = document.problems + problems
     if problems or recipe is None:
@@ -204,6 +205,24 @@ def _apply(document: _Document, override: str) -> None:
             target.pop(other, None)
     target[path[-1]] = value
     document.places[path] = where
+
+
+def _inherit(document: _Document) -> None:
+    """With `model.init_from`, what `model:` leaves out is as in that run, and so is the tokenizer."""
+    model = document.values.get("model")
+    given = _mapping(model).get("init_from")
+    run = given.get("run") if isinstance(given, dict) else given
+    if not isinstance(run, str):
+        return
+    folder = Path(run).expanduser()
+    folder = folder.parent.parent if folder.parent.name == "checkpoints" else folder
+    try:
+        text = (folder / "recipe.yaml").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return  # what is no run is told by the checks
+    inherited = _mapping(_parse(text, str(folder / "recipe.yaml")).values.get("model"))
+    document.values["model"] = {**inherited, **_mapping(model)}
+    document.values.setdefault("tokenizer", {"path": str(folder / "tokenizer.json")})
 
 
 def _value_of(written: str) -> Any:

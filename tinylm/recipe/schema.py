@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 from tinylm.recipe.notation import Dumper
 from tinylm.recipe.presets import PRESETS
 from tinylm.recipe.values import (
+    LORA_TARGETS,
     Alphabet,
     Betas,
     ClipNorm,
@@ -34,6 +35,7 @@ from tinylm.recipe.values import (
     Share,
     ShareBelowOne,
     Sources,
+    Targets,
     Texts,
     TokenList,
     Warmup,
@@ -220,8 +222,24 @@ TokenizerSection = (
 )
 
 
+class InitFrom(Section):
+    """A run whose weights to start from, instead of from chance."""
+
+    run: str
+    """A run folder, whose best checkpoint is taken, or one checkpoint folder inside it."""
+    head: Flag = True
+    """false: the head starts anew, and with another tokenizer everything that is looked up by token too."""
+
+
+def _init_from(value: object) -> object:
+    return {"run": value} if isinstance(value, str) else value
+
+
 class ModelSection(Section):
-    """The transformer. `preset` gives the parts their defaults; each can be set on its own."""
+    """The transformer. `preset` gives the parts their defaults; each can be set on its own.
+
+    With `init_from`, what is not set is as in that run, the tokenizer too.
+    """
 
     preset: Literal["modern", "gpt2", "llama"] = "modern"
     n_layer: Count = 6
@@ -229,6 +247,8 @@ class ModelSection(Section):
     n_kv_head: OptionalCount = None
     """Key/value heads for grouped-query attention; null: as many as n_head."""
     n_embd: Count = 384
+    head_dim: OptionalCount = None
+    """Width of a head; null: n_embd / n_head."""
     context_length: Count = 256
     norm: Literal["layernorm", "rmsnorm"]
     norm_position: Literal["pre", "post"]
@@ -238,9 +258,12 @@ class ModelSection(Section):
     position: Literal["learned", "sinusoidal", "rope", "none"]
     rope_theta: OptionalPositive = None
     """Base of the rotary frequencies, for position rope; null: 10000."""
-    feed_forward: Literal["gelu", "relu", "relu2", "swiglu"]
+    feed_forward: Literal["gelu", "gelu_exact", "relu", "relu2", "swiglu"]
+    """gelu is GPT-2's, by tanh; gelu_exact by the error function."""
     feed_forward_multiple: Positive
     """Hidden width over n_embd; the product is rounded to the nearest multiple of 8."""
+    n_inner: OptionalCount = None
+    """Hidden width as a number; null: by feed_forward_multiple."""
     bias: Flag
     tie_embeddings: Flag
     qk_norm: Flag
@@ -275,6 +298,8 @@ class ModelSection(Section):
     """Start the token embedding from these vectors: a folder of `tinylm embed train`, or a file of any format it reads."""
     freeze_embeddings: Flag = False
     """Leave the token embedding as init_embeddings made it."""
+    init_from: Annotated[InitFrom | None, BeforeValidator(_init_from)] = None
+    """A run to start from (all its weights, or {run: RUN, head: off})."""
 
     @model_validator(mode="before")
     @classmethod
@@ -295,11 +320,11 @@ class ModelSection(Section):
 
     @property
     def head_width(self) -> int:
-        return self.n_embd // self.n_head
+        return self.head_dim or self.n_embd // self.n_head
 
     @property
     def feed_forward_width(self) -> int:
-        return max(8, 8 * round(self.feed_forward_multiple * self.n_embd / 8))
+        return self.n_inner or max(8, 8 * round(self.feed_forward_multiple * self.n_embd / 8))
 
 
 class AdamWOptimizer(Section):
@@ -389,6 +414,16 @@ def _schedule(value: object) -> object:
     return {"name": "wsd", **value} if isinstance(value, dict) else value
 
 
+class LoraSection(Section):
+    """Low-rank adaptation (Hu et al. 2022): W stays, and (alpha / rank) B A, which starts at zero, is learned beside it."""
+
+    rank: Count = 8
+    """Rows of A and columns of B."""
+    alpha: Positive = 16.0
+    targets: Targets = LORA_TARGETS
+    """The matrices of every block that get an addition."""
+
+
 class GuardsSection(Section):
     """What happens when a loss or a gradient is not a number, or a loss jumps."""
 
@@ -413,6 +448,8 @@ class TrainingSection(Section):
     micro_batch_size: CountOrAuto = "auto"
     """Sequences per forward pass; it must divide global_batch_size."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    lora: LoraSection | None = None
+    """Train low-rank additions to the model of `model.init_from`, and nothing else; the optimizer is then AdamW."""
     optimizer: Annotated[Optimizer, BeforeValidator(_optimizer)] = MuonOptimizer(name="muon")
     schedule: Annotated[Schedule, BeforeValidator(_schedule)] = WsdSchedule(name="wsd")
     clip_grad_norm: ClipNorm = 1.0
@@ -425,6 +462,17 @@ class TrainingSection(Section):
     guards: GuardsSection = GuardsSection()
     log_every: Count = 10
     """Steps between lines of metrics.jsonl."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _adamw_for_lora(cls, values: Any) -> Any:
+        """What an unnamed optimizer is: Muon's updates, of full rank, have no meaning for two factors."""
+        if not isinstance(values, dict) or values.get("lora") is None:
+            return values
+        optimizer = _named(values.get("optimizer", {}))
+        if not isinstance(optimizer, dict) or optimizer.get("name", "auto") != "auto":
+            return values
+        return {**values, "optimizer": {**optimizer, "name": "adamw"}}
 
 
 class EvaluationSection(Section):

@@ -104,6 +104,17 @@ def _path(value: object) -> object:
     return value if value is None or (isinstance(value, str) and value) else _REFUSED
 
 
+LORA_TARGETS = ("attention.qkv", "attention.output", "feed_forward.input", "feed_forward.output")
+"""The linear layers of a block, by their names in the model."""
+
+
+def _targets(value: object) -> object:
+    values = (value,) if isinstance(value, str) else value
+    if not isinstance(values, (list, tuple)) or not values or any(target not in LORA_TARGETS for target in values):
+        return _REFUSED
+    return tuple(target for target in LORA_TARGETS if target in values)
+
+
 def _sources(value: object) -> object:
     if isinstance(value, str) and value.strip():
         return (value,)
@@ -167,6 +178,7 @@ Betas = Annotated[tuple[float, float], _checked(_betas, "two numbers of at least
 OptionalPath = Annotated[str | None, _checked(_path, "a path, or null")]
 Orders = Annotated[tuple[int, ...], _checked(_orders, "a list of different whole numbers from 2 to 16, like [2, 3]")]
 Sources = Annotated[tuple[str, ...], _checked(_sources, "a SOURCE (a file, folder, glob, URL, builtin:NAME) or a list of them")]
+Targets = Annotated[tuple[str, ...], _checked(_targets, f"a list of {', '.join(LORA_TARGETS)}")]
 Texts = Annotated[tuple[str, ...], _checked(_texts, "a text or a list of texts")]
 Alphabet = Annotated[int | str, _checked(_alphabet, "bytes, text, a number of characters, or the characters themselves")]
 Normalizations = Annotated[

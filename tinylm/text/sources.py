@@ -103,6 +103,8 @@ class Corpus:
             yield _Entry(source, str(builtin.path_of(name)), ".jsonl")
         elif source.startswith("hf:"):
             raise InputError("hf: sources are not supported yet", where=source, hint="export the dataset to .jsonl or .parquet")
+        elif source.startswith("imported:"):  # what the recipe of an imported model says
+            raise InputError("the text that an imported model learned is not here", where=source, hint="name a text of your own")
         elif "://" in source:
             yield self._from_url(source)
         else:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tinylm import plan
+from tinylm.model import lora
 from tinylm.model.transformer import Transformer
 from tinylm.processes import ALONE, Processes
 from tinylm.recipe import Recipe
@@ -110,9 +111,8 @@ class Parallel:
         if self.name == "fsdp":
             weights, network = self.weights(), None
             if self.processes.main:
-                network = Transformer(self.network.model, self.network.vocab_size, seed=None).to(
-                    self.network.embedding.weight.device
-                )
+                spread = self.network
+                network = lora.blank(spread.model, spread.vocab_size, lora.section_of(spread)).to(spread.embedding.weight.device)
                 fill(network, weights)
         else:
             network = self.network if self.processes.main else None

@@ -26,6 +26,7 @@ from torch import Tensor
 import tinylm
 from tinylm import device as devices
 from tinylm.errors import InputError
+from tinylm.model import lora
 from tinylm.model.objective import CausalObjective, Example
 from tinylm.model.transformer import Transformer
 from tinylm.paths import sync_folder
@@ -152,8 +153,8 @@ def replay(folder: str | Path, *, device: str | None = None, threads: int | None
 
 def _network(folder: Path, recipe: Recipe, vocab_size: int) -> Transformer:
     weights = Checkpoint(folder)
-    check_shapes(recipe.model, vocab_size, weights)
-    network = Transformer(recipe.model, vocab_size, seed=None)
+    check_shapes(recipe, vocab_size, weights)
+    network = lora.blank(recipe.model, vocab_size, recipe.training.lora)
     load_weights(network, weights)
     return network
 

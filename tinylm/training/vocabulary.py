@@ -49,7 +49,8 @@ def apply(run: Run, edited: Edited, out: Path, *, checkpoint: str | None = None,
     for name in ("best", "last"):
         write_whole(out / "checkpoints" / name, chosen.name + "\n")
     tokenizer.save(out / "tokenizer.json")
-    _encode_heldout(run, tokenizer, out, reporter)
+    if (run.path / "heldout").exists():  # imported runs have none
+        _encode_heldout(run, tokenizer, out, reporter)
     for name in ("metrics.jsonl", "samples.md", "environment.json"):
         if (run.path / name).exists():
             shutil.copyfile(run.path / name, out / name)

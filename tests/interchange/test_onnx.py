@@ -1,0 +1,37 @@
+"""An ONNX file against onnxruntime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from exchange import CONTEXT, Make
+
+from tinylm.errors import WorkError
+from tinylm.interchange import onnx
+from tinylm.interchange.exporting import export
+
+for _module in ("onnx", "onnxscript"):
+    pytest.importorskip(_module)
+onnxruntime = pytest.importorskip("onnxruntime")
+
+
+def test_a_file_takes_any_batch_and_length(run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of("modern", ngram_embeddings=[2, 3], n_kv_head=2, value_residual=True, tokenizer="digits2")
+    done = export(run, "onnx", tmp_path / "model.onnx")
+    assert done.largest_difference <= 1e-4
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    assert [(put.name, put.shape) for put in session.get_inputs()] == [("input_ids", ["batch", "time"])]
+    network = run.network(run.checkpoint(), torch.device("cpu"))
+    for shape in ((1, 1), (4, 2), (2, CONTEXT)):
+        ids = torch.randint(network.vocab_size, shape)
+        found = torch.from_numpy(session.run(None, {"input_ids": ids.numpy()})[0])
+        with torch.no_grad():
+            torch.testing.assert_close(found, network(ids), atol=1e-4, rtol=0)
+    assert session.get_modelmeta().custom_metadata_map["context_length"] == str(CONTEXT)
+
+    with torch.no_grad():
+        network.final_norm.weight.mul_(1.01)  # type: ignore[operator, union-attr]
+    with pytest.raises(WorkError, match="the ONNX file is not the same model"):
+        onnx.verify(tmp_path / "model.onnx", network, run.tokenizer, "The for statement is used to iterate.")

@@ -1,0 +1,90 @@
+"""Low-rank additions: nothing at first, the same as their merged sum later, and all that is trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import ids, model
+
+from tinylm.model import lora
+from tinylm.model.decoder import Decoder
+from tinylm.model.lora import LoraLinear
+from tinylm.model.transformer import Transformer
+from tinylm.optim import groups
+from tinylm.plan import lora_parameters
+from tinylm.recipe.schema import AdamWOptimizer, LoraSection
+from tinylm.recipe.values import LORA_TARGETS
+
+PARTS: list[tuple[str, dict[str, Any]]] = [
+    ("gpt2", {}),
+    ("llama", {"n_kv_head": 2}),
+    ("modern", {"ngram_embeddings": [2]}),
+]
+
+
+def adapted(preset: str = "gpt2", *, rank: int = 3, alpha: float = 6.0, targets: Any = LORA_TARGETS, **parts: Any) -> Transformer:
+    network = model(preset, **parts)
+    lora.attach(network, LoraSection(rank=rank, alpha=alpha, targets=targets), seed=1)
+    return network
+
+
+def moved(network: Transformer) -> Transformer:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name.endswith("lora_b"):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return network
+
+
+@pytest.mark.parametrize(("preset", "parts"), PARTS, ids=str)
+def test_an_addition_starts_as_nothing_and_merges_into_the_same_model(preset: str, parts: dict[str, Any]) -> None:
+    plain, network = model(preset, **parts), adapted(preset, **parts)
+    tokens = ids()
+    with torch.no_grad():
+        torch.testing.assert_close(network(tokens), plain(tokens))
+        changed = moved(network)(tokens)
+        assert not torch.allclose(changed, plain(tokens), atol=1e-2)
+        lora.merge(network)
+        torch.testing.assert_close(network(tokens), changed, atol=1e-4, rtol=1e-4)
+    assert list(network.state_dict()) == list(plain.state_dict())
+    assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+@torch.inference_mode()
+def test_a_model_writes_with_its_additions_while_it_is_trained() -> None:
+    network, tokens = moved(adapted()).eval(), ids(1, 8)
+    decoder = Decoder(network)
+    cache = decoder.cache(1)
+    logits = [decoder.read(cache, 0, tokens[0, :5])[None], *(decoder.step(cache, tokens[:, place]) for place in (5, 6))]
+    torch.testing.assert_close(torch.cat(logits), network(tokens)[0, 4:7], atol=1e-4, rtol=1e-4)
+    assert not any(isinstance(module, LoraLinear) for module in decoder.network.modules())
+    assert isinstance(network.blocks[0].attention.qkv, LoraLinear)
+
+
+def test_an_addition_is_the_papers_formula() -> None:
+    layer = moved(adapted(rank=2, alpha=5.0)).blocks[0].attention.qkv
+    assert isinstance(layer, LoraLinear)
+    x = torch.randn(4, 32)
+    expected = x @ layer.weight.T + layer.bias + 5.0 / 2 * (x @ layer.lora_a.T @ layer.lora_b.T)
+    torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize(("preset", "parts"), PARTS, ids=str)
+@pytest.mark.parametrize("targets", [LORA_TARGETS, LORA_TARGETS[:1], LORA_TARGETS[2:]])
+def test_only_additions_to_the_targets_are_trained(preset: str, parts: dict[str, Any], targets: tuple[str, ...]) -> None:
+    network = adapted(preset, targets=targets, **parts)
+    before = {name: parameter.clone() for name, parameter in network.named_parameters()}
+    optimizers = groups.build(AdamWOptimizer(name="adamw"), network, network.stacked_matrices())
+    for _ in range(2):
+        network(ids(), targets=ids(seed=1)).backward()
+        optimizers.set_rate(1.0)
+        optimizers.step()
+    changed = {name for name, parameter in network.named_parameters() if not torch.equal(parameter, before[name])}
+    expected = {f"blocks.{layer}.{target}.lora_{side}" for layer in range(2) for target in targets for side in "ab"}
+    assert changed == expected
+    counted = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    assert counted == lora_parameters(network.model, LoraSection(rank=3, targets=targets))
+    assert {key.split("/")[1] for key in optimizers.state()} == expected
