@@ -161,6 +161,7 @@ def evaluate(
                 np.add.at(counts, rows, targets != shard.end_of_text)
                 if observe is not None:
                     observe(found)
+            del found  # its logits, before there are the next
             advance(int(scored[starts[min(turn + together, len(batches))]]))
     finally:
         network.train(was_training)
