@@ -83,7 +83,7 @@ def train(
     overwrite: bool = typer.Option(False, "--overwrite", help="Begin anew where vectors are."),
     stop_after: str | None = typer.Option(None, "--stop-after", metavar="TIME", help="Save and stop after 90s, 55m or 2h."),
     threads: int | None = typer.Option(
-        None, "--threads", "--workers", min=1, help="CPU threads; the vectors do not depend on it. Default: one per core."
+        None, "--threads", min=1, help="CPU threads; the vectors do not depend on it. Default: one per core."
     ),
     field: str = FIELD,
     errors: str = ERRORS,

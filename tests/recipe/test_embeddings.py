@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, get_args
-
 import pytest
-from pydantic import BaseModel
+from keys import leaves
 
 from tinylm.errors import InputError
 from tinylm.recipe import EmbeddingRecipe, RecipeError, changes, load_any, loads, loads_any
@@ -62,21 +59,6 @@ def read(*settings: str) -> EmbeddingRecipe:
     recipe = loads_any(BASE, settings, check_files=False)
     assert isinstance(recipe, EmbeddingRecipe)
     return recipe
-
-
-def sections_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [section for part in get_args(annotation) for section in sections_in(part)]
-
-
-def leaves(section: type[BaseModel]) -> Iterator[str]:
-    for key, field in section.model_fields.items():
-        inner = sections_in(field.annotation)
-        for other in inner:
-            yield from leaves(other)
-        if not inner:
-            yield f"{section.__name__}.{key}"
 
 
 def test_the_table_of_settings_names_every_key() -> None:

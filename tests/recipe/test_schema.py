@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
 
 import pytest
 import yaml
-from pydantic import BaseModel, ValidationError
+from keys import leaves
+from pydantic import ValidationError
 
 from tinylm.recipe import Recipe, changes, load, loads
 from tinylm.recipe.presets import PRESETS
@@ -182,21 +181,6 @@ SETTINGS: dict[str, list[str]] = {
 
 def read(*settings: str) -> Recipe:
     return loads(BASE, settings, check_files=False)
-
-
-def sections_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [section for part in get_args(annotation) for section in sections_in(part)]
-
-
-def leaves(section: type[BaseModel]) -> Iterator[str]:
-    for key, field in section.model_fields.items():
-        inner = sections_in(field.annotation)
-        for other in inner:
-            yield from leaves(other)
-        if not inner:
-            yield f"{section.__name__}.{key}"
 
 
 def test_the_table_of_settings_names_every_key_of_the_schema() -> None:
