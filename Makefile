@@ -31,7 +31,7 @@ demo: $(VENV)/installed
 	@echo
 	@echo "The model is in $(DEMO_RUN). Next:"
 	@echo "  $(BIN)/tinylm sample --run $(DEMO_RUN) --prompt \"Return a new list\""
-	@echo "  $(BIN)/tinylm recipes quickstart > my.yaml   # then edit data.train, and: $(BIN)/tinylm train my.yaml"
+	@echo "  $(BIN)/tinylm new my-text.txt --minutes 10 --out my.yaml   # your own text, then: $(BIN)/tinylm train my.yaml"
 	@echo "  $(BIN)/tinylm --help"
 
 test: $(VENV)/installed-dev
