@@ -5,6 +5,7 @@ They are forked from a server that has torch loaded, so that they start fast.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
@@ -21,11 +22,27 @@ import torch
 from tinylm.errors import TinylmError
 from tinylm.pipeline import train
 from tinylm.recipe import Recipe, loads
+from tinylm.training import step, trainer
 from tinylm.training.metrics import Observer, StepEvent
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["lives", "torch.distributed.checkpoint", "torch.distributed.fsdp"])
 _PATIENCE = 120.0
+
+
+def _spoiled(which: Sequence[int]) -> Callable[..., torch.Tensor]:
+    """Steps in which one gradient becomes no number."""
+    taken = []
+
+    def accumulate(network: Any, *rest: Any) -> torch.Tensor:
+        loss = step.accumulate(network, *rest)
+        taken.append(loss)
+        if len(taken) in which:
+            for parameter in network.parameters():
+                parameter.grad.mul_(math.nan)
+        return loss
+
+    return accumulate
 
 
 def _live(recipe: str, folder: Path, rank: int, count: int, meeting: Path | None, observer: Observer | None, options: Any) -> None:
@@ -34,6 +51,9 @@ def _live(recipe: str, folder: Path, rank: int, count: int, meeting: Path | None
     os.environ["OMP_NUM_THREADS"] = "1"
     if meeting is not None:
         torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count)
+    trainer.accumulate = _spoiled(options.pop("spoiled", ()))
+    if options.pop("late", False):
+        trainer.hears_late = lambda device: True
     try:
         result = train(loads(recipe, check_files=False), folder, device="cpu", observer=observer, **options)
     except TinylmError as error:
@@ -44,7 +64,7 @@ def _live(recipe: str, folder: Path, rank: int, count: int, meeting: Path | None
 
 
 def started(recipe: Recipe, folder: Path, *, count: int = 1, observer: Observer | None = None, **options: Any) -> list[BaseProcess]:
-    """The processes of a training into `folder`; `options` are those of `train`."""
+    """The processes of a training into `folder`; `options` are those of `train`, `spoiled` steps, and `late` as on a GPU."""
     meeting = Path(tempfile.mkdtemp()) / "meeting" if count > 1 else None
     processes: list[BaseProcess] = []
     for rank in range(count):

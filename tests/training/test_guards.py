@@ -57,6 +57,9 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int], Change], list[
     return install
 
 
+_GUARDED = ("skipped", "spike", "rollback")
+
+
 def _nan_loss(network: Transformer, loss: torch.Tensor) -> torch.Tensor:
     return loss * math.nan
 
@@ -93,6 +96,37 @@ def test_a_step_without_numbers_changes_nothing_and_is_counted(change: Change, s
     assert [line["step"] for line in _lines(tmp_path / "run", "step")] == [*range(1, 6), *range(7, 17)]
     watch = Run(tmp_path / "run").checkpoint("last").state["watch"]
     assert (watch["skipped"], watch["in_a_row"], watch["rollbacks"]) == (1, 0, 0)
+
+
+@pytest.mark.parametrize(("bad", "patience"), [({6}, 1), ({6}, 3), ({7, 8}, 3), ({10, 11, 12}, 3), ({16}, 3)])
+def test_a_device_that_is_not_waited_for_leaves_out_the_same_steps(
+    bad: set[int], patience: int, spoil: Any, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: the update itself leaves everything as it is, and the host hears of it when the next step is under way."""
+    section = recipe.training.model_copy(update={"guards": GuardsSection(patience=patience), "log_every": 5})
+    seldom = recipe.model_copy(update={"training": section})
+    behind: list[int] = []
+
+    def late(trainer: room.Trainer, **rest: Any) -> Any:
+        heard = hear(trainer, **rest)
+        behind.append(len(trainer._unheard))
+        return heard
+
+    ends = []
+    for name in ("at once", "late"):
+        monkeypatch.setattr(room, "hears_late", lambda device, name=name: name == "late")
+        hear = room.Trainer._hear
+        monkeypatch.setattr(room.Trainer, "_hear", late)
+        spoil(bad, _nan_gradient)
+        train(seldom, tmp_path / name, device="cpu")
+        monkeypatch.setattr(room.Trainer, "_hear", hear)
+        assert (max(behind) == 1) == (name == "late" and patience > 1)
+        kept = Run(tmp_path / name).checkpoint("last")
+        told = [(line["kind"], line["step"], line["cursor"], line["reason"]) for line in _lines(tmp_path / name, *_GUARDED)]
+        losses = {line["step"]: line["loss"] for line in _lines(tmp_path / name, "step")}
+        ends.append(((kept.path / "model.safetensors").read_bytes(), kept.state["watch"], told, losses))
+    assert ends[0] == ends[1]
+    assert ends[0][1]["skipped"] == len(bad)
 
 
 def test_after_some_in_a_row_it_goes_back_and_on_past_the_text_that_did_it(spoil: Any, recipe: Recipe, tmp_path: Path) -> None:

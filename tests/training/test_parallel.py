@@ -75,6 +75,19 @@ def test_two_processes_train_the_model_of_one(kind: str, alone: Path, short_file
     assert parts == ["training-00001.safetensors", "training-00002.safetensors"], "each process saved its part"
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_leave_out_the_same_step_before_they_know_it(kind: str, short_file: Path, tmp_path: Path) -> None:
+    """As on GPUs, which tell of a step when the next is under way; every process, and each part of a spread weight."""
+    recipe = recipe_of(short_file, f"training.parallel={kind}", "training.log_every=3")
+    for late in (False, True):
+        lives.run(recipe, tmp_path / str(late), count=2, spoiled=[2], late=late)
+    kept = [load_file(Run(tmp_path / str(late)).checkpoint("last").path / "model.safetensors") for late in (False, True)]
+    assert all(torch.equal(tensor, kept[1][name]) for name, tensor in kept[0].items())
+    events = [[*_lines(tmp_path / str(late), "skipped"), *_lines(tmp_path / str(late), "step")] for late in (False, True)]
+    assert [(event["kind"], event["step"]) for event in events[1]] == [("skipped", 2), *(("step", n) for n in (1, 3, 4, 6, 7))]
+    assert [event.get("loss") for event in events[0]] == [event.get("loss") for event in events[1]]
+
+
 def test_saved_by_two_resumed_by_one_and_then_by_four(alone: Path, short_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     for kind, count, steps in (("ddp", 2, 3), ("auto", 1, 6), ("fsdp", 4, None)):

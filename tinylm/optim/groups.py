@@ -44,8 +44,11 @@ class Optimizers:
         for part in self.parts.values():
             part.zero_grad(set_to_none=True)
 
-    def step(self) -> None:
+    def step(self, usable: Tensor | None = None) -> None:
+        """Update all parameters. `usable`, a flag on their device, leaves everything as it is where it is false."""
         for part in self.parts.values():
+            # The name by which torch's gradient scaler tells fused optimisers the same.
+            part.found_inf = None if usable is None else (~usable).float()  # type: ignore[attr-defined]
             part.step()
 
     def state(self) -> dict[str, Tensor]:

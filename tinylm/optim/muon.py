@@ -70,7 +70,11 @@ class Muon(torch.optim.Optimizer):
     momentum from 0.85 to `momentum`. Weight decay is decoupled; with `cautious` (Chen et al. 2025) only where the update
     itself moves a weight towards zero. `mesh`: the processes that train together, all stepping with equal parameters and
     gradients, or each with its rows of them (`fully_shard`).
+
+    As with torch's fused optimisers, a step changes nothing but its count where `found_inf`, a number on the device, is 1.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -114,11 +118,16 @@ class Muon(torch.optim.Optimizer):
         directions = self._directions(parameters, updates, group)
         weights = [_own(parameter) for parameter in parameters]
         decay = group["lr"] * group["weight_decay"]
+        kept: float | Tensor = 1 - decay
+        if self.found_inf is not None:
+            usable = 1 - self.found_inf.double()
+            kept = 1 - decay * usable
+            torch._foreach_mul_(directions, usable)
         if decay and group["cautious"]:
             for weight, direction in zip(weights, directions, strict=True):
                 weight.addcmul_(weight, (weight * direction > 0).to(weight.dtype), value=-decay)
         elif decay:
-            torch._foreach_mul_(weights, 1 - decay)
+            torch._foreach_mul_(weights, kept)
         torch._foreach_add_(weights, directions, alpha=-group["lr"])
 
     def _nesterov(self, parameters: list[Tensor], group: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -130,6 +139,9 @@ class Muon(torch.optim.Optimizer):
         buffers = [_own(self.state[parameter]["momentum"]) for parameter in parameters]
         counts = [self.state[parameter]["step"] for parameter in parameters]
         gradients = [_own(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        if self.found_inf is not None:  # momentum towards itself stays what it is
+            pairs = zip(buffers, gradients, strict=True)
+            gradients = [torch.where(self.found_inf > 0, buffer, gradient) for buffer, gradient in pairs]
         warmth = min(1.0, float(counts[0]) / group["momentum_warmup"]) if group["momentum_warmup"] else 1.0
         momentum = _MOMENTUM_AT_FIRST + warmth * (group["momentum"] - _MOMENTUM_AT_FIRST)
         torch._foreach_add_(counts, 1)

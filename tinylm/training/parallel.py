@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tinylm import plan
 from tinylm.model import lora
 from tinylm.model.transformer import Transformer
-from tinylm.processes import ALONE, Processes
+from tinylm.processes import ALONE, Processes, lost_peer
 from tinylm.recipe import Recipe
 from tinylm.training.precision import Precision
 
@@ -81,6 +81,19 @@ class Parallel:
             return
         with nullcontext() if last else self._replicas.no_sync():
             yield self._replicas
+
+    def total(self, part: Tensor) -> Tensor:
+        """The sum of every process's number, on the device; of several in float64."""
+        if self.mesh is None:
+            return part
+        import torch.distributed as dist
+
+        whole = part.double()
+        try:
+            dist.all_reduce(whole)
+        except RuntimeError as error:
+            raise lost_peer(error) or error from None
+        return whole
 
     def weights(self, for_all: bool = False) -> dict[str, Tensor]:
         """Copies of all weights in the host's memory, a tied head once. Empty but in the main process, unless `for_all`."""

@@ -82,9 +82,40 @@ class Progress:
 class _Step:
     """What one step computed, the same in every process."""
 
+    number: int
+    cursor: int
+    """Where the data's order went on after it."""
     loss: float
     norm: float
     fingerprint: int
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A step whose numbers are still the device's: its loss, the norm of its gradient, and the scale of a float16 loss."""
+
+    number: int
+    cursor: int
+    fingerprint: int
+    numbers: Tensor
+    arrived: torch.cuda.Event | None
+
+    @classmethod
+    def now(cls, number: int, cursor: int, fingerprint: int, numbers: Tensor) -> _Taken:
+        """Ask for the numbers; a GPU copies them while the host goes on."""
+        if numbers.device.type != "cuda":
+            return cls(number, cursor, fingerprint, numbers, None)
+        copy = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True).copy_(numbers, non_blocking=True)
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived.record(torch.cuda.current_stream(numbers.device))
+        return cls(number, cursor, fingerprint, copy, arrived)
+
+    def read(self) -> tuple[_Step, float]:
+        """The numbers on the host, once they are there; and the scale."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        loss, norm, scale = self.numbers.tolist()
+        return _Step(self.number, self.cursor, loss, norm, self.fingerprint), scale
 
 
 class _EvaluationInterrupted(Exception):
@@ -93,6 +124,13 @@ class _EvaluationInterrupted(Exception):
 
 class _RanOutElsewhere(Exception):
     """Another process has not the memory for its micro-batches."""
+
+
+def hears_late(device: torch.device) -> bool:
+    """Whether the host goes on before it knows how a step went: where it is not the host that computes, and torch's optimisers
+    can leave a step out by a number that is on the device.
+    """
+    return device.type == "cuda"
 
 
 class Trainer:
@@ -145,6 +183,8 @@ class Trainer:
         self._signal = 0
         self._began = 0.0
         self._earlier = 0.0
+        self._unheard: list[_Taken] = []
+        self._hears_late = hears_late(precision.device)
 
     def resume(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's state; weights and optimiser are already restored."""
@@ -181,18 +221,21 @@ class Trainer:
             self._look(request)
         stopped, finished = "done", self._finished()
         while stopped == "done" and not finished:
-            done = self._step(feed)
+            self._step(feed)
             if self._processes.count == 1 and self._checkpoints.done:  # several would not see it at the same step
                 self._settle()
             self._agree(request)
-            progress, finished = self.progress, self._finished()
+            late = stop_after is not None and self.progress.seconds - self._earlier >= stop_after
+            ending = self._finished() or bool(self._signal) or late
+            done = self._hear(all_steps=ending or self._save_due() or self._log_due())
+            finished = self._finished()
             if not finished and self._signal:
                 stopped = "signal"
-            elif not finished and stop_after is not None and progress.seconds - self._earlier >= stop_after:
+            elif not finished and late:
                 stopped = "time"
             saving = finished or stopped != "done" or (done is not None and self._save_due())
-            if done is not None:
-                self._log(done, always=saving)
+            if done is not None and (saving or self._log_due()):
+                self._log(done)
             if saving:
                 if not self._save():
                     finished = self._finished()  # it went back
@@ -246,43 +289,66 @@ class Trainer:
             return 1 / self.steps
         return self._done() / self.progress.step if self.progress.step else 0.001
 
-    def _step(self, feed: Feed) -> _Step | None:
-        """One optimiser step. None when it had to be left out, or when that made the training go back."""
+    def _step(self, feed: Feed) -> None:
+        """One optimiser step, which changes nothing where loss or gradient are no numbers. `_hear` tells how it went."""
         start = time.perf_counter()
         training, progress = self.recipe.training, self.progress
         self.optimizers.set_rate(multiplier(training.schedule, self._done(), self._step_share()))
         loss, fingerprint = self._gradient(feed)
-        self.scaler.unscale_(self.optimizers)  # type: ignore[arg-type]  # groups and a step are all it needs
-        total = torch.nn.utils.get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None])
-        norm = float(everywhere(total))
-        adjusts = self.scaler.is_enabled() and self.scaler.get_scale() > 1
-        problem = self._guard.problem(loss, norm, overflow_expected=adjusts)
-        if problem is None:
-            if training.clip_grad_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(self.network.parameters(), training.clip_grad_norm, total)
-            self.scaler.step(self.optimizers)  # type: ignore[arg-type]
-        self.scaler.update()
+        self.scaler.unscale_(self.optimizers)  # type: ignore[arg-type]  # groups are all it needs
+        norm = everywhere(torch.nn.utils.get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None]))
+        usable = torch.stack((loss, norm)).isfinite().all()
+        scale = self.scaler.scale(torch.ones_like(norm))
         progress.step += 1
         progress.cursor += training.global_batch_size
         progress.tokens += training.global_batch_size * self.batches.context_length
+        self._unheard.append(_Taken.now(progress.step, progress.cursor, fingerprint, torch.stack((loss, norm, scale))))
+        if self._hears_late or bool(usable):
+            if training.clip_grad_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(self.network.parameters(), training.clip_grad_norm, norm)
+            self.optimizers.step(usable if self._hears_late else None)
+        self.scaler.update()
         progress.train_seconds += time.perf_counter() - start
-        if problem is not None:
-            self._left_out(_Step(loss, norm, fingerprint), problem)
-            return None
-        if (score := self._guard.spike(loss)) is not None:
-            self._tell("spike", f"a spike: the loss {loss:.4f} is {score:.0f} deviations above the median of the last steps")
-        return _Step(loss, norm, fingerprint)
 
-    def _gradient(self, feed: Feed) -> tuple[float, int]:
-        """The gradient of one global batch; its mean loss and fingerprint. Where memory runs out, in smaller micro-batches."""
+    def _hear(self, *, all_steps: bool) -> _Step | None:
+        """Look at the numbers of steps that were taken; the last step, if it is heard and nothing was wrong with it.
+
+        A GPU is not waited for: how a step went is heard after the next one was given to it, unless `all_steps` are asked for.
+        Once a step had to be left out each is heard at once, so that a report finds things as they were.
+        """
+        done = None
+        while self._unheard and (all_steps or len(self._unheard) > self._lag):
+            start = time.perf_counter()
+            done, scale = self._unheard.pop(0).read()
+            self.progress.train_seconds += time.perf_counter() - start
+            problem = self._guard.problem(done.loss, done.norm, overflow_expected=scale > 1)
+            if problem is not None:
+                self._left_out(done, problem)
+                done = None
+                continue
+            self.progress.train_loss = done.loss
+            if (score := self._guard.spike(done.loss)) is not None:
+                what = f"a spike: the loss {done.loss:.4f} is {score:.0f} deviations above the median of the last steps"
+                self._tell("spike", what, done)
+        return done if not self._unheard else None
+
+    @property
+    def _lag(self) -> int:
+        """Steps that may be under way without their numbers being known."""
+        careful = self.progress.watch.in_a_row > 0 or self.recipe.training.guards.patience == 1
+        return 1 if self._hears_late and not careful else 0
+
+    def _gradient(self, feed: Feed) -> tuple[Tensor, int]:
+        """The gradient of one global batch; its mean loss, on the device, and fingerprint. Where memory runs out, in smaller
+        micro-batches.
+        """
         batch = feed.take(self.progress.cursor, self.recipe.training.global_batch_size)
         while (loss := self._attempt(batch)) is None:
             pass
-        parts = self._processes.gather([loss, *map(float, divmod(batch.fingerprint, 1 << 32))])
-        fingerprint = sum((int(high) << 32) + int(low) for _, high, low in parts) % (1 << 64)
-        return sum(part for part, _, _ in parts), fingerprint
+        parts = self._processes.gather([float(half) for half in divmod(batch.fingerprint, 1 << 32)])
+        return self._parallel.total(loss), sum((int(high) << 32) + int(low) for high, low in parts) % (1 << 64)
 
-    def _attempt(self, batch: GlobalBatch) -> float | None:
+    def _attempt(self, batch: GlobalBatch) -> Tensor | None:
         """This process's part of the loss, the gradients in place; None when memory ran out and the micro-batch was halved.
 
         With DDP the processes ask each other before they exchange gradients, and halve together. Whoever runs out while
@@ -305,7 +371,7 @@ class Trainer:
 
         try:
             with self.precision.tf32():
-                loss = accumulate(
+                return accumulate(
                     self.network,
                     self._objective,
                     batch,
@@ -315,7 +381,6 @@ class Trainer:
                     seeds if self.recipe.model.draws else None,
                     together,
                 )
-            return float(loss)
         except _RanOutElsewhere:
             needed = "in another process"
         except RuntimeError as error:
@@ -348,15 +413,15 @@ class Trainer:
 
     def _left_out(self, done: _Step, problem: str) -> None:
         """A step that changed nothing is told; too many of them in a row make the training go back, or end it."""
-        progress = self.progress
-        self._tell("skipped", f"left out: {problem}")
+        self._tell("skipped", f"left out: {problem}", done)
         if self._guard.exhausted:
-            self._go_back(f"{problem} in step {progress.step}, the last of {progress.watch.in_a_row} in a row", done)
+            self._go_back(f"{problem} in step {done.number}, the last of {self.progress.watch.in_a_row} in a row", done)
 
-    def _tell(self, kind: str, reason: str) -> None:
+    def _tell(self, kind: str, reason: str, of: _Step | None = None) -> None:
         progress = self.progress
-        self._observer.guard(GuardEvent(kind, progress.step, progress.cursor, reason))
-        self._observer.note(f"step {progress.step}: {reason}")
+        step, cursor = (progress.step, progress.cursor) if of is None else (of.number, of.cursor)
+        self._observer.guard(GuardEvent(kind, step, cursor, reason))
+        self._observer.note(f"step {step}: {reason}")
 
     def _go_back(self, reason: str, done: _Step | None) -> None:
         """To the last good checkpoint, and on with the text after the bad stretch. Raises `WorkError` if that was tried before."""
@@ -412,11 +477,11 @@ class Trainer:
         gradients: dict[str, float],
     ) -> None:
         size = self.recipe.training.global_batch_size
-        cursor = self.progress.cursor - size
+        cursor = done.cursor - size
         sequences = torch.from_numpy(self.batches.sequences(cursor, size))
         report = Report(
             reason=reason,
-            step=self.progress.step,
+            step=done.number,
             cursor=cursor,
             loss=done.loss,
             grad_norm=done.norm,
@@ -432,11 +497,11 @@ class Trainer:
         )
         write_report(folder, report, self.recipe, weights, sequences, [self._read(row) for row in sequences.tolist()])
 
-    def _log(self, done: _Step, *, always: bool) -> None:
+    def _log_due(self) -> bool:
+        return self.progress.step == 1 or self.progress.step % self.recipe.training.log_every == 0
+
+    def _log(self, done: _Step) -> None:
         progress = self.progress
-        progress.train_loss = done.loss
-        if not (always or progress.step == 1 or progress.step % self.recipe.training.log_every == 0):
-            return
         tokens = (progress.step - self._logged_step) * self.recipe.training.global_batch_size * self.batches.context_length
         seconds = max(progress.train_seconds - self._logged_seconds, 1e-9)
         self._logged_step, self._logged_seconds = progress.step, progress.train_seconds
