@@ -1,13 +1,15 @@
 """Vectors against gensim, on this machine: speed and quality in turn, memory, neighbours, and what reuse is worth.
 
     python benchmarks/embeddings.py speed TEXT... [--methods skipgram cbow] [--rounds 3] [--epochs 1] [--threads 2]
+    python benchmarks/embeddings.py glove TEXT... --program FOLDER [--rounds 2] [--epochs 15] [--threads 2]
     python benchmarks/embeddings.py memory [--megabytes 64 1000]
     python benchmarks/embeddings.py neighbours
     python benchmarks/embeddings.py reuse [--steps 300] [--seeds 1 2 3]
 
 `speed` needs gensim. Both sides get the same ids and learn one document at a time; vocabularies are made before the clock
 starts. One document in 20 is held out: the held-out loss is that of negative sampling over its windows, with the same
-negatives for both sides. `plurals`: how often a word's plural is among its ten nearest.
+negatives for both sides. `plurals`: how often a word's plural is among its ten nearest. `glove` takes the folder with the
+binaries of the published C program (github.com/stanfordnlp/GloVe); both sides get the same words in the same documents.
 """
 
 from __future__ import annotations
@@ -21,8 +23,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from tinylm.embedding.text import Text
 
 PROBES = ("list", "tuple", "string", "file", "socket", "thread", "exception", "integer", "directory", "bytes")
 PIECE = 1000
@@ -39,12 +45,83 @@ print(result.peak_memory_bytes >> 20, result.names, result.tokens, round(result.
 Tables = tuple[np.ndarray, np.ndarray]
 
 
-def speed(arguments: argparse.Namespace) -> None:
-    from tinylm.embedding.text import Text, Units, prepare
+def _prepared(sources: list[str]) -> Text:
+    from tinylm.embedding.text import prepare
     from tinylm.recipe.embeddings import EmbeddingDataSection, WordVocabulary
     from tinylm.reporting import SILENT
 
-    whole = prepare(EmbeddingDataSection(train=tuple(arguments.text)), WordVocabulary(kind="words"), SILENT)
+    return prepare(EmbeddingDataSection(train=tuple(sources)), WordVocabulary(kind="words"), SILENT)
+
+
+def glove(arguments: argparse.Namespace) -> None:
+    text = _prepared(arguments.text)
+    print(f"{text.length:,} tokens of {len(text.units.names):,} words", flush=True)
+    sides = {"the C program": _glove_program, "tinylm": _glove_here}
+    rates: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
+    for seed in range(1, arguments.rounds + 1):
+        for side, run in sides.items():
+            vectors, counting, learning, cells = run(arguments, text, seed)
+            rates[side].append((counting, learning))
+            rate = cells * arguments.epochs / learning
+            plurals = _plurals(vectors, text.units.names)
+            print(f"{side:14} counting {counting:5.1f} s, {rate:11,.0f} cells/s of {cells:,}, plurals {plurals:.1%}", flush=True)
+    for part, name in enumerate(("counting", "learning")):
+        ratio = median(one[part] for one in rates["the C program"]) / median(one[part] for one in rates["tinylm"])
+        print(f"{name}: {ratio:.2f} x the C program's speed")
+
+
+Glove = tuple[np.ndarray, float, float, int]
+
+
+def _glove_program(arguments: argparse.Namespace, text: Text, seed: int) -> Glove:
+    """Vectors, seconds of counting and of learning, and the number of cells, of the published program."""
+    names, ids = text.units.names, text.read(0, text.length)
+    with tempfile.TemporaryDirectory() as folder:
+        words, pairs, mixed, found = (Path(folder, name) for name in ("words", "pairs", "mixed", "vectors"))
+        vocabulary = "".join(f"{name} {count}\n" for name, count in zip(names, text.units.counts, strict=True))
+        Path(folder, "vocabulary").write_text(vocabulary, encoding="utf-8")
+        words.write_text(" ".join("\n" if id < 0 else names[id] for id in ids), encoding="utf-8")
+
+        def program(name: str, source: Path | None, target: Path | None, **options: object) -> None:
+            command = [str(Path(arguments.program, name)), "-verbose", "0", "-vocab-file", str(Path(folder, "vocabulary"))]
+            command += [part for key, value in options.items() for part in (f"-{key.replace('_', '-')}", str(value))]
+            with open(source or os.devnull, "rb") as given, open(target or os.devnull, "wb") as taken:
+                subprocess.run(command, stdin=given, stdout=taken, stderr=subprocess.DEVNULL, check=True, cwd=folder)
+
+        start = time.perf_counter()
+        program("cooccur", words, pairs, window_size=15, memory=2)
+        program("shuffle", pairs, mixed, memory=2, seed=seed)
+        counting = time.perf_counter() - start
+        options = {"vector_size": 100, "iter": arguments.epochs, "threads": arguments.threads, "x_max": 100, "eta": 0.05}
+        start = time.perf_counter()
+        program("glove", None, None, input_file=mixed, save_file=found, binary=0, seed=seed, **options)
+        learning = time.perf_counter() - start
+        rows = {line.split(" ", 1)[0]: line for line in found.with_suffix(".txt").read_text(encoding="utf-8").splitlines()}
+        vectors = np.array([np.fromstring(rows[name].split(" ", 1)[1], sep=" ") for name in names], np.float32)
+        return vectors, counting, learning, mixed.stat().st_size // 16
+
+
+def _glove_here(arguments: argparse.Namespace, text: Text, seed: int) -> Glove:
+    from tinylm.embedding.glove import Glove as Learner
+    from tinylm.recipe.embeddings import GloveMethod
+    from tinylm.reporting import SILENT
+
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TINYLM_CACHE"] = cache
+        start = time.perf_counter()
+        learner = Learner(text, GloveMethod(name="glove", epochs=arguments.epochs), seed, arguments.threads, SILENT)
+        counting = time.perf_counter() - start
+        start = time.perf_counter()
+        for step in range(learner.steps):
+            learner.step(step)
+        learning = time.perf_counter() - start
+    return (learner.words + learner.contexts)[:, :-1], counting, learning, len(learner.cells)
+
+
+def speed(arguments: argparse.Namespace) -> None:
+    from tinylm.embedding.text import Text, Units
+
+    whole = _prepared(arguments.text)
     ids = whole.read(0, whole.length)
     document = np.cumsum(ids < 0)
     heldout, train = ids[document % 20 == 19], ids[document % 20 != 19]
@@ -259,6 +336,13 @@ def main() -> None:
     verb.add_argument("--epochs", type=int, default=1)
     verb.add_argument("--threads", type=int, default=2)
     verb.set_defaults(run=speed)
+    verb = verbs.add_parser("glove")
+    verb.add_argument("text", nargs="+")
+    verb.add_argument("--program", required=True)
+    verb.add_argument("--rounds", type=int, default=2)
+    verb.add_argument("--epochs", type=int, default=15)
+    verb.add_argument("--threads", type=int, default=2)
+    verb.set_defaults(run=glove)
     verb = verbs.add_parser("memory")
     verb.add_argument("--megabytes", type=int, nargs="+", default=[64, 1000])
     verb.add_argument("--methods", nargs="+", default=["skipgram"])
