@@ -194,7 +194,7 @@ def as_html(found: Explanation, title: str) -> str:
         )
         ids = " ".join(str(token.id) for token in word.tokens)
         stories.append(
-            f"<details{' open' * (len(found.words) <= 8)}><summary><code>{html.escape(visible(word.text))}</code> "
+            f"<details{' open' * (len(found.words) <= 24)}><summary><code>{html.escape(visible(word.text))}</code> "
             f"<small>{ids}</small></summary><table>{rows}</table></details>"
         )
     hints = [f"{token.id}" + (f", score {token.score:.3f}" if token.score is not None else "") for token in tokens]
@@ -213,6 +213,7 @@ body {{ max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
 .t {{ font-family: ui-monospace, monospace; white-space: pre-wrap; color: #111 }}
 .t {{ padding: 1px 2px; margin: 1px; border-radius: 3px }}
 td {{ padding: 2px 12px 2px 0; vertical-align: top }} td:first-child {{ color: #6b7280; white-space: nowrap }}
+@media (prefers-color-scheme: dark) {{ body {{ color: #e5e7eb; background: #111827 }} }}
 summary {{ cursor: pointer }} small {{ color: #6b7280 }} .all {{ overflow-wrap: anywhere }}
 </style></head><body><h1>{title}</h1><p>{summary}</p><p class="all">{text}</p>
 {words}
