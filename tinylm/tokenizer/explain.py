@@ -213,8 +213,9 @@ body {{ max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
 .t {{ font-family: ui-monospace, monospace; white-space: pre-wrap; color: #111 }}
 .t {{ padding: 1px 2px; margin: 1px; border-radius: 3px }}
 td {{ padding: 2px 12px 2px 0; vertical-align: top }} td:first-child {{ color: #6b7280; white-space: nowrap }}
-@media (prefers-color-scheme: dark) {{ body {{ color: #e5e7eb; background: #111827 }} }}
 summary {{ cursor: pointer }} small {{ color: #6b7280 }} .all {{ overflow-wrap: anywhere }}
+@media (prefers-color-scheme: dark) {{ body {{ color: #e5e7eb; background: #111827 }}
+td:first-child, small {{ color: #9ca3af }} }}
 </style></head><body><h1>{title}</h1><p>{summary}</p><p class="all">{text}</p>
 {words}
 </body></html>

@@ -131,10 +131,13 @@ class Tokenizer:
         return {(left, right): rank for rank, (left, right) in enumerate(pairs)}
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, none added. Text that spells a special token is text."""
-        if len(text) > UNIT_BYTES // 4:  # in bytes it may be more than a unit
-            return [id for ids, _ in self.encode_pieces([Piece(text, True)]) for id in ids.tolist()]
-        return list(self.backend.encode(text, add_special_tokens=False).ids)
+        """The ids of a text, none added. Text that spells a special token is text. Raises `InputError` for half a surrogate pair."""
+        try:
+            if len(text) > UNIT_BYTES // 4:  # in bytes it may be more than a unit
+                return [id for ids, _ in self.encode_pieces([Piece(text, True)]) for id in ids.tolist()]
+            return list(self.backend.encode(text, add_special_tokens=False).ids)
+        except (TypeError, UnicodeEncodeError):  # what is said of a string that has no UTF-8
+            raise InputError("half of a surrogate pair is not text") from None
 
     def token(self, named: str) -> int:
         """The id of one token: `@123`, or the token's own text. Raises `InputError` for a text that is several tokens."""
