@@ -118,7 +118,7 @@ def evaluate(
         _on_tasks(opened, source, checkpoint, stride, limit, device, threads, json, console.is_terminal and not quiet)
         return
     for one in source or ():
-        if one != "-" and "://" not in one and not os.path.exists(one):  # what is there may be a pipe, which gives its text once
+        if one != "-" and "://" not in one and not one.startswith("hf:") and not os.path.exists(one):  # a pipe gives its text once
             Corpus([one]).close()  # what is missing is told before torch is loaded
     if source and source.count("-") > 1:
         raise InputError("standard input can be read once", where="-")

@@ -285,7 +285,6 @@ def test_what_is_not_there_is_told_in_one_line(tmp_path: Path) -> None:
         f"{tmp_path}/only": "only: no text in this folder: 1 files that are not text",
         f"file://{tmp_path}/none.txt": "none.txt: cannot be read: ",
         "nothing://at/all": "nothing://at/all: cannot be read: Protocol not known",
-        "hf:wikitext": "hf:wikitext: hf: sources are not supported yet (export the dataset to .jsonl or .parquet)",
         "builtin:python-doc": "builtin:python-doc: no such builtin text (python-docs) (did you mean python-docs?)",
     }.items():
         message = refusal(source)
@@ -293,9 +292,34 @@ def test_what_is_not_there_is_told_in_one_line(tmp_path: Path) -> None:
         assert "\n" not in message
 
 
+@pytest.fixture
+def _datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library of that name, offline and with a cache of the test's own."""
+    library = pytest.importorskip("datasets", reason="needs tinylm[datasets]")
+    monkeypatch.setattr(library.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(library.config, "HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.usefixtures("_datasets")
+def test_a_dataset_is_read_row_by_row_from_the_split_that_is_named(tmp_path: Path) -> None:
+    texts = [f"row {number},\r\n 世界" for number in range(10)]
+    for split, part in {"train": texts[:8], "test": texts[8:]}.items():
+        write(tmp_path / "data" / f"{split}.jsonl", "".join(json.dumps({"text": text, "n": 1}) + "\n" for text in part))
+    source = f"hf:{tmp_path}/data"
+    assert documents(source) == documents(f"{source}:train") == texts[:8]
+    assert documents(f"{source}:test") == texts[8:]
+    assert documents(f"{source}:train[:25%]") == texts[:2]
+    with Corpus([source]) as corpus:
+        assert list(corpus.pieces()) == list(corpus.pieces()), "as often as needed"
+    assert "row 1: field 'n' holds 1, which is not text" in refusal(source, field="n")
+    assert "row 1: no text in field 'body'" in refusal(source, field="body")
+    for wrong, told in {f"{source}:nosuch": "cannot be read: Unknown split", f"hf:{tmp_path}/none": "cannot be read: "}.items():
+        assert told in refusal(wrong)
+
+
 def test_a_missing_extra_names_the_command_that_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = {"parquet": write(tmp_path / "a.parquet", "x"), "zst": write(tmp_path / "a.txt.zst", "x")}
-    for module in ("pyarrow", "backports.zstd", "backports", "compression"):
+    paths = {"parquet": write(tmp_path / "a.parquet", "x"), "zst": write(tmp_path / "a.txt.zst", "x"), "datasets": "hf:any"}
+    for module in ("pyarrow", "datasets", "backports.zstd", "backports", "compression"):
         monkeypatch.setitem(sys.modules, module, None)
     for extra, path in paths.items():
         assert f'pip install "tinylm[{extra}]"' in refusal(path)

@@ -83,11 +83,11 @@ def test_every_single_character_comes_back(lossless: Tokenizer) -> None:
         assert lossless.decode(lossless.encode(chr(code))) == chr(code)
 
 
-@pytest.mark.parametrize("half", ["\ud83d", "\udc4d", "\udc80"])
 @pytest.mark.parametrize("length", [3, 2_000_000])
-def test_half_of_a_surrogate_pair_is_refused(lossless: Tokenizer, half: str, length: int) -> None:
-    with pytest.raises(InputError, match="half of a surrogate pair is not text"):
-        lossless.encode("a" * length + half)
+def test_half_of_a_surrogate_pair_is_refused(lossless: Tokenizer, length: int) -> None:
+    for half in ("\ud83d", "\udc4d", "\udc80"):
+        with pytest.raises(InputError, match="half of a surrogate pair is not text"):
+            lossless.encode("a" * length + half)
 
 
 def test_the_streaming_decoder_shows_only_whole_characters(lossless: Tokenizer, english: str) -> None:

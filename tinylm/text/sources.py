@@ -1,7 +1,7 @@
 """Text from anywhere, as a stream: SOURCE notation in, pieces of documents out, in memory that does not grow with the text.
 
-A plain text file is one document, as is each line of a .jsonl, each row of a .parquet and each entry of a builtin. A long
-document comes in several pieces, cut where a word ends so that no tokenizer pattern reaches across the cut. Bytes are
+A plain text file is one document, as is each line of a .jsonl, each row of a .parquet or a dataset and each entry of a builtin. A
+long document comes in several pieces, cut where a word ends so that no tokenizer pattern reaches across the cut. Bytes are
 decoded as they are: line endings, NULs and marks survive; bytes that are not UTF-8 are an error that names the place.
 """
 
@@ -27,6 +27,8 @@ from tinylm.text import builtin
 BLOCK_BYTES = 1 << 20
 PIECE_CHARACTERS = 1 << 18
 LONGEST_PIECE = 4 * PIECE_CHARACTERS
+_HUB = "hf:"
+"""In place of a suffix, for what the library `datasets` holds."""
 _COMPRESSIONS = {".gz": "gzip", ".xz": "xz", ".bz2": "bz2", ".zst": "zstd"}
 
 
@@ -61,6 +63,7 @@ class Corpus:
         self.errors = errors
         self.skipped: list[str] = []
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._datasets: dict[str, Any] = {}
         try:
             self._entries = [entry for source in sources for entry in self._expand(source)]
         except BaseException:
@@ -102,7 +105,7 @@ class Corpus:
             name = source.removeprefix("builtin:")
             yield _Entry(source, str(builtin.path_of(name)), ".jsonl")
         elif source.startswith("hf:"):
-            raise InputError("hf: sources are not supported yet", where=source, hint="export the dataset to .jsonl or .parquet")
+            yield self._from_hub(source)
         elif source.startswith("imported:"):  # what the recipe of an imported model says
             raise InputError("the text that an imported model learned is not here", where=source, hint="name a text of your own")
         elif "://" in source:
@@ -155,8 +158,36 @@ class Corpus:
         except Exception as error:  # each protocol's library raises classes of its own
             raise InputError(f"cannot be read: {error or type(error).__name__}", where=source) from None
 
+    def _from_hub(self, source: str) -> _Entry:
+        """`hf:DATASET[/CONFIGURATION][:split]`; DATASET may be a folder. The rows stay where `datasets` keeps them."""
+        try:
+            import datasets
+        except ImportError:
+            raise need_extra("datasets", "reading hf: sources") from None
+        if not sys.stderr.isatty():
+            datasets.disable_progress_bars()
+        name, _, split = source.removeprefix("hf:").partition(":")
+        parts = name.split("/")
+        configuration = parts.pop() if len(parts) == 3 and not os.path.exists(name) else None
+        try:
+            found = datasets.load_dataset("/".join(parts), configuration, split=split or "train")
+        except Exception as error:  # of many libraries
+            raise InputError(f"cannot be read: {str(error).strip() or type(error).__name__}", where=source) from None
+        self._datasets[source] = found
+        return _Entry(source, source, _HUB)
+
+    def _rows(self, entry: _Entry) -> Iterator[str]:
+        found = self._datasets[entry.name]
+        if self.field in found.column_names:
+            found = found.select_columns([self.field])
+        for number, row in enumerate(found, 1):
+            yield self._field_of(row, f"{entry.name} row {number}")
+
     def _documents(self, entry: _Entry) -> Iterator[Iterable[str]]:
         """Each document as an iterable of strings."""
+        if entry.suffix == _HUB:
+            yield from ([text] for text in self._rows(entry))
+            return
         if entry.suffix == ".parquet":
             yield from ([text] for text in self._parquet(entry))
             return

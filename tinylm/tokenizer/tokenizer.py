@@ -131,7 +131,10 @@ class Tokenizer:
         return {(left, right): rank for rank, (left, right) in enumerate(pairs)}
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, none added. Text that spells a special token is text. Raises `InputError` for half a surrogate pair."""
+        """The ids of a text, none added. Text that spells a special token is text.
+
+        Raises `InputError` for half of a surrogate pair.
+        """
         try:
             if len(text) > UNIT_BYTES // 4:  # in bytes it may be more than a unit
                 return [id for ids, _ in self.encode_pieces([Piece(text, True)]) for id in ids.tolist()]
