@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json as json_module
-import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.table import Table
 
 from tinylm.errors import InputError, did_you_mean
 
+from . import ask
 from .console import (
     CHECKPOINT,
     DEVICE,
@@ -29,7 +27,6 @@ from .console import (
     Conversation,
     Verbs,
     checked_errors,
-    checked_text,
     count,
     duration,
     open_run,
@@ -39,23 +36,15 @@ from .console import (
     show_facts,
     size,
     stderr,
-    stdout,
-    things,
 )
 
 if TYPE_CHECKING:
-    from tinylm.embedding.vectors import Neighbour, Vectors
+    from tinylm.embedding.vectors import Vectors
     from tinylm.embedding_pipeline import EmbeddingResult
     from tinylm.recipe import EmbeddingRecipe
 
 app = typer.Typer(cls=Verbs, add_completion=False, no_args_is_help=True, help="Learn, ask, judge and reuse embeddings.")
-FOLDER = Path("embeddings")
-VECTORS = typer.Option(
-    None, "--vectors", "-v", metavar="PATH", help="A folder that `embed train` made, or a file of any format; default: the newest."
-)
-COUNT = typer.Option(10, "-n", min=1, help="How many neighbours.")
-METHOD = typer.Option("3cosadd", "--method", help="3cosadd or 3cosmul.")
-MOST = typer.Option(30_000, "--most", min=0, help="Answer from the first so many names, the most frequent; 0: from all.")
+FOLDER, VECTORS = ask.FOLDER, ask.VECTORS
 
 
 @app.command()
@@ -291,217 +280,10 @@ def _wrote(path: Path, vectors: Vectors, json: bool, **more: Any) -> None:
         out(str(path))
 
 
-def _opened(path: str | None, quiet: bool = False) -> Vectors:
-    """The vectors that --vectors names, else TINYLM_VECTORS, else the newest under embeddings/, which is then said."""
-    from tinylm.embedding.formats import read
-    from tinylm.run import VECTORS_FILE
-
-    if path is not None:
-        return read(Path(path))
-    if named := os.environ.get("TINYLM_VECTORS"):
-        return read(Path(named))
-    found = sorted(FOLDER.glob(f"*/{VECTORS_FILE}"), key=lambda file: file.stat().st_mtime)
-    if not found:
-        hint = "`tinylm embed train SOURCE` makes some, --vectors names others"
-        raise InputError(f"no vectors under {FOLDER}/ yet", hint=hint)
-    if not quiet:
-        stderr().say(f"using {found[-1].parent}", "dim")
-    return read(found[-1])
-
-
-def _questions(words: list[str] | None, needed: int | None, what: str) -> Iterator[list[str]]:
-    """The question on the command line, or one per line of standard input when that is `-` or nothing."""
-    if words and words != ["-"]:
-        yield _checked([checked_text(word, "WORD") for word in words], needed, what, "the command line")
-        return
-    for number, line in enumerate(sys.stdin, 1):
-        if parts := (line.strip("\n\r").split("\t") if "\t" in line else line.split()):
-            yield _checked(parts, needed, what, f"-:{number}")
-
-
-def _checked(words: list[str], needed: int | None, what: str, where: str) -> list[str]:
-    if needed is not None and len(words) != needed:
-        raise InputError(f"{what}, not {len(words)}", where=where)
-    return words
-
-
-def _answer(
-    words: list[str] | None,
-    needed: int | None,
-    what: str,
-    json: bool,
-    ask: Callable[[list[str]], dict[str, Any]],
-    show: Callable[[dict[str, Any]], None],
-) -> None:
-    """Answer each question; as JSON one object, or a list of them for questions from standard input."""
-    several = not words or words == ["-"]
-    answers = []
-    for question in _questions(words, needed, what):
-        answers.append(ask(question))
-        if not json:
-            show(answers[-1])
-    if several and not answers:
-        raise InputError("nothing was asked", where="-", hint="a question per line on standard input")
-    if json:
-        print_json(answers if several else answers[0])
-
-
-def _show_neighbours(answer: dict[str, Any]) -> None:
-    table = Table(title=answer["query"] if isinstance(answer["query"], str) else " ".join(answer["query"]), title_justify="left")
-    table.add_column("token")
-    table.add_column("similarity", justify="right")
-    for neighbour in answer["neighbours"]:
-        table.add_row(_printable(neighbour["token"]), f"{neighbour['similarity']:.4f}")
-    stdout().print(table)
-
-
-def _printable(token: str) -> str:
-    """Tokens with white space at an end, or none but it, in quotes."""
-    return token if token and token.strip() == token and token.isprintable() else repr(token)
-
-
-def _listed(neighbours: Sequence[Neighbour]) -> list[dict[str, Any]]:
-    return [asdict(neighbour) for neighbour in neighbours]
-
-
-@app.command()
-def nearest(
-    word: list[str] | None = typer.Argument(None, help="One word; none or -: a word per line of standard input."),
-    vectors: str | None = VECTORS,
-    n: int = COUNT,
-    json: bool = JSON,
-    quiet: bool = QUIET,
-) -> None:
-    """The words most similar to a word, by cosine."""
-    loaded = _opened(vectors, quiet)
-    several = [" ".join(word)] if word else None
-    _answer(
-        several,
-        1,
-        "nearest takes one word",
-        json,
-        lambda words: {"query": words[0], "neighbours": _listed(loaded.nearest(words[0], n))},
-        _show_neighbours,
-    )
-
-
-@app.command()
-def analogy(
-    words: list[str] | None = typer.Argument(None, metavar="A B C", help="What is to C as B is to A? None or -: a line each."),
-    vectors: str | None = VECTORS,
-    method: str = METHOD,
-    n: int = COUNT,
-    json: bool = JSON,
-    quiet: bool = QUIET,
-) -> None:
-    """Answer `A is to B as C is to ...`; the three are left out of the answer."""
-    _known_method(method)
-    loaded = _opened(vectors, quiet)
-    _answer(
-        words,
-        3,
-        "an analogy takes three words",
-        json,
-        lambda words: {
-            "query": words,
-            "method": method,
-            "neighbours": _listed(loaded.analogy(words[0], words[1], words[2], n, method)),
-        },
-        _show_neighbours,
-    )
-
-
-def _known_method(method: str) -> None:
-    from tinylm.embedding.vectors import METHODS
-
-    if method not in METHODS:
-        hint = did_you_mean(method, METHODS)
-        raise InputError(f"must be {' or '.join(METHODS)}, not {method!r}", where="--method", hint=hint)
-
-
-@app.command()
-def similarity(
-    words: list[str] | None = typer.Argument(None, metavar="A B", help="Two words; none or -: a pair per line of standard input."),
-    vectors: str | None = VECTORS,
-    json: bool = JSON,
-    quiet: bool = QUIET,
-) -> None:
-    """The cosine between two words, from -1 to 1."""
-    loaded = _opened(vectors, quiet)
-    _answer(
-        words,
-        2,
-        "similarity takes two words",
-        json,
-        lambda words: {"query": words, "similarity": loaded.similarity(*words)},
-        lambda answer: out(f"{answer['similarity']:.4f}"),
-    )
-
-
-@app.command("odd-one-out")
-def odd_one_out(
-    words: list[str] | None = typer.Argument(None, help="Three words or more; none or -: a set per line of standard input."),
-    vectors: str | None = VECTORS,
-    json: bool = JSON,
-    quiet: bool = QUIET,
-) -> None:
-    """The word least similar to the mean of all."""
-    loaded = _opened(vectors, quiet)
-
-    def ask(words: list[str]) -> dict[str, Any]:
-        ranked = loaded.odd_one_out(words)
-        return {"query": words, "odd": ranked[0].token, "similarities": _listed(ranked)}
-
-    _answer(words, None, "", json, ask, lambda answer: out(answer["odd"]))
-
-
-@app.command("eval")
-def evaluate(
-    file: list[str] = typer.Argument(..., help="Analogies (questions-words.txt) or word similarities (wordsim353.tsv)."),
-    vectors: str | None = VECTORS,
-    method: str = METHOD,
-    most: int = MOST,
-    json: bool = JSON,
-    quiet: bool = QUIET,
-) -> None:
-    """Judge vectors by public tests, with how much of each they cover."""
-    from tinylm.embedding.evaluate import Analogies
-    from tinylm.embedding.evaluate import evaluate as judge
-
-    _known_method(method)
-    loaded = _opened(vectors, quiet)
-    results = [(name, judge(loaded, Path(name), method=method, most=most or None)) for name in file]
-    documents = []
-    for name, found in results:
-        if isinstance(found, Analogies):
-            sections = {section: {"correct": right, "covered": of} for section, (right, of) in found.sections.items()}
-            numbers = {"correct": found.correct, "covered": found.covered, "total": found.total}
-            shares = {"accuracy": found.accuracy, "coverage": found.coverage}
-            documents.append({"file": name, "analogies": {**numbers, **shares, "sections": sections}})
-        else:
-            documents.append({"file": name, "similarity": {**asdict(found), "coverage": found.covered / found.pairs}})
-    if json:
-        print_json(documents[0] if len(documents) == 1 else documents)
-        return
-    for document in documents:
-        show_facts(stdout(), _judgement(document))
-
-
-def _judgement(document: dict[str, Any]) -> list[tuple[str, str]]:
-    if "analogies" in document:
-        found = document["analogies"]
-        share = "none can be asked" if found["accuracy"] is None else f"{found['accuracy']:.1%} right"
-        of = f"{found['correct']:,} of the {found['covered']:,} questions whose words are all known"
-        rows = [("file", document["file"]), ("analogies", f"{share}, {of}")]
-        rows.append(("coverage", f"{found['coverage']:.1%}: {found['covered']:,} of {found['total']:,}"))
-        return rows + [(f"  {name}", f"{part['correct']:,} of {part['covered']:,}") for name, part in found["sections"].items()]
-    found = document["similarity"]
-    shown = ["undefined" if found[key] is None else f"{found[key]:.3f}" for key in ("spearman", "pearson")]
-    return [
-        ("file", document["file"]),
-        ("similarity", f"Spearman {shown[0]}, Pearson {shown[1]}"),
-        ("coverage", f"{found['coverage']:.1%}: {found['covered']:,} of {things(found['pairs'], 'pair')}"),
-    ]
+for verb in (ask.nearest, ask.analogy, ask.similarity):
+    app.command()(verb)
+app.command("odd-one-out")(ask.odd_one_out)
+app.command("eval")(ask.evaluate)
 
 
 @app.command()
@@ -517,7 +299,7 @@ def export(
     from tinylm.embedding.formats import write
 
     target = _new_file(out_, overwrite)
-    loaded = _opened(vectors, quiet)
+    loaded = ask.opened(vectors, quiet)
     mapped = write(loaded, target, to)
     if mapped and not quiet:
         stderr().say("some names hold white space: all are written byte-mapped; `embed import --byte-mapped` undoes it", "yellow")
@@ -571,7 +353,7 @@ def plot(
     if projection not in PROJECTIONS:
         hint = did_you_mean(projection, PROJECTIONS)
         raise InputError(f"must be {', '.join(PROJECTIONS)}, not {projection!r}", where="--projection", hint=hint)
-    loaded = _opened(vectors, quiet)
+    loaded = ask.opened(vectors, quiet)
     drawn = draw(loaded, target, projection=projection, most=most, labels=labels, seed=seed)
     if json:
         print_json({"file": str(target), "projection": projection, "names": drawn})
