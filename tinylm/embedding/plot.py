@@ -9,6 +9,7 @@ import os
 import shutil
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -52,8 +53,10 @@ def project(units: np.ndarray, projection: str, seed: int) -> tuple[np.ndarray, 
             projected = manifold.TSNE
     except ImportError:
         raise need_extra("umap", f"a map by {projection}") from None
-    neighbours = {"n_neighbors": min(15, len(units) - 1)} if projection == "umap" else {"perplexity": min(30.0, len(units) / 4)}
-    made = projected(n_components=2, metric="cosine", random_state=seed, init="random", **neighbours)
+    own: dict[str, Any] = {"perplexity": min(30.0, len(units) / 4)}
+    if projection == "umap":
+        own = {"n_neighbors": min(15, len(units) - 1), "n_jobs": 1}  # its seed holds for one job alone
+    made = projected(n_components=2, metric="cosine", random_state=seed, init="random", **own)
     points = np.asarray(made.fit_transform(units), dtype=np.float64)
     return points - points.mean(axis=0), None
 
