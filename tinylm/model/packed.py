@@ -72,7 +72,8 @@ class Int8Linear(nn.Module):
         weight = linear.weight.detach().float()
         scale = (weight.abs().amax(dim=1) / 127).clamp_min(1e-12).bfloat16()
         steps = (weight / scale.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8)
-        self._fill = -steps.shape[1] % 16
+        self.inputs = steps.shape[1]
+        self._fill = -self.inputs % 16
         self.register_buffer("weight", F.pad(steps, (0, self._fill)))
         self.register_buffer("scale", scale)
         self.bias = _bias_of(linear)

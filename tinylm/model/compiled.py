@@ -1,0 +1,246 @@
+"""A decoder's step as one call of machine code: weights laid out for it, room to work in, threads.
+
+`tinylm.model.kernels` is the code itself, and needs numba. Threads are those that torch computes with, through the entry points
+that compilers call for OpenMP (libgomp has them, libomp and Intel's too): a second team would fight with the first for the
+same cores. Where they are not found, one thread does it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from functools import cache
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tinylm.errors import need_extra
+from tinylm.model.cache import KeyValueCache
+from tinylm.model.layers import Block
+from tinylm.model.packed import Int8Linear, TransposedLinear
+from tinylm.model.transformer import Transformer
+from tinylm.recipe.schema import ModelSection
+
+_ALIGNMENT = 64
+
+
+def kernels() -> Any:
+    """The machine code's module. Raises `InputError` where numba is not installed."""
+    try:
+        from tinylm.model import kernels as compiled
+    except ImportError:
+        raise need_extra("fast", "compiling the decoding step for a CPU") from None
+    return compiled
+
+
+def obstacle(model: ModelSection) -> str | None:
+    """The part of a model that the machine code does not know, or None."""
+    unknown = {
+        "norm_position: post": model.norm_position == "post",
+        "parallel_residual": model.parallel_residual,
+        "value_embeddings": model.value_embeddings > 0,
+        "value_residual": model.value_residual,
+        "embedding_shortcut": model.embedding_shortcut,
+        "feed_forward: gelu_exact": model.feed_forward == "gelu_exact",
+    }
+    return next((part for part, there in unknown.items() if there), None)
+
+
+class CompiledStep:
+    """What `Decoder.step` does, for networks on the CPU, packed or plain, in which there is no `obstacle`.
+
+    It has its own copy of the matrices, and reads embeddings where the network holds them.
+    """
+
+    def __init__(self, network: Transformer) -> None:
+        self._kernels = kernels()
+        self._network = network
+        self._step = np.zeros(1, self._kernels.STEP)
+        self._layers = np.zeros(network.model.n_layer, self._kernels.LAYER)
+        self._matrices = np.zeros(network.model.n_layer * self._kernels.MATRICES + 2, self._kernels.MATRIX)
+        self._weights = _Arena()
+        self._describe()
+        self._weights.fill()
+        self._room: np.ndarray | None = None
+        self._room_for = (0, 0, 0)
+        self._lock = threading.Lock()
+        self._code = self._kernels.entry()
+        self._alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._code)
+
+    def __call__(self, cache: KeyValueCache, tokens: Tensor) -> Tensor:
+        """Add one id (B,) to every row; the logits (B, V) after it. `cache.lengths` stay as they are."""
+        rows, threads, team = len(cache.lengths), torch.get_num_threads(), _team()
+        logits = torch.empty(rows, self._network.vocab_size)
+        alone = threads == 1 or team is None
+        with self._lock:
+            self._make_room(len(cache.tokens), cache.capacity, threads)
+            self._ids[0, :rows] = tokens.numpy()
+            self._ids[1, :rows] = cache.lengths
+            step = self._step[0]
+            step["rows"], step["capacity"], step["cache_rows"] = rows, cache.capacity, len(cache.tokens)
+            step["keys"], step["values"], step["read"] = cache.keys.data_ptr(), cache.values.data_ptr(), cache.tokens.data_ptr()
+            step["logits"] = logits.data_ptr()
+            if team is None or alone:
+                step["barrier"] = 0
+                self._alone(self._step.ctypes.data)
+            else:
+                step["thread_number"], step["thread_count"], step["barrier"] = team.number, team.count, team.barrier
+                team.run(self._code, self._step.ctypes.data, threads, 0)
+        return logits
+
+    def _describe(self) -> None:
+        network, model, step = self._network, self._network.model, self._step
+        step["layers"], step["matrices"] = self._layers.ctypes.data, self._matrices.ctypes.data
+        step["layer_count"], step["width"] = model.n_layer, model.n_embd
+        step["heads"], step["kv_heads"], step["head_width"] = model.n_head, model.kv_heads, model.head_width
+        step["hidden_width"] = model.feed_forward_width
+        names = {"gelu": "GELU", "relu": "RELU", "relu2": "RELU2", "swiglu": "GATE"}
+        step["activation"] = getattr(self._kernels, names[model.feed_forward])
+        step["layer_norm"], step["norm_eps"] = model.norm == "layernorm", model.norm_eps
+        step["qk_norm_eps"] = model.norm_eps if model.qk_norm else -1.0
+        step["softcap"] = model.logit_softcap or 0.0
+        step["embedding"] = network.embedding.weight.data_ptr()
+        if network.positions is not None:
+            step["positions"] = network.positions.weight.data_ptr()
+        elif model.position == "sinusoidal":
+            step["positions"] = network.get_buffer("sinusoids").data_ptr()
+        elif model.position == "rope":
+            step["cosines"], step["sines"] = (network.get_buffer(f"rope_{name}").data_ptr() for name in ("cosines", "sines"))
+        step["embedding_norm"] = network.embedding_norm is not None
+        self._norm(step, "embedding", network.embedding_norm)
+        self._norm(step, "final", network.final_norm)
+        for number, block in enumerate(network.blocks):
+            self._describe_layer(number, cast(Block, block))
+        self._matrix(model.n_layer * self._kernels.MATRICES, network.head)
+        if (ngrams := network.ngrams) is not None:
+            self._orders = np.array(ngrams.orders, dtype=np.int64)
+            step["orders"], step["order_count"] = self._orders.ctypes.data, len(ngrams.orders)
+            step["ngram_table"], step["ngram_rows"] = ngrams.table.weight.data_ptr(), ngrams.rows
+            step["ngram_width"], step["missing"] = model.ngram_width, ngrams.missing
+            self._matrix(model.n_layer * self._kernels.MATRICES + 1, ngrams.projection)
+
+    def _describe_layer(self, number: int, block: Block) -> None:
+        attention, feed = block.attention, block.feed_forward
+        layer, first = self._layers[number : number + 1], number * self._kernels.MATRICES
+        self._norm(layer, "attention", block.attention_norm)
+        self._norm(layer, "feed", block.feed_forward_norm)
+        if attention.query_gain is not None and attention.key_gain is not None:
+            self._weights.vector(layer, "query_gain", attention.query_gain)
+            self._weights.vector(layer, "key_gain", attention.key_gain)
+        self._matrix(first + self._kernels.QKV, attention.qkv)
+        self._matrix(first + self._kernels.OUTPUT, attention.output)
+        if feed.kind == "swiglu":
+            self._matrix(first + self._kernels.GATES, feed.input, 0, 2)
+            self._matrix(first + self._kernels.WIDEN, feed.input, 1, 2)
+        else:
+            self._matrix(first + self._kernels.WIDEN, feed.input)
+        self._matrix(first + self._kernels.NARROW, feed.output)
+
+    def _norm(self, record: np.ndarray, name: str, norm: nn.Module | None) -> None:
+        for field, found in (("gain", getattr(norm, "weight", None)), ("bias", getattr(norm, "bias", None))):
+            if found is not None:
+                self._weights.vector(record, f"{name}_{field}", found)
+
+    def _matrix(self, index: int, linear: nn.Module, part: int = 0, parts: int = 1) -> None:
+        """Describe a linear layer, or one of `parts` equal parts of its outputs."""
+        weight, scale = _weight_and_scale(linear)
+        outputs = len(weight) // parts
+        own = slice(part * outputs, (part + 1) * outputs)
+        record = self._matrices[index : index + 1]
+        record["bytes"], record["inputs"], record["outputs"] = weight.element_size(), weight.shape[1], outputs
+        self._weights.tiles(record, "weights", weight[own], self._kernels.TILE)
+        for field, found in (("scales", scale), ("biases", linear.bias)):
+            if found is not None:
+                self._weights.vector(record, field, cast(Tensor, found)[own])
+
+    def _make_room(self, rows: int, capacity: int, threads: int) -> None:
+        had = self._room_for
+        if rows <= had[0] and capacity <= had[1] and threads <= had[2]:
+            return
+        self._room_for = rows, capacity, threads = max(rows, had[0]), max(capacity, had[1]), max(threads, had[2])
+        model, step = self._network.model, self._step
+        padded = -(-rows // self._kernels.ROWS) * self._kernels.ROWS
+        heads = model.n_head + 2 * model.kv_heads
+        hidden = max(model.feed_forward_width, len(model.ngram_embeddings) * model.ngram_width)
+        widths = {"stream": model.n_embd, "qkv": heads * model.head_width, "mixed": model.n_head * model.head_width}
+        sizes = {name: _aligned(4 * padded * width) for name, width in (widths | {"hidden": hidden}).items()}
+        step["sums_at"] = _aligned(4 * padded * model.n_embd)
+        step["scores_at"] = step["sums_at"] + _aligned(4 * padded * self._kernels.TILE)
+        step["own_bytes"] = step["scores_at"] + _aligned(4 * capacity)
+        self._ids = np.zeros((2, rows), dtype=np.int64)
+        step["tokens"], step["places"] = self._ids[0].ctypes.data, self._ids[1].ctypes.data
+        self._room, address = _aligned_bytes(sum(sizes.values()) + threads * int(step["own_bytes"][0]))
+        for name, size in (sizes | {"own": 0}).items():
+            step[name] = address
+            address += size
+
+
+def _weight_and_scale(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """(outputs, inputs), and one factor per output."""
+    if isinstance(linear, Int8Linear):
+        return linear.weight[:, : linear.inputs], linear.scale.float()
+    weight = cast(Tensor, linear.weight).detach()
+    return weight.t() if isinstance(linear, TransposedLinear) else weight, None
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _aligned_bytes(size: int) -> tuple[np.ndarray, int]:
+    """Zeros, and the first address among them that is aligned."""
+    room = np.zeros(size + _ALIGNMENT, dtype=np.uint8)  # numpy asks the system for large pages
+    return room, _aligned(room.ctypes.data)
+
+
+class _Arena:
+    """One stretch of memory for all weights: `tiles` and `vector` note what goes into it and who has to know where, `fill` does it."""
+
+    def __init__(self) -> None:
+        self._memory: np.ndarray | None = None
+        self._noted: list[tuple[np.ndarray, str, Tensor, int]] = []
+
+    def tiles(self, record: np.ndarray, field: str, matrix: Tensor, tile: int) -> None:
+        """A matrix (outputs, inputs) as (tiles, inputs, tile), the last tile filled up with zeros."""
+        self._noted.append((record, field, matrix, tile))
+
+    def vector(self, record: np.ndarray, field: str, vector: Tensor) -> None:
+        self._noted.append((record, field, vector.detach().float(), 0))
+
+    def fill(self) -> None:
+        shapes = [(-(-len(one) // tile), one.shape[1], tile) if tile else one.shape for _, _, one, tile in self._noted]
+        sizes = [int(np.prod(shape)) * one.element_size() for shape, (_, _, one, _) in zip(shapes, self._noted, strict=True)]
+        self._memory, address = _aligned_bytes(sum(map(_aligned, sizes)))
+        whole, start = torch.from_numpy(self._memory), address - self._memory.ctypes.data
+        for shape, size, (record, field, one, tile) in zip(shapes, sizes, self._noted, strict=True):
+            place = whole[start : start + size].view(one.dtype).view(shape)
+            if tile:
+                full, inputs = divmod(len(one), tile)[0], one.shape[1]
+                place[:full] = one[: full * tile].unflatten(0, (full, tile)).transpose(1, 2) if full else place[:0]
+                place[full:, :, : len(one) - full * tile] = one[full * tile :].t()
+            else:
+                place.copy_(one)
+            record[field] = self._memory.ctypes.data + start
+            start += _aligned(size)
+        self._noted.clear()
+
+
+class _Team:
+    """OpenMP's threads: `run(code, argument, threads, 0)` has them all do the same, and waits for them."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.run = library.GOMP_parallel
+        self.run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        self.run.restype = None
+        names = ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier")
+        self.number, self.count, self.barrier = (cast(int, ctypes.cast(library[name], ctypes.c_void_p).value) for name in names)
+
+
+@cache
+def _team() -> _Team | None:
+    try:
+        return _Team(ctypes.CDLL(None))  # what torch has loaded is found among everything that is loaded
+    except (TypeError, OSError, AttributeError):  # Windows, and where torch came without
+        return None
