@@ -8,6 +8,7 @@ same cores. Where they are not found, one thread does it.
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
 from functools import cache
 from typing import Any, cast
@@ -150,7 +151,7 @@ class CompiledStep:
         own = slice(part * outputs, (part + 1) * outputs)
         record = self._matrices[index : index + 1]
         record["bytes"], record["inputs"], record["outputs"] = weight.element_size(), weight.shape[1], outputs
-        self._weights.tiles(record, "weights", weight[own], self._kernels.TILE)
+        self._weights.tiles(record, "weights", weight[own], self._kernels.TILE, self._kernels.PANEL)
         for field, found in (("scales", scale), ("biases", linear.bias)):
             if found is not None:
                 self._weights.vector(record, field, cast(Tensor, found)[own])
@@ -168,7 +169,7 @@ class CompiledStep:
         sizes = {name: _aligned(4 * padded * width) for name, width in (widths | {"hidden": hidden}).items()}
         step["sums_at"] = _aligned(4 * padded * model.n_embd)
         step["scores_at"] = step["sums_at"] + _aligned(4 * padded * self._kernels.TILE)
-        step["own_bytes"] = step["scores_at"] + _aligned(4 * capacity)
+        step["own_bytes"] = step["scores_at"] + _aligned(4 * model.n_head * capacity)
         self._ids = np.zeros((2, rows), dtype=np.int64)
         step["tokens"], step["places"] = self._ids[0].ctypes.data, self._ids[1].ctypes.data
         self._room, address = _aligned_bytes(sum(sizes.values()) + threads * int(step["own_bytes"][0]))
@@ -200,26 +201,26 @@ class _Arena:
 
     def __init__(self) -> None:
         self._memory: np.ndarray | None = None
-        self._noted: list[tuple[np.ndarray, str, Tensor, int]] = []
+        self._noted: list[tuple[np.ndarray, str, Tensor, tuple[int, ...]]] = []
 
-    def tiles(self, record: np.ndarray, field: str, matrix: Tensor, tile: int) -> None:
-        """A matrix (outputs, inputs) as (tiles, inputs, tile), the last tile filled up with zeros."""
-        self._noted.append((record, field, matrix, tile))
+    def tiles(self, record: np.ndarray, field: str, matrix: Tensor, tile: int, panel: int) -> None:
+        """A matrix (outputs, inputs) as (outputs / tile, tile / panel, inputs, panel), filled up with zeros to whole tiles."""
+        outputs, inputs = matrix.shape
+        self._noted.append((record, field, matrix, (-(-outputs // tile) * tile // panel, inputs, panel)))
 
     def vector(self, record: np.ndarray, field: str, vector: Tensor) -> None:
-        self._noted.append((record, field, vector.detach().float(), 0))
+        self._noted.append((record, field, vector.detach().float(), vector.shape))
 
     def fill(self) -> None:
-        shapes = [(-(-len(one) // tile), one.shape[1], tile) if tile else one.shape for _, _, one, tile in self._noted]
-        sizes = [int(np.prod(shape)) * one.element_size() for shape, (_, _, one, _) in zip(shapes, self._noted, strict=True)]
+        sizes = [math.prod(shape) * one.element_size() for _, _, one, shape in self._noted]
         self._memory, address = _aligned_bytes(sum(map(_aligned, sizes)))
         whole, start = torch.from_numpy(self._memory), address - self._memory.ctypes.data
-        for shape, size, (record, field, one, tile) in zip(shapes, sizes, self._noted, strict=True):
+        for size, (record, field, one, shape) in zip(sizes, self._noted, strict=True):
             place = whole[start : start + size].view(one.dtype).view(shape)
-            if tile:
-                full, inputs = divmod(len(one), tile)[0], one.shape[1]
-                place[:full] = one[: full * tile].unflatten(0, (full, tile)).transpose(1, 2) if full else place[:0]
-                place[full:, :, : len(one) - full * tile] = one[full * tile :].t()
+            if one.ndim == 2:
+                full, rest = divmod(len(one), shape[-1])
+                place[:full] = one[: len(one) - rest].unflatten(0, (-1, shape[-1])).transpose(1, 2)
+                place[full : full + 1, :, :rest] = one[len(one) - rest :].t()
             else:
                 place.copy_(one)
             record[field] = self._memory.ctypes.data + start

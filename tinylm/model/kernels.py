@@ -4,14 +4,14 @@ The code works on addresses, which the records `STEP`, `LAYER` and `MATRIX` hold
 by side, each for its share of the outputs, and meet at barriers. A sum is formed by one thread in one order, whatever rows stand
 beside it and however many threads there are: neither changes a bit.
 
-Matrices are cut into tiles of 64 outputs, inside which the weights of one input lie side by side, so that a tile is read from its
-beginning to its end. It is read once for up to four rows, and again, from the cache, for every eight; meanwhile what comes
-next is fetched. bfloat16 and int8 are widened on the way to the sums, which are float32, as the inputs are.
+Matrices are cut into tiles of 64 outputs, tiles into panels of 32, inside which the weights of one input lie side by side: each panel
+is read from its beginning to its end. Up to four rows read both panels of a tile at once; more read one after the other, again
+for every eight rows, from the cache, while the next tile is fetched. bfloat16 and int8 are widened on the way to the sums,
+which are float32, as the inputs are.
 """
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from typing import Any
 
@@ -22,8 +22,8 @@ from numba import carray, cfunc, from_dtype, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-TILE = 64
-"""Outputs of a tile."""
+TILE, PANEL = 64, 32
+"""Outputs of a tile, and of a panel."""
 ROWS = 8
 """Rows that are multiplied at once, at most: room for rows is a multiple of it."""
 STORE, ADD, GELU, RELU, RELU2, GATE, CAP = range(7)
@@ -35,7 +35,7 @@ MATRICES = 5
 _ADDRESS, _COUNT = np.int64, np.int64
 MATRIX = np.dtype(
     [
-        ("weights", _ADDRESS),  # tiles one after the other, each (inputs, TILE)
+        ("weights", _ADDRESS),  # tiles one after the other, each (TILE / PANEL, inputs, PANEL)
         ("bytes", _COUNT),  # of a weight: 4 float32, 2 bfloat16, 1 int8
         ("inputs", _COUNT),
         ("outputs", _COUNT),
@@ -68,7 +68,7 @@ STEP = np.dtype([*_MODEL, *_ROWS_OF_A_STEP, *_ROOM, *_THREADS], align=True)
 
 _MULTIPLIER = 0x5851F42D4C957F2D
 _NEAR = 8192
-"""Bytes ahead that are fetched while a tile is read once."""
+"""Bytes ahead that are fetched where a tile is read once."""
 _FLOAT, _HALF, _BYTE, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _compiled = njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "arcp", "nsz"})
 """Sums may be reordered into vector instructions, each row's in the same way; what is not a number must stay so."""
@@ -158,14 +158,15 @@ _to_bits, _from_bits = _same_bits(types.float32, types.int32, _I32), _same_bits(
 
 
 def _multiplier(rows: int, bytes: int) -> Any:
-    """(a compiled function, how often it goes through a tile): sums over a tile of weights of so many bytes, for `rows` rows.
+    """(a compiled function, how often it reads what it reads): the sums of `rows` rows for a tile, or, of ROWS rows, a panel.
 
-    Its arguments: the tile, the rows' inputs and the bytes from one row's to the next's, how many inputs there are, where to
-    put the sums (rows, TILE), what to fetch ahead, and the bytes to go on there with each input.
+    Its arguments: the weights, of so many bytes each; the rows' inputs and the bytes from one row's to the next's; how many
+    inputs there are; where to put the sums (rows, TILE); for ROWS rows, what to fetch and the bytes to go on there with each input.
     """
     lanes, registers = _registers()
-    vectors = max(1, min(TILE, lanes * registers // rows) // lanes)
-    passes = TILE // (lanes * vectors)
+    outputs = TILE if rows < ROWS else PANEL
+    columns = max(lanes, min(outputs, lanes * registers // rows))
+    vectors, passes = columns // lanes, outputs // columns
     vector, whole = ir.VectorType(_FLOAT, lanes), ir.VectorType(_I32, lanes)
     stored = ir.VectorType({4: _FLOAT, 2: _HALF, 1: _BYTE}[bytes], lanes)
 
@@ -181,7 +182,7 @@ def _multiplier(rows: int, bytes: int) -> Any:
         return builder.shuffle_vector(builder.insert_element(nothing, number, _I32(0)), nothing, ir.Constant(whole, [0] * lanes))
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        tile, inputs, pitch, count, sums, ahead, stride = arguments
+        panel, inputs, pitch, count, sums, ahead, stride = arguments
         module, add, times = builder.module, builder.add, builder.mul
         fma = cgutils.get_or_insert_function(module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{lanes}f32")
         hint = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _I32, _I32, _I32])
@@ -191,13 +192,19 @@ def _multiplier(rows: int, bytes: int) -> Any:
         builder.position_at_end(each)
         index = builder.phi(_I64)
         totals = [builder.phi(vector) for _ in range(rows * vectors)]
-        soon = add(ahead, times(index, stride))
-        for line in range(max(1, TILE * bytes // 64 // passes)):
-            pointer = builder.inttoptr(add(soon, _I64(64 * line)), _BYTE.as_pointer())
-            builder.call(fetch, [pointer, _I32(0), _I32(2), _I32(1)])
-        here = add(tile, times(index, _I64(TILE * bytes)))
-        places = [builder.inttoptr(add(here, _I64(lanes * bytes * part)), stored.as_pointer()) for part in range(vectors)]
-        weights = [widened(builder, builder.load(place, align=bytes)) for place in places]
+        here = add(panel, times(index, _I64(PANEL * bytes)))
+        next_panel = times(count, _I64(PANEL * bytes))
+        places = []
+        for part in range(vectors):
+            beyond, column = divmod(part * lanes, PANEL)
+            places.append(add(add(here, times(next_panel, _I64(beyond))), _I64(column * bytes)))
+        if rows < ROWS:
+            soon = [add(place, _I64(_NEAR)) for place in places if bytes == 4 or places.index(place) % (PANEL // lanes) == 0]
+        else:
+            soon = [add(add(ahead, times(index, stride)), _I64(64 * line)) for line in range(max(1, PANEL * bytes // 64 // passes))]
+        for place in soon:
+            builder.call(fetch, [builder.inttoptr(place, _BYTE.as_pointer()), _I32(0), _I32(2), _I32(1)])
+        weights = [widened(builder, builder.load(builder.inttoptr(place, stored.as_pointer()), align=bytes)) for place in places]
         sum_after = []
         for row in range(rows):
             address = add(add(inputs, times(pitch, _I64(row))), times(index, _I64(4)))
@@ -205,8 +212,9 @@ def _multiplier(rows: int, bytes: int) -> Any:
             sum_after += [builder.call(fma, [x, w, totals[row * vectors + part]]) for part, w in enumerate(weights)]
         following = add(index, _I64(1))
         builder.cbranch(builder.icmp_signed("<", following, count), each, after)
-        for phi, start, then in ((index, _I64(0), following), *((phi, None, sum) for phi, sum in zip(totals, sum_after, strict=True))):
-            phi.add_incoming(ir.Constant(vector, [0.0] * lanes) if start is None else start, before)
+        zeros = ir.Constant(vector, [0.0] * lanes)
+        for phi, start, then in ((index, _I64(0), following), *((*pair[:1], zeros, pair[1]) for pair in zip(totals, sum_after, strict=True))):
+            phi.add_incoming(start, before)
             phi.add_incoming(then, each)
         builder.position_at_end(after)
         for number, sum in enumerate(sum_after):
@@ -216,37 +224,36 @@ def _multiplier(rows: int, bytes: int) -> Any:
         return context.get_dummy_value()
 
     @intrinsic  # type: ignore[untyped-decorator]
-    def multiply(context: Any, tile: Any, inputs: Any, pitch: Any, count: Any, sums: Any, ahead: Any, stride: Any) -> Any:
+    def multiply(context: Any, panel: Any, inputs: Any, pitch: Any, count: Any, sums: Any, ahead: Any, stride: Any) -> Any:
         return types.void(*(types.int64,) * 7), emit
 
-    columns = lanes * vectors
-
     @_compiled
-    def whole_tile(tile: Any, inputs: Any, pitch: Any, count: Any, sums: Any, ahead: Any, stride: Any) -> None:
+    def all_columns(weights: Any, inputs: Any, pitch: Any, count: Any, sums: Any, ahead: Any, stride: Any) -> None:
         for part in range(passes):
-            offset = part * columns
-            multiply(tile + offset * bytes, inputs, pitch, count, sums + offset * 4, ahead + part * stride * count, stride)
+            first = part * columns
+            panel = weights + (first // PANEL * count * PANEL + first % PANEL) * bytes
+            multiply(panel, inputs, pitch, count, sums + first * 4, ahead + part * stride * count, stride)
 
-    return whole_tile, passes
+    return all_columns, passes
 
 
 def _multipliers(rows: int) -> Any:
-    """(a compiled function for weights of any kind, how often it goes through a tile)."""
+    """What `_multiplier` gives, for weights of any kind."""
     (floats, passes), (halves, _), (steps, _) = (_multiplier(rows, bytes) for bytes in (4, 2, 1))
 
     @_compiled
-    def multiply(bytes: Any, tile: Any, inputs: Any, pitch: Any, count: Any, sums: Any, ahead: Any, stride: Any) -> None:
+    def multiply(bytes: Any, weights: Any, inputs: Any, pitch: Any, count: Any, sums: Any, ahead: Any, stride: Any) -> None:
         if bytes == 4:
-            floats(tile, inputs, pitch, count, sums, ahead, stride)
+            floats(weights, inputs, pitch, count, sums, ahead, stride)
         elif bytes == 2:
-            halves(tile, inputs, pitch, count, sums, ahead, stride)
+            halves(weights, inputs, pitch, count, sums, ahead, stride)
         else:
-            steps(tile, inputs, pitch, count, sums, ahead, stride)
+            steps(weights, inputs, pitch, count, sums, ahead, stride)
 
     return multiply, passes
 
 
-(_one, _PASSES_OF_ONE), (_four, _PASSES_OF_FOUR), (_eight, _PASSES_OF_EIGHT) = (_multipliers(rows) for rows in (1, 4, ROWS))
+(_one_row, _), (_four_rows, _), (_eight_rows, _PASSES) = (_multipliers(rows) for rows in (1, 4, ROWS))
 
 
 @_as_written
@@ -285,26 +292,23 @@ def _meet(step: Any) -> None:
 def _tile_sums(matrix: Any, tile: Any, rows: Any, inputs: Any, pitch: Any, sums: Any) -> None:
     """The weights of one tile times every row's inputs, which lie `pitch` bytes apart: sums (rows, TILE)."""
     count, bytes = matrix.inputs, matrix.bytes
-    size = count * TILE * bytes
-    weights = matrix.weights + tile * size
-    passes = rows // ROWS * _PASSES_OF_EIGHT
-    left = rows % ROWS
+    size = count * PANEL * bytes
+    weights = matrix.weights + tile * (TILE // PANEL) * size
+    left = rows % ROWS if rows % ROWS <= ROWS // 2 else 0  # more than half a block is a block
+    if rows > left:
+        stride = PANEL * bytes // ((rows - left + ROWS - 1) // ROWS * _PASSES)  # each pass fetches its part of the next panel
+        for part in range(TILE // PANEL):
+            panel = weights + part * size
+            ahead = panel + size
+            for row in range(0, rows - left, ROWS):
+                y = sums + (row * TILE + part * PANEL) * 4
+                _eight_rows(bytes, panel, inputs + row * pitch, pitch, count, y, ahead, stride)
+                ahead += _PASSES * stride * count
+    x, y = inputs + (rows - left) * pitch, sums + (rows - left) * TILE * 4
     if left == 1:
-        passes += _PASSES_OF_ONE
+        _one_row(bytes, weights, x, pitch, count, y, 0, 0)
     elif left:
-        passes += _PASSES_OF_FOUR if left <= 4 else _PASSES_OF_EIGHT
-    ahead, stride = weights + _NEAR, TILE * bytes
-    if passes > 1:  # each fetches its part of the next tile
-        ahead, stride = weights + size, stride // passes
-    for row in range(0, rows, ROWS):
-        x, y, left = inputs + row * pitch, sums + row * TILE * 4, rows - row
-        if left == 1:
-            _one(bytes, weights, x, pitch, count, y, ahead, stride)
-        elif left <= 4:
-            _four(bytes, weights, x, pitch, count, y, ahead, stride)
-        else:
-            _eight(bytes, weights, x, pitch, count, y, ahead, stride)
-            ahead += _PASSES_OF_EIGHT * stride * count
+        _four_rows(bytes, weights, x, pitch, count, y, 0, 0)
 
 
 @_compiled
@@ -449,47 +453,71 @@ def _placed(step: Any, x: Any, gain: Any, place: Any) -> None:
 
 
 @_compiled
-def _attend(step: Any, layer: Any, number: Any, thread: Any, row: Any, head: Any) -> None:
-    """Store a row's key and value of one key/value head, and mix values for the queries that share it."""
-    width, pitch = step.head_width, step.kv_heads * step.head_width * 4
-    place, group = _get_id(step.places, row), step.heads // step.kv_heads
-    together = step.qkv + row * (step.heads + 2 * step.kv_heads) * width * 4
-    key = together + (step.heads + head) * width * 4
-    value = key + pitch
-    _placed(step, key, layer.key_gain, place)
-    begin = ((number * step.cache_rows + row) * step.capacity * step.kv_heads + head) * width * 4
+def _attend(step: Any, layer: Any, number: Any, thread: Any, row: Any, first: Any, last: Any) -> None:
+    """Store a row's keys and values of the key/value heads [first, last), and mix values for the queries that share them.
+
+    Positions are gone through in the order in which they lie, all heads of one at a time.
+    """
+    width, group = step.head_width, step.heads // step.kv_heads
+    place, pitch = _get_id(step.places, row), step.kv_heads * width * 4
+    queries = step.qkv + row * (step.heads + 2 * step.kv_heads) * width * 4
+    new_keys = queries + step.heads * width * 4
+    begin = (number * step.cache_rows + row) * step.capacity * pitch
     keys, values = step.keys + begin, step.values + begin
-    for i in range(width):
-        _set(keys + place * pitch, i, _get(key, i))
-    for i in range(width):
-        _set(values + place * pitch, i, _get(value, i))
-    scores = step.own + thread * step.own_bytes + step.scores_at
+    for head in range(first, last):
+        _placed(step, new_keys + head * width * 4, layer.key_gain, place)
+    for query in range(first * group, last * group):
+        _placed(step, queries + query * width * 4, layer.query_gain, place)
+    for i in range(first * width, last * width):
+        _set(keys + place * pitch, i, _get(new_keys, i))
+    for i in range(first * width, last * width):
+        _set(values + place * pitch, i, _get(new_keys + pitch, i))
+    scores, room = step.own + thread * step.own_bytes + step.scores_at, step.capacity * 4
     scale = np.float32(1.0) / np.sqrt(np.float32(width))
-    for query in range(head * group, (head + 1) * group):
-        q = together + query * width * 4
-        _placed(step, q, layer.query_gain, place)
-        most = np.float32(-np.inf)
-        for at in range(place + 1):
-            k, score = keys + at * pitch, np.float32(0.0)
-            for i in range(width):
-                score += _get(q, i) * _get(k, i)
-            score *= scale
-            _set(scores, at, score)
-            most = max(most, score)
-        total = np.float32(0.0)
-        for at in range(place + 1):
-            share = _exp(_get(scores, at) - most)
-            _set(scores, at, share)
-            total += share
-        out = step.mixed + (row * step.heads + query) * width * 4
-        for i in range(width):
-            _set(out, i, np.float32(0.0))
-        for at in range(place + 1):
-            v, share = values + at * pitch, _get(scores, at)
-            for i in range(width):
-                _set(out, i, _get(out, i) + share * _get(v, i))
-        for i in range(width):
-            _set(out, i, _get(out, i) / total)
+    for at in range(place + 1):
+        for head in range(first, last):
+            k = keys + at * pitch + head * width * 4
+            for query in range(head * group, (head + 1) * group):
+                q, score = queries + query * width * 4, np.float32(0.0)
+                for i in range(width):
+                    score += _get(q, i) * _get(k, i)
+                _set(scores + query * room, at, score * scale)
+    mixed = step.mixed + row * step.heads * width * 4
+    for query in range(first * group, last * group):
+        _soft_max(scores + query * room, place + 1)
+    for i in range(first * group * width, last * group * width):
+        _set(mixed, i, np.float32(0.0))
+    together = (place + 1) // 4 * 4
+    for at in range(0, together, 4):
+        for head in range(first, last):
+            v = values + at * pitch + head * width * 4
+            for query in range(head * group, (head + 1) * group):
+                share, out = scores + query * room, mixed + query * width * 4
+                a, b, c, d = _get(share, at), _get(share, at + 1), _get(share, at + 2), _get(share, at + 3)
+                for i in range(width):
+                    more = a * _get(v, i) + b * _get(v + pitch, i) + c * _get(v + 2 * pitch, i) + d * _get(v + 3 * pitch, i)
+                    _set(out, i, _get(out, i) + more)
+    for at in range(together, place + 1):
+        for head in range(first, last):
+            v = values + at * pitch + head * width * 4
+            for query in range(head * group, (head + 1) * group):
+                share, out = _get(scores + query * room, at), mixed + query * width * 4
+                for i in range(width):
+                    _set(out, i, _get(out, i) + share * _get(v, i))
+
+
+@_compiled
+def _soft_max(scores: Any, count: Any) -> None:
+    most, total = np.float32(-np.inf), np.float32(0.0)
+    for i in range(count):
+        most = max(most, _get(scores, i))
+    for i in range(count):
+        share = _exp(_get(scores, i) - most)
+        _set(scores, i, share)
+        total += share
+    scale = np.float32(1.0) / total
+    for i in range(count):
+        _set(scores, i, _get(scores, i) * scale)
 
 
 @_compiled
@@ -503,8 +531,12 @@ def _run(step: Any, thread: Any, threads: Any) -> None:
         normal = _normalised(step, thread, layer.attention_gain, layer.attention_bias)
         _product(step, first + QKV, thread, threads, normal, step.qkv, STORE)
         _meet(step)
-        for unit in range(thread, units, threads):
-            _attend(step, layer, number, thread, unit // step.kv_heads, unit % step.kv_heads)
+        unit, stop = units * thread // threads, units * (thread + 1) // threads
+        while unit < stop:
+            row, head = unit // step.kv_heads, unit % step.kv_heads
+            heads = min(step.kv_heads - head, stop - unit)
+            _attend(step, layer, number, thread, row, head, head + heads)
+            unit += heads
         _meet(step)
         _product(step, first + OUTPUT, thread, threads, step.mixed, step.stream, ADD)
         _meet(step)
