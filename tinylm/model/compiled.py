@@ -10,21 +10,28 @@ from __future__ import annotations
 import ctypes
 import math
 import threading
+from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tinylm.errors import need_extra
+from tinylm.errors import InputError, need_extra
 from tinylm.model.cache import KeyValueCache
 from tinylm.model.layers import Block
 from tinylm.model.packed import Int8Linear, TransposedLinear
 from tinylm.model.transformer import Transformer
-from tinylm.recipe.schema import ModelSection
 
 _ALIGNMENT = 64
+_PRODUCTS = 4_000_000
+"""Of a weight and an input, for each thread: fewer are done before another thread has begun. No timing decides that, so that
+equal work is done alike."""
+_START_SECONDS, _STEP_SECONDS, _BYTE_SECONDS = 2.0, 4e-4, 16e-12
+"""What compiled steps cost before the first (loading numba and the code, once read from the disk), and what each of them
+saves, with a share for each byte of weights; measured on two cores of one Xeon, and taken large, small and small."""
 
 
 def kernels() -> Any:
@@ -36,8 +43,9 @@ def kernels() -> Any:
     return compiled
 
 
-def obstacle(model: ModelSection) -> str | None:
-    """The part of a model that the machine code does not know, or None."""
+def obstacle(network: Transformer) -> str | None:
+    """What the machine code does not know about a network on the CPU, or None."""
+    model = network.model
     unknown = {
         "norm_position: post": model.norm_position == "post",
         "parallel_residual": model.parallel_residual,
@@ -45,18 +53,43 @@ def obstacle(model: ModelSection) -> str | None:
         "value_residual": model.value_residual,
         "embedding_shortcut": model.embedding_shortcut,
         "feed_forward: gelu_exact": model.feed_forward == "gelu_exact",
+        "a model in another type than float32": network.embedding.weight.dtype != torch.float32,
     }
     return next((part for part, there in unknown.items() if there), None)
+
+
+def pays(network: Transformer, steps: int | None) -> bool:
+    """Whether so many steps are enough for compiled ones to be worth their start; None: no end of them."""
+    possible = find_spec("numba") is not None and network.embedding.weight.device.type == "cpu" and obstacle(network) is None
+    saved = _STEP_SECONDS + _BYTE_SECONDS * sum(4 * parameter.numel() for parameter in network.parameters())
+    return possible and (steps is None or steps * saved > _START_SECONDS) and bool(kernels().is_supported())
+
+
+def load(say: Callable[[str], None]) -> None:
+    """Have the machine code ready. `say` hears when that takes a while: the first time on a machine, when it is compiled."""
+    talk = threading.Timer(1.0, say, ["compiling the decoding step for this machine, once: some 10 seconds"])
+    talk.daemon = True
+    talk.start()
+    try:
+        kernels().entry()
+    finally:
+        talk.cancel()
 
 
 class CompiledStep:
     """What `Decoder.step` does, for networks on the CPU, packed or plain, in which there is no `obstacle`.
 
-    It has its own copy of the matrices, and reads embeddings where the network holds them.
+    It has its own copy of the matrices, and reads embeddings where the network holds them. Raises `InputError` where numba is
+    not installed, and for what it does not know.
     """
 
     def __init__(self, network: Transformer) -> None:
         self._kernels = kernels()
+        unknown = obstacle(network)
+        if unknown is None and not self._kernels.is_supported():
+            unknown = "a processor without fused multiply-add"
+        if unknown is not None:
+            raise InputError(f"{unknown} is nothing that the compiled step knows", where="--compile", hint="leave it out")
         self._network = network
         self._step = np.zeros(1, self._kernels.STEP)
         self._layers = np.zeros(network.model.n_layer, self._kernels.LAYER)
@@ -64,6 +97,7 @@ class CompiledStep:
         self._weights = _Arena()
         self._describe()
         self._weights.fill()
+        self._products = int((self._matrices["inputs"] * self._matrices["outputs"]).sum())
         self._room: np.ndarray | None = None
         self._room_for = (0, 0, 0)
         self._lock = threading.Lock()
@@ -72,9 +106,9 @@ class CompiledStep:
 
     def __call__(self, cache: KeyValueCache, tokens: Tensor) -> Tensor:
         """Add one id (B,) to every row; the logits (B, V) after it. `cache.lengths` stay as they are."""
-        rows, threads, team = len(cache.lengths), torch.get_num_threads(), _team()
+        rows, team = len(cache.lengths), _team()
+        threads = 1 if team is None else min(torch.get_num_threads(), max(1, rows * self._products // _PRODUCTS))
         logits = torch.empty(rows, self._network.vocab_size)
-        alone = threads == 1 or team is None
         with self._lock:
             self._make_room(len(cache.tokens), cache.capacity, threads)
             self._ids[0, :rows] = tokens.numpy()
@@ -83,11 +117,11 @@ class CompiledStep:
             step["rows"], step["capacity"], step["cache_rows"] = rows, cache.capacity, len(cache.tokens)
             step["keys"], step["values"], step["read"] = cache.keys.data_ptr(), cache.values.data_ptr(), cache.tokens.data_ptr()
             step["logits"] = logits.data_ptr()
-            if team is None or alone:
-                step["barrier"] = 0
+            if team is None or threads == 1:
+                step["thread_number"] = 0
                 self._alone(self._step.ctypes.data)
             else:
-                step["thread_number"], step["thread_count"], step["barrier"] = team.number, team.count, team.barrier
+                step["thread_number"], step["thread_count"], step["nap"] = team.number, team.count, team.nap
                 team.run(self._code, self._step.ctypes.data, threads, 0)
         return logits
 
@@ -172,6 +206,7 @@ class CompiledStep:
         step["own_bytes"] = step["scores_at"] + _aligned(4 * model.n_head * capacity)
         self._ids = np.zeros((2, rows), dtype=np.int64)
         step["tokens"], step["places"] = self._ids[0].ctypes.data, self._ids[1].ctypes.data
+        sizes["meeting"] = 2 * _ALIGNMENT
         self._room, address = _aligned_bytes(sum(sizes.values()) + threads * int(step["own_bytes"][0]))
         for name, size in (sizes | {"own": 0}).items():
             step[name] = address
@@ -235,8 +270,8 @@ class _Team:
         self.run = library.GOMP_parallel
         self.run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         self.run.restype = None
-        names = ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier")
-        self.number, self.count, self.barrier = (cast(int, ctypes.cast(library[name], ctypes.c_void_p).value) for name in names)
+        names = ("omp_get_thread_num", "omp_get_num_threads", "usleep")
+        self.number, self.count, self.nap = (cast(int, ctypes.cast(library[name], ctypes.c_void_p).value) for name in names)
 
 
 @cache

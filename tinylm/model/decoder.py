@@ -1,6 +1,7 @@
 """One token for every row of a batch: the transformer's arithmetic written for a single position, outside autograd.
 
-Nothing here depends on tokens that were read before but the cache. Rows may stand at different positions, so that prompts of
+Nothing here depends on tokens that were read before but the cache. On a CPU the step may be machine code instead, which
+`tinylm.model.compiled` describes. Rows may stand at different positions, so that prompts of
 different lengths, and requests that come and go, decode together. `Transformer.hidden` stays the definition; tests hold both to
 the same numbers for every part that a recipe can name.
 
@@ -17,9 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinylm.model.cache import KeyValueCache, LayerViews
+from tinylm.model.compiled import CompiledStep, load, pays
 from tinylm.model.layers import Attention, Block, RMSNorm
 from tinylm.model.packed import TransposedLinear, WeightKind, pack
 from tinylm.model.transformer import Transformer
+from tinylm.reporting import Reporter
 
 Apply = Callable[[Tensor], Tensor]
 
@@ -27,29 +30,40 @@ Apply = Callable[[Tensor], Tensor]
 class Decoder:
     """Reads prompts into rows of a cache and continues them, token by token.
 
-    `compiled` gives the step to `torch.compile`, with shapes that never change and, on CUDA, as a graph; that costs tens of
-    seconds before the first token.
+    `compiled`: on a CPU the step is one call of machine code (`tinylm.model.compiled`), and every row's numbers are the same to
+    the bit whatever rows stand beside it. Elsewhere `torch.compile` gets it, with shapes that never change and, on CUDA, as a graph;
+    that costs tens of seconds before the first token. Raises `InputError` for what cannot be compiled.
     """
 
     def __init__(self, network: Transformer, *, weights: WeightKind = "fp32", compiled: bool = False) -> None:
-        self.network = pack(network, weights)
-        self.model = network.model
-        self._layers = [_Layer(cast(Block, block), self.network) for block in self.network.blocks]
-        self._embedding_norm = _norm(self.network.embedding_norm)
-        self._final_norm = _norm(self.network.final_norm)
-        self._head = _linear(self.network.head)
-        self._shares_first_values = self.model.value_residual
+        self._machine_code: CompiledStep | None = None
         self._compiled = compiled
+        if compiled and network.embedding.weight.device.type == "cpu":
+            self.network = pack(network, None if weights == "fp32" else weights)  # which reads prompts only
+            self._machine_code = CompiledStep(self.network)
+        else:
+            self.network = pack(network, weights)
+            self._look_up()
+        self.model = self.network.model
+
+    def _look_up(self) -> None:
+        """What a step in tensors needs, found once."""
+        network, model = self.network, self.network.model
+        self._layers = [_Layer(cast(Block, block), network) for block in network.blocks]
+        self._embedding_norm = _norm(network.embedding_norm)
+        self._final_norm = _norm(network.final_norm)
+        self._head = _linear(network.head)
+        self._shares_first_values = model.value_residual
         self._run = self.advance
-        if compiled:
+        if self._compiled:
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"
             self._run = torch.compile(self.advance, dynamic=False, fullgraph=True, mode=mode)
-        if self.model.position == "rope":
-            cosines, sines = self.network.get_buffer("rope_cosines"), self.network.get_buffer("rope_sines")
+        if model.position == "rope":
+            cosines, sines = network.get_buffer("rope_cosines"), network.get_buffer("rope_sines")
             turns = torch.stack((torch.cat((cosines, cosines), -1), torch.cat((-sines, sines), -1)), 1)
             self._turns = turns[:, :, None]  # (context, 2, 1, D)
-        if self.network.ngrams is not None:
-            self._reach = torch.arange(max(self.network.ngrams.orders), device=self.device).flip(0)
+        if network.ngrams is not None:
+            self._reach = torch.arange(max(network.ngrams.orders), device=self.device).flip(0)
 
     @property
     def device(self) -> torch.device:
@@ -72,7 +86,9 @@ class Decoder:
         To be called in inference mode, which is not entered here: for a small model that would be a hundredth of the time.
         """
         lengths = cache.lengths
-        if self._compiled:  # always the same shapes: rows that are not in use write where the next prompt will
+        if self._machine_code is not None:
+            logits = self._machine_code(cache, tokens)
+        elif self._compiled:  # always the same shapes: rows that are not in use write where the next prompt will
             unused = len(cache.tokens) - len(lengths)
             positions = torch.tensor(lengths + [0] * unused, device=self.device)
             padded = F.pad(tokens, (0, unused))
@@ -121,6 +137,16 @@ class Decoder:
         elif self.model.position == "sinusoidal":
             x = x + F.embedding(positions, network.get_buffer("sinusoids"))
         return self._embedding_norm(x)
+
+
+def prepared(
+    network: Transformer, *, weights: WeightKind, compiled: bool | None, steps: int | None, reporter: Reporter
+) -> Decoder:
+    """A decoder for about so many steps, None being no end of them. `compiled` None: on a CPU, and where it pays."""
+    compiled = pays(network, steps) if compiled is None else compiled
+    if compiled and network.embedding.weight.device.type == "cpu":
+        load(reporter.note)
+    return Decoder(network, weights=weights, compiled=compiled)
 
 
 class _Layer:

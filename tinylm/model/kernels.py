@@ -63,10 +63,15 @@ _ROOM = [  # of all threads, then each thread's own: first normalised inputs, th
     *((name, _ADDRESS) for name in ("stream", "qkv", "mixed", "hidden", "own")),
     *((name, _COUNT) for name in ("own_bytes", "sums_at", "scores_at")),
 ]
-_THREADS = [(name, _ADDRESS) for name in ("thread_number", "thread_count", "barrier")]  # functions; 0: there is one thread
+_THREADS = [  # functions of the threads' library and the system's, and two numbers; thread_number 0: there is one thread
+    (name, _ADDRESS)
+    for name in ("thread_number", "thread_count", "nap", "meeting")
+]
 STEP = np.dtype([*_MODEL, *_ROWS_OF_A_STEP, *_ROOM, *_THREADS], align=True)
 
 _MULTIPLIER = 0x5851F42D4C957F2D
+_PATIENCE = 1000
+"""Looks at whether all are here before a nap: some 50 microseconds."""
 _NEAR = 8192
 """Bytes ahead that are fetched where a tile is read once."""
 _FLOAT, _HALF, _BYTE, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(8), ir.IntType(32), ir.IntType(64)
@@ -78,8 +83,11 @@ _as_written = njit(nogil=True, error_model="numpy", fastmath={"contract"})
 
 def is_supported() -> bool:
     """Whether this processor multiplies and adds in one instruction; where not, that would be a call for each product."""
-    architecture = llvmlite.binding.get_process_triple().split("-")[0]
-    return architecture in ("aarch64", "arm64") or bool(llvmlite.binding.get_host_cpu_features().get("fma"))
+    return _architecture() in ("aarch64", "arm64") or bool(llvmlite.binding.get_host_cpu_features().get("fma"))
+
+
+def _architecture() -> str:
+    return llvmlite.binding.get_process_triple().split("-")[0]
 
 
 @cache
@@ -149,6 +157,40 @@ def _called(context: Any, address: Any) -> Any:
         return builder.call(builder.inttoptr(arguments[0], ir.FunctionType(_I32, []).as_pointer()), [])
 
     return types.int32(types.int64), emit
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _napped(context: Any, address: Any, microseconds: Any) -> Any:
+    """Call the function there, which sleeps that long."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.call(builder.inttoptr(arguments[0], ir.FunctionType(_I32, [_I32]).as_pointer()), [arguments[1]])
+
+    return types.int32(types.int64, types.int32), emit
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _counted(context: Any, address: Any, more: Any) -> Any:
+    """Add to the number there, which several threads do; what it was before."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.atomic_rmw("add", builder.inttoptr(arguments[0], _I64.as_pointer()), arguments[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), emit
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _pause(context: Any) -> Any:
+    """Tell the processor that nothing but waiting is done."""
+
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if _architecture() == "x86_64":
+            hint = ir.FunctionType(ir.VoidType(), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, hint, "llvm.x86.sse2.pause"), [])
+        return context.get_dummy_value()
+
+    return types.void(), emit
 
 
 _get, _set = _reading(_FLOAT, types.float32), _writing(_FLOAT, types.float32)
@@ -282,10 +324,22 @@ def _gated(x: Any, gate: Any) -> Any:
 
 
 @_compiled
-def _meet(step: Any) -> None:
-    """Nobody goes on before all are here."""
-    if step.barrier:
-        _called(step.barrier)
+def _meet(step: Any, threads: Any) -> None:
+    """Nobody goes on before all are here. Who waits long lets others have the processor: there may be more to do than cores."""
+    if threads == 1:
+        return
+    turn = _counted(step.meeting + 8, 0)
+    if _counted(step.meeting, 1) == threads - 1:
+        _counted(step.meeting, -threads)
+        _counted(step.meeting + 8, 1)
+        return
+    waited = 0
+    while _counted(step.meeting + 8, 0) == turn:
+        waited += 1
+        if waited < _PATIENCE:
+            _pause()
+        else:
+            _napped(step.nap, np.int32(1))
 
 
 @_compiled
@@ -424,9 +478,9 @@ def _begin(step: Any, thread: Any, threads: Any) -> None:
     for row in range(thread, rows, threads):
         _look_up(step, row)
     if step.order_count:
-        _meet(step)
+        _meet(step, threads)
         _product(step, step.layer_count * MATRICES + 1, thread, threads, step.hidden, step.stream, ADD)
-        _meet(step)
+        _meet(step, threads)
     for row in range(thread, rows, threads):
         stream = step.stream + row * width * 4
         if step.positions:
@@ -523,29 +577,29 @@ def _soft_max(scores: Any, count: Any) -> None:
 @_compiled
 def _run(step: Any, thread: Any, threads: Any) -> None:
     _begin(step, thread, threads)
-    _meet(step)
+    _meet(step, threads)
     layers = carray(_layers_at(step.layers), 1 << 30)
     units = step.rows * step.kv_heads
     for number in range(step.layer_count):
         layer, first = layers[number], number * MATRICES
         normal = _normalised(step, thread, layer.attention_gain, layer.attention_bias)
         _product(step, first + QKV, thread, threads, normal, step.qkv, STORE)
-        _meet(step)
+        _meet(step, threads)
         unit, stop = units * thread // threads, units * (thread + 1) // threads
         while unit < stop:
             row, head = unit // step.kv_heads, unit % step.kv_heads
             heads = min(step.kv_heads - head, stop - unit)
             _attend(step, layer, number, thread, row, head, head + heads)
             unit += heads
-        _meet(step)
+        _meet(step, threads)
         _product(step, first + OUTPUT, thread, threads, step.mixed, step.stream, ADD)
-        _meet(step)
+        _meet(step, threads)
         normal = _normalised(step, thread, layer.feed_gain, layer.feed_bias)
         _product(step, first + GATES, thread, threads, normal, step.hidden, STORE)
         _product(step, first + WIDEN, thread, threads, normal, step.hidden, step.activation)
-        _meet(step)
+        _meet(step, threads)
         _product(step, first + NARROW, thread, threads, step.hidden, step.stream, ADD)
-        _meet(step)
+        _meet(step, threads)
     normal = _normalised(step, thread, step.final_gain, step.final_bias)
     head = step.layer_count * MATRICES
     _product(step, head, thread, threads, normal, step.logits, CAP if step.softcap > np.float32(0.0) else STORE)
@@ -554,7 +608,7 @@ def _run(step: Any, thread: Any, threads: Any) -> None:
 def _step(steps: Any) -> None:
     step = carray(steps, 1)[0]
     thread, threads = np.int64(0), np.int64(1)
-    if step.barrier:
+    if step.thread_number:
         thread, threads = np.int64(_called(step.thread_number)), np.int64(_called(step.thread_count))
     _run(step, thread, threads)
 
