@@ -69,6 +69,10 @@ class Decoder:
     def device(self) -> torch.device:
         return self.network.embedding.weight.device
 
+    @property
+    def is_machine_code(self) -> bool:
+        return self._machine_code is not None
+
     def cache(self, rows: int, capacity: int | None = None) -> KeyValueCache:
         """Room for `rows` texts of up to `capacity` tokens; default: the model's context."""
         dtype = self.network.embedding.weight.dtype
