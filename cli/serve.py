@@ -8,7 +8,20 @@ import typer
 
 from tinylm.errors import InputError, WorkError, need_extra
 
-from .console import CHECKPOINT, COMPILE, DEVICE, QUIET, RUN, THREADS, WEIGHTS, ConsoleReporter, checked_weights, open_run, out, stderr
+from .console import (
+    CHECKPOINT,
+    COMPILE,
+    DEVICE,
+    QUIET,
+    RUN,
+    THREADS,
+    WEIGHTS,
+    ConsoleReporter,
+    checked_weights,
+    open_run,
+    out,
+    stderr,
+)
 
 app = typer.Typer(add_completion=False)
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

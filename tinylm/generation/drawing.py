@@ -79,7 +79,8 @@ def _draw(logits: Any, drawn: Any, temperature: float, size: int, chosen: Any) -
         for i in range(size):
             weights[i] = np.exp((np.float64(logits[row, ids[i]]) - most) / temperature)
             total += weights[i]
-        target, place = drawn[row] * total, 0
+        target: Any = drawn[row] * total
+        place: Any = 0
         for _ in range(size):  # likeliest first, as far as the number goes
             likeliest = np.argmax(weights)
             if not weights[likeliest] > 0:

@@ -29,6 +29,8 @@ _ALIGNMENT = 64
 _PRODUCTS = 4_000_000
 """Of a weight and an input, for each thread: fewer are done before another thread has begun. No timing decides that, so that
 equal work is done alike."""
+_PATIENCE = 1.5
+"""Seconds of compiling before it is told: more than it takes to load what was compiled before."""
 _START_SECONDS, _STEP_SECONDS, _BYTE_SECONDS = 2.0, 4e-4, 16e-12
 """What compiled steps cost before the first (loading numba and the code, once read from the disk), and what each of them
 saves, with a share for each byte of weights; measured on two cores of one Xeon, and taken large, small and small."""
@@ -67,7 +69,7 @@ def pays(network: Transformer, steps: int | None) -> bool:
 
 def load(say: Callable[[str], None]) -> None:
     """Have the machine code ready. `say` hears when that takes a while: the first time on a machine, when it is compiled."""
-    talk = threading.Timer(1.0, say, ["compiling the decoding step for this machine, once: some 10 seconds"])
+    talk = threading.Timer(_PATIENCE, say, ["compiling the decoding step for this machine, once: some 10 seconds"])
     talk.daemon = True
     talk.start()
     try:
@@ -232,7 +234,7 @@ def _aligned_bytes(size: int) -> tuple[np.ndarray, int]:
 
 
 class _Arena:
-    """One stretch of memory for all weights: `tiles` and `vector` note what goes into it and who has to know where, `fill` does it."""
+    """One stretch of memory for all weights: `tiles` and `vector` note what goes into it and who has to know where; then `fill`."""
 
     def __init__(self) -> None:
         self._memory: np.ndarray | None = None
@@ -254,7 +256,7 @@ class _Arena:
             place = whole[start : start + size].view(one.dtype).view(shape)
             if one.ndim == 2:
                 full, rest = divmod(len(one), shape[-1])
-                place[:full] = one[: len(one) - rest].unflatten(0, (-1, shape[-1])).transpose(1, 2)
+                place[:full] = one[: len(one) - rest].reshape(full, shape[-1], shape[-2]).transpose(1, 2)
                 place[full : full + 1, :, :rest] = one[len(one) - rest :].t()
             else:
                 place.copy_(one)

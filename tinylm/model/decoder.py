@@ -30,9 +30,9 @@ Apply = Callable[[Tensor], Tensor]
 class Decoder:
     """Reads prompts into rows of a cache and continues them, token by token.
 
-    `compiled`: on a CPU the step is one call of machine code (`tinylm.model.compiled`), and every row's numbers are the same to
-    the bit whatever rows stand beside it. Elsewhere `torch.compile` gets it, with shapes that never change and, on CUDA, as a graph;
-    that costs tens of seconds before the first token. Raises `InputError` for what cannot be compiled.
+    `compiled`: on a CPU the step is one call of machine code (`tinylm.model.compiled`), and a row's numbers are the same to the
+    bit whatever rows stand beside it. Elsewhere `torch.compile` gets it, with shapes that never change and, on CUDA, as a
+    graph; that costs tens of seconds before the first token. Raises `InputError` for what cannot be compiled.
     """
 
     def __init__(self, network: Transformer, *, weights: WeightKind = "fp32", compiled: bool = False) -> None:
@@ -143,9 +143,7 @@ class Decoder:
         return self._embedding_norm(x)
 
 
-def prepared(
-    network: Transformer, *, weights: WeightKind, compiled: bool | None, steps: int | None, reporter: Reporter
-) -> Decoder:
+def prepared(network: Transformer, *, weights: WeightKind, compiled: bool | None, steps: int | None, reporter: Reporter) -> Decoder:
     """A decoder for about so many steps, None being no end of them. `compiled` None: on a CPU, and where it pays."""
     compiled = pays(network, steps) if compiled is None else compiled
     if compiled and network.embedding.weight.device.type == "cpu":

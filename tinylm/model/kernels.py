@@ -4,10 +4,10 @@ The code works on addresses, which the records `STEP`, `LAYER` and `MATRIX` hold
 by side, each for its share of the outputs, and meet at barriers. A sum is formed by one thread in one order, whatever rows stand
 beside it and however many threads there are: neither changes a bit.
 
-Matrices are cut into tiles of 64 outputs, tiles into panels of 32, inside which the weights of one input lie side by side: each panel
-is read from its beginning to its end. Up to four rows read both panels of a tile at once; more read one after the other, again
-for every eight rows, from the cache, while the next tile is fetched. bfloat16 and int8 are widened on the way to the sums,
-which are float32, as the inputs are.
+Matrices are cut into tiles of 64 outputs, tiles into panels of 32, inside which the weights of one input lie side by side: each
+panel is read from its beginning to its end. Up to four rows read both panels of a tile at once; more read one after the other,
+again for every eight rows, from the cache, while the next panel is fetched. bfloat16 and int8 are widened on the way to the
+sums, which are float32, as the inputs are.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ TILE, PANEL = 64, 32
 ROWS = 8
 """Rows that are multiplied at once, at most: room for rows is a multiple of it."""
 STORE, ADD, GELU, RELU, RELU2, GATE, CAP = range(7)
-"""What becomes of an output y: it is stored, added to what is there, activated, or multiplied by SiLU of what is there; or capped."""
+"""What becomes of an output: stored, added to what is there, activated, multiplied by SiLU of what is there, or capped."""
 QKV, OUTPUT, GATES, WIDEN, NARROW = range(5)
 MATRICES = 5
-"""Of a layer, in this order; GATES has no outputs unless there are gates. After all layers come the head and the n-grams' matrix."""
+"""Of a layer, in this order; GATES has outputs only where there are gates. After all layers come the head and the n-grams'."""
 
 _ADDRESS, _COUNT = np.int64, np.int64
 MATRIX = np.dtype(
@@ -64,8 +64,7 @@ _ROOM = [  # of all threads, then each thread's own: first normalised inputs, th
     *((name, _COUNT) for name in ("own_bytes", "sums_at", "scores_at")),
 ]
 _THREADS = [  # functions of the threads' library and the system's, and two numbers; thread_number 0: there is one thread
-    (name, _ADDRESS)
-    for name in ("thread_number", "thread_count", "nap", "meeting")
+    (name, _ADDRESS) for name in ("thread_number", "thread_count", "nap", "meeting")
 ]
 STEP = np.dtype([*_MODEL, *_ROWS_OF_A_STEP, *_ROOM, *_THREADS], align=True)
 
@@ -87,7 +86,7 @@ def is_supported() -> bool:
 
 
 def _architecture() -> str:
-    return llvmlite.binding.get_process_triple().split("-")[0]
+    return str(llvmlite.binding.get_process_triple()).split("-")[0]
 
 
 @cache
@@ -104,7 +103,7 @@ def _reading(element: Any, result: Any) -> Any:
         address, index = arguments
         return builder.load(builder.gep(builder.inttoptr(address, element.as_pointer()), [index]))
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def read(context: Any, address: Any, index: Any) -> Any:
         """The index-th number from an address on."""
         return result(types.int64, types.int64), emit
@@ -118,7 +117,7 @@ def _writing(element: Any, kind: Any) -> Any:
         builder.store(value, builder.gep(builder.inttoptr(address, element.as_pointer()), [index]))
         return context.get_dummy_value()
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def write(context: Any, address: Any, index: Any, value: Any) -> Any:
         return types.void(types.int64, types.int64, kind), emit
 
@@ -131,7 +130,7 @@ def _records_at(dtype: np.dtype[Any]) -> Any:
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(pointer))
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def pointed(context: Any, address: Any) -> Any:
         return pointer(types.int64), emit
 
@@ -142,14 +141,14 @@ def _same_bits(given: Any, result: Any, element: Any) -> Any:
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], element)
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def cast(context: Any, number: Any) -> Any:
         return result(given), emit
 
     return cast
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _called(context: Any, address: Any) -> Any:
     """What the function there, which takes nothing, returns."""
 
@@ -159,7 +158,7 @@ def _called(context: Any, address: Any) -> Any:
     return types.int32(types.int64), emit
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _napped(context: Any, address: Any, microseconds: Any) -> Any:
     """Call the function there, which sleeps that long."""
 
@@ -169,7 +168,7 @@ def _napped(context: Any, address: Any, microseconds: Any) -> Any:
     return types.int32(types.int64, types.int32), emit
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _counted(context: Any, address: Any, more: Any) -> Any:
     """Add to the number there, which several threads do; what it was before."""
 
@@ -179,10 +178,9 @@ def _counted(context: Any, address: Any, more: Any) -> Any:
     return types.int64(types.int64, types.int64), emit
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _pause(context: Any) -> Any:
     """Tell the processor that nothing but waiting is done."""
-
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if _architecture() == "x86_64":
@@ -255,7 +253,10 @@ def _multiplier(rows: int, bytes: int) -> Any:
         following = add(index, _I64(1))
         builder.cbranch(builder.icmp_signed("<", following, count), each, after)
         zeros = ir.Constant(vector, [0.0] * lanes)
-        for phi, start, then in ((index, _I64(0), following), *((*pair[:1], zeros, pair[1]) for pair in zip(totals, sum_after, strict=True))):
+        for phi, start, then in (
+            (index, _I64(0), following),
+            *((*pair[:1], zeros, pair[1]) for pair in zip(totals, sum_after, strict=True)),
+        ):
             phi.add_incoming(start, before)
             phi.add_incoming(then, each)
         builder.position_at_end(after)
@@ -265,7 +266,7 @@ def _multiplier(rows: int, bytes: int) -> Any:
             builder.store(sum, builder.inttoptr(place, vector.as_pointer()), align=4)
         return context.get_dummy_value()
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def multiply(context: Any, panel: Any, inputs: Any, pitch: Any, count: Any, sums: Any, ahead: Any, stride: Any) -> Any:
         return types.void(*(types.int64,) * 7), emit
 
@@ -527,8 +528,19 @@ def _attend(step: Any, layer: Any, number: Any, thread: Any, row: Any, first: An
     for i in range(first * width, last * width):
         _set(values + place * pitch, i, _get(new_keys + pitch, i))
     scores, room = step.own + thread * step.own_bytes + step.scores_at, step.capacity * 4
+    _score(queries, keys, place + 1, pitch, first, last, group, width, scores, room)
+    for query in range(first * group, last * group):
+        _soft_max(scores + query * room, place + 1)
+    _mix(scores, room, values, place + 1, pitch, first, last, group, width, step.mixed + row * step.heads * width * 4)
+
+
+@_compiled
+def _score(
+    queries: Any, keys: Any, count: Any, pitch: Any, first: Any, last: Any, group: Any, width: Any, scores: Any, room: Any
+) -> None:
+    """Each query of the heads times the keys of `count` positions: scores (queries, positions), `room` bytes for a query."""
     scale = np.float32(1.0) / np.sqrt(np.float32(width))
-    for at in range(place + 1):
+    for at in range(count):
         for head in range(first, last):
             k = keys + at * pitch + head * width * 4
             for query in range(head * group, (head + 1) * group):
@@ -536,26 +548,29 @@ def _attend(step: Any, layer: Any, number: Any, thread: Any, row: Any, first: An
                 for i in range(width):
                     score += _get(q, i) * _get(k, i)
                 _set(scores + query * room, at, score * scale)
-    mixed = step.mixed + row * step.heads * width * 4
-    for query in range(first * group, last * group):
-        _soft_max(scores + query * room, place + 1)
+
+
+@_compiled
+def _mix(
+    shares: Any, room: Any, values: Any, count: Any, pitch: Any, first: Any, last: Any, group: Any, width: Any, mixed: Any
+) -> None:
+    """The values of `count` positions, each times its share: four at a time, so that sums are written a quarter as often."""
     for i in range(first * group * width, last * group * width):
         _set(mixed, i, np.float32(0.0))
-    together = (place + 1) // 4 * 4
-    for at in range(0, together, 4):
+    for at in range(0, count - 3, 4):
         for head in range(first, last):
             v = values + at * pitch + head * width * 4
             for query in range(head * group, (head + 1) * group):
-                share, out = scores + query * room, mixed + query * width * 4
-                a, b, c, d = _get(share, at), _get(share, at + 1), _get(share, at + 2), _get(share, at + 3)
+                share, out = shares + query * room + at * 4, mixed + query * width * 4
+                a, b, c, d = _get(share, 0), _get(share, 1), _get(share, 2), _get(share, 3)
                 for i in range(width):
                     more = a * _get(v, i) + b * _get(v + pitch, i) + c * _get(v + 2 * pitch, i) + d * _get(v + 3 * pitch, i)
                     _set(out, i, _get(out, i) + more)
-    for at in range(together, place + 1):
+    for at in range(count - count % 4, count):
         for head in range(first, last):
             v = values + at * pitch + head * width * 4
             for query in range(head * group, (head + 1) * group):
-                share, out = _get(scores + query * room, at), mixed + query * width * 4
+                share, out = _get(shares + query * room, at), mixed + query * width * 4
                 for i in range(width):
                     _set(out, i, _get(out, i) + share * _get(v, i))
 
