@@ -108,15 +108,24 @@ class CompiledStep:
 
     def __call__(self, cache: KeyValueCache, tokens: Tensor) -> Tensor:
         """Add one id (B,) to every row; the logits (B, V) after it. `cache.lengths` stay as they are."""
-        rows, team = len(cache.lengths), _team()
+        rows = len(cache.lengths)
+        return self._run(cache, tokens, np.arange(rows), cache.lengths)
+
+    def read(self, cache: KeyValueCache, row: int, tokens: Tensor) -> Tensor:
+        """Fill a row with ids (T,) from the beginning; the logits (V,) after the last. `cache.lengths` stay as they are."""
+        cache.tokens[row, : len(tokens)] = tokens
+        return self._run(cache, tokens, row, np.arange(len(tokens)), reading=True)[0]
+
+    def _run(self, cache: KeyValueCache, tokens: Tensor, texts: Any, places: Any, reading: bool = False) -> Tensor:
+        rows, team = len(tokens), _team()
         threads = 1 if team is None else min(torch.get_num_threads(), max(1, rows * self._products // _PRODUCTS))
-        logits = torch.empty(rows, self._network.vocab_size)
+        logits = torch.empty(1 if reading else rows, self._network.vocab_size)
         with self._lock:
-            self._make_room(len(cache.tokens), cache.capacity, threads)
-            self._ids[0, :rows] = tokens.numpy()
-            self._ids[1, :rows] = cache.lengths
+            self._make_room(max(rows, len(cache.tokens)), cache.capacity, threads)
+            self._ids[0, :rows], self._ids[1, :rows], self._ids[2, :rows] = tokens.numpy(), places, texts
             step = self._step[0]
-            step["rows"], step["capacity"], step["cache_rows"] = rows, cache.capacity, len(cache.tokens)
+            step["rows"], step["reading"] = rows, reading
+            step["capacity"], step["cache_rows"] = cache.capacity, len(cache.tokens)
             step["keys"], step["values"], step["read"] = cache.keys.data_ptr(), cache.values.data_ptr(), cache.tokens.data_ptr()
             step["logits"] = logits.data_ptr()
             if team is None or threads == 1:
@@ -206,8 +215,8 @@ class CompiledStep:
         step["sums_at"] = _aligned(4 * padded * model.n_embd)
         step["scores_at"] = step["sums_at"] + _aligned(4 * padded * self._kernels.TILE)
         step["own_bytes"] = step["scores_at"] + _aligned(4 * model.n_head * capacity)
-        self._ids = np.zeros((2, rows), dtype=np.int64)
-        step["tokens"], step["places"] = self._ids[0].ctypes.data, self._ids[1].ctypes.data
+        self._ids = np.zeros((3, rows), dtype=np.int64)
+        step["tokens"], step["places"], step["texts"] = (ids.ctypes.data for ids in self._ids)
         sizes["meeting"] = 2 * _ALIGNMENT
         self._room, address = _aligned_bytes(sum(sizes.values()) + threads * int(step["own_bytes"][0]))
         for name, size in (sizes | {"own": 0}).items():

@@ -56,8 +56,10 @@ _MODEL = [
     ("softcap", np.float32),  # 0: none
 ]
 _ROWS_OF_A_STEP = [
-    *((name, _COUNT) for name in ("rows", "capacity", "cache_rows")),
-    *((name, _ADDRESS) for name in ("keys", "values", "read", "tokens", "places", "logits")),
+    *(
+        (name, _COUNT) for name in ("rows", "reading", "capacity", "cache_rows")
+    ),  # reading: one text's tokens, its last one's logits
+    *((name, _ADDRESS) for name in ("keys", "values", "read", "tokens", "places", "texts", "logits")),
 ]
 _ROOM = [  # of all threads, then each thread's own: first normalised inputs, then the sums of a tile, then scores
     *((name, _ADDRESS) for name in ("stream", "qkv", "mixed", "hidden", "own")),
@@ -398,11 +400,11 @@ def _finish(step: Any, y: Any, width: Any, out: Any, use: Any) -> None:
 
 
 @_compiled
-def _product(step: Any, index: Any, thread: Any, threads: Any, inputs: Any, out: Any, use: Any) -> None:
+def _product(step: Any, index: Any, thread: Any, threads: Any, rows: Any, inputs: Any, out: Any, use: Any) -> None:
     """This thread's outputs of a matrix for inputs (rows, inputs), used in `out` (rows, outputs)."""
     matrix = carray(_matrices_at(step.matrices), 1 << 30)[index]
     sums = step.own + thread * step.own_bytes + step.sums_at
-    outputs, rows = matrix.outputs, step.rows
+    outputs = matrix.outputs
     tiles = (outputs + TILE - 1) // TILE
     for tile in range(tiles * thread // threads, tiles * (thread + 1) // threads):
         _tile_sums(matrix, tile, rows, inputs, matrix.inputs * 4, sums)
@@ -458,7 +460,7 @@ def _look_up(step: Any, row: Any) -> None:
     embedded, stream = step.embedding + token * width * 4, step.stream + row * width * 4
     for i in range(width):
         _set(stream, i, _get(embedded, i))
-    read = step.read + row * step.capacity * 8
+    read = step.read + _get_id(step.texts, row) * step.capacity * 8
     _set_id(read, place, token)
     for number in range(step.order_count):
         order = _get_id(step.orders, number)
@@ -480,7 +482,7 @@ def _begin(step: Any, thread: Any, threads: Any) -> None:
         _look_up(step, row)
     if step.order_count:
         _meet(step, threads)
-        _product(step, step.layer_count * MATRICES + 1, thread, threads, step.hidden, step.stream, ADD)
+        _product(step, step.layer_count * MATRICES + 1, thread, threads, rows, step.hidden, step.stream, ADD)
         _meet(step, threads)
     for row in range(thread, rows, threads):
         stream = step.stream + row * width * 4
@@ -508,30 +510,38 @@ def _placed(step: Any, x: Any, gain: Any, place: Any) -> None:
 
 
 @_compiled
+def _remember(step: Any, layer: Any, number: Any, row: Any, first: Any, last: Any) -> None:
+    """Store a row's keys and values of the key/value heads [first, last)."""
+    width, pitch = step.head_width, step.kv_heads * step.head_width * 4
+    new_keys = step.qkv + (row * (step.heads + 2 * step.kv_heads) + step.heads) * width * 4
+    place = _get_id(step.places, row)
+    begin = ((number * step.cache_rows + _get_id(step.texts, row)) * step.capacity + place) * pitch
+    for head in range(first, last):
+        _placed(step, new_keys + head * width * 4, layer.key_gain, place)
+    for i in range(first * width, last * width):
+        _set(step.keys + begin, i, _get(new_keys, i))
+    for i in range(first * width, last * width):
+        _set(step.values + begin, i, _get(new_keys + pitch, i))
+
+
+@_compiled
 def _attend(step: Any, layer: Any, number: Any, thread: Any, row: Any, first: Any, last: Any) -> None:
-    """Store a row's keys and values of the key/value heads [first, last), and mix values for the queries that share them.
+    """Mix values for a row's queries that share the key/value heads [first, last).
 
     Positions are gone through in the order in which they lie, all heads of one at a time.
     """
     width, group = step.head_width, step.heads // step.kv_heads
     place, pitch = _get_id(step.places, row), step.kv_heads * width * 4
     queries = step.qkv + row * (step.heads + 2 * step.kv_heads) * width * 4
-    new_keys = queries + step.heads * width * 4
-    begin = (number * step.cache_rows + row) * step.capacity * pitch
-    keys, values = step.keys + begin, step.values + begin
-    for head in range(first, last):
-        _placed(step, new_keys + head * width * 4, layer.key_gain, place)
+    begin = (number * step.cache_rows + _get_id(step.texts, row)) * step.capacity * pitch
     for query in range(first * group, last * group):
         _placed(step, queries + query * width * 4, layer.query_gain, place)
-    for i in range(first * width, last * width):
-        _set(keys + place * pitch, i, _get(new_keys, i))
-    for i in range(first * width, last * width):
-        _set(values + place * pitch, i, _get(new_keys + pitch, i))
     scores, room = step.own + thread * step.own_bytes + step.scores_at, step.capacity * 4
-    _score(queries, keys, place + 1, pitch, first, last, group, width, scores, room)
+    _score(queries, step.keys + begin, place + 1, pitch, first, last, group, width, scores, room)
     for query in range(first * group, last * group):
         _soft_max(scores + query * room, place + 1)
-    _mix(scores, room, values, place + 1, pitch, first, last, group, width, step.mixed + row * step.heads * width * 4)
+    mixed = step.mixed + row * step.heads * width * 4
+    _mix(scores, room, step.values + begin, place + 1, pitch, first, last, group, width, mixed)
 
 
 @_compiled
@@ -590,34 +600,48 @@ def _soft_max(scores: Any, count: Any) -> None:
 
 
 @_compiled
-def _run(step: Any, thread: Any, threads: Any) -> None:
-    _begin(step, thread, threads)
-    _meet(step, threads)
-    layers = carray(_layers_at(step.layers), 1 << 30)
+def _look_back(step: Any, layer: Any, number: Any, thread: Any, threads: Any) -> None:
+    """Attention of this thread's rows and heads, to be met after by all."""
     units = step.rows * step.kv_heads
-    for number in range(step.layer_count):
-        layer, first = layers[number], number * MATRICES
-        normal = _normalised(step, thread, layer.attention_gain, layer.attention_bias)
-        _product(step, first + QKV, thread, threads, normal, step.qkv, STORE)
-        _meet(step, threads)
-        unit, stop = units * thread // threads, units * (thread + 1) // threads
+    start, stop = units * thread // threads, units * (thread + 1) // threads
+    for storing in (True, False):
+        unit = start
         while unit < stop:
             row, head = unit // step.kv_heads, unit % step.kv_heads
             heads = min(step.kv_heads - head, stop - unit)
-            _attend(step, layer, number, thread, row, head, head + heads)
+            if storing:
+                _remember(step, layer, number, row, head, head + heads)
+            else:
+                _attend(step, layer, number, thread, row, head, head + heads)
             unit += heads
+        if storing and step.reading:  # rows see what others have stored
+            _meet(step, threads)
+
+
+@_compiled
+def _run(step: Any, thread: Any, threads: Any) -> None:
+    _begin(step, thread, threads)
+    _meet(step, threads)
+    layers, rows = carray(_layers_at(step.layers), 1 << 30), step.rows
+    for number in range(step.layer_count):
+        layer, first = layers[number], number * MATRICES
+        normal = _normalised(step, thread, layer.attention_gain, layer.attention_bias)
+        _product(step, first + QKV, thread, threads, rows, normal, step.qkv, STORE)
         _meet(step, threads)
-        _product(step, first + OUTPUT, thread, threads, step.mixed, step.stream, ADD)
+        _look_back(step, layer, number, thread, threads)
+        _meet(step, threads)
+        _product(step, first + OUTPUT, thread, threads, rows, step.mixed, step.stream, ADD)
         _meet(step, threads)
         normal = _normalised(step, thread, layer.feed_gain, layer.feed_bias)
-        _product(step, first + GATES, thread, threads, normal, step.hidden, STORE)
-        _product(step, first + WIDEN, thread, threads, normal, step.hidden, step.activation)
+        _product(step, first + GATES, thread, threads, rows, normal, step.hidden, STORE)
+        _product(step, first + WIDEN, thread, threads, rows, normal, step.hidden, step.activation)
         _meet(step, threads)
-        _product(step, first + NARROW, thread, threads, step.hidden, step.stream, ADD)
+        _product(step, first + NARROW, thread, threads, rows, step.hidden, step.stream, ADD)
         _meet(step, threads)
-    normal = _normalised(step, thread, step.final_gain, step.final_bias)
-    head = step.layer_count * MATRICES
-    _product(step, head, thread, threads, normal, step.logits, CAP if step.softcap > np.float32(0.0) else STORE)
+    wanted = rows - 1 if step.reading else 0
+    normal = _normalised(step, thread, step.final_gain, step.final_bias) + wanted * step.width * 4
+    use = CAP if step.softcap > np.float32(0.0) else STORE
+    _product(step, step.layer_count * MATRICES, thread, threads, rows - wanted, normal, step.logits, use)
 
 
 def _step(steps: Any) -> None:
