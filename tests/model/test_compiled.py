@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import PRESETS, ids, model
+from tiny import PRESETS, VOCABULARY, ids, model
 from torch import Tensor
 
 from tinylm.errors import InputError
@@ -126,6 +126,18 @@ def test_without_a_library_of_threads_one_does_it(monkeypatch: pytest.MonkeyPatc
     expected = _after_five_steps(decoder, tokens, [0, 1, 2], 2)
     monkeypatch.setattr(compiled, "_team", lambda: None)
     assert torch.equal(_after_five_steps(decoder, tokens, [0, 1, 2], 2), expected)
+
+
+@torch.inference_mode()
+def test_what_lies_outside_is_refused_before_it_is_touched() -> None:
+    decoder = Decoder(model(), compiled=True)
+    cache = decoder.cache(1)
+    for wrong in ([3, VOCABULARY], [-1], list(range(17))):
+        with pytest.raises((IndexError, RuntimeError)):
+            decoder.read(cache, 0, wrong)
+    decoder.read(cache, 0, list(range(16)))
+    with pytest.raises(IndexError):
+        decoder.step(cache, torch.tensor([1]))
 
 
 @pytest.mark.parametrize("weights", ["bf16", "int8"])

@@ -123,6 +123,7 @@ class CompiledStep:
         with self._lock:
             self._make_room(max(rows, len(cache.tokens)), cache.capacity, threads)
             self._ids[0, :rows], self._ids[1, :rows], self._ids[2, :rows] = tokens.numpy(), places, texts
+            self._check(self._ids[:2, :rows], cache)
             step = self._step[0]
             step["rows"], step["reading"] = rows, reading
             step["capacity"], step["cache_rows"] = cache.capacity, len(cache.tokens)
@@ -135,6 +136,12 @@ class CompiledStep:
                 step["thread_number"], step["thread_count"], step["nap"] = team.number, team.count, team.nap
                 team.run(self._code, self._step.ctypes.data, threads, 0)
         return logits
+
+    def _check(self, tokens_and_places: np.ndarray, cache: KeyValueCache) -> None:
+        """Machine code reads and writes wherever it is told to."""
+        room = min(cache.capacity, self._network.model.context_length)
+        if tokens_and_places.min() < 0 or (tokens_and_places.max(axis=1) >= (self._network.vocab_size, room)).any():
+            raise IndexError("an id beyond the vocabulary, or a row that is full")
 
     def _describe(self) -> None:
         network, model, step = self._network, self._network.model, self._step

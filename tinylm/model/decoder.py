@@ -1,9 +1,9 @@
 """One token for every row of a batch: the transformer's arithmetic written for a single position, outside autograd.
 
-Nothing here depends on tokens that were read before but the cache. On a CPU the step may be machine code instead, which
-`tinylm.model.compiled` describes. Rows may stand at different positions, so that prompts of
-different lengths, and requests that come and go, decode together. `Transformer.hidden` stays the definition; tests hold both to
-the same numbers for every part that a recipe can name.
+Nothing here depends on tokens that were read before but the cache. Rows may stand at different positions, so that prompts of
+different lengths, and requests that come and go, decode together. On a CPU the step may be machine code instead, which
+`tinylm.model.compiled` prepares. `Transformer.hidden` stays the definition; tests hold all to the same numbers for every part that a
+recipe can name.
 
 Legend: B rows, C width, H heads, K key/value heads, G = H / K, D head width, S positions looked at, V vocabulary.
 """
@@ -85,8 +85,9 @@ class Decoder:
         """Fill a row with these ids from the beginning; the logits (V,) after the last."""
         tokens = torch.as_tensor(ids, device=self.device, dtype=torch.long)[None]
         if self._machine_code is not None and tokens.shape[1] <= _SHORT:
+            logits = self._machine_code.read(cache, row, tokens[0])
             cache.lengths[row] = tokens.shape[1]
-            return self._machine_code.read(cache, row, tokens[0])
+            return logits
         return self.network.logits(self.network.hidden(tokens, cache.rows(row, row + 1), last=1)[0])[0]
 
     def step(self, cache: KeyValueCache, tokens: Tensor) -> Tensor:
