@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -249,7 +250,7 @@ class Engine:
             for row, writer in enumerate(writers):
                 writer.restrict(logits[row])
         greedy = options.temperature == 0
-        drawn = None if greedy else torch.tensor([writer.draw() for writer in writers], dtype=torch.float64)
+        drawn = None if greedy else torch.from_numpy(np.array([writer.draw() for writer in writers]))  # no tensor from a list: slow
         chosen = self._pick(logits, options, drawn)
         if options.remembers and self._seen is not None and self._counts is not None:
             index = torch.tensor(rows, device=logits.device)

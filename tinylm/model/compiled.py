@@ -123,7 +123,7 @@ class CompiledStep:
         with self._lock:
             self._make_room(max(rows, len(cache.tokens)), cache.capacity, threads)
             self._ids[0, :rows], self._ids[1, :rows], self._ids[2, :rows] = tokens.numpy(), places, texts
-            self._check(self._ids[:2, :rows], cache)
+            self._check(self._ids[0, :rows], self._ids[1, :rows], cache)
             step = self._step[0]
             step["rows"], step["reading"] = rows, reading
             step["capacity"], step["cache_rows"] = cache.capacity, len(cache.tokens)
@@ -137,10 +137,10 @@ class CompiledStep:
                 team.run(self._code, self._step.ctypes.data, threads, 0)
         return logits
 
-    def _check(self, tokens_and_places: np.ndarray, cache: KeyValueCache) -> None:
+    def _check(self, ids: np.ndarray, places: np.ndarray, cache: KeyValueCache) -> None:
         """Machine code reads and writes wherever it is told to."""
         room = min(cache.capacity, self._network.model.context_length)
-        if tokens_and_places.min() < 0 or (tokens_and_places.max(axis=1) >= (self._network.vocab_size, room)).any():
+        if ids.min() < 0 or ids.max() >= self._network.vocab_size or places.max() >= room:
             raise IndexError("an id beyond the vocabulary, or a row that is full")
 
     def _describe(self) -> None:

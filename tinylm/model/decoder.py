@@ -2,8 +2,8 @@
 
 Nothing here depends on tokens that were read before but the cache. Rows may stand at different positions, so that prompts of
 different lengths, and requests that come and go, decode together. On a CPU the step may be machine code instead, which
-`tinylm.model.compiled` prepares. `Transformer.hidden` stays the definition; tests hold all to the same numbers for every part that a
-recipe can name.
+`tinylm.model.compiled` prepares. `Transformer.hidden` stays the definition; tests hold all to the same numbers for every part
+that a recipe can name.
 
 Legend: B rows, C width, H heads, K key/value heads, G = H / K, D head width, S positions looked at, V vocabulary.
 """
