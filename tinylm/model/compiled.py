@@ -148,7 +148,6 @@ class CompiledStep:
         step["layers"], step["matrices"] = self._layers.ctypes.data, self._matrices.ctypes.data
         step["layer_count"], step["width"] = model.n_layer, model.n_embd
         step["heads"], step["kv_heads"], step["head_width"] = model.n_head, model.kv_heads, model.head_width
-        step["hidden_width"] = model.feed_forward_width
         names = {"gelu": "GELU", "relu": "RELU", "relu2": "RELU2", "swiglu": "GATE"}
         step["activation"] = getattr(self._kernels, names[model.feed_forward])
         step["layer_norm"], step["norm_eps"] = model.norm == "layernorm", model.norm_eps

@@ -22,6 +22,8 @@ from numba import carray, cfunc, from_dtype, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from tinylm.model.ngrams import MULTIPLIER
+
 TILE, PANEL = 64, 32
 """Outputs of a tile, and of a panel."""
 ROWS = 8
@@ -49,16 +51,15 @@ LAYER = np.dtype(
 _MODEL = [
     *((name, _ADDRESS) for name in ("layers", "matrices", "embedding", "positions", "cosines", "sines", "ngram_table", "orders")),
     *((name, _ADDRESS) for name in ("embedding_gain", "embedding_bias", "final_gain", "final_bias")),
-    *((name, _COUNT) for name in ("layer_count", "width", "heads", "kv_heads", "head_width", "hidden_width", "activation")),
+    *((name, _COUNT) for name in ("layer_count", "width", "heads", "kv_heads", "head_width", "activation")),
     *((name, _COUNT) for name in ("layer_norm", "embedding_norm", "ngram_rows", "ngram_width", "order_count", "missing")),
     ("norm_eps", np.float32),
     ("qk_norm_eps", np.float32),  # negative: queries and keys are not normalised
     ("softcap", np.float32),  # 0: none
 ]
 _ROWS_OF_A_STEP = [
-    *(
-        (name, _COUNT) for name in ("rows", "reading", "capacity", "cache_rows")
-    ),  # reading: one text's tokens, its last one's logits
+    *((name, _COUNT) for name in ("rows", "capacity", "cache_rows")),
+    ("reading", _COUNT),  # 1: rows are the tokens of one text, and only the last one's logits are wanted
     *((name, _ADDRESS) for name in ("keys", "values", "read", "tokens", "places", "texts", "logits")),
 ]
 _ROOM = [  # of all threads, then each thread's own: first normalised inputs, then the sums of a tile, then scores
@@ -70,7 +71,6 @@ _THREADS = [  # functions of the threads' library and the system's, and two numb
 ]
 STEP = np.dtype([*_MODEL, *_ROWS_OF_A_STEP, *_ROOM, *_THREADS], align=True)
 
-_MULTIPLIER = 0x5851F42D4C957F2D
 _PATIENCE = 1000
 """Looks at whether all are here before a nap: some 50 microseconds."""
 _NEAR = 8192
@@ -236,14 +236,15 @@ def _multiplier(rows: int, bytes: int) -> Any:
         totals = [builder.phi(vector) for _ in range(rows * vectors)]
         here = add(panel, times(index, _I64(PANEL * bytes)))
         next_panel = times(count, _I64(PANEL * bytes))
-        places = []
+        places, soon = [], []
         for part in range(vectors):
             beyond, column = divmod(part * lanes, PANEL)
             places.append(add(add(here, times(next_panel, _I64(beyond))), _I64(column * bytes)))
-        if rows < ROWS:
-            soon = [add(place, _I64(_NEAR)) for place in places if bytes == 4 or places.index(place) % (PANEL // lanes) == 0]
-        else:
-            soon = [add(add(ahead, times(index, stride)), _I64(64 * line)) for line in range(max(1, PANEL * bytes // 64 // passes))]
+            if rows < ROWS and column * bytes % 64 == 0:
+                soon.append(add(places[-1], _I64(_NEAR)))
+        if rows == ROWS:
+            lines = max(1, PANEL * bytes // 64 // passes)
+            soon = [add(add(ahead, times(index, stride)), _I64(64 * line)) for line in range(lines)]
         for place in soon:
             builder.call(fetch, [builder.inttoptr(place, _BYTE.as_pointer()), _I32(0), _I32(2), _I32(1)])
         weights = [widened(builder, builder.load(builder.inttoptr(place, stored.as_pointer()), align=bytes)) for place in places]
@@ -254,13 +255,11 @@ def _multiplier(rows: int, bytes: int) -> Any:
             sum_after += [builder.call(fma, [x, w, totals[row * vectors + part]]) for part, w in enumerate(weights)]
         following = add(index, _I64(1))
         builder.cbranch(builder.icmp_signed("<", following, count), each, after)
-        zeros = ir.Constant(vector, [0.0] * lanes)
-        for phi, start, then in (
-            (index, _I64(0), following),
-            *((*pair[:1], zeros, pair[1]) for pair in zip(totals, sum_after, strict=True)),
-        ):
-            phi.add_incoming(start, before)
-            phi.add_incoming(then, each)
+        index.add_incoming(_I64(0), before)
+        index.add_incoming(following, each)
+        for total, sum in zip(totals, sum_after, strict=True):
+            total.add_incoming(ir.Constant(vector, [0.0] * lanes), before)
+            total.add_incoming(sum, each)
         builder.position_at_end(after)
         for number, sum in enumerate(sum_after):
             row, part = divmod(number, vectors)
@@ -466,7 +465,7 @@ def _look_up(step: Any, row: Any) -> None:
         order = _get_id(step.orders, number)
         key = order
         for at in range(place - order + 1, place + 1):
-            key = (key + (step.missing if at < 0 else _get_id(read, at)) + 1) * _MULTIPLIER
+            key = (key + (step.missing if at < 0 else _get_id(read, at)) + 1) * MULTIPLIER
             key = key ^ (key >> 29)
         found = step.ngram_table + (key % step.ngram_rows + number * step.ngram_rows) * step.ngram_width * 4
         out = step.hidden + (row * step.order_count + number) * step.ngram_width * 4
