@@ -1,10 +1,10 @@
 """Writing text: ours against transformers' `generate` with the same weights, in turn on the same cores.
 
-    python benchmarks/sampling.py [--models 0.86M 13.8M 124M] [--rounds 5] [--first-token]
+    python benchmarks/sampling.py [--models 0.86M 13.8M 124M] [--rows 1 16] [--rounds 5] [--first-token]
 
 Each model is `preset: gpt2` with random weights, copied into a GPT2LMHeadModel; that greedy texts agree is checked first.
 Sampled with top-k 50 after a prompt of 16 tokens, alone and 16 at a time; the end of text is banned on both sides. The ratio is
-of the medians. `--first-token`: instead, the time to the first token of a prompt of 1000 at 13.8 M.
+of the medians. Compiled steps need numba. `--first-token`: instead, the time to the first token of a prompt of 1000 at 13.8 M.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from transformers.utils import logging
 from tinylm.generation.engine import Engine, Request
 from tinylm.generation.sampling import SamplingOptions
 from tinylm.model.decoder import Decoder
+from tinylm.model.packed import WEIGHT_KINDS
 from tinylm.model.transformer import Transformer
 from tinylm.recipe.schema import ByteTokenizer, ModelSection
 from tinylm.text.sources import Piece
@@ -114,14 +115,19 @@ def generated(twin: GPT2LMHeadModel, rows: int, tokens: int, prompt: list[int], 
     return found
 
 
-def measure(name: str, rounds: int) -> None:
+def measure(name: str, all_rows: list[int], rounds: int) -> None:
     shape, vocab_size, tokens = MODELS[name]
     network = roughened(Transformer(ModelSection.model_validate({"preset": "gpt2", **shape}), vocab_size)).eval()
     twin, tokenizer = transformers_twin(network, vocab_size), AnyTokens(vocab_size)
-    kinds = {weights: Decoder(network, weights=weights) for weights in ("fp32", "bf16", "int8")}
+    kinds = {
+        f"{weights}{' compiled' if compiled else ''}": Decoder(network, weights=weights, compiled=compiled)
+        for weights in WEIGHT_KINDS
+        for compiled in (False, True)
+    }
     theirs = generated(twin, 1, 12, PROMPT, do_sample=False)[0, len(PROMPT) :].tolist()
-    assert written(kinds["fp32"], tokenizer, 1, 12, PROMPT, temperature=0.0) == [theirs], "greedy texts differ"
-    for rows in (1, 16):
+    for kind in ("fp32", "fp32 compiled"):
+        assert written(kinds[kind], tokenizer, 1, 12, PROMPT, temperature=0.0) == [theirs], "greedy texts differ"
+    for rows in all_rows:
         sides: dict[str, Callable[[], object]] = {
             "transformers": lambda rows=rows: generated(twin, rows, tokens, PROMPT, do_sample=True, top_k=50)
         }
@@ -164,6 +170,7 @@ def report(title: str, sides: dict[str, Callable[[], object]], rounds: int, amou
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--first-token", action="store_true")
@@ -176,7 +183,7 @@ def main() -> None:
         first_token(options.rounds)
         return
     for name in options.models:
-        measure(name, options.rounds)
+        measure(name, options.rows, options.rounds)
 
 
 if __name__ == "__main__":

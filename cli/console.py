@@ -33,6 +33,9 @@ CHECKPOINT = typer.Option(None, "--checkpoint", help="best, last or a step; defa
 SET = typer.Option(None, "--set", metavar="SECTION.KEY=VALUE", help="Change a key of the recipe; may be repeated.")
 FIELD = typer.Option("text", "--field", help="The field of .jsonl or column of .parquet that holds the text.")
 WEIGHTS = typer.Option("fp32", "--weights", help="fp32, bf16 or int8: int8 reads a quarter of the bytes for each token.")
+COMPILE = typer.Option(
+    None, "--compile/--no-compile", help="Compile the decoding step: later to start, faster then. Default: on a CPU where it pays."
+)
 ERRORS = typer.Option("strict", "--errors", help="Bytes that are not UTF-8: strict (an error) or replace.")
 
 

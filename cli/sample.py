@@ -16,6 +16,7 @@ from tinylm.errors import InputError
 
 from .console import (
     CHECKPOINT,
+    COMPILE,
     DEVICE,
     JSON,
     QUIET,
@@ -87,7 +88,7 @@ def sample(
     seed: int | None = typer.Option(None, "--seed", min=0, help="The same seed gives the same text; default: a new one each time."),
     no_stream: bool = typer.Option(False, "--no-stream", help="Print when all is written."),
     weights: str = WEIGHTS,
-    compiled: bool = typer.Option(False, "--compile", help="Compile the decoding step: slow to start, faster after."),
+    compiled: bool | None = COMPILE,
     run: str | None = RUN,
     checkpoint: str | None = CHECKPOINT,
     device: str = DEVICE,
@@ -114,11 +115,11 @@ def sample(
     from tinylm.device import resolve, set_threads
 
     target = resolve(device)
-    from tinylm.generation.engine import Request, sample_seed, write
+    from tinylm.generation.engine import ROWS, Request, sample_seed, write
     from tinylm.generation.sampling import SamplingOptions
     from tinylm.generation.search import beam_search
     from tinylm.generation.search import best_of as best_samples
-    from tinylm.model.decoder import Decoder
+    from tinylm.model.decoder import prepared
 
     tokenizer = opened.tokenizer
     options = SamplingOptions(
@@ -137,8 +138,15 @@ def sample(
     )
     constraint = _constraint(tokenizer, regex, choice)
     set_threads(threads)
-    decoder = Decoder(opened.network(chosen, target), weights=checked_weights(weights), compiled=compiled)
     reporter = ConsoleReporter(console, quiet=quiet)
+    together = -(-len(asked) * max(count_, best_of or 0) // ROWS)
+    decoder = prepared(
+        opened.network(chosen, target),
+        weights=checked_weights(weights),
+        compiled=compiled,
+        steps=None if interactive else together * max_new_tokens,
+        reporter=reporter,
+    )
     unknown = sum(tokenizer.encode(text).count(tokenizer.unknown) for text, _ in asked) if tokenizer.unknown is not None else 0
     if unknown:
         reporter.warn(f"{unknown} characters of the prompt are not in the model's vocabulary")

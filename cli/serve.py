@@ -8,7 +8,20 @@ import typer
 
 from tinylm.errors import InputError, WorkError, need_extra
 
-from .console import CHECKPOINT, DEVICE, QUIET, RUN, THREADS, WEIGHTS, ConsoleReporter, checked_weights, open_run, out, stderr
+from .console import (
+    CHECKPOINT,
+    COMPILE,
+    DEVICE,
+    QUIET,
+    RUN,
+    THREADS,
+    WEIGHTS,
+    ConsoleReporter,
+    checked_weights,
+    open_run,
+    out,
+    stderr,
+)
 
 app = typer.Typer(add_completion=False)
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -26,6 +39,7 @@ def serve(
     max_body: int = typer.Option(1 << 20, "--max-body", min=1, metavar="BYTES", help="The largest body."),
     timeout: float = typer.Option(120.0, "--timeout", min=0.1, metavar="SECONDS", help="A sample is given up after that."),
     weights: str = WEIGHTS,
+    compiled: bool | None = COMPILE,
     run: str | None = RUN,
     checkpoint: str | None = CHECKPOINT,
     device: str = DEVICE,
@@ -45,18 +59,19 @@ def serve(
     listening = _listening(host, port)
 
     from tinylm.device import resolve, set_threads
-    from tinylm.model.decoder import Decoder
+    from tinylm.model.decoder import prepared
     from tinylm.serving.server import Limits, application
 
     target = resolve(device)
     set_threads(threads)
-    decoder = Decoder(opened.network(chosen, target), weights=kind)
+    reporter = ConsoleReporter(console, quiet=quiet)
+    decoder = prepared(opened.network(chosen, target), weights=kind, compiled=compiled, steps=None, reporter=reporter)
     limits = Limits(max_body, max_tokens, rows, waiting, timeout)
     local = host in LOOPBACK
     name = opened.path.resolve().name
     application_ = application(decoder, opened.tokenizer, name, limits=limits, hosts=[*LOOPBACK, "[::1]"] if local else ["*"])
     if not local:
-        ConsoleReporter(console).warn(f"anyone who can reach {host} can use the model: there is no password")
+        reporter.warn(f"anyone who can reach {host} can use the model: there is no password")
     address = f"[{host}]" if ":" in host else host
     out(f"http://{address}:{listening.getsockname()[1]}")
     if not quiet:

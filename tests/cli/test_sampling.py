@@ -97,6 +97,12 @@ def test_other_weights_write_too(ask: Here, weights: str) -> None:
     assert ask("--weights", weights, "--json").json["samples"][0]["tokens"] > 0
 
 
+def test_a_compiled_step_writes_the_same(ask: Here) -> None:
+    compiled = ask("--compile", "-n", 3, "--json")
+    assert _texts(compiled) == _texts(ask("--no-compile", "-n", 3, "--json"))
+    assert "compile" not in compiled.err
+
+
 WRONG = {
     "--prompt a --prompt-file b": "--prompt, --prompt-file: one of them",
     "--regex a --choice b": "--regex, --choice: one of them",

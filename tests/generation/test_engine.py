@@ -59,6 +59,14 @@ def test_greedy_text_is_that_of_reading_everything_anew(preset: str, prompt: str
     assert len(set(sample.token_ids)) > 1
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_so_is_that_of_compiled_steps(preset: str, by_bytes: Tokenizer) -> None:
+    network = _network(by_bytes, preset, ngram_embeddings=[2, 4], ngram_rows=97)
+    for prompt in ("the cat", "exactly sixteen!"):
+        [sample] = generate(Decoder(network, compiled=True), by_bytes, prompt, _greedy(45))
+        assert sample.token_ids == _read_anew(network, by_bytes, prompt, 45)
+
+
 @pytest.mark.parametrize(
     "parts",
     [
@@ -127,17 +135,22 @@ PROMPTS = ["", "a", "the cat", "exactly sixteen!", "a prompt that is longer than
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("rows", [1, 2, 5])
-def test_prompts_of_any_length_are_written_together_as_each_alone(preset: str, rows: int, by_bytes: Tokenizer) -> None:
-    network, options = _network(by_bytes, preset), SamplingOptions(max_new_tokens=40, temperature=1.0)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_prompts_of_any_length_are_written_together_as_each_alone(
+    preset: str, rows: int, compiled: bool, by_bytes: Tokenizer
+) -> None:
+    decoder = Decoder(_network(by_bytes, preset), compiled=compiled)
+    options = SamplingOptions(max_new_tokens=40, temperature=1.0)
     requests = [Request(prompt, options, seed) for seed, prompt in enumerate(PROMPTS * 2)]
-    together = list(write(network, by_bytes, requests, rows=rows))
-    alone = [next(write(network, by_bytes, [request])) for request in requests]
+    together = list(write(decoder, by_bytes, requests, rows=rows))
+    alone = [next(write(decoder, by_bytes, [request])) for request in requests]
     assert [sample.prompt for sample in together] == PROMPTS * 2
     assert [sample.token_ids for sample in together] == [sample.token_ids for sample in alone]
 
 
-def test_requests_with_other_options_beside_them_are_not_changed(by_bytes: Tokenizer) -> None:
-    network = _network(by_bytes)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_requests_with_other_options_beside_them_are_not_changed(compiled: bool, by_bytes: Tokenizer) -> None:
+    decoder = Decoder(_network(by_bytes), compiled=compiled)
     kinds = [
         SamplingOptions(max_new_tokens=30, temperature=1.0),
         _greedy(7),
@@ -146,8 +159,8 @@ def test_requests_with_other_options_beside_them_are_not_changed(by_bytes: Token
         SamplingOptions(max_new_tokens=20, temperature=1.0, logit_bias=((5, float("-inf")), (9, 2.0)), logprobs=2),
     ]
     requests = [Request("hello", options, seed) for seed, options in enumerate(kinds * 2)]
-    together = [sample.token_ids for sample in write(network, by_bytes, requests, rows=4)]
-    assert together == [next(write(network, by_bytes, [request])).token_ids for request in requests]
+    together = [sample.token_ids for sample in write(decoder, by_bytes, requests, rows=4)]
+    assert together == [next(write(decoder, by_bytes, [request])).token_ids for request in requests]
 
 
 def test_sampled_first_tokens_have_the_frequencies_of_the_softmax(by_bytes: Tokenizer) -> None:

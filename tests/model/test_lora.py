@@ -53,10 +53,11 @@ def test_an_addition_starts_as_nothing_and_merges_into_the_same_model(preset: st
     assert all(parameter.requires_grad for parameter in network.parameters())
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @torch.inference_mode()
-def test_a_model_writes_with_its_additions_while_it_is_trained() -> None:
+def test_a_model_writes_with_its_additions_while_it_is_trained(compiled: bool) -> None:
     network, tokens = moved(adapted()).eval(), ids(1, 8)
-    decoder = Decoder(network)
+    decoder = Decoder(network, compiled=compiled)
     cache = decoder.cache(1)
     logits = [decoder.read(cache, 0, tokens[0, :5])[None], *(decoder.step(cache, tokens[:, place]) for place in (5, 6))]
     torch.testing.assert_close(torch.cat(logits), network(tokens)[0, 4:7], atol=1e-4, rtol=1e-4)

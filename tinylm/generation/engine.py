@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -134,6 +135,11 @@ class Engine:
         self._seen: Tensor | None = None
         self._counts: Tensor | None = None
         self._biases: dict[tuple[tuple[int, float], ...], Tensor] = {}
+        self._pick = choose
+        if decoder.is_machine_code:
+            from tinylm.generation import drawing  # which needs numba, as that does
+
+            self._pick = drawing.choose
 
     @property
     def busy(self) -> bool:
@@ -244,8 +250,8 @@ class Engine:
             for row, writer in enumerate(writers):
                 writer.restrict(logits[row])
         greedy = options.temperature == 0
-        drawn = None if greedy else torch.tensor([writer.draw() for writer in writers], dtype=torch.float64)
-        chosen = choose(logits, options, drawn)
+        drawn = None if greedy else torch.from_numpy(np.array([writer.draw() for writer in writers]))  # no tensor from a list: slow
+        chosen = self._pick(logits, options, drawn)
         if options.remembers and self._seen is not None and self._counts is not None:
             index = torch.tensor(rows, device=logits.device)
             self._seen[index, chosen] = True

@@ -1,8 +1,9 @@
 """One token for every row of a batch: the transformer's arithmetic written for a single position, outside autograd.
 
 Nothing here depends on tokens that were read before but the cache. Rows may stand at different positions, so that prompts of
-different lengths, and requests that come and go, decode together. `Transformer.hidden` stays the definition; tests hold both to
-the same numbers for every part that a recipe can name.
+different lengths, and requests that come and go, decode together. On a CPU the step may be machine code instead, which
+`tinylm.model.compiled` prepares. `Transformer.hidden` stays the definition; tests hold all to the same numbers for every part
+that a recipe can name.
 
 Legend: B rows, C width, H heads, K key/value heads, G = H / K, D head width, S positions looked at, V vocabulary.
 """
@@ -17,43 +18,62 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinylm.model.cache import KeyValueCache, LayerViews
+from tinylm.model.compiled import CompiledStep, load, pays
 from tinylm.model.layers import Attention, Block, RMSNorm
 from tinylm.model.packed import TransposedLinear, WeightKind, pack
 from tinylm.model.transformer import Transformer
+from tinylm.reporting import Reporter
 
 Apply = Callable[[Tensor], Tensor]
+_SHORT = 32
+"""Tokens of a prompt that machine code reads, as if they were rows: more are read faster by products of large matrices."""
 
 
 class Decoder:
     """Reads prompts into rows of a cache and continues them, token by token.
 
-    `compiled` gives the step to `torch.compile`, with shapes that never change and, on CUDA, as a graph; that costs tens of
-    seconds before the first token.
+    `compiled`: on a CPU the step is one call of machine code (`tinylm.model.compiled`), and a row's numbers are the same to the
+    bit whatever rows stand beside it. Elsewhere `torch.compile` gets it, with shapes that never change and, on CUDA, as a
+    graph; that costs tens of seconds before the first token. Raises `InputError` for what cannot be compiled.
     """
 
     def __init__(self, network: Transformer, *, weights: WeightKind = "fp32", compiled: bool = False) -> None:
-        self.network = pack(network, weights)
-        self.model = network.model
-        self._layers = [_Layer(cast(Block, block), self.network) for block in self.network.blocks]
-        self._embedding_norm = _norm(self.network.embedding_norm)
-        self._final_norm = _norm(self.network.final_norm)
-        self._head = _linear(self.network.head)
-        self._shares_first_values = self.model.value_residual
+        self._machine_code: CompiledStep | None = None
         self._compiled = compiled
+        if compiled and network.embedding.weight.device.type == "cpu":
+            self.network = pack(network, None if weights == "fp32" else weights)  # which reads prompts only
+            self._machine_code = CompiledStep(self.network)
+        else:
+            self.network = pack(network, weights)
+            self._look_up()
+        self.model = self.network.model
+
+    def _look_up(self) -> None:
+        """What a step in tensors needs, found once."""
+        network, model = self.network, self.network.model
+        self._layers = [_Layer(cast(Block, block), network) for block in network.blocks]
+        self._embedding_norm = _norm(network.embedding_norm)
+        self._final_norm = _norm(network.final_norm)
+        self._head = _linear(network.head)
+        self._shares_first_values = model.value_residual
         self._run = self.advance
-        if compiled:
+        if self._compiled:
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"
             self._run = torch.compile(self.advance, dynamic=False, fullgraph=True, mode=mode)
-        if self.model.position == "rope":
-            cosines, sines = self.network.get_buffer("rope_cosines"), self.network.get_buffer("rope_sines")
+        if model.position == "rope":
+            cosines, sines = network.get_buffer("rope_cosines"), network.get_buffer("rope_sines")
             turns = torch.stack((torch.cat((cosines, cosines), -1), torch.cat((-sines, sines), -1)), 1)
             self._turns = turns[:, :, None]  # (context, 2, 1, D)
-        if self.network.ngrams is not None:
-            self._reach = torch.arange(max(self.network.ngrams.orders), device=self.device).flip(0)
+        if network.ngrams is not None:
+            self._reach = torch.arange(max(network.ngrams.orders), device=self.device).flip(0)
 
     @property
     def device(self) -> torch.device:
         return self.network.embedding.weight.device
+
+    @property
+    def is_machine_code(self) -> bool:
+        return self._machine_code is not None
 
     def cache(self, rows: int, capacity: int | None = None) -> KeyValueCache:
         """Room for `rows` texts of up to `capacity` tokens; default: the model's context."""
@@ -64,6 +84,10 @@ class Decoder:
     def read(self, cache: KeyValueCache, row: int, ids: Sequence[int] | Tensor) -> Tensor:
         """Fill a row with these ids from the beginning; the logits (V,) after the last."""
         tokens = torch.as_tensor(ids, device=self.device, dtype=torch.long)[None]
+        if self._machine_code is not None and tokens.shape[1] <= _SHORT:
+            logits = self._machine_code.read(cache, row, tokens[0])
+            cache.lengths[row] = tokens.shape[1]
+            return logits
         return self.network.logits(self.network.hidden(tokens, cache.rows(row, row + 1), last=1)[0])[0]
 
     def step(self, cache: KeyValueCache, tokens: Tensor) -> Tensor:
@@ -72,7 +96,9 @@ class Decoder:
         To be called in inference mode, which is not entered here: for a small model that would be a hundredth of the time.
         """
         lengths = cache.lengths
-        if self._compiled:  # always the same shapes: rows that are not in use write where the next prompt will
+        if self._machine_code is not None:
+            logits = self._machine_code(cache, tokens)
+        elif self._compiled:  # always the same shapes: rows that are not in use write where the next prompt will
             unused = len(cache.tokens) - len(lengths)
             positions = torch.tensor(lengths + [0] * unused, device=self.device)
             padded = F.pad(tokens, (0, unused))
@@ -121,6 +147,14 @@ class Decoder:
         elif self.model.position == "sinusoidal":
             x = x + F.embedding(positions, network.get_buffer("sinusoids"))
         return self._embedding_norm(x)
+
+
+def prepared(network: Transformer, *, weights: WeightKind, compiled: bool | None, steps: int | None, reporter: Reporter) -> Decoder:
+    """A decoder for about so many steps, None being no end of them. `compiled` None: on a CPU, and where it pays."""
+    compiled = pays(network, steps) if compiled is None else compiled
+    if compiled and network.embedding.weight.device.type == "cpu":
+        load(reporter.note)
+    return Decoder(network, weights=weights, compiled=compiled)
 
 
 class _Layer:

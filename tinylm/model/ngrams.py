@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tinylm.recipe.schema import ModelSection
 
-_MULTIPLIER = 0x5851F42D4C957F2D
+MULTIPLIER = 0x5851F42D4C957F2D
 """Knuth's for 64 bits; products wrap around."""
 
 
@@ -46,6 +46,6 @@ class NgramEmbedding(nn.Module):
         before = nn.functional.pad(tokens, (order - 1, 0), value=self.missing)
         key = torch.full_like(tokens, order)
         for back in range(order):
-            key = (key + before[:, back : back + T] + 1) * _MULTIPLIER
+            key = (key + before[:, back : back + T] + 1) * MULTIPLIER
             key = key ^ (key >> 29)
         return key.remainder(self.rows)

@@ -72,7 +72,8 @@ class Int8Linear(nn.Module):
         weight = linear.weight.detach().float()
         scale = (weight.abs().amax(dim=1) / 127).clamp_min(1e-12).bfloat16()
         steps = (weight / scale.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8)
-        self._fill = -steps.shape[1] % 16
+        self.inputs = steps.shape[1]
+        self._fill = -self.inputs % 16
         self.register_buffer("weight", F.pad(steps, (0, self._fill)))
         self.register_buffer("scale", scale)
         self.bias = _bias_of(linear)
@@ -109,10 +110,11 @@ def _native_bfloat16(device: torch.device) -> bool:
 _LAYERS = {"fp32": TransposedLinear, "bf16": HalfLinear, "int8": Int8Linear}
 
 
-def pack(network: Transformer, weights: WeightKind = "fp32") -> Transformer:
+def pack(network: Transformer, weights: WeightKind | None = "fp32") -> Transformer:
     """A network for inference that shares everything with `network` but its linear layers. Not to be trained or saved.
 
     float32 is bit for bit the same model up to the order of sums; for the others `tinylm eval --weights` tells what they cost.
+    None leaves weights as they are: only additions of low rank are merged into them.
     """
     memo = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
     packed = copy.deepcopy(network, memo).eval()
@@ -120,6 +122,7 @@ def pack(network: Transformer, weights: WeightKind = "fp32") -> Transformer:
         for name, child in list(parent.named_children()):
             if isinstance(child, LoraLinear):
                 child = child.merged()
-            if type(child) is nn.Linear:
+                setattr(parent, name, child)
+            if weights is not None and type(child) is nn.Linear:
                 setattr(parent, name, _LAYERS[weights](child))
     return packed
