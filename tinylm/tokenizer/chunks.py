@@ -7,8 +7,11 @@ then asks the model only for chunks not met before, and training counts numbers 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
+from tinylm.tokenizer.compiled import kernels
 from tinylm.tokenizer.splits import Borders
 
 MOST_CHUNKS = 400_000
@@ -16,12 +19,12 @@ MOST_BYTES = 32 << 20
 _WORDS = 3
 """Integers of 8 bytes for a chunk; a longer chunk is looked up by itself."""
 _SLOTS = 1 << 20
-_MULTIPLIERS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F), np.uint64(0x165667B19E3779F9))
+MULTIPLIERS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F), np.uint64(0x165667B19E3779F9))
 _MASKS = np.array([(1 << 8 * size) - 1 for size in range(8)] + [(1 << 64) - 1] * (8 * _WORDS - 7), dtype=np.uint64)
 
 
 class ChunkIndex:
-    """Numbers chunks in the order in which they were first met. `chunks[n]` is the text of number n, as bytes."""
+    """Numbers chunks as they are met. `chunks[n]` is the text of number n, as bytes."""
 
     def __init__(self, borders: Borders) -> None:
         self._borders = borders
@@ -33,6 +36,7 @@ class ChunkIndex:
         self.bytes = 0
         self._numbers: dict[bytes, int] = {}
         self._slots = np.zeros(_SLOTS, dtype=np.int32)
+        self._compiled = False
         self._packed = np.zeros((_WORDS, 1024), dtype="<u8")
         self._lengths = np.full(1024, -1, dtype=np.int32)
 
@@ -46,19 +50,44 @@ class ChunkIndex:
         if not text:
             return np.zeros(0, dtype=np.int32)
         starts = np.concatenate(([0], self._borders.find(text)))
-        ends = np.append(starts[1:], len(text))
-        lengths = (ends - starts).astype(np.int32)
+        lengths = np.diff(starts, append=len(text)).astype(np.int32)
+        if (loops := kernels(len(text))) is not None:
+            return self._numbered(loops, text, starts, lengths)
+        found, unknown = self._look_up(text, starts, lengths)
+        if len(unknown):
+            starts, lengths = starts[unknown], lengths[unknown]
+            found[unknown] = self._resolve(text, starts, starts + lengths)
+            self._remember(found[unknown], lengths, *_pack(text, starts, lengths))
+        return found
+
+    def _numbered(self, loops: Any, text: bytes, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """The number of each chunk by machine code, which looks on where two want the same slot."""
+        if not self._compiled:
+            self._slots = np.full(_SLOTS, -1, dtype=np.int32)
+            loops.index_chunks(self._slots, self._packed, self._lengths, len(self.chunks))
+            self._compiled = True
+        self._make_room(len(self.chunks) + len(starts))
+        codes, found = np.frombuffer(text, dtype=np.uint8), np.empty(len(starts), np.int32)
+        new, long = np.empty(len(starts), np.int64), np.empty(len(starts), np.int64)
+        fresh, others = loops.number_chunks(
+            codes, starts, self._slots, self._packed, self._lengths, len(self.chunks), found, new, long
+        )
+        for start, length in zip(starts[new[:fresh]].tolist(), lengths[new[:fresh]].tolist(), strict=True):
+            self.chunks.append(text[start : start + length])
+            self.bytes += length
+        if others:
+            long = long[:others]
+            found[long] = self._resolve(text, starts[long], starts[long] + lengths[long])
+        return found
+
+    def _look_up(self, text: bytes, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The number of each chunk, and which of them are not known."""
         packed, slots = _pack(text, starts, lengths)
-        found = self._slots[slots]
+        found: np.ndarray = self._slots[slots]
         known = self._lengths[found] == lengths
         for word, kept in zip(packed, self._packed, strict=True):
             known &= kept[found] == word
-        unknown = np.flatnonzero(~known)
-        if len(unknown):
-            found[unknown] = self._resolve(text, starts[unknown], ends[unknown])
-            self._remember(found, unknown, packed, slots, lengths)
-        numbers: np.ndarray = found
-        return numbers
+        return found, np.flatnonzero(~known)
 
     def _resolve(self, text: bytes, starts: np.ndarray, ends: np.ndarray) -> list[int]:
         numbers, chunks = self._numbers, self.chunks
@@ -73,21 +102,21 @@ class ChunkIndex:
             found.append(number)
         return found
 
-    def _remember(
-        self, found: np.ndarray, unknown: np.ndarray, packed: list[np.ndarray], slots: np.ndarray, lengths: np.ndarray
-    ) -> None:
+    def _remember(self, numbers: np.ndarray, lengths: np.ndarray, packed: list[np.ndarray], slots: np.ndarray) -> None:
         """Put short chunks where the next look-up finds them; of two that want the same slot the later has it."""
-        size = len(self._lengths)
-        if len(self.chunks) > size:
-            size = 2 * len(self.chunks)
-            self._lengths = np.concatenate((self._lengths, np.full(size - len(self._lengths), -1, dtype=np.int32)))
-            self._packed = np.pad(self._packed, ((0, 0), (0, size - self._packed.shape[1])))
-        short = unknown[lengths[unknown] <= 8 * _WORDS]
-        numbers = found[short]
+        self._make_room(len(self.chunks))
+        short = lengths <= 8 * _WORDS
+        numbers = numbers[short]
         self._lengths[numbers] = lengths[short]
         for kept, word in zip(self._packed, packed, strict=True):
             kept[numbers] = word[short]
         self._slots[slots[short]] = numbers
+
+    def _make_room(self, numbers: int) -> None:
+        more = 2 * numbers - len(self._lengths)
+        if numbers > len(self._lengths):
+            self._lengths = np.concatenate((self._lengths, np.full(more, -1, dtype=np.int32)))
+            self._packed = np.pad(self._packed, ((0, 0), (0, more)))
 
 
 def _pack(text: bytes, starts: np.ndarray, lengths: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
@@ -95,11 +124,11 @@ def _pack(text: bytes, starts: np.ndarray, lengths: np.ndarray) -> tuple[list[np
     padded = text + bytes(8 * _WORDS)
     everywhere = np.ndarray(shape=(len(text) + 8 * (_WORDS - 1) + 1,), dtype="<u8", buffer=padded, strides=(1,))
     words = []
-    hashed = lengths.astype(np.uint64) * _MULTIPLIERS[1]
+    hashed = lengths.astype(np.uint64) * MULTIPLIERS[1]
     for index in range(_WORDS):
         inside = np.clip(lengths - 8 * index, 0, 8 * _WORDS)
         word = everywhere[starts + 8 * index] & _MASKS[inside]
-        hashed = (hashed ^ word) * _MULTIPLIERS[index]
+        hashed = (hashed ^ word) * MULTIPLIERS[index]
         hashed ^= hashed >> np.uint64(29)
         words.append(word)
     return words, (hashed & np.uint64(_SLOTS - 1)).astype(np.int64)

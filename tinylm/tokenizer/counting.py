@@ -115,8 +115,12 @@ class _Counter:
                 words.append(word)
                 starts.append(offset + start)
         owners = np.searchsorted(begins, starts, side="right") - 1
+        met = self._counts
         for word, count in zip(words, counts[owners].tolist(), strict=True):
-            self._one(word, count)
+            if len(word) <= LONGEST_RUN:
+                met[word] = met.get(word, 0) + count
+            else:
+                self._one(word, count)
 
     def add_all(self, text: str) -> None:
         """A text without known borders: divided in windows that go on where a word ended well inside the last."""

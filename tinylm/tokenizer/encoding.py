@@ -16,6 +16,7 @@ import tokenizers
 
 from tinylm.text.sources import Piece
 from tinylm.tokenizer.chunks import ChunkIndex
+from tinylm.tokenizer.compiled import kernels
 from tinylm.tokenizer.splits import Borders, byte_level_table, pattern_in
 
 Engine = Callable[[Sequence[str]], list[list[int]]]
@@ -103,6 +104,10 @@ class Encoder:
         numbers = self._index.find(text)
         self._learn(self._index.chunks[self._known :])
         sizes = self._sizes[numbers]
+        if (loops := kernels(0)) is not None:
+            ids = np.empty(int(sizes.sum()), dtype=np.uint32)
+            loops.gather(self._flat, self._starts, self._sizes, numbers, ids)
+            return ids
         before = np.cumsum(sizes) - sizes
         return self._flat[np.repeat(self._starts[numbers] - before, sizes) + np.arange(int(sizes.sum()))]
 

@@ -10,13 +10,17 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Set
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
+from tinylm.tokenizer.compiled import kernels
 from tinylm.tokenizer.counting import Words
 
 _SHIFT = 24
 _MASK = (1 << _SHIFT) - 1
+_NEVER = -(1 << 62)
+"""The count of a pair that is not to be merged."""
 
 
 def joined(left: str, right: str) -> str:
@@ -52,7 +56,8 @@ def learn(
     """
     tokens = [*first, *(inner or [])]
     symbols, starts = _symbols(words, first, inner is not None)
-    state = _Places(symbols, starts, words.counts)
+    loops = kernels(len(symbols))
+    state = _Places(symbols, starts, words.counts) if loops is None else _CompiledPlaces(loops, symbols, starts, words.counts)
     learned = Merges(tokens)
     ids = {token: id for id, token in enumerate(tokens)}
     while len(tokens) < wanted:
@@ -87,19 +92,78 @@ def _symbols(words: Words, alphabet: list[str], inner: bool) -> tuple[np.ndarray
     return symbols, starts
 
 
+def _linked(symbols: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Each symbol, the position of the next and of the one before in its word, and the word's count.
+
+    Position N, one behind the last, stands for no neighbor; a symbol below 0 belongs to no pair.
+    """
+    size = len(symbols)
+    following, before = np.arange(1, size + 2, dtype=np.int32), np.arange(-1, size, dtype=np.int32)
+    following[starts[1:] - 1] = size
+    following[size - 1 :] = size
+    before[starts] = size
+    before[size] = size
+    weight = np.append(np.repeat(counts, np.diff(np.append(starts, size))), 0)
+    return np.append(symbols, -1).astype(np.int32), following, before, weight
+
+
+class _CompiledPlaces:
+    """What `_Places` does, by machine code: pairs in a hash table, their places in lists, the counts in a heap."""
+
+    def __init__(self, loops: Any, symbols: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> None:
+        self._loops = loops
+        self._words = _linked(symbols, starts, counts)
+        self._used = np.zeros(3, np.int64)
+        entries = 3 * len(symbols) + 1  # each merge takes a symbol away and makes two pairs at most
+        self._lists = np.empty(entries, np.int32), np.empty(entries, np.int32)
+        self._table = _pair_table(1 << 16)
+        self._heap = np.empty(0, np.int64), np.empty(0, np.int64)
+        self._reserve(min(len(np.unique(symbols)) ** 2, len(symbols)))
+        loops.begin(self._words, self._table, self._lists, self._used)
+        loops.fill_heap(self._table, self._heap, self._used)
+
+    def _reserve(self, more: int) -> None:
+        """Have room for so many more pairs: the table at most half full."""
+        size = len(self._table[0])
+        while 2 * (int(self._used[0]) + more) > size:
+            size *= 2
+        if size > len(self._table[0]):
+            larger = _pair_table(size)
+            self._loops.rehash(self._table, larger)
+            self._table = larger
+        counts, keys = self._heap
+        if self._used[2] + more > len(keys):
+            room = np.empty(len(keys) + more, np.int64)
+            self._heap = np.concatenate((counts, room)), np.concatenate((keys, room))
+
+    def best(self, least: int) -> tuple[int, int] | None:
+        """The pair to merge next, or None when none occurs `least` times."""
+        key = int(self._loops.best(self._table, self._heap, self._used, least))
+        return None if key < 0 else (key >> _SHIFT, key & _MASK)
+
+    def drop(self, pair: tuple[int, int]) -> None:
+        """Never offer a pair again."""
+        keys, counts = self._table[:2]
+        counts[self._loops.slot_of(keys, pair[0] << _SHIFT | pair[1])] = _NEVER
+
+    def merge(self, pair: tuple[int, int], new: int) -> None:
+        """Write `new` in every place of a pair."""
+        key = pair[0] << _SHIFT | pair[1]
+        self._reserve(2 * int(self._table[2][self._loops.slot_of(self._table[0], key)]))
+        self._loops.merge(self._words, self._table, self._lists, self._used, self._heap, key, new)
+
+
+def _pair_table(size: int) -> tuple[np.ndarray, ...]:
+    """Keys (-1: none), counts, numbers of places, the first of them."""
+    return np.full(size, -1, np.int64), np.zeros(size, np.int64), np.zeros(size, np.int32), np.full(size, -1, np.int32)
+
+
 class _Places:
-    """Where every pair stands. Position N, one behind the last, stands for no neighbor; a symbol below 0 belongs to no pair."""
+    """Where every pair stands, in arrays."""
 
     def __init__(self, symbols: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> None:
         size = len(symbols)
-        self._symbol = np.append(symbols, -1).astype(np.int32)
-        self._next = np.arange(1, size + 2, dtype=np.int32)
-        self._before = np.arange(-1, size, dtype=np.int32)
-        self._next[starts[1:] - 1] = size
-        self._next[size - 1 :] = size
-        self._before[starts] = size
-        self._before[size] = size
-        self._weight = np.append(np.repeat(counts, np.diff(np.append(starts, size))), 0)
+        self._symbol, self._next, self._before, self._weight = _linked(symbols, starts, counts)
         self._marked = np.zeros(size + 1, dtype=bool)
         self._counts: dict[int, int] = {}
         self._places: dict[int, list[np.ndarray]] = {}
@@ -132,7 +196,7 @@ class _Places:
     def drop(self, pair: tuple[int, int]) -> None:
         """Never offer a pair again."""
         key = pair[0] << _SHIFT | pair[1]
-        self._counts[key] = -(1 << 62)
+        self._counts[key] = _NEVER
 
     def merge(self, pair: tuple[int, int], new: int) -> None:
         """Write `new` in every place of a pair."""

@@ -16,6 +16,7 @@ import numpy as np
 from tokenizers import Regex, pre_tokenizers
 
 from tinylm.errors import InputError
+from tinylm.tokenizer.compiled import kernels
 
 PATTERNS = {
     "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
@@ -93,6 +94,10 @@ class Borders:
         """Positions in UTF-8 text of N bytes, ascending, neither 0 nor N."""
         if len(text) < 2:
             return np.zeros(0, dtype=np.int64)
+        if (loops := kernels(0)) is not None:
+            found = np.empty(len(text) - 1, dtype=np.int64)
+            codes, before, after = (np.frombuffer(each, dtype=np.uint8) for each in (text, self._before, self._after))
+            return found[: loops.find_borders(codes, before, after, _WIDE_SPACE, _GRAPHIC, self.lines, found)]
         before = np.frombuffer(text.translate(self._before), dtype=np.uint8)[:-1]
         after = np.frombuffer(text.translate(self._after), dtype=np.uint8)[1:]
         at = (before & after) != 0
