@@ -21,6 +21,8 @@ import torch
 
 from tinylm.generation.engine import Request, sample_seed, write
 from tinylm.generation.sampling import SamplingOptions
+from tinylm.model.decoder import prepared
+from tinylm.reporting import SILENT
 from tinylm.run import Run
 
 
@@ -93,10 +95,11 @@ def main() -> None:
             process.terminate()
     run = Run.open(options.run)
     network = run.network(run.checkpoint(), torch.device("cpu"))
+    decoder = prepared(network, weights="fp32", compiled=None, steps=None, reporter=SILENT)  # as the server has it
     settings = SamplingOptions(max_new_tokens=options.tokens, temperature=1.0, top_k=None)
     seeds = sorted(texts)
     requests = [Request(f"Client {seed // options.requests}", settings, sample_seed(seed, 0)) for seed in seeds]
-    wrong = sum(sample.text != texts[seed] for seed, sample in zip(seeds, write(network, run.tokenizer, requests), strict=True))
+    wrong = sum(sample.text != texts[seed] for seed, sample in zip(seeds, write(decoder, run.tokenizer, requests), strict=True))
     seconds.sort()
     print(
         f"{len(texts)} answers to {options.clients} clients in {whole:.1f} s, {failed} failed, {wrong} not what the library writes"

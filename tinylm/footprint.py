@@ -94,7 +94,7 @@ def _attention(model: ModelSection, at: Pass, layer: int) -> int:
     looking = queries + keys
     gained, turned = model.qk_norm and model.qk_gain, model.position == "rope"
     blended = model.value_residual and layer > 0
-    fused = not model.dropout or at.on_gpu  # a CPU has no fused attention with dropout
+    fused = not model.attention_drops or at.on_gpu  # a CPU has no fused attention with dropout
     views = not (model.qk_norm or turned) and fused  # queries and keys are views of the projection, which is kept for them
     by_norm = model.qk_norm and at.on_gpu
     saved_values = fused or model.value_residual  # by attention, or for the blend of this block or a later one

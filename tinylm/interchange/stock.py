@@ -91,7 +91,7 @@ def config_of(model: ModelSection, name: str, vocab_size: int) -> dict[str, Any]
             "layer_norm_epsilon": model.norm_eps,
             "resid_pdrop": model.dropout,
             "embd_pdrop": model.dropout,
-            "attn_pdrop": model.dropout,
+            "attn_pdrop": model.attention_drops,
         }
     theta = model.rope_theta or 10000.0
     biases = {"attention_bias": model.bias}
@@ -108,7 +108,7 @@ def config_of(model: ModelSection, name: str, vocab_size: int) -> dict[str, Any]
         "rms_norm_eps": model.norm_eps,
         "rope_theta": theta,
         "rope_scaling": None,
-        "attention_dropout": model.dropout,
+        "attention_dropout": model.attention_drops,
         **(biases | {"mlp_bias": model.bias} if name == "llama" else biases),
     }
 

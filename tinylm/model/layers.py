@@ -60,7 +60,7 @@ class Attention(nn.Module):
     def __init__(self, model: ModelSection, layer: int) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_width = model.n_head, model.kv_heads, model.head_width
-        self.dropout = model.dropout
+        self.dropout = model.attention_drops
         self.layer = layer
         self.query_rows = self.heads * self.head_width
         rows = self.query_rows + 2 * self.kv_heads * self.head_width

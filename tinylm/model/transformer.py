@@ -90,9 +90,7 @@ class Transformer(nn.Module):
             if last is not None and number == len(self.blocks):
                 x, values = block(x, shared, first_values, last=last)
             elif self.recompute and torch.is_grad_enabled():
-                x, values = checkpoint(
-                    block, x, shared, first_values, use_reentrant=False, preserve_rng_state=self.model.dropout > 0
-                )
+                x, values = checkpoint(block, x, shared, first_values, use_reentrant=False, preserve_rng_state=self.model.draws)
             else:
                 x, values = block(x, shared, first_values)
             if first_values is None and self.model.value_residual:

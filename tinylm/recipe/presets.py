@@ -20,6 +20,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "qk_norm": True,
         "embedding_norm": True,
         "zero_init_outputs": True,
+        "attention_dropout": 0.0,
     },
     # GPT-2 as Hugging Face's GPT2LMHeadModel computes it.
     "gpt2": {

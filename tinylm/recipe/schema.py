@@ -29,6 +29,7 @@ from tinylm.recipe.values import (
     OptionalCount,
     OptionalPath,
     OptionalPositive,
+    OptionalShareBelowOne,
     Orders,
     Positive,
     Seed,
@@ -292,6 +293,9 @@ class ModelSection(Section):
     parallel_residual: Flag = False
     """Attention and feed-forward read the same input and are added together (GPT-NeoX)."""
     dropout: ShareBelowOne = 0.0
+    """Of the embedding, and of what each block adds."""
+    attention_dropout: OptionalShareBelowOne = None
+    """Of attention's probabilities; default: as `dropout`. A CPU has no fused attention with it: it takes twice the time."""
     logit_softcap: OptionalPositive = None
     """Cap c: logits become c * tanh(logits / c)."""
     init_embeddings: OptionalPath = None
@@ -312,7 +316,12 @@ class ModelSection(Section):
     @property
     def draws(self) -> bool:
         """Whether training draws random numbers: dropout of any kind."""
-        return self.dropout > 0 or (self.ngram_dropout > 0 and bool(self.ngram_embeddings))
+        return self.dropout > 0 or self.attention_drops > 0 or (self.ngram_dropout > 0 and bool(self.ngram_embeddings))
+
+    @property
+    def attention_drops(self) -> float:
+        """`attention_dropout`, or what it is by default."""
+        return self.dropout if self.attention_dropout is None else self.attention_dropout
 
     @property
     def kv_heads(self) -> int:

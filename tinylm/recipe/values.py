@@ -170,6 +170,10 @@ OpenShare = Annotated[
 ShareBelowOne = Annotated[
     float, _checked(lambda v: _REFUSED if v == 1 else _real(0.0, 1.0)(v), "a share of at least 0 and below 1")
 ]
+OptionalShareBelowOne = Annotated[
+    float | None,
+    _checked(_or_word(lambda v: _REFUSED if v == 1 else _real(0.0, 1.0)(v), None), "a share of at least 0 and below 1, or null"),
+]
 Flag = Annotated[bool, _checked(_flag, "true or false")]
 FlagOrAuto = Annotated[bool | Literal["auto"], _checked(_or_word(_flag, "auto"), "true, false or auto")]
 ClipNorm = Annotated[float | None, _checked(_clip, "a number above 0, or off")]
