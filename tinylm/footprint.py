@@ -127,7 +127,7 @@ def block_bytes(model: ModelSection, at: Pass, layer: int) -> int:
         keeps_input = not _norm_casts(model, at) if model.norm == "layernorm" else at.on_gpu
         total -= width * at.s if keeps_input else 0  # both norms keep the same
     total += width * at.s if model.embedding_shortcut else 0
-    total += 2 * width * (1 if at.on_gpu else e) if model.dropout else 0
+    total += 2 * width if model.dropout else 0
     return total
 
 
@@ -142,7 +142,7 @@ def ends_bytes(model: ModelSection, at: Pass) -> int:
     if model.norm_position == "pre":
         total += _norm(model, at, at.s)
     if model.dropout:
-        total += width * (1 if at.on_gpu else at.s)
+        total += width
     return total
 
 

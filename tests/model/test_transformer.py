@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tiny import PRESETS, VOCABULARY, ids, model, roughened, section
 from torch import Tensor
 
-from tinylm.model import transformer
+from tinylm.model import functions, transformer
 from tinylm.model.cache import KeyValueCache
 from tinylm.model.layers import Shared
 from tinylm.model.objective import CausalObjective
@@ -226,8 +226,56 @@ def test_dropout_acts_in_training_and_only_there() -> None:
     assert not torch.equal(network(tokens), network(tokens))
 
 
+@pytest.mark.parametrize("preset", ["modern", "gpt2", "llama"])
+def test_attention_has_its_own_dropout_or_that_of_the_rest(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, seen = torch.nn.functional.scaled_dot_product_attention, set()
+
+    def watched(*tensors: torch.Tensor, dropout_p: float = 0.0, **rest: Any) -> torch.Tensor:
+        seen.add(dropout_p)
+        return plain(*tensors, dropout_p=dropout_p, **rest)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    for parts, expected in (
+        ({"dropout": 0.3}, 0.0 if preset == "modern" else 0.3),
+        ({"attention_dropout": 0.2}, 0.2),
+        ({"dropout": 0.3, "attention_dropout": 0.0}, 0.0),
+    ):
+        seen.clear()
+        network = model(preset, **parts)
+        network.train()(ids())
+        assert seen == {expected}
+        assert network.model.draws
+        network.eval()(ids())
+        assert seen == {expected, 0.0}
+
+
+def test_dropout_leaves_out_its_share_and_keeps_the_mean() -> None:
+    torch.manual_seed(0)
+    x = torch.ones(400, 257, requires_grad=True)
+    dropped = functions.Dropout(0.3)(x)
+    dropped.sum().backward()
+    share = float((dropped == 0).float().mean())
+    assert share == pytest.approx(0.3, abs=0.006)  # four standard deviations
+    assert sorted(dropped.detach().unique().tolist()) == pytest.approx([0.0, 1 / 0.7], rel=1e-4)
+    assert torch.equal(x.grad, dropped.detach())
+    columns = (dropped == 0).float().mean(0)
+    assert float(columns.std()) == pytest.approx((0.21 / 400) ** 0.5, rel=0.15), "each number by itself"
+    torch.manual_seed(0)
+    assert torch.equal(functions.Dropout(0.3)(x), dropped)
+    assert torch.equal(functions.Dropout(0.3).eval()(x), x)
+    assert not functions.Dropout(1.0)(x).any()
+
+
 def test_every_part_that_a_preset_sets_is_tested_above() -> None:
-    elsewhere = {"context_length", "dropout", "ngram_dropout", "init_embeddings", "freeze_embeddings", "init_from"}
+    elsewhere = {
+        "context_length",
+        "dropout",
+        "attention_dropout",
+        "ngram_dropout",
+        "init_embeddings",
+        "freeze_embeddings",
+        "init_from",
+    }
     tested = {key for change in CHANGES for key in change} | elsewhere
     assert tested == set(ModelSection.model_fields)
     assert all(set(parts) <= tested for parts in PRESET_PARTS.values())

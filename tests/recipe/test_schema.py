@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,7 @@ SETTINGS: dict[str, list[str]] = {
     "ModelSection.embedding_shortcut": ["model.embedding_shortcut=on"],
     "ModelSection.parallel_residual": ["model.parallel_residual=on"],
     "ModelSection.dropout": ["model.dropout=0.1"],
+    "ModelSection.attention_dropout": ["model.attention_dropout=0.1"],
     "ModelSection.logit_softcap": ["model.logit_softcap=30"],
     "ModelSection.init_embeddings": ["model.init_embeddings=v.bin"],
     "ModelSection.freeze_embeddings": ["model.init_embeddings=v.bin", "model.freeze_embeddings=on"],
@@ -281,7 +283,7 @@ def test_the_resolved_recipe_writes_out_every_default() -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_is_nothing_but_default_values(preset: str) -> None:
     plain = read(f"model.preset={preset}")
-    written_out = read(f"model.preset={preset}", *(f"model.{key}={str(value).lower()}" for key, value in PRESETS[preset].items()))
+    written_out = read(f"model.preset={preset}", *(f"model.{key}={json.dumps(value)}" for key, value in PRESETS[preset].items()))
     assert plain == written_out
 
 
@@ -290,7 +292,7 @@ def test_each_part_of_a_preset_can_be_changed_alone(preset: str) -> None:
     plain = read(f"model.preset={preset}")
     for other in PRESETS.values():
         for key, value in other.items():
-            changed = changes(plain, read(f"model.preset={preset}", f"model.{key}={str(value).lower()}"))
+            changed = changes(plain, read(f"model.preset={preset}", f"model.{key}={json.dumps(value)}"))
             assert changed == ({} if value == PRESETS[preset][key] else {f"model.{key}": (PRESETS[preset][key], value)})
 
 

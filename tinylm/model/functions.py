@@ -18,6 +18,31 @@ def _left_to_others(x: Tensor) -> bool:
     return x.device.type != "cpu" or torch.compiler.is_compiling()
 
 
+@torch.library.custom_op("tinylm::kept", mutates_args=())
+def _kept(like: Tensor, dropped: int) -> Tensor:
+    """A mask in the shape of `like`, false for `dropped` of 65,536: 16 random bits each, where torch draws a float for each."""
+    words = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device).random_(-(1 << 63), None)
+    mask: Tensor = words.view(torch.int16)[: like.numel()].view(like.shape) >= dropped - (1 << 15)
+    return mask
+
+
+@_kept.register_fake
+def _(like: Tensor, dropped: int) -> Tensor:
+    return torch.empty(like.shape, dtype=torch.bool, device=like.device)
+
+
+class Dropout(torch.nn.Dropout):
+    """Zero a share `p` (on a CPU the nearest of 65,536) of the numbers while training, and scale the others to keep the mean."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or not self.p or input.device.type != "cpu":
+            return super().forward(input)
+        dropped = round(self.p * (1 << 16))
+        if dropped == 1 << 16:
+            return torch.zeros_like(input)
+        return torch.where(_kept(input, dropped), input * ((1 << 16) / ((1 << 16) - dropped)), 0.0)
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor | None, eps: float) -> Tensor:

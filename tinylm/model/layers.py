@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinylm.model.cache import CacheRows
-from tinylm.model.functions import relu_squared, rms_norm, rotate
+from tinylm.model.functions import Dropout, relu_squared, rms_norm, rotate
 from tinylm.recipe.schema import ModelSection
 
 Rotation = tuple[Tensor, Tensor]
@@ -193,7 +193,7 @@ class Block(nn.Module):
         self.value_embedding = nn.Embedding(vocab_size, values) if outer else None
         self.feed_forward_norm = None if self.post and self.parallel else make_norm(model, model.n_embd)
         self.feed_forward = FeedForward(model)
-        self.dropout = nn.Dropout(model.dropout)
+        self.dropout = Dropout(model.dropout)
 
     def forward(self, x: Tensor, shared: Shared, first_values: Tensor | None, last: int | None = None) -> tuple[Tensor, Tensor]:
         """(B, T, C) -> (B, T, C), causal, and the attention's values. `first_values`: those of the first block.

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tinylm.footprint import LOSS_BYTES, LOSS_ROWS
 from tinylm.model.cache import CacheRows
-from tinylm.model.functions import summed_cross_entropy
+from tinylm.model.functions import Dropout, summed_cross_entropy
 from tinylm.model.initialisation import initialise
 from tinylm.model.layers import Attention, Block, FeedForward, Rotation, Shared, make_norm
 from tinylm.model.ngrams import NgramEmbedding
@@ -36,7 +36,7 @@ class Transformer(nn.Module):
         self.ngrams = NgramEmbedding(model, vocab_size) if model.ngram_embeddings else None
         self.positions = nn.Embedding(model.context_length, model.n_embd) if model.position == "learned" else None
         self.embedding_norm = make_norm(model, model.n_embd) if model.embedding_norm else None
-        self.dropout = nn.Dropout(model.dropout)
+        self.dropout = Dropout(model.dropout)
         self.blocks = nn.ModuleList(Block(model, layer, vocab_size) for layer in range(model.n_layer))
         self.final_norm = make_norm(model, model.n_embd) if model.norm_position == "pre" else None
         self.head = nn.Linear(model.n_embd, vocab_size, bias=False)

@@ -36,6 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "qk_norm": False,
         "embedding_norm": False,
         "zero_init_outputs": False,
+        "attention_dropout": None,
     },
     # Llama as Hugging Face's LlamaForCausalLM computes it.
     "llama": {
@@ -51,5 +52,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "qk_norm": False,
         "embedding_norm": False,
         "zero_init_outputs": False,
+        "attention_dropout": None,
     },
 }
