@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 
 
@@ -18,7 +18,7 @@ def _left_to_others(x: Tensor) -> bool:
     return x.device.type != "cpu" or torch.compiler.is_compiling()
 
 
-@torch.library.custom_op("tinylm::kept", mutates_args=())
+@library.custom_op("tinylm::kept", mutates_args=())
 def _kept(like: Tensor, dropped: int) -> Tensor:
     """A mask in the shape of `like`, false for `dropped` of 65,536: 16 random bits each, where torch draws a float for each."""
     words = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device).random_(-(1 << 63), None)
