@@ -77,24 +77,6 @@ def test_prompts_short_and_long_are_read_as_what_they_are(preset: str, length: i
     torch.testing.assert_close(logits, torch.stack([whole[0, 5], whole[3, length], whole[2, 5]]), atol=3e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@torch.inference_mode()
-def test_rows_can_be_shared_moved_and_left_out(preset: str) -> None:
-    network, tokens = model(preset, ngram_embeddings=[2, 3], ngram_rows=97), ids(4, 16)
-    decoder = Decoder(network, compiled=True)
-    cache = decoder.cache(4)
-    decoder.read(cache, 0, tokens[0, :6])
-    cache.share(0, range(1, 4))
-    more = tokens[:, 6:9]
-    for step in range(2):
-        decoder.step(cache, more[:, step])
-    cache.take([3], [1])
-    cache.use(2)
-    logits = decoder.step(cache, more[[0, 3], 2])
-    read = torch.cat((tokens[:1, :6].expand(4, -1), more), dim=1)
-    torch.testing.assert_close(logits, network(read)[[0, 3], -1], atol=3e-5, rtol=1e-5)
-
-
 def _after_five_steps(decoder: Decoder, tokens: Tensor, chosen: list[int], threads: int = 1) -> Tensor:
     """The logits of some of the rows, which are written together from places of their own. One thread reads the prompts."""
     cache = decoder.cache(len(chosen))

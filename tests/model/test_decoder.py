@@ -45,11 +45,14 @@ def test_a_step_gives_the_logits_of_reading_at_once_in_rows_at_different_places(
         torch.testing.assert_close(logits, expected, atol=3e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("preset", PRESETS)
 @torch.inference_mode()
-def test_rows_can_be_shared_moved_and_left_out(preset: str) -> None:
+def test_rows_can_be_shared_moved_and_left_out(preset: str, compiled: bool) -> None:
+    if compiled:
+        pytest.importorskip("numba", reason="needs tinylm[fast]")
     network, tokens = model(preset, ngram_embeddings=[2, 3], ngram_rows=97), ids(4, 16)
-    decoder = Decoder(network)
+    decoder = Decoder(network, compiled=compiled)
     cache = decoder.cache(4)
     decoder.read(cache, 0, tokens[0, :6])
     cache.share(0, range(1, 4))

@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
+
+from tinylm.jit import compiled
 
 BOUND = 8
 STEPS = 64
@@ -16,7 +17,7 @@ STEPS = 64
 _HALF = np.float32(0.5)
 _FAST = {"reassoc", "contract", "arcp", "nsz"}
 """Sums may be reordered into vector instructions; what is not a number must stay so, to be noticed."""
-_compiled = njit(nogil=True, fastmath=_FAST, error_model="numpy", cache=True)
+_compiled = compiled(fastmath=_FAST)
 
 
 class Law(NamedTuple):

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from tinylm.generation import sampling
 from tinylm.generation.sampling import SamplingOptions
+from tinylm.jit import compiled
 
 
 def choose(logits: Tensor, options: SamplingOptions, drawn: Tensor | None) -> Tensor:
@@ -27,11 +27,7 @@ def choose(logits: Tensor, options: SamplingOptions, drawn: Tensor | None) -> Te
     return torch.from_numpy(chosen)
 
 
-def _compiled(function: Any) -> Any:
-    try:
-        return njit(nogil=True, error_model="numpy", cache=True)(function)
-    except RuntimeError:  # no folder that could be written to
-        return njit(nogil=True, error_model="numpy")(function)
+_compiled = compiled()
 
 
 @_compiled

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from tinylm.jit import compiled
 from tinylm.tokenizer.chunks import MULTIPLIERS
 
 SHIFT = 24
@@ -18,11 +18,7 @@ EMPTY = -1
 _M0, _M1, _M2 = MULTIPLIERS
 
 
-def _compiled(function: Any) -> Any:
-    try:
-        return njit(nogil=True, error_model="numpy", cache=True)(function)
-    except RuntimeError:  # no folder that could be written to
-        return njit(nogil=True, error_model="numpy")(function)
+_compiled = compiled()
 
 
 @_compiled
