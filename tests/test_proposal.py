@@ -81,6 +81,16 @@ def test_an_accelerator_gets_a_larger_model_in_larger_batches(text_file: Path) -
     assert there.plan.devices == 2
 
 
+def test_a_size_may_be_fixed_and_the_rest_is_chosen_for_it(text_file: Path) -> None:
+    small, large = (
+        propose(DataSection(train=(str(text_file),)), Budget(0.5, here=FAST), sizes=[size]) for size in ((2, 128), (7, 320))
+    )
+    models = [(proposal.recipe.model.n_layer, proposal.recipe.model.n_embd) for proposal in (small, large)]
+    assert models == [(2, 128), (7, 320)]
+    assert small.plan.epochs > large.plan.epochs
+    assert small.recipe.model.dropout >= large.recipe.model.dropout
+
+
 def test_every_size_of_the_ladder_has_heads_of_64() -> None:
     assert all(layers >= 2 and width % 64 == 0 for layers, width in SIZES)
     assert list(SIZES) == sorted(SIZES)

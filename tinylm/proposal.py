@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -43,7 +43,7 @@ SIZES = (
 """Blocks and width, with heads of 64: depth and width grow together, as in families of models that are published."""
 PARAMETER_EXPONENT, TOKEN_EXPONENT = 0.34, 0.28
 """Of Hoffmann et al. 2022, equation 10: what a loss lacks falls as N^-0.34 in parameters and as D^-0.28 in tokens."""
-PARAMETER_WEIGHT = 1.0
+PARAMETER_WEIGHT = 1.4
 """Of the first against the second. Fitted to the grids in benchmarks/README.md: tables of n-grams, Muon and little text change what
 Hoffmann et al. found at a thousand times the size."""
 
@@ -187,11 +187,19 @@ def _quoted(text: str) -> str:
     return text if bare else json.dumps(text, ensure_ascii=False)
 
 
-def propose(data: DataSection, budget: Budget, *, name: str = "mine", reporter: Reporter = SILENT) -> Proposal:
+def propose(
+    data: DataSection,
+    budget: Budget,
+    *,
+    name: str = "mine",
+    sizes: Sequence[tuple[int, int]] = SIZES,
+    reporter: Reporter = SILENT,
+) -> Proposal:
     """The recipe that should leave the fewest held-out bits per byte within the budget, measuring included.
 
-    Of `data`, `heldout` is chosen here. Raises `InputError` for a text that cannot be read or is too short, for standard input
-    (training reads the text again), and for a budget in which not even the smallest model makes `FEWEST_STEPS` steps.
+    `sizes`: blocks and width of the models to choose from, smallest first. Of `data`, `heldout` is chosen here. Raises `InputError`
+    for a text that cannot be read or is too short, for standard input (training reads the text again), and for a budget in which
+    not even the smallest model makes `FEWEST_STEPS` steps.
     """
     if "-" in data.train:
         raise InputError("standard input cannot be read again for training", where="-", hint="save it in a file and name that")
@@ -200,7 +208,7 @@ def propose(data: DataSection, budget: Budget, *, name: str = "mine", reporter: 
     draft = replace(draft, vocab_size=_vocab_size(min(look.train_bytes, affordable)))
     text = measure_text(draft.recipe.data, draft.recipe.tokenizer, reporter)
     draft = _fitted(replace(draft, vocab_size=text.vocab_size), text, budget)
-    options = list(_options(draft, text, budget))
+    options = list(_options(draft, text, budget, sizes))
     if not options:
         raise InputError(f"{_minutes(budget)} are not enough for {FEWEST_STEPS} steps of the smallest model", where="--minutes")
     best, plan = min(options, key=lambda option: expected_lack(option[1]))
@@ -263,9 +271,9 @@ def _fitted(draft: _Draft, text: TextSize, budget: Budget) -> _Draft:
     return replace(draft, context=context, batch=CPU_BATCH_TOKENS // context)
 
 
-def _options(draft: _Draft, text: TextSize, budget: Budget) -> Iterator[tuple[_Draft, Plan]]:
+def _options(draft: _Draft, text: TextSize, budget: Budget, sizes: Sequence[tuple[int, int]]) -> Iterator[tuple[_Draft, Plan]]:
     """Each size that is worth considering: it fits into the memory, and the budget pays for enough steps."""
-    for layers, width in SIZES:
+    for layers, width in sizes:
         option, plan = _priced(replace(draft, layers=layers, width=width), text, budget)
         if plan.steps < FEWEST_STEPS:
             return
