@@ -359,20 +359,24 @@ def make_plan(
 
 
 def compute_optimal(parameters: int, flops: float, tokens: int, unique_tokens: int) -> ComputeOptimal:
-    """About 20 tokens for each parameter, and C = 6 N D: then N = sqrt(C / 120) (Hoffmann et al. 2022).
-
-    `tokens` of a text of `unique_tokens` are worth U + U R* (1 - exp(-R / R*)) with R = tokens / U - 1 (Muennighoff et al. 2023).
-    """
+    """About 20 tokens for each parameter, and C = 6 N D: then N = sqrt(C / 120) (Hoffmann et al. 2022)."""
     best = math.sqrt(flops / (6 * TOKENS_PER_PARAMETER))
-    repetitions = max(0.0, tokens / unique_tokens - 1)
-    worth = unique_tokens * (1 + REPETITIONS_SCALE * (1 - math.exp(-repetitions / REPETITIONS_SCALE)))
     return ComputeOptimal(
         tokens=TOKENS_PER_PARAMETER * parameters,
         parameters_for_flops=round(best),
         tokens_for_flops=round(TOKENS_PER_PARAMETER * best),
         unique_tokens=unique_tokens,
-        worth_tokens=min(tokens, round(worth)),
+        worth_tokens=worth(tokens, unique_tokens),
     )
+
+
+def worth(tokens: int, unique_tokens: int, scale: float = REPETITIONS_SCALE) -> int:
+    """In tokens that were never repeated, `tokens` of a text of `unique_tokens`.
+
+    U + U R* (1 - exp(-R / R*)) with R = tokens / U - 1 and R* the scale (Muennighoff et al. 2023).
+    """
+    repetitions = max(0.0, tokens / unique_tokens - 1)
+    return min(tokens, round(unique_tokens * (1 + scale * (1 - math.exp(-repetitions / scale)))))
 
 
 def _muon_flops(recipe: Recipe) -> int:

@@ -18,7 +18,7 @@ import yaml
 
 from tinylm.data.estimate import TextSize, measure_text
 from tinylm.errors import InputError
-from tinylm.plan import USABLE_MEMORY, Plan, make_plan
+from tinylm.plan import USABLE_MEMORY, Plan, make_plan, worth
 from tinylm.processor import Processor
 from tinylm.recipe import Recipe, loads
 from tinylm.recipe.notation import Loader
@@ -43,12 +43,16 @@ SIZES = (
 """Blocks and width, with heads of 64: depth and width grow together, as in families of models that are published."""
 PARAMETER_EXPONENT, TOKEN_EXPONENT = 0.34, 0.28
 """Of Hoffmann et al. 2022, equation 10: what a loss lacks falls as N^-0.34 in parameters and as D^-0.28 in tokens."""
-PARAMETER_WEIGHT = 1.4
+PARAMETER_WEIGHT = 0.9
 """Of the first against the second. Fitted to the grids in benchmarks/README.md: tables of n-grams, Muon and little text change what
 Hoffmann et al. found at a thousand times the size."""
+REPETITIONS_SCALE = 5
+"""R* of Muennighoff et al. 2023, who found 15.39: what R repetitions of a text are worth decays as exp(-R / R*). Fitted likewise:
+tables learn by heart sooner."""
 
-BYTES_PER_ENTRY = 500
-"""Of text for each entry of the vocabulary: a token that is met more seldom is not learned."""
+BYTES_PER_ENTRY, BYTES_READ_PER_ENTRY = 500, 2000
+"""For each entry of the vocabulary, of the text and of what is read in all, repetitions counted: a token that is met more seldom is
+not learned. Python's source read for two minutes: 2048 entries left 2 % fewer bits per byte than 4096, at both sizes tried."""
 SMALLEST_VOCABULARY, LARGEST_VOCABULARY = 512, 32768
 BYTES_PER_TOKEN = 4
 """Before a tokenizer is there to tell."""
@@ -60,7 +64,7 @@ MOST_BATCH_TOKENS = 1 << 19
 LONG_TEXT_TOKENS = 10_000_000
 """From here on an accelerator looks back 1024 tokens."""
 
-REGULARISATION = ((6, 0.2, 0.5), (1, 0.1, 0.5), (0, 0.0, 0.0))
+REGULARISATION = ((6, 0.2, 0.5), (1.4, 0.1, 0.5), (0, 0.0, 0.0))
 """From so many passes over the text on: dropout, and that of n-grams. Of 0.3 MB and 1 MB of text read two to four times, tables
 without dropout are learned by heart and end up worse than none; half of their n-grams left out made the best of all variants."""
 
@@ -204,8 +208,8 @@ def propose(
     if "-" in data.train:
         raise InputError("standard input cannot be read again for training", where="-", hint="save it in a file and name that")
     draft, look = _first_draft(name, data, budget)
-    affordable = BYTES_PER_TOKEN * _planned(draft, look.as_tokens(draft.vocab_size), budget).tokens
-    draft = replace(draft, vocab_size=_vocab_size(min(look.train_bytes, affordable)))
+    read_bytes = BYTES_PER_TOKEN * _planned(draft, look.as_tokens(draft.vocab_size), budget).tokens
+    draft = replace(draft, vocab_size=_vocab_size(min(look.train_bytes / BYTES_PER_ENTRY, read_bytes / BYTES_READ_PER_ENTRY)))
     text = measure_text(draft.recipe.data, draft.recipe.tokenizer, reporter)
     draft = _fitted(replace(draft, vocab_size=text.vocab_size), text, budget)
     options = list(_options(draft, text, budget, sizes))
@@ -222,7 +226,7 @@ def expected_lack(plan: Plan) -> float:
     Parameters are those that a token is multiplied by. Tokens of a text that is repeated count as what they are worth.
     """
     parameters = plan.flops / plan.tokens / 6
-    tokens = plan.compute_optimal.worth_tokens
+    tokens = worth(plan.tokens, plan.compute_optimal.unique_tokens, REPETITIONS_SCALE)
     return float(PARAMETER_WEIGHT * parameters**-PARAMETER_EXPONENT + tokens**-TOKEN_EXPONENT)
 
 
@@ -257,9 +261,9 @@ def _first_draft(name: str, data: DataSection, budget: Budget) -> tuple[_Draft, 
     return _Draft(name, data, share, by, budget.minutes, prompt[:40]), look
 
 
-def _vocab_size(size: int) -> int:
-    """The power of two nearest to one entry for every `BYTES_PER_ENTRY` of the `size` bytes that the training will see."""
-    exponent = round(math.log2(max(1.0, size / BYTES_PER_ENTRY)))
+def _vocab_size(entries: float) -> int:
+    """The power of two nearest to as many entries as are met often enough."""
+    exponent = round(math.log2(max(1.0, entries)))
     return min(max(1 << exponent, SMALLEST_VOCABULARY), LARGEST_VOCABULARY)
 
 
@@ -323,7 +327,7 @@ def _reasons(draft: _Draft, plan: Plan, text: TextSize, look: _Look, budget: Bud
         "What each key means: tinylm recipes, README.",
         "heldout": f"{look.heldout_bytes / 1e3:,.0f} kB, "
         + ("whole documents, chosen by their hash" if draft.by == "document" else f"the end of it: {fewer}"),
-        "vocab_size": f"about one entry for {BYTES_PER_ENTRY} bytes that are seen; {text.train_tokens:,} tokens to learn from",
+        "vocab_size": f"each entry is to be met often enough to be learned; {text.train_tokens:,} tokens to learn from",
         "n_layer": f"{_short(plan.parameters)} parameters: the best of {options} sizes by the scaling rule,",
         "n_head": f"between too few parameters and too few tokens for {_minutes(budget)}:",
         "n_embd": f"this size reads {_short(plan.tokens)} tokens, {epochs}",
