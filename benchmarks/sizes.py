@@ -15,7 +15,6 @@ import tempfile
 from pathlib import Path
 
 from tinylm import pipeline
-from tinylm.pipeline import TrainResult
 from tinylm.proposal import Budget, propose
 from tinylm.recipe import Recipe, loads
 from tinylm.recipe.schema import DataSection
@@ -23,7 +22,7 @@ from tinylm.recipe.schema import DataSection
 QUIET = ["sampling.every=null", "checkpoint.every=1000000", "checkpoint.keep=0"]
 
 
-def trained(text: str, settings: list[str]) -> tuple[Recipe, TrainResult]:
+def trained(text: str, settings: list[str]) -> tuple[Recipe, pipeline.TrainResult]:
     recipe = loads(text, [*QUIET, *settings])
     with tempfile.TemporaryDirectory() as folder:
         return recipe, pipeline.train(recipe, Path(folder, "run"), device="cpu")

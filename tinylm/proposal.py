@@ -46,7 +46,7 @@ PARAMETER_EXPONENT, TOKEN_EXPONENT = 0.34, 0.28
 PARAMETER_WEIGHT = 0.9
 """Of the first against the second. Fitted to the grids in benchmarks/README.md: tables of n-grams, Muon and little text change what
 Hoffmann et al. found at a thousand times the size."""
-REPETITIONS_SCALE = 5
+FITTED_REPETITIONS_SCALE = 5
 """R* of Muennighoff et al. 2023, who found 15.39: what R repetitions of a text are worth decays as exp(-R / R*). Fitted likewise:
 tables learn by heart sooner."""
 
@@ -227,7 +227,7 @@ def expected_lack(plan: Plan) -> float:
     Parameters are those that a token is multiplied by. Tokens of a text that is repeated count as what they are worth.
     """
     parameters = plan.flops / plan.tokens / 6
-    tokens = worth(plan.tokens, plan.compute_optimal.unique_tokens, REPETITIONS_SCALE)
+    tokens = worth(plan.tokens, plan.compute_optimal.unique_tokens, FITTED_REPETITIONS_SCALE)
     return float(PARAMETER_WEIGHT * parameters**-PARAMETER_EXPONENT + tokens**-TOKEN_EXPONENT)
 
 
