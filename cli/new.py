@@ -9,6 +9,7 @@ from pathlib import Path
 import typer
 
 from .console import ERRORS, FIELD, JSON, QUIET, ConsoleReporter, checked_errors, duration, out, print_json, stderr
+from .plan import list_hardware
 
 app = typer.Typer(add_completion=False)
 
@@ -36,6 +37,9 @@ def new(
     from tinylm.proposal import Budget, propose
     from tinylm.recipe.schema import DataSection
 
+    if hardware == "list":
+        list_hardware(json)
+        return
     if minutes <= 0 or minutes == float("inf"):
         raise InputError(f"must be above 0, not {minutes:g}", where="--minutes")
     if devices is not None and hardware is None:

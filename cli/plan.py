@@ -6,7 +6,7 @@ import typer
 
 from tinylm.plan import Plan
 
-from .console import JSON, QUIET, SET, ConsoleReporter, count, duration, print_json, show_facts, size, stderr, stdout
+from .console import JSON, QUIET, SET, ConsoleReporter, count, duration, out, print_json, show_facts, size, stderr, stdout
 from .recipe_files import find
 
 app = typer.Typer(add_completion=False)
@@ -14,7 +14,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def plan(
-    recipe: str = typer.Argument(..., help="A YAML file or the name of a recipe that ships."),
+    recipe: str | None = typer.Argument(None, help="A YAML file or the name of a recipe that ships.", show_default=False),
     set_: list[str] | None = SET,
     hardware: str | None = typer.Option(
         None, "--hardware", metavar="NAME", help="An accelerator instead of this machine's CPU, like h100-sxm; list: their names."
@@ -28,12 +28,29 @@ def plan(
     from tinylm.errors import InputError
     from tinylm.recipe import load
 
+    if hardware == "list":
+        list_hardware(json)
+        return
+    if recipe is None:
+        raise InputError("missing argument 'recipe'")
     if devices is not None and hardware is None:
         raise InputError("only means something with --hardware", where="--devices")
     if hardware is not None:
         sheets.find(hardware)  # a name that is none is told before the text is read
     loaded = load(find(recipe), set_ or ())
     show_plan(make(loaded, ConsoleReporter(stderr(), quiet=quiet), hardware, devices or 1), json)
+
+
+def list_hardware(json: bool) -> None:
+    """The accelerators whose data sheets are known, with what a plan takes from them."""
+    from tinylm.hardware import ACCELERATORS
+
+    if json:
+        print_json({"accelerators": ACCELERATORS})
+        return
+    for sheet in ACCELERATORS:
+        flops = ", ".join(f"{precision} {value / 1e12:g}" for precision, value in sheet.flops.items())
+        out(f"{sheet.name:<16}  {sheet.memory / 1e9:3.0f} GB at {sheet.bandwidth / 1e12:.2f} TB/s; TFLOP/s: {flops}")
 
 
 def make(recipe: object, reporter: ConsoleReporter, hardware: str | None = None, devices: int = 1) -> Plan:

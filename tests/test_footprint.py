@@ -191,18 +191,19 @@ def most_alive(work: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize(("preset", "precision"), [("modern", "fp32"), ("gpt2", "fp32"), ("llama", "bf16"), ("modern", "bf16")])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_the_height_of_a_pass_is_what_is_alive_at_once(preset: str, precision: Numbers, recompute: bool) -> None:
+@pytest.mark.parametrize("vocab_size", [100, 1000])
+def test_the_height_of_a_pass_is_what_is_alive_at_once(preset: str, precision: Numbers, recompute: bool, vocab_size: int) -> None:
     model = section(preset=preset, n_layer=6, context_length=128)
-    network = Transformer(model, 1000).train()
+    network = Transformer(model, vocab_size).train()
     network.recompute = recompute
-    tokens = torch.randint(1000, (16, 128))
+    tokens = torch.randint(vocab_size, (16, 128))
 
     def work() -> None:
         with contextlib.nullcontext() if precision == "fp32" else torch.autocast("cpu", dtype=DTYPES[precision]):
             loss = network(tokens, targets=tokens)
         loss.backward()
 
-    counted = activation_bytes(model, Pass(1000, 16, precision, recompute=recompute))
+    counted = activation_bytes(model, Pass(vocab_size, 16, precision, recompute=recompute))
     assert counted == pytest.approx(most_alive(work), rel=0.15)
 
 

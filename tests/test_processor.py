@@ -15,6 +15,7 @@ from tinylm.processor import (
     MATMUL_SHARE,
     SCORE_SECONDS,
     STATE_SHARE,
+    TABLE_KERNELS,
     Processor,
     Work,
     kernels,
@@ -25,7 +26,7 @@ from tinylm.processor import (
 )
 
 MACHINE = Processor(100e9, 20e9, 10e9, cores=2, has_amx=True)
-WORK = Work("fp32", 1e9, 1e8, 1e6, 100, 1000, state_bytes=1e8, newton_schulz_flops=1e9)
+WORK = Work("fp32", 1e9, 1e8, 1e6, 100, 1000, state_bytes=1e8, update_kernels=200, newton_schulz_flops=1e9)
 
 
 def test_a_step_computed_by_hand() -> None:
@@ -33,7 +34,7 @@ def test_a_step_computed_by_hand() -> None:
     assert seconds.matmul == pytest.approx(1e9 / 100e9 / MATMUL_SHARE)
     assert seconds.attention == pytest.approx(1e6 * SCORE_SECONDS / 2)
     assert seconds.launches == pytest.approx(1000 * LAUNCH_SECONDS)
-    assert seconds.optimizer == pytest.approx(0.01 / MATMUL_SHARE + 1e8 / (2 * STATE_SHARE * 10e9))
+    assert seconds.optimizer == pytest.approx(0.01 / MATMUL_SHARE + 1e8 / (2 * STATE_SHARE * 10e9) + 200 * LAUNCH_SECONDS)
     assert seconds.total == pytest.approx(seconds.passes + seconds.optimizer)
 
 
@@ -44,14 +45,18 @@ def test_halves_multiply_faster_with_tiles_and_pay_for_small_products() -> None:
     assert step_seconds(replace(MACHINE, has_amx=False), replace(WORK, numbers="bf16")).matmul > 50 * half.matmul
 
 
-@pytest.mark.parametrize("count", ["matmul_flops", "elementwise_bytes", "scores", "kernels", "state_bytes"])
+@pytest.mark.parametrize("count", ["matmul_flops", "elementwise_bytes", "scores", "kernels", "state_bytes", "update_kernels"])
 def test_doubling_a_count_is_slower_and_never_more_than_twice_as_slow(count: str) -> None:
     once, twice = step_seconds(MACHINE, WORK).total, step_seconds(MACHINE, replace(WORK, **{count: 2 * getattr(WORK, count)})).total
     assert once < twice <= 2 * once
 
 
 def test_compiling_starts_fewer_kernels_and_halves_start_more() -> None:
-    assert kernels(4, "fp32", compiled=True) < kernels(4, "fp32", compiled=False) < kernels(4, "bf16", compiled=False)
+    assert kernels(4, 0, "fp32", compiled=True) < kernels(4, 0, "fp32", compiled=False) < kernels(4, 0, "bf16", compiled=False)
+
+
+def test_each_order_of_ngrams_starts_as_many_more() -> None:
+    assert kernels(4, 2, "fp32", compiled=True) - kernels(4, 0, "fp32", compiled=True) == 2 * TABLE_KERNELS
 
 
 def test_newton_schulz_is_the_same_for_a_matrix_and_its_transpose_and_that_of_a_square_is_six_cubes() -> None:

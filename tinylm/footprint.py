@@ -17,10 +17,10 @@ from tinylm.recipe.schema import ModelSection
 
 Numbers = Literal["fp32", "bf16", "fp16"]
 
-LOSS_BYTES = {"cpu": 8 << 20, "gpu": 512 << 20}
+LOSS_BYTES = {"cpu": 16 << 20, "gpu": 512 << 20}
 """Logits that the training loss makes at a time: what a processor's cache holds, or enough rows to fill a GPU."""
-LOSS_ROWS = 256
-"""At least so many rows of logits at a time: fewer would read the head's gradient too often."""
+LOSS_ROWS = 512
+"""At least so many rows of logits at a time: products of fewer are slower, and read the head's gradient more often."""
 EVALUATION_TOKENS = 8192
 EVALUATION_LOGITS = 1 << 25
 """Most tokens and logits of an evaluation's batch, as `tinylm.evaluation.perplexity` has them."""
@@ -180,11 +180,12 @@ def _first_values(model: ModelSection, at: Pass) -> int:
 
 
 def loss_bytes(model: ModelSection, at: Pass) -> int:
-    """What the loss needs beside what it keeps: the hidden states, a chunk of logits two or three times, the head in 16 bits."""
+    """What the loss needs beside what it keeps: the hidden states, a chunk of logits, the head in 16 bits."""
     tokens = at.sequences * model.context_length
     chunk = max(LOSS_ROWS, LOSS_BYTES["gpu" if at.on_gpu else "cpu"] // (4 * at.vocab_size))
-    copies = 8 + (4 if model.logit_softcap is not None else 0)  # logits, slopes, and what the cap is computed from
-    copies += at.e if chunk < tokens else 0  # the slopes of the chunk before
+    copies = 4 + (at.e if at.e < 4 else 0)  # float32 beside the product, or its own slopes, in 16 bits
+    if model.logit_softcap is not None:
+        copies = 8  # and what the cap is computed from
     head = 2 * at.vocab_size * model.n_embd * 2 if at.e < 4 else 0  # the weights, and the gradient of a chunk
     return tokens * model.n_embd * at.s + min(chunk, tokens) * at.vocab_size * copies + head
 
@@ -198,7 +199,7 @@ def activation_bytes(model: ModelSection, at: Pass) -> int:
     tokens = at.sequences * model.context_length
     kept = kept_bytes(model, at)
     last = model.n_layer - 1
-    backward = tokens * (2 * model.feed_forward_width * (2 if model.feed_forward == "swiglu" else 1) + model.n_embd) * at.e
+    backward = tokens * (model.feed_forward_width * (2 if model.feed_forward == "swiglu" else 1) + model.n_embd) * at.e
     if at.recompute:
         casts = _casts(model, at)
         block = tokens * max(block_bytes(model, at, layer) for layer in {0, last}) + casts // model.n_layer

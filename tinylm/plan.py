@@ -453,6 +453,7 @@ def cpu_seconds(
     products = 6.0 * (counts["matrices"] + vocab_size * model.n_embd)
     muon = counts["matrices"] if isinstance(training.optimizer, MuonOptimizer) else 0
     moved = sum(counts.values()) * (_ADAMW_BYTES + 12 * (passes - 1)) + muon * (_MUON_BYTES - 28)
+    moved += 4 * passes * (counts["embedding"] + counts["positions"] + counts["tables"])  # zeros, before few rows are added
     again = 4 / 3 if training.activation_checkpointing else 1.0  # forward twice, backward once: backward counts double
     half = _half_updates(recipe, machine.has_amx)
     blocks = model.n_layer * processor.query_blocks(training.global_batch_size, model.n_head, model.context_length)
@@ -462,8 +463,9 @@ def cpu_seconds(
         elementwise_bytes=again * tokens * _elementwise_bytes(model, vocab_size, precision, compiled=compiled),
         scores=again * tokens * model.context_length * model.n_head * model.n_layer,
         query_blocks=blocks,
-        kernels=again * passes * processor.kernels(model.n_layer, precision, compiled=compiled),
+        kernels=again * passes * processor.kernels(model.n_layer, len(model.ngram_embeddings), precision, compiled=compiled),
         state_bytes=moved,
+        update_kernels=processor.UPDATE_KERNELS * (model.n_layer + 1),
         newton_schulz_flops=_muon_flops(recipe),
         newton_schulz_in="bf16" if half else "fp32",
     )
@@ -528,7 +530,8 @@ def _there(recipe: Recipe, vocab_size: int, steps: int | None, accelerator: Acce
             state_bytes=hardware.state_bytes(parameters, passes, sheet) + muon * (_MUON_BYTES - 28),
             gradient_bytes=4 * trained,
         ).total
-        started = again * passes * processor.kernels(model.n_layer, precision, compiled=compiled)
+        orders = len(model.ngram_embeddings)
+        started = again * passes * processor.kernels(model.n_layer, orders, precision, compiled=compiled)
         return max(there, started * processor.LAUNCH_SECONDS)
 
     compiled = training.compile

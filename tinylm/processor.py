@@ -44,6 +44,10 @@ CAST_KERNELS = {"eager": 40, "compiled": 15}
 """More of them under autocast, which casts weights and their gradients. Likewise."""
 END_KERNELS = 40
 """Outside the blocks. Likewise."""
+TABLE_KERNELS = 35
+"""More of them for each order of n-grams, which are hashed in a dozen operations on whole numbers. Likewise."""
+UPDATE_KERNELS = 60
+"""Of clipping and updating the weights of a block, and as many for those outside: 52 counted of AdamW, 66 of Muon."""
 MOST_CORES = 8
 """Beyond these, more cores move no more memory. Assumed."""
 
@@ -74,7 +78,8 @@ class Work:
     """Counts of one optimiser step: all micro-batches together.
 
     `elementwise_bytes` outside products, `scores` of attention in all layers, heads and sequences, `query_blocks` of them,
-    `kernels` started. For the optimiser: `state_bytes` that it moves and `newton_schulz_flops`, in `newton_schulz_in`.
+    `kernels` started. For the optimiser: `state_bytes` that it moves, `update_kernels` and `newton_schulz_flops`, in
+    `newton_schulz_in`. Gradients that begin as zeros are among `state_bytes`.
     """
 
     numbers: Numbers
@@ -84,6 +89,7 @@ class Work:
     query_blocks: float
     kernels: float
     state_bytes: float
+    update_kernels: float
     newton_schulz_flops: float = 0.0
     newton_schulz_in: Numbers = "fp32"
 
@@ -113,19 +119,21 @@ def step_seconds(processor: Processor, work: Work) -> CpuSeconds:
     half = work.numbers != "fp32"
     attention = work.scores * SCORE_SECONDS + (work.query_blocks * HALF_BLOCK_SECONDS if half else 0.0)
     newton_schulz = work.newton_schulz_flops / (MATMUL_SHARE * processor.peak(work.newton_schulz_in))
+    moving = work.state_bytes / (STATE_SHARE * cores * processor.state_bandwidth)
     return CpuSeconds(
         matmul=work.matmul_flops / (MATMUL_SHARE * processor.peak(work.numbers)),
         elementwise=work.elementwise_bytes / (ELEMENTWISE_SHARE * cores * processor.bandwidth),
         attention=attention / processor.cores,
         launches=work.kernels * LAUNCH_SECONDS,
-        optimizer=newton_schulz + work.state_bytes / (STATE_SHARE * cores * processor.state_bandwidth),
+        optimizer=newton_schulz + moving + work.update_kernels * LAUNCH_SECONDS,
     )
 
 
-def kernels(layers: int, numbers: Numbers, *, compiled: bool) -> int:
-    """Kernels that forward and backward of one micro-batch start."""
+def kernels(layers: int, orders: int, numbers: Numbers, *, compiled: bool) -> int:
+    """Kernels that forward and backward of one micro-batch start. `orders`: of n-grams."""
     kind = "compiled" if compiled else "eager"
-    return layers * (KERNELS[kind] + (CAST_KERNELS[kind] if numbers != "fp32" else 0)) + END_KERNELS
+    block = KERNELS[kind] + (CAST_KERNELS[kind] if numbers != "fp32" else 0)
+    return layers * block + orders * TABLE_KERNELS + END_KERNELS
 
 
 def query_blocks(sequences: int, heads: int, context_length: int) -> int:

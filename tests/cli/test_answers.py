@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from command import Here
 
+from tinylm.hardware import ACCELERATORS
 from tinylm.run import Run
 
 TRAIN = """run step steps tokens train_loss val_loss val_perplexity val_bits_per_byte best_step best_val_loss seconds train_seconds
@@ -221,9 +222,11 @@ def test_a_plan_for_a_machine_that_is_not_here(here: Here, recipe_file: Path) ->
 
 
 def test_a_plan_says_which_machines_and_which_batches_there_are(here: Here, recipe_file: Path) -> None:
-    listed = here("plan", recipe_file, "--hardware", "list")
-    assert (listed.code, listed.out) == (2, "")
-    assert "known: b200, h200, h100-sxm" in listed.err
+    listed = here("plan", "--hardware", "list")
+    assert [line.split()[0] for line in listed.out.splitlines()] == [sheet.name for sheet in ACCELERATORS]
+    assert here("new", "text.txt", "--hardware", "list").out == listed.out
+    sheets = here("plan", "--hardware", "list", "--json").json["accelerators"]
+    assert [sheet["name"] for sheet in sheets] == [sheet.name for sheet in ACCELERATORS]
     uneven = here("plan", recipe_file, "--hardware", "t4", "--devices", 3, "-q")
     assert (uneven.code, uneven.err.count("\n")) == (2, 1)
     assert "4 sequences do not split over 3 devices (3 and 6 would)" in uneven.err

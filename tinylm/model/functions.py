@@ -169,6 +169,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
                     weight_gradient.addmm_(slopes.T, states)
                 else:
                     weight_gradient += slopes.T @ states
+            del slopes  # before the next chunk's logits are there
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         return total
 
@@ -182,7 +183,10 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
 
 def _losses_and_slopes(logits: Tensor, targets: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
-    """Losses (N,) of raw logits (N, V), and their derivatives (N, V), both zero where the target is negative."""
+    """Losses (N,) of raw logits (N, V), and their derivatives (N, V), both zero where the target is negative.
+
+    Derivatives take the place of logits: a second copy costs more than a pass of arithmetic.
+    """
     counted = targets >= 0
     rows = targets.clamp_min(0).unsqueeze(1)
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
@@ -190,13 +194,15 @@ def _losses_and_slopes(logits: Tensor, targets: Tensor, cap: float | None) -> tu
     if cap is not None:
         squashed = logits.div_(cap).tanh_()
         logits = squashed * cap
-    slopes = torch.log_softmax(logits, dim=-1)
-    losses = slopes.gather(1, rows).squeeze(1).neg_().mul_(counted)
-    slopes.exp_()
-    slopes.scatter_add_(1, rows, slopes.new_full((), -1.0).expand(rows.shape))
+    logits.sub_(logits.amax(dim=-1, keepdim=True))
+    wanted = logits.gather(1, rows)
+    total = logits.exp_().sum(dim=-1, keepdim=True)
+    losses = (total.log() - wanted).squeeze(1).mul_(counted)
+    slopes = logits.mul_(counted.unsqueeze(1) / total)
+    slopes.scatter_add_(1, rows, -counted.to(slopes.dtype).unsqueeze(1))
     if squashed is not None:
         slopes.mul_(squashed.square_().neg_().add_(1))
-    return losses, slopes.mul_(counted.unsqueeze(1))
+    return losses, slopes
 
 
 def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None, chunk: int) -> Tensor:

@@ -26,6 +26,7 @@ class EmbeddingDataSection(Section):
     """Which text is learned: all of it, since vectors are judged by what they are used for and not by a held-out loss."""
 
     train: Sources
+    """The text, all of which is learned from."""
     field: str = "text"
     """The field of a .jsonl line or the column of a .parquet file that holds the text."""
     errors: Literal["strict", "replace"] = "strict"
@@ -37,6 +38,7 @@ class WordVocabulary(Section):
 
     kind: Literal["words"]
     lowercase: Flag = True
+    """Words are the same whatever their case."""
     min_count: Count = 5
     """Rarer words are taken out of the text before windows are cut, as word2vec does."""
     max_size: OptionalCount = None
@@ -57,17 +59,21 @@ class Word2VecMethod(Section):
     """What skip-gram and CBOW share: negative sampling (Mikolov et al. 2013b), with the defaults published there."""
 
     dimensions: Count = 100
+    """Numbers in a vector."""
     window: Count = 5
     """Widest window on each side; each position draws its own from 1 to this."""
     negatives: Count = 5
+    """Words drawn at random to be told from each true neighbour."""
     exponent: NotNegative = 0.75
     """Negatives are drawn by count to this power."""
     subsample: NotNegative = 1e-3
     """Words above this share of the text are thinned out; 0: none are."""
     lr: Positive
+    """Learning rate at the start."""
     lr_end: NotNegative = 1e-4
     """The rate falls on a straight line from lr to this."""
     epochs: Count = 5
+    """Passes over the text."""
 
 
 class SkipGramMethod(Word2VecMethod):
@@ -89,11 +95,13 @@ class GloveMethod(Section):
 
     name: Literal["glove"]
     dimensions: Count = 100
+    """Numbers in a vector."""
     window: Count = 15
     """Words on each side; one at distance d counts 1/d."""
     x_max: Positive = 100.0
     """Counts from here on weigh fully, smaller ones (count / x_max) ** alpha."""
     alpha: NotNegative = 0.75
+    """See x_max."""
     lr: Positive = 0.05
     """AdaGrad's."""
     epochs: Count = 25
@@ -125,6 +133,7 @@ class WatchSection(Section):
     probes: Texts = ()
     """Words whose nearest neighbours are shown; none given: five from the frequent ones."""
     neighbours: CountOrZero = 5
+    """How many of them."""
     every: OpenShare = 0.1
     """Share of the training between two looks at them."""
 
@@ -139,7 +148,9 @@ class EmbeddingRecipe(Section):
 
     kind: Literal["embeddings"]
     name: str = "vectors"
+    """The vectors go to embeddings/NAME."""
     seed: Seed = 1337
+    """Of starting vectors and everything drawn."""
     data: EmbeddingDataSection
     vocabulary: Annotated[WordVocabulary | TokenVocabulary, Field(discriminator="kind"), BeforeValidator(_vocabulary)] = (
         WordVocabulary(kind="words")

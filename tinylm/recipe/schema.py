@@ -58,6 +58,7 @@ class HeldoutShare(Section):
     """Hold out a share of the training text."""
 
     share: OpenShare = 0.1
+    """Of the characters, or of the documents."""
     by: Literal["document", "tail"] = "tail"
     """document: by a hash of each document's text. tail: the last share of the characters."""
 
@@ -66,6 +67,7 @@ class HeldoutSources(Section):
     """Hold out a text of its own."""
 
     sources: Sources
+    """Instead of a share: `heldout: b.txt` says the same."""
 
 
 def _heldout(value: object) -> object:
@@ -91,7 +93,9 @@ class DataSection(Section):
     """Which text is learned and which is only measured."""
 
     train: Sources
+    """The text that is learned from."""
     heldout: Heldout = HeldoutShare()
+    """The text that is only measured: a SOURCE, or a share of the other."""
     field: str = "text"
     """The field of a .jsonl line or the column of a .parquet file that holds the text."""
     errors: Literal["strict", "replace"] = "strict"
@@ -210,6 +214,7 @@ class FileTokenizer(Section):
 
     kind: Literal["file"]
     path: str
+    """The file, or a folder that holds it."""
 
 
 def _tokenizer(value: object) -> object:
@@ -243,20 +248,29 @@ class ModelSection(Section):
     """
 
     preset: Literal["modern", "gpt2", "llama"] = "modern"
+    """What the parts below are by default."""
     n_layer: Count = 6
+    """Blocks."""
     n_head: Count = 6
+    """Heads of attention in each."""
     n_kv_head: OptionalCount = None
     """Key/value heads for grouped-query attention; null: as many as n_head."""
     n_embd: Count = 384
+    """Width of the residual stream."""
     head_dim: OptionalCount = None
     """Width of a head; null: n_embd / n_head."""
     context_length: Count = 256
+    """Tokens in a training sequence, and the most that the model looks back."""
     norm: Literal["layernorm", "rmsnorm"]
+    """Which norm there is before (or after) attention and feed-forward."""
     norm_position: Literal["pre", "post"]
+    """Before each of them, with one more before the head, or after each sum."""
     norm_eps: Positive
+    """What is added under the square root."""
     norm_gain: Flag
     """Norms multiply by a learned gain."""
     position: Literal["learned", "sinusoidal", "rope", "none"]
+    """How positions are told: a learned or a sinusoidal embedding, rotary queries and keys, or not."""
     rope_theta: OptionalPositive = None
     """Base of the rotary frequencies, for position rope; null: 10000."""
     feed_forward: Literal["gelu", "gelu_exact", "relu", "relu2", "swiglu"]
@@ -266,7 +280,9 @@ class ModelSection(Section):
     n_inner: OptionalCount = None
     """Hidden width as a number; null: by feed_forward_multiple."""
     bias: Flag
+    """Linear layers and layer norms add a learned bias."""
     tie_embeddings: Flag
+    """The head is the token embedding."""
     qk_norm: Flag
     """RMS-normalise queries and keys per head before positions are applied."""
     qk_gain: Flag = True
@@ -295,7 +311,7 @@ class ModelSection(Section):
     dropout: ShareBelowOne = 0.0
     """Of the embedding, and of what each block adds."""
     attention_dropout: OptionalShareBelowOne = None
-    """Of attention's probabilities; default: as `dropout`. A CPU has no fused attention with it: it takes twice the time."""
+    """Of attention's probabilities; null: as `dropout`. A CPU has no fused attention with it: it takes twice the time."""
     logit_softcap: OptionalPositive = None
     """Cap c: logits become c * tanh(logits / c)."""
     init_embeddings: OptionalPath = None
@@ -341,9 +357,13 @@ class AdamWOptimizer(Section):
 
     name: Literal["adamw"]
     lr: Positive = 1e-3
+    """Learning rate at its peak."""
     betas: Betas = (0.9, 0.95)
+    """Decay of the means of gradients and of their squares."""
     eps: Positive = 1e-8
+    """Added to the root of the latter."""
     weight_decay: NotNegative = 0.1
+    """Decoupled, on matrices, times lr."""
 
 
 class MuonOptimizer(Section):
@@ -353,6 +373,7 @@ class MuonOptimizer(Section):
     lr: Positive = 0.02
     """Rate of the matrices: per unit of rate the update's root-mean-square is about 1 / sqrt(columns)."""
     momentum: ShareBelowOne = 0.95
+    """Nesterov momentum."""
     momentum_warmup: CountOrZero = 0
     """Steps over which the momentum rises from 0.85."""
     newton_schulz: Literal["polar_express", "classic"] = "polar_express"
@@ -366,8 +387,11 @@ class MuonOptimizer(Section):
     cautious_weight_decay: Flag = False
     """Decay only where the update moves a weight towards zero (Chen et al. 2025)."""
     adamw_lr: Positive = 4e-3
+    """Rate of what AdamW updates."""
     betas: Betas = (0.9, 0.95)
+    """Of AdamW."""
     eps: Positive = 1e-8
+    """Of AdamW."""
 
 
 Optimizer = Annotated[MuonOptimizer | AdamWOptimizer, Field(discriminator="name")]
@@ -413,6 +437,7 @@ class ConstantSchedule(Section):
 
     name: Literal["constant"]
     warmup: Warmup = 0.02
+    """Linear warm-up: steps, or a share of the training when below 1."""
 
 
 Schedule = Annotated[WsdSchedule | CosineSchedule | LinearSchedule | ConstantSchedule, Field(discriminator="name")]
@@ -429,6 +454,7 @@ class LoraSection(Section):
     rank: Count = 8
     """Rows of A and columns of B."""
     alpha: Positive = 16.0
+    """What is added is scaled by alpha / rank."""
     targets: Targets = LORA_TARGETS
     """The matrices of every block that get an addition."""
 
@@ -448,8 +474,11 @@ class TrainingSection(Section):
     """How long, in what batches, with which optimiser. Exactly one of steps, tokens, epochs, minutes."""
 
     steps: OptionalCount = None
+    """Optimiser steps."""
     tokens: OptionalCount = None
+    """Tokens read in all, rounded up to whole steps."""
     epochs: OptionalPositive = None
+    """Passes over the text, rounded up to whole steps."""
     minutes: OptionalPositive = None
     """Wall-clock from the first step on, evaluation included; the schedule follows the clock."""
     global_batch_size: Count = 64
@@ -457,18 +486,23 @@ class TrainingSection(Section):
     micro_batch_size: CountOrAuto = "auto"
     """Sequences per forward pass; it must divide global_batch_size."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of matrix products; weights and optimiser state stay float32."""
     lora: LoraSection | None = None
     """Train low-rank additions to the model of `model.init_from`, and nothing else; the optimizer is then AdamW."""
     optimizer: Annotated[Optimizer, BeforeValidator(_optimizer)] = MuonOptimizer(name="muon")
+    """muon, adamw or auto (muon); alone or with their keys."""
     schedule: Annotated[Schedule, BeforeValidator(_schedule)] = WsdSchedule(name="wsd")
+    """How the rates rise and fall: wsd, cosine, linear, constant; alone or with their keys."""
     clip_grad_norm: ClipNorm = 1.0
+    """The most that the norm of all gradients together may be."""
     compile: FlagOrAuto = "auto"
     """Fuse the element-wise work of the blocks (torch.compile); auto: where the training is long enough to earn it back."""
     activation_checkpointing: Flag = False
-    """Keep only what each block reads and compute the rest again for the backward pass: less memory, a third more time."""
+    """Keep only what each block reads and compute the rest again for the backward pass: less memory, more time."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
     """With several processes: ddp (the whole model in each), fsdp (spread over them), auto: ddp where the model leaves room."""
     guards: GuardsSection = GuardsSection()
+    """What happens when numbers go bad."""
     log_every: Count = 10
     """Steps between lines of metrics.jsonl."""
 
@@ -510,16 +544,22 @@ class SamplingSection(Section):
     every: OptionalCount = None
     """Steps between samples; null: none."""
     prompts: Texts = ("",)
+    """What is continued; the empty text begins a document."""
     max_new_tokens: Count = 80
+    """Length of each."""
     temperature: NotNegative = 0.8
+    """0 takes the likeliest token."""
     top_k: OptionalCount = 50
+    """Choose among this many likeliest tokens; null: among all."""
 
 
 class Recipe(Section):
     """A whole experiment: text, tokenizer, model, training, and how it is measured and kept."""
 
     name: str = "run"
+    """The run goes to runs/NAME."""
     seed: Seed = 1337
+    """Of starting weights, data order and dropout."""
     data: DataSection
     tokenizer: Annotated[TokenizerSection, Field(discriminator="kind"), BeforeValidator(_tokenizer)] = BpeTokenizer(kind="bpe")
     model: ModelSection = Field(default_factory=lambda: ModelSection.model_validate({}))
