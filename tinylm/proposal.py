@@ -50,9 +50,10 @@ FITTED_REPETITIONS_SCALE = 5
 """R* of Muennighoff et al. 2023, who found 15.39: what R repetitions of a text are worth decays as exp(-R / R*). Fitted likewise:
 tables learn by heart sooner."""
 
-BYTES_PER_ENTRY, BYTES_READ_PER_ENTRY = 500, 2000
+BYTES_PER_ENTRY, BYTES_READ_PER_ENTRY = 2000, 2500
 """For each entry of the vocabulary, of the text and of what is read in all, repetitions counted: a token that is met more seldom is
-not learned. Python's source read for two minutes: 2048 entries left 2 % fewer bits per byte than 4096, at both sizes tried."""
+not learned. Of 1 MB read nine times, 512 entries left 4 % fewer bits per byte than 1024 or 2048; of Python's source 2048 left 2 %
+fewer than 4096 in two minutes."""
 SMALLEST_VOCABULARY, LARGEST_VOCABULARY = 512, 32768
 BYTES_PER_TOKEN = 4
 """Before a tokenizer is there to tell."""
@@ -64,10 +65,10 @@ MOST_BATCH_TOKENS = 1 << 19
 LONG_TEXT_TOKENS = 10_000_000
 """From here on an accelerator looks back 1024 tokens."""
 
-REGULARISATION = ((9, 0.2, 0.5), (3, 0.1, 0.5), (1.4, 0.0, 0.5), (0, 0.0, 0.0))
-"""From so many passes over the text on: dropout, and that of n-grams. Of 0.3 MB and 1 MB of text read two to four times, tables
-without dropout are learned by heart and end up worse than none; half of their n-grams left out made the best of all variants. The
-blocks' own dropout cost half a per cent where 1 MB was read three times, and gained two where 0.3 MB was read thirteen times."""
+REGULARISATION: tuple[tuple[float, float, float | None], ...] = ((6, 0.2, None), (3, 0.1, 0.5), (1.4, 0.0, 0.5), (0, 0.0, 0.0))
+"""From so many passes over the text on: dropout, and that of n-grams; None: no tables of them. Of 1 MB read two to four times,
+tables without dropout are learned by heart and end up worse than none, and half of their n-grams left out made the best of all
+variants; read nine or ten times (0.3 MB and 1 MB), none at all left 1.3 % fewer bits per byte than that."""
 
 MOST_EPOCHS = 40
 """Passes over a text after which more of them teach nothing (Muennighoff et al. 2023, figure 3)."""
@@ -118,7 +119,8 @@ class _Draft:
     context: int = 256
     batch: int = 8
     dropout: float = 0.0
-    ngram_dropout: float = 0.0
+    ngram_dropout: float | None = 0.0
+    """None: no tables of n-grams."""
     every: int = 1_000_000
     epochs: int | None = None
     """Instead of minutes, where those would read the text too often."""
@@ -156,12 +158,13 @@ class _Draft:
         yield f"  n_head: {max(1, self.width // 64)}", "n_head"
         yield f"  n_embd: {self.width}", "n_embd"
         yield f"  context_length: {self.context}", "context_length"
-        yield "  ngram_embeddings: [2, 3]", "ngram_embeddings"
-        yield "  ngram_width: 64", "ngram_width"
-        if self.dropout:
-            yield f"  dropout: {self.dropout:g}", "dropout"
+        if self.ngram_dropout is not None:
+            yield "  ngram_embeddings: [2, 3]", "ngram_embeddings"
+            yield "  ngram_width: 64", "ngram_width"
         if self.ngram_dropout:
             yield f"  ngram_dropout: {self.ngram_dropout:g}", "ngram_dropout"
+        if self.dropout:
+            yield f"  dropout: {self.dropout:g}", "dropout"
         yield "training:", "training"
         if self.epochs is None:
             yield f"  minutes: {self.minutes:g}", "minutes"
@@ -296,7 +299,7 @@ def _priced(draft: _Draft, text: TextSize, budget: Budget) -> tuple[_Draft, Plan
         while plan.steps >= 2 * STEPS_ON_ACCELERATORS and plan.tokens_per_step < MOST_BATCH_TOKENS:
             draft = replace(draft, batch=2 * draft.batch)
             plan = _planned(draft, text, budget)
-    dropout, ngram_dropout = next(rates for epochs, *rates in REGULARISATION if plan.epochs >= epochs)
+    _, dropout, ngram_dropout = next(limit for limit in REGULARISATION if plan.epochs >= limit[0])
     evaluations = min(EVALUATIONS, int(EVALUATION_SHARE * 60 * budget.minutes / max(plan.evaluation_seconds, 1e-3)))
     every = max(1, math.ceil(plan.steps / max(1, evaluations)))
     draft = replace(draft, dropout=dropout, ngram_dropout=ngram_dropout, every=every)
@@ -333,6 +336,7 @@ def _reasons(draft: _Draft, plan: Plan, text: TextSize, look: _Look, budget: Bud
         "n_head": f"between too few parameters and too few tokens for {_minutes(budget)}:",
         "n_embd": f"this size reads {_short(plan.tokens)} tokens, {epochs}",
         "context_length": "tokens that the model looks back",
+        "preset": "without tables of n-grams: many passes fill them by heart" if draft.ngram_dropout is None else "",
         "ngram_embeddings": "tables of pairs and triples of tokens: nearly free, and worth a lot",
         "dropout": f"{epochs} would be learned by heart without it",
         "ngram_dropout": "tables learn by heart first of all",
