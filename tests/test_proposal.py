@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tinylm.errors import InputError
 from tinylm.processor import Processor
-from tinylm.proposal import SIZES, Budget, Proposal, expected_lack, propose
+from tinylm.proposal import MOST_EPOCHS, SIZES, Budget, Proposal, expected_lack, propose
 from tinylm.recipe import loads
 from tinylm.recipe.schema import BpeTokenizer, DataSection
+from tinylm.text import split
+from tinylm.text.sources import Corpus
 
 FAST = Processor(350e9, 27e9, 14e9, cores=2, has_amx=True)
 SLOW = Processor(35e9, 5e9, 3e9, cores=2, has_amx=False)
@@ -144,3 +147,44 @@ def test_a_text_too_short_and_a_budget_too_small_are_told(tmp_path: Path, text_f
         proposed(path)
     with pytest.raises(InputError, match="not enough for 50 steps"):
         proposed(text_file, minutes=0.01)
+
+
+def test_a_text_that_repeats_itself_into_few_tokens_is_too_short_whatever_the_minutes(tmp_path: Path) -> None:
+    path = tmp_path / "log.txt"
+    path.write_text(270 * "incomprehensibilities uncharacteristically\n", encoding="utf-8")
+    with pytest.raises(InputError, match="read 40 times, are fewer than 50 steps") as told:
+        proposed(path, minutes=10)
+    assert told.value.where == str(path)
+
+
+@pytest.mark.parametrize("devices", [3, 8, 16])
+def test_every_device_gets_as_many_sequences(devices: int, text_file: Path) -> None:
+    proposal = propose(DataSection(train=(str(text_file),)), Budget(5, "h100-sxm", devices))
+    assert proposal.recipe.training.global_batch_size % devices == 0
+
+
+def test_a_text_without_words_has_no_prompt_and_is_looked_through_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "dna.txt"
+    path.write_text("".join(np.random.default_rng(0).choice(list("ACGT"), 200_000)), encoding="utf-8")
+    assert proposed(path).recipe.sampling.prompts == ("",)
+
+
+def test_documents_whose_hashes_hold_out_too_much_or_nothing_are_cut_at_the_end_instead(tmp_path: Path, english: str) -> None:
+    size, found = len(english) // 20, {}
+    for round_ in range(8):
+        folder = tmp_path / str(round_)
+        folder.mkdir()
+        for number in range(20):
+            (folder / f"{number}.txt").write_text(f"{round_} {english[number * size : (number + 1) * size]}", encoding="utf-8")
+        recipe = proposed(folder).recipe
+        found[round_] = recipe.data.heldout.by  # type: ignore[union-attr]
+        with Corpus(recipe.data.train) as corpus:
+            hashes = split.scan(corpus.pieces()).hashes
+        held = int((hashes < np.uint64(0.1 * 2**64)).sum())
+        assert found[round_] == ("document" if 1 <= held <= 3 else "tail"), held
+    assert set(found.values()) == {"document", "tail"}
+
+
+def test_a_text_is_never_read_more_often_than_is_worth_it(text_file: Path) -> None:
+    for budget in (Budget(60, here=FAST), Budget(5, "h100-sxm", 1), Budget(60, "h100-sxm", 8)):
+        assert propose(DataSection(train=(str(text_file),)), budget).plan.epochs <= MOST_EPOCHS + 0.5

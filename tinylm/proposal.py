@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Literal
 
 import yaml
@@ -76,8 +77,10 @@ MOST_EPOCHS = 40
 MOST_HELDOUT_BYTES, HELDOUT_BYTES_A_MINUTE = 2_000_000, 200_000
 EVALUATIONS, EVALUATION_SHARE = 5, 0.05
 """At most so many, and of the budget."""
-_WORDS = re.compile(r"[^\W\d_]+(?:[ ,]+[^\W\d_]+){2,4}")
+_WORDS = re.compile(r"\b[^\W\d_]{1,20}(?:[ ,]{1,3}[^\W\d_]{1,20}){2,4}\b")
 """A few words in a row: what the model is asked to go on from as it learns."""
+PROMPT_PIECES, PROMPT_CHARACTERS = 100, 100_000
+"""Where they are looked for: in the beginnings of so many pieces of the text."""
 FEWEST_STEPS, FEWEST_DOCUMENTS, FEWEST_BYTES = 50, 20, 10_000
 
 
@@ -218,7 +221,7 @@ def propose(
     draft = _fitted(replace(draft, vocab_size=text.vocab_size), text, budget)
     options = list(_options(draft, text, budget, sizes))
     if not options:
-        raise InputError(f"{_minutes(budget)} are not enough for {FEWEST_STEPS} steps of the smallest model", where="--minutes")
+        raise _no_option(replace(draft, layers=sizes[0][0], width=sizes[0][1]), text, budget)
     best, plan = min(options, key=lambda option: expected_lack(option[1]))
     best = replace(best, reasons=_reasons(best, plan, text, look, budget, len(options)))
     return Proposal(best.yaml, best.recipe, plan)
@@ -252,17 +255,32 @@ def _first_draft(name: str, data: DataSection, budget: Budget) -> tuple[_Draft, 
     """A recipe with the split that suits the text, and what was found of it."""
     with Corpus(data.train, field=data.field, errors=data.errors) as corpus:
         found = split.scan(corpus.pieces())
-        begun = (_WORDS.search(piece.text) for piece in corpus.pieces())
+        begun = (_WORDS.search(piece.text[:PROMPT_CHARACTERS]) for piece in islice(corpus.pieces(), PROMPT_PIECES))
         prompt = next((match[0] for match in begun if match), "")
     if not found.characters:
         raise InputError("the text is empty", where=describe(data.train))
     share = float(f"{min(0.1, budget.minutes * HELDOUT_BYTES_A_MINUTE / found.bytes, MOST_HELDOUT_BYTES / found.bytes):.1g}")
-    alike = found.lengths.max() <= share * found.characters / 2
-    by: Literal["document", "tail"] = "document" if found.documents >= FEWEST_DOCUMENTS and alike else "tail"
+    alike = found.documents >= FEWEST_DOCUMENTS and found.lengths.max() <= share * found.characters / 2
+    by: Literal["document", "tail"] = "document" if alike and _holds_out(found, share) else "tail"
     look = _Look(found.bytes, found.documents, int(found.bytes * (1 - share)), int(found.bytes * share))
     if look.train_bytes < FEWEST_BYTES:
         raise InputError(f"{found.bytes:,} bytes are too few to learn from", where=describe(data.train), hint="use more text")
-    return _Draft(name, data, share, by, budget.minutes, prompt[:40]), look
+    return _Draft(name, data, share, by, budget.minutes, prompt[:40], batch=_batch(CPU_BATCH_TOKENS // 256, budget)), look
+
+
+def _holds_out(found: split.Scan, share: float) -> bool:
+    """Whether the hashes of documents hold out as much as is wanted, give or take a half."""
+    try:
+        boundaries = split.by_document(found, share).boundaries
+    except InputError:
+        return False
+    held = int(found.lengths[boundaries == 0].sum())
+    return 0.5 <= held / (share * found.characters) <= 1.5
+
+
+def _batch(sequences: int, budget: Budget) -> int:
+    """At least so many that each device has as many as the others."""
+    return math.ceil(sequences / budget.devices) * budget.devices
 
 
 def _vocab_size(entries: float) -> int:
@@ -276,7 +294,7 @@ def _fitted(draft: _Draft, text: TextSize, budget: Budget) -> _Draft:
     context = 256 if budget.accelerator is None or text.train_tokens < LONG_TEXT_TOKENS else 1024
     while context > 16 and (text.train_tokens < 32 * context or text.heldout_tokens < 2 * context):
         context //= 2
-    return replace(draft, context=context, batch=CPU_BATCH_TOKENS // context)
+    return replace(draft, context=context, batch=_batch(CPU_BATCH_TOKENS // context, budget))
 
 
 def _options(draft: _Draft, text: TextSize, budget: Budget, sizes: Sequence[tuple[int, int]]) -> Iterator[tuple[_Draft, Plan]]:
@@ -289,21 +307,38 @@ def _options(draft: _Draft, text: TextSize, budget: Budget, sizes: Sequence[tupl
             yield option, plan
 
 
+def _no_option(smallest: _Draft, text: TextSize, budget: Budget) -> InputError:
+    """Why not even the smallest size is worth considering."""
+    smallest, plan = _priced(smallest, text, budget)
+    if plan.steps >= FEWEST_STEPS:
+        return InputError("the smallest model does not fit into the memory", where="--hardware" if budget.accelerator else None)
+    if smallest.epochs is not None:
+        few = f"{text.train_tokens:,} tokens, read {smallest.epochs} times, are fewer than {FEWEST_STEPS} steps"
+        return InputError(few, where=describe(smallest.data.train), hint="use more text")
+    return InputError(f"{_minutes(budget)} are not enough for {FEWEST_STEPS} steps of the smallest model", where="--minutes")
+
+
 def _priced(draft: _Draft, text: TextSize, budget: Budget) -> tuple[_Draft, Plan]:
-    """With batch, regularisation and evaluations that fit what the budget pays for."""
+    """With batch, end, regularisation and evaluations that fit what the budget pays for."""
+    draft, plan = _ended(draft, text, budget)
+    if budget.accelerator is not None:
+        while plan.steps >= 2 * STEPS_ON_ACCELERATORS and plan.tokens_per_step < MOST_BATCH_TOKENS:
+            draft, plan = _ended(replace(draft, batch=2 * draft.batch), text, budget)
+    _, dropout, ngram_dropout = next(limit for limit in REGULARISATION if plan.epochs >= limit[0])
+    draft, plan = _ended(replace(draft, dropout=dropout, ngram_dropout=ngram_dropout), text, budget)
+    evaluations = min(EVALUATIONS, int(EVALUATION_SHARE * 60 * budget.minutes / max(plan.evaluation_seconds, 1e-3)))
+    draft = replace(draft, every=max(1, math.ceil(plan.steps / max(1, evaluations))))
+    return draft, _planned(draft, text, budget)
+
+
+def _ended(draft: _Draft, text: TextSize, budget: Budget) -> tuple[_Draft, Plan]:
+    """With the minutes as its end, or as many epochs as are worth it where the minutes would pay for more."""
+    draft = replace(draft, epochs=None)
     plan = _planned(draft, text, budget)
     if plan.epochs > MOST_EPOCHS:
         draft = replace(draft, epochs=MOST_EPOCHS)
         plan = _planned(draft, text, budget)
-    if budget.accelerator is not None:
-        while plan.steps >= 2 * STEPS_ON_ACCELERATORS and plan.tokens_per_step < MOST_BATCH_TOKENS:
-            draft = replace(draft, batch=2 * draft.batch)
-            plan = _planned(draft, text, budget)
-    _, dropout, ngram_dropout = next(limit for limit in REGULARISATION if plan.epochs >= limit[0])
-    evaluations = min(EVALUATIONS, int(EVALUATION_SHARE * 60 * budget.minutes / max(plan.evaluation_seconds, 1e-3)))
-    every = max(1, math.ceil(plan.steps / max(1, evaluations)))
-    draft = replace(draft, dropout=dropout, ngram_dropout=ngram_dropout, every=every)
-    return draft, _planned(draft, text, budget)
+    return draft, plan
 
 
 def _planned(draft: _Draft, text: TextSize, budget: Budget) -> Plan:
