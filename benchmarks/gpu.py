@@ -276,8 +276,8 @@ class Training:
         with products(mode, precision):
             loss = accumulate(self.network, self.objective, batch, size // side.parts, precision, scaler)
         scaler.unscale_(self.optimizers)  # type: ignore[arg-type]  # groups and a step are all it needs
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
-        scaler.step(self.optimizers)  # type: ignore[arg-type]
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizers.step(torch.stack((loss, norm)).isfinite().all())
         scaler.update()
         return loss
 

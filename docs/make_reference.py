@@ -82,8 +82,8 @@ def default(section: type[Section], key: str) -> str:
         values = {preset: written(parts[key]) for preset, parts in PRESETS.items()}
         alike = len(set(values.values())) == 1
         return values["modern"] if alike else ", ".join(f"{preset} {value}" for preset, value in values.items())
-    value = section.model_fields[key].default
-    return "" if value is PydanticUndefined else written(value)
+    field = section.model_fields[key]
+    return "required" if field.is_required() else "" if field.default is PydanticUndefined else written(field.default)
 
 
 def written(value: Any) -> str:
@@ -103,8 +103,8 @@ def name_of(section: type[Section]) -> str | None:
     return None
 
 
-def table(place: str, section: type[Section], links: dict[str, str], shown: set[str]) -> list[str]:
-    """A row for each key that `shown` does not hold yet."""
+def table(place: str, section: type[Section], links: dict[str, str]) -> list[str]:
+    """A row for each key."""
     meaning, lines = meanings(section), []
     for key, field in section.model_fields.items():
         annotation = field.rebuild_annotation()
@@ -112,10 +112,7 @@ def table(place: str, section: type[Section], links: dict[str, str], shown: set[
             continue  # the name of the section itself
         path = f"{place}.{key}" if place else key
         may_be = links.get(path) or allowed(annotation)
-        line = f"| `{key}` | {default(section, key)} | {may_be} | {meaning.get(key, '')} |"
-        if line not in shown:
-            lines.append(line)
-            shown.add(line)
+        lines.append(f"| `{key}` | {default(section, key)} | {may_be} | {meaning.get(key, '')} |")
     return ["| key | default | may be | |", "|---|---|---|---|", *lines, ""] if lines else []
 
 
@@ -126,11 +123,10 @@ def chapter(sections: dict[str, tuple[type[Section], ...]], before: Iterable[str
     lines: list[str] = []
     for place, kinds in sections.items():
         lines += [f"### {place}", ""] if place else []
-        shown: set[str] = set()
         for kind in kinds:
             name = name_of(kind) if len(kinds) > 1 else None
             about = inspect.cleandoc(kind.__dict__.get("__doc__") or "")
-            lines += [f"**{name}**: {about}" if name else about, "", *table(place, kind, links, shown)]
+            lines += [f"**{name}**: {about}" if name else about, "", *table(place, kind, links)]
     return lines
 
 
@@ -139,7 +135,7 @@ def page() -> str:
         "# Every key of a recipe",
         "",
         "Made from the schema by `python docs/make_reference.py`. `--set SECTION.KEY=VALUE` changes one on the command line. A key",
-        "that is not here is refused. Where a section has several kinds, what they share stands with the first.",
+        "that is not here is refused.",
         "",
         "## Language models",
         "",

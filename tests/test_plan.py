@@ -382,3 +382,16 @@ def test_advice_is_for_the_recipe_s_model_text_and_compute() -> None:
     best = one.compute_optimal
     assert 6 * best.parameters_for_flops * best.tokens_for_flops == pytest.approx(one.flops, rel=1e-3)
     assert best.unique_tokens == 100_000
+
+
+def test_low_rank_additions_cost_less_memory_and_time_than_all_weights() -> None:
+    whole = {"data": {"train": "a.txt"}, "training": {"steps": 10, "optimizer": "adamw", "compile": False, "precision": "fp32"}}
+    low = {**whole, "model": {"init_from": "runs/a"}, "training": {**whole["training"], "lora": {"rank": 8}}}  # type: ignore[dict-item]
+    machine = Processor(100e9, 20e9, 10e9, cores=2, has_amx=False)
+    full, added = (make_plan(Recipe.model_validate(each), 8192, 100_000, here=machine) for each in (whole, low))
+    head = 4 * 8192 * 384
+    assert full.memory_bytes.activations - added.memory_bytes.activations == head  # whose gradient nobody wants
+    assert added.memory_bytes.gradients < full.memory_bytes.gradients / 10
+    assert added.flops == pytest.approx(2 / 3 * full.flops, rel=0.15)
+    assert added.seconds_per_step < full.seconds_per_step
+    assert added.mfu < 1

@@ -29,8 +29,8 @@ def test_the_page_is_what_the_schema_says(reference: ModuleType) -> None:
 
 def test_every_key_of_a_recipe_is_there_with_a_meaning(reference: ModuleType) -> None:
     rows = [line.split(" | ") for line in reference.page().splitlines() if line.startswith("| `")]
-    meanings = {key.strip("|` "): rest[-1].strip(" |") for key, *rest in rows}
     sections = {"data", "tokenizer", "model", "training", "evaluation", "checkpoint", "sampling", "vocabulary", "method", "watch"}
-    assert [key for key, meaning in meanings.items() if not meaning and key not in sections] == []
+    keys = [key.strip("|` ") for key, *_ in rows]
+    assert [key for key, (*_, meaning) in zip(keys, rows, strict=True) if not meaning.strip(" |") and key not in sections] == []
     recipe = Recipe.model_validate({"data": {"train": "a.txt"}, "training": {"steps": 1}}).as_dict()
-    assert {key.rsplit(".", 1)[-1] for key in flattened(recipe)} - {"kind", "name"} <= set(meanings)
+    assert {key.rsplit(".", 1)[-1] for key in flattened(recipe)} - {"kind", "name"} <= set(keys)

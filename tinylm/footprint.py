@@ -21,6 +21,8 @@ LOSS_BYTES = {"cpu": 16 << 20, "gpu": 512 << 20}
 """Logits that the training loss makes at a time: what a processor's cache holds, or enough rows to fill a GPU."""
 LOSS_ROWS = 512
 """At least so many rows of logits at a time: products of fewer are slower, and read the head's gradient more often."""
+LOSS_ROWS_OF_HALVES = 4096
+"""In float16 at most so many: the gradients of more, summed, could pass its 65504 whatever the scale of the loss."""
 EVALUATION_TOKENS = 8192
 EVALUATION_LOGITS = 1 << 25
 """Most tokens and logits of an evaluation's batch, as `tinylm.evaluation.perplexity` has them."""
@@ -41,6 +43,8 @@ class Pass:
     on_gpu: bool = False
     recompute: bool = False
     """Activation checkpointing."""
+    frozen: bool = False
+    """Embedding and head need no gradient, as with LoRA."""
 
     @property
     def e(self) -> int:
@@ -161,7 +165,7 @@ def kept_bytes(model: ModelSection, at: Pass) -> int:
     With `recompute` only what blocks read, and what is outside them.
     """
     tokens = at.sequences * model.context_length
-    head = 4 * at.vocab_size * model.n_embd
+    head = 0 if at.frozen else 4 * at.vocab_size * model.n_embd
     if at.recompute:
         bare = model.norm == "rmsnorm" and not model.norm_gain and at.s == 4 and not at.on_gpu and not model.dropout
         inputs = model.n_layer - (1 if model.embedding_norm and bare else 0)  # the first one is what that norm keeps
@@ -183,10 +187,12 @@ def loss_bytes(model: ModelSection, at: Pass) -> int:
     """What the loss needs beside what it keeps: the hidden states, a chunk of logits, the head in 16 bits."""
     tokens = at.sequences * model.context_length
     chunk = max(LOSS_ROWS, LOSS_BYTES["gpu" if at.on_gpu else "cpu"] // (4 * at.vocab_size))
-    copies = 4 + (at.e if at.e < 4 else 0)  # float32 beside the product, or its own slopes, in 16 bits
+    if at.precision == "fp16":
+        chunk = min(chunk, LOSS_ROWS_OF_HALVES)
+    copies = 8 if at.on_gpu else 4 + (at.e if at.e < 4 else 0)  # in float32; in 16 bits beside the product, or its own slopes
     if model.logit_softcap is not None:
-        copies = 8  # and what the cap is computed from
-    head = 2 * at.vocab_size * model.n_embd * 2 if at.e < 4 else 0  # the weights, and the gradient of a chunk
+        copies = 12 if at.on_gpu else 8  # and what the cap is computed from
+    head = (1 if at.frozen else 2) * at.vocab_size * model.n_embd * 2 if at.e < 4 else 0  # the weights, and the gradient of a chunk
     return tokens * model.n_embd * at.s + min(chunk, tokens) * at.vocab_size * copies + head
 
 

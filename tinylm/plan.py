@@ -156,10 +156,14 @@ def flops_per_token(model: ModelSection, vocab_size: int, lora: LoraSection | No
 
     With `lora` 4 for the weights that stay as they are, which need no gradient, and 6 for the additions.
     """
-    counts = parameter_counts(model, vocab_size)
     attention = 6 * model.n_layer * model.context_length * model.n_head * model.head_width
-    products = counts["matrices"] + vocab_size * model.n_embd
-    return (6.0 * products if lora is None else 4.0 * products + 6.0 * lora_parameters(model, lora)) + attention
+    return _weight_flops_per_token(model, vocab_size, lora) + attention
+
+
+def _weight_flops_per_token(model: ModelSection, vocab_size: int, lora: LoraSection | None) -> float:
+    """All but attention's own products."""
+    weights = parameter_counts(model, vocab_size)["matrices"] + vocab_size * model.n_embd
+    return 6.0 * weights if lora is None else 4.0 * weights + 6.0 * lora_parameters(model, lora)
 
 
 def training_steps(training: TrainingSection, context_length: int, train_tokens: int) -> int | None:
@@ -210,7 +214,12 @@ def memory(
     muon = isinstance(recipe.training.optimizer, MuonOptimizer)
     slots = 2 * trained - (counts["matrices"] if muon else 0)
     one_pass = footprint.Pass(
-        vocab_size, micro_batch_size, precision, on_gpu=on_gpu, recompute=recipe.training.activation_checkpointing
+        vocab_size,
+        micro_batch_size,
+        precision,
+        on_gpu=on_gpu,
+        recompute=recipe.training.activation_checkpointing,
+        frozen=lora is not None,
     )
     activations = footprint.activation_bytes(model, one_pass)
     update = footprint.muon_bytes(model, half=half_updates) if muon else 0
@@ -423,6 +432,8 @@ def _here(recipe: Recipe, vocab_size: int, steps: int | None, measured: Processo
         left = None if training.minutes is None else 60 * training.minutes
         compiled = cpp_compiler() is not None and compiling_pays(seconds(precision).passes, left, steps, "cpu")
     plain = seconds("fp32").passes / (training.global_batch_size * recipe.model.context_length)
+    if training.activation_checkpointing:
+        plain *= 3 / 4  # an evaluation does not compute again
     return _Pace(
         name="cpu",
         memory_bytes=host,
@@ -450,10 +461,12 @@ def cpu_seconds(
     counts = parameter_counts(model, vocab_size)
     tokens = training.global_batch_size * model.context_length
     passes = training.global_batch_size // micro_batch_size
-    products = 6.0 * (counts["matrices"] + vocab_size * model.n_embd)
+    products = _weight_flops_per_token(model, vocab_size, training.lora)
     muon = counts["matrices"] if isinstance(training.optimizer, MuonOptimizer) else 0
-    moved = sum(counts.values()) * (_ADAMW_BYTES + 12 * (passes - 1)) + muon * (_MUON_BYTES - 28)
-    moved += 4 * passes * (counts["embedding"] + counts["positions"] + counts["tables"])  # zeros, before few rows are added
+    trained = lora_parameters(model, training.lora) if training.lora else sum(counts.values())
+    moved = trained * (_ADAMW_BYTES + 12 * (passes - 1)) + muon * (_MUON_BYTES - 28)
+    if training.lora is None:  # gradients of what is looked up begin as zeros, to which few rows are added
+        moved += 4 * passes * (counts["embedding"] + counts["positions"] + counts["tables"])
     again = 4 / 3 if training.activation_checkpointing else 1.0  # forward twice, backward once: backward counts double
     half = _half_updates(recipe, machine.has_amx)
     blocks = model.n_layer * processor.query_blocks(training.global_batch_size, model.n_head, model.context_length)
@@ -527,7 +540,7 @@ def _there(recipe: Recipe, vocab_size: int, steps: int | None, accelerator: Acce
             matmul_flops=again * tokens * flops_per_token(model, vocab_size, training.lora) + muon_flops,
             matmul_bytes=again * tokens * hardware.matmul_bytes(model, vocab_size, sheet),
             elementwise_bytes=again * tokens * _elementwise_bytes(model, vocab_size, precision, compiled=compiled),
-            state_bytes=hardware.state_bytes(parameters, passes, sheet) + muon * (_MUON_BYTES - 28),
+            state_bytes=hardware.state_bytes(trained, passes, sheet) + muon * (_MUON_BYTES - 28),
             gradient_bytes=4 * trained,
         ).total
         orders = len(model.ngram_embeddings)

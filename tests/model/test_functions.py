@@ -136,7 +136,12 @@ def _plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | No
 
 @pytest.mark.parametrize("cap", CAPS)
 @pytest.mark.parametrize("chunk", [1, 3, 7, 100])
-def test_the_summed_loss_is_cross_entropy_over_the_targets_that_count(chunk: int, cap: float | None) -> None:
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_the_summed_loss_is_cross_entropy_over_the_targets_that_count(
+    chunk: int, cap: float | None, elsewhere: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if elsewhere:
+        monkeypatch.setattr(functions, "_left_to_others", lambda x: True)
     hidden, weight = _random(N, C), _random(V, C, seed=1)
     ours = _both(lambda h, w: summed_cross_entropy(h, w, TARGETS, cap, chunk), hidden, weight)
     _near(ours, _both(lambda h, w: _plain_loss(h, w, TARGETS, cap), hidden, weight), 1e-12)

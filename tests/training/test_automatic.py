@@ -54,6 +54,27 @@ def test_a_cpu_with_fast_bfloat16_takes_what_is_clearly_faster_for_this_model(
     assert _decided(recipe).training.precision == chosen
 
 
+def test_memory_that_runs_out_in_compiled_blocks_is_left_to_the_trainer(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks that are compiled train four sequences at most."""
+
+    def compiled(block: nn.Module, **options: object) -> None:
+        def call(x: torch.Tensor, *inputs: Any, **more: Any) -> Any:
+            if len(x) > 4 and torch.is_grad_enabled():
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return block.forward(x, *inputs, **more)
+
+        block._compiled_call_impl = call
+
+    monkeypatch.setattr(nn.Module, "compile", compiled)
+    settings = ("training.compile=on", "training.global_batch_size=8", "training.micro_batch_size=8", "training.steps=3")
+    reporter = CollectingReporter()
+    result = train(tiny_recipe(text_file, "modern", *settings), tmp_path / "run", device="cpu", reporter=reporter)
+    assert result.step == 3
+    assert any("does not fit into memory" in note for note in reporter.notes)
+
+
 def test_a_resumed_training_goes_on_uncompiled_where_compiling_fails_now(text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn.Module, "compile", _broken)
     recipe, reporter = tiny_recipe(text_file, "modern", "training.compile=on"), CollectingReporter()

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 
+from tinylm.footprint import LOSS_ROWS_OF_HALVES
+
 
 def _left_to_others(x: Tensor) -> bool:
     return x.device.type != "cpu" or torch.compiler.is_compiling()
@@ -139,10 +141,6 @@ def relu_squared(x: Tensor) -> Tensor:
     return squared
 
 
-_MOST_ROWS_OF_HALVES = 4096
-"""The gradients of more rows, summed in float16, could pass its 65504 whatever the scale of the loss."""
-
-
 class _SummedCrossEntropy(torch.autograd.Function):
     """The gradient is made together with the loss, chunk by chunk: what is kept is as large as hidden states and weights."""
 
@@ -151,7 +149,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None, chunk: int, dtype: torch.dtype
     ) -> Tensor:
         if dtype == torch.float16:
-            chunk = min(chunk, _MOST_ROWS_OF_HALVES)
+            chunk = min(chunk, LOSS_ROWS_OF_HALVES)
         matrix = weight.detach().to(dtype)
         total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
         hidden_gradient = torch.empty_like(hidden) if hidden.requires_grad else None
@@ -183,9 +181,9 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
 
 def _losses_and_slopes(logits: Tensor, targets: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
-    """Losses (N,) of raw logits (N, V), and their derivatives (N, V), both zero where the target is negative.
+    """Losses (N,) of raw logits (N, V), and their derivatives (N, V), both times zero where the target is negative.
 
-    Derivatives take the place of logits: a second copy costs more than a pass of arithmetic.
+    On a CPU the derivatives take the place of the logits, where a second copy costs more than a pass of arithmetic.
     """
     counted = targets >= 0
     rows = targets.clamp_min(0).unsqueeze(1)
@@ -194,11 +192,16 @@ def _losses_and_slopes(logits: Tensor, targets: Tensor, cap: float | None) -> tu
     if cap is not None:
         squashed = logits.div_(cap).tanh_()
         logits = squashed * cap
-    logits.sub_(logits.amax(dim=-1, keepdim=True))
-    wanted = logits.gather(1, rows)
-    total = logits.exp_().sum(dim=-1, keepdim=True)
-    losses = (total.log() - wanted).squeeze(1).mul_(counted)
-    slopes = logits.mul_(counted.unsqueeze(1) / total)
+    if _left_to_others(logits):
+        slopes = torch.log_softmax(logits, dim=-1)
+        losses = slopes.gather(1, rows).squeeze(1).neg_().mul_(counted)
+        slopes.exp_().mul_(counted.unsqueeze(1))
+    else:
+        logits.sub_(logits.amax(dim=-1, keepdim=True))
+        wanted = logits.gather(1, rows)
+        total = logits.exp_().sum(dim=-1, keepdim=True)
+        losses = (total.log() - wanted).squeeze(1).mul_(counted)
+        slopes = logits.mul_(counted.unsqueeze(1) / total)
     slopes.scatter_add_(1, rows, -counted.to(slopes.dtype).unsqueeze(1))
     if squashed is not None:
         slopes.mul_(squashed.square_().neg_().add_(1))

@@ -16,6 +16,7 @@ from tinylm.recipe.values import (
     LORA_TARGETS,
     Alphabet,
     Betas,
+    Characters,
     ClipNorm,
     Count,
     CountOrAuto,
@@ -155,7 +156,7 @@ class UnigramTokenizer(VocabularyTokenizer):
     """Longest run of digits in one piece, as for bpe."""
     longest_token: Count = 16
     """Most characters in a piece."""
-    alphabet: Alphabet = "text"
+    alphabet: Characters = "text"
     """Characters that are pieces of their own: text, a number, or the characters."""
     byte_fallback: Flag = True
     """Other characters become bytes; false: the unknown token."""
@@ -171,7 +172,7 @@ class WordPieceTokenizer(VocabularyTokenizer):
     """Occurrences that a pair needs to be merged."""
     longest_token: OptionalCount = None
     """Most characters in a piece; null: no limit."""
-    alphabet: Alphabet = "text"
+    alphabet: Characters = "text"
     """Characters that are pieces of their own: text, a number, or the characters. A word with another is unknown."""
 
 
@@ -480,7 +481,7 @@ class TrainingSection(Section):
     epochs: OptionalPositive = None
     """Passes over the text, rounded up to whole steps."""
     minutes: OptionalPositive = None
-    """Wall-clock from the first step on, evaluation included; the schedule follows the clock."""
+    """Wall-clock of training, compiling and evaluating included; the schedule follows the clock."""
     global_batch_size: Count = 64
     """Sequences per optimiser step."""
     micro_batch_size: CountOrAuto = "auto"

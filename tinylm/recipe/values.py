@@ -185,6 +185,7 @@ Sources = Annotated[tuple[str, ...], _checked(_sources, "a SOURCE (a file, folde
 Targets = Annotated[tuple[str, ...], _checked(_targets, f"a list of {', '.join(LORA_TARGETS)}")]
 Texts = Annotated[tuple[str, ...], _checked(_texts, "a text or a list of texts")]
 Alphabet = Annotated[int | str, _checked(_alphabet, "bytes, text, a number of characters, or the characters themselves")]
+Characters = Annotated[int | str, _checked(_alphabet, "text, a number of characters, or the characters themselves")]
 Normalizations = Annotated[
     tuple[str, ...], _checked(_normalizations, f"none or some of {', '.join(NORMALIZATIONS)}, in the order in which they apply")
 ]

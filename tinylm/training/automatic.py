@@ -110,6 +110,7 @@ def _micro_batch(recipe: Recipe, network: Transformer, precision: Precision, dev
     else:
         memory, most_tokens = plan.host_memory_bytes() // devices, plan.CPU_MICRO_BATCH_TOKENS
     half = precision.name != "fp32"
+    recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"precision": precision.name})})
     return plan.choose_micro_batch(recipe, network.vocab_size, memory, most_tokens, half=half, devices=devices)
 
 

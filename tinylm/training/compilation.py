@@ -64,7 +64,8 @@ class Trial:
 def compile_blocks(network: Transformer, trial: Trial, *, demanded: bool, reporter: Reporter) -> float:
     """Compile every block, in place, and run one micro-batch. The blocks share what the first compiles. The seconds it took.
 
-    Where that fails: `WorkError` when it was demanded, else a warning, and 0.
+    Where that fails: `WorkError` when it was demanded, else a warning, and 0. Memory that runs out is left to the trainer, which
+    halves the micro-batch.
     """
     start = time.perf_counter()
     for block in network.blocks:
@@ -73,7 +74,8 @@ def compile_blocks(network: Transformer, trial: Trial, *, demanded: bool, report
         trial.run()
     except Exception as error:  # the compiler's errors have no common class, and come from the tools it starts
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
-            raise
+            reporter.note("a micro-batch does not fit into memory; the first step will make it smaller")
+            return time.perf_counter() - start
         for block in network.blocks:
             block._compiled_call_impl = None
         network.zero_grad(set_to_none=True)
