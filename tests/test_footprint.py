@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from tinylm import footprint
 from tinylm.evaluation import perplexity
 from tinylm.footprint import Numbers, Pass, activation_bytes, evaluation_bytes, kept_bytes, matrix_shapes, muon_bytes
-from tinylm.model import transformer
+from tinylm.model import functions, transformer
 from tinylm.model.functions import summed_cross_entropy
 from tinylm.model.objective import CausalObjective
 from tinylm.model.transformer import Transformer
@@ -209,14 +209,24 @@ def test_the_height_of_a_pass_is_what_is_alive_at_once(preset: str, precision: N
 
 @pytest.mark.parametrize("cap", [None, 15.0])
 @pytest.mark.parametrize("rows", [200, 1000])
-def test_the_loss_holds_a_few_chunks_of_logits(cap: float | None, rows: int) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_the_loss_holds_a_few_chunks_of_logits(
+    cap: float | None, rows: int, precision: Numbers, on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(functions, "_left_to_others", lambda x: on_gpu)
+    monkeypatch.setitem(footprint.LOSS_BYTES, "gpu", footprint.LOSS_BYTES["cpu"])
     model = ModelSection.model_validate({"n_head": 1, "n_embd": 8, "context_length": rows, "logit_softcap": cap})
     hidden, weight = torch.randn(rows, 8, requires_grad=True), torch.randn(20_000, 8, requires_grad=True)
     targets = torch.randint(20_000, (rows,))
-    at = Pass(20_000, 1)
-    kept = 4 * (hidden.numel() + weight.numel())
-    alive = most_alive(lambda: summed_cross_entropy(hidden, weight, targets, cap, footprint.LOSS_ROWS))
-    assert footprint.loss_bytes(model, at) - 4 * hidden.numel() + kept == pytest.approx(alive, rel=0.05)
+    at = Pass(20_000, 1, precision, on_gpu=on_gpu)
+    kept = 4 * weight.numel() + (4 - at.s) * hidden.numel()  # the loss's own gradients, here in float32
+
+    def work() -> None:
+        with contextlib.nullcontext() if precision == "fp32" else torch.autocast("cpu", dtype=DTYPES[precision]):
+            summed_cross_entropy(hidden, weight, targets, cap, footprint.LOSS_ROWS)
+
+    assert footprint.loss_bytes(model, at) + kept == pytest.approx(most_alive(work), rel=0.05)
 
 
 @pytest.mark.parametrize("half", [True, False])
