@@ -11,7 +11,17 @@ import pytest
 
 from tinylm.errors import InputError
 from tinylm.processor import Processor
-from tinylm.proposal import MOST_EPOCHS, SIZES, Budget, Proposal, expected_lack, propose
+from tinylm.proposal import (
+    MOST_EPOCHS,
+    MOST_LEARNED_BY_HEART,
+    PASSES_OF_SHORT_TEXTS,
+    SIZES,
+    STEPS_ON_ACCELERATORS,
+    Budget,
+    Proposal,
+    expected_lack,
+    propose,
+)
 from tinylm.recipe import loads
 from tinylm.recipe.schema import BpeTokenizer, DataSection
 from tinylm.text import split
@@ -30,14 +40,14 @@ def width(proposal: Proposal) -> int:
     return proposal.recipe.model.n_embd
 
 
-def test_more_time_never_means_a_smaller_model(text_file: Path) -> None:
-    widths = [width(proposed(text_file, minutes=minutes)) for minutes in (0.5, 5, 50)]
+def test_more_time_never_means_a_smaller_model() -> None:
+    widths = [width(proposed("builtin:python-docs", minutes=minutes)) for minutes in (0.5, 5, 50)]
     assert widths == sorted(widths)
     assert widths[0] < widths[-1]
 
 
-def test_a_slower_machine_gets_a_smaller_model_or_fewer_steps(text_file: Path) -> None:
-    fast, slow = proposed(text_file), proposed(text_file, here=SLOW)
+def test_a_slower_machine_gets_a_smaller_model_or_fewer_steps() -> None:
+    fast, slow = proposed("builtin:python-docs"), proposed("builtin:python-docs", here=SLOW)
     assert width(slow) <= width(fast)
     assert slow.plan.steps * width(slow) < fast.plan.steps * width(fast)
     assert (fast.plan.precision, slow.plan.precision) == ("bf16", "fp32")
@@ -78,19 +88,22 @@ def test_the_held_out_text_is_no_larger_than_the_budget_lets_it_be_measured() ->
     assert short.plan.evaluation_seconds <= 0.06 * 12
 
 
-def test_an_accelerator_gets_a_larger_model_in_larger_batches(text_file: Path) -> None:
+def test_an_accelerator_gets_a_larger_model_and_for_many_steps_larger_batches(tmp_path: Path, english: str) -> None:
     here = proposed("builtin:python-docs")
     there = propose(DataSection(train=("builtin:python-docs",)), Budget(5, "h100-sxm", devices=2))
     assert width(there) > width(here)
-    assert there.plan.tokens_per_step > here.plan.tokens_per_step
     assert there.plan.hardware == "h100-sxm"
     assert there.plan.devices == 2
+    path = tmp_path / "long.txt"
+    path.write_text(12 * english, encoding="utf-8")
+    longer = propose(DataSection(train=(str(path),)), Budget(60, "h100-sxm", devices=2))
+    assert longer.plan.tokens_per_step > here.plan.tokens_per_step
+    assert longer.plan.steps < 2 * STEPS_ON_ACCELERATORS
 
 
-def test_a_size_may_be_fixed_and_the_rest_is_chosen_for_it(text_file: Path) -> None:
-    small, large = (
-        propose(DataSection(train=(str(text_file),)), Budget(0.5, here=FAST), sizes=[size]) for size in ((2, 128), (7, 320))
-    )
+def test_a_size_may_be_fixed_and_the_rest_is_chosen_for_it() -> None:
+    data = DataSection(train=("builtin:python-docs",))
+    small, large = (propose(data, Budget(5, here=FAST), sizes=[size]) for size in ((2, 128), (7, 320)))
     models = [(proposal.recipe.model.n_layer, proposal.recipe.model.n_embd) for proposal in (small, large)]
     assert models == [(2, 128), (7, 320)]
     assert small.plan.epochs > large.plan.epochs
@@ -102,11 +115,23 @@ def test_every_size_of_the_ladder_has_heads_of_64() -> None:
     assert list(SIZES) == sorted(SIZES)
 
 
-def test_the_rule_prefers_more_tokens_and_more_parameters_and_knows_repetition(text_file: Path) -> None:
-    plan = proposed(text_file, minutes=1).plan
-    longer = proposed(text_file, minutes=2).plan
-    assert expected_lack(longer) < expected_lack(plan)
-    assert plan.compute_optimal.worth_tokens < plan.tokens
+def test_the_rule_prefers_more_tokens_and_larger_models_where_the_text_lasts() -> None:
+    data = DataSection(train=("builtin:python-docs",))
+    lacks = [expected_lack(proposed("builtin:python-docs", minutes=minutes).plan) for minutes in (1, 2, 4)]
+    assert lacks == sorted(lacks, reverse=True)
+    small, large = (propose(data, Budget(60, here=FAST), sizes=[size]).plan for size in ((2, 128), (4, 256)))
+    assert expected_lack(large) < expected_lack(small)
+
+
+def test_the_more_parameters_the_fewer_passes_before_a_text_is_learned_by_heart(text_file: Path) -> None:
+    data = DataSection(train=(str(text_file),))
+    smallest, larger = (propose(data, Budget(60, here=FAST), sizes=[size]) for size in ((2, 128), (3, 128)))
+    assert smallest.plan.epochs == pytest.approx(PASSES_OF_SHORT_TEXTS, rel=0.1)
+    parameters = larger.plan.flops / larger.plan.tokens / 6
+    assert larger.plan.epochs * parameters / larger.plan.compute_optimal.unique_tokens == pytest.approx(
+        MOST_LEARNED_BY_HEART, rel=0.1
+    )
+    assert "more passes do harm" in smallest.yaml
 
 
 def test_what_is_written_says_why_and_is_read_back_as_the_same_recipe(text_file: Path) -> None:
