@@ -377,7 +377,7 @@ def _reasons(draft: _Draft, plan: Plan, text: TextSize, look: _Look, budget: Bud
     return {
         "head": f"{describe(draft.data.train)}: {megabytes} in {documents}; {_minutes(budget)} on {machine}.\n"
         f"About {plan.steps:,} steps, {plan.tokens_per_second:,.0f} tokens a second in {plan.precision}. "
-        "What each key means: tinylm recipes, README.",
+        "What each key means: docs/recipe.md.",
         "heldout": f"{look.heldout_bytes / 1e3:,.0f} kB, "
         + ("whole documents, chosen by their hash" if draft.by == "document" else f"the end of it: {fewer}"),
         "vocab_size": f"each entry is to be met often enough to be learned; {text.train_tokens:,} tokens to learn from",
