@@ -36,7 +36,7 @@ others exponentiated twice. Fitted."""
 HALF_BLOCK_SECONDS = 130e-6
 """Of one core, for each block of queries whose gradient attention forms in bf16: its small products there have a fixed price,
 where float32's have not. Fitted; a profile of 48 heads by sequences of 64 positions gave 70 for each block of 32."""
-LAUNCH_SECONDS = 6e-6
+LAUNCH_SECONDS = 8e-6
 """Of the interpreter, for each kernel, forward and backward. Assumed, of 5 to 10 that are usual."""
 KERNELS = {"eager": 90, "compiled": 40}
 """Of a block, forward and backward, without views. Counted in a profile of the `modern` preset; compiled: assumed."""
