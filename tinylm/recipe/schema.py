@@ -215,7 +215,7 @@ class FileTokenizer(Section):
 
     kind: Literal["file"]
     path: str
-    """The file, or a folder that holds it."""
+    """The file."""
 
 
 def _tokenizer(value: object) -> object:
