@@ -53,8 +53,8 @@ tables learn by heart sooner."""
 
 BYTES_PER_ENTRY, BYTES_READ_PER_ENTRY = 2000, 2500
 """For each entry of the vocabulary, of the text and of what is read in all, repetitions counted: a token that is met more seldom is
-not learned. Of 1 MB read nine times, 512 entries (with dropout 0.2 for 0.1) left 4 % fewer bits per byte than 1024 or 2048; of Python's source 2048 left 2 %
-fewer than 4096 in two minutes."""
+not learned. Of 1 MB read nine times, 512 entries (and dropout 0.2 for 0.1) left 4 % fewer bits per byte than 1024 or 2048; of
+Python's source 2048 left 2 % fewer than 4096 in two minutes."""
 SMALLEST_VOCABULARY, LARGEST_VOCABULARY = 512, 32768
 BYTES_PER_TOKEN = 4
 """Before a tokenizer is there to tell."""
