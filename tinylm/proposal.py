@@ -73,9 +73,9 @@ LONG_TEXT_TOKENS = 10_000_000
 REGULARISATION: tuple[tuple[float, float, float | None], ...] = ((6, 0.2, None), (3, 0.1, 0.5), (0.6, 0.0, 0.5), (0, 0.0, 0.0))
 """From so many passes over the text on: dropout, and that of n-grams; None: no tables of them. Whole tables learn the names of each
 document by heart, and the blocks above them do not learn to look for them in the context: one and two passes over 12.6 MB
-with half of the n-grams left out needed 8 to 12 % fewer bits per byte than with all (0.65 of a pass 6 % fewer), 0.4 of a pass 1 %
-more. Of 1 MB read two to four times, half of them made the best of all variants; read nine or ten times (0.3 MB and 1 MB), no tables
-at all left 1.3 % fewer than that."""
+with half of the n-grams left out needed 8 to 12 % fewer bits per byte than with all (0.65 of a pass 6 % fewer), 0.4 of a pass
+1 % more. Of 1 MB read two to four times, half of them made the best of all variants; read nine or ten times (0.3 MB and 1 MB), no
+tables at all left 1.3 % fewer than that."""
 
 MOST_EPOCHS = 40
 """Passes over a text after which more of them teach nothing (Muennighoff et al. 2023, figure 3)."""
