@@ -11,6 +11,10 @@ if TYPE_CHECKING:  # a name that is no device is refused without waiting for tor
     import torch
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+_VECTOR_MATH = (
+    *("acos", "asin", "atan", "cos", "cosh", "erf", "erfc", "erfinv", "exp", "exp2", "expm1", "lgamma"),
+    *("log", "log10", "log1p", "log2", "rsqrt", "sin", "sinh", "sqrt", "tan", "tanh"),
+)
 
 
 def resolve(name: str) -> torch.device:
@@ -37,6 +41,21 @@ def set_threads(threads: int | None) -> None:
         import torch
 
         torch.set_num_threads(threads)
+
+
+def settle_vector_math() -> None:
+    """Call each function of one number once, alone, so that no result depends on how a process began.
+
+    MKL chooses its code for such a function when it is first called, and while two threads do that together one of them can
+    compute its half with code of less precision (https://github.com/pytorch/pytorch/issues/188792): one training in eight had
+    other cosines in its rotary positions, and other weights at the end. Takes a millisecond.
+    """
+    import torch
+
+    for dtype in (torch.float32, torch.float64):
+        number = torch.zeros(1, dtype=dtype)
+        for name in _VECTOR_MATH:
+            getattr(number, name)()
 
 
 def describe(device: torch.device) -> str:
