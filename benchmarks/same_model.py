@@ -45,7 +45,9 @@ def main() -> int:
     try:
         with tempfile.TemporaryDirectory() as folder:
             for number in range(arguments.runs):
-                fingerprint = weights_of(arguments.recipe, SHORT + arguments.overrides, arguments.threads, Path(folder, str(number)))
+                fingerprint = weights_of(
+                    arguments.recipe, SHORT + arguments.overrides, arguments.threads, Path(folder, str(number))
+                )
                 found[fingerprint] += 1
                 print(f"{number + 1:4}  {fingerprint}", flush=True)
     finally:

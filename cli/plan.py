@@ -56,16 +56,19 @@ def list_hardware(json: bool) -> None:
 def make(recipe: object, reporter: ConsoleReporter, hardware: str | None = None, devices: int = 1) -> Plan:
     """The plan of a recipe, its text read for the number of tokens; `hardware` None: on this machine's CPU."""
     from tinylm.data.estimate import measure_text
-    from tinylm.plan import make_plan
+    from tinylm.plan import BUSY, UNDISTURBED, make_plan
     from tinylm.recipe import Recipe
 
     assert isinstance(recipe, Recipe)
     text = measure_text(recipe.data, recipe.tokenizer, reporter)
     if not text.exact:
         reporter.note("the number of tokens is extrapolated from the first megabytes")
-    return make_plan(
+    planned = make_plan(
         recipe, text.vocab_size, text.train_tokens, heldout_tokens=text.heldout_tokens, accelerator=hardware, devices=devices
     )
+    if planned.undisturbed < UNDISTURBED:
+        reporter.warn(BUSY)
+    return planned
 
 
 def show_plan(planned: Plan, json: bool) -> None:

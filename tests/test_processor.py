@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
 
+from tinylm import processor
 from tinylm.processor import (
     AMX_SPEED_UP,
     HALF_BLOCK_SECONDS,
@@ -41,6 +43,7 @@ def test_a_step_computed_by_hand() -> None:
 def test_halves_multiply_faster_with_tiles_and_pay_for_small_products() -> None:
     half = step_seconds(MACHINE, replace(WORK, numbers="bf16"))
     assert half.matmul == pytest.approx(step_seconds(MACHINE, WORK).matmul / AMX_SPEED_UP)
+    assert MACHINE.peak("fp32") == MACHINE.product_flops("fp32") < MACHINE.product_flops("bf16") < MACHINE.peak("bf16")
     assert half.attention - step_seconds(MACHINE, WORK).attention == pytest.approx(100 * HALF_BLOCK_SECONDS / 2)
     assert step_seconds(replace(MACHINE, has_amx=False), replace(WORK, numbers="bf16")).matmul > 50 * half.matmul
 
@@ -74,6 +77,13 @@ def test_this_machine_is_measured() -> None:
     assert machine.bandwidth > 1e7
     assert machine.state_bandwidth > 1e7
     assert machine.cores >= 1
+    assert 0 < machine.undisturbed <= 1
+
+
+def test_what_else_the_machine_does_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread's clock that goes half as fast as the wall's: it had a core for half of the time."""
+    monkeypatch.setattr(processor.time, "thread_time", lambda: time.perf_counter() / 2)
+    assert measure(1 << 18, 1 << 18).undisturbed == pytest.approx(0.5, abs=0.01)
 
 
 def test_it_imports_without_torch() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from tinylm.errors import InputError
+from tinylm.plan import BUSY
 from tinylm.processor import Processor
 from tinylm.proposal import (
     MOST_EPOCHS,
@@ -24,6 +26,7 @@ from tinylm.proposal import (
 )
 from tinylm.recipe import loads
 from tinylm.recipe.schema import BpeTokenizer, DataSection
+from tinylm.reporting import CollectingReporter
 from tinylm.text import split
 from tinylm.text.sources import Corpus
 
@@ -44,6 +47,14 @@ def test_more_time_never_means_a_smaller_model() -> None:
     widths = [width(proposed("builtin:python-docs", minutes=minutes)) for minutes in (0.5, 5, 50)]
     assert widths == sorted(widths)
     assert widths[0] < widths[-1]
+
+
+@pytest.mark.parametrize(("undisturbed", "warnings"), [(0.97, []), (0.6, [BUSY])])
+def test_a_machine_that_was_busy_while_it_was_measured_is_told(undisturbed: float, warnings: list[str]) -> None:
+    reporter = CollectingReporter()
+    here = replace(FAST, undisturbed=undisturbed)
+    propose(DataSection(train=("builtin:python-docs",)), Budget(2, here=here), reporter=reporter)
+    assert reporter.warnings == warnings
 
 
 def test_a_slower_machine_gets_a_smaller_model_or_fewer_steps() -> None:

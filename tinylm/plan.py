@@ -33,6 +33,10 @@ COMPILING_SECONDS = {"cpu": 12.0, "cuda": 45.0}
 COMPILING_WORTH = 1.5
 """What is saved must be this many times the start-up."""
 
+UNDISTURBED = 0.9
+"""Left alone, measuring has a core for 98 % of its time and more; beside one busy process mostly for 70 to 87 %."""
+BUSY = "this machine is busy with something else: the times that were measured on it are less certain"
+
 TOKENS_PER_PARAMETER = 20
 """Of a compute-optimal training (Hoffmann et al. 2022, tables 2 and 3)."""
 EPOCHS_AS_GOOD_AS_NEW = 4
@@ -85,7 +89,8 @@ class Plan:
 
     With several devices `micro_batch_size`, `gradient_accumulation_steps` and `memory_bytes` are those of each.
     `seconds_estimate` is that of stepping, with the `start_up_seconds` of compiling; `evaluation_seconds` is that of all
-    evaluations together. `mfu`: share of the device's peak in this precision that the recipe's FLOPs are.
+    evaluations together. `mfu`: share of the device's peak in this precision that the recipe's FLOPs are. `undisturbed`: share of
+    the time of measuring that this machine gave to it; 1 where a data sheet was read instead.
     """
 
     parameters: int
@@ -109,6 +114,7 @@ class Plan:
     precision: Numbers
     compiled: bool
     mfu: float
+    undisturbed: float
     seconds_per_step: float
     tokens_per_second: float
     start_up_seconds: float
@@ -287,6 +293,7 @@ class _Pace:
     evaluation_seconds: float
     """Of one held-out token."""
     start_up_seconds: float
+    undisturbed: float = 1.0
 
 
 def make_plan(
@@ -359,6 +366,7 @@ def make_plan(
         precision=pace.precision,
         compiled=pace.compiled,
         mfu=per_token * tokens_per_step / (pace.step_seconds * devices * pace.peak_flops),
+        undisturbed=pace.undisturbed,
         seconds_per_step=pace.step_seconds,
         tokens_per_second=tokens_per_step / pace.step_seconds,
         start_up_seconds=pace.start_up_seconds,
@@ -444,6 +452,7 @@ def _here(recipe: Recipe, vocab_size: int, steps: int | None, measured: Processo
         half_updates=half_updates,
         step_seconds=seconds(precision, compiled).total,
         evaluation_seconds=plain / 3,
+        undisturbed=machine.undisturbed,
         start_up_seconds=COMPILING_SECONDS["cpu"] if compiled else 0.0,
     )
 

@@ -23,6 +23,8 @@ MATMUL_SHARE = 0.9
 """Share of the measured peak that the matrix products of a step reach. Fitted."""
 AMX_SPEED_UP = 4.7
 """How many times faster products are in bf16 where the processor has tiles for it: 1200 to 2100 GFLOP/s against 340 to 360."""
+AMX_PEAK_SPEED_UP = 6.9
+"""The same for the fastest of products, of matrices of 2048 x 2048 and more: 2200 GFLOP/s against numpy's 320."""
 EMULATED_SPEED_UP = 1 / 150
 """The same without: measured, 1 against 165 GFLOP/s."""
 ELEMENTWISE_SHARE = 0.25
@@ -65,12 +67,21 @@ class Processor:
     """Of arrays as large as the weights."""
     cores: int
     has_amx: bool
+    undisturbed: float = 1.0
+    """Share of the measuring during which it had a core: less than about 0.9 where the machine is busy with something else."""
+
+    def product_flops(self, numbers: Numbers) -> float:
+        """FLOP/s of a step's products in these numbers. float16 is taken to be as fast as float32, which was not measured."""
+        return self.matmul_flops * self._speed_up(numbers, AMX_SPEED_UP)
 
     def peak(self, numbers: Numbers) -> float:
-        """FLOP/s of products in these numbers. float16 is taken to be as fast as float32, which was not measured."""
+        """FLOP/s of the fastest products in these numbers."""
+        return self.matmul_flops * self._speed_up(numbers, AMX_PEAK_SPEED_UP)
+
+    def _speed_up(self, numbers: Numbers, with_amx: float) -> float:
         if numbers != "bf16":
-            return self.matmul_flops
-        return self.matmul_flops * (AMX_SPEED_UP if self.has_amx else EMULATED_SPEED_UP)
+            return 1.0
+        return with_amx if self.has_amx else EMULATED_SPEED_UP
 
 
 @dataclass(frozen=True)
@@ -118,10 +129,10 @@ def step_seconds(processor: Processor, work: Work) -> CpuSeconds:
     cores = min(processor.cores, MOST_CORES)
     half = work.numbers != "fp32"
     attention = work.scores * SCORE_SECONDS + (work.query_blocks * HALF_BLOCK_SECONDS if half else 0.0)
-    newton_schulz = work.newton_schulz_flops / (MATMUL_SHARE * processor.peak(work.newton_schulz_in))
+    newton_schulz = work.newton_schulz_flops / (MATMUL_SHARE * processor.product_flops(work.newton_schulz_in))
     moving = work.state_bytes / (STATE_SHARE * cores * processor.state_bandwidth)
     return CpuSeconds(
-        matmul=work.matmul_flops / (MATMUL_SHARE * processor.peak(work.numbers)),
+        matmul=work.matmul_flops / (MATMUL_SHARE * processor.product_flops(work.numbers)),
         elementwise=work.elementwise_bytes / (ELEMENTWISE_SHARE * cores * processor.bandwidth),
         attention=attention / processor.cores,
         launches=work.kernels * LAUNCH_SECONDS,
@@ -152,15 +163,18 @@ def measure(activation_bytes: int, weight_bytes: int) -> Processor:
     """This machine, in about 0.2 s; busy with something else, it is as slow as it then is."""
     import numpy as np
 
+    began, worked = time.perf_counter(), time.thread_time()
     ones = np.ones((_MATMUL_WIDTH, _MATMUL_WIDTH), dtype=np.float32)
-    multiply = _best(lambda: ones @ ones)
+    multiply = _best(lambda: ones @ ones, least=8)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    bandwidth, state_bandwidth = _bandwidth(activation_bytes), _bandwidth(weight_bytes)
     return Processor(
         matmul_flops=2 * _MATMUL_WIDTH**3 / multiply,
-        bandwidth=_bandwidth(activation_bytes),
-        state_bandwidth=_bandwidth(weight_bytes),
+        bandwidth=bandwidth,
+        state_bandwidth=state_bandwidth,
         cores=cores,
         has_amx=_has_amx(),
+        undisturbed=min(1.0, (time.thread_time() - worked) / (time.perf_counter() - began)),
     )
 
 
@@ -173,10 +187,10 @@ def _bandwidth(size: int) -> float:
     return 3 * left.nbytes / _best(lambda: np.add(left, right, out=into))
 
 
-def _best(work: Callable[[], object], most: float = 0.06) -> float:
-    """The least seconds that `work` took, of at least three times and until `most` seconds have passed."""
+def _best(work: Callable[[], object], least: int = 3, most: float = 0.06) -> float:
+    """The least seconds that `work` took, of at least `least` times and until `most` seconds have passed."""
     best, began, done = math.inf, time.perf_counter(), 0
-    while done < 3 or (done < 50 and time.perf_counter() - began < most):
+    while done < least or (done < 50 and time.perf_counter() - began < most):
         start = time.perf_counter()
         work()
         best = min(best, time.perf_counter() - start)

@@ -19,7 +19,7 @@ import yaml
 
 from tinylm.data.estimate import TextSize, measure_text
 from tinylm.errors import InputError
-from tinylm.plan import USABLE_MEMORY, Plan, make_plan, worth
+from tinylm.plan import BUSY, UNDISTURBED, USABLE_MEMORY, Plan, make_plan, worth
 from tinylm.processor import Processor
 from tinylm.recipe import Recipe, loads
 from tinylm.recipe.notation import Loader
@@ -232,6 +232,8 @@ def propose(
     options = list(_options(draft, text, budget, sizes))
     if not options:
         raise _no_option(replace(draft, layers=sizes[0][0], width=sizes[0][1]), text, budget)
+    if min(plan.undisturbed for _, plan in options) < UNDISTURBED:
+        reporter.warn(BUSY)
     best, plan = min(options, key=lambda option: expected_lack(option[1]))
     best = replace(best, reasons=_reasons(best, plan, text, look, budget, len(options)))
     return Proposal(best.yaml, best.recipe, plan)

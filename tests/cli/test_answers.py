@@ -11,6 +11,7 @@ import pytest
 from command import Here
 
 from tinylm.hardware import ACCELERATORS
+from tinylm.processor import Processor
 from tinylm.run import Run
 
 TRAIN = """run step steps tokens train_loss val_loss val_perplexity val_bits_per_byte best_step best_val_loss seconds train_seconds
@@ -219,6 +220,15 @@ def test_a_plan_for_a_machine_that_is_not_here(here: Here, recipe_file: Path) ->
     shown = here("plan", recipe_file, "--hardware", "h100-sxm", "--devices", 2).out
     assert "time on 2 h100-sxm" in shown
     assert "20 tokens a parameter" in shown
+
+
+@pytest.mark.parametrize(("undisturbed", "told"), [(0.5, True), (0.95, False)])
+def test_a_plan_of_a_busy_machine_says_so(
+    undisturbed: float, told: bool, here: Here, recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = Processor(350e9, 27e9, 14e9, cores=2, has_amx=False, undisturbed=undisturbed)
+    monkeypatch.setattr("tinylm.processor.measure", lambda *sizes: measured)
+    assert ("busy with something else" in here("plan", recipe_file).err) == told
 
 
 def test_a_plan_says_which_machines_and_which_batches_there_are(here: Here, recipe_file: Path) -> None:

@@ -38,11 +38,23 @@ def test_autocast_computes_products_in_what_the_name_says(name: str, dtype: torc
         assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == dtype
 
 
-def test_the_peak_is_the_flops_of_a_product_by_the_best_time_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock that says 2, 1, 4 and 3 seconds for products of 1024 x 1024 matrices: a product and a sum for each of 1024^3."""
-    times = iter([0.0, 2.0, 10.0, 11.0, 20.0, 24.0, 30.0, 33.0])
-    monkeypatch.setattr(precision.time, "perf_counter", lambda: next(times))
+@pytest.mark.parametrize(("clock", "fine"), [("thread_time", True), ("perf_counter", False)])
+def test_the_peak_is_the_flops_of_a_product_by_the_best_time_it_took(
+    clock: str, fine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock that says 2, 1, 4, 3, 2 and 2 seconds for products of 1024 x 1024 matrices, of 2 x 1024^3 operations."""
+    times = iter([0.0, 2.0, 10.0, 11.0, 20.0, 24.0, 30.0, 33.0, 40.0, 42.0, 50.0, 52.0])
+    monkeypatch.setattr(precision, "_threads_are_timed_finely", lambda: fine)
+    monkeypatch.setattr(precision.time, clock, lambda: next(times))
     assert precision.matmul_flops(Precision("fp32", CPU)) == 2 * 1024**3 / 1.0
+
+
+@pytest.mark.parametrize(("small", "large", "peak"), [(0.02, 0.05, 2 * 2048**3 / 0.05), (0.02, 0.5, 2 * 1024**3 / 0.02)])
+def test_where_products_are_quick_larger_ones_may_be_faster(
+    small: float, large: float, peak: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "_product_seconds", lambda width, numbers: {1024: small, 2048: large}[width])
+    assert precision.matmul_flops(Precision("bf16", CPU)) == peak
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16"])

@@ -13,7 +13,11 @@ from tinylm.reporting import Reporter
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PROBE_WIDTH = 256
-_PEAK_WIDTH = {"cpu": 1024, "cuda": 4096, "mps": 2048}
+_PEAK_WIDTHS = {"cpu": (1024, 2048), "cuda": (4096,), "mps": (2048,)}
+"""Of the matrices that tell the peak. A CPU gives some products of the smaller kind to one core alone, those in bf16."""
+_PRODUCTS = 6
+_PRODUCT_SECONDS = 0.03
+"""A product that takes longer needs no larger one."""
 
 
 @dataclass(frozen=True)
@@ -86,19 +90,39 @@ def _bf16_speed_up(device: torch.device) -> float:
 
 
 def matmul_flops(precision: Precision) -> float:
-    """FLOP/s of a large matrix product on the device in this precision (TF32 for fp32 on a GPU, as in training), measured."""
-    width = _PEAK_WIDTH[precision.device.type]
+    """FLOP/s of a large matrix product on the device in this precision (TF32 for fp32 on a GPU, as in training), measured.
+
+    On a CPU by the time that the product had a core, so that a machine that is busy counts as fast as it is.
+    """
+    best = 0.0
+    for width in _PEAK_WIDTHS[precision.device.type]:
+        seconds = _product_seconds(width, precision)
+        best = max(best, 2 * width**3 / seconds)
+        if seconds > _PRODUCT_SECONDS:
+            break
+    return best
+
+
+def _product_seconds(width: int, precision: Precision) -> float:
+    """The least of several products of matrices of this width."""
+    device = precision.device
+    clock = time.thread_time if device.type == "cpu" and _threads_are_timed_finely() else time.perf_counter
     generator = torch.Generator().manual_seed(0)  # GPUs multiply ones faster than numbers
-    matrix = torch.randn(width, width, generator=generator).to(precision.device, _DTYPES[precision.name])
+    matrix = torch.randn(width, width, generator=generator).to(device, _DTYPES[precision.name])
     best = float("inf")
     with precision.tf32():
-        for _ in range(4):
-            _wait(precision.device)
-            start = time.perf_counter()
+        for _ in range(_PRODUCTS):
+            _wait(device)
+            start = clock()
             matrix @ matrix
-            _wait(precision.device)
-            best = min(best, time.perf_counter() - start)
-    return 2 * width**3 / best
+            _wait(device)
+            best = min(best, clock() - start)
+    return best
+
+
+def _threads_are_timed_finely() -> bool:
+    """Windows counts a thread's time in steps of 16 milliseconds."""
+    return time.get_clock_info("thread_time").resolution < 1e-4
 
 
 def _wait(device: torch.device) -> None:
