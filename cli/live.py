@@ -33,12 +33,14 @@ class PlainView(Observer):
     def __init__(self, console: Console) -> None:
         self._console = console
         self._said = -_PLAIN_EVERY_SECONDS
+        self._first: StepEvent | None = None
 
     def step(self, event: StepEvent) -> None:
+        self._first = self._first or event
         if event.seconds - self._said < _PLAIN_EVERY_SECONDS and event.step > 1:
             return
         self._said = event.seconds
-        left = "" if event.step == 1 else f"  {duration(_left(event))} left"
+        left = "" if event.step == 1 else f"  {duration(_left(self._first, event))} left"
         self._console.print(
             f"step {event.step:>6}  {event.done:4.0%}  loss {event.loss:.4f}  {count(event.tokens_per_second)} tokens/s"
             f"  MFU {event.mfu:.0%}{left}",
@@ -147,7 +149,7 @@ class TerminalView(Observer):
     def _progress(self) -> RenderableType:
         last = self._steps[-1]
         waited = time.monotonic() - self._heard if self._live.is_started and not self._ended else 0.0
-        left = max(0.0, _left(last) - waited)
+        left = max(0.0, _left(self._steps[0], last) - waited)
         gone = f"{duration(last.seconds + waited)} gone, " if self._width() >= 70 else ""
         row = Table.grid(padding=(0, 2), expand=True)
         row.add_column()
@@ -194,8 +196,12 @@ class TerminalView(Observer):
         return draw_curves([(training, "cyan"), (heldout, "bright_yellow")], width, _CURVE_HEIGHT)
 
 
-def _left(event: StepEvent) -> float:
-    return event.seconds * (1 - event.done) / max(event.done, 1e-9)
+def _left(first: StepEvent, last: StepEvent) -> float:
+    """Seconds, at the pace since the first step that was heard of: compiling came before it, and comes once."""
+    seconds, done = last.seconds - first.seconds, last.done - first.done
+    if done <= 0:
+        seconds, done = last.seconds, max(last.done, 1e-9)
+    return seconds / done * (1 - last.done)
 
 
 def draw_curves(curves: Sequence[tuple[Sequence[tuple[float, float]], str]], width: int, height: int) -> RenderableType:

@@ -193,11 +193,11 @@ def sample(
         for record, one, score in found:
             out(json_module.dumps({**record, **_facts(one, tokenizer, score)}, ensure_ascii=False))
         return
-    written = [(one, score) for _, one, score in found]
     if json:
         document = {"run": str(opened.path), "checkpoint": chosen.name, "seed": seed}
-        print_json({**document, "samples": [_facts(one, tokenizer, score) for one, score in written]})
+        print_json({**document, "samples": [{**record, **_facts(one, tokenizer, score)} for record, one, score in found]})
         return
+    written = [(one, score) for _, one, score in found]
     if streaming:
         out("")
     else:

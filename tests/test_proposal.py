@@ -53,8 +53,9 @@ def test_more_time_never_means_a_smaller_model() -> None:
 def test_a_machine_that_was_busy_while_it_was_measured_is_told(undisturbed: float, warnings: list[str]) -> None:
     reporter = CollectingReporter()
     here = replace(FAST, undisturbed=undisturbed)
-    propose(DataSection(train=("builtin:python-docs",)), Budget(2, here=here), reporter=reporter)
+    proposal = propose(DataSection(train=("builtin:python-docs",)), Budget(2, here=here), reporter=reporter)
     assert reporter.warnings == warnings
+    assert ("# The machine was busy" in proposal.yaml) == bool(warnings)
 
 
 def test_a_slower_machine_gets_a_smaller_model_or_fewer_steps() -> None:

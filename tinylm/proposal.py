@@ -59,6 +59,7 @@ Python's source 2048 left 2 % fewer than 4096 in two minutes."""
 SMALLEST_VOCABULARY, LARGEST_VOCABULARY = 512, 32768
 BYTES_PER_TOKEN = 4
 """Before a tokenizer is there to tell."""
+BUSY_HEAD = "\nThe machine was busy with something else while it was measured: left alone it may deserve a larger model."
 
 CPU_BATCH_TOKENS = 2048
 PASSES_OF_SHORT_TEXTS, STEPS_OF_SHORT_TEXTS = 12, 200
@@ -232,10 +233,11 @@ def propose(
     options = list(_options(draft, text, budget, sizes))
     if not options:
         raise _no_option(replace(draft, layers=sizes[0][0], width=sizes[0][1]), text, budget)
-    if min(plan.undisturbed for _, plan in options) < UNDISTURBED:
+    busy = min(plan.undisturbed for _, plan in options) < UNDISTURBED
+    if busy:
         reporter.warn(BUSY)
     best, plan = min(options, key=lambda option: expected_lack(option[1]))
-    best = replace(best, reasons=_reasons(best, plan, text, look, budget, len(options)))
+    best = replace(best, reasons=_reasons(best, plan, text, look, budget, len(options), busy))
     return Proposal(best.yaml, best.recipe, plan)
 
 
@@ -372,7 +374,7 @@ def _planned(draft: _Draft, text: TextSize, budget: Budget) -> Plan:
     )
 
 
-def _reasons(draft: _Draft, plan: Plan, text: TextSize, look: _Look, budget: Budget, options: int) -> dict[str, str]:
+def _reasons(draft: _Draft, plan: Plan, text: TextSize, look: _Look, budget: Budget, options: int, busy: bool) -> dict[str, str]:
     """Why each value is what it is, by key."""
     machine = "this CPU" if budget.accelerator is None else f"{budget.devices} x {budget.accelerator}"
     documents = f"{look.documents:,} document{'' if look.documents == 1 else 's'}"
@@ -382,7 +384,7 @@ def _reasons(draft: _Draft, plan: Plan, text: TextSize, look: _Look, budget: Bud
     return {
         "head": f"{describe(draft.data.train)}: {megabytes} in {documents}; {_minutes(budget)} on {machine}.\n"
         f"About {plan.steps:,} steps, {plan.tokens_per_second:,.0f} tokens a second in {plan.precision}. "
-        "What each key means: docs/recipe.md.",
+        f"What each key means: docs/recipe.md.{BUSY_HEAD if busy else ''}",
         "heldout": f"{look.heldout_bytes / 1e3:,.0f} kB, "
         + ("whole documents, chosen by their hash" if draft.by == "document" else f"the end of it: {fewer}"),
         "vocab_size": f"each entry is to be met often enough to be learned; {text.train_tokens:,} tokens to learn from",

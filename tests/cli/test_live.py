@@ -67,6 +67,19 @@ def test_plain_lines_come_every_few_seconds() -> None:
     assert len(written(target).splitlines()) == 2
 
 
+def test_the_time_left_does_not_count_the_start_again() -> None:
+    """Compiling, a minute, is over with the first step; those after it take a second each."""
+    target, panel = console(), console(width=110)
+    plain, live = PlainView(target), TerminalView(panel, "tinylm train tiny")
+    for number in range(1, 12):
+        event = step(number, 1.0, seconds=60.0 + number, steps=100)
+        plain.step(event)
+        live.step(event)
+    panel.print(live.render())
+    assert "1:29 left" in written(panel)
+    assert written(target).splitlines()[-1].endswith("1:29 left")
+
+
 def test_the_panel_holds_the_numbers() -> None:
     panel = shown()
     numbers = (

@@ -189,7 +189,7 @@ def test_text_from_the_command_line_that_is_not_utf8(here: Here, tiny_run: Run) 
 
 
 def test_nothing_on_standard_input(here: Here, tiny_run: Run) -> None:
-    assert "the text is empty" in complaint(here("eval", "-", "-r", tiny_run.path))
+    assert "-: the text is empty" in complaint(here("eval", "-", "-r", tiny_run.path))
     assert "standard input can be read once" in complaint(here("eval", "-", "-", "-r", tiny_run.path))
 
 

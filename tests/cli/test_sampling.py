@@ -50,6 +50,8 @@ def test_many_prompts_answer_line_by_line_in_their_order_and_each_as_alone(ask: 
     piped = ask("--prompts", "-", "--field", "q", "-n", 2, "-q", stdin=b'"The for"\n{"q": "a", "more": [1]}\n')
     assert [json.loads(line)["prompt"] for line in piped.out.splitlines()] == ["The for", "The for", "a", "a"]
     assert json.loads(piped.out.splitlines()[-1])["more"] == [1]
+    whole = ask("--prompts", tmp_path / "prompts.jsonl", "--json").json
+    assert [sample["id"] for sample in whole["samples"]] == list(range(20))
 
 
 def test_the_continuation_can_be_bound(ask: Here) -> None:

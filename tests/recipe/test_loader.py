@@ -341,6 +341,12 @@ def test_overriding_the_length_of_the_training_replaces_the_one_in_the_file(leng
     assert set(given.values()) == {None}
 
 
+def test_two_lengths_on_the_command_line_contradict_each_other() -> None:
+    with pytest.raises(InputError, match="only one of steps, tokens, epochs, minutes can be given"):
+        read(SMALLEST, "training.steps=3", "training.minutes=1")
+    assert read(SMALLEST, "training.minutes=1", "training.minutes=2").training.minutes == 2
+
+
 def test_overrides_reach_into_short_forms_and_the_last_one_wins() -> None:
     text = "data: {train: a}\ntokenizer: bpe\ntraining: {steps: 9, optimizer: adamw, schedule: cosine}\n"
     recipe = read(text, "training.optimizer.lr=1e-2", "training.schedule.floor=0.1", "tokenizer.vocab_size=300", "seed=1", "seed=2")

@@ -249,7 +249,7 @@ def _tokens(tokenizer: Tokenizer, run: Run, sources: Sequence[str], field: str, 
                 shard = encode(Path(folder), "text", corpus.pieces(), tokenizer, advance)
         else:
             shard = run.heldout()
-        if not shard.counts.tokens:
+        if not shard.counts.bytes:
             raise InputError("the text is empty", where=describe(sources))
         if shard.counts.unknown_tokens:
             reporter.warn(

@@ -202,7 +202,8 @@ def _apply(document: _Document, override: str) -> None:
         target = target[part]
     if path[-1] in _LENGTHS and path[:-1] == ("training",):
         for other in _LENGTHS:
-            target.pop(other, None)
+            if not document.places.get((*path[:-1], other), "").startswith("--set"):  # two of them contradict each other
+                target.pop(other, None)
     target[path[-1]] = value
     document.places[path] = where
 
