@@ -42,11 +42,18 @@ def test_autocast_computes_products_in_what_the_name_says(name: str, dtype: torc
 def test_the_peak_is_the_flops_of_a_product_by_the_best_time_it_took(
     clock: str, fine: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A clock that says 2, 1, 4, 3, 2 and 2 seconds for products of 1024 x 1024 matrices, of 2 x 1024^3 operations."""
-    times = iter([0.0, 2.0, 10.0, 11.0, 20.0, 24.0, 30.0, 33.0, 40.0, 42.0, 50.0, 52.0])
+    """A clock that says 1/4, 1/8, 1/2, 3/8, 1/4, 1/4 of a second for products of 1024 x 1024 matrices: 2 x 1024^3 operations."""
+    times = iter([0.0, 0.25, 10.0, 10.125, 20.0, 20.5, 30.0, 30.375, 40.0, 40.25, 50.0, 50.25])
     monkeypatch.setattr(precision, "_threads_are_timed_finely", lambda: fine)
     monkeypatch.setattr(precision.time, clock, lambda: next(times))
-    assert precision.matmul_flops(Precision("fp32", CPU)) == 2 * 1024**3 / 1.0
+    assert precision.matmul_flops(Precision("fp32", CPU)) == 2 * 1024**3 / 0.125
+
+
+def test_a_product_that_takes_long_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 2.0])
+    monkeypatch.setattr(precision, "_threads_are_timed_finely", lambda: False)
+    monkeypatch.setattr(precision.time, "perf_counter", lambda: next(times))
+    assert precision.matmul_flops(Precision("fp32", CPU)) == 2 * 1024**3 / 2.0
 
 
 @pytest.mark.parametrize(("small", "large", "peak"), [(0.02, 0.05, 2 * 2048**3 / 0.05), (0.02, 0.5, 2 * 1024**3 / 0.02)])

@@ -85,7 +85,7 @@ def _chosen(
     if training.precision == "auto" and device.type == "cpu" and precision.name == "bf16":
         precision = _faster(Precision("fp32", device), precision, network, batch, micro)
     if training.precision == "auto":
-        reporter.note(f"computing in {precision.name}, the fastest here (training.precision: auto)")
+        reporter.note(f"computing in {precision.name} (training.precision: auto)")
     compiled = training.compile
     if compiled == "auto":
         trial = _trial(network, batch, micro, precision)
