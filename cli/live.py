@@ -149,7 +149,7 @@ class TerminalView(Observer):
     def _progress(self) -> RenderableType:
         last = self._steps[-1]
         waited = time.monotonic() - self._heard if self._live.is_started and not self._ended else 0.0
-        left = max(0.0, _left(self._steps[0], last) - waited)
+        left = f"{duration(max(0.0, _left(self._steps[0], last) - waited))} left  " if len(self._steps) > 1 else ""
         gone = f"{duration(last.seconds + waited)} gone, " if self._width() >= 70 else ""
         row = Table.grid(padding=(0, 2), expand=True)
         row.add_column()
@@ -158,7 +158,7 @@ class TerminalView(Observer):
         row.add_row(
             Text(f"step {last.step:,}", style="bold"),
             ProgressBar(total=1.0, completed=last.done),
-            Text(f"{last.done:.0%}  {gone}{duration(left)} left  {self._phase}"),
+            Text(f"{last.done:.0%}  {gone}{left}{self._phase}"),
         )
         return row
 

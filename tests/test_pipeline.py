@@ -213,7 +213,9 @@ def test_a_precision_left_to_auto_stays_what_the_run_began_with(text: Path, fold
     recipe = _short(text, "training.precision=auto", steps=3)
     for gain in (9.0, 0.1):  # as if the processor had changed its mind
         monkeypatch.setattr("tinylm.training.precision._bf16_speed_up", lambda device, gain=gain: gain)
-        monkeypatch.setattr(Trial, "seconds", lambda trial, gain=gain: 1 / gain if trial._precision.name == "bf16" else 1.0)
+        monkeypatch.setattr(
+            Trial, "seconds", lambda trial, repeat=2, gain=gain: 1 / gain if trial._precision.name == "bf16" else 1.0
+        )
         result = train(recipe, folder, device="cpu", resume=True, stop_after=0.0)
         assert result.precision == "bf16"
     result = train(recipe, folder, device="cpu", resume=True, allow_change=["training.precision"])

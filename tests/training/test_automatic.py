@@ -49,7 +49,7 @@ def test_a_cpu_with_fast_bfloat16_takes_what_is_clearly_faster_for_this_model(
 ) -> None:
     monkeypatch.setattr(automatic.precisions, "_bf16_speed_up", lambda device: 3.0)
     times = {"fp32": fp32, "bf16": bf16}
-    monkeypatch.setattr(compilation.Trial, "seconds", lambda trial: times[trial._precision.name])
+    monkeypatch.setattr(compilation.Trial, "seconds", lambda trial, repeat=2: times[trial._precision.name])
     recipe = tiny_recipe(text_file, "modern", "training.precision=auto")
     assert _decided(recipe).training.precision == chosen
 

@@ -102,7 +102,7 @@ def _chosen(
 def _faster(plain: Precision, other: Precision, network: Transformer, batch: GlobalBatch, micro: int) -> Precision:
     """`other` where it is clearly faster. They are tried in turn, twice: what else the machine does comes and goes."""
     trials = {each: _trial(network, batch, micro, each) for each in (plain, other)}
-    rounds = [{each: trial.seconds() for each, trial in trials.items()} for _ in range(2)]
+    rounds = [{each: trial.seconds(repeat=1) for each, trial in trials.items()} for _ in range(2)]
     seconds = {each: min(found[each] for found in rounds) for each in trials}
     return other if seconds[other] < plan.CLEARLY_FASTER * seconds[plain] else plain
 

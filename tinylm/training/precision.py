@@ -14,7 +14,8 @@ from tinylm.reporting import Reporter
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PROBE_WIDTH = 256
 _PEAK_WIDTHS = {"cpu": (1024, 2048), "cuda": (4096,), "mps": (2048,)}
-"""Of the matrices that tell the peak. A CPU gives some products of the smaller kind to one core alone, those in bf16."""
+"""Of the matrices that tell the peak. A CPU gives some products of the smaller kind to one core alone, those in bf16; the larger
+kind would only make a training in fp32 begin later."""
 _PRODUCTS = 6
 _PRODUCT_SECONDS = 0.03
 """A product that takes longer needs no larger one."""
@@ -97,7 +98,7 @@ def matmul_flops(precision: Precision) -> float:
     On a CPU by the time that the product had a core, so that a machine that is busy counts as fast as it is.
     """
     best = 0.0
-    for width in _PEAK_WIDTHS[precision.device.type]:
+    for width in _PEAK_WIDTHS[precision.device.type][: 1 if precision.name == "fp32" else None]:
         seconds = _product_seconds(width, precision)
         best = max(best, 2 * width**3 / seconds)
         if seconds > _PRODUCT_SECONDS:
