@@ -24,23 +24,23 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from tinylm.cost.accelerators import Accelerator, find
+from tinylm.cost.plan import flops_per_token
 from tinylm.data.batches import Batches
 from tinylm.device import describe
 from tinylm.errors import InputError
 from tinylm.generation.engine import generate
 from tinylm.generation.sampling import SamplingOptions
-from tinylm.hardware import Accelerator, find
 from tinylm.model.decoder import Decoder
 from tinylm.model.objective import CausalObjective
 from tinylm.model.transformer import Transformer
 from tinylm.optim import groups
-from tinylm.plan import flops_per_token
 from tinylm.recipe.schema import AdamWOptimizer, ModelSection, MuonOptimizer, Optimizer
 from tinylm.reporting import CollectingReporter
 from tinylm.tokenizer import Tokenizer
 from tinylm.training.compilation import Trial, compile_blocks
 from tinylm.training.feed import Feed
-from tinylm.training.memory import is_out_of_memory
+from tinylm.training.out_of_memory import is_out_of_memory
 from tinylm.training.precision import Precision
 from tinylm.training.step import accumulate
 
@@ -568,7 +568,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1 or cpu")
     parser.add_argument("--tiny", action="store_true", help="a model of no use: shows in seconds that everything runs")
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled rows")
-    parser.add_argument("--hardware", help="name of the data sheet in tinylm.hardware, where the GPU is not recognised")
+    parser.add_argument("--hardware", help="name of the data sheet in tinylm.cost.accelerators, where the GPU is not recognised")
     parts = ("training", "optimizers", "decoding")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of tables")

@@ -19,8 +19,8 @@ import sys
 import time
 from pathlib import Path
 
-from tinylm.footprint import HOLES
-from tinylm.plan import Plan, make_plan
+from tinylm.cost.memory import HOLES
+from tinylm.cost.plan import Plan, make_plan
 from tinylm.recipe import Recipe, loads
 from tinylm.recipe.loader import load
 
@@ -66,7 +66,7 @@ def serve(name: str, settings: list[str], micro: int, steps: int) -> None:
     from tinylm.model.transformer import Transformer
     from tinylm.optim import groups
     from tinylm.training.feed import Feed
-    from tinylm.training.memory import keep_freed_memory
+    from tinylm.training.out_of_memory import keep_freed_memory
     from tinylm.training.precision import Precision
     from tinylm.training.step import accumulate
 

@@ -1,4 +1,4 @@
-"""Does the roofline of `tinylm.hardware` foretell training runs that others published? One row a run, with its error.
+"""Does the roofline of `tinylm.cost.accelerators` foretell training runs that others published? One row a run, with its error.
 
 Nothing is fitted to a row: architecture, batch, device and execution are what the source says, the constants are those of
 the module, the same for all. Only MATMUL_SHARE was chosen with runs in view: llm.c's 124M on A100s and 1558M on H100s. What a
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from tinylm.hardware import elementwise_bytes, find, matmul_bytes, state_bytes, step_seconds
-from tinylm.plan import flops_per_token, parameter_counts
+from tinylm.cost.accelerators import elementwise_bytes, find, matmul_bytes, state_bytes, step_seconds
+from tinylm.cost.plan import flops_per_token, parameter_counts
 from tinylm.recipe.schema import ModelSection
 
 

@@ -15,9 +15,9 @@ import tempfile
 from pathlib import Path
 
 from tinylm import pipeline
-from tinylm.proposal import Budget, propose
 from tinylm.recipe import Recipe, loads
 from tinylm.recipe.schema import DataSection
+from tinylm.suggest import Budget, propose
 
 QUIET = ["sampling.every=null", "checkpoint.every=1000000", "checkpoint.keep=0"]
 

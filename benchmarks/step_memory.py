@@ -45,7 +45,7 @@ def measure(side: str) -> None:
         from tinylm.optim import groups
         from tinylm.recipe.schema import AdamWOptimizer, ModelSection
         from tinylm.training.feed import GlobalBatch
-        from tinylm.training.memory import keep_freed_memory
+        from tinylm.training.out_of_memory import keep_freed_memory
         from tinylm.training.precision import Precision
         from tinylm.training.step import accumulate
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from tinylm import plan
+from tinylm.cost import plan
 from tinylm.data.batches import Batches
 from tinylm.model.objective import CausalObjective
 from tinylm.model.transformer import Transformer
@@ -28,7 +28,7 @@ from tinylm.recipe.schema import AdamWOptimizer, ModelSection, MuonOptimizer
 from tinylm.reporting import SILENT
 from tinylm.training.compilation import Trial, compile_blocks
 from tinylm.training.feed import Feed
-from tinylm.training.memory import keep_freed_memory
+from tinylm.training.out_of_memory import keep_freed_memory
 from tinylm.training.precision import Precision
 from tinylm.training.step import accumulate
 

@@ -108,7 +108,7 @@ def train(pieces: list[Piece], size: int, rounds: int) -> None:
         )
         return list(json.loads(backend.to_str())["model"]["merges"])
 
-    section = BpeTokenizer(kind="bpe", vocab_size=VOCABULARY, most_megabytes=10_000)
+    section = BpeTokenizer(kind="bpe", vocab_size=VOCABULARY, max_megabytes=10_000)
     same = training.train(section, pieces, print).described["model"]["merges"] == theirs()
     print(f"training on {size / 1e6:.1f} MB: merges identical to those of tokenizers: {same}")
     words = training.count(section, pieces, print)

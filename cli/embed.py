@@ -13,7 +13,7 @@ import typer
 
 from tinylm.errors import InputError, did_you_mean
 
-from . import ask
+from . import embedding_queries
 from .console import (
     CHECKPOINT,
     DEVICE,
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from tinylm.recipe import EmbeddingRecipe
 
 app = typer.Typer(cls=Verbs, add_completion=False, no_args_is_help=True, help="Learn, ask, judge and reuse embeddings.")
-FOLDER, VECTORS = ask.FOLDER, ask.VECTORS
+FOLDER, VECTORS = embedding_queries.FOLDER, embedding_queries.VECTORS
 
 
 @app.command()
@@ -280,10 +280,10 @@ def _wrote(path: Path, vectors: Vectors, json: bool, **more: Any) -> None:
         out(str(path))
 
 
-for verb in (ask.nearest, ask.analogy, ask.similarity):
+for verb in (embedding_queries.nearest, embedding_queries.analogy, embedding_queries.similarity):
     app.command()(verb)
-app.command("odd-one-out")(ask.odd_one_out)
-app.command("eval")(ask.evaluate)
+app.command("odd-one-out")(embedding_queries.odd_one_out)
+app.command("eval")(embedding_queries.evaluate)
 
 
 @app.command()
@@ -299,7 +299,7 @@ def export(
     from tinylm.embedding.formats import write
 
     target = _new_file(out_, overwrite)
-    loaded = ask.opened(vectors, quiet)
+    loaded = embedding_queries.opened(vectors, quiet)
     mapped = write(loaded, target, to)
     if mapped and not quiet:
         stderr().say("some names hold white space: all are written byte-mapped; `embed import --byte-mapped` undoes it", "yellow")
@@ -353,7 +353,7 @@ def plot(
     if projection not in PROJECTIONS:
         hint = did_you_mean(projection, PROJECTIONS)
         raise InputError(f"must be {', '.join(PROJECTIONS)}, not {projection!r}", where="--projection", hint=hint)
-    loaded = ask.opened(vectors, quiet)
+    loaded = embedding_queries.opened(vectors, quiet)
     drawn = draw(loaded, target, projection=projection, most=most, labels=labels, seed=seed)
     if json:
         print_json({"file": str(target), "projection": projection, "names": drawn})

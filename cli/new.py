@@ -31,11 +31,11 @@ def new(
     quiet: bool = QUIET,
 ) -> None:
     """Write a recipe for this text, this machine and this many minutes, each choice with its reason."""
-    from tinylm import hardware as sheets
+    from tinylm.cost import accelerators as sheets
     from tinylm.errors import InputError
     from tinylm.paths import write_whole
-    from tinylm.proposal import Budget, propose
     from tinylm.recipe.schema import DataSection
+    from tinylm.suggest import Budget, propose
 
     if hardware == "list":
         list_hardware(json)

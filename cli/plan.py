@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from tinylm.plan import Plan
+from tinylm.cost.plan import Plan
 
 from .console import JSON, QUIET, SET, ConsoleReporter, count, duration, out, print_json, show_facts, size, stderr, stdout
 from .recipe_files import find
@@ -24,7 +24,7 @@ def plan(
     quiet: bool = QUIET,
 ) -> None:
     """What a recipe will cost, here or on an accelerator: parameters, batch arithmetic, memory, FLOPs, time."""
-    from tinylm import hardware as sheets
+    from tinylm.cost import accelerators as sheets
     from tinylm.errors import InputError
     from tinylm.recipe import load
 
@@ -43,7 +43,7 @@ def plan(
 
 def list_hardware(json: bool) -> None:
     """The accelerators whose data sheets are known, with what a plan takes from them."""
-    from tinylm.hardware import ACCELERATORS
+    from tinylm.cost.accelerators import ACCELERATORS
 
     if json:
         print_json({"accelerators": ACCELERATORS})
@@ -55,8 +55,8 @@ def list_hardware(json: bool) -> None:
 
 def make(recipe: object, reporter: ConsoleReporter, hardware: str | None = None, devices: int = 1) -> Plan:
     """The plan of a recipe, its text read for the number of tokens; `hardware` None: on this machine's CPU."""
+    from tinylm.cost.plan import BUSY, UNDISTURBED, make_plan
     from tinylm.data.estimate import measure_text
-    from tinylm.plan import BUSY, UNDISTURBED, make_plan
     from tinylm.recipe import Recipe
 
     assert isinstance(recipe, Recipe)

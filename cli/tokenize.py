@@ -1,4 +1,4 @@
-"""`tinylm tokenize`: train tokenizers, apply them, change them; to judge them see `judge`. Loads torch only to change a run."""
+"""`tinylm tokenize`: train tokenizers, apply them, change them; to judge them see `tokenizer_report`. Loads torch only to change a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import typer
 
 from tinylm.errors import InputError, did_you_mean
 
-from . import judge
+from . import tokenizer_report
 from .console import (
     CHECKPOINT,
     ERRORS,
@@ -36,10 +36,10 @@ from .console import (
 )
 
 app = typer.Typer(cls=Verbs, add_completion=False, no_args_is_help=True, help="Train, apply, judge and change tokenizers.")
-for verb in (judge.report, judge.compare, judge.explain, judge.sweep):
+for verb in (tokenizer_report.report, tokenizer_report.compare, tokenizer_report.explain, tokenizer_report.sweep):
     app.command()(verb)
 KINDS = ("bpe", "unigram", "wordpiece", "word", "char", "byte")
-TOKENIZER = judge.TOKENIZER
+TOKENIZER = tokenizer_report.TOKENIZER
 OVERWRITE = typer.Option(False, "--overwrite", help="Replace an existing file.")
 
 
@@ -64,11 +64,11 @@ def train(
         None, "--byte-fallback/--no-byte-fallback", help="Characters outside the alphabet: as bytes (default) or unknown."
     ),
     min_frequency: int | None = typer.Option(None, "--min-frequency", help="Occurrences needed to become a token; default 1."),
-    longest_token: int | None = typer.Option(None, "--longest-token", help="Most bytes or characters in a token."),
+    max_token_length: int | None = typer.Option(None, "--max-token-length", help="Most bytes or characters in a token."),
     special: list[str] | None = typer.Option(None, "--special", help="A further control token; may be repeated."),
     added: list[str] | None = typer.Option(None, "--added", help="A string that is always one token; may be repeated."),
-    most_megabytes: int | None = typer.Option(
-        None, "--most-megabytes", help="Count words in this much text at most; default 64. Less needs less memory."
+    max_megabytes: int | None = typer.Option(
+        None, "--max-megabytes", help="Count words in this much text at most; default 64. Less needs less memory."
     ),
     overwrite: bool = OVERWRITE,
     field: str = FIELD,
@@ -92,10 +92,10 @@ def train(
         alphabet=alphabet,
         byte_fallback=byte_fallback,
         min_frequency=min_frequency,
-        longest_token=longest_token,
+        max_token_length=max_token_length,
         special_tokens=special or None,
         added_tokens=added or None,
-        most_megabytes=most_megabytes,
+        max_megabytes=max_megabytes,
     )
     reporter = ConsoleReporter(stderr(), quiet=quiet)
     start = time.perf_counter()
@@ -199,7 +199,7 @@ def encode(
         raise InputError(f"must be ids, tokens or jsonl, not {format!r}", where="--format")
     if dropout and allow_special:
         raise InputError("cannot go together", where="--dropout, --allow-special")
-    loaded = judge.tokenizer_of(tokenizer, run, quiet)
+    loaded = tokenizer_report.tokenizer_of(tokenizer, run, quiet)
     loaded.encoder.note = ConsoleReporter(stderr(), quiet=quiet).note
     with Corpus([source], field=field, errors=checked_errors(errors)) as corpus:
         encoded = _encoded(loaded, corpus.pieces(), allow_special, dropout, seed)
@@ -256,7 +256,7 @@ def decode(
     quiet: bool = QUIET,
 ) -> None:
     """Print the text of token ids, exactly, with nothing added."""
-    loaded = judge.tokenizer_of(tokenizer, run, quiet)
+    loaded = tokenizer_report.tokenizer_of(tokenizer, run, quiet)
     decoder, size = loaded.byte_decoder(), loaded.vocab_size
     with ExitStack() as stack:
         if source == "-":

@@ -53,7 +53,7 @@ def _live(recipe: str, folder: Path, rank: int, count: int, meeting: Path | None
         torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count)
     trainer.accumulate = _spoiled(options.pop("spoiled", ()))
     if options.pop("late", False):
-        trainer.hears_late = lambda device: True
+        trainer.defers_results = lambda device: True
     try:
         result = train(loads(recipe, check_files=False), folder, device="cpu", observer=observer, **options)
     except TinylmError as error:

@@ -100,7 +100,7 @@ def test_a_step_that_is_not_logged_never_waits_for_the_device(
     precision: str, optimizer: str, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """CUDA itself raises when something synchronises. The first two steps may: they allocate and choose kernels."""
-    step, hear, taken = room.Trainer._step, room.Trainer._hear, []
+    step, hear, taken = room.Trainer._step, room.Trainer._collect_results, []
 
     def strictly(trainer: room.Trainer, feed: Feed) -> None:
         taken.append(trainer.progress.step)
@@ -113,7 +113,7 @@ def test_a_step_that_is_not_logged_never_waits_for_the_device(
         return hear(trainer, all_steps=all_steps)
 
     monkeypatch.setattr(room.Trainer, "_step", strictly)
-    monkeypatch.setattr(room.Trainer, "_hear", leniently)
+    monkeypatch.setattr(room.Trainer, "_collect_results", leniently)
     logged: list[int] = []
 
     class Ear(Observer):

@@ -35,7 +35,7 @@ from tinylm.training.checkpoint import CheckpointWriter, Snapshot, newest_whole
 from tinylm.training.run_folder import claimed, remove_run
 from tinylm.training.signals import StopRequest
 
-HARMLESS = ("name", "watch.", "checkpoint.")
+RESUME_SAFE_KEYS = ("name", "watch.", "checkpoint.")
 """Keys (or sections) that may change on resuming: they do not change the vectors."""
 _LINES = 100
 """Lines of metrics.jsonl in a whole training."""
@@ -179,7 +179,9 @@ def _check_same(folder: Path, recipe: EmbeddingRecipe) -> None:
     before = load_any(folder / "recipe.yaml", check_files=False)
     if not isinstance(before, EmbeddingRecipe):
         raise InputError("a language model was trained here, not embeddings", where=str(folder), hint="choose another with --out")
-    refused = [f"{key}: {old} -> {new}" for key, (old, new) in changes(before, recipe).items() if not key.startswith(HARMLESS)]
+    refused = [
+        f"{key}: {old} -> {new}" for key, (old, new) in changes(before, recipe).items() if not key.startswith(RESUME_SAFE_KEYS)
+    ]
     if refused:
         listed = "; ".join(refused)
         raise InputError(

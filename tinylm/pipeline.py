@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from tinylm import device as devices
-from tinylm import plan as planning
+from tinylm.cost import plan as planning
 from tinylm.data.batches import Batches
 from tinylm.data.prepare import Prepared, prepare, reopened
 from tinylm.errors import InputError, did_you_mean
@@ -20,7 +20,7 @@ from tinylm.evaluation.perplexity import Perplexity, evaluate
 from tinylm.generation.engine import generate
 from tinylm.generation.sampling import SamplingOptions
 from tinylm.model import lora
-from tinylm.model.takeover import check_parts, take_over
+from tinylm.model.init_from import check_parts, load_pretrained
 from tinylm.model.transformer import Transformer
 from tinylm.optim import groups
 from tinylm.processes import Processes, joined, lost_peer, threads_of_each
@@ -31,16 +31,16 @@ from tinylm.run import Checkpoint, Run, check_shapes
 from tinylm.training import automatic, parallel
 from tinylm.training import precision as precisions
 from tinylm.training.checkpoint import CheckpointWriter, newest_whole, restore
-from tinylm.training.memory import keep_freed_memory
 from tinylm.training.metrics import MetricsFile, Observer, Observers
+from tinylm.training.out_of_memory import keep_freed_memory
 from tinylm.training.parallel import Parallel
 from tinylm.training.run_folder import claimed, remove_run, write_run
 from tinylm.training.signals import StopRequest
 from tinylm.training.trainer import Poll, Trainer
 
-HARMLESS = ("name", "training.log_every", "training.parallel", "training.guards.", "checkpoint.", "sampling.")
+RESUME_SAFE_KEYS = ("name", "training.log_every", "training.parallel", "training.guards.", "checkpoint.", "sampling.")
 """Keys (or sections) that may change on resuming: they do not change the model."""
-HARMLESS_WITHOUT_DROPOUT = ("training.compile", "training.micro_batch_size")
+RESUME_SAFE_KEYS_WITHOUT_DROPOUT = ("training.compile", "training.micro_batch_size")
 """They change a model by rounding, but dropout altogether: the micro-batch and the compiler decide what is drawn."""
 AUTOMATIC = ("precision", "micro_batch_size", "compile")
 """Keys of `training` whose `auto` is decided once: a resumed run keeps what was decided."""
@@ -96,10 +96,10 @@ def train(
     target = devices.resolve(device)
     devices.set_threads(threads if isinstance(threads, int) else threads_of_each())
     with joined(target) as processes, ExitStack() as stack:
-        target = processes.all_do(lambda: processes.device(target))
+        target = processes.run_on_all(lambda: processes.device(target))
         if processes.count > 1:
             reporter, observer = (reporter, observer) if processes.main else (SILENT, None)
-        processes.main_does(lambda: stack.enter_context(claimed(folder, resume=resume, overwrite=overwrite)))
+        processes.run_on_main(lambda: stack.enter_context(claimed(folder, resume=resume, overwrite=overwrite)))
         try:
             return _train(
                 recipe,
@@ -113,7 +113,7 @@ def train(
                 workers=workers,
                 stop_after=stop_after,
                 reporter=reporter,
-                watching=observer or Observer(),
+                observer=observer or Observer(),
             )
         except RuntimeError as error:
             raise (lost_peer(error) if processes.count > 1 else None) or error from None
@@ -132,30 +132,30 @@ def _train(
     workers: int,
     stop_after: float | None,
     reporter: Reporter,
-    watching: Observer,
+    observer: Observer,
 ) -> TrainResult:
     """What every process of a training does, once the folder is theirs."""
     if resume:
-        recipe = processes.main_does(lambda: _reconciled(Run.open(folder), recipe, allow_change, reporter))
-        recipe = processes.main_does(lambda: _fitted(recipe, processes.count, reporter))
-    begun = resume and processes.main_does(lambda: bool(Run(folder).checkpoints()))
-    source = None if begun else processes.main_does(lambda: _source(recipe, reporter))
-    processes.main_does(lambda: planning.split_over(recipe, processes.count))
+        recipe = processes.run_on_main(lambda: merge_for_resume(Run.open(folder), recipe, allow_change, reporter))
+        recipe = processes.run_on_main(lambda: fit_micro_batch(recipe, processes.count, reporter))
+    begun = resume and processes.run_on_main(lambda: bool(Run(folder).checkpoints()))
+    source = None if begun else processes.run_on_main(lambda: _source(recipe, reporter))
+    processes.run_on_main(lambda: planning.split_over(recipe, processes.count))
     prepared = _prepared(recipe, processes, reporter, workers)
-    processes.main_does(lambda: _check_length(recipe, prepared))
+    processes.run_on_main(lambda: _check_length(recipe, prepared))
     batches = Batches(prepared.train.tokens, recipe.model.context_length, recipe.seed)
     steps = planning.training_steps(recipe.training, recipe.model.context_length, len(prepared.train))
     if target.type == "cpu":
         keep_freed_memory()
         if threads == "auto":
-            chosen = processes.main_does(
+            chosen = processes.run_on_main(
                 lambda: automatic.use_fastest_threads(recipe, prepared.tokenizer.vocab_size, batches, processes.count)
             )
             devices.set_threads(chosen)
             reporter.note(f"{chosen} CPU threads are fastest for this model")
     fingerprints = {"data": prepared.fingerprint, "tokenizer": prepared.tokenizer.fingerprint}
-    start = processes.main_does(lambda: _newest(Run(folder), recipe, prepared, fingerprints, reporter)) if resume else None
-    network = processes.all_do(lambda: _network(recipe, source, prepared, reporter, fresh=start is None)).to(target)
+    start = processes.run_on_main(lambda: _newest(Run(folder), recipe, prepared, fingerprints, reporter)) if resume else None
+    network = processes.run_on_all(lambda: _network(recipe, source, prepared, reporter, fresh=start is None)).to(target)
     network.recompute = recipe.training.activation_checkpointing
     decided = automatic.decide(recipe, network, batches, steps, reporter, stop_after, resumed=resume, processes=processes)
     recipe, precision = decided.recipe, decided.precision
@@ -178,12 +178,12 @@ def _train(
         facts = {"device": devices.describe(target), "processes": processes.count, "parallel": together}
         write_run(folder, recipe, prepared, {**facts, "resumed_step": state["step"]} if state else facts)
 
-    processes.main_does(write_folder)
-    observers = [watching]
+    processes.run_on_main(write_folder)
+    observers = [observer]
     if processes.main:
         going_on = recipe.checkpoint.on_failure == "continue"
-        metrics = MetricsFile(folder, int(state["step"]) if state else 0, _told_once(watching) if going_on else None)
-        watching.earlier(*metrics.history())
+        metrics = MetricsFile(folder, int(state["step"]) if state else 0, _told_once(observer) if going_on else None)
+        observer.earlier(*metrics.history())
         observers.insert(0, metrics)
     lengths = prepared.tokenizer.token_byte_lengths
 
@@ -215,7 +215,7 @@ def _train(
         micro_batch_size=int(recipe.training.micro_batch_size),
         precision=precision,
         flops_per_token=planning.flops_per_token(recipe.model, prepared.tokenizer.vocab_size, recipe.training.lora),
-        peak_flops=processes.main_does(lambda: precisions.matmul_flops(precision)),
+        peak_flops=processes.run_on_main(lambda: precisions.matmul_flops(precision)),
         checkpoints=checkpoints,
         fingerprints=fingerprints,
         evaluate=measure,
@@ -228,8 +228,8 @@ def _train(
     trainer.progress.seconds += decided.start_up_seconds
     trainer.progress.train_seconds += decided.start_up_seconds
     try:
-        with StopRequest(watching.stopping) as request:
-            watching.phase("first step")
+        with StopRequest(observer.stopping) as request:
+            observer.phase("first step")
             stopped = trainer.train(request, stop_after)
     finally:
         if processes.main:
@@ -257,7 +257,7 @@ def _network(recipe: Recipe, source: Run | None, prepared: Prepared, reporter: R
     network = Transformer(recipe.model, tokenizer.vocab_size, seed=recipe.seed)
     if source is not None:
         same = source.tokenizer.fingerprint == tokenizer.fingerprint
-        anew = take_over(network, source.network(source.checkpoint(), torch.device("cpu")), same_tokenizer=same)
+        anew = load_pretrained(network, source.network(source.checkpoint(), torch.device("cpu")), same_tokenizer=same)
         if anew:
             reporter.note(f"starting anew: {', '.join(anew)}")
     if fresh and recipe.model.init_embeddings is not None:
@@ -291,12 +291,14 @@ def _prepared(recipe: Recipe, processes: Processes, reporter: Reporter, workers:
         prepared = prepare(recipe.data, recipe.tokenizer, reporter, workers)
         return prepared.folder, prepared.fingerprint, prepared.tokenizer.backend.to_str()
 
-    folder, fingerprint, tokenizer = processes.main_does(handed_on)
+    folder, fingerprint, tokenizer = processes.run_on_main(handed_on)
     absent = processes.local_rank == 0 and not (folder / "heldout.json").exists()
-    there = processes.all_do(lambda: prepare(recipe.data, recipe.tokenizer, SILENT, workers).fingerprint if absent else fingerprint)
+    there = processes.run_on_all(
+        lambda: prepare(recipe.data, recipe.tokenizer, SILENT, workers).fingerprint if absent else fingerprint
+    )
     if there != fingerprint:
         raise InputError("the text is not the one the other machines read", where="data.train")
-    return processes.all_do(lambda: reopened(folder, fingerprint, tokenizer))
+    return processes.run_on_all(lambda: reopened(folder, fingerprint, tokenizer))
 
 
 def _check_length(recipe: Recipe, prepared: Prepared) -> None:
@@ -308,20 +310,20 @@ def _check_length(recipe: Recipe, prepared: Prepared) -> None:
         raise InputError(f"{warmup} steps of warm-up are more than the {steps} of training", where="training.schedule.warmup")
 
 
-def _told_once(watching: Observer) -> Callable[[str], None]:
+def _told_once(observer: Observer) -> Callable[[str], None]:
     """Says the first thing that it is told."""
     said = False
 
     def refused(what: str) -> None:
         nonlocal said
         if not said:
-            watching.note(f"{what}; going on without it (checkpoint.on_failure: continue)")
+            observer.note(f"{what}; going on without it (checkpoint.on_failure: continue)")
         said = True
 
     return refused
 
 
-def _reconciled(run: Run, recipe: Recipe, allowed: Sequence[str], reporter: Reporter) -> Recipe:
+def merge_for_resume(run: Run, recipe: Recipe, allowed: Sequence[str], reporter: Reporter) -> Recipe:
     """The recipe to go on with: the new one, where it differs from the run's only in what may change."""
     kept = {
         key: getattr(run.recipe.training, key)
@@ -329,8 +331,8 @@ def _reconciled(run: Run, recipe: Recipe, allowed: Sequence[str], reporter: Repo
         if getattr(recipe.training, key) == "auto" and f"training.{key}" not in allowed
     }
     before, optimizer = run.recipe.training.optimizer, recipe.training.optimizer
-    if isinstance(before, MuonOptimizer) and isinstance(optimizer, MuonOptimizer) and optimizer.orthogonalise_in == "auto":
-        kept["optimizer"] = optimizer.model_copy(update={"orthogonalise_in": before.orthogonalise_in})
+    if isinstance(before, MuonOptimizer) and isinstance(optimizer, MuonOptimizer) and optimizer.newton_schulz_dtype == "auto":
+        kept["optimizer"] = optimizer.model_copy(update={"newton_schulz_dtype": before.newton_schulz_dtype})
     recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update=kept)})
     changed = changes(run.recipe, recipe)
     for key in allowed:
@@ -338,7 +340,7 @@ def _reconciled(run: Run, recipe: Recipe, allowed: Sequence[str], reporter: Repo
             known = flattened(recipe.as_dict())
             why = "is the same as before" if any(_covers(key, name) for name in known) else "is no key or section of the recipe"
             raise InputError(f"{key} {why}", where="--allow-change", hint=did_you_mean(key, changed or known))
-    harmless = HARMLESS if recipe.model.draws else (*HARMLESS, *HARMLESS_WITHOUT_DROPOUT)
+    harmless = RESUME_SAFE_KEYS if recipe.model.uses_dropout else (*RESUME_SAFE_KEYS, *RESUME_SAFE_KEYS_WITHOUT_DROPOUT)
     refused = [
         f"{key}: {old} -> {new}"
         for key, (old, new) in changed.items()
@@ -354,13 +356,13 @@ def _reconciled(run: Run, recipe: Recipe, allowed: Sequence[str], reporter: Repo
     return recipe
 
 
-def _fitted(recipe: Recipe, processes: int, reporter: Reporter) -> Recipe:
+def fit_micro_batch(recipe: Recipe, processes: int, reporter: Reporter) -> Recipe:
     """A resumed recipe whose micro-batch divides the share of each of so many processes, which may be others than it began with."""
     micro, share = recipe.training.micro_batch_size, recipe.training.global_batch_size // processes
     if micro == "auto" or not share or share % micro == 0 or recipe.training.global_batch_size % processes:
         return recipe
     fitting = next(size for size in range(micro, 0, -1) if share % size == 0)
-    if recipe.model.draws:
+    if recipe.model.uses_dropout:
         raise InputError(
             f"{micro} does not divide the {share} sequences of each of {processes} processes, and another draws other dropout",
             where="training.micro_batch_size",

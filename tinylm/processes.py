@@ -57,7 +57,7 @@ def threads_of_each() -> int | None:
     return max(1, (os.cpu_count() or 1) // max(1, int(here)))
 
 
-class ToldElsewhere(TinylmError):
+class PeerFailed(TinylmError):
     """Another process has said what went wrong; this one ends with the same exit code and in silence."""
 
     def __init__(self, exit_code: int) -> None:
@@ -130,7 +130,7 @@ class Processes:
             dist.all_reduce(summed, group=self.group)
         return summed.numpy()
 
-    def main_does(self, work: Callable[[], Result]) -> Result:
+    def run_on_main(self, work: Callable[[], Result]) -> Result:
         """What the main process's `work` returns, for all; what it raises ends all, and only it says why."""
         if self.group is None:
             return work()
@@ -149,10 +149,10 @@ class Processes:
         if error is not None:
             raise error
         if code is not None:
-            raise ToldElsewhere(code)
+            raise PeerFailed(code)
         return result  # type: ignore[no-any-return]
 
-    def all_do(self, work: Callable[[], Result]) -> Result:
+    def run_on_all(self, work: Callable[[], Result]) -> Result:
         """What this process's `work` returns; where any raises, all end, and those that failed say why."""
         if self.group is None:
             return work()
@@ -166,11 +166,11 @@ class Processes:
         if error is not None:
             raise error
         if any(codes):
-            raise ToldElsewhere(max(codes))
+            raise PeerFailed(max(codes))
         return result  # type: ignore[return-value]  # None only where it is the result
 
 
-ALONE = Processes(Place())
+SINGLE_PROCESS = Processes(Place())
 
 
 @contextmanager
@@ -184,7 +184,7 @@ def joined(device: torch.device) -> Iterator[Processes]:
     there = dist.is_initialized()
     place = launched()
     if not there and place.count == 1:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     if there:
         rank = dist.get_rank()

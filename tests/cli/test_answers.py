@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from command import Here
 
-from tinylm.hardware import ACCELERATORS
-from tinylm.processor import Processor
+from tinylm.cost.accelerators import ACCELERATORS
+from tinylm.cost.cpu import Processor
 from tinylm.run import Run
 
 TRAIN = """run step steps tokens train_loss val_loss val_perplexity val_bits_per_byte best_step best_val_loss seconds train_seconds
@@ -227,7 +227,7 @@ def test_a_plan_of_a_busy_machine_says_so(
     undisturbed: float, told: bool, here: Here, recipe_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = Processor(350e9, 27e9, 14e9, cores=2, has_amx=False, undisturbed=undisturbed)
-    monkeypatch.setattr("tinylm.processor.measure", lambda *sizes: measured)
+    monkeypatch.setattr("tinylm.cost.cpu.measure", lambda *sizes: measured)
     assert ("busy with something else" in here("plan", recipe_file).err) == told
 
 

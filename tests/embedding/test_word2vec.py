@@ -19,13 +19,13 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + np.exp(-x))
 
 
-def law(window: int) -> kernels.Law:
+def law(window: int) -> kernels.TrainingConstants:
     """No word is thinned out, and every negative is word 4."""
     bound = kernels.BOUND * kernels.STEPS
     log_sigmoid = -np.logaddexp(0, -np.arange(-bound, bound + 1) / kernels.STEPS)
     never, always_four = np.zeros(V, np.float32), np.full(V, 4, np.int32)
     table = np.exp(log_sigmoid).astype(np.float32)
-    return kernels.Law(np.ones(V, np.float32), never, always_four, table, log_sigmoid.astype(np.float32), window, 2)
+    return kernels.TrainingConstants(np.ones(V, np.float32), never, always_four, table, log_sigmoid.astype(np.float32), window, 2)
 
 
 def by_hand(ids: list[int], inputs: np.ndarray, outputs: np.ndarray, rate: float, cbow: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -107,7 +107,7 @@ def test_writing_stops_where_the_task_says(tiny_run: Run) -> None:
 
 
 def test_a_task_file_must_name_its_task(tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness.proof, "require", lambda *arguments: None)
+    monkeypatch.setattr(harness.verify, "require", lambda *arguments: None)
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an extra too heavy for the tests' environment")
     (tmp_path / "a.yaml").write_text("dataset_path: json\n")
     with pytest.raises(InputError, match="names no task"):

@@ -18,7 +18,7 @@ from tinylm.errors import InputError, WorkError
 from tinylm.evaluation.measure import measure
 from tinylm.generation.engine import generate
 from tinylm.generation.sampling import SamplingOptions
-from tinylm.interchange import huggingface, proof
+from tinylm.interchange import huggingface, verify
 from tinylm.interchange.exporting import export
 from tinylm.interchange.importing import import_model
 from tinylm.model.transformer import Transformer
@@ -142,14 +142,14 @@ def test_a_run_that_went_out_and_came_back_has_the_same_perplexity(tiny_run: Run
 
 def test_an_export_that_is_not_the_same_model_leaves_nothing(run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_of("gpt2")
-    truth = huggingface.stock.tensors_of
+    truth = huggingface.hf_architectures.tensors_of
 
     def spoiled(*arguments: Any) -> dict[str, torch.Tensor]:
         tensors = truth(*arguments)
         tensors["transformer.h.0.attn.c_attn.weight"][0, 0] += 0.05
         return tensors
 
-    monkeypatch.setattr(huggingface.stock, "tensors_of", spoiled)
+    monkeypatch.setattr(huggingface.hf_architectures, "tensors_of", spoiled)
     with pytest.raises(WorkError, match="not the same model: logits differ by"):
         export(run, "hf", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -232,8 +232,8 @@ def test_what_transformers_saved_is_the_same_model_here(name: str, sharded: bool
     assert done.largest_difference <= 1e-4
     run = Run.open(tmp_path / "run")
     network = network_of(run)
-    rows = proof.windows(run.tokenizer.encode(english[:3000]), min(CONTEXT, 40))
-    assert proof.largest_difference(network, lambda ids: other(ids).logits, rows) <= 1e-4
+    rows = verify.windows(run.tokenizer.encode(english[:3000]), min(CONTEXT, 40))
+    assert verify.largest_difference(network, lambda ids: other(ids).logits, rows) <= 1e-4
     assert run.tokenizer.vocab_size == network.vocab_size == other.config.vocab_size
     assert run.tokenizer.decode(run.tokenizer.encode("naïve 🙂 <s>")) == "naïve 🙂 <s>"
     assert measure(run, [str(tmp_path / "run" / "recipe.yaml")]).perplexity.tokens > 0

@@ -34,4 +34,4 @@ def test_a_file_takes_any_batch_and_length(run_of: Make, tmp_path: Path, monkeyp
     with torch.no_grad():
         network.final_norm.weight.mul_(1.01)  # type: ignore[operator, union-attr]
     with pytest.raises(WorkError, match="the ONNX file is not the same model"):
-        onnx.verify(tmp_path / "model.onnx", network, run.tokenizer, "The for statement is used to iterate.")
+        onnx.check_export(tmp_path / "model.onnx", network, run.tokenizer, "The for statement is used to iterate.")

@@ -8,12 +8,12 @@ import pytest
 import torch
 from tiny import ids, model
 
+from tinylm.cost.plan import lora_parameters
 from tinylm.model import lora
 from tinylm.model.decoder import Decoder
 from tinylm.model.lora import LoraLinear
 from tinylm.model.transformer import Transformer
 from tinylm.optim import groups
-from tinylm.plan import lora_parameters
 from tinylm.recipe.schema import AdamWOptimizer, LoraSection
 from tinylm.recipe.values import LORA_TARGETS
 

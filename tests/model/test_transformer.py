@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tinylm.model import functions, transformer
 from tinylm.model.cache import KeyValueCache
-from tinylm.model.layers import Shared
+from tinylm.model.layers import ForwardContext
 from tinylm.model.objective import CausalObjective
 from tinylm.model.transformer import Transformer
 from tinylm.recipe.presets import PRESETS as PRESET_PARTS
@@ -244,7 +244,7 @@ def test_attention_has_its_own_dropout_or_that_of_the_rest(preset: str, monkeypa
         network = model(preset, **parts)
         network.train()(ids())
         assert seen == {expected}
-        assert network.model.draws
+        assert network.model.uses_dropout
         network.eval()(ids())
         assert seen == {expected, 0.0}
 
@@ -433,7 +433,7 @@ def _plainly(network: Transformer, tokens: Tensor) -> Tensor:
     for layer in range(shape.n_layer):
         part = {name.removeprefix(f"blocks.{layer}."): w for name, w in weights.items() if name.startswith(f"blocks.{layer}.")}
         if shape.embedding_shortcut:
-            x = part["stream_shares"][0] * x + part["stream_shares"][1] * embedded
+            x = part["residual_mix"][0] * x + part["residual_mix"][1] * embedded
         rows = (shape.n_head * width, shape.kv_heads * width, shape.kv_heads * width)
         projected = _normal(x, eps, part.get("attention_norm.weight")) @ part["attention.qkv.weight"].T
         q, k, v = (piece.unflatten(-1, (-1, width)) for piece in projected.split(rows, dim=-1))
@@ -551,7 +551,7 @@ def test_blending_starts_at_half_of_the_first_values_and_none_of_the_embedding()
     network = Transformer(section(value_residual=True, embedding_shortcut=True), VOCABULARY)
     assert network.blocks[0].attention.value_share is None
     assert network.blocks[1].attention.value_share.item() == 0.5
-    assert network.blocks[0].stream_shares.tolist() == network.blocks[1].stream_shares.tolist() == [1.0, 0.0]
+    assert network.blocks[0].residual_mix.tolist() == network.blocks[1].residual_mix.tolist() == [1.0, 0.0]
 
 
 def test_the_starting_weights_are_the_seeds_alone() -> None:
@@ -576,7 +576,7 @@ def test_with_zeroed_outputs_every_block_starts_as_the_identity() -> None:
     network = Transformer(section(), VOCABULARY).eval()
     x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
     rotation = network.rope_cosines[:5, None], network.rope_sines[:5, None]
-    said, values = network.blocks[0](x, Shared(ids(2, 5), x, rotation), None)
+    said, values = network.blocks[0](x, ForwardContext(ids(2, 5), x, rotation), None)
     assert torch.equal(said, x)
     assert values.shape == (2, 5, 4, 8)
 

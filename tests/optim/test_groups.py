@@ -164,7 +164,7 @@ def test_muon_iterates_in_bfloat16_where_the_device_has_units_for_it_or_as_it_is
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: units or including_emulation)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: units)
-    section = MuonOptimizer(name="muon", orthogonalise_in=asked)
+    section = MuonOptimizer(name="muon", newton_schulz_dtype=asked)
     assert groups.orthogonalisation_type(section, torch.device(device)) == expected
 
 
@@ -173,7 +173,7 @@ def test_muon_in_bfloat16_moves_the_same_weights_about_as_in_float32(coefficient
     networks = []
     for asked in ("fp32", "bf16"):
         network = model("gpt2").train()
-        section = MuonOptimizer(name="muon", orthogonalise_in=asked, newton_schulz=coefficients)
+        section = MuonOptimizer(name="muon", newton_schulz_dtype=asked, newton_schulz=coefficients)
         optimizers = groups.build(section, network, network.stacked_matrices())
         generator = torch.Generator().manual_seed(0)
         for parameter in network.parameters():

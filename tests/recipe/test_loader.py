@@ -374,7 +374,7 @@ def test_a_wrong_override_is_told_as_it_was_typed(override: str, told: str) -> N
 
 
 def test_recipes_plans_text_tokenizers_and_data_import_without_torch() -> None:
-    modules = "tinylm.recipe, tinylm.plan, tinylm.text.sources, tinylm.text.split, tinylm.data.prepare, tinylm.data.estimate"
+    modules = "tinylm.recipe, tinylm.cost.plan, tinylm.text.sources, tinylm.text.split, tinylm.data.prepare, tinylm.data.estimate"
     program = f"import sys, {modules}; print(sorted({{'torch', 'transformers', 'pyarrow'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

@@ -79,7 +79,7 @@ def test_an_index_goes_on_with_machine_code(choose: Choose, english: str) -> Non
     "section",
     [
         BpeTokenizer(kind="bpe", vocab_size=1500),
-        BpeTokenizer(kind="bpe", vocab_size=1500, longest_token=4),
+        BpeTokenizer(kind="bpe", vocab_size=1500, max_token_length=4),
         BpeTokenizer(kind="bpe", vocab_size=4000, min_frequency=30, allow_smaller=True),
         BpeTokenizer(kind="bpe", vocab_size=900, split="none"),
         BpeTokenizer(kind="bpe", vocab_size=700, alphabet="text"),

@@ -165,12 +165,12 @@ def test_documents_keep_their_order_and_their_beginnings(trained: dict[str, Toke
 
 def test_options_do_what_they_say(english: str) -> None:
     text = english[:60_000]
-    short = learned(BpeTokenizer(kind="bpe", vocab_size=500, longest_token=3), text)
+    short = learned(BpeTokenizer(kind="bpe", vocab_size=500, max_token_length=3), text)
     assert max(map(len, short.token_bytes)) == 3
     frequent = learned(BpeTokenizer(kind="bpe", vocab_size=5000, min_frequency=50), text)
     for token in frequent.token_bytes[256:-1]:
         assert text.encode().count(token) >= 50 or len({*token}) == 1
-    pieces = learned(UnigramTokenizer(kind="unigram", vocab_size=800, longest_token=4), text)
+    pieces = learned(UnigramTokenizer(kind="unigram", vocab_size=800, max_token_length=4), text)
     assert max(len(token.decode("utf-8", "replace")) for token in pieces.token_bytes) <= 4
     words = learned(WordTokenizer(kind="word", vocab_size=5000, min_frequency=20), text)
     assert all(text.count(token.decode().strip()) >= 20 for token in words.token_bytes[1:-1])

@@ -125,9 +125,9 @@ def test_sentences_without_spaces_are_learned_from_in_full() -> None:
 def test_of_a_long_text_every_nth_piece_is_learned_from() -> None:
     heard: list[str] = []
     pieces = [Piece(f"{'ab' if index % 3 else 'xy'} " * 1000, True) for index in range(1000)]
-    section = BpeTokenizer(kind="bpe", vocab_size=260, most_megabytes=1)
+    section = BpeTokenizer(kind="bpe", vocab_size=260, max_megabytes=1)
     learned = training.train(section, pieces, heard.append, 3_000_000)
-    assert heard[0] == "words are counted in 1/3 of the text (tokenizer.most_megabytes 1)"
+    assert heard[0] == "words are counted in 1/3 of the text (tokenizer.max_megabytes 1)"
     assert learned.encode("xyxy") != learned.encode("abab")
     assert len(learned.encode("xy")) == 1, "the pieces that were taken"
     assert len(learned.encode("ab")) == 2, "those that were not"

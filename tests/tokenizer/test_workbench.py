@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import tokenizers
 
+from tinylm.cost.plan import parameter_counts
 from tinylm.errors import InputError
-from tinylm.plan import parameter_counts
 from tinylm.recipe import loads
 from tinylm.recipe.schema import (
     BpeTokenizer,

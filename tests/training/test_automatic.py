@@ -40,7 +40,7 @@ def test_nothing_is_left_to_auto(text_file: Path) -> None:
     recipe = _decided(tiny_recipe(text_file, "modern", "training.precision=auto", "training.micro_batch_size=auto"))
     training = recipe.training
     assert "auto" not in (training.precision, training.micro_batch_size, training.compile)
-    assert training.optimizer.orthogonalise_in in ("fp32", "bf16")
+    assert training.optimizer.newton_schulz_dtype in ("fp32", "bf16")
 
 
 @pytest.mark.parametrize(("fp32", "bf16", "chosen"), [(1.0, 0.5, "bf16"), (1.0, 0.97, "fp32"), (0.5, 1.0, "fp32")])
@@ -89,8 +89,8 @@ def test_a_resumed_training_orthogonalises_as_it_began(text_file: Path, tmp_path
     for units, folder in ((False, "first"), (True, "first")):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda units=units: units)
         train(recipe, tmp_path / folder, device="cpu", resume=(tmp_path / folder).exists(), stop_after=0.0)
-    assert Run.open(tmp_path / "first").recipe.training.optimizer.orthogonalise_in == "fp32"
-    assert load(tmp_path / "first" / "recipe.yaml", check_files=False).training.optimizer.orthogonalise_in == "fp32"
+    assert Run.open(tmp_path / "first").recipe.training.optimizer.newton_schulz_dtype == "fp32"
+    assert load(tmp_path / "first" / "recipe.yaml", check_files=False).training.optimizer.newton_schulz_dtype == "fp32"
     assert groups.orthogonalisation_type(recipe.training.optimizer, torch.device("cpu")) == "bf16"
 
 

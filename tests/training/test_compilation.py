@@ -148,7 +148,7 @@ def test_where_it_fails_and_was_demanded_that_is_an_error() -> None:
 def test_a_run_whose_compiler_fails_is_trained_and_its_recipe_says_how(
     text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tinylm.plan.compiling_pays", lambda *_: True)
+    monkeypatch.setattr("tinylm.cost.plan.compiling_pays", lambda *_: True)
     monkeypatch.setattr(compilation, "compiler", lambda device: "g++")
     reporter = CollectingReporter()
     recipe = tiny_recipe(text_file, "modern", "training.steps=2", "evaluation.max_tokens=100")
@@ -168,7 +168,7 @@ def test_auto_compiles_only_where_it_pays(worth: bool, text_file: Path, tmp_path
         return worth
 
     compiled: list[bool] = []
-    monkeypatch.setattr("tinylm.plan.compiling_pays", noted)
+    monkeypatch.setattr("tinylm.cost.plan.compiling_pays", noted)
     monkeypatch.setattr(compilation, "compiler", lambda device: "g++")
     monkeypatch.setattr(Trial, "seconds", lambda trial: 0.25)  # a micro-batch of 4, two to a step
     monkeypatch.setattr(compilation, "compile_blocks", lambda *_, demanded, reporter: compiled.append(demanded) or 1.5)
@@ -202,7 +202,7 @@ def test_auto_asks_for_what_is_left_in_this_process(
         asked.append((seconds, steps))
         return False
 
-    monkeypatch.setattr("tinylm.plan.compiling_pays", noted)
+    monkeypatch.setattr("tinylm.cost.plan.compiling_pays", noted)
     monkeypatch.setattr(compilation, "compiler", lambda device: "g++")
     recipe = tiny_recipe(text_file, "modern", length, "evaluation.max_tokens=100")
     train(recipe, tmp_path / "run", device="cpu", observer=_StopAtOnce(), **options)

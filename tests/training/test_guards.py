@@ -109,17 +109,17 @@ def test_a_device_that_is_not_waited_for_leaves_out_the_same_steps(
 
     def late(trainer: room.Trainer, **rest: Any) -> Any:
         heard = hear(trainer, **rest)
-        behind.append(len(trainer._unheard))
+        behind.append(len(trainer._pending_steps))
         return heard
 
     ends = []
     for name in ("at once", "late"):
-        monkeypatch.setattr(room, "hears_late", lambda device, name=name: name == "late")
-        hear = room.Trainer._hear
-        monkeypatch.setattr(room.Trainer, "_hear", late)
+        monkeypatch.setattr(room, "defers_results", lambda device, name=name: name == "late")
+        hear = room.Trainer._collect_results
+        monkeypatch.setattr(room.Trainer, "_collect_results", late)
         spoil(bad, _nan_gradient)
         train(seldom, tmp_path / name, device="cpu")
-        monkeypatch.setattr(room.Trainer, "_hear", hear)
+        monkeypatch.setattr(room.Trainer, "_collect_results", hear)
         assert (max(behind) == 1) == (name == "late" and patience > 1)
         kept = Run(tmp_path / name).checkpoint("last")
         told = [(line["kind"], line["step"], line["cursor"], line["reason"]) for line in _lines(tmp_path / name, *_GUARDED)]

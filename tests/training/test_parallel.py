@@ -33,7 +33,12 @@ def short_file(english: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe_of(text: Path, *overrides: str) -> Recipe:
     """Dropout on, parts of every kind, a step in eight micro-batches, and Muon's iteration in float32, whose rounding is small."""
     model = ("model.dropout=0.2", "model.n_embd=24", "model.value_residual=on", "model.embedding_shortcut=on", "model.n_kv_head=1")
-    more = ("model.ngram_embeddings=[2]", "model.ngram_rows=50", "model.ngram_width=8", "training.optimizer.orthogonalise_in=fp32")
+    more = (
+        "model.ngram_embeddings=[2]",
+        "model.ngram_rows=50",
+        "model.ngram_width=8",
+        "training.optimizer.newton_schulz_dtype=fp32",
+    )
     rest = ("training.micro_batch_size=1", "training.compile=off", f"training.steps={STEPS}", "evaluation.every=4")
     return tiny_recipe(text, "modern", *model, *more, *rest, "checkpoint.every=3", "evaluation.max_tokens=300", *overrides)
 

@@ -20,7 +20,7 @@ _FAST = {"reassoc", "contract", "arcp", "nsz"}
 _compiled = compiled(fastmath=_FAST)
 
 
-class Law(NamedTuple):
+class TrainingConstants(NamedTuple):
     """What never changes during a training."""
 
     keep: np.ndarray

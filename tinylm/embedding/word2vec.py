@@ -74,7 +74,7 @@ class Word2Vec:
         accept, alias = alias_table(counts.astype(np.float64) ** method.exponent)
         bound, steps = self._kernels.BOUND, self._kernels.STEPS
         log_sigmoid = -np.logaddexp(0, -np.arange(-bound * steps, bound * steps + 1) / steps)
-        return self._kernels.Law(
+        return self._kernels.TrainingConstants(
             keep.astype(np.float32),
             accept,
             alias,

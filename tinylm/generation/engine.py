@@ -106,7 +106,7 @@ def write(
     size = max(1, min(len(requests), rows or ROWS))
     engine = Engine(decoder, tokenizer, size, capacity=min(decoder.model.context_length, longest + 1))
     pending = list(zip(requests, prompts, strict=True))[::-1]
-    writers: dict[int, Writer] = {}
+    writers: dict[int, SequenceState] = {}
     order, told = {id(request): index for index, request in enumerate(requests)}, 0
     while pending or engine.busy:
         while pending and engine.free:
@@ -130,16 +130,16 @@ class Engine:
         self.rows = rows
         self._cache = decoder.cache(rows, capacity)
         self._cache.use(0)
-        self._writers: list[Writer] = []
+        self._writers: list[SequenceState] = []
         self._logits: Tensor | None = None
         self._seen: Tensor | None = None
         self._counts: Tensor | None = None
         self._biases: dict[tuple[tuple[int, float], ...], Tensor] = {}
         self._pick = choose
         if decoder.is_machine_code:
-            from tinylm.generation import drawing  # which needs numba, as that does
+            from tinylm.generation import fast_sampling  # which needs numba, as that does
 
-            self._pick = drawing.choose
+            self._pick = fast_sampling.choose
 
     @property
     def busy(self) -> bool:
@@ -150,11 +150,11 @@ class Engine:
         return self.rows - len(self._writers)
 
     @torch.inference_mode()
-    def add(self, requests: Sequence[Request], ids: Sequence[int] | None = None) -> list[Writer]:
+    def add(self, requests: Sequence[Request], ids: Sequence[int] | None = None) -> list[SequenceState]:
         """Begin samples of one prompt, which is read once, in rows that are free. `ids`: the prompt, if encoded already."""
         prompt = list(ids if ids is not None else self.tokenizer.encode(requests[0].prompt))
         prompt = prompt or [self.tokenizer.end_of_text or 0]
-        writers = [Writer(request, prompt, self.tokenizer) for request in requests]
+        writers = [SequenceState(request, prompt, self.tokenizer) for request in requests]
         going = [writer for writer in writers if not writer.done]
         if not going:
             return writers
@@ -189,7 +189,7 @@ class Engine:
             self._logits = self.decoder.step(self._cache, chosen)
 
     @torch.inference_mode()
-    def drop(self, writer: Writer) -> None:
+    def drop(self, writer: SequenceState) -> None:
         """Give up a sample, whoever wanted it having gone."""
         if writer in self._writers:
             row = self._writers.index(writer)
@@ -282,7 +282,7 @@ def choices(logits: Tensor, chosen: Tensor, alternatives: int) -> list[TokenChoi
     ]
 
 
-class Writer:
+class SequenceState:
     """One sample as it is written: its random numbers, what it may say next, and its text, whole characters up to a stop text."""
 
     def __init__(self, request: Request, prompt: list[int], tokenizer: Tokenizer) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from tinylm.errors import InputError
-from tinylm.interchange import card, gguf, huggingface, onnx, proof
+from tinylm.interchange import card, gguf, huggingface, onnx, verify
 from tinylm.paths import whole_file, whole_folder
 from tinylm.reporting import SILENT, Reporter
 from tinylm.run import Checkpoint, Run
@@ -67,7 +67,7 @@ def export(
     if to == "onnx":
         onnx.require()
     if to == "hf":
-        proof.require("transformers", "hf", "checking a Hugging Face folder")
+        verify.require("transformers", "hf", "checking a Hugging Face folder")
     writer = {"hf": _to_folder, "gguf": _to_gguf, "onnx": _to_onnx}[to]
     return writer(run, chosen, path, type, reporter)
 
@@ -99,7 +99,7 @@ def _to_folder(run: Run, checkpoint: Checkpoint, path: Path, type: str, reporter
     with whole_folder(path) as temporary:
         written = card.model_card(run, checkpoint, network.parameter_count(), class_name, lacking)
         huggingface.write(temporary, network, run.tokenizer, written)
-        difference, tokens = huggingface.verify(temporary, network, run.tokenizer, proof.text_of(run))
+        difference, tokens = huggingface.check_export(temporary, network, run.tokenizer, verify.text_of(run))
         size = sum(file.stat().st_size for file in temporary.iterdir())
     import transformers
 
@@ -119,7 +119,7 @@ def _to_gguf(run: Run, checkpoint: Checkpoint, path: Path, type: str, reporter: 
     architecture, _ = gguf.check(network.model, run.tokenizer)
     with whole_file(path) as temporary:
         gguf.write(temporary, network, run.tokenizer, type, run.recipe.name)
-        verified = gguf.verify(temporary, network, run.tokenizer, proof.text_of(run), type, reporter)
+        verified = gguf.check_export(temporary, network, run.tokenizer, verify.text_of(run), type, reporter)
         size = temporary.stat().st_size
     return Exported(
         **_common(run, checkpoint, "gguf", path),
@@ -142,7 +142,7 @@ def _to_onnx(run: Run, checkpoint: Checkpoint, path: Path, type: str, reporter: 
     network = run.network(checkpoint, torch.device("cpu"))
     with whole_file(path) as temporary:
         onnx.write(temporary, network, run.recipe.name)
-        difference, tokens = onnx.verify(temporary, network, run.tokenizer, proof.text_of(run))
+        difference, tokens = onnx.check_export(temporary, network, run.tokenizer, verify.text_of(run))
         size = temporary.stat().st_size
     return Exported(
         **_common(run, checkpoint, "onnx", path),

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tinylm.errors import InputError, WorkError
-from tinylm.interchange import huggingface, llama_cpp, proof, stock
+from tinylm.interchange import hf_architectures, huggingface, llama_cpp, verify
 from tinylm.model.transformer import Transformer
 from tinylm.recipe.schema import ModelSection
 from tinylm.reporting import SILENT, Reporter
@@ -39,7 +39,7 @@ _BLOCK = 32
 
 def check(model: ModelSection, tokenizer: Tokenizer) -> tuple[str, str]:
     """The names of architecture and split in llama.cpp. Raises `InputError` with what has none there, and what would."""
-    name, lacking = stock.family(model)
+    name, lacking = hf_architectures.family(model)
     if name is None:
         raise InputError(
             f"llama.cpp has no model with {', '.join(lacking)}", where="--to gguf", hint="preset gpt2 or llama has none of it"
@@ -99,7 +99,7 @@ _PATTERNS = {
 
 def write(path: Path, network: Transformer, tokenizer: Tokenizer, kind: str, name: str) -> None:
     """Write `path`. `kind` is one of `TYPES`, `name` what the model is called. Raises `InputError` as `check` does."""
-    gguf = proof.require("gguf", "gguf", "writing GGUF")
+    gguf = verify.require("gguf", "gguf", "writing GGUF")
     model = network.model
     architecture, split = check(model, tokenizer)
     writer = gguf.GGUFWriter(path, architecture)
@@ -164,7 +164,7 @@ def _tensors(network: Transformer, architecture: str, gguf: Any) -> Iterator[tup
     """llama.cpp's names and layouts: matrices as (outputs, inputs)."""
     model = network.model
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], model.n_layer)
-    for theirs, tensor in stock.tensors_of(network.state_dict(), model, architecture).items():
+    for theirs, tensor in hf_architectures.tensors_of(network.state_dict(), model, architecture).items():
         if architecture == "gpt2" and ".c_" in theirs and tensor.ndim == 2:
             tensor = tensor.T.contiguous()
         if architecture == "llama" and ".q_proj." in theirs:
@@ -215,21 +215,23 @@ class Verified:
     """Tokens of the greedy continuation that llama.cpp writes the same, of 20; None where it is not installed."""
 
 
-def verify(path: Path, network: Transformer, tokenizer: Tokenizer, text: str, kind: str, reporter: Reporter = SILENT) -> Verified:
+def check_export(
+    path: Path, network: Transformer, tokenizer: Tokenizer, text: str, kind: str, reporter: Reporter = SILENT
+) -> Verified:
     """Load the file elsewhere and compare it on `text`.
 
     The network with its weights rounded to the file's type must have the logits that transformers makes of the file, and not
     much more perplexity than the run; llama.cpp must split the text the same and come to the same perplexity.
     Raises `WorkError` where that does not hold, `InputError` without transformers.
     """
-    transformers = proof.require("transformers", "gguf", "checking a GGUF file")
+    transformers = verify.require("transformers", "gguf", "checking a GGUF file")
     rounded = _rounded(network, kind)
-    rows = proof.windows([tokenizer.end_of_text or 0, *tokenizer.encode(text)], network.model.context_length)
+    rows = verify.windows([tokenizer.end_of_text or 0, *tokenizer.encode(text)], network.model.context_length)
     with huggingface.quiet(transformers):
         other = _loaded(transformers, path, network)
-    difference = proof.largest_difference(rounded, lambda ids: other(ids).logits, rows)
-    proof.check_same(difference, "the GGUF file")
-    theirs, ours = proof.perplexity(lambda ids: other(ids).logits, rows), proof.perplexity(network, rows)
+    difference = verify.largest_difference(rounded, lambda ids: other(ids).logits, rows)
+    verify.check_same(difference, "the GGUF file")
+    theirs, ours = verify.perplexity(lambda ids: other(ids).logits, rows), verify.perplexity(network, rows)
     if theirs > ours * MOST_WORSE.get(kind, float("inf")):
         raise WorkError(
             f"in {kind} the perplexity is {theirs:.4f}, of the run {ours:.4f}",
@@ -249,7 +251,7 @@ def verify(path: Path, network: Transformer, tokenizer: Tokenizer, text: str, ki
 
 def _asked(path: Path, network: Transformer, rows: Tensor, text: str, tokenizer: Tokenizer) -> llama_cpp.Answers | str:
     prompt = rows[0, : _prompt_length(network.model)].tolist()
-    return llama_cpp.ask(path, proof.probes(text), rows.tolist(), prompt, _GREEDY)
+    return llama_cpp.ask(path, verify.probes(text), rows.tolist(), prompt, _GREEDY)
 
 
 def _prompt_length(model: ModelSection) -> int:
@@ -260,12 +262,12 @@ def _check_answers(
     answers: llama_cpp.Answers, network: Transformer, rows: Tensor, expected: float, tokenizer: Tokenizer, text: str
 ) -> int:
     """How many tokens of the greedy continuation are the same. Raises `WorkError` for other ids or another perplexity."""
-    ids = dict(zip(proof.probes(text), answers.ids, strict=True))
-    proof.check_ids(tokenizer, ids.__getitem__, text, "llama.cpp")
+    ids = dict(zip(verify.probes(text), answers.ids, strict=True))
+    verify.check_ids(tokenizer, ids.__getitem__, text, "llama.cpp")
     found = math.exp(min(answers.nats / max(1, rows.shape[0] * (rows.shape[1] - 1)), 700.0))
     if not expected / _LLAMA_CPP_WORSE <= found <= expected * _LLAMA_CPP_WORSE:
         raise WorkError(f"llama.cpp finds a perplexity of {found:.4f}, transformers of {expected:.4f}", hint="nothing was left")
-    written = proof.greedy(network, rows[:1, : _prompt_length(network.model)], len(answers.continuation))
+    written = verify.greedy(network, rows[:1, : _prompt_length(network.model)], len(answers.continuation))
     same = [one == other for one, other in zip(written, answers.continuation, strict=True)]
     return same.index(False) if False in same else len(same)
 
@@ -288,11 +290,11 @@ def _rounded(network: Transformer, kind: str) -> Transformer:
 def _loaded(transformers: Any, path: Path, network: Transformer) -> Any:
     """The file as transformers reads it, told what its reader leaves out: GPT-2's positions, Qwen3's width of heads, biases."""
     model = network.model
-    family, _ = stock.family(model)
+    family, _ = hf_architectures.family(model)
     assert family is not None
     told = {}
     if family != "llama" or model.bias:
-        config = stock.config_of(model, family, network.vocab_size)
+        config = hf_architectures.config_of(model, family, network.vocab_size)
         told["config"] = transformers.AutoConfig.for_model(family, **{k: v for k, v in config.items() if k != "model_type"})
     loader = transformers.AutoModelForCausalLM
     return loader.from_pretrained(path.parent, gguf_file=path.name, **told, **huggingface.in_float32(transformers)).eval()

@@ -20,7 +20,7 @@ from tinylm.errors import InputError, TinylmError, WorkError
 from tinylm.evaluation.perplexity import BATCH_LOGITS, BATCH_TOKENS, windows_of
 from tinylm.generation.engine import generate
 from tinylm.generation.sampling import SamplingOptions
-from tinylm.interchange import proof
+from tinylm.interchange import verify
 from tinylm.model.transformer import Transformer
 from tinylm.run import Run
 from tinylm.tokenizer import Tokenizer
@@ -62,7 +62,7 @@ def run_tasks(
 
     Raises `InputError` without lm-eval, for an unknown task or one whose data cannot be read, `WorkError` when a task fails.
     """
-    harness = proof.require("lm_eval", "harness", "lm-evaluation-harness")
+    harness = verify.require("lm_eval", "harness", "lm-evaluation-harness")
     from lm_eval.tasks import TaskManager
 
     names, folders = _named(tasks)

@@ -1,6 +1,6 @@
 """Hugging Face folders, written from a run and read back: config.json, weights in safetensors, tokenizer, model card.
 
-What one of transformers' own classes computes is written for that class (`stock`); for anything else the folder carries
+What one of transformers' own classes computes is written for that class (`hf_architectures`); for anything else the folder carries
 `modeling_tinylm.py`. Nothing here needs transformers but `verify`.
 """
 
@@ -26,7 +26,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from tinylm.errors import InputError, WorkError
-from tinylm.interchange import proof, stock
+from tinylm.interchange import hf_architectures, verify
 from tinylm.model.transformer import Transformer
 from tinylm.recipe.schema import ModelSection
 from tinylm.tokenizer import Tokenizer
@@ -67,17 +67,20 @@ _SAME_NAME = (
 
 def class_of(model: ModelSection) -> tuple[str, tuple[str, ...]]:
     """The class that loads such a model, and for our own the parts that the nearest stock class lacks."""
-    name, lacking = stock.family(model)
-    return (stock.CLASSES[name] if name else _CLASS), lacking
+    name, lacking = hf_architectures.family(model)
+    return (hf_architectures.CLASSES[name] if name else _CLASS), lacking
 
 
 def write(folder: Path, network: Transformer, tokenizer: Tokenizer, card: str) -> None:
     """Fill an empty folder."""
     model = network.model
-    name, _ = stock.family(model)
+    name, _ = hf_architectures.family(model)
     state = network.state_dict()
     if name:
-        config, tensors = stock.config_of(model, name, network.vocab_size), stock.tensors_of(state, model, name)
+        config, tensors = (
+            hf_architectures.config_of(model, name, network.vocab_size),
+            hf_architectures.tensors_of(state, model, name),
+        )
     else:
         config = _own_config(model, network.vocab_size)
         tensors = {key: t.contiguous() for key, t in state.items() if not (model.tie_embeddings and key == "head.weight")}
@@ -141,12 +144,12 @@ def _tokenizer_config(tokenizer: Tokenizer, context_length: int) -> dict[str, An
 # Proving.
 
 
-def verify(folder: Path, network: Transformer, tokenizer: Tokenizer, text: str) -> tuple[float, int]:
+def check_export(folder: Path, network: Transformer, tokenizer: Tokenizer, text: str) -> tuple[float, int]:
     """Load the folder with transformers: (largest difference of logits on `text`, tokens compared).
 
     Raises `WorkError` when it is not the same model or splits text into other tokens, `InputError` without transformers.
     """
-    transformers = proof.require("transformers", "hf", "checking a Hugging Face folder")
+    transformers = verify.require("transformers", "hf", "checking a Hugging Face folder")
     own = (folder / MODELING).exists()
     with quiet(transformers):
         loader = transformers.PreTrainedTokenizerFast if own else transformers.AutoTokenizer
@@ -155,10 +158,10 @@ def verify(folder: Path, network: Transformer, tokenizer: Tokenizer, text: str) 
             other = load_model(folder, folder / MODELING)
         except Exception as error:  # whatever another library says of a folder is a reason not to keep it
             raise WorkError(f"transformers cannot load what was written: {' '.join(str(error).split())[:300]}") from error
-        proof.check_ids(tokenizer, lambda line: list(theirs(line)["input_ids"]), text, "the folder")
-    rows = proof.windows([tokenizer.end_of_text or 0, *tokenizer.encode(text)], network.model.context_length)
-    difference = proof.largest_difference(network, lambda ids: other(ids).logits, rows)
-    proof.check_same(difference, "the exported folder")
+        verify.check_ids(tokenizer, lambda line: list(theirs(line)["input_ids"]), text, "the folder")
+    rows = verify.windows([tokenizer.end_of_text or 0, *tokenizer.encode(text)], network.model.context_length)
+    difference = verify.largest_difference(network, lambda ids: other(ids).logits, rows)
+    verify.check_same(difference, "the exported folder")
     return difference, rows.numel()
 
 
@@ -219,8 +222,8 @@ def read(
         model = _own_model(config, where)
         state = tensors
     else:
-        model = stock.model_of(config, tensors, str(folder / "config.json"))
-        state = stock.state_of(tensors, model, str(config["model_type"]), where)
+        model = hf_architectures.model_of(config, tensors, str(folder / "config.json"))
+        state = hf_architectures.state_of(tensors, model, str(config["model_type"]), where)
     tokenizer = read_tokenizer(folder if tokenizer_file is None else tokenizer_file)
     return model, state, tokenizer if tokenizer_file else _with_end_of_text(tokenizer, config)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import tinylm
 from tinylm.errors import InputError
-from tinylm.interchange import huggingface, nanogpt, proof
+from tinylm.interchange import huggingface, nanogpt, verify
 from tinylm.model.transformer import Transformer
 from tinylm.paths import whole_folder, write_whole
 from tinylm.recipe.schema import DataSection, FileTokenizer, ModelSection, Recipe, TrainingSection
@@ -157,10 +157,10 @@ def _verified(source: Path, network: Transformer, tokenizer: Tokenizer, reporter
         reporter.warn(f"not compared with the original: {theirs}")
         return None, 0, None
     logits, by = theirs
-    ids = [tokenizer.end_of_text or 0, *tokenizer.encode(proof.some_english())]
-    rows = proof.windows(ids, network.model.context_length)
-    difference = proof.largest_difference(network, logits, rows)
-    proof.check_same(difference, "the import")
+    ids = [tokenizer.end_of_text or 0, *tokenizer.encode(verify.some_english())]
+    rows = verify.windows(ids, network.model.context_length)
+    difference = verify.largest_difference(network, logits, rows)
+    verify.check_same(difference, "the import")
     return difference, rows.numel(), by
 
 

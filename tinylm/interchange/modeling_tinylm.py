@@ -175,7 +175,7 @@ class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.post, self.parallel = config.norm_position == "post", config.parallel_residual
-        self.stream_shares = nn.Parameter(torch.tensor([1.0, 0.0])) if config.embedding_shortcut else None
+        self.residual_mix = nn.Parameter(torch.tensor([1.0, 0.0])) if config.embedding_shortcut else None
         self.attention_norm = make_norm(config)
         self.attention = Attention(config, layer)
         outer = layer < config.value_embeddings or layer >= config.n_layer - config.value_embeddings
@@ -184,8 +184,8 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
 
     def forward(self, x, tokens, embedded, positions, mask, cache, first_values):
-        if self.stream_shares is not None:
-            x = self.stream_shares[0] * x + self.stream_shares[1] * embedded
+        if self.residual_mix is not None:
+            x = self.residual_mix[0] * x + self.residual_mix[1] * embedded
         added = None if self.value_embedding is None else self.value_embedding(tokens)
         read = x if self.post else self.attention_norm(x)
         mixed, values = self.attention(read, positions, mask, cache, added, first_values)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from tinylm.errors import InputError
-from tinylm.interchange import stock
+from tinylm.interchange import hf_architectures
 from tinylm.interchange.huggingface import unpickled
 from tinylm.recipe.schema import ModelSection
 
@@ -31,4 +31,4 @@ def read(path: Path, *, trust_pickle: bool) -> tuple[ModelSection, dict[str, Ten
         )
     except ValueError as error:
         raise InputError(f"not the shape of a model: {' '.join(str(error).split())}", where=str(path)) from None
-    return model, stock.state_of(plain, model, "nanogpt", str(path))
+    return model, hf_architectures.state_of(plain, model, "nanogpt", str(path))

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tinylm.interchange import proof
+from tinylm.interchange import verify
 from tinylm.model.transformer import Transformer
 from tinylm.tokenizer import Tokenizer
 
@@ -34,7 +34,7 @@ class _Logits(nn.Module):
 def require() -> None:
     """Raises `InputError` without the packages that exporting and checking need."""
     for module in ("onnx", "onnxscript", "onnxruntime"):
-        proof.require(module, "onnx", "writing ONNX")
+        verify.require(module, "onnx", "writing ONNX")
 
 
 def write(path: Path, network: Transformer, name: str) -> None:
@@ -76,7 +76,7 @@ def _quiet():  # type: ignore[no-untyped-def]
         logger.setLevel(level)
 
 
-def verify(path: Path, network: Transformer, tokenizer: Tokenizer, text: str) -> tuple[float, int]:
+def check_export(path: Path, network: Transformer, tokenizer: Tokenizer, text: str) -> tuple[float, int]:
     """Load the file with onnxruntime: (largest difference of logits on `text`, tokens compared).
 
     Raises `WorkError` when it is not the same model.
@@ -89,12 +89,12 @@ def verify(path: Path, network: Transformer, tokenizer: Tokenizer, text: str) ->
         return torch.from_numpy(session.run(None, {"input_ids": ids.numpy()})[0])
 
     context = network.model.context_length
-    rows = proof.windows([tokenizer.end_of_text or 0, *tokenizer.encode(text)], context)
+    rows = verify.windows([tokenizer.end_of_text or 0, *tokenizer.encode(text)], context)
     tried = [rows, *(torch.arange(b * t).view(b, t) % network.vocab_size for b, t in _SHAPES if t <= context)]
     largest = 0.0
     for ids in tried:
         with torch.no_grad():
             difference = float((network(ids) - theirs(ids)).abs().max())
-        proof.check_same(difference, "the ONNX file")
+        verify.check_same(difference, "the ONNX file")
         largest = max(largest, difference)
     return largest, rows.numel()

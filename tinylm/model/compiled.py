@@ -45,7 +45,7 @@ def kernels() -> Any:
     return compiled
 
 
-def obstacle(network: Transformer) -> str | None:
+def unsupported(network: Transformer) -> str | None:
     """What the machine code does not know about a network on the CPU, or None."""
     model = network.model
     unknown = {
@@ -62,7 +62,7 @@ def obstacle(network: Transformer) -> str | None:
 
 def pays(network: Transformer, steps: int | None) -> bool:
     """Whether so many steps are enough for compiled ones to be worth their start; None: no end of them."""
-    possible = find_spec("numba") is not None and network.embedding.weight.device.type == "cpu" and obstacle(network) is None
+    possible = find_spec("numba") is not None and network.embedding.weight.device.type == "cpu" and unsupported(network) is None
     saved = _STEP_SECONDS + _BYTE_SECONDS * sum(4 * parameter.numel() for parameter in network.parameters())
     return possible and (steps is None or steps * saved > _START_SECONDS) and bool(kernels().is_supported())
 
@@ -79,7 +79,7 @@ def load(say: Callable[[str], None]) -> None:
 
 
 class CompiledStep:
-    """What `Decoder.step` does, for networks on the CPU, packed or plain, in which there is no `obstacle`.
+    """What `Decoder.step` does, for networks on the CPU, packed or plain, in which there is no `unsupported`.
 
     It has its own copy of the matrices, and reads embeddings where the network holds them. Raises `InputError` where numba is
     not installed, and for what it does not know.
@@ -87,7 +87,7 @@ class CompiledStep:
 
     def __init__(self, network: Transformer) -> None:
         self._kernels = kernels()
-        unknown = obstacle(network)
+        unknown = unsupported(network)
         if unknown is None and not self._kernels.is_supported():
             unknown = "a processor without fused multiply-add"
         if unknown is not None:

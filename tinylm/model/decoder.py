@@ -170,7 +170,7 @@ class _Layer:
         self._widen = _linear(block.feed_forward.input)
         self._narrow = _added(block.feed_forward.output)
         self._kind = block.feed_forward.kind
-        self._shares = None if block.stream_shares is None else block.stream_shares.detach().unbind()
+        self._shares = None if block.residual_mix is None else block.residual_mix.detach().unbind()
         self._value_embedding = block.value_embedding
         self._value_share = attention.value_share
         self._heads, self._kv_heads, self._width = attention.heads, attention.kv_heads, attention.head_width
@@ -198,7 +198,7 @@ class _Layer:
             x = self._shares[0] * x + self._shares[1] * embedded
         B = x.shape[0]
         together = self._qkv(x if self._post else self._attention_norm(x)).view(B, -1, self._width)
-        q, k, v = self._placed(together, turn)
+        q, k, v = self._norm_and_rotate(together, turn)
         if self._value_embedding is not None:
             v = v + self._value_embedding(tokens).view(B, self._kv_heads, self._width)
         if self._value_share is not None and first is not None:
@@ -219,7 +219,7 @@ class _Layer:
         attended = self._output(mixed, x)
         return self._feed(self._feed_norm(x if self._parallel else attended), attended), v
 
-    def _placed(self, together: Tensor, turn: tuple[Tensor, ...] | None) -> Sequence[Tensor]:
+    def _norm_and_rotate(self, together: Tensor, turn: tuple[Tensor, ...] | None) -> Sequence[Tensor]:
         """Queries (B, H, D), keys and values (B, K, D), the first two normalised and turned to their position."""
         if self._eps is None and turn is None:
             return together.split_with_sizes([self._heads, self._kv_heads, self._kv_heads], 1)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 
-from tinylm.footprint import LOSS_ROWS_OF_HALVES
+from tinylm.cost.memory import LOSS_ROWS_OF_HALVES
 
 
 def _left_to_others(x: Tensor) -> bool:

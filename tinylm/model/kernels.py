@@ -326,7 +326,7 @@ def _gated(x: Any, gate: Any) -> Any:
 
 
 @_compiled
-def _meet(step: Any, threads: Any) -> None:
+def _barrier(step: Any, threads: Any) -> None:
     """Nobody goes on before all are here. Who waits long lets others have the processor: there may be more to do than cores."""
     if threads == 1:
         return
@@ -480,9 +480,9 @@ def _begin(step: Any, thread: Any, threads: Any) -> None:
     for row in range(thread, rows, threads):
         _look_up(step, row)
     if step.order_count:
-        _meet(step, threads)
+        _barrier(step, threads)
         _product(step, step.layer_count * MATRICES + 1, thread, threads, rows, step.hidden, step.stream, ADD)
-        _meet(step, threads)
+        _barrier(step, threads)
     for row in range(thread, rows, threads):
         stream = step.stream + row * width * 4
         if step.positions:
@@ -494,7 +494,7 @@ def _begin(step: Any, thread: Any, threads: Any) -> None:
 
 
 @_compiled
-def _placed(step: Any, x: Any, gain: Any, place: Any) -> None:
+def _norm_and_rotate(step: Any, x: Any, gain: Any, place: Any) -> None:
     """A query or key, in place: normalised, and turned to its position."""
     width = step.head_width
     if step.qk_norm_eps >= np.float32(0.0):
@@ -516,7 +516,7 @@ def _remember(step: Any, layer: Any, number: Any, row: Any, first: Any, last: An
     place = _get_id(step.places, row)
     begin = ((number * step.cache_rows + _get_id(step.texts, row)) * step.capacity + place) * pitch
     for head in range(first, last):
-        _placed(step, new_keys + head * width * 4, layer.key_gain, place)
+        _norm_and_rotate(step, new_keys + head * width * 4, layer.key_gain, place)
     for i in range(first * width, last * width):
         _set(step.keys + begin, i, _get(new_keys, i))
     for i in range(first * width, last * width):
@@ -534,7 +534,7 @@ def _attend(step: Any, layer: Any, number: Any, thread: Any, row: Any, first: An
     queries = step.qkv + row * (step.heads + 2 * step.kv_heads) * width * 4
     begin = (number * step.cache_rows + _get_id(step.texts, row)) * step.capacity * pitch
     for query in range(first * group, last * group):
-        _placed(step, queries + query * width * 4, layer.query_gain, place)
+        _norm_and_rotate(step, queries + query * width * 4, layer.query_gain, place)
     scores, room = step.own + thread * step.own_bytes + step.scores_at, step.capacity * 4
     _score(queries, step.keys + begin, place + 1, pitch, first, last, group, width, scores, room)
     for query in range(first * group, last * group):
@@ -614,29 +614,29 @@ def _look_back(step: Any, layer: Any, number: Any, thread: Any, threads: Any) ->
                 _attend(step, layer, number, thread, row, head, head + heads)
             unit += heads
         if storing and step.reading:  # rows see what others have stored
-            _meet(step, threads)
+            _barrier(step, threads)
 
 
 @_compiled
 def _run(step: Any, thread: Any, threads: Any) -> None:
     _begin(step, thread, threads)
-    _meet(step, threads)
+    _barrier(step, threads)
     layers, rows = carray(_layers_at(step.layers), 1 << 30), step.rows
     for number in range(step.layer_count):
         layer, first = layers[number], number * MATRICES
         normal = _normalised(step, thread, layer.attention_gain, layer.attention_bias)
         _product(step, first + QKV, thread, threads, rows, normal, step.qkv, STORE)
-        _meet(step, threads)
+        _barrier(step, threads)
         _look_back(step, layer, number, thread, threads)
-        _meet(step, threads)
+        _barrier(step, threads)
         _product(step, first + OUTPUT, thread, threads, rows, step.mixed, step.stream, ADD)
-        _meet(step, threads)
+        _barrier(step, threads)
         normal = _normalised(step, thread, layer.feed_gain, layer.feed_bias)
         _product(step, first + GATES, thread, threads, rows, normal, step.hidden, STORE)
         _product(step, first + WIDEN, thread, threads, rows, normal, step.hidden, step.activation)
-        _meet(step, threads)
+        _barrier(step, threads)
         _product(step, first + NARROW, thread, threads, rows, step.hidden, step.stream, ADD)
-        _meet(step, threads)
+        _barrier(step, threads)
     wanted = rows - 1 if step.reading else 0
     normal = _normalised(step, thread, step.final_gain, step.final_bias) + wanted * step.width * 4
     use = CAP if step.softcap > np.float32(0.0) else STORE

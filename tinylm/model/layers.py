@@ -38,7 +38,7 @@ def make_norm(model: ModelSection, width: int) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class Shared:
+class ForwardContext:
     """What every block of one forward pass may look at."""
 
     tokens: Tensor
@@ -132,7 +132,7 @@ class Attention(nn.Module):
                 q, k, v = torch.split(together, [self.heads, self.kv_heads, self.kv_heads], dim=2)
                 return q, k, v
             looking, v = torch.split(together, [self.heads + self.kv_heads, self.kv_heads], dim=2)  # one gradient, not two of zeros
-            q, k = torch.split(self._placed(looking, rotation), [self.heads, self.kv_heads], dim=2)
+            q, k = torch.split(self._norm_and_rotate(looking, rotation), [self.heads, self.kv_heads], dim=2)
             return q, k, v
         rows, bias = self.query_rows, self.qkv.bias
         q = self._heads(F.linear(queries_from, self.qkv.weight[:rows], None if bias is None else bias[:rows]))
@@ -141,7 +141,7 @@ class Attention(nn.Module):
             q, k = rms_norm(q, self.query_gain, self.qk_norm_eps), rms_norm(k, self.key_gain, self.qk_norm_eps)
         return q, k, v
 
-    def _placed(self, queries_and_keys: Tensor, rotation: Rotation | None) -> Tensor:
+    def _norm_and_rotate(self, queries_and_keys: Tensor, rotation: Rotation | None) -> Tensor:
         if self.qk_norm_eps is not None:
             queries_and_keys = rms_norm(queries_and_keys, None, self.qk_norm_eps)
             if self.query_gain is not None and self.key_gain is not None:
@@ -185,7 +185,7 @@ class Block(nn.Module):
         super().__init__()
         self.post = model.norm_position == "post"
         self.parallel = model.parallel_residual
-        self.stream_shares = nn.Parameter(torch.tensor([1.0, 0.0])) if model.embedding_shortcut else None
+        self.residual_mix = nn.Parameter(torch.tensor([1.0, 0.0])) if model.embedding_shortcut else None
         self.attention_norm = make_norm(model, model.n_embd)
         self.attention = Attention(model, layer)
         values = model.kv_heads * model.head_width
@@ -195,13 +195,15 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(model)
         self.dropout = Dropout(model.dropout)
 
-    def forward(self, x: Tensor, shared: Shared, first_values: Tensor | None, last: int | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, shared: ForwardContext, first_values: Tensor | None, last: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """(B, T, C) -> (B, T, C), causal, and the attention's values. `first_values`: those of the first block.
 
         `last`: only so many last positions are wanted, (B, last, C); the keys and values of all are cached.
         """
-        if self.stream_shares is not None:
-            keep, add = self.stream_shares.to(x.dtype).unbind()
+        if self.residual_mix is not None:
+            keep, add = self.residual_mix.to(x.dtype).unbind()
             x = keep * x + add * shared.embedded
         added = None
         if self.value_embedding is not None:

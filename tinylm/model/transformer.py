@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tinylm.footprint import LOSS_BYTES, LOSS_ROWS
+from tinylm.cost.memory import LOSS_BYTES, LOSS_ROWS
 from tinylm.model.cache import CacheRows
 from tinylm.model.functions import Dropout, summed_cross_entropy
-from tinylm.model.initialisation import initialise
-from tinylm.model.layers import Attention, Block, FeedForward, Rotation, Shared, make_norm
+from tinylm.model.initialization import initialize
+from tinylm.model.layers import Attention, Block, FeedForward, ForwardContext, Rotation, make_norm
 from tinylm.model.ngrams import NgramEmbedding
 from tinylm.model.positions import rope_table, sinusoidal_table
 from tinylm.recipe.schema import ModelSection
@@ -47,7 +47,7 @@ class Transformer(nn.Module):
         elif model.position == "sinusoidal":
             self.register_buffer("sinusoids", sinusoidal_table(model.context_length, model.n_embd), persistent=False)
         if seed is not None:
-            initialise(self, model, torch.Generator().manual_seed(seed))
+            initialize(self, model, torch.Generator().manual_seed(seed))
         if model.tie_embeddings:
             self.head.weight = self.embedding.weight
         self.embedding.weight.requires_grad_(not model.freeze_embeddings)
@@ -84,13 +84,15 @@ class Transformer(nn.Module):
         if torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) == torch.bfloat16:
             x = x.bfloat16()  # the residual stream too: half of the memory traffic (float16 has not the range)
         x = self.dropout(x)
-        shared = Shared(tokens, x, self._rotation(start, end), cache)
+        shared = ForwardContext(tokens, x, self._rotation(start, end), cache)
         first_values: Tensor | None = None
         for number, block in enumerate(self.blocks, 1):
             if last is not None and number == len(self.blocks):
                 x, values = block(x, shared, first_values, last=last)
             elif self.recompute and torch.is_grad_enabled():
-                x, values = checkpoint(block, x, shared, first_values, use_reentrant=False, preserve_rng_state=self.model.draws)
+                x, values = checkpoint(
+                    block, x, shared, first_values, use_reentrant=False, preserve_rng_state=self.model.uses_dropout
+                )
             else:
                 x, values = block(x, shared, first_values)
             if first_values is None and self.model.value_residual:

@@ -136,10 +136,10 @@ def build(
 
 
 def orthogonalisation_type(section: MuonOptimizer, device: torch.device) -> Literal["fp32", "bf16"]:
-    """What `orthogonalise_in` means on this device."""
-    if section.orthogonalise_in == "auto":
+    """What `newton_schulz_dtype` means on this device."""
+    if section.newton_schulz_dtype == "auto":
         return "bf16" if _has_bfloat16_units(device) else "fp32"
-    return section.orthogonalise_in
+    return section.newton_schulz_dtype
 
 
 def _has_bfloat16_units(device: torch.device) -> bool:

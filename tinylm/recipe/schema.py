@@ -122,7 +122,7 @@ class VocabularyTokenizer(LearnedTokenizer):
     """Tokens wanted, the end-of-text token and all others included."""
     allow_smaller: Flag = True
     """Take fewer, with a warning, where the text has no more to give; false: an error that names the largest that fits."""
-    most_megabytes: Megabytes = 64
+    max_megabytes: Megabytes = 64
     """Words are counted in this much text at the most, every n-th piece of a longer one."""
 
 
@@ -136,7 +136,7 @@ class BpeTokenizer(VocabularyTokenizer):
     """Longest run of digits in one token; null: 2 for gpt4, 3 for llama3, no limit for others."""
     min_frequency: Count = 1
     """Occurrences that a pair needs to be merged."""
-    longest_token: OptionalCount = None
+    max_token_length: OptionalCount = None
     """Most bytes (of an alphabet of characters: most characters) in a token; null: no limit."""
     alphabet: Alphabet = "bytes"
     """What merges start from: bytes, text (its characters), a number (its most frequent characters), or the characters."""
@@ -154,7 +154,7 @@ class UnigramTokenizer(VocabularyTokenizer):
     """Where pieces may not reach across, as for bpe."""
     digits: OptionalCount = None
     """Longest run of digits in one piece, as for bpe."""
-    longest_token: Count = 16
+    max_token_length: Count = 16
     """Most characters in a piece."""
     alphabet: Characters = "text"
     """Characters that are pieces of their own: text, a number, or the characters."""
@@ -170,7 +170,7 @@ class WordPieceTokenizer(VocabularyTokenizer):
     """What a word is: bert (punctuation apart), whitespace, or a regular expression within what stands between spaces."""
     min_frequency: Count = 1
     """Occurrences that a pair needs to be merged."""
-    longest_token: OptionalCount = None
+    max_token_length: OptionalCount = None
     """Most characters in a piece; null: no limit."""
     alphabet: Characters = "text"
     """Characters that are pieces of their own: text, a number, or the characters. A word with another is unknown."""
@@ -331,7 +331,7 @@ class ModelSection(Section):
         return {**PRESETS.get(preset if isinstance(preset, str) else "modern", PRESETS["modern"]), **values}
 
     @property
-    def draws(self) -> bool:
+    def uses_dropout(self) -> bool:
         """Whether training draws random numbers: dropout of any kind."""
         return self.dropout > 0 or self.attention_drops > 0 or (self.ngram_dropout > 0 and bool(self.ngram_embeddings))
 
@@ -381,7 +381,7 @@ class MuonOptimizer(Section):
     """Coefficients of the iteration that makes updates orthogonal (Amsel et al. 2025; Jordan et al. 2024)."""
     newton_schulz_steps: Count = 3
     """Iterations: 3 of polar_express do what 5 of classic do."""
-    orthogonalise_in: Literal["auto", "fp32", "bf16"] = "auto"
+    newton_schulz_dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on devices with units for it (GPUs since Ampere, processors with AMX), else fp32."""
     weight_decay: NotNegative = 0.1
     """Decoupled, on what Muon updates, times lr."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from tinylm.errors import InputError
-from tinylm.generation.engine import Engine, Request, Sample, TokenChoice, Writer
+from tinylm.generation.engine import Engine, Request, Sample, SequenceState, TokenChoice
 from tinylm.model.decoder import Decoder
 from tinylm.tokenizer import Tokenizer
 
@@ -37,7 +37,7 @@ class Ticket:
     listen: Listener
     deadline: float
     given_up: bool = False
-    writer: Writer | None = field(default=None, repr=False)
+    writer: SequenceState | None = field(default=None, repr=False)
 
 
 class Worker:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tinylm.tokenizer.compiled import kernels
-from tinylm.tokenizer.splits import Borders
+from tinylm.tokenizer.splits import SplitPoints
 
 MOST_CHUNKS = 400_000
 MOST_BYTES = 32 << 20
@@ -26,7 +26,7 @@ _MASKS = np.array([(1 << 8 * size) - 1 for size in range(8)] + [(1 << 64) - 1] *
 class ChunkIndex:
     """Numbers chunks as they are met. `chunks[n]` is the text of number n, as bytes."""
 
-    def __init__(self, borders: Borders) -> None:
+    def __init__(self, borders: SplitPoints) -> None:
         self._borders = borders
         self.clear()
 

@@ -25,7 +25,7 @@ class Codec:
     unknown: int | None
     token_bytes: Sequence[bytes]
     """What each id stands for."""
-    borders: splits.Borders | None
+    borders: splits.SplitPoints | None
     encode: Callable[[bytes], np.ndarray]
     """UTF-8 text, cut as `units` cuts it, to ids."""
     encode_each: Callable[[Sequence[str]], list[list[int]]]

@@ -19,7 +19,7 @@ from tinylm.text.sources import Piece
 from tinylm.tokenizer import splits
 from tinylm.tokenizer.chunks import ChunkIndex
 from tinylm.tokenizer.encoding import units
-from tinylm.tokenizer.splits import Borders
+from tinylm.tokenizer.splits import SplitPoints
 
 Warn = Callable[[str], None]
 
@@ -43,7 +43,7 @@ class Words:
     """int64 (words,)"""
 
 
-def count_words(backend: tokenizers.Tokenizer, borders: Borders | None, pieces: Iterable[Piece], warn: Warn) -> Words:
+def count_words(backend: tokenizers.Tokenizer, borders: SplitPoints | None, pieces: Iterable[Piece], warn: Warn) -> Words:
     """The words that `backend` makes of a text."""
     counter = _Counter(backend, warn)
     if borders is None:
@@ -93,14 +93,14 @@ class _Counter:
         self._rarest = 0
         self._cut = False
 
-    def add(self, borders: Borders, chunks: Sequence[bytes], counts: Sequence[int]) -> None:
+    def add(self, borders: SplitPoints, chunks: Sequence[bytes], counts: Sequence[int]) -> None:
         """Distinct chunks between `borders`, each with how often it stands in the text."""
         for start in range(0, len(chunks), _TOGETHER):
             texts = [self._normalize(chunk.decode("utf-8")) for chunk in chunks[start : start + _TOGETHER]]
             self._add_together(borders, texts, np.array(counts[start : start + _TOGETHER], dtype=np.int64))
         self._forget_rare()
 
-    def _add_together(self, borders: Borders, texts: list[str], counts: np.ndarray) -> None:
+    def _add_together(self, borders: SplitPoints, texts: list[str], counts: np.ndarray) -> None:
         """Divide chunks as one text, which is several times faster, wherever that text has a border between two of them."""
         sizes = np.fromiter((len(text.encode("utf-8")) for text in texts), dtype=np.int64, count=len(texts))
         joined = np.isin(np.cumsum(sizes) - sizes, borders.find("".join(texts).encode("utf-8")))

@@ -17,7 +17,7 @@ import tokenizers
 from tinylm.text.sources import Piece
 from tinylm.tokenizer.chunks import ChunkIndex
 from tinylm.tokenizer.compiled import kernels
-from tinylm.tokenizer.splits import Borders, byte_level_table, pattern_in
+from tinylm.tokenizer.splits import SplitPoints, byte_level_table, pattern_in
 
 Engine = Callable[[Sequence[str]], list[list[int]]]
 Note = Callable[[str], None]
@@ -31,7 +31,7 @@ _LONGEST_FOR_TIKTOKEN = 500
 _ENGINE_CHUNKS = 1 << 14
 
 
-def units(pieces: Iterable[Piece], borders: Borders | None) -> Iterator[tuple[bytes, bool]]:
+def units(pieces: Iterable[Piece], borders: SplitPoints | None) -> Iterator[tuple[bytes, bool]]:
     """(UTF-8 text, whether it begins a document), cut where no id depends on the cut, wherever `pieces` were cut.
 
     Without `borders` a unit is a whole document.
@@ -54,7 +54,7 @@ def units(pieces: Iterable[Piece], borders: Borders | None) -> Iterator[tuple[by
         yield bytes(held), starts
 
 
-def _cuts(text: bytes, borders: Borders) -> list[int]:
+def _cuts(text: bytes, borders: SplitPoints) -> list[int]:
     """Where to cut a growing text: at the last border before every `UNIT_BYTES`, and inside what has no border for too long."""
     found = borders.find(text)
     wanted = np.searchsorted(found, np.append(np.arange(UNIT_BYTES, len(text), UNIT_BYTES), len(text)), side="right") - 1
@@ -73,7 +73,7 @@ def _cuts(text: bytes, borders: Borders) -> list[int]:
 class Encoder:
     """Encodes units of text for one tokenizer. `note` hears when a faster engine had to be given up."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, described: Mapping[str, Any], borders: Borders | None) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, described: Mapping[str, Any], borders: SplitPoints | None) -> None:
         self._backend = backend
         self._described = described
         self._index = ChunkIndex(borders) if borders is not None else None

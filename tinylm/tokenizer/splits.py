@@ -76,7 +76,7 @@ def _regex(pattern: str) -> Regex:
         raise InputError(f"{pattern!r} is not a regular expression: {error}", where="tokenizer.split") from None
 
 
-class Borders:
+class SplitPoints:
     """Where words begin for certain: between two bytes by their classes, and with `lines` before every line that is not blank."""
 
     def __init__(self, rules: Iterable[tuple[str, str]], *, lines: bool = False) -> None:
@@ -112,9 +112,9 @@ class Borders:
             at[newlines] = _GRAPHIC[codes[following]]
         return np.flatnonzero(at) + 1
 
-    def without_high(self) -> Borders:
+    def without_high(self) -> SplitPoints:
         """Only those between two ASCII characters."""
-        return Borders([(lefts.replace("h", ""), rights.replace("h", "")) for lefts, rights in self.rules], lines=self.lines)
+        return SplitPoints([(lefts.replace("h", ""), rights.replace("h", "")) for lefts, rights in self.rules], lines=self.lines)
 
 
 def _class_of(byte: int) -> str:
@@ -144,15 +144,15 @@ _GRAPHIC = np.array([name in "a0." for name in _CLASS_OF])
 _BEFORE_SPACE = ("a0.h", " ")
 _RUNS_END = (("a", "0nr."), ("0", "anr."), (".", "0"))
 KNOWN = {
-    "gpt2": Borders([_BEFORE_SPACE, *_RUNS_END]),
-    "gpt4": Borders([_BEFORE_SPACE, *_RUNS_END], lines=True),
-    "whitespace": Borders([_BEFORE_SPACE]),
-    "none": Borders([("n", _CLASSES)]),
-    "bert": Borders([_BEFORE_SPACE, ("a0.h", "."), (".", "a0h")]),
+    "gpt2": SplitPoints([_BEFORE_SPACE, *_RUNS_END]),
+    "gpt4": SplitPoints([_BEFORE_SPACE, *_RUNS_END], lines=True),
+    "whitespace": SplitPoints([_BEFORE_SPACE]),
+    "none": SplitPoints([("n", _CLASSES)]),
+    "bert": SplitPoints([_BEFORE_SPACE, ("a0.h", "."), (".", "a0h")]),
 }
 
 
-def borders_of(tokenizer: Mapping[str, Any]) -> Borders | None:
+def borders_of(tokenizer: Mapping[str, Any]) -> SplitPoints | None:
     """The borders that a tokenizer.json (as parsed JSON) is known to have; None when nothing is known for certain."""
     model = tokenizer["model"]
     single = model["type"] == "BPE" and not model["merges"]  # every byte or character by itself
@@ -183,7 +183,7 @@ def pattern_in(tokenizer: Mapping[str, Any]) -> str | None:
     return pattern if steps[0]["behavior"] == "Isolated" and not steps[0]["invert"] else None
 
 
-def _crosses(content: str, borders: Borders) -> bool:
+def _crosses(content: str, borders: SplitPoints) -> bool:
     """Whether a border can fall inside an added token, so that cutting there would hide it."""
     return len(borders.find(content.encode())) > 0
 
@@ -197,7 +197,7 @@ def _steps(node: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
     return [step for inner in node.get(key, node.get("pretokenizers", ())) for step in _steps(inner, key)]
 
 
-def _of_pre_tokenizer(node: Mapping[str, Any] | None) -> Borders | None:
+def _of_pre_tokenizer(node: Mapping[str, Any] | None) -> SplitPoints | None:
     steps = [json.dumps(step, sort_keys=True) for step in _steps(node, "pretokenizers")]
     return _KNOWN_STEPS.get("".join(steps[:-1] if steps and steps[-1] == _BYTE_LEVEL else steps))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tinylm import plan
+from tinylm.cost import plan
 from tinylm.errors import InputError
 from tinylm.recipe.schema import ModelSection, VocabularyTokenizer
 from tinylm.text.sources import Piece

@@ -22,7 +22,7 @@ from tinylm.errors import InputError
 from tinylm.paths import write_whole
 from tinylm.text.sources import Piece
 from tinylm.tokenizer.encoding import UNIT_BYTES, Encoder, units
-from tinylm.tokenizer.splits import Borders, borders_of, byte_level_table
+from tinylm.tokenizer.splits import SplitPoints, borders_of, byte_level_table
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<|unknown|>"
@@ -109,7 +109,7 @@ class Tokenizer:
         return next((id for id in ids if id is not None), None)
 
     @cached_property
-    def borders(self) -> Borders | None:
+    def borders(self) -> SplitPoints | None:
         """Where its text may be cut; None when nothing is known of the way it divides text."""
         return borders_of(self.described)
 

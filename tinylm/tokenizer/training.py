@@ -92,10 +92,10 @@ def check_size(tokenizer: Tokenizer, section: TokenizerSection, warn: Warn) -> N
 
 
 def _thinned(section: VocabularyTokenizer, pieces: Iterable[Piece], size: int | None, warn: Warn) -> Iterator[Piece]:
-    """Every n-th piece, so that at most `most_megabytes` of a text of `size` bytes remain."""
-    every = math.ceil((size or 0) / (section.most_megabytes * 1_000_000)) or 1
+    """Every n-th piece, so that at most `max_megabytes` of a text of `size` bytes remain."""
+    every = math.ceil((size or 0) / (section.max_megabytes * 1_000_000)) or 1
     if every > 1:
-        warn(f"words are counted in 1/{every} of the text (tokenizer.most_megabytes {section.most_megabytes})")
+        warn(f"words are counted in 1/{every} of the text (tokenizer.max_megabytes {section.max_megabytes})")
     for piece in itertools.islice(pieces, 0, None, every):
         yield Piece(piece.text, True) if every > 1 else piece  # what is no longer beside each other is not joined
 
@@ -170,7 +170,7 @@ def _room(section: VocabularyTokenizer) -> int:
 
 def _byte_pairs(section: BpeTokenizer, words: Words) -> models.Model:
     learned = merges.learn(
-        words, _bytes(), None, _room(section), min_frequency=section.min_frequency, longest=section.longest_token
+        words, _bytes(), None, _room(section), min_frequency=section.min_frequency, longest=section.max_token_length
     )
     return models.BPE(vocab={token: id for id, token in enumerate(learned.tokens)}, merges=learned.written())
 
@@ -184,7 +184,7 @@ def _character_pairs(section: BpeTokenizer, words: Words) -> models.Model:
         None,
         room,
         min_frequency=section.min_frequency,
-        longest=section.longest_token,
+        longest=section.max_token_length,
         reserved={*reserved},
     )
     return models.BPE(
@@ -216,7 +216,7 @@ def _unigram(section: UnigramTokenizer, words: Words) -> models.Model:
     alphabet = sorted(spelled | {*_alphabet(section.alphabet, words, max(0, room))})
     if len(alphabet) > room:
         _alphabet("".join(alphabet), words, room)
-    pieces = unigram.learn(words, alphabet, room, longest=section.longest_token)
+    pieces = unigram.learn(words, alphabet, room, longest=section.max_token_length)
     pieces = [(piece, score) for piece, score in pieces if piece not in reserved]
     return models.Unigram([*((token, NEVER) for token in reserved), *pieces], unk_id=0, byte_fallback=section.byte_fallback)
 
@@ -226,7 +226,7 @@ def _word_piece(section: WordPieceTokenizer, words: Words) -> models.Model:
     alphabet = _alphabet(section.alphabet, words, room // 2)
     inner = [CONTINUING + character for character in alphabet]
     learned = merges.learn(
-        words, alphabet, inner, room, min_frequency=section.min_frequency, longest=section.longest_token, join=_continued
+        words, alphabet, inner, room, min_frequency=section.min_frequency, longest=section.max_token_length, join=_continued
     )
     vocabulary = {token: id for id, token in enumerate([UNKNOWN, *learned.tokens])}
     return models.WordPiece(vocabulary, unk_token=UNKNOWN, continuing_subword_prefix=CONTINUING, max_input_chars_per_word=100)

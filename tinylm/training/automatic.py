@@ -9,19 +9,19 @@ from dataclasses import dataclass
 
 import torch
 
-from tinylm import plan
+from tinylm.cost import plan
 from tinylm.data.batches import Batches
 from tinylm.model.objective import CausalObjective
 from tinylm.model.transformer import Transformer
 from tinylm.optim.groups import orthogonalisation_type
-from tinylm.processes import ALONE, Processes
+from tinylm.processes import SINGLE_PROCESS, Processes
 from tinylm.recipe import Recipe
 from tinylm.recipe.schema import MuonOptimizer
 from tinylm.reporting import SILENT, Reporter
 from tinylm.training import compilation
 from tinylm.training import precision as precisions
 from tinylm.training.feed import Feed, GlobalBatch
-from tinylm.training.memory import halved, is_out_of_memory
+from tinylm.training.out_of_memory import halved, is_out_of_memory
 from tinylm.training.precision import Precision
 
 
@@ -42,7 +42,7 @@ def decide(
     stop_after: float | None = None,
     *,
     resumed: bool = False,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> Decided:
     """The recipe with every `auto` decided, and the network compiled if so. `steps` None: the clock decides.
 
@@ -52,13 +52,13 @@ def decide(
     device = next(network.parameters()).device
     with Feed(batches, CausalObjective(), pin=False) as feed:
         batch = feed.take(0, recipe.training.global_batch_size)
-    chosen = processes.main_does(lambda: _chosen(recipe, network, batch, steps, reporter, stop_after, device, processes.count))
+    chosen = processes.run_on_main(lambda: _chosen(recipe, network, batch, steps, reporter, stop_after, device, processes.count))
     training = chosen.training
     precision, compiled, start_up = Precision(training.precision, device), bool(training.compile), 0.0
     if compiled:
         trial = _trial(network, batch, int(training.micro_batch_size), precision)
         demanded = recipe.training.compile is True and not resumed
-        start_up = processes.all_do(
+        start_up = processes.run_on_all(
             lambda: compilation.compile_blocks(network, trial, demanded=demanded, reporter=reporter if processes.main else SILENT)
         )
         compiled = not processes.any(start_up == 0)
@@ -94,7 +94,7 @@ def _chosen(
             reporter.note("compiling the blocks: it takes some seconds and makes every step faster (training.compile)")
     update = {"precision": precision.name, "micro_batch_size": micro, "compile": compiled, "optimizer": training.optimizer}
     if isinstance(training.optimizer, MuonOptimizer):
-        decided = {"orthogonalise_in": orthogonalisation_type(training.optimizer, device)}
+        decided = {"newton_schulz_dtype": orthogonalisation_type(training.optimizer, device)}
         update["optimizer"] = training.optimizer.model_copy(update=decided)
     return recipe.model_copy(update={"training": training.model_copy(update=update)})
 

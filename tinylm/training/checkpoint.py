@@ -34,7 +34,7 @@ from tinylm.errors import InputError, TinylmError, WorkError
 from tinylm.model.transformer import Transformer
 from tinylm.optim.groups import Optimizers
 from tinylm.paths import sync_folder, write_whole
-from tinylm.processes import ALONE, Processes
+from tinylm.processes import SINGLE_PROCESS, Processes
 from tinylm.reporting import Reporter
 from tinylm.run import FORMAT, Checkpoint, Run, seal
 from tinylm.training.parallel import named_weights
@@ -55,7 +55,7 @@ class Snapshot:
 class CheckpointWriter:
     """Writes the checkpoints of one run and removes those no longer wanted. All processes hold one and call it alike."""
 
-    def __init__(self, run_folder: Path, keep: int, processes: Processes = ALONE) -> None:
+    def __init__(self, run_folder: Path, keep: int, processes: Processes = SINGLE_PROCESS) -> None:
         self.run = Run(run_folder)
         self.folder = run_folder / "checkpoints"
         self._keep = keep
@@ -110,9 +110,9 @@ class CheckpointWriter:
         partial = self.folder / f".{final.name}.partial"
         try:
             with _told(f"the checkpoint of step {snapshot.state['step']}", self.folder):
-                self._line.main_does(lambda: _new_folder(partial))
+                self._line.run_on_main(lambda: _new_folder(partial))
                 _write_tensors(partial, snapshot.training, self._line)
-                self._line.main_does(lambda: self._seal(partial, final, snapshot))
+                self._line.run_on_main(lambda: self._seal(partial, final, snapshot))
         except BaseException:
             if self._main:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -237,7 +237,12 @@ def newest_whole(run: Run, reporter: Reporter) -> Checkpoint:
 
 
 def restore(
-    checkpoint: Checkpoint, network: Transformer, optimizers: Optimizers, processes: Processes = ALONE, *, moments: bool = True
+    checkpoint: Checkpoint,
+    network: Transformer,
+    optimizers: Optimizers,
+    processes: Processes = SINGLE_PROCESS,
+    *,
+    moments: bool = True,
 ) -> dict[str, Any]:
     """Put weights and optimiser back as they were saved; the rest of the state is returned.
 

@@ -7,13 +7,13 @@ import time
 
 import torch
 
+from tinylm.cost.plan import cpp_compiler
 from tinylm.errors import WorkError
 from tinylm.model.objective import Objective
 from tinylm.model.transformer import Transformer
-from tinylm.plan import cpp_compiler
 from tinylm.reporting import Reporter
 from tinylm.training.feed import GlobalBatch
-from tinylm.training.memory import is_out_of_memory
+from tinylm.training.out_of_memory import is_out_of_memory
 from tinylm.training.precision import Precision
 from tinylm.training.step import accumulate
 

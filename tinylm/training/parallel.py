@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tinylm import plan
+from tinylm.cost import plan
 from tinylm.model import lora
 from tinylm.model.transformer import Transformer
-from tinylm.processes import ALONE, Processes, lost_peer
+from tinylm.processes import SINGLE_PROCESS, Processes, lost_peer
 from tinylm.recipe import Recipe
 from tinylm.training.precision import Precision
 
@@ -42,7 +42,7 @@ def resolve(name: str, recipe: Recipe, vocab_size: int, device: torch.device, pr
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
         memory = plan.host_memory_bytes() // processes.count
-    costs = plan.memory(recipe, vocab_size, 1)
+    costs = plan.estimate_memory(recipe, vocab_size, 1)
     return "fsdp" if costs.weights + costs.gradients + costs.optimizer > _SHARD_FROM * memory else "ddp"
 
 
@@ -50,7 +50,7 @@ class Parallel:
     """A network, and how it computes with the others. `network` stays what it was: evaluate, save and optimise that."""
 
     def __init__(
-        self, network: Transformer, name: str = "none", processes: Processes = ALONE, precision: Precision | None = None
+        self, network: Transformer, name: str = "none", processes: Processes = SINGLE_PROCESS, precision: Precision | None = None
     ) -> None:
         self.network = network
         self.name = name
@@ -99,7 +99,7 @@ class Parallel:
         """Copies of all weights in the host's memory, a tied head once. Empty but in the main process, unless `for_all`."""
         kept = {}
         for name, tensor in named_weights(self.network).items():
-            whole = everywhere(tensor)
+            whole = full_tensor(tensor)
             if self.processes.main or for_all:
                 kept[name] = whole.to("cpu", copy=True)
         return kept
@@ -148,7 +148,7 @@ def fill(network: Transformer, weights: Mapping[str, Tensor]) -> None:
             tensor.copy_(weights[name])
 
 
-def everywhere(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor that may be spread over the processes, or the number that they computed together, for each of them."""
     whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return whole
@@ -156,7 +156,7 @@ def everywhere(tensor: Tensor) -> Tensor:
 
 def norms(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
     """The Euclidean norm of each named tensor, in float64."""
-    return {name: float(everywhere(torch.linalg.vector_norm(tensor.detach().double()))) for name, tensor in tensors}
+    return {name: float(full_tensor(torch.linalg.vector_norm(tensor.detach().double()))) for name, tensor in tensors}
 
 
 def _shard(network: Transformer, mesh: DeviceMesh, precision: Precision | None) -> None:

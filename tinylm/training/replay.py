@@ -135,7 +135,7 @@ def replay(folder: str | Path, *, device: str | None = None, threads: int | None
     batch = GlobalBatch(example, int((example.targets >= 0).sum()))
     scaler = torch.amp.GradScaler(target.type, init_scale=report.scale, enabled=report.precision == "fp16")
     count = len(tokens) // report.micro_batch_size
-    seeds = micro_batch_seeds(recipe.seed, report.step - 1, 0, count) if recipe.model.draws else None
+    seeds = micro_batch_seeds(recipe.seed, report.step - 1, 0, count) if recipe.model.uses_dropout else None
     with precision.tf32():
         loss = float(accumulate(network, objective, batch, report.micro_batch_size, precision, scaler, seeds))
     gradients = {

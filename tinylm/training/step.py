@@ -12,7 +12,7 @@ from tinylm.model.objective import Example, Objective
 from tinylm.training.feed import GlobalBatch
 from tinylm.training.precision import Precision
 
-Together = Callable[[bool], AbstractContextManager[nn.Module]]
+MicroBatchContext = Callable[[bool], AbstractContextManager[nn.Module]]
 """Told whether a micro-batch is the last, it gives what to call in it (`Parallel.micro_batch`)."""
 
 
@@ -31,7 +31,7 @@ def accumulate(
     precision: Precision,
     scaler: torch.amp.GradScaler,
     seeds: Iterator[int] | None = None,
-    together: Together | None = None,
+    together: MicroBatchContext | None = None,
 ) -> Tensor:
     """Add the gradient of the mean loss over all targets of `batch` to `.grad`.
 

@@ -29,9 +29,9 @@ from tinylm.run import Checkpoint
 from tinylm.training.checkpoint import CheckpointWriter, Snapshot, restore
 from tinylm.training.feed import Feed, GlobalBatch
 from tinylm.training.guards import Guard, Watch
-from tinylm.training.memory import halved, is_out_of_memory
 from tinylm.training.metrics import EvaluationEvent, GuardEvent, Observer, SampleEvent, StepEvent
-from tinylm.training.parallel import Parallel, everywhere, norms
+from tinylm.training.out_of_memory import halved, is_out_of_memory
+from tinylm.training.parallel import Parallel, full_tensor, norms
 from tinylm.training.precision import Precision
 from tinylm.training.replay import Report, write_report
 from tinylm.training.signals import StopRequest
@@ -91,7 +91,7 @@ class _Step:
 
 
 @dataclass(frozen=True)
-class _Taken:
+class PendingStep:
     """A step whose numbers are still the device's: its loss, the norm of its gradient, and the scale of a float16 loss."""
 
     number: int
@@ -101,7 +101,7 @@ class _Taken:
     arrived: torch.cuda.Event | None
 
     @classmethod
-    def now(cls, number: int, cursor: int, fingerprint: int, numbers: Tensor) -> _Taken:
+    def now(cls, number: int, cursor: int, fingerprint: int, numbers: Tensor) -> PendingStep:
         """Ask for the numbers; a GPU copies them while the host goes on."""
         if numbers.device.type != "cuda":
             return cls(number, cursor, fingerprint, numbers, None)
@@ -122,11 +122,11 @@ class _EvaluationInterrupted(Exception):
     """A signal came while measuring."""
 
 
-class _RanOutElsewhere(Exception):
+class PeerOutOfMemory(Exception):
     """Another process has not the memory for its micro-batches."""
 
 
-def hears_late(device: torch.device) -> bool:
+def defers_results(device: torch.device) -> bool:
     """Whether the host goes on before it knows how a step went: where it is not the host that computes, and torch's optimisers
     can leave a step out by a number that is on the device.
     """
@@ -179,12 +179,12 @@ class Trainer:
         self._logged_step = 0
         self._logged_seconds = 0.0
         self._saved_step = 0
-        self._refusal: TinylmError | None = None
+        self._save_error: TinylmError | None = None
         self._signal = 0
         self._began = 0.0
-        self._earlier = 0.0
-        self._unheard: list[_Taken] = []
-        self._hears_late = hears_late(precision.device)
+        self._prior_seconds = 0.0
+        self._pending_steps: list[PendingStep] = []
+        self._defers_results = defers_results(precision.device)
 
     def resume(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's state; weights and optimiser are already restored."""
@@ -205,9 +205,9 @@ class Trainer:
         try:
             with Feed(self.batches, self._objective, pin=pin, rank=processes.rank, count=processes.count) as feed:
                 stopped = self._loop(feed, request, stop_after)
-            self._settle()
-            if self._refusal is not None and self._saved_step != self.progress.step:
-                raise self._refusal
+            self._wait_for_save()
+            if self._save_error is not None and self._saved_step != self.progress.step:
+                raise self._save_error
         except Exception:
             with suppress(Exception):
                 self._checkpoints.finish()  # what was trained before it went wrong
@@ -215,19 +215,19 @@ class Trainer:
         return stopped
 
     def _loop(self, feed: Feed, request: StopRequest, stop_after: float | None) -> str:
-        self._began, self._earlier = time.perf_counter(), self.progress.seconds
+        self._began, self._prior_seconds = time.perf_counter(), self.progress.seconds
         self.network.train()
         if self.progress.step:
-            self._look(request)
+            self._evaluate_and_sample(request)
         stopped, finished = "done", self._finished()
         while stopped == "done" and not finished:
             self._step(feed)
             if self._processes.count == 1 and self._checkpoints.done:  # several would not see it at the same step
-                self._settle()
-            self._agree(request)
-            late = stop_after is not None and self.progress.seconds - self._earlier >= stop_after
+                self._wait_for_save()
+            self._sync_stop_state(request)
+            late = stop_after is not None and self.progress.seconds - self._prior_seconds >= stop_after
             ending = self._finished() or bool(self._signal) or late
-            done = self._hear(all_steps=ending or self._save_due() or self._log_due())
+            done = self._collect_results(all_steps=ending or self._save_due() or self._log_due())
             finished = self._finished()
             if not finished and self._signal:
                 stopped = "signal"
@@ -239,10 +239,10 @@ class Trainer:
             if saving:
                 if not self._save():
                     finished = self._finished()  # it went back
-                self._agree(request)
+                self._sync_stop_state(request)
             if stopped == "done":
-                self._look(request)
-            self._agree(request)
+                self._evaluate_and_sample(request)
+            self._sync_stop_state(request)
             if stopped == "done" and self._signal and not finished:
                 stopped = "signal"
                 if not saving:  # the signal came after that was decided
@@ -250,16 +250,16 @@ class Trainer:
         measured = self.progress.evaluated_step == self.progress.step
         return stopped if measured or stopped != "done" else "signal"  # one that came during the last evaluation
 
-    def _agree(self, request: StopRequest) -> None:
+    def _sync_stop_state(self, request: StopRequest) -> None:
         """One clock and one answer to signals for all processes: the main one's, and whichever came to any."""
-        own = [self._earlier + time.perf_counter() - self._began, float(request.signal_number or 0)]
+        own = [self._prior_seconds + time.perf_counter() - self._began, float(request.signal_number or 0)]
         everybodys = self._processes.gather(own)
         self.progress.seconds = everybodys[0][0]
         self._signal = int(max(signal for _, signal in everybodys))
         if self._signal:  # else one may have come just now, to be heard the next time
             request.signal_number = self._signal
 
-    def _look(self, request: StopRequest) -> None:
+    def _evaluate_and_sample(self, request: StopRequest) -> None:
         """Measure and sample when it is time. A resumed training does so first: its checkpoint was saved before that."""
         if self.progress.watch.in_a_row and not self._finished():
             return
@@ -290,53 +290,53 @@ class Trainer:
         return self._done() / self.progress.step if self.progress.step else 0.001
 
     def _step(self, feed: Feed) -> None:
-        """One optimiser step, which changes nothing where loss or gradient are no numbers. `_hear` tells how it went."""
+        """One optimiser step, which changes nothing where loss or gradient are no numbers. `_collect_results` tells how it went."""
         start = time.perf_counter()
         training, progress = self.recipe.training, self.progress
         self.optimizers.set_rate(multiplier(training.schedule, self._done(), self._step_share()))
         loss, fingerprint = self._gradient(feed)
         self.scaler.unscale_(self.optimizers)  # type: ignore[arg-type]  # groups are all it needs
-        norm = everywhere(torch.nn.utils.get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None]))
+        norm = full_tensor(torch.nn.utils.get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None]))
         usable = torch.stack((loss, norm)).isfinite().all()
         scale = self.scaler.scale(torch.ones_like(norm))
         progress.step += 1
         progress.cursor += training.global_batch_size
         progress.tokens += training.global_batch_size * self.batches.context_length
-        self._unheard.append(_Taken.now(progress.step, progress.cursor, fingerprint, torch.stack((loss, norm, scale))))
-        if self._hears_late or bool(usable):
+        self._pending_steps.append(PendingStep.now(progress.step, progress.cursor, fingerprint, torch.stack((loss, norm, scale))))
+        if self._defers_results or bool(usable):
             if training.clip_grad_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(self.network.parameters(), training.clip_grad_norm, norm)
-            self.optimizers.step(usable if self._hears_late else None)
+            self.optimizers.step(usable if self._defers_results else None)
         self.scaler.update()
         progress.train_seconds += time.perf_counter() - start
 
-    def _hear(self, *, all_steps: bool) -> _Step | None:
+    def _collect_results(self, *, all_steps: bool) -> _Step | None:
         """Look at the numbers of steps that were taken; the last step, if it is heard and nothing was wrong with it.
 
         A GPU is not waited for: how a step went is heard after the next one was given to it, unless `all_steps` are asked for.
         Once a step had to be left out each is heard at once, so that a report finds things as they were.
         """
         done = None
-        while self._unheard and (all_steps or len(self._unheard) > self._lag):
+        while self._pending_steps and (all_steps or len(self._pending_steps) > self._lag):
             start = time.perf_counter()
-            done, scale = self._unheard.pop(0).read()
+            done, scale = self._pending_steps.pop(0).read()
             self.progress.train_seconds += time.perf_counter() - start
             problem = self._guard.problem(done.loss, done.norm, overflow_expected=scale > 1)
             if problem is not None:
-                self._left_out(done, problem)
+                self._on_skipped_step(done, problem)
                 done = None
                 continue
             self.progress.train_loss = done.loss
             if (score := self._guard.spike(done.loss)) is not None:
                 what = f"a spike: the loss {done.loss:.4f} is {score:.0f} deviations above the median of the last steps"
                 self._tell("spike", what, done)
-        return done if not self._unheard else None
+        return done if not self._pending_steps else None
 
     @property
     def _lag(self) -> int:
         """Steps that may be under way without their numbers being known."""
         careful = self.progress.watch.in_a_row > 0 or self.recipe.training.guards.patience == 1
-        return 1 if self._hears_late and not careful else 0
+        return 1 if self._defers_results and not careful else 0
 
     def _gradient(self, feed: Feed) -> tuple[Tensor, int]:
         """The gradient of one global batch; its mean loss, on the device, and fingerprint. Where memory runs out, in smaller
@@ -365,7 +365,7 @@ class Trainer:
             if last and self._parallel.name == "ddp":
                 asked = True
                 if processes.any(False):
-                    raise _RanOutElsewhere
+                    raise PeerOutOfMemory
             with self._parallel.micro_batch(last) as network:
                 yield network
 
@@ -378,10 +378,10 @@ class Trainer:
                     self.micro_batch_size,
                     self.precision,
                     self.scaler,
-                    seeds if self.recipe.model.draws else None,
+                    seeds if self.recipe.model.uses_dropout else None,
                     together,
                 )
-        except _RanOutElsewhere:
+        except PeerOutOfMemory:
             needed = "in another process"
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -411,11 +411,11 @@ class Trainer:
             f"instead of {batch // before} of {before}; the global batch stays {batch}"
         )
 
-    def _left_out(self, done: _Step, problem: str) -> None:
+    def _on_skipped_step(self, done: _Step, problem: str) -> None:
         """A step that changed nothing is told; too many of them in a row make the training go back, or end it."""
         self._tell("skipped", f"left out: {problem}", done)
         if self._guard.exhausted:
-            self._go_back(f"{problem} in step {done.number}, the last of {self.progress.watch.in_a_row} in a row", done)
+            self._rollback(f"{problem} in step {done.number}, the last of {self.progress.watch.in_a_row} in a row", done)
 
     def _tell(self, kind: str, reason: str, of: _Step | None = None) -> None:
         progress = self.progress
@@ -423,9 +423,9 @@ class Trainer:
         self._observer.guard(GuardEvent(kind, step, cursor, reason))
         self._observer.note(f"step {step}: {reason}")
 
-    def _go_back(self, reason: str, done: _Step | None) -> None:
+    def _rollback(self, reason: str, done: _Step | None) -> None:
         """To the last good checkpoint, and on with the text after the bad stretch. Raises `WorkError` if that was tried before."""
-        self._settle()
+        self._wait_for_save()
         progress, watch = self.progress, self.progress.watch
         good = progress.step - watch.in_a_row
 
@@ -433,9 +433,9 @@ class Trainer:
             older = [checkpoint for checkpoint in self._checkpoints.run.checkpoints() if checkpoint.step <= good]
             return next((checkpoint for checkpoint in reversed(older) if checkpoint.problem() is None), None)
 
-        checkpoint = self._processes.main_does(newest)
+        checkpoint = self._processes.run_on_main(newest)
         if checkpoint is None or not self._guard.may_go_back:
-            self._give_up(reason, checkpoint.step if checkpoint else 0, done)
+            self._abort(reason, checkpoint.step if checkpoint else 0, done)
             return
         state = restore(checkpoint, self.network, self.optimizers, self._processes)
         self.resume(state)
@@ -447,7 +447,7 @@ class Trainer:
             now.best_step, now.best_val_loss = 0, None
         self._tell("rollback", f"went back here, and on past the text up to step {then.step}: {reason}")
 
-    def _give_up(self, reason: str, saved_step: int, done: _Step | None) -> None:
+    def _abort(self, reason: str, saved_step: int, done: _Step | None) -> None:
         """End with what the user can do about it, and a report of the step that was the last straw."""
         kept = f"the checkpoint of step {saved_step} is whole" if saved_step else "nothing was saved"
         lower = "lower training.optimizer.lr, or look at the text with `tinylm tokenize report`"
@@ -465,7 +465,7 @@ class Trainer:
             hint = f"`tinylm train --replay {folder}` does that step again; {lower}"
             raise WorkError(f"{reason}; {kept}", hint=hint)
 
-        self._processes.main_does(end)
+        self._processes.run_on_main(end)
 
     def _write_report(
         self,
@@ -523,10 +523,10 @@ class Trainer:
 
     def _save(self) -> bool:
         """Begin to save. False when the weights are no numbers and the training went back instead."""
-        self._settle()
+        self._wait_for_save()
         unusable = not all(bool(p.isfinite().all()) for p in self._own_weights())
         if self._processes.any(unusable):
-            self._go_back(f"the weights after step {self.progress.step} are not all numbers", None)
+            self._rollback(f"the weights after step {self.progress.step} are not all numbers", None)
             return False
         self._observer.phase("saving")
         state = {**asdict(self.progress), "scaler": self.scaler.state_dict(), "fingerprints": self._fingerprints}
@@ -539,7 +539,7 @@ class Trainer:
         for parameter in self.network.parameters():
             yield parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
-    def _settle(self) -> None:
+    def _wait_for_save(self) -> None:
         """Wait for what is being saved."""
         with self._disk():
             checkpoint = self._checkpoints.finish()
@@ -556,14 +556,14 @@ class Trainer:
         except TinylmError as error:
             if self.recipe.checkpoint.on_failure == "stop":
                 raise
-            self._refusal = error
+            self._save_error = error
             self._observer.note(f"{error}; going on without it (checkpoint.on_failure: continue)")
 
     def _measure(self, request: StopRequest) -> None:
         self._observer.phase("evaluating")
 
         def poll(done: int) -> None:
-            self._agree(request)
+            self._sync_stop_state(request)
             if self._signal:
                 raise _EvaluationInterrupted
 
@@ -574,10 +574,10 @@ class Trainer:
             return
         finally:
             self._observer.phase("training")
-        self._settle()
+        self._wait_for_save()
         progress = self.progress
         if not math.isfinite(measured.loss):
-            self._give_up(f"the held-out loss of step {progress.step} is {measured.loss}", self._saved_step, None)
+            self._abort(f"the held-out loss of step {progress.step} is {measured.loss}", self._saved_step, None)
         progress.val_loss, progress.val_bits_per_byte = measured.loss, measured.bits_per_byte
         progress.evaluated_step = progress.step
         better = progress.best_val_loss is None or measured.loss < progress.best_val_loss

@@ -17,10 +17,10 @@ from typing import Literal
 
 import yaml
 
+from tinylm.cost.cpu import Processor
+from tinylm.cost.plan import BUSY, UNDISTURBED, USABLE_MEMORY, Plan, effective_tokens, make_plan
 from tinylm.data.estimate import TextSize, measure_text
 from tinylm.errors import InputError
-from tinylm.plan import BUSY, UNDISTURBED, USABLE_MEMORY, Plan, make_plan, worth
-from tinylm.processor import Processor
 from tinylm.recipe import Recipe, loads
 from tinylm.recipe.notation import Loader
 from tinylm.recipe.schema import DataSection
@@ -97,7 +97,7 @@ FEWEST_STEPS, FEWEST_DOCUMENTS, FEWEST_BYTES = 50, 20, 10_000
 
 @dataclass(frozen=True)
 class Budget:
-    """Minutes of a whole training on this machine's CPU, or on `devices` accelerators of a name that `tinylm.hardware` knows.
+    """Minutes of a whole training on this machine's CPU, or on `devices` accelerators of a name that `tinylm.cost.accelerators` knows.
 
     `here`: instead of measuring this machine.
     """
@@ -236,17 +236,17 @@ def propose(
     busy = min(plan.undisturbed for _, plan in options) < UNDISTURBED
     if busy:
         reporter.warn(BUSY)
-    best, plan = min(options, key=lambda option: expected_lack(option[1]))
+    best, plan = min(options, key=lambda option: excess_loss(option[1]))
     best = replace(best, reasons=_reasons(best, plan, text, look, budget, len(options), busy))
     return Proposal(best.yaml, best.recipe, plan)
 
 
-def expected_lack(plan: Plan) -> float:
+def excess_loss(plan: Plan) -> float:
     """How much the loss should lack of what the text allows, up to a factor: what too few parameters and too few tokens cost.
 
     Tokens of a text that is repeated count as what they are worth.
     """
-    tokens = worth(plan.tokens, plan.compute_optimal.unique_tokens, FITTED_REPETITIONS_SCALE)
+    tokens = effective_tokens(plan.tokens, plan.compute_optimal.unique_tokens, FITTED_REPETITIONS_SCALE)
     return float(PARAMETER_WEIGHT * _multiplied(plan) ** -PARAMETER_EXPONENT + tokens**-TOKEN_EXPONENT)
 
 

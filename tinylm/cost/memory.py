@@ -28,7 +28,7 @@ EVALUATION_LOGITS = 1 << 25
 """Most tokens and logits of an evaluation's batch, as `tinylm.evaluation.perplexity` has them."""
 
 MAPPED = 32 << 20
-"""As `tinylm.training.memory` tells the allocator."""
+"""As `tinylm.training.out_of_memory` tells the allocator."""
 HOLES = 1.4
 """Fitted to the resident sets of the three recipes of benchmarks/plan_accuracy.py, each in fp32 and in bf16 (1.2 to 1.6)."""
 

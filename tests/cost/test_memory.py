@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tinylm import footprint
+from tinylm.cost import memory
+from tinylm.cost.memory import Numbers, Pass, activation_bytes, evaluation_bytes, kept_bytes, matrix_shapes, muon_bytes
 from tinylm.evaluation import perplexity
-from tinylm.footprint import Numbers, Pass, activation_bytes, evaluation_bytes, kept_bytes, matrix_shapes, muon_bytes
 from tinylm.model import functions, transformer
 from tinylm.model.functions import summed_cross_entropy
 from tinylm.model.objective import CausalObjective
@@ -24,7 +24,7 @@ from tinylm.optim import groups
 from tinylm.optim.muon import Muon
 from tinylm.recipe.presets import PRESETS
 from tinylm.recipe.schema import ModelSection, MuonOptimizer
-from tinylm.training import memory
+from tinylm.training import out_of_memory
 
 VOCABULARY, TIME, WIDTH = 61, 48, 64
 DTYPES: dict[Numbers, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -215,7 +215,7 @@ def test_the_loss_holds_a_few_chunks_of_logits(
     cap: float | None, rows: int, precision: Numbers, on_gpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(functions, "_left_to_others", lambda x: on_gpu)
-    monkeypatch.setitem(footprint.LOSS_BYTES, "gpu", footprint.LOSS_BYTES["cpu"])
+    monkeypatch.setitem(memory.LOSS_BYTES, "gpu", memory.LOSS_BYTES["cpu"])
     model = ModelSection.model_validate({"n_head": 1, "n_embd": 8, "context_length": rows, "logit_softcap": cap})
     hidden, weight = torch.randn(rows, 8, requires_grad=True), torch.randn(20_000, 8, requires_grad=True)
     targets = torch.randint(20_000, (rows,))
@@ -224,9 +224,9 @@ def test_the_loss_holds_a_few_chunks_of_logits(
 
     def work() -> None:
         with contextlib.nullcontext() if precision == "fp32" else torch.autocast("cpu", dtype=DTYPES[precision]):
-            summed_cross_entropy(hidden, weight, targets, cap, footprint.LOSS_ROWS)
+            summed_cross_entropy(hidden, weight, targets, cap, memory.LOSS_ROWS)
 
-    assert footprint.loss_bytes(model, at) + kept == pytest.approx(most_alive(work), rel=0.05)
+    assert memory.loss_bytes(model, at) + kept == pytest.approx(most_alive(work), rel=0.05)
 
 
 @pytest.mark.parametrize("half", [True, False])
@@ -234,7 +234,7 @@ def test_the_loss_holds_a_few_chunks_of_logits(
 def test_a_step_of_muon_holds_what_is_counted(parts: dict[str, Any], half: bool) -> None:
     model = section(**parts)
     network = Transformer(model, VOCABULARY)
-    kind = MuonOptimizer(name="muon", orthogonalise_in="bf16" if half else "fp32")
+    kind = MuonOptimizer(name="muon", newton_schulz_dtype="bf16" if half else "fp32")
     muon = groups.build(kind, network, network.stacked_matrices()).parts["muon"]
     assert isinstance(muon, Muon)
     for parameter in network.parameters():
@@ -261,7 +261,7 @@ def test_the_matrices_are_those_that_muon_is_given(preset: str) -> None:
 def test_an_evaluation_holds_what_is_counted(preset: str, vocab_size: int, part: int, cap: float | None) -> None:
     model = section(preset=preset, n_embd=32, context_length=64, logit_softcap=cap)
     network, objective = Transformer(model, vocab_size).eval(), CausalObjective()
-    tokens = torch.randint(vocab_size, (footprint.EVALUATION_TOKENS // 64, 65))
+    tokens = torch.randint(vocab_size, (memory.EVALUATION_TOKENS // 64, 65))
 
     @torch.no_grad()
     def work() -> None:
@@ -274,9 +274,9 @@ def test_an_evaluation_holds_what_is_counted(preset: str, vocab_size: int, part:
 
 def test_what_is_stated_twice_is_the_same() -> None:
     """Both sides import without the other: this one without torch."""
-    assert transformer.LOSS_BYTES is footprint.LOSS_BYTES
-    assert footprint.EVALUATION_TOKENS == perplexity.BATCH_TOKENS
-    assert footprint.EVALUATION_LOGITS == perplexity.BATCH_LOGITS
+    assert transformer.LOSS_BYTES is memory.LOSS_BYTES
+    assert memory.EVALUATION_TOKENS == perplexity.BATCH_TOKENS
+    assert memory.EVALUATION_LOGITS == perplexity.BATCH_LOGITS
 
 
 def test_the_allocator_is_told_the_same_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,7 +289,7 @@ def test_the_allocator_is_told_the_same_size(monkeypatch: pytest.MonkeyPatch) ->
             told[name.value] = value.value
             return 1
 
-    monkeypatch.setattr(memory.sys, "platform", "linux")
-    monkeypatch.setattr(memory.ctypes, "CDLL", Library)
-    memory.keep_freed_memory()
-    assert told[memory._MMAP_THRESHOLD] == footprint.MAPPED
+    monkeypatch.setattr(out_of_memory.sys, "platform", "linux")
+    monkeypatch.setattr(out_of_memory.ctypes, "CDLL", Library)
+    out_of_memory.keep_freed_memory()
+    assert told[out_of_memory._MMAP_THRESHOLD] == memory.MAPPED

@@ -38,7 +38,7 @@ def _shape(model: ModelSection) -> dict[str, object]:
     return {**values, "n_kv_head": model.kv_heads, "head_dim": model.head_width, "hidden width": model.feed_forward_width, **rope}
 
 
-def take_over(network: Transformer, source: Transformer, *, same_tokenizer: bool) -> list[str]:
+def load_pretrained(network: Transformer, source: Transformer, *, same_tokenizer: bool) -> list[str]:
     """Copy the weights of `source` and return the names of those that start anew: none, but with `init_from: {head: off}`.
 
     Without the head, the head starts anew, and with another tokenizer all that is looked up by token.

@@ -17,8 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from tinylm.errors import InputError
-from tinylm.hardware import (
+from tinylm.cost.accelerators import (
     ACCELERATORS,
     ACTIVATION_PASSES,
     BANDWIDTH_SHARE,
@@ -36,6 +35,7 @@ from tinylm.hardware import (
     state_bytes,
     step_seconds,
 )
+from tinylm.errors import InputError
 from tinylm.recipe.presets import PRESETS
 from tinylm.recipe.schema import ModelSection
 
@@ -239,5 +239,5 @@ def test_the_eager_traffic_of_gpt2_is_what_torch_moves() -> None:
 
 
 def test_it_imports_without_torch() -> None:
-    code = "import sys, tinylm.hardware; sys.exit('torch' in sys.modules)"
+    code = "import sys, tinylm.cost.accelerators; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tinylm.generation import drawing, sampling
+from tinylm.generation import fast_sampling, sampling
 from tinylm.generation.sampling import SamplingOptions
 
 
@@ -34,14 +34,14 @@ def test_the_same_numbers_choose_the_same_tokens(vocabulary: int, options: dict[
     logits[:, -1] = 0.5
     drawn = torch.rand(300, generator=generator, dtype=torch.float64)
     drawn[:2] = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    assert torch.equal(drawing.choose(logits, chosen_so, drawn), sampling.choose(logits, chosen_so, drawn))
+    assert torch.equal(fast_sampling.choose(logits, chosen_so, drawn), sampling.choose(logits, chosen_so, drawn))
 
 
 def test_of_equal_logits_each_comes_as_often_and_what_is_banned_never() -> None:
     logits = torch.full((8000, 8), 2.0)
     logits[:, 3] = float("-inf")
     drawn = (torch.arange(8000, dtype=torch.float64) + 0.5) / 8000
-    chosen = drawing.choose(logits, SamplingOptions(top_k=8), drawn)
+    chosen = fast_sampling.choose(logits, SamplingOptions(top_k=8), drawn)
     counts = torch.bincount(chosen, minlength=8)
     assert counts[3] == 0
     assert counts[counts > 0].tolist() == pytest.approx([8000 / 7] * 7, abs=1.1)

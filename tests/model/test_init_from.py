@@ -9,7 +9,7 @@ import torch
 from tiny import ids, model, section
 
 from tinylm.errors import InputError
-from tinylm.model.takeover import check_parts, take_over
+from tinylm.model.init_from import check_parts, load_pretrained
 from tinylm.model.transformer import Transformer
 
 
@@ -19,7 +19,7 @@ def started(
     values = {**source.model.model_dump(), "init_from": {"run": "there"}, **parts}
     network = Transformer(section(**values), vocabulary, seed=5).eval()
     check_parts(network.model, source.model)
-    return network, take_over(network, source, same_tokenizer=same_tokenizer)
+    return network, load_pretrained(network, source, same_tokenizer=same_tokenizer)
 
 
 @pytest.mark.parametrize("preset", ["modern", "gpt2", "llama"])

@@ -1,7 +1,7 @@
 """What a recipe will cost, before it costs it: parameters, batches, FLOPs, memory, time. Imports without torch.
 
-Everything is arithmetic on the recipe, the vocabulary and the number of training tokens. Bytes are counted in `footprint`. Seconds
-come from `processor` on this machine's CPU, which is measured for a moment, or from the data sheets in `hardware`.
+Everything is arithmetic on the recipe, the vocabulary and the number of training tokens. Bytes are counted in `memory`. Seconds
+come from `cpu` on this machine's CPU, which is measured for a moment, or from the data sheets in `accelerators`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import shutil
 from dataclasses import dataclass
 from typing import Literal
 
-from tinylm import footprint, hardware, processor
+from tinylm.cost import accelerators, cpu, memory
+from tinylm.cost.accelerators import Accelerator
+from tinylm.cost.cpu import CpuSeconds, Processor
 from tinylm.errors import InputError
-from tinylm.hardware import Accelerator
-from tinylm.processor import CpuSeconds, Processor
 from tinylm.recipe.schema import LoraSection, ModelSection, MuonOptimizer, Recipe, TrainingSection
 
 Numbers = Literal["fp32", "bf16", "fp16"]
@@ -197,7 +197,7 @@ def cpp_compiler() -> str | None:
     return next((name for name in (os.environ.get("CXX"), "g++", "clang++") if name and shutil.which(name)), None)
 
 
-def memory(
+def estimate_memory(
     recipe: Recipe,
     vocab_size: int,
     micro_batch_size: int,
@@ -219,7 +219,7 @@ def memory(
     trained = lora_parameters(model, lora) if lora else parameters
     muon = isinstance(recipe.training.optimizer, MuonOptimizer)
     slots = 2 * trained - (counts["matrices"] if muon else 0)
-    one_pass = footprint.Pass(
+    one_pass = memory.Pass(
         vocab_size,
         micro_batch_size,
         precision,
@@ -227,16 +227,16 @@ def memory(
         recompute=recipe.training.activation_checkpointing,
         frozen=lora is not None,
     )
-    activations = footprint.activation_bytes(model, one_pass)
-    update = footprint.muon_bytes(model, half=half_updates) if muon else 0
-    evaluation = max(footprint.evaluation_bytes(model, vocab_size))
+    activations = memory.activation_bytes(model, one_pass)
+    update = memory.muon_bytes(model, half=half_updates) if muon else 0
+    evaluation = max(memory.evaluation_bytes(model, vocab_size))
     gradients = 4 * trained
     if on_gpu:
         passes = max(activations + (gradients if accumulates else 0), gradients)
         height = max(passes, gradients + update, gradients + evaluation)
     else:
         kept = gradients if accumulates else 0
-        height = footprint.host_bytes(model, vocab_size, max(activations, gradients - kept + update), kept)
+        height = memory.host_bytes(model, vocab_size, max(activations, gradients - kept + update), kept)
     kept_state = 4 * (parameters + slots)
     saving = 0 if on_gpu else kept_state
     return Memory(4 * parameters, gradients, 4 * slots, activations, update, evaluation, saving, kept_state + saving + height)
@@ -263,7 +263,7 @@ def choose_micro_batch(
     for size in (size for size in range(batch, 0, -1) if batch % size == 0):
         if most_tokens is not None and size * context > most_tokens:
             continue
-        costs = memory(recipe, vocab_size, size, precision=precision, on_gpu=most_tokens is None, accumulates=size < batch)
+        costs = estimate_memory(recipe, vocab_size, size, precision=precision, on_gpu=most_tokens is None, accumulates=size < batch)
         step = costs.weights + costs.gradients + costs.optimizer + costs.activations
         if step <= USABLE_MEMORY * memory_bytes:
             return size
@@ -324,9 +324,9 @@ def make_plan(
     per_token = flops_per_token(model, vocab_size, training.lora)
     steps = training_steps(training, model.context_length, train_tokens)
     if accelerator is None:
-        pace = _here(recipe, vocab_size, steps, here)
+        pace = _cpu(recipe, vocab_size, steps, here)
     else:
-        pace = _there(recipe, vocab_size, steps, hardware.find(accelerator), devices)
+        pace = _accelerator(recipe, vocab_size, steps, accelerators.find(accelerator), devices)
     scored = min(heldout_tokens, recipe.evaluation.max_tokens or heldout_tokens)
     read = scored * model.context_length / (recipe.evaluation.stride or model.context_length)
     once = read * pace.evaluation_seconds
@@ -334,7 +334,7 @@ def make_plan(
         left = 60 * (training.minutes or 0) - pace.start_up_seconds
         steps = max(1, int(left / (pace.step_seconds + once / recipe.evaluation.every)))
     accumulation = training.global_batch_size // devices // pace.micro_batch_size
-    costs = memory(
+    costs = estimate_memory(
         recipe,
         vocab_size,
         pace.micro_batch_size,
@@ -383,11 +383,11 @@ def compute_optimal(parameters: int, flops: float, tokens: int, unique_tokens: i
         parameters_for_flops=round(best),
         tokens_for_flops=round(TOKENS_PER_PARAMETER * best),
         unique_tokens=unique_tokens,
-        worth_tokens=worth(tokens, unique_tokens),
+        worth_tokens=effective_tokens(tokens, unique_tokens),
     )
 
 
-def worth(tokens: int, unique_tokens: int, scale: float = REPETITIONS_SCALE) -> int:
+def effective_tokens(tokens: int, unique_tokens: int, scale: float = REPETITIONS_SCALE) -> int:
     """In tokens that were never repeated, `tokens` of a text of `unique_tokens`.
 
     U + U R* (1 - exp(-R / R*)) with R = tokens / U - 1 and R* the scale (Muennighoff et al. 2023).
@@ -400,26 +400,26 @@ def _muon_flops(recipe: Recipe) -> int:
     optimizer = recipe.training.optimizer
     if not isinstance(optimizer, MuonOptimizer):
         return 0
-    shapes = footprint.matrix_shapes(recipe.model)
+    shapes = memory.matrix_shapes(recipe.model)
     steps = optimizer.newton_schulz_steps
-    return sum(count * processor.newton_schulz_flops(*shape, steps) for shape, count in shapes.items())
+    return sum(count * cpu.newton_schulz_flops(*shape, steps) for shape, count in shapes.items())
 
 
 def _half_updates(recipe: Recipe, has_units: bool) -> bool:
     optimizer = recipe.training.optimizer
     if not isinstance(optimizer, MuonOptimizer):
         return False
-    return has_units if optimizer.orthogonalise_in == "auto" else optimizer.orthogonalise_in == "bf16"
+    return has_units if optimizer.newton_schulz_dtype == "auto" else optimizer.newton_schulz_dtype == "bf16"
 
 
 def _elementwise_bytes(model: ModelSection, vocab_size: int, precision: Numbers, *, compiled: bool) -> int:
     """Of one token. Only blocks are compiled, so that both ends are eager; bf16's residual stream is bf16."""
     stream = 2 if precision == "bf16" else 4
-    blocks = model.n_layer * hardware.layer_bytes(model, precision, compiled=compiled, stream_bytes=stream)
-    return blocks + hardware.ends_bytes(model, vocab_size, precision, compiled=False, stream_bytes=stream)
+    blocks = model.n_layer * accelerators.layer_bytes(model, precision, compiled=compiled, stream_bytes=stream)
+    return blocks + accelerators.ends_bytes(model, vocab_size, precision, compiled=False, stream_bytes=stream)
 
 
-def _here(recipe: Recipe, vocab_size: int, steps: int | None, measured: Processor | None) -> _Pace:
+def _cpu(recipe: Recipe, vocab_size: int, steps: int | None, measured: Processor | None) -> _Pace:
     training = recipe.training
     host = host_memory_bytes()
     micro = choose_micro_batch(recipe, vocab_size, host, CPU_MICRO_BATCH_TOKENS)
@@ -459,7 +459,7 @@ def _here(recipe: Recipe, vocab_size: int, steps: int | None, measured: Processo
 
 def _measured(recipe: Recipe, vocab_size: int, micro: int) -> Processor:
     tensor = 4 * micro * recipe.model.context_length * recipe.model.feed_forward_width
-    return processor.measure(tensor, 4 * sum(parameter_counts(recipe.model, vocab_size).values()))
+    return cpu.measure(tensor, 4 * sum(parameter_counts(recipe.model, vocab_size).values()))
 
 
 def cpu_seconds(
@@ -478,20 +478,20 @@ def cpu_seconds(
         moved += 4 * passes * (counts["embedding"] + counts["positions"] + counts["tables"])
     again = 4 / 3 if training.activation_checkpointing else 1.0  # forward twice, backward once: backward counts double
     half = _half_updates(recipe, machine.has_amx)
-    blocks = model.n_layer * processor.query_blocks(training.global_batch_size, model.n_head, model.context_length)
-    work = processor.Work(
+    blocks = model.n_layer * cpu.query_blocks(training.global_batch_size, model.n_head, model.context_length)
+    work = cpu.Work(
         numbers=precision,
         matmul_flops=again * tokens * products,
         elementwise_bytes=again * tokens * _elementwise_bytes(model, vocab_size, precision, compiled=compiled),
         scores=again * tokens * model.context_length * model.n_head * model.n_layer,
         query_blocks=blocks,
-        kernels=again * passes * processor.kernels(model.n_layer, len(model.ngram_embeddings), precision, compiled=compiled),
+        kernels=again * passes * cpu.kernels(model.n_layer, len(model.ngram_embeddings), precision, compiled=compiled),
         state_bytes=moved,
-        update_kernels=processor.UPDATE_KERNELS * (model.n_layer + 1),
+        update_kernels=cpu.UPDATE_KERNELS * (model.n_layer + 1),
         newton_schulz_flops=_muon_flops(recipe),
         newton_schulz_in="bf16" if half else "fp32",
     )
-    return processor.step_seconds(machine, work)
+    return cpu.step_seconds(machine, work)
 
 
 def split_over(recipe: Recipe, devices: int) -> None:
@@ -518,7 +518,7 @@ def split_over(recipe: Recipe, devices: int) -> None:
         )
 
 
-def _there(recipe: Recipe, vocab_size: int, steps: int | None, accelerator: Accelerator, devices: int) -> _Pace:
+def _accelerator(recipe: Recipe, vocab_size: int, steps: int | None, accelerator: Accelerator, devices: int) -> _Pace:
     """Both ways of bounding a step: what the devices need, and what it takes the interpreter to start their kernels."""
     model, training = recipe.model, recipe.training
     split_over(recipe, devices)
@@ -526,7 +526,7 @@ def _there(recipe: Recipe, vocab_size: int, steps: int | None, accelerator: Acce
         precision: Numbers = training.precision
     else:
         precision = "bf16" if "bf16" in accelerator.flops else "fp16" if "fp16" in accelerator.flops else "fp32"
-    sheet: hardware.Precision = "tf32" if precision == "fp32" and "tf32" in accelerator.flops else precision
+    sheet: accelerators.Precision = "tf32" if precision == "fp32" and "tf32" in accelerator.flops else precision
     peak = accelerator.matmul_flops(sheet)
     decided = recipe.model_copy(update={"training": training.model_copy(update={"precision": precision})})
     micro = choose_micro_batch(decided, vocab_size, int(accelerator.memory), None, half=precision != "fp32", devices=devices)
@@ -541,27 +541,27 @@ def _there(recipe: Recipe, vocab_size: int, steps: int | None, accelerator: Acce
     muon_flops = _muon_flops(recipe) * (1 if half_updates else peak / accelerator.matmul_flops("fp32"))
 
     def seconds(compiled: bool) -> float:
-        there = hardware.step_seconds(
+        there = accelerators.step_seconds(
             accelerator,
             devices,
             sheet,
             # Muon takes each matrix once.
             matmul_flops=again * tokens * flops_per_token(model, vocab_size, training.lora) + muon_flops,
-            matmul_bytes=again * tokens * hardware.matmul_bytes(model, vocab_size, sheet),
+            matmul_bytes=again * tokens * accelerators.matmul_bytes(model, vocab_size, sheet),
             elementwise_bytes=again * tokens * _elementwise_bytes(model, vocab_size, precision, compiled=compiled),
-            state_bytes=hardware.state_bytes(trained, passes, sheet) + muon * (_MUON_BYTES - 28),
+            state_bytes=accelerators.state_bytes(trained, passes, sheet) + muon * (_MUON_BYTES - 28),
             gradient_bytes=4 * trained,
         ).total
         orders = len(model.ngram_embeddings)
-        started = again * passes * processor.kernels(model.n_layer, orders, precision, compiled=compiled)
-        return max(there, started * processor.LAUNCH_SECONDS)
+        started = again * passes * cpu.kernels(model.n_layer, orders, precision, compiled=compiled)
+        return max(there, started * cpu.LAUNCH_SECONDS)
 
     compiled = training.compile
     if compiled == "auto":
         left = None if training.minutes is None else 60 * training.minutes
         compiled = compiling_pays(seconds(compiled=False), left, steps, "cuda")
     plain = _elementwise_bytes(model, vocab_size, "fp32", compiled=False)
-    evaluation = hardware.step_seconds(
+    evaluation = accelerators.step_seconds(
         accelerator, 1, "fp32", matmul_flops=flops_per_token(model, vocab_size) / 3, elementwise_bytes=plain / 3
     )
     return _Pace(

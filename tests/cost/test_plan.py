@@ -9,11 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tinylm.data.batches import Batches
-from tinylm.errors import InputError
-from tinylm.hardware import find
-from tinylm.model.transformer import Transformer
-from tinylm.plan import (
+from tinylm.cost.accelerators import find
+from tinylm.cost.cpu import Processor
+from tinylm.cost.plan import (
     CLEARLY_FASTER,
     COMPILING_SECONDS,
     Numbers,
@@ -22,14 +20,16 @@ from tinylm.plan import (
     compiling_pays,
     compute_optimal,
     cpu_seconds,
+    estimate_memory,
     flops_per_token,
     host_memory_bytes,
     make_plan,
-    memory,
     parameter_counts,
     training_steps,
 )
-from tinylm.processor import Processor
+from tinylm.data.batches import Batches
+from tinylm.errors import InputError
+from tinylm.model.transformer import Transformer
 from tinylm.recipe import Recipe, loads
 from tinylm.recipe.presets import PRESETS
 from tinylm.recipe.schema import ModelSection, TrainingSection
@@ -70,7 +70,7 @@ PARTS: list[dict[str, Any]] = [
 
 
 QUIET = Processor(350e9, 27e9, 14e9, cores=2, has_amx=True)
-"""The machine that `tinylm.processor` was fitted on, with nothing else to do."""
+"""The machine that `tinylm.cost.cpu` was fitted on, with nothing else to do."""
 OLD = Processor(350e9, 27e9, 14e9, cores=2, has_amx=False)
 
 
@@ -134,7 +134,7 @@ def test_the_micro_batch_divides_the_batch_and_is_the_largest_that_fits(batch: i
     assert batch % chosen == 0
 
     def fits(size: int) -> bool:
-        costs = memory(one, 4096, size, precision="bf16" if half else "fp32", on_gpu=True)
+        costs = estimate_memory(one, 4096, size, precision="bf16" if half else "fp32", on_gpu=True)
         return costs.weights + costs.gradients + costs.optimizer + costs.activations <= 0.6 * limit
 
     assert fits(chosen) or chosen == 1
@@ -149,7 +149,7 @@ def test_the_micro_batch_can_be_given_and_tokens_can_limit_it() -> None:
 
 
 def test_a_muon_optimizer_keeps_one_number_per_matrix_weight_and_adamw_two() -> None:
-    muon, adamw = (memory(recipe(f"training.optimizer={name}"), 300, 1) for name in ("muon", "adamw"))
+    muon, adamw = (estimate_memory(recipe(f"training.optimizer={name}"), 300, 1) for name in ("muon", "adamw"))
     assert adamw.optimizer == 2 * adamw.weights
     assert adamw.optimizer - muon.optimizer == 4 * parameter_counts(recipe().model, 300)["matrices"]
     assert adamw.update == 0 < muon.update
@@ -157,16 +157,16 @@ def test_a_muon_optimizer_keeps_one_number_per_matrix_weight_and_adamw_two() -> 
 
 def test_a_gpu_needs_the_largest_of_step_update_and_evaluation_and_a_cpu_keeps_what_it_freed() -> None:
     for accumulates in (True, False):
-        gpu = memory(recipe(), 300, 4, on_gpu=True, accumulates=accumulates)
+        gpu = estimate_memory(recipe(), 300, 4, on_gpu=True, accumulates=accumulates)
         gradients = gpu.gradients if accumulates else 0
         heights = (gradients + gpu.activations, gpu.gradients + gpu.update, gpu.gradients + gpu.evaluation)
         assert gpu.total == gpu.weights + gpu.optimizer + max(heights)
-    cpu = memory(recipe(), 300, 4)
+    cpu = estimate_memory(recipe(), 300, 4)
     assert cpu.total > cpu.weights + cpu.optimizer + cpu.gradients + cpu.activations + cpu.evaluation
 
 
 def test_a_large_vocabulary_is_highest_while_measuring() -> None:
-    costs = memory(recipe("model.n_layer=1"), 50_000, 1, on_gpu=True)
+    costs = estimate_memory(recipe("model.n_layer=1"), 50_000, 1, on_gpu=True)
     assert costs.evaluation > costs.activations
     assert costs.evaluation < 2 * (1 << 25) * 4 * 1.05, "logits and their log-softmax, 128 MiB each"
 
@@ -229,7 +229,7 @@ NARROW = ["model.n_layer=5", "model.n_embd=192", "training.global_batch_size=8"]
 TINY = ["model.n_layer=4", "model.n_head=4", "model.n_embd=128", "model.context_length=64", "training.global_batch_size=12"]
 NGRAMS = ["model.n_layer=2", "model.n_head=4", "model.n_embd=128", "model.context_length=128", "training.global_batch_size=8"]
 NGRAMS += ["model.ngram_embeddings=[2,3,4,5,6]", "model.ngram_width=64"]
-IN_FP32 = "training.optimizer.orthogonalise_in=fp32"
+IN_FP32 = "training.optimizer.newton_schulz_dtype=fp32"
 
 
 @pytest.mark.parametrize(
@@ -268,13 +268,13 @@ def test_bf16_is_chosen_where_the_processor_has_units_for_it_and_it_is_faster() 
 
 
 def test_compiling_is_planned_for_where_the_training_earns_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tinylm.plan.cpp_compiler", lambda: "g++")
+    monkeypatch.setattr("tinylm.cost.plan.cpp_compiler", lambda: "g++")
     short, long = plan(*MIDDLE), plan(*MIDDLE, "training.steps=20000")
     assert (short.compiled, long.compiled) == (False, True)
     assert (short.start_up_seconds, long.start_up_seconds) == (0, COMPILING_SECONDS["cpu"])
     assert long.seconds_per_step < short.seconds_per_step
     assert not plan(*MIDDLE, "training.steps=20000", "training.compile=off").compiled
-    monkeypatch.setattr("tinylm.plan.cpp_compiler", lambda: None)
+    monkeypatch.setattr("tinylm.cost.plan.cpp_compiler", lambda: None)
     assert not plan(*MIDDLE, "training.steps=20000").compiled
 
 
@@ -367,12 +367,12 @@ def test_chinchilla_s_own_budget_gives_about_its_own_size() -> None:
 
 def test_repeated_text_is_worth_less_and_less() -> None:
     """At four epochs nearly as much as new text; at forty, the limit of 1 + R* epochs is near (Muennighoff et al. 2023)."""
-    worth = [compute_optimal(1, 1.0, epochs * 1000, 1000).worth_tokens / 1000 for epochs in (1, 4, 16, 40, 1000)]
-    assert worth[0] == 1
-    assert 0.9 * 4 < worth[1] < 4
-    assert worth[2] < 0.7 * 16
-    assert worth[3] < 16
-    assert worth[4] == pytest.approx(16.39)
+    effective_tokens = [compute_optimal(1, 1.0, epochs * 1000, 1000).worth_tokens / 1000 for epochs in (1, 4, 16, 40, 1000)]
+    assert effective_tokens[0] == 1
+    assert 0.9 * 4 < effective_tokens[1] < 4
+    assert effective_tokens[2] < 0.7 * 16
+    assert effective_tokens[3] < 16
+    assert effective_tokens[4] == pytest.approx(16.39)
 
 
 def test_advice_is_for_the_recipe_s_model_text_and_compute() -> None:

@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tinylm.cost.cpu import Processor
+from tinylm.cost.plan import BUSY
 from tinylm.errors import InputError
-from tinylm.plan import BUSY
-from tinylm.processor import Processor
-from tinylm.proposal import (
+from tinylm.recipe import loads
+from tinylm.recipe.schema import BpeTokenizer, DataSection
+from tinylm.reporting import CollectingReporter
+from tinylm.suggest import (
     MOST_EPOCHS,
     MOST_LEARNED_BY_HEART,
     PASSES_OF_SHORT_TEXTS,
@@ -21,12 +24,9 @@ from tinylm.proposal import (
     STEPS_ON_ACCELERATORS,
     Budget,
     Proposal,
-    expected_lack,
+    excess_loss,
     propose,
 )
-from tinylm.recipe import loads
-from tinylm.recipe.schema import BpeTokenizer, DataSection
-from tinylm.reporting import CollectingReporter
 from tinylm.text import split
 from tinylm.text.sources import Corpus
 
@@ -129,10 +129,10 @@ def test_every_size_of_the_ladder_has_heads_of_64() -> None:
 
 def test_the_rule_prefers_more_tokens_and_larger_models_where_the_text_lasts() -> None:
     data = DataSection(train=("builtin:python-docs",))
-    lacks = [expected_lack(proposed("builtin:python-docs", minutes=minutes).plan) for minutes in (1, 2, 4)]
+    lacks = [excess_loss(proposed("builtin:python-docs", minutes=minutes).plan) for minutes in (1, 2, 4)]
     assert lacks == sorted(lacks, reverse=True)
     small, large = (propose(data, Budget(60, here=FAST), sizes=[size]).plan for size in ((2, 128), (4, 256)))
-    assert expected_lack(large) < expected_lack(small)
+    assert excess_loss(large) < excess_loss(small)
 
 
 def test_the_more_parameters_the_fewer_passes_before_a_text_is_learned_by_heart(text_file: Path) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from tinylm.recipe.schema import ModelSection
 
 
-def initialise(network: nn.Module, model: ModelSection, generator: torch.Generator) -> None:
+def initialize(network: nn.Module, model: ModelSection, generator: torch.Generator) -> None:
     """Fill every parameter, in the order of their names' definition, from `generator` (on the CPU)."""
     residual_scale = 1 / math.sqrt(2 * model.n_layer)
     for name, module in network.named_modules():

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from tinylm.training.memory import is_out_of_memory, keep_freed_memory
+from tinylm.training.out_of_memory import is_out_of_memory, keep_freed_memory
 
 
 def test_what_the_cpus_allocator_says_when_it_refuses() -> None:
@@ -37,7 +37,7 @@ def test_where_there_is_no_glibc_nothing_is_kept(monkeypatch: pytest.MonkeyPatch
 
 FAULTS = """
 import resource, sys, torch
-from tinylm.training.memory import keep_freed_memory
+from tinylm.training.out_of_memory import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

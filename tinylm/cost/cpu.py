@@ -1,4 +1,4 @@
-"""How long a training step takes on this machine's CPU: the twin of `tinylm.hardware` for a device without a data sheet.
+"""How long a training step takes on this machine's CPU: the twin of `tinylm.cost.accelerators` for a device without a data sheet.
 
 In come counts (floating-point operations, bytes, kernels), out come seconds. How fast the machine multiplies matrices and adds
 arrays is measured, with numpy and without torch; the constants say what a step makes of that. Those called fitted lie near the

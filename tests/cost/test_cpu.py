@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from tinylm import processor
-from tinylm.processor import (
+from tinylm.cost import cpu
+from tinylm.cost.cpu import (
     AMX_SPEED_UP,
     HALF_BLOCK_SECONDS,
     LAUNCH_SECONDS,
@@ -82,10 +82,10 @@ def test_this_machine_is_measured() -> None:
 
 def test_what_else_the_machine_does_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread's clock that goes half as fast as the wall's: it had a core for half of the time."""
-    monkeypatch.setattr(processor.time, "thread_time", lambda: time.perf_counter() / 2)
+    monkeypatch.setattr(cpu.time, "thread_time", lambda: time.perf_counter() / 2)
     assert measure(1 << 18, 1 << 18).undisturbed == pytest.approx(0.5, abs=0.01)
 
 
 def test_it_imports_without_torch() -> None:
-    code = "import sys, tinylm.processor, tinylm.footprint, tinylm.plan; sys.exit('torch' in sys.modules)"
+    code = "import sys, tinylm.cost.cpu, tinylm.cost.memory, tinylm.cost.plan; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
