@@ -4,12 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_RUN := runs/quickstart
 
-.PHONY: help demo test check clean
+.PHONY: help demo test check docs examples clean
 
 help:
 	@echo "make demo   install, train the quickstart model, measure it, show what it writes"
 	@echo "make test   install, run the test suite"
 	@echo "make check  install, run the linters, the type checker and the import contracts"
+	@echo "make docs   install, build the documentation in build/site"
+	@echo "make examples  run every command that the documentation shows and update its output (half an hour)"
 	@echo "make clean  remove $(VENV) and what was built"
 
 $(BIN)/python:
@@ -42,6 +44,16 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy tinylm cli
 	$(BIN)/lint-imports
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]" -c constraints.txt
+	@touch $@
+
+docs: $(VENV)/installed-docs
+	$(BIN)/mkdocs build --strict --quiet
+
+examples: $(VENV)/installed-dev
+	$(BIN)/python docs/scripts/run_examples.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -1,10 +1,10 @@
-"""What each part of the `modern` preset is worth: every part taken out or put in alone, over several seeds.
+"""Ablation of the `modern` preset: change one part at a time, over several seeds.
 
     python benchmarks/ablation.py SOURCE [--recipe shakespeare-char] [--steps 400] [--seeds 3] [--only NAME ...] [--set K=V ...]
 
-Prints the held-out loss of the base, and for each variant the mean difference to the base with the same seeds, its standard
-error, and the ratio of the seconds of stepping. Differences below two standard errors mean nothing. Losses do not depend on what
-else the machine does; the seconds do.
+Prints the held-out loss of the baseline. For each variant, prints the mean difference from the baseline with the same seeds, its
+standard error, and the ratio of the training times. Differences below two standard errors are not significant. Other load on the
+machine affects the times but not the losses.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 VARIANTS: dict[str, tuple[str, ...]] = {
     "without rope (learned positions)": ("model.position=learned",),
     "without QK-norm": ("model.qk_norm=off",),
-    "QK-norm without its gain": ("model.qk_gain=off",),
-    "layer norm for RMS norm": ("model.norm=layernorm",),
+    "QK-norm without gain": ("model.qk_gain=off",),
+    "layer norm instead of RMS norm": ("model.norm=layernorm",),
     "norms without gain": ("model.norm_gain=off",),
-    "GELU for ReLU squared": ("model.feed_forward=gelu",),
-    "SwiGLU for ReLU squared": ("model.feed_forward=swiglu", "model.feed_forward_multiple=2.6667"),
-    "without zero-initialised outputs": ("model.zero_init_outputs=off",),
+    "GELU instead of ReLU squared": ("model.feed_forward=gelu",),
+    "SwiGLU instead of ReLU squared": ("model.feed_forward=swiglu", "model.feed_forward_multiple=2.6667"),
+    "without zero-initialized outputs": ("model.zero_init_outputs=off",),
     "without embedding norm": ("model.embedding_norm=off",),
     "tied head": ("model.tie_embeddings=on",),
     "logit soft-cap 15": ("model.logit_softcap=15",),
@@ -45,14 +45,14 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     ),
     "Muon: cautious weight decay": ("training.optimizer.cautious_weight_decay=on",),
     "Muon: no weight decay": ("training.optimizer.weight_decay=0",),
-    "Muon: momentum warm-up over 100 steps": ("training.optimizer.momentum_warmup=100",),
-    "AdamW for Muon, rate 2e-3": ("training.optimizer={name: adamw, lr: 2e-3}",),
-    "AdamW for Muon, rate 5e-3": ("training.optimizer={name: adamw, lr: 5e-3}",),
+    "Muon: momentum warmup over 100 steps": ("training.optimizer.momentum_warmup=100",),
+    "AdamW instead of Muon, lr 2e-3": ("training.optimizer={name: adamw, lr: 2e-3}",),
+    "AdamW instead of Muon, lr 5e-3": ("training.optimizer={name: adamw, lr: 5e-3}",),
 }
 
 
-def trained(recipe: str, settings: list[str]) -> tuple[float, float]:
-    """(held-out loss, seconds of stepping) of one training."""
+def train(recipe: str, settings: list[str]) -> tuple[float, float]:
+    """Train once and return (held-out loss, seconds spent in training steps)."""
     settings = ["evaluation.every=1000000", "checkpoint.every=1000000", "sampling.every=null", *settings]
     path = RECIPES / f"{recipe}.yaml"
     with tempfile.TemporaryDirectory() as folder:
@@ -67,25 +67,28 @@ def main() -> None:
     parser.add_argument("--recipe", default="shakespeare-char")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", nargs="*", help="variants whose name contains one of these")
+    parser.add_argument("--only", nargs="*", help="run only variants whose name contains one of these strings")
     parser.add_argument("--set", action="append", default=[], dest="settings")
     arguments = parser.parse_args()
     if not arguments.source.startswith("builtin:") and not Path(arguments.source).exists():
-        sys.exit(f"skipped: {arguments.source} is not here")
+        sys.exit(f"skipped: {arguments.source} does not exist")
     common = [f"data.train={arguments.source}", f"training.steps={arguments.steps}", *arguments.settings]
     seeds = range(1337, 1337 + arguments.seeds)
-    base = [trained(arguments.recipe, [*common, f"seed={seed}"]) for seed in seeds]
-    losses = [loss for loss, _ in base]
-    spread = statistics.stdev(losses) if len(losses) > 1 else 0.0
-    print(f"base: {statistics.mean(losses):.4f} (standard deviation {spread:.4f}), {base[0][1]:.1f} s of stepping", flush=True)
+    baseline = [train(arguments.recipe, [*common, f"seed={seed}"]) for seed in seeds]
+    losses = [loss for loss, _ in baseline]
+    deviation = statistics.stdev(losses) if len(losses) > 1 else 0.0
+    print(
+        f"baseline: {statistics.mean(losses):.4f} (standard deviation {deviation:.4f}), {baseline[0][1]:.1f} s of training steps",
+        flush=True,
+    )
     for name, variant in VARIANTS.items():
         if arguments.only and not any(word in name for word in arguments.only):
             continue
-        results = [trained(arguments.recipe, [*common, *variant, f"seed={seed}"]) for seed in seeds]
-        differences = [loss - plain for (loss, _), (plain, _) in zip(results, base, strict=True)]
+        results = [train(arguments.recipe, [*common, *variant, f"seed={seed}"]) for seed in seeds]
+        differences = [loss - base for (loss, _), (base, _) in zip(results, baseline, strict=True)]
         error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
-        ratio = statistics.median(seconds / plain for (_, seconds), (_, plain) in zip(results, base, strict=True))
-        print(f"{name:40} {statistics.mean(differences):+.4f} +- {error:.4f}   seconds x {ratio:.2f}", flush=True)
+        ratio = statistics.median(seconds / base for (_, seconds), (_, base) in zip(results, baseline, strict=True))
+        print(f"{name:40} {statistics.mean(differences):+.4f} +- {error:.4f}   time x {ratio:.2f}", flush=True)
 
 
 if __name__ == "__main__":

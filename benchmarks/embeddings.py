@@ -1,15 +1,17 @@
-"""Vectors against gensim, on this machine: speed and quality in turn, memory, neighbours, and what reuse is worth.
+"""Benchmarks of word vectors: speed, quality, memory, nearest neighbors, and as initial embeddings of a language model.
 
     python benchmarks/embeddings.py speed TEXT... [--methods skipgram cbow] [--rounds 3] [--epochs 1] [--threads 2]
     python benchmarks/embeddings.py glove TEXT... --program FOLDER [--rounds 2] [--epochs 15] [--threads 2]
     python benchmarks/embeddings.py memory [--megabytes 64 1000]
-    python benchmarks/embeddings.py neighbours
+    python benchmarks/embeddings.py neighbors
     python benchmarks/embeddings.py reuse [--steps 300] [--seeds 1 2 3]
 
-`speed` needs gensim. Both sides get the same ids and learn one document at a time; vocabularies are made before the clock
-starts. One document in 20 is held out: the held-out loss is that of negative sampling over its windows, with the same
-negatives for both sides. `plurals`: how often a word's plural is among its ten nearest. `glove` takes the folder with the
-binaries of the published C program (github.com/stanfordnlp/GloVe); both sides get the same words in the same documents.
+`speed` compares skip-gram and CBOW with gensim. Both libraries get the same ids and train on one document at a time. Building the
+vocabulary is not timed. One document in 20 is held out. The held-out loss is the negative sampling loss over its windows, with the
+same negatives for both libraries. `plurals` is the share of words whose plural is among their ten nearest neighbors. `glove`
+compares with the published C program (github.com/stanfordnlp/GloVe); `--program` is the folder with its binaries. Both programs get
+the same words in the same documents. `neighbors` prints nearest neighbors of example words. `reuse` trains language models with and
+without pretrained vectors.
 """
 
 from __future__ import annotations
@@ -28,11 +30,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from tinylm.embedding.text import Text
+    from tinylm.embedding.encoded_text import EncodedText
 
-PROBES = ("list", "tuple", "string", "file", "socket", "thread", "exception", "integer", "directory", "bytes")
-PIECE = 1000
-"""Words in a sentence for gensim, which cuts longer ones off at 10 000."""
+EXAMPLE_WORDS = ("list", "tuple", "string", "file", "socket", "thread", "exception", "integer", "directory", "bytes")
+SENTENCE_LENGTH = 1000
+"""Words per sentence for gensim, which truncates sentences at 10,000 words."""
 TRAIN = """
 import sys
 from tinylm.embedding_pipeline import train_embeddings
@@ -43,142 +45,145 @@ print(result.peak_memory_bytes >> 20, result.names, result.tokens, round(result.
 """
 
 Tables = tuple[np.ndarray, np.ndarray]
+"""Input and output vectors, each (words, dimensions)."""
 
 
-def _prepared(sources: list[str]) -> Text:
-    from tinylm.embedding.text import prepare
+def _encode(sources: list[str]) -> EncodedText:
+    from tinylm.embedding.encoded_text import encode_corpus
     from tinylm.recipe.embeddings import EmbeddingDataSection, WordVocabulary
     from tinylm.reporting import SILENT
 
-    return prepare(EmbeddingDataSection(train=tuple(sources)), WordVocabulary(kind="words"), SILENT)
+    return encode_corpus(EmbeddingDataSection(train=tuple(sources)), WordVocabulary(kind="words"), SILENT)
 
 
 def glove(arguments: argparse.Namespace) -> None:
-    text = _prepared(arguments.text)
-    print(f"{text.length:,} tokens of {len(text.units.names):,} words", flush=True)
-    sides = {"the C program": _glove_program, "tinylm": _glove_here}
-    rates: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
+    text = _encode(arguments.text)
+    print(f"{text.length:,} tokens of {len(text.vocabulary.names):,} words", flush=True)
+    programs = {"C program": _train_glove_program, "tinylm": _train_tinylm_glove}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
     for seed in range(1, arguments.rounds + 1):
-        for side, run in sides.items():
-            vectors, counting, learning, cells = run(arguments, text, seed)
-            rates[side].append((counting, learning))
-            rate = cells * arguments.epochs / learning
-            plurals = _plurals(vectors, text.units.names)
-            print(f"{side:14} counting {counting:5.1f} s, {rate:11,.0f} cells/s of {cells:,}, plurals {plurals:.1%}", flush=True)
-    for part, name in enumerate(("counting", "learning")):
-        ratio = median(one[part] for one in rates["the C program"]) / median(one[part] for one in rates["tinylm"])
-        print(f"{name}: {ratio:.2f} x the C program's speed")
+        for name, train in programs.items():
+            vectors, counting, training, cells = train(arguments, text, seed)
+            seconds[name].append((counting, training))
+            rate = cells * arguments.epochs / training
+            plurals = _plurals(vectors, text.vocabulary.names)
+            print(f"{name:14} counting {counting:5.1f} s, {rate:11,.0f} cells/s of {cells:,}, plurals {plurals:.1%}", flush=True)
+    for part, name in enumerate(("counting", "training")):
+        ratio = median(times[part] for times in seconds["C program"]) / median(times[part] for times in seconds["tinylm"])
+        print(f"{name}: {ratio:.2f} x as fast as the C program")
 
 
-Glove = tuple[np.ndarray, float, float, int]
+GloveResult = tuple[np.ndarray, float, float, int]
+"""Vectors, seconds of counting co-occurrences, seconds of training, and the number of non-zero cells."""
 
 
-def _glove_program(arguments: argparse.Namespace, text: Text, seed: int) -> Glove:
-    """Vectors, seconds of counting and of learning, and the number of cells, of the published program."""
-    names, ids = text.units.names, text.read(0, text.length)
+def _train_glove_program(arguments: argparse.Namespace, text: EncodedText, seed: int) -> GloveResult:
+    names, ids = text.vocabulary.names, text.read(0, text.length)
     with tempfile.TemporaryDirectory() as folder:
-        words, pairs, mixed, found = (Path(folder, name) for name in ("words", "pairs", "mixed", "vectors"))
-        vocabulary = "".join(f"{name} {count}\n" for name, count in zip(names, text.units.counts, strict=True))
+        words, pairs, shuffled, output = (Path(folder, name) for name in ("words", "pairs", "shuffled", "vectors"))
+        vocabulary = "".join(f"{name} {count}\n" for name, count in zip(names, text.vocabulary.counts, strict=True))
         Path(folder, "vocabulary").write_text(vocabulary, encoding="utf-8")
         words.write_text(" ".join("\n" if id < 0 else names[id] for id in ids), encoding="utf-8")
 
-        def program(name: str, source: Path | None, target: Path | None, **options: object) -> None:
+        def run_program(name: str, source: Path | None, target: Path | None, **options: object) -> None:
             command = [str(Path(arguments.program, name)), "-verbose", "0", "-vocab-file", str(Path(folder, "vocabulary"))]
             command += [part for key, value in options.items() for part in (f"-{key.replace('_', '-')}", str(value))]
-            with open(source or os.devnull, "rb") as given, open(target or os.devnull, "wb") as taken:
-                subprocess.run(command, stdin=given, stdout=taken, stderr=subprocess.DEVNULL, check=True, cwd=folder)
+            with open(source or os.devnull, "rb") as stdin, open(target or os.devnull, "wb") as stdout:
+                subprocess.run(command, stdin=stdin, stdout=stdout, stderr=subprocess.DEVNULL, check=True, cwd=folder)
 
         start = time.perf_counter()
-        program("cooccur", words, pairs, window_size=15, memory=2)
-        program("shuffle", pairs, mixed, memory=2, seed=seed)
+        run_program("cooccur", words, pairs, window_size=15, memory=2)
+        run_program("shuffle", pairs, shuffled, memory=2, seed=seed)
         counting = time.perf_counter() - start
         options = {"vector_size": 100, "iter": arguments.epochs, "threads": arguments.threads, "x_max": 100, "eta": 0.05}
         start = time.perf_counter()
-        program("glove", None, None, input_file=mixed, save_file=found, binary=0, seed=seed, **options)
-        learning = time.perf_counter() - start
-        rows = {line.split(" ", 1)[0]: line for line in found.with_suffix(".txt").read_text(encoding="utf-8").splitlines()}
+        run_program("glove", None, None, input_file=shuffled, save_file=output, binary=0, seed=seed, **options)
+        training = time.perf_counter() - start
+        rows = {line.split(" ", 1)[0]: line for line in output.with_suffix(".txt").read_text(encoding="utf-8").splitlines()}
         vectors = np.array([np.fromstring(rows[name].split(" ", 1)[1], sep=" ") for name in names], np.float32)
-        return vectors, counting, learning, mixed.stat().st_size // 16
+        return vectors, counting, training, shuffled.stat().st_size // 16  # a cell is two ids and a value, in 16 bytes
 
 
-def _glove_here(arguments: argparse.Namespace, text: Text, seed: int) -> Glove:
-    from tinylm.embedding.glove import Glove as Learner
+def _train_tinylm_glove(arguments: argparse.Namespace, text: EncodedText, seed: int) -> GloveResult:
+    from tinylm.embedding.glove import Glove
     from tinylm.recipe.embeddings import GloveMethod
     from tinylm.reporting import SILENT
 
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TINYLM_CACHE"] = cache
         start = time.perf_counter()
-        learner = Learner(text, GloveMethod(name="glove", epochs=arguments.epochs), seed, arguments.threads, SILENT)
+        learner = Glove(text, GloveMethod(name="glove", epochs=arguments.epochs), seed, arguments.threads, SILENT)
         counting = time.perf_counter() - start
         start = time.perf_counter()
         for step in range(learner.steps):
             learner.step(step)
-        learning = time.perf_counter() - start
-    return (learner.words + learner.contexts)[:, :-1], counting, learning, len(learner.cells)
+        training = time.perf_counter() - start
+    return (learner.words + learner.contexts)[:, :-1], counting, training, len(learner.cells)
 
 
 def speed(arguments: argparse.Namespace) -> None:
-    from tinylm.embedding.text import Text, Units
+    from tinylm.embedding.encoded_text import EncodedText, Vocabulary
 
-    whole = _prepared(arguments.text)
-    ids = whole.read(0, whole.length)
-    document = np.cumsum(ids < 0)
+    full = _encode(arguments.text)
+    ids = full.read(0, full.length)
+    document = np.cumsum(ids < 0)  # index of the document of each id; a negative id ends a document
     heldout, train = ids[document % 20 == 19], ids[document % 20 != 19]
-    counts = np.bincount(train[train >= 0], minlength=len(whole.units.names))
+    counts = np.bincount(train[train >= 0], minlength=len(full.vocabulary.names))
     kept = counts >= 5
-    numbers = np.where(kept, np.cumsum(kept) - 1, -2)
-    train, heldout = (np.where(half < 0, half, numbers[half]) for half in (train, heldout))
-    names = [name for name, keep in zip(whole.units.names, kept, strict=True) if keep]
+    new_ids = np.where(kept, np.cumsum(kept) - 1, -2)  # -2: a rare word, which is removed
+    train, heldout = (np.where(split < 0, split, new_ids[split]) for split in (train, heldout))
+    names = [name for name, keep in zip(full.vocabulary.names, kept, strict=True) if keep]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "ids")
         train = train[train != -2].astype("<i4")
         train.tofile(path)
-        text = Text(Units(names, counts[kept], False), path, len(train), "")
-        print(f"{len(train):,} tokens of {len(names):,} words to learn, {len(heldout):,} held out", flush=True)
+        text = EncodedText(Vocabulary(names, counts[kept], False), path, len(train), "")
+        print(f"{len(train):,} tokens of {len(names):,} words for training, {len(heldout):,} tokens held out", flush=True)
         for method in arguments.methods:
-            _both_sides(arguments, method, text, heldout[heldout != -2])
+            _compare_with_gensim(arguments, method, text, heldout[heldout != -2])
 
 
-def _both_sides(arguments: argparse.Namespace, method: str, text: object, heldout: np.ndarray) -> None:
-    sides: dict[str, Callable[[int], tuple[Tables, int, float, float]]] = {
-        f"gensim, {arguments.threads} workers": lambda seed: _gensim(arguments, method, text, seed),
-        f"tinylm, {arguments.threads} threads": lambda seed: _ours(arguments, method, text, arguments.threads, seed),
-        "tinylm, 1 thread": lambda seed: _ours(arguments, method, text, 1, seed),
+def _compare_with_gensim(arguments: argparse.Namespace, method: str, text: EncodedText, heldout: np.ndarray) -> None:
+    variants: dict[str, Callable[[int], tuple[Tables, int, float, float]]] = {
+        f"gensim, {arguments.threads} workers": lambda seed: _train_gensim(arguments, method, text, seed),
+        f"tinylm, {arguments.threads} threads": lambda seed: _train_tinylm(arguments, method, text, arguments.threads, seed),
+        "tinylm, 1 thread": lambda seed: _train_tinylm(arguments, method, text, 1, seed),
     }
-    rates: dict[str, list[float]] = {side: [] for side in sides}
-    first = next(iter(sides))
+    rates: dict[str, list[float]] = {name: [] for name in variants}
+    first = next(iter(variants))
     for seed in range(1, arguments.rounds + 1):
-        for side, run in sides.items():
-            tables, tokens, wall, processor = run(seed)
-            rates[side].append(tokens / wall)
-            ratio = rates[side][-1] / rates[first][-1]
+        for name, train in variants.items():
+            tables, tokens, wall_seconds, cpu_seconds = train(seed)
+            rates[name].append(tokens / wall_seconds)
+            ratio = rates[name][-1] / rates[first][-1]
             print(
-                f"{method} {side:18} {tokens / wall:9,.0f} tokens/s ({ratio:.2f} x), {tokens / processor:9,.0f} a CPU second, "
-                f"held-out loss {_heldout_loss(*tables, heldout, text.units.counts):.4f}, "  # type: ignore[attr-defined]
-                f"plurals {_plurals(tables[0], text.units.names):.1%}",  # type: ignore[attr-defined]
+                f"{method} {name:18} {tokens / wall_seconds:9,.0f} tokens/s ({ratio:.2f} x), "
+                f"{tokens / cpu_seconds:9,.0f} tokens per CPU second, "
+                f"held-out loss {_heldout_loss(*tables, heldout, text.vocabulary.counts):.4f}, "
+                f"plurals {_plurals(tables[0], text.vocabulary.names):.1%}",
                 flush=True,
             )
-    for side, found in rates.items():
-        print(f"{method} {side:18} median {median(found) / median(rates[first]):.2f} x gensim")
+    for name, values in rates.items():
+        print(f"{method} {name:18} median {median(values) / median(rates[first]):.2f} x gensim")
 
 
-def _timed(work: Callable[[], None]) -> tuple[float, float]:
-    wall, processor = time.perf_counter(), time.process_time()
+def _seconds_of(work: Callable[[], None]) -> tuple[float, float]:
+    """Return the wall time and the CPU time of a call in seconds."""
+    wall_start, cpu_start = time.perf_counter(), time.process_time()
     work()
-    return time.perf_counter() - wall, time.process_time() - processor
+    return time.perf_counter() - wall_start, time.process_time() - cpu_start
 
 
-def _gensim(arguments: argparse.Namespace, method: str, text: object, seed: int) -> tuple[Tables, int, float, float]:
+def _train_gensim(arguments: argparse.Namespace, method: str, text: EncodedText, seed: int) -> tuple[Tables, int, float, float]:
     from gensim.models import Word2Vec
 
-    ids = text.read(0, text.length)  # type: ignore[attr-defined]
-    names = text.units.names  # type: ignore[attr-defined]
+    ids = text.read(0, text.length)
+    names = text.vocabulary.names
     ends = [*np.flatnonzero(ids < 0).tolist(), len(ids)]
     sentences = [
-        [names[id] for id in ids[start : min(start + PIECE, end)]]
+        [names[id] for id in ids[start : min(start + SENTENCE_LENGTH, end)]]
         for begin, end in zip([0, *[end + 1 for end in ends]], ends, strict=False)
-        for start in range(begin, end, PIECE)
+        for start in range(begin, end, SENTENCE_LENGTH)
     ]
     model = Word2Vec(
         vector_size=100,
@@ -193,29 +198,31 @@ def _gensim(arguments: argparse.Namespace, method: str, text: object, seed: int)
         seed=seed,
     )
     model.build_vocab(sentences)
-    wall, processor = _timed(lambda: model.train(sentences, total_examples=model.corpus_count, epochs=arguments.epochs))
+    seconds = _seconds_of(lambda: model.train(sentences, total_examples=model.corpus_count, epochs=arguments.epochs))
     rows = [model.wv.key_to_index[name] for name in names]
-    return (model.wv.vectors[rows], model.syn1neg[rows]), len(ids) * arguments.epochs, wall, processor
+    return (model.wv.vectors[rows], model.syn1neg[rows]), len(ids) * arguments.epochs, *seconds
 
 
-def _ours(arguments: argparse.Namespace, method: str, text: object, threads: int, seed: int) -> tuple[Tables, int, float, float]:
+def _train_tinylm(
+    arguments: argparse.Namespace, method: str, text: EncodedText, threads: int, seed: int
+) -> tuple[Tables, int, float, float]:
     from tinylm.embedding.word2vec import Word2Vec
     from tinylm.recipe.embeddings import CbowMethod, SkipGramMethod
 
     section = {"skipgram": SkipGramMethod, "cbow": CbowMethod}[method]
-    learner = Word2Vec(text, section(name=method, epochs=arguments.epochs), seed, threads)  # type: ignore[arg-type]
+    learner = Word2Vec(text, section(name=method, epochs=arguments.epochs), seed, threads)
 
     def work() -> None:
         for step in range(learner.steps):
             learner.step(step)
 
-    wall, processor = _timed(work)
+    seconds = _seconds_of(work)
     learner.close()
-    return (learner.inputs, learner.outputs), text.length * arguments.epochs, wall, processor  # type: ignore[attr-defined]
+    return (learner.inputs, learner.outputs), text.length * arguments.epochs, *seconds
 
 
 def _heldout_loss(inputs: np.ndarray, outputs: np.ndarray, ids: np.ndarray, counts: np.ndarray) -> float:
-    """Nats per pair: a position and one within five of it in the same document, against five drawn negatives."""
+    """Negative sampling loss in nats per pair of words at most five apart in a document, with five random negatives each."""
     generator = np.random.default_rng(0)
     positions = generator.integers(0, len(ids) - 5, 200_000)
     distances = generator.integers(1, 6, len(positions))
@@ -223,21 +230,22 @@ def _heldout_loss(inputs: np.ndarray, outputs: np.ndarray, ids: np.ndarray, coun
     first, second = ids[positions], ids[positions + distances]
     usable = (first >= 0) & (second >= 0) & (document[positions] == document[positions + distances])
     first, second = first[usable], second[usable]
-    chances = np.cumsum(counts**0.75)
-    negatives = np.searchsorted(chances, generator.random((len(first), 5)) * chances[-1])
-    right = np.einsum("nd,nd->n", inputs[first], outputs[second])
-    wrong = np.einsum("nd,nkd->nk", inputs[first], outputs[negatives])
-    return float(np.logaddexp(0, -right).mean() + np.logaddexp(0, wrong).sum(axis=1).mean())
+    cumulative = np.cumsum(counts**0.75)
+    negatives = np.searchsorted(cumulative, generator.random((len(first), 5)) * cumulative[-1])
+    positive_scores = np.einsum("nd,nd->n", inputs[first], outputs[second])
+    negative_scores = np.einsum("nd,nkd->nk", inputs[first], outputs[negatives])
+    return float(np.logaddexp(0, -positive_scores).mean() + np.logaddexp(0, negative_scores).sum(axis=1).mean())
 
 
 def _plurals(matrix: np.ndarray, names: list[str]) -> float:
+    """Return the share of words whose plural is among their ten nearest neighbors."""
     rows = {name: row for row, name in enumerate(names)}
     pairs = np.array([(row, rows[f"{name}s"]) for name, row in rows.items() if len(name) > 3 and f"{name}s" in rows][:1500])
     units = matrix / np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), 1e-30)
     scores = units[pairs[:, 0]] @ units.T
     scores[np.arange(len(pairs)), pairs[:, 0]] = -np.inf
-    places = (scores > scores[np.arange(len(pairs)), pairs[:, 1]][:, None]).sum(axis=1)
-    return float((places < 10).mean())
+    ranks = (scores > scores[np.arange(len(pairs)), pairs[:, 1]][:, None]).sum(axis=1)
+    return float((ranks < 10).mean())
 
 
 def memory(arguments: argparse.Namespace) -> None:
@@ -250,12 +258,14 @@ def memory(arguments: argparse.Namespace) -> None:
             for method in arguments.methods:
                 environment = {**os.environ, "TINYLM_CACHE": str(Path(folder, "cache"))}
                 command = [sys.executable, "-c", TRAIN, str(path), method, str(Path(folder, method))]
-                done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-                peak, names, tokens, seconds = done.stdout.split()
-                print(f"{method}, {megabytes} MB: peak {peak} MiB; {names} names, {tokens} trained on, {seconds} s", flush=True)
+                process = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+                peak, names, tokens, seconds = process.stdout.split()
+                print(
+                    f"{method}, {megabytes} MB: peak {peak} MiB; {names} words, {tokens} training tokens, {seconds} s", flush=True
+                )
 
 
-def neighbours(arguments: argparse.Namespace) -> None:
+def neighbors(arguments: argparse.Namespace) -> None:
     from tinylm.embedding.formats import read
     from tinylm.embedding_pipeline import train_embeddings
     from tinylm.recipe import EmbeddingRecipe, loads_any
@@ -265,12 +275,13 @@ def neighbours(arguments: argparse.Namespace) -> None:
     assert isinstance(recipe, EmbeddingRecipe)
     with tempfile.TemporaryDirectory() as folder:
         vectors = read(Path(train_embeddings(recipe, Path(folder, "run")).vectors or ""))
-    for probe in PROBES:
-        print(f"{probe:10} {', '.join(one.token for one in vectors.nearest(probe, 6))}")
+    for word in EXAMPLE_WORDS:
+        print(f"{word:10} {', '.join(neighbor.token for neighbor in vectors.nearest(word, 6))}")
     generator = np.random.default_rng(0)
     chance = [_plurals(generator.standard_normal(vectors.matrix.shape), list(vectors.names)) for _ in range(20)]
-    learned = _plurals(vectors.matrix, list(vectors.names))
-    print(f"plural among the ten nearest: {learned:.1%}; random vectors {np.mean(chance):.2%}, at most {max(chance):.2%} of 20")
+    trained = _plurals(vectors.matrix, list(vectors.names))
+    random = f"mean {np.mean(chance):.2%}, maximum {max(chance):.2%} of 20"
+    print(f"plural among the ten nearest neighbors: {trained:.1%}; with random vectors: {random}")
 
 
 def reuse(arguments: argparse.Namespace) -> None:
@@ -289,30 +300,32 @@ checkpoint: {{every: {arguments.steps}}}
 """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        train(loads(base, [f"training.steps={1}"]), folder / "tokenizer")
-        heldin = _training_half(folder, base)
-        shared = f"kind: embeddings\ndata: {{train: {heldin}}}\nmethod: {{name: skipgram, dimensions: 128, epochs: 20}}\n"
+        train(loads(base, ["training.steps=1"]), folder / "tokenizer")
+        train_text = _write_training_text(folder, base)
+        shared = f"kind: embeddings\ndata: {{train: {train_text}}}\nmethod: {{name: skipgram, dimensions: 128, epochs: 20}}\n"
         sources = {"tokens": [f"vocabulary.tokenizer={folder / 'tokenizer'}"], "words": []}
         for kind, overrides in sources.items():
             recipe = loads_any(shared, overrides)
             assert isinstance(recipe, EmbeddingRecipe)
             train_embeddings(recipe, folder / kind)
-        sides: dict[str, list[str]] = {
+        variants: dict[str, list[str]] = {
             "random": [],
             "tokens": [f"model.init_embeddings={folder / 'tokens'}"],
             "words": [f"model.init_embeddings={folder / 'words'}"],
             "tokens, frozen": [f"model.init_embeddings={folder / 'tokens'}", "model.freeze_embeddings=true"],
         }
         for seed in arguments.seeds:
-            for side, overrides in sides.items():
-                run = folder / f"{side}-{seed}"
+            for variant, overrides in variants.items():
+                run = folder / f"{variant}-{seed}"
                 train(loads(base, [*overrides, f"seed={seed}"]), run)
                 losses = [line["val_loss"] for line in Run.open(run).metrics() if line["kind"] == "eval"]
-                print(f"seed {seed}  {side:15} held-out nats per token {'  '.join(f'{loss:.4f}' for loss in losses)}", flush=True)
+                print(
+                    f"seed {seed}  {variant:15} held-out nats per token {'  '.join(f'{loss:.4f}' for loss in losses)}", flush=True
+                )
 
 
-def _training_half(folder: Path, base: str) -> Path:
-    """The text that the model learns from, alone: vectors that had seen the held-out half would flatter."""
+def _write_training_text(folder: Path, base: str) -> Path:
+    """Write the training text without the held-out text, because vectors trained on both would leak held-out data."""
     from contextlib import ExitStack
 
     from tinylm.data.prepare import open_text
@@ -328,32 +341,32 @@ def _training_half(folder: Path, base: str) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = parser.add_subparsers(required=True)
-    verb = verbs.add_parser("speed")
-    verb.add_argument("text", nargs="+")
-    verb.add_argument("--methods", nargs="+", default=["skipgram", "cbow"])
-    verb.add_argument("--rounds", type=int, default=3)
-    verb.add_argument("--epochs", type=int, default=1)
-    verb.add_argument("--threads", type=int, default=2)
-    verb.set_defaults(run=speed)
-    verb = verbs.add_parser("glove")
-    verb.add_argument("text", nargs="+")
-    verb.add_argument("--program", required=True)
-    verb.add_argument("--rounds", type=int, default=2)
-    verb.add_argument("--epochs", type=int, default=15)
-    verb.add_argument("--threads", type=int, default=2)
-    verb.set_defaults(run=glove)
-    verb = verbs.add_parser("memory")
-    verb.add_argument("--megabytes", type=int, nargs="+", default=[64, 1000])
-    verb.add_argument("--methods", nargs="+", default=["skipgram"])
-    verb.set_defaults(run=memory)
-    verb = verbs.add_parser("neighbours")
-    verb.set_defaults(run=neighbours)
-    verb = verbs.add_parser("reuse")
-    verb.add_argument("--steps", type=int, default=300)
-    verb.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    verb.add_argument("--preset", default="modern")
-    verb.set_defaults(run=reuse)
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("speed")
+    command.add_argument("text", nargs="+")
+    command.add_argument("--methods", nargs="+", default=["skipgram", "cbow"])
+    command.add_argument("--rounds", type=int, default=3)
+    command.add_argument("--epochs", type=int, default=1)
+    command.add_argument("--threads", type=int, default=2)
+    command.set_defaults(run=speed)
+    command = commands.add_parser("glove")
+    command.add_argument("text", nargs="+")
+    command.add_argument("--program", required=True)
+    command.add_argument("--rounds", type=int, default=2)
+    command.add_argument("--epochs", type=int, default=15)
+    command.add_argument("--threads", type=int, default=2)
+    command.set_defaults(run=glove)
+    command = commands.add_parser("memory")
+    command.add_argument("--megabytes", type=int, nargs="+", default=[64, 1000])
+    command.add_argument("--methods", nargs="+", default=["skipgram"])
+    command.set_defaults(run=memory)
+    command = commands.add_parser("neighbors")
+    command.set_defaults(run=neighbors)
+    command = commands.add_parser("reuse")
+    command.add_argument("--steps", type=int, default=300)
+    command.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    command.add_argument("--preset", default="modern")
+    command.set_defaults(run=reuse)
     arguments = parser.parse_args()
     arguments.run(arguments)
 

@@ -1,9 +1,10 @@
-"""Perplexity at a stride of half the context: ours against a plain sliding-window loop over transformers' GPT2LMHeadModel.
+"""Speed of sliding-window perplexity with a stride of half the context: tinylm vs. a plain loop with transformers' GPT-2.
 
     python benchmarks/evaluating.py [--rounds 3] [--tokens 20000]
 
-13.8 M parameters, context 256, one document, windows in batches of 8192 tokens on both sides, the same weights, in turn on the
-same cores. The loop is the one of transformers' page on perplexity, batched: targets that an earlier window scored are masked.
+13.8 M parameters, context 256, one document of random tokens. Both implementations have the same weights, use batches of 8192
+tokens, and run alternately on the same cores. The loop is a batched version of the one in transformers' documentation on
+perplexity, which masks the targets that an earlier window scored.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sampling import roughened, transformers_twin
+from sampling import add_noise, transformers_twin
 from transformers import GPT2LMHeadModel
 from transformers.utils import logging
 
+from tinylm.cost.memory import EVALUATION_BATCH_TOKENS
 from tinylm.data.shards import Counts, Shard
-from tinylm.evaluation.perplexity import BATCH_TOKENS, evaluate
+from tinylm.evaluation.perplexity import EvaluationOptions, evaluate
 from tinylm.model.transformer import Transformer
 from tinylm.recipe.schema import ModelSection
 
@@ -29,10 +31,8 @@ STRIDE = CONTEXT // 2
 
 
 def ours(network: Transformer, shard: Shard) -> float:
-    found = evaluate(
-        network, shard, np.ones(VOCABULARY, dtype=np.int64), context=CONTEXT, stride=STRIDE, device=torch.device("cpu")
-    )
-    return found.perplexity
+    result = evaluate(network, shard, np.ones(VOCABULARY, dtype=np.int64), EvaluationOptions(CONTEXT, STRIDE))
+    return result.perplexity
 
 
 @torch.inference_mode()
@@ -47,7 +47,7 @@ def theirs(twin: GPT2LMHeadModel, shard: Shard) -> float:
         windows.append((F.pad(inputs, (0, CONTEXT - len(inputs))), F.pad(targets, (0, CONTEXT - len(targets)), value=-100)))
         if end == len(tokens) - 1:
             break
-    nats, size = 0.0, BATCH_TOKENS // CONTEXT
+    nats, size = 0.0, EVALUATION_BATCH_TOKENS // CONTEXT
     for start in range(0, len(windows), size):
         inputs, targets = (torch.stack(part) for part in zip(*windows[start : start + size], strict=True))
         logits = twin(inputs, use_cache=False).logits
@@ -62,23 +62,23 @@ def main() -> None:
     options = parser.parse_args()
     logging.set_verbosity_error()
     model = ModelSection.model_validate({"preset": "gpt2", "n_layer": 6, "n_head": 6, "n_embd": 384, "context_length": CONTEXT})
-    network = roughened(Transformer(model, VOCABULARY)).eval()
+    network = add_noise(Transformer(model, VOCABULARY)).eval()
     twin = transformers_twin(network, VOCABULARY)
     generator = np.random.default_rng(0)
     tokens = np.concatenate([[0], generator.integers(1, VOCABULARY, options.tokens), [0]]).astype(np.uint16)
     shard = Shard(tokens, Counts(1, options.tokens, options.tokens, options.tokens, 0), 0)
     seconds: dict[str, list[float]] = {"transformers": [], "tinylm": []}
-    found = {}
+    perplexities = {}
     for _ in range(options.rounds):
-        for side, work in (("transformers", lambda: theirs(twin, shard)), ("tinylm", lambda: ours(network, shard))):
+        for name, work in (("transformers", lambda: theirs(twin, shard)), ("tinylm", lambda: ours(network, shard))):
             start = time.perf_counter()
-            found[side] = work()
-            seconds[side].append(time.perf_counter() - start)
-    best = {side: min(times) for side, times in seconds.items()}
-    for side, value in found.items():
-        print(f"{side:<13} {options.tokens / best[side]:9.0f} tokens/s  perplexity {value:.6f}")
-    difference = abs(found["tinylm"] / found["transformers"] - 1)
-    print(f"ratio {best['transformers'] / best['tinylm']:.2f}, relative difference of perplexity {difference:.1e}")
+            perplexities[name] = work()
+            seconds[name].append(time.perf_counter() - start)
+    best = {name: min(times) for name, times in seconds.items()}
+    for name, value in perplexities.items():
+        print(f"{name:<13} {options.tokens / best[name]:9.0f} tokens/s  perplexity {value:.6f}")
+    difference = abs(perplexities["tinylm"] / perplexities["transformers"] - 1)
+    print(f"speedup {best['transformers'] / best['tinylm']:.2f}, relative difference of perplexity {difference:.1e}")
 
 
 if __name__ == "__main__":

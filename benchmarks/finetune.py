@@ -1,9 +1,9 @@
-"""A run trained on with a second text: held-out bits per byte on both texts, before and after; in full, with LoRA, from nothing.
+"""Fine-tune a run on a second text: held-out bits per byte on both texts, with full fine-tuning, LoRA and from scratch.
 
     python benchmarks/finetune.py RUN TEXT --steps 120
 
-RUN is a run folder (runs/quickstart), TEXT the second text. The first text's numbers are those of RUN's own held-out half.
-Every side takes the same steps, batches and tokenizer; numbers are of the last checkpoint.
+RUN is a run folder (such as runs/quickstart), TEXT is the second text. The first text is RUN's own; both are evaluated on their
+held-out parts. All variants use the same tokenizer, batches and number of steps, and are evaluated at their last checkpoint.
 """
 
 from __future__ import annotations
@@ -26,21 +26,19 @@ training: {{steps: {steps}, global_batch_size: 8, precision: fp32, compile: off,
 evaluation: {{every: {steps}}}
 checkpoint: {{every: {steps}, keep: 1}}
 """
-FULL = ("training.optimizer={name: muon, lr: 5e-3, adamw_lr: 1e-3}",)
-SIDES = {
-    "all weights, a quarter of the rates": FULL,
+VARIANTS = {
+    "full, lower learning rates": ("training.optimizer={name: muon, lr: 5e-3, adamw_lr: 1e-3}",),
     "LoRA, rank 8": ("training.lora={rank: 8}", "training.optimizer={name: adamw, lr: 2e-3}"),
-    "from nothing": ("model.init_from=null", "training.optimizer={name: muon, lr: 0.02, adamw_lr: 6e-3}"),
-    "all weights, the rates of the first training": ("training.optimizer={name: muon, lr: 0.02, adamw_lr: 6e-3}",),
+    "from scratch": ("model.init_from=null", "training.optimizer={name: muon, lr: 0.02, adamw_lr: 6e-3}"),
+    "full, original learning rates": ("training.optimizer={name: muon, lr: 0.02, adamw_lr: 6e-3}",),
     "LoRA, rank 32": ("training.lora={rank: 32, alpha: 64}", "training.optimizer={name: adamw, lr: 2e-3}"),
 }
 
 
-def bits(run: Run, shard: Shard) -> float:
+def bits_per_byte(run: Run, shard: Shard) -> float:
     device = resolve("cpu")
     network = run.network(run.checkpoint("last"), device)
-    context = run.recipe.model.context_length
-    return evaluate(network, shard, run.tokenizer.token_byte_lengths, context=context, device=device).bits_per_byte
+    return evaluate(network, shard, run.tokenizer.token_byte_lengths).bits_per_byte
 
 
 def main() -> None:
@@ -52,19 +50,20 @@ def main() -> None:
     base = Run.open(arguments.run)
     text = RECIPE.format(run=arguments.run, text=arguments.text, steps=arguments.steps)
     first, second = base.heldout(), None
-    print("| weights | first text | second text | seconds of stepping |\n|---|---|---|---|")
+    print("| variant | first text | second text | seconds of training steps |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        for number, (name, settings) in enumerate(SIDES.items()):
+        for number, (name, settings) in enumerate(VARIANTS.items()):
             recipe = loads(text, settings)
-            if recipe.model.init_from is None:  # the same parts and tokenizer all the same
+            if recipe.model.init_from is None:  # from scratch, but with RUN's architecture and tokenizer
                 model = base.recipe.model.model_copy(update={"dropout": 0.1, "init_from": None})
                 recipe = recipe.model_copy(update={"tokenizer": loads(text).tokenizer, "model": model})
             result = train(recipe, Path(folder) / str(number), device="cpu")
             tuned = Run.open(Path(folder) / str(number))
             if second is None:
                 second = tuned.heldout()
-                print(f"| before | {bits(base, first):.4f} | {bits(base, second):.4f} | |", flush=True)
-            print(f"| {name} | {bits(tuned, first):.4f} | {bits(tuned, second):.4f} | {result.train_seconds:.0f} |", flush=True)
+                print(f"| before | {bits_per_byte(base, first):.4f} | {bits_per_byte(base, second):.4f} | |", flush=True)
+            losses = f"{bits_per_byte(tuned, first):.4f} | {bits_per_byte(tuned, second):.4f}"
+            print(f"| {name} | {losses} | {result.train_seconds:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""How fast one GPU trains and decodes: every way of computing beside the plain one, in turn, with ratios.
+"""Training and decoding speed on one GPU: precisions and execution modes, each compared with plain eager execution.
 
-python benchmarks/gpu.py [--model gpt2-124m|small] [--batch N] [--parts training optimizers decoding] [--json]
+    python benchmarks/gpu.py [--model gpt2-124m|small] [--batch N] [--parts training optimizers decoding] [--json]
 
-The tokens are random: speed does not depend on them. One network and one optimiser serve all rows of the first table, so that
-the peak memory of a row is its own. A row that runs out of memory says so, and the rest goes on.
-`--device cpu --tiny` only shows that the script works.
+Variants run alternately on random tokens; the speed does not depend on the text. All rows of the training table share one network
+and one optimizer, so that the peak memory of a row includes nothing of the others. A row that runs out of memory is marked as
+failed, and the others continue.
+`--device cpu --tiny` is a smoke test.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 
 from tinylm.cost.accelerators import Accelerator, find
-from tinylm.cost.plan import flops_per_token
+from tinylm.cost.parameters import flops_per_token
 from tinylm.data.batches import Batches
 from tinylm.device import describe
 from tinylm.errors import InputError
@@ -42,9 +43,9 @@ from tinylm.training.compilation import Trial, compile_blocks
 from tinylm.training.feed import Feed
 from tinylm.training.out_of_memory import is_out_of_memory
 from tinylm.training.precision import Precision
-from tinylm.training.step import accumulate
+from tinylm.training.step import GradientSettings, accumulate
 
-SHEETS = {
+DATA_SHEETS = {
     "B200": "b200",
     "H200": "h200",
     "H100 80GB HBM3": "h100-sxm",
@@ -52,9 +53,9 @@ SHEETS = {
     "A100-SXM4-80GB": "a100-80gb-sxm",
     "A100 80GB PCIe": "a100-80gb-pcie",
     "A100-SXM4-40GB": "a100-40gb-sxm",
-    "A100-PCIE-40GB": "a100-40gb-sxm",  # the same multipliers, and only they are read here
+    "A100-PCIE-40GB": "a100-40gb-sxm",  # same peak FLOP/s, and only those are used here
     "V100-SXM2-32GB": "v100-sxm2-32gb",
-    "V100-SXM2-16GB": "v100-sxm2-32gb",  # likewise
+    "V100-SXM2-16GB": "v100-sxm2-32gb",  # as above
     "L40S": "l40s",
     "L4": "l4",
     "T4": "t4",
@@ -62,64 +63,75 @@ SHEETS = {
     "RTX 4090": "rtx-4090",
     "RTX 3090": "rtx-3090",
 }
-"""Whole names, as the driver gives them without the maker: variants such as "RTX 4090 D" or a slice of a card are other devices."""
+"""Driver's device name without the vendor -> data sheet. Names must match exactly: an "RTX 4090 D" is a different device."""
 MODES = ("fp32", "tf32", "bf16", "fp16")
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PLAIN = "plain"
-Call = Callable[..., Any]
-ONE_GRAPH = "not yet: a graph repeats fixed shapes and addresses, but the cache's slices and the positions grow with every token"
-"""One step at one position can be recorded, and is: that row shows what graphs would save."""
+UNSUPPORTED = "not supported by this device"
+NO_ENGINE_GRAPH = "not supported: a graph has fixed shapes and addresses, but cache slices and positions grow with every token"
+"""Why the engine cannot use CUDA graphs. A step at a fixed position can; its row shows how much time graphs would save."""
+CompiledCall = Callable[..., Any]
+"""The compiled forward call of a block, which torch keeps in `Module._compiled_call_impl`."""
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What is measured, and how often."""
+class BenchmarkSettings:
+    """The model, the batch and the number of repetitions."""
 
     model: ModelSection
     vocab_size: int
     batch: int
-    """Sequences per optimiser step."""
+    """Sequences per optimizer step."""
     rounds: int
     steps: int
-    """Steps between two looks at the clock."""
+    """Steps per time measurement."""
     peak_width: int
+    """Width of the square matrices whose product measures the peak FLOP/s."""
     new_tokens: int
 
 
-def setting(name: str, *, tiny: bool, batch: int | None) -> Setting:
+def make_settings(name: str, *, tiny: bool, batch: int | None) -> BenchmarkSettings:
     if tiny:
         preset = "gpt2" if name == "gpt2-124m" else "modern"
         shape = {"preset": preset, "n_layer": 2, "n_head": 2, "n_embd": 32, "context_length": 32}
-        return Setting(ModelSection.model_validate(shape), 128, batch or 4, rounds=2, steps=1, peak_width=64, new_tokens=8)
+        return BenchmarkSettings(
+            ModelSection.model_validate(shape), 128, batch or 4, rounds=2, steps=1, peak_width=64, new_tokens=8
+        )
     if name == "gpt2-124m":
         shape = {"preset": "gpt2", "n_layer": 12, "n_head": 12, "n_embd": 768, "context_length": 1024}
-        return Setting(ModelSection.model_validate(shape), 50_304, batch or 16, rounds=5, steps=4, peak_width=8192, new_tokens=256)
-    return Setting(ModelSection(), 4096, batch or 64, rounds=7, steps=10, peak_width=8192, new_tokens=200)  # type: ignore[call-arg]
+        return BenchmarkSettings(
+            ModelSection.model_validate(shape), 50_304, batch or 16, rounds=5, steps=4, peak_width=8192, new_tokens=256
+        )
+    return BenchmarkSettings(ModelSection(), 4096, batch or 64, rounds=7, steps=10, peak_width=8192, new_tokens=200)  # type: ignore[call-arg]
 
 
 @dataclass(frozen=True)
-class Side:
-    """One way to make the same step. `parts`: micro-batches that the batch is cut into."""
+class Variant:
+    """One way to execute the same training step."""
 
     name: str
     compiled: bool = False
     recompute: bool = False
-    parts: int = 1
+    """Activation checkpointing."""
+    n_micro_batches: int = 1
 
 
-SIDES = (
-    Side(PLAIN),
-    Side("compiled", compiled=True),
-    Side("checkpointing", recompute=True),
-    Side("compiled, checkpointing", compiled=True, recompute=True),
-    Side("4 micro-batches", parts=4),
-    Side("compiled, 4 micro-batches", compiled=True, parts=4),
+VARIANTS = (
+    Variant(PLAIN),
+    Variant("compiled", compiled=True),
+    Variant("checkpointing", recompute=True),
+    Variant("compiled, checkpointing", compiled=True, recompute=True),
+    Variant("4 micro-batches", n_micro_batches=4),
+    Variant("compiled, 4 micro-batches", compiled=True, n_micro_batches=4),
 )
 
 
 @dataclass
 class StepRow:
-    """One side in one mode. Milliseconds are those of an optimiser step, the median of the rounds; shares of peaks are MFU."""
+    """One variant (`side`) in one precision (`mode`). The time of an optimizer step is the median over the rounds.
+
+    `mfu_sheet`: MFU relative to the data sheet; `mfu_measured`: relative to the speed of a large matrix product.
+    """
 
     mode: str
     side: str
@@ -129,10 +141,11 @@ class StepRow:
     mfu_measured: float | None = None
     peak_bytes: int | None = None
     speed_of_plain: float | None = None
-    """Times as fast as the plain side of the same mode."""
+    """Speedup over the plain variant of the same mode."""
     memory_of_plain: float | None = None
+    """Peak memory divided by that of the plain variant of the same mode."""
     speed_of_fp32: float | None = None
-    """Times as fast as the same side in fp32."""
+    """Speedup over the same variant in fp32."""
     failed: str | None = None
 
 
@@ -142,12 +155,13 @@ class OptimizerRow:
     milliseconds: float | None = None
     state_bytes: int | None = None
     time_of_adamw: float | None = None
+    """Time divided by AdamW's."""
     failed: str | None = None
 
 
 @dataclass
 class DecodeRow:
-    """Tokens per second of all sequences together. `ratio`: to the eager step of the same weights and batch."""
+    """Throughput of all sequences together. `ratio`: speedup over the eager step with the same weights and batch size."""
 
     weights: str
     batch: int
@@ -157,23 +171,23 @@ class DecodeRow:
     failed: str | None = None
 
 
-def wait(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def seconds_of(work: Callable[[], object], repeat: int, device: torch.device) -> float:
-    """Of one call, in a run of `repeat` between two waits for the device, as a training runs from one logged step to the next."""
-    wait(device)
+    """Return the mean seconds of `repeat` calls, with synchronization only before the first and after the last call."""
+    synchronize(device)
     start = time.perf_counter()
     for _ in range(repeat):
         work()
-    wait(device)
+    synchronize(device)
     return (time.perf_counter() - start) / repeat
 
 
-def without_memory(work: Callable[[], None]) -> str | None:
-    """Run it; None, or what to say where memory ran out. What it had taken is given back either way."""
+def run_catching_out_of_memory(work: Callable[[], None]) -> str | None:
+    """Call `work`. If it runs out of memory, free its memory and return an error message."""
     failed = None
     try:
         work()
@@ -181,42 +195,43 @@ def without_memory(work: Callable[[], None]) -> str | None:
         if not is_out_of_memory(error):
             raise
         failed = "out of memory"
-    if failed is not None:  # after the exception, which held the frames and so the tensors
+    if failed is not None:  # outside the handler, because the exception keeps the frames and their tensors alive
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return failed
 
 
-def in_turn(
-    sides: dict[str, Callable[[], object]], *, rounds: int, steps: int, warm_up: int, device: torch.device
+def measure_alternately(
+    variants: dict[str, Callable[[], object]], *, rounds: int, steps: int, warmup: int, device: torch.device
 ) -> tuple[dict[str, float], dict[str, int], dict[str, str]]:
-    """Every side warmed up, then all sides once per round: median seconds, peak bytes, and why a side has neither."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
+    """Warm up every variant, then run each once per round. Returns, by name, median seconds, peak bytes and errors."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
     peaks: dict[str, int] = {}
     failed: dict[str, str] = {}
     for round_ in range(-1, rounds):
-        for name, work in sides.items():
+        for name, work in variants.items():
             if name in failed:
                 continue
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
 
-            def measure(name: str = name, work: Callable[[], object] = work, warming: bool = round_ < 0) -> None:
-                seconds = seconds_of(work, warm_up if warming else steps, device)
-                if not warming:
+            def measure(name: str = name, work: Callable[[], object] = work, is_warmup: bool = round_ < 0) -> None:
+                seconds = seconds_of(work, warmup if is_warmup else steps, device)
+                if not is_warmup:
                     times[name].append(seconds)
 
-            problem = without_memory(measure)
+            problem = run_catching_out_of_memory(measure)
             if problem is not None:
                 failed[name] = problem
-            elif device.type == "cuda" and round_ >= 0:  # the first calls may compile and choose kernels
+            elif device.type == "cuda" and round_ >= 0:  # the first calls may compile and autotune kernels
                 peaks[name] = max(peaks.get(name, 0), torch.cuda.max_memory_allocated(device))
-    return {name: statistics.median(found) for name, found in times.items() if found and name not in failed}, peaks, failed
+    medians = {name: statistics.median(seconds) for name, seconds in times.items() if seconds and name not in failed}
+    return medians, peaks, failed
 
 
-def has(mode: str, device: torch.device) -> bool:
-    """Whether the device has units for these numbers; the CPU runs everything, to show that it runs."""
+def is_supported(mode: str, device: torch.device) -> bool:
+    """Whether the device has hardware support for a precision. A CPU runs all of them, as a smoke test."""
     if device.type != "cuda" or mode in ("fp32", "fp16"):
         return True
     if mode == "tf32":
@@ -229,111 +244,112 @@ def precision_of(mode: str, device: torch.device) -> Precision:
     return Precision("fp32" if mode == "tf32" else mode, device)
 
 
-def products(mode: str, precision: Precision) -> AbstractContextManager[None]:
-    """As the trainer computes them; but `fp32` here means float32, where the trainer lets a GPU round to TF32."""
+def matmul_precision(mode: str, precision: Precision) -> AbstractContextManager[None]:
+    """The trainer's setting for matrix products, except that "fp32" is true float32: the trainer allows TF32."""
     return nullcontext() if mode == "fp32" else precision.tf32()
 
 
 def measured_peak(mode: str, width: int, device: torch.device) -> float:
-    """FLOP/s of the best of several large products of random numbers; with constants a GPU draws less power and runs faster."""
+    """Return the best FLOP/s of several large products of random matrices. A GPU would multiply constant matrices faster."""
     a, b = (torch.randn(width, width, device=device).to(DTYPES[mode]) for _ in range(2))
-    with products(mode, precision_of(mode, device)):
+    with matmul_precision(mode, precision_of(mode, device)):
         seconds_of(lambda: a @ b, 3, device)
         best = min(seconds_of(lambda: a @ b, 3, device) for _ in range(5))
     return 2 * width**3 / best
 
 
-def sheet_of(device: torch.device, named: str | None) -> Accelerator | None:
-    """The data sheet of `named`, or of the GPU that is here. Raises `InputError` for a name without one."""
-    if named is not None:
-        return find(named)
+def find_data_sheet(device: torch.device, hardware: str | None) -> Accelerator | None:
+    """Return the data sheet of `hardware`, or of the device if it is None. Raises `InputError` for an unknown name."""
+    if hardware is not None:
+        return find(hardware)
     if device.type != "cuda":
         return None
     name = describe(device)
     for prefix in ("NVIDIA ", "Tesla ", "GeForce "):
         name = name.removeprefix(prefix)
-    return find(SHEETS[name]) if name in SHEETS else None
+    return find(DATA_SHEETS[name]) if name in DATA_SHEETS else None
 
 
 class Training:
-    """One network, its optimiser and its batches; makes the step that the trainer makes, in any mode and on any side."""
+    """A network with its optimizer and batches, to run the trainer's step in any precision and variant."""
 
-    def __init__(self, setting: Setting, device: torch.device, feed: Feed) -> None:
-        self.setting = setting
+    def __init__(self, settings: BenchmarkSettings, device: torch.device, feed: Feed) -> None:
+        self.settings = settings
         self.device = device
         self.objective = CausalObjective()
-        self.network = Transformer(setting.model, setting.vocab_size, seed=0).to(device)
+        self.network = Transformer(settings.model, settings.vocab_size, seed=0).to(device)
         self.optimizers = groups.build(AdamWOptimizer(name="adamw", lr=1e-5), self.network, self.network.stacked_matrices())
         self._feed = feed
         self._position = 0
 
-    def step(self, mode: str, side: Side, precision: Precision, scaler: torch.amp.GradScaler) -> torch.Tensor:
-        """The mean loss, still on the device."""
-        size = self.setting.batch
-        batch = self._feed.take(self._position, size)
+    def step(self, mode: str, variant: Variant, precision: Precision, scaler: torch.amp.GradScaler) -> torch.Tensor:
+        """Take a training step and return the mean loss, without synchronization."""
+        size = self.settings.batch
+        batch = self._feed.batch(self._position, size)
         self._position += size
         self.optimizers.zero_grad()
-        with products(mode, precision):
-            loss = accumulate(self.network, self.objective, batch, size // side.parts, precision, scaler)
-        scaler.unscale_(self.optimizers)  # type: ignore[arg-type]  # groups and a step are all it needs
+        gradient_settings = GradientSettings(size // variant.n_micro_batches, precision, self.objective, scaler)
+        with matmul_precision(mode, precision):
+            loss = accumulate(self.network, batch, gradient_settings)
+        scaler.unscale_(self.optimizers)  # type: ignore[arg-type]  # the scaler only needs param_groups and step
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizers.step(torch.stack((loss, norm)).isfinite().all())
         scaler.update()
         return loss
 
     @contextmanager
-    def on(self, side: Side, compiled: Sequence[Call | None]) -> Iterator[None]:
-        """The network as the side wants it. `compiled` are the blocks' compiled calls: eager means as if there were none."""
-        self.network.recompute = side.recompute
+    def configured(self, variant: Variant, compiled: Sequence[CompiledCall | None]) -> Iterator[None]:
+        """Configure the network for a variant. `compiled`: the compiled call of each block, used only by compiled variants."""
+        self.network.recompute = variant.recompute
         for block, call in zip(self.network.blocks, compiled, strict=True):
-            block._compiled_call_impl = call if side.compiled else None
+            block._compiled_call_impl = call if variant.compiled else None
         try:
             yield
         finally:
             self.network.recompute = False
 
-    def compiled_calls(self, mode: str, precision: Precision) -> tuple[list[Call | None], str | None]:
-        """The compiled call of every block, or why there is none."""
-        torch.compiler.reset()  # every mode is compiled anew: many variants of one function would end in silent eager calls
+    def compile(self, mode: str, precision: Precision) -> tuple[list[CompiledCall | None], str | None]:
+        """Return the compiled call of every block, and an error message if compilation failed."""
+        torch.compiler.reset()  # compile from scratch in every mode: after too many recompilations, torch falls back to eager
         reporter = CollectingReporter()
-        batch = self._feed.take(self._position, self.setting.batch)
-        trial = Trial(self.network, self.objective, batch, self.setting.batch, precision)
-        with products(mode, precision):
-            compiled = compile_blocks(self.network, trial, demanded=False, reporter=reporter)
+        batch = self._feed.batch(self._position, self.settings.batch)
+        trial = Trial(self.network, batch, GradientSettings(self.settings.batch, precision, self.objective))
+        with matmul_precision(mode, precision):
+            compiled = compile_blocks(self.network, trial, required=False, reporter=reporter)
         calls = [block._compiled_call_impl for block in self.network.blocks]
         for block in self.network.blocks:
             block._compiled_call_impl = None
         self.optimizers.zero_grad()
         return calls, None if compiled else "; ".join(reporter.warnings) or "not compiled"
 
-    def rows(self, mode: str, sides: Sequence[Side], sheet: Accelerator | None) -> list[StepRow]:
-        """All sides of one mode, in turn."""
-        setting, precision = self.setting, precision_of(mode, self.device)
-        if not has(mode, self.device):
-            return [StepRow(mode, PLAIN, failed="this device has no such units")]
+    def rows(self, mode: str, variants: Sequence[Variant], sheet: Accelerator | None) -> list[StepRow]:
+        """Measure all variants in one mode."""
+        settings, precision = self.settings, precision_of(mode, self.device)
+        if not is_supported(mode, self.device):
+            return [StepRow(mode, PLAIN, failed=UNSUPPORTED)]
         scaler = precision.scaler()
-        calls: list[Call | None] = [None for _ in self.network.blocks]
-        without: dict[str, str] = {}
-        if any(side.compiled for side in sides):
-            calls, problem = self.compiled_calls(mode, precision)
-            without = {side.name: problem for side in sides if problem is not None and side.compiled}
+        calls: list[CompiledCall | None] = [None for _ in self.network.blocks]
+        not_compiled: dict[str, str] = {}
+        if any(variant.compiled for variant in variants):
+            calls, problem = self.compile(mode, precision)
+            not_compiled = {variant.name: problem for variant in variants if problem is not None and variant.compiled}
         losses: dict[str, torch.Tensor] = {}
 
-        def work(side: Side) -> Callable[[], object]:
+        def step_of(variant: Variant) -> Callable[[], object]:
             def step() -> None:
-                with self.on(side, calls):
-                    losses[side.name] = self.step(mode, side, precision, scaler)
+                with self.configured(variant, calls):
+                    losses[variant.name] = self.step(mode, variant, precision, scaler)
 
             return step
 
-        runs = {side.name: work(side) for side in sides if side.name not in without}
-        times, peaks, failed = in_turn(runs, rounds=setting.rounds, steps=setting.steps, warm_up=4, device=self.device)
+        runs = {variant.name: step_of(variant) for variant in variants if variant.name not in not_compiled}
+        times, peaks, failed = measure_alternately(runs, rounds=settings.rounds, steps=settings.steps, warmup=4, device=self.device)
         self.optimizers.zero_grad()
-        failed = {**without, **failed}
+        failed = {**not_compiled, **failed}
         failed.update({name: f"the loss is {float(loss)}" for name, loss in losses.items() if not math.isfinite(float(loss))})
-        known = sheet.flops.get(mode) if sheet is not None else None
-        peak = measured_peak(mode, setting.peak_width, self.device)
-        return [self._row(mode, side.name, times, peaks, failed, known, peak) for side in sides]
+        sheet_peak = sheet.flops.get(mode) if sheet is not None else None
+        peak = measured_peak(mode, settings.peak_width, self.device)
+        return [self._row(mode, variant.name, times, peaks, failed, sheet_peak, peak) for variant in variants]
 
     def _row(
         self,
@@ -342,53 +358,54 @@ class Training:
         times: dict[str, float],
         peaks: dict[str, int],
         failed: dict[str, str],
-        sheet: float | None,
-        measured: float,
+        sheet_peak: float | None,
+        measured_peak: float,
     ) -> StepRow:
         if name in failed:
             return StepRow(mode, name, failed=failed[name])
-        setting, seconds = self.setting, times[name]
-        tokens = setting.batch * setting.model.context_length / seconds
-        flops = tokens * flops_per_token(setting.model, setting.vocab_size)
+        settings, seconds = self.settings, times[name]
+        tokens = settings.batch * settings.model.context_length / seconds
+        flops = tokens * flops_per_token(settings.model, settings.vocab_size)
         return StepRow(
             mode,
             name,
             milliseconds=1e3 * seconds,
             tokens_per_second=tokens,
-            mfu_sheet=flops / sheet if sheet is not None else None,
-            mfu_measured=flops / measured,
+            mfu_sheet=flops / sheet_peak if sheet_peak is not None else None,
+            mfu_measured=flops / measured_peak,
             peak_bytes=peaks.get(name),
             speed_of_plain=times[PLAIN] / seconds if PLAIN not in failed else None,
             memory_of_plain=peaks[name] / peaks[PLAIN] if name in peaks and PLAIN in peaks else None,
         )
 
 
-def against_fp32(rows: list[StepRow]) -> None:
-    """Fill in how many times as fast every row is as the same side in fp32."""
-    plain = {row.side: row.milliseconds for row in rows if row.mode == "fp32"}
+def fill_speedup_over_fp32(rows: list[StepRow]) -> None:
+    fp32 = {row.side: row.milliseconds for row in rows if row.mode == "fp32"}
     for row in rows:
-        before = plain.get(row.side)
-        if before is not None and row.milliseconds is not None:
-            row.speed_of_fp32 = before / row.milliseconds
+        milliseconds = fp32.get(row.side)
+        if milliseconds is not None and row.milliseconds is not None:
+            row.speed_of_fp32 = milliseconds / row.milliseconds
 
 
-def training_rows(setting: Setting, device: torch.device, sheet: Accelerator | None, sides: Sequence[Side]) -> list[StepRow]:
-    context = setting.model.context_length
-    tokens = np.random.default_rng(0).integers(setting.vocab_size, size=4 * setting.batch * context + 1)
+def training_rows(
+    settings: BenchmarkSettings, device: torch.device, sheet: Accelerator | None, variants: Sequence[Variant]
+) -> list[StepRow]:
+    context = settings.model.context_length
+    tokens = np.random.default_rng(0).integers(settings.vocab_size, size=4 * settings.batch * context + 1)
     rows: list[StepRow] = []
-    with Feed(Batches(tokens, context, 0), CausalObjective(), pin=device.type == "cuda") as feed:
-        training = Training(setting, device, feed)
+    with Feed(Batches(tokens, context, 0), CausalObjective(), pin_memory=device.type == "cuda") as feed:
+        training = Training(settings, device, feed)
         for mode in MODES:
-            say(f"training in {mode} ...")
-            rows += training.rows(mode, sides, sheet)
+            log(f"training in {mode} ...")
+            rows += training.rows(mode, variants, sheet)
     torch.compiler.reset()
-    against_fp32(rows)
+    fill_speedup_over_fp32(rows)
     return rows
 
 
-def optimizer_rows(setting: Setting, device: torch.device) -> list[OptimizerRow]:
-    """One step of each optimiser on the same weights and gradients, in turn."""
-    network = Transformer(setting.model, setting.vocab_size, seed=0).to(device)
+def optimizer_rows(settings: BenchmarkSettings, device: torch.device) -> list[OptimizerRow]:
+    """Measure one step of each optimizer on the same weights and gradients."""
+    network = Transformer(settings.model, settings.vocab_size, seed=0).to(device)
     for parameter in network.parameters():
         parameter.grad = 1e-3 * torch.randn_like(parameter)
     sections: dict[str, Optimizer] = {
@@ -397,27 +414,27 @@ def optimizer_rows(setting: Setting, device: torch.device) -> list[OptimizerRow]
     }
     built = {name: groups.build(section, network, network.stacked_matrices()) for name, section in sections.items()}
     runs: dict[str, Callable[[], object]] = {name: optimizers.step for name, optimizers in built.items()}
-    times, _, failed = in_turn(runs, rounds=setting.rounds, steps=4 * setting.steps, warm_up=3, device=device)
+    times, _, failed = measure_alternately(runs, rounds=settings.rounds, steps=4 * settings.steps, warmup=3, device=device)
     rows = []
     for name, optimizers in built.items():
         if name in failed:
             rows.append(OptimizerRow(name, failed=failed[name]))
             continue
-        held = sum(value.numel() * value.element_size() for value in optimizers.state().values())
+        state_bytes = sum(value.numel() * value.element_size() for value in optimizers.state().values())
         ratio = times[name] / times["adamw"] if "adamw" in times else None
-        rows.append(OptimizerRow(name, 1e3 * times[name], held, ratio))
+        rows.append(OptimizerRow(name, 1e3 * times[name], state_bytes, ratio))
     return rows
 
 
-class _Mute:
-    """Stands where the engine wants a tokenizer: begins anywhere, never ends, writes nothing."""
+class _FakeTokenizer:
+    """A tokenizer without an end-of-text token, which would end samples early. It decodes all tokens to empty text."""
 
     end_of_text = None
 
     def encode(self, text: str) -> list[int]:
         return [0]
 
-    def stream_decoder(self) -> _Mute:
+    def stream_decoder(self) -> _FakeTokenizer:
         return self
 
     def push(self, id: int) -> str:
@@ -428,77 +445,79 @@ class _Mute:
 
 
 class DecodeStep:
-    """The model's part of decoding one token, again and again at the middle of the context: no sampling, the likeliest token."""
+    """Decodes one token greedily, always at the middle of the context, without the engine."""
 
     def __init__(self, network: Transformer, batch: int) -> None:
         self._decoder = Decoder(network)
-        self._at = network.model.context_length // 2
-        self._positions = torch.full((batch,), self._at, device=self._decoder.device)
-        self._cache = self._decoder.cache(batch)
+        self._position = network.model.context_length // 2
+        self._positions = torch.full((batch,), self._position, device=self._decoder.device)
+        self._cache = self._decoder.new_cache(batch)
         self.tokens = torch.zeros(batch, dtype=torch.long, device=self._decoder.device)
 
     def __call__(self) -> None:
-        self.logits = self._decoder.advance(
-            self._cache.layers, self._cache.tokens, self.tokens, self._positions, self._at + 1, even=True
+        self.logits = self._decoder.decode_one_token(
+            self._cache.layers, self._cache.tokens, self.tokens, self._positions, self._position + 1, same_length=True
         )
         self.tokens.copy_(self.logits.argmax(dim=-1))
 
-    def recorded(self) -> Callable[[], None]:
-        """The same step as a CUDA graph. Raises `RuntimeError` when it cannot be recorded or does not repeat what it should."""
-        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # kernels are chosen and libraries loaded before the recording
+    def capture(self) -> Callable[[], None]:
+        """Capture the step as a CUDA graph. Raises `RuntimeError` if capture fails or a replay gives other logits."""
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # autotune kernels and load libraries before the capture
             for _ in range(3):
                 self()
-        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self()
-        written = self.logits  # where every replay writes
+        graph_logits = self.logits  # every replay writes to this tensor
         self.tokens.zero_()
         self()
         self.tokens.zero_()
         graph.replay()
-        difference = (written - self.logits).float().norm() / self.logits.float().norm()
+        difference = (graph_logits - self.logits).float().norm() / self.logits.float().norm()
         if not difference < 0.01:
-            raise RuntimeError(f"the graph's logits are not the eager step's: relative difference {float(difference):.1e}")
+            raise RuntimeError(f"the graph's logits differ from the eager step's: relative difference {float(difference):.1e}")
         return lambda: graph.replay()
 
 
-def decode_rows(setting: Setting, device: torch.device) -> list[DecodeRow]:
-    network = Transformer(setting.model, setting.vocab_size, seed=0).to(device).eval()
+def decode_rows(settings: BenchmarkSettings, device: torch.device) -> list[DecodeRow]:
+    network = Transformer(settings.model, settings.vocab_size, seed=0).to(device).eval()
     rows: list[DecodeRow] = []
     for weights in ("fp32", "bf16"):
-        if not has(weights, device):
+        if not is_supported(weights, device):
             continue
         network.to(DTYPES[weights])
         for batch in (1, 8):
-            say(f"decoding with {weights} weights, batch {batch} ...")
-            rows += _decode_rows(setting, network, weights, batch, device)
+            log(f"decoding with {weights} weights, batch size {batch} ...")
+            rows += _decode_rows(settings, network, weights, batch, device)
     return rows
 
 
 @torch.inference_mode()
-def _decode_rows(setting: Setting, network: Transformer, weights: str, batch: int, device: torch.device) -> list[DecodeRow]:
-    mute = cast(Tokenizer, _Mute())
-    options = SamplingOptions(max_new_tokens=min(setting.new_tokens, setting.model.context_length - 1))
+def _decode_rows(
+    settings: BenchmarkSettings, network: Transformer, weights: str, batch: int, device: torch.device
+) -> list[DecodeRow]:
+    tokenizer = cast(Tokenizer, _FakeTokenizer())
+    options = SamplingOptions(max_new_tokens=min(settings.new_tokens, settings.model.context_length - 1))
     failed: dict[str, str] = {}
     step = DecodeStep(network, batch)
-    sides: dict[str, Callable[[], object]] = {"one step, eager": step}
+    variants: dict[str, Callable[[], object]] = {"one step, eager": step}
     if device.type == "cuda":
         try:
-            sides["one step, CUDA graph"] = step.recorded()
-        except RuntimeError as error:  # recording refuses in many ways
-            failed["one step, CUDA graph"] = "not yet: " + str(error).splitlines()[0]
+            variants["one step, CUDA graph"] = step.capture()
+        except RuntimeError as error:  # some operations cannot be captured
+            failed["one step, CUDA graph"] = "capture failed: " + str(error).splitlines()[0]
     else:
         failed["one step, CUDA graph"] = "needs CUDA"
-    repeat = 4 * setting.new_tokens // 10 + 1
-    times, _, ran_out = in_turn(sides, rounds=setting.rounds, steps=repeat, warm_up=3, device=device)
-    engine: dict[str, Callable[[], object]] = {"engine": lambda: generate(network, mute, "", options, count=batch)}
-    whole, _, engine_failed = in_turn(engine, rounds=min(3, setting.rounds), steps=1, warm_up=1, device=device)
-    speeds = {name: batch / seconds for name, seconds in times.items()}
-    speeds.update({name: batch * options.max_new_tokens / seconds for name, seconds in whole.items()})
-    failed = {**failed, **ran_out, **engine_failed}
+    repeat = 4 * settings.new_tokens // 10 + 1
+    step_times, _, step_failed = measure_alternately(variants, rounds=settings.rounds, steps=repeat, warmup=3, device=device)
+    engine: dict[str, Callable[[], object]] = {"engine": lambda: generate(network, tokenizer, "", options, count=batch)}
+    engine_times, _, engine_failed = measure_alternately(engine, rounds=min(3, settings.rounds), steps=1, warmup=1, device=device)
+    speeds = {name: batch / seconds for name, seconds in step_times.items()}
+    speeds.update({name: batch * options.max_new_tokens / seconds for name, seconds in engine_times.items()})
+    failed = {**failed, **step_failed, **engine_failed}
     eager = speeds.get("one step, eager")
     rows = [
         DecodeRow(
@@ -506,23 +525,23 @@ def _decode_rows(setting: Setting, network: Transformer, weights: str, batch: in
         )
         for name in ("engine", "one step, eager", "one step, CUDA graph")
     ]
-    return [*rows, DecodeRow(weights, batch, "engine, CUDA graph", failed=ONE_GRAPH)]
+    return [*rows, DecodeRow(weights, batch, "engine, CUDA graph", failed=NO_ENGINE_GRAPH)]
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def cell(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+def cell(value: float | None, format_spec: str) -> str:
+    return "-" if value is None else format(value, format_spec)
 
 
-def table(title: str, head: Sequence[str], rows: Sequence[tuple[Sequence[str], str | None]]) -> str:
-    """Columns as wide as they need; a row that failed says why after its first cells."""
+def table(title: str, header: Sequence[str], rows: Sequence[tuple[Sequence[str], str | None]]) -> str:
+    """Format a table. `rows`: (cells, error message or None); the message is printed after the last cell."""
     widths = [
-        max(len(head[column]), *(len(cells[column]) for cells, _ in rows if column < len(cells))) for column in range(len(head))
+        max(len(header[column]), *(len(cells[column]) for cells, _ in rows if column < len(cells))) for column in range(len(header))
     ]
-    lines = [title, "  ".join(name.ljust(width) for name, width in zip(head, widths, strict=True))]
+    lines = [title, "  ".join(name.ljust(width) for name, width in zip(header, widths, strict=True))]
     for cells, failed in rows:
         line = "  ".join(text.ljust(width) for text, width in zip(cells, widths, strict=False))
         lines.append(line if failed is None else f"{line}  {failed}")
@@ -530,7 +549,7 @@ def table(title: str, head: Sequence[str], rows: Sequence[tuple[Sequence[str], s
 
 
 def step_table(rows: Sequence[StepRow]) -> str:
-    head = ("numbers", "step", "ms", "tokens/s", "MFU sheet", "MFU peak", "MiB", "speed", "memory", "of fp32")
+    header = ("precision", "step", "ms", "tokens/s", "MFU sheet", "MFU peak", "MiB", "speedup", "memory", "vs. fp32")
     lines = []
     for row in rows:
         cells = [row.mode, row.side]
@@ -540,7 +559,7 @@ def step_table(rows: Sequence[StepRow]) -> str:
             cells += [cell(None if row.peak_bytes is None else row.peak_bytes / 2**20, ",.0f")]
             cells += [cell(row.speed_of_plain, ".2f"), cell(row.memory_of_plain, ".2f"), cell(row.speed_of_fp32, ".2f")]
         lines.append((cells, row.failed))
-    return table("Training. speed and memory: against the plain step of the same numbers", head, lines)
+    return table("Training (speedup and memory: relative to the plain step in the same precision)", header, lines)
 
 
 def optimizer_table(rows: Sequence[OptimizerRow]) -> str:
@@ -549,7 +568,7 @@ def optimizer_table(rows: Sequence[OptimizerRow]) -> str:
         state = None if row.state_bytes is None else row.state_bytes / 2**20
         cells = [row.name, cell(row.milliseconds, ".2f"), cell(state, ",.0f"), cell(row.time_of_adamw, ".2f")]
         lines.append((cells if row.failed is None else cells[:1], row.failed))
-    return table("Optimisers, one step", ("optimiser", "ms", "state MiB", "time of AdamW"), lines)
+    return table("Optimizers, one step", ("optimizer", "ms", "state MiB", "time / AdamW"), lines)
 
 
 def decode_table(rows: Sequence[DecodeRow]) -> str:
@@ -558,75 +577,78 @@ def decode_table(rows: Sequence[DecodeRow]) -> str:
         cells = [row.weights, str(row.batch), row.what]
         numbers = [cell(row.tokens_per_second, ",.0f"), cell(row.ratio, ".2f")]
         lines.append((cells + numbers if row.failed is None else cells, row.failed))
-    return table("Decoding", ("weights", "batch", "what", "tokens/s", "of the eager step"), lines)
+    return table("Decoding", ("weights", "batch", "method", "tokens/s", "vs. eager step"), lines)
 
 
-def arguments(given: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("gpt2-124m", "small"), default="gpt2-124m")
-    parser.add_argument("--batch", type=int, help="sequences per optimiser step, a multiple of 4 (16 for gpt2-124m, 64 for small)")
+    parser.add_argument(
+        "--batch", type=int, help="sequences per optimizer step, a multiple of 4 (default: 16 for gpt2-124m, 64 for small)"
+    )
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1 or cpu")
-    parser.add_argument("--tiny", action="store_true", help="a model of no use: shows in seconds that everything runs")
-    parser.add_argument("--no-compile", action="store_true", help="leave out the compiled rows")
-    parser.add_argument("--hardware", help="name of the data sheet in tinylm.cost.accelerators, where the GPU is not recognised")
+    parser.add_argument("--tiny", action="store_true", help="smoke test with a tiny model")
+    parser.add_argument("--no-compile", action="store_true", help="skip the compiled variants")
+    parser.add_argument("--hardware", help="name of a data sheet in tinylm.cost.accelerators, for a GPU that is not recognized")
     parts = ("training", "optimizers", "decoding")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of tables")
-    asked = parser.parse_args(given)
-    if asked.batch is not None and (asked.batch < 4 or asked.batch % 4):
-        parser.error("--batch must be a multiple of 4: it is also cut into 4 micro-batches")
-    if torch.device(asked.device).type not in ("cuda", "cpu"):
+    options = parser.parse_args(arguments)
+    if options.batch is not None and (options.batch < 4 or options.batch % 4):
+        parser.error("--batch must be a multiple of 4, because one variant splits it into 4 micro-batches")
+    if torch.device(options.device).type not in ("cuda", "cpu"):
         parser.error("--device must be cuda or cpu")
-    return asked
+    return options
 
 
-def main(given: Sequence[str] | None = None) -> None:
-    asked = arguments(given)
-    device = torch.device(asked.device)
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        sys.exit("there is no CUDA GPU that torch can use here; --device cpu --tiny only shows that the script runs")
-    if device.type == "cpu" and asked.tiny:
-        torch.set_num_threads(1)  # threads that wait for one another would be all of it
+        sys.exit("no CUDA GPU is available to torch; use --device cpu --tiny for a smoke test")
+    if device.type == "cpu" and options.tiny:
+        torch.set_num_threads(1)  # at this size, thread synchronization would dominate
     if device.type == "cuda":
         device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
         torch.cuda.set_device(device)
     try:
-        sheet = sheet_of(device, asked.hardware)
+        sheet = find_data_sheet(device, options.hardware)
     except InputError as error:
         sys.exit(str(error))
-    chosen = setting(asked.model, tiny=asked.tiny, batch=asked.batch)
-    sides = [side for side in SIDES if not (side.compiled and asked.no_compile)]
-    what = {
+    settings = make_settings(options.model, tiny=options.tiny, batch=options.batch)
+    variants = [variant for variant in VARIANTS if not (variant.compiled and options.no_compile)]
+    description = {
         "device": describe(device),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "sheet": sheet.name if sheet is not None else None,
-        "model": asked.model,
-        "tiny": asked.tiny,
-        "vocab_size": chosen.vocab_size,
-        "batch": chosen.batch,
-        "tokens_per_step": chosen.batch * chosen.model.context_length,
+        "model": options.model,
+        "tiny": options.tiny,
+        "vocab_size": settings.vocab_size,
+        "batch": settings.batch,
+        "tokens_per_step": settings.batch * settings.model.context_length,
     }
     results: dict[str, list[Any]] = {}
-    measures: dict[str, tuple[Callable[[], list[Any]], Callable[[Any], str]]] = {
-        "training": (lambda: training_rows(chosen, device, sheet, sides), step_table),
-        "optimizers": (lambda: optimizer_rows(chosen, device), optimizer_table),
-        "decoding": (lambda: decode_rows(chosen, device), decode_table),
+    parts: dict[str, tuple[Callable[[], list[Any]], Callable[[Any], str]]] = {
+        "training": (lambda: training_rows(settings, device, sheet, variants), step_table),
+        "optimizers": (lambda: optimizer_rows(settings, device), optimizer_table),
+        "decoding": (lambda: decode_rows(settings, device), decode_table),
     }
-    if not asked.json:
-        known = f"data sheet {sheet.name}" if sheet is not None else "no data sheet known (--hardware NAME)"
-        print(f"{what['device']}, torch {torch.__version__}, {known}")
-        print(f"{asked.model}{', tiny' if asked.tiny else ''}: {what['tokens_per_step']:,} tokens a step\n", flush=True)
-    for part in asked.parts:
-        measure, shown = measures[part]
+    if not options.json:
+        sheet_text = f"data sheet {sheet.name}" if sheet is not None else "no data sheet (choose one with --hardware NAME)"
+        print(f"{description['device']}, torch {torch.__version__}, {sheet_text}")
+        tokens = f"{description['tokens_per_step']:,} tokens per step"
+        print(f"{options.model}{', tiny' if options.tiny else ''}: {tokens}\n", flush=True)
+    for part in options.parts:
+        measure, format_table = parts[part]
         results[part] = measure()
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        if not asked.json:
-            print(shown(results[part]), flush=True)
-    if asked.json:
-        print(json.dumps({**what, **{part: [asdict(row) for row in rows] for part, rows in results.items()}}, indent=1))
+        if not options.json:
+            print(format_table(results[part]), flush=True)
+    if options.json:
+        print(json.dumps({**description, **{part: [asdict(row) for row in rows] for part, rows in results.items()}}, indent=1))
 
 
 if __name__ == "__main__":

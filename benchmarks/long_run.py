@@ -1,10 +1,9 @@
-"""How good a model of characters two CPU cores make in so many minutes: the curve of `shakespeare-char-long`.
+"""Held-out loss of the character-level recipe `shakespeare-char-long` as a function of training time on a CPU.
 
     python benchmarks/long_run.py tinyshakespeare.txt [--minutes 20] [--repeat 3] [--recipe shakespeare-char-long] [--set K=V ...]
 
-Minutes are those of the whole training from its first step on, compilation and measuring included. Held-out loss in nats per
-character over all held-out characters, each scored once. nanoGPT's best published figure for tinyshakespeare is 1.4697 (10.6 M
-parameters, an A100).
+Times start at the first training step and include compilation and evaluation. The loss is in nats per character, over all held-out
+characters, each scored once. nanoGPT's best published loss on tinyshakespeare is 1.4697 (10.6 M parameters, on an A100).
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-PUBLISHED = 1.4697
+NANOGPT_LOSS = 1.4697
 
 
 def main() -> None:
@@ -29,8 +28,8 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="settings")
     arguments = parser.parse_args()
     if not Path(arguments.source).exists():
-        sys.exit(f"skipped: {arguments.source} is not here; name a copy of tinyshakespeare")
-    ends = []
+        sys.exit(f"skipped: {arguments.source} does not exist; give the path of tinyshakespeare.txt")
+    best_losses = []
     for seed in range(1337, 1337 + arguments.repeat):
         with tempfile.TemporaryDirectory() as folder:
             run = Path(folder, "run")
@@ -46,18 +45,17 @@ def main() -> None:
             result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         curve = [(line["seconds"] / 60, line["val_loss"]) for line in lines if line["kind"] == "eval"]
-        passed = next((minutes for minutes, loss in curve if loss <= PUBLISHED), None)
+        reached_at = next((minutes for minutes, loss in curve if loss <= NANOGPT_LOSS), None)
         print(f"seed {seed}: " + "  ".join(f"{minutes:.1f} min {loss:.4f}" for minutes, loss in curve))
-        reached = "never" if passed is None else f"after {passed:.1f} minutes"
+        reached = "not reached" if reached_at is None else f"reached after {reached_at:.1f} minutes"
         print(
-            f"seed {seed}: {result['best_val_loss']:.4f} nats per character at best, {result['val_loss']:.4f} at the end; "
-            f"{result['parameters']:,} parameters, {result['step']} steps, {result['seconds'] / 60:.1f} minutes",
-            f"{PUBLISHED} {reached}",
-            sep="; ",
+            f"seed {seed}: best loss {result['best_val_loss']:.4f} nats per character, last loss {result['val_loss']:.4f}; "
+            f"{result['parameters']:,} parameters, {result['step']} steps, {result['seconds'] / 60:.1f} minutes; "
+            f"{NANOGPT_LOSS} {reached}",
             flush=True,
         )
-        ends.append(result["best_val_loss"])
-    print(f"median {statistics.median(ends):.4f} after {arguments.minutes:g} minutes")
+        best_losses.append(result["best_val_loss"])
+    print(f"median of the best losses {statistics.median(best_losses):.4f}, after {arguments.minutes:g} minutes")
 
 
 if __name__ == "__main__":

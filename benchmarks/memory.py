@@ -1,4 +1,4 @@
-"""Is memory flat? Peak memory of preparing a text (tokenizer, encoding, split) of two sizes, each in a process of its own.
+"""Check that the peak memory of data preparation does not grow with the text: prepare texts of two sizes in separate processes.
 
 python benchmarks/memory.py [--megabytes 32 256]
 """
@@ -26,7 +26,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, tokens)
 
 
 def write_text(path: Path, megabytes: int) -> None:
-    """Words of the language reference in random order, with new words now and then, as real text has."""
+    """Write words of Python's language reference in random order, with a new random word per line: real text has new words too."""
     import pydoc_data.topics
 
     words = " ".join(pydoc_data.topics.topics.values()).split()
@@ -48,10 +48,10 @@ def main() -> None:
             write_text(path, megabytes)
             environment = {**os.environ, "TINYLM_CACHE": str(Path(folder, "cache"))}
             start = time.perf_counter()
-            done = subprocess.run(
+            process = subprocess.run(
                 [sys.executable, "-c", PREPARE, str(path)], env=environment, check=True, capture_output=True, text=True
             )
-            peak, tokens = map(int, done.stdout.split())
+            peak, tokens = map(int, process.stdout.split())
             peaks.append(peak)
             print(f"{megabytes:5} MB of text, {tokens:,} tokens: peak {peak} MiB, {time.perf_counter() - start:.0f} s", flush=True)
     print(f"peak memory, last / first: {peaks[-1] / peaks[0]:.2f}")

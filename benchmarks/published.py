@@ -1,8 +1,8 @@
-"""Does the roofline of `tinylm.cost.accelerators` foretell training runs that others published? One row a run, with its error.
+"""Compare the roofline model of `tinylm.cost.accelerators` with published training runs: one row per run, with the error.
 
-Nothing is fitted to a row: architecture, batch, device and execution are what the source says, the constants are those of
-the module, the same for all. Only MATMUL_SHARE was chosen with runs in view: llm.c's 124M on A100s and 1558M on H100s. What a
-source leaves out is said in its note.
+Architecture, batch size, device and execution mode are those of the source; a note says what was assumed if the source gives no
+value. The constants of the module were not fitted to these runs, except MATMUL_EFFICIENCY, which was chosen with two of them: llm.c's
+124M on A100s and 1558M on H100s.
 """
 
 from __future__ import annotations
@@ -12,18 +12,21 @@ from statistics import median
 from typing import Any
 
 from tinylm.cost.accelerators import elementwise_bytes, find, matmul_bytes, state_bytes, step_seconds
-from tinylm.cost.plan import flops_per_token, parameter_counts
+from tinylm.cost.parameters import flops_per_token, parameter_counts
 from tinylm.recipe.schema import ModelSection
 
 
 @dataclass(frozen=True)
 class Run:
+    """A published training run."""
+
     name: str
     hardware: str
     devices: int
     tokens_per_second: float
-    """Of all devices together."""
+    """Throughput of all devices together."""
     published: str
+    """What the source says about speed."""
     url: str
     model: dict[str, Any]
     tokens_per_step: int
@@ -31,6 +34,7 @@ class Run:
     vocab_size: int = 50_304
     compiled: bool = True
     stream_bytes: int = 4
+    """Bytes per element of the residual stream."""
     note: str = ""
 
 
@@ -48,52 +52,52 @@ RUNS = (
         "a100-80gb-sxm",
         8,
         HALF_MILLION / 0.300,
-        "300 ms a step",
+        "300 ms per step",
         LLM_C.format("124M"),
         gpt2(12, 12, 768),
         HALF_MILLION,
         1,
         stream_bytes=2,
-        note="kernels fused by hand, counted as compiled; all in bf16",
+        note="hand-fused kernels, counted as compiled; all in bf16",
     ),
     Run(
         "llm.c GPT-2 350M",
         "a100-80gb-sxm",
         8,
         HALF_MILLION / 0.820,
-        "820 ms a step",
+        "820 ms per step",
         LLM_C.format("350M"),
         gpt2(24, 16, 1024),
         HALF_MILLION,
         1,
         stream_bytes=2,
-        note="likewise",
+        note="as above",
     ),
     Run(
         "llm.c GPT-2 774M",
         "a100-80gb-sxm",
         8,
         HALF_MILLION / 1.7,
-        "1.7 s a step",
+        "1.7 s per step",
         LLM_C.format("774M"),
         gpt2(36, 20, 1280),
         HALF_MILLION,
         2,
         stream_bytes=2,
-        note="likewise",
+        note="as above",
     ),
     Run(
         "llm.c GPT-2 1558M",
         "h100-sxm",
         8,
         2 * HALF_MILLION / 2.80,
-        "2.80 s a step",
+        "2.80 s per step",
         LLM_C.format("1558M"),
         gpt2(48, 25, 1600),
         2 * HALF_MILLION,
         8,
         stream_bytes=2,
-        note="likewise; GELU inside the product",
+        note="as above; GELU fused into the matrix product",
     ),
     Run(
         "modded-nanogpt baseline",
@@ -105,7 +109,7 @@ RUNS = (
         gpt2(12, 12, 768),
         HALF_MILLION,
         1,
-        note="validation included",
+        note="includes validation",
     ),
     Run(
         "Romero, GPT-2 124M",
@@ -129,14 +133,14 @@ RUNS = (
         {"preset": "modern", "n_layer": 12, "n_head": 12, "n_embd": 768, "context_length": 2048, "logit_softcap": 30.0},
         HALF_MILLION,
         8,
-        note="compilation assumed; Muon's products left out",
+        note="compilation assumed; without Muon's matrix products",
     ),
     Run(
         "TinyLlama 1.1B",
         "a100-40gb-sxm",
         8,
         22e9 / (32 * 3600),
-        "32 h for 22 G tokens",
+        "32 h for 22 B tokens",
         "https://github.com/jzhang38/TinyLlama",
         {
             "preset": "llama",
@@ -150,7 +154,7 @@ RUNS = (
         2_097_152,
         16,
         vocab_size=32_000,
-        note="fused by hand, counted as compiled",
+        note="hand-fused kernels, counted as compiled",
     ),
     Run(
         "MPT 125M",
@@ -178,7 +182,7 @@ RUNS = (
         2,
         50_368,
         False,
-        note="likewise",
+        note="as above",
     ),
     Run(
         "MPT 1B",
@@ -192,7 +196,7 @@ RUNS = (
         4,
         50_368,
         False,
-        note="likewise",
+        note="as above",
     ),
     Run(
         "MPT 1B",
@@ -206,7 +210,7 @@ RUNS = (
         1,
         50_368,
         False,
-        note="likewise",
+        note="as above",
     ),
     Run(
         "nanoGPT 124M",
@@ -219,13 +223,13 @@ RUNS = (
         491_520,
         5,
         vocab_size=50_257,
-        note="as of 2023-01-31, before commit 77e7e04 padded the vocabulary: about 25% faster",
+        note="as of 2023-01-31; commit 77e7e04 made it about 25% faster by padding the vocabulary",
     ),
 )
 
 
 def predicted_seconds(run: Run) -> float:
-    """Seconds of one optimiser step of the run, by the roofline."""
+    """Return the predicted seconds of one optimizer step."""
     model = ModelSection.model_validate(run.model)
     parameters = sum(parameter_counts(model, run.vocab_size).values())
     tokens = run.tokens_per_step
@@ -243,7 +247,7 @@ def predicted_seconds(run: Run) -> float:
 
 
 def main() -> None:
-    print(f"{'run':24} {'hardware':17} {'published':24} {'ms a step':>9} {'predicted':>9} {'error':>6}  note")
+    print(f"{'run':24} {'hardware':17} {'published':24} {'ms/step':>9} {'predicted':>9} {'error':>6}  note")
     errors = []
     for run in RUNS:
         published, predicted = run.tokens_per_step / run.tokens_per_second, predicted_seconds(run)
@@ -253,9 +257,7 @@ def main() -> None:
         times = f"{1e3 * published:9.0f} {1e3 * predicted:9.0f} {100 * error:+5.0f}%"
         print(f"{run.name:24} {hardware:17} {run.published:24} {times}  {run.note}")
     within = sum(error <= 0.25 for error in errors)
-    print(
-        f"\nwithin 25 %: {within} of {len(errors)}; median error {100 * median(errors):.0f} %, largest {100 * max(errors):.0f} %\n"
-    )
+    print(f"\nwithin 25%: {within} of {len(errors)}; median error {100 * median(errors):.0f}%, largest {100 * max(errors):.0f}%\n")
     for url in dict.fromkeys(run.url for run in RUNS):
         print(f"{', '.join(dict.fromkeys(run.name for run in RUNS if run.url == url))}: {url}")
 

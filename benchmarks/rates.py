@@ -1,10 +1,11 @@
-"""Whether a rate found at one size is right at another: held-out loss over rates, for several widths and batches.
+"""Check that learning rates transfer between model sizes: held-out loss by learning rate, for several widths and batch sizes.
 
     python benchmarks/rates.py SOURCE [--widths 64 128 256] [--batches 12 48] [--layers 4] [--steps 400] [--seed 1337]
 
-Each of Muon's `lr` and of `adamw_lr` (embeddings, head, gains) is moved alone by factors of two around its default: at each width
-with the first batch, and at the middle width with each other batch. Where rates transfer, the best factor is the same in each
-row, or nearly. Characters, context 64, no n-grams: what is asked here is about the transformer's own matrices.
+Muon's `lr` and its `adamw_lr` (for embeddings, head and gains) are varied separately, by factors of two around their defaults: for
+every width with the first batch size, and for the middle width with the other batch sizes. If learning rates transfer, the best
+factor is about the same in all rows. The models are character-level with context 64. They have no n-gram embeddings, because the
+transformer's matrices are what matters here.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ seed: {seed}
 
 
 def heldout_loss(arguments: argparse.Namespace, width: int, batch: int, rates: dict[str, float]) -> float:
-    """Nats per character after the training."""
+    """Train once and return the held-out loss in nats per character."""
     settings = {"source": arguments.source, "layers": arguments.layers, "steps": arguments.steps, "seed": arguments.seed}
     recipe = loads(RECIPE.format(width=width, heads=max(1, width // 32), batch=batch, **settings, **rates))
     with tempfile.TemporaryDirectory() as folder:
@@ -55,17 +56,17 @@ def main() -> None:
     arguments = parser.parse_args()
     middle, first = arguments.widths[len(arguments.widths) // 2], arguments.batches[0]
     cases = [(width, first) for width in arguments.widths] + [(middle, batch) for batch in arguments.batches[1:]]
-    known: dict[tuple[int, int, float, float], float] = {}
-    for moved, default in DEFAULTS.items():
-        print(f"{moved}: {default} times " + "  ".join(f"{factor:>6g}" for factor in FACTORS) + "   best at")
+    cache: dict[tuple[int, int, float, float], float] = {}
+    for varied, default in DEFAULTS.items():
+        print(f"{varied}: {default} times " + "  ".join(f"{factor:>6g}" for factor in FACTORS) + "   best")
         for width, batch in cases:
             losses = []
             for factor in FACTORS:
-                rates = {**DEFAULTS, moved: default * factor}
+                rates = {**DEFAULTS, varied: default * factor}
                 key = (width, batch, rates["lr"], rates["adamw_lr"])
-                if key not in known:
-                    known[key] = heldout_loss(arguments, width, batch, rates)
-                losses.append(known[key])
+                if key not in cache:
+                    cache[key] = heldout_loss(arguments, width, batch, rates)
+                losses.append(cache[key])
             best = FACTORS[losses.index(min(losses))]
             row = "  ".join(f"{loss:6.3f}" for loss in losses)
             print(f"width {width:>4}, {batch:>3} sequences  {row}   {best:g}", flush=True)

@@ -1,9 +1,9 @@
-"""Is the model always the same? One recipe trained in many fresh processes; how many different weights come out.
+"""Check that training is deterministic: train one recipe in many processes and count the distinct final weights.
 
     python benchmarks/same_model.py --runs 60
     python benchmarks/same_model.py --runs 10 --busy --set training.steps=40
 
-`--busy` keeps the cores occupied by another process meanwhile. Exits with 1 where the weights differ.
+`--busy` runs matrix products in another process at the same time. The exit status is 1 if the weights differ.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ SHORT = [
     *("training.steps=8", "training.precision=fp32", "training.compile=off", "training.micro_batch_size=8"),
     *("evaluation.every=1000000", "checkpoint.every=1000000", "sampling.every=null", "data.heldout.share=0.01"),
 ]
-MULTIPLY = "import torch; a = torch.rand(1500, 1500)\nwhile True: a @ a"
+CPU_LOAD = "import torch; a = torch.rand(1500, 1500)\nwhile True: a @ a"
 
 
-def weights_of(recipe: str, overrides: list[str], threads: int, out: Path) -> str:
-    """Train it, and the fingerprint of its last weights."""
+def weights_fingerprint(recipe: str, overrides: list[str], threads: int, out: Path) -> str:
+    """Train the recipe and return a hash of its final weights."""
     settings = [word for override in overrides for word in ("--set", override)]
     command = [sys.executable, "-m", "tinylm", "train", recipe, "--out", str(out), "--quiet", "--threads", str(threads)]
     subprocess.run([*command, *settings], check=True, stdout=subprocess.DEVNULL)
@@ -40,21 +40,22 @@ def main() -> int:
     parser.add_argument("--busy", action="store_true")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     arguments = parser.parse_args()
-    found: Counter[str] = Counter()
-    beside = subprocess.Popen([sys.executable, "-c", MULTIPLY]) if arguments.busy else None
+    fingerprints: Counter[str] = Counter()
+    load = subprocess.Popen([sys.executable, "-c", CPU_LOAD]) if arguments.busy else None
     try:
         with tempfile.TemporaryDirectory() as folder:
             for number in range(arguments.runs):
-                fingerprint = weights_of(
+                fingerprint = weights_fingerprint(
                     arguments.recipe, SHORT + arguments.overrides, arguments.threads, Path(folder, str(number))
                 )
-                found[fingerprint] += 1
+                fingerprints[fingerprint] += 1
                 print(f"{number + 1:4}  {fingerprint}", flush=True)
     finally:
-        if beside is not None:
-            beside.kill()
-    print(f"{arguments.runs} trainings, {len(found)} different weights: {', '.join(map(str, found.values()))}")
-    return 0 if len(found) == 1 else 1
+        if load is not None:
+            load.kill()
+    counts = ", ".join(map(str, fingerprints.values()))
+    print(f"{arguments.runs} runs, {len(fingerprints)} distinct weights (runs with each: {counts})")
+    return 0 if len(fingerprints) == 1 else 1
 
 
 if __name__ == "__main__":

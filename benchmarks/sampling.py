@@ -1,10 +1,11 @@
-"""Writing text: ours against transformers' `generate` with the same weights, in turn on the same cores.
+"""Generation speed: tinylm vs. transformers' `generate`, with the same weights, alternately on the same cores.
 
     python benchmarks/sampling.py [--models 0.86M 13.8M 124M] [--rows 1 16] [--rounds 5] [--first-token]
 
-Each model is `preset: gpt2` with random weights, copied into a GPT2LMHeadModel; that greedy texts agree is checked first.
-Sampled with top-k 50 after a prompt of 16 tokens, alone and 16 at a time; the end of text is banned on both sides. The ratio is
-of the medians. Compiled steps need numba. `--first-token`: instead, the time to the first token of a prompt of 1000 at 13.8 M.
+Each model is `preset: gpt2` with random weights, copied into a GPT2LMHeadModel. The script first checks that greedy decoding gives
+the same tokens. Then it samples with top-k 50 after a prompt of 16 tokens, with batch sizes 1 and 16. The end-of-text token is
+banned in both libraries. The speedup is the ratio of medians. Compiled steps need numba. With `--first-token`, the script measures
+the time to the first token after a prompt of 1000 tokens instead, with the 13.8 M model.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ PROMPT = list(range(10, 26))
 END = 0
 
 
-class AnyTokens(Tokenizer):
-    """A tokenizer for a vocabulary of any size, whose texts nobody reads."""
+class FakeTokenizer(Tokenizer):
+    """A tokenizer with any vocabulary size, which decodes to meaningless text."""
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__(training.train(ByteTokenizer(kind="byte"), iter([Piece("text", True)]), print).backend)
@@ -46,7 +47,7 @@ class AnyTokens(Tokenizer):
 
 
 def transformers_twin(network: Transformer, vocab_size: int) -> GPT2LMHeadModel:
-    """GPT-2 as transformers has it, with our weights."""
+    """Return transformers' GPT-2 with the weights of `network`."""
     model = network.model
     config = GPT2Config(
         vocab_size=vocab_size,
@@ -69,18 +70,18 @@ def transformers_twin(network: Transformer, vocab_size: int) -> GPT2LMHeadModel:
         "feed_forward.output": "mlp.c_proj",
     }
     for layer in range(model.n_layer):
-        for name, called in names.items():
+        for name, their_name in names.items():
             for part in ("weight", "bias"):
                 value = ours[f"blocks.{layer}.{name}.{part}"]
-                theirs[f"h.{layer}.{called}.{part}"] = value.T if value.ndim == 2 else value
+                theirs[f"h.{layer}.{their_name}.{part}"] = value.T if value.ndim == 2 else value
     theirs |= {f"ln_f.{part}": ours[f"final_norm.{part}"] for part in ("weight", "bias")}
     twin.transformer.load_state_dict(theirs)
     twin.tie_weights()
     return twin
 
 
-def roughened(network: Transformer) -> Transformer:
-    """Weights of the size that training gives, so that text is not the same token again and again."""
+def add_noise(network: Transformer) -> Transformer:
+    """Add noise, so that the weights are about as large as trained ones and the model does not repeat one token."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -88,80 +89,83 @@ def roughened(network: Transformer) -> Transformer:
     return network
 
 
-def timed(work: Callable[[], object]) -> float:
+def seconds_of(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
-def written(
+def generate_with_tinylm(
     decoder: Decoder, tokenizer: Tokenizer, rows: int, tokens: int, prompt: list[int], temperature: float = 1.0
 ) -> list[list[int]]:
-    """Ids of `rows` samples, by the engine as `tinylm sample` uses it."""
+    """Generate `rows` samples with the engine, as `tinylm sample` does, and return their ids."""
     settings = SamplingOptions(tokens, logit_bias=((END, float("-inf")),), temperature=temperature)
     engine = Engine(decoder, tokenizer, rows, capacity=min(decoder.model.context_length, len(prompt) + tokens))
-    writers = engine.add([Request("", settings, seed) for seed in range(rows)], prompt)
+    sequences = engine.add([Request("", settings, seed) for seed in range(rows)], prompt)
     while engine.busy:
         engine.step()
-    return [writer.sample.token_ids for writer in writers]
+    return [sequence.sample.token_ids for sequence in sequences]
 
 
-def generated(twin: GPT2LMHeadModel, rows: int, tokens: int, prompt: list[int], **options: object) -> torch.Tensor:
+def generate_with_transformers(twin: GPT2LMHeadModel, rows: int, tokens: int, prompt: list[int], **options: object) -> torch.Tensor:
     ids = torch.tensor([prompt] * rows)
     with torch.inference_mode():
-        found: torch.Tensor = twin.generate(
+        output: torch.Tensor = twin.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, pad_token_id=END, suppress_tokens=[END], **options
         )
-    return found
+    return output
 
 
-def measure(name: str, all_rows: list[int], rounds: int) -> None:
+def benchmark(name: str, all_rows: list[int], rounds: int) -> None:
     shape, vocab_size, tokens = MODELS[name]
-    network = roughened(Transformer(ModelSection.model_validate({"preset": "gpt2", **shape}), vocab_size)).eval()
-    twin, tokenizer = transformers_twin(network, vocab_size), AnyTokens(vocab_size)
-    kinds = {
+    network = add_noise(Transformer(ModelSection.model_validate({"preset": "gpt2", **shape}), vocab_size)).eval()
+    twin, tokenizer = transformers_twin(network, vocab_size), FakeTokenizer(vocab_size)
+    decoders = {
         f"{weights}{' compiled' if compiled else ''}": Decoder(network, weights=weights, compiled=compiled)
         for weights in WEIGHT_KINDS
         for compiled in (False, True)
     }
-    theirs = generated(twin, 1, 12, PROMPT, do_sample=False)[0, len(PROMPT) :].tolist()
+    theirs = generate_with_transformers(twin, 1, 12, PROMPT, do_sample=False)[0, len(PROMPT) :].tolist()
     for kind in ("fp32", "fp32 compiled"):
-        assert written(kinds[kind], tokenizer, 1, 12, PROMPT, temperature=0.0) == [theirs], "greedy texts differ"
+        assert generate_with_tinylm(decoders[kind], tokenizer, 1, 12, PROMPT, temperature=0.0) == [theirs], (
+            "greedy decoding differs"
+        )
     for rows in all_rows:
-        sides: dict[str, Callable[[], object]] = {
-            "transformers": lambda rows=rows: generated(twin, rows, tokens, PROMPT, do_sample=True, top_k=50)
+        variants: dict[str, Callable[[], object]] = {
+            "transformers": lambda rows=rows: generate_with_transformers(twin, rows, tokens, PROMPT, do_sample=True, top_k=50)
         }
-        for weights, decoder in kinds.items():
-            sides[weights] = lambda rows=rows, decoder=decoder: written(decoder, tokenizer, rows, tokens, PROMPT)
-        report(f"{name} x{rows}", sides, rounds, rows * tokens, "tokens/s")
+        for kind, decoder in decoders.items():
+            variants[kind] = lambda rows=rows, decoder=decoder: generate_with_tinylm(decoder, tokenizer, rows, tokens, PROMPT)
+        report(f"{name} x{rows}", variants, rounds, rows * tokens, "tokens/s")
 
 
 def first_token(rounds: int) -> None:
     shape, vocab_size, _ = MODELS["13.8M"]
-    network = roughened(Transformer(ModelSection.model_validate({"preset": "gpt2", **shape}), vocab_size)).eval()
-    twin, tokenizer = transformers_twin(network, vocab_size), AnyTokens(vocab_size)
+    network = add_noise(Transformer(ModelSection.model_validate({"preset": "gpt2", **shape}), vocab_size)).eval()
+    twin, tokenizer = transformers_twin(network, vocab_size), FakeTokenizer(vocab_size)
     prompt = torch.randint(1, vocab_size, (1000,), generator=torch.Generator().manual_seed(1)).tolist()
     decoder = Decoder(network)
-    sides = {
-        "transformers": lambda: generated(twin, 1, 1, prompt, do_sample=True, top_k=50),
-        "fp32": lambda: written(decoder, tokenizer, 1, 1, prompt),
+    variants = {
+        "transformers": lambda: generate_with_transformers(twin, 1, 1, prompt, do_sample=True, top_k=50),
+        "fp32": lambda: generate_with_tinylm(decoder, tokenizer, 1, 1, prompt),
     }
-    report("first token after 1000, 13.8M", sides, rounds, 1, "per second")
+    report("first token after 1000, 13.8M", variants, rounds, 1, "per second")
 
 
-def report(title: str, sides: dict[str, Callable[[], object]], rounds: int, amount: int, unit: str) -> None:
-    seconds: dict[str, list[float]] = {side: [] for side in sides}
-    for side in sides.values():
-        side()
+def report(title: str, variants: dict[str, Callable[[], object]], rounds: int, amount: int, unit: str) -> None:
+    """Time every variant once per round, and print the median throughput and the speedup over transformers."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for work in variants.values():
+        work()
     for _ in range(rounds):
-        for side, work in sides.items():
-            seconds[side].append(timed(work))
+        for name, work in variants.items():
+            seconds[name].append(seconds_of(work))
     base = statistics.median(seconds["transformers"])
-    for side, times in seconds.items():
+    for name, times in seconds.items():
         median = statistics.median(times)
         ratios = sorted(a / b for a, b in zip(seconds["transformers"], times, strict=True))
         print(
-            f"{title:<30} {side:<13} {amount / median:9.1f} {unit}  x{base / median:5.2f}"
+            f"{title:<30} {name:<13} {amount / median:9.1f} {unit}  x{base / median:5.2f}"
             f"  (rounds {ratios[0]:.2f} to {ratios[-1]:.2f})",
             flush=True,
         )
@@ -183,7 +187,7 @@ def main() -> None:
         first_token(options.rounds)
         return
     for name in options.models:
-        measure(name, options.rows, options.rounds)
+        benchmark(name, options.rows, options.rounds)
 
 
 if __name__ == "__main__":

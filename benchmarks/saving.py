@@ -1,11 +1,11 @@
-"""What a checkpoint costs the loop: the pause to copy its tensors, against waiting until it is on the disk.
+"""How long a checkpoint stops the training loop, to copy the tensors, compared with the time until the file is complete.
 
 python benchmarks/saving.py [N_LAYER N_EMBD]
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 import tempfile
 import time
 from pathlib import Path
@@ -20,30 +20,34 @@ from tinylm.training.parallel import Parallel
 
 
 def main() -> None:
-    layers, width = (int(value) for value in sys.argv[1:3] or ("6", "384"))
-    model = ModelSection.model_validate({"n_layer": layers, "n_head": 6, "n_embd": width})
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("n_layer", type=int, nargs="?", default=6)
+    parser.add_argument("n_embd", type=int, nargs="?", default=384)
+    arguments = parser.parse_args()
+    model = ModelSection.model_validate({"n_layer": arguments.n_layer, "n_head": 6, "n_embd": arguments.n_embd})
     network = Transformer(model, 4096)
     optimizers = groups.build(MuonOptimizer(name="muon"), network, network.stacked_matrices())
     tokens = torch.randint(4096, (1, 33), generator=torch.Generator().manual_seed(0))
     network(tokens[:, :-1], targets=tokens[:, 1:]).backward()
     optimizers.step()
     parallel = Parallel(network)
-    pauses, waits = [], []
+    pauses, totals = [], []
     with tempfile.TemporaryDirectory() as folder:
         writer = CheckpointWriter(Path(folder), keep=1)
         writer.prepare()
         for step in range(6):
-            began = time.perf_counter()
-            writer.begin(Snapshot(parallel.weights(), parallel.host_copies(optimizers.state()), {"step": step}))
-            pauses.append(time.perf_counter() - began)
-            checkpoint = writer.finish()
-            waits.append(time.perf_counter() - began)
+            start = time.perf_counter()
+            writer.start_save(Snapshot(parallel.full_weights(), parallel.cpu_copies(optimizers.state()), {"step": step}))
+            pauses.append(time.perf_counter() - start)
+            checkpoint = writer.wait()
+            totals.append(time.perf_counter() - start)
             writer.prune()
         assert checkpoint is not None
         size = sum(file.stat().st_size for file in checkpoint.path.iterdir())
-    pause, wait = min(pauses[1:]), min(waits[1:])
-    what = f"{network.parameter_count() / 1e6:.1f} M parameters, {size / 2**20:.0f} MiB"
-    print(f"{what}: the loop pauses {1000 * pause:.0f} ms, the disk has it after {1000 * wait:.0f} ms (ratio {wait / pause:.1f})")
+    pause, total = min(pauses[1:]), min(totals[1:])
+    model_size = f"{network.parameter_count() / 1e6:.1f} M parameters, {size / 2**20:.0f} MiB"
+    times = f"the loop pauses {1000 * pause:.0f} ms, the file is complete after {1000 * total:.0f} ms (ratio {total / pause:.1f})"
+    print(f"{model_size}: {times}")
 
 
 if __name__ == "__main__":

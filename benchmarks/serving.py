@@ -1,10 +1,10 @@
-"""A server under 64 clients at once on loopback: are the answers right, and how long do they take?
+"""Load test of `tinylm serve` with 64 concurrent clients on loopback: correctness and latency.
 
     python benchmarks/serving.py --run runs/quickstart [--clients 64] [--requests 3] [--tokens 32]
 
-Starts `tinylm serve` in a process of its own. Every client sends its requests one after the other with seeds of its own; each
-answer is compared with what the library writes for that seed. Then half of the clients leave in the middle of a stream, and
-the time until no place is taken any more is measured.
+Starts `tinylm serve` in a separate process. Every client sends its requests one after the other, each with a different seed. Every
+response is compared with the text that the library generates for that seed. Then half as many clients start streams and disconnect,
+and the script measures the time until the server is idle.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import time
 import httpx
 import torch
 
-from tinylm.generation.engine import Request, sample_seed, write
+from tinylm.generation.engine import Request, generate_batch, sample_seed
 from tinylm.generation.sampling import SamplingOptions
-from tinylm.model.decoder import prepared
+from tinylm.model.decoder import make_decoder
 from tinylm.reporting import SILENT
 from tinylm.run import Run
 
 
-async def ask(address: str, clients: int, requests: int, tokens: int) -> tuple[dict[int, str], list[float], int]:
-    """Texts by seed, seconds of each request, and how many failed."""
+async def send_requests(address: str, clients: int, requests: int, tokens: int) -> tuple[dict[int, str], list[float], int]:
+    """Return the texts by seed, the latency of each request in seconds, and the number of failed requests."""
     texts: dict[int, str] = {}
     seconds: list[float] = []
     failed = 0
@@ -37,12 +37,12 @@ async def ask(address: str, clients: int, requests: int, tokens: int) -> tuple[d
             nonlocal failed
             for turn in range(requests):
                 seed = number * requests + turn
-                begun = time.perf_counter()
+                start = time.perf_counter()
                 body = {"prompt": f"Client {number}", "max_tokens": tokens, "seed": seed}
-                answer = await session.post(f"{address}/v1/completions", json=body)
-                seconds.append(time.perf_counter() - begun)
-                if answer.status_code == 200:
-                    texts[seed] = answer.json()["choices"][0]["text"]
+                response = await session.post(f"{address}/v1/completions", json=body)
+                seconds.append(time.perf_counter() - start)
+                if response.status_code == 200:
+                    texts[seed] = response.json()["choices"][0]["text"]
                 else:
                     failed += 1
 
@@ -50,22 +50,22 @@ async def ask(address: str, clients: int, requests: int, tokens: int) -> tuple[d
     return texts, seconds, failed
 
 
-async def leave(address: str, clients: int) -> float:
-    """Seconds until the server is idle after clients who had begun a long stream have left."""
+async def disconnect_during_stream(address: str, clients: int) -> float:
+    """Start long streams, disconnect, and return the seconds until the server is idle."""
     async with httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_connections=clients + 1)) as session:
 
-        async def one() -> None:
+        async def client() -> None:
             body = {"prompt": "x", "max_tokens": 2000, "stream": True}
-            async with session.stream("POST", f"{address}/v1/completions", json=body) as answer:
-                async for _ in answer.aiter_bytes():
+            async with session.stream("POST", f"{address}/v1/completions", json=body) as response:
+                async for _ in response.aiter_bytes():
                     return
 
-        await asyncio.gather(*(one() for _ in range(clients)))
-        begun = time.perf_counter()
+        await asyncio.gather(*(client() for _ in range(clients)))
+        start = time.perf_counter()
         while True:
             load = (await session.get(f"{address}/health")).json()
             if load["writing"] == load["waiting"] == 0:
-                return time.perf_counter() - begun
+                return time.perf_counter() - start
             await asyncio.sleep(0.01)
 
 
@@ -87,28 +87,30 @@ def main() -> None:
                     break
                 except httpx.TransportError:
                     time.sleep(0.2)
-            begun = time.perf_counter()
-            texts, seconds, failed = asyncio.run(ask(address, options.clients, options.requests, options.tokens))
-            whole = time.perf_counter() - begun
-            freed = asyncio.run(leave(address, options.clients // 2))
+            start = time.perf_counter()
+            texts, seconds, failed = asyncio.run(send_requests(address, options.clients, options.requests, options.tokens))
+            total = time.perf_counter() - start
+            idle_after = asyncio.run(disconnect_during_stream(address, options.clients // 2))
         finally:
             process.terminate()
     run = Run.open(options.run)
     network = run.network(run.checkpoint(), torch.device("cpu"))
-    decoder = prepared(network, weights="fp32", compiled=None, steps=None, reporter=SILENT)  # as the server has it
+    decoder = make_decoder(network, weights="fp32", compiled=None, steps=None, reporter=SILENT)  # the server's decoder
     settings = SamplingOptions(max_new_tokens=options.tokens, temperature=1.0, top_k=None)
     seeds = sorted(texts)
     requests = [Request(f"Client {seed // options.requests}", settings, sample_seed(seed, 0)) for seed in seeds]
-    wrong = sum(sample.text != texts[seed] for seed, sample in zip(seeds, write(decoder, run.tokenizer, requests), strict=True))
+    samples = generate_batch(decoder, run.tokenizer, requests)
+    wrong = sum(sample.text != texts[seed] for seed, sample in zip(seeds, samples, strict=True))
     seconds.sort()
     print(
-        f"{len(texts)} answers to {options.clients} clients in {whole:.1f} s, {failed} failed, {wrong} not what the library writes"
+        f"{len(texts)} responses to {options.clients} clients in {total:.1f} s; "
+        f"{failed} failed, {wrong} differ from the library's text"
     )
     print(
         f"latency: median {statistics.median(seconds):.2f} s, p90 {seconds[int(0.9 * len(seconds))]:.2f} s, "
-        f"p99 {seconds[int(0.99 * len(seconds))]:.2f} s; {len(texts) * options.tokens / whole:.0f} tokens/s"
+        f"p99 {seconds[int(0.99 * len(seconds))]:.2f} s; {len(texts) * options.tokens / total:.0f} tokens/s"
     )
-    print(f"{options.clients // 2} clients left in the middle: idle again after {freed:.2f} s")
+    print(f"{options.clients // 2} clients disconnected during a stream: idle after {idle_after:.2f} s")
 
 
 if __name__ == "__main__":

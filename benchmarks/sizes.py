@@ -1,10 +1,10 @@
-"""Whether `tinylm new` chooses the right size: its recipe against a grid of other sizes with the same budget of minutes.
+"""Check the model size that `tinylm new` chooses: train its recipe and a grid of other sizes with the same time budget.
 
     python benchmarks/sizes.py SOURCE... [--minutes 2] [--sizes 2x128 3x192 4x256 5x320 6x384 8x512] [--set K=V ...]
 
-The recipe that `tinylm new SOURCE --minutes M` proposes is trained as it is, and so is the one that it would write for each size of
-the grid: regularization, evaluations and the end of training are those that suit the size. Held-out bits per byte of the best
-checkpoint, and the proposal's over the best of all.
+Trains the recipe that `tinylm new SOURCE --minutes M` proposes, and for each size of the grid the recipe that it would write for
+that size, including regularization, evaluation interval and schedule. Prints the held-out bits per byte of the best checkpoint of
+each size, and the ratio of the proposed size's bits per byte to the lowest.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from pathlib import Path
 from tinylm import pipeline
 from tinylm.recipe import Recipe, loads
 from tinylm.recipe.schema import DataSection
-from tinylm.suggest import Budget, propose
+from tinylm.suggest import Budget, suggest_recipe
 
-QUIET = ["sampling.every=null", "checkpoint.every=1000000", "checkpoint.keep=0"]
+NO_SAMPLES_OR_CHECKPOINTS = ["sampling.every=null", "checkpoint.every=1000000", "checkpoint.keep=0"]
 
 
-def trained(text: str, settings: list[str]) -> tuple[Recipe, pipeline.TrainResult]:
-    recipe = loads(text, [*QUIET, *settings])
+def train(text: str, settings: list[str]) -> tuple[Recipe, pipeline.TrainResult]:
+    recipe = loads(text, [*NO_SAMPLES_OR_CHECKPOINTS, *settings])
     with tempfile.TemporaryDirectory() as folder:
         return recipe, pipeline.train(recipe, Path(folder, "run"), device="cpu")
 
@@ -36,20 +36,20 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="settings")
     arguments = parser.parse_args()
     data, budget = DataSection(train=tuple(arguments.source)), Budget(arguments.minutes)
-    model = propose(data, budget).recipe.model
+    model = suggest_recipe(data, budget).recipe.model
     chosen = f"{model.n_layer}x{model.n_embd}"
-    found: dict[str, float] = {}
+    results: dict[str, float] = {}
     for size in dict.fromkeys([chosen, *arguments.sizes]):
         layers, width = map(int, size.split("x"))
-        recipe, result = trained(propose(data, budget, sizes=[(layers, width)]).yaml, arguments.settings)
+        recipe, result = train(suggest_recipe(data, budget, sizes=[(layers, width)]).yaml, arguments.settings)
         losses = result.val_bits_per_byte, result.val_loss, result.best_val_loss
         bits_per_byte, last, best = (loss or math.nan for loss in losses)
-        found[size] = bits_per_byte * best / last
-        about = f"{result.step:,} steps, {result.seconds / 60:.1f} minutes, dropout {recipe.model.dropout:g}"
+        results[size] = bits_per_byte * best / last  # bits per byte are proportional to the loss
+        details = f"{result.step:,} steps, {result.seconds / 60:.1f} minutes, dropout {recipe.model.dropout:g}"
         proposed = ", proposed" if size == chosen else ""
-        print(f"{size:>7}: {found[size]:.4f} bits per byte ({about}{proposed})", flush=True)
-    winner = min(found, key=lambda size: found[size])
-    print(f"proposed {chosen} over best {winner}: {found[chosen] / found[winner]:.3f}")
+        print(f"{size:>7}: {results[size]:.4f} bits per byte ({details}{proposed})", flush=True)
+    best_size = min(results, key=lambda size: results[size])
+    print(f"proposed {chosen} / best {best_size}: {results[chosen] / results[best_size]:.3f}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Kill a training again and again, at random moments and inside saves, and compare what it becomes with one that was left alone.
+"""Crash test: repeatedly kill a training run, also while it saves, resume it, and compare it with an uninterrupted run.
 
     python benchmarks/soak.py [--kills 50] [--processes 1] [--parallel ddp|fsdp] [--precision fp32|bf16] [--seed 1]
 
-Dropout is on, a step has four micro-batches for each process at least, epochs end on the way, and every second step is saved. Each
-life is a process (or several) of its own that is ended by SIGKILL. At the end every logged number, every weight and every moment of
-the optimizer must be the same bits. Prints a line per life and one at the end; exit status 1 when anything differs.
+The recipe uses dropout, gradient accumulation and several epochs, and saves every second step. Each attempt starts new processes
+and kills one of them with SIGKILL. At the end, all logged numbers, weights and optimizer moments must be bitwise equal. Prints a
+line per attempt and a summary. The exit status is 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -40,109 +40,116 @@ evaluation: {{every: 7, max_tokens: 300}}
 checkpoint: {{every: 2, keep: 2}}
 sampling: {{every: 11, max_new_tokens: 3}}
 """
-CLOCK = ("seconds", "train_seconds", "tokens_per_second", "mfu")
+TIMING_KEYS = ("seconds", "train_seconds", "tokens_per_second", "mfu")
+"""Keys of metrics.jsonl that differ between identical runs."""
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return int(probe.getsockname()[1])
 
 
-def started(recipe: Path, folder: Path, processes: int) -> list[subprocess.Popen[bytes]]:
-    """The processes of one life, set up as a launcher does."""
+def launch(recipe: Path, folder: Path, processes: int) -> list[subprocess.Popen[bytes]]:
+    """Start the processes of one attempt, with the environment variables that torchrun sets."""
     port = str(free_port())
     command = [sys.executable, "-m", "tinylm", "train", str(recipe), "--out", str(folder), "--resume", "--quiet", "--threads", "1"]
-    lives = []
+    workers = []
     for rank in range(processes):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-        there = {
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
-            **({name: str(value) for name, value in place.items()} if processes > 1 else {}),
+            **({name: str(value) for name, value in variables.items()} if processes > 1 else {}),
         }
-        lives.append(subprocess.Popen(command, env=there, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
-    return lives
+        workers.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+    return workers
 
 
-def lines(folder: Path) -> int:
+def line_count(folder: Path) -> int:
     metrics = folder / "metrics.jsonl"
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
-def saving(folder: Path) -> bool:
+def is_saving(folder: Path) -> bool:
     return any((folder / "checkpoints").glob(".step-*.partial"))
 
 
-def life(recipe: Path, folder: Path, processes: int, chance: random.Random, in_save: bool, leap: int) -> bool:
-    """One life, to a random moment or the end. Whether it was killed."""
-    lives, wanted = started(recipe, folder, processes), lines(folder) + chance.randint(1, leap)
-    victim = lives[chance.randrange(processes)]
-    while not (lines(folder) >= wanted and (not in_save or saving(folder))):
+def run_attempt(recipe: Path, folder: Path, processes: int, rng: random.Random, during_save: bool, max_lines: int) -> bool:
+    """Resume the run and kill it after 1 to `max_lines` more lines of metrics. Returns False if it finishes first."""
+    workers, last_line = launch(recipe, folder, processes), line_count(folder) + rng.randint(1, max_lines)
+    victim = workers[rng.randrange(processes)]
+    while not (line_count(folder) >= last_line and (not during_save or is_saving(folder))):
         if victim.poll() is not None:
             break
         time.sleep(0.0003)
-    if not in_save:
-        time.sleep(chance.random() * 0.02)
+    if not during_save:
+        time.sleep(rng.random() * 0.02)
     killed = victim.poll() is None
     if killed:
         victim.send_signal(signal.SIGKILL)
-    for each in lives:
-        each.wait(timeout=120)
+    for worker in workers:
+        worker.wait(timeout=120)
     return killed
 
 
-def logged(folder: Path) -> list[dict[str, Any]]:
-    read = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{key: value for key, value in line.items() if key not in CLOCK} for line in read]
+def logged_metrics(folder: Path) -> list[dict[str, Any]]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in line.items() if key not in TIMING_KEYS} for line in lines]
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
+def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
     reader = HuggingFaceStorageReader(str(Run(folder).checkpoint("last").path))
-    stored = reader.read_metadata().state_dict_metadata
-    found = {name: torch.zeros(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
-    load(found, storage_reader=reader, no_dist=True)
-    return found
+    metadata = reader.read_metadata().state_dict_metadata
+    tensors = {name: torch.zeros(entry.size, dtype=entry.properties.dtype) for name, entry in metadata.items()}
+    load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--kills", type=int, default=50)
-    options.add_argument("--processes", type=int, default=1)
-    options.add_argument("--parallel", default="auto")
-    options.add_argument("--precision", default="fp32")
-    options.add_argument("--seed", type=int, default=1)
-    chosen = options.parse_args()
-    chance = random.Random(chosen.seed)
-    with tempfile.TemporaryDirectory() as place:
-        os.environ["TINYLM_CACHE"] = str(Path(place) / "cache")
-        text, recipe = Path(place) / "text.txt", Path(place) / "soak.yaml"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--parallel", default="auto")
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    rng = random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as folder_name:
+        parent = Path(folder_name)
+        os.environ["TINYLM_CACHE"] = str(parent / "cache")
+        text, recipe = parent / "text.txt", parent / "soak.yaml"
         text.write_text("\n\n".join(topic for _, topic in sorted(pydoc_data.topics.topics.items()))[1000:9000], encoding="utf-8")
-        leap, micro = 8, max(1, 2 // chosen.processes)
-        steps = leap * chosen.kills
+        max_lines, micro = 8, max(1, 2 // options.processes)
+        steps = max_lines * options.kills
         recipe.write_text(
-            RECIPE.format(text=text, steps=steps, micro=micro, precision=chosen.precision, parallel=chosen.parallel),
+            RECIPE.format(text=text, steps=steps, micro=micro, precision=options.precision, parallel=options.parallel),
             encoding="utf-8",
         )
-        whole, folder = Path(place) / "whole", Path(place) / "killed"
-        for each in started(recipe, whole, chosen.processes):
-            assert each.wait() == 0
-        kills = in_saves = 0
+        uninterrupted, folder = parent / "uninterrupted", parent / "killed"
+        for worker in launch(recipe, uninterrupted, options.processes):
+            assert worker.wait() == 0
+        kills = kills_during_save = 0
         killed = True
         while killed:
-            killed = life(recipe, folder, chosen.processes, chance, kills % 3 == 0, leap if kills < chosen.kills else 10 * steps)
+            limit = max_lines if kills < options.kills else 10 * steps
+            killed = run_attempt(recipe, folder, options.processes, rng, kills % 3 == 0, limit)
             if killed:
                 kills += 1
-                in_saves += saving(folder)
-                print(f"life {kills}: killed after line {lines(folder)} of {lines(whole)}{', in a save' if saving(folder) else ''}")
-        same_log = logged(folder) == logged(whole)
-        ours, theirs = tensors(folder), tensors(whole)
-        same = ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
-        print(
-            f"{kills} kills, {in_saves} of them in a save, {steps} steps, {chosen.processes} processes, {chosen.precision}: "
-            f"log {'the same' if same_log else 'DIFFERENT'}, {len(ours)} tensors {'the same bits' if same else 'DIFFERENT'}"
+                kills_during_save += is_saving(folder)
+                progress = f"line {line_count(folder)} of {line_count(uninterrupted)}"
+                print(f"attempt {kills}: killed after {progress}{', during a save' if is_saving(folder) else ''}")
+        same_log = logged_metrics(folder) == logged_metrics(uninterrupted)
+        actual, expected = saved_tensors(folder), saved_tensors(uninterrupted)
+        same_tensors = actual.keys() == expected.keys() and all(
+            torch.equal(value, expected[name]) for name, value in actual.items()
         )
-        sys.exit(0 if same_log and same else 1)
+        print(
+            f"{kills} kills, {kills_during_save} of them during a save; {steps} steps, {options.processes} processes, "
+            f"{options.precision}: log {'equal' if same_log else 'DIFFERENT'}, "
+            f"{len(actual)} tensors {'bitwise equal' if same_tensors else 'DIFFERENT'}"
+        )
+        sys.exit(0 if same_log and same_tensors else 1)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""A training step of ours against the same step with transformers' GPT2LMHeadModel, written plainly, in turn on the same cores.
+"""Training speed: tinylm vs. a plain training loop with transformers' GPT2LMHeadModel, alternately on the same cores.
 
     python benchmarks/throughput.py [--rounds 5] [--steps 4] [--precision fp32]
 
-13.9 million parameters: 6 layers, 6 heads, width 384, vocabulary 8192, context 256, batch 8, AdamW, gradients clipped at 1. Model
-FLOPs are 6 per weight and token and those of causal attention; the peak is that of a 2048 x 2048 product measured between the
-rounds. Then the share of a step that Muon takes at the same size.
+13.9 M parameters: 6 layers, 6 heads, width 384, vocabulary 8192, context 256, batch 8, AdamW, gradients clipped at 1. Model FLOPs
+are 6 per weight and token plus those of causal attention. MFU is relative to the speed of a 2048 x 2048 matrix product, measured
+between the rounds. Also prints the optimizer's share of a step, for AdamW and Muon.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from collections.abc import Callable
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from tinylm.cost import plan
+from tinylm.cost.micro_batch import CPU_MICRO_BATCH_TOKENS
+from tinylm.cost.parameters import flops_per_token
 from tinylm.data.batches import Batches
 from tinylm.model.objective import CausalObjective
 from tinylm.model.transformer import Transformer
@@ -30,7 +31,7 @@ from tinylm.training.compilation import Trial, compile_blocks
 from tinylm.training.feed import Feed
 from tinylm.training.out_of_memory import keep_freed_memory
 from tinylm.training.precision import Precision
-from tinylm.training.step import accumulate
+from tinylm.training.step import GradientSettings, accumulate
 
 VOCABULARY, CONTEXT, BATCH = 8192, 256, 8
 SHAPE = {"n_layer": 6, "n_head": 6, "n_embd": 384, "context_length": CONTEXT}
@@ -45,21 +46,22 @@ def batches() -> Batches:
 def ours(
     preset: str, section: AdamWOptimizer | MuonOptimizer, precision: Precision, compiled: bool
 ) -> Callable[[], tuple[float, float]]:
-    """A step: (seconds of all, seconds of the optimiser)."""
+    """Return a function that takes a training step and returns (seconds of the step, seconds of the optimizer)."""
     model = ModelSection.model_validate({"preset": preset, **SHAPE, "tie_embeddings": True})
     network = Transformer(model, VOCABULARY)
     optimizers = groups.build(section, network, network.stacked_matrices())
-    objective, scaler = CausalObjective(), precision.scaler()
-    feed, position = Feed(batches(), objective, pin=False), 0
-    micro = max(1, plan.CPU_MICRO_BATCH_TOKENS // CONTEXT)
+    objective = CausalObjective()
+    feed, position = Feed(batches(), objective, pin_memory=False), 0
+    micro = max(1, CPU_MICRO_BATCH_TOKENS // CONTEXT)
+    settings = GradientSettings(micro, precision, objective)
     if compiled:
-        compile_blocks(network, Trial(network, objective, feed.take(0, BATCH), micro, precision), demanded=True, reporter=SILENT)
+        compile_blocks(network, Trial(network, feed.batch(0, BATCH), settings), required=True, reporter=SILENT)
 
     def step() -> tuple[float, float]:
         nonlocal position
         start = time.perf_counter()
         optimizers.zero_grad()
-        accumulate(network, objective, feed.take(position, BATCH), micro, precision, scaler)
+        accumulate(network, feed.batch(position, BATCH), settings)
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         middle = time.perf_counter()
         optimizers.step()
@@ -97,7 +99,7 @@ def theirs(precision: Precision) -> Callable[[], tuple[float, float]]:
     return step
 
 
-def peak(precision: Precision) -> float:
+def matmul_flops_per_second(precision: Precision) -> float:
     matrix = torch.randn(2048, 2048).to(torch.bfloat16 if precision.name == "bf16" else torch.float32)
     best = float("inf")
     for _ in range(4):
@@ -107,17 +109,17 @@ def peak(precision: Precision) -> float:
     return 2 * 2048**3 / best
 
 
-SIDES = ("transformers", "gpt2", "gpt2, compiled", "modern, muon", "modern, muon, compiled")
+VARIANTS = ("transformers", "gpt2", "gpt2, compiled", "modern, muon", "modern, muon, compiled")
 
 
-def serve(side: str, precision: Precision) -> None:
-    """In a process of its own: a line with the seconds of a step, and of its optimiser, for each line that comes in."""
-    if side == "transformers":
+def run_worker(variant: str, precision: Precision) -> None:
+    """For each line on stdin, take a step, and print the seconds of the step and of the optimizer."""
+    if variant == "transformers":
         step = theirs(precision)
     else:
-        keep_freed_memory()  # as `tinylm train` does; the other side runs as its users run it
-        preset, compiled = side.split(",")[0], side.endswith("compiled")
-        section = MuonOptimizer(name="muon") if "muon" in side else AdamWOptimizer(name="adamw")
+        keep_freed_memory()  # as `tinylm train` does; transformers does not change the allocator
+        preset, compiled = variant.split(",")[0], variant.endswith("compiled")
+        section = MuonOptimizer(name="muon") if "muon" in variant else AdamWOptimizer(name="adamw")
         step = ours(preset, section, precision, compiled)
     step()
     print("ready", flush=True)
@@ -125,17 +127,17 @@ def serve(side: str, precision: Precision) -> None:
         print(*step(), flush=True)
 
 
-class Side:
-    """One side's process."""
+class Worker:
+    """A process that runs one variant."""
 
     def __init__(self, name: str, precision: Precision) -> None:
-        command = [sys.executable, __file__, "--precision", precision.name, "--side", name]
+        command = [sys.executable, __file__, "--precision", precision.name, "--variant", name]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
-        self._line()
+        self._read_line()
 
-    def _line(self) -> str:
+    def _read_line(self) -> str:
         assert self._process.stdout is not None
         return self._process.stdout.readline()
 
@@ -143,8 +145,8 @@ class Side:
         assert self._process.stdin is not None
         self._process.stdin.write("step\n")
         self._process.stdin.flush()
-        whole, optimizer = map(float, self._line().split())
-        return whole, optimizer
+        total, optimizer = map(float, self._read_line().split())
+        return total, optimizer
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -157,31 +159,31 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     precision = Precision(arguments.precision, CPU)
-    if arguments.side:
-        serve(arguments.side, precision)
+    if arguments.variant:
+        run_worker(arguments.variant, precision)
         return
-    sides = {name: Side(name, precision) for name in SIDES}
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+    workers = {name: Worker(name, precision) for name in VARIANTS}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in workers}
     peaks = []
     for _ in range(arguments.rounds):
-        peaks.append(peak(precision))
-        for name, side in sides.items():
-            side.step()  # warms the caches up again after the other sides
-            times[name] += [side.step() for _ in range(arguments.steps)]
-    for side in sides.values():
-        side.close()
-    top = statistics.median(peaks)
-    flops = plan.flops_per_token(ModelSection.model_validate({"preset": "gpt2", **SHAPE}), VOCABULARY) * BATCH * CONTEXT
+        peaks.append(matmul_flops_per_second(precision))
+        for name, worker in workers.items():
+            worker.step()  # warm up the CPU caches after the other variants
+            times[name] += [worker.step() for _ in range(arguments.steps)]
+    for worker in workers.values():
+        worker.close()
+    peak = statistics.median(peaks)
+    flops = flops_per_token(ModelSection.model_validate({"preset": "gpt2", **SHAPE}), VOCABULARY) * BATCH * CONTEXT
     base = statistics.median(seconds for seconds, _ in times["transformers"])
-    print(f"matrix products: {top / 1e9:.0f} GFLOP/s in {precision.name}; a step is {flops / 1e9:.0f} GFLOP")
-    for name, taken in times.items():
-        seconds = statistics.median(whole for whole, _ in taken)
-        optimizer = statistics.median(part for _, part in taken)
-        speed = f"{1000 * seconds:6.0f} ms a step  {BATCH * CONTEXT / seconds:6.0f} tokens/s  {base / seconds:5.2f} x transformers"
-        print(f"{name:24} {speed}  MFU {flops / seconds / top:4.0%}  optimiser {optimizer / seconds:4.1%} of the step")
+    print(f"matrix product: {peak / 1e9:.0f} GFLOP/s in {precision.name}; one step: {flops / 1e9:.0f} GFLOP")
+    for name, measured in times.items():
+        seconds = statistics.median(total for total, _ in measured)
+        optimizer = statistics.median(part for _, part in measured)
+        speed = f"{1000 * seconds:6.0f} ms/step  {BATCH * CONTEXT / seconds:6.0f} tokens/s  {base / seconds:5.2f} x transformers"
+        print(f"{name:24} {speed}  MFU {flops / seconds / peak:4.0%}  optimizer {optimizer / seconds:4.1%} of the step")
 
 
 if __name__ == "__main__":

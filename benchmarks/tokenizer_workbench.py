@@ -1,8 +1,9 @@
-"""The tokenizers against their peers: encoding, training, round trip, determinism, compression. Both sides in turn, ratios printed.
+"""Compare the tokenizers with other libraries: encoding and training speed, round trip, determinism, compression.
 
-python benchmarks/tokenizer_workbench.py FOLDER_OR_FILE [--only encode train roundtrip determinism compression] [--rounds 3]
+    python benchmarks/tokenizer_workbench.py FOLDER_OR_FILE [--only encode train roundtrip determinism compression] [--rounds 3]
 
-Needs tiktoken, rustbpe and sentencepiece (`pip install tiktoken rustbpe sentencepiece`); the text should be 13 MB or more.
+The libraries run alternately. Needs tiktoken, rustbpe and sentencepiece (`pip install tiktoken rustbpe sentencepiece`). The text
+should be at least 13 MB.
 """
 
 from __future__ import annotations
@@ -25,63 +26,63 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from tinylm.recipe.schema import BpeTokenizer, ByteTokenizer, LearnedTokenizer, UnigramTokenizer
 from tinylm.text.sources import Corpus, Piece
-from tinylm.tokenizer import Tokenizer, compiled, encoding, training
-from tinylm.tokenizer.splits import pattern_of
+from tinylm.tokenizer import Tokenizer, encoding, kernel_loading, training
+from tinylm.tokenizer.pretokenizer import split_pattern
 
 VOCABULARY = 8192
-PLANES = [(0x00, 0x80), (0x80, 0x800), (0x800, 0xD800), (0xE000, 0x10000), (0x10000, 0x20000), (0x20000, 0x110000)]
+CODE_POINT_RANGES = [(0x00, 0x80), (0x80, 0x800), (0x800, 0xD800), (0xE000, 0x10000), (0x10000, 0x20000), (0x20000, 0x110000)]
 
 
-def timed(work: Callable[[], object]) -> float:
+def seconds_of(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
-def in_turn(sides: dict[str, Callable[[], object]], rounds: int, size: int) -> None:
-    """Each side once a round; medians, and ratios of the first side to the others."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+def benchmark(variants: dict[str, Callable[[], object]], rounds: int, size: int) -> None:
+    """Run every variant once per round. Print medians, and the speedup of the first variant over each of the others."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
-        for name, work in sides.items():
-            seconds[name].append(timed(work))
-    first = next(iter(sides))
+        for name, work in variants.items():
+            seconds[name].append(seconds_of(work))
+    first = next(iter(variants))
     for name, times in seconds.items():
-        ratios = [other / own for own, other in zip(seconds[first], times, strict=True)]
+        ratios = [other / base for base, other in zip(seconds[first], times, strict=True)]
         median = statistics.median(times)
         print(
-            f"  {name:<34} {median:6.2f} s {size / 1e6 / median:7.2f} MB/s   {first} is {statistics.median(ratios):.2f} x as fast"
+            f"  {name:<34} {median:6.2f} s {size / 1e6 / median:7.2f} MB/s   speedup of {first} {statistics.median(ratios):.2f} x"
         )
 
 
 def encode(pieces: list[Piece], size: int, rounds: int) -> None:
-    """13 MB by 8192 tokens: a fresh cache every round."""
+    """Encode with a vocabulary of 8192 tokens and an empty cache in every round."""
     trained = training.train(BpeTokenizer(kind="bpe", vocab_size=VOCABULARY), pieces, print)
     texts = [piece.text for piece in pieces]
-    described = trained.described
-    pattern = pattern_of("gpt4", None)
+    tokenizer_json = trained.tokenizer_json
+    pattern = split_pattern("gpt4", None)
     import tiktoken
 
     ranks = {token: id for id, token in enumerate(trained.token_bytes[:-1])}
     theirs = tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
-    def ours(engine: bool) -> list[np.ndarray]:
-        kept = encoding._tiktoken
+    def ours(use_tiktoken: bool) -> list[np.ndarray]:
+        original = encoding.tiktoken_engine
         try:
-            if not engine:
-                encoding._tiktoken = lambda described, slow: None  # type: ignore[assignment]
-            fresh = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(described)))
+            if not use_tiktoken:
+                encoding.tiktoken_engine = lambda tokenizer_json, fallback: None  # type: ignore[assignment]
+            fresh = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json)))
             return [ids for ids, _ in fresh.encode_pieces(pieces)]
         finally:
-            encoding._tiktoken = kept
+            encoding.tiktoken_engine = original
 
-    expected = np.concatenate([np.array(found.ids) for found in trained.backend.encode_batch(texts, add_special_tokens=False)])
-    whole = np.concatenate([ids for ids, _ in trained.encode_pieces([Piece(p.text, p.starts_document) for p in pieces])])
-    print(f"encoding {size / 1e6:.1f} MB: ids identical to tokenizers: {np.array_equal(expected, whole)}")
+    expected = np.concatenate([np.array(encoded.ids) for encoded in trained.backend.encode_batch(texts, add_special_tokens=False)])
+    actual = np.concatenate([ids for ids, _ in trained.encode_pieces([Piece(p.text, p.starts_document) for p in pieces])])
+    print(f"encoding {size / 1e6:.1f} MB: ids identical to tokenizers: {np.array_equal(expected, actual)}")
     cores = os.cpu_count() or 1
-    in_turn(
+    benchmark(
         {
             "tinylm with tiktoken": lambda: ours(True),
-            "tinylm without it": lambda: ours(False),
+            "tinylm without tiktoken": lambda: ours(False),
             "tokenizers encode_batch": lambda: trained.backend.encode_batch(texts, add_special_tokens=False),
             "tokenizers encode_batch_fast": lambda: trained.backend.encode_batch_fast(texts, add_special_tokens=False),
             f"tiktoken, {cores} threads": lambda: theirs.encode_ordinary_batch(texts, num_threads=cores),
@@ -95,7 +96,7 @@ def train(pieces: list[Piece], size: int, rounds: int) -> None:
     import rustbpe
 
     texts = [piece.text for piece in pieces]
-    pattern = pattern_of("gpt4", None)
+    pattern = split_pattern("gpt4", None)
 
     def theirs() -> list[list[str]]:
         backend = tokenizers.Tokenizer(models.BPE())
@@ -109,14 +110,14 @@ def train(pieces: list[Piece], size: int, rounds: int) -> None:
         return list(json.loads(backend.to_str())["model"]["merges"])
 
     section = BpeTokenizer(kind="bpe", vocab_size=VOCABULARY, max_megabytes=10_000)
-    same = training.train(section, pieces, print).described["model"]["merges"] == theirs()
-    print(f"training on {size / 1e6:.1f} MB: merges identical to those of tokenizers: {same}")
+    same = training.train(section, pieces, print).tokenizer_json["model"]["merges"] == theirs()
+    print(f"training on {size / 1e6:.1f} MB: merges identical to tokenizers: {same}")
     words = training.count(section, pieces, print)
-    in_turn(
+    benchmark(
         {
             "tinylm": lambda: training.train(section, pieces, print),
-            "  of it, counting words": lambda: training.count(section, pieces, print),
-            "  of it, learning merges": lambda: training.learn(section, words),
+            "  counting words": lambda: training.count(section, pieces, print),
+            "  learning merges": lambda: training.learn(section, words),
             "tokenizers": theirs,
             "rustbpe": lambda: rustbpe.Tokenizer().train_from_iterator(iter(texts), VOCABULARY, pattern=pattern),
         },
@@ -126,30 +127,31 @@ def train(pieces: list[Piece], size: int, rounds: int) -> None:
 
 
 def roundtrip(pieces: list[Piece], size: int, rounds: int) -> None:
-    """100 000 random strings, and the text itself, through every lossless kind."""
-    drawn = random.Random(1)
+    """Encode and decode 100,000 random strings and the text itself with every lossless kind of tokenizer."""
+    rng = random.Random(1)
     special = ["<|endoftext|>", "<|unknown|>", "<0x41>", "</s>", "▁", "Ġ", "\ufffd"]
     strings = []
     for _ in range(100_000):
-        parts = [drawn.choice(special) if drawn.random() < 0.2 else "" for _ in range(2)]
-        parts += [chr(drawn.randrange(*drawn.choice(PLANES))) for _ in range(drawn.randint(0, 12))]
-        drawn.shuffle(parts)
+        parts = [rng.choice(special) if rng.random() < 0.2 else "" for _ in range(2)]
+        parts += [chr(rng.randrange(*rng.choice(CODE_POINT_RANGES))) for _ in range(rng.randint(0, 12))]
+        rng.shuffle(parts)
         strings.append("".join(parts))
     kinds: dict[str, LearnedTokenizer] = {
         "bpe": BpeTokenizer(kind="bpe", vocab_size=VOCABULARY),
-        "bpe of characters": BpeTokenizer(kind="bpe", vocab_size=VOCABULARY, alphabet=200),
+        "bpe on characters": BpeTokenizer(kind="bpe", vocab_size=VOCABULARY, alphabet=200),
         "unigram": UnigramTokenizer(kind="unigram", vocab_size=VOCABULARY),
         "byte": ByteTokenizer(kind="byte"),
     }
-    sample = [Piece(text[:100_000], True) for piece in pieces[::10] for text in [piece.text]]
+    sample = [Piece(piece.text[:100_000], True) for piece in pieces[::10]]
     for name, section in kinds.items():
         tokenizer = training.train(section, sample, lambda warning: None)
         failures = sum(tokenizer.decode(tokenizer.encode(text)) != text for text in strings)
-        lost = sum(tokenizer.decode(tokenizer.encode(piece.text)) != piece.text for piece in pieces)
-        print(f"  {name:<20} {failures} of {len(strings):,} strings and {lost} of {len(pieces)} pieces ({size / 1e6:.0f} MB) lost")
+        failed_pieces = sum(tokenizer.decode(tokenizer.encode(piece.text)) != piece.text for piece in pieces)
+        text = f"{failed_pieces} of {len(pieces)} pieces ({size / 1e6:.0f} MB)"
+        print(f"  {name:<20} round trip failed for {failures} of {len(strings):,} strings and {text}")
 
 
-CHILD = """
+TRAIN_AND_HASH = """
 import sys, hashlib
 from tinylm.recipe import loads
 from tinylm.text.sources import Corpus
@@ -161,35 +163,40 @@ with Corpus([sys.argv[1]]) as corpus:
 
 
 def determinism(source: str) -> None:
+    """Train every kind six times with different thread counts and hash seeds, and compare the results."""
     for kind in ("bpe", "unigram", "wordpiece", "word", "char", "byte"):
         hashes = []
         for run in range(6):
             threads = str(1 + run % 3)
-            more = {
+            variables = {
                 "RAYON_NUM_THREADS": threads,
                 "OMP_NUM_THREADS": threads,
                 "OPENBLAS_NUM_THREADS": threads,
                 "PYTHONHASHSEED": str(run),
             }
-            done = subprocess.run(
-                [sys.executable, "-c", CHILD, source, kind], env={**os.environ, **more}, check=True, capture_output=True, text=True
+            process = subprocess.run(
+                [sys.executable, "-c", TRAIN_AND_HASH, source, kind],
+                env={**os.environ, **variables},
+                check=True,
+                capture_output=True,
+                text=True,
             )
-            hashes.append(done.stdout.strip())
-        print(f"  {kind:<10} {len(set(hashes))} different of 6: {hashes[0]}", flush=True)
+            hashes.append(process.stdout.strip())
+        print(f"  {kind:<10} {len(set(hashes))} distinct results in 6 runs: {hashes[0]}", flush=True)
 
 
 def compression(pieces: list[Piece], size: int) -> None:
-    """Bytes per token on the last tenth, of vocabularies learned from the rest, line by line as sentencepiece reads."""
+    """Bytes per token on the last tenth, with vocabularies trained on the rest, line by line as sentencepiece reads text."""
     import sentencepiece
 
     cut = len(pieces) * 9 // 10
-    learned = [line for piece in pieces[:cut] for line in piece.text.splitlines() if line]
+    train_lines = [line for piece in pieces[:cut] for line in piece.text.splitlines() if line]
     heldout = [line for piece in pieces[cut:] for line in piece.text.splitlines() if line]
     total = sum(len(line.encode()) for line in heldout)
     for kind in ("unigram", "bpe"):
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(learned),
+            sentence_iterator=iter(train_lines),
             model_writer=model,
             vocab_size=VOCABULARY,
             model_type=kind,
@@ -207,9 +214,10 @@ def compression(pieces: list[Piece], size: int) -> None:
             else BpeTokenizer(kind="bpe", vocab_size=VOCABULARY)
         )
         ours = training.train(section, pieces[:cut], lambda warning: None)
-        a = total / sum(len(ours.encode(line)) for line in heldout)
-        b = total / sum(map(len, theirs.encode(heldout)))
-        print(f"  {kind:<8} tinylm {a:.3f}, sentencepiece {b:.3f} bytes per token: {a / b:.3f} x", flush=True)
+        our_ratio = total / sum(len(ours.encode(line)) for line in heldout)
+        their_ratio = total / sum(map(len, theirs.encode(heldout)))
+        ratio = our_ratio / their_ratio
+        print(f"  {kind:<8} tinylm {our_ratio:.3f}, sentencepiece {their_ratio:.3f} bytes per token: {ratio:.3f} x", flush=True)
 
 
 def main() -> None:
@@ -223,7 +231,7 @@ def main() -> None:
     size = sum(len(piece.text.encode()) for piece in pieces)
     digest = hashlib.sha256("".join(piece.text for piece in pieces).encode()).hexdigest()[:12]
     print(f"{options.source}: {size:,} bytes in {len(pieces)} pieces, sha256 {digest}", flush=True)
-    compiled.kernels(compiled.ENOUGH)  # loaded before the clock starts, as the other libraries are
+    kernel_loading.kernels_if_worthwhile(kernel_loading.MIN_BYTES)  # load the kernels before timing
     for name, work in (("encode", encode), ("train", train), ("roundtrip", roundtrip)):
         if name in options.only:
             print(name)

@@ -1,36 +1,43 @@
-"""Preparing a text on one process, whose tokenizer uses threads, and on several: seconds and bytes of the tokens, in turn.
+"""Encoding speed with one process, whose tokenizer uses threads, and with several processes. All must print the same token hash.
 
 python benchmarks/workers.py TEXT [WORKERS]...
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
-import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
-from tinylm.data.prepare import encode
+from tinylm.data.prepare import encode_to_shard
+from tinylm.data.workers import encode_in_parallel
 from tinylm.recipe.schema import BpeTokenizer
 from tinylm.text.sources import Corpus
 from tinylm.tokenizer import training
 
 
 def main() -> None:
-    text, *counts = sys.argv[1:]
-    with Corpus([text]) as corpus, tempfile.TemporaryDirectory() as folder:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text")
+    parser.add_argument("workers", type=int, nargs="*", default=[1, 2])
+    arguments = parser.parse_args()
+    with Corpus([arguments.text]) as corpus, tempfile.TemporaryDirectory() as folder:
         tokenizer = training.train(BpeTokenizer(kind="bpe", vocab_size=4096), corpus.pieces(), print)
         best: dict[int, float] = {}
         for _ in range(2):
-            for workers in map(int, counts or ("1", "2")):
-                began = time.perf_counter()
-                shard = encode(Path(folder), f"with-{workers}", corpus.pieces(), tokenizer, lambda done: None, workers)
-                best[workers] = min(best.get(workers, 1e9), time.perf_counter() - began)
-                file = Path(folder) / f"with-{workers}.npy"
-                tokens = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+            for workers in arguments.workers:
+                start = time.perf_counter()
+                encoder = partial(encode_in_parallel, tokenizer, workers=workers)
+                name = f"with-{workers}"
+                shard = encode_to_shard(Path(folder), name, corpus.pieces(), tokenizer, lambda done: None, encoder)
+                best[workers] = min(best.get(workers, 1e9), time.perf_counter() - start)
+                file = Path(folder) / f"{name}.npy"
+                fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
                 speed = shard.counts.bytes / best[workers] / 1e6
-                print(f"{workers} workers: {best[workers]:.2f} s, {speed:.1f} MB/s, tokens {tokens}")
+                print(f"{workers} workers: {best[workers]:.2f} s, {speed:.1f} MB/s, tokens {fingerprint}")
 
 
 if __name__ == "__main__":

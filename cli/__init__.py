@@ -1,1 +1,1 @@
-"""The command line of tinylm: parses, calls the library, shows the answer."""
+"""The command line of tinylm. The module of a command parses its options, calls the library and prints the result."""

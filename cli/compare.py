@@ -1,4 +1,4 @@
-"""`tinylm compare`: two or more runs, what differs between their recipes, and whether their models differ."""
+"""`tinylm compare`: differences between the recipes and loss curves of runs, and whether their models differ significantly."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import typer
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -22,11 +23,11 @@ from .console import (
     THREADS,
     ConsoleReporter,
     checked_errors,
-    given,
+    given_options,
+    print_fields,
     print_json,
-    show_facts,
-    stderr,
-    stdout,
+    stderr_console,
+    stdout_console,
 )
 
 app = typer.Typer(add_completion=False)
@@ -37,9 +38,12 @@ def compare(
     ctx: typer.Context,
     runs: list[str] = typer.Argument(..., metavar="RUN RUN...", help="Run folders."),
     on: list[str] | None = typer.Option(
-        None, "--on", metavar="SOURCE", help="The text; default: what the runs held out, if it is the same."
+        None,
+        "--on",
+        metavar="SOURCE",
+        help="The text for the comparison. Default: the held-out text, if it is the same for all runs.",
     ),
-    stride: int | None = typer.Option(None, "--stride", help="Tokens between windows, as in `tinylm eval`."),
+    stride: int | None = typer.Option(None, "--stride", help="Tokens by which windows advance, as in `tinylm eval`."),
     field: str = FIELD,
     errors: str = ERRORS,
     device: str = DEVICE,
@@ -47,70 +51,78 @@ def compare(
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Compare runs: recipes, losses along the way, and each with the first on the same text, piece by piece."""
+    """Compare the first run with each of the others: recipes, held-out losses during training, and losses on the same text."""
     checked_errors(errors)
     if len(runs) < 2:
-        raise InputError("name two runs or more", where="RUN")
-    if not on and (useless := given(ctx, ("field", "errors"))):
-        raise InputError("only means something with --on", where=", ".join(useless))
+        raise InputError("at least two runs are required", where="RUN")
+    if not on and (unused := given_options(ctx, ("field", "errors"))):
+        raise InputError("requires --on", where=", ".join(unused))
     opened = [Run.open(path) for path in runs]
     for run in opened:
-        run.checkpoint()
+        run.checkpoint()  # report a missing checkpoint before torch is imported
 
     from tinylm.device import set_threads
-    from tinylm.evaluation.measure import compare as compared
+    from tinylm.evaluation.evaluate_run import TextFormat, compare_runs
 
     set_threads(threads)
-    reporter = ConsoleReporter(stderr(), quiet=quiet)
-    tests = [
-        compared(opened[0], run, on or (), stride=stride, field=field, errors=errors, device=device, reporter=reporter)
+    reporter = ConsoleReporter(stderr_console(), quiet=quiet)
+    text_format = TextFormat(field, errors)
+    comparisons = [
+        compare_runs(opened[0], run, on or (), stride=stride, text_format=text_format, device=device, reporter=reporter)
         for run in opened[1:]
     ]
-    recipes, curves = _recipes(opened), _curves(opened)
+    recipes, curves = _recipe_differences(opened), _loss_curves(opened)
     if json:
         document = {
             "runs": [str(run.path) for run in opened],
             "recipes": recipes,
             "curves": curves,
             "tests": [
-                {"a": str(opened[0].path), "b": str(run.path), **_named(asdict(test))}
-                for run, test in zip(opened[1:], tests, strict=True)
+                {"a": str(opened[0].path), "b": str(run.path), **_test_document(asdict(comparison))}
+                for run, comparison in zip(opened[1:], comparisons, strict=True)
             ],
         }
         print_json(document)
         return
-    console = stdout()
-    for title, rows in (("recipe", recipes), ("held-out loss at step", curves)):
-        if rows:
-            table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
-            for column in (title, *runs):
-                table.add_column(column, justify="left" if column == title else "right")
-            for row in rows:
-                table.add_row(str(row["name"]), *(Text(_shown(value)) for value in row["values"]))
-            console.print(table)
-            console.print()
-    facts = []
-    for run, test in zip(opened[1:], tests, strict=True):
-        low, high = test.ci95
-        real = "real" if low > 0 or high < 0 else "not told apart"
-        facts += [
-            ("bits per byte", f"{opened[0].path} {test.a:.4f}, {run.path} {test.b:.4f}"),
-            ("difference", f"{test.difference:+.4f}  (95 % interval {low:+.4f} to {high:+.4f}, p = {test.p_value:.4f}: {real})"),
-            ("paired over", f"{test.pieces:,} {test.kind}"),
+    console = stdout_console()
+    _print_table(console, "recipe", runs, recipes)
+    _print_table(console, "held-out loss at step", runs, curves)
+    rows = []
+    for run, comparison in zip(opened[1:], comparisons, strict=True):
+        low, high = comparison.ci95
+        verdict = "significant" if low > 0 or high < 0 else "not significant"
+        interval = f"95 % interval {low:+.4f} to {high:+.4f}, p = {comparison.p_value:.4f}"
+        rows += [
+            ("bits per byte", f"{opened[0].path} {comparison.a:.4f}, {run.path} {comparison.b:.4f}"),
+            ("difference", f"{comparison.difference:+.4f}  ({interval}: {verdict})"),
+            ("paired over", f"{comparison.pieces:,} {comparison.kind}"),
         ]
-    show_facts(console, facts)
+    print_fields(console, rows)
 
 
-def _shown(value: Any) -> str:
+def _print_table(console: Console, title: str, runs: list[str], rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        return
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+    table.add_column(title)
+    for run in runs:
+        table.add_column(run, justify="right")
+    for row in rows:
+        table.add_row(str(row["name"]), *(Text(_formatted(value)) for value in row["values"]))
+    console.print(table)
+    console.print()
+
+
+def _formatted(value: Any) -> str:
     return "" if value is None else f"{value:.4f}" if isinstance(value, float) and value > 0.01 else f"{value}"
 
 
-def _named(test: dict[str, Any]) -> dict[str, Any]:
+def _test_document(test: dict[str, Any]) -> dict[str, Any]:
     return {"a_bits_per_byte": test.pop("a"), "b_bits_per_byte": test.pop("b"), **test}
 
 
-def _recipes(runs: list[Run]) -> list[dict[str, Any]]:
-    """The keys in which the recipes differ."""
+def _recipe_differences(runs: list[Run]) -> list[dict[str, Any]]:
+    """The recipe keys whose values differ, with the value in each run."""
     from tinylm.recipe.schema import flattened
 
     flat = [flattened(run.recipe.as_dict()) for run in runs]
@@ -119,9 +131,9 @@ def _recipes(runs: list[Run]) -> list[dict[str, Any]]:
     return [row for row in listed if any(a != b for a, b in pairwise(row["values"]))]
 
 
-def _curves(runs: list[Run]) -> list[dict[str, Any]]:
-    """Held-out losses at the steps where any was measured, at most twelve of them, the last always."""
+def _loss_curves(runs: list[Run]) -> list[dict[str, Any]]:
+    """The held-out losses of each run, at up to twelve of the steps at which any of the runs was evaluated."""
     losses = [{event["step"]: event.get("val_loss") for event in run.metrics() if event["kind"] == "eval"} for run in runs]
-    steps = sorted({step for one in losses for step in one})
+    steps = sorted({step for curve in losses for step in curve})
     shown = [step for number, step in enumerate(reversed(steps)) if number % max(1, -(-len(steps) // 12)) == 0][::-1]
-    return [{"name": step, "values": [one.get(step) for one in losses]} for step in shown]
+    return [{"name": step, "values": [curve.get(step) for curve in losses]} for step in shown]

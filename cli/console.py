@@ -1,4 +1,4 @@
-"""What every verb shares: where words go, how numbers look, which run is meant."""
+"""Helpers for all commands: common options, output to stdout and stderr, number formats, and checks of arguments."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, is_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import typer
@@ -25,22 +26,26 @@ if TYPE_CHECKING:
     from tinylm.run import Run
 
 JSON = typer.Option(False, "--json", help="Print one JSON document on stdout.")
-QUIET = typer.Option(False, "--quiet", "-q", help="Say nothing on stderr but warnings and errors.")
+QUIET = typer.Option(False, "--quiet", "-q", help="Print only warnings and errors on stderr.")
 DEVICE = typer.Option("auto", "--device", help="auto, cpu, cuda or mps.")
-THREADS = typer.Option(None, "--threads", min=1, help="CPU threads; default: one per core.")
-RUN = typer.Option(None, "--run", "-r", help="A run folder or a checkpoint in it; default: TINYLM_RUN, else the newest in runs/.")
-CHECKPOINT = typer.Option(None, "--checkpoint", help="best, last or a step; default: best.")
-SET = typer.Option(None, "--set", metavar="SECTION.KEY=VALUE", help="Change a key of the recipe; may be repeated.")
-FIELD = typer.Option("text", "--field", help="The field of .jsonl or column of .parquet that holds the text.")
-WEIGHTS = typer.Option("fp32", "--weights", help="fp32, bf16 or int8: int8 reads a quarter of the bytes for each token.")
-COMPILE = typer.Option(
-    None, "--compile/--no-compile", help="Compile the decoding step: later to start, faster then. Default: on a CPU where it pays."
+THREADS = typer.Option(None, "--threads", min=1, help="CPU threads. Default: one per core.")
+RUN = typer.Option(
+    None, "--run", "-r", help="A run folder or a checkpoint folder. Default: $TINYLM_RUN, or the newest run in runs/."
 )
-ERRORS = typer.Option("strict", "--errors", help="Bytes that are not UTF-8: strict (an error) or replace.")
+CHECKPOINT = typer.Option(None, "--checkpoint", help="best, last or a step. Default: best.")
+SET = typer.Option(None, "--set", metavar="SECTION.KEY=VALUE", help="Set a key of the recipe. Can be repeated.")
+FIELD = typer.Option("text", "--field", help="The field of .jsonl files or the column of .parquet files that contains the text.")
+WEIGHTS = typer.Option("fp32", "--weights", help="Weight format: fp32, bf16 or int8. int8 reads a quarter of the memory per token.")
+COMPILE = typer.Option(
+    None,
+    "--compile/--no-compile",
+    help="Compile the decoding step: slower to start, then faster. Default: only on a CPU and if it saves time.",
+)
+ERRORS = typer.Option("strict", "--errors", help="Bytes that are not UTF-8: strict (an error) or replace (with U+FFFD).")
 
 
-class Verbs(TyperGroup):
-    """A group of verbs. Without one it shows its help on stderr, as a mistake and not as an answer."""
+class CommandGroup(TyperGroup):
+    """A group of commands. Without a command, it prints its help on stderr, because stdout is for results."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args:
@@ -49,81 +54,81 @@ class Verbs(TyperGroup):
             return super().parse_args(ctx, args)
 
 
-class Conversation(Console):
-    """stderr. Nobody listening any more (`2>&1 | head`) silences it, and must not end a training."""
+class StderrConsole(Console):
+    """A console on stderr. If stderr is closed (for example by `2>&1 | head`), it discards its output and does not fail."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
-    def say(self, text: str, style: str) -> None:
-        """Text as it is; broken into lines only where a person reads it."""
+    def print_line(self, text: str, style: str) -> None:
+        """Print text verbatim. It is wrapped only on a terminal."""
         self.print(text, style=style, markup=False, soft_wrap=not self.is_terminal)
 
 
-def stderr() -> Conversation:
-    return Conversation(stderr=True, highlight=False)
+def stderr_console() -> StderrConsole:
+    return StderrConsole(stderr=True, highlight=False)
 
 
-def stdout() -> Console:
-    """For tables. Off a terminal they are as wide as they need to be: a program reads their lines."""
+def stdout_console() -> Console:
+    """A console on stdout, for tables. Unless stdout is a terminal, rows are never wrapped, so that programs can read them."""
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = 1 << 12
     return console
 
 
-def show_facts(console: Console, rows: Iterable[tuple[str, str]]) -> None:
-    """Labels and what they say, in two columns; off a terminal each row stays on its line."""
-    listed = list(rows)
+def print_fields(console: Console, rows: Iterable[tuple[str, str]]) -> None:
+    """Print labels and values in two columns. Unless stdout is a terminal, rows are never wrapped."""
+    rows = list(rows)
     if not console.is_terminal:
-        width = max(len(label) for label, _ in listed)
-        for label, value in listed:
+        width = max(len(label) for label, _ in rows)
+        for label, value in rows:
             console.print(f"{label:<{width}}  {value}", markup=False, soft_wrap=True)
         return
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    for label, value in listed:
+    for label, value in rows:
         table.add_row(label, Text(value))
     console.print(table)
 
 
 def print_json(document: Any) -> None:
-    """One JSON document on stdout; dataclasses as objects, numbers that JSON lacks as null."""
-    print(json.dumps(_plain(document), indent=2, ensure_ascii=False, allow_nan=False))
+    """Print one JSON document on stdout. Dataclasses become objects, non-finite numbers null."""
+    print(json.dumps(_to_json(document), indent=2, ensure_ascii=False, allow_nan=False))
 
 
-def _plain(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
-        return _plain(asdict(value))
+        return _to_json(asdict(value))
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _to_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [_to_json(item) for item in value]
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return None
     return value
 
 
 class ConsoleReporter(Reporter):
-    """Notes in grey, warnings in yellow, progress bars that disappear when done; plain lines off a terminal."""
+    """Prints notes in gray, warnings in yellow and, on a terminal, progress bars that disappear when they are complete."""
 
-    def __init__(self, console: Conversation, *, quiet: bool = False) -> None:
+    def __init__(self, console: StderrConsole, *, quiet: bool = False) -> None:
         self.console = console
         self.quiet = quiet
 
     def note(self, text: str) -> None:
         if not self.quiet:
-            self.console.say(text, "dim")
+            self.console.print_line(text, "dim")
 
     def warn(self, text: str) -> None:
-        self.console.say(f"warning: {text}", "yellow")
+        self.console.print_line(f"warning: {text}", "yellow")
 
     @contextmanager
     def progress(self, label: str, total: int | None, unit: str) -> Iterator[Advance]:
         if self.quiet or not self.console.is_terminal or self.console.is_dumb_terminal:
-            yield lambda done: None
+            yield lambda completed: None
             return
         columns = (
             TextColumn("{task.description}"),
@@ -135,77 +140,78 @@ class ConsoleReporter(Reporter):
         with Progress(*columns, console=self.console, transient=True) as bar:
             task = bar.add_task(label, total=total, rate="")
 
-            def advance(done: int) -> None:
+            def advance(completed: int) -> None:
                 speed = bar.tasks[0].speed
-                bar.update(task, completed=done, rate=f"{count(speed)}{unit}/s" if speed else "")
+                bar.update(task, completed=completed, rate=f"{format_count(speed)}{unit}/s" if speed else "")
 
             yield advance
 
 
-def count(value: float, *, space: str = "") -> str:
-    """1234567 -> 1.23M; `space` goes before the letter."""
+def format_count(value: float, *, space: str = "") -> str:
+    """1234567 -> 1.23M; `space` is inserted between the number and the letter."""
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.3g}{space}{letter}"
     return f"{value:.3g}{space}"
 
 
-def size(value: float) -> str:
-    """Bytes in the units people use."""
+def format_size(value: float) -> str:
+    """1536 -> 1.5 KiB."""
     for step, unit in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
         if value >= step:
             return f"{value / step:.1f} {unit}"
     return f"{value:.0f} B"
 
 
-def things(number: int, name: str) -> str:
+def pluralize(number: int, name: str) -> str:
     """1 document, 2,000 documents."""
     return f"{number:,} {name}{'' if number == 1 else 's'}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """75 -> 1:15."""
     whole = round(seconds)
     hours, rest = divmod(whole, 3600)
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
 
 
-def seconds_of(text: str | None) -> float | None:
-    """What --stop-after says: 90s, 55m, 2h or plain seconds."""
+def parse_duration(text: str | None) -> float | None:
+    """The value of --stop-after in seconds: 90s, 55m, 2h or a number of seconds."""
     if text is None:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
     if match is None:
-        raise InputError(f"{text!r} is not a time", where="--stop-after", hint="like 90s, 55m or 2h")
+        raise InputError(f"{text!r} is not a duration", where="--stop-after", hint="for example 90s, 55m or 2h")
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
-def open_run(path: str | None, console: Conversation, *, quiet: bool) -> Run:
-    """The run that --run names, else TINYLM_RUN, else the newest under runs/, which is then said."""
+def open_run(path: str | None, console: StderrConsole, *, quiet: bool) -> Run:
+    """The run of --run or TINYLM_RUN, or else the newest run in runs/, whose path is printed on stderr."""
     from tinylm.run import Run
 
     if path is not None:
         return Run.open(path)
     run = Run.find()
     if not quiet and "TINYLM_RUN" not in os.environ:
-        console.say(f"using {run.path}", "dim")
+        console.print_line(f"using {run.path}", "dim")
     return run
 
 
-def out(text: str, *, end: str = "\n") -> None:
-    """Text on stdout, exactly as it is."""
+def write_stdout(text: str, *, end: str = "\n") -> None:
+    """Write text to stdout verbatim and flush it."""
     sys.stdout.write(text + end)
     sys.stdout.flush()
 
 
 def checked_text(text: str, option: str) -> str:
-    """Text from the command line; bytes in it that are not UTF-8 arrive as surrogates and are refused."""
+    """A text from the command line. Raises `InputError` if it is not UTF-8: Python decodes such bytes to surrogates."""
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise InputError("is not UTF-8", where=option)
+        raise InputError("not UTF-8", where=option)
     return text
 
 
 def checked_weights(value: str) -> Literal["fp32", "bf16", "int8"]:
+    """The value of --weights. Raises `InputError` for an unknown format."""
     kinds: tuple[Literal["fp32", "bf16", "int8"], ...] = ("fp32", "bf16", "int8")
     for kind in kinds:
         if value == kind:
@@ -213,8 +219,8 @@ def checked_weights(value: str) -> Literal["fp32", "bf16", "int8"]:
     raise InputError(f"must be fp32, bf16 or int8, not {value!r}", where="--weights")
 
 
-def given(ctx: typer.Context, names: Iterable[str]) -> list[str]:
-    """Those of these parameters that stand on the command line, as they are written there."""
+def given_options(ctx: typer.Context, names: Iterable[str]) -> list[str]:
+    """The options among the parameters `names` that were given on the command line, as `--option`."""
     options = {parameter.name: parameter.opts[0] for parameter in ctx.command.params}
     return [
         options[name] for name in names if (source := ctx.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
@@ -222,6 +228,17 @@ def given(ctx: typer.Context, names: Iterable[str]) -> list[str]:
 
 
 def checked_errors(value: str) -> str:
+    """The value of --errors. Raises `InputError` for an unknown value."""
     if value not in ("strict", "replace"):
         raise InputError(f"must be strict or replace, not {value!r}", where="--errors")
     return value
+
+
+def checked_output_file(path: str, overwrite: bool) -> Path:
+    """The path of an output file. Raises `InputError` for a folder, or for an existing file without `overwrite`."""
+    file = Path(path)
+    if file.is_dir():
+        raise InputError("is a folder", where=path, hint="give the path of a file")
+    if file.exists() and not overwrite:
+        raise InputError("the file already exists", where=path, hint="--overwrite replaces it")
+    return file

@@ -1,4 +1,4 @@
-"""`tinylm embed`: learn vectors of words and tokens, ask them, judge them, draw them, carry them elsewhere."""
+"""`tinylm embed`: train, query, evaluate, plot, import and export vectors of words and tokens."""
 
 from __future__ import annotations
 
@@ -23,19 +23,20 @@ from .console import (
     QUIET,
     RUN,
     THREADS,
+    CommandGroup,
     ConsoleReporter,
-    Conversation,
-    Verbs,
+    StderrConsole,
     checked_errors,
-    count,
-    duration,
+    checked_output_file,
+    format_count,
+    format_duration,
+    format_size,
     open_run,
-    out,
+    parse_duration,
+    print_fields,
     print_json,
-    seconds_of,
-    show_facts,
-    size,
-    stderr,
+    stderr_console,
+    write_stdout,
 )
 
 if TYPE_CHECKING:
@@ -43,50 +44,56 @@ if TYPE_CHECKING:
     from tinylm.embedding_pipeline import EmbeddingResult
     from tinylm.recipe import EmbeddingRecipe
 
-app = typer.Typer(cls=Verbs, add_completion=False, no_args_is_help=True, help="Learn, ask, judge and reuse embeddings.")
+app = typer.Typer(
+    cls=CommandGroup, add_completion=False, no_args_is_help=True, help="Train, query, evaluate and export embeddings."
+)
 FOLDER, VECTORS = embedding_queries.FOLDER, embedding_queries.VECTORS
 
 
 @app.command()
 def train(
-    source: list[str] = typer.Argument(..., help="SOURCEs to learn from."),
-    out_: str | None = typer.Option(None, "--out", help="The folder; default: embeddings/NAME."),
-    name: str | None = typer.Option(None, "--name", help="What to call them; default: the method's name."),
+    source: list[str] = typer.Argument(..., help="Texts to train on."),
+    out_: str | None = typer.Option(None, "--out", help="Output folder. Default: embeddings/NAME."),
+    name: str | None = typer.Option(None, "--name", help="Name of the vectors. Default: the method."),
     method: str = typer.Option("skipgram", "--method", help="skipgram, cbow or glove."),
-    dimensions: int | None = typer.Option(None, "--dimensions", "-d", help="Numbers in a vector; default 100."),
-    window: int | None = typer.Option(None, "--window", help="Words on each side; default 5, for glove 15."),
-    negatives: int | None = typer.Option(None, "--negatives", help="Negative samples; default 5."),
-    subsample: float | None = typer.Option(None, "--subsample", help="Thin out words above this share; default 1e-3."),
-    epochs: int | None = typer.Option(None, "--epochs", help="Passes over the text; default 5, for glove 25."),
-    lr: float | None = typer.Option(None, "--lr", help="Learning rate; default .025, for cbow and glove .05."),
-    min_count: int | None = typer.Option(None, "--min-count", help="Leave rarer ones out; default 5, for tokens 1."),
-    max_size: int | None = typer.Option(None, "--max-size", help="Keep only so many words."),
-    keep_case: bool = typer.Option(False, "--keep-case", help="Words as they are written, not in lower case."),
+    dimensions: int | None = typer.Option(None, "--dimensions", "-d", help="Dimensions of a vector. Default: 100."),
+    window: int | None = typer.Option(None, "--window", help="Maximum context words on each side. Default: 5, for glove 15."),
+    negatives: int | None = typer.Option(None, "--negatives", help="Negative samples per word. Default: 5."),
+    subsample: float | None = typer.Option(None, "--subsample", help="Subsample words more frequent than this. Default: 1e-3."),
+    epochs: int | None = typer.Option(None, "--epochs", help="Passes over the text. Default: 5, for glove 25."),
+    lr: float | None = typer.Option(None, "--lr", help="Learning rate. Default: 0.025, for cbow and glove 0.05."),
+    min_count: int | None = typer.Option(None, "--min-count", help="Skip words that occur less often. Default: 5, for tokens 1."),
+    max_size: int | None = typer.Option(None, "--max-size", help="Maximum vocabulary size: keep only the most frequent words."),
+    keep_case: bool = typer.Option(False, "--keep-case", help="Do not convert words to lower case."),
     tokenizer: str | None = typer.Option(
-        None, "--tokenizer", "-t", help="Vectors of the tokens of this tokenizer.json or run, not of words."
+        None, "--tokenizer", "-t", help="Train vectors of tokens instead of words. A tokenizer.json or a run."
     ),
-    probe: list[str] | None = typer.Option(None, "--probe", help="Show what is near this word while training; may be repeated."),
-    set_: list[str] | None = typer.Option(None, "--set", metavar="SECTION.KEY=VALUE", help="Any other key of the recipe."),
-    seed: int | None = typer.Option(None, "--seed", min=0, help="Default 1337."),
-    resume: bool = typer.Option(False, "--resume", help="Go on from the newest whole checkpoint."),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Begin anew where vectors are."),
+    probe: list[str] | None = typer.Option(
+        None, "--probe", help="Show the neighbors of this word during training. Can be repeated."
+    ),
+    set_: list[str] | None = typer.Option(
+        None, "--set", metavar="SECTION.KEY=VALUE", help="Set any other key of the recipe. Can be repeated."
+    ),
+    seed: int | None = typer.Option(None, "--seed", min=0, help="Random seed. Default: 1337."),
+    resume: bool = typer.Option(False, "--resume", help="Resume from the newest complete checkpoint."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace the run in the output folder."),
     stop_after: str | None = typer.Option(None, "--stop-after", metavar="TIME", help="Save and stop after 90s, 55m or 2h."),
     threads: int | None = typer.Option(
-        None, "--threads", min=1, help="CPU threads; the vectors do not depend on it. Default: one per core."
+        None, "--threads", min=1, help="CPU threads; they do not affect the result. Default: one per core."
     ),
     field: str = FIELD,
     errors: str = ERRORS,
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Learn vectors from text. The same as `tinylm train` with a recipe of `kind: embeddings`."""
-    from tinylm.run import claim
+    """Train vectors on text. Equivalent to `tinylm train` with a recipe of `kind: embeddings`."""
+    from tinylm.run import check_run_folder
 
     vocabulary = {"kind": "words", "lowercase": not keep_case, "max_size": max_size, "min_count": min_count}
     if tokenizer is not None:
         for option, value in (("--keep-case", keep_case), ("--max-size", max_size)):
             if value:
-                raise InputError("only means something for words", where=option)
+                raise InputError("cannot be combined with --tokenizer", where=option)
         vocabulary = {"kind": "tokens", "tokenizer": tokenizer, "min_count": min_count}
     sections: dict[str, dict[str, Any]] = {
         "data": {"train": source, "field": field, "errors": checked_errors(errors)},
@@ -103,12 +110,12 @@ def train(
         "watch": {"probes": probe},
     }
     recipe = _recipe(sections, {"name": name or method, "seed": seed}, set_ or ())
-    seconds, folder = seconds_of(stop_after), Path(out_ or FOLDER / recipe.name)
-    claim(folder, resume, overwrite)
+    seconds, folder = parse_duration(stop_after), Path(out_ or FOLDER / recipe.name)
+    check_run_folder(folder, resume, overwrite)
     run_recipe(recipe, folder, resume, overwrite, seconds, threads, json, quiet)
 
 
-_OPTIONS = {
+_OPTION_OF_KEY = {
     "data.train": "SOURCE",
     "data.field": "--field",
     "vocabulary.tokenizer": "--tokenizer",
@@ -119,24 +126,28 @@ _OPTIONS = {
 
 
 def _recipe(sections: dict[str, dict[str, Any]], top: dict[str, Any], overrides: Sequence[str]) -> EmbeddingRecipe:
-    """The recipe that the options describe. Raises `InputError` that names the option at fault."""
+    """The recipe that the options describe. Raises `InputError` that names the option instead of the recipe key."""
     from tinylm.recipe import RecipeError, loads_any
 
-    given = {section: {key: value for key, value in keys.items() if value is not None} for section, keys in sections.items()}
-    document = {"kind": "embeddings", **given, **{key: value for key, value in top.items() if value is not None}}
+    def without_none(keys: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in keys.items() if value is not None}
+
+    given_sections = {section: without_none(keys) for section, keys in sections.items()}
+    document = {"kind": "embeddings", **given_sections, **without_none(top)}
     try:
         recipe = loads_any(json_module.dumps(document), overrides)
     except RecipeError as error:
         raise InputError("\nerror: ".join(_as_option(problem) for problem in error.problems)) from None
-    return recipe  # type: ignore[return-value]  # its kind says so
+    return recipe  # type: ignore[return-value]  # because of `kind: embeddings`
 
 
 def _as_option(problem: str) -> str:
+    """Replace the recipe key in an error message with the option: `<recipe>: method.lr: ...` becomes `--lr: ...`."""
     where, _, rest = problem.partition(": ")
     if where.startswith("--set"):
         return problem
     key, _, message = rest.partition(": ")
-    return f"{_OPTIONS.get(key, '--' + key.rpartition('.')[2].replace('_', '-'))}: {message}"
+    return f"{_OPTION_OF_KEY.get(key, '--' + key.rpartition('.')[2].replace('_', '-'))}: {message}"
 
 
 def run_recipe(
@@ -149,12 +160,12 @@ def run_recipe(
     json: bool,
     quiet: bool,
 ) -> None:
-    """Train a recipe of `kind: embeddings` and show how it goes and what came out."""
+    """Train a recipe of `kind: embeddings`, and print the progress and the result."""
     from tinylm.embedding_pipeline import train_embeddings
 
     from .embed_live import PlainEmbeddingView, QuietEmbeddingView, TerminalEmbeddingView
 
-    console = stderr()
+    console = stderr_console()
     view: PlainEmbeddingView | QuietEmbeddingView | TerminalEmbeddingView
     if quiet:
         view = QuietEmbeddingView()
@@ -173,45 +184,43 @@ def run_recipe(
             reporter=ConsoleReporter(console, quiet=quiet),
             observer=view,
         )
-    _show_trained(result, console, json, quiet)
+    _show_result(result, view.unit, console, json, quiet)
     if result.signal_number is not None:
         raise SystemExit(128 + result.signal_number)
 
 
-def _show_trained(result: EmbeddingResult, console: Conversation, json: bool, quiet: bool) -> None:
+def _show_result(result: EmbeddingResult, unit: str, console: StderrConsole, json: bool, quiet: bool) -> None:
     if not quiet:
-        memory = "" if result.peak_memory_bytes is None else f", peak memory {size(result.peak_memory_bytes)}"
-        show_facts(
+        memory = "" if result.peak_memory_bytes is None else f"; peak memory {format_size(result.peak_memory_bytes)}"
+        print_fields(
             console,
             [
-                ("vectors", f"{result.names:,} of {result.dimensions} dimensions, {result.step:,} of {result.steps:,} steps"),
-                (
-                    "time",
-                    f"{duration(result.train_seconds)} at {count(result.tokens_per_second)} a second, "
-                    f"{duration(result.seconds)} in all{memory}",
-                ),
+                ("vectors", f"{result.names:,}, {result.dimensions} dimensions"),
+                ("steps", f"{result.step:,} of {result.steps:,}"),
+                ("training", f"{format_duration(result.train_seconds)}, {format_count(result.tokens_per_second)} {unit}/s"),
+                ("total", f"{format_duration(result.seconds)}{memory}"),
             ],
         )
         if result.stopped != "done":
-            console.say(f"stopped early and saved; go on with: tinylm train {result.run} --resume", "yellow")
+            console.print_line(f"stopped early and saved; resume with: tinylm train {result.run} --resume", "yellow")
     if json:
         document = asdict(result)
         del document["signal_number"]
         print_json(document)
     else:
-        out(result.vectors or result.run)
+        write_stdout(result.vectors or result.run)
 
 
 @app.command("from-run")
 def from_run(
-    source: list[str] | None = typer.Argument(None, help="SOURCEs whose tokens are embedded in context, for --which contextual."),
+    source: list[str] | None = typer.Argument(None, help="Texts for --which contextual."),
     run: str | None = RUN,
     checkpoint: str | None = CHECKPOINT,
-    which: str = typer.Option("input", "--which", help="input, output, or contextual: the mean of a layer over the occurrences."),
-    layer: int | None = typer.Option(None, "--layer", min=0, help="For contextual: after so many blocks; default: after half."),
-    words: bool = typer.Option(False, "--words", help="For contextual: vectors of words, the mean over their tokens."),
-    min_count: int = typer.Option(1, "--min-count", min=1, help="For contextual: leave out what occurs less often."),
-    out_: str = typer.Option(..., "--out", help="The .safetensors file to write."),
+    which: str = typer.Option("input", "--which", help="input or output embedding, or contextual: mean hidden states over a text."),
+    layer: int | None = typer.Option(None, "--layer", min=0, help="For contextual: after this many blocks. Default: half of them."),
+    words: bool = typer.Option(False, "--words", help="For contextual: vectors of words instead of tokens."),
+    min_count: int = typer.Option(1, "--min-count", min=1, help="For contextual: skip tokens or words that occur less often."),
+    out_: str = typer.Option(..., "--out", help="Output file, .safetensors."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing file."),
     device: str = DEVICE,
     threads: int | None = THREADS,
@@ -220,12 +229,12 @@ def from_run(
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Take the vectors out of a trained language model."""
+    """Extract vectors from a trained language model."""
     if which not in ("input", "output", "contextual"):
         hint = did_you_mean(which, ("input", "output", "contextual"))
         raise InputError(f"must be input, output or contextual, not {which!r}", where="--which", hint=hint)
     if which == "contextual" and not source:
-        raise InputError("needs a SOURCE whose tokens stand in a context", where="--which contextual")
+        raise InputError("requires a SOURCE", where="--which contextual")
     if which != "contextual":
         for option, value in (
             ("SOURCE", source),
@@ -234,22 +243,22 @@ def from_run(
             ("--min-count", min_count > 1),
         ):
             if value:
-                raise InputError("only means something with --which contextual", where=option)
-    target = _new_file(out_, overwrite)
-    console = stderr()
-    opened = open_run(run, console, quiet=quiet)
-    saved = opened.checkpoint(checkpoint)
+                raise InputError("requires --which contextual", where=option)
+    target = checked_output_file(out_, overwrite)
+    console = stderr_console()
+    model_run = open_run(run, console, quiet=quiet)
+    saved = model_run.checkpoint(checkpoint)
 
     from tinylm.device import resolve, set_threads
-    from tinylm.embedding.from_run import contextual, static
+    from tinylm.embedding.from_run import contextual_vectors, static_vectors
 
     set_threads(threads)
     if which != "contextual":
-        vectors = static(opened, saved, which)
+        vectors = static_vectors(model_run, saved, which)
     else:
         reporter = ConsoleReporter(console, quiet=quiet)
-        vectors = contextual(
-            opened,
+        vectors = contextual_vectors(
+            model_run,
             saved,
             source or (),
             layer=layer,
@@ -261,23 +270,14 @@ def from_run(
             reporter=reporter,
         )
     vectors.save(target)
-    _wrote(target, vectors, json)
+    _report_written(target, vectors, json)
 
 
-def _new_file(path: str, overwrite: bool) -> Path:
-    target = Path(path)
-    if target.is_dir():
-        raise InputError("is a folder", where=path, hint="name the file to write")
-    if target.exists() and not overwrite:
-        raise InputError("exists already", where=path, hint="--overwrite replaces it")
-    return target
-
-
-def _wrote(path: Path, vectors: Vectors, json: bool, **more: Any) -> None:
+def _report_written(path: Path, vectors: Vectors, json: bool, **fields: Any) -> None:
     if json:
-        print_json({"file": str(path), "names": len(vectors), "dimensions": vectors.dimensions, **more})
+        print_json({"file": str(path), "names": len(vectors), "dimensions": vectors.dimensions, **fields})
     else:
-        out(str(path))
+        write_stdout(str(path))
 
 
 for verb in (embedding_queries.nearest, embedding_queries.analogy, embedding_queries.similarity):
@@ -288,74 +288,83 @@ app.command("eval")(embedding_queries.evaluate)
 
 @app.command()
 def export(
-    out_: str = typer.Argument(..., metavar="FILE", help="The file to write; its suffix names the format unless --to does."),
+    out_: str = typer.Argument(..., metavar="FILE", help="Output file. Its suffix determines the format."),
     vectors: str | None = VECTORS,
-    to: str | None = typer.Option(None, "--to", help="word2vec, word2vec-binary, glove, safetensors or projector."),
+    to: str | None = typer.Option(
+        None, "--to", help="word2vec, word2vec-binary, glove, safetensors or projector. Default: by the suffix."
+    ),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing file."),
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Write vectors for other programs: gensim, GloVe's tools, the TensorFlow projector."""
+    """Write vectors in a format that other programs read, such as gensim, GloVe and the TensorFlow projector."""
     from tinylm.embedding.formats import write
 
-    target = _new_file(out_, overwrite)
-    loaded = embedding_queries.opened(vectors, quiet)
+    target = checked_output_file(out_, overwrite)
+    loaded = embedding_queries.load_vectors(vectors, quiet)
     mapped = write(loaded, target, to)
     if mapped and not quiet:
-        stderr().say("some names hold white space: all are written byte-mapped; `embed import --byte-mapped` undoes it", "yellow")
-    _wrote(target, loaded, json, byte_mapped=mapped)
+        stderr_console().print_line(
+            "some names contain white space, so all names were written byte-mapped; read them with `embed import --byte-mapped`",
+            "yellow",
+        )
+    _report_written(target, loaded, json, byte_mapped=mapped)
 
 
 @app.command("import")
 def import_(
-    file: str = typer.Argument(..., help="Vectors in any of the formats."),
-    out_: str = typer.Option(..., "--out", help="The .safetensors file to write."),
-    from_: str | None = typer.Option(None, "--from", help="The format, where its suffix and first bytes do not tell."),
-    byte_mapped: bool = typer.Option(False, "--byte-mapped", help="Undo what `export` did to names that hold white space."),
-    tokens: bool = typer.Option(False, "--tokens", help="The names are a tokenizer's, byte-mapped (`Ġthe`), and shown as text."),
+    file: str = typer.Argument(..., help="A file in any of the formats of `embed export`."),
+    out_: str = typer.Option(..., "--out", help="Output file, .safetensors."),
+    from_: str | None = typer.Option(None, "--from", help="Format. Default: detected from the suffix and the first bytes."),
+    byte_mapped: bool = typer.Option(False, "--byte-mapped", help="Decode names that `embed export` wrote byte-mapped."),
+    tokens: bool = typer.Option(
+        False, "--tokens", help="The names are tokens in byte-mapped form (`Ġthe`). Keep them, and display them as text."
+    ),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing file."),
     json: bool = JSON,
 ) -> None:
-    """Read vectors of other programs."""
+    """Read vectors that another program wrote."""
     from dataclasses import replace
 
     from tinylm.embedding.formats import read
 
     if byte_mapped and tokens:
-        raise InputError("the names of tokens stay as they are", where="--byte-mapped, --tokens")
-    target = _new_file(out_, overwrite)
+        raise InputError("these options are mutually exclusive", where="--byte-mapped, --tokens")
+    target = checked_output_file(out_, overwrite)
     if target.suffix != ".safetensors":
         raise InputError("must end in .safetensors", where="--out", hint="`embed export` writes the other formats")
     loaded = read(Path(file), from_, undo_byte_mapping=byte_mapped)
     loaded = replace(loaded, byte_mapped=True) if tokens else loaded
     loaded.save(target)
-    _wrote(target, loaded, json)
+    _report_written(target, loaded, json)
 
 
 @app.command()
 def plot(
-    out_: str = typer.Argument(..., metavar="FILE", help="A page (.html) to zoom and search, or a picture (.png, .svg, .pdf)."),
+    out_: str = typer.Argument(
+        ..., metavar="FILE", help="Output file: an interactive page (.html) or an image (.png, .svg, .pdf)."
+    ),
     vectors: str | None = VECTORS,
-    projection: str = typer.Option("pca", "--projection", help="pca, or with tinylm[umap]: umap, tsne."),
-    most: int = typer.Option(2000, "--most", min=3, help="Draw the first so many names, the most frequent."),
-    labels: int = typer.Option(150, "--labels", min=0, help="Names written into a picture; a page shows them as one zooms in."),
-    seed: int = typer.Option(1337, "--seed", min=0),
+    projection: str = typer.Option("pca", "--projection", help="pca, umap or tsne; the latter two require tinylm[umap]."),
+    max_names: int = typer.Option(2000, "--max-names", min=3, help="Draw only this many of the most frequent names."),
+    labels: int = typer.Option(150, "--labels", min=0, help="Names written into an image. A page shows more when zoomed in."),
+    seed: int = typer.Option(1337, "--seed", min=0, help="Random seed for umap and tsne."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing file."),
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Draw a map on which similar words lie together."""
+    """Draw a map of the vectors, with similar words close together."""
     from tinylm.embedding.plot import PROJECTIONS, SUFFIXES, draw
 
-    target = _new_file(out_, overwrite)
+    target = checked_output_file(out_, overwrite)
     if target.suffix not in SUFFIXES:
-        raise InputError(f"must end in {', '.join(SUFFIXES)}", where=out_)
+        raise InputError(f"the file name must end in one of {', '.join(SUFFIXES)}", where=out_)
     if projection not in PROJECTIONS:
         hint = did_you_mean(projection, PROJECTIONS)
-        raise InputError(f"must be {', '.join(PROJECTIONS)}, not {projection!r}", where="--projection", hint=hint)
-    loaded = embedding_queries.opened(vectors, quiet)
-    drawn = draw(loaded, target, projection=projection, most=most, labels=labels, seed=seed)
+        raise InputError(f"must be one of {', '.join(PROJECTIONS)}, not {projection!r}", where="--projection", hint=hint)
+    loaded = embedding_queries.load_vectors(vectors, quiet)
+    drawn = draw(loaded, target, projection=projection, max_names=max_names, labels=labels, seed=seed)
     if json:
         print_json({"file": str(target), "projection": projection, "names": drawn})
     else:
-        out(str(target))
+        write_stdout(str(target))

@@ -1,4 +1,4 @@
-"""The view of vectors as they form: a panel with the loss and the probes' neighbours, plain lines off a terminal."""
+"""Show the progress of embedding training: a live panel with loss and neighbors on a terminal, plain lines otherwise."""
 
 from __future__ import annotations
 
@@ -12,68 +12,69 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tinylm.embedding_pipeline import EmbeddingObserver, NeighboursEvent, ProgressEvent
+from tinylm.embedding_pipeline import EmbeddingObserver, NeighborsEvent, ProgressEvent
 
-from .console import count, duration
+from .console import format_count, format_duration
 from .live import draw_curves
 
-_PLAIN_EVERY_SECONDS = 5.0
-_STOPPING = "stopping after this step; once more stops at once"
+_SECONDS_BETWEEN_LINES = 5.0
+_STOPPING = "stopping after this step; press Ctrl-C again to stop at once"
 _CURVE_HEIGHT = 6
 
 
 class QuietEmbeddingView(EmbeddingObserver):
-    """Says nothing."""
+    """Prints nothing."""
 
 
-def _left(event: ProgressEvent) -> float:
+def _remaining_seconds(event: ProgressEvent) -> float:
     return event.seconds * (event.steps - event.step) / max(event.step, 1)
 
 
 class PlainEmbeddingView(EmbeddingObserver):
-    """A line every few seconds, and what is near the probes when that is looked at."""
+    """Prints a progress line every few seconds, and the neighbors of the probe words."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._said = -math.inf
+        self._last_printed = -math.inf
 
     def begin(self, unit: str) -> None:
         self.unit = unit
 
     def progress(self, event: ProgressEvent) -> None:
-        if time.monotonic() - self._said < _PLAIN_EVERY_SECONDS and event.step < event.steps:
+        if time.monotonic() - self._last_printed < _SECONDS_BETWEEN_LINES and event.step < event.steps:
             return
-        self._said = time.monotonic()
+        self._last_printed = time.monotonic()
         self._console.print(
             f"{event.step / event.steps:4.0%}  epoch {event.epoch:.2f}  loss {event.loss:.4f}  "
-            f"{count(event.tokens_per_second)} {self.unit}/s  {duration(_left(event))} left",
+            f"{format_count(event.tokens_per_second)} {self.unit}/s  {format_duration(_remaining_seconds(event))} left",
             markup=False,
         )
 
-    def neighbours(self, event: NeighboursEvent) -> None:
-        for probe, near in event.neighbours.items():
-            self._console.print(f"      {probe}: {', '.join(near)}", markup=False, style="dim", soft_wrap=True)
+    def neighbors(self, event: NeighborsEvent) -> None:
+        self._console.print(f"      nearest neighbors after step {event.step:,}:", markup=False, style="dim")
+        for probe, names in event.neighbors.items():
+            self._console.print(f"      {probe}: {', '.join(names)}", markup=False, style="dim", soft_wrap=True)
 
     def stopping(self) -> None:
         self._console.print(_STOPPING)
 
 
 class TerminalEmbeddingView(EmbeddingObserver):
-    """The live panel. Use it as a context manager; `render` gives it as it stands."""
+    """A live panel. Use it as a context manager; `render` returns its current content."""
 
     def __init__(self, console: Console, title: str) -> None:
         self._console = console
         self._title = title
         self._events: list[ProgressEvent] = []
-        self._near: NeighboursEvent | None = None
-        self._below: str | None = "Ctrl-C saves and stops"
+        self._neighbors: NeighborsEvent | None = None
+        self._subtitle: str | None = "press Ctrl-C to save and stop"
         self._live = Live(console=console, get_renderable=self.render, refresh_per_second=4, transient=False)
 
     def __enter__(self) -> TerminalEmbeddingView:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._below = None
+        self._subtitle = None
         self._live.stop()
 
     def begin(self, unit: str) -> None:
@@ -83,30 +84,30 @@ class TerminalEmbeddingView(EmbeddingObserver):
     def progress(self, event: ProgressEvent) -> None:
         self._events.append(event)
 
-    def neighbours(self, event: NeighboursEvent) -> None:
-        self._near = event
+    def neighbors(self, event: NeighborsEvent) -> None:
+        self._neighbors = event
 
     def stopping(self) -> None:
-        self._below = _STOPPING
+        self._subtitle = _STOPPING
 
     def render(self) -> RenderableType:
         if not self._events:
-            return self._panel(Text("first steps", style="dim"))
+            return self._panel(Text("running the first steps", style="dim"))
         parts = [self._progress(), self._curve()]
-        if self._near is not None:
+        if self._neighbors is not None:
             table = Table.grid(padding=(0, 2))
-            for probe, near in self._near.neighbours.items():
-                table.add_row(Text(probe, style="bold"), Text(", ".join(near), style="italic", overflow="ellipsis", no_wrap=True))
+            for probe, names in self._neighbors.neighbors.items():
+                table.add_row(Text(probe, style="bold"), Text(", ".join(names), style="italic", overflow="ellipsis", no_wrap=True))
             parts.append(table)
         return self._panel(Group(*parts))
 
     def _panel(self, content: RenderableType) -> RenderableType:
-        below = None if self._below is None else Text(self._below, style="dim")
+        subtitle = None if self._subtitle is None else Text(self._subtitle, style="dim")
         return Panel(
             content,
             title=self._title,
             title_align="left",
-            subtitle=below,
+            subtitle=subtitle,
             subtitle_align="right",
             border_style="cyan",
             padding=(0, 1),
@@ -114,6 +115,7 @@ class TerminalEmbeddingView(EmbeddingObserver):
 
     def _progress(self) -> RenderableType:
         last = self._events[-1]
+        throughput, remaining = f"{format_count(last.tokens_per_second)} {self.unit}/s", format_duration(_remaining_seconds(last))
         row = Table.grid(padding=(0, 2), expand=True)
         row.add_column()
         row.add_column(ratio=1)
@@ -121,7 +123,7 @@ class TerminalEmbeddingView(EmbeddingObserver):
         row.add_row(
             Text(f"epoch {last.epoch:.1f}", style="bold"),
             ProgressBar(total=1.0, completed=last.step / last.steps),
-            Text(f"loss {last.loss:.3f}  {count(last.tokens_per_second)} {self.unit}/s  {duration(_left(last))} left"),
+            Text(f"loss {last.loss:.3f}  {throughput}  {remaining} left"),
         )
         return row
 

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,21 +32,21 @@ from .console import (
     ConsoleReporter,
     checked_errors,
     checked_weights,
-    given,
+    given_options,
     open_run,
+    pluralize,
+    print_fields,
     print_json,
-    show_facts,
-    stderr,
-    stdout,
-    things,
+    stderr_console,
+    stdout_console,
 )
 
 if TYPE_CHECKING:
-    from tinylm.evaluation.measure import Evaluation
+    from tinylm.evaluation.evaluate_run import Evaluation
     from tinylm.run import Run
 
 app = typer.Typer(add_completion=False)
-_NOT_FOR_TASKS = (
+_TEXT_OPTIONS = (
     "context",
     "across_documents",
     "baselines",
@@ -58,36 +59,43 @@ _NOT_FOR_TASKS = (
     "field",
     "errors",
 )
+"""Options for the evaluation on a text, which have no effect with --harness."""
+_TABLE_TITLES = {"document": "document", "position": "context length", "frequency": "count in training text"}
 
 
 @app.command()
 def evaluate(
     ctx: typer.Context,
-    source: list[str] = typer.Argument(
+    source: list[str] | None = typer.Argument(
         None,
-        help="SOURCEs: files, folders, globs, URLs, -, builtin:NAME; default: the run's held-out text. With --harness: tasks.",
+        help="Files, folders, globs, URLs, - for standard input, or builtin:NAME. Default: the run's held-out text. "
+        "With --harness: the tasks.",
     ),
     harness: bool = typer.Option(
-        False, "--harness", help="Evaluate on tasks of lm-evaluation-harness instead: names it knows, or task files (.yaml)."
+        False, "--harness", help="Evaluate on tasks of lm-evaluation-harness instead: task names or task files (.yaml)."
     ),
-    limit: int | None = typer.Option(None, "--limit", min=1, help="With --harness: the first documents of each task only."),
-    context: int | None = typer.Option(None, "--context", help="Tokens the model sees at once; default: all it can."),
-    stride: int = typer.Option(
-        None, "--stride", help="Tokens between windows; default: the context, each token with what came before in its window."
+    limit: int | None = typer.Option(None, "--limit", min=1, help="With --harness: use only the first N documents of each task."),
+    context: int | None = typer.Option(None, "--context", help="Tokens per window. Default: the model's context length."),
+    stride: int | None = typer.Option(
+        None, "--stride", help="Tokens by which windows advance. Default: the context, so that windows do not overlap."
     ),
     run: str | None = RUN,
     checkpoint: str | None = CHECKPOINT,
     across_documents: bool = typer.Option(
-        False, "--across-documents", help="Let a window reach back over the end of a document; else each is read by itself."
+        False, "--across-documents", help="Let windows cross document boundaries. Default: documents are independent."
     ),
     baselines: bool = typer.Option(
-        False, "--baselines", help="Beside it: n-gram models, xz and zstd made from the training text, and what both texts share."
+        False,
+        "--baselines",
+        help="Compare with n-gram models, xz and zstd that use the training text, and report its overlap with the evaluated text.",
     ),
-    by_frequency: bool = typer.Option(False, "--by-frequency", help="A table by how often the training text holds a token."),
-    by_position: bool = typer.Option(False, "--by-position", help="A table by how many tokens a token was predicted from."),
-    by_document: bool = typer.Option(False, "--by-document", help="A table of the documents."),
-    hardest: int = typer.Option(0, "--hardest", min=0, metavar="N", help="The N tokens that surprised the model most."),
-    html: Path | None = typer.Option(None, "--html", help="Write the text, shaded by surprise, to this file."),
+    by_frequency: bool = typer.Option(
+        False, "--by-frequency", help="Show the loss by how often a token occurs in the training text."
+    ),
+    by_position: bool = typer.Option(False, "--by-position", help="Show the loss by the number of preceding tokens."),
+    by_document: bool = typer.Option(False, "--by-document", help="Show the loss of each document."),
+    hardest: int = typer.Option(0, "--hardest", min=0, metavar="N", help="Show the N tokens with the largest losses."),
+    html: Path | None = typer.Option(None, "--html", help="Write the text to this HTML file, with each token shaded by its loss."),
     weights: str = WEIGHTS,
     field: str = FIELD,
     errors: str = ERRORS,
@@ -96,160 +104,179 @@ def evaluate(
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Measure a model: every token scored once, each document by itself.
+    """Evaluate a model on a text: every token is scored once, and each document independently.
 
-    A smaller --stride gives each token more context: slower, and a better number.
+    A smaller --stride gives each token more context, which takes longer and lowers the loss.
     """
-    from tinylm.text.sources import Corpus
-
+    weight_kind = checked_weights(weights)
     checked_errors(errors)
-    checked_weights(weights)
-    if limit is not None and not harness:
-        raise InputError("only means something with --harness", where="--limit")
-    if harness:
-        _check_tasks(source, given(ctx, _NOT_FOR_TASKS))
-    elif not source and (useless := given(ctx, ("field", "errors"))):
-        raise InputError("only means something with a SOURCE", where=", ".join(useless))
-    if html is not None and html.is_dir():
-        raise InputError("is a folder, not a file", where=f"--html {html}")
-    console = stderr()
+    sources = source or []
+    _check_options(ctx, sources, harness, limit, html)
+    console = stderr_console()
     opened = open_run(run, console, quiet=quiet)
     if harness:
-        _on_tasks(opened, source, checkpoint, stride, limit, device, threads, json, console.is_terminal and not quiet)
+        task_options = _TaskOptions(checkpoint, stride, limit, device, threads)
+        _evaluate_tasks(opened, sources, task_options, json=json, verbose=console.is_terminal and not quiet)
         return
-    for one in source or ():
-        if one != "-" and "://" not in one and not one.startswith("hf:") and not os.path.exists(one):  # a pipe gives its text once
-            Corpus([one]).close()  # what is missing is told before torch is loaded
-    if source and source.count("-") > 1:
-        raise InputError("standard input can be read once", where="-")
-
-    opened.checkpoint(checkpoint)
+    _check_sources(sources)
+    opened.checkpoint(checkpoint)  # report a missing checkpoint before torch is imported
 
     from tinylm.device import set_threads
-    from tinylm.evaluation.measure import Details, measure
+    from tinylm.evaluation.evaluate_run import BreakdownOptions, TextFormat, evaluate_run
+    from tinylm.evaluation.perplexity import EvaluationOptions
 
     set_threads(threads)
-    result = measure(
+    result = evaluate_run(
         opened,
-        source or (),
+        sources,
+        options=EvaluationOptions(context, stride, across_documents=across_documents),
+        details=BreakdownOptions(baselines, by_frequency, by_position, by_document, hardest, html),
+        text_format=TextFormat(field, errors),
         checkpoint=checkpoint,
-        context=context,
-        stride=stride,
-        field=field,
-        errors=errors,
-        across_documents=across_documents,
-        weights=checked_weights(weights),
-        wanted=Details(baselines, by_frequency, by_position, by_document, hardest, html),
+        weights=weight_kind,
         device=device,
         reporter=ConsoleReporter(console, quiet=quiet),
     )
     if json:
         print_json(result.as_dict())
         return
-    measured = result.perplexity
-    low, high = measured.bits_per_byte_ci95
-    interval = f"95 % interval {low:.4f} to {high:.4f}" if low == low else "too short a text for an interval"
-    sizes = ((measured.documents, "document"), (measured.bytes, "byte"), (measured.tokens, "token"))
-    precision = "" if result.weights == "fp32" else f", weights {result.weights}"
-    rows = [
-        ("text", f"{result.text}: {', '.join(things(*size) for size in sizes)}"),
-        ("model", f"{result.run} {result.checkpoint}, context {measured.context}, stride {measured.stride}{precision}"),
-        ("bits per byte", f"{measured.bits_per_byte:.4f}  ({interval})"),
-        ("perplexity", f"{measured.perplexity:.3f} per token"),
-        ("loss", f"{measured.loss:.4f} nats per token"),
-    ]
-    if measured.bits_per_character is not None:
-        rows.insert(3, ("bits per character", f"{measured.bits_per_character:.4f}"))
-    if result.overlap is not None:
-        rows.append(("overlap", f"{result.overlap:.2%} of the tokens stand in runs of 13 that the training text holds too"))
-    answer = stdout()
-    show_facts(answer, rows)
-    _show_details(answer, result)
+    _print_totals(stdout_console(), result)
+    _print_tables(stdout_console(), result)
     if html is not None:
-        stderr().say(f"written: {html}", "dim")
+        stderr_console().print_line(f"wrote {html}", "dim")
 
 
-def _show_details(console: Console, result: Evaluation) -> None:
-    if result.baselines:
-        table = _table("bits per byte", "")
-        beside = {f"this model, {result.checkpoint}": result.perplexity.bits_per_byte, **result.baselines}
-        for name, bits in sorted(beside.items(), key=lambda one: one[1]):
-            table.add_row(f"{bits:.4f}", Text(name, style="bold" if name.startswith("this model") else ""))
-        console.print(table)
-    titles = {"document": "document", "position": "tokens before it", "frequency": "times in the training text"}
-    for by, listed in result.tables.items():
-        table = _table(titles[by], "tokens", "share", "nats per token", "bits per byte")
-        for row in listed:
-            table.add_row(row.name, f"{row.tokens:,}", f"{row.share:.1%}", f"{row.loss:.4f}", f"{row.bits_per_byte:.4f}")
-        console.print(table)
-    if result.hardest:
-        table = _table("bits", "token", "after")
-        for hard in result.hardest:
-            table.add_row(f"{hard.nats / math.log(2):.1f}", Text(dumps(hard.token)), Text(dumps(hard.before)))
-        console.print(table)
+def _check_options(ctx: typer.Context, sources: list[str], harness: bool, limit: int | None, html: Path | None) -> None:
+    """Raise `InputError` for options that would have no effect."""
+    if limit is not None and not harness:
+        raise InputError("requires --harness", where="--limit")
+    if harness:
+        _check_tasks(sources, given_options(ctx, _TEXT_OPTIONS))
+    elif not sources and (unused := given_options(ctx, ("field", "errors"))):
+        raise InputError("requires a SOURCE", where=", ".join(unused))
+    if html is not None and html.is_dir():
+        raise InputError("is a folder", where=f"--html {html}", hint="give the path of a file")
 
 
-def dumps(text: str) -> str:
-    return json_module.dumps(text, ensure_ascii=False)
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), title=" ")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
-    return table
-
-
-def _check_tasks(tasks: list[str] | None, useless: list[str]) -> None:
+def _check_tasks(tasks: list[str], unsupported: list[str]) -> None:
     if not tasks:
-        raise InputError("names no task", where="--harness", hint="like `tinylm eval --harness my_task.yaml`")
-    if useless:
-        raise InputError("means nothing with --harness: tasks say what they measure, and how", where=", ".join(useless))
+        raise InputError("requires a task", where="--harness", hint="for example `tinylm eval --harness my_task.yaml`")
+    if unsupported:
+        raise InputError("cannot be combined with --harness", where=", ".join(unsupported))
     for task in tasks:
         if task.endswith((".yaml", ".yml")) and not os.path.exists(task):
             raise InputError("no such task file", where=task)
 
 
-def _on_tasks(
-    run: Run,
-    tasks: list[str],
-    checkpoint: str | None,
-    stride: int | None,
-    limit: int | None,
-    device: str,
-    threads: int | None,
-    json: bool,
-    talking: bool,
-) -> None:
-    run.checkpoint(checkpoint)
+def _check_sources(sources: list[str]) -> None:
+    """Raise `InputError` for missing sources before torch is imported."""
+    from tinylm.text.sources import Corpus
+
+    for source in sources:
+        # An existing path is not opened: it may be a pipe, which can be read only once.
+        if source != "-" and "://" not in source and not source.startswith("hf:") and not os.path.exists(source):
+            Corpus([source]).close()
+    if sources.count("-") > 1:
+        raise InputError("standard input can be read only once", where="-")
+
+
+def _print_totals(console: Console, result: Evaluation) -> None:
+    scores = result.perplexity
+    low, high = scores.bits_per_byte_ci95
+    interval = "the text is too short for a confidence interval" if math.isnan(low) else f"95 % interval {low:.4f} to {high:.4f}"
+    sizes = ((scores.documents, "document"), (scores.bytes, "byte"), (scores.tokens, "token"))
+    weights = "" if result.weights == "fp32" else f", {result.weights} weights"
+    rows = [
+        ("text", f"{result.text}: {', '.join(pluralize(*size) for size in sizes)}"),
+        ("model", f"{result.run} {result.checkpoint}, context {scores.context}, stride {scores.stride}{weights}"),
+        ("bits per byte", f"{scores.bits_per_byte:.4f}  ({interval})"),
+        ("perplexity", f"{scores.perplexity:.3f} per token"),
+        ("loss", f"{scores.loss:.4f} nats per token"),
+    ]
+    if scores.bits_per_character is not None:
+        rows.insert(3, ("bits per character", f"{scores.bits_per_character:.4f}"))
+    if result.overlap is not None:
+        rows.append(("overlap", f"{result.overlap:.2%} of the tokens are in a 13-gram that also occurs in the training text"))
+    print_fields(console, rows)
+
+
+def _print_tables(console: Console, result: Evaluation) -> None:
+    if result.baselines:
+        table = _table("bits per byte", text="model")
+        models = {f"this model, {result.checkpoint}": result.perplexity.bits_per_byte, **result.baselines}
+        for name, bits in sorted(models.items(), key=lambda item: item[1]):
+            table.add_row(f"{bits:.4f}", Text(name, style="bold" if name.startswith("this model") else ""))
+        console.print(table)
+    for name, rows in result.tables.items():
+        table = _table(_TABLE_TITLES[name], "tokens", "share", "nats per token", "bits per byte")
+        for row in rows:
+            table.add_row(row.name, f"{row.tokens:,}", f"{row.share:.1%}", f"{row.loss:.4f}", f"{row.bits_per_byte:.4f}")
+        console.print(table)
+    if result.hardest:
+        table = _table("bits", "token", text="preceding text")
+        for hard in result.hardest:
+            table.add_row(f"{hard.nats / math.log(2):.1f}", Text(_quoted(hard.token)), Text(_quoted(hard.before)))
+        console.print(table)
+
+
+def _quoted(text: str) -> str:
+    return json_module.dumps(text, ensure_ascii=False)
+
+
+def _table(first: str, *columns: str, text: str | None = None) -> Table:
+    """A table with a left-aligned first column, right-aligned columns of numbers, and optionally a last column of text."""
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), title=" ")
+    table.add_column(first)
+    for column in columns:
+        table.add_column(column, justify="right")
+    if text is not None:
+        table.add_column(text)
+    return table
+
+
+@dataclass(frozen=True)
+class _TaskOptions:
+    """Options of an evaluation with lm-evaluation-harness."""
+
+    checkpoint: str | None
+    stride: int | None
+    limit: int | None
+    device: str
+    threads: int | None
+
+
+def _evaluate_tasks(run: Run, tasks: list[str], options: _TaskOptions, *, json: bool, verbose: bool) -> None:
+    run.checkpoint(options.checkpoint)  # report a missing checkpoint before torch is imported
 
     from tinylm.device import set_threads
     from tinylm.interchange.harness import run_tasks
 
-    set_threads(threads)
-    with nullcontext() if talking else _silence():
-        done = run_tasks(run, tasks, checkpoint=checkpoint, stride=stride, limit=limit, device=device)
+    set_threads(options.threads)
+    with nullcontext() if verbose else _silenced_stderr():
+        result = run_tasks(
+            run, tasks, checkpoint=options.checkpoint, stride=options.stride, limit=options.limit, device=options.device
+        )
     if json:
-        print_json(done)
+        print_json(result)
         return
-    rows = [("model", f"{done.run} {done.checkpoint}, in lm-eval {done.harness}")]
-    for task, metrics in done.results.items():
+    rows = [("model", f"{result.run} {result.checkpoint}, lm-eval {result.harness}")]
+    for task, metrics in result.results.items():
         for metric, value in metrics.items():
             if not metric.endswith("_stderr"):
                 error = metrics.get(f"{metric}_stderr")
                 rows.append((f"{task} {metric}", f"{value:.6g}" + (f"  (standard error {error:.2g})" if error is not None else "")))
-    show_facts(stdout(), rows)
+    print_fields(stdout_console(), rows)
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
-    """Nothing on stderr, not from other programs either: the harness has bars of its own, and asks git."""
+def _silenced_stderr() -> Iterator[None]:
+    """Redirect file descriptor 2 to the null device. This also silences git, which the harness runs as a child process."""
     sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)

@@ -1,4 +1,4 @@
-"""`tinylm plan`: what a recipe will cost."""
+"""`tinylm plan`: estimate the cost of a recipe, and the hardware options that `tinylm new` shares."""
 
 from __future__ import annotations
 
@@ -6,25 +6,42 @@ import typer
 
 from tinylm.cost.plan import Plan
 
-from .console import JSON, QUIET, SET, ConsoleReporter, count, duration, out, print_json, show_facts, size, stderr, stdout
-from .recipe_files import find
+from .console import (
+    JSON,
+    QUIET,
+    SET,
+    ConsoleReporter,
+    format_count,
+    format_duration,
+    format_size,
+    print_fields,
+    print_json,
+    stderr_console,
+    stdout_console,
+    write_stdout,
+)
+from .recipe_files import find_recipe
+
+HARDWARE = typer.Option(
+    None,
+    "--hardware",
+    metavar="NAME",
+    help="Plan for an accelerator such as h100-sxm instead of this CPU. `list` prints the names.",
+)
 
 app = typer.Typer(add_completion=False)
 
 
 @app.command()
 def plan(
-    recipe: str | None = typer.Argument(None, help="A YAML file or the name of a recipe that ships.", show_default=False),
+    recipe: str | None = typer.Argument(None, help="A YAML file, or the name of a shipped recipe.", show_default=False),
     set_: list[str] | None = SET,
-    hardware: str | None = typer.Option(
-        None, "--hardware", metavar="NAME", help="An accelerator instead of this machine's CPU, like h100-sxm; list: their names."
-    ),
-    devices: int | None = typer.Option(None, "--devices", min=1, help="How many of them, each with a share of every batch."),
+    hardware: str | None = HARDWARE,
+    devices: int | None = typer.Option(None, "--devices", min=1, help="Number of accelerators. Each batch is divided among them."),
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """What a recipe will cost, here or on an accelerator: parameters, batch arithmetic, memory, FLOPs, time."""
-    from tinylm.cost import accelerators as sheets
+    """Estimate the cost of a recipe on this CPU or on accelerators: parameters, batch sizes, memory, FLOPs and time."""
     from tinylm.errors import InputError
     from tinylm.recipe import load
 
@@ -33,104 +50,125 @@ def plan(
         return
     if recipe is None:
         raise InputError("missing argument 'recipe'")
+    check_hardware(hardware, devices)
+    loaded = load(find_recipe(recipe), set_ or ())
+    show_plan(plan_recipe(loaded, ConsoleReporter(stderr_console(), quiet=quiet), hardware, devices or 1), json)
+
+
+def check_hardware(hardware: str | None, devices: int | None) -> None:
+    """Raise `InputError` for an unknown accelerator, or for `--devices` without `--hardware`, before the text is read."""
+    from tinylm.cost import accelerators
+    from tinylm.errors import InputError
+
     if devices is not None and hardware is None:
-        raise InputError("only means something with --hardware", where="--devices")
+        raise InputError("can only be used with --hardware", where="--devices")
     if hardware is not None:
-        sheets.find(hardware)  # a name that is none is told before the text is read
-    loaded = load(find(recipe), set_ or ())
-    show_plan(make(loaded, ConsoleReporter(stderr(), quiet=quiet), hardware, devices or 1), json)
+        accelerators.find(hardware)
 
 
 def list_hardware(json: bool) -> None:
-    """The accelerators whose data sheets are known, with what a plan takes from them."""
+    """Print the known accelerators with their data sheet figures."""
     from tinylm.cost.accelerators import ACCELERATORS
 
     if json:
         print_json({"accelerators": ACCELERATORS})
         return
-    for sheet in ACCELERATORS:
-        flops = ", ".join(f"{precision} {value / 1e12:g}" for precision, value in sheet.flops.items())
-        out(f"{sheet.name:<16}  {sheet.memory / 1e9:3.0f} GB at {sheet.bandwidth / 1e12:.2f} TB/s; TFLOP/s: {flops}")
+    for each in ACCELERATORS:
+        flops = ", ".join(f"{precision} {value / 1e12:g}" for precision, value in each.flops.items())
+        write_stdout(f"{each.name:<16}  {each.memory / 1e9:3.0f} GB at {each.bandwidth / 1e12:.2f} TB/s; TFLOP/s: {flops}")
 
 
-def make(recipe: object, reporter: ConsoleReporter, hardware: str | None = None, devices: int = 1) -> Plan:
-    """The plan of a recipe, its text read for the number of tokens; `hardware` None: on this machine's CPU."""
-    from tinylm.cost.plan import BUSY, UNDISTURBED, make_plan
-    from tinylm.data.estimate import measure_text
+def plan_recipe(recipe: object, reporter: ConsoleReporter, hardware: str | None = None, devices: int = 1) -> Plan:
+    """Plan a recipe after reading its text to count tokens. `hardware`: name of an accelerator, or None for this CPU."""
+    from tinylm.cost.plan import BUSY, MIN_UNDISTURBED, make_plan
+    from tinylm.data.estimate import estimate_text_size
     from tinylm.recipe import Recipe
 
     assert isinstance(recipe, Recipe)
-    text = measure_text(recipe.data, recipe.tokenizer, reporter)
+    text = estimate_text_size(recipe.data, recipe.tokenizer, reporter)
     if not text.exact:
-        reporter.note("the number of tokens is extrapolated from the first megabytes")
+        reporter.note("the number of tokens is estimated from the first megabytes")
     planned = make_plan(
         recipe, text.vocab_size, text.train_tokens, heldout_tokens=text.heldout_tokens, accelerator=hardware, devices=devices
     )
-    if planned.undisturbed < UNDISTURBED:
+    if planned.undisturbed < MIN_UNDISTURBED:
         reporter.warn(BUSY)
     return planned
 
 
 def show_plan(planned: Plan, json: bool) -> None:
+    """Print a plan as a table, or as JSON."""
     if json:
         print_json(planned)
         return
-    show_facts(stdout(), _rows(planned))
+    print_fields(stdout_console(), _rows(planned))
 
 
 def _rows(planned: Plan) -> list[tuple[str, str]]:
-    memory, many = planned.memory_bytes, planned.devices > 1
-    shares = f" on each of {planned.devices} devices" if many else ""
-    fits = "" if memory.total <= planned.device_memory_bytes else f", more than the {size(planned.device_memory_bytes)} there are"
+    micro_batches = f"{planned.gradient_accumulation_steps} micro-batch{'es' * (planned.gradient_accumulation_steps > 1)}"
+    devices = f" on each of {planned.devices} devices" if planned.devices > 1 else ""
     machine = "this CPU" if planned.hardware == "cpu" else f"{planned.devices} {planned.hardware}"
-    how = f"{planned.precision}{', compiled' if planned.compiled else ''}"
-    start = f" and {duration(planned.start_up_seconds)} of compiling" if planned.start_up_seconds else ""
-    measuring = f"; measuring: {duration(planned.evaluation_seconds)}" if planned.evaluation_seconds else ""
     return [
         ("parameters", f"{planned.parameters:,} ({planned.parameters_non_embedding:,} without embeddings and head)"),
-        ("vocabulary, context", f"{planned.vocab_size:,} tokens, {planned.context_length:,} at a time"),
+        ("vocabulary", f"{planned.vocab_size:,} tokens"),
+        ("context length", f"{planned.context_length:,} tokens"),
         (
             "batch",
-            f"{planned.global_batch_size} sequences = {planned.gradient_accumulation_steps} x {planned.micro_batch_size}"
-            f"{shares} = {planned.tokens_per_step:,} tokens a step",
+            f"{planned.global_batch_size} sequences, {planned.tokens_per_step:,} tokens per step: "
+            f"{micro_batches} of {planned.micro_batch_size}{devices}",
         ),
-        ("length", f"{planned.steps:,} steps = {planned.tokens:,} tokens = {planned.epochs:.2f} epochs"),
-        ("compute", f"{count(planned.flops, space=' ')}FLOP"),
-        (
-            "memory",
-            f"{size(memory.total)}{shares} at most (weights {size(memory.weights)}, gradients {size(memory.gradients)}, "
-            f"optimizer {size(memory.optimizer)}, activations {size(memory.activations)}, "
-            f"update {size(memory.update)}, measuring {size(memory.evaluation)}, saving {size(memory.saving)}){fits}",
-        ),
-        ("a checkpoint", size(planned.checkpoint_bytes)),
-        (
-            f"time on {machine}",
-            f"about {duration(planned.seconds_estimate - planned.start_up_seconds)} of stepping{start} in {how} "
-            f"({_short(planned.seconds_per_step)} a step, {count(planned.tokens_per_second)} tokens/s, "
-            f"{planned.mfu:.1%} of the peak{measuring})",
-        ),
-        ("compute-optimal", _optimal(planned)),
+        ("length", f"{planned.steps:,} steps, {planned.tokens:,} tokens, {planned.epochs:.2f} epochs"),
+        ("compute", f"{format_count(planned.flops, space=' ')}FLOP"),
+        ("peak memory", _memory(planned, devices)),
+        ("checkpoint", format_size(planned.checkpoint_bytes)),
+        (f"time on {machine}", _time(planned)),
+        ("compute-optimal", _compute_optimal(planned)),
         ("repetition", _repetition(planned)),
     ]
 
 
-def _short(seconds: float) -> str:
-    return f"{1000 * seconds:.3g} ms" if seconds < 1 else duration(seconds)
+def _memory(planned: Plan, devices: str) -> str:
+    memory = planned.memory_bytes
+    parts = {
+        "weights": memory.weights,
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+        "activations": memory.activations,
+        "update": memory.update,
+        "evaluation": memory.evaluation,
+        "saving": memory.saving,
+    }
+    listed = ", ".join(f"{name} {format_size(part)}" for name, part in parts.items())
+    fits = memory.total <= planned.device_memory_bytes
+    warning = "" if fits else f"; exceeds the available {format_size(planned.device_memory_bytes)}"
+    return f"{format_size(memory.total)}{devices} ({listed}){warning}"
 
 
-def _times(ratio: float) -> str:
-    return f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.2g}"
-
-
-def _optimal(planned: Plan) -> str:
-    best = planned.compute_optimal
+def _time(planned: Plan) -> str:
+    others = {"compilation": planned.start_up_seconds, "evaluation": planned.evaluation_seconds}
+    plus = " and ".join(f"{format_duration(seconds)} for {name}" for name, seconds in others.items() if seconds)
+    total = f"about {format_duration(planned.seconds_estimate - planned.start_up_seconds)}" + (f", plus {plus}" if plus else "")
+    per_step = planned.seconds_per_step
+    step = f"{1000 * per_step:.3g} ms" if per_step < 1 else f"{per_step:.3g} s"
     return (
-        f"20 tokens a parameter are {count(best.tokens)} for this model, {_times(best.tokens / planned.tokens)} x what it gets; "
-        f"this compute suits {count(best.parameters_for_flops)} parameters and {count(best.tokens_for_flops)} tokens"
+        f"{total} (in {planned.precision}{', compiled' if planned.compiled else ''}: {step} per step, "
+        f"{format_count(planned.tokens_per_second)} tokens/s, {planned.mfu:.1%} of peak FLOP/s)"
+    )
+
+
+def _compute_optimal(planned: Plan) -> str:
+    best = planned.compute_optimal
+    ratio = best.tokens / planned.tokens
+    times = f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.2g}"
+    return (
+        f"this model: {format_count(best.tokens)} tokens, at 20 tokens per parameter ({times} x the planned tokens); "
+        f"this compute: {format_count(best.parameters_for_flops)} parameters and {format_count(best.tokens_for_flops)} tokens"
     )
 
 
 def _repetition(planned: Plan) -> str:
     best = planned.compute_optimal
-    most = f"text repeated more than 4 times ({count(4 * best.unique_tokens)} tokens) is worth less and less"
-    return f"{planned.epochs:.2f} epochs of {count(best.unique_tokens)} are worth {count(best.worth_tokens)} new tokens; {most}"
+    return (
+        f"{planned.epochs:.2f} epochs of {format_count(best.unique_tokens)} tokens are worth "
+        f"{format_count(best.worth_tokens)} unique tokens; after about 4 epochs, repetition helps less and less"
+    )

@@ -1,4 +1,4 @@
-"""Which file a RECIPE argument means: a path, a run folder, or the name of a recipe that ships."""
+"""Find the file of a RECIPE argument: a path, a run folder, or the name of a recipe that ships with tinylm."""
 
 from __future__ import annotations
 
@@ -8,23 +8,26 @@ from pathlib import Path
 from tinylm.errors import InputError, did_you_mean
 
 
-def shipped() -> dict[str, Path]:
-    """Name -> file of every recipe in the package, in order."""
+def shipped_recipes() -> dict[str, Path]:
+    """The file of every recipe that ships with tinylm, by name."""
     folder = Path(str(resources.files("tinylm_recipes")))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def find(recipe: str) -> Path:
-    """The file of a recipe. Raises `InputError` when there is none, naming the nearest that ships."""
+def find_recipe(recipe: str) -> Path:
+    """The file of a recipe. Raises `InputError` if there is none, or if it is a run folder in another checkpoint format."""
     path = Path(recipe).expanduser()
     if (path / "recipe.yaml").exists():
+        from tinylm.run import check_run_format
+
+        check_run_format(path)
         return path / "recipe.yaml"
     if path.exists() and not path.is_dir():
         return path
-    known = shipped()
+    known = shipped_recipes()
     if recipe.removesuffix(".yaml") in known:
         return known[recipe.removesuffix(".yaml")]
     if path.is_dir():
-        raise InputError("a folder without recipe.yaml, so not a run", where=recipe)
-    hint = did_you_mean(recipe, known) or "`tinylm recipes` lists those that ship"
-    raise InputError("no such recipe file, and none of that name ships", where=recipe, hint=hint)
+        raise InputError("not a run folder: it has no recipe.yaml", where=recipe)
+    hint = did_you_mean(recipe, known) or "`tinylm recipes` lists the recipes that ship with tinylm"
+    raise InputError("no such recipe", where=recipe, hint=hint)

@@ -1,4 +1,4 @@
-"""`tinylm recipes`: list what ships, or print one to start from."""
+"""`tinylm recipes`: list the recipes that ship with tinylm, or print one."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from rich.table import Table
 
 from tinylm.errors import InputError, did_you_mean
 
-from .console import JSON, out, print_json, stdout
-from .recipe_files import shipped
+from .console import JSON, print_json, stdout_console, write_stdout
+from .recipe_files import shipped_recipes
 
 app = typer.Typer(add_completion=False)
 
 
 @app.command()
 def recipes(
-    name: str | None = typer.Argument(None, help="Print this recipe's YAML, to edit a copy: tinylm recipes quickstart > my.yaml"),
+    name: str | None = typer.Argument(None, help="Print this recipe. To edit a copy of it: tinylm recipes quickstart > my.yaml"),
     json: bool = JSON,
 ) -> None:
-    """List the recipes that ship, or print one."""
-    known = shipped()
+    """List the recipes that ship with tinylm, or print one."""
+    known = shipped_recipes()
     if name is not None:
         if name not in known:
-            raise InputError("no recipe of that name ships", where=name, hint=did_you_mean(name, known))
-        out(known[name].read_text(encoding="utf-8"), end="")
+            raise InputError("no such recipe", where=name, hint=did_you_mean(name, known) or "`tinylm recipes` lists them")
+        write_stdout(known[name].read_text(encoding="utf-8"), end="")
         return
     rows = [
         {"name": recipe, "about": _about(path.read_text(encoding="utf-8")), "path": str(path)} for recipe, path in known.items()
@@ -32,17 +32,17 @@ def recipes(
     if json:
         print_json(rows)
         return
-    table = Table("name", "what it is", box=None, pad_edge=False)
+    table = Table("name", "description", box=None, pad_edge=False)
     for row in rows:
         table.add_row(row["name"], row["about"])
-    stdout().print(table)
+    stdout_console().print(table)
 
 
 def _about(text: str) -> str:
-    """The comment at the top of a recipe, as one line."""
+    """The comment at the top of a recipe in one line, without the commands at its end."""
     lines = []
     for line in text.splitlines():
-        if not line.startswith("#"):
+        if not line.startswith("#") or line.startswith("# tinylm "):
             break
         lines.append(line.lstrip("# ").strip())
     return " ".join(lines) or str(yaml.safe_load(text).get("name", ""))

@@ -1,4 +1,4 @@
-"""`tinylm runs`: the runs under a folder, with their numbers."""
+"""`tinylm runs`: list the runs in a folder."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import typer
 from rich.table import Table
 
-from .console import JSON, print_json, size, stderr, stdout
+from .console import JSON, format_size, print_json, stderr_console, stdout_console
 
 app = typer.Typer(add_completion=False)
 
 
 @app.command()
-def runs(folder: str = typer.Argument("runs", help="Where the runs lie."), json: bool = JSON) -> None:
-    """List runs: steps, best held-out loss, bits per byte, age, size."""
+def runs(folder: str = typer.Argument("runs", help="The folder that contains the runs."), json: bool = JSON) -> None:
+    """List runs with their steps, best held-out loss, bits per byte, age and size."""
     from tinylm.errors import InputError
     from tinylm.run import all_runs
 
@@ -27,7 +27,7 @@ def runs(folder: str = typer.Argument("runs", help="Where the runs lie."), json:
         print_json(rows)
         return
     if not rows:
-        stderr().say(f"no runs under {folder}/ yet: train one with `tinylm train quickstart`", "dim")
+        stderr_console().print_line(f"no runs in {folder}/ yet: train one with `tinylm train quickstart`", "dim")
         return
     table = Table("name", box=None, pad_edge=False)
     for column in ("steps", "held-out loss", "bits per byte", "age", "size"):
@@ -40,10 +40,10 @@ def runs(folder: str = typer.Argument("runs", help="Where the runs lie."), json:
             "-" if loss is None else f"{loss:.4f}",
             "-" if bits is None else f"{bits:.4f}",
             _age(row["age_seconds"]),
-            size(row["bytes"]),
+            format_size(row["bytes"]),
         )
-    console = stdout()
-    console.width = max(console.width, 80)  # a narrow terminal breaks the lines; it must not cut the numbers
+    console = stdout_console()
+    console.width = max(console.width, 80)  # on a narrow terminal, wrapped lines are better than truncated numbers
     console.print(table)
 
 
@@ -58,7 +58,7 @@ def _row(run: Any) -> dict[str, Any]:
         "best_step": best["step"] if best else None,
         "best_val_loss": best["val_loss"] if best else None,
         "best_val_bits_per_byte": best["val_bits_per_byte"] if best else None,
-        "age_seconds": time.time() - run.changed,
+        "age_seconds": time.time() - run.modified_at,
         "bytes": run.size(),
     }
 

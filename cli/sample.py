@@ -1,4 +1,4 @@
-"""`tinylm sample`: write text with a trained model."""
+"""`tinylm sample`: generate text with a trained model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json as json_module
 import math
 import secrets
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,67 +27,119 @@ from .console import (
     ConsoleReporter,
     checked_text,
     checked_weights,
-    count,
-    given,
+    format_count,
+    given_options,
     open_run,
-    out,
+    pluralize,
     print_json,
-    stderr,
-    things,
+    stderr_console,
+    write_stdout,
 )
 
 if TYPE_CHECKING:
     from tinylm.generation.constraint import Constraint
-    from tinylm.generation.engine import Sample
-    from tinylm.generation.search import Ranked
+    from tinylm.generation.engine import Request, Sample
+    from tinylm.generation.search import RankedSample
+    from tinylm.model.decoder import Decoder
+    from tinylm.reporting import Reporter
     from tinylm.tokenizer import Tokenizer
 
 app = typer.Typer(add_completion=False)
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty", "seed")
-UNSEARCHED = (*SAMPLING, "stop", "logit_bias", "ban", "force", "logprobs", "best_of", "rank")
-"""What a beam search has no use for."""
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty", "seed")
+_MUTUALLY_EXCLUSIVE = (("prompt", "prompt_file", "prompts"), ("regex", "choice"), ("beams", "best_of"), ("prompts", "interactive"))
+_REQUIRES = {"field": "prompts", "length_penalty": "beams", "rank": "best_of"}
+_INCOMPATIBLE = {
+    "beams": (*_SAMPLING, "stop", "logit_bias", "ban", "force", "logprobs", "best_of", "rank"),
+    "interactive": ("count", "beams", "best_of", "json", "prompt_file", "no_stream", "logprobs"),
+    "best_of": ("logprobs",),
+    "regex": ("stop", "force"),
+    "choice": ("stop", "force"),
+}
+"""For each option, the options that cannot be combined with it."""
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    text: str
+    record: dict[str, Any]
+    """The JSON object that contains the prompt. Its fields are copied to the output."""
+
+
+@dataclass(frozen=True)
+class _Generation:
+    """The arguments that all methods of generation share. `template` contains the options, the user's seed and the constraint."""
+
+    decoder: Decoder
+    tokenizer: Tokenizer
+    template: Request
+    count: int
+
+
+@dataclass(frozen=True)
+class _Result:
+    """A sample, the record of its prompt, and its score if it was ranked."""
+
+    record: dict[str, Any]
+    sample: Sample
+    score: float | None = None
 
 
 @app.command()
 def sample(
     ctx: typer.Context,
-    prompt: str = typer.Option("", "--prompt", "-p", help="What the text begins with; empty: a new document; -: standard input."),
-    prompt_file: Path | None = typer.Option(None, "--prompt-file", help="A file whose text, all of it, is the prompt."),
+    prompt: str = typer.Option("", "--prompt", "-p", help="The text to continue. Empty: a new document. -: standard input."),
+    prompt_file: Path | None = typer.Option(None, "--prompt-file", help="Read the prompt from this file."),
     prompts: str | None = typer.Option(
-        None, "--prompts", help="Many prompts: a .jsonl file or -, a string or an object a line. Answers come as .jsonl."
+        None,
+        "--prompts",
+        help="Continue many prompts from a .jsonl file or standard input (-), one string or object per line. Prints .jsonl.",
     ),
-    field: str = typer.Option("prompt", "--field", help="With --prompts: the field of an object that holds its prompt."),
-    interactive: bool = typer.Option(False, "--interactive", "-i", help="Write in turns: what you type is added, and continued."),
-    count_: int = typer.Option(1, "-n", min=1, max=1024, help="How many samples of each prompt."),
-    max_new_tokens: int = typer.Option(200, "--max-new-tokens", help="Longest continuation."),
-    temperature: float = typer.Option(0.8, "--temperature", help="0 always takes the likeliest token."),
-    top_k: int = typer.Option(50, "--top-k", help="Only the K likeliest tokens; the vocabulary's size leaves all of them."),
-    top_p: float | None = typer.Option(None, "--top-p", help="Only the likeliest tokens that together have this probability."),
-    min_p: float | None = typer.Option(None, "--min-p", help="Only tokens with this share of the likeliest one's probability."),
+    field: str = typer.Option("prompt", "--field", help="With --prompts: the field of an object that contains the prompt."),
+    interactive: bool = typer.Option(
+        False, "--interactive", "-i", help="Take turns with the model, which continues the text after each line that you type."
+    ),
+    count: int = typer.Option(1, "-n", min=1, max=1024, help="Number of samples per prompt."),
+    max_new_tokens: int = typer.Option(200, "--max-new-tokens", help="Maximum length of a continuation."),
+    temperature: float = typer.Option(0.8, "--temperature", help="Sampling temperature; 0 is greedy decoding."),
+    top_k: int = typer.Option(50, "--top-k", help="Sample only from the K most likely tokens."),
+    top_p: float | None = typer.Option(
+        None, "--top-p", help="Sample from the smallest set of most likely tokens with this total probability."
+    ),
+    min_p: float | None = typer.Option(
+        None, "--min-p", help="Sample from tokens with at least this fraction of the top token's probability."
+    ),
     repetition_penalty: float = typer.Option(
-        1.0, "--repetition-penalty", help="Above 1: what was said, prompt too, becomes less likely."
+        1.0, "--repetition-penalty", help="Above 1: make tokens of the prompt and the generated text less likely."
     ),
     frequency_penalty: float = typer.Option(
-        0.0, "--frequency-penalty", help="Subtracted from a token's logit each time it was written."
+        0.0, "--frequency-penalty", help="Subtract this from a token's logit for each time it was generated."
     ),
-    presence_penalty: float = typer.Option(0.0, "--presence-penalty", help="Subtracted once from the logit of what was written."),
-    stop: list[str] | None = typer.Option(None, "--stop", help="End before this text; may be repeated."),
+    presence_penalty: float = typer.Option(
+        0.0, "--presence-penalty", help="Subtract this once from the logit of a generated token."
+    ),
+    stop: list[str] | None = typer.Option(None, "--stop", help="Stop before this text. Can be repeated."),
     logit_bias: list[str] | None = typer.Option(
-        None, "--logit-bias", metavar="TOKEN=X", help="Add X to a token's logit; TOKEN is its text or @ID. May be repeated."
+        None, "--logit-bias", metavar="TOKEN=X", help="Add X to a token's logit. TOKEN is a text or @ID. Can be repeated."
     ),
-    ban: list[str] | None = typer.Option(None, "--ban", metavar="TOKEN", help="Never write this token; may be repeated."),
-    force: str = typer.Option("", "--force", help="What the continuation begins with, whatever its probability."),
-    regex: str | None = typer.Option(None, "--regex", help="The continuation matches this regular expression, all of it."),
-    choice: list[str] | None = typer.Option(None, "--choice", help="The continuation is one of the choices; may be repeated."),
-    beams: int | None = typer.Option(None, "--beams", help="Beam search of this width instead of drawing; gives the -n best."),
-    length_penalty: float = typer.Option(1.0, "--length-penalty", help="With --beams: score = log-probability / length ** this."),
-    best_of: int | None = typer.Option(None, "--best-of", help="Draw this many samples and give the -n best."),
+    ban: list[str] | None = typer.Option(None, "--ban", metavar="TOKEN", help="Never generate this token. Can be repeated."),
+    force: str = typer.Option("", "--force", help="Begin the continuation with this text."),
+    regex: str | None = typer.Option(None, "--regex", help="Constrain the whole continuation to a regular expression."),
+    choice: list[str] | None = typer.Option(
+        None, "--choice", help="Constrain the continuation to this text or another --choice. Can be repeated."
+    ),
+    beams: int | None = typer.Option(None, "--beams", help="Use beam search with this many beams; return the best -n."),
+    length_penalty: float = typer.Option(
+        1.0, "--length-penalty", help="With --beams: the exponent A in score = log-probability / length ** A."
+    ),
+    best_of: int | None = typer.Option(None, "--best-of", help="Generate this many samples; return the best -n."),
     rank: str = typer.Option(
-        "likelihood", "--rank", help="With --best-of: by likelihood, or by contrast to writing without the prompt."
+        "likelihood", "--rank", help="With --best-of: likelihood, or contrast, which subtracts the likelihood without the prompt."
     ),
-    logprobs: int | None = typer.Option(None, "--logprobs", help="Show each token's log-probability and this many alternatives."),
-    seed: int | None = typer.Option(None, "--seed", min=0, help="The same seed gives the same text; default: a new one each time."),
-    no_stream: bool = typer.Option(False, "--no-stream", help="Print when all is written."),
+    logprobs: int | None = typer.Option(
+        None, "--logprobs", help="Show the log-probability of each token and this many alternatives."
+    ),
+    seed: int | None = typer.Option(None, "--seed", min=0, help="Random seed. Default: a different one each time."),
+    no_stream: bool = typer.Option(False, "--no-stream", help="Print the text only when it is complete."),
     weights: str = WEIGHTS,
     compiled: bool | None = COMPILE,
     run: str | None = RUN,
@@ -96,200 +149,162 @@ def sample(
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Write text with a trained model."""
-    _refuse_what_does_not_go_together(ctx)
-    if beams is not None and beams < count_:
-        raise InputError(f"the best {count_} of {beams}?", where="--beams", hint=f"{count_} or more")
-    checked_weights(weights)
-    console = stderr()
+    """Generate text with a trained model."""
+    _check_combinations(ctx)
+    if beams is not None and beams < count:
+        raise InputError(f"must be at least -n ({count})", where="--beams")
+    weight_kind = checked_weights(weights)
+    console = stderr_console()
     opened = open_run(run, console, quiet=quiet)
-    chosen = opened.checkpoint(checkpoint)  # what is not there is told before torch is loaded
-    asked = list(_prompts(prompt, prompt_file, prompts, field))
-    for text, option in (
-        (force, "--force"),
-        *((one, "--stop") for one in stop or ()),
-        *((one, "--choice") for one in choice or ()),
-    ):
-        checked_text(text, option)
+    chosen = opened.checkpoint(checkpoint)  # report a missing checkpoint before torch is imported
+    inputs = list(_read_prompts(prompt, prompt_file, prompts, field))
+    checked_text(force, "--force")
+    for texts, option in ((stop, "--stop"), (choice, "--choice")):
+        for text in texts or ():
+            checked_text(text, option)
 
     from tinylm.device import resolve, set_threads
 
     target = resolve(device)
-    from tinylm.generation.engine import ROWS, Request, sample_seed, write
+    from tinylm.generation.engine import DEFAULT_ROWS, Request
     from tinylm.generation.sampling import SamplingOptions
-    from tinylm.generation.search import beam_search
-    from tinylm.generation.search import best_of as best_samples
-    from tinylm.model.decoder import prepared
+    from tinylm.model.decoder import make_decoder
 
     tokenizer = opened.tokenizer
     options = SamplingOptions(
-        max_new_tokens,
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-        repetition_penalty,
-        tuple(stop or ()),
-        frequency_penalty,
-        presence_penalty,
-        _biases(tokenizer, logit_bias or (), ban or ()),
-        tuple(tokenizer.encode(force)),
-        logprobs,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=tuple(stop or ()),
+        frequency_penalty=frequency_penalty,
+        presence_penalty=presence_penalty,
+        logit_bias=_logit_biases(tokenizer, logit_bias or (), ban or ()),
+        forced=tuple(tokenizer.encode(force)),
+        logprobs=logprobs,
     )
-    constraint = _constraint(tokenizer, regex, choice)
+    seed = secrets.randbelow(2**31) if seed is None else seed
+    template = Request("", options, seed, _constraint(tokenizer, regex, choice))
     set_threads(threads)
     reporter = ConsoleReporter(console, quiet=quiet)
-    together = -(-len(asked) * max(count_, best_of or 0) // ROWS)
-    decoder = prepared(
+    batches = -(-len(inputs) * max(count, best_of or 0) // DEFAULT_ROWS)
+    decoder = make_decoder(
         opened.network(chosen, target),
-        weights=checked_weights(weights),
+        weights=weight_kind,
         compiled=compiled,
-        steps=None if interactive else together * max_new_tokens,
+        steps=None if interactive else batches * max_new_tokens,
         reporter=reporter,
     )
-    unknown = sum(tokenizer.encode(text).count(tokenizer.unknown) for text, _ in asked) if tokenizer.unknown is not None else 0
-    if unknown:
-        reporter.warn(f"{unknown} characters of the prompt are not in the model's vocabulary")
-    seed = secrets.randbelow(2**31) if seed is None else seed
-    document = {"run": str(opened.path), "checkpoint": chosen.name, "seed": seed}
+    _warn_about_unknown_characters(tokenizer, inputs, reporter)
+    generation = _Generation(decoder, tokenizer, template, count)
     if interactive:
-
-        def turn(text: str, number: int, heard: Callable[[str], None]) -> str:
-            request = Request(text, options, sample_seed(seed, number), constraint, heard)
-            return next(write(decoder, tokenizer, [request])).text
-
-        _converse(prompt, turn)
+        _run_interactive(generation, prompt)
         return
-    streaming = count_ == 1 and prompts is None and not json and not no_stream and beams is None and best_of is None
-    if streaming:
-        out(asked[0][0], end="")
-    found: Iterator[tuple[dict[str, Any], Sample, float | None]]  # the line a prompt came in, what was written, its rank
-    if beams is not None or best_of is not None:
-
-        def search(text: str) -> list[Ranked]:
-            if beams is None:
-                among = best_of or count_
-                return best_samples(
-                    decoder, tokenizer, text, options, count=count_, among=among, ranking=rank, seed=seed, constraint=constraint
-                )
-            ranked = beam_search(
-                decoder,
-                tokenizer,
-                text,
-                beams=beams,
-                max_new_tokens=max_new_tokens,
-                length_penalty=length_penalty,
-                constraint=constraint,
-            )
-            return ranked[:count_]
-
-        found = ((record, one.sample, one.score) for text, record in asked for one in search(text))
+    streaming = count == 1 and prompts is None and not json and not no_stream and beams is None and best_of is None
+    if beams is not None:
+        results = _beam_search(generation, inputs, beams, length_penalty)
+    elif best_of is not None:
+        results = _best_of(generation, inputs, best_of, rank)
+    elif streaming:
+        results = _stream_sample(generation, inputs[0])
     else:
-        heard = (lambda new: out(new, end="")) if streaming else None
-        repeated = [(*one, index) for one in asked for index in range(count_)]
-        requests = [Request(text, options, sample_seed(seed, index), constraint, heard) for text, _, index in repeated]
-        found = ((line[1], one, None) for line, one in zip(repeated, write(decoder, tokenizer, requests), strict=True))
-    if prompts is not None and not json:
-        for record, one, score in found:
-            out(json_module.dumps({**record, **_facts(one, tokenizer, score)}, ensure_ascii=False))
-        return
+        results = _generate_samples(generation, inputs)
     if json:
-        document = {"run": str(opened.path), "checkpoint": chosen.name, "seed": seed}
-        print_json({**document, "samples": [{**record, **_facts(one, tokenizer, score)} for record, one, score in found]})
+        documents = [_document(result, tokenizer) for result in results]
+        print_json({"run": str(opened.path), "checkpoint": chosen.name, "seed": seed, "samples": documents})
         return
-    written = [(one, score) for _, one, score in found]
-    if streaming:
-        out("")
-    else:
-        out("\n\n---\n\n".join(("" if score is None else f"[{score:.4f}] ") + one.prompt + one.text for one, score in written))
-    _show_choices([one for one, _ in written], tokenizer)
+    if prompts is not None:
+        for result in results:
+            write_stdout(json_module.dumps(_document(result, tokenizer), ensure_ascii=False))
+        return
+    generated = list(results)
+    if not streaming:
+        write_stdout("\n\n---\n\n".join(_text_with_score(result) for result in generated))
+    samples = [result.sample for result in generated]
+    _print_token_choices(samples, tokenizer)
     if not quiet:
-        total = things(sum(len(one.token_ids) for one, _ in written), "token")
-        reasons = ", ".join(dict.fromkeys(one.finish_reason for one, _ in written))
-        drawn = [f"--seed {seed}"] if beams is None else []
-        speeds = [one.tokens_per_second for one, _ in written if one.tokens_per_second]
-        speed = [f"{count(sum(speeds))} tokens/s"] if speeds else []
-        console.say(", ".join([total, *speed, reasons, chosen.name, *drawn]), "dim")
+        random_seed = [f"--seed {seed}"] if beams is None else []
+        console.print_line(", ".join([*_statistics(samples), chosen.name, *random_seed]), "dim")
 
 
-def _refuse_what_does_not_go_together(ctx: typer.Context) -> None:
-    """No option is accepted and then ignored."""
-    for several in (("prompt", "prompt_file", "prompts"), ("regex", "choice"), ("beams", "best_of"), ("prompts", "interactive")):
-        if len(both := given(ctx, several)) > 1:
-            raise InputError("one of them, not both", where=", ".join(both))
-    needs = {"field": "prompts", "length_penalty": "beams", "rank": "best_of"}
-    for option, other in needs.items():
-        if (found := given(ctx, (option,))) and not given(ctx, (other,)):
-            raise InputError(f"only means something with --{other.replace('_', '-')}", where=found[0])
-    refused = {
-        "beams": UNSEARCHED,
-        "interactive": ("count_", "beams", "best_of", "json", "prompt_file", "no_stream", "logprobs"),
-        "best_of": ("logprobs",),
-        "regex": ("stop", "force"),
-        "choice": ("stop", "force"),
-    }
-    for option, others in refused.items():
-        if (found := given(ctx, (option,))) and (clashing := given(ctx, others)):
-            raise InputError(f"not together with {found[0]}", where=", ".join(clashing))
+def _check_combinations(ctx: typer.Context) -> None:
+    """Raise `InputError` for options that would have no effect."""
+    for group in _MUTUALLY_EXCLUSIVE:
+        if len(given := given_options(ctx, group)) > 1:
+            raise InputError("these options are mutually exclusive", where=", ".join(given))
+    for option, required in _REQUIRES.items():
+        if (given := given_options(ctx, (option,))) and not given_options(ctx, (required,)):
+            raise InputError(f"requires --{required.replace('_', '-')}", where=given[0])
+    for option, others in _INCOMPATIBLE.items():
+        if (given := given_options(ctx, (option,))) and (clashing := given_options(ctx, others)):
+            raise InputError(f"cannot be combined with {given[0]}", where=", ".join(clashing))
 
 
-def _prompts(prompt: str, file: Path | None, many: str | None, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each prompt, with the line it came in."""
-    if many is None:
-        if file is not None:
-            prompt = _decoded(_read(file), str(file))
-        elif prompt == "-":
-            prompt = _decoded(sys.stdin.buffer.read(), "-")
-        yield checked_text(prompt, "--prompt"), {"prompt": prompt}
+def _read_prompts(prompt: str, file: Path | None, prompts: str | None, field: str) -> Iterator[_Prompt]:
+    """The prompt of --prompt or --prompt-file, or the prompts of --prompts. Raises `InputError` for unreadable input."""
+    if prompts is not None:
+        yield from _read_prompt_lines(prompts, field)
         return
-    text = _decoded(sys.stdin.buffer.read() if many == "-" else _read(Path(many)), many)
-    found = False
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        found = True
+    if file is not None:
+        prompt = _decode(_read_file(file), str(file))
+    elif prompt == "-":
+        prompt = _decode(sys.stdin.buffer.read(), "-")
+    yield _Prompt(checked_text(prompt, "--prompt"), {"prompt": prompt})
+
+
+def _read_prompt_lines(name: str, field: str) -> Iterator[_Prompt]:
+    text = _decode(sys.stdin.buffer.read() if name == "-" else _read_file(Path(name)), name)
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if not lines:
+        raise InputError("no prompts", where=name)
+    for number, line in lines:
         try:
             record = json_module.loads(line)
         except ValueError as error:
-            raise InputError(f"not JSON: {error}", where=f"{many}:{number}") from None
+            raise InputError(f"not JSON: {error}", where=f"{name}:{number}") from None
         record = {field: record} if isinstance(record, str) else record
         if not isinstance(record, dict) or not isinstance(record.get(field), str):
-            raise InputError(f"no prompt in field {field!r}", where=f"{many}:{number}", hint="--field names another")
-        yield checked_text(record[field], f"{many}:{number}"), record
-    if not found:
-        raise InputError("no prompts", where=many)
+            raise InputError(f"no prompt in field {field!r}", where=f"{name}:{number}", hint="choose another field with --field")
+        yield _Prompt(checked_text(record[field], f"{name}:{number}"), record)
 
 
-def _read(path: Path) -> bytes:
-    if path.is_dir() or not path.exists():
+def _read_file(path: Path) -> bytes:
+    if path.is_dir():
+        raise InputError("is a folder", where=str(path), hint="give the path of a file")
+    if not path.exists():
         raise InputError("no such file", where=str(path))
     return path.read_bytes()
 
 
-def _decoded(data: bytes, where: str) -> str:
+def _decode(data: bytes, where: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"not UTF-8 at byte {error.start}", where=where) from None
 
 
-def _biases(tokenizer: Tokenizer, biases: list[str] | tuple[()], banned: list[str] | tuple[()]) -> tuple[tuple[int, float], ...]:
-    found = []
-    for written in biases:
-        token, _, value = written.rpartition("=")
+def _logit_biases(
+    tokenizer: Tokenizer, biases: list[str] | tuple[()], banned: list[str] | tuple[()]
+) -> tuple[tuple[int, float], ...]:
+    """The values of --logit-bias and --ban as pairs of (id, bias)."""
+    pairs = []
+    for argument in biases:
+        token, _, value = argument.rpartition("=")
         try:
             bias = float(value)
         except ValueError:
             token = ""
         if not token:
-            raise InputError(f"{written!r} is not TOKEN=X with a number X", where="--logit-bias")
-        found.append((_token(tokenizer, token, "--logit-bias"), bias))
-    return (*found, *((_token(tokenizer, token, "--ban"), float("-inf")) for token in banned))
+            raise InputError(f"{argument!r} is not of the form TOKEN=NUMBER", where="--logit-bias")
+        pairs.append((_token_id(tokenizer, token, "--logit-bias"), bias))
+    return (*pairs, *((_token_id(tokenizer, token, "--ban"), float("-inf")) for token in banned))
 
 
-def _token(tokenizer: Tokenizer, named: str, option: str) -> int:
+def _token_id(tokenizer: Tokenizer, token: str, option: str) -> int:
     try:
-        return tokenizer.token(checked_text(named, option))
+        return tokenizer.token_id(checked_text(token, option))
     except InputError as error:
         raise InputError(error.message, where=option, hint=error.hint) from None
 
@@ -302,66 +317,156 @@ def _constraint(tokenizer: Tokenizer, regex: str | None, choices: list[str] | No
     return Constraint.choices(choices, tokenizer) if choices else None
 
 
-def _facts(sample: Sample, tokenizer: Tokenizer, score: float | None) -> dict[str, Any]:
-    """A sample as programs read it."""
-    facts: dict[str, Any] = {
+def _warn_about_unknown_characters(tokenizer: Tokenizer, prompts: list[_Prompt], reporter: Reporter) -> None:
+    if tokenizer.unknown is None:
+        return
+    unknown = sum(tokenizer.encode(prompt.text).count(tokenizer.unknown) for prompt in prompts)
+    if unknown:
+        reporter.warn(f"{unknown} characters of the prompt are not in the model's vocabulary")
+
+
+def _generate_samples(generation: _Generation, prompts: list[_Prompt]) -> Iterator[_Result]:
+    """Sample every prompt `count` times with continuous batching; yield the results in the order of the prompts."""
+    from tinylm.generation.engine import generate_batch, sample_seed
+
+    template = generation.template
+    seeds = [sample_seed(template.seed, index) for index in range(generation.count)]
+    requests = [replace(template, prompt=prompt.text, seed=seed) for prompt in prompts for seed in seeds]
+    records = [prompt.record for prompt in prompts for _ in seeds]
+    for record, sample in zip(records, generate_batch(generation.decoder, generation.tokenizer, requests), strict=True):
+        yield _Result(record, sample)
+
+
+def _stream_sample(generation: _Generation, prompt: _Prompt) -> Iterator[_Result]:
+    """Sample a prompt once. Print the prompt, and then the text while it is generated."""
+    write_stdout(prompt.text, end="")
+    template = replace(generation.template, on_text=_write_stdout_part)
+    yield from _generate_samples(replace(generation, template=template), [prompt])
+    write_stdout("")
+
+
+def _write_stdout_part(text: str) -> None:
+    write_stdout(text, end="")
+
+
+def _beam_search(generation: _Generation, prompts: list[_Prompt], beams: int, length_penalty: float) -> Iterator[_Result]:
+    """Yield the best `count` continuations that beam search finds for every prompt."""
+    from tinylm.generation.search import beam_search
+
+    for prompt in prompts:
+        ranked = beam_search(
+            generation.decoder,
+            generation.tokenizer,
+            prompt.text,
+            beams=beams,
+            max_new_tokens=generation.template.options.max_new_tokens,
+            length_penalty=length_penalty,
+            constraint=generation.template.constraint,
+        )
+        yield from _ranked_results(prompt, ranked[: generation.count])
+
+
+def _best_of(generation: _Generation, prompts: list[_Prompt], candidates: int, ranking: str) -> Iterator[_Result]:
+    """Yield the best `count` of `candidates` samples of every prompt."""
+    from tinylm.generation.search import best_of
+
+    for prompt in prompts:
+        request = replace(generation.template, prompt=prompt.text)
+        ranked = best_of(
+            generation.decoder, generation.tokenizer, request, count=generation.count, candidates=candidates, ranking=ranking
+        )
+        yield from _ranked_results(prompt, ranked)
+
+
+def _ranked_results(prompt: _Prompt, ranked: list[RankedSample]) -> Iterator[_Result]:
+    for ranked_sample in ranked:
+        yield _Result(prompt.record, ranked_sample.sample, ranked_sample.score)
+
+
+def _run_interactive(generation: _Generation, text: str) -> None:
+    """Alternate between appending a typed line to the text and generating a continuation."""
+    write_stdout("Type text for the model to continue, or press Enter to generate more. /new starts a new text, Ctrl-D quits.")
+    turn = 0
+    if text:
+        write_stdout(text, end="")
+        text += _continue(generation, text, turn)
+    while True:
+        try:
+            typed = input("> ")
+        except EOFError:
+            write_stdout("")
+            return
+        if typed.strip() == "/new":
+            text = ""
+            continue
+        turn += 1
+        text += checked_text(typed, "standard input")
+        text += _continue(generation, text, turn)
+
+
+def _continue(generation: _Generation, text: str, turn: int) -> str:
+    """Generate, stream and return the continuation of a text."""
+    from tinylm.generation.engine import generate_batch, sample_seed
+
+    seed = sample_seed(generation.template.seed, turn)
+    request = replace(generation.template, prompt=text, seed=seed, on_text=_write_stdout_part)
+    sample = next(generate_batch(generation.decoder, generation.tokenizer, [request]))
+    write_stdout("")
+    return sample.text
+
+
+def _document(result: _Result, tokenizer: Tokenizer) -> dict[str, Any]:
+    """A result as a JSON object: the fields of the prompt's record and those of the sample."""
+    sample = result.sample
+    document: dict[str, Any] = {
+        **result.record,
         "prompt": sample.prompt,
         "text": sample.text,
         "tokens": len(sample.token_ids),
         "finish_reason": sample.finish_reason,
         "tokens_per_second": sample.tokens_per_second,
     }
-    if score is not None:
-        facts["score"] = score
+    if result.score is not None:
+        document["score"] = result.score
     if sample.choices:
-        facts["logprobs"] = [
+        document["logprobs"] = [
             {
-                **_named(tokenizer, choice.id, choice.logprob),
-                "alternatives": [_named(tokenizer, *alternative) for alternative in choice.alternatives],
+                **_token_document(tokenizer, choice.id, choice.logprob),
+                "alternatives": [_token_document(tokenizer, *alternative) for alternative in choice.alternatives],
             }
             for choice in sample.choices
         ]
-    return facts
+    return document
 
 
-def _named(tokenizer: Tokenizer, id: int, logprob: float) -> dict[str, Any]:
+def _token_document(tokenizer: Tokenizer, id: int, logprob: float) -> dict[str, Any]:
     return {"token": tokenizer.decode([id]), "id": id, "logprob": logprob}
 
 
-def _show_choices(samples: list[Sample], tokenizer: Tokenizer) -> None:
-    """A line for every token: its probability, itself, what else it could have been."""
+def _text_with_score(result: _Result) -> str:
+    score = "" if result.score is None else f"[{result.score:.4f}] "
+    return score + result.sample.prompt + result.sample.text
+
+
+def _print_token_choices(samples: list[Sample], tokenizer: Tokenizer) -> None:
+    """Print one line per token: its probability, the token itself, and the alternatives."""
     for sample in samples:
         if sample.choices:
-            out("")
+            write_stdout("")
         for choice in sample.choices:
-            others = "  ".join(
+            alternatives = "  ".join(
                 f"{_quoted(tokenizer, id)} {math.exp(logprob):.1%}" for id, logprob in choice.alternatives if id != choice.id
             )
-            out(f"{math.exp(choice.logprob):7.2%}  {_quoted(tokenizer, choice.id):<16}  {others}".rstrip())
+            write_stdout(f"{math.exp(choice.logprob):7.2%}  {_quoted(tokenizer, choice.id):<16}  {alternatives}".rstrip())
 
 
 def _quoted(tokenizer: Tokenizer, id: int) -> str:
     return json_module.dumps(tokenizer.decode([id]), ensure_ascii=False)
 
 
-def _converse(text: str, write: Callable[[str, int, Callable[[str], None]], str]) -> None:
-    """Turns: a line that is typed is added to the text, an empty one lets it go on; /new begins again, Ctrl-D ends."""
-    out("Type a text to continue it, nothing to go on, /new to begin again; Ctrl-D ends.")
-    turn = 0
-    if text:
-        out(text, end="")
-        text += write(text, turn, lambda new: out(new, end=""))
-        out("")
-    while True:
-        try:
-            typed = input("> ")
-        except EOFError:
-            out("")
-            return
-        if typed.strip() == "/new":
-            text = ""
-            continue
-        turn += 1
-        text += checked_text(typed, "what was typed")
-        text += write(text, turn, lambda new: out(new, end=""))
-        out("")
+def _statistics(samples: list[Sample]) -> list[str]:
+    """The number of tokens, the throughput (if measured) and the finish reasons."""
+    total = pluralize(sum(len(sample.token_ids) for sample in samples), "token")
+    speed = sum(sample.tokens_per_second for sample in samples)
+    reasons = ", ".join(dict.fromkeys(sample.finish_reason for sample in samples))
+    return [total, *([f"{format_count(speed)} tokens/s"] if speed else []), reasons]

@@ -1,4 +1,4 @@
-"""`tinylm serve`: a model behind an address."""
+"""`tinylm serve`: serve a model over HTTP."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import socket
 
 import typer
 
-from tinylm.errors import InputError, WorkError, need_extra
+from tinylm.errors import InputError, WorkError, missing_extra
 
 from .console import (
     CHECKPOINT,
@@ -19,25 +19,29 @@ from .console import (
     ConsoleReporter,
     checked_weights,
     open_run,
-    out,
-    stderr,
+    stderr_console,
+    write_stdout,
 )
 
 app = typer.Typer(add_completion=False)
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
 @app.command()
 def serve(
     host: str = typer.Option(
-        "127.0.0.1", "--host", help="The address to listen on; another than loopback opens it to the network."
+        "127.0.0.1", "--host", help="Address to listen on. Any address except loopback can be reached from the network."
     ),
-    port: int = typer.Option(8000, "--port", min=0, max=65535, help="0: any that is free."),
-    rows: int = typer.Option(16, "--rows", min=1, max=1024, help="Samples written at the same time."),
-    waiting: int = typer.Option(256, "--waiting", min=1, help="Samples that may wait; more are answered 429."),
-    max_tokens: int = typer.Option(2048, "--max-tokens", min=1, help="The most a request may ask for."),
-    max_body: int = typer.Option(1 << 20, "--max-body", min=1, metavar="BYTES", help="The largest body."),
-    timeout: float = typer.Option(120.0, "--timeout", min=0.1, metavar="SECONDS", help="A sample is given up after that."),
+    port: int = typer.Option(8000, "--port", min=0, max=65535, help="Port to listen on; 0 picks a free one."),
+    rows: int = typer.Option(16, "--rows", min=1, max=1024, help="Maximum number of samples generated at the same time."),
+    waiting: int = typer.Option(
+        256, "--waiting", min=1, help="Maximum number of samples in the queue; further requests get status 429."
+    ),
+    max_tokens: int = typer.Option(2048, "--max-tokens", min=1, help="Maximum max_tokens of a request."),
+    max_body: int = typer.Option(1 << 20, "--max-body", min=1, metavar="BYTES", help="Maximum size of a request body."),
+    timeout: float = typer.Option(
+        120.0, "--timeout", min=0.1, metavar="SECONDS", help="Time from the arrival of a request until its samples are stopped."
+    ),
     weights: str = WEIGHTS,
     compiled: bool | None = COMPILE,
     run: str | None = RUN,
@@ -46,51 +50,53 @@ def serve(
     threads: int | None = THREADS,
     quiet: bool = QUIET,
 ) -> None:
-    """Serve a model: OpenAI's /v1/completions, and a page to play with, until Ctrl-C."""
+    """Serve a model with an OpenAI-compatible /v1/completions API and a web page, until Ctrl-C."""
     kind = checked_weights(weights)
-    console = stderr()
+    console = stderr_console()
     opened = open_run(run, console, quiet=quiet)
     chosen = opened.checkpoint(checkpoint)
     try:
         import starlette  # noqa: F401
         import uvicorn
     except ImportError:
-        raise need_extra("serve", "serving a model") from None
-    listening = _listening(host, port)
+        raise missing_extra("serve", "serving a model") from None
+    listener = _listen(host, port)
 
     from tinylm.device import resolve, set_threads
-    from tinylm.model.decoder import prepared
-    from tinylm.serving.server import Limits, application
+    from tinylm.model.decoder import make_decoder
+    from tinylm.serving.server import Limits, create_app
 
     target = resolve(device)
     set_threads(threads)
     reporter = ConsoleReporter(console, quiet=quiet)
-    decoder = prepared(opened.network(chosen, target), weights=kind, compiled=compiled, steps=None, reporter=reporter)
-    limits = Limits(max_body, max_tokens, rows, waiting, timeout)
-    local = host in LOOPBACK
+    decoder = make_decoder(opened.network(chosen, target), weights=kind, compiled=compiled, steps=None, reporter=reporter)
+    limits = Limits(max_body_bytes=max_body, max_tokens=max_tokens, rows=rows, queue_size=waiting, timeout=timeout)
+    local = host in LOOPBACK_HOSTS
     name = opened.path.resolve().name
-    application_ = application(decoder, opened.tokenizer, name, limits=limits, hosts=[*LOOPBACK, "[::1]"] if local else ["*"])
+    asgi_app = create_app(decoder, opened.tokenizer, name, limits=limits, hosts=[*LOOPBACK_HOSTS, "[::1]"] if local else ["*"])
     if not local:
-        reporter.warn(f"anyone who can reach {host} can use the model: there is no password")
+        reporter.warn(f"anyone who can connect to {host} can use the model; there is no authentication")
     address = f"[{host}]" if ":" in host else host
-    out(f"http://{address}:{listening.getsockname()[1]}")
+    write_stdout(f"http://{address}:{listener.getsockname()[1]}")
     if not quiet:
-        console.say(f"serving {name} {chosen.name}; OpenAI clients take base_url = that address + /v1; Ctrl-C stops", "dim")
-    config = uvicorn.Config(application_, log_level="warning", access_log=False, timeout_graceful_shutdown=2, lifespan="on")
-    uvicorn.Server(config).run(sockets=[listening])
+        console.print_line(
+            f"serving {name} {chosen.name}; for OpenAI clients, set base_url to this address + /v1; press Ctrl-C to stop", "dim"
+        )
+    config = uvicorn.Config(asgi_app, log_level="warning", access_log=False, timeout_graceful_shutdown=2, lifespan="on")
+    uvicorn.Server(config).run(sockets=[listener])
 
 
-def _listening(host: str, port: int) -> socket.socket:
-    """A socket that listens, so that a port in use is told before the model is loaded."""
+def _listen(host: str, port: int) -> socket.socket:
+    """Open the listening socket, so that a port in use is reported before the model is loaded."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError:
-        raise InputError(f"no such address {host!r}", where="--host") from None
-    listening = socket.socket(family, kind, protocol)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        raise InputError(f"cannot resolve {host!r}", where="--host") from None
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listening.bind(address)
-        listening.listen(1024)
+        listener.bind(address)
+        listener.listen(1024)
     except OSError as error:
-        raise WorkError(f"{error.strerror}", where=f"{host}:{port}", hint="another --port?") from None
-    return listening
+        raise WorkError(f"{error.strerror}", where=f"{host}:{port}", hint="choose another --port") from None
+    return listener

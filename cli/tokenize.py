@@ -1,4 +1,7 @@
-"""`tinylm tokenize`: train tokenizers, apply them, change them; to judge them see `tokenizer_report`. Loads torch only to change a run."""
+"""`tinylm tokenize`: train, apply and edit tokenizers. The verbs that evaluate them are in `tokenizer_report`.
+
+Only editing the tokenizer of a run imports torch.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,15 @@ import json as json_module
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from tinylm.errors import InputError, did_you_mean
+from tinylm.errors import InputError
 
 from . import tokenizer_report
 from .console import (
@@ -24,51 +28,72 @@ from .console import (
     JSON,
     QUIET,
     RUN,
+    CommandGroup,
     ConsoleReporter,
-    Verbs,
     checked_errors,
+    checked_output_file,
     checked_text,
     open_run,
-    out,
+    pluralize,
     print_json,
-    stderr,
-    things,
+    stderr_console,
+    write_stdout,
 )
+from .tokenizer_options import DEFAULT_VOCAB_SIZE, KINDS, TOKENIZER, load_tokenizer, option_names_in_errors, tokenizer_section
 
-app = typer.Typer(cls=Verbs, add_completion=False, no_args_is_help=True, help="Train, apply, judge and change tokenizers.")
+if TYPE_CHECKING:
+    from tinylm.tokenizer import Tokenizer
+    from tinylm.tokenizer.vocab_editing import EditedTokenizer
+
+app = typer.Typer(cls=CommandGroup, add_completion=False, no_args_is_help=True, help="Train, apply, compare and edit tokenizers.")
 for verb in (tokenizer_report.report, tokenizer_report.compare, tokenizer_report.explain, tokenizer_report.sweep):
     app.command()(verb)
-KINDS = ("bpe", "unigram", "wordpiece", "word", "char", "byte")
-TOKENIZER = tokenizer_report.TOKENIZER
 OVERWRITE = typer.Option(False, "--overwrite", help="Replace an existing file.")
 
 
 @app.command()
 def train(
-    source: list[str] = typer.Argument(..., help="SOURCEs to learn from."),
-    out_: str = typer.Option(..., "--out", help="Where to write the tokenizer.json."),
+    source: list[str] = typer.Argument(..., help="SOURCEs to train on."),
+    out_: str = typer.Option(..., "--out", help="The tokenizer.json to write."),
     kind: str = typer.Option("bpe", "--kind", help=f"{', '.join(KINDS)}."),
-    vocab_size: int | None = typer.Option(None, "--vocab-size", help="Tokens wanted, all included; default 8192."),
-    allow_smaller: bool = typer.Option(False, "--allow-smaller", help="Take the largest vocabulary that the text supports."),
-    split: str | None = typer.Option(
-        None, "--split", help="gpt4 (default), gpt2, llama3, whitespace, none or a regular expression; wordpiece and word: bert."
+    vocab_size: int | None = typer.Option(
+        None, "--vocab-size", help=f"Number of tokens, including special and added tokens. Default: {DEFAULT_VOCAB_SIZE}."
     ),
-    digits: int | None = typer.Option(None, "--digits", help="Longest run of digits in a token."),
+    allow_smaller: bool = typer.Option(
+        False, "--allow-smaller", help="If the text is too small for the vocabulary size, learn fewer tokens instead of failing."
+    ),
+    split: str | None = typer.Option(
+        None,
+        "--split",
+        help="How text is divided into words, which no token spans: gpt4 (default), gpt2, llama3, whitespace, none or a regular "
+        "expression. Kinds wordpiece and word: bert (default), whitespace or a regular expression.",
+    ),
+    digits: int | None = typer.Option(None, "--digits", help="Maximum number of digits in a token. Default: 2 for split gpt4."),
     normalize: list[str] | None = typer.Option(
-        None, "--normalize", help="nfc, nfd, nfkc, nfkd, lowercase, strip_accents; may be repeated; default none."
+        None,
+        "--normalize",
+        help="nfc, nfd, nfkc, nfkd, lowercase or strip_accents. Can be repeated. Not undone by decoding. Default: none.",
     ),
     alphabet: str | None = typer.Option(
-        None, "--alphabet", help="bytes, text (its characters), a number of characters, or the characters themselves."
+        None,
+        "--alphabet",
+        help="Initial tokens: bytes, text (all its characters), a number (its most frequent ones) or the characters themselves.",
     ),
     byte_fallback: bool | None = typer.Option(
-        None, "--byte-fallback/--no-byte-fallback", help="Characters outside the alphabet: as bytes (default) or unknown."
+        None,
+        "--byte-fallback/--no-byte-fallback",
+        help="Encode characters outside the alphabet as bytes (default) or as the unknown token.",
     ),
-    min_frequency: int | None = typer.Option(None, "--min-frequency", help="Occurrences needed to become a token; default 1."),
-    max_token_length: int | None = typer.Option(None, "--max-token-length", help="Most bytes or characters in a token."),
-    special: list[str] | None = typer.Option(None, "--special", help="A further control token; may be repeated."),
-    added: list[str] | None = typer.Option(None, "--added", help="A string that is always one token; may be repeated."),
+    min_frequency: int | None = typer.Option(
+        None, "--min-frequency", help="Minimum number of occurrences for a merge, word or character. Default: 1."
+    ),
+    max_token_length: int | None = typer.Option(
+        None, "--max-token-length", help="Maximum length of a token: bytes with alphabet bytes, else characters."
+    ),
+    special: list[str] | None = typer.Option(None, "--special", help="An additional control token. Can be repeated."),
+    added: list[str] | None = typer.Option(None, "--added", help="A string that is always one token. Can be repeated."),
     max_megabytes: int | None = typer.Option(
-        None, "--max-megabytes", help="Count words in this much text at most; default 64. Less needs less memory."
+        None, "--max-megabytes", help="Train on at most this much text, sampled evenly. Limits memory. Default: 64."
     ),
     overwrite: bool = OVERWRITE,
     field: str = FIELD,
@@ -77,12 +102,12 @@ def train(
     quiet: bool = QUIET,
 ) -> None:
     """Train a tokenizer on text."""
-    from tinylm.text.sources import Corpus, describe
+    from tinylm.text.sources import Corpus, Piece, describe
     from tinylm.text.split import scan
     from tinylm.tokenizer import training
 
-    path = _writable(out_, overwrite)
-    section = section_of(
+    path = checked_output_file(out_, overwrite)
+    section = tokenizer_section(
         kind,
         vocab_size=vocab_size,
         allow_smaller=allow_smaller or None,
@@ -97,97 +122,52 @@ def train(
         added_tokens=added or None,
         max_megabytes=max_megabytes,
     )
-    reporter = ConsoleReporter(stderr(), quiet=quiet)
+    reporter = ConsoleReporter(stderr_console(), quiet=quiet)
     start = time.perf_counter()
     with Corpus(source, field=field, errors=checked_errors(errors)) as corpus, reporter.progress("training", None, "B") as advance:
-        seen = 0
+        n_characters = 0
 
-        def watched() -> Iterator[Any]:
-            nonlocal seen
+        def with_progress() -> Iterator[Piece]:
+            nonlocal n_characters
             for piece in corpus.pieces():
                 yield piece
-                seen += len(piece.text)
-                advance(seen)
+                n_characters += len(piece.text)
+                advance(n_characters)
 
-        found = scan(corpus.pieces())
-        if not found.documents:
+        scanned = scan(corpus.pieces())
+        if not scanned.documents:
             raise InputError("the text is empty", where=describe(source))
-        tokenizer = training.train(section, watched(), reporter.warn, found.bytes)
+        with option_names_in_errors():
+            tokenizer = training.train(section, with_progress(), reporter.warn, scanned.bytes)
     tokenizer.save(path)
     seconds = time.perf_counter() - start
-    learned = f" from {things(seen, 'character')}" if seen else ""
-    reporter.note(f"{tokenizer.kind}, {things(tokenizer.vocab_size, 'token')}{learned}, fingerprint {tokenizer.fingerprint[:12]}")
-    _answer(out_, tokenizer, {"seconds": seconds}, json)
+    size = f"{pluralize(tokenizer.vocab_size, 'token')}" + (f" from {pluralize(n_characters, 'character')}" if n_characters else "")
+    reporter.note(f"{tokenizer.kind} tokenizer: {size}, fingerprint {tokenizer.fingerprint[:12]}")
+    _print_result(out_, tokenizer, {"seconds": seconds}, json)
 
 
-def _answer(path: str, tokenizer: Any, more: dict[str, Any], json: bool) -> None:
+def _print_result(path: str, tokenizer: Tokenizer, extra: dict[str, Any], json: bool) -> None:
+    """Print the path of a new tokenizer, or as JSON also its properties and the `extra` keys."""
     if not json:
-        out(path)
+        write_stdout(path)
         return
-    facts = {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint}
-    print_json({"tokenizer": path, **facts, **more})
-
-
-def _writable(path: str, overwrite: bool) -> Path:
-    if Path(path).is_dir():
-        raise InputError("is a folder", where=path, hint="name the file to write")
-    if Path(path).exists() and not overwrite:
-        raise InputError("exists already", where=path, hint="--overwrite replaces it")
-    return Path(path)
-
-
-def section_of(kind: str, **options: Any) -> Any:
-    """The same section that a recipe's `tokenizer:` would be, with the same checks; options that are None are left out."""
-    from tinylm.recipe import RecipeError, loads, schema
-
-    if kind not in KINDS:
-        raise InputError(f"must be one of {', '.join(KINDS)}, not {kind!r}", where="--kind", hint=did_you_mean(kind, KINDS))
-    sections = dict(zip(KINDS, schema.LEARNED, strict=True))
-    known = sections[kind].model_fields
-    for key, value in options.items():
-        if value is not None and key not in known:
-            having = [name for name, section in sections.items() if key in section.model_fields]
-            which = f"only kind {having[0]} has" if len(having) == 1 else f"only kinds {', '.join(having)} have"
-            raise InputError(f"{which} it", where=_option(key))
-    if "vocab_size" in known:
-        options["vocab_size"] = 8192 if options.get("vocab_size") is None else options["vocab_size"]
-        options["allow_smaller"] = bool(options.get("allow_smaller"))
-    alphabet = options.get("alphabet")
-    if alphabet is not None and alphabet.isdecimal():
-        options["alphabet"] = int(alphabet)
-    for text in (
-        options.get("split"),
-        options.get("alphabet"),
-        *(options.get("special_tokens") or ()),
-        *(options.get("added_tokens") or ()),
-    ):
-        if isinstance(text, str):
-            checked_text(text, "--split, --alphabet, --special, --added")
-    written = {"kind": kind, **{key: value for key, value in options.items() if value is not None}}
-    text = json_module.dumps({"data": {"train": "-"}, "training": {"steps": 1}, "tokenizer": written}, ensure_ascii=False)
-    try:
-        return loads(text, check_files=False).tokenizer
-    except RecipeError as error:
-        problem = error.problems[0].removeprefix("recipe:1: tokenizer.")
-        key, _, message = problem.partition(": ")
-        raise InputError(message or problem, where=_option(key) if message else "--kind") from None
-
-
-def _option(key: str) -> str:
-    return "--" + {"special_tokens": "special", "added_tokens": "added"}.get(key, key).replace("_", "-")
+    properties = {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint}
+    print_json({"tokenizer": path, **properties, **extra})
 
 
 @app.command()
 def encode(
-    source: str = typer.Argument("-", help="A file, or - for standard input."),
+    source: str = typer.Argument("-", help="A SOURCE, or - for standard input."),
     tokenizer: str | None = TOKENIZER,
     run: str | None = RUN,
     format: str = typer.Option(
-        "ids", "--format", help="ids: separated by spaces, a line per document. tokens: one per line. jsonl: a document per line."
+        "ids",
+        "--format",
+        help="ids: separated by spaces, one document per line. tokens: one token per line. jsonl: one document per line.",
     ),
-    allow_special: bool = typer.Option(False, "--allow-special", help="Text that spells a special token becomes that token."),
-    dropout: float = typer.Option(0.0, "--dropout", min=0.0, max=0.999, help="Kind bpe: leave out this share of merges at random."),
-    seed: int = typer.Option(0, "--seed", min=0, help="For --dropout."),
+    allow_special: bool = typer.Option(False, "--allow-special", help="Encode text that spells a special token as that token."),
+    dropout: float = typer.Option(0.0, "--dropout", min=0.0, max=0.999, help="Kind bpe: skip this share of merges at random."),
+    seed: int = typer.Option(0, "--seed", min=0, help="Random seed of --dropout."),
     field: str = FIELD,
     errors: str = ERRORS,
     quiet: bool = QUIET,
@@ -198,54 +178,62 @@ def encode(
     if format not in ("ids", "tokens", "jsonl"):
         raise InputError(f"must be ids, tokens or jsonl, not {format!r}", where="--format")
     if dropout and allow_special:
-        raise InputError("cannot go together", where="--dropout, --allow-special")
-    loaded = tokenizer_report.tokenizer_of(tokenizer, run, quiet)
-    loaded.encoder.note = ConsoleReporter(stderr(), quiet=quiet).note
+        raise InputError("these options are mutually exclusive", where="--dropout, --allow-special")
+    loaded = load_tokenizer(tokenizer, run, quiet)
+    loaded.encoder.note = ConsoleReporter(stderr_console(), quiet=quiet).note
     with Corpus([source], field=field, errors=checked_errors(errors)) as corpus:
         encoded = _encoded(loaded, corpus.pieces(), allow_special, dropout, seed)
         if format == "jsonl":
             for ids in _documents(encoded):
-                out(json_module.dumps({"ids": ids, "tokens": _shown(loaded, ids)}, ensure_ascii=False))
-            return
-        between = ""
-        for array, starts in encoded:
-            ids = array.tolist()
-            if format == "tokens":
-                if ids:
-                    out("\n".join(json_module.dumps(token, ensure_ascii=False) for token in _shown(loaded, ids)))
-            else:
-                out(("\n" if starts and between else between) + " ".join(map(str, ids)), end="")
-                between = " " if ids else between
-        if between:
-            out("")
+                write_stdout(json_module.dumps({"ids": ids, "tokens": _token_texts(loaded, ids)}, ensure_ascii=False))
+        elif format == "tokens":
+            for array, _ in encoded:
+                if len(array):
+                    tokens = (json_module.dumps(token, ensure_ascii=False) for token in _token_texts(loaded, array.tolist()))
+                    write_stdout("\n".join(tokens))
+        else:
+            _print_ids(encoded)
 
 
-def _encoded(tokenizer: Any, pieces: Any, allow_special: bool, dropout: float, seed: int) -> Iterator[tuple[Any, bool]]:
+def _print_ids(encoded: Any) -> None:
+    """Print ids as they arrive, separated by spaces, with one line per document."""
+    separator = ""
+    for array, starts_document in encoded:
+        ids = array.tolist()
+        write_stdout(("\n" if starts_document and separator else separator) + " ".join(map(str, ids)), end="")
+        separator = " " if ids else separator
+    if separator:
+        write_stdout("")
+
+
+def _encoded(tokenizer: Tokenizer, pieces: Any, allow_special: bool, dropout: float, seed: int) -> Iterator[tuple[Any, bool]]:
+    """Encode pieces as the options say. Yields (ids, whether they begin a document)."""
     if dropout:
         from tinylm.tokenizer.dropout import DropoutEncoder
 
         return DropoutEncoder(tokenizer, dropout, seed).encode_pieces(pieces)
     if allow_special:
-        return tokenizer.encode_pieces_with_special(pieces)  # type: ignore[no-any-return]
-    return tokenizer.encode_pieces(pieces)  # type: ignore[no-any-return]
+        return tokenizer.encode_pieces_with_special(pieces)
+    return tokenizer.encode_pieces(pieces)
 
 
 def _documents(encoded: Any) -> Iterator[list[int]]:
-    ids: list[int] = []
-    begun = False
-    for array, starts in encoded:
-        if starts and begun:
+    """Yield the ids of each document."""
+    ids: list[int] | None = None
+    for array, starts_document in encoded:
+        if starts_document and ids is not None:
             yield ids
-            ids = []
-        begun = True
+            ids = None
+        ids = ids if ids is not None else []
         ids += array.tolist()
-    if begun:
+    if ids is not None:
         yield ids
 
 
-def _shown(tokenizer: Any, ids: list[int]) -> list[str]:
+def _token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    """The text of each id. Special tokens, which have no text, are given by name."""
     table = tokenizer.token_bytes
-    return [table[id].decode("utf-8", "replace") or tokenizer.backend.id_to_token(id) for id in ids]
+    return [table[id].decode("utf-8", "replace") or str(tokenizer.backend.id_to_token(id)) for id in ids]
 
 
 @app.command()
@@ -255,8 +243,8 @@ def decode(
     run: str | None = RUN,
     quiet: bool = QUIET,
 ) -> None:
-    """Print the text of token ids, exactly, with nothing added."""
-    loaded = tokenizer_report.tokenizer_of(tokenizer, run, quiet)
+    """Print the text of token ids. No line feed is added at the end."""
+    loaded = load_tokenizer(tokenizer, run, quiet)
     decoder, size = loaded.byte_decoder(), loaded.vocab_size
     with ExitStack() as stack:
         if source == "-":
@@ -274,7 +262,8 @@ def decode(
     sys.stdout.buffer.flush()
 
 
-def _words(stream: Any) -> Iterator[str]:
+def _words(stream: io.TextIOBase) -> Iterator[str]:
+    """Yield the words of a stream. It is read in blocks, because a line may be too long for memory."""
     rest = ""
     while block := stream.read(1 << 16):
         words = (rest + block).split()
@@ -285,15 +274,32 @@ def _words(stream: Any) -> Iterator[str]:
 
 
 TOKENS = typer.Argument(..., help="The tokens, as text.")
-EDIT_OUT = typer.Option(..., "--out", help="The tokenizer.json, or with --run the run folder, to write.")
-PROVE_ON = typer.Option("builtin:python-docs", "--prove-on", help="SOURCE whose lines without the tokens must encode as before.")
+EDIT_OUT = typer.Option(..., "--out", help="The tokenizer.json to write, or with --run the run folder.")
+PROVE_ON = typer.Option(
+    "builtin:python-docs", "--prove-on", help="SOURCE to check the result on: lines without the tokens must be encoded as before."
+)
+
+
+@dataclass(frozen=True)
+class EditOptions:
+    """The options that `add` and `remove` share."""
+
+    tokens: list[str]
+    out: str
+    tokenizer: str | None
+    run: str | None
+    checkpoint: str | None
+    prove_on: str
+    overwrite: bool
+    json: bool
+    quiet: bool
 
 
 @app.command()
 def add(
     token: list[str] = TOKENS,
     out_: str = EDIT_OUT,
-    special: bool = typer.Option(False, "--special", help="Control tokens, which text becomes only with --allow-special."),
+    special: bool = typer.Option(False, "--special", help="Add control tokens. Text is encoded to them only with --allow-special."),
     tokenizer: str | None = TOKENIZER,
     run: str | None = RUN,
     checkpoint: str | None = CHECKPOINT,
@@ -302,21 +308,11 @@ def add(
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Add tokens to a tokenizer, or to a run: each new embedding row is the mean of the rows of its old pieces."""
-    from tinylm.tokenizer import editing
+    """Add tokens to a tokenizer or a run. The embedding of a new token is the mean of those of the tokens it replaces."""
+    from tinylm.tokenizer import vocab_editing
 
-    _edit(
-        lambda loaded: editing.add(loaded, token, special=special),
-        token,
-        out_,
-        tokenizer,
-        run,
-        checkpoint,
-        prove_on,
-        overwrite,
-        json,
-        quiet,
-    )
+    options = EditOptions(token, out_, tokenizer, run, checkpoint, prove_on, overwrite, json, quiet)
+    _edit(lambda loaded: vocab_editing.add(loaded, token, special=special), options)
 
 
 @app.command()
@@ -331,54 +327,50 @@ def remove(
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Take tokens out of a tokenizer, or of a run: merges are repaired, embedding rows dropped, ids close up."""
-    from tinylm.tokenizer import editing
+    """Remove tokens from a tokenizer or a run, with their merges and embedding rows. The remaining tokens are renumbered."""
+    from tinylm.tokenizer import vocab_editing
 
-    _edit(lambda loaded: editing.remove(loaded, token), token, out_, tokenizer, run, checkpoint, prove_on, overwrite, json, quiet)
+    options = EditOptions(token, out_, tokenizer, run, checkpoint, prove_on, overwrite, json, quiet)
+    _edit(lambda loaded: vocab_editing.remove(loaded, token), options)
 
 
-def _edit(
-    change: Any,
-    tokens: list[str],
-    out_: str,
-    tokenizer: str | None,
-    run: str | None,
-    checkpoint: str | None,
-    prove_on: str,
-    overwrite: bool,
-    json: bool,
-    quiet: bool,
-) -> None:
+def _edit(change: Callable[[Tokenizer], EditedTokenizer], options: EditOptions) -> None:
+    """Edit a tokenizer, check the result on a text, and write the new tokenizer.json or run."""
     from tinylm.errors import WorkError
     from tinylm.text.sources import Corpus
-    from tinylm.tokenizer import Tokenizer, editing
+    from tinylm.tokenizer import Tokenizer, vocab_editing
 
-    for token in tokens:
+    for token in options.tokens:
         checked_text(token, "TOKEN")
-    reporter = ConsoleReporter(stderr(), quiet=quiet)
-    if tokenizer is not None and (run is not None or checkpoint is not None):
-        raise InputError("name a tokenizer or a run", where="--tokenizer, --run, --checkpoint")
-    opened = open_run(run, stderr(), quiet=quiet) if tokenizer is None else None
-    path = Path(out_) if opened is not None else _writable(out_, overwrite)
-    if opened is not None and overwrite:
-        raise InputError("a run is never written over", where="--overwrite", hint="name another folder with --out")
-    loaded = opened.tokenizer if opened is not None else Tokenizer.load(str(tokenizer))
+    reporter = ConsoleReporter(stderr_console(), quiet=options.quiet)
+    if options.tokenizer is not None and (options.run is not None or options.checkpoint is not None):
+        raise InputError("these options are mutually exclusive", where="--tokenizer, --run, --checkpoint")
+    run = open_run(options.run, stderr_console(), quiet=options.quiet) if options.tokenizer is None else None
+    path = Path(options.out) if run is not None else checked_output_file(options.out, options.overwrite)
+    if run is not None and options.overwrite:
+        raise InputError("runs are never overwritten", where="--overwrite", hint="name another folder with --out")
+    loaded = run.tokenizer if run is not None else Tokenizer.load(str(options.tokenizer))
     edited = change(loaded)
-    with Corpus([prove_on]) as corpus:
-        proof = editing.prove(loaded, edited, tokens, corpus.pieces())
-    if proof.same != proof.without:
-        raise WorkError(f"{proof.without - proof.same:,} lines without the tokens would be encoded otherwise; nothing was written")
-    if opened is not None:
+    with Corpus([options.prove_on]) as corpus:
+        check = vocab_editing.check_encoding(loaded, edited, options.tokens, corpus.pieces())
+    if check.unchanged != check.unaffected:
+        raise WorkError(
+            f"{pluralize(check.unaffected - check.unchanged, 'line')} without the tokens would be encoded differently; "
+            "nothing was written"
+        )
+    if run is not None:
         from tinylm.training import vocabulary
 
-        vocabulary.apply(opened, edited, path, checkpoint=checkpoint, reporter=reporter)
+        vocabulary.write_edited_run(run, edited, path, checkpoint=options.checkpoint, reporter=reporter)
     else:
         edited.tokenizer.save(path)
     if edited.also_removed:
-        reporter.note(f"also gone, for they could only be made from these: {', '.join(map(repr, edited.also_removed))}")
+        reporter.note(
+            f"also removed, because they were merged from the removed tokens: {', '.join(map(repr, edited.also_removed))}"
+        )
     reporter.note(
-        f"{loaded.vocab_size:,} -> {edited.tokenizer.vocab_size:,} tokens; {things(proof.without, 'line')} of {prove_on} without "
-        f"the tokens ({proof.lines:,} in all) encode as before"
+        f"{loaded.vocab_size:,} -> {edited.tokenizer.vocab_size:,} tokens; checked on {options.prove_on}: all "
+        f"{pluralize(check.unaffected, 'line')} without the tokens (of {check.lines:,}) are encoded as before"
     )
-    more = {"also_removed": edited.also_removed, "lines_checked": proof.without, "lines_same": proof.same}
-    _answer(out_, edited.tokenizer, more, json)
+    extra = {"also_removed": edited.also_removed, "lines_checked": check.unaffected, "lines_same": check.unchanged}
+    _print_result(options.out, edited.tokenizer, extra, options.json)

@@ -1,11 +1,11 @@
-"""What `tinylm tokenize` says of tokenizers: report, compare, explain, sweep."""
+"""`tinylm tokenize report`, `compare`, `explain` and `sweep`: evaluate, explain and choose tokenizers."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
@@ -24,98 +24,98 @@ from .console import (
     ConsoleReporter,
     checked_errors,
     checked_text,
-    count,
-    open_run,
-    out,
+    format_count,
+    pluralize,
+    print_fields,
     print_json,
-    show_facts,
-    stderr,
-    stdout,
-    things,
+    stderr_console,
+    stdout_console,
+    write_stdout,
 )
+from .tokenizer_options import TOKENIZER, load_tokenizer, option_names_in_errors, tokenizer_section
 
-TOKENIZER = typer.Option(None, "--tokenizer", "-t", help="A tokenizer.json.")
+if TYPE_CHECKING:
+    from tinylm.tokenizer.report import TokenizerReport
+    from tinylm.tokenizer.vocab_sweep import VocabSweep
+
 _COLORS = ("black on bright_cyan", "black on bright_yellow", "black on bright_green", "black on bright_magenta")
-_BAR = 40
-
-
-def tokenizer_of(tokenizer: str | None, run: str | None, quiet: bool) -> Any:
-    """The tokenizer that --tokenizer names, else that of a run."""
-    from tinylm.tokenizer import Tokenizer
-
-    if tokenizer is None:
-        return open_run(run, stderr(), quiet=quiet).tokenizer
-    if run is not None:
-        raise InputError("name one tokenizer", where="--tokenizer, --run")
-    return Tokenizer.load(tokenizer)
+_BAR_WIDTH = 40
+_MAX_FILES = 50
 
 
 def report(
-    source: list[str] = typer.Argument(..., help="SOURCEs to judge it on, best text it was not trained on."),
+    source: list[str] = typer.Argument(..., help="SOURCEs to encode, preferably text that the tokenizer was not trained on."),
     tokenizer: str | None = TOKENIZER,
     run: str | None = RUN,
-    baselines: bool = typer.Option(True, help="Also measure a GPT-2-style vocabulary of the same size."),
+    baselines: bool = typer.Option(True, help="Compare with a GPT-2-style vocabulary of the same size."),
     field: str = FIELD,
     errors: str = ERRORS,
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """How well a tokenizer fits a text: compression, coverage, balance, round trip, speed."""
+    """Report how well a tokenizer fits a text: compression, coverage, balance, round trip and speed."""
     from tinylm.text.sources import Corpus
-    from tinylm.tokenizer.report import BASELINE_TEXT, bytes_per_token, gpt2_style
-    from tinylm.tokenizer.report import report as make_report
+    from tinylm.tokenizer.report import BASELINE_TEXT, build_report, bytes_per_token, gpt2_style
 
-    loaded = tokenizer_of(tokenizer, run, quiet)
-    loaded.encoder.note = ConsoleReporter(stderr(), quiet=quiet).note
+    loaded = load_tokenizer(tokenizer, run, quiet)
+    loaded.encoder.note = ConsoleReporter(stderr_console(), quiet=quiet).note
     with Corpus(source, field=field, errors=checked_errors(errors)) as corpus:
-        found = make_report(loaded, corpus.files())
-        stock = bytes_per_token(gpt2_style(loaded.vocab_size), corpus.pieces()) if baselines else None
+        result = build_report(loaded, corpus.files())
+        baseline = bytes_per_token(gpt2_style(loaded.vocab_size), corpus.pieces()) if baselines else None
     name = tokenizer or (str(Path(run) / "tokenizer.json") if run else "the run's tokenizer.json")
     if json:
-        document = {"tokenizer": name, **asdict(found), "fingerprint": loaded.fingerprint}
-        print_json({**document, "baselines": {"bytes": 1.0, "gpt2_style": stock}})
+        document = {"tokenizer": name, **asdict(result), "fingerprint": loaded.fingerprint}
+        print_json({**document, "baselines": {"bytes": 1.0, "gpt2_style": baseline}})
         return
-    sizes = ((found.documents, "document"), (found.bytes, "byte"), (found.words, "word"), (found.tokens, "token"))
-    against = f"; GPT-2-style of {BASELINE_TEXT} {stock:.3f}" if stock is not None else ""
+    description = f"{name}: {result.kind}, {pluralize(result.vocab_size, 'token')}, fingerprint {loaded.fingerprint[:12]}"
+    comparison = f"; GPT-2-style vocabulary trained on {BASELINE_TEXT}: {baseline:.3f}" if baseline is not None else ""
+    _print_report(result, description, f"single bytes: 1.000{comparison}")
+
+
+def _print_report(result: TokenizerReport, description: str, baselines: str) -> None:
+    from tinylm.tokenizer.report import RARE_COUNT
+
+    sizes = ((result.documents, "document"), (result.bytes, "byte"), (result.words, "word"), (result.tokens, "token"))
     rows = [
-        ("tokenizer", f"{name}: {found.kind}, {found.vocab_size:,} tokens, fingerprint {loaded.fingerprint[:12]}"),
-        ("text", ", ".join(things(*size) for size in sizes)),
-        ("bytes per token", f"{found.bytes_per_token:.3f} (bytes 1.000{against})"),
-        ("tokens per word", f"{found.tokens_per_word:.3f}"),
-        ("words split", f"{found.words_split:.1%}"),
-        ("unused tokens", f"{found.unused_tokens:,} of {found.vocab_size:,}; {found.rare_tokens:,} used fewer than 5 times"),
-        ("unknown tokens", f"{found.unknown_tokens:,}"),
-        ("Rényi efficiency", f"{found.renyi_efficiency:.3f}"),
-        ("round-trip failures", f"{found.round_trip_failures:,} lines" if found.round_trip_failures else "0"),
-        ("encoding", f"{found.encode_megabytes_per_second:.2f} MB/s"),
-        ("most frequent", "  ".join(f"{token!r} {times:,}" for token, times in found.frequent_tokens)),
-        ("longest", "  ".join(repr(token) for token in found.longest_tokens)),
+        ("tokenizer", description),
+        ("text", ", ".join(pluralize(*size) for size in sizes)),
+        ("bytes per token", f"{result.bytes_per_token:.3f} ({baselines})"),
+        ("tokens per word", f"{result.tokens_per_word:.3f}"),
+        ("split words", f"{result.words_split:.1%} of words are more than one token"),
+        ("unused tokens", f"{result.unused_tokens:,} of {result.vocab_size:,}"),
+        ("rare tokens", f"{result.rare_tokens:,} used, but fewer than {RARE_COUNT} times"),
+        ("unknown tokens", f"{result.unknown_tokens:,}"),
+        ("Rényi efficiency", f"{result.renyi_efficiency:.3f} (1 if all tokens are equally frequent)"),
+        ("round-trip failures", pluralize(result.round_trip_failures, "line") if result.round_trip_failures else "0"),
+        ("encoding speed", f"{result.encode_megabytes_per_second:.2f} MB/s"),
+        ("most frequent tokens", "  ".join(f"{token!r} {times:,}" for token, times in result.frequent_tokens)),
+        ("longest tokens", "  ".join(repr(token) for token in result.longest_tokens)),
     ]
     rows += [
-        (f"not given back {at}", f"{f.file}:{f.line}: {f.text!r} came back as {f.decoded!r}")
-        for at, f in enumerate(found.failures, 1)
+        (f"failure {number}", f"{f.file}:{f.line}: {f.text!r} is decoded as {f.decoded!r}")
+        for number, f in enumerate(result.failures, 1)
     ]
-    show_facts(stdout(), rows)
-    _histogram(found.token_lengths)
-    if len(found.files) > 1:
-        table = _table("file", "bytes", "tokens", "bytes per token", "unknown")
-        for file in found.files[:50]:
+    print_fields(stdout_console(), rows)
+    _print_histogram(result.token_lengths)
+    if len(result.files) > 1:
+        table = _table("file", "bytes", "tokens", "bytes per token", "unknown tokens")
+        for file in result.files[:_MAX_FILES]:
             table.add_row(
                 file.name, f"{file.bytes:,}", f"{file.tokens:,}", f"{file.bytes_per_token:.3f}", f"{file.unknown_tokens:,}"
             )
-        stdout().print(table)
-        if len(found.files) > 50:
-            out(f"and {len(found.files) - 50:,} more files (--json lists them)")
+        stdout_console().print(table)
+        if len(result.files) > _MAX_FILES:
+            write_stdout(f"and {len(result.files) - _MAX_FILES:,} more files (--json lists them)")
 
 
-def _histogram(lengths: list[int]) -> None:
-    """How many of the text's tokens have each length in bytes."""
-    out("tokens of the text by their bytes")
-    most, total = max(*lengths, 1), max(sum(lengths), 1)
+def _print_histogram(lengths: list[int]) -> None:
+    """Print the share of the text's tokens by length in bytes. The last entry includes all longer tokens."""
+    write_stdout("token length in bytes, and the share of the text's tokens with that length")
+    highest, total = max(*lengths, 1), max(sum(lengths), 1)
     for size, number in enumerate(lengths):
         if number:
             label = f"{size}" if size < len(lengths) - 1 else f"{size}+"
-            out(f"  {label:>3}  {'#' * max(1, round(_BAR * number / most)):<{_BAR}} {number / total:6.1%}")
+            write_stdout(f"  {label:>3}  {'#' * max(1, round(_BAR_WIDTH * number / highest)):<{_BAR_WIDTH}} {number / total:6.1%}")
 
 
 def _table(first: str, *others: str) -> Table:
@@ -128,222 +128,242 @@ def _table(first: str, *others: str) -> Table:
 
 def compare(
     tokenizer: list[str] = typer.Argument(
-        ..., help="tokenizer.json files or folders, FILE.tiktoken[:SPLIT], tiktoken:NAME, sentencepiece .model files."
+        ...,
+        help="tokenizer.json files or folders with one, FILE.tiktoken[:SPLIT], tiktoken:NAME, or sentencepiece .model files.",
     ),
-    on: list[str] = typer.Option(..., "--on", help="SOURCE to compare them on; may be repeated."),
+    on: list[str] = typer.Option(..., "--on", help="SOURCE to encode. Can be repeated."),
     field: str = FIELD,
     errors: str = ERRORS,
     json: bool = JSON,
 ) -> None:
-    """Several tokenizers side by side on the same text."""
+    """Compare several tokenizers on the same text."""
     from tinylm.text.sources import Corpus
-    from tinylm.tokenizer.codec import open_codec
-    from tinylm.tokenizer.report import report as make_report
+    from tinylm.tokenizer.adapters import open_tokenizer
+    from tinylm.tokenizer.report import build_report
 
-    codecs = [open_codec(path) for path in tokenizer]
+    adapters = [open_tokenizer(path) for path in tokenizer]
     with Corpus(on, field=field, errors=checked_errors(errors)) as corpus:
-        reports = [make_report(codec, corpus.files()) for codec in codecs]
+        reports = [build_report(adapter, corpus.files()) for adapter in adapters]
     if json:
-        print_json([{"tokenizer": path, **asdict(found)} for path, found in zip(tokenizer, reports, strict=True)])
+        print_json([{"tokenizer": path, **asdict(result)} for path, result in zip(tokenizer, reports, strict=True)])
         return
-    columns = (
+    table = _table(
+        "tokenizer",
         "kind",
         "vocabulary",
         "tokens",
         "bytes per token",
         "tokens per word",
-        "split",
-        "unused",
-        "unknown",
-        "Rényi",
-        "lines lost",
+        "split words",
+        "unused tokens",
+        "unknown tokens",
+        "Rényi efficiency",
+        "round-trip failures",
+        "MB/s",
     )
-    table = _table("tokenizer", *columns, "MB/s")
-    for path, found in zip(tokenizer, reports, strict=True):
+    for path, result in zip(tokenizer, reports, strict=True):
         table.add_row(
             path,
-            found.kind,
-            f"{found.vocab_size:,}",
-            f"{found.tokens:,}",
-            f"{found.bytes_per_token:.3f}",
-            f"{found.tokens_per_word:.3f}",
-            f"{found.words_split:.1%}",
-            f"{found.unused_tokens / found.vocab_size:.1%}",
-            f"{found.unknown_tokens:,}",
-            f"{found.renyi_efficiency:.3f}",
-            f"{found.round_trip_failures:,}",
-            f"{found.encode_megabytes_per_second:.1f}",
+            result.kind,
+            f"{result.vocab_size:,}",
+            f"{result.tokens:,}",
+            f"{result.bytes_per_token:.3f}",
+            f"{result.tokens_per_word:.3f}",
+            f"{result.words_split:.1%}",
+            f"{result.unused_tokens / result.vocab_size:.1%}",
+            f"{result.unknown_tokens:,}",
+            f"{result.renyi_efficiency:.3f}",
+            f"{result.round_trip_failures:,}",
+            f"{result.encode_megabytes_per_second:.1f}",
         )
-    stdout().print(table)
+    stdout_console().print(table)
 
 
 def explain(
-    text: str = typer.Argument(..., help="The text; - reads standard input."),
+    text: str = typer.Argument(..., help="The text, or - for standard input."),
     tokenizer: str | None = TOKENIZER,
     run: str | None = RUN,
-    html: str | None = typer.Option(None, "--html", help="Write a page that shows it."),
+    html: str | None = typer.Option(None, "--html", help="Also write the explanation to an HTML page."),
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """How a text becomes its tokens: merge by merge, or the best path with its scores."""
-    from tinylm.paths import write_whole
-    from tinylm.tokenizer.explain import as_html
-    from tinylm.tokenizer.explain import explain as make_explanation
+    """Explain how a text is encoded: the merges of each word, or its best segmentations with their scores."""
+    from tinylm.paths import atomic_write_text
+    from tinylm.tokenizer.explain import as_html, visible
+    from tinylm.tokenizer.explain import explain as explain_text
 
-    loaded = tokenizer_of(tokenizer, run, quiet)
+    loaded = load_tokenizer(tokenizer, run, quiet)
     if text == "-":
         with open(0, encoding="utf-8", errors="surrogateescape", newline="") as stdin:
             text = stdin.read()
-    found = make_explanation(loaded, checked_text(text, "TEXT"))
+    explanation = explain_text(loaded, checked_text(text, "TEXT"))
     if html is not None:
-        write_whole(Path(html), as_html(found, f"{found.kind} tokens"))
+        atomic_write_text(Path(html), as_html(explanation, f"{explanation.kind} tokens"))
     if json:
-        print_json(found)
+        print_json(explanation)
         return
-    console = stdout()
-    for word in found.words:
-        console.print(Text(_visible(word.text), style="bold" if console.is_terminal else ""), soft_wrap=True)
+    console = stdout_console()
+    for word in explanation.words:
+        console.print(Text(visible(word.text), style="bold" if console.is_terminal else ""), soft_wrap=True)
         for step in word.steps:
-            console.print(_line(console, step.what, step.parts), soft_wrap=True)
-    tokens = found.tokens
-    console.print(_line(console, things(len(tokens), "token"), [token.text for token in tokens]), soft_wrap=True)
-    scored = (f"{token.id}" + (f" ({token.score:.2f})" if token.score is not None else "") for token in tokens)
-    console.print(f"ids: {' '.join(scored)}", soft_wrap=True)
+            console.print(_step_line(console, step.what, step.parts), soft_wrap=True)
+    tokens = explanation.tokens
+    console.print(_step_line(console, pluralize(len(tokens), "token"), [token.text for token in tokens]), soft_wrap=True)
+    ids = (f"{token.id}" + (f" ({token.score:.2f})" if token.score is not None else "") for token in tokens)
+    label = "ids (log p)" if explanation.kind == "unigram" else "ids"
+    console.print(f"{label}: {' '.join(ids)}", soft_wrap=True)
     if html is not None:
-        ConsoleReporter(stderr(), quiet=quiet).note(f"wrote {html}")
+        ConsoleReporter(stderr_console(), quiet=quiet).note(f"wrote {html}")
 
 
-def _visible(text: str) -> str:
+def _step_line(console: Console, what: str, parts: list[str]) -> Text:
+    """A step and the parts of the word after it: colored on a terminal with colors, else separated by bars."""
     from tinylm.tokenizer.explain import visible
 
-    return visible(text)
+    shown = [visible(part) for part in parts]
+    plain = console.no_color or not console.is_terminal
+    return Text(f"  {what:<36} ", style="dim" if not plain else "") + (Text("|".join(shown)) if plain else _colored(shown))
 
 
-def _colored(parts: list[str], first: int) -> Text:
+def _colored(parts: list[str]) -> Text:
     text = Text()
-    for at, part in enumerate(parts, first):
-        text.append(part, style=_COLORS[at % len(_COLORS)])
+    for index, part in enumerate(parts):
+        text.append(part, style=_COLORS[index % len(_COLORS)])
     return text
 
 
-def _line(console: Console, what: str, parts: list[str]) -> Text:
-    """A step; its parts in colors on a terminal, with bars between them elsewhere."""
-    shown = [_visible(part) for part in parts]
-    plain = console.no_color or not console.is_terminal
-    return Text(f"  {what:<36} ", style="dim" if not plain else "") + (Text("|".join(shown)) if plain else _colored(shown, 0))
-
-
 def sweep(
-    source: list[str] = typer.Argument(..., help="SOURCEs to learn from."),
-    sizes: str = typer.Option("512,1024,2048,4096,8192,16384", "--sizes", help="Vocabulary sizes, with commas."),
+    source: list[str] = typer.Argument(..., help="SOURCEs to train on."),
+    sizes: str = typer.Option("512,1024,2048,4096,8192,16384", "--sizes", help="Vocabulary sizes, separated by commas."),
     kind: str = typer.Option("bpe", "--kind", help="bpe, unigram, wordpiece or word."),
-    split: str | None = typer.Option(None, "--split", help="As for `train`."),
-    recipe: str = typer.Option("quickstart", "--recipe", help="RECIPE whose model and batch are meant."),
+    split: str | None = typer.Option(None, "--split", help="As in `tokenize train`."),
+    recipe: str = typer.Option("quickstart", "--recipe", help="RECIPE with the model and batch size to compare the sizes for."),
     set_: list[str] | None = SET,
-    heldout: float = typer.Option(0.1, "--heldout", min=0.001, max=0.9, help="Share of the text, its end, to measure on."),
-    plot: str | None = typer.Option(None, "--plot", help="Draw it: a .png, .svg or .pdf file."),
+    heldout: float = typer.Option(
+        0.1, "--heldout", min=0.001, max=0.9, help="Share of the text, at its end, to hold out for evaluation."
+    ),
+    plot: str | None = typer.Option(None, "--plot", help="Also draw a chart: a .png, .svg or .pdf file."),
     field: str = FIELD,
     errors: str = ERRORS,
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Which vocabulary size: bytes per token against what a model pays for it."""
+    """Compare vocabulary sizes: bytes per token against their cost in the model. Suggests a size."""
     from tinylm.recipe import load
-    from tinylm.text import split as splitting
     from tinylm.text.sources import Corpus, describe
-    from tinylm.tokenizer.sweep import sweep as make_sweep
+    from tinylm.text.split import by_tail, scan
+    from tinylm.tokenizer.vocab_sweep import sweep_vocab_sizes
 
-    from .recipe_files import find
-    from .tokenize import section_of
+    from .recipe_files import find_recipe
 
-    tried = _sizes(sizes)
+    requested = _parse_sizes(sizes)
     if plot is not None and Path(plot).suffix not in (".png", ".svg", ".pdf"):
         raise InputError("must end in .png, .svg or .pdf", where="--plot")
-    section = section_of(kind, vocab_size=max(tried), allow_smaller=True, split=split)
-    chosen = load(find(recipe), set_ or (), check_files=False)
-    reporter = ConsoleReporter(stderr(), quiet=quiet)
+    section = tokenizer_section(kind, vocab_size=max(requested), allow_smaller=True, split=split)
+    loaded_recipe = load(find_recipe(recipe), set_ or (), check_files=False)
+    reporter = ConsoleReporter(stderr_console(), quiet=quiet)
     with Corpus(source, field=field, errors=checked_errors(errors)) as corpus:
-        scanned = splitting.scan(corpus.pieces())
+        scanned = scan(corpus.pieces())
         if not scanned.characters:
             raise InputError("the text is empty", where=describe(source))
-        division = splitting.by_tail(scanned, heldout)
-        found = make_sweep(
-            section,
-            tried,
-            lambda: division.select(corpus.pieces(), "train"),
-            lambda: division.select(corpus.pieces(), "heldout"),
-            chosen.model,
-            chosen.training.global_batch_size * chosen.model.context_length,
-            reporter.warn,
-        )
+        parts = by_tail(scanned, heldout)
+        with option_names_in_errors():
+            result = sweep_vocab_sizes(
+                section,
+                requested,
+                lambda: parts.select(corpus.pieces(), "train"),
+                lambda: parts.select(corpus.pieces(), "heldout"),
+                loaded_recipe.model,
+                loaded_recipe.training.global_batch_size * loaded_recipe.model.context_length,
+                reporter.warn,
+            )
     if plot is not None:
-        _draw(found, plot)
+        _plot_sweep(result, plot)
         reporter.note(f"wrote {plot}")
     if json:
-        print_json(found)
-        return
-    table = _table(
-        "vocabulary", "bytes per token", "embedding rows", "share of the model", "text a step", "MFLOP a byte", "seldom seen"
-    )
-    for size in found.sizes:
-        table.add_row(
-            f"{size.vocab_size:,}" + (" *" if size.vocab_size == found.suggested else ""),
-            f"{size.bytes_per_token:.3f}",
-            count(size.embedding_parameters),
-            f"{size.embedding_share:.1%}",
-            f"{count(size.bytes_per_step)}B",
-            f"{size.flops_per_byte / 1e6:.2f}",
-            f"{size.seldom_tokens:.1%}",
-        )
-    stdout().print(table)
-    out(f"{things(found.tokens_per_step, 'token')} a step, model of {recipe}")
-    out(f"* {found.suggested:,}: {found.reason}")
+        print_json(result)
+    else:
+        _print_sweep(result, recipe)
 
 
-def _sizes(written: str) -> list[int]:
+def _parse_sizes(text: str) -> list[int]:
     try:
-        sizes = [int(part.replace("_", "")) for part in written.split(",")]
+        sizes = [int(part.replace("_", "")) for part in text.split(",")]
     except ValueError:
-        raise InputError(f"must be numbers with commas between them, not {written!r}", where="--sizes") from None
+        raise InputError(f"must be numbers separated by commas, not {text!r}", where="--sizes") from None
     if min(sizes) < 1 or len(sizes) > 50:
-        raise InputError("must be at most 50 numbers of at least 1", where="--sizes")
+        raise InputError("must be at most 50 numbers, each at least 1", where="--sizes")
     return sizes
 
 
-def _draw(found: Any, path: str) -> None:
-    from tinylm.errors import need_extra
-    from tinylm.paths import whole_file
+def _print_sweep(sweep: VocabSweep, recipe: str) -> None:
+    from tinylm.tokenizer.vocab_sweep import MIN_OCCURRENCES
+
+    table = _table(
+        "vocabulary",
+        "bytes per token",
+        "embedding parameters",
+        "share of model",
+        "text per step",
+        "MFLOPs per byte",
+        "rare tokens",
+    )
+    for result in sweep.sizes:
+        table.add_row(
+            f"{result.vocab_size:,}" + (" *" if result.vocab_size == sweep.suggested else ""),
+            f"{result.bytes_per_token:.3f}",
+            format_count(result.embedding_parameters),
+            f"{result.embedding_share:.1%}",
+            f"{format_count(result.bytes_per_step, space=' ')}B",
+            f"{result.flops_per_byte / 1e6:.2f}",
+            f"{result.seldom_tokens:.1%}",
+        )
+    stdout_console().print(table)
+    write_stdout(f"model and batch size of recipe {recipe}: {pluralize(sweep.tokens_per_step, 'token')} per step")
+    write_stdout(f"rare tokens: share of the multi-byte tokens that occur fewer than {MIN_OCCURRENCES} times in the training text")
+    write_stdout(f"* suggested: {sweep.suggested:,}, {sweep.reason}")
+
+
+def _plot_sweep(sweep: VocabSweep, path: str) -> None:
+    from tinylm.errors import missing_extra
+    from tinylm.paths import atomic_file
 
     try:
         import matplotlib
     except ImportError:
-        raise need_extra("plot", "drawing a sweep") from None
+        raise missing_extra("plot", "drawing a sweep") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    sizes = [size.vocab_size for size in found.sizes]
-    axes.plot(sizes, [size.bytes_per_token for size in found.sizes], "o-", color="C0", label="bytes per token, held out (left)")
-    axes.axvline(found.suggested, color="0.7", linestyle="--", label=f"suggested: {found.suggested:,}")
+    sizes = [result.vocab_size for result in sweep.sizes]
+    axes.plot(sizes, [result.bytes_per_token for result in sweep.sizes], "o-", color="C0", label="held-out bytes per token (left)")
+    axes.axvline(sweep.suggested, color="0.7", linestyle="--", label=f"suggested: {sweep.suggested:,}")
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=30)
     axes.minorticks_off()
-    axes.set_xlabel("vocabulary")
+    axes.set_xlabel("vocabulary size")
     axes.set_ylabel("bytes per token")
     costs = axes.twinx()
-    costs.plot(sizes, [100 * size.embedding_share for size in found.sizes], "s-", color="C1", label="embedding share, % (right)")
-    least = min(size.flops_per_byte for size in found.sizes)
     costs.plot(
         sizes,
-        [100 * size.flops_per_byte / least for size in found.sizes],
+        [100 * result.embedding_share for result in sweep.sizes],
+        "s-",
+        color="C1",
+        label="embedding share of model, % (right)",
+    )
+    lowest = min(result.flops_per_byte for result in sweep.sizes)
+    costs.plot(
+        sizes,
+        [100 * result.flops_per_byte / lowest for result in sweep.sizes],
         "^-",
         color="C2",
-        label="arithmetic per byte, % of the least (right)",
+        label="FLOPs per byte, % of the lowest (right)",
     )
     costs.set_ylabel("%")
     lines = axes.get_lines() + costs.get_lines()
     names = [str(line.get_label()) for line in lines]
     figure.legend(lines, names, fontsize="small", loc="outside upper center", ncols=2)
-    with whole_file(Path(path)) as temporary:
+    with atomic_file(Path(path)) as temporary:
         figure.savefig(temporary, format=os.path.splitext(path)[1][1:], dpi=150)
     pyplot.close(figure)

@@ -1,10 +1,12 @@
-"""`tinylm train`: a recipe becomes a run folder."""
+"""`tinylm train`: train a recipe into a run folder, or replay a failed step."""
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -16,21 +18,22 @@ from .console import (
     QUIET,
     SET,
     ConsoleReporter,
-    Conversation,
-    count,
-    duration,
-    out,
+    StderrConsole,
+    format_count,
+    format_duration,
+    format_size,
+    parse_duration,
+    print_fields,
     print_json,
-    seconds_of,
-    show_facts,
-    size,
-    stderr,
+    stderr_console,
+    write_stdout,
 )
-from .recipe_files import find
+from .recipe_files import find_recipe
 
 if TYPE_CHECKING:
     from tinylm.pipeline import TrainResult
     from tinylm.recipe import EmbeddingRecipe, Recipe
+    from tinylm.training.metrics import Observer
 
 app = typer.Typer(add_completion=False)
 
@@ -38,96 +41,92 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def train(
     recipe: str | None = typer.Argument(
-        None, help="A YAML file, the name of a recipe that ships, or a run folder to --resume.", show_default=False
+        None, help="A YAML file, the name of a recipe that ships with tinylm, or a run folder to --resume.", show_default=False
     ),
     set_: list[str] | None = SET,
-    out_: str | None = typer.Option(None, "--out", help="The run folder; default: runs/NAME, with the recipe's name."),
-    resume: bool = typer.Option(False, "--resume", help="Go on from the newest whole checkpoint."),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Begin anew where a run is."),
+    out: str | None = typer.Option(None, "--out", help="Run folder. Default: runs/NAME, with the name of the recipe."),
+    resume: bool = typer.Option(False, "--resume", help="Continue a run from its newest complete checkpoint."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace the run in the run folder."),
     allow_change: list[str] | None = typer.Option(
-        None, "--allow-change", metavar="KEY", help="With --resume: let this key, or section, differ."
+        None, "--allow-change", metavar="KEY", help="With --resume: accept a changed recipe key or section. Can be repeated."
     ),
     stop_after: str | None = typer.Option(None, "--stop-after", metavar="TIME", help="Save and stop after 90s, 55m or 2h."),
     replay: str | None = typer.Option(
-        None, "--replay", metavar="REPORT", help="Do the step again of which a training left a report."
+        None, "--replay", metavar="REPORT", help="Repeat a failed step from the report that the failed run has written."
     ),
-    seed: int | None = typer.Option(None, "--seed", min=0, help="Instead of the recipe's."),
-    dry_run: bool = typer.Option(False, "--dry-run", help="Check everything and show the plan; train nothing."),
+    seed: int | None = typer.Option(None, "--seed", min=0, help="Random seed. Default: that of the recipe."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Check the recipe and show the plan, but do not train."),
     device: str = DEVICE,
     threads: str | None = typer.Option(
-        None, "--threads", help="CPU threads, or auto: as many as are fastest; default: one per core."
+        None, "--threads", help="CPU threads, or auto for the fastest number. Default: one per core."
     ),
-    workers: int = typer.Option(1, "--workers", min=1, help="Processes that encode the text; 1 uses threads."),
+    workers: int = typer.Option(1, "--workers", min=1, help="Processes that encode the text. 1 uses threads instead."),
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Train a model. Ctrl-C finishes the step, saves, and stops; --resume goes on from there.
+    """Train a model. Ctrl-C finishes the current step, saves it and stops; --resume continues from there.
 
-    Several processes train one model together: torchrun --nproc-per-node N -m tinylm train RECIPE.
+    To train with several processes: torchrun --nproc-per-node N -m tinylm train RECIPE.
     """
     from tinylm.device import resolve
     from tinylm.errors import InputError
-    from tinylm.processes import launched
+    from tinylm.processes import launch_info
     from tinylm.recipe import EmbeddingRecipe
+    from tinylm.run import check_run_folder
 
     if (recipe is None) == (replay is None):
-        raise InputError("give a RECIPE, or a report with --replay", where="tinylm train", hint="`tinylm recipes` lists some")
-    wanted_threads = _threads(threads)
+        hint = "`tinylm recipes` lists the recipes that ship with tinylm"
+        raise InputError("give either a RECIPE or --replay REPORT", where="tinylm train", hint=hint)
+    thread_count = _parse_threads(threads)
     if recipe is None:
-        _replay(str(replay), device, wanted_threads, json)
+        _replay(str(replay), device, thread_count, json)
         return
-    main, several = launched().rank == 0, launched().count > 1
-    if several:  # else torch's own library says in every process how gradients could be exchanged faster
+    launch = launch_info()
+    is_main, distributed = launch.rank == 0, launch.world_size > 1
+    if distributed:  # suppress a torch warning that every process would print
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    quiet = quiet or not main
-    console = stderr()
+    quiet = quiet or not is_main
+    console = stderr_console()
     reporter = ConsoleReporter(console, quiet=quiet)
     overrides = [*(set_ or ()), *([f"seed={seed}"] if seed is not None else [])]
     try:
-        loaded, folder = _checked(recipe, overrides, out_, resume, overwrite, allow_change, main)
-        seconds = seconds_of(stop_after)
+        loaded, folder = _load(recipe, overrides, out, resume=resume, allow_change=bool(allow_change))
+        if is_main:
+            check_run_folder(folder, resume, overwrite)
+        seconds = parse_duration(stop_after)
         if isinstance(loaded, EmbeddingRecipe):
             _refuse_for_embeddings(
                 {
                     "--dry-run": dry_run,
                     "--allow-change": bool(allow_change),
                     "--device": device not in ("auto", "cpu"),
-                    "--threads auto": wanted_threads == "auto",
+                    "--threads auto": thread_count == "auto",
                     "--workers": workers > 1,
-                    "torchrun": several,
+                    "torchrun": distributed,
                 }
             )
         elif not dry_run:
-            resolve(device)  # one that is not here is told before torch's models are loaded
+            resolve(device)  # report a missing device before the slow imports
     except InputError as error:
-        if main:
+        if is_main:
             raise
-        raise SystemExit(error.exit_code) from None  # the main process says the same
+        raise SystemExit(error.exit_code) from None  # the main process prints the same error
     if isinstance(loaded, EmbeddingRecipe):
         from .embed import run_recipe
 
-        run_recipe(
-            loaded, Path(folder), resume, overwrite, seconds, wanted_threads if wanted_threads != "auto" else None, json, quiet
-        )
+        run_recipe(loaded, folder, resume, overwrite, seconds, thread_count if thread_count != "auto" else None, json, quiet)
         return
     if dry_run:
-        from .plan import make, show_plan
+        from .plan import plan_recipe, show_plan
 
-        if main:
-            show_plan(make(loaded, reporter), json)
+        if is_main:
+            show_plan(plan_recipe(loaded, reporter), json)
         return
     from tinylm import pipeline
-    from tinylm.training.metrics import Observer
 
-    from .live import PlainView, TerminalView
+    from .live import TerminalView
 
-    observer: Observer
-    if quiet:
-        observer = Observer()
-    elif console.is_terminal and not console.is_dumb_terminal:
-        observer = TerminalView(console, f"tinylm train {loaded.name}")
-    else:
-        observer = PlainView(console)
+    observer = _observer(console, f"tinylm train {loaded.name}", quiet)
     with observer if isinstance(observer, TerminalView) else nullcontext():
         result = pipeline.train(
             loaded,
@@ -136,89 +135,65 @@ def train(
             overwrite=overwrite,
             allow_change=allow_change or (),
             device=device,
-            threads=wanted_threads,
+            threads=thread_count,
             workers=workers,
             stop_after=seconds,
             reporter=reporter,
             observer=observer,
         )
-    if main:
-        _show(result, console, json, quiet)
+    if is_main:
+        _show_result(result, console, json, quiet)
     if result.signal_number is not None:
         raise SystemExit(128 + result.signal_number)
 
 
-def _checked(
-    recipe: str, overrides: list[str], out_: str | None, resume: bool, overwrite: bool, allow_change: list[str] | None, main: bool
-) -> tuple[Recipe | EmbeddingRecipe, str]:
-    """The recipe and the run folder that a command line means. Raises `InputError` for what does not go together."""
+def _load(
+    recipe: str, overrides: list[str], out: str | None, *, resume: bool, allow_change: bool
+) -> tuple[Recipe | EmbeddingRecipe, Path]:
+    """Load the recipe and choose the run folder. Raises `InputError` if the recipe or the options are invalid."""
     from tinylm.errors import InputError
     from tinylm.recipe import EmbeddingRecipe, load_any
-    from tinylm.run import RUNS, claim
+    from tinylm.run import RUNS
 
     from .embed import FOLDER
 
-    file = find(recipe)
+    file = find_recipe(recipe)
+    is_run_folder = file == Path(recipe).expanduser() / "recipe.yaml"
     loaded = load_any(file, overrides, check_files=not resume)
-    if file == Path(recipe).expanduser() / "recipe.yaml" and out_ is None:
+    if is_run_folder and out is None:
         if not resume:
-            raise InputError(
-                "this is a run folder", where=recipe, hint="--resume goes on with it; --out trains its recipe elsewhere"
-            )
-        out_ = recipe
+            hint = "--resume continues it, --out trains its recipe into another folder"
+            raise InputError("is a run folder", where=recipe, hint=hint)
+        out = recipe
     if allow_change and not resume:
-        raise InputError("only means something with --resume", where="--allow-change")
-    folder = out_ or str((FOLDER if isinstance(loaded, EmbeddingRecipe) else RUNS) / loaded.name)
-    if main:
-        claim(Path(folder), resume, overwrite)
-    return loaded, folder
+        raise InputError("requires --resume", where="--allow-change")
+    default = (FOLDER if isinstance(loaded, EmbeddingRecipe) else RUNS) / loaded.name
+    return loaded, default if out is None else Path(out)
 
 
 def _refuse_for_embeddings(given: dict[str, bool]) -> None:
-    """Vectors are learned by one process, on the CPU."""
+    """Raise `InputError` if an option was given that embeddings, which are trained by one process on the CPU, do not support."""
     from tinylm.errors import InputError
 
     for option, is_given in given.items():
         if is_given:
-            raise InputError("means nothing for embeddings", where=option)
+            raise InputError("not supported for embeddings", where=option)
 
 
-def _replay(report: str, device: str, threads: int | Literal["auto"] | None, json: bool) -> None:
-    from tinylm.errors import InputError
+def _observer(console: StderrConsole, title: str, quiet: bool) -> Observer:
+    """A live panel if the output is a terminal, otherwise plain lines; nothing if `quiet`."""
+    from tinylm.training.metrics import Observer
 
-    if threads == "auto":
-        raise InputError("a replay takes as many as the training had, or a number", where="--threads auto")
-    from tinylm.training.replay import replay
+    from .live import PlainView, TerminalView
 
-    again = replay(report, device=None if device == "auto" else device, threads=threads)
-    if json:
-        print_json(again.as_dict())
-        return
-    seen = again.report
-    how = {"bits": "to the bit", "rounding": "up to rounding", "different": "not: it comes out differently here"}[again.same]
-    worst = sorted(range(len(again.sequence_losses)), key=lambda row: _badness(again.sequence_losses[row]), reverse=True)[:3]
-    rows = [
-        ("reported", f"{seen.reason} (loss {seen.loss:.6g}, gradient {seen.grad_norm:.6g})"),
-        ("batch", f"step {seen.step:,}: sequences {seen.cursor:,} to {seen.cursor + len(again.sequence_losses) - 1:,} of the data"),
-        ("computed", f"loss {again.loss:.6g}, gradient {again.grad_norm:.6g}, in {seen.precision}"),
-        ("reproduced", how),
-        ("not numbers", f"{len(again.broken)} of {len(again.gradients)} parameters{_first_of(again.broken)}"),
-        ("worst text", ", ".join(f"sequence {row} (loss {again.sequence_losses[row]:.4g})" for row in worst) + " of texts.txt"),
-    ]
-    width = max(len(label) for label, _ in rows)
-    for label, value in rows:
-        out(f"{label:<{width}}  {value}")
+    if quiet:
+        return Observer()
+    if console.is_terminal and not console.is_dumb_terminal:
+        return TerminalView(console, title)
+    return PlainView(console)
 
 
-def _badness(loss: float) -> float:
-    return loss if loss == loss else float("inf")
-
-
-def _first_of(names: list[str]) -> str:
-    return f": {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else ""
-
-
-def _threads(text: str | None) -> int | Literal["auto"] | None:
+def _parse_threads(text: str | None) -> int | Literal["auto"] | None:
     from tinylm.errors import InputError
 
     if text is None:
@@ -226,35 +201,76 @@ def _threads(text: str | None) -> int | Literal["auto"] | None:
     if text == "auto":
         return "auto"
     if not text.isdigit() or int(text) < 1:
-        raise InputError(f"{text!r} is no number of threads", where="--threads", hint="a number of at least 1, or auto")
+        raise InputError(f"must be a whole number of at least 1, or auto, not {text!r}", where="--threads")
     return int(text)
 
 
-def _show(result: TrainResult, console: Conversation, json: bool, quiet: bool) -> None:
-    from dataclasses import asdict
+def _replay(report: str, device: str, threads: int | Literal["auto"] | None, json: bool) -> None:
+    """Repeat the step of a report, and print how the results compare with those in the report."""
+    from tinylm.errors import InputError
 
+    if threads == "auto":
+        hint = "without --threads, a replay uses as many threads as the training"
+        raise InputError("not supported with --replay", where="--threads auto", hint=hint)
+    from tinylm.training.replay import replay
+
+    replayed = replay(report, device=None if device == "auto" else device, threads=threads)
+    if json:
+        print_json(replayed.as_dict())
+        return
+    reported, losses = replayed.report, replayed.sequence_losses
+    agreement = {"bits": "to the bit", "rounding": "up to rounding", "different": "no, the results differ"}[replayed.agreement]
+    non_finite = f"{len(replayed.non_finite)} of {len(replayed.gradients)} parameters{_first_names(replayed.non_finite)}"
+    worst = sorted(range(len(losses)), key=lambda row: _nan_as_infinity(losses[row]), reverse=True)[:3]
+    worst_texts = ", ".join(f"sequence {row} (loss {losses[row]:.4g})" for row in worst)
+    last_sequence = reported.cursor + len(losses) - 1
+    rows = [
+        ("reported", f"{reported.reason} (loss {reported.loss:.6g}, gradient norm {reported.grad_norm:.6g})"),
+        ("batch", f"step {reported.step:,}: sequences {reported.cursor:,} to {last_sequence:,} of the data"),
+        ("replayed", f"loss {replayed.loss:.6g}, gradient norm {replayed.grad_norm:.6g}, in {reported.precision}"),
+        ("reproduced", agreement),
+        ("non-finite", non_finite),
+        ("highest loss", f"{worst_texts}; see texts.txt in the report"),
+    ]
+    width = max(len(label) for label, _ in rows)
+    for label, value in rows:
+        write_stdout(f"{label:<{width}}  {value}")
+
+
+def _nan_as_infinity(loss: float) -> float:
+    """A sort key: NaN cannot be compared."""
+    return math.inf if math.isnan(loss) else loss
+
+
+def _first_names(names: list[str]) -> str:
+    return f": {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else ""
+
+
+def _show_result(result: TrainResult, console: StderrConsole, json: bool, quiet: bool) -> None:
     if not quiet:
-        _summary(result, console)
+        _show_summary(result, console)
     if json:
         document = asdict(result)
         del document["signal_number"]
         print_json(document)
     else:
-        out(result.run)
+        write_stdout(result.run)
 
 
-def _summary(result: TrainResult, console: Conversation) -> None:
+def _show_summary(result: TrainResult, console: StderrConsole) -> None:
     rows = []
     if result.val_loss is not None:
-        held_out = f"loss {result.val_loss:.4f} nats per token, perplexity {result.val_perplexity:.2f}, "
-        rows.append(("held-out", f"{held_out}{result.val_bits_per_byte:.4f} bits per byte (best at step {result.best_step:,})"))
-    trained = f"{result.step:,} of {result.steps:,} steps, {count(result.tokens)} tokens, {count(result.parameters)} parameters"
-    memory = "" if result.peak_memory_bytes is None else f", peak memory {size(result.peak_memory_bytes)}"
-    speed = f"{count(result.tokens_per_second)} tokens/s in {result.precision} on {result.device}"
-    time = f"{duration(result.train_seconds)} of stepping at {speed}, {duration(result.seconds)} in all{memory}"
-    show_facts(console, [*rows, ("trained", trained), ("time", time)])
+        scores = f"loss {result.val_loss:.4f} nats per token, perplexity {result.val_perplexity:.2f}, "
+        rows.append(("held-out", f"{scores}{result.val_bits_per_byte:.4f} bits per byte (best at step {result.best_step:,})"))
+    tokens, parameters = format_count(result.tokens), format_count(result.parameters)
+    rows.append(("trained", f"{result.step:,} of {result.steps:,} steps, {tokens} tokens, {parameters} parameters"))
+    speed = f"{format_count(result.tokens_per_second)} tokens/s in {result.precision} on {result.device}"
+    memory = "" if result.peak_memory_bytes is None else f", peak memory {format_size(result.peak_memory_bytes)}"
+    in_steps, total = format_duration(result.train_seconds), format_duration(result.seconds)
+    rows.append(("time", f"{in_steps} in optimizer steps at {speed}, {total} in total{memory}"))
+    print_fields(console, rows)
     run = shlex.quote(result.run)
     if result.stopped == "done":
-        console.say(f'next: tinylm sample --run {run} --prompt "..."   tinylm eval --run {run}', "dim")
+        console.print_line(f'next: tinylm sample --run {run} --prompt "..."   tinylm eval --run {run}', "dim")
     else:
-        console.say(f"stopped early and saved; go on with: tinylm train {run} --resume", "yellow")
+        console.print_line(f"stopped early; the last step is saved. Continue with: tinylm train {run} --resume", "yellow")

@@ -1,1 +1,1 @@
-"""The recipes that ship with tinylm; `tinylm recipes` lists them."""
+"""The recipes that ship with tinylm. `tinylm recipes` lists them."""

@@ -1,4 +1,4 @@
-"""`tinylm` as a user runs it, off a terminal, and what an answer of it is."""
+"""Run the `tinylm` command in a subprocess without a terminal, and check its output."""
 
 from __future__ import annotations
 
@@ -19,33 +19,35 @@ def environment() -> dict[str, str]:
 
 
 def tinylm(*arguments: str | Path, cwd: Path | None = None, stdin: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
-    """Run in a process of its own, to the end."""
+    """Run a command in a subprocess and wait for it."""
     command = [*COMMAND, *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, input=stdin, capture_output=True, timeout=300, env=environment(), check=False)
 
 
 @dataclass(frozen=True)
-class Answer:
+class CommandResult:
+    """Exit code and output of a command."""
+
     code: int
     out: str
     err: str
 
     @property
     def json(self) -> Any:
-        """The one document on stdout."""
+        """The JSON document on stdout."""
         return json.loads(self.out)
 
 
-Here = Callable[..., Answer]
+RunCli = Callable[..., CommandResult]
 
 
-def complaint(answer: Answer, code: int = 2) -> str:
-    """The one line on stderr of a command that failed as it should: nothing on stdout, no traceback."""
-    assert answer.code == code, answer
-    assert answer.out == ""
-    assert "Traceback" not in answer.err
-    assert "a mistake in tinylm" not in answer.err
-    *before, last = answer.err.splitlines()
+def error_of(result: CommandResult, code: int = 2) -> str:
+    """The error message of a failed command. Also checks the exit code, that stdout is empty, and that there is no traceback."""
+    assert result.code == code, result
+    assert result.out == ""
+    assert "Traceback" not in result.err
+    assert "a bug in tinylm" not in result.err
+    *before, last = result.err.splitlines()
     assert not any(line.startswith("error:") for line in before)
-    assert last.startswith("error: "), answer.err
+    assert last.startswith("error: "), result.err
     return last.removeprefix("error: ")

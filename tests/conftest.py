@@ -1,17 +1,23 @@
-"""Real text and one tiny trained run, shared by the tests of every room."""
+"""Fixtures for all tests: real text, a tiny trained run, and faults to inject into training."""
 
 from __future__ import annotations
 
 import os
 import pydoc_data.topics
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from tinylm.model.transformer import Transformer
 from tinylm.pipeline import train
 from tinylm.recipe import Recipe, loads
 from tinylm.run import Run
+from tinylm.training import gradient
+from tinylm.training.metrics import Observer
+from tinylm.training.step import accumulate
 
 TINY = """\
 name: tiny
@@ -27,7 +33,7 @@ checkpoint: {{every: 5, keep: 1}}
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """No test reads or writes the user's cache; tiny models are fastest on one thread, beside other workers above all."""
+    """Keep tests out of the user's cache, and run them on one thread, which is fastest for tiny models."""
     os.environ["TINYLM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ.pop("TINYLM_RUN", None)
     torch.set_num_threads(1)
@@ -35,7 +41,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(scope="session")
 def english() -> str:
-    """460 kB of real English: Python's language reference."""
+    """460 kB of English: Python's language reference."""
     return "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
 
 
@@ -46,14 +52,58 @@ def text_file(english: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def short_file(english: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """6 kB of English: a tiny run trains on it for more than one epoch."""
+    path = tmp_path_factory.mktemp("text") / "short.txt"
+    path.write_text(english[1000:7000], encoding="utf-8")
+    return path
+
+
 def tiny_recipe(text: Path, preset: str = "modern", *overrides: str) -> Recipe:
-    """A recipe that trains in a second or two."""
+    """A recipe that trains in one or two seconds."""
     return loads(TINY.format(text=text, preset=preset), overrides)
 
 
 @pytest.fixture(scope="session")
 def tiny_run(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A trained run folder. Read it; never write into it."""
+    """A trained run folder. Tests must not modify it."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     train(tiny_recipe(text_file), folder, device="cpu")
     return Run.open(folder)
+
+
+class NoteCollector(Observer):
+    """Collects the notes of a training run in a list."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+Change = Callable[[Transformer, torch.Tensor], torch.Tensor]
+"""Takes the network and the loss. May change the gradients, and returns the loss to report."""
+Corrupt = Callable[[Collection[int], Change], list[list[torch.Tensor]]]
+
+
+@pytest.fixture
+def corrupt(monkeypatch: pytest.MonkeyPatch) -> Corrupt:
+    """`corrupt(calls, change)` applies `change` after these gradient computations (counted from 1).
+
+    It returns a list that collects the weights before each computation.
+    """
+
+    def install(calls: Collection[int], change: Change) -> list[list[torch.Tensor]]:
+        weights: list[list[torch.Tensor]] = []
+
+        def accumulate_and_change(network: Transformer, *rest: Any) -> torch.Tensor:
+            weights.append([parameter.detach().clone() for parameter in network.parameters()])
+            loss = accumulate(network, *rest)
+            return change(network, loss) if len(weights) in calls else loss
+
+        monkeypatch.setattr(gradient, "accumulate", accumulate_and_change)
+        return weights
+
+    return install

@@ -1,4 +1,4 @@
-"""Every key that a section of a recipe has, whichever of its forms it takes."""
+"""The sections and keys of a recipe, in all variants, for tests of the schema. Independent of `tinylm.recipe.sections`."""
 
 from __future__ import annotations
 
@@ -9,15 +9,23 @@ from pydantic import BaseModel
 
 
 def sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """Every section in a type annotation."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [section for part in get_args(annotation) for section in sections_in(part)]
 
 
+def sections_of(section: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    """`section` and every section inside it."""
+    yield section
+    for field in section.model_fields.values():
+        for inner in sections_in(field.annotation):
+            yield from sections_of(inner)
+
+
 def leaves(section: type[BaseModel]) -> Iterator[str]:
-    for key, field in section.model_fields.items():
-        inner = sections_in(field.annotation)
-        for other in inner:
-            yield from leaves(other)
-        if not inner:
-            yield f"{section.__name__}.{key}"
+    """Every key with a plain value, as `SectionClass.key`."""
+    for each in sections_of(section):
+        for key, field in each.model_fields.items():
+            if not sections_in(field.annotation):
+                yield f"{each.__name__}.{key}"

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py on a CPU and at a size of no use: every row that needs no GPU comes out. No time is asserted."""
+"""Run benchmarks/gpu.py on a CPU with tiny models: it produces every row that does not need a GPU. No test asserts a time."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def gpu() -> ModuleType:
     assert specification is not None
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module  # data classes look there for the names in their annotations
+    sys.modules[specification.name] = module  # data classes look up their annotations there
     specification.loader.exec_module(module)
     return module
 
 
 @pytest.mark.parametrize("name", ["gpt2-124m", "small"])
-def test_every_row_comes_out_or_says_why_not(name: str, gpu: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_row_has_results_or_a_reason_for_failing(name: str, gpu: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     gpu.main([*TINY, "--model", name, "--json"])
     found = json.loads(capsys.readouterr().out)
     steps = found["training"]
@@ -51,22 +51,23 @@ def test_the_tables_show_every_row(gpu: ModuleType, capsys: pytest.CaptureFixtur
     assert sum(line.startswith(("fp32", "bf16")) for line in shown.splitlines()) == 16
 
 
-def test_a_side_that_runs_out_of_memory_says_so_and_the_others_go_on(gpu: ModuleType) -> None:
-    def hungry() -> None:
+def test_a_variant_that_runs_out_of_memory_is_reported_and_the_others_continue(gpu: ModuleType) -> None:
+    def out_of_memory() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
     cpu = torch.device("cpu")
-    times, _, failed = gpu.in_turn({"hungry": hungry, "modest": lambda: None}, rounds=2, steps=1, warm_up=1, device=cpu)
-    assert failed == {"hungry": "out of memory"}
-    assert set(times) == {"modest"}
+    variants = {"large": out_of_memory, "small": lambda: None}
+    times, _, failed = gpu.measure_alternately(variants, rounds=2, steps=1, warmup=1, device=cpu)
+    assert failed == {"large": "out of memory"}
+    assert set(times) == {"small"}
 
 
-def test_every_data_sheet_that_a_name_leads_to_exists(gpu: ModuleType) -> None:
-    for sheet in gpu.SHEETS.values():
+def test_every_data_sheet_exists(gpu: ModuleType) -> None:
+    for sheet in gpu.DATA_SHEETS.values():
         assert gpu.find(sheet).name == sheet
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
-def test_without_a_gpu_it_says_so(gpu: ModuleType) -> None:
+def test_without_a_gpu_the_script_exits_with_an_error(gpu: ModuleType) -> None:
     with pytest.raises(SystemExit, match="no CUDA GPU"):
         gpu.main([])

@@ -1,4 +1,4 @@
-"""What `tinylm.device` promises of the machine's arithmetic."""
+"""Importing tinylm warms up MKL's vector math, so that results do not depend on a race."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ FIRST_CALLS = """
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-VECTORISED = {"acos", "asin", "atan", "cos", "erf", "exp", "log", "sin", "sqrt", "tan", "tanh"}  # by MKL, see ATen/cpu/vml.h
+VECTORIZED = {"acos", "asin", "atan", "cos", "erf", "exp", "log", "sin", "sqrt", "tan", "tanh"}  # by MKL, see ATen/cpu/vml.h
 
 
 class FirstCalls(TorchDispatchMode):
@@ -19,7 +19,7 @@ class FirstCalls(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__.removesuffix("_")
-        if name in VECTORISED:
+        if name in VECTORIZED:
             self.sizes.setdefault((name, args[0].dtype), args[0].numel())
         return function(*args, **(kwargs or {}))
 
@@ -29,12 +29,12 @@ with FirstCalls() as first:
     from tinylm.recipe.schema import ModelSection
 
     Transformer(ModelSection(n_layer=1, n_head=1, n_embd=64, context_length=256), 300)
-assert {name for name, _ in first.sizes} == VECTORISED, first.sizes
+assert {name for name, _ in first.sizes} == VECTORIZED, first.sizes
 print(max(first.sizes.values()))
 """
 
 
-def test_every_function_of_one_number_is_called_on_one_number_before_any_model_is_made() -> None:
-    """The race that this forestalls shows in one process of eight or so, `benchmarks/same_model.py` looks for it."""
-    told = subprocess.run([sys.executable, "-c", FIRST_CALLS], capture_output=True, text=True)
-    assert (told.stdout.strip(), told.stderr) == ("1", "")
+def test_every_vector_math_function_is_first_called_on_a_single_number() -> None:
+    """Prevents a race that changes results in about one process in eight, which `benchmarks/same_model.py` checks for."""
+    result = subprocess.run([sys.executable, "-c", FIRST_CALLS], capture_output=True, text=True)
+    assert (result.stdout.strip(), result.stderr) == ("1", "")

@@ -1,4 +1,4 @@
-"""A run folder from somebody who means harm: refused, nothing executed, nothing written outside, no memory spent on lies."""
+"""Malicious run folders are rejected: no code is executed, nothing is written outside, and forged sizes do not allocate memory."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tinylm.errors import InputError, TinylmError
-from tinylm.evaluation.measure import measure
+from tinylm.evaluation.evaluate_run import evaluate_run
 from tinylm.pipeline import train
 from tinylm.reporting import SILENT
 from tinylm.run import Checkpoint, Run
-from tinylm.training.checkpoint import newest_whole
+from tinylm.training.checkpoint import newest_complete_checkpoint
 
 
 class _Bomb:
-    """Leaves a file behind when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -38,8 +38,8 @@ class _Bomb:
 
 @pytest.fixture
 def run(tiny_run: Run, tmp_path: Path) -> Run:
-    shutil.copytree(tiny_run.path, tmp_path / "theirs")
-    return Run(tmp_path / "theirs")
+    shutil.copytree(tiny_run.path, tmp_path / "untrusted")
+    return Run(tmp_path / "untrusted")
 
 
 @pytest.fixture
@@ -47,8 +47,8 @@ def canary(tmp_path: Path) -> Path:
     return tmp_path / "canary"
 
 
-def _sealed(checkpoint: Checkpoint) -> None:
-    """The manifest made to fit whatever lies there: whoever forges files forges sums."""
+def _forge_manifest(checkpoint: Checkpoint) -> None:
+    """Make the manifest match the files, because an attacker who forges files also forges their hashes."""
     files = {
         file.name: {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
         for file in checkpoint.path.iterdir()
@@ -62,10 +62,10 @@ def _resume(run: Run) -> None:
 
 
 def _use(run: Run) -> None:
-    measure(Run.open(run.path), checkpoint="last", device="cpu")
+    evaluate_run(Run.open(run.path), checkpoint="last", device="cpu")
 
 
-def _everything(folder: Path) -> dict[str, bytes]:
+def _contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -74,14 +74,14 @@ FILES = ["model.safetensors", "training-00001.safetensors", "state.json", "manif
 
 @pytest.mark.parametrize("use", [_use, _resume])
 @pytest.mark.parametrize("name", [*FILES, ".metadata", "../../metrics.jsonl", "../../tokenizer.json", "../../heldout/heldout.npy"])
-def test_a_pickle_in_any_place_is_never_run(name: str, use: Callable[[Run], None], run: Run, canary: Path) -> None:
+def test_a_pickle_in_place_of_any_file_is_never_loaded(name: str, use: Callable[[Run], None], run: Run, canary: Path) -> None:
     for checkpoint in run.checkpoints():
         (checkpoint.path / name).write_bytes(pickle.dumps(_Bomb(canary)))
         if name != "manifest.json":
-            _sealed(checkpoint)
-    harmless = name.endswith(("metrics.jsonl", ".metadata")) or (use is _use and name.startswith("training"))
-    written_anew = use is _resume and name.startswith("../../")
-    if harmless or written_anew:
+            _forge_manifest(checkpoint)
+    ignored = name.endswith(("metrics.jsonl", ".metadata")) or (use is _use and name.startswith("training"))
+    rewritten = use is _resume and name.startswith("../../")
+    if ignored or rewritten:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pickle, "loads", None)
             patch.setattr(pickle, "load", None)
@@ -92,33 +92,33 @@ def test_a_pickle_in_any_place_is_never_run(name: str, use: Callable[[Run], None
     assert not canary.exists()
 
 
-def test_the_bomb_would_have_gone_off(canary: Path) -> None:
+def test_unpickling_the_bomb_creates_its_file(canary: Path) -> None:
     pickle.loads(pickle.dumps(_Bomb(canary)))
     assert canary.exists()
 
 
-def test_an_array_of_objects_is_not_read_as_held_out_tokens(run: Run, canary: Path) -> None:
+def test_held_out_tokens_may_not_be_an_array_of_objects(run: Run, canary: Path) -> None:
     np.save(run.path / "heldout" / "heldout.npy", np.array([_Bomb(canary)], dtype=object), allow_pickle=True)
-    with pytest.raises(InputError, match="no readable tokens"):
+    with pytest.raises(InputError, match="the tokens are missing or damaged"):
         _use(run)
     assert not canary.exists()
 
 
 @pytest.mark.parametrize("name", ["../../../outside", "/etc/passwd", "..", ".", ""])
-def test_a_manifest_that_names_files_elsewhere_is_refused(name: str, run: Run) -> None:
+def test_a_manifest_that_names_files_outside_the_folder_is_rejected(name: str, run: Run) -> None:
     checkpoint = run.checkpoint("last")
     manifest = json.loads((checkpoint.path / "manifest.json").read_text())
     manifest["files"][name] = {"bytes": 1, "sha256": "0"}
     (checkpoint.path / "manifest.json").write_text(json.dumps(manifest))
     assert checkpoint.problem() is not None
-    with pytest.raises(InputError, match="no whole checkpoint"):
-        newest_whole(run, SILENT)
+    with pytest.raises(InputError, match="no complete checkpoint"):
+        newest_complete_checkpoint(run, SILENT)
 
 
 @pytest.mark.parametrize("pointer", ["../../outside", "step-1/../../..", "/", "step-000020/../../x", "\0", "best" * 10_000])
-def test_a_pointer_that_names_no_checkpoint_is_refused(pointer: str, run: Run) -> None:
+def test_a_pointer_that_does_not_name_a_checkpoint_is_rejected(pointer: str, run: Run) -> None:
     (run.path / "checkpoints" / "last").write_text(pointer)
-    with pytest.raises(InputError, match="names no checkpoint"):
+    with pytest.raises(InputError, match="does not name a checkpoint"):
         _use(run)
 
 
@@ -126,35 +126,35 @@ def test_a_pointer_that_names_no_checkpoint_is_refused(pointer: str, run: Run) -
     "link",
     ["checkpoints", "metrics.jsonl", "samples.md", "recipe.yaml", "heldout", "reports", "environment.json", "tokenizer.json"],
 )
-def test_a_link_out_of_the_folder_is_refused_and_nothing_is_written_there(link: str, run: Run, tmp_path: Path) -> None:
+def test_a_symlink_out_of_the_folder_is_rejected_and_nothing_is_written_through_it(link: str, run: Run, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     original = run.path / link
     if original.exists():
         shutil.move(original, outside)
-    original.symlink_to(outside)  # for samples.md and reports it leads to nothing yet
-    before = _everything(outside) if outside.is_dir() else outside.read_bytes() if outside.exists() else None
-    with pytest.raises(InputError, match="leads out of the run folder"):
-        _resume_unread(run)
-    with pytest.raises(InputError, match="leads out of the run folder"):
+    original.symlink_to(outside)  # dangling for samples.md and reports
+    before = _contents(outside) if outside.is_dir() else outside.read_bytes() if outside.exists() else None
+    with pytest.raises(InputError, match="links to a place outside the run folder"):
+        _resume_with_resolved_recipe(run)
+    with pytest.raises(InputError, match="links to a place outside the run folder"):
         _use(run)
-    after = _everything(outside) if outside.is_dir() else outside.read_bytes() if outside.exists() else None
+    after = _contents(outside) if outside.is_dir() else outside.read_bytes() if outside.exists() else None
     assert after == before
 
 
-def _resume_unread(run: Run) -> None:
+def _resume_with_resolved_recipe(run: Run) -> None:
     from tinylm.recipe import load
 
     recipe = load((run.path / "recipe.yaml").resolve(), check_files=False)
     train(recipe, run.path, device="cpu", resume=True)
 
 
-def test_a_checkpoint_folder_that_is_a_link_is_refused(run: Run, tmp_path: Path) -> None:
+def test_a_checkpoint_folder_that_is_a_symlink_is_rejected(run: Run, tmp_path: Path) -> None:
     checkpoint = run.checkpoint("last")
     shutil.move(checkpoint.path, tmp_path / "outside")
     checkpoint.path.symlink_to(tmp_path / "outside")
-    with pytest.raises(InputError, match="leads out"):
+    with pytest.raises(InputError, match="links to a place outside"):
         _use(run)
-    assert Checkpoint(checkpoint.path).problem() == "it is a link"
+    assert Checkpoint(checkpoint.path).problem() == "it is a symbolic link"
 
 
 def _header(entries: dict[str, Any], size: int = 64) -> bytes:
@@ -162,7 +162,7 @@ def _header(entries: dict[str, Any], size: int = 64) -> bytes:
     return struct.pack("<Q", len(header)) + header + b"\0" * size
 
 
-LIES = {
+FORGED_HEADERS = {
     "a shape of terabytes": _header({"embedding.weight": {"dtype": "F32", "shape": [1 << 40, 1 << 20], "data_offsets": [0, 64]}}),
     "offsets of 10 GB": _header(
         {"embedding.weight": {"dtype": "F32", "shape": [2_500_000_000], "data_offsets": [0, 10_000_000_000]}}
@@ -175,14 +175,16 @@ LIES = {
 
 
 @pytest.mark.parametrize("use", [_use, _resume])
-@pytest.mark.parametrize("lie", LIES)
+@pytest.mark.parametrize("header", FORGED_HEADERS)
 @pytest.mark.parametrize("file", ["model.safetensors", "training-00001.safetensors"])
-def test_a_header_that_lies_is_refused_without_spending_memory(file: str, lie: str, use: Callable[[Run], None], run: Run) -> None:
+def test_a_forged_header_is_rejected_without_allocating_memory(
+    file: str, header: str, use: Callable[[Run], None], run: Run
+) -> None:
     for checkpoint in run.checkpoints():
-        (checkpoint.path / file).write_bytes(LIES[lie])
-        _sealed(checkpoint)
+        (checkpoint.path / file).write_bytes(FORGED_HEADERS[header])
+        _forge_manifest(checkpoint)
     if use is _use and file != "model.safetensors":
-        use(run)  # which measuring does not open
+        use(run)  # evaluation does not open this file
         return
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(InputError):
@@ -199,32 +201,32 @@ def test_a_header_that_lies_is_refused_without_spending_memory(file: str, lie: s
         ("training-00001.safetensors", _resume, "cannot be restored"),
     ],
 )
-def test_true_headers_of_tensors_that_do_not_fit_are_refused(
+def test_tensors_of_the_wrong_shape_are_rejected(
     file: str, use: Callable[[Run], None], why: str, shape: tuple[int, ...], run: Run
 ) -> None:
     for checkpoint in run.checkpoints():
         tensors = load_file(checkpoint.path / file)
         name = sorted(name for name in tensors if not name.endswith("/step"))[0]
         save_file({**tensors, name: torch.zeros(shape)}, checkpoint.path / file)
-        _sealed(checkpoint)
+        _forge_manifest(checkpoint)
     with pytest.raises(InputError, match=why):
         use(run)
 
 
 @pytest.mark.parametrize("offsets", [[1 << 50, 0], [-3, 0], [5], "x", None])
-def test_parts_that_do_not_make_up_a_whole_are_refused(offsets: Any, run: Run) -> None:
+def test_shards_that_do_not_cover_their_tensor_are_rejected(offsets: Any, run: Run) -> None:
     for checkpoint in run.checkpoints():
         file = checkpoint.path / "training-00001.safetensors"
         tensors = load_file(file)
         name = next(name for name in tensors if name.endswith("qkv.weight/momentum"))
-        places = {each: {"saved_offsets": offsets if each == name else [0] * tensor.ndim} for each, tensor in tensors.items()}
-        save_file(tensors, file, {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(places)})
-        _sealed(checkpoint)
+        metadata = {each: {"saved_offsets": offsets if each == name else [0] * tensor.ndim} for each, tensor in tensors.items()}
+        save_file(tensors, file, {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(metadata)})
+        _forge_manifest(checkpoint)
     with pytest.raises(InputError, match="cannot be restored"):
         _resume(run)
 
 
-def test_a_declared_size_of_ten_gigabytes_is_noticed(run: Run) -> None:
+def test_a_manifest_that_declares_ten_gigabytes_is_rejected(run: Run) -> None:
     checkpoint = run.checkpoint("last")
     manifest = json.loads((checkpoint.path / "manifest.json").read_text())
     manifest["files"]["model.safetensors"]["bytes"] = 10_000_000_000
@@ -232,7 +234,7 @@ def test_a_declared_size_of_ten_gigabytes_is_noticed(run: Run) -> None:
     assert "instead of 10,000,000,000" in str(checkpoint.problem())
 
 
-def test_held_out_tokens_of_a_declared_ten_gigabytes_are_refused(run: Run) -> None:
+def test_held_out_tokens_that_declare_ten_gigabytes_are_rejected(run: Run) -> None:
     file = run.path / "heldout" / "heldout.npy"
     content = file.read_bytes()
     start = content.index(b"'shape': (") + len(b"'shape': (")
@@ -243,7 +245,7 @@ def test_held_out_tokens_of_a_declared_ten_gigabytes_are_refused(run: Run) -> No
 
 
 @pytest.mark.parametrize("change", ["n_layer: 2000000000", "n_embd: 1048576", "context_length: 2000000000", "n_layer: 3"])
-def test_a_recipe_that_describes_a_monster_is_refused_before_it_is_built(change: str, run: Run) -> None:
+def test_a_recipe_of_a_model_that_does_not_match_the_weights_or_is_huge_is_rejected(change: str, run: Run) -> None:
     recipe = (run.path / "recipe.yaml").read_text()
     key = change.partition(":")[0]
     old = recipe[recipe.index(f"{key}: ") :].split(",")[0].split("\n")[0].rstrip("}")
@@ -254,7 +256,7 @@ def test_a_recipe_that_describes_a_monster_is_refused_before_it_is_built(change:
             use(Run(run.path))
 
 
-def test_a_file_that_the_manifest_does_not_name_is_not_read(run: Run) -> None:
+def test_a_file_that_the_manifest_does_not_list_is_rejected(run: Run) -> None:
     checkpoint = run.checkpoint("last")
     save_file({"embedding.weight": torch.full((400, 32), 9.0)}, checkpoint.path / "training-00000.safetensors")
     assert "does not list training-00000.safetensors" in str(checkpoint.problem())

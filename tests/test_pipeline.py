@@ -1,16 +1,16 @@
-"""From a recipe to a run folder: what is left behind, what is refused, and what survives being killed."""
+"""Training from a recipe into a run folder: its content, invalid input, and resuming after damage and signals."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ from conftest import tiny_recipe
 from safetensors import safe_open
 
 from tinylm.errors import InputError
+from tinylm.evaluation.evaluate_run import evaluate_run
 from tinylm.pipeline import train
 from tinylm.recipe import Recipe, load
 from tinylm.reporting import CollectingReporter
@@ -32,10 +33,9 @@ def _short(text: Path, *overrides: str, steps: int = 10) -> Recipe:
 
 
 @pytest.fixture
-def text(english: str, tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text(english[1000:7000], encoding="utf-8")
-    return path
+def text(short_file: Path, tmp_path: Path) -> Path:
+    """A copy of `short_file` that may be modified."""
+    return Path(shutil.copy(short_file, tmp_path / "text.txt"))
 
 
 @pytest.fixture
@@ -43,8 +43,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "runs" / "mine"
 
 
-def _halfway(recipe: Recipe, folder: Path) -> None:
-    """Stopped after step 1 and resumed to nowhere further: there is a checkpoint to go on from."""
+def _train_one_step(recipe: Recipe, folder: Path) -> None:
+    """Train a single step, so that there is a checkpoint to resume from."""
     train(recipe, folder, device="cpu", stop_after=0.0)
 
 
@@ -56,10 +56,10 @@ def _evaluations(folder: Path) -> dict[int, float]:
     return {line["step"]: line["val_loss"] for line in Run(folder).metrics() if line["kind"] == "eval"}
 
 
-# What is left behind.
+# The content of a run folder.
 
 
-def test_a_run_folder_holds_what_it_says_and_no_pickle(tiny_run: Run) -> None:
+def test_a_run_folder_holds_the_documented_files_and_no_pickle(tiny_run: Run) -> None:
     files = {path.relative_to(tiny_run.path).as_posix() for path in tiny_run.path.rglob("*") if path.is_file()}
     top = {"recipe.yaml", "tokenizer.json", "metrics.jsonl", "environment.json", "heldout/heldout.npy", "heldout/heldout.json"}
     assert files >= top | {"checkpoints/best", "checkpoints/last"}
@@ -81,19 +81,19 @@ def test_a_run_folder_holds_what_it_says_and_no_pickle(tiny_run: Run) -> None:
                 json.loads(line)
 
 
-def test_the_recipe_left_behind_has_every_auto_decided_and_trains_the_same_model(text: Path, folder: Path) -> None:
+def test_the_saved_recipe_contains_no_auto_and_trains_the_same_model(text: Path, folder: Path) -> None:
     recipe = _short(text, "training.micro_batch_size=auto", "training.precision=auto", "training.optimizer=auto", steps=3)
     train(recipe, folder, device="cpu")
-    left = load(folder / "recipe.yaml")
-    assert isinstance(left.training.micro_batch_size, int)
-    assert 8 % left.training.micro_batch_size == 0
-    assert left.training.precision in ("fp32", "bf16")
-    assert left.training.compile is False
-    train(left, folder.with_name("again"), device="cpu")
+    saved = load(folder / "recipe.yaml")
+    assert isinstance(saved.training.micro_batch_size, int)
+    assert 8 % saved.training.micro_batch_size == 0
+    assert saved.training.precision in ("fp32", "bf16")
+    assert saved.training.compile is False
+    train(saved, folder.with_name("again"), device="cpu")
     assert _last_weights(folder.with_name("again")) == _last_weights(folder)
 
 
-def test_the_result_says_what_the_folder_says(text: Path, folder: Path) -> None:
+def test_the_result_agrees_with_the_run_folder(text: Path, folder: Path) -> None:
     result = train(_short(text), folder, device="cpu")
     evaluations = _evaluations(folder)
     assert (result.run, result.step, result.steps, result.tokens) == (str(folder), 10, 10, 10 * 8 * 32)
@@ -109,10 +109,14 @@ def test_the_result_says_what_the_folder_says(text: Path, folder: Path) -> None:
     assert result.tokens_per_second == pytest.approx(result.tokens / result.train_seconds)
 
 
-def test_best_is_the_lowest_held_out_loss_and_last_the_newest(text: Path, folder: Path) -> None:
-    """A rate that rises with the warm-up until it spoils the model makes an early checkpoint the best."""
-    spoiling = ("training.optimizer={name: adamw, lr: 3.0}", "training.schedule={name: constant, warmup: 12}", "evaluation.every=2")
-    result = train(_short(text, *spoiling, "checkpoint.keep=0", steps=12), folder, device="cpu")
+def test_best_is_the_checkpoint_with_the_lowest_held_out_loss_and_last_the_newest(text: Path, folder: Path) -> None:
+    """The learning rate rises until training diverges, so that an early checkpoint is the best."""
+    schedule = (
+        "training.optimizer={name: adamw, lr: 3.0}",
+        "training.schedule={name: constant, warmup: 12}",
+        "evaluation.every=2",
+    )
+    result = train(_short(text, *schedule, "checkpoint.keep=0", steps=12), folder, device="cpu")
     evaluations = _evaluations(folder)
     assert len(evaluations) == 6
     best = min(evaluations, key=lambda step: evaluations[step])
@@ -122,48 +126,53 @@ def test_best_is_the_lowest_held_out_loss_and_last_the_newest(text: Path, folder
     assert {checkpoint.step for checkpoint in Run(folder).checkpoints()} == {best, 12}
 
 
-def test_the_library_leaves_the_training_text_unread_when_measuring_a_copied_run(tiny_run: Run) -> None:
-    held = tiny_run.heldout()
-    assert held.counts.tokens == len(held) - held.counts.documents - 1
+def test_a_copied_run_is_evaluated_without_its_training_text(tiny_run: Run, tmp_path: Path) -> None:
+    shutil.copytree(tiny_run.path, tmp_path / "copy")
+    recipe_file = tmp_path / "copy" / "recipe.yaml"
+    recipe_file.write_text(recipe_file.read_text().replace("english.txt", "gone.txt"))
+    copy = Run.open(tmp_path / "copy")
+    assert not Path(copy.recipe.data.train[0]).exists()
+    logged = _evaluations(tiny_run.path)[copy.checkpoint("best").step]
+    assert evaluate_run(copy, device="cpu").perplexity.loss == pytest.approx(logged, rel=1e-12)
 
 
-# What is refused.
+# Invalid input.
 
 
-def test_a_folder_that_is_no_run_is_left_alone(text: Path, folder: Path) -> None:
+def test_a_folder_that_is_not_a_run_is_refused_and_unchanged(text: Path, folder: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "precious.txt").write_text("mine")
     for options in ({}, {"overwrite": True}, {"resume": True}):
-        with pytest.raises(InputError, match="not empty and not a run"):
+        with pytest.raises(InputError, match="not empty and not a run folder"):
             train(_short(text), folder, device="cpu", **options)
     assert (folder / "precious.txt").read_text() == "mine"
 
 
-def test_a_file_is_no_folder(text: Path) -> None:
+def test_a_file_is_refused_as_run_folder(text: Path) -> None:
     with pytest.raises(InputError, match="is a file"):
         train(_short(text), text, device="cpu")
 
 
-def test_a_run_is_neither_overwritten_nor_resumed_without_being_told(text: Path, folder: Path) -> None:
-    _halfway(_short(text), folder)
-    with pytest.raises(InputError, match="--resume goes on with it, --overwrite begins anew"):
+def test_a_run_is_neither_overwritten_nor_resumed_without_the_option(text: Path, folder: Path) -> None:
+    _train_one_step(_short(text), folder)
+    with pytest.raises(InputError, match="--resume continues it, --overwrite replaces it"):
         train(_short(text), folder, device="cpu")
-    with pytest.raises(InputError, match="both"):
+    with pytest.raises(InputError, match="mutually exclusive"):
         train(_short(text), folder, device="cpu", resume=True, overwrite=True)
     train(_short(text, "seed=5", steps=2), folder, device="cpu", overwrite=True)
     assert Run(folder).recipe.seed == 5
     assert [checkpoint.step for checkpoint in Run(folder).checkpoints()] == [2]
 
 
-def test_overwriting_with_what_cannot_be_trained_removes_nothing(text: Path, folder: Path) -> None:
-    _halfway(_short(text), folder)
+def test_overwriting_with_an_invalid_recipe_removes_nothing(text: Path, folder: Path) -> None:
+    _train_one_step(_short(text), folder)
     before = _last_weights(folder)
     with pytest.raises(InputError):
         train(_short(text, f"tokenizer={{path: {text}}}"), folder, device="cpu", overwrite=True)
     assert _last_weights(folder) == before
 
 
-def test_overwriting_removes_the_old_run_and_nothing_else(text: Path, folder: Path) -> None:
+def test_overwriting_removes_only_the_files_of_the_old_run(text: Path, folder: Path) -> None:
     train(_short(text, "sampling.every=5", "sampling.max_new_tokens=2"), folder, device="cpu")
     (folder / "notes").mkdir()
     (folder / "notes" / "precious.txt").write_text("mine")
@@ -176,8 +185,8 @@ def test_overwriting_removes_the_old_run_and_nothing_else(text: Path, folder: Pa
     assert {line["step"] for line in Run(folder).metrics()} == {1, 2}
 
 
-def test_a_changed_recipe_is_refused_with_the_list_of_changes(text: Path, folder: Path) -> None:
-    _halfway(_short(text), folder)
+def test_resuming_with_a_changed_recipe_is_refused_with_a_list_of_the_changes(text: Path, folder: Path) -> None:
+    _train_one_step(_short(text), folder)
     changed = _short(text, "seed=9", "training.optimizer.lr=0.5", "training.schedule.cooldown=0.1", "name=other")
     with pytest.raises(InputError) as caught:
         train(changed, folder, device="cpu", resume=True)
@@ -188,8 +197,8 @@ def test_a_changed_recipe_is_refused_with_the_list_of_changes(text: Path, folder
     assert "--allow-change" in message
 
 
-def test_an_allowed_change_is_taken_over_and_others_are_still_refused(text: Path, folder: Path) -> None:
-    _halfway(_short(text), folder)
+def test_an_allowed_change_is_applied_and_others_are_still_refused(text: Path, folder: Path) -> None:
+    _train_one_step(_short(text), folder)
     longer = _short(text, "training.optimizer.lr=0.5", steps=12)
     with pytest.raises(InputError, match=r"training\.optimizer\.lr"):
         train(longer, folder, device="cpu", resume=True, allow_change=["training.steps"])
@@ -199,31 +208,30 @@ def test_an_allowed_change_is_taken_over_and_others_are_still_refused(text: Path
     assert max(line["lr"] for line in Run(folder).metrics() if line["kind"] == "step") > 0.4
 
 
-def test_harmless_keys_may_change_and_the_model_stays_the_same(text: Path, folder: Path) -> None:
-    _halfway(_short(text), folder)
-    harmless = ("name=new", "training.log_every=3", "checkpoint.keep=5", "checkpoint.every=1", "sampling.every=2")
-    train(_short(text, *harmless), folder, device="cpu", resume=True)
+def test_resume_safe_keys_may_change_without_changing_the_model(text: Path, folder: Path) -> None:
+    _train_one_step(_short(text), folder)
+    changes = ("name=new", "training.log_every=3", "checkpoint.keep=5", "checkpoint.every=1", "sampling.every=2")
+    train(_short(text, *changes), folder, device="cpu", resume=True)
     assert Run(folder).recipe.name == "new"
     assert len(Run(folder).checkpoints()) >= 5
-    train(_short(text), folder.with_name("whole"), device="cpu")
-    assert _last_weights(folder) == _last_weights(folder.with_name("whole"))
+    train(_short(text), folder.with_name("uninterrupted"), device="cpu")
+    assert _last_weights(folder) == _last_weights(folder.with_name("uninterrupted"))
 
 
-def test_a_precision_left_to_auto_stays_what_the_run_began_with(text: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resuming_keeps_an_automatic_precision(text: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = _short(text, "training.precision=auto", steps=3)
-    for gain in (9.0, 0.1):  # as if the processor had changed its mind
-        monkeypatch.setattr("tinylm.training.precision._bf16_speed_up", lambda device, gain=gain: gain)
-        monkeypatch.setattr(
-            Trial, "seconds", lambda trial, repeat=2, gain=gain: 1 / gain if trial._precision.name == "bf16" else 1.0
-        )
+    for gain in (9.0, 0.1):  # bf16 is fast at first and slow when the run is resumed
+        monkeypatch.setattr("tinylm.training.precision.bf16_speedup", lambda device, gain=gain: gain)
+        seconds = {"fp32": 1.0, "bf16": 1 / gain}
+        monkeypatch.setattr(Trial, "seconds", lambda trial, repeat=2, seconds=seconds: seconds[trial.settings.precision.name])
         result = train(recipe, folder, device="cpu", resume=True, stop_after=0.0)
         assert result.precision == "bf16"
     result = train(recipe, folder, device="cpu", resume=True, allow_change=["training.precision"])
     assert result.precision == "fp32"
 
 
-def test_a_run_in_fp32_goes_on_in_fp16_when_that_is_allowed(text: Path, folder: Path) -> None:
-    _halfway(_short(text, steps=3), folder)
+def test_an_fp32_run_continues_in_fp16_if_allowed(text: Path, folder: Path) -> None:
+    _train_one_step(_short(text, steps=3), folder)
     half = _short(text, "training.precision=fp16", steps=3)
     result = train(half, folder, device="cpu", resume=True, allow_change=["training.precision"])
     assert (result.precision, result.step) == ("fp16", 3)
@@ -231,34 +239,34 @@ def test_a_run_in_fp32_goes_on_in_fp16_when_that_is_allowed(text: Path, folder: 
 
 
 @pytest.mark.parametrize("key", ["training.compile=on", "training.micro_batch_size=2"])
-def test_what_decides_how_dropout_is_drawn_may_change_only_without_dropout(key: str, text: Path, folder: Path) -> None:
-    _halfway(_short(text, "model.dropout=0.1"), folder)
+def test_keys_that_change_dropout_masks_may_not_change_with_dropout(key: str, text: Path, folder: Path) -> None:
+    _train_one_step(_short(text, "model.dropout=0.1"), folder)
     with pytest.raises(InputError, match=key.partition("=")[0]):
         train(_short(text, "model.dropout=0.1", key), folder, device="cpu", resume=True)
 
 
-def test_a_changed_text_is_refused(text: Path, folder: Path) -> None:
-    _halfway(_short(text), folder)
+def test_resuming_with_a_changed_text_is_refused(text: Path, folder: Path) -> None:
+    _train_one_step(_short(text), folder)
     before = _last_weights(folder)
     text.write_text(text.read_text() + "One more sentence. " * 20)
-    with pytest.raises(InputError, match="is not the one this run was trained on"):
+    with pytest.raises(InputError, match="the text is not the one that this run was trained on"):
         train(_short(text), folder, device="cpu", resume=True)
     assert _last_weights(folder) == before
 
 
-def test_a_changed_text_under_an_unchanged_tokenizer_is_told_as_the_text(text: Path, folder: Path) -> None:
+def test_a_changed_text_with_the_same_tokenizer_is_reported_as_the_text(text: Path, folder: Path) -> None:
     recipe = _short(text, "tokenizer=byte", "evaluation.max_tokens=100")
-    _halfway(recipe, folder)
+    _train_one_step(recipe, folder)
     text.write_text(text.read_text().replace("the", "eht", 1))
     with pytest.raises(InputError, match="the text is not the one"):
         train(recipe, folder, device="cpu", resume=True)
 
 
-def test_a_changed_tokenizer_file_is_told_as_the_tokenizer(text: Path, folder: Path, tiny_run: Run, tmp_path: Path) -> None:
+def test_a_changed_tokenizer_file_is_reported_as_the_tokenizer(text: Path, folder: Path, tiny_run: Run, tmp_path: Path) -> None:
     file = tmp_path / "tokenizer.json"
     file.write_bytes((tiny_run.path / "tokenizer.json").read_bytes())
     recipe = _short(text, f"tokenizer={{path: {file}}}")
-    _halfway(recipe, folder)
+    _train_one_step(recipe, folder)
     changed = json.loads(file.read_text())
     changed["model"]["merges"].pop()
     file.write_text(json.dumps(changed))
@@ -268,20 +276,20 @@ def test_a_changed_tokenizer_file_is_told_as_the_tokenizer(text: Path, folder: P
 
 def test_a_text_shorter_than_one_sequence_is_refused(tmp_path: Path, folder: Path) -> None:
     path = tmp_path / "tiny.txt"
-    path.write_text("pneumonoultramicroscopicsilicovolcanoconiosis " * 20)  # long enough in bytes, one token a word
+    path.write_text("pneumonoultramicroscopicsilicovolcanoconiosis " * 20)  # many bytes, but one token per word
     recipe = tiny_recipe(path, "modern", "model.context_length=80")
     with pytest.raises(InputError, match="context_length"):
         train(recipe, folder, device="cpu")
     assert not folder.exists()
 
 
-# What survives.
+# Damage and signals.
 
 
-def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_trains_to_the_same_end(text: Path, folder: Path) -> None:
+def test_if_the_newest_checkpoint_is_damaged_resuming_from_the_previous_one_trains_the_same_model(text: Path, folder: Path) -> None:
     recipe = _short(text, "checkpoint.keep=3", steps=12)
     train(recipe, folder, device="cpu")
-    whole, evaluations = _last_weights(folder), _evaluations(folder)
+    weights, evaluations = _last_weights(folder), _evaluations(folder)
     file = Run(folder).checkpoint("last").path / "model.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
@@ -291,12 +299,12 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_trains_to_the_sa
     assert any("step-000012 is damaged" in warning for warning in reporter.warnings)
     assert any("resuming after step 10" in note for note in reporter.notes)
     assert result.step == 12
-    assert _last_weights(folder) == whole
+    assert _last_weights(folder) == weights
     assert _evaluations(folder) == evaluations
 
 
-def test_best_never_names_a_checkpoint_that_is_gone(text: Path, folder: Path) -> None:
-    """Step 9 is saved while 5 is best; 10 is better, so that 5 goes; then 10 turns out to be damaged."""
+def test_best_never_names_a_removed_checkpoint(text: Path, folder: Path) -> None:
+    """Step 9 is saved while 5 is best. Step 10 is better, so that 5 is removed. Then 10 is damaged."""
     recipe = _short(text, "checkpoint.every=3", "checkpoint.keep=2", steps=10)
     train(recipe, folder, device="cpu")
     assert [checkpoint.step for checkpoint in Run(folder).checkpoints()] == [9, 10]
@@ -311,9 +319,9 @@ def test_best_never_names_a_checkpoint_that_is_gone(text: Path, folder: Path) ->
     assert Run(folder).checkpoint("best").step == result.best_step
 
 
-def test_a_run_stopped_before_its_first_checkpoint_begins_again(text: Path, folder: Path) -> None:
+def test_a_run_stopped_before_its_first_checkpoint_starts_from_scratch(text: Path, folder: Path) -> None:
     recipe = _short(text, steps=2)
-    _halfway(recipe, folder)
+    _train_one_step(recipe, folder)
     for checkpoint in (folder / "checkpoints").iterdir():
         if checkpoint.is_dir():
             for file in checkpoint.iterdir():
@@ -321,11 +329,11 @@ def test_a_run_stopped_before_its_first_checkpoint_begins_again(text: Path, fold
             checkpoint.rmdir()
     reporter = CollectingReporter()
     assert train(recipe, folder, device="cpu", resume=True, reporter=reporter).step == 2
-    assert any("beginning at step 0" in note for note in reporter.notes)
+    assert any("starting at step 0" in note for note in reporter.notes)
 
 
-def _started(recipe: Recipe, folder: Path, tmp_path: Path) -> subprocess.Popen[bytes]:
-    """`tinylm train` in a process of its own, with as many threads as this one: their number decides how sums round."""
+def _start(recipe: Recipe, folder: Path, tmp_path: Path) -> subprocess.Popen[bytes]:
+    """Start `tinylm train` with as many threads as this process has, because their number changes the rounding of sums."""
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe.to_yaml(), encoding="utf-8")
     threads = str(torch.get_num_threads())
@@ -333,7 +341,7 @@ def _started(recipe: Recipe, folder: Path, tmp_path: Path) -> subprocess.Popen[b
     return subprocess.Popen([*command, "--json", "--quiet"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ))
 
 
-def _wait(process: subprocess.Popen[bytes], condition: Callable[[], Any]) -> None:
+def _wait_until(process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 90
     while not condition():
         assert process.poll() is None, process.communicate()[1].decode()
@@ -347,12 +355,12 @@ def _logged(folder: Path) -> int:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
-def test_a_signal_finishes_the_step_saves_and_says_so(
+def test_a_signal_stops_after_the_current_step_and_saves_it(
     number: signal.Signals, code: int, text: Path, folder: Path, tmp_path: Path
 ) -> None:
     recipe = _short(text, "checkpoint.every=100000", "evaluation.every=100000", "training.compile=off", steps=100000)
-    process = _started(recipe, folder, tmp_path)
-    _wait(process, lambda: _logged(folder) >= 3)
+    process = _start(recipe, folder, tmp_path)
+    _wait_until(process, lambda: _logged(folder) >= 3)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == code

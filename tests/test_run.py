@@ -1,7 +1,8 @@
-"""Opening a run folder: its checkpoints, its model, its metrics, and what is said when something is not there."""
+"""Opening a run folder: its checkpoints, model and metrics, and the errors for missing or damaged parts."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -11,14 +12,15 @@ import torch
 from safetensors.torch import load_file
 
 from tinylm.errors import InputError
-from tinylm.run import Checkpoint, Run, all_runs
+from tinylm.pipeline import train
+from tinylm.run import FORMAT, Checkpoint, Run, all_runs
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def copied(tiny_run: Run, tmp_path: Path) -> Run:
-    """A run folder elsewhere, to be written into."""
+    """A copy of the tiny run that may be modified."""
     shutil.copytree(tiny_run.path, tmp_path / "runs" / "copy")
     return Run.open(tmp_path / "runs" / "copy")
 
@@ -30,34 +32,34 @@ def test_a_run_opens_from_its_folder_and_from_a_checkpoint_in_it(tiny_run: Run) 
     assert inside.checkpoint("best").step == tiny_run.checkpoint("best").step
 
 
-def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such run"):
         Run.open(tmp_path / "nowhere")
     with pytest.raises(InputError, match="not a run folder"):
         Run.open(tmp_path)
 
 
-def test_a_checkpoint_is_named_by_word_by_step_or_by_folder(tiny_run: Run) -> None:
+def test_a_checkpoint_is_selected_by_pointer_step_or_folder_name(tiny_run: Run) -> None:
     assert tiny_run.checkpoint().step == tiny_run.checkpoint("best").step
     assert tiny_run.checkpoint("last").step == 20
     assert tiny_run.checkpoint("20") == tiny_run.checkpoint("step-000020") == tiny_run.checkpoint("last")
 
 
 @pytest.mark.parametrize(("which", "message"), [("7", "no checkpoint of step 7"), ("newest", "is not best, last or a step")])
-def test_a_checkpoint_that_is_not_there_is_told_with_those_that_are(which: str, message: str, tiny_run: Run) -> None:
+def test_the_error_for_a_missing_checkpoint_lists_the_existing_ones(which: str, message: str, tiny_run: Run) -> None:
     with pytest.raises(InputError, match=message) as caught:
         tiny_run.checkpoint(which)
     assert caught.value.where == "--checkpoint"
     assert "20" in str(caught.value) or which == "newest"
 
 
-def test_a_run_without_a_checkpoint_says_so(copied: Run) -> None:
+def test_a_run_without_a_best_checkpoint_is_an_error(copied: Run) -> None:
     (copied.path / "checkpoints" / "best").unlink()
     with pytest.raises(InputError, match="no best checkpoint yet"):
         copied.checkpoint()
 
 
-def test_the_network_has_the_checkpoints_weights_and_is_ready_to_evaluate(tiny_run: Run) -> None:
+def test_the_network_has_the_checkpoints_weights_and_is_in_eval_mode(tiny_run: Run) -> None:
     checkpoint = tiny_run.checkpoint("last")
     network = tiny_run.network(checkpoint, CPU)
     stored = load_file(checkpoint.path / "model.safetensors")
@@ -66,7 +68,7 @@ def test_the_network_has_the_checkpoints_weights_and_is_ready_to_evaluate(tiny_r
     assert all(torch.equal(value, stored[name]) for name, value in network.state_dict().items())
 
 
-def test_a_copied_run_is_the_run(copied: Run, tiny_run: Run) -> None:
+def test_a_copied_run_equals_the_original(copied: Run, tiny_run: Run) -> None:
     assert copied.recipe == tiny_run.recipe
     assert copied.tokenizer.fingerprint == tiny_run.tokenizer.fingerprint
     assert copied.heldout().tokens.tolist() == tiny_run.heldout().tokens.tolist()
@@ -74,13 +76,13 @@ def test_a_copied_run_is_the_run(copied: Run, tiny_run: Run) -> None:
     assert copied.checkpoint("last").problem() is None
 
 
-def test_a_run_opens_where_its_training_text_is_gone(copied: Run) -> None:
+def test_a_run_opens_without_its_training_text(copied: Run) -> None:
     recipe = (copied.path / "recipe.yaml").read_text()
     (copied.path / "recipe.yaml").write_text(recipe.replace("english.txt", "gone.txt"))
     assert Run.open(copied.path).recipe.data.train[0].endswith("gone.txt")
 
 
-def test_metrics_leave_out_a_line_torn_by_a_crash(copied: Run, tiny_run: Run) -> None:
+def test_metrics_skip_a_line_that_a_crash_cut_off(copied: Run, tiny_run: Run) -> None:
     with open(copied.path / "metrics.jsonl", "a") as file:
         file.write('{"kind": "st')
     assert list(copied.metrics()) == list(tiny_run.metrics())
@@ -88,7 +90,7 @@ def test_metrics_leave_out_a_line_torn_by_a_crash(copied: Run, tiny_run: Run) ->
     assert list(copied.metrics()) == []
 
 
-def test_damaged_weights_are_an_error_for_people(copied: Run) -> None:
+def test_damaged_weights_are_an_input_error(copied: Run) -> None:
     file = copied.checkpoint("last").path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(InputError, match="damaged"):
@@ -96,14 +98,35 @@ def test_damaged_weights_are_an_error_for_people(copied: Run) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{"])
-def test_a_damaged_state_is_an_error_for_people(content: str, copied: Run) -> None:
+def test_a_damaged_state_is_an_input_error(content: str, copied: Run) -> None:
     folder = copied.checkpoint("last").path
     (folder / "state.json").write_text(content)
     with pytest.raises(InputError, match=r"state\.json"):
         _ = Checkpoint(folder).state
 
 
-def test_find_takes_the_named_run_else_the_most_recently_trained(
+def test_a_run_saved_in_an_older_checkpoint_format_is_refused_before_its_recipe_is_read(
+    copied: Run, tiny_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Older formats have other recipe keys, which would otherwise be reported as mistakes in recipe.yaml."""
+    for checkpoint in copied.checkpoints():
+        state = json.loads((checkpoint.path / "state.json").read_text())
+        (checkpoint.path / "state.json").write_text(json.dumps(state | {"format": FORMAT - 1, "version": "0.1"}))
+    recipe = copied.path / "recipe.yaml"
+    recipe.write_text(recipe.read_text() + "key_of_an_older_version: 1\n")
+    monkeypatch.chdir(copied.path.parent.parent)
+    message = rf"saved in checkpoint format {FORMAT - 1} by tinylm 0\.1; this version reads format {FORMAT} \(train the model again"
+    for use in (
+        lambda: Run.open(copied.path),
+        lambda: Run.open(copied.checkpoint("last").path),
+        Run.find,
+        lambda: train(tiny_run.recipe, copied.path, resume=True, device="cpu"),
+    ):
+        with pytest.raises(InputError, match=message):
+            use()
+
+
+def test_find_returns_the_named_run_or_the_most_recently_trained(
     copied: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -116,9 +139,14 @@ def test_find_takes_the_named_run_else_the_most_recently_trained(
     assert Run.find().name == "copy"
     monkeypatch.setenv("TINYLM_RUN", str(tmp_path / "runs" / "newer"))
     assert Run.find().name == "newer"
+    monkeypatch.delenv("TINYLM_RUN")
+    shutil.move(tmp_path / "runs" / "copy" / "heldout", tmp_path / "outside")
+    (tmp_path / "runs" / "copy" / "heldout").symlink_to(tmp_path / "outside")
+    with pytest.raises(InputError, match="links to a place outside the run folder"):  # as `Run.open` raises
+        Run.find()
 
 
-def test_find_without_runs_says_how_to_get_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_find_without_runs_suggests_how_to_train_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="tinylm train quickstart"):
         Run.find()

@@ -1,4 +1,4 @@
-"""Tiny models and their tokens, for the tests that need no run folder."""
+"""Tiny models and token ids for tests that do not need a run folder."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from tinylm.model.transformer import Transformer
 from tinylm.recipe.schema import ModelSection
 
 PRESETS = ("modern", "gpt2", "llama")
-VOCABULARY = 61
+VOCAB_SIZE = 61
 
 
-def section(preset: str = "modern", **parts: Any) -> ModelSection:
+def section(preset: str = "modern", **overrides: Any) -> ModelSection:
+    """A `model:` section of 2 layers, width 32 and context 16, with `overrides`."""
     shape = {"n_layer": 2, "n_head": 4, "n_embd": 32, "context_length": 16}
-    return ModelSection.model_validate({"preset": preset, **shape, **parts})
+    return ModelSection.model_validate({"preset": preset, **shape, **overrides})
 
 
-def roughened(network: Transformer, seed: int = 0) -> Transformer:
-    """Every parameter moved off its starting value, so that no zero or one hides a mistake."""
+def add_noise_(network: Transformer, seed: int = 0) -> Transformer:
+    """Add noise to every parameter in place, because parameters that are zero or one can hide an error."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -28,10 +29,11 @@ def roughened(network: Transformer, seed: int = 0) -> Transformer:
     return network
 
 
-def model(preset: str = "modern", *, vocabulary: int = VOCABULARY, **parts: Any) -> Transformer:
-    """A network ready to evaluate, with nothing at a special value."""
-    return roughened(Transformer(section(preset, **parts), vocabulary)).eval()
+def model(preset: str = "modern", *, vocab_size: int = VOCAB_SIZE, **overrides: Any) -> Transformer:
+    """A network in eval mode, with noise added to its initial weights."""
+    return add_noise_(Transformer(section(preset, **overrides), vocab_size)).eval()
 
 
-def ids(rows: int = 2, length: int = 12, *, vocabulary: int = VOCABULARY, seed: int = 0) -> Tensor:
-    return torch.randint(vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
+def ids(rows: int = 2, length: int = 12, *, vocab_size: int = VOCAB_SIZE, seed: int = 0) -> Tensor:
+    """Random token ids (rows, length)."""
+    return torch.randint(vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))

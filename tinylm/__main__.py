@@ -1,4 +1,4 @@
-"""`python -m tinylm`, also under torchrun: the command line."""
+"""Run the command line with `python -m tinylm`, also under torchrun."""
 
 from tinylm_cli.app import main
 

@@ -1,13 +1,14 @@
-"""Which device does the work, and how many threads it may use."""
+"""Choose the device and the number of CPU threads, and report what the hardware can do."""
 
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from tinylm.errors import InputError
 
-if TYPE_CHECKING:  # a name that is no device is refused without waiting for torch
+if TYPE_CHECKING:  # torch takes a second to import, and a mistyped device should be reported immediately
     import torch
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -15,40 +16,43 @@ _VECTOR_MATH = (
     *("acos", "asin", "atan", "cos", "cosh", "erf", "erfc", "erfinv", "exp", "exp2", "expm1", "lgamma"),
     *("log", "log10", "log1p", "log2", "rsqrt", "sin", "sinh", "sqrt", "tan", "tanh"),
 )
+"""Elementwise functions that torch may compute with MKL."""
 
 
 def resolve(name: str) -> torch.device:
-    """`auto`: CUDA, else Apple's MPS, else the CPU. Raises `InputError` for a device that is not here."""
+    """The device `name`. For `auto`, the first available of CUDA, Apple's MPS and the CPU. Raises `InputError` if unavailable."""
     kind, _, index = name.partition(":")
     if kind not in DEVICES or (index and not index.isdigit()):
         raise InputError(f"no such device {name!r}", where="--device", hint=f"one of {', '.join(DEVICES)}")
 
     import torch
 
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        kind = next(each for each, is_available in available.items() if is_available)
     if not available[kind]:
-        raise InputError(f"{kind} is not available here", where="--device", hint="leave it out to use what there is")
+        raise InputError(
+            f"{kind} is not available on this machine", where="--device", hint="omit --device to use the fastest device"
+        )
     if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
-        raise InputError(f"there are {torch.cuda.device_count()} CUDA devices", where=f"--device {name}")
+        raise InputError(f"this machine has {torch.cuda.device_count()} CUDA devices", where=f"--device {name}")
     return torch.device(f"{kind}:{index}" if index else kind)
 
 
 def set_threads(threads: int | None) -> None:
-    """Let torch compute on this many CPU threads; None leaves its own choice, one per core."""
+    """Set the number of CPU threads that torch uses. None keeps its default, one per core."""
     if threads is not None:
         import torch
 
         torch.set_num_threads(threads)
 
 
-def settle_vector_math() -> None:
-    """Call each function of one number once, alone, so that no result depends on how a process began.
+def warm_up_vector_math() -> None:
+    """Call every elementwise function of MKL once on a single number, so that results do not depend on a race. Takes a millisecond.
 
-    MKL chooses its code for such a function when it is first called, and while two threads do that together one of them can
-    compute its half with code of less precision (https://github.com/pytorch/pytorch/issues/188792): one training in eight had
-    other cosines in its rotary positions, and other weights at the end. Takes a millisecond.
+    MKL chooses the code for such a function at its first call. If two threads make that call at the same time, one of them can run
+    code of lower precision (https://github.com/pytorch/pytorch/issues/188792). Without this, one run in eight computed different
+    cosines for its rotary positions and ended with different weights.
     """
     import torch
 
@@ -58,8 +62,18 @@ def settle_vector_math() -> None:
             getattr(number, name)()
 
 
+def has_bf16_units(device: torch.device) -> bool:
+    """Whether the hardware computes in bfloat16. Older GPUs and most CPUs only emulate it."""
+    import torch
+
+    if device.type == "cuda":
+        with torch.cuda.device(device) if device.index is not None else nullcontext():  # torch checks the current GPU
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+
+
 def describe(device: torch.device) -> str:
-    """What the device is called by its maker, where it says."""
+    """The product name of a GPU, or the device type."""
     import torch
 
     if device.type == "cuda":
@@ -68,7 +82,7 @@ def describe(device: torch.device) -> str:
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """Most memory used so far: of the GPU on CUDA, of this process elsewhere; None where the system does not tell."""
+    """The peak memory so far: of the GPU for CUDA, else of this process. None if the operating system does not report it."""
     if device.type == "cuda":
         import torch
 

@@ -1,18 +1,17 @@
-"""From a recipe of `kind: embeddings` to a folder of vectors: what `tinylm embed train` does, callable from a notebook.
+"""Train embeddings from a recipe of `kind: embeddings` into a run folder. `tinylm embed train` and notebooks call this module.
 
-recipe.yaml         the resolved recipe             vectors.safetensors   names, vectors and counts, when done
-metrics.jsonl       a line per percent: loss, rate  checkpoints/          the newest, to resume from
-neighbours.jsonl    what stood near the probes as the vectors formed
+recipe.yaml         the resolved recipe             vectors.safetensors   names, vectors and counts, at the end
+metrics.jsonl       about 100 lines: loss, lr       checkpoints/          the newest one, to resume from
+neighbours.jsonl    nearest neighbors of the probe words during training
 """
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,31 +20,33 @@ from safetensors.numpy import load_file
 
 import tinylm
 from tinylm.device import peak_memory_bytes
+from tinylm.embedding.encoded_text import EncodedText, encode_corpus
 from tinylm.embedding.glove import Glove
-from tinylm.embedding.text import Text, prepare
-from tinylm.embedding.vectors import Neighbour, Vectors
-from tinylm.embedding.word2vec import StepResult, Word2Vec, kernels
+from tinylm.embedding.vectors import Vectors
+from tinylm.embedding.word2vec import StepResult, Word2Vec, import_kernels
 from tinylm.errors import InputError, WorkError
-from tinylm.paths import write_whole
+from tinylm.paths import atomic_write_text
 from tinylm.recipe import EmbeddingRecipe, changes, load_any
 from tinylm.recipe.embeddings import GloveMethod
 from tinylm.reporting import SILENT, Reporter
-from tinylm.run import EMBEDDINGS_MARK, VECTORS_FILE, Checkpoint, Run
-from tinylm.training.checkpoint import CheckpointWriter, Snapshot, newest_whole
-from tinylm.training.run_folder import claimed, remove_run
+from tinylm.run import EMBEDDINGS_MARKER, VECTORS_FILE, Checkpoint, Run
+from tinylm.training.checkpoint import CheckpointWriter, Snapshot, newest_complete_checkpoint
+from tinylm.training.jsonl_log import JsonLinesLog
+from tinylm.training.run_folder import locked_run_folder, remove_run
 from tinylm.training.signals import StopRequest
 
 RESUME_SAFE_KEYS = ("name", "watch.", "checkpoint.")
-"""Keys (or sections) that may change on resuming: they do not change the vectors."""
-_LINES = 100
-"""Lines of metrics.jsonl in a whole training."""
-_PROBES = 5
+"""Keys (or sections) that may change when training resumes, because they do not affect the vectors."""
+_LOG_LINES = 100
+"""Approximate number of lines in metrics.jsonl after a complete training run."""
+_DEFAULT_PROBES = 5
 
 
 class Learner(Protocol):
-    """What learns vectors step by step; a step depends on its number and the tables alone."""
+    """A method that learns vectors step by step. A step depends only on its number and the current tables."""
 
     unit: str
+    """What `StepResult.tokens` counts."""
     steps: int
     steps_per_epoch: int
 
@@ -60,47 +61,50 @@ class Learner(Protocol):
 
 @dataclass(frozen=True)
 class ProgressEvent:
-    """About a hundredth of the training. `loss`: its mean since the last event, in the method's own measure."""
+    """Sent about 100 times during training."""
 
     step: int
     steps: int
     epoch: float
     tokens: int
     loss: float
+    """Mean since the last event, in nats per pair or position (word2vec) or as weighted squared error per cell (GloVe)."""
     lr: float
     tokens_per_second: float
     seconds: float
 
 
 @dataclass(frozen=True)
-class NeighboursEvent:
-    """What stands nearest to each probe now."""
+class NeighborsEvent:
+    """The nearest neighbors of each probe word after a step."""
 
     step: int
-    neighbours: dict[str, list[str]]
+    neighbors: dict[str, list[str]]
 
 
 class EmbeddingObserver:
-    """Hears what happens in a training of vectors. Every method may be left as it is."""
+    """Callbacks for the events of embedding training. Subclasses override those they need."""
 
     unit = "tokens"
 
-    def begin(self, unit: str) -> None: ...
+    def begin(self, unit: str) -> None:
+        """Training starts. `unit` is what its throughput counts."""
 
     def progress(self, event: ProgressEvent) -> None: ...
 
-    def neighbours(self, event: NeighboursEvent) -> None: ...
+    def neighbors(self, event: NeighborsEvent) -> None: ...
 
-    def stopping(self) -> None: ...
+    def stopping(self) -> None:
+        """A signal arrived, and training will save and stop. Called from the signal handler."""
 
 
 @dataclass(frozen=True)
 class EmbeddingResult:
-    """The names are the keys of `tinylm embed train --json`."""
+    """The result of training. The field names are the keys of `tinylm embed train --json`."""
 
     run: str
     vectors: str | None
-    """The file; None when stopped before the end."""
+    """Path of the vectors file. None if training stopped early."""
     names: int
     dimensions: int
     step: int
@@ -112,7 +116,23 @@ class EmbeddingResult:
     tokens_per_second: float
     peak_memory_bytes: int | None
     stopped: str
+    """`done`, `time` or `signal`."""
     signal_number: int | None = None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The arguments of `train_embeddings`."""
+
+    recipe: EmbeddingRecipe
+    folder: Path
+    resume: bool
+    overwrite: bool
+    threads: int
+    start: float
+    stop_after: float | None
+    reporter: Reporter
+    observer: EmbeddingObserver
 
 
 def train_embeddings(
@@ -126,72 +146,76 @@ def train_embeddings(
     reporter: Reporter = SILENT,
     observer: EmbeddingObserver | None = None,
 ) -> EmbeddingResult:
-    """Learn vectors into `folder`; the result does not depend on `threads` (None: one per core).
+    """Train vectors into `folder`. The result does not depend on `threads` (default: one per core).
 
-    A folder that is not empty needs `resume` or `overwrite`. `stop_after` seconds ends early, saved. Raises `InputError` for
-    what the user can mend and `WorkError` when the training fails.
+    If `folder` is not empty, `resume` or `overwrite` is required. After `stop_after` seconds, training saves and stops.
+    Raises `InputError` for problems that the user can fix, and `WorkError` if training fails.
     """
     start = time.monotonic()
     folder = Path(folder)
-    with claimed(folder, resume=resume, overwrite=overwrite):
-        resume = resume and (folder / "recipe.yaml").exists()
-        return _train(recipe, folder, resume, overwrite, threads, start, stop_after, reporter, observer or EmbeddingObserver())
+    with locked_run_folder(folder, resume=resume, overwrite=overwrite):
+        job = _Job(
+            recipe=recipe,
+            folder=folder,
+            resume=resume and (folder / "recipe.yaml").exists(),
+            overwrite=overwrite,
+            threads=threads or torch.get_num_threads(),
+            start=start,
+            stop_after=stop_after,
+            reporter=reporter,
+            observer=observer or EmbeddingObserver(),
+        )
+        return _train(job)
 
 
-def _train(
-    recipe: EmbeddingRecipe,
-    folder: Path,
-    resume: bool,
-    overwrite: bool,
-    threads: int | None,
-    start: float,
-    stop_after: float | None,
-    reporter: Reporter,
-    observer: EmbeddingObserver,
-) -> EmbeddingResult:
-    """The training, once the folder is its own."""
-    kernels()
-    if resume:
-        Run.open(folder, embeddings=True)  # which refuses links that lead out of it
-        _check_same(folder, recipe)
-    text = prepare(recipe.data, recipe.vocabulary, reporter)
-    probes = _probes(recipe, text)
-    workers = threads or torch.get_num_threads()
-    method = recipe.method
-    learner: Learner
-    if isinstance(method, GloveMethod):
-        learner = Glove(text, method, recipe.seed, workers, reporter)
-    else:
-        learner = Word2Vec(text, method, recipe.seed, workers)
+def _train(job: _Job) -> EmbeddingResult:
+    """Train in the locked run folder."""
+    import_kernels()  # fail early if numba is missing
+    if job.resume:
+        Run.open(job.folder, embeddings=True)  # raises if a link points outside the folder
+        _check_resumable(job.folder, job.recipe)
+    text = encode_corpus(job.recipe.data, job.recipe.vocabulary, job.reporter)
+    probes = _probes(job.recipe, text)
+    learner = _learner(job, text)
     try:
-        training = _Training(recipe, folder, text, learner, probes, observer)
-        if resume:
-            training.restore(reporter)
-        if overwrite:
-            remove_run(folder)
-        write_whole(folder / "recipe.yaml", recipe.to_yaml())
-        return training.run(start, stop_after)
+        training = _Training(job, text, learner, probes)
+        if job.resume:
+            training.restore()
+        if job.overwrite:
+            remove_run(job.folder)
+        atomic_write_text(job.folder / "recipe.yaml", job.recipe.to_yaml())
+        return training.run()
     finally:
         learner.close()
 
 
-def _check_same(folder: Path, recipe: EmbeddingRecipe) -> None:
+def _learner(job: _Job, text: EncodedText) -> Learner:
+    method = job.recipe.method
+    if isinstance(method, GloveMethod):
+        return Glove(text, method, job.recipe.seed, job.threads, job.reporter)
+    return Word2Vec(text, method, job.recipe.seed, job.threads)
+
+
+def _check_resumable(folder: Path, recipe: EmbeddingRecipe) -> None:
+    """Raise `InputError` if the run in `folder` was trained with a recipe that gives different vectors."""
     before = load_any(folder / "recipe.yaml", check_files=False)
     if not isinstance(before, EmbeddingRecipe):
-        raise InputError("a language model was trained here, not embeddings", where=str(folder), hint="choose another with --out")
-    refused = [
+        raise InputError("this folder contains a language model, not embeddings", where=str(folder), hint="choose another --out")
+    changed = [
         f"{key}: {old} -> {new}" for key, (old, new) in changes(before, recipe).items() if not key.startswith(RESUME_SAFE_KEYS)
     ]
-    if refused:
-        listed = "; ".join(refused)
+    if changed:
         raise InputError(
-            f"the recipe is not the one these vectors were begun with: {listed}", where=str(folder), hint="train into another --out"
+            f"cannot resume, because these keys of the recipe changed: {'; '.join(changed)}",
+            where=str(folder),
+            hint="undo the changes, or choose another --out",
         )
 
 
-def _probes(recipe: EmbeddingRecipe, text: Text) -> list[str]:
-    """The recipe's, or five of the frequent names of at least four letters. Raises `InputError` for one without a vector."""
-    names = Vectors(text.units.names, np.zeros((len(text.units.names), 1), np.float32), byte_mapped=text.units.byte_mapped)
+def _probes(recipe: EmbeddingRecipe, text: EncodedText) -> list[str]:
+    """The probe words of the recipe, or five frequent words if it has none. Raises `InputError` for a word without a vector."""
+    vocabulary = text.vocabulary
+    names = Vectors(vocabulary.names, np.zeros((len(vocabulary.names), 1), np.float32), byte_mapped=vocabulary.byte_mapped)
     if recipe.watch.probes:
         for probe in recipe.watch.probes:
             try:
@@ -199,178 +223,185 @@ def _probes(recipe: EmbeddingRecipe, text: Text) -> list[str]:
             except InputError as error:
                 raise InputError(error.message, where="watch.probes", hint=error.hint) from None
         return list(recipe.watch.probes)
-    shown = [names.shown(row) for row in range(min(len(names), 2000))]
-    telling = [name for name in shown if len(name.strip()) >= 5 and name.strip().isalpha()]
-    return telling[20 :: max(1, (len(telling) - 20) // _PROBES)][:_PROBES] or shown[:_PROBES]
+    frequent = [names.display_name(row) for row in range(min(len(names), 2000))]
+    words = [name for name in frequent if len(name.strip()) >= 5 and name.strip().isalpha()]
+    # The most frequent words, such as "which", have uninformative neighbors: skip 20.
+    return words[20 :: max(1, (len(words) - 20) // _DEFAULT_PROBES)][:_DEFAULT_PROBES] or frequent[:_DEFAULT_PROBES]
+
+
+@dataclass
+class _Progress:
+    """The progress of training. Saved with every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    train_seconds: float = 0.0
+    loss: float | None = None
+
+
+@dataclass
+class _Interval:
+    """Sums over the steps since the last line of metrics.jsonl."""
+
+    loss: float = 0.0
+    terms: int = 0
+    tokens: int = 0
+    lr: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, result: StepResult) -> None:
+        self.loss += result.loss
+        self.terms += result.terms
+        self.tokens += result.tokens
+        self.lr = result.lr
 
 
 class _Training:
-    """One training: where it is, what it writes."""
+    """The training loop: runs the steps of a learner, logs them, and saves checkpoints and the vectors."""
 
-    def __init__(
-        self,
-        recipe: EmbeddingRecipe,
-        folder: Path,
-        text: Text,
-        learner: Learner,
-        probes: Sequence[str],
-        observer: EmbeddingObserver,
-    ) -> None:
-        self._recipe, self._folder, self._text = recipe, folder, text
-        self._learner, self._probes, self._observer = learner, probes, observer
-        self._checkpoints = CheckpointWriter(folder, keep=1)
-        self._done = self._tokens = 0
-        self._train_seconds = 0.0
-        self._loss: float | None = None
+    def __init__(self, job: _Job, text: EncodedText, learner: Learner, probes: Sequence[str]) -> None:
+        self._job, self._text, self._learner, self._probes = job, text, learner, probes
+        self._checkpoints = CheckpointWriter(job.folder, keep=1)
+        self._progress = _Progress()
+        self._log_every = max(1, learner.steps // _LOG_LINES)
 
-    def restore(self, reporter: Reporter) -> None:
-        """Go on from the newest whole checkpoint, if there is one."""
-        run = Run(self._folder)
+    def restore(self) -> None:
+        """Load the newest complete checkpoint, if there is one. Raises `InputError` if it belongs to another text."""
+        run = Run(self._job.folder)
         if not run.checkpoints():
-            reporter.note("no checkpoint yet: beginning at step 0")
+            self._job.reporter.note("no checkpoint yet; starting from step 0")
             return
-        checkpoint = newest_whole(run, reporter)
+        checkpoint = newest_complete_checkpoint(run, self._job.reporter)
         state = checkpoint.state
         if state["fingerprint"] != self._text.fingerprint:
-            raise InputError("the text is not the one these vectors were begun on", where=str(self._folder))
-        self._fill(checkpoint)
-        self._done, self._tokens = int(state["step"]), int(state["tokens"])
-        self._train_seconds, self._loss = float(state["train_seconds"]), state["loss"]
-        reporter.note(f"resuming after step {self._done:,} of {self._learner.steps:,}")
+            raise InputError(
+                "cannot resume, because the text changed", where=str(self._job.folder), hint="train from scratch with --overwrite"
+            )
+        self._load_tables(checkpoint)
+        self._progress = _Progress(int(state["step"]), int(state["tokens"]), float(state["train_seconds"]), state["loss"])
+        self._job.reporter.note(f"resuming after step {self._progress.step:,} of {self._learner.steps:,}")
 
-    def _fill(self, checkpoint: Checkpoint) -> None:
+    def _load_tables(self, checkpoint: Checkpoint) -> None:
         file = checkpoint.path / "model.safetensors"
         try:
             saved = load_file(file)
             for name, table in self._learner.tables().items():
                 if saved[name].shape != table.shape:
-                    raise ValueError(f"{name} is {saved[name].shape} instead of {table.shape}")
+                    raise ValueError(f"{name} has shape {saved[name].shape} instead of {table.shape}")
                 table[:] = saved[name]
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise InputError(f"cannot be read: {error}", where=str(file)) from None
 
-    def run(self, start: float, stop_after: float | None) -> EmbeddingResult:
-        learner, recipe = self._learner, self._recipe
+    def run(self) -> EmbeddingResult:
+        """Train to the end, or until a signal or the time limit."""
+        job, progress, steps = self._job, self._progress, self._learner.steps
+        watch_every = _share_of_steps(job.recipe.watch.every, steps)
+        save_every = _share_of_steps(job.recipe.checkpoint.every, steps) if job.recipe.checkpoint.every else steps
         self._checkpoints.prepare()
-        self._observer.begin(learner.unit)
-        look = _every(recipe.watch.every, learner.steps)
-        save = _every(recipe.checkpoint.every, learner.steps) if recipe.checkpoint.every else learner.steps
-        line = max(1, learner.steps // _LINES)
-        stopped = "done"
+        job.observer.begin(self._learner.unit)
         with (
-            StopRequest(self._observer.stopping) as request,
-            _Lines(self._folder / "metrics.jsonl", self._done) as metrics,
-            _Lines(self._folder / EMBEDDINGS_MARK, self._done) as near,
+            StopRequest(job.observer.stopping) as request,
+            JsonLinesLog(job.folder / "metrics.jsonl", self._already_trained) as metrics,
+            JsonLinesLog(job.folder / EMBEDDINGS_MARKER, self._already_trained) as neighbors,
         ):
-            loss, terms, tokens, since = 0.0, 0, 0, time.monotonic()
-            while self._done < learner.steps:
-                result = learner.step(self._done)
-                self._done += 1
-                loss, terms, tokens = loss + result.loss, terms + result.terms, tokens + result.tokens
-                late = stop_after is not None and time.monotonic() - start >= stop_after
-                ends = self._done == learner.steps or late or request.signal_number is not None
-                if self._done % line == 0 or ends:
-                    self._advance(metrics, loss, terms, tokens, result.lr, time.monotonic() - since)
-                    loss, terms, tokens = 0.0, 0, 0
-                    if self._done % look < line or ends:
-                        self._look(near)
-                    if self._done % save < line or ends:
-                        self._save()
-                    since = time.monotonic()
-                if ends and self._done < learner.steps:
-                    stopped = "signal" if request.signal_number is not None else "time"
-                    break
+            stopped = "done" if progress.step == steps else None
+            while stopped is None:
+                interval = self._train_interval(request)
+                stopped = self._stop_reason(request)
+                self._log(interval, metrics)
+                if stopped or self._due(watch_every):
+                    self._log_neighbors(neighbors)
+                if stopped or self._due(save_every):
+                    self._save()
         if stopped == "done":
-            self._vectors().save(self._folder / VECTORS_FILE)
-        return self._result(start, stopped, request.signal_number)
+            self._current_vectors().save(job.folder / VECTORS_FILE)
+        return self._result(stopped, request.signal_number if stopped == "signal" else None)
 
-    def _advance(self, metrics: _Lines, loss: float, terms: int, tokens: int, lr: float, seconds: float) -> None:
-        self._tokens += tokens
-        self._train_seconds += seconds
-        self._loss = loss / terms if terms else None
-        if self._loss is not None and not np.isfinite(self._loss):
-            raise WorkError(f"the loss is no longer a number at step {self._done:,}", hint="lower method.lr")
+    def _train_interval(self, request: StopRequest) -> _Interval:
+        """Run at least one step, up to the next line of the log or until training has to stop."""
+        interval, start = _Interval(), time.monotonic()
+        while True:
+            interval.add(self._learner.step(self._progress.step))
+            self._progress.step += 1
+            if self._progress.step % self._log_every == 0 or self._stop_reason(request):
+                interval.seconds = time.monotonic() - start
+                return interval
+
+    def _stop_reason(self, request: StopRequest) -> str | None:
+        """`done` after the last step, `signal` after a signal, `time` after the time limit; otherwise None."""
+        if self._progress.step == self._learner.steps:
+            return "done"
+        if request.signal_number is not None:
+            return "signal"
+        if self._job.stop_after is not None and time.monotonic() - self._job.start >= self._job.stop_after:
+            return "time"
+        return None
+
+    def _due(self, every: int) -> bool:
+        """Whether a multiple of `every` steps was reached since the last line of the log."""
+        return self._progress.step % every < self._log_every
+
+    def _already_trained(self, record: Mapping[str, Any]) -> bool:
+        """Whether a line of a log belongs to a step that the restored checkpoint includes."""
+        return bool(record["step"] <= self._progress.step)
+
+    def _log(self, interval: _Interval, metrics: JsonLinesLog) -> None:
+        """Log the steps of an interval. Raises `WorkError` if the loss is non-finite."""
+        progress = self._progress
+        progress.tokens += interval.tokens
+        progress.train_seconds += interval.seconds
+        progress.loss = interval.loss / interval.terms if interval.terms else None
+        if progress.loss is not None and not np.isfinite(progress.loss):
+            raise WorkError(f"the loss is {progress.loss} at step {progress.step:,}", hint="lower method.lr (--lr)")
         event = ProgressEvent(
-            step=self._done,
+            step=progress.step,
             steps=self._learner.steps,
-            epoch=self._done / self._learner.steps_per_epoch,
-            tokens=self._tokens,
-            loss=self._loss if self._loss is not None else float("nan"),
-            lr=lr,
-            tokens_per_second=tokens / max(seconds, 1e-9),
-            seconds=self._train_seconds,
+            epoch=progress.step / self._learner.steps_per_epoch,
+            tokens=progress.tokens,
+            loss=progress.loss if progress.loss is not None else float("nan"),
+            lr=interval.lr,
+            tokens_per_second=interval.tokens / max(interval.seconds, 1e-9),
+            seconds=progress.train_seconds,
         )
-        metrics.write({"kind": "step", **asdict(event), "loss": self._loss})
-        self._observer.progress(event)
+        metrics.write({"kind": "step", **asdict(event)})
+        self._job.observer.progress(event)
 
-    def _vectors(self) -> Vectors:
-        units = self._text.units
-        notes = {"method": self._recipe.method.name, "tinylm": tinylm.__version__, "seed": self._recipe.seed}
-        return Vectors(units.names, self._learner.vectors(), units.counts, units.byte_mapped, notes)
+    def _current_vectors(self) -> Vectors:
+        vocabulary, recipe = self._text.vocabulary, self._job.recipe
+        notes = {"method": recipe.method.name, "tinylm": tinylm.__version__, "seed": recipe.seed}
+        return Vectors(vocabulary.names, self._learner.vectors(), vocabulary.counts, vocabulary.byte_mapped, notes)
 
-    def _look(self, near: _Lines) -> None:
-        vectors = self._vectors()
-        found: dict[str, list[Neighbour]] = {one: vectors.nearest(one, self._recipe.watch.neighbours) for one in self._probes}
-        event = NeighboursEvent(self._done, {one: [other.token for other in others] for one, others in found.items()})
-        near.write(asdict(event))
-        self._observer.neighbours(event)
+    def _log_neighbors(self, log: JsonLinesLog) -> None:
+        vectors, count = self._current_vectors(), self._job.recipe.watch.neighbours
+        nearest = {probe: [neighbor.token for neighbor in vectors.nearest(probe, count)] for probe in self._probes}
+        log.write({"step": self._progress.step, "neighbours": nearest})
+        self._job.observer.neighbors(NeighborsEvent(self._progress.step, nearest))
 
     def _save(self) -> None:
         tables = {name: torch.from_numpy(table) for name, table in self._learner.tables().items()}
-        state = {
-            "step": self._done,
-            "tokens": self._tokens,
-            "train_seconds": self._train_seconds,
-            "loss": self._loss,
-            "fingerprint": self._text.fingerprint,
-        }
-        self._checkpoints.save(Snapshot(tables, {}, state))
+        self._checkpoints.save(Snapshot(tables, {}, {**asdict(self._progress), "fingerprint": self._text.fingerprint}))
         self._checkpoints.prune()
 
-    def _result(self, start: float, stopped: str, signal_number: int | None) -> EmbeddingResult:
+    def _result(self, stopped: str, signal_number: int | None) -> EmbeddingResult:
+        job, progress = self._job, self._progress
         return EmbeddingResult(
-            run=str(self._folder),
-            vectors=str(self._folder / VECTORS_FILE) if stopped == "done" else None,
-            names=len(self._text.units.names),
-            dimensions=self._recipe.method.dimensions,
-            step=self._done,
+            run=str(job.folder),
+            vectors=str(job.folder / VECTORS_FILE) if stopped == "done" else None,
+            names=len(self._text.vocabulary.names),
+            dimensions=job.recipe.method.dimensions,
+            step=progress.step,
             steps=self._learner.steps,
-            tokens=self._tokens,
-            loss=self._loss,
-            seconds=time.monotonic() - start,
-            train_seconds=self._train_seconds,
-            tokens_per_second=self._tokens / max(self._train_seconds, 1e-9),
+            tokens=progress.tokens,
+            loss=progress.loss,
+            seconds=time.monotonic() - job.start,
+            train_seconds=progress.train_seconds,
+            tokens_per_second=progress.tokens / max(progress.train_seconds, 1e-9),
             peak_memory_bytes=peak_memory_bytes(torch.device("cpu")),
             stopped=stopped,
-            signal_number=signal_number if stopped == "signal" else None,
+            signal_number=signal_number,
         )
 
 
-def _every(share: float, steps: int) -> int:
+def _share_of_steps(share: float, steps: int) -> int:
+    """A share of all steps as a number of steps, at least 1."""
     return max(1, round(share * steps))
-
-
-class _Lines:
-    """A .jsonl file that a resumed training goes on with: lines of later steps are forgotten."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        kept = []
-        if path.exists():
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line + "\n")
-                except (ValueError, KeyError, TypeError):
-                    continue  # torn by a crash
-        write_whole(path, "".join(kept))
-        self._file: IO[str] = open(path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115  closed on leaving
-
-    def __enter__(self) -> _Lines:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def write(self, event: dict[str, object]) -> None:
-        self._file.write(json.dumps(event) + "\n")
-        self._file.flush()

@@ -1,7 +1,6 @@
-"""What went wrong, where, and what to do about it: the errors every room raises for people.
+"""Errors for the user: what is wrong, where, and what to do about it.
 
-An `InputError` means the user can fix it (exit code 2), a `WorkError` that the work itself failed (exit code 1). The
-command line shows their one line, never a traceback.
+The command line prints them in one line, without a traceback, and exits with `exit_code`.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from collections.abc import Iterable
 
 
 class TinylmError(Exception):
-    """A message for people: `where` names the file, line or option; `hint` says what to do."""
+    """Prints as `where: message (hint)`: `where` is a file, line or option, and `hint` says what to do."""
 
     exit_code = 1
 
@@ -27,23 +26,23 @@ class TinylmError(Exception):
 
 
 class InputError(TinylmError):
-    """What was asked for is wrong: a path, an option, a recipe, a text. Exit code 2."""
+    """An invalid path, option, recipe or text. Exit code 2."""
 
     exit_code = 2
 
 
 class WorkError(TinylmError):
-    """The request was fine and the work failed: a full disk, a diverging loss. Exit code 1."""
+    """A valid request that failed, for example because of a full disk or a diverging loss. Exit code 1."""
 
     exit_code = 1
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:
-    """A hint naming the known word nearest to `word`, or None when nothing is near."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"did you mean {near[0]}?" if near else None
+    """A hint that suggests the known word most similar to `word`, or None if none is similar."""
+    similar = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"did you mean {similar[0]}?" if similar else None
 
 
-def need_extra(extra: str, purpose: str) -> InputError:
-    """The error for a missing optional dependency, with the command that installs it."""
+def missing_extra(extra: str, purpose: str) -> InputError:
+    """The error for an optional dependency that is not installed, with the command that installs it."""
     return InputError(f'{purpose} needs an extra package: pip install "tinylm[{extra}]"')

@@ -1,4 +1,4 @@
-"""Functions compiled by numba. To be imported only where numba is wanted: it is an extra."""
+"""Compile functions with numba. It is an optional dependency: check that it is installed before importing this module."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 from numba import njit
 
 
-def compiled(**options: Any) -> Callable[[Any], Any]:
-    """A decorator: compiled at the first call and kept on the disk, or for this process where no folder can be written to."""
+def cached_njit(**options: Any) -> Callable[[Any], Any]:
+    """A decorator like `numba.njit` that caches the machine code on disk if numba finds a writable folder for it."""
 
     def decorate(function: Any) -> Any:
         settings = {"nogil": True, "error_model": "numpy", **options}
         try:
             return njit(cache=True, **settings)(function)
-        except RuntimeError:
+        except RuntimeError:  # no writable folder: compile again in every process
             return njit(**settings)(function)
 
     return decorate

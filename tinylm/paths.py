@@ -1,4 +1,4 @@
-"""Where tinylm keeps what can be made again, and how it writes files so that they are whole or absent."""
+"""The cache folder, and atomic writes: a file or folder appears with its full content or not at all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import platformdirs
 
 
 def cache_folder(*parts: str) -> Path:
-    """A folder under TINYLM_CACHE, or under the user's cache folder for applications; created."""
+    """A subfolder of TINYLM_CACHE, or else of the user's cache folder. It is created if necessary."""
     root = os.environ.get("TINYLM_CACHE") or platformdirs.user_cache_dir("tinylm", appauthor=False)
     folder = Path(root, *parts)
     folder.mkdir(parents=True, exist_ok=True)
@@ -21,7 +21,7 @@ def cache_folder(*parts: str) -> Path:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` durable. Windows has no such call and needs none."""
+    """Make renames inside `folder` durable. Does nothing on Windows, where folders cannot be synced."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -32,8 +32,8 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that becomes `path` when the block ends well, and disappears when it does not."""
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path next to `path`. It replaces `path` on success and is removed if the block raises."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
@@ -50,8 +50,8 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place when the block ends well, and disappears when it does not."""
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder next to `path`. It replaces `path` on success and is removed if the block raises."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -72,12 +72,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def _umask() -> int:
-    mask = os.umask(0o022)
+    mask = os.umask(0o022)  # the only way to read it is to set it
     os.umask(mask)
     return mask
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a small text file through `whole_file`."""
-    with whole_file(path) as temporary:
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write a small text file atomically, in UTF-8."""
+    with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")

@@ -1,54 +1,61 @@
-"""The whole way: a recipe and a folder in, a trained and measured run out. What `tinylm train` does, callable from a notebook."""
+"""Train a model from a recipe into a run folder. The entry point is `train`, for `tinylm train` and for notebooks alike."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from tinylm import device as devices
-from tinylm.cost import plan as planning
+from tinylm.cost.micro_batch import check_batch_divides
+from tinylm.cost.parameters import flops_per_token
+from tinylm.cost.plan import training_steps
 from tinylm.data.batches import Batches
-from tinylm.data.prepare import Prepared, prepare, reopened
+from tinylm.data.prepare import PreparedData, open_prepared, prepare
 from tinylm.errors import InputError, did_you_mean
-from tinylm.evaluation.perplexity import Perplexity, evaluate
+from tinylm.evaluation.perplexity import EvaluationOptions, Perplexity, evaluate
 from tinylm.generation.engine import generate
 from tinylm.generation.sampling import SamplingOptions
 from tinylm.model import lora
-from tinylm.model.init_from import check_parts, load_pretrained
+from tinylm.model.init_from import check_compatible, load_pretrained
+from tinylm.model.objective import CausalObjective
 from tinylm.model.transformer import Transformer
 from tinylm.optim import groups
-from tinylm.processes import Processes, joined, lost_peer, threads_of_each
+from tinylm.optim.groups import Optimizers
+from tinylm.processes import Processes, join_processes, lost_peer_error, threads_per_process
 from tinylm.recipe import Recipe, changes
 from tinylm.recipe.schema import FileTokenizer, MuonOptimizer, flattened
 from tinylm.reporting import SILENT, Reporter
 from tinylm.run import Checkpoint, Run, check_shapes
-from tinylm.training import automatic, parallel
+from tinylm.training import auto_settings, parallel
 from tinylm.training import precision as precisions
-from tinylm.training.checkpoint import CheckpointWriter, newest_whole, restore
+from tinylm.training.checkpoint import CheckpointWriter, newest_complete_checkpoint, restore
 from tinylm.training.metrics import MetricsFile, Observer, Observers
 from tinylm.training.out_of_memory import keep_freed_memory
 from tinylm.training.parallel import Parallel
-from tinylm.training.run_folder import claimed, remove_run, write_run
+from tinylm.training.precision import Precision
+from tinylm.training.run_folder import locked_run_folder, remove_run, write_run
 from tinylm.training.signals import StopRequest
-from tinylm.training.trainer import Poll, Trainer
+from tinylm.training.trainer import Hooks, Poll, Trainer, TrainingSetup
 
 RESUME_SAFE_KEYS = ("name", "training.log_every", "training.parallel", "training.guards.", "checkpoint.", "sampling.")
-"""Keys (or sections) that may change on resuming: they do not change the model."""
+"""Keys and sections that may change when a run is resumed, because they do not change the trained model."""
 RESUME_SAFE_KEYS_WITHOUT_DROPOUT = ("training.compile", "training.micro_batch_size")
-"""They change a model by rounding, but dropout altogether: the micro-batch and the compiler decide what is drawn."""
+"""Keys that may also change if the model has no dropout: they change the model by rounding only, but also the dropout masks."""
 AUTOMATIC = ("precision", "micro_batch_size", "compile")
-"""Keys of `training` whose `auto` is decided once: a resumed run keeps what was decided."""
+"""Keys of `training` that may be `auto`. A resumed run keeps the values that were chosen when it started."""
+
+Threads = int | Literal["auto"] | None
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The names are the keys of `tinylm train --json`; losses in nats per token."""
+    """The result of a training run. The field names are the keys of `tinylm train --json`. Losses are in nats per token."""
 
     run: str
     step: int
@@ -68,7 +75,63 @@ class TrainResult:
     precision: str
     peak_memory_bytes: int | None
     stopped: str
+    """`done`, `time` or `signal`."""
     signal_number: int | None = None
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """The arguments of `train`, resolved: what to train, where, and on which hardware."""
+
+    recipe: Recipe
+    folder: Path
+    device: torch.device
+    resume: bool
+    overwrite: bool
+    allow_change: Sequence[str]
+    """Recipe keys and sections that may differ from those of the resumed run."""
+    threads: Threads
+    workers: int
+    """Number of processes that encode the text."""
+    stop_after: float | None
+    """Seconds after which training stops early."""
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """The reporter receives notes during preparation, the observer receives events during training."""
+
+    reporter: Reporter
+    observer: Observer
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The tokens to train on, and the number of steps."""
+
+    prepared: PreparedData
+    batches: Batches
+    steps: int | None
+    """None: as many as fit into the recipe's `training.minutes`."""
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Hashes that are saved with every checkpoint, to detect a changed text or tokenizer when the run is resumed."""
+        return {"data": self.prepared.fingerprint, "tokenizer": self.prepared.tokenizer.fingerprint}
+
+    @property
+    def vocab_size(self) -> int:
+        return self.prepared.tokenizer.vocab_size
+
+
+@dataclass(frozen=True)
+class Components:
+    """The network, and the objects that parallelize, update and save it."""
+
+    parallel: Parallel
+    optimizers: Optimizers
+    precision: Precision
+    checkpoints: CheckpointWriter
 
 
 def train(
@@ -79,345 +142,400 @@ def train(
     overwrite: bool = False,
     allow_change: Sequence[str] = (),
     device: str = "auto",
-    threads: int | Literal["auto"] | None = None,
+    threads: Threads = None,
     workers: int = 1,
     stop_after: float | None = None,
     reporter: Reporter = SILENT,
     observer: Observer | None = None,
 ) -> TrainResult:
-    """Train `recipe` into the run folder `folder`; every process of a launcher such as torchrun calls it alike.
+    """Train `recipe` into the run folder `folder`. Under a launcher such as torchrun, every process makes the same call.
 
-    A folder that is not empty needs `resume` (go on from its newest whole checkpoint; only keys and sections in `allow_change`
-    and harmless ones may differ) or `overwrite` (begin anew). `threads` on a CPU: how many, or `auto` for the fastest; None: one
-    per core. `workers`: processes that encode the text. `stop_after` seconds ends early, saved. Raises `InputError` for what the
-    user can mend and `WorkError` when the training fails.
+    If the folder already holds a run, `resume` or `overwrite` is required. `resume` continues from its newest complete checkpoint;
+    apart from keys that do not change the model, the recipe may differ from the run's only in the keys and sections of
+    `allow_change`. `threads`: CPU threads, or `auto` for the fastest number; None uses one per core. `workers`: processes that
+    encode the text. `stop_after`: save and stop after this many seconds.
+
+    Raises `InputError` for invalid input and `WorkError` if training fails.
     """
     folder = Path(folder)
     target = devices.resolve(device)
-    devices.set_threads(threads if isinstance(threads, int) else threads_of_each())
-    with joined(target) as processes, ExitStack() as stack:
+    devices.set_threads(threads if isinstance(threads, int) else threads_per_process())
+    with join_processes(target) as processes, ExitStack() as stack:
         target = processes.run_on_all(lambda: processes.device(target))
-        if processes.count > 1:
-            reporter, observer = (reporter, observer) if processes.main else (SILENT, None)
-        processes.run_on_main(lambda: stack.enter_context(claimed(folder, resume=resume, overwrite=overwrite)))
+        callbacks = Callbacks(reporter, observer or Observer()) if processes.is_main else Callbacks(SILENT, Observer())
+        processes.run_on_main(lambda: stack.enter_context(locked_run_folder(folder, resume=resume, overwrite=overwrite)))
+        resume = resume and (folder / "recipe.yaml").exists()
+        job = TrainingJob(recipe, folder, target, resume, overwrite, allow_change, threads, workers, stop_after)
         try:
-            return _train(
-                recipe,
-                folder,
-                target,
-                processes,
-                resume=resume and (folder / "recipe.yaml").exists(),
-                overwrite=overwrite,
-                allow_change=allow_change,
-                threads=threads,
-                workers=workers,
-                stop_after=stop_after,
-                reporter=reporter,
-                observer=observer or Observer(),
-            )
+            return _train(job, callbacks, processes)
         except RuntimeError as error:
-            raise (lost_peer(error) if processes.count > 1 else None) or error from None
+            raise (lost_peer_error(error) if processes.world_size > 1 else None) or error from None
 
 
-def _train(
-    recipe: Recipe,
-    folder: Path,
-    target: torch.device,
-    processes: Processes,
-    *,
-    resume: bool,
-    overwrite: bool,
-    allow_change: Sequence[str],
-    threads: int | Literal["auto"] | None,
-    workers: int,
-    stop_after: float | None,
-    reporter: Reporter,
-    observer: Observer,
-) -> TrainResult:
-    """What every process of a training does, once the folder is theirs."""
-    if resume:
-        recipe = processes.run_on_main(lambda: merge_for_resume(Run.open(folder), recipe, allow_change, reporter))
-        recipe = processes.run_on_main(lambda: fit_micro_batch(recipe, processes.count, reporter))
-    begun = resume and processes.run_on_main(lambda: bool(Run(folder).checkpoints()))
-    source = None if begun else processes.run_on_main(lambda: _source(recipe, reporter))
-    processes.run_on_main(lambda: planning.split_over(recipe, processes.count))
-    prepared = _prepared(recipe, processes, reporter, workers)
-    processes.run_on_main(lambda: _check_length(recipe, prepared))
-    batches = Batches(prepared.train.tokens, recipe.model.context_length, recipe.seed)
-    steps = planning.training_steps(recipe.training, recipe.model.context_length, len(prepared.train))
-    if target.type == "cpu":
-        keep_freed_memory()
-        if threads == "auto":
-            chosen = processes.run_on_main(
-                lambda: automatic.use_fastest_threads(recipe, prepared.tokenizer.vocab_size, batches, processes.count)
-            )
-            devices.set_threads(chosen)
-            reporter.note(f"{chosen} CPU threads are fastest for this model")
-    fingerprints = {"data": prepared.fingerprint, "tokenizer": prepared.tokenizer.fingerprint}
-    start = processes.run_on_main(lambda: _newest(Run(folder), recipe, prepared, fingerprints, reporter)) if resume else None
-    network = processes.run_on_all(lambda: _network(recipe, source, prepared, reporter, fresh=start is None)).to(target)
-    network.recompute = recipe.training.activation_checkpointing
-    decided = automatic.decide(recipe, network, batches, steps, reporter, stop_after, resumed=resume, processes=processes)
-    recipe, precision = decided.recipe, decided.precision
-    together = parallel.resolve(recipe.training.parallel, recipe, network.vocab_size, target, processes)
-    shared = Parallel(network, together, processes, precision)
-    optimizers = groups.build(recipe.training.optimizer, network, network.stacked_matrices(), shared.mesh)
-    checkpoints = CheckpointWriter(folder, recipe.checkpoint.keep, processes)
-    state = None
-    if start is not None:
-        state = _restored(start, Run(folder), recipe, network, optimizers, checkpoints, processes, reporter)
-    if processes.count > 1:
-        reporter.note(f"{processes.count} processes, {together}, {recipe.training.micro_batch_size} sequences at a time in each")
-    elif recipe.training.parallel != "auto":
-        reporter.note(f"one process: there is nothing for training.parallel: {recipe.training.parallel} to spread")
-
-    def write_folder() -> None:
-        if overwrite:
-            remove_run(folder)
-        checkpoints.prepare()
-        facts = {"device": devices.describe(target), "processes": processes.count, "parallel": together}
-        write_run(folder, recipe, prepared, {**facts, "resumed_step": state["step"]} if state else facts)
-
-    processes.run_on_main(write_folder)
-    observers = [observer]
-    if processes.main:
-        going_on = recipe.checkpoint.on_failure == "continue"
-        metrics = MetricsFile(folder, int(state["step"]) if state else 0, _told_once(observer) if going_on else None)
-        observer.earlier(*metrics.history())
-        observers.insert(0, metrics)
-    lengths = prepared.tokenizer.token_byte_lengths
-
-    def measure(network: Transformer, poll: Poll) -> Perplexity:
-        return evaluate(
-            network,
-            prepared.heldout,
-            lengths,
-            context=recipe.model.context_length,
-            stride=recipe.evaluation.stride,
-            max_tokens=recipe.evaluation.max_tokens,
-            device=target,
-            bootstrap=False,
-            share=processes,
-            advance=poll,
-        )
-
-    def write(network: Transformer, prompt: str) -> str:
-        section = recipe.sampling
-        options = SamplingOptions(section.max_new_tokens, section.temperature, section.top_k)
-        return generate(network, prepared.tokenizer, prompt, options, seed=recipe.seed)[0].text
-
-    trainer = Trainer(
-        recipe,
-        shared,
-        optimizers,
-        batches,
-        steps=steps,
-        micro_batch_size=int(recipe.training.micro_batch_size),
-        precision=precision,
-        flops_per_token=planning.flops_per_token(recipe.model, prepared.tokenizer.vocab_size, recipe.training.lora),
-        peak_flops=processes.run_on_main(lambda: precisions.matmul_flops(precision)),
-        checkpoints=checkpoints,
-        fingerprints=fingerprints,
-        evaluate=measure,
-        write=write,
-        read=prepared.tokenizer.decode,
-        observer=Observers(observers),
-    )
-    if state is not None:
-        trainer.resume(state)
-    trainer.progress.seconds += decided.start_up_seconds
-    trainer.progress.train_seconds += decided.start_up_seconds
-    try:
-        with StopRequest(observer.stopping) as request:
-            observer.phase("first step")
-            stopped = trainer.train(request, stop_after)
-    finally:
-        if processes.main:
-            metrics.close()
-    return _result(folder, trainer, stopped, request.signal_number, target)
+def _train(job: TrainingJob, callbacks: Callbacks, processes: Processes) -> TrainResult:
+    """Do the work of one process. The run folder must be locked."""
+    reporter = callbacks.reporter
+    if job.resume:
+        job = _merge_recipe(job, processes, reporter)
+    pretrained = _open_pretrained(job, processes, reporter)
+    data = _prepare_data(job, processes, reporter)
+    if job.device.type == "cpu":
+        _tune_cpu(job, data, processes, reporter)
+    checkpoint = _find_checkpoint(job, data, processes, reporter) if job.resume else None
+    network = _build_network(job, data, pretrained, fresh=checkpoint is None, processes=processes, reporter=reporter)
+    budget = auto_settings.Budget(data.steps, job.stop_after)
+    settings = auto_settings.resolve(job.recipe, network, data.batches, budget, reporter, resumed=job.resume, processes=processes)
+    job = replace(job, recipe=settings.recipe)
+    components = _build_components(job, network, settings.precision, processes)
+    state = None if checkpoint is None else _restore(checkpoint, job, components, reporter)
+    _report_parallelism(job, components.parallel, reporter)
+    processes.run_on_main(lambda: _write_run_folder(job, data, components, state))
+    with _observers(job, int(state["step"]) if state else 0, callbacks.observer, processes) as observer:
+        trainer = _build_trainer(job, data, components, observer)
+        if state is not None:
+            trainer.resume(state)
+        trainer.progress.seconds += settings.compile_seconds
+        trainer.progress.train_seconds += settings.compile_seconds
+        with StopRequest(callbacks.observer.stopping) as request:
+            stopped = trainer.train(request, job.stop_after)
+    return _result(job, trainer, stopped, request.signal_number)
 
 
-def _source(recipe: Recipe, reporter: Reporter) -> Run | None:
-    """The run of `model.init_from`. Raises `InputError` when it is none, or its model is made of other parts."""
-    given = recipe.model.init_from
-    if given is None:
-        return None
-    source = Run.open(Path(given.run).expanduser())
-    check_parts(recipe.model, source.recipe.model)
-    reporter.note(f"starting from {source.path} {source.checkpoint().name}")
-    return source
+# The recipe of a resumed run.
 
 
-def _network(recipe: Recipe, source: Run | None, prepared: Prepared, reporter: Reporter, *, fresh: bool) -> Transformer:
-    """What is trained: from chance, or from the weights of `source`; with low-rank additions where the recipe says so.
+def _merge_recipe(job: TrainingJob, processes: Processes, reporter: Reporter) -> TrainingJob:
+    """Return the job with the recipe to resume with: checked against the run's recipe, and adapted to the number of processes."""
+    merged = processes.run_on_main(lambda: merge_for_resume(Run.open(job.folder), job.recipe, job.allow_change))
+    return replace(job, recipe=processes.run_on_main(lambda: fit_micro_batch(merged, processes.world_size, reporter)))
 
-    Given embeddings are only read for a `fresh` training: a checkpoint has its own.
+
+def merge_for_resume(run: Run, recipe: Recipe, allowed: Sequence[str]) -> Recipe:
+    """Return `recipe`, with each `auto` replaced by the value that was chosen when `run` started.
+
+    Raises `InputError` if it differs from the run's recipe in a key that is neither `allowed` nor safe to change.
     """
-    tokenizer = prepared.tokenizer
-    network = Transformer(recipe.model, tokenizer.vocab_size, seed=recipe.seed)
-    if source is not None:
-        same = source.tokenizer.fingerprint == tokenizer.fingerprint
-        anew = load_pretrained(network, source.network(source.checkpoint(), torch.device("cpu")), same_tokenizer=same)
-        if anew:
-            reporter.note(f"starting anew: {', '.join(anew)}")
-    if fresh and recipe.model.init_embeddings is not None:
-        _start_embeddings(network, prepared, reporter)
-    if recipe.training.lora is not None:
-        lora.attach(network, recipe.training.lora, recipe.seed)
-        trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
-        reporter.note(f"LoRA: {trained:,} of {network.parameter_count():,} numbers are trained")
-    return network
-
-
-def _start_embeddings(network: Transformer, prepared: Prepared, reporter: Reporter) -> None:
-    """What `model.init_embeddings` asks for; a checkpoint that is gone on from has its own embedding."""
-    from tinylm.embedding import formats, reuse
-
-    model = network.model
-    found = reuse.start_from(network.embedding, formats.read(Path(str(model.init_embeddings))), prepared.tokenizer)
-    how = "averaged over their pieces, " if found.from_words else ""
-    reporter.note(
-        f"embeddings: {found.tokens:,} of {found.vocab_size:,} tokens begin from {model.init_embeddings}, {how}"
-        f"{'frozen' if model.freeze_embeddings else 'learning on'}"
-    )
-
-
-def _prepared(recipe: Recipe, processes: Processes, reporter: Reporter, workers: int) -> Prepared:
-    """The tokens: made by the main process, and again on machines that cannot see its cache; mapped by all."""
-    if processes.count == 1:
-        return prepare(recipe.data, recipe.tokenizer, reporter, workers)
-
-    def handed_on() -> tuple[Path, str, str]:
-        prepared = prepare(recipe.data, recipe.tokenizer, reporter, workers)
-        return prepared.folder, prepared.fingerprint, prepared.tokenizer.backend.to_str()
-
-    folder, fingerprint, tokenizer = processes.run_on_main(handed_on)
-    absent = processes.local_rank == 0 and not (folder / "heldout.json").exists()
-    there = processes.run_on_all(
-        lambda: prepare(recipe.data, recipe.tokenizer, SILENT, workers).fingerprint if absent else fingerprint
-    )
-    if there != fingerprint:
-        raise InputError("the text is not the one the other machines read", where="data.train")
-    return processes.run_on_all(lambda: reopened(folder, fingerprint, tokenizer))
-
-
-def _check_length(recipe: Recipe, prepared: Prepared) -> None:
-    """What the recipe alone cannot tell: whether its text and its steps are long enough. Raises `InputError`."""
-    context, warmup = recipe.model.context_length, recipe.training.schedule.warmup
-    Batches(prepared.train.tokens, context, recipe.seed)
-    steps = planning.training_steps(recipe.training, context, len(prepared.train))
-    if steps is not None and warmup >= 1 and warmup > steps:
-        raise InputError(f"{warmup} steps of warm-up are more than the {steps} of training", where="training.schedule.warmup")
-
-
-def _told_once(observer: Observer) -> Callable[[str], None]:
-    """Says the first thing that it is told."""
-    said = False
-
-    def refused(what: str) -> None:
-        nonlocal said
-        if not said:
-            observer.note(f"{what}; going on without it (checkpoint.on_failure: continue)")
-        said = True
-
-    return refused
-
-
-def merge_for_resume(run: Run, recipe: Recipe, allowed: Sequence[str], reporter: Reporter) -> Recipe:
-    """The recipe to go on with: the new one, where it differs from the run's only in what may change."""
-    kept = {
+    chosen = {
         key: getattr(run.recipe.training, key)
         for key in AUTOMATIC
         if getattr(recipe.training, key) == "auto" and f"training.{key}" not in allowed
     }
     before, optimizer = run.recipe.training.optimizer, recipe.training.optimizer
     if isinstance(before, MuonOptimizer) and isinstance(optimizer, MuonOptimizer) and optimizer.newton_schulz_dtype == "auto":
-        kept["optimizer"] = optimizer.model_copy(update={"newton_schulz_dtype": before.newton_schulz_dtype})
-    recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update=kept)})
+        chosen["optimizer"] = optimizer.model_copy(update={"newton_schulz_dtype": before.newton_schulz_dtype})
+    recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update=chosen)})
     changed = changes(run.recipe, recipe)
     for key in allowed:
         if not any(_covers(key, name) for name in changed):
             known = flattened(recipe.as_dict())
-            why = "is the same as before" if any(_covers(key, name) for name in known) else "is no key or section of the recipe"
-            raise InputError(f"{key} {why}", where="--allow-change", hint=did_you_mean(key, changed or known))
-    harmless = RESUME_SAFE_KEYS if recipe.model.uses_dropout else (*RESUME_SAFE_KEYS, *RESUME_SAFE_KEYS_WITHOUT_DROPOUT)
+            problem = "has not changed" if any(_covers(key, name) for name in known) else "is not a key or section of the recipe"
+            raise InputError(f"{key} {problem}", where="--allow-change", hint=did_you_mean(key, changed or known))
+    safe = RESUME_SAFE_KEYS if recipe.model.uses_dropout else (*RESUME_SAFE_KEYS, *RESUME_SAFE_KEYS_WITHOUT_DROPOUT)
     refused = [
-        f"{key}: {old} -> {new}"
-        for key, (old, new) in changed.items()
-        if not any(_covers(name, key) for name in (*allowed, *harmless))
+        f"{key}: {old} -> {new}" for key, (old, new) in changed.items() if not any(_covers(name, key) for name in (*allowed, *safe))
     ]
     if refused:
         listed = "\n  ".join(refused)
         raise InputError(
-            f"the recipe is not the one this run was trained with:\n  {listed}\n"
-            "--allow-change KEY, or SECTION, takes a change over; without it, train into another folder with --out",
+            f"the recipe differs from the one that this run was trained with:\n  {listed}\n"
+            "accept a change with --allow-change KEY (or SECTION), or choose another folder with --out",
             where=str(run.path),
         )
     return recipe
 
 
-def fit_micro_batch(recipe: Recipe, processes: int, reporter: Reporter) -> Recipe:
-    """A resumed recipe whose micro-batch divides the share of each of so many processes, which may be others than it began with."""
-    micro, share = recipe.training.micro_batch_size, recipe.training.global_batch_size // processes
-    if micro == "auto" or not share or share % micro == 0 or recipe.training.global_batch_size % processes:
+def fit_micro_batch(recipe: Recipe, world_size: int, reporter: Reporter) -> Recipe:
+    """Return a resumed recipe whose micro-batch size divides each process's share, in case the number of processes has changed.
+
+    Raises `InputError` if a different micro-batch size is needed and would change the dropout masks.
+    """
+    micro, share = recipe.training.micro_batch_size, recipe.training.global_batch_size // world_size
+    if micro == "auto" or not share or share % micro == 0 or recipe.training.global_batch_size % world_size:
         return recipe
     fitting = next(size for size in range(micro, 0, -1) if share % size == 0)
     if recipe.model.uses_dropout:
         raise InputError(
-            f"{micro} does not divide the {share} sequences of each of {processes} processes, and another draws other dropout",
+            f"{micro} does not divide the {share} sequences of each process, and a different size changes the dropout masks",
             where="training.micro_batch_size",
-            hint=f"--set training.micro_batch_size={fitting} --allow-change training.micro_batch_size does that",
+            hint=f"accept that with --set training.micro_batch_size={fitting} --allow-change training.micro_batch_size",
         )
-    reporter.note(f"{fitting} sequences at a time instead of {micro}: each of {processes} processes computes {share}")
+    reporter.note(f"micro-batch size {fitting} instead of {micro}: each of {world_size} processes computes {share} sequences")
     return recipe.model_copy(update={"training": recipe.training.model_copy(update={"micro_batch_size": fitting})})
 
 
 def _covers(name: str, key: str) -> bool:
-    """Whether `name` is the key, or a section that it lies in."""
+    """Whether `name` is the key or a section that contains it."""
     return key == name or key.startswith(name.rstrip(".") + ".")
 
 
-def _newest(run: Run, recipe: Recipe, prepared: Prepared, fingerprints: dict[str, str], reporter: Reporter) -> Checkpoint | None:
-    """The newest whole checkpoint, which must be of this text and fit the recipe; None when there is none yet."""
-    if not run.checkpoints():
-        reporter.note("no checkpoint yet: beginning at step 0")
+# Data.
+
+
+def _prepare_data(job: TrainingJob, processes: Processes, reporter: Reporter) -> TrainingData:
+    """Encode the text. Raises `InputError` if the text is too short, or the schedule or batch size is impossible."""
+    recipe = job.recipe
+    processes.run_on_main(lambda: check_batch_divides(recipe, processes.world_size))
+    prepared = _prepare_on_every_machine(job, processes, reporter)
+    processes.run_on_main(lambda: _check_length(recipe, prepared))
+    batches = Batches(prepared.train.tokens, recipe.model.context_length, recipe.seed)
+    steps = training_steps(recipe.training, recipe.model.context_length, len(prepared.train))
+    return TrainingData(prepared, batches, steps)
+
+
+def _prepare_on_every_machine(job: TrainingJob, processes: Processes, reporter: Reporter) -> PreparedData:
+    """Encode the text in the main process and memory-map its tokens in all processes.
+
+    A machine that does not share the main process's cache encodes the text itself. Raises `InputError` if its text differs.
+    """
+    data, tokenizer = job.recipe.data, job.recipe.tokenizer
+    if processes.world_size == 1:
+        return prepare(data, tokenizer, reporter, job.workers)
+
+    def prepare_on_main() -> tuple[Path, str, str]:
+        prepared = prepare(data, tokenizer, reporter, job.workers)
+        return prepared.folder, prepared.fingerprint, prepared.tokenizer.backend.to_str()
+
+    folder, fingerprint, tokenizer_json = processes.run_on_main(prepare_on_main)
+    missing = processes.local_rank == 0 and not (folder / "heldout.json").exists()
+    own = processes.run_on_all(lambda: prepare(data, tokenizer, SILENT, job.workers).fingerprint if missing else fingerprint)
+    if own != fingerprint:
+        raise InputError("the text on this machine differs from that of the main process", where="data.train")
+    return processes.run_on_all(lambda: open_prepared(folder, fingerprint, tokenizer_json))
+
+
+def _check_length(recipe: Recipe, prepared: PreparedData) -> None:
+    """Raise `InputError` if the text is shorter than one sequence, or if training is shorter than its warmup."""
+    context, warmup = recipe.model.context_length, recipe.training.schedule.warmup
+    Batches(prepared.train.tokens, context, recipe.seed)  # raises if the text is too short
+    steps = training_steps(recipe.training, context, len(prepared.train))
+    if steps is not None and warmup >= 1 and warmup > steps:
+        raise InputError(f"{warmup} warmup steps exceed the {steps} training steps", where="training.schedule.warmup")
+
+
+def _tune_cpu(job: TrainingJob, data: TrainingData, processes: Processes, reporter: Reporter) -> None:
+    keep_freed_memory()
+    if job.threads == "auto":
+        fastest = processes.run_on_main(
+            lambda: auto_settings.use_fastest_threads(job.recipe, data.vocab_size, data.batches, processes.world_size)
+        )
+        devices.set_threads(fastest)
+        reporter.note(f"fastest number of CPU threads for this model: {fastest}")
+
+
+# The network and its initial weights.
+
+
+def _open_pretrained(job: TrainingJob, processes: Processes, reporter: Reporter) -> Run | None:
+    """The run of `model.init_from`; None without it, or if the resumed run has a checkpoint.
+
+    Raises `InputError` if it is not a run, or its network is not compatible.
+    """
+    if job.resume and processes.run_on_main(lambda: bool(Run(job.folder).checkpoints())):
         return None
-    checkpoint = newest_whole(run, reporter)
-    if checkpoint.state["fingerprints"] != fingerprints:
-        given = isinstance(run.recipe.tokenizer, FileTokenizer)
-        changed = "tokenizer" if given and checkpoint.state["fingerprints"]["tokenizer"] != fingerprints["tokenizer"] else "text"
-        raise InputError(f"the {changed} is not the one this run was trained on", where=str(run.path), hint="train anew with --out")
-    check_shapes(recipe, prepared.tokenizer.vocab_size, checkpoint)
-    return checkpoint
+
+    def open_run() -> Run | None:
+        section = job.recipe.model.init_from
+        if section is None:
+            return None
+        run = Run.open(Path(section.run).expanduser())
+        check_compatible(job.recipe.model, run.recipe.model)
+        reporter.note(f"initializing from {run.path} {run.checkpoint().name}")
+        return run
+
+    return processes.run_on_main(open_run)
 
 
-def _restored(
-    checkpoint: Checkpoint,
-    run: Run,
-    recipe: Recipe,
-    network: Transformer,
-    optimizers: groups.Optimizers,
-    checkpoints: CheckpointWriter,
-    processes: Processes,
-    reporter: Reporter,
-) -> dict[str, Any]:
-    """The state of a checkpoint, whose weights and optimiser are put back; it is the last again."""
-    before, name = run.recipe.training.optimizer.name, recipe.training.optimizer.name
+def _build_network(
+    job: TrainingJob, data: TrainingData, pretrained: Run | None, *, fresh: bool, processes: Processes, reporter: Reporter
+) -> Transformer:
+    """Build the network with initial weights and move it to the job's device. `fresh`: no checkpoint will be restored."""
+    network = processes.run_on_all(lambda: _initialize_network(job.recipe, data.prepared, pretrained, reporter, fresh=fresh))
+    network = network.to(job.device)
+    network.recompute = job.recipe.training.activation_checkpointing
+    return network
+
+
+def _initialize_network(
+    recipe: Recipe, prepared: PreparedData, pretrained: Run | None, reporter: Reporter, *, fresh: bool
+) -> Transformer:
+    """A network with random or pretrained weights, and with LoRA matrices if the recipe has `training.lora`."""
+    tokenizer = prepared.tokenizer
+    network = Transformer(recipe.model, tokenizer.vocab_size, seed=recipe.seed)
+    if pretrained is not None:
+        same_tokenizer = pretrained.tokenizer.fingerprint == tokenizer.fingerprint
+        source = pretrained.network(pretrained.checkpoint(), torch.device("cpu"))
+        reinitialized = load_pretrained(network, source, same_tokenizer=same_tokenizer)
+        if reinitialized:
+            reporter.note(f"initialized at random: {', '.join(reinitialized)}")
+    if fresh and recipe.model.init_embeddings is not None:  # a checkpoint would replace them
+        _load_embeddings(network, prepared, reporter)
+    if recipe.training.lora is not None:
+        lora.attach(network, recipe.training.lora, recipe.seed)
+        trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+        reporter.note(f"LoRA: training {trained:,} of {network.parameter_count():,} parameters")
+    return network
+
+
+def _load_embeddings(network: Transformer, prepared: PreparedData, reporter: Reporter) -> None:
+    """Initialize the embedding from the vectors of `model.init_embeddings`."""
+    from tinylm.embedding import formats
+    from tinylm.embedding.init_from_vectors import initialize_from_vectors
+
+    model = network.model
+    found = initialize_from_vectors(network.embedding, formats.read(Path(str(model.init_embeddings))), prepared.tokenizer)
+    averaged = " (averaged over the words that contain them)" if found.from_words else ""
+    reporter.note(
+        f"embeddings: {found.tokens:,} of {found.vocab_size:,} tokens initialized from {model.init_embeddings}{averaged}, "
+        f"{'frozen' if model.freeze_embeddings else 'trained further'}"
+    )
+
+
+# Parallelism, optimizers and checkpoints.
+
+
+def _build_components(job: TrainingJob, network: Transformer, precision: Precision, processes: Processes) -> Components:
+    strategy = parallel.resolve(job.recipe.training.parallel, job.recipe, network.vocab_size, job.device, processes)
+    parallelized = Parallel(network, strategy, processes, precision)
+    optimizers = groups.build(job.recipe.training.optimizer, network, network.stacked_matrices(), parallelized.mesh)
+    checkpoints = CheckpointWriter(job.folder, job.recipe.checkpoint.keep, processes)
+    return Components(parallelized, optimizers, precision, checkpoints)
+
+
+def _report_parallelism(job: TrainingJob, parallelized: Parallel, reporter: Reporter) -> None:
+    training, world_size = job.recipe.training, parallelized.processes.world_size
+    if world_size > 1:
+        reporter.note(
+            f"{world_size} processes ({parallelized.name}), each with micro-batches of {training.micro_batch_size} sequences"
+        )
+    elif training.parallel != "auto":
+        reporter.note(f"training.parallel: {training.parallel} has no effect with a single process")
+
+
+def _find_checkpoint(job: TrainingJob, data: TrainingData, processes: Processes, reporter: Reporter) -> Checkpoint | None:
+    """The newest complete checkpoint, or None without any. Raises `InputError` if it does not fit the recipe or the text."""
+
+    def find() -> Checkpoint | None:
+        run = Run(job.folder)
+        if not run.checkpoints():
+            reporter.note("no checkpoint yet: starting at step 0")
+            return None
+        checkpoint = newest_complete_checkpoint(run, reporter)
+        saved, current = checkpoint.state["fingerprints"], data.fingerprints
+        if saved != current:
+            from_file = isinstance(run.recipe.tokenizer, FileTokenizer)  # otherwise the tokenizer changes with the text
+            changed = "tokenizer" if from_file and saved["tokenizer"] != current["tokenizer"] else "text"
+            problem = f"the {changed} is not the one that this run was trained on"
+            raise InputError(problem, where=str(run.path), hint="train from scratch into another folder with --out")
+        check_shapes(job.recipe, data.vocab_size, checkpoint)
+        return checkpoint
+
+    return processes.run_on_main(find)
+
+
+def _restore(checkpoint: Checkpoint, job: TrainingJob, components: Components, reporter: Reporter) -> dict[str, Any]:
+    """Restore weights and optimizer, discard later checkpoints, and return the checkpoint's state."""
+    before, name = Run(job.folder).recipe.training.optimizer.name, job.recipe.training.optimizer.name
     if before != name:
-        reporter.warn(f"{name} begins anew: so far the run was trained with {before}")
-    state = restore(checkpoint, network, optimizers, processes, moments=before == name)
-    if not checkpoints.forget_after(checkpoint, state["best_step"]):
+        reporter.warn(f"the optimizer changed from {before} to {name}; its state is reset")
+    parallelized = components.parallel
+    state = restore(checkpoint, parallelized.network, components.optimizers, parallelized.processes, load_optimizer=before == name)
+    if not components.checkpoints.discard_after(checkpoint, state["best_step"]):
         state.update(best_step=0, best_val_loss=None)
     reporter.note(f"resuming after step {checkpoint.step}")
     return state
 
 
-def _result(folder: Path, trainer: Trainer, stopped: str, signal_number: int | None, target: torch.device) -> TrainResult:
-    progress = trainer.progress
+def _write_run_folder(job: TrainingJob, data: TrainingData, components: Components, state: dict[str, Any] | None) -> None:
+    """Write everything but checkpoints and metrics. `state`: of the checkpoint to resume from, if any."""
+    if job.overwrite:
+        remove_run(job.folder)
+    components.checkpoints.prepare()
+    parallelized = components.parallel
+    facts = {
+        "device": devices.describe(job.device),
+        "processes": parallelized.processes.world_size,
+        "parallel": parallelized.name,
+    }
+    write_run(job.folder, job.recipe, data.prepared, {**facts, "resumed_step": state["step"]} if state else facts)
+
+
+# The trainer.
+
+
+@contextmanager
+def _observers(job: TrainingJob, resumed_step: int, observer: Observer, processes: Processes) -> Iterator[Observer]:
+    """Yield the user's observer. In the main process, it also writes every event to the log files of the run folder first."""
+    if not processes.is_main:
+        yield observer
+        return
+    continue_on_failure = job.recipe.checkpoint.on_failure == "continue"
+    metrics = MetricsFile(job.folder, resumed_step, _note_once(observer) if continue_on_failure else None)
+    try:
+        observer.resumed(*metrics.history())
+        yield Observers([metrics, observer])
+    finally:
+        metrics.close()
+
+
+def _note_once(observer: Observer) -> Callable[[str], None]:
+    """Return a function that passes only the first of the messages it receives to the observer."""
+    noted = False
+
+    def note(problem: str) -> None:
+        nonlocal noted
+        if not noted:
+            observer.note(f"{problem}; training continues (checkpoint.on_failure: continue)")
+        noted = True
+
+    return note
+
+
+def _build_trainer(job: TrainingJob, data: TrainingData, components: Components, observer: Observer) -> Trainer:
+    precision, processes = components.precision, components.parallel.processes
+    setup = TrainingSetup(
+        recipe=job.recipe,
+        parallel=components.parallel,
+        optimizers=components.optimizers,
+        objective=CausalObjective(),
+        batches=data.batches,
+        steps=data.steps,
+        precision=precision,
+        flops_per_token=flops_per_token(job.recipe.model, data.vocab_size, job.recipe.training.lora),
+        peak_flops=processes.run_on_main(lambda: precisions.measure_peak_flops(precision)),
+        checkpoints=components.checkpoints,
+        fingerprints=data.fingerprints,
+    )
+    return Trainer(setup, _hooks(job, data.prepared, components.parallel, observer))
+
+
+def _hooks(job: TrainingJob, prepared: PreparedData, parallelized: Parallel, observer: Observer) -> Hooks:
+    recipe, token_byte_lengths = job.recipe, prepared.tokenizer.token_byte_lengths
+
+    def evaluate_heldout(poll: Poll) -> Perplexity:
+        options = EvaluationOptions(
+            stride=recipe.evaluation.stride, max_tokens=recipe.evaluation.max_tokens, confidence_interval=False
+        )
+        return evaluate(
+            parallelized.network, prepared.heldout, token_byte_lengths, options, processes=parallelized.processes, on_progress=poll
+        )
+
+    def generate_samples() -> Iterator[tuple[str, str]]:
+        section = recipe.sampling
+        options = SamplingOptions(section.max_new_tokens, section.temperature, section.top_k)
+        with parallelized.full_network() as network:
+            if network is not None:
+                for prompt in section.prompts:
+                    yield prompt, generate(network, prepared.tokenizer, prompt, options, seed=recipe.seed)[0].text
+
+    return Hooks(evaluate_heldout, generate_samples, prepared.tokenizer.decode, observer)
+
+
+def _result(job: TrainingJob, trainer: Trainer, stopped: str, signal_number: int | None) -> TrainResult:
+    progress, setup = trainer.progress, trainer.setup
     return TrainResult(
-        run=str(folder),
+        run=str(job.folder),
         step=progress.step,
-        steps=trainer.steps if trainer.steps is not None else progress.step,
+        steps=setup.steps if setup.steps is not None else progress.step,
         tokens=progress.tokens,
         train_loss=progress.train_loss,
         val_loss=progress.val_loss,
@@ -428,10 +546,10 @@ def _result(folder: Path, trainer: Trainer, stopped: str, signal_number: int | N
         seconds=progress.seconds,
         train_seconds=progress.train_seconds,
         tokens_per_second=progress.tokens / max(progress.train_seconds, 1e-9),
-        parameters=trainer.network.parameter_count(),
-        device=str(target),
-        precision=trainer.precision.name,
-        peak_memory_bytes=devices.peak_memory_bytes(target),
+        parameters=setup.parallel.network.parameter_count(),
+        device=str(job.device),
+        precision=setup.precision.name,
+        peak_memory_bytes=devices.peak_memory_bytes(job.device),
         stopped=stopped,
         signal_number=signal_number if stopped == "signal" else None,
     )

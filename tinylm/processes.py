@@ -1,7 +1,8 @@
-"""The processes of one training: which of them this is, and what they must agree on. Alone, every answer is one's own.
+"""The processes of a distributed training run: this process's rank, and collectives to exchange values and agree on decisions.
 
-A launcher such as torchrun says through RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT how many there are. What they
-tell each other here are small facts on the host (gloo); gradients and weights are `training.parallel`'s affair.
+A launcher such as torchrun describes the processes through RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. The
+collectives of this module exchange small values on the host (gloo); `training.parallel` exchanges gradients and weights. With a
+single process, collectives are no-ops.
 """
 
 from __future__ import annotations
@@ -15,50 +16,54 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tinylm.errors import InputError, TinylmError, WorkError
 
-if TYPE_CHECKING:  # who one is can be told without waiting for torch
+if TYPE_CHECKING:  # the rank is known without importing torch
     import torch
     from torch.distributed import ProcessGroup
 
 Result = TypeVar("Result")
-_PATIENCE = timedelta(hours=12)
-"""How long the others wait while the main process prepares a text or samples; one that has died is noticed at once."""
+_TIMEOUT = timedelta(hours=12)
+"""How long peers wait in a collective while the main process prepares a text or samples. A dead process is noticed at once."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Which process this is, of how many, and which of those on this machine."""
+class LaunchInfo:
+    """This process's rank, the number of processes (world size), and the rank among the processes on this machine."""
 
     rank: int = 0
-    count: int = 1
+    world_size: int = 1
     local_rank: int = 0
 
 
-def launched() -> Place:
-    """What the launcher says; alone without one. Raises `InputError` for numbers that make no sense."""
+def launch_info() -> LaunchInfo:
+    """Read the launcher's environment variables. Without a launcher, the result describes a single process.
+
+    Raises `InputError` if a variable is not a number or the rank is out of range.
+    """
     given = {name: os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))}
     given["LOCAL_RANK"] = os.environ.get("LOCAL_RANK", given["RANK"])
     for name, value in given.items():
         if not value.isdigit():
             raise InputError(f"{value!r} is not a number", where=name, hint="a launcher such as torchrun sets it")
-    rank, count, local = (int(value) for value in given.values())
-    if rank >= max(count, 1):
-        raise InputError(f"is {rank}, but WORLD_SIZE says there are {count} processes", where="RANK")
-    return Place(rank, max(count, 1), local)
+    rank, world_size, local_rank = (int(value) for value in given.values())
+    if rank >= max(world_size, 1):
+        raise InputError(f"must be below WORLD_SIZE ({world_size}), not {rank}", where="RANK")
+    return LaunchInfo(rank, max(world_size, 1), local_rank)
 
 
-def threads_of_each() -> int | None:
-    """CPU threads for each of several processes of a machine: an equal part of its cores. None leaves the choice to torch.
+def threads_per_process() -> int | None:
+    """The number of CPU threads if several processes share a machine: an equal share of its cores. None: torch's default.
 
-    torchrun says OMP_NUM_THREADS=1 unless the user said something else, which then counts.
+    torchrun sets OMP_NUM_THREADS=1 by default. Any other value is the user's choice and is respected.
     """
-    place, here = launched(), os.environ.get("LOCAL_WORLD_SIZE", "")
-    if place.count == 1 or os.environ.get("OMP_NUM_THREADS", "1") != "1" or not here.isdigit():
+    processes_on_machine = os.environ.get("LOCAL_WORLD_SIZE", "")
+    threads_set_by_user = os.environ.get("OMP_NUM_THREADS", "1") != "1"
+    if launch_info().world_size == 1 or threads_set_by_user or not processes_on_machine.isdigit():
         return None
-    return max(1, (os.cpu_count() or 1) // max(1, int(here)))
+    return max(1, (os.cpu_count() or 1) // max(1, int(processes_on_machine)))
 
 
 class PeerFailed(TinylmError):
-    """Another process has said what went wrong; this one ends with the same exit code and in silence."""
+    """Another process has reported an error. This process exits with the same code and prints nothing."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__("")
@@ -66,86 +71,91 @@ class PeerFailed(TinylmError):
 
 
 class Processes:
-    """This process among those of a training. Every method must be called by all of them, in the same order."""
+    """This process's view of all processes of a training run.
 
-    def __init__(self, place: Place, group: ProcessGroup | None = None) -> None:
-        self.rank: int = place.rank
-        self.count: int = place.count
-        self.local_rank: int = place.local_rank
+    Every method except `device` is a collective: all processes must call it, in the same order.
+    """
+
+    def __init__(self, launch: LaunchInfo, group: ProcessGroup | None = None) -> None:
+        self.rank: int = launch.rank
+        self.world_size: int = launch.world_size
+        self.local_rank: int = launch.local_rank
         self.group = group
-        self._place = place
+        self._launch = launch
 
     @property
-    def main(self) -> bool:
-        """Whether this is the one that speaks and writes."""
+    def is_main(self) -> bool:
+        """Whether this is the main process (rank 0), the only one that logs and writes files."""
         return self.rank == 0
 
     def device(self, device: torch.device) -> torch.device:
-        """Which of this machine's devices is this process's: the GPU of its local rank, unless one was named."""
+        """The device of this process: the GPU of its local rank, unless `device` names one. Raises `InputError` if it has none."""
         if device.type != "cuda" or self.group is None or ":" in str(device):
             return device
         import torch
 
         if self.local_rank >= torch.cuda.device_count():
-            raise InputError(
-                f"process {self.local_rank} of this machine finds {torch.cuda.device_count()} GPUs", where="--nproc-per-node"
-            )
+            found = f"local rank {self.local_rank} has no GPU: this machine has {torch.cuda.device_count()}"
+            raise InputError(found, where="--nproc-per-node", hint="start at most one process per GPU")
         torch.cuda.set_device(self.local_rank)
         return torch.device("cuda", self.local_rank)
 
-    def line(self) -> Processes:
-        """The same processes on a line of their own, so that a thread can talk while others talk."""
+    def new_group(self) -> Processes:
+        """The same processes with a new process group, so that another thread can communicate independently."""
         if self.group is None:
             return self
         import torch.distributed as dist
 
-        return Processes(self._place, dist.new_group(backend="gloo", timeout=_PATIENCE))
+        return Processes(self._launch, dist.new_group(backend="gloo", timeout=_TIMEOUT))
 
     def gather(self, values: Sequence[float]) -> list[list[float]]:
-        """Everybody's values, by rank, in float64."""
+        """Return the values of every process, indexed by rank, in float64."""
         if self.group is None:
             return [list(values)]
         import torch
         import torch.distributed as dist
 
         own = torch.tensor(values, dtype=torch.float64)
-        everybodys = [torch.empty_like(own) for _ in range(self.count)]
-        with _lost_peers():
-            dist.all_gather(everybodys, own, group=self.group)
-        return [each.tolist() for each in everybodys]
+        gathered = [torch.empty_like(own) for _ in range(self.world_size)]
+        with _translate_lost_peers():
+            dist.all_gather(gathered, own, group=self.group)
+        return [each.tolist() for each in gathered]
 
     def any(self, flag: bool) -> bool:
-        """Whether it holds in any process."""
+        """Whether `flag` is true in any process."""
         return any(value for (value,) in self.gather([flag]))
 
-    def total(self, array: Any) -> Any:
-        """The sum of everybody's arrays of one shape and type."""
+    def sum(self, array: Any) -> Any:
+        """Return the elementwise sum of a NumPy array over all processes. Its shape and dtype must be the same in all of them."""
         if self.group is None:
             return array
         import torch
         import torch.distributed as dist
 
         summed = torch.from_numpy(array.copy())
-        with _lost_peers():
+        with _translate_lost_peers():
             dist.all_reduce(summed, group=self.group)
         return summed.numpy()
 
     def run_on_main(self, work: Callable[[], Result]) -> Result:
-        """What the main process's `work` returns, for all; what it raises ends all, and only it says why."""
+        """Run `work` in the main process only, and return its result in every process.
+
+        If it raises, the main process raises that error and the others raise `PeerFailed`.
+        """
         if self.group is None:
             return work()
         import torch.distributed as dist
 
-        told: list[Any] = [None, None]
+        broadcast: list[Any] = [None, None]  # result, exit code
         error: BaseException | None = None
-        if self.main:
+        if self.is_main:
             try:
-                told[0] = work()
+                broadcast[0] = work()
             except BaseException as raised:
-                error, told[1] = raised, _exit_code(raised)
-        with _lost_peers():
-            dist.broadcast_object_list(told, src=dist.get_global_rank(self.group, 0), group=self.group)
-        result, code = told
+                error, broadcast[1] = raised, _exit_code(raised)
+        with _translate_lost_peers():
+            dist.broadcast_object_list(broadcast, src=dist.get_global_rank(self.group, 0), group=self.group)
+        result, code = broadcast
         if error is not None:
             raise error
         if code is not None:
@@ -153,7 +163,10 @@ class Processes:
         return result  # type: ignore[no-any-return]
 
     def run_on_all(self, work: Callable[[], Result]) -> Result:
-        """What this process's `work` returns; where any raises, all end, and those that failed say why."""
+        """Run `work` in every process, and return this process's own result.
+
+        If it raises in any process, that process raises its error and the others raise `PeerFailed`.
+        """
         if self.group is None:
             return work()
         result: Result | None = None
@@ -167,57 +180,57 @@ class Processes:
             raise error
         if any(codes):
             raise PeerFailed(max(codes))
-        return result  # type: ignore[return-value]  # None only where it is the result
+        return result  # type: ignore[return-value]  # None only if `work` returned it
 
 
-SINGLE_PROCESS = Processes(Place())
+SINGLE_PROCESS = Processes(LaunchInfo())
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[Processes]:
-    """All processes of this training, once each of them is here; without a launcher only this one.
+def join_processes(device: torch.device) -> Iterator[Processes]:
+    """Wait for all processes of this training run and connect them. Without a launcher, yield a single process.
 
-    A process group that was set up before is used and left as it is.
+    If torch.distributed is initialized already, it is used and left open. Raises `InputError` if the processes cannot connect.
     """
     import torch.distributed as dist
 
-    there = dist.is_initialized()
-    place = launched()
-    if not there and place.count == 1:
+    initialized = dist.is_initialized()
+    launch = launch_info()
+    if not initialized and launch.world_size == 1:
         yield SINGLE_PROCESS
         return
-    if there:
+    if initialized:
         rank = dist.get_rank()
-        place = Place(rank, dist.get_world_size(), int(os.environ.get("LOCAL_RANK", rank)))
+        launch = LaunchInfo(rank, dist.get_world_size(), int(os.environ.get("LOCAL_RANK", rank)))
     else:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         try:
-            dist.init_process_group(backend, rank=place.rank, world_size=place.count, timeout=_PATIENCE)
+            dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=_TIMEOUT)
         except (ValueError, RuntimeError) as error:
             hint = "start with: torchrun --nproc-per-node N -m tinylm train ..."
-            raise InputError(f"the processes cannot find each other: {_first_line(error)}", where="WORLD_SIZE", hint=hint) from None
+            raise InputError(f"the processes cannot connect: {_first_line(error)}", where="WORLD_SIZE", hint=hint) from None
     try:
-        yield Processes(place, dist.new_group(backend="gloo", timeout=_PATIENCE))
+        yield Processes(launch, dist.new_group(backend="gloo", timeout=_TIMEOUT))
     finally:
-        if not there:
+        if not initialized:
             dist.destroy_process_group()
 
 
 @contextmanager
-def _lost_peers() -> Iterator[None]:
+def _translate_lost_peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise lost_peer(error) or error from None
+        raise lost_peer_error(error) or error from None
 
 
-def lost_peer(error: RuntimeError) -> WorkError | None:
-    """The error for people when a collective operation failed because a process has gone; None for other errors."""
+def lost_peer_error(error: RuntimeError) -> WorkError | None:
+    """The error to show if a collective failed because another process has ended; None for other errors."""
     import torch.distributed as dist
 
     words = ("gloo", "onnection closed", "onnection reset", "NCCL", "Broken pipe")
     if isinstance(error, getattr(dist, "DistBackendError", ())) or any(word in str(error) for word in words):
-        return WorkError("another process of this training has ended", hint="its own message says why; --resume goes on")
+        return WorkError("another process of this training has ended", hint="see its error message; resume with --resume")
     return None
 
 

@@ -1,36 +1,36 @@
-"""How the library tells people what it is doing. The command line shows it; a notebook can ignore it."""
+"""How library code reports notes, warnings and progress to its caller. The command line shows them; by default they are ignored."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 Advance = Callable[[int], None]
+"""Called with the number of units completed so far."""
 
 
 class Reporter:
-    """Says nothing. Subclass it to show notes, warnings and the progress of long work."""
+    """Ignores everything. Override the methods to show notes, warnings and progress."""
 
     def note(self, text: str) -> None:
-        """Something worth knowing."""
+        """Report something that does not need action."""
 
     def warn(self, text: str) -> None:
-        """Something the user may want to change."""
+        """Report a problem that the user may want to fix."""
 
     @contextmanager
     def progress(self, label: str, total: int | None, unit: str) -> Iterator[Advance]:
-        """Work of `total` units; the yielded function is told how many are done so far."""
+        """Report the progress of work of `total` units, or of an unknown number (None). Yields an `Advance`."""
         yield lambda done: None
 
 
 @dataclass
 class CollectingReporter(Reporter):
-    """Keeps notes and warnings in lists."""
+    """Collects notes and warnings in lists."""
 
-    def __post_init__(self) -> None:
-        self.notes: list[str] = []
-        self.warnings: list[str] = []
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def note(self, text: str) -> None:
         self.notes.append(text)

@@ -1,10 +1,11 @@
-"""A run folder: what a training leaves behind, and what every later verb opens.
+"""A run folder: written by `tinylm train`, opened by every other command.
 
     recipe.yaml  tokenizer.json  metrics.jsonl  samples.md  environment.json
-    heldout/           the held-out tokens, so that the folder can be measured wherever it is copied
+    heldout/           the held-out tokens, so that a copied folder can still be evaluated
     checkpoints/       step-000500/ {model.safetensors, training-00001.safetensors, state.json, manifest.json}, best, last
 
-This room reads, and trusts nothing that it reads: a run folder may be somebody else's. Writing is the trainer's work.
+This module reads run folders and validates everything it reads, because a folder may come from someone else. Writing is left to
+`training.run_folder` and `training.checkpoint`.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ from typing import TYPE_CHECKING, Any
 
 from tinylm.data.shards import Shard, open_shard
 from tinylm.errors import InputError
-from tinylm.paths import sync_folder, write_whole
+from tinylm.paths import atomic_write_text, sync_folder
 from tinylm.recipe import Recipe, load
 from tinylm.tokenizer import Tokenizer
 
-if TYPE_CHECKING:  # a run can be found, listed and refused without waiting for torch
+if TYPE_CHECKING:  # finding, listing and rejecting runs does not import torch
     import torch
 
     from tinylm.model.transformer import Transformer
 
 RUNS = Path("runs")
 LOCK = ".lock"
-"""Held by whoever trains into the folder; it stays behind and means nothing then."""
-OWN = (
+"""Lock file, held by the process that trains into the folder. It remains afterwards, unlocked."""
+RUN_FILES = (
     "recipe.yaml",
     "tokenizer.json",
     "metrics.jsonl",
@@ -44,17 +45,22 @@ OWN = (
     "reports",
     LOCK,
 )
-"""What a run folder consists of; anything else in it is the user's."""
-VECTORS_FILE, EMBEDDINGS_MARK = "vectors.safetensors", "neighbours.jsonl"
-"""What only folders of embeddings have beside these: the vectors, when done, and a file that is there from the beginning."""
-LONGEST_CONTEXT = 1 << 24
-"""More positions than any model is trained for: their tables would fill the memory of whoever opens the run."""
-FORMAT = 2
+"""The files and folders of a run folder. Anything else in it belongs to the user."""
+VECTORS_FILE, EMBEDDINGS_MARKER = "vectors.safetensors", "neighbours.jsonl"
+"""Additional files of embedding runs: the vectors, once training is done, and a file that exists from the start."""
+MODEL_FILES = ("model.safetensors", "state.json")
+"""The files of a checkpoint that are needed to use its model. The others are needed only to resume training."""
+POINTERS = ("best", "last")
+"""Files in the checkpoints folder, each of which holds the name of a checkpoint."""
+MAX_CONTEXT_LENGTH = 1 << 24
+"""Runs with a longer context are rejected: the position tables of a malicious recipe could use up all memory."""
+FORMAT = 3
+"""Version of the checkpoint format and of the recipe keys. Runs of other versions are rejected."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One saved moment of a training."""
+    """One checkpoint folder, `checkpoints/step-N`."""
 
     path: Path
 
@@ -68,78 +74,78 @@ class Checkpoint:
 
     @cached_property
     def state(self) -> dict[str, Any]:
-        """Progress, best-so-far and fingerprints. Raises `InputError` when damaged or from another format."""
+        """Training progress, scaler state and fingerprints. Raises `InputError` if damaged or in another format."""
         state = _json(self.path / "state.json")
-        if state.get("format") != FORMAT:
-            raise InputError(
-                f"saved in format {state.get('format')} by tinylm {state.get('version')}; this one reads format {FORMAT}",
-                where=str(self.path),
-            )
+        _check_format(state, self.path)
         return state
 
     def problem(self, only: Sequence[str] | None = None) -> str | None:
-        """Why this checkpoint cannot be trusted, or None: every file is there with the size and SHA-256 it was saved with.
+        """Return why this checkpoint is damaged, or None if every file has the size and SHA-256 that it was saved with.
 
-        With `only`, those files are looked at: a checkpoint can be used without what only resuming needs.
+        `only` limits the check to these files: sampling, for example, does not need the optimizer state.
         """
         try:
             if self.path.is_symlink():
-                return "it is a link"
+                return "it is a symbolic link"
             files = _json(self.path / "manifest.json")["files"]
             for name in only if only is not None else files:
                 if name not in files:
                     return f"manifest.json does not list {name}"
-                noted = files[name]
+                expected = files[name]
                 file = self.path / name
                 if Path(name).name != name or file.is_symlink():
                     return f"{name} does not belong in a checkpoint"
-                if file.stat().st_size != noted["bytes"]:
-                    return f"{name} has {file.stat().st_size:,} bytes instead of {noted['bytes']:,}"
-                if sha256(file) != noted["sha256"]:
-                    return f"{name} is not what was saved"
-            missing = {"model.safetensors", "state.json"} - set(files)
-            strangers = {file.name for file in self.path.iterdir()} - set(files) - {"manifest.json"}
+                if file.stat().st_size != expected["bytes"]:
+                    return f"{name} has {file.stat().st_size:,} bytes instead of {expected['bytes']:,}"
+                if sha256(file) != expected["sha256"]:
+                    return f"{name} has changed since it was saved"
+            missing = set(MODEL_FILES) - set(files)
+            unlisted = {file.name for file in self.path.iterdir()} - set(files) - {"manifest.json"}
             if missing:
                 return f"manifest.json does not list {min(missing)}"
-            if strangers and only is None:
-                return f"manifest.json does not list {min(strangers)}"
+            if unlisted and only is None:
+                return f"manifest.json does not list {min(unlisted)}"
         except OSError as error:
             return f"{Path(str(error.filename)).name}: {error.strerror}"
         except (InputError, KeyError, TypeError, ValueError) as error:
-            return error.message if isinstance(error, InputError) else "manifest.json is not what was saved"
+            return error.message if isinstance(error, InputError) else "manifest.json has an unexpected structure"
         return None
 
 
-def claim(folder: Path, resume: bool, overwrite: bool) -> None:
-    """Raises `InputError` unless a training may write into `folder`: what is there is only touched when that was asked for."""
+def check_run_folder(folder: Path, resume: bool, overwrite: bool) -> None:
+    """Raise `InputError` unless a run may be written into `folder`. If it holds a run, that requires `resume` or `overwrite`."""
     if resume and overwrite:
-        raise InputError("cannot both go on and begin anew", where="--resume, --overwrite")
+        raise InputError("these options are mutually exclusive", where="--resume, --overwrite")
     if folder.exists() and not folder.is_dir():
-        raise InputError("is a file, not a folder", where=str(folder), hint="choose another with --out")
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not os.access(there, os.W_OK):
-        raise InputError("this folder may not be written to", where=str(there), hint="choose another with --out")
+        raise InputError("is a file, not a folder", where=str(folder), hint="choose another folder with --out")
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not os.access(existing, os.W_OK):
+        raise InputError("this folder is not writable", where=str(existing), hint="choose another folder with --out")
     if not folder.exists() or all(path.name == LOCK for path in folder.iterdir()):
         return
     if not (folder / "recipe.yaml").exists():
-        raise InputError("this folder is not empty and not a run", where=str(folder), hint="choose another with --out")
+        raise InputError(
+            "this folder is not empty and not a run folder", where=str(folder), hint="choose another folder with --out"
+        )
     if not resume and not overwrite:
-        raise InputError("there is a run here already", where=str(folder), hint="--resume goes on with it, --overwrite begins anew")
+        hint = "--resume continues it, --overwrite replaces it"
+        raise InputError("this folder already holds a run", where=str(folder), hint=hint)
 
 
-def own_names(folder: Path) -> tuple[str, ...]:
-    """`OWN`, and in a folder of embeddings what only such have."""
-    return (*OWN, VECTORS_FILE, EMBEDDINGS_MARK) if os.path.lexists(folder / EMBEDDINGS_MARK) else OWN
+def run_files(folder: Path) -> tuple[str, ...]:
+    """`RUN_FILES`, plus the additional files of an embedding run if `folder` is one."""
+    return (*RUN_FILES, VECTORS_FILE, EMBEDDINGS_MARKER) if os.path.lexists(folder / EMBEDDINGS_MARKER) else RUN_FILES
 
 
-def refuse_links_out(folder: Path) -> None:
-    """Raises `InputError` when part of a run folder is a link to somewhere else: a run is read, and written, where it lies."""
+def refuse_external_links(folder: Path) -> None:
+    """Raise `InputError` if a file of the run is a symbolic link to a target outside the run folder."""
     inside = folder.resolve()
-    checkpoints, names = folder / "checkpoints", own_names(folder)
+    checkpoints, names = folder / "checkpoints", run_files(folder)
     paths = [*folder.iterdir(), *(checkpoints.iterdir() if checkpoints.is_dir() and not checkpoints.is_symlink() else ())]
     for path in (*paths, *(folder / "heldout").glob("*")):
         if path.is_symlink() and (path.name in names or path.parent != folder) and not path.resolve().is_relative_to(inside):
-            raise InputError("leads out of the run folder", where=str(path), hint="copy what it leads to, if you trust it")
+            hint = "if you trust it, replace the link with a copy of its target"
+            raise InputError("links to a place outside the run folder", where=str(path), hint=hint)
 
 
 def sha256(file: Path) -> str:
@@ -150,14 +156,14 @@ def sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-def seal(folder: Path) -> None:
-    """Sync the files of a checkpoint to disk and write its manifest, with which it counts as whole."""
+def write_manifest(folder: Path) -> None:
+    """Sync the files of a checkpoint to disk, then write its manifest, which marks the checkpoint as complete."""
     files = {}
     for file in sorted(folder.iterdir()):
         with open(file, "rb+") as written:
             os.fsync(written.fileno())
         files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
-    write_whole(folder / "manifest.json", json.dumps({"files": files}, indent=1) + "\n")
+    atomic_write_text(folder / "manifest.json", json.dumps({"files": files}, indent=1) + "\n")
     sync_folder(folder)
 
 
@@ -173,30 +179,57 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
+def check_run_format(folder: Path) -> None:
+    """Raise `InputError` if the newest readable checkpoint of a run folder has a format other than `FORMAT`.
+
+    Call this before loading the run's recipe.yaml: another version may have written other recipe keys.
+    """
+    for checkpoint in reversed(_checkpoints(folder)):
+        try:
+            state = _json(checkpoint.path / "state.json")
+        except InputError:  # damaged, which is reported when this checkpoint is used
+            continue
+        _check_format(state, folder)
+        return
+
+
+def _check_format(state: dict[str, Any], where: Path) -> None:
+    if state.get("format") != FORMAT:
+        found = f"saved in checkpoint format {state.get('format')} by tinylm {state.get('version')}"
+        hint = "train the model again from a recipe for this version"
+        raise InputError(f"{found}; this version reads format {FORMAT}", where=str(where), hint=hint)
+
+
+def _checkpoints(run_folder: Path) -> list[Checkpoint]:
+    found = (run_folder / "checkpoints").glob("step-*")
+    return sorted((Checkpoint(path) for path in found if path.name[5:].isdigit()), key=lambda checkpoint: checkpoint.step)
+
+
 @dataclass(frozen=True)
 class Run:
-    """An opened run folder. Make one with `Run.open` or `Run.find`."""
+    """An opened run folder. Create one with `Run.open` or `Run.find`."""
 
     path: Path
     pinned: str | None = None
-    """The checkpoint that the user named by giving its folder."""
+    """The default checkpoint of this run, if the user gave the path of a checkpoint folder."""
 
     @classmethod
     def open(cls, path: str | Path, *, embeddings: bool = False) -> Run:
-        """A run folder, or one checkpoint folder inside it. Raises `InputError` when it is neither.
+        """Open a run folder, or the run of a checkpoint folder. Raises `InputError` if `path` is neither.
 
-        A folder of embeddings is none, unless `embeddings` says that it will do.
+        An embedding run is accepted only if `embeddings` is true. Runs saved in another checkpoint format are rejected.
         """
         path = Path(path)
         if path.parent.name == "checkpoints" and (path / "state.json").exists():
             return cls.open(path.parent.parent, embeddings=embeddings)._pinned(path.name)
         if not path.exists():
-            raise InputError("no such run", where=str(path), hint="`tinylm runs` lists those here")
+            raise InputError("no such run", where=str(path), hint="`tinylm runs` lists the runs under runs/")
         if not (path / "recipe.yaml").exists():
             raise InputError("not a run folder: it has no recipe.yaml", where=str(path))
-        if not embeddings and (path / EMBEDDINGS_MARK).exists():
-            raise InputError("holds embeddings, not a language model", where=str(path), hint="`tinylm embed` asks them")
-        refuse_links_out(path)
+        if not embeddings and (path / EMBEDDINGS_MARKER).exists():
+            raise InputError("holds embeddings, not a language model", where=str(path), hint="use `tinylm embed`")
+        refuse_external_links(path)
+        check_run_format(path)
         return cls(path)
 
     def _pinned(self, checkpoint: str) -> Run:
@@ -204,21 +237,24 @@ class Run:
 
     @classmethod
     def find(cls) -> Run:
-        """TINYLM_RUN, or the most recently trained run under runs/. Raises `InputError` when there is none."""
+        """Open the run that TINYLM_RUN names, else the most recently trained one under runs/.
+
+        Raises `InputError` if there is none, or as `open` does.
+        """
         if named := os.environ.get("TINYLM_RUN"):
             return cls.open(named)
         runs = list(all_runs(RUNS))
         if not runs:
             raise InputError("no run under runs/ yet", hint="train one with `tinylm train quickstart`, or name one with --run")
-        return max(runs, key=lambda run: run.changed)
+        return cls.open(max(runs, key=lambda run: run.modified_at).path)
 
     @property
     def name(self) -> str:
         return self.path.name
 
     @property
-    def changed(self) -> float:
-        """When it was last trained, as seconds since the epoch."""
+    def modified_at(self) -> float:
+        """When the run was last trained, in seconds since the epoch."""
         metrics = self.path / "metrics.jsonl"
         return (metrics if metrics.exists() else self.path / "recipe.yaml").stat().st_mtime
 
@@ -231,21 +267,20 @@ class Run:
         return Tokenizer.load(self.path / "tokenizer.json")
 
     def heldout(self) -> Shard:
-        """The held-out half that this run was measured on. Raises `InputError` where there is none: its text is not known here."""
+        """The held-out tokens that this run is evaluated on. Raises `InputError` if there are none, as in an imported run."""
         if not (self.path / "heldout").exists():
-            raise InputError("this run has no held-out text", where=str(self.path), hint="name a text to measure it on")
+            raise InputError("this run has no held-out text", where=str(self.path), hint="name a text to evaluate it on")
         return open_shard(self.path / "heldout", "heldout")
 
     def checkpoints(self) -> list[Checkpoint]:
-        """Whole or not, in the order of their steps."""
-        found = (self.path / "checkpoints").glob("step-*")
-        return sorted((Checkpoint(path) for path in found if path.name[5:].isdigit()), key=lambda checkpoint: checkpoint.step)
+        """All checkpoints, complete or damaged, sorted by step."""
+        return _checkpoints(self.path)
 
     def checkpoint(self, which: str | None = None) -> Checkpoint:
-        """`best`, `last` or a step; default: the one pinned by its folder, else best. Raises `InputError` when absent."""
+        """The checkpoint `best`, `last` or of a step; by default `pinned`, else `best`. Raises `InputError` if it is missing."""
         which = which or self.pinned or "best"
-        if which in ("best", "last"):
-            which = self._pointed(which)
+        if which in POINTERS:
+            which = self._resolve_pointer(which)
         digits = which.removeprefix("step-")
         if not digits.isdigit():
             raise InputError(f"{which!r} is not best, last or a step", where="--checkpoint")
@@ -253,39 +288,39 @@ class Run:
             if checkpoint.step == int(digits):
                 return checkpoint
         steps = ", ".join(str(checkpoint.step) for checkpoint in self.checkpoints()) or "none"
-        raise InputError(f"no checkpoint of step {int(digits)} in {self.path} (there: {steps})", where="--checkpoint")
+        raise InputError(f"no checkpoint of step {int(digits)} in {self.path}", where="--checkpoint", hint=f"saved steps: {steps}")
 
-    def _pointed(self, name: str) -> str:
+    def _resolve_pointer(self, name: str) -> str:
         pointer = self.path / "checkpoints" / name
         if not pointer.exists():
             saved = self.checkpoints()
-            hint = f"--checkpoint {saved[-1].step} names the newest" if saved else "has it trained to its first checkpoint?"
+            hint = f"use the newest with --checkpoint {saved[-1].step}" if saved else "train it at least up to its first checkpoint"
             raise InputError(f"no {name} checkpoint yet", where=str(self.path), hint=hint)
-        pointed = pointer.read_text(encoding="utf-8", errors="replace").strip()
-        if not re.fullmatch(r"step-[0-9]+", pointed):
-            raise InputError("names no checkpoint", where=str(pointer), hint="name a step with --checkpoint")
-        return pointed
+        name_in_file = pointer.read_text(encoding="utf-8", errors="replace").strip()
+        if not re.fullmatch(r"step-[0-9]+", name_in_file):
+            raise InputError("does not name a checkpoint", where=str(pointer), hint="select a step with --checkpoint")
+        return name_in_file
 
     def network(self, checkpoint: Checkpoint, device: torch.device) -> Transformer:
-        """The model with the checkpoint's weights, in float32, ready to evaluate; low-rank additions are merged into them.
+        """Load the network with the checkpoint's weights, in float32 and in eval mode. LoRA matrices are merged into the weights.
 
-        Raises `InputError` when weights or tokenizer are not what was saved.
+        Raises `InputError` if the weights are damaged or the tokenizer is not the one that the run was trained with.
         """
         from tinylm.model import lora
 
-        problem = checkpoint.problem(only=("model.safetensors", "state.json"))
+        problem = checkpoint.problem(only=MODEL_FILES)
         if problem is not None:
-            raise InputError(f"damaged: {problem}", where=str(checkpoint.path), hint="name another with --checkpoint")
+            raise InputError(f"damaged: {problem}", where=str(checkpoint.path), hint="select another checkpoint with --checkpoint")
         if checkpoint.state["fingerprints"]["tokenizer"] != self.tokenizer.fingerprint:
-            raise InputError("not the tokenizer this model was trained with", where=str(self.path / "tokenizer.json"))
+            raise InputError("is not the tokenizer that this model was trained with", where=str(self.path / "tokenizer.json"))
         check_shapes(self.recipe, self.tokenizer.vocab_size, checkpoint)
-        network = lora.blank(self.recipe.model, self.tokenizer.vocab_size, self.recipe.training.lora)
+        network = lora.uninitialized_network(self.recipe.model, self.tokenizer.vocab_size, self.recipe.training.lora)
         load_weights(network, checkpoint)
         lora.merge(network)
         return network.to(device).eval()
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """The lines of metrics.jsonl; a line torn by a crash is left out."""
+        """The step and eval lines of metrics.jsonl. A line that a crash cut off is skipped."""
         try:
             lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
         except FileNotFoundError:
@@ -299,14 +334,14 @@ class Run:
                 yield event
 
     def size(self) -> int:
-        """Bytes on disk."""
+        """Size on disk in bytes."""
         return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
 
 
 def check_shapes(recipe: Recipe, vocab_size: int, checkpoint: Checkpoint) -> None:
-    """Compare the header of model.safetensors with what the recipe builds, before memory is spent on either.
+    """Raise `InputError` if the shapes in the header of model.safetensors are not those of the recipe's network.
 
-    A file is as large as its header says, and a model no larger than a file that fits it. Raises `InputError`.
+    Only the header is read and the network is built on the meta device, so that a mismatch costs no memory.
     """
     import torch
     from safetensors import SafetensorError, safe_open
@@ -316,29 +351,31 @@ def check_shapes(recipe: Recipe, vocab_size: int, checkpoint: Checkpoint) -> Non
     model, file = recipe.model, checkpoint.path / "model.safetensors"
     try:
         with safe_open(file, "pt") as opened:
-            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118  it is no mapping
+            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118  not a mapping
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot be read: {error}", where=str(file)) from None
     layers = sum(name.endswith(".attention.qkv.weight") for name in shapes)
     if layers != model.n_layer:
         raise InputError(f"does not fit the recipe: {layers} layers instead of {model.n_layer}", where=str(file))
-    if model.context_length > LONGEST_CONTEXT:
-        raise InputError(f"a context of {model.context_length:,} tokens", where=str(checkpoint.path.parent.parent / "recipe.yaml"))
+    if model.context_length > MAX_CONTEXT_LENGTH:
+        recipe_file = checkpoint.path.parent.parent / "recipe.yaml"
+        problem = f"model.context_length: must be at most {MAX_CONTEXT_LENGTH:,}, not {model.context_length:,}"
+        raise InputError(problem, where=str(recipe_file))
     with torch.device("meta"):
-        built = lora.blank(model, vocab_size, recipe.training.lora)
-    wanted = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
+        built = lora.uninitialized_network(model, vocab_size, recipe.training.lora)
+    expected = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
     if model.tie_embeddings:
-        del wanted["head.weight"]
+        del expected["head.weight"]
         shapes.pop("head.weight", None)
-    different = [name for name in {**wanted, **shapes} if wanted.get(name) != shapes.get(name)]
+    different = [name for name in {**expected, **shapes} if expected.get(name) != shapes.get(name)]
     if different:
         name = different[0]
-        found = f"{name} is {shapes.get(name, 'not there')} instead of {wanted.get(name, 'not there')}"
+        found = f"{name} is {shapes.get(name, 'absent')} instead of {expected.get(name, 'absent')}"
         raise InputError(f"does not fit the recipe: {found}", where=str(file))
 
 
 def load_weights(network: Transformer, checkpoint: Checkpoint) -> None:
-    """Fill the network from model.safetensors. Raises `InputError` when it does not fit."""
+    """Load model.safetensors into `network`. Raises `InputError` if the file does not match it."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -356,7 +393,7 @@ def load_weights(network: Transformer, checkpoint: Checkpoint) -> None:
 
 
 def all_runs(folder: Path) -> Iterator[Run]:
-    """The run folders directly inside `folder`; those of embeddings are none."""
+    """The run folders directly inside `folder`, without embedding runs."""
     for path in sorted(folder.glob("*/recipe.yaml")):
-        if not (path.parent / EMBEDDINGS_MARK).exists():
+        if not (path.parent / EMBEDDINGS_MARKER).exists():
             yield Run(path.parent)

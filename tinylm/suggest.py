@@ -1,8 +1,9 @@
-"""A recipe for one text, one machine and one time budget: what `tinylm new` writes. Imports without torch.
+"""Suggest a recipe for a text, a machine and a time budget, as `tinylm new` does. Does not import torch.
 
-The text is scanned and tokenized. For each size of a ladder `plan` says how many tokens the budget pays for, on this machine or on
-accelerators, and a scaling rule how far that size gets with them. The best is written down, each choice with its reason in a
-comment.
+The text is scanned and tokenized. For each of several model sizes, `cost.plan` estimates how many tokens the budget allows, on this
+CPU or on accelerators, and a scaling law predicts the loss after training on them. The size with the lowest loss becomes a recipe
+with comments, which give the reason for each choice. The measurements behind the constants are in docs/lab-notebook.md under "What
+`tinylm new` chooses"; a text is identified there and here by its size.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from typing import Literal
 import yaml
 
 from tinylm.cost.cpu import Processor
-from tinylm.cost.plan import BUSY, UNDISTURBED, USABLE_MEMORY, Plan, effective_tokens, make_plan
-from tinylm.data.estimate import TextSize, measure_text
+from tinylm.cost.micro_batch import USABLE_MEMORY
+from tinylm.cost.plan import BUSY, MIN_UNDISTURBED, Plan, effective_tokens, make_plan
+from tinylm.data.estimate import TextSize, estimate_text_size
 from tinylm.errors import InputError
 from tinylm.recipe import Recipe, loads
 from tinylm.recipe.notation import Loader
@@ -41,76 +43,79 @@ SIZES = (
     (20, 1280),
     (24, 1536),
 )
-"""Blocks and width, with heads of 64: depth and width grow together, as in families of models that are published. Without (2, 192),
-which was 3 % better than its neighbours for two minutes of 12.6 MB and 16 % worse for ten: the scaling rule sees 1 % there."""
+"""(number of layers, width) of the models to choose from, all with heads of width 64. Depth and width grow together, as in
+published model families. (2, 192) is missing because the scaling law misjudges it: on 12.6 MB, it was 3 % better than its neighbors
+after two minutes but 16 % worse after ten, and the predicted difference is only 1 %."""
 PARAMETER_EXPONENT, TOKEN_EXPONENT = 0.34, 0.28
-"""Of Hoffmann et al. 2022, equation 10: what a loss lacks falls as N^-0.34 in parameters and as D^-0.28 in tokens."""
+"""Hoffmann et al. 2022, equation 10: the excess loss is a sum of two terms, which fall as N^-0.34 with the number of parameters and
+as D^-0.28 with the number of tokens."""
 PARAMETER_WEIGHT = 1.2
-"""Of the first against the second. Fitted to the grids in benchmarks/README.md: tables of n-grams, Muon and little text change what
-Hoffmann et al. found at a thousand times the size."""
+"""Weight of the first term relative to the second. Fitted to the grids of sizes in docs/lab-notebook.md, because Hoffmann et al.
+studied models a thousand times as large, with more text and without n-gram tables and Muon."""
 FITTED_REPETITIONS_SCALE = 5
-"""R* of Muennighoff et al. 2023, who found 15.39: what R repetitions of a text are worth decays as exp(-R / R*). Fitted likewise:
-tables learn by heart sooner."""
+"""R* of `cost.plan.REPETITIONS_SCALE`, which Muennighoff et al. 2023 found to be 15.39. Fitted to the same grids, because n-gram
+tables memorize a text sooner."""
 
-BYTES_PER_ENTRY, BYTES_READ_PER_ENTRY = 2000, 2500
-"""For each entry of the vocabulary, of the text and of what is read in all, repetitions counted: a token that is met more seldom is
-not learned. Of 1 MB read nine times, 512 entries (and dropout 0.2 for 0.1) left 4 % fewer bits per byte than 1024 or 2048; of
-Python's source 2048 left 2 % fewer than 4096 in two minutes."""
-SMALLEST_VOCABULARY, LARGEST_VOCABULARY = 512, 32768
+BYTES_PER_ENTRY, READ_BYTES_PER_ENTRY = 2000, 2500
+"""Bytes per vocabulary entry in the text, and in what training reads of it, repetitions included. With fewer, tokens occur too
+rarely to be learned. For 1 MB read nine times, 512 entries (and dropout 0.2 instead of 0.1) gave 4 % fewer bits per byte than 1024
+or 2048. For two minutes of 12.6 MB, 2048 entries gave 2 % fewer than 4096."""
+MIN_VOCABULARY, MAX_VOCABULARY = 512, 32768
 BYTES_PER_TOKEN = 4
-"""Before a tokenizer is there to tell."""
-BUSY_HEAD = "\nThe machine was busy with something else while it was measured: left alone it may deserve a larger model."
+"""Assumed until a tokenizer is trained."""
+BUSY_HEAD = "\nThe machine was busy while it was measured. If it is idle, `tinylm new` may choose a larger model."
 
 CPU_BATCH_TOKENS = 2048
-PASSES_OF_SHORT_TEXTS, STEPS_OF_SHORT_TEXTS = 12, 200
-"""The smallest model reads any text so often if there is time: 30 and 100 kB were best learned by 12 passes of 6, 12, 20 and 40.
-Batches shrink until they make so many steps, which is assumed."""
-STEPS_ON_ACCELERATORS = 1500
-"""Their batches grow until fewer than twice as many steps are left, for what large products gain."""
-MOST_BATCH_TOKENS = 1 << 19
+SHORT_TEXT_EPOCHS, SHORT_TEXT_STEPS = 12, 200
+"""The smallest model may train for this many epochs on any text: on 30 and 100 kB, 12 epochs were the best of 6, 12, 20 and 40. The
+batch size is reduced until these epochs have this many steps, a number that is not measured."""
+ACCELERATOR_STEPS = 1500
+"""On accelerators, where large matrix products are faster, the batch size is doubled until there are fewer than twice this many
+steps."""
+MAX_BATCH_TOKENS = 1 << 19
 LONG_TEXT_TOKENS = 10_000_000
-"""From here on an accelerator looks back 1024 tokens."""
+"""Training tokens from which on the context length is 1024 on accelerators."""
 
-REGULARISATION: tuple[tuple[float, float, float | None], ...] = ((6, 0.2, None), (3, 0.1, 0.5), (0.6, 0.0, 0.5), (0, 0.0, 0.0))
-"""From so many passes over the text on: dropout, and that of n-grams; None: no tables of them. Whole tables learn the names of each
-document by heart, and the blocks above them do not learn to look for them in the context: one and two passes over 12.6 MB
-with half of the n-grams left out needed 8 to 12 % fewer bits per byte than with all (0.65 of a pass 6 % fewer), 0.4 of a pass
-1 % more. Of 1 MB read two to four times, half of them made the best of all variants; read nine or ten times (0.3 MB and 1 MB), no
-tables at all left 1.3 % fewer than that."""
+REGULARIZATION: tuple[tuple[float, float, float | None], ...] = ((6, 0.2, None), (3, 0.1, 0.5), (0.6, 0.0, 0.5), (0, 0.0, 0.0))
+"""(minimum number of epochs, dropout, n-gram dropout). None means no n-gram tables. Without dropout, the tables memorize the names
+in each document, so the blocks do not learn to find these names in the context. On 12.6 MB, an n-gram dropout of 0.5 gave 8 to 12 %
+fewer bits per byte after one and two epochs (6 % after 0.65), but 1 % more after 0.4. On 1 MB, 0.5 was the best for two to four
+epochs. On 0.3 MB and 1 MB, having no tables was 1.3 % better than 0.5 for nine or ten epochs."""
 
-MOST_EPOCHS = 40
-"""Passes over a text after which more of them teach nothing (Muennighoff et al. 2023, figure 3)."""
-MOST_LEARNED_BY_HEART = 120
-"""Parameters times passes for each token of the text, after which more of either do harm. 0.3 MB of 147,000 tokens left 1.662 bits
-per byte after 100 and 120 (1.4 million parameters, 10 and 12 passes), 1.683 after 150, 1.684 and 1.685 after 200 with more dropout,
-1.725 after 400, and 1.740 after 900 (10.7 million, 12 passes). 1 MB was still gaining from 41 to 51."""
+MAX_EPOCHS = 40
+"""More epochs than this do not help (Muennighoff et al. 2023, figure 3)."""
+MAX_MEMORIZATION = 120
+"""Maximum of parameters x epochs / training tokens. Beyond it the model overfits. On 0.3 MB (147,000 tokens), 100 and 120 gave
+1.662 bits per byte (1.4 million parameters, 10 and 12 epochs), 150 gave 1.683, 200 with more dropout 1.684 and 1.685, 400 gave
+1.725, and 900 gave 1.740 (10.7 million parameters, 12 epochs). On 1 MB, 51 was still better than 41."""
 
-MOST_HELDOUT_BYTES, HELDOUT_BYTES_A_MINUTE = 2_000_000, 200_000
-EVALUATIONS, EVALUATION_SHARE = 5, 0.05
-"""At most so many, and of the budget."""
-_WORDS = re.compile(r"\b[^\W\d_]{1,20}(?:[ ,]{1,3}[^\W\d_]{1,20}){2,4}\b")
-"""A few words in a row: what the model is asked to go on from as it learns."""
+MAX_HELDOUT_BYTES, HELDOUT_BYTES_PER_MINUTE = 2_000_000, 200_000
+MAX_EVALUATIONS, MAX_EVALUATION_SHARE = 5, 0.05
+"""Maximum number of evaluations, and maximum fraction of the budget that they take."""
+_PHRASE = re.compile(r"\b[^\W\d_]{1,20}(?:[ ,]{1,3}[^\W\d_]{1,20}){2,4}\b")
+"""A few consecutive words, to be the prompt of the samples during training."""
 PROMPT_PIECES, PROMPT_CHARACTERS = 100, 100_000
-"""Where they are looked for: in the beginnings of so many pieces of the text."""
-FEWEST_STEPS, FEWEST_DOCUMENTS, FEWEST_BYTES = 50, 20, 10_000
+"""The prompt is searched for in this many pieces of the text, in this many characters of each."""
+MIN_STEPS, MIN_DOCUMENTS, MIN_BYTES = 50, 20, 10_000
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Minutes of a whole training on this machine's CPU, or on `devices` accelerators of a name that `tinylm.cost.accelerators` knows.
+    """Minutes of training on this machine's CPU, or on `devices` accelerators.
 
-    `here`: instead of measuring this machine.
+    `accelerator`: a name in `tinylm.cost.accelerators`, or None for the CPU. `processor`: use this measurement instead of measuring
+    the CPU.
     """
 
     minutes: float = 10
     accelerator: str | None = None
     devices: int = 1
-    here: Processor | None = None
+    processor: Processor | None = None
 
 
 @dataclass(frozen=True)
-class Proposal:
-    """A commented recipe as YAML, the same as an object, and what it will cost."""
+class Suggestion:
+    """A recipe, as YAML with comments and as an object, and its estimated cost."""
 
     yaml: str
     recipe: Recipe
@@ -119,7 +124,7 @@ class Proposal:
 
 @dataclass(frozen=True)
 class _Draft:
-    """The values of a recipe that are chosen, and the reasons for them by key."""
+    """The values chosen for a recipe, and the reason for each by key."""
 
     name: str
     data: DataSection
@@ -134,10 +139,10 @@ class _Draft:
     batch: int = 8
     dropout: float = 0.0
     ngram_dropout: float | None = 0.0
-    """None: no tables of n-grams."""
+    """None means no n-gram tables."""
     every: int = 1_000_000
     epochs: float | None = None
-    """Instead of minutes, where those would read the text too often."""
+    """Replaces `minutes` if a training of that length would overfit."""
     reasons: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -147,14 +152,14 @@ class _Draft:
     @property
     def yaml(self) -> str:
         lines = [f"# {line}" for line in self.reasons.get("head", "").splitlines()]
-        wide = max(len(text) for text, _ in self._lines()) + 2
+        column = max(len(text) for text, _ in self._lines()) + 2
         for text, key in self._lines():
             reason = self.reasons.get(key)
-            lines.append(f"{text:<{wide}}# {reason}" if reason else text)
+            lines.append(f"{text:<{column}}# {reason}" if reason else text)
         return "\n".join(lines) + "\n"
 
     def _lines(self) -> Iterator[tuple[str, str]]:
-        """Each line of the recipe, and the key whose reason stands behind it."""
+        """The lines of the recipe, each with the key of its reason in `reasons`."""
         sources = self.data.train
         yield f"name: {_quoted(self.name)}", "name"
         yield "seed: 1337", "seed"
@@ -197,67 +202,68 @@ def _minutes(budget: Budget) -> str:
 
 
 def _short(number: float) -> str:
-    """12345678 -> 12M."""
+    """12345678 as "12M"."""
     size, letter = next((size, letter) for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1, "")) if number >= size)
     shown = number / size
     return f"{shown:.1f}{letter}" if shown < 10 else f"{shown:.0f}{letter}"
 
 
 def _quoted(text: str) -> str:
-    """As YAML: bare where that is read back as the same text."""
-    bare = re.fullmatch(r"[\w./~][\w./~:-]*\w", text) is not None and yaml.load(text, Loader) == text
-    return text if bare else json.dumps(text, ensure_ascii=False)
+    """A string in YAML, in quotes if it would otherwise be read as something else."""
+    plain = re.fullmatch(r"[\w./~][\w./~:-]*\w", text) is not None and yaml.load(text, Loader) == text
+    return text if plain else json.dumps(text, ensure_ascii=False)
 
 
-def propose(
+def suggest_recipe(
     data: DataSection,
     budget: Budget,
     *,
     name: str = "mine",
     sizes: Sequence[tuple[int, int]] = SIZES,
     reporter: Reporter = SILENT,
-) -> Proposal:
-    """The recipe that should leave the fewest held-out bits per byte within the budget, measuring included.
+) -> Suggestion:
+    """The recipe with the lowest predicted held-out loss within the budget, which includes evaluations.
 
-    `sizes`: blocks and width of the models to choose from, smallest first. Of `data`, `heldout` is chosen here. Raises `InputError`
-    for a text that cannot be read or is too short, for standard input (training reads the text again), and for a budget in which
-    not even the smallest model makes `FEWEST_STEPS` steps.
+    `sizes`: (number of layers, width) of the models to choose from, smallest first. `data.heldout` is replaced.
+
+    Raises `InputError` if the text cannot be read or is too short, if it is standard input (which training could not read again),
+    if no model fits in memory, or if the budget does not allow `MIN_STEPS` steps of the smallest model.
     """
     if "-" in data.train:
-        raise InputError("standard input cannot be read again for training", where="-", hint="save it in a file and name that")
-    draft, look = _first_draft(name, data, budget)
-    read_bytes = BYTES_PER_TOKEN * _planned(draft, look.as_tokens(draft.vocab_size), budget).tokens
-    draft = replace(draft, vocab_size=_vocab_size(min(look.train_bytes / BYTES_PER_ENTRY, read_bytes / BYTES_READ_PER_ENTRY)))
-    text = measure_text(draft.recipe.data, draft.recipe.tokenizer, reporter)
-    draft = _fitted(replace(draft, vocab_size=text.vocab_size), text, budget)
-    options = list(_options(draft, text, budget, sizes))
-    if not options:
-        raise _no_option(replace(draft, layers=sizes[0][0], width=sizes[0][1]), text, budget)
-    busy = min(plan.undisturbed for _, plan in options) < UNDISTURBED
+        raise InputError("standard input cannot be read again for training", where="-", hint="save it to a file")
+    draft, summary = _first_draft(name, data, budget)
+    read_bytes = BYTES_PER_TOKEN * _plan(draft, summary.as_tokens(draft.vocab_size), budget).tokens
+    draft = replace(draft, vocab_size=_vocab_size(min(summary.train_bytes / BYTES_PER_ENTRY, read_bytes / READ_BYTES_PER_ENTRY)))
+    text = estimate_text_size(draft.recipe.data, draft.recipe.tokenizer, reporter)
+    draft = _with_context(replace(draft, vocab_size=text.vocab_size), text, budget)
+    candidates = list(_candidates(draft, text, budget, sizes))
+    if not candidates:
+        raise _no_candidate_error(replace(draft, layers=sizes[0][0], width=sizes[0][1]), text, budget)
+    busy = min(plan.undisturbed for _, plan in candidates) < MIN_UNDISTURBED
     if busy:
         reporter.warn(BUSY)
-    best, plan = min(options, key=lambda option: excess_loss(option[1]))
-    best = replace(best, reasons=_reasons(best, plan, text, look, budget, len(options), busy))
-    return Proposal(best.yaml, best.recipe, plan)
+    best, plan = min(candidates, key=lambda candidate: excess_loss(candidate[1]))
+    best = replace(best, reasons=_reasons(best, plan, text, summary, budget, len(candidates), busy))
+    return Suggestion(best.yaml, best.recipe, plan)
 
 
 def excess_loss(plan: Plan) -> float:
-    """How much the loss should lack of what the text allows, up to a factor: what too few parameters and too few tokens cost.
+    """By how much the predicted loss exceeds that of an infinite model trained on infinite text, up to a constant factor.
 
-    Tokens of a text that is repeated count as what they are worth.
+    Repeated tokens count as the unique tokens that they are worth.
     """
     tokens = effective_tokens(plan.tokens, plan.compute_optimal.unique_tokens, FITTED_REPETITIONS_SCALE)
-    return float(PARAMETER_WEIGHT * _multiplied(plan) ** -PARAMETER_EXPONENT + tokens**-TOKEN_EXPONENT)
+    return float(PARAMETER_WEIGHT * _matmul_parameters(plan) ** -PARAMETER_EXPONENT + tokens**-TOKEN_EXPONENT)
 
 
-def _multiplied(plan: Plan) -> float:
-    """Parameters that a token is multiplied by, attention counted with them."""
+def _matmul_parameters(plan: Plan) -> float:
+    """Number of parameters with the same FLOPs as the model: those in matrix products, and more for attention."""
     return plan.flops / plan.tokens / 6
 
 
 @dataclass(frozen=True)
-class _Look:
-    """What a first reading of the text found."""
+class _TextSummary:
+    """Sizes of the text found in a first scan, before it is tokenized."""
 
     bytes: int
     documents: int
@@ -265,104 +271,105 @@ class _Look:
     heldout_bytes: int
 
     def as_tokens(self, vocab_size: int) -> TextSize:
+        """Estimated sizes in tokens."""
         train, heldout = (size // BYTES_PER_TOKEN for size in (self.train_bytes, self.heldout_bytes))
         return TextSize(vocab_size, train, heldout, exact=False)
 
 
-def _first_draft(name: str, data: DataSection, budget: Budget) -> tuple[_Draft, _Look]:
-    """A recipe with the split that suits the text, and what was found of it."""
+def _first_draft(name: str, data: DataSection, budget: Budget) -> tuple[_Draft, _TextSummary]:
+    """A draft that holds out a suitable share of the text, and the sizes of the text."""
     with Corpus(data.train, field=data.field, errors=data.errors) as corpus:
-        found = split.scan(corpus.pieces())
-        begun = (_WORDS.search(piece.text[:PROMPT_CHARACTERS]) for piece in islice(corpus.pieces(), PROMPT_PIECES))
-        prompt = next((match[0] for match in begun if match), "")
-    if not found.characters:
+        scan = split.scan(corpus.pieces())
+        phrases = (_PHRASE.search(piece.text[:PROMPT_CHARACTERS]) for piece in islice(corpus.pieces(), PROMPT_PIECES))
+        prompt = next((match[0] for match in phrases if match), "")
+    if not scan.characters:
         raise InputError("the text is empty", where=describe(data.train))
-    share = float(f"{min(0.1, budget.minutes * HELDOUT_BYTES_A_MINUTE / found.bytes, MOST_HELDOUT_BYTES / found.bytes):.1g}")
-    alike = found.documents >= FEWEST_DOCUMENTS and found.lengths.max() <= share * found.characters / 2
-    by: Literal["document", "tail"] = "document" if alike and _holds_out(found, share) else "tail"
-    look = _Look(found.bytes, found.documents, int(found.bytes * (1 - share)), int(found.bytes * share))
-    if look.train_bytes < FEWEST_BYTES:
-        raise InputError(f"{found.bytes:,} bytes are too few to learn from", where=describe(data.train), hint="use more text")
-    return _Draft(name, data, share, by, budget.minutes, prompt[:40], batch=_batch(CPU_BATCH_TOKENS // 256, budget)), look
+    share = float(f"{min(0.1, budget.minutes * HELDOUT_BYTES_PER_MINUTE / scan.bytes, MAX_HELDOUT_BYTES / scan.bytes):.1g}")
+    divisible = scan.documents >= MIN_DOCUMENTS and scan.lengths.max() <= share * scan.characters / 2
+    by: Literal["document", "tail"] = "document" if divisible and _holds_out(scan, share) else "tail"
+    summary = _TextSummary(scan.bytes, scan.documents, int(scan.bytes * (1 - share)), int(scan.bytes * share))
+    if summary.train_bytes < MIN_BYTES:
+        raise InputError(f"{scan.bytes:,} bytes are not enough to train on", where=describe(data.train), hint="use a longer text")
+    return _Draft(name, data, share, by, budget.minutes, prompt[:40], batch=_batch(CPU_BATCH_TOKENS // 256, budget)), summary
 
 
-def _holds_out(found: split.Scan, share: float) -> bool:
-    """Whether the hashes of documents hold out as much as is wanted, give or take a half."""
+def _holds_out(scan: split.Scan, share: float) -> bool:
+    """Whether a split by document would hold out 0.5 to 1.5 times the requested share."""
     try:
-        boundaries = split.by_document(found, share).boundaries
+        boundaries = split.by_document(scan, share).boundaries
     except InputError:
         return False
-    held = int(found.lengths[boundaries == 0].sum())
-    return 0.5 <= held / (share * found.characters) <= 1.5
+    held = int(scan.lengths[boundaries == 0].sum())
+    return 0.5 <= held / (share * scan.characters) <= 1.5
 
 
 def _batch(sequences: int, budget: Budget) -> int:
-    """At least so many that each device has as many as the others."""
+    """The number of sequences, rounded up to a multiple of the number of devices."""
     return math.ceil(sequences / budget.devices) * budget.devices
 
 
 def _vocab_size(entries: float) -> int:
-    """The power of two nearest to as many entries as are met often enough."""
+    """The nearest power of two, within the limits of the vocabulary size."""
     exponent = round(math.log2(max(1.0, entries)))
-    return min(max(1 << exponent, SMALLEST_VOCABULARY), LARGEST_VOCABULARY)
+    return min(max(1 << exponent, MIN_VOCABULARY), MAX_VOCABULARY)
 
 
-def _fitted(draft: _Draft, text: TextSize, budget: Budget) -> _Draft:
-    """With the context that text and machine suit, and the batch that goes with it on a CPU."""
+def _with_context(draft: _Draft, text: TextSize, budget: Budget) -> _Draft:
+    """Set a context length that suits the text and the machine, and the batch size for a CPU."""
     context = 256 if budget.accelerator is None or text.train_tokens < LONG_TEXT_TOKENS else 1024
     while context > 16 and (text.train_tokens < 32 * context or text.heldout_tokens < 2 * context):
         context //= 2
-    tokens = min(CPU_BATCH_TOKENS, PASSES_OF_SHORT_TEXTS * text.train_tokens // STEPS_OF_SHORT_TEXTS)
+    tokens = min(CPU_BATCH_TOKENS, SHORT_TEXT_EPOCHS * text.train_tokens // SHORT_TEXT_STEPS)
     return replace(draft, context=context, batch=_batch(max(1, tokens // context), budget))
 
 
-def _options(draft: _Draft, text: TextSize, budget: Budget, sizes: Sequence[tuple[int, int]]) -> Iterator[tuple[_Draft, Plan]]:
-    """Each size that is worth considering: it fits into the memory, and the budget pays for enough steps."""
+def _candidates(draft: _Draft, text: TextSize, budget: Budget, sizes: Sequence[tuple[int, int]]) -> Iterator[tuple[_Draft, Plan]]:
+    """The completed draft of each size that fits in memory and for which the budget allows enough steps."""
     for layers, width in sizes:
-        option, plan = _priced(replace(draft, layers=layers, width=width), text, budget)
-        if plan.steps < FEWEST_STEPS:
+        candidate, plan = _completed(replace(draft, layers=layers, width=width), text, budget)
+        if plan.steps < MIN_STEPS:
             return
         if plan.memory_bytes.total <= USABLE_MEMORY * plan.device_memory_bytes:
-            yield option, plan
+            yield candidate, plan
 
 
-def _no_option(smallest: _Draft, text: TextSize, budget: Budget) -> InputError:
-    """Why not even the smallest size is worth considering."""
-    _, plan = _priced(smallest, text, budget)
-    if plan.steps >= FEWEST_STEPS:
-        return InputError("the smallest model does not fit into the memory", where="--hardware" if budget.accelerator else None)
-    found = f"{_minutes(budget)} and {text.train_tokens:,} tokens are not enough for {FEWEST_STEPS} steps of the smallest model"
-    return InputError(found, where="--minutes")
+def _no_candidate_error(smallest: _Draft, text: TextSize, budget: Budget) -> InputError:
+    """The error that says why not even the smallest model can be trained."""
+    _, plan = _completed(smallest, text, budget)
+    if plan.steps >= MIN_STEPS:
+        return InputError("the smallest model does not fit in memory", where="--hardware" if budget.accelerator else None)
+    problem = f"{_minutes(budget)} and {text.train_tokens:,} tokens are not enough for {MIN_STEPS} steps of the smallest model"
+    return InputError(problem, where="--minutes", hint="allow more time or use a longer text")
 
 
-def _priced(draft: _Draft, text: TextSize, budget: Budget) -> tuple[_Draft, Plan]:
-    """With batch, end, regularisation and evaluations that fit what the budget pays for."""
-    draft, plan = _ended(draft, text, budget)
+def _completed(draft: _Draft, text: TextSize, budget: Budget) -> tuple[_Draft, Plan]:
+    """Set the batch size, length, dropout and evaluation interval that suit the size of the model and the budget."""
+    draft, plan = _with_length(draft, text, budget)
     if budget.accelerator is not None:
-        while plan.steps >= 2 * STEPS_ON_ACCELERATORS and plan.tokens_per_step < MOST_BATCH_TOKENS:
-            draft, plan = _ended(replace(draft, batch=2 * draft.batch), text, budget)
-    _, dropout, ngram_dropout = next(limit for limit in REGULARISATION if plan.epochs >= limit[0])
-    draft, plan = _ended(replace(draft, dropout=dropout, ngram_dropout=ngram_dropout), text, budget)
-    evaluations = min(EVALUATIONS, int(EVALUATION_SHARE * 60 * budget.minutes / max(plan.evaluation_seconds, 1e-3)))
+        while plan.steps >= 2 * ACCELERATOR_STEPS and plan.tokens_per_step < MAX_BATCH_TOKENS:
+            draft, plan = _with_length(replace(draft, batch=2 * draft.batch), text, budget)
+    _, dropout, ngram_dropout = next(row for row in REGULARIZATION if plan.epochs >= row[0])
+    draft, plan = _with_length(replace(draft, dropout=dropout, ngram_dropout=ngram_dropout), text, budget)
+    evaluations = min(MAX_EVALUATIONS, int(MAX_EVALUATION_SHARE * 60 * budget.minutes / max(plan.evaluation_seconds, 1e-3)))
     draft = replace(draft, every=max(1, math.ceil(plan.steps / max(1, evaluations))))
-    return draft, _planned(draft, text, budget)
+    return draft, _plan(draft, text, budget)
 
 
-def _ended(draft: _Draft, text: TextSize, budget: Budget) -> tuple[_Draft, Plan]:
-    """With the minutes as its end, or as many epochs as are good for it where the minutes would pay for more."""
+def _with_length(draft: _Draft, text: TextSize, budget: Budget) -> tuple[_Draft, Plan]:
+    """Train for the minutes of the budget, or if that would overfit, for as many epochs as the text allows."""
     draft = replace(draft, epochs=None)
-    plan = _planned(draft, text, budget)
-    most = MOST_LEARNED_BY_HEART * text.train_tokens / _multiplied(plan)
+    plan = _plan(draft, text, budget)
+    max_epochs = MAX_MEMORIZATION * text.train_tokens / _matmul_parameters(plan)
     if (draft.layers, draft.width) == SIZES[0]:
-        most = max(most, PASSES_OF_SHORT_TEXTS)
-    most = min(most, MOST_EPOCHS)
-    if plan.epochs > most:
-        draft = replace(draft, epochs=float(f"{most:.2g}"))
-        plan = _planned(draft, text, budget)
+        max_epochs = max(max_epochs, SHORT_TEXT_EPOCHS)
+    max_epochs = min(max_epochs, MAX_EPOCHS)
+    if plan.epochs > max_epochs:
+        draft = replace(draft, epochs=float(f"{max_epochs:.2g}"))
+        plan = _plan(draft, text, budget)
     return draft, plan
 
 
-def _planned(draft: _Draft, text: TextSize, budget: Budget) -> Plan:
+def _plan(draft: _Draft, text: TextSize, budget: Budget) -> Plan:
     return make_plan(
         draft.recipe,
         text.vocab_size,
@@ -370,37 +377,38 @@ def _planned(draft: _Draft, text: TextSize, budget: Budget) -> Plan:
         heldout_tokens=text.heldout_tokens,
         accelerator=budget.accelerator,
         devices=budget.devices,
-        here=budget.here,
+        processor=budget.processor,
     )
 
 
-def _reasons(draft: _Draft, plan: Plan, text: TextSize, look: _Look, budget: Budget, options: int, busy: bool) -> dict[str, str]:
-    """Why each value is what it is, by key."""
+def _reasons(
+    draft: _Draft, plan: Plan, text: TextSize, summary: _TextSummary, budget: Budget, candidates: int, busy: bool
+) -> dict[str, str]:
+    """The reason for each value by key, and the comment at the top of the recipe as "head"."""
     machine = "this CPU" if budget.accelerator is None else f"{budget.devices} x {budget.accelerator}"
-    documents = f"{look.documents:,} document{'' if look.documents == 1 else 's'}"
-    megabytes = f"{look.bytes / 1e6:.2g} MB"
-    fewer = f"{look.documents:,} documents" if look.documents > 1 else "a single document"
-    epochs = f"{plan.epochs:.1f} passes over the text" if plan.epochs < 10 else f"{plan.epochs:.0f} passes over the text"
+    documents = f"{summary.documents:,} document{'' if summary.documents == 1 else 's'}"
+    passes = f"{plan.epochs:.1f} passes over the text" if plan.epochs < 10 else f"{plan.epochs:.0f} passes over the text"
+    heldout = f"{summary.heldout_bytes / 1e3:,.0f} kB to evaluate on"
     return {
-        "head": f"{describe(draft.data.train)}: {megabytes} in {documents}; {_minutes(budget)} on {machine}.\n"
-        f"About {plan.steps:,} steps, {plan.tokens_per_second:,.0f} tokens a second in {plan.precision}. "
-        f"What each key means: docs/recipe.md.{BUSY_HEAD if busy else ''}",
-        "heldout": f"{look.heldout_bytes / 1e3:,.0f} kB, "
-        + ("whole documents, chosen by their hash" if draft.by == "document" else f"the end of it: {fewer}"),
-        "vocab_size": f"each entry is to be met often enough to be learned; {text.train_tokens:,} tokens to learn from",
-        "n_layer": f"{_short(plan.parameters)} parameters: the best of {options} sizes by the scaling rule,",
-        "n_head": f"between too few parameters and too few tokens for {_minutes(budget)}:",
-        "n_embd": f"this size reads {_short(plan.tokens)} tokens, {epochs}",
-        "context_length": "tokens that the model looks back",
-        "preset": "without tables of n-grams: many passes fill them by heart" if draft.ngram_dropout is None else "",
-        "ngram_embeddings": "tables of pairs and triples of tokens: nearly free, and worth a lot",
-        "dropout": f"{epochs} would be learned by heart without it",
-        "ngram_dropout": "whole tables would learn the names in each document by heart",
-        "minutes": f"from the first step on; `steps: {plan.steps}` instead gives the same model every time",
-        "epochs": f"more passes do harm; these take {plan.seconds_estimate / 60:.2g} of {_minutes(budget)}",
-        "global_batch_size": f"{plan.tokens_per_step:,} tokens a step"
-        + (": on a CPU larger ones only mean fewer steps" if budget.accelerator is None else f", for {plan.steps:,} steps"),
-        "optimizer": "rates that hold for every width",
-        "schedule": "the rate falls to nothing over the last 60 %, where most is learned",
-        "every": "steps between measurements of the held-out text",
+        "head": f"A recipe for {describe(draft.data.train)} ({summary.bytes / 1e6:.2g} MB in {documents}) "
+        f"and {_minutes(budget)} on {machine}.\n"
+        f"About {plan.steps:,} steps, {plan.tokens_per_second:,.0f} tokens/s in {plan.precision}. "
+        f"docs/reference/recipe.md explains every key.{BUSY_HEAD if busy else ''}",
+        "heldout": f"{heldout}: " + ("whole documents, chosen by hash" if draft.by == "document" else "the end of the text"),
+        "vocab_size": f"every token should occur often in the {text.train_tokens:,} training tokens",
+        "preset": "without n-gram tables, which would overfit in many passes" if draft.ngram_dropout is None else "",
+        "n_layer": f"a scaling law predicts the lowest loss for this size, out of {candidates}",
+        "n_head": "each head is 64 wide",
+        "n_embd": f"{_short(plan.parameters)} parameters, trained on {_short(plan.tokens)} tokens: {passes}",
+        "context_length": "the model attends to this many tokens",
+        "ngram_embeddings": "tables of token pairs and triples: a better model at little cost",
+        "ngram_dropout": "without it, the tables would memorize the names in each document",
+        "dropout": f"without it, {passes} would overfit",
+        "minutes": f"use `steps: {plan.steps}` instead to get the same model in every run",
+        "epochs": f"more passes would overfit; these take {plan.seconds_estimate / 60:.2g} of the {_minutes(budget)}",
+        "global_batch_size": f"{plan.tokens_per_step:,} tokens per step"
+        + ("; on a CPU, a larger batch only means fewer steps" if budget.accelerator is None else f", for {plan.steps:,} steps"),
+        "optimizer": "these learning rates suit every width",
+        "schedule": "the learning rate falls to zero over the last 60 %",
+        "every": "steps between evaluations on the held-out text",
     }

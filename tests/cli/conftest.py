@@ -1,4 +1,4 @@
-"""The command line inside this process, for what does not need one of its own: torch is loaded only once."""
+"""Run the command line in the test process, so that torch is imported only once."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from pathlib import Path
 
 import pytest
 import yaml
-from command import Answer, Here
+from command import CommandResult, RunCli
 from tinylm_cli.app import main
 
 
 @pytest.fixture
-def here(capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[Here]:
-    """`here("eval", "--json")` is `tinylm eval --json`."""
+def run_cli(capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[RunCli]:
+    """`run_cli("eval", "--json")` runs `tinylm eval --json`."""
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     handler = signal.getsignal(signal.SIGTERM)
 
-    def run(*arguments: str | Path, stdin: bytes = b"") -> Answer:
+    def run(*arguments: str | Path, stdin: bytes = b"") -> CommandResult:
         monkeypatch.setattr(sys, "argv", ["tinylm", *map(str, arguments)])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
         capfdbinary.readouterr()
-        with pytest.raises(SystemExit) as ending:
+        with pytest.raises(SystemExit) as caught:
             main()
         out, err = capfdbinary.readouterr()
-        return Answer(int(ending.value.code or 0), out.decode("utf-8", "surrogateescape"), err.decode())
+        return CommandResult(int(caught.value.code or 0), out.decode("utf-8", "surrogateescape"), err.decode())
 
     yield run
     signal.signal(signal.SIGTERM, handler)
@@ -36,7 +36,7 @@ def here(capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def recipe_file(text_file: Path, tmp_path: Path) -> Path:
-    """A tiny recipe as a file, to be changed with --set."""
+    """A recipe file for a tiny model, to be modified with --set."""
     recipe = {
         "name": "tiny",
         "data": {"train": str(text_file)},

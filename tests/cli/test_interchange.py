@@ -1,54 +1,55 @@
-"""`export` and `import` as a user runs them."""
+"""`tinylm export` and `tinylm import` on the command line."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
-from command import Here, complaint
+from command import RunCli, error_of
 
 from tinylm.run import Run
 
 
-def test_out_and_back_in(here: Here, tiny_run: Run, tmp_path: Path) -> None:
+def test_export_then_import(run_cli: RunCli, tiny_run: Run, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    there, back = tmp_path / "there", tmp_path / "back"
-    done = here("export", "-r", tiny_run.path, "--to", "hf", there, "--json")
-    assert done.code == 0
-    assert done.json.keys() >= {"run", "checkpoint", "step", "to", "path", "bytes", "architecture", "largest_difference"}
-    assert done.json["largest_difference"] <= 1e-4
-    assert "the folder carries modeling_tinylm.py" in done.err
-    assert "is not empty (--overwrite" in complaint(here("export", "-r", tiny_run.path, "--to", "hf", there))
-    shown = here("export", "-r", tiny_run.path, "--to", "hf", there, "--overwrite", "-q")
-    assert "same model   logits differ by" in shown.out
+    exported, imported = tmp_path / "exported", tmp_path / "imported"
+    result = run_cli("export", "-r", tiny_run.path, "--to", "hf", exported, "--json")
+    assert result.code == 0
+    assert result.json.keys() >= {"run", "checkpoint", "step", "to", "path", "bytes", "architecture", "largest_difference"}
+    assert result.json["largest_difference"] <= 1e-4
+    assert "the folder includes modeling_tinylm.py" in result.err
+    assert "is not empty (--overwrite" in error_of(run_cli("export", "-r", tiny_run.path, "--to", "hf", exported))
+    shown = run_cli("export", "-r", tiny_run.path, "--to", "hf", exported, "--overwrite", "-q")
+    assert " in the logits, on " in shown.out
     assert shown.err == ""
 
-    back.mkdir()
-    imported = here("import", there, "--out", back, "--json")
-    assert imported.json.keys() >= {"run", "source", "parameters", "context_length", "vocab_size", "largest_difference"}
-    assert "is not empty (--overwrite" in complaint(here("import", there, "--out", back))
-    assert here("sample", "-r", back, "--max-new-tokens", 2).code == 0
-    assert "this run has no held-out text (name a text" in complaint(here("eval", "-r", back))
-    assert "the text that an imported model learned is not here" in complaint(here("train", back, "--resume"))
-    assert here("runs", tmp_path, "--json").json[0]["name"] == "back"
+    imported.mkdir()
+    result = run_cli("import", exported, "--out", imported, "--json")
+    assert result.json.keys() >= {"run", "source", "parameters", "context_length", "vocab_size", "largest_difference"}
+    assert "is not empty (--overwrite" in error_of(run_cli("import", exported, "--out", imported))
+    assert run_cli("sample", "-r", imported, "--max-new-tokens", 2).code == 0
+    assert "this run has no held-out text (name a text" in error_of(run_cli("eval", "-r", imported))
+    assert "the training text of an imported model is not available" in error_of(run_cli("train", imported, "--resume"))
+    assert run_cli("runs", tmp_path, "--json").json[0]["name"] == "imported"
 
 
-def test_a_missing_extra_is_told_with_the_command_that_installs_it(
-    here: Here, tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_missing_extra_is_an_error_with_the_command_that_installs_it(
+    run_cli: RunCli, tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in ("transformers", "onnx", "lm_eval"):
-        monkeypatch.setitem(__import__("sys").modules, module, None)
+        monkeypatch.setitem(sys.modules, module, None)
     for arguments, extra in (
         (("export", "--to", "hf", tmp_path / "a"), "hf"),
         (("export", "--to", "onnx", tmp_path / "a"), "onnx"),
         (("eval", "--harness", "piqa"), "harness"),
     ):
-        assert f'pip install "tinylm[{extra}]"' in complaint(here(*arguments, "-r", tiny_run.path))
+        assert f'pip install "tinylm[{extra}]"' in error_of(run_cli(*arguments, "-r", tiny_run.path))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_pickle_needs_trust(here: Here, tmp_path: Path) -> None:
+def test_importing_a_pickle_requires_trust_pickle(run_cli: RunCli, tmp_path: Path) -> None:
     import torch
 
     torch.save({}, tmp_path / "ckpt.pt")
-    assert "is a pickle" in complaint(here("import", tmp_path / "ckpt.pt", "--out", tmp_path / "run"))
+    assert "the file is a pickle" in error_of(run_cli("import", tmp_path / "ckpt.pt", "--out", tmp_path / "run"))

@@ -1,4 +1,4 @@
-"""The views of a training, given a made-up sequence of events: the numbers shown are the numbers heard."""
+"""The views of a training run show the numbers of the events that they receive."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def step(number: int, loss: float, *, seconds: float | None = None, steps: int =
     return StepEvent(number, 100 * number, loss, 3e-3, 1.0, 12_345.0, 0.37, spent, number / steps)
 
 
-def tell(view: Observer) -> None:
-    """Four steps of eight, measured after the second (the best) and the fourth; one sample."""
+def send_events(view: Observer) -> None:
+    """Four of eight steps, evaluated after the second (the best one) and the fourth, and one sample."""
     view.phase("first step")
     for number, loss in enumerate(LOSSES, 1):
         view.step(step(number, loss))
@@ -41,17 +41,17 @@ def tell(view: Observer) -> None:
     view.phase("training")
 
 
-def shown(width: int = 110) -> str:
+def rendered_panel(width: int = 110) -> str:
     target = console(width)
     view = TerminalView(target, "tinylm train tiny")
-    tell(view)
+    send_events(view)
     target.print(view.render())
     return written(target)
 
 
-def test_plain_lines_hold_the_numbers() -> None:
+def test_plain_lines_show_the_numbers() -> None:
     target = console()
-    tell(PlainView(target))
+    send_events(PlainView(target))
     lines = [re.sub(" +", " ", line) for line in written(target).splitlines()]
     assert lines[0] == "step 1 12% loss 6.0000 12.3k tokens/s MFU 37%"
     assert lines[1] == "step 2 25% loss 5.0000 12.3k tokens/s MFU 37% 1:00 left"
@@ -59,7 +59,7 @@ def test_plain_lines_hold_the_numbers() -> None:
     assert lines[-1] == "step 4 held-out loss 9.5000 6.2500 bits per byte"
 
 
-def test_plain_lines_come_every_few_seconds() -> None:
+def test_plain_lines_are_printed_at_most_every_few_seconds() -> None:
     target = console()
     view = PlainView(target)
     for number in range(1, 101):
@@ -67,8 +67,8 @@ def test_plain_lines_come_every_few_seconds() -> None:
     assert len(written(target).splitlines()) == 2
 
 
-def test_the_time_left_does_not_count_the_start_again() -> None:
-    """Compiling, a minute, is over with the first step; those after it take a second each."""
+def test_the_time_left_does_not_include_compilation() -> None:
+    """The first step includes a minute of compilation; every later step takes a second."""
     target, panel = console(), console(width=110)
     plain, live = PlainView(target), TerminalView(panel, "tinylm train tiny")
     for number in range(1, 12):
@@ -80,16 +80,16 @@ def test_the_time_left_does_not_count_the_start_again() -> None:
     assert written(target).splitlines()[-1].endswith("1:29 left")
 
 
-def test_the_panel_holds_the_numbers() -> None:
-    panel = shown()
+def test_the_panel_shows_the_numbers() -> None:
+    panel = rendered_panel()
     numbers = (
         "step 4",
         "50%",
-        "0:40 gone, 0:40 left",
+        "0:40 elapsed, 0:40 left",
         "4.250",
         "9.500",
         "6.250",
-        "4.250 at 2",
+        "4.250 at step 2",
         "12.3k",
         "37%",
         "0.003",
@@ -102,23 +102,23 @@ def test_the_panel_holds_the_numbers() -> None:
         smoothed = 0.95 * smoothed + 0.05 * loss
     assert f"{smoothed:.3f}" in panel
 
-    assert "at step 4 it writes" in panel
+    assert "sample at step 4" in panel
     assert "The for statement is used" in panel
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 120, 200])
-def test_the_panel_fits_and_keeps_what_matters(width: int) -> None:
-    panel = shown(width)
+def test_the_panel_fits_the_width_and_keeps_the_important_numbers(width: int) -> None:
+    panel = rendered_panel(width)
     assert all(len(line) <= width for line in panel.splitlines())
-    for whole in ("step 4", "50%", "loss", "held-out", "bits/byte", "4.250", "9.500", "6.250"):
-        assert whole in panel, whole
+    for text in ("step 4", "50%", "loss", "held-out", "bits/byte", "4.250", "9.500", "6.250"):
+        assert text in panel, text
 
 
-def test_a_resumed_training_shows_the_curve_that_it_goes_on_with() -> None:
+def test_a_resumed_run_shows_the_curve_of_the_previous_steps() -> None:
     views = [TerminalView(console(), "tinylm train tiny") for _ in range(2)]
     steps = [step(number, loss) for number, loss in enumerate(LOSSES, 1)]
     evaluations = [EvaluationEvent(2, 200, 5.0, 4.25, 18.0, 20.0, True)]
-    views[0].earlier(steps[:3], evaluations)
+    views[0].resumed(steps[:3], evaluations)
     views[0].step(steps[3])
     for event in steps[:2]:
         views[1].step(event)
@@ -131,43 +131,43 @@ def test_a_resumed_training_shows_the_curve_that_it_goes_on_with() -> None:
         target.print(view.render())
         panels.append(written(target))
     assert panels[0] == panels[1]
-    assert "4.250 at 2" in panels[0]
+    assert "4.250 at step 2" in panels[0]
 
 
-def test_going_back_takes_the_curve_back() -> None:
+def test_a_rollback_removes_the_later_part_of_the_curve() -> None:
     target, view = console(), TerminalView(console(), "tinylm train tiny")
-    tell(view)
+    send_events(view)
     view.guard(GuardEvent("rollback", 2, 32, "the loss is nan"))
     target.print(view.render())
     assert "step 2" in written(target)
-    assert "step 4" not in written(target).split("at step")[0]
+    assert "step 4" not in written(target).split("sample at step")[0]
 
 
-def test_before_the_first_step_the_panel_says_so() -> None:
+def test_the_panel_shows_the_phase_before_the_first_step() -> None:
     target = console()
     view = TerminalView(target, "tinylm train tiny")
     target.print(view.render())
     assert "first step" in written(target)
 
 
-def test_a_note_is_shown_as_it_is() -> None:
+def test_a_note_is_shown_without_markup() -> None:
     for view in (PlainView(plain := console()), TerminalView(panel := console(), "tinylm train tiny")):
-        view.note("out of memory: going on with [2] micro-batches")
+        view.note("out of memory: continuing with [2] micro-batches")
     for target in (plain, panel):
-        assert "out of memory: going on with [2] micro-batches" in written(target)
+        assert "out of memory: continuing with [2] micro-batches" in written(target)
 
 
-def test_the_panel_says_that_it_will_stop() -> None:
+def test_the_panel_shows_that_training_will_stop() -> None:
     target = console(terminal=True)
     with TerminalView(target, "tinylm train tiny") as view:
-        tell(view)
+        send_events(view)
         view.stopping()
         target.print(view.render())
     assert "stopping after this step" in written(target)
     assert "0:40 left  stopped" in written(target)
 
 
-def test_a_loss_that_is_no_number_does_not_break_the_panel() -> None:
+def test_the_panel_can_show_a_loss_that_is_nan() -> None:
     target = console()
     view = TerminalView(target, "tinylm train tiny")
     view.step(step(1, math.nan))
@@ -176,7 +176,7 @@ def test_a_loss_that_is_no_number_does_not_break_the_panel() -> None:
 
 
 def braille(points: set[tuple[int, int]], width: int, height: int) -> list[str]:
-    """Dots at (column, row), numbered as in Unicode: 1 2 3 down the left, 4 5 6 down the right, 7 8 below."""
+    """Dots at (column, row), numbered as in Unicode: 1 2 3 down the left column, 4 5 6 down the right one, 7 8 below."""
     numbers = {(0, 0): 1, (0, 1): 2, (0, 2): 3, (1, 0): 4, (1, 1): 5, (1, 2): 6, (0, 3): 7, (1, 3): 8}
     lines = []
     for y in range(height):
@@ -194,20 +194,20 @@ def drawn(points: list[tuple[float, float]], width: int, height: int) -> list[st
     return [line[8:].rstrip() for line in written(target).splitlines()]
 
 
-def test_the_curve_against_dots_set_by_hand() -> None:
+def test_curves_match_dots_computed_independently() -> None:
     width, height = 6, 3
     falling = [(x / 12, 11.0 - x) for x in range(12)]
     assert drawn(falling, width, height) == [line.rstrip() for line in braille({(x, x) for x in range(12)}, width, height)]
     flat = [(x / 12, 2.0) for x in range(12)]
     assert drawn(flat, width, height) == [line.rstrip() for line in braille({(x, 0) for x in range(12)}, width, height)]
     corners = [(0.0, 1.0), (1.0, 0.0)]
-    joined = drawn(corners, width, height)
-    assert joined[0][0] != " "
-    assert joined[-1][-1] != " "
-    assert all(line.strip() for line in joined), "points far apart are joined"
+    line = drawn(corners, width, height)
+    assert line[0][0] != " "
+    assert line[-1][-1] != " "
+    assert all(row.strip() for row in line), "distant points are connected"
 
 
-def test_the_axis_is_labelled_with_the_extremes() -> None:
+def test_the_axis_is_labeled_with_minimum_and_maximum() -> None:
     target = console(40)
     target.print(draw_curves([([(0.0, 7.5), (0.5, 1.25)], "cyan"), ([(0.5, 9.0)], "yellow")], 20, 4))
     lines = written(target).splitlines()

@@ -1,18 +1,16 @@
-"""What ships: recipes that load, packages that are all listed, and commands in our own pages that can be typed."""
+"""Packaging: shipped recipes load, every package is listed, and the commands in the documentation parse."""
 
 from __future__ import annotations
 
-import importlib
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import typer
 import yaml
-from tinylm_cli.app import _MODULES, VERBS
-from tinylm_cli.recipe_files import shipped
+from tinylm_cli.app import COMMANDS, load_command
+from tinylm_cli.recipe_files import shipped_recipes
 
 from tinylm.recipe import load
 from tinylm.run import Run
@@ -21,17 +19,16 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", "Makefile", *(f"recipes/{path.name}" for path in sorted(ROOT.glob("recipes/*.yaml"))))
 
 
-@pytest.mark.parametrize("name", shipped())
-def test_every_recipe_that_ships_loads(name: str, text_file: Path, tiny_run: Run) -> None:
-    own_text = name == "quickstart"
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_loads(name: str, text_file: Path, tiny_run: Run) -> None:
+    has_text = name == "quickstart"
     settings = [f"model.init_from={tiny_run.path}"] if name == "finetune" else []
-    recipe = load(shipped()[name], settings if own_text else [f"data.train={text_file}", *settings])
+    recipe = load(shipped_recipes()[name], settings if has_text else [f"data.train={text_file}", *settings])
     assert recipe.name == name
-    again = recipe.to_yaml()
-    assert yaml.safe_load(again)["name"] == name
+    assert yaml.safe_load(recipe.to_yaml())["name"] == name
 
 
-def test_every_folder_of_code_is_packaged() -> None:
+def test_every_package_is_listed_in_pyproject() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     block = re.search(r"^packages = \[(.*?)^\]", text, flags=re.MULTILINE | re.DOTALL)
     assert block is not None
@@ -41,7 +38,7 @@ def test_every_folder_of_code_is_packaged() -> None:
 
 
 def commands(page: str) -> Iterator[str]:
-    """The lines of a page that someone would paste into a shell; not those with a word to fill in, like RUN."""
+    """The tinylm commands in a page, except those with a placeholder such as RUN."""
     path = ROOT / page
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     text = re.sub(r"\$\(BIN\)/|\.venv/bin/", "", text).replace("$(DEMO_RUN)", "runs/quickstart")
@@ -56,15 +53,14 @@ LINES = sorted({(page, line) for page in PAGES for line in commands(page)})
 
 
 @pytest.mark.parametrize(("page", "line"), LINES)
-def test_the_commands_of_our_pages_parse(page: str, line: str) -> None:
-    verb, *arguments = shlex.split(line, comments=True)[1:]
-    assert verb in VERBS
-    module = importlib.import_module(f"tinylm_cli.{_MODULES.get(verb, verb)}")
-    command = typer.main.get_command(module.app)
+def test_the_commands_in_the_documentation_parse(page: str, line: str) -> None:
+    name, *arguments = shlex.split(line, comments=True)[1:]
+    assert name in COMMANDS
+    command = load_command(name)
     if hasattr(command, "commands"):
         command, arguments = command.commands[arguments[0]], arguments[1:]
-    command.make_context(verb, arguments)
+    command.make_context(name, arguments)
 
 
-def test_the_pages_show_commands() -> None:
+def test_commands_are_found_in_the_documentation() -> None:
     assert {page for page, _ in LINES} >= {"Makefile", "recipes/docs-bpe.yaml"}

@@ -1,4 +1,4 @@
-"""What only a real process shows: readers that leave early, signals, and a pipe through encode and decode."""
+"""Tests that need separate processes: closed pipes, signals, and decoding what another process encoded."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ posix = pytest.mark.skipif(os.name == "nt", reason="POSIX pipes and signals")
         ["eval", "-r", "RUN", "-q"],
     ],
 )
-def test_a_reader_that_leaves_early_is_no_failure(arguments: list[str], tiny_run: Run, text_file: Path) -> None:
-    places = {"RUN": tiny_run.path, "RUNS": tiny_run.path.parent, "TEXT": text_file}
+def test_a_closed_stdout_is_not_an_error(arguments: list[str], tiny_run: Run, text_file: Path) -> None:
+    paths = {"RUN": tiny_run.path, "RUNS": tiny_run.path.parent, "TEXT": text_file}
     reading, writing = os.pipe()
-    os.close(reading)  # the first write already finds nobody there
-    command = [*COMMAND, *(str(places.get(argument, argument)) for argument in arguments)]
+    os.close(reading)  # so that the first write fails
+    command = [*COMMAND, *(str(paths.get(argument, argument)) for argument in arguments)]
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, env=environment(), timeout=120, check=False)
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, b"")
 
 
 @posix
-def test_a_training_does_not_need_anyone_to_listen(recipe_file: Path, tmp_path: Path) -> None:
+def test_a_closed_stderr_does_not_stop_training(recipe_file: Path, tmp_path: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     command = [*COMMAND, "train", str(recipe_file), "--out", str(tmp_path / "run")]
@@ -68,17 +68,17 @@ def test_a_signal_saves_and_stops(number: signal.Signals, code: int, recipe_file
     last = Run.open(folder).checkpoint("last")
     assert last.step == answer["step"]
     assert last.problem() is None
-    assert [path.name for path in folder.rglob(".*")] == [".lock"], "nothing half-written stays behind"
+    assert [path.name for path in folder.rglob(".*")] == [".lock"], "no partial files remain"
 
 
 @posix
 def test_sigterm_leaves_no_temporary_files(tiny_run: Run, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     command = [*COMMAND, "eval", "-", "-r", str(tiny_run.path)]
-    there = {**environment(), "TINYLM_CACHE": str(cache)}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=there) as process:
+    variables = {**environment(), "TINYLM_CACHE": str(cache)}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=variables) as process:
         assert process.stdin is not None
-        while not list(cache.glob("spool/*/*")):  # waits for the end of its standard input
+        while not list(cache.glob("spool/*/*")):  # it waits for the end of stdin
             assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=60)

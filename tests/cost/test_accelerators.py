@@ -1,4 +1,4 @@
-"""Data sheets are read right, and a step's seconds follow from its counts."""
+"""Data sheet figures are plausible, and the time of a step follows from its counts."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from tinylm.cost.accelerators import (
     ACCELERATORS,
-    ACTIVATION_PASSES,
-    BANDWIDTH_SHARE,
-    HIDDEN_SHARE,
-    LINK_SHARE,
-    MATMUL_SHARE,
+    ACTIVATION_TRAFFIC,
+    BANDWIDTH_EFFICIENCY,
+    LINK_EFFICIENCY,
+    MATMUL_EFFICIENCY,
+    OVERLAP_FRACTION,
     Accelerator,
-    Precision,
+    MatmulPrecision,
     Source,
+    block_bytes,
     elementwise_bytes,
-    ends_bytes,
     find,
-    layer_bytes,
     matmul_bytes,
+    outside_block_bytes,
     state_bytes,
     step_seconds,
 )
@@ -48,14 +48,16 @@ def section(**parts: Any) -> ModelSection:
 
 
 @pytest.mark.parametrize("accelerator", ACCELERATORS, ids=lambda accelerator: accelerator.name)
-def test_every_sheet_names_its_source_and_its_figures_are_plausible(accelerator: Accelerator) -> None:
+def test_every_data_sheet_has_a_source_and_plausible_figures(accelerator: Accelerator) -> None:
     assert accelerator.source.title
     assert accelerator.source.url.startswith("https://")
     assert find(accelerator.name.upper()) is accelerator
     assert set(accelerator.flops) <= {"fp32", "tf32", "bf16", "fp16"}
     assert {"fp32", "fp16"} <= set(accelerator.flops)
     assert 1e12 < accelerator.flops["fp32"] < accelerator.flops["fp16"] < 1e16
-    assert accelerator.flops.get("bf16", accelerator.flops["fp16"]) == accelerator.flops["fp16"], "a sheet gives them one line"
+    assert accelerator.flops.get("bf16", accelerator.flops["fp16"]) == accelerator.flops["fp16"], (
+        "data sheets give the same figure for both"
+    )
     assert 10e9 < accelerator.memory < 1e12
     assert accelerator.link_bandwidth < accelerator.bandwidth < 10e12
 
@@ -64,121 +66,122 @@ def test_names_are_unique() -> None:
     assert len({accelerator.name for accelerator in ACCELERATORS}) == len(ACCELERATORS)
 
 
-def test_an_unknown_name_is_refused_with_the_nearest_one_or_with_all() -> None:
-    with pytest.raises(InputError, match=r"--hardware: there is no data sheet for 'h100-smx' \(did you mean h100-sxm\?\)"):
+def test_the_error_for_an_unknown_name_suggests_the_nearest_name_or_lists_all_names() -> None:
+    with pytest.raises(InputError, match=r"--hardware: unknown accelerator 'h100-smx' \(did you mean h100-sxm\?\)"):
         find("h100-smx")
-    with pytest.raises(InputError, match=r"known: b200, h200, h100-sxm, .*rtx-3090"):
+    with pytest.raises(InputError, match=r"known accelerators: b200, h200, h100-sxm, .*rtx-3090"):
         find("abacus")
 
 
 @pytest.mark.parametrize("name", ["v100-sxm2-32gb", "t4"])
-def test_a_precision_that_the_device_lacks_is_refused_naming_those_it_has(name: str) -> None:
-    with pytest.raises(InputError, match=rf"{name} has no bf16 matrix products \(it has fp32, fp16\)"):
+def test_the_error_for_an_unsupported_precision_lists_the_supported_ones(name: str) -> None:
+    with pytest.raises(InputError, match=rf"{name} does not support bf16 matrix products \(use fp32 or fp16\)"):
         step_seconds(find(name), 1, "bf16", matmul_flops=1.0)
     assert step_seconds(find(name), 1, "fp16", matmul_flops=1.0).total > 0
 
 
-def test_a_step_needs_a_device() -> None:
-    with pytest.raises(InputError, match="--devices: a step needs one device at least, not 0"):
+def test_a_step_needs_at_least_one_device() -> None:
+    with pytest.raises(InputError, match="--devices: must be at least 1, not 0"):
         step_seconds(ROUND, 0, "bf16", matmul_flops=1.0)
 
 
-def test_a_step_on_four_devices_computed_by_hand() -> None:
+def test_a_step_on_four_devices_matches_a_calculation_by_hand() -> None:
     seconds = step_seconds(ROUND, 4, "bf16", **COUNTS)
-    assert seconds.matmul == pytest.approx(6e12 / 10e12 / MATMUL_SHARE / 4)
-    assert seconds.memory == pytest.approx((0.2 / 4 + 0.01) / BANDWIDTH_SHARE), "the state is on every device whole"
-    assert seconds.communication == pytest.approx((1 - HIDDEN_SHARE) * 2 * 3 / 4 * 0.01 / LINK_SHARE)
+    assert seconds.matmul == pytest.approx(6e12 / 10e12 / MATMUL_EFFICIENCY / 4)
+    assert seconds.memory == pytest.approx((0.2 / 4 + 0.01) / BANDWIDTH_EFFICIENCY), "every device holds the whole state"
+    assert seconds.communication == pytest.approx((1 - OVERLAP_FRACTION) * 2 * 3 / 4 * 0.01 / LINK_EFFICIENCY)
     assert seconds.total == seconds.matmul + seconds.memory + seconds.communication
 
 
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("devices", [1, 2, 8])
-def test_doubling_a_count_is_never_faster_and_never_more_than_twice_as_slow(count: str, devices: int) -> None:
+def test_doubling_a_count_takes_one_to_two_times_as_long(count: str, devices: int) -> None:
     once = step_seconds(ROUND, devices, "bf16", **COUNTS).total
     twice = step_seconds(ROUND, devices, "bf16", **{**COUNTS, count: 2 * COUNTS[count]}).total
     assert once <= twice <= 2 * once
 
 
 @pytest.mark.parametrize("devices", [1, 2, 3, 8])
-def test_shared_work_over_an_infinite_link_scales_perfectly_and_the_state_does_not(devices: int) -> None:
-    linked = replace(ROUND, link_bandwidth=math.inf)
+def test_with_an_infinite_link_shared_work_scales_linearly_and_the_state_does_not(devices: int) -> None:
+    infinitely_linked = replace(ROUND, link_bandwidth=math.inf)
+
+    def seconds(devices: int, **counts: float) -> float:
+        return step_seconds(infinitely_linked, devices, "bf16", **counts).total
+
     shared = {**COUNTS, "state_bytes": 0.0}
-    assert step_seconds(linked, devices, "bf16", **shared).total == pytest.approx(
-        step_seconds(linked, 1, "bf16", **shared).total / devices
-    )
-    one, many = step_seconds(linked, 1, "bf16", **COUNTS), step_seconds(linked, devices, "bf16", **COUNTS)
-    assert many.total >= one.total / devices
+    assert seconds(devices, **shared) == pytest.approx(seconds(1, **shared) / devices)
+    assert seconds(devices, **COUNTS) >= seconds(1, **COUNTS) / devices
 
 
-def test_one_device_communicates_nothing_and_more_bandwidth_is_never_slower() -> None:
+def test_a_single_device_does_not_communicate_and_more_bandwidth_is_faster() -> None:
     assert step_seconds(ROUND, 1, "bf16", **COUNTS).communication == 0
     slow = step_seconds(ROUND, 8, "bf16", **COUNTS)
     for change in ({"bandwidth": 2e12}, {"link_bandwidth": 200e9}, {"flops": {"bf16": 20e12}}):
         assert step_seconds(replace(ROUND, **change), 8, "bf16", **COUNTS).total < slow.total
 
 
-def test_no_more_of_the_all_reduce_is_hidden_than_the_backward_pass_is_long() -> None:
-    crawling = replace(ROUND, link_bandwidth=1.0)
-    seconds = step_seconds(crawling, 2, "bf16", matmul_flops=6e12, gradient_bytes=1e3)
-    assert seconds.communication == pytest.approx(1e3 / LINK_SHARE - 2 / 3 * seconds.matmul)
+def test_the_overlapped_part_of_the_all_reduce_is_at_most_as_long_as_the_backward_pass() -> None:
+    slowly_linked = replace(ROUND, link_bandwidth=1.0)
+    seconds = step_seconds(slowly_linked, 2, "bf16", matmul_flops=6e12, gradient_bytes=1e3)
+    assert seconds.communication == pytest.approx(1e3 / LINK_EFFICIENCY - 2 / 3 * seconds.matmul)
 
 
-def test_a_product_waits_for_its_operands_when_they_are_slower_than_its_multipliers() -> None:
-    starved = step_seconds(ROUND, 1, "bf16", matmul_flops=6e12, matmul_bytes=2e12)
-    assert starved.matmul == pytest.approx(2 / BANDWIDTH_SHARE)
+def test_a_matrix_product_is_memory_bound_if_its_operands_take_longer() -> None:
+    seconds = step_seconds(ROUND, 1, "bf16", matmul_flops=6e12, matmul_bytes=2e12)
+    assert seconds.matmul == pytest.approx(2 / BANDWIDTH_EFFICIENCY)
 
 
-def test_the_traffic_of_a_gpt2_block_counted_by_hand() -> None:
-    """In 16 bits and widths C, F = 4 C: two norms and sums, GELU, the joined gradient of 3 C columns, biases of 9 C."""
+def test_the_traffic_of_a_gpt2_block_matches_a_calculation_by_hand() -> None:
+    """In 16 bits with F = 4 C: two norms and residual sums, GELU, the gradient of q, k and v with 3 C columns, biases of 9 C."""
     model = section(preset="gpt2")
     norms, sums = 2 * (8 + 6 + 6 + 12 + 8), 2 * (10 + 6 + 12)
-    gelu, joined, biases = 2 * 5 * 4, 2 * 2 * 3, 2 * (3 + 1 + 4 + 1)
-    assert layer_bytes(model, "bf16", compiled=False) == 32 * (norms + sums + gelu + joined + biases)
-    fused = 2 * (12 + 16 + 6)
-    assert layer_bytes(model, "bf16", compiled=True) == 32 * (fused + gelu + joined + biases)
+    gelu, qkv_gradient, biases = 2 * 5 * 4, 2 * 2 * 3, 2 * (3 + 1 + 4 + 1)
+    assert block_bytes(model, "bf16", compiled=False) == 32 * (norms + sums + gelu + qkv_gradient + biases)
+    norms_and_sums = 2 * (12 + 16 + 6)
+    assert block_bytes(model, "bf16", compiled=True) == 32 * (norms_and_sums + gelu + qkv_gradient + biases)
 
 
-def test_a_residual_stream_of_sixteen_bits_moves_half_and_needs_no_casts() -> None:
+def test_a_16_bit_residual_stream_moves_half_the_bytes_and_has_no_casts() -> None:
     model = section(preset="gpt2")
     for compiled in (False, True):
-        whole = layer_bytes(model, "fp32", compiled=compiled)
-        halved = layer_bytes(model, "bf16", compiled=compiled, stream_bytes=2)
-        assert whole == 2 * halved
-        assert halved < layer_bytes(model, "bf16", compiled=compiled)
+        fp32 = block_bytes(model, "fp32", compiled=compiled)
+        bf16 = block_bytes(model, "bf16", compiled=compiled, stream_bytes=2)
+        assert fp32 == 2 * bf16
+        assert bf16 < block_bytes(model, "bf16", compiled=compiled)
 
 
-def test_the_loss_of_a_large_vocabulary_costs_36_bytes_a_logit_eager_and_8_compiled() -> None:
+def test_the_loss_moves_36_bytes_per_logit_eager_and_8_compiled() -> None:
     model = section(preset="gpt2")
     for compiled, expected in ((False, 36), (True, 8)):
-        ends = [ends_bytes(model, vocab_size, "fp16", compiled=compiled) for vocab_size in (1000, 2000)]
-        assert ends[1] - ends[0] == 1000 * expected
+        small, large = (outside_block_bytes(model, vocab_size, "fp16", compiled=compiled) for vocab_size in (1000, 2000))
+        assert large - small == 1000 * expected
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_compiling_saves_traffic_and_depth_adds_it(preset: str, precision: Precision) -> None:
+def test_compilation_reduces_traffic_and_layers_add_to_it(preset: str, precision: MatmulPrecision) -> None:
     shallow, deep = (section(preset=preset, n_layer=n_layer) for n_layer in (2, 4))
     eager, compiled = (elementwise_bytes(shallow, 61, precision, compiled=flag) for flag in (False, True))
     assert 0 < compiled < eager
-    for flag, bytes_of_two in ((False, eager), (True, compiled)):
-        added = elementwise_bytes(deep, 61, precision, compiled=flag) - bytes_of_two
-        assert added == 2 * layer_bytes(shallow, precision, compiled=flag)
+    for flag, bytes_of_shallow in ((False, eager), (True, compiled)):
+        added = elementwise_bytes(deep, 61, precision, compiled=flag) - bytes_of_shallow
+        assert added == 2 * block_bytes(shallow, precision, compiled=flag)
 
 
-def test_sixteen_bits_halve_what_products_move() -> None:
+def test_16_bits_halve_the_traffic_of_matrix_products() -> None:
     model = section(preset="modern", n_kv_head=2)
     assert matmul_bytes(model, 61, "fp32") == 2 * matmul_bytes(model, 61, "bf16")
     assert matmul_bytes(model, 61, "tf32") == matmul_bytes(model, 61, "fp32")
 
 
-def test_each_micro_batch_moves_the_weights_again() -> None:
-    one, two, three = (state_bytes(1000, passes, "bf16") for passes in (1, 2, 3))
+def test_every_micro_batch_moves_the_weights() -> None:
+    one, two, three = (state_bytes(1000, micro_batches, "bf16") for micro_batches in (1, 2, 3))
     assert three - two == two - one == 1000 * (2 + 2 + 2 + 6 + 6 + 12)
-    assert one - (two - one) == 1000 * 40, "a step: clipping 12, AdamW 28"
+    assert one - (two - one) == 1000 * 40, "per step: 12 for clipping, 28 for AdamW"
 
 
 class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sums the bytes that every operation reads and writes, matrix products and attention apart."""
+    """Sums the bytes that operations read and write, except for matrix products and attention."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -188,7 +191,8 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if not func.is_view and name not in {"mm", "addmm", "bmm", "detach", "empty"} and "attention" not in name:
-            inputs = {leaf.data_ptr(): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}  # x * x reads once
+            # By address, because x * x reads x once.
+            inputs = {leaf.data_ptr(): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
             results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
             self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in [*inputs.values(), *results])
         return result
@@ -204,17 +208,17 @@ def relu2(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("kind", "width"), [("gelu", 16), ("relu", 16), ("relu2", 16), ("swiglu", 32)])
-def test_the_passes_of_an_activation_are_those_that_torch_makes(kind: str, width: int) -> None:
+def test_the_traffic_of_an_activation_matches_torch(kind: str, width: int) -> None:
     activations: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "relu2": relu2, "swiglu": swiglu}
     x = torch.randn(64, width, requires_grad=True)
-    slope = torch.ones(64, 16)
+    gradient = torch.ones(64, 16)
     with Traffic() as traffic:
-        activations[kind](x).backward(slope)  # type: ignore[no-untyped-call]
-    assert traffic.bytes == ACTIVATION_PASSES[kind][0] * 64 * 16 * 4
+        activations[kind](x).backward(gradient)  # type: ignore[no-untyped-call]
+    assert traffic.bytes == ACTIVATION_TRAFFIC[kind][0] * 64 * 16 * 4
 
 
-def test_the_eager_traffic_of_gpt2_is_what_torch_moves() -> None:
-    """Counted operation by operation in Hugging Face's GPT-2, in float32; many tokens, so that what goes with weights is small."""
+def test_the_eager_traffic_of_gpt2_matches_torch() -> None:
+    """GPT-2 of Hugging Face transformers in float32, with so many tokens that the traffic of the weights matters little."""
     config = GPT2Config(
         vocab_size=97,
         n_positions=64,

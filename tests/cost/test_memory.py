@@ -1,4 +1,4 @@
-"""The bytes that a plan counts are those that torch saves, allocates and frees."""
+"""The counted bytes match the tensors that torch saves, allocates and frees."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tinylm.cost import memory
-from tinylm.cost.memory import Numbers, Pass, activation_bytes, evaluation_bytes, kept_bytes, matrix_shapes, muon_bytes
+from tinylm.cost.memory import PassConfig, activation_bytes, evaluation_bytes, matrix_shapes, muon_bytes, saved_bytes
 from tinylm.evaluation import perplexity
 from tinylm.model import functions, transformer
 from tinylm.model.functions import summed_cross_entropy
@@ -24,10 +24,11 @@ from tinylm.optim import groups
 from tinylm.optim.muon import Muon
 from tinylm.recipe.presets import PRESETS
 from tinylm.recipe.schema import ModelSection, MuonOptimizer
+from tinylm.recipe.values import ComputeDtype
 from tinylm.training import out_of_memory
 
-VOCABULARY, TIME, WIDTH = 61, 48, 64
-DTYPES: dict[Numbers, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+VOCAB_SIZE, TIME, WIDTH = 61, 48, 64
+DTYPES: dict[ComputeDtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PARTS: list[dict[str, Any]] = [
     {},
     {"norm": "layernorm"},
@@ -73,7 +74,7 @@ def section(**parts: Any) -> ModelSection:
 
 
 class Saved:
-    """Collects the storages that a forward pass saves, each once, but those of parameters and buffers."""
+    """Collects the storages that a forward pass saves for the backward pass, except those of parameters and buffers."""
 
     def __init__(self, network: Transformer) -> None:
         self._own = {each.untyped_storage()._cdata for each in [*network.parameters(), *network.buffers()]}
@@ -90,11 +91,11 @@ class Saved:
         return sum(storage.nbytes() for storage in self._storages.values())
 
 
-def saved_bytes(model: ModelSection, sequences: int, precision: Numbers, recompute: bool) -> int:
-    network = Transformer(model, VOCABULARY).train()
+def measured_bytes(model: ModelSection, sequences: int, precision: ComputeDtype, recompute: bool) -> int:
+    network = Transformer(model, VOCAB_SIZE).train()
     network.recompute = recompute
     saved = Saved(network)
-    tokens = torch.randint(VOCABULARY, (sequences, model.context_length))
+    tokens = torch.randint(VOCAB_SIZE, (sequences, model.context_length))
     autocast = contextlib.nullcontext() if precision == "fp32" else torch.autocast("cpu", dtype=DTYPES[precision])
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor), autocast:
         network(tokens, targets=tokens)
@@ -104,19 +105,19 @@ def saved_bytes(model: ModelSection, sequences: int, precision: Numbers, recompu
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_forward_pass_on_a_cpu_saves_what_is_counted(preset: str, precision: Numbers, recompute: bool) -> None:
+def test_saved_bytes_match_a_forward_pass_on_a_cpu(preset: str, precision: ComputeDtype, recompute: bool) -> None:
     for parts in PARTS:
         model = section(preset=preset, **parts)
-        counted = kept_bytes(model, Pass(VOCABULARY, 4, precision, recompute=recompute))
-        assert counted == pytest.approx(saved_bytes(model, 4, precision, recompute), rel=0.03), parts
+        counted = saved_bytes(model, PassConfig(VOCAB_SIZE, 4, precision, recompute=recompute))
+        assert counted == pytest.approx(measured_bytes(model, 4, precision, recompute), rel=0.03), parts
 
 
 class _Flash(torch.autograd.Function):
-    """Saves what a GPU's fused attention saves."""
+    """Saves the same tensors as fused attention on a GPU."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        mixed = torch.empty_like(q.transpose(1, 2)).transpose(1, 2)  # in memory time comes before heads
+        mixed = torch.empty_like(q.transpose(1, 2)).transpose(1, 2)  # in memory, time comes before heads
         ctx.save_for_backward(q, k, v, mixed, q.new_empty(q.shape[:-1]))
         return mixed
 
@@ -126,7 +127,7 @@ class _Flash(torch.autograd.Function):
 
 
 class _Norm(torch.autograd.Function):
-    """Saves what CUDA's fused norm saves."""
+    """Saves the same tensors as the fused norm on CUDA."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor | None) -> Tensor:
@@ -139,8 +140,8 @@ class _Norm(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_forward_pass_elsewhere_saves_what_is_counted(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On torch's `meta` device, which runs the formulas of GPUs without numbers, in float32; fused kernels have stand-ins."""
+def test_saved_bytes_match_a_forward_pass_on_a_gpu(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs on torch's `meta` device in float32, which takes the code paths of GPUs without data. Fused kernels are replaced."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
         result: Tensor = _Flash.apply(q, k, v)  # type: ignore[no-untyped-call]
@@ -148,28 +149,28 @@ def test_a_forward_pass_elsewhere_saves_what_is_counted(preset: str, monkeypatch
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
     monkeypatch.setattr(F, "rms_norm", lambda x, shape, gain, eps: _Norm.apply(x, gain))  # type: ignore[no-untyped-call]
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # which does not know this device
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # autocast does not support the meta device
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     for parts in PARTS:
-        if "n_kv_head" in parts or "dropout" in parts:  # keys are repeated, and masks are bytes, on CUDA only
+        if "n_kv_head" in parts or "dropout" in parts:  # the meta device neither repeats keys nor has masks of one byte
             continue
         model = section(preset=preset, **parts)
-        network = Transformer(model, VOCABULARY, seed=None).to("meta").train()
+        network = Transformer(model, VOCAB_SIZE, seed=None).to("meta").train()
         saved = Saved(network)
         tokens = torch.zeros((4, TIME), dtype=torch.long, device="meta")
         with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
             network(tokens, targets=tokens)
-        counted = kept_bytes(model, Pass(VOCABULARY, 4, "fp32", on_gpu=True))
+        counted = saved_bytes(model, PassConfig(VOCAB_SIZE, 4, "fp32", on_gpu=True))
         assert counted == pytest.approx(saved.bytes, rel=0.05), parts
 
 
-class Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the most bytes of results that are alive at once, told by their storages' owners."""
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records the peak of the total size of all live storages that were allocated inside it."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._storages: dict[int, Any] = {}
-        self.most = 0
+        self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -179,20 +180,22 @@ class Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 storage = leaf.untyped_storage()
                 self._storages[storage._cdata] = (torch.multiprocessing.reductions.StorageWeakRef(storage), storage.nbytes())
         self._storages = {key: (owner, size) for key, (owner, size) in self._storages.items() if not owner.expired()}
-        self.most = max(self.most, sum(size for _, size in self._storages.values()))
+        self.peak = max(self.peak, sum(size for _, size in self._storages.values()))
         return result
 
 
-def most_alive(work: Callable[[], object]) -> int:
-    with Living() as living:
+def peak_bytes(work: Callable[[], object]) -> int:
+    with LiveBytes() as live:
         work()
-    return living.most
+    return live.peak
 
 
 @pytest.mark.parametrize(("preset", "precision"), [("modern", "fp32"), ("gpt2", "fp32"), ("llama", "bf16"), ("modern", "bf16")])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("vocab_size", [100, 1000])
-def test_the_height_of_a_pass_is_what_is_alive_at_once(preset: str, precision: Numbers, recompute: bool, vocab_size: int) -> None:
+def test_activation_bytes_match_the_peak_of_a_forward_and_backward_pass(
+    preset: str, precision: ComputeDtype, recompute: bool, vocab_size: int
+) -> None:
     model = section(preset=preset, n_layer=6, context_length=128)
     network = Transformer(model, vocab_size).train()
     network.recompute = recompute
@@ -203,65 +206,67 @@ def test_the_height_of_a_pass_is_what_is_alive_at_once(preset: str, precision: N
             loss = network(tokens, targets=tokens)
         loss.backward()
 
-    counted = activation_bytes(model, Pass(vocab_size, 16, precision, recompute=recompute))
-    assert counted == pytest.approx(most_alive(work), rel=0.15)
+    counted = activation_bytes(model, PassConfig(vocab_size, 16, precision, recompute=recompute))
+    assert counted == pytest.approx(peak_bytes(work), rel=0.15)
 
 
 @pytest.mark.parametrize("cap", [None, 15.0])
 @pytest.mark.parametrize("rows", [200, 1000])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("on_gpu", [False, True])
-def test_the_loss_holds_a_few_chunks_of_logits(
-    cap: float | None, rows: int, precision: Numbers, on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+def test_loss_bytes_match_the_peak_of_the_loss(
+    cap: float | None, rows: int, precision: ComputeDtype, on_gpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(functions, "_left_to_others", lambda x: on_gpu)
+    monkeypatch.setattr(functions, "prefers_composite_ops", lambda x: on_gpu)
     monkeypatch.setitem(memory.LOSS_BYTES, "gpu", memory.LOSS_BYTES["cpu"])
     model = ModelSection.model_validate({"n_head": 1, "n_embd": 8, "context_length": rows, "logit_softcap": cap})
     hidden, weight = torch.randn(rows, 8, requires_grad=True), torch.randn(20_000, 8, requires_grad=True)
     targets = torch.randint(20_000, (rows,))
-    at = Pass(20_000, 1, precision, on_gpu=on_gpu)
-    kept = 4 * weight.numel() + (4 - at.s) * hidden.numel()  # the loss's own gradients, here in float32
+    config = PassConfig(20_000, 1, precision, on_gpu=on_gpu)
+    gradients = 4 * weight.numel() + (4 - config.s) * hidden.numel()  # computed by the loss, in float32
 
     def work() -> None:
         with contextlib.nullcontext() if precision == "fp32" else torch.autocast("cpu", dtype=DTYPES[precision]):
             summed_cross_entropy(hidden, weight, targets, cap, memory.LOSS_ROWS)
 
-    assert memory.loss_bytes(model, at) + kept == pytest.approx(most_alive(work), rel=0.05)
+    assert memory.loss_bytes(model, config) + gradients == pytest.approx(peak_bytes(work), rel=0.05)
 
 
-@pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize("bf16", [True, False])
 @pytest.mark.parametrize("parts", [{}, {"preset": "llama", "n_kv_head": 1}, {"ngram_embeddings": [2, 3]}])
-def test_a_step_of_muon_holds_what_is_counted(parts: dict[str, Any], half: bool) -> None:
+def test_muon_bytes_match_the_peak_of_a_muon_step(parts: dict[str, Any], bf16: bool) -> None:
     model = section(**parts)
-    network = Transformer(model, VOCABULARY)
-    kind = MuonOptimizer(name="muon", newton_schulz_dtype="bf16" if half else "fp32")
-    muon = groups.build(kind, network, network.stacked_matrices()).parts["muon"]
+    network = Transformer(model, VOCAB_SIZE)
+    settings = MuonOptimizer(name="muon", newton_schulz_dtype="bf16" if bf16 else "fp32")
+    muon = groups.build(settings, network, network.stacked_matrices()).parts["muon"]
     assert isinstance(muon, Muon)
     for parameter in network.parameters():
         parameter.grad = torch.randn_like(parameter)
     muon.step()
-    assert most_alive(muon.step) == pytest.approx(muon_bytes(model, half=half), rel=0.15)
+    assert peak_bytes(muon.step) == pytest.approx(muon_bytes(model, bf16=bf16), rel=0.15)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_the_matrices_are_those_that_muon_is_given(preset: str) -> None:
+def test_matrix_shapes_are_those_of_the_matrices_that_muon_updates(preset: str) -> None:
     for parts in PARTS:
         model = section(preset=preset, **parts)
-        network = Transformer(model, VOCABULARY)
+        network = Transformer(model, VOCAB_SIZE)
         muon = groups.build(MuonOptimizer(name="muon"), network, network.stacked_matrices()).parts["muon"]
         assert isinstance(muon, Muon)
-        matrices = [matrix for group in muon.param_groups for p in group["params"] for matrix in torch.split(p, muon._blocks(p))]
-        shapes = [tuple(matrix.shape) for matrix in matrices]
+        stacked = network.stacked_matrices()
+        rows = {id(p): stacked.get(name, (len(p),)) for name, p in network.named_parameters()}
+        parameters = [p for group in muon.param_groups for p in group["params"]]
+        shapes = [tuple(matrix.shape) for p in parameters for matrix in torch.split(p, rows[id(p)])]
         assert {shape: shapes.count(shape) for shape in shapes} == dict(matrix_shapes(model)), parts
 
 
 @pytest.mark.parametrize(("vocab_size", "part"), [(61, 0), (4000, 1)])
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("cap", [None, 15.0])
-def test_an_evaluation_holds_what_is_counted(preset: str, vocab_size: int, part: int, cap: float | None) -> None:
+def test_evaluation_bytes_match_the_peak_of_an_evaluation(preset: str, vocab_size: int, part: int, cap: float | None) -> None:
     model = section(preset=preset, n_embd=32, context_length=64, logit_softcap=cap)
     network, objective = Transformer(model, vocab_size).eval(), CausalObjective()
-    tokens = torch.randint(vocab_size, (memory.EVALUATION_TOKENS // 64, 65))
+    tokens = torch.randint(vocab_size, (memory.EVALUATION_BATCH_TOKENS // 64, 65))
 
     @torch.no_grad()
     def work() -> None:
@@ -269,27 +274,27 @@ def test_an_evaluation_holds_what_is_counted(preset: str, vocab_size: int, part:
 
     counted = evaluation_bytes(model, vocab_size)
     assert max(counted) == counted[part]
-    assert max(counted) == pytest.approx(most_alive(work), rel=0.15)
+    assert max(counted) == pytest.approx(peak_bytes(work), rel=0.15)
 
 
-def test_what_is_stated_twice_is_the_same() -> None:
-    """Both sides import without the other: this one without torch."""
-    assert transformer.LOSS_BYTES is memory.LOSS_BYTES
-    assert memory.EVALUATION_TOKENS == perplexity.BATCH_TOKENS
-    assert memory.EVALUATION_LOGITS == perplexity.BATCH_LOGITS
+def test_the_model_and_the_evaluation_use_the_batch_sizes_that_the_counts_assume() -> None:
+    assert transformer.loss_chunk_rows is memory.loss_chunk_rows
+    assert perplexity.EVALUATION_BATCH_TOKENS is memory.EVALUATION_BATCH_TOKENS
+    assert perplexity.EVALUATION_BATCH_LOGITS is memory.EVALUATION_BATCH_LOGITS
 
 
-def test_the_allocator_is_told_the_same_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: dict[int, int] = {}
+def test_the_mmap_threshold_is_the_one_set_in_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[int, int] = {}
 
     class Library:
         def __init__(self, name: None) -> None: ...
 
         def mallopt(self, name: Any, value: Any) -> int:
-            told[name.value] = value.value
+            settings[name.value] = value.value
             return 1
 
     monkeypatch.setattr(out_of_memory.sys, "platform", "linux")
     monkeypatch.setattr(out_of_memory.ctypes, "CDLL", Library)
     out_of_memory.keep_freed_memory()
-    assert told[out_of_memory._MMAP_THRESHOLD] == memory.MAPPED
+    # M_MMAP_THRESHOLD is -3, see mallopt(3).
+    assert settings[-3] == memory.MMAP_THRESHOLD

@@ -1,4 +1,4 @@
-"""However many processes encode a text, its tokens are the same bytes."""
+"""Parallel encoding: the tokens are the same bytes for any number of worker processes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tinylm.data import workers as room
-from tinylm.data.prepare import encode
+from tinylm.data import workers as parallel
+from tinylm.data.prepare import encode_to_shard
 from tinylm.errors import WorkError
 from tinylm.recipe.schema import BpeTokenizer
 from tinylm.text.sources import Piece
@@ -19,10 +19,10 @@ from tinylm.tokenizer import Tokenizer, training
 
 @pytest.fixture
 def pieces(english: str) -> list[Piece]:
-    """Documents of many sizes, in pieces, and text that would be a control token."""
-    texts = [english[at : at + size] for at, size in ((0, 9000), (9000, 1), (9001, 40_000), (50_000, 700))]
+    """Documents of different sizes, in pieces. One document contains the text of the end-of-text token."""
+    texts = [english[start : start + size] for start, size in ((0, 9000), (9000, 1), (9001, 40_000), (50_000, 700))]
     texts.append("<|endoftext|> is text here")
-    return [Piece(text[at : at + 5000], at == 0) for text in texts for at in range(0, len(text), 5000)]
+    return [Piece(text[start : start + 5000], start == 0) for text in texts for start in range(0, len(text), 5000)]
 
 
 @pytest.fixture
@@ -30,37 +30,41 @@ def tokenizer(pieces: list[Piece]) -> Tokenizer:
     return training.train(BpeTokenizer(kind="bpe", vocab_size=500), pieces, print)
 
 
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "BATCH_BYTES", 3000)
+
+
 def encode_with(workers: int, folder: Path, pieces: Iterator[Piece], tokenizer: Tokenizer) -> None:
-    encode(folder, "text", pieces, tokenizer, lambda done: None, partial(room.encoded, tokenizer, workers=workers))
+    encode_pieces = partial(parallel.encode_in_parallel, tokenizer, workers=workers)
+    encode_to_shard(folder, "text", pieces, tokenizer, lambda done: None, encode_pieces)
 
 
-def test_any_number_of_workers_writes_the_same_bytes(
-    pieces: list[Piece], tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(room, "_BATCH_BYTES", 3000)
+@pytest.mark.usefixtures("small_batches")
+def test_any_number_of_workers_writes_the_same_bytes(pieces: list[Piece], tokenizer: Tokenizer, tmp_path: Path) -> None:
     for workers in (1, 3):
         encode_with(workers, tmp_path / str(workers), iter(pieces), tokenizer)
     for name in ("text.npy", "text.json"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "3" / name).read_bytes()
 
 
-def test_a_worker_that_is_killed_is_told_and_leaves_no_file(
+def _die(tokenizer_json: str) -> None:
+    os._exit(9)
+
+
+def test_a_killed_worker_raises_and_leaves_no_file(
     pieces: list[Piece], tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "_begin", _killed)
+    monkeypatch.setattr(parallel, "initialize_worker", _die)
     with pytest.raises(WorkError, match=r"was killed.*--workers"):
         encode_with(2, tmp_path, iter(pieces), tokenizer)
     assert not list(tmp_path.iterdir())
 
 
-def _killed(tokenizer: str) -> None:
-    os._exit(9)
-
-
-def test_an_error_in_the_text_comes_through(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_an_error_in_the_text_is_propagated(tokenizer: Tokenizer, tmp_path: Path) -> None:
     def broken() -> Iterator[Piece]:
-        yield Piece("a beginning", True)
-        raise OSError("the disk is gone")
+        yield Piece("some text", True)
+        raise OSError("the disk was removed")
 
-    with pytest.raises(OSError, match="the disk is gone"):
+    with pytest.raises(OSError, match="the disk was removed"):
         encode_with(2, tmp_path, broken(), tokenizer)

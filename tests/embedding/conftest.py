@@ -1,4 +1,4 @@
-"""Real text as a file, small vectors, and trainings shared by the tests of this room."""
+"""Fixtures for the tests of embeddings: a real text, trained vectors and small hand-written ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tinylm.recipe import EmbeddingRecipe, loads_any
 
 
 def recipe(text: Path, *overrides: str) -> EmbeddingRecipe:
-    """Small vectors of the words of `text`."""
+    """A recipe that trains small vectors of the words in `text`."""
     base = f"kind: embeddings\ndata: {{train: {text}}}\nmethod: {{dimensions: 16, epochs: 3}}\nwatch: {{probes: [object]}}\n"
     loaded = loads_any(base, overrides)
     assert isinstance(loaded, EmbeddingRecipe)
@@ -23,7 +23,7 @@ def recipe(text: Path, *overrides: str) -> EmbeddingRecipe:
 
 @pytest.fixture(scope="session")
 def reference(english: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Python's language reference, all of it."""
+    """The Python language reference as a text file."""
     path = tmp_path_factory.mktemp("reference") / "reference.txt"
     path.write_text(english, encoding="utf-8")
     return path
@@ -31,7 +31,7 @@ def reference(english: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def learned(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Vectors:
-    """Vectors that have learned something: 24 epochs of the language reference."""
+    """Vectors trained for 24 epochs on the language reference."""
     folder = tmp_path_factory.mktemp("learned") / "run"
     train_embeddings(recipe(reference, "method.dimensions=48", "method.epochs=24", "checkpoint.every=0"), folder, threads=1)
     return read(folder)
@@ -39,6 +39,6 @@ def learned(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Vector
 
 @pytest.fixture
 def small() -> Vectors:
-    """Five words whose cosines can be told by hand."""
+    """Five words whose cosines are easy to compute by hand."""
     rows = [[1, 0], [2, 2], [0, 3], [-1, 0], [4, 1]]
     return Vectors(["east", "northeast", "north", "west", "eastward"], np.array(rows, dtype=np.float32), np.arange(5, 0, -1))

@@ -1,4 +1,4 @@
-"""The public tests of vectors, judged as gensim and SciPy judge."""
+"""Evaluation on public test sets gives the same results as gensim and SciPy."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinylm.embedding.evaluate import Analogies, Similarities, correlation, evaluate, ranks
+from tinylm.embedding.evaluate import AnalogyResult, SimilarityResult, correlation, evaluate, ranks
 from tinylm.embedding.vectors import Vectors
 from tinylm.errors import InputError
 
 
-def test_as_gensim_judges(learned: Vectors) -> None:
-    """On files that gensim brings along, with vectors of words that are in them."""
+def test_the_results_equal_those_of_gensim(learned: Vectors) -> None:
+    """Uses the files that come with gensim, and random vectors of words in them."""
     models = pytest.importorskip("gensim.models", reason="gensim has no wheel for this Python")
     from gensim.test.utils import datapath
 
@@ -28,7 +28,7 @@ def test_as_gensim_judges(learned: Vectors) -> None:
 
     theirs, sections = keyed.evaluate_word_analogies(questions, dummy4unknown=False)
     ours = evaluate(vectors, Path(questions))
-    assert isinstance(ours, Analogies)
+    assert isinstance(ours, AnalogyResult)
     asked = sections[-1]
     assert (ours.correct, ours.covered) == (len(asked["correct"]), len(asked["correct"]) + len(asked["incorrect"]))
     assert ours.correct > 0
@@ -37,12 +37,12 @@ def test_as_gensim_judges(learned: Vectors) -> None:
     assert ours.coverage == ours.covered / 19_544
 
     pearson, spearman, unknown = keyed.evaluate_word_pairs(pairs)
-    found = evaluate(vectors, Path(pairs))
-    assert isinstance(found, Similarities)
-    assert found.pairs == 353
-    assert found.spearman == pytest.approx(spearman[0])
-    assert found.pearson == pytest.approx(pearson[0], abs=1e-6)
-    assert 100 * (1 - found.covered / found.pairs) == pytest.approx(unknown)
+    similarity = evaluate(vectors, Path(pairs))
+    assert isinstance(similarity, SimilarityResult)
+    assert similarity.pairs == 353
+    assert similarity.spearman == pytest.approx(spearman[0])
+    assert similarity.pearson == pytest.approx(pearson[0], abs=1e-6)
+    assert 100 * (1 - similarity.covered / similarity.pairs) == pytest.approx(unknown)
 
 
 def test_ranks_share_ties() -> None:
@@ -51,36 +51,36 @@ def test_ranks_share_ties() -> None:
     assert correlation(np.array([1.0, 2.0]), np.array([1.0, 2.0])) is None
 
 
-def test_nothing_covered(small: Vectors, tmp_path: Path) -> None:
+def test_without_covered_questions_there_is_no_accuracy(small: Vectors, tmp_path: Path) -> None:
     path = tmp_path / "questions.txt"
     path.write_text(": capitals\nAthens Greece Oslo Norway\n")
-    found = evaluate(small, path)
-    assert isinstance(found, Analogies)
-    assert (found.accuracy, found.coverage, found.total) == (None, 0, 1)
+    result = evaluate(small, path)
+    assert isinstance(result, AnalogyResult)
+    assert (result.accuracy, result.coverage, result.total) == (None, 0, 1)
 
 
-def test_answers_can_come_from_the_frequent_names_only(small: Vectors, tmp_path: Path) -> None:
+def test_candidates_can_be_limited_to_the_frequent_names(small: Vectors, tmp_path: Path) -> None:
     path = tmp_path / "questions.txt"
     path.write_text("east west north eastward\n")
-    everything, some = evaluate(small, path, most=None), evaluate(small, path, most=4)
-    assert isinstance(everything, Analogies)
-    assert isinstance(some, Analogies)
-    assert (everything.covered, some.covered) == (1, 0)
+    unlimited, limited = evaluate(small, path, max_names=None), evaluate(small, path, max_names=4)
+    assert isinstance(unlimited, AnalogyResult)
+    assert isinstance(limited, AnalogyResult)
+    assert (unlimited.covered, limited.covered) == (1, 0)
 
 
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("", "no questions in this file"),
-        (": a\n", "no questions in this file"),
+        ("", "the file contains no questions"),
+        (": a\n", "the file contains no questions"),
         (": a\none two three\n", ":2: an analogy has four words, not 3"),
-        ("one\ttwo\t3\none\ttwo\n", ":2: wants two words and a number"),
-        ("one,two,three\nfour,five,six\n", ":2: wants two words and a number"),
+        ("one\ttwo\t3\none\ttwo\n", ":2: a line must have two words and a number"),
+        ("one,two,three\nfour,five,six\n", ":2: a line must have two words and a number"),
     ],
 )
-def test_files_that_ask_nothing(small: Vectors, tmp_path: Path, content: str, expected: str) -> None:
+def test_malformed_files_are_errors(small: Vectors, tmp_path: Path, content: str, expected: str) -> None:
     path = tmp_path / "questions.txt"
     path.write_text(content)
-    with pytest.raises(InputError) as told:
+    with pytest.raises(InputError) as error:
         evaluate(small, path)
-    assert expected in str(told.value)
+    assert expected in str(error.value)

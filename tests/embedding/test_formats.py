@@ -1,4 +1,4 @@
-"""Every format reads back what was written, to the bit, here and in gensim; damage is told with its place."""
+"""Every format restores the exact bits of the vectors, in tinylm and in gensim. Damage is reported with its position."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinylm.embedding.formats import KINDS, read, write
+from tinylm.embedding.formats import FORMATS, read, write
 from tinylm.embedding.vectors import Vectors
 from tinylm.errors import InputError
 
@@ -18,43 +18,43 @@ NAMES = {
     "safetensors": "v.safetensors",
     "projector": "v.tsv",
 }
-AWKWARD = [" ", "\n", "", "a b", "tab\there", "plain", "Ġdotted", "łódź", "\u3000", "\x85", "é\udcff"]
+UNUSUAL_NAMES = [" ", "\n", "", "a b", "tab\there", "plain", "Ġdotted", "łódź", "\u3000", "\x85", "é\udcff"]
 
 
 @pytest.fixture
-def wild() -> Vectors:
-    """Numbers from all over float32, the smallest and largest among them."""
+def extreme() -> Vectors:
+    """Vectors over the whole range of float32, including the smallest and the largest numbers."""
     generator = np.random.default_rng(0)
     matrix = (generator.standard_normal((50, 7)) * 10.0 ** generator.integers(-40, 38, (50, 7))).astype(np.float32)
     matrix[0, :4] = [np.finfo(np.float32).max, np.finfo(np.float32).tiny, 1e-45, -0.0]
     return Vectors([f"wörd{row}" for row in range(50)], matrix)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_round_trip_to_the_bit(wild: Vectors, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_round_trip_restores_every_bit(extreme: Vectors, tmp_path: Path, kind: str) -> None:
     path = tmp_path / NAMES[kind]
-    assert write(wild, path, kind) is False
-    for told in (None, kind):
-        again = read(path, told)
-        assert list(again.names) == list(wild.names)
-        assert again.matrix.tobytes() == wild.matrix.tobytes()
+    assert write(extreme, path, kind) is False
+    for given_kind in (None, kind):
+        loaded = read(path, given_kind)
+        assert list(loaded.names) == list(extreme.names)
+        assert loaded.matrix.tobytes() == extreme.matrix.tobytes()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_names_with_white_space_come_back(tmp_path: Path, kind: str) -> None:
-    vectors = Vectors(AWKWARD, np.random.default_rng(0).standard_normal((len(AWKWARD), 3)).astype(np.float32))
+@pytest.mark.parametrize("kind", FORMATS)
+def test_names_with_white_space_survive_a_round_trip(tmp_path: Path, kind: str) -> None:
+    vectors = Vectors(UNUSUAL_NAMES, np.random.default_rng(0).standard_normal((len(UNUSUAL_NAMES), 3)).astype(np.float32))
     path = tmp_path / NAMES[kind]
     mapped = write(vectors, path, kind)
     assert mapped == (kind != "safetensors")
-    again = read(path, undo_byte_mapping=mapped)
-    assert list(again.names) == AWKWARD
-    assert again.matrix.tobytes() == vectors.matrix.tobytes()
+    loaded = read(path, undo_byte_mapping=mapped)
+    assert list(loaded.names) == UNUSUAL_NAMES
+    assert loaded.matrix.tobytes() == vectors.matrix.tobytes()
 
 
-@pytest.mark.parametrize("awkward", [False, True])
-def test_gensim_reads_the_same_bits(wild: Vectors, tmp_path: Path, awkward: bool) -> None:
+@pytest.mark.parametrize("unusual_names", [False, True])
+def test_gensim_reads_the_same_bits(extreme: Vectors, tmp_path: Path, unusual_names: bool) -> None:
     models = pytest.importorskip("gensim.models", reason="gensim has no wheel for this Python")
-    vectors = Vectors([*AWKWARD[:-1], *list(wild.names)[10:]], wild.matrix) if awkward else wild
+    vectors = Vectors([*UNUSUAL_NAMES[:-1], *list(extreme.names)[10:]], extreme.matrix) if unusual_names else extreme
     for kind, options in (
         ("word2vec", {}),
         ("word2vec-binary", {"binary": True}),
@@ -68,42 +68,42 @@ def test_gensim_reads_the_same_bits(wild: Vectors, tmp_path: Path, awkward: bool
         assert keyed.index_to_key == list(read(path).names)
 
 
-def test_what_gensim_writes_is_read(learned: Vectors, tmp_path: Path) -> None:
+def test_files_written_by_gensim_can_be_read(learned: Vectors, tmp_path: Path) -> None:
     models = pytest.importorskip("gensim.models", reason="gensim has no wheel for this Python")
     keyed = models.KeyedVectors(learned.dimensions)
     keyed.add_vectors(list(learned.names), learned.matrix)
     for name, binary in (("g.vec", False), ("g.bin", True)):
         keyed.save_word2vec_format(str(tmp_path / name), binary=binary)
-        again = read(tmp_path / name)
-        assert list(again.names) == list(learned.names)
-        assert (again.matrix == learned.matrix).all()
+        loaded = read(tmp_path / name)
+        assert list(loaded.names) == list(learned.names)
+        assert (loaded.matrix == learned.matrix).all()
 
 
 DAMAGED = {
-    "short.vec": (b"3 2\na 1 2\nb 3 4\n", "promises 3 vectors and holds 2"),
-    "narrow.vec": (b"2 3\na 1 2 3\nb 3 4\n", "narrow.vec:3: has 2 numbers, not 3"),
-    "words.vec": (b"2 2\na 1 2\nb 3 x\n", "words.vec:3: holds something that is not a number"),
+    "short.vec": (b"3 2\na 1 2\nb 3 4\n", "the first line declares 3 vectors, but the file has 2"),
+    "narrow.vec": (b"2 3\na 1 2 3\nb 3 4\n", "narrow.vec:3: has 2 numbers instead of 3"),
+    "words.vec": (b"2 2\na 1 2\nb 3 x\n", "words.vec:3: contains a value that is not a number"),
     "cut.bin": (b"2 2\na " + b"\0" * 8 + b"\nb \0\0\0\0\0\0", "ends inside vector 2 of 2"),
-    "greedy.bin": (b"999999999 300\na " + b"\x01" * 16, "is too short for the 999,999,999 vectors"),
-    "empty.txt": (b"", "no vector in the first line"),
-    "nan.txt": (b"a 1 nan\nb 2 3\n", "some numbers are not finite"),
+    "greedy.bin": (b"999999999 300\na " + b"\x01" * 16, "the file is too short for the 999,999,999 vectors"),
+    "empty.txt": (b"", "the first line contains no vector"),
+    "nan.txt": (b"a 1 nan\nb 2 3\n", "the vectors contain NaN or infinity"),
     "not.safetensors": (b"nothing", "cannot be read"),
-    "alone.tsv": (b"1\t2\n", "alone-names.tsv: no such file: the names belong there"),
+    "alone.tsv": (b"1\t2\n", "alone-names.tsv: no such file; the names of the vectors must be in it"),
 }
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_damage_is_told_with_its_place(tmp_path: Path, name: str) -> None:
+def test_damage_is_reported_with_its_position(tmp_path: Path, name: str) -> None:
     content, expected = DAMAGED[name]
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError) as told:
+    with pytest.raises(InputError) as error:
         read(tmp_path / name)
-    assert expected in str(told.value)
-    assert name.partition(".")[0] in str(told.value)
+    assert expected in str(error.value)
+    assert name.partition(".")[0] in str(error.value)
 
 
-def test_a_format_that_is_none(small: Vectors, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="names no format"):
+def test_unknown_formats_and_missing_files_are_errors(small: Vectors, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the suffix is not one of"):
         write(small, tmp_path / "vectors.dat")
     with pytest.raises(InputError, match="did you mean glove"):
         write(small, tmp_path / "vectors.dat", "globe")

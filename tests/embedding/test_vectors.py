@@ -1,4 +1,4 @@
-"""Vectors answer questions as a hand computation and gensim do."""
+"""Queries on vectors give the same answers as gensim and as computations by hand."""
 
 from __future__ import annotations
 
@@ -20,54 +20,54 @@ def as_gensim(vectors: Vectors) -> object:
     return keyed
 
 
-def test_nearest_by_hand(small: Vectors) -> None:
-    found = small.nearest("east", 2)
-    assert [one.token for one in found] == ["eastward", "northeast"]
-    assert found[0].similarity == pytest.approx(4 / math.sqrt(17))
+def test_nearest_neighbors_match_a_computation_by_hand(small: Vectors) -> None:
+    neighbors = small.nearest("east", 2)
+    assert [neighbor.token for neighbor in neighbors] == ["eastward", "northeast"]
+    assert neighbors[0].similarity == pytest.approx(4 / math.sqrt(17))
     assert small.similarity("east", "north") == pytest.approx(0, abs=1e-7)
     assert small.similarity("east", "west") == pytest.approx(-1)
 
 
-def test_nearest_as_gensim_has_it(learned: Vectors) -> None:
+def test_nearest_neighbors_equal_those_of_gensim(learned: Vectors) -> None:
     keyed = as_gensim(learned)
     for word in ("object", "function", "list"):
         ours = learned.nearest(word, 10)
         theirs = keyed.most_similar(word, topn=10)  # type: ignore[attr-defined]
-        assert [one.token for one in ours] == [token for token, _ in theirs]
-        np.testing.assert_allclose([one.similarity for one in ours], [score for _, score in theirs], atol=1e-5)
+        assert [neighbor.token for neighbor in ours] == [token for token, _ in theirs]
+        np.testing.assert_allclose([neighbor.similarity for neighbor in ours], [score for _, score in theirs], atol=1e-5)
 
 
 @pytest.mark.parametrize("words", [("function", "functions", "object"), ("list", "lists", "string")])
-def test_analogies_as_gensim_has_them(learned: Vectors, words: tuple[str, str, str]) -> None:
+def test_analogies_equal_those_of_gensim(learned: Vectors, words: tuple[str, str, str]) -> None:
     a, b, c = words
     keyed = as_gensim(learned)
     added = keyed.most_similar(positive=[b, c], negative=[a], topn=5)  # type: ignore[attr-defined]
-    assert [one.token for one in learned.analogy(a, b, c, 5)] == [token for token, _ in added]
+    assert [neighbor.token for neighbor in learned.analogy(a, b, c, 5)] == [token for token, _ in added]
     multiplied = keyed.most_similar_cosmul(positive=[b, c], negative=[a], topn=5)  # type: ignore[attr-defined]
     ours = learned.analogy(a, b, c, 5, "3cosmul")
-    assert [one.token for one in ours] == [token for token, _ in multiplied]
-    # gensim adds 1e-6 to the divisor where the paper, and we, add 1e-3
-    np.testing.assert_allclose([one.similarity for one in ours], [score for _, score in multiplied], rtol=5e-3)
-    assert not {one.token for one in ours} & set(words)
+    assert [neighbor.token for neighbor in ours] == [token for token, _ in multiplied]
+    # gensim adds 1e-6 to the divisor; tinylm adds 1e-3, as the paper does
+    np.testing.assert_allclose([neighbor.similarity for neighbor in ours], [score for _, score in multiplied], rtol=5e-3)
+    assert not {neighbor.token for neighbor in ours} & set(words)
 
 
-def test_the_odd_one_as_gensim_has_it(learned: Vectors) -> None:
+def test_the_odd_one_out_equals_that_of_gensim(learned: Vectors) -> None:
     words = ["list", "tuple", "string", "module"]
     assert learned.odd_one_out(words)[0].token == as_gensim(learned).doesnt_match(words)  # type: ignore[attr-defined]
 
 
-def test_more_neighbours_than_there_are(small: Vectors) -> None:
+def test_asking_for_more_neighbors_than_exist_returns_all(small: Vectors) -> None:
     assert len(small.nearest("east", 100)) == 4
     assert len(small.analogy("east", "north", "west", 100)) == 2
 
 
-def test_equal_neighbours_come_in_the_order_of_the_table() -> None:
+def test_equally_similar_neighbors_keep_the_order_of_the_table() -> None:
     vectors = Vectors(["a", "b", "c", "d"], np.array([[1, 0], [0, 1], [0, 1], [0, 1]], dtype=np.float32))
-    assert [one.token for one in vectors.nearest("a", 2)] == ["b", "c"]
+    assert [neighbor.token for neighbor in vectors.nearest("a", 2)] == ["b", "c"]
 
 
-def test_what_cannot_be_asked(small: Vectors) -> None:
-    with pytest.raises(InputError, match="no vector for 'eats' among 5 \\(did you mean east\\?\\)"):
+def test_invalid_queries_are_errors(small: Vectors) -> None:
+    with pytest.raises(InputError, match="'eats' is not among the 5 vectors \\(did you mean east\\?\\)"):
         small.nearest("eats")
     with pytest.raises(InputError, match="at least three"):
         small.odd_one_out(["east", "west"])
@@ -75,31 +75,31 @@ def test_what_cannot_be_asked(small: Vectors) -> None:
         small.analogy("east", "west", "north", method="3cosad")
 
 
-def test_words_are_found_in_lower_case_and_tokens_after_a_space() -> None:
+def test_lookup_also_tries_lower_case_and_for_tokens_a_leading_space() -> None:
     assert Vectors(["list"], np.ones((1, 2), np.float32)).find("List") == 0
     tokens = Vectors(["Ġlist", "Ċ", "list"], np.ones((3, 2), np.float32), byte_mapped=True)
     assert [tokens.find(word) for word in (" list", "list", "\n", "Ġlist", "set")] == [0, 2, 1, 0, None]
-    assert tokens.shown(0) == " list"
+    assert tokens.display_name(0) == " list"
     assert Vectors(["Ġlist"], np.ones((1, 2), np.float32), byte_mapped=True).find("list") == 0
 
 
-def test_a_zero_vector_is_like_nothing() -> None:
+def test_a_zero_vector_has_similarity_zero() -> None:
     vectors = Vectors(["a", "b"], np.array([[0, 0], [1, 1]], dtype=np.float32))
     assert vectors.similarity("a", "b") == 0
 
 
-def test_saved_and_loaded_to_the_bit(learned: Vectors, tmp_path: Path) -> None:
+def test_saving_and_loading_restores_every_bit(learned: Vectors, tmp_path: Path) -> None:
     learned.save(tmp_path / "v.safetensors")
-    again = Vectors.load(tmp_path / "v.safetensors")
-    assert list(again.names) == list(learned.names)
-    assert (again.matrix == learned.matrix).all()
+    loaded = Vectors.load(tmp_path / "v.safetensors")
+    assert list(loaded.names) == list(learned.names)
+    assert (loaded.matrix == learned.matrix).all()
     assert learned.counts is not None
-    assert again.counts is not None
-    assert (again.counts == learned.counts).all()
-    assert again.notes["method"] == "skipgram"
+    assert loaded.counts is not None
+    assert (loaded.counts == learned.counts).all()
+    assert loaded.notes["method"] == "skipgram"
 
 
 @pytest.mark.parametrize("rows", [np.ones((3, 2)), np.ones(2), np.array([[1.0, np.nan], [0, 0]])])
-def test_parts_that_do_not_fit(rows: np.ndarray) -> None:
+def test_inconsistent_or_non_finite_vectors_are_errors(rows: np.ndarray) -> None:
     with pytest.raises(InputError):
         Vectors(["a", "b"], rows)

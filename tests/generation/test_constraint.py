@@ -1,4 +1,4 @@
-"""Expressions as automata over tokens: held against Python's own `re`."""
+"""Regular expressions compiled to automata over tokens, compared with Python's `re`."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from tinylm.tokenizer import Tokenizer, training
 
 
 @pytest.fixture(scope="module")
-def by_bytes() -> Tokenizer:
+def byte_tokenizer() -> Tokenizer:
     return training.train(ByteTokenizer(kind="byte"), iter([Piece("text", True)]), print)
 
 
 def _accepts(constraint: Constraint, tokenizer: Tokenizer, text: str) -> bool:
-    """Follow a text through the automaton, token by token, as the engine would allow it."""
+    """Run a text through the automaton token by token, as the engine does."""
     state, vocabulary = 0, tokenizer.vocab_size
     for id in tokenizer.encode(text):
         logits = torch.zeros(vocabulary)
-        constraint.restrict(logits, state, 10_000)
+        constraint.mask_logits(logits, state, 10_000)
         if logits[id] == float("-inf"):
             return False
-        state = constraint.after(state, id)
+        state = constraint.next_state(state, id)
     return constraint.accepts(state)
 
 
@@ -52,54 +52,54 @@ PATTERNS = [
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_it_accepts_what_re_accepts_and_nothing_else(pattern: str, by_bytes: Tokenizer) -> None:
-    constraint, draw = Constraint(pattern, by_bytes), random.Random(pattern)
+def test_accepts_exactly_the_texts_that_re_matches(pattern: str, byte_tokenizer: Tokenizer) -> None:
+    constraint, generator = Constraint(pattern, byte_tokenizer), random.Random(pattern)
     texts = ["", "ab", "abab", "1-1", "a a", "é", "日b"]
-    texts += ["".join(draw.choice(ALPHABET) for _ in range(draw.randint(1, 5))) for _ in range(150)]
+    texts += ["".join(generator.choice(ALPHABET) for _ in range(generator.randint(1, 5))) for _ in range(150)]
     for text in texts:
-        assert _accepts(constraint, by_bytes, text) == bool(re.fullmatch(pattern, text)), (pattern, text)
+        assert _accepts(constraint, byte_tokenizer, text) == bool(re.fullmatch(pattern, text)), (pattern, text)
 
 
-def test_the_shortest_match_is_counted_in_tokens(tiny_run: Run, by_bytes: Tokenizer) -> None:
-    assert Constraint("the|zebra", by_bytes).fewest_tokens == 3
-    known = tiny_run.tokenizer
-    assert Constraint("zebra| statement", known).fewest_tokens == len(known.encode(" statement")) < 5
-    assert Constraint("a*", by_bytes).fewest_tokens == 0
-    assert Constraint.choices(["yes?", "a|b"], by_bytes).fewest_tokens == 3
+def test_min_tokens_is_the_length_of_the_shortest_match_in_tokens(tiny_run: Run, byte_tokenizer: Tokenizer) -> None:
+    assert Constraint("the|zebra", byte_tokenizer).min_tokens == 3
+    trained = tiny_run.tokenizer
+    assert Constraint("zebra| statement", trained).min_tokens == len(trained.encode(" statement")) < 5
+    assert Constraint("a*", byte_tokenizer).min_tokens == 0
+    assert Constraint.choices(["yes?", "a|b"], byte_tokenizer).min_tokens == 3
 
 
-def test_near_the_end_only_what_can_still_be_finished_is_allowed(by_bytes: Tokenizer) -> None:
-    constraint = Constraint("a+bcd", by_bytes)
-    a, b = by_bytes.encode("ab")
-    state = constraint.after(0, a)
-    for left, may_repeat in ((3, False), (4, True)):
-        logits = torch.zeros(by_bytes.vocab_size)
-        constraint.restrict(logits, state, left)
+def test_only_tokens_that_leave_a_match_within_max_tokens_are_allowed(byte_tokenizer: Tokenizer) -> None:
+    constraint = Constraint("a+bcd", byte_tokenizer)
+    a, b = byte_tokenizer.encode("ab")
+    state = constraint.next_state(0, a)
+    for max_tokens, may_repeat in ((3, False), (4, True)):
+        logits = torch.zeros(byte_tokenizer.vocab_size)
+        constraint.mask_logits(logits, state, max_tokens)
         assert (logits[a] == 0) == may_repeat
         assert logits[b] == 0
 
 
-def test_characters_that_the_vocabulary_lacks_are_never_needed() -> None:
+def test_characters_missing_from_the_vocabulary_are_not_required() -> None:
     letters = training.train(CharTokenizer(kind="char"), iter([Piece("abc", True)]), print)
     constraint = Constraint("(x|a)(b|y)c?", letters)
-    assert constraint.fewest_tokens == 2
-    with pytest.raises(InputError, match="no text that matches"):
+    assert constraint.min_tokens == 2
+    with pytest.raises(InputError, match="cannot express any text"):
         Constraint("[x-z]+", letters)
 
 
 @pytest.mark.parametrize(
-    ("pattern", "told"),
+    ("pattern", "message"),
     [
         ("(", "not a regular expression"),
-        (r"(a)\1", "back reference"),
-        ("a(?=b)", "look-around"),
-        ("a^b", "anchor"),
+        (r"(a)\1", "backreferences are not supported"),
+        ("a(?=b)", "lookaround assertions are not supported"),
+        ("a^b", "anchors inside the expression are not supported"),
         ("(?i)a", "flags"),
         ("(a{900}){900}", "too large"),
         ("(a|b)*a(a|b){20}", "too large"),
     ],
 )
-def test_what_is_not_understood_is_said(pattern: str, told: str, by_bytes: Tokenizer) -> None:
-    with pytest.raises(InputError, match=told) as caught:
-        Constraint(pattern, by_bytes)
+def test_unsupported_patterns_are_rejected(pattern: str, message: str, byte_tokenizer: Tokenizer) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        Constraint(pattern, byte_tokenizer)
     assert caught.value.where == "--regex"

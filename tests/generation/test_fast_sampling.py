@@ -1,4 +1,4 @@
-"""Compiled drawing chooses what the definition of the filters chooses, number for number."""
+"""The numba kernel chooses the same tokens as `sampling.choose` for the same random numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tinylm.generation import fast_sampling, sampling
 from tinylm.generation.sampling import SamplingOptions
 
 
-@pytest.mark.parametrize("vocabulary", [1, 5, 61, 4000])
+@pytest.mark.parametrize("vocab_size", [1, 5, 61, 4000])
 @pytest.mark.parametrize(
     "options",
     [
@@ -27,21 +27,23 @@ from tinylm.generation.sampling import SamplingOptions
     ],
     ids=str,
 )
-def test_the_same_numbers_choose_the_same_tokens(vocabulary: int, options: dict[str, Any]) -> None:
-    chosen_so, generator = SamplingOptions(**options), torch.Generator().manual_seed(0)
-    logits = torch.randn((300, vocabulary), generator=generator) * 3
+def test_same_random_numbers_choose_the_same_tokens(vocab_size: int, options: dict[str, Any]) -> None:
+    sampling_options, generator = SamplingOptions(**options), torch.Generator().manual_seed(0)
+    logits = torch.randn((300, vocab_size), generator=generator) * 3
     logits[::3, ::2] = float("-inf")
     logits[:, -1] = 0.5
-    drawn = torch.rand(300, generator=generator, dtype=torch.float64)
-    drawn[:2] = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    assert torch.equal(fast_sampling.choose(logits, chosen_so, drawn), sampling.choose(logits, chosen_so, drawn))
+    uniforms = torch.rand(300, generator=generator, dtype=torch.float64)
+    uniforms[:2] = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    assert torch.equal(
+        fast_sampling.choose(logits, sampling_options, uniforms), sampling.choose(logits, sampling_options, uniforms)
+    )
 
 
-def test_of_equal_logits_each_comes_as_often_and_what_is_banned_never() -> None:
+def test_equal_logits_are_equally_frequent_and_banned_tokens_never_occur() -> None:
     logits = torch.full((8000, 8), 2.0)
     logits[:, 3] = float("-inf")
-    drawn = (torch.arange(8000, dtype=torch.float64) + 0.5) / 8000
-    chosen = fast_sampling.choose(logits, SamplingOptions(top_k=8), drawn)
+    uniforms = (torch.arange(8000, dtype=torch.float64) + 0.5) / 8000
+    chosen = fast_sampling.choose(logits, SamplingOptions(top_k=8), uniforms)
     counts = torch.bincount(chosen, minlength=8)
     assert counts[3] == 0
     assert counts[counts > 0].tolist() == pytest.approx([8000 / 7] * 7, abs=1.1)

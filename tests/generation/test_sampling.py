@@ -1,4 +1,4 @@
-"""Choosing the next token: each filter on a distribution small enough to compute by hand."""
+"""Penalties and sampling filters on a distribution that is small enough to compute by hand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tinylm.errors import InputError
-from tinylm.generation.sampling import SamplingOptions, choose, distribution, penalised
+from tinylm.generation.sampling import SamplingOptions, apply_penalties, choose, distribution
 
 PROBABILITIES = [0.05, 0.4, 0.1, 0.15, 0.3]
 
@@ -23,17 +23,17 @@ def _options(**options: Any) -> SamplingOptions:
     return SamplingOptions(**{"temperature": 1.0, "top_k": None, **options})
 
 
-def _whole(logits: Tensor, options: SamplingOptions) -> Tensor:
-    """The distribution over the vocabulary in its own order."""
+def _full_distribution(logits: Tensor, options: SamplingOptions) -> Tensor:
+    """The distribution over the vocabulary, in the order of the ids."""
     probabilities, ids = distribution(logits, options)
     return probabilities if ids is None else torch.zeros_like(logits).scatter(1, ids, probabilities)
 
 
 def _kept(**options: Any) -> list[float]:
-    return _whole(_logits(), _options(**options))[0].tolist()
+    return _full_distribution(_logits(), _options(**options))[0].tolist()
 
 
-def _over(*kept: int) -> list[float]:
+def _renormalized(*kept: int) -> list[float]:
     total = sum(PROBABILITIES[index] for index in kept)
     return [value / total if index in kept else 0.0 for index, value in enumerate(PROBABILITIES)]
 
@@ -42,75 +42,75 @@ def _over(*kept: int) -> list[float]:
     ("options", "expected"),
     [
         ({}, PROBABILITIES),
-        ({"top_k": 1}, _over(1)),
-        ({"top_k": 2}, _over(1, 4)),
+        ({"top_k": 1}, _renormalized(1)),
+        ({"top_k": 2}, _renormalized(1, 4)),
         ({"top_k": 5}, PROBABILITIES),
         ({"top_k": 99}, PROBABILITIES),
-        ({"top_p": 0.39}, _over(1)),
-        ({"top_p": 0.41}, _over(1, 4)),
-        ({"top_p": 0.69}, _over(1, 4)),
-        ({"top_p": 0.71}, _over(1, 3, 4)),
+        ({"top_p": 0.39}, _renormalized(1)),
+        ({"top_p": 0.41}, _renormalized(1, 4)),
+        ({"top_p": 0.69}, _renormalized(1, 4)),
+        ({"top_p": 0.71}, _renormalized(1, 3, 4)),
         ({"top_p": 1.0}, PROBABILITIES),
-        ({"top_p": 1e-9}, _over(1)),
+        ({"top_p": 1e-9}, _renormalized(1)),
         ({"min_p": 0.0}, PROBABILITIES),
-        ({"min_p": 0.3}, _over(1, 3, 4)),
-        ({"min_p": 0.5}, _over(1, 4)),
-        ({"min_p": 1.0}, _over(1)),
-        ({"top_k": 4, "top_p": 0.8, "min_p": 0.5}, _over(1, 4)),
-        ({"top_k": 2, "top_p": 0.6}, _over(1, 4)),  # of what top-k leaves, 0.57 is the first: two are needed
-        ({"top_k": 2, "top_p": 0.5}, _over(1)),
+        ({"min_p": 0.3}, _renormalized(1, 3, 4)),
+        ({"min_p": 0.5}, _renormalized(1, 4)),
+        ({"min_p": 1.0}, _renormalized(1)),
+        ({"top_k": 4, "top_p": 0.8, "min_p": 0.5}, _renormalized(1, 4)),
+        ({"top_k": 2, "top_p": 0.6}, _renormalized(1, 4)),  # after top-k, the first token has 0.57, so top-p keeps two
+        ({"top_k": 2, "top_p": 0.5}, _renormalized(1)),
     ],
     ids=str,
 )
-def test_filters_keep_what_their_definition_keeps(options: dict[str, Any], expected: list[float]) -> None:
+def test_filters_match_their_definitions(options: dict[str, Any], expected: list[float]) -> None:
     assert _kept(**options) == pytest.approx(expected, abs=1e-6)
 
 
-def test_temperature_sharpens_by_power() -> None:
+def test_temperature_raises_probabilities_to_a_power() -> None:
     for temperature in (0.5, 2.0):
         powers = [value ** (1 / temperature) for value in PROBABILITIES]
         assert _kept(temperature=temperature) == pytest.approx([power / sum(powers) for power in powers], abs=1e-6)
 
 
-def test_a_tiny_temperature_is_no_overflow() -> None:
+def test_tiny_temperature_does_not_overflow() -> None:
     assert _kept(temperature=1e-30) == pytest.approx([0, 1, 0, 0, 0], abs=1e-6)
 
 
-def test_rows_are_filtered_each_by_itself() -> None:
+def test_rows_are_filtered_independently() -> None:
     logits = torch.cat([_logits(), _logits([0.9, 0.025, 0.025, 0.025, 0.025])])
-    kept = _whole(logits, _options(top_p=0.7, min_p=0.1))
+    kept = _full_distribution(logits, _options(top_p=0.7, min_p=0.1))
     assert (kept > 0).tolist() == [[False, True, False, False, True], [True, False, False, False, False]]
 
 
-def test_the_penalty_divides_what_is_positive_and_multiplies_what_is_negative() -> None:
+def test_repetition_penalty_divides_positive_logits_and_multiplies_negative_ones() -> None:
     logits = torch.tensor([[2.0, -1.0, 0.5, -3.0]])
     seen, counts = torch.tensor([[True, True, False, False]]), torch.zeros(1, 4)
-    assert penalised(logits, seen, counts, _options(repetition_penalty=2.0)).tolist() == [[1.0, -2.0, 0.5, -3.0]]
-    assert penalised(logits, seen, counts, _options(repetition_penalty=0.5)).tolist() == [[4.0, -0.5, 0.5, -3.0]]
-    assert penalised(logits, seen, counts, _options()) is logits
+    assert apply_penalties(logits, seen, counts, _options(repetition_penalty=2.0)).tolist() == [[1.0, -2.0, 0.5, -3.0]]
+    assert apply_penalties(logits, seen, counts, _options(repetition_penalty=0.5)).tolist() == [[4.0, -0.5, 0.5, -3.0]]
+    assert apply_penalties(logits, seen, counts, _options()) is logits
 
 
-def test_frequency_counts_every_time_and_presence_once() -> None:
+def test_frequency_penalty_applies_per_occurrence_and_presence_penalty_once() -> None:
     logits, counts = torch.tensor([[2.0, -1.0, 0.5]]), torch.tensor([[3.0, 1.0, 0.0]])
     seen = torch.ones(1, 3, dtype=torch.bool)
-    assert penalised(logits, seen, counts, _options(frequency_penalty=0.5)).tolist() == [[0.5, -1.5, 0.5]]
-    assert penalised(logits, seen, counts, _options(presence_penalty=0.5)).tolist() == [[1.5, -1.5, 0.5]]
-    assert penalised(logits, seen, counts, _options(frequency_penalty=-1.0)).tolist() == [[5.0, 0.0, 0.5]]
+    assert apply_penalties(logits, seen, counts, _options(frequency_penalty=0.5)).tolist() == [[0.5, -1.5, 0.5]]
+    assert apply_penalties(logits, seen, counts, _options(presence_penalty=0.5)).tolist() == [[1.5, -1.5, 0.5]]
+    assert apply_penalties(logits, seen, counts, _options(frequency_penalty=-1.0)).tolist() == [[5.0, 0.0, 0.5]]
 
 
 @pytest.mark.parametrize("options", [{"top_p": 0.9}, {"top_p": 0.999}, {"min_p": 0.01}, {"min_p": 1e-6, "top_p": 0.99999}], ids=str)
 @pytest.mark.parametrize("spread", [0.1, 1.0, 5.0])
-def test_sorting_only_the_candidates_gives_what_sorting_everything_gives(options: dict[str, Any], spread: float) -> None:
+def test_sorting_only_candidates_equals_sorting_the_vocabulary(options: dict[str, Any], spread: float) -> None:
     logits = spread * torch.randn(3, 5000, generator=torch.Generator().manual_seed(2))
     probabilities = logits.double().softmax(-1)
     ordered, order = probabilities.sort(descending=True)
     kept = (ordered.cumsum(-1) - ordered < options.get("top_p", 2.0)) & (ordered >= options.get("min_p", 0.0) * ordered[:, :1])
     expected = torch.zeros_like(probabilities).scatter(1, order, ordered * kept)
     expected /= expected.sum(-1, keepdim=True)
-    torch.testing.assert_close(_whole(logits, _options(**options)).double(), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(_full_distribution(logits, _options(**options)).double(), expected, atol=1e-4, rtol=0)
 
 
-def _drawn(rows: int, seed: int = 0) -> Tensor:
+def _uniforms(rows: int, seed: int = 0) -> Tensor:
     return torch.rand(rows, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
@@ -119,38 +119,38 @@ def _drawn(rows: int, seed: int = 0) -> Tensor:
     [({}, range(5)), ({"top_k": 3}, (1, 3, 4)), ({"top_p": 0.6}, (1, 4)), ({"temperature": 0.5}, range(5))],
     ids=str,
 )
-def test_drawn_frequencies_fit_the_distribution(options: dict[str, Any], kept: Any) -> None:
-    """Pearson's chi-square; the 99.9 % points for 1 to 4 degrees of freedom are from the usual table."""
+def test_sampled_frequencies_fit_the_distribution(options: dict[str, Any], kept: Any) -> None:
+    """Pearson's chi-square test; the limits are the 99.9 % quantiles for 1, 2 and 4 degrees of freedom."""
     draws = 6000
-    chosen = choose(_logits(rows=draws), _options(**options), _drawn(draws))
+    chosen = choose(_logits(rows=draws), _options(**options), _uniforms(draws))
     counts = torch.bincount(chosen, minlength=5).tolist()
     powers = [value ** (1 / options.get("temperature", 1.0)) for value in PROBABILITIES]
     total = sum(powers[index] for index in kept)
-    assert sum(counts[index] for index in kept) == draws  # nothing that was filtered out
+    assert sum(counts[index] for index in kept) == draws  # no filtered token was chosen
     squares = sum((counts[i] - draws * powers[i] / total) ** 2 / (draws * powers[i] / total) for i in kept)
     assert squares < {1: 10.83, 2: 13.82, 4: 18.47}[len(kept) - 1]
 
 
-@pytest.mark.parametrize("drawn", [0.0, 1.0 - 2**-53])
+@pytest.mark.parametrize("uniform", [0.0, 1.0 - 2**-53])
 @pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.5}], ids=str)
-def test_the_ends_of_what_can_be_drawn_choose_something_that_is_likely(options: dict[str, Any], drawn: float) -> None:
-    [chosen] = choose(_logits([0.0, 0.5, 0.5, 0.0]), _options(**options), torch.tensor([drawn], dtype=torch.float64)).tolist()
+def test_extreme_random_numbers_choose_a_token_with_positive_probability(options: dict[str, Any], uniform: float) -> None:
+    [chosen] = choose(_logits([0.0, 0.5, 0.5, 0.0]), _options(**options), torch.tensor([uniform], dtype=torch.float64)).tolist()
     assert chosen in (1, 2)
 
 
-def test_temperature_zero_takes_the_likeliest() -> None:
+def test_temperature_zero_is_greedy() -> None:
     assert choose(_logits(), _options(temperature=0.0, top_k=3, top_p=0.1), None).tolist() == [1]
 
 
-def test_a_row_draws_the_same_whatever_its_neighbors() -> None:
-    rows, drawn = torch.randn(4, 50, generator=torch.Generator().manual_seed(9)), _drawn(4)
-    together = choose(rows, _options(), drawn)
-    alone = [int(choose(rows[row : row + 1], _options(), drawn[row : row + 1])) for row in range(4)]
-    assert together.tolist() == alone
+def test_rows_are_sampled_independently_of_the_batch() -> None:
+    rows, uniforms = torch.randn(4, 50, generator=torch.Generator().manual_seed(9)), _uniforms(4)
+    batched = choose(rows, _options(), uniforms)
+    single = [int(choose(rows[row : row + 1], _options(), uniforms[row : row + 1])) for row in range(4)]
+    assert batched.tolist() == single
 
 
 @pytest.mark.parametrize(
-    ("options", "named"),
+    ("options", "option"),
     [
         ({"max_new_tokens": -1}, "--max-new-tokens"),
         ({"temperature": -0.1}, "--temperature"),
@@ -173,8 +173,8 @@ def test_a_row_draws_the_same_whatever_its_neighbors() -> None:
     ],
     ids=str,
 )
-def test_options_out_of_range_are_named(options: dict[str, Any], named: str) -> None:
+def test_errors_name_the_option_that_is_out_of_range(options: dict[str, Any], option: str) -> None:
     with pytest.raises(InputError) as caught:
         SamplingOptions(**options)
-    assert caught.value.where == named
+    assert caught.value.where == option
     assert caught.value.exit_code == 2

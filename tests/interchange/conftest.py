@@ -1,4 +1,4 @@
-"""Models with nothing at a special value, as run folders, and tokenizers on real text."""
+"""Fixtures for export and import tests: run folders of small models with random weights, and tokenizers trained on real text."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from exchange import CONTEXT, Make, save
 from tiny import model
+from untrained_runs import CONTEXT, MakeRun, save_run
 
 from tinylm.recipe.schema import BpeTokenizer, ByteTokenizer, CharTokenizer
 from tinylm.run import Run
@@ -17,7 +17,7 @@ from tinylm.tokenizer import Tokenizer, training
 
 @pytest.fixture(scope="session")
 def tokenizers(english: str) -> dict[str, Tokenizer]:
-    """By what matters to other programs: the split and the kind."""
+    """Tokenizers that differ in what other programs support: the split pattern, digits per token, and kind."""
     sections = {
         "gpt2": BpeTokenizer(kind="bpe", vocab_size=400, split="gpt2"),
         "digits1": BpeTokenizer(kind="bpe", vocab_size=400, digits=1),
@@ -31,11 +31,11 @@ def tokenizers(english: str) -> dict[str, Tokenizer]:
 
 
 @pytest.fixture
-def run_of(tmp_path: Path, tokenizers: dict[str, Tokenizer]) -> Make:
-    """`run_of("gpt2", tokenizer="byte", bias=False)`: a run folder with one checkpoint, weights roughened."""
+def make_run(tmp_path: Path, tokenizers: dict[str, Tokenizer]) -> MakeRun:
+    """`make_run("gpt2", tokenizer="byte", bias=False)` creates a run folder with one checkpoint of random weights."""
 
     def make(preset: str, *, tokenizer: str = "gpt2", name: str = "run", **parts: Any) -> Run:
         chosen = tokenizers[tokenizer]
-        return save(tmp_path / name, model(preset, vocabulary=chosen.vocab_size, context_length=CONTEXT, **parts), chosen)
+        return save_run(tmp_path / name, model(preset, vocab_size=chosen.vocab_size, context_length=CONTEXT, **parts), chosen)
 
     return make

@@ -1,4 +1,4 @@
-"""A run inside lm-evaluation-harness, on task files of our own, without a network."""
+"""The lm-evaluation-harness adapter, tested on local task files without network access."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from exchange import Make
+from untrained_runs import MakeRun
 
 from tinylm.errors import InputError
-from tinylm.evaluation.measure import measure
+from tinylm.evaluation.evaluate_run import evaluate_run
 from tinylm.generation.engine import generate
 from tinylm.generation.sampling import SamplingOptions
 from tinylm.interchange import harness
@@ -41,38 +41,38 @@ def task_file(folder: Path, name: str, documents: list[dict[str, str]], **parts:
     return path
 
 
-def test_its_word_perplexity_is_ours(tiny_run: Run, english: str, tmp_path: Path) -> None:
-    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an extra too heavy for the tests' environment")
+def test_harness_and_tinylm_eval_report_the_same_perplexity(tiny_run: Run, english: str, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     texts = [english[:2000], english[3000:5000], "short one"]
     documents = [{"text": text} for text in texts]
     path = task_file(tmp_path, "local", documents, kind="loglikelihood_rolling", text='""', target='"{{text}}"', more=ROLLING)
-    (answer,) = harness.run_tasks(tiny_run, [str(path)], device="cpu").results.values()
-    ours = measure(tiny_run, [str(tmp_path / "local.jsonl")]).perplexity
+    (metrics,) = harness.run_tasks(tiny_run, [str(path)], device="cpu").results.values()
+    ours = evaluate_run(tiny_run, [str(tmp_path / "local.jsonl")]).perplexity
     words = sum(len(re.split(r"\s+", text)) for text in texts)
-    assert answer["word_perplexity"] == pytest.approx(math.exp(ours.nats / words), rel=1e-6)
-    assert answer["bits_per_byte"] == pytest.approx(ours.bits_per_byte, rel=1e-6)
-    with pytest.raises(InputError, match="no such task: nowhere"):
+    assert metrics["word_perplexity"] == pytest.approx(math.exp(ours.nats / words), rel=1e-6)
+    assert metrics["bits_per_byte"] == pytest.approx(ours.bits_per_byte, rel=1e-6)
+    with pytest.raises(InputError, match="unknown task: nowhere"):
         harness.run_tasks(tiny_run, ["nowhere"], device="cpu")
 
 
-def test_it_chooses_and_writes_as_the_model_does(tiny_run: Run, tmp_path: Path) -> None:
-    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an extra too heavy for the tests' environment")
+def test_multiple_choice_and_generation_tasks_run(tiny_run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     network = tiny_run.network(tiny_run.checkpoint(), torch.device("cpu"))
-    written = generate(network, tiny_run.tokenizer, "The for", SamplingOptions(5, 0.0, None))[0].text
-    documents = [{"q": "The for", "good": written.strip(), "bad": "zzz"}] * 2
+    generated = generate(network, tiny_run.tokenizer, "The for", SamplingOptions(5, 0.0, None))[0].text
+    documents = [{"q": "The for", "good": generated.strip(), "bad": "zzz"}] * 2
     choice = 'doc_to_choice: ["{{good}}", "{{bad}}"]\nmetric_list: [{metric: acc}]'
-    writing = "generation_kwargs: {until: [zzz], max_gen_toks: 5}\nmetric_list: [{metric: exact_match}]"
+    generation = "generation_kwargs: {until: [zzz], max_gen_toks: 5}\nmetric_list: [{metric: exact_match}]"
     paths = [
         task_file(tmp_path, "choice", documents, kind="multiple_choice", text='"{{q}}"', target='"{{0}}"', more=choice),
-        task_file(tmp_path, "writing", documents, kind="generate_until", text='"{{q}}"', target='"{{good}}"', more=writing),
+        task_file(tmp_path, "generation", documents, kind="generate_until", text='"{{q}}"', target='"{{good}}"', more=generation),
     ]
     results = harness.run_tasks(tiny_run, [str(path) for path in paths], device="cpu").results
     assert 0 <= results["choice"]["acc"] <= 1
-    assert results["writing"]["exact_match"] in (0.0, 1.0)
+    assert results["generation"]["exact_match"] in (0.0, 1.0)
 
 
-def test_a_continuation_is_scored_from_what_stands_before_it(run_of: Make) -> None:
-    run = run_of("gpt2")
+def test_continuations_are_scored_given_their_context(make_run: MakeRun) -> None:
+    run = make_run("gpt2")
     network = run.network(run.checkpoint(), torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     requests = [
@@ -80,35 +80,36 @@ def test_a_continuation_is_scored_from_what_stands_before_it(run_of: Make) -> No
         for before, after in ((1, 3), (60, 4), (5, 48), (2, 70))
     ]
     with torch.no_grad():
-        likeliest = int(network(torch.tensor([requests[0][0]]))[0, -1].argmax())
-    requests.append((requests[0][0], [likeliest]))
-    answers = harness.score_continuations(network, requests)
+        most_likely = int(network(torch.tensor([requests[0][0]]))[0, -1].argmax())
+    requests.append((requests[0][0], [most_likely]))
+    scores = harness.score_continuations(network, requests)
     context = network.model.context_length
-    for (before, after), (logprob, greedy) in zip(requests, answers, strict=True):
-        ids, expected, all_likeliest = [*before, *after], 0.0, True
+    for (before, after), (logprob, greedy) in zip(requests, scores, strict=True):
+        ids, expected, all_greedy = [*before, *after], 0.0, True
         for position in range(len(before), len(ids)):
+            # windows are counted from the end: the last `context` ids are scored in one window
             end = len(ids) if len(ids) - position <= context else len(ids) - (len(ids) - 1 - position) // context * context
             window = ids[max(0, end - context - 1) : end]
             with torch.no_grad():
                 logits = network(torch.tensor([window[:-1]]))[0, position - end]
             expected += float(F.log_softmax(logits, -1)[ids[position]])
-            all_likeliest &= int(logits.argmax()) == ids[position]
+            all_greedy &= int(logits.argmax()) == ids[position]
         assert logprob == pytest.approx(expected, rel=1e-5)
-        assert greedy == all_likeliest
-    assert answers[-1][1]
+        assert greedy == all_greedy
+    assert scores[-1][1]
 
 
-def test_writing_stops_where_the_task_says(tiny_run: Run) -> None:
+def test_generation_stops_at_the_stop_string_of_the_task(tiny_run: Run) -> None:
     network = tiny_run.network(tiny_run.checkpoint(), torch.device("cpu"))
-    whole = harness.continuation(network, tiny_run.tokenizer, "The for", {"max_gen_toks": 12})
-    assert whole == generate(network, tiny_run.tokenizer, "The for", SamplingOptions(12, 0.0, None))[0].text
-    stop = whole[len(whole) // 2 :][:2]
-    assert harness.continuation(network, tiny_run.tokenizer, "The for", {"max_gen_toks": 12, "until": stop}) == whole.split(stop)[0]
+    full = harness.complete(network, tiny_run.tokenizer, "The for", {"max_gen_toks": 12})
+    assert full == generate(network, tiny_run.tokenizer, "The for", SamplingOptions(12, 0.0, None))[0].text
+    stop = full[len(full) // 2 :][:2]
+    assert harness.complete(network, tiny_run.tokenizer, "The for", {"max_gen_toks": 12, "until": stop}) == full.split(stop)[0]
 
 
-def test_a_task_file_must_name_its_task(tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_file_without_a_task_line_is_an_error(tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness.verify, "require", lambda *arguments: None)
-    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an extra too heavy for the tests' environment")
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     (tmp_path / "a.yaml").write_text("dataset_path: json\n")
-    with pytest.raises(InputError, match="names no task"):
+    with pytest.raises(InputError, match="no `task:` line"):
         harness.run_tasks(tiny_run, [str(tmp_path / "a.yaml")])

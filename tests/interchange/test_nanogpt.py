@@ -1,4 +1,4 @@
-"""nanoGPT's checkpoints, which are pickles: refused, read when trusted without running anything, and the same model then."""
+"""Import of nanoGPT checkpoints: their code is never executed, and the model equals a reference implementation."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def weights(vocabulary: int, bias: bool) -> dict[str, Tensor]:
     width = SHAPE["n_embd"]
     shapes: dict[str, tuple[int, ...]] = {"transformer.wte.weight": (vocabulary, width), "transformer.wpe.weight": (24, width)}
     for layer in range(SHAPE["n_layer"]):
-        here = f"transformer.h.{layer}"
+        prefix = f"transformer.h.{layer}"
         inner = {"ln_1": (width,), "attn.c_attn": (3 * width, width), "attn.c_proj": (width, width), "ln_2": (width,)}
         for name, shape in {**inner, "mlp.c_fc": (4 * width, width), "mlp.c_proj": (width, 4 * width)}.items():
-            shapes[f"{here}.{name}.weight"] = shape
+            shapes[f"{prefix}.{name}.weight"] = shape
             if bias:
-                shapes[f"{here}.{name}.bias"] = shape[:1]
+                shapes[f"{prefix}.{name}.bias"] = shape[:1]
     shapes["transformer.ln_f.weight"] = (width,)
     if bias:
         shapes["transformer.ln_f.bias"] = (width,)
@@ -40,7 +40,7 @@ def weights(vocabulary: int, bias: bool) -> dict[str, Tensor]:
 
 
 def logits(state: dict[str, Tensor], ids: Tensor) -> Tensor:
-    """What the published program computes, from its description: pre-norm GPT-2 with the exact GELU."""
+    """Reference implementation of nanoGPT's forward pass: pre-norm GPT-2 with exact GELU."""
 
     def linear(x: Tensor, name: str) -> Tensor:
         return F.linear(x, state[f"{name}.weight"], state.get(f"{name}.bias"))
@@ -51,18 +51,18 @@ def logits(state: dict[str, Tensor], ids: Tensor) -> Tensor:
     T = ids.shape[1]
     x = state["transformer.wte.weight"][ids] + state["transformer.wpe.weight"][:T]
     for layer in range(SHAPE["n_layer"]):
-        here = f"transformer.h.{layer}"
+        prefix = f"transformer.h.{layer}"
         q, k, v = (
             part.view(*part.shape[:2], SHAPE["n_head"], -1).transpose(1, 2)
-            for part in linear(norm(x, f"{here}.ln_1"), f"{here}.attn.c_attn").chunk(3, dim=-1)
+            for part in linear(norm(x, f"{prefix}.ln_1"), f"{prefix}.attn.c_attn").chunk(3, dim=-1)
         )
         scores = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).masked_fill(torch.ones(T, T).triu(1).bool(), float("-inf"))
-        x = x + linear((scores.softmax(-1) @ v).transpose(1, 2).flatten(2), f"{here}.attn.c_proj")
-        x = x + linear(F.gelu(linear(norm(x, f"{here}.ln_2"), f"{here}.mlp.c_fc")), f"{here}.mlp.c_proj")
+        x = x + linear((scores.softmax(-1) @ v).transpose(1, 2).flatten(2), f"{prefix}.attn.c_proj")
+        x = x + linear(F.gelu(linear(norm(x, f"{prefix}.ln_2"), f"{prefix}.mlp.c_fc")), f"{prefix}.mlp.c_proj")
     return linear(norm(x, "transformer.ln_f"), "lm_head")
 
 
-def checkpoint(path: Path, vocabulary: int, bias: bool = True, prefix: str = "") -> dict[str, Tensor]:
+def save_checkpoint(path: Path, vocabulary: int, bias: bool = True, prefix: str = "") -> dict[str, Tensor]:
     state = weights(vocabulary, bias)
     saved: dict[str, Any] = {
         "model": {f"{prefix}{name}": tensor for name, tensor in state.items()},
@@ -76,9 +76,11 @@ def checkpoint(path: Path, vocabulary: int, bias: bool = True, prefix: str = "")
 
 
 @pytest.mark.parametrize(("bias", "prefix"), [(True, ""), (False, "_orig_mod.")])
-def test_a_trusted_checkpoint_is_the_same_model(bias: bool, prefix: str, tmp_path: Path, tokenizers: dict[str, Tokenizer]) -> None:
+def test_a_trusted_checkpoint_computes_the_same_logits(
+    bias: bool, prefix: str, tmp_path: Path, tokenizers: dict[str, Tokenizer]
+) -> None:
     tokenizers["gpt2"].save(tmp_path / "tokenizer.json")
-    state = checkpoint(tmp_path / "ckpt.pt", 448, bias, prefix)
+    state = save_checkpoint(tmp_path / "ckpt.pt", 448, bias, prefix)
     reporter = CollectingReporter()
     import_model(
         tmp_path / "ckpt.pt", tmp_path / "run", tokenizer=tmp_path / "tokenizer.json", trust_pickle=True, reporter=reporter
@@ -89,13 +91,13 @@ def test_a_trusted_checkpoint_is_the_same_model(bias: bool, prefix: str, tmp_pat
     with torch.no_grad():
         torch.testing.assert_close(network(ids), logits(state, ids), atol=1e-5, rtol=1e-5)
     assert run.tokenizer.vocab_size == 448
-    assert reporter.warnings == ["not compared with the original: no other program reads such a file"]
+    assert reporter.warnings == ["not compared with the original: transformers does not read this format"]
 
 
-def test_characters_get_an_end_of_text_that_the_model_never_saw(tmp_path: Path, tokenizers: dict[str, Tokenizer]) -> None:
+def test_special_tokens_missing_from_the_model_get_the_mean_embedding(tmp_path: Path, tokenizers: dict[str, Tokenizer]) -> None:
     tokenizers["char"].save(tmp_path / "chars.json")
     characters = tokenizers["char"].vocab_size - 2
-    state = checkpoint(tmp_path / "ckpt.pt", characters)
+    state = save_checkpoint(tmp_path / "ckpt.pt", characters)
     reporter = CollectingReporter()
     import_model(tmp_path / "ckpt.pt", tmp_path / "run", tokenizer=tmp_path / "chars.json", trust_pickle=True, reporter=reporter)
     run = Run.open(tmp_path / "run")
@@ -103,36 +105,38 @@ def test_characters_get_an_end_of_text_that_the_model_never_saw(tmp_path: Path, 
     ids = torch.randint(characters, (2, 24))
     with torch.no_grad():
         torch.testing.assert_close(network(ids)[..., :characters], logits(state, ids), atol=1e-5, rtol=1e-5)
-    assert reporter.warnings[0].startswith("the model never saw <|endoftext|>, <|unknown|>")
+    assert reporter.warnings[0].startswith("the model has no embedding for <|endoftext|>, <|unknown|>")
 
 
 class Trap:
+    """An object that creates the folder `$TRAP` when it is unpickled."""
+
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, (os.environ["TRAP"],)
 
 
-def test_a_pickle_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRAP", str(tmp_path / "sprung"))
+def test_code_in_a_pickle_is_never_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAP", str(tmp_path / "executed"))
     torch.save({"model": Trap()}, tmp_path / "ckpt.pt")
-    with pytest.raises(InputError, match="is a pickle, which can execute code"):
+    with pytest.raises(InputError, match="is a pickle, and loading a pickle can execute code"):
         import_model(tmp_path / "ckpt.pt", tmp_path / "run")
-    with pytest.raises(InputError, match="more than tensors and plain values"):
+    with pytest.raises(InputError, match="objects other than tensors and plain values"):
         import_model(tmp_path / "ckpt.pt", tmp_path / "run", trust_pickle=True)
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
 
 
-def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
-    for name, content, told in (
-        ("notes.txt", b"hello", "is neither a Hugging Face folder nor a file of torch.save"),
-        ("empty.pt", b"", "is neither a Hugging Face folder"),
-        ("model.safetensors", b"", "weights alone name no model"),
+def test_files_that_are_not_nanogpt_checkpoints_are_rejected(tmp_path: Path) -> None:
+    for name, content, message in (
+        ("notes.txt", b"hello", "neither a Hugging Face folder nor a torch.save file"),
+        ("empty.pt", b"", "neither a Hugging Face folder"),
+        ("model.safetensors", b"", "a weights file does not describe the model"),
     ):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(InputError, match=message):
             import_model(tmp_path / name, tmp_path / "run", trust_pickle=True)
     torch.save({"state": torch.zeros(3)}, tmp_path / "other.pt")
-    with pytest.raises(InputError, match="is no checkpoint of nanoGPT"):
+    with pytest.raises(InputError, match="not a nanoGPT checkpoint"):
         import_model(tmp_path / "other.pt", tmp_path / "run", trust_pickle=True)
-    checkpoint(tmp_path / "ckpt.pt", 300)
-    with pytest.raises(InputError, match="has no tokenizer beside it"):
+    save_checkpoint(tmp_path / "ckpt.pt", 300)
+    with pytest.raises(InputError, match="does not include a tokenizer"):
         import_model(tmp_path / "ckpt.pt", tmp_path / "run", trust_pickle=True)

@@ -1,4 +1,4 @@
-"""An ONNX file against onnxruntime."""
+"""ONNX export, checked with onnxruntime."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from exchange import CONTEXT, Make
+from untrained_runs import CONTEXT, MakeRun
 
 from tinylm.errors import WorkError
 from tinylm.interchange import onnx
@@ -17,21 +17,21 @@ for _module in ("onnx", "onnxscript"):
 onnxruntime = pytest.importorskip("onnxruntime")
 
 
-def test_a_file_takes_any_batch_and_length(run_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = run_of("modern", ngram_embeddings=[2, 3], n_kv_head=2, value_residual=True, tokenizer="digits2")
-    done = export(run, "onnx", tmp_path / "model.onnx")
-    assert done.largest_difference <= 1e-4
+def test_onnx_file_accepts_any_batch_size_and_length(make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run("modern", ngram_embeddings=[2, 3], n_kv_head=2, value_residual=True, tokenizer="digits2")
+    result = export(run, "onnx", tmp_path / "model.onnx")
+    assert result.largest_difference <= 1e-4
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    assert [(put.name, put.shape) for put in session.get_inputs()] == [("input_ids", ["batch", "time"])]
+    assert [(node.name, node.shape) for node in session.get_inputs()] == [("input_ids", ["batch", "time"])]
     network = run.network(run.checkpoint(), torch.device("cpu"))
     for shape in ((1, 1), (4, 2), (2, CONTEXT)):
         ids = torch.randint(network.vocab_size, shape)
-        found = torch.from_numpy(session.run(None, {"input_ids": ids.numpy()})[0])
+        logits = torch.from_numpy(session.run(None, {"input_ids": ids.numpy()})[0])
         with torch.no_grad():
-            torch.testing.assert_close(found, network(ids), atol=1e-4, rtol=0)
+            torch.testing.assert_close(logits, network(ids), atol=1e-4, rtol=0)
     assert session.get_modelmeta().custom_metadata_map["context_length"] == str(CONTEXT)
 
     with torch.no_grad():
         network.final_norm.weight.mul_(1.01)  # type: ignore[operator, union-attr]
-    with pytest.raises(WorkError, match="the ONNX file is not the same model"):
+    with pytest.raises(WorkError, match="the ONNX file does not compute the same model"):
         onnx.check_export(tmp_path / "model.onnx", network, run.tokenizer, "The for statement is used to iterate.")

@@ -1,4 +1,4 @@
-"""Decoding one token at a time gives the numbers of reading everything at once, for every part a recipe can name."""
+"""Decoding token by token gives the logits of a full forward pass, for every model setting."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import PRESETS, VOCABULARY, ids, model
+from tiny import PRESETS, ids, model
 from torch import nn
 
 from tinylm.model.decoder import Decoder
 from tinylm.model.packed import WEIGHT_KINDS, Int8Linear, WeightKind, pack
 
-KINDS: list[dict[str, Any]] = [
+SETTINGS: list[dict[str, Any]] = [
     {},
     {"n_kv_head": 2},
     {"ngram_embeddings": [2, 4], "ngram_rows": 97},
@@ -30,103 +30,103 @@ KINDS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("parts", KINDS, ids=str)
+@pytest.mark.parametrize("overrides", SETTINGS, ids=str)
 @pytest.mark.parametrize("preset", PRESETS)
 @torch.inference_mode()
-def test_a_step_gives_the_logits_of_reading_at_once_in_rows_at_different_places(preset: str, parts: dict[str, Any]) -> None:
-    network, tokens, starts = model(preset, **parts), ids(3, 16), (5, 3, 8)
-    decoder, whole = Decoder(network), network(tokens)
-    cache = decoder.cache(3)
+def test_steps_give_the_logits_of_a_full_pass_for_rows_of_different_lengths(preset: str, overrides: dict[str, Any]) -> None:
+    network, tokens, starts = model(preset, **overrides), ids(3, 16), (5, 3, 8)
+    decoder, full_pass = Decoder(network), network(tokens)
+    cache = decoder.new_cache(3)
     for row, start in enumerate(starts):
-        torch.testing.assert_close(decoder.read(cache, row, tokens[row, :start]), whole[row, start - 1], atol=3e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            decoder.prefill(cache, row, tokens[row, :start]), full_pass[row, start - 1], atol=3e-5, rtol=1e-5
+        )
     for step in range(8):
         logits = decoder.step(cache, torch.stack([tokens[row, start + step] for row, start in enumerate(starts)]))
-        expected = torch.stack([whole[row, start + step] for row, start in enumerate(starts)])
+        expected = torch.stack([full_pass[row, start + step] for row, start in enumerate(starts)])
         torch.testing.assert_close(logits, expected, atol=3e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("preset", PRESETS)
 @torch.inference_mode()
-def test_rows_can_be_shared_moved_and_left_out(preset: str, compiled: bool) -> None:
+def test_rows_can_be_copied_reordered_and_dropped(preset: str, compiled: bool) -> None:
     if compiled:
         pytest.importorskip("numba", reason="needs tinylm[fast]")
     network, tokens = model(preset, ngram_embeddings=[2, 3], ngram_rows=97), ids(4, 16)
     decoder = Decoder(network, compiled=compiled)
-    cache = decoder.cache(4)
-    decoder.read(cache, 0, tokens[0, :6])
-    cache.share(0, range(1, 4))
-    more = tokens[:, 6:9]
+    cache = decoder.new_cache(4)
+    decoder.prefill(cache, 0, tokens[0, :6])
+    cache.copy_row(0, range(1, 4))
+    continuations = tokens[:, 6:9]
     for step in range(2):
-        decoder.step(cache, more[:, step])
-    cache.take([3], [1])
-    cache.use(2)
-    logits = decoder.step(cache, more[[0, 3], 2])
-    read = torch.cat((tokens[:1, :6].expand(4, -1), more), dim=1)
-    torch.testing.assert_close(logits, network(read)[[0, 3], -1], atol=3e-5, rtol=1e-5)
+        decoder.step(cache, continuations[:, step])
+    cache.reorder([3], [1])
+    cache.set_active_rows(2)
+    logits = decoder.step(cache, continuations[[0, 3], 2])
+    full = torch.cat((tokens[:1, :6].expand(4, -1), continuations), dim=1)
+    torch.testing.assert_close(logits, network(full)[[0, 3], -1], atol=3e-5, rtol=1e-5)
     assert cache.lengths == [9, 9]
 
 
 @torch.inference_mode()
-def test_what_is_compiled_sees_one_shape_whichever_rows_are_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiler itself takes a minute; here it hands the function back and notes what it is given."""
+def test_torch_compile_sees_static_shapes_for_any_number_of_active_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.compile`, which takes a minute, is replaced with a wrapper that records the shapes of its inputs."""
     shapes = set()
 
-    def compiler(function: Any, **options: Any) -> Any:
-        def called(stored: Any, read: Any, tokens: Any, positions: Any, span: int, even: bool) -> Any:
-            shapes.add((stored[0].keys.shape, tokens.shape, positions.shape, span, even))
-            return function(stored, read, tokens, positions, span, even)
+    def record_shapes(function: Any, **options: Any) -> Any:
+        def recorded(layers: Any, cached_tokens: Any, tokens: Any, positions: Any, kv_length: int, same_length: bool) -> Any:
+            shapes.add((layers[0].keys.shape, tokens.shape, positions.shape, kv_length, same_length))
+            return function(layers, cached_tokens, tokens, positions, kv_length, same_length)
 
-        return called
+        return recorded
 
-    monkeypatch.setattr(torch, "compile", compiler)
+    monkeypatch.setattr(torch, "compile", record_shapes)
     network, tokens = model("modern", ngram_embeddings=[2, 3], ngram_rows=97), ids(3, 16)
-    decoder, plain = Decoder(network), Decoder(network)
-    monkeypatch.setattr(decoder, "_compiled", True)  # as on a GPU: a CPU has machine code instead
-    decoder._look_up()
-    caches = [one.cache(3) for one in (decoder, plain)]
+    compiled, plain = Decoder(network, compiled=True, backend="torch"), Decoder(network)
+    caches = [decoder.new_cache(3) for decoder in (compiled, plain)]
     for rows in (1, 3, 2):
-        found = []
-        for one, cache in zip((decoder, plain), caches, strict=True):
-            cache.use(rows)
+        logits = []
+        for decoder, cache in zip((compiled, plain), caches, strict=True):
+            cache.set_active_rows(rows)
             for row in range(rows):
-                one.read(cache, row, tokens[row, : 4 + row])
-            found += [one.step(cache, tokens[:rows, 9]), one.step(cache, tokens[:rows, 10])]
-        torch.testing.assert_close(found[:2], found[2:], atol=2e-5, rtol=1e-5)
+                decoder.prefill(cache, row, tokens[row, : 4 + row])
+            logits += [decoder.step(cache, tokens[:rows, 9]), decoder.step(cache, tokens[:rows, 10])]
+        torch.testing.assert_close(logits[:2], logits[2:], atol=2e-5, rtol=1e-5)
     assert len(shapes) == 1
 
 
 @pytest.mark.parametrize("weights", WEIGHT_KINDS)
 @pytest.mark.parametrize("preset", PRESETS)
 @torch.inference_mode()
-def test_packed_weights_are_the_same_model_within_their_precision(preset: str, weights: WeightKind) -> None:
+def test_a_packed_model_matches_the_original_within_its_precision(preset: str, weights: WeightKind) -> None:
     network, tokens = model(preset), ids(2, 12)
     packed, plain = pack(network, weights), network(tokens)
-    bound = {"fp32": 1e-5, "bf16": 0.05, "int8": 0.15}[weights]
-    assert (packed(tokens) - plain).abs().max() < bound * plain.std()
-    assert torch.equal(network(tokens), plain), "the network itself stays as it was"
+    tolerance = {"fp32": 1e-5, "bf16": 0.05, "int8": 0.15}[weights]
+    assert (packed(tokens) - plain).abs().max() < tolerance * plain.std()
+    assert torch.equal(network(tokens), plain), "packing must not change the network"
     assert packed.embedding.weight is network.embedding.weight
-    cache = (decoder := Decoder(network, weights=weights)).cache(2)
+    cache = (decoder := Decoder(network, weights=weights)).new_cache(2)
     for row in range(2):
-        decoder.read(cache, row, tokens[row, :11])
-    assert (decoder.step(cache, tokens[:, 11]) - plain[:, -1]).abs().max() < bound * plain.std()
+        decoder.prefill(cache, row, tokens[row, :11])
+    assert (decoder.step(cache, tokens[:, 11]) - plain[:, -1]).abs().max() < tolerance * plain.std()
 
 
 @pytest.mark.parametrize("inputs", [8, 16, 30, 88, 100])
 @pytest.mark.parametrize("outputs", [1, 7, 61])
 @pytest.mark.parametrize("rows", [1, 4, 5, 70])
-def test_int8_multiplies_by_weights_that_are_off_by_half_a_step_at_most(inputs: int, outputs: int, rows: int) -> None:
+def test_the_error_of_int8_weights_is_at_most_half_a_quantization_step(inputs: int, outputs: int, rows: int) -> None:
     torch.manual_seed(0)
     linear, x = nn.Linear(inputs, outputs), torch.randn(rows, inputs)
     packed = Int8Linear(linear)
-    steps, scale = packed.weight[:, :inputs].double(), packed.scale.double()[:, None]
-    assert ((steps * scale - linear.weight.double()).abs() <= 0.5 * scale * 1.02).all()
-    exact = x.double() @ (steps * scale).T + linear.bias.double()
+    quantized, scale = packed.weight[:, :inputs].double(), packed.scale.double()[:, None]
+    assert ((quantized * scale - linear.weight.double()).abs() <= 0.5 * scale * 1.02).all()
+    exact = x.double() @ (quantized * scale).T + linear.bias.detach().double()
     torch.testing.assert_close(packed(x).double(), exact, atol=0.02 * float(exact.abs().max()), rtol=0)
 
 
-def test_packing_shares_what_it_can_and_holds_a_quarter_of_the_rest() -> None:
-    network = model("gpt2", vocabulary=VOCABULARY)
+def test_packing_to_int8_replaces_every_linear_layer() -> None:
+    network = model("gpt2")
     packed = pack(network, "int8")
     int8 = sum(module.weight.numel() for module in packed.modules() if isinstance(module, Int8Linear))
     assert int8 == sum(module.weight.numel() for module in network.modules() if isinstance(module, nn.Linear))

@@ -1,4 +1,4 @@
-"""Written-out backward passes against plain formulas, torch's own functions and finite differences."""
+"""Compare hand-written backward passes with plain formulas, PyTorch's functions and finite differences."""
 
 from __future__ import annotations
 
@@ -26,27 +26,26 @@ def _random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, grad
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(grad)
 
 
-def _both(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
-    """What `function` says, and the gradient of a weighted sum of it for each input that wants one."""
+def _output_and_gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+    """The output of `function`, and the gradients of a weighted sum of its elements for the inputs that require one."""
     leaves = [tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in inputs]
-    said = function(*leaves)
-    weights = torch.linspace(-1, 2, said.numel(), dtype=said.dtype).view_as(said)
-    wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    return [said.detach(), *torch.autograd.grad((said * weights).sum(), wanted)]
+    output = function(*leaves)
+    weights = torch.linspace(-1, 2, output.numel(), dtype=output.dtype).view_as(output)
+    return [output.detach(), *torch.autograd.grad((output * weights).sum(), [leaf for leaf in leaves if leaf.requires_grad])]
 
 
-def _near(found: list[Tensor], expected: list[Tensor], share: float) -> None:
-    """Each within `share` of the expected one's length."""
-    for one, two in zip(found, expected, strict=True):
-        assert (one.double() - two.double()).norm() <= share * two.double().norm()
+def _assert_near(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    """Bound the relative error of each tensor in the L2 norm."""
+    for ours, reference in zip(actual, expected, strict=True):
+        assert (ours.double() - reference.double()).norm() <= tolerance * reference.double().norm()
 
 
-# Root-mean-square norm.
+# RMSNorm
 
 
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5), (2, 3, 2, 5)], ids=str)
 @pytest.mark.parametrize("gain", [False, True], ids=["plain", "gain"])
-def test_the_norm_is_its_formula_and_torchs(shape: tuple[int, ...], gain: bool) -> None:
+def test_rms_norm_matches_the_formula_and_torch(shape: tuple[int, ...], gain: bool) -> None:
     x, weight = _random(*shape), _random(5, seed=1) if gain else None
     expected = x / (x.square().mean(dim=-1, keepdim=True) + 0.3).sqrt()
     expected = expected * weight if weight is not None else expected
@@ -55,7 +54,7 @@ def test_the_norm_is_its_formula_and_torchs(shape: tuple[int, ...], gain: bool) 
 
 
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5)], ids=str)
-def test_the_norms_gradients_are_its_slopes(shape: tuple[int, ...]) -> None:
+def test_rms_norm_passes_gradcheck(shape: tuple[int, ...]) -> None:
     x, gain = _random(*shape), _random(5, seed=1)
     assert gradcheck(lambda x: rms_norm(x, None, 0.3), (x,))
     assert gradcheck(lambda x, gain: rms_norm(x, gain, 0.3), (x, gain))
@@ -63,72 +62,72 @@ def test_the_norms_gradients_are_its_slopes(shape: tuple[int, ...]) -> None:
     assert gradcheck(lambda gain: rms_norm(x.detach(), gain, 0.3), (gain,))
 
 
-def test_a_zero_vector_has_a_norm_and_a_gradient() -> None:
+def test_rms_norm_of_zeros_is_finite_and_has_a_gradient() -> None:
     x = torch.zeros(2, 4, requires_grad=True)
-    said = rms_norm(x, None, 1e-6)
-    said.sum().backward()
-    assert not said.any()
+    output = rms_norm(x, None, 1e-6)
+    output.sum().backward()
+    assert not output.any()
     assert x.grad is not None
     torch.testing.assert_close(x.grad, torch.full((2, 4), 1e3))
 
 
-def test_a_norm_of_large_halves_does_not_overflow() -> None:
+def test_rms_norm_of_large_float16_inputs_does_not_overflow() -> None:
     x = torch.full((2, 512), 300.0, dtype=torch.float16)
     assert torch.equal(rms_norm(x, None, 1e-6), torch.ones(2, 512, dtype=torch.float16))
 
 
-def test_a_norm_is_in_the_type_of_what_it_reads_and_its_gain_learns_in_its_own() -> None:
+def test_rms_norm_returns_the_input_dtype_and_gradients_in_their_tensors_dtypes() -> None:
     x, gain = _random(3, 5, dtype=torch.bfloat16), _random(5, dtype=torch.float32)
-    said = rms_norm(x, gain, 1e-6)
-    said.sum().backward()
-    assert (said.dtype, x.grad.dtype, gain.grad.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    output = rms_norm(x, gain, 1e-6)
+    output.sum().backward()
+    assert (output.dtype, x.grad.dtype, gain.grad.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
 
 
-# Rotation.
+# Rotary positions
 
 
-def test_turning_is_a_complex_product_and_its_gradient_turns_back() -> None:
+def test_rotate_is_a_complex_product_and_its_gradient_is_the_conjugate_product() -> None:
     x = _random(2, 6, 3, 8)
     cosines, sines = (table[:, None].double() for table in rope_table(6, 8, 100.0))
-    said, gradient = _both(lambda x: rotate(x, cosines, sines), x)
-    turn = torch.complex(cosines, sines)
-    expected = torch.complex(x[..., :4], x[..., 4:]) * turn
-    torch.testing.assert_close(said, torch.cat((expected.real, expected.imag), dim=-1).detach())
-    came = torch.linspace(-1, 2, said.numel(), dtype=torch.float64).view_as(said)
-    back = torch.complex(came[..., :4], came[..., 4:]) * turn.conj()
+    output, gradient = _output_and_gradients(lambda x: rotate(x, cosines, sines), x)
+    rotation = torch.complex(cosines, sines)
+    expected = torch.complex(x[..., :4], x[..., 4:]) * rotation
+    torch.testing.assert_close(output, torch.cat((expected.real, expected.imag), dim=-1).detach())
+    incoming = torch.linspace(-1, 2, output.numel(), dtype=torch.float64).view_as(output)
+    back = torch.complex(incoming[..., :4], incoming[..., 4:]) * rotation.conj()
     torch.testing.assert_close(gradient, torch.cat((back.real, back.imag), dim=-1))
 
 
-def test_a_rotations_gradients_are_its_slopes() -> None:
+def test_rotate_passes_gradcheck() -> None:
     cosines, sines = (table[:, None] for table in rope_table(5, 4, 10.0))
     assert gradcheck(lambda x: rotate(x, cosines, sines), (_random(2, 5, 3, 4),))
 
 
-def test_a_part_of_a_larger_tensor_is_turned_alone() -> None:
-    whole = _random(2, 5, 6, 4, grad=False)
-    before = whole.clone()
+def test_rotating_a_slice_leaves_the_rest_of_the_tensor_unchanged() -> None:
+    x = _random(2, 5, 6, 4, grad=False)
+    before = x.clone()
     cosines, sines = (table[:, None] for table in rope_table(5, 4, 10.0))
-    turned = rotate(whole[:, :, 1:4], cosines, sines)
-    torch.testing.assert_close(turned, rotate(whole[:, :, 1:4].contiguous(), cosines, sines))
-    assert torch.equal(whole, before)
+    rotated = rotate(x[:, :, 1:4], cosines, sines)
+    torch.testing.assert_close(rotated, rotate(x[:, :, 1:4].contiguous(), cosines, sines))
+    assert torch.equal(x, before)
 
 
-# Squared rectifier.
+# Squared ReLU
 
 
-def test_the_squared_rectifier_is_its_formula_and_its_gradients_are_its_slopes() -> None:
+def test_relu_squared_matches_the_formula_and_passes_gradcheck() -> None:
     x = _random(7, 9)
     torch.testing.assert_close(relu_squared(x), torch.where(x > 0, x * x, 0.0))
     assert gradcheck(relu_squared, (x,))
 
 
-# The summed loss over a vocabulary.
+# Summed cross-entropy
 
 N, C, V = 7, 4, 11
 TARGETS = torch.tensor([3, -100, 0, 10, -1, 3, 5])
 
 
-def _plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None) -> Tensor:
+def _reference_loss(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None) -> Tensor:
     logits = hidden @ weight.T
     logits = logits if cap is None else cap * torch.tanh(logits / cap)
     return F.cross_entropy(logits[targets >= 0], targets[targets >= 0], reduction="sum")
@@ -136,19 +135,19 @@ def _plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | No
 
 @pytest.mark.parametrize("cap", CAPS)
 @pytest.mark.parametrize("chunk", [1, 3, 7, 100])
-@pytest.mark.parametrize("elsewhere", [False, True])
-def test_the_summed_loss_is_cross_entropy_over_the_targets_that_count(
-    chunk: int, cap: float | None, elsewhere: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("composite", [False, True])
+def test_summed_cross_entropy_matches_torch_for_the_targets_that_are_not_ignored(
+    chunk: int, cap: float | None, composite: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if elsewhere:
-        monkeypatch.setattr(functions, "_left_to_others", lambda x: True)
+    if composite:
+        monkeypatch.setattr(functions, "prefers_composite_ops", lambda x: True)
     hidden, weight = _random(N, C), _random(V, C, seed=1)
-    ours = _both(lambda h, w: summed_cross_entropy(h, w, TARGETS, cap, chunk), hidden, weight)
-    _near(ours, _both(lambda h, w: _plain_loss(h, w, TARGETS, cap), hidden, weight), 1e-12)
+    ours = _output_and_gradients(lambda h, w: summed_cross_entropy(h, w, TARGETS, cap, chunk), hidden, weight)
+    _assert_near(ours, _output_and_gradients(lambda h, w: _reference_loss(h, w, TARGETS, cap), hidden, weight), 1e-12)
 
 
-def test_the_summed_loss_counted_by_hand() -> None:
-    """Two words whose logits differ by log 3, so that their probabilities are 3/4 and 1/4."""
+def test_summed_cross_entropy_matches_a_hand_computed_example() -> None:
+    """Two tokens whose logits differ by log 3 have probabilities 3/4 and 1/4."""
     hidden, weight = torch.ones(3, 1), torch.tensor([[math.log(3)], [0.0]])
     loss = summed_cross_entropy(hidden, weight, torch.tensor([0, 1, -100]), None, 2)
     assert float(loss) == pytest.approx(-math.log(3 / 4) - math.log(1 / 4))
@@ -156,8 +155,8 @@ def test_the_summed_loss_counted_by_hand() -> None:
 
 @pytest.mark.parametrize("cap", CAPS)
 @pytest.mark.parametrize("chunk", [1, 3, 100])
-def test_the_summed_losss_gradients_are_its_slopes(chunk: int, cap: float | None) -> None:
-    """Central differences, entry by entry: `gradcheck` calls a backward pass twice, and this one is for one use."""
+def test_summed_cross_entropy_gradients_match_finite_differences(chunk: int, cap: float | None) -> None:
+    """Central differences for each element. `gradcheck` would run the backward pass twice, which raises for this function."""
     leaves = [_random(N, C), _random(V, C, seed=1)]
     loss = summed_cross_entropy(*leaves, TARGETS, cap, chunk)
     (2.5 * loss).backward()
@@ -173,31 +172,33 @@ def test_the_summed_losss_gradients_are_its_slopes(chunk: int, cap: float | None
 
 
 @pytest.mark.parametrize("wanted", ["hidden", "weight"])
-def test_one_gradient_alone_is_the_one_of_both(wanted: str) -> None:
+def test_a_gradient_is_the_same_if_it_is_the_only_one_computed(wanted: str) -> None:
     hidden, weight = _random(N, C), _random(V, C, seed=1)
-    _, *both = _both(lambda h, w: summed_cross_entropy(h, w, TARGETS, 1.5, 3), hidden, weight)
+    _, *gradients = _output_and_gradients(lambda h, w: summed_cross_entropy(h, w, TARGETS, 1.5, 3), hidden, weight)
     (hidden if wanted == "weight" else weight).requires_grad_(False)
-    _, alone = _both(lambda h, w: summed_cross_entropy(h, w, TARGETS, 1.5, 3), hidden, weight)
-    assert torch.equal(alone, both[("hidden", "weight").index(wanted)])
+    _, single = _output_and_gradients(lambda h, w: summed_cross_entropy(h, w, TARGETS, 1.5, 3), hidden, weight)
+    assert torch.equal(single, gradients[("hidden", "weight").index(wanted)])
 
 
-def test_a_tied_weight_gathers_both_of_its_gradients() -> None:
+def test_a_tied_weight_accumulates_both_gradients() -> None:
     tokens = torch.tensor([3, 1, 4, 1, 5, 9, 2])
 
     def tied(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return lambda weight: loss(weight[tokens].tanh(), weight)
 
     weight = _random(V, C)
-    ours = _both(tied(lambda h, w: summed_cross_entropy(h, w, TARGETS, 1.5, 3)), weight)
-    _near(ours, _both(tied(lambda h, w: _plain_loss(h, w, TARGETS, 1.5)), weight), 1e-12)
+    ours = _output_and_gradients(tied(lambda h, w: summed_cross_entropy(h, w, TARGETS, 1.5, 3)), weight)
+    _assert_near(ours, _output_and_gradients(tied(lambda h, w: _reference_loss(h, w, TARGETS, 1.5)), weight), 1e-12)
 
 
-def test_without_a_target_loss_and_gradients_are_zero() -> None:
-    ours = _both(lambda h, w: summed_cross_entropy(h, w, torch.full((N,), -100), 1.5, 3), _random(N, C), _random(V, C, seed=1))
+def test_loss_and_gradients_are_zero_if_all_targets_are_ignored() -> None:
+    ours = _output_and_gradients(
+        lambda h, w: summed_cross_entropy(h, w, torch.full((N,), -100), 1.5, 3), _random(N, C), _random(V, C, seed=1)
+    )
     assert not any(tensor.any() for tensor in ours)
 
 
-def test_logits_that_would_overflow_an_exponential_give_a_finite_loss() -> None:
+def test_huge_logits_give_a_finite_loss() -> None:
     hidden, weight = torch.ones(2, 1, requires_grad=True), torch.tensor([[2000.0], [-2000.0]], requires_grad=True)
     loss = summed_cross_entropy(hidden, weight, torch.tensor([0, 1]), None, 1)
     loss.backward()
@@ -207,8 +208,8 @@ def test_logits_that_would_overflow_an_exponential_give_a_finite_loss() -> None:
 
 
 @pytest.mark.parametrize("rows", [1000, 70_000])
-def test_sixteen_bit_gradients_of_a_frequent_target_do_not_overflow(rows: int) -> None:
-    """Made before a gradient scaler can shrink them: an infinity here would stay whatever the scale."""
+def test_float16_gradients_of_a_frequent_target_do_not_overflow(rows: int) -> None:
+    """The gradients are computed before the loss is scaled, so a gradient scaler could not prevent an overflow."""
     hidden = torch.full((rows, 2), 2.0, dtype=torch.float16, requires_grad=True)
     weight = torch.zeros(4, 2, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.float16):
@@ -217,94 +218,96 @@ def test_sixteen_bit_gradients_of_a_frequent_target_do_not_overflow(rows: int) -
     torch.testing.assert_close(weight.grad, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_its_backward_pass_cannot_run_twice() -> None:
+def test_a_second_backward_pass_raises() -> None:
     loss = summed_cross_entropy(_random(N, C), _random(V, C, seed=1), TARGETS, None, 3)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError):
         loss.backward()
 
 
-class _Largest(TorchDispatchMode):
-    """Notes the size of the largest tensor that any operation returns."""
+class _LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that any operation returns."""
 
-    numbers = 0
+    numel = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        self.numbers = max([self.numbers, *sizes])
+        self.numel = max([self.numel, *sizes])
         return result
 
 
 @pytest.mark.parametrize("cap", CAPS)
-def test_no_more_than_a_chunk_of_logits_ever_exists_and_none_is_kept(cap: float | None) -> None:
+def test_only_one_chunk_of_logits_exists_at_a_time_and_no_chunk_is_saved(cap: float | None) -> None:
     hidden, weight = _random(640, 8, dtype=torch.float32), _random(1000, 8, dtype=torch.float32, seed=1)
     targets = torch.arange(640)
-    kept: list[int] = []
+    saved: list[int] = []
 
-    def note(tensor: Tensor) -> Tensor:
-        kept.append(tensor.numel())
+    def record(tensor: Tensor) -> Tensor:
+        saved.append(tensor.numel())
         return tensor
 
-    with _Largest() as ours, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with _LargestTensor() as ours, torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         summed_cross_entropy(hidden, weight, targets, cap, 64).backward()
-    with _Largest() as plain:
-        _plain_loss(hidden, weight, targets, cap).backward()
-    assert plain.numbers == 640 * 1000
-    assert ours.numbers == 64 * 1000
-    assert sum(kept) <= hidden.numel() + weight.numel()
+    with _LargestTensor() as plain:
+        _reference_loss(hidden, weight, targets, cap).backward()
+    assert plain.numel == 640 * 1000
+    assert ours.numel == 64 * 1000
+    assert sum(saved) <= hidden.numel() + weight.numel()
 
 
-def test_the_summed_loss_computes_its_products_in_what_autocast_says_and_adds_up_in_float32() -> None:
+def test_summed_cross_entropy_multiplies_in_the_autocast_dtype_and_accumulates_in_float32() -> None:
     hidden, weight = _random(64, 32, dtype=torch.float32), _random(100, 32, dtype=torch.float32, seed=1)
     targets = torch.arange(64)
-    exact = _both(lambda h, w: summed_cross_entropy(h, w, targets, None, 10), hidden, weight)
+    exact = _output_and_gradients(lambda h, w: summed_cross_entropy(h, w, targets, None, 10), hidden, weight)
 
-    def rough(hidden: Tensor, weight: Tensor) -> Tensor:
+    def autocast(hidden: Tensor, weight: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return summed_cross_entropy(hidden, weight, targets, None, 10)
 
-    half = _both(rough, hidden, weight)
+    half = _output_and_gradients(autocast, hidden, weight)
     assert [tensor.dtype for tensor in half] == [torch.float32] * 3
     assert not torch.equal(half[1], exact[1])
-    _near(half, exact, 0.02)
+    _assert_near(half, exact, 0.02)
 
 
-# All of them.
+# All functions
 
 COSINES, SINES = (table[:, None] for table in rope_table(6, 8, 100.0))
 CASES: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
-    "norm": (lambda x: rms_norm(x, None, 1e-5), ((2, 6, 3, 8),)),
-    "norm with gain": (lambda x, gain: rms_norm(x, gain, 1e-5), ((2, 6, 3, 8), (8,))),
+    "rms_norm": (lambda x: rms_norm(x, None, 1e-5), ((2, 6, 3, 8),)),
+    "rms_norm with gain": (lambda x, gain: rms_norm(x, gain, 1e-5), ((2, 6, 3, 8), (8,))),
     "rotation": (lambda x: rotate(x, COSINES, SINES), ((2, 6, 3, 8),)),
-    "squared rectifier": (relu_squared, ((2, 6, 3, 8),)),
+    "relu_squared": (relu_squared, ((2, 6, 3, 8),)),
     "loss": (lambda h, w: summed_cross_entropy(h, w, torch.arange(30) % 20 - 1, 3.0, 7), ((30, 8), (20, 8))),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_bfloat16_is_near_float32(name: str) -> None:
+def test_bfloat16_results_are_close_to_float32(name: str) -> None:
     function, shapes = CASES[name]
-    exact = [_random(*shape, seed=index, dtype=torch.bfloat16) for index, shape in enumerate(shapes)]
-    rough = _both(function, *exact)
-    assert rough[1].dtype == torch.bfloat16
-    _near(rough, _both(function, *(tensor.detach().float().requires_grad_() for tensor in exact)), 0.02)
+    inputs = [_random(*shape, seed=index, dtype=torch.bfloat16) for index, shape in enumerate(shapes)]
+    in_bfloat16 = _output_and_gradients(function, *inputs)
+    assert in_bfloat16[1].dtype == torch.bfloat16
+    _assert_near(
+        in_bfloat16, _output_and_gradients(function, *(tensor.detach().float().requires_grad_() for tensor in inputs)), 0.02
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "loss"])
-def test_what_compilers_and_gpus_get_is_the_same_function(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_composite_version_matches_the_hand_written_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     function, shapes = CASES[name]
     inputs = [_random(*shape, seed=index) for index, shape in enumerate(shapes)]
-    here = _both(function, *inputs)
-    monkeypatch.setattr(functions, "_left_to_others", lambda x: True)
-    _near(_both(function, *inputs), here, 1e-12)
+    expected = _output_and_gradients(function, *inputs)
+    monkeypatch.setattr(functions, "prefers_composite_ops", lambda x: True)
+    _assert_near(_output_and_gradients(function, *inputs), expected, 1e-12)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_second_derivative_is_refused_and_never_wrong(name: str) -> None:
-    """The backward passes are written for one derivative."""
+def test_a_second_derivative_raises(name: str) -> None:
+    """The backward passes support first derivatives only."""
     function, shapes = CASES[name]
     inputs = [_random(*shape, seed=index) for index, shape in enumerate(shapes)]
-    slope = torch.autograd.grad(function(*inputs).square().sum(), inputs[0], create_graph=True)[0]
+    gradient = torch.autograd.grad(function(*inputs).square().sum(), inputs[0], create_graph=True)[0]
     with pytest.raises(RuntimeError):
-        slope.square().sum().backward()
+        gradient.square().sum().backward()

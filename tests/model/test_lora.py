@@ -1,4 +1,4 @@
-"""Low-rank additions: nothing at first, the same as their merged sum later, and all that is trained."""
+"""LoRA: the weights initially have no effect, are the only ones that are trained, and can be merged into the matrices."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import ids, model
 
-from tinylm.cost.plan import lora_parameters
+from tinylm.cost.parameters import lora_parameters
 from tinylm.model import lora
 from tinylm.model.decoder import Decoder
 from tinylm.model.lora import LoraLinear
@@ -17,20 +17,23 @@ from tinylm.optim import groups
 from tinylm.recipe.schema import AdamWOptimizer, LoraSection
 from tinylm.recipe.values import LORA_TARGETS
 
-PARTS: list[tuple[str, dict[str, Any]]] = [
+SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("gpt2", {}),
     ("llama", {"n_kv_head": 2}),
     ("modern", {"ngram_embeddings": [2]}),
 ]
 
 
-def adapted(preset: str = "gpt2", *, rank: int = 3, alpha: float = 6.0, targets: Any = LORA_TARGETS, **parts: Any) -> Transformer:
-    network = model(preset, **parts)
+def with_lora(
+    preset: str = "gpt2", *, rank: int = 3, alpha: float = 6.0, targets: Any = LORA_TARGETS, **overrides: Any
+) -> Transformer:
+    network = model(preset, **overrides)
     lora.attach(network, LoraSection(rank=rank, alpha=alpha, targets=targets), seed=1)
     return network
 
 
-def moved(network: Transformer) -> Transformer:
+def with_random_b(network: Transformer) -> Transformer:
+    """Replace every `lora_b`, which is initially zero, in place."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
@@ -39,13 +42,13 @@ def moved(network: Transformer) -> Transformer:
     return network
 
 
-@pytest.mark.parametrize(("preset", "parts"), PARTS, ids=str)
-def test_an_addition_starts_as_nothing_and_merges_into_the_same_model(preset: str, parts: dict[str, Any]) -> None:
-    plain, network = model(preset, **parts), adapted(preset, **parts)
+@pytest.mark.parametrize(("preset", "overrides"), SETTINGS, ids=str)
+def test_lora_initially_has_no_effect_and_merging_does_not_change_the_output(preset: str, overrides: dict[str, Any]) -> None:
+    plain, network = model(preset, **overrides), with_lora(preset, **overrides)
     tokens = ids()
     with torch.no_grad():
         torch.testing.assert_close(network(tokens), plain(tokens))
-        changed = moved(network)(tokens)
+        changed = with_random_b(network)(tokens)
         assert not torch.allclose(changed, plain(tokens), atol=1e-2)
         lora.merge(network)
         torch.testing.assert_close(network(tokens), changed, atol=1e-4, rtol=1e-4)
@@ -55,37 +58,37 @@ def test_an_addition_starts_as_nothing_and_merges_into_the_same_model(preset: st
 
 @pytest.mark.parametrize("compiled", [False, True])
 @torch.inference_mode()
-def test_a_model_writes_with_its_additions_while_it_is_trained(compiled: bool) -> None:
-    network, tokens = moved(adapted()).eval(), ids(1, 8)
+def test_decoding_uses_the_lora_weights_and_leaves_the_network_unmerged(compiled: bool) -> None:
+    network, tokens = with_random_b(with_lora()).eval(), ids(1, 8)
     decoder = Decoder(network, compiled=compiled)
-    cache = decoder.cache(1)
-    logits = [decoder.read(cache, 0, tokens[0, :5])[None], *(decoder.step(cache, tokens[:, place]) for place in (5, 6))]
+    cache = decoder.new_cache(1)
+    logits = [decoder.prefill(cache, 0, tokens[0, :5])[None], *(decoder.step(cache, tokens[:, position]) for position in (5, 6))]
     torch.testing.assert_close(torch.cat(logits), network(tokens)[0, 4:7], atol=1e-4, rtol=1e-4)
     assert not any(isinstance(module, LoraLinear) for module in decoder.network.modules())
     assert isinstance(network.blocks[0].attention.qkv, LoraLinear)
 
 
-def test_an_addition_is_the_papers_formula() -> None:
-    layer = moved(adapted(rank=2, alpha=5.0)).blocks[0].attention.qkv
+def test_a_lora_layer_matches_the_formula_of_the_paper() -> None:
+    layer = with_random_b(with_lora(rank=2, alpha=5.0)).blocks[0].attention.qkv
     assert isinstance(layer, LoraLinear)
     x = torch.randn(4, 32)
     expected = x @ layer.weight.T + layer.bias + 5.0 / 2 * (x @ layer.lora_a.T @ layer.lora_b.T)
     torch.testing.assert_close(layer(x), expected)
 
 
-@pytest.mark.parametrize(("preset", "parts"), PARTS, ids=str)
+@pytest.mark.parametrize(("preset", "overrides"), SETTINGS, ids=str)
 @pytest.mark.parametrize("targets", [LORA_TARGETS, LORA_TARGETS[:1], LORA_TARGETS[2:]])
-def test_only_additions_to_the_targets_are_trained(preset: str, parts: dict[str, Any], targets: tuple[str, ...]) -> None:
-    network = adapted(preset, targets=targets, **parts)
+def test_only_the_lora_weights_of_the_targets_are_trained(preset: str, overrides: dict[str, Any], targets: tuple[str, ...]) -> None:
+    network = with_lora(preset, targets=targets, **overrides)
     before = {name: parameter.clone() for name, parameter in network.named_parameters()}
     optimizers = groups.build(AdamWOptimizer(name="adamw"), network, network.stacked_matrices())
     for _ in range(2):
         network(ids(), targets=ids(seed=1)).backward()
-        optimizers.set_rate(1.0)
+        optimizers.scale_lr(1.0)
         optimizers.step()
     changed = {name for name, parameter in network.named_parameters() if not torch.equal(parameter, before[name])}
     expected = {f"blocks.{layer}.{target}.lora_{side}" for layer in range(2) for target in targets for side in "ab"}
     assert changed == expected
-    counted = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
-    assert counted == lora_parameters(network.model, LoraSection(rank=3, targets=targets))
+    trainable = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    assert trainable == lora_parameters(network.model, LoraSection(rank=3, targets=targets))
     assert {key.split("/")[1] for key in optimizers.state()} == expected

@@ -1,4 +1,4 @@
-"""The stack against other people's implementations, and the promises every configuration keeps."""
+"""Compare the transformer with other implementations and plain formulas; check properties that hold for every configuration."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import PRESETS, VOCABULARY, ids, model, roughened, section
+from tiny import PRESETS, VOCAB_SIZE, add_noise_, ids, model, section
 from torch import Tensor
 
-from tinylm.model import functions, transformer
-from tinylm.model.cache import KeyValueCache
+from tinylm.cost import memory
+from tinylm.model import functions
+from tinylm.model.cache import KVCache
 from tinylm.model.layers import ForwardContext
 from tinylm.model.objective import CausalObjective
 from tinylm.model.transformer import Transformer
-from tinylm.recipe.presets import PRESETS as PRESET_PARTS
+from tinylm.recipe.presets import PRESETS as PRESET_SETTINGS
 from tinylm.recipe.schema import ModelSection
 
-# The same mathematics as transformers.
+# Equality with Hugging Face transformers
 
 
-def _copy(target: torch.nn.Module, weights: dict[str, Tensor]) -> None:
-    """Fill all of another library's model, or fail: nothing left out, nothing left over."""
+def _load_all(target: torch.nn.Module, weights: dict[str, Tensor]) -> None:
+    """Load weights into another library's model. Raises for missing and unexpected ones."""
     target.load_state_dict(weights, strict=True)
     target.eval()
 
@@ -58,31 +59,31 @@ def _as_llama(network: Transformer) -> dict[str, Tensor]:
     }
     keys = model.kv_heads * model.head_width
     for layer in range(model.n_layer):
-        here, there = f"blocks.{layer}", f"model.layers.{layer}"
-        rows = ours[f"{here}.attention.qkv.weight"].split((model.n_head * model.head_width, keys, keys))
+        our_name, their_name = f"blocks.{layer}", f"model.layers.{layer}"
+        rows = ours[f"{our_name}.attention.qkv.weight"].split((model.n_head * model.head_width, keys, keys))
         for name, weight in zip("qkv", rows, strict=True):
-            theirs[f"{there}.self_attn.{name}_proj.weight"] = weight
-        gate, values = ours[f"{here}.feed_forward.input.weight"].chunk(2)
-        theirs[f"{there}.self_attn.o_proj.weight"] = ours[f"{here}.attention.output.weight"]
-        theirs[f"{there}.mlp.gate_proj.weight"] = gate
-        theirs[f"{there}.mlp.up_proj.weight"] = values
-        theirs[f"{there}.mlp.down_proj.weight"] = ours[f"{here}.feed_forward.output.weight"]
-        theirs[f"{there}.input_layernorm.weight"] = ours[f"{here}.attention_norm.weight"]
-        theirs[f"{there}.post_attention_layernorm.weight"] = ours[f"{here}.feed_forward_norm.weight"]
+            theirs[f"{their_name}.self_attn.{name}_proj.weight"] = weight
+        gate, values = ours[f"{our_name}.feed_forward.input.weight"].chunk(2)
+        theirs[f"{their_name}.self_attn.o_proj.weight"] = ours[f"{our_name}.attention.output.weight"]
+        theirs[f"{their_name}.mlp.gate_proj.weight"] = gate
+        theirs[f"{their_name}.mlp.up_proj.weight"] = values
+        theirs[f"{their_name}.mlp.down_proj.weight"] = ours[f"{our_name}.feed_forward.output.weight"]
+        theirs[f"{their_name}.input_layernorm.weight"] = ours[f"{our_name}.attention_norm.weight"]
+        theirs[f"{their_name}.post_attention_layernorm.weight"] = ours[f"{our_name}.feed_forward_norm.weight"]
         if model.qk_norm:
-            theirs[f"{there}.self_attn.q_norm.weight"] = ours[f"{here}.attention.query_gain"]
-            theirs[f"{there}.self_attn.k_norm.weight"] = ours[f"{here}.attention.key_gain"]
+            theirs[f"{their_name}.self_attn.q_norm.weight"] = ours[f"{our_name}.attention.query_gain"]
+            theirs[f"{their_name}.self_attn.k_norm.weight"] = ours[f"{our_name}.attention.key_gain"]
     return theirs
 
 
-def _agree(network: Transformer, other: torch.nn.Module, length: int) -> None:
+def _assert_same_logits(network: Transformer, other: torch.nn.Module, length: int) -> None:
     tokens = ids(3, length)
     with torch.no_grad():
         torch.testing.assert_close(network(tokens), other(tokens).logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
-    "parts",
+    "overrides",
     [
         {"n_head": 4, "n_embd": 32},
         {"n_head": 1, "n_embd": 24, "n_layer": 3},
@@ -90,12 +91,12 @@ def _agree(network: Transformer, other: torch.nn.Module, length: int) -> None:
         {"n_head": 2, "n_embd": 16, "tie_embeddings": False},
     ],
 )
-def test_preset_gpt2_is_transformers_gpt2(parts: dict[str, Any]) -> None:
+def test_preset_gpt2_matches_transformers_gpt2(overrides: dict[str, Any]) -> None:
     transformers = pytest.importorskip("transformers")
-    network = model("gpt2", **parts)
+    network = model("gpt2", **overrides)
     shape = network.model
     config = transformers.GPT2Config(
-        vocab_size=VOCABULARY,
+        vocab_size=VOCAB_SIZE,
         n_positions=shape.context_length,
         n_embd=shape.n_embd,
         n_layer=shape.n_layer,
@@ -105,14 +106,14 @@ def test_preset_gpt2_is_transformers_gpt2(parts: dict[str, Any]) -> None:
         tie_word_embeddings=shape.tie_embeddings,
     )
     other = transformers.GPT2LMHeadModel(config)
-    _copy(other, _as_gpt2(network))
-    _agree(network, other, shape.context_length)
+    _load_all(other, _as_gpt2(network))
+    _assert_same_logits(network, other, shape.context_length)
 
 
 def _llama_config(network: Transformer) -> dict[str, Any]:
     shape = network.model
     return {
-        "vocab_size": VOCABULARY,
+        "vocab_size": VOCAB_SIZE,
         "max_position_embeddings": shape.context_length,
         "hidden_size": shape.n_embd,
         "intermediate_size": shape.feed_forward_width,
@@ -128,7 +129,7 @@ def _llama_config(network: Transformer) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "parts",
+    "overrides",
     [
         {"n_head": 4, "n_embd": 32},
         {"n_head": 4, "n_kv_head": 2, "n_embd": 48, "n_layer": 3},
@@ -136,24 +137,24 @@ def _llama_config(network: Transformer) -> dict[str, Any]:
         {"n_head": 2, "n_embd": 40, "tie_embeddings": True, "norm_eps": 1e-3},
     ],
 )
-def test_preset_llama_is_transformers_llama(parts: dict[str, Any]) -> None:
+def test_preset_llama_matches_transformers_llama(overrides: dict[str, Any]) -> None:
     transformers = pytest.importorskip("transformers")
-    network = model("llama", **parts)
+    network = model("llama", **overrides)
     other = transformers.LlamaForCausalLM(transformers.LlamaConfig(**_llama_config(network)))
-    _copy(other, _as_llama(network))
-    _agree(network, other, network.model.context_length)
+    _load_all(other, _as_llama(network))
+    _assert_same_logits(network, other, network.model.context_length)
 
 
 @pytest.mark.parametrize("kv_heads", [None, 2])
-def test_llama_with_query_and_key_norms_is_transformers_qwen3(kv_heads: int | None) -> None:
+def test_llama_with_query_and_key_norms_matches_transformers_qwen3(kv_heads: int | None) -> None:
     transformers = pytest.importorskip("transformers")
     network = model("llama", qk_norm=True, n_kv_head=kv_heads)
     other = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**_llama_config(network)))
-    _copy(other, _as_llama(network))
-    _agree(network, other, network.model.context_length)
+    _load_all(other, _as_llama(network))
+    _assert_same_logits(network, other, network.model.context_length)
 
 
-# No part of a recipe is ignored.
+# Every setting has an effect
 
 CHANGES = [
     {"preset": "llama"},
@@ -193,32 +194,36 @@ CHANGES = [
 ]
 
 
-def _same(one: Tensor, two: Tensor) -> bool:
+def _close(one: Tensor, two: Tensor) -> bool:
     return one.shape == two.shape and torch.allclose(one, two, atol=1e-5)
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=str)
-def test_each_part_of_the_recipe_changes_what_the_model_says(change: dict[str, Any]) -> None:
-    tokens = ids()
-    before, after = Transformer(section(), VOCABULARY), Transformer(section(**change), VOCABULARY)
-    started_elsewhere = any(
-        not _same(old, new) for old, new in zip(before.state_dict().values(), after.state_dict().values(), strict=False)
-    ) or list(before.state_dict()) != list(after.state_dict())
-    with torch.no_grad():
-        says_otherwise = not _same(roughened(before).eval()(tokens), roughened(after).eval()(tokens))
-    assert says_otherwise
+def test_every_setting_has_an_effect(change: dict[str, Any]) -> None:
+    """Both models have the same weights where names and shapes match, so that only the setting can change the output."""
+    before, after = Transformer(section(), VOCAB_SIZE), Transformer(section(**change), VOCAB_SIZE)
     if change == {"zero_init_outputs": False}:
-        assert started_elsewhere
+        weights = zip(before.parameters(), after.parameters(), strict=True)
+        assert not all(_close(one, two) for one, two in weights), "it must change the initial weights"
+        return
+    add_noise_(before).eval()
+    add_noise_(after, seed=1).eval()
+    shapes = {name: value.shape for name, value in after.state_dict().items()}
+    shared = {name: value for name, value in before.state_dict().items() if shapes.get(name) == value.shape}
+    assert shared or "n_embd" in change
+    after.load_state_dict(shared, strict=False)
+    with torch.no_grad():
+        assert not _close(before(ids()), after(ids()))
 
 
-def test_context_length_is_the_most_that_fits() -> None:
+def test_more_positions_than_the_context_length_raise() -> None:
     short, long = model(context_length=8), model(context_length=9)
-    assert long(ids(1, 9)).shape == (1, 9, VOCABULARY)
-    with pytest.raises(ValueError, match="9 positions do not fit the context of 8"):
+    assert long(ids(1, 9)).shape == (1, 9, VOCAB_SIZE)
+    with pytest.raises(ValueError, match="9 positions do not fit in the context length of 8"):
         short(ids(1, 9))
 
 
-def test_dropout_acts_in_training_and_only_there() -> None:
+def test_dropout_is_active_only_in_training_mode() -> None:
     network, plain = model(dropout=0.5), model()
     tokens = ids()
     assert torch.equal(network(tokens), plain(tokens))
@@ -226,22 +231,22 @@ def test_dropout_acts_in_training_and_only_there() -> None:
     assert not torch.equal(network(tokens), network(tokens))
 
 
-@pytest.mark.parametrize("preset", ["modern", "gpt2", "llama"])
-def test_attention_has_its_own_dropout_or_that_of_the_rest(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, seen = torch.nn.functional.scaled_dot_product_attention, set()
+@pytest.mark.parametrize("preset", PRESETS)
+def test_attention_dropout_defaults_to_dropout_except_in_preset_modern(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention, seen = torch.nn.functional.scaled_dot_product_attention, set()
 
-    def watched(*tensors: torch.Tensor, dropout_p: float = 0.0, **rest: Any) -> torch.Tensor:
+    def recorded(*tensors: torch.Tensor, dropout_p: float = 0.0, **rest: Any) -> torch.Tensor:
         seen.add(dropout_p)
-        return plain(*tensors, dropout_p=dropout_p, **rest)
+        return attention(*tensors, dropout_p=dropout_p, **rest)
 
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
-    for parts, expected in (
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
+    for overrides, expected in (
         ({"dropout": 0.3}, 0.0 if preset == "modern" else 0.3),
         ({"attention_dropout": 0.2}, 0.2),
         ({"dropout": 0.3, "attention_dropout": 0.0}, 0.0),
     ):
         seen.clear()
-        network = model(preset, **parts)
+        network = model(preset, **overrides)
         network.train()(ids())
         assert seen == {expected}
         assert network.model.uses_dropout
@@ -249,7 +254,7 @@ def test_attention_has_its_own_dropout_or_that_of_the_rest(preset: str, monkeypa
         assert seen == {expected, 0.0}
 
 
-def test_dropout_leaves_out_its_share_and_keeps_the_mean() -> None:
+def test_dropout_zeroes_its_share_of_elements_and_keeps_the_mean() -> None:
     torch.manual_seed(0)
     x = torch.ones(400, 257, requires_grad=True)
     dropped = functions.Dropout(0.3)(x)
@@ -259,15 +264,15 @@ def test_dropout_leaves_out_its_share_and_keeps_the_mean() -> None:
     assert sorted(dropped.detach().unique().tolist()) == pytest.approx([0.0, 1 / 0.7], rel=1e-4)
     assert torch.equal(x.grad, dropped.detach())
     columns = (dropped == 0).float().mean(0)
-    assert float(columns.std()) == pytest.approx((0.21 / 400) ** 0.5, rel=0.15), "each number by itself"
+    assert float(columns.std()) == pytest.approx((0.21 / 400) ** 0.5, rel=0.15), "elements must be dropped independently"
     torch.manual_seed(0)
     assert torch.equal(functions.Dropout(0.3)(x), dropped)
     assert torch.equal(functions.Dropout(0.3).eval()(x), x)
     assert not functions.Dropout(1.0)(x).any()
 
 
-def test_every_part_that_a_preset_sets_is_tested_above() -> None:
-    elsewhere = {
+def test_every_model_setting_is_tested() -> None:
+    tested_elsewhere = {
         "context_length",
         "dropout",
         "attention_dropout",
@@ -276,35 +281,37 @@ def test_every_part_that_a_preset_sets_is_tested_above() -> None:
         "freeze_embeddings",
         "init_from",
     }
-    tested = {key for change in CHANGES for key in change} | elsewhere
+    tested = {key for change in CHANGES for key in change} | tested_elsewhere
     assert tested == set(ModelSection.model_fields)
-    assert all(set(parts) <= tested for parts in PRESET_PARTS.values())
+    assert all(set(overrides) <= tested for overrides in PRESET_SETTINGS.values())
 
 
-def test_norms_after_the_sums_differ_from_norms_before_them_also_when_parallel() -> None:
+def test_norm_positions_and_parallel_residuals_all_give_different_logits() -> None:
     tokens = ids()
-    said = [
-        model(norm_position=where, parallel_residual=parallel)(tokens) for where in ("pre", "post") for parallel in (False, True)
+    logits = [
+        model(norm_position=position, parallel_residual=parallel)(tokens)
+        for position in ("pre", "post")
+        for parallel in (False, True)
     ]
-    assert not any(_same(said[a], said[b]) for a in range(4) for b in range(a))
+    assert not any(_close(logits[a], logits[b]) for a in range(4) for b in range(a))
 
 
-def test_the_soft_cap_bounds_every_logit() -> None:
-    loud = model(logit_softcap=0.5)(ids())
-    assert loud.abs().max() < 0.5
-    torch.testing.assert_close(loud, 0.5 * torch.tanh(model()(ids()) / 0.5))
+def test_soft_capping_bounds_every_logit() -> None:
+    capped = model(logit_softcap=0.5)(ids())
+    assert capped.abs().max() < 0.5
+    torch.testing.assert_close(capped, 0.5 * torch.tanh(model()(ids()) / 0.5))
 
 
 @pytest.mark.parametrize(("multiple", "width"), [(8 / 3, 88), (4.0, 128), (1.1, 32), (0.01, 8)])
-def test_the_feed_forward_width_is_the_nearest_multiple_of_eight(multiple: float, width: int) -> None:
+def test_the_feed_forward_width_is_rounded_to_a_multiple_of_eight(multiple: float, width: int) -> None:
     network = model(feed_forward_multiple=multiple)
     assert network.model.feed_forward_width == width
     assert network.blocks[0].feed_forward.output.weight.shape == (32, width)
 
 
-# What holds for every configuration.
+# Properties of every configuration
 
-KINDS: list[tuple[str, dict[str, Any]]] = [
+CONFIGURATIONS: list[tuple[str, dict[str, Any]]] = [
     *((preset, {}) for preset in PRESETS),
     ("llama", {"n_kv_head": 2}),
     ("modern", {"n_kv_head": 1, "norm_position": "post"}),
@@ -316,49 +323,49 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("preset", "parts"), KINDS, ids=str)
-def test_a_later_token_never_changes_an_earlier_logit(preset: str, parts: dict[str, Any]) -> None:
-    network = model(preset, **parts)
+@pytest.mark.parametrize(("preset", "overrides"), CONFIGURATIONS, ids=str)
+def test_a_later_token_never_changes_an_earlier_logit(preset: str, overrides: dict[str, Any]) -> None:
+    network = model(preset, **overrides)
     tokens = ids(1, 12)
     before = network(tokens)
-    for place in (3, 8, 11):
+    for position in (3, 8, 11):
         changed = tokens.clone()
-        changed[0, place:] = (changed[0, place:] + 7) % VOCABULARY
+        changed[0, position:] = (changed[0, position:] + 7) % VOCAB_SIZE
         after = network(changed)
-        torch.testing.assert_close(after[:, :place], before[:, :place], atol=1e-6, rtol=1e-6)
-        assert not torch.allclose(after[:, place], before[:, place], atol=1e-3)
+        torch.testing.assert_close(after[:, :position], before[:, :position], atol=1e-6, rtol=1e-6)
+        assert not torch.allclose(after[:, position], before[:, position], atol=1e-3)
 
 
-@pytest.mark.parametrize(("preset", "parts"), KINDS, ids=str)
-def test_an_earlier_token_reaches_every_later_logit(preset: str, parts: dict[str, Any]) -> None:
-    network = model(preset, **parts)
+@pytest.mark.parametrize(("preset", "overrides"), CONFIGURATIONS, ids=str)
+def test_the_first_token_affects_every_later_logit(preset: str, overrides: dict[str, Any]) -> None:
+    network = model(preset, **overrides)
     tokens = ids(1, 12)
     changed = tokens.clone()
-    changed[0, 0] = (changed[0, 0] + 7) % VOCABULARY
-    moved = (network(changed) - network(tokens)).abs().amax(dim=-1)[0]
-    assert (moved > 1e-5).all()
+    changed[0, 0] = (changed[0, 0] + 7) % VOCAB_SIZE
+    difference = (network(changed) - network(tokens)).abs().amax(dim=-1)[0]
+    assert (difference > 1e-5).all()
 
 
-@pytest.mark.parametrize(("preset", "parts"), KINDS, ids=str)
-def test_reading_through_the_cache_gives_the_logits_of_reading_at_once(preset: str, parts: dict[str, Any]) -> None:
-    network = model(preset, **parts)
+@pytest.mark.parametrize(("preset", "overrides"), CONFIGURATIONS, ids=str)
+def test_a_cached_forward_pass_gives_the_logits_of_a_full_pass(preset: str, overrides: dict[str, Any]) -> None:
+    network = model(preset, **overrides)
     tokens = ids(2, 16)
-    cache = KeyValueCache(network.model, 2, 16, device=torch.device("cpu"), dtype=torch.float32).rows()
-    said, at = [], 0
+    cache = KVCache(network.model, 2, 16, device=torch.device("cpu"), dtype=torch.float32).row_slice()
+    logits, start = [], 0
     with torch.no_grad():
-        for step in (5, 1, 1, 4, 1, 3, 1):  # the prompt, then one or several at a time
-            said.append(network(tokens[:, at : at + step], cache))
-            at += step
-            assert cache.length == at
-        torch.testing.assert_close(torch.cat(said, dim=1), network(tokens), atol=2e-5, rtol=1e-5)
+        for step in (5, 1, 1, 4, 1, 3, 1):  # a prompt, then one or more tokens at a time
+            logits.append(network(tokens[:, start : start + step], cache))
+            start += step
+            assert cache.length == start
+        torch.testing.assert_close(torch.cat(logits, dim=1), network(tokens), atol=2e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="17 positions do not fit"):
         network(tokens[:, :1], cache)
 
 
-@pytest.mark.parametrize(("preset", "parts"), KINDS, ids=str)
-def test_gradients_are_the_slopes_of_the_loss(preset: str, parts: dict[str, Any]) -> None:
-    """Central differences in float64 along one random direction through all parameters, and along each one's own."""
-    network = model(preset, n_embd=16, feed_forward_multiple=1.0, **{"n_layer": 2, **parts}).double()
+@pytest.mark.parametrize(("preset", "overrides"), CONFIGURATIONS, ids=str)
+def test_gradients_match_finite_differences(preset: str, overrides: dict[str, Any]) -> None:
+    """Central differences in float64, along a random direction for each parameter."""
+    network = model(preset, n_embd=16, feed_forward_multiple=1.0, **{"n_layer": 2, **overrides}).double()
     tokens = ids(2, 9)
 
     def loss() -> Tensor:
@@ -382,9 +389,9 @@ def test_gradients_are_the_slopes_of_the_loss(preset: str, parts: dict[str, Any]
         torch.testing.assert_close(slope, (parameter.grad * direction).sum(), atol=1e-5, rtol=1e-5, msg=name)
 
 
-# The parts that no other library has, against their formulas.
+# Settings that other libraries do not have, compared with their formulas
 
-PARTS: list[dict[str, Any]] = [
+SETTINGS: list[dict[str, Any]] = [
     {},
     {"value_embeddings": 1},
     {"value_embeddings": 2, "n_kv_head": 2},
@@ -408,135 +415,135 @@ PARTS: list[dict[str, Any]] = [
 ]
 
 
-def _normal(x: Tensor, eps: float, gain: Tensor | None) -> Tensor:
-    normal = x / (x.square().mean(dim=-1, keepdim=True) + eps).sqrt()
-    return normal if gain is None else normal * gain
+def _rms_norm(x: Tensor, eps: float, gain: Tensor | None) -> Tensor:
+    normed = x / (x.square().mean(dim=-1, keepdim=True) + eps).sqrt()
+    return normed if gain is None else normed * gain
 
 
-def _turned(heads: Tensor, theta: float) -> Tensor:
-    """(time, heads, D): pair i of position t times e^(i t theta^(-2i/D))."""
+def _rotate(heads: Tensor, theta: float) -> Tensor:
+    """Multiply pair j at time t of heads (time, heads, D) by exp(i t theta^(-2j/D))."""
     time, _, width = heads.shape
     angles = torch.outer(torch.arange(time), theta ** (-torch.arange(0, width, 2) / width)).double()[:, None]
     pairs = torch.complex(heads[..., : width // 2], heads[..., width // 2 :]) * torch.polar(torch.ones_like(angles), angles)
     return torch.cat((pairs.real, pairs.imag), dim=-1)
 
 
-def _plainly(network: Transformer, tokens: Tensor) -> Tensor:
-    """Logits of one sequence by the preset modern with any of `PARTS`, head by head; the embedding of n-grams taken as it is."""
+def _reference_logits(network: Transformer, tokens: Tensor) -> Tensor:
+    """Logits of one sequence for preset modern with any of `SETTINGS`, head by head. Uses the network's n-gram embeddings."""
     shape, weights = network.model, dict(network.named_parameters())
     eps, width = shape.norm_eps, shape.head_width
     x = weights["embedding.weight"][tokens]
     if network.ngrams is not None:
         x = x + network.ngrams(tokens[None])[0]
-    x = embedded = _normal(x, eps, weights.get("embedding_norm.weight"))
-    first = None
+    x = embedded = _rms_norm(x, eps, weights.get("embedding_norm.weight"))
+    first_values = None
     for layer in range(shape.n_layer):
-        part = {name.removeprefix(f"blocks.{layer}."): w for name, w in weights.items() if name.startswith(f"blocks.{layer}.")}
+        block = {name.removeprefix(f"blocks.{layer}."): w for name, w in weights.items() if name.startswith(f"blocks.{layer}.")}
         if shape.embedding_shortcut:
-            x = part["residual_mix"][0] * x + part["residual_mix"][1] * embedded
+            x = block["residual_mix"][0] * x + block["residual_mix"][1] * embedded
         rows = (shape.n_head * width, shape.kv_heads * width, shape.kv_heads * width)
-        projected = _normal(x, eps, part.get("attention_norm.weight")) @ part["attention.qkv.weight"].T
+        projected = _rms_norm(x, eps, block.get("attention_norm.weight")) @ block["attention.qkv.weight"].T
         q, k, v = (piece.unflatten(-1, (-1, width)) for piece in projected.split(rows, dim=-1))
-        q = _turned(_normal(q, eps, part.get("attention.query_gain")), 10000.0)
-        k = _turned(_normal(k, eps, part.get("attention.key_gain")), 10000.0)
+        q = _rotate(_rms_norm(q, eps, block.get("attention.query_gain")), 10000.0)
+        k = _rotate(_rms_norm(k, eps, block.get("attention.key_gain")), 10000.0)
         if layer < shape.value_embeddings or shape.n_layer - layer <= shape.value_embeddings:
-            v = v + part["value_embedding.weight"][tokens].unflatten(-1, (-1, width))
-        if first is None:
-            first = v
+            v = v + block["value_embedding.weight"][tokens].unflatten(-1, (-1, width))
+        if first_values is None:
+            first_values = v
         elif shape.value_residual:
-            share = part["attention.value_share"]
-            v = (1 - share) * first + share * v
-        mixed = []
+            share = block["attention.value_share"]
+            v = (1 - share) * first_values + share * v
+        attended = []
         for head in range(shape.n_head):
             group = head * shape.kv_heads // shape.n_head
             scores = q[:, head] @ k[:, group].T / math.sqrt(width)
             later = torch.ones_like(scores, dtype=torch.bool).triu(1)
-            mixed.append(scores.masked_fill(later, float("-inf")).softmax(dim=-1) @ v[:, group])
-        x = x + torch.cat(mixed, dim=-1) @ part["attention.output.weight"].T
-        hidden = _normal(x, eps, part.get("feed_forward_norm.weight")) @ part["feed_forward.input.weight"].T
-        x = x + hidden.clamp_min(0).square() @ part["feed_forward.output.weight"].T
-    logits = _normal(x, eps, weights.get("final_norm.weight")) @ weights["head.weight"].T
+            attended.append(scores.masked_fill(later, float("-inf")).softmax(dim=-1) @ v[:, group])
+        x = x + torch.cat(attended, dim=-1) @ block["attention.output.weight"].T
+        hidden = _rms_norm(x, eps, block.get("feed_forward_norm.weight")) @ block["feed_forward.input.weight"].T
+        x = x + hidden.clamp_min(0).square() @ block["feed_forward.output.weight"].T
+    logits = _rms_norm(x, eps, weights.get("final_norm.weight")) @ weights["head.weight"].T
     return logits if shape.logit_softcap is None else shape.logit_softcap * torch.tanh(logits / shape.logit_softcap)
 
 
-@pytest.mark.parametrize("parts", PARTS, ids=str)
-def test_the_preset_modern_with_any_part_is_its_formula(parts: dict[str, Any]) -> None:
-    network = model(n_layer=3, **parts).double()
+@pytest.mark.parametrize("overrides", SETTINGS, ids=str)
+def test_preset_modern_with_any_setting_matches_the_formula(overrides: dict[str, Any]) -> None:
+    network = model(n_layer=3, **overrides).double()
     tokens = ids(2, 11)
     with torch.no_grad():
-        expected = torch.stack([_plainly(network, row) for row in tokens])
+        expected = torch.stack([_reference_logits(network, row) for row in tokens])
         torch.testing.assert_close(network(tokens), expected, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("parts", PARTS[1:], ids=str)
-def test_a_part_makes_a_difference_to_the_same_weights_and_every_parameter_of_it_learns(parts: dict[str, Any]) -> None:
-    network = model(n_layer=3, **parts)
-    shared = {key: value for key, value in parts.items() if key == "n_kv_head"}
+@pytest.mark.parametrize("overrides", SETTINGS[1:], ids=str)
+def test_a_setting_changes_the_output_for_the_same_weights_and_all_parameters_get_gradients(overrides: dict[str, Any]) -> None:
+    network = model(n_layer=3, **overrides)
+    shared = {key: value for key, value in overrides.items() if key == "n_kv_head"}
     without = model(n_layer=3, **shared)
     weights = network.state_dict()
     without.load_state_dict({name: weights.get(name, torch.ones_like(value)) for name, value in without.state_dict().items()})
     tokens, objective = ids(4, 12), CausalObjective()
-    differs = not _same(network(tokens), without(tokens))
-    assert differs == (parts not in ({"norm_gain": False}, {"qk_gain": False})), "a gain of one is no gain"
-    assert network.parameter_count() != without.parameter_count() or "logit_softcap" in parts
+    differs = not _close(network(tokens), without(tokens))
+    assert differs == (overrides not in ({"norm_gain": False}, {"qk_gain": False})), "gains of 1 have no effect"
+    assert network.parameter_count() != without.parameter_count() or "logit_softcap" in overrides
     objective.summed_loss(network, objective.example(tokens)).backward()
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.to_dense().abs().max() > 1e-6, name
 
 
-def test_value_embeddings_are_in_so_many_first_and_last_blocks() -> None:
-    def where(count: int, n_layer: int) -> list[int]:
-        network = Transformer(section(value_embeddings=count, n_layer=n_layer), VOCABULARY)
+def test_value_embeddings_are_in_the_first_and_last_blocks() -> None:
+    def layers_with_value_embeddings(count: int, n_layer: int) -> list[int]:
+        network = Transformer(section(value_embeddings=count, n_layer=n_layer), VOCAB_SIZE)
         return [layer for layer, block in enumerate(network.blocks) if block.value_embedding is not None]
 
-    assert where(0, 3) == []
-    assert where(1, 5) == [0, 4]
-    assert where(2, 5) == [0, 1, 3, 4]
-    assert where(9, 3) == [0, 1, 2]
+    assert layers_with_value_embeddings(0, 3) == []
+    assert layers_with_value_embeddings(1, 5) == [0, 4]
+    assert layers_with_value_embeddings(2, 5) == [0, 1, 3, 4]
+    assert layers_with_value_embeddings(9, 3) == [0, 1, 2]
 
 
-# The loss without the logits, and less memory for more time.
+# The summed loss, and activation checkpointing
 
 
-def test_the_summed_loss_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    network, tokens, objective = model(vocabulary=1000), ids(8, 17, vocabulary=1000), CausalObjective()
+def test_the_summed_loss_does_not_compute_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, tokens, objective = model(vocab_size=1000), ids(8, 17, vocab_size=1000), CausalObjective()
     example = objective.example(tokens)
     expected = objective.losses(network, example).sum()
-    monkeypatch.setattr(transformer, "LOSS_BYTES", {"cpu": 0, "gpu": 0})  # as few rows as it takes
+    monkeypatch.setitem(memory.LOSS_BYTES, "cpu", 0)  # the smallest chunks
     monkeypatch.setattr(network, "logits", None)
     torch.testing.assert_close(network(example.inputs, targets=example.targets), expected)
 
 
 def _gradients(network: Transformer, *, recompute: bool) -> tuple[list[Tensor], int]:
-    """The gradients, and how many bytes were kept for them."""
-    objective, kept = CausalObjective(), []
+    """The gradients, and the number of bytes saved for the backward pass."""
+    objective, saved = CausalObjective(), []
     network.recompute = recompute
 
-    def note(tensor: Tensor) -> Tensor:
-        kept.append(tensor.numel() * tensor.itemsize)
+    def record(tensor: Tensor) -> Tensor:
+        saved.append(tensor.numel() * tensor.itemsize)
         return tensor
 
     network.zero_grad()
     torch.manual_seed(5)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         loss = objective.summed_loss(network, objective.example(ids(4, 17)))
-        before = sum(kept)
+        saved_bytes = sum(saved)
     loss.backward()
-    return [parameter.grad.to_dense().clone() for parameter in network.parameters()], before
+    return [parameter.grad.to_dense().clone() for parameter in network.parameters()], saved_bytes
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize(("preset", "parts"), KINDS, ids=str)
-def test_computing_blocks_again_keeps_less_and_gives_the_same_gradients(preset: str, parts: dict[str, Any], dropout: float) -> None:
-    network = model(preset, **{**parts, "n_layer": 4, "dropout": dropout}).double().train()
-    usual, much = _gradients(network, recompute=False)
-    again, little = _gradients(network, recompute=True)
-    assert all(torch.equal(one, two) for one, two in zip(usual, again, strict=True))
-    assert little < 0.5 * much
+@pytest.mark.parametrize(("preset", "overrides"), CONFIGURATIONS, ids=str)
+def test_recomputation_saves_less_and_gives_the_same_gradients(preset: str, overrides: dict[str, Any], dropout: float) -> None:
+    network = model(preset, **{**overrides, "n_layer": 4, "dropout": dropout}).double().train()
+    expected, saved_bytes = _gradients(network, recompute=False)
+    recomputed, recomputed_saved_bytes = _gradients(network, recompute=True)
+    assert all(torch.equal(one, two) for one, two in zip(expected, recomputed, strict=True))
+    assert recomputed_saved_bytes < 0.5 * saved_bytes
 
 
-def test_nothing_is_computed_again_where_nothing_is_learned() -> None:
+def test_recomputation_has_no_effect_without_gradients() -> None:
     network = model()
     network.recompute = True
     tokens = ids()
@@ -544,44 +551,44 @@ def test_nothing_is_computed_again_where_nothing_is_learned() -> None:
         assert torch.equal(network(tokens), model()(tokens))
 
 
-# Starting weights.
+# Initial weights
 
 
-def test_blending_starts_at_half_of_the_first_values_and_none_of_the_embedding() -> None:
-    network = Transformer(section(value_residual=True, embedding_shortcut=True), VOCABULARY)
+def test_initially_values_are_mixed_equally_and_the_embedding_shortcut_is_off() -> None:
+    network = Transformer(section(value_residual=True, embedding_shortcut=True), VOCAB_SIZE)
     assert network.blocks[0].attention.value_share is None
     assert network.blocks[1].attention.value_share.item() == 0.5
     assert network.blocks[0].residual_mix.tolist() == network.blocks[1].residual_mix.tolist() == [1.0, 0.0]
 
 
-def test_the_starting_weights_are_the_seeds_alone() -> None:
+def test_initial_weights_depend_only_on_the_seed() -> None:
     torch.manual_seed(5)
-    one = Transformer(section(), VOCABULARY, seed=3)
+    one = Transformer(section(), VOCAB_SIZE, seed=3)
     torch.manual_seed(6)
-    two, other = Transformer(section(), VOCABULARY, seed=3), Transformer(section(), VOCABULARY, seed=4)
+    two, other = Transformer(section(), VOCAB_SIZE, seed=3), Transformer(section(), VOCAB_SIZE, seed=4)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     assert not torch.equal(one.embedding.weight, other.embedding.weight)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_an_untrained_model_finds_every_token_about_equally_likely(preset: str) -> None:
+def test_the_initial_loss_is_close_to_that_of_a_uniform_distribution(preset: str) -> None:
     network = Transformer(section(preset, n_embd=64), 500).eval()
-    tokens = ids(8, 17, vocabulary=500)
+    tokens = ids(8, 17, vocab_size=500)
     objective = CausalObjective()
     loss = objective.losses(network, objective.example(tokens)).mean()
     assert abs(loss.item() - math.log(500)) < 0.1
 
 
-def test_with_zeroed_outputs_every_block_starts_as_the_identity() -> None:
-    network = Transformer(section(), VOCABULARY).eval()
+def test_with_zero_init_outputs_every_block_starts_as_the_identity() -> None:
+    network = Transformer(section(), VOCAB_SIZE).eval()
     x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
     rotation = network.rope_cosines[:5, None], network.rope_sines[:5, None]
-    said, values = network.blocks[0](x, ForwardContext(ids(2, 5), x, rotation), None)
-    assert torch.equal(said, x)
+    output, values = network.blocks[0](x, ForwardContext(ids(2, 5), x, rotation), None)
+    assert torch.equal(output, x)
     assert values.shape == (2, 5, 4, 8)
 
 
-def test_gpt2_starts_from_its_papers_deviations() -> None:
+def test_gpt2_initial_weights_have_the_standard_deviations_of_the_paper() -> None:
     network = Transformer(section("gpt2", n_embd=128, n_layer=8), 1000)
     assert network.embedding.weight.std().item() == pytest.approx(0.02, rel=0.03)
     assert network.blocks[0].attention.qkv.weight.std().item() == pytest.approx(0.02, rel=0.03)
@@ -589,13 +596,13 @@ def test_gpt2_starts_from_its_papers_deviations() -> None:
     assert not network.blocks[0].attention.qkv.bias.any()
 
 
-def test_a_tied_head_is_the_embedding_itself_and_counted_once() -> None:
+def test_a_tied_head_is_the_embedding_and_is_counted_once() -> None:
     tied, untied = model(tie_embeddings=True), model()
     assert tied.head.weight is tied.embedding.weight
-    assert untied.parameter_count() - tied.parameter_count() == VOCABULARY * 32
+    assert untied.parameter_count() - tied.parameter_count() == VOCAB_SIZE * 32
 
 
-def test_stacked_matrices_name_the_rows_of_queries_keys_values_and_of_gate_and_values() -> None:
+def test_stacked_matrices_lists_the_rows_of_qkv_and_of_gate_and_values() -> None:
     rows = model("llama", n_kv_head=2).stacked_matrices()
     assert rows["blocks.0.attention.qkv.weight"] == (32, 16, 16)
     assert rows["blocks.1.feed_forward.input.weight"] == (88, 88)
@@ -605,7 +612,7 @@ def test_stacked_matrices_name_the_rows_of_queries_keys_values_and_of_gate_and_v
         assert network.get_parameter(name).shape[0] == sum(sizes)
 
 
-def test_the_head_reads_the_hidden_state() -> None:
+def test_logits_are_the_head_applied_to_the_hidden_states() -> None:
     network = model()
     tokens = ids()
     torch.testing.assert_close(network.logits(network.hidden(tokens)), network(tokens))

@@ -1,4 +1,4 @@
-"""Which parameter gets which update, and optimizer state that travels."""
+"""Which optimizer updates which parameter, and saving and restoring the optimizer state."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _decays(optimizers: Optimizers, network: Transformer) -> dict[str, tuple[str
     }
 
 
-def test_adamw_decays_matrices_only() -> None:
+def test_adamw_decays_only_matrices() -> None:
     network, optimizers = _build(AdamWOptimizer(name="adamw", weight_decay=0.3))
     decays = _decays(optimizers, network)
     assert set(decays) == {name for name, _ in network.named_parameters()}
@@ -56,21 +56,19 @@ def test_adamw_decays_matrices_only() -> None:
         assert decays[name] == ("adamw", 0.3 if parameter.ndim == 2 else 0.0), name
 
 
-def test_muon_takes_the_matrices_inside_blocks_and_adamw_the_rest_without_decay() -> None:
+def test_muon_updates_the_matrices_of_blocks_and_adamw_the_rest_without_decay() -> None:
     network, optimizers = _build(MuonOptimizer(name="muon", weight_decay=0.3))
     decays = _decays(optimizers, network)
     assert set(decays) == {name for name, _ in network.named_parameters()}
     for name, parameter in network.named_parameters():
-        inside = name.startswith("blocks.") and parameter.ndim == 2
-        assert decays[name] == (("muon", 0.3) if inside else ("adamw", 0.0)), name
+        is_matrix = name.startswith("blocks.") and parameter.ndim == 2
+        assert decays[name] == (("muon", 0.3) if is_matrix else ("adamw", 0.0)), name
 
 
-def test_adamw_steps_are_torchs_plain_adamw() -> None:
+def test_adamw_steps_equal_those_of_unfused_torch_adamw() -> None:
     section = AdamWOptimizer(name="adamw", lr=3e-3, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.2)
-    network, twin = (
-        model("gpt2").double(),
-        model("gpt2").double(),
-    )  # a key's bias has no gradient but rounding, which Adam would amplify
+    # In float64, because the gradient of a key bias is rounding noise, which Adam amplifies.
+    network, twin = model("gpt2").double(), model("gpt2").double()
     optimizers = groups.build(section, network, {})
     other = torch.optim.AdamW(
         [
@@ -92,26 +90,26 @@ def test_adamw_steps_are_torchs_plain_adamw() -> None:
         torch.testing.assert_close(ours, theirs, atol=1e-8, rtol=1e-7)
 
 
-def test_stacked_matrices_reach_muon() -> None:
-    """Told nothing of queries, keys and values, it would take another step."""
+def test_muon_orthogonalizes_stacked_matrices_separately() -> None:
+    """If `stacked` does not name the weight of queries, keys and values, it is orthogonalized as one matrix."""
     section = MuonOptimizer(name="muon")
-    (told, optimizers), (untold, _) = _build(section), _build(section)
-    _step(told, optimizers, 0)
-    _step(untold, groups.build(section, untold, {}), 0)
-    assert not torch.allclose(told.blocks[0].attention.qkv.weight, untold.blocks[0].attention.qkv.weight, atol=1e-4)
-    assert torch.equal(told.blocks[0].attention.output.weight, untold.blocks[0].attention.output.weight)
+    (split, optimizers), (unsplit, _) = _build(section), _build(section)
+    _step(split, optimizers, 0)
+    _step(unsplit, groups.build(section, unsplit, {}), 0)
+    assert not torch.allclose(split.blocks[0].attention.qkv.weight, unsplit.blocks[0].attention.qkv.weight, atol=1e-4)
+    assert torch.equal(split.blocks[0].attention.output.weight, unsplit.blocks[0].attention.output.weight)
 
 
-def test_rates_follow_the_multiplier_from_each_groups_own_peak() -> None:
+def test_learning_rates_are_the_multiplier_times_the_peak_of_each_group() -> None:
     _, optimizers = _build(MuonOptimizer(name="muon", lr=0.5, adamw_lr=0.1))
-    optimizers.set_rate(0.5)
-    optimizers.set_rate(0.2)
+    optimizers.scale_lr(0.5)
+    optimizers.scale_lr(0.2)
     assert [group["lr"] for group in optimizers.parts["muon"].param_groups] == pytest.approx([0.1])
     assert [group["lr"] for group in optimizers.parts["adamw"].param_groups] == pytest.approx([0.02, 0.02])
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.name)
-def test_state_put_back_continues_bit_for_bit(section: Optimizer) -> None:
+def test_training_continues_bit_for_bit_from_a_restored_state(section: Optimizer) -> None:
     network, optimizers = _build(section)
     for seed in range(3):
         _step(network, optimizers, seed)
@@ -120,17 +118,17 @@ def test_state_put_back_continues_bit_for_bit(section: Optimizer) -> None:
     for seed in range(3, 6):
         _step(network, optimizers, seed)
 
-    resumed, others = _build(section)
+    resumed, resumed_optimizers = _build(section)
     resumed.load_state_dict(weights)
-    others.load_state(state)
+    resumed_optimizers.load_state(state)
     for seed in range(3, 6):
-        _step(resumed, others, seed)
+        _step(resumed, resumed_optimizers, seed)
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), resumed.parameters(), strict=True))
-    assert others.state().keys() == optimizers.state().keys()
-    assert all(torch.equal(value, others.state()[name]) for name, value in optimizers.state().items())
+    assert resumed_optimizers.state().keys() == optimizers.state().keys()
+    assert all(torch.equal(value, resumed_optimizers.state()[name]) for name, value in optimizers.state().items())
 
 
-def test_state_put_back_is_not_shared_with_where_it_came_from() -> None:
+def test_a_restored_state_is_a_copy() -> None:
     network, optimizers = _build(SECTIONS[0])
     _step(network, optimizers, 0)
     state = optimizers.state()
@@ -141,14 +139,14 @@ def test_state_put_back_is_not_shared_with_where_it_came_from() -> None:
     assert all(torch.equal(kept[name], value) for name, value in state.items())
 
 
-def test_state_of_an_unknown_parameter_is_refused() -> None:
+def test_the_state_of_an_unknown_parameter_is_rejected() -> None:
     _, optimizers = _build(SECTIONS[1])
     with pytest.raises(KeyError):
         optimizers.load_state({"adamw/no.such.weight/step": torch.zeros(())})
 
 
 @pytest.mark.parametrize(
-    ("device", "units", "asked", "expected"),
+    ("device", "units", "setting", "expected"),
     [
         ("cuda", True, "auto", "bf16"),
         ("cuda", False, "auto", "fp32"),
@@ -159,21 +157,21 @@ def test_state_of_an_unknown_parameter_is_refused() -> None:
         ("cuda", True, "fp32", "fp32"),
     ],
 )
-def test_muon_iterates_in_bfloat16_where_the_device_has_units_for_it_or_as_it_is_told(
-    device: str, units: bool, asked: str, expected: str, monkeypatch: pytest.MonkeyPatch
+def test_newton_schulz_runs_in_the_configured_dtype_and_for_auto_in_bfloat16_if_the_device_has_units_for_it(
+    device: str, units: bool, setting: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: units or including_emulation)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: units)
-    section = MuonOptimizer(name="muon", newton_schulz_dtype=asked)
-    assert groups.orthogonalisation_type(section, torch.device(device)) == expected
+    section = MuonOptimizer(name="muon", newton_schulz_dtype=setting)
+    assert groups.resolve_newton_schulz_dtype(section, torch.device(device)) == expected
 
 
 @pytest.mark.parametrize("coefficients", ["classic", "polar_express"])
-def test_muon_in_bfloat16_moves_the_same_weights_about_as_in_float32(coefficients: str) -> None:
+def test_muon_in_bfloat16_is_close_to_float32(coefficients: str) -> None:
     networks = []
-    for asked in ("fp32", "bf16"):
+    for dtype in ("fp32", "bf16"):
         network = model("gpt2").train()
-        section = MuonOptimizer(name="muon", newton_schulz_dtype=asked, newton_schulz=coefficients)
+        section = MuonOptimizer(name="muon", newton_schulz_dtype=dtype, newton_schulz=coefficients)
         optimizers = groups.build(section, network, network.stacked_matrices())
         generator = torch.Generator().manual_seed(0)
         for parameter in network.parameters():
@@ -181,13 +179,13 @@ def test_muon_in_bfloat16_moves_the_same_weights_about_as_in_float32(coefficient
         optimizers.step()
         networks.append(network)
     for name, start in model("gpt2").named_parameters():
-        exact, rough = (network.get_parameter(name) for network in networks)
-        moves_by_muon = name.startswith("blocks.") and start.ndim == 2
-        assert torch.equal(exact, rough) is not moves_by_muon, name
-        assert (exact - rough).norm() < 0.05 * (exact - start).norm(), name
+        exact, half = (network.get_parameter(name) for network in networks)
+        updated_by_muon = name.startswith("blocks.") and start.ndim == 2
+        assert torch.equal(exact, half) is not updated_by_muon, name
+        assert (exact - half).norm() < 0.05 * (exact - start).norm(), name
 
 
-def test_the_recipes_settings_reach_muon() -> None:
+def test_muon_uses_the_settings_of_the_recipe() -> None:
     section = MuonOptimizer(
         name="muon",
         lr=0.03,

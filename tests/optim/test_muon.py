@@ -1,4 +1,4 @@
-"""Muon against its published algorithm written out plainly, and against torch's own."""
+"""Muon, compared with a plain implementation of the published algorithm and with torch's own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tinylm.optim.muon import COEFFICIENTS, Muon, orthogonalise, orthogonalised
+from tinylm.optim.muon import COEFFICIENTS, Muon, orthogonalize, orthogonalize_all
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
@@ -16,7 +16,7 @@ def _random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def _newton_schulz(gradient: Tensor, steps: int = 5) -> Tensor:
-    """Jordan et al. 2024, `zeropower_via_newtonschulz5`, for one matrix in the precision it comes in."""
+    """`zeropower_via_newtonschulz5` of Jordan et al. 2024 for one matrix, in the precision of its input."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = gradient.T if gradient.shape[0] > gradient.shape[1] else gradient
     x = x / max(float(x.norm()), 1e-7)
@@ -27,7 +27,7 @@ def _newton_schulz(gradient: Tensor, steps: int = 5) -> Tensor:
 
 
 class _PlainMuon:
-    """torch.optim.Muon's documented steps for one matrix, in float64: Nesterov momentum, decay, scaled orthogonal update."""
+    """torch.optim.Muon as documented, for one matrix in float64: Nesterov momentum, decay, scaled orthogonal update."""
 
     def __init__(self, weight: Tensor, lr: float, momentum: float, decay: float) -> None:
         self.weight, self.buffer = weight.double().clone(), torch.zeros_like(weight).double()
@@ -53,16 +53,16 @@ def _train(
     **options: object,
 ) -> list[Tensor]:
     parameters = [nn.Parameter(_random(*shape, seed=index).to(precision)) for index, shape in enumerate(shapes)]
-    trained = optimizer(parameters, **options)
+    instance = optimizer(parameters, **options)
     for step in range(steps):
         for index, parameter in enumerate(parameters):
             parameter.grad = _random(*parameter.shape, seed=100 * step + index + 50).to(precision)
-        trained.step()
+        instance.step()
     return [parameter.detach() for parameter in parameters]
 
 
 @pytest.mark.parametrize("steps", [1, 6])
-def test_steps_are_the_published_algorithm(steps: int) -> None:
+def test_steps_equal_the_published_algorithm(steps: int) -> None:
     ours = _train(SHAPES, steps, Muon, lr=0.05, momentum=0.9, weight_decay=0.2)
     for index, (shape, weight) in enumerate(zip(SHAPES, ours, strict=True)):
         plain = _PlainMuon(_random(*shape, seed=index), 0.05, 0.9, 0.2)
@@ -72,7 +72,7 @@ def test_steps_are_the_published_algorithm(steps: int) -> None:
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
-def test_steps_are_near_torchs_muon_which_computes_in_bfloat16() -> None:
+def test_steps_are_close_to_torchs_muon_which_computes_in_bfloat16() -> None:
     options = {"lr": 0.05, "momentum": 0.95, "weight_decay": 0.1}
     ours = _train(SHAPES, 4, Muon, **options)
     theirs = _train(SHAPES, 4, torch.optim.Muon, adjust_lr_fn="original", **options)
@@ -82,33 +82,33 @@ def test_steps_are_near_torchs_muon_which_computes_in_bfloat16() -> None:
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
-@pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=str)
-def test_steps_are_torchs_muon_where_that_does_not_round_to_bfloat16(
-    dtype: torch.dtype, share: float, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=str)
+def test_steps_equal_torchs_muon_without_its_rounding_to_bfloat16(
+    dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Torch's iteration begins with `grad.bfloat16()`: left out, the two must agree as closely as numbers allow."""
+    """torch casts with `grad.bfloat16()` before it iterates. Without this cast, both must agree up to the precision of `dtype`."""
     options = {"lr": 0.05, "momentum": 0.95, "weight_decay": 0.1}
     ours = _train(SHAPES, 4, Muon, precision=dtype, dtype=dtype, **options)
     monkeypatch.setattr(Tensor, "bfloat16", lambda tensor: tensor.clone())
     theirs = _train(SHAPES, 4, torch.optim.Muon, precision=dtype, adjust_lr_fn="original", **options)
     for index, (one, two) in enumerate(zip(ours, theirs, strict=True)):
         moved = (two - _random(*two.shape, seed=index)).norm()
-        assert (one - two).norm() < share * moved
+        assert (one - two).norm() < tolerance * moved
 
 
-def test_an_iteration_in_bfloat16_is_near_one_in_float32() -> None:
+def test_newton_schulz_in_bfloat16_is_close_to_float32() -> None:
     matrices = [_random(*shape, seed=index) for index, shape in enumerate([(24, 24), (48, 20), (20, 48), (24, 24)])]
-    exact = orthogonalised(matrices, 5, "classic", torch.float32)
-    rough = orthogonalised(matrices, 5, "classic", torch.bfloat16)
-    for one, two in zip(exact, rough, strict=True):
+    exact = orthogonalize_all(matrices, 5, "classic", torch.float32)
+    half = orthogonalize_all(matrices, 5, "classic", torch.bfloat16)
+    for one, two in zip(exact, half, strict=True):
         assert two.dtype == torch.bfloat16
         assert not torch.equal(one, two.float())
         assert (one - two).norm() < 0.05 * one.norm()
 
 
 @pytest.mark.parametrize(("steps", "error"), [(3, 0.275), (4, 0.0135), (5, 2e-4)])
-def test_the_polar_express_brings_singular_values_as_near_to_one_as_it_says(steps: int, error: float) -> None:
-    """Its polynomials one after the other, on numbers in [0.01, 1]."""
+def test_the_polar_express_brings_singular_values_as_close_to_one_as_documented(steps: int, error: float) -> None:
+    """Applies the polynomials to numbers in [0.01, 1]."""
     values = torch.linspace(0.01, 1, 20_001, dtype=torch.float64)
     for a, b, c in COEFFICIENTS["polar_express"][:steps]:
         values = a * values + b * values**3 + c * values**5
@@ -117,8 +117,8 @@ def test_the_polar_express_brings_singular_values_as_near_to_one_as_it_says(step
 
 @pytest.mark.parametrize("shape", [(1, 12, 12), (2, 9, 30), (2, 30, 9)], ids=str)
 @pytest.mark.parametrize("steps", [3, 7])
-def test_the_polar_express_is_its_polynomials_on_the_singular_values(steps: int, shape: tuple[int, ...]) -> None:
-    """After the last polynomial, that one again."""
+def test_the_polar_express_applies_its_polynomials_to_the_singular_values(steps: int, shape: tuple[int, ...]) -> None:
+    """The last polynomial is repeated."""
     matrices = _random(*shape).double()
     left, values, right = torch.linalg.svd(matrices, full_matrices=False)
     values = values / values.norm(dim=-1, keepdim=True)
@@ -126,17 +126,17 @@ def test_the_polar_express_is_its_polynomials_on_the_singular_values(steps: int,
     for step in range(steps):
         a, b, c = polynomials[min(step, len(polynomials) - 1)]
         values = a * values + b * values**3 + c * values**5
-    torch.testing.assert_close(orthogonalise(matrices, steps, "polar_express"), left * values[:, None] @ right)
+    torch.testing.assert_close(orthogonalize(matrices, steps, "polar_express"), left * values[:, None] @ right)
 
 
-def test_matrices_orthogonalised_together_come_back_in_their_order() -> None:
+def test_orthogonalizing_several_matrices_keeps_their_order() -> None:
     matrices = [_random(*shape, seed=index) for index, shape in enumerate(SHAPES)]
-    for matrix, found in zip(matrices, orthogonalised(matrices, 5, "classic", torch.float32), strict=True):
+    for matrix, found in zip(matrices, orthogonalize_all(matrices, 5, "classic", torch.float32), strict=True):
         torch.testing.assert_close(found, _newton_schulz(matrix), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 4, 100])
-def test_the_momentum_rises_evenly_from_85_hundredths(warmup: int) -> None:
+def test_the_momentum_rises_linearly_from_0_85(warmup: int) -> None:
     ours = _train(SHAPES[:2], 7, Muon, lr=0.05, momentum=0.97, momentum_warmup=warmup)
     for index, shape in enumerate(SHAPES[:2]):
         plain = _PlainMuon(_random(*shape, seed=index), 0.05, 0.97, 0.0)
@@ -146,8 +146,8 @@ def test_the_momentum_rises_evenly_from_85_hundredths(warmup: int) -> None:
         torch.testing.assert_close(ours[index].double(), plain.weight, atol=1e-5, rtol=1e-4)
 
 
-def test_cautious_decay_shrinks_only_what_the_update_shrinks_too() -> None:
-    """Weight by weight (Chen et al. 2025)."""
+def test_cautious_decay_shrinks_only_weights_that_the_update_shrinks_too() -> None:
+    """Checked weight by weight (Chen et al. 2025)."""
     lr, decay, rows = 0.05, 0.4, (3, 5)
     parameter = nn.Parameter(_random(8, 4))
     optimizer = Muon([parameter], {parameter: rows}, lr=lr, momentum=0.0, weight_decay=decay, cautious=True)
@@ -160,53 +160,57 @@ def test_cautious_decay_shrinks_only_what_the_update_shrinks_too() -> None:
             direction = _newton_schulz(gradient[start : start + count]) * math.sqrt(max(1, count / 4))
             for i in range(count):
                 for j in range(4):
-                    weight, towards = float(before[start + i, j]), float(direction[i, j])
-                    expected = weight - lr * towards
-                    if weight * towards > 0:
+                    weight, update = float(before[start + i, j]), float(direction[i, j])
+                    expected = weight - lr * update
+                    if weight * update > 0:
                         expected -= lr * decay * weight
                         decayed += 1
                     assert parameter[start + i, j].item() == pytest.approx(expected, abs=1e-5)
         assert 0 < decayed < 8 * 4
 
 
-def test_matrices_of_one_shape_together_step_as_each_alone() -> None:
+def test_matrices_of_the_same_shape_step_in_a_batch_as_they_do_separately() -> None:
     together = _train(SHAPES, 3, Muon)
     for index, shape in enumerate(SHAPES):
         parameter = nn.Parameter(_random(*shape, seed=index))
-        alone = Muon([parameter])
+        separate = Muon([parameter])
         for step in range(3):
             parameter.grad = _random(*shape, seed=100 * step + index + 50)
-            alone.step()
+            separate.step()
         torch.testing.assert_close(together[index], parameter.detach(), atol=1e-6, rtol=1e-5)
 
 
-def test_matrices_stacked_in_one_parameter_step_as_matrices_of_their_own() -> None:
+def test_matrices_stacked_in_one_parameter_step_as_separate_parameters_do() -> None:
     rows = (8, 4, 4)
     stacked = nn.Parameter(_random(16, 8))
     parts = [nn.Parameter(part.clone()) for part in stacked.detach().split(rows)]
-    one, three, blind = Muon([stacked], {stacked: rows}), Muon(parts), Muon([whole := nn.Parameter(stacked.detach().clone())])
+    stacked_muon, parts_muon, whole_muon = (
+        Muon([stacked], {stacked: rows}),
+        Muon(parts),
+        Muon([whole := nn.Parameter(stacked.detach().clone())]),
+    )
     for step in range(3):
         gradient = _random(16, 8, seed=step + 1)
         stacked.grad, whole.grad = gradient, gradient.clone()
         for part, share in zip(parts, gradient.split(rows), strict=True):
             part.grad = share.clone()
-        for optimizer in (one, three, blind):
+        for optimizer in (stacked_muon, parts_muon, whole_muon):
             optimizer.step()
     torch.testing.assert_close(stacked.detach(), torch.cat([part.detach() for part in parts]), atol=1e-6, rtol=1e-5)
     assert (stacked - whole).abs().max() > 1e-2
 
 
-def test_orthogonalised_matrices_have_singular_values_near_one_and_the_same_directions() -> None:
+def test_an_orthogonalized_matrix_has_singular_values_near_one_and_the_same_singular_vectors() -> None:
     matrix = _random(10, 24)
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    values = left.T @ orthogonalise(matrix[None], 5)[0] @ right.T
+    values = left.T @ orthogonalize(matrix[None], 5)[0] @ right.T
     assert 0.6 < values.diagonal().min() < values.diagonal().max() < 1.3
     assert (values - values.diagonal().diag()).abs().max() < 1e-4
 
 
-def test_a_zero_gradient_moves_nothing_and_a_missing_one_is_passed_over() -> None:
-    still, missing = nn.Parameter(_random(4, 4)), nn.Parameter(_random(4, 4, seed=1))
-    still.grad = torch.zeros(4, 4)
-    Muon([still, missing], weight_decay=0.5, lr=0.1).step()
-    torch.testing.assert_close(still.detach(), _random(4, 4) * 0.95)  # the decay alone
+def test_a_zero_gradient_only_decays_the_weight_and_a_missing_one_leaves_it_unchanged() -> None:
+    zero, missing = nn.Parameter(_random(4, 4)), nn.Parameter(_random(4, 4, seed=1))
+    zero.grad = torch.zeros(4, 4)
+    Muon([zero, missing], weight_decay=0.5, lr=0.1).step()
+    torch.testing.assert_close(zero.detach(), _random(4, 4) * 0.95)
     assert torch.equal(missing.detach(), _random(4, 4, seed=1))

@@ -1,4 +1,4 @@
-"""Every key that a recipe accepts is kept, and what is written out reads back as the same recipe."""
+"""Every key of a recipe survives a round trip through YAML."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tinylm.recipe.schema import flattened
 
 BASE = "data: {train: my.txt}\ntraining: {steps: 10}\n"
 
-# For every key of every section: the settings that lead to it, the last of them giving it a value that is not its default.
+# For every key of every section: the overrides that set it; the last one sets it to a value other than its default.
 SETTINGS: dict[str, list[str]] = {
     "Recipe.name": ["name=other"],
     "Recipe.seed": ["seed=7"],
@@ -185,16 +185,16 @@ def read(*settings: str) -> Recipe:
     return loads(BASE, settings, check_files=False)
 
 
-def test_the_table_of_settings_names_every_key_of_the_schema() -> None:
+def test_the_table_of_settings_has_every_key_of_the_schema() -> None:
     assert set(leaves(Recipe)) == set(SETTINGS)
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
-def test_every_key_is_accepted_kept_and_read_back(settings: list[str]) -> None:
+def test_every_key_survives_a_round_trip(settings: list[str]) -> None:
     recipe = read(*settings)
     path, _, written = settings[-1].partition("=")
     changed = changes(read(*settings[:-1]), recipe)
-    assert any(key == path or key.startswith(f"{path}.") for key in changed), "the key makes no difference"
+    assert any(key == path or key.startswith(f"{path}.") for key in changed), "the key has no effect"
     again = loads(recipe.to_yaml(), check_files=False)
     assert again == recipe
     assert changes(recipe, again) == {}
@@ -228,7 +228,7 @@ PARTS = {
 
 
 @pytest.mark.parametrize("part", [setting for settings in PARTS.values() for setting in settings])
-def test_the_resolved_recipe_reads_back_whatever_form_each_part_has(part: str, tmp_path: Path) -> None:
+def test_a_resolved_recipe_survives_a_round_trip_for_every_variant_and_short_form(part: str, tmp_path: Path) -> None:
     for preset in PARTS["preset"]:
         recipe = read(preset, part)
         file = tmp_path / "recipe.yaml"
@@ -262,7 +262,7 @@ def test_the_resolved_recipe_reads_back_whatever_form_each_part_has(part: str, t
         "5.",
     ],
 )
-def test_a_text_that_looks_like_something_else_is_written_so_that_it_stays_a_text(text: str) -> None:
+def test_strings_that_look_like_other_values_stay_strings(text: str) -> None:
     recipe = read()
     data = recipe.data.model_copy(update={"field": text, "train": ("1e-3", f"{text}.txt")})
     sampling = recipe.sampling.model_copy(update={"every": 7, "prompts": (text, "1e6")})
@@ -271,7 +271,7 @@ def test_a_text_that_looks_like_something_else_is_written_so_that_it_stays_a_tex
     assert yaml.safe_load(recipe.to_yaml())["name"] == text
 
 
-def test_the_resolved_recipe_writes_out_every_default() -> None:
+def test_a_resolved_recipe_contains_every_default() -> None:
     written = flattened(yaml.safe_load(read().to_yaml()))
     parts = {key for preset in PRESETS.values() for key in preset}
     assert {f"model.{part}" for part in parts} <= set(written)
@@ -281,14 +281,14 @@ def test_the_resolved_recipe_writes_out_every_default() -> None:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_is_nothing_but_default_values(preset: str) -> None:
+def test_a_preset_equals_its_keys_written_out(preset: str) -> None:
     plain = read(f"model.preset={preset}")
     written_out = read(f"model.preset={preset}", *(f"model.{key}={json.dumps(value)}" for key, value in PRESETS[preset].items()))
     assert plain == written_out
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_each_part_of_a_preset_can_be_changed_alone(preset: str) -> None:
+def test_each_key_of_a_preset_can_be_overridden_separately(preset: str) -> None:
     plain = read(f"model.preset={preset}")
     for other in PRESETS.values():
         for key, value in other.items():
@@ -296,12 +296,12 @@ def test_each_part_of_a_preset_can_be_changed_alone(preset: str) -> None:
             assert changed == ({} if value == PRESETS[preset][key] else {f"model.{key}": (PRESETS[preset][key], value)})
 
 
-def test_a_recipe_cannot_be_changed_in_place() -> None:
+def test_a_recipe_is_immutable() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         read().model.n_layer = 3  # type: ignore[misc]
 
 
-def test_the_width_of_the_feed_forward_is_the_nearest_multiple_of_eight() -> None:
+def test_the_feed_forward_width_is_rounded_to_a_multiple_of_eight() -> None:
     widths = {
         (n_embd, multiple): read(
             f"model.n_embd={n_embd}", "model.n_head=2", f"model.feed_forward_multiple={multiple}"

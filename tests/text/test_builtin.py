@@ -1,4 +1,4 @@
-"""The text that every Python has is real, the same each time, and made without importing what it documents."""
+"""The builtin text has the expected content, is reproducible, and is created without importing the documented modules."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from tinylm.text.sources import Corpus
 from tinylm.text.split import scan
 
 
-def test_python_docs_hold_the_language_reference_and_docstrings() -> None:
+def test_python_docs_contain_the_language_reference_and_docstrings() -> None:
     with Corpus(["builtin:python-docs"]) as corpus:
-        found = scan(corpus.pieces())
+        scanned = scan(corpus.pieces())
         text = "".join(piece.text for piece in corpus.pieces())
-    assert found.documents > 200
-    assert found.characters > 1_000_000
+    assert scanned.documents > 200
+    assert scanned.characters > 1_000_000
     assert 'The "for" statement' in text
     assert json.dumps.__doc__ is not None
     assert json.dumps.__doc__.strip().splitlines()[0] in text
 
 
-def test_python_docs_are_made_once() -> None:
+def test_python_docs_are_created_once() -> None:
     path = builtin.path_of("python-docs")
-    made = path.stat().st_mtime_ns
+    created = path.stat().st_mtime_ns
     assert builtin.path_of("python-docs") == path
-    assert path.stat().st_mtime_ns == made
+    assert path.stat().st_mtime_ns == created
 
 
-def test_python_docs_are_the_same_each_time_and_made_without_importing_what_they_document(tmp_path: Path) -> None:
+def test_python_docs_are_reproducible_and_created_without_importing_the_documented_modules(tmp_path: Path) -> None:
     program = """
 import sys
 from tinylm.text import builtin
@@ -49,7 +49,7 @@ print(sorted({"antigravity", "this", "tkinter", "turtle", "idlelib", "lib2to3"} 
     assert Path(path).read_bytes() == builtin.path_of("python-docs").read_bytes()
 
 
-def test_each_docstring_stands_once() -> None:
+def test_each_docstring_occurs_once() -> None:
     records = [json.loads(line) for line in builtin.path_of("python-docs").read_text(encoding="utf-8").splitlines()]
     titles = [record["title"] for record in records]
     assert len(set(titles)) == len(titles)
@@ -58,8 +58,8 @@ def test_each_docstring_stands_once() -> None:
     assert len(set(modules)) == len(modules) > 100
 
 
-def test_an_unknown_builtin_lists_the_known_ones() -> None:
+def test_the_error_for_an_unknown_builtin_lists_the_available_names() -> None:
     with pytest.raises(
-        InputError, match=r"builtin:pyhton-docs: no such builtin text \(python-docs\) \(did you mean python-docs\?\)"
+        InputError, match=r"builtin:pyhton-docs: unknown builtin text; available: python-docs \(did you mean python-docs\?\)"
     ):
         builtin.path_of("pyhton-docs")

@@ -1,8 +1,7 @@
-"""Every kind of tokenizer is one tokenizer.json that others read to the same ids, and the same text gives the same file."""
+"""Every kind of tokenizer is saved as a tokenizer.json that other libraries can load, and training is reproducible."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
-from tokenizer.test_tokenizer import random_texts
+from tokenizer.samples import random_texts, train_on
 
 from tinylm.errors import InputError
 from tinylm.recipe import loads
@@ -51,35 +50,32 @@ SECTIONS: dict[str, LearnedTokenizer] = {
     "char nfc": CharTokenizer(kind="char", normalize=("nfc",)),
 }
 LOSSLESS = list(SECTIONS)[:11]
-
-
-def learned(section: LearnedTokenizer, text: str) -> Tokenizer:
-    return training.train(section, [Piece(text, True)], lambda warning: None)
+"""The tokenizers that can encode every text and restore it exactly."""
 
 
 @pytest.fixture(scope="module")
 def trained(english: str) -> dict[str, Tokenizer]:
-    return {name: learned(section, english[:60_000]) for name, section in SECTIONS.items()}
+    return {name: train_on(english[:60_000], section) for name, section in SECTIONS.items()}
 
 
 @pytest.mark.parametrize("name", SECTIONS)
-def test_the_fast_way_gives_the_ids_of_tokenizers(name: str, trained: dict[str, Tokenizer], english: str, tmp_path: Path) -> None:
+def test_the_encoder_gives_the_ids_of_tokenizers(name: str, trained: dict[str, Tokenizer], english: str, tmp_path: Path) -> None:
     trained[name].save(tmp_path / "tokenizer.json")
     tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
-    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    theirs.encode_special_tokens = True
+    reference = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    reference.encode_special_tokens = True
     assert tokenizer.kind == SECTIONS[name].kind
     for text in ["", " ", "\n\n  x", *random_texts(400, english), english[:50_000]]:
         ours = [id for ids, _ in tokenizer.encode_pieces([Piece(text, True)]) for id in ids.tolist()]
-        assert ours == theirs.encode(text, add_special_tokens=False).ids == tokenizer.encode(text)
+        assert ours == reference.encode(text, add_special_tokens=False).ids == tokenizer.encode(text)
         assert tokenizer.end_of_text not in ours
         if name in LOSSLESS:
-            assert tokenizer.decode(ours) == text == theirs.decode(ours, skip_special_tokens=False)
+            assert tokenizer.decode(ours) == text == reference.decode(ours, skip_special_tokens=False)
             assert not any(id == tokenizer.unknown for id in ours)
 
 
 @pytest.mark.parametrize("name", ["unigram", "bpe of characters", "wordpiece", "word"])
-def test_transformers_reads_the_file_to_the_same_ids(
+def test_transformers_loads_the_file_and_gives_the_same_ids(
     name: str, trained: dict[str, Tokenizer], english: str, tmp_path: Path
 ) -> None:
     transformers = pytest.importorskip("transformers")
@@ -90,24 +86,24 @@ def test_transformers_reads_the_file_to_the_same_ids(
         assert theirs.encode(text, add_special_tokens=False) == trained[name].encode(text)
 
 
-def test_what_spells_a_byte_or_the_unknown_token_is_text(trained: dict[str, Tokenizer]) -> None:
+def test_text_that_spells_out_a_byte_token_or_the_unknown_token_is_restored(trained: dict[str, Tokenizer]) -> None:
     for name in ("unigram", "unigram of 40 characters", "bpe of characters", "bpe of 40 characters"):
         for text in ("<0x41>", "a<0x0A>b", UNKNOWN, f"{END_OF_TEXT}<0x00>"):
             assert trained[name].decode(trained[name].encode(text)) == text
 
 
-def test_normalization_is_what_unicodedata_says(trained: dict[str, Tokenizer], english: str) -> None:
+def test_normalization_agrees_with_unicodedata(trained: dict[str, Tokenizer], english: str) -> None:
     def expected(text: str) -> str:
         text = unicodedata.normalize("NFKC", text).lower()
-        bare = "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
-        return unicodedata.normalize("NFC", bare)
+        without_accents = "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
+        return unicodedata.normalize("NFC", without_accents)
 
     for text in (english[:30_000], "Ünïcödé ﬁligree ½ ① Ａ", "한국어 Éa\u0301 x²"):
         tokenizer = trained["bpe normalized"]
         assert tokenizer.decode(tokenizer.encode(text)) == expected(text)
 
 
-def test_kinds_without_spaces_lose_them_and_nothing_else(trained: dict[str, Tokenizer], english: str) -> None:
+def test_kinds_that_drop_white_space_lose_nothing_else(trained: dict[str, Tokenizer], english: str) -> None:
     tokenizer = trained["wordpiece"]
     words = [word for word in english[:60_000].split() if word.isalpha() and word.isascii()]
     text = "  ".join(words)
@@ -116,7 +112,7 @@ def test_kinds_without_spaces_lose_them_and_nothing_else(trained: dict[str, Toke
     assert trained["word"].decode(trained["word"].encode("the zzzzq the")) == "the \ufffd the"
 
 
-def test_added_tokens_are_one_token_and_special_ones_only_when_allowed(trained: dict[str, Tokenizer]) -> None:
+def test_added_strings_are_one_token_and_special_tokens_only_if_allowed(trained: dict[str, Tokenizer]) -> None:
     tokenizer = trained["bpe added"]
     added = tokenizer.backend.token_to_id("for the")
     assert added in tokenizer.encode("wait for the end")
@@ -128,77 +124,77 @@ def test_added_tokens_are_one_token_and_special_ones_only_when_allowed(trained: 
     assert tokenizer.decode(ids.tolist()) == "hello"
 
 
-def test_the_ids_of_a_document_do_not_depend_on_where_it_is_cut(trained: dict[str, Tokenizer], english: str) -> None:
+def test_ids_do_not_depend_on_how_a_document_is_divided_into_pieces(trained: dict[str, Tokenizer], english: str) -> None:
     text = english[:30_000]
     for name in ("bpe", "bpe gpt2", "bpe none", "bpe regex", "unigram", "wordpiece", "bpe normalized"):
         whole = trained[name].encode(text)
         for size in (1, 997):
             start = 20_000 if size == 1 else 0
-            pieces = [Piece(text[at : at + size], at == start) for at in range(start, len(text), size)]
+            pieces = [Piece(text[i : i + size], i == start) for i in range(start, len(text), size)]
             ids = [id for part, _ in trained[name].encode_pieces(pieces) for id in part.tolist()]
             assert ids == (whole if start == 0 else trained[name].encode(text[start:]))
 
 
-def test_long_and_endless_texts_are_cut_by_what_they_say_and_not_by_how_they_come(
+def test_the_cuts_of_long_text_do_not_depend_on_its_pieces(
     trained: dict[str, Tokenizer], english: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tinylm.tokenizer.encoding.UNIT_BYTES", 1000)
-    monkeypatch.setattr("tinylm.tokenizer.encoding.LONGEST_UNIT", 1000)
+    monkeypatch.setattr("tinylm.tokenizer.encoding.SEGMENT_BYTES", 1000)
+    monkeypatch.setattr("tinylm.tokenizer.encoding.MAX_BYTES_WITHOUT_SPLIT_POINT", 1000)
     text = english[:4000] + " " + "語é" * 2000 + " " + english[4000:9000] + "x" * 5000
-    theirs = trained["bpe"].backend.encode(english[:9000], add_special_tokens=False).ids
-    assert [id for ids, _ in trained["bpe"].encode_pieces([Piece(english[:9000], True)]) for id in ids.tolist()] == theirs
-    answers = set()
+    expected = trained["bpe"].backend.encode(english[:9000], add_special_tokens=False).ids
+    assert [id for ids, _ in trained["bpe"].encode_pieces([Piece(english[:9000], True)]) for id in ids.tolist()] == expected
+    results = set()
     for size in (len(text), 4096, 777, 50):
-        pieces = [Piece(text[at : at + size], at == 0) for at in range(0, len(text), size)]
+        pieces = [Piece(text[i : i + size], i == 0) for i in range(0, len(text), size)]
         ids = [id for part, _ in trained["bpe"].encode_pieces(pieces) for id in part.tolist()]
         assert trained["bpe"].decode(ids) == text
-        answers.add(tuple(ids))
-    assert len(answers) == 1
+        results.add(tuple(ids))
+    assert len(results) == 1
 
 
-def test_documents_keep_their_order_and_their_beginnings(trained: dict[str, Tokenizer]) -> None:
+def test_documents_are_encoded_in_order_and_separately(trained: dict[str, Tokenizer]) -> None:
     pieces = [Piece("one", True), Piece(" two", False), Piece("three", True), Piece("", True), Piece("four", True)]
     encoded = list(trained["bpe"].encode_pieces(pieces))
     assert [starts for _, starts in encoded] == [True] * 4
     assert [trained["bpe"].decode(ids.tolist()) for ids, _ in encoded] == ["one two", "three", "", "four"]
 
 
-def test_options_do_what_they_say(english: str) -> None:
+def test_each_option_limits_the_vocabulary_as_documented(english: str) -> None:
     text = english[:60_000]
-    short = learned(BpeTokenizer(kind="bpe", vocab_size=500, max_token_length=3), text)
+    short = train_on(text, BpeTokenizer(kind="bpe", vocab_size=500, max_token_length=3))
     assert max(map(len, short.token_bytes)) == 3
-    frequent = learned(BpeTokenizer(kind="bpe", vocab_size=5000, min_frequency=50), text)
+    frequent = train_on(text, BpeTokenizer(kind="bpe", vocab_size=5000, min_frequency=50))
     for token in frequent.token_bytes[256:-1]:
         assert text.encode().count(token) >= 50 or len({*token}) == 1
-    pieces = learned(UnigramTokenizer(kind="unigram", vocab_size=800, max_token_length=4), text)
+    pieces = train_on(text, UnigramTokenizer(kind="unigram", vocab_size=800, max_token_length=4))
     assert max(len(token.decode("utf-8", "replace")) for token in pieces.token_bytes) <= 4
-    words = learned(WordTokenizer(kind="word", vocab_size=5000, min_frequency=20), text)
+    words = train_on(text, WordTokenizer(kind="word", vocab_size=5000, min_frequency=20))
     assert all(text.count(token.decode().strip()) >= 20 for token in words.token_bytes[1:-1])
-    dna = learned(BpeTokenizer(kind="bpe", vocab_size=300, alphabet="ACGT", byte_fallback=False), "ACGTTGCA" * 100 + "N")
+    dna = train_on("ACGTTGCA" * 100 + "N", BpeTokenizer(kind="bpe", vocab_size=300, alphabet="ACGT", byte_fallback=False))
     assert [dna.backend.id_to_token(id) for id in range(5)] == [UNKNOWN, "A", "C", "G", "T"]
     assert dna.unknown in dna.encode("N")
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram", "wordpiece", "word"])
-def test_a_vocabulary_that_the_text_does_not_fill_names_the_largest_that_fits(kind: str) -> None:
-    def section(size: int, smaller: bool) -> Any:
-        settings = [f"tokenizer.kind={kind}", f"tokenizer.vocab_size={size}", f"tokenizer.allow_smaller={smaller}"]
+def test_the_error_for_a_vocabulary_too_large_for_the_text_gives_the_largest_possible_size(kind: str) -> None:
+    def section(size: int, allow_smaller: bool) -> Any:
+        settings = [f"tokenizer.kind={kind}", f"tokenizer.vocab_size={size}", f"tokenizer.allow_smaller={allow_smaller}"]
         return loads("data: {train: a}\ntraining: {steps: 1}\n", settings, check_files=False).tokenizer
 
     text = "low lower lowest new newer newest wide wider widest " * 3
     with pytest.raises(InputError, match="the largest vocabulary that fits has") as caught:
-        learned(section(30_000, False), text)
+        train_on(text, section(30_000, False))
     largest = int(str(caught.value).split("fits has ")[1].split()[0].replace(",", ""))
-    assert learned(section(largest, False), text).vocab_size == largest
-    assert learned(section(30_000, True), text).vocab_size == largest
+    assert train_on(text, section(largest, False)).vocab_size == largest
+    assert train_on(text, section(30_000, True)).vocab_size == largest
 
 
-def test_an_alphabet_without_room_is_told(english: str) -> None:
-    with pytest.raises(InputError, match=r"the alphabet has \d+ characters, and \d+ find room"):
-        learned(BpeTokenizer(kind="bpe", vocab_size=300, alphabet="text"), english[:50_000])
+def test_an_alphabet_larger_than_the_vocabulary_is_an_error(english: str) -> None:
+    with pytest.raises(InputError, match=r"the alphabet has \d+ characters, but the vocabulary has only \d+ tokens left for them"):
+        train_on(english[:50_000], BpeTokenizer(kind="bpe", vocab_size=300, alphabet="text"))
 
 
-TRAIN = """
+TRAIN_SCRIPT = """
 import sys, hashlib, pydoc_data.topics
 from tinylm.recipe import loads
 from tinylm.text.sources import Piece
@@ -211,54 +207,54 @@ for kind in sys.argv[1].split(","):
 """
 
 
-def test_processes_with_other_threads_and_hashing_train_the_same_files() -> None:
+def test_the_number_of_threads_and_the_hash_seed_do_not_change_the_file() -> None:
     kinds = "bpe,unigram,wordpiece,word,char,byte"
-    answers = set()
+    outputs = set()
     for threads in ("1", "2", "4"):
-        more = {
+        settings = {
             "RAYON_NUM_THREADS": threads,
             "OMP_NUM_THREADS": threads,
             "OPENBLAS_NUM_THREADS": threads,
             "PYTHONHASHSEED": threads,
         }
         done = subprocess.run(
-            [sys.executable, "-c", TRAIN, kinds], env={**os.environ, **more}, capture_output=True, text=True, check=True
+            [sys.executable, "-c", TRAIN_SCRIPT, kinds], env={**os.environ, **settings}, capture_output=True, text=True, check=True
         )
-        answers.add(done.stdout)
-    assert len(answers) == 1
-    assert next(iter(answers)).count("\n") == 6
+        outputs.add(done.stdout)
+    assert len(outputs) == 1
+    assert next(iter(outputs)).count("\n") == 6
 
 
 def test_the_order_of_documents_does_not_change_the_file(english: str) -> None:
-    documents = [Piece(english[at : at + 2000], True) for at in range(0, 40_000, 2000)]
+    documents = [Piece(english[start : start + 2000], True) for start in range(0, 40_000, 2000)]
     for section in (SECTIONS["bpe"], SECTIONS["unigram"], SECTIONS["wordpiece"]):
-        one = training.train(section, documents, lambda warning: None)
-        other = training.train(section, documents[::-1], lambda warning: None)
-        assert hashlib.sha256(one.backend.to_str().encode()).digest() == hashlib.sha256(other.backend.to_str().encode()).digest()
+        forward = training.train(section, documents, lambda warning: None)
+        backward = training.train(section, documents[::-1], lambda warning: None)
+        assert forward.backend.to_str() == backward.backend.to_str()
 
 
-def test_a_metaspace_tokenizer_of_another_maker_is_read_and_decoded(english: str, tmp_path: Path) -> None:
+def test_a_metaspace_tokenizer_of_another_library_is_loaded_and_decoded(english: str, tmp_path: Path) -> None:
     theirs = tokenizers.SentencePieceUnigramTokenizer()
     theirs.train_from_iterator([english[:30_000]], vocab_size=500, show_progress=False, unk_token="<unk>", special_tokens=["<unk>"])
     theirs.save(str(tmp_path / "t.json"))
     tokenizer = Tokenizer.load(tmp_path / "t.json")
-    assert tokenizer.borders is None
+    assert tokenizer.split_points is None
     text = "the for statement is used to iterate"
     assert tokenizer.encode(text) == theirs.encode(text).ids
     assert tokenizer.decode(tokenizer.encode(text)) == theirs.decode(theirs.encode(text).ids) == text
 
 
-def test_dropout_written_in_a_file_does_not_make_ids_random(trained: dict[str, Tokenizer], tmp_path: Path) -> None:
-    described = json.loads(trained["bpe"].backend.to_str())
-    described["model"]["dropout"] = 0.9
-    (tmp_path / "t.json").write_text(json.dumps(described), encoding="utf-8")
+def test_dropout_in_a_tokenizer_json_does_not_make_ids_random(trained: dict[str, Tokenizer], tmp_path: Path) -> None:
+    tokenizer_json = json.loads(trained["bpe"].backend.to_str())
+    tokenizer_json["model"]["dropout"] = 0.9
+    (tmp_path / "t.json").write_text(json.dumps(tokenizer_json), encoding="utf-8")
     tokenizer = Tokenizer.load(tmp_path / "t.json")
     assert len({tuple(tokenizer.encode("tokenizers statement")) for _ in range(20)}) == 1
 
 
-def test_many_random_bytes_as_text_come_back(trained: dict[str, Tokenizer]) -> None:
-    drawn = np.random.default_rng(5)
-    text = drawn.integers(0, 256, 200_000, dtype=np.uint8).tobytes().decode("utf-8", "replace")
+def test_random_bytes_decoded_as_text_are_restored(trained: dict[str, Tokenizer]) -> None:
+    rng = np.random.default_rng(5)
+    text = rng.integers(0, 256, 200_000, dtype=np.uint8).tobytes().decode("utf-8", "replace")
     for name in ("bpe", "unigram", "bpe of 40 characters"):
         ids = [id for part, _ in trained[name].encode_pieces([Piece(text, True)]) for id in part.tolist()]
         assert trained[name].decode(ids) == text

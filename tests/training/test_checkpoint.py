@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, verified, pruned, and nothing in them that could run."""
+"""Checkpoints are written atomically, verified, pruned and restored."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import ids, model
 
-from tinylm import run as run_room
+from tinylm import run as run_module
 from tinylm.errors import InputError, WorkError
 from tinylm.model.objective import CausalObjective
 from tinylm.model.transformer import Transformer
@@ -21,8 +21,8 @@ from tinylm.optim.groups import Optimizers
 from tinylm.recipe.schema import MuonOptimizer
 from tinylm.reporting import CollectingReporter
 from tinylm.run import Checkpoint, Run
-from tinylm.training import checkpoint as room
-from tinylm.training.checkpoint import CheckpointWriter, Snapshot, newest_whole, restore
+from tinylm.training import checkpoint as checkpoint_module
+from tinylm.training.checkpoint import CheckpointWriter, Snapshot, newest_complete_checkpoint, restore
 from tinylm.training.parallel import Parallel
 
 FILES = ("model.safetensors", "training-00001.safetensors", "state.json", "manifest.json")
@@ -39,11 +39,11 @@ def _trained(preset: str = "modern", steps: int = 1) -> tuple[Transformer, Optim
     return network, optimizers
 
 
-def _saved(writer: CheckpointWriter, network: Transformer, optimizers: Optimizers, state: dict[str, Any]) -> Checkpoint:
-    """Begun, waited for."""
+def _save_and_wait(writer: CheckpointWriter, network: Transformer, optimizers: Optimizers, state: dict[str, Any]) -> Checkpoint:
+    """Save in the background thread and wait for it."""
     parallel = Parallel(network)
-    writer.begin(Snapshot(parallel.weights(), parallel.host_copies(optimizers.state()), state))
-    checkpoint = writer.finish()
+    writer.start_save(Snapshot(parallel.full_weights(), parallel.cpu_copies(optimizers.state()), state))
+    checkpoint = writer.wait()
     assert checkpoint is not None
     return checkpoint
 
@@ -54,10 +54,10 @@ def _writer(folder: Path, keep: int = 1) -> CheckpointWriter:
     return writer
 
 
-def _save(folder: Path, *steps: int, keep: int = 2, preset: str = "modern") -> CheckpointWriter:
+def _save_steps(folder: Path, *steps: int, keep: int = 2, preset: str = "modern") -> CheckpointWriter:
     writer, trained = _writer(folder, keep), _trained(preset)
     for step in steps:
-        _saved(writer, *trained, {"step": step})
+        _save_and_wait(writer, *trained, {"step": step})
     return writer
 
 
@@ -66,26 +66,26 @@ def _names(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("preset", ["modern", "gpt2"])
-def test_what_is_saved_is_restored_bit_for_bit(preset: str, tmp_path: Path) -> None:
+def test_restoring_gives_the_saved_state_bit_for_bit(preset: str, tmp_path: Path) -> None:
     network, optimizers = _trained(preset, steps=2)
-    saved = _saved(_writer(tmp_path), network, optimizers, {"step": 7, "note": [1.5, None]})
-    other, others = _trained(preset, steps=1)
-    state = restore(saved, other, others)
+    saved = _save_and_wait(_writer(tmp_path), network, optimizers, {"step": 7, "note": [1.5, None]})
+    restored, restored_optimizers = _trained(preset, steps=1)
+    state = restore(saved, restored, restored_optimizers)
     assert (state["step"], state["note"]) == (7, [1.5, None])
-    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), other.parameters(), strict=True))
-    assert all(torch.equal(value, others.state()[name]) for name, value in optimizers.state().items())
-    assert (other.head.weight is other.embedding.weight) == (preset == "gpt2")
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), restored.parameters(), strict=True))
+    assert all(torch.equal(value, restored_optimizers.state()[name]) for name, value in optimizers.state().items())
+    assert (restored.head.weight is restored.embedding.weight) == (preset == "gpt2")
 
 
 def test_a_tied_head_is_stored_once(tmp_path: Path) -> None:
-    saved = _saved(_writer(tmp_path), *_trained("gpt2"), {"step": 1})
+    saved = _save_and_wait(_writer(tmp_path), *_trained("gpt2"), {"step": 1})
     weights = load_file(saved.path / "model.safetensors")
     assert "embedding.weight" in weights
     assert "head.weight" not in weights
 
 
-def test_the_manifest_lists_every_file_with_its_size_and_sum(tmp_path: Path) -> None:
-    _save(tmp_path, 5)
+def test_the_manifest_lists_every_file_with_its_size_and_hash(tmp_path: Path) -> None:
+    _save_steps(tmp_path, 5)
     folder = tmp_path / "checkpoints" / "step-000005"
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -104,19 +104,19 @@ def _truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-7])
 
 
-@pytest.mark.parametrize("damage", [_flip, _truncate, Path.unlink], ids=["flipped", "truncated", "deleted"])
+@pytest.mark.parametrize("damage", [_flip, _truncate, Path.unlink], ids=["flipped bit", "truncated", "deleted"])
 @pytest.mark.parametrize("name", FILES)
-def test_damage_to_any_file_is_noticed_and_the_one_before_is_taken(name: str, damage: Any, tmp_path: Path) -> None:
-    _save(tmp_path, 5, 10)
+def test_damage_to_any_file_is_detected_and_the_previous_checkpoint_is_used(name: str, damage: Any, tmp_path: Path) -> None:
+    _save_steps(tmp_path, 5, 10)
     damage(tmp_path / "checkpoints" / "step-000010" / name)
     reporter = CollectingReporter()
-    assert newest_whole(Run(tmp_path), reporter).step == 5
+    assert newest_complete_checkpoint(Run(tmp_path), reporter).step == 5
     [warning] = reporter.warnings
     assert "step-000010 is damaged" in warning
 
 
-def test_a_checkpoint_of_links_or_of_foreign_paths_is_not_trusted(tmp_path: Path) -> None:
-    _save(tmp_path, 5, 10)
+def test_links_and_paths_outside_the_folder_are_rejected(tmp_path: Path) -> None:
+    _save_steps(tmp_path, 5, 10)
     folder = tmp_path / "checkpoints" / "step-000010"
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").symlink_to(tmp_path / "checkpoints" / "step-000005" / "model.safetensors")
@@ -125,15 +125,15 @@ def test_a_checkpoint_of_links_or_of_foreign_paths_is_not_trusted(tmp_path: Path
     assert "does not belong" in str(Checkpoint(tmp_path / "checkpoints" / "step-000005").problem())
 
 
-def test_without_a_whole_checkpoint_the_error_says_what_to_do(tmp_path: Path) -> None:
-    _save(tmp_path, 5)
+def test_without_a_complete_checkpoint_the_error_suggests_overwriting(tmp_path: Path) -> None:
+    _save_steps(tmp_path, 5)
     _flip(tmp_path / "checkpoints" / "step-000005" / "state.json")
-    with pytest.raises(InputError, match=r"no whole checkpoint.*--overwrite"):
-        newest_whole(Run(tmp_path), CollectingReporter())
+    with pytest.raises(InputError, match=r"no complete checkpoint.*--overwrite"):
+        newest_complete_checkpoint(Run(tmp_path), CollectingReporter())
 
 
-def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
-    _save(tmp_path, 5)
+def test_a_checkpoint_in_another_format_is_rejected(tmp_path: Path) -> None:
+    _save_steps(tmp_path, 5)
     file = tmp_path / "checkpoints" / "step-000005" / "state.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "format": 99, "version": "7.0"}))
     with pytest.raises(InputError, match=r"format 99 by tinylm 7\.0"):
@@ -141,54 +141,52 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("keep", "expected"), [(0, {10, 30}), (1, {10, 30}), (2, {10, 25, 30}), (9, {5, 10, 15, 20, 25, 30})])
-def test_pruning_keeps_best_last_and_the_newest(keep: int, expected: set[int], tmp_path: Path) -> None:
-    writer = _save(tmp_path, 5, 10, 15, 20, 25, 30, keep=keep)
-    writer.point("best", "step-000010")
+def test_pruning_keeps_the_best_the_last_and_the_newest_checkpoints(keep: int, expected: set[int], tmp_path: Path) -> None:
+    writer = _save_steps(tmp_path, 5, 10, 15, 20, 25, 30, keep=keep)
+    writer.set_pointer("best", "step-000010")
     writer.prune()
     assert {checkpoint.step for checkpoint in Run(tmp_path).checkpoints()} == expected
 
 
-@pytest.mark.parametrize("failing", ["save_file", "write_whole", "sync_folder"])
-def test_a_failing_save_leaves_the_checkpoints_before_it_whole(
-    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    writer = _save(tmp_path, 5)
+@pytest.mark.parametrize("failing", ["save_file", "atomic_write_text", "sync_folder"])
+def test_a_failed_save_does_not_touch_earlier_checkpoints(failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = _save_steps(tmp_path, 5)
     before = {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()}
 
-    def full(*_: object) -> None:
+    def disk_full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    for module in (room, run_room):
-        monkeypatch.setattr(module, failing, full, raising=False)
+    for module in (checkpoint_module, run_module):
+        monkeypatch.setattr(module, failing, disk_full, raising=False)
     with pytest.raises(WorkError, match=r"step 10 could not be saved.*No space left") as caught:
-        _saved(writer, *_trained(), {"step": 10})
+        _save_and_wait(writer, *_trained(), {"step": 10})
     assert caught.value.exit_code == 1
     assert all(path.read_bytes() == content for path, content in before.items())
     assert _names(tmp_path) == ["last", "step-000005"]
     monkeypatch.undo()
-    assert newest_whole(Run(tmp_path), CollectingReporter()).step == 5
-    _saved(writer, *_trained(), {"step": 10})
-    assert newest_whole(Run(tmp_path), CollectingReporter()).step == 10
+    assert newest_complete_checkpoint(Run(tmp_path), CollectingReporter()).step == 5
+    _save_and_wait(writer, *_trained(), {"step": 10})
+    assert newest_complete_checkpoint(Run(tmp_path), CollectingReporter()).step == 10
 
 
-def test_what_a_crash_left_half_written_is_no_checkpoint_and_no_obstacle(tmp_path: Path) -> None:
-    writer = _save(tmp_path, 5)
+def test_a_partial_checkpoint_of_a_crashed_process_is_ignored_and_replaced(tmp_path: Path) -> None:
+    writer = _save_steps(tmp_path, 5)
     shutil.copytree(tmp_path / "checkpoints" / "step-000005", tmp_path / "checkpoints" / ".step-000010.partial")
     assert [checkpoint.step for checkpoint in Run(tmp_path).checkpoints()] == [5]
-    _saved(writer, *_trained(), {"step": 10})
+    _save_and_wait(writer, *_trained(), {"step": 10})
     assert _names(tmp_path) == ["last", "step-000005", "step-000010"]
 
 
-def test_weights_of_another_shape_are_told_as_such(tmp_path: Path) -> None:
-    saved = _saved(_writer(tmp_path), *_trained(), {"step": 1})
+def test_weights_of_another_shape_are_rejected(tmp_path: Path) -> None:
+    saved = _save_and_wait(_writer(tmp_path), *_trained(), {"step": 1})
     other = model(n_embd=24)
     with pytest.raises(InputError, match="does not fit the recipe"):
         restore(saved, other, groups.build(MuonOptimizer(name="muon"), other, {}))
 
 
-def test_optimizer_state_of_another_optimizer_is_told_as_such(tmp_path: Path) -> None:
-    saved = _saved(_writer(tmp_path), *_trained(), {"step": 1})
+def test_the_state_of_another_optimizer_is_rejected(tmp_path: Path) -> None:
+    saved = _save_and_wait(_writer(tmp_path), *_trained(), {"step": 1})
     network, _ = _trained()
     adam = groups.Optimizers({"adamw": torch.optim.AdamW(network.parameters())}, {p: n for n, p in network.named_parameters()})
-    with pytest.raises(InputError, match="no such state"):
+    with pytest.raises(InputError, match="the optimizer has no match for the saved state"):
         restore(saved, network, adam)

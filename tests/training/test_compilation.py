@@ -1,4 +1,4 @@
-"""Compiling: when it is worth it, what happens where it fails, and that it changes no result."""
+"""Compilation: when it pays off, what happens if it fails, and that it does not change results."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from tinylm.recipe import load
 from tinylm.reporting import CollectingReporter
 from tinylm.run import Run
 from tinylm.training import compilation
-from tinylm.training.compilation import Trial, compile_blocks, compiler
-from tinylm.training.feed import GlobalBatch
+from tinylm.training.compilation import Trial, available_compiler, compile_blocks
+from tinylm.training.feed import LocalBatch
 from tinylm.training.metrics import Observer, StepEvent
 from tinylm.training.precision import Precision
-from tinylm.training.step import accumulate
+from tinylm.training.step import GradientSettings, accumulate
 
 CPU, CUDA, MPS = (torch.device(kind) for kind in ("cpu", "cuda", "mps"))
 FP32 = Precision("fp32", CPU)
-needs_a_compiler = pytest.mark.skipif(compiler(CPU) is None, reason="needs a C++ compiler")
+needs_a_compiler = pytest.mark.skipif(available_compiler(CPU) is None, reason="needs a C++ compiler")
 
 
 @pytest.mark.parametrize("found", [True, False])
 def test_a_gpu_needs_triton(found: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if found and name == "triton" else None)
-    assert compiler(CUDA) == ("triton" if found else None)
+    assert available_compiler(CUDA) == ("triton" if found else None)
 
 
 @pytest.mark.parametrize(
-    ("here", "variable", "expected"),
+    ("installed", "variable", "expected"),
     [
         (("g++", "clang++"), None, "g++"),
         (("clang++",), None, "clang++"),
@@ -53,130 +53,124 @@ def test_a_gpu_needs_triton(found: bool, monkeypatch: pytest.MonkeyPatch) -> Non
         ((), "missing", None),
     ],
 )
-def test_a_cpu_needs_a_cpp_compiler_that_is_there(
-    here: tuple[str, ...], variable: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
+def test_a_cpu_needs_an_installed_cpp_compiler(
+    installed: tuple[str, ...], variable: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}" if name in here else None)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}" if name in installed else None)
     monkeypatch.delenv("CXX", raising=False)
     if variable is not None:
         monkeypatch.setenv("CXX", variable)
-    assert compiler(CPU) == expected
+    assert available_compiler(CPU) == expected
 
 
-def test_other_devices_are_not_compiled_for() -> None:
-    assert compiler(MPS) is None
+def test_other_devices_have_no_compiler() -> None:
+    assert available_compiler(MPS) is None
 
 
-class _StopAtOnce(Observer):
+class _StopAfterFirstStep(Observer):
     def step(self, event: StepEvent) -> None:
         signal.raise_signal(signal.SIGINT)
 
 
-# The trial.
-
-
 def _trial(network: Transformer, micro_batch_size: int = 2) -> Trial:
     example = CausalObjective().example(ids(6, 9))
-    return Trial(network, CausalObjective(), GlobalBatch(example, 6 * 8), micro_batch_size, FP32)
+    return Trial(network, LocalBatch(example, 6 * 8), GradientSettings(micro_batch_size, FP32))
 
 
 def test_a_trial_runs_one_micro_batch_and_leaves_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    network, seen = model(n_embd=16).train(), []
+    network, batches = model(n_embd=16).train(), []
 
-    def noted(*arguments: Any, **options: Any) -> torch.Tensor:
-        seen.append(arguments[2])
+    def recording_accumulate(*arguments: Any, **options: Any) -> torch.Tensor:
+        batches.append(arguments[1])
         return accumulate(*arguments, **options)
 
-    monkeypatch.setattr(compilation, "accumulate", noted)
+    monkeypatch.setattr(compilation, "accumulate", recording_accumulate)
     before = [parameter.detach().clone() for parameter in network.parameters()]
     assert _trial(network).seconds(repeat=3) > 0
-    assert len(seen) == 1 + 3
-    assert all(torch.equal(batch.example.inputs, ids(6, 9)[:2, :-1]) for batch in seen)
-    assert all(torch.equal(batch.example.targets, ids(6, 9)[:2, 1:]) for batch in seen)
+    assert len(batches) == 1 + 3
+    assert all(torch.equal(batch.example.inputs, ids(6, 9)[:2, :-1]) for batch in batches)
+    assert all(torch.equal(batch.example.targets, ids(6, 9)[:2, 1:]) for batch in batches)
     assert all(parameter.grad is None for parameter in network.parameters())
     assert all(torch.equal(one, two) for one, two in zip(before, network.parameters(), strict=True))
 
 
-def test_a_trial_takes_the_best_time_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([0.0, 10.0, 15.0, 20.0, 23.0])  # the first one's end is nobody's concern, then 5 and 3 seconds
+def test_a_trial_returns_the_best_time_after_a_warmup_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 10.0, 15.0, 20.0, 23.0])  # the start of the warmup, which is not timed; then 5 and 3 seconds
     monkeypatch.setattr(compilation.time, "perf_counter", lambda: next(times))
     assert _trial(model(n_embd=16)).seconds(repeat=2) == 3.0
 
 
-# Where it fails.
-
-
 @pytest.fixture
-def _broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real machinery, with a backend that cannot compile."""
+def _broken_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real torch.compile, with a backend that fails."""
 
-    def refuse(graph: Any, inputs: Any) -> None:
-        raise RuntimeError("the compiler has gone home\nwith a long story")
+    def fail(graph: Any, inputs: Any) -> None:
+        raise RuntimeError("the compiler crashed\nwith a long message")
 
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=refuse))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=fail))
     torch.compiler.reset()
 
 
-def _runs_plainly(network: Transformer) -> None:
+def _assert_runs_eagerly(network: Transformer) -> None:
     tokens = ids(2, 9)
     torch.testing.assert_close(network(tokens), model(n_embd=16)(tokens), atol=0, rtol=0)
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
-@pytest.mark.usefixtures("_broken")
-def test_where_it_fails_the_training_goes_on_without_and_says_so() -> None:
+@pytest.mark.usefixtures("_broken_compiler")
+def test_if_compiling_fails_the_training_continues_eagerly_with_a_warning() -> None:
     network, reporter = model(n_embd=16), CollectingReporter()
-    assert compile_blocks(network, _trial(network), demanded=False, reporter=reporter) == 0.0
+    assert compile_blocks(network, _trial(network), required=False, reporter=reporter) == 0.0
     [warning] = reporter.warnings
-    assert "cannot be compiled here" in warning
+    assert "cannot be compiled" in warning
     assert "training.compile: off" in warning
     assert "\n" not in warning
-    _runs_plainly(network)
+    _assert_runs_eagerly(network)
 
 
-@pytest.mark.usefixtures("_broken")
-def test_where_it_fails_and_was_demanded_that_is_an_error() -> None:
+@pytest.mark.usefixtures("_broken_compiler")
+def test_if_compiling_is_required_a_failure_raises_an_error() -> None:
     network, reporter = model(n_embd=16), CollectingReporter()
-    with pytest.raises(WorkError, match="cannot be compiled here") as caught:
-        compile_blocks(network, _trial(network), demanded=True, reporter=reporter)
+    with pytest.raises(WorkError, match="cannot be compiled") as caught:
+        compile_blocks(network, _trial(network), required=True, reporter=reporter)
     assert "training.compile: off" in str(caught.value.hint)
     assert reporter.warnings == []
-    _runs_plainly(network)
+    _assert_runs_eagerly(network)
 
 
-@pytest.mark.usefixtures("_broken")
-def test_a_run_whose_compiler_fails_is_trained_and_its_recipe_says_how(
+@pytest.mark.usefixtures("_broken_compiler")
+def test_if_compiling_fails_auto_trains_eagerly_and_the_recipe_of_the_run_records_it(
     text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tinylm.cost.plan.compiling_pays", lambda *_: True)
-    monkeypatch.setattr(compilation, "compiler", lambda device: "g++")
+    monkeypatch.setattr("tinylm.cost.step_time.compilation_pays_off", lambda *_: True)
+    monkeypatch.setattr(compilation, "available_compiler", lambda device: "g++")
     reporter = CollectingReporter()
     recipe = tiny_recipe(text_file, "modern", "training.steps=2", "evaluation.max_tokens=100")
     assert train(recipe, tmp_path / "run", device="cpu", reporter=reporter).step == 2
-    assert any("cannot be compiled here" in warning for warning in reporter.warnings)
+    assert any("cannot be compiled" in warning for warning in reporter.warnings)
     assert load(tmp_path / "run" / "recipe.yaml").training.compile is False
-    with pytest.raises(WorkError, match="cannot be compiled here"):
+    with pytest.raises(WorkError, match="cannot be compiled"):
         train(tiny_recipe(text_file, "modern", "training.compile=on"), tmp_path / "other", device="cpu")
 
 
-@pytest.mark.parametrize("worth", [True, False])
-def test_auto_compiles_only_where_it_pays(worth: bool, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[float, float | None, float | None]] = []
+@pytest.mark.parametrize("pays", [True, False])
+def test_auto_compiles_only_if_it_pays(pays: bool, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[float, float | None, float | None]] = []
 
-    def noted(step_seconds: float, seconds: float | None, steps: float | None, device_type: str) -> bool:
-        asked.append((step_seconds, seconds, steps))
-        return worth
+    def compilation_pays_off(step_seconds: float, seconds: float | None, steps: float | None, device_type: str) -> bool:
+        calls.append((step_seconds, seconds, steps))
+        return pays
 
     compiled: list[bool] = []
-    monkeypatch.setattr("tinylm.cost.plan.compiling_pays", noted)
-    monkeypatch.setattr(compilation, "compiler", lambda device: "g++")
+    monkeypatch.setattr("tinylm.cost.step_time.compilation_pays_off", compilation_pays_off)
+    monkeypatch.setattr(compilation, "available_compiler", lambda device: "g++")
     monkeypatch.setattr(Trial, "seconds", lambda trial: 0.25)  # a micro-batch of 4, two to a step
-    monkeypatch.setattr(compilation, "compile_blocks", lambda *_, demanded, reporter: compiled.append(demanded) or 1.5)
+    monkeypatch.setattr(compilation, "compile_blocks", lambda *_, required, reporter: compiled.append(required) or 1.5)
     recipe = tiny_recipe(text_file, "modern", "training.steps=2", "evaluation.max_tokens=100")
     train(recipe, tmp_path / "run", device="cpu")
-    assert asked == [(0.5, None, 2)]
-    assert compiled == ([False] if worth else [])
-    assert load(tmp_path / "run" / "recipe.yaml").training.compile is worth
+    assert calls == [(0.5, None, 2)]
+    assert compiled == ([False] if pays else [])
+    assert load(tmp_path / "run" / "recipe.yaml").training.compile is pays
 
 
 @pytest.mark.parametrize(
@@ -188,7 +182,7 @@ def test_auto_compiles_only_where_it_pays(worth: bool, text_file: Path, tmp_path
         ("training.minutes=2", {"stop_after": 5.0}, (5.0, None)),
     ],
 )
-def test_auto_asks_for_what_is_left_in_this_process(
+def test_auto_considers_how_long_this_process_will_train(
     length: str,
     options: dict[str, float],
     expected: tuple[float | None, float | None],
@@ -196,20 +190,17 @@ def test_auto_asks_for_what_is_left_in_this_process(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked: list[tuple[float | None, float | None]] = []
+    calls: list[tuple[float | None, float | None]] = []
 
-    def noted(step_seconds: float, seconds: float | None, steps: float | None, device_type: str) -> bool:
-        asked.append((seconds, steps))
+    def compilation_pays_off(step_seconds: float, seconds: float | None, steps: float | None, device_type: str) -> bool:
+        calls.append((seconds, steps))
         return False
 
-    monkeypatch.setattr("tinylm.cost.plan.compiling_pays", noted)
-    monkeypatch.setattr(compilation, "compiler", lambda device: "g++")
+    monkeypatch.setattr("tinylm.cost.step_time.compilation_pays_off", compilation_pays_off)
+    monkeypatch.setattr(compilation, "available_compiler", lambda device: "g++")
     recipe = tiny_recipe(text_file, "modern", length, "evaluation.max_tokens=100")
-    train(recipe, tmp_path / "run", device="cpu", observer=_StopAtOnce(), **options)
-    assert asked == [expected]
-
-
-# Where it works.
+    train(recipe, tmp_path / "run", device="cpu", observer=_StopAfterFirstStep(), **options)
+    assert calls == [expected]
 
 
 def _losses(folder: Path) -> list[float]:
@@ -218,26 +209,28 @@ def _losses(folder: Path) -> list[float]:
 
 
 @needs_a_compiler
-def test_a_compiled_training_is_the_plain_one_and_measuring_and_sampling_compile_nothing(text_file: Path, tmp_path: Path) -> None:
-    """Some ten seconds: the only test that runs the real compiler."""
+def test_compiled_training_gives_the_eager_losses_and_evaluation_and_sampling_compile_nothing(
+    text_file: Path, tmp_path: Path
+) -> None:
+    """Takes about ten seconds, because it is the only test that runs the real compiler."""
     torch.compiler.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
     graphs: list[tuple[str, int]] = []
 
-    class Ear(Observer):
+    class GraphCounter(Observer):
         def phase(self, name: str) -> None:
             graphs.append((name, counters["stats"]["unique_graphs"]))
 
     options = ("training.steps=6", "evaluation.every=2", "evaluation.stride=7", "sampling.every=3", "sampling.max_new_tokens=5")
     for compiled in ("on", "off"):
         recipe = tiny_recipe(text_file, "modern", f"training.compile={compiled}", "evaluation.max_tokens=300", *options)
-        observer = Ear() if compiled == "on" else None
+        observer = GraphCounter() if compiled == "on" else None
         train(recipe, tmp_path / compiled, device="cpu", observer=observer)
     assert _losses(tmp_path / "on") == pytest.approx(_losses(tmp_path / "off"), rel=1e-4)
     assert {"first step", "training", "evaluating", "sampling"} <= {name for name, _ in graphs}
-    assert graphs[0][1] > 0, "the trial compiled"
-    assert len({count for _, count in graphs}) == 1, "and nothing did after it"
+    assert graphs[0][1] > 0, "the trial compiles"
+    assert len({count for _, count in graphs}) == 1, "nothing is compiled after it"
     run = Run.open(tmp_path / "on")
     assert run.recipe.training.compile is True
     network = run.network(run.checkpoint(), CPU)

@@ -1,4 +1,4 @@
-"""Disks that refuse, folders that vanish, second trainers, signals anywhere: what was saved stays, and what went wrong is said."""
+"""Full disks, removed folders, a second process and signals: saved checkpoints survive, and the error is reported."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import lives
 import pytest
+import training_processes
 from command import COMMAND, environment
 from conftest import tiny_recipe
 
@@ -21,24 +21,24 @@ from tinylm.errors import InputError, WorkError
 from tinylm.pipeline import train
 from tinylm.recipe import Recipe
 from tinylm.run import LOCK, Run
-from tinylm.training import checkpoint as room
+from tinylm.training import checkpoint as checkpoint_module
 from tinylm.training.metrics import Observer
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals and limits")
 
 
 def _recipe(text: Path, *overrides: str) -> Recipe:
-    small = ("model.n_embd=16", "evaluation.max_tokens=200", "evaluation.every=100", "checkpoint.every=4", "training.steps=12")
-    small = (*small, "training.compile=off")
-    return tiny_recipe(text, "modern", *small, *overrides)
+    training = ("training.steps=12", "training.compile=off", "checkpoint.every=4")
+    evaluation = ("evaluation.max_tokens=200", "evaluation.every=100")
+    return tiny_recipe(text, "modern", "model.n_embd=16", *training, *evaluation, *overrides)
 
 
 def _steps(folder: Path) -> list[int]:
     return [checkpoint.step for checkpoint in Run(folder).checkpoints()]
 
 
-class _AfterSaving(Observer):
-    """Does something once the checkpoint of step 4 is whole."""
+class _ActsAfterSaving(Observer):
+    """Calls `action` once the checkpoint of step 4 is complete, and collects notes."""
 
     def __init__(self, action: Any) -> None:
         self.action, self.notes = action, []
@@ -52,77 +52,80 @@ class _AfterSaving(Observer):
 
 
 @pytest.mark.parametrize(("on_failure", "code", "saved"), [("stop", 1, 4), ("continue", 0, 12)])
-def test_a_full_disk_leaves_the_checkpoint_before_and_ends_or_goes_on(
+def test_a_full_disk_keeps_the_previous_checkpoint_and_stops_or_continues_as_configured(
     on_failure: str, code: int, saved: int, text_file: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     recipe = _recipe(text_file, f"checkpoint.on_failure={on_failure}", "training.log_every=5")
-    assert lives.ended(lives.started(recipe, folder, observer=lives.FullDisk())) == [code]
+    assert training_processes.wait(training_processes.start(recipe, folder, observer=training_processes.FullDisk())) == [code]
     last = Run(folder).checkpoint("last")
     assert (last.step, last.problem()) == (saved, None)
     assert 8 not in _steps(folder)
-    assert not lives.saving(folder)
+    assert not training_processes.is_saving(folder)
     if code:
-        assert "step 8 could not be saved: File too large" in (tmp_path / "run.error-0").read_text().replace("[Errno 27] ", "")
-    lives.run(recipe, folder, resume=True)
+        message = training_processes.error_file(folder).read_text().replace("[Errno 27] ", "")
+        assert "step 8 could not be saved: File too large" in message
+    training_processes.run(recipe, folder, resume=True)
     assert Run(folder).checkpoint("last").step == 12
 
 
 @pytest.mark.parametrize("on_failure", ["stop", "continue"])
-def test_a_folder_removed_while_training_does_not_come_back(on_failure: str, text_file: Path, tmp_path: Path) -> None:
+def test_a_folder_removed_while_training_is_not_recreated(on_failure: str, text_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    remover = _AfterSaving(lambda: shutil.rmtree(folder))
-    with pytest.raises(WorkError, match=f"step {8 if on_failure == 'stop' else 12} could not be saved: the run folder is gone"):
+    remover = _ActsAfterSaving(lambda: shutil.rmtree(folder))
+    with pytest.raises(
+        WorkError, match=f"step {8 if on_failure == 'stop' else 12} could not be saved: the run folder no longer exists"
+    ):
         train(_recipe(text_file, f"checkpoint.on_failure={on_failure}"), folder, device="cpu", observer=remover)
     assert not folder.exists()
     assert bool(remover.notes) == (on_failure == "continue")
 
 
-def test_a_disk_that_turns_read_only_is_told(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Root may write anywhere, so that the system's answer is imitated."""
+def test_a_disk_that_becomes_read_only_is_reported(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error is simulated, because root can write to read-only folders."""
     folder = tmp_path / "run"
 
-    def refuse(*_: Any) -> None:
+    def fail(*_: Any) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    spoiler = _AfterSaving(lambda: monkeypatch.setattr(room, "_new_folder", refuse))
+    breaker = _ActsAfterSaving(lambda: monkeypatch.setattr(checkpoint_module, "save_file", fail))
     with pytest.raises(WorkError, match=r"step 8 could not be saved.*Read-only file system"):
-        train(_recipe(text_file), folder, device="cpu", observer=spoiler)
+        train(_recipe(text_file), folder, device="cpu", observer=breaker)
     assert _steps(folder) == [4]
 
 
-def test_a_second_trainer_is_refused_and_the_first_is_not_disturbed(text_file: Path, tmp_path: Path) -> None:
+def test_a_second_process_may_not_train_into_the_same_folder_and_the_first_continues(text_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     recipe = _recipe(text_file, "training.steps=100000")
-    [first] = lives.started(recipe, folder)
-    while lives.lines(folder) < 3:
+    [first] = training_processes.start(recipe, folder)
+    while training_processes.logged_lines(folder) < 3:
         assert first.is_alive()
         time.sleep(0.01)
-    before = (folder / "recipe.yaml").read_bytes()
+    recipe_before = (folder / "recipe.yaml").read_bytes()
     for options in ({"resume": True}, {"overwrite": True}):
-        with pytest.raises(InputError, match="another process trains into this folder") as caught:
+        with pytest.raises(InputError, match="another process is training into this folder") as caught:
             train(_recipe(text_file), folder, device="cpu", **options)
         assert caught.value.exit_code == 2
-    assert (folder / "recipe.yaml").read_bytes() == before
+    assert (folder / "recipe.yaml").read_bytes() == recipe_before
     assert first.pid is not None
     os.kill(first.pid, signal.SIGKILL)
-    lives.ended([first])
-    done = lives.lines(folder)
-    train(recipe, folder, device="cpu", resume=True, stop_after=0.0)  # the lock went with the process
-    assert lives.lines(folder) <= done + 1
+    training_processes.wait([first])
+    logged = training_processes.logged_lines(folder)
+    train(recipe, folder, device="cpu", resume=True, stop_after=0.0)  # the killed process no longer holds the lock
+    assert training_processes.logged_lines(folder) <= logged + 1
 
 
-def test_a_lock_held_elsewhere_is_noticed_before_anything_is_prepared(tmp_path: Path, text_file: Path) -> None:
+def test_a_locked_folder_is_refused_before_anything_is_prepared(tmp_path: Path, text_file: Path) -> None:
     import filelock
 
     folder = tmp_path / "new" / "run"
     folder.mkdir(parents=True)
-    with filelock.FileLock(folder / LOCK), pytest.raises(InputError, match="another process"):
+    with filelock.FileLock(folder / LOCK), pytest.raises(InputError, match="another process is training"):
         train(_recipe(text_file), folder, device="cpu")
     assert [path.name for path in folder.iterdir()] == [LOCK]
 
 
-def test_what_fails_before_anything_is_written_leaves_no_folder(tmp_path: Path) -> None:
+def test_a_failure_before_anything_is_written_leaves_no_folder(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("too short " * 20)
     with pytest.raises(InputError, match="context_length"):
@@ -130,22 +133,22 @@ def test_what_fails_before_anything_is_written_leaves_no_folder(tmp_path: Path) 
     assert not (tmp_path / "new").exists()
 
 
-def test_the_environment_of_the_first_training_is_kept_and_later_ones_are_added(text_file: Path, tmp_path: Path) -> None:
+def test_environment_json_keeps_the_first_environment_and_appends_those_of_resumes(text_file: Path, tmp_path: Path) -> None:
     for _ in range(3):
         train(_recipe(text_file), tmp_path / "run", device="cpu", resume=True, stop_after=0.0)
-    noted = json.loads((tmp_path / "run" / "environment.json").read_text())
-    assert "resumed_step" not in noted
-    assert [each["resumed_step"] for each in noted["resumed"]] == [1, 2]
-    assert all(each["torch"] == noted["torch"] for each in noted["resumed"])
+    environment_json = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert "resumed_step" not in environment_json
+    assert [each["resumed_step"] for each in environment_json["resumed"]] == [1, 2]
+    assert all(each["torch"] == environment_json["torch"] for each in environment_json["resumed"])
 
 
-def test_what_a_killed_process_left_half_written_is_removed(text_file: Path, tmp_path: Path) -> None:
+def test_partial_files_of_a_killed_process_are_removed(text_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     train(_recipe(text_file), folder, device="cpu", stop_after=0.0)
     (folder / "checkpoints" / ".step-000004.partial").mkdir()
     (folder / "checkpoints" / ".step-000002.removed").mkdir()
-    (folder / "checkpoints" / ".last.abc").write_text("torn")
-    (folder / ".metrics.jsonl.abc").write_text("torn")
+    (folder / "checkpoints" / ".last.abc").write_text("partial")
+    (folder / ".metrics.jsonl.abc").write_text("partial")
     (folder / ".mine").write_text("not ours")
     train(_recipe(text_file), folder, device="cpu", resume=True, stop_after=0.0)
     assert sorted(path.name for path in folder.rglob(".*")) == [LOCK, ".mine"]
@@ -154,13 +157,13 @@ def test_what_a_killed_process_left_half_written_is_removed(text_file: Path, tmp
 # Changes on resuming.
 
 
-def test_a_section_may_be_allowed_to_change_and_another_optimizer_begins_anew(text_file: Path, tmp_path: Path) -> None:
+def test_allow_change_accepts_a_section_and_a_new_optimizer_starts_without_state(text_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     train(_recipe(text_file), folder, device="cpu", stop_after=0.0)
     other = _recipe(text_file, "training.optimizer={name: adamw, lr: 1e-3}", "training.steps=4")
     with pytest.raises(InputError, match=r"training\.steps"):
         train(other, folder, device="cpu", resume=True, allow_change=["training.optimizer"])
-    with pytest.raises(InputError, match=r"is the same as before"):
+    with pytest.raises(InputError, match=r"data has not changed"):
         train(other, folder, device="cpu", resume=True, allow_change=["data"])
     train(other, folder, device="cpu", resume=True, allow_change=["training"])
     train(other, folder, device="cpu", resume=True)
@@ -169,14 +172,14 @@ def test_a_section_may_be_allowed_to_change_and_another_optimizer_begins_anew(te
     assert last.step == 4
     with open(last.path / "training-00001.safetensors", "rb") as file:
         header = file.read(20_000)
-    assert b"muon/" not in header, "no stray state of the optimizer before"
+    assert b"muon/" not in header, "the state of the previous optimizer is gone"
     assert b"adamw/blocks.0.attention.qkv.weight/exp_avg" in header
 
 
 @pytest.mark.parametrize("length", ["tokens=1000", "epochs=0.05"])
-def test_a_warm_up_longer_than_tokens_or_epochs_is_refused(length: str, text_file: Path, tmp_path: Path) -> None:
+def test_a_warmup_longer_than_the_whole_training_is_refused(length: str, text_file: Path, tmp_path: Path) -> None:
     recipe = _recipe(text_file, "training.steps=null", f"training.{length}", "training.schedule.warmup=50")
-    with pytest.raises(InputError, match="50 steps of warm-up are more than the"):
+    with pytest.raises(InputError, match=r"50 warmup steps exceed the \d+ training steps"):
         train(recipe, tmp_path / "run", device="cpu")
 
 
@@ -189,36 +192,39 @@ def _command(text: Path, folder: Path, *overrides: str) -> list[str]:
     return [*COMMAND, "train", str(file), "--out", str(folder), "--device", "cpu", "--threads", "1", "--quiet"]
 
 
-def _stopped(command: list[str], moment: Any, *numbers: signal.Signals, cache: Path | None = None) -> int:
-    there = {**environment(), **({"TINYLM_CACHE": str(cache)} if cache else {})}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=there) as process:
-        while not moment():
+def _send_signals_when(
+    command: list[str], condition: Any, *numbers: signal.Signals, cache: Path | None = None
+) -> tuple[int, bytes]:
+    """Run a command, send it signals once the condition holds, and return its exit code and stdout."""
+    variables = {**environment(), **({"TINYLM_CACHE": str(cache)} if cache else {})}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=variables) as process:
+        while not condition():
             assert process.poll() is None, process.communicate()[1].decode()
             time.sleep(0.002)
         for number in numbers:
             process.send_signal(number)
             time.sleep(0.05)
-        _, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=60)
     assert b"Traceback" not in err
-    return process.returncode
+    return process.returncode, out
 
 
-def test_sigterm_while_the_text_is_prepared_leaves_nothing(english: str, tmp_path: Path) -> None:
+def test_sigterm_while_preparing_the_text_leaves_no_files(english: str, tmp_path: Path) -> None:
     text, cache, folder = tmp_path / "long.txt", tmp_path / "cache", tmp_path / "run"
     text.write_text(english * 12)
     command = _command(text, folder, "tokenizer={kind: char}")
-    assert _stopped(command, lambda: any(cache.glob("tokens/*/.*")), signal.SIGTERM, cache=cache) == 143
+    code, _ = _send_signals_when(command, lambda: any(cache.glob("tokens/*/.*")), signal.SIGTERM, cache=cache)
+    assert code == 143
     assert not folder.exists()
     assert not list(cache.rglob(".*"))
 
 
-def test_a_second_sigterm_stops_at_once_with_its_own_code(text_file: Path, tmp_path: Path) -> None:
-    """The first is heard in an evaluation that takes minutes, whose batches are long: the second does not wait for one."""
+def test_a_second_sigterm_exits_immediately_with_its_own_code(text_file: Path, tmp_path: Path) -> None:
+    """The signals arrive during an evaluation with slow batches. The second one does not wait for the end of a batch."""
     folder = tmp_path / "run"
     slow = ("evaluation.every=2", "evaluation.stride=1", "evaluation.max_tokens=null", "model.n_layer=6", "model.n_embd=128")
     command = _command(text_file, folder, *slow)
-    moment = lambda: (folder / "checkpoints" / "last").exists()  # noqa: E731
-    began = time.monotonic()
-    assert _stopped(command, moment, signal.SIGTERM, signal.SIGTERM) == 143
-    assert time.monotonic() - began < 60
+    code, out = _send_signals_when(command, (folder / "checkpoints" / "last").exists, signal.SIGTERM, signal.SIGTERM)
+    assert code == 143
+    assert out == b"", "the first signal alone would have printed the run folder"
     assert Run(folder).checkpoint("last").problem() is None

@@ -1,4 +1,4 @@
-"""Prepared batches are those that were asked for, and a thread's troubles reach whoever asks."""
+"""Prefetched batches are the requested ones, and errors in the background thread are raised to the caller."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ import torch
 from torch import Tensor
 
 from tinylm.data.batches import Batches
-from tinylm.model.objective import IGNORED, CausalObjective, Example
-from tinylm.training.feed import Feed, GlobalBatch
+from tinylm.model.objective import IGNORE_INDEX, CausalObjective, Example
+from tinylm.training.feed import Feed, LocalBatch
 
 TOKENS = np.random.default_rng(0).integers(0, 61, 500).astype(np.uint16)
 
 
-class _Noted(Batches):
-    """Notes which sequences were cut, and whether by the thread that asks."""
+class _RecordingBatches(Batches):
+    """Records which sequences were read, and whether by the main thread."""
 
     def __init__(self, broken_from: int = 10**9) -> None:
         super().__init__(TOKENS, 8, seed=3)
-        self.cut: list[tuple[int, int, bool]] = []
+        self.reads: list[tuple[int, int, bool]] = []
         self.broken_from = broken_from
 
     def sequences(self, start: int, count: int) -> np.ndarray:
-        self.cut.append((start, count, threading.current_thread() is threading.main_thread()))
+        self.reads.append((start, count, threading.current_thread() is threading.main_thread()))
         if start >= self.broken_from:
             raise OSError(f"sequence {start} cannot be read")
         return super().sequences(start, count)
 
 
-def _is_cut_there(batch: GlobalBatch, start: int, count: int) -> bool:
+def _has_sequences(batch: LocalBatch, start: int, count: int) -> bool:
     sequences = torch.from_numpy(Batches(TOKENS, 8, seed=3).sequences(start, count))
     return torch.equal(batch.example.inputs, sequences[:, :-1]) and torch.equal(batch.example.targets, sequences[:, 1:])
 
@@ -49,54 +49,54 @@ ORDERS = [
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=str)
-def test_batches_are_those_of_their_position_in_whatever_order_they_are_asked_for(order: list[tuple[int, int]]) -> None:
-    with Feed(_Noted(), CausalObjective(), pin=False) as feed:
+def test_a_batch_depends_only_on_its_position_and_not_on_the_order_of_calls(order: list[tuple[int, int]]) -> None:
+    with Feed(_RecordingBatches(), CausalObjective(), pin_memory=False) as feed:
         for start, count in order:
-            batch = feed.take(start, count)
-            assert _is_cut_there(batch, start, count)
-            assert batch.targets == count * 8
+            batch = feed.batch(start, count)
+            assert _has_sequences(batch, start, count)
+            assert batch.global_target_count == count * 8
 
 
-def test_the_batch_after_the_last_one_is_cut_by_another_thread_and_once() -> None:
-    batches = _Noted()
-    with Feed(batches, CausalObjective(), pin=False) as feed:
+def test_the_next_batch_is_read_once_and_by_another_thread() -> None:
+    batches = _RecordingBatches()
+    with Feed(batches, CausalObjective(), pin_memory=False) as feed:
         for start in (0, 4, 8):
-            feed.take(start, 4)
-    assert batches.cut[:3] == [(0, 4, True), (4, 4, False), (8, 4, False)]
-    assert batches.cut[3:] in ([], [(12, 4, False)])
+            feed.batch(start, 4)
+    assert batches.reads[:3] == [(0, 4, True), (4, 4, False), (8, 4, False)]
+    assert batches.reads[3:] in ([], [(12, 4, False)])
 
 
-def test_only_targets_that_count_are_counted() -> None:
-    class Some(CausalObjective):
+def test_ignored_targets_are_not_counted() -> None:
+    class PartlyIgnored(CausalObjective):
         def example(self, tokens: Tensor) -> Example:
             example = super().example(tokens)
-            example.targets[1, 2:] = IGNORED
+            example.targets[1, 2:] = IGNORE_INDEX
             return example
 
-    with Feed(_Noted(), Some(), pin=False) as feed:
-        assert [feed.take(start, 4).targets for start in (0, 4, 8)] == [3 * 8 + 2] * 3
+    with Feed(_RecordingBatches(), PartlyIgnored(), pin_memory=False) as feed:
+        assert [feed.batch(start, 4).global_target_count for start in (0, 4, 8)] == [3 * 8 + 2] * 3
 
 
-def test_what_goes_wrong_in_the_thread_is_raised_where_the_batch_is_asked_for() -> None:
-    with Feed(_Noted(broken_from=8), CausalObjective(), pin=False) as feed:
-        feed.take(0, 4)
-        feed.take(4, 4)
+def test_an_error_in_the_thread_is_raised_when_the_batch_is_requested() -> None:
+    with Feed(_RecordingBatches(broken_from=8), CausalObjective(), pin_memory=False) as feed:
+        feed.batch(0, 4)
+        feed.batch(4, 4)
         with pytest.raises(OSError, match="sequence 8 cannot be read"):
-            feed.take(8, 4)
-        assert _is_cut_there(feed.take(0, 4), 0, 4)
+            feed.batch(8, 4)
+        assert _has_sequences(feed.batch(0, 4), 0, 4)
 
 
-def test_a_batch_that_nobody_asks_for_may_fail_unheard() -> None:
-    with Feed(_Noted(broken_from=4), CausalObjective(), pin=False) as feed:
-        feed.take(0, 4)
+def test_an_error_in_a_batch_that_is_not_requested_is_ignored() -> None:
+    with Feed(_RecordingBatches(broken_from=4), CausalObjective(), pin_memory=False) as feed:
+        feed.batch(0, 4)
     assert not _workers()
 
 
 @pytest.mark.parametrize("failing", [False, True])
-def test_the_thread_ends_with_the_training(failing: bool) -> None:
+def test_the_thread_ends_with_the_context(failing: bool) -> None:
     try:
-        with Feed(_Noted(), CausalObjective(), pin=False) as feed:
-            feed.take(0, 4)
+        with Feed(_RecordingBatches(), CausalObjective(), pin_memory=False) as feed:
+            feed.batch(0, 4)
             assert _workers()
             if failing:
                 raise ZeroDivisionError

@@ -1,4 +1,4 @@
-"""A training that is killed at any moment and resumed, again and again, is the training that was not: to the bit."""
+"""A run that is killed at random moments, and resumed each time, is bit-identical to an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import random
 from pathlib import Path
 from typing import Any
 
-import lives
 import pytest
 import torch
+import training_processes
 from conftest import tiny_recipe
 from safetensors.torch import load_file
 
@@ -24,86 +24,82 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 STEPS = 16
 
 
-@pytest.fixture(scope="module")
-def short_file(english: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "short.txt"
-    path.write_text(english[1000:7000], encoding="utf-8")
-    return path
-
-
 def _recipe(text: Path, *overrides: str) -> Recipe:
-    """Dropout on, four micro-batches a step, an epoch's border in the middle, and hardly a step without a save."""
+    """A recipe with dropout, four micro-batches per step, an epoch boundary in the middle, and frequent saves."""
     hard = ("model.dropout=0.2", "training.micro_batch_size=2", "model.n_embd=16", "evaluation.max_tokens=200")
     often = ("checkpoint.every=2", "checkpoint.keep=2", "evaluation.every=5", "sampling.every=7", "sampling.max_new_tokens=2")
     return tiny_recipe(text, "modern", *hard, *often, f"training.steps={STEPS}", "training.compile=off", *overrides)
 
 
 def _logged(folder: Path) -> list[dict[str, Any]]:
-    """Every line without what the clock decides."""
-    clock = ("seconds", "train_seconds", "tokens_per_second", "mfu")
+    """The lines of metrics.jsonl without durations and speeds."""
+    timings = ("seconds", "train_seconds", "tokens_per_second", "mfu")
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{key: value for key, value in line.items() if key not in clock} for line in lines]
+    return [{key: value for key, value in line.items() if key not in timings} for line in lines]
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Weights and optimizer state of the last checkpoint, whatever files they lie in."""
+    """Weights and optimizer state of the last checkpoint."""
     last = Run(folder).checkpoint("last").path
     return {name: tensor for file in sorted(last.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
-def _same(one: Path, two: Path) -> None:
+def _assert_identical(one: Path, two: Path) -> None:
     assert _logged(one) == _logged(two)
-    ours, theirs = _tensors(one), _tensors(two)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    tensors, others = _tensors(one), _tensors(two)
+    assert tensors.keys() == others.keys()
+    assert all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())
     assert (one / "samples.md").read_text() == (two / "samples.md").read_text()
     for pointer in ("best", "last"):
         assert (one / "checkpoints" / pointer).read_text() == (two / "checkpoints" / pointer).read_text()
 
 
-def _tormented(recipe: Recipe, folder: Path, seed: int, count: int = 1) -> tuple[int, int]:
-    """Train into `folder` through kills at random moments: how many there were, and how many of them in a save."""
-    chance = random.Random(seed)
-    in_saves = 0
+def _train_with_kills(recipe: Recipe, folder: Path, seed: int) -> int:
+    """Train into `folder`, kill the process at random moments (often during a save) and resume. Returns the number of kills."""
+    random_source = random.Random(seed)
     for kills in range(100):
-        done, in_save = lives.lines(folder), chance.random() < 0.4
-        wanted = done + chance.randint(3, 16)
+        during_save = random_source.random() < 0.4
+        target = training_processes.logged_lines(folder) + random_source.randint(3, 16)
 
-        def moment(in_save: bool = in_save, wanted: int = wanted) -> bool:
-            return lives.saving(folder) if in_save and lives.lines(folder) > wanted - 8 else lives.lines(folder) >= wanted
+        def condition(during_save: bool = during_save, target: int = target) -> bool:
+            lines = training_processes.logged_lines(folder)
+            if during_save and lines > target - 8:
+                return training_processes.is_saving(folder)
+            return lines >= target
 
-        processes = lives.started(recipe, folder, count=count, resume=True)
-        if not lives.killed_when(processes, moment, victim=chance.randrange(count)):
+        processes = training_processes.start(recipe, folder, resume=True)
+        if not training_processes.kill_when(processes, condition):
             assert all(process.exitcode == 0 for process in processes)
-            return kills, in_saves
-        in_saves += lives.saving(folder)
-    raise AssertionError("no end is near")
+            return kills
+    raise AssertionError("training did not finish")
 
 
-def test_the_epochs_border_lies_inside(short_file: Path) -> None:
+def test_the_recipe_crosses_an_epoch_boundary(short_file: Path) -> None:
     recipe = _recipe(short_file)
     prepared = prepare(recipe.data, recipe.tokenizer, SILENT)
-    assert 3 * 8 < Batches(prepared.train.tokens, 32, recipe.seed).windows < (STEPS - 3) * 8
+    assert 3 * 8 < Batches(prepared.train.tokens, 32, recipe.seed).windows_per_epoch < (STEPS - 3) * 8
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_killed_again_and_again_it_is_the_same_run(precision: str, short_file: Path, tmp_path: Path) -> None:
+def test_a_run_that_is_killed_repeatedly_equals_an_uninterrupted_one(precision: str, short_file: Path, tmp_path: Path) -> None:
     recipe = _recipe(short_file, f"training.precision={precision}")
-    lives.run(recipe, tmp_path / "whole")
-    kills, _ = _tormented(recipe, tmp_path / "killed", seed=7)
-    assert kills >= 2
-    _same(tmp_path / "killed", tmp_path / "whole")
+    training_processes.run(recipe, tmp_path / "uninterrupted")
+    assert _train_with_kills(recipe, tmp_path / "killed", seed=7) >= 2
+    _assert_identical(tmp_path / "killed", tmp_path / "uninterrupted")
     assert [path.name for path in (tmp_path / "killed" / "checkpoints").glob(".*")] == []
 
 
-def test_killed_inside_a_save_the_checkpoint_before_it_is_whole(short_file: Path, tmp_path: Path) -> None:
+def test_a_kill_during_a_save_leaves_complete_checkpoints(short_file: Path, tmp_path: Path) -> None:
     recipe = _recipe(short_file)
     folder = tmp_path / "killed"
     for _ in range(20):
-        lives.killed_when(lives.started(recipe, folder, resume=True), lambda: lives.lines(folder) > 6 and lives.saving(folder))
-        if lives.saving(folder):
+        training_processes.kill_when(
+            training_processes.start(recipe, folder, resume=True),
+            lambda: training_processes.logged_lines(folder) > 6 and training_processes.is_saving(folder),
+        )
+        if training_processes.is_saving(folder):
             break
-    assert lives.saving(folder), "no kill hit a save"
+    assert training_processes.is_saving(folder), "no kill hit a save"
     assert all(checkpoint.problem() is None for checkpoint in Run(folder).checkpoints())
-    lives.run(recipe, folder, resume=True)
-    assert not lives.saving(folder)
+    training_processes.run(recipe, folder, resume=True)
+    assert not training_processes.is_saving(folder)

@@ -1,4 +1,4 @@
-"""metrics.jsonl and samples.md: what is written, and what a resumed run forgets."""
+"""metrics.jsonl and samples.md: what is written, and what is removed when a run is resumed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tinylm.errors import WorkError
+from tinylm.training import jsonl_log
 from tinylm.training.metrics import EvaluationEvent, GuardEvent, MetricsFile, Observer, Observers, SampleEvent, StepEvent
 
 
@@ -21,13 +22,13 @@ def _evaluation(step: int) -> EvaluationEvent:
 
 
 def _lines(folder: Path) -> list[dict[str, object]]:
-    def refuse(word: str) -> None:
-        raise ValueError(f"{word} is not JSON")
+    def reject(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
 
-    return [json.loads(line, parse_constant=refuse) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line, parse_constant=reject) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_each_line_says_its_kind_and_carries_the_events_numbers(tmp_path: Path) -> None:
+def test_each_line_holds_its_kind_and_the_fields_of_the_event(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path, 0)
     metrics.step(_step(1))
     metrics.evaluation(_evaluation(1))
@@ -43,36 +44,36 @@ def test_each_line_says_its_kind_and_carries_the_events_numbers(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("norm", [math.inf, math.nan])
-def test_what_json_has_no_number_for_is_null(tmp_path: Path, norm: float) -> None:
+def test_non_finite_numbers_are_written_as_null(tmp_path: Path, norm: float) -> None:
     metrics = MetricsFile(tmp_path, 0)
     metrics.step(_step(1, norm))
     metrics.close()
     assert _lines(tmp_path)[0]["grad_norm"] is None
 
 
-def test_lines_are_on_disk_as_soon_as_they_are_written(tmp_path: Path) -> None:
+def test_lines_are_flushed_immediately(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path, 0)
     metrics.step(_step(1))
     assert len(_lines(tmp_path)) == 1
     metrics.close()
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that refuses every byte")
-def test_a_disk_that_refuses_ends_the_work_or_is_told_and_what_it_refused_is_tried_again(tmp_path: Path) -> None:
-    metrics = MetricsFile(tmp_path, 0)
-    with open("/dev/full", "a") as full:
-        metrics._file = full
-        with pytest.raises(WorkError, match=r"cannot be logged: No space left.*--resume"):
-            metrics.step(_step(1))
-        told: list[str] = []
-        metrics._refused = told.append
-        metrics.step(_step(2))
-        metrics.close()
-    assert len(told) == 2
-    assert all("No space left" in what for what in told)
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_raises_or_is_reported_and_the_lines_are_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jsonl_log, "open", lambda *_, **__: open("/dev/full", "a"), raising=False)  # noqa: SIM115
+    raises = MetricsFile(tmp_path, 0)
+    for write in (lambda: raises.step(_step(1)), raises.close):  # closing retries the line
+        with pytest.raises(WorkError, match=r"cannot write the log: No space left.*--resume"):
+            write()
+    errors: list[str] = []
+    continues = MetricsFile(tmp_path, 0, errors.append)
+    continues.step(_step(2))
+    continues.close()
+    assert len(errors) == 2
+    assert all("No space left" in error for error in errors)
 
 
-def test_the_history_is_what_was_told(tmp_path: Path) -> None:
+def test_the_history_holds_the_logged_events(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path, 0)
     metrics.step(_step(1, math.inf))
     metrics.guard(GuardEvent("skipped", 2, 16, "the loss is nan"))
@@ -84,7 +85,7 @@ def test_the_history_is_what_was_told(tmp_path: Path) -> None:
     assert math.isnan(first.grad_norm)
 
 
-def test_going_back_forgets_what_came_after_and_says_so(tmp_path: Path) -> None:
+def test_a_rollback_removes_later_lines_and_is_logged(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path, 0)
     for step in (1, 2, 3):
         metrics.step(_step(step))
@@ -97,7 +98,7 @@ def test_going_back_forgets_what_came_after_and_says_so(tmp_path: Path) -> None:
     assert [(line["kind"], line["step"]) for line in _lines(tmp_path)] == [("step", 1), ("step", 2)]
 
 
-def test_a_resumed_run_forgets_later_steps_and_what_was_measured_after_its_checkpoint(tmp_path: Path) -> None:
+def test_resuming_removes_everything_that_was_written_after_the_checkpoint(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path, 0)
     for step in range(1, 5):
         metrics.step(_step(step))
@@ -106,7 +107,7 @@ def test_a_resumed_run_forgets_later_steps_and_what_was_measured_after_its_check
             metrics.sample(SampleEvent(step, "Once", f" upon {step}\n\n## Step 9\n\r## Step 9\n"))
     metrics.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"kind": "step", "st')  # torn by a crash
+        file.write('{"kind": "step", "st')  # cut off by a crash
     MetricsFile(tmp_path, 4).close()
     assert [(line["kind"], line["step"]) for line in _lines(tmp_path)] == [
         ("step", 1),
@@ -123,48 +124,48 @@ def test_a_resumed_run_forgets_later_steps_and_what_was_measured_after_its_check
     assert (tmp_path / "samples.md").read_text() == ""
 
 
-def test_samples_quote_the_prompt_and_every_line(tmp_path: Path) -> None:
+def test_samples_are_indented_with_their_prompt(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path, 0)
     metrics.sample(SampleEvent(3, "Two", " lines\n# not a title"))
     metrics.close()
     assert (tmp_path / "samples.md").read_text() == "## Step 3\n\n    Two lines\n    # not a title\n\n"
 
 
-def test_several_observers_hear_everything() -> None:
-    heard: list[tuple[str, str]] = []
+def test_every_observer_receives_every_event() -> None:
+    received: list[tuple[str, str]] = []
 
-    class Ear(Observer):
+    class Recorder(Observer):
         def __init__(self, name: str) -> None:
             self.name = name
 
         def step(self, event: StepEvent) -> None:
-            heard.append((self.name, "step"))
+            received.append((self.name, "step"))
 
         def evaluation(self, event: EvaluationEvent) -> None:
-            heard.append((self.name, "evaluation"))
+            received.append((self.name, "evaluation"))
 
         def sample(self, event: SampleEvent) -> None:
-            heard.append((self.name, "sample"))
+            received.append((self.name, "sample"))
 
         def saved(self, step: int) -> None:
-            heard.append((self.name, "saved"))
+            received.append((self.name, "saved"))
 
         def phase(self, name: str) -> None:
-            heard.append((self.name, name))
+            received.append((self.name, name))
 
         def note(self, text: str) -> None:
-            heard.append((self.name, text))
+            received.append((self.name, text))
 
         def stopping(self) -> None:
-            heard.append((self.name, "stopping"))
+            received.append((self.name, "stopping"))
 
-    both = Observers([Ear("a"), Ear("b")])
+    both = Observers([Recorder("a"), Recorder("b")])
     both.step(_step(1))
     both.evaluation(_evaluation(1))
     both.sample(SampleEvent(1, "", ""))
     both.saved(1)
     both.phase("saving")
-    both.note("smaller")
+    both.note("a note")
     both.stopping()
-    what_was_said = ("step", "evaluation", "sample", "saved", "saving", "smaller", "stopping")
-    assert heard == [(ear, what) for what in what_was_said for ear in "ab"]
+    events = ("step", "evaluation", "sample", "saved", "saving", "a note", "stopping")
+    assert received == [(name, event) for event in events for name in "ab"]

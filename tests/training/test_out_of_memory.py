@@ -1,4 +1,4 @@
-"""Running out of memory is recognised by what the allocators really say."""
+"""Out-of-memory errors are recognized by the messages of real allocators, and freed memory is reused."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ import torch
 from tinylm.training.out_of_memory import is_out_of_memory, keep_freed_memory
 
 
-def test_what_the_cpus_allocator_says_when_it_refuses() -> None:
+def test_the_error_of_the_cpu_allocator_is_recognized() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 58, dtype=torch.uint8)
     assert not isinstance(caught.value, torch.OutOfMemoryError)
     assert is_out_of_memory(caught.value)
 
 
-def test_what_gpus_say() -> None:
+def test_the_errors_of_gpus_are_recognized() -> None:
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."))
     assert is_out_of_memory(RuntimeError("MPS backend out of memory (MPS allocated: 5 GB)"))
 
 
-def test_other_errors_are_not_taken_for_it() -> None:
+def test_other_errors_are_not_recognized() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.ones(2, 3) @ torch.ones(2, 3)
     assert not is_out_of_memory(caught.value)
 
 
-def test_where_there_is_no_glibc_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_glibc_freed_memory_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     assert keep_freed_memory() is False
 
 
-FAULTS = """
+COUNT_PAGE_FAULTS = """
 import resource, sys, torch
 from tinylm.training.out_of_memory import keep_freed_memory
 
@@ -55,7 +55,7 @@ sys.exit(0 if faults() < first / 3 else f"{faults()} page faults, {first} before
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
-def test_memory_that_was_freed_is_not_asked_of_the_system_again() -> None:
-    """Told by the page faults that the kernel counts, in a process of its own."""
-    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def test_freed_memory_is_reused_without_new_page_faults() -> None:
+    """Counts page faults in a separate process."""
+    result = subprocess.run([sys.executable, "-c", COUNT_PAGE_FAULTS], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

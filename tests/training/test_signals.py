@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks, the second insists."""
+"""Ctrl-C and SIGTERM: the first one requests a stop, the second one exits immediately."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from tinylm.training.signals import StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_the_first_signal_is_noted_and_the_second_stops_at_once(number: signal.Signals) -> None:
-    heard: list[int] = []
-    with StopRequest(lambda: heard.append(1)) as request:
+def test_the_first_signal_is_recorded_and_the_second_exits_immediately(number: signal.Signals) -> None:
+    calls: list[int] = []
+    with StopRequest(lambda: calls.append(1)) as request:
         assert request.signal_number is None
         signal.raise_signal(number)
         assert request.signal_number == number
-        with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit) as ending:
+        with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit) as caught:
             signal.raise_signal(number)
-        assert number == signal.SIGINT or ending.value.code == 128 + number
-    assert heard == [1]
+        assert number == signal.SIGINT or caught.value.code == 128 + number
+    assert calls == [1]
     assert request.signal_number == number
 
 
-def test_in_another_thread_it_leaves_the_handlers_alone() -> None:
+def test_outside_the_main_thread_the_handlers_stay_unchanged() -> None:
     before = signal.getsignal(signal.SIGINT)
-    seen: list[object] = []
+    handlers: list[object] = []
 
-    def elsewhere() -> None:
+    def enter_in_thread() -> None:
         with StopRequest():
-            seen.append(signal.getsignal(signal.SIGINT))
+            handlers.append(signal.getsignal(signal.SIGINT))
 
-    thread = threading.Thread(target=elsewhere)
+    thread = threading.Thread(target=enter_in_thread)
     thread.start()
     thread.join()
-    assert seen == [before]
+    assert handlers == [before]

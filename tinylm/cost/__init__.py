@@ -1,1 +1,1 @@
-"""What a training costs before it starts: parameters, arithmetic, memory and time, on this CPU or on another machine."""
+"""Estimate the cost of a training before it starts: parameters, FLOPs, memory and time, on a CPU or on accelerators."""

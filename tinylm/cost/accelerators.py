@@ -1,12 +1,11 @@
-"""What the data sheets say of common accelerators, and how long one training step takes on some of them. Imports without torch.
+"""Data sheet figures of common accelerators, and the time of a training step on them. Does not import torch.
 
-In come counts (floating-point operations, bytes); out come seconds. The model is a roofline (Williams, Waterman & Patterson
-2009) with three terms that follow one another on a device: matrix products, everything that only moves memory, and what
-the backward pass does not hide of the all-reduce. The same constants serve every accelerator and every recipe;
-`benchmarks/published.py` holds them against training runs that others published.
+Converts counts (FLOPs, bytes) to seconds. The time of a step is a roofline estimate (Williams, Waterman & Patterson 2009): the sum
+of matrix products, other memory traffic, and the part of the all-reduce that does not overlap with the backward pass. The constants
+are the same for every accelerator and recipe; `benchmarks/published.py` compares the estimates with published training runs.
 
-It knows of one node only, whose devices all reach each other at `link_bandwidth`, and of data parallelism only. Left out is
-the time to launch kernels, which rules once a step takes but a few milliseconds: of a tiny model it promises too much.
+The estimate covers data parallelism within one node whose devices all communicate at `link_bandwidth`. It ignores kernel launches,
+which dominate steps of a few milliseconds; `step_time` accounts for them.
 """
 
 from __future__ import annotations
@@ -18,30 +17,30 @@ from typing import Literal
 from tinylm.errors import InputError, did_you_mean
 from tinylm.recipe.schema import ModelSection
 
-Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+MatmulPrecision = Literal["fp32", "tf32", "bf16", "fp16"]
 
-MATMUL_SHARE = 0.65
-"""Share of the sheet's FLOP/s that a training step's matrix products reach. The best shape alone reaches 0.86 on an A100, 0.80
-on an H100 and 0.78 on a B200 (https://github.com/stas00/ml-engineering/tree/master/compute/accelerator, "Maximum Achievable
-Matmul FLOPS"). A fifth less is assumed for the mixture of shapes in a GPT, attention among them: tiles that do not fill the last
-wave, short inner dimensions, and a backward pass of attention that forms its scores a second time. Between what llm.c's runs on
-A100s (0.7) and on H100s (0.6) ask for; no value serves both exactly."""
-BANDWIDTH_SHARE = 0.85
-"""Share of the sheet's memory bandwidth that kernels outside matrix products reach. Assumed: large copies reach about 0.9, norms
-and losses, which reduce along rows, less."""
-LINK_SHARE = 0.7
-"""Share of the link that a ring reaches with gradients of 100 MB and more. Assumed, and tested by no run in
-`benchmarks/published.py`: the all-reduce is at most 3 % of their steps."""
-HIDDEN_SHARE = 0.5
-"""Share of the all-reduce that runs behind the backward pass. Assumed: the first layers' gradients and the embedding's are
-ready last and have nothing left to hide behind; in a small model they are a large part."""
-BACKWARD_SHARE = 2 / 3
-"""The backward pass's part of forward and backward: two products for each one of the forward pass."""
+MATMUL_EFFICIENCY = 0.65
+"""Fraction of the data sheet's FLOP/s that the matrix products of a training step reach. The best shapes reach 0.86 on an A100,
+0.80 on an H100 and 0.78 on a B200 (https://github.com/stas00/ml-engineering/tree/master/compute/accelerator, "Maximum Achievable
+Matmul FLOPS"). The shapes of a GPT are assumed to reach a fifth less: tiles do not fill the last wave, inner dimensions are short,
+and the backward pass of attention recomputes its scores. The value lies between the best fits to llm.c's runs on A100s (0.7) and on
+H100s (0.6)."""
+BANDWIDTH_EFFICIENCY = 0.85
+"""Fraction of the data sheet's memory bandwidth that all other kernels reach. Assumed: large copies reach about 0.9; norms and
+losses, which reduce along rows, reach less."""
+LINK_EFFICIENCY = 0.7
+"""Fraction of the link bandwidth that a ring all-reduce reaches with gradients of 100 MB or more. Assumed: the runs in
+`benchmarks/published.py` cannot test it, because the all-reduce takes at most 3 % of their steps."""
+OVERLAP_FRACTION = 0.5
+"""Fraction of the all-reduce that overlaps with the backward pass. Assumed: the gradients of the first layers and of the embedding
+are computed last, when no computation is left to overlap with, and they are a large part of a small model."""
+BACKWARD_FRACTION = 2 / 3
+"""Fraction of the forward and backward pass that the backward pass takes: it has two matrix products for each forward one."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """The document of the maker that the figures were read from."""
+    """The manufacturer's document that contains the figures."""
 
     title: str
     url: str
@@ -49,11 +48,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Accelerator:
-    """One device. `flops` are dense matrix FLOP/s by precision, without structured sparsity; 16-bit ones sum in float32.
+    """One device, with the figures of its data sheet.
 
-    `memory` is in bytes with the sheet's GB taken as 10^9: the chip has 7 % more, of which ECC and the driver take most.
-    `bandwidth` is bytes/s to that memory, `link_bandwidth` bytes/s to the other devices in one direction, half of the sum of both
-    directions that sheets print. Cards that only a bridge joins in pairs have their PCIe slot's.
+    `flops`: dense matrix FLOP/s by precision, without structured sparsity; 16-bit products accumulate in float32.
+    `memory`: bytes, with 10^9 bytes per GB of the data sheet. The chip has 7 % more, most of which ECC and the driver use.
+    `bandwidth`: bytes/s to that memory.
+    `link_bandwidth`: bytes/s to the other devices in one direction, which is half the figure in data sheets, because they add both
+    directions. For cards whose only bridge connects pairs, it is the bandwidth of PCIe.
     """
 
     name: str
@@ -63,17 +64,17 @@ class Accelerator:
     link_bandwidth: float
     source: Source
 
-    def matmul_flops(self, precision: Precision) -> float:
-        """Dense FLOP/s of the sheet. Raises `InputError`, naming what there is, for a precision that the device lacks."""
+    def matmul_flops(self, precision: MatmulPrecision) -> float:
+        """Dense FLOP/s according to the data sheet. Raises `InputError` if the device does not support the precision."""
         if precision not in self.flops:
-            known = ", ".join(self.flops)
-            raise InputError(f"{self.name} has no {precision} matrix products", where="precision", hint=f"it has {known}")
+            known = " or ".join(self.flops)
+            raise InputError(f"{self.name} does not support {precision} matrix products", where="precision", hint=f"use {known}")
         return self.flops[precision]
 
 
 @dataclass(frozen=True)
 class StepSeconds:
-    """Seconds of one optimiser step by what they are spent on; `communication` is what the backward pass does not hide."""
+    """Seconds of one optimizer step by part. `communication` is the part that does not overlap with the backward pass."""
 
     matmul: float
     memory: float
@@ -84,7 +85,7 @@ class StepSeconds:
         return self.matmul + self.memory + self.communication
 
 
-def _tera(fp32: float, tf32: float | None, bf16: float | None, fp16: float) -> dict[str, float]:
+def _from_teraflops(fp32: float, tf32: float | None, bf16: float | None, fp16: float) -> dict[str, float]:
     figures = {"fp32": fp32, "tf32": tf32, "bf16": bf16, "fp16": fp16}
     return {precision: teraflops * 1e12 for precision, teraflops in figures.items() if teraflops is not None}
 
@@ -96,13 +97,13 @@ _A100 = Source(
     "NVIDIA A100 Tensor Core GPU data sheet",
     "https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/nvidia-a100-datasheet-nvidia-us-2188504-web.pdf",
 )
-_HOPPER_SXM = _tera(67, 494.7, 989.4, 989.4)
-_PCIE3, _PCIE4, _PCIE5 = 16e9, 32e9, 64e9  # sixteen lanes, one direction
+_HOPPER_SXM = _from_teraflops(67, 494.7, 989.4, 989.4)
+_PCIE3, _PCIE4, _PCIE5 = 16e9, 32e9, 64e9  # 16 lanes, one direction
 
-ACCELERATORS: tuple[Accelerator, ...] = (
+ACCELERATORS: tuple[Accelerator, ...] = (  # name, FLOP/s, memory, bandwidth, link bandwidth, source
     Accelerator(
         "b200",
-        _tera(80, 1100, 2250, 2250),
+        _from_teraflops(80, 1100, 2250, 2250),
         180e9,
         8e12,
         900e9,
@@ -120,12 +121,12 @@ ACCELERATORS: tuple[Accelerator, ...] = (
         Source("NVIDIA H200 Tensor Core GPU data sheet, SXM", "https://www.nvidia.com/en-us/data-center/h200/"),
     ),
     Accelerator("h100-sxm", _HOPPER_SXM, 80e9, 3.35e12, 450e9, _H100),
-    Accelerator("h100-pcie", _tera(51, 378, 756, 756), 80e9, 2e12, _PCIE5, _H100),
-    Accelerator("a100-80gb-sxm", _tera(19.5, 156, 312, 312), 80e9, 2.039e12, 300e9, _A100),
-    Accelerator("a100-80gb-pcie", _tera(19.5, 156, 312, 312), 80e9, 1.935e12, _PCIE4, _A100),
+    Accelerator("h100-pcie", _from_teraflops(51, 378, 756, 756), 80e9, 2e12, _PCIE5, _H100),
+    Accelerator("a100-80gb-sxm", _from_teraflops(19.5, 156, 312, 312), 80e9, 2.039e12, 300e9, _A100),
+    Accelerator("a100-80gb-pcie", _from_teraflops(19.5, 156, 312, 312), 80e9, 1.935e12, _PCIE4, _A100),
     Accelerator(
         "a100-40gb-sxm",
-        _tera(19.5, 156, 312, 312),
+        _from_teraflops(19.5, 156, 312, 312),
         40e9,
         1.555e12,
         300e9,
@@ -136,7 +137,7 @@ ACCELERATORS: tuple[Accelerator, ...] = (
     ),
     Accelerator(
         "v100-sxm2-32gb",
-        _tera(15.7, None, None, 125),
+        _from_teraflops(15.7, None, None, 125),
         32e9,
         900e9,
         150e9,
@@ -147,7 +148,7 @@ ACCELERATORS: tuple[Accelerator, ...] = (
     ),
     Accelerator(
         "l40s",
-        _tera(91.6, 183, 362, 362),
+        _from_teraflops(91.6, 183, 362, 362),
         48e9,
         864e9,
         _PCIE4,
@@ -155,7 +156,7 @@ ACCELERATORS: tuple[Accelerator, ...] = (
     ),
     Accelerator(
         "l4",
-        _tera(30.3, 60, 121, 121),
+        _from_teraflops(30.3, 60, 121, 121),
         24e9,
         300e9,
         _PCIE4,
@@ -163,7 +164,7 @@ ACCELERATORS: tuple[Accelerator, ...] = (
     ),
     Accelerator(
         "t4",
-        _tera(8.1, None, None, 65),
+        _from_teraflops(8.1, None, None, 65),
         16e9,
         300e9,
         _PCIE3,
@@ -174,7 +175,7 @@ ACCELERATORS: tuple[Accelerator, ...] = (
     ),
     Accelerator(
         "a10g",
-        _tera(35, 35, 70, 70),
+        _from_teraflops(35, 35, 70, 70),
         24e9,
         600e9,
         _PCIE4,
@@ -185,7 +186,7 @@ ACCELERATORS: tuple[Accelerator, ...] = (
     ),
     Accelerator(
         "rtx-4090",
-        _tera(82.6, 82.6, 165.2, 165.2),
+        _from_teraflops(82.6, 82.6, 165.2, 165.2),
         24e9,
         1.008e12,
         _PCIE4,
@@ -196,7 +197,7 @@ ACCELERATORS: tuple[Accelerator, ...] = (
     ),
     Accelerator(
         "rtx-3090",
-        _tera(35.6, 35.6, 71, 71),
+        _from_teraflops(35.6, 35.6, 71, 71),
         24e9,
         936e9,
         _PCIE4,
@@ -209,19 +210,19 @@ ACCELERATORS: tuple[Accelerator, ...] = (
 
 
 def find(name: str) -> Accelerator:
-    """The accelerator of that name, in any case. Raises `InputError`, with the nearest name or all of them, when there is none."""
+    """The accelerator with this name, ignoring case. Raises `InputError` with the nearest name, or all names, if there is none."""
     by_name = {accelerator.name: accelerator for accelerator in ACCELERATORS}
     wanted = name.strip().lower()
     if wanted not in by_name:
-        hint = did_you_mean(wanted, by_name) or "known: " + ", ".join(by_name)
-        raise InputError(f"there is no data sheet for {name!r}", where="--hardware", hint=hint)
+        hint = did_you_mean(wanted, by_name) or "known accelerators: " + ", ".join(by_name)
+        raise InputError(f"unknown accelerator {name!r}", where="--hardware", hint=hint)
     return by_name[wanted]
 
 
 def step_seconds(
     accelerator: Accelerator,
     devices: int,
-    precision: Precision,
+    precision: MatmulPrecision,
     *,
     matmul_flops: float,
     matmul_bytes: float = 0.0,
@@ -229,61 +230,65 @@ def step_seconds(
     state_bytes: float = 0.0,
     gradient_bytes: float = 0.0,
 ) -> StepSeconds:
-    """Seconds of one optimiser step, data-parallel over `devices` in one node.
+    """Seconds of one optimizer step, data-parallel over `devices` in one node.
 
-    Of the whole global batch, so shared by the devices: `matmul_flops` of all matrix products, `matmul_bytes` that their operands
-    move (the roof of narrow models), `elementwise_bytes` that everything else moves. Of each device, so not shared:
-    `state_bytes` for weights, gradients and optimiser state, and `gradient_bytes`, the gradients that a ring all-reduce sums:
-    each device sends 2 (N - 1) / N of them (Patarasuk & Yuan 2009).
+    Counts for the global batch, which is divided among the devices: `matmul_flops` of all matrix products, `matmul_bytes` that
+    their operands move (the bottleneck of narrow models), and `elementwise_bytes` that everything else moves. Counts for each
+    device: `state_bytes` that weights, gradients and optimizer state move, and `gradient_bytes` that a ring all-reduce sums. Each
+    device sends 2 (N - 1) / N times `gradient_bytes` (Patarasuk & Yuan 2009).
 
-    Raises `InputError` for a precision that the accelerator lacks and for fewer devices than one.
+    Raises `InputError` if the accelerator does not support the precision, or if `devices` is below 1.
     """
     if devices < 1:
-        raise InputError(f"a step needs one device at least, not {devices}", where="--devices")
+        raise InputError(f"must be at least 1, not {devices}", where="--devices")
     peak = accelerator.matmul_flops(precision)
-    bandwidth = BANDWIDTH_SHARE * accelerator.bandwidth
-    # A product waits for its operands or for its multipliers, whichever is slower; a kernel has both in flight at once.
-    matmul = max(matmul_flops / (MATMUL_SHARE * peak), matmul_bytes / bandwidth) / devices
+    bandwidth = BANDWIDTH_EFFICIENCY * accelerator.bandwidth
+    # A kernel loads operands while it computes, so the slower of the two determines its time.
+    matmul = max(matmul_flops / (MATMUL_EFFICIENCY * peak), matmul_bytes / bandwidth) / devices
     elementwise = elementwise_bytes / bandwidth / devices
-    ring = 2 * (devices - 1) / devices * gradient_bytes / (LINK_SHARE * accelerator.link_bandwidth)
-    hidden = min(HIDDEN_SHARE * ring, BACKWARD_SHARE * (matmul + elementwise))
-    return StepSeconds(matmul, elementwise + state_bytes / bandwidth, ring - hidden)
+    ring = 2 * (devices - 1) / devices * gradient_bytes / (LINK_EFFICIENCY * accelerator.link_bandwidth)
+    overlapped = min(OVERLAP_FRACTION * ring, BACKWARD_FRACTION * (matmul + elementwise))
+    return StepSeconds(matmul, elementwise + state_bytes / bandwidth, ring - overlapped)
 
 
 @dataclass(frozen=True)
-class _Sizes:
-    """Bytes of a number: in the residual stream and what norms make of it, and elsewhere."""
+class _ElementSizes:
+    """Bytes per element in the residual stream, and in all other activations."""
 
     stream: int
     other: int
 
     @property
     def cast(self) -> int:
-        """One number read in one type and written in the other; nothing where they are the same."""
+        """Bytes per element that a cast between the two moves; 0 if they are the same."""
         return self.stream + self.other if self.stream != self.other else 0
 
 
-def _sizes(precision: Precision, stream_bytes: int = 4) -> _Sizes:
-    return _Sizes(stream_bytes, 2) if precision in ("bf16", "fp16") else _Sizes(4, 4)
+def _element_sizes(precision: MatmulPrecision, stream_bytes: int = 4) -> _ElementSizes:
+    return _ElementSizes(stream_bytes, 2) if precision in ("bf16", "fp16") else _ElementSizes(4, 4)
 
 
-ACTIVATION_PASSES = {
-    # Numbers read and written, forward and backward, in hidden widths: eager, compiled.
-    "gelu": (2 + 3, 2 + 3),  # forward x -> y; backward y', x -> x'
+ACTIVATION_TRAFFIC = {
+    # A prime marks a gradient; a semicolon separates the forward from the backward pass.
+    "gelu": (2 + 3, 2 + 3),  # x -> y; y', x -> x'
     "gelu_exact": (2 + 3, 2 + 3),
     "relu": (2 + 3, 2 + 3),
-    "relu2": (2 + 2 + 2 + 2 + 3 + 3, 2 + 3),  # eager: relu, square; x^1, twice, product, relu'
-    "swiglu": (2 + 3 + 3 + 3 + 3 + 4, 3 + 5),  # eager: silu, product; two products, silu', joining the halves
+    "relu2": (2 + 2 + 2 + 2 + 3 + 3, 2 + 3),  # eager: relu, square; pow(x, 1), times 2, times y', gradient of relu
+    "swiglu": (2 + 3 + 3 + 3 + 3 + 4, 3 + 5),  # eager: silu, product; two products, gradient of silu, concatenation of the halves
 }
+"""Elements that an activation reads and writes in the forward and backward pass, per hidden unit: (eager, compiled)."""
 
 
-def layer_bytes(model: ModelSection, precision: Precision, *, compiled: bool, stream_bytes: int = 4) -> int:
-    """Bytes that one block moves for one token outside its matrix products, forward and backward.
+def block_bytes(model: ModelSection, precision: MatmulPrecision, *, compiled: bool, stream_bytes: int = 4) -> int:
+    """Bytes per token that one block moves outside its matrix products, in the forward and backward pass.
 
-    Eager, every operation reads its inputs and writes its result; compiled, neighbours are one kernel that reads what enters
-    the group and writes what leaves it. Numbers per token, e bytes each and s in the residual stream: `stream_bytes` in 16
-    bits, where autocast leaves it in float32 (4) unless the model casts it (2), which spares the casts too. C width, F hidden
-    width, P columns of queries, keys and values, R of queries and keys:
+    In eager mode, every operation reads its inputs and writes its result. When compiled, neighboring operations become one kernel
+    that reads the inputs of the group and writes its outputs.
+
+    Legend: C width, F feed-forward width, P columns of queries, keys and values, R columns of queries and keys; e bytes per
+    element, and s bytes per element of the residual stream. In 16 bits s is `stream_bytes`: 4 if autocast leaves the stream in
+    float32, 2 if the model casts it, which also avoids the casts. A prime marks a gradient; a semicolon separates forward and
+    backward pass.
 
     ==================  ============================================  ===================================================
     operation           eager                                         compiled
@@ -292,21 +297,22 @@ def layer_bytes(model: ModelSection, precision: Precision, *, compiled: bool, st
                         cast (s + e), y', x -> x' (3s), gain (2s)     y', x, x' -> x', cast (e + 3s + e), gain (e + s)
     residual sum        C: x, branch -> x (2s + e);                   (in the norm)
                         cast (s + e), sum of two gradients (3s)
-    activation          F: `ACTIVATION_PASSES` (e)                    F: `ACTIVATION_PASSES` (e)
-    gradient of q k v   P: joined into one matrix (2e)                the same
-    biases              P + C + F + C: their gradients' sums (e)      the same
-    rotary positions    R: 4 products, 2 sums, joining (9e); 10e      R: 2e; 2e
+    activation          F: `ACTIVATION_TRAFFIC` (e)                   F: `ACTIVATION_TRAFFIC` (e)
+    gradient of q k v   P: concatenated (2e)                          the same
+    biases              P + C + F + C: sums of their gradients (e)    the same
+    rotary positions    R: 4 products, 2 sums, concatenation (9e);    R: 2e; 2e
+                        10e
     norm of q and k     R: 2e; 5e                                     R: in the rotation; e
     dropout             2C: x -> y, mask (2e + 1), twice              (in the norm)
     ==================  ============================================  ===================================================
     """
-    sizes = _sizes(precision, stream_bytes)
+    sizes = _element_sizes(precision, stream_bytes)
     s, e, cast = sizes.stream, sizes.other, sizes.cast
     width, hidden = model.n_embd, model.feed_forward_width
     queries, keys = model.n_head * model.head_width, model.kv_heads * model.head_width
     inputs = 2 * hidden if model.feed_forward == "swiglu" else hidden
     norms = 1 if model.norm_position == "post" and model.parallel_residual else 2
-    eager_passes, compiled_passes = ACTIVATION_PASSES[model.feed_forward]
+    eager_passes, compiled_passes = ACTIVATION_TRAFFIC[model.feed_forward]
     total = 2 * e * (queries + 2 * keys)
     total += e * (queries + 2 * keys + width + inputs + width) if model.bias else 0
     rotary = model.position == "rope"
@@ -324,22 +330,24 @@ def layer_bytes(model: ModelSection, precision: Precision, *, compiled: bool, st
     return total
 
 
-def ends_bytes(model: ModelSection, vocab_size: int, precision: Precision, *, compiled: bool, stream_bytes: int = 4) -> int:
-    """Bytes for one token outside the blocks and outside the head's matrix product: embedding, last norm, and the loss.
+def outside_block_bytes(
+    model: ModelSection, vocab_size: int, precision: MatmulPrecision, *, compiled: bool, stream_bytes: int = 4
+) -> int:
+    """Bytes per token outside the blocks and the head's matrix product: embedding, last norm and loss.
 
-    The loss dominates: V logits of e bytes. Eager they are cast to float32 (e + 4, and back), log-softmax reads and writes them
-    (8), its gradient is first written as zeros with one entry (4), then formed from it and the result (12). Compiled, they
-    are read for the maximum, for the sum, and for the gradient that is written (4e). A soft cap is three more operations
-    forward (6e) and backward (7e), or part of the compiled kernels.
+    The loss dominates, with V logits of e bytes. In eager mode, they are cast to float32 (e + 4) and their gradient back (e + 4),
+    log-softmax reads and writes them (8), and its gradient is first written as zeros with one entry (4), then computed from that
+    and the result (12). When compiled, they are read for the maximum, for the sum and for the gradient, which is written (4e). A
+    soft cap adds three operations forward (6e) and backward (7e); when compiled, it is part of the other kernels.
     """
-    sizes = _sizes(precision, stream_bytes)
+    sizes = _element_sizes(precision, stream_bytes)
     s, e, cast = sizes.stream, sizes.other, sizes.cast
     norms = (1 if model.norm_position == "pre" else 0) + (1 if model.embedding_norm else 0)
     if compiled:
         copy = e if cast else 0
         norm = (s + e) + (e + s + s + copy) + (e + s)
         logits = 4 * e
-        embedding = 2 * s + 3 * s  # a row copied; its gradient read and added to the table's
+        embedding = 2 * s + 3 * s  # copy a row; read its gradient and add it to the gradient of the table
     else:
         norm = (2 * s + cast) + (cast + 3 * s + 2 * s)
         logits = (2 * (e + 4) if e < 4 else 0) + 8 + 4 + 12 + (13 * e if model.logit_softcap is not None else 0)
@@ -347,19 +355,21 @@ def ends_bytes(model: ModelSection, vocab_size: int, precision: Precision, *, co
     return model.n_embd * (embedding + norms * norm) + vocab_size * logits
 
 
-def elementwise_bytes(model: ModelSection, vocab_size: int, precision: Precision, *, compiled: bool, stream_bytes: int = 4) -> int:
-    """Bytes that forward and backward of one token move outside matrix products: all blocks and both ends."""
-    blocks = model.n_layer * layer_bytes(model, precision, compiled=compiled, stream_bytes=stream_bytes)
-    return blocks + ends_bytes(model, vocab_size, precision, compiled=compiled, stream_bytes=stream_bytes)
+def elementwise_bytes(
+    model: ModelSection, vocab_size: int, precision: MatmulPrecision, *, compiled: bool, stream_bytes: int = 4
+) -> int:
+    """Bytes per token that the forward and backward pass move outside matrix products, in the whole model."""
+    blocks = model.n_layer * block_bytes(model, precision, compiled=compiled, stream_bytes=stream_bytes)
+    return blocks + outside_block_bytes(model, vocab_size, precision, compiled=compiled, stream_bytes=stream_bytes)
 
 
-def matmul_bytes(model: ModelSection, vocab_size: int, precision: Precision) -> int:
-    """Bytes that the operands of one token's matrix products move, forward and backward; the weights are in `state_bytes`.
+def matmul_bytes(model: ModelSection, vocab_size: int, precision: MatmulPrecision) -> int:
+    """Bytes per token that the activations in matrix products move, forward and backward. `state_bytes` counts the weights.
 
-    Each of the three products of a weight (forward, and the gradients of its input and of itself) moves its input's and its
-    output's width. Attention is one kernel (Dao et al. 2022): forward q, k, v -> y; backward q, k, v, y, y' -> q', k', v'.
+    Each of the three products of a weight (the output, and the gradients of input and weight) reads or writes one row of its input
+    and one of its output. Attention is one kernel (Dao et al. 2022): forward q, k, v -> y; backward q, k, v, y, y' -> q', k', v'.
     """
-    e = _sizes(precision).other
+    e = _element_sizes(precision).other
     width, hidden = model.n_embd, model.feed_forward_width
     queries, keys = model.n_head * model.head_width, model.kv_heads * model.head_width
     inputs = 2 * hidden if model.feed_forward == "swiglu" else hidden
@@ -368,13 +378,13 @@ def matmul_bytes(model: ModelSection, vocab_size: int, precision: Precision) -> 
     return e * (model.n_layer * (3 * projections + attention) + 3 * (width + vocab_size))
 
 
-def state_bytes(parameters: int, micro_batches: int, precision: Precision) -> int:
-    """Bytes that weights, gradients and AdamW's state move on one device in a step of `micro_batches` passes.
+def state_bytes(parameters: int, micro_batches: int, precision: MatmulPrecision) -> int:
+    """Bytes that weights, gradients and AdamW's state move on one device in a step of `micro_batches` micro-batches.
 
-    A pass reads each weight for two products, writes its gradient and adds that to the sum (12), in 16 bits with a copy of
-    the weight and of the gradient in the other type (6 each). A step reads the gradients' norm and scales them (12), then reads
-    weight, gradient and two moments and writes all but the gradient (28), as a fused AdamW does.
+    A micro-batch reads each weight for two products and writes its gradient (3e), and adds that to the sum (12). In 16 bits it also
+    casts the weight and the gradient (6 each). A step computes the norm of the gradients and scales them (12), then reads weight,
+    gradient and two moments and writes all but the gradient (28), as a fused AdamW does.
     """
-    e = _sizes(precision).other
-    casts = 2 * _sizes(precision).cast
+    e = _element_sizes(precision).other
+    casts = 2 * _element_sizes(precision).cast
     return parameters * (micro_batches * (3 * e + casts + 12) + 12 + 28)

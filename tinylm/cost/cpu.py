@@ -1,10 +1,10 @@
-"""How long a training step takes on this machine's CPU: the twin of `tinylm.cost.accelerators` for a device without a data sheet.
+"""The time of a training step on this machine's CPU, as `tinylm.cost.accelerators` estimates it on a GPU. Does not import torch.
 
-In come counts (floating-point operations, bytes, kernels), out come seconds. How fast the machine multiplies matrices and adds
-arrays is measured, with numpy and without torch; the constants say what a step makes of that. Those called fitted lie near the
-least squares of twelve step times of five models of 0.8 to 13.9 million parameters, contexts of 64 to 256 and 768 to 2048 tokens
-a step, in fp32, in bf16 and compiled, all on two cores of one Xeon with AMX, taken to multiply 350 GFLOP/s in fp32 and 1650 in
-bf16. They give those times back within 20 %; on another processor they are a guess.
+Converts counts (FLOPs, bytes, kernels) to seconds. `measure` measures the speed of matrix products and of memory with numpy; the
+constants say what a training step reaches of it. Constants marked as fitted are close to the least-squares fit to twelve step
+times: five models of 0.8 to 13.9 million parameters, context lengths of 64 to 256 and 768 to 2048 tokens per step, in fp32, in bf16
+and compiled, all on two cores of one Xeon with AMX (350 GFLOP/s in fp32, 1650 in bf16). They reproduce those times within 20 %. On
+other processors they are a guess.
 """
 
 from __future__ import annotations
@@ -15,85 +15,87 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-Numbers = Literal["fp32", "bf16", "fp16"]
+from tinylm.recipe.values import ComputeDtype
 
-MATMUL_SHARE = 0.9
-"""Share of the measured peak that the matrix products of a step reach. Fitted."""
-AMX_SPEED_UP = 4.7
-"""How many times faster products are in bf16 where the processor has tiles for it: 1200 to 2100 GFLOP/s against 340 to 360."""
-AMX_PEAK_SPEED_UP = 6.9
-"""The same for the fastest of products, of matrices of 2048 x 2048 and more: 2200 GFLOP/s against numpy's 320."""
-EMULATED_SPEED_UP = 1 / 150
-"""The same without: measured, 1 against 165 GFLOP/s."""
-ELEMENTWISE_SHARE = 0.25
-"""Of a numpy addition's bandwidth, on one core, what each core contributes to the element-wise kernels of a step. Fitted; it
-also stands for what `hardware.elementwise_bytes` counts and the written-out functions of the model do not move, and the reverse."""
-STATE_SHARE = 0.75
-"""Likewise for weights, gradients and moments, which are long arrays in order. Assumed."""
+MATMUL_EFFICIENCY = 0.9
+"""Fraction of the measured peak that the matrix products of a step reach. Fitted."""
+AMX_SPEEDUP = 4.7
+"""Speedup of matrix products in bf16 over fp32 with AMX: 1200 to 2100 GFLOP/s instead of 340 to 360."""
+AMX_PEAK_SPEEDUP = 6.9
+"""The same for the fastest matrix products, 2048 x 2048 and larger: 2200 GFLOP/s instead of numpy's 320."""
+EMULATED_SPEEDUP = 1 / 150
+"""The same without AMX, where bf16 is emulated: 1 GFLOP/s instead of 165, measured."""
+ELEMENTWISE_EFFICIENCY = 0.25
+"""Bandwidth per core of the element-wise kernels of a step, as a fraction of the bandwidth of a numpy addition on one core. Fitted;
+it also corrects for differences between the counted and the actual traffic of the model."""
+STATE_EFFICIENCY = 0.75
+"""The same for the kernels that read and write weights, gradients and optimizer state, which are long contiguous arrays.
+Assumed."""
 SCORE_SECONDS = 4e-9
-"""Of one core, for each score of attention (batch x heads x time x time), forward and backward: half of them are masked, all
-others exponentiated twice. Fitted."""
-HALF_BLOCK_SECONDS = 130e-6
-"""Of one core, for each block of queries whose gradient attention forms in bf16: its small products there have a fixed price,
-where float32's have not. Fitted; a profile of 48 heads by sequences of 64 positions gave 70 for each block of 32."""
+"""Core-seconds per attention score (batch x heads x time x time) in the forward and backward pass. Half of the scores are masked;
+the others are exponentiated twice. Fitted."""
+QUERY_BLOCK_SECONDS = 130e-6
+"""Core-seconds per block of queries in the 16-bit backward pass of attention, whose small products have a fixed cost that float32
+products lack. Fitted; a profile of 48 (sequence, head) pairs with 64 positions gave 70e-6 per block of 32."""
 LAUNCH_SECONDS = 8e-6
-"""Of the interpreter, for each kernel, forward and backward. Assumed, of 5 to 10 that are usual."""
+"""Time to launch a kernel from Python. Assumed; 5 to 10 microseconds are typical."""
 KERNELS = {"eager": 90, "compiled": 40}
-"""Of a block, forward and backward, without views. Counted in a profile of the `modern` preset; compiled: assumed."""
+"""Kernels per block in the forward and backward pass, not counting views. Eager: counted in a profile of the `modern` preset.
+Compiled: assumed."""
 CAST_KERNELS = {"eager": 40, "compiled": 15}
-"""More of them under autocast, which casts weights and their gradients. Likewise."""
-END_KERNELS = 40
-"""Outside the blocks. Likewise."""
+"""Additional kernels per block under autocast, which casts weights and their gradients. Obtained in the same way."""
+OUTSIDE_KERNELS = 40
+"""Kernels outside the blocks. Obtained in the same way."""
 TABLE_KERNELS = 35
-"""More of them for each order of n-grams, which are hashed in a dozen operations on whole numbers. Likewise."""
+"""Additional kernels for each n of the n-gram embeddings, whose hash takes a dozen integer operations. Obtained in the same way."""
 UPDATE_KERNELS = 60
-"""Of clipping and updating the weights of a block, and as many for those outside: 52 counted of AdamW, 66 of Muon."""
-MOST_CORES = 8
-"""Beyond these, more cores move no more memory. Assumed."""
+"""Kernels that clip gradients and update weights, per block, and once more for all weights outside the blocks. Counted: 52 with
+AdamW, 66 with Muon."""
+MAX_MEMORY_CORES = 8
+"""Number of cores that saturate the memory bandwidth. Assumed."""
 
 _MATMUL_WIDTH = 768
 
 
 @dataclass(frozen=True)
 class Processor:
-    """What was measured: FLOP/s of fp32 products on all cores, bytes/s of an addition on one core for what is in use."""
+    """A measured CPU: FLOP/s of fp32 matrix products on all cores, and bytes/s of an addition on one core."""
 
     matmul_flops: float
     bandwidth: float
-    """Of arrays as large as the widest activation of a micro-batch."""
+    """For arrays as large as the widest activation of a micro-batch."""
     state_bandwidth: float
-    """Of arrays as large as the weights."""
+    """For arrays as large as the weights."""
     cores: int
     has_amx: bool
     undisturbed: float = 1.0
-    """Share of the measuring during which it had a core: less than about 0.9 where the machine is busy with something else."""
+    """Fraction of the measurement's duration for which its thread had a core. Below about 0.9 the machine is busy."""
 
-    def product_flops(self, numbers: Numbers) -> float:
-        """FLOP/s of a step's products in these numbers. float16 is taken to be as fast as float32, which was not measured."""
-        return self.matmul_flops * self._speed_up(numbers, AMX_SPEED_UP)
+    def matmul_flops_in(self, precision: ComputeDtype) -> float:
+        """FLOP/s of the matrix products of a step. float16 is assumed to be as fast as float32."""
+        return self.matmul_flops * self._speedup(precision, AMX_SPEEDUP)
 
-    def peak(self, numbers: Numbers) -> float:
-        """FLOP/s of the fastest products in these numbers."""
-        return self.matmul_flops * self._speed_up(numbers, AMX_PEAK_SPEED_UP)
+    def peak_flops(self, precision: ComputeDtype) -> float:
+        """FLOP/s of the fastest matrix products."""
+        return self.matmul_flops * self._speedup(precision, AMX_PEAK_SPEEDUP)
 
-    def _speed_up(self, numbers: Numbers, with_amx: float) -> float:
-        if numbers != "bf16":
+    def _speedup(self, precision: ComputeDtype, with_amx: float) -> float:
+        if precision != "bf16":
             return 1.0
-        return with_amx if self.has_amx else EMULATED_SPEED_UP
+        return with_amx if self.has_amx else EMULATED_SPEEDUP
 
 
 @dataclass(frozen=True)
 class Work:
-    """Counts of one optimiser step: all micro-batches together.
+    """Counts of one optimizer step, over all micro-batches.
 
-    `elementwise_bytes` outside products, `scores` of attention in all layers, heads and sequences, `query_blocks` of them,
-    `kernels` started. For the optimiser: `state_bytes` that it moves, `update_kernels` and `newton_schulz_flops`, in
-    `newton_schulz_in`. Gradients that begin as zeros are among `state_bytes`.
+    Forward and backward pass: FLOPs of matrix products, bytes moved outside them, attention scores and blocks of queries (over all
+    layers, heads and sequences), and launched kernels. Optimizer: bytes moved (`state_bytes`, which includes zeroing gradients),
+    launched kernels, and FLOPs and precision of the Newton-Schulz iteration.
     """
 
-    numbers: Numbers
+    precision: ComputeDtype
     matmul_flops: float
     elementwise_bytes: float
     scores: float
@@ -102,12 +104,12 @@ class Work:
     state_bytes: float
     update_kernels: float
     newton_schulz_flops: float = 0.0
-    newton_schulz_in: Numbers = "fp32"
+    newton_schulz_precision: ComputeDtype = "fp32"
 
 
 @dataclass(frozen=True)
 class CpuSeconds:
-    """Seconds of one optimiser step by what they are spent on; forward and backward are all but `optimizer`."""
+    """Seconds of one optimizer step by part."""
 
     matmul: float
     elementwise: float
@@ -117,6 +119,7 @@ class CpuSeconds:
 
     @property
     def passes(self) -> float:
+        """Seconds of the forward and backward passes."""
         return self.matmul + self.elementwise + self.attention + self.launches
 
     @property
@@ -125,47 +128,50 @@ class CpuSeconds:
 
 
 def step_seconds(processor: Processor, work: Work) -> CpuSeconds:
-    """The time of a step. Its parts follow one another: a kernel begins when the one before has ended, on all cores."""
-    cores = min(processor.cores, MOST_CORES)
-    half = work.numbers != "fp32"
-    attention = work.scores * SCORE_SECONDS + (work.query_blocks * HALF_BLOCK_SECONDS if half else 0.0)
-    newton_schulz = work.newton_schulz_flops / (MATMUL_SHARE * processor.product_flops(work.newton_schulz_in))
-    moving = work.state_bytes / (STATE_SHARE * cores * processor.state_bandwidth)
+    """The time of a step. Its parts add up, because each kernel runs on all cores and starts when the previous one has finished."""
+    cores = min(processor.cores, MAX_MEMORY_CORES)
+    half = work.precision != "fp32"
+    attention = work.scores * SCORE_SECONDS + (work.query_blocks * QUERY_BLOCK_SECONDS if half else 0.0)
+    newton_schulz = work.newton_schulz_flops / (MATMUL_EFFICIENCY * processor.matmul_flops_in(work.newton_schulz_precision))
+    memory = work.state_bytes / (STATE_EFFICIENCY * cores * processor.state_bandwidth)
     return CpuSeconds(
-        matmul=work.matmul_flops / (MATMUL_SHARE * processor.product_flops(work.numbers)),
-        elementwise=work.elementwise_bytes / (ELEMENTWISE_SHARE * cores * processor.bandwidth),
+        matmul=work.matmul_flops / (MATMUL_EFFICIENCY * processor.matmul_flops_in(work.precision)),
+        elementwise=work.elementwise_bytes / (ELEMENTWISE_EFFICIENCY * cores * processor.bandwidth),
         attention=attention / processor.cores,
         launches=work.kernels * LAUNCH_SECONDS,
-        optimizer=newton_schulz + moving + work.update_kernels * LAUNCH_SECONDS,
+        optimizer=newton_schulz + memory + work.update_kernels * LAUNCH_SECONDS,
     )
 
 
-def kernels(layers: int, orders: int, numbers: Numbers, *, compiled: bool) -> int:
-    """Kernels that forward and backward of one micro-batch start. `orders`: of n-grams."""
+def kernels(layers: int, ngram_orders: int, precision: ComputeDtype, *, compiled: bool) -> int:
+    """Kernels in the forward and backward pass of one micro-batch. `ngram_orders`: number of n-gram tables."""
     kind = "compiled" if compiled else "eager"
-    block = KERNELS[kind] + (CAST_KERNELS[kind] if numbers != "fp32" else 0)
-    return layers * block + orders * TABLE_KERNELS + END_KERNELS
+    block = KERNELS[kind] + (CAST_KERNELS[kind] if precision != "fp32" else 0)
+    return layers * block + ngram_orders * TABLE_KERNELS + OUTSIDE_KERNELS
 
 
 def query_blocks(sequences: int, heads: int, context_length: int) -> int:
-    """Blocks of queries in which torch's attention for CPUs (`FlashAttentionKernel.cpp`) goes back through one layer."""
+    """Blocks of queries in one layer's backward pass of torch's CPU attention (`FlashAttentionKernel.cpp`)."""
     size = 256 if context_length >= 768 else 64 if context_length >= 192 else 32
     return sequences * heads * math.ceil(context_length / size)
 
 
 def newton_schulz_flops(rows: int, columns: int, steps: int) -> int:
-    """Of the iteration on one matrix of m x n, m <= n: a Gram matrix, its square and a product with the matrix, each step."""
+    """FLOPs of the iteration on an m x n matrix, m <= n. Each step has a Gram matrix, its square, and a product with the matrix."""
     m, n = sorted((rows, columns))
     return steps * (4 * m * m * n + 2 * m**3)
 
 
 def measure(activation_bytes: int, weight_bytes: int) -> Processor:
-    """This machine, in about 0.2 s; busy with something else, it is as slow as it then is."""
+    """Measure this machine's CPU, which takes about 0.2 s. Other running programs lower the result.
+
+    `activation_bytes`, `weight_bytes`: sizes of the arrays that the two bandwidths are measured with.
+    """
     import numpy as np
 
-    began, worked = time.perf_counter(), time.thread_time()
+    wall_start, cpu_start = time.perf_counter(), time.thread_time()
     ones = np.ones((_MATMUL_WIDTH, _MATMUL_WIDTH), dtype=np.float32)
-    multiply = _best(lambda: ones @ ones, least=8)
+    multiply = _best(lambda: ones @ ones, min_runs=8)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     bandwidth, state_bandwidth = _bandwidth(activation_bytes), _bandwidth(weight_bytes)
     return Processor(
@@ -174,12 +180,12 @@ def measure(activation_bytes: int, weight_bytes: int) -> Processor:
         state_bandwidth=state_bandwidth,
         cores=cores,
         has_amx=_has_amx(),
-        undisturbed=min(1.0, (time.thread_time() - worked) / (time.perf_counter() - began)),
+        undisturbed=min(1.0, (time.thread_time() - cpu_start) / (time.perf_counter() - wall_start)),
     )
 
 
 def _bandwidth(size: int) -> float:
-    """Bytes/s of adding two arrays of `size` bytes into a third, on one core."""
+    """Bytes/s on one core of adding two arrays of `size` bytes into a third. `size` is limited to 64 kB to 64 MB."""
     import numpy as np
 
     numbers = min(max(size, 1 << 16), 64 << 20) // 4
@@ -187,19 +193,19 @@ def _bandwidth(size: int) -> float:
     return 3 * left.nbytes / _best(lambda: np.add(left, right, out=into))
 
 
-def _best(work: Callable[[], object], least: int = 3, most: float = 0.06) -> float:
-    """The least seconds that `work` took, of at least `least` times and until `most` seconds have passed."""
-    best, began, done = math.inf, time.perf_counter(), 0
-    while done < least or (done < 50 and time.perf_counter() - began < most):
+def _best(work: Callable[[], object], min_runs: int = 3, max_seconds: float = 0.06) -> float:
+    """Seconds of the fastest run of `work`: at least `min_runs` runs, then more until `max_seconds` have passed, at most 50."""
+    best, first_start, runs = math.inf, time.perf_counter(), 0
+    while runs < min_runs or (runs < 50 and time.perf_counter() - first_start < max_seconds):
         start = time.perf_counter()
         work()
         best = min(best, time.perf_counter() - start)
-        done += 1
+        runs += 1
     return best
 
 
 def _has_amx() -> bool:
-    """Whether Linux lists tiles for bfloat16 among the processor's features; elsewhere it is not known, so no."""
+    """Whether Linux lists AMX for bfloat16 among the CPU's features. False on other systems, which do not report it."""
     try:
         return "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     except OSError:

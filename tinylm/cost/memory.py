@@ -1,50 +1,53 @@
-"""How many bytes a training step, its optimiser and an evaluation hold at their height. Imports without torch.
+"""Peak memory of a forward and backward pass, an optimizer step and an evaluation. Does not import torch.
 
-In comes a `model:` section, a vocabulary and the size of a micro-batch; out come bytes, counted operation by operation from what
-each saves for its backward pass. `tests/test_footprint.py` holds the count against what torch really saves. Compiled blocks save
-less than what is counted here, since their compiler recomputes what is cheap.
+Computes bytes from a `model:` section, a vocabulary size and a micro-batch, by counting the tensors that each operation saves for
+its backward pass. `tests/cost/test_memory.py` compares the counts with the tensors that torch saves. Compiled blocks save less than
+this, because the compiler recomputes cheap operations.
 
-Legend: e bytes of a number in matrix products (2 in 16 bits), s in the residual stream (2 in bf16 only).
+Legend: `e` bytes per element in matrix products (4, or 2 in 16 bits), `s` bytes per element of the residual stream (4, or 2 in
+bf16). Unless stated otherwise, bytes of activations are per token.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Literal
 
 from tinylm.recipe.schema import ModelSection
-
-Numbers = Literal["fp32", "bf16", "fp16"]
+from tinylm.recipe.values import ComputeDtype
 
 LOSS_BYTES = {"cpu": 16 << 20, "gpu": 512 << 20}
-"""Logits that the training loss makes at a time: what a processor's cache holds, or enough rows to fill a GPU."""
+"""Size in float32 of the chunk of logits that the training loss computes at a time: small enough for a CPU's cache, large enough to
+keep a GPU busy."""
 LOSS_ROWS = 512
-"""At least so many rows of logits at a time: products of fewer are slower, and read the head's gradient more often."""
-LOSS_ROWS_OF_HALVES = 4096
-"""In float16 at most so many: the gradients of more, summed, could pass its 65504 whatever the scale of the loss."""
-EVALUATION_TOKENS = 8192
-EVALUATION_LOGITS = 1 << 25
-"""Most tokens and logits of an evaluation's batch, as `tinylm.evaluation.perplexity` has them."""
+"""Minimum number of rows in a chunk of logits: smaller chunks are slower, and update the head's gradient more often."""
+LOSS_ROWS_FP16 = 4096
+"""Maximum number of rows in a chunk in float16: the summed gradients of more rows could exceed 65504 for any loss scale."""
+EVALUATION_BATCH_TOKENS = 8192
+"""Maximum number of tokens in an evaluation batch, padding included."""
+EVALUATION_BATCH_LOGITS = 1 << 25
+"""Maximum number of logits in an evaluation batch, 128 MiB in float32. With a large vocabulary, this limit is reached first."""
 
-MAPPED = 32 << 20
-"""As `tinylm.training.out_of_memory` tells the allocator."""
-HOLES = 1.4
-"""Fitted to the resident sets of the three recipes of benchmarks/plan_accuracy.py, each in fp32 and in bf16 (1.2 to 1.6)."""
+MMAP_THRESHOLD = 32 << 20
+"""The allocator returns freed tensors of at least this many bytes to the operating system. `tinylm.training.out_of_memory` sets
+this."""
+FRAGMENTATION = 1.4
+"""Ratio of a step's resident set to the bytes of its tensors. Fitted to the three recipes of benchmarks/plan_accuracy.py, each in
+fp32 and in bf16 (1.2 to 1.6)."""
 
 
 @dataclass(frozen=True)
-class Pass:
-    """A forward and backward pass over one micro-batch: what it is run on and in which numbers."""
+class PassConfig:
+    """How the forward and backward pass of a micro-batch runs: its size, precision and device."""
 
     vocab_size: int
     sequences: int
-    precision: Numbers = "fp32"
+    precision: ComputeDtype = "fp32"
     on_gpu: bool = False
     recompute: bool = False
     """Activation checkpointing."""
     frozen: bool = False
-    """Embedding and head need no gradient, as with LoRA."""
+    """Embedding and head have no gradient, as with LoRA."""
 
     @property
     def e(self) -> int:
@@ -56,7 +59,7 @@ class Pass:
 
 
 def matrix_shapes(model: ModelSection) -> Counter[tuple[int, int]]:
-    """(rows, columns) of the matrices that Muon orthogonalises, with how many there are: in the blocks, and the n-grams' map."""
+    """The number of matrices of each shape (rows, columns) that Muon updates: those of the blocks, and the n-gram projection."""
     width, hidden, layers = model.n_embd, model.feed_forward_width, model.n_layer
     queries, keys = model.n_head * model.head_width, model.kv_heads * model.head_width
     shapes: Counter[tuple[int, int]] = Counter()
@@ -70,201 +73,226 @@ def matrix_shapes(model: ModelSection) -> Counter[tuple[int, int]]:
     return shapes
 
 
-def _norm_casts(model: ModelSection, at: Pass) -> bool:
-    """Autocast computes a layer norm in float32 on CUDA."""
-    return model.norm == "layernorm" and at.on_gpu and at.e < 4
+def _norm_runs_in_float32(model: ModelSection, config: PassConfig) -> bool:
+    """Whether autocast runs the norm in float32, as it does for layer norms on CUDA."""
+    return model.norm == "layernorm" and config.on_gpu and config.e < 4
 
 
-def _norm(model: ModelSection, at: Pass, s: int) -> int:
-    """What a norm keeps: its input, or what it answers before the gain, and a number or two; its answer is its reader's to keep."""
+def _norm_bytes(model: ModelSection, config: PassConfig, s: int) -> int:
+    """Bytes that a norm saves: its input, or its output before the gain, and one or two statistics.
+
+    Its output is counted for the operation that reads it.
+    """
     if model.norm == "layernorm":
-        return model.n_embd * (4 if _norm_casts(model, at) else s) + 8
+        return model.n_embd * (4 if _norm_runs_in_float32(model, config) else s) + 8
     return model.n_embd * s + s
 
 
-def _read(model: ModelSection, at: Pass) -> int:
-    """What a linear layer keeps of what a norm gave it."""
-    own = model.norm == "layernorm" or model.norm_gain or at.on_gpu or at.e != at.s
-    return model.n_embd * at.e if own else 0  # else the norm's answer is what the norm itself keeps
+def _linear_input_bytes(model: ModelSection, config: PassConfig) -> int:
+    """Bytes that a linear layer after a norm saves: its input."""
+    separate = model.norm == "layernorm" or model.norm_gain or config.on_gpu or config.e != config.s
+    return model.n_embd * config.e if separate else 0  # otherwise it is the tensor that the norm saves
 
 
-def _embeds_values(model: ModelSection, layer: int) -> bool:
+def _has_value_embedding(model: ModelSection, layer: int) -> bool:
     return layer < model.value_embeddings or layer >= model.n_layer - model.value_embeddings
 
 
-def _attention(model: ModelSection, at: Pass, layer: int) -> int:
-    e, heads, kv_heads = at.e, model.n_head, model.kv_heads
+def _attention_bytes(model: ModelSection, config: PassConfig, layer: int) -> int:
+    """Bytes that the attention of block `layer` saves, not counting its norm and the input of its first projection."""
+    e, heads, kv_heads = config.e, model.n_head, model.kv_heads
     queries, keys = heads * model.head_width, kv_heads * model.head_width
-    looking = queries + keys
-    gained, turned = model.qk_norm and model.qk_gain, model.position == "rope"
-    blended = model.value_residual and layer > 0
-    fused = not model.attention_drops or at.on_gpu  # a CPU has no fused attention with dropout
-    views = not (model.qk_norm or turned) and fused  # queries and keys are views of the projection, which is kept for them
-    by_norm = model.qk_norm and at.on_gpu
-    saved_values = fused or model.value_residual  # by attention, or for the blend of this block or a later one
-    total = (looking + keys) * e if views or by_norm or (saved_values and not _embeds_values(model, layer)) else 0
+    qk = queries + keys
+    has_gain, rotated = model.qk_norm and model.qk_gain, model.position == "rope"
+    mixes_values = model.value_residual and layer > 0
+    fused = not model.attention_dropout_p or config.on_gpu  # a CPU has no fused attention with dropout
+    # The projection of queries, keys and values is saved whole if any view of it is.
+    views = not (model.qk_norm or rotated) and fused  # attention saves queries and keys as views of the projection
+    by_norm = model.qk_norm and config.on_gpu
+    saved_values = fused or model.value_residual  # saved by attention, or for the value residual of this or a later block
+    total = (qk + keys) * e if views or by_norm or (saved_values and not _has_value_embedding(model, layer)) else 0
     if model.qk_norm:
-        total += (heads + kv_heads) * (4 if at.on_gpu else e)
-        total += looking * e if gained or not at.on_gpu else 0
+        total += (heads + kv_heads) * (4 if config.on_gpu else e)
+        total += qk * e if has_gain or not config.on_gpu else 0
     if fused:
-        total += looking * e if turned or (model.qk_norm if at.on_gpu else gained) else 0
-        total += keys * e if blended else 0
+        total += qk * e if rotated or (model.qk_norm if config.on_gpu else has_gain) else 0
+        total += keys * e if mixes_values else 0
         total += 4 * heads
-    else:  # q, k, v and three maps of every head's scores, in float32
+    else:  # q, k, v and three matrices of scores for every head, in float32
         total += 3 * queries * 4 + 3 * heads * model.context_length * 4
-    total += keys * e if _embeds_values(model, layer) and saved_values else 0
-    if at.on_gpu and kv_heads != heads and at.precision == "fp32":
-        total += 2 * queries * 4  # keys and values repeated for each query head
+    total += keys * e if _has_value_embedding(model, layer) and saved_values else 0
+    if config.on_gpu and kv_heads != heads and config.precision == "fp32":
+        total += 2 * queries * 4  # keys and values are repeated for each query head
     return total + queries * e
 
 
-def block_bytes(model: ModelSection, at: Pass, layer: int) -> int:
-    """What block `layer` saves of one token for its backward pass. The block's input counts where an operation of it saves it."""
-    e, width, hidden = at.e, model.n_embd, model.feed_forward_width
-    total = _attention(model, at, layer)
+def block_bytes(model: ModelSection, config: PassConfig, layer: int) -> int:
+    """Bytes that block `layer` saves. They include its input only if one of its operations saves it."""
+    e, width, hidden = config.e, model.n_embd, model.feed_forward_width
+    total = _attention_bytes(model, config, layer)
     total += {"gelu": 2, "gelu_exact": 2, "relu": 1, "relu2": 2, "swiglu": 4}[model.feed_forward] * hidden * e
     if model.parallel_residual and model.norm_position == "post":
-        total += _norm(model, at, at.s) + _read(model, at) * (1 if e == at.s else 2)
+        total += _norm_bytes(model, config, config.s) + _linear_input_bytes(model, config) * (1 if e == config.s else 2)
     else:
-        total += 2 * (_norm(model, at, at.s) + _read(model, at))
+        total += 2 * (_norm_bytes(model, config, config.s) + _linear_input_bytes(model, config))
     if model.parallel_residual and model.norm_position == "pre":
-        keeps_input = not _norm_casts(model, at) if model.norm == "layernorm" else at.on_gpu
-        total -= width * at.s if keeps_input else 0  # both norms keep the same
-    total += width * at.s if model.embedding_shortcut else 0
+        saves_input = not _norm_runs_in_float32(model, config) if model.norm == "layernorm" else config.on_gpu
+        total -= width * config.s if saves_input else 0  # both norms save the same tensor
+    total += width * config.s if model.embedding_shortcut else 0
     total += 2 * width if model.dropout else 0
     return total
 
 
-def ends_bytes(model: ModelSection, at: Pass) -> int:
-    """What is saved of one token before the first block and after the last, the loss's gradient of the hidden states included."""
+def outside_block_bytes(model: ModelSection, config: PassConfig) -> int:
+    """Bytes saved before the first and after the last block.
+
+    They include the gradient of the hidden states, which the loss computes in the forward pass.
+    """
     width = model.n_embd
-    total = 8 + width * at.s  # the id, the gradient
+    total = 8 + width * config.s  # the token id, the gradient
     if model.ngram_embeddings:
-        total += len(model.ngram_embeddings) * (8 + model.ngram_width * at.e + (4 if model.ngram_dropout else 0))
+        total += len(model.ngram_embeddings) * (8 + model.ngram_width * config.e + (4 if model.ngram_dropout else 0))
     if model.embedding_norm:
-        total += _norm(model, at, 4)
+        total += _norm_bytes(model, config, 4)
     if model.norm_position == "pre":
-        total += _norm(model, at, at.s)
+        total += _norm_bytes(model, config, config.s)
     if model.dropout:
         total += width
     return total
 
 
-def _casts(model: ModelSection, at: Pass) -> int:
-    """Copies of the weights in 16 bits, which the linear layers save, and of rotary tables."""
-    if at.e == 4:
+def _cast_bytes(model: ModelSection, config: PassConfig) -> int:
+    """Bytes in total of the 16-bit copies of weights and rotary tables that autocast makes and the forward pass saves."""
+    if config.e == 4:
         return 0
     matrices = sum(rows * columns * count for (rows, columns), count in matrix_shapes(model).items())
     tables = model.n_layer * model.context_length * model.head_width if model.position == "rope" else 0
     return 2 * (matrices + tables)
 
 
-def kept_bytes(model: ModelSection, at: Pass) -> int:
-    """What a forward pass saves for its backward pass, weights and buffers apart, with the gradients that the loss makes ahead.
+def saved_bytes(model: ModelSection, config: PassConfig) -> int:
+    """Bytes in total that the forward pass of a micro-batch saves, not counting weights and buffers.
 
-    With `recompute` only what blocks read, and what is outside them.
+    They include the gradients of the hidden states and of the head, which the loss computes in the forward pass. With `recompute`,
+    a block saves only its input.
     """
-    tokens = at.sequences * model.context_length
-    head = 0 if at.frozen else 4 * at.vocab_size * model.n_embd
-    if at.recompute:
-        bare = model.norm == "rmsnorm" and not model.norm_gain and at.s == 4 and not at.on_gpu and not model.dropout
-        inputs = model.n_layer - (1 if model.embedding_norm and bare else 0)  # the first one is what that norm keeps
-        map_cast = len(model.ngram_embeddings) * model.ngram_width * model.n_embd * 2 if at.e < 4 else 0
-        return tokens * (ends_bytes(model, at) + inputs * model.n_embd * at.s + _first_values(model, at)) + head + map_cast
-    blocks = sum(block_bytes(model, at, layer) for layer in range(model.n_layer))
-    return tokens * (ends_bytes(model, at) + blocks) + head + _casts(model, at)
+    tokens = config.sequences * model.context_length
+    head = 0 if config.frozen else 4 * config.vocab_size * model.n_embd
+    if config.recompute:
+        # Without a gain, the embedding norm saves its output, which is the input of the first block.
+        norm_saves_output = model.norm == "rmsnorm" and not model.norm_gain and not config.on_gpu
+        shared = model.embedding_norm and norm_saves_output and config.s == 4 and not model.dropout
+        inputs = model.n_layer - (1 if shared else 0)
+        projection_cast = len(model.ngram_embeddings) * model.ngram_width * model.n_embd * 2 if config.e < 4 else 0
+        per_token = outside_block_bytes(model, config) + inputs * model.n_embd * config.s + _first_values_bytes(model, config)
+        return tokens * per_token + head + projection_cast
+    blocks = sum(block_bytes(model, config, layer) for layer in range(model.n_layer))
+    return tokens * (outside_block_bytes(model, config) + blocks) + head + _cast_bytes(model, config)
 
 
-def _first_values(model: ModelSection, at: Pass) -> int:
-    """Blocks that are computed again need the first one's values, a view of its whole projection."""
+def _first_values_bytes(model: ModelSection, config: PassConfig) -> int:
+    """Bytes saved with `recompute` for the value residual: the values of the first block, which keep their whole projection
+    alive."""
     keys = model.kv_heads * model.head_width
     if not model.value_residual:
         return 0
-    return at.e * (keys if _embeds_values(model, 0) else model.n_head * model.head_width + 2 * keys)
+    return config.e * (keys if _has_value_embedding(model, 0) else model.n_head * model.head_width + 2 * keys)
 
 
-def loss_bytes(model: ModelSection, at: Pass) -> int:
-    """What the loss needs beside what it keeps: the hidden states, a chunk of logits, the head in 16 bits."""
-    tokens = at.sequences * model.context_length
-    chunk = max(LOSS_ROWS, LOSS_BYTES["gpu" if at.on_gpu else "cpu"] // (4 * at.vocab_size))
-    if at.precision == "fp16":
-        chunk = min(chunk, LOSS_ROWS_OF_HALVES)
-    copies = 8 if at.on_gpu else 4 + (at.e if at.e < 4 else 0)  # in float32; in 16 bits beside the product, or its own slopes
+def loss_chunk_rows(vocab_size: int, *, on_gpu: bool) -> int:
+    """Rows of float32 logits that the training loss computes at a time."""
+    return max(LOSS_ROWS, LOSS_BYTES["gpu" if on_gpu else "cpu"] // (4 * vocab_size))
+
+
+def loss_bytes(model: ModelSection, config: PassConfig) -> int:
+    """Bytes in total of the temporaries of the loss: hidden states, a chunk of logits, and in 16 bits a copy of the head."""
+    tokens = config.sequences * model.context_length
+    chunk = loss_chunk_rows(config.vocab_size, on_gpu=config.on_gpu)
+    if config.precision == "fp16":
+        chunk = min(chunk, LOSS_ROWS_FP16)
+    # Bytes per logit: the float32 logits. In addition, on a GPU their log-softmax, on a CPU in 16 bits the product or its gradient.
+    copies = 8 if config.on_gpu else 4 + (config.e if config.e < 4 else 0)
     if model.logit_softcap is not None:
-        copies = 12 if at.on_gpu else 8  # and what the cap is computed from
-    head = (1 if at.frozen else 2) * at.vocab_size * model.n_embd * 2 if at.e < 4 else 0  # the weights, and the gradient of a chunk
-    return tokens * model.n_embd * at.s + min(chunk, tokens) * at.vocab_size * copies + head
+        copies = 12 if config.on_gpu else 8  # also the squashed logits, which the gradient needs
+    # In 16 bits, a copy of the head's weights, and their gradient from one chunk.
+    head = (1 if config.frozen else 2) * config.vocab_size * model.n_embd * 2 if config.e < 4 else 0
+    return tokens * model.n_embd * config.s + min(chunk, tokens) * config.vocab_size * copies + head
 
 
-def activation_bytes(model: ModelSection, at: Pass) -> int:
-    """The height of a forward and backward pass over weights, gradients and optimiser state.
+def activation_bytes(model: ModelSection, config: PassConfig) -> int:
+    """Peak bytes of the forward and backward pass of a micro-batch, in addition to weights, gradients and optimizer state.
 
-    Reached when the loss is computed, or just after, when the last block begins its backward pass (and, with `recompute`, has been
-    computed again).
+    The peak is either in the loss or at the start of the last block's backward pass, which with `recompute` follows a second
+    forward pass of that block.
     """
-    tokens = at.sequences * model.context_length
-    kept = kept_bytes(model, at)
+    tokens = config.sequences * model.context_length
+    saved = saved_bytes(model, config)
     last = model.n_layer - 1
-    backward = tokens * (model.feed_forward_width * (2 if model.feed_forward == "swiglu" else 1) + model.n_embd) * at.e
-    if at.recompute:
-        casts = _casts(model, at)
-        block = tokens * max(block_bytes(model, at, layer) for layer in {0, last}) + casts // model.n_layer
-        return kept + max(casts + loss_bytes(model, at), block + backward)
-    return kept + max(loss_bytes(model, at), backward)
+    backward = tokens * (model.feed_forward_width * (2 if model.feed_forward == "swiglu" else 1) + model.n_embd) * config.e
+    if config.recompute:
+        casts = _cast_bytes(model, config)
+        block = tokens * max(block_bytes(model, config, layer) for layer in {0, last}) + casts // model.n_layer
+        return saved + max(casts + loss_bytes(model, config), block + backward)
+    return saved + max(loss_bytes(model, config), backward)
 
 
-def muon_bytes(model: ModelSection, *, half: bool) -> int:
-    """The height of a step of Muon over its state: every update in float32, those already orthogonal, and a stack in the iteration.
+def muon_bytes(model: ModelSection, *, bf16: bool) -> int:
+    """Peak bytes of a Muon step in addition to its state.
 
-    The iteration holds the stack, the matrices before and after a step, and two Gram matrices. `half`: in bf16, which is
-    cast to float32 when the weights move.
+    They consist of the float32 updates before orthogonalization, those already orthogonalized, and the temporaries of the
+    Newton-Schulz iteration, which processes all matrices of one shape as a stack: the stack, the matrices before and after an
+    iteration, and two Gram matrices. `bf16`: iterate in bf16; the results are cast to float32 when the weights are updated.
     """
-    e = 2 if half else 4
+    e = 2 if bf16 else 4
     shapes = matrix_shapes(model)
-    numbers = sum(rows * columns * count for (rows, columns), count in shapes.items())
-    height = done = 0
+    elements = sum(rows * columns * count for (rows, columns), count in shapes.items())
+    peak = done = 0
     for (rows, columns), count in shapes.items():
         stack = rows * columns * count * e
         grams = 2 * min(rows, columns) ** 2 * count * e
-        height = max(height, done + 3 * stack + grams)
+        peak = max(peak, done + 3 * stack + grams)
         done += stack
-    return 4 * numbers + max(height, done + (4 * numbers if half else 0))
+    return 4 * elements + max(peak, done + (4 * elements if bf16 else 0))
 
 
 def evaluation_bytes(model: ModelSection, vocab_size: int) -> tuple[int, int]:
-    """The heights of an evaluation, one after the other: a block's own tensors, then logits and their log-softmax.
+    """Peak bytes of an evaluation batch in total: in the blocks, and while logits and their log-softmax exist.
 
-    It computes in float32 and saves nothing.
+    An evaluation computes in float32 and saves nothing for a backward pass.
     """
     width, hidden = model.n_embd, model.feed_forward_width
     tokens = _evaluated_tokens(model, vocab_size)
     queries, keys = model.n_head * model.head_width, model.kv_heads * model.head_width
-    looking = queries + keys
-    values = looking + keys  # a view of the whole projection; those of the block before live until the next are there
-    before = values if model.n_layer > 1 else 0
-    placing = 2 * looking if model.qk_norm or model.position == "rope" else 0
-    attention = 3 * width + values + max(placing, queries + (looking if placing else 0))
-    feed = 5 * width + values + {"gelu": 2, "gelu_exact": 2, "relu": 2, "relu2": 3, "swiglu": 4}[model.feed_forward] * hidden
+    qk = queries + keys
+    values = qk + keys  # values are a view of the whole projection; the previous block's is freed after this block's projection
+    previous = values if model.n_layer > 1 else 0
+    rotation = 2 * qk if model.qk_norm or model.position == "rope" else 0
+    attention = 3 * width + values + max(rotation, queries + (qk if rotation else 0))
+    activations = {"gelu": 2, "gelu_exact": 2, "relu": 2, "relu2": 3, "swiglu": 4}[model.feed_forward]
+    feed_forward = 5 * width + values + activations * hidden
     logits = (2 if model.logit_softcap is None else 3) * vocab_size
-    return 4 * tokens * (before + max(attention, feed)), 4 * tokens * (width + logits)
+    return 4 * tokens * (previous + max(attention, feed_forward)), 4 * tokens * (width + logits)
 
 
 def _evaluated_tokens(model: ModelSection, vocab_size: int) -> int:
+    """Number of tokens in an evaluation batch: whole sequences, at least one."""
     context = model.context_length
-    return context * max(1, min(EVALUATION_TOKENS, EVALUATION_LOGITS // vocab_size) // context)
+    return context * max(1, min(EVALUATION_BATCH_TOKENS, EVALUATION_BATCH_LOGITS // vocab_size) // context)
 
 
-def host_bytes(model: ModelSection, vocab_size: int, step: int, rest: int) -> int:
-    """The height of a training's resident set on a CPU, over weights and optimiser state.
+def cpu_peak_bytes(model: ModelSection, vocab_size: int, step: int, resident: int) -> int:
+    """Peak resident set of a training on a CPU, in addition to weights and optimizer state.
 
-    `step`: bytes of tensors that come and go in a step; `rest`: of those that stay. Freed memory is kept
-    (`training/memory.py`), which spares the system's work and leaves holes: steps take `HOLES` times what their tensors need; the
-    largest gradient finds its old place taken by smaller tensors; and measuring, whose tensors have other sizes, is taken to find
-    no room at all. Only tensors of `MAPPED` bytes are given back.
+    `step`: bytes of the tensors that a step allocates and frees. `resident`: bytes of the tensors that stay allocated. The
+    allocator keeps freed memory (`training/out_of_memory.py`), which is fast but causes fragmentation: a step takes `FRAGMENTATION`
+    times the bytes of its tensors, and the largest gradient does not fit into the memory that it was freed from. An evaluation is
+    assumed to reuse none of this memory, because its tensors have other sizes. Only tensors of at least `MMAP_THRESHOLD` bytes are
+    returned to the operating system.
     """
     blocks, logits = evaluation_bytes(model, vocab_size)
-    mapped = 4 * _evaluated_tokens(model, vocab_size) * vocab_size >= MAPPED
+    logits_are_returned = 4 * _evaluated_tokens(model, vocab_size) * vocab_size >= MMAP_THRESHOLD
     tables = len(model.ngram_embeddings) * model.ngram_rows * model.ngram_width
     largest = 4 * max(tables, vocab_size * model.n_embd)
-    moved = largest if largest < MAPPED else 0
-    return rest + int(HOLES * step) + moved + (blocks + logits if mapped else max(blocks, logits))
+    unplaced_gradient = largest if largest < MMAP_THRESHOLD else 0
+    evaluation = blocks + logits if logits_are_returned else max(blocks, logits)
+    return resident + int(FRAGMENTATION * step) + unplaced_gradient + evaluation

@@ -1,1 +1,1 @@
-"""Data: from text to tokens on disk, and from a position to a batch."""
+"""Data: turns text into tokens on disk, and positions in the data order into batches."""

@@ -1,4 +1,4 @@
-"""How many tokens a recipe's text will be, without encoding all of it when it is large. Imports without torch."""
+"""The number of tokens in a recipe's text, estimated from a sample if the text is large. Does not import torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from tinylm.reporting import Reporter
 from tinylm.text.sources import Piece
 from tinylm.tokenizer import training
 
-WHOLE_BYTES = 16 << 20
+EXACT_LIMIT_BYTES = 16 << 20
+"""Texts up to this size are tokenized completely."""
 SAMPLE_CHARACTERS = 4 << 20
 
 
@@ -22,35 +23,35 @@ class TextSize:
     train_tokens: int
     heldout_tokens: int
     exact: bool
-    """False: extrapolated from the first characters."""
+    """False if the numbers of tokens are extrapolated from a sample."""
 
 
-def measure_text(data: DataSection, tokenizer: TokenizerSection, reporter: Reporter) -> TextSize:
-    """Prepare a small text as training would (and so save training that work); sample a large one.
+def estimate_text_size(data: DataSection, tokenizer: TokenizerSection, reporter: Reporter) -> TextSize:
+    """Tokenize a small text completely and cache the tokens for training, or tokenize a sample of a large text.
 
-    Raises `InputError` as preparing does.
+    Raises `InputError` in the same cases as `prepare`.
     """
     with ExitStack() as stack:
         text = open_text(data, reporter, stack)
-        if text.train_scan.bytes > WHOLE_BYTES:
-            sample = list(_first(text.pieces("train"), SAMPLE_CHARACTERS))
-            trained = training.train(_lenient(tokenizer), sample, reporter.warn)
+        if text.train_scan.bytes > EXACT_LIMIT_BYTES:
+            sample = list(_take_characters(text.pieces("train"), SAMPLE_CHARACTERS))
+            trained = training.train(_allow_smaller(tokenizer), sample, reporter.warn)
             tokens = sum(len(ids) for ids, _ in trained.encode_pieces(sample))
             characters = sum(len(piece.text) for piece in sample)
-            train, heldout = (int(tokens / characters * text.sizes(half)[1]) for half in ("train", "heldout"))
-            return TextSize(trained.vocab_size, train, heldout, exact=False)
+            train_tokens, heldout_tokens = (int(tokens / characters * text.sizes(part)[1]) for part in ("train", "heldout"))
+            return TextSize(trained.vocab_size, train_tokens, heldout_tokens, exact=False)
         prepared = prepare_text(text, tokenizer, reporter)
     return TextSize(prepared.tokenizer.vocab_size, len(prepared.train), len(prepared.heldout), exact=True)
 
 
-def _lenient(tokenizer: TokenizerSection) -> TokenizerSection:
-    """A sample may have fewer tokens to give than the text."""
+def _allow_smaller(tokenizer: TokenizerSection) -> TokenizerSection:
+    """Allow a smaller vocabulary: a sample may not contain enough different tokens for the requested size."""
     if isinstance(tokenizer, VocabularyTokenizer):
         return tokenizer.model_copy(update={"allow_smaller": True})
     return tokenizer
 
 
-def _first(pieces: Iterator[Piece], characters: int) -> Iterator[Piece]:
+def _take_characters(pieces: Iterator[Piece], characters: int) -> Iterator[Piece]:
     for piece in pieces:
         if characters <= 0:
             return

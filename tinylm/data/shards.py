@@ -1,7 +1,7 @@
-"""Tokens on disk: one memory-mapped .npy file per half of a text, with a note of what is in it.
+"""Tokens on disk: a memory-mapped .npy file for each part (train, heldout) of a text, and a .json file with its counts.
 
-Layout of a half: the end-of-text token, then each document followed by it. uint16 where the vocabulary fits, else uint32.
-Since no text encodes to the end-of-text token, the documents can be found again from the tokens alone.
+Layout: the end-of-text token, then each document followed by the end-of-text token; uint16 if the vocabulary fits, else uint32. No
+text encodes to the end-of-text token, so the tokens alone determine where documents start and end.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import numpy as np
 from numpy.lib import format as npy
 
 from tinylm.errors import InputError
-from tinylm.paths import whole_file, write_whole
+from tinylm.paths import atomic_file, atomic_write_text
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What a half holds. `tokens` leaves the end-of-text tokens out."""
+    """Sizes of one part of a text. `tokens` excludes the end-of-text tokens."""
 
     documents: int
     bytes: int
@@ -32,7 +32,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Shard:
-    """Memory-mapped tokens of one half of a text."""
+    """Memory-mapped tokens of one part of a text."""
 
     tokens: np.ndarray
     counts: Counts
@@ -42,7 +42,7 @@ class Shard:
         return len(self.tokens)
 
     def documents(self) -> list[tuple[int, int]]:
-        """(start, end) of each document in `tokens`; the end-of-text token stands at start - 1 and at end."""
+        """(start, end) of each document in `tokens`. The end-of-text token is at start - 1 and at end."""
         ends = np.flatnonzero(np.asarray(self.tokens) == self.end_of_text)
         return [(int(a) + 1, int(b)) for a, b in pairwise(ends)]
 
@@ -52,19 +52,19 @@ def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
 
 
 class ShardWriter:
-    """Collects the tokens of a half in a file of unknown final length."""
+    """Writes tokens to a .npy file without knowing their number in advance."""
 
     def __init__(self, file: Path, vocab_size: int, end_of_text: int, unknown: int | None) -> None:
         self._dtype = np.dtype(token_dtype(vocab_size))
-        self._file = open(file, "wb")  # noqa: SIM115  closed by `finish`
+        self._file = open(file, "wb")  # noqa: SIM115  closed by `finish` or `close`
         self._end_of_text = end_of_text
         self._unknown = unknown
         self.length = 0
         self.documents = self.unknown_tokens = 0
-        self._header(0)
+        self._write_header(0)
         self._write(np.array([end_of_text]))
 
-    def _header(self, length: int) -> None:
+    def _write_header(self, length: int) -> None:
         self._file.seek(0)
         npy.write_array_header_1_0(
             self._file, {"descr": npy.dtype_to_descr(self._dtype), "fortran_order": False, "shape": (length,)}
@@ -75,6 +75,7 @@ class ShardWriter:
         self.length += len(ids)
 
     def add(self, ids: np.ndarray, starts_document: bool) -> None:
+        """Append ids to the current document, or to a new one if they start one."""
         if starts_document:
             if self.documents:
                 self._write(np.array([self._end_of_text]))
@@ -84,15 +85,17 @@ class ShardWriter:
             self.unknown_tokens += int((ids == self._unknown).sum())
 
     def finish(self) -> None:
+        """Write the last end-of-text token and the final header, and close the file."""
         self._write(np.array([self._end_of_text]))
-        self._header(self.length)
+        self._write_header(self.length)
         self._file.close()
 
-    def abandon(self) -> None:
+    def close(self) -> None:
+        """Close the file without finishing it."""
         self._file.close()
 
 
-def write(
+def write_shard(
     folder: Path,
     name: str,
     encoded: Iterable[tuple[np.ndarray, bool]],
@@ -102,29 +105,32 @@ def write(
     unknown: int | None,
     sizes: Callable[[], tuple[int, int]],
 ) -> Counts:
-    """Write `folder/name.npy` and `folder/name.json`, each whole or absent. `sizes` gives (bytes, characters) at the end."""
-    with whole_file(folder / f"{name}.npy") as temporary:
+    """Write `folder/name.npy` and `folder/name.json` atomically.
+
+    `encoded` yields (ids, whether they start a document). `sizes` is called at the end and returns (bytes, characters).
+    """
+    with atomic_file(folder / f"{name}.npy") as temporary:
         writer = ShardWriter(temporary, vocab_size, end_of_text, unknown)
         try:
-            for ids, starts in encoded:
-                writer.add(ids, starts)
+            for ids, starts_document in encoded:
+                writer.add(ids, starts_document)
         except BaseException:
-            writer.abandon()
+            writer.close()
             raise
         writer.finish()
     size, characters = sizes()
     tokens = writer.length - writer.documents - 1
     counts = Counts(writer.documents, size, characters, tokens, writer.unknown_tokens)
-    write_whole(folder / f"{name}.json", json.dumps({**asdict(counts), "end_of_text": end_of_text}) + "\n")
+    atomic_write_text(folder / f"{name}.json", json.dumps({**asdict(counts), "end_of_text": end_of_text}) + "\n")
     return counts
 
 
 def open_shard(folder: Path, name: str) -> Shard:
-    """Map `folder/name.npy`. Raises `InputError` when it is missing or damaged."""
+    """Memory-map `folder/name.npy`. Raises `InputError` if it is missing or damaged."""
     try:
-        note = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        end_of_text = int(note.pop("end_of_text"))
+        counts = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        end_of_text = int(counts.pop("end_of_text"))
         tokens = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-        return Shard(tokens, Counts(**note), end_of_text)
+        return Shard(tokens, Counts(**counts), end_of_text)
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"no readable tokens: {error}", where=str(folder / f"{name}.npy")) from None
+        raise InputError(f"the tokens are missing or damaged: {error}", where=str(folder / f"{name}.npy")) from None

@@ -1,7 +1,7 @@
-"""Encoding text on several processes.
+"""Encode text with several processes.
 
-Units of text, which no word crosses, go out in order and ids come back in order: the tokens are the same bytes whatever the number
-of workers.
+The text is cut only at split points, which no token crosses. Batches are sent to the workers in order, and the ids are yielded in
+order, so the result is the same for any number of workers.
 """
 
 from __future__ import annotations
@@ -20,68 +20,71 @@ import numpy as np
 from tinylm.errors import WorkError
 from tinylm.text.sources import Piece
 from tinylm.tokenizer import Tokenizer
-from tinylm.tokenizer.encoding import units
+from tinylm.tokenizer.encoding import segments
 
-_BATCH_BYTES = 1 << 21
-_AHEAD = 3
-"""Batches under way for each worker: they bound the memory, and keep everybody busy while the slowest is waited for."""
+BATCH_BYTES = 1 << 21
+_PENDING_PER_WORKER = 3
+"""Maximum number of pending batches per worker: few enough to bound the memory, and enough to keep all workers busy while results
+wait for the slowest batch."""
 
-Unit = tuple[bytes, bool]
+Segment = tuple[bytes, bool]
+"""(UTF-8 text, whether it starts a document)"""
 Encoded = tuple[np.ndarray, bool]
+"""(ids, whether they start a document)"""
 _tokenizer: Tokenizer | None = None
 
 
-def encoded(tokenizer: Tokenizer, pieces: Iterable[Piece], workers: int) -> Iterator[Encoded]:
-    """(ids, whether they begin a document) for each piece, in order. Raises `WorkError` when a worker dies."""
+def encode_in_parallel(tokenizer: Tokenizer, pieces: Iterable[Piece], workers: int) -> Iterator[Encoded]:
+    """Encode a text and yield (ids, whether they start a document). Raises `WorkError` if a worker dies."""
     if workers == 1:
         yield from tokenizer.encode_pieces(pieces)
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _begin, (tokenizer.backend.to_str(),))
-    under_way: deque[Future[list[Encoded]]] = deque()
+    pool = ProcessPoolExecutor(workers, context, initialize_worker, (tokenizer.backend.to_str(),))
+    pending: deque[Future[list[Encoded]]] = deque()
     try:
-        for batch in _batches(units(pieces, tokenizer.borders)):
-            under_way.append(pool.submit(_encode, batch))
-            if len(under_way) >= _AHEAD * workers:
-                yield from under_way.popleft().result()
-        while under_way:
-            yield from under_way.popleft().result()
+        for batch in _batches(segments(pieces, tokenizer.split_points)):
+            pending.append(pool.submit(_encode, batch))
+            if len(pending) >= _PENDING_PER_WORKER * workers:
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
     except BrokenProcessPool:
-        hint = "it may have run out of memory: try fewer with --workers"
-        raise WorkError("a process that encoded text was killed", hint=hint) from None
+        hint = "it may have run out of memory; use fewer --workers"
+        raise WorkError("a tokenization worker was killed", hint=hint) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _batches(units: Iterable[Unit]) -> Iterator[list[Unit]]:
-    batch: list[Unit] = []
+def _batches(all_segments: Iterable[Segment]) -> Iterator[list[Segment]]:
+    batch: list[Segment] = []
     size = 0
-    for unit in units:
-        batch.append(unit)
-        size += len(unit[0])
-        if size >= _BATCH_BYTES:
+    for text, starts_document in all_segments:
+        batch.append((text, starts_document))
+        size += len(text)
+        if size >= BATCH_BYTES:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
 
 
-def _begin(tokenizer: str) -> None:
-    """In a worker: one thread each, signals left to the parent, and no life after its death."""
+def initialize_worker(tokenizer_json: str) -> None:
+    """Load a tokenizer.json in a worker. The worker uses one thread, ignores Ctrl-C, and exits when its parent process ends."""
     global _tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def follow() -> None:
+    def exit_with_parent() -> None:
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
-    _tokenizer = Tokenizer.from_text(tokenizer)
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+    _tokenizer = Tokenizer.from_text(tokenizer_json)
 
 
-def _encode(batch: list[Unit]) -> list[Encoded]:
+def _encode(batch: list[Segment]) -> list[Encoded]:
     assert _tokenizer is not None
-    return [(_tokenizer.encoder.encode(text), starts) for text, starts in batch]
+    return [(_tokenizer.encoder.encode(text), starts_document) for text, starts_document in batch]

@@ -1,1 +1,1 @@
-"""Embeddings: vectors of words and tokens, how they are learned from counts and windows, asked, judged, drawn and reused."""
+"""Vectors of words and tokens: train, query, evaluate, plot, import and export them, and initialize models from them."""

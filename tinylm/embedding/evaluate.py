@@ -1,7 +1,7 @@
-"""How good vectors are, by the public tests: analogies (questions-words) and word similarity (WordSim-353, SimLex-999).
+"""Evaluate vectors on public test sets: analogies (questions-words) and word similarity (WordSim-353, SimLex-999).
 
-An analogy file has a line `: section` before questions of four words; a similarity file has two words and a score, separated
-by tabs, commas or spaces. Questions with a word that has no vector are left out, and the coverage says how many.
+An analogy file has lines `: section` and questions of four words. A similarity file has two words and a score per line, separated
+by tabs, commas or spaces. Questions with a word that has no vector are skipped. The coverage is the share of the others.
 """
 
 from __future__ import annotations
@@ -16,19 +16,21 @@ from tinylm.embedding.vectors import Vectors
 from tinylm.errors import InputError
 
 _BATCH = 256
+"""Questions scored at once."""
 
 
 @dataclass(frozen=True)
-class Analogies:
+class AnalogyResult:
     correct: int
     covered: int
+    """Questions whose words all have a vector."""
     total: int
     sections: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Section -> (correct, covered)."""
+    """(correct, covered) of each section."""
 
     @property
     def accuracy(self) -> float | None:
-        """Of the questions whose words all have a vector; None when there are none."""
+        """Share of the covered questions that were answered correctly; None if none are covered."""
         return self.correct / self.covered if self.covered else None
 
     @property
@@ -37,18 +39,21 @@ class Analogies:
 
 
 @dataclass(frozen=True)
-class Similarities:
+class SimilarityResult:
     pairs: int
     covered: int
+    """Pairs whose words both have a vector."""
     spearman: float | None
-    """Correlation of ranks, the usual figure; None below three pairs or where all are equal."""
+    """Rank correlation with the human scores. None with fewer than three pairs, or if all values are equal."""
     pearson: float | None
 
 
-def evaluate(vectors: Vectors, path: Path, *, method: str = "3cosadd", most: int | None = 30_000) -> Analogies | Similarities:
-    """Judge by one file, whose format is told from its lines. `most`: answers come from the first so many names only.
+def evaluate(
+    vectors: Vectors, path: Path, *, method: str = "3cosadd", max_names: int | None = 30_000
+) -> AnalogyResult | SimilarityResult:
+    """Evaluate on one file, whose format is detected from its lines. Only the first `max_names` names are candidates for answers.
 
-    Raises `InputError` for a file that is neither.
+    Raises `InputError` if the file has neither format.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -58,17 +63,19 @@ def evaluate(vectors: Vectors, path: Path, *, method: str = "3cosadd", most: int
         raise InputError(error.strerror or "cannot be read", where=str(path)) from None
     numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip() and not line.startswith("#")]
     if not numbered:
-        raise InputError("no questions in this file", where=str(path))
+        raise InputError("the file contains no questions", where=str(path))
     if any(line.startswith(":") for _, line in numbered) or len(numbered[0][1].split()) == 4:
-        return _analogies(vectors, numbered, path, method, most)
-    return _similarities(vectors, numbered, path)
+        return _evaluate_analogies(vectors, numbered, path, method, max_names)
+    return _evaluate_similarities(vectors, numbered, path)
 
 
-def _analogies(vectors: Vectors, lines: Iterable[tuple[int, str]], path: Path, method: str, most: int | None) -> Analogies:
-    most = min(most or len(vectors), len(vectors))
+def _evaluate_analogies(
+    vectors: Vectors, lines: Iterable[tuple[int, str]], path: Path, method: str, max_names: int | None
+) -> AnalogyResult:
+    max_names = min(max_names or len(vectors), len(vectors))
     total, section = 0, ""
-    rows: list[list[int]] = []
-    places: list[str] = []
+    questions: list[list[int]] = []
+    question_sections: list[str] = []
     for number, line in lines:
         if line.startswith(":"):
             section = line[1:].strip()
@@ -77,61 +84,61 @@ def _analogies(vectors: Vectors, lines: Iterable[tuple[int, str]], path: Path, m
         if len(words) != 4:
             raise InputError(f"an analogy has four words, not {len(words)}", where=f"{path}:{number}")
         total += 1
-        found = [vectors.find(word) for word in words]
-        if all(row is not None and row < most for row in found):
-            rows.append([row for row in found if row is not None])
-            places.append(section)
+        rows = [vectors.find(word) for word in words]
+        if all(row is not None and row < max_names for row in rows):
+            questions.append([row for row in rows if row is not None])
+            question_sections.append(section)
     if not total:
-        raise InputError("no questions in this file", where=str(path))
-    right = _answered(vectors, np.array(rows, dtype=np.int64).reshape(-1, 4), method, most)
+        raise InputError("the file contains no questions", where=str(path))
+    correct = _answered_correctly(vectors, np.array(questions, dtype=np.int64).reshape(-1, 4), method, max_names)
     sections: dict[str, tuple[int, int]] = {}
-    for place, correct in zip(places, right.tolist(), strict=True):
-        before = sections.get(place, (0, 0))
-        sections[place] = (before[0] + correct, before[1] + 1)
-    return Analogies(int(right.sum()), len(rows), total, sections)
+    for section, is_correct in zip(question_sections, correct.tolist(), strict=True):
+        section_correct, section_covered = sections.get(section, (0, 0))
+        sections[section] = (section_correct + is_correct, section_covered + 1)
+    return AnalogyResult(int(correct.sum()), len(questions), total, sections)
 
 
-def _answered(vectors: Vectors, rows: np.ndarray, method: str, most: int) -> np.ndarray:
-    """Which questions are answered right, bool (questions,)."""
-    right = np.zeros(len(rows), dtype=bool)
-    for start in range(0, len(rows), _BATCH):
-        batch = rows[start : start + _BATCH]
-        scores = vectors.analogy_scores(batch[:, :3], method, most)
+def _answered_correctly(vectors: Vectors, questions: np.ndarray, method: str, max_names: int) -> np.ndarray:
+    """Whether each question is answered correctly, bool (questions,). `questions` holds the rows of the words, (questions, 4)."""
+    correct = np.zeros(len(questions), dtype=bool)
+    for start in range(0, len(questions), _BATCH):
+        batch = questions[start : start + _BATCH]
+        scores = vectors.analogy_scores(batch[:, :3], method, max_names)
         np.put_along_axis(scores, batch[:, :3], -np.inf, axis=1)
-        right[start : start + _BATCH] = scores.argmax(axis=1) == batch[:, 3]
-    return right
+        correct[start : start + _BATCH] = scores.argmax(axis=1) == batch[:, 3]
+    return correct
 
 
-def _similarities(vectors: Vectors, lines: list[tuple[int, str]], path: Path) -> Similarities:
-    given, ours = [], []
+def _evaluate_similarities(vectors: Vectors, lines: list[tuple[int, str]], path: Path) -> SimilarityResult:
+    scores, cosines = [], []
     pairs = 0
     for position, (number, line) in enumerate(lines):
-        parts = next((line.split(mark) for mark in ("\t", ",", ";") if mark in line), line.split())
+        parts = next((line.split(separator) for separator in ("\t", ",", ";") if separator in line), line.split())
         try:
             score = float(parts[2])
         except (IndexError, ValueError):
             if position == 0 and len(parts) > 2:
                 continue  # a header
-            raise InputError("wants two words and a number", where=f"{path}:{number}") from None
+            raise InputError("a line must have two words and a number", where=f"{path}:{number}") from None
         pairs += 1
         rows = [vectors.find(word.strip()) for word in parts[:2]]
         if rows[0] is not None and rows[1] is not None:
-            given.append(score)
-            ours.append(float(vectors.units[rows[0]] @ vectors.units[rows[1]]))
-    ranked = correlation(ranks(np.array(given)), ranks(np.array(ours)))
-    return Similarities(pairs, len(given), ranked, correlation(np.array(given), np.array(ours)))
+            scores.append(score)
+            cosines.append(float(vectors.normalized[rows[0]] @ vectors.normalized[rows[1]]))
+    spearman = correlation(ranks(np.array(scores)), ranks(np.array(cosines)))
+    return SimilarityResult(pairs, len(scores), spearman, correlation(np.array(scores), np.array(cosines)))
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
-    """The rank of each value, equal values sharing the mean of theirs."""
+    """The rank of each value. Equal values share the mean of their ranks."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    means: np.ndarray = ends - (counts - 1) / 2
+    last_ranks = np.cumsum(counts)
+    means: np.ndarray = last_ranks - (counts - 1) / 2
     return means[inverse] if len(values) else values
 
 
 def correlation(first: np.ndarray, second: np.ndarray) -> float | None:
-    """Pearson's; None where it is not defined."""
+    """Pearson's correlation. None with fewer than three values, or if either array is constant."""
     if len(first) < 3 or first.std() == 0 or second.std() == 0:
         return None
     return float(np.corrcoef(first, second)[0, 1])

@@ -1,4 +1,4 @@
-"""Vectors out of a trained language model: its input or output embedding, or what a layer makes of tokens in context."""
+"""Extract vectors from a trained language model: its input or output embedding, or the mean hidden state of each token or word."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinylm.embedding.text import token_names, word_spans
+from tinylm.embedding.encoded_text import token_names, word_spans
 from tinylm.embedding.vectors import Vectors
 from tinylm.errors import InputError
 from tinylm.model.transformer import Transformer
@@ -18,15 +18,15 @@ from tinylm.run import Checkpoint, Run
 from tinylm.text.sources import Corpus, describe
 
 
-def static(run: Run, checkpoint: Checkpoint, which: str) -> Vectors:
-    """The table that reads tokens (`input`) or the one that predicts them (`output`), a row per token."""
+def static_vectors(run: Run, checkpoint: Checkpoint, which: str) -> Vectors:
+    """The vectors of all tokens: the token embedding (`which="input"`) or the output projection (`which="output"`)."""
     network = run.network(checkpoint, torch.device("cpu"))
     module = network.embedding if which == "input" else network.head
     matrix = module.weight.detach().numpy().copy()
     return Vectors(token_names(run.tokenizer), matrix, byte_mapped=True, notes=_notes(run, checkpoint, which))
 
 
-def contextual(
+def contextual_vectors(
     run: Run,
     checkpoint: Checkpoint,
     sources: Sequence[str],
@@ -39,34 +39,37 @@ def contextual(
     device: torch.device | None = None,
     reporter: Reporter = SILENT,
 ) -> Vectors:
-    """For each token of a text the mean, over its occurrences, of the residual stream after `layer` blocks (0: before any).
+    """For each token of a text, the mean of the residual stream after `layer` blocks over all its occurrences.
 
-    `layer` None: half of them. Every token is seen with at least half a context before it, where the document has so much.
-    With `words`: for each word the mean over all tokens of its occurrences. Raises `InputError` for a layer that is not
-    there and for a text without anything that occurs `min_count` times.
+    `layer` 0 is the input of the first block; the default is half of the blocks. Every token has at least half a context window of
+    text before it, or all text before it if there is less. With `words`, the mean is over all tokens of all occurrences of a word.
+    Raises `InputError` if there is no such layer, or if nothing occurs `min_count` times.
     """
     depth = run.recipe.model.n_layer
     layer = (depth + 1) // 2 if layer is None else layer
     if layer > depth:
-        raise InputError(f"the model has {depth} blocks, so 0 to {depth}", where=f"--layer {layer}")
+        raise InputError(f"must be from 0 to {depth}, the number of blocks", where=f"--layer {layer}")
     device = device or torch.device("cpu")
     network = run.network(checkpoint, device)
     names = token_names(run.tokenizer)
-    sums = _Sums(0 if words else len(names), network.model.n_embd)
+    sums = _VectorSums(0 if words else len(names), network.model.n_embd)
     with Corpus(sources, field=field, errors=errors) as corpus, reporter.progress("reading", None, "") as advance:
         done = 0
         for piece in corpus.pieces():
             encoding = run.tokenizer.backend.encode(piece.text, add_special_tokens=False)
             ids = np.array(encoding.ids, dtype=np.int64)
-            keys = _word_keys(piece.text, encoding.offsets, sums) if words else ids
-            for span, hidden in _states(network, ids, run.tokenizer.end_of_text, layer, device):
-                sums.add(keys[span], hidden)
+            keys = _word_numbers(piece.text, encoding.offsets, sums) if words else ids
+            for span, states in _hidden_states(network, ids, run.tokenizer.end_of_text, layer, device):
+                sums.add(keys[span], states)
             done += len(ids)
             advance(done)
     kept = np.flatnonzero(sums.counts >= min_count)
     kept = kept[np.argsort(-sums.counts[kept], kind="stable")]
     if not len(kept):
-        raise InputError(f"nothing in this text occurs {min_count} times", where=describe(sources), hint="lower --min-count")
+        noun = "words" if words else "tokens"
+        raise InputError(
+            f"no {noun} in this text occur {min_count} times or more", where=describe(sources), hint="lower --min-count"
+        )
     matrix = (sums.sums.numpy()[kept] / sums.counts[kept, None]).astype(np.float32)
     chosen = [sums.words[row] for row in kept] if words else [names[row] for row in kept]
     notes = {**_notes(run, checkpoint, "contextual"), "layer": layer, "sources": list(sources)}
@@ -77,74 +80,74 @@ def _notes(run: Run, checkpoint: Checkpoint, which: str) -> dict[str, Any]:
     return {"run": run.name, "checkpoint": checkpoint.name, "which": which, "tokenizer": run.tokenizer.fingerprint}
 
 
-class _Sums:
-    """Sums of vectors by key; keys are token ids, or numbers given to words as they come."""
+class _VectorSums:
+    """Running sums of vectors by key. A key is a token id or a word number. Words are numbered in order of first occurrence."""
 
     def __init__(self, rows: int, width: int) -> None:
         self.sums = torch.zeros((rows, width), dtype=torch.float64)
         self.counts = np.zeros(rows, dtype=np.int64)
-        self.numbers: dict[str, int] = {}
+        self.word_numbers: dict[str, int] = {}
 
     @property
     def words(self) -> list[str]:
-        return list(self.numbers)
+        return list(self.word_numbers)
 
     def add(self, keys: np.ndarray, vectors: Tensor) -> None:
-        """Add each row of `vectors` to its key; a negative key to none."""
-        missing = len(self.numbers) - len(self.sums)
+        """Add each row of `vectors`, (tokens, width), to the sum of its key, (tokens,). Rows with a negative key are skipped."""
+        missing = len(self.word_numbers) - len(self.sums)
         if missing > 0:
-            more = max(missing, len(self.sums))
-            self.sums = torch.cat([self.sums, self.sums.new_zeros((more, self.sums.shape[1]))])
-            self.counts = np.concatenate([self.counts, np.zeros(more, dtype=np.int64)])
+            extra = max(missing, len(self.sums))
+            self.sums = torch.cat([self.sums, self.sums.new_zeros((extra, self.sums.shape[1]))])
+            self.counts = np.concatenate([self.counts, np.zeros(extra, dtype=np.int64)])
         known = keys >= 0
         self.sums.index_add_(0, torch.from_numpy(keys[known]), vectors[torch.from_numpy(known)])
         self.counts += np.bincount(keys[known], minlength=len(self.counts))
 
 
-def _word_keys(text: str, offsets: Sequence[tuple[int, int]], sums: _Sums) -> np.ndarray:
-    """For each token the number of the word in which its last character stands, or -1."""
+def _word_numbers(text: str, offsets: Sequence[tuple[int, int]], sums: _VectorSums) -> np.ndarray:
+    """For each token, the number of the word that contains its last character, or -1."""
     spans = word_spans(text)
     starts = np.array([start for start, _ in spans], dtype=np.int64)
     ends = np.array([end for _, end in spans], dtype=np.int64)
-    numbers = [sums.numbers.setdefault(text[start:end].lower(), len(sums.numbers)) for start, end in spans]
+    numbers = [sums.word_numbers.setdefault(text[start:end].lower(), len(sums.word_numbers)) for start, end in spans]
     last = np.array([end - 1 for _, end in offsets], dtype=np.int64)
-    place = np.searchsorted(starts, last, side="right") - 1
-    inside = (place >= 0) & (last < np.concatenate([ends, [0]])[place])
-    return np.where(inside, np.array([*numbers, -1], dtype=np.int64)[place], -1)
+    index = np.searchsorted(starts, last, side="right") - 1
+    inside = (index >= 0) & (last < np.concatenate([ends, [0]])[index])
+    return np.where(inside, np.array([*numbers, -1], dtype=np.int64)[index], -1)
 
 
 @torch.no_grad()
-def _states(
+def _hidden_states(
     network: Transformer, ids: np.ndarray, start_token: int | None, layer: int, device: torch.device
 ) -> Iterator[tuple[slice, Tensor]]:
-    """(which tokens, their states after `layer` blocks): each once, in windows that overlap by half."""
-    lead = [] if start_token is None else [start_token]
-    context = network.model.context_length - len(lead)
+    """Yield (slice of `ids`, states (tokens, width)) after `layer` blocks, each token once, from windows that overlap by half."""
+    prefix = [] if start_token is None else [start_token]
+    context = network.model.context_length - len(prefix)
     stride = max(1, context // 2)
-    begin = scored = 0
-    while scored < len(ids):
+    begin = done = 0
+    while done < len(ids):
         window = ids[begin : begin + context]
-        tokens = torch.from_numpy(np.concatenate([np.array(lead, dtype=np.int64), window]))[None].to(device)
-        states = _after(network, tokens, layer)[0, len(lead) :]
-        yield slice(scored, begin + len(window)), states[scored - begin :].double().cpu()
-        scored = begin + len(window)
+        tokens = torch.from_numpy(np.concatenate([np.array(prefix, dtype=np.int64), window]))[None].to(device)
+        states = _residual_after(network, tokens, layer)[0, len(prefix) :]
+        yield slice(done, begin + len(window)), states[done - begin :].double().cpu()
+        done = begin + len(window)
         begin += stride
 
 
-def _after(network: Transformer, tokens: Tensor, layer: int) -> Tensor:
-    """The residual stream (1, T, C) after `layer` blocks."""
-    caught: list[Tensor] = []
+def _residual_after(network: Transformer, tokens: Tensor, layer: int) -> Tensor:
+    """The residual stream, (1, time, width), after `layer` blocks, for `tokens` (1, time)."""
+    captured: list[Tensor] = []
 
-    def before(module: Any, arguments: tuple[Any, ...]) -> None:
-        caught.append(arguments[0])
+    def capture_input(module: Any, arguments: tuple[Any, ...]) -> None:
+        captured.append(arguments[0])
 
-    def after(module: Any, arguments: Any, result: tuple[Any, ...]) -> None:
-        caught.append(result[0])
+    def capture_output(module: Any, arguments: Any, result: tuple[Any, ...]) -> None:
+        captured.append(result[0])
 
     block = network.blocks[max(layer - 1, 0)]
-    hook = block.register_forward_hook(after) if layer else block.register_forward_pre_hook(before)
+    hook = block.register_forward_hook(capture_output) if layer else block.register_forward_pre_hook(capture_input)
     try:
         network.hidden(tokens)
     finally:
         hook.remove()
-    return caught[0]
+    return captured[0]

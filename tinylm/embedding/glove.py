@@ -1,8 +1,8 @@
-"""GloVe: co-occurrences counted on disk, then factorized, in parallel and the same to the bit on any number of threads.
+"""GloVe (Pennington et al. 2014): count co-occurrences on disk, then factorize them. Bit-identical for any number of threads.
 
-Counting holds the pairs of the most frequent words in a dense table and spills the others as sorted runs, which are merged
-range by range. The cells are dealt into 8 x 8 blocks by (row mod 8, column mod 8). A step works through 8 blocks that share
-neither rows nor columns (Gemulla et al. 2011), so that threads never touch the same vector, and order never matters.
+Counting keeps the pairs of the most frequent words in a dense matrix and writes all others to disk as sorted runs, which are then
+merged one key range at a time. The cells of the co-occurrence matrix are grouped into 8 x 8 blocks by (row mod 8, column mod 8). A
+step processes 8 blocks that share neither rows nor columns (Gemulla et al. 2011), so that no two threads update the same vector.
 """
 
 from __future__ import annotations
@@ -17,136 +17,142 @@ from pathlib import Path
 
 import numpy as np
 
-from tinylm.embedding.text import Text
-from tinylm.embedding.word2vec import StepResult, kernels
-from tinylm.paths import cache_folder, write_whole
+from tinylm.embedding.encoded_text import EncodedText
+from tinylm.embedding.word2vec import StepResult, import_kernels
+from tinylm.paths import atomic_write_text, cache_folder
 from tinylm.recipe.embeddings import GloveMethod
 from tinylm.reporting import Reporter
 
-STRIPES = 8
-_MOST_DENSE = 2048
-"""Names whose pairs are counted in a table in memory: 32 MiB."""
-_PAIR_BYTES = 64
-"""Of memory for each pair of a run: key, weight, and what sorting them takes."""
+BLOCKS_PER_SIDE = 8
+MAX_DENSE_NAMES = 2048
+"""Pairs of this many most frequent names are counted in a dense float64 matrix (32 MiB)."""
+BYTES_PER_PAIR = 64
+"""Memory for one buffered pair: its key and weight, and temporary arrays while sorting."""
 _FORMAT = 1
-RUN = np.dtype([("key", "<i8"), ("weight", "<f8")])
-CELL = np.dtype([("row", "<i4"), ("column", "<i4"), ("count", "<f4")])
+"""Version of the cached files. Increase it when their contents change."""
+RUN_DTYPE = np.dtype([("key", "<i8"), ("weight", "<f8")])
+CELL_DTYPE = np.dtype([("row", "<i4"), ("column", "<i4"), ("count", "<f4")])
 
 
 @dataclass(frozen=True)
 class Cooccurrences:
-    """The cells of a table, in a file, block after block, shuffled within each."""
+    """The nonzero cells of a co-occurrence matrix in a file, block after block, shuffled within each block."""
 
     path: Path
     ends: list[int]
-    """Where each of the blocks ends."""
+    """For each block, the index after its last cell."""
 
     def __len__(self) -> int:
         return self.ends[-1]
 
     def block(self, row: int, column: int) -> np.ndarray:
-        """The cells (of dtype CELL) of one block."""
-        place = row * STRIPES + column
-        start = self.ends[place - 1] if place else 0
-        return np.fromfile(self.path, dtype=CELL, count=self.ends[place] - start, offset=CELL.itemsize * start)
+        """The cells of one block, an array of `CELL_DTYPE`."""
+        index = row * BLOCKS_PER_SIDE + column
+        start = self.ends[index - 1] if index else 0
+        return np.fromfile(self.path, dtype=CELL_DTYPE, count=self.ends[index] - start, offset=CELL_DTYPE.itemsize * start)
 
 
-def count(text: Text, method: GloveMethod, seed: int, reporter: Reporter) -> Cooccurrences:
-    """Count a text's co-occurrences within the window, symmetric, each 1 / distance; cached by what decides them."""
+def count_cooccurrences(text: EncodedText, method: GloveMethod, seed: int, reporter: Reporter) -> Cooccurrences:
+    """Count the pairs of words within a symmetric window; a pair at distance d counts 1 / d. The result is cached."""
     key = json.dumps([text.fingerprint, method.window, seed, _FORMAT])
     folder = cache_folder("cooccurrences", hashlib.sha256(key.encode()).hexdigest()[:32])
-    note = folder / "ends.json"
-    if not note.exists():
+    ends_file = folder / "ends.json"
+    if not ends_file.exists():
         with tempfile.TemporaryDirectory(prefix="counting-", dir=folder) as working:
-            runs = _runs(text, method, Path(working), reporter)
-            _deal(runs, len(text.units.names), method, Path(working))
-            ends = _shuffle(Path(working), folder / "cells", seed)
-        write_whole(note, json.dumps(ends) + "\n")
-    found = Cooccurrences(folder / "cells", json.loads(note.read_text(encoding="utf-8")))
-    reporter.note(f"co-occurrences: {len(found):,} pairs that occur")
-    return found
+            runs = _write_runs(text, method, Path(working), reporter)
+            _merge_into_blocks(runs, len(text.vocabulary.names), method, Path(working))
+            ends = _shuffle_and_join_blocks(Path(working), folder / "cells", seed)
+        atomic_write_text(ends_file, json.dumps(ends) + "\n")
+    cells = Cooccurrences(folder / "cells", json.loads(ends_file.read_text(encoding="utf-8")))
+    reporter.note(f"co-occurrences: {len(cells):,} nonzero cells")
+    return cells
 
 
-def _runs(text: Text, method: GloveMethod, working: Path, reporter: Reporter) -> list[Path]:
-    """Count, and write runs of pairs sorted by key, the dense table as one of them."""
-    compiled = kernels()
-    names, window = len(text.units.names), method.window
-    dense = np.zeros((min(names, _MOST_DENSE),) * 2)
-    room = max(method.buffer_megabytes * (1 << 20) // _PAIR_BYTES, 4 * window)
-    keys, weights = np.empty(room, np.int64), np.empty(room, np.float32)
+def _write_runs(text: EncodedText, method: GloveMethod, working: Path, reporter: Reporter) -> list[Path]:
+    """Count the pairs and write them as runs sorted by key. The last run holds the dense matrix."""
+    compiled = import_kernels()
+    names, window = len(text.vocabulary.names), method.window
+    dense = np.zeros((min(names, MAX_DENSE_NAMES),) * 2)
+    capacity = max(method.buffer_megabytes * (1 << 20) // BYTES_PER_PAIR, 4 * window)
+    keys, weights = np.empty(capacity, np.int64), np.empty(capacity, np.float32)
     runs: list[Path] = []
-    found = 0
-    stretch = max(room // (4 * window), 1)
+    buffered = 0
+    chunk = max(capacity // (4 * window), 1)
 
-    def spill(run: np.ndarray) -> None:
+    def write_run(run: np.ndarray) -> None:
         runs.append(working / f"run-{len(runs)}")
         run.tofile(runs[-1])
 
     with reporter.progress("counting pairs", text.length, "") as advance:
-        for start in range(0, text.length, stretch):
+        for start in range(0, text.length, chunk):
             before = min(window, start)
-            ids = text.read(start - before, before + stretch)
-            if found + window * stretch > room:
-                spill(_summed(keys[:found], weights[:found].astype(np.float64)))
-                found = 0
-            found += compiled.count_pairs(ids, before, window, names, dense, keys[found:], weights[found:])
-            advance(start + stretch)
-    spill(_summed(keys[:found], weights[:found].astype(np.float64)))
+            ids = text.read(start - before, before + chunk)
+            if buffered + window * chunk > capacity:
+                write_run(_sum_by_key(keys[:buffered], weights[:buffered].astype(np.float64)))
+                buffered = 0
+            buffered += compiled.count_pairs(ids, before, window, names, dense, keys[buffered:], weights[buffered:])
+            advance(start + chunk)
+    write_run(_sum_by_key(keys[:buffered], weights[:buffered].astype(np.float64)))
     rows, columns = np.nonzero(dense)
-    run = np.empty(len(rows), RUN)
+    run = np.empty(len(rows), RUN_DTYPE)
     run["key"], run["weight"] = rows * names + columns, dense[rows, columns]
-    spill(run)
+    write_run(run)
     return runs
 
 
-def _summed(keys: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Equal keys as one, sorted; weights are added in the order in which they came."""
+def _sum_by_key(keys: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """A run sorted by key, with the weights of equal keys added in the order of the input."""
     order = np.argsort(keys, kind="stable")
     keys, weights = keys[order], weights[order]
     starts = np.flatnonzero(np.diff(keys, prepend=-1))
-    run = np.empty(len(starts), RUN)
+    run = np.empty(len(starts), RUN_DTYPE)
     run["key"], run["weight"] = keys[starts], np.add.reduceat(weights, starts) if len(starts) else 0.0
     return run
 
 
-def _deal(runs: list[Path], names: int, method: GloveMethod, working: Path) -> None:
-    """Merge the runs range by range and deal their cells, in both directions, into a file per block."""
-    mapped = [np.memmap(path, RUN, "r") for path in runs if path.stat().st_size]
-    room = max(method.buffer_megabytes * (1 << 20) // _PAIR_BYTES, 1)
-    parts = -(-sum(map(len, mapped)) // room)
-    sample = np.sort(np.concatenate([run["key"][:: max(1, len(run) // (16 * parts))] for run in mapped])) if mapped else np.zeros(0)
-    borders = [int(sample[len(sample) * part // parts]) for part in range(1, parts)] + [names * names]
-    places = [0] * len(mapped)
-    for border in sorted(set(borders)):
-        ends = [int(np.searchsorted(run["key"], border)) for run in mapped]
-        pieces = [np.array(run[start:end]) for run, start, end in zip(mapped, places, ends, strict=True)]
-        places = ends
-        cells = _summed(np.concatenate([p["key"] for p in pieces]), np.concatenate([p["weight"] for p in pieces]))
-        low, high = np.divmod(cells["key"], names)
-        twice = np.where(low == high, 2.0, 1.0) * cells["weight"]
-        other = low != high
-        rows, columns = np.concatenate([low, high[other]]), np.concatenate([high, low[other]])
-        counts = np.concatenate([twice, twice[other]])
-        block = rows % STRIPES * STRIPES + columns % STRIPES
-        for place in np.unique(block):
-            chosen = block == place
-            dealt = np.empty(int(chosen.sum()), CELL)
-            dealt["row"], dealt["column"], dealt["count"] = rows[chosen], columns[chosen], counts[chosen]
-            with open(working / f"block-{place}", "ab") as file:
-                dealt.tofile(file)
+def _merge_into_blocks(runs: list[Path], names: int, method: GloveMethod, working: Path) -> None:
+    """Merge the runs into block files, one key range at a time. Each pair becomes two cells, (row, column) and (column, row)."""
+    mapped = [np.memmap(path, RUN_DTYPE, "r") for path in runs if path.stat().st_size]
+    bounds = _range_bounds(mapped, names, max(method.buffer_megabytes * (1 << 20) // BYTES_PER_PAIR, 1))
+    starts = [0] * len(mapped)
+    for bound in bounds:
+        ends = [int(np.searchsorted(run["key"], bound)) for run in mapped]
+        parts = [np.array(run[start:end]) for run, start, end in zip(mapped, starts, ends, strict=True)]
+        starts = ends
+        pairs = _sum_by_key(np.concatenate([part["key"] for part in parts]), np.concatenate([part["weight"] for part in parts]))
+        low, high = np.divmod(pairs["key"], names)
+        weights = np.where(low == high, 2.0, 1.0) * pairs["weight"]  # a word paired with itself is counted in both directions
+        mirrored = low != high
+        rows, columns = np.concatenate([low, high[mirrored]]), np.concatenate([high, low[mirrored]])
+        counts = np.concatenate([weights, weights[mirrored]])
+        blocks = rows % BLOCKS_PER_SIDE * BLOCKS_PER_SIDE + columns % BLOCKS_PER_SIDE
+        for block in np.unique(blocks):
+            chosen = blocks == block
+            cells = np.empty(int(chosen.sum()), CELL_DTYPE)
+            cells["row"], cells["column"], cells["count"] = rows[chosen], columns[chosen], counts[chosen]
+            with open(working / f"block-{block}", "ab") as file:
+                cells.tofile(file)
 
 
-def _shuffle(working: Path, target: Path, seed: int) -> list[int]:
-    """All blocks in one file, each in a random order. Where each ends."""
+def _range_bounds(runs: list[np.memmap], names: int, capacity: int) -> list[int]:
+    """Ascending upper bounds of key ranges that hold about `capacity` pairs each, estimated from a sample of the keys."""
+    ranges = -(-sum(map(len, runs)) // capacity)
+    samples = [run["key"][:: max(1, len(run) // (16 * ranges))] for run in runs]
+    sample = np.sort(np.concatenate(samples)) if samples else np.zeros(0)
+    return sorted({*(int(sample[len(sample) * part // ranges]) for part in range(1, ranges)), names * names})
+
+
+def _shuffle_and_join_blocks(working: Path, target: Path, seed: int) -> list[int]:
+    """Shuffle the cells of each block and write all blocks to one file. Returns where each block ends."""
     ends = []
     total = 0
     joined = working / "cells"
     with open(joined, "wb") as file:
-        for place in range(STRIPES * STRIPES):
-            path = working / f"block-{place}"
+        for block in range(BLOCKS_PER_SIDE * BLOCKS_PER_SIDE):
+            path = working / f"block-{block}"
             if path.exists():
-                cells = np.fromfile(path, CELL)
-                np.random.Generator(np.random.PCG64([seed, place])).shuffle(cells)
+                cells = np.fromfile(path, CELL_DTYPE)
+                np.random.Generator(np.random.PCG64([seed, block])).shuffle(cells)
                 cells.tofile(file)
                 total += len(cells)
                 path.unlink()
@@ -156,30 +162,30 @@ def _shuffle(working: Path, target: Path, seed: int) -> list[int]:
 
 
 class Glove:
-    """The tables and one step after another. The last column of each table is its bias."""
+    """The tables of GloVe, trained step by step: float32 (names, dimensions + 1), with the bias in the last column."""
 
     unit = "pairs"
 
-    def __init__(self, text: Text, method: GloveMethod, seed: int, threads: int, reporter: Reporter) -> None:
-        self._kernels = kernels()
+    def __init__(self, text: EncodedText, method: GloveMethod, seed: int, threads: int, reporter: Reporter) -> None:
+        self._kernels = import_kernels()
         self._method = method
-        self.cells = count(text, method, seed, reporter)
-        self._pool = ThreadPoolExecutor(min(threads, STRIPES))
-        shape = (len(text.units.names), method.dimensions + 1)
+        self.cells = count_cooccurrences(text, method, seed, reporter)
+        self._pool = ThreadPoolExecutor(min(threads, BLOCKS_PER_SIDE))
+        shape = (len(text.vocabulary.names), method.dimensions + 1)
         generator = np.random.Generator(np.random.PCG64(seed))
         self.words, self.contexts = (
             ((generator.random(shape, dtype=np.float32) - 0.5) / method.dimensions).astype(np.float32) for _ in range(2)
         )
         self.word_squares, self.context_squares = np.ones(shape, np.float32), np.ones(shape, np.float32)
-        self.steps_per_epoch = STRIPES
-        self.steps = STRIPES * method.epochs
+        self.steps_per_epoch = BLOCKS_PER_SIDE
+        self.steps = BLOCKS_PER_SIDE * method.epochs
 
     def step(self, number: int) -> StepResult:
-        """Do step `number` of `steps`, counted from 0: the blocks (r, r + number)."""
+        """Run step `number` of `steps`, counted from 0: the blocks (row, (row + number) mod 8)."""
         method = self._method
 
-        def work(row: int) -> tuple[float, int]:
-            cells = self.cells.block(row, (row + number) % STRIPES)
+        def train_block(row: int) -> tuple[float, int]:
+            cells = self.cells.block(row, (row + number) % BLOCKS_PER_SIDE)
             loss: float = self._kernels.glove(
                 np.ascontiguousarray(cells["row"]),
                 np.ascontiguousarray(cells["column"]),
@@ -194,17 +200,17 @@ class Glove:
             )
             return loss, len(cells)
 
-        done = list(self._pool.map(work, range(STRIPES)))
-        cells = sum(count for _, count in done)
-        return StepResult(sum(loss for loss, _ in done), cells, cells, method.lr)
+        results = list(self._pool.map(train_block, range(BLOCKS_PER_SIDE)))
+        cells = sum(count for _, count in results)
+        return StepResult(sum(loss for loss, _ in results), cells, cells, method.lr)
 
     def tables(self) -> dict[str, np.ndarray]:
-        """All that was learned so far; change them in place to go on from elsewhere."""
+        """The complete training state by name. To restore it, write into these arrays."""
         squares = {"word_squares": self.word_squares, "context_squares": self.context_squares}
         return {"words": self.words, "contexts": self.contexts, **squares}
 
     def vectors(self) -> np.ndarray:
-        """The vectors that people use: word and context summed (section 4.2)."""
+        """The word vectors, float32 (names, dimensions): the sum of both tables (Pennington et al. 2014, section 4.2)."""
         summed: np.ndarray = (self.words + self.contexts)[:, :-1]
         return summed
 

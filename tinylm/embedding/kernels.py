@@ -1,6 +1,10 @@
-"""The inner loops of word2vec and GloVe, compiled by numba. They release the interpreter's lock, so threads run them at once.
+"""The inner loops of word2vec and GloVe, compiled by numba. They release the GIL, so several threads run them at the same time.
 
-Legend: V names, D dimensions. A lane is one stretch of text that one thread works through, on a copy of the rows it needs.
+Papers: Mikolov et al. 2013, "Distributed Representations of Words and Phrases and their Compositionality" (negative sampling);
+Pennington et al. 2014, "GloVe: Global Vectors for Word Representation".
+
+Legend: `V` names, `D` dimensions, `P` positions of a segment, `K` negatives. `ids` are int32 positions in the vocabulary; a
+negative id ends a document. A workspace is the scratch memory with which one thread processes one segment of the text.
 """
 
 from __future__ import annotations
@@ -9,53 +13,56 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tinylm.jit import compiled
+from tinylm.jit import cached_njit
 
-BOUND = 8
-STEPS = 64
-"""The sigmoid is tabulated in steps of 1/64 up to 8 on each side."""
+SIGMOID_RANGE = 8
+SIGMOID_STEPS = 64
+"""The sigmoid is tabulated from -8 to 8 in steps of 1/64. Scores outside are clamped."""
 _HALF = np.float32(0.5)
 _FAST = {"reassoc", "contract", "arcp", "nsz"}
-"""Sums may be reordered into vector instructions; what is not a number must stay so, to be noticed."""
-_compiled = compiled(fastmath=_FAST)
+"""Allow reordered sums, so that they vectorize. NaN and infinity keep their meaning, so that divergence is detected."""
+_compiled = cached_njit(fastmath=_FAST)
 
 
 class TrainingConstants(NamedTuple):
-    """What never changes during a training."""
+    """Values that stay constant during training."""
 
     keep: np.ndarray
-    """Chance that an occurrence is kept, float32 (V,)."""
+    """float32 (V,): probability that subsampling keeps an occurrence (Mikolov et al. 2013, section 2.3)."""
     accept: np.ndarray
     alias: np.ndarray
-    """Walker's alias table of the distribution of negatives, float32 and int32 (V,)."""
+    """float32 and int32 (V,): Walker's alias table of the distribution from which negatives are drawn."""
     sigmoid: np.ndarray
     log_sigmoid: np.ndarray
+    """float32 (2 * SIGMOID_RANGE * SIGMOID_STEPS + 1,): both functions, tabulated."""
     window: int
     negatives: int
 
 
-class Lane(NamedTuple):
-    """The memory of one lane."""
+class Workspace(NamedTuple):
+    """Scratch memory for one segment. A slot is a row of `inputs` or `outputs`, the copies of the table rows that are in use."""
 
     kept: np.ndarray
-    drawn: np.ndarray
-    """(positions, negatives): rows of `outputs`, -1 where the word itself was drawn."""
+    """int32 (P,): the ids of the segment that subsampling kept."""
+    negatives: np.ndarray
+    """int32 (P, K): the slots of the negatives of each position; -1 where the word itself was drawn."""
     input_slots: np.ndarray
     output_slots: np.ndarray
-    """(V,): where a row's copy is, -1 for not copied."""
+    """int32 (V,): the slot that holds the copy of a row, or -1."""
     inputs: np.ndarray
     outputs: np.ndarray
-    """Copies of rows while the lane works, and the changes to them when it is done."""
+    """float32 (slots, D): copies of rows during training; after `_finish`, the changes of the rows."""
     input_rows: np.ndarray
     output_rows: np.ndarray
+    """int32 (slots,): the row whose copy the slot holds."""
     input_uses: np.ndarray
     output_uses: np.ndarray
-    """How often each copy was updated."""
+    """int32 (slots,): how many times each copy was updated."""
 
 
 @_compiled
 def _random(state: Any) -> Any:
-    """The next number of SplitMix64 (Steele et al. 2014)."""
+    """The next 64-bit number of SplitMix64 (Steele et al. 2014)."""
     state[0] += np.uint64(0x9E3779B97F4A7C15)
     mixed = state[0]
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -64,20 +71,20 @@ def _random(state: Any) -> Any:
 
 
 @_compiled
-def _below(state: Any, size: int) -> Any:
-    """A whole number in [0, size)."""
+def _random_below(state: Any, size: int) -> Any:
+    """A random integer in [0, size)."""
     return np.int64(((_random(state) >> np.uint64(32)) * np.uint64(size)) >> np.uint64(32))
 
 
 @_compiled
-def _share(bits: Any) -> Any:
-    """24 bits as a number in [0, 1)."""
+def _to_unit_interval(bits: Any) -> Any:
+    """The lowest 24 bits as a number in [0, 1)."""
     return np.float32(bits & np.uint64(0xFFFFFF)) * np.float32(1 / 16777216)
 
 
 @_compiled
-def _copied(row: Any, slots: Any, rows: Any, uses: Any, copies: Any, table: Any, used: Any) -> Any:
-    """Copy a row unless it is copied already; the number of copies then."""
+def _copy_row(row: Any, slots: Any, rows: Any, uses: Any, copies: Any, table: Any, used: Any) -> Any:
+    """Copy a row of `table` into the next free slot unless a slot already holds it. Returns the number of slots in use."""
     if slots[row] >= 0:
         return used
     slots[row] = used
@@ -89,148 +96,156 @@ def _copied(row: Any, slots: Any, rows: Any, uses: Any, copies: Any, table: Any,
 
 
 @_compiled
-def _begin(ids: Any, state: Any, inputs: Any, outputs: Any, law: Any, lane: Any) -> Any:
-    """Thin the text out, draw the negatives, copy the rows. (positions kept, input rows, output rows)."""
+def _prepare(ids: Any, state: Any, inputs: Any, outputs: Any, constants: Any, work: Any) -> Any:
+    """Subsample the segment, draw the negatives and copy the rows in use.
+
+    Returns the number of positions kept, and of input and output slots in use.
+    """
     kept = 0
     for id in ids:
-        if id < 0 or _share(_random(state)) < law.keep[id]:
-            lane.kept[kept] = id
+        if id < 0 or _to_unit_interval(_random(state)) < constants.keep[id]:
+            work.kept[kept] = id
             kept += 1
     input_count = output_count = 0
     for position in range(kept):
-        id = lane.kept[position]
+        id = work.kept[position]
         if id < 0:
             continue
-        input_count = _copied(id, lane.input_slots, lane.input_rows, lane.input_uses, lane.inputs, inputs, input_count)
-        output_count = _copied(id, lane.output_slots, lane.output_rows, lane.output_uses, lane.outputs, outputs, output_count)
-        for k in range(law.negatives):
+        input_count = _copy_row(id, work.input_slots, work.input_rows, work.input_uses, work.inputs, inputs, input_count)
+        output_count = _copy_row(id, work.output_slots, work.output_rows, work.output_uses, work.outputs, outputs, output_count)
+        for k in range(constants.negatives):
             bits = _random(state)
-            row = np.int64(((bits >> np.uint64(32)) * np.uint64(len(law.alias))) >> np.uint64(32))
-            if _share(bits) >= law.accept[row]:
-                row = law.alias[row]
+            row = np.int64(((bits >> np.uint64(32)) * np.uint64(len(constants.alias))) >> np.uint64(32))
+            if _to_unit_interval(bits) >= constants.accept[row]:
+                row = constants.alias[row]
             if row == id:
-                lane.drawn[position, k] = -1
+                work.negatives[position, k] = -1
             else:
-                output_count = _copied(
-                    row, lane.output_slots, lane.output_rows, lane.output_uses, lane.outputs, outputs, output_count
+                output_count = _copy_row(
+                    row, work.output_slots, work.output_rows, work.output_uses, work.outputs, outputs, output_count
                 )
-                lane.drawn[position, k] = lane.output_slots[row]
+                work.negatives[position, k] = work.output_slots[row]
     return kept, input_count, output_count
 
 
 @_compiled
-def _finish(lane: Any, inputs: Any, outputs: Any, input_count: int, output_count: int) -> None:
-    """Leave the changes where the copies were."""
+def _finish(work: Any, inputs: Any, outputs: Any, input_count: int, output_count: int) -> None:
+    """Replace each copy by its difference from the row, and clear the slots."""
     for slot in range(input_count):
-        row = lane.input_rows[slot]
-        lane.input_slots[row] = -1
+        row = work.input_rows[slot]
+        work.input_slots[row] = -1
         for d in range(inputs.shape[1]):
-            lane.inputs[slot, d] -= inputs[row, d]
+            work.inputs[slot, d] -= inputs[row, d]
     for slot in range(output_count):
-        row = lane.output_rows[slot]
-        lane.output_slots[row] = -1
+        row = work.output_rows[slot]
+        work.output_slots[row] = -1
         for d in range(outputs.shape[1]):
-            lane.outputs[slot, d] -= outputs[row, d]
+            work.outputs[slot, d] -= outputs[row, d]
 
 
 @_compiled
-def _targets(position: int, lane: Any, targets: Any) -> Any:
-    """The rows to tell apart at a position: the word itself first, then its negatives. Their number."""
-    targets[0] = lane.output_slots[lane.kept[position]]
+def _targets(position: int, work: Any, targets: Any) -> Any:
+    """Write the output slots of a position to `targets`: the word itself, then its negatives. Returns their number."""
+    targets[0] = work.output_slots[work.kept[position]]
     count = 1
-    for k in range(lane.drawn.shape[1]):
-        if lane.drawn[position, k] >= 0:
-            targets[count] = lane.drawn[position, k]
+    for k in range(work.negatives.shape[1]):
+        if work.negatives[position, k] >= 0:
+            targets[count] = work.negatives[position, k]
             count += 1
     return count
 
 
 @_compiled
-def _window(position: int, kept: int, lane: Any, width: int) -> Any:
-    """[start, end) of the positions around one, within its document."""
+def _window(position: int, kept: int, work: Any, width: int) -> Any:
+    """The bounds [start, end) of the window around `position`, which ends at the borders of the document."""
     start = position
-    while start > 0 and position - start < width and lane.kept[start - 1] >= 0:
+    while start > 0 and position - start < width and work.kept[start - 1] >= 0:
         start -= 1
     end = position + 1
-    while end < kept and end - position <= width and lane.kept[end] >= 0:
+    while end < kept and end - position <= width and work.kept[end] >= 0:
         end += 1
     return start, end
 
 
 @_compiled
-def _place(score: Any) -> Any:
-    """Where in the table of the sigmoid a score stands."""
-    return np.int64((min(max(score, np.float32(-BOUND)), np.float32(BOUND)) + np.float32(BOUND)) * np.float32(STEPS))
+def _sigmoid_index(score: Any) -> Any:
+    """The index of a score in the tabulated sigmoid."""
+    clamped = min(max(score, np.float32(-SIGMOID_RANGE)), np.float32(SIGMOID_RANGE))
+    return np.int64((clamped + np.float32(SIGMOID_RANGE)) * np.float32(SIGMOID_STEPS))
 
 
 @_compiled
-def skip_gram(ids: Any, seed: Any, inputs: Any, outputs: Any, law: Any, lane: Any, rate: Any) -> Any:
-    """One lane of skip-gram. (sum of the losses in nats, pairs, input rows, output rows).
+def skip_gram(ids: Any, seed: Any, inputs: Any, outputs: Any, constants: Any, work: Any, lr: Any) -> Any:
+    """Train skip-gram with negative sampling on one segment (Mikolov et al. 2013, equation 4).
 
-    The words around a position share its negatives (Ji et al. 2016, section 3), so that both sides stay in the cache.
+    The context words of a position share its negatives (Ji et al. 2016, section 3), so that all their rows stay in the CPU's cache.
+    Returns the summed loss in nats, the number of pairs, and the numbers of input and output slots in use.
     """
     D = inputs.shape[1]
     state = np.array([seed], dtype=np.uint64)
-    kept, input_count, output_count = _begin(ids, state, inputs, outputs, law, lane)
-    words, own, others = lane.kept, lane.inputs, lane.outputs
-    slots, input_uses, output_uses = lane.input_slots, lane.input_uses, lane.output_uses
-    sigmoid, log_sigmoid = law.sigmoid, law.log_sigmoid
-    targets = np.empty(law.negatives + 1, np.int64)
-    steps = np.empty(law.negatives + 1, np.float32)
-    changes = np.empty((law.negatives + 1, D), np.float32)
+    kept, input_count, output_count = _prepare(ids, state, inputs, outputs, constants, work)
+    words, inputs_copy, outputs_copy = work.kept, work.inputs, work.outputs
+    slots, input_uses, output_uses = work.input_slots, work.input_uses, work.output_uses
+    sigmoid, log_sigmoid = constants.sigmoid, constants.log_sigmoid
+    targets = np.empty(constants.negatives + 1, np.int64)
+    steps = np.empty(constants.negatives + 1, np.float32)
+    changes = np.empty((constants.negatives + 1, D), np.float32)
     loss = 0.0
     pairs = 0
     for position in range(kept):
         if words[position] < 0:
             continue
-        start, end = _window(position, kept, lane, 1 + _below(state, law.window))
-        count = _targets(position, lane, targets)
+        start, end = _window(position, kept, work, 1 + _random_below(state, constants.window))
+        count = _targets(position, work, targets)
         changes[:count] = 0
         for other in range(start, end):
             if other == position:
                 continue
             slot = slots[words[other]]
-            x = own[slot]
+            x = inputs_copy[slot]  # (D,)
             for k in range(count):
-                y = others[targets[k]]
+                y = outputs_copy[targets[k]]  # (D,)
                 score = np.float32(0)
                 for d in range(D):
                     score += x[d] * y[d]
-                place = _place(score)
+                index = _sigmoid_index(score)
                 if k == 0:
-                    steps[k] = (np.float32(1) - sigmoid[place]) * rate
-                    loss -= log_sigmoid[place]
+                    steps[k] = (np.float32(1) - sigmoid[index]) * lr
+                    loss -= log_sigmoid[index]
                 else:
-                    steps[k] = -sigmoid[place] * rate
-                    loss -= log_sigmoid[2 * BOUND * STEPS - place]
+                    steps[k] = -sigmoid[index] * lr
+                    loss -= log_sigmoid[2 * SIGMOID_RANGE * SIGMOID_STEPS - index]
             for k in range(count):
                 for d in range(D):
                     changes[k, d] += steps[k] * x[d]
             for k in range(count):
-                y = others[targets[k]]
+                y = outputs_copy[targets[k]]
                 for d in range(D):
                     x[d] += steps[k] * y[d]
             input_uses[slot] += 1
         for k in range(count):
-            y = others[targets[k]]
+            y = outputs_copy[targets[k]]
             for d in range(D):
                 y[d] += changes[k, d]
             output_uses[targets[k]] += end - start - 1
         pairs += end - start - 1
-    _finish(lane, inputs, outputs, input_count, output_count)
+    _finish(work, inputs, outputs, input_count, output_count)
     return loss, pairs, input_count, output_count
 
 
 @_compiled
-def cbow(ids: Any, seed: Any, inputs: Any, outputs: Any, law: Any, lane: Any, rate: Any) -> Any:
-    """One lane of CBOW; like `skip_gram`, with a loss per position instead of per pair."""
+def cbow(ids: Any, seed: Any, inputs: Any, outputs: Any, constants: Any, work: Any, lr: Any) -> Any:
+    """Train CBOW with negative sampling on one segment (Mikolov et al. 2013).
+
+    Returns the same as `skip_gram`, with the number of positions instead of pairs.
+    """
     D = inputs.shape[1]
     state = np.array([seed], dtype=np.uint64)
-    kept, input_count, output_count = _begin(ids, state, inputs, outputs, law, lane)
-    words, own, others = lane.kept, lane.inputs, lane.outputs
-    slots, input_uses, output_uses = lane.input_slots, lane.input_uses, lane.output_uses
-    sigmoid, log_sigmoid = law.sigmoid, law.log_sigmoid
-    targets = np.empty(law.negatives + 1, np.int64)
+    kept, input_count, output_count = _prepare(ids, state, inputs, outputs, constants, work)
+    words, inputs_copy, outputs_copy = work.kept, work.inputs, work.outputs
+    slots, input_uses, output_uses = work.input_slots, work.input_uses, work.output_uses
+    sigmoid, log_sigmoid = constants.sigmoid, constants.log_sigmoid
+    targets = np.empty(constants.negatives + 1, np.int64)
     mean = np.empty(D, np.float32)
     change = np.empty(D, np.float32)
     loss = 0.0
@@ -238,31 +253,31 @@ def cbow(ids: Any, seed: Any, inputs: Any, outputs: Any, law: Any, lane: Any, ra
     for position in range(kept):
         if words[position] < 0:
             continue
-        start, end = _window(position, kept, lane, 1 + _below(state, law.window))
+        start, end = _window(position, kept, work, 1 + _random_below(state, constants.window))
         if end - start == 1:
             continue
         mean[:] = 0
         change[:] = 0
         for other in range(start, end):
             if other != position:
-                x = own[slots[words[other]]]
+                x = inputs_copy[slots[words[other]]]
                 for d in range(D):
                     mean[d] += x[d]
-        share = np.float32(1) / np.float32(end - start - 1)
+        scale = np.float32(1) / np.float32(end - start - 1)
         for d in range(D):
-            mean[d] *= share
-        for k in range(_targets(position, lane, targets)):
-            y = others[targets[k]]
+            mean[d] *= scale
+        for k in range(_targets(position, work, targets)):
+            y = outputs_copy[targets[k]]
             score = np.float32(0)
             for d in range(D):
                 score += mean[d] * y[d]
-            place = _place(score)
+            index = _sigmoid_index(score)
             if k == 0:
-                step = (np.float32(1) - sigmoid[place]) * rate
-                loss -= log_sigmoid[place]
+                step = (np.float32(1) - sigmoid[index]) * lr
+                loss -= log_sigmoid[index]
             else:
-                step = -sigmoid[place] * rate
-                loss -= log_sigmoid[2 * BOUND * STEPS - place]
+                step = -sigmoid[index] * lr
+                loss -= log_sigmoid[2 * SIGMOID_RANGE * SIGMOID_STEPS - index]
             for d in range(D):
                 change[d] += step * y[d]
                 y[d] += step * mean[d]
@@ -270,60 +285,72 @@ def cbow(ids: Any, seed: Any, inputs: Any, outputs: Any, law: Any, lane: Any, ra
         for other in range(start, end):
             if other != position:
                 slot = slots[words[other]]
-                x = own[slot]
+                x = inputs_copy[slot]
                 for d in range(D):
                     x[d] += change[d]
                 input_uses[slot] += 1
         positions += 1
-    _finish(lane, inputs, outputs, input_count, output_count)
+    _finish(work, inputs, outputs, input_count, output_count)
     return loss, positions, input_count, output_count
 
 
 @_compiled
-def join(
-    table: Any, rows: Any, changes: Any, uses: Any, used: Any, rate: Any, lanes_of: Any, uses_of: Any, part: int, parts: int
+def merge_changes(
+    table: Any,
+    rows: Any,
+    changes: Any,
+    uses: Any,
+    used: Any,
+    lr: Any,
+    segments_per_row: Any,
+    uses_per_row: Any,
+    part: int,
+    parts: int,
 ) -> None:
-    """Add the changes of all lanes to every row of one part of the table, in the order of the lanes.
+    """Add the changes of all segments to the rows `part`, `part + parts`, ... of `table`, in the order of the segments.
 
-    Lanes that began from the same row do not know of each other: the plain sum of what they did would overshoot for a
-    frequent word, and the mean would hold it back. If each update takes a row a share `rate / 2` of the way to where it is
-    drawn, n of them take it 1 - exp(-n rate / 2), and the sum is scaled to what all lanes one after another would have done.
-    `lanes_of` and `uses_of` are zero before and after.
+    `rows` and `uses` are (segments, slots), `changes` is (segments, slots, D), and `used`, (segments,), counts the slots in use.
+    `segments_per_row` and `uses_per_row` are scratch memory (V,), zero before and after.
+
+    Segments that update the same row start from the same value. For a frequent word, the sum of their changes would overshoot, and
+    their mean would learn too slowly. If each update moves a row by the fraction `lr / 2` towards its optimum, n updates move it by
+    1 - exp(-n lr / 2). The sum is scaled to what the segments would have reached one after another.
     """
-    for lane in range(len(used)):
-        for slot in range(used[lane]):
-            row = rows[lane, slot]
+    for segment in range(len(used)):
+        for slot in range(used[segment]):
+            row = rows[segment, slot]
             if row % parts == part:
-                lanes_of[row] += 1
-                uses_of[row] += uses[lane, slot]
-    for lane in range(len(used)):
-        for slot in range(used[lane]):
-            row = rows[lane, slot]
+                segments_per_row[row] += 1
+                uses_per_row[row] += uses[segment, slot]
+    for segment in range(len(used)):
+        for slot in range(used[segment]):
+            row = rows[segment, slot]
             if row % parts != part:
                 continue
             scale = np.float32(1)
-            way = _HALF * rate * np.float32(uses_of[row])
-            if lanes_of[row] > 1 and way > np.float32(1e-4):
-                lanes = np.float32(lanes_of[row])
-                scale = (np.float32(1) - np.exp(-way)) / (lanes * (np.float32(1) - np.exp(-way / lanes)))
+            decay = _HALF * lr * np.float32(uses_per_row[row])
+            if segments_per_row[row] > 1 and decay > np.float32(1e-4):
+                segments = np.float32(segments_per_row[row])
+                scale = (np.float32(1) - np.exp(-decay)) / (segments * (np.float32(1) - np.exp(-decay / segments)))
             for d in range(table.shape[1]):
-                table[row, d] += scale * changes[lane, slot, d]
-    for lane in range(len(used)):
-        for slot in range(used[lane]):
-            row = rows[lane, slot]
+                table[row, d] += scale * changes[segment, slot, d]
+    for segment in range(len(used)):
+        for slot in range(used[segment]):
+            row = rows[segment, slot]
             if row % parts == part:
-                lanes_of[row] = 0
-                uses_of[row] = 0
+                segments_per_row[row] = 0
+                uses_per_row[row] = 0
 
 
 @_compiled
 def count_pairs(ids: Any, first: int, window: int, V: int, dense: Any, keys: Any, weights: Any) -> Any:
-    """Count the pairs whose second word stands at `first` or behind it, each 1 / distance.
+    """Count the pairs whose second word is at position `first` or later, each with weight 1 / distance (Pennington et al. 2014).
 
-    Pairs of the most frequent words go into `dense`, others as key (smaller * V + larger) and weight. How many of the latter.
+    Pairs of the `len(dense)` most frequent words are added to `dense`. Every other pair is appended to `keys`, as smaller id * V +
+    larger id, and to `weights`. Returns the number of pairs appended.
     """
     frequent = len(dense)
-    found = 0
+    count = 0
     for position in range(first, len(ids)):
         id = ids[position]
         if id < 0:
@@ -336,10 +363,10 @@ def count_pairs(ids: Any, first: int, window: int, V: int, dense: Any, keys: Any
             if high < frequent:
                 dense[low, high] += 1.0 / distance
             else:
-                keys[found] = np.int64(low) * V + high
-                weights[found] = np.float32(1.0 / distance)
-                found += 1
-    return found
+                keys[count] = np.int64(low) * V + high
+                weights[count] = np.float32(1.0 / distance)
+                count += 1
+    return count
 
 
 @_compiled
@@ -351,11 +378,15 @@ def glove(
     contexts: Any,
     word_squares: Any,
     context_squares: Any,
-    rate: Any,
+    lr: Any,
     x_max: Any,
     alpha: Any,
 ) -> Any:
-    """One pass over the cells of one block, with AdaGrad; the last number of each vector is its bias. The sum of the losses."""
+    """Fit the cells of one block with AdaGrad (Pennington et al. 2014, equation 8). Returns the summed loss.
+
+    `rows`, `columns` and `counts` are (cells,). The tables are (V, D + 1): the last column of `words` and `contexts` is the bias;
+    `word_squares` and `context_squares` hold AdaGrad's sums of squared gradients.
+    """
     D = words.shape[1] - 1
     loss = 0.0
     for cell in range(len(counts)):
@@ -368,7 +399,7 @@ def glove(
         weight = np.float32(1) if counts[cell] >= x_max else (counts[cell] / x_max) ** alpha
         step = weight * error
         loss += 0.5 * step * error
-        step *= rate
+        step *= lr
         for d in range(D):
             to_word, to_context = step * c[d], step * w[d]
             w[d] -= to_word / np.sqrt(ws[d])

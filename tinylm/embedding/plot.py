@@ -1,4 +1,4 @@
-"""A map of vectors: a page that works offline, to zoom, search and hover, or a picture."""
+"""Draw vectors as a two-dimensional map: a self-contained HTML page with zoom, search and nearest neighbors, or an image."""
 
 from __future__ import annotations
 
@@ -14,58 +14,63 @@ from typing import Any
 import numpy as np
 
 from tinylm.embedding.vectors import Vectors
-from tinylm.errors import InputError, need_extra
-from tinylm.paths import whole_file, write_whole
+from tinylm.errors import InputError, missing_extra
+from tinylm.paths import atomic_file, atomic_write_text
 
 PROJECTIONS = ("pca", "umap", "tsne")
 SUFFIXES = (".html", ".png", ".svg", ".pdf")
-_NEAREST = 10
+_NEIGHBORS = 10
+"""Number of neighbors that the page shows for each name."""
 
 
-def draw(vectors: Vectors, path: Path, *, projection: str = "pca", most: int = 2000, labels: int = 150, seed: int = 0) -> int:
-    """Draw the first `most` names into `path`, whose suffix says how; how many were drawn.
+def draw(vectors: Vectors, path: Path, *, projection: str = "pca", max_names: int = 2000, labels: int = 150, seed: int = 0) -> int:
+    """Draw the first `max_names` names to `path`, in the format of its suffix. Returns how many names were drawn.
 
-    Raises `InputError` for a missing extra, or for fewer than three vectors.
+    `labels` is the number of names written into an image. Raises `InputError` if an optional dependency is missing, or for fewer
+    than three vectors.
     """
-    units = vectors.units[:most]
-    if len(units) < 3:
-        raise InputError(f"{len(units)} vectors are too few for a map")
-    points, explained = project(units, projection, seed)
+    normalized = vectors.normalized[:max_names]
+    if len(normalized) < 3:
+        raise InputError(f"a map needs at least three vectors, not {len(normalized)}")
+    points, explained = project(normalized, projection, seed)
     if path.suffix == ".html":
-        write_whole(path, page(vectors, points, projection, explained))
+        atomic_write_text(path, page(vectors, points, projection, explained))
     else:
-        _picture(vectors, points, path, labels)
+        _draw_image(vectors, points, path, labels)
     return len(points)
 
 
-def project(units: np.ndarray, projection: str, seed: int) -> tuple[np.ndarray, float | None]:
-    """Points (names, 2), and for PCA the share of the variance that they show."""
+def project(normalized: np.ndarray, projection: str, seed: int) -> tuple[np.ndarray, float | None]:
+    """Project normalized vectors to points (names, 2). PCA also returns the share of the variance that the points explain."""
     if projection == "pca":
-        return pca(units)
+        return pca(normalized)
     try:
         if projection == "umap":
             import umap
 
-            projected = umap.UMAP
+            reducer = umap.UMAP
         else:
             from sklearn import manifold
 
-            projected = manifold.TSNE
+            reducer = manifold.TSNE
     except ImportError:
-        raise need_extra("umap", f"a map by {projection}") from None
-    own: dict[str, Any] = {"perplexity": min(30.0, len(units) / 4)}
+        raise missing_extra("umap", f"--projection {projection}") from None
+    options: dict[str, Any] = {"perplexity": min(30.0, len(normalized) / 4)}
     if projection == "umap":
-        own = {"n_neighbors": min(15, len(units) - 1), "n_jobs": 1}  # its seed holds for one job alone
-    made = projected(n_components=2, metric="cosine", random_state=seed, init="random", **own)
-    points = np.asarray(made.fit_transform(units), dtype=np.float64)
+        options = {"n_neighbors": min(15, len(normalized) - 1), "n_jobs": 1}  # UMAP is deterministic only with a single job
+    embedding = reducer(n_components=2, metric="cosine", random_state=seed, init="random", **options)
+    points = np.asarray(embedding.fit_transform(normalized), dtype=np.float64)
     return points - points.mean(axis=0), None
 
 
-def pca(units: np.ndarray) -> tuple[np.ndarray, float]:
-    """The two directions of most variance; each points to where its largest loading is positive."""
-    centered = units.astype(np.float64) - units.mean(axis=0, dtype=np.float64)
+def pca(rows: np.ndarray) -> tuple[np.ndarray, float]:
+    """The first two principal components (rows, 2) and the share of the variance they explain.
+
+    The sign of a component is chosen so that its largest loading is positive.
+    """
+    centered = rows.astype(np.float64) - rows.mean(axis=0, dtype=np.float64)
     _, singular, directions = np.linalg.svd(centered, full_matrices=False)
-    axes = np.zeros((2, units.shape[1]))
+    axes = np.zeros((2, rows.shape[1]))
     axes[: min(2, len(directions))] = directions[:2]
     signs = np.sign(axes[np.arange(2), np.abs(axes).argmax(axis=1)])
     points: np.ndarray = centered @ (axes * np.where(signs == 0, 1, signs)[:, None]).T
@@ -74,47 +79,47 @@ def pca(units: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def page(vectors: Vectors, points: np.ndarray, projection: str, explained: float | None) -> str:
-    """One HTML document that needs nothing else. Neighbours are those of the full vectors, not of the map."""
-    units = vectors.units[: len(points)]
-    near = np.empty((len(points), min(_NEAREST, len(points) - 1)), dtype=np.int64)
+    """A self-contained HTML document. The neighbors it lists are those of the full vectors, not of the projected points."""
+    normalized = vectors.normalized[: len(points)]
+    near = np.empty((len(points), min(_NEIGHBORS, len(points) - 1)), dtype=np.int64)
     for start in range(0, len(points), 512):
-        scores = units[start : start + 512] @ units.T
+        scores = normalized[start : start + 512] @ normalized.T
         scores[np.arange(len(scores)), np.arange(start, start + len(scores))] = -np.inf
         near[start : start + 512] = np.argsort(-scores, axis=1, kind="stable")[:, : near.shape[1]]
-    similarities = np.einsum("nd,nkd->nk", units, units[near])
+    similarities = np.einsum("nd,nkd->nk", normalized, normalized[near])
     data = {
-        "names": [vectors.shown(row).encode("utf-8", "replace").decode() for row in range(len(points))],
+        "names": [vectors.display_name(row).encode("utf-8", "replace").decode() for row in range(len(points))],
         "points": np.round(points / max(float(np.abs(points).max()), 1e-12), 5).tolist(),
         "near": near.tolist(),
         "similarities": np.round(similarities, 3).tolist(),
         "counts": None if vectors.counts is None else vectors.counts[: len(points)].tolist(),
     }
-    share = "" if explained is None else f", which shows {explained:.0%} of the variance"
-    title = f"{len(points):,} of {len(vectors):,} vectors by {projection}{share}"
-    packed = base64.b64encode(json.dumps(data).encode()).decode("ascii")  # names cannot end the script that holds them
-    template = resources.files("tinylm.embedding").joinpath("page.html").read_text(encoding="utf-8")
-    return template.replace("@TITLE@", html.escape(title)).replace("@DATA@", packed)
+    variance = "" if explained is None else f" ({explained:.0%} of the variance)"
+    title = f"{len(points):,} of {len(vectors):,} vectors, {projection}{variance}"
+    encoded = base64.b64encode(json.dumps(data).encode()).decode("ascii")  # base64, so that a name cannot close the script element
+    template = resources.files("tinylm.embedding").joinpath("map.html").read_text(encoding="utf-8")
+    return template.replace("@TITLE@", html.escape(title)).replace("@DATA@", encoded)
 
 
-def _picture(vectors: Vectors, points: np.ndarray, path: Path, labels: int) -> None:
+def _draw_image(vectors: Vectors, points: np.ndarray, path: Path, labels: int) -> None:
     try:
         import matplotlib
     except ImportError:
-        raise need_extra("plot", "drawing a picture") from None
+        raise missing_extra("plot", "drawing an image") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(12, 9), layout="constrained")
     axes.scatter(points[:, 0], points[:, 1], s=5, alpha=0.4, linewidths=0)
     for row in range(min(labels, len(points))):
-        text = vectors.shown(row)
+        text = vectors.display_name(row)
         text = text if text.isprintable() else text.encode("unicode_escape").decode()
         axes.annotate(text, points[row], fontsize=7, alpha=0.9, parse_math=False)
     axes.margins(0.08)
     axes.set_axis_off()
-    with whole_file(path) as temporary:
-        drawn = temporary.with_suffix(path.suffix)
-        figure.savefig(drawn, dpi=150)
-        shutil.copyfile(drawn, temporary)
-        os.unlink(drawn)
+    with atomic_file(path) as temporary:
+        saved = temporary.with_suffix(path.suffix)  # matplotlib chooses the format by the suffix
+        figure.savefig(saved, dpi=150)
+        shutil.copyfile(saved, temporary)
+        os.unlink(saved)
     pyplot.close(figure)

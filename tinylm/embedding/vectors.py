@@ -1,7 +1,7 @@
-"""A table of vectors with names, and the questions one asks of it: nearest, analogy, similarity, odd one out.
+"""Named vectors and the queries on them: nearest neighbors, analogies, similarity and the odd one out. Does not import torch.
 
-Names are words, or the tokens of a tokenizer in their byte-mapped form (` the` is `Ġthe`); people may write either. All
-similarities are cosines. numpy alone: asking never loads torch.
+A name is a word, or a tokenizer's token in byte-mapped form (` the` is `Ġthe`). Queries accept both the plain and the byte-mapped
+spelling. All similarities are cosines.
 """
 
 from __future__ import annotations
@@ -17,41 +17,51 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from tinylm.embedding.spelling import byte_mapped, from_byte_mapped
+from tinylm.embedding.byte_mapping import from_byte_mapped, to_byte_mapped
 from tinylm.errors import InputError, did_you_mean
-from tinylm.paths import whole_file
+from tinylm.paths import atomic_file
 
 FORMAT = "tinylm-embeddings-1"
 _EPSILON = 1e-3
-"""Keeps 3CosMul's division finite, as in the paper."""
+"""Keeps the division in 3CosMul finite. The value is from the paper."""
+ANALOGY_METHODS = ("3cosadd", "3cosmul")
+
+
+def check_analogy_method(method: str) -> None:
+    """Raise `InputError` if `method` is not in `ANALOGY_METHODS`."""
+    if method not in ANALOGY_METHODS:
+        hint = did_you_mean(method, ANALOGY_METHODS)
+        raise InputError(f"must be {' or '.join(ANALOGY_METHODS)}, not {method!r}", where="--method", hint=hint)
 
 
 @dataclass(frozen=True)
-class Neighbour:
+class Neighbor:
+    """A name and its score in a query. The fields are the keys of `tinylm embed nearest --json`."""
+
     token: str
     similarity: float
 
 
 @dataclass(frozen=True)
 class Vectors:
-    """`matrix` is (names, dimensions) float32. Raises `InputError` when it is made of parts that do not fit."""
+    """A table of vectors: `matrix` is float32 (names, dimensions). Raises `InputError` if it is empty or inconsistent."""
 
     names: Sequence[str]
     matrix: np.ndarray
     counts: np.ndarray | None = None
-    """How often each occurred in the text, where that is known."""
+    """int64 (names,): occurrences in the text, if known."""
     byte_mapped: bool = False
-    """Names are bytes written as printable characters."""
+    """Whether the names are token bytes in byte-mapped form."""
     notes: dict[str, Any] = field(default_factory=dict)
-    """Where they come from."""
+    """Where the vectors come from: the method, or the run and checkpoint."""
 
     def __post_init__(self) -> None:
         if self.matrix.ndim != 2 or len(self.matrix) != len(self.names):
-            raise InputError(f"{len(self.names):,} names do not fit a table of shape {self.matrix.shape}")
+            raise InputError(f"{len(self.names):,} names do not match a matrix of shape {self.matrix.shape}")
         if not len(self.names):
-            raise InputError("no vectors")
+            raise InputError("the file contains no vectors")
         if not np.isfinite(self.matrix).all():
-            raise InputError("some numbers are not finite")
+            raise InputError("the vectors contain NaN or infinity")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -62,93 +72,98 @@ class Vectors:
 
     @cached_property
     def index(self) -> dict[str, int]:
-        """Name -> row; a name given twice means its first row."""
+        """The row of each name. A repeated name has its first row."""
         return {name: row for row, name in reversed(list(enumerate(self.names)))}
 
     @cached_property
-    def units(self) -> np.ndarray:
-        """The vectors at length 1; a vector of zeros stays one."""
-        lengths = np.linalg.norm(self.matrix, axis=1, keepdims=True)
-        units: np.ndarray = self.matrix / np.maximum(lengths, np.finfo(np.float32).tiny)
-        return units
+    def normalized(self) -> np.ndarray:
+        """The vectors scaled to length 1, (names, dimensions). A zero vector stays zero."""
+        norms = np.linalg.norm(self.matrix, axis=1, keepdims=True)
+        normalized: np.ndarray = self.matrix / np.maximum(norms, np.finfo(np.float32).tiny)
+        return normalized
 
-    def shown(self, row: int) -> str:
-        """The name as people read it."""
+    def display_name(self, row: int) -> str:
+        """The name of a row as text: a byte-mapped name is decoded as UTF-8."""
         name = self.names[row]
         raw = from_byte_mapped(name) if self.byte_mapped else None
         return name if raw is None else raw.decode("utf-8", "replace")
 
     def find(self, word: str) -> int | None:
-        """The row of a word as people write it, or None: as it stands, lower-cased, and among tokens also after a space."""
+        """The row of a word, or None. Also tries lower case, and for tokens the byte-mapped form and a leading space."""
         forms = [word, word.lower()]
         if self.byte_mapped:
-            forms = [byte_mapped(form.encode("utf-8", "surrogateescape")) for text in forms for form in (text, f" {text}")] + forms
+            texts = [text for form in forms for text in (form, f" {form}")]
+            forms = [to_byte_mapped(text.encode("utf-8", "surrogateescape")) for text in texts] + forms
         return next((self.index[form] for form in forms if form in self.index), None)
 
     def row(self, word: str) -> int:
-        """Like `find`. Raises `InputError` for a word without a vector, naming the nearest."""
+        """Like `find`, but raises `InputError` for an unknown word, with the most similar spelling as a hint."""
         row = self.find(word)
         if row is None:
-            known = [self.shown(one) for one in range(min(len(self), 50_000))]
-            raise InputError(f"no vector for {word!r} among {len(self):,}", hint=did_you_mean(word, known))
+            known = [self.display_name(row) for row in range(min(len(self), 50_000))]
+            raise InputError(f"{word!r} is not among the {len(self):,} vectors", hint=did_you_mean(word, known))
         return row
 
-    def nearest(self, word: str, count: int = 10) -> list[Neighbour]:
-        """The `count` names most similar to `word`, itself left out. Raises `InputError` for an unknown word."""
+    def nearest(self, word: str, count: int = 10) -> list[Neighbor]:
+        """The `count` names most similar to `word`, excluding itself. Raises `InputError` for an unknown word."""
         row = self.row(word)
-        return self._best(self.units @ self.units[row], [row], count)
+        return self._top(self.normalized @ self.normalized[row], [row], count)
 
-    def nearest_to(self, vector: np.ndarray, count: int = 10) -> list[Neighbour]:
-        """The names most similar to any vector of the same width."""
-        return self._best(self.units @ (vector / max(float(np.linalg.norm(vector)), 1e-30)), [], count)
+    def nearest_to(self, vector: np.ndarray, count: int = 10) -> list[Neighbor]:
+        """The `count` names most similar to `vector`, (dimensions,)."""
+        return self._top(self.normalized @ (vector / max(float(np.linalg.norm(vector)), 1e-30)), [], count)
 
-    def analogy(self, a: str, b: str, c: str, count: int = 10, method: str = "3cosadd") -> list[Neighbour]:
-        """What is to `c` as `b` is to `a`, the three left out. Raises `InputError` for an unknown word or method.
+    def analogy(self, a: str, b: str, c: str, count: int = 10, method: str = "3cosadd") -> list[Neighbor]:
+        """Answers to "a is to b as c is to ...", excluding the three words. Raises `InputError` for an unknown word or method.
 
-        3cosadd: cos(d, b - a + c) with unit vectors (Mikolov et al. 2013c). 3cosmul: the product of similarities, each moved
-        to [0, 1] (Levy & Goldberg 2014, equation 4); `similarity` is then that score.
+        `3cosadd` scores a candidate d by cos(d, b - a + c) on normalized vectors (Mikolov et al. 2013, "Linguistic Regularities in
+        Continuous Space Word Representations"). `3cosmul` multiplies and divides similarities shifted to [0, 1] (Levy & Goldberg
+        2014, equation 4). `similarity` is that score.
         """
         rows = [self.row(word) for word in (a, b, c)]
-        return self._best(self.analogy_scores(np.array([rows]), method)[0], rows, count)
+        return self._top(self.analogy_scores(np.array([rows]), method)[0], rows, count)
 
-    def analogy_scores(self, rows: np.ndarray, method: str = "3cosadd", most: int | None = None) -> np.ndarray:
-        """(questions, names): how well each of the first `most` names answers questions given as rows (a, b, c)."""
-        a, b, c = (self.units[rows[:, column]] for column in range(3))
-        names = self.units[:most]
+    def analogy_scores(self, rows: np.ndarray, method: str = "3cosadd", max_names: int | None = None) -> np.ndarray:
+        """The score of each candidate for each question, (questions, names).
+
+        `rows` holds the rows of a, b and c, (questions, 3). Only the first `max_names` names are candidates.
+        """
+        check_analogy_method(method)
+        a, b, c = (self.normalized[rows[:, column]] for column in range(3))
+        candidates = self.normalized[:max_names]
         if method == "3cosadd":
-            wanted = b - a + c
-            scores: np.ndarray = (wanted / np.maximum(np.linalg.norm(wanted, axis=1, keepdims=True), 1e-30)) @ names.T
+            target = b - a + c
+            scores: np.ndarray = (target / np.maximum(np.linalg.norm(target, axis=1, keepdims=True), 1e-30)) @ candidates.T
             return scores
-        if method == "3cosmul":
-            near = [(1 + one @ names.T) / 2 for one in (a, b, c)]
-            scores = near[1] * near[2] / (near[0] + _EPSILON)
-            return scores
-        raise InputError(f"must be 3cosadd or 3cosmul, not {method!r}", where="--method", hint=did_you_mean(method, METHODS))
+        to_a, to_b, to_c = ((1 + vectors @ candidates.T) / 2 for vectors in (a, b, c))
+        scores = to_b * to_c / (to_a + _EPSILON)
+        return scores
 
     def similarity(self, first: str, second: str) -> float:
-        """The cosine between two words, in [-1, 1]."""
-        return float(self.units[self.row(first)] @ self.units[self.row(second)])
+        """The cosine of two words, in [-1, 1]. Raises `InputError` for an unknown word."""
+        return float(self.normalized[self.row(first)] @ self.normalized[self.row(second)])
 
-    def odd_one_out(self, words: Sequence[str]) -> list[Neighbour]:
-        """The words with their similarity to the mean of all, the odd one first. Raises `InputError` for fewer than three."""
+    def odd_one_out(self, words: Sequence[str]) -> list[Neighbor]:
+        """The words with their similarity to the mean of all, least similar first. Raises `InputError` for fewer than three."""
         if len(words) < 3:
-            raise InputError("needs at least three words, or none is odd")
-        chosen = self.units[[self.row(word) for word in words]]
+            raise InputError(f"the odd one out needs at least three words, not {len(words)}")
+        chosen = self.normalized[[self.row(word) for word in words]]
         center = chosen.mean(axis=0)
         similarities = chosen @ (center / max(float(np.linalg.norm(center)), 1e-30))
         order = np.argsort(similarities, kind="stable")
-        return [Neighbour(words[place], float(similarities[place])) for place in order]
+        return [Neighbor(words[index], float(similarities[index])) for index in order]
 
-    def _best(self, scores: np.ndarray, left_out: Sequence[int], count: int) -> list[Neighbour]:
+    def _top(self, scores: np.ndarray, excluded: Sequence[int], count: int) -> list[Neighbor]:
+        """The names with the highest scores. Equal scores are in the order of the rows."""
         scores = scores.copy()
-        scores[list(left_out)] = -np.inf
-        count = min(count, len(scores) - len(set(left_out)))
+        scores[list(excluded)] = -np.inf
+        count = min(count, len(scores) - len(set(excluded)))
         best = np.argpartition(-scores, max(count - 1, 0))[:count]
         best = best[np.lexsort((best, -scores[best]))]
-        return [Neighbour(self.shown(int(row)), float(scores[row])) for row in best]
+        return [Neighbor(self.display_name(int(row)), float(scores[row])) for row in best]
 
     def save(self, path: Path) -> None:
-        """Write a .safetensors file: `vectors`, the names as UTF-8 bytes with their ends, the counts."""
+        """Write a .safetensors file with `vectors`, the concatenated UTF-8 `names`, their `name_ends` and, if known, `counts`."""
         encoded = [name.encode("utf-8", "surrogateescape") for name in self.names]
         tensors: dict[str, np.ndarray] = {
             "vectors": np.ascontiguousarray(self.matrix, dtype=np.float32),
@@ -157,25 +172,22 @@ class Vectors:
         }
         if self.counts is not None:
             tensors["counts"] = self.counts.astype(np.int64)
-        about = json.dumps({"byte_mapped": self.byte_mapped, "notes": self.notes}, sort_keys=True)
-        with whole_file(path) as temporary:
-            save_file(tensors, temporary, {FORMAT: about})  # one key: the order of several would differ from file to file
+        header = json.dumps({"byte_mapped": self.byte_mapped, "notes": self.notes}, sort_keys=True)
+        with atomic_file(path) as temporary:
+            save_file(tensors, temporary, {FORMAT: header})  # a single key, because safetensors does not keep the order of several
 
     @classmethod
     def load(cls, path: Path) -> Vectors:
-        """Read what `save` wrote. Raises `InputError` for anything else."""
+        """Read a file that `save` wrote. Raises `InputError` for any other file."""
         try:
             with safe_open(path, framework="numpy") as file:
-                about = file.metadata() or {}
+                metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
         except (OSError, SafetensorError) as error:
             raise InputError(f"cannot be read: {error}", where=str(path)) from None
-        if FORMAT not in about or not {"vectors", "names", "name_ends"} <= tensors.keys():
-            raise InputError("holds no embeddings", where=str(path), hint="`tinylm embed import` reads other formats")
+        if FORMAT not in metadata or not {"vectors", "names", "name_ends"} <= tensors.keys():
+            raise InputError("not an embedding file of tinylm", where=str(path), hint="`tinylm embed import` reads other formats")
         raw, ends = tensors["names"].tobytes(), tensors["name_ends"].tolist()
         names = [raw[start:end].decode("utf-8", "surrogateescape") for start, end in zip([0, *ends], ends, strict=False)]
-        noted = json.loads(about[FORMAT])
-        return cls(names, tensors["vectors"], tensors.get("counts"), bool(noted["byte_mapped"]), noted["notes"])
-
-
-METHODS = ("3cosadd", "3cosmul")
+        header = json.loads(metadata[FORMAT])
+        return cls(names, tensors["vectors"], tensors.get("counts"), bool(header["byte_mapped"]), header["notes"])

@@ -1,9 +1,9 @@
-"""Skip-gram and CBOW with negative sampling, fast on several threads and the same to the bit on any number of them.
+"""Skip-gram and CBOW with negative sampling (Mikolov et al. 2013). The result is bit-identical for any number of threads.
 
-A step takes 8 consecutive stretches of the text. Each is worked through by plain stochastic gradient descent on a copy of the
-rows it needs, from the same starting point and with random numbers of its own; then the changes are added in the order of
-the text. Threads only decide who computes what. What a step does depends on (seed, step) alone, so resuming needs the
-tables and the number of the step.
+A step reads 8 consecutive segments of the text. Each segment is trained by plain SGD with its own random numbers, on copies of the
+rows it needs; all segments start from the same tables. Then their changes are added in the order of the text, so the result does
+not depend on which thread computes what. A step depends only on the seed, its number and the tables, so they are all that is needed
+to resume.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from typing import Any
 
 import numpy as np
 
-from tinylm.embedding.text import Text
-from tinylm.errors import need_extra
+from tinylm.embedding.encoded_text import EncodedText
+from tinylm.errors import missing_extra
 from tinylm.recipe.embeddings import CbowMethod, SkipGramMethod
 
-LANES = 8
-"""Stretches of a step: the most threads that can help."""
-STRETCH = 1024
-"""Ids in a stretch."""
+SEGMENTS = 8
+"""Segments per step, which is also the largest useful number of threads."""
+SEGMENT_LENGTH = 1024
+"""Ids per segment."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """`loss` is a sum over `terms` in the method's own unit; `tokens` of the text (or cells of a table) were gone through."""
+    """`loss` is summed over `terms` (pairs, positions or cells); `tokens` counts the ids, or for GloVe the cells, of the step."""
 
     loss: float
     terms: int
@@ -35,44 +35,44 @@ class StepResult:
     lr: float
 
 
-def kernels() -> Any:
-    """The compiled loops. Raises `InputError` where numba is not installed."""
+def import_kernels() -> Any:
+    """The module of compiled loops. Raises `InputError` if numba is not installed."""
     try:
         from tinylm.embedding import kernels as compiled
     except ImportError:
-        raise need_extra("embed", "training vectors") from None
+        raise missing_extra("embed", "training vectors") from None
     return compiled
 
 
 class Word2Vec:
-    """The tables and one step after another."""
+    """The tables of skip-gram or CBOW, trained step by step. `inputs` and `outputs` are float32 (names, dimensions)."""
 
     unit = "tokens"
 
-    def __init__(self, text: Text, method: SkipGramMethod | CbowMethod, seed: int, threads: int) -> None:
-        self._kernels = kernels()
+    def __init__(self, text: EncodedText, method: SkipGramMethod | CbowMethod, seed: int, threads: int) -> None:
+        self._kernels = import_kernels()
         self._text, self._method, self._seed = text, method, seed
-        self._threads = min(threads, LANES)
+        self._threads = min(threads, SEGMENTS)
         self._pool = ThreadPoolExecutor(self._threads)
-        names, width = len(text.units.names), method.dimensions
+        names, width = len(text.vocabulary.names), method.dimensions
         generator = np.random.Generator(np.random.PCG64(seed))
         self.inputs = ((generator.random((names, width), dtype=np.float32) - 0.5) / width).astype(np.float32)
         self.outputs = np.zeros((names, width), dtype=np.float32)
-        self._law = self._make_law(text.units.counts)
-        self._memory = _Memory(names, width, method.negatives)
-        self._lanes = [self._kernels.Lane(*self._memory.lane(lane)) for lane in range(LANES)]
-        self._learn = self._kernels.skip_gram if isinstance(method, SkipGramMethod) else self._kernels.cbow
-        self._go(np.empty(0, np.int32), 0, np.float32(0))  # compiles, before anything is timed
-        self.steps_per_epoch = -(-text.length // (LANES * STRETCH))
+        self._constants = self._training_constants(text.vocabulary.counts)
+        self._workspaces = Workspaces(names, width, method.negatives)
+        self._segment_workspaces = [self._kernels.Workspace(*self._workspaces.of_segment(segment)) for segment in range(SEGMENTS)]
+        self._train_segment = self._kernels.skip_gram if isinstance(method, SkipGramMethod) else self._kernels.cbow
+        self._train(np.empty(0, np.int32), 0, np.float32(0))  # compile now, so that compilation does not count as training time
+        self.steps_per_epoch = -(-text.length // (SEGMENTS * SEGMENT_LENGTH))
         self.steps = self.steps_per_epoch * method.epochs
 
-    def _make_law(self, counts: np.ndarray) -> Any:
-        method, shares = self._method, counts / counts.sum()
+    def _training_constants(self, counts: np.ndarray) -> Any:
+        method, frequencies = self._method, counts / counts.sum()
         keep = np.ones(len(counts))
         if method.subsample:
-            keep = np.minimum(1, np.sqrt(method.subsample / shares) + method.subsample / shares)
+            keep = np.minimum(1, np.sqrt(method.subsample / frequencies) + method.subsample / frequencies)
         accept, alias = alias_table(counts.astype(np.float64) ** method.exponent)
-        bound, steps = self._kernels.BOUND, self._kernels.STEPS
+        bound, steps = self._kernels.SIGMOID_RANGE, self._kernels.SIGMOID_STEPS
         log_sigmoid = -np.logaddexp(0, -np.arange(-bound * steps, bound * steps + 1) / steps)
         return self._kernels.TrainingConstants(
             keep.astype(np.float32),
@@ -85,75 +85,77 @@ class Word2Vec:
         )
 
     def step(self, number: int) -> StepResult:
-        """Do step `number` of `steps`, counted from 0."""
+        """Run step `number` of `steps`, counted from 0."""
         epoch, within = divmod(number, self.steps_per_epoch)
-        ids = self._text.read(within * LANES * STRETCH, LANES * STRETCH)
-        done = epoch * self._text.length + within * LANES * STRETCH
+        ids = self._text.read(within * SEGMENTS * SEGMENT_LENGTH, SEGMENTS * SEGMENT_LENGTH)
+        done = epoch * self._text.length + within * SEGMENTS * SEGMENT_LENGTH
         method = self._method
         lr = method.lr - (method.lr - method.lr_end) * done / (self._text.length * method.epochs)
-        loss, terms = self._go(ids, number, np.float32(lr))
+        loss, terms = self._train(ids, number, np.float32(lr))
         return StepResult(loss, terms, len(ids), lr)
 
-    def _go(self, ids: np.ndarray, number: int, rate: np.float32) -> tuple[float, int]:
-        """Learn from the ids of a step; the sum of the losses and over how many terms."""
-        memory, threads = self._memory, self._threads
+    def _train(self, ids: np.ndarray, number: int, lr: np.float32) -> tuple[float, int]:
+        """Train on the ids of one step. Returns the summed loss and the number of its terms."""
+        workspaces, threads = self._workspaces, self._threads
 
-        def work(lane: int) -> tuple[float, int, int, int]:
-            stretch = ids[lane * STRETCH : (lane + 1) * STRETCH]
-            seed = np.uint64(np.random.SeedSequence([self._seed, number, lane]).generate_state(1, np.uint64)[0])
-            found: tuple[float, int, int, int] = self._learn(
-                stretch, seed, self.inputs, self.outputs, self._law, self._lanes[lane], rate
+        def train_segment(segment: int) -> tuple[float, int, int, int]:
+            segment_ids = ids[segment * SEGMENT_LENGTH : (segment + 1) * SEGMENT_LENGTH]
+            seed = np.uint64(np.random.SeedSequence([self._seed, number, segment]).generate_state(1, np.uint64)[0])
+            result: tuple[float, int, int, int] = self._train_segment(
+                segment_ids, seed, self.inputs, self.outputs, self._constants, self._segment_workspaces[segment], lr
             )
-            return found
+            return result
 
-        lanes = list(self._pool.map(work, range(LANES)))
+        results = list(self._pool.map(train_segment, range(SEGMENTS)))
+        input_counts, output_counts = (np.array([result[side] for result in results]) for side in (2, 3))
         tables = (
-            (self.inputs, memory.input_rows, memory.inputs, memory.input_uses, np.array([lane[2] for lane in lanes])),
-            (self.outputs, memory.output_rows, memory.outputs, memory.output_uses, np.array([lane[3] for lane in lanes])),
+            (self.inputs, workspaces.input_rows, workspaces.inputs, workspaces.input_uses, input_counts),
+            (self.outputs, workspaces.output_rows, workspaces.outputs, workspaces.output_uses, output_counts),
         )
 
-        def join(job: tuple[int, int]) -> None:
+        def merge_part(job: tuple[int, int]) -> None:
             side, part = job
-            self._kernels.join(*tables[side], rate, memory.lanes_of[side], memory.uses_of[side], part, threads)
+            scratch = workspaces.segments_per_row[side], workspaces.uses_per_row[side]
+            self._kernels.merge_changes(*tables[side], lr, *scratch, part, threads)
 
-        list(self._pool.map(join, [(side, part) for side in range(2) for part in range(threads)]))
-        return sum(lane[0] for lane in lanes), sum(lane[1] for lane in lanes)
+        list(self._pool.map(merge_part, [(side, part) for side in range(2) for part in range(threads)]))
+        return sum(result[0] for result in results), sum(result[1] for result in results)
 
     def tables(self) -> dict[str, np.ndarray]:
-        """All that was learned so far; change them in place to go on from elsewhere."""
+        """The complete training state by name. To restore it, write into these arrays."""
         return {"inputs": self.inputs, "outputs": self.outputs}
 
     def vectors(self) -> np.ndarray:
-        """The vectors that people use: the inputs."""
+        """The word vectors, float32 (names, dimensions): the input table, as in word2vec."""
         return self.inputs
 
     def close(self) -> None:
         self._pool.shutdown()
 
 
-class _Memory:
-    """What the lanes write into, allocated once."""
+class Workspaces:
+    """The scratch memory of all segments, allocated once: an array per field of `kernels.Workspace`, with a row per segment."""
 
     def __init__(self, names: int, width: int, negatives: int) -> None:
-        inputs, outputs = min(names, STRETCH), min(names, STRETCH * (negatives + 1))
-        self.kept = np.empty((LANES, STRETCH), np.int32)
-        self.drawn = np.empty((LANES, STRETCH, negatives), np.int32)
-        self.input_slots = np.full((LANES, names), -1, np.int32)
-        self.output_slots = np.full((LANES, names), -1, np.int32)
-        self.inputs = np.empty((LANES, inputs, width), np.float32)
-        self.outputs = np.empty((LANES, outputs, width), np.float32)
-        self.input_rows, self.input_uses = np.empty((2, LANES, inputs), np.int32)
-        self.output_rows, self.output_uses = np.empty((2, LANES, outputs), np.int32)
-        self.lanes_of = np.zeros((2, names), np.int32)
-        self.uses_of = np.zeros((2, names), np.int32)
+        inputs, outputs = min(names, SEGMENT_LENGTH), min(names, SEGMENT_LENGTH * (negatives + 1))
+        self.kept = np.empty((SEGMENTS, SEGMENT_LENGTH), np.int32)
+        self.negatives = np.empty((SEGMENTS, SEGMENT_LENGTH, negatives), np.int32)
+        self.input_slots = np.full((SEGMENTS, names), -1, np.int32)
+        self.output_slots = np.full((SEGMENTS, names), -1, np.int32)
+        self.inputs = np.empty((SEGMENTS, inputs, width), np.float32)
+        self.outputs = np.empty((SEGMENTS, outputs, width), np.float32)
+        self.input_rows, self.input_uses = np.empty((2, SEGMENTS, inputs), np.int32)
+        self.output_rows, self.output_uses = np.empty((2, SEGMENTS, outputs), np.int32)
+        self.segments_per_row = np.zeros((2, names), np.int32)
+        self.uses_per_row = np.zeros((2, names), np.int32)
 
-    def lane(self, lane: int) -> Sequence[np.ndarray]:
-        """In the order of `kernels.Lane`."""
+    def of_segment(self, segment: int) -> Sequence[np.ndarray]:
+        """The arrays of one segment, in the order of the fields of `kernels.Workspace`."""
         return [
-            part[lane]
-            for part in (
+            array[segment]
+            for array in (
                 self.kept,
-                self.drawn,
+                self.negatives,
                 self.input_slots,
                 self.output_slots,
                 self.inputs,
@@ -167,14 +169,17 @@ class _Memory:
 
 
 def alias_table(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Walker's method (Vose 1991): draw row r evenly, keep it with chance accept[r], else take alias[r]."""
-    chances = (weights / weights.sum() * len(weights)).tolist()
+    """Tables for sampling rows in proportion to `weights` in constant time (Walker 1977, built as in Vose 1991).
+
+    To sample, draw a row r uniformly; keep it with probability `accept[r]`, otherwise take `alias[r]`.
+    """
+    scaled = (weights / weights.sum() * len(weights)).tolist()
     accept, alias = np.ones(len(weights), dtype=np.float32), np.arange(len(weights), dtype=np.int32)
-    small = [row for row, chance in enumerate(chances) if chance < 1]
-    large = [row for row, chance in enumerate(chances) if chance >= 1]
+    small = [row for row, weight in enumerate(scaled) if weight < 1]
+    large = [row for row, weight in enumerate(scaled) if weight >= 1]
     while small and large:
         row, other = small.pop(), large.pop()
-        accept[row], alias[row] = chances[row], other
-        chances[other] -= 1 - chances[row]
-        (small if chances[other] < 1 else large).append(other)
+        accept[row], alias[row] = scaled[row], other
+        scaled[other] -= 1 - scaled[row]
+        (small if scaled[other] < 1 else large).append(other)
     return accept, alias

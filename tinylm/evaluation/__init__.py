@@ -1,1 +1,1 @@
-"""Evaluation: how well a model predicts text it has not seen."""
+"""Evaluation: how well a model predicts held-out text."""

@@ -1,53 +1,83 @@
-"""Perplexity one can compare: every token of a text scored exactly once, each document by itself.
+"""Perplexity and bits per byte of a model on a text: every token is scored exactly once, and documents are independent.
 
-A document is read in windows of `context` tokens that advance by `stride`; a window scores the tokens that no window
-before it has scored, so that each has at least context - stride tokens before it, or all there are. The first token of a
-document is predicted from the end-of-text token. Logits, and what the last block does for one position alone, are computed only
-where a token is scored. Arithmetic is float32 inside the model and float64 in every sum.
+A document is split into windows of `context` tokens that advance by `stride` tokens. A window scores the tokens that no earlier
+window has scored, so each token is predicted from at least `context - stride` tokens, or from all that precede it. The first token
+of a document is predicted from the end-of-text token. The model computes in float32 (unless its weights are packed); all sums are
+in float64.
+
+Legend: `B` windows in a batch, `T` tokens of a window, `C` width, `N` scored tokens, `V` vocabulary.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinylm.cost.memory import EVALUATION_BATCH_LOGITS, EVALUATION_BATCH_TOKENS
 from tinylm.data.shards import Shard
 from tinylm.errors import InputError
 from tinylm.model.transformer import Transformer
+from tinylm.processes import SINGLE_PROCESS, Processes
 
-BATCH_TOKENS = 8192
-BATCH_LOGITS = 1 << 25
-"""128 MiB of logits in float32: what bounds the batch when the vocabulary is large."""
-_RESAMPLES = 1000
-_MANY_DOCUMENTS = 50
-_FEWEST_WINDOWS = 5
+_BOOTSTRAP_SAMPLES = 1000
+_MIN_DOCUMENTS_TO_RESAMPLE = 50
+_MIN_PIECES_TO_RESAMPLE = 5
 
 
 @dataclass(frozen=True)
-class Scored:
-    """Tokens of one batch that were scored, in no order: where they stand in the shard, how many tokens they were predicted from,
-    their nats, and the logits (scored, V).
-    """
+class EvaluationOptions:
+    """How a text is split into windows and which of its tokens are scored."""
 
-    places: np.ndarray
-    contexts: np.ndarray
+    context: int | None = None
+    """Tokens per window; None: the model's context length, which is also the maximum."""
+    stride: int | None = None
+    """Tokens by which windows advance; None: the context, so that windows do not overlap."""
+    max_tokens: int | None = None
+    """Score only this many tokens from the beginning of the text."""
+    across_documents: bool = False
+    """Let windows cross document boundaries. The end-of-text tokens in between serve as context, but are not scored."""
+    confidence_interval: bool = True
+    """Compute the bootstrap interval of bits per byte; otherwise its bounds are NaN."""
+
+    def window_size(self, context_length: int) -> tuple[int, int]:
+        """The context and stride for a model of this context length. Raises `InputError` if one of them is out of range."""
+        context = context_length if self.context is None else self.context
+        if not 1 <= context <= context_length:
+            raise InputError(f"must be 1 to {context_length} (the model's context length), not {context}", where="--context")
+        stride = context if self.stride is None else self.stride
+        if not 1 <= stride <= context:
+            raise InputError(f"must be 1 to {context} (the context), not {stride}", where="--stride")
+        return context, stride
+
+
+@dataclass(frozen=True)
+class ScoredBatch:
+    """The scored tokens of one batch of windows, not sorted by position."""
+
+    positions: np.ndarray
+    """`(N,)`: index of each token in the shard."""
+    context_lengths: np.ndarray
+    """`(N,)`: number of tokens that each token was predicted from."""
     nats: np.ndarray
+    """`(N,)`: loss of each token; 0 for end-of-text tokens."""
     logits: Tensor
-
-
-Observe = Callable[[Scored], None]
+    """`(N, V)`."""
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Sums over every scored token. `loss` is in nats per token, the interval a 95 % bootstrap over documents or windows."""
+    """The result of an evaluation: sums over all scored tokens.
+
+    `bits_per_byte_ci95` is a 95 % bootstrap interval over documents or windows. `characters` is None if only part of the text was
+    scored.
+    """
 
     documents: int
     tokens: int
@@ -60,6 +90,7 @@ class Perplexity:
 
     @property
     def loss(self) -> float:
+        """Nats per token."""
         return self.nats / self.tokens
 
     @property
@@ -75,21 +106,9 @@ class Perplexity:
         return self.nats / math.log(2) / self.characters if self.characters else None
 
 
-class Share(Protocol):
-    """This process among those that score a text together; `total` sums arrays over them."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def count(self) -> int: ...
-
-    def total(self, array: np.ndarray) -> np.ndarray: ...
-
-
 @dataclass(frozen=True)
 class Window:
-    """`length` inputs from `start` in the shard's tokens; the last `scored` of their targets count, for `document`."""
+    """`length` input tokens that begin at `start` in the shard. The last `scored` of their targets are scored, for `document`."""
 
     start: int
     length: int
@@ -97,8 +116,8 @@ class Window:
     document: int
 
 
-def windows_of(documents: list[tuple[int, int]], context: int, stride: int) -> Iterator[Window]:
-    """The windows over documents given as (start, end) in a shard."""
+def sliding_windows(documents: list[tuple[int, int]], context: int, stride: int) -> Iterator[Window]:
+    """Split documents, given as (start, end) positions in a shard, into windows that score every token exactly once."""
     for number, (start, end) in enumerate(documents):
         targets, begin, scored = end - start, 0, 0
         while scored < targets:
@@ -113,128 +132,156 @@ def evaluate(
     network: Transformer,
     shard: Shard,
     token_byte_lengths: np.ndarray,
+    options: EvaluationOptions = EvaluationOptions(),
     *,
-    context: int,
-    stride: int | None = None,
-    max_tokens: int | None = None,
-    across_documents: bool = False,
-    device: torch.device,
-    bootstrap: bool = True,
-    share: Share | None = None,
-    advance: Callable[[int], None] = lambda done: None,
-    observe: Observe | None = None,
+    processes: Processes = SINGLE_PROCESS,
+    on_progress: Callable[[int], None] = lambda tokens: None,
+    on_batch: Callable[[ScoredBatch], None] = lambda batch: None,
 ) -> Perplexity:
-    """Score a text. `context` is at most what the model was built for; `stride` defaults to it.
+    """Score a text, in evaluation mode. The network's training mode is restored afterwards.
 
-    `max_tokens` scores only the first so many. `across_documents` lets windows reach back over the end of a document; the
-    end-of-text tokens between documents are read and not scored. Without `bootstrap` the interval's bounds are NaN. With `share`
-    several processes score the text together, each every so manieth batch, and all get the same answer to the bit, that of one
-    process. `advance` is told the tokens scored so far, after every batch and equally often in each process, and may raise to stop;
-    `observe` is shown every batch that this process scored.
-    The network's training mode is left as it was. Raises `InputError` for an empty text or a stride out of range.
+    With several `processes`, each rank scores every `world_size`-th batch. All ranks return the same result, bit-identical to that
+    of a single process. After every batch, `on_progress` receives the number of tokens scored so far. It is called equally often on
+    every rank and may raise to stop the evaluation. `on_batch` receives the batches that this rank scored. Raises `InputError` for
+    an empty text, or if the context or stride is out of range.
     """
-    stride = context if stride is None else stride
-    if not 1 <= stride <= context:
-        raise InputError(f"a stride of {stride} does not fit windows of {context} tokens", where="--stride", hint=f"1 to {context}")
-    documents = _first(shard.documents(), max_tokens)
-    spans = [(documents[0][0], documents[-1][1])] if across_documents and documents else documents
-    windows = sorted(windows_of(spans, context, stride), key=lambda window: (-window.length, window.start))
+    context, stride = options.window_size(network.model.context_length)
+    documents = _first_tokens(shard.documents(), options.max_tokens)
+    spans = [(documents[0][0], documents[-1][1])] if options.across_documents and documents else documents
+    windows = sorted(sliding_windows(spans, context, stride), key=lambda window: (-window.length, window.start))
     if not windows:
         raise InputError("the text is empty")
-    nats, (sizes, counts) = np.zeros(len(windows)), np.zeros((2, len(windows)), dtype=np.int64)
-    was_training = network.training
-    network.eval()
-    try:
-        batches = list(_batched(windows, min(BATCH_TOKENS, BATCH_LOGITS // len(token_byte_lengths))))
-        starts = np.cumsum([0, *(len(batch) for batch in batches)])
-        scored = np.cumsum([0, *(window.scored for window in windows)])
-        rank, together = (share.rank, share.count) if share is not None else (0, 1)
-        for turn in range(0, len(batches), together):
-            number = min(turn + rank, len(batches) - 1)
-            found = _score(network, shard, batches[number], device)
-            if number == turn + rank:  # a spread model needs all processes for every pass: at the end some score one twice
-                here = slice(starts[number], starts[number + 1])
-                rows = np.repeat(np.arange(starts[number], starts[number + 1]), [window.scored for window in windows[here]])
-                targets = shard.tokens[found.places]
-                np.add.at(nats, rows, found.nats)
-                np.add.at(sizes, rows, token_byte_lengths[targets])
-                np.add.at(counts, rows, targets != shard.end_of_text)
-                if observe is not None:
-                    observe(found)
-            del found  # its logits, before there are the next
-            advance(int(scored[starts[min(turn + together, len(batches))]]))
-    finally:
-        network.train(was_training)
-    if share is not None:
-        nats, sizes, counts = share.total(nats), share.total(sizes), share.total(counts)
-    whole = max_tokens is None or max_tokens >= shard.counts.tokens
-    owners = np.array([window.document for window in windows])
+    batches = list(_batches(windows, min(EVALUATION_BATCH_TOKENS, EVALUATION_BATCH_LOGITS // len(token_byte_lengths))))
+    sums = _WindowSums(shard, token_byte_lengths, batches)
+    with _evaluation_mode(network):
+        for first in range(0, len(batches), processes.world_size):
+            # A sharded model needs all ranks in every forward pass, so ranks without a batch of their own repeat the last one.
+            index = min(first + processes.rank, len(batches) - 1)
+            scored = _score(network, shard, batches[index])
+            if index == first + processes.rank:
+                sums.add(index, scored)
+                on_batch(scored)
+            del scored  # free its logits before the next batch
+            on_progress(sums.tokens_before(first + processes.world_size))
+    sums.reduce(processes)
+    complete = options.max_tokens is None or options.max_tokens >= shard.counts.tokens
+    interval = (math.nan, math.nan)
+    if options.confidence_interval:
+        interval = bootstrap_interval(sums.nats, sums.bytes, np.array([window.document for window in windows]), len(spans))
     return Perplexity(
         documents=len(documents),
-        tokens=int(counts.sum()),
-        bytes=shard.counts.bytes if whole else int(sizes.sum()),
-        characters=shard.counts.characters if whole else None,
-        nats=float(nats.sum()),
-        bits_per_byte_ci95=interval(nats, sizes, owners, len(spans)) if bootstrap else (math.nan, math.nan),
+        tokens=int(sums.tokens.sum()),
+        bytes=shard.counts.bytes if complete else int(sums.bytes.sum()),
+        characters=shard.counts.characters if complete else None,
+        nats=float(sums.nats.sum()),
+        bits_per_byte_ci95=interval,
         context=context,
         stride=stride,
     )
 
 
-def _first(documents: list[tuple[int, int]], max_tokens: int | None) -> list[tuple[int, int]]:
+def _first_tokens(documents: list[tuple[int, int]], max_tokens: int | None) -> list[tuple[int, int]]:
+    """The documents that contain the first `max_tokens` tokens; the last one is truncated."""
     if max_tokens is None:
         return documents
-    kept, left = [], max_tokens
+    kept, remaining = [], max_tokens
     for start, end in documents:
-        if left <= 0:
+        if remaining <= 0:
             break
-        kept.append((start, min(end, start + left)))
-        left -= end - start
+        kept.append((start, min(end, start + remaining)))
+        remaining -= end - start
     return kept
 
 
-def _batched(windows: list[Window], most_tokens: int) -> Iterator[list[Window]]:
-    """Groups of windows, given longest first, whose padded size is at most `most_tokens`; one window at least."""
+def _batches(windows: list[Window], max_tokens: int) -> Iterator[list[Window]]:
+    """Group windows, sorted longest first, into batches of at most `max_tokens` tokens including padding, or of a single window."""
     start = 0
     while start < len(windows):
-        size = max(1, most_tokens // windows[start].length)
+        size = max(1, max_tokens // windows[start].length)
         yield windows[start : start + size]
         start += size
 
 
-def _score(network: Transformer, shard: Shard, batch: list[Window], device: torch.device) -> Scored:
-    """The scored tokens of some windows, window after window; end-of-text tokens cost nothing."""
-    inputs = np.zeros((len(batch), batch[0].length), dtype=np.int64)
-    rows, columns, places, contexts = [], [], [], []
+@contextmanager
+def _evaluation_mode(network: Transformer) -> Iterator[None]:
+    was_training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(was_training)
+
+
+class _WindowSums:
+    """Nats, bytes and tokens of each window. Those of windows that another rank scored are zero until `reduce`."""
+
+    def __init__(self, shard: Shard, token_byte_lengths: np.ndarray, batches: list[list[Window]]) -> None:
+        windows = [window for batch in batches for window in batch]
+        self.nats = np.zeros(len(windows))
+        self.bytes, self.tokens = np.zeros((2, len(windows)), dtype=np.int64)
+        self._shard = shard
+        self._token_byte_lengths = token_byte_lengths
+        self._scored = np.array([window.scored for window in windows])
+        self._starts = np.cumsum([0, *(len(batch) for batch in batches)])
+        self._tokens_before = np.cumsum([0, *self._scored])
+
+    def add(self, index: int, batch: ScoredBatch) -> None:
+        """Add the scored tokens of the batch with this index."""
+        start, end = self._starts[index], self._starts[index + 1]
+        owners = np.repeat(np.arange(start, end), self._scored[start:end])
+        targets = self._shard.tokens[batch.positions]
+        np.add.at(self.nats, owners, batch.nats)
+        np.add.at(self.bytes, owners, self._token_byte_lengths[targets])
+        np.add.at(self.tokens, owners, targets != self._shard.end_of_text)
+
+    def tokens_before(self, index: int) -> int:
+        """Number of tokens that all ranks score in the batches before this index."""
+        return int(self._tokens_before[self._starts[min(index, len(self._starts) - 1)]])
+
+    def reduce(self, processes: Processes) -> None:
+        """Sum over the ranks. Each window was scored by exactly one of them, so the sums are exact."""
+        self.nats, self.bytes, self.tokens = processes.sum(self.nats), processes.sum(self.bytes), processes.sum(self.tokens)
+
+
+def _score(network: Transformer, shard: Shard, batch: list[Window]) -> ScoredBatch:
+    """Score a batch of windows; the result is ordered by window. End-of-text tokens count as 0 nats."""
+    device = network.embedding.weight.device
+    inputs = np.zeros((len(batch), batch[0].length), dtype=np.int64)  # (B, T)
+    rows, columns, positions, context_lengths = [], [], [], []
     for row, window in enumerate(batch):
         inputs[row, : window.length] = shard.tokens[window.start : window.start + window.length]
         column = np.arange(window.length - window.scored, window.length)
         rows.append(np.full(window.scored, row))
         columns.append(column)
-        places.append(window.start + 1 + column)
-        contexts.append(column + 1)
-    where, targets = np.concatenate(places), shard.tokens[np.concatenate(places)].astype(np.int64)
-    left_out = int(np.concatenate(columns).min())  # no window of this batch scores a position before
-    hidden = network.hidden(torch.from_numpy(inputs).to(device), last=inputs.shape[1] - left_out if left_out else None)
-    at = torch.from_numpy(np.concatenate(columns) - left_out).to(device)
-    scored = hidden[torch.from_numpy(np.concatenate(rows)).to(device), at]
-    logits = network.logits(scored)
-    precise = logits.float() if logits.itemsize < 4 else logits
-    losses = F.cross_entropy(precise, torch.from_numpy(targets).to(device), reduction="none")
+        positions.append(window.start + 1 + column)
+        context_lengths.append(column + 1)
+    scored_positions = np.concatenate(positions)  # (N,)
+    targets = shard.tokens[scored_positions].astype(np.int64)
+    skipped = int(np.concatenate(columns).min())  # no window of this batch scores an earlier column
+    hidden = network.hidden(torch.from_numpy(inputs).to(device), n_last=inputs.shape[1] - skipped if skipped else None)
+    column_index = torch.from_numpy(np.concatenate(columns) - skipped).to(device)
+    scored = hidden[torch.from_numpy(np.concatenate(rows)).to(device), column_index]  # (N, C)
+    logits = network.logits(scored)  # (N, V)
+    losses = F.cross_entropy(
+        logits.float() if logits.itemsize < 4 else logits, torch.from_numpy(targets).to(device), reduction="none"
+    )
     nats = losses.cpu().double().numpy() * (targets != shard.end_of_text)
-    return Scored(where, np.concatenate(contexts), nats, logits)
+    return ScoredBatch(scored_positions, np.concatenate(context_lengths), nats, logits)
 
 
-def interval(nats: np.ndarray, sizes: np.ndarray, owners: np.ndarray, documents: int) -> tuple[float, float]:
-    """95 % bootstrap interval of bits per byte, resampling documents when there are many, else windows; NaN for a few windows."""
-    if documents >= _MANY_DOCUMENTS:
+def bootstrap_interval(nats: np.ndarray, sizes: np.ndarray, owners: np.ndarray, documents: int) -> tuple[float, float]:
+    """The 95 % bootstrap interval of bits per byte, given the nats, bytes (`sizes`) and document (`owners`) of each window.
+
+    Resamples documents if there are many of them, otherwise windows. The bounds are NaN if there are fewer than 5 to resample.
+    """
+    if documents >= _MIN_DOCUMENTS_TO_RESAMPLE:
         nats = np.bincount(owners, weights=nats, minlength=documents)
         sizes = np.bincount(owners, weights=sizes, minlength=documents)
-    if len(nats) < _FEWEST_WINDOWS:
+    if len(nats) < _MIN_PIECES_TO_RESAMPLE:
         return math.nan, math.nan
     generator = np.random.default_rng(0)
-    estimates = np.empty(_RESAMPLES)
-    for index in range(_RESAMPLES):
+    estimates = np.empty(_BOOTSTRAP_SAMPLES)
+    for index in range(_BOOTSTRAP_SAMPLES):
         chosen = generator.integers(0, len(nats), len(nats))
         estimates[index] = nats[chosen].sum() / max(float(sizes[chosen].sum()), 1.0)
     low, high = np.quantile(estimates / math.log(2), (0.025, 0.975))

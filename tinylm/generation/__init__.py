@@ -1,1 +1,1 @@
-"""Generation: from a prompt to text."""
+"""Text generation: sampling, beam search and constraints."""

@@ -1,15 +1,18 @@
-"""Writing text with a trained model: prompts are read into rows of a cache, and all rows are continued together.
+"""Generate text with continuous batching: requests are prefilled into the rows of a KV cache, and all rows are decoded together.
 
-A row that is done makes room for the next prompt at once, so prompts of any lengths share the steps; several samples of one prompt
-share its reading. When a row's context is full, its older half is forgotten and the newer half read again, whatever the model's
-positions are: learned and sinusoidal ones are part of what the cache holds, so that nothing can be moved, and rotary ones could
-be, but a model that never saw the middle of a text without its beginning gets worse. It happens once per half context, so no
-token is read more than twice.
+A finished sequence immediately frees its row for the next request, so prompts of any length share the decoding steps. Samples of
+the same prompt share its prefill. When the cache of a row is full, its older half is dropped and the newer half is prefilled again.
+This happens once per half context, so no token is processed more than about twice. Shifting the cache instead is impossible with
+learned and sinusoidal positions, which are part of the cached keys and values. It is possible with rotary positions, but the output
+gets worse, because the model was trained only on texts with their beginning.
+
+Legend: `B` rows in use, `V` vocabulary.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -19,20 +22,23 @@ from torch import Tensor
 
 from tinylm.errors import InputError
 from tinylm.generation.constraint import Constraint
-from tinylm.generation.sampling import SamplingOptions, choose, penalised
+from tinylm.generation.sampling import SamplingOptions, apply_penalties, choose
 from tinylm.model.decoder import Decoder
 from tinylm.model.transformer import Transformer
 from tinylm.tokenizer import StreamDecoder, Tokenizer
 
 OnText = Callable[[int, str], None]
-ROWS = 16
-"""Rows that are continued together, when there is so much to write."""
-_DRAWS = 256
+DEFAULT_ROWS = 16
+"""Maximum number of rows that `generate_batch` decodes together by default."""
+_UNIFORMS_PER_BLOCK = 256
 
 
 @dataclass(frozen=True)
 class TokenChoice:
-    """A token that was written, its log-probability in nats under the model as it is, and the likeliest (id, log-probability)."""
+    """A generated token with its log-probability and the most likely alternatives as pairs of (id, log-probability).
+
+    Log-probabilities are in nats. They are those of the model itself, before penalties, temperature and filters.
+    """
 
     id: int
     logprob: float
@@ -41,9 +47,10 @@ class TokenChoice:
 
 @dataclass
 class Sample:
-    """What was written after a prompt. `finish_reason`: stop (a stop text, or nothing may follow), end (end of text) or length.
+    """A generated continuation.
 
-    `choices` is filled when `logprobs` was asked for.
+    `finish_reason`: "stop" (a stop text was generated, or the constraint is complete), "end" (the end-of-text token was generated)
+    or "length" (`max_new_tokens` was reached). `choices` is filled only if `SamplingOptions.logprobs` is set.
     """
 
     prompt: str
@@ -56,8 +63,10 @@ class Sample:
 
 @dataclass
 class Request:
-    """A sample to be written. `seed` alone decides its random numbers; `on_text` hears text as it becomes certain, whole
-    characters that no stop text can still take back, and `on_token` each token (only with `logprobs`).
+    """One sample to generate. Its random numbers depend only on `seed`.
+
+    `on_text` receives text as soon as it is final: complete characters that cannot become part of a stop text. `on_token` receives
+    each token if `SamplingOptions.logprobs` is set.
     """
 
     prompt: str
@@ -79,146 +88,154 @@ def generate(
     constraint: Constraint | None = None,
     on_text: OnText | None = None,
 ) -> list[Sample]:
-    """`count` continuations of a prompt; the empty prompt starts a new document. `on_text(i, text)` hears sample i.
+    """Generate `count` continuations of a prompt. The empty prompt starts a new document. `on_text(i, text)` streams sample i.
 
-    Sample i depends on (seed, i) alone, as does `write`'s i-th: rounding apart, on nothing that is written beside it.
+    Up to rounding, sample i depends only on the seed and i, not on the other samples of the batch.
     """
 
-    def listener(index: int) -> Callable[[str], None] | None:
+    def on_text_of(index: int) -> Callable[[str], None] | None:
         return None if on_text is None else lambda text: on_text(index, text)
 
-    requests = [Request(prompt, options, sample_seed(seed, index), constraint, listener(index)) for index in range(count)]
-    return list(write(model, tokenizer, requests))
+    requests = [Request(prompt, options, sample_seed(seed, index), constraint, on_text_of(index)) for index in range(count)]
+    return list(generate_batch(model, tokenizer, requests))
 
 
 def sample_seed(seed: int, index: int) -> int:
-    """The seed of the index-th sample of a run that was given `seed`."""
+    """The seed of the sample with this index, derived from the user's `seed`."""
     return (seed * 1_000_003 + index) % 2**63
 
 
-def write(
+def generate_batch(
     model: Transformer | Decoder, tokenizer: Tokenizer, requests: Sequence[Request], *, rows: int | None = None
 ) -> Iterator[Sample]:
-    """Samples in the order of their requests, `rows` at a time (default: at most 16)."""
+    """Yield one sample per request, in order. At most `rows` (default: `DEFAULT_ROWS`) of them are decoded together."""
     decoder = model if isinstance(model, Decoder) else Decoder(model)
     prompts = [tokenizer.encode(request.prompt) for request in requests]
-    longest = max((len(ids) + request.options.max_new_tokens for ids, request in zip(prompts, requests, strict=True)), default=1)
-    size = max(1, min(len(requests), rows or ROWS))
-    engine = Engine(decoder, tokenizer, size, capacity=min(decoder.model.context_length, longest + 1))
-    pending = list(zip(requests, prompts, strict=True))[::-1]
-    writers: dict[int, SequenceState] = {}
-    order, told = {id(request): index for index, request in enumerate(requests)}, 0
-    while pending or engine.busy:
-        while pending and engine.free:
-            request, ids = pending.pop()
-            same = [request]
-            while pending and len(same) < engine.free and pending[-1][1] == ids:
-                same.append(pending.pop()[0])
-            for one, writer in zip(same, engine.add(same, ids), strict=True):
-                writers[order[id(one)]] = writer
+    max_length = max((len(ids) + request.options.max_new_tokens for ids, request in zip(prompts, requests, strict=True)), default=1)
+    rows = max(1, min(len(requests), rows or DEFAULT_ROWS))
+    engine = Engine(decoder, tokenizer, rows, capacity=min(decoder.model.context_length, max_length + 1))
+    waiting = deque(range(len(requests)))  # indices of the requests that have not been started
+    started: dict[int, SequenceState] = {}
+    next_index = 0  # of the sample to yield next
+    while waiting or engine.busy:
+        while waiting and engine.free_rows:
+            group = [waiting.popleft()]  # consecutive requests with the same prompt
+            prompt = prompts[group[0]]
+            while waiting and len(group) < engine.free_rows and prompts[waiting[0]] == prompt:
+                group.append(waiting.popleft())
+            added = engine.add([requests[index] for index in group], prompt)
+            started.update(zip(group, added, strict=True))
         engine.step()
-        while told in writers and writers[told].done:
-            yield writers.pop(told).sample
-            told += 1
+        while next_index in started and started[next_index].done:
+            yield started.pop(next_index).sample
+            next_index += 1
 
 
 class Engine:
-    """Rows that are being written. `add` reads a prompt into free rows, `step` adds a token to every row, `drop` gives one up."""
+    """A batch of sequences that are decoded together, one row of the KV cache each.
+
+    `add` prefills a prompt into free rows, `step` appends one token to every sequence, `evict` removes a sequence.
+    """
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer, rows: int, *, capacity: int | None = None) -> None:
         self.decoder, self.tokenizer = decoder, tokenizer
         self.rows = rows
-        self._cache = decoder.cache(rows, capacity)
-        self._cache.use(0)
-        self._writers: list[SequenceState] = []
-        self._logits: Tensor | None = None
-        self._seen: Tensor | None = None
-        self._counts: Tensor | None = None
+        self._cache = decoder.new_cache(rows, capacity)
+        self._cache.set_active_rows(0)
+        self._sequences: list[SequenceState] = []
+        self._logits: Tensor | None = None  # (B, V), of each sequence's next token
+        self._seen: Tensor | None = None  # (rows, V), bool: the token occurs in the prompt or the generated text
+        self._counts: Tensor | None = None  # (rows, V): occurrences in the generated text
         self._biases: dict[tuple[tuple[int, float], ...], Tensor] = {}
-        self._pick = choose
-        if decoder.is_machine_code:
-            from tinylm.generation import fast_sampling  # which needs numba, as that does
+        self._choose = choose
+        if decoder.uses_numba:
+            from tinylm.generation import fast_sampling  # imports numba, an optional dependency
 
-            self._pick = fast_sampling.choose
+            self._choose = fast_sampling.choose
 
     @property
     def busy(self) -> bool:
-        return bool(self._writers)
+        return bool(self._sequences)
 
     @property
-    def free(self) -> int:
-        return self.rows - len(self._writers)
+    def free_rows(self) -> int:
+        return self.rows - len(self._sequences)
 
     @torch.inference_mode()
     def add(self, requests: Sequence[Request], ids: Sequence[int] | None = None) -> list[SequenceState]:
-        """Begin samples of one prompt, which is read once, in rows that are free. `ids`: the prompt, if encoded already."""
+        """Start one sequence per request in the free rows. All requests must have the same prompt, which is prefilled once.
+
+        `ids` are the tokens of the prompt if it has already been encoded. Raises `InputError` if `max_new_tokens` is too small for
+        the constraint.
+        """
         prompt = list(ids if ids is not None else self.tokenizer.encode(requests[0].prompt))
         prompt = prompt or [self.tokenizer.end_of_text or 0]
-        writers = [SequenceState(request, prompt, self.tokenizer) for request in requests]
-        going = [writer for writer in writers if not writer.done]
-        if not going:
-            return writers
-        first = len(self._writers)
-        self._cache.use(first + len(going))
-        logits = self.decoder.read(self._cache, first, prompt[-self._cache.capacity :])
-        self._cache.share(first, range(first + 1, first + len(going)))
-        new = logits.expand(len(going), -1)
+        added = [SequenceState(request, prompt, self.tokenizer) for request in requests]
+        unfinished = [sequence for sequence in added if not sequence.done]
+        if not unfinished:
+            return added
+        first = len(self._sequences)
+        self._cache.set_active_rows(first + len(unfinished))
+        logits = self.decoder.prefill(self._cache, first, prompt[-self._cache.capacity :])  # (V,)
+        self._cache.copy_row(first, range(first + 1, first + len(unfinished)))
+        new = logits.expand(len(unfinished), -1)
         self._logits = new if not first or self._logits is None else torch.cat((self._logits, new))
-        self._writers += going
-        for row, writer in enumerate(going, first):
-            if writer.options.remembers:
-                self._remember(row, prompt)
-        return writers
+        self._sequences += unfinished
+        for row, sequence in enumerate(unfinished, first):
+            if sequence.options.has_penalties:
+                self._reset_penalties(row, prompt)
+        return added
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Choose a token in every row; rows that are done leave, the others are ready for the next."""
-        if not self._writers or self._logits is None:
+        """Append one token to every sequence, evict the finished ones and compute the next logits of the others."""
+        if not self._sequences or self._logits is None:
             return
-        chosen = self._choose(self._logits)
+        chosen = self._next_tokens(self._logits)
         ids = chosen.tolist()
-        for writer, id in zip(self._writers, ids, strict=True):
-            writer.push(id)
+        for sequence, id in zip(self._sequences, ids, strict=True):
+            sequence.append(id)
         for row in reversed(range(len(ids))):
-            if self._writers[row].done:
-                chosen = self._leave(row, chosen)
-        if self._writers:
-            for row, writer in enumerate(self._writers):
+            if self._sequences[row].done:
+                chosen = self._remove_row(row, chosen)
+        if self._sequences:
+            for row, sequence in enumerate(self._sequences):
                 if self._cache.lengths[row] == self._cache.capacity:
-                    self._forget(row, writer.history)
+                    self._drop_older_half(row, sequence.history)
             self._logits = self.decoder.step(self._cache, chosen)
 
     @torch.inference_mode()
-    def drop(self, writer: SequenceState) -> None:
-        """Give up a sample, whoever wanted it having gone."""
-        if writer in self._writers:
-            row = self._writers.index(writer)
+    def evict(self, sequence: SequenceState) -> None:
+        """Free the row of a sequence that may be unfinished, for example because its client disconnected."""
+        if sequence in self._sequences:
+            row = self._sequences.index(sequence)
             assert self._logits is not None
-            self._logits = self._leave(row, self._logits)
+            self._logits = self._remove_row(row, self._logits)
 
-    def _forget(self, row: int, history: list[int]) -> None:
-        """Begin the row again with its newer half, of which the last token is still to be added."""
+    def _drop_older_half(self, row: int, history: list[int]) -> None:
+        """Prefill a full row again with the newer half of its tokens. The last token of `history` is not in the cache yet."""
         kept = max(1, self._cache.capacity // 2) - 1
         self._cache.lengths[row] = 0
         if kept:
-            self.decoder.read(self._cache, row, history[-kept - 1 : -1])
+            self.decoder.prefill(self._cache, row, history[-kept - 1 : -1])
 
-    def _leave(self, row: int, values: Tensor) -> Tensor:
-        """Take a row out; the last one moves into its place, in the cache and in `values` (B, ...)."""
-        last = len(self._writers) - 1
+    def _remove_row(self, row: int, values: Tensor) -> Tensor:
+        """Remove a row by moving the last one into its place, in the cache and in `values` `(B, ...)`; return the new values."""
+        last = len(self._sequences) - 1
         if row != last:
-            self._writers[row] = self._writers[last]
-            self._cache.take([last], [row])
-            for store in (self._seen, self._counts):
-                if store is not None:
-                    store[row] = store[last]
+            self._sequences[row] = self._sequences[last]
+            self._cache.reorder([last], [row])
+            for table in (self._seen, self._counts):
+                if table is not None:
+                    table[row] = table[last]
             values = values.clone()
             values[row] = values[last]
-        self._writers.pop()
-        self._cache.use(last)
+        self._sequences.pop()
+        self._cache.set_active_rows(last)
         return values[:last]
 
-    def _remember(self, row: int, prompt: list[int]) -> None:
+    def _reset_penalties(self, row: int, prompt: list[int]) -> None:
+        """Reset the token counts of a row for a new sequence. The first sequence that uses penalties allocates the tables."""
         if self._seen is None or self._counts is None:
             shape = (self.rows, self.decoder.network.vocab_size)
             self._seen = torch.zeros(shape, dtype=torch.bool, device=self.decoder.device)
@@ -227,63 +244,69 @@ class Engine:
         self._seen[row, torch.tensor(prompt, device=self.decoder.device)] = True
         self._counts[row] = 0
 
-    def _choose(self, logits: Tensor) -> Tensor:
-        """The next ids (B,): rows that were asked for in the same way are chosen together."""
-        options = [writer.options for writer in self._writers]
-        if all(one is options[0] or one == options[0] for one in options[1:]):
-            return self._chosen(logits, options[0], list(range(len(options))))
+    def _next_tokens(self, logits: Tensor) -> Tensor:
+        """The next ids `(B,)` from logits `(B, V)`. Rows with equal options are sampled together."""
+        options = [sequence.options for sequence in self._sequences]
+        if all(other is options[0] or other == options[0] for other in options[1:]):
+            return self._sample_rows(logits, options[0], list(range(len(options))))
         chosen = torch.empty(len(options), dtype=torch.long, device=logits.device)
-        for kind in set(options):
-            rows = [row for row, one in enumerate(options) if one == kind]
-            chosen[rows] = self._chosen(logits[rows], kind, rows)
+        for distinct in set(options):
+            rows = [row for row, row_options in enumerate(options) if row_options == distinct]
+            chosen[rows] = self._sample_rows(logits[rows], distinct, rows)
         return chosen
 
-    def _chosen(self, logits: Tensor, options: SamplingOptions, rows: list[int]) -> Tensor:
-        writers = [self._writers[row] for row in rows]
-        raw = logits
+    def _sample_rows(self, logits: Tensor, options: SamplingOptions, rows: list[int]) -> Tensor:
+        """The next ids of the given rows, which have the same options; `logits` contains only these rows."""
+        sequences = [self._sequences[row] for row in rows]
+        model_logits = logits
         if options.logit_bias:
             logits = logits + self._bias(options.logit_bias)
-        if options.remembers and self._seen is not None and self._counts is not None:
-            logits = penalised(logits, self._seen[rows], self._counts[rows], options)
-        if any(writer.restricted for writer in writers):
+        if options.has_penalties and self._seen is not None and self._counts is not None:
+            logits = apply_penalties(logits, self._seen[rows], self._counts[rows], options)
+        if any(sequence.is_restricted for sequence in sequences):
             logits = logits.clone()
-            for row, writer in enumerate(writers):
-                writer.restrict(logits[row])
-        greedy = options.temperature == 0
-        drawn = None if greedy else torch.from_numpy(np.array([writer.draw() for writer in writers]))  # no tensor from a list: slow
-        chosen = self._pick(logits, options, drawn)
-        if options.remembers and self._seen is not None and self._counts is not None:
+            for row, sequence in enumerate(sequences):
+                sequence.mask_logits(logits[row])
+        uniforms = None
+        if options.temperature != 0:
+            uniforms = torch.from_numpy(np.array([sequence.next_uniform() for sequence in sequences]))  # torch.tensor(list) is slow
+        chosen = self._choose(logits, options, uniforms)
+        if options.has_penalties and self._seen is not None and self._counts is not None:
             index = torch.tensor(rows, device=logits.device)
             self._seen[index, chosen] = True
             self._counts[index, chosen] += 1
         if options.logprobs is not None:
-            for writer, choice in zip(writers, choices(raw, chosen, options.logprobs), strict=True):
-                writer.note(choice)
+            for sequence, choice in zip(sequences, _token_choices(model_logits, chosen, options.logprobs), strict=True):
+                sequence.record_choice(choice)
         return chosen
 
     def _bias(self, biases: tuple[tuple[int, float], ...]) -> Tensor:
+        """The biases as a vector `(V,)`. Only the latest one is cached, because requests with different biases are rare."""
         if biases not in self._biases:
-            added = torch.zeros(self.decoder.network.vocab_size, device=self.decoder.device)
+            vector = torch.zeros(self.decoder.network.vocab_size, device=self.decoder.device)
             for id, bias in biases:
-                added[id] += bias
-            self._biases = {biases: added}  # one is enough: who mixes them pays
+                vector[id] += bias
+            self._biases = {biases: vector}
         return self._biases[biases]
 
 
-def choices(logits: Tensor, chosen: Tensor, alternatives: int) -> list[TokenChoice]:
-    """What was chosen (B,) from logits (B, V), with its log-probability and the likeliest alternatives."""
+def _token_choices(logits: Tensor, chosen: Tensor, alternatives: int) -> list[TokenChoice]:
+    """The chosen ids `(B,)` with their log-probabilities under logits `(B, V)` and the most likely alternatives."""
     logprobs = logits.float().log_softmax(dim=-1)
-    own = logprobs.gather(1, chosen[:, None]).squeeze(1).tolist()
+    chosen_logprobs = logprobs.gather(1, chosen[:, None]).squeeze(1).tolist()
     top = logprobs.topk(min(alternatives, logprobs.shape[-1]), dim=-1)
-    listed = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    top_rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     return [
         TokenChoice(id, logprob, tuple(zip(ids, values, strict=True)))
-        for id, logprob, (ids, values) in zip(chosen.tolist(), own, listed, strict=True)
+        for id, logprob, (ids, values) in zip(chosen.tolist(), chosen_logprobs, top_rows, strict=True)
     ]
 
 
 class SequenceState:
-    """One sample as it is written: its random numbers, what it may say next, and its text, whole characters up to a stop text."""
+    """A sample that is being generated: its random numbers, its constraint, and its text up to a stop text.
+
+    Raises `InputError` if `max_new_tokens` is too small for the constraint.
+    """
 
     def __init__(self, request: Request, prompt: list[int], tokenizer: Tokenizer) -> None:
         self.options = request.options
@@ -291,105 +314,109 @@ class SequenceState:
         self.history = list(prompt)
         self.done = False
         self._request = request
-        self._end = tokenizer.end_of_text
+        self._end_of_text = tokenizer.end_of_text
         self._decoder: StreamDecoder = tokenizer.stream_decoder()
-        self._longest_stop = max((len(stop) for stop in self.options.stop), default=0)
-        self._shown = 0
-        self._begun = time.perf_counter()
+        self._max_stop_length = max((len(stop) for stop in self.options.stop), default=0)
+        self._streamed = 0  # characters passed to on_text
+        self._start_time = time.perf_counter()
         self._generator = torch.Generator().manual_seed(request.seed)
-        self._draws: Iterator[float] = iter(())
-        self._state = 0
+        self._uniforms: Iterator[float] = iter(())
+        self._constraint_state = 0
         if request.constraint is not None:
-            needed = request.constraint.fewest_tokens
-            if needed > self.options.max_new_tokens:
-                raise InputError(
-                    f"needs {needed} tokens at least, and --max-new-tokens is {self.options.max_new_tokens}",
-                    where=request.constraint.name,
-                )
+            request.constraint.check_max_new_tokens(self.options.max_new_tokens)
         if not self.options.max_new_tokens:
             self._finish("length")
 
-    def draw(self) -> float:
-        """The next uniform number, from a stream that is this sample's own."""
-        for number in self._draws:
+    def next_uniform(self) -> float:
+        """The next random number in [0, 1) of this sample."""
+        for number in self._uniforms:
             return number
-        self._draws = iter(torch.rand(_DRAWS, generator=self._generator, dtype=torch.float64).tolist())
-        return next(self._draws)
+        self._uniforms = iter(torch.rand(_UNIFORMS_PER_BLOCK, generator=self._generator, dtype=torch.float64).tolist())
+        return next(self._uniforms)
 
     @property
-    def restricted(self) -> bool:
+    def is_restricted(self) -> bool:
+        """Whether `mask_logits` excludes any token at this position."""
         return self._request.constraint is not None or len(self.sample.token_ids) < len(self.options.forced)
 
-    def restrict(self, logits: Tensor) -> None:
-        """Set to minus infinity, in place, what may not come next (V,)."""
-        written = len(self.sample.token_ids)
-        if written < len(self.options.forced):
-            forced = self.options.forced[written]
+    def mask_logits(self, logits: Tensor) -> None:
+        """Set the logits `(V,)` of tokens that must not come next to minus infinity, in place.
+
+        Raises `InputError` if all tokens that the constraint allows are banned.
+        """
+        generated = len(self.sample.token_ids)
+        if generated < len(self.options.forced):
+            forced = self.options.forced[generated]
             logits.fill_(float("-inf"))
             logits[forced] = 0.0
         elif self._request.constraint is not None:
-            self._request.constraint.restrict(logits, self._state, self.options.max_new_tokens - written)
+            self._request.constraint.mask_logits(logits, self._constraint_state, self.options.max_new_tokens - generated)
         if bool(logits.max() == float("-inf")):
-            raise InputError("nothing that is not banned may come next", where="--ban")
+            raise InputError("every token that the constraint allows next is banned", where="--ban")
 
-    def note(self, choice: TokenChoice) -> None:
-        if choice.id == self._end:
+    def record_choice(self, choice: TokenChoice) -> None:
+        """Record the log-probabilities of the token that is about to be appended, unless it is the end-of-text token."""
+        if choice.id == self._end_of_text:
             return
         self.sample.choices.append(choice)
         if self._request.on_token is not None:
             self._request.on_token(choice)
 
-    def push(self, id: int) -> None:
-        if id == self._end:
-            return self._finish("end")
+    def append(self, id: int) -> None:
+        """Add a token to the sample and finish the sample if it is complete."""
+        if id == self._end_of_text:
+            self._finish("end")
+            return
         self.history.append(id)
         self.sample.token_ids.append(id)
-        self._take(self._decoder.push(id))
+        self._append_text(self._decoder.push(id))
         if self.done:
-            return None
+            return
         constraint = self._request.constraint
         if constraint is not None and len(self.sample.token_ids) > len(self.options.forced):
-            self._state = constraint.after(self._state, id)
-            if constraint.complete(self._state):
-                return self._finish("stop")
+            self._constraint_state = constraint.next_state(self._constraint_state, id)
+            if constraint.is_complete(self._constraint_state):
+                self._finish("stop")
+                return
         if len(self.sample.token_ids) == self.options.max_new_tokens:
             self._finish("length")
-        return None
 
-    def stop(self) -> None:
-        """Nothing more comes, though more was wanted."""
+    def finish_early(self) -> None:
+        """Finish the sample with the text generated so far, for example because of a timeout."""
         self._finish("length")
 
     def _finish(self, reason: str) -> None:
         self.done = True
         self.sample.finish_reason = reason
-        if reason != "stop" or self._request.constraint is not None:
-            self._take(self._decoder.finish())
-        self._show(len(self.sample.text))
-        self.sample.tokens_per_second = len(self.sample.token_ids) / max(time.perf_counter() - self._begun, 1e-9)
+        if reason != "stop" or self._request.constraint is not None:  # nothing may follow where a stop text cut the text
+            self._append_text(self._decoder.finish())
+        self._stream(len(self.sample.text))
+        self.sample.tokens_per_second = len(self.sample.token_ids) / max(time.perf_counter() - self._start_time, 1e-9)
 
-    def _take(self, text: str) -> None:
+    def _append_text(self, text: str) -> None:
+        """Append decoded text, cut it at the first stop text, and stream the part that is final."""
         before = len(self.sample.text)
         self.sample.text += text
-        if self._longest_stop and not self.done:
-            since = max(0, before - self._longest_stop + 1)
-            found = [at for stop in self.options.stop if (at := self.sample.text.find(stop, since)) >= 0]
-            if found:
-                self.sample.text = self.sample.text[: min(found)]
-                return self._finish("stop")
+        if self._max_stop_length and not self.done:
+            start = max(0, before - self._max_stop_length + 1)
+            stop_positions = [index for stop in self.options.stop if (index := self.sample.text.find(stop, start)) >= 0]
+            if stop_positions:
+                self.sample.text = self.sample.text[: min(stop_positions)]
+                self._finish("stop")
+                return
         if self._request.on_text is not None:
-            self._show(len(self.sample.text) - (0 if self.done else self._held_back()))
-        return None
+            self._stream(len(self.sample.text) - (0 if self.done else self._partial_stop_length()))
 
-    def _held_back(self) -> int:
-        """How many last characters could still become the beginning of a stop text."""
+    def _partial_stop_length(self) -> int:
+        """Length of the longest suffix of the text that is a prefix of a stop text."""
         text = self.sample.text
         return max(
             (size for stop in self.options.stop for size in range(1, len(stop)) if text.endswith(stop[:size])),
             default=0,
         )
 
-    def _show(self, end: int) -> None:
-        if self._request.on_text is not None and end > self._shown:
-            self._request.on_text(self.sample.text[self._shown : end])
-            self._shown = end
+    def _stream(self, end: int) -> None:
+        """Pass the text from the last streamed character up to `end` to `on_text`."""
+        if self._request.on_text is not None and end > self._streamed:
+            self._request.on_text(self.sample.text[self._streamed : end])
+            self._streamed = end

@@ -1,7 +1,7 @@
-"""Drawing from the likeliest tokens, compiled by numba: `sampling.choose` for the usual case, without its dozen small tensors.
+"""Temperature and top-k sampling on the CPU in one numba kernel: the common case of `sampling.choose` without its small tensors.
 
-It draws from the same distribution by the same numbers; sums are in float64, so that a number which falls on a border to the
-last bit of float32 may choose the neighbor.
+The distribution and the random numbers are those of `sampling.choose`. Because the sums are in float64, a random number within
+float32 rounding error of the boundary between two tokens may choose the other one.
 """
 
 from __future__ import annotations
@@ -14,36 +14,42 @@ from torch import Tensor
 
 from tinylm.generation import sampling
 from tinylm.generation.sampling import SamplingOptions
-from tinylm.jit import compiled
+from tinylm.jit import cached_njit
 
 
-def choose(logits: Tensor, options: SamplingOptions, drawn: Tensor | None) -> Tensor:
-    """Next ids (B,) for logits (B, V) in float32 on the CPU: what `sampling.choose` gives."""
-    if drawn is None or options.temperature == 0 or options.top_k is None or options.top_p is not None or options.min_p:
-        return sampling.choose(logits, options, drawn)
+def choose(logits: Tensor, options: SamplingOptions, uniforms: Tensor | None) -> Tensor:
+    """Choose the next ids `(B,)` from float32 logits `(B, V)` on the CPU, like `sampling.choose`.
+
+    If the kernel does not support the options, calls `sampling.choose`.
+    """
+    if uniforms is None or options.temperature == 0 or options.top_k is None or options.top_p is not None or options.min_p:
+        return sampling.choose(logits, options, uniforms)
     chosen = np.empty(len(logits), dtype=np.int64)
     size = min(options.top_k, logits.shape[1])
-    _draw(logits.numpy(), drawn.numpy(), max(options.temperature, 1e-5), size, chosen)
+    _sample_top_k(logits.numpy(), uniforms.numpy(), max(options.temperature, 1e-5), size, chosen)
     return torch.from_numpy(chosen)
 
 
-_compiled = compiled()
+_compiled = cached_njit()
 
 
 @_compiled
-def _bound(keys: Any, size: int) -> Any:
-    """The size-th largest key, or any number between it and the next: found by halving, counting each time."""
+def _threshold(keys: Any, size: int) -> Any:
+    """A threshold that exactly `size` keys are at or above. If ties make that impossible: the largest that at least `size` are.
+
+    Found by bisection: each step counts the keys at or above the middle.
+    """
     low, high = keys[0], keys[0]
     for i in range(len(keys)):
         low, high = min(low, keys[i]), max(high, keys[i])
     while low < high:
         middle = np.int32((np.int64(low) + np.int64(high) + 1) >> 1)
-        found = np.int32(0)
+        count = np.int32(0)
         for i in range(len(keys)):
-            found = np.int32(found + np.int32(keys[i] >= middle))
-        if found == size:
+            count = np.int32(count + np.int32(keys[i] >= middle))
+        if count == size:
             return middle
-        if found > size:
+        if count > size:
             low = middle
         else:
             high = np.int32(middle - np.int32(1))
@@ -51,39 +57,40 @@ def _bound(keys: Any, size: int) -> Any:
 
 
 @_compiled
-def _draw(logits: Any, drawn: Any, temperature: float, size: int, chosen: Any) -> None:
+def _sample_top_k(logits: Any, uniforms: Any, temperature: float, size: int, chosen: Any) -> None:
+    """Sample one of the `size` most likely tokens of each row of `logits` `(B, V)` and write its id to `chosen` `(B,)`."""
     ids, weights = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.float64)
     keys = np.empty(logits.shape[1], dtype=np.int32)
     for row in range(len(logits)):
         bits = logits[row].view(np.int32)
-        for id in range(len(keys)):  # whole numbers in the order of the float32 whose bits they are
+        for id in range(len(keys)):  # reinterpret float32 bits as integers that sort in the same order
             keys[id] = bits[id] ^ np.int32((bits[id] >> np.int32(31)) & np.int32(0x7FFFFFFF))
-        bound, count = _bound(keys, size), 0
+        threshold, count = _threshold(keys, size), 0
         for id in range(len(keys)):
-            if keys[id] > bound:
+            if keys[id] > threshold:
                 ids[count] = id
                 count += 1
-        for id in range(len(keys)):  # of equals, the first
+        for id in range(len(keys)):  # among equal logits, lower ids come first
             if count == size:
                 break
-            if keys[id] == bound:
+            if keys[id] == threshold:
                 ids[count] = id
                 count += 1
-        most, total = np.float64(logits[row, ids[0]]), 0.0
+        largest, total = np.float64(logits[row, ids[0]]), 0.0
         for i in range(size):
-            most = max(most, np.float64(logits[row, ids[i]]))
+            largest = max(largest, np.float64(logits[row, ids[i]]))
         for i in range(size):
-            weights[i] = np.exp((np.float64(logits[row, ids[i]]) - most) / temperature)
+            weights[i] = np.exp((np.float64(logits[row, ids[i]]) - largest) / temperature)
             total += weights[i]
-        target: Any = drawn[row] * total
-        place: Any = 0
-        for _ in range(size):  # likeliest first, as far as the number goes
+        target: Any = uniforms[row] * total
+        choice: Any = 0
+        for _ in range(size):  # subtract the weights, largest first, until the target is negative
             likeliest = np.argmax(weights)
             if not weights[likeliest] > 0:
                 break
-            place = likeliest
-            target -= weights[place]
+            choice = likeliest
+            target -= weights[choice]
             if target < 0:
                 break
-            weights[place] = -1.0
-        chosen[row] = ids[place]
+            weights[choice] = -1.0
+        chosen[row] = ids[choice]

@@ -1,9 +1,9 @@
-"""From logits to the next token: what people ask of a sampler, on a whole batch at once.
+"""Choose the next token of every row from its logits: penalties and biases, temperature, top-k, top-p and min-p.
 
-Penalties, biases and bans change logits; temperature, top-k, top-p and min-p, in this order, make a distribution of them, of which
-only the candidates are ever sorted or drawn from. Each row draws with a number of its own.
+Penalties, biases and bans change the logits. Temperature and the filters then turn them into a distribution over candidates,
+without sorting the whole vocabulary. Each row is sampled with a random number of its own.
 
-Legend: B batch, V vocabulary, N candidates, likeliest first.
+Legend: `B` batch, `V` vocabulary, `N` candidates, most likely first.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ from torch import Tensor
 
 from tinylm.errors import InputError
 
-MOST_LOGPROBS = 20
+MAX_LOGPROBS = 20
 _FIRST_CANDIDATES = 256
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How to choose. Defaults: temperature 0.8, top-k 50; `temperature` 0 always takes the likeliest token.
+    """How to choose tokens and when to stop. For a value out of range, raises `InputError` that names the command line option.
 
-    `repetition_penalty` looks at prompt and text, `frequency_penalty` (times the count) and `presence_penalty` (once) at the text
-    alone. `logit_bias` holds (id, what is added to its logit); minus infinity bans it. `forced` ids come first, whatever
-    their probability. `logprobs`: how many alternatives to note with each token, 0 for none but the token's own; None: nothing.
+    `temperature` 0 is greedy decoding. `repetition_penalty` applies to the tokens of the prompt and of the generated text;
+    `frequency_penalty` (once per occurrence) and `presence_penalty` (once) apply to the generated text only. `logit_bias` holds
+    pairs of a token id and the value to add to its logit; minus infinity bans the token. The ids in `forced` are generated first,
+    whatever their probability. `logprobs` is the number of alternatives to record with the log-probability of each token; if it is
+    None, no log-probabilities are recorded.
     """
 
     max_new_tokens: int = 200
@@ -42,7 +44,6 @@ class SamplingOptions:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        """Raises `InputError` naming the option that is out of range."""
         ranges = (
             ("--max-new-tokens", self.max_new_tokens, self.max_new_tokens >= 0, "0 or more"),
             ("--temperature", self.temperature, 0 <= self.temperature < float("inf"), "0 or more"),
@@ -50,31 +51,32 @@ class SamplingOptions:
             ("--top-p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("--min-p", self.min_p, self.min_p is None or 0 <= self.min_p <= 1, "between 0 and 1"),
             ("--repetition-penalty", self.repetition_penalty, 0 < self.repetition_penalty < float("inf"), "above 0"),
-            ("--frequency-penalty", self.frequency_penalty, abs(self.frequency_penalty) < float("inf"), "a number"),
-            ("--presence-penalty", self.presence_penalty, abs(self.presence_penalty) < float("inf"), "a number"),
-            ("--logprobs", self.logprobs, self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS, f"0 to {MOST_LOGPROBS}"),
+            ("--frequency-penalty", self.frequency_penalty, abs(self.frequency_penalty) < float("inf"), "a finite number"),
+            ("--presence-penalty", self.presence_penalty, abs(self.presence_penalty) < float("inf"), "a finite number"),
+            ("--logprobs", self.logprobs, self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"),
         )
-        for option, value, fits, expected in ranges:
-            if not fits:
+        for option, value, valid, expected in ranges:
+            if not valid:
                 raise InputError(f"must be {expected}, not {value}", where=option)
         if any(not text for text in self.stop):
-            raise InputError("an empty text would stop at once", where="--stop")
+            raise InputError("must not be empty", where="--stop")
         if any(not bias < float("inf") for _, bias in self.logit_bias):
-            raise InputError("must be a number, or -inf", where="--logit-bias")
+            raise InputError("must be a finite number or -inf", where="--logit-bias")
         if len(self.forced) > self.max_new_tokens:
-            raise InputError(f"{len(self.forced)} tokens are more than --max-new-tokens {self.max_new_tokens}", where="--force")
+            raise InputError(f"has {len(self.forced)} tokens, more than --max-new-tokens ({self.max_new_tokens})", where="--force")
 
     @property
-    def remembers(self) -> bool:
-        """Whether what was written changes what is likely."""
+    def has_penalties(self) -> bool:
+        """Whether the logits depend on the tokens that occurred before."""
         return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
 
 
-def penalised(logits: Tensor, seen: Tensor, counts: Tensor, options: SamplingOptions) -> Tensor:
-    """Logits (B, V) with the penalties of `options`. `seen` (B, V, bool): in prompt or text; `counts` (B, V): times in the text.
+def apply_penalties(logits: Tensor, seen: Tensor, counts: Tensor, options: SamplingOptions) -> Tensor:
+    """Return the logits `(B, V)` with the three penalties of `options` applied.
 
-    Repetition: positive logits of what was seen are divided, negative ones multiplied (Keskar et al. 2019). The other two are
-    OpenAI's: what is subtracted for each time, and once.
+    `seen` `(B, V)`, bool: the token occurs in the prompt or the generated text. `counts` `(B, V)`: its occurrences in the generated
+    text. The repetition penalty divides positive logits of seen tokens and multiplies negative ones (CTRL, Keskar et al. 2019). The
+    frequency and presence penalties are those of the OpenAI API.
     """
     penalty = options.repetition_penalty
     if penalty != 1.0:
@@ -87,60 +89,63 @@ def penalised(logits: Tensor, seen: Tensor, counts: Tensor, options: SamplingOpt
 
 
 def distribution(logits: Tensor, options: SamplingOptions) -> tuple[Tensor, Tensor | None]:
-    """Logits (B, V) -> probabilities (B, N) and their ids (B, N); ids None: the whole vocabulary in its own order.
+    """Turn logits `(B, V)` into probabilities `(B, N)` and token ids `(B, N)`; ids of None mean the whole vocabulary in order.
 
-    Temperature first, then top-k; then top-p (Holtzman et al. 2020), the smallest set of likeliest tokens that reaches the mass;
-    then min-p (Nguyen et al. 2024), what has at least that share of the likeliest token's probability. The likeliest token
-    always stays.
+    Temperature is applied first, then top-k, then top-p (nucleus sampling, Holtzman et al. 2020: the smallest set of most likely
+    tokens that reaches the probability mass), then min-p (Nguyen et al. 2024: the tokens with at least this fraction of the top
+    token's probability). The most likely token is always kept.
     """
     logits = logits.float()
     if options.temperature != 1.0:
         logits = logits / max(options.temperature, 1e-5)
-    narrowing = (options.top_p is not None and options.top_p < 1) or bool(options.min_p)
-    if options.top_k is None and not narrowing:
+    truncates = (options.top_p is not None and options.top_p < 1) or bool(options.min_p)
+    if options.top_k is None and not truncates:
         return logits.softmax(dim=-1), None
-    probabilities, ids = _candidates(logits, options)
-    if narrowing:
-        probabilities = probabilities * _kept(probabilities, options)
+    probabilities, ids = _candidates(logits, options)  # (B, N)
+    if truncates:
+        probabilities = probabilities * _keep_mask(probabilities, options)
         probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
     return probabilities, ids
 
 
 def _candidates(logits: Tensor, options: SamplingOptions) -> tuple[Tensor, Tensor]:
-    """Probabilities and ids (B, N) of what top-k leaves, or of at least as many as the other filters can keep.
+    """Probabilities and ids `(B, N)` of the top-k tokens, or of at least as many tokens as top-p and min-p can keep.
 
-    Sorting all of a large vocabulary would cost more than the model.
+    Sorting a large vocabulary as a whole would take longer than the forward pass.
     """
-    vocabulary = logits.shape[-1]
+    vocab_size = logits.shape[-1]
     if options.top_k is not None:
-        top = logits.topk(min(options.top_k, vocabulary), dim=-1)
+        top = logits.topk(min(options.top_k, vocab_size), dim=-1)
         return top.values.softmax(dim=-1), top.indices
-    whole, size = logits.logsumexp(dim=-1, keepdim=True), min(_FIRST_CANDIDATES, vocabulary)
+    log_total, size = logits.logsumexp(dim=-1, keepdim=True), min(_FIRST_CANDIDATES, vocab_size)
     while True:
         top = logits.topk(size, dim=-1)
-        probabilities = (top.values - whole).exp()
-        if size == vocabulary or not _kept(probabilities, options)[:, -1].any():
+        probabilities = (top.values - log_total).exp()
+        if size == vocab_size or not _keep_mask(probabilities, options)[:, -1].any():
             return probabilities, top.indices
-        size = min(8 * size, vocabulary)
+        size = min(8 * size, vocab_size)
 
 
-def _kept(probabilities: Tensor, options: SamplingOptions) -> Tensor:
-    """Which candidates, given likeliest first, top-p and min-p keep."""
-    kept = torch.ones_like(probabilities, dtype=torch.bool)
+def _keep_mask(probabilities: Tensor, options: SamplingOptions) -> Tensor:
+    """Which candidates `(B, N)`, sorted most likely first, top-p and min-p keep."""
+    keep = torch.ones_like(probabilities, dtype=torch.bool)
     if options.top_p is not None:
-        kept &= probabilities.cumsum(dim=-1) - probabilities < options.top_p
+        keep &= probabilities.cumsum(dim=-1) - probabilities < options.top_p
     if options.min_p:
-        kept &= probabilities >= options.min_p * probabilities[:, :1]
-    return kept
+        keep &= probabilities >= options.min_p * probabilities[:, :1]
+    return keep
 
 
-def choose(logits: Tensor, options: SamplingOptions, drawn: Tensor | None) -> Tensor:
-    """Next ids (B,) by inverting each row's cumulative distribution at `drawn` (B,), uniform in [0, 1); greedy takes None."""
-    if options.temperature == 0 or drawn is None:
+def choose(logits: Tensor, options: SamplingOptions, uniforms: Tensor | None) -> Tensor:
+    """Choose the next ids `(B,)` from logits `(B, V)`: greedy, or by inverting each row's cumulative distribution.
+
+    `uniforms` `(B,)` holds one number in [0, 1) per row; greedy decoding takes None.
+    """
+    if options.temperature == 0 or uniforms is None:
         return logits.argmax(dim=-1)
     probabilities, ids = distribution(logits, options)
-    precise = torch.float32 if logits.device.type == "mps" else torch.float64
-    cumulative = probabilities.to(precise).cumsum(dim=-1)
-    targets = drawn.to(logits.device, precise)[:, None] * cumulative[:, -1:]
-    places = torch.searchsorted(cumulative, targets, right=True).clamp_max_(cumulative.shape[-1] - 1)
-    return (places if ids is None else ids.gather(1, places)).squeeze(1)
+    dtype = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no float64
+    cumulative = probabilities.to(dtype).cumsum(dim=-1)
+    targets = uniforms.to(logits.device, dtype)[:, None] * cumulative[:, -1:]
+    indices = torch.searchsorted(cumulative, targets, right=True).clamp_max_(cumulative.shape[-1] - 1)  # (B, 1)
+    return (indices if ids is None else ids.gather(1, indices)).squeeze(1)

@@ -1,17 +1,19 @@
-"""Looking for a good text instead of drawing one: beam search, and the best of several samples."""
+"""Search for a likely continuation: beam search, and the best of several samples.
+
+Legend: `T` time, `V` vocabulary.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tinylm.errors import InputError
 from tinylm.generation.constraint import Constraint
-from tinylm.generation.engine import Request, Sample, sample_seed, write
-from tinylm.generation.sampling import SamplingOptions
+from tinylm.generation.engine import Request, Sample, generate_batch, sample_seed
 from tinylm.model.decoder import Decoder
 from tinylm.tokenizer import Tokenizer
 
@@ -19,8 +21,8 @@ RANKINGS = ("likelihood", "contrast")
 
 
 @dataclass(frozen=True)
-class Ranked:
-    """A sample and what it was ranked by, nats per token: higher is better."""
+class RankedSample:
+    """A sample and the score by which it was ranked, in nats; higher is better."""
 
     sample: Sample
     score: float
@@ -29,8 +31,16 @@ class Ranked:
 @dataclass
 class _Beam:
     ids: list[int]
-    nats: float
-    state: int = 0
+    logprob: float
+    """Total log-probability of the ids, in nats."""
+    constraint_state: int = 0
+
+
+@dataclass(frozen=True)
+class _Finished:
+    score: float
+    reason: str
+    beam: _Beam
 
 
 @torch.inference_mode()
@@ -43,123 +53,152 @@ def beam_search(
     max_new_tokens: int,
     length_penalty: float = 1.0,
     constraint: Constraint | None = None,
-) -> list[Ranked]:
-    """The `beams` likeliest continuations found, best first, by log-probability over length ** `length_penalty`.
+) -> list[RankedSample]:
+    """Find the `beams` most likely continuations, best first, scored by log-probability / length ** `length_penalty`.
 
-    At each step the likeliest continuations of all beams go on; those that end, or match a constraint with nothing to follow, are
-    put aside. The search stops when as many are put aside as there are beams and none that goes on has a better score. With as
-    many beams as there are continuations this is exact. Raises `InputError` when the text would pass the model's context, or
-    for a width below 1.
+    Each step extends all beams and keeps the most likely extensions. A beam is finished when it ends with the end-of-text token or
+    completes the constraint. The search stops when there are `beams` finished beams and no unfinished one has a better score. It is
+    exact if `beams` is the number of possible continuations. Raises `InputError` if prompt and continuation exceed the model's
+    context, if `max_new_tokens` is too small for the constraint, or if `beams` is below 1.
     """
+    prompt_ids = tokenizer.encode(prompt) or [tokenizer.end_of_text or 0]
+    _check_beam_search(decoder.model.context_length, len(prompt_ids), beams, max_new_tokens, constraint)
+    search = _BeamSearch(beams, length_penalty, tokenizer.end_of_text, constraint)
+    cache = decoder.new_cache(beams, len(prompt_ids) + max_new_tokens)
+    cache.set_active_rows(1)
+    logits = decoder.prefill(cache, 0, prompt_ids)[None]
+    active: list[_Beam] = [_Beam([], 0.0)]
+    finished: list[_Finished] = []
+    for generated in range(1, max_new_tokens + 1):
+        logprobs = _extension_logprobs(logits, active, constraint, max_new_tokens - generated + 1)
+        parents, active, newly_finished = search.extend(active, logprobs, generated)
+        finished = _best([*finished, *newly_finished], beams)
+        if not active:
+            break
+        if len(finished) == beams and max(search.score(beam, generated) for beam in active) <= finished[-1].score:
+            break
+        if generated < max_new_tokens:
+            cache.set_active_rows(max(len(cache.lengths), len(active)))
+            cache.reorder(parents, range(len(active)))
+            cache.set_active_rows(len(active))
+            logits = decoder.step(cache, torch.tensor([beam.ids[-1] for beam in active], device=decoder.device))
+    else:
+        finished += [
+            _Finished(search.score(beam, max_new_tokens), "length", beam)
+            for beam in active
+            if constraint is None or constraint.accepts(beam.constraint_state)
+        ]
+    return [
+        RankedSample(Sample(prompt, tokenizer.decode(result.beam.ids), result.beam.ids, result.reason), result.score)
+        for result in _best(finished, beams)
+    ]
+
+
+def _check_beam_search(
+    context_length: int, prompt_length: int, beams: int, max_new_tokens: int, constraint: Constraint | None
+) -> None:
     if beams < 1:
         raise InputError(f"must be 1 or more, not {beams}", where="--beams")
-    end = tokenizer.end_of_text
-    read = tokenizer.encode(prompt) or [end or 0]
-    if len(read) + max_new_tokens > decoder.model.context_length:
-        room = decoder.model.context_length
-        raise InputError(f"prompt and text of {len(read)} + {max_new_tokens} tokens pass the context of {room}", where="--beams")
-    if constraint is not None and constraint.fewest_tokens > max_new_tokens:
+    if prompt_length + max_new_tokens > context_length:
         raise InputError(
-            f"needs {constraint.fewest_tokens} tokens, and --max-new-tokens is {max_new_tokens}", where=constraint.name
+            f"the prompt ({prompt_length} tokens) and --max-new-tokens ({max_new_tokens}) exceed "
+            f"the model's context of {context_length} tokens",
+            where="--beams",
         )
-    cache = decoder.cache(beams, len(read) + max_new_tokens)
-    cache.use(1)
-    logits = decoder.read(cache, 0, read)[None]
-    going, ended = [_Beam([], 0.0)], []
+    if constraint is not None:
+        constraint.check_max_new_tokens(max_new_tokens)
 
-    def score(beam: _Beam, tokens: int) -> float:
-        return float(beam.nats / max(tokens, 1) ** length_penalty)
 
-    for written in range(max_new_tokens):
-        totals = _logprobs(logits, going, constraint, max_new_tokens - written)
-        top = totals.flatten().topk(min(2 * beams, totals.numel()))
-        sources: list[int] = []
-        chosen: list[_Beam] = []
-        for nats, place in zip(top.values.tolist(), top.indices.tolist(), strict=True):
-            row, id = divmod(place, totals.shape[1])
-            if nats == float("-inf") or len(chosen) == beams:
+@dataclass(frozen=True)
+class _BeamSearch:
+    beams: int
+    length_penalty: float
+    end_of_text: int | None
+    constraint: Constraint | None
+
+    def score(self, beam: _Beam, tokens: int) -> float:
+        """The score of a beam with this many tokens, including the end-of-text token."""
+        return float(beam.logprob / max(tokens, 1) ** self.length_penalty)
+
+    def extend(self, active: list[_Beam], logprobs: Tensor, tokens: int) -> tuple[list[int], list[_Beam], list[_Finished]]:
+        """Extend the active beams to `tokens` tokens, given the log-probability of each beam extended by each token `(beams, V)`.
+
+        Returns the parent of each kept beam (an index into `active`), the kept beams, and the beams that finished.
+        """
+        top = logprobs.flatten().topk(min(2 * self.beams, logprobs.numel()))
+        parents: list[int] = []
+        extended: list[_Beam] = []
+        finished: list[_Finished] = []
+        for logprob, index in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+            parent, id = divmod(index, logprobs.shape[1])
+            if logprob == float("-inf") or len(extended) == self.beams:
                 break
-            beam = _Beam([*going[row].ids, id], nats, going[row].state)
-            if id == end:
-                ended.append((score(beam, written + 1), "end", _Beam(beam.ids[:-1], nats)))
+            beam = _Beam([*active[parent].ids, id], logprob, active[parent].constraint_state)
+            if id == self.end_of_text:
+                finished.append(_Finished(self.score(beam, tokens), "end", _Beam(beam.ids[:-1], logprob)))
                 continue
-            if constraint is not None:
-                beam.state = constraint.after(beam.state, id)
-                if constraint.complete(beam.state):
-                    ended.append((score(beam, written + 1), "stop", beam))
+            if self.constraint is not None:
+                beam.constraint_state = self.constraint.next_state(beam.constraint_state, id)
+                if self.constraint.is_complete(beam.constraint_state):
+                    finished.append(_Finished(self.score(beam, tokens), "stop", beam))
                     continue
-            sources.append(row)
-            chosen.append(beam)
-        going = chosen
-        ended = sorted(ended, key=lambda one: -one[0])[:beams]
-        if not going or (len(ended) == beams and max(score(beam, written + 1) for beam in going) <= ended[-1][0]):
-            break
-        if written + 1 < max_new_tokens:
-            cache.use(max(len(cache.lengths), len(going)))
-            cache.take(sources, range(len(going)))
-            cache.use(len(going))
-            logits = decoder.step(cache, torch.tensor([beam.ids[-1] for beam in going], device=decoder.device))
-    else:
-        ended += [(score(beam, max_new_tokens), "length", beam) for beam in going if _may_stop(beam, constraint)]
-    best = sorted(ended, key=lambda one: -one[0])[:beams]
-    return [Ranked(_sample(prompt, beam.ids, reason, tokenizer), value) for value, reason, beam in best]
+            parents.append(parent)
+            extended.append(beam)
+        return parents, extended, finished
 
 
-def _logprobs(logits: Tensor, beams: list[_Beam], constraint: Constraint | None, left: int) -> Tensor:
-    """(beams, V): log-probability of each beam followed by each token, minus infinity where that may not be."""
+def _best(finished: list[_Finished], count: int) -> list[_Finished]:
+    return sorted(finished, key=lambda beam: -beam.score)[:count]
+
+
+def _extension_logprobs(logits: Tensor, beams: list[_Beam], constraint: Constraint | None, max_tokens: int) -> Tensor:
+    """Log-probability of each beam extended by each token, `(beams, V)`; minus infinity if the constraint forbids it."""
     logprobs = logits.float().log_softmax(dim=-1)
     if constraint is not None:
         logprobs = logprobs.clone()
         for row, beam in enumerate(beams):
-            constraint.restrict(logprobs[row], beam.state, left)
-    return logprobs + torch.tensor([beam.nats for beam in beams], device=logits.device)[:, None]
-
-
-def _may_stop(beam: _Beam, constraint: Constraint | None) -> bool:
-    return constraint is None or constraint.accepts(beam.state)
-
-
-def _sample(prompt: str, ids: list[int], reason: str, tokenizer: Tokenizer) -> Sample:
-    return Sample(prompt, tokenizer.decode(ids), ids, reason)
+            constraint.mask_logits(logprobs[row], beam.constraint_state, max_tokens)
+    return logprobs + torch.tensor([beam.logprob for beam in beams], device=logits.device)[:, None]
 
 
 def best_of(
     decoder: Decoder,
     tokenizer: Tokenizer,
-    prompt: str,
-    options: SamplingOptions,
+    request: Request,
     *,
     count: int,
-    among: int,
+    candidates: int,
     ranking: str = "likelihood",
-    seed: int = 0,
-    constraint: Constraint | None = None,
-) -> list[Ranked]:
-    """The best `count` of `among` samples, best first.
+) -> list[RankedSample]:
+    """Generate `candidates` samples and return the best `count` of them, best first.
 
-    `likelihood`: the mean log-probability of a sample's tokens after the prompt. `contrast`: less their mean log-probability
-    without the prompt, so that what the model would say anyway counts for nothing (pointwise mutual information; Li et al. 2016).
+    The seed of sample i is `sample_seed(request.seed, i)`. The ranking "likelihood" scores a sample by the mean log-probability of
+    its tokens given the prompt. "contrast" subtracts their mean log-probability without the prompt, which favors text that is
+    specific to the prompt (pointwise mutual information, Li et al. 2016). Raises `InputError` for an unknown ranking or if
+    `candidates` is less than `count`.
     """
     if ranking not in RANKINGS:
         raise InputError(f"must be one of {', '.join(RANKINGS)}, not {ranking!r}", where="--rank")
-    if among < count:
-        raise InputError(f"the best {count} of {among}?", where="--best-of", hint=f"{count} or more")
-    requests = [Request(prompt, options, sample_seed(seed, index), constraint) for index in range(among)]
-    samples = list(write(decoder, tokenizer, requests))
-    scores = [score(decoder, tokenizer, prompt, sample.token_ids) for sample in samples]
+    if candidates < count:
+        raise InputError(f"must be at least -n ({count})", where="--best-of")
+    requests = [replace(request, seed=sample_seed(request.seed, index)) for index in range(candidates)]
+    samples = list(generate_batch(decoder, tokenizer, requests))
+    scores = [mean_logprob(decoder, tokenizer, request.prompt, sample.token_ids) for sample in samples]
     if ranking == "contrast":
-        scores = [own - score(decoder, tokenizer, "", sample.token_ids) for own, sample in zip(scores, samples, strict=True)]
-    ranked = [Ranked(sample, value) for sample, value in zip(samples, scores, strict=True)]
-    return sorted(ranked, key=lambda one: -one.score)[:count]
+        scores = [
+            score - mean_logprob(decoder, tokenizer, "", sample.token_ids) for score, sample in zip(scores, samples, strict=True)
+        ]
+    ranked = [RankedSample(sample, score) for sample, score in zip(samples, scores, strict=True)]
+    return sorted(ranked, key=lambda ranked_sample: -ranked_sample.score)[:count]
 
 
 @torch.inference_mode()
-def score(decoder: Decoder, tokenizer: Tokenizer, prompt: str, ids: Sequence[int]) -> float:
-    """Mean log-probability in nats of `ids` after the prompt; what does not fit the context is scored without its beginning."""
+def mean_logprob(decoder: Decoder, tokenizer: Tokenizer, prompt: str, ids: Sequence[int]) -> float:
+    """Mean log-probability in nats of `ids` after a prompt. If they exceed the context together, the beginning is dropped."""
     if not ids:
         return 0.0
-    read = [*(tokenizer.encode(prompt) or [tokenizer.end_of_text or 0]), *ids][-decoder.model.context_length - 1 :]
-    tokens = torch.tensor([read], device=decoder.device)
-    logprobs = decoder.network(tokens[:, :-1])[0].float().log_softmax(dim=-1)
-    scored = min(len(ids), len(read) - 1)
+    sequence = [*(tokenizer.encode(prompt) or [tokenizer.end_of_text or 0]), *ids][-decoder.model.context_length - 1 :]
+    tokens = torch.tensor([sequence], device=decoder.device)
+    logprobs = decoder.network(tokens[:, :-1])[0].float().log_softmax(dim=-1)  # (T, V)
+    scored = min(len(ids), len(sequence) - 1)
     return float(logprobs[-scored:].gather(1, tokens[0, -scored:, None]).mean())

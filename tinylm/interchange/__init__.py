@@ -1,1 +1,1 @@
-"""The same model elsewhere: Hugging Face folders, GGUF and ONNX files, lm-evaluation-harness, and the way back into a run."""
+"""Export and import: Hugging Face folders, GGUF and ONNX files, nanoGPT checkpoints, and an lm-evaluation-harness adapter."""

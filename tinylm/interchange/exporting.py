@@ -1,4 +1,7 @@
-"""`tinylm export`: a run's model as a Hugging Face folder, a GGUF file or an ONNX file, whole and proven or not there at all."""
+"""`tinylm export`: write a run's model as a Hugging Face folder, a GGUF file or an ONNX file, and verify what was written.
+
+An export is written atomically: if verification fails, nothing is left at the destination.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import torch
 
 from tinylm.errors import InputError
 from tinylm.interchange import card, gguf, huggingface, onnx, verify
-from tinylm.paths import whole_file, whole_folder
+from tinylm.paths import atomic_file, atomic_folder
 from tinylm.reporting import SILENT, Reporter
 from tinylm.run import Checkpoint, Run
 
@@ -18,10 +21,12 @@ Format = Literal["hf", "gguf", "onnx"]
 
 
 @dataclass(frozen=True)
-class Exported:
-    """The names are the keys of `tinylm export --json`; `largest_difference` is that of logits, on real text.
+class ExportResult:
+    """What was exported and how it was verified. The field names are the keys of `tinylm export --json`.
 
-    Of a GGUF file: from the run's weights rounded to its type, whose cost is `perplexity` over `run_perplexity`.
+    `largest_difference`: largest absolute difference of logits on real text. For a GGUF file, the reference is the run with its
+    weights rounded to the file's type; `perplexity` and `run_perplexity` show the effect of rounding. `own_code_because`: the model
+    parts that no transformers class supports. `same_greedy`: number of greedily decoded tokens before llama.cpp's first differs.
     """
 
     run: str
@@ -53,99 +58,103 @@ def export(
     type: str = "f32",
     overwrite: bool = False,
     reporter: Reporter = SILENT,
-) -> Exported:
-    """Write the model of a checkpoint to `path`, load it with other people's programs, and keep it only when it is the same.
+) -> ExportResult:
+    """Write the model of a checkpoint to `path`, load it with third-party libraries, and keep it only if the logits match.
 
-    `type`: how a GGUF file stores matrices. What is at `path` is replaced with `overwrite` only.
-    Raises `InputError` for what cannot be written there or in that format, `WorkError` when the proof fails.
+    `type`: storage type of the matrices in a GGUF file. An existing export at `path` is replaced only if `overwrite` is set.
+    Raises `InputError` if the format does not support the model or `path` cannot be written, `WorkError` if verification fails.
     """
     path = Path(path)
-    _check_place(path, to, overwrite)
+    _check_destination(path, to, overwrite)
     chosen = run.checkpoint(checkpoint)
     if to == "gguf":
-        gguf.check(run.recipe.model, run.tokenizer)  # before anything is loaded
+        gguf.check_supported(run.recipe.model, run.tokenizer)  # fail before loading the weights
     if to == "onnx":
         onnx.require()
     if to == "hf":
         verify.require("transformers", "hf", "checking a Hugging Face folder")
-    writer = {"hf": _to_folder, "gguf": _to_gguf, "onnx": _to_onnx}[to]
+    writer = {"hf": _export_huggingface, "gguf": _export_gguf, "onnx": _export_onnx}[to]
     return writer(run, chosen, path, type, reporter)
 
 
-def _check_place(path: Path, to: Format, overwrite: bool) -> None:
+def _check_destination(path: Path, to: Format, overwrite: bool) -> None:
     if to == "hf":
         if path.exists() and not path.is_dir():
-            raise InputError("is a file, not a folder", where=str(path))
+            raise InputError("exists and is a file, but this format needs a folder", where=str(path))
         if path.exists() and any(path.iterdir()):
             if not overwrite:
-                raise InputError("is not empty", where=str(path), hint="--overwrite replaces an export that is there")
+                raise InputError("the folder is not empty", where=str(path), hint="--overwrite replaces an existing export")
             if not (path / "config.json").exists():
-                raise InputError("is no exported folder: it has no config.json", where=str(path), hint="choose another")
+                raise InputError("not an exported folder: it has no config.json", where=str(path), hint="choose another folder")
     elif path.is_dir():
-        raise InputError("is a folder, not a file", where=str(path), hint=f"name a file, like {path / 'model'}.{to}")
+        raise InputError(
+            "exists and is a folder, but this format needs a file", where=str(path), hint=f"for example {path / 'model'}.{to}"
+        )
     elif path.exists() and not overwrite:
-        raise InputError("is there already", where=str(path), hint="--overwrite replaces it")
+        raise InputError("the file already exists", where=str(path), hint="--overwrite replaces it")
 
 
-def _common(run: Run, checkpoint: Checkpoint, to: Format, path: Path) -> dict[str, Any]:
+def _common_fields(run: Run, checkpoint: Checkpoint, to: Format, path: Path) -> dict[str, Any]:
     return {"run": str(run.path), "checkpoint": checkpoint.name, "step": checkpoint.step, "to": to, "path": str(path)}
 
 
-def _to_folder(run: Run, checkpoint: Checkpoint, path: Path, type: str, reporter: Reporter) -> Exported:
+def _export_huggingface(run: Run, checkpoint: Checkpoint, path: Path, type: str, reporter: Reporter) -> ExportResult:
     network = run.network(checkpoint, torch.device("cpu"))
-    class_name, lacking = huggingface.class_of(network.model)
-    if lacking:
-        reporter.note(f"no class of transformers has {', '.join(lacking)}: the folder carries {huggingface.MODELING}")
-    with whole_folder(path) as temporary:
-        written = card.model_card(run, checkpoint, network.parameter_count(), class_name, lacking)
-        huggingface.write(temporary, network, run.tokenizer, written)
-        difference, tokens = huggingface.check_export(temporary, network, run.tokenizer, verify.text_of(run))
+    class_name, unsupported = huggingface.select_class(network.model)
+    if unsupported:
+        reporter.note(
+            f"no transformers class supports {', '.join(unsupported)}; the folder includes {huggingface.MODELING_FILE} instead"
+        )
+    with atomic_folder(path) as temporary:
+        readme = card.model_card(run, checkpoint, network.parameter_count(), class_name, unsupported)
+        huggingface.write(temporary, network, run.tokenizer, readme)
+        difference, tokens = huggingface.check_export(temporary, network, run.tokenizer, verify.sample_text(run))
         size = sum(file.stat().st_size for file in temporary.iterdir())
     import transformers
 
-    return Exported(
-        **_common(run, checkpoint, "hf", path),
+    return ExportResult(
+        **_common_fields(run, checkpoint, "hf", path),
         bytes=size,
         architecture=class_name,
-        own_code_because=lacking,
+        own_code_because=unsupported,
         largest_difference=difference,
         tokens_compared=tokens,
         verified_with=(f"transformers {transformers.__version__}",),
     )
 
 
-def _to_gguf(run: Run, checkpoint: Checkpoint, path: Path, type: str, reporter: Reporter) -> Exported:
+def _export_gguf(run: Run, checkpoint: Checkpoint, path: Path, type: str, reporter: Reporter) -> ExportResult:
     network = run.network(checkpoint, torch.device("cpu"))
-    architecture, _ = gguf.check(network.model, run.tokenizer)
-    with whole_file(path) as temporary:
+    architecture, _ = gguf.check_supported(network.model, run.tokenizer)
+    with atomic_file(path) as temporary:
         gguf.write(temporary, network, run.tokenizer, type, run.recipe.name)
-        verified = gguf.check_export(temporary, network, run.tokenizer, verify.text_of(run), type, reporter)
+        verification = gguf.check_export(temporary, network, run.tokenizer, verify.sample_text(run), type, reporter)
         size = temporary.stat().st_size
-    return Exported(
-        **_common(run, checkpoint, "gguf", path),
+    return ExportResult(
+        **_common_fields(run, checkpoint, "gguf", path),
         bytes=size,
         architecture=architecture,
         own_code_because=(),
-        largest_difference=verified.largest_difference,
-        tokens_compared=verified.tokens,
-        verified_with=verified.by,
+        largest_difference=verification.largest_difference,
+        tokens_compared=verification.tokens,
+        verified_with=verification.programs,
         type=type,
-        perplexity=verified.perplexity,
-        run_perplexity=verified.run_perplexity,
-        same_greedy=verified.same_greedy,
+        perplexity=verification.perplexity,
+        run_perplexity=verification.run_perplexity,
+        same_greedy=verification.same_greedy,
     )
 
 
-def _to_onnx(run: Run, checkpoint: Checkpoint, path: Path, type: str, reporter: Reporter) -> Exported:
+def _export_onnx(run: Run, checkpoint: Checkpoint, path: Path, type: str, reporter: Reporter) -> ExportResult:
     import onnxruntime
 
     network = run.network(checkpoint, torch.device("cpu"))
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         onnx.write(temporary, network, run.recipe.name)
-        difference, tokens = onnx.check_export(temporary, network, run.tokenizer, verify.text_of(run))
+        difference, tokens = onnx.check_export(temporary, network, run.tokenizer, verify.sample_text(run))
         size = temporary.stat().st_size
-    return Exported(
-        **_common(run, checkpoint, "onnx", path),
+    return ExportResult(
+        **_common_fields(run, checkpoint, "onnx", path),
         bytes=size,
         architecture="ONNX graph",
         own_code_because=(),

@@ -1,8 +1,8 @@
-"""GGUF files for llama.cpp and everything built on it, of models that are GPT-2, Llama or Qwen3 in their mathematics.
+"""Write GGUF files for llama.cpp, for models that compute the same function as GPT-2, Llama or Qwen3.
 
-Tensors take the names and layouts of llama.cpp's own converter: queries and keys of Llama in the interleaved order of its rotary
-positions, every bias of GPT-2. The tokenizer is described by the name of a split that llama.cpp knows; one that it does not know
-is refused. `verify` loads the file with transformers and, where it is installed, with llama.cpp.
+Tensors have the names and layouts that llama.cpp's own converter writes: Llama's query and key rows in the interleaved order of
+its rotary embedding, and all biases of GPT-2, zero if the model has none. llama.cpp identifies pretokenizers by name, so a split
+pattern without a name is an error. `check_export` loads the file with transformers, and with llama.cpp if it is installed.
 """
 
 from __future__ import annotations
@@ -25,91 +25,102 @@ from tinylm.model.transformer import Transformer
 from tinylm.recipe.schema import ModelSection
 from tinylm.reporting import SILENT, Reporter
 from tinylm.tokenizer import Tokenizer
-from tinylm.tokenizer.splits import pattern_of
+from tinylm.tokenizer.pretokenizer import split_pattern
 
 TYPES = ("f32", "f16", "q8_0", "q4_0")
-MOST_WORSE = {"f32": 1.0001, "f16": 1.001, "q8_0": 1.01}
-"""Perplexity of the file over that of the run, at the most; q4_0 costs a small model what it costs."""
-_LLAMA_CPP_WORSE = 1.01
-"""llama.cpp multiplies in 8 or 16 bits where weights have them."""
-_GREEDY = 20
-_BLOCK = 32
-"""Numbers that share a scale in q8_0 and q4_0."""
+MAX_PERPLEXITY_RATIO = {"f32": 1.0001, "f16": 1.001, "q8_0": 1.01}
+"""Largest ratio of the file's perplexity to the run's. q4_0 has no limit, because it makes small models much worse."""
+_LLAMA_CPP_MAX_RATIO = 1.01
+"""Largest ratio of llama.cpp's perplexity to transformers'. llama.cpp rounds activations to 16 or 8 bits, as the weights are."""
+GREEDY_TOKENS = 20
+"""Length of the greedy continuation that is compared with llama.cpp's."""
+_BLOCK_SIZE = 32
+"""Number of values that share a scale in q8_0 and q4_0."""
 
 
-def check(model: ModelSection, tokenizer: Tokenizer) -> tuple[str, str]:
-    """The names of architecture and split in llama.cpp. Raises `InputError` with what has none there, and what would."""
-    name, lacking = hf_architectures.family(model)
+def check_supported(model: ModelSection, tokenizer: Tokenizer) -> tuple[str, str]:
+    """Return llama.cpp's names of the architecture and the pretokenizer. Raises `InputError` if it does not support one of them."""
+    name, unsupported = hf_architectures.find_family(model)
     if name is None:
         raise InputError(
-            f"llama.cpp has no model with {', '.join(lacking)}", where="--to gguf", hint="preset gpt2 or llama has none of it"
+            f"llama.cpp does not support {', '.join(unsupported)}",
+            where="--to gguf",
+            hint="model presets gpt2 and llama are supported",
         )
     if name == "gpt2" and model.feed_forward != "gelu":
-        raise InputError(f"llama.cpp's gpt2 has no feed_forward {model.feed_forward}", where="--to gguf", hint="gelu would do")
-    return name, _split(tokenizer)
+        raise InputError(
+            f"llama.cpp's gpt2 does not support feed_forward {model.feed_forward}", where="--to gguf", hint="gelu is supported"
+        )
+    return name, _supported_pretokenizer(tokenizer)
 
 
-def _split(tokenizer: Tokenizer) -> str:
+def _supported_pretokenizer(tokenizer: Tokenizer) -> str:
+    """Return llama.cpp's name of the tokenizer's pretokenizer. Raises `InputError` if it does not support the tokenizer."""
     values = json.loads(tokenizer.backend.to_str())
     if tokenizer.kind not in ("bpe", "byte"):
         raise InputError(
-            f"llama.cpp has no tokenizer like {tokenizer.kind}", where="--to gguf", hint="tokenizer kind bpe or byte would do"
+            f"llama.cpp does not support tokenizers of kind {tokenizer.kind}",
+            where="--to gguf",
+            hint="kinds bpe and byte are supported",
         )
-    whole = bool(values["model"].get("ignore_merges"))
-    found = _named_split(values["pre_tokenizer"], whole) if tokenizer.kind == "bpe" else "gpt-2"
-    if found is None or values["normalizer"] is not None:
-        what = "normalizes text first" if found else "splits text by a pattern that llama.cpp has no name for"
-        raise InputError(f"the tokenizer {what}", where="--to gguf", hint="split gpt2, or gpt4 with digits 1 or 3, would do")
-    return found
+    ignore_merges = bool(values["model"].get("ignore_merges"))
+    name = pretokenizer_name(values["pre_tokenizer"], ignore_merges) if tokenizer.kind == "bpe" else "gpt-2"
+    if name is None or values["normalizer"] is not None:
+        problem = "normalizes text" if name else "uses a split pattern that llama.cpp does not know"
+        hint = "split gpt2 is supported, and split gpt4 with digits 1 or 3"
+        raise InputError(f"the tokenizer {problem}", where="--to gguf", hint=hint)
+    return name
 
 
-def _named_split(pre: dict[str, Any] | None, whole: bool) -> str | None:
-    """llama.cpp's name for a pre-tokenizer; `whole`: words in the vocabulary are taken whole, whatever the merges say."""
+def pretokenizer_name(pre: dict[str, Any] | None, ignore_merges: bool) -> str | None:
+    """Return llama.cpp's name for the `pre_tokenizer` of a tokenizer.json, or None if llama.cpp does not support it.
+
+    `ignore_merges`: the BPE setting that encodes a word in the vocabulary as one token, without applying merges.
+    """
     parts = pre.get("pretokenizers", [pre]) if pre else []
     if not parts or parts[-1].get("type") != "ByteLevel" or parts[-1].get("add_prefix_space"):
         return None
-    regular, first = parts[-1].get("use_regex", True), parts[:-1]
+    use_regex, first = parts[-1].get("use_regex", True), parts[:-1]
     if not first:
-        return "gpt-2" if regular and not whole else None
+        return "gpt-2" if use_regex and not ignore_merges else None
     if len(first) > 1:
         return None
-    if regular:
-        digits = first[0] == {"type": "Digits", "individual_digits": True}
-        return "smollm" if digits and not whole else None
+    if use_regex:
+        splits_digits = first[0] == {"type": "Digits", "individual_digits": True}
+        return "smollm" if splits_digits and not ignore_merges else None
     if first[0].get("type") != "Split" or first[0].get("behavior") != "Isolated" or first[0].get("invert"):
         return None
-    return (
-        ("llama-bpe" if first[0]["pattern"].get("Regex") == pattern_of("gpt4", 3) else None)
-        if whole
-        else _PATTERNS.get(first[0]["pattern"].get("Regex"))
-    )
+    pattern = first[0]["pattern"].get("Regex")
+    if ignore_merges:
+        return "llama-bpe" if pattern == split_pattern("gpt4", 3) else None
+    return _PATTERN_NAMES.get(pattern)
 
 
-_PATTERNS = {
-    pattern_of("gpt2", None): "gpt-2",
-    pattern_of("gpt4", 1): "qwen2",
-    pattern_of("gpt4", 1).replace("{1,1}", ""): "qwen2",
-    pattern_of("gpt4", 3): "dbrx",
+_PATTERN_NAMES = {
+    split_pattern("gpt2", None): "gpt-2",
+    split_pattern("gpt4", 1): "qwen2",
+    split_pattern("gpt4", 1).replace("{1,1}", ""): "qwen2",  # as in Qwen's own tokenizer.json
+    split_pattern("gpt4", 3): "dbrx",
 }
-"""Patterns of tokenizer.json by llama.cpp's name; `llama-bpe` has the last one too, and takes words whole."""
+"""llama.cpp's names of split patterns. `llama-bpe` has the pattern of `dbrx`, but sets `ignore_merges`."""
 
 
-# Writing.
+# Export.
 
 
-def write(path: Path, network: Transformer, tokenizer: Tokenizer, kind: str, name: str) -> None:
-    """Write `path`. `kind` is one of `TYPES`, `name` what the model is called. Raises `InputError` as `check` does."""
+def write(path: Path, network: Transformer, tokenizer: Tokenizer, file_type: str, name: str) -> None:
+    """Write a GGUF file. `file_type`: one of `TYPES`. `name`: the model's name. Raises `InputError` as `check_supported` does."""
     gguf = verify.require("gguf", "gguf", "writing GGUF")
     model = network.model
-    architecture, split = check(model, tokenizer)
+    architecture, pretokenizer = check_supported(model, tokenizer)
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name(name)
-    writer.add_file_type(gguf.LlamaFileType[{"f32": "ALL_F32"}.get(kind, f"MOSTLY_{kind.upper()}")])
-    _describe(writer, model, architecture)
-    _describe_tokenizer(writer, gguf, tokenizer, split)
+    writer.add_file_type(gguf.LlamaFileType[{"f32": "ALL_F32"}.get(file_type, f"MOSTLY_{file_type.upper()}")])
+    _add_hyperparameters(writer, model, architecture)
+    _add_tokenizer(writer, gguf, tokenizer, pretokenizer)
     for key, tensor in _tensors(network, architecture, gguf):
-        data, stored = _stored(tensor.numpy(), _type_of(key, tensor, kind), gguf)
-        writer.add_tensor(key, data, raw_dtype=stored)
+        data, quantization = _quantize(tensor.numpy(), _storage_type(key, tensor, file_type), gguf)
+        writer.add_tensor(key, data, raw_dtype=quantization)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -118,7 +129,7 @@ def write(path: Path, network: Transformer, tokenizer: Tokenizer, kind: str, nam
         writer.close()
 
 
-def _describe(writer: Any, model: ModelSection, architecture: str) -> None:
+def _add_hyperparameters(writer: Any, model: ModelSection, architecture: str) -> None:
     writer.add_context_length(model.context_length)
     writer.add_embedding_length(model.n_embd)
     writer.add_block_count(model.n_layer)
@@ -135,7 +146,7 @@ def _describe(writer: Any, model: ModelSection, architecture: str) -> None:
     writer.add_rope_freq_base(model.rope_theta or 10000.0)
 
 
-def _describe_tokenizer(writer: Any, gguf: Any, tokenizer: Tokenizer, split: str) -> None:
+def _add_tokenizer(writer: Any, gguf: Any, tokenizer: Tokenizer, pretokenizer: str) -> None:
     values = json.loads(tokenizer.backend.to_str())
     added = tokenizer.backend.get_added_tokens_decoder()
     tokens, types = [], []
@@ -149,11 +160,11 @@ def _describe_tokenizer(writer: Any, gguf: Any, tokenizer: Tokenizer, split: str
     end = tokenizer.end_of_text
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in values["model"]["merges"]]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(split)
+    writer.add_tokenizer_pre(pretokenizer)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    writer.add_token_merges(merges or [f"{tokens[end or 0]} {tokens[end or 0]}"])  # there must be one; this one never applies
-    if end is not None:  # left out, they would be 11
+    writer.add_token_merges(merges or [f"{tokens[end or 0]} {tokens[end or 0]}"])  # must not be empty; this merge never applies
+    if end is not None:  # llama.cpp's default would be id 11
         writer.add_bos_token_id(end)
         writer.add_eos_token_id(end)
     writer.add_add_bos_token(False)
@@ -161,140 +172,154 @@ def _describe_tokenizer(writer: Any, gguf: Any, tokenizer: Tokenizer, split: str
 
 
 def _tensors(network: Transformer, architecture: str, gguf: Any) -> Iterator[tuple[str, Tensor]]:
-    """llama.cpp's names and layouts: matrices as (outputs, inputs)."""
+    """Yield llama.cpp's name and the value of each tensor in llama.cpp's layout: matrices are (outputs, inputs)."""
     model = network.model
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], model.n_layer)
-    for theirs, tensor in hf_architectures.tensors_of(network.state_dict(), model, architecture).items():
+    for theirs, tensor in hf_architectures.export_state_dict(network.state_dict(), model, architecture).items():
         if architecture == "gpt2" and ".c_" in theirs and tensor.ndim == 2:
             tensor = tensor.T.contiguous()
         if architecture == "llama" and ".q_proj." in theirs:
-            tensor = _interleaved(tensor, model.n_head)
+            tensor = interleave_rotary_rows(tensor, model.n_head)
         if architecture == "llama" and ".k_proj." in theirs:
-            tensor = _interleaved(tensor, model.kv_heads)
+            tensor = interleave_rotary_rows(tensor, model.kv_heads)
         yield names.get_name(theirs, try_suffixes=(".weight", ".bias")), tensor
 
 
-def _interleaved(rows: Tensor, heads: int) -> Tensor:
-    """Rotary pairs (i, i + D/2) of every head as neighbors (2i, 2i + 1), which is how llama.cpp turns them in Llama."""
+def interleave_rotary_rows(rows: Tensor, heads: int) -> Tensor:
+    """Reorder rows so that each head's rotary pairs (i, i + D/2) become neighbors (2i, 2i + 1), as llama.cpp's Llama has them."""
     return rows.view(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape).contiguous()
 
 
-def _type_of(key: str, tensor: Tensor, kind: str) -> str:
-    """What a tensor is stored in: gains, biases and positions in full, a matrix whose rows are no whole blocks in 16 bits."""
+def _storage_type(key: str, tensor: Tensor, file_type: str) -> str:
+    """Return the storage type of a tensor. `key`: its name in the file.
+
+    Vectors and position embeddings are stored as f32. In a quantized file, matrices are stored as f16 if the length of their rows
+    is not a multiple of the block size.
+    """
     if tensor.ndim < 2 or key.startswith("position_embd"):
         return "f32"
-    if kind.startswith("q") and tensor.shape[1] % _BLOCK:
+    if file_type.startswith("q") and tensor.shape[1] % _BLOCK_SIZE:
         return "f16"
-    if kind == "q4_0" and key.startswith(("token_embd", "output.")):
-        return "q8_0"  # both ends of a small model are most of it, and suffer most
-    return kind
+    if file_type == "q4_0" and key.startswith(("token_embd", "output.")):
+        return "q8_0"  # embedding and output head are most of a small model, and rounding affects them most
+    return file_type
 
 
-def _stored(values: np.ndarray, kind: str, gguf: Any) -> tuple[np.ndarray, Any]:
-    if kind == "f32":
+def _quantize(values: np.ndarray, storage_type: str, gguf: Any) -> tuple[np.ndarray, Any]:
+    """Return the stored array, and gguf's constant for a quantized type (None for f32 and f16)."""
+    if storage_type == "f32":
         return values.astype(np.float32), None
-    if kind == "f16":
+    if storage_type == "f16":
         return values.astype(np.float16), None
-    stored = gguf.GGMLQuantizationType[kind.upper()]
-    return gguf.quants.quantize(values.astype(np.float32), stored), stored
+    quantization = gguf.GGMLQuantizationType[storage_type.upper()]
+    return gguf.quants.quantize(values.astype(np.float32), quantization), quantization
 
 
-# Proving.
+# Verification.
 
 
 @dataclass(frozen=True)
-class Verified:
-    """What a file was held against. `largest_difference`: of logits, from the same weights after rounding to the file's type."""
+class Verification:
+    """How the file compares with the run. The logits differ by at most `largest_difference` from those of the rounded weights."""
 
     largest_difference: float
     tokens: int
     perplexity: float
     run_perplexity: float
-    by: tuple[str, ...]
+    programs: tuple[str, ...]
+    """Names and versions of the programs that loaded the file."""
     same_greedy: int | None
-    """Tokens of the greedy continuation that llama.cpp writes the same, of 20; None where it is not installed."""
+    """Number of greedily decoded tokens, up to `GREEDY_TOKENS`, before llama.cpp's first differs; None if it was not run."""
 
 
 def check_export(
-    path: Path, network: Transformer, tokenizer: Tokenizer, text: str, kind: str, reporter: Reporter = SILENT
-) -> Verified:
-    """Load the file elsewhere and compare it on `text`.
+    path: Path, network: Transformer, tokenizer: Tokenizer, text: str, file_type: str, reporter: Reporter = SILENT
+) -> Verification:
+    """Load the file with other programs and compare it with the run on `text`.
 
-    The network with its weights rounded to the file's type must have the logits that transformers makes of the file, and not
-    much more perplexity than the run; llama.cpp must split the text the same and come to the same perplexity.
-    Raises `WorkError` where that does not hold, `InputError` without transformers.
+    transformers must compute the logits of `network` with its weights rounded to the file's type, and the file's perplexity must
+    be close to the run's. llama.cpp, if installed, must split the text into the same tokens and compute nearly the same perplexity.
+    Raises `WorkError` if a comparison fails, `InputError` if transformers is not installed.
     """
     transformers = verify.require("transformers", "gguf", "checking a GGUF file")
-    rounded = _rounded(network, kind)
+    rounded = _round_weights(network, file_type)
     rows = verify.windows([tokenizer.end_of_text or 0, *tokenizer.encode(text)], network.model.context_length)
     with huggingface.quiet(transformers):
-        other = _loaded(transformers, path, network)
+        other = _load_with_transformers(transformers, path, network)
     difference = verify.largest_difference(rounded, lambda ids: other(ids).logits, rows)
-    verify.check_same(difference, "the GGUF file")
-    theirs, ours = verify.perplexity(lambda ids: other(ids).logits, rows), verify.perplexity(network, rows)
-    if theirs > ours * MOST_WORSE.get(kind, float("inf")):
+    verify.check_logits(difference, "the GGUF file")
+    file_perplexity, run_perplexity = verify.perplexity(lambda ids: other(ids).logits, rows), verify.perplexity(network, rows)
+    if file_perplexity > run_perplexity * MAX_PERPLEXITY_RATIO.get(file_type, float("inf")):
         raise WorkError(
-            f"in {kind} the perplexity is {theirs:.4f}, of the run {ours:.4f}",
-            hint="nothing was left; f16 keeps more of the weights",
+            f"the perplexity in {file_type} is {file_perplexity:.4f}, too far above the run's {run_perplexity:.4f}",
+            hint="nothing was saved; f16 is more precise",
         )
-    by, greedy = [f"transformers {transformers.__version__}"], None
+    programs, same_greedy = [f"transformers {transformers.__version__}"], None
     if llama_cpp.installed():
         version = importlib.metadata.version("llama-cpp-python")
-        answers = _asked(path, rounded, rows, text, tokenizer)
-        if isinstance(answers, str):
-            reporter.warn(f"llama-cpp-python {version} does not run here; only transformers has read the file ({answers})")
+        prompt = rows[0, : _prompt_length(network.model)].tolist()
+        result = llama_cpp.run(path, verify.tokenizer_probes(text), rows.tolist(), prompt, GREEDY_TOKENS)
+        if isinstance(result, str):
+            reporter.warn(f"llama-cpp-python {version} failed; the file was verified with transformers only ({result})")
         else:
-            greedy = _check_answers(answers, rounded, rows, theirs, tokenizer, text)
-            by.append(f"llama-cpp-python {version}")
-    return Verified(difference, rows.numel(), theirs, ours, tuple(by), greedy)
-
-
-def _asked(path: Path, network: Transformer, rows: Tensor, text: str, tokenizer: Tokenizer) -> llama_cpp.Answers | str:
-    prompt = rows[0, : _prompt_length(network.model)].tolist()
-    return llama_cpp.ask(path, verify.probes(text), rows.tolist(), prompt, _GREEDY)
+            same_greedy = _check_llama_cpp(result, rounded, rows, file_perplexity, tokenizer, text)
+            programs.append(f"llama-cpp-python {version}")
+    return Verification(difference, rows.numel(), file_perplexity, run_perplexity, tuple(programs), same_greedy)
 
 
 def _prompt_length(model: ModelSection) -> int:
-    return max(1, min(16, model.context_length - _GREEDY))
+    return max(1, min(16, model.context_length - GREEDY_TOKENS))
 
 
-def _check_answers(
-    answers: llama_cpp.Answers, network: Transformer, rows: Tensor, expected: float, tokenizer: Tokenizer, text: str
+def _check_llama_cpp(
+    result: llama_cpp.LlamaCppResult, network: Transformer, rows: Tensor, expected: float, tokenizer: Tokenizer, text: str
 ) -> int:
-    """How many tokens of the greedy continuation are the same. Raises `WorkError` for other ids or another perplexity."""
-    ids = dict(zip(verify.probes(text), answers.ids, strict=True))
+    """Return the number of greedily decoded tokens before the first difference.
+
+    Raises `WorkError` if llama.cpp's token ids or perplexity differ. `expected`: the perplexity.
+    """
+    ids = dict(zip(verify.tokenizer_probes(text), result.ids, strict=True))
     verify.check_ids(tokenizer, ids.__getitem__, text, "llama.cpp")
-    found = math.exp(min(answers.nats / max(1, rows.shape[0] * (rows.shape[1] - 1)), 700.0))
-    if not expected / _LLAMA_CPP_WORSE <= found <= expected * _LLAMA_CPP_WORSE:
-        raise WorkError(f"llama.cpp finds a perplexity of {found:.4f}, transformers of {expected:.4f}", hint="nothing was left")
-    written = verify.greedy(network, rows[:1, : _prompt_length(network.model)], len(answers.continuation))
-    same = [one == other for one, other in zip(written, answers.continuation, strict=True)]
+    perplexity = math.exp(min(result.nats / max(1, rows.shape[0] * (rows.shape[1] - 1)), 700.0))
+    if not expected / _LLAMA_CPP_MAX_RATIO <= perplexity <= expected * _LLAMA_CPP_MAX_RATIO:
+        raise WorkError(
+            f"llama.cpp computes a perplexity of {perplexity:.4f}, transformers {expected:.4f}", hint="nothing was saved"
+        )
+    ours = verify.greedy(network, rows[:1, : _prompt_length(network.model)], len(result.continuation))
+    same = [a == b for a, b in zip(ours, result.continuation, strict=True)]
     return same.index(False) if False in same else len(same)
 
 
-def _rounded(network: Transformer, kind: str) -> Transformer:
-    """The same network with its matrices as the file stores them: a scale belongs to a part of a row, whatever the rows' order."""
+_GGUF_PREFIXES = {"embedding.weight": "token_embd", "positions.weight": "position_embd", "head.weight": "output."}
+"""Beginnings of llama.cpp's names of the tensors that `_storage_type` distinguishes."""
+
+
+def _round_weights(network: Transformer, file_type: str) -> Transformer:
+    """Return a copy of the network with its weights rounded as in the file.
+
+    Quantization blocks lie within a row, so the order of rows, which the file changes, does not matter.
+    """
     import gguf
 
     rounded = Transformer(network.model, network.vocab_size, seed=None)
     rounded.load_state_dict(network.state_dict())
     with torch.no_grad():
         for name, parameter in rounded.named_parameters():
-            key = {"embedding.weight": "token_embd", "positions.weight": "position_embd", "head.weight": "output."}.get(name, name)
-            data, stored = _stored(parameter.numpy(), _type_of(key, parameter, kind), gguf)
-            restored = data.astype(np.float32) if stored is None else gguf.quants.dequantize(data, stored)
+            key = _GGUF_PREFIXES.get(name, name)
+            data, quantization = _quantize(parameter.numpy(), _storage_type(key, parameter, file_type), gguf)
+            restored = data.astype(np.float32) if quantization is None else gguf.quants.dequantize(data, quantization)
             parameter.copy_(torch.from_numpy(restored))
     return rounded.eval()
 
 
-def _loaded(transformers: Any, path: Path, network: Transformer) -> Any:
-    """The file as transformers reads it, told what its reader leaves out: GPT-2's positions, Qwen3's width of heads, biases."""
+def _load_with_transformers(transformers: Any, path: Path, network: Transformer) -> Any:
+    """Load the file with transformers, passing what its GGUF reader does not read: positions, head width and biases."""
     model = network.model
-    family, _ = hf_architectures.family(model)
+    family, _ = hf_architectures.find_family(model)
     assert family is not None
-    told = {}
+    extra = {}
     if family != "llama" or model.bias:
-        config = hf_architectures.config_of(model, family, network.vocab_size)
-        told["config"] = transformers.AutoConfig.for_model(family, **{k: v for k, v in config.items() if k != "model_type"})
+        config = hf_architectures.make_config(model, family, network.vocab_size)
+        extra["config"] = transformers.AutoConfig.for_model(family, **{k: v for k, v in config.items() if k != "model_type"})
     loader = transformers.AutoModelForCausalLM
-    return loader.from_pretrained(path.parent, gguf_file=path.name, **told, **huggingface.in_float32(transformers)).eval()
+    return loader.from_pretrained(path.parent, gguf_file=path.name, **extra, **huggingface.float32_argument(transformers)).eval()

@@ -1,7 +1,7 @@
-"""A run inside lm-evaluation-harness: its tasks ask, this adapter answers with log-likelihoods and text.
+"""Evaluate a run with lm-evaluation-harness: `run_tasks` runs its tasks, `adapter` implements its model interface.
 
-A whole text (`loglikelihood_rolling`) is scored in the windows of `tinylm eval`, so that both find the same perplexity; the
-harness's own adapter for transformers gives the last window of a text more context.
+Whole texts (`loglikelihood_rolling`) are scored in the same windows as in `tinylm eval`, so that both report the same perplexity.
+The harness's own adapter for transformers differs: it gives the last window of a text more context.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 
 from tinylm import device as devices
+from tinylm.cost.memory import EVALUATION_BATCH_LOGITS, EVALUATION_BATCH_TOKENS
 from tinylm.errors import InputError, TinylmError, WorkError
-from tinylm.evaluation.perplexity import BATCH_LOGITS, BATCH_TOKENS, windows_of
+from tinylm.evaluation.perplexity import sliding_windows
 from tinylm.generation.engine import generate
 from tinylm.generation.sampling import SamplingOptions
 from tinylm.interchange import verify
@@ -25,14 +26,14 @@ from tinylm.model.transformer import Transformer
 from tinylm.run import Run
 from tinylm.tokenizer import Tokenizer
 
-_BOOTSTRAPS = 1000
-_NEW_TOKENS = 256
-"""What the harness's adapters write at the most where a task does not say."""
+_BOOTSTRAP_ITERATIONS = 1000
+_DEFAULT_NEW_TOKENS = 256
+"""Maximum number of generated tokens if a task does not set one; the harness's own adapters use the same value."""
 
 
 @dataclass(frozen=True)
 class HarnessResult:
-    """`results`: task -> metric -> value, as the harness names them; a metric's standard error is beside it."""
+    """Scores of a run. `results`: task -> metric -> value, with standard errors as separate metrics. `harness`: its version."""
 
     run: str
     checkpoint: str
@@ -42,8 +43,8 @@ class HarnessResult:
 
 
 @dataclass(frozen=True)
-class Scored:
-    """A part of a text: `ids`, of which the last `count` are scored, each from those before it."""
+class ScoredSpan:
+    """A sequence whose last `count` ids are scored, each conditioned on all ids before it."""
 
     ids: Sequence[int]
     count: int
@@ -58,76 +59,80 @@ def run_tasks(
     limit: int | None = None,
     device: str = "auto",
 ) -> HarnessResult:
-    """Evaluate a run on tasks: names that the harness knows, or task files (.yaml). `limit`: on the first documents of each only.
+    """Evaluate a run on tasks: names of the harness's own tasks, or paths of task files (.yaml).
 
-    Raises `InputError` without lm-eval, for an unknown task or one whose data cannot be read, `WorkError` when a task fails.
+    `limit`: use only the first documents of each task. `stride`: as in `tinylm eval`.
+    Raises `InputError` if lm-eval is not installed or a task is unknown or unreadable, `WorkError` if a task fails.
     """
-    harness = verify.require("lm_eval", "harness", "lm-evaluation-harness")
+    harness = verify.require("lm_eval", "harness", "running lm-evaluation-harness tasks")
     from lm_eval.tasks import TaskManager
 
-    names, folders = _named(tasks)
+    names, folders = _resolve_tasks(tasks)
     chosen = run.checkpoint(checkpoint)
     network = run.network(chosen, devices.resolve(device))
-    manager = TaskManager(include_path=folders or None, include_defaults=any(not _is_file(task) for task in tasks))
+    manager = TaskManager(include_path=folders or None, include_defaults=any(not _is_task_file(task) for task in tasks))
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
-        raise InputError(f"no such task: {', '.join(unknown)}", where="--harness", hint="a name that lm-eval knows, or a task file")
+        raise InputError(
+            f"unknown task: {', '.join(unknown)}", where="--harness", hint="pass the name of an lm-eval task, or a task file"
+        )
     try:
-        answered = harness.simple_evaluate(
+        evaluated = harness.simple_evaluate(
             model=adapter(network, run.tokenizer, stride),
             tasks=names,
             task_manager=manager,
             limit=limit,
-            bootstrap_iters=_BOOTSTRAPS,
+            bootstrap_iters=_BOOTSTRAP_ITERATIONS,
             log_samples=False,
             verbosity="ERROR",
         )
     except TinylmError:
         raise
-    except Exception as error:  # tasks are other people's code and data
+    except Exception as error:  # tasks run third-party code on third-party data
         raise WorkError(
             f"{', '.join(names)}: {type(error).__name__}: {' '.join(str(error).split())[:300]}", where="--harness"
         ) from error
-    return HarnessResult(str(run.path), chosen.name, chosen.step, harness.__version__, _numbers(answered["results"]))
+    results = _numeric_metrics(evaluated["results"])
+    return HarnessResult(str(run.path), chosen.name, chosen.step, harness.__version__, results)
 
 
-def _is_file(task: str) -> bool:
+def _is_task_file(task: str) -> bool:
     return task.endswith((".yaml", ".yml"))
 
 
-def _named(tasks: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The names of the tasks, and the folders of those that are files."""
+def _resolve_tasks(tasks: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the names of the tasks, and the folders of those given as files."""
     names, folders = [], []
     for task in tasks:
-        if not _is_file(task):
+        if not _is_task_file(task):
             names.append(task)
             continue
         try:
             text = Path(task).read_text(encoding="utf-8")
         except OSError as error:
             raise InputError(error.strerror or "cannot be read", where=task) from None
-        found = re.search(r"^task:\s*[\"']?([^\s\"'#]+)", text, flags=re.MULTILINE)
-        if found is None:
-            raise InputError("names no task: it has no `task:` line", where=task)
-        names.append(found[1])
+        match = re.search(r"^task:\s*[\"']?([^\s\"'#]+)", text, flags=re.MULTILINE)
+        if match is None:
+            raise InputError("the task file has no `task:` line", where=task)
+        names.append(match[1])
         folders.append(str(Path(task).absolute().parent))
     return names, folders
 
 
-def _numbers(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """`word_perplexity,none` -> `word_perplexity`; what is no number is left out."""
+def _numeric_metrics(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Keep numeric metrics and drop the filter name `none` from their keys: `word_perplexity,none` -> `word_perplexity`."""
 
-    def metrics(found: dict[str, Any]) -> Iterator[tuple[str, float]]:
-        for key, value in found.items():
+    def metrics(values: dict[str, Any]) -> Iterator[tuple[str, float]]:
+        for key, value in values.items():
             if isinstance(value, (int, float)) and "," in key:
-                name, _, how = key.partition(",")
-                yield (name if how == "none" else f"{name}_{how}"), float(value)
+                name, _, filter_name = key.partition(",")
+                yield (name if filter_name == "none" else f"{name}_{filter_name}"), float(value)
 
-    return {task: dict(metrics(found)) for task, found in results.items()}
+    return {task: dict(metrics(values)) for task, values in results.items()}
 
 
 def adapter(network: Transformer, tokenizer: Tokenizer, stride: int | None = None) -> Any:
-    """The object to pass as `model=` to `lm_eval.simple_evaluate`. `stride` as in `tinylm eval`."""
+    """Return the object to pass as `model=` to `lm_eval.simple_evaluate`. `stride`: as in `tinylm eval`."""
     from lm_eval.api.model import TemplateLM
 
     class TinylmLM(TemplateLM):  # type: ignore[misc]  # defined here because lm_eval is an extra
@@ -141,83 +146,86 @@ def adapter(network: Transformer, tokenizer: Tokenizer, stride: int | None = Non
         def _loglikelihood_tokens(
             self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any
         ) -> list[tuple[float, bool]]:
-            return score_continuations(network, [(before, after) for _, before, after in requests])
+            return score_continuations(network, [(context, target) for _, context, target in requests])
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
             return score_texts(network, tokenizer, [request.args[0] for request in requests], stride)
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-            return [continuation(network, tokenizer, *request.args) for request in requests]
+            return [complete(network, tokenizer, *request.args) for request in requests]
 
     return TinylmLM()
 
 
 def score_continuations(network: Transformer, requests: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-    """For each (context, continuation): its log-probability in nats, and whether greedy decoding would write it.
+    """Return, for each (context, continuation), its log-probability in nats and whether greedy decoding would generate it.
 
-    A context too long for the model loses its beginning.
+    A context that is too long for the model is truncated on the left. A continuation that is too long is scored in several spans.
     """
-    context = network.model.context_length
-    parts, owners = [], []
-    for owner, (before, after) in enumerate(requests):
-        ids, left = [*before, *after], len(after)
-        while left:
-            count = min(left, context)
-            parts.append(Scored(ids[-context - 1 :], count))
+    context_length = network.model.context_length
+    spans, owners = [], []
+    for owner, (context, continuation) in enumerate(requests):
+        ids, remaining = [*context, *continuation], len(continuation)
+        while remaining:
+            count = min(remaining, context_length)
+            spans.append(ScoredSpan(ids[-context_length - 1 :], count))
             owners.append(owner)
-            ids, left = ids[: len(ids) - count], left - count
+            ids, remaining = ids[: len(ids) - count], remaining - count
     totals = [(0.0, True)] * len(requests)
-    for owner, (nats, greedy) in zip(owners, _scores(network, parts), strict=True):
+    for owner, (nats, greedy) in zip(owners, _score_spans(network, spans), strict=True):
         totals[owner] = (totals[owner][0] - nats, totals[owner][1] and greedy)
     return totals
 
 
 def score_texts(network: Transformer, tokenizer: Tokenizer, texts: Sequence[str], stride: int | None) -> list[float]:
-    """The log-probability of each text in nats, in windows as `tinylm eval` has them."""
-    context = network.model.context_length
-    parts, owners = [], []
+    """Return the log-probability of each text in nats, scored in the windows of `tinylm eval`."""
+    context_length = network.model.context_length
+    spans, owners = [], []
     for owner, text in enumerate(texts):
         ids = [tokenizer.end_of_text or 0, *tokenizer.encode(text)]
-        for window in windows_of([(1, len(ids))], context, stride or context):
-            parts.append(Scored(ids[window.start : window.start + window.length + 1], window.scored))
+        for window in sliding_windows([(1, len(ids))], context_length, stride or context_length):
+            spans.append(ScoredSpan(ids[window.start : window.start + window.length + 1], window.scored))
             owners.append(owner)
     totals = [0.0] * len(texts)
-    for owner, (nats, _) in zip(owners, _scores(network, parts), strict=True):
+    for owner, (nats, _) in zip(owners, _score_spans(network, spans), strict=True):
         totals[owner] -= nats
     return totals
 
 
 @torch.no_grad()
-def _scores(network: Transformer, parts: Sequence[Scored]) -> list[tuple[float, bool]]:
-    """(nats, all of them the likeliest) of each part, in batches of like lengths."""
+def _score_spans(network: Transformer, spans: Sequence[ScoredSpan]) -> list[tuple[float, bool]]:
+    """Return, for each span, its summed loss in nats and whether every scored token is the most likely one.
+
+    Spans of similar length are scored in one batch, longest first.
+    """
     device = next(network.parameters()).device
-    order = sorted(range(len(parts)), key=lambda index: -len(parts[index].ids))
-    most = min(BATCH_TOKENS, BATCH_LOGITS // network.vocab_size)
-    found: list[tuple[float, bool]] = [(0.0, True)] * len(parts)
+    order = sorted(range(len(spans)), key=lambda index: -len(spans[index].ids))
+    max_tokens = min(EVALUATION_BATCH_TOKENS, EVALUATION_BATCH_LOGITS // network.vocab_size)
+    scores: list[tuple[float, bool]] = [(0.0, True)] * len(spans)
     while order:
-        rows = max(1, most // len(parts[order[0]].ids))
+        rows = max(1, max_tokens // len(spans[order[0]].ids))
         batch, order = order[:rows], order[rows:]
-        longest = len(parts[batch[0]].ids)
-        ids = torch.tensor([[*parts[index].ids, *[0] * (longest - len(parts[index].ids))] for index in batch], device=device)
+        longest = len(spans[batch[0]].ids)
+        ids = torch.tensor([[*spans[index].ids, *[0] * (longest - len(spans[index].ids))] for index in batch], device=device)
         logits = network(ids[:, :-1]).float()
         losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(ids.shape[0], -1)
-        likeliest = logits.argmax(-1) == ids[:, 1:]
+        is_greedy = logits.argmax(-1) == ids[:, 1:]
         for row, index in enumerate(batch):
-            end = len(parts[index].ids) - 1
-            scored = slice(end - parts[index].count, end)
-            found[index] = (float(losses[row, scored].double().sum()), bool(likeliest[row, scored].all()))
-    return found
+            end = len(spans[index].ids) - 1
+            scored = slice(end - spans[index].count, end)
+            scores[index] = (float(losses[row, scored].double().sum()), bool(is_greedy[row, scored].all()))
+    return scores
 
 
-def continuation(network: Transformer, tokenizer: Tokenizer, prompt: str, wanted: dict[str, Any]) -> str:
-    """Text after a prompt, up to a stop text; greedy unless the task asks to sample."""
-    until = wanted.get("until") or []
-    temperature = float(wanted.get("temperature") or 0.0) if wanted.get("do_sample") else 0.0
+def complete(network: Transformer, tokenizer: Tokenizer, prompt: str, settings: dict[str, Any]) -> str:
+    """Generate text after a prompt, up to a stop string. Decoding is greedy unless the task's `settings` enable sampling."""
+    until = settings.get("until") or []
+    temperature = float(settings.get("temperature") or 0.0) if settings.get("do_sample") else 0.0
     options = SamplingOptions(
-        int(wanted.get("max_gen_toks", _NEW_TOKENS)),
+        int(settings.get("max_gen_toks", _DEFAULT_NEW_TOKENS)),
         temperature,
-        wanted.get("top_k"),
-        wanted.get("top_p"),
+        settings.get("top_k"),
+        settings.get("top_p"),
         stop=tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop),
     )
     return generate(network, tokenizer, prompt, options)[0].text

@@ -1,8 +1,9 @@
-"""Which of transformers' own classes computes what a `model:` section computes: its config.json and names of tensors, both ways.
+"""Map between tinylm's `model:` section and the transformers classes that compute the same model.
 
-Three families are known: gpt2, llama, and qwen3, which is Llama with normalised queries and keys. Their differences from
-`Transformer` are names and layouts only: Conv1D stores its matrices as (inputs, outputs); Llama keeps queries, keys and values
-apart, and gate and values of SwiGLU. Both turn the same halves in rotary positions. A bias that one side lacks is zero, a gain one.
+Converts config.json and state dicts in both directions, for three families: gpt2, llama, and qwen3 (Llama with query and key
+norms). They differ from `Transformer` only in tensor names and layouts. GPT-2's Conv1D stores matrices as (inputs, outputs).
+Llama stores separate matrices for queries, keys and values, and for SwiGLU's gate and up projections. Rotary embeddings pair
+dimension i with i + D/2, as in tinylm. Biases that the source does not have are set to zero, norm gains to one.
 """
 
 from __future__ import annotations
@@ -18,25 +19,25 @@ from tinylm.recipe.schema import ModelSection
 
 FAMILIES = ("gpt2", "llama", "qwen3")
 CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3")
-"""Model types of config.json with Llama's mathematics; Mistral and Qwen2 differ in windows and biases only."""
+LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
+"""Values of `model_type` that are imported like Llama. They differ in sliding windows, biases, and query and key norms."""
 
 _ACTIVATIONS = {"gelu": "gelu_new", "gelu_exact": "gelu", "relu": "relu", "relu2": "relu2"}
-_READ_ACTIVATIONS = {**{theirs: ours for ours, theirs in _ACTIVATIONS.items()}, "gelu_pytorch_tanh": "gelu"}
+_ACTIVATIONS_FROM_HF = {**{theirs: ours for ours, theirs in _ACTIVATIONS.items()}, "gelu_pytorch_tanh": "gelu"}
 _BUFFERS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")
-"""Endings of what older files hold beside weights."""
+"""Name endings of non-parameter buffers in older checkpoints."""
 
 
-def family(model: ModelSection) -> tuple[str | None, tuple[str, ...]]:
-    """The family that computes the same, or None and the parts that the nearest one lacks."""
-    found = {name: obstacles(model, name) for name in FAMILIES}
-    name = min(found, key=lambda name: len(found[name]))
-    return (None, found[name]) if found[name] else (name, ())
+def find_family(model: ModelSection) -> tuple[str | None, tuple[str, ...]]:
+    """Return the family that computes `model`, or None and the parts that the closest family does not support."""
+    unsupported = {family: unsupported_parts(model, family) for family in FAMILIES}
+    closest = min(unsupported, key=lambda family: len(unsupported[family]))
+    return (None, unsupported[closest]) if unsupported[closest] else (closest, ())
 
 
-def obstacles(model: ModelSection, name: str) -> tuple[str, ...]:
-    """The parts of `model` that family `name` has no place for, as a recipe would say them."""
-    wanted: dict[str, Any] = {
+def unsupported_parts(model: ModelSection, family: str) -> tuple[str, ...]:
+    """Return the parts of `model` that a family does not support, as "key value" in the spelling of a recipe."""
+    required: dict[str, Any] = {
         "norm_position": "pre",
         "embedding_norm": False,
         "ngram_embeddings": (),
@@ -46,39 +47,39 @@ def obstacles(model: ModelSection, name: str) -> tuple[str, ...]:
         "parallel_residual": False,
         "logit_softcap": None,
     }
-    if name == "gpt2":
-        wanted |= {"norm": "layernorm", "position": "learned", "qk_norm": False}
+    if family == "gpt2":
+        required |= {"norm": "layernorm", "position": "learned", "qk_norm": False}
     else:
-        wanted |= {"norm": "rmsnorm", "position": "rope", "qk_norm": name == "qwen3", "feed_forward": "swiglu"}
-    found = [f"{key} {_said(getattr(model, key))}" for key, value in wanted.items() if getattr(model, key) != value]
-    if name == "gpt2":
-        found += ["feed_forward swiglu"] if model.feed_forward == "swiglu" else []
-        found += [f"n_kv_head {model.kv_heads}"] if model.kv_heads != model.n_head else []
-        found += [f"head_dim {model.head_dim}"] if model.n_head * model.head_width != model.n_embd else []
-    elif name == "qwen3" and model.bias:
-        found.append("bias true")
-    return tuple(found)
+        required |= {"norm": "rmsnorm", "position": "rope", "qk_norm": family == "qwen3", "feed_forward": "swiglu"}
+    parts = [f"{key} {_format_value(getattr(model, key))}" for key, value in required.items() if getattr(model, key) != value]
+    if family == "gpt2":
+        parts += ["feed_forward swiglu"] if model.feed_forward == "swiglu" else []
+        parts += [f"n_kv_head {model.kv_heads}"] if model.kv_heads != model.n_head else []
+        parts += [f"head_dim {model.head_dim}"] if model.n_head * model.head_width != model.n_embd else []
+    elif family == "qwen3" and model.bias:
+        parts.append("bias true")
+    return tuple(parts)
 
 
-def _said(value: object) -> str:
+def _format_value(value: object) -> str:
     return str(list(value)) if isinstance(value, tuple) else str(value).lower()
 
 
-# Writing.
+# Export.
 
 
-def config_of(model: ModelSection, name: str, vocab_size: int) -> dict[str, Any]:
-    """config.json of a model of family `name`, without its special ids."""
+def make_config(model: ModelSection, family: str, vocab_size: int) -> dict[str, Any]:
+    """Return the contents of config.json for a model of `family`, without the ids of special tokens."""
     shared = {
-        "architectures": [CLASSES[name]],
-        "model_type": name,
+        "architectures": [CLASSES[family]],
+        "model_type": family,
         "vocab_size": vocab_size,
         "tie_word_embeddings": model.tie_embeddings,
         "initializer_range": 0.02,
         "torch_dtype": "float32",
         "use_cache": True,
     }
-    if name == "gpt2":
+    if family == "gpt2":
         return {
             **shared,
             "n_positions": model.context_length,
@@ -91,10 +92,8 @@ def config_of(model: ModelSection, name: str, vocab_size: int) -> dict[str, Any]
             "layer_norm_epsilon": model.norm_eps,
             "resid_pdrop": model.dropout,
             "embd_pdrop": model.dropout,
-            "attn_pdrop": model.attention_drops,
+            "attn_pdrop": model.attention_dropout_p,
         }
-    theta = model.rope_theta or 10000.0
-    biases = {"attention_bias": model.bias}
     return {
         **shared,
         "max_position_embeddings": model.context_length,
@@ -106,38 +105,39 @@ def config_of(model: ModelSection, name: str, vocab_size: int) -> dict[str, Any]
         "head_dim": model.head_width,
         "hidden_act": "silu",
         "rms_norm_eps": model.norm_eps,
-        "rope_theta": theta,
+        "rope_theta": model.rope_theta or 10000.0,
         "rope_scaling": None,
-        "attention_dropout": model.attention_drops,
-        **(biases | {"mlp_bias": model.bias} if name == "llama" else biases),
+        "attention_dropout": model.attention_dropout_p,
+        "attention_bias": model.bias,
+        **({"mlp_bias": model.bias} if family == "llama" else {}),
     }
 
 
-def tensors_of(state: Mapping[str, Tensor], model: ModelSection, name: str) -> dict[str, Tensor]:
-    """A network's state dict under the names and in the layout of family `name`; a tied head is left out."""
-    complete = _with_defaults(state, model)
-    written = _as_gpt2(complete, model) if name == "gpt2" else _as_llama(complete, model, name)
+def export_state_dict(state: Mapping[str, Tensor], model: ModelSection, family: str) -> dict[str, Tensor]:
+    """Convert a network's state dict to the names and layouts of `family`; a tied output head is omitted."""
+    get = _with_defaults(state, model)
+    converted = _to_gpt2(get, model) if family == "gpt2" else _to_llama(get, model)
     head = "lm_head.weight"
-    return {key: tensor.contiguous().clone() for key, tensor in written if not (model.tie_embeddings and key == head)}
+    return {key: tensor.contiguous().clone() for key, tensor in converted if not (model.tie_embeddings and key == head)}
 
 
 def _with_defaults(state: Mapping[str, Tensor], model: ModelSection) -> Callable[[str], Tensor]:
-    """Look up a tensor; a gain that the model does without is one, a bias zero."""
+    """Return a function that looks up a tensor. For a tensor that the model does not have, gains are ones and biases zeros."""
 
-    def look_up(key: str) -> Tensor:
+    def get(key: str) -> Tensor:
         if key in state:
             return state[key]
-        beside = f"{key.rpartition('.')[0]}.weight"
+        weight = f"{key.rpartition('.')[0]}.weight"
         if key.endswith("_gain"):
             return torch.ones(model.head_width)
-        if beside in state:
-            return torch.zeros(state[beside].shape[0])
+        if weight in state:
+            return torch.zeros(state[weight].shape[0])
         return torch.ones(model.n_embd) if key.endswith(".weight") else torch.zeros(model.n_embd)
 
-    return look_up
+    return get
 
 
-_GPT2_LAYER = {
+_GPT2_BLOCK_NAMES = {
     "attention_norm": "ln_1",
     "attention.qkv": "attn.c_attn",
     "attention.output": "attn.c_proj",
@@ -145,7 +145,7 @@ _GPT2_LAYER = {
     "feed_forward.input": "mlp.c_fc",
     "feed_forward.output": "mlp.c_proj",
 }
-_GPT2_ENDS = {
+_GPT2_OUTER_NAMES = {
     "embedding.weight": "transformer.wte.weight",
     "positions.weight": "transformer.wpe.weight",
     "final_norm.weight": "transformer.ln_f.weight",
@@ -154,108 +154,117 @@ _GPT2_ENDS = {
 }
 
 
-def _gpt2_names(layers: int) -> Iterator[tuple[str, str, bool]]:
-    """(our name, theirs, whether it is a matrix inside a block, stored by Conv1D)."""
-    for ours, theirs in _GPT2_ENDS.items():
+def _gpt2_names(n_layer: int) -> Iterator[tuple[str, str, bool]]:
+    """Yield (tinylm's name, GPT-2's name, whether GPT-2 stores the tensor as a Conv1D matrix)."""
+    for ours, theirs in _GPT2_OUTER_NAMES.items():
         yield ours, theirs, False
-    for layer in range(layers):
-        for ours, theirs in _GPT2_LAYER.items():
+    for layer in range(n_layer):
+        for ours, theirs in _GPT2_BLOCK_NAMES.items():
             for part in ("weight", "bias"):
                 yield f"blocks.{layer}.{ours}.{part}", f"transformer.h.{layer}.{theirs}.{part}", part == "weight" and "." in ours
 
 
-def _as_gpt2(state: Callable[[str], Tensor], model: ModelSection) -> Iterator[tuple[str, Tensor]]:
-    for ours, theirs, conv in _gpt2_names(model.n_layer):
-        tensor = state(ours)
-        yield theirs, tensor.T if conv else tensor
+def _to_gpt2(get: Callable[[str], Tensor], model: ModelSection) -> Iterator[tuple[str, Tensor]]:
+    for ours, theirs, is_conv1d in _gpt2_names(model.n_layer):
+        tensor = get(ours)
+        yield theirs, tensor.T if is_conv1d else tensor
 
 
-_LLAMA_ENDS = {
+_LLAMA_OUTER_NAMES = {
     "embedding.weight": "model.embed_tokens.weight",
     "final_norm.weight": "model.norm.weight",
     "head.weight": "lm_head.weight",
 }
-_LLAMA_LAYER = {
+_LLAMA_BLOCK_NAMES = {
     "attention_norm.weight": "input_layernorm.weight",
     "feed_forward_norm.weight": "post_attention_layernorm.weight",
     "attention.output.weight": "self_attn.o_proj.weight",
     "feed_forward.output.weight": "mlp.down_proj.weight",
 }
-_LLAMA_JOINED = {
+_LLAMA_FUSED_NAMES = {
     "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "feed_forward.input": ("mlp.gate_proj", "mlp.up_proj"),
 }
-_QWEN3_GAINS = {"attention.query_gain": "self_attn.q_norm.weight", "attention.key_gain": "self_attn.k_norm.weight"}
-_LLAMA_BIASES = {"attention.output.bias": "self_attn.o_proj.bias", "feed_forward.output.bias": "mlp.down_proj.bias"}
+_QWEN3_GAIN_NAMES = {"attention.query_gain": "self_attn.q_norm.weight", "attention.key_gain": "self_attn.k_norm.weight"}
+_LLAMA_BIAS_NAMES = {"attention.output.bias": "self_attn.o_proj.bias", "feed_forward.output.bias": "mlp.down_proj.bias"}
 
 
-def _llama_layer(model: ModelSection) -> dict[str, str]:
-    biases = _LLAMA_BIASES if model.bias else {}
-    return _LLAMA_LAYER | biases | (_QWEN3_GAINS if model.qk_norm else {})
+def _llama_block_names(model: ModelSection) -> dict[str, str]:
+    biases = _LLAMA_BIAS_NAMES if model.bias else {}
+    return _LLAMA_BLOCK_NAMES | biases | (_QWEN3_GAIN_NAMES if model.qk_norm else {})
 
 
-def _llama_rows(model: ModelSection) -> dict[str, tuple[int, ...]]:
-    keys = model.kv_heads * model.head_width
+def _llama_fused_rows(model: ModelSection) -> dict[str, tuple[int, ...]]:
+    """Return, for each matrix that tinylm fuses, the number of rows of each of Llama's matrices in it."""
+    kv_rows = model.kv_heads * model.head_width
     return {
-        "attention.qkv": (model.n_head * model.head_width, keys, keys),
+        "attention.qkv": (model.n_head * model.head_width, kv_rows, kv_rows),
         "feed_forward.input": (model.feed_forward_width, model.feed_forward_width),
     }
 
 
-def _as_llama(state: Callable[[str], Tensor], model: ModelSection, name: str) -> Iterator[tuple[str, Tensor]]:
-    for ours, theirs in _LLAMA_ENDS.items():
-        yield theirs, state(ours)
+def _to_llama(get: Callable[[str], Tensor], model: ModelSection) -> Iterator[tuple[str, Tensor]]:
+    for ours, theirs in _LLAMA_OUTER_NAMES.items():
+        yield theirs, get(ours)
     for layer in range(model.n_layer):
-        here, there = f"blocks.{layer}", f"model.layers.{layer}"
-        for ours, theirs in _llama_layer(model).items():
-            yield f"{there}.{theirs}", state(f"{here}.{ours}")
-        for joined, rows in _llama_rows(model).items():
+        our_block, their_block = f"blocks.{layer}", f"model.layers.{layer}"
+        for ours, theirs in _llama_block_names(model).items():
+            yield f"{their_block}.{theirs}", get(f"{our_block}.{ours}")
+        for fused, rows in _llama_fused_rows(model).items():
             for part in ("weight", "bias") if model.bias else ("weight",):
-                pieces = torch.split(state(f"{here}.{joined}.{part}"), list(rows))
-                yield from ((f"{there}.{name}.{part}", piece) for name, piece in zip(_LLAMA_JOINED[joined], pieces, strict=True))
+                tensors = torch.split(get(f"{our_block}.{fused}.{part}"), list(rows))
+                for name, tensor in zip(_LLAMA_FUSED_NAMES[fused], tensors, strict=True):
+                    yield f"{their_block}.{name}.{part}", tensor
 
 
-# Reading.
+# Import.
 
 
-def model_of(config: Mapping[str, Any], tensors: Mapping[str, Any], where: str) -> ModelSection:
-    """The `model:` section that computes what config.json describes. Raises `InputError` for what no section computes."""
+def model_section_from_config(config: Mapping[str, Any], tensors: Mapping[str, Any], where: str) -> ModelSection:
+    """Return the `model:` section of the model that config.json describes.
+
+    Only the names of `tensors` are used; they show whether a Llama model has biases. Raises `InputError` if it is not supported.
+    """
     kind = config.get("model_type")
-    if kind != "gpt2" and kind not in LIKE_LLAMA:
-        known = ", ".join(("gpt2", *LIKE_LLAMA))
-        raise InputError(f"a model of type {kind!r} is not read here (known: {known})", where=where)
+    if kind != "gpt2" and kind not in LLAMA_LIKE:
+        known = ", ".join(("gpt2", *LLAMA_LIKE))
+        raise InputError(f"unsupported model_type {kind!r} (supported: {known})", where=where)
     try:
-        parts = _gpt2_parts(config) if kind == "gpt2" else _llama_parts(config, tensors)
-        _check_all_taken(config, kind, where)
-        return ModelSection.model_validate(parts)
+        values = _gpt2_section_values(config) if kind == "gpt2" else _llama_section_values(config, tensors)
+        _check_supported(config, kind, where)
+        return ModelSection.model_validate(values)
     except KeyError as error:
-        raise InputError(f"lacks {error}", where=where) from None
+        raise InputError(f"missing key {error}", where=where) from None
     except ValueError as error:
-        raise InputError(f"not the shape of a model: {' '.join(str(error).split())}", where=where) from None
+        raise InputError(f"invalid model configuration: {' '.join(str(error).split())}", where=where) from None
 
 
-_REFUSED_PARTS: dict[str, dict[str, Any]] = {
-    "gpt2": {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+_REQUIRED_SETTINGS: dict[str, dict[str, Any]] = {
+    "gpt2": {
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+        "quantization_config": None,
+    },
     "llama": {"hidden_act": "silu", "quantization_config": None},
 }
-"""Settings that change the mathematics, with the value that leaves it as it is here."""
+"""Keys of config.json that change what the model computes, each with its only supported value."""
 
 
-def _check_all_taken(config: Mapping[str, Any], kind: str, where: str) -> None:
-    plain: dict[str, Any] = {**_REFUSED_PARTS["gpt2" if kind == "gpt2" else "llama"], "quantization_config": None}
-    for key, value in plain.items():
+def _check_supported(config: Mapping[str, Any], kind: str, where: str) -> None:
+    for key, value in _REQUIRED_SETTINGS["gpt2" if kind == "gpt2" else "llama"].items():
         if config.get(key, value) != value:
-            raise InputError(f"{key} {config[key]!r} is not computed here", where=where)
-    if kind == "gpt2" and config.get("activation_function", "gelu_new") not in _READ_ACTIVATIONS:
-        raise InputError(f"activation_function {config['activation_function']!r} is not computed here", where=where)
+            raise InputError(f"{key} {config[key]!r} is not supported", where=where)
+    if kind == "gpt2" and config.get("activation_function", "gelu_new") not in _ACTIVATIONS_FROM_HF:
+        raise InputError(f"activation_function {config['activation_function']!r} is not supported", where=where)
     for key in ("rope_scaling", "rope_parameters"):
         rope = config.get(key) or {}
         scaled = rope.get("rope_type", rope.get("type", "default")) != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0
         if scaled:
-            raise InputError(f"scaled rotary positions ({rope}) are not computed here", where=where)
+            raise InputError(f"scaled rotary embeddings are not supported ({key}: {rope})", where=where)
 
 
-def _gpt2_parts(config: Mapping[str, Any]) -> dict[str, Any]:
+def _gpt2_section_values(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "preset": "gpt2",
         "n_layer": config["n_layer"],
@@ -264,12 +273,12 @@ def _gpt2_parts(config: Mapping[str, Any]) -> dict[str, Any]:
         "n_inner": config.get("n_inner") or 4 * config["n_embd"],
         "context_length": config.get("n_positions", config.get("n_ctx", 1024)),
         "norm_eps": config.get("layer_norm_epsilon", 1e-5),
-        "feed_forward": _READ_ACTIVATIONS.get(config.get("activation_function", "gelu_new"), "gelu"),
+        "feed_forward": _ACTIVATIONS_FROM_HF.get(config.get("activation_function", "gelu_new"), "gelu"),
         "tie_embeddings": config.get("tie_word_embeddings", True),
     }
 
 
-def _llama_parts(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
+def _llama_section_values(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
     heads, width = config["num_attention_heads"], config["hidden_size"]
     theta = (config.get("rope_parameters") or {}).get("rope_theta", config.get("rope_theta")) or 10000.0
     head_dim = config.get("head_dim") or width // heads
@@ -284,7 +293,7 @@ def _llama_parts(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[
         "n_embd": width,
         "head_dim": None if head_dim * heads == width else head_dim,
         "n_inner": config["intermediate_size"],
-        "context_length": min(context, window or context),  # within a window nothing is out of sight
+        "context_length": min(context, window or context),  # a sliding window has no effect on shorter sequences
         "norm_eps": config.get("rms_norm_eps", 1e-6),
         "rope_theta": float(theta),
         "bias": any(name.endswith("_proj.bias") for name in tensors),
@@ -293,61 +302,65 @@ def _llama_parts(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[
     }
 
 
-def state_of(tensors: Mapping[str, Tensor], model: ModelSection, kind: str, where: str) -> dict[str, Tensor]:
-    """Our state dict of a family's tensors; kind `nanogpt` is GPT-2 without Conv1D's layout.
+def import_state_dict(tensors: Mapping[str, Tensor], model: ModelSection, kind: str, where: str) -> dict[str, Tensor]:
+    """Convert a state dict of another program to tinylm's names and layouts.
 
-    Raises `InputError`, naming them, for tensors that are missing or left over.
+    `kind`: the `model_type`, or "nanogpt", which is GPT-2 without Conv1D's transposed layout.
+    Raises `InputError` with the names of missing and unexpected tensors.
     """
-    there = dict(tensors)
+    remaining = dict(tensors)
     if kind in ("gpt2", "nanogpt"):
-        there = {name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": t for name, t in there.items()}
-    there = {name: tensor for name, tensor in there.items() if not name.endswith(_BUFFERS)}
+        remaining = {
+            name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": tensor
+            for name, tensor in remaining.items()
+        }
+    remaining = {name: tensor for name, tensor in remaining.items() if not name.endswith(_BUFFERS)}
     missing: list[str] = []
 
-    def take(name: str, zeros: int | None = None) -> Tensor:
-        """A tensor, once; where it is missing so many zeros, if they stand for it."""
-        if name in there:
-            return there.pop(name).float()
+    def pop(name: str, zeros: int | None = None) -> Tensor:
+        """Remove a tensor from `remaining` and return it. If it is absent, return `zeros` zeros, or record it as missing."""
+        if name in remaining:
+            return remaining.pop(name).float()
         if zeros is None:
             missing.append(name)
         return torch.zeros(zeros or 0)
 
-    read = _from_llama(take, model) if kind in LIKE_LLAMA else _from_gpt2(take, model, transposed=kind == "gpt2")
-    state = dict(read)
-    there.pop("lm_head.weight", None)  # a tied head may be stored too
-    if missing or there:
-        told = [f"lacks {_some(missing)}"] if missing else []
-        told += [f"holds {_some(sorted(there))}, which has no place here"] if there else []
-        raise InputError("; ".join(told), where=where)
+    state = dict(_from_llama(pop, model) if kind in LLAMA_LIKE else _from_gpt2(pop, model, transposed=kind == "gpt2"))
+    remaining.pop("lm_head.weight", None)  # some files also store a tied head
+    if missing or remaining:
+        problems = [f"missing tensors: {_abbreviate(missing)}"] if missing else []
+        problems += [f"unexpected tensors: {_abbreviate(sorted(remaining))}"] if remaining else []
+        raise InputError("; ".join(problems), where=where)
     return state
 
 
-def _some(names: list[str]) -> str:
+def _abbreviate(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-Take = Callable[..., Tensor]
+PopTensor = Callable[..., Tensor]
+"""The function `pop` of `import_state_dict`."""
 
 
-def _from_gpt2(take: Take, model: ModelSection, transposed: bool) -> Iterator[tuple[str, Tensor]]:
-    for ours, theirs, conv in _gpt2_names(model.n_layer):
+def _from_gpt2(pop: PopTensor, model: ModelSection, transposed: bool) -> Iterator[tuple[str, Tensor]]:
+    for ours, theirs, is_conv1d in _gpt2_names(model.n_layer):
         tied = ours == "head.weight" and model.tie_embeddings
         if not tied and (model.bias or not ours.endswith("bias")):
-            tensor = take(theirs)
-            yield ours, tensor.T.contiguous() if conv and transposed and tensor.ndim == 2 else tensor
+            tensor = pop(theirs)
+            yield ours, tensor.T.contiguous() if is_conv1d and transposed and tensor.ndim == 2 else tensor
 
 
-def _from_llama(take: Take, model: ModelSection) -> Iterator[tuple[str, Tensor]]:
-    rows = _llama_rows(model)
-    for ours, theirs in _LLAMA_ENDS.items():
+def _from_llama(pop: PopTensor, model: ModelSection) -> Iterator[tuple[str, Tensor]]:
+    rows = _llama_fused_rows(model)
+    for ours, theirs in _LLAMA_OUTER_NAMES.items():
         if not (ours == "head.weight" and model.tie_embeddings):
-            yield ours, take(theirs)
+            yield ours, pop(theirs)
     for layer in range(model.n_layer):
-        here, there = f"blocks.{layer}", f"model.layers.{layer}"
-        for ours, theirs in _llama_layer(model).items():
-            yield f"{here}.{ours}", take(f"{there}.{theirs}", model.n_embd if ours.endswith("bias") else None)
-        for joined, names in _LLAMA_JOINED.items():
-            yield f"{here}.{joined}.weight", torch.cat([take(f"{there}.{name}.weight") for name in names])
+        our_block, their_block = f"blocks.{layer}", f"model.layers.{layer}"
+        for ours, theirs in _llama_block_names(model).items():
+            yield f"{our_block}.{ours}", pop(f"{their_block}.{theirs}", model.n_embd if ours.endswith("bias") else None)
+        for fused, names in _LLAMA_FUSED_NAMES.items():
+            yield f"{our_block}.{fused}.weight", torch.cat([pop(f"{their_block}.{name}.weight") for name in names])
             if model.bias:
-                parts = [take(f"{there}.{name}.bias", size) for name, size in zip(names, rows[joined], strict=True)]
-                yield f"{here}.{joined}.bias", torch.cat(parts)
+                parts = [pop(f"{their_block}.{name}.bias", size) for name, size in zip(names, rows[fused], strict=True)]
+                yield f"{our_block}.{fused}.bias", torch.cat(parts)

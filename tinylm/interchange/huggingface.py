@@ -1,7 +1,7 @@
-"""Hugging Face folders, written from a run and read back: config.json, weights in safetensors, tokenizer, model card.
+"""Write and read Hugging Face folders: config.json, safetensors weights, tokenizer files and the model card.
 
-What one of transformers' own classes computes is written for that class (`hf_architectures`); for anything else the folder carries
-`modeling_tinylm.py`. Nothing here needs transformers but `verify`.
+A model that one of transformers' own classes supports is written for that class (see `hf_architectures`). For any other model,
+the folder includes `modeling_tinylm.py`. Only `check_export` and `load_model` need transformers.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from tinylm.recipe.schema import ModelSection
 from tinylm.tokenizer import Tokenizer
 from tinylm.tokenizer.tokenizer import END_OF_TEXT
 
-MODELING = "modeling_tinylm.py"
-_OWN = "tinylm"
-_CLASS = "TinylmForCausalLM"
-_SAME_NAME = (
+MODELING_FILE = "modeling_tinylm.py"
+_MODEL_TYPE = "tinylm"
+_MODEL_CLASS = "TinylmForCausalLM"
+_SHARED_KEYS = (
     "context_length",
     "n_layer",
     "n_head",
@@ -59,54 +59,53 @@ _SAME_NAME = (
     "parallel_residual",
     "logit_softcap",
 )
-"""Keys of a recipe's model section that `TinylmConfig` spells the same."""
+"""Keys of a recipe's `model` section that have the same name in `TinylmConfig`."""
 
 
-# Writing.
+# Export.
 
 
-def class_of(model: ModelSection) -> tuple[str, tuple[str, ...]]:
-    """The class that loads such a model, and for our own the parts that the nearest stock class lacks."""
-    name, lacking = hf_architectures.family(model)
-    return (hf_architectures.CLASSES[name] if name else _CLASS), lacking
+def select_class(model: ModelSection) -> tuple[str, tuple[str, ...]]:
+    """Return the name of the class that loads `model`, and the parts of the model that make tinylm's own class necessary."""
+    family, unsupported = hf_architectures.find_family(model)
+    return (hf_architectures.CLASSES[family] if family else _MODEL_CLASS), unsupported
 
 
 def write(folder: Path, network: Transformer, tokenizer: Tokenizer, card: str) -> None:
-    """Fill an empty folder."""
+    """Write all files of an export into an empty folder. `card`: the text of README.md."""
     model = network.model
-    name, _ = hf_architectures.family(model)
+    family, _ = hf_architectures.find_family(model)
     state = network.state_dict()
-    if name:
-        config, tensors = (
-            hf_architectures.config_of(model, name, network.vocab_size),
-            hf_architectures.tensors_of(state, model, name),
-        )
+    if family:
+        config = hf_architectures.make_config(model, family, network.vocab_size)
+        tensors = hf_architectures.export_state_dict(state, model, family)
     else:
-        config = _own_config(model, network.vocab_size)
-        tensors = {key: t.contiguous() for key, t in state.items() if not (model.tie_embeddings and key == "head.weight")}
-        shutil.copyfile(Path(__file__).with_name(MODELING), folder / MODELING)
+        config = _tinylm_config(model, network.vocab_size)
+        tied = {"head.weight"} if model.tie_embeddings else set()
+        tensors = {name: tensor.contiguous() for name, tensor in state.items() if name not in tied}
+        shutil.copyfile(Path(__file__).with_name(MODELING_FILE), folder / MODELING_FILE)
     end = tokenizer.end_of_text
-    _json(folder / "config.json", {**config, "bos_token_id": end, "eos_token_id": end})
-    _json(folder / "generation_config.json", {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end})
+    _write_json(folder / "config.json", {**config, "bos_token_id": end, "eos_token_id": end})
+    _write_json(folder / "generation_config.json", {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end})
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    (folder / "tokenizer.json").write_text(_bare(tokenizer), encoding="utf-8")
-    _json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, model.context_length))
+    (folder / "tokenizer.json").write_text(_tokenizer_json(tokenizer), encoding="utf-8")
+    _write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, model.context_length))
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _json(path: Path, value: Mapping[str, Any]) -> None:
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _own_config(model: ModelSection, vocab_size: int) -> dict[str, Any]:
-    shared = {key: getattr(model, key) for key in _SAME_NAME}
+def _tinylm_config(model: ModelSection, vocab_size: int) -> dict[str, Any]:
+    shared = {key: getattr(model, key) for key in _SHARED_KEYS}
     return {
-        "architectures": [_CLASS],
+        "architectures": [_MODEL_CLASS],
         "auto_map": {
-            "AutoConfig": f"{Path(MODELING).stem}.TinylmConfig",
-            "AutoModelForCausalLM": f"{Path(MODELING).stem}.{_CLASS}",
+            "AutoConfig": f"{Path(MODELING_FILE).stem}.TinylmConfig",
+            "AutoModelForCausalLM": f"{Path(MODELING_FILE).stem}.{_MODEL_CLASS}",
         },
-        "model_type": _OWN,
+        "model_type": _MODEL_TYPE,
         "vocab_size": vocab_size,
         **shared,
         "ngram_embeddings": list(model.ngram_embeddings),
@@ -119,8 +118,8 @@ def _own_config(model: ModelSection, vocab_size: int) -> dict[str, Any]:
     }
 
 
-def _bare(tokenizer: Tokenizer) -> str:
-    """tokenizer.json without a post-processor that would add tokens: there as here, a text's ids are the text's."""
+def _tokenizer_json(tokenizer: Tokenizer) -> str:
+    """Return tokenizer.json, without a post-processor that adds special tokens: tinylm adds none when it encodes text."""
     values = json.loads(tokenizer.backend.to_str())
     if tokenizer.backend.num_special_tokens_to_add(is_pair=False):
         values["post_processor"] = None
@@ -136,52 +135,56 @@ def _tokenizer_config(tokenizer: Tokenizer, context_length: int) -> dict[str, An
         **{name: tokenizer.backend.id_to_token(id) for name, id in special.items() if id is not None},
         "model_max_length": context_length,
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,  # a text that holds <|endoftext|> holds thirteen characters, not the end of a document
+        "split_special_tokens": True,  # "<|endoftext|>" in a text is plain text and does not end the document
         "padding_side": "left",
     }
 
 
-# Proving.
+# Verification.
 
 
 def check_export(folder: Path, network: Transformer, tokenizer: Tokenizer, text: str) -> tuple[float, int]:
-    """Load the folder with transformers: (largest difference of logits on `text`, tokens compared).
+    """Load the folder with transformers and return (largest difference of logits on `text`, number of compared tokens).
 
-    Raises `WorkError` when it is not the same model or splits text into other tokens, `InputError` without transformers.
+    Raises `WorkError` if the logits or the token ids differ, `InputError` if transformers is not installed.
     """
     transformers = verify.require("transformers", "hf", "checking a Hugging Face folder")
-    own = (folder / MODELING).exists()
+    own_class = (folder / MODELING_FILE).exists()
     with quiet(transformers):
-        loader = transformers.PreTrainedTokenizerFast if own else transformers.AutoTokenizer
+        loader = transformers.PreTrainedTokenizerFast if own_class else transformers.AutoTokenizer
         try:
-            theirs = loader.from_pretrained(folder)
-            other = load_model(folder, folder / MODELING)
-        except Exception as error:  # whatever another library says of a folder is a reason not to keep it
-            raise WorkError(f"transformers cannot load what was written: {' '.join(str(error).split())[:300]}") from error
-        verify.check_ids(tokenizer, lambda line: list(theirs(line)["input_ids"]), text, "the folder")
+            other_tokenizer = loader.from_pretrained(folder)
+            other = load_model(folder, folder / MODELING_FILE)
+        except Exception as error:  # whatever the exception, the export is not usable
+            raise WorkError(f"transformers cannot load the exported folder: {' '.join(str(error).split())[:300]}") from error
+        verify.check_ids(tokenizer, lambda probe: list(other_tokenizer(probe)["input_ids"]), text, "the exported tokenizer")
     rows = verify.windows([tokenizer.end_of_text or 0, *tokenizer.encode(text)], network.model.context_length)
     difference = verify.largest_difference(network, lambda ids: other(ids).logits, rows)
-    verify.check_same(difference, "the exported folder")
+    verify.check_logits(difference, "the exported folder")
     return difference, rows.numel()
 
 
 def load_model(folder: Path, code: Path) -> Any:
-    """The folder's model in float32, as transformers computes it; a tinylm model with the class in the file `code`."""
+    """Load the folder's model in float32 with transformers. `code`: the modeling file for a folder with tinylm's own class."""
     import transformers
 
-    if _config(folder).get("model_type") == _OWN:
-        return getattr(_module(code), _CLASS).from_pretrained(folder, use_safetensors=True, **in_float32(transformers)).eval()
-    safely = {"trust_remote_code": False, "use_safetensors": True}
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, **safely, **in_float32(transformers)).eval()
+    if _read_config(folder).get("model_type") == _MODEL_TYPE:
+        return (
+            getattr(_import_file(code), _MODEL_CLASS)
+            .from_pretrained(folder, use_safetensors=True, **float32_argument(transformers))
+            .eval()
+        )
+    safe_options = {"trust_remote_code": False, "use_safetensors": True}
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **safe_options, **float32_argument(transformers)).eval()
 
 
-def in_float32(transformers: Any) -> dict[str, torch.dtype]:
-    """The argument of `from_pretrained` by its name in this version."""
+def float32_argument(transformers: Any) -> dict[str, torch.dtype]:
+    """Return the `from_pretrained` argument for float32; transformers 5 renamed it from `torch_dtype` to `dtype`."""
     return {"dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype": torch.float32}
 
 
-def _module(code: Path) -> ModuleType:
-    """A file as a module, outside of the user's cache of such modules."""
+def _import_file(code: Path) -> ModuleType:
+    """Import a Python file as a module, without copying it to the transformers module cache as `trust_remote_code` does."""
     name = "tinylm_modeling"
     spec = importlib.util.spec_from_file_location(name, code)
     assert spec is not None
@@ -193,7 +196,7 @@ def _module(code: Path) -> ModuleType:
 
 @contextmanager
 def quiet(transformers: Any) -> Iterator[None]:
-    """transformers without its progress bars and advice."""
+    """Silence transformers' log messages, progress bars and warnings."""
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -208,71 +211,76 @@ def quiet(transformers: Any) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-# Reading.
+# Import.
 
 
 def read(
     folder: Path, tokenizer_file: Path | None = None, *, trust_pickle: bool = False
 ) -> tuple[ModelSection, dict[str, Tensor], Tokenizer]:
-    """The parts, weights and tokenizer of a folder. Raises `InputError` for what is missing, damaged or not computed here."""
-    config = _config(folder)
-    tensors = dict(_tensors(folder, trust_pickle))
+    """Return the model section, state dict and tokenizer of a folder.
+
+    `tokenizer_file`: a tokenizer.json to use instead of the folder's own. `trust_pickle`: allow reading pytorch_model.bin.
+    Raises `InputError` if something is missing, damaged or not supported.
+    """
+    config = _read_config(folder)
+    tensors = dict(_read_tensors(folder, trust_pickle))
     where = str(folder)
-    if config.get("model_type") == _OWN:
-        model = _own_model(config, where)
+    if config.get("model_type") == _MODEL_TYPE:
+        model = _tinylm_model_section(config, where)
         state = tensors
     else:
-        model = hf_architectures.model_of(config, tensors, str(folder / "config.json"))
-        state = hf_architectures.state_of(tensors, model, str(config["model_type"]), where)
+        model = hf_architectures.model_section_from_config(config, tensors, str(folder / "config.json"))
+        state = hf_architectures.import_state_dict(tensors, model, str(config["model_type"]), where)
     tokenizer = read_tokenizer(folder if tokenizer_file is None else tokenizer_file)
-    return model, state, tokenizer if tokenizer_file else _with_end_of_text(tokenizer, config)
+    return model, state, tokenizer if tokenizer_file else _rename_end_of_text(tokenizer, config)
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"config.json: {error.strerror}", where=str(folder), hint="a Hugging Face folder has one") from None
+        raise InputError(f"config.json: {error.strerror}", where=str(folder), hint="not a Hugging Face folder") from None
     except ValueError as error:
-        raise InputError(f"not JSON: {error}", where=str(path)) from None
+        raise InputError(f"not valid JSON: {error}", where=str(path)) from None
     if not isinstance(config, dict):
-        raise InputError("not an object", where=str(path))
+        raise InputError("expected a JSON object", where=str(path))
     return config
 
 
-def _own_model(config: Mapping[str, Any], where: str) -> ModelSection:
-    renamed = {"n_kv_head": "n_kv_head", "head_dim": "head_dim", "n_inner": "n_inner", "tie_word_embeddings": "tie_embeddings"}
+def _tinylm_model_section(config: Mapping[str, Any], where: str) -> ModelSection:
     try:
-        values = {key: config[key] for key in _SAME_NAME} | {ours: config[key] for key, ours in renamed.items()}
-        rope = {"rope_theta": float(config["rotary_base"])} if values["position"] == "rope" else {}
-        return ModelSection.model_validate({**values, **rope})
+        values = {key: config[key] for key in (*_SHARED_KEYS, "n_kv_head", "head_dim", "n_inner")}
+        values["tie_embeddings"] = config["tie_word_embeddings"]
+        if values["position"] == "rope":
+            values["rope_theta"] = float(config["rotary_base"])
+        return ModelSection.model_validate(values)
     except (KeyError, ValueError) as error:
-        raise InputError(f"config.json is not what tinylm writes: {error}", where=where) from None
+        raise InputError(f"config.json was not written by tinylm: {error}", where=where) from None
 
 
-def _tensors(folder: Path, trust_pickle: bool) -> Iterator[tuple[str, Tensor]]:
+def _read_tensors(folder: Path, trust_pickle: bool) -> Iterator[tuple[str, Tensor]]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
             files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise InputError(f"not an index of shards: {error!r}", where=str(index)) from None
+            raise InputError(f"invalid index of weight shards: {error!r}", where=str(index)) from None
     elif (folder / "model.safetensors").exists():
         files = ["model.safetensors"]
     elif (folder / "pytorch_model.bin").exists():
-        yield from unpickled(folder / "pytorch_model.bin", trust_pickle).items()
+        yield from load_pickle(folder / "pytorch_model.bin", trust_pickle).items()
         return
     else:
-        raise InputError("no model.safetensors, nor shards with an index", where=str(folder))
+        raise InputError("found neither model.safetensors nor model.safetensors.index.json", where=str(folder))
     for file in files:
         if Path(file).name != file:
-            raise InputError(f"names a file elsewhere: {file}", where=str(index))
+            raise InputError(f"refers to a file outside the folder: {file}", where=str(index))
         yield from read_safetensors(folder / file)
 
 
 def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a file. Raises `InputError` when it is missing or damaged."""
+    """Yield the name and value of every tensor in a file. Raises `InputError` if the file is missing or damaged."""
     try:
         with safe_open(path, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118  not a mapping
@@ -281,40 +289,47 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         raise InputError(f"cannot be read: {error}", where=str(path)) from None
 
 
-def unpickled(path: Path, trusted: bool) -> dict[str, Any]:
-    """A file of torch.save, read with `weights_only=True`, which builds tensors and plain values and calls nothing else."""
+def load_pickle(path: Path, trusted: bool) -> dict[str, Any]:
+    """Load a `torch.save` file with `weights_only=True`, which never executes code from the file.
+
+    Raises `InputError` if pickles are not trusted, or if the file is not a dictionary of tensors and plain values.
+    """
     with open(path, "rb") as opened:
-        begins = opened.read(4)
-    if not begins.startswith((b"PK", b"\x80")):
-        raise InputError("is neither a Hugging Face folder nor a file of torch.save", where=str(path))
+        magic = opened.read(4)
+    if not magic.startswith((b"PK", b"\x80")):
+        raise InputError("neither a Hugging Face folder nor a torch.save file", where=str(path))
     if not trusted:
         raise InputError(
-            "is a pickle, which can execute code when it is opened",
+            "the file is a pickle, and loading a pickle can execute code",
             where=str(path),
-            hint="--trust-pickle reads it all the same, plain values and tensors only; safetensors needs no trust",
+            hint="--trust-pickle loads tensors and plain values only; safetensors files do not need it",
         )
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch and pickle raise classes of many kinds; what torch advises, to trust it fully, is not done here
-        raise InputError("holds more than tensors and plain values, or is damaged", where=str(path)) from None
+    except Exception:  # torch and pickle raise many types; torch's advice to set weights_only=False must not reach the user
+        raise InputError("contains objects other than tensors and plain values, or is damaged", where=str(path)) from None
     if not isinstance(value, dict):
-        raise InputError(f"holds a {type(value).__name__}, not a dictionary", where=str(path))
+        raise InputError(f"contains a {type(value).__name__} instead of a dictionary", where=str(path))
     return value
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """Of a folder (tokenizer.json, else GPT-2's vocab.json and merges.txt), or of a tokenizer.json."""
+    """Load a tokenizer.json, or the tokenizer of a folder: its tokenizer.json, or else GPT-2's vocab.json and merges.txt."""
     if not path.is_dir():
         return Tokenizer.load(path)
     if (path / "tokenizer.json").exists():
         return Tokenizer.load(path / "tokenizer.json")
     vocabulary, merges = path / "vocab.json", path / "merges.txt"
     if not (vocabulary.exists() and merges.exists()):
-        raise InputError("no tokenizer.json, nor vocab.json and merges.txt", where=str(path), hint="name one with --tokenizer")
+        raise InputError(
+            "found neither tokenizer.json nor vocab.json and merges.txt",
+            where=str(path),
+            hint="pass a tokenizer.json with --tokenizer",
+        )
     try:
         backend = tokenizers.Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
     except Exception as error:  # tokenizers raises plain Exception
-        raise InputError(f"not GPT-2's vocabulary: {error}", where=str(vocabulary)) from None
+        raise InputError(f"not a GPT-2 vocabulary: {error}", where=str(vocabulary)) from None
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     if backend.token_to_id(END_OF_TEXT) is not None:
@@ -322,33 +337,33 @@ def read_tokenizer(path: Path) -> Tokenizer:
     return Tokenizer(backend)
 
 
-def _with_end_of_text(tokenizer: Tokenizer, config: Mapping[str, Any]) -> Tokenizer:
-    """Where the end of text has a name that is not known here, the token that config.json says it is gets the usual one."""
+def _rename_end_of_text(tokenizer: Tokenizer, config: Mapping[str, Any]) -> Tokenizer:
+    """Rename the token with config.json's `eos_token_id` to `<|endoftext|>`, unless the tokenizer already has such a token."""
     end = config.get("eos_token_id")
     end = end[0] if isinstance(end, list) and end else end
     if tokenizer.end_of_text is not None or not isinstance(end, int) or tokenizer.backend.id_to_token(end) is None:
         return tokenizer
     values = json.loads(tokenizer.backend.to_str())
-    written = tokenizer.backend.id_to_token(end)
-    values["post_processor"] = None  # it may name the token, and is not used here
+    old_name = tokenizer.backend.id_to_token(end)
+    values["post_processor"] = None  # it may refer to the old name, and tinylm does not use it
     values["added_tokens"] = [token for token in values["added_tokens"] if token["id"] != end]
     vocabulary = values["model"].get("vocab")
     if isinstance(vocabulary, dict):
-        values["model"]["vocab"] = {END_OF_TEXT if token == written else token: id for token, id in vocabulary.items()}
+        values["model"]["vocab"] = {END_OF_TEXT if token == old_name else token: id for token, id in vocabulary.items()}
     token = {"id": end, "content": END_OF_TEXT, "special": True, "normalized": False}
     values["added_tokens"].append({**token, "single_word": False, "lstrip": False, "rstrip": False})
     values["added_tokens"].sort(key=lambda token: token["id"])
     return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(values)))
 
 
-def padded(tokenizer: Tokenizer, rows: int, where: str) -> Tokenizer:
-    """A tokenizer with as many ids as the embedding has rows: rows beyond it, which no text reaches, get names of their own.
+def pad_vocabulary(tokenizer: Tokenizer, rows: int, where: str) -> Tokenizer:
+    """Add placeholder tokens until the tokenizer has one id per embedding row; no text encodes to a placeholder.
 
-    Raises `InputError` for a tokenizer with more ids than rows.
+    The first one becomes the end-of-text token if there is none. Raises `InputError` if there are more ids than rows.
     """
     missing = rows - tokenizer.vocab_size
     if missing < 0:
-        raise InputError(f"the tokenizer has {tokenizer.vocab_size:,} ids, the embedding {rows:,} rows", where=where)
+        raise InputError(f"the tokenizer has {tokenizer.vocab_size:,} ids, but the embedding has only {rows:,} rows", where=where)
     if missing:
         backend = tokenizer.backend
         names = [f"<|padding_{tokenizer.vocab_size + number}|>" for number in range(missing)]

@@ -1,8 +1,8 @@
-"""What llama.cpp makes of a GGUF file, asked in a process of its own: native code that fails must not take a command with it.
+"""Evaluate a GGUF file with llama.cpp in a separate process, so that a crash of native code does not end the caller.
 
-    python -m tinylm.interchange.llama_cpp FILE < questions.json > answers.json
+    python -m tinylm.interchange.llama_cpp FILE < inputs.json > outputs.json
 
-Needs llama-cpp-python. Its kernels for repacked weights are left out: some of them crash on processors that they misjudge.
+Needs llama-cpp-python. Its kernels for repacked weights are disabled, because some crash on CPUs whose features they misdetect.
 """
 
 from __future__ import annotations
@@ -17,30 +17,36 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Answers:
-    """`ids` of each text, summed `nats` of each row's tokens after its first, and the greedy `continuation` of the prompt."""
+class LlamaCppResult:
+    """What llama.cpp computes for the inputs of `run`."""
 
     ids: list[list[int]]
+    """Token ids of each text."""
     nats: float
+    """Loss summed over all rows, without the first token of each row."""
     continuation: list[int]
+    """Greedy continuation of the prompt."""
 
 
 def installed() -> bool:
     return importlib.util.find_spec("llama_cpp") is not None
 
 
-def ask(file: Path, texts: list[str], rows: list[list[int]], prompt: list[int], new_tokens: int) -> Answers | str:
-    """The answers, or in a sentence why there are none."""
-    questions = {"texts": texts, "rows": rows, "prompt": prompt, "new_tokens": new_tokens}
+def run(file: Path, texts: list[str], rows: list[list[int]], prompt: list[int], new_tokens: int) -> LlamaCppResult | str:
+    """Run llama.cpp on `file`. Returns an error message if it fails.
+
+    `texts` are tokenized, `rows` of token ids are scored, and `prompt` is continued by `new_tokens` tokens.
+    """
+    inputs = {"texts": texts, "rows": rows, "prompt": prompt, "new_tokens": new_tokens}
     command = [sys.executable, "-m", __spec__.name, str(file)]
-    done = subprocess.run(command, input=json.dumps(questions).encode(), capture_output=True, check=False)
-    if done.returncode:
-        said = done.stderr.decode(errors="replace").strip().splitlines()
-        return f"signal {-done.returncode}" if done.returncode < 0 else (said or ["it says nothing"])[-1]
-    return Answers(**json.loads(done.stdout))
+    process = subprocess.run(command, input=json.dumps(inputs).encode(), capture_output=True, check=False)
+    if process.returncode:
+        errors = process.stderr.decode(errors="replace").strip().splitlines()
+        return f"signal {-process.returncode}" if process.returncode < 0 else (errors or ["no error message"])[-1]
+    return LlamaCppResult(**json.loads(process.stdout))
 
 
-def _answer(file: str, questions: dict[str, Any]) -> dict[str, Any]:
+def _evaluate(file: str, inputs: dict[str, Any]) -> dict[str, Any]:
     import llama_cpp
     import numpy as np
     from llama_cpp import llama_cpp as native
@@ -53,9 +59,9 @@ def _answer(file: str, questions: dict[str, Any]) -> dict[str, Any]:
         return parameters
 
     native.llama_model_default_params = without_repacking
-    longest = max(len(questions["prompt"]) + questions["new_tokens"], *(len(row) for row in questions["rows"]))
+    context = max(len(inputs["prompt"]) + inputs["new_tokens"], *(len(row) for row in inputs["rows"]))
     model = llama_cpp.Llama(
-        file, n_ctx=longest, n_batch=longest, n_threads=1, n_threads_batch=1, n_gpu_layers=0, logits_all=True, verbose=False
+        file, n_ctx=context, n_batch=context, n_threads=1, n_threads_batch=1, n_gpu_layers=0, logits_all=True, verbose=False
     )
 
     def logits(ids: list[int]) -> Any:
@@ -64,17 +70,17 @@ def _answer(file: str, questions: dict[str, Any]) -> dict[str, Any]:
         return np.array(model.scores[: len(ids)], dtype=np.float64)
 
     nats = 0.0
-    for row in questions["rows"]:
+    for row in inputs["rows"]:
         scores = logits(row)[:-1]
         highest = scores.max(axis=1)
-        totals = highest + np.log(np.exp(scores - highest[:, None]).sum(axis=1))
-        nats += float((totals - scores[np.arange(len(row) - 1), row[1:]]).sum())
-    written = list(questions["prompt"])
-    for _ in range(questions["new_tokens"]):
-        written.append(int(logits(written)[-1].argmax()))
-    ids = [model.tokenize(text.encode(), add_bos=False, special=False) for text in questions["texts"]]
-    return {"ids": ids, "nats": nats, "continuation": written[len(questions["prompt"]) :]}
+        logsumexp = highest + np.log(np.exp(scores - highest[:, None]).sum(axis=1))
+        nats += float((logsumexp - scores[np.arange(len(row) - 1), row[1:]]).sum())
+    sequence = list(inputs["prompt"])
+    for _ in range(inputs["new_tokens"]):
+        sequence.append(int(logits(sequence)[-1].argmax()))
+    ids = [model.tokenize(text.encode(), add_bos=False, special=False) for text in inputs["texts"]]
+    return {"ids": ids, "nats": nats, "continuation": sequence[len(inputs["prompt"]) :]}
 
 
 if __name__ == "__main__":
-    print(json.dumps(_answer(sys.argv[1], json.load(sys.stdin))))
+    print(json.dumps(_evaluate(sys.argv[1], json.load(sys.stdin))))

@@ -1,9 +1,11 @@
-"""A tinylm model for transformers: `AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)`.
+"""A tinylm model for Hugging Face transformers.
 
-This file needs torch and transformers only. It computes what tinylm computes, for every part that a tinylm recipe can name, and
-`generate` works with a key/value cache, with padding on either side, and with beams. The weights keep tinylm's names.
+    AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 
-Shapes: B batch, T new positions, S positions so far, C width, H heads, K key/value heads, D head width, V vocabulary.
+Needs only torch and transformers. Supports every model setting of a tinylm recipe, and `generate` with a KV cache, padding on
+either side, and beam search. Tensors have the same names as in tinylm.
+
+Legend: B batch, T new positions, S all positions so far, C width, H query heads, K key/value heads, D head width, V vocabulary.
 """
 
 import torch
@@ -14,10 +16,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
 class TinylmConfig(PretrainedConfig):
-    """The `model:` section of a recipe, under the same names, and the size of the vocabulary."""
+    """The vocabulary size, and the `model:` section of a tinylm recipe. Most keys have the same names."""
 
     model_type = "tinylm"
-    attribute_map = {  # noqa: RUF012  how transformers spells it
+    attribute_map = {  # noqa: RUF012  the names that transformers expects
         "hidden_size": "n_embd",
         "num_hidden_layers": "n_layer",
         "num_attention_heads": "n_head",
@@ -89,9 +91,9 @@ class TinylmConfig(PretrainedConfig):
 
 
 def rms_norm(x, gain, eps):
-    precise = x.to(torch.promote_types(x.dtype, torch.float32))
-    normal = x * torch.rsqrt(precise.square().mean(-1, keepdim=True) + eps).to(x.dtype)
-    return normal if gain is None else normal * gain
+    x_float = x.to(torch.promote_types(x.dtype, torch.float32))
+    normed = x * torch.rsqrt(x_float.square().mean(-1, keepdim=True) + eps).to(x.dtype)
+    return normed if gain is None else normed * gain
 
 
 class RMSNorm(nn.Module):
@@ -111,7 +113,7 @@ def make_norm(config):
 
 
 def rotate(x, positions, base):
-    """Rotary positions (Su et al. 2021) on x (B, heads, T, D): pairs are (x[i], x[i + D/2]), positions (B, T)."""
+    """Rotary positions (Su et al. 2021): rotate the pairs (x[i], x[i + D/2]) of x (B, heads, T, D) to positions (B, T)."""
     half = x.shape[-1] // 2
     frequencies = base ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
     angles = positions[:, None, :, None].double() * frequencies  # (B, 1, T, D/2)
@@ -133,6 +135,7 @@ class Attention(nn.Module):
         self.value_share = nn.Parameter(torch.tensor([0.5])) if config.value_residual and layer > 0 else None
 
     def forward(self, x, positions, mask, cache, added_values, first_values):
+        """x (B, T, C) -> (B, T, C) and the values (B, K, T, D), without cached ones."""
         config, (B, T, _) = self.config, x.shape
         q, k, v = (part.view(B, T, -1, config.head_dim).transpose(1, 2) for part in self.qkv(x).split(self.rows, dim=-1))
         if config.qk_norm:
@@ -147,9 +150,9 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
         groups = config.n_head // config.n_kv_head
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.output(mixed.transpose(1, 2).reshape(B, T, -1)), values
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, H, S, D)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, T, D)
+        return self.output(attended.transpose(1, 2).reshape(B, T, -1)), values
 
 
 class FeedForward(nn.Module):
@@ -178,47 +181,47 @@ class Block(nn.Module):
         self.residual_mix = nn.Parameter(torch.tensor([1.0, 0.0])) if config.embedding_shortcut else None
         self.attention_norm = make_norm(config)
         self.attention = Attention(config, layer)
-        outer = layer < config.value_embeddings or layer >= config.n_layer - config.value_embeddings
-        self.value_embedding = nn.Embedding(config.vocab_size, config.n_kv_head * config.head_dim) if outer else None
+        is_outer = layer < config.value_embeddings or layer >= config.n_layer - config.value_embeddings
+        self.value_embedding = nn.Embedding(config.vocab_size, config.n_kv_head * config.head_dim) if is_outer else None
         self.feed_forward_norm = None if self.post and self.parallel else make_norm(config)
         self.feed_forward = FeedForward(config)
 
     def forward(self, x, tokens, embedded, positions, mask, cache, first_values):
         if self.residual_mix is not None:
             x = self.residual_mix[0] * x + self.residual_mix[1] * embedded
-        added = None if self.value_embedding is None else self.value_embedding(tokens)
-        read = x if self.post else self.attention_norm(x)
-        mixed, values = self.attention(read, positions, mask, cache, added, first_values)
+        added_values = None if self.value_embedding is None else self.value_embedding(tokens)
+        normed = x if self.post else self.attention_norm(x)
+        attended, values = self.attention(normed, positions, mask, cache, added_values, first_values)
         if self.post and self.parallel:
-            return self.attention_norm(x + mixed + self.feed_forward(x)), values
+            return self.attention_norm(x + attended + self.feed_forward(x)), values
         if self.post:
-            x = self.attention_norm(x + mixed)
+            x = self.attention_norm(x + attended)
             return self.feed_forward_norm(x + self.feed_forward(x)), values
         if self.parallel:
-            return x + mixed + self.feed_forward(self.feed_forward_norm(x)), values
-        x = x + mixed
+            return x + attended + self.feed_forward(self.feed_forward_norm(x)), values
+        x = x + attended
         return x + self.feed_forward(self.feed_forward_norm(x)), values
 
 
 class NgramEmbedding(nn.Module):
-    """A table for each order n, whose row is a hash of the n ids that end at a position."""
+    """For each order n, a table from which a hash of the last n ids selects a row."""
 
     def __init__(self, config):
         super().__init__()
-        self.orders, self.rows, self.missing = config.ngram_embeddings, config.ngram_rows, config.vocab_size
+        self.orders, self.rows, self.pad_id = config.ngram_embeddings, config.ngram_rows, config.vocab_size
         self.table = nn.Embedding(len(self.orders) * self.rows, config.ngram_width)
         self.projection = nn.Linear(len(self.orders) * config.ngram_width, config.n_embd, bias=False)
 
     def forward(self, tokens):
-        """(B, S) ids, `missing` where there is none -> (B, S, C)."""
-        keys = torch.stack([self.keys(tokens, order) + i * self.rows for i, order in enumerate(self.orders)], dim=-1)
-        return self.projection(self.table(keys).flatten(-2))
+        """Ids (B, S), with `pad_id` at padding -> (B, S, C)."""
+        indices = torch.stack([self.row_indices(tokens, order) + i * self.rows for i, order in enumerate(self.orders)], dim=-1)
+        return self.projection(self.table(indices).flatten(-2))
 
-    def keys(self, tokens, order):
-        before = F.pad(tokens, (order - 1, 0), value=self.missing)
+    def row_indices(self, tokens, order):
+        padded = F.pad(tokens, (order - 1, 0), value=self.pad_id)
         key = torch.full_like(tokens, order)
-        for back in range(order):
-            key = (key + before[:, back : back + tokens.shape[1]] + 1) * 0x5851F42D4C957F2D
+        for offset in range(order):
+            key = (key + padded[:, offset : offset + tokens.shape[1]] + 1) * 0x5851F42D4C957F2D  # Knuth's 64-bit multiplier
             key = key ^ (key >> 29)
         return key.remainder(self.rows)
 
@@ -265,17 +268,17 @@ class TinylmForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep=0,
         **kwargs,
     ):
-        """Ids (B, T) that continue the cache -> logits (B, T, V).
+        """Ids (B, T) -> logits (B, T, V). With a cache, the ids follow those in the cache.
 
-        `attention_mask` (B, S): 0 where a position is padding. `previous_ids` (B, n - 1): the ids before `input_ids`, which n-gram
-        embeddings need beside a cache; `generate` passes them.
+        `attention_mask` (B, S): 0 at padding. `previous_ids` (B, n - 1): the ids before `input_ids`. With a cache, n-gram
+        embeddings need them; `generate` passes them.
         """
         B, T = input_ids.shape
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if past + T > self.config.context_length:
-            raise ValueError(f"{past + T} positions do not fit the context of {self.config.context_length}")
+            raise ValueError(f"{past + T} positions do not fit in the context length of {self.config.context_length}")
         if attention_mask is None:
             attention_mask = torch.ones((B, past + T), dtype=torch.long, device=input_ids.device)
         if position_ids is None:
@@ -301,10 +304,10 @@ class TinylmForCausalLM(PreTrainedModel, GenerationMixin):
         x = self.embedding(tokens)
         if self.ngrams is not None:
             if previous_ids is None and past:
-                raise ValueError("with a cache, n-gram embeddings need previous_ids: the ids before input_ids")
-            known = tokens.masked_fill(attention_mask[:, -T:] == 0, config.vocab_size)
-            known = known if previous_ids is None else torch.cat((previous_ids, known), dim=1)
-            x = x + self.ngrams(known)[:, -T:]
+                raise ValueError("with a cache, n-gram embeddings need previous_ids, the ids before input_ids")
+            ids = tokens.masked_fill(attention_mask[:, -T:] == 0, self.ngrams.pad_id)
+            ids = ids if previous_ids is None else torch.cat((previous_ids, ids), dim=1)
+            x = x + self.ngrams(ids)[:, -T:]
         if self.positions is not None:
             x = x + self.positions(positions)
         elif config.position == "sinusoidal":
@@ -314,16 +317,16 @@ class TinylmForCausalLM(PreTrainedModel, GenerationMixin):
         return x if self.embedding_norm is None else self.embedding_norm(x)
 
     def _mask(self, attention_mask, T):
-        """(B, 1, T, S), True where a position may look: at itself and at what came before, but not at padding."""
+        """(B, 1, T, S), True where a query may attend: causal and not padding, but always itself, so that no row is all False."""
         S = attention_mask.shape[1]
-        earlier = torch.ones((T, S), dtype=torch.bool, device=attention_mask.device).tril(S - T)
-        itself = torch.eye(S, dtype=torch.bool, device=attention_mask.device)[-T:]
-        return (earlier & attention_mask[:, None, :].bool() | itself)[:, None]
+        causal = torch.ones((T, S), dtype=torch.bool, device=attention_mask.device).tril(S - T)
+        diagonal = torch.eye(S, dtype=torch.bool, device=attention_mask.device)[-T:]
+        return (causal & attention_mask[:, None, :].bool() | diagonal)[:, None]
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
         if self.ngrams is not None:
             new = inputs["input_ids"].shape[1]
-            known = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, self.config.vocab_size)
-            inputs["previous_ids"] = known[:, : known.shape[1] - new][:, -(max(self.config.ngram_embeddings) - 1) :]
+            ids = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, self.ngrams.pad_id)
+            inputs["previous_ids"] = ids[:, : ids.shape[1] - new][:, -(max(self.config.ngram_embeddings) - 1) :]
         return inputs

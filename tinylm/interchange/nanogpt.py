@@ -1,4 +1,4 @@
-"""nanoGPT's `ckpt.pt`: GPT-2 with an exact GELU, biases or none, plain linear layers, and no tokenizer beside it."""
+"""Read nanoGPT's `ckpt.pt`: a GPT-2 with exact GELU, optional biases and `nn.Linear` layers. It does not include a tokenizer."""
 
 from __future__ import annotations
 
@@ -10,25 +10,28 @@ from torch import Tensor
 
 from tinylm.errors import InputError
 from tinylm.interchange import hf_architectures
-from tinylm.interchange.huggingface import unpickled
+from tinylm.interchange.huggingface import load_pickle
 from tinylm.recipe.schema import ModelSection
 
-_COMPILED = "_orig_mod."
-_ARGUMENTS = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "block_size": "context_length"}
+_COMPILE_PREFIX = "_orig_mod."
+_ARGUMENT_NAMES = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "block_size": "context_length"}
 
 
 def read(path: Path, *, trust_pickle: bool) -> tuple[ModelSection, dict[str, Tensor]]:
-    """The parts and weights of a checkpoint. Raises `InputError` for a pickle that is not trusted or is no such checkpoint."""
-    saved = unpickled(path, trust_pickle)
+    """Return the model section and state dict of a checkpoint.
+
+    Raises `InputError` if pickles are not trusted or the file is not a nanoGPT checkpoint.
+    """
+    saved = load_pickle(path, trust_pickle)
     arguments, tensors = saved.get("model_args"), saved.get("model")
-    if not isinstance(arguments, Mapping) or not isinstance(tensors, Mapping) or not set(_ARGUMENTS) <= set(arguments):
-        raise InputError("is no checkpoint of nanoGPT: it lacks `model` or `model_args`", where=str(path))
-    plain = {name.removeprefix(_COMPILED): tensor for name, tensor in tensors.items()}
-    parts: dict[str, Any] = {ours: arguments[theirs] for theirs, ours in _ARGUMENTS.items()}
+    if not isinstance(arguments, Mapping) or not isinstance(tensors, Mapping) or not set(_ARGUMENT_NAMES) <= set(arguments):
+        raise InputError("not a nanoGPT checkpoint: `model` or `model_args` is missing or incomplete", where=str(path))
+    state = {name.removeprefix(_COMPILE_PREFIX): tensor for name, tensor in tensors.items()}
+    values: dict[str, Any] = {ours: arguments[theirs] for theirs, ours in _ARGUMENT_NAMES.items()}
     try:
         model = ModelSection.model_validate(
-            {**parts, "preset": "gpt2", "feed_forward": "gelu_exact", "bias": any(name.endswith("c_fc.bias") for name in plain)}
+            {**values, "preset": "gpt2", "feed_forward": "gelu_exact", "bias": any(name.endswith("c_fc.bias") for name in state)}
         )
     except ValueError as error:
-        raise InputError(f"not the shape of a model: {' '.join(str(error).split())}", where=str(path)) from None
-    return model, hf_architectures.state_of(plain, model, "nanogpt", str(path))
+        raise InputError(f"invalid model configuration: {' '.join(str(error).split())}", where=str(path)) from None
+    return model, hf_architectures.import_state_dict(state, model, "nanogpt", str(path))

@@ -1,4 +1,4 @@
-"""ONNX files: ids (batch, time) to logits (batch, time, vocabulary), of every kind of model, without a key/value cache."""
+"""Write ONNX files that map ids `(batch, time)` to logits `(batch, time, vocabulary)`, without a KV cache, for every model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,12 +16,12 @@ from tinylm.interchange import verify
 from tinylm.model.transformer import Transformer
 from tinylm.tokenizer import Tokenizer
 
-_SHAPES = ((1, 1), (3, 5))
-"""Batches and lengths that are tried beside real text: the file must take any."""
+_EXTRA_SHAPES = ((1, 1), (3, 5))
+"""Shapes `(batch, time)` that `check_export` tries in addition to real text, because the file must accept any shape."""
 
 
 class _Logits(nn.Module):
-    """The one way through the network that the file holds."""
+    """The exported graph: logits from ids."""
 
     def __init__(self, network: Transformer) -> None:
         super().__init__()
@@ -32,18 +33,18 @@ class _Logits(nn.Module):
 
 
 def require() -> None:
-    """Raises `InputError` without the packages that exporting and checking need."""
+    """Raise `InputError` if a package that export or verification needs is missing."""
     for module in ("onnx", "onnxscript", "onnxruntime"):
         verify.require(module, "onnx", "writing ONNX")
 
 
 def write(path: Path, network: Transformer, name: str) -> None:
-    """Write `path` with torch's exporter; batch and time are free, time up to the context."""
+    """Write a file with torch's exporter. Batch and time are dynamic; time is at most the context length."""
     require()
     import onnx
 
     context = network.model.context_length
-    free = {0: torch.export.Dim("batch")} | ({1: torch.export.Dim("time", max=context)} if context > 1 else {})
+    dynamic = {0: torch.export.Dim("batch")} | ({1: torch.export.Dim("time", max=context)} if context > 1 else {})
     example = torch.zeros((2, min(2, context)), dtype=torch.long)
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
@@ -53,7 +54,7 @@ def write(path: Path, network: Transformer, name: str) -> None:
             verbose=False,
             input_names=["input_ids"],
             output_names=["logits"],
-            dynamic_shapes={"input_ids": free},
+            dynamic_shapes={"input_ids": dynamic},
         )
     assert program is not None
     proto = program.model_proto
@@ -63,8 +64,8 @@ def write(path: Path, network: Transformer, name: str) -> None:
 
 
 @contextlib.contextmanager
-def _quiet():  # type: ignore[no-untyped-def]
-    """torch's exporter without its progress and advice."""
+def _quiet() -> Iterator[None]:
+    """Silence the messages and warnings of torch's exporter."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -77,9 +78,9 @@ def _quiet():  # type: ignore[no-untyped-def]
 
 
 def check_export(path: Path, network: Transformer, tokenizer: Tokenizer, text: str) -> tuple[float, int]:
-    """Load the file with onnxruntime: (largest difference of logits on `text`, tokens compared).
+    """Load the file with onnxruntime and return (largest difference of logits on `text`, number of compared tokens).
 
-    Raises `WorkError` when it is not the same model.
+    Raises `WorkError` if the logits differ.
     """
     import onnxruntime
 
@@ -90,11 +91,11 @@ def check_export(path: Path, network: Transformer, tokenizer: Tokenizer, text: s
 
     context = network.model.context_length
     rows = verify.windows([tokenizer.end_of_text or 0, *tokenizer.encode(text)], context)
-    tried = [rows, *(torch.arange(b * t).view(b, t) % network.vocab_size for b, t in _SHAPES if t <= context)]
+    batches = [rows, *(torch.arange(b * t).view(b, t) % network.vocab_size for b, t in _EXTRA_SHAPES if t <= context)]
     largest = 0.0
-    for ids in tried:
+    for ids in batches:
         with torch.no_grad():
             difference = float((network(ids) - theirs(ids)).abs().max())
-        verify.check_same(difference, "the ONNX file")
+        verify.check_logits(difference, "the ONNX file")
         largest = max(largest, difference)
     return largest, rows.numel()

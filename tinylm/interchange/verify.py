@@ -1,4 +1,4 @@
-"""Whether two models are the same: real text in windows, and the largest difference of what they make of it."""
+"""Check that two implementations compute the same model: compare logits, perplexity and token ids on windows of real text."""
 
 from __future__ import annotations
 
@@ -12,63 +12,67 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinylm.errors import WorkError, need_extra
+from tinylm.errors import WorkError, missing_extra
 from tinylm.run import Run
 from tinylm.text import builtin
 from tinylm.text.sources import Corpus
 from tinylm.tokenizer import Tokenizer
 
-MOST_DIFFERENT = 1e-4
-"""Logits of the same model, computed in float32 in another order, stay below it."""
-_TOKENS = 2048
-_LONGEST = 1024
-_CHARACTERS = 40_000
+MAX_LOGIT_DIFFERENCE = 1e-4
+"""Largest absolute difference of logits that is attributed to float32 rounding."""
+_MAX_TOKENS = 2048
+_MAX_LENGTH = 1024
+_MAX_CHARACTERS = 40_000
 
-Logits = Callable[[Tensor], Tensor]
-"""(B, T) ids -> (B, T, V)."""
+LogitsFunction = Callable[[Tensor], Tensor]
+"""Maps ids `(B, T)` to logits `(B, T, V)`."""
 
 
-def text_of(run: Run) -> str:
-    """Some of the run's held-out text, or of `builtin:python-docs` where it has none."""
+def sample_text(run: Run) -> str:
+    """Return up to 40,000 characters of the run's held-out text, or of a built-in corpus if the run has no held-out text."""
     if (run.path / "heldout").exists():
-        ids = np.asarray(run.heldout().tokens[: _CHARACTERS // 2], dtype=np.int64)
-        return run.tokenizer.decode(ids.tolist())[:_CHARACTERS]
-    return some_english()
+        ids = np.asarray(run.heldout().tokens[: _MAX_CHARACTERS // 2], dtype=np.int64)
+        return run.tokenizer.decode(ids.tolist())[:_MAX_CHARACTERS]
+    return english_text()
 
 
-def some_english() -> str:
+def english_text() -> str:
+    """Return the first 40,000 characters of the first built-in corpus."""
     with Corpus([f"builtin:{next(iter(builtin.BUILTINS))}"]) as corpus:
-        found = ""
+        text = ""
         for piece in corpus.pieces():
-            found += piece.text
-            if len(found) >= _CHARACTERS:
+            text += piece.text
+            if len(text) >= _MAX_CHARACTERS:
                 break
-    return found[:_CHARACTERS]
+    return text[:_MAX_CHARACTERS]
 
 
 def windows(ids: list[int], context_length: int) -> Tensor:
-    """About 2048 tokens of `ids` as rows of equal length, as long as the context allows, from its beginning to its end."""
-    length = max(1, min(context_length, _LONGEST, len(ids) - 1))
-    count = max(1, min(_TOKENS // length, len(ids) // length))
+    """Cut about 2,048 tokens from `ids`, spread evenly from start to end, into rows `(rows, time)` of equal length."""
+    length = max(1, min(context_length, _MAX_LENGTH, len(ids) - 1))
+    count = max(1, min(_MAX_TOKENS // length, len(ids) // length))
     starts = np.linspace(0, len(ids) - length, count).astype(int)
     return torch.tensor([ids[start : start + length] for start in starts])
 
 
 @torch.no_grad()
-def largest_difference(ours: Logits, theirs: Logits, rows: Tensor) -> float:
-    """Between the logits of two models, in float32, over the columns that both have. NaN anywhere is infinitely different."""
+def largest_difference(ours: LogitsFunction, theirs: LogitsFunction, rows: Tensor) -> float:
+    """Return the largest absolute difference between the logits of two models on `rows` `(rows, time)`.
+
+    Logits are compared in float32, over the vocabulary columns that both models have. Any NaN counts as infinity.
+    """
     largest = 0.0
     for row in rows[:, None]:
-        one, other = ours(row).float(), theirs(row).float()
-        columns = min(one.shape[-1], other.shape[-1])
-        difference = float((one[..., :columns] - other[..., :columns]).abs().max())
+        a, b = ours(row).float(), theirs(row).float()
+        columns = min(a.shape[-1], b.shape[-1])
+        difference = float((a[..., :columns] - b[..., :columns]).abs().max())
         largest = max(largest, difference if math.isfinite(difference) else math.inf)
     return largest
 
 
 @torch.no_grad()
-def perplexity(logits: Logits, rows: Tensor) -> float:
-    """Of each row's tokens after its first."""
+def perplexity(logits: LogitsFunction, rows: Tensor) -> float:
+    """Return the perplexity of `rows` `(rows, time)`; the first token of each row is context only."""
     nats, count = 0.0, 0
     for row in rows[:, None]:
         losses = F.cross_entropy(logits(row).float()[0, :-1], row[0, 1:], reduction="sum")
@@ -77,31 +81,31 @@ def perplexity(logits: Logits, rows: Tensor) -> float:
 
 
 @torch.no_grad()
-def greedy(logits: Logits, prompt: Tensor, new_tokens: int) -> list[int]:
-    """The likeliest token after the prompt (1, T), again and again."""
-    written = prompt
+def greedy(logits: LogitsFunction, prompt: Tensor, new_tokens: int) -> list[int]:
+    """Decode `new_tokens` tokens greedily after `prompt` `(1, time)`, without a KV cache."""
+    ids = prompt
     for _ in range(new_tokens):
-        written = torch.cat((written, logits(written)[:, -1].argmax(-1, keepdim=True)), dim=1)
-    return written[0, prompt.shape[1] :].tolist()
+        ids = torch.cat((ids, logits(ids)[:, -1].argmax(-1, keepdim=True)), dim=1)
+    return ids[0, prompt.shape[1] :].tolist()
 
 
-def check_same(difference: float, what: str) -> None:
-    """Raises `WorkError` for logits that differ by more than rounding explains."""
-    if not difference <= MOST_DIFFERENT:
+def check_logits(difference: float, what: str) -> None:
+    """Raise `WorkError` if a difference of logits is too large for float32 rounding. `what` names the compared model."""
+    if not difference <= MAX_LOGIT_DIFFERENCE:
         raise WorkError(
-            f"{what} is not the same model: logits differ by {difference:.2e}, more than {MOST_DIFFERENT:.0e}",
-            hint="nothing was left",
+            f"{what} does not compute the same model: logits differ by {difference:.2e}, more than {MAX_LOGIT_DIFFERENCE:.0e}",
+            hint="nothing was saved",
         )
 
 
 def check_ids(tokenizer: Tokenizer, encode: Callable[[str], list[int]], text: str, what: str) -> None:
-    """Raises `WorkError` where another tokenizer gives a text other ids."""
-    for line in probes(text):
-        if encode(line) != tokenizer.encode(line):
-            raise WorkError(f"{what} splits {line[:60]!r} into other tokens", hint="nothing was left")
+    """Raise `WorkError` if `encode` returns other ids than `tokenizer` for any probe of `text`. `what` names the other program."""
+    for probe in tokenizer_probes(text):
+        if encode(probe) != tokenizer.encode(probe):
+            raise WorkError(f"{what} splits {probe[:60]!r} into different tokens", hint="nothing was saved")
 
 
-_ODD = (
+_EDGE_CASES = (
     " leading, trailing ",
     "tabs\tand\r\nnewlines\n\n  twice",
     "x=1234567890, 3.14159; f(a)[0]",
@@ -111,14 +115,14 @@ _ODD = (
 )
 
 
-def probes(text: str) -> list[str]:
-    """What tokenizers are compared on: a text in parts, and what they disagree about."""
-    return [*(text[start : start + 2000] for start in range(0, len(text), 2000)), *_ODD]
+def tokenizer_probes(text: str) -> list[str]:
+    """Return the texts on which tokenizers are compared: chunks of `text`, then strings on which tokenizers often disagree."""
+    return [*(text[start : start + 2000] for start in range(0, len(text), 2000)), *_EDGE_CASES]
 
 
 def require(module: str, extra: str, purpose: str) -> Any:
-    """An optional package. Raises `InputError` with the command that installs it."""
+    """Import an optional package. If it is missing, raises `InputError` with the command that installs it."""
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise need_extra(extra, purpose) from None
+        raise missing_extra(extra, purpose) from None

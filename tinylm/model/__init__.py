@@ -1,5 +1,8 @@
-"""The model: a transformer that a recipe configures. Knows no ranks, no files, no losses but its objective."""
+"""The model: a transformer configured by a recipe's `model:` section, its objective, and its decoder.
 
-from tinylm.device import settle_vector_math
+Code in this package reads no files and does not depend on the number of processes.
+"""
 
-settle_vector_math()  # before anything here computes
+from tinylm.device import warm_up_vector_math
+
+warm_up_vector_math()  # before any computation in this package

@@ -1,6 +1,6 @@
-"""The key/value cache: what a decoder remembers of the tokens it has read, in tensors that never move.
+"""The KV cache: keys and values of the tokens that a decoder has processed, in preallocated tensors.
 
-Legend: L layers, B rows, S capacity, K key/value heads, D head width.
+Legend: `L` layers, `B` rows, `S` capacity, `K` key/value heads, `D` head width, `T` new positions.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from torch import Tensor
 from tinylm.recipe.schema import ModelSection
 
 
-class KeyValueCache:
-    """Keys and values of every layer for up to `capacity` positions of each row, allocated once.
+class KVCache:
+    """Keys and values of every layer, for up to `capacity` positions per row.
 
-    `keys` and `values` are (L, B, S, K, D), `tokens` (B, S) the ids. `lengths` tells how many positions of each row are
-    filled; rows need not stand at the same position. `layers` are views of the rows in use, `whole` of all.
+    `keys` and `values` are (L, B, S, K, D); `tokens` (B, S) holds the ids. `lengths` holds the number of filled positions of each
+    active row; rows may have different lengths. `layers` holds per-layer views of the active rows, `full_layers` of all rows.
     """
 
     def __init__(self, model: ModelSection, rows: int, capacity: int, *, device: torch.device, dtype: torch.dtype) -> None:
@@ -26,28 +26,30 @@ class KeyValueCache:
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.tokens = torch.zeros((rows, capacity), device=device, dtype=torch.long)
         self.lengths: list[int] = []
-        self.use(rows)
-        self.whole = self.layers
+        self.set_active_rows(rows)
+        self.full_layers = self.layers
 
-    def use(self, rows: int) -> None:
-        """Only the first so many rows are stepped from now on; rows that join are empty."""
+    def set_active_rows(self, rows: int) -> None:
+        """Make the first `rows` rows the active ones. Rows that become active are empty."""
         self.lengths = self.lengths[:rows] + [0] * (rows - len(self.lengths))
-        self.layers = [LayerViews.of(keys[:rows], values[:rows]) for keys, values in zip(self.keys, self.values, strict=True)]
+        self.layers = [
+            LayerCache.from_tensors(keys[:rows], values[:rows]) for keys, values in zip(self.keys, self.values, strict=True)
+        ]
 
     @property
     def capacity(self) -> int:
         return self.tokens.shape[1]
 
-    def rows(self, start: int = 0, stop: int | None = None) -> CacheRows:
-        """Rows that are read into together, from their beginning on; default: all."""
+    def row_slice(self, start: int = 0, stop: int | None = None) -> CacheRows:
+        """Rows [start, stop), which are filled together from position 0. Default: all active rows."""
         return CacheRows(self, slice(start, len(self.lengths) if stop is None else stop))
 
-    def share(self, source: int, rows: range | list[int]) -> None:
-        """Copy what row `source` holds to other rows: samples of one prompt, or beams that go on from the same text."""
-        self.take([source] * len(rows), rows)
+    def copy_row(self, source: int, rows: range | list[int]) -> None:
+        """Copy row `source` to other rows, to draw several samples from one prompt."""
+        self.reorder([source] * len(rows), rows)
 
-    def take(self, sources: list[int], rows: range | list[int]) -> None:
-        """Row rows[i] becomes what row sources[i] was, all at once."""
+    def reorder(self, sources: list[int], rows: range | list[int]) -> None:
+        """Copy row `sources[i]` to row `rows[i]` for every i. All sources are read before any row is written."""
         longest = max((self.lengths[source] for source in sources), default=0)
         for store in (self.keys, self.values):
             store[:, list(rows), :longest] = store[:, sources, :longest]
@@ -57,36 +59,37 @@ class KeyValueCache:
             self.lengths[row] = length
 
 
-class LayerViews(NamedTuple):
-    """One layer's part of a cache, as decoding wants it: (B S, K, D) to be written, (B, K, S, D) to be looked at."""
+class LayerCache(NamedTuple):
+    """Views of the keys and values of one layer: (B S, K, D) for writing, (B, K, S, D) for attention."""
 
-    written_keys: Tensor
-    written_values: Tensor
+    flat_keys: Tensor
+    flat_values: Tensor
     keys: Tensor
     values: Tensor
 
     @classmethod
-    def of(cls, keys: Tensor, values: Tensor) -> LayerViews:
+    def from_tensors(cls, keys: Tensor, values: Tensor) -> LayerCache:
+        """Create the views of keys and values (B, S, K, D)."""
         return cls(keys.flatten(0, 1), values.flatten(0, 1), keys.transpose(1, 2), values.transpose(1, 2))
 
 
 class CacheRows:
-    """Rows of a cache while the same number of tokens is read into each: what `Transformer.hidden` continues."""
+    """Rows of a cache that have the same length and are filled together, for use with `Transformer.hidden`."""
 
-    def __init__(self, cache: KeyValueCache, rows: slice) -> None:
+    def __init__(self, cache: KVCache, rows: slice) -> None:
         self._cache = cache
         self._rows = rows
         self.length = 0
 
-    def remember(self, tokens: Tensor) -> Tensor:
-        """Note the ids (B, new) of the positions being added; return all ids so far, the new included."""
+    def update_tokens(self, tokens: Tensor) -> Tensor:
+        """Append ids (B, T). Return all ids so far, including the new ones."""
         end = self.length + tokens.shape[1]
         rows = self._cache.tokens[self._rows]
         rows[:, self.length : end] = tokens
         return rows[:, :end]
 
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write (B, K, new, D) after the filled positions; return all positions so far, the new included."""
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append keys and values (B, K, T, D) to a layer. Return those of all positions so far, including the new ones."""
         end = self.length + keys.shape[2]
         stored_keys, stored_values = (store[layer, self._rows].transpose(1, 2) for store in (self._cache.keys, self._cache.values))
         stored_keys[:, :, self.length : end] = keys
@@ -94,7 +97,7 @@ class CacheRows:
         return stored_keys[:, :, :end], stored_values[:, :, :end]
 
     def advance(self, positions: int) -> None:
-        """Count positions as filled, after every layer has written them."""
+        """Mark `positions` more positions as filled. Call it after every layer has written them."""
         self.length += positions
         for row in range(self._rows.start, self._rows.stop):
             self._cache.lengths[row] = self.length

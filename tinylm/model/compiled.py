@@ -1,8 +1,8 @@
-"""A decoder's step as one call of machine code: weights laid out for it, room to work in, threads.
+"""Decoding on a CPU with numba-compiled code: packs the weights, allocates the workspace and runs each step on several threads.
 
-`tinylm.model.kernels` is the code itself, and needs numba. Threads are those that torch computes with, through the entry points
-that compilers call for OpenMP (libgomp has them, libomp and Intel's too): a second team would fight with the first for the
-same cores. Where they are not found, one thread does it.
+The compiled code itself is in `tinylm.model.kernels`, which needs numba. It runs on torch's own OpenMP threads, because a second
+thread pool would compete for the same cores. They are reached through the entry points that compilers call, which libgomp, libomp
+and Intel's library all provide. If no OpenMP library is found, steps run on one thread.
 """
 
 from __future__ import annotations
@@ -19,281 +19,301 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tinylm.errors import InputError, need_extra
-from tinylm.model.cache import KeyValueCache
+from tinylm.errors import InputError, missing_extra
+from tinylm.model.cache import KVCache
 from tinylm.model.layers import Block
 from tinylm.model.packed import Int8Linear, TransposedLinear
 from tinylm.model.transformer import Transformer
 
+MIN_PRODUCTS_PER_THREAD = 4_000_000
+"""Minimum number of multiplications per thread: smaller steps use fewer threads. A constant rather than a measured value, so that
+the number of threads is reproducible."""
+COMPILE_NOTE_SECONDS = 1.5
+"""Report the compilation if it takes longer than this. Loading code that is already compiled is faster."""
 _ALIGNMENT = 64
-_PRODUCTS = 4_000_000
-"""Of a weight and an input, for each thread: fewer are done before another thread has begun. No timing decides that, so that
-equal work is done alike."""
-_PATIENCE = 1.5
-"""Seconds of compiling before it is told: more than it takes to load what was compiled before."""
-_START_SECONDS, _STEP_SECONDS, _BYTE_SECONDS = 2.0, 4e-4, 16e-12
-"""What compiled steps cost before the first (loading numba and the code, once read from the disk), and what each of them
-saves, with a share for each byte of weights; measured on two cores of one Xeon, and taken large, small and small."""
+_LOAD_SECONDS = 2.0
+"""Upper bound on the time to load numba and the compiled code, measured on two cores of a Xeon."""
+_SAVED_SECONDS_PER_STEP, _SAVED_SECONDS_PER_BYTE = 4e-4, 16e-12
+"""Lower bound on the time that a compiled step saves, measured on the same CPU: a constant, and a term per byte of weights."""
 
 
-def kernels() -> Any:
-    """The machine code's module. Raises `InputError` where numba is not installed."""
+def import_kernels() -> Any:
+    """Import `tinylm.model.kernels`. Raises `InputError` if numba is not installed."""
     try:
-        from tinylm.model import kernels as compiled
+        from tinylm.model import kernels
     except ImportError:
-        raise need_extra("fast", "compiling the decoding step for a CPU") from None
-    return compiled
+        raise missing_extra("fast", "compiling the decoding step for a CPU") from None
+    return kernels
 
 
 def unsupported(network: Transformer) -> str | None:
-    """What the machine code does not know about a network on the CPU, or None."""
+    """The first property of a network that the compiled code does not support, or None."""
     model = network.model
-    unknown = {
+    properties = {
         "norm_position: post": model.norm_position == "post",
         "parallel_residual": model.parallel_residual,
         "value_embeddings": model.value_embeddings > 0,
         "value_residual": model.value_residual,
         "embedding_shortcut": model.embedding_shortcut,
         "feed_forward: gelu_exact": model.feed_forward == "gelu_exact",
-        "a model in another type than float32": network.embedding.weight.dtype != torch.float32,
+        "a dtype other than float32": network.embedding.weight.dtype != torch.float32,
     }
-    return next((part for part, there in unknown.items() if there), None)
+    return next((name for name, present in properties.items() if present), None)
 
 
-def pays(network: Transformer, steps: int | None) -> bool:
-    """Whether so many steps are enough for compiled ones to be worth their start; None: no end of them."""
-    possible = find_spec("numba") is not None and network.embedding.weight.device.type == "cpu" and unsupported(network) is None
-    saved = _STEP_SECONDS + _BYTE_SECONDS * sum(4 * parameter.numel() for parameter in network.parameters())
-    return possible and (steps is None or steps * saved > _START_SECONDS) and bool(kernels().is_supported())
+def is_worthwhile(network: Transformer, steps: int | None) -> bool:
+    """Whether compiled steps are supported and save more time over `steps` steps than loading takes. None: unlimited steps."""
+    supported = find_spec("numba") is not None and network.embedding.weight.device.type == "cpu" and unsupported(network) is None
+    weight_bytes = sum(4 * parameter.numel() for parameter in network.parameters())
+    saved = _SAVED_SECONDS_PER_STEP + _SAVED_SECONDS_PER_BYTE * weight_bytes
+    return supported and (steps is None or steps * saved > _LOAD_SECONDS) and bool(import_kernels().is_supported())
 
 
-def load(say: Callable[[str], None]) -> None:
-    """Have the machine code ready. `say` hears when that takes a while: the first time on a machine, when it is compiled."""
-    talk = threading.Timer(_PATIENCE, say, ["compiling the decoding step for this machine, once: some 10 seconds"])
-    talk.daemon = True
-    talk.start()
+def load_kernels(report: Callable[[str], None]) -> None:
+    """Load the compiled code; the first use on a machine compiles it. Calls `report` if that takes long."""
+    message = "compiling the decoding step for this CPU (once, about 10 seconds)"
+    timer = threading.Timer(COMPILE_NOTE_SECONDS, report, [message])
+    timer.daemon = True
+    timer.start()
     try:
-        kernels().entry()
+        import_kernels().entry()
     finally:
-        talk.cancel()
+        timer.cancel()
 
 
 class CompiledStep:
-    """What `Decoder.step` does, for networks on the CPU, packed or plain, in which there is no `unsupported`.
+    """Compiled versions of `Decoder.step` and `Decoder.prefill`, for packed and plain networks on the CPU.
 
-    It has its own copy of the matrices, and reads embeddings where the network holds them. Raises `InputError` where numba is
-    not installed, and for what it does not know.
+    Copies the network's matrices, and reads its embeddings in place. Raises `InputError` if numba is not installed, or if the
+    network or the CPU is not supported.
     """
 
     def __init__(self, network: Transformer) -> None:
-        self._kernels = kernels()
-        unknown = unsupported(network)
-        if unknown is None and not self._kernels.is_supported():
-            unknown = "a processor without fused multiply-add"
-        if unknown is not None:
-            raise InputError(f"{unknown} is nothing that the compiled step knows", where="--compile", hint="leave it out")
+        self._kernels = import_kernels()
+        reason = unsupported(network)
+        if reason is None and not self._kernels.is_supported():
+            reason = "a CPU without fused multiply-add"
+        if reason is not None:
+            raise InputError(f"{reason} is not supported by compiled decoding", where="--compile", hint="remove the option")
         self._network = network
         self._step = np.zeros(1, self._kernels.STEP)
         self._layers = np.zeros(network.model.n_layer, self._kernels.LAYER)
-        self._matrices = np.zeros(network.model.n_layer * self._kernels.MATRICES + 2, self._kernels.MATRIX)
-        self._weights = _Arena()
-        self._describe()
-        self._weights.fill()
-        self._products = int((self._matrices["inputs"] * self._matrices["outputs"]).sum())
-        self._room: np.ndarray | None = None
-        self._room_for = (0, 0, 0)
+        self._matrices = np.zeros(network.model.n_layer * self._kernels.MATRICES_PER_LAYER + 2, self._kernels.MATRIX)
+        self._weights = _WeightArena()
+        self._fill_records()
+        self._weights.allocate()
+        self._products_per_row = int((self._matrices["inputs"] * self._matrices["outputs"]).sum())
+        self._workspace: np.ndarray | None = None
+        self._workspace_size = (0, 0, 0)
         self._lock = threading.Lock()
         self._code = self._kernels.entry()
-        self._alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._code)
+        self._call_single_threaded = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._code)
 
-    def __call__(self, cache: KeyValueCache, tokens: Tensor) -> Tensor:
-        """Add one id (B,) to every row; the logits (B, V) after it. `cache.lengths` stay as they are."""
+    def __call__(self, cache: KVCache, tokens: Tensor) -> Tensor:
+        """Append one id (B,) to every row. Return the logits (B, V) after it. Does not change `cache.lengths`."""
         rows = len(cache.lengths)
         return self._run(cache, tokens, np.arange(rows), cache.lengths)
 
-    def read(self, cache: KeyValueCache, row: int, tokens: Tensor) -> Tensor:
-        """Fill a row with ids (T,) from the beginning; the logits (V,) after the last. `cache.lengths` stay as they are."""
+    def prefill(self, cache: KVCache, row: int, tokens: Tensor) -> Tensor:
+        """Overwrite a row with ids (T,). Return the logits (V,) after the last. Does not change `cache.lengths`."""
         cache.tokens[row, : len(tokens)] = tokens
-        return self._run(cache, tokens, row, np.arange(len(tokens)), reading=True)[0]
+        return self._run(cache, tokens, row, np.arange(len(tokens)), is_prefill=True)[0]
 
-    def _run(self, cache: KeyValueCache, tokens: Tensor, texts: Any, places: Any, reading: bool = False) -> Tensor:
-        rows, team = len(tokens), _team()
-        threads = 1 if team is None else min(torch.get_num_threads(), max(1, rows * self._products // _PRODUCTS))
-        logits = torch.empty(1 if reading else rows, self._network.vocab_size)
+    def _run(self, cache: KVCache, tokens: Tensor, cache_rows: Any, positions: Any, is_prefill: bool = False) -> Tensor:
+        """Process tokens (N,) at the given rows and positions of the cache. Return logits (N, V), or (1, V) for a prefill."""
+        rows, team, threads = len(tokens), openmp_team(), 1
+        if team is not None:
+            threads = min(torch.get_num_threads(), max(1, rows * self._products_per_row // MIN_PRODUCTS_PER_THREAD))
+        logits = torch.empty(1 if is_prefill else rows, self._network.vocab_size)
         with self._lock:
-            self._make_room(max(rows, len(cache.tokens)), cache.capacity, threads)
-            self._ids[0, :rows], self._ids[1, :rows], self._ids[2, :rows] = tokens.numpy(), places, texts
-            self._check(self._ids[0, :rows], self._ids[1, :rows], cache)
+            self._reserve_workspace(max(rows, len(cache.tokens)), cache.capacity, threads)
+            self._inputs[0, :rows], self._inputs[1, :rows], self._inputs[2, :rows] = tokens.numpy(), positions, cache_rows
+            self._check_bounds(self._inputs[0, :rows], self._inputs[1, :rows], cache)
             step = self._step[0]
-            step["rows"], step["reading"] = rows, reading
-            step["capacity"], step["cache_rows"] = cache.capacity, len(cache.tokens)
-            step["keys"], step["values"], step["read"] = cache.keys.data_ptr(), cache.values.data_ptr(), cache.tokens.data_ptr()
+            step["rows"], step["is_prefill"] = rows, is_prefill
+            step["capacity"], step["cache_row_count"] = cache.capacity, len(cache.tokens)
+            step["keys"], step["values"] = cache.keys.data_ptr(), cache.values.data_ptr()
+            step["cached_tokens"] = cache.tokens.data_ptr()
             step["logits"] = logits.data_ptr()
             if team is None or threads == 1:
-                step["thread_number"] = 0
-                self._alone(self._step.ctypes.data)
+                step["get_thread_num"] = 0
+                self._call_single_threaded(self._step.ctypes.data)
             else:
-                step["thread_number"], step["thread_count"], step["nap"] = team.number, team.count, team.nap
+                step["get_thread_num"], step["get_num_threads"] = team.get_thread_num, team.get_num_threads
+                step["usleep"] = team.usleep
                 team.run(self._code, self._step.ctypes.data, threads, 0)
         return logits
 
-    def _check(self, ids: np.ndarray, places: np.ndarray, cache: KeyValueCache) -> None:
-        """Machine code reads and writes wherever it is told to."""
-        room = min(cache.capacity, self._network.model.context_length)
-        if ids.min() < 0 or ids.max() >= self._network.vocab_size or places.max() >= room:
-            raise IndexError("an id beyond the vocabulary, or a row that is full")
+    def _check_bounds(self, ids: np.ndarray, positions: np.ndarray, cache: KVCache) -> None:
+        """Raise `IndexError` for ids and positions that are out of bounds, because the compiled code does not check them."""
+        capacity = min(cache.capacity, self._network.model.context_length)
+        if ids.min() < 0 or ids.max() >= self._network.vocab_size:
+            raise IndexError(f"token ids must be in [0, {self._network.vocab_size})")
+        if positions.max() >= capacity:
+            raise IndexError(f"a row of the cache is full ({capacity} positions)")
 
-    def _describe(self) -> None:
+    def _fill_records(self) -> None:
+        """Fill in everything that does not change from step to step: settings, addresses of tables, and weights."""
         network, model, step = self._network, self._network.model, self._step
         step["layers"], step["matrices"] = self._layers.ctypes.data, self._matrices.ctypes.data
         step["layer_count"], step["width"] = model.n_layer, model.n_embd
         step["heads"], step["kv_heads"], step["head_width"] = model.n_head, model.kv_heads, model.head_width
-        names = {"gelu": "GELU", "relu": "RELU", "relu2": "RELU2", "swiglu": "GATE"}
-        step["activation"] = getattr(self._kernels, names[model.feed_forward])
+        step["activation"] = getattr(self._kernels, model.feed_forward.upper())  # GELU, RELU, RELU2 or SWIGLU
         step["layer_norm"], step["norm_eps"] = model.norm == "layernorm", model.norm_eps
         step["qk_norm_eps"] = model.norm_eps if model.qk_norm else -1.0
         step["softcap"] = model.logit_softcap or 0.0
         step["embedding"] = network.embedding.weight.data_ptr()
         if network.positions is not None:
-            step["positions"] = network.positions.weight.data_ptr()
+            step["position_table"] = network.positions.weight.data_ptr()
         elif model.position == "sinusoidal":
-            step["positions"] = network.get_buffer("sinusoids").data_ptr()
+            step["position_table"] = network.get_buffer("sinusoids").data_ptr()
         elif model.position == "rope":
             step["cosines"], step["sines"] = (network.get_buffer(f"rope_{name}").data_ptr() for name in ("cosines", "sines"))
         step["embedding_norm"] = network.embedding_norm is not None
-        self._norm(step, "embedding", network.embedding_norm)
-        self._norm(step, "final", network.final_norm)
-        for number, block in enumerate(network.blocks):
-            self._describe_layer(number, cast(Block, block))
-        self._matrix(model.n_layer * self._kernels.MATRICES, network.head)
+        self._fill_norm(step, "embedding", network.embedding_norm)
+        self._fill_norm(step, "final", network.final_norm)
+        for index, block in enumerate(network.blocks):
+            self._fill_layer(index, cast(Block, block))
+        self._fill_matrix(model.n_layer * self._kernels.MATRICES_PER_LAYER, network.head)
         if (ngrams := network.ngrams) is not None:
-            self._orders = np.array(ngrams.orders, dtype=np.int64)
-            step["orders"], step["order_count"] = self._orders.ctypes.data, len(ngrams.orders)
+            self._ngram_orders = np.array(ngrams.orders, dtype=np.int64)
+            step["ngram_orders"], step["ngram_order_count"] = self._ngram_orders.ctypes.data, len(ngrams.orders)
             step["ngram_table"], step["ngram_rows"] = ngrams.table.weight.data_ptr(), ngrams.rows
-            step["ngram_width"], step["missing"] = model.ngram_width, ngrams.missing
-            self._matrix(model.n_layer * self._kernels.MATRICES + 1, ngrams.projection)
+            step["ngram_width"], step["pad_id"] = model.ngram_width, ngrams.pad_id
+            self._fill_matrix(model.n_layer * self._kernels.MATRICES_PER_LAYER + 1, ngrams.projection)
 
-    def _describe_layer(self, number: int, block: Block) -> None:
-        attention, feed = block.attention, block.feed_forward
-        layer, first = self._layers[number : number + 1], number * self._kernels.MATRICES
-        self._norm(layer, "attention", block.attention_norm)
-        self._norm(layer, "feed", block.feed_forward_norm)
+    def _fill_layer(self, index: int, block: Block) -> None:
+        """Fill in the norms, gains and matrices of a block."""
+        attention, feed_forward = block.attention, block.feed_forward
+        layer, first = self._layers[index : index + 1], index * self._kernels.MATRICES_PER_LAYER
+        self._fill_norm(layer, "attention", block.attention_norm)
+        self._fill_norm(layer, "feed_forward", block.feed_forward_norm)
         if attention.query_gain is not None and attention.key_gain is not None:
-            self._weights.vector(layer, "query_gain", attention.query_gain)
-            self._weights.vector(layer, "key_gain", attention.key_gain)
-        self._matrix(first + self._kernels.QKV, attention.qkv)
-        self._matrix(first + self._kernels.OUTPUT, attention.output)
-        if feed.kind == "swiglu":
-            self._matrix(first + self._kernels.GATES, feed.input, 0, 2)
-            self._matrix(first + self._kernels.WIDEN, feed.input, 1, 2)
+            self._weights.add_vector(layer, "query_gain", attention.query_gain)
+            self._weights.add_vector(layer, "key_gain", attention.key_gain)
+        self._fill_matrix(first + self._kernels.QKV, attention.qkv)
+        self._fill_matrix(first + self._kernels.ATTENTION_OUTPUT, attention.output)
+        if feed_forward.kind == "swiglu":
+            self._fill_matrix(first + self._kernels.GATE, feed_forward.input, 0, 2)
+            self._fill_matrix(first + self._kernels.UP, feed_forward.input, 1, 2)
         else:
-            self._matrix(first + self._kernels.WIDEN, feed.input)
-        self._matrix(first + self._kernels.NARROW, feed.output)
+            self._fill_matrix(first + self._kernels.UP, feed_forward.input)
+        self._fill_matrix(first + self._kernels.DOWN, feed_forward.output)
 
-    def _norm(self, record: np.ndarray, name: str, norm: nn.Module | None) -> None:
-        for field, found in (("gain", getattr(norm, "weight", None)), ("bias", getattr(norm, "bias", None))):
-            if found is not None:
-                self._weights.vector(record, f"{name}_{field}", found)
+    def _fill_norm(self, record: np.ndarray, name: str, norm: nn.Module | None) -> None:
+        """Fill in `NAME_gain` and `NAME_bias` of a record with the parameters that the norm has."""
+        for field, vector in (("gain", getattr(norm, "weight", None)), ("bias", getattr(norm, "bias", None))):
+            if vector is not None:
+                self._weights.add_vector(record, f"{name}_{field}", vector)
 
-    def _matrix(self, index: int, linear: nn.Module, part: int = 0, parts: int = 1) -> None:
-        """Describe a linear layer, or one of `parts` equal parts of its outputs."""
+    def _fill_matrix(self, index: int, linear: nn.Module, part: int = 0, parts: int = 1) -> None:
+        """Fill record `index` from a linear layer, or from one of `parts` equal parts of its outputs."""
         weight, scale = _weight_and_scale(linear)
         outputs = len(weight) // parts
-        own = slice(part * outputs, (part + 1) * outputs)
+        rows = slice(part * outputs, (part + 1) * outputs)
         record = self._matrices[index : index + 1]
-        record["bytes"], record["inputs"], record["outputs"] = weight.element_size(), weight.shape[1], outputs
-        self._weights.tiles(record, "weights", weight[own], self._kernels.TILE, self._kernels.PANEL)
-        for field, found in (("scales", scale), ("biases", linear.bias)):
-            if found is not None:
-                self._weights.vector(record, field, cast(Tensor, found)[own])
+        record["weight_bytes"], record["inputs"], record["outputs"] = weight.element_size(), weight.shape[1], outputs
+        self._weights.add_tiles(record, "weights", weight[rows], self._kernels.TILE, self._kernels.PANEL)
+        for field, vector in (("scales", scale), ("biases", linear.bias)):
+            if vector is not None:
+                self._weights.add_vector(record, field, cast(Tensor, vector)[rows])
 
-    def _make_room(self, rows: int, capacity: int, threads: int) -> None:
-        had = self._room_for
-        if rows <= had[0] and capacity <= had[1] and threads <= had[2]:
+    def _reserve_workspace(self, rows: int, capacity: int, threads: int) -> None:
+        """Grow the workspace if it is too small for this many rows, cached positions per row, or threads."""
+        reserved = self._workspace_size
+        if rows <= reserved[0] and capacity <= reserved[1] and threads <= reserved[2]:
             return
-        self._room_for = rows, capacity, threads = max(rows, had[0]), max(capacity, had[1]), max(threads, had[2])
+        rows, capacity, threads = max(rows, reserved[0]), max(capacity, reserved[1]), max(threads, reserved[2])
+        self._workspace_size = rows, capacity, threads
         model, step = self._network.model, self._step
-        padded = -(-rows // self._kernels.ROWS) * self._kernels.ROWS
+        padded_rows = -(-rows // self._kernels.ROW_BLOCK) * self._kernels.ROW_BLOCK
         heads = model.n_head + 2 * model.kv_heads
         hidden = max(model.feed_forward_width, len(model.ngram_embeddings) * model.ngram_width)
-        widths = {"stream": model.n_embd, "qkv": heads * model.head_width, "mixed": model.n_head * model.head_width}
-        sizes = {name: _aligned(4 * padded * width) for name, width in (widths | {"hidden": hidden}).items()}
-        step["sums_at"] = _aligned(4 * padded * model.n_embd)
-        step["scores_at"] = step["sums_at"] + _aligned(4 * padded * self._kernels.TILE)
-        step["own_bytes"] = step["scores_at"] + _aligned(4 * model.n_head * capacity)
-        self._ids = np.zeros((3, rows), dtype=np.int64)
-        step["tokens"], step["places"], step["texts"] = (ids.ctypes.data for ids in self._ids)
-        sizes["meeting"] = 2 * _ALIGNMENT
-        self._room, address = _aligned_bytes(sum(sizes.values()) + threads * int(step["own_bytes"][0]))
-        for name, size in (sizes | {"own": 0}).items():
+        widths = {"residual": model.n_embd, "qkv": heads * model.head_width, "attended": model.n_head * model.head_width}
+        sizes = {name: _round_up(4 * padded_rows * width) for name, width in (widths | {"hidden": hidden}).items()}
+        step["sums_offset"] = _round_up(4 * padded_rows * model.n_embd)
+        step["scores_offset"] = step["sums_offset"] + _round_up(4 * padded_rows * self._kernels.TILE)
+        step["scratch_bytes"] = step["scores_offset"] + _round_up(4 * model.n_head * capacity)
+        self._inputs = np.zeros((3, rows), dtype=np.int64)
+        step["tokens"], step["positions"], step["cache_row_indices"] = (values.ctypes.data for values in self._inputs)
+        sizes["barrier"] = 2 * _ALIGNMENT
+        self._workspace, address = _aligned_zeros(sum(sizes.values()) + threads * int(step["scratch_bytes"][0]))
+        for name, size in (sizes | {"scratch": 0}).items():
             step[name] = address
             address += size
 
 
 def _weight_and_scale(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """(outputs, inputs), and one factor per output."""
+    """The weight (outputs, inputs) of a linear layer and, for int8, its scales (outputs,)."""
     if isinstance(linear, Int8Linear):
         return linear.weight[:, : linear.inputs], linear.scale.float()
     weight = cast(Tensor, linear.weight).detach()
     return weight.t() if isinstance(linear, TransposedLinear) else weight, None
 
 
-def _aligned(size: int) -> int:
+def _round_up(size: int) -> int:
+    """The smallest multiple of the alignment that is at least `size`."""
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def _aligned_bytes(size: int) -> tuple[np.ndarray, int]:
-    """Zeros, and the first address among them that is aligned."""
-    room = np.zeros(size + _ALIGNMENT, dtype=np.uint8)  # numpy asks the system for large pages
-    return room, _aligned(room.ctypes.data)
+def _aligned_zeros(size: int) -> tuple[np.ndarray, int]:
+    """An array of zeros, and an aligned address inside it that is followed by at least `size` bytes."""
+    memory = np.zeros(size + _ALIGNMENT, dtype=np.uint8)  # numpy requests huge pages for large arrays
+    return memory, _round_up(memory.ctypes.data)
 
 
-class _Arena:
-    """One stretch of memory for all weights: `tiles` and `vector` note what goes into it and who has to know where; then `fill`."""
+class _WeightArena:
+    """One block of memory for all weights.
+
+    `add_tiles` and `add_vector` register a tensor and the record field that will hold its address. `allocate` copies the tensors
+    and sets the fields.
+    """
 
     def __init__(self) -> None:
         self._memory: np.ndarray | None = None
-        self._noted: list[tuple[np.ndarray, str, Tensor, tuple[int, ...]]] = []
+        self._entries: list[tuple[np.ndarray, str, Tensor, tuple[int, ...]]] = []
 
-    def tiles(self, record: np.ndarray, field: str, matrix: Tensor, tile: int, panel: int) -> None:
-        """A matrix (outputs, inputs) as (outputs / tile, tile / panel, inputs, panel), filled up with zeros to whole tiles."""
+    def add_tiles(self, record: np.ndarray, field: str, matrix: Tensor, tile: int, panel: int) -> None:
+        """Register a matrix (outputs, inputs). It is stored as (panels, inputs, `panel`), zero-padded to whole tiles."""
         outputs, inputs = matrix.shape
-        self._noted.append((record, field, matrix, (-(-outputs // tile) * tile // panel, inputs, panel)))
+        self._entries.append((record, field, matrix, (-(-outputs // tile) * tile // panel, inputs, panel)))
 
-    def vector(self, record: np.ndarray, field: str, vector: Tensor) -> None:
-        self._noted.append((record, field, vector.detach().float(), vector.shape))
+    def add_vector(self, record: np.ndarray, field: str, vector: Tensor) -> None:
+        self._entries.append((record, field, vector.detach().float(), vector.shape))
 
-    def fill(self) -> None:
-        sizes = [math.prod(shape) * one.element_size() for _, _, one, shape in self._noted]
-        self._memory, address = _aligned_bytes(sum(map(_aligned, sizes)))
-        whole, start = torch.from_numpy(self._memory), address - self._memory.ctypes.data
-        for size, (record, field, one, shape) in zip(sizes, self._noted, strict=True):
-            place = whole[start : start + size].view(one.dtype).view(shape)
-            if one.ndim == 2:
-                full, rest = divmod(len(one), shape[-1])
-                place[:full] = one[: len(one) - rest].reshape(full, shape[-1], shape[-2]).transpose(1, 2)
-                place[full : full + 1, :, :rest] = one[len(one) - rest :].t()
+    def allocate(self) -> None:
+        sizes = [math.prod(shape) * tensor.element_size() for _, _, tensor, shape in self._entries]
+        self._memory, address = _aligned_zeros(sum(map(_round_up, sizes)))
+        memory, start = torch.from_numpy(self._memory), address - self._memory.ctypes.data
+        for size, (record, field, tensor, shape) in zip(sizes, self._entries, strict=True):
+            target = memory[start : start + size].view(tensor.dtype).view(shape)
+            if tensor.ndim == 2:
+                full_panels, rest = divmod(len(tensor), shape[-1])
+                target[:full_panels] = tensor[: len(tensor) - rest].reshape(full_panels, shape[-1], shape[-2]).transpose(1, 2)
+                target[full_panels : full_panels + 1, :, :rest] = tensor[len(tensor) - rest :].t()
             else:
-                place.copy_(one)
+                target.copy_(tensor)
             record[field] = self._memory.ctypes.data + start
-            start += _aligned(size)
-        self._noted.clear()
+            start += _round_up(size)
+        self._entries.clear()
 
 
-class _Team:
-    """OpenMP's threads: `run(code, argument, threads, 0)` has them all do the same, and waits for them."""
+class OpenMPTeam:
+    """OpenMP's thread pool: `run(code, argument, threads, 0)` calls `code(argument)` on each thread and waits for all of them."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.run = library.GOMP_parallel
         self.run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         self.run.restype = None
         names = ("omp_get_thread_num", "omp_get_num_threads", "usleep")
-        self.number, self.count, self.nap = (cast(int, ctypes.cast(library[name], ctypes.c_void_p).value) for name in names)
+        addresses = (cast(int, ctypes.cast(library[name], ctypes.c_void_p).value) for name in names)
+        self.get_thread_num, self.get_num_threads, self.usleep = addresses
 
 
 @cache
-def _team() -> _Team | None:
+def openmp_team() -> OpenMPTeam | None:
+    """The OpenMP thread pool of this process, or None if no OpenMP library is loaded."""
     try:
-        return _Team(ctypes.CDLL(None))  # what torch has loaded is found among everything that is loaded
-    except (TypeError, OSError, AttributeError):  # Windows, and where torch came without
+        return OpenMPTeam(ctypes.CDLL(None))  # searches all loaded libraries, including torch's OpenMP
+    except (TypeError, OSError, AttributeError):  # Windows, or a torch build without OpenMP
         return None

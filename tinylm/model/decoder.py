@@ -1,146 +1,175 @@
-"""One token for every row of a batch: the transformer's arithmetic written for a single position, outside autograd.
+"""Decoding: fill rows of a KV cache with prompts (prefill), then add one token at a time to every row (step).
 
-Nothing here depends on tokens that were read before but the cache. Rows may stand at different positions, so that prompts of
-different lengths, and requests that come and go, decode together. On a CPU the step may be machine code instead, which
-`tinylm.model.compiled` prepares. `Transformer.hidden` stays the definition; tests hold all to the same numbers for every part
-that a recipe can name.
+A step computes what `Transformer.hidden` and `Transformer.logits` compute for one new position per row, without autograd or
+module calls. All state is in the cache. Rows may have different lengths, so requests can join and leave a batch at any time. On a
+CPU, numba-compiled code can run the step instead (see `tinylm.model.compiled`).
 
-Legend: B rows, C width, H heads, K key/value heads, G = H / K, D head width, S positions looked at, V vocabulary.
+Legend: `B` rows, `T` prompt tokens, `C` width, `H` query heads, `K` key/value heads, `G` = `H` / `K`, `D` head width, `S` cached
+positions, `V` vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinylm.model.cache import KeyValueCache, LayerViews
-from tinylm.model.compiled import CompiledStep, load, pays
+from tinylm.model.cache import KVCache, LayerCache
+from tinylm.model.compiled import CompiledStep, is_worthwhile, load_kernels
 from tinylm.model.layers import Attention, Block, RMSNorm
 from tinylm.model.packed import TransposedLinear, WeightKind, pack
 from tinylm.model.transformer import Transformer
 from tinylm.reporting import Reporter
 
-Apply = Callable[[Tensor], Tensor]
-_SHORT = 32
-"""Tokens of a prompt that machine code reads, as if they were rows: more are read faster by products of large matrices."""
+TensorFunction = Callable[[Tensor], Tensor]
+_MAX_NUMBA_PROMPT = 32
+"""Maximum length in tokens of a prompt that the numba-compiled code prefills. For longer prompts, PyTorch is faster."""
+
+
+def make_decoder(
+    network: Transformer, *, weights: WeightKind, compiled: bool | None, steps: int | None, reporter: Reporter
+) -> Decoder:
+    """Make a decoder for about `steps` steps (None: unlimited). `compiled=None` compiles the step on a CPU if that saves time."""
+    compiled = is_worthwhile(network, steps) if compiled is None else compiled
+    if compiled and network.embedding.weight.device.type == "cpu":
+        load_kernels(reporter.note)
+    return Decoder(network, weights=weights, compiled=compiled)
 
 
 class Decoder:
-    """Reads prompts into rows of a cache and continues them, token by token.
+    """Prefills prompts into rows of a cache and continues them token by token.
 
-    `compiled`: on a CPU the step is one call of machine code (`tinylm.model.compiled`), and a row's numbers are the same to the
-    bit whatever rows stand beside it. Elsewhere `torch.compile` gets it, with shapes that never change and, on CUDA, as a
-    graph; that costs tens of seconds before the first token. Raises `InputError` for what cannot be compiled.
+    `compiled`: compile the step with `backend`. With "numba" (the default on a CPU), a row's logits do not depend on the other
+    rows, to the bit. "torch" (the default on other devices) uses `torch.compile` with static shapes, and CUDA graphs on CUDA; the
+    first step then takes tens of seconds. Raises `InputError` if the numba backend does not support the network.
     """
 
-    def __init__(self, network: Transformer, *, weights: WeightKind = "fp32", compiled: bool = False) -> None:
-        self._machine_code: CompiledStep | None = None
-        self._compiled = compiled
-        if compiled and network.embedding.weight.device.type == "cpu":
-            self.network = pack(network, None if weights == "fp32" else weights)  # which reads prompts only
-            self._machine_code = CompiledStep(self.network)
+    def __init__(
+        self,
+        network: Transformer,
+        *,
+        weights: WeightKind = "fp32",
+        compiled: bool = False,
+        backend: Literal["numba", "torch"] | None = None,
+    ) -> None:
+        if backend is None:
+            backend = "numba" if network.embedding.weight.device.type == "cpu" else "torch"
+        self._numba_step: CompiledStep | None = None
+        self._static_shapes = compiled and backend == "torch"
+        if compiled and backend == "numba":
+            self.network = pack(network, None if weights == "fp32" else weights)  # only prefills long prompts
+            self._numba_step = CompiledStep(self.network)
         else:
             self.network = pack(network, weights)
-            self._look_up()
+            self._prepare_layers()
         self.model = self.network.model
 
-    def _look_up(self) -> None:
-        """What a step in tensors needs, found once."""
+    def _prepare_layers(self) -> None:
+        """Look up everything that a step in PyTorch needs."""
         network, model = self.network, self.network.model
-        self._layers = [_Layer(cast(Block, block), network) for block in network.blocks]
-        self._embedding_norm = _norm(network.embedding_norm)
-        self._final_norm = _norm(network.final_norm)
-        self._head = _linear(network.head)
-        self._shares_first_values = model.value_residual
-        self._run = self.advance
-        if self._compiled:
+        self._layers = [_DecoderLayer(cast(Block, block)) for block in network.blocks]
+        self._embedding_norm = _norm_function(network.embedding_norm)
+        self._final_norm = _norm_function(network.final_norm)
+        self._head = _linear_function(network.head)
+        self._decode_one_token = self.decode_one_token
+        if self._static_shapes:
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"
-            self._run = torch.compile(self.advance, dynamic=False, fullgraph=True, mode=mode)
+            self._decode_one_token = torch.compile(self.decode_one_token, dynamic=False, fullgraph=True, mode=mode)
         if model.position == "rope":
             cosines, sines = network.get_buffer("rope_cosines"), network.get_buffer("rope_sines")
-            turns = torch.stack((torch.cat((cosines, cosines), -1), torch.cat((-sines, sines), -1)), 1)
-            self._turns = turns[:, :, None]  # (context, 2, 1, D)
+            tables = torch.stack((torch.cat((cosines, cosines), -1), torch.cat((-sines, sines), -1)), 1)
+            self._rotations = tables[:, :, None]  # (context, 2, 1, D)
         if network.ngrams is not None:
-            self._reach = torch.arange(max(network.ngrams.orders), device=self.device).flip(0)
+            self._ngram_offsets = torch.arange(max(network.ngrams.orders), device=self.device).flip(0)
 
     @property
     def device(self) -> torch.device:
         return self.network.embedding.weight.device
 
     @property
-    def is_machine_code(self) -> bool:
-        return self._machine_code is not None
+    def uses_numba(self) -> bool:
+        return self._numba_step is not None
 
-    def cache(self, rows: int, capacity: int | None = None) -> KeyValueCache:
-        """Room for `rows` texts of up to `capacity` tokens; default: the model's context."""
+    def new_cache(self, rows: int, capacity: int | None = None) -> KVCache:
+        """A cache for `rows` sequences of up to `capacity` tokens (default: the model's context length)."""
         dtype = self.network.embedding.weight.dtype
-        return KeyValueCache(self.model, rows, capacity or self.model.context_length, device=self.device, dtype=dtype)
+        return KVCache(self.model, rows, capacity or self.model.context_length, device=self.device, dtype=dtype)
 
     @torch.inference_mode()
-    def read(self, cache: KeyValueCache, row: int, ids: Sequence[int] | Tensor) -> Tensor:
-        """Fill a row with these ids from the beginning; the logits (V,) after the last."""
-        tokens = torch.as_tensor(ids, device=self.device, dtype=torch.long)[None]
-        if self._machine_code is not None and tokens.shape[1] <= _SHORT:
-            logits = self._machine_code.read(cache, row, tokens[0])
+    def prefill(self, cache: KVCache, row: int, ids: Sequence[int] | Tensor) -> Tensor:
+        """Overwrite a row of the cache with a prompt. Return the logits (V,) after its last token."""
+        tokens = torch.as_tensor(ids, device=self.device, dtype=torch.long)[None]  # (1, T)
+        if self._numba_step is not None and tokens.shape[1] <= _MAX_NUMBA_PROMPT:
+            logits = self._numba_step.prefill(cache, row, tokens[0])
             cache.lengths[row] = tokens.shape[1]
             return logits
-        return self.network.logits(self.network.hidden(tokens, cache.rows(row, row + 1), last=1)[0])[0]
+        return self.network.logits(self.network.hidden(tokens, cache.row_slice(row, row + 1), n_last=1)[0])[0]
 
-    def step(self, cache: KeyValueCache, tokens: Tensor) -> Tensor:
-        """Add one id (B,) to every row, of which none may be full, and give the logits (B, V) after it.
+    def step(self, cache: KVCache, tokens: Tensor) -> Tensor:
+        """Append one id (B,) to every active row and return the logits (B, V) after it. No row may be at capacity.
 
-        To be called in inference mode, which is not entered here: for a small model that would be a hundredth of the time.
+        Call it in inference mode. Entering inference mode in each step would take 1 % of a small model's step.
         """
         lengths = cache.lengths
-        if self._machine_code is not None:
-            logits = self._machine_code(cache, tokens)
-        elif self._compiled:  # always the same shapes: rows that are not in use write where the next prompt will
-            unused = len(cache.tokens) - len(lengths)
-            positions = torch.tensor(lengths + [0] * unused, device=self.device)
-            padded = F.pad(tokens, (0, unused))
-            logits = self._run(cache.whole, cache.tokens, padded, positions, cache.capacity, False)[: len(lengths)]
+        if self._numba_step is not None:
+            logits = self._numba_step(cache, tokens)
+        elif self._static_shapes:  # decodes inactive rows too: they write to position 0, which the next prompt overwrites
+            inactive = len(cache.tokens) - len(lengths)
+            positions = torch.tensor(lengths + [0] * inactive, device=self.device)
+            padded = F.pad(tokens, (0, inactive))
+            logits = self._decode_one_token(cache.full_layers, cache.tokens, padded, positions, cache.capacity, False)
+            logits = logits[: len(lengths)]
         else:
             longest = max(lengths) + 1
             positions = torch.tensor(lengths, device=self.device)
-            logits = self._run(cache.layers, cache.tokens, tokens, positions, longest, min(lengths) + 1 == longest)
+            logits = self._decode_one_token(cache.layers, cache.tokens, tokens, positions, longest, min(lengths) + 1 == longest)
         cache.lengths[:] = [length + 1 for length in lengths]
         return logits
 
-    def advance(self, stored: list[LayerViews], read: Tensor, tokens: Tensor, positions: Tensor, span: int, even: bool) -> Tensor:
-        """A step's arithmetic: tensors in, logits (B, V) out, nothing looked up or left behind but in the cache.
+    def decode_one_token(
+        self,
+        layers: list[LayerCache],
+        cached_tokens: Tensor,
+        tokens: Tensor,
+        positions: Tensor,
+        kv_length: int,
+        same_length: bool,
+    ) -> Tensor:
+        """One step as a function of tensors, which can be compiled and captured in a CUDA graph. Returns logits (B, V).
 
-        Row b adds tokens[b] at positions[b], to be seen among the first `span` positions. `even`: every row stands at position
-        span - 1, so that nothing must be hidden from it.
+        Writes `tokens[b]` at position `positions[b]` of row b of the cache. Queries attend to the first `kv_length` positions.
+        `same_length`: all rows are at position `kv_length - 1`, so no mask is needed.
         """
-        B, capacity = tokens.shape[0], read.shape[1]
-        places = positions + torch.arange(0, B * capacity, capacity, device=positions.device) if B > 1 else positions
+        B, capacity = tokens.shape[0], cached_tokens.shape[1]
+        # Index of each row's new position in the flattened cache, (B,).
+        slots = positions + torch.arange(0, B * capacity, capacity, device=positions.device) if B > 1 else positions
         mask = None
-        if not even:
-            hidden = torch.arange(span, device=positions.device) > positions[:, None]
-            mask = torch.zeros(hidden.shape, device=positions.device, dtype=stored[0].keys.dtype)
-            mask = mask.masked_fill_(hidden, float("-inf"))[:, None, None]
-        x = self._embedded(tokens, positions, read, places)
-        turn = self._turns.index_select(0, positions).unbind(1) if self.model.position == "rope" else None
-        embedded, first = x, None
-        for layer, views in zip(self._layers, stored, strict=True):
-            x, mixed_values = layer(x, tokens, embedded, turn, views, places, span, mask, first)
-            if first is None and self._shares_first_values:
-                first = mixed_values
+        if not same_length:
+            masked = torch.arange(kv_length, device=positions.device) > positions[:, None]  # (B, S)
+            mask = torch.zeros(masked.shape, device=positions.device, dtype=layers[0].keys.dtype)
+            mask = mask.masked_fill_(masked, float("-inf"))[:, None, None]  # (B, 1, 1, S)
+        x = self._embed(tokens, positions, cached_tokens, slots)  # (B, C)
+        rotation = self._rotations.index_select(0, positions).unbind(1) if self.model.position == "rope" else None
+        context, first_values = _StepContext(tokens, x, rotation, slots, kv_length, mask), None
+        for layer, layer_cache in zip(self._layers, layers, strict=True):
+            x, values = layer(x, context, layer_cache, first_values)
+            if first_values is None and self.model.value_residual:
+                first_values = values
         logits = self._head(self._final_norm(x))
         cap = self.model.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def _embedded(self, tokens: Tensor, positions: Tensor, read: Tensor, places: Tensor) -> Tensor:
+    def _embed(self, tokens: Tensor, positions: Tensor, cached_tokens: Tensor, slots: Tensor) -> Tensor:
+        """Ids (B,) -> (B, C), the input of the first block. With n-gram embeddings, also writes the ids to the cache."""
         network = self.network
         x = F.embedding(tokens, network.embedding.weight)
         if network.ngrams is not None:
-            read.view(-1).index_copy_(0, places, tokens)
-            back = positions[:, None] - self._reach
-            window = read[: len(tokens)].gather(1, back.clamp_min(0)).masked_fill_(back < 0, network.ngrams.missing)
+            cached_tokens.view(-1).index_copy_(0, slots, tokens)
+            back = positions[:, None] - self._ngram_offsets  # (B, longest n-gram)
+            window = cached_tokens[: len(tokens)].gather(1, back.clamp_min(0)).masked_fill_(back < 0, network.ngrams.pad_id)
             x = x + network.ngrams(window)[:, -1]
         if network.positions is not None:
             x = x + F.embedding(positions, network.positions.weight)
@@ -149,143 +178,139 @@ class Decoder:
         return self._embedding_norm(x)
 
 
-def prepared(network: Transformer, *, weights: WeightKind, compiled: bool | None, steps: int | None, reporter: Reporter) -> Decoder:
-    """A decoder for about so many steps, None being no end of them. `compiled` None: on a CPU, and where it pays."""
-    compiled = pays(network, steps) if compiled is None else compiled
-    if compiled and network.embedding.weight.device.type == "cpu":
-        load(reporter.note)
-    return Decoder(network, weights=weights, compiled=compiled)
+class _StepContext(NamedTuple):
+    """Inputs of a step that are the same for all layers."""
+
+    tokens: Tensor  # (B,)
+    embedded: Tensor  # (B, C), the input of the first layer
+    rotation: tuple[Tensor, ...] | None  # cosines and sines, (B, 1, D)
+    slots: Tensor  # (B,), where to write keys and values in the flattened cache
+    kv_length: int
+    mask: Tensor | None  # (B, 1, 1, S), added to the scores
 
 
-class _Layer:
-    """A block for one position. Everything that does not change from token to token is looked up here, once."""
+class _DecoderLayer:
+    """Runs a block for one new position per row. Looks up parameters and settings once, at construction."""
 
-    def __init__(self, block: Block, network: Transformer) -> None:
+    def __init__(self, block: Block) -> None:
         attention: Attention = block.attention
         self._post, self._parallel = block.post, block.parallel
-        self._attention_norm = _norm(block.attention_norm)
-        self._feed_norm = None if block.feed_forward_norm is None else _norm(block.feed_forward_norm)
-        self._qkv = _linear(attention.qkv)
-        self._output = _added(attention.output)
-        self._widen = _linear(block.feed_forward.input)
-        self._narrow = _added(block.feed_forward.output)
-        self._kind = block.feed_forward.kind
-        self._shares = None if block.residual_mix is None else block.residual_mix.detach().unbind()
+        self._attention_norm = _norm_function(block.attention_norm)
+        self._feed_forward_norm = None if block.feed_forward_norm is None else _norm_function(block.feed_forward_norm)
+        self._qkv = _linear_function(attention.qkv)
+        self._attention_output = _linear_add_function(attention.output)
+        self._feed_forward_input = _linear_function(block.feed_forward.input)
+        self._feed_forward_output = _linear_add_function(block.feed_forward.output)
+        self._activation = block.feed_forward.kind
+        self._residual_mix = None if block.residual_mix is None else block.residual_mix.detach().unbind()
         self._value_embedding = block.value_embedding
         self._value_share = attention.value_share
-        self._heads, self._kv_heads, self._width = attention.heads, attention.kv_heads, attention.head_width
-        self._turned = attention.heads + attention.kv_heads
-        self._eps = attention.qk_norm_eps
-        self._gains = None
+        self._heads, self._kv_heads, self._head_width = attention.heads, attention.kv_heads, attention.head_width
+        self._qk_heads = attention.heads + attention.kv_heads
+        self._qk_norm_eps = attention.qk_norm_eps
+        self._qk_gains = None
         if attention.query_gain is not None and attention.key_gain is not None:
             gains = (attention.query_gain.expand(self._heads, -1), attention.key_gain.expand(self._kv_heads, -1))
-            self._gains = torch.cat(gains).detach()
+            self._qk_gains = torch.cat(gains).detach()  # (H + K, D)
 
-    def __call__(
-        self,
-        x: Tensor,
-        tokens: Tensor,
-        embedded: Tensor,
-        turn: tuple[Tensor, ...] | None,
-        stored: LayerViews,
-        places: Tensor,
-        span: int,
-        mask: Tensor | None,
-        first: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """(B, C) -> (B, C), and the values (B, K, D). Keys and values are stored at `places`."""
-        if self._shares is not None:
-            x = self._shares[0] * x + self._shares[1] * embedded
+    def __call__(self, x: Tensor, context: _StepContext, cache: LayerCache, first_values: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(B, C) -> (B, C) and the values (B, K, D). Writes keys and values to the cache."""
+        if self._residual_mix is not None:
+            x = self._residual_mix[0] * x + self._residual_mix[1] * context.embedded
         B = x.shape[0]
-        together = self._qkv(x if self._post else self._attention_norm(x)).view(B, -1, self._width)
-        q, k, v = self._norm_and_rotate(together, turn)
+        qkv = self._qkv(x if self._post else self._attention_norm(x)).view(B, -1, self._head_width)  # (B, H + 2 K, D)
+        q, k, v = self._norm_and_rotate(qkv, context.rotation)  # (B, H, D), (B, K, D), (B, K, D)
         if self._value_embedding is not None:
-            v = v + self._value_embedding(tokens).view(B, self._kv_heads, self._width)
-        if self._value_share is not None and first is not None:
-            v = torch.lerp(first, v, self._value_share)
-        stored.written_keys.index_copy_(0, places, k)
-        stored.written_values.index_copy_(0, places, v)
-        mixed = F.scaled_dot_product_attention(
-            q.reshape(B, self._kv_heads, -1, self._width),  # queries of one group stand as if they were positions
-            stored.keys.narrow(2, 0, span),
-            stored.values.narrow(2, 0, span),
-            attn_mask=mask,
-        ).view(B, -1)
-        if self._feed_norm is None:
-            return self._attention_norm(self._feed(x, self._output(mixed, x))), v
+            v = v + self._value_embedding(context.tokens).view(B, self._kv_heads, self._head_width)
+        if self._value_share is not None and first_values is not None:
+            v = torch.lerp(first_values, v, self._value_share)
+        cache.flat_keys.index_copy_(0, context.slots, k)
+        cache.flat_values.index_copy_(0, context.slots, v)
+        attended = F.scaled_dot_product_attention(
+            q.reshape(B, self._kv_heads, -1, self._head_width),  # (B, K, G, D): a group's queries are in the place of positions
+            cache.keys.narrow(2, 0, context.kv_length),  # (B, K, S, D)
+            cache.values.narrow(2, 0, context.kv_length),
+            attn_mask=context.mask,
+        ).view(B, -1)  # (B, H D)
+        if self._feed_forward_norm is None:  # post and parallel
+            return self._attention_norm(self._feed_forward(x, self._attention_output(attended, x))), v
         if self._post:
-            x = self._attention_norm(self._output(mixed, x))
-            return self._feed_norm(self._feed(x, x)), v
-        attended = self._output(mixed, x)
-        return self._feed(self._feed_norm(x if self._parallel else attended), attended), v
+            x = self._attention_norm(self._attention_output(attended, x))
+            return self._feed_forward_norm(self._feed_forward(x, x)), v
+        residual = self._attention_output(attended, x)
+        return self._feed_forward(self._feed_forward_norm(x if self._parallel else residual), residual), v
 
-    def _norm_and_rotate(self, together: Tensor, turn: tuple[Tensor, ...] | None) -> Sequence[Tensor]:
-        """Queries (B, H, D), keys and values (B, K, D), the first two normalised and turned to their position."""
-        if self._eps is None and turn is None:
-            return together.split_with_sizes([self._heads, self._kv_heads, self._kv_heads], 1)
-        looking = together.narrow(1, 0, self._turned)
-        if self._eps is not None:
-            looking = _root_mean_square(looking, self._eps)
-            if self._gains is not None:
-                looking.mul_(self._gains)
-        if turn is not None:
-            cosines, sines = turn  # (B, 1, D); the second half of the angles is the first's, with the sign of its partner
-            looking = torch.addcmul(looking * cosines, looking.roll(self._width // 2, -1), sines)
+    def _norm_and_rotate(self, qkv: Tensor, rotation: tuple[Tensor, ...] | None) -> Sequence[Tensor]:
+        """Split `qkv` into queries (B, H, D), keys and values (B, K, D), with queries and keys normalized and rotated."""
+        if self._qk_norm_eps is None and rotation is None:
+            return qkv.split_with_sizes([self._heads, self._kv_heads, self._kv_heads], 1)
+        qk = qkv.narrow(1, 0, self._qk_heads)
+        if self._qk_norm_eps is not None:
+            qk = _rms_norm(qk, self._qk_norm_eps)
+            if self._qk_gains is not None:
+                qk.mul_(self._qk_gains)
+        if rotation is not None:
+            cosines, sines = rotation  # (B, 1, D): the table twice, with the first sines negated
+            qk = torch.addcmul(qk * cosines, qk.roll(self._head_width // 2, -1), sines)
         return (
-            looking.narrow(1, 0, self._heads),
-            looking.narrow(1, self._heads, self._kv_heads),
-            together.narrow(1, self._turned, self._kv_heads),
+            qk.narrow(1, 0, self._heads),
+            qk.narrow(1, self._heads, self._kv_heads),
+            qkv.narrow(1, self._qk_heads, self._kv_heads),
         )
 
-    def _feed(self, x: Tensor, residual: Tensor) -> Tensor:
-        hidden = self._widen(x)
-        if self._kind in ("gelu", "gelu_exact"):
-            return self._narrow(F.gelu(hidden, approximate="tanh" if self._kind == "gelu" else "none"), residual)
-        if self._kind == "relu":
-            return self._narrow(hidden.relu_(), residual)
-        if self._kind == "relu2":
-            return self._narrow(hidden.relu_().square_(), residual)
-        gate, values = hidden.chunk(2, -1)
-        return self._narrow(F.silu(gate).mul_(values), residual)
+    def _feed_forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual + feed_forward(x), both (B, C)."""
+        hidden = self._feed_forward_input(x)
+        if self._activation in ("gelu", "gelu_exact"):
+            hidden = F.gelu(hidden, approximate="tanh" if self._activation == "gelu" else "none")
+        elif self._activation == "relu":
+            hidden = hidden.relu_()
+        elif self._activation == "relu2":
+            hidden = hidden.relu_().square_()
+        else:
+            gate, values = hidden.chunk(2, -1)
+            hidden = F.silu(gate).mul_(values)
+        return self._feed_forward_output(hidden, residual)
 
 
-def _linear(layer: nn.Module) -> Apply:
-    """A packed linear layer as a plain function: looking a parameter up in a module costs as much as a small product."""
+def _linear_function(layer: nn.Module) -> TensorFunction:
+    """A linear layer as a plain function: looking up a parameter in a module takes as long as a small matrix product."""
     if not isinstance(layer, TransposedLinear):
-        forward: Apply = layer.forward
+        forward: TensorFunction = layer.forward
         return forward
     weight, bias = layer.weight.detach(), layer.bias
     if bias is None:
         return lambda x: torch.mm(x, weight)
-    added = bias.detach()
-    return lambda x: torch.addmm(added, x, weight)
+    detached_bias = bias.detach()
+    return lambda x: torch.addmm(detached_bias, x, weight)
 
 
-def _added(layer: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """A packed linear layer whose result is added to a residual stream: (x, residual) -> residual + layer(x)."""
+def _linear_add_function(layer: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """A linear layer followed by a residual addition: (x, residual) -> residual + layer(x)."""
     if isinstance(layer, TransposedLinear) and layer.bias is None:
         weight = layer.weight.detach()
         return lambda x, residual: torch.addmm(residual, x, weight)
-    apply = _linear(layer)
-    return lambda x, residual: apply(x).add_(residual)
+    linear = _linear_function(layer)
+    return lambda x, residual: linear(x).add_(residual)
 
 
-def _root_mean_square(x: Tensor, eps: float) -> Tensor:
-    """x over its root mean square: four small kernels, where the composite norm takes three times as long for a row."""
-    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    normal: Tensor = x * length.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
-    return normal
+def _rms_norm(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps). For one row, `F.rms_norm` takes three times as long."""
+    l2_norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    normed: Tensor = x * l2_norm.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+    return normed
 
 
-def _norm(norm: nn.Module | None) -> Apply:
+def _norm_function(norm: nn.Module | None) -> TensorFunction:
+    """A norm as a plain function, or the identity for None."""
     if norm is None:
         return lambda x: x
     if isinstance(norm, RMSNorm):
         eps, gain = norm.eps, norm.weight
         if gain is None:
-            return lambda x: _root_mean_square(x, eps)
-        gains = gain.detach()
-        return lambda x: _root_mean_square(x, eps).mul_(gains)
+            return lambda x: _rms_norm(x, eps)
+        detached_gain = gain.detach()
+        return lambda x: _rms_norm(x, eps).mul_(detached_gain)
     assert isinstance(norm, nn.LayerNorm)
     shape, weight, bias, eps = norm.normalized_shape, norm.weight, norm.bias, norm.eps
     return lambda x: torch.layer_norm(x, shape, weight, bias, eps)

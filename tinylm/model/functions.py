@@ -1,7 +1,9 @@
-"""The element-wise work of a step, with backward passes written out: fewer kernels and fewer tensors kept than autograd's own.
+"""Elementwise operations and the loss, with hand-written backward passes.
 
-On a CPU such work is a third of a small model's step when it is left to composite operations. A compiler, and GPUs,
-whose kernels are already fused, get the plain formulas.
+They launch fewer kernels and save fewer tensors than autograd does for composite operations, which on a CPU would take a third of
+a small model's training step. Composite operations are used on GPUs and under a compiler, where kernels are fused anyway.
+
+Legend: `N` rows, `C` width, `V` vocabulary, `D` head width.
 """
 
 from __future__ import annotations
@@ -13,28 +15,32 @@ import torch.nn.functional as F
 from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 
-from tinylm.cost.memory import LOSS_ROWS_OF_HALVES
+from tinylm.cost.memory import LOSS_ROWS_FP16
 
 
-def _left_to_others(x: Tensor) -> bool:
+def prefers_composite_ops(x: Tensor) -> bool:
+    """Whether to use composite operations: on a GPU, or while a compiler traces."""
     return x.device.type != "cpu" or torch.compiler.is_compiling()
 
 
-@library.custom_op("tinylm::kept", mutates_args=())
-def _kept(like: Tensor, dropped: int) -> Tensor:
-    """A mask in the shape of `like`, false for `dropped` of 65,536: 16 random bits each, where torch draws a float for each."""
+@library.custom_op("tinylm::keep_mask", mutates_args=())
+def _keep_mask(like: Tensor, dropped: int) -> Tensor:
+    """A boolean mask with the shape of `like`. Elements are False with probability `dropped` / 65,536.
+
+    Draws 16 random bits per element, which takes less time than one float per element.
+    """
     words = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device).random_(-(1 << 63), None)
     mask: Tensor = words.view(torch.int16)[: like.numel()].view(like.shape) >= dropped - (1 << 15)
     return mask
 
 
-@_kept.register_fake
+@_keep_mask.register_fake
 def _(like: Tensor, dropped: int) -> Tensor:
     return torch.empty(like.shape, dtype=torch.bool, device=like.device)
 
 
 class Dropout(torch.nn.Dropout):
-    """Zero a share `p` (on a CPU the nearest of 65,536) of the numbers while training, and scale the others to keep the mean."""
+    """`nn.Dropout` with a cheaper mask on CPUs, where `p` is rounded to the nearest multiple of 1 / 65,536."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or not self.p or input.device.type != "cpu":
@@ -42,80 +48,81 @@ class Dropout(torch.nn.Dropout):
         dropped = round(self.p * (1 << 16))
         if dropped == 1 << 16:
             return torch.zeros_like(input)
-        return torch.where(_kept(input, dropped), input * ((1 << 16) / ((1 << 16) - dropped)), 0.0)
+        return torch.where(_keep_mask(input, dropped), input * ((1 << 16) / ((1 << 16) - dropped)), 0.0)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
-        precise = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precise)
-        scale = length.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_().to(x.dtype)
-        normal = x * scale
-        ctx.save_for_backward(normal, scale, gain)
-        scaled: Tensor = normal if gain is None else normal * gain
-        return scaled
+        sum_dtype = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+        l2_norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=sum_dtype)
+        scale = l2_norm.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_().to(x.dtype)
+        normed = x * scale
+        ctx.save_for_backward(normed, scale, gain)
+        output: Tensor = normed if gain is None else normed * gain
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """With n = x * scale: d/dx = scale * (g - n * mean(g * n))."""
         (g,) = gradients
-        normal, scale, gain = ctx.saved_tensors
-        along = g * normal
+        normed, scale, gain = ctx.saved_tensors
+        product = g * normed
         gain_gradient = None
         if gain is not None:
-            gain_gradient = along.flatten(0, -2).sum(0) if along.ndim > 1 else along.clone()
-            along = along.mul_(gain)
+            gain_gradient = product.flatten(0, -2).sum(0) if product.ndim > 1 else product.clone()
+            product = product.mul_(gain)
             g = g * gain
-        return torch.addcmul(g, normal, along.mean(dim=-1, keepdim=True), value=-1).mul_(scale), gain_gradient, None
+        return torch.addcmul(g, normed, product.mean(dim=-1, keepdim=True), value=-1).mul_(scale), gain_gradient, None
 
 
 def rms_norm(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * gain over the last axis (Zhang & Sennrich 2019), in the type of `x`."""
+    """x / sqrt(mean(x^2) + eps) * gain over the last axis (Zhang & Sennrich 2019), in the dtype of `x`."""
     if gain is not None:
         gain = gain.to(x.dtype)
-    if _left_to_others(x):
-        with torch.autocast(x.device.type, enabled=False):  # which would compute, and answer, in float32 on CUDA
+    if prefers_composite_ops(x):
+        with torch.autocast(x.device.type, enabled=False):  # on CUDA, autocast would return float32
             return F.rms_norm(x, x.shape[-1:], gain, eps)
-    normal: Tensor = _RMSNorm.apply(x, gain, eps)  # type: ignore[no-untyped-call]
-    return normal
+    normed: Tensor = _RMSNorm.apply(x, gain, eps)  # type: ignore[no-untyped-call]
+    return normed
 
 
-def _turned(x: Tensor, cosines: Tensor, sines: Tensor, direction: int) -> Tensor:
-    turned = torch.empty_like(x)
+def _rotate_pairs(x: Tensor, cosines: Tensor, sines: Tensor, direction: int) -> Tensor:
+    """`rotate` by the tables' angles times `direction` (1 or -1)."""
+    rotated = torch.empty_like(x)
     half = x.shape[-1] // 2
     first, second = x[..., :half], x[..., half:]
-    torch.mul(first, cosines, out=turned[..., :half]).addcmul_(second, sines, value=-direction)
-    torch.mul(second, cosines, out=turned[..., half:]).addcmul_(first, sines, value=direction)
-    return turned
+    torch.mul(first, cosines, out=rotated[..., :half]).addcmul_(second, sines, value=-direction)
+    torch.mul(second, cosines, out=rotated[..., half:]).addcmul_(first, sines, value=direction)
+    return rotated
 
 
 class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
         ctx.save_for_backward(cosines, sines)
-        return _turned(x, cosines, sines, 1)
+        return _rotate_pairs(x, cosines, sines, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """A rotation's transpose turns the other way."""
+        """Rotate in the opposite direction: the transpose of a rotation is its inverse."""
         cosines, sines = ctx.saved_tensors
-        return _turned(gradients[0], cosines, sines, -1), None, None
+        return _rotate_pairs(gradients[0], cosines, sines, -1), None, None
 
 
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + D/2]) of x (..., D) by an angle; the tables (..., D/2) broadcast against it.
+    """Rotate each pair (x[i], x[i + D/2]) of x (..., D), as Llama pairs them. The tables (..., D/2) broadcast against the pairs.
 
-    The pairs are Llama's. Tables of another floating type are converted.
+    Computes in the dtype of `x`.
     """
     cosines, sines = cosines.to(x.dtype), sines.to(x.dtype)
-    if _left_to_others(x):
+    if prefers_composite_ops(x):
         first, second = x.chunk(2, dim=-1)
         return torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1)
-    turned: Tensor = _Rotation.apply(x, cosines, sines)  # type: ignore[no-untyped-call]
-    return turned
+    rotated: Tensor = _Rotation.apply(x, cosines, sines)  # type: ignore[no-untyped-call]
+    return rotated
 
 
 class _ReluSquared(torch.autograd.Function):
@@ -129,90 +136,92 @@ class _ReluSquared(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (positive,) = ctx.saved_tensors
-        slope: Tensor = (gradients[0] * positive).mul_(2)
-        return slope
+        gradient: Tensor = (gradients[0] * positive).mul_(2)
+        return gradient
 
 
 def relu_squared(x: Tensor) -> Tensor:
     """max(x, 0)^2 (So et al. 2021)."""
-    if _left_to_others(x):
+    if prefers_composite_ops(x):
         return F.relu(x).square()
     squared: Tensor = _ReluSquared.apply(x)  # type: ignore[no-untyped-call]
     return squared
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    """The gradient is made together with the loss, chunk by chunk: what is kept is as large as hidden states and weights."""
+    """Compute loss and gradients together, chunk by chunk, so that only gradients the size of the inputs are saved."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None, chunk: int, dtype: torch.dtype
     ) -> Tensor:
         if dtype == torch.float16:
-            chunk = min(chunk, LOSS_ROWS_OF_HALVES)
+            chunk = min(chunk, LOSS_ROWS_FP16)
         matrix = weight.detach().to(dtype)
         total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
         hidden_gradient = torch.empty_like(hidden) if hidden.requires_grad else None
         weight_gradient = torch.zeros_like(weight) if weight.requires_grad else None
         for start in range(0, hidden.shape[0], chunk):
-            part = slice(start, start + chunk)
-            states = hidden[part].to(dtype)
-            losses, slopes = _losses_and_slopes(states @ matrix.T, targets[part], cap)
+            rows = slice(start, start + chunk)
+            states = hidden[rows].to(dtype)  # (chunk, C)
+            # Cast before the call: while torch.compile's frame evaluator is installed (a failed compilation leaves it behind), the
+            # caller holds its arguments until the call returns, so a 16-bit product would stay in memory beside its float32 copy.
+            losses, logit_gradients = _losses_and_logit_gradients((states @ matrix.T).to(total.dtype), targets[rows], cap)
             total += losses.sum()
-            slopes = slopes.to(dtype)
+            logit_gradients = logit_gradients.to(dtype)  # (chunk, V)
             if hidden_gradient is not None:
-                hidden_gradient[part] = slopes @ matrix
+                hidden_gradient[rows] = logit_gradients @ matrix
             if weight_gradient is not None:
                 if weight_gradient.dtype == dtype:
-                    weight_gradient.addmm_(slopes.T, states)
+                    weight_gradient.addmm_(logit_gradients.T, states)
                 else:
-                    weight_gradient += slopes.T @ states
-            del slopes  # before the next chunk's logits are there
+                    weight_gradient += logit_gradients.T @ states
+            del logit_gradients  # free it before the next chunk's logits are allocated
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Both were made for a gradient of one, and nobody else has them."""
+        """Scale the saved gradients in place, which saves memory and makes a second backward pass raise."""
         (g,) = gradients
         scaled = [None if saved is None else saved.mul_(g) for saved in ctx.saved_tensors]
         return (*scaled, None, None, None, None)
 
 
-def _losses_and_slopes(logits: Tensor, targets: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
-    """Losses (N,) of raw logits (N, V), and their derivatives (N, V), both times zero where the target is negative.
+def _losses_and_logit_gradients(logits: Tensor, targets: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
+    """Losses (N,), and their gradients with respect to the logits (N, V) before soft-capping. Both are zero for negative targets.
 
-    On a CPU the derivatives take the place of the logits, where a second copy costs more than a pass of arithmetic.
+    Logits must be float32 or float64. On a CPU the gradients overwrite them, because a second copy would take more time than
+    another pass of arithmetic.
     """
-    counted = targets >= 0
-    rows = targets.clamp_min(0).unsqueeze(1)
-    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    valid = targets >= 0
+    index = targets.clamp_min(0).unsqueeze(1)  # (N, 1)
     squashed = None
     if cap is not None:
         squashed = logits.div_(cap).tanh_()
         logits = squashed * cap
-    if _left_to_others(logits):
-        slopes = torch.log_softmax(logits, dim=-1)
-        losses = slopes.gather(1, rows).squeeze(1).neg_().mul_(counted)
-        slopes.exp_().mul_(counted.unsqueeze(1))
+    if prefers_composite_ops(logits):
+        gradients = torch.log_softmax(logits, dim=-1)
+        losses = gradients.gather(1, index).squeeze(1).neg_().mul_(valid)
+        gradients.exp_().mul_(valid.unsqueeze(1))
     else:
         logits.sub_(logits.amax(dim=-1, keepdim=True))
-        wanted = logits.gather(1, rows)
+        target_logits = logits.gather(1, index)
         total = logits.exp_().sum(dim=-1, keepdim=True)
-        losses = (total.log() - wanted).squeeze(1).mul_(counted)
-        slopes = logits.mul_(counted.unsqueeze(1) / total)
-    slopes.scatter_add_(1, rows, -counted.to(slopes.dtype).unsqueeze(1))
+        losses = (total.log() - target_logits).squeeze(1).mul_(valid)
+        gradients = logits.mul_(valid.unsqueeze(1) / total)
+    gradients.scatter_add_(1, index, -valid.to(gradients.dtype).unsqueeze(1))
     if squashed is not None:
-        slopes.mul_(squashed.square_().neg_().add_(1))
-    return losses, slopes
+        gradients.mul_(squashed.square_().neg_().add_(1))
+    return losses, gradients
 
 
 def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None, chunk: int) -> Tensor:
-    """Sum of -log softmax(cap(hidden @ weight.T))[target] over the targets that are not negative, in nats, float32 at least.
+    """Sum of -log softmax(softcap(hidden @ weight.T))[target] over the non-negative targets, in nats and at least in float32.
 
-    `hidden` (N, C), `weight` (V, C), `targets` (N,). At most `chunk` rows of logits exist at a time, and none is kept.
-    `backward` can be called once.
+    `hidden` (N, C), `weight` (V, C), `targets` (N,). `cap`: softcap(x) = cap * tanh(x / cap), or no cap if None. At most `chunk`
+    rows of logits exist at a time, and none are saved for the backward pass, which can run only once.
     """
     dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
     total: Tensor = _SummedCrossEntropy.apply(hidden, weight, targets, cap, chunk, dtype)  # type: ignore[no-untyped-call]

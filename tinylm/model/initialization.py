@@ -1,9 +1,12 @@
-"""Starting weights. Every preset starts from a normal distribution scaled by a rule that is stated here.
+"""Initial weights. Each matrix is drawn from a normal distribution with one of these standard deviations:
 
-gpt2 and llama: standard deviation 0.02, in the projections that end a residual branch divided by sqrt(2 * layers)
-(Radford et al. 2019). With `zero_init_outputs`: matrices get 0.5 / sqrt(inputs), those projections start at zero, and an
-untied head near zero, so that the first loss is log of the vocabulary. An untied embedding that a norm follows starts at 1; n-gram
-and value embeddings start small, as additions.
+- By default (gpt2, llama): 0.02, divided by sqrt(2 * layers) in the projections that end a residual branch (Radford et al. 2019).
+- With `zero_init_outputs`: 0.5 / sqrt(inputs), but 0 in the projections that end a residual branch, and 0.001 in an untied head, so
+  that the first loss is close to log(vocabulary size).
+- Embeddings: 0.02, except 1 for an untied token embedding that is followed by a norm. N-gram and value embeddings start small
+  because they are added to other vectors.
+
+Biases start at zero.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from tinylm.recipe.schema import ModelSection
 
 
 def initialize(network: nn.Module, model: ModelSection, generator: torch.Generator) -> None:
-    """Fill every parameter, in the order of their names' definition, from `generator` (on the CPU)."""
+    """Initialize every linear layer and embedding of `network`, in the order of `named_modules`. `generator` is on the CPU."""
     residual_scale = 1 / math.sqrt(2 * model.n_layer)
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear):
@@ -28,15 +31,15 @@ def initialize(network: nn.Module, model: ModelSection, generator: torch.Generat
                 std = 0.02 * (residual_scale if ends_branch else 1.0)
             if name == "head" and model.zero_init_outputs:
                 std = 0.001
-            _normal(module.weight, std, generator)
+            _init_normal(module.weight, std, generator)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
-            main = name == "embedding" and model.embedding_norm and not model.tie_embeddings
-            _normal(module.weight, 1.0 if main else 0.02, generator)
+            normed = name == "embedding" and model.embedding_norm and not model.tie_embeddings
+            _init_normal(module.weight, 1.0 if normed else 0.02, generator)
 
 
-def _normal(weight: torch.Tensor, std: float, generator: torch.Generator) -> None:
+def _init_normal(weight: torch.Tensor, std: float, generator: torch.Generator) -> None:
     with torch.no_grad():
         if std == 0:
             weight.zero_()

@@ -1,13 +1,13 @@
-"""A decoding step as machine code: all that `Decoder.advance` does, for all rows, compiled by numba for this processor.
+"""The decoding step in numba: all of `Decoder.decode_one_token` for all rows, compiled for the host CPU.
 
-The code works on addresses, which the records `STEP`, `LAYER` and `MATRIX` hold; `CompiledStep` fills them in. Threads run it side
-by side, each for its share of the outputs, and meet at barriers. A sum is formed by one thread in one order, whatever rows stand
-beside it and however many threads there are: neither changes a bit.
+The code works on addresses held in the records `STEP`, `LAYER` and `MATRIX`, which `CompiledStep` fills in. Threads run it in
+parallel, each on its share of the outputs, and synchronize at barriers. Every sum is computed by one thread in a fixed order, so
+results are bit-identical for any number of threads and for any other rows in the batch.
 
-Matrices are cut into tiles of 64 outputs, tiles into panels of 32, inside which the weights of one input lie side by side: each
-panel is read from its beginning to its end. Up to four rows read both panels of a tile at once; more read one after the other,
-again for every eight rows, from the cache, while the next panel is fetched. bfloat16 and int8 are widened on the way to the
-sums, which are float32, as the inputs are.
+Matrices are stored as tiles of 64 outputs, each made of two panels of 32. In a panel, the weights of one input are contiguous, and
+the product reads them sequentially. Up to four rows are multiplied by both panels of a tile at once. More rows are multiplied by
+one panel after the other, in blocks of eight: each block reads the panel again, from the CPU cache, and meanwhile prefetches part
+of the next panel. bfloat16 and int8 weights are converted to float32 when they are loaded; inputs and sums are float32.
 """
 
 from __future__ import annotations
@@ -22,68 +22,74 @@ from numba import carray, cfunc, from_dtype, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from tinylm.model.ngrams import MULTIPLIER
+from tinylm.model.ngrams import HASH_MULTIPLIER
 
 TILE, PANEL = 64, 32
-"""Outputs of a tile, and of a panel."""
-ROWS = 8
-"""Rows that are multiplied at once, at most: room for rows is a multiple of it."""
-STORE, ADD, GELU, RELU, RELU2, GATE, CAP = range(7)
-"""What becomes of an output: stored, added to what is there, activated, multiplied by SiLU of what is there, or capped."""
-QKV, OUTPUT, GATES, WIDEN, NARROW = range(5)
-MATRICES = 5
-"""Of a layer, in this order; GATES has outputs only where there are gates. After all layers come the head and the n-grams'."""
+"""Outputs per tile and per panel."""
+ROW_BLOCK = 8
+"""Maximum number of rows multiplied at once. The workspace is allocated for a multiple of it."""
+STORE, ADD, GELU, RELU, RELU2, SWIGLU, SOFTCAP = range(7)
+"""Epilogues of a matrix product: store the result, add it to the destination, apply GELU, ReLU or squared ReLU to it, multiply it
+by the SiLU of the destination, or soft-cap it."""
+QKV, ATTENTION_OUTPUT, GATE, UP, DOWN = range(5)
+MATRICES_PER_LAYER = 5
+"""Indices of a layer's matrices. GATE has no outputs unless the activation is SwiGLU. The matrices of all layers are followed by
+the head and the projection of n-gram embeddings."""
 
 _ADDRESS, _COUNT = np.int64, np.int64
 MATRIX = np.dtype(
     [
-        ("weights", _ADDRESS),  # tiles one after the other, each (TILE / PANEL, inputs, PANEL)
-        ("bytes", _COUNT),  # of a weight: 4 float32, 2 bfloat16, 1 int8
+        ("weights", _ADDRESS),  # (tiles, TILE / PANEL, inputs, PANEL)
+        ("weight_bytes", _COUNT),  # bytes per weight: 4 for float32, 2 for bfloat16, 1 for int8
         ("inputs", _COUNT),
         ("outputs", _COUNT),
-        ("scales", _ADDRESS),  # a float32 for each output; 0, as everywhere: there are none
+        ("scales", _ADDRESS),  # one float32 per output; for every address, 0 means absent
         ("biases", _ADDRESS),
     ]
 )
 LAYER = np.dtype(
-    [(name, _ADDRESS) for name in ("attention_gain", "attention_bias", "feed_gain", "feed_bias", "query_gain", "key_gain")]
+    [
+        (name, _ADDRESS)
+        for name in ("attention_gain", "attention_bias", "feed_forward_gain", "feed_forward_bias", "query_gain", "key_gain")
+    ]
 )
 _MODEL = [
-    *((name, _ADDRESS) for name in ("layers", "matrices", "embedding", "positions", "cosines", "sines", "ngram_table", "orders")),
+    *((name, _ADDRESS) for name in ("layers", "matrices", "embedding", "position_table", "cosines", "sines")),
+    *((name, _ADDRESS) for name in ("ngram_table", "ngram_orders")),
     *((name, _ADDRESS) for name in ("embedding_gain", "embedding_bias", "final_gain", "final_bias")),
     *((name, _COUNT) for name in ("layer_count", "width", "heads", "kv_heads", "head_width", "activation")),
-    *((name, _COUNT) for name in ("layer_norm", "embedding_norm", "ngram_rows", "ngram_width", "order_count", "missing")),
+    *((name, _COUNT) for name in ("layer_norm", "embedding_norm", "ngram_rows", "ngram_width", "ngram_order_count", "pad_id")),
     ("norm_eps", np.float32),
-    ("qk_norm_eps", np.float32),  # negative: queries and keys are not normalised
-    ("softcap", np.float32),  # 0: none
+    ("qk_norm_eps", np.float32),  # negative: no query and key norms
+    ("softcap", np.float32),  # 0: no soft-capping
 ]
-_ROWS_OF_A_STEP = [
-    *((name, _COUNT) for name in ("rows", "capacity", "cache_rows")),
-    ("reading", _COUNT),  # 1: rows are the tokens of one text, and only the last one's logits are wanted
-    *((name, _ADDRESS) for name in ("keys", "values", "read", "tokens", "places", "texts", "logits")),
+_STEP_INPUTS = [
+    *((name, _COUNT) for name in ("rows", "capacity", "cache_row_count")),
+    ("is_prefill", _COUNT),  # 1: the rows are the tokens of one prompt, and only the last row needs logits
+    *((name, _ADDRESS) for name in ("keys", "values", "cached_tokens", "tokens", "positions", "cache_row_indices", "logits")),
 ]
-_ROOM = [  # of all threads, then each thread's own: first normalised inputs, then the sums of a tile, then scores
-    *((name, _ADDRESS) for name in ("stream", "qkv", "mixed", "hidden", "own")),
-    *((name, _COUNT) for name in ("own_bytes", "sums_at", "scores_at")),
+_WORKSPACE = [  # shared by all threads, except one scratch area per thread: normalized inputs, sums of a tile, attention scores
+    *((name, _ADDRESS) for name in ("residual", "qkv", "attended", "hidden", "scratch")),
+    *((name, _COUNT) for name in ("scratch_bytes", "sums_offset", "scores_offset")),
 ]
-_THREADS = [  # functions of the threads' library and the system's, and two numbers; thread_number 0: there is one thread
-    (name, _ADDRESS) for name in ("thread_number", "thread_count", "nap", "meeting")
+_THREADS = [  # addresses of functions (get_thread_num is 0 for a single thread), and of the barrier's two counters
+    (name, _ADDRESS) for name in ("get_thread_num", "get_num_threads", "usleep", "barrier")
 ]
-STEP = np.dtype([*_MODEL, *_ROWS_OF_A_STEP, *_ROOM, *_THREADS], align=True)
+STEP = np.dtype([*_MODEL, *_STEP_INPUTS, *_WORKSPACE, *_THREADS], align=True)
 
-_PATIENCE = 1000
-"""Looks at whether all are here before a nap: some 50 microseconds."""
-_NEAR = 8192
-"""Bytes ahead that are fetched where a tile is read once."""
+_SPINS_BEFORE_SLEEP = 1000
+"""Number of spins, about 50 microseconds, after which a thread that waits at a barrier sleeps."""
+_PREFETCH_BYTES = 8192
+"""Prefetch distance in products that read a tile only once."""
 _FLOAT, _HALF, _BYTE, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(8), ir.IntType(32), ir.IntType(64)
-_compiled = njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "arcp", "nsz"})
-"""Sums may be reordered into vector instructions, each row's in the same way; what is not a number must stay so."""
-_as_written = njit(nogil=True, error_model="numpy", fastmath={"contract"})
-"""In the order that is written. (Without any such flag a function gets those of its caller.)"""
+_fast = njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "arcp", "nsz"})
+"""The compiler may reorder sums to vectorize them, in the same way for each row. NaN and infinity are handled correctly."""
+_strict = njit(nogil=True, error_model="numpy", fastmath={"contract"})
+"""The compiler must keep the order of operations. Without any flag, a function would inherit those of its caller."""
 
 
 def is_supported() -> bool:
-    """Whether this processor multiplies and adds in one instruction; where not, that would be a call for each product."""
+    """Whether the CPU has fused multiply-add instructions. Without them, every product would be a function call."""
     return _architecture() in ("aarch64", "arm64") or bool(llvmlite.binding.get_host_cpu_features().get("fma"))
 
 
@@ -93,66 +99,72 @@ def _architecture() -> str:
 
 @cache
 def _registers() -> tuple[int, int]:
-    """(float32 numbers in a vector register, registers to keep sums in) of this processor."""
+    """The CPU's float32 lanes per vector register, and the number of registers to use for sums."""
     features = llvmlite.binding.get_host_cpu_features()
     if features.get("avx512f"):
         return 16, 16
     return (8, 8) if features.get("avx2") else (4, 16)
 
 
-def _reading(element: Any, result: Any) -> Any:
+def _load_intrinsic(llvm_type: Any, numba_type: Any) -> Any:
+    """A function (address, index) that loads an element of an array."""
+
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         address, index = arguments
-        return builder.load(builder.gep(builder.inttoptr(address, element.as_pointer()), [index]))
+        return builder.load(builder.gep(builder.inttoptr(address, llvm_type.as_pointer()), [index]))
 
     @intrinsic
-    def read(context: Any, address: Any, index: Any) -> Any:
-        """The index-th number from an address on."""
-        return result(types.int64, types.int64), emit
+    def load(context: Any, address: Any, index: Any) -> Any:
+        return numba_type(types.int64, types.int64), emit
 
-    return read
+    return load
 
 
-def _writing(element: Any, kind: Any) -> Any:
+def _store_intrinsic(llvm_type: Any, numba_type: Any) -> Any:
+    """A function (address, index, value) that stores an element of an array."""
+
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         address, index, value = arguments
-        builder.store(value, builder.gep(builder.inttoptr(address, element.as_pointer()), [index]))
+        builder.store(value, builder.gep(builder.inttoptr(address, llvm_type.as_pointer()), [index]))
         return context.get_dummy_value()
 
     @intrinsic
-    def write(context: Any, address: Any, index: Any, value: Any) -> Any:
-        return types.void(types.int64, types.int64, kind), emit
+    def store(context: Any, address: Any, index: Any, value: Any) -> Any:
+        return types.void(types.int64, types.int64, numba_type), emit
 
-    return write
+    return store
 
 
-def _records_at(dtype: np.dtype[Any]) -> Any:
+def _records_intrinsic(dtype: np.dtype[Any]) -> Any:
+    """A function (address) that casts an address to a pointer to records."""
     pointer = types.CPointer(from_dtype(dtype))
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(pointer))
 
     @intrinsic
-    def pointed(context: Any, address: Any) -> Any:
+    def cast_pointer(context: Any, address: Any) -> Any:
         return pointer(types.int64), emit
 
-    return pointed
+    return cast_pointer
 
 
-def _same_bits(given: Any, result: Any, element: Any) -> Any:
+def _bitcast_intrinsic(source: Any, target: Any, llvm_target: Any) -> Any:
+    """A function (number) that reinterprets the bits of a number as another type."""
+
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], element)
+        return builder.bitcast(arguments[0], llvm_target)
 
     @intrinsic
     def cast(context: Any, number: Any) -> Any:
-        return result(given), emit
+        return target(source), emit
 
     return cast
 
 
 @intrinsic
-def _called(context: Any, address: Any) -> Any:
-    """What the function there, which takes nothing, returns."""
+def _call(context: Any, address: Any) -> Any:
+    """Call the function at an address, which takes no arguments, and return its result."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.call(builder.inttoptr(arguments[0], ir.FunctionType(_I32, []).as_pointer()), [])
@@ -161,8 +173,8 @@ def _called(context: Any, address: Any) -> Any:
 
 
 @intrinsic
-def _napped(context: Any, address: Any, microseconds: Any) -> Any:
-    """Call the function there, which sleeps that long."""
+def _call_usleep(context: Any, address: Any, microseconds: Any) -> Any:
+    """Call `usleep`, given its address."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.call(builder.inttoptr(arguments[0], ir.FunctionType(_I32, [_I32]).as_pointer()), [arguments[1]])
@@ -171,8 +183,8 @@ def _napped(context: Any, address: Any, microseconds: Any) -> Any:
 
 
 @intrinsic
-def _counted(context: Any, address: Any, more: Any) -> Any:
-    """Add to the number there, which several threads do; what it was before."""
+def _atomic_add(context: Any, address: Any, increment: Any) -> Any:
+    """Atomically add to the integer at an address. Return its previous value."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.atomic_rmw("add", builder.inttoptr(arguments[0], _I64.as_pointer()), arguments[1], "seq_cst")
@@ -182,7 +194,7 @@ def _counted(context: Any, address: Any, more: Any) -> Any:
 
 @intrinsic
 def _pause(context: Any) -> Any:
-    """Tell the processor that nothing but waiting is done."""
+    """The CPU's spin-wait hint."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if _architecture() == "x86_64":
@@ -193,120 +205,135 @@ def _pause(context: Any) -> Any:
     return types.void(), emit
 
 
-_get, _set = _reading(_FLOAT, types.float32), _writing(_FLOAT, types.float32)
-_get_id, _set_id = _reading(_I64, types.int64), _writing(_I64, types.int64)
-_layers_at, _matrices_at = _records_at(LAYER), _records_at(MATRIX)
-_to_bits, _from_bits = _same_bits(types.float32, types.int32, _I32), _same_bits(types.int32, types.float32, _FLOAT)
+_load, _store = _load_intrinsic(_FLOAT, types.float32), _store_intrinsic(_FLOAT, types.float32)
+_load_id, _store_id = _load_intrinsic(_I64, types.int64), _store_intrinsic(_I64, types.int64)
+_layers_at, _matrices_at = _records_intrinsic(LAYER), _records_intrinsic(MATRIX)
+_to_bits, _from_bits = _bitcast_intrinsic(types.float32, types.int32, _I32), _bitcast_intrinsic(types.int32, types.float32, _FLOAT)
 
 
-def _multiplier(rows: int, bytes: int) -> Any:
-    """(a compiled function, how often it reads what it reads): the sums of `rows` rows for a tile, or, of ROWS rows, a panel.
+def _make_multiply(rows: int, weight_bytes: int) -> Any:
+    """A compiled function that multiplies `rows` rows by a tile (by a panel if `rows` is `ROW_BLOCK`), and its number of passes.
 
-    Its arguments: the weights, of so many bytes each; the rows' inputs and the bytes from one row's to the next's; how many
-    inputs there are; where to put the sums (rows, TILE); for ROWS rows, what to fetch and the bytes to go on there with each input.
+    A pass computes as many outputs as fit in the registers. Arguments of the function: the address of the weights; the address of
+    the inputs and the bytes between rows; the number of inputs; the address of the sums (rows, TILE); and, for `ROW_BLOCK` rows,
+    the address to prefetch from and its increment in bytes per input.
     """
     lanes, registers = _registers()
-    outputs = TILE if rows < ROWS else PANEL
+    outputs = TILE if rows < ROW_BLOCK else PANEL
     columns = max(lanes, min(outputs, lanes * registers // rows))
     vectors, passes = columns // lanes, outputs // columns
-    vector, whole = ir.VectorType(_FLOAT, lanes), ir.VectorType(_I32, lanes)
-    stored = ir.VectorType({4: _FLOAT, 2: _HALF, 1: _BYTE}[bytes], lanes)
+    vector, int_vector = ir.VectorType(_FLOAT, lanes), ir.VectorType(_I32, lanes)
+    stored = ir.VectorType({4: _FLOAT, 2: _HALF, 1: _BYTE}[weight_bytes], lanes)
 
-    def widened(builder: Any, weights: Any) -> Any:
-        if bytes == 1:
-            return builder.sitofp(builder.sext(weights, whole), vector)
-        if bytes == 2:
-            return builder.bitcast(builder.shl(builder.zext(weights, whole), ir.Constant(whole, [16] * lanes)), vector)
+    def to_float32(builder: Any, weights: Any) -> Any:
+        if weight_bytes == 1:
+            return builder.sitofp(builder.sext(weights, int_vector), vector)
+        if weight_bytes == 2:
+            return builder.bitcast(builder.shl(builder.zext(weights, int_vector), ir.Constant(int_vector, [16] * lanes)), vector)
         return weights
 
-    def repeated(builder: Any, number: Any) -> Any:
-        nothing = ir.Constant(vector, ir.Undefined)
-        return builder.shuffle_vector(builder.insert_element(nothing, number, _I32(0)), nothing, ir.Constant(whole, [0] * lanes))
+    def broadcast(builder: Any, scalar: Any) -> Any:
+        undefined = ir.Constant(vector, ir.Undefined)
+        first_lane = builder.insert_element(undefined, scalar, _I32(0))
+        return builder.shuffle_vector(first_lane, undefined, ir.Constant(int_vector, [0] * lanes))
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        panel, inputs, pitch, count, sums, ahead, stride = arguments
+        panel, inputs, row_bytes, count, sums, prefetch, prefetch_stride = arguments
         module, add, times = builder.module, builder.add, builder.mul
         fma = cgutils.get_or_insert_function(module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{lanes}f32")
         hint = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _I32, _I32, _I32])
         fetch = cgutils.get_or_insert_function(module, hint, "llvm.prefetch.p0i8")
-        before, each, after = builder.block, builder.append_basic_block("each"), builder.append_basic_block("after")
-        builder.branch(each)
-        builder.position_at_end(each)
+        # Loop over the inputs. The running totals of all rows and outputs of a pass stay in registers.
+        before, loop, after = builder.block, builder.append_basic_block("loop"), builder.append_basic_block("after")
+        builder.branch(loop)
+        builder.position_at_end(loop)
         index = builder.phi(_I64)
         totals = [builder.phi(vector) for _ in range(rows * vectors)]
-        here = add(panel, times(index, _I64(PANEL * bytes)))
-        next_panel = times(count, _I64(PANEL * bytes))
-        places, soon = [], []
+        current = add(panel, times(index, _I64(PANEL * weight_bytes)))
+        next_panel = times(count, _I64(PANEL * weight_bytes))
+        addresses, prefetches = [], []
         for part in range(vectors):
-            beyond, column = divmod(part * lanes, PANEL)
-            places.append(add(add(here, times(next_panel, _I64(beyond))), _I64(column * bytes)))
-            if rows < ROWS and column * bytes % 64 == 0:
-                soon.append(add(places[-1], _I64(_NEAR)))
-        if rows == ROWS:
-            lines = max(1, PANEL * bytes // 64 // passes)
-            soon = [add(add(ahead, times(index, stride)), _I64(64 * line)) for line in range(lines)]
-        for place in soon:
-            builder.call(fetch, [builder.inttoptr(place, _BYTE.as_pointer()), _I32(0), _I32(2), _I32(1)])
-        weights = [widened(builder, builder.load(builder.inttoptr(place, stored.as_pointer()), align=bytes)) for place in places]
-        sum_after = []
+            panel_index, column = divmod(part * lanes, PANEL)
+            addresses.append(add(add(current, times(next_panel, _I64(panel_index))), _I64(column * weight_bytes)))
+            if rows < ROW_BLOCK and column * weight_bytes % 64 == 0:
+                prefetches.append(add(addresses[-1], _I64(_PREFETCH_BYTES)))
+        if rows == ROW_BLOCK:
+            lines = max(1, PANEL * weight_bytes // 64 // passes)
+            prefetches = [add(add(prefetch, times(index, prefetch_stride)), _I64(64 * line)) for line in range(lines)]
+        for address in prefetches:
+            builder.call(fetch, [builder.inttoptr(address, _BYTE.as_pointer()), _I32(0), _I32(2), _I32(1)])
+        pointers = [builder.inttoptr(address, stored.as_pointer()) for address in addresses]
+        weights = [to_float32(builder, builder.load(pointer, align=weight_bytes)) for pointer in pointers]
+        new_totals = []
         for row in range(rows):
-            address = add(add(inputs, times(pitch, _I64(row))), times(index, _I64(4)))
-            x = repeated(builder, builder.load(builder.inttoptr(address, _FLOAT.as_pointer()), align=4))
-            sum_after += [builder.call(fma, [x, w, totals[row * vectors + part]]) for part, w in enumerate(weights)]
-        following = add(index, _I64(1))
-        builder.cbranch(builder.icmp_signed("<", following, count), each, after)
+            input_address = add(add(inputs, times(row_bytes, _I64(row))), times(index, _I64(4)))
+            x = broadcast(builder, builder.load(builder.inttoptr(input_address, _FLOAT.as_pointer()), align=4))
+            new_totals += [builder.call(fma, [x, w, totals[row * vectors + part]]) for part, w in enumerate(weights)]
+        next_index = add(index, _I64(1))
+        builder.cbranch(builder.icmp_signed("<", next_index, count), loop, after)
         index.add_incoming(_I64(0), before)
-        index.add_incoming(following, each)
-        for total, sum in zip(totals, sum_after, strict=True):
+        index.add_incoming(next_index, loop)
+        for total, new_total in zip(totals, new_totals, strict=True):
             total.add_incoming(ir.Constant(vector, [0.0] * lanes), before)
-            total.add_incoming(sum, each)
+            total.add_incoming(new_total, loop)
         builder.position_at_end(after)
-        for number, sum in enumerate(sum_after):
+        for number, new_total in enumerate(new_totals):
             row, part = divmod(number, vectors)
-            place = add(sums, _I64(4 * (TILE * row + lanes * part)))
-            builder.store(sum, builder.inttoptr(place, vector.as_pointer()), align=4)
+            address = add(sums, _I64(4 * (TILE * row + lanes * part)))
+            builder.store(new_total, builder.inttoptr(address, vector.as_pointer()), align=4)
         return context.get_dummy_value()
 
     @intrinsic
-    def multiply(context: Any, panel: Any, inputs: Any, pitch: Any, count: Any, sums: Any, ahead: Any, stride: Any) -> Any:
+    def multiply(
+        context: Any, panel: Any, inputs: Any, row_bytes: Any, count: Any, sums: Any, prefetch: Any, prefetch_stride: Any
+    ) -> Any:
         return types.void(*(types.int64,) * 7), emit
 
-    @_compiled
-    def all_columns(weights: Any, inputs: Any, pitch: Any, count: Any, sums: Any, ahead: Any, stride: Any) -> None:
+    @_fast
+    def all_columns(weights: Any, inputs: Any, row_bytes: Any, count: Any, sums: Any, prefetch: Any, prefetch_stride: Any) -> None:
         for part in range(passes):
             first = part * columns
-            panel = weights + (first // PANEL * count * PANEL + first % PANEL) * bytes
-            multiply(panel, inputs, pitch, count, sums + first * 4, ahead + part * stride * count, stride)
+            panel = weights + (first // PANEL * count * PANEL + first % PANEL) * weight_bytes
+            multiply(panel, inputs, row_bytes, count, sums + first * 4, prefetch + part * prefetch_stride * count, prefetch_stride)
 
     return all_columns, passes
 
 
-def _multipliers(rows: int) -> Any:
-    """What `_multiplier` gives, for weights of any kind."""
-    (floats, passes), (halves, _), (steps, _) = (_multiplier(rows, bytes) for bytes in (4, 2, 1))
+def _make_multiply_any(rows: int) -> Any:
+    """Like `_make_multiply`, but the function takes `weight_bytes` as its first argument."""
+    (fp32, passes), (bf16, _), (int8, _) = (_make_multiply(rows, weight_bytes) for weight_bytes in (4, 2, 1))
 
-    @_compiled
-    def multiply(bytes: Any, weights: Any, inputs: Any, pitch: Any, count: Any, sums: Any, ahead: Any, stride: Any) -> None:
-        if bytes == 4:
-            floats(weights, inputs, pitch, count, sums, ahead, stride)
-        elif bytes == 2:
-            halves(weights, inputs, pitch, count, sums, ahead, stride)
+    @_fast
+    def multiply(
+        weight_bytes: Any,
+        weights: Any,
+        inputs: Any,
+        row_bytes: Any,
+        count: Any,
+        sums: Any,
+        prefetch: Any,
+        prefetch_stride: Any,
+    ) -> None:
+        if weight_bytes == 4:
+            fp32(weights, inputs, row_bytes, count, sums, prefetch, prefetch_stride)
+        elif weight_bytes == 2:
+            bf16(weights, inputs, row_bytes, count, sums, prefetch, prefetch_stride)
         else:
-            steps(weights, inputs, pitch, count, sums, ahead, stride)
+            int8(weights, inputs, row_bytes, count, sums, prefetch, prefetch_stride)
 
     return multiply, passes
 
 
-(_one_row, _), (_four_rows, _), (_eight_rows, _PASSES) = (_multipliers(rows) for rows in (1, 4, ROWS))
+(_multiply_one, _), (_multiply_four, _), (_multiply_block, _BLOCK_PASSES) = (_make_multiply_any(rows) for rows in (1, 4, ROW_BLOCK))
 
 
-@_as_written
+@_strict
 def _exp(x: Any) -> Any:
-    """e ** x, to an ulp or two, by operations that become vector instructions: 2 ** n by its bits, the rest a polynomial."""
+    """exp(x) within 2 ulp, in operations that vectorize: 2 ** n, made from its bits, times a polynomial of the remainder."""
     x = min(max(x, np.float32(-87.0)), np.float32(88.0))
-    shifted = x * np.float32(1.44269504) + np.float32(12582912.0)  # 1.5 * 2 ** 23, which leaves room for a whole number only
+    shifted = x * np.float32(1.44269504) + np.float32(12582912.0)  # adding 1.5 * 2 ** 23 rounds to an integer
     n = shifted - np.float32(12582912.0)
-    rest = x - n * np.float32(0.693359375)  # ln 2 in two parts, the first of few bits, so that its multiples are exact
+    rest = x - n * np.float32(0.693359375)  # log(2) in two parts; multiples of the first part are exact
     rest = rest + n * np.float32(2.12194440e-4)
     value = np.float32(1 / 5040)
     value = value * rest + np.float32(1 / 720)
@@ -319,90 +346,91 @@ def _exp(x: Any) -> Any:
     return value * _from_bits(np.int32((_to_bits(shifted) - np.int32(0x4B400000 - 127)) << np.int32(23)))
 
 
-@_compiled
-def _gated(x: Any, gate: Any) -> Any:
-    """x times the logistic function of `gate`."""
+@_fast
+def _times_sigmoid(x: Any, gate: Any) -> Any:
+    """x * sigmoid(gate)."""
     return x / (np.float32(1.0) + _exp(-gate))
 
 
-@_compiled
+@_fast
 def _barrier(step: Any, threads: Any) -> None:
-    """Nobody goes on before all are here. Who waits long lets others have the processor: there may be more to do than cores."""
+    """Wait for all threads. A thread that waits for long sleeps, because there may be more threads than free cores."""
     if threads == 1:
         return
-    turn = _counted(step.meeting + 8, 0)
-    if _counted(step.meeting, 1) == threads - 1:
-        _counted(step.meeting, -threads)
-        _counted(step.meeting + 8, 1)
+    generation = _atomic_add(step.barrier + 8, 0)
+    if _atomic_add(step.barrier, 1) == threads - 1:
+        _atomic_add(step.barrier, -threads)
+        _atomic_add(step.barrier + 8, 1)
         return
-    waited = 0
-    while _counted(step.meeting + 8, 0) == turn:
-        waited += 1
-        if waited < _PATIENCE:
+    spins = 0
+    while _atomic_add(step.barrier + 8, 0) == generation:
+        spins += 1
+        if spins < _SPINS_BEFORE_SLEEP:
             _pause()
         else:
-            _napped(step.nap, np.int32(1))
+            _call_usleep(step.usleep, np.int32(1))
 
 
-@_compiled
-def _tile_sums(matrix: Any, tile: Any, rows: Any, inputs: Any, pitch: Any, sums: Any) -> None:
-    """The weights of one tile times every row's inputs, which lie `pitch` bytes apart: sums (rows, TILE)."""
-    count, bytes = matrix.inputs, matrix.bytes
-    size = count * PANEL * bytes
+@_fast
+def _tile_sums(matrix: Any, tile: Any, rows: Any, inputs: Any, row_bytes: Any, sums: Any) -> None:
+    """Multiply every row by the weights of one tile, into sums (rows, TILE). Successive rows of inputs are `row_bytes` apart."""
+    count, weight_bytes = matrix.inputs, matrix.weight_bytes
+    size = count * PANEL * weight_bytes
     weights = matrix.weights + tile * (TILE // PANEL) * size
-    left = rows % ROWS if rows % ROWS <= ROWS // 2 else 0  # more than half a block is a block
-    if rows > left:
-        stride = PANEL * bytes // ((rows - left + ROWS - 1) // ROWS * _PASSES)  # each pass fetches its part of the next panel
+    remainder = rows % ROW_BLOCK if rows % ROW_BLOCK <= ROW_BLOCK // 2 else 0  # more than half a block is padded to a block
+    if rows > remainder:
+        # Each pass prefetches an equal part of the next panel.
+        prefetch_stride = PANEL * weight_bytes // ((rows - remainder + ROW_BLOCK - 1) // ROW_BLOCK * _BLOCK_PASSES)
         for part in range(TILE // PANEL):
             panel = weights + part * size
-            ahead = panel + size
-            for row in range(0, rows - left, ROWS):
+            prefetch = panel + size
+            for row in range(0, rows - remainder, ROW_BLOCK):
                 y = sums + (row * TILE + part * PANEL) * 4
-                _eight_rows(bytes, panel, inputs + row * pitch, pitch, count, y, ahead, stride)
-                ahead += _PASSES * stride * count
-    x, y = inputs + (rows - left) * pitch, sums + (rows - left) * TILE * 4
-    if left == 1:
-        _one_row(bytes, weights, x, pitch, count, y, 0, 0)
-    elif left:
-        _four_rows(bytes, weights, x, pitch, count, y, 0, 0)
+                _multiply_block(weight_bytes, panel, inputs + row * row_bytes, row_bytes, count, y, prefetch, prefetch_stride)
+                prefetch += _BLOCK_PASSES * prefetch_stride * count
+    x, y = inputs + (rows - remainder) * row_bytes, sums + (rows - remainder) * TILE * 4
+    if remainder == 1:
+        _multiply_one(weight_bytes, weights, x, row_bytes, count, y, 0, 0)
+    elif remainder:
+        _multiply_four(weight_bytes, weights, x, row_bytes, count, y, 0, 0)
 
 
-@_compiled
-def _finish(step: Any, y: Any, width: Any, out: Any, use: Any) -> None:
-    """Make of the outputs y what they are wanted for."""
-    if use == STORE:
+@_fast
+def _apply_epilogue(step: Any, y: Any, width: Any, out: Any, epilogue: Any) -> None:
+    """Apply an epilogue to the `width` outputs at `y`, and write the results to `out`."""
+    if epilogue == STORE:
         for i in range(width):
-            _set(out, i, _get(y, i))
-    elif use == ADD:
+            _store(out, i, _load(y, i))
+    elif epilogue == ADD:
         for i in range(width):
-            _set(out, i, _get(out, i) + _get(y, i))
-    elif use == GELU:
+            _store(out, i, _load(out, i) + _load(y, i))
+    elif epilogue == GELU:
         for i in range(width):
-            value = _get(y, i)
+            value = _load(y, i)
             inner = np.float32(1.5957691216) * (value + np.float32(0.044715) * value * value * value)  # 2 sqrt(2 / pi)
-            _set(out, i, _gated(value, inner))
-    elif use == RELU:
+            _store(out, i, _times_sigmoid(value, inner))
+    elif epilogue == RELU:
         for i in range(width):
-            _set(out, i, max(_get(y, i), np.float32(0.0)))
-    elif use == RELU2:
+            _store(out, i, max(_load(y, i), np.float32(0.0)))
+    elif epilogue == RELU2:
         for i in range(width):
-            value = max(_get(y, i), np.float32(0.0))
-            _set(out, i, value * value)
-    elif use == GATE:
+            value = max(_load(y, i), np.float32(0.0))
+            _store(out, i, value * value)
+    elif epilogue == SWIGLU:
         for i in range(width):
-            gate = _get(out, i)
-            _set(out, i, _gated(gate, gate) * _get(y, i))
+            gate = _load(out, i)
+            _store(out, i, _times_sigmoid(gate, gate) * _load(y, i))
     else:
         cap = step.softcap
-        for i in range(width):  # tanh by the logistic function
-            _set(out, i, _gated(np.float32(2.0) * cap, np.float32(2.0) * _get(y, i) / cap) - cap)
+        for i in range(width):  # tanh(z) = 2 sigmoid(2 z) - 1
+            _store(out, i, _times_sigmoid(np.float32(2.0) * cap, np.float32(2.0) * _load(y, i) / cap) - cap)
 
 
-@_compiled
-def _product(step: Any, index: Any, thread: Any, threads: Any, rows: Any, inputs: Any, out: Any, use: Any) -> None:
-    """This thread's outputs of a matrix for inputs (rows, inputs), used in `out` (rows, outputs)."""
+@_fast
+def _matmul(step: Any, index: Any, thread: Any, threads: Any, rows: Any, inputs: Any, out: Any, epilogue: Any) -> None:
+    """This thread's share of the outputs of a matrix product: inputs (rows, inputs) -> out (rows, outputs), with an epilogue."""
     matrix = carray(_matrices_at(step.matrices), 1 << 30)[index]
-    sums = step.own + thread * step.own_bytes + step.sums_at
+    sums = step.scratch + thread * step.scratch_bytes + step.sums_offset
     outputs = matrix.outputs
     tiles = (outputs + TILE - 1) // TILE
     for tile in range(tiles * thread // threads, tiles * (thread + 1) // threads):
@@ -413,194 +441,221 @@ def _product(step: Any, index: Any, thread: Any, threads: Any, rows: Any, inputs
             y = sums + row * TILE * 4
             if matrix.scales:
                 for i in range(width):
-                    _set(y, i, _get(y, i) * _get(matrix.scales, begin + i))
+                    _store(y, i, _load(y, i) * _load(matrix.scales, begin + i))
             if matrix.biases:
                 for i in range(width):
-                    _set(y, i, _get(y, i) + _get(matrix.biases, begin + i))
-            _finish(step, y, width, out + (row * outputs + begin) * 4, use)
+                    _store(y, i, _load(y, i) + _load(matrix.biases, begin + i))
+            _apply_epilogue(step, y, width, out + (row * outputs + begin) * 4, epilogue)
 
 
-@_compiled
-def _normalise(x: Any, count: Any, layer_norm: Any, eps: Any, gain: Any, bias: Any, out: Any) -> None:
-    """`count` numbers at x, by their mean and variance or their root mean square."""
+@_fast
+def _normalize(x: Any, count: Any, layer_norm: Any, eps: Any, gain: Any, bias: Any, out: Any) -> None:
+    """LayerNorm or RMSNorm of the `count` numbers at `x`."""
     mean, square = np.float32(0.0), np.float32(0.0)
     if layer_norm:
         for i in range(count):
-            mean += _get(x, i)
+            mean += _load(x, i)
         mean /= np.float32(count)
     for i in range(count):
-        away = _get(x, i) - mean
-        square += away * away
+        difference = _load(x, i) - mean
+        square += difference * difference
     scale = np.float32(1.0) / np.sqrt(square / np.float32(count) + eps)
     for i in range(count):
-        _set(out, i, (_get(x, i) - mean) * scale)
+        _store(out, i, (_load(x, i) - mean) * scale)
     if gain:
         for i in range(count):
-            _set(out, i, _get(out, i) * _get(gain, i))
+            _store(out, i, _load(out, i) * _load(gain, i))
     if bias:
         for i in range(count):
-            _set(out, i, _get(out, i) + _get(bias, i))
+            _store(out, i, _load(out, i) + _load(bias, i))
 
 
-@_compiled
-def _normalised(step: Any, thread: Any, gain: Any, bias: Any) -> Any:
-    """Where this thread finds every row of the stream normalised: doing it again costs less than meeting once more."""
-    own, width = step.own + thread * step.own_bytes, step.width
+@_fast
+def _normalize_rows(step: Any, thread: Any, gain: Any, bias: Any) -> Any:
+    """Normalize every row into this thread's scratch area and return its address.
+
+    Each thread normalizes all rows, which takes less time than another barrier.
+    """
+    scratch, width = step.scratch + thread * step.scratch_bytes, step.width
     for row in range(step.rows):
         offset = row * width * 4
-        _normalise(step.stream + offset, width, step.layer_norm, step.norm_eps, gain, bias, own + offset)
-    return own
+        _normalize(step.residual + offset, width, step.layer_norm, step.norm_eps, gain, bias, scratch + offset)
+    return scratch
 
 
-@_compiled
-def _look_up(step: Any, row: Any) -> None:
-    """The token's embedding into the stream; those of its n-grams, side by side, where hidden numbers will be."""
-    width, token, place = step.width, _get_id(step.tokens, row), _get_id(step.places, row)
-    embedded, stream = step.embedding + token * width * 4, step.stream + row * width * 4
+@_fast
+def _embed_token(step: Any, row: Any) -> None:
+    """Write a row's token embedding to the residual stream, and its n-gram embeddings, concatenated, to `hidden`."""
+    width, token, position = step.width, _load_id(step.tokens, row), _load_id(step.positions, row)
+    embedded, residual = step.embedding + token * width * 4, step.residual + row * width * 4
     for i in range(width):
-        _set(stream, i, _get(embedded, i))
-    read = step.read + _get_id(step.texts, row) * step.capacity * 8
-    _set_id(read, place, token)
-    for number in range(step.order_count):
-        order = _get_id(step.orders, number)
+        _store(residual, i, _load(embedded, i))
+    cached = step.cached_tokens + _load_id(step.cache_row_indices, row) * step.capacity * 8
+    _store_id(cached, position, token)
+    for order_index in range(step.ngram_order_count):
+        order = _load_id(step.ngram_orders, order_index)
         key = order
-        for at in range(place - order + 1, place + 1):
-            key = (key + (step.missing if at < 0 else _get_id(read, at)) + 1) * MULTIPLIER
+        for t in range(position - order + 1, position + 1):
+            key = (key + (step.pad_id if t < 0 else _load_id(cached, t)) + 1) * HASH_MULTIPLIER
             key = key ^ (key >> 29)
-        found = step.ngram_table + (key % step.ngram_rows + number * step.ngram_rows) * step.ngram_width * 4
-        out = step.hidden + (row * step.order_count + number) * step.ngram_width * 4
+        vector = step.ngram_table + (key % step.ngram_rows + order_index * step.ngram_rows) * step.ngram_width * 4
+        out = step.hidden + (row * step.ngram_order_count + order_index) * step.ngram_width * 4
         for i in range(step.ngram_width):
-            _set(out, i, _get(found, i))
+            _store(out, i, _load(vector, i))
 
 
-@_compiled
-def _begin(step: Any, thread: Any, threads: Any) -> None:
-    """What the first layer reads, into the stream."""
+@_fast
+def _embed(step: Any, thread: Any, threads: Any) -> None:
+    """Write the input of the first layer to the residual stream."""
     rows, width = step.rows, step.width
     for row in range(thread, rows, threads):
-        _look_up(step, row)
-    if step.order_count:
+        _embed_token(step, row)
+    if step.ngram_order_count:
         _barrier(step, threads)
-        _product(step, step.layer_count * MATRICES + 1, thread, threads, rows, step.hidden, step.stream, ADD)
+        _matmul(step, step.layer_count * MATRICES_PER_LAYER + 1, thread, threads, rows, step.hidden, step.residual, ADD)
         _barrier(step, threads)
     for row in range(thread, rows, threads):
-        stream = step.stream + row * width * 4
-        if step.positions:
-            position = step.positions + _get_id(step.places, row) * width * 4
+        residual = step.residual + row * width * 4
+        if step.position_table:
+            position_vector = step.position_table + _load_id(step.positions, row) * width * 4
             for i in range(width):
-                _set(stream, i, _get(stream, i) + _get(position, i))
+                _store(residual, i, _load(residual, i) + _load(position_vector, i))
         if step.embedding_norm:
-            _normalise(stream, width, step.layer_norm, step.norm_eps, step.embedding_gain, step.embedding_bias, stream)
+            _normalize(residual, width, step.layer_norm, step.norm_eps, step.embedding_gain, step.embedding_bias, residual)
 
 
-@_compiled
-def _norm_and_rotate(step: Any, x: Any, gain: Any, place: Any) -> None:
-    """A query or key, in place: normalised, and turned to its position."""
+@_fast
+def _norm_and_rotate(step: Any, x: Any, gain: Any, position: Any) -> None:
+    """Normalize a query or key and rotate it to its position, in place."""
     width = step.head_width
     if step.qk_norm_eps >= np.float32(0.0):
-        _normalise(x, width, 0, step.qk_norm_eps, gain, 0, x)
+        _normalize(x, width, 0, step.qk_norm_eps, gain, 0, x)
     if step.cosines:
         half = width // 2
-        cosines, sines, other = step.cosines + place * half * 4, step.sines + place * half * 4, x + half * 4
+        cosines, sines, other = step.cosines + position * half * 4, step.sines + position * half * 4, x + half * 4
         for i in range(half):
-            a, b, cosine, sine = _get(x, i), _get(other, i), _get(cosines, i), _get(sines, i)
-            _set(x, i, a * cosine - b * sine)
-            _set(other, i, b * cosine + a * sine)
+            a, b, cosine, sine = _load(x, i), _load(other, i), _load(cosines, i), _load(sines, i)
+            _store(x, i, a * cosine - b * sine)
+            _store(other, i, b * cosine + a * sine)
 
 
-@_compiled
-def _remember(step: Any, layer: Any, number: Any, row: Any, first: Any, last: Any) -> None:
-    """Store a row's keys and values of the key/value heads [first, last)."""
-    width, pitch = step.head_width, step.kv_heads * step.head_width * 4
+@_fast
+def _store_keys_values(step: Any, layer: Any, layer_index: Any, row: Any, first: Any, last: Any) -> None:
+    """Write the keys and values of a row's key/value heads [first, last) to the cache."""
+    width, row_bytes = step.head_width, step.kv_heads * step.head_width * 4
     new_keys = step.qkv + (row * (step.heads + 2 * step.kv_heads) + step.heads) * width * 4
-    place = _get_id(step.places, row)
-    begin = ((number * step.cache_rows + _get_id(step.texts, row)) * step.capacity + place) * pitch
+    position = _load_id(step.positions, row)
+    begin = ((layer_index * step.cache_row_count + _load_id(step.cache_row_indices, row)) * step.capacity + position) * row_bytes
     for head in range(first, last):
-        _norm_and_rotate(step, new_keys + head * width * 4, layer.key_gain, place)
+        _norm_and_rotate(step, new_keys + head * width * 4, layer.key_gain, position)
     for i in range(first * width, last * width):
-        _set(step.keys + begin, i, _get(new_keys, i))
+        _store(step.keys + begin, i, _load(new_keys, i))
     for i in range(first * width, last * width):
-        _set(step.values + begin, i, _get(new_keys + pitch, i))
+        _store(step.values + begin, i, _load(new_keys + row_bytes, i))
 
 
-@_compiled
-def _attend(step: Any, layer: Any, number: Any, thread: Any, row: Any, first: Any, last: Any) -> None:
-    """Mix values for a row's queries that share the key/value heads [first, last).
+@_fast
+def _attend(step: Any, layer: Any, layer_index: Any, thread: Any, row: Any, first: Any, last: Any) -> None:
+    """Attention of the query heads of a row that use the key/value heads [first, last).
 
-    Positions are gone through in the order in which they lie, all heads of one at a time.
+    The cache is read sequentially: position by position, and all heads of a position at a time.
     """
     width, group = step.head_width, step.heads // step.kv_heads
-    place, pitch = _get_id(step.places, row), step.kv_heads * width * 4
+    position, row_bytes = _load_id(step.positions, row), step.kv_heads * width * 4
     queries = step.qkv + row * (step.heads + 2 * step.kv_heads) * width * 4
-    begin = (number * step.cache_rows + _get_id(step.texts, row)) * step.capacity * pitch
+    begin = (layer_index * step.cache_row_count + _load_id(step.cache_row_indices, row)) * step.capacity * row_bytes
     for query in range(first * group, last * group):
-        _norm_and_rotate(step, queries + query * width * 4, layer.query_gain, place)
-    scores, room = step.own + thread * step.own_bytes + step.scores_at, step.capacity * 4
-    _score(queries, step.keys + begin, place + 1, pitch, first, last, group, width, scores, room)
+        _norm_and_rotate(step, queries + query * width * 4, layer.query_gain, position)
+    scores, score_bytes = step.scratch + thread * step.scratch_bytes + step.scores_offset, step.capacity * 4
+    _attention_scores(queries, step.keys + begin, position + 1, row_bytes, first, last, group, width, scores, score_bytes)
     for query in range(first * group, last * group):
-        _soft_max(scores + query * room, place + 1)
-    mixed = step.mixed + row * step.heads * width * 4
-    _mix(scores, room, step.values + begin, place + 1, pitch, first, last, group, width, mixed)
+        _softmax(scores + query * score_bytes, position + 1)
+    attended = step.attended + row * step.heads * width * 4
+    _weighted_values(scores, score_bytes, step.values + begin, position + 1, row_bytes, first, last, group, width, attended)
 
 
-@_compiled
-def _score(
-    queries: Any, keys: Any, count: Any, pitch: Any, first: Any, last: Any, group: Any, width: Any, scores: Any, room: Any
+@_fast
+def _attention_scores(
+    queries: Any,
+    keys: Any,
+    count: Any,
+    row_bytes: Any,
+    first: Any,
+    last: Any,
+    group: Any,
+    width: Any,
+    scores: Any,
+    score_bytes: Any,
 ) -> None:
-    """Each query of the heads times the keys of `count` positions: scores (queries, positions), `room` bytes for a query."""
+    """Scaled dot products of each query with the keys of `count` positions: (queries, positions), `score_bytes` per query."""
     scale = np.float32(1.0) / np.sqrt(np.float32(width))
-    for at in range(count):
+    for t in range(count):
         for head in range(first, last):
-            k = keys + at * pitch + head * width * 4
+            k = keys + t * row_bytes + head * width * 4
             for query in range(head * group, (head + 1) * group):
                 q, score = queries + query * width * 4, np.float32(0.0)
                 for i in range(width):
-                    score += _get(q, i) * _get(k, i)
-                _set(scores + query * room, at, score * scale)
+                    score += _load(q, i) * _load(k, i)
+                _store(scores + query * score_bytes, t, score * scale)
 
 
-@_compiled
-def _mix(
-    shares: Any, room: Any, values: Any, count: Any, pitch: Any, first: Any, last: Any, group: Any, width: Any, mixed: Any
+@_fast
+def _weighted_values(
+    weights: Any,
+    score_bytes: Any,
+    values: Any,
+    count: Any,
+    row_bytes: Any,
+    first: Any,
+    last: Any,
+    group: Any,
+    width: Any,
+    attended: Any,
 ) -> None:
-    """The values of `count` positions, each times its share: four at a time, so that sums are written a quarter as often."""
+    """Weighted sums of the values of `count` positions, four positions at a time, so that the sums are written less often."""
     for i in range(first * group * width, last * group * width):
-        _set(mixed, i, np.float32(0.0))
-    for at in range(0, count - 3, 4):
+        _store(attended, i, np.float32(0.0))
+    for t in range(0, count - 3, 4):
         for head in range(first, last):
-            v = values + at * pitch + head * width * 4
+            v = values + t * row_bytes + head * width * 4
             for query in range(head * group, (head + 1) * group):
-                share, out = shares + query * room + at * 4, mixed + query * width * 4
-                a, b, c, d = _get(share, 0), _get(share, 1), _get(share, 2), _get(share, 3)
+                weight, out = weights + query * score_bytes + t * 4, attended + query * width * 4
+                a, b, c, d = _load(weight, 0), _load(weight, 1), _load(weight, 2), _load(weight, 3)
                 for i in range(width):
-                    more = a * _get(v, i) + b * _get(v + pitch, i) + c * _get(v + 2 * pitch, i) + d * _get(v + 3 * pitch, i)
-                    _set(out, i, _get(out, i) + more)
-    for at in range(count - count % 4, count):
+                    weighted = (
+                        a * _load(v, i)
+                        + b * _load(v + row_bytes, i)
+                        + c * _load(v + 2 * row_bytes, i)
+                        + d * _load(v + 3 * row_bytes, i)
+                    )
+                    _store(out, i, _load(out, i) + weighted)
+    for t in range(count - count % 4, count):
         for head in range(first, last):
-            v = values + at * pitch + head * width * 4
+            v = values + t * row_bytes + head * width * 4
             for query in range(head * group, (head + 1) * group):
-                share, out = _get(shares + query * room, at), mixed + query * width * 4
+                weight, out = _load(weights + query * score_bytes, t), attended + query * width * 4
                 for i in range(width):
-                    _set(out, i, _get(out, i) + share * _get(v, i))
+                    _store(out, i, _load(out, i) + weight * _load(v, i))
 
 
-@_compiled
-def _soft_max(scores: Any, count: Any) -> None:
-    most, total = np.float32(-np.inf), np.float32(0.0)
+@_fast
+def _softmax(scores: Any, count: Any) -> None:
+    """Softmax of `count` scores, in place."""
+    maximum, total = np.float32(-np.inf), np.float32(0.0)
     for i in range(count):
-        most = max(most, _get(scores, i))
+        maximum = max(maximum, _load(scores, i))
     for i in range(count):
-        share = _exp(_get(scores, i) - most)
-        _set(scores, i, share)
-        total += share
+        weight = _exp(_load(scores, i) - maximum)
+        _store(scores, i, weight)
+        total += weight
     scale = np.float32(1.0) / total
     for i in range(count):
-        _set(scores, i, _get(scores, i) * scale)
+        _store(scores, i, _load(scores, i) * scale)
 
 
-@_compiled
-def _look_back(step: Any, layer: Any, number: Any, thread: Any, threads: Any) -> None:
-    """Attention of this thread's rows and heads, to be met after by all."""
+@_fast
+def _attention(step: Any, layer: Any, layer_index: Any, thread: Any, threads: Any) -> None:
+    """Attention of this thread's share of the rows and heads. Must be followed by a barrier."""
     units = step.rows * step.kv_heads
     start, stop = units * thread // threads, units * (thread + 1) // threads
     for storing in (True, False):
@@ -609,55 +664,56 @@ def _look_back(step: Any, layer: Any, number: Any, thread: Any, threads: Any) ->
             row, head = unit // step.kv_heads, unit % step.kv_heads
             heads = min(step.kv_heads - head, stop - unit)
             if storing:
-                _remember(step, layer, number, row, head, head + heads)
+                _store_keys_values(step, layer, layer_index, row, head, head + heads)
             else:
-                _attend(step, layer, number, thread, row, head, head + heads)
+                _attend(step, layer, layer_index, thread, row, head, head + heads)
             unit += heads
-        if storing and step.reading:  # rows see what others have stored
+        if storing and step.is_prefill:  # a row attends to keys that other threads write
             _barrier(step, threads)
 
 
-@_compiled
-def _run(step: Any, thread: Any, threads: Any) -> None:
-    _begin(step, thread, threads)
+@_fast
+def _decode(step: Any, thread: Any, threads: Any) -> None:
+    """This thread's share of a step."""
+    _embed(step, thread, threads)
     _barrier(step, threads)
     layers, rows = carray(_layers_at(step.layers), 1 << 30), step.rows
-    for number in range(step.layer_count):
-        layer, first = layers[number], number * MATRICES
-        normal = _normalised(step, thread, layer.attention_gain, layer.attention_bias)
-        _product(step, first + QKV, thread, threads, rows, normal, step.qkv, STORE)
+    for layer_index in range(step.layer_count):
+        layer, first = layers[layer_index], layer_index * MATRICES_PER_LAYER
+        normed = _normalize_rows(step, thread, layer.attention_gain, layer.attention_bias)
+        _matmul(step, first + QKV, thread, threads, rows, normed, step.qkv, STORE)
         _barrier(step, threads)
-        _look_back(step, layer, number, thread, threads)
+        _attention(step, layer, layer_index, thread, threads)
         _barrier(step, threads)
-        _product(step, first + OUTPUT, thread, threads, rows, step.mixed, step.stream, ADD)
+        _matmul(step, first + ATTENTION_OUTPUT, thread, threads, rows, step.attended, step.residual, ADD)
         _barrier(step, threads)
-        normal = _normalised(step, thread, layer.feed_gain, layer.feed_bias)
-        _product(step, first + GATES, thread, threads, rows, normal, step.hidden, STORE)
-        _product(step, first + WIDEN, thread, threads, rows, normal, step.hidden, step.activation)
+        normed = _normalize_rows(step, thread, layer.feed_forward_gain, layer.feed_forward_bias)
+        _matmul(step, first + GATE, thread, threads, rows, normed, step.hidden, STORE)
+        _matmul(step, first + UP, thread, threads, rows, normed, step.hidden, step.activation)
         _barrier(step, threads)
-        _product(step, first + NARROW, thread, threads, rows, step.hidden, step.stream, ADD)
+        _matmul(step, first + DOWN, thread, threads, rows, step.hidden, step.residual, ADD)
         _barrier(step, threads)
-    wanted = rows - 1 if step.reading else 0
-    normal = _normalised(step, thread, step.final_gain, step.final_bias) + wanted * step.width * 4
-    use = CAP if step.softcap > np.float32(0.0) else STORE
-    _product(step, step.layer_count * MATRICES, thread, threads, rows - wanted, normal, step.logits, use)
+    first_row = rows - 1 if step.is_prefill else 0
+    normed = _normalize_rows(step, thread, step.final_gain, step.final_bias) + first_row * step.width * 4
+    epilogue = SOFTCAP if step.softcap > np.float32(0.0) else STORE
+    _matmul(step, step.layer_count * MATRICES_PER_LAYER, thread, threads, rows - first_row, normed, step.logits, epilogue)
 
 
-def _step(steps: Any) -> None:
+def _entry(steps: Any) -> None:
     step = carray(steps, 1)[0]
     thread, threads = np.int64(0), np.int64(1)
-    if step.thread_number:
-        thread, threads = np.int64(_called(step.thread_number)), np.int64(_called(step.thread_count))
-    _run(step, thread, threads)
+    if step.get_thread_num:
+        thread, threads = np.int64(_call(step.get_thread_num)), np.int64(_call(step.get_num_threads))
+    _decode(step, thread, threads)
 
 
 @cache
 def entry() -> int:
-    """The address of the machine code: void step(STEP *), for every thread of a team. Compiled once for a machine, then loaded."""
+    """Address of the compiled function, `void step(STEP *)`, which every thread runs. Compiled once per machine, then cached."""
     signature = types.void(types.CPointer(from_dtype(STEP)))
     try:
-        compiled = cfunc(signature, nopython=True, cache=True)(_step)
-    except RuntimeError:  # no folder that could be written to
-        compiled = cfunc(signature, nopython=True)(_step)
+        compiled = cfunc(signature, nopython=True, cache=True)(_entry)
+    except RuntimeError:  # numba found no writable cache folder
+        compiled = cfunc(signature, nopython=True)(_entry)
     address: int = compiled.address
     return address

@@ -1,6 +1,6 @@
-"""The parts of a transformer block: norms, attention, feed-forward.
+"""The modules of a transformer block: norms, attention, feed-forward.
 
-Legend: B batch, T time, S source time, C width, H heads, K key/value heads, D head width.
+Legend: `B` batch, `T` time, `S` time of keys and values, `C` width, `H` query heads, `K` key/value heads, `D` head width.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from tinylm.model.functions import Dropout, relu_squared, rms_norm, rotate
 from tinylm.recipe.schema import ModelSection
 
 Rotation = tuple[Tensor, Tensor]
+"""Cosines and sines of rotary positions, each (T, 1, D / 2)."""
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis, with a learned gain or without."""
+    """Root-mean-square norm over the last axis, with an optional learned gain."""
 
     def __init__(self, width: int, eps: float, gain: bool) -> None:
         super().__init__()
@@ -31,7 +32,7 @@ class RMSNorm(nn.Module):
 
 
 def make_norm(model: ModelSection, width: int) -> nn.Module:
-    """The norm that the recipe names, over the last axis."""
+    """The norm that `model` configures, over a last axis of size `width`."""
     if model.norm == "layernorm":
         return nn.LayerNorm(width, eps=model.norm_eps, elementwise_affine=model.norm_gain, bias=model.bias)
     return RMSNorm(width, model.norm_eps, model.norm_gain)
@@ -39,28 +40,27 @@ def make_norm(model: ModelSection, width: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class ForwardContext:
-    """What every block of one forward pass may look at."""
+    """Inputs of a forward pass that are the same for all blocks."""
 
     tokens: Tensor
     """(B, T) ids."""
     embedded: Tensor
-    """(B, T, C), what the first block reads."""
+    """(B, T, C), the input of the first block."""
     rotation: Rotation | None = None
-    """Cosines and sines, (T, 1, D / 2)."""
     cache: CacheRows | None = None
 
 
 class Attention(nn.Module):
-    """Multi-head attention, with fewer key/value heads than query heads when `n_kv_head` says so (Ainslie et al. 2023).
+    """Multi-head attention, grouped-query when `n_kv_head` is less than `n_head` (Ainslie et al. 2023).
 
-    Queries come from one source, keys and values from the same one or another (cross-attention). The three projections
-    are one matrix, its rows being queries, keys, values.
+    Keys and values are computed from the same input as the queries, or from another one (cross-attention). `qkv` stacks the three
+    projections: rows for the queries, then the keys, then the values.
     """
 
     def __init__(self, model: ModelSection, layer: int) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_width = model.n_head, model.kv_heads, model.head_width
-        self.dropout = model.attention_drops
+        self.dropout = model.attention_dropout_p
         self.layer = layer
         self.query_rows = self.heads * self.head_width
         rows = self.query_rows + 2 * self.kv_heads * self.head_width
@@ -74,8 +74,8 @@ class Attention(nn.Module):
 
     def forward(
         self,
-        queries_from: Tensor,
-        keys_from: Tensor | None = None,
+        x: Tensor,
+        kv_source: Tensor | None = None,
         *,
         mask: Tensor | None = None,
         causal: bool = False,
@@ -83,36 +83,37 @@ class Attention(nn.Module):
         cache: CacheRows | None = None,
         added_values: Tensor | None = None,
         first_values: Tensor | None = None,
-        last: int | None = None,
+        n_last: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(B, T, C) -> (B, T, C), and the values (B, S, K, D) that were mixed. `last`: only for so many last positions.
+        """(B, T, C) -> (B, T, C) and the values (B, S, K, D), without cached ones.
 
-        `keys_from` (B, S, C), default the queries' source. `mask` broadcasts to (B, H, T, S), True = may look. `causal`
-        lets position t look at positions up to t, counted from the end of what `cache` holds. `added_values`
-        (B, S, K, D) are added to the values, `first_values` blended into them.
+        `kv_source` (B, S, C): the input of keys and values, by default `x`. `mask` broadcasts to (B, H, T, S); True means that a
+        query may attend to a key. `causal`: position t attends to the cached positions and to positions up to t. `added_values`
+        (B, S, K, D) are added to the values, and `first_values` (B, S, K, D) are interpolated with them. `n_last`: return only the
+        last `n_last` positions.
         """
-        B, T, _ = queries_from.shape
-        q, k, v = self._project(queries_from, keys_from, rotation)  # (B, time, heads, D)
+        B, T, _ = x.shape
+        q, k, v = self._project(x, kv_source, rotation)  # (B, T, H, D), (B, S, K, D), (B, S, K, D)
         if added_values is not None:
             v = v + added_values.to(v.dtype)
         if self.value_share is not None and first_values is not None:
             v = torch.lerp(first_values.to(v.dtype), v, self.value_share.to(v.dtype))
         values = v
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, time, D)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), (B, K, S, D), (B, K, S, D)
         if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
-        if last is not None:
-            q, T = q[:, :, -last:], min(last, T)
+            k, v = cache.update(self.layer, k, v)  # S now includes the cached positions
+        if n_last is not None:
+            q, T = q[:, :, -n_last:], min(n_last, T)
         grouped = self.kv_heads != self.heads
-        if grouped and q.device.type == "cuda" and q.dtype == torch.float32:  # no fast kernel there takes groups
-            k, v = (x.repeat_interleave(self.heads // self.kv_heads, dim=1) for x in (k, v))
+        if grouped and q.device.type == "cuda" and q.dtype == torch.float32:  # no fast CUDA kernel supports GQA in float32
+            k, v = (x.repeat_interleave(self.heads // self.kv_heads, dim=1) for x in (k, v))  # (B, H, S, D)
             grouped = False
         S = k.shape[2]
-        # The kernel's own causality takes no mask and no cached positions. T > 1 is asked last: an exported graph leaves T open.
+        # `is_causal` supports neither a mask nor cached positions. T > 1 is tested last because T is symbolic in an exported graph.
         if causal and (mask is not None or S > T) and T > 1:
-            earlier = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-            mask = earlier if mask is None else mask & earlier
-        mixed = F.scaled_dot_product_attention(
+            causal_mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+            mask = causal_mask if mask is None else mask & causal_mask
+        attended = F.scaled_dot_product_attention(
             q,
             k,
             v,
@@ -120,41 +121,44 @@ class Attention(nn.Module):
             is_causal=causal and mask is None and not S > T,
             dropout_p=self.dropout if self.training else 0.0,
             enable_gqa=grouped,
-        )
-        output: Tensor = self.output(mixed.transpose(1, 2).reshape(B, T, self.query_rows))
+        )  # (B, H, T, D)
+        output: Tensor = self.output(attended.transpose(1, 2).reshape(B, T, self.query_rows))  # (B, T, C)
         return output, values
 
-    def _project(self, queries_from: Tensor, keys_from: Tensor | None, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each (B, time, heads, D). Those of one source are normalised and turned together."""
-        if keys_from is None:
-            together = self._heads(self.qkv(queries_from))
+    def _project(self, x: Tensor, kv_source: Tensor | None, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, T, H, D), keys and values (B, S, K, D), with queries and keys normalized and, in self-attention, rotated."""
+        if kv_source is None:
+            qkv = self._split_heads(self.qkv(x))  # (B, T, H + 2 K, D)
             if self.qk_norm_eps is None and rotation is None:
-                q, k, v = torch.split(together, [self.heads, self.kv_heads, self.kv_heads], dim=2)
+                q, k, v = torch.split(qkv, [self.heads, self.kv_heads, self.kv_heads], dim=2)
                 return q, k, v
-            looking, v = torch.split(together, [self.heads + self.kv_heads, self.kv_heads], dim=2)  # one gradient, not two of zeros
-            q, k = torch.split(self._norm_and_rotate(looking, rotation), [self.heads, self.kv_heads], dim=2)
+            # Split in two steps, so that the gradient of `qk` is one tensor instead of a sum of zero-padded slices.
+            qk, v = torch.split(qkv, [self.heads + self.kv_heads, self.kv_heads], dim=2)
+            q, k = torch.split(self._norm_and_rotate(qk, rotation), [self.heads, self.kv_heads], dim=2)
             return q, k, v
         rows, bias = self.query_rows, self.qkv.bias
-        q = self._heads(F.linear(queries_from, self.qkv.weight[:rows], None if bias is None else bias[:rows]))
-        k, v = self._heads(F.linear(keys_from, self.qkv.weight[rows:], None if bias is None else bias[rows:])).chunk(2, dim=2)
+        q = self._split_heads(F.linear(x, self.qkv.weight[:rows], None if bias is None else bias[:rows]))
+        k, v = self._split_heads(F.linear(kv_source, self.qkv.weight[rows:], None if bias is None else bias[rows:])).chunk(2, dim=2)
         if self.qk_norm_eps is not None:
             q, k = rms_norm(q, self.query_gain, self.qk_norm_eps), rms_norm(k, self.key_gain, self.qk_norm_eps)
         return q, k, v
 
-    def _norm_and_rotate(self, queries_and_keys: Tensor, rotation: Rotation | None) -> Tensor:
+    def _norm_and_rotate(self, qk: Tensor, rotation: Rotation | None) -> Tensor:
+        """Normalize and rotate the heads of queries and keys together, (B, T, H + K, D) -> (B, T, H + K, D)."""
         if self.qk_norm_eps is not None:
-            queries_and_keys = rms_norm(queries_and_keys, None, self.qk_norm_eps)
+            qk = rms_norm(qk, None, self.qk_norm_eps)
             if self.query_gain is not None and self.key_gain is not None:
-                gains = torch.cat((self.query_gain.expand(self.heads, -1), self.key_gain.expand(self.kv_heads, -1)))
-                queries_and_keys = queries_and_keys * gains.to(queries_and_keys.dtype)
-        return queries_and_keys if rotation is None else rotate(queries_and_keys, *rotation)
+                gains = torch.cat((self.query_gain.expand(self.heads, -1), self.key_gain.expand(self.kv_heads, -1)))  # (H + K, D)
+                qk = qk * gains.to(qk.dtype)
+        return qk if rotation is None else rotate(qk, *rotation)
 
-    def _heads(self, x: Tensor) -> Tensor:
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """(B, T, heads * D) -> (B, T, heads, D)."""
         return x.view(*x.shape[:2], -1, self.head_width)
 
 
 class FeedForward(nn.Module):
-    """Two projections with a non-linearity between, or SwiGLU's three (Shazeer 2020): the gate's rows before the values'."""
+    """Two linear layers with an activation in between. For SwiGLU (Shazeer 2020), `input` stacks the rows of gate and values."""
 
     def __init__(self, model: ModelSection) -> None:
         super().__init__()
@@ -164,6 +168,7 @@ class FeedForward(nn.Module):
         self.output = nn.Linear(width, model.n_embd, bias=model.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
         hidden = self.input(x)
         if self.kind in ("gelu", "gelu_exact"):
             hidden = F.gelu(hidden, approximate="tanh" if self.kind == "gelu" else "none")
@@ -179,7 +184,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward around a residual stream, normalised before (pre) or after (post) each sum."""
+    """Attention and feed-forward with residual connections. Norms are applied to their inputs (pre) or to the sums (post)."""
 
     def __init__(self, model: ModelSection, layer: int, vocab_size: int) -> None:
         super().__init__()
@@ -188,49 +193,49 @@ class Block(nn.Module):
         self.residual_mix = nn.Parameter(torch.tensor([1.0, 0.0])) if model.embedding_shortcut else None
         self.attention_norm = make_norm(model, model.n_embd)
         self.attention = Attention(model, layer)
-        values = model.kv_heads * model.head_width
-        outer = layer < model.value_embeddings or layer >= model.n_layer - model.value_embeddings
-        self.value_embedding = nn.Embedding(vocab_size, values) if outer else None
+        is_outer = layer < model.value_embeddings or layer >= model.n_layer - model.value_embeddings
+        self.value_embedding = nn.Embedding(vocab_size, model.kv_heads * model.head_width) if is_outer else None
         self.feed_forward_norm = None if self.post and self.parallel else make_norm(model, model.n_embd)
         self.feed_forward = FeedForward(model)
         self.dropout = Dropout(model.dropout)
 
     def forward(
-        self, x: Tensor, shared: ForwardContext, first_values: Tensor | None, last: int | None = None
+        self, x: Tensor, context: ForwardContext, first_values: Tensor | None, n_last: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(B, T, C) -> (B, T, C), causal, and the attention's values. `first_values`: those of the first block.
+        """(B, T, C) -> (B, T, C) with causal attention, and the attention's values (B, T, K, D).
 
-        `last`: only so many last positions are wanted, (B, last, C); the keys and values of all are cached.
+        `first_values`: the values of the first block, None in the first block itself. `n_last`: return only the last `n_last`
+        positions, (B, n_last, C). Keys and values of all positions are cached nonetheless.
         """
         if self.residual_mix is not None:
-            keep, add = self.residual_mix.to(x.dtype).unbind()
-            x = keep * x + add * shared.embedded
-        added = None
+            x_share, embedded_share = self.residual_mix.to(x.dtype).unbind()
+            x = x_share * x + embedded_share * context.embedded
+        added_values = None
         if self.value_embedding is not None:
-            added = self.value_embedding(shared.tokens).to(x.dtype)
-            added = added.view(*added.shape[:2], -1, self.attention.head_width)
-        mixed, values = self.attention(
+            added_values = self.value_embedding(context.tokens).to(x.dtype)  # (B, T, K D)
+            added_values = added_values.view(*added_values.shape[:2], -1, self.attention.head_width)  # (B, T, K, D)
+        attended, values = self.attention(
             x if self.post else self.attention_norm(x),
             causal=True,
-            rotation=shared.rotation,
-            cache=shared.cache,
-            added_values=added,
+            rotation=context.rotation,
+            cache=context.cache,
+            added_values=added_values,
             first_values=first_values,
-            last=last,
+            n_last=n_last,
         )
-        if last is not None:
-            x = x[:, -last:]
-        mixed = self.dropout(mixed)
-        if self.feed_forward_norm is None:
-            return self.attention_norm(x + mixed + self._feed(x)), values
+        if n_last is not None:
+            x = x[:, -n_last:]
+        attended = self.dropout(attended)
+        if self.feed_forward_norm is None:  # post and parallel
+            return self.attention_norm(x + attended + self._feed_forward(x)), values
         if self.post:
-            x = self.attention_norm(x + mixed)
-            return self.feed_forward_norm(x + self._feed(x)), values
+            x = self.attention_norm(x + attended)
+            return self.feed_forward_norm(x + self._feed_forward(x)), values
         if self.parallel:
-            return x + mixed + self._feed(self.feed_forward_norm(x)), values
-        x = x + mixed
-        return x + self._feed(self.feed_forward_norm(x)), values
+            return x + attended + self._feed_forward(self.feed_forward_norm(x)), values
+        x = x + attended
+        return x + self._feed_forward(self.feed_forward_norm(x)), values
 
-    def _feed(self, x: Tensor) -> Tensor:
-        fed: Tensor = self.dropout(self.feed_forward(x))
-        return fed
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.dropout(self.feed_forward(x))
+        return output

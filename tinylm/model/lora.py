@@ -1,7 +1,7 @@
-"""Low-rank adaptation (Hu et al. 2022): a trained model stays as it is, and small additions to its matrices are learned.
+"""Low-rank adaptation, LoRA (Hu et al. 2022): train low-rank updates of the matrices of a frozen model.
 
-`attach` freezes a network and puts an addition beside the chosen matrices; `merge` adds them in, so that what is left is a plain
-network again. Weights keep their names: a checkpoint holds the frozen ones too and needs no other run.
+`attach` freezes a network and adds LoRA weights to the chosen matrices. `merge` adds the updates to the matrices and removes the
+LoRA weights. Frozen weights keep their names and are part of checkpoints, so a fine-tuned run does not need its source run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from tinylm.recipe.schema import LoraSection, ModelSection
 
 
 class LoraLinear(nn.Linear):
-    """y = W x + b + (alpha / rank) B A x, with W and b frozen (section 4.1): A (rank, inputs) at random, B (outputs, rank) zero."""
+    """y = W x + b + (alpha / rank) B A x with frozen W and b (section 4.1).
+
+    A (rank, inputs) is initialized at random, B (outputs, rank) with zeros.
+    """
 
     def __init__(self, frozen: nn.Linear, section: LoraSection, generator: torch.Generator) -> None:
         super().__init__(frozen.in_features, frozen.out_features, bias=frozen.bias is not None, device="meta")
@@ -25,17 +28,17 @@ class LoraLinear(nn.Linear):
         self.section = section
         self.scale = section.alpha / section.rank
         bound = 1 / math.sqrt(self.in_features)
-        start = torch.rand((section.rank, self.in_features), generator=generator, device=generator.device)
+        uniform = torch.rand((section.rank, self.in_features), generator=generator, device=generator.device)
         device = frozen.weight.device
-        self.lora_a = nn.Parameter((start * 2 - 1).mul_(bound).to(device))
+        self.lora_a = nn.Parameter((uniform * 2 - 1).mul_(bound).to(device))
         self.lora_b = nn.Parameter(torch.zeros(self.out_features, section.rank, device=device))
 
     def forward(self, input: Tensor) -> Tensor:
-        added = F.linear(F.linear(input, self.lora_a), self.lora_b)
-        return F.linear(input, self.weight, self.bias) + self.scale * added
+        update = F.linear(F.linear(input, self.lora_a), self.lora_b)
+        return F.linear(input, self.weight, self.bias) + self.scale * update
 
     def merged(self) -> nn.Linear:
-        """The same layer as one matrix."""
+        """A plain linear layer that computes the same function."""
         plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         with torch.no_grad():
             plain.weight = nn.Parameter(self.weight + self.scale * self.lora_b @ self.lora_a)
@@ -44,7 +47,7 @@ class LoraLinear(nn.Linear):
 
 
 def attach(network: nn.Module, section: LoraSection, seed: int = 0) -> None:
-    """Freeze every parameter and give the blocks' target matrices an addition that starts at nothing."""
+    """Freeze every parameter of `network` and add LoRA weights to the target matrices of its blocks, in place."""
     generator = torch.Generator().manual_seed(seed)
     network.requires_grad_(False)
     for name, module in list(network.named_modules()):
@@ -52,8 +55,8 @@ def attach(network: nn.Module, section: LoraSection, seed: int = 0) -> None:
             network.set_submodule(name, LoraLinear(module, section, generator))
 
 
-def blank(model: ModelSection, vocab_size: int, section: LoraSection | None) -> Transformer:
-    """A network whose weights are yet to be filled in, with the additions that `section` describes."""
+def uninitialized_network(model: ModelSection, vocab_size: int, section: LoraSection | None) -> Transformer:
+    """A network into which weights will be loaded, with LoRA weights if `section` is given."""
     network = Transformer(model, vocab_size, seed=None)
     if section is not None:
         attach(network, section)
@@ -61,12 +64,12 @@ def blank(model: ModelSection, vocab_size: int, section: LoraSection | None) -> 
 
 
 def section_of(network: nn.Module) -> LoraSection | None:
-    """What `attach` was told, or None for a plain network."""
+    """The section that `attach` was called with, or None for a network without LoRA."""
     return next((module.section for module in network.modules() if isinstance(module, LoraLinear)), None)
 
 
 def merge(network: nn.Module) -> None:
-    """Add every addition to its matrix; the network is as if it had never had any, and its parameters are free again."""
+    """Add the LoRA updates to the matrices, in place, remove the LoRA weights, and unfreeze every parameter."""
     for name, module in list(network.named_modules()):
         if isinstance(module, LoraLinear):
             network.set_submodule(name, module.merged())

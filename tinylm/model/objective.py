@@ -1,7 +1,6 @@
-"""What a model is trained to do: tokens in, a token-weighted loss out.
+"""Training objectives: they turn token sequences into inputs and targets, and compute losses.
 
-An objective turns a batch of token sequences into inputs and targets and gives the loss of each target, never a mean, so
-that whoever accumulates can divide their sum by the number of targets in the whole global batch.
+Losses are sums or per token, never means, so that gradient accumulation can divide by the number of targets in the global batch.
 """
 
 from __future__ import annotations
@@ -12,46 +11,48 @@ from typing import Protocol
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-IGNORED = -100
+IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
 class Example:
-    """What the model reads and what it should say, each (B, T); targets that are `IGNORED` do not count."""
+    """Inputs and targets of the model, each (batch, time). Targets equal to `IGNORE_INDEX` are ignored."""
 
     inputs: Tensor
     targets: Tensor
 
 
 class Objective(Protocol):
-    """Stateless; the same object serves training and evaluation."""
+    """A stateless objective, used for training and evaluation."""
 
     def example(self, tokens: Tensor) -> Example:
-        """Inputs and targets of sequences (B, T + 1); negative ids are padding."""
+        """Inputs and targets of sequences (batch, time + 1). Negative ids are padding."""
         ...
 
     def summed_loss(self, network: nn.Module, example: Example) -> Tensor:
-        """Sum over all targets in nats, a number with a gradient."""
+        """Sum of the losses of all targets in nats, a scalar with a gradient."""
         ...
 
     def losses(self, network: nn.Module, example: Example) -> Tensor:
-        """Loss of each position in nats, (B, T), zero where ignored."""
+        """Loss of each target in nats, (batch, time), zero where the target is ignored."""
         ...
 
 
 class CausalObjective:
-    """Predict each next token from those before it."""
+    """Next-token prediction."""
 
     def example(self, tokens: Tensor) -> Example:
-        return Example(tokens[:, :-1].clamp_min(0), tokens[:, 1:].contiguous())  # only what is contiguous stays pinned on its way
+        # The copy of a pinned tensor to a GPU is only fast if the tensor is contiguous.
+        return Example(tokens[:, :-1].clamp_min(0), tokens[:, 1:].contiguous())
 
     def summed_loss(self, network: nn.Module, example: Example) -> Tensor:
         total: Tensor = network(example.inputs, targets=example.targets)
         return total
 
     def losses(self, network: nn.Module, example: Example) -> Tensor:
-        """In float32 at least."""
+        """Computed in float32, or in the dtype of the logits if that is wider."""
         logits = network(example.inputs)
-        precise = logits.float() if logits.itemsize < 4 else logits
-        losses = F.cross_entropy(precise.flatten(0, 1), example.targets.flatten().long(), ignore_index=IGNORED, reduction="none")
+        logits = logits.float() if logits.itemsize < 4 else logits
+        targets = example.targets.flatten().long()
+        losses = F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORE_INDEX, reduction="none")
         return losses.view_as(example.targets)

@@ -1,8 +1,8 @@
-"""Weights laid out for reading them once per token, which is what decoding is.
+"""Weights packed for decoding: transposed float32, bfloat16 or int8.
 
-A training step multiplies thousands of rows by a weight; a decoding step one row, or a few, and then the time is that of reading
-the weight from memory. `pack` therefore replaces the linear layers of a copy of a network: float32 transposed, bfloat16 or int8.
-Embeddings, norms, attention and sums stay in the network's own type.
+Training multiplies thousands of rows by a weight at a time. Decoding multiplies only a few, so its speed is limited by reading the
+weights from memory. `pack` returns a copy of a network with smaller or faster linear layers. Embeddings, norms, attention and
+residual sums keep the network's dtype.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from tinylm.model.transformer import Transformer
 
 WeightKind = Literal["fp32", "bf16", "int8"]
 WEIGHT_KINDS: tuple[WeightKind, ...] = ("fp32", "bf16", "int8")
-_FEW_ROWS = 4
-"""Up to so many rows the int8 kernel beats a product with bfloat16 copies of the weight."""
-_KEEP_UP_TO = 64
-"""Rows of a decoding batch: more come from prompts, for which a copy made on the spot is paid once for many rows."""
+_INT8_KERNEL_MAX_ROWS = 4
+"""Up to this number of rows, the int8 kernel is faster than a matrix product with a bfloat16 copy of the weights."""
+_CACHED_COPY_MAX_ROWS = 64
+"""Up to this number of rows (a decoding batch), the bfloat16 copy is kept. A long prompt amortizes a new copy over its rows."""
 
 
 def _bias_of(linear: nn.Module) -> Tensor | None:
@@ -31,8 +31,9 @@ def _bias_of(linear: nn.Module) -> Tensor | None:
 
 
 class TransposedLinear(nn.Module):
-    """x W + b with W stored (inputs, outputs): as fast as a matrix-vector product gets, and from two rows on every row's result is
-    the same whatever rows stand beside it, which is not so of the usual layout.
+    """x W + b with W stored as (inputs, outputs), the fastest layout for matrix-vector products.
+
+    Unlike with the usual layout, the results of two or more rows do not depend on each other.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -44,8 +45,8 @@ class TransposedLinear(nn.Module):
         return F.linear(x, self.weight.t(), self.bias)
 
 
-class HalfLinear(nn.Module):
-    """Weights and inputs in bfloat16, sums in float32 inside the kernel, outputs in the type of the input."""
+class BFloat16Linear(nn.Module):
+    """Multiplies bfloat16 weights and inputs with float32 accumulation. Returns the dtype of the input."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -58,10 +59,10 @@ class HalfLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """Weight-only int8: one scale per output, 127 steps to its largest weight; inputs are not quantised.
+    """Weight-only int8 quantization, symmetric, with one scale per output.
 
-    Scales are bfloat16 numbers, so that the kernel, which wants them so, multiplies by exactly what the weights were divided by.
-    The kernel reads rows of a multiple of 16 numbers: shorter ones are filled up with zeros.
+    Scales are rounded to bfloat16 before they divide the weights, because the kernel multiplies by bfloat16 scales. The kernel
+    needs a multiple of 16 inputs, so weights and inputs are zero-padded.
     """
 
     weight: Tensor
@@ -71,50 +72,50 @@ class Int8Linear(nn.Module):
         super().__init__()
         weight = linear.weight.detach().float()
         scale = (weight.abs().amax(dim=1) / 127).clamp_min(1e-12).bfloat16()
-        steps = (weight / scale.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8)
-        self.inputs = steps.shape[1]
-        self._fill = -self.inputs % 16
-        self.register_buffer("weight", F.pad(steps, (0, self._fill)))
+        quantized = (weight / scale.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+        self.inputs = quantized.shape[1]
+        self._padding = -self.inputs % 16
+        self.register_buffer("weight", F.pad(quantized, (0, self._padding)))
         self.register_buffer("scale", scale)
         self.bias = _bias_of(linear)
-        self._wide: Tensor | None = None
+        self._float_copy: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        if self._fill:
-            rows = F.pad(rows, (0, self._fill))
-        if len(rows) <= _FEW_ROWS and x.device.type == "cpu":
+        if self._padding:
+            rows = F.pad(rows, (0, self._padding))
+        if len(rows) <= _INT8_KERNEL_MAX_ROWS and x.device.type == "cpu":
             y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale).to(x.dtype)
         else:
-            wide = self._widened(len(rows))
-            y = F.linear(rows.to(wide.dtype), wide).to(x.dtype) * self.scale.to(x.dtype)
+            weight = self._as_float(len(rows))
+            y = F.linear(rows.to(weight.dtype), weight).to(x.dtype) * self.scale.to(x.dtype)
         y = y.view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
-    def _widened(self, rows: int) -> Tensor:
-        """The steps in a type that matrix units multiply, kept for batches that decode. Every int8 is a bfloat16 exactly."""
-        if self._wide is not None:
-            return self._wide
-        wide = self.weight.to(torch.bfloat16 if _native_bfloat16(self.weight.device) else torch.float32)
-        if rows <= _KEEP_UP_TO:
-            self._wide = wide
-        return wide
+    def _as_float(self, rows: int) -> Tensor:
+        """The int8 weights in a dtype with fast matrix products. bfloat16 represents every int8 exactly."""
+        if self._float_copy is not None:
+            return self._float_copy
+        float_copy = self.weight.to(torch.bfloat16 if _has_native_bfloat16(self.weight.device) else torch.float32)
+        if rows <= _CACHED_COPY_MAX_ROWS:
+            self._float_copy = float_copy
+        return float_copy
 
 
-def _native_bfloat16(device: torch.device) -> bool:
+def _has_native_bfloat16(device: torch.device) -> bool:
     if device.type == "cpu":
         return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-_LAYERS = {"fp32": TransposedLinear, "bf16": HalfLinear, "int8": Int8Linear}
+_LAYERS = {"fp32": TransposedLinear, "bf16": BFloat16Linear, "int8": Int8Linear}
 
 
 def pack(network: Transformer, weights: WeightKind | None = "fp32") -> Transformer:
-    """A network for inference that shares everything with `network` but its linear layers. Not to be trained or saved.
+    """A copy of `network` for inference that shares all tensors except those of the linear layers. Do not train or save it.
 
-    float32 is bit for bit the same model up to the order of sums; for the others `tinylm eval --weights` tells what they cost.
-    None leaves weights as they are: only additions of low rank are merged into them.
+    "fp32" changes only the order of summation; `tinylm eval --weights` measures the effect of the other kinds on the loss. None
+    leaves linear layers as they are. LoRA weights are merged in every case.
     """
     memo = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
     packed = copy.deepcopy(network, memo).eval()

@@ -1,4 +1,4 @@
-"""Where a token stands: rotary and sinusoidal tables. Learned positions are a plain embedding in the transformer."""
+"""Tables for rotary and sinusoidal positions. (Learned positions are an `nn.Embedding` of the transformer.)"""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def rope_table(length: int, head_width: int, theta: float) -> tuple[Tensor, Tens
 
 
 def sinusoidal_table(length: int, width: int) -> Tensor:
-    """Fixed positions (Vaswani et al. 2017, section 3.5): (length, width), float32."""
+    """Sinusoidal positions (Vaswani et al. 2017, section 3.5), (length, width), float32."""
     frequencies = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1).float()

@@ -1,8 +1,8 @@
-"""The transformer: one decoder stack that a recipe's `model:` section configures into GPT-2, Llama or our own.
+"""The transformer: a decoder-only model that a recipe's `model:` section can configure as GPT-2, Llama or the `modern` preset.
 
-Token ids in, logits out, or with targets the sum of their losses. It knows nothing of devices, ranks or files.
+It maps token ids to logits or, given targets, to the summed loss.
 
-Legend: B batch, T time, C width, V vocabulary.
+Legend: `B` batch, `T` time, `C` width, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tinylm.cost.memory import LOSS_BYTES, LOSS_ROWS
+from tinylm.cost.memory import loss_chunk_rows
 from tinylm.model.cache import CacheRows
 from tinylm.model.functions import Dropout, summed_cross_entropy
 from tinylm.model.initialization import initialize
@@ -22,9 +22,11 @@ from tinylm.recipe.schema import ModelSection
 
 
 class Transformer(nn.Module):
-    """A causal language model. `model` gives its shape and parts, `seed` its starting weights; None leaves them to be loaded.
+    """A causal language model.
 
-    `recompute`: keep only each block's input for the backward pass and compute the block again there.
+    `model` configures its architecture. `seed` determines its initial weights; None skips initialization, for weights that are
+    loaded later. Set the attribute `recompute` for activation checkpointing: save only the input of each block, and recompute the
+    block in the backward pass.
     """
 
     def __init__(self, model: ModelSection, vocab_size: int, *, seed: int | None = 0) -> None:
@@ -53,48 +55,36 @@ class Transformer(nn.Module):
         self.embedding.weight.requires_grad_(not model.freeze_embeddings)
 
     def forward(self, tokens: Tensor, cache: CacheRows | None = None, *, targets: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V) for ids (B, T). With a cache, the ids continue what it holds and are added to it.
+        """Ids (B, T) -> logits (B, T, V), or with `targets` (B, T) the summed loss in nats, a scalar.
 
-        At most `context_length` positions, the cached ones included. With `targets` (B, T): instead of logits the sum of
-        their losses in nats, a number; negative targets do not count. The logits are then never all in memory.
+        Negative targets are ignored. The loss is computed without holding all logits in memory. With a `cache`, the ids continue
+        its contents and are appended to it. Raises `ValueError` for more than `context_length` positions, including cached ones.
         """
-        hidden = self.hidden(tokens, cache)
+        hidden = self.hidden(tokens, cache)  # (B, T, C)
         if targets is None:
             return self.logits(hidden)
-        room = LOSS_BYTES["cpu" if hidden.device.type == "cpu" else "gpu"]
-        chunk = max(LOSS_ROWS, room // (4 * self.vocab_size))
-        total: Tensor = _summed(hidden.flatten(0, 1), self.head.weight, targets.flatten(), self.model.logit_softcap, chunk)
-        return total
+        chunk = loss_chunk_rows(self.vocab_size, on_gpu=hidden.device.type != "cpu")
+        loss: Tensor = _summed_loss(hidden.flatten(0, 1), self.head.weight, targets.flatten(), self.model.logit_softcap, chunk)
+        return loss
 
-    def hidden(self, tokens: Tensor, cache: CacheRows | None = None, *, last: int | None = None) -> Tensor:
-        """What the head reads: (B, T) ids -> (B, T, C), after the last norm. `last`: only for so many last tokens."""
+    def hidden(self, tokens: Tensor, cache: CacheRows | None = None, *, n_last: int | None = None) -> Tensor:
+        """Ids (B, T) -> final hidden states (B, T, C), the input of the head. `n_last`: return only the last `n_last` positions."""
         start = cache.length if cache is not None else 0
         end = start + tokens.shape[1]
         if end > self.model.context_length:
-            raise ValueError(f"{end} positions do not fit the context of {self.model.context_length}")
-        x: Tensor = self.embedding(tokens)  # (B, T, C)
-        if self.ngrams is not None:
-            x = x + self.ngrams(tokens if cache is None else cache.remember(tokens))[:, -tokens.shape[1] :]
-        if self.positions is not None:
-            x = x + self.positions.weight[start:end]
-        elif self.model.position == "sinusoidal":
-            x = x + self.get_buffer("sinusoids")[start:end]
-        if self.embedding_norm is not None:
-            x = self.embedding_norm(x)
-        if torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) == torch.bfloat16:
-            x = x.bfloat16()  # the residual stream too: half of the memory traffic (float16 has not the range)
-        x = self.dropout(x)
-        shared = ForwardContext(tokens, x, self._rotation(start, end), cache)
+            raise ValueError(f"{end} positions do not fit in the context length of {self.model.context_length}")
+        x = self._embed(tokens, start, end, cache)  # (B, T, C)
+        context = ForwardContext(tokens, x, self._rotation(start, end), cache)
         first_values: Tensor | None = None
         for number, block in enumerate(self.blocks, 1):
-            if last is not None and number == len(self.blocks):
-                x, values = block(x, shared, first_values, last=last)
+            if n_last is not None and number == len(self.blocks):
+                x, values = block(x, context, first_values, n_last=n_last)  # (B, n_last, C)
             elif self.recompute and torch.is_grad_enabled():
                 x, values = checkpoint(
-                    block, x, shared, first_values, use_reentrant=False, preserve_rng_state=self.model.uses_dropout
+                    block, x, context, first_values, use_reentrant=False, preserve_rng_state=self.model.uses_dropout
                 )
             else:
-                x, values = block(x, shared, first_values)
+                x, values = block(x, context, first_values)
             if first_values is None and self.model.value_residual:
                 first_values = values
         if cache is not None:
@@ -104,10 +94,26 @@ class Transformer(nn.Module):
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., C) -> (..., V), capped when the recipe says so (Gemma 2, section 2)."""
+        """(..., C) -> (..., V), soft-capped if `logit_softcap` is set (Gemma 2, section 2)."""
         logits: Tensor = self.head(hidden)
         cap = self.model.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def _embed(self, tokens: Tensor, start: int, end: int, cache: CacheRows | None) -> Tensor:
+        """Input of the first block for ids (B, T) at positions [start, end): (B, T, C)."""
+        x: Tensor = self.embedding(tokens)
+        if self.ngrams is not None:
+            x = x + self.ngrams(tokens if cache is None else cache.update_tokens(tokens))[:, -tokens.shape[1] :]
+        if self.positions is not None:
+            x = x + self.positions.weight[start:end]
+        elif self.model.position == "sinusoidal":
+            x = x + self.get_buffer("sinusoids")[start:end]
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
+        if torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) == torch.bfloat16:
+            x = x.bfloat16()  # halves the memory traffic of the residual stream; the range of float16 is too small for it
+        dropped: Tensor = self.dropout(x)
+        return dropped
 
     def _rotation(self, start: int, end: int) -> Rotation | None:
         if self.model.position != "rope":
@@ -115,7 +121,7 @@ class Transformer(nn.Module):
         return self.get_buffer("rope_cosines")[start:end, None], self.get_buffer("rope_sines")[start:end, None]
 
     def stacked_matrices(self) -> dict[str, tuple[int, ...]]:
-        """Parameters that hold several matrices one above the other, by name, with the rows of each."""
+        """The parameters that stack several matrices: name -> number of rows of each matrix."""
         rows: dict[str, tuple[int, ...]] = {}
         for name, module in self.named_modules():
             if isinstance(module, Attention):
@@ -126,11 +132,11 @@ class Transformer(nn.Module):
         return rows
 
     def parameter_count(self) -> int:
-        """Trainable numbers, a tied head counted once."""
+        """Number of parameters, frozen ones included. A tied head is counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _summed(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None, chunk: int) -> Tensor:
-    """The loss over the vocabulary stays out of compiled graphs: it is matrix products and one pass over each chunk."""
+def _summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None, chunk: int) -> Tensor:
+    """`summed_cross_entropy`, excluded from compiled graphs: in matrix products and one pass per chunk, there is little to fuse."""
     return summed_cross_entropy(hidden, weight, targets, cap, chunk)

@@ -1,1 +1,1 @@
-"""Optimisers and schedules: how a gradient becomes an update."""
+"""Optimizers and learning-rate schedules."""

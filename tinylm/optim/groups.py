@@ -1,4 +1,4 @@
-"""Which parameter is updated how: the recipe's optimiser over a model's parameters."""
+"""Build the optimizers of a recipe: which parameter is updated by which optimizer, with which learning rate and weight decay."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from tinylm.device import has_bf16_units
 from tinylm.optim.muon import Muon
 from tinylm.recipe.schema import MuonOptimizer, Optimizer
 
@@ -15,44 +16,48 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 NGRAM_TABLE = "ngrams.table.weight"
-NGRAM_RATE = 6.0
-"""The rate of n-gram tables over that of other embeddings: most rows are met too seldom to get anywhere at the same rate."""
+NGRAM_LR_MULTIPLIER = 6.0
+"""Learning rate of n-gram tables relative to other embeddings. Most of their rows are used too rarely to learn at the same rate."""
 
 
 class Optimizers:
-    """One or two torch optimisers that step together. Rates follow `set_rate`; state travels as flat named tensors."""
+    """One or two torch optimizers that step together, with a common learning-rate multiplier and one flat dictionary of state."""
 
     def __init__(self, parts: Mapping[str, torch.optim.Optimizer], names: Mapping[nn.Parameter, str]) -> None:
         self.parts = dict(parts)
         self._names = dict(names)
-        for part in self.parts.values():
-            for group in part.param_groups:
-                group["peak"] = float(group["lr"])
+        for group in self.param_groups:
+            group["peak"] = float(group["lr"])
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """Of all parts: a gradient scaler judges them together, so that a step which one must skip is skipped by all."""
+        """The groups of all optimizers. A gradient scaler checks them together, so that all optimizers skip the same steps."""
         return [group for part in self.parts.values() for group in part.param_groups]
 
-    def set_rate(self, multiplier: float) -> None:
-        """Set every group's rate to `multiplier` times its peak."""
-        for part in self.parts.values():
-            for group in part.param_groups:
-                group["lr"] = group["peak"] * multiplier
+    def scale_lr(self, multiplier: float) -> None:
+        """Set the learning rate of every group to `multiplier` times its peak."""
+        for group in self.param_groups:
+            group["lr"] = group["peak"] * multiplier
 
     def zero_grad(self) -> None:
         for part in self.parts.values():
             part.zero_grad(set_to_none=True)
 
     def step(self, usable: Tensor | None = None) -> None:
-        """Update all parameters. `usable`, a flag on their device, leaves everything as it is where it is false."""
+        """Update all parameters, or skip the update if `usable` is false.
+
+        `usable` is a boolean scalar on the device of the parameters, so that the host need not wait for it.
+        """
         for part in self.parts.values():
-            # The name by which torch's gradient scaler tells fused optimisers the same.
+            # torch's gradient scaler passes the same flag to fused optimizers under this name.
             part.found_inf = None if usable is None else (~usable).float()  # type: ignore[attr-defined]
             part.step()
 
     def state(self) -> dict[str, Tensor]:
-        """`part/parameter/slot` -> tensor, for every tensor the optimisers remember."""
+        """The tensors of the optimizer state, named `part/parameter/slot`.
+
+        Example: `muon/blocks.0.attention.qkv.weight/momentum`.
+        """
         return {f"{part}/{name}/{slot}": value for part, name, slot, value in self._slots()}
 
     def _slots(self) -> Iterator[tuple[str, str, str, Tensor]]:
@@ -61,33 +66,34 @@ class Optimizers:
                 for slot, value in optimizer.state.get(parameter, {}).items():
                     yield part, name, slot, value
 
-    def blank_state(self, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-        """Zeros to be filled with a saved state, each where its parameter is, and spread as that is.
+    def empty_state(self, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+        """Allocate zeros to load a saved state into, on the device of each parameter and sharded like it.
 
-        `shapes` are the names and shapes of what was saved. Raises `KeyError` for what is of no parameter here, and
-        `ValueError` for another shape.
+        `shapes` maps the names of the saved tensors to their shapes. Raises `KeyError` for a name that does not belong to a
+        parameter, and `ValueError` for a shape that differs from its parameter's.
         """
-        blank = {}
+        tensors = {}
         for key, shape in shapes.items():
-            part, parameter, slot = self._slot(key)
+            part, parameter, slot = self._find_slot(key)
             if slot == "step" and not shape:
-                device = parameter.device if _step_on_device(self.parts[part]) else None
-                blank[key] = torch.zeros((), device=device)
+                device = parameter.device if _counts_steps_on_device(self.parts[part]) else None
+                tensors[key] = torch.zeros((), device=device)
             elif shape == parameter.shape:
-                blank[key] = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
+                tensors[key] = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
             else:
-                raise ValueError(f"{key} is {tuple(shape)}, and its parameter {tuple(parameter.shape)}")
-        return blank
+                raise ValueError(f"{key} has the shape {tuple(shape)}, but its parameter has {tuple(parameter.shape)}")
+        return tensors
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what `state` returned, and nothing else."""
+        """Replace the optimizer state with copies of the tensors in `state`, which are named as in `Optimizers.state`."""
         for part in self.parts.values():
             part.state.clear()
         for key, value in state.items():
-            part_name, parameter, slot = self._slot(key)
+            part_name, parameter, slot = self._find_slot(key)
             self.parts[part_name].state[parameter][slot] = value.clone()
 
-    def _slot(self, key: str) -> tuple[str, nn.Parameter, str]:
+    def _find_slot(self, key: str) -> tuple[str, nn.Parameter, str]:
+        """Split `part/parameter/slot` and look up the parameter. Raises `KeyError` if that part does not update it."""
         part, _, rest = key.partition("/")
         name, _, slot = rest.partition("/")
         parameters = {name: parameter for parameter, name in self._names.items()}
@@ -97,27 +103,28 @@ class Optimizers:
         return part, parameter, slot
 
 
-def _step_on_device(optimizer: torch.optim.Optimizer) -> bool:
+def _counts_steps_on_device(optimizer: torch.optim.Optimizer) -> bool:
     return any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
 
 
 def build(
     section: Optimizer, network: nn.Module, stacked: Mapping[str, tuple[int, ...]], mesh: DeviceMesh | None = None
 ) -> Optimizers:
-    """The optimiser that `section` describes, over the parameters that want a gradient.
+    """Build the optimizer that `section` describes, over the parameters that require a gradient.
 
-    Weight decay only on what has two axes. Fused AdamW on CPU and CUDA.
+    AdamW decays parameters with two or more dimensions. Muon updates and decays the weights of all linear layers except the head;
+    AdamW then updates the other parameters, without decay.
 
-    `stacked` names parameters that hold several matrices one above the other, with their rows; `mesh` the processes that train
-    together.
+    `stacked` maps the name of each parameter that stacks several matrices to the number of rows of each matrix. `mesh` holds the
+    processes that train together.
     """
     names = {parameter: name for name, parameter in network.named_parameters() if parameter.requires_grad}
     if not isinstance(section, MuonOptimizer):
         return Optimizers({"adamw": _adamw(names, section.lr, section, section.weight_decay)}, names)
     linears = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
     matrices: list[nn.Parameter] = [module.weight for name, module in linears.items() if name != "head"]  # type: ignore[misc]
-    inside = set(matrices)
-    others = [parameter for parameter in names if parameter not in inside]
+    in_muon = set(matrices)
+    others = [parameter for parameter in names if parameter not in in_muon]
     muon = Muon(
         matrices,
         {parameter: stacked[names[parameter]] for parameter in matrices if names[parameter] in stacked},
@@ -128,34 +135,28 @@ def build(
         coefficients=section.newton_schulz,
         weight_decay=section.weight_decay,
         cautious=section.cautious_weight_decay,
-        dtype=torch.bfloat16 if orthogonalisation_type(section, matrices[0].device) == "bf16" else torch.float32,
+        dtype=torch.bfloat16 if resolve_newton_schulz_dtype(section, matrices[0].device) == "bf16" else torch.float32,
         mesh=mesh,
     )
     adamw = _adamw({parameter: names[parameter] for parameter in others}, section.adamw_lr, section, 0.0)
     return Optimizers({"muon": muon, "adamw": adamw}, names)
 
 
-def orthogonalisation_type(section: MuonOptimizer, device: torch.device) -> Literal["fp32", "bf16"]:
-    """What `newton_schulz_dtype` means on this device."""
+def resolve_newton_schulz_dtype(section: MuonOptimizer, device: torch.device) -> Literal["fp32", "bf16"]:
+    """The value of `newton_schulz_dtype`. For `auto`, bf16 if the hardware computes in it, else fp32."""
     if section.newton_schulz_dtype == "auto":
-        return "bf16" if _has_bfloat16_units(device) else "fp32"
+        return "bf16" if has_bf16_units(device) else "fp32"
     return section.newton_schulz_dtype
 
 
-def _has_bfloat16_units(device: torch.device) -> bool:
-    """Older GPUs only emulate it, and most processors."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu" and bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
-
-
 def _adamw(names: Mapping[nn.Parameter, str], lr: float, section: Any, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW over the parameters in `names`, fused on CPU and CUDA."""
     tables = [parameter for parameter, name in names.items() if name == NGRAM_TABLE]
     others = [parameter for parameter, name in names.items() if name != NGRAM_TABLE]
     groups = [
         {"params": [p for p in others if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
-        {"params": tables, "weight_decay": weight_decay, "lr": lr * NGRAM_RATE},
+        {"params": tables, "weight_decay": weight_decay, "lr": lr * NGRAM_LR_MULTIPLIER},
     ]
     device = others[0].device.type
     return torch.optim.AdamW(

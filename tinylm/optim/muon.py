@@ -1,8 +1,9 @@
-"""Muon: momentum whose update is made orthogonal (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+"""Muon: momentum whose update is orthogonalized (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
 
-Equal matrices are stacked and orthogonalised together, in the floating type that is fast on the device. In float32 the
-mathematics is that of `torch.optim.Muon` with `adjust_lr_fn="original"`. Where several processes train together, each matrix is
-orthogonalised by one of them.
+Matrices of the same shape are stacked and orthogonalized in one batch. In float32, an update equals that of `torch.optim.Muon` with
+`adjust_lr_fn="original"`. With several processes, each matrix is orthogonalized by only one of them.
+
+Legend: `N` matrices of the same shape, `R` rows, `C` columns.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:  # a second of import that only several processes need
+if TYPE_CHECKING:  # these imports take a second and are only needed with several processes
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import Placement
 
 COEFFICIENTS = {
-    # Jordan et al. 2024: the same polynomial a x + b x^3 + c x^5 in every iteration; five of them are usual.
+    # Jordan et al. 2024: the same polynomial a x + b x^3 + c x^5 in every iteration. Five iterations are usual.
     "classic": ((3.4445, -4.7750, 2.0315),),
-    # Amsel et al. 2025: each polynomial is the best for what the one before leaves, of singular values in [0.01, 1]. Three
-    # bring them to 1 +- 0.27, four to 1 +- 0.013.
+    # Amsel et al. 2025: each polynomial is optimal for the output of the one before, for singular values in [0.01, 1]. Three
+    # iterations bring them to 1 +- 0.27, four to 1 +- 0.013.
     "polar_express": (
         (8.0934, -23.6205, 17.4462),
         (3.6366, -2.7219, 0.5365),
@@ -32,13 +33,15 @@ COEFFICIENTS = {
         (1.875, -1.25, 0.375),
     ),
 }
-_MOMENTUM_AT_FIRST = 0.85
+"""(a, b, c) of each Newton-Schulz iteration. The last one is repeated if there are more iterations."""
+_INITIAL_MOMENTUM = 0.85
+"""Momentum at the start of its warmup."""
 
 
-def orthogonalise(matrices: Tensor, steps: int, coefficients: str = "classic") -> Tensor:
-    """Newton-Schulz iteration: (N, rows, columns) with their singular values pulled towards one."""
+def orthogonalize(matrices: Tensor, steps: int, coefficients: str = "classic") -> Tensor:
+    """Newton-Schulz iteration: push the singular values of each matrix toward 1. `matrices` and the result are (N, R, C)."""
     tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if tall else matrices
+    x = matrices.mT if tall else matrices  # at least as wide as tall, so that x @ x.mT is the smaller Gram matrix
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
     polynomials = COEFFICIENTS[coefficients]
     for step in range(steps):
@@ -48,30 +51,33 @@ def orthogonalise(matrices: Tensor, steps: int, coefficients: str = "classic") -
     return x.mT if tall else x
 
 
-def orthogonalised(matrices: Sequence[Tensor], steps: int, coefficients: str, dtype: torch.dtype) -> list[Tensor]:
-    """Each matrix orthogonalised, those of one shape in one go; computed and returned in `dtype`."""
-    members: dict[torch.Size, list[int]] = defaultdict(list)
+def orthogonalize_all(matrices: Sequence[Tensor], steps: int, coefficients: str, dtype: torch.dtype) -> list[Tensor]:
+    """Orthogonalize each (R, C) matrix, batching those of the same shape. Computes in `dtype` and returns results in it."""
+    indices_by_shape: dict[torch.Size, list[int]] = defaultdict(list)
     for index, matrix in enumerate(matrices):
-        members[matrix.shape].append(index)
+        indices_by_shape[matrix.shape].append(index)
     results = list(matrices)
-    for shape, indices in members.items():
-        stack = torch.empty((len(indices), *shape), dtype=dtype, device=matrices[0].device)
-        for place, index in zip(stack, indices, strict=True):
-            place.copy_(matrices[index])
-        for index, result in zip(indices, orthogonalise(stack, steps, coefficients), strict=True):
+    for shape, indices in indices_by_shape.items():
+        stack = torch.empty((len(indices), *shape), dtype=dtype, device=matrices[0].device)  # (N, R, C)
+        for slot, index in zip(stack, indices, strict=True):
+            slot.copy_(matrices[index])
+        for index, result in zip(indices, orthogonalize(stack, steps, coefficients), strict=True):
             results[index] = result
     return results
 
 
 class Muon(torch.optim.Optimizer):
-    """For matrices. `rows[parameter]`, when given, says into which row blocks it falls, each a matrix of its own.
+    """Muon for parameters that are matrices.
 
-    The rate is per unit of spectral norm, times sqrt(rows / columns) for tall matrices. `momentum_warmup` steps lead the
-    momentum from 0.85 to `momentum`. Weight decay is decoupled; with `cautious` (Chen et al. 2025) only where the update
-    itself moves a weight towards zero. `mesh`: the processes that train together, all stepping with equal parameters and
-    gradients, or each with its rows of them (`fully_shard`).
+    A parameter may stack several matrices; `rows` then gives the number of rows of each. `lr` is approximately the spectral norm of
+    an update, which is multiplied by sqrt(R / C) for tall matrices. The momentum rises linearly from 0.85 to `momentum` over
+    `momentum_warmup` steps. Weight decay is decoupled. If it is `cautious` (Chen et al. 2025), it only applies to weights that the
+    update itself moves toward zero. `steps` and `coefficients` configure the Newton-Schulz iteration, which computes in `dtype`.
 
-    As with torch's fused optimisers, a step changes nothing but its count where `found_inf`, a number on the device, is 1.
+    `mesh` holds the processes that train together. Their parameters and gradients are either replicated or sharded (`fully_shard`).
+
+    Like torch's fused optimizers, it skips the update if `found_inf`, a scalar on the device, is 1. Unlike in those, the step still
+    counts, for the momentum warmup.
     """
 
     found_inf: Tensor | None = None
@@ -116,96 +122,104 @@ class Muon(torch.optim.Optimizer):
             return
         updates = self._nesterov(parameters, group)
         directions = self._directions(parameters, updates, group)
-        weights = [_own(parameter) for parameter in parameters]
+        weights = [_local(parameter) for parameter in parameters]
         decay = group["lr"] * group["weight_decay"]
-        kept: float | Tensor = 1 - decay
+        shrink: float | Tensor = 1 - decay
         if self.found_inf is not None:
             usable = 1 - self.found_inf.double()
-            kept = 1 - decay * usable
+            shrink = 1 - decay * usable
             torch._foreach_mul_(directions, usable)
-        if decay and group["cautious"]:
+        if decay and group["cautious"]:  # if the update is skipped, directions are zero and nothing decays
             for weight, direction in zip(weights, directions, strict=True):
                 weight.addcmul_(weight, (weight * direction > 0).to(weight.dtype), value=-decay)
         elif decay:
-            torch._foreach_mul_(weights, kept)
+            torch._foreach_mul_(weights, shrink)
         torch._foreach_add_(weights, directions, alpha=-group["lr"])
 
     def _nesterov(self, parameters: list[Tensor], group: dict[str, Any]) -> tuple[Tensor, ...]:
-        """Momentum's update, a step ahead; of what is spread, this process's rows."""
+        """Update the momentum buffers and return the Nesterov update of each parameter, or of this process's shard."""
         for parameter in parameters:
             if "momentum" not in self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
                 self.state[parameter]["step"] = torch.zeros(())
-        buffers = [_own(self.state[parameter]["momentum"]) for parameter in parameters]
+        buffers = [_local(self.state[parameter]["momentum"]) for parameter in parameters]
         counts = [self.state[parameter]["step"] for parameter in parameters]
-        gradients = [_own(parameter.grad) for parameter in parameters if parameter.grad is not None]
-        if self.found_inf is not None:  # momentum towards itself stays what it is
+        gradients = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        if self.found_inf is not None:  # interpolating a buffer with itself leaves it unchanged
             pairs = zip(buffers, gradients, strict=True)
             gradients = [torch.where(self.found_inf > 0, buffer, gradient) for buffer, gradient in pairs]
-        warmth = min(1.0, float(counts[0]) / group["momentum_warmup"]) if group["momentum_warmup"] else 1.0
-        momentum = _MOMENTUM_AT_FIRST + warmth * (group["momentum"] - _MOMENTUM_AT_FIRST)
+        warmed_up = min(1.0, float(counts[0]) / group["momentum_warmup"]) if group["momentum_warmup"] else 1.0
+        momentum = _INITIAL_MOMENTUM + warmed_up * (group["momentum"] - _INITIAL_MOMENTUM)
         torch._foreach_add_(counts, 1)
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         return torch._foreach_lerp(gradients, buffers, momentum)
 
     def _directions(self, parameters: list[Tensor], updates: Sequence[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        """The update of each parameter made orthogonal and scaled, in the parameter's type."""
+        """The orthogonalized and scaled update of each parameter, in the dtype of the update."""
         if self._mesh is None:
-            whole = self._orthogonal([(update, self._blocks(p)) for p, update in zip(parameters, updates, strict=True)], group)
-            return [direction.to(update.dtype) for direction, update in zip(whole, updates, strict=True)]
-        return self._directions_together(parameters, updates, group, self._mesh)
+            pairs = [(update, self._row_blocks(p)) for p, update in zip(parameters, updates, strict=True)]
+            orthogonal = self._orthogonalize_blocks(pairs, group)
+            return [direction.to(update.dtype) for direction, update in zip(orthogonal, updates, strict=True)]
+        return self._distributed_directions(parameters, updates, group, self._mesh)
 
-    def _directions_together(
+    def _distributed_directions(
         self, parameters: list[Tensor], updates: Sequence[Tensor], group: dict[str, Any], mesh: DeviceMesh
     ) -> list[Tensor]:
-        """The same by all processes: those of one shape are stacked, dealt out whole, and brought back where they were."""
+        """The same as `_directions`, with several processes.
+
+        Updates of the same shape are stacked, (N, R, C), and redistributed so that each process orthogonalizes whole matrices. The
+        results are then redistributed like the parameters: replicated, or sharded by rows.
+        """
         from torch.distributed.tensor import Replicate, Shard
 
-        alike: dict[tuple[torch.Size, tuple[int, ...]], list[int]] = defaultdict(list)
+        indices_by_shape: dict[tuple[torch.Size, tuple[int, ...]], list[int]] = defaultdict(list)
         for index, parameter in enumerate(parameters):
-            alike[parameter.shape, self._blocks(parameter)].append(index)
-        here: Placement = Shard(1) if hasattr(parameters[0], "to_local") else Replicate()
-        shares = []
-        for (shape, _), indices in alike.items():
+            indices_by_shape[parameter.shape, self._row_blocks(parameter)].append(index)
+        placement: Placement = Shard(1) if hasattr(parameters[0], "to_local") else Replicate()
+        own_stacks = []
+        for (shape, _), indices in indices_by_shape.items():
             stack = torch.stack([updates[index].to(self._dtype) for index in indices])
-            shares.append(_moved(stack, torch.Size((len(indices), *shape)), mesh, here, Shard(0)))
-        matrices = [(matrix, blocks) for share, (_, blocks) in zip(shares, alike, strict=True) for matrix in share]
-        done = iter(self._orthogonal(matrices, group))
+            own_stacks.append(_redistribute(stack, torch.Size((len(indices), *shape)), mesh, placement, Shard(0)))
+        matrices = [(matrix, blocks) for stack, (_, blocks) in zip(own_stacks, indices_by_shape, strict=True) for matrix in stack]
+        orthogonal = iter(self._orthogonalize_blocks(matrices, group))
         directions = list(updates)
-        for share, ((shape, _), indices) in zip(shares, alike.items(), strict=True):
-            stack = torch.stack([next(done) for _ in share]) if len(share) else share
-            brought = _moved(stack, torch.Size((len(indices), *shape)), mesh, Shard(0), here)
-            for index, direction in zip(indices, brought, strict=True):
+        for own_stack, ((shape, _), indices) in zip(own_stacks, indices_by_shape.items(), strict=True):
+            stack = torch.stack([next(orthogonal) for _ in own_stack]) if len(own_stack) else own_stack
+            stack = _redistribute(stack, torch.Size((len(indices), *shape)), mesh, Shard(0), placement)
+            for index, direction in zip(indices, stack, strict=True):
                 directions[index] = direction.to(updates[index].dtype)
         return directions
 
-    def _orthogonal(self, updates: Sequence[tuple[Tensor, tuple[int, ...]]], group: dict[str, Any]) -> list[Tensor]:
-        """Each whole update with every row block of it orthogonalised, and scaled if it is tall."""
-        pieces = [piece for update, blocks in updates for piece in torch.split(update, list(blocks))]
-        done = iter(orthogonalised(pieces, group["steps"], group["coefficients"], self._dtype))
+    def _orthogonalize_blocks(self, updates: Sequence[tuple[Tensor, tuple[int, ...]]], group: dict[str, Any]) -> list[Tensor]:
+        """Orthogonalize and scale every row block of each update. `updates` holds pairs (update, rows of each block)."""
+        matrices = [matrix for update, blocks in updates for matrix in torch.split(update, list(blocks))]
+        results = iter(orthogonalize_all(matrices, group["steps"], group["coefficients"], self._dtype))
         return [
-            torch.cat([_scaled(next(done)) for _ in blocks]) if len(blocks) > 1 else _scaled(next(done)) for _, blocks in updates
+            torch.cat([_scaled(next(results)) for _ in blocks]) if len(blocks) > 1 else _scaled(next(results))
+            for _, blocks in updates
         ]
 
-    def _blocks(self, parameter: Tensor) -> tuple[int, ...]:
+    def _row_blocks(self, parameter: Tensor) -> tuple[int, ...]:
+        """The number of rows of each matrix in a parameter."""
         return self._rows.get(parameter, (parameter.shape[0],))
 
 
 def _scaled(direction: Tensor) -> Tensor:
+    """Scale an orthogonalized (R, C) matrix by sqrt(R / C) if it is tall."""
     scale = math.sqrt(max(1.0, direction.shape[0] / direction.shape[1]))
     return direction if scale == 1.0 else direction * scale
 
 
-def _own(tensor: Tensor) -> Tensor:
-    """This process's rows of a tensor that is spread, else the tensor."""
-    own: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return own
+def _local(tensor: Tensor) -> Tensor:
+    """This process's shard of a sharded tensor. Other tensors are returned unchanged."""
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local
 
 
-def _moved(own: Tensor, shape: torch.Size, mesh: DeviceMesh, before: Placement, after: Placement) -> Tensor:
-    """A stack of matrices of which this process holds `own`, spread over the processes in another way."""
+def _redistribute(local: Tensor, shape: torch.Size, mesh: DeviceMesh, before: Placement, after: Placement) -> Tensor:
+    """Change the placement of a stack of global `shape` (N, R, C). `local` and the result are this process's part of it."""
     from torch.distributed.tensor import DTensor
 
     stride = (shape[1] * shape[2], shape[2], 1)
-    spread = DTensor.from_local(own, mesh, [before], run_check=False, shape=shape, stride=stride)
-    return spread.redistribute(placements=[after]).to_local()
+    distributed = DTensor.from_local(local, mesh, [before], run_check=False, shape=shape, stride=stride)
+    return distributed.redistribute(placements=[after]).to_local()

@@ -1,4 +1,4 @@
-"""Learning-rate schedules as a function of how much of the training is done; a pure function, so resuming needs no state."""
+"""Learning-rate schedules. They are pure functions of the training progress, so resuming does not need scheduler state."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ import math
 from tinylm.recipe.schema import ConstantSchedule, CosineSchedule, LinearSchedule, Schedule
 
 
-def multiplier(schedule: Schedule, done: float, step: float) -> float:
-    """The share of the peak rate for an update.
+def lr_multiplier(schedule: Schedule, progress: float, step_fraction: float) -> float:
+    """The learning rate of an update, as a fraction of the peak rate.
 
-    `done` is the share of the training that lies before this update, in [0, 1]; `step` the share that one update is (so
-    that `done + step` is 1 for the last). A warm-up of 1 or more counts updates, below 1 it is a share.
+    `progress` is the fraction of training that is complete before this update, in [0, 1]. `step_fraction` is the fraction that one
+    update adds: `progress + step_fraction` is 1 for the last update. A warmup of 1 or more is a number of updates; below 1 it is a
+    fraction of the training.
     """
-    warmup = schedule.warmup * step if schedule.warmup >= 1 else schedule.warmup
-    if done < warmup:
-        return min(1.0, (done + step) / warmup)
+    warmup = schedule.warmup * step_fraction if schedule.warmup >= 1 else schedule.warmup
+    if progress < warmup:
+        return min(1.0, (progress + step_fraction) / warmup)
     if isinstance(schedule, ConstantSchedule):
         return 1.0
-    after_warmup = min(1.0, (done - warmup) / (1 - warmup)) if warmup < 1 else 1.0
+    after_warmup = min(1.0, (progress - warmup) / (1 - warmup)) if warmup < 1 else 1.0
     if isinstance(schedule, CosineSchedule):
-        falling = 0.5 * (1 + math.cos(math.pi * after_warmup))
+        decay = 0.5 * (1 + math.cos(math.pi * after_warmup))
     elif isinstance(schedule, LinearSchedule):
-        falling = 1 - after_warmup
-    else:
-        falling = min(1.0, (1 - done) / schedule.cooldown) if schedule.cooldown else 1.0
-    return schedule.floor + (1 - schedule.floor) * max(0.0, falling)
+        decay = 1 - after_warmup
+    else:  # warmup-stable-decay
+        decay = min(1.0, (1 - progress) / schedule.cooldown) if schedule.cooldown else 1.0
+    return schedule.floor + (1 - schedule.floor) * max(0.0, decay)

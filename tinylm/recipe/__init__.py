@@ -1,4 +1,4 @@
-"""The recipe language: what an experiment is, in one YAML file. Imports without torch."""
+"""A recipe is one YAML file that describes a whole experiment. Does not import torch."""
 
 from tinylm.recipe.embeddings import EmbeddingRecipe
 from tinylm.recipe.loader import RecipeError, load, load_any, loads, loads_any

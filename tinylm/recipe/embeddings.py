@@ -1,4 +1,5 @@
-"""The recipe of `kind: embeddings`: which text, which units get a vector, which method learns them."""
+"""The schema of recipes with `kind: embeddings`: the text, the words or tokens that get vectors, and the method that learns
+them."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from tinylm.recipe.schema import Section, plain, written
+from tinylm.recipe.schema import Section, dump_yaml, to_plain
 from tinylm.recipe.values import (
     Count,
     CountOrZero,
@@ -23,26 +24,26 @@ from tinylm.recipe.values import (
 
 
 class EmbeddingDataSection(Section):
-    """Which text is learned: all of it, since vectors are judged by what they are used for and not by a held-out loss."""
+    """The text to train on. There is no held-out text: vectors are evaluated on tasks such as analogies, not by a held-out loss."""
 
     train: Sources
-    """The text, all of which is learned from."""
+    """The text to train on."""
     field: str = "text"
-    """The field of a .jsonl line or the column of a .parquet file that holds the text."""
+    """The field of each .jsonl line, or the column of a .parquet file, that holds the text."""
     errors: Literal["strict", "replace"] = "strict"
-    """Bytes that are not UTF-8: an error, or U+FFFD in their place."""
+    """What to do with bytes that are not UTF-8. strict is an error; replace substitutes U+FFFD."""
 
 
 class WordVocabulary(Section):
-    """Words: runs of letters, digits, marks and underscores, with apostrophes inside."""
+    """Words: sequences of letters, digits, marks and underscores, which may contain apostrophes."""
 
     kind: Literal["words"]
     lowercase: Flag = True
-    """Words are the same whatever their case."""
+    """Ignore the case of words."""
     min_count: Count = 5
-    """Rarer words are taken out of the text before windows are cut, as word2vec does."""
+    """Words with fewer occurrences are removed from the text before windows are formed, as in word2vec."""
     max_size: OptionalCount = None
-    """Keep only this many of the most frequent; null: all."""
+    """Maximum number of words; the most frequent ones are kept. null means no limit."""
 
 
 class TokenVocabulary(Section):
@@ -50,76 +51,76 @@ class TokenVocabulary(Section):
 
     kind: Literal["tokens"]
     tokenizer: str
-    """A tokenizer.json, or a run folder that holds one."""
+    """A tokenizer.json, or a run folder that contains one."""
     min_count: Count = 1
-    """Rarer tokens get no vector."""
+    """Tokens with fewer occurrences get no vector."""
 
 
 class Word2VecMethod(Section):
-    """What skip-gram and CBOW share: negative sampling (Mikolov et al. 2013b), with the defaults published there."""
+    """The keys of skip-gram and CBOW with negative sampling. The defaults are those of Mikolov et al. 2013b."""
 
     dimensions: Count = 100
-    """Numbers in a vector."""
+    """Number of components of a vector."""
     window: Count = 5
-    """Widest window on each side; each position draws its own from 1 to this."""
+    """Maximum window size on each side. The size at each position is drawn uniformly from 1 to this."""
     negatives: Count = 5
-    """Words drawn at random to be told from each true neighbour."""
+    """Number of negative samples for each pair of neighbors."""
     exponent: NotNegative = 0.75
-    """Negatives are drawn by count to this power."""
+    """Negative samples are drawn with probability proportional to count ** exponent."""
     subsample: NotNegative = 1e-3
-    """Words above this share of the text are thinned out; 0: none are."""
+    """Words that make up a larger share of the text than this are subsampled. 0 means no subsampling."""
     lr: Positive
-    """Learning rate at the start."""
+    """Initial learning rate."""
     lr_end: NotNegative = 1e-4
-    """The rate falls on a straight line from lr to this."""
+    """Final learning rate. The rate decays linearly from lr."""
     epochs: Count = 5
-    """Passes over the text."""
+    """Number of passes over the text."""
 
 
 class SkipGramMethod(Word2VecMethod):
-    """A word's vector predicts the words around it."""
+    """The vector of a word predicts the words around it."""
 
     name: Literal["skipgram"]
     lr: Positive = 0.025
 
 
 class CbowMethod(Word2VecMethod):
-    """The mean of the vectors around a word predicts it."""
+    """The mean of the vectors around a word predicts the word."""
 
     name: Literal["cbow"]
     lr: Positive = 0.05
 
 
 class GloveMethod(Section):
-    """A factorization of the logarithms of co-occurrence counts (Pennington et al. 2014), with its published defaults."""
+    """Factorization of the logarithm of co-occurrence counts. The defaults are those of Pennington et al. 2014."""
 
     name: Literal["glove"]
     dimensions: Count = 100
-    """Numbers in a vector."""
+    """Number of components of a vector."""
     window: Count = 15
-    """Words on each side; one at distance d counts 1/d."""
+    """Window size on each side. A word at distance d counts 1/d."""
     x_max: Positive = 100.0
-    """Counts from here on weigh fully, smaller ones (count / x_max) ** alpha."""
+    """Counts of at least x_max have weight 1. Smaller counts have weight (count / x_max) ** alpha."""
     alpha: NotNegative = 0.75
-    """See x_max."""
+    """The exponent in the weight of a count, see x_max."""
     lr: Positive = 0.05
-    """AdaGrad's."""
+    """Learning rate of AdaGrad."""
     epochs: Count = 25
-    """Passes over the table of counts."""
+    """Number of passes over the co-occurrence counts."""
     buffer_megabytes: Count = 128
-    """Counts are sorted and summed in memory up to this, and then on disk."""
+    """Size of the buffer in which counts are sorted and summed before they are written to disk."""
 
 
 Method = Annotated[SkipGramMethod | CbowMethod | GloveMethod, Field(discriminator="name")]
 
 
-def _method(value: object) -> object:
+def _default_method(value: object) -> object:
     if isinstance(value, str):
         return {"name": value}
     return {"name": "skipgram", **value} if isinstance(value, dict) else value
 
 
-def _vocabulary(value: object) -> object:
+def _default_vocabulary(value: object) -> object:
     if isinstance(value, str):
         return {"kind": value}
     if isinstance(value, dict) and "kind" not in value:
@@ -128,41 +129,45 @@ def _vocabulary(value: object) -> object:
 
 
 class WatchSection(Section):
-    """What is shown while the vectors form."""
+    """The nearest neighbors shown during training."""
 
     probes: Texts = ()
-    """Words whose nearest neighbours are shown; none given: five from the frequent ones."""
+    """Words whose nearest neighbors are shown. [] means five frequent words."""
     neighbours: CountOrZero = 5
-    """How many of them."""
+    """Number of neighbors to show."""
     every: OpenShare = 0.1
-    """Share of the training between two looks at them."""
+    """The share of the training between two lists of neighbors."""
 
 
 class EmbeddingCheckpointSection(Section):
+    """Checkpoints during training."""
+
     every: Share = 0.1
-    """Share of the training between two checkpoints; 0: only at the end and when stopped."""
+    """The share of the training between checkpoints. 0 saves only at the end, and when the training is stopped."""
 
 
 class EmbeddingRecipe(Section):
-    """Vectors of words or tokens, from a text."""
+    """Word or token vectors, learned from a text."""
 
     kind: Literal["embeddings"]
     name: str = "vectors"
-    """The vectors go to embeddings/NAME."""
+    """The vectors are written to embeddings/NAME."""
     seed: Seed = 1337
-    """Of starting vectors and everything drawn."""
+    """Seed of the initial vectors and of all sampling."""
     data: EmbeddingDataSection
-    vocabulary: Annotated[WordVocabulary | TokenVocabulary, Field(discriminator="kind"), BeforeValidator(_vocabulary)] = (
+    vocabulary: Annotated[WordVocabulary | TokenVocabulary, Field(discriminator="kind"), BeforeValidator(_default_vocabulary)] = (
         WordVocabulary(kind="words")
     )
-    method: Annotated[Method, BeforeValidator(_method)] = SkipGramMethod(name="skipgram")
+    """What gets a vector: words, or the tokens of a tokenizer."""
+    method: Annotated[Method, BeforeValidator(_default_method)] = SkipGramMethod(name="skipgram")
+    """The method that learns the vectors, as a name or as a section: skipgram, cbow or glove."""
     watch: WatchSection = WatchSection()
     checkpoint: EmbeddingCheckpointSection = EmbeddingCheckpointSection()
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, defaults written out, in the notation that is read back to an equal recipe."""
-        values: dict[str, Any] = plain(self.model_dump())
+        """The recipe as plain values, including every default. `load_any` reads them back as an equal recipe."""
+        values: dict[str, Any] = to_plain(self.model_dump())
         return values
 
     def to_yaml(self) -> str:
-        return written(self.as_dict())
+        return dump_yaml(self.as_dict())

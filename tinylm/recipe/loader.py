@@ -1,7 +1,7 @@
-"""Read a recipe file and tell everything that is wrong with it at once, each with its line.
+"""Read a recipe file, and report all its problems at once, each with its line.
 
-In: the path of a YAML file (or its text) and `--set` overrides. Out: a `Recipe`. YAML is read by the 1.2 rules people
-expect: `3e-4` and `1e6` are numbers, `off` is a word that a flag understands, a key given twice is an error.
+Makes a `Recipe` from a YAML file (or its text) and `--set` overrides. YAML follows version 1.2: `3e-4` and `1e6` are numbers, `off`
+is a string that flags accept as false, and a duplicate key is an error.
 """
 
 from __future__ import annotations
@@ -11,43 +11,21 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from tinylm.errors import InputError, did_you_mean
-from tinylm.recipe.checks import contradictions, embedding_contradictions
-from tinylm.recipe.embeddings import (
-    CbowMethod,
-    EmbeddingRecipe,
-    GloveMethod,
-    SkipGramMethod,
-    TokenVocabulary,
-    WordVocabulary,
-)
+from tinylm.recipe.checks import KeyPath, check_embedding_recipe, check_recipe, listed
+from tinylm.recipe.embeddings import EmbeddingRecipe
 from tinylm.recipe.notation import Loader
-from tinylm.recipe.schema import (
-    AdamWOptimizer,
-    BpeTokenizer,
-    ByteTokenizer,
-    CharTokenizer,
-    ConstantSchedule,
-    CosineSchedule,
-    FileTokenizer,
-    HeldoutShare,
-    HeldoutSources,
-    LinearSchedule,
-    MuonOptimizer,
-    Recipe,
-    WsdSchedule,
-)
-
-Path_ = tuple[str | int, ...]
+from tinylm.recipe.schema import LENGTHS, Recipe
+from tinylm.recipe.sections import Variants, expand, variants_of
 
 
 class RecipeError(InputError):
-    """Every problem of a recipe, one per line: `file:line: key: what is wrong (what to do)`."""
+    """All problems of a recipe, one per line, as `file:line: key: problem (what to do)`."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = list(problems)
@@ -56,35 +34,37 @@ class RecipeError(InputError):
 
 @dataclass
 class _Document:
-    """A YAML file as plain values, and where each of its keys was written."""
+    """A YAML file as plain values, with the location of each key (`file:line` or the `--set` option)."""
 
     name: str
     values: dict[str, Any] = field(default_factory=dict)
-    places: dict[Path_, str] = field(default_factory=dict)
+    locations: dict[KeyPath, str] = field(default_factory=dict)
     problems: list[tuple[str, str]] = field(default_factory=list)
+    """(location, message) of each problem found while parsing."""
 
     @property
     def schema(self) -> type[Recipe] | type[EmbeddingRecipe]:
-        """What `kind` says that this is a recipe for."""
+        """The class of the recipe, which the key `kind` determines."""
         return EmbeddingRecipe if self.values.get("kind") == "embeddings" else Recipe
 
-    def place(self, path: Path_) -> str:
-        while path and path not in self.places:
+    def location(self, path: KeyPath) -> str:
+        """The location of `path`, or of the innermost section that contains it if the key is missing."""
+        while path and path not in self.locations:
             path = path[:-1]
-        return self.places.get(path, self.name)
+        return self.locations.get(path, self.name)
 
 
 def load(source: str | Path, overrides: Sequence[str] = (), *, check_files: bool = True) -> Recipe:
-    """Read the recipe file `source` with `--set` overrides such as `training.optimizer.lr=3e-4`.
+    """Read the recipe file `source`, with `--set` overrides such as `training.optimizer.lr=3e-4`.
 
-    Without `check_files` the text that it names need not be there (any more).
-    Raises `InputError` when the file cannot be read or is for embeddings, and `RecipeError` with every problem found in it.
+    With `check_files=False`, the files named in the recipe need not exist. Raises `InputError` if the file cannot be read or is a
+    recipe for embeddings, and `RecipeError` with all its problems if it is not valid.
     """
-    return _for_a_model(load_any(source, overrides, check_files=check_files), str(source))
+    return _require_language_model(load_any(source, overrides, check_files=check_files), str(source))
 
 
 def load_any(source: str | Path, overrides: Sequence[str] = (), *, check_files: bool = True) -> Recipe | EmbeddingRecipe:
-    """`load`, for a recipe of any kind."""
+    """`load` for recipes of both kinds: for a language model and for embeddings."""
     path = Path(source)
     try:
         text = path.read_text(encoding="utf-8")
@@ -96,22 +76,20 @@ def load_any(source: str | Path, overrides: Sequence[str] = (), *, check_files: 
 
 
 def loads(text: str, overrides: Sequence[str] = (), *, name: str = "recipe", check_files: bool = True) -> Recipe:
-    """The recipe written in `text`; `name` stands for the file in error messages."""
-    return _for_a_model(loads_any(text, overrides, name=name, check_files=check_files), name)
+    """`load` for a recipe given as YAML text; error messages use `name` in place of the file name."""
+    return _require_language_model(loads_any(text, overrides, name=name, check_files=check_files), name)
 
 
-def _for_a_model(recipe: Recipe | EmbeddingRecipe, where: str) -> Recipe:
+def _require_language_model(recipe: Recipe | EmbeddingRecipe, where: str) -> Recipe:
     if isinstance(recipe, EmbeddingRecipe):
-        raise InputError(
-            "for embeddings, not for a language model", where=where, hint="`tinylm embed --help` lists what they can do"
-        )
+        raise InputError("this recipe is for embeddings, not for a language model", where=where, hint="see `tinylm embed --help`")
     return recipe
 
 
 def loads_any(
     text: str, overrides: Sequence[str] = (), *, name: str = "recipe", check_files: bool = True
 ) -> Recipe | EmbeddingRecipe:
-    """`loads`, for a recipe of any kind."""
+    """`loads` for recipes of both kinds: for a language model and for embeddings."""
     document = _parse(text, name)
     for override in overrides:
         _apply(document, override)
@@ -125,7 +103,7 @@ def loads_any(
 
 
 def _line_of(where: str) -> int:
-    """The line in `file:line`; what has none, such as an option, comes last."""
+    """The line number in `file:line`. Locations without one, such as options, sort last."""
     line = where.rpartition(":")[2]
     return int(line) if line.isdigit() else sys.maxsize
 
@@ -137,10 +115,11 @@ def _parse(text: str, name: str) -> _Document:
         try:
             node = loader.get_single_node()
             if node is None:
-                raise InputError("the recipe is empty", where=name, hint="`tinylm recipes` lists some to start from")
+                raise InputError("the recipe is empty", where=name, hint="`tinylm recipes` lists recipes to start from")
             if not isinstance(node, yaml.MappingNode):
-                kind = "list" if isinstance(node, yaml.SequenceNode) else "single value"
-                raise InputError(f"a recipe is a mapping of sections such as `data:` and `training:`, not a {kind}", where=name)
+                found = "list" if isinstance(node, yaml.SequenceNode) else "single value"
+                problem = f"a recipe must be a mapping of sections such as `data:` and `training:`, not a {found}"
+                raise InputError(problem, where=name)
             document.values = _construct(loader, node, (), document)
         finally:
             loader.dispose()
@@ -149,11 +128,11 @@ def _parse(text: str, name: str) -> _Document:
         line = f"{name}:{mark.line + 1}" if mark else name
         problem = error.problem or "not YAML"
         if "'\\t'" in problem:
-            raise InputError("a tab cannot indent YAML", where=line, hint="use spaces") from None
-        hint = "a value that is a lone - must be quoted" if problem.startswith("sequence entries") else None
+            raise InputError("YAML cannot be indented with tabs", where=line, hint="use spaces") from None
+        hint = "quote a value that is a single -" if problem.startswith("sequence entries") else None
         raise InputError(f"not valid YAML: {problem}", where=line, hint=hint) from None
-    except (ValueError, TypeError) as error:  # a value that does not fit the tag written before it
-        raise InputError(f"not valid YAML: {error}", where=name, hint="a recipe needs no tags such as !!int") from None
+    except (ValueError, TypeError) as error:  # a value that its tag cannot convert, such as !!int abc
+        raise InputError(f"not valid YAML: {error}", where=name, hint="remove tags such as !!int") from None
     except RecursionError:
         raise InputError(_TOO_LARGE, where=name) from None
     except yaml.YAMLError as error:
@@ -161,8 +140,8 @@ def _parse(text: str, name: str) -> _Document:
     return document
 
 
-def _construct(loader: Loader, node: yaml.Node, path: Path_, document: _Document) -> Any:
-    if len(path) > _DEEPEST or len(document.places) > _MOST_KEYS:  # an alias that holds itself, or a bomb of aliases
+def _construct(loader: Loader, node: yaml.Node, path: KeyPath, document: _Document) -> Any:
+    if len(path) > _MAX_DEPTH or len(document.locations) > _MAX_KEYS:  # a recursive alias, or aliases that multiply
         raise InputError(_TOO_LARGE, where=f"{document.name}:{node.start_mark.line + 1}")
     if isinstance(node, yaml.MappingNode):
         loader.flatten_mapping(node)
@@ -171,48 +150,63 @@ def _construct(loader: Loader, node: yaml.Node, path: Path_, document: _Document
             line = f"{document.name}:{key_node.start_mark.line + 1}"
             key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "?"
             if key in mapping:
-                first = document.places[(*path, key)].rpartition(":")[2]
-                document.problems.append((line, f"{key} is given twice (first in line {first})"))
+                first = document.locations[(*path, key)].rpartition(":")[2]
+                document.problems.append((line, f"{key} is given twice (first on line {first})"))
                 continue
-            document.places[(*path, key)] = line
+            document.locations[(*path, key)] = line
             mapping[key] = _construct(loader, value_node, (*path, key), document)
         return mapping
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
-            document.places[(*path, index)] = f"{document.name}:{item.start_mark.line + 1}"
+            document.locations[(*path, index)] = f"{document.name}:{item.start_mark.line + 1}"
         return [_construct(loader, item, (*path, index), document) for index, item in enumerate(node.value)]
     return loader.construct_object(node, deep=True)
 
 
 def _apply(document: _Document, override: str) -> None:
+    """Set one key of the document from the override `SECTION.KEY=VALUE`."""
     key, equals, written = override.partition("=")
     path = tuple(key.strip().split("."))
     where = f"--set {override}"
     if not equals or not all(path):
-        document.problems.append((where, "write it as SECTION.KEY=VALUE, like training.steps=100"))
+        document.problems.append((where, "must have the form SECTION.KEY=VALUE, for example training.steps=100"))
         return
-    value = _value_of(written)
-    target = document.values
+    target: dict[str, Any] = document.values
+    section: type[BaseModel] | None = document.schema
     for depth, part in enumerate(path[:-1], 1):
-        if isinstance(target.get(part), str) and part in _SHORT_FORMS:
-            target[part] = {_SHORT_FORMS[part]: target[part]}
+        variants = None if section is None else variants_of(section, part)
+        if section is not None and not isinstance(target.get(part), dict):
+            target[part] = _expand_for(section, part, target.get(part), path[depth])
         if not isinstance(target.get(part), dict):
             target[part] = {}
-            document.places[path[:depth]] = where
+            document.locations[path[:depth]] = where
         target = target[part]
-    if path[-1] in _LENGTHS and path[:-1] == ("training",):
-        for other in _LENGTHS:
-            if not document.places.get((*path[:-1], other), "").startswith("--set"):  # two of them contradict each other
+        section = None if variants is None else variants.first_with(path[depth])
+    if path[-1] in LENGTHS and path[:-1] == ("training",):
+        for other in LENGTHS:  # a length on the command line replaces the one in the file
+            if not document.locations.get((*path[:-1], other), "").startswith("--set"):
                 target.pop(other, None)
-    target[path[-1]] = value
-    document.places[path] = where
+    target[path[-1]] = _parse_value(written)
+    document.locations[path] = where
+
+
+def _expand_for(section: type[BaseModel], key: str, value: Any, next_key: str) -> Any:
+    """Expand `value` if it is a short form, so that `next_key` can be set in its section. Other values are returned unchanged."""
+    expanded = expand(section, key, value)
+    variants = variants_of(section, key)
+    if not isinstance(expanded, dict) or variants is None:
+        return value
+    # `--set data.heldout.share=0.2` replaces `heldout: b.txt` from the file, because `share` and `sources` exclude each other.
+    chosen_by_keys = variants.is_union and variants.discriminator is None
+    fits = any({*expanded, next_key} <= variant.model_fields.keys() for variant in variants.by_tag.values())
+    return expanded if fits or not chosen_by_keys else None
 
 
 def _inherit(document: _Document) -> None:
-    """With `model.init_from`, what `model:` leaves out is as in that run, and so is the tokenizer."""
+    """With `model.init_from`, take keys that are missing from `model:`, and a missing `tokenizer:`, from that run."""
     model = document.values.get("model")
-    given = _mapping(model).get("init_from")
-    run = given.get("run") if isinstance(given, dict) else given
+    init_from = _mapping(model).get("init_from")
+    run = init_from.get("run") if isinstance(init_from, dict) else init_from
     if not isinstance(run, str):
         return
     folder = Path(run).expanduser()
@@ -220,147 +214,133 @@ def _inherit(document: _Document) -> None:
     try:
         text = (folder / "recipe.yaml").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        return  # what is no run is told by the checks
+        return  # if the run does not exist, `checks` reports it
     inherited = _mapping(_parse(text, str(folder / "recipe.yaml")).values.get("model"))
     document.values["model"] = {**inherited, **_mapping(model)}
     document.values.setdefault("tokenizer", {"path": str(folder / "tokenizer.json")})
 
 
-def _value_of(written: str) -> Any:
-    """A YAML scalar, or a list or mapping in brackets; everything else (`-`, `*.txt`, `Note: this`) is text as it stands."""
+def _parse_value(written: str) -> Any:
+    """The value of an override: a YAML scalar, or a list or mapping in brackets. Anything else (`-`, `*.txt`, `Note: this`) is
+    text."""
     try:
         node = yaml.compose(written, Loader)
-        outline = isinstance(node, yaml.CollectionNode) and not node.flow_style
+        block = isinstance(node, yaml.CollectionNode) and not node.flow_style
         only_a_comment = node is None and written.strip()
-        return written if outline or only_a_comment else yaml.load(written, Loader)
+        return written if block or only_a_comment else yaml.load(written, Loader)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError):
         return written
 
 
-_SHORT_FORMS = {"optimizer": "name", "schedule": "name", "tokenizer": "kind", "method": "name", "vocabulary": "kind"}
-"""Sections that a lone word may stand for, and the key whose value it is."""
-_DEEPEST, _MOST_KEYS = 16, 10_000
-_TOO_LARGE = "nested too deeply, or far too large, for a recipe"
-_LENGTHS = ("steps", "tokens", "epochs", "minutes")
+_MAX_DEPTH, _MAX_KEYS = 16, 10_000
+_MAX_ROUNDS = 20
+"""Maximum number of times that a recipe is validated, each time without the wrong keys found before."""
+_TOO_LARGE = "nested too deeply or too large for a recipe"
 
 
 def _validate(document: _Document, check_files: bool) -> tuple[Recipe | EmbeddingRecipe | None, list[tuple[str, str]]]:
-    """Validate; where keys are wrong, leave them out and go on, so that one mistake does not hide another."""
+    """The recipe (None if its structure is wrong), and its problems as (location, message).
+
+    Wrong keys are removed and the rest is validated again, so that one mistake does not hide another.
+    """
     problems: list[tuple[str, str]] = []
     values = document.values
-    wrong: set[Path_] = set()
-    for _ in range(20):
+    wrong: set[KeyPath] = set()
+    for _ in range(_MAX_ROUNDS):
         try:
             recipe = document.schema.model_validate(values)
         except ValidationError as error:
-            found = _explain(error, values, document)
-            problems += [(where, message) for _, where, message in found]
-            wrong |= {path for path, _, _ in found}
-            values = _without(values, {path for path, _, _ in found})
-            if not isinstance(values.get("data"), dict) or not values["data"].get("train"):
-                values = {**values, "data": {**_mapping(values.get("data")), "train": "missing"}}
-                wrong.add(("data", "train"))
-            if document.schema is Recipe:
-                if not isinstance(values.get("training", {}), dict):
-                    values = {**values, "training": {}}
-                values.setdefault("training", {})
+            found = [_problem(item, values, document.schema) for item in error.errors(include_url=False)]
+            found = list({problem.path: problem for problem in found}.values())  # one problem per key
+            problems += [(document.location(problem.location), f"{_dotted(problem.path)}: {problem.message}") for problem in found]
+            wrong |= {problem.path for problem in found}
+            values = _without(values, {problem.path for problem in found})
+            values = _with_required(values, document.schema, wrong)
             continue
-        check = contradictions if isinstance(recipe, Recipe) else embedding_contradictions
-        for path, message in check(recipe, check_files):  # type: ignore[arg-type]  # each gets its own kind
+        checks = check_recipe if isinstance(recipe, Recipe) else check_embedding_recipe
+        for path, message in checks(recipe, check_files):  # type: ignore[arg-type]  # each check gets its own kind of recipe
             if not any(path[: len(bad)] == bad or bad[: len(path)] == path for bad in wrong):
-                problems.append((document.place(path), f"{_dotted(path)}: {message}"))
+                problems.append((document.location(path), f"{_dotted(path)}: {message}"))
         return recipe, problems
     return None, problems
+
+
+def _with_required(values: dict[str, Any], schema: type[BaseModel], wrong: set[KeyPath]) -> dict[str, Any]:
+    """`values` with placeholders for required keys that are missing, so that the other keys can be validated.
+
+    The placeholders are added to `wrong`, because the missing keys are reported already.
+    """
+    values = dict(values)
+    if not isinstance(values.get("data"), dict) or not values["data"].get("train"):
+        values["data"] = {**_mapping(values.get("data")), "train": "missing"}
+        wrong.add(("data", "train"))
+    if schema is Recipe and not isinstance(values.get("training"), dict):
+        values["training"] = {}
+    return values
 
 
 def _mapping(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _explain(error: ValidationError, values: dict[str, Any], document: _Document) -> list[tuple[Path_, str, str]]:
-    found = []
-    for item in error.errors(include_url=False):
-        path = _written_path(item["loc"], values)
-        message = _message(item, path, document.schema)
-        place = (*path, item["ctx"]["discriminator"].strip("'")) if item["type"] == "union_tag_invalid" else path
-        found.append((path, document.place(place), f"{_dotted(path)}: {message}"))
-    return list({path: entry for path, *_ in found for entry in found if entry[0] == path}.values())
+@dataclass(frozen=True)
+class _Problem:
+    path: KeyPath
+    message: str
+    location: KeyPath
+    """The key whose line is reported: `path`, or the discriminator inside it."""
 
 
-def _written_path(location: Path_, values: Any) -> Path_:
-    """Pydantic's location without the union tags it adds and without keys that stand for a short form; a missing key stays."""
-    path: Path_ = ()
+@dataclass(frozen=True)
+class _SchemaKey:
+    """A key as written in the recipe, and its position in the schema."""
+
+    path: KeyPath
+    section: type[BaseModel]
+    """The section that holds the key."""
+    variants: Variants | None = None
+    """The variants of that section if there are several. `tag` is the tag of this one."""
+    tag: str = ""
+
+
+def _problem(item: Any, values: dict[str, Any], schema: type[BaseModel]) -> _Problem:
+    """Translate a validation error of pydantic to the recipe as written."""
+    key = _schema_key(item["loc"], values, schema)
+    location = key.path
+    if item["type"] == "union_tag_invalid":
+        location = (*location, item["ctx"]["discriminator"].strip("'"))
+    return _Problem(key.path, _message(item, key), location)
+
+
+def _schema_key(location: KeyPath, values: Any, schema: type[BaseModel]) -> _SchemaKey:
+    """The key at pydantic's `location`, which also contains the tags of unions and the keys that a short form expands to."""
+    key = _SchemaKey((), schema)
+    inside: tuple[type[BaseModel], Variants | None, str] = (schema, None, "")
     parts = iter(location)
     for part in parts:
-        if path and not isinstance(values, dict):
-            break
-        path = (*path, part)
+        if key.path and not isinstance(values, dict):
+            break  # a short form, which does not contain the remaining keys
+        key = _SchemaKey((*key.path, part), *inside)
         values = values.get(part)
-        if path in _TAGGED:
-            next(parts, None)
-    return path
+        variants = variants_of(key.section, part)
+        if variants is not None:
+            tag = str(next(parts, "")) if variants.is_union else ""
+            inside = (variants.by_tag.get(tag, variants.default), variants if variants.is_union else None, tag)
+    return key
 
 
-_TAGGED: set[Path_] = {
-    ("data", "heldout"),
-    ("tokenizer",),
-    ("training", "optimizer"),
-    ("training", "schedule"),
-    ("vocabulary",),
-    ("method",),
-}
-_VARIANTS: dict[str, type[BaseModel]] = {
-    "muon": MuonOptimizer,
-    "adamw": AdamWOptimizer,
-    "wsd": WsdSchedule,
-    "cosine": CosineSchedule,
-    "linear": LinearSchedule,
-    "constant": ConstantSchedule,
-    "share": HeldoutShare,
-    "sources": HeldoutSources,
-    "bpe": BpeTokenizer,
-    "char": CharTokenizer,
-    "byte": ByteTokenizer,
-    "file": FileTokenizer,
-    "words": WordVocabulary,
-    "tokens": TokenVocabulary,
-    "skipgram": SkipGramMethod,
-    "cbow": CbowMethod,
-    "glove": GloveMethod,
-}
-
-
-def _keys_at(location: Path_, schema: type[BaseModel]) -> list[str]:
-    """The keys that the schema knows beside the last part of `location`."""
-    model = schema
-    for part in location[:-1]:
-        if part in _VARIANTS:
-            model = _VARIANTS[str(part)]
-        elif part in model.model_fields:
-            model = _section_of(model.model_fields[str(part)].annotation) or model
-    return list(model.model_fields)
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section that an annotation names, the first one of a union."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((section for part in get_args(annotation) if (section := _section_of(part))), None)
-
-
-def _message(item: Any, path: Path_, schema: type[BaseModel]) -> str:
-    kind, context = item["type"], item.get("ctx", {})
+def _message(item: Any, key: _SchemaKey) -> str:
+    """The message for a validation error of pydantic at `key`."""
+    path, kind, context = key.path, item["type"], item.get("ctx", {})
     if path == ("kind",):
-        return "must be embeddings, or left out for a language model"
+        return "must be embeddings (leave it out for a language model)"
     if kind == "extra_forbidden":
-        known = _keys_at(item["loc"], schema)
-        hint = did_you_mean(str(path[-1]), known) or f"known here: {', '.join(known)}"
-        return f"unknown key ({hint})"
+        return _unknown_key_message(key)
     if kind == "missing":
         if path == ("training",):
-            return "missing: say how long to train with one of steps, tokens, epochs, minutes"
-        if path and path[-1] == "data":
-            return "missing: name the text to learn, like `data: {train: my.txt}`"
+            return f"missing (set how long to train with one of {', '.join(LENGTHS)})"
+        if path == ("data",):
+            return "missing (name the text to train on, for example `data: {train: my.txt}`)"
         return "missing"
     if kind == "value_error":
         return str(context["error"])
@@ -368,21 +348,36 @@ def _message(item: Any, path: Path_, schema: type[BaseModel]) -> str:
         expected = context.get("expected") or context.get("expected_tags", "")
         options = re.findall(r"'([^']*)'", expected)
         given = item["input"] if kind == "literal_error" else context.get("tag")
-        near = did_you_mean(str(given), options)
-        return f"must be one of {', '.join(options)}, not {given!r}" + (f" ({near})" if near else "")
+        hint = did_you_mean(str(given), options)
+        return f"must be one of {', '.join(options)}, not {given!r}" + (f" ({hint})" if hint else "")
     if kind in ("model_type", "dict_type", "model_attributes_type"):
-        known = _keys_at((*item["loc"], "?"), schema)
+        variants = variants_of(key.section, str(path[-1])) if path else None
+        known = list((variants.default if variants else key.section).model_fields)
         return f"must be a section with keys such as {', '.join(known[:4])}"
     if kind == "string_type":
-        return f"must be a text, not {item['input']!r}"
+        return f"must be text, not {item['input']!r}"
     return str(item["msg"])
 
 
-def _without(values: Any, paths: set[Path_], here: Path_ = ()) -> Any:
+def _unknown_key_message(key: _SchemaKey) -> str:
+    """The message for a key that its section does not have, whether misspelled or a key of another variant of the section."""
+    name, known = str(key.path[-1]), list(key.section.model_fields)
+    others = key.variants.with_key(name) if key.variants is not None else []
+    if key.variants is None or not others:
+        return f"unknown key ({did_you_mean(name, known) or 'known keys: ' + ', '.join(known)})"
+    if key.variants.discriminator is None:
+        return f"cannot be combined with {key.tag} (only with {listed(others)})"
+    noun = "kind" if key.variants.discriminator == "kind" else str(key.path[-2])
+    plural = len(others) > 1
+    return f"not a key of {noun} {key.tag} ({noun}{'s' * plural} {listed(others)} {'have' if plural else 'has'} it)"
+
+
+def _without(values: Any, paths: set[KeyPath], prefix: KeyPath = ()) -> Any:
+    """`values` without the keys at `paths`."""
     if isinstance(values, dict):
-        return {k: _without(v, paths, (*here, k)) for k, v in values.items() if (*here, k) not in paths}
+        return {k: _without(v, paths, (*prefix, k)) for k, v in values.items() if (*prefix, k) not in paths}
     return values
 
 
-def _dotted(path: Path_) -> str:
+def _dotted(path: KeyPath) -> str:
     return ".".join(str(part) for part in path)

@@ -1,7 +1,7 @@
-"""YAML as recipes use it: version 1.2's plain scalars, read and written.
+"""Read and write YAML with the plain scalars of version 1.2, and underscores in numbers.
 
-Words stay words (`off`, `no`, dates), numbers may be written `3e-4`, `1_000`, `.5`. PyYAML alone follows version 1.1, where
-`3e-4` is a string; what it writes is quoted here wherever this notation would read it as something else.
+`off`, `no` and dates are strings; `3e-4`, `1_000` and `.5` are numbers. PyYAML by itself follows version 1.1, in which
+`3e-4` is a string. `Dumper` quotes every string that `Loader` would read as something else.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ _FLOAT_PATTERN = re.compile(r"^[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][
 
 
 class Loader(yaml.SafeLoader):
-    """Reads a recipe's YAML."""
+    """Reads YAML as recipes are written."""
 
 
 class Dumper(yaml.SafeDumper):
-    """Writes YAML that `Loader` reads back to equal values."""
+    """Writes YAML that `Loader` reads back as equal values."""
 
 
 Loader.yaml_implicit_resolvers = {}

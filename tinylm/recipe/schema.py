@@ -1,11 +1,12 @@
-"""The recipe: one typed, frozen section per room, each key with its meaning and unit.
+"""The schema of a language model's recipe: one typed, frozen class per section, with the meaning and unit of each key.
 
-A recipe that exists is valid by itself; what depends on two sections or on the outside world is in `checks`.
+These classes validate each key. Checks that involve several keys, or files, are in `checks`. The docstring under a key is its
+description in the recipe reference.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -45,13 +46,13 @@ from tinylm.recipe.values import (
 
 
 class Section(BaseModel):
-    """A part of a recipe. Unknown keys and wrong types are refused."""
+    """A part of a recipe. Unknown keys and wrong types are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
 
 
-def _named(value: object) -> object:
-    """Let `optimizer: adamw` stand for `optimizer: {name: adamw}`."""
+def _expand_name(value: object) -> object:
+    """The short form `optimizer: adamw` stands for `optimizer: {name: adamw}`."""
     return {"name": value} if isinstance(value, str) else value
 
 
@@ -59,19 +60,19 @@ class HeldoutShare(Section):
     """Hold out a share of the training text."""
 
     share: OpenShare = 0.1
-    """Of the characters, or of the documents."""
+    """The share to hold out: of the characters with `by: tail`, of the documents with `by: document`."""
     by: Literal["document", "tail"] = "tail"
-    """document: by a hash of each document's text. tail: the last share of the characters."""
+    """document holds out whole documents, chosen by a hash of their text. tail holds out the end of the text."""
 
 
 class HeldoutSources(Section):
-    """Hold out a text of its own."""
+    """Evaluate on another text."""
 
     sources: Sources
-    """Instead of a share: `heldout: b.txt` says the same."""
+    """The held-out text. The short form `heldout: b.txt` means the same."""
 
 
-def _heldout(value: object) -> object:
+def _expand_heldout(value: object) -> object:
     if isinstance(value, (str, list, tuple)):
         return {"sources": value}
     if isinstance(value, float):
@@ -79,146 +80,141 @@ def _heldout(value: object) -> object:
     return value
 
 
-def _heldout_form(value: object) -> str:
+def _choose_heldout(value: object) -> str:
     return "sources" if isinstance(value, HeldoutSources) or (isinstance(value, dict) and "sources" in value) else "share"
 
 
 Heldout = Annotated[
     Annotated[HeldoutShare, Tag("share")] | Annotated[HeldoutSources, Tag("sources")],
-    Discriminator(_heldout_form),
-    BeforeValidator(_heldout),
+    Discriminator(_choose_heldout),
+    BeforeValidator(_expand_heldout),
 ]
 
 
 class DataSection(Section):
-    """Which text is learned and which is only measured."""
+    """The text to train on and the text to evaluate on."""
 
     train: Sources
-    """The text that is learned from."""
+    """The text to train on."""
     heldout: Heldout = HeldoutShare()
-    """The text that is only measured: a SOURCE, or a share of the other."""
+    """The text to evaluate on: a share of the training text, or another SOURCE."""
     field: str = "text"
-    """The field of a .jsonl line or the column of a .parquet file that holds the text."""
+    """The field of each .jsonl line, or the column of a .parquet file, that holds the text."""
     errors: Literal["strict", "replace"] = "strict"
-    """Bytes that are not UTF-8: an error, or U+FFFD in their place."""
+    """What to do with bytes that are not UTF-8. strict is an error; replace substitutes U+FFFD."""
 
 
 class LearnedTokenizer(Section):
-    """What tokenizers of every kind can be asked for. They learn from the training half of the text only."""
+    """The keys of all tokenizers that are learned from the training text. The held-out text is never used for this."""
 
     kind: str
     normalize: Normalizations = ()
-    """What is done to text before it is encoded, and cannot be undone: nfc, nfd, nfkc, nfkd, lowercase, strip_accents."""
+    """Normalizations applied to text before it is encoded. They are lossy: decoding does not restore the original text."""
     special_tokens: TokenList = ()
-    """Control tokens beside the end of text; text that spells one is still text."""
+    """Control tokens in addition to the end-of-text token. Encoding text never produces them."""
     added_tokens: TokenList = ()
-    """Strings that are always one token, whatever stands around them."""
+    """Strings that are always encoded as one token, wherever they occur in the text."""
 
 
 class VocabularyTokenizer(LearnedTokenizer):
-    """A vocabulary of a chosen size, learned from counted words."""
+    """The keys of the tokenizers that learn a vocabulary of a given size."""
 
     vocab_size: Count = 4096
-    """Tokens wanted, the end-of-text token and all others included."""
+    """Number of tokens, including the end-of-text, special and added tokens."""
     allow_smaller: Flag = True
-    """Take fewer, with a warning, where the text has no more to give; false: an error that names the largest that fits."""
+    """What to do if the text is too small for vocab_size: true learns fewer tokens and warns, false is an error that names the
+    largest possible size."""
     max_megabytes: Megabytes = 64
-    """Words are counted in this much text at the most, every n-th piece of a longer one."""
+    """Maximum number of megabytes of text to learn from. A longer text is sampled evenly."""
 
 
 class BpeTokenizer(VocabularyTokenizer):
-    """Byte-pair encoding, of bytes or of characters."""
+    """Byte-pair encoding (Sennrich et al. 2016) of bytes or of characters."""
 
     kind: Literal["bpe"]
     split: str = "gpt4"
-    """Where merges may not reach across: gpt4, gpt2, llama3, whitespace, none (lines only) or a regular expression."""
+    """The pretokenizer, which splits text at boundaries that merges never cross: gpt4, gpt2, llama3, whitespace, none (only lines)
+    or a regular expression."""
     digits: OptionalCount = None
-    """Longest run of digits in one token; null: 2 for gpt4, 3 for llama3, no limit for others."""
+    """Maximum number of digits in one token. null means 2 for gpt4, 3 for llama3 and no limit otherwise."""
     min_frequency: Count = 1
-    """Occurrences that a pair needs to be merged."""
+    """Minimum number of occurrences of a pair for it to be merged."""
     max_token_length: OptionalCount = None
-    """Most bytes (of an alphabet of characters: most characters) in a token; null: no limit."""
+    """Maximum length of a token, in bytes for `alphabet: bytes` and in characters otherwise. null means no limit."""
     alphabet: Alphabet = "bytes"
-    """What merges start from: bytes, text (its characters), a number (its most frequent characters), or the characters."""
+    """The units that merges start from: bytes, text (all characters of the text), a number (of its most frequent characters) or the
+    characters themselves."""
     byte_fallback: Flag = True
-    """Characters outside the alphabet become bytes; false: the unknown token."""
+    """Encode characters outside the alphabet as bytes. false encodes them as the unknown token."""
     dropout: ShareBelowOne = 0.0
-    """Share of merges left out at random while the training half is encoded (Provilkov et al. 2020); never elsewhere."""
+    """BPE dropout (Provilkov et al. 2020): the share of merges skipped at random when encoding the training text."""
 
 
 class UnigramTokenizer(VocabularyTokenizer):
-    """The Unigram language model of SentencePiece (Kudo 2018)."""
+    """The unigram language model of SentencePiece (Kudo 2018)."""
 
     kind: Literal["unigram"]
     split: str = "gpt4"
-    """Where pieces may not reach across, as for bpe."""
+    """The pretokenizer, as for bpe. Tokens never cross its boundaries."""
     digits: OptionalCount = None
-    """Longest run of digits in one piece, as for bpe."""
+    """Maximum number of digits in one token, as for bpe."""
     max_token_length: Count = 16
-    """Most characters in a piece."""
+    """Maximum number of characters in a token."""
     alphabet: Characters = "text"
-    """Characters that are pieces of their own: text, a number, or the characters."""
+    """Characters that are always tokens: text (all its characters), a number (its most frequent ones) or the characters
+    themselves."""
     byte_fallback: Flag = True
-    """Other characters become bytes; false: the unknown token."""
+    """Encode characters outside the alphabet as bytes. false encodes them as the unknown token."""
 
 
 class WordPieceTokenizer(VocabularyTokenizer):
-    """WordPiece as BERT has it: words without their spaces, `##` before a piece inside a word."""
+    """WordPiece as in BERT: spaces are not part of tokens, and tokens that continue a word begin with `##`."""
 
     kind: Literal["wordpiece"]
     split: str = "bert"
-    """What a word is: bert (punctuation apart), whitespace, or a regular expression within what stands between spaces."""
+    """What a word is: bert (punctuation is separate), whitespace, or a regular expression applied between spaces."""
     min_frequency: Count = 1
-    """Occurrences that a pair needs to be merged."""
+    """Minimum number of occurrences of a pair for it to be merged."""
     max_token_length: OptionalCount = None
-    """Most characters in a piece; null: no limit."""
+    """Maximum number of characters in a token. null means no limit."""
     alphabet: Characters = "text"
-    """Characters that are pieces of their own: text, a number, or the characters. A word with another is unknown."""
+    """Characters that are always tokens: text (all its characters), a number (its most frequent ones) or the characters
+    themselves. A word with any other character is unknown."""
 
 
 class WordTokenizer(VocabularyTokenizer):
-    """Whole words, the most frequent ones; others are unknown."""
+    """The most frequent whole words. All other words are unknown."""
 
     kind: Literal["word"]
     split: str = "bert"
     """What a word is, as for wordpiece."""
     min_frequency: Count = 1
-    """Occurrences that a word needs."""
+    """Minimum number of occurrences of a word for it to get a token."""
 
 
 class CharTokenizer(LearnedTokenizer):
-    """One token per character of the training half; others become <|unknown|>."""
+    """One token per character of the training text. Other characters become `<|unknown|>`."""
 
     kind: Literal["char"]
     min_frequency: Count = 1
-    """Occurrences that a character needs."""
+    """Minimum number of occurrences of a character for it to get a token."""
 
 
 class ByteTokenizer(LearnedTokenizer):
-    """One token per byte of UTF-8."""
+    """One token per UTF-8 byte."""
 
     kind: Literal["byte"]
 
 
-LEARNED: tuple[type[LearnedTokenizer], ...] = (
-    BpeTokenizer,
-    UnigramTokenizer,
-    WordPieceTokenizer,
-    WordTokenizer,
-    CharTokenizer,
-    ByteTokenizer,
-)
-
-
 class FileTokenizer(Section):
-    """A tokenizer.json, used as it is."""
+    """An existing tokenizer.json, which is used unchanged."""
 
     kind: Literal["file"]
     path: str
-    """The file."""
+    """Path to the tokenizer.json."""
 
 
-def _tokenizer(value: object) -> object:
+def _default_tokenizer(value: object) -> object:
     if isinstance(value, dict) and "kind" not in value:
         return {"kind": "file" if "path" in value else "bpe", **value}
     return {"kind": value} if isinstance(value, str) else value
@@ -227,100 +223,107 @@ def _tokenizer(value: object) -> object:
 TokenizerSection = (
     BpeTokenizer | UnigramTokenizer | WordPieceTokenizer | WordTokenizer | CharTokenizer | ByteTokenizer | FileTokenizer
 )
+LEARNED_TOKENIZERS: tuple[type[LearnedTokenizer], ...] = tuple(
+    kind for kind in get_args(TokenizerSection) if issubclass(kind, LearnedTokenizer)
+)
 
 
 class InitFrom(Section):
-    """A run whose weights to start from, instead of from chance."""
+    """Start from the weights of another run instead of random weights."""
 
     run: str
-    """A run folder, whose best checkpoint is taken, or one checkpoint folder inside it."""
+    """A run folder, whose best checkpoint is used, or a checkpoint folder."""
     head: Flag = True
-    """false: the head starts anew, and with another tokenizer everything that is looked up by token too."""
+    """Load the output head. false initializes it, as well as every table indexed by token if the tokenizer differs."""
 
 
-def _init_from(value: object) -> object:
+def _expand_init_from(value: object) -> object:
     return {"run": value} if isinstance(value, str) else value
 
 
 class ModelSection(Section):
-    """The transformer. `preset` gives the parts their defaults; each can be set on its own.
+    """The transformer. `preset` sets the defaults of the other keys, each of which can also be set separately.
 
-    With `init_from`, what is not set is as in that run, the tokenizer too.
+    With `init_from`, keys that are not set have the values of that run, and its tokenizer is used unless another one is set.
     """
 
     preset: Literal["modern", "gpt2", "llama"] = "modern"
-    """What the parts below are by default."""
+    """The architecture whose parts are the defaults of the other keys."""
     n_layer: Count = 6
-    """Blocks."""
+    """Number of blocks."""
     n_head: Count = 6
-    """Heads of attention in each."""
+    """Number of attention heads in each block."""
     n_kv_head: OptionalCount = None
-    """Key/value heads for grouped-query attention; null: as many as n_head."""
+    """Number of key/value heads, for grouped-query attention (Ainslie et al. 2023). null means n_head."""
     n_embd: Count = 384
     """Width of the residual stream."""
     head_dim: OptionalCount = None
-    """Width of a head; null: n_embd / n_head."""
+    """Width of an attention head. null means n_embd / n_head."""
     context_length: Count = 256
-    """Tokens in a training sequence, and the most that the model looks back."""
+    """Number of tokens in a training sequence, and the maximum number of tokens the model attends to."""
     norm: Literal["layernorm", "rmsnorm"]
-    """Which norm there is before (or after) attention and feed-forward."""
+    """The kind of normalization layer."""
     norm_position: Literal["pre", "post"]
-    """Before each of them, with one more before the head, or after each sum."""
+    """pre normalizes the input of each attention and feed-forward layer and of the head. post normalizes each residual sum."""
     norm_eps: Positive
-    """What is added under the square root."""
+    """The epsilon added under the square root of a norm."""
     norm_gain: Flag
-    """Norms multiply by a learned gain."""
+    """Multiply the output of norms by a learned gain."""
     position: Literal["learned", "sinusoidal", "rope", "none"]
-    """How positions are told: a learned or a sinusoidal embedding, rotary queries and keys, or not."""
+    """How positions are encoded: by a learned or sinusoidal embedding, by rotating queries and keys (rope), or not at all."""
     rope_theta: OptionalPositive = None
-    """Base of the rotary frequencies, for position rope; null: 10000."""
+    """The base of the rotary frequencies with `position: rope`. null means 10000."""
     feed_forward: Literal["gelu", "gelu_exact", "relu", "relu2", "swiglu"]
-    """gelu is GPT-2's, by tanh; gelu_exact by the error function."""
+    """The activation of the feed-forward layers. gelu is the tanh approximation of GPT-2, gelu_exact the exact function."""
     feed_forward_multiple: Positive
-    """Hidden width over n_embd; the product is rounded to the nearest multiple of 8."""
+    """The hidden width of the feed-forward layers as a multiple of n_embd, rounded to the nearest multiple of 8."""
     n_inner: OptionalCount = None
-    """Hidden width as a number; null: by feed_forward_multiple."""
+    """The hidden width of the feed-forward layers. null means that feed_forward_multiple determines it."""
     bias: Flag
-    """Linear layers and layer norms add a learned bias."""
+    """Use a learned bias in linear layers and layer norms."""
     tie_embeddings: Flag
-    """The head is the token embedding."""
+    """Use the weights of the token embedding as those of the head."""
     qk_norm: Flag
-    """RMS-normalise queries and keys per head before positions are applied."""
+    """Apply an RMS norm to the queries and keys of each head, before rotary positions."""
     qk_gain: Flag = True
-    """With qk_norm: multiply them by a learned gain."""
+    """Multiply the output of qk_norm by a learned gain."""
     embedding_norm: Flag
-    """Normalise the token embedding before the first block."""
+    """Normalize the token embedding before the first block."""
     zero_init_outputs: Flag
-    """Start the last projection of each attention and feed-forward at zero, so that every block starts as the identity, the
-    head near zero, and the other matrices at 0.5 / sqrt(inputs)."""
+    """Initialize the output projections of attention and feed-forward layers to zero, so that every block starts as the identity.
+    The head starts near zero, and other matrices have a standard deviation of 0.5 / sqrt(inputs)."""
     ngram_embeddings: Orders = ()
-    """Orders n of the n-grams whose hashed embedding is added to each token's (Pagnoni et al. 2024): [2, 3]; []: none."""
+    """Values of n, such as [2, 3]. For each, a hashed embedding of the last n tokens is added to the token embedding (Pagnoni et
+    al. 2024). [] means none."""
     ngram_rows: Count = 16384
-    """Rows of the table of each order."""
+    """Number of rows of the embedding table for each n."""
     ngram_width: Count = 32
-    """Numbers in a row."""
+    """Width of the n-gram embedding tables."""
     ngram_dropout: ShareBelowOne = 0.0
-    """Share of the positions whose n-gram of an order is left out while training: tables learn a text by heart very soon."""
+    """The share of n-gram embeddings that are dropped in training. Without dropout, the tables soon memorize a small
+    text."""
     value_embeddings: CountOrZero = 0
-    """How many first and how many last blocks add an embedding of the token to their values (Zhou et al. 2024)."""
+    """Number of blocks at the start, and again at the end, whose attention values get a token embedding added (Zhou et al.
+    2024)."""
     value_residual: Flag = False
-    """Blend the first block's values into every later block's, in a learned share (Zhou et al. 2024)."""
+    """Mix the values of the first block into those of later blocks, with a learned weight (Zhou et al. 2024)."""
     embedding_shortcut: Flag = False
-    """Every block reads a learned blend of the residual stream and the embedding."""
+    """The input of every block is a learned mix of the residual stream and the embedding."""
     parallel_residual: Flag = False
-    """Attention and feed-forward read the same input and are added together (GPT-NeoX)."""
+    """Compute attention and feed-forward layer in parallel from the same input, and add both outputs (GPT-NeoX)."""
     dropout: ShareBelowOne = 0.0
-    """Of the embedding, and of what each block adds."""
+    """Dropout of the embedding and of the output of each attention and feed-forward layer."""
     attention_dropout: OptionalShareBelowOne = None
-    """Of attention's probabilities; null: as `dropout`. A CPU has no fused attention with it: it takes twice the time."""
+    """Dropout of the attention probabilities. null means the value of dropout. On a CPU it doubles the time of attention."""
     logit_softcap: OptionalPositive = None
-    """Cap c: logits become c * tanh(logits / c)."""
+    """Soft cap c of the logits, which become c * tanh(logits / c). null means no cap."""
     init_embeddings: OptionalPath = None
-    """Start the token embedding from these vectors: a folder of `tinylm embed train`, or a file of any format it reads."""
+    """Initialize the token embedding with these vectors: a folder from `tinylm embed train`, or a file in any format that tinylm
+    reads."""
     freeze_embeddings: Flag = False
-    """Leave the token embedding as init_embeddings made it."""
-    init_from: Annotated[InitFrom | None, BeforeValidator(_init_from)] = None
-    """A run to start from (all its weights, or {run: RUN, head: off})."""
+    """Do not train the token embedding that init_embeddings loads."""
+    init_from: Annotated[InitFrom | None, BeforeValidator(_expand_init_from)] = None
+    """The run whose weights are loaded: `init_from: RUN`, or `init_from: {run: RUN, head: off}`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -332,12 +335,12 @@ class ModelSection(Section):
 
     @property
     def uses_dropout(self) -> bool:
-        """Whether training draws random numbers: dropout of any kind."""
-        return self.dropout > 0 or self.attention_drops > 0 or (self.ngram_dropout > 0 and bool(self.ngram_embeddings))
+        """Whether training uses any kind of dropout, and therefore random numbers."""
+        return self.dropout > 0 or self.attention_dropout_p > 0 or (self.ngram_dropout > 0 and bool(self.ngram_embeddings))
 
     @property
-    def attention_drops(self) -> float:
-        """`attention_dropout`, or what it is by default."""
+    def attention_dropout_p(self) -> float:
+        """The probability of attention dropout: `attention_dropout` if it is set, else `dropout`."""
         return self.dropout if self.attention_dropout is None else self.attention_dropout
 
     @property
@@ -354,215 +357,232 @@ class ModelSection(Section):
 
 
 class AdamWOptimizer(Section):
-    """AdamW (Loshchilov & Hutter 2019); decay on matrices only."""
+    """AdamW (Loshchilov & Hutter 2019). Weight decay applies only to matrices."""
 
     name: Literal["adamw"]
     lr: Positive = 1e-3
-    """Learning rate at its peak."""
+    """Peak learning rate."""
     betas: Betas = (0.9, 0.95)
-    """Decay of the means of gradients and of their squares."""
+    """Decay rates of the running averages of the gradient and of its square."""
     eps: Positive = 1e-8
-    """Added to the root of the latter."""
+    """The epsilon added to the denominator."""
     weight_decay: NotNegative = 0.1
-    """Decoupled, on matrices, times lr."""
+    """Decoupled weight decay of matrices. Each step decays them by this times the learning rate."""
 
 
 class MuonOptimizer(Section):
-    """Muon (Jordan et al. 2024) for the matrices inside the blocks, AdamW for embeddings, head, gains and biases."""
+    """Muon (Jordan et al. 2024) for the matrices of the blocks, and AdamW for embeddings, head, gains and biases."""
 
     name: Literal["muon"]
     lr: Positive = 0.02
-    """Rate of the matrices: per unit of rate the update's root-mean-square is about 1 / sqrt(columns)."""
+    """Peak learning rate of Muon. At a learning rate of 1, the root mean square of an update is about 1 / sqrt(columns)."""
     momentum: ShareBelowOne = 0.95
     """Nesterov momentum."""
     momentum_warmup: CountOrZero = 0
-    """Steps over which the momentum rises from 0.85."""
+    """Number of steps over which the momentum rises from 0.85 to its value."""
     newton_schulz: Literal["polar_express", "classic"] = "polar_express"
-    """Coefficients of the iteration that makes updates orthogonal (Amsel et al. 2025; Jordan et al. 2024)."""
+    """Coefficients of the Newton-Schulz iteration: polar_express (Amsel et al. 2025) or classic (Jordan et al. 2024)."""
     newton_schulz_steps: Count = 3
-    """Iterations: 3 of polar_express do what 5 of classic do."""
+    """Number of Newton-Schulz iterations. 3 with polar_express are about as accurate as 5 with classic."""
     newton_schulz_dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 on devices with units for it (GPUs since Ampere, processors with AMX), else fp32."""
+    """Precision of the Newton-Schulz iteration. auto means bf16 on hardware with bf16 matrix units (GPUs since Ampere, CPUs with
+    AMX) and fp32 otherwise."""
     weight_decay: NotNegative = 0.1
-    """Decoupled, on what Muon updates, times lr."""
+    """Decoupled weight decay of the weights that Muon updates. Each step decays them by this times the learning rate."""
     cautious_weight_decay: Flag = False
-    """Decay only where the update moves a weight towards zero (Chen et al. 2025)."""
+    """Apply weight decay only to weights that the update moves toward zero (Chen et al. 2025)."""
     adamw_lr: Positive = 4e-3
-    """Rate of what AdamW updates."""
+    """Peak learning rate of the weights that AdamW updates."""
     betas: Betas = (0.9, 0.95)
-    """Of AdamW."""
+    """The betas of AdamW."""
     eps: Positive = 1e-8
-    """Of AdamW."""
+    """The epsilon of AdamW."""
 
 
 Optimizer = Annotated[MuonOptimizer | AdamWOptimizer, Field(discriminator="name")]
 
 
-def _optimizer(value: object) -> object:
-    """`auto`, and a mapping without a name, mean Muon: it needed the fewest seconds to every loss in benchmarks/README.md."""
-    value = _named(value)
+def _default_optimizer(value: object) -> object:
+    """`auto`, and a section without a name, mean Muon, which reached a lower loss than AdamW (docs/lab-notebook.md, "Ablation")."""
     if isinstance(value, dict) and value.get("name", "auto") == "auto":
         return {**value, "name": "muon"}
     return value
 
 
 class ScheduleWithFloor(Section):
+    """The keys of the schedules whose learning rate falls at the end."""
+
     warmup: Warmup = 0.02
-    """Linear warm-up: steps, or a share of the training when below 1."""
+    """Linear warmup: a number of steps, or below 1 a share of the training."""
     floor: Share = 0.0
-    """Rate at the end, as a share of the peak."""
+    """Final learning rate as a share of the peak learning rate."""
 
 
 class WsdSchedule(ScheduleWithFloor):
-    """Warm-up, stable, linear cool-down (Hu et al. 2024)."""
+    """Warmup, then the peak learning rate, then a linear cooldown to the floor (Hu et al. 2024)."""
 
     name: Literal["wsd"]
     cooldown: Share = 0.6
-    """Share of the training spent cooling down."""
+    """The share of the training spent in cooldown."""
 
 
 class CosineSchedule(ScheduleWithFloor):
-    """Warm-up, then half a cosine down to the floor."""
+    """Warmup, then decay to the floor along half a cosine."""
 
     name: Literal["cosine"]
 
 
 class LinearSchedule(ScheduleWithFloor):
-    """Warm-up, then a straight line down to the floor."""
+    """Warmup, then linear decay to the floor."""
 
     name: Literal["linear"]
 
 
 class ConstantSchedule(Section):
-    """Warm-up, then the peak rate."""
+    """Warmup, then the peak learning rate."""
 
     name: Literal["constant"]
     warmup: Warmup = 0.02
-    """Linear warm-up: steps, or a share of the training when below 1."""
+    """Linear warmup: a number of steps, or below 1 a share of the training."""
 
 
 Schedule = Annotated[WsdSchedule | CosineSchedule | LinearSchedule | ConstantSchedule, Field(discriminator="name")]
 
 
-def _schedule(value: object) -> object:
-    value = _named(value)
+def _default_schedule(value: object) -> object:
     return {"name": "wsd", **value} if isinstance(value, dict) else value
 
 
 class LoraSection(Section):
-    """Low-rank adaptation (Hu et al. 2022): W stays, and (alpha / rank) B A, which starts at zero, is learned beside it."""
+    """Low-rank adaptation (Hu et al. 2022). Each weight W is frozen, and a trained product (alpha / rank) B A is added to it, which
+    starts at zero."""
 
     rank: Count = 8
-    """Rows of A and columns of B."""
+    """Number of rows of A and number of columns of B."""
     alpha: Positive = 16.0
-    """What is added is scaled by alpha / rank."""
+    """The product B A is scaled by alpha / rank."""
     targets: Targets = LORA_TARGETS
-    """The matrices of every block that get an addition."""
+    """The linear layers of each block that get an adapter."""
+
+
+LENGTHS = ("steps", "tokens", "epochs", "minutes")
+"""The keys of `training:` that set the length of the training."""
 
 
 class GuardsSection(Section):
-    """What happens when a loss or a gradient is not a number, or a loss jumps."""
+    """What to do about non-finite losses and gradients, and about loss spikes."""
 
     patience: Count = 3
-    """Steps in a row without a usable gradient, each left out, before the training goes back to its last good checkpoint."""
+    """Number of consecutive skipped steps (with a non-finite loss or gradient) after which training rolls back to the last good
+    checkpoint."""
     rollbacks: CountOrZero = 1
-    """How often it goes back, and on past the text that did it, before it gives up with a report."""
+    """Maximum number of rollbacks, each of which continues past the offending batches. After that, training stops with a report."""
     spike: OptionalPositive = 12.0
-    """Flag a loss so many deviations (1.48 times the median absolute one) above the median of the last 64; null: never."""
+    """Flag a loss that is this many deviations above the median of the last 64. A deviation is 1.48 times the median absolute
+    deviation. null means never."""
 
 
 class TrainingSection(Section):
-    """How long, in what batches, with which optimiser. Exactly one of steps, tokens, epochs, minutes."""
+    """Training length, batch size, precision and optimizer. Set exactly one of steps, tokens, epochs and minutes."""
 
     steps: OptionalCount = None
-    """Optimiser steps."""
+    """Number of optimizer steps."""
     tokens: OptionalCount = None
-    """Tokens read in all, rounded up to whole steps."""
+    """Number of training tokens, rounded up to whole steps."""
     epochs: OptionalPositive = None
-    """Passes over the text, rounded up to whole steps."""
+    """Number of passes over the training text, rounded up to whole steps."""
     minutes: OptionalPositive = None
-    """Wall-clock of training, compiling and evaluating included; the schedule follows the clock."""
+    """Wall-clock minutes of training, including compilation and evaluation. The schedule then depends on elapsed time, not on
+    steps."""
     global_batch_size: Count = 64
-    """Sequences per optimiser step."""
+    """Number of sequences per optimizer step."""
     micro_batch_size: CountOrAuto = "auto"
-    """Sequences per forward pass; it must divide global_batch_size."""
+    """Number of sequences per forward pass. It must divide global_batch_size. auto chooses a size that fits in memory."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of matrix products; weights and optimiser state stay float32."""
+    """Precision of matrix products. Weights and optimizer state are always float32. auto chooses bf16 or fp16 if the
+    device supports it and it is faster, else fp32."""
     lora: LoraSection | None = None
-    """Train low-rank additions to the model of `model.init_from`, and nothing else; the optimizer is then AdamW."""
-    optimizer: Annotated[Optimizer, BeforeValidator(_optimizer)] = MuonOptimizer(name="muon")
-    """muon, adamw or auto (muon); alone or with their keys."""
-    schedule: Annotated[Schedule, BeforeValidator(_schedule)] = WsdSchedule(name="wsd")
-    """How the rates rise and fall: wsd, cosine, linear, constant; alone or with their keys."""
+    """Train only low-rank adapters of the model that `model.init_from` loads. The optimizer is then AdamW."""
+    optimizer: Annotated[Optimizer, BeforeValidator(_default_optimizer), BeforeValidator(_expand_name)] = MuonOptimizer(name="muon")
+    """The optimizer, as a name or as a section: muon, adamw or auto, which means muon."""
+    schedule: Annotated[Schedule, BeforeValidator(_default_schedule), BeforeValidator(_expand_name)] = WsdSchedule(name="wsd")
+    """The learning rate schedule, as a name or as a section: wsd, cosine, linear or constant."""
     clip_grad_norm: ClipNorm = 1.0
-    """The most that the norm of all gradients together may be."""
+    """Maximum norm of the gradient of all parameters together. off means no clipping."""
     compile: FlagOrAuto = "auto"
-    """Fuse the element-wise work of the blocks (torch.compile); auto: where the training is long enough to earn it back."""
+    """Compile the blocks with torch.compile. auto compiles if that saves more time than the compilation takes."""
     activation_checkpointing: Flag = False
-    """Keep only what each block reads and compute the rest again for the backward pass: less memory, more time."""
+    """Save only the input of each block and recompute the rest in the backward pass. This saves memory and takes more time."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
-    """With several processes: ddp (the whole model in each), fsdp (spread over them), auto: ddp where the model leaves room."""
+    """How several processes share the model: ddp replicates it, fsdp shards it, auto uses ddp if the model fits in memory."""
     guards: GuardsSection = GuardsSection()
-    """What happens when numbers go bad."""
+    """What to do about non-finite losses and loss spikes."""
     log_every: Count = 10
-    """Steps between lines of metrics.jsonl."""
+    """Number of steps between lines of metrics.jsonl."""
 
     @model_validator(mode="before")
     @classmethod
     def _adamw_for_lora(cls, values: Any) -> Any:
-        """What an unnamed optimizer is: Muon's updates, of full rank, have no meaning for two factors."""
+        """With LoRA, the default is AdamW. Muon orthogonalizes full matrices, which makes no sense for their low-rank factors."""
         if not isinstance(values, dict) or values.get("lora") is None:
             return values
-        optimizer = _named(values.get("optimizer", {}))
+        optimizer = _expand_name(values.get("optimizer", {}))
         if not isinstance(optimizer, dict) or optimizer.get("name", "auto") != "auto":
             return values
         return {**values, "optimizer": {**optimizer, "name": "adamw"}}
 
 
 class EvaluationSection(Section):
-    """Measuring on the held-out text while training."""
+    """Evaluation on the held-out text during training."""
 
     every: Count = 100
-    """Steps between evaluations; the last step is always evaluated."""
+    """Number of steps between evaluations. The last step is always evaluated."""
     max_tokens: OptionalCount = None
-    """Evaluate on the first this many held-out tokens only; null: on all."""
+    """Evaluate only on the first max_tokens held-out tokens. null means all."""
     stride: OptionalCount = None
-    """Tokens between windows; fewer than context_length: more context for each token, and more time. null: context_length."""
+    """Number of tokens from the start of one window to the next. Below context_length, tokens are scored with more context, which
+    takes more time. null means context_length."""
 
 
 class CheckpointSection(Section):
+    """Checkpoints during training."""
+
     every: Count = 100
-    """Steps between checkpoints; evaluated steps and the last one are always saved."""
+    """Number of steps between checkpoints. Evaluated steps and the last step are saved as well."""
     keep: CountOrZero = 2
-    """Recent checkpoints kept beside best and last."""
+    """Number of recent checkpoints to keep in addition to best and last."""
     on_failure: Literal["stop", "continue"] = "stop"
-    """When the disk refuses one (full, read-only, removed): end the training, or warn and try again at the next."""
+    """What to do if a checkpoint cannot be written, for example because the disk is full: stop the training, or continue with a
+    warning and try again at the next checkpoint."""
 
 
 class SamplingSection(Section):
-    """What the model writes as it learns, into samples.md."""
+    """Samples generated during training, written to samples.md."""
 
     every: OptionalCount = None
-    """Steps between samples; null: none."""
+    """Number of steps between samples. null means no samples."""
     prompts: Texts = ("",)
-    """What is continued; the empty text begins a document."""
+    """The prompts to continue. An empty prompt starts a new document."""
     max_new_tokens: Count = 80
-    """Length of each."""
+    """Number of tokens to generate for each prompt."""
     temperature: NotNegative = 0.8
-    """0 takes the likeliest token."""
+    """Sampling temperature. 0 is greedy."""
     top_k: OptionalCount = 50
-    """Choose among this many likeliest tokens; null: among all."""
+    """Sample from the top_k most likely tokens. null means all."""
 
 
 class Recipe(Section):
-    """A whole experiment: text, tokenizer, model, training, and how it is measured and kept."""
+    """A complete experiment: text, tokenizer, model, training, evaluation, checkpoints and samples."""
 
     name: str = "run"
-    """The run goes to runs/NAME."""
+    """The run is written to runs/NAME."""
     seed: Seed = 1337
-    """Of starting weights, data order and dropout."""
+    """Seed of the initial weights, the data order and dropout."""
     data: DataSection
-    tokenizer: Annotated[TokenizerSection, Field(discriminator="kind"), BeforeValidator(_tokenizer)] = BpeTokenizer(kind="bpe")
+    tokenizer: Annotated[TokenizerSection, Field(discriminator="kind"), BeforeValidator(_default_tokenizer)] = BpeTokenizer(
+        kind="bpe"
+    )
+    """How text is split into tokens: a tokenizer that is learned from the training text, or an existing one."""
     model: ModelSection = Field(default_factory=lambda: ModelSection.model_validate({}))
     training: TrainingSection
     evaluation: EvaluationSection = EvaluationSection()
@@ -570,34 +590,34 @@ class Recipe(Section):
     sampling: SamplingSection = SamplingSection()
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, defaults written out, in the notation that `load` reads back to an equal recipe."""
-        values: dict[str, Any] = plain(self.model_dump())
+        """The recipe as plain values, including every default. `load` reads them back as an equal recipe."""
+        values: dict[str, Any] = to_plain(self.model_dump())
         heldout = values["data"]["heldout"]
         values["data"]["heldout"] = heldout.get("sources", heldout)
-        for key in ("steps", "tokens", "epochs", "minutes"):
+        for key in LENGTHS:
             if values["training"][key] is None:
                 del values["training"][key]
         return values
 
     def to_yaml(self) -> str:
-        return written(self.as_dict())
+        return dump_yaml(self.as_dict())
 
 
-def written(values: dict[str, Any]) -> str:
-    """Plain values as the YAML of a recipe."""
+def dump_yaml(values: dict[str, Any]) -> str:
+    """The YAML text of a recipe."""
     text: str = yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
     return text
 
 
-def plain(value: Any) -> Any:
-    """Tuples as lists, all the way down: what YAML can hold."""
+def to_plain(value: Any) -> Any:
+    """`value` with tuples converted to lists at every level, because YAML has no tuples."""
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, tuple) else value
+        return {key: to_plain(item) for key, item in value.items()}
+    return [to_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def flattened(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}: the keys as `--set` names them."""
+    """Nested keys joined by dots, as in `--set`: {"a": {"b": 1}} becomes {"a.b": 1}."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
@@ -607,13 +627,13 @@ def flattened(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-class Described(Protocol):
-    """A recipe of any kind."""
+class AnyRecipe(Protocol):
+    """A recipe for a language model or for embeddings."""
 
     def as_dict(self) -> dict[str, Any]: ...
 
 
-def changes(before: Described, after: Described) -> dict[str, tuple[Any, Any]]:
-    """The keys in which two recipes differ, with both values."""
+def changes(before: AnyRecipe, after: AnyRecipe) -> dict[str, tuple[Any, Any]]:
+    """The keys in which two recipes differ, each with the values before and after."""
     old, new = flattened(before.as_dict()), flattened(after.as_dict())
     return {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}

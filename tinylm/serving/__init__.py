@@ -1,1 +1,1 @@
-"""Serving: a model behind HTTP, for programs that speak OpenAI's completions and for people with a browser."""
+"""Serve a model over HTTP: an OpenAI-compatible completions API and a web page."""

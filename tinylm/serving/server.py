@@ -1,7 +1,7 @@
-"""The HTTP side: `/v1/completions` and `/v1/models` as OpenAI's clients expect them, `/health`, and a page at `/`.
+"""The HTTP server: `/v1/completions` and `/v1/models` for OpenAI clients, `/health`, and a web page at `/`.
 
-Bodies, tokens, waiting requests and time are limited. Only JSON is accepted, and only for this host's own names, so that a page
-from elsewhere, open in the same browser, cannot use the model.
+Limits apply to body size, tokens, queue length and time. Only JSON bodies and the server's own host names are accepted, so that
+another website that is open in the user's browser cannot use the model.
 """
 
 from __future__ import annotations
@@ -27,27 +27,31 @@ from tinylm.errors import InputError
 from tinylm.generation.engine import Sample, TokenChoice
 from tinylm.model.decoder import Decoder
 from tinylm.serving import api
-from tinylm.serving.api import Refused, Wanted
-from tinylm.serving.worker import Event, Full, Ticket, TooLate, Worker
+from tinylm.serving.api import ParsedRequest, RequestError
+from tinylm.serving.worker import Event, Job, QueueFull, Unavailable, Worker
 from tinylm.tokenizer import Tokenizer
 
-_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'"
-_LOOK_AROUND = 0.5
-"""Seconds between looks at whether a client who gets no stream is still there."""
+_CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'"
+)
+_DISCONNECT_POLL_SECONDS = 0.5
+"""How often a non-streaming request checks whether its client has disconnected."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one server does for its clients at most. `seconds`: from a request's arrival to its last token."""
+    """Limits of a server. `timeout` (seconds) counts from a request's arrival to its last token."""
 
-    body_bytes: int = 1 << 20
-    tokens: int = 2048
+    max_body_bytes: int = 1 << 20
+    max_tokens: int = 2048
     rows: int = 16
-    waiting: int = 256
-    seconds: float = 120.0
+    """Samples generated at the same time."""
+    queue_size: int = 256
+    """Samples that may wait for a free row."""
+    timeout: float = 120.0
 
 
-def application(
+def create_app(
     decoder: Decoder,
     tokenizer: Tokenizer,
     name: str,
@@ -55,8 +59,8 @@ def application(
     limits: Limits = Limits(),
     hosts: Sequence[str] = ("*",),
 ) -> Starlette:
-    """The ASGI application. `name`: what the model is called; `hosts`: names by which the server may be addressed."""
-    worker = Worker(decoder, tokenizer, rows=limits.rows, waiting=limits.waiting, seconds=limits.seconds)
+    """Return the ASGI application. `name`: the model's name in the API; `hosts`: accepted values of the `Host` header."""
+    worker = Worker(decoder, tokenizer, rows=limits.rows, queue_size=limits.queue_size, timeout=limits.timeout)
     page = (
         resources.files("tinylm.serving").joinpath("page.html").read_text(encoding="utf-8").replace("{{MODEL}}", html.escape(name))
     )
@@ -67,22 +71,24 @@ def application(
         await asyncio.to_thread(worker.close)
 
     async def completions(request: Request) -> Response:
-        wanted = await asyncio.to_thread(api.read, await _body(request, limits.body_bytes), tokenizer, name, limits.tokens)
-        heard = _Heard(worker, wanted)
-        if wanted.body.stream:
-            return StreamingResponse(heard.stream(tokenizer), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        return JSONResponse(api.completion(wanted, await heard.samples(request), tokenizer))
+        body = await _read_body(request, limits.max_body_bytes)
+        parsed = await asyncio.to_thread(api.parse_request, body, tokenizer, name, limits.max_tokens)
+        completion = _RunningCompletion(worker, parsed)
+        if parsed.body.stream:
+            headers = {"Cache-Control": "no-store"}
+            return StreamingResponse(completion.stream(tokenizer), media_type="text/event-stream", headers=headers)
+        return JSONResponse(api.completion(parsed, await completion.samples(request), tokenizer))
 
     async def models(_: Request) -> Response:
-        listed = {"id": name, "object": "model", "created": 0, "owned_by": "tinylm"}
-        return JSONResponse({"object": "list", "data": [listed]})
+        model = {"id": name, "object": "model", "created": 0, "owned_by": "tinylm"}
+        return JSONResponse({"object": "list", "data": [model]})
 
     async def health(_: Request) -> Response:
-        writing, waiting = worker.load()
-        return JSONResponse({"status": "ok", "writing": writing, "waiting": waiting})
+        running, queued = worker.load()
+        return JSONResponse({"status": "ok", "writing": running, "waiting": queued})
 
     async def home(_: Request) -> Response:
-        return HTMLResponse(page, headers={"Content-Security-Policy": _POLICY})
+        return HTMLResponse(page, headers={"Content-Security-Policy": _CONTENT_SECURITY_POLICY})
 
     return Starlette(
         routes=[
@@ -92,28 +98,33 @@ def application(
             Route("/v1/completions", completions, methods=["POST"]),
         ],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))],
-        exception_handlers={Refused: _refused, HTTPException: _http, ClientDisconnect: _gone, Exception: _fault},
+        exception_handlers={
+            RequestError: _on_request_error,
+            HTTPException: _on_http_exception,
+            ClientDisconnect: _on_client_disconnect,
+            Exception: _on_internal_error,
+        },
         lifespan=lifespan,
     )
 
 
-async def _body(request: Request, most: int) -> bytes:
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise Refused(415, "the body must be application/json")
+async def _read_body(request: Request, max_bytes: int) -> bytes:
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json":
+        raise RequestError(415, "the content type must be application/json")
     data = bytearray()
     async for part in request.stream():
         data += part
-        if len(data) > most:
-            raise Refused(413, f"the body has more than {most} bytes")
+        if len(data) > max_bytes:
+            raise RequestError(413, f"the body must not exceed {max_bytes} bytes")
     return bytes(data)
 
 
-class _Heard:
-    """What the worker says about one request, brought from its thread into this one."""
+class _RunningCompletion:
+    """The jobs of one request, and their events, which are passed from the worker's thread to the event loop."""
 
-    def __init__(self, worker: Worker, wanted: Wanted) -> None:
-        self._worker, self._wanted = worker, wanted
+    def __init__(self, worker: Worker, parsed: ParsedRequest) -> None:
+        self._worker, self._parsed = worker, parsed
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -121,85 +132,88 @@ class _Heard:
             return lambda event: loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
         try:
-            self._tickets: list[Ticket] = worker.submit(
-                [(request, ids, listener(index)) for index, (request, ids) in enumerate(wanted.requests)]
+            self._jobs: list[Job] = worker.submit(
+                [(request, ids, listener(index)) for index, (request, ids) in enumerate(parsed.requests)]
             )
-        except Full:
-            raise Refused(429, "too many requests are waiting; try again soon") from None
+        except QueueFull:
+            raise RequestError(429, "too many requests are waiting; try again later") from None
+        except Unavailable as error:
+            raise _to_request_error(error) from None
 
     async def samples(self, request: Request) -> list[Sample]:
-        """All of them, or whatever a client who left has no use for."""
-        found: dict[int, Sample] = {}
+        """Wait for all samples. Raises `ClientDisconnect` if the client disconnects first."""
+        samples: dict[int, Sample] = {}
         try:
-            while len(found) < len(self._tickets):
+            while len(samples) < len(self._jobs):
                 try:
-                    index, event = await asyncio.wait_for(self._events.get(), _LOOK_AROUND)
+                    index, event = await asyncio.wait_for(self._events.get(), _DISCONNECT_POLL_SECONDS)
                 except asyncio.TimeoutError:
                     if await request.is_disconnected():
                         raise ClientDisconnect from None
                     continue
                 if isinstance(event, Exception):
-                    raise _as_refusal(event)
+                    raise _to_request_error(event)
                 if isinstance(event, Sample):
-                    found[index] = event
+                    samples[index] = event
         finally:
-            self._worker.give_up(self._tickets)
-        return [found[index] for index in range(len(self._tickets))]
+            self._worker.cancel(self._jobs)
+        return [samples[index] for index in range(len(self._jobs))]
 
     async def stream(self, tokenizer: Tokenizer) -> AsyncIterator[bytes]:
-        """Server-sent events; a client who leaves ends this, and the tickets with it."""
-        done: dict[int, Sample] = {}
-        tokens: dict[int, list[TokenChoice]] = {index: [] for index in range(len(self._tickets))}
+        """Yield server-sent events. If the client disconnects, the generator is closed and the jobs are canceled."""
+        finished: dict[int, Sample] = {}
+        tokens: dict[int, list[TokenChoice]] = {index: [] for index in range(len(self._jobs))}
         offsets = dict.fromkeys(tokens, 0)
         try:
-            while len(done) < len(self._tickets):
+            while len(finished) < len(self._jobs):
                 index, event = await self._events.get()
                 if isinstance(event, Exception):
-                    yield _event(_as_refusal(event).as_dict())
+                    yield _server_sent_event(_to_request_error(event).as_dict())
                     return
                 if isinstance(event, TokenChoice):
                     tokens[index].append(event)
                     continue
                 text, sample = ("", event) if isinstance(event, Sample) else (event, None)
-                yield _event(api.chunk(self._wanted, index, text, tokens[index], offsets[index], sample, tokenizer))
+                chunk = api.completion_chunk(self._parsed, index, text, tokens[index], offsets[index], sample, tokenizer)
+                yield _server_sent_event(chunk)
                 offsets[index] += sum(len(tokenizer.decode([choice.id])) for choice in tokens[index])
                 tokens[index] = []
                 if sample is not None:
-                    done[index] = sample
-            options = self._wanted.body.stream_options
+                    finished[index] = sample
+            options = self._parsed.body.stream_options
             if options is not None and options.include_usage:
-                yield _event(api.last_chunk(self._wanted, list(done.values())))
+                yield _server_sent_event(api.usage_chunk(self._parsed, list(finished.values())))
             yield b"data: [DONE]\n\n"
         finally:
-            self._worker.give_up(self._tickets)
+            self._worker.cancel(self._jobs)
 
 
-def _event(document: dict[str, Any]) -> bytes:
+def _server_sent_event(document: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(document, ensure_ascii=False).encode() + b"\n\n"
 
 
-def _as_refusal(error: Exception) -> Refused:
-    if isinstance(error, TooLate):
-        return Refused(503, str(error))
+def _to_request_error(error: Exception) -> RequestError:
+    if isinstance(error, Unavailable):
+        return RequestError(503, str(error))
     if isinstance(error, InputError):
-        return Refused(400, str(error))
-    return Refused(500, f"a mistake in tinylm: {type(error).__name__}")
+        return RequestError(400, str(error))
+    return RequestError(500, f"internal error: {type(error).__name__}")
 
 
-async def _refused(_: Request, error: Exception) -> Response:
-    assert isinstance(error, Refused)
+async def _on_request_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
     headers = {"Retry-After": "1"} if error.status in (429, 503) else None
     return JSONResponse(error.as_dict(), error.status, headers=headers)
 
 
-async def _http(_: Request, error: Exception) -> Response:
+async def _on_http_exception(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return JSONResponse(Refused(error.status_code, error.detail).as_dict(), error.status_code, headers=error.headers)
+    return JSONResponse(RequestError(error.status_code, error.detail).as_dict(), error.status_code, headers=error.headers)
 
 
-async def _gone(_: Request, error: Exception) -> Response:
+async def _on_client_disconnect(_: Request, error: Exception) -> Response:
     return Response(status_code=499)
 
 
-async def _fault(_: Request, error: Exception) -> Response:
-    return JSONResponse(Refused(500, f"a mistake in tinylm: {type(error).__name__}").as_dict(), 500)
+async def _on_internal_error(_: Request, error: Exception) -> Response:
+    return JSONResponse(RequestError(500, f"internal error: {type(error).__name__}").as_dict(), 500)

@@ -1,1 +1,1 @@
-"""Text: where it comes from and how it is split. Nothing here knows tokens."""
+"""Read text from sources and split it into training and held-out text. Independent of tokenizers."""

@@ -1,8 +1,7 @@
-"""The held-out split: which characters are learned and which are only measured.
+"""Split a text into a training part and a held-out part.
 
-A first pass over the text gives a `Scan` (sizes, a fingerprint, one short hash per document); from it and the recipe's
-`heldout` a `Split` decides, and `select` streams either half. A document is never in both halves, except that a text
-which is one single document (or nearly) is cut in two at a character.
+`scan` reads the text once and returns sizes, hashes and a fingerprint. From these, `by_document` or `by_tail` computes a `Split`,
+whose `select` streams one of the parts. Each document is in one part, unless it is so long that `by_tail` has to cut it.
 """
 
 from __future__ import annotations
@@ -21,15 +20,16 @@ from tinylm.text.sources import Piece
 
 @dataclass(frozen=True)
 class Scan:
-    """What one pass over a text found. `hashes` and `lengths` have an entry per document."""
+    """The result of one pass over a text."""
 
     bytes: int
+    """Size as UTF-8."""
     hashes: np.ndarray
-    """First 8 bytes of each document's BLAKE2b, as uint64."""
+    """uint64 (documents,): the first 8 bytes of the BLAKE2b hash of each document."""
     lengths: np.ndarray
-    """Characters of each document, as int64."""
+    """int64 (documents,): characters of each document."""
     fingerprint: str
-    """Of the whole text: equal texts, cut into documents equally, have equal fingerprints."""
+    """Hash of the text and its division into documents."""
 
     @property
     def documents(self) -> int:
@@ -41,94 +41,98 @@ class Scan:
 
 
 def scan(pieces: Iterable[Piece], progress: Callable[[int], None] | None = None) -> Scan:
-    """Read a text once. `progress` is told the bytes read so far."""
+    """Read a text once. `progress` is called with the number of bytes read so far."""
     hashes, lengths = array("Q"), array("q")
-    whole = hashlib.sha256()
-    document = hashlib.blake2b(digest_size=16)
+    text_hash = hashlib.sha256()
+    document_hash = hashlib.blake2b(digest_size=16)
     size = 0
 
-    def finish() -> None:
-        digest = document.digest()
-        whole.update(digest)
+    def finish_document() -> None:
+        digest = document_hash.digest()
+        text_hash.update(digest)
         hashes.append(int.from_bytes(digest[:8], "big"))
 
     for piece in pieces:
         if piece.starts_document:
             if lengths:
-                finish()
-            document = hashlib.blake2b(digest_size=16)
+                finish_document()
+            document_hash = hashlib.blake2b(digest_size=16)
             lengths.append(0)
         encoded = piece.text.encode("utf-8")
-        document.update(encoded)
+        document_hash.update(encoded)
         lengths[-1] += len(piece.text)
         size += len(encoded)
         if progress is not None:
             progress(size)
     if lengths:
-        finish()
-    return Scan(size, np.array(hashes, dtype=np.uint64), np.array(lengths, dtype=np.int64), whole.hexdigest())
+        finish_document()
+    return Scan(size, np.array(hashes, dtype=np.uint64), np.array(lengths, dtype=np.int64), text_hash.hexdigest())
 
 
 @dataclass(frozen=True)
 class Split:
-    """For each document, where its held-out part begins: 0 = all held out, its length = all training."""
+    """Which text is held out: in each document, the characters from its boundary on."""
 
     boundaries: np.ndarray
+    """int64 (documents,): 0 if the document is held out, its length if it is used for training."""
     lengths: np.ndarray
+    """int64 (documents,): characters of each document."""
 
     @property
     def cuts_a_document(self) -> bool:
+        """Whether part of a document is held out and the rest is used for training."""
         return bool(np.any((self.boundaries > 0) & (self.boundaries < self.lengths)))
 
-    def select(self, pieces: Iterable[Piece], half: str) -> Iterator[Piece]:
-        """The pieces of one half, `train` or `heldout`."""
-        document, position, starts = -1, 0, True
+    def select(self, pieces: Iterable[Piece], part: str) -> Iterator[Piece]:
+        """Yield the pieces of one part, `train` or `heldout`."""
+        document, position, starts_document = -1, 0, True
         boundary = 0
         for piece in pieces:
             if piece.starts_document:
-                document, position, starts = document + 1, 0, True
+                document, position, starts_document = document + 1, 0, True
                 boundary = int(self.boundaries[document])
             cut = min(max(boundary - position, 0), len(piece.text))
-            text = piece.text[:cut] if half == "train" else piece.text[cut:]
+            text = piece.text[:cut] if part == "train" else piece.text[cut:]
             position += len(piece.text)
             if text:
-                yield Piece(text, starts)
-                starts = False
+                yield Piece(text, starts_document)
+                starts_document = False
 
 
-def by_document(found: Scan, share: float) -> Split:
-    """Hold out the documents whose hash falls into the lowest `share` of all hashes: equal documents go the same way.
+def by_document(scanned: Scan, share: float) -> Split:
+    """Hold out the documents whose hash is in the lowest `share` of all possible hashes, so that equal documents stay together.
 
-    Raises `InputError` when either half would be empty.
+    Raises `InputError` if one part would be empty.
     """
-    held = found.hashes < np.uint64(int(share * 2**64))
-    if not held.any() or held.all():
+    held_out = scanned.hashes < np.uint64(int(share * 2**64))
+    if not held_out.any() or held_out.all():
+        part = "training" if held_out.any() else "held-out"
         raise InputError(
-            f"none of the {found.documents:,} documents would be {'left to train on' if held.any() else 'held out'}",
+            f"the {part} part of the {scanned.documents:,} documents would be empty",
             where="data.heldout",
             hint="use `by: tail`, another share, or a text with more documents",
         )
-    return Split(np.where(held, 0, found.lengths), found.lengths)
+    return Split(np.where(held_out, 0, scanned.lengths), scanned.lengths)
 
 
-def by_tail(found: Scan, share: float) -> Split:
-    """Hold out the last `share` of the characters, from the document border nearest to it.
+def by_tail(scanned: Scan, share: float) -> Split:
+    """Hold out about the last `share` of the characters, starting at the nearest start of a document.
 
-    When that border would hold out less than half or more than one and a half of what was asked for, the document in
-    which the cut falls is cut itself.
+    If that would hold out less than half or more than one and a half times the requested characters, the document at the requested
+    position is cut there.
     """
-    ends = np.cumsum(found.lengths)
-    cut = int(found.characters * (1 - share))
-    borders = ends[:-1]
-    if len(borders):
-        nearest = int(borders[np.argmin(np.abs(borders - cut))])
-        held = found.characters - nearest
-        if abs(held - found.characters * share) <= 0.5 * found.characters * share:
+    ends = np.cumsum(scanned.lengths)
+    cut = int(scanned.characters * (1 - share))
+    document_starts = ends[:-1]
+    if len(document_starts):
+        nearest = int(document_starts[np.argmin(np.abs(document_starts - cut))])
+        held_out = scanned.characters - nearest
+        if abs(held_out - scanned.characters * share) <= 0.5 * scanned.characters * share:
             cut = nearest
-    starts = ends - found.lengths
-    return Split(np.clip(cut - starts, 0, found.lengths), found.lengths)
+    starts = ends - scanned.lengths
+    return Split(np.clip(cut - starts, 0, scanned.lengths), scanned.lengths)
 
 
 def repeated_documents(train: np.ndarray, heldout: np.ndarray) -> int:
-    """How many held-out documents, by hash, also occur in training."""
+    """The number of held-out documents that are also training documents, compared by hash."""
     return int(np.isin(heldout, train).sum())

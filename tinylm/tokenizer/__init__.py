@@ -1,4 +1,4 @@
-"""Tokenizers: text to ids and back, trained here or read from a tokenizer.json."""
+"""Tokenizers convert text to token ids and back. They are trained on text or loaded from a tokenizer.json."""
 
 from tinylm.tokenizer.tokenizer import END_OF_TEXT, StreamDecoder, Tokenizer
 

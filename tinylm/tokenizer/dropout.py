@@ -1,7 +1,10 @@
-"""BPE dropout (Provilkov et al. 2020): the same text in other tokens each time, for training a model that does not depend on one.
+"""BPE-dropout: encode the same text to different tokens each time, which makes a model robust to segmentation.
 
-Of the merges that could come next, each is left out with a probability; when all are, the word stays as it is. The random numbers
-come from a seed and are drawn in the order of the text, so that the same seed gives the same ids however the text is cut.
+Provilkov et al. 2020, "BPE-Dropout: Simple and Effective Subword Regularization": before each merge of a word, every merge that
+could be applied is dropped with some probability; if all are dropped, the word is finished. For example, a word that is usually
+encoded as `n` `e` `w` `est` becomes `n` `e` `w` `es` `t` if the merge of `es` and `t` is dropped.
+
+Random numbers are drawn in the order of the text, so the same seed gives the same ids for any division of the text into pieces.
 """
 
 from __future__ import annotations
@@ -14,42 +17,44 @@ import numpy as np
 
 from tinylm.errors import InputError
 from tinylm.text.sources import Piece
-from tinylm.tokenizer.encoding import units
+from tinylm.tokenizer.encoding import segments
 from tinylm.tokenizer.tokenizer import Tokenizer
 
 
 class DropoutEncoder:
-    """Encodes with a tokenizer of kind bpe, leaving out a `share` of merges. Raises `InputError` for other kinds."""
+    """Encodes with a tokenizer of kind bpe and drops each merge with probability `dropout`."""
 
-    def __init__(self, tokenizer: Tokenizer, share: float, seed: int = 0) -> None:
-        model = tokenizer.described["model"]
+    def __init__(self, tokenizer: Tokenizer, dropout: float, seed: int = 0) -> None:
+        """Raises `InputError` if the tokenizer is not of kind bpe."""
         if tokenizer.kind != "bpe":
-            raise InputError(f"only kind bpe has merges to leave out, and this is {tokenizer.kind}", where="dropout")
+            raise InputError(f"needs a tokenizer of kind bpe, not {tokenizer.kind}", where="dropout")
         self._tokenizer = tokenizer
-        self._share = share
+        self._dropout = dropout
         self._random = random.Random(seed)
-        self._ids: dict[str, int] = model["vocab"]
+        self._ids: dict[str, int] = tokenizer.tokenizer_json["model"]["vocab"]
         self._ranks = tokenizer.merge_ranks
 
     def encode_pieces(self, pieces: Iterable[Piece]) -> Iterator[tuple[np.ndarray, bool]]:
-        """(ids as uint32, whether they begin a document), in order."""
+        """Yield (ids as uint32, whether they begin a document) in order."""
         backend = self._tokenizer.backend
-        for text, starts in units(pieces, self._tokenizer.borders):
-            written = text.decode("utf-8")
+        for segment, starts_document in segments(pieces, self._tokenizer.split_points):
+            text = segment.decode("utf-8")
             if backend.normalizer is not None:
-                written = backend.normalizer.normalize_str(written)
-            words = backend.pre_tokenizer.pre_tokenize_str(written) if backend.pre_tokenizer is not None else [(written, None)]
-            yield np.array([id for word, _ in words for id in self._word(word)], dtype=np.uint32), starts
+                text = backend.normalizer.normalize_str(text)
+            words = backend.pre_tokenizer.pre_tokenize_str(text) if backend.pre_tokenizer is not None else [(text, None)]
+            yield np.array([id for word, _ in words for id in self._encode_word(word)], dtype=np.uint32), starts_document
 
-    def _word(self, word: str) -> list[int]:
-        if not all(character in self._ids for character in word):
-            return [token.id for token in self._tokenizer.backend.model.tokenize(word)]  # what falls back to bytes has no merges
+    def _encode_word(self, word: str) -> list[int]:
+        if not all(character in self._ids for character in word):  # byte fallback, which has no merges
+            return [token.id for token in self._tokenizer.backend.model.tokenize(word)]
         symbols = list(word)
-        draw, ranks, share = self._random.random, self._ranks, self._share
+        draw, ranks, dropout = self._random.random, self._ranks, self._dropout
         while len(symbols) > 1:
-            found = [(ranks[pair], at) for at, pair in enumerate(itertools.pairwise(symbols)) if pair in ranks and draw() >= share]
-            if not found:
+            candidates = [
+                (ranks[pair], i) for i, pair in enumerate(itertools.pairwise(symbols)) if pair in ranks and draw() >= dropout
+            ]
+            if not candidates:
                 break
-            at = min(found)[1]
-            symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
+            i = min(candidates)[1]
+            symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
         return [self._ids[symbol] for symbol in symbols]

@@ -1,8 +1,8 @@
-"""Text to ids, fast: each distinct chunk is encoded once, by the fastest engine that gives the same ids.
+"""Fast encoding of text to ids: each distinct chunk is encoded once, by the fastest engine that gives the same ids.
 
-In front of every model whose borders are known (`splits.Borders`) stands a `ChunkIndex`; what it has not met goes to the engine:
-tiktoken's core for byte-level BPE where it is installed and proves itself on a probe of this very text, else `tokenizers`. Byte
-and character vocabularies need no model at all, only a table. Nothing here changes an id: the tests compare with `tokenizers`.
+If the split points of a tokenizer are known, a `ChunkIndex` looks up the chunks seen before, and only new chunks reach the engine.
+The engine is tiktoken if it is installed, can represent the tokenizer, and agrees with `tokenizers` on a sample of the text.
+Otherwise it is `tokenizers` itself. Byte and character vocabularies need only a table. The ids are always those of `tokenizers`.
 """
 
 from __future__ import annotations
@@ -15,160 +15,178 @@ import numpy as np
 import tokenizers
 
 from tinylm.text.sources import Piece
+from tinylm.tokenizer import kernel_loading
+from tinylm.tokenizer.byte_level import bytes_to_unicode, unicode_to_bytes
 from tinylm.tokenizer.chunks import ChunkIndex
-from tinylm.tokenizer.compiled import kernels
-from tinylm.tokenizer.splits import SplitPoints, byte_level_table, pattern_in
+from tinylm.tokenizer.pretokenizer import byte_level_pattern
+from tinylm.tokenizer.split_points import SplitPoints
 
 Engine = Callable[[Sequence[str]], list[list[int]]]
 Note = Callable[[str], None]
 
-UNIT_BYTES = 1 << 18
-LONGEST_UNIT = 1 << 18
-"""Bytes after which a text without any border is cut all the same: a border is not expected any more."""
-_PROBE = 2000
-_LONGEST_FOR_TIKTOKEN = 500
-"""Characters: its time grows with the square of a word without borders."""
+SEGMENT_BYTES = 1 << 18
+"""Target size of the segments into which documents are cut."""
+MAX_BYTES_WITHOUT_SPLIT_POINT = 1 << 18
+"""Text without a split point for longer than this is cut anyway, which may change the tokens at the cut."""
+_SAMPLE_CHUNKS = 2000
+"""Chunks on which tiktoken must agree with `tokenizers`."""
+_MAX_TIKTOKEN_CHARACTERS = 500
+"""tiktoken's time is quadratic in the length of a chunk, so longer chunks go to `tokenizers`."""
 _ENGINE_CHUNKS = 1 << 14
+"""Chunks given to the engine at once."""
 
 
-def units(pieces: Iterable[Piece], borders: SplitPoints | None) -> Iterator[tuple[bytes, bool]]:
-    """(UTF-8 text, whether it begins a document), cut where no id depends on the cut, wherever `pieces` were cut.
+def segments(pieces: Iterable[Piece], split_points: SplitPoints | None) -> Iterator[tuple[bytes, bool]]:
+    """Cut documents into segments to be encoded separately: (UTF-8 text, whether it begins a document).
 
-    Without `borders` a unit is a whole document.
+    The cuts are at split points, so that they do not change any token, and do not depend on how `pieces` divide a document. Without
+    `split_points`, a segment is a whole document.
     """
-    held, starts = bytearray(), False
+    buffer, starts_document = bytearray(), False
     for piece in pieces:
-        if piece.starts_document and (held or starts):
-            yield bytes(held), starts
-            held, starts = bytearray(), False
-        starts = starts or piece.starts_document
-        held += piece.text.encode("utf-8")
-        if borders is None or len(held) < UNIT_BYTES:
+        if piece.starts_document and (buffer or starts_document):
+            yield bytes(buffer), starts_document
+            buffer, starts_document = bytearray(), False
+        starts_document = starts_document or piece.starts_document
+        buffer += piece.text.encode("utf-8")
+        if split_points is None or len(buffer) < SEGMENT_BYTES:
             continue
-        text, begin = bytes(held), 0
-        for end in _cuts(text, borders):
-            yield text[begin:end], starts
-            begin, starts = end, False
-        held = bytearray(text[begin:])
-    if held or starts:
-        yield bytes(held), starts
+        text, begin = bytes(buffer), 0
+        for end in _cuts(text, split_points):
+            yield text[begin:end], starts_document
+            begin, starts_document = end, False
+        buffer = bytearray(text[begin:])
+    if buffer or starts_document:
+        yield bytes(buffer), starts_document
 
 
-def _cuts(text: bytes, borders: SplitPoints) -> list[int]:
-    """Where to cut a growing text: at the last border before every `UNIT_BYTES`, and inside what has no border for too long."""
-    found = borders.find(text)
-    wanted = np.searchsorted(found, np.append(np.arange(UNIT_BYTES, len(text), UNIT_BYTES), len(text)), side="right") - 1
-    cuts = {*found[wanted[wanted >= 0]].tolist()}
-    edges = np.concatenate(([0], found, [len(text)]))
-    for gap in np.flatnonzero(np.diff(edges) > LONGEST_UNIT).tolist():
+def _cuts(text: bytes, split_points: SplitPoints) -> list[int]:
+    """Where to cut a text to which more may be added.
+
+    These are the last split point before each multiple of `SEGMENT_BYTES`, and positions in stretches of more than
+    `MAX_BYTES_WITHOUT_SPLIT_POINT` bytes without a split point.
+    """
+    candidates = split_points.find(text)
+    targets = np.append(np.arange(SEGMENT_BYTES, len(text), SEGMENT_BYTES), len(text))
+    last_before = np.searchsorted(candidates, targets, side="right") - 1
+    cuts = {*candidates[last_before[last_before >= 0]].tolist()}
+    edges = np.concatenate(([0], candidates, [len(text)]))
+    for gap in np.flatnonzero(np.diff(edges) > MAX_BYTES_WITHOUT_SPLIT_POINT).tolist():
         begin, end = int(edges[gap]), int(edges[gap + 1])
-        while end - begin > LONGEST_UNIT:
-            begin += LONGEST_UNIT
-            while text[begin] & 0xC0 == 0x80:  # not inside a character
+        while end - begin > MAX_BYTES_WITHOUT_SPLIT_POINT:
+            begin += MAX_BYTES_WITHOUT_SPLIT_POINT
+            while text[begin] & 0xC0 == 0x80:  # do not cut inside a character
                 begin -= 1
             cuts.add(begin)
     return sorted(cuts)
 
 
 class Encoder:
-    """Encodes units of text for one tokenizer. `note` hears when a faster engine had to be given up."""
+    """Encodes segments for one tokenizer and caches the ids of chunks. `note` is called if tiktoken turns out to be unusable."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, described: Mapping[str, Any], borders: SplitPoints | None) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, tokenizer_json: Mapping[str, Any], split_points: SplitPoints | None) -> None:
         self._backend = backend
-        self._described = described
-        self._index = ChunkIndex(borders) if borders is not None else None
-        self._table = _byte_table(described)
-        self._characters = _character_table(described)
+        self._tokenizer_json = tokenizer_json
+        self._index = ChunkIndex(split_points) if split_points is not None else None
+        self._id_of_byte = _byte_table(tokenizer_json)
+        self._id_of_character = _character_table(tokenizer_json)
         self._engine: Engine | None = None
         self.note: Note = lambda text: None
-        self._forget()
+        self._clear()
 
-    def _forget(self) -> None:
+    def _clear(self) -> None:
         if self._index is not None:
             self._index.clear()
+        # The ids of chunk n are flat[starts[n] : starts[n] + sizes[n]].
         self._flat = np.zeros(1024, dtype=np.uint32)
         self._starts = np.zeros(1024, dtype=np.int64)
         self._sizes = np.zeros(1024, dtype=np.int64)
-        self._known = self._used = 0
+        self._n_chunks = self._n_ids = 0
 
     def encode(self, text: bytes) -> np.ndarray:
-        """The ids of one unit, as uint32."""
-        if self._table is not None:
-            return np.take(self._table, np.frombuffer(text, dtype=np.uint8))
-        if self._characters is not None:
-            return np.take(self._characters, np.frombuffer(text.decode("utf-8").encode("utf-32-le"), dtype="<u4"))
+        """The ids of one segment (see `segments`), as uint32 (tokens,)."""
+        if self._id_of_byte is not None:
+            return np.take(self._id_of_byte, np.frombuffer(text, dtype=np.uint8))
+        if self._id_of_character is not None:
+            return np.take(self._id_of_character, np.frombuffer(text.decode("utf-8").encode("utf-32-le"), dtype="<u4"))
         if self._index is None:
-            return np.array(self._slow([text.decode("utf-8")])[0], dtype=np.uint32)
+            return np.array(self._encode_with_tokenizers([text.decode("utf-8")])[0], dtype=np.uint32)
         if self._index.is_full:
-            self._forget()
+            self._clear()
         numbers = self._index.find(text)
-        self._learn(self._index.chunks[self._known :])
+        self._encode_chunks(self._index.chunks[self._n_chunks :])
         sizes = self._sizes[numbers]
-        if (loops := kernels(0)) is not None:
+        if (kernels := kernel_loading.kernels_if_worthwhile(0)) is not None:
             ids = np.empty(int(sizes.sum()), dtype=np.uint32)
-            loops.gather(self._flat, self._starts, self._sizes, numbers, ids)
+            kernels.gather_ids(self._flat, self._starts, self._sizes, numbers, ids)
             return ids
-        before = np.cumsum(sizes) - sizes
-        return self._flat[np.repeat(self._starts[numbers] - before, sizes) + np.arange(int(sizes.sum()))]
+        begins = np.cumsum(sizes) - sizes  # where the ids of each chunk begin in the result
+        return self._flat[np.repeat(self._starts[numbers] - begins, sizes) + np.arange(int(sizes.sum()))]
 
-    def _slow(self, texts: Sequence[str]) -> list[list[int]]:
+    def _encode_with_tokenizers(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    def _learn(self, chunks: Sequence[bytes]) -> None:
-        """Ask the engine for the ids of new chunks and put them behind those known."""
+    def _encode_chunks(self, chunks: Sequence[bytes]) -> None:
+        """Encode new chunks and append their ids to the cache."""
         for start in range(0, len(chunks), _ENGINE_CHUNKS):
             texts = [chunk.decode("utf-8") for chunk in chunks[start : start + _ENGINE_CHUNKS]]
-            encoded = self._encode_new(texts)
+            if self._engine is None:
+                self._engine = self._choose_engine(texts[:_SAMPLE_CHUNKS])
+            encoded = self._engine(texts)
             sizes = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
             total = int(sizes.sum())
-            self._flat = _grown(self._flat, self._used + total)
-            self._starts, self._sizes = (_grown(a, self._known + len(encoded)) for a in (self._starts, self._sizes))
-            self._flat[self._used : self._used + total] = np.fromiter(chain.from_iterable(encoded), dtype=np.uint32, count=total)
-            here = slice(self._known, self._known + len(encoded))
-            self._sizes[here] = sizes
-            self._starts[here] = self._used + np.cumsum(sizes) - sizes
-            self._known += len(encoded)
-            self._used += total
+            self._flat = _grown(self._flat, self._n_ids + total)
+            self._starts, self._sizes = (_grown(a, self._n_chunks + len(encoded)) for a in (self._starts, self._sizes))
+            self._flat[self._n_ids : self._n_ids + total] = np.fromiter(chain.from_iterable(encoded), dtype=np.uint32, count=total)
+            added = slice(self._n_chunks, self._n_chunks + len(encoded))
+            self._sizes[added] = sizes
+            self._starts[added] = self._n_ids + np.cumsum(sizes) - sizes
+            self._n_chunks += len(encoded)
+            self._n_ids += total
 
-    def _encode_new(self, texts: list[str]) -> list[list[int]]:
-        if self._engine is None:
-            self._engine = self._proven(_tiktoken(self._described, self._slow), texts[:_PROBE])
-        return self._engine(texts)
-
-    def _proven(self, engine: Engine | None, probe: Sequence[str]) -> Engine:
+    def _choose_engine(self, sample: Sequence[str]) -> Engine:
+        engine = tiktoken_engine(self._tokenizer_json, self._encode_with_tokenizers)
         if engine is None:
-            return self._slow
-        if engine(probe) != self._slow(probe):
-            self.note("tiktoken gives other ids for this tokenizer: encoding with tokenizers, which is slower")
-            return self._slow
+            return self._encode_with_tokenizers
+        if engine(sample) != self._encode_with_tokenizers(sample):
+            self.note("tiktoken gives different ids for this tokenizer; encoding with tokenizers instead, which is slower")
+            return self._encode_with_tokenizers
         return engine
 
 
 def _grown(array: np.ndarray, size: int) -> np.ndarray:
+    """The array, extended with zeros if it is shorter than `size`."""
     return array if len(array) >= size else np.concatenate((array, np.zeros(2 * size - len(array), dtype=array.dtype)))
 
 
-def _plain(described: Mapping[str, Any]) -> bool:
-    """No normaliser and no added token that text could hold."""
-    return described.get("normalizer") is None and all(token["special"] for token in described["added_tokens"])
+def _no_normalizer_or_added_tokens(tokenizer_json: Mapping[str, Any]) -> bool:
+    """Whether the tokenizer has neither. Special tokens are ignored, because text never becomes one."""
+    return tokenizer_json.get("normalizer") is None and all(token["special"] for token in tokenizer_json["added_tokens"])
 
 
-def _byte_table(described: Mapping[str, Any]) -> np.ndarray | None:
-    """The id of each byte, for a byte-level vocabulary without merges."""
-    model = described["model"]
-    decoder = described.get("decoder") or {}
-    if model["type"] != "BPE" or model["merges"] or decoder.get("type") != "ByteLevel" or not _plain(described):
+def _byte_table(tokenizer_json: Mapping[str, Any]) -> np.ndarray | None:
+    """The id of each byte, as uint32 (256,), for a byte-level vocabulary without merges; else None."""
+    model = tokenizer_json["model"]
+    decoder = tokenizer_json.get("decoder") or {}
+    if (
+        model["type"] != "BPE"
+        or model["merges"]
+        or decoder.get("type") != "ByteLevel"
+        or not _no_normalizer_or_added_tokens(tokenizer_json)
+    ):
         return None
-    letters = {byte: letter for letter, byte in byte_level_table().items()}
-    if not all(letter in model["vocab"] for letter in letters.values()):
+    character_of = bytes_to_unicode()
+    if not all(character in model["vocab"] for character in character_of.values()):
         return None
-    return np.array([model["vocab"][letters[byte]] for byte in range(256)], dtype=np.uint32)
+    return np.array([model["vocab"][character_of[byte]] for byte in range(256)], dtype=np.uint32)
 
 
-def _character_table(described: Mapping[str, Any]) -> np.ndarray | None:
-    """The id of each code point, for a vocabulary of single characters with an unknown token."""
-    model = described["model"]
-    if model["type"] != "BPE" or model["merges"] or described.get("pre_tokenizer") is not None or not _plain(described):
+def _character_table(tokenizer_json: Mapping[str, Any]) -> np.ndarray | None:
+    """The id of each code point, as uint32, for a vocabulary of single characters with an unknown token; else None."""
+    model = tokenizer_json["model"]
+    if model["type"] != "BPE" or model["merges"] or tokenizer_json.get("pre_tokenizer") is not None:
+        return None
+    if not _no_normalizer_or_added_tokens(tokenizer_json):
         return None
     if model["fuse_unk"] or model["byte_fallback"] or model["unk_token"] not in model["vocab"]:
         return None
@@ -179,27 +197,32 @@ def _character_table(described: Mapping[str, Any]) -> np.ndarray | None:
     return table
 
 
-def _tiktoken(described: Mapping[str, Any], slow: Engine) -> Engine | None:
-    """tiktoken's core over the same merges, where it is installed and can express this tokenizer."""
-    pattern = pattern_in(described)
-    model = described["model"]
-    if pattern is None or model["type"] != "BPE" or not model["merges"] or not _plain(described):
+def tiktoken_engine(tokenizer_json: Mapping[str, Any], fallback: Engine) -> Engine | None:
+    """A tiktoken engine with the same merges, or None if tiktoken is not installed or cannot represent the tokenizer.
+
+    `fallback` encodes the texts that are too long for tiktoken.
+    """
+    pattern = byte_level_pattern(tokenizer_json)
+    model = tokenizer_json["model"]
+    if pattern is None or model["type"] != "BPE" or not model["merges"] or not _no_normalizer_or_added_tokens(tokenizer_json):
         return None
-    if model["byte_fallback"] or model["ignore_merges"] or (described.get("decoder") or {}).get("type") != "ByteLevel":
+    if model["byte_fallback"] or model["ignore_merges"] or (tokenizer_json.get("decoder") or {}).get("type") != "ByteLevel":
         return None
-    letters = byte_level_table()
-    special = {token["content"] for token in described["added_tokens"]}
+    byte_of = unicode_to_bytes()
+    special = {token["content"] for token in tokenizer_json["added_tokens"]}
     vocabulary = {token: id for token, id in model["vocab"].items() if token not in special}
-    made = [vocabulary.get("".join(merge if isinstance(merge, list) else merge.split(" ")), -1) for merge in model["merges"]]
-    in_order = all(a < b for a, b in pairwise(made)) and made[0] >= 256
-    if not in_order or not all(letter in letters for token in vocabulary for letter in token):
+    merged_ids = [vocabulary.get("".join(merge if isinstance(merge, list) else merge.split(" ")), -1) for merge in model["merges"]]
+    in_order = all(a < b for a, b in pairwise(merged_ids)) and merged_ids[0] >= 256  # tiktoken merges in the order of ids
+    if not in_order or not all(character in byte_of for token in vocabulary for character in token):
         return None
-    ranks = {bytes(letters[letter] for letter in token): id for token, id in vocabulary.items()}
-    if len(ranks) != len(made) + 256 or not all(bytes([byte]) in ranks for byte in range(256)):
+    ranks = {bytes(byte_of[character] for character in token): id for token, id in vocabulary.items()}
+    if len(ranks) != len(merged_ids) + 256 or not all(bytes([byte]) in ranks for byte in range(256)):
         return None
     try:
         import tiktoken
     except ImportError:
         return None
     core = tiktoken.Encoding("tinylm", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    return lambda texts: [core.encode_ordinary(text) if len(text) <= _LONGEST_FOR_TIKTOKEN else slow([text])[0] for text in texts]
+    return lambda texts: [
+        core.encode_ordinary(text) if len(text) <= _MAX_TIKTOKEN_CHARACTERS else fallback([text])[0] for text in texts
+    ]

@@ -1,4 +1,4 @@
-"""Why a text becomes these tokens: the merges of a word one by one, the best path of a Unigram model with its scores, and so on."""
+"""Explains step by step how a text is encoded: the merges of BPE, the best segmentations of Unigram, the matches of WordPiece."""
 
 from __future__ import annotations
 
@@ -8,24 +8,28 @@ import math
 from dataclasses import dataclass
 
 from tinylm.errors import InputError
-from tinylm.tokenizer.splits import byte_level_table
+from tinylm.tokenizer.byte_level import unicode_to_bytes
 from tinylm.tokenizer.tokenizer import BYTE_TOKENS, Tokenizer
 
-LONGEST = 20_000
+MAX_CHARACTERS = 20_000
+_N_ALTERNATIVES = 3
+"""Segmentations shown for Unigram besides the best one."""
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token of the text: its id, its text (bytes that are no characters of their own as \\xNN) and, for Unigram, its score."""
+    """A token of the text."""
 
     id: int
     text: str
+    """Bytes of incomplete characters are written \\xNN."""
     score: float | None = None
+    """The log probability, for Unigram only."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What was done, and how the word was divided after it."""
+    """One step in encoding a word: what was done, and the parts of the word after it."""
 
     what: str
     parts: list[str]
@@ -33,7 +37,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Word:
-    """A part of the text that the model sees by itself."""
+    """A part of the text that the pretokenizer splits off and the model encodes separately."""
 
     text: str
     tokens: list[Token]
@@ -42,7 +46,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Explanation:
-    """`words` in order; white space that a tokenizer drops is in none of them."""
+    """The words of a text in order. White space that the pretokenizer drops is not part of any word."""
 
     kind: str
     text: str
@@ -55,154 +59,167 @@ class Explanation:
 
 
 def explain(tokenizer: Tokenizer, text: str) -> Explanation:
-    """The story of a text of at most `LONGEST` characters. Its tokens are those that `tokenizer.encode` gives."""
-    if len(text) > LONGEST:
-        raise InputError(f"{len(text):,} characters are too many to explain", where="TEXT", hint=f"at most {LONGEST:,}")
+    """Explain the encoding of a text of at most `MAX_CHARACTERS` characters. The tokens are those of `tokenizer.encode`.
+
+    Raises `InputError` for a longer text or a tokenizer that is not supported.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise InputError(f"the text has {len(text):,} characters, but at most {MAX_CHARACTERS:,} can be explained", where="TEXT")
     backend = tokenizer.backend
     normalized = backend.normalizer.normalize_str(text) if backend.normalizer is not None else text
+    explainer = _WordExplainer(tokenizer)
     words = []
-    for part, added in _around_added(tokenizer, normalized):
-        if added:
+    for part, is_added in _split_at_added_tokens(tokenizer, normalized):
+        if is_added:
             id = backend.token_to_id(part)
             assert id is not None
-            words.append(Word(part, [Token(id, part)], [Step("an added token, whole whatever stands around it", [part])]))
+            words.append(Word(part, [Token(id, part)], [Step("added token", [part])]))
         else:
-            divided = backend.pre_tokenizer.pre_tokenize_str(part) if backend.pre_tokenizer is not None else [(part, None)]
-            words += [_Story(tokenizer).of(word) for word, _ in divided if word]
-    found = Explanation(tokenizer.kind, text, normalized, words)
-    if [token.id for token in found.tokens] != tokenizer.encode(text):
-        raise InputError("this tokenizer does more than is explained here (a post-processor, or added tokens in normalised text)")
-    return found
+            split = backend.pre_tokenizer.pre_tokenize_str(part) if backend.pre_tokenizer is not None else [(part, None)]
+            words += [explainer.explain(word) for word, _ in split if word]
+    explanation = Explanation(tokenizer.kind, text, normalized, words)
+    if [token.id for token in explanation.tokens] != tokenizer.encode(text):
+        raise InputError(
+            "cannot explain this tokenizer", hint="post-processors and added tokens in normalized text are not supported"
+        )
+    return explanation
 
 
-def _around_added(tokenizer: Tokenizer, text: str) -> list[tuple[str, bool]]:
-    """The text cut around its added tokens, the leftmost and of those the longest first."""
+def _split_at_added_tokens(tokenizer: Tokenizer, text: str) -> list[tuple[str, bool]]:
+    """Split a text into (part, whether it is an added token). The leftmost match wins; at one position, the longest token."""
     added = sorted((str(t.content) for t in tokenizer.backend.get_added_tokens_decoder().values() if not t.special), key=len)
     parts: list[tuple[str, bool]] = []
     while text:
-        at, token = min(
-            ((text.find(token), token) for token in reversed(added) if token in text), default=(-1, ""), key=lambda f: f[0]
+        start, token = min(
+            ((text.find(token), token) for token in reversed(added) if token in text),
+            default=(-1, ""),
+            key=lambda match: match[0],
         )
-        if at < 0:
+        if start < 0:
             parts.append((text, False))
             break
-        parts += [(text[:at], False)] * (at > 0) + [(token, True)]
-        text = text[at + len(token) :]
+        if start > 0:
+            parts.append((text[:start], False))
+        parts.append((token, True))
+        text = text[start + len(token) :]
     return parts
 
 
-class _Story:
+class _WordExplainer:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._model = tokenizer.described["model"]
+        self._model = tokenizer.tokenizer_json["model"]
 
-    def of(self, word: str) -> Word:
-        tell = {"BPE": self._merges, "Unigram": self._path, "WordPiece": self._greedy}.get(self._model["type"], self._looked_up)
-        tokens = [token.id for token in self._tokenizer.backend.model.tokenize(word)]
-        scores = self._scores(tokens)
-        listed = [Token(id, self._shown_id(id), score) for id, score in zip(tokens, scores, strict=True)]
-        return Word(self._shown(word), listed, tell(word, listed))
+    def explain(self, word: str) -> Word:
+        tokens = [
+            Token(token.id, self._text_of_id(token.id), self._score(token.id))
+            for token in self._tokenizer.backend.model.tokenize(word)
+        ]
+        explainers = {"BPE": self._bpe, "Unigram": self._unigram, "WordPiece": self._wordpiece}
+        steps = explainers.get(self._model["type"], self._lookup)(word, tokens)
+        return Word(self._text(word), tokens, steps)
 
-    def _scores(self, ids: list[int]) -> list[float | None]:
-        if self._model["type"] != "Unigram":
-            return [None] * len(ids)
-        return [self._model["vocab"][id][1] for id in ids]
+    def _score(self, id: int) -> float | None:
+        return self._model["vocab"][id][1] if self._model["type"] == "Unigram" else None
 
-    def _shown_id(self, id: int) -> str:
+    def _text_of_id(self, id: int) -> str:
         token = self._tokenizer.backend.id_to_token(id) or ""
-        return token if token in BYTE_TOKENS or id == self._tokenizer.unknown else self._shown(token)
+        return token if token in BYTE_TOKENS or id == self._tokenizer.unknown else self._text(token)
 
-    def _shown(self, token: str) -> str:
-        """A model's token as text; bytes of a character cut in two as \\xNN."""
-        table = byte_level_table()
+    def _text(self, token: str) -> str:
+        """The text of a token or word in the spelling of the vocabulary. Bytes of incomplete characters are written \\xNN."""
+        table = unicode_to_bytes()
         if not self._tokenizer.is_byte_level or not all(character in table for character in token):
             return token
         return bytes(table[character] for character in token).decode("utf-8", "backslashreplace")
 
-    def _merges(self, word: str, tokens: list[Token]) -> list[Step]:
+    def _bpe(self, word: str, tokens: list[Token]) -> list[Step]:
         ranks = self._tokenizer.merge_ranks
         parts = list(word)
-        steps = [Step("characters" if not self._tokenizer.is_byte_level else "bytes", [self._shown(part) for part in parts])]
-        while found := [(ranks[pair], at) for at, pair in enumerate(itertools.pairwise(parts)) if pair in ranks]:
-            rank, at = min(found)
-            left, right = parts[at : at + 2]
-            parts[at : at + 2] = [left + right]
-            what = f"merge {rank + 1:,}: {self._shown(left)!r} + {self._shown(right)!r}"
-            steps.append(Step(what, [self._shown(part) for part in parts]))
-        if [token.text for token in tokens] != steps[-1].parts:
-            steps.append(Step("characters outside the alphabet become bytes or unknown", [token.text for token in tokens]))
+        steps = [Step("bytes" if self._tokenizer.is_byte_level else "characters", [self._text(part) for part in parts])]
+        while candidates := [(ranks[pair], index) for index, pair in enumerate(itertools.pairwise(parts)) if pair in ranks]:
+            rank, index = min(candidates)
+            left, right = parts[index : index + 2]
+            parts[index : index + 2] = [left + right]
+            what = f"merge {rank + 1:,}: {self._text(left)!r} + {self._text(right)!r}"
+            steps.append(Step(what, [self._text(part) for part in parts]))
+        texts = [token.text for token in tokens]
+        if texts != steps[-1].parts:
+            steps.append(Step("characters outside the alphabet", texts))
         return steps
 
-    def _path(self, word: str, tokens: list[Token]) -> list[Step]:
-        scores = dict(self._tokenizer.described["model"]["vocab"])
+    def _unigram(self, word: str, tokens: list[Token]) -> list[Step]:
+        scores = dict(self._model["vocab"])
         total = sum(token.score or 0.0 for token in tokens)
-        steps = [Step(f"best path, log probability {total:.2f}", [token.text for token in tokens])]
-        others = [(score, path) for score, path in _best_paths(word, scores, 4) if path != [token.text for token in tokens]]
-        return steps + [Step(f"next best, {score:.2f}", path) for score, path in others[:3]]
+        texts = [token.text for token in tokens]
+        steps = [Step(f"best segmentation: log p = {total:.2f}", texts)]
+        others = [(score, path) for score, path in _best_paths(word, scores, _N_ALTERNATIVES + 1) if path != texts]
+        return steps + [Step(f"alternative: log p = {score:.2f}", path) for score, path in others[:_N_ALTERNATIVES]]
 
-    def _greedy(self, word: str, tokens: list[Token]) -> list[Step]:
+    def _wordpiece(self, word: str, tokens: list[Token]) -> list[Step]:
         if [token.id for token in tokens] == [self._tokenizer.unknown]:
-            return [Step("some part of it is in no piece: unknown as a whole", [tokens[0].text])]
+            return [Step("no match: the word is unknown", [tokens[0].text])]
         texts = [token.text for token in tokens]
         return [
-            Step(f"longest piece that begins here: {text!r}", [*texts[: at + 1], *(["..."] if at + 1 < len(texts) else [])])
-            for at, text in enumerate(texts)
+            Step(f"longest match: {text!r}", [*texts[:count], *(["..."] if count < len(texts) else [])])
+            for count, text in enumerate(texts, 1)
         ]
 
-    def _looked_up(self, word: str, tokens: list[Token]) -> list[Step]:
+    def _lookup(self, word: str, tokens: list[Token]) -> list[Step]:
         known = [token.id for token in tokens] != [self._tokenizer.unknown]
         return [Step("in the vocabulary" if known else "not in the vocabulary", [token.text for token in tokens])]
 
 
 def _best_paths(word: str, scores: dict[str, float], count: int) -> list[tuple[float, list[str]]]:
-    """The `count` best segmentations of a word into pieces, best first; none when a character is in no piece."""
+    """The `count` best segmentations of a word into pieces, best first. Empty if a character of the word is not in any piece."""
     longest = max(map(len, scores), default=0)
     best: list[list[tuple[float, list[str]]]] = [[(0.0, [])]]
     for end in range(1, len(word) + 1):
-        ways = [
+        paths = [
             (score + scores[word[start:end]], [*path, word[start:end]])
             for start in range(max(0, end - longest), end)
             if word[start:end] in scores and scores[word[start:end]] > -100
             for score, path in best[start]
         ]
-        best.append(sorted(ways, key=lambda way: (-way[0], way[1]))[:count])
-    return [way for way in best[-1] if math.isfinite(way[0])]
+        best.append(sorted(paths, key=lambda scored: (-scored[0], scored[1]))[:count])
+    return [(score, path) for score, path in best[-1] if math.isfinite(score)]
 
 
 def visible(text: str) -> str:
-    """White space and control characters made to be seen."""
+    """A text with its white space and control characters replaced by visible ones."""
     marks = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
     return "".join(marks.get(c) or (c if c.isprintable() else f"\\u{ord(c):04x}") for c in text)
 
 
-def as_html(found: Explanation, title: str) -> str:
-    """A page that stands by itself: the text in colored tokens, and below each word its story."""
+def as_html(explanation: Explanation, title: str) -> str:
+    """A self-contained page: the text with its tokens colored, then the steps of every word."""
     colors = ("#dbeafe", "#fef3c7", "#dcfce7", "#fce7f3", "#ede9fe", "#ffedd5")
 
-    def boxes(parts: list[str], titles: list[str]) -> str:
+    def boxes(parts: list[str], tooltips: list[str]) -> str:
         return "".join(
-            f'<span class="t" style="background:{colors[at % len(colors)]}" title="{html.escape(hint)}">'
+            f'<span class="t" style="background:{colors[index % len(colors)]}" title="{html.escape(tooltip)}">'
             f"{html.escape(visible(part))}</span>"
-            for at, (part, hint) in enumerate(zip(parts, titles, strict=True))
+            for index, (part, tooltip) in enumerate(zip(parts, tooltips, strict=True))
         )
 
-    tokens = found.tokens
-    stories = []
-    for word in found.words:
+    tokens = explanation.tokens
+    is_open = " open" if len(explanation.words) <= 24 else ""
+    sections = []
+    for word in explanation.words:
         rows = "".join(
             f"<tr><td>{html.escape(step.what)}</td><td>{boxes(step.parts, [''] * len(step.parts))}</td></tr>" for step in word.steps
         )
         ids = " ".join(str(token.id) for token in word.tokens)
-        stories.append(
-            f"<details{' open' * (len(found.words) <= 24)}><summary><code>{html.escape(visible(word.text))}</code> "
+        sections.append(
+            f"<details{is_open}><summary><code>{html.escape(visible(word.text))}</code> "
             f"<small>{ids}</small></summary><table>{rows}</table></details>"
         )
-    hints = [f"{token.id}" + (f", score {token.score:.3f}" if token.score is not None else "") for token in tokens]
+    tooltips = [f"{token.id}" + (f", score {token.score:.3f}" if token.score is not None else "") for token in tokens]
     return _PAGE.format(
         title=html.escape(title),
-        summary=f"{found.kind}: {len(found.text):,} characters, {len(tokens):,} tokens",
-        text=boxes([token.text for token in tokens], hints),
-        words="\n".join(stories),
+        summary=f"{explanation.kind}: {len(explanation.text):,} characters, {len(tokens):,} tokens",
+        text=boxes([token.text for token in tokens], tooltips),
+        words="\n".join(sections),
     )
 
 

@@ -1,6 +1,7 @@
-"""The inner loops of finding chunks, and of learning merges, compiled by numba: what `chunks`, `splits` and `merges` do in arrays.
+"""The inner loops that find chunks and learn merges, compiled by numba.
 
-Everything here gives what the array operations give, number for number; `tinylm.tokenizer.compiled` decides when it is loaded.
+They give exactly the results of the NumPy code in `split_points`, `chunks`, `encoding` and `merges`. `kernel_loading` decides when
+they are used.
 """
 
 from __future__ import annotations
@@ -9,42 +10,44 @@ from typing import Any
 
 import numpy as np
 
-from tinylm.jit import compiled
-from tinylm.tokenizer.chunks import MULTIPLIERS
+from tinylm.jit import cached_njit
+from tinylm.tokenizer.constants import HASH_MULTIPLIERS, PACKED_WORDS, PAIR_SHIFT
 
-SHIFT = 24
-"""A pair of ids is left << SHIFT | right."""
-EMPTY = -1
-_M0, _M1, _M2 = MULTIPLIERS
-
-
-_compiled = compiled()
+_MAX_PACKED_BYTES = 8 * PACKED_WORDS
+_M0, _M1, _M2 = HASH_MULTIPLIERS
+_EMPTY = -1
+"""The key of an empty slot of a pair table."""
 
 
-@_compiled
-def find_borders(text: Any, before: Any, after: Any, wide: Any, graphic: Any, lines: bool, found: Any) -> int:
-    """Write the borders of `text` (bytes) into `found`; how many. See `splits.Borders`."""
+_njit = cached_njit()
+
+
+@_njit
+def find_split_points(
+    text: Any, class_bits: Any, allowed_bits: Any, wide_space: Any, visible: Any, before_lines: bool, positions: Any
+) -> int:
+    """Write the split points of `text` (bytes) into `positions` and return their number. See `split_points.SplitPoints`."""
     count = 0
     for i in range(1, len(text)):
         left = text[i - 1]
-        if lines and left == 10:
+        if before_lines and left == 10:
             j = i
             while j < len(text) and text[j] == 32:
                 j += 1
-            at = j < len(text) and graphic[text[j]]
+            is_split = j < len(text) and visible[text[j]]
         else:
-            at = (before[left] & after[text[i]]) != 0
-            if at and left >= 128 and i >= 2:
-                at = not wide[np.int64(text[i - 2]) << 8 | np.int64(left)]
-        if at:
-            found[count] = i
+            is_split = (class_bits[left] & allowed_bits[text[i]]) != 0
+            if is_split and left >= 128 and i >= 2:
+                is_split = not wide_space[np.int64(text[i - 2]) << 8 | np.int64(left)]
+        if is_split:
+            positions[count] = i
             count += 1
     return count
 
 
-@_compiled
+@_njit
 def _slot_of_chunk(slots: Any, packed: Any, lengths: Any, length: int, first: Any, second: Any, third: Any) -> Any:
-    """Where a chunk's number stands, or will."""
+    """The slot that holds a chunk's number, or the empty slot where it belongs."""
     hashed = np.uint64(length) * _M1
     hashed = (hashed ^ first) * _M0
     hashed ^= hashed >> np.uint64(29)
@@ -63,31 +66,31 @@ def _slot_of_chunk(slots: Any, packed: Any, lengths: Any, length: int, first: An
         slot = (slot + 1) & mask
 
 
-@_compiled
+@_njit
 def index_chunks(slots: Any, packed: Any, lengths: Any, count: int) -> None:
-    """Enter the first `count` numbers, as far as they are of short chunks, into `slots`, which is all -1."""
+    """Enter the packed chunks among the first `count` into `slots`, which must be all -1."""
     for number in range(count):
         if lengths[number] >= 0:
             slot = _slot_of_chunk(slots, packed, lengths, lengths[number], packed[0, number], packed[1, number], packed[2, number])
             slots[slot] = number
 
 
-@_compiled
+@_njit
 def number_chunks(
-    text: Any, starts: Any, slots: Any, packed: Any, lengths: Any, known: int, found: Any, new: Any, long: Any
+    text: Any, starts: Any, slots: Any, packed: Any, lengths: Any, known: int, numbers: Any, new: Any, long: Any
 ) -> Any:
-    """The number of each chunk of `text` into `found`; chunks not met before get the numbers from `known` on.
+    """Write the number of each chunk of `text` into `numbers`. New chunks get the numbers from `known` on.
 
-    Into `new` which chunks those are, and into `long` which are longer than 24 bytes and have no number yet; how many of both.
-    See `chunks.ChunkIndex`.
+    Also write the indices of the new chunks into `new`, and those of the chunks too long to be packed, which get no number, into
+    `long`. Returns the number of each. See `chunks.ChunkIndex`.
     """
-    fresh, others, last = 0, 0, len(starts) - 1
+    n_new, n_long, last = 0, 0, len(starts) - 1
     for chunk in range(len(starts)):
         start = starts[chunk]
         length = (starts[chunk + 1] if chunk < last else len(text)) - start
-        if length > 24:
-            long[others] = chunk
-            others += 1
+        if length > _MAX_PACKED_BYTES:
+            long[n_long] = chunk
+            n_long += 1
             continue
         first, second, third = np.uint64(0), np.uint64(0), np.uint64(0)
         for i in range(min(length, 8)):
@@ -98,68 +101,72 @@ def number_chunks(
             third |= np.uint64(text[start + i]) << np.uint64(8 * (i - 16))
         slot = _slot_of_chunk(slots, packed, lengths, length, first, second, third)
         if slots[slot] < 0:
-            number = known + fresh
+            number = known + n_new
             slots[slot], lengths[number] = number, length
             packed[0, number], packed[1, number], packed[2, number] = first, second, third
-            new[fresh] = chunk
-            fresh += 1
-        found[chunk] = slots[slot]
-    return fresh, others
+            new[n_new] = chunk
+            n_new += 1
+        numbers[chunk] = slots[slot]
+    return n_new, n_long
 
 
-@_compiled
-def gather(flat: Any, starts: Any, sizes: Any, numbers: Any, into: Any) -> None:
-    """The ids of chunks, one after another: `flat[starts[n] : starts[n] + sizes[n]]` for each number."""
-    at = 0
+@_njit
+def gather_ids(flat: Any, starts: Any, sizes: Any, numbers: Any, ids: Any) -> None:
+    """Concatenate the ids of chunks into `ids`: `flat[starts[n] : starts[n] + sizes[n]]` for each chunk number n."""
+    position = 0
     for i in range(len(numbers)):
         start = starts[numbers[i]]
         for j in range(sizes[numbers[i]]):
-            into[at] = flat[start + j]
-            at += 1
+            ids[position] = flat[start + j]
+            position += 1
 
 
-# Learning merges. `words`: each symbol, the position of the next and of the one before, and its weight. `table`: the keys of
-# pairs, their counts, how many entries they have, and the first of those. `lists`: an entry's place, and the next entry. `heap`:
-# counts and keys. `used`: how many keys, entries, and members of the heap there are.
+# Learning merges. These arguments recur below; `merges._CompiledPairs` creates them:
+#
+# words   (symbol, following, preceding, weight): for each position its symbol, its neighbors' positions and its word's count
+# table   (keys, counts, sizes, heads): a hash table of pairs, with the count, the number of positions and the first list entry
+# lists   (positions, next entries): linked lists of the positions where each pair occurs
+# heap    (counts, keys): a binary heap of pairs, highest count first; may hold outdated entries
+# used    the number of keys in the table, of entries in the lists, and of items in the heap
 
 
-@_compiled
+@_njit
 def slot_of(keys: Any, key: int) -> Any:
-    """Where a key is, or would be."""
+    """The slot that holds a key, or the empty slot where it belongs."""
     mask = len(keys) - 1
     slot = np.int64((np.uint64(key) * _M0) >> np.uint64(32)) & mask
-    while keys[slot] != key and keys[slot] != EMPTY:
+    while keys[slot] != key and keys[slot] != _EMPTY:
         slot = (slot + 1) & mask
     return slot
 
 
-@_compiled
-def _before(heap: Any, i: int, j: int) -> Any:
-    """Whether i comes before j: the higher count, and of equals the lower key."""
+@_njit
+def _comes_before(heap: Any, i: int, j: int) -> Any:
+    """Whether item i comes before item j: it has the higher count or, if they are equal, the lower key."""
     counts, keys = heap
     return counts[i] > counts[j] if counts[i] != counts[j] else keys[i] < keys[j]
 
 
-@_compiled
+@_njit
 def _swap(heap: Any, i: int, j: int) -> None:
     counts, keys = heap
     counts[i], counts[j] = counts[j], counts[i]
     keys[i], keys[j] = keys[j], keys[i]
 
 
-@_compiled
+@_njit
 def _push(heap: Any, used: Any, count: int, key: int) -> None:
     i = used[2]
     used[2] += 1
     heap[0][i], heap[1][i] = count, key
-    while i > 0 and _before(heap, i, (i - 1) // 2):
+    while i > 0 and _comes_before(heap, i, (i - 1) // 2):
         _swap(heap, i, (i - 1) // 2)
         i = (i - 1) // 2
 
 
-@_compiled
+@_njit
 def _pop(heap: Any, used: Any) -> None:
-    """Take the first away."""
+    """Remove the first item."""
     used[2] -= 1
     size = used[2]
     _swap(heap, 0, size)
@@ -168,114 +175,114 @@ def _pop(heap: Any, used: Any) -> None:
         child = 2 * i + 1
         if child >= size:
             return
-        if child + 1 < size and _before(heap, child + 1, child):
+        if child + 1 < size and _comes_before(heap, child + 1, child):
             child += 1
-        if not _before(heap, child, i):
+        if not _comes_before(heap, child, i):
             return
         _swap(heap, child, i)
         i = child
 
 
-@_compiled
-def _add(table: Any, lists: Any, used: Any, key: int, weight: int, place: int) -> None:
-    """Count a pair at a place."""
+@_njit
+def _add_pair(table: Any, lists: Any, used: Any, key: int, weight: int, position: int) -> None:
+    """Count a pair that occurs at `position` in a word of count `weight`."""
     keys, counts, sizes, heads = table
     slot = slot_of(keys, key)
-    if keys[slot] == EMPTY:
+    if keys[slot] == _EMPTY:
         keys[slot] = key
         used[0] += 1
     counts[slot] += weight
     sizes[slot] += 1
     entry = used[1]
     used[1] += 1
-    lists[0][entry], lists[1][entry] = place, heads[slot]
+    lists[0][entry], lists[1][entry] = position, heads[slot]
     heads[slot] = entry
 
 
-@_compiled
-def begin(words: Any, table: Any, lists: Any, used: Any) -> None:
-    """Count the pairs of all places."""
+@_njit
+def count_pairs(words: Any, table: Any, lists: Any, used: Any) -> None:
+    """Count the pairs at all positions."""
     symbol, following, _, weight = words
-    for place in range(len(symbol) - 1):
-        left, right = symbol[place], symbol[following[place]]
+    for position in range(len(symbol) - 1):
+        left, right = symbol[position], symbol[following[position]]
         if left >= 0 and right >= 0:
-            _add(table, lists, used, np.int64(left) << SHIFT | right, weight[place], place)
+            _add_pair(table, lists, used, np.int64(left) << PAIR_SHIFT | right, weight[position], position)
 
 
-@_compiled
+@_njit
 def fill_heap(table: Any, heap: Any, used: Any) -> None:
     for slot in range(len(table[0])):
-        if table[0][slot] != EMPTY and table[1][slot] > 0:
+        if table[0][slot] != _EMPTY and table[1][slot] > 0:
             _push(heap, used, table[1][slot], table[0][slot])
 
 
-@_compiled
+@_njit
 def rehash(table: Any, larger: Any) -> None:
-    """Everything into larger tables."""
+    """Copy a table into a larger, empty one."""
     keys, counts, sizes, heads = table
     for slot in range(len(keys)):
-        if keys[slot] != EMPTY:
+        if keys[slot] != _EMPTY:
             other = slot_of(larger[0], keys[slot])
             larger[0][other], larger[1][other] = keys[slot], counts[slot]
             larger[2][other], larger[3][other] = sizes[slot], heads[slot]
 
 
-@_compiled
-def best(table: Any, heap: Any, used: Any, least: int) -> Any:
-    """The key of the pair to merge next, or -1 where none occurs `least` times."""
+@_njit
+def best_pair(table: Any, heap: Any, used: Any, min_count: int) -> Any:
+    """The key of the pair to merge next, or -1 if no pair occurs `min_count` times."""
     while used[2] > 0:
         count, key = heap[0][0], heap[1][0]
-        now = table[1][slot_of(table[0], key)]
-        if now == count:
-            return key if now >= least else EMPTY
-        _pop(heap, used)
-        if 0 < now < count:
-            _push(heap, used, now, key)
-    return EMPTY
+        current = table[1][slot_of(table[0], key)]
+        if current == count:
+            return key if current >= min_count else _EMPTY
+        _pop(heap, used)  # the count has changed since this item was pushed
+        if 0 < current < count:
+            _push(heap, used, current, key)
+    return _EMPTY
 
 
-@_compiled
-def merge(words: Any, table: Any, lists: Any, used: Any, heap: Any, key: int, new: int) -> None:
-    """Write `new` in every place of a pair, from left to right, and count the pairs beside."""
-    symbol, following, before, weight = words
+@_njit
+def merge_pair(words: Any, table: Any, lists: Any, used: Any, heap: Any, key: int, new: int) -> None:
+    """Replace a pair by the symbol `new` at all its positions, from left to right, and update the counts of neighboring pairs."""
+    symbol, following, preceding, weight = words
     keys, counts, sizes, heads = table
-    a, b = key >> SHIFT, key & ((1 << SHIFT) - 1)
+    a, b = key >> PAIR_SHIFT, key & ((1 << PAIR_SHIFT) - 1)
     slot = slot_of(keys, key)
-    at = np.empty(sizes[slot], np.int32)
+    positions = np.empty(sizes[slot], np.int32)
     entry, size = heads[slot], 0
     while entry >= 0:
-        place = lists[0][entry]
-        if symbol[place] == a:
-            at[size] = place
+        position = lists[0][entry]
+        if symbol[position] == a:
+            positions[size] = position
             size += 1
         entry = lists[1][entry]
-    at = at[:size]
+    positions = positions[:size]
     if a == b:
-        at = np.sort(at)
+        positions = np.sort(positions)  # of aaa, the first two are merged
     heads[slot], sizes[slot] = -1, 0
-    touched, pushes = np.empty(2 * size, np.int64), 0
-    for place in at:
-        other = following[place]
-        if symbol[place] != a or symbol[other] != b:
+    new_keys, n_new = np.empty(2 * size, np.int64), 0
+    for position in positions:
+        second = following[position]
+        if symbol[position] != a or symbol[second] != b:
             continue
-        left, right = before[place], following[other]
-        x, y = np.int64(symbol[left]), np.int64(symbol[right])
-        symbol[place], symbol[other] = new, -2
-        following[place], before[right] = right, place
-        if x >= 0:
-            counts[slot_of(keys, x << SHIFT | a)] -= weight[place]
-            touched[pushes] = x << SHIFT | new
-            _add(table, lists, used, touched[pushes], weight[place], left)
-            pushes += 1
-        if y >= 0:
-            counts[slot_of(keys, b << SHIFT | y)] -= weight[place]
-            touched[pushes] = new << SHIFT | y
-            _add(table, lists, used, touched[pushes], weight[place], place)
-            pushes += 1
+        left, right = preceding[position], following[second]
+        left_symbol, right_symbol = np.int64(symbol[left]), np.int64(symbol[right])
+        symbol[position], symbol[second] = new, -2
+        following[position], preceding[right] = right, position
+        if left_symbol >= 0:
+            counts[slot_of(keys, left_symbol << PAIR_SHIFT | a)] -= weight[position]
+            new_keys[n_new] = left_symbol << PAIR_SHIFT | new
+            _add_pair(table, lists, used, new_keys[n_new], weight[position], left)
+            n_new += 1
+        if right_symbol >= 0:
+            counts[slot_of(keys, b << PAIR_SHIFT | right_symbol)] -= weight[position]
+            new_keys[n_new] = new << PAIR_SHIFT | right_symbol
+            _add_pair(table, lists, used, new_keys[n_new], weight[position], position)
+            n_new += 1
     counts[slot] = 0
-    changed = np.sort(touched[:pushes])
-    for i in range(pushes):
+    changed = np.sort(new_keys[:n_new])
+    for i in range(n_new):
         if i == 0 or changed[i] != changed[i - 1]:
-            now = counts[slot_of(keys, changed[i])]
-            if now > 0:
-                _push(heap, used, now, changed[i])
+            current = counts[slot_of(keys, changed[i])]
+            if current > 0:
+                _push(heap, used, current, changed[i])

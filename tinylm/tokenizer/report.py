@@ -1,4 +1,4 @@
-"""How well a tokenizer fits a text: compression, coverage, balance, words split, and whether decoding gives the text back."""
+"""Evaluate how well a tokenizer fits a text: compression, coverage, balance, split words and lossless decoding."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ from tinylm.paths import cache_folder
 from tinylm.recipe.schema import BpeTokenizer
 from tinylm.text.sources import Corpus, Piece
 from tinylm.tokenizer import training
-from tinylm.tokenizer.codec import Codec, codec_of
+from tinylm.tokenizer.adapters import TokenizerAdapter, adapt
 from tinylm.tokenizer.tokenizer import Tokenizer
 
 RENYI_ALPHA = 2.5
-RARE = 5
+RARE_COUNT = 5
+"""Tokens that are used at least once, but fewer times than this, are reported as rare."""
 BASELINE_TEXT = "builtin:python-docs"
-_SHOWN = 5
-_MOST_WORDS = 300_000
-_LONGEST_SHOWN = 40
+_MAX_FAILURES = 5
+_MAX_EXCERPT = 40
+_MAX_SPLIT_WORDS = 300_000
+"""`words_split` considers only this many of the most frequent distinct words."""
+_MAX_TOKEN_LENGTH = 16
 
 
 @dataclass(frozen=True)
-class FileFigures:
-    """One file of the text."""
+class FileReport:
+    """The metrics of one file of the text."""
 
     name: str
     bytes: int
@@ -38,7 +41,7 @@ class FileFigures:
 
 @dataclass(frozen=True)
 class RoundTripFailure:
-    """A line that decoding did not give back: around the first difference, what stood there and what came back."""
+    """A line that decoding did not restore: excerpts of the line and of the decoded text around the first difference."""
 
     file: str
     line: int
@@ -48,7 +51,7 @@ class RoundTripFailure:
 
 @dataclass(frozen=True)
 class TokenizerReport:
-    """Figures of one tokenizer on one text; the names are the keys of `tinylm tokenize report --json`."""
+    """The metrics of one tokenizer on one text. The field names are the keys of `tinylm tokenize report --json`."""
 
     kind: str
     vocab_size: int
@@ -60,113 +63,136 @@ class TokenizerReport:
     bytes_per_token: float
     tokens_per_word: float
     words_split: float
-    """Share of the words between white space that are more than one token."""
+    """The share of words (separated by white space) that are split into several tokens."""
     unused_tokens: int
     rare_tokens: int
-    """Tokens used, but fewer than `RARE` times."""
+    """Tokens that are used at least once, but fewer than `RARE_COUNT` times."""
     unknown_tokens: int
     renyi_efficiency: float
-    """Rényi entropy of order 2.5 of the token frequencies over log of the vocabulary (Zouhar et al. 2023)."""
+    """The Rényi entropy of order 2.5 of the token frequencies, divided by the log of the vocabulary size (Zouhar et al. 2023,
+    "Tokenization and the Noiseless Channel")."""
     round_trip_failures: int
-    """Lines of text that decoding did not give back exactly."""
+    """Lines of the text that decoding did not restore exactly."""
     encode_megabytes_per_second: float
     frequent_tokens: list[tuple[str, int]]
     longest_tokens: list[str]
     token_lengths: list[int]
-    """How many of the text's tokens have 0, 1, 2, ... bytes; the last entry is for all longer ones."""
+    """How many tokens of the text have 0, 1, 2, ... bytes. The last entry counts all longer ones."""
     failures: list[RoundTripFailure]
-    """The first few of them."""
-    files: list[FileFigures]
+    """The first few round-trip failures."""
+    files: list[FileReport]
 
 
-def report(tokenizer: Tokenizer | Codec, files: Iterable[tuple[str, Iterable[Piece]]]) -> TokenizerReport:
-    """Encode and decode a text, given as (name, pieces) of its files, and count. Raises `InputError` when it is empty."""
-    codec = codec_of(tokenizer) if isinstance(tokenizer, Tokenizer) else tokenizer
-    counts = np.zeros(codec.vocab_size, dtype=np.int64)
-    words: Counter[str] = Counter()
-    documents = characters = failed = 0
-    seconds = 0.0
-    listed: list[FileFigures] = []
-    failures: list[RoundTripFailure] = []
+def build_report(tokenizer: Tokenizer | TokenizerAdapter, files: Iterable[tuple[str, Iterable[Piece]]]) -> TokenizerReport:
+    """Encode and decode a text, given as (name, pieces) of its files. Raises `InputError` if the text is empty."""
+    adapter = adapt(tokenizer) if isinstance(tokenizer, Tokenizer) else tokenizer
+    totals = _Totals(adapter)
     for name, pieces in files:
-        size, before, line = 0, counts.copy(), 1
-        for text, starts in codec.encoded(pieces):
-            start = time.perf_counter()
-            ids = codec.encode(text)
-            seconds += time.perf_counter() - start
-            counts += np.bincount(ids, minlength=len(counts))
-            written = text.decode("utf-8")
-            documents += starts
-            size += len(text)
-            characters += len(written)
-            words.update(written.split())
-            if codec.decode(ids.tolist()) != written:
-                found = _failures(codec, name, line, written)
-                failed += len(found)
-                failures += found[: _SHOWN - len(failures)]
-            line += written.count("\n")
-        here = counts - before
-        tokens, unknown = int(here.sum()), int(here[codec.unknown]) if codec.unknown is not None else 0
-        listed.append(FileFigures(name, size, tokens, size / max(tokens, 1), unknown))
-    size, tokens = sum(file.bytes for file in listed), int(counts.sum())
-    if not size:
+        totals.add_file(name, pieces)
+    n_bytes, counts, words = sum(file.bytes for file in totals.files), totals.counts, totals.words
+    if not n_bytes:
         raise InputError("the text is empty")
-    table = codec.token_bytes
+    tokens, table = int(counts.sum()), adapter.token_bytes
     used = np.flatnonzero(counts)
     frequent = used[np.argsort(-counts[used], kind="stable")][:10]
     longest = sorted((int(id) for id in used), key=lambda id: (-len(table[id]), id))[:10]
-    lengths = np.bincount(np.minimum([len(token) for token in table], 16), counts, minlength=17)
+    capped_lengths = np.minimum([len(token) for token in table], _MAX_TOKEN_LENGTH)
     return TokenizerReport(
-        kind=codec.kind,
-        vocab_size=codec.vocab_size,
-        documents=documents,
-        bytes=size,
-        characters=characters,
+        kind=adapter.kind,
+        vocab_size=adapter.vocab_size,
+        documents=totals.documents,
+        bytes=n_bytes,
+        characters=totals.characters,
         words=words.total(),
         tokens=tokens,
-        bytes_per_token=size / max(tokens, 1),
+        bytes_per_token=n_bytes / max(tokens, 1),
         tokens_per_word=tokens / max(words.total(), 1),
-        words_split=_share_split(codec, words),
+        words_split=_share_of_split_words(adapter, words),
         unused_tokens=int((counts == 0).sum()),
-        rare_tokens=int(((counts > 0) & (counts < RARE)).sum()),
-        unknown_tokens=int(counts[codec.unknown]) if codec.unknown is not None else 0,
+        rare_tokens=int(((counts > 0) & (counts < RARE_COUNT)).sum()),
+        unknown_tokens=_unknown_count(adapter, counts),
         renyi_efficiency=_renyi_efficiency(counts),
-        round_trip_failures=failed,
-        encode_megabytes_per_second=size / 1e6 / max(seconds, 1e-9),
+        round_trip_failures=totals.n_failures,
+        encode_megabytes_per_second=n_bytes / 1e6 / max(totals.encode_seconds, 1e-9),
         frequent_tokens=[(table[id].decode("utf-8", "replace"), int(counts[id])) for id in frequent],
         longest_tokens=[table[id].decode("utf-8", "replace") for id in longest],
-        token_lengths=lengths.astype(int).tolist(),
-        failures=failures,
-        files=listed,
+        token_lengths=np.bincount(capped_lengths, counts, minlength=_MAX_TOKEN_LENGTH + 1).astype(int).tolist(),
+        failures=totals.failures,
+        files=totals.files,
     )
 
 
-def _failures(codec: Codec, file: str, first: int, text: str) -> list[RoundTripFailure]:
-    """The lines of a text that do not come back; the text itself when each line does."""
+class _Totals:
+    """Running totals over the files of a text."""
+
+    def __init__(self, adapter: TokenizerAdapter) -> None:
+        self._adapter = adapter
+        self.counts = np.zeros(adapter.vocab_size, dtype=np.int64)
+        """How often each token occurs."""
+        self.words: Counter[str] = Counter()
+        self.documents = self.characters = self.n_failures = 0
+        self.encode_seconds = 0.0
+        self.files: list[FileReport] = []
+        self.failures: list[RoundTripFailure] = []
+
+    def add_file(self, name: str, pieces: Iterable[Piece]) -> None:
+        adapter = self._adapter
+        n_bytes, counts_before, line = 0, self.counts.copy(), 1
+        for segment, starts_document in adapter.segments(pieces):
+            start = time.perf_counter()
+            ids = adapter.encode(segment)
+            self.encode_seconds += time.perf_counter() - start
+            self.counts += np.bincount(ids, minlength=len(self.counts))
+            text = segment.decode("utf-8")
+            self.documents += starts_document
+            n_bytes += len(segment)
+            self.characters += len(text)
+            self.words.update(text.split())
+            if adapter.decode(ids.tolist()) != text:
+                failures = _round_trip_failures(adapter, name, line, text)
+                self.n_failures += len(failures)
+                self.failures += failures[: _MAX_FAILURES - len(self.failures)]
+            line += text.count("\n")
+        counts = self.counts - counts_before
+        tokens = int(counts.sum())
+        self.files.append(FileReport(name, n_bytes, tokens, n_bytes / max(tokens, 1), _unknown_count(adapter, counts)))
+
+
+def _unknown_count(adapter: TokenizerAdapter, counts: np.ndarray) -> int:
+    return int(counts[adapter.unknown]) if adapter.unknown is not None else 0
+
+
+def _round_trip_failures(adapter: TokenizerAdapter, file: str, first_line: int, text: str) -> list[RoundTripFailure]:
+    """The lines of a text that decoding does not restore, or the whole text if each line alone is restored."""
     lines = text.splitlines(keepends=True)
-    found = []
-    for number, (line, ids) in enumerate(zip(lines, codec.encode_each(lines), strict=True), first):
-        if (decoded := codec.decode(ids)) != line:
-            found.append(RoundTripFailure(file, number, *_around_difference(line, decoded)))
-    return found or [RoundTripFailure(file, first, *_around_difference(text, codec.decode(codec.encode_each([text])[0])))]
+    failures = []
+    for number, (line, ids) in enumerate(zip(lines, adapter.encode_batch(lines), strict=True), first_line):
+        if (decoded := adapter.decode(ids)) != line:
+            failures.append(RoundTripFailure(file, number, *_excerpts(line, decoded)))
+    if failures:
+        return failures
+    return [RoundTripFailure(file, first_line, *_excerpts(text, adapter.decode(adapter.encode_batch([text])[0])))]
 
 
-def _around_difference(text: str, decoded: str) -> tuple[str, str]:
-    same = next((at for at, (a, b) in enumerate(zip(text, decoded, strict=False)) if a != b), min(len(text), len(decoded)))
-    start = max(0, same - _LONGEST_SHOWN // 2)
-    return text[start : start + _LONGEST_SHOWN], decoded[start : start + _LONGEST_SHOWN]
+def _excerpts(text: str, decoded: str) -> tuple[str, str]:
+    """Both texts around their first difference."""
+    differences = (i for i, (a, b) in enumerate(zip(text, decoded, strict=False)) if a != b)
+    first_difference = next(differences, min(len(text), len(decoded)))
+    start = max(0, first_difference - _MAX_EXCERPT // 2)
+    return text[start : start + _MAX_EXCERPT], decoded[start : start + _MAX_EXCERPT]
 
 
-def _share_split(codec: Codec, words: Counter[str]) -> float:
-    """Of the most frequent words, each behind a space, those with more than one token that is not only white space."""
-    common = words.most_common(_MOST_WORDS)
-    solid = np.array([bool(token.strip()) for token in codec.token_bytes])
-    encoded = codec.encode_each([f" {word}" for word, _ in common])
-    split = sum(count for (_, count), ids in zip(common, encoded, strict=True) if solid[ids].sum() > 1)
+def _share_of_split_words(adapter: TokenizerAdapter, words: Counter[str]) -> float:
+    """The share of words that are several tokens, not counting tokens of white space. Words are encoded after a space."""
+    common = words.most_common(_MAX_SPLIT_WORDS)
+    is_visible = np.array([bool(token.strip()) for token in adapter.token_bytes])
+    encoded = adapter.encode_batch([f" {word}" for word, _ in common])
+    split = sum(count for (_, count), ids in zip(common, encoded, strict=True) if is_visible[ids].sum() > 1)
     return split / max(sum(count for _, count in common), 1)
 
 
 def _renyi_efficiency(counts: np.ndarray) -> float:
+    """See `TokenizerReport.renyi_efficiency`."""
     if not counts.any():
         return 0.0
     shares = counts[counts > 0] / counts.sum()
@@ -175,7 +201,7 @@ def _renyi_efficiency(counts: np.ndarray) -> float:
 
 
 def gpt2_style(vocab_size: int) -> Tokenizer:
-    """A stock tokenizer to compare with: byte-level BPE with GPT-2's split, learned from `BASELINE_TEXT`; cached."""
+    """A baseline: byte-level BPE with GPT-2's split pattern, trained on `BASELINE_TEXT`. The tokenizer is cached."""
     section = BpeTokenizer(kind="bpe", vocab_size=min(max(vocab_size, 257), 50_257), split="gpt2")
     with Corpus([BASELINE_TEXT]) as corpus:
         path = cache_folder("tokenizers") / f"gpt2-style-{section.vocab_size}.json"
@@ -185,9 +211,8 @@ def gpt2_style(vocab_size: int) -> Tokenizer:
 
 
 def bytes_per_token(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> float:
-    """Bytes of a text over its tokens."""
-    size = tokens = 0
-    for text, _ in codec_of(tokenizer).encoded(pieces):
-        size += len(text)
+    n_bytes = tokens = 0
+    for text, _ in adapt(tokenizer).segments(pieces):
+        n_bytes += len(text)
         tokens += len(tokenizer.encoder.encode(text))
-    return size / max(tokens, 1)
+    return n_bytes / max(tokens, 1)

@@ -1,7 +1,7 @@
-"""A tokenizer: text to token ids and back, over one `tokenizer.json` in Hugging Face's format.
+"""`Tokenizer`: text to token ids and back, with a vocabulary in Hugging Face's tokenizer.json format.
 
-Text is text: a document that holds `<|endoftext|>` is encoded as those characters, never as the control token, also after
-reloading the file (`tokenizers` does not save that choice; it is set here on every load).
+Text never becomes a control token: a document that contains `<|endoftext|>` is encoded as those characters. `tokenizers` does not
+save this setting in the file, so it is set on every load.
 """
 
 from __future__ import annotations
@@ -13,49 +13,50 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tokenizers
 
 from tinylm.errors import InputError
-from tinylm.paths import write_whole
+from tinylm.paths import atomic_write_text
 from tinylm.text.sources import Piece
-from tinylm.tokenizer.encoding import UNIT_BYTES, Encoder, units
-from tinylm.tokenizer.splits import SplitPoints, borders_of, byte_level_table
+from tinylm.tokenizer.byte_level import unicode_to_bytes
+from tinylm.tokenizer.encoding import SEGMENT_BYTES, Encoder, segments
+from tinylm.tokenizer.split_points import SplitPoints, split_points_of
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<|unknown|>"
 BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
-"""What stands for a byte in vocabularies of characters."""
-_BYTE_OF = {token: bytes([byte]) for byte, token in enumerate(BYTE_TOKENS)}
+"""The tokens for single bytes in vocabularies with byte fallback."""
+_BYTE_OF_TOKEN = {token: bytes([byte]) for byte, token in enumerate(BYTE_TOKENS)}
 
 
 class Tokenizer:
-    """Encodes and decodes. Make one with `Tokenizer.load` or with `tinylm.tokenizer.training.train`."""
+    """Encodes and decodes text. Create one with `Tokenizer.load` or `tinylm.tokenizer.training.train`."""
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         backend.encode_special_tokens = True
-        backend.no_truncation()  # a file may ask for either, and text would be lost or added
+        backend.no_truncation()  # a file may enable truncation or padding, which would drop or add tokens
         backend.no_padding()
         if getattr(backend.model, "dropout", None):
-            backend.model.dropout = None  # or the same text would get other ids each time
+            backend.model.dropout = None  # with BPE-dropout, the same text would get different ids each time
         self.backend = backend
-        self.described: dict[str, Any] = json.loads(backend.to_str())
-        """The tokenizer.json, parsed."""
-        self._model: dict[str, Any] = self.described["model"]
-        self._decoding = Decoding.of(self.described)
+        self.tokenizer_json: dict[str, Any] = json.loads(backend.to_str())
+        """The parsed contents of the tokenizer.json."""
+        self._model: dict[str, Any] = self.tokenizer_json["model"]
+        self._decoding = DecodingRules.from_json(self.tokenizer_json)
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read a tokenizer.json. Raises `InputError` when there is none, it is not one, or of a kind that is not read here."""
+        """Read a tokenizer.json. Raises `InputError` if it is missing, invalid, or of an unsupported form."""
         path = Path(path)
         if not path.is_file():
             raise InputError("no such tokenizer file", where=str(path))
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises plain Exception for a file it cannot read
-            raise InputError(f"not a tokenizer.json: {error}", where=str(path)) from None
+        except Exception as error:  # tokenizers raises plain Exception for a file that it cannot read
+            raise InputError(f"not a valid tokenizer.json: {error}", where=str(path)) from None
         try:
             return cls(backend)
         except InputError as error:
@@ -63,15 +64,15 @@ class Tokenizer:
 
     @classmethod
     def from_text(cls, text: str) -> Tokenizer:
-        """The tokenizer that a tokenizer.json with this text holds."""
+        """Create a tokenizer from the contents of a tokenizer.json."""
         return cls(tokenizers.Tokenizer.from_str(text))
 
     def save(self, path: str | Path) -> None:
-        write_whole(Path(path), self.backend.to_str(pretty=True) + "\n")
+        atomic_write_text(Path(path), self.backend.to_str(pretty=True) + "\n")
 
     @cached_property
     def vocab_size(self) -> int:
-        """One more than the highest id, special and added tokens included; a file may leave ids below it unused."""
+        """The highest id plus one, with special and added tokens. A file may leave lower ids unused."""
         return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @cached_property
@@ -84,18 +85,19 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of everything that decides which ids a text gets."""
+        """SHA-256 of the tokenizer.json in canonical form, that is, of everything that determines the ids of a text."""
         canonical = json.dumps(json.loads(self.backend.to_str()), sort_keys=True, ensure_ascii=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     @cached_property
     def end_of_text(self) -> int | None:
-        """Id of the token between documents, or None when the tokenizer has none."""
-        return self._id_of(END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")
+        """The id of the token between documents, or None if the vocabulary has no such token."""
+        ids = (self.backend.token_to_id(token) for token in (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>"))
+        return next((id for id in ids if id is not None), None)
 
     @cached_property
     def unknown(self) -> int | None:
-        """Id of the token for what the vocabulary lacks, or None when it lacks nothing."""
+        """The id of the token for text outside the vocabulary, or None if every text can be encoded."""
         if self._model.get("byte_fallback") and all(self.backend.token_to_id(token) is not None for token in BYTE_TOKENS):
             return None
         if self._model["type"] == "Unigram":
@@ -104,77 +106,78 @@ class Tokenizer:
         token = self._model.get("unk_token")
         return self.backend.token_to_id(token) if token else None
 
-    def _id_of(self, *tokens: str) -> int | None:
-        ids = (self.backend.token_to_id(token) for token in tokens)
-        return next((id for id in ids if id is not None), None)
-
     @cached_property
-    def borders(self) -> SplitPoints | None:
-        """Where its text may be cut; None when nothing is known of the way it divides text."""
-        return borders_of(self.described)
+    def split_points(self) -> SplitPoints | None:
+        """Where text may be cut without changing its tokens. None if this is not known for the pretokenizer of this tokenizer."""
+        return split_points_of(self.tokenizer_json)
 
     @cached_property
     def encoder(self) -> Encoder:
-        """The fast way to many ids, which keeps what it has met."""
-        return Encoder(self.backend, self.described, self.borders)
+        """The encoder for large texts, which caches the ids of chunks."""
+        return Encoder(self.backend, self.tokenizer_json, self.split_points)
 
     @property
     def is_byte_level(self) -> bool:
-        """Whether its tokens are bytes, written as GPT-2 writes them."""
+        """Whether the tokens are sequences of bytes, written in GPT-2's characters (see `byte_level`)."""
         return self._decoding.byte_level
 
     @cached_property
     def merge_ranks(self) -> dict[tuple[str, str], int]:
-        """For BPE: each pair of tokens that is merged, with its place in the order of merges; else empty."""
+        """The rank of each merge (0 is applied first) by its pair of tokens. Empty for kinds other than bpe."""
         merges = self._model.get("merges", ())
         pairs = (tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in merges)
         return {(left, right): rank for rank, (left, right) in enumerate(pairs)}
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, none added. Text that spells a special token is text.
+        """The ids of a text, without special tokens around it. A special token spelled out in the text is encoded as plain text.
 
-        Raises `InputError` for half of a surrogate pair.
+        Raises `InputError` for text with an unpaired surrogate.
         """
         try:
-            if len(text) > UNIT_BYTES // 4:  # in bytes it may be more than a unit
+            if len(text) > SEGMENT_BYTES // 4:  # may be more than one segment, as a character has up to 4 bytes
                 return [id for ids, _ in self.encode_pieces([Piece(text, True)]) for id in ids.tolist()]
             return list(self.backend.encode(text, add_special_tokens=False).ids)
-        except (TypeError, UnicodeEncodeError):  # what is said of a string that has no UTF-8
-            raise InputError("half of a surrogate pair is not text") from None
+        except (TypeError, UnicodeEncodeError):  # what tokenizers and str.encode raise for a string that UTF-8 cannot encode
+            raise InputError("the text contains half of a surrogate pair, which UTF-8 cannot encode") from None
 
-    def token(self, named: str) -> int:
-        """The id of one token: `@123`, or the token's own text. Raises `InputError` for a text that is several tokens."""
-        if named.startswith("@") and named[1:].isdigit():
-            id = int(named[1:])
+    def token_id(self, name: str) -> int:
+        """The id of one token, given as `@ID` or as the token's text. Raises `InputError` if there is no such token."""
+        if name.startswith("@") and name[1:].isdigit():
+            id = int(name[1:])
             if id >= self.vocab_size:
-                raise InputError(f"{named} is not an id below {self.vocab_size}")
+                raise InputError(f"{name} is not an id below {self.vocab_size}")
             return id
-        special = self.backend.token_to_id(named) if named in (END_OF_TEXT, UNKNOWN) else None
+        special = self.backend.token_to_id(name) if name in (END_OF_TEXT, UNKNOWN) else None
         if special is not None:
             return int(special)
-        spoken = named.encode()
-        if spoken and spoken in self.token_bytes:
-            return self.token_bytes.index(spoken)
-        ids = self.encode(named)
-        raise InputError(f"{named!r} is not one token but {len(ids)}", hint=f"ids are written @{ids[0] if ids else 0}")
+        encoded = name.encode()
+        if encoded and encoded in self.token_bytes:
+            return self.token_bytes.index(encoded)
+        ids = self.encode(name)
+        raise InputError(
+            f"{name!r} is not a single token but {len(ids)}", hint=f"to give a token by its id, write @{ids[0] if ids else 0}"
+        )
 
     def encode_pieces(self, pieces: Iterable[Piece]) -> Iterator[tuple[np.ndarray, bool]]:
-        """(ids as uint32, whether they begin a document), in order. A document's ids do not depend on how `pieces` cut it."""
-        for text, starts in units(pieces, self.borders):
-            yield self.encoder.encode(text), starts
+        """Yield (ids as uint32, whether they begin a document) in order.
+
+        The ids of a document do not depend on how `pieces` divide it.
+        """
+        for text, starts_document in segments(pieces, self.split_points):
+            yield self.encoder.encode(text), starts_document
 
     def encode_pieces_with_special(self, pieces: Iterable[Piece]) -> Iterator[tuple[np.ndarray, bool]]:
-        """The same, but text that spells a special token becomes that token. Each document is encoded as a whole."""
-        obedient = tokenizers.Tokenizer.from_str(self.backend.to_str())
-        obedient.encode_special_tokens = False
-        for text, starts in units(pieces, None):
-            yield np.array(obedient.encode(text.decode("utf-8"), add_special_tokens=False).ids, dtype=np.uint32), starts
+        """Like `encode_pieces`, but special tokens spelled out in the text become these tokens. Documents are encoded whole."""
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        backend.encode_special_tokens = False
+        for text, starts_document in segments(pieces, None):
+            yield np.array(backend.encode(text.decode("utf-8"), add_special_tokens=False).ids, dtype=np.uint32), starts_document
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of some ids; bytes that are not UTF-8 on their own become U+FFFD. Raises `InputError` for an unknown id."""
+        """The text of ids. Bytes that are not valid UTF-8 become U+FFFD. Raises `InputError` for an id outside the vocabulary."""
         table, ids = self.token_bytes, list(ids)
         if ids and not 0 <= min(ids) <= max(ids) < len(table):
-            raise InputError(f"an id is not below the vocabulary's size {self.vocab_size}, or is negative")
+            raise InputError(f"ids must be between 0 and {self.vocab_size - 1}")
         decoder = self.byte_decoder()
         return b"".join(decoder.push(id) for id in ids).decode("utf-8", "replace")
 
@@ -186,105 +189,115 @@ class Tokenizer:
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
-        """What each id stands for, as bytes. Special tokens stand for nothing, except the unknown one: U+FFFD.
+        """The text of each id, as bytes: empty for special tokens, except for the unknown token, which is U+FFFD.
 
-        Tokens of kinds that drop white space stand for a space and themselves; of a whole text, the first space goes.
+        For kinds that drop white space, tokens that begin a word start with a space. Decoding a text removes the first one.
         """
         added = self.backend.get_added_tokens_decoder()
         special = {id for id, token in added.items() if token.special}
         special |= {id for id in (self.end_of_text, self.unknown) if id is not None}
+        space = " " if self._decoding.space_before == "always" else ""
         table = []
         for id in range(self.vocab_size):
             token = self.backend.id_to_token(id) or ""
             if id in special:
-                unknown = " \ufffd" if self._decoding.space_before == "always" else "\ufffd"
-                table.append(unknown.encode() if id == self.unknown else b"")
+                table.append(f"{space}\ufffd".encode() if id == self.unknown else b"")
             elif id in added:
-                table.append(((" " if self._decoding.space_before == "always" else "") + token).encode("utf-8"))
+                table.append((space + token).encode("utf-8"))
             else:
                 table.append(self._decoding.bytes_of(token))
         return table
 
     @cached_property
     def token_byte_lengths(self) -> np.ndarray:
-        """Bytes of text that each id stands for, as int64 (vocabulary size,)."""
+        """The number of bytes of text of each id, as int64 (vocabulary size,)."""
         return np.array([len(token) for token in self.token_bytes], dtype=np.int64)
 
 
 @dataclass(frozen=True)
-class Decoding:
-    """How a tokenizer.json says that tokens become text, as far as tokens can be looked at one by one."""
+class DecodingRules:
+    """How the tokens of a tokenizer.json become text. Supports the decoders that handle each token separately."""
 
     byte_level: bool
     byte_fallback: bool
-    prefix: str | None
-    """What marks a piece inside a word (WordPiece)."""
-    replaced: tuple[tuple[str, str], ...]
-    space_before: str
-    """always: tokens are joined by spaces. once: only the text's first space goes. never: as they are."""
+    continuation_prefix: str | None
+    """Marks a token that continues a word (WordPiece: `##`)."""
+    replacements: tuple[tuple[str, str], ...]
+    space_before: Literal["always", "once", "never"]
+    """always: each token that begins a word stands for a space and the token. once: encoding put a space in front of the text. In
+    both cases, decoding removes the first space of a text."""
 
     @classmethod
-    def of(cls, described: Mapping[str, Any]) -> Decoding:
-        """Raises `InputError` for a decoder that is not known here."""
-        steps = _decoder_steps(described.get("decoder"))
+    def from_json(cls, tokenizer_json: Mapping[str, Any]) -> DecodingRules:
+        """Raises `InputError` if the decoder is not supported."""
+        steps = _decoder_steps(tokenizer_json.get("decoder"))
         kinds = [step["type"] for step in steps]
-        unknown = {*kinds} - {"ByteLevel", "ByteFallback", "Fuse", "WordPiece", "Replace", "Metaspace", "Strip"}
-        if unknown or any("String" not in step["pattern"] for step in steps if step["type"] == "Replace"):
-            model = described["model"]["type"].lower()
-            raise InputError(f"{model} tokenizers of this form are not read ({', '.join(sorted(unknown)) or 'Replace'})")
-        replaced = [(step["pattern"]["String"], step["content"]) for step in steps if step["type"] == "Replace"]
-        replaced += [(step["replacement"], " ") for step in steps if step["type"] == "Metaspace"]
+        unsupported = {*kinds} - {"ByteLevel", "ByteFallback", "Fuse", "WordPiece", "Replace", "Metaspace", "Strip"}
+        if unsupported or any("String" not in step["pattern"] for step in steps if step["type"] == "Replace"):
+            model = tokenizer_json["model"]["type"].lower()
+            raise InputError(f"{model} tokenizers with decoder {', '.join(sorted(unsupported)) or 'Replace'} are not supported")
+        replacements = [(step["pattern"]["String"], step["content"]) for step in steps if step["type"] == "Replace"]
+        replacements += [(step["replacement"], " ") for step in steps if step["type"] == "Metaspace"]
         once = any(step["type"] == "Strip" and step["content"] == " " and step["start"] == 1 for step in steps)
         once |= any(step["type"] == "Metaspace" and step["prepend_scheme"] != "never" for step in steps)
         prefix = next((step["prefix"] for step in steps if step["type"] == "WordPiece"), None)
-        space = "always" if prefix is not None or not steps else "once" if once else "never"
-        return cls("ByteLevel" in kinds, "ByteFallback" in kinds, prefix, tuple(replaced), space)
+        return cls(
+            byte_level="ByteLevel" in kinds,
+            byte_fallback="ByteFallback" in kinds,
+            continuation_prefix=prefix,
+            replacements=tuple(replacements),
+            space_before="always" if prefix is not None or not steps else "once" if once else "never",
+        )
 
     def bytes_of(self, token: str) -> bytes:
+        """The text of a token of the vocabulary, as bytes."""
         if self.byte_level:
-            table = byte_level_table()
+            table = unicode_to_bytes()
             return bytes(table[c] for c in token) if all(c in table for c in token) else token.encode("utf-8")
-        if self.byte_fallback and token in _BYTE_OF:
-            return _BYTE_OF[token]
-        for old, new in self.replaced:
+        if self.byte_fallback and token in _BYTE_OF_TOKEN:
+            return _BYTE_OF_TOKEN[token]
+        for old, new in self.replacements:
             token = token.replace(old, new)
-        if self.prefix is not None and token.startswith(self.prefix):
-            return token[len(self.prefix) :].encode("utf-8")
-        return (" " * (self.space_before == "always") + token).encode("utf-8")
+        if self.continuation_prefix is not None and token.startswith(self.continuation_prefix):
+            return token[len(self.continuation_prefix) :].encode("utf-8")
+        space = " " if self.space_before == "always" else ""
+        return (space + token).encode("utf-8")
 
 
 def _decoder_steps(node: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
     if node is None:
         return []
-    return [step for inner in node["decoders"] for step in _decoder_steps(inner)] if node["type"] == "Sequence" else [node]
+    if node["type"] != "Sequence":
+        return [node]
+    return [step for inner in node["decoders"] for step in _decoder_steps(inner)]
 
 
 class ByteDecoder:
-    """The bytes of ids as they come."""
+    """Decodes ids one by one to bytes."""
 
     def __init__(self, token_bytes: Sequence[bytes], space_before: str) -> None:
         self._token_bytes = token_bytes
         self._drop_space = space_before != "never"
 
     def push(self, id: int) -> bytes:
-        found = self._token_bytes[id]
-        if self._drop_space and found:
+        raw = self._token_bytes[id]
+        if self._drop_space and raw:
             self._drop_space = False
-            return found.removeprefix(b" ")
-        return found
+            return raw.removeprefix(b" ")
+        return raw
 
 
 class StreamDecoder:
-    """Decodes ids as they come and never shows half a character."""
+    """Decodes ids one by one to text. Holds back the bytes of an incomplete character until the rest arrives."""
 
-    def __init__(self, bytes_of: ByteDecoder) -> None:
-        self._bytes_of = bytes_of
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    def __init__(self, decoder: ByteDecoder) -> None:
+        self._bytes = decoder
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, id: int) -> str:
-        """The characters that `id` completes; often one token's text, sometimes nothing."""
-        return self._decoder.decode(self._bytes_of.push(id))
+        """The characters that `id` completes: often the text of one token, sometimes nothing."""
+        return self._utf8.decode(self._bytes.push(id))
 
     def finish(self) -> str:
-        """U+FFFD for a character that was begun and never completed, else nothing."""
-        return self._decoder.decode(b"", final=True)
+        """U+FFFD if the last character is incomplete, else nothing."""
+        return self._utf8.decode(b"", final=True)

@@ -1,7 +1,8 @@
-"""Train a tokenizer on a stream of text.
+"""Trains a tokenizer on a stream of text.
 
-bpe, unigram, wordpiece and word learn from counted words; char takes every character seen; byte is the 256 bytes. Each gives one
-tokenizer.json that other libraries load, and the same text always gives the same file. The end-of-text token comes last.
+The kinds bpe, unigram, wordpiece and word learn their vocabulary from word counts. char uses the characters of the text, and byte
+the 256 bytes. The result is a tokenizer.json that other libraries can load. The same text always gives the same file. The
+end-of-text token comes after the learned tokens.
 """
 
 from __future__ import annotations
@@ -29,95 +30,94 @@ from tinylm.recipe.schema import (
     WordTokenizer,
 )
 from tinylm.text.sources import Piece
-from tinylm.tokenizer import merges, splits, unigram
-from tinylm.tokenizer.counting import Words, character_counts, count_characters, count_words, warn_of_binary
-from tinylm.tokenizer.splits import byte_level_table
+from tinylm.tokenizer import merges, pretokenizer, unigram
+from tinylm.tokenizer.byte_level import unicode_to_bytes
+from tinylm.tokenizer.split_points import split_points_of
 from tinylm.tokenizer.tokenizer import BYTE_TOKENS, END_OF_TEXT, UNKNOWN, Tokenizer
+from tinylm.tokenizer.word_counts import Warn, WordCounts, character_counts, count_characters, count_words, warn_if_binary
 
-Warn = Callable[[str], None]
-
-CONTINUING = "##"
-NEVER = -1000.0
-"""The score of pieces that text must never choose by their spelling: bytes and the unknown token."""
+CONTINUATION_PREFIX = "##"
+RESERVED_SCORE = -1000.0
+"""The log probability of Unigram pieces that must never be chosen for text that spells them: byte tokens and the unknown token."""
 
 
-def train(section: TokenizerSection, pieces: Iterable[Piece], warn: Warn, size: int | None = None) -> Tokenizer:
-    """The tokenizer that `section` describes, learned from `pieces`, which are `size` bytes in all where that is known.
+def train(section: TokenizerSection, pieces: Iterable[Piece], warn: Warn, n_bytes: int | None = None) -> Tokenizer:
+    """Train the tokenizer that `section` describes on `pieces`. `n_bytes` is the size of the text, if known.
 
-    `warn` hears of what the user should know: a text that supports fewer tokens than asked for, text without borders, what looks
-    like a binary file. Raises `InputError` for a wrong pattern, a text without characters, or a vocabulary too large for the text.
+    `warn` is called if the text is too small for the vocabulary size, contains very long words, or looks like a binary file. Raises
+    `InputError` for an invalid split pattern, a text without characters, or a text that is too small for the vocabulary size.
     """
     if isinstance(section, FileTokenizer):
         return Tokenizer.load(section.path)
     if isinstance(section, VocabularyTokenizer):
-        pieces = _thinned(section, pieces, size, warn)
+        pieces = _subsample(section, pieces, n_bytes, warn)
     tokenizer = learn(section, count(section, pieces, warn))
     check_size(tokenizer, section, warn)
     return tokenizer
 
 
-def count(section: LearnedTokenizer, pieces: Iterable[Piece], warn: Warn) -> Words:
-    """The words of a text as `section` normalises and divides it; they serve for every vocabulary size."""
+def count(section: LearnedTokenizer, pieces: Iterable[Piece], warn: Warn) -> WordCounts:
+    """Count the words of a text after normalizing and pretokenizing it. The counts can be used for any vocabulary size."""
     if isinstance(section, ByteTokenizer):
-        return Words([], np.zeros(0, dtype=np.int64))
-    backend = _prepared(section)
-    pieces = warn_of_binary(pieces, warn)
+        return WordCounts([], np.zeros(0, dtype=np.int64))
+    backend = _backend_without_model(section)
+    pieces = warn_if_binary(pieces, warn)
     if isinstance(section, CharTokenizer):
         return count_characters(backend, pieces)
-    return count_words(backend, splits.borders_of(json.loads(backend.to_str())), pieces, warn)
+    return count_words(backend, split_points_of(json.loads(backend.to_str())), pieces, warn)
 
 
-def learn(section: LearnedTokenizer, words: Words) -> Tokenizer:
-    """The tokenizer of counted words. Raises `InputError` when there are none."""
-    if not words.texts and not isinstance(section, ByteTokenizer):
-        raise InputError("no characters to make a vocabulary of", where="tokenizer")
-    backend = _prepared(section)
-    backend.model = _model(section, words)
+def learn(section: LearnedTokenizer, word_counts: WordCounts) -> Tokenizer:
+    """Learn the tokenizer from the result of `count`. Raises `InputError` if there are no words."""
+    if not word_counts.words and not isinstance(section, ByteTokenizer):
+        raise InputError("the text has no characters to learn a vocabulary from", where="tokenizer")
+    backend = _backend_without_model(section)
+    backend.model = _model(section, word_counts)
     _add_tokens(backend, section)
     return Tokenizer(backend)
 
 
 def check_size(tokenizer: Tokenizer, section: TokenizerSection, warn: Warn) -> None:
-    """Say, or with `allow_smaller` off raise `InputError`, that the text had fewer tokens to give than were asked for."""
+    """Warn if the vocabulary is smaller than requested. With `allow_smaller` off, raise `InputError` instead."""
     if not isinstance(section, VocabularyTokenizer) or tokenizer.vocab_size >= section.vocab_size:
         return
-    found, wanted = f"{tokenizer.vocab_size:,}", f"{section.vocab_size:,}"
+    actual, requested = f"{tokenizer.vocab_size:,}", f"{section.vocab_size:,}"
     if not section.allow_smaller:
         raise InputError(
-            f"the text does not support {wanted} tokens: the largest vocabulary that fits has {found}",
+            f"the text is too small for {requested} tokens: the largest vocabulary that fits has {actual}",
             where="tokenizer.vocab_size",
-            hint="ask for that, or allow a smaller one",
+            hint="set it to this number, or set allow_smaller",
         )
-    warn(f"the text supports {found} tokens, fewer than tokenizer.vocab_size {wanted}")
+    warn(f"the text is too small for tokenizer.vocab_size {requested}: the vocabulary has only {actual} tokens")
 
 
-def _thinned(section: VocabularyTokenizer, pieces: Iterable[Piece], size: int | None, warn: Warn) -> Iterator[Piece]:
-    """Every n-th piece, so that at most `max_megabytes` of a text of `size` bytes remain."""
-    every = math.ceil((size or 0) / (section.max_megabytes * 1_000_000)) or 1
+def _subsample(section: VocabularyTokenizer, pieces: Iterable[Piece], n_bytes: int | None, warn: Warn) -> Iterator[Piece]:
+    """Yield every n-th piece, so that at most `max_megabytes` of a text of `n_bytes` are used."""
+    every = math.ceil((n_bytes or 0) / (section.max_megabytes * 1_000_000)) or 1
     if every > 1:
-        warn(f"words are counted in 1/{every} of the text (tokenizer.max_megabytes {section.max_megabytes})")
+        warn(f"the tokenizer learns from 1/{every} of the text (tokenizer.max_megabytes {section.max_megabytes})")
     for piece in itertools.islice(pieces, 0, None, every):
-        yield Piece(piece.text, True) if every > 1 else piece  # what is no longer beside each other is not joined
+        yield Piece(piece.text, True) if every > 1 else piece  # start a new document, because the previous piece was skipped
 
 
-def _bytes() -> list[str]:
-    return sorted(byte_level_table())
+def _byte_alphabet() -> list[str]:
+    return sorted(unicode_to_bytes())
 
 
 def _is_byte_level(section: LearnedTokenizer) -> bool:
     return isinstance(section, ByteTokenizer) or (isinstance(section, BpeTokenizer) and section.alphabet == "bytes")
 
 
-def _prepared(section: LearnedTokenizer) -> tokenizers.Tokenizer:
-    """Everything but the model: how text is normalised and divided, and how tokens become text again."""
-    backend = tokenizers.Tokenizer(models.WordLevel({UNKNOWN: 0}, unk_token=UNKNOWN))  # until there is a model
+def _backend_without_model(section: LearnedTokenizer) -> tokenizers.Tokenizer:
+    """A tokenizer with the section's normalizer, pretokenizer and decoder, and a placeholder for the model."""
+    backend = tokenizers.Tokenizer(models.WordLevel({UNKNOWN: 0}, unk_token=UNKNOWN))
     if section.normalize:
         backend.normalizer = normalizers.Sequence([step for name in section.normalize for step in _NORMALIZERS[name]()])
     steps: list[pre_tokenizers.PreTokenizer] = []
     if isinstance(section, (BpeTokenizer, UnigramTokenizer)):
-        steps = splits.pre_tokenizer(section.split, section.digits)
+        steps = pretokenizer.split_steps(section.split, section.digits)
     elif isinstance(section, (WordPieceTokenizer, WordTokenizer)):
-        backend.pre_tokenizer = splits.pre_tokenizer_without_spaces(section.split)
+        backend.pre_tokenizer = pretokenizer.space_dropping_pretokenizer(section.split)
     if _is_byte_level(section):
         steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
         backend.decoder = decoders.ByteLevel()
@@ -126,7 +126,7 @@ def _prepared(section: LearnedTokenizer) -> tokenizers.Tokenizer:
             decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()]) if section.byte_fallback else decoders.Fuse()
         )
     elif isinstance(section, WordPieceTokenizer):
-        backend.decoder = decoders.WordPiece(prefix=CONTINUING, cleanup=False)
+        backend.decoder = decoders.WordPiece(prefix=CONTINUATION_PREFIX, cleanup=False)
     elif isinstance(section, CharTokenizer):
         backend.decoder = decoders.Fuse()
     if steps:
@@ -144,96 +144,121 @@ _NORMALIZERS: dict[str, Callable[[], Sequence[normalizers.Normalizer]]] = {
 }
 
 
-def _model(section: LearnedTokenizer, words: Words) -> models.Model:
+def _model(section: LearnedTokenizer, word_counts: WordCounts) -> models.Model:
     if isinstance(section, ByteTokenizer):
-        return models.BPE(vocab={letter: id for id, letter in enumerate(_bytes())}, merges=[])
+        return models.BPE(vocab=_vocabulary(_byte_alphabet()), merges=[])
     if isinstance(section, BpeTokenizer):
-        return _byte_pairs(section, words) if section.alphabet == "bytes" else _character_pairs(section, words)
+        return _byte_bpe(section, word_counts) if section.alphabet == "bytes" else _character_bpe(section, word_counts)
     if isinstance(section, UnigramTokenizer):
-        return _unigram(section, words)
+        return _unigram(section, word_counts)
     if isinstance(section, WordPieceTokenizer):
-        return _word_piece(section, words)
+        return _wordpiece(section, word_counts)
+    counted = zip(word_counts.words, word_counts.counts.tolist(), strict=True)
     if isinstance(section, WordTokenizer):
-        room = _room(section) - 1
-        kept = [word for word, count in zip(words.texts, words.counts.tolist(), strict=True) if count >= section.min_frequency]
-        return models.WordLevel({token: id for id, token in enumerate([UNKNOWN, *kept[:room]])}, unk_token=UNKNOWN)
+        words = [word for word, count in counted if count >= section.min_frequency]
+        return models.WordLevel(_vocabulary([UNKNOWN, *words[: _model_size(section) - 1]]), unk_token=UNKNOWN)
     assert isinstance(section, CharTokenizer)
-    counted = zip(words.texts, words.counts.tolist(), strict=True)
     tokens = [*sorted(character for character, count in counted if count >= section.min_frequency), END_OF_TEXT, UNKNOWN]
-    return models.BPE(vocab={token: id for id, token in enumerate(tokens)}, merges=[], unk_token=UNKNOWN, fuse_unk=False)
+    return models.BPE(vocab=_vocabulary(tokens), merges=[], unk_token=UNKNOWN, fuse_unk=False)
 
 
-def _room(section: VocabularyTokenizer) -> int:
-    """Tokens for the model itself, without those that are added to it."""
+def _vocabulary(tokens: Sequence[str]) -> dict[str, int]:
+    """The id of each token: its position."""
+    return {token: id for id, token in enumerate(tokens)}
+
+
+def _model_size(section: VocabularyTokenizer) -> int:
+    """The number of tokens left for the model after the end-of-text, special and added tokens."""
     return section.vocab_size - 1 - len(section.special_tokens) - len(section.added_tokens)
 
 
-def _byte_pairs(section: BpeTokenizer, words: Words) -> models.Model:
+def _byte_bpe(section: BpeTokenizer, word_counts: WordCounts) -> models.Model:
     learned = merges.learn(
-        words, _bytes(), None, _room(section), min_frequency=section.min_frequency, longest=section.max_token_length
-    )
-    return models.BPE(vocab={token: id for id, token in enumerate(learned.tokens)}, merges=learned.written())
-
-
-def _character_pairs(section: BpeTokenizer, words: Words) -> models.Model:
-    reserved = [*BYTE_TOKENS] if section.byte_fallback else [UNKNOWN]
-    room = _room(section) - len(reserved)
-    learned = merges.learn(
-        words,
-        _alphabet(section.alphabet, words, room),
-        None,
-        room,
+        word_counts,
+        _byte_alphabet(),
+        _model_size(section),
         min_frequency=section.min_frequency,
-        longest=section.max_token_length,
+        max_token_length=section.max_token_length,
+    )
+    return models.BPE(vocab=_vocabulary(learned.tokens), merges=learned.as_text())
+
+
+def _character_bpe(section: BpeTokenizer, word_counts: WordCounts) -> models.Model:
+    reserved = [*BYTE_TOKENS] if section.byte_fallback else [UNKNOWN]
+    size = _model_size(section) - len(reserved)
+    learned = merges.learn(
+        word_counts,
+        _alphabet(section.alphabet, word_counts, size),
+        size,
+        min_frequency=section.min_frequency,
+        max_token_length=section.max_token_length,
         reserved={*reserved},
     )
     return models.BPE(
-        vocab={token: id for id, token in enumerate([*reserved, *learned.tokens])},
-        merges=learned.written(),
+        vocab=_vocabulary([*reserved, *learned.tokens]),
+        merges=learned.as_text(),
         unk_token=None if section.byte_fallback else UNKNOWN,
         fuse_unk=False,
         byte_fallback=section.byte_fallback,
     )
 
 
-def _alphabet(wanted: int | str, words: Words, room: int) -> list[str]:
-    """The characters that are tokens of their own, in code point order. Raises `InputError` when there is no room for them."""
-    counted = character_counts(words)
-    chosen = list(counted) if wanted == "text" else list(counted)[:wanted] if isinstance(wanted, int) else sorted({*wanted})
-    if len(chosen) > room:
-        raise InputError(
-            f"the alphabet has {len(chosen):,} characters, and {max(0, room):,} find room in the vocabulary",
-            where="tokenizer.vocab_size",
-            hint=f"ask for {len(chosen) - room:,} more, or for a smaller tokenizer.alphabet",
-        )
+def _alphabet(alphabet: int | str, word_counts: WordCounts, max_size: int) -> list[str]:
+    """The characters that get tokens of their own, in code point order. Raises `InputError` if there are more than `max_size`."""
+    if alphabet == "text":
+        chosen = [*character_counts(word_counts)]
+    elif isinstance(alphabet, int):
+        chosen = [*character_counts(word_counts)][:alphabet]
+    else:
+        chosen = [*{*alphabet}]
+    _check_alphabet_size(len(chosen), max_size)
     return sorted(chosen)
 
 
-def _unigram(section: UnigramTokenizer, words: Words) -> models.Model:
+def _check_alphabet_size(size: int, max_size: int) -> None:
+    if size > max_size:
+        raise InputError(
+            f"the alphabet has {size:,} characters, but the vocabulary has only {max(0, max_size):,} tokens left for them",
+            where="tokenizer.vocab_size",
+            hint=f"increase it by at least {size - max_size:,}, or set a smaller tokenizer.alphabet",
+        )
+
+
+def _unigram(section: UnigramTokenizer, word_counts: WordCounts) -> models.Model:
     reserved = [UNKNOWN, *(BYTE_TOKENS if section.byte_fallback else [])]
-    room = _room(section) - len(reserved)
-    spelled = {*"".join(reserved)}  # so that text that spells a reserved piece can be written without it
-    alphabet = sorted(spelled | {*_alphabet(section.alphabet, words, max(0, room))})
-    if len(alphabet) > room:
-        _alphabet("".join(alphabet), words, room)
-    pieces = unigram.learn(words, alphabet, room, longest=section.max_token_length)
+    size = _model_size(section) - len(reserved)
+    spelling = {*"".join(reserved)}  # so that text that spells out a reserved token can be encoded without that token
+    alphabet = sorted(spelling | {*_alphabet(section.alphabet, word_counts, max(0, size))})
+    _check_alphabet_size(len(alphabet), size)
+    pieces = unigram.learn(word_counts, alphabet, size, max_token_length=section.max_token_length)
     pieces = [(piece, score) for piece, score in pieces if piece not in reserved]
-    return models.Unigram([*((token, NEVER) for token in reserved), *pieces], unk_id=0, byte_fallback=section.byte_fallback)
-
-
-def _word_piece(section: WordPieceTokenizer, words: Words) -> models.Model:
-    room = _room(section) - 1
-    alphabet = _alphabet(section.alphabet, words, room // 2)
-    inner = [CONTINUING + character for character in alphabet]
-    learned = merges.learn(
-        words, alphabet, inner, room, min_frequency=section.min_frequency, longest=section.max_token_length, join=_continued
+    return models.Unigram(
+        [*((token, RESERVED_SCORE) for token in reserved), *pieces], unk_id=0, byte_fallback=section.byte_fallback
     )
-    vocabulary = {token: id for id, token in enumerate([UNKNOWN, *learned.tokens])}
-    return models.WordPiece(vocabulary, unk_token=UNKNOWN, continuing_subword_prefix=CONTINUING, max_input_chars_per_word=100)
 
 
-def _continued(left: str, right: str) -> str:
-    return left + right.removeprefix(CONTINUING)
+def _wordpiece(section: WordPieceTokenizer, word_counts: WordCounts) -> models.Model:
+    size = _model_size(section) - 1  # without the unknown token
+    alphabet = _alphabet(section.alphabet, word_counts, size // 2)  # each character gets a token with and one without the prefix
+    learned = merges.learn(
+        word_counts,
+        alphabet,
+        size,
+        inner_alphabet=[CONTINUATION_PREFIX + character for character in alphabet],
+        min_frequency=section.min_frequency,
+        max_token_length=section.max_token_length,
+        join=_join_wordpieces,
+    )
+    return models.WordPiece(
+        _vocabulary([UNKNOWN, *learned.tokens]),
+        unk_token=UNKNOWN,
+        continuing_subword_prefix=CONTINUATION_PREFIX,
+        max_input_chars_per_word=100,
+    )
+
+
+def _join_wordpieces(left: str, right: str) -> str:
+    return left + right.removeprefix(CONTINUATION_PREFIX)
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, section: LearnedTokenizer) -> None:

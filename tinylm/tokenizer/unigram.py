@@ -1,9 +1,16 @@
-"""The Unigram language model of SentencePiece (Kudo 2018, "Subword Regularization", section 3.2) from counted words.
+"""Learns the pieces of a Unigram language model from word counts.
 
-Frequent substrings are the first pieces. Expectation maximisation gives each piece its probability over all segmentations of all
-words; the pieces whose loss would cost the text least go, a quarter at a time, until as many are left as were asked for. All words
-are one lattice, and a step handles every word at once, position by position. Nothing depends on threads or on hashing, so the
-same words give the same pieces; scores are rounded to six digits.
+Kudo 2018, "Subword Regularization: Improving Neural Network Translation Models with Multiple Subword Candidates", section 3.2, as
+implemented in SentencePiece. The probability of a segmentation is the product of the probabilities of its pieces. For example, if
+the pieces `a`, `b` and `ab` have the probabilities 0.3, 0.3 and 0.4, the segmentations of the word ab have the probabilities
+0.3 x 0.3 = 0.09 (`a` `b`) and 0.4 (`ab`), and the piece `ab` is expected to be used 0.4 / 0.49 = 0.82 times.
+
+1. The first pieces are the frequent substrings of words ("seeds") and all characters of the alphabet.
+2. Expectation maximization (EM) estimates their probabilities from their expected use over all segmentations of all words.
+3. The quarter of the pieces whose removal lowers the likelihood least is removed. Steps 2 and 3 repeat until the target size.
+
+All words form one lattice. Array operations process all words at once, one level (position in the word) at a time. The result
+does not depend on threads or hashing; scores are rounded to six digits.
 """
 
 from __future__ import annotations
@@ -13,154 +20,185 @@ from itertools import groupby, pairwise
 
 import numpy as np
 
-from tinylm.tokenizer.counting import Words
+from tinylm.tokenizer.word_counts import WordCounts
 
-SHRINKING = 0.75
-SUB_ITERATIONS = 2
+KEPT_SHARE = 0.75
+"""Share of the pieces that one pruning step keeps."""
+EM_STEPS = 2
+"""EM steps before each pruning step."""
 SEEDS_PER_PIECE = 24
-_LEAST_SEEDS = 40_000
-_LEAST_EXPECTED = 0.5
-"""Expected occurrences below which a piece is dropped at once."""
+_MIN_SEEDS = 40_000
+_MIN_EXPECTED = 0.5
+"""Pieces with a lower expected count than this are removed in every pruning step."""
 
 
 @dataclass
-class _Edges:
-    """Places where a piece stands: from node `start` to node `end`, `level` characters into its word."""
+class Nodes:
+    """The nodes of the lattice: the positions between the characters of all words. A word of n characters has n + 1 nodes."""
+
+    codes: np.ndarray
+    """The index in the alphabet of the character after each node; -1 at the end of a word."""
+    levels: np.ndarray
+    """The number of characters of the word before each node."""
+    owners: np.ndarray
+    """The word of each node."""
+    ends: np.ndarray
+    """The last node of each node's word."""
+    weights: np.ndarray
+    """The count of each word, float64 (words,)."""
+
+    @property
+    def firsts(self) -> np.ndarray:
+        """The first node of each word."""
+        return np.flatnonzero(self.levels == 0)
+
+    @property
+    def lasts(self) -> np.ndarray:
+        """The last node of each word."""
+        return np.unique(self.ends)
+
+
+@dataclass
+class Edges:
+    """The edges of the lattice: piece number `piece` leads from node `start` to node `end`."""
 
     start: np.ndarray
     end: np.ndarray
     piece: np.ndarray
 
-    def of(self, kept: np.ndarray) -> _Edges:
-        return _Edges(self.start[kept], self.end[kept], self.piece[kept])
+    def select(self, kept: np.ndarray) -> Edges:
+        return Edges(self.start[kept], self.end[kept], self.piece[kept])
 
 
-class _Lattice:
-    """All segmentations of all words. Nodes are the positions between characters; each word has its first and last."""
+class Lattice:
+    """All segmentations of all words: the paths from each word's first node to its last."""
 
-    def __init__(self, edges: _Edges, levels: np.ndarray, firsts: np.ndarray, lasts: np.ndarray) -> None:
+    def __init__(self, edges: Edges, levels: np.ndarray, firsts: np.ndarray, lasts: np.ndarray) -> None:
         self.firsts, self.lasts = firsts, lasts
-        self.nodes = len(levels)
+        self.n_nodes = len(levels)
         order = np.lexsort((edges.end, levels[edges.end]))
-        self.edges = edges.of(order)
+        self.edges = edges.select(order)
         self._forward = _groups(self.edges.end, levels[self.edges.end])
         self._backward_order = np.lexsort((self.edges.start, -levels[self.edges.start]))
         start = self.edges.start[self._backward_order]
         self._backward = _groups(start, -levels[start])
 
-    def before(self, scores: np.ndarray, *, best: bool = False) -> np.ndarray:
-        """Per node the log of the summed probability of all ways from its word's first node, or of the `best` alone."""
-        values = np.full(self.nodes, -np.inf)
+    def forward(self, scores: np.ndarray, *, best_only: bool = False) -> np.ndarray:
+        """The log of the summed probability of all paths from a word's first node to each node, as float64 (nodes,).
+
+        With `best_only`, only the most probable path counts (Viterbi). `scores` are the log probabilities of the pieces.
+        """
+        values = np.full(self.n_nodes, -np.inf)
         values[self.firsts] = 0.0
-        self._sweep(values, self.edges.start, self.edges.end, scores[self.edges.piece], self._forward, best)
+        self._accumulate(values, self.edges.start, self.edges.end, scores[self.edges.piece], self._forward, best_only)
         return values
 
-    def after(self, scores: np.ndarray) -> np.ndarray:
-        """The same, from each node to its word's last."""
-        values = np.full(self.nodes, -np.inf)
+    def backward(self, scores: np.ndarray) -> np.ndarray:
+        """The log of the summed probability of all paths from each node to its word's last node, as float64 (nodes,)."""
+        values = np.full(self.n_nodes, -np.inf)
         values[self.lasts] = 0.0
         order = self._backward_order
-        self._sweep(values, self.edges.end[order], self.edges.start[order], scores[self.edges.piece[order]], self._backward, False)
+        edge_scores = scores[self.edges.piece[order]]
+        self._accumulate(values, self.edges.end[order], self.edges.start[order], edge_scores, self._backward, False)
         return values
 
     @staticmethod
-    def _sweep(
+    def _accumulate(
         values: np.ndarray,
         source: np.ndarray,
         target: np.ndarray,
         scores: np.ndarray,
         groups: list[tuple[int, int, np.ndarray]],
-        best: bool,
+        best_only: bool,
     ) -> None:
+        """Level by level, write to each target node the log-sum-exp (or maximum) over its edges of source value plus score."""
         for begin, end, firsts in groups:
-            ways = values[source[begin:end]] + scores[begin:end]
-            most = np.maximum.reduceat(ways, firsts)
-            if not best:
+            paths = values[source[begin:end]] + scores[begin:end]
+            highest = np.maximum.reduceat(paths, firsts)
+            if not best_only:
                 sizes = np.diff(np.append(firsts, end - begin))
                 with np.errstate(invalid="ignore", divide="ignore"):
-                    summed = np.add.reduceat(np.exp(ways - np.repeat(most, sizes)), firsts)
-                    most = np.where(np.isfinite(most), most + np.log(summed), most)
-            values[target[begin:end][firsts]] = most
+                    summed = np.add.reduceat(np.exp(paths - np.repeat(highest, sizes)), firsts)
+                    highest = np.where(np.isfinite(highest), highest + np.log(summed), highest)
+            values[target[begin:end][firsts]] = highest
 
-    def expected(self, scores: np.ndarray, weights: np.ndarray, owners: np.ndarray) -> tuple[np.ndarray, float]:
-        """How often each piece is expected to be used, and the log likelihood of the text. `owners`: each node's word."""
-        alpha, beta = self.before(scores), self.after(scores)
+    def expected_counts(self, scores: np.ndarray, nodes: Nodes) -> tuple[np.ndarray, float]:
+        """The expected count of each piece, (pieces,), and the log likelihood of the text in nats."""
+        alpha, beta = self.forward(scores), self.backward(scores)
         totals = alpha[self.lasts]
         edges = self.edges
-        word = owners[edges.start]
+        word = nodes.owners[edges.start]
         with np.errstate(invalid="ignore"):
             shares = np.exp(alpha[edges.start] + scores[edges.piece] + beta[edges.end] - totals[word])
         shares = np.nan_to_num(shares)
-        return np.bincount(edges.piece, shares * weights[word], minlength=len(scores)), float(totals @ weights)
+        expected = np.bincount(edges.piece, shares * nodes.weights[word], minlength=len(scores))
+        return expected, float(totals @ nodes.weights)
 
 
 def _groups(nodes: np.ndarray, levels: np.ndarray) -> list[tuple[int, int, np.ndarray]]:
-    """(begin, end, first edge of each node within) for every level, of edges sorted by level and node."""
+    """For every level, its range of edges (begin, end) and the first edge of each node, relative to begin.
+
+    The edges must be sorted by level and node.
+    """
     if not len(nodes):
         return []
-    borders = [0, *(np.flatnonzero(levels[1:] != levels[:-1]) + 1).tolist(), len(levels)]
+    bounds = [0, *(np.flatnonzero(levels[1:] != levels[:-1]) + 1).tolist(), len(levels)]
     groups = []
-    for begin, end in pairwise(borders):
-        here = nodes[begin:end]
-        groups.append((begin, end, np.flatnonzero(np.concatenate(([True], here[1:] != here[:-1])))))
+    for begin, end in pairwise(bounds):
+        group = nodes[begin:end]
+        groups.append((begin, end, np.flatnonzero(np.concatenate(([True], group[1:] != group[:-1])))))
     return groups
 
 
-def learn(words: Words, alphabet: list[str], wanted: int, *, longest: int = 16) -> list[tuple[str, float]]:
-    """At most `wanted` pieces with their log probabilities, best first; every character of `alphabet` is one of them.
+def learn(word_counts: WordCounts, alphabet: list[str], n_pieces: int, *, max_token_length: int = 16) -> list[tuple[str, float]]:
+    """At most `n_pieces` pieces with their log probabilities, most probable first.
 
-    Characters outside the alphabet are borders. Fewer come back when the text has no more substrings that occur twice.
+    Every character of `alphabet` is a piece, and no piece contains another character. There are fewer than `n_pieces` pieces if the
+    text does not have enough substrings that occur at least twice.
     """
-    codes, levels, owners, ends, weights = _laid_out(words, alphabet)
-    strings, edges, counts = _seeds(
-        codes, levels, ends, weights[owners], alphabet, max(_LEAST_SEEDS, SEEDS_PER_PIECE * wanted), longest
-    )
-    lengths = np.array([len(string) for string in strings])
-    firsts, lasts = np.flatnonzero(levels == 0), np.unique(ends)
+    nodes = lay_out(word_counts, alphabet)
+    pieces, edges, counts = seed_pieces(nodes, alphabet, max(_MIN_SEEDS, SEEDS_PER_PIECE * n_pieces), max_token_length)
+    lengths = np.array([len(piece) for piece in pieces])
     scores = np.log(np.maximum(counts, 1e-3)) - np.log(counts.sum())
-    target = max(wanted, int(wanted * 1.1))
-    while True:
-        lattice = _Lattice(edges, levels, firsts, lasts)
-        for _ in range(SUB_ITERATIONS):
-            expected, _ = lattice.expected(scores, weights, owners)
-            scores = _maximised(expected)
-        keep = (expected >= _LEAST_EXPECTED) | (lengths == 1)
+    target = max(n_pieces, int(n_pieces * 1.1))
+    firsts, lasts = nodes.firsts, nodes.lasts
+    finished = False
+    while not finished:
+        lattice = Lattice(edges, nodes.levels, firsts, lasts)
+        for _ in range(EM_STEPS):
+            expected, _ = lattice.expected_counts(scores, nodes)
+            scores = _maximize(expected)
+        keep = (expected >= _MIN_EXPECTED) | (lengths == 1)
         if keep.sum() > target:
-            kept_loss = np.where(keep, _losses(lattice, scores, expected, lengths, levels), -np.inf)
-            kept_loss[lengths == 1] = np.inf
-            room = max(target, int(SHRINKING * keep.sum()))
-            order = np.lexsort((np.arange(len(scores)), -kept_loss))
+            losses = np.where(keep, _losses(lattice, scores, expected, lengths), -np.inf)
+            losses[lengths == 1] = np.inf
+            n_kept = max(target, int(KEPT_SHARE * keep.sum()))
+            order = np.lexsort((np.arange(len(scores)), -losses))
             keep = np.zeros(len(scores), dtype=bool)
-            keep[order[:room]] = True
+            keep[order[:n_kept]] = True
         finished = keep.sum() <= target
-        number = np.cumsum(keep) - 1
-        inside = keep[lattice.edges.piece]
-        edges = lattice.edges.of(inside)
-        edges.piece = number[edges.piece]
-        strings = [string for string, kept in zip(strings, keep.tolist(), strict=True) if kept]
+        new_number = np.cumsum(keep) - 1
+        edges = lattice.edges.select(keep[lattice.edges.piece])
+        edges.piece = new_number[edges.piece]
+        pieces = [piece for piece, kept in zip(pieces, keep.tolist(), strict=True) if kept]
         lengths, scores = lengths[keep], scores[keep]
-        if finished:
-            break
-    lattice = _Lattice(edges, levels, firsts, lasts)
-    expected, _ = lattice.expected(scores, weights, owners)
-    scores = _maximised(expected)
-    chosen = sorted(range(len(strings)), key=lambda n: (lengths[n] > 1, -scores[n], strings[n]))[:wanted]
-    pieces = [(strings[n], round(float(scores[n]), 6)) for n in chosen]
-    return sorted(pieces, key=lambda piece: (-piece[1], piece[0]))
+    lattice = Lattice(edges, nodes.levels, firsts, lasts)
+    expected, _ = lattice.expected_counts(scores, nodes)
+    scores = _maximize(expected)
+    chosen = sorted(range(len(pieces)), key=lambda n: (lengths[n] > 1, -scores[n], pieces[n]))[:n_pieces]
+    scored = [(pieces[n], round(float(scores[n]), 6)) for n in chosen]
+    return sorted(scored, key=lambda piece: (-piece[1], piece[0]))
 
 
-def _laid_out(words: Words, alphabet: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The nodes of all words, cut where a character is not known: what follows (-1 at the end), level, word, the word's last node.
-
-    The fifth is the weight of each word.
-    """
+def lay_out(word_counts: WordCounts, alphabet: list[str]) -> Nodes:
+    """The nodes of all words. A word is cut into several at characters that are not in the alphabet."""
     known = set(alphabet)
     parts: list[str] = []
-    weighing: list[float] = []
-    for word, count in zip(words.texts, words.counts.tolist(), strict=True):
+    weights: list[float] = []
+    for word, count in zip(word_counts.words, word_counts.counts.tolist(), strict=True):
         runs = [word] if known.issuperset(word) else ["".join(run) for inside, run in groupby(word, known.__contains__) if inside]
         parts += runs
-        weighing += [count] * len(runs)
+        weights += [count] * len(runs)
     lengths = np.fromiter(map(len, parts), dtype=np.int64, count=len(parts)) + 1
     begins = np.cumsum(lengths) - lengths
     size = int(lengths.sum())
@@ -171,65 +209,70 @@ def _laid_out(words: Words, alphabet: list[str]) -> tuple[np.ndarray, np.ndarray
     inside = np.ones(size, dtype=bool)
     inside[begins + lengths - 1] = False
     codes[inside] = np.fromiter((numbers[c] for part in parts for c in part), dtype=np.int64, count=size - len(parts))
-    return codes, levels, owners, (begins + lengths - 1)[owners], np.array(weighing, dtype=np.float64)
+    return Nodes(codes, levels, owners, (begins + lengths - 1)[owners], np.array(weights, dtype=np.float64))
 
 
-def _seeds(
-    codes: np.ndarray, levels: np.ndarray, ends: np.ndarray, weights: np.ndarray, alphabet: list[str], most: int, longest: int
-) -> tuple[list[str], _Edges, np.ndarray]:
-    """The substrings that occur at least twice and cover most text, every single character, where they stand and how often."""
-    letters = len(alphabet)
-    where, ids = np.flatnonzero(codes >= 0), codes[codes >= 0]
-    totals = np.bincount(ids, weights[where], minlength=letters)
-    found = [(where, ids, totals, np.zeros(letters, dtype=np.int64))]
-    sample = np.full(letters, -1)
-    sample[ids[::-1]] = where[::-1]
-    places = [sample]
-    for length in range(2, longest + 1):
-        fits = where + length <= ends[where]
-        where, ids = where[fits], ids[fits]
-        keys, first, ids = np.unique(ids * letters + codes[where + length - 1], return_index=True, return_inverse=True)
-        totals = np.bincount(ids, weights[where], minlength=len(keys))
-        often = totals >= 2
-        number = np.cumsum(often) - 1
-        inside = often[ids]
-        places.append(where[first][often])
-        where, ids, totals = where[inside], number[ids[inside]], totals[often]
-        if not len(where):
+def seed_pieces(nodes: Nodes, alphabet: list[str], max_seeds: int, max_token_length: int) -> tuple[list[str], Edges, np.ndarray]:
+    """The initial pieces, the edges where they occur, and their counts, float64 (pieces,).
+
+    The initial pieces are all characters of the alphabet, and those substrings with a count of at least 2 that cover the most text
+    (count times length).
+    """
+    codes, ends, weights = nodes.codes, nodes.ends, nodes.weights[nodes.owners]
+    n_characters = len(alphabet)
+    # For the current length: substring number `ids[i]` begins at node `starts[i]`, and substring n also at node `example[n]`.
+    starts, ids = np.flatnonzero(codes >= 0), codes[codes >= 0]
+    totals = np.bincount(ids, weights[starts], minlength=n_characters)
+    by_length = [(starts, ids, totals)]
+    example = np.full(n_characters, -1)
+    example[ids[::-1]] = starts[::-1]
+    examples_by_length = [example]
+    for length in range(2, max_token_length + 1):
+        fits = starts + length <= ends[starts]
+        starts, ids = starts[fits], ids[fits]
+        keys, first, ids = np.unique(ids * n_characters + codes[starts + length - 1], return_index=True, return_inverse=True)
+        totals = np.bincount(ids, weights[starts], minlength=len(keys))
+        repeated = totals >= 2
+        number = np.cumsum(repeated) - 1
+        kept = repeated[ids]
+        examples_by_length.append(starts[first][repeated])
+        starts, ids, totals = starts[kept], number[ids[kept]], totals[repeated]
+        if not len(starts):
             break
-        found.append((where, ids, totals, np.full(len(totals), length - 1)))
-    gains = np.concatenate([totals * length for length, (_, _, totals, _) in enumerate(found, 1)])
-    gains[:letters] = np.inf
-    order = np.lexsort((np.arange(len(gains)), -gains))[: max(most, letters)]
-    number = np.full(len(gains), -1)
+        by_length.append((starts, ids, totals))
+    coverage = np.concatenate([totals * length for length, (_, _, totals) in enumerate(by_length, 1)])
+    coverage[:n_characters] = np.inf
+    order = np.lexsort((np.arange(len(coverage)), -coverage))[: max(max_seeds, n_characters)]
+    number = np.full(len(coverage), -1)
     number[np.sort(order)] = np.arange(len(order))
     strings: list[str] = [*alphabet]
-    starts, finishes, pieces, counts, offset = [], [], [], [], 0
+    edge_starts, edge_ends, edge_pieces, counts, offset = [], [], [], [], 0
     characters = np.array([*alphabet, ""], dtype=object)
-    for length, (where, ids, totals, _) in enumerate(found, 1):
-        here = number[offset : offset + len(totals)]
-        inside = here[ids] >= 0
-        starts.append(where[inside])
-        finishes.append(where[inside] + length)
-        pieces.append(here[ids[inside]])
-        chosen = here >= 0
+    for length, (starts, ids, totals) in enumerate(by_length, 1):
+        piece_of = number[offset : offset + len(totals)]
+        kept = piece_of[ids] >= 0
+        edge_starts.append(starts[kept])
+        edge_ends.append(starts[kept] + length)
+        edge_pieces.append(piece_of[ids[kept]])
+        chosen = piece_of >= 0
         counts.append(totals[chosen])
         if length > 1:
-            strings += ["".join(characters[codes[at : at + length]]) for at in places[length - 1][chosen].tolist()]
+            examples = examples_by_length[length - 1][chosen].tolist()
+            strings += ["".join(characters[codes[node : node + length]]) for node in examples]
         offset += len(totals)
-    edges = _Edges(np.concatenate(starts), np.concatenate(finishes), np.concatenate(pieces))
+    edges = Edges(np.concatenate(edge_starts), np.concatenate(edge_ends), np.concatenate(edge_pieces))
     return strings, edges, np.concatenate(counts)
 
 
-def _maximised(expected: np.ndarray) -> np.ndarray:
-    """Log probabilities from expected counts, in the Bayesian form that favors few pieces (digamma in place of the log)."""
+def _maximize(expected: np.ndarray) -> np.ndarray:
+    """Log probabilities from expected counts. As in SentencePiece, digamma replaces the log, which favors few pieces."""
     counts = np.maximum(expected, 1e-3)
-    scores: np.ndarray = _digamma(counts) - _digamma(np.array([counts.sum()]))[0]
+    scores: np.ndarray = digamma(counts) - digamma(np.array([counts.sum()]))[0]
     return scores
 
 
-def _digamma(x: np.ndarray) -> np.ndarray:
-    """Abramowitz & Stegun 6.3.18 above 7, the recurrence below."""
+def digamma(x: np.ndarray) -> np.ndarray:
+    """The derivative of log gamma: Abramowitz and Stegun 6.3.18 for x >= 7, and the recurrence 6.3.5 below."""
     result = np.zeros_like(x)
     x = x.copy()
     for _ in range(8):
@@ -237,35 +280,39 @@ def _digamma(x: np.ndarray) -> np.ndarray:
         result[small] -= 1 / x[small]
         x[small] += 1
     square = 1 / (x * x)
-    digamma: np.ndarray = result + np.log(x) - 0.5 / x - square * (1 / 12 - square * (1 / 120 - square / 252))
-    return digamma
+    value: np.ndarray = result + np.log(x) - 0.5 / x - square * (1 / 12 - square * (1 / 120 - square / 252))
+    return value
 
 
-def _losses(lattice: _Lattice, scores: np.ndarray, expected: np.ndarray, lengths: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """What the text's likelihood would lose without each piece: its use times the gap to its best segmentation by others."""
+def _losses(lattice: Lattice, scores: np.ndarray, expected: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """How much the log likelihood of the text would drop without each piece, (pieces,); -inf for single characters.
+
+    The drop is the piece's expected count times the difference between its score and that of its best segmentation into other
+    pieces. All these segmentations are computed in a second lattice, with one word for each piece.
+    """
     edges = lattice.edges
     longer = np.flatnonzero(lengths > 1)
     _, first = np.unique(edges.piece, return_index=True)
-    place = np.full(len(scores), -1)
-    place[edges.piece[first]] = edges.start[first]
-    longer = longer[place[longer] >= 0]
+    example = np.full(len(scores), -1)  # a node where each piece begins in the text
+    example[edges.piece[first]] = edges.start[first]
+    longer = longer[example[longer] >= 0]
     sizes = lengths[longer] + 1
     begins = np.cumsum(sizes) - sizes
     owner = np.repeat(np.arange(len(longer)), sizes)
     level = np.arange(int(sizes.sum())) - begins[owner]
-    original = place[longer][owner] + level
+    original = example[longer][owner] + level  # the node of the text that each node of the second lattice copies
     by_start = np.argsort(edges.start, kind="stable")
-    first_edge = np.searchsorted(edges.start[by_start], np.arange(lattice.nodes + 1))
-    many = first_edge[original + 1] - first_edge[original]
-    many[begins + sizes - 1] = 0  # nothing leaves a piece's last node
-    source = np.repeat(np.arange(len(level)), many)
-    within = np.arange(int(many.sum())) - np.repeat(np.cumsum(many) - many, many)
+    first_edge = np.searchsorted(edges.start[by_start], np.arange(lattice.n_nodes + 1))
+    n_edges = first_edge[original + 1] - first_edge[original]
+    n_edges[begins + sizes - 1] = 0  # no edge leaves a piece's last node
+    source = np.repeat(np.arange(len(level)), n_edges)
+    within = np.arange(int(n_edges.sum())) - np.repeat(np.cumsum(n_edges) - n_edges, n_edges)
     edge = by_start[first_edge[original[source]] + within]
     length = edges.end[edge] - edges.start[edge]
     whole = longer[owner[source]]
     inside = (level[source] + length <= lengths[whole]) & (edges.piece[edge] != whole)
-    inner = _Edges(source[inside], source[inside] + length[inside], edges.piece[edge[inside]])
-    alternatives = _Lattice(inner, level, begins, begins + sizes - 1).before(scores, best=True)[begins + sizes - 1]
+    inner = Edges(source[inside], source[inside] + length[inside], edges.piece[edge[inside]])
+    best = Lattice(inner, level, begins, begins + sizes - 1).forward(scores, best_only=True)
     losses = np.full(len(scores), -np.inf)
-    losses[longer] = expected[longer] * (scores[longer] - alternatives)
+    losses[longer] = expected[longer] * (scores[longer] - best[begins + sizes - 1])
     return losses

@@ -1,1 +1,1 @@
-"""Training: the loop, its checkpoints, its numbers."""
+"""The training loop, its checkpoints and its metrics."""

@@ -1,14 +1,16 @@
-"""Saving and restoring a training: a checkpoint folder is whole or absent, and nothing in it can execute.
+"""Save and restore the state of a training run. Checkpoint folders are written atomically, and loading one never executes code.
 
-    model.safetensors              all weights; of embeddings, all tables
-    training-00001.safetensors     the optimiser's state if there is one, a file per process that saved, each with its part
-    state.json                     where the training stood: step, cursor, scaler, guards, best so far, fingerprints
-    manifest.json                  size and SHA-256 of each file; written last
+    model.safetensors              all weights
+    training-00001.safetensors     the optimizer state, if any: one file per process, with that process's shard
+    state.json                     progress: step, cursor, gradient scaler, guards, best so far, fingerprints
+    manifest.json                  size and SHA-256 of every file; written last
 
-Everything goes into a folder with a temporary name; files and folder are synced, the manifest comes last, then a rename makes it a
-checkpoint. That happens in a thread, on copies of the tensors, while the training goes on. The tensors are written and read by
-torch.distributed.checkpoint in its safetensors format, whose headers say which part of a tensor a file holds: any number of
-processes can read what any other number wrote, and the pickle that its default format has for that does not exist.
+A checkpoint is written into a folder with a temporary name. Its files are synced, the manifest is written last, and then the folder
+is renamed. This happens in a background thread, on copies of the tensors, while training continues.
+
+torch.distributed.checkpoint writes the optimizer state and reads all tensors, in its safetensors format. The headers of these files
+say which part of a tensor each file holds, so that a run can resume with a different number of processes. The default format of
+torch.distributed.checkpoint keeps this information in a pickle.
 """
 
 from __future__ import annotations
@@ -20,11 +22,13 @@ import shutil
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -33,151 +37,153 @@ import tinylm
 from tinylm.errors import InputError, TinylmError, WorkError
 from tinylm.model.transformer import Transformer
 from tinylm.optim.groups import Optimizers
-from tinylm.paths import sync_folder, write_whole
+from tinylm.paths import atomic_write_text, sync_folder
 from tinylm.processes import SINGLE_PROCESS, Processes
 from tinylm.reporting import Reporter
-from tinylm.run import FORMAT, Checkpoint, Run, seal
+from tinylm.run import FORMAT, POINTERS, Checkpoint, Run, write_manifest
 from tinylm.training.parallel import named_weights
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint will hold, in tensors that nobody changes any more."""
+    """The content of a checkpoint. Its tensors must not change while it is being saved."""
 
     weights: Mapping[str, Tensor]
-    """Of the whole model, in the main process."""
-    training: Mapping[str, Tensor]
-    """The optimiser's state, or this process's part of it."""
+    """All weights of the model. Only the main process writes them; elsewhere this may be empty."""
+    optimizer_state: Mapping[str, Tensor]
+    """This process's shard of the optimizer state."""
     state: Mapping[str, Any]
-    """What JSON can hold; `state["step"]` names the checkpoint."""
+    """Everything else, as JSON values. The folder is named after `state["step"]`."""
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of one run and removes those no longer wanted. All processes hold one and call it alike."""
+    """Writes the checkpoints of one run and removes old ones. All processes must call the same methods in the same order."""
 
     def __init__(self, run_folder: Path, keep: int, processes: Processes = SINGLE_PROCESS) -> None:
         self.run = Run(run_folder)
         self.folder = run_folder / "checkpoints"
         self._keep = keep
-        self._main = processes.main
-        self._line = processes.line()
-        self._pending: tuple[threading.Thread, list[BaseException | Checkpoint]] | None = None
+        self._is_main = processes.is_main
+        self._processes = processes.new_group()
+        self._pending: Future[Checkpoint] | None = None
 
     def prepare(self) -> None:
-        """Make the folder, and remove what a killed process left half-written there."""
-        if not self._main:
+        """Create the checkpoints folder, and remove partial files that a killed process left in it."""
+        if not self._is_main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        for left in self.folder.glob(".*"):
-            if left.name.startswith(".step-") and left.is_dir() and not left.is_symlink():
-                shutil.rmtree(left)
-            elif left.name.startswith((".best.", ".last.", ".step-")):
-                left.unlink()
+        for leftover in self.folder.glob(".*"):
+            if leftover.name.startswith(".step-") and leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover)
+            elif leftover.name.startswith((*(f".{pointer}." for pointer in POINTERS), ".step-")):
+                leftover.unlink()
 
-    def begin(self, snapshot: Snapshot) -> None:
-        """Start saving the step that `snapshot.state["step"]` names; when it is whole it becomes `last`. One at a time."""
-        assert self._pending is None, "the save before is not finished"
-        outcome: list[BaseException | Checkpoint] = []
+    def start_save(self, snapshot: Snapshot) -> None:
+        """Save in a background thread. The checkpoint becomes `last` once it is complete. Call `wait` before the next save."""
+        assert self._pending is None, "call wait before the next save"
+        pending: Future[Checkpoint] = Future()
 
-        def write() -> None:
+        def save() -> None:
             try:
-                outcome.append(self.save(snapshot))
+                pending.set_result(self.save(snapshot))
             except BaseException as error:
-                outcome.append(error)
+                pending.set_exception(error)
 
-        thread = threading.Thread(target=write, name="tinylm-save", daemon=True)  # a second signal must not wait for a disk
-        self._pending = thread, outcome
-        thread.start()
+        # A daemon thread, so that a second signal ends the process without waiting for the disk.
+        threading.Thread(target=save, name="tinylm-save", daemon=True).start()
+        self._pending = pending
 
     @property
-    def done(self) -> bool:
-        """Whether `finish` would have nothing to wait for."""
-        return self._pending is None or not self._pending[0].is_alive()
+    def idle(self) -> bool:
+        """Whether `wait` would return immediately."""
+        return self._pending is None or self._pending.done()
 
-    def finish(self) -> Checkpoint | None:
-        """Wait for what is being saved: that checkpoint, or None for nothing. Raises `WorkError` when the disk refused it."""
+    def wait(self) -> Checkpoint | None:
+        """Wait for the pending save and return its checkpoint; None if there is none. Raises `WorkError` if it failed."""
         if self._pending is None:
             return None
-        (thread, outcome), self._pending = self._pending, None
-        thread.join()
-        if isinstance(outcome[0], BaseException):
-            raise outcome[0]
-        return outcome[0]
+        pending, self._pending = self._pending, None
+        return pending.result()
 
     def save(self, snapshot: Snapshot) -> Checkpoint:
-        """The same at once, for who has nothing to do meanwhile. Raises `WorkError` when the disk refuses."""
-        final = self.folder / f"step-{snapshot.state['step']:06d}"
+        """Save synchronously. Raises `WorkError` if the checkpoint cannot be written."""
+        step = snapshot.state["step"]
+        final = self.folder / f"step-{step:06d}"
         partial = self.folder / f".{final.name}.partial"
         try:
-            with _told(f"the checkpoint of step {snapshot.state['step']}", self.folder):
-                self._line.run_on_main(lambda: _new_folder(partial))
-                _write_tensors(partial, snapshot.training, self._line)
-                self._line.run_on_main(lambda: self._seal(partial, final, snapshot))
+            with _translate_write_errors(f"the checkpoint of step {step} could not be saved", self.folder):
+                self._processes.run_on_main(lambda: _recreate_folder(partial))
+                _write_tensors(partial, snapshot.optimizer_state, self._processes)
+                self._processes.run_on_main(lambda: self._complete(partial, final, snapshot))
         except BaseException:
-            if self._main:
+            if self._is_main:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
         return Checkpoint(final)
 
-    def _seal(self, partial: Path, final: Path, snapshot: Snapshot) -> None:
-        """Add what one process writes alone, and the manifest; then make it a checkpoint."""
+    def _complete(self, partial: Path, final: Path, snapshot: Snapshot) -> None:
+        """Add the files that only the main process writes, the manifest last, and rename the folder."""
         for number, file in enumerate(sorted(partial.iterdir()), 1):
             os.replace(file, partial / f"training-{number:05d}.safetensors")
         save_file(dict(snapshot.weights), partial / "model.safetensors", {"format": "pt"})
-        note = {"format": FORMAT, "version": tinylm.__version__, **snapshot.state}
-        (partial / "state.json").write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
-        seal(partial)
+        state = {"format": FORMAT, "version": tinylm.__version__, **snapshot.state}
+        (partial / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+        write_manifest(partial)
         if final.exists():
-            self._remove(Checkpoint(final))
+            _remove(Checkpoint(final))
         os.replace(partial, final)
         sync_folder(self.folder)
-        self.point("last", final.name)
+        self.set_pointer("last", final.name)
 
-    def point(self, name: str, checkpoint: str) -> None:
-        """Make `best` or `last` name a checkpoint. Raises `WorkError` when the disk refuses."""
-        if self._main:
-            with _told(f"which checkpoint is {name}", self.folder):
-                write_whole(self.folder / name, checkpoint + "\n")
+    def set_pointer(self, pointer: str, checkpoint: str) -> None:
+        """Write the name of a checkpoint into `best` or `last`. Raises `WorkError` if the file cannot be written."""
+        if self._is_main:
+            with _translate_write_errors(f"the name of the {pointer} checkpoint could not be saved", self.folder):
+                atomic_write_text(self.folder / pointer, checkpoint + "\n")
 
     def prune(self) -> None:
-        """Remove all but best, last and the newest `keep`."""
-        if not self._main:
+        """Remove all checkpoints except the best, the last and the `keep` newest. Raises `WorkError` if that fails."""
+        if not self._is_main:
             return
-        pointers = [self.folder / name for name in ("best", "last")]
-        with _told("which checkpoints are kept", self.folder):
+        pointers = [self.folder / name for name in POINTERS]
+        with _translate_write_errors("old checkpoints could not be removed", self.folder):
             wanted = {pointer.read_text(encoding="utf-8").strip() for pointer in pointers if pointer.exists()}
-            found = self.run.checkpoints()
-            wanted |= {checkpoint.name for checkpoint in found[max(0, len(found) - self._keep) :]}
-            for checkpoint in found:
+            checkpoints = self.run.checkpoints()
+            wanted |= {checkpoint.name for checkpoint in checkpoints[max(0, len(checkpoints) - self._keep) :]}
+            for checkpoint in checkpoints:
                 if checkpoint.name not in wanted:
-                    self._remove(checkpoint)
+                    _remove(checkpoint)
 
-    def forget_after(self, kept: Checkpoint, best_step: int) -> bool:
-        """Remove the checkpoints after `kept`, which is the last again. Whether the one of `best_step` is there, and so best."""
-        if self._main:
-            for later in self.run.checkpoints():
-                if later.step > kept.step:
-                    self._remove(later)
-            self.point("last", kept.name)
+    def discard_after(self, kept: Checkpoint, best_step: int) -> bool:
+        """Remove the checkpoints that are newer than `kept`, and make `kept` the last.
+
+        Returns whether the checkpoint of `best_step` still exists. If so, `best` names it; otherwise `best` is removed.
+        """
+        if self._is_main:
+            for checkpoint in self.run.checkpoints():
+                if checkpoint.step > kept.step:
+                    _remove(checkpoint)
+            self.set_pointer("last", kept.name)
         best = self.folder / f"step-{best_step:06d}"
-        there = bool(best_step) and best_step <= kept.step and best.exists()
-        if self._main:
-            if there:
-                self.point("best", best.name)
+        best_exists = bool(best_step) and best_step <= kept.step and best.exists()
+        if self._is_main:
+            if best_exists:
+                self.set_pointer("best", best.name)
             else:
                 (self.folder / "best").unlink(missing_ok=True)
-        return there
-
-    def _remove(self, checkpoint: Checkpoint) -> None:
-        """By a rename first: whoever is killed in between leaves no torn checkpoint."""
-        doomed = checkpoint.path.with_name(f".{checkpoint.name}.removed")
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.replace(checkpoint.path, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        return best_exists
 
 
-def _new_folder(folder: Path) -> None:
-    """Not its parents: a run folder that is gone does not come back."""
+def _remove(checkpoint: Checkpoint) -> None:
+    """Remove a checkpoint. The folder is renamed first, so that an interruption does not leave a partial checkpoint."""
+    removed = checkpoint.path.with_name(f".{checkpoint.name}.removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    os.replace(checkpoint.path, removed)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def _recreate_folder(folder: Path) -> None:
+    """Create an empty folder, but not its parents: if the user has removed the run folder, saving must fail, not recreate it."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
 
@@ -187,53 +193,54 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], processes: Proce
     from torch.distributed.checkpoint.state_dict_saver import save
 
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    with _quiet():
+    with _ignore_warnings():
         save(dict(tensors), storage_writer=writer, process_group=processes.group, no_dist=processes.group is None)
 
 
 @contextmanager
-def _told(what: str, folder: Path) -> Iterator[None]:
-    """The ways in which a disk refuses, and the engine tells it, as one error for people."""
+def _translate_write_errors(problem: str, folder: Path) -> Iterator[None]:
+    """Turn errors of the file system, safetensors and torch.distributed.checkpoint into a `WorkError` that reports `problem`."""
     try:
         yield
     except TinylmError:
         raise
     except (OSError, SafetensorError) as error:
-        raise _refused(what, folder, error) from None
+        raise _write_error(problem, folder, error) from None
     except BaseException as error:
-        if _is_engines(error):
-            raise _refused(what, folder, next(iter(error.failures.values()))[0]) from None  # type: ignore[attr-defined]
+        if _is_distributed_checkpoint_error(error):
+            first = next(iter(error.failures.values()))[0]  # type: ignore[attr-defined]
+            raise _write_error(problem, folder, first) from None
         raise
 
 
-def _refused(what: str, folder: Path, error: BaseException) -> WorkError:
-    why = error if folder.exists() else "the run folder is gone"
-    return WorkError(f"{what} could not be saved: {why}", where=str(folder))
+def _write_error(problem: str, folder: Path, error: BaseException) -> WorkError:
+    cause = error if folder.exists() else "the run folder no longer exists"
+    return WorkError(f"{problem}: {cause}", where=str(folder))
 
 
-def _is_engines(error: BaseException) -> bool:
-    """The engine's exception is no `Exception`, and holds each process's own."""
+def _is_distributed_checkpoint_error(error: BaseException) -> bool:
+    """Whether `error` is a `CheckpointException`, which is not an `Exception` and holds one error per failed process."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     return isinstance(error, CheckpointException)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """The engine warns that it works in one process where it was told so."""
+def _ignore_warnings() -> Iterator[None]:
+    """torch.distributed.checkpoint warns that it assumes a single process, even if called with `no_dist`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
-def newest_whole(run: Run, reporter: Reporter) -> Checkpoint:
-    """The newest checkpoint that is what was saved; damaged ones are told and passed over. Raises `InputError` when none is."""
+def newest_complete_checkpoint(run: Run, reporter: Reporter) -> Checkpoint:
+    """The newest undamaged checkpoint of a run. Warns about each damaged one. Raises `InputError` if there is none."""
     for checkpoint in reversed(run.checkpoints()):
         problem = checkpoint.problem()
         if problem is None:
             return checkpoint
-        reporter.warn(f"{checkpoint.path} is damaged ({problem}); going back to the one before")
-    raise InputError("no whole checkpoint to resume from", where=str(run.path), hint="train it anew with --overwrite")
+        reporter.warn(f"{checkpoint.path} is damaged ({problem}); trying the previous checkpoint")
+    raise InputError("no complete checkpoint to resume from", where=str(run.path), hint="train from scratch with --overwrite")
 
 
 def restore(
@@ -242,11 +249,12 @@ def restore(
     optimizers: Optimizers,
     processes: Processes = SINGLE_PROCESS,
     *,
-    moments: bool = True,
+    load_optimizer: bool = True,
 ) -> dict[str, Any]:
-    """Put weights and optimiser back as they were saved; the rest of the state is returned.
+    """Load the weights and the optimizer state of a checkpoint, and return the content of its state.json.
 
-    Each process reads what it holds. Without `moments` the optimiser starts anew. Raises `InputError` for what does not fit.
+    Each process reads its own shard. Without `load_optimizer`, the optimizer state stays empty. Raises `InputError` if the
+    checkpoint does not fit the network or the optimizers.
     """
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
@@ -255,30 +263,40 @@ def restore(
     weights = named_weights(network)
     try:
         reader = HuggingFaceStorageReader(str(checkpoint.path))
-        stored = reader.read_metadata().state_dict_metadata
-        shapes = {name: _shape(name, entry) for name, entry in stored.items()}
-        for name, tensor in weights.items():
-            if shapes.get(name) != tensor.shape:
-                found = "not there" if name not in shapes else f"{tuple(shapes[name])} instead of {tuple(tensor.shape)}"
-                raise ValueError(f"it does not fit the recipe: {name} is {found}")
-        training = {name: shape for name, shape in shapes.items() if "/" in name and moments}
-        blank = optimizers.blank_state(training)
-        with _quiet():
-            load({**weights, **blank}, storage_reader=reader, process_group=processes.group, no_dist=processes.group is None)
-        optimizers.load_state(blank)
+        shapes = {name: _stored_shape(name, entry) for name, entry in reader.read_metadata().state_dict_metadata.items()}
+        _check_weights(weights, shapes)
+        optimizer_shapes = {name: shape for name, shape in shapes.items() if "/" in name and load_optimizer}
+        optimizer_state = optimizers.empty_state(optimizer_shapes)
+        with _ignore_warnings():
+            load(
+                {**weights, **optimizer_state},
+                storage_reader=reader,
+                process_group=processes.group,
+                no_dist=processes.group is None,
+            )
+        optimizers.load_state(optimizer_state)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, IndexError, OverflowError, RuntimeError) as error:
-        what = f"no such state: {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
-        raise InputError(f"cannot be restored: {what}", where=str(checkpoint.path)) from None
+        cause = (
+            f"the optimizer has no match for the saved state {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        )
+        raise InputError(f"cannot be restored: {cause}", where=str(checkpoint.path)) from None
     except BaseException as error:
-        if _is_engines(error):
-            raise InputError("cannot be restored: its files do not agree", where=str(checkpoint.path)) from None
+        if _is_distributed_checkpoint_error(error):
+            raise InputError("cannot be restored: its files are inconsistent", where=str(checkpoint.path)) from None
         raise
     return state
 
 
-def _shape(name: str, entry: Any) -> Any:
-    """The shape that the headers say a tensor has. Raises `ValueError` when their parts do not make up a whole one."""
-    parts = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
-    if parts != math.prod(entry.size) or any(offset < 0 for chunk in entry.chunks for offset in chunk.offsets):
-        raise ValueError(f"the parts of {name} do not make up a whole")
+def _check_weights(weights: Mapping[str, Tensor], stored: Mapping[str, torch.Size]) -> None:
+    for name, tensor in weights.items():
+        if stored.get(name) != tensor.shape:
+            found = f"{tuple(stored[name])} instead of {tuple(tensor.shape)}" if name in stored else "missing"
+            raise ValueError(f"it does not fit the recipe: {name} is {found}")
+
+
+def _stored_shape(name: str, entry: Any) -> Any:
+    """The shape of a saved tensor, from the file headers. Raises `ValueError` if the parts in the files do not cover it exactly."""
+    covered = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
+    if covered != math.prod(entry.size) or any(offset < 0 for chunk in entry.chunks for offset in chunk.offsets):
+        raise ValueError(f"the parts of {name} do not cover the tensor")
     return entry.size

@@ -1,25 +1,25 @@
-"""Whether to compile the blocks: only where it earns its start-up back, and never at the price of a training that fails."""
+"""Compile the blocks of a network with `torch.compile`, and time micro-batches to decide whether that pays off."""
 
 from __future__ import annotations
 
 import importlib.util
 import time
+from dataclasses import replace
 
 import torch
 
-from tinylm.cost.plan import cpp_compiler
+from tinylm.cost.step_time import cpp_compiler
 from tinylm.errors import WorkError
-from tinylm.model.objective import Objective
+from tinylm.model.objective import Example
 from tinylm.model.transformer import Transformer
 from tinylm.reporting import Reporter
-from tinylm.training.feed import GlobalBatch
+from tinylm.training.feed import LocalBatch
 from tinylm.training.out_of_memory import is_out_of_memory
-from tinylm.training.precision import Precision
-from tinylm.training.step import accumulate
+from tinylm.training.step import GradientSettings, accumulate
 
 
-def compiler(device: torch.device) -> str | None:
-    """What the compiler would need on this device, where it is here."""
+def available_compiler(device: torch.device) -> str | None:
+    """The compiler that torch.compile uses on this device, or None if it is not installed or the device is unsupported."""
     if device.type == "cuda":
         return "triton" if importlib.util.find_spec("triton") is not None else None
     if device.type == "cpu":
@@ -28,21 +28,16 @@ def compiler(device: torch.device) -> str | None:
 
 
 class Trial:
-    """Runs micro-batches of a real batch, forward and backward, leaving no gradient behind."""
+    """Runs the forward and backward pass of the first micro-batch of a batch, and discards the gradient."""
 
-    def __init__(
-        self, network: Transformer, objective: Objective, batch: GlobalBatch, micro_batch_size: int, precision: Precision
-    ) -> None:
-        self.device = precision.device
+    def __init__(self, network: Transformer, batch: LocalBatch, settings: GradientSettings) -> None:
+        self.settings = replace(settings, scaler=None)
         self._network = network
-        self._objective = objective
-        self._micro = micro_batch_size
-        self._precision = precision
-        example = type(batch.example)(batch.example.inputs[:micro_batch_size], batch.example.targets[:micro_batch_size])
-        self._batch = GlobalBatch(example, batch.targets)
+        size = settings.micro_batch_size
+        self._batch = LocalBatch(Example(batch.example.inputs[:size], batch.example.targets[:size]), batch.global_target_count)
 
     def seconds(self, repeat: int = 2) -> float:
-        """Of one micro-batch: the best of `repeat`, after one to warm up."""
+        """The time of one micro-batch: the best of `repeat` runs, after one warmup run."""
         best = float("inf")
         for attempt in range(repeat + 1):
             start = time.perf_counter()
@@ -52,38 +47,39 @@ class Trial:
         return best
 
     def run(self) -> None:
-        scaler = torch.amp.GradScaler(self._precision.device.type, enabled=False)
         try:
-            with self._precision.tf32():  # as the trainer does: what is compiled depends on it
-                loss = accumulate(self._network, self._objective, self._batch, self._micro, self._precision, scaler)
-            float(loss)  # waits for a GPU
+            with self.settings.precision.tf32():  # as in training, because the compiled code depends on this flag
+                loss = accumulate(self._network, self._batch, self.settings)
+            float(loss)  # synchronizes with the device
         finally:
             self._network.zero_grad(set_to_none=True)
 
 
-def compile_blocks(network: Transformer, trial: Trial, *, demanded: bool, reporter: Reporter) -> float:
-    """Compile every block, in place, and run one micro-batch. The blocks share what the first compiles. The seconds it took.
+def compile_blocks(network: Transformer, trial: Trial, *, required: bool, reporter: Reporter) -> float:
+    """Compile every block in place by running one micro-batch. Returns the seconds it took, or 0 if compilation failed.
 
-    Where that fails: `WorkError` when it was demanded, else a warning, and 0. Memory that runs out is left to the trainer, which
-    halves the micro-batch.
+    All blocks share the code compiled for the first one. If compilation fails, raises `WorkError` if it is `required`; otherwise
+    warns and leaves the blocks uncompiled. If the micro-batch runs out of memory, the blocks stay compiled: the trainer will reduce
+    the micro-batch size.
     """
     start = time.perf_counter()
     for block in network.blocks:
         block.compile(dynamic=False)
     try:
         trial.run()
-    except Exception as error:  # the compiler's errors have no common class, and come from the tools it starts
+    except Exception as error:  # the compiler's errors have no common base class, and some come from the tools it runs
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
-            reporter.note("a micro-batch does not fit into memory; the first step will make it smaller")
+            reporter.note("a micro-batch does not fit into memory; the first step will reduce its size")
             return time.perf_counter() - start
         for block in network.blocks:
             block._compiled_call_impl = None
         network.zero_grad(set_to_none=True)
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if demanded:
-            raise WorkError(f"the model cannot be compiled here: {first_line}", hint="training.compile: off") from error
+        if required:
+            raise WorkError(f"the model cannot be compiled: {first_line}", hint="set training.compile: off") from error
         reporter.warn(
-            f"the model cannot be compiled here ({first_line}); going on without (training.compile: off says so from the start)"
+            f"the model cannot be compiled ({first_line}); training continues without compiling "
+            "(set training.compile: off to skip this attempt)"
         )
         return 0.0
     return time.perf_counter() - start

@@ -1,6 +1,6 @@
-"""Batches that are ready before the step asks: cut, turned into examples and pinned by a thread while the device computes.
+"""Prefetch batches: a background thread assembles the next batch and pins its memory while the device computes.
 
-Of several processes each computes an equal share of a global batch's sequences: which they are follows from its rank alone.
+With several processes, each gets an equal share of the sequences of every global batch, determined by its rank.
 """
 
 from __future__ import annotations
@@ -17,25 +17,27 @@ from tinylm.model.objective import Example, Objective
 
 
 @dataclass(frozen=True)
-class GlobalBatch:
-    """This process's share of a batch, in the host's memory, and how many targets count in the whole of it."""
+class LocalBatch:
+    """This process's share of a global batch, in host memory. With a single process, the global batch."""
 
     example: Example
-    targets: int
+    """Inputs and targets, (batch, time)."""
+    global_target_count: int
+    """Number of targets in the global batch that count in the loss."""
     fingerprint: int = 0
-    """Of the share's sequences; those of all shares add up, modulo 2**64, to that of the whole."""
+    """Hash of the sequences in this share. The hashes of all shares add up to that of the global batch, modulo 2**64."""
 
 
 class Feed:
-    """Hands out global batches by position, each prepared while the one before is used. A context manager."""
+    """A context manager that returns batches by position and prefetches the next one."""
 
-    def __init__(self, batches: Batches, objective: Objective, *, pin: bool, rank: int = 0, count: int = 1) -> None:
+    def __init__(self, batches: Batches, objective: Objective, *, pin_memory: bool, rank: int = 0, world_size: int = 1) -> None:
         self._batches = batches
         self._objective = objective
-        self._pin = pin
-        self._rank, self._count = rank, count
+        self._pin_memory = pin_memory
+        self._rank, self._world_size = rank, world_size
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tinylm-feed")
-        self._next: tuple[int, int, Future[GlobalBatch]] | None = None
+        self._next: tuple[int, int, Future[LocalBatch]] | None = None
 
     def __enter__(self) -> Feed:
         return self
@@ -43,8 +45,11 @@ class Feed:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._worker.shutdown(cancel_futures=True)
 
-    def take(self, start: int, count: int) -> GlobalBatch:
-        """Sequences [start, start + count); those after them are prepared meanwhile."""
+    def batch(self, start: int, count: int) -> LocalBatch:
+        """This process's share of the sequences [start, start + count). Also starts to prepare the `count` sequences after them.
+
+        An error from reading the sequences is raised here, even if it occurred in the background thread.
+        """
         if self._next is not None and self._next[:2] == (start, count):
             batch = self._next[2].result()
         else:
@@ -52,12 +57,12 @@ class Feed:
         self._next = (start + count, count, self._worker.submit(self._prepare, start + count, count))
         return batch
 
-    def _prepare(self, start: int, count: int) -> GlobalBatch:
+    def _prepare(self, start: int, count: int) -> LocalBatch:
         sequences = self._batches.sequences(start, count)
         example = self._objective.example(torch.from_numpy(sequences))
-        targets = int((example.targets >= 0).sum())
-        share = slice(self._rank * count // self._count, (self._rank + 1) * count // self._count)
-        inputs, wanted = example.inputs[share], example.targets[share]
-        if self._pin:
-            inputs, wanted = inputs.pin_memory(), wanted.pin_memory()
-        return GlobalBatch(Example(inputs, wanted), targets, fingerprint(np.ascontiguousarray(sequences[share])))
+        target_count = int((example.targets >= 0).sum())
+        share = slice(self._rank * count // self._world_size, (self._rank + 1) * count // self._world_size)
+        inputs, targets = example.inputs[share], example.targets[share]
+        if self._pin_memory:
+            inputs, targets = inputs.pin_memory(), targets.pin_memory()
+        return LocalBatch(Example(inputs, targets), target_count, fingerprint(np.ascontiguousarray(sequences[share])))

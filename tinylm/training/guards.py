@@ -1,8 +1,8 @@
-"""Looking at every loss and gradient before it is used: what is no number is left out, and what jumps is told.
+"""Check the loss and gradient norm of every step: skip non-finite steps, flag spikes.
 
-A step without a usable gradient changes nothing. After some of them in a row the trainer goes back to its last good checkpoint and
-on past the text that did it; when that does not help either, it stops and leaves a report (`training.replay`). What a guard
-remembers is saved with every checkpoint, so that a resumed training is guarded as the one that was not stopped.
+A step whose loss or gradient is non-finite does not update the weights. After `patience` skipped steps in a row, the trainer rolls
+back to its last good checkpoint and continues past the offending batches. If that has happened `rollbacks` times already, it aborts
+with a report (`training.replay`). The state of the guard is saved with every checkpoint, so that resuming does not reset it.
 """
 
 from __future__ import annotations
@@ -14,73 +14,80 @@ from statistics import median
 from tinylm.recipe.schema import GuardsSection
 
 WINDOW = 64
-_ENOUGH = 32
-"""Losses to know before one of them can be a spike."""
-_NORMAL = 1.4826
-"""Of normally distributed numbers the standard deviation is this multiple of the median absolute deviation."""
+"""Number of recent losses that a loss is compared with."""
+_MIN_LOSSES = 32
+"""Minimum number of recent losses for detecting a spike."""
+_MAD_TO_DEVIATION = 1.4826
+"""Ratio of the standard deviation to the median absolute deviation of a normal distribution."""
 
 
 @dataclass
-class Watch:
-    """What was seen so far; saved with every checkpoint."""
+class GuardState:
+    """Counters and recent losses. Saved in state.json with these names."""
 
     in_a_row: int = 0
-    """Steps left out since the last good one."""
+    """Consecutive skipped steps."""
     skipped: int = 0
     spikes: int = 0
     rollbacks: int = 0
     recent: list[float] = field(default_factory=list)
-    """The last good losses, `WINDOW` at most."""
+    """The losses of the last `WINDOW` steps that were not skipped."""
 
 
 class Guard:
-    """Judges steps by their loss and the norm of their gradient."""
+    """Decides whether to skip a step, flag a spike, roll back or abort."""
 
-    def __init__(self, section: GuardsSection, watch: Watch) -> None:
+    def __init__(self, section: GuardsSection, state: GuardState) -> None:
         self._section = section
-        self._watch = watch
+        self._state = state
 
-    def problem(self, loss: float, norm: float, overflow_expected: bool) -> str | None:
-        """Why a step must be left out, or None. `overflow_expected`: a gradient scaler that finds its scale tries too high ones."""
-        watch = self._watch
-        if not math.isfinite(loss):
-            what = f"the loss is {loss}"
-        elif not math.isfinite(norm) and not overflow_expected:
-            what = f"the norm of the gradient is {norm}"
-        else:
-            watch.in_a_row = 0
-            return None
-        watch.in_a_row += 1
-        watch.skipped += 1
-        return what
+    def skip_reason(self, loss: float, grad_norm: float, overflow_expected: bool) -> str | None:
+        """Why to skip a step, or None. Also counts the skipped steps.
 
-    @property
-    def exhausted(self) -> bool:
-        """Whether so many steps in a row were left out that going on makes no sense."""
-        return self._watch.in_a_row >= self._section.patience
-
-    @property
-    def may_go_back(self) -> bool:
-        return self._watch.rollbacks < self._section.rollbacks
-
-    def spike(self, loss: float) -> float | None:
-        """How many robust deviations a loss lies above the recent ones, where that is a spike; it is then counted.
-
-        The median and the median absolute deviation are not moved by the spikes themselves (Leys et al. 2013).
+        With `overflow_expected`, only the loss must be finite: a gradient scaler finds its scale by trying scales that are too
+        large, and skips those steps itself.
         """
-        watch, limit = self._watch, self._section.spike
-        score = robust_score(loss, watch.recent)
-        watch.recent = [*watch.recent[-(WINDOW - 1) :], loss]
+        state = self._state
+        if not math.isfinite(loss):
+            reason = f"the loss is {loss}"
+        elif not math.isfinite(grad_norm) and not overflow_expected:
+            reason = f"the gradient norm is {grad_norm}"
+        else:
+            state.in_a_row = 0
+            return None
+        state.in_a_row += 1
+        state.skipped += 1
+        return reason
+
+    @property
+    def rollback_due(self) -> bool:
+        """Whether `patience` steps in a row were skipped."""
+        return self._state.in_a_row >= self._section.patience
+
+    @property
+    def may_roll_back(self) -> bool:
+        """Whether another rollback is allowed. If not, training must abort."""
+        return self._state.rollbacks < self._section.rollbacks
+
+    def spike_score(self, loss: float) -> float | None:
+        """The robust z-score of a loss if it is a spike, else None. Also counts spikes and adds the loss to the recent ones.
+
+        Unlike mean and standard deviation, the median and the median absolute deviation are robust to the spikes themselves
+        (Leys et al. 2013).
+        """
+        state, limit = self._state, self._section.spike
+        score = robust_z_score(loss, state.recent)
+        state.recent = [*state.recent[-(WINDOW - 1) :], loss]
         if limit is None or score is None or score <= limit:
             return None
-        watch.spikes += 1
+        state.spikes += 1
         return score
 
 
-def robust_score(value: float, others: list[float]) -> float | None:
-    """(value - median) / (1.4826 * median absolute deviation) of the others; None for too few of them or all alike."""
-    if len(others) < _ENOUGH:
+def robust_z_score(value: float, others: list[float]) -> float | None:
+    """(value - median) / (1.4826 * median absolute deviation) of the others. None if there are too few or their deviation is 0."""
+    if len(others) < _MIN_LOSSES:
         return None
-    middle = median(others)
-    spread = _NORMAL * median(abs(other - middle) for other in others)
-    return (value - middle) / spread if spread > 0 else None
+    center = median(others)
+    deviation = _MAD_TO_DEVIATION * median(abs(other - center) for other in others)
+    return (value - center) / deviation if deviation > 0 else None

@@ -1,27 +1,26 @@
-"""What a training reports as it goes: events, and the observer that keeps them in metrics.jsonl and samples.md."""
+"""The events of a training run, the `Observer` that receives them, and `MetricsFile`, which writes them to the run folder."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from tinylm.errors import WorkError
-from tinylm.paths import write_whole
+from tinylm.paths import atomic_write_text
+from tinylm.training.jsonl_log import JsonLinesLog
 
-_NOT_JSON = (float("inf"), float("-inf"))
-_OF_A_STEP = ("step", "skipped", "spike")
-"""Lines that are written before a step is saved; others come after."""
+_LOGGED_BEFORE_SAVING = ("step", "skipped", "spike")
+"""Kinds of lines that are written before the checkpoint of their step is saved. All other kinds are written after it."""
 
 
 @dataclass(frozen=True)
 class StepEvent:
-    """One logged optimiser step. `loss`: mean nats over every target of the global batch, before the update."""
+    """A logged optimizer step. `loss` is the mean over all targets of the global batch, before the update, in nats per token."""
 
     step: int
     tokens: int
@@ -30,36 +29,38 @@ class StepEvent:
     grad_norm: float
     tokens_per_second: float
     mfu: float
-    """Model FLOPs utilisation: the model's FLOPs per second over those of the machine's matrix products in this precision."""
+    """Model FLOPs utilization: the model's FLOPs per second, divided by those of large matrix products in this precision."""
     seconds: float
+    """Since training started, summed over all resumes."""
     done: float
-    """Share of the training that is done, in (0, 1]."""
+    """Completed fraction of the training run, in (0, 1]."""
     batch: str = ""
-    """A fingerprint of the sequences of the global batch: equal for equal batches, however many processes shared them."""
+    """Hash of the sequences of the global batch. It does not depend on the number of processes."""
 
 
 @dataclass(frozen=True)
 class EvaluationEvent:
-    """One measurement on the held-out text."""
+    """An evaluation on the held-out text. `val_loss` is in nats per token."""
 
     step: int
     tokens: int
     val_loss: float
     val_bits_per_byte: float
     train_seconds: float
-    """Spent on optimiser steps, and not on measuring, saving or sampling."""
+    """Time spent in optimizer steps only."""
     seconds: float
     best: bool
+    """Whether the checkpoint of this step was saved and is the best so far."""
 
 
 @dataclass(frozen=True)
 class GuardEvent:
-    """A step that was `skipped`, a `spike` of the loss, or a `rollback` to the step that is named."""
+    """A `skipped` step, a `spike` of the loss, or a `rollback` to the checkpoint of `step`."""
 
     kind: str
     step: int
     cursor: int
-    """Sequences of the data's order that lie behind."""
+    """Position in the data order after this step, in sequences."""
     reason: str
 
 
@@ -71,7 +72,7 @@ class SampleEvent:
 
 
 class Observer:
-    """Hears what happens in a training. Every method may be left as it is."""
+    """Receives the events of a training run. Override the methods you need; by default they do nothing."""
 
     def step(self, event: StepEvent) -> None: ...
 
@@ -81,24 +82,24 @@ class Observer:
 
     def guard(self, event: GuardEvent) -> None: ...
 
-    def earlier(self, steps: Sequence[StepEvent], evaluations: Sequence[EvaluationEvent]) -> None:
-        """What a resumed training had logged before; told once, before anything else."""
+    def resumed(self, steps: Sequence[StepEvent], evaluations: Sequence[EvaluationEvent]) -> None:
+        """The events that were logged before this training run was resumed; none for a new run. Called once, before all others."""
 
     def saved(self, step: int) -> None:
-        """The checkpoint of a step is whole; heard when the training next looks, which may be some steps later."""
+        """The checkpoint of a step is complete. It is saved in a background thread, so this may be called some steps later."""
 
     def phase(self, name: str) -> None:
-        """What the training does now: `first step`, `training`, `evaluating`, `saving`, `sampling`."""
+        """A phase begins: `first step`, `training`, `evaluating`, `saving` or `sampling`."""
 
     def note(self, text: str) -> None:
-        """Something that the person should know."""
+        """A message for the user."""
 
     def stopping(self) -> None:
-        """A signal came: the training will save and stop after this step. Called from the signal's handler."""
+        """A signal arrived: training will save and stop after the current step. Called from the signal handler."""
 
 
 class Observers(Observer):
-    """Several observers as one."""
+    """Forwards every event to several observers, in order."""
 
     def __init__(self, members: Sequence[Observer]) -> None:
         self._members = tuple(members)
@@ -119,9 +120,9 @@ class Observers(Observer):
         for member in self._members:
             member.guard(event)
 
-    def earlier(self, steps: Sequence[StepEvent], evaluations: Sequence[EvaluationEvent]) -> None:
+    def resumed(self, steps: Sequence[StepEvent], evaluations: Sequence[EvaluationEvent]) -> None:
         for member in self._members:
-            member.earlier(steps, evaluations)
+            member.resumed(steps, evaluations)
 
     def saved(self, step: int) -> None:
         for member in self._members:
@@ -141,47 +142,28 @@ class Observers(Observer):
 
 
 class MetricsFile(Observer):
-    """Appends to metrics.jsonl and samples.md of a run folder.
+    """Appends events to metrics.jsonl and samples.md in a run folder.
 
-    A resumed run first forgets what came after its checkpoint was saved: later steps, and what was measured since. `refused`
-    hears of what the disk does not take, and may raise to end the training.
+    When a run is resumed, everything that was written after the checkpoint of `resumed_step` was saved is removed: later steps, and
+    the evaluation and samples of that step. `on_write_error` receives a message if writing fails; by default it raises `WorkError`.
     """
 
-    def __init__(self, folder: Path, resumed_step: int, refused: Callable[[str], None] | None = None) -> None:
-        self._metrics = folder / "metrics.jsonl"
+    def __init__(self, folder: Path, resumed_step: int, on_write_error: Callable[[str], None] | None = None) -> None:
         self._samples = folder / "samples.md"
-        self._refused = refused or _end
-        self._forget_after(resumed_step)
-        self._file = self._opened()
+        self._on_write_error = on_write_error or _raise_work_error
+        self._log = JsonLinesLog(folder / "metrics.jsonl", _written_before_saving(resumed_step))
+        self._truncate_samples(resumed_step)
 
-    def _opened(self) -> IO[str]:
-        return open(self._metrics, "a", encoding="utf-8", newline="\n")
-
-    def _forget_after(self, step: int) -> None:
-        kept = [line for line in self._lines() if line["step"] < step + (line["kind"] in _OF_A_STEP)]
-        write_whole(self._metrics, "".join(json.dumps(line) + "\n" for line in kept))
+    def _truncate_samples(self, step: int) -> None:
         if self._samples.exists():
-            write_whole(self._samples, _until(self._samples.read_bytes().decode("utf-8"), step))
-
-    def _lines(self) -> list[dict[str, Any]]:
-        if not self._metrics.exists():
-            return []
-        lines = []
-        for line in self._metrics.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                event = json.loads(line)
-            except ValueError:  # torn by a crash
-                continue
-            if isinstance(event, dict) and "kind" in event and isinstance(event.get("step"), int):
-                lines.append(event)
-        return lines
+            atomic_write_text(self._samples, _samples_before(self._samples.read_bytes().decode("utf-8"), step))
 
     def history(self) -> tuple[list[StepEvent], list[EvaluationEvent]]:
-        """What the file holds, as it was told; lines of another version are left out."""
+        """The step and evaluation events in the file. Lines with other fields (from another version) are skipped."""
         steps: list[StepEvent] = []
         evaluations: list[EvaluationEvent] = []
-        for line in self._lines():
-            kind = line.pop("kind")
+        for line in self._log.records():
+            kind = line.pop("kind", None)
             values: dict[str, Any] = {key: math.nan if value is None else value for key, value in line.items()}
             with suppress(TypeError):
                 if kind == "step":
@@ -191,17 +173,15 @@ class MetricsFile(Observer):
         return steps, evaluations
 
     @contextmanager
-    def _disk(self) -> Iterator[None]:
+    def _handle_write_errors(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:  # what could not be written stays in the buffer and is tried again
-            self._refused(f"what happens cannot be logged: {error.strerror or error}")
+        except OSError as error:
+            self._on_write_error(f"cannot write the log: {error.strerror or error}")
 
     def _write(self, kind: str, event: StepEvent | EvaluationEvent | GuardEvent) -> None:
-        numbers = {key: None if value in _NOT_JSON or value != value else value for key, value in asdict(event).items()}
-        with self._disk():
-            self._file.write(json.dumps({"kind": kind} | numbers, allow_nan=False) + "\n")
-            self._file.flush()
+        with self._handle_write_errors():
+            self._log.write({"kind": kind} | asdict(event))
 
     def step(self, event: StepEvent) -> None:
         self._write("step", event)
@@ -211,27 +191,31 @@ class MetricsFile(Observer):
 
     def guard(self, event: GuardEvent) -> None:
         if event.kind == "rollback":
-            with self._disk():
-                self._file.close()
-                self._forget_after(event.step)
-                self._file = self._opened()
+            with self._handle_write_errors():
+                self._log.remove_unless(_written_before_saving(event.step))
+                self._truncate_samples(event.step)
         self._write(event.kind, event)
 
     def sample(self, event: SampleEvent) -> None:
-        with self._disk(), open(self._samples, "a", encoding="utf-8", newline="\n") as file:
+        with self._handle_write_errors(), open(self._samples, "a", encoding="utf-8", newline="\n") as file:
             quoted = "\n".join("    " + line for line in (event.prompt + event.text).split("\n"))
             file.write(f"## Step {event.step}\n\n{quoted}\n\n")
 
     def close(self) -> None:
-        with self._disk():
-            self._file.close()
+        with self._handle_write_errors():
+            self._log.close()
 
 
-def _end(what: str) -> None:
-    raise WorkError(what, hint="make room, and go on with --resume")
+def _written_before_saving(step: int) -> Callable[[Mapping[str, Any]], bool]:
+    """Return a predicate: whether a line of metrics.jsonl had been written when the checkpoint of `step` was saved."""
+    return lambda line: "kind" in line and line["step"] < step + (line["kind"] in _LOGGED_BEFORE_SAVING)
 
 
-def _until(samples: str, step: int) -> str:
-    """samples.md with only what was written before `step`. What the model wrote is indented, so it cannot pass for a heading."""
+def _raise_work_error(problem: str) -> None:
+    raise WorkError(problem, hint="free some disk space and resume with --resume")
+
+
+def _samples_before(samples: str, step: int) -> str:
+    """The sections of samples.md before `step`. Generated text is indented, so it is never mistaken for a heading."""
     sections = re.split(r"^(?=## Step \d+\n)", samples, flags=re.MULTILINE)
     return "".join(section for section in sections if section and int(section.split("\n", 1)[0].removeprefix("## Step ")) < step)

@@ -1,4 +1,4 @@
-"""In which numbers a training computes: float32, or autocast to bfloat16 or float16 with a gradient scaler."""
+"""Numeric precision of training: float32, or autocast to bfloat16, or to float16 with a gradient scaler."""
 
 from __future__ import annotations
 
@@ -9,36 +9,42 @@ from dataclasses import dataclass
 
 import torch
 
+from tinylm.device import has_bf16_units
 from tinylm.reporting import Reporter
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_PROBE_WIDTH = 256
+_SPEEDUP_WIDTH = 256
+"""Width of the square matrices in `bf16_speedup`."""
 _PEAK_WIDTHS = {"cpu": (1024, 2048), "cuda": (4096,), "mps": (2048,)}
-"""Of the matrices that tell the peak. A CPU gives some products of the smaller kind to one core alone, those in bf16; the larger
-kind would only make a training in fp32 begin later."""
-_PRODUCTS = 6
-_PRODUCT_SECONDS = 0.03
-"""A product that takes longer needs no larger one."""
-_LONG_SECONDS = 0.5
-"""One that takes longer, as in bf16 on a processor without units for it, is not repeated."""
+"""Widths of the square matrices in `measure_peak_flops`. On some CPUs, a bf16 matmul of the smaller width runs on a single core, so
+the larger width is timed as well. In fp32, that would only delay the start of training."""
+_REPEATS = 6
+_TRY_LARGER_BELOW_SECONDS = 0.03
+"""The larger width is timed only if a matmul of the smaller width is faster than this."""
+_REPEAT_BELOW_SECONDS = 0.5
+"""A matmul that is slower than this is not repeated. This happens with bf16 on a CPU that emulates it."""
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Weights and optimiser stay in float32; `name` is what autocast uses inside."""
+    """`name` is `fp32` for no autocast, or its dtype: `bf16` or `fp16`. Weights and optimizer state are always float32."""
 
     name: str
     device: torch.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return _DTYPES[self.name]
+
     @contextmanager
     def tf32(self) -> Iterator[None]:
-        """Let a GPU round the inputs of float32 products to TF32 while training; measuring stays exact."""
+        """A context in which a GPU uses TF32 for float32 matmuls. Training uses it; evaluation stays in full float32."""
         if self.device.type != "cuda":
             yield
             return
         try:
             before = torch.backends.cuda.matmul.allow_tf32
-        except RuntimeError:  # whoever uses this process has chosen by torch's newer switch
+        except RuntimeError:  # the caller has used torch's newer `fp32_precision` setting, which must not be mixed with this one
             yield
             return
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -50,38 +56,33 @@ class Precision:
     def autocast(self) -> AbstractContextManager[object]:
         if self.name == "fp32":
             return nullcontext()
-        return torch.autocast(self.device.type, dtype=_DTYPES[self.name])
+        return torch.autocast(self.device.type, dtype=self.dtype)
 
     def scaler(self) -> torch.amp.GradScaler:
-        """Scales losses so that float16 gradients do not vanish; does nothing for the others."""
+        """A gradient scaler that keeps float16 gradients from underflowing. It is disabled for other precisions."""
         return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
 
 
 def resolve(name: str, device: torch.device, reporter: Reporter) -> Precision:
-    """`auto`: bf16 where the device is really faster in it, fp16 on a GPU without it, else fp32."""
+    """The precision `name`. For `auto`: bf16 if the device is faster in it, fp16 on a GPU without bf16 units, else fp32.
+
+    Warns if bf16 was requested on a CPU where it is slower than fp32.
+    """
     if name == "auto":
         if device.type == "cuda":
-            name = "bf16" if _has_bf16(device) else "fp16"
+            name = "bf16" if has_bf16_units(device) else "fp16"
         else:
-            name = "bf16" if device.type == "cpu" and _bf16_speed_up(device) > 1.5 else "fp32"
-    elif name == "bf16" and device.type == "cpu" and (gain := _bf16_speed_up(device)) < 1:
-        reporter.warn(
-            f"bf16 is {1 / gain:.0f} times slower than fp32 on this CPU; fp32 would be faster (--set training.precision=fp32)"
-        )
+            name = "bf16" if device.type == "cpu" and bf16_speedup(device) > 1.5 else "fp32"
+    elif name == "bf16" and device.type == "cpu" and (speedup := bf16_speedup(device)) < 1:
+        reporter.warn(f"bf16 is {1 / speedup:.0f} times slower than fp32 on this CPU (use fp32 with --set training.precision=fp32)")
     return Precision(name, device)
 
 
-def _has_bf16(device: torch.device) -> bool:
-    """Of the GPU that is meant, which need not be the current one; older ones only emulate it."""
-    with torch.cuda.device(device):
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-
-
-def _bf16_speed_up(device: torch.device) -> float:
-    """How many times faster a small matrix product is in bfloat16 than in float32, measured."""
+def bf16_speedup(device: torch.device) -> float:
+    """Measure how many times faster a small matmul is in bfloat16 than in float32."""
 
     def seconds(dtype: torch.dtype) -> float:
-        matrix = torch.ones(_PROBE_WIDTH, _PROBE_WIDTH, dtype=dtype, device=device)
+        matrix = torch.ones(_SPEEDUP_WIDTH, _SPEEDUP_WIDTH, dtype=dtype, device=device)
         best = float("inf")
         for _ in range(3):
             start = time.perf_counter()
@@ -92,45 +93,47 @@ def _bf16_speed_up(device: torch.device) -> float:
     return seconds(torch.float32) / max(seconds(torch.bfloat16), 1e-9)
 
 
-def matmul_flops(precision: Precision) -> float:
-    """FLOP/s of a large matrix product on the device in this precision (TF32 for fp32 on a GPU, as in training), measured.
-
-    On a CPU by the time that the product had a core, so that a machine that is busy counts as fast as it is.
-    """
+def measure_peak_flops(precision: Precision) -> float:
+    """Measure the FLOP/s of a large matmul on the device in this precision. As in training, fp32 on a GPU uses TF32."""
+    widths = _PEAK_WIDTHS[precision.device.type]
     best = 0.0
-    for width in _PEAK_WIDTHS[precision.device.type][: 1 if precision.name == "fp32" else None]:
-        seconds = _product_seconds(width, precision)
+    for width in widths[: 1 if precision.name == "fp32" else None]:
+        seconds = matmul_seconds(width, precision)
         best = max(best, 2 * width**3 / seconds)
-        if seconds > _PRODUCT_SECONDS:
+        if seconds > _TRY_LARGER_BELOW_SECONDS:
             break
     return best
 
 
-def _product_seconds(width: int, precision: Precision) -> float:
-    """The least of several products of matrices of this width."""
+def matmul_seconds(width: int, precision: Precision) -> float:
+    """Measure the time of a (width, width) x (width, width) matmul: the best of several repeats.
+
+    On a CPU, counts the CPU time of the calling thread if that clock is precise enough, so that other load on the machine does not
+    matter.
+    """
     device = precision.device
-    clock = time.thread_time if device.type == "cpu" and _threads_are_timed_finely() else time.perf_counter
-    generator = torch.Generator().manual_seed(0)  # GPUs multiply ones faster than numbers
-    matrix = torch.randn(width, width, generator=generator).to(device, _DTYPES[precision.name])
+    clock = time.thread_time if device.type == "cpu" and _has_precise_thread_clock() else time.perf_counter
+    generator = torch.Generator().manual_seed(0)  # random, because GPUs multiply constant matrices faster
+    matrix = torch.randn(width, width, generator=generator).to(device, precision.dtype)
     best = float("inf")
     with precision.tf32():
-        for _ in range(_PRODUCTS):
-            _wait(device)
+        for _ in range(_REPEATS):
+            _synchronize(device)
             start = clock()
             matrix @ matrix
-            _wait(device)
+            _synchronize(device)
             best = min(best, clock() - start)
-            if best > _LONG_SECONDS:
+            if best > _REPEAT_BELOW_SECONDS:
                 break
     return best
 
 
-def _threads_are_timed_finely() -> bool:
-    """Windows counts a thread's time in steps of 16 milliseconds."""
+def _has_precise_thread_clock() -> bool:
+    """Whether `time.thread_time` can time a matmul. On Windows it advances in steps of 16 ms."""
     return time.get_clock_info("thread_time").resolution < 1e-4
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -1,10 +1,10 @@
-"""The report that a training leaves when a step is beyond help, and doing that step again from nothing but the report.
+"""Write a report when training aborts, and recompute the reported step from nothing but the report.
 
-report.json         what was seen: why, where (step, cursor), loss, norms of every weight and gradient, in which numbers
+report.json         reason, position (step, cursor), loss, norms of every weight and gradient, numeric settings
 texts.txt           the sequences of the batch, as text
-batch.safetensors   the same as tokens
-model.safetensors   the weights that the step began with
-recipe.yaml         how it was computed
+batch.safetensors   the same sequences, as token ids
+model.safetensors   the weights before the step
+recipe.yaml         the recipe
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from tinylm.model.transformer import Transformer
 from tinylm.paths import sync_folder
 from tinylm.recipe import Recipe, load
 from tinylm.run import Checkpoint, check_shapes, load_weights
-from tinylm.training.feed import GlobalBatch
-from tinylm.training.parallel import norms
+from tinylm.training.feed import LocalBatch
+from tinylm.training.parallel import tensor_norms
 from tinylm.training.precision import Precision
-from tinylm.training.step import accumulate, micro_batch_seeds
+from tinylm.training.step import GradientSettings, accumulate, micro_batch_seeds
 
 _ROUNDING = 1e-3
-"""Relative difference below which two results are the same but for the order of sums."""
+"""Maximum relative difference of results that differ only by rounding, because sums are computed in a different order."""
 
 
 @dataclass(frozen=True)
-class Report:
-    """What was seen of a step that went wrong. `cursor` counts the sequences of the training before its batch."""
+class StepReport:
+    """The content of report.json. `cursor` is the number of sequences that training consumed before the batch."""
 
     reason: str
     step: int
@@ -53,7 +53,7 @@ class Report:
     micro_batch_size: int
     precision: str
     scale: float
-    """By which the loss was multiplied for fp16; 1 otherwise."""
+    """Loss scale, for fp16; 1 for other precisions."""
     device: str
     vocab_size: int
     processes: int
@@ -61,29 +61,33 @@ class Report:
     weights: dict[str, float]
     """Norm of each parameter."""
     gradients: dict[str, float]
-    """Norm of each gradient, before clipping."""
+    """Norm of each gradient before clipping."""
 
 
 @dataclass(frozen=True)
 class Replay:
-    """A reported step done again. `same`: bits, rounding or different."""
+    """The results of a recomputed step."""
 
-    report: Report
+    report: StepReport
     loss: float
     grad_norm: float
     gradients: dict[str, float]
+    """Norm of each gradient before clipping."""
     sequence_losses: list[float]
-    """Mean loss of each sequence of the batch by itself, in nats per token, without dropout."""
-    same: str
+    """Mean loss of each sequence in the batch, in nats per token, without dropout."""
+    agreement: str
+    """How loss and gradient norm compare with the report: `bits` (identical), `rounding` or `different`."""
 
     @property
-    def broken(self) -> list[str]:
-        """The parameters whose weights or gradients are not numbers, in the order of the model."""
-        seen = self.report.weights
-        return [name for name, norm in self.gradients.items() if not (math.isfinite(norm) and math.isfinite(seen.get(name, 0.0)))]
+    def non_finite(self) -> list[str]:
+        """The parameters whose weights or gradients are non-finite, in model order."""
+        weights = self.report.weights
+        return [
+            name for name, norm in self.gradients.items() if not (math.isfinite(norm) and math.isfinite(weights.get(name, 0.0)))
+        ]
 
     def as_dict(self) -> dict[str, Any]:
-        """The keys of `tinylm train --replay --json`."""
+        """The JSON document that `tinylm train --replay --json` prints."""
         return {
             "reason": self.report.reason,
             "step": self.report.step,
@@ -92,97 +96,105 @@ class Replay:
             "reported_loss": self.report.loss,
             "grad_norm": self.grad_norm,
             "reported_grad_norm": self.report.grad_norm,
-            "same": self.same,
-            "broken": self.broken,
+            "same": self.agreement,
+            "broken": self.non_finite,
             "sequence_losses": self.sequence_losses,
             "layers": {name: {"weight": self.report.weights.get(name), "gradient": norm} for name, norm in self.gradients.items()},
         }
 
 
 def write_report(
-    folder: Path, report: Report, recipe: Recipe, weights: Mapping[str, Tensor], sequences: Tensor, texts: list[str]
+    folder: Path, report: StepReport, recipe: Recipe, weights: Mapping[str, Tensor], sequences: Tensor, texts: list[str]
 ) -> None:
-    """Make the folder, whole or not at all; one of the same step is replaced."""
+    """Write the report folder atomically, replacing an existing one. `sequences` are the token ids, (batch, time + 1)."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_file(dict(weights), partial / "model.safetensors", {"format": "pt"})
     save_file({"tokens": sequences.contiguous()}, partial / "batch.safetensors")
     (partial / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    written = (f"--- sequence {number}\n{text}\n" for number, text in enumerate(texts))
-    (partial / "texts.txt").write_text("".join(written), encoding="utf-8", newline="\n")
-    note = {"version": tinylm.__version__, **_to_json(asdict(report))}
-    (partial / "report.json").write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+    lines = (f"--- sequence {number}\n{text}\n" for number, text in enumerate(texts))
+    (partial / "texts.txt").write_text("".join(lines), encoding="utf-8", newline="\n")
+    document = {"version": tinylm.__version__, **_to_json(asdict(report))}
+    (partial / "report.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
     sync_folder(folder.parent)
 
 
 def replay(folder: str | Path, *, device: str | None = None, threads: int | None = None) -> Replay:
-    """Compute a reported step's loss and gradient again, on the device and threads it was computed on unless told otherwise.
+    """Recompute the loss and gradient of a reported step. Device and threads default to those of the report.
 
-    Raises `InputError` for a folder that is no report or cannot be read.
+    Raises `InputError` if the folder is not a report or is damaged.
     """
     folder = Path(folder)
-    report, tokens = _read(folder)
+    report, tokens = _read_report(folder)
     target = devices.resolve(device or report.device.partition(":")[0])
     devices.set_threads(threads or report.threads)
     recipe = load(folder / "recipe.yaml", check_files=False)
     precision = Precision(report.precision, target)
-    network = _network(folder, recipe, report.vocab_size).to(target).train()
-    objective = CausalObjective()
-    example = objective.example(tokens)
-    batch = GlobalBatch(example, int((example.targets >= 0).sum()))
+    network = _load_network(folder, recipe, report.vocab_size).to(target).train()
     scaler = torch.amp.GradScaler(target.type, init_scale=report.scale, enabled=report.precision == "fp16")
+    settings = GradientSettings(report.micro_batch_size, precision, scaler=scaler)
+    example = settings.objective.example(tokens)
+    batch = LocalBatch(example, int((example.targets >= 0).sum()))
     count = len(tokens) // report.micro_batch_size
     seeds = micro_batch_seeds(recipe.seed, report.step - 1, 0, count) if recipe.model.uses_dropout else None
     with precision.tf32():
-        loss = float(accumulate(network, objective, batch, report.micro_batch_size, precision, scaler, seeds))
+        loss = float(accumulate(network, batch, settings, seeds))
     gradients = {
         name: parameter.grad / report.scale for name, parameter in network.named_parameters() if parameter.grad is not None
     }
     norm = float(torch.nn.utils.get_total_norm(gradients.values()))
-    each = []
-    with torch.no_grad(), precision.autocast():
-        for row in range(len(tokens)):  # one at a time: their logits would fill the memory
-            one = Example(example.inputs[row : row + 1].to(target), example.targets[row : row + 1].to(target))
-            each.append(float(objective.losses(network.eval(), one).sum()) / max(int((one.targets >= 0).sum()), 1))
-    same = _same((loss, norm), (report.loss, report.grad_norm))
-    return Replay(report, loss, norm, norms(gradients.items()), each, same)
+    agreement = _agreement((loss, norm), (report.loss, report.grad_norm))
+    sequence_losses = _sequence_losses(network.eval(), example, precision)
+    return Replay(report, loss, norm, tensor_norms(gradients.items()), sequence_losses, agreement)
 
 
-def _network(folder: Path, recipe: Recipe, vocab_size: int) -> Transformer:
+@torch.no_grad()
+def _sequence_losses(network: Transformer, example: Example, precision: Precision) -> list[float]:
+    """The mean loss of each sequence, evaluated one at a time because the logits take a lot of memory."""
+    losses = []
+    with precision.autocast():
+        for row in range(len(example.inputs)):
+            one = Example(example.inputs[row : row + 1].to(precision.device), example.targets[row : row + 1].to(precision.device))
+            losses.append(float(CausalObjective().losses(network, one).sum()) / max(int((one.targets >= 0).sum()), 1))
+    return losses
+
+
+def _load_network(folder: Path, recipe: Recipe, vocab_size: int) -> Transformer:
     weights = Checkpoint(folder)
     check_shapes(recipe, vocab_size, weights)
-    network = lora.blank(recipe.model, vocab_size, recipe.training.lora)
+    network = lora.uninitialized_network(recipe.model, vocab_size, recipe.training.lora)
     load_weights(network, weights)
     return network
 
 
-def _read(folder: Path) -> tuple[Report, Tensor]:
+def _read_report(folder: Path) -> tuple[StepReport, Tensor]:
     if not (folder / "report.json").is_file():
-        raise InputError("is no report: it has no report.json", where=str(folder), hint="a training that gives up names its own")
+        hint = "when training aborts, it prints the path of its report"
+        raise InputError("not a report: it has no report.json", where=str(folder), hint=hint)
     try:
-        note = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        report = Report(**{name: _from_json(note[name]) for name in Report.__dataclass_fields__})
+        document = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        report = StepReport(**{name: _from_json(document[name]) for name in StepReport.__dataclass_fields__})
         tokens = load_file(folder / "batch.safetensors")["tokens"]
         if tokens.ndim != 2 or report.micro_batch_size < 1 or len(tokens) % report.micro_batch_size:
-            raise ValueError("the batch does not split into its micro-batches")
+            raise ValueError("the batch is not a multiple of the micro-batch size")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"cannot be read: {error}", where=str(folder)) from None
     return report, tokens
 
 
-def _same(again: tuple[float, ...], before: tuple[float, ...]) -> str:
-    """How near two results are, where what is no number equals its like."""
-    pairs = [(one, two) for one, two in zip(again, before, strict=True) if not (math.isnan(one) and math.isnan(two))]
+def _agreement(results: tuple[float, ...], expected: tuple[float, ...]) -> str:
+    """How close the results are to the expected ones: `bits`, `rounding` or `different`. NaN equals NaN."""
+    pairs = [(one, two) for one, two in zip(results, expected, strict=True) if not (math.isnan(one) and math.isnan(two))]
     if all(one == two for one, two in pairs):
         return "bits"
     return "rounding" if all(math.isclose(one, two, rel_tol=_ROUNDING) for one, two in pairs) else "different"
 
 
 def _to_json(value: Any) -> Any:
-    """Numbers that JSON lacks as words."""
+    """Replace non-finite numbers, which JSON cannot represent, with strings."""
     if isinstance(value, dict):
         return {key: _to_json(item) for key, item in value.items()}
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,7 @@
-"""Who may write into a run folder, and what is written there beside checkpoints and metrics."""
+"""Lock, clean and write a run folder: recipe, tokenizer, held-out tokens and environment.
+
+`training.checkpoint` writes the checkpoints, `training.metrics` the metrics and samples.
+"""
 
 from __future__ import annotations
 
@@ -20,52 +23,55 @@ import tokenizers
 import torch
 
 import tinylm
-from tinylm.data.prepare import Prepared
+from tinylm.data.prepare import PreparedData
 from tinylm.errors import InputError
-from tinylm.paths import whole_file, write_whole
+from tinylm.paths import atomic_file, atomic_write_text
 from tinylm.recipe import Recipe
-from tinylm.run import LOCK, claim, own_names
+from tinylm.run import LOCK, check_run_folder, run_files
 
 
 @contextmanager
-def claimed(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
-    """Nobody else may train into `folder` meanwhile. Raises `InputError` where somebody does, or as `claim` does.
+def locked_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
+    """Create `folder` and lock it, so that no other process trains into it. On exit, remove it if it is new and still empty.
 
-    The system lets go of the lock when the process ends, however it ends. A folder in which nothing was written disappears.
+    The operating system releases the lock when the process ends, even if it is killed. Raises `InputError` if another process holds
+    the lock or `check_run_folder` rejects the folder.
     """
-    claim(folder, resume, overwrite)
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    check_run_folder(folder, resume, overwrite)
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / LOCK, blocking=False)
     try:
         lock.acquire()
     except filelock.Timeout:
         raise InputError(
-            "another process trains into this folder", where=str(folder), hint="wait for it, or choose another with --out"
+            "another process is training into this folder",
+            where=str(folder),
+            hint="wait for it, or choose another folder with --out",
         ) from None
     try:
-        claim(folder, resume, overwrite)  # somebody may have been here in between
-        _sweep(folder)
+        check_run_folder(folder, resume, overwrite)  # another process may have written a run before the lock was acquired
+        _remove_temporary_files(folder)
         yield
     finally:
         lock.release()
-        if made and folder.exists() and all(path.name == LOCK for path in folder.iterdir()):
+        if created and folder.exists() and all(path.name == LOCK for path in folder.iterdir()):
             shutil.rmtree(folder)
-            with suppress(OSError):  # another run may lie there by now
-                for parent in made[1:]:
+            with suppress(OSError):  # the parent is not empty: another run may have been created in it
+                for parent in created[1:]:
                     parent.rmdir()
 
 
-def _sweep(folder: Path) -> None:
-    """Remove the temporary files of a process that was killed while it replaced one of the folder's own."""
-    for name in own_names(folder):
-        for left in folder.glob(f".{name}.*"):
-            left.unlink()
+def _remove_temporary_files(folder: Path) -> None:
+    """Remove the files that a killed process left behind while it was writing atomically."""
+    for name in run_files(folder):
+        for leftover in folder.glob(f".{name}.*"):
+            leftover.unlink()
 
 
 def remove_run(folder: Path) -> None:
-    """Remove what an earlier training wrote, and nothing else that lies there. The recipe stays until the new one replaces it."""
-    for name in own_names(folder):
+    """Remove the files of the previous run and keep all others. recipe.yaml stays until the new one replaces it."""
+    for name in run_files(folder):
         path = folder / name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -73,26 +79,28 @@ def remove_run(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def write_run(folder: Path, recipe: Recipe, prepared: Prepared, facts: dict[str, Any]) -> None:
-    """The recipe first: with it the folder is a run, which can be resumed or overwritten whatever happens next.
+def write_run(folder: Path, recipe: Recipe, prepared: PreparedData, facts: dict[str, Any]) -> None:
+    """Write recipe.yaml, tokenizer.json, heldout/ and environment.json.
 
-    `facts` join what is known of the environment. A resumed run keeps what its first training wrote there and adds its own.
+    The recipe is written first: it marks the folder as a run folder, so that the run can be resumed or overwritten even if this
+    process is killed. `facts` are added to environment.json. A resumed run keeps the environment it started in and appends the
+    current one.
     """
-    write_whole(folder / "recipe.yaml", recipe.to_yaml())
+    atomic_write_text(folder / "recipe.yaml", recipe.to_yaml())
     prepared.tokenizer.save(folder / "tokenizer.json")
     for name in ("heldout.npy", "heldout.json"):
-        with whole_file(folder / "heldout" / name) as temporary:
+        with atomic_file(folder / "heldout" / name) as temporary:
             shutil.copyfile(prepared.folder / name, temporary)
     _write_environment(folder / "environment.json", {**_environment(), **facts})
 
 
-def _write_environment(file: Path, here: dict[str, Any]) -> None:
+def _write_environment(file: Path, current: dict[str, Any]) -> None:
     try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-        resumed = [*before.pop("resumed", []), here]
-    except (OSError, ValueError, AttributeError, TypeError):  # none yet, or not ours any more
-        before, resumed = here, []
-    write_whole(file, json.dumps({**before, "resumed": resumed}, indent=1) + "\n")
+        first = json.loads(file.read_text(encoding="utf-8"))
+        resumed = [*first.pop("resumed", []), current]
+    except (OSError, ValueError, AttributeError, TypeError):  # missing or damaged
+        first, resumed = current, []
+    atomic_write_text(file, json.dumps({**first, "resumed": resumed}, indent=1) + "\n")
 
 
 def _environment() -> dict[str, Any]:
@@ -113,7 +121,7 @@ def _environment() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """The commit of the repository one works in, if any."""
+    """The commit that is checked out in the working directory; None outside a git repository."""
     try:
         found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request to stop after the current step; a second one stops at once."""
+"""Turn the first Ctrl-C or SIGTERM into a request to stop after the current step; a second one exits immediately."""
 
 from __future__ import annotations
 
@@ -10,27 +10,31 @@ from typing import Any
 
 
 class StopRequest:
-    """A context manager. `signal_number` is None until a signal came; `heard` is called when the first one does."""
+    """A context manager that handles SIGINT and SIGTERM, and restores the previous handlers on exit.
 
-    def __init__(self, heard: Callable[[], None] = lambda: None) -> None:
-        self._heard = heard
+    `signal_number` is None until the first signal arrives. `on_request` is then called, from within the signal handler. Outside the
+    main thread, where Python does not allow signal handlers, it does nothing.
+    """
+
+    def __init__(self, on_request: Callable[[], None] = lambda: None) -> None:
+        self._on_request = on_request
         self.signal_number: int | None = None
-        self._previous: dict[int, Any] = {}
+        self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._hear)
+                self._previous_handlers[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal_number is not None:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             raise SystemExit(128 + number)
         self.signal_number = number
-        self._heard()
+        self._on_request()

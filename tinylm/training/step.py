@@ -1,23 +1,39 @@
-"""One optimiser step's gradient: a global batch in micro-batches, every target weighing the same."""
+"""Gradient accumulation: compute the gradient of one optimizer step in micro-batches, with the same weight for every target."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from tinylm.model.objective import Example, Objective
-from tinylm.training.feed import GlobalBatch
+from tinylm.model.objective import CausalObjective, Example, Objective
+from tinylm.training.feed import LocalBatch
 from tinylm.training.precision import Precision
 
 MicroBatchContext = Callable[[bool], AbstractContextManager[nn.Module]]
-"""Told whether a micro-batch is the last, it gives what to call in it (`Parallel.micro_batch`)."""
+"""Called with whether a micro-batch is the last of its step. The context yields the module to call (see `Parallel.micro_batch`)."""
+
+
+@dataclass(frozen=True)
+class GradientSettings:
+    """How the gradient of a batch is computed."""
+
+    micro_batch_size: int
+    """Sequences per forward and backward pass."""
+    precision: Precision
+    objective: Objective = field(default_factory=CausalObjective)
+    scaler: torch.amp.GradScaler | None = None
+    """Scales the loss before the backward pass, for fp16."""
 
 
 def micro_batch_seeds(seed: int, steps_before: int, first: int, count: int) -> Iterator[int]:
-    """A seed for each of `count` micro-batches of a step from the `first` on, from the recipe's seed and the step alone."""
+    """Yield the dropout seeds of micro-batches `first` to `first + count - 1` of a step.
+
+    They depend only on the recipe's seed and the number of previous steps, so that a resumed run draws the same dropout masks.
+    """
     mixed = (seed * 6364136223846793005 + steps_before) * 6364136223846793005
     for micro in range(first, first + count):
         yield (mixed + micro) % 2**63
@@ -25,31 +41,32 @@ def micro_batch_seeds(seed: int, steps_before: int, first: int, count: int) -> I
 
 def accumulate(
     network: nn.Module,
-    objective: Objective,
-    batch: GlobalBatch,
-    micro_batch_size: int,
-    precision: Precision,
-    scaler: torch.amp.GradScaler,
+    batch: LocalBatch,
+    settings: GradientSettings,
     seeds: Iterator[int] | None = None,
-    together: MicroBatchContext | None = None,
+    context: MicroBatchContext | None = None,
 ) -> Tensor:
     """Add the gradient of the mean loss over all targets of `batch` to `.grad`.
 
-    The mean is over the targets of the whole batch, not of means, so that neither the size of the micro-batches, nor the number
-    of processes, nor padding changes it. `seeds`, one per micro-batch, decide dropout; `together` says what several processes call
-    in place of `network`. Returns this process's part of that mean, in nats, on the device, so that the host need not wait.
+    The mean is taken over all targets of the global batch, not over the means of its micro-batches. It therefore does not depend on
+    the micro-batch size, the number of processes or padding. `seeds` yields the dropout seed of each micro-batch. With several
+    processes, `context` yields the module to call instead of `network`.
+
+    Returns this process's share of the mean loss, in nats, as a scalar on the device, so that the host need not wait for it.
     """
-    total = torch.zeros((), device=precision.device, dtype=torch.float32)
-    on_cuda = precision.device.type == "cuda"
-    pieces = [torch.split(each, micro_batch_size) for each in (batch.example.inputs, batch.example.targets)]
-    count = len(pieces[0])
-    for index, (inputs, wanted) in enumerate(zip(*pieces, strict=True)):
+    device, scaler = settings.precision.device, settings.scaler
+    total = torch.zeros((), device=device, dtype=torch.float32)
+    on_cuda = device.type == "cuda"
+    micro_batches = [torch.split(tensor, settings.micro_batch_size) for tensor in (batch.example.inputs, batch.example.targets)]
+    count = len(micro_batches[0])
+    for index, (inputs, targets) in enumerate(zip(*micro_batches, strict=True)):
         if seeds is not None:
             torch.manual_seed(next(seeds))
-        example = Example(inputs.to(precision.device, non_blocking=on_cuda), wanted.to(precision.device, non_blocking=on_cuda))
-        with nullcontext(network) if together is None else together(index == count - 1) as called:
-            with precision.autocast():
-                loss = objective.summed_loss(called, example) / max(batch.targets, 1)
-            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        example = Example(inputs.to(device, non_blocking=on_cuda), targets.to(device, non_blocking=on_cuda))
+        with nullcontext(network) if context is None else context(index == count - 1) as module:
+            with settings.precision.autocast():
+                loss = settings.objective.summed_loss(module, example) / max(batch.global_target_count, 1)
+            scaled = loss if scaler is None else scaler.scale(loss)
+            scaled.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
     return total

@@ -1,7 +1,8 @@
-"""A run with tokens added to its vocabulary or taken out: a new run folder with the changed tokenizer and embedding rows.
+"""Change the vocabulary of a trained run: write a new run folder with the edited tokenizer and resized embeddings.
 
-The row of an added token is the mean of the rows of the pieces that it was before; rows of removed tokens are dropped. The
-held-out text is encoded anew, so that the run can be measured at once. What only resuming needs is left behind.
+The embedding of an added token is the mean of the embeddings of the tokens that its text was encoded as before. The embeddings of
+removed tokens are dropped. The held-out text is encoded with the new tokenizer, so that the new run can be evaluated. The optimizer
+state is not copied.
 """
 
 from __future__ import annotations
@@ -16,52 +17,58 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tinylm.data import prepare
+from tinylm.data.prepare import encode_to_shard
 from tinylm.errors import InputError
-from tinylm.paths import write_whole
+from tinylm.paths import atomic_write_text
 from tinylm.recipe.schema import FileTokenizer
 from tinylm.reporting import SILENT, Reporter
-from tinylm.run import Run, claim, seal
+from tinylm.run import MODEL_FILES, POINTERS, Run, check_run_folder, write_manifest
 from tinylm.text.sources import Piece
 from tinylm.tokenizer import Tokenizer
-from tinylm.tokenizer.editing import Edited
+from tinylm.tokenizer.vocab_editing import EditedTokenizer
 
 
-def apply(run: Run, edited: Edited, out: Path, *, checkpoint: str | None = None, reporter: Reporter = SILENT) -> Run:
-    """Write the run folder `out`: one checkpoint of `run` with the vocabulary of `edited`.
+def write_edited_run(
+    run: Run, edited: EditedTokenizer, out: Path, *, checkpoint: str | None = None, reporter: Reporter = SILENT
+) -> Run:
+    """Write a new run folder `out` that holds one checkpoint of `run` with the vocabulary of `edited`.
 
-    Raises `InputError` when `out` is taken, the checkpoint is damaged, or ids would change that the model's n-gram tables know.
+    Raises `InputError` if `out` exists, if the checkpoint is damaged, or if the model has n-gram tables and token ids would change.
     """
-    claim(out, resume=False, overwrite=False)
-    chosen = run.checkpoint(checkpoint)
-    problem = chosen.problem(only=("model.safetensors", "state.json"))
+    check_run_folder(out, resume=False, overwrite=False)
+    source = run.checkpoint(checkpoint)
+    problem = source.problem(only=MODEL_FILES)
     if problem is not None:
-        raise InputError(f"damaged: {problem}", where=str(chosen.path), hint="name another with --checkpoint")
+        raise InputError(f"damaged: {problem}", where=str(source.path), hint="choose another with --checkpoint")
     _check_ngrams(run, edited, reporter)
     tokenizer = edited.tokenizer
-    folder = out / "checkpoints" / chosen.name
+    folder = out / "checkpoints" / source.name
     folder.mkdir(parents=True)
-    weights = load_file(chosen.path / "model.safetensors")
-    save_file(resized(weights, run.tokenizer.vocab_size, edited.sources), folder / "model.safetensors", {"format": "pt"})
-    state = {**chosen.state, "fingerprints": {**chosen.state["fingerprints"], "tokenizer": tokenizer.fingerprint}}
-    write_whole(folder / "state.json", json.dumps(state, indent=1) + "\n")
-    seal(folder)
-    for name in ("best", "last"):
-        write_whole(out / "checkpoints" / name, chosen.name + "\n")
+    weights = load_file(source.path / "model.safetensors")
+    weights = _resize_embeddings(weights, run.tokenizer.vocab_size, edited.sources)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    state = {**source.state, "fingerprints": {**source.state["fingerprints"], "tokenizer": tokenizer.fingerprint}}
+    atomic_write_text(folder / "state.json", json.dumps(state, indent=1) + "\n")
+    write_manifest(folder)
+    for pointer in POINTERS:
+        atomic_write_text(out / "checkpoints" / pointer, source.name + "\n")
     tokenizer.save(out / "tokenizer.json")
-    if (run.path / "heldout").exists():  # imported runs have none
+    if (run.path / "heldout").exists():  # imported runs have no held-out text
         _encode_heldout(run, tokenizer, out, reporter)
     for name in ("metrics.jsonl", "samples.md", "environment.json"):
         if (run.path / name).exists():
             shutil.copyfile(run.path / name, out / name)
     section = FileTokenizer(kind="file", path=os.path.abspath(out / "tokenizer.json"))
-    write_whole(out / "recipe.yaml", run.recipe.model_copy(update={"tokenizer": section, "name": out.name}).to_yaml())
+    atomic_write_text(out / "recipe.yaml", run.recipe.model_copy(update={"tokenizer": section, "name": out.name}).to_yaml())
     return Run.open(out)
 
 
-def resized(weights: dict[str, Tensor], vocab_size: int, sources: list[list[int]]) -> dict[str, Tensor]:
-    """Every tensor with a row for each of `vocab_size` tokens gets one for each of `sources`: the mean of those old rows."""
-    changed = {}
+def _resize_embeddings(weights: dict[str, Tensor], vocab_size: int, sources: list[list[int]]) -> dict[str, Tensor]:
+    """Resize every (V, C) tensor that has one row per token to one row per entry of `sources`.
+
+    Each entry lists old token ids. The new row is the mean of their rows, or of all rows if the list is empty.
+    """
+    resized = {}
     for name, tensor in weights.items():
         if name.rsplit(".", 2)[-2] in ("embedding", "head", "value_embedding") and tensor.shape[0] == vocab_size:
             rows = torch.tensor([old[0] if old else 0 for old in sources])
@@ -69,18 +76,21 @@ def resized(weights: dict[str, Tensor], vocab_size: int, sources: list[list[int]
             for row, old in enumerate(sources):
                 if len(old) != 1:
                     tensor[row] = weights[name][old].mean(0) if old else weights[name].mean(0)
-        changed[name] = tensor.contiguous()
-    return changed
+        resized[name] = tensor.contiguous()
+    return resized
 
 
-def _check_ngrams(run: Run, edited: Edited, reporter: Reporter) -> None:
+def _check_ngrams(run: Run, edited: EditedTokenizer, reporter: Reporter) -> None:
+    """With n-gram tables, raise `InputError` if token ids would change, and warn that the padding id does change."""
     if not run.recipe.model.ngram_embeddings:
         return
     if any(old != [new] for new, old in enumerate(edited.sources[: run.tokenizer.vocab_size])):
         raise InputError(
-            "this model's n-gram tables know tokens by their ids, which removing would change", where=str(run.path), hint="add only"
+            "the n-gram tables of this model are indexed by token ids, which removing tokens would change",
+            where=str(run.path),
+            hint="tokens can only be added",
         )
-    reporter.warn("the first few positions of each context meet other rows of the n-gram tables than before")
+    reporter.warn("the first few positions of each context now use different rows of the n-gram tables")
 
 
 def _encode_heldout(run: Run, tokenizer: Tokenizer, out: Path, reporter: Reporter) -> None:
@@ -91,4 +101,4 @@ def _encode_heldout(run: Run, tokenizer: Tokenizer, out: Path, reporter: Reporte
             yield Piece(run.tokenizer.decode(shard.tokens[start:end].tolist()), True)
 
     with reporter.progress("encoding held-out text", shard.counts.characters, "B") as advance:
-        prepare.encode(out / "heldout", "heldout", pieces(), tokenizer, advance)
+        encode_to_shard(out / "heldout", "heldout", pieces(), tokenizer, advance)

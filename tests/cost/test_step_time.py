@@ -1,0 +1,116 @@
+"""The time of a step, and the choices made for `auto`."""
+
+from __future__ import annotations
+
+import pytest
+from planning import IDLE, WITHOUT_AMX, plan, recipe
+
+from tinylm.cost.accelerators import find
+from tinylm.cost.step_time import CLEARLY_FASTER, COMPILATION_SECONDS, compilation_pays_off, cpu_seconds
+from tinylm.errors import InputError
+from tinylm.recipe.values import ComputeDtype
+
+# These steps were measured on the machine that the constants were fitted to, so they are a regression test, not evidence.
+LARGE = ["model.tie_embeddings=on", "training.global_batch_size=8"]
+MIDDLE = ["model.n_layer=4", "model.n_head=4", "model.n_embd=256", "training.global_batch_size=8"]
+NARROW = ["model.n_layer=5", "model.n_embd=192", "training.global_batch_size=8"]
+TINY = ["model.n_layer=4", "model.n_head=4", "model.n_embd=128", "model.context_length=64", "training.global_batch_size=12"]
+NGRAMS = ["model.n_layer=2", "model.n_head=4", "model.n_embd=128", "model.context_length=128", "training.global_batch_size=8"]
+NGRAMS += ["model.ngram_embeddings=[2,3,4,5,6]", "model.ngram_width=64"]
+IN_FP32 = "training.optimizer.newton_schulz_dtype=fp32"
+
+
+@pytest.mark.parametrize(
+    ("settings", "vocab_size", "precision", "compiled", "milliseconds"),
+    [
+        (["model.preset=gpt2", "training.optimizer=adamw", *LARGE], 8192, "fp32", False, 735),
+        ([IN_FP32, *LARGE], 8192, "fp32", False, 890),
+        (LARGE, 8192, "bf16", False, 457),
+        (LARGE, 8192, "bf16", True, 396),
+        ([IN_FP32, *MIDDLE], 4096, "fp32", False, 367),
+        (MIDDLE, 4096, "bf16", False, 185),
+        (MIDDLE, 4096, "bf16", True, 154),
+        ([IN_FP32, *NARROW], 65, "fp32", False, 250),
+        (NARROW, 65, "bf16", False, 177),
+        (NARROW, 65, "bf16", True, 144),
+        ([IN_FP32, *TINY], 65, "fp32", False, 42),
+        (TINY, 65, "bf16", False, 50),
+        (NGRAMS, 65, "fp32", False, 40),
+    ],
+)
+def test_estimates_are_within_a_quarter_of_measured_steps(
+    settings: list[str], vocab_size: int, precision: ComputeDtype, compiled: bool, milliseconds: float
+) -> None:
+    one = recipe(*settings)
+    seconds = cpu_seconds(one, vocab_size, one.training.global_batch_size, IDLE, precision, compiled=compiled)
+    assert 1000 * seconds.total == pytest.approx(milliseconds, rel=0.25)
+
+
+def test_auto_precision_is_bf16_if_the_cpu_has_amx_and_it_is_faster() -> None:
+    assert plan(*MIDDLE).precision == "bf16"
+    assert plan(*MIDDLE, processor=WITHOUT_AMX).precision == "fp32"
+    assert plan(*TINY).precision == "fp32", "its matrix products are too small for bf16 to be faster"
+    assert plan(*TINY, "training.precision=bf16").precision == "bf16"
+    assert (
+        plan(*MIDDLE, "training.precision=bf16", processor=WITHOUT_AMX).seconds_per_step
+        > 10 * plan(*MIDDLE, processor=WITHOUT_AMX).seconds_per_step
+    )
+    assert CLEARLY_FASTER < 1
+
+
+def test_auto_compiles_if_the_training_is_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tinylm.cost.step_time.cpp_compiler", lambda: "g++")
+    short, long = plan(*MIDDLE), plan(*MIDDLE, "training.steps=20000")
+    assert (short.compiled, long.compiled) == (False, True)
+    assert (short.start_up_seconds, long.start_up_seconds) == (0, COMPILATION_SECONDS["cpu"])
+    assert long.seconds_per_step < short.seconds_per_step
+    assert not plan(*MIDDLE, "training.steps=20000", "training.compile=off").compiled
+    monkeypatch.setattr("tinylm.cost.step_time.cpp_compiler", lambda: None)
+    assert not plan(*MIDDLE, "training.steps=20000").compiled
+
+
+@pytest.mark.parametrize(("device", "compilation"), [("cpu", 12.0), ("cuda", 45.0), ("mps", 60.0)])
+def test_compilation_pays_off_if_saving_15_percent_saves_1_5_times_its_duration(device: str, compilation: float) -> None:
+    minimum = 1.5 * compilation / 0.15
+    assert not compilation_pays_off(0.5, None, 2 * minimum - 1, device)
+    assert compilation_pays_off(0.5, None, 2 * minimum + 1, device)
+    assert not compilation_pays_off(0.5, minimum - 1, None, device), "the training ends too early"
+    assert compilation_pays_off(0.5, minimum + 1, None, device)
+    assert not compilation_pays_off(0.5, 10.0, 10_000, device)
+    assert not compilation_pays_off(0.5, None, None, device), "the length is unknown"
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"), [("h100-sxm", "bf16"), ("t4", "fp16"), ("v100-sxm2-32gb", "fp16"), ("rtx-3090", "bf16")]
+)
+def test_auto_precision_is_bf16_or_else_fp16_on_an_accelerator(name: str, precision: str) -> None:
+    one = plan(accelerator=name)
+    assert (one.hardware, one.precision) == (name, precision)
+    assert one.device_memory_bytes == find(name).memory
+    assert 0 < one.mfu < 1
+
+
+def test_an_unsupported_precision_in_the_recipe_is_an_error() -> None:
+    assert plan("training.precision=fp32", accelerator="a100-80gb-sxm").precision == "fp32"
+    with pytest.raises(InputError, match=r"precision: t4 does not support bf16 matrix products \(use fp32 or fp16\)"):
+        plan("training.precision=bf16", accelerator="t4")
+
+
+def test_fp32_on_a_gpu_is_estimated_in_tf32() -> None:
+    large = ["model.n_layer=12", "model.n_embd=768", "model.n_head=12", "training.precision=fp32", "training.compile=off"]
+    tf32, without = (plan(*large, accelerator=name) for name in ("a100-80gb-sxm", "v100-sxm2-32gb"))
+    assert tf32.mfu * find("a100-80gb-sxm").flops["tf32"] > 2 * without.mfu * find("v100-sxm2-32gb").flops["fp32"]
+
+
+def test_more_devices_are_faster_with_a_lower_mfu() -> None:
+    large = ["model.n_layer=12", "model.n_embd=768", "model.n_head=12", "training.global_batch_size=512"]
+    one, eight = (plan(*large, accelerator="a100-80gb-sxm", devices=devices) for devices in (1, 8))
+    assert one.seconds_per_step / 8 < eight.seconds_per_step < one.seconds_per_step / 4
+    assert eight.mfu < one.mfu
+    assert eight.tokens_per_step == one.tokens_per_step
+
+
+def test_a_step_of_a_tiny_model_takes_the_time_to_launch_its_kernels() -> None:
+    small = ["model.n_layer=2", "model.n_embd=32", "model.n_head=2", "training.global_batch_size=2"]
+    fast, slow = (plan(*small, accelerator=name).seconds_per_step for name in ("b200", "l4"))
+    assert fast == slow > 1e-3

@@ -1,0 +1,198 @@
+"""The documentation names only what exists: commands, options, recipe keys, extras, files, links and Python names.
+
+`docs/scripts/run_examples.py` runs the commands and writes their output; these tests only read the pages, so they are fast.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from keys import sections_in
+from pydantic import BaseModel
+
+from tinylm.errors import InputError
+from tinylm.recipe.embeddings import EmbeddingRecipe
+from tinylm.recipe.loader import loads_any
+from tinylm.recipe.schema import Recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+GENERATED = {"docs/reference/cli.md", "docs/reference/recipe.md"}
+PAGES = sorted(
+    str(path.relative_to(ROOT))
+    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md"))
+    if str(path.relative_to(ROOT)) not in GENERATED and path.name != "CHANGELOG.md"
+)
+OTHER_OPTIONS = {"--nproc-per-node", "--strict", "-m", "-k", "-n0", "-n", "-c", "-e", "-q", "--help"}
+"""Options of torchrun, pytest, pip, python and mkdocs that occur in the pages."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _scripts() -> Iterator[None]:
+    sys.path.insert(0, str(ROOT / "docs" / "scripts"))
+    yield
+    sys.path.remove(str(ROOT / "docs" / "scripts"))
+
+
+@pytest.fixture(scope="module")
+def examples(_scripts: None) -> ModuleType:
+    return importlib.import_module("run_examples")
+
+
+@pytest.fixture(scope="module")
+def options(_scripts: None) -> dict[str, set[str]]:
+    """The options of each command, by its full name such as `tokenize train`."""
+    reference = importlib.import_module("cli_reference")
+    return {name: reference.options_of(command) for name, command in reference.commands()}
+
+
+@pytest.fixture(scope="module")
+def keys() -> set[str]:
+    """The dotted path of every section and key of a recipe."""
+
+    def walk(section: type[BaseModel], prefix: str) -> Iterator[str]:
+        for key, field in section.model_fields.items():
+            yield prefix + key
+            for inner in sections_in(field.rebuild_annotation()):
+                yield from walk(inner, f"{prefix}{key}.")
+
+    return {*walk(Recipe, ""), *walk(EmbeddingRecipe, "")}
+
+
+def _text(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def _prose(text: str) -> str:
+    """A page without its fenced blocks and comments."""
+    without_blocks = re.sub(r"^ *```.*?^ *```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"<!--.*?-->", "", without_blocks, flags=re.DOTALL)
+
+
+def _commands(page: str, examples: ModuleType) -> Iterator[list[str]]:
+    """The words of every tinylm command in the fenced blocks of a page, without pipes and redirections."""
+    for block in examples.blocks(_text(page)):
+        written = block.commands if block.kind == "console" else block.lines if block.kind == "bash" else []
+        for line in written:
+            lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;<>")
+            lexer.whitespace_split, lexer.commenters = True, "#"
+            words: list[str] = []
+            for word in [*lexer, ";"]:
+                if not set(word) <= set("|&;<>"):
+                    words.append(word)
+                    continue
+                if words[:1] == ["tinylm"]:
+                    yield words[1:]
+                elif "tinylm" in words and words[words.index("tinylm") - 1] == "-m":
+                    yield words[words.index("tinylm") + 1 :]
+                words = []
+
+
+def _name(words: list[str], options: dict[str, set[str]]) -> str:
+    """The full name of the command that these words call."""
+    for length in (2, 1):
+        if (name := " ".join(words[:length])) in options:
+            return name
+    raise AssertionError(f"no such command: tinylm {' '.join(words)}")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_and_their_options_exist(page: str, examples: ModuleType, options: dict[str, set[str]], keys: set[str]) -> None:
+    for words in _commands(page, examples):
+        if words[0].startswith("-"):
+            assert words[0] in ("--help", "--version", "--install-completion"), words
+            continue
+        name = _name(words, options)
+        given = [word.split("=")[0] for word in words if re.match(r"--?[a-zA-Z]", word)]
+        assert set(given) <= options[name], f"tinylm {name} has no {sorted(set(given) - options[name])}"
+        for option, value in pairwise(words):
+            if option in ("--set", "--allow-change"):
+                assert value.split("=")[0] in keys, value
+        if name in ("train", "plan") and len(words) > 1 and not words[1].startswith(("-", "runs/")):
+            assert words[1].endswith(".yaml") or (ROOT / "recipes" / f"{words[1]}.yaml").exists(), words[1]
+
+
+def _extras() -> set[str]:
+    """The optional dependency groups in pyproject.toml."""
+    after_header = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("[project.optional-dependencies]")[1]
+    return set(re.findall(r"^(\w+) = \[", after_header.split("\n[")[0], re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_inline_code_names_what_exists(page: str, options: dict[str, set[str]], keys: set[str]) -> None:
+    known = set().union(*options.values()) | OTHER_OPTIONS
+    commands = {name.split()[0] for name in options}
+    extras = _extras()
+    # A page about benchmarks also names options of the scripts.
+    option = r"tinylm[\w ]* (--?[a-z][a-z-]*)" if "benchmarks/" in _text(page) else r"(?:tinylm[\w ]* |^)(--?[a-z][a-z-]*)"
+    sections = {key for key in keys if any(other.startswith(f"{key}.") for other in keys)}
+    for code in re.findall(r"`([^`\n]+)`", _prose(_text(page))):
+        if match := re.match(r"tinylm ([a-z]+)", code):
+            assert match[1] in commands, code
+        if match := re.match(option, code):
+            assert match[1] in known, code
+        if match := re.fullmatch(r"tinylm\[(\w+)\]", code):
+            assert match[1] in extras, code
+        if (match := re.match(r"((?:[a-z_]+\.)+[a-z_]+)(?=$|[:=])", code)) and match[1].split(".")[0] in sections:
+            assert match[1] in keys or match[1].endswith((".json", ".jsonl", ".parquet", ".py", ".yaml")), code
+        if re.fullmatch(r"(tinylm|cli|tests|recipes|docs|benchmarks)/[\w./-]+", code) and "NAME" not in code:
+            assert (ROOT / code).exists(), code
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files(page: str) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", _prose(_text(page))):
+        if "://" not in target:
+            assert ((ROOT / page).parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_recipes_load(page: str, examples: ModuleType) -> None:
+    """Recipes that show only some sections get the required keys. Only a recipe marked "wrong on purpose" may be invalid."""
+    text = _text(page)
+    for block in examples.blocks(text):
+        if block.kind != "yaml":
+            continue
+        above = next((line for line in reversed(text.splitlines()[: block.first]) if line.strip()), "")
+        recipe = "\n".join(block.lines) + "\n"
+        for key, value in (("data", "{train: text.txt}"), ("training", "{steps: 1}")):
+            if "kind: embeddings" not in recipe and not re.search(rf"^{key}:", recipe, re.MULTILINE):
+                recipe += f"{key}: {value}\n"
+        if "wrong on purpose" in above:
+            with pytest.raises(InputError):
+                loads_any(recipe, check_files=False)
+        else:
+            loads_any(recipe.replace("runs/quickstart", str(ROOT)) if "init_from" not in recipe else recipe, check_files=False)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_examples_import_names_that_exist(page: str, examples: ModuleType) -> None:
+    for block in examples.blocks(_text(page)):
+        if block.kind != "python":
+            continue
+        for node in ast.walk(ast.parse("\n".join(block.lines))):
+            if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.startswith("tinylm"):
+                module = importlib.import_module(node.module)
+                for alias in node.names:
+                    assert hasattr(module, alias.name), f"{node.module}.{alias.name}"
+
+
+def test_every_console_block_has_a_command_or_a_reason_not_to_run_it(examples: ModuleType) -> None:
+    for page in PAGES:
+        for block in examples.blocks(_text(page)):
+            if block.kind == "console":
+                assert block.commands, f"{page}: a console block without a command"
+                assert block.comments.get("not run", "a reason"), f"{page}: the reason is missing"
+
+
+def test_all_pages_of_the_site_are_in_its_navigation(examples: ModuleType) -> None:
+    in_navigation = {path.resolve() for path in examples.pages()} - {ROOT / "README.md"}
+    assert in_navigation == {path.resolve() for path in (ROOT / "docs").rglob("*.md")}

@@ -1,0 +1,61 @@
+"""Tokenizer sections and texts for the tests in this folder."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+from tinylm.recipe.schema import (
+    BpeTokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    LearnedTokenizer,
+    UnigramTokenizer,
+    WordPieceTokenizer,
+    WordTokenizer,
+)
+from tinylm.text.sources import Piece
+from tinylm.tokenizer import END_OF_TEXT, Tokenizer, training
+from tinylm.tokenizer.tokenizer import UNKNOWN
+
+BPE = BpeTokenizer(kind="bpe", vocab_size=800)
+UNIGRAM = UnigramTokenizer(kind="unigram", vocab_size=900)
+CHAR = CharTokenizer(kind="char")
+BYTE = ByteTokenizer(kind="byte")
+SECTIONS: tuple[LearnedTokenizer, ...] = (
+    BPE,
+    BpeTokenizer(kind="bpe", vocab_size=900, alphabet=60),
+    UNIGRAM,
+    WordPieceTokenizer(kind="wordpiece", vocab_size=700),
+    WordTokenizer(kind="word", vocab_size=500),
+    CHAR,
+    BYTE,
+)
+"""One section of every kind, and a second one of bpe."""
+
+_SPECIAL = [END_OF_TEXT, UNKNOWN, "<|end", "oftext|>", "</s>", "<s>", "[UNK]", "Ġ", "Ċ", "▁", "\ufffd"]
+_CODE_POINTS = [(0x00, 0x80), (0x80, 0x800), (0x800, 0xD800), (0xE000, 0x10000), (0x10000, 0x20000), (0x20000, 0x110000)]
+
+
+def train_on(text: str, section: LearnedTokenizer) -> Tokenizer:
+    """Train on a single document and ignore warnings."""
+    return training.train(section, [Piece(text, True)], lambda warning: None)
+
+
+def random_texts(count: int, english: str) -> Iterator[str]:
+    """Random mixtures of characters of all planes, control characters, white space, English, and the spelling of special tokens."""
+    rng = random.Random(7)
+    for _ in range(count):
+        parts = []
+        for _ in range(rng.randint(1, 12)):
+            match rng.randint(0, 5):
+                case 0:
+                    parts.append(rng.choice(_SPECIAL))
+                case 1:
+                    start = rng.randrange(90_000)
+                    parts.append(english[start : start + rng.randint(1, 30)])
+                case 2:
+                    parts.append(rng.choice(" \t\n\r\v\f\x00\x1b\x7f\x85\xa0\u200d\u2028\u3000\ufeff") * rng.randint(1, 4))
+                case _:
+                    parts += [chr(rng.randrange(*rng.choice(_CODE_POINTS))) for _ in range(rng.randint(1, 6))]
+        yield "".join(parts)

@@ -1,0 +1,148 @@
+"""Train in separate processes, which tests can kill.
+
+The processes are forked from a server that has already imported torch, so that they start quickly.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinylm.errors import TinylmError
+from tinylm.pipeline import train
+from tinylm.recipe import Recipe, loads
+from tinylm.training import gradient, step, trainer
+from tinylm.training.metrics import Observer, StepEvent
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["training_processes", "torch.distributed.checkpoint", "torch.distributed.fsdp"])
+_TIMEOUT_SECONDS = 120.0
+
+
+def _accumulate_with_nan_gradients(nan_steps: Sequence[int]) -> Callable[..., torch.Tensor]:
+    """Like `step.accumulate`, but the gradients of these calls (counted from 1) are NaN."""
+    calls = 0
+
+    def accumulate(network: Any, *rest: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        loss = step.accumulate(network, *rest)
+        if calls in nan_steps:
+            for parameter in network.parameters():
+                parameter.grad.mul_(math.nan)
+        return loss
+
+    return accumulate
+
+
+def _train_and_exit(
+    recipe: str, folder: Path, rank: int, world_size: int, rendezvous: Path | None, observer: Observer | None, options: Any
+) -> None:
+    """The main function of a process: train, and exit with the exit code that `tinylm train` would have."""
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if rendezvous is not None:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
+    gradient.accumulate = _accumulate_with_nan_gradients(options.pop("nan_steps", ()))
+    if options.pop("defer_results", False):
+        trainer.defers_results = lambda device: True
+    try:
+        result = train(loads(recipe, check_files=False), folder, device="cpu", observer=observer, **options)
+    except TinylmError as error:
+        print(f"[{rank}] {error}", file=sys.stderr, flush=True)
+        error_file(folder, rank).write_text(str(error))  # tests cannot capture the stderr of a forked process
+        os._exit(error.exit_code)
+    os._exit(0 if result.signal_number is None else 128 + result.signal_number)
+
+
+def error_file(folder: Path, rank: int = 0) -> Path:
+    """The file that a failed process writes its error message to."""
+    return folder.with_name(f"{folder.name}.error-{rank}")
+
+
+def start(
+    recipe: Recipe, folder: Path, *, world_size: int = 1, observer: Observer | None = None, **options: Any
+) -> list[BaseProcess]:
+    """Start `world_size` processes that train into `folder`.
+
+    `options` are those of `train`, and `nan_steps` (steps whose gradients are NaN) and `defer_results` (as on a GPU).
+    """
+    rendezvous = Path(tempfile.mkdtemp()) / "rendezvous" if world_size > 1 else None
+    processes: list[BaseProcess] = []
+    for rank in range(world_size):
+        arguments = (recipe.to_yaml(), folder, rank, world_size, rendezvous, observer if rank == 0 else None, options)
+        processes.append(_CONTEXT.Process(target=_train_and_exit, args=arguments))
+        processes[-1].start()
+    return processes
+
+
+def wait(processes: Sequence[BaseProcess]) -> list[int | None]:
+    """Wait for all processes and return their exit codes."""
+    deadline = time.monotonic() + _TIMEOUT_SECONDS
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            raise AssertionError("training timed out")
+    return [process.exitcode for process in processes]
+
+
+def run(recipe: Recipe, folder: Path, **options: Any) -> None:
+    """Train to the end. Fails unless every process exits with code 0."""
+    codes = wait(start(recipe, folder, **options))
+    assert set(codes) == {0}, codes
+
+
+def kill_when(processes: Sequence[BaseProcess], condition: Callable[[], bool], victim: int = 0) -> bool:
+    """Send SIGKILL to one process as soon as the condition holds, and wait for all. Returns False if it had ended before."""
+    deadline = time.monotonic() + _TIMEOUT_SECONDS
+    while not condition():
+        if not processes[victim].is_alive():
+            wait(processes)
+            return False
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+    pid = processes[victim].pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    wait(processes)
+    return processes[victim].exitcode == -signal.SIGKILL
+
+
+def logged_lines(folder: Path) -> int:
+    """The number of complete lines in metrics.jsonl."""
+    metrics = folder / "metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+
+def is_saving(folder: Path) -> bool:
+    """Whether the folder contains a partial checkpoint."""
+    return any((folder / "checkpoints").glob(".step-*.partial"))
+
+
+class FullDisk(Observer):
+    """After the checkpoint of step 4 and up to step 10, this process may not write files larger than 9 kB."""
+
+    def saved(self, step: int) -> None:
+        import resource
+
+        if step == 4:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))
+
+    def step(self, event: StepEvent) -> None:
+        import resource
+
+        if event.step == 10:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

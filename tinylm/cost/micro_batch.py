@@ -1,0 +1,157 @@
+"""Memory that a training needs on one device, and the largest micro-batch that fits. Does not import torch.
+
+Combines the byte counts of `memory` for a recipe, its vocabulary size and a micro-batch.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from tinylm.cost import memory
+from tinylm.cost.parameters import lora_parameters, parameter_counts
+from tinylm.errors import InputError
+from tinylm.recipe.checks import listed
+from tinylm.recipe.schema import MuonOptimizer, Recipe
+from tinylm.recipe.values import ComputeDtype
+
+CPU_MICRO_BATCH_TOKENS = 2048
+"""Maximum number of tokens in a micro-batch on a CPU. Larger ones are not faster, because they do not fit in the caches."""
+USABLE_MEMORY = 0.6
+"""Fraction of a device's memory that `micro_batch_size: auto` may use."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one device, not counting the memory of the process itself.
+
+    `activations`, `update` and `evaluation` are the peaks of a forward and backward pass, of the optimizer's temporaries and of an
+    evaluation, which do not exist at the same time. `saving` is the copy of weights and optimizer state that is in a CPU's memory
+    while a checkpoint is written. `total` is the peak of the whole training. On a GPU it includes the largest of the three; on a
+    CPU it is the resident set, which includes freed memory that the allocator keeps.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    update: int
+    evaluation: int
+    saving: int
+    total: int
+
+
+def estimate_memory(
+    recipe: Recipe,
+    vocab_size: int,
+    micro_batch_size: int,
+    *,
+    precision: ComputeDtype = "fp32",
+    on_gpu: bool = False,
+    accumulates: bool = True,
+    bf16_updates: bool = False,
+) -> MemoryEstimate:
+    """Estimate the memory of a training with this micro-batch.
+
+    Weights, gradients and optimizer state are float32 in every precision. With LoRA, only the adapters have gradients and state.
+    `accumulates`: a step has several micro-batches, so gradients and activations exist at the same time. `bf16_updates`: Muon
+    computes its updates in bf16.
+    """
+    model = recipe.model
+    counts = parameter_counts(model, vocab_size)
+    lora = recipe.training.lora
+    parameters = sum(counts.values()) + (lora_parameters(model, lora) if lora else 0)
+    trained = lora_parameters(model, lora) if lora else parameters
+    muon = isinstance(recipe.training.optimizer, MuonOptimizer)
+    slots = 2 * trained - (counts["matrices"] if muon else 0)
+    config = memory.PassConfig(
+        vocab_size,
+        micro_batch_size,
+        precision,
+        on_gpu=on_gpu,
+        recompute=recipe.training.activation_checkpointing,
+        frozen=lora is not None,
+    )
+    activations = memory.activation_bytes(model, config)
+    update = memory.muon_bytes(model, bf16=bf16_updates) if muon else 0
+    evaluation = max(memory.evaluation_bytes(model, vocab_size))
+    gradients = 4 * trained
+    if on_gpu:
+        passes = max(activations + (gradients if accumulates else 0), gradients)
+        peak = max(passes, gradients + update, gradients + evaluation)
+    else:
+        resident = gradients if accumulates else 0
+        peak = memory.cpu_peak_bytes(model, vocab_size, max(activations, gradients - resident + update), resident)
+    kept_state = 4 * (parameters + slots)
+    saving = 0 if on_gpu else kept_state
+    return MemoryEstimate(
+        weights=4 * parameters,
+        gradients=gradients,
+        optimizer=4 * slots,
+        activations=activations,
+        update=update,
+        evaluation=evaluation,
+        saving=saving,
+        total=kept_state + saving + peak,
+    )
+
+
+def choose_micro_batch(
+    recipe: Recipe,
+    vocab_size: int,
+    memory_bytes: int,
+    max_tokens: int | None,
+    *,
+    half: bool = False,
+    devices: int = 1,
+) -> int:
+    """The micro-batch size of the recipe, or for `auto` the largest one that needs at most `USABLE_MEMORY` of the device's memory.
+
+    It divides the batch of each device; 1 if none fits. `max_tokens`: limit on a CPU; None means a GPU. `half`: train in 16 bits,
+    in fp16 if the recipe says so, else in bf16.
+    """
+    training, context = recipe.training, recipe.model.context_length
+    if training.micro_batch_size != "auto":
+        return training.micro_batch_size
+    batch = training.global_batch_size // devices
+    precision: ComputeDtype = ("fp16" if training.precision == "fp16" else "bf16") if half else "fp32"
+    for size in (size for size in range(batch, 0, -1) if batch % size == 0):
+        if max_tokens is not None and size * context > max_tokens:
+            continue
+        costs = estimate_memory(recipe, vocab_size, size, precision=precision, on_gpu=max_tokens is None, accumulates=size < batch)
+        step = costs.weights + costs.gradients + costs.optimizer + costs.activations
+        if step <= USABLE_MEMORY * memory_bytes:
+            return size
+    return 1
+
+
+def check_batch_divides(recipe: Recipe, devices: int) -> None:
+    """Raise `InputError` if `devices` do not divide the global batch, or the micro-batch size does not divide a device's batch."""
+    batch, micro = recipe.training.global_batch_size, recipe.training.micro_batch_size
+    if devices < 1:
+        raise InputError(f"must be at least 1, not {devices}", where="--devices")
+    if devices == 1:
+        return
+    if batch % devices:
+        sizes = [size for size in (batch // devices * devices, -(-batch // devices) * devices) if size]
+        raise InputError(
+            f"{batch} sequences cannot be divided among {devices} devices",
+            where="training.global_batch_size",
+            hint=f"use {' or '.join(map(str, sizes))}",
+        )
+    share = batch // devices
+    if micro != "auto" and share % micro:
+        sizes = [size for size in range(1, share + 1) if share % size == 0]
+        raise InputError(
+            f"{micro} does not divide the {share} sequences of each of {devices} devices",
+            where="training.micro_batch_size",
+            hint=f"use {listed(list(map(str, sizes)), 'or')}",
+        )
+
+
+def host_memory_bytes() -> int:
+    """The physical memory of this machine in bytes, or 8 GiB if the system does not report it."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 8 << 30

@@ -1,0 +1,65 @@
+"""Count the parameters and FLOPs of a model from its `model:` section. Does not import torch."""
+
+from __future__ import annotations
+
+from tinylm.recipe.schema import LoraSection, ModelSection
+
+
+def parameter_counts(model: ModelSection, vocab_size: int) -> dict[str, int]:
+    """Number of parameters by part.
+
+    `embedding`: the token embedding, and the head if it is tied. `positions`: learned positions. `tables`: all other tables that
+    are indexed by token or n-gram. `head`: an untied head. `matrices`: the matrices that Muon updates. `rest`: gains, biases and
+    scalars.
+    """
+    width, hidden = model.n_embd, model.feed_forward_width
+    queries, keys = model.n_head * model.head_width, model.kv_heads * model.head_width
+    norm = width * (model.norm_gain + (model.norm_gain and model.bias and model.norm == "layernorm"))
+    inputs = 2 * hidden if model.feed_forward == "swiglu" else hidden
+    matrices = width * (queries + 2 * keys) + queries * width + width * inputs + hidden * width
+    biases = (queries + 2 * keys) + width + inputs + width if model.bias else 0
+    norms_per_block = 1 if model.norm_position == "post" and model.parallel_residual else 2
+    small = norms_per_block * norm + biases + (2 * model.head_width if model.qk_norm and model.qk_gain else 0)
+    small += 2 if model.embedding_shortcut else 0
+    outside = (norm if model.norm_position == "pre" else 0) + (norm if model.embedding_norm else 0)
+    return {
+        "embedding": vocab_size * width,
+        "positions": model.context_length * width if model.position == "learned" else 0,
+        "tables": len(model.ngram_embeddings) * model.ngram_rows * model.ngram_width
+        + min(2 * model.value_embeddings, model.n_layer) * vocab_size * keys,
+        "head": 0 if model.tie_embeddings else vocab_size * width,
+        "matrices": model.n_layer * matrices + len(model.ngram_embeddings) * model.ngram_width * width,
+        "rest": model.n_layer * small + outside + (model.n_layer - 1 if model.value_residual else 0),
+    }
+
+
+def lora_parameters(model: ModelSection, lora: LoraSection) -> int:
+    """Number of parameters of the LoRA adapters."""
+    width, hidden, queries = model.n_embd, model.feed_forward_width, model.n_head * model.head_width
+    shapes = {
+        "attention.qkv": (width, queries + 2 * model.kv_heads * model.head_width),
+        "attention.output": (queries, width),
+        "feed_forward.input": (width, 2 * hidden if model.feed_forward == "swiglu" else hidden),
+        "feed_forward.output": (hidden, width),
+    }
+    return model.n_layer * lora.rank * sum(sum(shapes[target]) for target in lora.targets)
+
+
+def trained_parameters(model: ModelSection, vocab_size: int, lora: LoraSection | None) -> int:
+    """Number of trained parameters: all of them, or with LoRA only those of the adapters."""
+    return lora_parameters(model, lora) if lora else sum(parameter_counts(model, vocab_size).values())
+
+
+def flops_per_token(model: ModelSection, vocab_size: int, lora: LoraSection | None = None) -> float:
+    """FLOPs of the forward and backward pass: 6 per weight of every matrix product, including the head, plus causal attention.
+
+    With `lora`, 4 per frozen weight, whose gradient is not computed, and 6 per adapter weight.
+    """
+    attention = 6 * model.n_layer * model.context_length * model.n_head * model.head_width
+    return weight_flops_per_token(model, vocab_size, lora) + attention
+
+
+def weight_flops_per_token(model: ModelSection, vocab_size: int, lora: LoraSection | None) -> float:
+    """`flops_per_token` without the products of queries with keys and of probabilities with values."""
+    weights = parameter_counts(model, vocab_size)["matrices"] + vocab_size * model.n_embd
+    return 6.0 * weights if lora is None else 4.0 * weights + 6.0 * lora_parameters(model, lora)

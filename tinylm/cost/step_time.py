@@ -1,0 +1,267 @@
+"""Estimate the time of an optimizer step, on this machine's CPU or on accelerators. Does not import torch.
+
+Makes a `StepEstimate` from a recipe, its vocabulary size and a device. It also predicts what a training on that device would choose
+for `auto`: precision, micro-batch size and compilation. This module counts FLOPs, bytes and kernels; `cpu` and `accelerators`
+convert the counts to seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+
+from tinylm.cost import accelerators, cpu, memory
+from tinylm.cost.accelerators import Accelerator, MatmulPrecision
+from tinylm.cost.cpu import CpuSeconds, Processor
+from tinylm.cost.micro_batch import CPU_MICRO_BATCH_TOKENS, check_batch_divides, choose_micro_batch, host_memory_bytes
+from tinylm.cost.parameters import flops_per_token, parameter_counts, trained_parameters, weight_flops_per_token
+from tinylm.recipe.schema import ModelSection, MuonOptimizer, Recipe, TrainingSection
+from tinylm.recipe.values import ComputeDtype
+
+CLEARLY_FASTER = 0.95
+"""One of two options counts as clearly faster if it takes less than this fraction of the other's time. `precision: auto` chooses
+bf16 on a CPU only if it is clearly faster than fp32. Timings vary by a few percent."""
+
+COMPILATION_SAVINGS = 0.15
+"""Assumed fraction of the forward and backward passes' time that compilation saves. For the `modern` preset it saved 18 to 21 % in
+bf16 and 10 to 13 % in fp32 (docs/lab-notebook.md, "What made a step faster")."""
+COMPILATION_SECONDS = {"cpu": 12.0, "cuda": 45.0}
+"""Assumed compilation time by device type. It is 60 seconds for other devices."""
+MIN_COMPILATION_PAYBACK = 1.5
+"""Compile only if that saves at least this many times the seconds it takes."""
+
+_ADAMW_BYTES = 28 + 12
+"""Bytes that clipping and an AdamW step move per weight. AdamW reads weight, gradient and two moments and writes all but the
+gradient (28). Clipping reads the gradient for the norm, then reads and writes it to scale it (12)."""
+_MUON_BYTES = 72
+"""Bytes that a Muon step moves per weight: momentum and update (28), stacking and norm (16), iteration (16), weight (12)."""
+
+
+@dataclass(frozen=True)
+class StepEstimate:
+    """The estimated cost of one optimizer step of a recipe on a device, and what the training chooses for `auto`."""
+
+    name: str
+    memory_bytes: int
+    """Memory of the device."""
+    peak_flops: float
+    precision: ComputeDtype
+    compiled: bool
+    micro_batch_size: int
+    bf16_updates: bool
+    """Whether Muon computes its updates in bf16."""
+    step_seconds: float
+    evaluation_seconds: float
+    """Seconds per held-out token."""
+    start_up_seconds: float
+    """Compilation time, or 0."""
+    undisturbed: float = 1.0
+    """Fraction of the measurement's duration for which it had a CPU core."""
+
+
+def compilation_pays_off(step_seconds: float, seconds_left: float | None, steps_left: float | None, device_type: str) -> bool:
+    """Whether compilation saves clearly more time than it takes, for steps that take `step_seconds` without it.
+
+    The training ends after `seconds_left` or `steps_left`, whichever comes first. None means that this limit does not apply.
+    """
+    ends = [seconds_left, None if steps_left is None else steps_left * step_seconds]
+    total = min((end for end in ends if end is not None), default=0.0)
+    return total * COMPILATION_SAVINGS > MIN_COMPILATION_PAYBACK * COMPILATION_SECONDS.get(device_type, 60.0)
+
+
+def cpp_compiler() -> str | None:
+    """The C++ compiler that torch.compile uses on a CPU, or None if there is none."""
+    return next((name for name in (os.environ.get("CXX"), "g++", "clang++") if name and shutil.which(name)), None)
+
+
+def _seconds_left(training: TrainingSection) -> float | None:
+    return None if training.minutes is None else 60 * training.minutes
+
+
+def estimate_on_cpu(recipe: Recipe, vocab_size: int, steps: int | None, processor: Processor | None) -> StepEstimate:
+    """Estimate a step on this machine's CPU, which is measured if `processor` is None. `steps`: length of the training, if
+    known."""
+    training = recipe.training
+    host = host_memory_bytes()
+    micro = choose_micro_batch(recipe, vocab_size, host, CPU_MICRO_BATCH_TOKENS)
+    machine = processor or _measure(recipe, vocab_size, micro)
+
+    def seconds(precision: ComputeDtype, compiled: bool = False) -> CpuSeconds:
+        return cpu_seconds(recipe, vocab_size, micro, machine, precision, compiled=compiled)
+
+    if training.precision != "auto":
+        precision: ComputeDtype = training.precision
+    else:
+        faster = machine.has_amx and seconds("bf16").passes < CLEARLY_FASTER * seconds("fp32").passes
+        precision = "bf16" if faster else "fp32"
+    micro = choose_micro_batch(recipe, vocab_size, host, CPU_MICRO_BATCH_TOKENS, half=precision != "fp32")
+    compiled = training.compile
+    if compiled == "auto":
+        pays = compilation_pays_off(seconds(precision).passes, _seconds_left(training), steps, "cpu")
+        compiled = cpp_compiler() is not None and pays
+    passes_per_token = seconds("fp32").passes / (training.global_batch_size * recipe.model.context_length)
+    if training.activation_checkpointing:
+        passes_per_token *= 3 / 4  # an evaluation does not recompute
+    return StepEstimate(
+        name="cpu",
+        memory_bytes=host,
+        peak_flops=machine.peak_flops(precision),
+        precision=precision,
+        compiled=compiled,
+        micro_batch_size=micro,
+        bf16_updates=_updates_in_bf16(recipe, machine.has_amx),
+        step_seconds=seconds(precision, compiled).total,
+        evaluation_seconds=passes_per_token / 3,
+        undisturbed=machine.undisturbed,
+        start_up_seconds=COMPILATION_SECONDS["cpu"] if compiled else 0.0,
+    )
+
+
+def _measure(recipe: Recipe, vocab_size: int, micro_batch_size: int) -> Processor:
+    """Measure this machine's CPU with arrays as large as the activations and weights of the recipe."""
+    tensor = 4 * micro_batch_size * recipe.model.context_length * recipe.model.feed_forward_width
+    return cpu.measure(tensor, 4 * sum(parameter_counts(recipe.model, vocab_size).values()))
+
+
+def cpu_seconds(
+    recipe: Recipe, vocab_size: int, micro_batch_size: int, machine: Processor, precision: ComputeDtype, *, compiled: bool = False
+) -> CpuSeconds:
+    """Seconds of one optimizer step on a CPU, by what they are spent on."""
+    model, training = recipe.model, recipe.training
+    counts = parameter_counts(model, vocab_size)
+    tokens = training.global_batch_size * model.context_length
+    micro_batches = training.global_batch_size // micro_batch_size
+    matmul_flops = weight_flops_per_token(model, vocab_size, training.lora)
+    muon = counts["matrices"] if isinstance(training.optimizer, MuonOptimizer) else 0
+    trained = trained_parameters(model, vocab_size, training.lora)
+    state_bytes = trained * (_ADAMW_BYTES + 12 * (micro_batches - 1)) + muon * (_MUON_BYTES - 28)
+    if training.lora is None:  # each micro-batch zeroes the gradients of embedding tables, then adds to a few rows
+        state_bytes += 4 * micro_batches * (counts["embedding"] + counts["positions"] + counts["tables"])
+    factor = _recomputation_factor(training)
+    blocks = model.n_layer * cpu.query_blocks(training.global_batch_size, model.n_head, model.context_length)
+    work = cpu.Work(
+        precision=precision,
+        matmul_flops=factor * tokens * matmul_flops,
+        elementwise_bytes=factor * tokens * _elementwise_bytes(model, vocab_size, precision, compiled=compiled),
+        scores=factor * tokens * model.context_length * model.n_head * model.n_layer,
+        query_blocks=blocks,
+        kernels=factor * micro_batches * cpu.kernels(model.n_layer, len(model.ngram_embeddings), precision, compiled=compiled),
+        state_bytes=state_bytes,
+        update_kernels=cpu.UPDATE_KERNELS * (model.n_layer + 1),
+        newton_schulz_flops=_muon_flops(recipe),
+        newton_schulz_precision="bf16" if _updates_in_bf16(recipe, machine.has_amx) else "fp32",
+    )
+    return cpu.step_seconds(machine, work)
+
+
+def estimate_on_accelerator(
+    recipe: Recipe, vocab_size: int, steps: int | None, accelerator: Accelerator, devices: int
+) -> StepEstimate:
+    """Estimate a data-parallel step on `devices` accelerators. `steps`: length of the training, if known.
+
+    Raises `InputError` if the batch cannot be divided among the devices, or if the accelerator does not support the recipe's
+    precision.
+    """
+    model, training = recipe.model, recipe.training
+    check_batch_divides(recipe, devices)
+    if training.precision != "auto":
+        precision: ComputeDtype = training.precision
+    else:
+        precision = "bf16" if "bf16" in accelerator.flops else "fp16" if "fp16" in accelerator.flops else "fp32"
+    peak = accelerator.matmul_flops(_matmul_precision(accelerator, precision))
+    resolved = recipe.model_copy(update={"training": training.model_copy(update={"precision": precision})})
+    micro = choose_micro_batch(resolved, vocab_size, int(accelerator.memory), None, half=precision != "fp32", devices=devices)
+
+    def seconds(compiled: bool) -> float:
+        return accelerator_seconds(recipe, vocab_size, micro, accelerator, devices, precision, compiled=compiled)
+
+    compiled = training.compile
+    if compiled == "auto":
+        compiled = compilation_pays_off(seconds(compiled=False), _seconds_left(training), steps, "cuda")
+    evaluated_bytes = _elementwise_bytes(model, vocab_size, "fp32", compiled=False)
+    evaluation = accelerators.step_seconds(
+        accelerator, 1, "fp32", matmul_flops=flops_per_token(model, vocab_size) / 3, elementwise_bytes=evaluated_bytes / 3
+    )
+    return StepEstimate(
+        name=accelerator.name,
+        memory_bytes=int(accelerator.memory),
+        peak_flops=peak,
+        precision=precision,
+        compiled=compiled,
+        micro_batch_size=micro,
+        bf16_updates=_updates_in_bf16(recipe, "bf16" in accelerator.flops),
+        step_seconds=seconds(compiled),
+        evaluation_seconds=evaluation.total,
+        start_up_seconds=COMPILATION_SECONDS["cuda"] if compiled else 0.0,
+    )
+
+
+def accelerator_seconds(
+    recipe: Recipe,
+    vocab_size: int,
+    micro_batch_size: int,
+    accelerator: Accelerator,
+    devices: int,
+    precision: ComputeDtype,
+    *,
+    compiled: bool,
+) -> float:
+    """Seconds of one optimizer step: the devices' time, or the time to launch their kernels if that is longer."""
+    model, training = recipe.model, recipe.training
+    matmul_precision = _matmul_precision(accelerator, precision)
+    micro_batches = training.global_batch_size // devices // micro_batch_size
+    tokens = training.global_batch_size * model.context_length
+    trained = trained_parameters(model, vocab_size, training.lora)
+    muon = parameter_counts(model, vocab_size)["matrices"] if isinstance(training.optimizer, MuonOptimizer) else 0
+    bf16_updates = _updates_in_bf16(recipe, "bf16" in accelerator.flops)
+    # `step_seconds` counts FLOPs of `matmul_precision`, but an fp32 Muon does not use tf32. Each matrix is updated on one device.
+    muon_factor = 1 if bf16_updates else accelerator.matmul_flops(matmul_precision) / accelerator.matmul_flops("fp32")
+    factor = _recomputation_factor(training)
+    device_seconds = accelerators.step_seconds(
+        accelerator,
+        devices,
+        matmul_precision,
+        matmul_flops=factor * tokens * flops_per_token(model, vocab_size, training.lora) + _muon_flops(recipe) * muon_factor,
+        matmul_bytes=factor * tokens * accelerators.matmul_bytes(model, vocab_size, matmul_precision),
+        elementwise_bytes=factor * tokens * _elementwise_bytes(model, vocab_size, precision, compiled=compiled),
+        state_bytes=accelerators.state_bytes(trained, micro_batches, matmul_precision) + muon * (_MUON_BYTES - 28),
+        gradient_bytes=4 * trained,
+    ).total
+    launched = factor * micro_batches * cpu.kernels(model.n_layer, len(model.ngram_embeddings), precision, compiled=compiled)
+    return max(device_seconds, launched * cpu.LAUNCH_SECONDS)
+
+
+def _matmul_precision(accelerator: Accelerator, precision: ComputeDtype) -> MatmulPrecision:
+    """The precision of matrix products: fp32 training computes them in tf32 if the accelerator has it."""
+    return "tf32" if precision == "fp32" and "tf32" in accelerator.flops else precision
+
+
+def _recomputation_factor(training: TrainingSection) -> float:
+    """The cost of a forward and backward pass relative to one without activation checkpointing, which runs the forward pass
+    twice."""
+    return 4 / 3 if training.activation_checkpointing else 1.0
+
+
+def _muon_flops(recipe: Recipe) -> int:
+    optimizer = recipe.training.optimizer
+    if not isinstance(optimizer, MuonOptimizer):
+        return 0
+    shapes = memory.matrix_shapes(recipe.model)
+    steps = optimizer.newton_schulz_steps
+    return sum(count * cpu.newton_schulz_flops(*shape, steps) for shape, count in shapes.items())
+
+
+def _updates_in_bf16(recipe: Recipe, has_bf16_units: bool) -> bool:
+    """Whether Muon computes its updates in bf16."""
+    optimizer = recipe.training.optimizer
+    if not isinstance(optimizer, MuonOptimizer):
+        return False
+    return has_bf16_units if optimizer.newton_schulz_dtype == "auto" else optimizer.newton_schulz_dtype == "bf16"
+
+
+def _elementwise_bytes(model: ModelSection, vocab_size: int, precision: ComputeDtype, *, compiled: bool) -> int:
+    """Bytes per token that everything but matrix products moves. Only blocks are compiled, not the embedding and the loss."""
+    stream = 2 if precision == "bf16" else 4
+    blocks = model.n_layer * accelerators.block_bytes(model, precision, compiled=compiled, stream_bytes=stream)
+    return blocks + accelerators.outside_block_bytes(model, vocab_size, precision, compiled=False, stream_bytes=stream)

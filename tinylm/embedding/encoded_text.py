@@ -1,0 +1,223 @@
+"""Encode a text as a file of ids: choose which words or tokens get a vector, count them, and write the id of each occurrence.
+
+The text is read twice, once to count and once to write, in memory that does not grow with the text. The file holds int32 ids in the
+order of the text, without rare words, and -1 between documents. It is cached by the content of the text and the vocabulary options.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from tinylm.embedding.byte_mapping import to_byte_mapped
+from tinylm.errors import InputError
+from tinylm.paths import atomic_file, cache_folder
+from tinylm.recipe.embeddings import EmbeddingDataSection, TokenVocabulary, WordVocabulary
+from tinylm.reporting import Reporter
+from tinylm.text.sources import Corpus, Piece, describe
+from tinylm.text.split import scan
+from tinylm.tokenizer import Tokenizer
+
+END_OF_DOCUMENT = -1
+MAX_COUNTED_WORDS = 1 << 20
+"""Maximum number of distinct words while counting. Above it, the rarest are dropped, as in word2vec."""
+_FORMAT = 1
+"""Version of the cached files. Increase it when their contents change."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The words or tokens that get a vector, most frequent first."""
+
+    names: list[str]
+    counts: np.ndarray
+    """int64 (names,): occurrences in the text."""
+    byte_mapped: bool
+    """Whether the names are token bytes in the byte-mapped form; see `byte_mapping`."""
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """A text as a file of ids, which are positions in the vocabulary."""
+
+    vocabulary: Vocabulary
+    path: Path
+    length: int
+    """Ids in the file, including the separators between documents."""
+    fingerprint: str
+    """Hash of the text, the vocabulary options and the tokenizer."""
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Read up to `count` ids, int32, from `start` on. They are copied, because mapped pages count as memory of the process."""
+        return np.fromfile(self.path, dtype="<i4", count=count, offset=4 * start)
+
+
+def encode_corpus(data: EmbeddingDataSection, section: WordVocabulary | TokenVocabulary, reporter: Reporter) -> EncodedText:
+    """Count and encode the text of a recipe.
+
+    Raises `InputError` if the text cannot be read, or if no word or token reaches the minimum count.
+    """
+    with Corpus(data.train, field=data.field, errors=data.errors) as corpus:
+        counter = _WordCounter(section) if isinstance(section, WordVocabulary) else _TokenCounter(section)
+        with reporter.progress("counting", None, "B") as advance:
+            scanned = scan(counter.count(corpus.pieces()), advance)
+        vocabulary = counter.vocabulary()
+        if not vocabulary.names:
+            raise InputError(
+                f"no {counter.noun} in this text occur {section.min_count} times or more",
+                where=describe(data.train),
+                hint="lower vocabulary.min_count (--min-count)",
+            )
+        key = json.dumps([scanned.fingerprint, section.model_dump(), counter.fingerprint, _FORMAT])
+        fingerprint = hashlib.sha256(key.encode()).hexdigest()[:32]
+        path = cache_folder("embeddings") / f"{fingerprint}.ids"
+        kept = int(vocabulary.counts.sum())
+        reporter.note(
+            f"text: {scanned.characters:,} characters, {counter.total:,} {counter.noun}; vocabulary: {len(vocabulary.names):,} "
+            f"{counter.noun} that occur {section.min_count} times or more ({kept:,} occurrences)"
+        )
+        if not path.exists():
+            _write(path, counter.encode(corpus.pieces(), vocabulary), kept, reporter)
+    return EncodedText(vocabulary, path, path.stat().st_size // 4, fingerprint)
+
+
+def _write(path: Path, encoded: Iterator[np.ndarray], total: int, reporter: Reporter) -> None:
+    with atomic_file(path) as temporary, open(temporary, "wb") as file, reporter.progress("encoding", total, "") as advance:
+        done = 0
+        for ids in encoded:
+            file.write(ids.astype("<i4").tobytes())
+            done += len(ids)
+            advance(done)
+
+
+_SEPARATOR = np.array([END_OF_DOCUMENT], dtype=np.int32)
+
+
+class _WordCounter:
+    """Counts words in a first pass and encodes them in a second."""
+
+    noun = "words"
+    fingerprint = ""
+
+    def __init__(self, section: WordVocabulary) -> None:
+        self._section = section
+        self._counts: Counter[str] = Counter()
+        self._min_kept_count = 1
+        self.total = 0
+
+    def count(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        """Count the words of each piece and pass the piece on."""
+        for piece in pieces:
+            words = split_words(piece.text, self._section.lowercase)
+            self._counts.update(words)
+            self.total += len(words)
+            while len(self._counts) > MAX_COUNTED_WORDS:
+                self._min_kept_count += 1
+                self._counts = Counter({word: n for word, n in self._counts.items() if n >= self._min_kept_count})
+            yield piece
+
+    def vocabulary(self) -> Vocabulary:
+        """The most frequent words, with ties in alphabetical order. Discards the counts."""
+        ordered = sorted(self._counts.items(), key=lambda item: (-item[1], item[0]))
+        kept = [(word, count) for word, count in ordered if count >= self._section.min_count][: self._section.max_size]
+        self._counts.clear()
+        return Vocabulary([word for word, _ in kept], np.array([count for _, count in kept], dtype=np.int64), byte_mapped=False)
+
+    def encode(self, pieces: Iterator[Piece], vocabulary: Vocabulary) -> Iterator[np.ndarray]:
+        """Yield the ids of each piece, with a separator between documents."""
+        ids = {word: id for id, word in enumerate(vocabulary.names)}
+        for index, piece in enumerate(pieces):
+            if piece.starts_document and index:
+                yield _SEPARATOR
+            piece_ids = np.fromiter(
+                (ids.get(word, -1) for word in split_words(piece.text, self._section.lowercase)), dtype=np.int32
+            )
+            yield piece_ids[piece_ids >= 0]
+
+
+class _TokenCounter:
+    """Counts a tokenizer's tokens in a first pass and encodes them in a second. Their names are byte-mapped."""
+
+    noun = "tokens"
+
+    def __init__(self, section: TokenVocabulary) -> None:
+        path = Path(section.tokenizer)
+        self._section = section
+        self._tokenizer = Tokenizer.load(path / "tokenizer.json" if path.is_dir() else path)
+        self.fingerprint = self._tokenizer.fingerprint
+        self._counts = np.zeros(self._tokenizer.vocab_size, dtype=np.int64)
+        self.total = 0
+
+    def count(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        """Count the tokens of each piece and pass the piece on."""
+        for piece in pieces:
+            for ids, _ in self._tokenizer.encode_pieces([piece]):
+                self._counts += np.bincount(ids, minlength=len(self._counts))
+                self.total += len(ids)
+            yield piece
+
+    def _kept_tokens(self) -> np.ndarray:
+        """The token ids that reach the minimum count, most frequent first."""
+        order = np.argsort(-self._counts, kind="stable")
+        return order[self._counts[order] >= self._section.min_count]
+
+    def vocabulary(self) -> Vocabulary:
+        """The tokens that reach the minimum count, most frequent first."""
+        kept = self._kept_tokens()
+        names = token_names(self._tokenizer)
+        return Vocabulary([names[id] for id in kept], self._counts[kept], byte_mapped=True)
+
+    def encode(self, pieces: Iterator[Piece], vocabulary: Vocabulary) -> Iterator[np.ndarray]:
+        """Yield the ids of each piece, with a separator between documents."""
+        id_of_token = np.full(len(self._counts), -1, dtype=np.int32)
+        kept = self._kept_tokens()
+        id_of_token[kept] = np.arange(len(kept), dtype=np.int32)
+        for index, (tokens, starts_document) in enumerate(self._tokenizer.encode_pieces(pieces)):
+            if starts_document and index:
+                yield _SEPARATOR
+            ids = id_of_token[tokens]
+            yield ids[ids >= 0]
+
+
+def token_names(tokenizer: Tokenizer) -> list[str]:
+    """The unique name of each token id: its byte-mapped bytes, or for special tokens the token itself."""
+    special = {id for id in (tokenizer.end_of_text, tokenizer.unknown) if id is not None}
+    names = []
+    for id, raw in enumerate(tokenizer.token_bytes):
+        if raw and id not in special:
+            names.append(to_byte_mapped(raw))
+        else:
+            names.append(str(tokenizer.backend.id_to_token(id) or f"<|unused-{id}|>"))
+    return names
+
+
+def split_words(text: str, lowercase: bool) -> list[str]:
+    """The words of a text: runs of letters, digits, combining marks and underscores, with apostrophes inside."""
+    words: list[str] = _word_pattern().findall(text.lower() if lowercase else text)
+    return words
+
+
+def word_spans(text: str) -> list[tuple[int, int]]:
+    """The (start, end) offsets of each word, in characters."""
+    return [match.span() for match in _word_pattern().finditer(text)]
+
+
+@cache
+def _word_pattern() -> re.Pattern[str]:
+    """Python's \\w does not match combining marks, without which words of many scripts would be split."""
+    marks = [code for code in range(0x300, sys.maxunicode + 1) if unicodedata.category(chr(code)) in ("Mn", "Mc")]
+    starts = [code for code, before in zip(marks, [0, *marks], strict=False) if code != before + 1]
+    ends = [code for code, after in zip(marks, [*marks[1:], 0], strict=True) if after != code + 1]
+    ranges = "".join(f"{chr(start)}-{chr(end)}" for start, end in zip(starts, ends, strict=True))
+    letter = rf"[\w{ranges}]"
+    return re.compile(rf"{letter}+(?:['’]{letter}+)*")

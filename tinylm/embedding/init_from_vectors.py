@@ -1,0 +1,78 @@
+"""Initialize the token embedding of a language model from vectors (`model.init_embeddings` of a recipe).
+
+Vectors of tokens are copied to the tokens of the same name. From vectors of words, each token gets the mean over the words whose
+encoding contains it, weighted by their counts. All are scaled by one factor to the standard deviation of the embedding's random
+initialization. Tokens without a vector keep their random values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from tinylm.embedding.encoded_text import token_names
+from tinylm.embedding.vectors import Vectors
+from tinylm.errors import InputError
+from tinylm.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class InitializedTokens:
+    """How many of the vocabulary's tokens got a vector, and whether it was averaged from vectors of words."""
+
+    tokens: int
+    vocab_size: int
+    from_words: bool
+
+
+def initialize_from_vectors(embedding: nn.Embedding, vectors: Vectors, tokenizer: Tokenizer) -> InitializedTokens:
+    """Overwrite rows of `embedding`, (vocabulary, width), in place.
+
+    Raises `InputError` if the width differs, or if no token gets a vector.
+    """
+    where = "model.init_embeddings"
+    if vectors.dimensions != embedding.embedding_dim:
+        raise InputError(
+            f"the vectors have {vectors.dimensions} dimensions, but model.n_embd is {embedding.embedding_dim}",
+            where=where,
+            hint=f"train them with --dimensions {embedding.embedding_dim}, or set model.n_embd",
+        )
+    table = table_from_tokens(vectors, tokenizer) if vectors.byte_mapped else table_from_words(vectors, tokenizer)
+    initialized = np.flatnonzero(table.any(axis=1))
+    if not len(initialized):
+        raise InputError("none of the tokenizer's tokens has a vector in this file", where=where)
+    with torch.no_grad():
+        scale = float(embedding.weight.std()) / max(float(table[initialized].std()), 1e-12)
+        embedding.weight[torch.from_numpy(initialized)] = torch.from_numpy(table[initialized] * np.float32(scale)).to(
+            embedding.weight.device
+        )
+    return InitializedTokens(len(initialized), tokenizer.vocab_size, not vectors.byte_mapped)
+
+
+def table_from_tokens(vectors: Vectors, tokenizer: Tokenizer) -> np.ndarray:
+    """The vector of each token, looked up by its name: float32 (vocabulary, width), zero for tokens without a vector."""
+    table = np.zeros((tokenizer.vocab_size, vectors.dimensions), dtype=np.float32)
+    for id, name in enumerate(token_names(tokenizer)):
+        if (row := vectors.index.get(name)) is not None:
+            table[id] = vectors.matrix[row]
+    return table
+
+
+def table_from_words(vectors: Vectors, tokenizer: Tokenizer) -> np.ndarray:
+    """For each token, the weighted mean of the vectors of the words it is part of: float32 (vocabulary, width), otherwise zero.
+
+    Each word is encoded in the forms it has in a text: after a space, capitalized after a space, and without a space.
+    """
+    sums = np.zeros((tokenizer.vocab_size, vectors.dimensions))
+    weights = np.zeros(tokenizer.vocab_size)
+    counts = np.ones(len(vectors)) if vectors.counts is None else np.maximum(vectors.counts, 1)
+    for row, name in enumerate(vectors.names):
+        for form in dict.fromkeys((f" {name}", f" {name.capitalize()}", name)):
+            for id in set(tokenizer.encode(form)):
+                sums[id] += counts[row] * vectors.matrix[row]
+                weights[id] += counts[row]
+    table: np.ndarray = (sums / np.maximum(weights, 1e-12)[:, None]).astype(np.float32)
+    return table

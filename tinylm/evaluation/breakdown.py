@@ -1,0 +1,156 @@
+"""The loss of every token of an evaluation, and tables of it by document, position and frequency.
+
+`TokenLosses` collects the losses while `evaluate` runs. The functions of this module summarize them without running a model.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from tinylm.data.shards import Shard
+from tinylm.evaluation.perplexity import ScoredBatch
+from tinylm.tokenizer import Tokenizer
+
+ALTERNATIVES = 5
+OVERLAP_LENGTH = 13
+"""Length of the n-grams that count as overlap if both texts contain them. Brown et al. 2020, appendix C, use 13 words."""
+_HARDEST_CONTEXT = 12
+_FREQUENCY_BANDS = (0, 1, 10, 100, 1_000, 10_000)
+
+
+class TokenLosses:
+    """Losses in nats by position in the shard, NaN where no token was scored. Pass an instance to `evaluate` as `on_batch`.
+
+    For the first `detailed` tokens of the shard, it also stores the ids and probabilities of the tokens that the model considered
+    most likely: `alternatives` and `probabilities` `(detailed, 5)`.
+    """
+
+    def __init__(self, shard: Shard, detailed: int = 0) -> None:
+        self.shard = shard
+        self.nats = np.full(len(shard), np.nan)
+        self.context_lengths = np.zeros(len(shard), dtype=np.int64)
+        self.detailed = min(detailed, len(shard))
+        self.alternatives = np.zeros((self.detailed, ALTERNATIVES), dtype=np.int64)
+        self.probabilities = np.zeros((self.detailed, ALTERNATIVES), dtype=np.float32)
+
+    def __call__(self, batch: ScoredBatch) -> None:
+        is_text = self.shard.tokens[batch.positions] != self.shard.end_of_text
+        self.nats[batch.positions[is_text]] = batch.nats[is_text]
+        self.context_lengths[batch.positions] = batch.context_lengths
+        detailed = np.flatnonzero(batch.positions < self.detailed)
+        if len(detailed):
+            top = batch.logits[detailed.tolist()].float().softmax(-1).topk(min(ALTERNATIVES, batch.logits.shape[-1]))
+            positions = batch.positions[detailed]
+            self.alternatives[positions, : top.indices.shape[1]] = top.indices.cpu().numpy()
+            self.probabilities[positions, : top.values.shape[1]] = top.values.cpu().numpy()
+
+    @property
+    def positions(self) -> np.ndarray:
+        """The positions of the scored tokens."""
+        return np.flatnonzero(~np.isnan(self.nats))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table. `share` is the fraction of all scored tokens, `loss` is in nats per token."""
+
+    name: str
+    tokens: int
+    share: float
+    loss: float
+    bits_per_byte: float
+
+
+def _row(name: str, losses: TokenLosses, positions: np.ndarray, token_byte_lengths: np.ndarray) -> Row:
+    nats, size = float(losses.nats[positions].sum()), int(token_byte_lengths[losses.shard.tokens[positions]].sum())
+    total = max(len(losses.positions), 1)
+    return Row(name, len(positions), len(positions) / total, nats / max(len(positions), 1), nats / math.log(2) / max(size, 1))
+
+
+def by_document(losses: TokenLosses, token_byte_lengths: np.ndarray) -> list[Row]:
+    """One row per document, in order, named by the document's number."""
+    rows = []
+    for number, (start, end) in enumerate(losses.shard.documents(), 1):
+        positions = np.arange(start, end)
+        positions = positions[~np.isnan(losses.nats[positions])]
+        if len(positions):
+            rows.append(_row(str(number), losses, positions, token_byte_lengths))
+    return rows
+
+
+def by_position(losses: TokenLosses, token_byte_lengths: np.ndarray) -> list[Row]:
+    """One row per range of context lengths (the number of tokens that a token was predicted from): 1, 2, 3-4, 5-8, ..."""
+    positions = losses.positions
+    doublings = np.ceil(np.log2(np.maximum(losses.context_lengths[positions], 1))).astype(int)
+    rows = []
+    for doubling in np.unique(doublings):
+        low, high = 2 ** (doubling - 1) + 1 if doubling else 1, 2**doubling
+        name = f"{low}" if low == high else f"{low}-{high}"
+        rows.append(_row(name, losses, positions[doublings == doubling], token_byte_lengths))
+    return rows
+
+
+def by_frequency(losses: TokenLosses, token_byte_lengths: np.ndarray, train: Shard) -> list[Row]:
+    """One row per range of the number of times that a token occurs in the training text: never, 1-9, 10-99, ..."""
+    counts = np.bincount(np.asarray(train.tokens), minlength=len(token_byte_lengths))
+    positions = losses.positions
+    frequencies = counts[losses.shard.tokens[positions]]
+    bands = np.digitize(frequencies, _FREQUENCY_BANDS) - 1
+    rows = []
+    for band in np.unique(bands):
+        low = _FREQUENCY_BANDS[band]
+        name = "never" if not low else f"{low:,}-{10 * low - 1:,}" if band < len(_FREQUENCY_BANDS) - 1 else f"{low:,} or more"
+        rows.append(_row(name, losses, positions[bands == band], token_byte_lengths))
+    return rows
+
+
+@dataclass(frozen=True)
+class HardToken:
+    """A token with a large loss, and the text before it."""
+
+    token: str
+    nats: float
+    before: str
+
+
+def hardest(losses: TokenLosses, tokenizer: Tokenizer, count: int) -> list[HardToken]:
+    """The `count` tokens with the largest losses, largest first."""
+    positions = losses.positions
+    order = positions[np.argsort(-losses.nats[positions], kind="stable")][:count]
+    tokens, end_of_text = losses.shard.tokens, losses.shard.end_of_text
+    hard_tokens = []
+    for position in order.tolist():
+        before = np.asarray(tokens[max(0, position - _HARDEST_CONTEXT) : position]).tolist()
+        start = max((index + 1 for index, id in enumerate(before) if id == end_of_text), default=0)  # exclude other documents
+        token = tokenizer.decode([int(tokens[position])])
+        hard_tokens.append(HardToken(token, float(losses.nats[position]), tokenizer.decode(before[start:])))
+    return hard_tokens
+
+
+def overlap(heldout: Shard, train: Shard) -> float:
+    """The fraction of held-out tokens in a 13-gram that also occurs in the training text."""
+    heldout_hashes, starts = _ngram_hashes(np.asarray(heldout.tokens), heldout.end_of_text)
+    train_hashes, _ = _ngram_hashes(np.asarray(train.tokens), train.end_of_text)
+    shared = np.isin(heldout_hashes, train_hashes)
+    overlapping = np.zeros(len(heldout), dtype=bool)
+    for offset in range(OVERLAP_LENGTH):
+        overlapping[starts[shared] + offset] = True
+    return float(overlapping.sum() / max(heldout.counts.tokens, 1))
+
+
+def _ngram_hashes(tokens: np.ndarray, end_of_text: int) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes and start positions of all 13-grams that lie within a document."""
+    size = len(tokens) - OVERLAP_LENGTH + 1
+    if size <= 0:
+        return np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.int64)
+    hashes, within_document = np.zeros(size, dtype=np.uint64), np.ones(size, dtype=bool)
+    for offset in range(OVERLAP_LENGTH):
+        part = tokens[offset : offset + size]
+        within_document &= part != end_of_text
+        hashes = (hashes + part.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        hashes ^= hashes >> np.uint64(29)
+    starts = np.flatnonzero(within_document)
+    return hashes[starts], starts

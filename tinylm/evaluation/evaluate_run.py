@@ -1,0 +1,251 @@
+"""Evaluate a run on its own held-out text or on other texts, and compare two runs on the same text."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from tinylm import device as devices
+from tinylm.data.prepare import encode_to_shard, prepare
+from tinylm.data.shards import Shard
+from tinylm.errors import InputError
+from tinylm.evaluation import baselines, breakdown, html_report, significance
+from tinylm.evaluation.breakdown import TokenLosses
+from tinylm.evaluation.perplexity import EvaluationOptions, Perplexity, ScoredBatch, evaluate
+from tinylm.model.packed import WeightKind, pack
+from tinylm.paths import atomic_write_text, cache_folder
+from tinylm.reporting import SILENT, Reporter
+from tinylm.run import Checkpoint, Run
+from tinylm.text.sources import Corpus, describe
+from tinylm.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """How to read text sources: the field of structured files that contains the text, and the handling of invalid UTF-8."""
+
+    field: str = "text"
+    errors: str = "strict"
+
+
+@dataclass(frozen=True)
+class BreakdownOptions:
+    """What to report in addition to the totals. `baselines` and `by_frequency` require the training text."""
+
+    baselines: bool = False
+    by_frequency: bool = False
+    by_position: bool = False
+    by_document: bool = False
+    hardest: int = 0
+    html: Path | None = None
+
+    @property
+    def needs_training_text(self) -> bool:
+        return self.baselines or self.by_frequency
+
+    @property
+    def needs_token_losses(self) -> bool:
+        return self.by_frequency or self.by_position or self.by_document or bool(self.hardest) or self.html is not None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The evaluation of a run. `baselines` maps names to bits per byte. The keys of `tables`: document, position, frequency."""
+
+    run: str
+    checkpoint: str
+    step: int
+    text: str
+    weights: str
+    perplexity: Perplexity
+    baselines: dict[str, float] = field(default_factory=dict)
+    overlap: float | None = None
+    tables: dict[str, list[breakdown.Row]] = field(default_factory=dict)
+    hardest: list[breakdown.HardToken] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, object]:
+        """The document of `tinylm eval --json`. Optional parts are present only if they were requested."""
+        scores = self.perplexity
+        document: dict[str, object] = {
+            "run": self.run,
+            "checkpoint": self.checkpoint,
+            "step": self.step,
+            "text": self.text,
+            "weights": self.weights,
+            "documents": scores.documents,
+            "tokens": scores.tokens,
+            "bytes": scores.bytes,
+            "characters": scores.characters,
+            "loss": scores.loss,
+            "perplexity": scores.perplexity,
+            "bits_per_byte": scores.bits_per_byte,
+            "bits_per_character": scores.bits_per_character,
+            "bits_per_byte_ci95": list(scores.bits_per_byte_ci95),
+            "context": scores.context,
+            "stride": scores.stride,
+        }
+        if self.overlap is not None:
+            document["overlap"] = self.overlap
+        if self.baselines:
+            document["baselines"] = self.baselines
+        for name, rows in self.tables.items():
+            document[f"by_{name}"] = [asdict(row) for row in rows]
+        if self.hardest:
+            document["hardest"] = [asdict(token) for token in self.hardest]
+        return document
+
+
+def evaluate_run(
+    run: Run,
+    sources: Sequence[str] = (),
+    *,
+    options: EvaluationOptions = EvaluationOptions(),
+    details: BreakdownOptions = BreakdownOptions(),
+    text_format: TextFormat = TextFormat(),
+    checkpoint: str | None = None,
+    weights: WeightKind = "fp32",
+    device: str = "auto",
+    reporter: Reporter = SILENT,
+) -> Evaluation:
+    """Score `sources`, or the run's own held-out text if there are none, and write the HTML report if requested.
+
+    Raises `InputError` if a source or the checkpoint cannot be read, an option is out of range, or the training text has changed.
+    """
+    chosen = run.checkpoint(checkpoint)
+    train = _training_shard(run, chosen, reporter) if details.needs_training_text else None
+    with _open_shard(run, sources, text_format, reporter) as shard:
+        losses = TokenLosses(shard, html_report.MAX_TOKENS if details.html else 0) if details.needs_token_losses else None
+        scores = _score(run, chosen, shard, losses, options, weights=weights, device=device, reporter=reporter)
+        result = Evaluation(
+            run=str(run.path),
+            checkpoint=chosen.name,
+            step=chosen.step,
+            text=describe(sources) if sources else "its own held-out text",
+            weights=weights,
+            perplexity=scores,
+            baselines=_baselines(train, shard, run.tokenizer, reporter) if details.baselines and train is not None else {},
+            overlap=None if train is None else breakdown.overlap(shard, train),
+            tables={} if losses is None else _tables(losses, run.tokenizer, details, train),
+            hardest=[] if losses is None else breakdown.hardest(losses, run.tokenizer, details.hardest),
+        )
+        if details.html is not None and losses is not None:
+            atomic_write_text(details.html, html_report.render(losses, run.tokenizer, result.as_dict()))
+        del shard, losses  # Windows cannot remove a file while it is mapped
+    return result
+
+
+def compare_runs(
+    first: Run,
+    second: Run,
+    sources: Sequence[str] = (),
+    *,
+    stride: int | None = None,
+    text_format: TextFormat = TextFormat(),
+    device: str = "auto",
+    reporter: Reporter = SILENT,
+) -> significance.PairedComparison:
+    """Compare the best checkpoints of two runs on `sources`, or on their common held-out text if there are none.
+
+    Raises `InputError` if their held-out texts differ or the text is too short.
+    """
+    options = EvaluationOptions(stride=stride)
+    a, b = (_token_losses(run, sources, text_format, options, device, reporter) for run in (first, second))
+    if not sources and text_bytes(a.shard, first.tokenizer) != text_bytes(b.shard, second.tokenizer):
+        raise significance.different_texts_error()
+    return significance.compare_losses(a, first.tokenizer.token_byte_lengths, b, second.tokenizer.token_byte_lengths)
+
+
+def text_bytes(shard: Shard, tokenizer: Tokenizer) -> bytes:
+    """The text of a shard, with its documents concatenated."""
+    token_bytes = tokenizer.token_bytes
+    return b"".join(token_bytes[id] for id in shard.tokens.tolist() if id != shard.end_of_text)
+
+
+def _token_losses(
+    run: Run, sources: Sequence[str], text_format: TextFormat, options: EvaluationOptions, device: str, reporter: Reporter
+) -> TokenLosses:
+    with _open_shard(run, sources, text_format, reporter) as shard:
+        losses = TokenLosses(Shard(shard.tokens[:].copy(), shard.counts, shard.end_of_text))
+        _score(run, run.checkpoint(), shard, losses, options, weights="fp32", device=device, reporter=reporter)
+        del shard
+    return losses
+
+
+def _score(
+    run: Run,
+    checkpoint: Checkpoint,
+    shard: Shard,
+    losses: TokenLosses | None,
+    options: EvaluationOptions,
+    *,
+    weights: WeightKind,
+    device: str,
+    reporter: Reporter,
+) -> Perplexity:
+    """Evaluate a checkpoint on a shard. If `losses` is given, also collect the loss of every token in it."""
+    options.window_size(run.recipe.model.context_length)  # raises before the weights are loaded
+    network = run.network(checkpoint, devices.resolve(device))
+    if weights != "fp32":
+        network = pack(network, weights)
+
+    def on_batch(batch: ScoredBatch) -> None:
+        if losses is not None:
+            losses(batch)
+
+    with torch.inference_mode(), reporter.progress("evaluating", shard.counts.tokens, "tokens") as advance:
+        return evaluate(network, shard, run.tokenizer.token_byte_lengths, options, on_progress=advance, on_batch=on_batch)
+
+
+@contextmanager
+def _open_shard(run: Run, sources: Sequence[str], text_format: TextFormat, reporter: Reporter) -> Iterator[Shard]:
+    """The tokens of `sources`, or of the run's held-out text if there are none. Raises `InputError` for an empty text."""
+    with tempfile.TemporaryDirectory(prefix="eval-", dir=cache_folder("spool")) as folder:
+        if sources:
+            with (
+                Corpus(sources, field=text_format.field, errors=text_format.errors) as corpus,
+                reporter.progress("encoding", None, "B") as advance,
+            ):
+                shard = encode_to_shard(Path(folder), "text", corpus.pieces(), run.tokenizer, advance)
+        else:
+            shard = run.heldout()
+        if not shard.counts.bytes:
+            raise InputError("the text is empty", where=describe(sources))
+        if shard.counts.unknown_tokens:
+            reporter.warn(
+                f"{shard.counts.unknown_tokens:,} tokens are unknown to the tokenizer: bits per byte look better than they are"
+            )
+        yield shard
+        del shard
+
+
+def _training_shard(run: Run, checkpoint: Checkpoint, reporter: Reporter) -> Shard:
+    """The tokens of the run's training text, from the cache or encoded again. Raises `InputError` if the text has changed."""
+    prepared = prepare(run.recipe.data, run.recipe.tokenizer, reporter)
+    if prepared.fingerprint != checkpoint.state["fingerprints"]["data"]:
+        raise InputError("the training text has changed since the run was trained", where=str(run.path / "recipe.yaml"))
+    return prepared.train
+
+
+def _baselines(train: Shard, shard: Shard, tokenizer: Tokenizer, reporter: Reporter) -> dict[str, float]:
+    reporter.note("baselines: counting n-grams and compressing the training text")
+    size = int(tokenizer.token_byte_lengths[shard.tokens[:]].sum())
+    ngram_bits = baselines.kneser_ney_bits(train, shard, tokenizer.vocab_size, size)
+    return ngram_bits | baselines.compressor_bits(text_bytes(train, tokenizer), text_bytes(shard, tokenizer))
+
+
+def _tables(
+    losses: TokenLosses, tokenizer: Tokenizer, details: BreakdownOptions, train: Shard | None
+) -> dict[str, list[breakdown.Row]]:
+    tables = {}
+    if details.by_document:
+        tables["document"] = breakdown.by_document(losses, tokenizer.token_byte_lengths)
+    if details.by_position:
+        tables["position"] = breakdown.by_position(losses, tokenizer.token_byte_lengths)
+    if details.by_frequency and train is not None:
+        tables["frequency"] = breakdown.by_frequency(losses, tokenizer.token_byte_lengths, train)
+    return tables

@@ -1,0 +1,176 @@
+"""Add tokens to a tokenizer or remove tokens from it, so that text without these tokens is encoded as before.
+
+Added tokens are matched in the text before anything else, so other text is not affected. Removing a token from a BPE vocabulary
+also removes its merge. Longer tokens that were merged from it get another merge if the vocabulary has two tokens that form them;
+otherwise they are removed too. This only affects text that contains the removed token.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken
+
+from tinylm.errors import InputError
+from tinylm.text.sources import Piece
+from tinylm.tokenizer.byte_level import bytes_to_unicode, unicode_to_bytes
+from tinylm.tokenizer.tokenizer import BYTE_TOKENS, END_OF_TEXT, UNKNOWN, Tokenizer
+
+
+@dataclass(frozen=True)
+class EditedTokenizer:
+    """A tokenizer with added or removed tokens."""
+
+    tokenizer: Tokenizer
+    sources: list[list[int]]
+    """For each new id, the old ids that it replaces: the old id of a token that was kept, or the old encoding of an added token."""
+    also_removed: list[str]
+    """Tokens that were removed because they could only be merged from removed tokens."""
+
+
+@dataclass(frozen=True)
+class EncodingCheck:
+    """How many lines of a text are encoded as before."""
+
+    lines: int
+    unaffected: int
+    """Lines that do not contain any of the added or removed tokens."""
+    unchanged: int
+    """Unaffected lines that both tokenizers encode to the same tokens. This should be all of them."""
+
+
+def add(tokenizer: Tokenizer, tokens: Sequence[str], *, special: bool = False) -> EditedTokenizer:
+    """Append tokens to a vocabulary, as control tokens if `special`. Raises `InputError` if one is already in it."""
+    _check_tokens(tokens)
+    for token in tokens:
+        spellings = (token, _to_vocabulary(tokenizer, token))
+        if any(tokenizer.backend.token_to_id(spelling) is not None for spelling in spellings):
+            raise InputError(f"{token!r} is already in the vocabulary", where="TOKEN")
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    old_ids = [tokenizer.encode(token) for token in tokens]
+    added_tokens = [AddedToken(token, special=special, normalized=False) for token in tokens]
+    if special:
+        backend.add_special_tokens(added_tokens)
+    else:
+        backend.add_tokens(added_tokens)
+    edited = Tokenizer(backend)
+    sources = {backend.token_to_id(token): ids for token, ids in zip(tokens, old_ids, strict=True)}
+    return EditedTokenizer(edited, [sources.get(id, [id]) for id in range(edited.vocab_size)], [])
+
+
+def remove(tokenizer: Tokenizer, tokens: Sequence[str]) -> EditedTokenizer:
+    """Remove tokens from a vocabulary and renumber the others. Raises `InputError` if one is missing or required."""
+    _check_tokens(tokens)
+    tokenizer_json: dict[str, Any] = json.loads(tokenizer.backend.to_str())
+    added = {token["content"]: token for token in tokenizer_json["added_tokens"]}
+    model = tokenizer_json["model"]
+    vocabulary = dict(model["vocab"]) if model["type"] != "Unigram" else {piece: id for id, (piece, _) in enumerate(model["vocab"])}
+    requested = {_removable(tokenizer, token, added, vocabulary) for token in tokens}
+    removed = requested
+    if model["type"] == "BPE":
+        model["merges"], removed = repair_merges(model["merges"], vocabulary, requested)
+    ids = {token: id for token, id in {**vocabulary, **{t: added[t]["id"] for t in added}}.items() if token not in removed}
+    old_ids = sorted({*ids.values()})
+    new_id = {old: new for new, old in enumerate(old_ids)}
+    kept = {token: new_id[id] for token, id in vocabulary.items() if token not in removed}
+    if model["type"] == "Unigram":
+        scores = dict(model["vocab"])
+        model["vocab"] = [[token, scores[token]] for token in sorted(kept, key=kept.__getitem__)]
+        model["unk_id"] = new_id[model["unk_id"]] if model["unk_id"] is not None else None
+    else:
+        model["vocab"] = kept
+    tokenizer_json["added_tokens"] = [
+        {**token, "id": new_id[token["id"]]} for token in tokenizer_json["added_tokens"] if token["content"] not in removed
+    ]
+    edited = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json)))
+    also_removed = sorted(_to_text(tokenizer, token) for token in removed - requested)
+    return EditedTokenizer(edited, [[old] for old in old_ids], also_removed)
+
+
+def _removable(tokenizer: Tokenizer, token: str, added: dict[str, Any], vocabulary: dict[str, int]) -> str:
+    """A token in the spelling of the vocabulary. Raises `InputError` if it is not in the vocabulary or cannot be removed."""
+    spelling = token if token in added else _to_vocabulary(tokenizer, token)
+    if spelling not in added and spelling not in vocabulary:
+        raise InputError(f"{token!r} is not in the vocabulary", where="TOKEN")
+    if tokenizer.backend.token_to_id(spelling) in (tokenizer.end_of_text, tokenizer.unknown) or token in (END_OF_TEXT, UNKNOWN):
+        raise InputError(f"{token!r} is required and cannot be removed", where="TOKEN")
+    if (tokenizer.is_byte_level and len(spelling) == 1) or spelling in BYTE_TOKENS:
+        raise InputError(f"{token!r} is a single byte; without it, some text could not be encoded", where="TOKEN")
+    return spelling
+
+
+def check_encoding(before: Tokenizer, edited: EditedTokenizer, tokens: Sequence[str], pieces: Iterable[Piece]) -> EncodingCheck:
+    """Encode the lines of a text that contain none of the edited `tokens` with both tokenizers, and compare."""
+    n_lines = unaffected = unchanged = 0
+    prefix = before.tokenizer_json["model"].get("continuing_subword_prefix") or ""
+    changed = [token.removeprefix(prefix) for token in [*tokens, *edited.also_removed]]
+    for piece in pieces:
+        lines = piece.text.splitlines(keepends=True)
+        n_lines += len(lines)
+        chosen = [line for line in lines if not any(token in line for token in changed)]
+        unaffected += len(chosen)
+        for old, new in zip(_encode_lines(before, chosen), _encode_lines(edited.tokenizer, chosen), strict=True):
+            unchanged += old == [edited.sources[id][0] for id in new]
+    return EncodingCheck(n_lines, unaffected, unchanged)
+
+
+def _encode_lines(tokenizer: Tokenizer, lines: Sequence[str]) -> list[list[int]]:
+    return [encoding.ids for encoding in tokenizer.backend.encode_batch_fast(list(lines), add_special_tokens=False)]
+
+
+def _check_tokens(tokens: Sequence[str]) -> None:
+    if not tokens or not all(tokens):
+        raise InputError("a token must not be empty", where="TOKEN")
+    if len({*tokens}) < len(tokens):
+        raise InputError("the same token is given twice", where="TOKEN")
+
+
+def _to_vocabulary(tokenizer: Tokenizer, token: str) -> str:
+    """A token's text in the spelling of the vocabulary: byte-level vocabularies write bytes as characters."""
+    if not tokenizer.is_byte_level:
+        return token
+    character_of = bytes_to_unicode()
+    return "".join(character_of[byte] for byte in token.encode("utf-8"))
+
+
+def _to_text(tokenizer: Tokenizer, spelling: str) -> str:
+    """The inverse of `_to_vocabulary`."""
+    if not tokenizer.is_byte_level:
+        return spelling
+    byte_of = unicode_to_bytes()
+    return bytes(byte_of[character] for character in spelling).decode("utf-8", "backslashreplace")
+
+
+def repair_merges(merges: list[Any], vocabulary: dict[str, int], removed: set[str]) -> tuple[list[list[str]], set[str]]:
+    """The merges of a BPE vocabulary without the tokens `removed`, and all removed tokens, including those left without a merge.
+
+    For example, without `ab` the merge of `ab` and `c` is replaced by that of `a` and `bc`, if `bc` is a token; if it is not,
+    `abc` is removed too.
+    """
+    removed = set(removed)
+    kept: list[list[str]] = []
+    reachable = {token for token in vocabulary if token not in removed} - {"".join(_pair(merge)) for merge in merges}
+    for left, right in map(_pair, merges):
+        token = left + right
+        if token in removed:
+            continue
+        if left in reachable and right in reachable:
+            kept.append([left, right])
+        elif token not in reachable:
+            divisions = ((token[:i], token[i:]) for i in range(len(token) - 1, 0, -1))
+            other = next((pair for pair in divisions if pair[0] in reachable and pair[1] in reachable), None)
+            if other is None:
+                removed.add(token)
+                continue
+            kept.append([*other])
+        reachable.add(token)
+    return kept, removed
+
+
+def _pair(merge: Any) -> tuple[str, str]:
+    left, right = merge if isinstance(merge, list) else merge.split(" ")
+    return left, right

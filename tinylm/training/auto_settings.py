@@ -1,0 +1,214 @@
+"""Resolve `auto` settings by short trials on this machine: precision, micro-batch size, compilation, number of CPU threads.
+
+The choices are written into the run's recipe, so that a resumed run keeps them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tinylm.cost import step_time
+from tinylm.cost.micro_batch import CPU_MICRO_BATCH_TOKENS, choose_micro_batch, host_memory_bytes
+from tinylm.data.batches import Batches
+from tinylm.model.objective import CausalObjective
+from tinylm.model.transformer import Transformer
+from tinylm.optim.groups import resolve_newton_schulz_dtype
+from tinylm.processes import SINGLE_PROCESS, Processes
+from tinylm.recipe import Recipe
+from tinylm.recipe.schema import MuonOptimizer
+from tinylm.reporting import SILENT, Reporter
+from tinylm.training import compilation
+from tinylm.training import precision as precisions
+from tinylm.training.compilation import Trial
+from tinylm.training.feed import Feed, LocalBatch
+from tinylm.training.out_of_memory import is_out_of_memory, smaller_micro_batch
+from tinylm.training.precision import Precision
+from tinylm.training.step import GradientSettings
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long this process will train."""
+
+    steps: int | None
+    """None if `training.minutes` of the recipe sets the limit."""
+    stop_after: float | None = None
+    """Seconds after which to stop early."""
+
+    def seconds(self, minutes: float | None) -> float | None:
+        """The time limit in seconds. `minutes` is the recipe's `training.minutes`. None if there is no time limit."""
+        limits = [self.stop_after, None if minutes is None else 60 * minutes]
+        return min((limit for limit in limits if limit is not None), default=None)
+
+
+@dataclass(frozen=True)
+class ResolvedSettings:
+    """The result of `resolve`."""
+
+    recipe: Recipe
+    """The recipe with every `auto` replaced by a value."""
+    precision: Precision
+    compile_seconds: float
+    """0 if nothing was compiled."""
+
+
+def resolve(
+    recipe: Recipe,
+    network: Transformer,
+    batches: Batches,
+    budget: Budget,
+    reporter: Reporter,
+    *,
+    resumed: bool = False,
+    processes: Processes = SINGLE_PROCESS,
+) -> ResolvedSettings:
+    """Choose a value for every `auto` setting, and compile the blocks of `network` if `training.compile` is or becomes true.
+
+    With several processes, the main process chooses for all of them. If compilation fails in a `resumed` run, training continues
+    without it and warns. Otherwise raises `WorkError` if the recipe requires compilation and it fails.
+    """
+    device = next(network.parameters()).device
+    batch = _first_batch(recipe, batches)
+    chooser = _Chooser(recipe, network, batch, budget, reporter, processes.world_size)
+    chosen = processes.run_on_main(chooser.resolve)
+    training = chosen.training
+    precision, compiled, seconds = Precision(training.precision, device), bool(training.compile), 0.0
+    if compiled:
+        trial = Trial(network, batch, GradientSettings(int(training.micro_batch_size), precision))
+        required = recipe.training.compile is True and not resumed
+        main_reporter = reporter if processes.is_main else SILENT
+        seconds = processes.run_on_all(
+            lambda: compilation.compile_blocks(network, trial, required=required, reporter=main_reporter)
+        )
+        compiled = not processes.any(seconds == 0)
+    training = training.model_copy(update={"compile": compiled})
+    return ResolvedSettings(chosen.model_copy(update={"training": training}), precision, seconds)
+
+
+@dataclass(frozen=True)
+class _Chooser:
+    """Chooses the values of `auto` settings in one process."""
+
+    recipe: Recipe
+    network: Transformer
+    batch: LocalBatch
+    budget: Budget
+    reporter: Reporter
+    world_size: int
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def resolve(self) -> Recipe:
+        """The recipe without `auto`. Nothing is compiled yet: `training.compile` only says whether to try."""
+        training = self.recipe.training
+        precision = precisions.resolve(training.precision, self.device, self.reporter)
+        micro_batch_size = self._estimate_micro_batch(precision)
+        if training.micro_batch_size == "auto":
+            micro_batch_size = self._reduce_until_it_fits(GradientSettings(micro_batch_size, precision))
+        if training.precision == "auto":
+            if self.device.type == "cpu" and precision.name == "bf16":
+                precision = self._faster_of(Precision("fp32", self.device), precision, micro_batch_size)
+            self.reporter.note(f"computing in {precision.name} (training.precision: auto)")
+        compiled = training.compile
+        if compiled == "auto":
+            compiled = compilation.available_compiler(self.device) is not None and self._compilation_pays_off(
+                micro_batch_size, precision
+            )
+            if compiled:
+                self.reporter.note("compiling the blocks, which takes a few seconds and makes every step faster (training.compile)")
+        update = {
+            "precision": precision.name,
+            "micro_batch_size": micro_batch_size,
+            "compile": compiled,
+            "optimizer": training.optimizer,
+        }
+        if isinstance(training.optimizer, MuonOptimizer):
+            dtype = resolve_newton_schulz_dtype(training.optimizer, self.device)
+            update["optimizer"] = training.optimizer.model_copy(update={"newton_schulz_dtype": dtype})
+        return self.recipe.model_copy(update={"training": training.model_copy(update=update)})
+
+    def _trial(self, settings: GradientSettings) -> Trial:
+        return Trial(self.network, self.batch, settings)
+
+    def _faster_of(self, fp32: Precision, bf16: Precision, micro_batch_size: int) -> Precision:
+        """`bf16` if it is clearly faster, else `fp32`. The trials alternate, because the load on the machine varies."""
+        trials = {each: self._trial(GradientSettings(micro_batch_size, each)) for each in (fp32, bf16)}
+        rounds = [{each: trial.seconds(repeat=1) for each, trial in trials.items()} for _ in range(2)]
+        seconds = {each: min(times[each] for times in rounds) for each in trials}
+        return bf16 if seconds[bf16] < step_time.CLEARLY_FASTER * seconds[fp32] else fp32
+
+    def _estimate_micro_batch(self, precision: Precision) -> int:
+        """The micro-batch size of the recipe, or for `auto` an estimate of the largest one that fits into memory."""
+        device = self.device
+        memory: int
+        max_tokens: int | None = None
+        if device.type == "cuda":
+            memory = torch.cuda.mem_get_info(device)[0]
+        elif device.type == "mps":
+            memory = torch.mps.recommended_max_memory()
+        else:
+            memory, max_tokens = host_memory_bytes() // self.world_size, CPU_MICRO_BATCH_TOKENS
+        training = self.recipe.training.model_copy(update={"precision": precision.name})
+        recipe = self.recipe.model_copy(update={"training": training})
+        half = precision.name != "fp32"
+        return choose_micro_batch(recipe, self.network.vocab_size, memory, max_tokens, half=half, devices=self.world_size)
+
+    def _reduce_until_it_fits(self, settings: GradientSettings) -> int:
+        """Halve the micro-batch size until a forward and backward pass does not run out of memory."""
+        size = settings.micro_batch_size
+        while size > 1:
+            try:
+                self._trial(GradientSettings(size, settings.precision)).run()
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            else:
+                break
+            size = smaller_micro_batch(size, len(self.batch.example.inputs) // self.world_size)
+        return size
+
+    def _compilation_pays_off(self, micro_batch_size: int, precision: Precision) -> bool:
+        """Whether compiling is predicted to save time within the budget, given the time of an eager micro-batch."""
+        training = self.recipe.training
+        trial = self._trial(GradientSettings(micro_batch_size, precision))
+        try:
+            step_seconds = trial.seconds() * training.global_batch_size / micro_batch_size / self.world_size
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self.reporter.note("not compiling: a micro-batch does not fit into memory")  # the trainer will reduce it
+            return False
+        return step_time.compilation_pays_off(
+            step_seconds, self.budget.seconds(training.minutes), self.budget.steps, self.device.type
+        )
+
+
+def use_fastest_threads(recipe: Recipe, vocab_size: int, batches: Batches, world_size: int = 1) -> int:
+    """Set torch's number of CPU threads to the fastest one for this model, and return it.
+
+    Halves the current number for as long as that makes a micro-batch clearly faster.
+    """
+    network = Transformer(recipe.model, vocab_size)
+    memory = host_memory_bytes() // world_size
+    size = choose_micro_batch(recipe, vocab_size, memory, CPU_MICRO_BATCH_TOKENS, devices=world_size)
+    settings = GradientSettings(size, Precision("fp32", torch.device("cpu")))
+    trial = Trial(network, _first_batch(recipe, batches), settings)
+    threads = torch.get_num_threads()
+    best_seconds = trial.seconds()
+    while threads > 1:
+        torch.set_num_threads(threads // 2)
+        seconds = trial.seconds()
+        if seconds > step_time.CLEARLY_FASTER * best_seconds:
+            break
+        threads, best_seconds = threads // 2, seconds
+    torch.set_num_threads(threads)
+    return threads
+
+
+def _first_batch(recipe: Recipe, batches: Batches) -> LocalBatch:
+    with Feed(batches, CausalObjective(), pin_memory=False) as feed:
+        return feed.batch(0, recipe.training.global_batch_size)

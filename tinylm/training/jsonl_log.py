@@ -1,0 +1,68 @@
+"""A JSON Lines log of a training run. New lines are appended; old ones are removed only when a run resumes or rolls back."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from tinylm.paths import atomic_write_text
+
+
+class JsonLinesLog:
+    """A file with one JSON object per line; each object has an integer `step`. Lines are flushed as they are written.
+
+    Use it as a context manager, or call `close`. Every method may raise `OSError`.
+    """
+
+    def __init__(self, path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Open `path` for appending, after removing the lines for which `keep` is false."""
+        self._path = path
+        self._file = self._rewrite_and_open(keep)
+
+    def __enter__(self) -> JsonLinesLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def write(self, record: Mapping[str, object]) -> None:
+        """Append a record. NaN and infinity, which JSON cannot represent, become null.
+
+        If this raises `OSError` (for example because the disk is full), the line stays buffered, and the next call retries it.
+        """
+        values = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
+        self._file.write(json.dumps(values, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def records(self) -> list[dict[str, Any]]:
+        """All records in the file. Lines that are not objects with an integer `step`, such as a partial last line, are skipped."""
+        return [record for _, record in self._lines()]
+
+    def remove_unless(self, keep: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Remove the lines for which `keep` is false."""
+        self._file.close()
+        self._file = self._rewrite_and_open(keep)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _rewrite_and_open(self, keep: Callable[[Mapping[str, Any]], bool]) -> IO[str]:
+        kept = [line for line, record in self._lines() if keep(record)]
+        atomic_write_text(self._path, "".join(line + "\n" for line in kept))
+        return open(self._path, "a", encoding="utf-8", newline="\n")
+
+    def _lines(self) -> list[tuple[str, dict[str, Any]]]:
+        if not self._path.exists():
+            return []
+        parsed = []
+        for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:  # a partial line, left by a crash
+                continue
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                parsed.append((line, record))
+        return parsed

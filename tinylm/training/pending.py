@@ -1,0 +1,62 @@
+"""The results of optimizer steps. On a GPU they are read asynchronously: the host queues the next step before it waits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The outcome of an optimizer step, the same in every process."""
+
+    step: int
+    cursor: int
+    """Position in the data order after this step, in sequences."""
+    fingerprint: int
+    """Hash of the sequences of the global batch."""
+    loss: float
+    """Mean over all targets of the global batch, in nats."""
+    grad_norm: float
+    loss_scale: float
+    """The factor that scales the loss in fp16; 1 in other precisions."""
+
+
+@dataclass(frozen=True)
+class PendingStep:
+    """A step whose results may not have been copied from the device yet."""
+
+    step: int
+    cursor: int
+    fingerprint: int
+    values: Tensor
+    """(3,): loss, gradient norm and loss scale."""
+    copied: torch.cuda.Event | None
+    """Recorded after the copy of `values` to the host; None if they were not on a GPU."""
+
+    @classmethod
+    def start(cls, step: int, cursor: int, fingerprint: int, values: Tensor) -> PendingStep:
+        """Start to copy the results to the host, without waiting for the GPU."""
+        if values.device.type != "cuda":
+            return cls(step, cursor, fingerprint, values, None)
+        on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record(torch.cuda.current_stream(values.device))
+        return cls(step, cursor, fingerprint, on_host, copied)
+
+    def read(self) -> StepResult:
+        """Wait for the results and return them."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        loss, grad_norm, loss_scale = self.values.tolist()
+        return StepResult(self.step, self.cursor, self.fingerprint, loss, grad_norm, loss_scale)
+
+
+def defers_results(device: torch.device) -> bool:
+    """Whether the results of a step are read only after the next step has been queued.
+
+    This needs a device that runs asynchronously, and optimizers that skip an update if a flag on the device says so.
+    """
+    return device.type == "cuda"
