@@ -50,7 +50,7 @@ $(VENV)/installed-docs: $(VENV)/installed
 	@touch $@
 
 docs: $(VENV)/installed-docs
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 examples: $(VENV)/installed-dev
 	$(BIN)/python docs/scripts/run_examples.py

@@ -39,7 +39,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "n-grams [2, 3]": ("model.ngram_embeddings=[2, 3]",),
     "n-grams [2, 3, 4, 5, 6]": ("model.ngram_embeddings=[2, 3, 4, 5, 6]",),
     "without n-grams": ("model.ngram_embeddings=[]",),
-    "Muon: five classic iterations": (
+    "Muon: five classic Newton-Schulz iterations": (
         "training.optimizer.newton_schulz=classic",
         "training.optimizer.newton_schulz_steps=5",
     ),
@@ -57,8 +57,9 @@ def train(recipe: str, settings: list[str]) -> tuple[float, float]:
     path = RECIPES / f"{recipe}.yaml"
     with tempfile.TemporaryDirectory() as folder:
         result = pipeline.train(load(path if path.exists() else Path(recipe), settings), Path(folder, "run"), device="cpu")
-    assert result.val_loss is not None
-    return result.val_loss, result.train_seconds
+    loss = result.metrics["loss"]
+    assert loss is not None
+    return loss, result.train_seconds
 
 
 def main() -> None:

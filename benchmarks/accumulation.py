@@ -1,13 +1,14 @@
-"""How much the gradient depends on the micro-batch size, in fp64 and fp32, if the rows have different numbers of targets."""
+"""Measure how much the gradient depends on the micro-batch size, in fp64 and fp32, if rows have different numbers of targets."""
 
 from __future__ import annotations
 
 import torch
 
-from tinylm.model.objective import IGNORE_INDEX, CausalObjective
+from tinylm.data.batch import IGNORE_INDEX
 from tinylm.model.transformer import Transformer
-from tinylm.recipe.schema import ModelSection
+from tinylm.recipe.schema import DecoderSection
 from tinylm.training.feed import LocalBatch
+from tinylm.training.objectives import CausalLM
 from tinylm.training.precision import Precision
 from tinylm.training.step import GradientSettings, accumulate
 
@@ -17,7 +18,7 @@ MICRO_BATCH_SIZES = (16, 4)
 
 def gradient(dtype: torch.dtype, preset: str, micro_batch_size: int) -> torch.Tensor:
     """Return the flattened gradient of one global batch."""
-    model = ModelSection.model_validate({"preset": preset, "n_layer": 2, "n_head": 4, "n_embd": 64, "context_length": 64})
+    model = DecoderSection.model_validate({"preset": preset, "n_layer": 2, "n_head": 4, "n_embd": 64, "context_length": 64})
     network = Transformer(model, 300, seed=1).to(dtype)
     with torch.no_grad():
         for parameter in network.parameters():  # zero-initialized projections would make most gradients zero
@@ -27,8 +28,8 @@ def gradient(dtype: torch.dtype, preset: str, micro_batch_size: int) -> torch.Te
     for row in range(BATCH_SIZE):  # between 1 and 64 targets per row
         sequences[row, 2 + (row * 7) % 64 :] = IGNORE_INDEX
     precision = Precision("fp32", torch.device("cpu"))
-    batch = LocalBatch(CausalObjective().example(sequences), int((sequences[:, 1:] != IGNORE_INDEX).sum()))
-    accumulate(network, batch, GradientSettings(micro_batch_size, precision))
+    batch = LocalBatch.whole(CausalLM().batch({"tokens": sequences.numpy()}, 0, 0))
+    accumulate(network, batch, GradientSettings(micro_batch_size, precision, CausalLM()))
     return torch.cat([parameter.grad.flatten() for parameter in network.parameters() if parameter.grad is not None])
 
 

@@ -45,7 +45,7 @@ print(result.peak_memory_bytes >> 20, result.names, result.tokens, round(result.
 """
 
 Tables = tuple[np.ndarray, np.ndarray]
-"""Input and output vectors, each (words, dimensions)."""
+"""Input and output vectors, each of shape (words, dimensions)."""
 
 
 def _encode(sources: list[str]) -> EncodedText:
@@ -74,7 +74,7 @@ def glove(arguments: argparse.Namespace) -> None:
 
 
 GloveResult = tuple[np.ndarray, float, float, int]
-"""Vectors, seconds of counting co-occurrences, seconds of training, and the number of non-zero cells."""
+"""Vectors, seconds spent counting co-occurrences, seconds spent training, and the number of non-zero cells."""
 
 
 def _train_glove_program(arguments: argparse.Namespace, text: EncodedText, seed: int) -> GloveResult:
@@ -126,11 +126,11 @@ def speed(arguments: argparse.Namespace) -> None:
 
     full = _encode(arguments.text)
     ids = full.read(0, full.length)
-    document = np.cumsum(ids < 0)  # index of the document of each id; a negative id ends a document
+    document = np.cumsum(ids < 0)  # document index of each id; a negative id ends a document
     heldout, train = ids[document % 20 == 19], ids[document % 20 != 19]
     counts = np.bincount(train[train >= 0], minlength=len(full.vocabulary.names))
     kept = counts >= 5
-    new_ids = np.where(kept, np.cumsum(kept) - 1, -2)  # -2: a rare word, which is removed
+    new_ids = np.where(kept, np.cumsum(kept) - 1, -2)  # -2 marks rare words, which are removed below
     train, heldout = (np.where(split < 0, split, new_ids[split]) for split in (train, heldout))
     names = [name for name, keep in zip(full.vocabulary.names, kept, strict=True) if keep]
     with tempfile.TemporaryDirectory() as folder:
@@ -222,7 +222,10 @@ def _train_tinylm(
 
 
 def _heldout_loss(inputs: np.ndarray, outputs: np.ndarray, ids: np.ndarray, counts: np.ndarray) -> float:
-    """Negative sampling loss in nats per pair of words at most five apart in a document, with five random negatives each."""
+    """Return the negative sampling loss in nats per word pair, with five random negatives per pair.
+
+    The words of a pair are at most five apart and in the same document.
+    """
     generator = np.random.default_rng(0)
     positions = generator.integers(0, len(ids) - 5, 200_000)
     distances = generator.integers(1, 6, len(positions))

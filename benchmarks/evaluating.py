@@ -24,19 +24,19 @@ from tinylm.cost.memory import EVALUATION_BATCH_TOKENS
 from tinylm.data.shards import Counts, Shard
 from tinylm.evaluation.perplexity import EvaluationOptions, evaluate
 from tinylm.model.transformer import Transformer
-from tinylm.recipe.schema import ModelSection
+from tinylm.recipe.schema import DecoderSection
 
 VOCABULARY, CONTEXT = 8192, 256
 STRIDE = CONTEXT // 2
 
 
-def ours(network: Transformer, shard: Shard) -> float:
+def tinylm_perplexity(network: Transformer, shard: Shard) -> float:
     result = evaluate(network, shard, np.ones(VOCABULARY, dtype=np.int64), EvaluationOptions(CONTEXT, STRIDE))
     return result.perplexity
 
 
 @torch.inference_mode()
-def theirs(twin: GPT2LMHeadModel, shard: Shard) -> float:
+def transformers_perplexity(twin: GPT2LMHeadModel, shard: Shard) -> float:
     tokens = torch.from_numpy(np.asarray(shard.tokens[:-1], dtype=np.int64))
     windows, scored = [], 0
     for begin in range(0, len(tokens) - 1, STRIDE):
@@ -61,16 +61,20 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20_000)
     options = parser.parse_args()
     logging.set_verbosity_error()
-    model = ModelSection.model_validate({"preset": "gpt2", "n_layer": 6, "n_head": 6, "n_embd": 384, "context_length": CONTEXT})
+    model = DecoderSection.model_validate({"preset": "gpt2", "n_layer": 6, "n_head": 6, "n_embd": 384, "context_length": CONTEXT})
     network = add_noise(Transformer(model, VOCABULARY)).eval()
     twin = transformers_twin(network, VOCABULARY)
     generator = np.random.default_rng(0)
     tokens = np.concatenate([[0], generator.integers(1, VOCABULARY, options.tokens), [0]]).astype(np.uint16)
     shard = Shard(tokens, Counts(1, options.tokens, options.tokens, options.tokens, 0), 0)
-    seconds: dict[str, list[float]] = {"transformers": [], "tinylm": []}
+    variants = {
+        "transformers": lambda: transformers_perplexity(twin, shard),
+        "tinylm": lambda: tinylm_perplexity(network, shard),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     perplexities = {}
     for _ in range(options.rounds):
-        for name, work in (("transformers", lambda: theirs(twin, shard)), ("tinylm", lambda: ours(network, shard))):
+        for name, work in variants.items():
             start = time.perf_counter()
             perplexities[name] = work()
             seconds[name].append(time.perf_counter() - start)

@@ -3,8 +3,8 @@
     python benchmarks/gpu.py [--model gpt2-124m|small] [--batch N] [--parts training optimizers decoding] [--json]
 
 Variants run alternately on random tokens; the speed does not depend on the text. All rows of the training table share one network
-and one optimizer, so that the peak memory of a row includes nothing of the others. A row that runs out of memory is marked as
-failed, and the others continue.
+and one optimizer, so that the peak memory of a row does not include the memory of other rows. A row that runs out of memory is
+marked as failed, and the others continue.
 `--device cpu --tiny` is a smoke test.
 """
 
@@ -25,51 +25,32 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from tinylm.cost.accelerators import Accelerator, find
+from tinylm.cost.accelerators import Accelerator, find, from_device_name
 from tinylm.cost.parameters import flops_per_token
-from tinylm.data.batches import Batches
+from tinylm.data.datasets import TokenStream
 from tinylm.device import describe
 from tinylm.errors import InputError
 from tinylm.generation.engine import generate
 from tinylm.generation.sampling import SamplingOptions
 from tinylm.model.decoder import Decoder
-from tinylm.model.objective import CausalObjective
 from tinylm.model.transformer import Transformer
 from tinylm.optim import groups
-from tinylm.recipe.schema import AdamWOptimizer, ModelSection, MuonOptimizer, Optimizer
+from tinylm.recipe.schema import AdamWOptimizer, DecoderSection, MuonOptimizer, Optimizer
 from tinylm.reporting import CollectingReporter
 from tinylm.tokenizer import Tokenizer
-from tinylm.training.compilation import Trial, compile_blocks
+from tinylm.training.compilation import Trial, compile_units
 from tinylm.training.feed import Feed
+from tinylm.training.objectives import CausalLM
 from tinylm.training.out_of_memory import is_out_of_memory
 from tinylm.training.precision import Precision
 from tinylm.training.step import GradientSettings, accumulate
 
-DATA_SHEETS = {
-    "B200": "b200",
-    "H200": "h200",
-    "H100 80GB HBM3": "h100-sxm",
-    "H100 PCIe": "h100-pcie",
-    "A100-SXM4-80GB": "a100-80gb-sxm",
-    "A100 80GB PCIe": "a100-80gb-pcie",
-    "A100-SXM4-40GB": "a100-40gb-sxm",
-    "A100-PCIE-40GB": "a100-40gb-sxm",  # same peak FLOP/s, and only those are used here
-    "V100-SXM2-32GB": "v100-sxm2-32gb",
-    "V100-SXM2-16GB": "v100-sxm2-32gb",  # as above
-    "L40S": "l40s",
-    "L4": "l4",
-    "T4": "t4",
-    "A10G": "a10g",
-    "RTX 4090": "rtx-4090",
-    "RTX 3090": "rtx-3090",
-}
-"""Driver's device name without the vendor -> data sheet. Names must match exactly: an "RTX 4090 D" is a different device."""
 MODES = ("fp32", "tf32", "bf16", "fp16")
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PLAIN = "plain"
 UNSUPPORTED = "not supported by this device"
 NO_ENGINE_GRAPH = "not supported: a graph has fixed shapes and addresses, but cache slices and positions grow with every token"
-"""Why the engine cannot use CUDA graphs. A step at a fixed position can; its row shows how much time graphs would save."""
+"""Why the engine cannot use CUDA graphs. A decode step at a fixed position can use them, and its row shows the possible speedup."""
 CompiledCall = Callable[..., Any]
 """The compiled forward call of a block, which torch keeps in `Module._compiled_call_impl`."""
 
@@ -78,7 +59,7 @@ CompiledCall = Callable[..., Any]
 class BenchmarkSettings:
     """The model, the batch and the number of repetitions."""
 
-    model: ModelSection
+    model: DecoderSection
     vocab_size: int
     batch: int
     """Sequences per optimizer step."""
@@ -88,6 +69,8 @@ class BenchmarkSettings:
     peak_width: int
     """Width of the square matrices whose product measures the peak FLOP/s."""
     new_tokens: int
+    decode_batches: tuple[int, ...] = (1, 16, 64)
+    """Numbers of sequences decoded together."""
 
 
 def make_settings(name: str, *, tiny: bool, batch: int | None) -> BenchmarkSettings:
@@ -95,14 +78,21 @@ def make_settings(name: str, *, tiny: bool, batch: int | None) -> BenchmarkSetti
         preset = "gpt2" if name == "gpt2-124m" else "modern"
         shape = {"preset": preset, "n_layer": 2, "n_head": 2, "n_embd": 32, "context_length": 32}
         return BenchmarkSettings(
-            ModelSection.model_validate(shape), 128, batch or 4, rounds=2, steps=1, peak_width=64, new_tokens=8
+            DecoderSection.model_validate(shape),
+            128,
+            batch or 4,
+            rounds=2,
+            steps=1,
+            peak_width=64,
+            new_tokens=8,
+            decode_batches=(1, 8),
         )
     if name == "gpt2-124m":
         shape = {"preset": "gpt2", "n_layer": 12, "n_head": 12, "n_embd": 768, "context_length": 1024}
         return BenchmarkSettings(
-            ModelSection.model_validate(shape), 50_304, batch or 16, rounds=5, steps=4, peak_width=8192, new_tokens=256
+            DecoderSection.model_validate(shape), 50_304, batch or 16, rounds=5, steps=4, peak_width=8192, new_tokens=256
         )
-    return BenchmarkSettings(ModelSection(), 4096, batch or 64, rounds=7, steps=10, peak_width=8192, new_tokens=200)  # type: ignore[call-arg]
+    return BenchmarkSettings(DecoderSection(), 4096, batch or 64, rounds=7, steps=10, peak_width=8192, new_tokens=200)  # type: ignore[call-arg]
 
 
 @dataclass(frozen=True)
@@ -114,11 +104,14 @@ class Variant:
     recompute: bool = False
     """Activation checkpointing."""
     n_micro_batches: int = 1
+    fused_loss: bool = True
+    """Whether the loss of a large vocabulary is compiled, as in training."""
 
 
 VARIANTS = (
     Variant(PLAIN),
     Variant("compiled", compiled=True),
+    Variant("compiled, plain loss", compiled=True, fused_loss=False),
     Variant("checkpointing", recompute=True),
     Variant("compiled, checkpointing", compiled=True, recompute=True),
     Variant("4 micro-batches", n_micro_batches=4),
@@ -128,23 +121,23 @@ VARIANTS = (
 
 @dataclass
 class StepRow:
-    """One variant (`side`) in one precision (`mode`). The time of an optimizer step is the median over the rounds.
+    """One variant in one precision (`mode`). The time of an optimizer step is the median over the rounds.
 
-    `mfu_sheet`: MFU relative to the data sheet; `mfu_measured`: relative to the speed of a large matrix product.
+    `mfu_sheet` is the MFU relative to the data sheet peak. `mfu_measured` is relative to the speed of a large matrix product.
     """
 
     mode: str
-    side: str
+    variant: str
     milliseconds: float | None = None
     tokens_per_second: float | None = None
     mfu_sheet: float | None = None
     mfu_measured: float | None = None
     peak_bytes: int | None = None
-    speed_of_plain: float | None = None
-    """Speedup over the plain variant of the same mode."""
-    memory_of_plain: float | None = None
-    """Peak memory divided by that of the plain variant of the same mode."""
-    speed_of_fp32: float | None = None
+    speedup_over_plain: float | None = None
+    """Speedup over the plain variant in the same mode."""
+    memory_ratio_to_plain: float | None = None
+    """Peak memory relative to the plain variant in the same mode."""
+    speedup_over_fp32: float | None = None
     """Speedup over the same variant in fp32."""
     failed: str | None = None
 
@@ -154,18 +147,18 @@ class OptimizerRow:
     name: str
     milliseconds: float | None = None
     state_bytes: int | None = None
-    time_of_adamw: float | None = None
-    """Time divided by AdamW's."""
+    time_ratio_to_adamw: float | None = None
+    """Time relative to AdamW."""
     failed: str | None = None
 
 
 @dataclass
 class DecodeRow:
-    """Throughput of all sequences together. `ratio`: speedup over the eager step with the same weights and batch size."""
+    """Total throughput of all sequences. `ratio` is the speedup over the eager step with the same weights and batch size."""
 
     weights: str
     batch: int
-    what: str
+    method: str
     tokens_per_second: float | None = None
     ratio: float | None = None
     failed: str | None = None
@@ -177,7 +170,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds_of(work: Callable[[], object], repeat: int, device: torch.device) -> float:
-    """Return the mean seconds of `repeat` calls, with synchronization only before the first and after the last call."""
+    """Return the mean seconds per call over `repeat` calls. Synchronize only before the first call and after the last."""
     synchronize(device)
     start = time.perf_counter()
     for _ in range(repeat):
@@ -205,18 +198,18 @@ def run_catching_out_of_memory(work: Callable[[], None]) -> str | None:
 def measure_alternately(
     variants: dict[str, Callable[[], object]], *, rounds: int, steps: int, warmup: int, device: torch.device
 ) -> tuple[dict[str, float], dict[str, int], dict[str, str]]:
-    """Warm up every variant, then run each once per round. Returns, by name, median seconds, peak bytes and errors."""
+    """Warm up every variant, then run each once per round. Return median seconds, peak bytes, and errors by variant name."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     peaks: dict[str, int] = {}
     failed: dict[str, str] = {}
-    for round_ in range(-1, rounds):
+    for round_index in range(-1, rounds):
         for name, work in variants.items():
             if name in failed:
                 continue
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
 
-            def measure(name: str = name, work: Callable[[], object] = work, is_warmup: bool = round_ < 0) -> None:
+            def measure(name: str = name, work: Callable[[], object] = work, is_warmup: bool = round_index < 0) -> None:
                 seconds = seconds_of(work, warmup if is_warmup else steps, device)
                 if not is_warmup:
                     times[name].append(seconds)
@@ -224,14 +217,14 @@ def measure_alternately(
             problem = run_catching_out_of_memory(measure)
             if problem is not None:
                 failed[name] = problem
-            elif device.type == "cuda" and round_ >= 0:  # the first calls may compile and autotune kernels
+            elif device.type == "cuda" and round_index >= 0:  # the first calls may compile and autotune kernels
                 peaks[name] = max(peaks.get(name, 0), torch.cuda.max_memory_allocated(device))
     medians = {name: statistics.median(seconds) for name, seconds in times.items() if seconds and name not in failed}
     return medians, peaks, failed
 
 
 def is_supported(mode: str, device: torch.device) -> bool:
-    """Whether the device has hardware support for a precision. A CPU runs all of them, as a smoke test."""
+    """Return whether the device supports a precision in hardware. A CPU runs every precision, for smoke tests."""
     if device.type != "cuda" or mode in ("fp32", "fp16"):
         return True
     if mode == "tf32":
@@ -245,12 +238,12 @@ def precision_of(mode: str, device: torch.device) -> Precision:
 
 
 def matmul_precision(mode: str, precision: Precision) -> AbstractContextManager[None]:
-    """The trainer's setting for matrix products, except that "fp32" is true float32: the trainer allows TF32."""
+    """Return a context with the trainer's matmul precision. Mode "fp32" keeps TF32 disabled, although the trainer enables it."""
     return nullcontext() if mode == "fp32" else precision.tf32()
 
 
 def measured_peak(mode: str, width: int, device: torch.device) -> float:
-    """Return the best FLOP/s of several large products of random matrices. A GPU would multiply constant matrices faster."""
+    """Return the best FLOP/s of several products of large random matrices. A GPU multiplies constant matrices faster."""
     a, b = (torch.randn(width, width, device=device).to(DTYPES[mode]) for _ in range(2))
     with matmul_precision(mode, precision_of(mode, device)):
         seconds_of(lambda: a @ b, 3, device)
@@ -264,21 +257,18 @@ def find_data_sheet(device: torch.device, hardware: str | None) -> Accelerator |
         return find(hardware)
     if device.type != "cuda":
         return None
-    name = describe(device)
-    for prefix in ("NVIDIA ", "Tesla ", "GeForce "):
-        name = name.removeprefix(prefix)
-    return find(DATA_SHEETS[name]) if name in DATA_SHEETS else None
+    return from_device_name(describe(device))
 
 
 class Training:
-    """A network with its optimizer and batches, to run the trainer's step in any precision and variant."""
+    """A network with its optimizer and batches. It runs the trainer's step in any precision and variant."""
 
     def __init__(self, settings: BenchmarkSettings, device: torch.device, feed: Feed) -> None:
         self.settings = settings
         self.device = device
-        self.objective = CausalObjective()
+        self.objective = CausalLM()
         self.network = Transformer(settings.model, settings.vocab_size, seed=0).to(device)
-        self.optimizers = groups.build(AdamWOptimizer(name="adamw", lr=1e-5), self.network, self.network.stacked_matrices())
+        self.optimizers = groups.build(AdamWOptimizer(name="adamw", lr=1e-5), self.network)
         self._feed = feed
         self._position = 0
 
@@ -299,8 +289,9 @@ class Training:
 
     @contextmanager
     def configured(self, variant: Variant, compiled: Sequence[CompiledCall | None]) -> Iterator[None]:
-        """Configure the network for a variant. `compiled`: the compiled call of each block, used only by compiled variants."""
+        """Configure the network for a variant. Compiled variants use `compiled`, the compiled call of each block."""
         self.network.recompute = variant.recompute
+        self.network.compile_loss = variant.fused_loss
         for block, call in zip(self.network.blocks, compiled, strict=True):
             block._compiled_call_impl = call if variant.compiled else None
         try:
@@ -315,7 +306,7 @@ class Training:
         batch = self._feed.batch(self._position, self.settings.batch)
         trial = Trial(self.network, batch, GradientSettings(self.settings.batch, precision, self.objective))
         with matmul_precision(mode, precision):
-            compiled = compile_blocks(self.network, trial, required=False, reporter=reporter)
+            compiled = compile_units(self.network, trial, required=False, reporter=reporter)
         calls = [block._compiled_call_impl for block in self.network.blocks]
         for block in self.network.blocks:
             block._compiled_call_impl = None
@@ -374,28 +365,32 @@ class Training:
             mfu_sheet=flops / sheet_peak if sheet_peak is not None else None,
             mfu_measured=flops / measured_peak,
             peak_bytes=peaks.get(name),
-            speed_of_plain=times[PLAIN] / seconds if PLAIN not in failed else None,
-            memory_of_plain=peaks[name] / peaks[PLAIN] if name in peaks and PLAIN in peaks else None,
+            speedup_over_plain=times[PLAIN] / seconds if PLAIN in times else None,
+            memory_ratio_to_plain=peaks[name] / peaks[PLAIN] if name in peaks and PLAIN in peaks else None,
         )
 
 
 def fill_speedup_over_fp32(rows: list[StepRow]) -> None:
-    fp32 = {row.side: row.milliseconds for row in rows if row.mode == "fp32"}
+    fp32 = {row.variant: row.milliseconds for row in rows if row.mode == "fp32"}
     for row in rows:
-        milliseconds = fp32.get(row.side)
+        milliseconds = fp32.get(row.variant)
         if milliseconds is not None and row.milliseconds is not None:
-            row.speed_of_fp32 = milliseconds / row.milliseconds
+            row.speedup_over_fp32 = milliseconds / row.milliseconds
 
 
 def training_rows(
-    settings: BenchmarkSettings, device: torch.device, sheet: Accelerator | None, variants: Sequence[Variant]
+    settings: BenchmarkSettings,
+    device: torch.device,
+    sheet: Accelerator | None,
+    variants: Sequence[Variant],
+    modes: Sequence[str] = MODES,
 ) -> list[StepRow]:
     context = settings.model.context_length
     tokens = np.random.default_rng(0).integers(settings.vocab_size, size=4 * settings.batch * context + 1)
     rows: list[StepRow] = []
-    with Feed(Batches(tokens, context, 0), CausalObjective(), pin_memory=device.type == "cuda") as feed:
+    with Feed(TokenStream(tokens, context, 0), CausalLM(), seed=0, pin_memory=device.type == "cuda") as feed:
         training = Training(settings, device, feed)
-        for mode in MODES:
+        for mode in modes:
             log(f"training in {mode} ...")
             rows += training.rows(mode, variants, sheet)
     torch.compiler.reset()
@@ -412,7 +407,7 @@ def optimizer_rows(settings: BenchmarkSettings, device: torch.device) -> list[Op
         "adamw": AdamWOptimizer(name="adamw", lr=1e-6),
         "muon": MuonOptimizer(name="muon", lr=1e-6, adamw_lr=1e-6),
     }
-    built = {name: groups.build(section, network, network.stacked_matrices()) for name, section in sections.items()}
+    built = {name: groups.build(section, network) for name, section in sections.items()}
     runs: dict[str, Callable[[], object]] = {name: optimizers.step for name, optimizers in built.items()}
     times, _, failed = measure_alternately(runs, rounds=settings.rounds, steps=4 * settings.steps, warmup=3, device=device)
     rows = []
@@ -427,7 +422,7 @@ def optimizer_rows(settings: BenchmarkSettings, device: torch.device) -> list[Op
 
 
 class _FakeTokenizer:
-    """A tokenizer without an end-of-text token, which would end samples early. It decodes all tokens to empty text."""
+    """A tokenizer that decodes all tokens to empty text. It has no end-of-text token, which would end samples early."""
 
     end_of_text = None
 
@@ -445,13 +440,13 @@ class _FakeTokenizer:
 
 
 class DecodeStep:
-    """Decodes one token greedily, always at the middle of the context, without the engine."""
+    """Greedily decodes one token without the engine, always in the middle of the context."""
 
     def __init__(self, network: Transformer, batch: int) -> None:
         self._decoder = Decoder(network)
         self._position = network.model.context_length // 2
         self._positions = torch.full((batch,), self._position, device=self._decoder.device)
-        self._cache = self._decoder.new_cache(batch)
+        self._cache = self._decoder.new_state(batch)
         self.tokens = torch.zeros(batch, dtype=torch.long, device=self._decoder.device)
 
     def __call__(self) -> None:
@@ -461,7 +456,7 @@ class DecodeStep:
         self.tokens.copy_(self.logits.argmax(dim=-1))
 
     def capture(self) -> Callable[[], None]:
-        """Capture the step as a CUDA graph. Raises `RuntimeError` if capture fails or a replay gives other logits."""
+        """Capture the step as a CUDA graph. Raises `RuntimeError` if the capture fails or a replay produces different logits."""
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # autotune kernels and load libraries before the capture
@@ -489,7 +484,7 @@ def decode_rows(settings: BenchmarkSettings, device: torch.device) -> list[Decod
         if not is_supported(weights, device):
             continue
         network.to(DTYPES[weights])
-        for batch in (1, 8):
+        for batch in settings.decode_batches:
             log(f"decoding with {weights} weights, batch size {batch} ...")
             rows += _decode_rows(settings, network, weights, batch, device)
     return rows
@@ -537,7 +532,7 @@ def cell(value: float | None, format_spec: str) -> str:
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[tuple[Sequence[str], str | None]]) -> str:
-    """Format a table. `rows`: (cells, error message or None); the message is printed after the last cell."""
+    """Format a table. Each row is (cells, error message or None). The message is printed after the last cell."""
     widths = [
         max(len(header[column]), *(len(cells[column]) for cells, _ in rows if column < len(cells))) for column in range(len(header))
     ]
@@ -552,12 +547,16 @@ def step_table(rows: Sequence[StepRow]) -> str:
     header = ("precision", "step", "ms", "tokens/s", "MFU sheet", "MFU peak", "MiB", "speedup", "memory", "vs. fp32")
     lines = []
     for row in rows:
-        cells = [row.mode, row.side]
+        cells = [row.mode, row.variant]
         if row.failed is None:
             cells += [cell(row.milliseconds, ".2f"), cell(row.tokens_per_second, ",.0f")]
             cells += [cell(row.mfu_sheet, ".1%"), cell(row.mfu_measured, ".1%")]
             cells += [cell(None if row.peak_bytes is None else row.peak_bytes / 2**20, ",.0f")]
-            cells += [cell(row.speed_of_plain, ".2f"), cell(row.memory_of_plain, ".2f"), cell(row.speed_of_fp32, ".2f")]
+            cells += [
+                cell(row.speedup_over_plain, ".2f"),
+                cell(row.memory_ratio_to_plain, ".2f"),
+                cell(row.speedup_over_fp32, ".2f"),
+            ]
         lines.append((cells, row.failed))
     return table("Training (speedup and memory: relative to the plain step in the same precision)", header, lines)
 
@@ -566,7 +565,7 @@ def optimizer_table(rows: Sequence[OptimizerRow]) -> str:
     lines = []
     for row in rows:
         state = None if row.state_bytes is None else row.state_bytes / 2**20
-        cells = [row.name, cell(row.milliseconds, ".2f"), cell(state, ",.0f"), cell(row.time_of_adamw, ".2f")]
+        cells = [row.name, cell(row.milliseconds, ".2f"), cell(state, ",.0f"), cell(row.time_ratio_to_adamw, ".2f")]
         lines.append((cells if row.failed is None else cells[:1], row.failed))
     return table("Optimizers, one step", ("optimizer", "ms", "state MiB", "time / AdamW"), lines)
 
@@ -574,7 +573,7 @@ def optimizer_table(rows: Sequence[OptimizerRow]) -> str:
 def decode_table(rows: Sequence[DecodeRow]) -> str:
     lines = []
     for row in rows:
-        cells = [row.weights, str(row.batch), row.what]
+        cells = [row.weights, str(row.batch), row.method]
         numbers = [cell(row.tokens_per_second, ",.0f"), cell(row.ratio, ".2f")]
         lines.append((cells + numbers if row.failed is None else cells, row.failed))
     return table("Decoding", ("weights", "batch", "method", "tokens/s", "vs. eager step"), lines)
@@ -592,7 +591,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--hardware", help="name of a data sheet in tinylm.cost.accelerators, for a GPU that is not recognized")
     parts = ("training", "optimizers", "decoding")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of tables")
+    parser.add_argument("--precisions", nargs="+", choices=MODES, default=MODES, help="precisions in the training table")
+    parser.add_argument("--variants", nargs="+", choices=[variant.name for variant in VARIANTS], help="rows of the training table")
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
     options = parser.parse_args(arguments)
     if options.batch is not None and (options.batch < 4 or options.batch % 4):
         parser.error("--batch must be a multiple of 4, because one variant splits it into 4 micro-batches")
@@ -617,6 +618,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(str(error))
     settings = make_settings(options.model, tiny=options.tiny, batch=options.batch)
     variants = [variant for variant in VARIANTS if not (variant.compiled and options.no_compile)]
+    if options.variants is not None:
+        variants = [variant for variant in variants if variant.name in options.variants]
     description = {
         "device": describe(device),
         "torch": torch.__version__,
@@ -630,7 +633,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     results: dict[str, list[Any]] = {}
     parts: dict[str, tuple[Callable[[], list[Any]], Callable[[Any], str]]] = {
-        "training": (lambda: training_rows(settings, device, sheet, variants), step_table),
+        "training": (lambda: training_rows(settings, device, sheet, variants, options.precisions), step_table),
         "optimizers": (lambda: optimizer_rows(settings, device), optimizer_table),
         "decoding": (lambda: decode_rows(settings, device), decode_table),
     }

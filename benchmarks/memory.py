@@ -26,7 +26,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, tokens)
 
 
 def write_text(path: Path, megabytes: int) -> None:
-    """Write words of Python's language reference in random order, with a new random word per line: real text has new words too."""
+    """Write words from Python's language reference in random order.
+
+    Each line also contains a new random word, because new words keep appearing in real text.
+    """
     import pydoc_data.topics
 
     words = " ".join(pydoc_data.topics.topics.values()).split()
@@ -54,7 +57,7 @@ def main() -> None:
             peak, tokens = map(int, process.stdout.split())
             peaks.append(peak)
             print(f"{megabytes:5} MB of text, {tokens:,} tokens: peak {peak} MiB, {time.perf_counter() - start:.0f} s", flush=True)
-    print(f"peak memory, last / first: {peaks[-1] / peaks[0]:.2f}")
+    print(f"peak memory, last text / first text: {peaks[-1] / peaks[0]:.2f}")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@
 
 Runs three recipes in separate processes, on random tokens (the cost of a step does not depend on the text), without compilation,
 with the precision and micro-batch size of the plan. Memory is the growth of the resident set, from just before the model is built
-to its maximum over the steps and one evaluation. It includes memory that the allocator keeps, but not what libraries allocate once,
-because a tiny model is trained and evaluated first. The step time is the median without the first two steps. The plan benchmarks
-the machine before the process starts; on a busy machine neither prediction nor measurement is reliable.
+to its maximum over the steps and one evaluation. It includes memory that the allocator keeps. A tiny model is trained and
+evaluated first, so one-time library allocations are not counted. The step time is the median without the first two steps.
+`make_plan` benchmarks the machine before each training process starts; on a busy machine neither prediction nor measurement is
+reliable.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def recipe_of(name: str, settings: list[str]) -> Recipe:
     return load(RECIPES / f"{name}.yaml", ["data.train=builtin:python-docs", *settings])
 
 
-def resident() -> tuple[int, int]:
+def current_and_peak_rss() -> tuple[int, int]:
     """Return the current resident set size, and its maximum since `reset_peak`, in bytes."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     now, peak = (int(lines[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
@@ -59,13 +60,13 @@ def run_worker(name: str, settings: list[str], micro: int, steps: int) -> None:
     import numpy as np
     import torch
 
-    from tinylm.data.batches import Batches
+    from tinylm.data.datasets import TokenStream
     from tinylm.data.shards import Counts, Shard
     from tinylm.evaluation.perplexity import EvaluationOptions, evaluate
-    from tinylm.model.objective import CausalObjective
     from tinylm.model.transformer import Transformer
     from tinylm.optim import groups
     from tinylm.training.feed import Feed
+    from tinylm.training.objectives import CausalLM
     from tinylm.training.out_of_memory import keep_freed_memory
     from tinylm.training.precision import Precision
     from tinylm.training.step import GradientSettings, accumulate
@@ -78,13 +79,13 @@ def run_worker(name: str, settings: list[str], micro: int, steps: int) -> None:
         heldout = np.concatenate([[0], tokens[:HELDOUT_TOKENS], [0]])  # one document between end-of-text tokens
         shard = Shard(heldout, Counts(1, HELDOUT_TOKENS, HELDOUT_TOKENS, HELDOUT_TOKENS, 0), end_of_text=0)
         size, device = recipe.training.global_batch_size, torch.device("cpu")
-        precision, objective = Precision(recipe.training.precision, device), CausalObjective()
+        precision, objective = Precision(recipe.training.precision, device), CausalLM()
         network = Transformer(recipe.model, vocab_size)
         network.recompute = recipe.training.activation_checkpointing
-        optimizers = groups.build(recipe.training.optimizer, network, network.stacked_matrices())
+        optimizers = groups.build(recipe.training.optimizer, network)
         network.train()
         settings, seconds = GradientSettings(micro, precision, objective), []
-        with Feed(Batches(tokens, recipe.model.context_length, seed=0), objective, pin_memory=False) as feed:
+        with Feed(TokenStream(tokens, recipe.model.context_length, seed=0), objective, seed=0) as feed:
             for step in range(steps):
                 start = time.perf_counter()
                 optimizers.zero_grad()
@@ -92,7 +93,7 @@ def run_worker(name: str, settings: list[str], micro: int, steps: int) -> None:
                 torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
                 optimizers.step()
                 seconds.append(time.perf_counter() - start)
-        step_peak = resident()[1]
+        step_peak = current_and_peak_rss()[1]
         start = time.perf_counter()
         lengths = np.ones(vocab_size, dtype=np.int64)
         evaluate(network, shard, lengths, EvaluationOptions(stride=recipe.evaluation.stride))
@@ -104,9 +105,9 @@ def run_worker(name: str, settings: list[str], micro: int, steps: int) -> None:
     tiny_recipe = recipe_of(name, [*settings, *tiny, "evaluation.stride=null"])
     train(tiny_recipe, 16, 1, 2)
     reset_peak()
-    before = resident()[0]
+    before = current_and_peak_rss()[0]
     seconds, step_peak, evaluation_seconds = train(recipe_of(name, settings), CASES[name], micro, steps)
-    peak = resident()[1]
+    peak = current_and_peak_rss()[1]
     memory = {"step_memory": step_peak - before, "total_memory": peak - before}
     print(json.dumps({"seconds": seconds, **memory, "evaluation_seconds": evaluation_seconds}))
 

@@ -1,8 +1,8 @@
-"""Compare the roofline model of `tinylm.cost.accelerators` with published training runs: one row per run, with the error.
+"""Compare the roofline model of `tinylm.cost.accelerators` with published training runs, and print the error for each run.
 
-Architecture, batch size, device and execution mode are those of the source; a note says what was assumed if the source gives no
-value. The constants of the module were not fitted to these runs, except MATMUL_EFFICIENCY, which was chosen with two of them: llm.c's
-124M on A100s and 1558M on H100s.
+The source of each run defines its architecture, batch size, device, and execution mode. Notes list the assumptions where the source
+gives no value. The constants of the module were not fitted to these runs, with one exception: MATMUL_EFFICIENCY was chosen using
+two of the runs, llm.c's 124M on A100s and 1558M on H100s.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from tinylm.cost.accelerators import elementwise_bytes, find, matmul_bytes, state_bytes, step_seconds
 from tinylm.cost.parameters import flops_per_token, parameter_counts
-from tinylm.recipe.schema import ModelSection
+from tinylm.recipe.schema import DecoderSection
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Run:
     hardware: str
     devices: int
     tokens_per_second: float
-    """Throughput of all devices together."""
+    """Total throughput of all devices."""
     published: str
-    """What the source says about speed."""
+    """The speed as reported by the source."""
     url: str
     model: dict[str, Any]
     tokens_per_step: int
@@ -229,8 +229,8 @@ RUNS = (
 
 
 def predicted_seconds(run: Run) -> float:
-    """Return the predicted seconds of one optimizer step."""
-    model = ModelSection.model_validate(run.model)
+    """Return the predicted seconds per optimizer step."""
+    model = DecoderSection.model_validate(run.model)
     parameters = sum(parameter_counts(model, run.vocab_size).values())
     tokens = run.tokens_per_step
     return step_seconds(

@@ -40,7 +40,7 @@ def heldout_loss(arguments: argparse.Namespace, width: int, batch: int, rates: d
     settings = {"source": arguments.source, "layers": arguments.layers, "steps": arguments.steps, "seed": arguments.seed}
     recipe = loads(RECIPE.format(width=width, heads=max(1, width // 32), batch=batch, **settings, **rates))
     with tempfile.TemporaryDirectory() as folder:
-        loss = pipeline.train(recipe, Path(folder, "run"), device="cpu").val_loss
+        loss = pipeline.train(recipe, Path(folder, "run"), device="cpu").metrics["loss"]
     assert loss is not None
     return loss
 
@@ -58,7 +58,7 @@ def main() -> None:
     cases = [(width, first) for width in arguments.widths] + [(middle, batch) for batch in arguments.batches[1:]]
     cache: dict[tuple[int, int, float, float], float] = {}
     for varied, default in DEFAULTS.items():
-        print(f"{varied}: {default} times " + "  ".join(f"{factor:>6g}" for factor in FACTORS) + "   best")
+        print(f"{f'{varied} / {default}':<27}" + "  ".join(f"{factor:>6g}" for factor in FACTORS) + "   best")
         for width, batch in cases:
             losses = []
             for factor in FACTORS:

@@ -25,7 +25,7 @@ from tinylm.generation.sampling import SamplingOptions
 from tinylm.model.decoder import Decoder
 from tinylm.model.packed import WEIGHT_KINDS
 from tinylm.model.transformer import Transformer
-from tinylm.recipe.schema import ByteTokenizer, ModelSection
+from tinylm.recipe.schema import ByteTokenizer, DecoderSection
 from tinylm.text.sources import Piece
 from tinylm.tokenizer import Tokenizer, training
 
@@ -39,7 +39,7 @@ END = 0
 
 
 class FakeTokenizer(Tokenizer):
-    """A tokenizer with any vocabulary size, which decodes to meaningless text."""
+    """A tokenizer with an arbitrary vocabulary size. Its decoded text is meaningless."""
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__(training.train(ByteTokenizer(kind="byte"), iter([Piece("text", True)]), print).backend)
@@ -59,8 +59,8 @@ def transformers_twin(network: Transformer, vocab_size: int) -> GPT2LMHeadModel:
         eos_token_id=None,
     )
     twin = GPT2LMHeadModel(config).eval()
-    ours = network.state_dict()
-    theirs = {"wte.weight": ours["embedding.weight"], "wpe.weight": ours["positions.weight"]}
+    weights = network.state_dict()
+    twin_weights = {"wte.weight": weights["embedding.weight"], "wpe.weight": weights["positions.weight"]}
     names = {
         "attention_norm": "ln_1",
         "attention.qkv": "attn.c_attn",
@@ -70,18 +70,18 @@ def transformers_twin(network: Transformer, vocab_size: int) -> GPT2LMHeadModel:
         "feed_forward.output": "mlp.c_proj",
     }
     for layer in range(model.n_layer):
-        for name, their_name in names.items():
+        for name, twin_name in names.items():
             for part in ("weight", "bias"):
-                value = ours[f"blocks.{layer}.{name}.{part}"]
-                theirs[f"h.{layer}.{their_name}.{part}"] = value.T if value.ndim == 2 else value
-    theirs |= {f"ln_f.{part}": ours[f"final_norm.{part}"] for part in ("weight", "bias")}
-    twin.transformer.load_state_dict(theirs)
+                value = weights[f"blocks.{layer}.{name}.{part}"]
+                twin_weights[f"h.{layer}.{twin_name}.{part}"] = value.T if value.ndim == 2 else value
+    twin_weights |= {f"ln_f.{part}": weights[f"final_norm.{part}"] for part in ("weight", "bias")}
+    twin.transformer.load_state_dict(twin_weights)
     twin.tie_weights()
     return twin
 
 
 def add_noise(network: Transformer) -> Transformer:
-    """Add noise, so that the weights are about as large as trained ones and the model does not repeat one token."""
+    """Add noise to make the weights about as large as trained weights and to keep the model from repeating one token."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -100,7 +100,7 @@ def generate_with_tinylm(
 ) -> list[list[int]]:
     """Generate `rows` samples with the engine, as `tinylm sample` does, and return their ids."""
     settings = SamplingOptions(tokens, logit_bias=((END, float("-inf")),), temperature=temperature)
-    engine = Engine(decoder, tokenizer, rows, capacity=min(decoder.model.context_length, len(prompt) + tokens))
+    engine = Engine(decoder, tokenizer, rows, max_tokens=len(prompt) + tokens)
     sequences = engine.add([Request("", settings, seed) for seed in range(rows)], prompt)
     while engine.busy:
         engine.step()
@@ -118,16 +118,16 @@ def generate_with_transformers(twin: GPT2LMHeadModel, rows: int, tokens: int, pr
 
 def benchmark(name: str, all_rows: list[int], rounds: int) -> None:
     shape, vocab_size, tokens = MODELS[name]
-    network = add_noise(Transformer(ModelSection.model_validate({"preset": "gpt2", **shape}), vocab_size)).eval()
+    network = add_noise(Transformer(DecoderSection.model_validate({"preset": "gpt2", **shape}), vocab_size)).eval()
     twin, tokenizer = transformers_twin(network, vocab_size), FakeTokenizer(vocab_size)
     decoders = {
         f"{weights}{' compiled' if compiled else ''}": Decoder(network, weights=weights, compiled=compiled)
         for weights in WEIGHT_KINDS
         for compiled in (False, True)
     }
-    theirs = generate_with_transformers(twin, 1, 12, PROMPT, do_sample=False)[0, len(PROMPT) :].tolist()
+    expected = generate_with_transformers(twin, 1, 12, PROMPT, do_sample=False)[0, len(PROMPT) :].tolist()
     for kind in ("fp32", "fp32 compiled"):
-        assert generate_with_tinylm(decoders[kind], tokenizer, 1, 12, PROMPT, temperature=0.0) == [theirs], (
+        assert generate_with_tinylm(decoders[kind], tokenizer, 1, 12, PROMPT, temperature=0.0) == [expected], (
             "greedy decoding differs"
         )
     for rows in all_rows:
@@ -141,7 +141,7 @@ def benchmark(name: str, all_rows: list[int], rounds: int) -> None:
 
 def first_token(rounds: int) -> None:
     shape, vocab_size, _ = MODELS["13.8M"]
-    network = add_noise(Transformer(ModelSection.model_validate({"preset": "gpt2", **shape}), vocab_size)).eval()
+    network = add_noise(Transformer(DecoderSection.model_validate({"preset": "gpt2", **shape}), vocab_size)).eval()
     twin, tokenizer = transformers_twin(network, vocab_size), FakeTokenizer(vocab_size)
     prompt = torch.randint(1, vocab_size, (1000,), generator=torch.Generator().manual_seed(1)).tolist()
     decoder = Decoder(network)

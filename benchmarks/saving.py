@@ -1,4 +1,6 @@
-"""How long a checkpoint stops the training loop, to copy the tensors, compared with the time until the file is complete.
+"""Measure how long saving a checkpoint blocks the training loop, compared with the time until the file is complete.
+
+The loop is blocked only while the tensors are copied. A background thread writes the file.
 
 python benchmarks/saving.py [N_LAYER N_EMBD]
 """
@@ -14,7 +16,7 @@ import torch
 
 from tinylm.model.transformer import Transformer
 from tinylm.optim import groups
-from tinylm.recipe.schema import ModelSection, MuonOptimizer
+from tinylm.recipe.schema import DecoderSection, MuonOptimizer
 from tinylm.training.checkpoint import CheckpointWriter, Snapshot
 from tinylm.training.parallel import Parallel
 
@@ -24,9 +26,9 @@ def main() -> None:
     parser.add_argument("n_layer", type=int, nargs="?", default=6)
     parser.add_argument("n_embd", type=int, nargs="?", default=384)
     arguments = parser.parse_args()
-    model = ModelSection.model_validate({"n_layer": arguments.n_layer, "n_head": 6, "n_embd": arguments.n_embd})
+    model = DecoderSection.model_validate({"n_layer": arguments.n_layer, "n_head": 6, "n_embd": arguments.n_embd})
     network = Transformer(model, 4096)
-    optimizers = groups.build(MuonOptimizer(name="muon"), network, network.stacked_matrices())
+    optimizers = groups.build(MuonOptimizer(name="muon"), network)
     tokens = torch.randint(4096, (1, 33), generator=torch.Generator().manual_seed(0))
     network(tokens[:, :-1], targets=tokens[:, 1:]).backward()
     optimizers.step()
@@ -46,8 +48,8 @@ def main() -> None:
         size = sum(file.stat().st_size for file in checkpoint.path.iterdir())
     pause, total = min(pauses[1:]), min(totals[1:])
     model_size = f"{network.parameter_count() / 1e6:.1f} M parameters, {size / 2**20:.0f} MiB"
-    times = f"the loop pauses {1000 * pause:.0f} ms, the file is complete after {1000 * total:.0f} ms (ratio {total / pause:.1f})"
-    print(f"{model_size}: {times}")
+    blocked = f"the loop is blocked for {1000 * pause:.0f} ms"
+    print(f"{model_size}: {blocked}, the file is complete after {1000 * total:.0f} ms (ratio {total / pause:.1f})")
 
 
 if __name__ == "__main__":

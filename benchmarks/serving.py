@@ -95,7 +95,7 @@ def main() -> None:
             process.terminate()
     run = Run.open(options.run)
     network = run.network(run.checkpoint(), torch.device("cpu"))
-    decoder = make_decoder(network, weights="fp32", compiled=None, steps=None, reporter=SILENT)  # the server's decoder
+    decoder = make_decoder(network, weights="fp32", compiled=None, steps=None, reporter=SILENT)  # as in the server
     settings = SamplingOptions(max_new_tokens=options.tokens, temperature=1.0, top_k=None)
     seeds = sorted(texts)
     requests = [Request(f"Client {seed // options.requests}", settings, sample_seed(seed, 0)) for seed in seeds]

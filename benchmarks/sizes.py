@@ -42,7 +42,7 @@ def main() -> None:
     for size in dict.fromkeys([chosen, *arguments.sizes]):
         layers, width = map(int, size.split("x"))
         recipe, result = train(suggest_recipe(data, budget, sizes=[(layers, width)]).yaml, arguments.settings)
-        losses = result.val_bits_per_byte, result.val_loss, result.best_val_loss
+        losses = result.metrics["bits_per_byte"], result.metrics["loss"], result.best_value
         bits_per_byte, last, best = (loss or math.nan for loss in losses)
         results[size] = bits_per_byte * best / last  # bits per byte are proportional to the loss
         details = f"{result.step:,} steps, {result.seconds / 60:.1f} minutes, dropout {recipe.model.dropout:g}"

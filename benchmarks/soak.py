@@ -1,4 +1,4 @@
-"""Crash test: repeatedly kill a training run, also while it saves, resume it, and compare it with an uninterrupted run.
+"""Crash test: repeatedly kill a training run, sometimes during a save, resume it, and compare it with an uninterrupted run.
 
     python benchmarks/soak.py [--kills 50] [--processes 1] [--parallel ddp|fsdp] [--precision fp32|bf16] [--seed 1]
 
@@ -145,9 +145,9 @@ def main() -> None:
             torch.equal(value, expected[name]) for name, value in actual.items()
         )
         print(
-            f"{kills} kills, {kills_during_save} of them during a save; {steps} steps, {options.processes} processes, "
-            f"{options.precision}: log {'equal' if same_log else 'DIFFERENT'}, "
-            f"{len(actual)} tensors {'bitwise equal' if same_tensors else 'DIFFERENT'}"
+            f"{kills} kills, {kills_during_save} of them during a save; {steps} steps, "
+            f"{options.processes} process{'es' * (options.processes > 1)}, {options.precision}: "
+            f"log {'equal' if same_log else 'DIFFERENT'}, {len(actual)} tensors {'bitwise equal' if same_tensors else 'DIFFERENT'}"
         )
         sys.exit(0 if same_log and same_tensors else 1)
 

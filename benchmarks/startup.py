@@ -1,4 +1,4 @@
-"""Start-up time of `tinylm --help` compared with an empty Python process. Also checks whether it imports torch."""
+"""Compare the startup time of `tinylm --help` with that of an empty Python process, and check whether the command imports torch."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ finally:
 def main() -> None:
     seconds_of(HELP)
     pairs = [(seconds_of(HELP), seconds_of("pass")) for _ in range(15)]
-    ours, empty = (statistics.median(times) for times in zip(*pairs, strict=True))
+    help_seconds, empty_seconds = (statistics.median(times) for times in zip(*pairs, strict=True))
     check = [sys.executable, "-c", HELP_AND_CHECK_TORCH]
     torch_imported = subprocess.run(check, capture_output=True, text=True, check=True).stderr.split()[-1]
-    print(f"tinylm --help {ours:.3f} s, python -c pass {empty:.3f} s, ratio {ours / empty:.1f}, torch imported: {torch_imported}")
+    times = f"tinylm --help {help_seconds:.3f} s, python -c pass {empty_seconds:.3f} s, ratio {help_seconds / empty_seconds:.1f}"
+    print(f"{times}, torch imported: {torch_imported}")
 
 
 if __name__ == "__main__":

@@ -41,26 +41,26 @@ def run_worker(variant: str) -> None:
             network(tokens[:, :-1], labels=tokens[:, :-1]).loss.backward()
             optimizer.step()
     else:
-        from tinylm.model.objective import CausalObjective
         from tinylm.model.transformer import Transformer
         from tinylm.optim import groups
-        from tinylm.recipe.schema import AdamWOptimizer, ModelSection
+        from tinylm.recipe.schema import AdamWOptimizer, DecoderSection
         from tinylm.training.feed import LocalBatch
+        from tinylm.training.objectives import CausalLM
         from tinylm.training.out_of_memory import keep_freed_memory
         from tinylm.training.precision import Precision
         from tinylm.training.step import GradientSettings, accumulate
 
         before = peak_resident()
         keep_freed_memory()
-        ours = Transformer(ModelSection.model_validate({"preset": "gpt2", **SHAPE}), VOCABULARY)
-        ours.recompute = variant == "checkpointing"
-        optimizers = groups.build(AdamWOptimizer(name="adamw"), ours, ours.stacked_matrices())
-        objective, precision = CausalObjective(), Precision("fp32", torch.device("cpu"))
-        batch = LocalBatch(objective.example(tokens), BATCH * CONTEXT)
+        transformer = Transformer(DecoderSection.model_validate({"preset": "gpt2", **SHAPE}), VOCABULARY)
+        transformer.recompute = variant == "checkpointing"
+        optimizers = groups.build(AdamWOptimizer(name="adamw"), transformer)
+        objective, precision = CausalLM(), Precision("fp32", torch.device("cpu"))
+        batch = LocalBatch.whole(objective.batch({"tokens": tokens.numpy()}, 0, 0))
 
         def step() -> None:
             optimizers.zero_grad()
-            accumulate(ours, batch, GradientSettings(BATCH, precision, objective))
+            accumulate(transformer, batch, GradientSettings(BATCH, precision, objective))
             optimizers.step()
 
     step()

@@ -21,14 +21,14 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from tinylm.cost.micro_batch import CPU_MICRO_BATCH_TOKENS
 from tinylm.cost.parameters import flops_per_token
-from tinylm.data.batches import Batches
-from tinylm.model.objective import CausalObjective
+from tinylm.data.datasets import TokenStream
 from tinylm.model.transformer import Transformer
 from tinylm.optim import groups
-from tinylm.recipe.schema import AdamWOptimizer, ModelSection, MuonOptimizer
+from tinylm.recipe.schema import AdamWOptimizer, DecoderSection, MuonOptimizer
 from tinylm.reporting import SILENT
-from tinylm.training.compilation import Trial, compile_blocks
+from tinylm.training.compilation import Trial, compile_units
 from tinylm.training.feed import Feed
+from tinylm.training.objectives import CausalLM
 from tinylm.training.out_of_memory import keep_freed_memory
 from tinylm.training.precision import Precision
 from tinylm.training.step import GradientSettings, accumulate
@@ -38,24 +38,24 @@ SHAPE = {"n_layer": 6, "n_head": 6, "n_embd": 384, "context_length": CONTEXT}
 CPU = torch.device("cpu")
 
 
-def batches() -> Batches:
+def dataset() -> TokenStream:
     generator = torch.Generator().manual_seed(0)
-    return Batches(torch.randint(VOCABULARY, (200_000,), generator=generator).numpy(), CONTEXT, seed=0)
+    return TokenStream(torch.randint(VOCABULARY, (200_000,), generator=generator).numpy(), CONTEXT, seed=0)
 
 
-def ours(
+def make_tinylm_step(
     preset: str, section: AdamWOptimizer | MuonOptimizer, precision: Precision, compiled: bool
 ) -> Callable[[], tuple[float, float]]:
     """Return a function that takes a training step and returns (seconds of the step, seconds of the optimizer)."""
-    model = ModelSection.model_validate({"preset": preset, **SHAPE, "tie_embeddings": True})
+    model = DecoderSection.model_validate({"preset": preset, **SHAPE, "tie_embeddings": True})
     network = Transformer(model, VOCABULARY)
-    optimizers = groups.build(section, network, network.stacked_matrices())
-    objective = CausalObjective()
-    feed, position = Feed(batches(), objective, pin_memory=False), 0
+    optimizers = groups.build(section, network)
+    objective = CausalLM()
+    feed, position = Feed(dataset(), objective, seed=0), 0
     micro = max(1, CPU_MICRO_BATCH_TOKENS // CONTEXT)
     settings = GradientSettings(micro, precision, objective)
     if compiled:
-        compile_blocks(network, Trial(network, feed.batch(0, BATCH), settings), required=True, reporter=SILENT)
+        compile_units(network, Trial(network, feed.batch(0, BATCH), settings), required=True, reporter=SILENT)
 
     def step() -> tuple[float, float]:
         nonlocal position
@@ -72,19 +72,19 @@ def ours(
     return step
 
 
-def theirs(precision: Precision) -> Callable[[], tuple[float, float]]:
+def make_transformers_step(precision: Precision) -> Callable[[], tuple[float, float]]:
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=VOCABULARY, n_positions=CONTEXT, n_embd=384, n_layer=6, n_head=6, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
     )
     network = GPT2LMHeadModel(config).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
-    source, position = batches(), 0
+    source, position = dataset(), 0
 
     def step() -> tuple[float, float]:
         nonlocal position
         start = time.perf_counter()
-        tokens = torch.from_numpy(source.sequences(position, BATCH))[:, :-1]
+        tokens = torch.from_numpy(source.examples(position, BATCH)["tokens"])[:, :-1]
         optimizer.zero_grad(set_to_none=True)
         with precision.autocast():
             loss = network(tokens, labels=tokens).loss
@@ -113,14 +113,14 @@ VARIANTS = ("transformers", "gpt2", "gpt2, compiled", "modern, muon", "modern, m
 
 
 def run_worker(variant: str, precision: Precision) -> None:
-    """For each line on stdin, take a step, and print the seconds of the step and of the optimizer."""
+    """For each line on stdin, take a training step, and print the seconds of the step and of the optimizer."""
     if variant == "transformers":
-        step = theirs(precision)
+        step = make_transformers_step(precision)
     else:
         keep_freed_memory()  # as `tinylm train` does; transformers does not change the allocator
         preset, compiled = variant.split(",")[0], variant.endswith("compiled")
         section = MuonOptimizer(name="muon") if "muon" in variant else AdamWOptimizer(name="adamw")
-        step = ours(preset, section, precision, compiled)
+        step = make_tinylm_step(preset, section, precision, compiled)
     step()
     print("ready", flush=True)
     for _ in sys.stdin:
@@ -176,7 +176,7 @@ def main() -> None:
     for worker in workers.values():
         worker.close()
     peak = statistics.median(peaks)
-    flops = flops_per_token(ModelSection.model_validate({"preset": "gpt2", **SHAPE}), VOCABULARY) * BATCH * CONTEXT
+    flops = flops_per_token(DecoderSection.model_validate({"preset": "gpt2", **SHAPE}), VOCABULARY) * BATCH * CONTEXT
     base = statistics.median(seconds for seconds, _ in times["transformers"])
     print(f"matrix product: {peak / 1e9:.0f} GFLOP/s in {precision.name}; one step: {flops / 1e9:.0f} GFLOP")
     for name, measured in times.items():

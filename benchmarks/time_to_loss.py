@@ -6,10 +6,10 @@ SOURCE is tinyshakespeare.txt, another text of about a megabyte, or builtin:pyth
 held-out characters (the last tenth of the text), each scored once. Times are seconds of training steps, without evaluation. For
 each seed, the script trains three times:
 
-1. The baseline, the recipe `nanogpt-char` unchanged (2000 steps), evaluated every 250 steps: its last loss, its training time, and
-   the time until the target loss. Without --target, the target is the baseline's own last loss.
-2. Our recipe for 200 steps with a constant learning rate, evaluated every 10 steps: the speedup until the target loss.
-3. Our recipe for the training time of the baseline: its last loss.
+1. The baseline, the recipe `nanogpt-char` unchanged (2000 steps), evaluated every 250 steps. Gives its last loss, its training
+   time, and the time to the target loss. Without --target, the target is the baseline's own last loss.
+2. Our recipe for 200 steps with a constant learning rate, evaluated every 10 steps. Gives the speedup to the target loss.
+3. Our recipe for the training time of the baseline. Gives its last loss.
 """
 
 from __future__ import annotations
@@ -54,26 +54,26 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             baseline, evaluations = train("nanogpt-char", Path(folder, "baseline"), source, f"seed={seed}", "evaluation.every=250")
             target = arguments.target or baseline["val_loss"]
-            theirs = seconds_to_target(evaluations, target)
+            baseline_seconds = seconds_to_target(evaluations, target)
             minutes = baseline["train_seconds"] / 60
             short = (source, f"seed={seed}", "training.steps=200", "evaluation.every=10", "training.schedule=constant")
             _, evaluations = train(arguments.recipe, Path(folder, "short"), *short)
-            ours = seconds_to_target(evaluations, target)
+            recipe_seconds = seconds_to_target(evaluations, target)
             same_time = (source, f"seed={seed}", "training.steps=null", f"training.minutes={minutes}", "evaluation.every=100000")
             long, _ = train(arguments.recipe, Path(folder, "long"), *same_time)
         print(
             f"seed {seed}: nanogpt-char: {baseline['val_loss']:.4f} after {baseline['train_seconds']:.1f} s, "
-            f"{target:.2f} {'not reached' if theirs is None else f'after {theirs:.1f} s'}; "
-            f"{arguments.recipe}: {target:.2f} {'not reached' if ours is None else f'after {ours:.1f} s'}, "
+            f"{target:.2f} {'not reached' if baseline_seconds is None else f'after {baseline_seconds:.1f} s'}; "
+            f"{arguments.recipe}: {target:.2f} {'not reached' if recipe_seconds is None else f'after {recipe_seconds:.1f} s'}, "
             f"{long['val_loss']:.4f} after {long['train_seconds']:.1f} s ({long['step']} steps)",
             flush=True,
         )
-        if ours is not None:
-            speedups.append((theirs if theirs is not None else baseline["train_seconds"]) / ours)
+        if recipe_seconds is not None:
+            speedups.append((baseline_seconds if baseline_seconds is not None else baseline["train_seconds"]) / recipe_seconds)
         same_time_losses.append(long["val_loss"])
     if speedups:
         lower_bound = " (a lower bound if the baseline did not reach it)" if arguments.target else ""
-        print(f"speedup until the target loss: median {statistics.median(speedups):.1f}{lower_bound}")
+        print(f"speedup to the target loss: median {statistics.median(speedups):.1f}{lower_bound}")
     print(f"loss after the baseline's training time: median {statistics.median(same_time_losses):.4f}")
 
 

@@ -40,7 +40,7 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 
 def benchmark(variants: dict[str, Callable[[], object]], rounds: int, size: int) -> None:
-    """Run every variant once per round. Print medians, and the speedup of the first variant over each of the others."""
+    """Run every variant once per round. Print the median times, and the speedup of the first variant over each variant."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, work in variants.items():
@@ -63,9 +63,9 @@ def encode(pieces: list[Piece], size: int, rounds: int) -> None:
     import tiktoken
 
     ranks = {token: id for id, token in enumerate(trained.token_bytes[:-1])}
-    theirs = tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    tiktoken_encoding = tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
-    def ours(use_tiktoken: bool) -> list[np.ndarray]:
+    def encode_with_tinylm(use_tiktoken: bool) -> list[np.ndarray]:
         original = encoding.tiktoken_engine
         try:
             if not use_tiktoken:
@@ -81,11 +81,11 @@ def encode(pieces: list[Piece], size: int, rounds: int) -> None:
     cores = os.cpu_count() or 1
     benchmark(
         {
-            "tinylm with tiktoken": lambda: ours(True),
-            "tinylm without tiktoken": lambda: ours(False),
+            "tinylm with tiktoken": lambda: encode_with_tinylm(True),
+            "tinylm without tiktoken": lambda: encode_with_tinylm(False),
             "tokenizers encode_batch": lambda: trained.backend.encode_batch(texts, add_special_tokens=False),
             "tokenizers encode_batch_fast": lambda: trained.backend.encode_batch_fast(texts, add_special_tokens=False),
-            f"tiktoken, {cores} threads": lambda: theirs.encode_ordinary_batch(texts, num_threads=cores),
+            f"tiktoken, {cores} threads": lambda: tiktoken_encoding.encode_ordinary_batch(texts, num_threads=cores),
         },
         rounds,
         size,
@@ -98,7 +98,7 @@ def train(pieces: list[Piece], size: int, rounds: int) -> None:
     texts = [piece.text for piece in pieces]
     pattern = split_pattern("gpt4", None)
 
-    def theirs() -> list[list[str]]:
+    def train_with_tokenizers() -> list[list[str]]:
         backend = tokenizers.Tokenizer(models.BPE())
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
@@ -110,7 +110,7 @@ def train(pieces: list[Piece], size: int, rounds: int) -> None:
         return list(json.loads(backend.to_str())["model"]["merges"])
 
     section = BpeTokenizer(kind="bpe", vocab_size=VOCABULARY, max_megabytes=10_000)
-    same = training.train(section, pieces, print).tokenizer_json["model"]["merges"] == theirs()
+    same = training.train(section, pieces, print).tokenizer_json["model"]["merges"] == train_with_tokenizers()
     print(f"training on {size / 1e6:.1f} MB: merges identical to tokenizers: {same}")
     words = training.count(section, pieces, print)
     benchmark(
@@ -118,7 +118,7 @@ def train(pieces: list[Piece], size: int, rounds: int) -> None:
             "tinylm": lambda: training.train(section, pieces, print),
             "  counting words": lambda: training.count(section, pieces, print),
             "  learning merges": lambda: training.learn(section, words),
-            "tokenizers": theirs,
+            "tokenizers": train_with_tokenizers,
             "rustbpe": lambda: rustbpe.Tokenizer().train_from_iterator(iter(texts), VOCABULARY, pattern=pattern),
         },
         rounds,
@@ -186,7 +186,7 @@ def determinism(source: str) -> None:
 
 
 def compression(pieces: list[Piece], size: int) -> None:
-    """Bytes per token on the last tenth, with vocabularies trained on the rest, line by line as sentencepiece reads text."""
+    """Compare bytes per token on the last tenth of the text, line by line. The vocabularies are trained on the rest."""
     import sentencepiece
 
     cut = len(pieces) * 9 // 10
@@ -207,17 +207,18 @@ def compression(pieces: list[Piece], size: int) -> None:
             max_sentence_length=1 << 20,
             minloglevel=2,
         )
-        theirs = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
         section: LearnedTokenizer = (
             UnigramTokenizer(kind="unigram", vocab_size=VOCABULARY)
             if kind == "unigram"
             else BpeTokenizer(kind="bpe", vocab_size=VOCABULARY)
         )
-        ours = training.train(section, pieces[:cut], lambda warning: None)
-        our_ratio = total / sum(len(ours.encode(line)) for line in heldout)
-        their_ratio = total / sum(map(len, theirs.encode(heldout)))
-        ratio = our_ratio / their_ratio
-        print(f"  {kind:<8} tinylm {our_ratio:.3f}, sentencepiece {their_ratio:.3f} bytes per token: {ratio:.3f} x", flush=True)
+        tokenizer = training.train(section, pieces[:cut], lambda warning: None)
+        tinylm_ratio = total / sum(len(tokenizer.encode(line)) for line in heldout)
+        sentencepiece_ratio = total / sum(map(len, processor.encode(heldout)))
+        ratio = tinylm_ratio / sentencepiece_ratio
+        ratios = f"tinylm {tinylm_ratio:.3f}, sentencepiece {sentencepiece_ratio:.3f} bytes per token: {ratio:.3f} x"
+        print(f"  {kind:<8} {ratios}", flush=True)
 
 
 def main() -> None:

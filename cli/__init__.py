@@ -1,1 +1,1 @@
-"""The command line of tinylm. The module of a command parses its options, calls the library and prints the result."""
+"""The tinylm command line. The module of each command parses its options, calls the library, and prints the result."""

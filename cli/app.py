@@ -31,13 +31,13 @@ COMMANDS = {
     "export": ("Share", "Export a model to Hugging Face, llama.cpp or ONNX and verify it."),
     "import": ("Share", "Import GPT-2 or Llama weights as a run."),
     "runs": ("Use", "List runs with their steps and held-out losses."),
-    "plot": ("Use", "Plot the loss curves of runs."),
+    "plot": ("Use", "Plot the training curves of runs."),
     "tokenize": ("Text", "Train, apply and evaluate tokenizers."),
     "embed": ("Text", "Train, query, evaluate and convert embeddings."),
 }
-"""For each command, its panel in the help and its help text."""
+"""The help panel and the help text of each command."""
 _MODULES = {"eval": "evaluate", "import": "import_"}
-"""The modules whose names differ from those of their commands."""
+"""The module of each command whose module is not named like the command."""
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 """The base class of typer's errors for an invalid command line. It has no public name."""
 
@@ -103,7 +103,7 @@ def main() -> None:
         sys.excepthook = _report_bug
     signal.signal(signal.SIGTERM, _terminate)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # print bytes that are not UTF-8, as in file names, unchanged
+        if isinstance(stream, io.TextIOWrapper):  # file names may contain bytes that are not valid UTF-8: print them as is
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     try:
         code = typer.main.get_command(app)(standalone_mode=False)
@@ -118,7 +118,7 @@ def main() -> None:
     except SystemExit as exit_request:  # typer and rich raise this from a BrokenPipeError if stdout is closed
         code = _on_closed_stdout() if isinstance(exit_request.__context__, BrokenPipeError) else exit_request.code
     else:
-        if code == 130:  # what typer returns after Ctrl-C
+        if code == 130:  # typer returns 130 after Ctrl-C
             print("stopped", file=sys.stderr)
     sys.exit(code)
 
@@ -138,7 +138,7 @@ def _print_error(error: Exception) -> int:
 
 
 def _usage_message(error: Any) -> str:
-    """The error in the command line, with the help command as a hint. Empty if typer has just printed the help."""
+    """Return the message for an invalid command line, with a hint to run --help. It is empty if typer already printed the help."""
     message: str = error.format_message().rstrip(".")
     context = getattr(error, "ctx", None)
     if not message:

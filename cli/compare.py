@@ -1,7 +1,8 @@
-"""`tinylm compare`: differences between the recipes and loss curves of runs, and whether their models differ significantly."""
+"""`tinylm compare`: compare the recipes and held-out results of runs, and test whether their models differ significantly."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
@@ -12,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tinylm.errors import InputError
+from tinylm.evaluation.metrics import Metric, primary_metric
 from tinylm.run import Run
 
 from .console import (
@@ -51,7 +53,7 @@ def compare(
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Compare the first run with each of the others: recipes, held-out losses during training, and losses on the same text."""
+    """Compare the first run with each of the others: recipes, held-out results during training, and losses on the same text."""
     checked_errors(errors)
     if len(runs) < 2:
         raise InputError("at least two runs are required", where="RUN")
@@ -71,12 +73,14 @@ def compare(
         compare_runs(opened[0], run, on or (), stride=stride, text_format=text_format, device=device, reporter=reporter)
         for run in opened[1:]
     ]
-    recipes, curves = _recipe_differences(opened), _loss_curves(opened)
+    metric = primary_metric(line for run in opened for line in run.metrics())
+    recipes, curves = _recipe_differences(opened), _curves(opened, metric)
     if json:
         document = {
             "runs": [str(run.path) for run in opened],
             "recipes": recipes,
             "curves": curves,
+            "curve_metric": metric.name,
             "tests": [
                 {"a": str(opened[0].path), "b": str(run.path), **_test_document(asdict(comparison))}
                 for run, comparison in zip(opened[1:], comparisons, strict=True)
@@ -85,8 +89,8 @@ def compare(
         print_json(document)
         return
     console = stdout_console()
-    _print_table(console, "recipe", runs, recipes)
-    _print_table(console, "held-out loss at step", runs, curves)
+    _print_table(console, "recipe", runs, recipes, _formatted)
+    _print_table(console, f"{metric.heading} at step{metric.direction}", runs, curves, metric.formatted)
     rows = []
     for run, comparison in zip(opened[1:], comparisons, strict=True):
         low, high = comparison.ci95
@@ -100,7 +104,9 @@ def compare(
     print_fields(console, rows)
 
 
-def _print_table(console: Console, title: str, runs: list[str], rows: list[dict[str, Any]]) -> None:
+def _print_table(
+    console: Console, title: str, runs: list[str], rows: list[dict[str, Any]], formatted: Callable[[Any], str]
+) -> None:
     if not rows:
         return
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
@@ -108,13 +114,13 @@ def _print_table(console: Console, title: str, runs: list[str], rows: list[dict[
     for run in runs:
         table.add_column(run, justify="right")
     for row in rows:
-        table.add_row(str(row["name"]), *(Text(_formatted(value)) for value in row["values"]))
+        table.add_row(str(row["name"]), *(Text("" if value is None else formatted(value)) for value in row["values"]))
     console.print(table)
     console.print()
 
 
 def _formatted(value: Any) -> str:
-    return "" if value is None else f"{value:.4f}" if isinstance(value, float) and value > 0.01 else f"{value}"
+    return f"{value:.4f}" if isinstance(value, float) and value > 0.01 else f"{value}"
 
 
 def _test_document(test: dict[str, Any]) -> dict[str, Any]:
@@ -122,7 +128,7 @@ def _test_document(test: dict[str, Any]) -> dict[str, Any]:
 
 
 def _recipe_differences(runs: list[Run]) -> list[dict[str, Any]]:
-    """The recipe keys whose values differ, with the value in each run."""
+    """Return the recipe keys whose values differ, with the value in each run."""
     from tinylm.recipe.schema import flattened
 
     flat = [flattened(run.recipe.as_dict()) for run in runs]
@@ -131,9 +137,9 @@ def _recipe_differences(runs: list[Run]) -> list[dict[str, Any]]:
     return [row for row in listed if any(a != b for a, b in pairwise(row["values"]))]
 
 
-def _loss_curves(runs: list[Run]) -> list[dict[str, Any]]:
-    """The held-out losses of each run, at up to twelve of the steps at which any of the runs was evaluated."""
-    losses = [{event["step"]: event.get("val_loss") for event in run.metrics() if event["kind"] == "eval"} for run in runs]
-    steps = sorted({step for curve in losses for step in curve})
+def _curves(runs: list[Run], metric: Metric) -> list[dict[str, Any]]:
+    """Return the metric of each run at up to twelve steps at which at least one run was evaluated."""
+    curves = [{event["step"]: event.get(metric.key) for event in run.metrics() if event["kind"] == "eval"} for run in runs]
+    steps = sorted({step for curve in curves for step in curve})
     shown = [step for number, step in enumerate(reversed(steps)) if number % max(1, -(-len(steps) // 12)) == 0][::-1]
-    return [{"name": step, "values": [curve.get(step) for curve in losses]} for step in shown]
+    return [{"name": step, "values": [curve.get(step) for curve in curves]} for step in shown]

@@ -1,4 +1,4 @@
-"""Helpers for all commands: common options, output to stdout and stderr, number formats, and checks of arguments."""
+"""Helpers shared by all commands: common options, output to stdout and stderr, number formatting, and argument checks."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ ERRORS = typer.Option("strict", "--errors", help="Bytes that are not UTF-8: stri
 
 
 class CommandGroup(TyperGroup):
-    """A group of commands. Without a command, it prints its help on stderr, because stdout is for results."""
+    """A command group. If no command is given, it prints its help to stderr, because stdout is for results."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args:
@@ -55,14 +55,14 @@ class CommandGroup(TyperGroup):
 
 
 class StderrConsole(Console):
-    """A console on stderr. If stderr is closed (for example by `2>&1 | head`), it discards its output and does not fail."""
+    """A console on stderr. If stderr is closed (for example by `2>&1 | head`), it discards its output instead of failing."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
     def print_line(self, text: str, style: str) -> None:
-        """Print text verbatim. It is wrapped only on a terminal."""
+        """Print text verbatim. Wrap it only on a terminal."""
         self.print(text, style=style, markup=False, soft_wrap=not self.is_terminal)
 
 
@@ -71,7 +71,7 @@ def stderr_console() -> StderrConsole:
 
 
 def stdout_console() -> Console:
-    """A console on stdout, for tables. Unless stdout is a terminal, rows are never wrapped, so that programs can read them."""
+    """Return a console for tables on stdout. Rows are wrapped only on a terminal, so that programs can read the output."""
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = 1 << 12
@@ -95,7 +95,7 @@ def print_fields(console: Console, rows: Iterable[tuple[str, str]]) -> None:
 
 
 def print_json(document: Any) -> None:
-    """Print one JSON document on stdout. Dataclasses become objects, non-finite numbers null."""
+    """Print one JSON document on stdout. Dataclasses become objects, and non-finite numbers become null."""
     print(json.dumps(_to_json(document), indent=2, ensure_ascii=False, allow_nan=False))
 
 
@@ -148,7 +148,7 @@ class ConsoleReporter(Reporter):
 
 
 def format_count(value: float, *, space: str = "") -> str:
-    """1234567 -> 1.23M; `space` is inserted between the number and the letter."""
+    """Format 1234567 as 1.23M. `space` is inserted between the number and the letter."""
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.3g}{space}{letter}"
@@ -156,7 +156,7 @@ def format_count(value: float, *, space: str = "") -> str:
 
 
 def format_size(value: float) -> str:
-    """1536 -> 1.5 KiB."""
+    """Format 1536 as 1.5 KiB."""
     for step, unit in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
         if value >= step:
             return f"{value / step:.1f} {unit}"
@@ -164,19 +164,19 @@ def format_size(value: float) -> str:
 
 
 def pluralize(number: int, name: str) -> str:
-    """1 document, 2,000 documents."""
+    """Format a number with its noun: 1 document, 2,000 documents."""
     return f"{number:,} {name}{'' if number == 1 else 's'}"
 
 
 def format_duration(seconds: float) -> str:
-    """75 -> 1:15."""
+    """Format 75 seconds as 1:15."""
     whole = round(seconds)
     hours, rest = divmod(whole, 3600)
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
 
 
 def parse_duration(text: str | None) -> float | None:
-    """The value of --stop-after in seconds: 90s, 55m, 2h or a number of seconds."""
+    """Convert the value of --stop-after (90s, 55m, 2h, or a number of seconds) to seconds."""
     if text is None:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
@@ -186,7 +186,7 @@ def parse_duration(text: str | None) -> float | None:
 
 
 def open_run(path: str | None, console: StderrConsole, *, quiet: bool) -> Run:
-    """The run of --run or TINYLM_RUN, or else the newest run in runs/, whose path is printed on stderr."""
+    """Open the run of --run or TINYLM_RUN, or else the newest run in runs/. In the last case, print its path to stderr."""
     from tinylm.run import Run
 
     if path is not None:
@@ -204,14 +204,14 @@ def write_stdout(text: str, *, end: str = "\n") -> None:
 
 
 def checked_text(text: str, option: str) -> str:
-    """A text from the command line. Raises `InputError` if it is not UTF-8: Python decodes such bytes to surrogates."""
+    """Return a text from the command line. Raises `InputError` if it is not UTF-8, which Python decodes to surrogates."""
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise InputError("not UTF-8", where=option)
     return text
 
 
 def checked_weights(value: str) -> Literal["fp32", "bf16", "int8"]:
-    """The value of --weights. Raises `InputError` for an unknown format."""
+    """Return the value of --weights. Raises `InputError` for an unknown format."""
     kinds: tuple[Literal["fp32", "bf16", "int8"], ...] = ("fp32", "bf16", "int8")
     for kind in kinds:
         if value == kind:
@@ -220,7 +220,7 @@ def checked_weights(value: str) -> Literal["fp32", "bf16", "int8"]:
 
 
 def given_options(ctx: typer.Context, names: Iterable[str]) -> list[str]:
-    """The options among the parameters `names` that were given on the command line, as `--option`."""
+    """Return the parameters in `names` that were given on the command line, formatted as `--option`."""
     options = {parameter.name: parameter.opts[0] for parameter in ctx.command.params}
     return [
         options[name] for name in names if (source := ctx.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
@@ -228,14 +228,14 @@ def given_options(ctx: typer.Context, names: Iterable[str]) -> list[str]:
 
 
 def checked_errors(value: str) -> str:
-    """The value of --errors. Raises `InputError` for an unknown value."""
+    """Return the value of --errors. Raises `InputError` for an unknown value."""
     if value not in ("strict", "replace"):
         raise InputError(f"must be strict or replace, not {value!r}", where="--errors")
     return value
 
 
 def checked_output_file(path: str, overwrite: bool) -> Path:
-    """The path of an output file. Raises `InputError` for a folder, or for an existing file without `overwrite`."""
+    """Return the path of an output file. Raises `InputError` for a folder, or for an existing file unless `overwrite` is true."""
     file = Path(path)
     if file.is_dir():
         raise InputError("is a folder", where=path, hint="give the path of a file")

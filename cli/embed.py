@@ -126,7 +126,7 @@ _OPTION_OF_KEY = {
 
 
 def _recipe(sections: dict[str, dict[str, Any]], top: dict[str, Any], overrides: Sequence[str]) -> EmbeddingRecipe:
-    """The recipe that the options describe. Raises `InputError` that names the option instead of the recipe key."""
+    """Build a recipe from the options. An `InputError` names the option instead of the recipe key."""
     from tinylm.recipe import RecipeError, loads_any
 
     def without_none(keys: dict[str, Any]) -> dict[str, Any]:
@@ -280,8 +280,8 @@ def _report_written(path: Path, vectors: Vectors, json: bool, **fields: Any) -> 
         write_stdout(str(path))
 
 
-for verb in (embedding_queries.nearest, embedding_queries.analogy, embedding_queries.similarity):
-    app.command()(verb)
+for command in (embedding_queries.nearest, embedding_queries.analogy, embedding_queries.similarity):
+    app.command()(command)
 app.command("odd-one-out")(embedding_queries.odd_one_out)
 app.command("eval")(embedding_queries.evaluate)
 

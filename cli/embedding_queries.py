@@ -1,4 +1,4 @@
-"""The verbs of `tinylm embed` that query vectors (nearest, analogy, similarity, odd-one-out) or evaluate them (eval)."""
+"""The subcommands of `tinylm embed` that query vectors (nearest, analogy, similarity, odd-one-out) or evaluate them (eval)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ VECTORS = typer.Option(
     "--vectors",
     "-v",
     metavar="PATH",
-    help="A folder of `embed train` or a file in any format. Default: TINYLM_VECTORS, else the newest under embeddings/.",
+    help="A folder written by `embed train`, or a vector file. Default: TINYLM_VECTORS, else the newest folder in embeddings/.",
 )
 COUNT = typer.Option(10, "-n", min=1, help="Number of neighbors.")
 METHOD = typer.Option("3cosadd", "--method", help="3cosadd or 3cosmul.")
@@ -35,7 +35,7 @@ MAX_NAMES = typer.Option(
 
 
 def load_vectors(path: str | None, quiet: bool = False) -> Vectors:
-    """The vectors at `path`, at TINYLM_VECTORS, or the newest under embeddings/. In the last case, prints which ones."""
+    """Load the vectors at `path` or TINYLM_VECTORS, or the newest vectors in embeddings/. In the last case, print the path."""
     from tinylm.embedding.formats import read
     from tinylm.run import VECTORS_FILE
 
@@ -53,16 +53,16 @@ def load_vectors(path: str | None, quiet: bool = False) -> Vectors:
 
 
 @dataclass(frozen=True)
-class _Verb:
-    """A verb that answers queries of one or more words."""
+class _QueryCommand:
+    """A subcommand that answers queries of one or more words."""
 
     name: str
-    words: int | None
+    word_count: int | None
     """Number of words in a query. None means any number."""
 
     def check(self, words: list[str], where: str | None) -> list[str]:
-        if self.words is not None and len(words) != self.words:
-            needed = {1: "one word", 2: "two words", 3: "three words"}[self.words]
+        if self.word_count is not None and len(words) != self.word_count:
+            needed = {1: "one word", 2: "two words", 3: "three words"}[self.word_count]
             raise InputError(f"{self.name} takes {needed}, not {len(words)}", where=where)
         return words
 
@@ -77,7 +77,7 @@ class _Verb:
 
 
 def _answer_queries(
-    verb: _Verb,
+    command: _QueryCommand,
     arguments: list[str] | None,
     json: bool,
     answer: Callable[[list[str]], dict[str, Any]],
@@ -86,7 +86,7 @@ def _answer_queries(
     """Answer each query. JSON output is one object, or a list of objects if the queries come from standard input."""
     from_stdin = not arguments or arguments == ["-"]
     answers = []
-    for query in verb.queries(arguments):
+    for query in command.queries(arguments):
         answers.append(answer(query))
         if not json:
             show(answers[-1])
@@ -106,7 +106,7 @@ def _show_neighbors(answer: dict[str, Any]) -> None:
 
 
 def _quoted_if_unclear(token: str) -> str:
-    """The token, in quotes if it is empty, has white space at an end, or is not printable."""
+    """Return the token, in quotes if it is empty, starts or ends with white space, or is not printable."""
     return token if token and token.strip() == token and token.isprintable() else repr(token)
 
 
@@ -115,16 +115,16 @@ def _neighbor_dicts(neighbors: Sequence[Neighbor]) -> list[dict[str, Any]]:
 
 
 def nearest(
-    word: list[str] | None = typer.Argument(None, help="One word. Without it, or with -, one word per line of standard input."),
+    word: list[str] | None = typer.Argument(None, help="One word. If omitted or -, read one word per line from standard input."),
     vectors: str | None = VECTORS,
     n: int = COUNT,
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Print the words most similar to a word, by cosine."""
+    """Print the words most similar to a word, by cosine similarity."""
     loaded = load_vectors(vectors, quiet)
     _answer_queries(
-        _Verb("nearest", 1),
+        _QueryCommand("nearest", 1),
         [" ".join(word)] if word else None,
         json,
         lambda words: {"query": words[0], "neighbours": _neighbor_dicts(loaded.nearest(words[0], n))},
@@ -134,7 +134,7 @@ def nearest(
 
 def analogy(
     words: list[str] | None = typer.Argument(
-        None, metavar="A B C", help="Three words. Without them, or with -, three per line of standard input."
+        None, metavar="A B C", help="Three words. If omitted or -, read three words per line from standard input."
     ),
     vectors: str | None = VECTORS,
     method: str = METHOD,
@@ -148,7 +148,7 @@ def analogy(
     check_analogy_method(method)
     loaded = load_vectors(vectors, quiet)
     _answer_queries(
-        _Verb("analogy", 3),
+        _QueryCommand("analogy", 3),
         words,
         json,
         lambda words: {
@@ -162,7 +162,7 @@ def analogy(
 
 def similarity(
     words: list[str] | None = typer.Argument(
-        None, metavar="A B", help="Two words. Without them, or with -, two per line of standard input."
+        None, metavar="A B", help="Two words. If omitted or -, read two words per line from standard input."
     ),
     vectors: str | None = VECTORS,
     json: bool = JSON,
@@ -171,7 +171,7 @@ def similarity(
     """Print the cosine similarity of two words, from -1 to 1."""
     loaded = load_vectors(vectors, quiet)
     _answer_queries(
-        _Verb("similarity", 2),
+        _QueryCommand("similarity", 2),
         words,
         json,
         lambda words: {"query": words, "similarity": loaded.similarity(*words)},
@@ -181,7 +181,7 @@ def similarity(
 
 def odd_one_out(
     words: list[str] | None = typer.Argument(
-        None, help="Three or more words. Without them, or with -, one set of words per line of standard input."
+        None, help="Three or more words. If omitted or -, read one set of words per line from standard input."
     ),
     vectors: str | None = VECTORS,
     json: bool = JSON,
@@ -194,7 +194,7 @@ def odd_one_out(
         ranked = loaded.odd_one_out(words)
         return {"query": words, "odd": ranked[0].token, "similarities": _neighbor_dicts(ranked)}
 
-    _answer_queries(_Verb("odd-one-out", None), words, json, answer, lambda result: write_stdout(result["odd"]))
+    _answer_queries(_QueryCommand("odd-one-out", None), words, json, answer, lambda result: write_stdout(result["odd"]))
 
 
 def evaluate(
@@ -231,7 +231,7 @@ def evaluate(
 
 
 def _result_rows(document: dict[str, Any]) -> list[tuple[str, str]]:
-    """The result of one file as labels and values."""
+    """Return the result of one file as (label, value) pairs."""
     if "analogies" in document:
         result = document["analogies"]
         accuracy = "undefined, because no question is covered"

@@ -59,7 +59,7 @@ _TEXT_OPTIONS = (
     "field",
     "errors",
 )
-"""Options for the evaluation on a text, which have no effect with --harness."""
+"""Options for evaluation on a text. They have no effect with --harness."""
 _TABLE_TITLES = {"document": "document", "position": "context length", "frequency": "count in training text"}
 
 
@@ -224,7 +224,7 @@ def _quoted(text: str) -> str:
 
 
 def _table(first: str, *columns: str, text: str | None = None) -> Table:
-    """A table with a left-aligned first column, right-aligned columns of numbers, and optionally a last column of text."""
+    """Return a table with a left-aligned first column, right-aligned number columns, and an optional text column at the end."""
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), title=" ")
     table.add_column(first)
     for column in columns:
@@ -236,7 +236,7 @@ def _table(first: str, *columns: str, text: str | None = None) -> Table:
 
 @dataclass(frozen=True)
 class _TaskOptions:
-    """Options of an evaluation with lm-evaluation-harness."""
+    """Options for evaluation with lm-evaluation-harness."""
 
     checkpoint: str | None
     stride: int | None

@@ -16,11 +16,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from tinylm.evaluation.metrics import LOSS, Metric
 from tinylm.training.metrics import EvaluationEvent, GuardEvent, Observer, SampleEvent, StepEvent
 
 from .console import format_count, format_duration
 
-_PLAIN_EVERY_SECONDS = 5.0
+_SECONDS_BETWEEN_LINES = 5.0
 _STOPPING = "stopping after this step; press Ctrl-C again to exit immediately"
 _SMOOTHING = 0.95
 """Decay per step of the moving average of the loss."""
@@ -30,31 +31,29 @@ _BRAILLE_DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 
 
 class PlainView(Observer):
-    """Prints a line for every evaluation, and for logged steps at most every few seconds."""
+    """Prints a line for every evaluation, and a line for the current step at most every few seconds."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._last_printed = -_PLAIN_EVERY_SECONDS
+        self._last_printed = -_SECONDS_BETWEEN_LINES
         self._first_step: StepEvent | None = None
 
     def step(self, event: StepEvent) -> None:
         self._first_step = self._first_step or event
-        if event.seconds - self._last_printed < _PLAIN_EVERY_SECONDS and event.step > 1:
+        if event.seconds - self._last_printed < _SECONDS_BETWEEN_LINES and event.step > 1:
             return
         self._last_printed = event.seconds
         left = "" if event.step == 1 else f"  {format_duration(_seconds_left(self._first_step, event))} left"
         self._console.print(
             f"step {event.step:>6}  {event.done:4.0%}  loss {event.loss:.4f}  {format_count(event.tokens_per_second)} tokens/s"
-            f"  MFU {event.mfu:.0%}{left}",
+            f"{'' if event.mfu is None else f'  MFU {event.mfu:.0%}'}{left}",
             markup=False,
         )
 
     def evaluation(self, event: EvaluationEvent) -> None:
+        scores = "  ".join(metric.described(value) for metric, value in event.metrics.items())
         best = "  best so far" if event.best else ""
-        self._console.print(
-            f"step {event.step:>6}  held-out loss {event.val_loss:.4f}  {event.val_bits_per_byte:.4f} bits per byte{best}",
-            markup=False,
-        )
+        self._console.print(f"step {event.step:>6}  held-out {scores}{best}", markup=False)
 
     def note(self, text: str) -> None:
         self._console.print(text, style="yellow", markup=False)
@@ -170,7 +169,7 @@ class TerminalView(Observer):
         return row
 
     def _seconds_since_last_step(self) -> float:
-        """Between the last logged step and now, or the end of training; 0 while the panel is not shown."""
+        """Return the seconds from the last logged step until now or the end of training. Return 0 before the panel appears."""
         if self._end_time is not None:
             return self._end_time - self._last_step_time
         return time.monotonic() - self._last_step_time if self._live.is_started else 0.0
@@ -181,19 +180,18 @@ class TerminalView(Observer):
             ("loss", f"{last.loss:.3f}", "bright_cyan"),
             ("smoothed", f"{self._smoothed[-1]:.3f}", "cyan"),
             ("tokens/s", format_count(last.tokens_per_second), "white"),
-            ("MFU", f"{last.mfu:.0%}", "white"),
+            ("MFU", "-" if last.mfu is None else f"{last.mfu:.0%}", "white"),
             ("lr", f"{last.lr:.2g}", "white"),
         ]
-        if self._evaluations:
-            newest = self._evaluations[-1]
-            cells[2:2] = [
-                ("held-out", f"{newest.val_loss:.3f}", "bright_yellow"),
-                ("bits/byte", f"{newest.val_bits_per_byte:.3f}", "bright_yellow"),
-            ]
+        newest = self._evaluations[-1].metrics.items() if self._evaluations else []
+        scores = [(_column_label(metric), metric.formatted(value), "bright_yellow") for metric, value in newest]
+        cells[2:2] = scores
         best = next((event for event in reversed(self._evaluations) if event.best), None)
         if best is not None:
-            cells.insert(4, ("best", f"{best.val_bits_per_byte:.3f} at step {best.step:,}", "yellow"))
-        for optional in ("lr", "MFU", "smoothed", "tokens/s", "best"):
+            value = best.metrics.metric.formatted(best.metrics.value)
+            cells.insert(2 + len(scores), ("best", f"{value} at step {best.step:,}", "yellow"))
+        extra_scores = [label for label, _, _ in scores[2:]]
+        for optional in ("lr", "MFU", "smoothed", "tokens/s", "best", *reversed(extra_scores)):  # drop columns until they fit
             if sum(max(len(label), len(value)) + 3 for label, value, _ in cells) - 3 > self._width():
                 cells = [cell for cell in cells if cell[0] != optional]
         row = Table.grid(padding=(0, 3))
@@ -205,8 +203,15 @@ class TerminalView(Observer):
         width = max(20, min(self._width() - 9, 100))
         end = max(self._steps[-1].step / max(self._steps[-1].done, 1e-9), 1.0)
         training = [(event.step / end, value) for event, value in zip(self._steps, self._smoothed, strict=True)]
-        heldout = [(event.step / end, event.val_loss) for event in self._evaluations]
-        return draw_curves([(training, "cyan"), (heldout, "bright_yellow")], width, _CURVE_HEIGHT)
+        heldout = [(event.step / end, event.metrics.value) for event in self._evaluations]
+        metric = self._evaluations[-1].metrics.metric if self._evaluations else LOSS
+        if metric is LOSS:
+            return draw_curves([(training, "cyan"), (heldout, "bright_yellow")], width, _CURVE_HEIGHT)
+        return Group(  # two charts, because the two metrics are not comparable
+            draw_curves([(training, "cyan")], width, _CURVE_HEIGHT // 2),
+            Text(metric.heading, style="dim"),
+            draw_curves([(heldout, "bright_yellow")], width, _CURVE_HEIGHT // 2, metric.format),
+        )
 
 
 def _seconds_left(first: StepEvent, last: StepEvent) -> float:
@@ -217,8 +222,14 @@ def _seconds_left(first: StepEvent, last: StepEvent) -> float:
     return seconds / done * (1 - last.done)
 
 
-def draw_curves(curves: Sequence[tuple[Sequence[tuple[float, float]], str]], width: int, height: int) -> RenderableType:
-    """Draw curves in Braille dots, with a labeled y axis. A curve is (points, color) with x in [0, 1]; later ones are on top."""
+def _column_label(metric: Metric) -> str:
+    return "held-out" if metric is LOSS else metric.label.replace(" per ", "/")  # the column `loss` is the training loss
+
+
+def draw_curves(
+    curves: Sequence[tuple[Sequence[tuple[float, float]], str]], width: int, height: int, y_format: str = ".3f"
+) -> RenderableType:
+    """Draw curves with Braille dots and a labeled y axis. A curve is (points, color), with x in [0, 1]. Later curves are on top."""
     values = [y for points, _ in curves for _, y in points if math.isfinite(y)] or [0.0]
     low, high = min(values), max(values)
     span = max(high - low, 1e-9)
@@ -231,7 +242,7 @@ def draw_curves(curves: Sequence[tuple[Sequence[tuple[float, float]], str]], wid
             cells[row // 4][column // 2] = (dots | _BRAILLE_DOTS[row % 4][column % 2], style)
     lines = []
     for index, line in enumerate(cells):
-        label = {0: f"{high:7.3f} ", height - 1: f"{low:7.3f} "}.get(index, " " * 8)
+        label = {0: f"{high:{y_format}} ", height - 1: f"{low:{y_format}} "}.get(index, "").rjust(8)
         text = Text().append(label, style="dim")
         for dots, style in line:
             text.append(chr(0x2800 + dots) if dots else " ", style=style)
@@ -240,7 +251,7 @@ def draw_curves(curves: Sequence[tuple[Sequence[tuple[float, float]], str]], wid
 
 
 def _interpolate(points: Sequence[tuple[float, float]], columns: int) -> list[tuple[float, float]]:
-    """Connect the points by straight lines, with one point per column. Non-finite points are dropped."""
+    """Connect the points with straight lines, with one point per column. Drop non-finite points."""
     interpolated = list(points[:1])
     for (x0, y0), (x1, y1) in pairwise(points):
         steps = max(1, int((x1 - x0) * columns))

@@ -74,5 +74,5 @@ def new(
 
 
 def _run_name(text: str) -> str:
-    """`text` as the name of a run folder: characters other than letters, digits, `_`, `.` and `-` become dashes."""
+    """Convert `text` to the name of a run folder. Characters other than letters, digits, `_`, `.` and `-` become dashes."""
     return re.sub(r"[^\w.-]+", "-", text.replace("builtin:", "")).strip("-.") or "mine"

@@ -1,4 +1,4 @@
-"""`tinylm plan`: estimate the cost of a recipe, and the hardware options that `tinylm new` shares."""
+"""`tinylm plan`: estimate the cost of a recipe. Also defines the hardware options that `tinylm new` uses."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def plan(
 
 
 def check_hardware(hardware: str | None, devices: int | None) -> None:
-    """Raise `InputError` for an unknown accelerator, or for `--devices` without `--hardware`, before the text is read."""
+    """Raise `InputError` for an unknown accelerator, or for `--devices` without `--hardware`. Call it before reading the text."""
     from tinylm.cost import accelerators
     from tinylm.errors import InputError
 
@@ -73,13 +73,14 @@ def list_hardware(json: bool) -> None:
     if json:
         print_json({"accelerators": ACCELERATORS})
         return
-    for each in ACCELERATORS:
-        flops = ", ".join(f"{precision} {value / 1e12:g}" for precision, value in each.flops.items())
-        write_stdout(f"{each.name:<16}  {each.memory / 1e9:3.0f} GB at {each.bandwidth / 1e12:.2f} TB/s; TFLOP/s: {flops}")
+    for accelerator in ACCELERATORS:
+        flops = ", ".join(f"{precision} {value / 1e12:g}" for precision, value in accelerator.flops.items())
+        memory = f"{accelerator.memory / 1e9:3.0f} GB at {accelerator.bandwidth / 1e12:.2f} TB/s"
+        write_stdout(f"{accelerator.name:<16}  {memory}; TFLOP/s: {flops}")
 
 
 def plan_recipe(recipe: object, reporter: ConsoleReporter, hardware: str | None = None, devices: int = 1) -> Plan:
-    """Plan a recipe after reading its text to count tokens. `hardware`: name of an accelerator, or None for this CPU."""
+    """Count the tokens of the text and plan the recipe. `hardware` is the name of an accelerator, or None for this CPU."""
     from tinylm.cost.plan import BUSY, MIN_UNDISTURBED, make_plan
     from tinylm.data.estimate import estimate_text_size
     from tinylm.recipe import Recipe
@@ -87,17 +88,19 @@ def plan_recipe(recipe: object, reporter: ConsoleReporter, hardware: str | None 
     assert isinstance(recipe, Recipe)
     text = estimate_text_size(recipe.data, recipe.tokenizer, reporter)
     if not text.exact:
-        reporter.note("the number of tokens is estimated from the first megabytes")
+        reporter.note("the number of tokens is estimated from the first few megabytes of text")
     planned = make_plan(
         recipe, text.vocab_size, text.train_tokens, heldout_tokens=text.heldout_tokens, accelerator=hardware, devices=devices
     )
     if planned.undisturbed < MIN_UNDISTURBED:
         reporter.warn(BUSY)
+    if planned.not_estimated:
+        reporter.warn(f"not estimated: {', '.join(planned.not_estimated)}; the plan does not include the cost of these parts")
     return planned
 
 
 def show_plan(planned: Plan, json: bool) -> None:
-    """Print a plan as a table, or as JSON."""
+    """Print a plan as a table or as JSON."""
     if json:
         print_json(planned)
         return
@@ -117,7 +120,7 @@ def _rows(planned: Plan) -> list[tuple[str, str]]:
             f"{planned.global_batch_size} sequences, {planned.tokens_per_step:,} tokens per step: "
             f"{micro_batches} of {planned.micro_batch_size}{devices}",
         ),
-        ("length", f"{planned.steps:,} steps, {planned.tokens:,} tokens, {planned.epochs:.2f} epochs"),
+        ("training length", f"{planned.steps:,} steps, {planned.tokens:,} tokens, {planned.epochs:.2f} epochs"),
         ("compute", f"{format_count(planned.flops, space=' ')}FLOP"),
         ("peak memory", _memory(planned, devices)),
         ("checkpoint", format_size(planned.checkpoint_bytes)),

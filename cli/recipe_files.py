@@ -9,13 +9,13 @@ from tinylm.errors import InputError, did_you_mean
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """The file of every recipe that ships with tinylm, by name."""
+    """Return the files of all recipes that ship with tinylm, by name."""
     folder = Path(str(resources.files("tinylm_recipes")))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def find_recipe(recipe: str) -> Path:
-    """The file of a recipe. Raises `InputError` if there is none, or if it is a run folder in another checkpoint format."""
+    """Return the file of a recipe. Raises `InputError` if it does not exist, or for a run folder in another checkpoint format."""
     path = Path(recipe).expanduser()
     if (path / "recipe.yaml").exists():
         from tinylm.run import check_run_format

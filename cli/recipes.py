@@ -39,7 +39,7 @@ def recipes(
 
 
 def _about(text: str) -> str:
-    """The comment at the top of a recipe in one line, without the commands at its end."""
+    """Return the comment at the top of a recipe on one line, without the commands at its end."""
     lines = []
     for line in text.splitlines():
         if not line.startswith("#") or line.startswith("# tinylm "):

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from tinylm.generation.constraint import Constraint
     from tinylm.generation.engine import Request, Sample
     from tinylm.generation.search import RankedSample
-    from tinylm.model.decoder import Decoder
+    from tinylm.model.state import DecodingModel
     from tinylm.reporting import Reporter
     from tinylm.tokenizer import Tokenizer
 
@@ -67,9 +67,9 @@ class _Prompt:
 
 @dataclass(frozen=True)
 class _Generation:
-    """The arguments that all methods of generation share. `template` contains the options, the user's seed and the constraint."""
+    """Arguments shared by all generation methods. `template` contains the sampling options, the user's seed, and the constraint."""
 
-    decoder: Decoder
+    decoder: DecodingModel[Any]
     tokenizer: Tokenizer
     template: Request
     count: int
@@ -230,7 +230,7 @@ def sample(
 
 
 def _check_combinations(ctx: typer.Context) -> None:
-    """Raise `InputError` for options that would have no effect."""
+    """Raise `InputError` for options that are incompatible or would have no effect."""
     for group in _MUTUALLY_EXCLUSIVE:
         if len(given := given_options(ctx, group)) > 1:
             raise InputError("these options are mutually exclusive", where=", ".join(given))
@@ -238,12 +238,12 @@ def _check_combinations(ctx: typer.Context) -> None:
         if (given := given_options(ctx, (option,))) and not given_options(ctx, (required,)):
             raise InputError(f"requires --{required.replace('_', '-')}", where=given[0])
     for option, others in _INCOMPATIBLE.items():
-        if (given := given_options(ctx, (option,))) and (clashing := given_options(ctx, others)):
-            raise InputError(f"cannot be combined with {given[0]}", where=", ".join(clashing))
+        if (given := given_options(ctx, (option,))) and (conflicting := given_options(ctx, others)):
+            raise InputError(f"cannot be combined with {given[0]}", where=", ".join(conflicting))
 
 
 def _read_prompts(prompt: str, file: Path | None, prompts: str | None, field: str) -> Iterator[_Prompt]:
-    """The prompt of --prompt or --prompt-file, or the prompts of --prompts. Raises `InputError` for unreadable input."""
+    """Yield the prompt of --prompt or --prompt-file, or the prompts of --prompts. Raises `InputError` for unreadable input."""
     if prompts is not None:
         yield from _read_prompt_lines(prompts, field)
         return
@@ -288,7 +288,7 @@ def _decode(data: bytes, where: str) -> str:
 def _logit_biases(
     tokenizer: Tokenizer, biases: list[str] | tuple[()], banned: list[str] | tuple[()]
 ) -> tuple[tuple[int, float], ...]:
-    """The values of --logit-bias and --ban as pairs of (id, bias)."""
+    """Convert the values of --logit-bias and --ban to (token id, bias) pairs."""
     pairs = []
     for argument in biases:
         token, _, value = argument.rpartition("=")
@@ -326,7 +326,7 @@ def _warn_about_unknown_characters(tokenizer: Tokenizer, prompts: list[_Prompt],
 
 
 def _generate_samples(generation: _Generation, prompts: list[_Prompt]) -> Iterator[_Result]:
-    """Sample every prompt `count` times with continuous batching; yield the results in the order of the prompts."""
+    """Sample every prompt `count` times with continuous batching. Yield the results in the order of the prompts."""
     from tinylm.generation.engine import generate_batch, sample_seed
 
     template = generation.template
@@ -338,7 +338,7 @@ def _generate_samples(generation: _Generation, prompts: list[_Prompt]) -> Iterat
 
 
 def _stream_sample(generation: _Generation, prompt: _Prompt) -> Iterator[_Result]:
-    """Sample a prompt once. Print the prompt, and then the text while it is generated."""
+    """Sample a prompt once. Print the prompt, then stream the generated text."""
     write_stdout(prompt.text, end="")
     template = replace(generation.template, on_text=_write_stdout_part)
     yield from _generate_samples(replace(generation, template=template), [prompt])
@@ -350,7 +350,7 @@ def _write_stdout_part(text: str) -> None:
 
 
 def _beam_search(generation: _Generation, prompts: list[_Prompt], beams: int, length_penalty: float) -> Iterator[_Result]:
-    """Yield the best `count` continuations that beam search finds for every prompt."""
+    """For each prompt, yield the best `count` continuations of a beam search."""
     from tinylm.generation.search import beam_search
 
     for prompt in prompts:
@@ -367,7 +367,7 @@ def _beam_search(generation: _Generation, prompts: list[_Prompt], beams: int, le
 
 
 def _best_of(generation: _Generation, prompts: list[_Prompt], candidates: int, ranking: str) -> Iterator[_Result]:
-    """Yield the best `count` of `candidates` samples of every prompt."""
+    """For each prompt, generate `candidates` samples and yield the best `count`."""
     from tinylm.generation.search import best_of
 
     for prompt in prompts:
@@ -416,7 +416,7 @@ def _continue(generation: _Generation, text: str, turn: int) -> str:
 
 
 def _document(result: _Result, tokenizer: Tokenizer) -> dict[str, Any]:
-    """A result as a JSON object: the fields of the prompt's record and those of the sample."""
+    """Convert a result to a JSON object with the fields of the prompt's record and of the sample."""
     sample = result.sample
     document: dict[str, Any] = {
         **result.record,
@@ -465,7 +465,7 @@ def _quoted(tokenizer: Tokenizer, id: int) -> str:
 
 
 def _statistics(samples: list[Sample]) -> list[str]:
-    """The number of tokens, the throughput (if measured) and the finish reasons."""
+    """Return the number of tokens, the throughput (if measured), and the finish reasons."""
     total = pluralize(sum(len(sample.token_ids) for sample in samples), "token")
     speed = sum(sample.tokens_per_second for sample in samples)
     reasons = ", ".join(dict.fromkeys(sample.finish_reason for sample in samples))

@@ -1,6 +1,6 @@
-"""`tinylm tokenize`: train, apply and edit tokenizers. The verbs that evaluate them are in `tokenizer_report`.
+"""`tinylm tokenize`: train, apply and edit tokenizers. The subcommands that evaluate them are in `tokenizer_report`.
 
-Only editing the tokenizer of a run imports torch.
+torch is imported only to edit the tokenizer of a run.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from tinylm.tokenizer.vocab_editing import EditedTokenizer
 
 app = typer.Typer(cls=CommandGroup, add_completion=False, no_args_is_help=True, help="Train, apply, compare and edit tokenizers.")
-for verb in (tokenizer_report.report, tokenizer_report.compare, tokenizer_report.explain, tokenizer_report.sweep):
-    app.command()(verb)
+for command in (tokenizer_report.report, tokenizer_report.compare, tokenizer_report.explain, tokenizer_report.sweep):
+    app.command()(command)
 OVERWRITE = typer.Option(False, "--overwrite", help="Replace an existing file.")
 
 
@@ -65,8 +65,8 @@ def train(
     split: str | None = typer.Option(
         None,
         "--split",
-        help="How text is divided into words, which no token spans: gpt4 (default), gpt2, llama3, whitespace, none or a regular "
-        "expression. Kinds wordpiece and word: bert (default), whitespace or a regular expression.",
+        help="How to split text into words; tokens never cross word boundaries: gpt4 (default), gpt2, llama3, whitespace, none or "
+        "a regular expression. Kinds wordpiece and word: bert (default), whitespace or a regular expression.",
     ),
     digits: int | None = typer.Option(None, "--digits", help="Maximum number of digits in a token. Default: 2 for split gpt4."),
     normalize: list[str] | None = typer.Option(
@@ -88,7 +88,7 @@ def train(
         None, "--min-frequency", help="Minimum number of occurrences for a merge, word or character. Default: 1."
     ),
     max_token_length: int | None = typer.Option(
-        None, "--max-token-length", help="Maximum length of a token: bytes with alphabet bytes, else characters."
+        None, "--max-token-length", help="Maximum token length, in bytes with `--alphabet bytes`, otherwise in characters."
     ),
     special: list[str] | None = typer.Option(None, "--special", help="An additional control token. Can be repeated."),
     added: list[str] | None = typer.Option(None, "--added", help="A string that is always one token. Can be repeated."),
@@ -147,7 +147,7 @@ def train(
 
 
 def _print_result(path: str, tokenizer: Tokenizer, extra: dict[str, Any], json: bool) -> None:
-    """Print the path of a new tokenizer, or as JSON also its properties and the `extra` keys."""
+    """Print the path of a new tokenizer. With `json`, also print its properties and the `extra` keys."""
     if not json:
         write_stdout(path)
         return
@@ -207,7 +207,7 @@ def _print_ids(encoded: Any) -> None:
 
 
 def _encoded(tokenizer: Tokenizer, pieces: Any, allow_special: bool, dropout: float, seed: int) -> Iterator[tuple[Any, bool]]:
-    """Encode pieces as the options say. Yields (ids, whether they begin a document)."""
+    """Encode pieces with the given options. Yields (ids, whether they start a document)."""
     if dropout:
         from tinylm.tokenizer.dropout import DropoutEncoder
 
@@ -231,7 +231,7 @@ def _documents(encoded: Any) -> Iterator[list[int]]:
 
 
 def _token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-    """The text of each id. Special tokens, which have no text, are given by name."""
+    """Return the text of each id. Special tokens have no text, so return their names instead."""
     table = tokenizer.token_bytes
     return [table[id].decode("utf-8", "replace") or str(tokenizer.backend.id_to_token(id)) for id in ids]
 
@@ -263,7 +263,7 @@ def decode(
 
 
 def _words(stream: io.TextIOBase) -> Iterator[str]:
-    """Yield the words of a stream. It is read in blocks, because a line may be too long for memory."""
+    """Yield the words of a stream. Read it in blocks, because a line may not fit in memory."""
     rest = ""
     while block := stream.read(1 << 16):
         words = (rest + block).split()
@@ -282,7 +282,7 @@ PROVE_ON = typer.Option(
 
 @dataclass(frozen=True)
 class EditOptions:
-    """The options that `add` and `remove` share."""
+    """Options shared by `add` and `remove`."""
 
     tokens: list[str]
     out: str

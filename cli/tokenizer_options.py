@@ -1,4 +1,4 @@
-"""Options that several `tinylm tokenize` verbs share: the tokenizer to use, and how to train one."""
+"""Options shared by several `tinylm tokenize` subcommands: which tokenizer to use, and how to train one."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def load_tokenizer(tokenizer: str | None, run: str | None, quiet: bool) -> Token
 
 
 def tokenizer_section(kind: str, **options: Any) -> Any:
-    """The `tokenizer` section of a recipe with these options, validated like a recipe. Options that are None are ignored.
+    """Build and validate the `tokenizer` section of a recipe from these options. Options that are None are ignored.
 
-    The `InputError` for an invalid option names the command-line option.
+    If an option is invalid, the `InputError` names the command-line option.
     """
     from tinylm.recipe import schema
 
@@ -85,5 +85,5 @@ def option_names_in_errors() -> Iterator[None]:
 
 
 def _option(key: str) -> str:
-    """The command-line option of a recipe key."""
+    """Return the command-line option for a recipe key."""
     return "--" + {"special_tokens": "special", "added_tokens": "added"}.get(key, key).replace("_", "-")

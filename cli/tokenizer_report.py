@@ -92,8 +92,8 @@ def _print_report(result: TokenizerReport, description: str, baselines: str) -> 
         ("longest tokens", "  ".join(repr(token) for token in result.longest_tokens)),
     ]
     rows += [
-        (f"failure {number}", f"{f.file}:{f.line}: {f.text!r} is decoded as {f.decoded!r}")
-        for number, f in enumerate(result.failures, 1)
+        (f"failure {number}", f"{failure.file}:{failure.line}: {failure.text!r} is decoded as {failure.decoded!r}")
+        for number, failure in enumerate(result.failures, 1)
     ]
     print_fields(stdout_console(), rows)
     _print_histogram(result.token_lengths)
@@ -109,7 +109,7 @@ def _print_report(result: TokenizerReport, description: str, baselines: str) -> 
 
 
 def _print_histogram(lengths: list[int]) -> None:
-    """Print the share of the text's tokens by length in bytes. The last entry includes all longer tokens."""
+    """Print a histogram of token lengths in bytes. The last bar includes all longer tokens."""
     write_stdout("token length in bytes, and the share of the text's tokens with that length")
     highest, total = max(*lengths, 1), max(sum(lengths), 1)
     for size, number in enumerate(lengths):
@@ -129,7 +129,7 @@ def _table(first: str, *others: str) -> Table:
 def compare(
     tokenizer: list[str] = typer.Argument(
         ...,
-        help="tokenizer.json files or folders with one, FILE.tiktoken[:SPLIT], tiktoken:NAME, or sentencepiece .model files.",
+        help="tokenizer.json files, folders that contain one, FILE.tiktoken[:SPLIT], tiktoken:NAME, or sentencepiece .model files.",
     ),
     on: list[str] = typer.Option(..., "--on", help="SOURCE to encode. Can be repeated."),
     field: str = FIELD,
@@ -183,11 +183,11 @@ def explain(
     text: str = typer.Argument(..., help="The text, or - for standard input."),
     tokenizer: str | None = TOKENIZER,
     run: str | None = RUN,
-    html: str | None = typer.Option(None, "--html", help="Also write the explanation to an HTML page."),
+    html: str | None = typer.Option(None, "--html", help="Also write the explanation to this HTML file."),
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Explain how a text is encoded: the merges of each word, or its best segmentations with their scores."""
+    """Explain how a text is encoded: the merges of each word (BPE) or its best-scoring segmentations (unigram)."""
     from tinylm.paths import atomic_write_text
     from tinylm.tokenizer.explain import as_html, visible
     from tinylm.tokenizer.explain import explain as explain_text
@@ -216,13 +216,16 @@ def explain(
         ConsoleReporter(stderr_console(), quiet=quiet).note(f"wrote {html}")
 
 
-def _step_line(console: Console, what: str, parts: list[str]) -> Text:
-    """A step and the parts of the word after it: colored on a terminal with colors, else separated by bars."""
+def _step_line(console: Console, label: str, parts: list[str]) -> Text:
+    """Format a step and the resulting parts of the word.
+
+    Color the parts if the terminal supports it; otherwise separate them with vertical bars.
+    """
     from tinylm.tokenizer.explain import visible
 
     shown = [visible(part) for part in parts]
     plain = console.no_color or not console.is_terminal
-    return Text(f"  {what:<36} ", style="dim" if not plain else "") + (Text("|".join(shown)) if plain else _colored(shown))
+    return Text(f"  {label:<36} ", style="dim" if not plain else "") + (Text("|".join(shown)) if plain else _colored(shown))
 
 
 def _colored(parts: list[str]) -> Text:
@@ -237,10 +240,10 @@ def sweep(
     sizes: str = typer.Option("512,1024,2048,4096,8192,16384", "--sizes", help="Vocabulary sizes, separated by commas."),
     kind: str = typer.Option("bpe", "--kind", help="bpe, unigram, wordpiece or word."),
     split: str | None = typer.Option(None, "--split", help="As in `tokenize train`."),
-    recipe: str = typer.Option("quickstart", "--recipe", help="RECIPE with the model and batch size to compare the sizes for."),
+    recipe: str = typer.Option("quickstart", "--recipe", help="RECIPE that defines the model and batch size of the comparison."),
     set_: list[str] | None = SET,
     heldout: float = typer.Option(
-        0.1, "--heldout", min=0.001, max=0.9, help="Share of the text, at its end, to hold out for evaluation."
+        0.1, "--heldout", min=0.001, max=0.9, help="Share of the text to hold out for evaluation, taken from its end."
     ),
     plot: str | None = typer.Option(None, "--plot", help="Also draw a chart: a .png, .svg or .pdf file."),
     field: str = FIELD,
@@ -248,7 +251,7 @@ def sweep(
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Compare vocabulary sizes: bytes per token against their cost in the model. Suggests a size."""
+    """Compare vocabulary sizes by bytes per token and by their cost in the model, and suggest one."""
     from tinylm.recipe import load
     from tinylm.text.sources import Corpus, describe
     from tinylm.text.split import by_tail, scan

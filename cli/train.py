@@ -1,4 +1,4 @@
-"""`tinylm train`: train a recipe into a run folder, or replay a failed step."""
+"""`tinylm train`: train a recipe in a run folder, or replay a failed step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 import os
 import shlex
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -172,7 +171,7 @@ def _load(
 
 
 def _refuse_for_embeddings(given: dict[str, bool]) -> None:
-    """Raise `InputError` if an option was given that embeddings, which are trained by one process on the CPU, do not support."""
+    """Raise `InputError` if a given option is not supported for embeddings. Embeddings are trained by one process on the CPU."""
     from tinylm.errors import InputError
 
     for option, is_given in given.items():
@@ -181,7 +180,7 @@ def _refuse_for_embeddings(given: dict[str, bool]) -> None:
 
 
 def _observer(console: StderrConsole, title: str, quiet: bool) -> Observer:
-    """A live panel if the output is a terminal, otherwise plain lines; nothing if `quiet`."""
+    """Return an observer that shows a live panel on a terminal and plain lines otherwise. If `quiet`, it shows nothing."""
     from tinylm.training.metrics import Observer
 
     from .live import PlainView, TerminalView
@@ -206,7 +205,7 @@ def _parse_threads(text: str | None) -> int | Literal["auto"] | None:
 
 
 def _replay(report: str, device: str, threads: int | Literal["auto"] | None, json: bool) -> None:
-    """Repeat the step of a report, and print how the results compare with those in the report."""
+    """Replay the step in a report, and print how the results compare with the report."""
     from tinylm.errors import InputError
 
     if threads == "auto":
@@ -238,7 +237,7 @@ def _replay(report: str, device: str, threads: int | Literal["auto"] | None, jso
 
 
 def _nan_as_infinity(loss: float) -> float:
-    """A sort key: NaN cannot be compared."""
+    """Return a sort key for a loss. NaN cannot be sorted."""
     return math.inf if math.isnan(loss) else loss
 
 
@@ -250,18 +249,18 @@ def _show_result(result: TrainResult, console: StderrConsole, json: bool, quiet:
     if not quiet:
         _show_summary(result, console)
     if json:
-        document = asdict(result)
-        del document["signal_number"]
-        print_json(document)
+        print_json(result.as_dict())
     else:
         write_stdout(result.run)
 
 
 def _show_summary(result: TrainResult, console: StderrConsole) -> None:
+    from tinylm.evaluation.metrics import METRICS
+
     rows = []
-    if result.val_loss is not None:
-        scores = f"loss {result.val_loss:.4f} nats per token, perplexity {result.val_perplexity:.2f}, "
-        rows.append(("held-out", f"{scores}{result.val_bits_per_byte:.4f} bits per byte (best at step {result.best_step:,})"))
+    scores = [METRICS[name].described(value, unit=True) for name, value in result.metrics.items() if value is not None]
+    if scores:
+        rows.append(("held-out", f"{', '.join(scores)} (best at step {result.best_step:,})"))
     tokens, parameters = format_count(result.tokens), format_count(result.parameters)
     rows.append(("trained", f"{result.step:,} of {result.steps:,} steps, {tokens} tokens, {parameters} parameters"))
     speed = f"{format_count(result.tokens_per_second)} tokens/s in {result.precision} on {result.device}"

@@ -1,6 +1,8 @@
-"""Create the pictures of the README from a real run: python docs/make_pictures.py runs/quickstart
+"""Create the pictures in the README from a real run.
 
-docs/training.svg   the terminal view at the end of the training, exported by rich
+    python docs/make_pictures.py runs/quickstart
+
+docs/training.svg   the terminal view at the end of training, exported by rich
 docs/curve.svg      the loss curve, drawn by `tinylm plot`
 """
 
@@ -10,7 +12,6 @@ import io
 import re
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 from rich.console import Console
@@ -24,13 +25,14 @@ WIDTH = 100
 
 
 def replay(run: Run, console: Console) -> TerminalView:
-    """The terminal view after replaying the logged events of a run."""
+    """Replay the logged events of a run, and return the terminal view at the end."""
     view = TerminalView(console, f"tinylm train {run.recipe.name}")
     for line in run.metrics():
-        event_class = StepEvent if line["kind"] == "step" else EvaluationEvent
-        values = {field.name: line[field.name] for field in fields(event_class)}
-        event = event_class(**values)
-        view.step(event) if isinstance(event, StepEvent) else view.evaluation(event)
+        values = {key: value for key, value in line.items() if key != "kind"}
+        if line["kind"] == "step":
+            view.step(StepEvent(**values))
+        else:
+            view.evaluation(EvaluationEvent.from_line(values))
     samples = (run.path / "samples.md").read_text(encoding="utf-8")
     step, text = re.findall(r"## Step (\d+)\n\n((?:    .*\n|\n)+)", samples)[-1]
     prompt = run.recipe.sampling.prompts[-1]

@@ -33,7 +33,7 @@ checkpoint: {{every: 5, keep: 1}}
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Keep tests out of the user's cache, and run them on one thread, which is fastest for tiny models."""
+    """Keep tests from using the user's cache, and run them on one thread, which is fastest for tiny models."""
     os.environ["TINYLM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ.pop("TINYLM_RUN", None)
     torch.set_num_threads(1)
@@ -41,7 +41,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(scope="session")
 def english() -> str:
-    """460 kB of English: Python's language reference."""
+    """460 kB of English text from Python's language reference."""
     return "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
 
 
@@ -54,7 +54,7 @@ def text_file(english: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def short_file(english: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """6 kB of English: a tiny run trains on it for more than one epoch."""
+    """6 kB of English, short enough that a tiny run trains for more than one epoch."""
     path = tmp_path_factory.mktemp("text") / "short.txt"
     path.write_text(english[1000:7000], encoding="utf-8")
     return path
@@ -84,13 +84,13 @@ class NoteCollector(Observer):
 
 
 Change = Callable[[Transformer, torch.Tensor], torch.Tensor]
-"""Takes the network and the loss. May change the gradients, and returns the loss to report."""
+"""A function that accepts the network and the loss, may change the gradients, and returns the loss to report."""
 Corrupt = Callable[[Collection[int], Change], list[list[torch.Tensor]]]
 
 
 @pytest.fixture
 def corrupt(monkeypatch: pytest.MonkeyPatch) -> Corrupt:
-    """`corrupt(calls, change)` applies `change` after these gradient computations (counted from 1).
+    """`corrupt(calls, change)` applies `change` after the gradient computations with these numbers, counted from 1.
 
     It returns a list that collects the weights before each computation.
     """

@@ -1,4 +1,4 @@
-"""The sections and keys of a recipe, in all variants, for tests of the schema. Independent of `tinylm.recipe.sections`."""
+"""The sections and keys of a recipe, in all variants, for tests of the schema. Does not use `tinylm.recipe.sections`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def sections_of(section: type[BaseModel]) -> Iterator[type[BaseModel]]:
 
 def leaves(section: type[BaseModel]) -> Iterator[str]:
     """Every key with a plain value, as `SectionClass.key`."""
-    for each in sections_of(section):
-        for key, field in each.model_fields.items():
+    for nested in sections_of(section):
+        for key, field in nested.model_fields.items():
             if not sections_in(field.annotation):
-                yield f"{each.__name__}.{key}"
+                yield f"{nested.__name__}.{key}"

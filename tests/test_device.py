@@ -26,15 +26,15 @@ class FirstCalls(TorchDispatchMode):
 
 with FirstCalls() as first:
     from tinylm.model.transformer import Transformer
-    from tinylm.recipe.schema import ModelSection
+    from tinylm.recipe.schema import DecoderSection
 
-    Transformer(ModelSection(n_layer=1, n_head=1, n_embd=64, context_length=256), 300)
+    Transformer(DecoderSection(n_layer=1, n_head=1, n_embd=64, context_length=256), 300)
 assert {name for name, _ in first.sizes} == VECTORIZED, first.sizes
 print(max(first.sizes.values()))
 """
 
 
 def test_every_vector_math_function_is_first_called_on_a_single_number() -> None:
-    """Prevents a race that changes results in about one process in eight, which `benchmarks/same_model.py` checks for."""
+    """Prevent a race that changes the results of one process in eight. `benchmarks/same_model.py` also checks for it."""
     result = subprocess.run([sys.executable, "-c", FIRST_CALLS], capture_output=True, text=True)
     assert (result.stdout.strip(), result.stderr) == ("1", "")

@@ -1,4 +1,4 @@
-"""The documentation names only what exists: commands, options, recipe keys, extras, files, links and Python names.
+"""Every command, option, recipe key, extra, file, link and Python name in the documentation exists.
 
 `docs/scripts/run_examples.py` runs the commands and writes their output; these tests only read the pages, so they are fast.
 """
@@ -80,7 +80,7 @@ def _prose(text: str) -> str:
 def _commands(page: str, examples: ModuleType) -> Iterator[list[str]]:
     """The words of every tinylm command in the fenced blocks of a page, without pipes and redirections."""
     for block in examples.blocks(_text(page)):
-        written = block.commands if block.kind == "console" else block.lines if block.kind == "bash" else []
+        written = block.commands if block.kind in ("console", "bash") else []
         for line in written:
             lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;<>")
             lexer.whitespace_split, lexer.commenters = True, "#"
@@ -97,7 +97,7 @@ def _commands(page: str, examples: ModuleType) -> Iterator[list[str]]:
 
 
 def _name(words: list[str], options: dict[str, set[str]]) -> str:
-    """The full name of the command that these words call."""
+    """Return the full name of the command that starts with these words."""
     for length in (2, 1):
         if (name := " ".join(words[:length])) in options:
             return name
@@ -127,11 +127,11 @@ def _extras() -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_inline_code_names_what_exists(page: str, options: dict[str, set[str]], keys: set[str]) -> None:
+def test_names_in_inline_code_exist(page: str, options: dict[str, set[str]], keys: set[str]) -> None:
     known = set().union(*options.values()) | OTHER_OPTIONS
     commands = {name.split()[0] for name in options}
     extras = _extras()
-    # A page about benchmarks also names options of the scripts.
+    # Pages about benchmarks also contain options of the benchmark scripts.
     option = r"tinylm[\w ]* (--?[a-z][a-z-]*)" if "benchmarks/" in _text(page) else r"(?:tinylm[\w ]* |^)(--?[a-z][a-z-]*)"
     sections = {key for key in keys if any(other.startswith(f"{key}.") for other in keys)}
     for code in re.findall(r"`([^`\n]+)`", _prose(_text(page))):
@@ -148,7 +148,7 @@ def test_inline_code_names_what_exists(page: str, options: dict[str, set[str]], 
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_to_files(page: str) -> None:
+def test_linked_files_exist(page: str) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", _prose(_text(page))):
         if "://" not in target:
             assert ((ROOT / page).parent / target).exists(), target
@@ -185,12 +185,14 @@ def test_python_examples_import_names_that_exist(page: str, examples: ModuleType
                     assert hasattr(module, alias.name), f"{node.module}.{alias.name}"
 
 
-def test_every_console_block_has_a_command_or_a_reason_not_to_run_it(examples: ModuleType) -> None:
+def test_every_block_of_commands_is_run_or_states_a_reason_not_to_run_it(examples: ModuleType) -> None:
+    run = {path.resolve() for path in examples.pages()}
     for page in PAGES:
         for block in examples.blocks(_text(page)):
-            if block.kind == "console":
-                assert block.commands, f"{page}: a console block without a command"
-                assert block.comments.get("not run", "a reason"), f"{page}: the reason is missing"
+            if block.kind in ("console", "bash"):
+                assert block.commands, f"{page}: a block without a command"
+                reason = block.comments.get("not run")
+                assert reason or (reason is None and ROOT / page in run), f"{page}: neither run nor a reason: {block.commands[0]}"
 
 
 def test_all_pages_of_the_site_are_in_its_navigation(examples: ModuleType) -> None:

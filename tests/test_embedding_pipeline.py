@@ -88,7 +88,7 @@ def test_training_writes_its_files_and_sends_events(reference: Path, tmp_path: P
     assert len(Run(tmp_path / "run").checkpoints()) == 1
 
 
-def test_related_words_are_nearer_than_chance(english: str, tmp_path: Path) -> None:
+def test_related_words_are_closer_than_chance(english: str, tmp_path: Path) -> None:
     """The plural of a word is among its ten nearest neighbors far more often than among ten random words."""
     path = tmp_path / "reference.txt"
     path.write_text(english, encoding="utf-8")
@@ -133,15 +133,15 @@ def test_the_run_of_a_language_model_cannot_be_resumed(tiny_run: Run, reference:
         train_embeddings(embedding_recipe(reference), tiny_run.path, resume=True)
 
 
-def test_a_folder_in_use_cannot_be_trained_into(reference: Path, tmp_path: Path) -> None:
+def test_training_in_a_folder_that_is_in_use_is_an_error(reference: Path, tmp_path: Path) -> None:
     with locked_run_folder(tmp_path / "run", resume=False, overwrite=False):
-        with pytest.raises(InputError, match="another process is training into this folder"):
+        with pytest.raises(InputError, match="another process is training in this folder"):
             train_embeddings(embedding_recipe(reference), tmp_path / "run", overwrite=True)
         assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]
 
 
 def test_overwriting_removes_the_files_of_the_previous_run(tiny_run: Run, reference: Path, tmp_path: Path) -> None:
-    """A run of any kind is removed. The user's files are kept."""
+    """Overwriting removes a run of any kind and keeps the user's files."""
     folder = tmp_path / "run"
     shutil.copytree(tiny_run.path, folder)
     (folder / "notes.txt").write_text("mine")

@@ -1,4 +1,4 @@
-"""Fine-tuning: what a recipe inherits from its source run, what the model learns, and that the result is an ordinary run."""
+"""A fine-tuning recipe inherits from its source run, the model learns the new text, and the result is an ordinary run."""
 
 from __future__ import annotations
 
@@ -99,8 +99,10 @@ def test_a_stopped_run_resumes_exactly_even_if_its_source_run_was_removed(
     train(recipe, tmp_path / "parts", device="cpu", stop_after=0.0)
     shutil.rmtree(source)
     train(load(tmp_path / "parts" / "recipe.yaml", check_files=False), tmp_path / "parts", device="cpu", resume=True)
-    one, other = (load_file(Run.open(tmp_path / name).checkpoint("last").path / "model.safetensors") for name in ("full", "parts"))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    expected, actual = (
+        load_file(Run.open(tmp_path / name).checkpoint("last").path / "model.safetensors") for name in ("full", "parts")
+    )
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again_from_its_source_run(
@@ -110,13 +112,17 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again_from_its_source_r
     train(recipe, tmp_path / "full", device="cpu")
     shutil.copytree(tmp_path / "full", tmp_path / "killed", ignore=shutil.ignore_patterns("checkpoints", "metrics.jsonl"))
     train(recipe, tmp_path / "killed", device="cpu", resume=True)
-    one, other = (load_file(Run(tmp_path / name).checkpoint("last").path / "model.safetensors") for name in ("full", "killed"))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    expected, actual = (
+        load_file(Run(tmp_path / name).checkpoint("last").path / "model.safetensors") for name in ("full", "killed")
+    )
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="gloo")
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_processes_learn_the_same_lora_weights_as_one(kind: str, tiny_run: Run, code_file: Path, tmp_path: Path) -> None:
+def test_two_processes_learn_the_same_lora_weights_as_one_process(
+    kind: str, tiny_run: Run, code_file: Path, tmp_path: Path
+) -> None:
     settings = ("training.lora={rank: 4}", "training.micro_batch_size=2", f"training.parallel={kind}")
     recipe = recipe_from(tiny_run, code_file, *settings, "sampling.every=6", "sampling.prompts=[The]", "checkpoint.every=6")
     train(recipe, tmp_path / "one", device="cpu")

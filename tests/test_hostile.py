@@ -1,4 +1,4 @@
-"""Malicious run folders are rejected: no code is executed, nothing is written outside, and forged sizes do not allocate memory."""
+"""Malicious run folders are rejected without executing code, writing files outside, or allocating memory for forged sizes."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _resume(run: Run) -> None:
     train(run.recipe, run.path, device="cpu", resume=True)
 
 
-def _use(run: Run) -> None:
+def _evaluate(run: Run) -> None:
     evaluate_run(Run.open(run.path), checkpoint="last", device="cpu")
 
 
@@ -72,14 +72,14 @@ def _contents(folder: Path) -> dict[str, bytes]:
 FILES = ["model.safetensors", "training-00001.safetensors", "state.json", "manifest.json"]
 
 
-@pytest.mark.parametrize("use", [_use, _resume])
+@pytest.mark.parametrize("use", [_evaluate, _resume])
 @pytest.mark.parametrize("name", [*FILES, ".metadata", "../../metrics.jsonl", "../../tokenizer.json", "../../heldout/heldout.npy"])
 def test_a_pickle_in_place_of_any_file_is_never_loaded(name: str, use: Callable[[Run], None], run: Run, canary: Path) -> None:
     for checkpoint in run.checkpoints():
         (checkpoint.path / name).write_bytes(pickle.dumps(_Bomb(canary)))
         if name != "manifest.json":
             _forge_manifest(checkpoint)
-    ignored = name.endswith(("metrics.jsonl", ".metadata")) or (use is _use and name.startswith("training"))
+    ignored = name.endswith(("metrics.jsonl", ".metadata")) or (use is _evaluate and name.startswith("training"))
     rewritten = use is _resume and name.startswith("../../")
     if ignored or rewritten:
         with pytest.MonkeyPatch.context() as patch:
@@ -100,7 +100,7 @@ def test_unpickling_the_bomb_creates_its_file(canary: Path) -> None:
 def test_held_out_tokens_may_not_be_an_array_of_objects(run: Run, canary: Path) -> None:
     np.save(run.path / "heldout" / "heldout.npy", np.array([_Bomb(canary)], dtype=object), allow_pickle=True)
     with pytest.raises(InputError, match="the tokens are missing or damaged"):
-        _use(run)
+        _evaluate(run)
     assert not canary.exists()
 
 
@@ -119,7 +119,7 @@ def test_a_manifest_that_names_files_outside_the_folder_is_rejected(name: str, r
 def test_a_pointer_that_does_not_name_a_checkpoint_is_rejected(pointer: str, run: Run) -> None:
     (run.path / "checkpoints" / "last").write_text(pointer)
     with pytest.raises(InputError, match="does not name a checkpoint"):
-        _use(run)
+        _evaluate(run)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_a_symlink_out_of_the_folder_is_rejected_and_nothing_is_written_through_
     with pytest.raises(InputError, match="links to a place outside the run folder"):
         _resume_with_resolved_recipe(run)
     with pytest.raises(InputError, match="links to a place outside the run folder"):
-        _use(run)
+        _evaluate(run)
     after = _contents(outside) if outside.is_dir() else outside.read_bytes() if outside.exists() else None
     assert after == before
 
@@ -153,7 +153,7 @@ def test_a_checkpoint_folder_that_is_a_symlink_is_rejected(run: Run, tmp_path: P
     shutil.move(checkpoint.path, tmp_path / "outside")
     checkpoint.path.symlink_to(tmp_path / "outside")
     with pytest.raises(InputError, match="links to a place outside"):
-        _use(run)
+        _evaluate(run)
     assert Checkpoint(checkpoint.path).problem() == "it is a symbolic link"
 
 
@@ -174,7 +174,7 @@ FORGED_HEADERS = {
 }
 
 
-@pytest.mark.parametrize("use", [_use, _resume])
+@pytest.mark.parametrize("use", [_evaluate, _resume])
 @pytest.mark.parametrize("header", FORGED_HEADERS)
 @pytest.mark.parametrize("file", ["model.safetensors", "training-00001.safetensors"])
 def test_a_forged_header_is_rejected_without_allocating_memory(
@@ -183,7 +183,7 @@ def test_a_forged_header_is_rejected_without_allocating_memory(
     for checkpoint in run.checkpoints():
         (checkpoint.path / file).write_bytes(FORGED_HEADERS[header])
         _forge_manifest(checkpoint)
-    if use is _use and file != "model.safetensors":
+    if use is _evaluate and file != "model.safetensors":
         use(run)  # evaluation does not open this file
         return
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -194,22 +194,22 @@ def test_a_forged_header_is_rejected_without_allocating_memory(
 
 @pytest.mark.parametrize("shape", [(1 << 20, 4), (4,), ()])
 @pytest.mark.parametrize(
-    ("file", "use", "why"),
+    ("file", "use", "message"),
     [
-        ("model.safetensors", _use, "does not fit the recipe"),
+        ("model.safetensors", _evaluate, "does not fit the recipe"),
         ("model.safetensors", _resume, "does not fit the recipe"),
         ("training-00001.safetensors", _resume, "cannot be restored"),
     ],
 )
 def test_tensors_of_the_wrong_shape_are_rejected(
-    file: str, use: Callable[[Run], None], why: str, shape: tuple[int, ...], run: Run
+    file: str, use: Callable[[Run], None], message: str, shape: tuple[int, ...], run: Run
 ) -> None:
     for checkpoint in run.checkpoints():
         tensors = load_file(checkpoint.path / file)
         name = sorted(name for name in tensors if not name.endswith("/step"))[0]
         save_file({**tensors, name: torch.zeros(shape)}, checkpoint.path / file)
         _forge_manifest(checkpoint)
-    with pytest.raises(InputError, match=why):
+    with pytest.raises(InputError, match=message):
         use(run)
 
 
@@ -219,7 +219,7 @@ def test_shards_that_do_not_cover_their_tensor_are_rejected(offsets: Any, run: R
         file = checkpoint.path / "training-00001.safetensors"
         tensors = load_file(file)
         name = next(name for name in tensors if name.endswith("qkv.weight/momentum"))
-        metadata = {each: {"saved_offsets": offsets if each == name else [0] * tensor.ndim} for each, tensor in tensors.items()}
+        metadata = {key: {"saved_offsets": offsets if key == name else [0] * tensor.ndim} for key, tensor in tensors.items()}
         save_file(tensors, file, {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(metadata)})
         _forge_manifest(checkpoint)
     with pytest.raises(InputError, match="cannot be restored"):
@@ -241,17 +241,17 @@ def test_held_out_tokens_that_declare_ten_gigabytes_are_rejected(run: Run) -> No
     end = content.index(b",", start)
     file.write_bytes(content[:start] + b"9" * (end - start) + b"9999999999"[: 128 - end] + content[end:])
     with pytest.raises(InputError):
-        _use(run)
+        _evaluate(run)
 
 
 @pytest.mark.parametrize("change", ["n_layer: 2000000000", "n_embd: 1048576", "context_length: 2000000000", "n_layer: 3"])
-def test_a_recipe_of_a_model_that_does_not_match_the_weights_or_is_huge_is_rejected(change: str, run: Run) -> None:
+def test_a_recipe_for_a_huge_or_mismatched_model_is_rejected(change: str, run: Run) -> None:
     recipe = (run.path / "recipe.yaml").read_text()
     key = change.partition(":")[0]
     old = recipe[recipe.index(f"{key}: ") :].split(",")[0].split("\n")[0].rstrip("}")
     (run.path / "recipe.yaml").write_text(recipe.replace(old, change))
     assert old != change
-    for use in (_use, _resume):
+    for use in (_evaluate, _resume):
         with pytest.raises(InputError):
             use(Run(run.path))
 

@@ -23,7 +23,7 @@ def test_a_file_appears_only_on_success(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-def test_a_failure_keeps_the_old_file_and_leaves_nothing_else(tmp_path: Path, error: type[BaseException]) -> None:
+def test_a_failure_keeps_the_old_file_and_leaves_no_other_file(tmp_path: Path, error: type[BaseException]) -> None:
     path = tmp_path / "file.txt"
     path.write_text("old")
     with pytest.raises(error), atomic_file(path) as temporary:  # noqa: PT012

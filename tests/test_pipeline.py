@@ -44,7 +44,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def _train_one_step(recipe: Recipe, folder: Path) -> None:
-    """Train a single step, so that there is a checkpoint to resume from."""
+    """Train a single step to create a checkpoint to resume from."""
     train(recipe, folder, device="cpu", stop_after=0.0)
 
 
@@ -59,7 +59,7 @@ def _evaluations(folder: Path) -> dict[int, float]:
 # The content of a run folder.
 
 
-def test_a_run_folder_holds_the_documented_files_and_no_pickle(tiny_run: Run) -> None:
+def test_a_run_folder_contains_the_documented_files_and_no_pickle(tiny_run: Run) -> None:
     files = {path.relative_to(tiny_run.path).as_posix() for path in tiny_run.path.rglob("*") if path.is_file()}
     top = {"recipe.yaml", "tokenizer.json", "metrics.jsonl", "environment.json", "heldout/heldout.npy", "heldout/heldout.json"}
     assert files >= top | {"checkpoints/best", "checkpoints/last"}
@@ -98,10 +98,10 @@ def test_the_result_agrees_with_the_run_folder(text: Path, folder: Path) -> None
     evaluations = _evaluations(folder)
     assert (result.run, result.step, result.steps, result.tokens) == (str(folder), 10, 10, 10 * 8 * 32)
     assert (result.stopped, result.signal_number, result.device, result.precision) == ("done", None, "cpu", "fp32")
-    assert result.val_loss == evaluations[10]
-    assert result.val_perplexity == pytest.approx(np.exp(evaluations[10]))
-    assert result.best_val_loss == min(evaluations.values())
-    assert evaluations[result.best_step] == result.best_val_loss
+    assert result.metrics["loss"] == evaluations[10]
+    assert result.metrics["perplexity"] == pytest.approx(np.exp(evaluations[10]))
+    assert result.best_value == min(evaluations.values())
+    assert evaluations[result.best_step] == result.best_value
     assert result.parameters == sum(
         p.numel() for p in Run(folder).network(Run(folder).checkpoint(), torch.device("cpu")).parameters()
     )
@@ -109,8 +109,8 @@ def test_the_result_agrees_with_the_run_folder(text: Path, folder: Path) -> None
     assert result.tokens_per_second == pytest.approx(result.tokens / result.train_seconds)
 
 
-def test_best_is_the_checkpoint_with_the_lowest_held_out_loss_and_last_the_newest(text: Path, folder: Path) -> None:
-    """The learning rate rises until training diverges, so that an early checkpoint is the best."""
+def test_best_is_the_checkpoint_with_the_lowest_held_out_loss_and_last_is_the_newest(text: Path, folder: Path) -> None:
+    """The learning rate rises until training diverges, so an early checkpoint is the best."""
     schedule = (
         "training.optimizer={name: adamw, lr: 3.0}",
         "training.schedule={name: constant, warmup: 12}",
@@ -139,7 +139,7 @@ def test_a_copied_run_is_evaluated_without_its_training_text(tiny_run: Run, tmp_
 # Invalid input.
 
 
-def test_a_folder_that_is_not_a_run_is_refused_and_unchanged(text: Path, folder: Path) -> None:
+def test_a_folder_that_is_not_a_run_is_rejected_and_unchanged(text: Path, folder: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "precious.txt").write_text("mine")
     for options in ({}, {"overwrite": True}, {"resume": True}):
@@ -148,7 +148,7 @@ def test_a_folder_that_is_not_a_run_is_refused_and_unchanged(text: Path, folder:
     assert (folder / "precious.txt").read_text() == "mine"
 
 
-def test_a_file_is_refused_as_run_folder(text: Path) -> None:
+def test_a_file_is_rejected_as_run_folder(text: Path) -> None:
     with pytest.raises(InputError, match="is a file"):
         train(_short(text), text, device="cpu")
 
@@ -164,7 +164,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_without_the_option(text: Path,
     assert [checkpoint.step for checkpoint in Run(folder).checkpoints()] == [2]
 
 
-def test_overwriting_with_an_invalid_recipe_removes_nothing(text: Path, folder: Path) -> None:
+def test_overwriting_with_an_invalid_recipe_removes_no_files(text: Path, folder: Path) -> None:
     _train_one_step(_short(text), folder)
     before = _last_weights(folder)
     with pytest.raises(InputError):
@@ -185,7 +185,7 @@ def test_overwriting_removes_only_the_files_of_the_old_run(text: Path, folder: P
     assert {line["step"] for line in Run(folder).metrics()} == {1, 2}
 
 
-def test_resuming_with_a_changed_recipe_is_refused_with_a_list_of_the_changes(text: Path, folder: Path) -> None:
+def test_resuming_with_a_changed_recipe_is_rejected_with_a_list_of_the_changes(text: Path, folder: Path) -> None:
     _train_one_step(_short(text), folder)
     changed = _short(text, "seed=9", "training.optimizer.lr=0.5", "training.schedule.cooldown=0.1", "name=other")
     with pytest.raises(InputError) as caught:
@@ -197,7 +197,7 @@ def test_resuming_with_a_changed_recipe_is_refused_with_a_list_of_the_changes(te
     assert "--allow-change" in message
 
 
-def test_an_allowed_change_is_applied_and_others_are_still_refused(text: Path, folder: Path) -> None:
+def test_an_allowed_change_is_applied_and_others_are_still_rejected(text: Path, folder: Path) -> None:
     _train_one_step(_short(text), folder)
     longer = _short(text, "training.optimizer.lr=0.5", steps=12)
     with pytest.raises(InputError, match=r"training\.optimizer\.lr"):
@@ -245,7 +245,7 @@ def test_keys_that_change_dropout_masks_may_not_change_with_dropout(key: str, te
         train(_short(text, "model.dropout=0.1", key), folder, device="cpu", resume=True)
 
 
-def test_resuming_with_a_changed_text_is_refused(text: Path, folder: Path) -> None:
+def test_resuming_with_a_changed_text_is_rejected(text: Path, folder: Path) -> None:
     _train_one_step(_short(text), folder)
     before = _last_weights(folder)
     text.write_text(text.read_text() + "One more sentence. " * 20)
@@ -274,7 +274,7 @@ def test_a_changed_tokenizer_file_is_reported_as_the_tokenizer(text: Path, folde
         train(recipe, folder, device="cpu", resume=True)
 
 
-def test_a_text_shorter_than_one_sequence_is_refused(tmp_path: Path, folder: Path) -> None:
+def test_a_text_shorter_than_one_sequence_is_rejected(tmp_path: Path, folder: Path) -> None:
     path = tmp_path / "tiny.txt"
     path.write_text("pneumonoultramicroscopicsilicovolcanoconiosis " * 20)  # many bytes, but one token per word
     recipe = tiny_recipe(path, "modern", "model.context_length=80")
@@ -286,7 +286,7 @@ def test_a_text_shorter_than_one_sequence_is_refused(tmp_path: Path, folder: Pat
 # Damage and signals.
 
 
-def test_if_the_newest_checkpoint_is_damaged_resuming_from_the_previous_one_trains_the_same_model(text: Path, folder: Path) -> None:
+def test_resuming_from_the_previous_checkpoint_if_the_newest_is_damaged_trains_the_same_model(text: Path, folder: Path) -> None:
     recipe = _short(text, "checkpoint.keep=3", steps=12)
     train(recipe, folder, device="cpu")
     weights, evaluations = _last_weights(folder), _evaluations(folder)
@@ -304,7 +304,7 @@ def test_if_the_newest_checkpoint_is_damaged_resuming_from_the_previous_one_trai
 
 
 def test_best_never_names_a_removed_checkpoint(text: Path, folder: Path) -> None:
-    """Step 9 is saved while 5 is best. Step 10 is better, so that 5 is removed. Then 10 is damaged."""
+    """Step 9 is saved while 5 is best. Step 10 is better, so step 5 is removed. Then step 10 is damaged."""
     recipe = _short(text, "checkpoint.every=3", "checkpoint.keep=2", steps=10)
     train(recipe, folder, device="cpu")
     assert [checkpoint.step for checkpoint in Run(folder).checkpoints()] == [9, 10]
@@ -365,9 +365,9 @@ def test_a_signal_stops_after_the_current_step_and_saves_it(
     out, err = process.communicate(timeout=60)
     assert process.returncode == code
     assert b"Traceback" not in err
-    answer = json.loads(out)
-    assert answer["stopped"] == "signal"
+    result = json.loads(out)
+    assert result["stopped"] == "signal"
     saved = Run(folder).checkpoint("last")
     assert saved.problem() is None
-    assert saved.step == answer["step"] == max(line["step"] for line in Run(folder).metrics())
+    assert saved.step == result["step"] == max(line["step"] for line in Run(folder).metrics())
     assert train(recipe, folder, device="cpu", resume=True, stop_after=0.0).step == saved.step + 1

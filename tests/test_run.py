@@ -32,7 +32,7 @@ def test_a_run_opens_from_its_folder_and_from_a_checkpoint_in_it(tiny_run: Run) 
     assert inside.checkpoint("best").step == tiny_run.checkpoint("best").step
 
 
-def test_a_path_that_is_not_a_run_is_refused(tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_run_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such run"):
         Run.open(tmp_path / "nowhere")
     with pytest.raises(InputError, match="not a run folder"):
@@ -46,7 +46,7 @@ def test_a_checkpoint_is_selected_by_pointer_step_or_folder_name(tiny_run: Run) 
 
 
 @pytest.mark.parametrize(("which", "message"), [("7", "no checkpoint of step 7"), ("newest", "is not best, last or a step")])
-def test_the_error_for_a_missing_checkpoint_lists_the_existing_ones(which: str, message: str, tiny_run: Run) -> None:
+def test_the_error_for_a_missing_checkpoint_lists_the_existing_checkpoints(which: str, message: str, tiny_run: Run) -> None:
     with pytest.raises(InputError, match=message) as caught:
         tiny_run.checkpoint(which)
     assert caught.value.where == "--checkpoint"
@@ -105,10 +105,10 @@ def test_a_damaged_state_is_an_input_error(content: str, copied: Run) -> None:
         _ = Checkpoint(folder).state
 
 
-def test_a_run_saved_in_an_older_checkpoint_format_is_refused_before_its_recipe_is_read(
+def test_a_run_saved_in_an_older_checkpoint_format_is_rejected_before_its_recipe_is_read(
     copied: Run, tiny_run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Older formats have other recipe keys, which would otherwise be reported as mistakes in recipe.yaml."""
+    """Older formats have different recipe keys, which would otherwise be reported as mistakes in recipe.yaml."""
     for checkpoint in copied.checkpoints():
         state = json.loads((checkpoint.path / "state.json").read_text())
         (checkpoint.path / "state.json").write_text(json.dumps(state | {"format": FORMAT - 1, "version": "0.1"}))
@@ -116,14 +116,14 @@ def test_a_run_saved_in_an_older_checkpoint_format_is_refused_before_its_recipe_
     recipe.write_text(recipe.read_text() + "key_of_an_older_version: 1\n")
     monkeypatch.chdir(copied.path.parent.parent)
     message = rf"saved in checkpoint format {FORMAT - 1} by tinylm 0\.1; this version reads format {FORMAT} \(train the model again"
-    for use in (
+    for action in (
         lambda: Run.open(copied.path),
         lambda: Run.open(copied.checkpoint("last").path),
         Run.find,
         lambda: train(tiny_run.recipe, copied.path, resume=True, device="cpu"),
     ):
         with pytest.raises(InputError, match=message):
-            use()
+            action()
 
 
 def test_find_returns_the_named_run_or_the_most_recently_trained(
@@ -142,7 +142,7 @@ def test_find_returns_the_named_run_or_the_most_recently_trained(
     monkeypatch.delenv("TINYLM_RUN")
     shutil.move(tmp_path / "runs" / "copy" / "heldout", tmp_path / "outside")
     (tmp_path / "runs" / "copy" / "heldout").symlink_to(tmp_path / "outside")
-    with pytest.raises(InputError, match="links to a place outside the run folder"):  # as `Run.open` raises
+    with pytest.raises(InputError, match="links to a place outside the run folder"):  # the same error as `Run.open`
         Run.find()
 
 

@@ -1,4 +1,4 @@
-"""A suggested recipe is valid, fits its text, machine and budget, and gives a reason for each choice."""
+"""A suggested recipe is valid, fits its text, machine and budget, and states a reason for each choice."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_larger_models_train_for_fewer_epochs(text_file: Path) -> None:
     assert "more passes would overfit" in smallest.yaml
 
 
-def test_the_yaml_gives_reasons_and_loads_as_the_same_recipe(text_file: Path) -> None:
+def test_the_yaml_states_reasons_and_loads_as_the_same_recipe(text_file: Path) -> None:
     for suggestion, length in ((suggested(text_file), "epochs"), (suggested("builtin:python-docs", minutes=0.2), "minutes")):
         assert loads(suggestion.yaml) == suggestion.recipe
         for key in ("heldout", "vocab_size", "n_layer", "context_length", "global_batch_size", "optimizer", "schedule", length):
@@ -206,19 +206,19 @@ def test_a_text_without_words_has_an_empty_prompt(tmp_path: Path) -> None:
 
 
 def test_documents_are_split_by_tail_if_their_hashes_hold_out_too_much_or_too_little(tmp_path: Path, english: str) -> None:
-    size, found = len(english) // 20, {}
+    size, methods = len(english) // 20, {}
     for round_ in range(8):
         folder = tmp_path / str(round_)
         folder.mkdir()
         for number in range(20):
             (folder / f"{number}.txt").write_text(f"{round_} {english[number * size : (number + 1) * size]}", encoding="utf-8")
         recipe = suggested(folder).recipe
-        found[round_] = recipe.data.heldout.by  # type: ignore[union-attr]
+        methods[round_] = recipe.data.heldout.by  # type: ignore[union-attr]
         with Corpus(recipe.data.train) as corpus:
             hashes = split.scan(corpus.pieces()).hashes
         held = int((hashes < np.uint64(0.1 * 2**64)).sum())
-        assert found[round_] == ("document" if 1 <= held <= 3 else "tail"), held
-    assert set(found.values()) == {"document", "tail"}
+        assert methods[round_] == ("document" if 1 <= held <= 3 else "tail"), held
+    assert set(methods.values()) == {"document", "tail"}
 
 
 def test_the_number_of_epochs_is_limited(text_file: Path) -> None:

@@ -7,17 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tinylm.data.batch import Batch
 from tinylm.model.transformer import Transformer
-from tinylm.recipe.schema import ModelSection
+from tinylm.recipe.schema import DecoderSection
+from tinylm.training.objectives import CausalLM
 
 PRESETS = ("modern", "gpt2", "llama")
 VOCAB_SIZE = 61
 
 
-def section(preset: str = "modern", **overrides: Any) -> ModelSection:
+def section(preset: str = "modern", **overrides: Any) -> DecoderSection:
     """A `model:` section of 2 layers, width 32 and context 16, with `overrides`."""
     shape = {"n_layer": 2, "n_head": 4, "n_embd": 32, "context_length": 16}
-    return ModelSection.model_validate({"preset": preset, **shape, **overrides})
+    return DecoderSection.model_validate({"preset": preset, **shape, **overrides})
 
 
 def add_noise_(network: Transformer, seed: int = 0) -> Transformer:
@@ -32,6 +34,12 @@ def add_noise_(network: Transformer, seed: int = 0) -> Transformer:
 def model(preset: str = "modern", *, vocab_size: int = VOCAB_SIZE, **overrides: Any) -> Transformer:
     """A network in eval mode, with noise added to its initial weights."""
     return add_noise_(Transformer(section(preset, **overrides), vocab_size)).eval()
+
+
+def causal_batch(tokens: Tensor, segments: Tensor | None = None) -> Batch:
+    """The batch of next-token prediction for sequences (batch, time + 1). Negative ids are padding."""
+    examples = {"tokens": tokens.numpy()} if segments is None else {"tokens": tokens.numpy(), "segments": segments.numpy()}
+    return CausalLM().batch(examples, seed=0, start=0)
 
 
 def ids(rows: int = 2, length: int = 12, *, vocab_size: int = VOCAB_SIZE, seed: int = 0) -> Tensor:

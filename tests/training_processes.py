@@ -1,6 +1,6 @@
-"""Train in separate processes, which tests can kill.
+"""Train in separate processes that tests can kill.
 
-The processes are forked from a server that has already imported torch, so that they start quickly.
+The processes are forked from a server that has already imported torch, so they start quickly.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TIMEOUT_SECONDS = 120.0
 
 
 def _accumulate_with_nan_gradients(nan_steps: Sequence[int]) -> Callable[..., torch.Tensor]:
-    """Like `step.accumulate`, but the gradients of these calls (counted from 1) are NaN."""
+    """Return a version of `step.accumulate` with NaN gradients in the given calls, which are counted from 1."""
     calls = 0
 
     def accumulate(network: Any, *rest: Any) -> torch.Tensor:
@@ -49,7 +49,7 @@ def _accumulate_with_nan_gradients(nan_steps: Sequence[int]) -> Callable[..., to
 def _train_and_exit(
     recipe: str, folder: Path, rank: int, world_size: int, rendezvous: Path | None, observer: Observer | None, options: Any
 ) -> None:
-    """The main function of a process: train, and exit with the exit code that `tinylm train` would have."""
+    """Train in this process, then exit with the exit code that `tinylm train` would return."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     if rendezvous is not None:
@@ -67,16 +67,16 @@ def _train_and_exit(
 
 
 def error_file(folder: Path, rank: int = 0) -> Path:
-    """The file that a failed process writes its error message to."""
+    """Return the file to which a failed process writes its error message."""
     return folder.with_name(f"{folder.name}.error-{rank}")
 
 
 def start(
     recipe: Recipe, folder: Path, *, world_size: int = 1, observer: Observer | None = None, **options: Any
 ) -> list[BaseProcess]:
-    """Start `world_size` processes that train into `folder`.
+    """Start `world_size` processes that train in `folder`.
 
-    `options` are those of `train`, and `nan_steps` (steps whose gradients are NaN) and `defer_results` (as on a GPU).
+    `options` are passed to `train`, except for `nan_steps` (steps whose gradients are NaN) and `defer_results` (as on a GPU).
     """
     rendezvous = Path(tempfile.mkdtemp()) / "rendezvous" if world_size > 1 else None
     processes: list[BaseProcess] = []
@@ -99,13 +99,13 @@ def wait(processes: Sequence[BaseProcess]) -> list[int | None]:
 
 
 def run(recipe: Recipe, folder: Path, **options: Any) -> None:
-    """Train to the end. Fails unless every process exits with code 0."""
+    """Train until the run is complete. Fails unless every process exits with code 0."""
     codes = wait(start(recipe, folder, **options))
     assert set(codes) == {0}, codes
 
 
 def kill_when(processes: Sequence[BaseProcess], condition: Callable[[], bool], victim: int = 0) -> bool:
-    """Send SIGKILL to one process as soon as the condition holds, and wait for all. Returns False if it had ended before."""
+    """Kill one process as soon as `condition` is true, and wait for all processes. Returns False if the process exited earlier."""
     deadline = time.monotonic() + _TIMEOUT_SECONDS
     while not condition():
         if not processes[victim].is_alive():
@@ -121,18 +121,18 @@ def kill_when(processes: Sequence[BaseProcess], condition: Callable[[], bool], v
 
 
 def logged_lines(folder: Path) -> int:
-    """The number of complete lines in metrics.jsonl."""
+    """Return the number of complete lines in metrics.jsonl."""
     metrics = folder / "metrics.jsonl"
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
 def is_saving(folder: Path) -> bool:
-    """Whether the folder contains a partial checkpoint."""
+    """Return whether the folder contains a partial checkpoint."""
     return any((folder / "checkpoints").glob(".step-*.partial"))
 
 
 class FullDisk(Observer):
-    """After the checkpoint of step 4 and up to step 10, this process may not write files larger than 9 kB."""
+    """Prevent this process from writing files larger than 9 kB between the checkpoint of step 4 and step 10."""
 
     def saved(self, step: int) -> None:
         import resource

@@ -17,7 +17,7 @@ MakeRun = Callable[..., Run]
 
 
 def save_run(folder: Path, network: Transformer, tokenizer: Tokenizer) -> Run:
-    """Create a run folder whose only checkpoint holds the weights of `network`."""
+    """Create a run folder whose only checkpoint contains the weights of `network`."""
     folder.mkdir(parents=True)
     recipe = loads("data: {train: text.txt}\ntraining: {steps: 1}\n", check_files=False)
     recipe = recipe.model_copy(update={"model": network.model, "name": folder.name})

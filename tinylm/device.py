@@ -20,7 +20,7 @@ _VECTOR_MATH = (
 
 
 def resolve(name: str) -> torch.device:
-    """The device `name`. For `auto`, the first available of CUDA, Apple's MPS and the CPU. Raises `InputError` if unavailable."""
+    """Return device `name`, or for `auto` the first available of CUDA, MPS and the CPU. Raises `InputError` if unavailable."""
     kind, _, index = name.partition(":")
     if kind not in DEVICES or (index and not index.isdigit()):
         raise InputError(f"no such device {name!r}", where="--device", hint=f"one of {', '.join(DEVICES)}")
@@ -29,7 +29,7 @@ def resolve(name: str) -> torch.device:
 
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if kind == "auto":
-        kind = next(each for each, is_available in available.items() if is_available)
+        kind = next(candidate for candidate, is_available in available.items() if is_available)
     if not available[kind]:
         raise InputError(
             f"{kind} is not available on this machine", where="--device", hint="omit --device to use the fastest device"
@@ -48,11 +48,11 @@ def set_threads(threads: int | None) -> None:
 
 
 def warm_up_vector_math() -> None:
-    """Call every elementwise function of MKL once on a single number, so that results do not depend on a race. Takes a millisecond.
+    """Call every elementwise function of MKL once, to avoid a race that makes results irreproducible. Takes a millisecond.
 
-    MKL chooses the code for such a function at its first call. If two threads make that call at the same time, one of them can run
-    code of lower precision (https://github.com/pytorch/pytorch/issues/188792). Without this, one run in eight computed different
-    cosines for its rotary positions and ended with different weights.
+    MKL selects the code for a function on its first call. If two threads make that call at the same time, one thread can run code
+    of lower precision (https://github.com/pytorch/pytorch/issues/188792). Without this warm-up, one run in eight computed different
+    cosines for its rotary position embeddings and ended with different weights.
     """
     import torch
 
@@ -63,7 +63,7 @@ def warm_up_vector_math() -> None:
 
 
 def has_bf16_units(device: torch.device) -> bool:
-    """Whether the hardware computes in bfloat16. Older GPUs and most CPUs only emulate it."""
+    """Whether the hardware computes natively in bfloat16. Older GPUs and most CPUs only emulate it."""
     import torch
 
     if device.type == "cuda":
@@ -73,7 +73,7 @@ def has_bf16_units(device: torch.device) -> bool:
 
 
 def describe(device: torch.device) -> str:
-    """The product name of a GPU, or the device type."""
+    """Return the product name of a GPU, or the device type."""
     import torch
 
     if device.type == "cuda":
@@ -82,7 +82,7 @@ def describe(device: torch.device) -> str:
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """The peak memory so far: of the GPU for CUDA, else of this process. None if the operating system does not report it."""
+    """Return the peak memory of this process, or of the GPU for CUDA. None if the operating system does not report it."""
     if device.type == "cuda":
         import torch
 

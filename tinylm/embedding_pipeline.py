@@ -1,6 +1,6 @@
-"""Train embeddings from a recipe of `kind: embeddings` into a run folder. `tinylm embed train` and notebooks call this module.
+"""Train embeddings from a recipe with `kind: embeddings` in a run folder. `tinylm embed train` and notebooks call this module.
 
-recipe.yaml         the resolved recipe             vectors.safetensors   names, vectors and counts, at the end
+recipe.yaml         the resolved recipe             vectors.safetensors   names, vectors and counts, written at the end
 metrics.jsonl       about 100 lines: loss, lr       checkpoints/          the newest one, to resume from
 neighbours.jsonl    nearest neighbors of the probe words during training
 """
@@ -36,7 +36,7 @@ from tinylm.training.run_folder import locked_run_folder, remove_run
 from tinylm.training.signals import StopRequest
 
 RESUME_SAFE_KEYS = ("name", "watch.", "checkpoint.")
-"""Keys (or sections) that may change when training resumes, because they do not affect the vectors."""
+"""Keys and sections that may change when training resumes, because they do not affect the vectors."""
 _LOG_LINES = 100
 """Approximate number of lines in metrics.jsonl after a complete training run."""
 _DEFAULT_PROBES = 5
@@ -46,7 +46,7 @@ class Learner(Protocol):
     """A method that learns vectors step by step. A step depends only on its number and the current tables."""
 
     unit: str
-    """What `StepResult.tokens` counts."""
+    """The unit of `StepResult.tokens`."""
     steps: int
     steps_per_epoch: int
 
@@ -68,7 +68,7 @@ class ProgressEvent:
     epoch: float
     tokens: int
     loss: float
-    """Mean since the last event, in nats per pair or position (word2vec) or as weighted squared error per cell (GloVe)."""
+    """Mean since the last event: nats per pair or position (word2vec), or weighted squared error per cell (GloVe)."""
     lr: float
     tokens_per_second: float
     seconds: float
@@ -88,14 +88,14 @@ class EmbeddingObserver:
     unit = "tokens"
 
     def begin(self, unit: str) -> None:
-        """Training starts. `unit` is what its throughput counts."""
+        """Called when training starts. `unit` is the unit of its throughput."""
 
     def progress(self, event: ProgressEvent) -> None: ...
 
     def neighbors(self, event: NeighborsEvent) -> None: ...
 
     def stopping(self) -> None:
-        """A signal arrived, and training will save and stop. Called from the signal handler."""
+        """Called from the signal handler when a signal arrives. Training will then save and stop."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def train_embeddings(
     reporter: Reporter = SILENT,
     observer: EmbeddingObserver | None = None,
 ) -> EmbeddingResult:
-    """Train vectors into `folder`. The result does not depend on `threads` (default: one per core).
+    """Train vectors and save them in `folder`. The result does not depend on `threads`, which defaults to one per core.
 
     If `folder` is not empty, `resume` or `overwrite` is required. After `stop_after` seconds, training saves and stops.
     Raises `InputError` for problems that the user can fix, and `WorkError` if training fails.
@@ -197,7 +197,7 @@ def _learner(job: _Job, text: EncodedText) -> Learner:
 
 
 def _check_resumable(folder: Path, recipe: EmbeddingRecipe) -> None:
-    """Raise `InputError` if the run in `folder` was trained with a recipe that gives different vectors."""
+    """Raise `InputError` if the run in `folder` was trained with a recipe that produces different vectors."""
     before = load_any(folder / "recipe.yaml", check_files=False)
     if not isinstance(before, EmbeddingRecipe):
         raise InputError("this folder contains a language model, not embeddings", where=str(folder), hint="choose another --out")
@@ -213,7 +213,7 @@ def _check_resumable(folder: Path, recipe: EmbeddingRecipe) -> None:
 
 
 def _probes(recipe: EmbeddingRecipe, text: EncodedText) -> list[str]:
-    """The probe words of the recipe, or five frequent words if it has none. Raises `InputError` for a word without a vector."""
+    """Return the recipe's probe words, or five frequent words if it has none. Raises `InputError` if a word has no vector."""
     vocabulary = text.vocabulary
     names = Vectors(vocabulary.names, np.zeros((len(vocabulary.names), 1), np.float32), byte_mapped=vocabulary.byte_mapped)
     if recipe.watch.probes:
@@ -225,7 +225,7 @@ def _probes(recipe: EmbeddingRecipe, text: EncodedText) -> list[str]:
         return list(recipe.watch.probes)
     frequent = [names.display_name(row) for row in range(min(len(names), 2000))]
     words = [name for name in frequent if len(name.strip()) >= 5 and name.strip().isalpha()]
-    # The most frequent words, such as "which", have uninformative neighbors: skip 20.
+    # The most frequent words, such as "which", have uninformative neighbors, so skip the first 20.
     return words[20 :: max(1, (len(words) - 20) // _DEFAULT_PROBES)][:_DEFAULT_PROBES] or frequent[:_DEFAULT_PROBES]
 
 
@@ -266,7 +266,7 @@ class _Training:
         self._log_every = max(1, learner.steps // _LOG_LINES)
 
     def restore(self) -> None:
-        """Load the newest complete checkpoint, if there is one. Raises `InputError` if it belongs to another text."""
+        """Load the newest complete checkpoint, if there is one. Raises `InputError` if it was trained on another text."""
         run = Run(self._job.folder)
         if not run.checkpoints():
             self._job.reporter.note("no checkpoint yet; starting from step 0")
@@ -318,7 +318,7 @@ class _Training:
         return self._result(stopped, request.signal_number if stopped == "signal" else None)
 
     def _train_interval(self, request: StopRequest) -> _Interval:
-        """Run at least one step, up to the next line of the log or until training has to stop."""
+        """Run steps until the next log line is due or training has to stop. Runs at least one step."""
         interval, start = _Interval(), time.monotonic()
         while True:
             interval.add(self._learner.step(self._progress.step))
@@ -342,7 +342,7 @@ class _Training:
         return self._progress.step % every < self._log_every
 
     def _already_trained(self, record: Mapping[str, Any]) -> bool:
-        """Whether a line of a log belongs to a step that the restored checkpoint includes."""
+        """Whether the step of a log line is included in the restored checkpoint."""
         return bool(record["step"] <= self._progress.step)
 
     def _log(self, interval: _Interval, metrics: JsonLinesLog) -> None:
@@ -403,5 +403,5 @@ class _Training:
 
 
 def _share_of_steps(share: float, steps: int) -> int:
-    """A share of all steps as a number of steps, at least 1."""
+    """Convert a share of all steps to a number of steps, at least 1."""
     return max(1, round(share * steps))

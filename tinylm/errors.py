@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 
 class TinylmError(Exception):
-    """Prints as `where: message (hint)`: `where` is a file, line or option, and `hint` says what to do."""
+    """Printed as `where: message (hint)`. `where` is a file, line or option, and `hint` says what to do."""
 
     exit_code = 1
 
@@ -38,11 +38,11 @@ class WorkError(TinylmError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:
-    """A hint that suggests the known word most similar to `word`, or None if none is similar."""
+    """Return a hint that suggests the known word most similar to `word`, or None if none is similar."""
     similar = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"did you mean {similar[0]}?" if similar else None
 
 
 def missing_extra(extra: str, purpose: str) -> InputError:
-    """The error for an optional dependency that is not installed, with the command that installs it."""
+    """Return the error for an optional dependency that is not installed, with the command that installs it."""
     return InputError(f'{purpose} needs an extra package: pip install "tinylm[{extra}]"')

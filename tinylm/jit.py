@@ -1,4 +1,4 @@
-"""Compile functions with numba. It is an optional dependency: check that it is installed before importing this module."""
+"""Compile functions with numba, an optional dependency. Check that it is installed before importing this module."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numba import njit
 
 
 def cached_njit(**options: Any) -> Callable[[Any], Any]:
-    """A decorator like `numba.njit` that caches the machine code on disk if numba finds a writable folder for it."""
+    """Return a decorator like `numba.njit` that caches the machine code on disk if numba finds a writable folder."""
 
     def decorate(function: Any) -> Any:
         settings = {"nogil": True, "error_model": "numpy", **options}

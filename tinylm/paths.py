@@ -13,7 +13,7 @@ import platformdirs
 
 
 def cache_folder(*parts: str) -> Path:
-    """A subfolder of TINYLM_CACHE, or else of the user's cache folder. It is created if necessary."""
+    """Return a subfolder of TINYLM_CACHE or, if that is not set, of the user's cache folder. Creates it if necessary."""
     root = os.environ.get("TINYLM_CACHE") or platformdirs.user_cache_dir("tinylm", appauthor=False)
     folder = Path(root, *parts)
     folder.mkdir(parents=True, exist_ok=True)

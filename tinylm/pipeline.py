@@ -1,11 +1,10 @@
-"""Train a model from a recipe into a run folder. The entry point is `train`, for `tinylm train` and for notebooks alike."""
+"""Train a model from a recipe and save it in a run folder. `tinylm train` and notebooks call the entry point `train`."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,18 +12,18 @@ import torch
 
 from tinylm import device as devices
 from tinylm.cost.micro_batch import check_batch_divides
-from tinylm.cost.parameters import flops_per_token
+from tinylm.cost.parameters import flops_per_token, has_estimates
 from tinylm.cost.plan import training_steps
-from tinylm.data.batches import Batches
+from tinylm.data import datasets
+from tinylm.data.datasets import Dataset
 from tinylm.data.prepare import PreparedData, open_prepared, prepare
 from tinylm.errors import InputError, did_you_mean
-from tinylm.evaluation.perplexity import EvaluationOptions, Perplexity, evaluate
+from tinylm.evaluation.metrics import LOSS, METRICS, PERPLEXITY, Metric, Metrics, perplexity_of
 from tinylm.generation.engine import generate
 from tinylm.generation.sampling import SamplingOptions
-from tinylm.model import lora
+from tinylm.model import lora, registry
+from tinylm.model.base import Model
 from tinylm.model.init_from import check_compatible, load_pretrained
-from tinylm.model.objective import CausalObjective
-from tinylm.model.transformer import Transformer
 from tinylm.optim import groups
 from tinylm.optim.groups import Optimizers
 from tinylm.processes import Processes, join_processes, lost_peer_error, threads_per_process
@@ -32,10 +31,11 @@ from tinylm.recipe import Recipe, changes
 from tinylm.recipe.schema import FileTokenizer, MuonOptimizer, flattened
 from tinylm.reporting import SILENT, Reporter
 from tinylm.run import Checkpoint, Run, check_shapes
-from tinylm.training import auto_settings, parallel
+from tinylm.training import auto_settings, objectives, parallel
 from tinylm.training import precision as precisions
 from tinylm.training.checkpoint import CheckpointWriter, newest_complete_checkpoint, restore
 from tinylm.training.metrics import MetricsFile, Observer, Observers
+from tinylm.training.objectives import Heldout, Objective
 from tinylm.training.out_of_memory import keep_freed_memory
 from tinylm.training.parallel import Parallel
 from tinylm.training.precision import Precision
@@ -45,8 +45,10 @@ from tinylm.training.trainer import Hooks, Poll, Trainer, TrainingSetup
 
 RESUME_SAFE_KEYS = ("name", "training.log_every", "training.parallel", "training.guards.", "checkpoint.", "sampling.")
 """Keys and sections that may change when a run is resumed, because they do not change the trained model."""
+RESUME_FIXED_KEYS = ("model.architecture", "objective.name", "data.format")
+"""Keys that cannot change when a run is resumed, not even with `allow_change`."""
 RESUME_SAFE_KEYS_WITHOUT_DROPOUT = ("training.compile", "training.micro_batch_size")
-"""Keys that may also change if the model has no dropout: they change the model by rounding only, but also the dropout masks."""
+"""Additional keys that may change if the model has no dropout. They change dropout masks; other effects are only rounding."""
 AUTOMATIC = ("precision", "micro_batch_size", "compile")
 """Keys of `training` that may be `auto`. A resumed run keeps the values that were chosen when it started."""
 
@@ -55,18 +57,18 @@ Threads = int | Literal["auto"] | None
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The result of a training run. The field names are the keys of `tinylm train --json`. Losses are in nats per token."""
+    """The result of a run. `train_loss` is in nats per target."""
 
     run: str
     step: int
     steps: int
     tokens: int
     train_loss: float | None
-    val_loss: float | None
-    val_perplexity: float | None
-    val_bits_per_byte: float | None
+    metrics: dict[str, float | None]
+    """Results of the last held-out evaluation by metric name, primary metric first. None if training stopped before one."""
     best_step: int
-    best_val_loss: float | None
+    best_value: float | None
+    """The primary metric of the best checkpoint."""
     seconds: float
     train_seconds: float
     tokens_per_second: float
@@ -77,6 +79,19 @@ class TrainResult:
     stopped: str
     """`done`, `time` or `signal`."""
     signal_number: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the document that `tinylm train --json` prints. The key of a metric is `val_` plus its name."""
+        document: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "metrics":
+                document |= {METRICS[name].key: number for name, number in value.items()}
+            elif field.name == "best_value":
+                document[f"best_{METRICS[next(iter(self.metrics))].key}"] = value
+            elif field.name != "signal_number":
+                document[field.name] = value
+        return document
 
 
 @dataclass(frozen=True)
@@ -89,7 +104,7 @@ class TrainingJob:
     resume: bool
     overwrite: bool
     allow_change: Sequence[str]
-    """Recipe keys and sections that may differ from those of the resumed run."""
+    """Recipe keys and sections that may change when the run is resumed."""
     threads: Threads
     workers: int
     """Number of processes that encode the text."""
@@ -99,7 +114,7 @@ class TrainingJob:
 
 @dataclass(frozen=True)
 class Callbacks:
-    """The reporter receives notes during preparation, the observer receives events during training."""
+    """The reporter receives notes during preparation, and the observer receives events during training."""
 
     reporter: Reporter
     observer: Observer
@@ -107,16 +122,17 @@ class Callbacks:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The tokens to train on, and the number of steps."""
+    """The examples to train on, the objective, and the number of steps."""
 
     prepared: PreparedData
-    batches: Batches
+    dataset: Dataset
+    objective: Objective
     steps: int | None
-    """None: as many as fit into the recipe's `training.minutes`."""
+    """None if the recipe's `training.minutes` limits the run instead."""
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Hashes that are saved with every checkpoint, to detect a changed text or tokenizer when the run is resumed."""
+        """Hashes saved with every checkpoint, to detect that the text or tokenizer changed before a resume."""
         return {"data": self.prepared.fingerprint, "tokenizer": self.prepared.tokenizer.fingerprint}
 
     @property
@@ -148,12 +164,12 @@ def train(
     reporter: Reporter = SILENT,
     observer: Observer | None = None,
 ) -> TrainResult:
-    """Train `recipe` into the run folder `folder`. Under a launcher such as torchrun, every process makes the same call.
+    """Train the model of `recipe` in the run folder `folder`. Under a launcher such as torchrun, every process makes the same call.
 
-    If the folder already holds a run, `resume` or `overwrite` is required. `resume` continues from its newest complete checkpoint;
-    apart from keys that do not change the model, the recipe may differ from the run's only in the keys and sections of
-    `allow_change`. `threads`: CPU threads, or `auto` for the fastest number; None uses one per core. `workers`: processes that
-    encode the text. `stop_after`: save and stop after this many seconds.
+    If the folder already contains a run, `resume` or `overwrite` is required. `resume` continues from its newest complete
+    checkpoint. The recipe may then differ from the original one only in keys that do not change the model, and in those listed in
+    `allow_change`. `threads` is the number of CPU threads, or `auto` to measure which number is fastest; None uses one per core.
+    `workers` is the number of processes that encode the text. After `stop_after` seconds, the run is saved and stopped.
 
     Raises `InputError` for invalid input and `WorkError` if training fails.
     """
@@ -184,8 +200,11 @@ def _train(job: TrainingJob, callbacks: Callbacks, processes: Processes) -> Trai
     checkpoint = _find_checkpoint(job, data, processes, reporter) if job.resume else None
     network = _build_network(job, data, pretrained, fresh=checkpoint is None, processes=processes, reporter=reporter)
     budget = auto_settings.Budget(data.steps, job.stop_after)
-    settings = auto_settings.resolve(job.recipe, network, data.batches, budget, reporter, resumed=job.resume, processes=processes)
+    settings = auto_settings.resolve(
+        job.recipe, network, data.dataset, data.objective, budget, reporter, resumed=job.resume, processes=processes
+    )
     job = replace(job, recipe=settings.recipe)
+    network.compile_loss = settings.recipe.training.compile is True
     components = _build_components(job, network, settings.precision, processes)
     state = None if checkpoint is None else _restore(checkpoint, job, components, reporter)
     _report_parallelism(job, components.parallel, reporter)
@@ -201,11 +220,11 @@ def _train(job: TrainingJob, callbacks: Callbacks, processes: Processes) -> Trai
     return _result(job, trainer, stopped, request.signal_number)
 
 
-# The recipe of a resumed run.
+# The recipe when a run is resumed.
 
 
 def _merge_recipe(job: TrainingJob, processes: Processes, reporter: Reporter) -> TrainingJob:
-    """Return the job with the recipe to resume with: checked against the run's recipe, and adapted to the number of processes."""
+    """Check the recipe against the resumed run's recipe, and adapt it to the number of processes."""
     merged = processes.run_on_main(lambda: merge_for_resume(Run.open(job.folder), job.recipe, job.allow_change))
     return replace(job, recipe=processes.run_on_main(lambda: fit_micro_batch(merged, processes.world_size, reporter)))
 
@@ -213,7 +232,7 @@ def _merge_recipe(job: TrainingJob, processes: Processes, reporter: Reporter) ->
 def merge_for_resume(run: Run, recipe: Recipe, allowed: Sequence[str]) -> Recipe:
     """Return `recipe`, with each `auto` replaced by the value that was chosen when `run` started.
 
-    Raises `InputError` if it differs from the run's recipe in a key that is neither `allowed` nor safe to change.
+    Raises `InputError` if `recipe` differs from the run's recipe in a key that is neither `allowed` nor safe to change.
     """
     chosen = {
         key: getattr(run.recipe.training, key)
@@ -225,6 +244,14 @@ def merge_for_resume(run: Run, recipe: Recipe, allowed: Sequence[str]) -> Recipe
         chosen["optimizer"] = optimizer.model_copy(update={"newton_schulz_dtype": before.newton_schulz_dtype})
     recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update=chosen)})
     changed = changes(run.recipe, recipe)
+    for key in RESUME_FIXED_KEYS:
+        if key in changed:
+            before_value, value = changed[key]
+            raise InputError(
+                f"{key} cannot change from {before_value} to {value} when a run is resumed",
+                where=str(run.path),
+                hint="choose another folder with --out",
+            )
     for key in allowed:
         if not any(_covers(key, name) for name in changed):
             known = flattened(recipe.as_dict())
@@ -245,9 +272,10 @@ def merge_for_resume(run: Run, recipe: Recipe, allowed: Sequence[str]) -> Recipe
 
 
 def fit_micro_batch(recipe: Recipe, world_size: int, reporter: Reporter) -> Recipe:
-    """Return a resumed recipe whose micro-batch size divides each process's share, in case the number of processes has changed.
+    """Adapt the micro-batch size of a resumed recipe to the number of processes, which may have changed.
 
-    Raises `InputError` if a different micro-batch size is needed and would change the dropout masks.
+    The new size divides each process's share of the global batch. Raises `InputError` if a different micro-batch size is needed and
+    would change the dropout masks.
     """
     micro, share = recipe.training.micro_batch_size, recipe.training.global_batch_size // world_size
     if micro == "auto" or not share or share % micro == 0 or recipe.training.global_batch_size % world_size:
@@ -272,14 +300,14 @@ def _covers(name: str, key: str) -> bool:
 
 
 def _prepare_data(job: TrainingJob, processes: Processes, reporter: Reporter) -> TrainingData:
-    """Encode the text. Raises `InputError` if the text is too short, or the schedule or batch size is impossible."""
+    """Prepare the text and the dataset. Raises `InputError` if the text is too short or the schedule or batch size is invalid."""
     recipe = job.recipe
     processes.run_on_main(lambda: check_batch_divides(recipe, processes.world_size))
     prepared = _prepare_on_every_machine(job, processes, reporter)
     processes.run_on_main(lambda: _check_length(recipe, prepared))
-    batches = Batches(prepared.train.tokens, recipe.model.context_length, recipe.seed)
+    dataset = datasets.build(recipe.data, prepared.train, recipe.model.context_length, recipe.seed)
     steps = training_steps(recipe.training, recipe.model.context_length, len(prepared.train))
-    return TrainingData(prepared, batches, steps)
+    return TrainingData(prepared, dataset, objectives.build(recipe.objective), steps)
 
 
 def _prepare_on_every_machine(job: TrainingJob, processes: Processes, reporter: Reporter) -> PreparedData:
@@ -297,8 +325,10 @@ def _prepare_on_every_machine(job: TrainingJob, processes: Processes, reporter: 
 
     folder, fingerprint, tokenizer_json = processes.run_on_main(prepare_on_main)
     missing = processes.local_rank == 0 and not (folder / "heldout.json").exists()
-    own = processes.run_on_all(lambda: prepare(data, tokenizer, SILENT, job.workers).fingerprint if missing else fingerprint)
-    if own != fingerprint:
+    local_fingerprint = processes.run_on_all(
+        lambda: prepare(data, tokenizer, SILENT, job.workers).fingerprint if missing else fingerprint
+    )
+    if local_fingerprint != fingerprint:
         raise InputError("the text on this machine differs from that of the main process", where="data.train")
     return processes.run_on_all(lambda: open_prepared(folder, fingerprint, tokenizer_json))
 
@@ -306,7 +336,7 @@ def _prepare_on_every_machine(job: TrainingJob, processes: Processes, reporter: 
 def _check_length(recipe: Recipe, prepared: PreparedData) -> None:
     """Raise `InputError` if the text is shorter than one sequence, or if training is shorter than its warmup."""
     context, warmup = recipe.model.context_length, recipe.training.schedule.warmup
-    Batches(prepared.train.tokens, context, recipe.seed)  # raises if the text is too short
+    datasets.build(recipe.data, prepared.train, context, recipe.seed)  # raises if the text is too short
     steps = training_steps(recipe.training, context, len(prepared.train))
     if steps is not None and warmup >= 1 and warmup > steps:
         raise InputError(f"{warmup} warmup steps exceed the {steps} training steps", where="training.schedule.warmup")
@@ -316,7 +346,9 @@ def _tune_cpu(job: TrainingJob, data: TrainingData, processes: Processes, report
     keep_freed_memory()
     if job.threads == "auto":
         fastest = processes.run_on_main(
-            lambda: auto_settings.use_fastest_threads(job.recipe, data.vocab_size, data.batches, processes.world_size)
+            lambda: auto_settings.use_fastest_threads(
+                job.recipe, data.vocab_size, data.dataset, data.objective, processes.world_size
+            )
         )
         devices.set_threads(fastest)
         reporter.note(f"fastest number of CPU threads for this model: {fastest}")
@@ -326,15 +358,15 @@ def _tune_cpu(job: TrainingJob, data: TrainingData, processes: Processes, report
 
 
 def _open_pretrained(job: TrainingJob, processes: Processes, reporter: Reporter) -> Run | None:
-    """The run of `model.init_from`; None without it, or if the resumed run has a checkpoint.
+    """Open the run of `model.init_from`. Returns None if that key is not set, or if the resumed run has a checkpoint.
 
-    Raises `InputError` if it is not a run, or its network is not compatible.
+    Raises `InputError` if the path is not a run, or if its network is not compatible.
     """
     if job.resume and processes.run_on_main(lambda: bool(Run(job.folder).checkpoints())):
         return None
 
     def open_run() -> Run | None:
-        section = job.recipe.model.init_from
+        section = job.recipe.model.pretrained
         if section is None:
             return None
         run = Run.open(Path(section.run).expanduser())
@@ -347,27 +379,28 @@ def _open_pretrained(job: TrainingJob, processes: Processes, reporter: Reporter)
 
 def _build_network(
     job: TrainingJob, data: TrainingData, pretrained: Run | None, *, fresh: bool, processes: Processes, reporter: Reporter
-) -> Transformer:
-    """Build the network with initial weights and move it to the job's device. `fresh`: no checkpoint will be restored."""
+) -> Model:
+    """Build the network with initial weights and move it to the job's device. `fresh` means that no checkpoint will be restored."""
     network = processes.run_on_all(lambda: _initialize_network(job.recipe, data.prepared, pretrained, reporter, fresh=fresh))
     network = network.to(job.device)
     network.recompute = job.recipe.training.activation_checkpointing
+    network.compile_loss = job.recipe.training.compile is not False
     return network
 
 
 def _initialize_network(
     recipe: Recipe, prepared: PreparedData, pretrained: Run | None, reporter: Reporter, *, fresh: bool
-) -> Transformer:
-    """A network with random or pretrained weights, and with LoRA matrices if the recipe has `training.lora`."""
+) -> Model:
+    """Build a network with random or pretrained weights, and with LoRA matrices if the recipe has `training.lora`."""
     tokenizer = prepared.tokenizer
-    network = Transformer(recipe.model, tokenizer.vocab_size, seed=recipe.seed)
+    network = registry.build(recipe.model, tokenizer.vocab_size, recipe.seed)
     if pretrained is not None:
         same_tokenizer = pretrained.tokenizer.fingerprint == tokenizer.fingerprint
         source = pretrained.network(pretrained.checkpoint(), torch.device("cpu"))
         reinitialized = load_pretrained(network, source, same_tokenizer=same_tokenizer)
         if reinitialized:
             reporter.note(f"initialized at random: {', '.join(reinitialized)}")
-    if fresh and recipe.model.init_embeddings is not None:  # a checkpoint would replace them
+    if fresh and recipe.model.pretrained_embeddings is not None:  # a checkpoint would replace them
         _load_embeddings(network, prepared, reporter)
     if recipe.training.lora is not None:
         lora.attach(network, recipe.training.lora, recipe.seed)
@@ -376,27 +409,27 @@ def _initialize_network(
     return network
 
 
-def _load_embeddings(network: Transformer, prepared: PreparedData, reporter: Reporter) -> None:
+def _load_embeddings(network: Model, prepared: PreparedData, reporter: Reporter) -> None:
     """Initialize the embedding from the vectors of `model.init_embeddings`."""
     from tinylm.embedding import formats
     from tinylm.embedding.init_from_vectors import initialize_from_vectors
 
-    model = network.model
-    found = initialize_from_vectors(network.embedding, formats.read(Path(str(model.init_embeddings))), prepared.tokenizer)
-    averaged = " (averaged over the words that contain them)" if found.from_words else ""
+    source, embedding = str(network.model.pretrained_embeddings), network.input_embedding()
+    initialized = initialize_from_vectors(embedding, formats.read(Path(source)), prepared.tokenizer)
+    averaged = " (averaged over the words that contain them)" if initialized.from_words else ""
     reporter.note(
-        f"embeddings: {found.tokens:,} of {found.vocab_size:,} tokens initialized from {model.init_embeddings}{averaged}, "
-        f"{'frozen' if model.freeze_embeddings else 'trained further'}"
+        f"embeddings: {initialized.tokens:,} of {initialized.vocab_size:,} tokens initialized from {source}{averaged}, "
+        f"{'trained further' if embedding.weight.requires_grad else 'frozen'}"
     )
 
 
 # Parallelism, optimizers and checkpoints.
 
 
-def _build_components(job: TrainingJob, network: Transformer, precision: Precision, processes: Processes) -> Components:
+def _build_components(job: TrainingJob, network: Model, precision: Precision, processes: Processes) -> Components:
     strategy = parallel.resolve(job.recipe.training.parallel, job.recipe, network.vocab_size, job.device, processes)
     parallelized = Parallel(network, strategy, processes, precision)
-    optimizers = groups.build(job.recipe.training.optimizer, network, network.stacked_matrices(), parallelized.mesh)
+    optimizers = groups.build(job.recipe.training.optimizer, network, parallelized.mesh)
     checkpoints = CheckpointWriter(job.folder, job.recipe.checkpoint.keep, processes)
     return Components(parallelized, optimizers, precision, checkpoints)
 
@@ -412,7 +445,7 @@ def _report_parallelism(job: TrainingJob, parallelized: Parallel, reporter: Repo
 
 
 def _find_checkpoint(job: TrainingJob, data: TrainingData, processes: Processes, reporter: Reporter) -> Checkpoint | None:
-    """The newest complete checkpoint, or None without any. Raises `InputError` if it does not fit the recipe or the text."""
+    """Find the newest complete checkpoint, if there is one. Raises `InputError` if it does not match the recipe or the text."""
 
     def find() -> Checkpoint | None:
         run = Run(job.folder)
@@ -425,7 +458,7 @@ def _find_checkpoint(job: TrainingJob, data: TrainingData, processes: Processes,
             from_file = isinstance(run.recipe.tokenizer, FileTokenizer)  # otherwise the tokenizer changes with the text
             changed = "tokenizer" if from_file and saved["tokenizer"] != current["tokenizer"] else "text"
             problem = f"the {changed} is not the one that this run was trained on"
-            raise InputError(problem, where=str(run.path), hint="train from scratch into another folder with --out")
+            raise InputError(problem, where=str(run.path), hint="train from scratch in another folder with --out")
         check_shapes(job.recipe, data.vocab_size, checkpoint)
         return checkpoint
 
@@ -433,20 +466,20 @@ def _find_checkpoint(job: TrainingJob, data: TrainingData, processes: Processes,
 
 
 def _restore(checkpoint: Checkpoint, job: TrainingJob, components: Components, reporter: Reporter) -> dict[str, Any]:
-    """Restore weights and optimizer, discard later checkpoints, and return the checkpoint's state."""
+    """Restore the weights and optimizer state, discard later checkpoints, and return the checkpoint's state."""
     before, name = Run(job.folder).recipe.training.optimizer.name, job.recipe.training.optimizer.name
     if before != name:
         reporter.warn(f"the optimizer changed from {before} to {name}; its state is reset")
     parallelized = components.parallel
     state = restore(checkpoint, parallelized.network, components.optimizers, parallelized.processes, load_optimizer=before == name)
     if not components.checkpoints.discard_after(checkpoint, state["best_step"]):
-        state.update(best_step=0, best_val_loss=None)
+        state.update(best_step=0)
     reporter.note(f"resuming after step {checkpoint.step}")
     return state
 
 
 def _write_run_folder(job: TrainingJob, data: TrainingData, components: Components, state: dict[str, Any] | None) -> None:
-    """Write everything but checkpoints and metrics. `state`: of the checkpoint to resume from, if any."""
+    """Write all files except checkpoints and metrics. `state` is the state of the resumed checkpoint, if there is one."""
     if job.overwrite:
         remove_run(job.folder)
     components.checkpoints.prepare()
@@ -455,6 +488,7 @@ def _write_run_folder(job: TrainingJob, data: TrainingData, components: Componen
         "device": devices.describe(job.device),
         "processes": parallelized.processes.world_size,
         "parallel": parallelized.name,
+        "mfu_relative_to": precisions.peak_source(components.precision),
     }
     write_run(job.folder, job.recipe, data.prepared, {**facts, "resumed_step": state["step"]} if state else facts)
 
@@ -464,7 +498,7 @@ def _write_run_folder(job: TrainingJob, data: TrainingData, components: Componen
 
 @contextmanager
 def _observers(job: TrainingJob, resumed_step: int, observer: Observer, processes: Processes) -> Iterator[Observer]:
-    """Yield the user's observer. In the main process, it also writes every event to the log files of the run folder first."""
+    """Yield the user's observer. In the main process, every event is first written to the log files of the run folder."""
     if not processes.is_main:
         yield observer
         return
@@ -478,7 +512,7 @@ def _observers(job: TrainingJob, resumed_step: int, observer: Observer, processe
 
 
 def _note_once(observer: Observer) -> Callable[[str], None]:
-    """Return a function that passes only the first of the messages it receives to the observer."""
+    """Return a function that forwards its first message to the observer and ignores later messages."""
     noted = False
 
     def note(problem: str) -> None:
@@ -492,32 +526,31 @@ def _note_once(observer: Observer) -> Callable[[str], None]:
 
 def _build_trainer(job: TrainingJob, data: TrainingData, components: Components, observer: Observer) -> Trainer:
     precision, processes = components.precision, components.parallel.processes
+    model, flops = job.recipe.model, None
+    if has_estimates(model):
+        flops = flops_per_token(model, data.vocab_size, job.recipe.training.lora)
     setup = TrainingSetup(
         recipe=job.recipe,
         parallel=components.parallel,
         optimizers=components.optimizers,
-        objective=CausalObjective(),
-        batches=data.batches,
+        objective=data.objective,
+        dataset=data.dataset,
         steps=data.steps,
         precision=precision,
-        flops_per_token=flops_per_token(job.recipe.model, data.vocab_size, job.recipe.training.lora),
-        peak_flops=processes.run_on_main(lambda: precisions.measure_peak_flops(precision)),
+        flops_per_token=flops,
+        peak_flops=processes.run_on_main(lambda: precisions.peak_flops(precision)),
         checkpoints=components.checkpoints,
         fingerprints=data.fingerprints,
     )
-    return Trainer(setup, _hooks(job, data.prepared, components.parallel, observer))
+    return Trainer(setup, _hooks(job, data, components.parallel, observer))
 
 
-def _hooks(job: TrainingJob, prepared: PreparedData, parallelized: Parallel, observer: Observer) -> Hooks:
-    recipe, token_byte_lengths = job.recipe, prepared.tokenizer.token_byte_lengths
+def _hooks(job: TrainingJob, data: TrainingData, parallelized: Parallel, observer: Observer) -> Hooks:
+    recipe, prepared = job.recipe, data.prepared
 
-    def evaluate_heldout(poll: Poll) -> Perplexity:
-        options = EvaluationOptions(
-            stride=recipe.evaluation.stride, max_tokens=recipe.evaluation.max_tokens, confidence_interval=False
-        )
-        return evaluate(
-            parallelized.network, prepared.heldout, token_byte_lengths, options, processes=parallelized.processes, on_progress=poll
-        )
+    def evaluate_heldout(poll: Poll) -> Metrics:
+        heldout = Heldout(prepared, recipe.evaluation, parallelized.processes, poll)
+        return data.objective.evaluate(parallelized.network, heldout)
 
     def generate_samples() -> Iterator[tuple[str, str]]:
         section = recipe.sampling
@@ -538,11 +571,9 @@ def _result(job: TrainingJob, trainer: Trainer, stopped: str, signal_number: int
         steps=setup.steps if setup.steps is not None else progress.step,
         tokens=progress.tokens,
         train_loss=progress.train_loss,
-        val_loss=progress.val_loss,
-        val_perplexity=None if progress.val_loss is None else math.exp(min(progress.val_loss, 700.0)),
-        val_bits_per_byte=progress.val_bits_per_byte,
+        metrics=_final_metrics(progress.metrics, setup.objective.metrics),
         best_step=progress.best_step,
-        best_val_loss=progress.best_val_loss,
+        best_value=progress.best_value,
         seconds=progress.seconds,
         train_seconds=progress.train_seconds,
         tokens_per_second=progress.tokens / max(progress.train_seconds, 1e-9),
@@ -553,3 +584,13 @@ def _result(job: TrainingJob, trainer: Trainer, stopped: str, signal_number: int
         stopped=stopped,
         signal_number=signal_number if stopped == "signal" else None,
     )
+
+
+def _final_metrics(metrics: Metrics | None, defined: Sequence[Metric]) -> dict[str, float | None]:
+    """Return the value of each metric by name. If the primary metric is the loss, the perplexity is added after it."""
+    values: dict[str, float | None] = {}
+    for metric in defined:
+        values[metric.name] = None if metrics is None else metrics[metric.name]
+        if metric is defined[0] is LOSS:
+            values[PERPLEXITY.name] = None if metrics is None else perplexity_of(metrics[LOSS.name])
+    return values

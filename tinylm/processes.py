@@ -1,4 +1,4 @@
-"""The processes of a distributed training run: this process's rank, and collectives to exchange values and agree on decisions.
+"""The processes of a distributed run: the rank of this process, and collectives to exchange values and agree on decisions.
 
 A launcher such as torchrun describes the processes through RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. The
 collectives of this module exchange small values on the host (gloo); `training.parallel` exchanges gradients and weights. With a
@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tinylm.errors import InputError, TinylmError, WorkError
 
-if TYPE_CHECKING:  # the rank is known without importing torch
+if TYPE_CHECKING:  # `launch_info` does not import torch
     import torch
     from torch.distributed import ProcessGroup
 
 Result = TypeVar("Result")
 _TIMEOUT = timedelta(hours=12)
-"""How long peers wait in a collective while the main process prepares a text or samples. A dead process is noticed at once."""
+"""How long peers wait in a collective, for example while the main process prepares a text. Dead peers are detected immediately."""
 
 
 @dataclass(frozen=True)
@@ -39,19 +39,19 @@ def launch_info() -> LaunchInfo:
 
     Raises `InputError` if a variable is not a number or the rank is out of range.
     """
-    given = {name: os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))}
-    given["LOCAL_RANK"] = os.environ.get("LOCAL_RANK", given["RANK"])
-    for name, value in given.items():
+    variables = {name: os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))}
+    variables["LOCAL_RANK"] = os.environ.get("LOCAL_RANK", variables["RANK"])
+    for name, value in variables.items():
         if not value.isdigit():
             raise InputError(f"{value!r} is not a number", where=name, hint="a launcher such as torchrun sets it")
-    rank, world_size, local_rank = (int(value) for value in given.values())
+    rank, world_size, local_rank = (int(value) for value in variables.values())
     if rank >= max(world_size, 1):
         raise InputError(f"must be below WORLD_SIZE ({world_size}), not {rank}", where="RANK")
     return LaunchInfo(rank, max(world_size, 1), local_rank)
 
 
 def threads_per_process() -> int | None:
-    """The number of CPU threads if several processes share a machine: an equal share of its cores. None: torch's default.
+    """Return an equal share of the CPU cores if several processes share a machine, or None to keep torch's default.
 
     torchrun sets OMP_NUM_THREADS=1 by default. Any other value is the user's choice and is respected.
     """
@@ -89,19 +89,22 @@ class Processes:
         return self.rank == 0
 
     def device(self, device: torch.device) -> torch.device:
-        """The device of this process: the GPU of its local rank, unless `device` names one. Raises `InputError` if it has none."""
+        """Return the device of this process. With several processes, `cuda` without an index is the GPU of the local rank.
+
+        Raises `InputError` if there is no such GPU.
+        """
         if device.type != "cuda" or self.group is None or ":" in str(device):
             return device
         import torch
 
         if self.local_rank >= torch.cuda.device_count():
-            found = f"local rank {self.local_rank} has no GPU: this machine has {torch.cuda.device_count()}"
-            raise InputError(found, where="--nproc-per-node", hint="start at most one process per GPU")
+            problem = f"local rank {self.local_rank} has no GPU: this machine has {torch.cuda.device_count()}"
+            raise InputError(problem, where="--nproc-per-node", hint="start at most one process per GPU")
         torch.cuda.set_device(self.local_rank)
         return torch.device("cuda", self.local_rank)
 
     def new_group(self) -> Processes:
-        """The same processes with a new process group, so that another thread can communicate independently."""
+        """Return the same processes with a new process group, so that another thread can communicate independently."""
         if self.group is None:
             return self
         import torch.distributed as dist
@@ -115,18 +118,18 @@ class Processes:
         import torch
         import torch.distributed as dist
 
-        own = torch.tensor(values, dtype=torch.float64)
-        gathered = [torch.empty_like(own) for _ in range(self.world_size)]
+        local = torch.tensor(values, dtype=torch.float64)
+        gathered = [torch.empty_like(local) for _ in range(self.world_size)]
         with _translate_lost_peers():
-            dist.all_gather(gathered, own, group=self.group)
-        return [each.tolist() for each in gathered]
+            dist.all_gather(gathered, local, group=self.group)
+        return [tensor.tolist() for tensor in gathered]
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true in any process."""
         return any(value for (value,) in self.gather([flag]))
 
     def sum(self, array: Any) -> Any:
-        """Return the elementwise sum of a NumPy array over all processes. Its shape and dtype must be the same in all of them."""
+        """Return the elementwise sum of a NumPy array over all processes. All processes must pass the same shape and dtype."""
         if self.group is None:
             return array
         import torch
@@ -180,7 +183,7 @@ class Processes:
             raise error
         if any(codes):
             raise PeerFailed(max(codes))
-        return result  # type: ignore[return-value]  # None only if `work` returned it
+        return result  # type: ignore[return-value]  # None only if `work` returned None
 
 
 SINGLE_PROCESS = Processes(LaunchInfo())
@@ -190,7 +193,7 @@ SINGLE_PROCESS = Processes(LaunchInfo())
 def join_processes(device: torch.device) -> Iterator[Processes]:
     """Wait for all processes of this training run and connect them. Without a launcher, yield a single process.
 
-    If torch.distributed is initialized already, it is used and left open. Raises `InputError` if the processes cannot connect.
+    If torch.distributed is already initialized, it is used and not shut down. Raises `InputError` if the processes cannot connect.
     """
     import torch.distributed as dist
 
@@ -225,7 +228,7 @@ def _translate_lost_peers() -> Iterator[None]:
 
 
 def lost_peer_error(error: RuntimeError) -> WorkError | None:
-    """The error to show if a collective failed because another process has ended; None for other errors."""
+    """Return a `WorkError` if a collective failed because another process has ended, and None for other errors."""
     import torch.distributed as dist
 
     words = ("gloo", "onnection closed", "onnection reset", "NCCL", "Broken pipe")

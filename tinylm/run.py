@@ -1,11 +1,11 @@
-"""A run folder: written by `tinylm train`, opened by every other command.
+"""Run folders, which `tinylm train` writes and all other commands open.
 
     recipe.yaml  tokenizer.json  metrics.jsonl  samples.md  environment.json
     heldout/           the held-out tokens, so that a copied folder can still be evaluated
     checkpoints/       step-000500/ {model.safetensors, training-00001.safetensors, state.json, manifest.json}, best, last
 
-This module reads run folders and validates everything it reads, because a folder may come from someone else. Writing is left to
-`training.run_folder` and `training.checkpoint`.
+This module reads run folders and validates everything it reads, because a folder may come from someone else.
+`training.run_folder` and `training.checkpoint` write run folders.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from tinylm.paths import atomic_write_text, sync_folder
 from tinylm.recipe import Recipe, load
 from tinylm.tokenizer import Tokenizer
 
-if TYPE_CHECKING:  # finding, listing and rejecting runs does not import torch
+if TYPE_CHECKING:  # runs can be found, listed and rejected without importing torch
     import torch
 
-    from tinylm.model.transformer import Transformer
+    from tinylm.model.base import Model
 
 RUNS = Path("runs")
 LOCK = ".lock"
-"""Lock file, held by the process that trains into the folder. It remains afterwards, unlocked."""
+"""Lock file. It is locked while a process trains in the folder, and is not removed afterwards."""
 RUN_FILES = (
     "recipe.yaml",
     "tokenizer.json",
@@ -47,15 +47,15 @@ RUN_FILES = (
 )
 """The files and folders of a run folder. Anything else in it belongs to the user."""
 VECTORS_FILE, EMBEDDINGS_MARKER = "vectors.safetensors", "neighbours.jsonl"
-"""Additional files of embedding runs: the vectors, once training is done, and a file that exists from the start."""
+"""Additional files of embedding runs: the vectors, written when training is done, and a file that exists from the start."""
 MODEL_FILES = ("model.safetensors", "state.json")
 """The files of a checkpoint that are needed to use its model. The others are needed only to resume training."""
 POINTERS = ("best", "last")
-"""Files in the checkpoints folder, each of which holds the name of a checkpoint."""
+"""Files in the checkpoints folder that each contain the name of a checkpoint."""
 MAX_CONTEXT_LENGTH = 1 << 24
-"""Runs with a longer context are rejected: the position tables of a malicious recipe could use up all memory."""
+"""Runs with a longer context are rejected, because the position tables of a malicious recipe could exhaust the memory."""
 FORMAT = 3
-"""Version of the checkpoint format and of the recipe keys. Runs of other versions are rejected."""
+"""Version of the checkpoint format and of the recipe keys. Runs with other versions are rejected."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Checkpoint:
 
     @cached_property
     def state(self) -> dict[str, Any]:
-        """Training progress, scaler state and fingerprints. Raises `InputError` if damaged or in another format."""
+        """Training progress, scaler state and fingerprints. Raises `InputError` if state.json is damaged or has another format."""
         state = _json(self.path / "state.json")
         _check_format(state, self.path)
         return state
@@ -113,7 +113,7 @@ class Checkpoint:
 
 
 def check_run_folder(folder: Path, resume: bool, overwrite: bool) -> None:
-    """Raise `InputError` unless a run may be written into `folder`. If it holds a run, that requires `resume` or `overwrite`."""
+    """Raise `InputError` unless a run may be written to `folder`. An existing run requires `resume` or `overwrite`."""
     if resume and overwrite:
         raise InputError("these options are mutually exclusive", where="--resume, --overwrite")
     if folder.exists() and not folder.is_dir():
@@ -187,7 +187,7 @@ def check_run_format(folder: Path) -> None:
     for checkpoint in reversed(_checkpoints(folder)):
         try:
             state = _json(checkpoint.path / "state.json")
-        except InputError:  # damaged, which is reported when this checkpoint is used
+        except InputError:  # damaged; this is reported when the checkpoint is used
             continue
         _check_format(state, folder)
         return
@@ -195,14 +195,14 @@ def check_run_format(folder: Path) -> None:
 
 def _check_format(state: dict[str, Any], where: Path) -> None:
     if state.get("format") != FORMAT:
-        found = f"saved in checkpoint format {state.get('format')} by tinylm {state.get('version')}"
+        problem = f"saved in checkpoint format {state.get('format')} by tinylm {state.get('version')}"
         hint = "train the model again from a recipe for this version"
-        raise InputError(f"{found}; this version reads format {FORMAT}", where=str(where), hint=hint)
+        raise InputError(f"{problem}; this version reads format {FORMAT}", where=str(where), hint=hint)
 
 
 def _checkpoints(run_folder: Path) -> list[Checkpoint]:
-    found = (run_folder / "checkpoints").glob("step-*")
-    return sorted((Checkpoint(path) for path in found if path.name[5:].isdigit()), key=lambda checkpoint: checkpoint.step)
+    paths = (run_folder / "checkpoints").glob("step-*")
+    return sorted((Checkpoint(path) for path in paths if path.name[5:].isdigit()), key=lambda checkpoint: checkpoint.step)
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ class Run:
 
     @classmethod
     def open(cls, path: str | Path, *, embeddings: bool = False) -> Run:
-        """Open a run folder, or the run of a checkpoint folder. Raises `InputError` if `path` is neither.
+        """Open a run folder, or the run that a checkpoint folder belongs to. Raises `InputError` if `path` is neither.
 
         An embedding run is accepted only if `embeddings` is true. Runs saved in another checkpoint format are rejected.
         """
@@ -237,9 +237,9 @@ class Run:
 
     @classmethod
     def find(cls) -> Run:
-        """Open the run that TINYLM_RUN names, else the most recently trained one under runs/.
+        """Open the run in TINYLM_RUN or, if that is not set, the most recently trained run under runs/.
 
-        Raises `InputError` if there is none, or as `open` does.
+        Raises `InputError` if there is no run or `open` rejects it.
         """
         if named := os.environ.get("TINYLM_RUN"):
             return cls.open(named)
@@ -267,7 +267,7 @@ class Run:
         return Tokenizer.load(self.path / "tokenizer.json")
 
     def heldout(self) -> Shard:
-        """The held-out tokens that this run is evaluated on. Raises `InputError` if there are none, as in an imported run."""
+        """Open the held-out tokens of this run. Raises `InputError` if there are none, as in an imported run."""
         if not (self.path / "heldout").exists():
             raise InputError("this run has no held-out text", where=str(self.path), hint="name a text to evaluate it on")
         return open_shard(self.path / "heldout", "heldout")
@@ -277,7 +277,7 @@ class Run:
         return _checkpoints(self.path)
 
     def checkpoint(self, which: str | None = None) -> Checkpoint:
-        """The checkpoint `best`, `last` or of a step; by default `pinned`, else `best`. Raises `InputError` if it is missing."""
+        """Return the checkpoint `best`, `last` or of a step; by default `pinned`, else `best`. Raises `InputError` if missing."""
         which = which or self.pinned or "best"
         if which in POINTERS:
             which = self._resolve_pointer(which)
@@ -301,12 +301,12 @@ class Run:
             raise InputError("does not name a checkpoint", where=str(pointer), hint="select a step with --checkpoint")
         return name_in_file
 
-    def network(self, checkpoint: Checkpoint, device: torch.device) -> Transformer:
+    def network(self, checkpoint: Checkpoint, device: torch.device) -> Model:
         """Load the network with the checkpoint's weights, in float32 and in eval mode. LoRA matrices are merged into the weights.
 
         Raises `InputError` if the weights are damaged or the tokenizer is not the one that the run was trained with.
         """
-        from tinylm.model import lora
+        from tinylm.model import lora, registry
 
         problem = checkpoint.problem(only=MODEL_FILES)
         if problem is not None:
@@ -314,13 +314,13 @@ class Run:
         if checkpoint.state["fingerprints"]["tokenizer"] != self.tokenizer.fingerprint:
             raise InputError("is not the tokenizer that this model was trained with", where=str(self.path / "tokenizer.json"))
         check_shapes(self.recipe, self.tokenizer.vocab_size, checkpoint)
-        network = lora.uninitialized_network(self.recipe.model, self.tokenizer.vocab_size, self.recipe.training.lora)
+        network = registry.build(self.recipe.model, self.tokenizer.vocab_size, None, with_lora=self.recipe.training.lora)
         load_weights(network, checkpoint)
         lora.merge(network)
         return network.to(device).eval()
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """The step and eval lines of metrics.jsonl. A line that a crash cut off is skipped."""
+        """Yield the step and eval lines of metrics.jsonl. Lines that a crash truncated are skipped."""
         try:
             lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
         except FileNotFoundError:
@@ -339,14 +339,14 @@ class Run:
 
 
 def check_shapes(recipe: Recipe, vocab_size: int, checkpoint: Checkpoint) -> None:
-    """Raise `InputError` if the shapes in the header of model.safetensors are not those of the recipe's network.
+    """Raise `InputError` if the shapes in the header of model.safetensors do not match the recipe's network.
 
-    Only the header is read and the network is built on the meta device, so that a mismatch costs no memory.
+    Reads only the header and builds the network on the meta device, to avoid allocating tensors before a mismatch is detected.
     """
     import torch
     from safetensors import SafetensorError, safe_open
 
-    from tinylm.model import lora
+    from tinylm.model import registry
 
     model, file = recipe.model, checkpoint.path / "model.safetensors"
     try:
@@ -354,27 +354,27 @@ def check_shapes(recipe: Recipe, vocab_size: int, checkpoint: Checkpoint) -> Non
             shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118  not a mapping
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot be read: {error}", where=str(file)) from None
-    layers = sum(name.endswith(".attention.qkv.weight") for name in shapes)
-    if layers != model.n_layer:
-        raise InputError(f"does not fit the recipe: {layers} layers instead of {model.n_layer}", where=str(file))
+    mismatch = registry.network_class(model).check_size(model, shapes)
+    if mismatch is not None:
+        raise InputError(f"does not fit the recipe: {mismatch}", where=str(file))
     if model.context_length > MAX_CONTEXT_LENGTH:
         recipe_file = checkpoint.path.parent.parent / "recipe.yaml"
         problem = f"model.context_length: must be at most {MAX_CONTEXT_LENGTH:,}, not {model.context_length:,}"
         raise InputError(problem, where=str(recipe_file))
     with torch.device("meta"):
-        built = lora.uninitialized_network(model, vocab_size, recipe.training.lora)
+        built = registry.build(model, vocab_size, None, with_lora=recipe.training.lora)
     expected = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
-    if model.tie_embeddings:
-        del expected["head.weight"]
-        shapes.pop("head.weight", None)
+    for name in built.tied_weights():
+        del expected[name]
+        shapes.pop(name, None)
     different = [name for name in {**expected, **shapes} if expected.get(name) != shapes.get(name)]
     if different:
         name = different[0]
-        found = f"{name} is {shapes.get(name, 'absent')} instead of {expected.get(name, 'absent')}"
-        raise InputError(f"does not fit the recipe: {found}", where=str(file))
+        difference = f"{name} is {shapes.get(name, 'absent')} instead of {expected.get(name, 'absent')}"
+        raise InputError(f"does not fit the recipe: {difference}", where=str(file))
 
 
-def load_weights(network: Transformer, checkpoint: Checkpoint) -> None:
+def load_weights(network: Model, checkpoint: Checkpoint) -> None:
     """Load model.safetensors into `network`. Raises `InputError` if the file does not match it."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -384,16 +384,14 @@ def load_weights(network: Transformer, checkpoint: Checkpoint) -> None:
         weights = load_file(file)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot be read: {error}", where=str(file)) from None
-    if network.model.tie_embeddings and "embedding.weight" in weights:
-        weights["head.weight"] = weights["embedding.weight"]
     try:
-        network.load_state_dict(weights)
+        network.load_stored_weights(weights)
     except RuntimeError as error:
         raise InputError(f"does not fit the recipe: {error}", where=str(file)) from None
 
 
 def all_runs(folder: Path) -> Iterator[Run]:
-    """The run folders directly inside `folder`, without embedding runs."""
+    """Yield the runs directly inside `folder`, except embedding runs."""
     for path in sorted(folder.glob("*/recipe.yaml")):
         if not (path.parent / EMBEDDINGS_MARKER).exists():
             yield Run(path.parent)

@@ -1,9 +1,9 @@
 """Suggest a recipe for a text, a machine and a time budget, as `tinylm new` does. Does not import torch.
 
 The text is scanned and tokenized. For each of several model sizes, `cost.plan` estimates how many tokens the budget allows, on this
-CPU or on accelerators, and a scaling law predicts the loss after training on them. The size with the lowest loss becomes a recipe
-with comments, which give the reason for each choice. The measurements behind the constants are in docs/lab-notebook.md under "What
-`tinylm new` chooses"; a text is identified there and here by its size.
+CPU or on accelerators, and a scaling law predicts the loss after training on them. The size with the lowest predicted loss becomes
+a recipe, with comments that give the reason for each choice. The measurements behind the constants are in docs/lab-notebook.md
+under "What `tinylm new` chooses". Texts are identified by their size.
 """
 
 from __future__ import annotations
@@ -44,43 +44,42 @@ SIZES = (
     (24, 1536),
 )
 """(number of layers, width) of the models to choose from, all with heads of width 64. Depth and width grow together, as in
-published model families. (2, 192) is missing because the scaling law misjudges it: on 12.6 MB, it was 3 % better than its neighbors
-after two minutes but 16 % worse after ten, and the predicted difference is only 1 %."""
+published model families. (2, 192) is omitted. On 12.6 MB, it was 3 % better than its neighbors after two minutes but 16 % worse
+after ten. The scaling law predicts a difference of only 1 %, so noise in the measured speed would determine the choice."""
 PARAMETER_EXPONENT, TOKEN_EXPONENT = 0.34, 0.28
 """Hoffmann et al. 2022, equation 10: the excess loss is a sum of two terms, which fall as N^-0.34 with the number of parameters and
 as D^-0.28 with the number of tokens."""
 PARAMETER_WEIGHT = 1.2
 """Weight of the first term relative to the second. Fitted to the grids of sizes in docs/lab-notebook.md, because Hoffmann et al.
-studied models a thousand times as large, with more text and without n-gram tables and Muon."""
+studied models a thousand times larger, with more text and without n-gram tables or Muon."""
 FITTED_REPETITIONS_SCALE = 5
-"""R* of `cost.plan.REPETITIONS_SCALE`, which Muennighoff et al. 2023 found to be 15.39. Fitted to the same grids, because n-gram
-tables memorize a text sooner."""
+"""R*, as in `cost.plan.REPETITIONS_SCALE`. Muennighoff et al. 2023 report 15.39. This value is fitted to the same grids of sizes,
+because n-gram tables memorize a text sooner."""
 
 BYTES_PER_ENTRY, READ_BYTES_PER_ENTRY = 2000, 2500
-"""Bytes per vocabulary entry in the text, and in what training reads of it, repetitions included. With fewer, tokens occur too
-rarely to be learned. For 1 MB read nine times, 512 entries (and dropout 0.2 instead of 0.1) gave 4 % fewer bits per byte than 1024
-or 2048. For two minutes of 12.6 MB, 2048 entries gave 2 % fewer than 4096."""
+"""Number of bytes per vocabulary entry, in the text and in the data read during training (including repetitions). With fewer bytes,
+tokens occur too rarely to be learned. For 1 MB read nine times, 512 entries (and dropout 0.2 instead of 0.1) gave 4 % fewer bits
+per byte than 1024 or 2048. For two minutes of 12.6 MB, 2048 entries gave 2 % fewer than 4096."""
 MIN_VOCABULARY, MAX_VOCABULARY = 512, 32768
 BYTES_PER_TOKEN = 4
 """Assumed until a tokenizer is trained."""
-BUSY_HEAD = "\nThe machine was busy while it was measured. If it is idle, `tinylm new` may choose a larger model."
+BUSY_HEAD = "\nThe machine was busy while it was measured. On an idle machine, `tinylm new` may choose a larger model."
 
 CPU_BATCH_TOKENS = 2048
 SHORT_TEXT_EPOCHS, SHORT_TEXT_STEPS = 12, 200
-"""The smallest model may train for this many epochs on any text: on 30 and 100 kB, 12 epochs were the best of 6, 12, 20 and 40. The
-batch size is reduced until these epochs have this many steps, a number that is not measured."""
+"""The smallest model may train for this many epochs on any text. On 30 and 100 kB, 12 epochs were best among 6, 12, 20 and 40. The
+batch size is reduced so that these epochs have this many steps. The number of steps was not tuned."""
 ACCELERATOR_STEPS = 1500
-"""On accelerators, where large matrix products are faster, the batch size is doubled until there are fewer than twice this many
-steps."""
+"""Accelerators are faster with large batches. Their batch size is doubled while there are at least twice this many steps."""
 MAX_BATCH_TOKENS = 1 << 19
 LONG_TEXT_TOKENS = 10_000_000
-"""Training tokens from which on the context length is 1024 on accelerators."""
+"""With at least this many training tokens, the context length on accelerators is 1024."""
 
 REGULARIZATION: tuple[tuple[float, float, float | None], ...] = ((6, 0.2, None), (3, 0.1, 0.5), (0.6, 0.0, 0.5), (0, 0.0, 0.0))
 """(minimum number of epochs, dropout, n-gram dropout). None means no n-gram tables. Without dropout, the tables memorize the names
 in each document, so the blocks do not learn to find these names in the context. On 12.6 MB, an n-gram dropout of 0.5 gave 8 to 12 %
-fewer bits per byte after one and two epochs (6 % after 0.65), but 1 % more after 0.4. On 1 MB, 0.5 was the best for two to four
-epochs. On 0.3 MB and 1 MB, having no tables was 1.3 % better than 0.5 for nine or ten epochs."""
+fewer bits per byte after one and two epochs (6 % after 0.65), but 1 % more after 0.4. On 1 MB, 0.5 was best for two to four
+epochs. On 0.3 MB and 1 MB, omitting the tables was 1.3 % better than 0.5 for nine or ten epochs."""
 
 MAX_EPOCHS = 40
 """More epochs than this do not help (Muennighoff et al. 2023, figure 3)."""
@@ -93,9 +92,9 @@ MAX_HELDOUT_BYTES, HELDOUT_BYTES_PER_MINUTE = 2_000_000, 200_000
 MAX_EVALUATIONS, MAX_EVALUATION_SHARE = 5, 0.05
 """Maximum number of evaluations, and maximum fraction of the budget that they take."""
 _PHRASE = re.compile(r"\b[^\W\d_]{1,20}(?:[ ,]{1,3}[^\W\d_]{1,20}){2,4}\b")
-"""A few consecutive words, to be the prompt of the samples during training."""
+"""Matches a few consecutive words, which become the prompt for samples during training."""
 PROMPT_PIECES, PROMPT_CHARACTERS = 100, 100_000
-"""The prompt is searched for in this many pieces of the text, in this many characters of each."""
+"""Number of pieces of the text that are searched for a prompt, and number of characters searched in each."""
 MIN_STEPS, MIN_DOCUMENTS, MIN_BYTES = 50, 20, 10_000
 
 
@@ -103,8 +102,8 @@ MIN_STEPS, MIN_DOCUMENTS, MIN_BYTES = 50, 20, 10_000
 class Budget:
     """Minutes of training on this machine's CPU, or on `devices` accelerators.
 
-    `accelerator`: a name in `tinylm.cost.accelerators`, or None for the CPU. `processor`: use this measurement instead of measuring
-    the CPU.
+    `accelerator` is a name in `tinylm.cost.accelerators`, or None for the CPU. If `processor` is given, it is used instead of
+    measuring the CPU.
     """
 
     minutes: float = 10
@@ -124,7 +123,7 @@ class Suggestion:
 
 @dataclass(frozen=True)
 class _Draft:
-    """The values chosen for a recipe, and the reason for each by key."""
+    """The values chosen for a recipe, and the reason for each value."""
 
     name: str
     data: DataSection
@@ -142,7 +141,7 @@ class _Draft:
     """None means no n-gram tables."""
     every: int = 1_000_000
     epochs: float | None = None
-    """Replaces `minutes` if a training of that length would overfit."""
+    """Replaces `minutes` if training for that long would overfit."""
     reasons: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -159,7 +158,7 @@ class _Draft:
         return "\n".join(lines) + "\n"
 
     def _lines(self) -> Iterator[tuple[str, str]]:
-        """The lines of the recipe, each with the key of its reason in `reasons`."""
+        """Yield the lines of the recipe, each with the key of its reason in `reasons`."""
         sources = self.data.train
         yield f"name: {_quoted(self.name)}", "name"
         yield "seed: 1337", "seed"
@@ -202,14 +201,14 @@ def _minutes(budget: Budget) -> str:
 
 
 def _short(number: float) -> str:
-    """12345678 as "12M"."""
+    """Abbreviate a number: 12345678 becomes "12M"."""
     size, letter = next((size, letter) for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1, "")) if number >= size)
     shown = number / size
     return f"{shown:.1f}{letter}" if shown < 10 else f"{shown:.0f}{letter}"
 
 
 def _quoted(text: str) -> str:
-    """A string in YAML, in quotes if it would otherwise be read as something else."""
+    """Format a string as YAML, with quotes if it would otherwise be parsed as something else."""
     plain = re.fullmatch(r"[\w./~][\w./~:-]*\w", text) is not None and yaml.load(text, Loader) == text
     return text if plain else json.dumps(text, ensure_ascii=False)
 
@@ -222,9 +221,9 @@ def suggest_recipe(
     sizes: Sequence[tuple[int, int]] = SIZES,
     reporter: Reporter = SILENT,
 ) -> Suggestion:
-    """The recipe with the lowest predicted held-out loss within the budget, which includes evaluations.
+    """Return the recipe with the lowest predicted held-out loss within the budget, which includes evaluations.
 
-    `sizes`: (number of layers, width) of the models to choose from, smallest first. `data.heldout` is replaced.
+    `sizes` lists the (number of layers, width) of the models to choose from, smallest first. `data.heldout` is replaced.
 
     Raises `InputError` if the text cannot be read or is too short, if it is standard input (which training could not read again),
     if no model fits in memory, or if the budget does not allow `MIN_STEPS` steps of the smallest model.
@@ -248,22 +247,22 @@ def suggest_recipe(
 
 
 def excess_loss(plan: Plan) -> float:
-    """By how much the predicted loss exceeds that of an infinite model trained on infinite text, up to a constant factor.
+    """Return the predicted loss minus the loss of an infinite model trained on infinite text, up to a constant factor.
 
-    Repeated tokens count as the unique tokens that they are worth.
+    Repeated tokens are converted to an equivalent number of unique tokens.
     """
     tokens = effective_tokens(plan.tokens, plan.compute_optimal.unique_tokens, FITTED_REPETITIONS_SCALE)
     return float(PARAMETER_WEIGHT * _matmul_parameters(plan) ** -PARAMETER_EXPONENT + tokens**-TOKEN_EXPONENT)
 
 
 def _matmul_parameters(plan: Plan) -> float:
-    """Number of parameters with the same FLOPs as the model: those in matrix products, and more for attention."""
+    """Return the number of matmul parameters that would cost the same FLOPs as the model, including its attention."""
     return plan.flops / plan.tokens / 6
 
 
 @dataclass(frozen=True)
 class _TextSummary:
-    """Sizes of the text found in a first scan, before it is tokenized."""
+    """Sizes of the text, measured in a first scan before tokenization."""
 
     bytes: int
     documents: int
@@ -271,13 +270,13 @@ class _TextSummary:
     heldout_bytes: int
 
     def as_tokens(self, vocab_size: int) -> TextSize:
-        """Estimated sizes in tokens."""
+        """Estimate the sizes in tokens."""
         train, heldout = (size // BYTES_PER_TOKEN for size in (self.train_bytes, self.heldout_bytes))
         return TextSize(vocab_size, train, heldout, exact=False)
 
 
 def _first_draft(name: str, data: DataSection, budget: Budget) -> tuple[_Draft, _TextSummary]:
-    """A draft that holds out a suitable share of the text, and the sizes of the text."""
+    """Return a draft with a suitable held-out share, and the sizes of the text."""
     with Corpus(data.train, field=data.field, errors=data.errors) as corpus:
         scan = split.scan(corpus.pieces())
         phrases = (_PHRASE.search(piece.text[:PROMPT_CHARACTERS]) for piece in islice(corpus.pieces(), PROMPT_PIECES))
@@ -299,23 +298,23 @@ def _holds_out(scan: split.Scan, share: float) -> bool:
         boundaries = split.by_document(scan, share).boundaries
     except InputError:
         return False
-    held = int(scan.lengths[boundaries == 0].sum())
-    return 0.5 <= held / (share * scan.characters) <= 1.5
+    heldout_characters = int(scan.lengths[boundaries == 0].sum())
+    return 0.5 <= heldout_characters / (share * scan.characters) <= 1.5
 
 
 def _batch(sequences: int, budget: Budget) -> int:
-    """The number of sequences, rounded up to a multiple of the number of devices."""
+    """Round the number of sequences up to a multiple of the number of devices."""
     return math.ceil(sequences / budget.devices) * budget.devices
 
 
 def _vocab_size(entries: float) -> int:
-    """The nearest power of two, within the limits of the vocabulary size."""
+    """Round to the nearest power of two, within the limits of the vocabulary size."""
     exponent = round(math.log2(max(1.0, entries)))
     return min(max(1 << exponent, MIN_VOCABULARY), MAX_VOCABULARY)
 
 
 def _with_context(draft: _Draft, text: TextSize, budget: Budget) -> _Draft:
-    """Set a context length that suits the text and the machine, and the batch size for a CPU."""
+    """Choose the context length for the text and the machine, and the batch size for a CPU."""
     context = 256 if budget.accelerator is None or text.train_tokens < LONG_TEXT_TOKENS else 1024
     while context > 16 and (text.train_tokens < 32 * context or text.heldout_tokens < 2 * context):
         context //= 2
@@ -324,7 +323,7 @@ def _with_context(draft: _Draft, text: TextSize, budget: Budget) -> _Draft:
 
 
 def _candidates(draft: _Draft, text: TextSize, budget: Budget, sizes: Sequence[tuple[int, int]]) -> Iterator[tuple[_Draft, Plan]]:
-    """The completed draft of each size that fits in memory and for which the budget allows enough steps."""
+    """Yield the completed draft and plan of each size that fits in memory and can train for enough steps within the budget."""
     for layers, width in sizes:
         candidate, plan = _completed(replace(draft, layers=layers, width=width), text, budget)
         if plan.steps < MIN_STEPS:
@@ -334,7 +333,7 @@ def _candidates(draft: _Draft, text: TextSize, budget: Budget, sizes: Sequence[t
 
 
 def _no_candidate_error(smallest: _Draft, text: TextSize, budget: Budget) -> InputError:
-    """The error that says why not even the smallest model can be trained."""
+    """Return an error that explains why even the smallest model cannot be trained."""
     _, plan = _completed(smallest, text, budget)
     if plan.steps >= MIN_STEPS:
         return InputError("the smallest model does not fit in memory", where="--hardware" if budget.accelerator else None)
@@ -343,7 +342,7 @@ def _no_candidate_error(smallest: _Draft, text: TextSize, budget: Budget) -> Inp
 
 
 def _completed(draft: _Draft, text: TextSize, budget: Budget) -> tuple[_Draft, Plan]:
-    """Set the batch size, length, dropout and evaluation interval that suit the size of the model and the budget."""
+    """Choose the batch size, training length, dropout and evaluation interval for the size of the model and the budget."""
     draft, plan = _with_length(draft, text, budget)
     if budget.accelerator is not None:
         while plan.steps >= 2 * ACCELERATOR_STEPS and plan.tokens_per_step < MAX_BATCH_TOKENS:
@@ -356,7 +355,7 @@ def _completed(draft: _Draft, text: TextSize, budget: Budget) -> tuple[_Draft, P
 
 
 def _with_length(draft: _Draft, text: TextSize, budget: Budget) -> tuple[_Draft, Plan]:
-    """Train for the minutes of the budget, or if that would overfit, for as many epochs as the text allows."""
+    """Set the training length to the minutes of the budget, or to the maximum number of epochs if that would overfit."""
     draft = replace(draft, epochs=None)
     plan = _plan(draft, text, budget)
     max_epochs = MAX_MEMORIZATION * text.train_tokens / _matmul_parameters(plan)
@@ -384,7 +383,7 @@ def _plan(draft: _Draft, text: TextSize, budget: Budget) -> Plan:
 def _reasons(
     draft: _Draft, plan: Plan, text: TextSize, summary: _TextSummary, budget: Budget, candidates: int, busy: bool
 ) -> dict[str, str]:
-    """The reason for each value by key, and the comment at the top of the recipe as "head"."""
+    """Map each key to the reason for its value, and "head" to the comment at the top of the recipe."""
     machine = "this CPU" if budget.accelerator is None else f"{budget.devices} x {budget.accelerator}"
     documents = f"{summary.documents:,} document{'' if summary.documents == 1 else 's'}"
     passes = f"{plan.epochs:.1f} passes over the text" if plan.epochs < 10 else f"{plan.epochs:.0f} passes over the text"

@@ -1,4 +1,4 @@
-"""Make the page docs/reference/cli.md from the Typer apps: every command with its arguments and options."""
+"""Generate docs/reference/cli.md from the Typer apps. The page documents every command with its arguments and options."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ after it saved its work.
 
 
 def commands() -> Iterator[tuple[str, Any]]:
-    """The full name of each command, such as `tokenize train`, and its Click command, in the order of `tinylm --help`."""
+    """Yield the full name of each command, such as `tokenize train`, and its Click command, in the order of `tinylm --help`."""
     for name in COMMANDS:
         command = load_command(name)
         children = getattr(command, "commands", None)
@@ -32,7 +32,7 @@ def commands() -> Iterator[tuple[str, Any]]:
 
 
 def options_of(command: Any) -> set[str]:
-    """All spellings of the options of a command."""
+    """Return all spellings of a command's options."""
     return {spelling for parameter in command.params for spelling in _spellings(parameter) if spelling.startswith("-")}
 
 
@@ -41,7 +41,7 @@ def _spellings(parameter: Any) -> list[str]:
 
 
 def _escaped(text: str) -> str:
-    """Text in one line, without characters that Markdown or HTML would interpret in a table."""
+    """Return text on one line, with Markdown and HTML escaped for a table."""
     return " ".join(text.split()).replace("|", "\\|").replace("[", "\\[").replace("<", "&lt;")
 
 
@@ -86,7 +86,7 @@ def _usage(name: str, command: Any) -> str:
 
 
 def page() -> str:
-    """The Markdown of docs/reference/cli.md."""
+    """Return the Markdown of docs/reference/cli.md."""
     lines = [INTRODUCTION]
     for name, command in commands():
         lines += [f"## tinylm {name}", "", _escaped(command.help or ""), "", "```text", _usage(name, command), "```", ""]

@@ -1,4 +1,4 @@
-"""Write the generated pages of docs/reference: python docs/scripts/make_reference.py."""
+"""Generate the pages in docs/reference. Run it with `python docs/scripts/make_reference.py`."""
 
 from __future__ import annotations
 

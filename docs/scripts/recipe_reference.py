@@ -1,7 +1,7 @@
-"""Make the page docs/reference/recipe.md from the schema in tinylm/recipe: every key of a recipe.
+"""Generate docs/reference/recipe.md, which documents every recipe key, from the schema in tinylm/recipe.
 
-The page shows the sections and their variants. For each key it has the docstring, the default, and the allowed values in the words
-of the error message.
+The page lists the sections and their variants. For each key, it shows the docstring, the default, and the allowed values as worded
+in the error message.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import PydanticUndefined
 
-from tinylm.recipe import EmbeddingRecipe, Recipe
-from tinylm.recipe.presets import PRESETS
-from tinylm.recipe.schema import ModelSection, Section, to_plain
+from tinylm.recipe import EmbeddingRecipe, ModelVariant, Recipe
+from tinylm.recipe.schema import Section, to_plain
 from tinylm.recipe.sections import Variants, variants_of
 
 INTRODUCTION = """\
@@ -30,12 +29,12 @@ command line. A key that is not listed here is an error.
 
 
 def joined(path: str, key: str) -> str:
-    """The dotted path of `key` in the section at `path`, which is "" for the top of a recipe."""
+    """Return the dotted path of `key` in the section at `path`. The path of the top level is ""."""
     return f"{path}.{key}" if path else key
 
 
 def sections(section: type[BaseModel], path: str = "") -> Iterator[tuple[str, Variants]]:
-    """The dotted path of every section inside `section`, with its variants."""
+    """Yield the dotted path and the variants of every section inside `section`."""
     for key in section.model_fields:
         variants = variants_of(section, key)
         if variants is not None:
@@ -45,13 +44,13 @@ def sections(section: type[BaseModel], path: str = "") -> Iterator[tuple[str, Va
 
 
 def about(section: type[BaseModel]) -> str:
-    """The docstring of a section, without those of its base classes."""
+    """Return the docstring of a section, without inherited docstrings."""
     return inspect.cleandoc(section.__dict__.get("__doc__") or "")
 
 
 def meanings(section: type[BaseModel]) -> dict[str, str]:
-    """The docstring under each key of a section, including the keys of its base classes."""
-    found: dict[str, str] = {}
+    """Return the docstring below each key of a section, including inherited keys."""
+    docstrings: dict[str, str] = {}
     for kind in reversed(section.__mro__):
         if not issubclass(kind, Section):
             continue
@@ -61,12 +60,12 @@ def meanings(section: type[BaseModel]) -> dict[str, str]:
             if not isinstance(key, ast.AnnAssign) or not isinstance(below, ast.Expr):
                 continue
             if isinstance(key.target, ast.Name) and isinstance(below.value, ast.Constant):
-                found[key.target.id] = str(below.value.value)
-    return found
+                docstrings[key.target.id] = str(below.value.value)
+    return docstrings
 
 
 def allowed(annotation: Any) -> str:
-    """The values that a key accepts, in the words of its error message."""
+    """Return the values that a key accepts, as worded in its error message."""
     if get_origin(annotation) is Literal:
         return ", ".join(map(str, get_args(annotation)))
     try:
@@ -78,17 +77,18 @@ def allowed(annotation: Any) -> str:
 
 
 def default(section: type[BaseModel], key: str) -> str:
-    """The default of a key in the notation of a recipe. If presets have different defaults, those of all presets."""
-    if section is ModelSection and key in PRESETS["modern"]:
-        values = {preset: dumped(parts[key]) for preset, parts in PRESETS.items()}
-        same = len(set(values.values())) == 1
-        return values["modern"] if same else ", ".join(f"{preset}: {value}" for preset, value in values.items())
+    """Return the default of a key in recipe notation. If the presets have different defaults, list all of them."""
+    presets = section.presets if issubclass(section, ModelVariant) else {}
+    if any(key in parts for parts in presets.values()):
+        values = {preset: dumped(parts[key]) for preset, parts in presets.items()}
+        distinct = set(values.values())
+        return distinct.pop() if len(distinct) == 1 else ", ".join(f"{preset}: {value}" for preset, value in values.items())
     field = section.model_fields[key]
     return "required" if field.is_required() else "" if field.default is PydanticUndefined else dumped(field.default)
 
 
 def dumped(value: Any) -> str:
-    """A default in the notation of a recipe. A section is shown by its short form if it has one."""
+    """Format a default in recipe notation. Use the short form of a section if it has one."""
     if isinstance(value, Section):
         short_form = next((str(getattr(value, key)) for key in ("name", "kind") if key in type(value).model_fields), "")
         return f"`{short_form}`" if short_form else ""
@@ -97,13 +97,16 @@ def dumped(value: Any) -> str:
     return f"`{value}`" if isinstance(value, str) and value else f"`{json.dumps(to_plain(value))}`"
 
 
-def table(path: str, section: type[BaseModel], anchors: dict[str, str]) -> list[str]:
-    """A table with a row for each key of the section at `path`. `anchors`: the anchor of every section, by its path."""
+def table(path: str, section: type[BaseModel], anchors: dict[str, str], discriminator: str | None = None) -> list[str]:
+    """Return a table with a row for each key of the section at `path`, except the `discriminator` of its variants.
+
+    `anchors` maps the path of every section to its anchor.
+    """
     meaning, rows = meanings(section), []
     for key, field in section.model_fields.items():
         annotation = field.rebuild_annotation()
-        if get_origin(annotation) is Literal and len(get_args(annotation)) == 1:
-            continue  # the discriminator
+        if key == discriminator:
+            continue
         anchor = anchors.get(joined(path, key))
         values = f"[a section](#{anchor})" if anchor else allowed(annotation)
         variants = variants_of(section, key)
@@ -113,24 +116,27 @@ def table(path: str, section: type[BaseModel], anchors: dict[str, str]) -> list[
 
 
 def in_a_cell(text: str) -> str:
-    """The first paragraph of `text` in one line, as the cell of a table."""
+    """Return the first paragraph of `text` on one line, for a table cell."""
     return " ".join(text.split("\n\n")[0].split()).replace("|", "\\|")
 
 
 def chapter(recipe: type[BaseModel], prefix: str = "") -> list[str]:
-    """The sections of a recipe. Their anchors begin with `prefix`, because two kinds of recipe have sections of the same name."""
-    found = list(sections(recipe))
-    anchors = {path: prefix + path.replace(".", "-") for path, _ in found}
-    lines = [about(recipe), "", *table("", recipe, anchors)]
-    for path, variants in found:
+    """Return the Markdown lines of a recipe's sections. `prefix` makes the anchors unique among recipe kinds."""
+    all_sections = list(sections(recipe))
+    anchors = {path: prefix + path.replace(".", "-") for path, _ in all_sections}
+    lines = [about(recipe), "", *table("", recipe, anchors, discriminator="kind")]
+    for path, variants in all_sections:
         lines += [f"### {path} {{#{anchors[path]}}}", ""]
+        if variants.discriminator is not None:
+            lines += [f"The key `{variants.discriminator}` selects one of: {', '.join(f'`{tag}`' for tag in variants.by_tag)}.", ""]
         for tag, section in variants.by_tag.items():
-            lines += [f"**{tag}**: {about(section)}" if tag else about(section), "", *table(path, section, anchors)]
+            rows = table(path, section, anchors, variants.discriminator)
+            lines += [f"**{tag}**: {about(section)}" if tag else about(section), "", *rows]
     return lines
 
 
 def page() -> str:
-    """The Markdown of docs/reference/recipe.md."""
+    """Return the Markdown of docs/reference/recipe.md."""
     lines = [
         INTRODUCTION,
         "## Language models",

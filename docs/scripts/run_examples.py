@@ -4,12 +4,13 @@
     python docs/scripts/run_examples.py README.md ...    only these pages
     python docs/scripts/run_examples.py --check          run the commands, leave the pages as they are
 
-Commands are the lines that begin with `$ ` in a fenced block of kind `console`; the lines after one are its output, standard
-error included. All pages share one working folder (`--work`), so that a page can use what an earlier one trained. A comment
-directly above a block changes how it is treated:
+Commands are the lines that begin with `$ ` in a fenced block of kind `console`, where the lines after a command are its output,
+standard error included, and all lines of a block of kind `bash`, whose output is not shown. All pages share one working folder
+(`--work`), so that a page can use what an earlier one trained. A comment directly above a block changes how it is treated:
 
     <!-- not run: REASON -->      the block is left as it is
     <!-- lines: 1-4,9,~2 -->      only these lines of each output are shown (`~2`: the last two); `...` stands for the others
+    <!-- run with: OLD => NEW --> the command is run with NEW in place of OLD, for example to train for a shorter time
     <!-- exit: 2 -->              the last command of the block must end with this exit code instead of 0
     <!-- setup: COMMAND -->       run before the block, not shown; `$TINYLM_SOURCE` is the repository
 """
@@ -28,13 +29,13 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-_COMMENT = re.compile(r"^<!-- (not run|lines|exit|setup): (.*) -->$")
+_COMMENT = re.compile(r"^<!-- (not run|run with|lines|exit|setup): (.*) -->$")
 _TIMEOUT = 1800
 
 
 @dataclass
 class Block:
-    """A fenced block of a page. `first` and `last` are the line indexes of its fences."""
+    """A fenced block of a page. `first` and `last` are the line indices of its fences."""
 
     kind: str
     first: int
@@ -45,13 +46,15 @@ class Block:
 
     @property
     def commands(self) -> list[str]:
-        """The commands of a console block; one that ends with a backslash continues on the next line."""
+        """The commands of a console or bash block. A command that ends with a backslash continues on the next line."""
+        if self.kind == "bash":
+            return [line for line in self.lines if line.strip()]
         joined = "\n".join(self.lines).replace("\\\n", "\0")
         return [line[2:].replace("\0", "\\\n") for line in joined.splitlines() if line.startswith("$ ")]
 
 
 def blocks(text: str) -> Iterator[Block]:
-    """The fenced blocks of a Markdown page, with the comments directly above each."""
+    """Yield the fenced blocks of a Markdown page, each with the comments directly above it."""
     lines = text.splitlines()
     comments: dict[str, str] = {}
     setup: list[str] = []
@@ -73,7 +76,7 @@ def blocks(text: str) -> Iterator[Block]:
 
 
 def pages() -> list[Path]:
-    """README.md and the pages of the site, in the order of its navigation."""
+    """Return README.md and the pages of the site, in navigation order."""
     navigation = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Loader=_Loader)["nav"]
 
     def flattened(entry: object) -> Iterator[str]:
@@ -87,7 +90,7 @@ def pages() -> list[Path]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads mkdocs.yml, and `!!python/name:` tags in it as strings."""
+    """A YAML loader for mkdocs.yml that reads `!!python/name:` tags as strings."""
 
 
 _Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda loader, suffix, node: suffix)
@@ -105,7 +108,7 @@ class Shell:
         )
 
     def run(self, command: str) -> tuple[int, str]:
-        """The exit code and the output, standard error included."""
+        """Run a command and return its exit code and output, including standard error."""
         assert self._bash.stdin is not None
         assert self._bash.stdout is not None
         self._bash.stdin.write(f"{command}\nprintf '\\n@@%s@@\\n' $?\n".encode())
@@ -126,7 +129,7 @@ class Shell:
 
 
 def selected(output: str, ranges: str | None) -> list[str]:
-    """The lines of an output in `ranges`, such as `1-4,9,~2`, with `...` for each gap."""
+    """Return the output lines in `ranges`, such as `1-4,9,~2`, with `...` in place of each gap."""
     lines = [line.rstrip() for line in output.rstrip("\n").splitlines()]
     if ranges is None:
         return lines
@@ -156,17 +159,19 @@ def refresh(page: Path, folder: Path, *, check: bool) -> list[str]:
             code, output = shell.run(command)
             if code:
                 failures.append(f"{page.name}: setup {command}: exit code {code}\n{output}")
-        if block.kind != "console" or "not run" in block.comments:
+        if block.kind not in ("console", "bash") or "not run" in block.comments:
             continue
+        old, _, new = block.comments.get("run with", "").partition(" => ")
         shown: list[str] = []
         for number, command in enumerate(block.commands, 1):
             print(f"{page.name}: {command}", file=sys.stderr, flush=True)
-            code, output = shell.run(command)
+            code, output = shell.run(command.replace(old, new) if old else command)
             expected = int(block.comments.get("exit", 0)) if number == len(block.commands) else 0
             if code != expected:
                 failures.append(f"{page.name}: {command}: exit code {code} instead of {expected}\n{output}")
             shown += [*f"$ {command}".splitlines(), *selected(output, block.comments.get("lines"))]
-        replacements.append((block, shown))
+        if block.kind == "console":
+            replacements.append((block, shown))
     shell.close()
     if not check:
         for block, shown in reversed(replacements):

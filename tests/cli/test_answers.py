@@ -1,4 +1,4 @@
-"""The output that other programs read: the JSON of every command, and what is printed on stdout and on stderr."""
+"""Test the output that other programs read: the JSON of every command, and the text on stdout and stderr."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_new_recipe_can_be_trained(run_cli: RunCli, text_file: Path, tmp_path:
     assert "\nname: other\n" in printed.out, "without --out, the recipe is printed"
 
 
-def test_the_time_limit_stops_the_training_with_a_checkpoint(run_cli: RunCli, recipe_file: Path, tmp_path: Path) -> None:
+def test_the_time_limit_stops_training_and_saves_a_checkpoint(run_cli: RunCli, recipe_file: Path, tmp_path: Path) -> None:
     stopped = run_cli("train", recipe_file, "--out", tmp_path / "run", "--stop-after", "0s", "--json")
     assert (stopped.code, stopped.json["stopped"], stopped.json["step"]) == (0, "time", 1)
     assert f"Continue with: tinylm train {tmp_path / 'run'} --resume" in stopped.err
@@ -108,7 +108,7 @@ def test_eval_reads_a_named_pipe(run_cli: RunCli, tiny_run: Run, text_file: Path
     assert result.json["characters"] == len(text)
 
 
-def test_eval_prints_the_same_numbers_as_text(run_cli: RunCli, tiny_run: Run) -> None:
+def test_eval_prints_the_same_numbers_in_text_and_json(run_cli: RunCli, tiny_run: Run) -> None:
     numbers = run_cli("eval", "-r", tiny_run.path, "--json").json
     shown = dict(line.split("  ", 1) for line in run_cli("eval", "-r", tiny_run.path).out.splitlines())
     assert shown["bits per byte"].strip().startswith(f"{numbers['bits_per_byte']:.4f} ")
@@ -146,7 +146,7 @@ def test_a_prompt_can_be_empty_or_longer_than_the_context(run_cli: RunCli, tiny_
         assert result.json["samples"][0]["tokens"] <= 2
 
 
-def test_the_run_is_found_by_option_environment_variable_or_age(
+def test_the_run_is_selected_by_option_environment_variable_or_age(
     run_cli: RunCli, tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TINYLM_RUN", str(tiny_run.path))
@@ -156,8 +156,8 @@ def test_the_run_is_found_by_option_environment_variable_or_age(
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "newest").symlink_to(tiny_run.path)
     monkeypatch.chdir(tmp_path)
-    found = run_cli("eval", "--json")
-    assert (found.json["run"], found.err) == ("runs/newest", "using runs/newest\n")
+    newest = run_cli("eval", "--json")
+    assert (newest.json["run"], newest.err) == ("runs/newest", "using runs/newest\n")
     last = tiny_run.checkpoint("last")
     assert run_cli("eval", "-r", last.path, "--json").json["checkpoint"] == last.name
     assert run_cli("eval", "--checkpoint", last.step, "--json", "-q").json["step"] == last.step
@@ -226,8 +226,14 @@ def test_a_plan_for_accelerators(run_cli: RunCli, recipe_file: Path) -> None:
     assert "20 tokens per parameter" in shown
 
 
+def test_a_plan_warns_about_parts_that_it_does_not_estimate(run_cli: RunCli, recipe_file: Path) -> None:
+    shown = run_cli("plan", recipe_file, "--set", "model.attention_window=8")
+    assert "not estimated: attention_window 8; the plan does not include the cost of these parts" in " ".join(shown.err.split())
+    assert "not estimated" not in run_cli("plan", recipe_file).err
+
+
 @pytest.mark.parametrize(("undisturbed", "warns"), [(0.5, True), (0.95, False)])
-def test_a_plan_of_a_busy_machine_gives_a_warning(
+def test_a_plan_warns_if_the_machine_is_busy(
     undisturbed: float, warns: bool, run_cli: RunCli, recipe_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = Processor(350e9, 27e9, 14e9, cores=2, has_amx=False, undisturbed=undisturbed)

@@ -1,4 +1,4 @@
-"""`tinylm embed` on the command line: each verb with text and JSON output, and training from options or a recipe."""
+"""`tinylm embed` on the command line: each subcommand with text and JSON output, and training from options or a recipe."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def trained(run_cli: RunCli, folder: Path, text_file: Path) -> Path:
-    answer = run_cli("embed", "train", text_file, *OPTIONS, "--name", "words", "-q")
-    assert answer.code == 0, answer
-    assert answer.out == "embeddings/words/vectors.safetensors\n"
+    result = run_cli("embed", "train", text_file, *OPTIONS, "--name", "words", "-q")
+    assert result.code == 0, result
+    assert result.out == "embeddings/words/vectors.safetensors\n"
     return folder / "embeddings" / "words"
 
 
@@ -36,14 +36,14 @@ def test_queries_print_text_and_json_for_arguments_and_standard_input(run_cli: R
     table = run_cli("embed", "nearest", "object", "-n", "3")
     assert "using embeddings/words" in table.err
     assert all(neighbor["token"] in table.out for neighbor in nearest["neighbours"])
-    several = run_cli("embed", "nearest", "--json", "-q", stdin=b"object\nclass\n").json
-    assert [answer["query"] for answer in several] == ["object", "class"]
-    assert len(several[0]["neighbours"]) == 10
+    results = run_cli("embed", "nearest", "--json", "-q", stdin=b"object\nclass\n").json
+    assert [result["query"] for result in results] == ["object", "class"]
+    assert len(results[0]["neighbours"]) == 10
     for method in ("3cosadd", "3cosmul"):
         analogy = run_cli("embed", "analogy", "object", "objects", "class", "--method", method, "--json").json
         assert not {neighbor["token"] for neighbor in analogy["neighbours"]} & {"object", "objects", "class"}
     lines = run_cli("embed", "analogy", "-", "--json", stdin=b"object\tobjects\tclass\nclass object objects\n").json
-    assert [answer["query"] for answer in lines] == [["object", "objects", "class"], ["class", "object", "objects"]]
+    assert [result["query"] for result in lines] == [["object", "objects", "class"], ["class", "object", "objects"]]
     similarity = run_cli("embed", "similarity", "object", "objects", "--json").json["similarity"]
     assert run_cli("embed", "similarity", "object", "objects").out == f"{similarity:.4f}\n"
     assert len(run_cli("embed", "similarity", stdin=b"object class\nobject object\n").out.splitlines()) == 2
@@ -70,10 +70,10 @@ def test_training_from_a_recipe_equals_training_from_options(run_cli: RunCli, tr
 
 
 def test_training_prints_loss_and_neighbors_without_a_terminal(run_cli: RunCli, folder: Path, text_file: Path) -> None:
-    answer = run_cli("embed", "train", text_file, *OPTIONS, "--method", "glove", "--probe", "object", "--out", "g")
-    assert "  object: " in answer.err
-    assert "pairs/s" in answer.err
-    assert "loss" in answer.err
+    result = run_cli("embed", "train", text_file, *OPTIONS, "--method", "glove", "--probe", "object", "--out", "g")
+    assert "  object: " in result.err
+    assert "pairs/s" in result.err
+    assert "loss" in result.err
     assert "'objct' is not among the" in error_of(
         run_cli("embed", "train", text_file, *OPTIONS, "--probe", "objct", "--out", "h", "-q")
     )
@@ -94,11 +94,11 @@ def test_import_reverses_export(run_cli: RunCli, trained: Path) -> None:
 def test_eval_reports_coverage(run_cli: RunCli, trained: Path) -> None:
     Path("a.txt").write_text(": s\nobject objects class classes\nking queen man woman\n")
     Path("s.csv").write_text("object,class,7\nclass,the,2\nobject,the,1.5\nking,queen,9\n")
-    answers = run_cli("embed", "eval", "a.txt", "s.csv", "--json").json
-    assert {"correct", "total", "accuracy", "coverage"} <= set(answers[0]["analogies"])
-    assert (answers[0]["analogies"]["covered"], answers[0]["analogies"]["coverage"]) == (1, 0.5)
-    assert {"pairs", "covered", "spearman", "pearson"} <= set(answers[1]["similarity"])
-    assert (answers[1]["similarity"]["covered"], answers[1]["similarity"]["pairs"]) == (3, 4)
+    evaluations = run_cli("embed", "eval", "a.txt", "s.csv", "--json").json
+    assert {"correct", "total", "accuracy", "coverage"} <= set(evaluations[0]["analogies"])
+    assert (evaluations[0]["analogies"]["covered"], evaluations[0]["analogies"]["coverage"]) == (1, 0.5)
+    assert {"pairs", "covered", "spearman", "pearson"} <= set(evaluations[1]["similarity"])
+    assert (evaluations[1]["similarity"]["covered"], evaluations[1]["similarity"]["pairs"]) == (3, 4)
     assert "coverage  50.0%: 1 of 2 questions" in run_cli("embed", "eval", "a.txt").out
 
 
@@ -119,9 +119,9 @@ def test_vectors_of_a_run_can_be_plotted_exported_and_queried(
     assert json.dumps(run_cli("embed", "nearest", " the", "-v", "t.safetensors", "--json").json) == json.dumps(nearest)
 
 
-def test_embeddings_are_rejected_where_a_language_model_is_needed(run_cli: RunCli, trained: Path) -> None:
-    for verb in (["eval", "--run", trained], ["sample", "--run", trained, "--prompt", "a"], ["compare", trained, trained]):
-        assert "holds embeddings, not a language model" in error_of(run_cli(*verb))
+def test_embeddings_are_rejected_where_a_language_model_is_required(run_cli: RunCli, trained: Path) -> None:
+    for command in (["eval", "--run", trained], ["sample", "--run", trained, "--prompt", "a"], ["compare", trained, trained]):
+        assert "holds embeddings, not a language model" in error_of(run_cli(*command))
     assert run_cli("plot", trained, "--out", "loss.svg").code == 0
     shutil.copytree(trained, "runs/words")
     assert run_cli("runs", "--json").json == []

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 from tinylm_cli.live import PlainView, TerminalView, draw_curves
 
+from tinylm.evaluation.metrics import Metrics
 from tinylm.training.metrics import EvaluationEvent, GuardEvent, Observer, SampleEvent, StepEvent
 
 LOSSES = [6.0, 5.0, 4.5, 4.25]
@@ -30,13 +31,14 @@ def step(number: int, loss: float, *, seconds: float | None = None, steps: int =
 
 
 def send_events(view: Observer) -> None:
-    """Four of eight steps, evaluated after the second (the best one) and the fourth, and one sample."""
+    """Send four of eight steps, an evaluation after the second (the best) and the fourth, and one sample."""
     view.phase("first step")
     for number, loss in enumerate(LOSSES, 1):
         view.step(step(number, loss))
         if number in (2, 4):
             seconds = 10.0 * number
-            view.evaluation(EvaluationEvent(number, 100 * number, 5.5 + number, 2.25 + number, 0.9 * seconds, seconds, number == 2))
+            metrics = Metrics("loss", {"loss": 5.5 + number, "bits_per_byte": 2.25 + number})
+            view.evaluation(EvaluationEvent(number, 100 * number, metrics, 0.9 * seconds, seconds, number == 2))
     view.sample(SampleEvent(4, "The for", " statement\nis  used"))
     view.phase("training")
 
@@ -89,7 +91,7 @@ def test_the_panel_shows_the_numbers() -> None:
         "4.250",
         "9.500",
         "6.250",
-        "4.250 at step 2",
+        "7.5000 at step 2",
         "12.3k",
         "37%",
         "0.003",
@@ -117,7 +119,7 @@ def test_the_panel_fits_the_width_and_keeps_the_important_numbers(width: int) ->
 def test_a_resumed_run_shows_the_curve_of_the_previous_steps() -> None:
     views = [TerminalView(console(), "tinylm train tiny") for _ in range(2)]
     steps = [step(number, loss) for number, loss in enumerate(LOSSES, 1)]
-    evaluations = [EvaluationEvent(2, 200, 5.0, 4.25, 18.0, 20.0, True)]
+    evaluations = [EvaluationEvent(2, 200, Metrics("loss", {"loss": 5.0, "bits_per_byte": 4.25}), 18.0, 20.0, True)]
     views[0].resumed(steps[:3], evaluations)
     views[0].step(steps[3])
     for event in steps[:2]:
@@ -131,7 +133,7 @@ def test_a_resumed_run_shows_the_curve_of_the_previous_steps() -> None:
         target.print(view.render())
         panels.append(written(target))
     assert panels[0] == panels[1]
-    assert "4.250 at step 2" in panels[0]
+    assert "5.0000 at step 2" in panels[0]
 
 
 def test_a_rollback_removes_the_later_part_of_the_curve() -> None:
@@ -167,7 +169,7 @@ def test_the_panel_shows_that_training_will_stop() -> None:
     assert "0:40 left  stopped" in written(target)
 
 
-def test_the_panel_can_show_a_loss_that_is_nan() -> None:
+def test_the_panel_shows_a_nan_loss() -> None:
     target = console()
     view = TerminalView(target, "tinylm train tiny")
     view.step(step(1, math.nan))
@@ -176,7 +178,7 @@ def test_the_panel_can_show_a_loss_that_is_nan() -> None:
 
 
 def braille(points: set[tuple[int, int]], width: int, height: int) -> list[str]:
-    """Dots at (column, row), numbered as in Unicode: 1 2 3 down the left column, 4 5 6 down the right one, 7 8 below."""
+    """Dots at (column, row). Unicode numbers them 1 2 3 (left column), 4 5 6 (right column) and 7 8 (bottom row)."""
     numbers = {(0, 0): 1, (0, 1): 2, (0, 2): 3, (1, 0): 4, (1, 1): 5, (1, 2): 6, (0, 3): 7, (1, 3): 8}
     lines = []
     for y in range(height):

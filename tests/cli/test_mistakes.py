@@ -1,4 +1,4 @@
-"""User errors: invalid texts, invalid recipes and damaged runs give a one-line message and an exit code, and change no files."""
+"""Test user errors: invalid texts, invalid recipes and damaged runs are reported in one line, and no files change."""
 
 from __future__ import annotations
 

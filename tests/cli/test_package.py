@@ -33,8 +33,8 @@ def test_every_package_is_listed_in_pyproject() -> None:
     block = re.search(r"^packages = \[(.*?)^\]", text, flags=re.MULTILINE | re.DOTALL)
     assert block is not None
     listed = set(re.findall(r'"([\w.]+)"', block[1]))
-    found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "tinylm").rglob("*.py")}
-    assert listed == found | {"tinylm_cli", "tinylm_recipes"}
+    packages = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "tinylm").rglob("*.py")}
+    assert listed == packages | {"tinylm_cli", "tinylm_recipes"}
 
 
 def commands(page: str) -> Iterator[str]:
@@ -44,9 +44,9 @@ def commands(page: str) -> Iterator[str]:
     text = re.sub(r"\$\(BIN\)/|\.venv/bin/", "", text).replace("$(DEMO_RUN)", "runs/quickstart")
     for line in text.splitlines():
         line = re.sub(r'^\s*@echo "(.*)"$', r"\1", line).replace('\\"', '"')
-        found = re.match(r"^(?:    |\t|\$ |  |# |# [^`]*: )(tinylm [a-z].*)", line)
-        if found and not re.search(r"[\[{]|\.\.\.|@@|\b[A-Z]+\b", found[1]):
-            yield re.split(" [|>] ", found[1])[0]
+        match = re.match(r"^(?:    |\t|\$ |  |# |# [^`]*: )(tinylm [a-z].*)", line)
+        if match and not re.search(r"[\[{]|\.\.\.|@@|\b[A-Z]+\b", match[1]):
+            yield re.split(" [|>] ", match[1])[0]
 
 
 LINES = sorted({(page, line) for page in PAGES for line in commands(page)})

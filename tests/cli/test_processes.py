@@ -32,7 +32,7 @@ posix = pytest.mark.skipif(os.name == "nt", reason="POSIX pipes and signals")
 def test_a_closed_stdout_is_not_an_error(arguments: list[str], tiny_run: Run, text_file: Path) -> None:
     paths = {"RUN": tiny_run.path, "RUNS": tiny_run.path.parent, "TEXT": text_file}
     reading, writing = os.pipe()
-    os.close(reading)  # so that the first write fails
+    os.close(reading)  # the first write fails
     command = [*COMMAND, *(str(paths.get(argument, argument)) for argument in arguments)]
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, env=environment(), timeout=120, check=False)
     os.close(writing)
@@ -51,7 +51,9 @@ def test_a_closed_stderr_does_not_stop_training(recipe_file: Path, tmp_path: Pat
 
 @posix
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_stops(number: signal.Signals, code: int, recipe_file: Path, tmp_path: Path) -> None:
+def test_a_signal_saves_a_checkpoint_and_stops_training(
+    number: signal.Signals, code: int, recipe_file: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     command = [*COMMAND, "train", str(recipe_file), "--set", "training.steps=100000", "--out", str(folder), "--json"]
     command += ["--set", "training.compile=off"]
@@ -62,11 +64,11 @@ def test_a_signal_saves_and_stops(number: signal.Signals, code: int, recipe_file
                 break
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
-    answer = json.loads(out)
-    assert (process.returncode, answer["stopped"]) == (code, "signal")
+    result = json.loads(out)
+    assert (process.returncode, result["stopped"]) == (code, "signal")
     assert b"stopping after this step" in err
     last = Run.open(folder).checkpoint("last")
-    assert last.step == answer["step"]
+    assert last.step == result["step"]
     assert last.problem() is None
     assert [path.name for path in folder.rglob(".*")] == [".lock"], "no partial files remain"
 
@@ -78,7 +80,7 @@ def test_sigterm_leaves_no_temporary_files(tiny_run: Run, tmp_path: Path) -> Non
     variables = {**environment(), "TINYLM_CACHE": str(cache)}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=variables) as process:
         assert process.stdin is not None
-        while not list(cache.glob("spool/*/*")):  # it waits for the end of stdin
+        while not list(cache.glob("spool/*/*")):  # the command reads stdin until it is closed
             assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=60)

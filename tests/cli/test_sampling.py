@@ -39,7 +39,7 @@ def test_a_prompt_can_come_from_a_file_or_standard_input(run_sample: RunCli, tmp
     assert from_file.out.startswith("naïve\r\n")
 
 
-def test_many_prompts_give_one_line_each_in_order_with_the_same_text_as_single_prompts(run_sample: RunCli, tmp_path: Path) -> None:
+def test_many_prompts_print_one_line_each_in_order_with_the_same_text_as_single_prompts(run_sample: RunCli, tmp_path: Path) -> None:
     prompts = ["The for statement", "", "a", "is"] * 5
     lines = [json.dumps({"prompt": prompt, "id": number}) for number, prompt in enumerate(prompts)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines) + "\n\n")

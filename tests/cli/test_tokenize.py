@@ -1,4 +1,4 @@
-"""Every `tinylm tokenize` verb, with text and JSON output, and user errors."""
+"""Every `tinylm tokenize` subcommand, with text and JSON output, and user errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_train_prints_the_fingerprint_and_is_reproducible(run_cli: RunCli, kind:
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
 
 
-def test_the_error_for_a_too_large_vocabulary_gives_the_size_that_allow_smaller_uses(run_cli: RunCli, tmp_path: Path) -> None:
+def test_the_error_for_a_too_large_vocabulary_reports_the_largest_possible_size(run_cli: RunCli, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("low lower lowest " * 20)
     train = ("tokenize", "train", tmp_path / "a.txt", "--out", tmp_path / "t.json")
     message = error_of(run_cli(*train))

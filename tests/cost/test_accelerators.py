@@ -21,6 +21,7 @@ from tinylm.cost.accelerators import (
     ACCELERATORS,
     ACTIVATION_TRAFFIC,
     BANDWIDTH_EFFICIENCY,
+    DEVICE_NAMES,
     LINK_EFFICIENCY,
     MATMUL_EFFICIENCY,
     OVERLAP_FRACTION,
@@ -30,21 +31,22 @@ from tinylm.cost.accelerators import (
     block_bytes,
     elementwise_bytes,
     find,
+    from_device_name,
     matmul_bytes,
     outside_block_bytes,
     state_bytes,
     step_seconds,
 )
 from tinylm.errors import InputError
-from tinylm.recipe.presets import PRESETS
-from tinylm.recipe.schema import ModelSection
+from tinylm.recipe.presets import DECODER_PRESETS
+from tinylm.recipe.schema import DecoderSection
 
 ROUND = Accelerator("round", {"fp32": 1e12, "bf16": 10e12}, 10e9, 1e12, 100e9, Source("a sheet", "https://example.org"))
 COUNTS = {"matmul_flops": 6e12, "matmul_bytes": 1e9, "elementwise_bytes": 2e11, "state_bytes": 1e10, "gradient_bytes": 1e9}
 
 
-def section(**parts: Any) -> ModelSection:
-    return ModelSection.model_validate({"n_layer": 2, "n_head": 4, "n_embd": 32, "context_length": 24, **parts})
+def section(**parts: Any) -> DecoderSection:
+    return DecoderSection.model_validate({"n_layer": 2, "n_head": 4, "n_embd": 32, "context_length": 24, **parts})
 
 
 @pytest.mark.parametrize("accelerator", ACCELERATORS, ids=lambda accelerator: accelerator.name)
@@ -56,7 +58,7 @@ def test_every_data_sheet_has_a_source_and_plausible_figures(accelerator: Accele
     assert {"fp32", "fp16"} <= set(accelerator.flops)
     assert 1e12 < accelerator.flops["fp32"] < accelerator.flops["fp16"] < 1e16
     assert accelerator.flops.get("bf16", accelerator.flops["fp16"]) == accelerator.flops["fp16"], (
-        "data sheets give the same figure for both"
+        "data sheets list the same figure for both"
     )
     assert 10e9 < accelerator.memory < 1e12
     assert accelerator.link_bandwidth < accelerator.bandwidth < 10e12
@@ -74,13 +76,13 @@ def test_the_error_for_an_unknown_name_suggests_the_nearest_name_or_lists_all_na
 
 
 @pytest.mark.parametrize("name", ["v100-sxm2-32gb", "t4"])
-def test_the_error_for_an_unsupported_precision_lists_the_supported_ones(name: str) -> None:
+def test_the_error_for_an_unsupported_precision_lists_the_supported_precisions(name: str) -> None:
     with pytest.raises(InputError, match=rf"{name} does not support bf16 matrix products \(use fp32 or fp16\)"):
         step_seconds(find(name), 1, "bf16", matmul_flops=1.0)
     assert step_seconds(find(name), 1, "fp16", matmul_flops=1.0).total > 0
 
 
-def test_a_step_needs_at_least_one_device() -> None:
+def test_a_step_requires_at_least_one_device() -> None:
     with pytest.raises(InputError, match="--devices: must be at least 1, not 0"):
         step_seconds(ROUND, 0, "bf16", matmul_flops=1.0)
 
@@ -157,7 +159,7 @@ def test_the_loss_moves_36_bytes_per_logit_eager_and_8_compiled() -> None:
         assert large - small == 1000 * expected
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", DECODER_PRESETS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_compilation_reduces_traffic_and_layers_add_to_it(preset: str, precision: MatmulPrecision) -> None:
     shallow, deep = (section(preset=preset, n_layer=n_layer) for n_layer in (2, 4))
@@ -191,7 +193,7 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if not func.is_view and name not in {"mm", "addmm", "bmm", "detach", "empty"} and "attention" not in name:
-            # By address, because x * x reads x once.
+            # Key the inputs by address, because x * x reads x only once.
             inputs = {leaf.data_ptr(): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
             results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
             self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in [*inputs.values(), *results])
@@ -218,7 +220,7 @@ def test_the_traffic_of_an_activation_matches_torch(kind: str, width: int) -> No
 
 
 def test_the_eager_traffic_of_gpt2_matches_torch() -> None:
-    """GPT-2 of Hugging Face transformers in float32, with so many tokens that the traffic of the weights matters little."""
+    """Compare with Hugging Face's GPT-2 in float32, with enough tokens to make the traffic of the weights negligible."""
     config = GPT2Config(
         vocab_size=97,
         n_positions=64,
@@ -242,6 +244,18 @@ def test_the_eager_traffic_of_gpt2_matches_torch() -> None:
     assert predicted == pytest.approx(traffic.bytes, rel=0.1)
 
 
-def test_it_imports_without_torch() -> None:
+def test_the_module_imports_without_torch() -> None:
     code = "import sys, tinylm.cost.accelerators; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_known_device_has_a_data_sheet() -> None:
+    for name, sheet in DEVICE_NAMES.items():
+        accelerator = from_device_name(f"NVIDIA {name}")
+        assert accelerator is not None
+        assert accelerator.name == sheet
+
+
+def test_a_device_is_found_by_the_drivers_exact_name() -> None:
+    sheets = [from_device_name(name) for name in ("NVIDIA GeForce RTX 4090", "Tesla T4", "NVIDIA GeForce RTX 4090 D")]
+    assert [None if sheet is None else sheet.name for sheet in sheets] == ["rtx-4090", "t4", None]

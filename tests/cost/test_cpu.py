@@ -82,11 +82,11 @@ def test_this_machine_is_measured() -> None:
 
 
 def test_a_busy_machine_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the thread's CPU time is half of the wall-clock time, it had a core for half of the time."""
+    """A thread whose CPU time is half of the wall-clock time had a core for half of the time."""
     monkeypatch.setattr(cpu.time, "thread_time", lambda: time.perf_counter() / 2)
     assert measure(1 << 18, 1 << 18).undisturbed == pytest.approx(0.5, abs=0.01)
 
 
-def test_it_imports_without_torch() -> None:
+def test_the_cost_modules_import_without_torch() -> None:
     code = "import sys, tinylm.cost.cpu, tinylm.cost.memory, tinylm.cost.plan; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import causal_batch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,14 +19,14 @@ from tinylm.cost.memory import PassConfig, activation_bytes, evaluation_bytes, m
 from tinylm.evaluation import perplexity
 from tinylm.model import functions, transformer
 from tinylm.model.functions import summed_cross_entropy
-from tinylm.model.objective import CausalObjective
 from tinylm.model.transformer import Transformer
 from tinylm.optim import groups
 from tinylm.optim.muon import Muon
-from tinylm.recipe.presets import PRESETS
-from tinylm.recipe.schema import ModelSection, MuonOptimizer
+from tinylm.recipe.presets import DECODER_PRESETS
+from tinylm.recipe.schema import DecoderSection, MuonOptimizer
 from tinylm.recipe.values import ComputeDtype
 from tinylm.training import out_of_memory
+from tinylm.training.objectives import CausalLM
 
 VOCAB_SIZE, TIME, WIDTH = 61, 48, 64
 DTYPES: dict[ComputeDtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -68,16 +69,16 @@ PARTS: list[dict[str, Any]] = [
 ]
 
 
-def section(**parts: Any) -> ModelSection:
+def section(**parts: Any) -> DecoderSection:
     shape = {"n_layer": 3, "n_head": 4, "n_embd": WIDTH, "context_length": TIME}
-    return ModelSection.model_validate({**shape, **parts})
+    return DecoderSection.model_validate({**shape, **parts})
 
 
 class Saved:
-    """Collects the storages that a forward pass saves for the backward pass, except those of parameters and buffers."""
+    """Collects the storages that a forward pass saves for the backward pass, except the storages of parameters and buffers."""
 
     def __init__(self, network: Transformer) -> None:
-        self._own = {each.untyped_storage()._cdata for each in [*network.parameters(), *network.buffers()]}
+        self._own = {tensor.untyped_storage()._cdata for tensor in [*network.parameters(), *network.buffers()]}
         self._storages: dict[int, torch.UntypedStorage] = {}
 
     def pack(self, tensor: Tensor) -> Tensor:
@@ -91,25 +92,40 @@ class Saved:
         return sum(storage.nbytes() for storage in self._storages.values())
 
 
-def measured_bytes(model: ModelSection, sequences: int, precision: ComputeDtype, recompute: bool) -> int:
+def measured_bytes(
+    model: DecoderSection, sequences: int, precision: ComputeDtype, recompute: bool, segments: Tensor | None = None
+) -> int:
     network = Transformer(model, VOCAB_SIZE).train()
     network.recompute = recompute
     saved = Saved(network)
     tokens = torch.randint(VOCAB_SIZE, (sequences, model.context_length))
     autocast = contextlib.nullcontext() if precision == "fp32" else torch.autocast("cpu", dtype=DTYPES[precision])
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor), autocast:
-        network(tokens, targets=tokens)
+        network(tokens, targets=tokens, segments=segments)
     return saved.bytes
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("precision", DTYPES)
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", DECODER_PRESETS)
 def test_saved_bytes_match_a_forward_pass_on_a_cpu(preset: str, precision: ComputeDtype, recompute: bool) -> None:
     for parts in PARTS:
         model = section(preset=preset, **parts)
         counted = saved_bytes(model, PassConfig(VOCAB_SIZE, 4, precision, recompute=recompute))
         assert counted == pytest.approx(measured_bytes(model, 4, precision, recompute), rel=0.03), parts
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("preset", DECODER_PRESETS)
+def test_saved_bytes_include_the_document_mask(preset: str, precision: ComputeDtype, recompute: bool) -> None:
+    for parts in ({}, {"dropout": 0.1}, {"position": "sinusoidal"}):
+        model = section(preset=preset, **parts)
+        segments = (torch.arange(TIME) // 10).expand(4, -1).contiguous()
+        masked = saved_bytes(model, PassConfig(VOCAB_SIZE, 4, precision, recompute=recompute, document_mask=True))
+        plain = saved_bytes(model, PassConfig(VOCAB_SIZE, 4, precision, recompute=recompute))
+        measured = measured_bytes(model, 4, precision, recompute, segments) - measured_bytes(model, 4, precision, recompute)
+        assert masked - plain == measured, parts
 
 
 class _Flash(torch.autograd.Function):
@@ -139,9 +155,9 @@ class _Norm(torch.autograd.Function):
         raise NotImplementedError
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", DECODER_PRESETS)
 def test_saved_bytes_match_a_forward_pass_on_a_gpu(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs on torch's `meta` device in float32, which takes the code paths of GPUs without data. Fused kernels are replaced."""
+    """Run on torch's `meta` device in float32, which takes the GPU code paths without data. Stubs replace fused kernels."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
         result: Tensor = _Flash.apply(q, k, v)  # type: ignore[no-untyped-call]
@@ -152,7 +168,7 @@ def test_saved_bytes_match_a_forward_pass_on_a_gpu(preset: str, monkeypatch: pyt
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # autocast does not support the meta device
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     for parts in PARTS:
-        if "n_kv_head" in parts or "dropout" in parts:  # the meta device neither repeats keys nor has masks of one byte
+        if "n_kv_head" in parts or "dropout" in parts:  # the meta device does not repeat keys or use one-byte masks
             continue
         model = section(preset=preset, **parts)
         network = Transformer(model, VOCAB_SIZE, seed=None).to("meta").train()
@@ -165,7 +181,7 @@ def test_saved_bytes_match_a_forward_pass_on_a_gpu(preset: str, monkeypatch: pyt
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records the peak of the total size of all live storages that were allocated inside it."""
+    """Records the peak total size of the live storages that were allocated in the context."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -219,7 +235,7 @@ def test_loss_bytes_match_the_peak_of_the_loss(
 ) -> None:
     monkeypatch.setattr(functions, "prefers_composite_ops", lambda x: on_gpu)
     monkeypatch.setitem(memory.LOSS_BYTES, "gpu", memory.LOSS_BYTES["cpu"])
-    model = ModelSection.model_validate({"n_head": 1, "n_embd": 8, "context_length": rows, "logit_softcap": cap})
+    model = DecoderSection.model_validate({"n_head": 1, "n_embd": 8, "context_length": rows, "logit_softcap": cap})
     hidden, weight = torch.randn(rows, 8, requires_grad=True), torch.randn(20_000, 8, requires_grad=True)
     targets = torch.randint(20_000, (rows,))
     config = PassConfig(20_000, 1, precision, on_gpu=on_gpu)
@@ -232,13 +248,38 @@ def test_loss_bytes_match_the_peak_of_the_loss(
     assert memory.loss_bytes(model, config) + gradients == pytest.approx(peak_bytes(work), rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("rows", "vocab_size", "chunk"),
+    [
+        (65_536, 50_304, 8_192),  # 1.5 GiB in float32; 8 equal chunks
+        (16_384, 50_304, 4_096),  # a quarter of the micro-batch
+        (8_192, 50_304, 2_048),  # no larger than a plain chunk
+        (12_345, 50_304, 3_072),  # no multiple of 128 divides the micro-batch
+        (65_536, 256_000, 2_048),
+        (640, 10_000_000, 512),  # the smallest chunk
+    ],
+)
+def test_chunks_of_the_compiled_loss_are_large_and_equal(rows: int, vocab_size: int, chunk: int) -> None:
+    plain = memory.loss_chunk_rows(vocab_size, on_gpu=True)
+    assert memory.fused_loss_rows(rows, vocab_size, plain) == chunk
+
+
+@pytest.mark.parametrize(("precision", "per_logit"), [("bf16", 4), ("fp32", 8)])
+def test_the_compiled_loss_counts_a_chunk_of_logits_and_its_gradient(precision: ComputeDtype, per_logit: int) -> None:
+    model = section(n_embd=64, context_length=1024)
+    config = PassConfig(50_304, 64, precision, on_gpu=True)
+    head = 2 * 2 * 50_304 * 64 if precision == "bf16" else 0
+    states = 65_536 * 64 * config.s
+    assert memory.loss_bytes(model, config) == states + head + 8_192 * 50_304 * per_logit
+
+
 @pytest.mark.parametrize("bf16", [True, False])
 @pytest.mark.parametrize("parts", [{}, {"preset": "llama", "n_kv_head": 1}, {"ngram_embeddings": [2, 3]}])
 def test_muon_bytes_match_the_peak_of_a_muon_step(parts: dict[str, Any], bf16: bool) -> None:
     model = section(**parts)
     network = Transformer(model, VOCAB_SIZE)
     settings = MuonOptimizer(name="muon", newton_schulz_dtype="bf16" if bf16 else "fp32")
-    muon = groups.build(settings, network, network.stacked_matrices()).parts["muon"]
+    muon = groups.build(settings, network).parts["muon"]
     assert isinstance(muon, Muon)
     for parameter in network.parameters():
         parameter.grad = torch.randn_like(parameter)
@@ -246,12 +287,12 @@ def test_muon_bytes_match_the_peak_of_a_muon_step(parts: dict[str, Any], bf16: b
     assert peak_bytes(muon.step) == pytest.approx(muon_bytes(model, bf16=bf16), rel=0.15)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_matrix_shapes_are_those_of_the_matrices_that_muon_updates(preset: str) -> None:
+@pytest.mark.parametrize("preset", DECODER_PRESETS)
+def test_matrix_shapes_match_the_matrices_that_muon_updates(preset: str) -> None:
     for parts in PARTS:
         model = section(preset=preset, **parts)
         network = Transformer(model, VOCAB_SIZE)
-        muon = groups.build(MuonOptimizer(name="muon"), network, network.stacked_matrices()).parts["muon"]
+        muon = groups.build(MuonOptimizer(name="muon"), network).parts["muon"]
         assert isinstance(muon, Muon)
         stacked = network.stacked_matrices()
         rows = {id(p): stacked.get(name, (len(p),)) for name, p in network.named_parameters()}
@@ -261,16 +302,16 @@ def test_matrix_shapes_are_those_of_the_matrices_that_muon_updates(preset: str) 
 
 
 @pytest.mark.parametrize(("vocab_size", "part"), [(61, 0), (4000, 1)])
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", DECODER_PRESETS)
 @pytest.mark.parametrize("cap", [None, 15.0])
 def test_evaluation_bytes_match_the_peak_of_an_evaluation(preset: str, vocab_size: int, part: int, cap: float | None) -> None:
     model = section(preset=preset, n_embd=32, context_length=64, logit_softcap=cap)
-    network, objective = Transformer(model, vocab_size).eval(), CausalObjective()
+    network, objective = Transformer(model, vocab_size).eval(), CausalLM()
     tokens = torch.randint(vocab_size, (memory.EVALUATION_BATCH_TOKENS // 64, 65))
 
     @torch.no_grad()
     def work() -> None:
-        objective.losses(network, objective.example(tokens))
+        objective.losses(network, causal_batch(tokens))
 
     counted = evaluation_bytes(model, vocab_size)
     assert max(counted) == counted[part]
@@ -283,7 +324,7 @@ def test_the_model_and_the_evaluation_use_the_batch_sizes_that_the_counts_assume
     assert perplexity.EVALUATION_BATCH_LOGITS is memory.EVALUATION_BATCH_LOGITS
 
 
-def test_the_mmap_threshold_is_the_one_set_in_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mmap_threshold_matches_the_allocator_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     settings: dict[int, int] = {}
 
     class Library:

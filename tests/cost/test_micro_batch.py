@@ -1,4 +1,4 @@
-"""The memory that a training needs, and the largest micro-batch that fits."""
+"""The memory required for training, and the largest micro-batch that fits."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tinylm.errors import InputError
 @pytest.mark.parametrize("mebibytes", [1, 30, 300, 3000, 100_000])
 @pytest.mark.parametrize("half", [True, False])
 def test_the_micro_batch_is_the_largest_divisor_of_the_batch_that_fits(batch: int, mebibytes: int, half: bool) -> None:
-    one = recipe(f"training.global_batch_size={batch}")
+    loaded = recipe(f"training.global_batch_size={batch}")
     limit = mebibytes << 20
-    chosen = choose_micro_batch(one, 4096, limit, None, half=half)
+    chosen = choose_micro_batch(loaded, 4096, limit, None, half=half)
     assert batch % chosen == 0
 
     def fits(size: int) -> bool:
-        costs = estimate_memory(one, 4096, size, precision="bf16" if half else "fp32", on_gpu=True)
+        costs = estimate_memory(loaded, 4096, size, precision="bf16" if half else "fp32", on_gpu=True)
         return costs.weights + costs.gradients + costs.optimizer + costs.activations <= 0.6 * limit
 
     assert fits(chosen) or chosen == 1
@@ -57,7 +57,7 @@ def test_with_a_large_vocabulary_an_evaluation_needs_more_memory_than_a_training
     assert costs.evaluation < 2 * (1 << 25) * 4 * 1.05, "logits and their log-softmax, 128 MiB each"
 
 
-def test_the_error_for_a_batch_that_cannot_be_divided_names_sizes_that_can() -> None:
+def test_the_error_for_a_batch_that_cannot_be_divided_suggests_valid_sizes() -> None:
     message = r"global_batch_size: 64 sequences cannot be divided among 3 devices \(use 63 or 66\)"
     with pytest.raises(InputError, match=message):
         plan(accelerator="l4", devices=3)

@@ -9,8 +9,8 @@ import pytest
 
 from tinylm.cost.parameters import flops_per_token, parameter_counts
 from tinylm.model.transformer import Transformer
-from tinylm.recipe.presets import PRESETS
-from tinylm.recipe.schema import ModelSection
+from tinylm.recipe.presets import DECODER_PRESETS
+from tinylm.recipe.schema import DecoderSection
 
 PARTS: list[dict[str, Any]] = [
     {},
@@ -47,11 +47,11 @@ PARTS: list[dict[str, Any]] = [
 ]
 
 
-def section(**parts: Any) -> ModelSection:
-    return ModelSection.model_validate({"n_layer": 2, "n_head": 4, "n_embd": 32, "context_length": 24, **parts})
+def section(**parts: Any) -> DecoderSection:
+    return DecoderSection.model_validate({"n_layer": 2, "n_head": 4, "n_embd": 32, "context_length": 24, **parts})
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", DECODER_PRESETS)
 def test_parameter_counts_match_the_model(preset: str) -> None:
     for parts, n_layer in itertools.product(PARTS, (1, 3)):
         model = section(preset=preset, n_layer=n_layer, **parts)
@@ -67,7 +67,7 @@ def test_parameter_counts_match_the_model(preset: str) -> None:
 
 
 def test_gpt2_small_has_the_published_number_of_parameters() -> None:
-    model = ModelSection.model_validate({"preset": "gpt2", "n_layer": 12, "n_head": 12, "n_embd": 768, "context_length": 1024})
+    model = DecoderSection.model_validate({"preset": "gpt2", "n_layer": 12, "n_head": 12, "n_embd": 768, "context_length": 1024})
     assert sum(parameter_counts(model, 50_257).values()) == 124_439_808
 
 

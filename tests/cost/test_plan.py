@@ -12,7 +12,7 @@ from tinylm.cost.cpu import Processor
 from tinylm.cost.micro_batch import host_memory_bytes
 from tinylm.cost.parameters import parameter_counts
 from tinylm.cost.plan import compute_optimal, make_plan, training_steps
-from tinylm.data.batches import Batches
+from tinylm.data.datasets import TokenStream
 from tinylm.errors import InputError
 from tinylm.recipe import Recipe
 from tinylm.recipe.schema import TrainingSection
@@ -33,8 +33,8 @@ def test_steps_tokens_and_epochs_are_converted_to_steps() -> None:
 
 
 @pytest.mark.parametrize(("tokens", "context", "batch"), [(1000, 16, 8), (1025, 32, 4), (33, 32, 1), (5000, 7, 3)])
-def test_an_epoch_has_the_steps_that_cover_every_window(tokens: int, context: int, batch: int) -> None:
-    windows = Batches(np.zeros(tokens, dtype=np.uint16), context, seed=0).windows_per_epoch
+def test_an_epoch_has_enough_steps_to_cover_every_window(tokens: int, context: int, batch: int) -> None:
+    windows = TokenStream(np.zeros(tokens, dtype=np.uint16), context, seed=0).examples_per_epoch
     steps = training_steps(TrainingSection.model_validate({"epochs": 1, "global_batch_size": batch}), context, tokens)
     assert steps is not None
     assert (steps - 1) * batch < windows <= steps * batch
@@ -42,25 +42,25 @@ def test_an_epoch_has_the_steps_that_cover_every_window(tokens: int, context: in
 
 def test_the_figures_of_a_plan_are_consistent() -> None:
     for options in ({}, {"accelerator": "a100-40gb-sxm", "devices": 4}):
-        one = plan("training.epochs=2", "model.preset=gpt2", "model.tie_embeddings=off", **options)
-        assert one.tokens_per_step == one.global_batch_size * one.context_length == 64 * 256
-        assert one.micro_batch_size * one.gradient_accumulation_steps * one.devices == one.global_batch_size
-        assert one.steps == math.ceil(2 * (99_999 // 256) / 64)
-        assert one.tokens == one.steps * one.tokens_per_step
-        assert one.epochs == pytest.approx(one.tokens / 100_000)
-        assert one.parameters - one.parameters_non_embedding == (2 * 1000 + 256) * 384
-        assert one.seconds_estimate == pytest.approx(one.steps * one.seconds_per_step + one.start_up_seconds)
-        assert one.tokens_per_second == pytest.approx(one.tokens_per_step / one.seconds_per_step)
-        assert one.evaluation_seconds == 0, "no held-out tokens"
+        estimate = plan("training.epochs=2", "model.preset=gpt2", "model.tie_embeddings=off", **options)
+        assert estimate.tokens_per_step == estimate.global_batch_size * estimate.context_length == 64 * 256
+        assert estimate.micro_batch_size * estimate.gradient_accumulation_steps * estimate.devices == estimate.global_batch_size
+        assert estimate.steps == math.ceil(2 * (99_999 // 256) / 64)
+        assert estimate.tokens == estimate.steps * estimate.tokens_per_step
+        assert estimate.epochs == pytest.approx(estimate.tokens / 100_000)
+        assert estimate.parameters - estimate.parameters_non_embedding == (2 * 1000 + 256) * 384
+        assert estimate.seconds_estimate == pytest.approx(estimate.steps * estimate.seconds_per_step + estimate.start_up_seconds)
+        assert estimate.tokens_per_second == pytest.approx(estimate.tokens_per_step / estimate.seconds_per_step)
+        assert estimate.evaluation_seconds == 0, "no held-out tokens"
         matrices = parameter_counts(recipe("model.preset=gpt2").model, 1000)["matrices"]
-        assert one.checkpoint_bytes == 4 * one.parameters * 3 - 4 * matrices
+        assert estimate.checkpoint_bytes == 4 * estimate.parameters * 3 - 4 * matrices
 
 
 @pytest.mark.parametrize("options", [{}, {"accelerator": "t4"}])
 def test_minutes_are_spent_on_steps_and_evaluations(options: dict[str, str]) -> None:
-    one = plan("training.minutes=10", "evaluation.every=20", heldout_tokens=20_000, **options)
-    assert one.evaluation_seconds > 0
-    assert one.seconds_estimate + one.evaluation_seconds == pytest.approx(600, rel=0.05)
+    estimate = plan("training.minutes=10", "evaluation.every=20", heldout_tokens=20_000, **options)
+    assert estimate.evaluation_seconds > 0
+    assert estimate.seconds_estimate + estimate.evaluation_seconds == pytest.approx(600, rel=0.05)
 
 
 def test_a_text_shorter_than_a_sequence_is_an_error() -> None:
@@ -72,10 +72,10 @@ def test_a_text_shorter_than_a_sequence_is_an_error() -> None:
 
 
 def test_this_machine_is_measured() -> None:
-    one = make_plan(recipe("model.n_layer=1", "model.n_head=1", "model.n_embd=16"), 300, 1000)
-    assert (one.hardware, one.devices) == ("cpu", 1)
-    assert 0 < one.mfu < 1
-    assert one.device_memory_bytes == host_memory_bytes() > 1 << 28
+    estimate = make_plan(recipe("model.n_layer=1", "model.n_head=1", "model.n_embd=16"), 300, 1000)
+    assert (estimate.hardware, estimate.devices) == ("cpu", 1)
+    assert 0 < estimate.mfu < 1
+    assert estimate.device_memory_bytes == host_memory_bytes() > 1 << 28
 
 
 def test_evaluation_time_depends_on_stride_and_tokens() -> None:
@@ -88,7 +88,7 @@ def test_evaluation_time_depends_on_stride_and_tokens() -> None:
     assert tenth == pytest.approx(full / 10)
 
 
-def test_the_compute_budget_of_chinchilla_gives_its_size() -> None:
+def test_the_compute_budget_of_chinchilla_implies_its_size() -> None:
     """70 billion parameters and 1.4 trillion tokens need 5.88e23 FLOPs (Hoffmann et al. 2022, table 4)."""
     best = compute_optimal(70_000_000_000, 5.88e23, 1_400_000_000_000, 1_400_000_000_000)
     assert best.tokens == 1.4e12
@@ -97,7 +97,7 @@ def test_the_compute_budget_of_chinchilla_gives_its_size() -> None:
 
 
 def test_repeated_text_has_diminishing_returns() -> None:
-    """Four epochs are worth nearly as much as new text, and no number of epochs more than 1 + R* (Muennighoff et al. 2023)."""
+    """Four epochs are worth nearly as much as new text. No number of epochs is worth more than 1 + R* (Muennighoff et al. 2023)."""
     worth = [compute_optimal(1, 1.0, epochs * 1000, 1000).worth_tokens / 1000 for epochs in (1, 4, 16, 40, 1000)]
     assert worth[0] == 1
     assert 0.9 * 4 < worth[1] < 4
@@ -106,13 +106,20 @@ def test_repeated_text_has_diminishing_returns() -> None:
     assert worth[4] == pytest.approx(16.39)
 
 
-def test_compute_optimal_figures_are_for_the_recipe() -> None:
-    one = plan("model.ngram_embeddings=[2,3]")
+def test_compute_optimal_figures_match_the_recipe() -> None:
+    estimate = plan("model.ngram_embeddings=[2,3]")
     tables = parameter_counts(recipe("model.ngram_embeddings=[2,3]").model, 1000)["tables"]
-    assert one.compute_optimal.tokens == 20 * (one.parameters - tables)
-    best = one.compute_optimal
-    assert 6 * best.parameters_for_flops * best.tokens_for_flops == pytest.approx(one.flops, rel=1e-3)
+    assert estimate.compute_optimal.tokens == 20 * (estimate.parameters - tables)
+    best = estimate.compute_optimal
+    assert 6 * best.parameters_for_flops * best.tokens_for_flops == pytest.approx(estimate.flops, rel=1e-3)
     assert best.unique_tokens == 100_000
+
+
+def test_a_plan_lists_the_parts_that_it_ignores() -> None:
+    assert plan().not_estimated == ()
+    windowed = plan("model.attention_window=8")
+    assert windowed.not_estimated == ("attention_window 8",)
+    assert windowed.parameters == plan().parameters
 
 
 def test_lora_costs_less_memory_and_time_than_full_fine_tuning() -> None:
@@ -121,7 +128,7 @@ def test_lora_costs_less_memory_and_time_than_full_fine_tuning() -> None:
     lora_recipe = {**full_recipe, "model": {"init_from": "runs/a"}, "training": {**training, "lora": {"rank": 8}}}
     machine = Processor(100e9, 20e9, 10e9, cores=2, has_amx=False)
     recipes = (full_recipe, lora_recipe)
-    full, lora = (make_plan(Recipe.model_validate(each), 8192, 100_000, processor=machine) for each in recipes)
+    full, lora = (make_plan(Recipe.model_validate(document), 8192, 100_000, processor=machine) for document in recipes)
     head = 4 * 8192 * 384
     assert full.memory_bytes.activations - lora.memory_bytes.activations == head  # the head has no gradient
     assert lora.memory_bytes.gradients < full.memory_bytes.gradients / 10

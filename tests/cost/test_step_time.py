@@ -1,4 +1,4 @@
-"""The time of a step, and the choices made for `auto`."""
+"""Estimates of the step time, and the choices for `auto` settings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tinylm.cost.step_time import CLEARLY_FASTER, COMPILATION_SECONDS, compilati
 from tinylm.errors import InputError
 from tinylm.recipe.values import ComputeDtype
 
-# These steps were measured on the machine that the constants were fitted to, so they are a regression test, not evidence.
+# These steps were measured on the machine that the constants were fitted to, so this is a regression test, not evidence.
 LARGE = ["model.tie_embeddings=on", "training.global_batch_size=8"]
 MIDDLE = ["model.n_layer=4", "model.n_head=4", "model.n_embd=256", "training.global_batch_size=8"]
 NARROW = ["model.n_layer=5", "model.n_embd=192", "training.global_batch_size=8"]
@@ -41,12 +41,12 @@ IN_FP32 = "training.optimizer.newton_schulz_dtype=fp32"
 def test_estimates_are_within_a_quarter_of_measured_steps(
     settings: list[str], vocab_size: int, precision: ComputeDtype, compiled: bool, milliseconds: float
 ) -> None:
-    one = recipe(*settings)
-    seconds = cpu_seconds(one, vocab_size, one.training.global_batch_size, IDLE, precision, compiled=compiled)
+    loaded = recipe(*settings)
+    seconds = cpu_seconds(loaded, vocab_size, loaded.training.global_batch_size, IDLE, precision, compiled=compiled)
     assert 1000 * seconds.total == pytest.approx(milliseconds, rel=0.25)
 
 
-def test_auto_precision_is_bf16_if_the_cpu_has_amx_and_it_is_faster() -> None:
+def test_auto_precision_is_bf16_if_the_cpu_has_amx_and_bf16_is_faster() -> None:
     assert plan(*MIDDLE).precision == "bf16"
     assert plan(*MIDDLE, processor=WITHOUT_AMX).precision == "fp32"
     assert plan(*TINY).precision == "fp32", "its matrix products are too small for bf16 to be faster"
@@ -58,7 +58,7 @@ def test_auto_precision_is_bf16_if_the_cpu_has_amx_and_it_is_faster() -> None:
     assert CLEARLY_FASTER < 1
 
 
-def test_auto_compiles_if_the_training_is_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_compiles_if_training_is_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tinylm.cost.step_time.cpp_compiler", lambda: "g++")
     short, long = plan(*MIDDLE), plan(*MIDDLE, "training.steps=20000")
     assert (short.compiled, long.compiled) == (False, True)
@@ -74,7 +74,7 @@ def test_compilation_pays_off_if_saving_15_percent_saves_1_5_times_its_duration(
     minimum = 1.5 * compilation / 0.15
     assert not compilation_pays_off(0.5, None, 2 * minimum - 1, device)
     assert compilation_pays_off(0.5, None, 2 * minimum + 1, device)
-    assert not compilation_pays_off(0.5, minimum - 1, None, device), "the training ends too early"
+    assert not compilation_pays_off(0.5, minimum - 1, None, device), "training ends too early"
     assert compilation_pays_off(0.5, minimum + 1, None, device)
     assert not compilation_pays_off(0.5, 10.0, 10_000, device)
     assert not compilation_pays_off(0.5, None, None, device), "the length is unknown"
@@ -84,10 +84,10 @@ def test_compilation_pays_off_if_saving_15_percent_saves_1_5_times_its_duration(
     ("name", "precision"), [("h100-sxm", "bf16"), ("t4", "fp16"), ("v100-sxm2-32gb", "fp16"), ("rtx-3090", "bf16")]
 )
 def test_auto_precision_is_bf16_or_else_fp16_on_an_accelerator(name: str, precision: str) -> None:
-    one = plan(accelerator=name)
-    assert (one.hardware, one.precision) == (name, precision)
-    assert one.device_memory_bytes == find(name).memory
-    assert 0 < one.mfu < 1
+    estimate = plan(accelerator=name)
+    assert (estimate.hardware, estimate.precision) == (name, precision)
+    assert estimate.device_memory_bytes == find(name).memory
+    assert 0 < estimate.mfu < 1
 
 
 def test_an_unsupported_precision_in_the_recipe_is_an_error() -> None:
@@ -98,19 +98,19 @@ def test_an_unsupported_precision_in_the_recipe_is_an_error() -> None:
 
 def test_fp32_on_a_gpu_is_estimated_in_tf32() -> None:
     large = ["model.n_layer=12", "model.n_embd=768", "model.n_head=12", "training.precision=fp32", "training.compile=off"]
-    tf32, without = (plan(*large, accelerator=name) for name in ("a100-80gb-sxm", "v100-sxm2-32gb"))
-    assert tf32.mfu * find("a100-80gb-sxm").flops["tf32"] > 2 * without.mfu * find("v100-sxm2-32gb").flops["fp32"]
+    tf32, fp32 = (plan(*large, accelerator=name) for name in ("a100-80gb-sxm", "v100-sxm2-32gb"))
+    assert tf32.mfu * find("a100-80gb-sxm").flops["tf32"] > 2 * fp32.mfu * find("v100-sxm2-32gb").flops["fp32"]
 
 
 def test_more_devices_are_faster_with_a_lower_mfu() -> None:
     large = ["model.n_layer=12", "model.n_embd=768", "model.n_head=12", "training.global_batch_size=512"]
-    one, eight = (plan(*large, accelerator="a100-80gb-sxm", devices=devices) for devices in (1, 8))
-    assert one.seconds_per_step / 8 < eight.seconds_per_step < one.seconds_per_step / 4
-    assert eight.mfu < one.mfu
-    assert eight.tokens_per_step == one.tokens_per_step
+    single, eight = (plan(*large, accelerator="a100-80gb-sxm", devices=devices) for devices in (1, 8))
+    assert single.seconds_per_step / 8 < eight.seconds_per_step < single.seconds_per_step / 4
+    assert eight.mfu < single.mfu
+    assert eight.tokens_per_step == single.tokens_per_step
 
 
-def test_a_step_of_a_tiny_model_takes_the_time_to_launch_its_kernels() -> None:
+def test_the_step_time_of_a_tiny_model_is_the_time_to_launch_its_kernels() -> None:
     small = ["model.n_layer=2", "model.n_embd=32", "model.n_head=2", "training.global_batch_size=2"]
     fast, slow = (plan(*small, accelerator=name).seconds_per_step for name in ("b200", "l4"))
     assert fast == slow > 1e-3

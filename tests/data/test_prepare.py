@@ -1,4 +1,4 @@
-"""Preparing a text: it is encoded once, stale tokens are never used, and the tokenizer is trained on the training part only."""
+"""Preparing text: it is encoded once, stale tokens are never used, and the tokenizer is trained only on the training split."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def fail_if_called(*_: object, **__: object) -> Iterator[object]:
 
 
 @pytest.mark.parametrize("section", [BPE, CHAR, BYTE])
-def test_the_tokens_of_both_parts_decode_to_the_text(source: Path, section: TokenizerSection, english: str) -> None:
+def test_the_tokens_of_both_splits_decode_to_the_text(source: Path, section: TokenizerSection, english: str) -> None:
     data = prepare_files(source, section)
     (train,), (heldout,) = (texts_of(shard, data.tokenizer) for shard in (data.train, data.heldout))
     assert train == english[:18_000]
@@ -89,7 +89,7 @@ def test_preparing_a_text_again_uses_the_cached_tokenizer_and_tokens(source: Pat
     assert np.array_equal(second.heldout.tokens, first.heldout.tokens)
 
 
-def test_moving_a_file_keeps_its_tokens_in_the_cache(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_moving_a_file_does_not_invalidate_its_cached_tokens(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = prepare_files(source)
     moved = tmp_path / "moved.md"
     source.rename(moved)
@@ -98,7 +98,7 @@ def test_moving_a_file_keeps_its_tokens_in_the_cache(source: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("position", [0, 100, 17_999, 18_000, 19_999])
-def test_changing_any_byte_gives_new_tokens(source: Path, position: int) -> None:
+def test_changing_any_byte_invalidates_the_cached_tokens(source: Path, position: int) -> None:
     before = prepare_files(source, BYTE)
     stat = source.stat()
     content = bytearray(source.read_bytes())
@@ -111,7 +111,7 @@ def test_changing_any_byte_gives_new_tokens(source: Path, position: int) -> None
     assert decoded.encode() == bytes(content)
 
 
-def test_changing_the_split_or_the_tokenizer_gives_new_tokens(source: Path, tmp_path: Path) -> None:
+def test_changing_the_split_or_the_tokenizer_invalidates_the_cached_tokens(source: Path, tmp_path: Path) -> None:
     (tmp_path / "other.txt").write_text("a different text, held out completely")
     variants = [
         prepare_files(source),
@@ -128,7 +128,7 @@ def test_changing_the_split_or_the_tokenizer_gives_new_tokens(source: Path, tmp_
         assert data.train.tokens.max() < data.tokenizer.vocab_size
 
 
-def test_moving_a_document_boundary_gives_new_tokens(tmp_path: Path) -> None:
+def test_moving_a_document_boundary_invalidates_the_cached_tokens(tmp_path: Path) -> None:
     def fingerprint(*texts: str) -> str:
         paths = [tmp_path / f"{number}.txt" for number in range(len(texts))]
         for path, text in zip(paths, texts, strict=True):
@@ -140,7 +140,7 @@ def test_moving_a_document_boundary_gives_new_tokens(tmp_path: Path) -> None:
     )
 
 
-def test_a_changed_tokenizer_file_gives_new_tokens(source: Path, tmp_path: Path, english: str) -> None:
+def test_changing_a_tokenizer_file_invalidates_the_cached_tokens(source: Path, tmp_path: Path, english: str) -> None:
     path = tmp_path / "tokenizer.json"
     section = FileTokenizer(kind="file", path=str(path))
     fingerprints = []
@@ -187,7 +187,7 @@ def test_held_out_documents_that_also_occur_in_the_training_text_cause_a_warning
     assert reporter.warnings == []
 
 
-def test_the_sizes_of_both_parts_and_a_cut_document_are_reported(source: Path) -> None:
+def test_split_sizes_and_a_document_cut_in_two_are_reported(source: Path) -> None:
     reporter = CollectingReporter()
     prepare_files(source, BYTE, reporter)
     assert "text: 18,000 characters in 1 document for training, 2,000 in 1 document held out (10% by tail)" in reporter.notes

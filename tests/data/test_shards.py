@@ -1,4 +1,4 @@
-"""Shards: tokens are read back as they were written, in the smallest dtype that holds the vocabulary."""
+"""Shards: tokens are read back as they were written, in the smallest dtype that fits the vocabulary."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DOCUMENTS = [[5, 6, 7], [8], [9, 5, 5, 5, 6], [7, 7]]
 def write_and_open(
     folder: Path, documents: list[list[int]], *, vocab_size: int = 300, end_of_text: int = 299, unknown: int | None = None
 ) -> Shard:
-    """Write each document in two pieces, like a long document, and open the shard."""
+    """Write each document in two pieces, as if it were long, and open the shard."""
     pieces = [
         (np.array(part, dtype=np.uint32), index == 0)
         for document in documents

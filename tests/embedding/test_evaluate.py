@@ -1,4 +1,4 @@
-"""Evaluation on public test sets gives the same results as gensim and SciPy."""
+"""Evaluation on public test sets returns the same results as gensim and SciPy."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tinylm.embedding.vectors import Vectors
 from tinylm.errors import InputError
 
 
-def test_the_results_equal_those_of_gensim(learned: Vectors) -> None:
-    """Uses the files that come with gensim, and random vectors of words in them."""
+def test_the_results_match_gensim(learned: Vectors) -> None:
+    """Use the files that come with gensim and random vectors for the words in the files."""
     models = pytest.importorskip("gensim.models", reason="gensim has no wheel for this Python")
     from gensim.test.utils import datapath
 

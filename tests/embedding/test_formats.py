@@ -23,7 +23,7 @@ UNUSUAL_NAMES = [" ", "\n", "", "a b", "tab\there", "plain", "Ġdotted", "łód�
 
 @pytest.fixture
 def extreme() -> Vectors:
-    """Vectors over the whole range of float32, including the smallest and the largest numbers."""
+    """Vectors that cover the whole range of float32, including the smallest and the largest numbers."""
     generator = np.random.default_rng(0)
     matrix = (generator.standard_normal((50, 7)) * 10.0 ** generator.integers(-40, 38, (50, 7))).astype(np.float32)
     matrix[0, :4] = [np.finfo(np.float32).max, np.finfo(np.float32).tiny, 1e-45, -0.0]

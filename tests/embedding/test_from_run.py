@@ -1,4 +1,4 @@
-"""Static vectors equal the tables of a run. Contextual vectors equal means over a plain forward pass."""
+"""Static vectors match the tables of a run, and contextual vectors match means over a plain forward pass."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_static_vectors_are_the_tables_of_the_checkpoint(tiny_run: Run) -> None:
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_contextual_vectors_are_means_over_occurrences(tiny_run: Run, tmp_path: Path, layer: int) -> None:
-    """The text fits into one window, so hooks on one forward pass give the reference."""
+    """The text fits into one window, so hooks in a single forward pass provide the reference."""
     text = "The object is the object."
     (tmp_path / "text.txt").write_text(text)
     ids = tiny_run.tokenizer.encode(text)

@@ -53,7 +53,7 @@ def all_cells(cells: Cooccurrences) -> dict[tuple[int, int], float]:
 
 
 @pytest.mark.parametrize("dense", [0, 7, V])
-def test_counts_in_memory_and_on_disk_equal_the_reference(
+def test_counts_in_memory_and_on_disk_match_the_reference(
     zipf_ids: EncodedText, dense: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The buffers are so small that there are dozens of runs and key ranges."""
@@ -86,7 +86,7 @@ def test_a_cell_is_fitted_with_the_published_update() -> None:
         c[column] -= to_context / np.sqrt(cs[column])
         ws[row] += to_word**2
         cs[column] += to_context**2
-    rows, columns = (np.array([cell[side] for cell in cells], np.int32) for side in (0, 1))
+    rows, columns = (np.array([cell[index] for cell in cells], np.int32) for index in (0, 1))
     counts = np.array([cell[2] for cell in cells], np.float32)
     lr, x_max, alpha = (np.float32(number) for number in (0.05, 100, 0.75))
     loss = kernels.glove(rows, columns, counts, words, contexts, squares, context_squares, lr, x_max, alpha)

@@ -53,7 +53,7 @@ def test_tokens_get_their_vectors_scaled_to_the_initial_standard_deviation(tiny_
     np.testing.assert_allclose(ratio, ratio[0, 0], rtol=1e-4)
 
 
-def test_a_token_gets_the_mean_of_the_words_it_is_part_of(tiny_run: Run) -> None:
+def test_a_token_gets_the_mean_of_the_words_that_contain_it(tiny_run: Run) -> None:
     """The mean is weighted by the counts of the words."""
     tokenizer = tiny_run.tokenizer
     vectors = Vectors(["object", "objects"], np.array([[1, 0], [0, 1]], dtype=np.float32), np.array([3, 1]))

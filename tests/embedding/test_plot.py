@@ -16,7 +16,7 @@ from tinylm.errors import InputError
 
 
 def data_of(page: str) -> dict[str, list]:
-    """The data that a page embeds."""
+    """The data that is embedded in a page."""
     match = re.search(r'atob\("([^"]*)"\)', page)
     assert match is not None
     return json.loads(base64.b64decode(match[1]))
@@ -31,7 +31,7 @@ def test_pca_agrees_with_the_eigenvalues_of_the_covariance() -> None:
     assert abs(np.corrcoef(points[:, 0], rows[:, 1])[0, 1]) > 0.9
 
 
-def test_a_page_has_the_names_points_and_neighbors_of_the_full_vectors(learned: Vectors, tmp_path: Path) -> None:
+def test_a_page_contains_the_names_points_and_neighbors_of_the_full_vectors(learned: Vectors, tmp_path: Path) -> None:
     assert draw(learned, tmp_path / "map.html", max_names=300) == 300
     page = (tmp_path / "map.html").read_text()
     data = data_of(page)

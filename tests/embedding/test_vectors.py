@@ -1,4 +1,4 @@
-"""Queries on vectors give the same answers as gensim and as computations by hand."""
+"""Vector queries return the same results as gensim and computations by hand."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_nearest_neighbors_match_a_computation_by_hand(small: Vectors) -> None:
     assert small.similarity("east", "west") == pytest.approx(-1)
 
 
-def test_nearest_neighbors_equal_those_of_gensim(learned: Vectors) -> None:
+def test_nearest_neighbors_match_gensim(learned: Vectors) -> None:
     keyed = as_gensim(learned)
     for word in ("object", "function", "list"):
         ours = learned.nearest(word, 10)
@@ -38,7 +38,7 @@ def test_nearest_neighbors_equal_those_of_gensim(learned: Vectors) -> None:
 
 
 @pytest.mark.parametrize("words", [("function", "functions", "object"), ("list", "lists", "string")])
-def test_analogies_equal_those_of_gensim(learned: Vectors, words: tuple[str, str, str]) -> None:
+def test_analogies_match_gensim(learned: Vectors, words: tuple[str, str, str]) -> None:
     a, b, c = words
     keyed = as_gensim(learned)
     added = keyed.most_similar(positive=[b, c], negative=[a], topn=5)  # type: ignore[attr-defined]
@@ -51,7 +51,7 @@ def test_analogies_equal_those_of_gensim(learned: Vectors, words: tuple[str, str
     assert not {neighbor.token for neighbor in ours} & set(words)
 
 
-def test_the_odd_one_out_equals_that_of_gensim(learned: Vectors) -> None:
+def test_the_odd_one_out_matches_gensim(learned: Vectors) -> None:
     words = ["list", "tuple", "string", "module"]
     assert learned.odd_one_out(words)[0].token == as_gensim(learned).doesnt_match(words)  # type: ignore[attr-defined]
 
@@ -75,7 +75,7 @@ def test_invalid_queries_are_errors(small: Vectors) -> None:
         small.analogy("east", "west", "north", method="3cosad")
 
 
-def test_lookup_also_tries_lower_case_and_for_tokens_a_leading_space() -> None:
+def test_lookup_also_tries_lower_case_and_a_leading_space_for_tokens() -> None:
     assert Vectors(["list"], np.ones((1, 2), np.float32)).find("List") == 0
     tokens = Vectors(["Ġlist", "Ċ", "list"], np.ones((3, 2), np.float32), byte_mapped=True)
     assert [tokens.find(word) for word in (" list", "list", "\n", "Ġlist", "set")] == [0, 2, 1, 0, None]

@@ -20,7 +20,7 @@ def sigmoid(x: float) -> float:
 
 
 def constants(window: int) -> kernels.TrainingConstants:
-    """Constants that keep every word and draw word 4 as every negative."""
+    """Constants that keep every word and draw word 4 as every negative sample."""
     bound = kernels.SIGMOID_RANGE * kernels.SIGMOID_STEPS
     log_sigmoid = -np.logaddexp(0, -np.arange(-bound, bound + 1) / kernels.SIGMOID_STEPS)
     never, always_four = np.zeros(V, np.float32), np.full(V, 4, np.int32)

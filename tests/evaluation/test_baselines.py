@@ -1,4 +1,4 @@
-"""N-gram models, compared with a slow implementation that uses dictionaries, and sanity checks of the compressors."""
+"""N-gram models match a slow implementation that uses dictionaries, and the compressors pass sanity checks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _texts(seed: int, count: int) -> list[list[int]]:
 
 
 class _SlowKneserNey:
-    """Interpolated modified Kneser-Ney smoothing, written after its definition with dictionaries."""
+    """Interpolated modified Kneser-Ney smoothing, implemented with dictionaries from its definition."""
 
     def __init__(self, documents: list[list[int]], order: int) -> None:
         self.order = order

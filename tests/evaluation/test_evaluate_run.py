@@ -27,8 +27,8 @@ def file(tmp_path: Path) -> Path:
 
 def test_evaluating_a_run_reproduces_the_logged_evaluations(tiny_run: Run) -> None:
     logged = {line["step"]: line for line in tiny_run.metrics() if line["kind"] == "eval"}
-    for which in ("best", "last"):
-        result = evaluate_run(tiny_run, checkpoint=which, device="cpu")
+    for name in ("best", "last"):
+        result = evaluate_run(tiny_run, checkpoint=name, device="cpu")
         assert result.perplexity.loss == pytest.approx(logged[result.step]["val_loss"], rel=1e-6)
         assert result.perplexity.bits_per_byte == pytest.approx(logged[result.step]["val_bits_per_byte"], rel=1e-6)
 

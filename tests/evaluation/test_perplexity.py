@@ -1,4 +1,4 @@
-"""Perplexity, compared with a slow reference that scores one token at a time, and properties that make results comparable."""
+"""Perplexity matches a slow reference that scores one token at a time, and results are comparable."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def _documents(lengths: tuple[int, ...] = LENGTHS) -> list[np.ndarray]:
 
 def _shard(documents: list[np.ndarray]) -> Shard:
     tokens = np.concatenate([[END], *(part for document in documents for part in (document, [END]))]).astype(np.uint16)
-    everything = np.concatenate(documents)
-    size = int(BYTES[everything].sum())
-    return Shard(tokens, Counts(len(documents), size, size, len(everything), 0), END)
+    all_tokens = np.concatenate(documents)
+    size = int(BYTES[all_tokens].sum())
+    return Shard(tokens, Counts(len(documents), size, size, len(all_tokens), 0), END)
 
 
 def _evaluate(network: Transformer, documents: list[np.ndarray], **options: Any) -> Perplexity:
@@ -41,7 +41,7 @@ def _evaluate(network: Transformer, documents: list[np.ndarray], **options: Any)
 
 @torch.no_grad()
 def _reference_nats(network: Transformer, documents: list[np.ndarray], context: int, stride: int) -> float:
-    """Total loss in nats, one token at a time. Windows begin at multiples of the stride; the first to reach a token scores it."""
+    """Return the total loss in nats. Windows start at multiples of the stride. The first one that reaches a token scores it."""
     nats = 0.0
     for document in documents:
         tokens = torch.tensor([END, *document.tolist()])
@@ -77,7 +77,7 @@ def test_every_token_is_scored_exactly_once_by_a_window_within_its_document(cont
     assert scored == [position for start, end in spans for position in range(start, end)]
 
 
-def test_stride_defaults_to_the_context_and_a_shorter_one_changes_the_loss() -> None:
+def test_stride_defaults_to_the_context_and_a_shorter_stride_changes_the_loss() -> None:
     network, documents = model(), _documents()
     assert _evaluate(network, documents) == _evaluate(network, documents, stride=16)
     assert _evaluate(network, documents, stride=1).nats != _evaluate(network, documents).nats
@@ -122,7 +122,7 @@ def test_max_tokens_beyond_the_text_scores_the_whole_text(max_tokens: int) -> No
     assert _evaluate(network, documents, max_tokens=max_tokens) == _evaluate(network, documents)
 
 
-def test_a_uniform_model_has_the_vocabulary_size_as_perplexity() -> None:
+def test_the_perplexity_of_a_uniform_model_is_the_vocabulary_size() -> None:
     network = model()
     with torch.no_grad():
         network.head.weight.zero_()

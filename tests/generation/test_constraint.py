@@ -1,4 +1,4 @@
-"""Regular expressions compiled to automata over tokens, compared with Python's `re`."""
+"""Regular expressions compiled to automata over tokens match the same texts as Python's `re`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generation: the same text with and without the KV cache, reproducible seeds, stop texts, and streaming of whole characters."""
+"""Generation does not depend on the KV cache, seeds are reproducible, and stop strings and streaming work."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _greedy(tokens: int, **options: Any) -> SamplingOptions:
 
 
 def _generate_without_cache(network: Transformer, tokenizer: Tokenizer, prompt: str, tokens: int) -> list[int]:
-    """Greedy decoding with a full forward pass per token. When the context is full, its newer half is kept."""
+    """Decode greedily with a full forward pass per token. When the context is full, its newer half is kept."""
     context_length = network.model.context_length
     window = (tokenizer.encode(prompt) or [tokenizer.end_of_text])[-context_length:]
     generated: list[int] = []
@@ -110,7 +110,7 @@ def test_no_token_is_processed_more_than_about_twice(byte_tokenizer: Tokenizer, 
     assert 105 <= sum(processed) <= 2 * 106
 
 
-def test_a_seed_gives_the_same_text_in_any_batch_and_when_streamed(byte_tokenizer: Tokenizer) -> None:
+def test_a_seed_produces_the_same_text_in_any_batch_and_when_streamed(byte_tokenizer: Tokenizer) -> None:
     network, options = _network(byte_tokenizer), SamplingOptions(max_new_tokens=40, temperature=1.0)
     single = generate(network, byte_tokenizer, "seed", options, seed=3)[0]
     batched = generate(network, byte_tokenizer, "seed", options, seed=3, count=4)
@@ -164,7 +164,7 @@ def test_requests_with_different_options_do_not_affect_each_other(compiled: bool
 
 
 def test_sampled_first_tokens_follow_the_softmax(byte_tokenizer: Tokenizer) -> None:
-    """Pearson's chi-square test of the whole engine. Tokens that are expected fewer than five times share one cell."""
+    """Pearson's chi-square test of the whole engine. Tokens with an expected count below five share one cell."""
     network, count = _network(byte_tokenizer), 4000
     options = SamplingOptions(max_new_tokens=1, temperature=0.7, top_k=None)
     requests = [Request("the", options, sample_seed(5, index)) for index in range(count)]
@@ -182,7 +182,7 @@ def test_sampled_first_tokens_follow_the_softmax(byte_tokenizer: Tokenizer) -> N
     assert square < degrees + 4 * (2 * degrees) ** 0.5
 
 
-def test_recorded_log_probabilities_are_those_of_the_model(byte_tokenizer: Tokenizer) -> None:
+def test_recorded_log_probabilities_match_the_model(byte_tokenizer: Tokenizer) -> None:
     network = _network(byte_tokenizer)
     options = SamplingOptions(max_new_tokens=8, temperature=2.0, top_k=40, logprobs=3, repetition_penalty=1.5)
     streamed: list[int] = []
@@ -238,7 +238,7 @@ def test_a_strong_repetition_penalty_prevents_all_repetition(byte_tokenizer: Tok
     assert len(ids) == len(set(ids))
 
 
-def test_zero_new_tokens_give_an_empty_sample(byte_tokenizer: Tokenizer) -> None:
+def test_zero_new_tokens_produce_an_empty_sample(byte_tokenizer: Tokenizer) -> None:
     [sample] = generate(_network(byte_tokenizer), byte_tokenizer, "x", _greedy(0))
     assert (sample.text, sample.token_ids, sample.finish_reason) == ("", [], "length")
 
@@ -251,12 +251,12 @@ def test_a_trained_model_continues_an_empty_prompt(tiny_run: Run) -> None:
     assert sample.tokens_per_second > 0
 
 
-# The tests below force the generated tokens, so that the resulting text is known in advance.
+# The tests below force the generated tokens, so the resulting text is known in advance.
 
 
 @pytest.fixture
 def generate_forced(byte_tokenizer: Tokenizer) -> Any:
-    """Generate given texts, each followed by the end-of-text token: (samples, streamed pieces of each sample)."""
+    """Generate the given texts, each followed by the end-of-text token. Returns the samples and their streamed pieces."""
     decoder = Decoder(_network(byte_tokenizer))
     byte_ids = {text: id for id, text in enumerate(byte_tokenizer.token_bytes) if len(text) == 1}
 
@@ -291,16 +291,16 @@ def generate_forced(byte_tokenizer: Tokenizer) -> Any:
         ("ends in ST", ("STOP",), "ends in ST", "end"),
     ],
 )
-def test_a_stop_text_ends_the_sample_and_is_not_part_of_it(
+def test_a_stop_string_ends_the_sample_and_is_not_part_of_it(
     text: str, stop: tuple[str, ...], expected: str, reason: str, generate_forced: Any
 ) -> None:
-    """Every token is one byte, so each stop text spans several tokens."""
+    """Every token is one byte, so each stop string spans several tokens."""
     [sample], [pieces] = generate_forced(text, stop=stop)
     assert (sample.text, sample.finish_reason) == (expected, reason)
     assert "".join(pieces) == expected
 
 
-def test_text_is_streamed_as_soon_as_it_cannot_become_a_stop_text(generate_forced: Any) -> None:
+def test_text_is_streamed_as_soon_as_it_cannot_become_a_stop_string(generate_forced: Any) -> None:
     _, [pieces] = generate_forced("abSTx", stop=("STOP",))
     assert pieces == ["a", "b", "STx"]
 
@@ -324,7 +324,7 @@ def test_a_character_cut_by_max_new_tokens_becomes_a_replacement_character(gener
     assert "".join(pieces) == sample.text
 
 
-def test_samples_of_a_batch_end_independently(generate_forced: Any) -> None:
+def test_samples_in_a_batch_end_independently(generate_forced: Any) -> None:
     samples, pieces = generate_forced("short", "a longer text", "stops HERE and not there", stop=("HERE",))
     assert [sample.text for sample in samples] == ["short", "a longer text", "stops "]
     assert [sample.finish_reason for sample in samples] == ["end", "end", "stop"]

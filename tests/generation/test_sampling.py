@@ -82,7 +82,7 @@ def test_rows_are_filtered_independently() -> None:
     assert (kept > 0).tolist() == [[False, True, False, False, True], [True, False, False, False, False]]
 
 
-def test_repetition_penalty_divides_positive_logits_and_multiplies_negative_ones() -> None:
+def test_repetition_penalty_divides_positive_logits_and_multiplies_negative_logits() -> None:
     logits = torch.tensor([[2.0, -1.0, 0.5, -3.0]])
     seen, counts = torch.tensor([[True, True, False, False]]), torch.zeros(1, 4)
     assert apply_penalties(logits, seen, counts, _options(repetition_penalty=2.0)).tolist() == [[1.0, -2.0, 0.5, -3.0]]
@@ -120,7 +120,7 @@ def _uniforms(rows: int, seed: int = 0) -> Tensor:
     ids=str,
 )
 def test_sampled_frequencies_fit_the_distribution(options: dict[str, Any], kept: Any) -> None:
-    """Pearson's chi-square test; the limits are the 99.9 % quantiles for 1, 2 and 4 degrees of freedom."""
+    """Pearson's chi-square test. The limits are the 99.9% quantiles for 1, 2 and 4 degrees of freedom."""
     draws = 6000
     chosen = choose(_logits(rows=draws), _options(**options), _uniforms(draws))
     counts = torch.bincount(chosen, minlength=5).tolist()

@@ -87,7 +87,7 @@ def test_continuations_are_scored_given_their_context(make_run: MakeRun) -> None
     for (before, after), (logprob, greedy) in zip(requests, scores, strict=True):
         ids, expected, all_greedy = [*before, *after], 0.0, True
         for position in range(len(before), len(ids)):
-            # windows are counted from the end: the last `context` ids are scored in one window
+            # windows are aligned to the end, so the last `context` ids are scored in one window
             end = len(ids) if len(ids) - position <= context else len(ids) - (len(ids) - 1 - position) // context * context
             window = ids[max(0, end - context - 1) : end]
             with torch.no_grad():

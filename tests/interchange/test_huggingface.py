@@ -1,4 +1,4 @@
-"""Hugging Face folders: transformers loads what tinylm exports, and tinylm imports what transformers saves."""
+"""transformers loads the folders that tinylm exports, and tinylm imports the folders that transformers saves."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from model.parts import CASES as CASES_OF_KEYS
+from model.parts import case_network, cases_and_presets
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny import ids as token_ids
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 from untrained_runs import CONTEXT, MakeRun
@@ -18,12 +21,14 @@ from tinylm.errors import InputError, WorkError
 from tinylm.evaluation.evaluate_run import evaluate_run
 from tinylm.generation.engine import generate
 from tinylm.generation.sampling import SamplingOptions
-from tinylm.interchange import huggingface, verify
+from tinylm.interchange import hf_architectures, huggingface, verify
 from tinylm.interchange.exporting import export
 from tinylm.interchange.importing import import_model
 from tinylm.model.transformer import Transformer
+from tinylm.recipe.support import unsupported
 from tinylm.reporting import CollectingReporter
 from tinylm.run import Run
+from tinylm.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")
 CPU = torch.device("cpu")
@@ -42,12 +47,17 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("gpt2", "GPT2LMHeadModel", {"feed_forward": "gelu_exact", "n_inner": 100, "norm_gain": False}),
     ("llama", "LlamaForCausalLM", {}),
     ("llama", "LlamaForCausalLM", {"bias": True, "n_kv_head": 2, "tie_embeddings": True}),
+    ("llama", "MistralForCausalLM", {"attention_window": 7, "n_kv_head": 2}),
     ("llama", "Qwen3ForCausalLM", {"qk_norm": True, "n_kv_head": 1, "head_dim": 16, "rope_theta": 500.0}),
     ("modern", "TinylmForCausalLM", {}),
     ("modern", "TinylmForCausalLM", MODERN),
+    ("modern", "TinylmForCausalLM", {"attention_window": 7, "attention_pattern": ["local", "global"]}),
     ("gpt2", "TinylmForCausalLM", {"norm_position": "post", "position": "sinusoidal", "feed_forward": "swiglu"}),
     ("modern", "TinylmForCausalLM", {"parallel_residual": True, "position": "learned", "tie_embeddings": True, "bias": True}),
 ]
+
+
+QWEN3_CASES = [("llama", {**case, "qk_norm": True}) for case in CASES_OF_KEYS if "qk_norm" not in case]
 
 
 def load_network(run: Run) -> Transformer:
@@ -90,7 +100,28 @@ def test_transformers_computes_the_same_ids_logits_and_greedy_text(
         assert torch.equal(load_network(Run.open(tmp_path / "back"))(ids), network(ids))
 
 
-def test_exported_modeling_code_generates_with_padding_beam_search_and_no_cache(make_run: MakeRun, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("preset", "case"), [*cases_and_presets(), *QWEN3_CASES], ids=str)
+def test_every_key_is_exported_correctly_or_rejected(
+    preset: str, case: dict[str, Any], tmp_path: Path, tokenizers: dict[str, Tokenizer]
+) -> None:
+    network = case_network(case, preset)
+    family, _ = hf_architectures.find_family(network.model)
+    if family is None and unsupported(network.model, huggingface.SUPPORTS):
+        with pytest.raises(InputError, match="--to hf: export to Hugging Face does not support"):
+            huggingface.write(tmp_path, network, tokenizers["byte"], "")
+        return
+    huggingface.write(tmp_path, network, tokenizers["byte"], "")
+    with huggingface.quiet(transformers):
+        other = huggingface.load_model(tmp_path, tmp_path / huggingface.MODELING_FILE)
+    assert type(other).__name__ == huggingface.select_class(network.model)[0]
+    tokens = token_ids(2, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(other(tokens).logits, network(tokens), atol=1e-4, rtol=1e-4)
+
+
+def test_exported_modeling_code_generates_with_padding_with_beam_search_and_without_a_cache(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
     export(make_run("modern", **MODERN), "hf", tmp_path / "out")
     tokenizer, other = load_with_transformers(tmp_path / "out")
     settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
@@ -173,7 +204,7 @@ def test_an_existing_destination_is_not_overwritten_by_accident(make_run: MakeRu
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out", "run"]
 
 
-# Import of folders that transformers saved.
+# Tests that import folders saved by transformers.
 
 
 def train_bpe(english: str, end: str | None = "</s>") -> Backend:
@@ -237,7 +268,8 @@ def test_a_model_saved_by_transformers_is_imported_with_the_same_logits(
     assert result.largest_difference <= 1e-4
     run = Run.open(tmp_path / "run")
     network = load_network(run)
-    rows = verify.windows(run.tokenizer.encode(english[:3000]), min(CONTEXT, 40))
+    assert network.model.attention_window == (40 if name == "mistral" else None)
+    rows = verify.windows(run.tokenizer.encode(english[:3000]), CONTEXT)
     assert verify.largest_difference(network, lambda ids: other(ids).logits, rows) <= 1e-4
     assert run.tokenizer.vocab_size == network.vocab_size == other.config.vocab_size
     assert run.tokenizer.decode(run.tokenizer.encode("naïve 🙂 <s>")) == "naïve 🙂 <s>"
@@ -254,7 +286,7 @@ def gpt2_folder(folder: Path, english: str, **changes: Any) -> Path:
     return folder
 
 
-def test_tensor_names_and_buffers_of_older_transformers_give_the_same_model(tmp_path: Path, english: str) -> None:
+def test_tensor_names_and_buffers_from_older_transformers_import_as_the_same_model(tmp_path: Path, english: str) -> None:
     folder = gpt2_folder(tmp_path / "theirs", english)
     import_model(folder, tmp_path / "new")
     tensors = load_file(folder / "model.safetensors")

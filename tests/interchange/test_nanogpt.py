@@ -1,4 +1,4 @@
-"""Import of nanoGPT checkpoints: their code is never executed, and the model equals a reference implementation."""
+"""Importing a nanoGPT checkpoint never executes its code, and the model matches a reference implementation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 24}
 
 
 def weights(vocabulary: int, bias: bool) -> dict[str, Tensor]:
-    """A state dict under nanoGPT's names, linear layers as (out, in)."""
+    """A state dict with nanoGPT's parameter names. Linear weights have shape (out, in)."""
     torch.manual_seed(0)
     width = SHAPE["n_embd"]
     shapes: dict[str, tuple[int, ...]] = {"transformer.wte.weight": (vocabulary, width), "transformer.wpe.weight": (24, width)}
@@ -91,6 +91,8 @@ def test_a_trusted_checkpoint_computes_the_same_logits(
     with torch.no_grad():
         torch.testing.assert_close(network(ids), logits(state, ids), atol=1e-5, rtol=1e-5)
     assert run.tokenizer.vocab_size == 448
+    saved = run.checkpoint().state
+    assert {saved[key] for key in ("val_loss", "val_bits_per_byte", "best_val_loss")} == {None}
     assert reporter.warnings == ["not compared with the original: transformers does not read this format"]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from model.parts import assert_decoding_matches_full_passes, case_network, cases_and_presets
 from tiny import PRESETS, VOCAB_SIZE, ids, model
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from tinylm.model import compiled
 from tinylm.model.decoder import Decoder, make_decoder
 from tinylm.model.packed import WEIGHT_KINDS, WeightKind
 from tinylm.model.transformer import Transformer
+from tinylm.recipe.support import unsupported
 from tinylm.reporting import Reporter
 
 SETTINGS: list[dict[str, Any]] = [
@@ -48,31 +50,32 @@ def several_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("overrides", SETTINGS, ids=str)
 @pytest.mark.parametrize("preset", PRESETS)
 @torch.inference_mode()
-def test_steps_give_the_logits_of_a_full_pass_for_rows_of_different_lengths(preset: str, overrides: dict[str, Any]) -> None:
-    network, tokens, starts = model(preset, **overrides), ids(3, 16), (5, 3, 8)
-    decoder, full_pass = Decoder(network, compiled=True), network(tokens)
-    cache = decoder.new_cache(3)
-    for row, start in enumerate(starts):
-        torch.testing.assert_close(
-            decoder.prefill(cache, row, tokens[row, :start]), full_pass[row, start - 1], atol=3e-5, rtol=1e-5
-        )
-    for step in range(8):
-        logits = decoder.step(cache, torch.stack([tokens[row, start + step] for row, start in enumerate(starts)]))
-        expected = torch.stack([full_pass[row, start + step] for row, start in enumerate(starts)])
-        torch.testing.assert_close(logits, expected, atol=3e-5, rtol=1e-5)
+def test_steps_match_a_full_pass_for_rows_of_different_lengths(preset: str, overrides: dict[str, Any]) -> None:
+    network = model(preset, **overrides)
+    assert_decoding_matches_full_passes(network, Decoder(network, compiled=True))
+
+
+@pytest.mark.parametrize(("preset", "case"), cases_and_presets(), ids=str)
+@torch.inference_mode()
+def test_every_model_key_is_either_supported_or_rejected(preset: str, case: dict[str, Any]) -> None:
+    network = case_network(case, preset)
+    if unsupported(network.model, compiled.SUPPORTS):
+        with pytest.raises(InputError, match="is not supported by compiled decoding"):
+            Decoder(network, compiled=True)
+        assert not compiled.is_worthwhile(network, None)
+    else:
+        assert_decoding_matches_full_passes(network, Decoder(network, compiled=True))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("length", [1, 2, 9, 31, 32, 33, 60])
 @torch.inference_mode()
-def test_prefill_gives_the_logits_of_a_full_pass_for_short_and_long_prompts(
-    preset: str, length: int, several_threads: None
-) -> None:
+def test_prefill_matches_a_full_pass_for_short_and_long_prompts(preset: str, length: int, several_threads: None) -> None:
     """The prompt replaces the middle row. The other rows must not change."""
     torch.set_num_threads(2)
     network, tokens = model(preset, context_length=64, ngram_embeddings=[2, 3], ngram_rows=97), ids(4, 64)
     decoder, full_pass = Decoder(network, compiled=True), network(tokens)
-    cache = decoder.new_cache(3)
+    cache = decoder.new_state(3)
     for row in (0, 1, 2):
         decoder.prefill(cache, row, tokens[row, :5])
     torch.testing.assert_close(decoder.prefill(cache, 1, tokens[3, :length]), full_pass[3, length - 1], atol=3e-5, rtol=1e-5)
@@ -82,8 +85,8 @@ def test_prefill_gives_the_logits_of_a_full_pass_for_short_and_long_prompts(
 
 
 def _after_five_steps(decoder: Decoder, tokens: Tensor, sequences: list[int], threads: int = 1) -> Tensor:
-    """Logits after five steps of a batch of sequences with prompts of different lengths, which one thread prefills."""
-    cache = decoder.new_cache(len(sequences))
+    """Return the logits after five steps of a batch with prompts of different lengths. One thread prefills the prompts."""
+    cache = decoder.new_state(len(sequences))
     torch.set_num_threads(1)
     for row, sequence in enumerate(sequences):
         decoder.prefill(cache, row, tokens[sequence, : 1 + sequence % 7])
@@ -107,7 +110,7 @@ def test_logits_are_bit_identical_for_any_batch_and_thread_count(preset: str, we
 
 
 @torch.inference_mode()
-def test_without_openmp_one_thread_gives_the_same_logits(monkeypatch: pytest.MonkeyPatch, several_threads: None) -> None:
+def test_without_openmp_a_single_thread_computes_the_same_logits(monkeypatch: pytest.MonkeyPatch, several_threads: None) -> None:
     tokens, decoder = ids(3, 16), Decoder(model("llama"), compiled=True)
     expected = _after_five_steps(decoder, tokens, [0, 1, 2], 2)
     monkeypatch.setattr(compiled, "openmp_team", lambda: None)
@@ -117,7 +120,7 @@ def test_without_openmp_one_thread_gives_the_same_logits(monkeypatch: pytest.Mon
 @torch.inference_mode()
 def test_ids_and_positions_out_of_bounds_raise() -> None:
     decoder = Decoder(model(), compiled=True)
-    cache = decoder.new_cache(1)
+    cache = decoder.new_state(1)
     for invalid in ([3, VOCAB_SIZE], [-1], list(range(17))):
         with pytest.raises((IndexError, RuntimeError)):
             decoder.prefill(cache, 0, invalid)
@@ -129,8 +132,8 @@ def test_ids_and_positions_out_of_bounds_raise() -> None:
 @pytest.mark.parametrize("weights", ["bf16", "int8"])
 @pytest.mark.parametrize("preset", PRESETS)
 @torch.inference_mode()
-def test_packed_weights_are_not_rounded_any_further(preset: str, weights: WeightKind) -> None:
-    """Inputs stay in float32, so the logits equal those of a float32 network with the dequantized weights."""
+def test_packed_decoding_rounds_only_the_weights(preset: str, weights: WeightKind) -> None:
+    """Inputs stay in float32, so the logits match a float32 network with the dequantized weights."""
     network, tokens = model(preset), ids(2, 12)
     decoder = Decoder(network, weights=weights, compiled=True)
     dequantized = model(preset, tie_embeddings=False)

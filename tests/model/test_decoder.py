@@ -1,4 +1,4 @@
-"""Decoding token by token gives the logits of a full forward pass, for every model setting."""
+"""Decoding token by token returns the same logits as a full forward pass for every model setting."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from model.parts import assert_decoding_matches_full_passes, case_network, cases_and_presets
 from tiny import PRESETS, ids, model
 from torch import nn
 
-from tinylm.model.decoder import Decoder
+from tinylm.model.decoder import Decoder, as_decoder
 from tinylm.model.packed import WEIGHT_KINDS, Int8Linear, WeightKind, pack
 
 SETTINGS: list[dict[str, Any]] = [
@@ -33,18 +34,16 @@ SETTINGS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("overrides", SETTINGS, ids=str)
 @pytest.mark.parametrize("preset", PRESETS)
 @torch.inference_mode()
-def test_steps_give_the_logits_of_a_full_pass_for_rows_of_different_lengths(preset: str, overrides: dict[str, Any]) -> None:
-    network, tokens, starts = model(preset, **overrides), ids(3, 16), (5, 3, 8)
-    decoder, full_pass = Decoder(network), network(tokens)
-    cache = decoder.new_cache(3)
-    for row, start in enumerate(starts):
-        torch.testing.assert_close(
-            decoder.prefill(cache, row, tokens[row, :start]), full_pass[row, start - 1], atol=3e-5, rtol=1e-5
-        )
-    for step in range(8):
-        logits = decoder.step(cache, torch.stack([tokens[row, start + step] for row, start in enumerate(starts)]))
-        expected = torch.stack([full_pass[row, start + step] for row, start in enumerate(starts)])
-        torch.testing.assert_close(logits, expected, atol=3e-5, rtol=1e-5)
+def test_steps_match_a_full_pass_for_rows_of_different_lengths(preset: str, overrides: dict[str, Any]) -> None:
+    network = model(preset, **overrides)
+    assert_decoding_matches_full_passes(network, Decoder(network))
+
+
+@pytest.mark.parametrize(("preset", "case"), cases_and_presets(), ids=str)
+@torch.inference_mode()
+def test_steps_match_a_full_pass_for_every_model_key(preset: str, case: dict[str, Any]) -> None:
+    network = case_network(case, preset)
+    assert_decoding_matches_full_passes(network, as_decoder(network))
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -55,23 +54,48 @@ def test_rows_can_be_copied_reordered_and_dropped(preset: str, compiled: bool) -
         pytest.importorskip("numba", reason="needs tinylm[fast]")
     network, tokens = model(preset, ngram_embeddings=[2, 3], ngram_rows=97), ids(4, 16)
     decoder = Decoder(network, compiled=compiled)
-    cache = decoder.new_cache(4)
+    cache = decoder.new_state(4)
     decoder.prefill(cache, 0, tokens[0, :6])
-    cache.copy_row(0, range(1, 4))
+    cache.fork(0, range(1, 4))
     continuations = tokens[:, 6:9]
     for step in range(2):
         decoder.step(cache, continuations[:, step])
     cache.reorder([3], [1])
-    cache.set_active_rows(2)
+    cache.resize(2)
     logits = decoder.step(cache, continuations[[0, 3], 2])
     full = torch.cat((tokens[:1, :6].expand(4, -1), continuations), dim=1)
     torch.testing.assert_close(logits, network(full)[[0, 3], -1], atol=3e-5, rtol=1e-5)
     assert cache.lengths == [9, 9]
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("preset", PRESETS)
 @torch.inference_mode()
-def test_torch_compile_sees_static_shapes_for_any_number_of_active_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`torch.compile`, which takes a minute, is replaced with a wrapper that records the shapes of its inputs."""
+def test_evicting_clears_the_row_and_returns_the_number_of_tokens_to_prefill_again(preset: str, compiled: bool) -> None:
+    if compiled:
+        pytest.importorskip("numba", reason="needs tinylm[fast]")
+    network, tokens = model(preset), ids(2, 17)
+    decoder = Decoder(network, compiled=compiled)
+    state = decoder.new_state(2)
+    decoder.prefill(state, 0, tokens[0, :16])
+    decoder.prefill(state, 1, tokens[1, :9])
+    assert state.lengths[0] == state.capacity == decoder.capacity == 16
+    assert state.evict(0, 7) == 7
+    assert state.lengths == [0, 9]
+    decoder.prefill(state, 0, tokens[0, 9:16])
+    logits = decoder.step(state, tokens[[0, 1], [16, 9]])
+    expected = torch.stack([network(tokens[:1, 9:])[0, -1], network(tokens[1:, :10])[0, -1]])
+    torch.testing.assert_close(logits, expected, atol=3e-5, rtol=1e-5)
+
+
+def test_a_state_reserves_no_more_than_the_context_length() -> None:
+    decoder = Decoder(model("modern"))
+    assert [decoder.new_state(1, max_tokens).capacity for max_tokens in (None, 5, 16, 99)] == [16, 5, 16, 16]
+
+
+@torch.inference_mode()
+def test_torch_compile_receives_static_shapes_for_any_number_of_active_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace `torch.compile`, which takes a minute, with a wrapper that records input shapes."""
     shapes = set()
 
     def record_shapes(function: Any, **options: Any) -> Any:
@@ -84,11 +108,11 @@ def test_torch_compile_sees_static_shapes_for_any_number_of_active_rows(monkeypa
     monkeypatch.setattr(torch, "compile", record_shapes)
     network, tokens = model("modern", ngram_embeddings=[2, 3], ngram_rows=97), ids(3, 16)
     compiled, plain = Decoder(network, compiled=True, backend="torch"), Decoder(network)
-    caches = [decoder.new_cache(3) for decoder in (compiled, plain)]
+    caches = [decoder.new_state(3) for decoder in (compiled, plain)]
     for rows in (1, 3, 2):
         logits = []
         for decoder, cache in zip((compiled, plain), caches, strict=True):
-            cache.set_active_rows(rows)
+            cache.resize(rows)
             for row in range(rows):
                 decoder.prefill(cache, row, tokens[row, : 4 + row])
             logits += [decoder.step(cache, tokens[:rows, 9]), decoder.step(cache, tokens[:rows, 10])]
@@ -106,7 +130,7 @@ def test_a_packed_model_matches_the_original_within_its_precision(preset: str, w
     assert (packed(tokens) - plain).abs().max() < tolerance * plain.std()
     assert torch.equal(network(tokens), plain), "packing must not change the network"
     assert packed.embedding.weight is network.embedding.weight
-    cache = (decoder := Decoder(network, weights=weights)).new_cache(2)
+    cache = (decoder := Decoder(network, weights=weights)).new_state(2)
     for row in range(2):
         decoder.prefill(cache, row, tokens[row, :11])
     assert (decoder.step(cache, tokens[:, 11]) - plain[:, -1]).abs().max() < tolerance * plain.std()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import ids, model
 from torch import Tensor
 from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,7 +28,7 @@ def _random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, grad
 
 
 def _output_and_gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
-    """The output of `function`, and the gradients of a weighted sum of its elements for the inputs that require one."""
+    """Return the output of `function` and the gradients of a weighted sum of its elements, for inputs that require gradients."""
     leaves = [tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in inputs]
     output = function(*leaves)
     weights = torch.linspace(-1, 2, output.numel(), dtype=output.dtype).view_as(output)
@@ -35,7 +36,7 @@ def _output_and_gradients(function: Callable[..., Tensor], *inputs: Tensor) -> l
 
 
 def _assert_near(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
-    """Bound the relative error of each tensor in the L2 norm."""
+    """Check that the relative error of each tensor, in the L2 norm, is at most `tolerance`."""
     for ours, reference in zip(actual, expected, strict=True):
         assert (ours.double() - reference.double()).norm() <= tolerance * reference.double().norm()
 
@@ -76,14 +77,14 @@ def test_rms_norm_of_large_float16_inputs_does_not_overflow() -> None:
     assert torch.equal(rms_norm(x, None, 1e-6), torch.ones(2, 512, dtype=torch.float16))
 
 
-def test_rms_norm_returns_the_input_dtype_and_gradients_in_their_tensors_dtypes() -> None:
+def test_rms_norm_and_its_gradients_keep_the_dtypes_of_their_inputs() -> None:
     x, gain = _random(3, 5, dtype=torch.bfloat16), _random(5, dtype=torch.float32)
     output = rms_norm(x, gain, 1e-6)
     output.sum().backward()
     assert (output.dtype, x.grad.dtype, gain.grad.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
 
 
-# Rotary positions
+# Rotary position embeddings
 
 
 def test_rotate_is_a_complex_product_and_its_gradient_is_the_conjugate_product() -> None:
@@ -136,7 +137,7 @@ def _reference_loss(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float 
 @pytest.mark.parametrize("cap", CAPS)
 @pytest.mark.parametrize("chunk", [1, 3, 7, 100])
 @pytest.mark.parametrize("composite", [False, True])
-def test_summed_cross_entropy_matches_torch_for_the_targets_that_are_not_ignored(
+def test_summed_cross_entropy_matches_torch_and_skips_ignored_targets(
     chunk: int, cap: float | None, composite: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if composite:
@@ -144,6 +145,105 @@ def test_summed_cross_entropy_matches_torch_for_the_targets_that_are_not_ignored
     hidden, weight = _random(N, C), _random(V, C, seed=1)
     ours = _output_and_gradients(lambda h, w: summed_cross_entropy(h, w, TARGETS, cap, chunk), hidden, weight)
     _assert_near(ours, _output_and_gradients(lambda h, w: _reference_loss(h, w, TARGETS, cap), hidden, weight), 1e-12)
+
+
+def _use_fused_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Select the fused loss, as on CUDA, but without compiling it."""
+    monkeypatch.setattr(functions.fused_loss, "function", lambda logits, device: functions.losses_and_logit_gradients)
+
+
+@pytest.mark.parametrize("cap", CAPS)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.02), (torch.float16, 0.003)], ids=str
+)
+def test_the_fused_loss_matches_torch_and_skips_ignored_targets(
+    dtype: torch.dtype, tolerance: float, cap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compute the loss in several chunks, and the reference in float64 from the same rounded inputs."""
+    _use_fused_loss(monkeypatch)
+    hidden, weight = _random(1200, 32, dtype=dtype), _random(300, 32, seed=1, dtype=dtype)
+    targets = torch.arange(1200) % 301 - 1
+    ours = _output_and_gradients(lambda h, w: summed_cross_entropy(h, w, targets, cap, 128), hidden, weight)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    _assert_near(ours, _output_and_gradients(lambda h, w: _reference_loss(h, w, targets, cap), *exact), tolerance)
+    assert [tensor.dtype for tensor in ours] == [torch.promote_types(dtype, torch.float32), dtype, dtype]
+
+
+@pytest.mark.parametrize("cap", CAPS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_fused_loss_is_as_accurate_under_autocast_as_the_plain_loss(
+    dtype: torch.dtype, cap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, weight = _random(640, 32, dtype=torch.float32), _random(300, 32, seed=1, dtype=torch.float32)
+    targets = torch.arange(640) % 301 - 1
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=dtype):
+            return summed_cross_entropy(hidden, weight, targets, cap, 128)
+
+    exact = _output_and_gradients(lambda h, w: _reference_loss(h, w, targets, cap), hidden, weight)
+    plain = _output_and_gradients(loss, hidden, weight)
+    _use_fused_loss(monkeypatch)
+    for ours, theirs, reference in zip(_output_and_gradients(loss, hidden, weight), plain, exact, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - reference).norm() <= 1.1 * (theirs - reference).norm() + 1e-6 * reference.norm()
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_fused_loss_is_used_only_if_the_network_may_compile_its_loss(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def fused(logits: Tensor, targets: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
+        calls.append(len(targets))
+        return functions.losses_and_logit_gradients(logits, targets, cap)
+
+    monkeypatch.setattr(functions.fused_loss, "function", lambda logits, device: fused)
+    network = model("gpt2")
+    network.compile_loss = compiled
+    tokens = ids()
+    network(tokens, targets=tokens)
+    assert bool(calls) == compiled
+
+
+def test_the_fused_loss_is_zero_for_ignored_targets_and_finite_for_huge_logits() -> None:
+    logits = torch.tensor([[2000.0, -2000.0], [2000.0, -2000.0], [3.0, 4.0]])
+    losses, gradients = functions.losses_and_logit_gradients(logits, torch.tensor([0, 1, -100]), None)
+    assert losses.tolist() == [0.0, 4000.0, 0.0]
+    assert gradients.tolist() == [[0.0, 0.0], [1.0, -1.0], [0.0, 0.0]]
+
+
+def test_if_the_loss_cannot_be_compiled_it_runs_eagerly_after_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(logits: Tensor, targets: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
+        raise ValueError("no compiler\nand more")
+
+    monkeypatch.setattr(functions, "_compiled_loss", lambda: broken)
+    fused = functions.FusedLoss()
+    monkeypatch.setattr(fused, "function", lambda logits, device: fused)
+    monkeypatch.setattr(functions, "fused_loss", fused)
+    hidden, weight = _random(N, C), _random(V, C, seed=1)
+    with pytest.warns(UserWarning, match=r"the loss cannot be compiled \(no compiler\)") as warned:
+        ours = _output_and_gradients(lambda h, w: summed_cross_entropy(h, w, TARGETS, 1.5, 3), hidden, weight)
+    assert len(warned) == 1
+    _assert_near(ours, _output_and_gradients(lambda h, w: _reference_loss(h, w, TARGETS, 1.5), hidden, weight), 1e-12)
+    assert functions.FusedLoss.function(fused, 1 << 40, torch.device("cuda")) is None
+
+
+def test_running_out_of_memory_is_not_mistaken_for_a_compilation_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(logits: Tensor, targets: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(functions, "_compiled_loss", lambda: too_large)
+    with pytest.raises(torch.OutOfMemoryError):
+        functions.FusedLoss()(torch.zeros(1, 2), torch.tensor([0]), None)
+
+
+def test_the_loss_is_compiled_only_on_cuda_for_large_logits_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused, large = functions.FusedLoss(), 65_536 * 50_304
+    for triton in (True, False):
+        monkeypatch.setattr(functions, "_has_triton", lambda triton=triton: triton)
+        assert (fused.function(large, torch.device("cuda")) is fused) == triton
+        assert fused.function(64 * 61, torch.device("cuda")) is None
+        assert fused.function(large, torch.device("cpu")) is None
 
 
 def test_summed_cross_entropy_matches_a_hand_computed_example() -> None:
@@ -156,23 +256,23 @@ def test_summed_cross_entropy_matches_a_hand_computed_example() -> None:
 @pytest.mark.parametrize("cap", CAPS)
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_summed_cross_entropy_gradients_match_finite_differences(chunk: int, cap: float | None) -> None:
-    """Central differences for each element. `gradcheck` would run the backward pass twice, which raises for this function."""
+    """Compare with central differences for each element. `gradcheck` would run backward twice, which raises here."""
     leaves = [_random(N, C), _random(V, C, seed=1)]
     loss = summed_cross_entropy(*leaves, TARGETS, cap, chunk)
     (2.5 * loss).backward()
     for leaf in leaves:
         values = leaf.detach()
         for entry in range(values.numel()):
-            sides = []
+            losses = []
             for change in (1e-6, -2e-6):
                 values.view(-1)[entry] += change
-                sides.append(float(summed_cross_entropy(*(each.detach() for each in leaves), TARGETS, cap, chunk)))
+                losses.append(float(summed_cross_entropy(*(tensor.detach() for tensor in leaves), TARGETS, cap, chunk)))
             values.view(-1)[entry] += 1e-6
-            assert float(leaf.grad.view(-1)[entry]) == pytest.approx(2.5 * (sides[0] - sides[1]) / 2e-6, abs=1e-7)
+            assert float(leaf.grad.view(-1)[entry]) == pytest.approx(2.5 * (losses[0] - losses[1]) / 2e-6, abs=1e-7)
 
 
 @pytest.mark.parametrize("wanted", ["hidden", "weight"])
-def test_a_gradient_is_the_same_if_it_is_the_only_one_computed(wanted: str) -> None:
+def test_a_gradient_does_not_change_if_the_other_one_is_not_required(wanted: str) -> None:
     hidden, weight = _random(N, C), _random(V, C, seed=1)
     _, *gradients = _output_and_gradients(lambda h, w: summed_cross_entropy(h, w, TARGETS, 1.5, 3), hidden, weight)
     (hidden if wanted == "weight" else weight).requires_grad_(False)
@@ -198,7 +298,7 @@ def test_loss_and_gradients_are_zero_if_all_targets_are_ignored() -> None:
     assert not any(tensor.any() for tensor in ours)
 
 
-def test_huge_logits_give_a_finite_loss() -> None:
+def test_the_loss_of_huge_logits_is_finite() -> None:
     hidden, weight = torch.ones(2, 1, requires_grad=True), torch.tensor([[2000.0], [-2000.0]], requires_grad=True)
     loss = summed_cross_entropy(hidden, weight, torch.tensor([0, 1]), None, 1)
     loss.backward()
@@ -226,7 +326,7 @@ def test_a_second_backward_pass_raises() -> None:
 
 
 class _LargestTensor(TorchDispatchMode):
-    """Records the number of elements of the largest tensor that any operation returns."""
+    """Record the number of elements of the largest tensor that any operation returns."""
 
     numel = 0
 

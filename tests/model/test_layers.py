@@ -1,4 +1,4 @@
-"""Compare attention, feed-forward, norms and positions with plain formulas and PyTorch's modules."""
+"""Compare attention, feed-forward layers, norms and position embeddings with plain formulas and PyTorch modules."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _attention(**overrides: object) -> Attention:
 
 
 def _reference_attention(attention: Attention, x: Tensor, kv_source: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k' / sqrt(D)) v, one head at a time."""
+    """Compute softmax(q k' / sqrt(D)) v, one head at a time."""
     heads, kv_heads, width = attention.heads, attention.kv_heads, attention.head_width
     weight, bias = attention.qkv.weight, attention.qkv.bias
     queries = F.linear(x, weight[: heads * width], bias[: heads * width])
@@ -82,7 +82,7 @@ def test_cross_attention_matches_torch_multihead_attention() -> None:
     torch.testing.assert_close(attention(x, source, mask=~padding[:, None, None])[0], theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_a_mask_combines_with_causality() -> None:
+def test_a_mask_is_combined_with_the_causal_mask() -> None:
     attention, x = _attention(), _random(2, 6, 32)
     mask = torch.ones(2, 6, 6, dtype=torch.bool)
     mask[1, :, 1] = False
@@ -154,7 +154,7 @@ def test_rotated_dot_products_depend_only_on_the_distance() -> None:
     assert abs(rotated[0, 7] @ rotated[1, 3] - rotated[0, 7] @ rotated[1, 4]) > 1e-3
 
 
-def test_sinusoids_match_the_transformer_paper() -> None:
+def test_sinusoidal_position_embeddings_match_the_transformer_paper() -> None:
     """Vaswani et al. 2017, section 3.5."""
     table = sinusoidal_table(30, 12)
     for position in (0, 1, 29):

@@ -13,7 +13,7 @@ from tinylm.model.cache import KVCache
 from tinylm.model.ngrams import NgramEmbedding
 
 MANY_ROWS = 1 << 20
-"""Enough rows that a few hundred n-grams almost never collide."""
+"""With this many rows, a few hundred n-grams almost never collide."""
 
 
 def _embedding(*orders: int, vocab_size: int, rows: int = MANY_ROWS) -> NgramEmbedding:
@@ -51,7 +51,7 @@ def test_the_same_tokens_have_different_rows_for_different_orders() -> None:
 
 @pytest.mark.parametrize("rows", [1024, 1000, 97])
 def test_bigrams_are_spread_evenly_over_the_rows(rows: int) -> None:
-    """All pairs of 300 tokens: Pearson's chi-square is within 6 standard deviations of that of a uniform distribution."""
+    """For all pairs of 300 tokens, Pearson's chi-square is within 6 standard deviations of its mean under a uniform hash."""
     indices = _embedding(2, vocab_size=300, rows=rows).row_indices(_every_sequence(2, 300), 2)[:, 1]
     assert 0 <= int(indices.min()) <= int(indices.max()) < rows
     counts = torch.bincount(indices, minlength=rows).double()

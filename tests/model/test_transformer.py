@@ -1,4 +1,4 @@
-"""Compare the transformer with other implementations and plain formulas; check properties that hold for every configuration."""
+"""Compare the transformer with other implementations and plain formulas, and check properties of every configuration."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import PRESETS, VOCAB_SIZE, add_noise_, ids, model, section
+from model.parts import case_network, cases_and_presets
+from tiny import PRESETS, VOCAB_SIZE, add_noise_, causal_batch, ids, model, section
 from torch import Tensor
 
 from tinylm.cost import memory
 from tinylm.model import functions
 from tinylm.model.cache import KVCache
 from tinylm.model.layers import ForwardContext
-from tinylm.model.objective import CausalObjective
 from tinylm.model.transformer import Transformer
-from tinylm.recipe.presets import PRESETS as PRESET_SETTINGS
-from tinylm.recipe.schema import ModelSection
+from tinylm.recipe.presets import DECODER_PRESETS
+from tinylm.recipe.schema import DecoderSection
+from tinylm.training.objectives import CausalLM
 
 # Equality with Hugging Face transformers
 
 
 def _load_all(target: torch.nn.Module, weights: dict[str, Tensor]) -> None:
-    """Load weights into another library's model. Raises for missing and unexpected ones."""
+    """Load weights into another library's model. Raises if a weight is missing or unexpected."""
     target.load_state_dict(weights, strict=True)
     target.eval()
 
@@ -57,10 +58,10 @@ def _as_llama(network: Transformer) -> dict[str, Tensor]:
         "model.norm.weight": ours["final_norm.weight"],
         "lm_head.weight": ours["head.weight"],
     }
-    keys = model.kv_heads * model.head_width
+    kv_width = model.kv_heads * model.head_width
     for layer in range(model.n_layer):
         our_name, their_name = f"blocks.{layer}", f"model.layers.{layer}"
-        rows = ours[f"{our_name}.attention.qkv.weight"].split((model.n_head * model.head_width, keys, keys))
+        rows = ours[f"{our_name}.attention.qkv.weight"].split((model.n_head * model.head_width, kv_width, kv_width))
         for name, weight in zip("qkv", rows, strict=True):
             theirs[f"{their_name}.self_attn.{name}_proj.weight"] = weight
         gate, values = ours[f"{our_name}.feed_forward.input.weight"].chunk(2)
@@ -154,6 +155,15 @@ def test_llama_with_query_and_key_norms_matches_transformers_qwen3(kv_heads: int
     _assert_same_logits(network, other, network.model.context_length)
 
 
+@pytest.mark.parametrize("window", [1, 3, 9, 40])
+def test_llama_with_an_attention_window_matches_transformers_mistral(window: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    network = model("llama", attention_window=window, n_kv_head=2)
+    other = transformers.MistralForCausalLM(transformers.MistralConfig(**_llama_config(network), sliding_window=window))
+    _load_all(other, _as_llama(network))
+    _assert_same_logits(network, other, network.model.context_length)
+
+
 # Every setting has an effect
 
 CHANGES = [
@@ -191,20 +201,22 @@ CHANGES = [
     {"value_embeddings": 1},
     {"value_residual": True},
     {"embedding_shortcut": True},
+    {"attention_window": 4},
+    {"attention_window": 4, "attention_pattern": ["global", "local"]},
 ]
 
 
-def _close(one: Tensor, two: Tensor) -> bool:
-    return one.shape == two.shape and torch.allclose(one, two, atol=1e-5)
+def _close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=str)
 def test_every_setting_has_an_effect(change: dict[str, Any]) -> None:
-    """Both models have the same weights where names and shapes match, so that only the setting can change the output."""
+    """The models share every weight whose name and shape match, so only the setting can change the output."""
     before, after = Transformer(section(), VOCAB_SIZE), Transformer(section(**change), VOCAB_SIZE)
     if change == {"zero_init_outputs": False}:
         weights = zip(before.parameters(), after.parameters(), strict=True)
-        assert not all(_close(one, two) for one, two in weights), "it must change the initial weights"
+        assert not all(_close(a, b) for a, b in weights), "it must change the initial weights"
         return
     add_noise_(before).eval()
     add_noise_(after, seed=1).eval()
@@ -216,7 +228,7 @@ def test_every_setting_has_an_effect(change: dict[str, Any]) -> None:
         assert not _close(before(ids()), after(ids()))
 
 
-def test_more_positions_than_the_context_length_raise() -> None:
+def test_a_sequence_longer_than_the_context_length_raises() -> None:
     short, long = model(context_length=8), model(context_length=9)
     assert long(ids(1, 9)).shape == (1, 9, VOCAB_SIZE)
     with pytest.raises(ValueError, match="9 positions do not fit in the context length of 8"):
@@ -254,13 +266,13 @@ def test_attention_dropout_defaults_to_dropout_except_in_preset_modern(preset: s
         assert seen == {expected, 0.0}
 
 
-def test_dropout_zeroes_its_share_of_elements_and_keeps_the_mean() -> None:
+def test_dropout_zeroes_the_given_fraction_of_elements_and_preserves_the_mean() -> None:
     torch.manual_seed(0)
     x = torch.ones(400, 257, requires_grad=True)
     dropped = functions.Dropout(0.3)(x)
     dropped.sum().backward()
-    share = float((dropped == 0).float().mean())
-    assert share == pytest.approx(0.3, abs=0.006)  # four standard deviations
+    fraction = float((dropped == 0).float().mean())
+    assert fraction == pytest.approx(0.3, abs=0.006)  # four standard deviations
     assert sorted(dropped.detach().unique().tolist()) == pytest.approx([0.0, 1 / 0.7], rel=1e-4)
     assert torch.equal(x.grad, dropped.detach())
     columns = (dropped == 0).float().mean(0)
@@ -273,6 +285,7 @@ def test_dropout_zeroes_its_share_of_elements_and_keeps_the_mean() -> None:
 
 def test_every_model_setting_is_tested() -> None:
     tested_elsewhere = {
+        "architecture",
         "context_length",
         "dropout",
         "attention_dropout",
@@ -282,11 +295,11 @@ def test_every_model_setting_is_tested() -> None:
         "init_from",
     }
     tested = {key for change in CHANGES for key in change} | tested_elsewhere
-    assert tested == set(ModelSection.model_fields)
-    assert all(set(overrides) <= tested for overrides in PRESET_SETTINGS.values())
+    assert tested == set(DecoderSection.model_fields)
+    assert all(set(overrides) <= tested for overrides in DECODER_PRESETS.values())
 
 
-def test_norm_positions_and_parallel_residuals_all_give_different_logits() -> None:
+def test_every_combination_of_norm_position_and_parallel_residual_has_different_logits() -> None:
     tokens = ids()
     logits = [
         model(norm_position=position, parallel_residual=parallel)(tokens)
@@ -323,9 +336,9 @@ CONFIGURATIONS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("preset", "overrides"), CONFIGURATIONS, ids=str)
+@pytest.mark.parametrize(("preset", "overrides"), [*CONFIGURATIONS, *cases_and_presets()], ids=str)
 def test_a_later_token_never_changes_an_earlier_logit(preset: str, overrides: dict[str, Any]) -> None:
-    network = model(preset, **overrides)
+    network = case_network(overrides, preset)
     tokens = ids(1, 12)
     before = network(tokens)
     for position in (3, 8, 11):
@@ -346,19 +359,20 @@ def test_the_first_token_affects_every_later_logit(preset: str, overrides: dict[
     assert (difference > 1e-5).all()
 
 
-@pytest.mark.parametrize(("preset", "overrides"), CONFIGURATIONS, ids=str)
-def test_a_cached_forward_pass_gives_the_logits_of_a_full_pass(preset: str, overrides: dict[str, Any]) -> None:
-    network = model(preset, **overrides)
-    tokens = ids(2, 16)
-    cache = KVCache(network.model, 2, 16, device=torch.device("cpu"), dtype=torch.float32).row_slice()
+@pytest.mark.parametrize(("preset", "overrides"), [*CONFIGURATIONS, *cases_and_presets()], ids=str)
+def test_cached_forward_passes_match_a_full_pass(preset: str, overrides: dict[str, Any]) -> None:
+    network = case_network(overrides, preset)
+    context = network.model.context_length
+    tokens = ids(2, context)
+    cache = KVCache(network.model, 2, context, device=torch.device("cpu"), dtype=torch.float32).row_slice()
     logits, start = [], 0
     with torch.no_grad():
-        for step in (5, 1, 1, 4, 1, 3, 1):  # a prompt, then one or more tokens at a time
+        for step in (5, 1, 1, 4, 1, 3, context - 15):  # a prompt, then one or more tokens at a time
             logits.append(network(tokens[:, start : start + step], cache))
             start += step
             assert cache.length == start
         torch.testing.assert_close(torch.cat(logits, dim=1), network(tokens), atol=2e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="17 positions do not fit"):
+    with pytest.raises(ValueError, match=f"{context + 1} positions do not fit"):
         network(tokens[:, :1], cache)
 
 
@@ -369,8 +383,8 @@ def test_gradients_match_finite_differences(preset: str, overrides: dict[str, An
     tokens = ids(2, 9)
 
     def loss() -> Tensor:
-        objective = CausalObjective()
-        return objective.summed_loss(network, objective.example(tokens))
+        objective = CausalLM()
+        return objective.loss_sum(network, causal_batch(tokens))
 
     loss().backward()
     generator = torch.Generator().manual_seed(1)
@@ -421,7 +435,7 @@ def _rms_norm(x: Tensor, eps: float, gain: Tensor | None) -> Tensor:
 
 
 def _rotate(heads: Tensor, theta: float) -> Tensor:
-    """Multiply pair j at time t of heads (time, heads, D) by exp(i t theta^(-2j/D))."""
+    """Rotate `heads` (time, heads, D) by multiplying pair j at time t by exp(i t theta^(-2j/D))."""
     time, _, width = heads.shape
     angles = torch.outer(torch.arange(time), theta ** (-torch.arange(0, width, 2) / width)).double()[:, None]
     pairs = torch.complex(heads[..., : width // 2], heads[..., width // 2 :]) * torch.polar(torch.ones_like(angles), angles)
@@ -429,7 +443,10 @@ def _rotate(heads: Tensor, theta: float) -> Tensor:
 
 
 def _reference_logits(network: Transformer, tokens: Tensor) -> Tensor:
-    """Logits of one sequence for preset modern with any of `SETTINGS`, head by head. Uses the network's n-gram embeddings."""
+    """Compute the logits of one sequence head by head, for preset modern with any of `SETTINGS`.
+
+    The n-gram embeddings are computed by the network itself.
+    """
     shape, weights = network.model, dict(network.named_parameters())
     eps, width = shape.norm_eps, shape.head_width
     x = weights["embedding.weight"][tokens]
@@ -457,8 +474,10 @@ def _reference_logits(network: Transformer, tokens: Tensor) -> Tensor:
         for head in range(shape.n_head):
             group = head * shape.kv_heads // shape.n_head
             scores = q[:, head] @ k[:, group].T / math.sqrt(width)
-            later = torch.ones_like(scores, dtype=torch.bool).triu(1)
-            attended.append(scores.masked_fill(later, float("-inf")).softmax(dim=-1) @ v[:, group])
+            is_local = shape.attention_pattern[layer % len(shape.attention_pattern)] == "local"
+            window = (shape.attention_window if is_local else None) or len(tokens)
+            masked = [[not 0 <= query - key < window for key in range(len(tokens))] for query in range(len(tokens))]
+            attended.append(scores.masked_fill(torch.tensor(masked), float("-inf")).softmax(dim=-1) @ v[:, group])
         x = x + torch.cat(attended, dim=-1) @ block["attention.output.weight"].T
         hidden = _rms_norm(x, eps, block.get("feed_forward_norm.weight")) @ block["feed_forward.input.weight"].T
         x = x + hidden.clamp_min(0).square() @ block["feed_forward.output.weight"].T
@@ -466,7 +485,15 @@ def _reference_logits(network: Transformer, tokens: Tensor) -> Tensor:
     return logits if shape.logit_softcap is None else shape.logit_softcap * torch.tanh(logits / shape.logit_softcap)
 
 
-@pytest.mark.parametrize("overrides", SETTINGS, ids=str)
+WINDOWS: list[dict[str, Any]] = [
+    {"attention_window": 1},
+    {"attention_window": 4, "n_kv_head": 2},
+    {"attention_window": 3, "attention_pattern": ["local", "global"]},
+    {"attention_window": 3, "attention_pattern": ["global", "global", "local"]},
+]
+
+
+@pytest.mark.parametrize("overrides", [*SETTINGS, *WINDOWS], ids=str)
 def test_preset_modern_with_any_setting_matches_the_formula(overrides: dict[str, Any]) -> None:
     network = model(n_layer=3, **overrides).double()
     tokens = ids(2, 11)
@@ -476,20 +503,30 @@ def test_preset_modern_with_any_setting_matches_the_formula(overrides: dict[str,
 
 
 @pytest.mark.parametrize("overrides", SETTINGS[1:], ids=str)
-def test_a_setting_changes_the_output_for_the_same_weights_and_all_parameters_get_gradients(overrides: dict[str, Any]) -> None:
+def test_each_setting_except_gains_changes_the_output_and_every_parameter_gets_a_gradient(overrides: dict[str, Any]) -> None:
     network = model(n_layer=3, **overrides)
     shared = {key: value for key, value in overrides.items() if key == "n_kv_head"}
     without = model(n_layer=3, **shared)
     weights = network.state_dict()
     without.load_state_dict({name: weights.get(name, torch.ones_like(value)) for name, value in without.state_dict().items()})
-    tokens, objective = ids(4, 12), CausalObjective()
+    tokens, objective = ids(4, 12), CausalLM()
     differs = not _close(network(tokens), without(tokens))
     assert differs == (overrides not in ({"norm_gain": False}, {"qk_gain": False})), "gains of 1 have no effect"
     assert network.parameter_count() != without.parameter_count() or "logit_softcap" in overrides
-    objective.summed_loss(network, objective.example(tokens)).backward()
+    objective.loss_sum(network, causal_batch(tokens)).backward()
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.to_dense().abs().max() > 1e-6, name
+
+
+def test_attention_windows_apply_within_segments() -> None:
+    """Two texts packed into one row have the same logits as each text alone."""
+    network, tokens = model(attention_window=3), ids(1, 12)
+    segments = torch.tensor([[0] * 5 + [1] * 7])
+    with torch.no_grad():
+        together = network.logits(network.hidden(tokens, segments=segments))
+        alone = torch.cat((network(tokens[:, :5]), network(tokens[:, 5:])), dim=1)
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
 def test_value_embeddings_are_in_the_first_and_last_blocks() -> None:
@@ -503,21 +540,21 @@ def test_value_embeddings_are_in_the_first_and_last_blocks() -> None:
     assert layers_with_value_embeddings(9, 3) == [0, 1, 2]
 
 
-# The summed loss, and activation checkpointing
+# Summed loss and activation checkpointing
 
 
 def test_the_summed_loss_does_not_compute_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    network, tokens, objective = model(vocab_size=1000), ids(8, 17, vocab_size=1000), CausalObjective()
-    example = objective.example(tokens)
-    expected = objective.losses(network, example).sum()
+    network, tokens, objective = model(vocab_size=1000), ids(8, 17, vocab_size=1000), CausalLM()
+    batch = causal_batch(tokens)
+    expected = objective.losses(network, batch).sum()
     monkeypatch.setitem(memory.LOSS_BYTES, "cpu", 0)  # the smallest chunks
     monkeypatch.setattr(network, "logits", None)
-    torch.testing.assert_close(network(example.inputs, targets=example.targets), expected)
+    torch.testing.assert_close(network(batch.inputs, targets=batch.targets), expected)
 
 
 def _gradients(network: Transformer, *, recompute: bool) -> tuple[list[Tensor], int]:
-    """The gradients, and the number of bytes saved for the backward pass."""
-    objective, saved = CausalObjective(), []
+    """Return the gradients and the number of bytes saved for the backward pass."""
+    objective, saved = CausalLM(), []
     network.recompute = recompute
 
     def record(tensor: Tensor) -> Tensor:
@@ -527,7 +564,7 @@ def _gradients(network: Transformer, *, recompute: bool) -> tuple[list[Tensor], 
     network.zero_grad()
     torch.manual_seed(5)
     with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
-        loss = objective.summed_loss(network, objective.example(ids(4, 17)))
+        loss = objective.loss_sum(network, causal_batch(ids(4, 17)))
         saved_bytes = sum(saved)
     loss.backward()
     return [parameter.grad.to_dense().clone() for parameter in network.parameters()], saved_bytes
@@ -535,11 +572,13 @@ def _gradients(network: Transformer, *, recompute: bool) -> tuple[list[Tensor], 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize(("preset", "overrides"), CONFIGURATIONS, ids=str)
-def test_recomputation_saves_less_and_gives_the_same_gradients(preset: str, overrides: dict[str, Any], dropout: float) -> None:
+def test_recomputation_saves_fewer_bytes_and_does_not_change_the_gradients(
+    preset: str, overrides: dict[str, Any], dropout: float
+) -> None:
     network = model(preset, **{**overrides, "n_layer": 4, "dropout": dropout}).double().train()
     expected, saved_bytes = _gradients(network, recompute=False)
     recomputed, recomputed_saved_bytes = _gradients(network, recompute=True)
-    assert all(torch.equal(one, two) for one, two in zip(expected, recomputed, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(expected, recomputed, strict=True))
     assert recomputed_saved_bytes < 0.5 * saved_bytes
 
 
@@ -554,7 +593,7 @@ def test_recomputation_has_no_effect_without_gradients() -> None:
 # Initial weights
 
 
-def test_initially_values_are_mixed_equally_and_the_embedding_shortcut_is_off() -> None:
+def test_the_value_residual_starts_at_one_half_and_the_embedding_shortcut_starts_disabled() -> None:
     network = Transformer(section(value_residual=True, embedding_shortcut=True), VOCAB_SIZE)
     assert network.blocks[0].attention.value_share is None
     assert network.blocks[1].attention.value_share.item() == 0.5
@@ -563,19 +602,19 @@ def test_initially_values_are_mixed_equally_and_the_embedding_shortcut_is_off() 
 
 def test_initial_weights_depend_only_on_the_seed() -> None:
     torch.manual_seed(5)
-    one = Transformer(section(), VOCAB_SIZE, seed=3)
+    first = Transformer(section(), VOCAB_SIZE, seed=3)
     torch.manual_seed(6)
-    two, other = Transformer(section(), VOCAB_SIZE, seed=3), Transformer(section(), VOCAB_SIZE, seed=4)
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
-    assert not torch.equal(one.embedding.weight, other.embedding.weight)
+    same, different = Transformer(section(), VOCAB_SIZE, seed=3), Transformer(section(), VOCAB_SIZE, seed=4)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), same.parameters(), strict=True))
+    assert not torch.equal(first.embedding.weight, different.embedding.weight)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_the_initial_loss_is_close_to_that_of_a_uniform_distribution(preset: str) -> None:
+def test_the_initial_loss_is_close_to_the_log_of_the_vocabulary_size(preset: str) -> None:
     network = Transformer(section(preset, n_embd=64), 500).eval()
     tokens = ids(8, 17, vocab_size=500)
-    objective = CausalObjective()
-    loss = objective.losses(network, objective.example(tokens)).mean()
+    objective = CausalLM()
+    loss = objective.losses(network, causal_batch(tokens)).mean()
     assert abs(loss.item() - math.log(500)) < 0.1
 
 
@@ -588,7 +627,7 @@ def test_with_zero_init_outputs_every_block_starts_as_the_identity() -> None:
     assert values.shape == (2, 5, 4, 8)
 
 
-def test_gpt2_initial_weights_have_the_standard_deviations_of_the_paper() -> None:
+def test_gpt2_initial_weights_have_the_standard_deviations_from_the_paper() -> None:
     network = Transformer(section("gpt2", n_embd=128, n_layer=8), 1000)
     assert network.embedding.weight.std().item() == pytest.approx(0.02, rel=0.03)
     assert network.blocks[0].attention.qkv.weight.std().item() == pytest.approx(0.02, rel=0.03)
@@ -602,7 +641,7 @@ def test_a_tied_head_is_the_embedding_and_is_counted_once() -> None:
     assert untied.parameter_count() - tied.parameter_count() == VOCAB_SIZE * 32
 
 
-def test_stacked_matrices_lists_the_rows_of_qkv_and_of_gate_and_values() -> None:
+def test_stacked_matrices_lists_the_row_counts_of_fused_weights() -> None:
     rows = model("llama", n_kv_head=2).stacked_matrices()
     assert rows["blocks.0.attention.qkv.weight"] == (32, 16, 16)
     assert rows["blocks.1.feed_forward.input.weight"] == (88, 88)

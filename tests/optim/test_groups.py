@@ -1,4 +1,4 @@
-"""Which optimizer updates which parameter, and saving and restoring the optimizer state."""
+"""Check which optimizer updates which parameter, and that the optimizer state can be saved and restored."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import ids, model
+from tiny import causal_batch, ids, model
 from torch import Tensor
 
-from tinylm.model.objective import CausalObjective
 from tinylm.model.transformer import Transformer
 from tinylm.optim import groups
 from tinylm.optim.groups import Optimizers
 from tinylm.recipe.schema import AdamWOptimizer, MuonOptimizer, Optimizer
+from tinylm.training.objectives import CausalLM
 
 SECTIONS: list[Optimizer] = [
     MuonOptimizer(name="muon"),
@@ -24,12 +24,12 @@ SECTIONS: list[Optimizer] = [
 
 def _build(section: Optimizer, **parts: Any) -> tuple[Transformer, Optimizers]:
     network = model("gpt2", **parts).train()
-    return network, groups.build(section, network, network.stacked_matrices())
+    return network, groups.build(section, network)
 
 
 def _backward(network: Transformer, seed: int) -> None:
-    objective = CausalObjective()
-    objective.losses(network, objective.example(ids(2, 10, seed=seed))).mean().backward()
+    objective = CausalLM()
+    objective.losses(network, causal_batch(ids(2, 10, seed=seed))).mean().backward()
 
 
 def _step(network: Transformer, optimizers: Optimizers, seed: int) -> None:
@@ -65,11 +65,11 @@ def test_muon_updates_the_matrices_of_blocks_and_adamw_the_rest_without_decay() 
         assert decays[name] == (("muon", 0.3) if is_matrix else ("adamw", 0.0)), name
 
 
-def test_adamw_steps_equal_those_of_unfused_torch_adamw() -> None:
+def test_adamw_steps_match_unfused_torch_adamw() -> None:
     section = AdamWOptimizer(name="adamw", lr=3e-3, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.2)
-    # In float64, because the gradient of a key bias is rounding noise, which Adam amplifies.
+    # Use float64, because the gradient of a key bias is rounding noise, which Adam amplifies.
     network, twin = model("gpt2").double(), model("gpt2").double()
-    optimizers = groups.build(section, network, {})
+    optimizers = groups.build(section, network)
     other = torch.optim.AdamW(
         [
             {"params": [p for p in twin.parameters() if p.ndim > 1], "weight_decay": 0.2},
@@ -91,11 +91,12 @@ def test_adamw_steps_equal_those_of_unfused_torch_adamw() -> None:
 
 
 def test_muon_orthogonalizes_stacked_matrices_separately() -> None:
-    """If `stacked` does not name the weight of queries, keys and values, it is orthogonalized as one matrix."""
+    """If `stacked_matrices` does not list the fused query, key and value weight, Muon orthogonalizes it as one matrix."""
     section = MuonOptimizer(name="muon")
     (split, optimizers), (unsplit, _) = _build(section), _build(section)
     _step(split, optimizers, 0)
-    _step(unsplit, groups.build(section, unsplit, {}), 0)
+    unsplit.stacked_matrices = dict
+    _step(unsplit, groups.build(section, unsplit), 0)
     assert not torch.allclose(split.blocks[0].attention.qkv.weight, unsplit.blocks[0].attention.qkv.weight, atol=1e-4)
     assert torch.equal(split.blocks[0].attention.output.weight, unsplit.blocks[0].attention.output.weight)
 
@@ -133,9 +134,9 @@ def test_a_restored_state_is_a_copy() -> None:
     _step(network, optimizers, 0)
     state = optimizers.state()
     kept = {name: value.clone() for name, value in state.items()}
-    other, others = _build(SECTIONS[0])
-    others.load_state(state)
-    _step(other, others, 1)
+    other_network, other_optimizers = _build(SECTIONS[0])
+    other_optimizers.load_state(state)
+    _step(other_network, other_optimizers, 1)
     assert all(torch.equal(kept[name], value) for name, value in state.items())
 
 
@@ -146,7 +147,7 @@ def test_the_state_of_an_unknown_parameter_is_rejected() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "units", "setting", "expected"),
+    ("device", "supports_bf16", "setting", "expected"),
     [
         ("cuda", True, "auto", "bf16"),
         ("cuda", False, "auto", "fp32"),
@@ -157,11 +158,11 @@ def test_the_state_of_an_unknown_parameter_is_rejected() -> None:
         ("cuda", True, "fp32", "fp32"),
     ],
 )
-def test_newton_schulz_runs_in_the_configured_dtype_and_for_auto_in_bfloat16_if_the_device_has_units_for_it(
-    device: str, units: bool, setting: str, expected: str, monkeypatch: pytest.MonkeyPatch
+def test_newton_schulz_uses_the_configured_dtype_and_auto_uses_bfloat16_if_the_device_supports_it(
+    device: str, supports_bf16: bool, setting: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: units or including_emulation)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: units)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: supports_bf16 or including_emulation)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: supports_bf16)
     section = MuonOptimizer(name="muon", newton_schulz_dtype=setting)
     assert groups.resolve_newton_schulz_dtype(section, torch.device(device)) == expected
 
@@ -172,7 +173,7 @@ def test_muon_in_bfloat16_is_close_to_float32(coefficients: str) -> None:
     for dtype in ("fp32", "bf16"):
         network = model("gpt2").train()
         section = MuonOptimizer(name="muon", newton_schulz_dtype=dtype, newton_schulz=coefficients)
-        optimizers = groups.build(section, network, network.stacked_matrices())
+        optimizers = groups.build(section, network)
         generator = torch.Generator().manual_seed(0)
         for parameter in network.parameters():
             parameter.grad = torch.randn(parameter.shape, generator=generator)

@@ -1,4 +1,4 @@
-"""Muon, compared with a plain implementation of the published algorithm and with torch's own."""
+"""Compare Muon with a plain implementation of the published algorithm and with `torch.optim.Muon`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def _newton_schulz(gradient: Tensor, steps: int = 5) -> Tensor:
-    """`zeropower_via_newtonschulz5` of Jordan et al. 2024 for one matrix, in the precision of its input."""
+    """Apply `zeropower_via_newtonschulz5` of Jordan et al. 2024 to one matrix, in the dtype of the matrix."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = gradient.T if gradient.shape[0] > gradient.shape[1] else gradient
     x = x / max(float(x.norm()), 1e-7)
@@ -76,9 +76,9 @@ def test_steps_are_close_to_torchs_muon_which_computes_in_bfloat16() -> None:
     options = {"lr": 0.05, "momentum": 0.95, "weight_decay": 0.1}
     ours = _train(SHAPES, 4, Muon, **options)
     theirs = _train(SHAPES, 4, torch.optim.Muon, adjust_lr_fn="original", **options)
-    for index, (one, two) in enumerate(zip(ours, theirs, strict=True)):
-        moved = (two - _random(*two.shape, seed=index)).norm()
-        assert (one - two).norm() < 0.05 * moved
+    for index, (actual, expected) in enumerate(zip(ours, theirs, strict=True)):
+        moved = (expected - _random(*expected.shape, seed=index)).norm()
+        assert (actual - expected).norm() < 0.05 * moved
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
@@ -91,24 +91,24 @@ def test_steps_equal_torchs_muon_without_its_rounding_to_bfloat16(
     ours = _train(SHAPES, 4, Muon, precision=dtype, dtype=dtype, **options)
     monkeypatch.setattr(Tensor, "bfloat16", lambda tensor: tensor.clone())
     theirs = _train(SHAPES, 4, torch.optim.Muon, precision=dtype, adjust_lr_fn="original", **options)
-    for index, (one, two) in enumerate(zip(ours, theirs, strict=True)):
-        moved = (two - _random(*two.shape, seed=index)).norm()
-        assert (one - two).norm() < tolerance * moved
+    for index, (actual, expected) in enumerate(zip(ours, theirs, strict=True)):
+        moved = (expected - _random(*expected.shape, seed=index)).norm()
+        assert (actual - expected).norm() < tolerance * moved
 
 
 def test_newton_schulz_in_bfloat16_is_close_to_float32() -> None:
     matrices = [_random(*shape, seed=index) for index, shape in enumerate([(24, 24), (48, 20), (20, 48), (24, 24)])]
     exact = orthogonalize_all(matrices, 5, "classic", torch.float32)
     half = orthogonalize_all(matrices, 5, "classic", torch.bfloat16)
-    for one, two in zip(exact, half, strict=True):
-        assert two.dtype == torch.bfloat16
-        assert not torch.equal(one, two.float())
-        assert (one - two).norm() < 0.05 * one.norm()
+    for expected, actual in zip(exact, half, strict=True):
+        assert actual.dtype == torch.bfloat16
+        assert not torch.equal(expected, actual.float())
+        assert (expected - actual).norm() < 0.05 * expected.norm()
 
 
 @pytest.mark.parametrize(("steps", "error"), [(3, 0.275), (4, 0.0135), (5, 2e-4)])
 def test_the_polar_express_brings_singular_values_as_close_to_one_as_documented(steps: int, error: float) -> None:
-    """Applies the polynomials to numbers in [0.01, 1]."""
+    """Apply the polynomials to numbers in [0.01, 1]."""
     values = torch.linspace(0.01, 1, 20_001, dtype=torch.float64)
     for a, b, c in COEFFICIENTS["polar_express"][:steps]:
         values = a * values + b * values**3 + c * values**5
@@ -118,7 +118,7 @@ def test_the_polar_express_brings_singular_values_as_close_to_one_as_documented(
 @pytest.mark.parametrize("shape", [(1, 12, 12), (2, 9, 30), (2, 30, 9)], ids=str)
 @pytest.mark.parametrize("steps", [3, 7])
 def test_the_polar_express_applies_its_polynomials_to_the_singular_values(steps: int, shape: tuple[int, ...]) -> None:
-    """The last polynomial is repeated."""
+    """If there are more steps than polynomials, the last one is repeated."""
     matrices = _random(*shape).double()
     left, values, right = torch.linalg.svd(matrices, full_matrices=False)
     values = values / values.norm(dim=-1, keepdim=True)
@@ -131,8 +131,8 @@ def test_the_polar_express_applies_its_polynomials_to_the_singular_values(steps:
 
 def test_orthogonalizing_several_matrices_keeps_their_order() -> None:
     matrices = [_random(*shape, seed=index) for index, shape in enumerate(SHAPES)]
-    for matrix, found in zip(matrices, orthogonalize_all(matrices, 5, "classic", torch.float32), strict=True):
-        torch.testing.assert_close(found, _newton_schulz(matrix), atol=1e-5, rtol=1e-4)
+    for matrix, result in zip(matrices, orthogonalize_all(matrices, 5, "classic", torch.float32), strict=True):
+        torch.testing.assert_close(result, _newton_schulz(matrix), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 4, 100])
@@ -147,7 +147,7 @@ def test_the_momentum_rises_linearly_from_0_85(warmup: int) -> None:
 
 
 def test_cautious_decay_shrinks_only_weights_that_the_update_shrinks_too() -> None:
-    """Checked weight by weight (Chen et al. 2025)."""
+    """Compare each weight with the rule of Chen et al. 2025."""
     lr, decay, rows = 0.05, 0.4, (3, 5)
     parameter = nn.Parameter(_random(8, 4))
     optimizer = Muon([parameter], {parameter: rows}, lr=lr, momentum=0.0, weight_decay=decay, cautious=True)
@@ -169,7 +169,7 @@ def test_cautious_decay_shrinks_only_weights_that_the_update_shrinks_too() -> No
         assert 0 < decayed < 8 * 4
 
 
-def test_matrices_of_the_same_shape_step_in_a_batch_as_they_do_separately() -> None:
+def test_updating_matrices_together_matches_updating_them_separately() -> None:
     together = _train(SHAPES, 3, Muon)
     for index, shape in enumerate(SHAPES):
         parameter = nn.Parameter(_random(*shape, seed=index))
@@ -180,7 +180,7 @@ def test_matrices_of_the_same_shape_step_in_a_batch_as_they_do_separately() -> N
         torch.testing.assert_close(together[index], parameter.detach(), atol=1e-6, rtol=1e-5)
 
 
-def test_matrices_stacked_in_one_parameter_step_as_separate_parameters_do() -> None:
+def test_matrices_stacked_in_one_parameter_are_updated_like_separate_parameters() -> None:
     rows = (8, 4, 4)
     stacked = nn.Parameter(_random(16, 8))
     parts = [nn.Parameter(part.clone()) for part in stacked.detach().split(rows)]
@@ -192,8 +192,8 @@ def test_matrices_stacked_in_one_parameter_step_as_separate_parameters_do() -> N
     for step in range(3):
         gradient = _random(16, 8, seed=step + 1)
         stacked.grad, whole.grad = gradient, gradient.clone()
-        for part, share in zip(parts, gradient.split(rows), strict=True):
-            part.grad = share.clone()
+        for part, part_gradient in zip(parts, gradient.split(rows), strict=True):
+            part.grad = part_gradient.clone()
         for optimizer in (stacked_muon, parts_muon, whole_muon):
             optimizer.step()
     torch.testing.assert_close(stacked.detach(), torch.cat([part.detach() for part in parts]), atol=1e-6, rtol=1e-5)
@@ -214,3 +214,24 @@ def test_a_zero_gradient_only_decays_the_weight_and_a_missing_one_leaves_it_unch
     Muon([zero, missing], weight_decay=0.5, lr=0.1).step()
     torch.testing.assert_close(zero.detach(), _random(4, 4) * 0.95)
     assert torch.equal(missing.detach(), _random(4, 4, seed=1))
+
+
+@pytest.mark.parametrize("cautious", [False, True])
+def test_a_skipped_step_leaves_weights_and_momentum_unchanged_even_if_gradients_are_non_finite(cautious: bool) -> None:
+    options = {"lr": 0.05, "weight_decay": 0.2, "cautious": cautious}
+    plain, flagged = ([nn.Parameter(_random(*shape, seed=index)) for index, shape in enumerate(SHAPES)] for _ in range(2))
+    plain_muon, flagged_muon = Muon(plain, **options), Muon(flagged, **options)
+    for step in range(3):
+        for index, (a, b) in enumerate(zip(plain, flagged, strict=True)):
+            a.grad = _random(*a.shape, seed=10 * step + index + 50)
+            b.grad = a.grad.clone()
+        plain_muon.step()
+        flagged_muon.found_inf = torch.tensor(0.0)
+        flagged_muon.step()
+        for parameter in flagged:
+            parameter.grad = torch.full_like(parameter, math.inf)
+        flagged_muon.found_inf = torch.tensor(1.0)
+        flagged_muon.step()
+        for a, b in zip(plain, flagged, strict=True):
+            assert torch.equal(a, b)
+            assert torch.equal(plain_muon.state[a]["momentum"], flagged_muon.state[b]["momentum"])

@@ -1,4 +1,4 @@
-"""Learning-rate schedules, compared with values computed by hand."""
+"""Compare learning-rate schedules with values computed by hand."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_wsd_with_a_floor_and_without_cooldown() -> None:
     assert _rates(WsdSchedule(name="wsd", warmup=0, cooldown=0.0), 5) == [1.0] * 5
 
 
-def test_cosine_equals_the_schedule_of_nanogpt_after_the_warmup() -> None:
+def test_cosine_matches_nanogpt_after_the_warmup() -> None:
     """nanoGPT, train.py: min_lr + 0.5 (1 + cos(pi (it - warmup) / (decay - warmup))) (lr - min_lr)."""
     steps, warmup, floor = 40, 8, 0.1
     rates = _rates(CosineSchedule(name="cosine", warmup=warmup, floor=floor), steps)

@@ -1,4 +1,4 @@
-"""In recipes for embeddings, every key survives a round trip, and every problem is reported with its line."""
+"""In embedding recipes, every key survives a round trip, and every problem is reported with its line number."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tinylm.recipe import EmbeddingRecipe, RecipeError, changes, load_any, loads
 BASE = "kind: embeddings\ndata: {train: my.txt}\n"
 TOKENS = "vocabulary={kind: tokens, tokenizer: t.json}"
 
-# For every key: the overrides that set it; the last one sets it to a value other than its default.
+# The overrides that set each key. The last override sets the key to a value other than its default.
 SETTINGS: dict[str, list[str]] = {
     "EmbeddingRecipe.name": ["name=other"],
     "EmbeddingRecipe.seed": ["seed=7"],
@@ -74,7 +74,7 @@ def test_every_key_survives_a_round_trip(settings: list[str]) -> None:
     assert loads_any(recipe.to_yaml(), check_files=False) == recipe
 
 
-def test_the_defaults_are_the_published_ones() -> None:
+def test_the_defaults_match_the_publications() -> None:
     skipgram, cbow, glove = (read(f"method={name}").method for name in ("skipgram", "cbow", "glove"))
     assert (skipgram.window, skipgram.negatives, skipgram.exponent, skipgram.subsample) == (5, 5, 0.75, 1e-3)  # type: ignore[union-attr]
     assert (skipgram.lr, skipgram.lr_end, cbow.lr, skipgram.epochs) == (0.025, 1e-4, 0.05, 5)  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""Every common notation of a value is accepted, and all problems of a recipe are reported at once, with their lines."""
+"""Every common notation of a value is accepted, and all problems of a recipe are reported at once with line numbers."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_optimizer_auto_is_the_default_optimizer() -> None:
         ("name: !!python/name:os.getcwd ''\n", "my.yaml:1: not valid YAML"),
     ],
 )
-def test_text_that_is_not_a_recipe_gives_a_one_line_error(text: str, expected: str) -> None:
+def test_text_that_is_not_a_recipe_causes_a_one_line_error(text: str, expected: str) -> None:
     message = error_message(text)
     assert message.startswith(expected)
     assert "\n" not in message
@@ -107,7 +107,7 @@ def test_a_recursive_alias_is_an_error() -> None:
     assert "my.yaml:1: nested too deeply" in error_message("data: &a {train: *a}\n")
 
 
-def test_the_error_for_a_missing_or_binary_file_names_it(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_or_binary_file_includes_its_name(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none\.yaml: No such file"):
         load(tmp_path / "none.yaml")
     (tmp_path / "image.yaml").write_bytes(b"name: \xff\xfe")
@@ -149,7 +149,7 @@ def test_a_duplicate_key_reports_both_lines() -> None:
         ("seed", "-1", "seed: must be a whole number from 0 to 2^63 - 1, not -1"),
         ("seed", "1e30", "seed: must be a whole number from 0 to 2^63 - 1, not 1e+30"),
         ("name", "5", "name: must be text, not 5"),
-        ("model", "gpt2", "model: must be a section with keys such as preset, n_layer, n_head, n_kv_head"),
+        ("model", "gpt2", "model: must be a section with keys such as architecture, preset, n_layer, n_head"),
         ("tokenizer", "5", "tokenizer: must be a section with keys such as kind, normalize, special_tokens"),
         (
             "tokenizer",
@@ -210,7 +210,7 @@ training:
     )
 
 
-def test_all_problems_are_reported_at_once_including_those_across_keys() -> None:
+def test_all_problems_are_reported_at_once_including_conflicts_between_keys() -> None:
     text = """\
 name: 7
 data:
@@ -334,14 +334,14 @@ def test_a_context_longer_than_the_held_out_text_is_an_error_before_any_text_is_
     ],
 )
 def test_an_override_sets_its_key(override: str, keys: tuple[str, ...], value: object) -> None:
-    found: object = read(SMALLEST, override)
+    setting: object = read(SMALLEST, override)
     for key in keys:
-        found = getattr(found, key)
-    assert found == value
+        setting = getattr(setting, key)
+    assert setting == value
 
 
 @pytest.mark.parametrize("length", ["tokens=1e6", "epochs=2.5", "minutes=3", "steps=7"])
-def test_overriding_the_length_of_the_training_replaces_the_length_in_the_file(length: str) -> None:
+def test_overriding_the_training_length_replaces_the_length_in_the_file(length: str) -> None:
     training = read(SMALLEST, f"training.{length}").training
     key, _, value = length.partition("=")
     given = {name: getattr(training, name) for name in ("steps", "tokens", "epochs", "minutes")}
@@ -349,7 +349,7 @@ def test_overriding_the_length_of_the_training_replaces_the_length_in_the_file(l
     assert set(given.values()) == {None}
 
 
-def test_two_lengths_on_the_command_line_are_an_error() -> None:
+def test_two_training_lengths_on_the_command_line_are_an_error() -> None:
     with pytest.raises(InputError, match="only one of steps, tokens, epochs, minutes can be set"):
         read(SMALLEST, "training.steps=3", "training.minutes=1")
     assert read(SMALLEST, "training.minutes=1", "training.minutes=2").training.minutes == 2
@@ -377,8 +377,8 @@ def test_overrides_expand_short_forms_and_the_last_override_wins() -> None:
 def test_an_override_keeps_the_keys_of_a_short_form_unless_they_exclude_each_other(
     written: str, override: str, expected: dict[str, object]
 ) -> None:
-    found = flattened(read(SMALLEST, written, override).as_dict())
-    assert {key: found[key] for key in expected} == expected
+    resolved = flattened(read(SMALLEST, written, override).as_dict())
+    assert {key: resolved[key] for key in expected} == expected
 
 
 @pytest.mark.parametrize(
@@ -399,12 +399,12 @@ def test_a_key_of_another_variant_is_reported_with_the_variants_that_have_it(ove
 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
 @pytest.mark.parametrize("recipe", [Recipe, EmbeddingRecipe])
-def test_variants_are_those_of_the_json_schema(recipe: type[BaseModel]) -> None:
-    """Pydantic's JSON schema does not depend on `variants_of`. It has no tags for unions without a discriminator."""
+def test_variants_match_the_json_schema(recipe: type[BaseModel]) -> None:
+    """Pydantic's JSON schema does not use `variants_of`. The schema has no tags for unions without a discriminator."""
     schema = recipe.model_json_schema()
-    found = 0
+    n_unions = 0
     for name, definition in {recipe.__name__: schema, **schema["$defs"]}.items():
-        section = next(each for each in sections_of(recipe) if each.__name__ == name)
+        section = next(candidate for candidate in sections_of(recipe) if candidate.__name__ == name)
         for key, value in definition["properties"].items():
             discriminator = value.get("discriminator")
             if discriminator is not None:
@@ -413,8 +413,8 @@ def test_variants_are_those_of_the_json_schema(recipe: type[BaseModel]) -> None:
                 assert variants.discriminator == discriminator["propertyName"]
                 tags = {tag: target.rpartition("/")[2] for tag, target in discriminator["mapping"].items()}
                 assert {tag: variant.__name__ for tag, variant in variants.by_tag.items()} == tags
-                found += 1
-    assert found >= 2
+                n_unions += 1
+    assert n_unions >= 2
 
 
 @pytest.mark.parametrize(
@@ -452,6 +452,6 @@ def test_a_tag_that_cannot_convert_its_value_is_an_error() -> None:
         loads("seed: !!int abc")
 
 
-def test_the_error_for_a_single_dash_says_to_quote_it() -> None:
+def test_the_error_for_a_single_dash_suggests_quoting_it() -> None:
     with pytest.raises(InputError, match=r"recipe:2: not valid YAML.*quote a value that is a single -"):
         loads("data:\n  train: -")

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
 import yaml
-from keys import leaves
+from keys import leaves, sections_of
 from pydantic import ValidationError
 
 from tinylm.recipe import Recipe, changes, load, loads
-from tinylm.recipe.presets import PRESETS
+from tinylm.recipe.presets import DECODER_PRESETS
 from tinylm.recipe.schema import flattened
 
 BASE = "data: {train: my.txt}\ntraining: {steps: 10}\n"
 
-# For every key of every section: the overrides that set it; the last one sets it to a value other than its default.
+# The overrides that set each key of each section. The last override sets the key to a value other than its default.
 SETTINGS: dict[str, list[str]] = {
     "Recipe.name": ["name=other"],
     "Recipe.seed": ["seed=7"],
     "DataSection.train": ["data.train=[a.txt, b.txt]"],
     "DataSection.field": ["data.field=body"],
     "DataSection.errors": ["data.errors=replace"],
+    "DataSection.shuffle": ["data.shuffle=documents"],
+    "DataSection.document_mask": ["data.document_mask=on"],
     "HeldoutShare.share": ["data.heldout.share=0.25"],
     "HeldoutShare.by": ["data.heldout.by=document"],
     "HeldoutSources.sources": ["data.heldout=held.txt"],
@@ -83,43 +86,45 @@ SETTINGS: dict[str, list[str]] = {
     "ByteTokenizer.kind": ["tokenizer.kind=byte"],
     "FileTokenizer.kind": ["tokenizer={kind: file, path: a.json}"],
     "FileTokenizer.path": ["tokenizer={path: a.json}", "tokenizer.path=b.json"],
-    "ModelSection.preset": ["model.preset=llama"],
-    "ModelSection.n_layer": ["model.n_layer=3"],
-    "ModelSection.n_head": ["model.n_head=4"],
-    "ModelSection.n_kv_head": ["model.n_kv_head=2"],
-    "ModelSection.n_embd": ["model.n_embd=96"],
-    "ModelSection.context_length": ["model.context_length=31"],
-    "ModelSection.norm": ["model.norm=layernorm"],
-    "ModelSection.norm_position": ["model.norm_position=post"],
-    "ModelSection.norm_eps": ["model.norm_eps=1e-3"],
-    "ModelSection.norm_gain": ["model.norm_gain=off"],
-    "ModelSection.position": ["model.position=none"],
-    "ModelSection.rope_theta": ["model.rope_theta=5e5"],
-    "ModelSection.feed_forward": ["model.feed_forward=swiglu"],
-    "ModelSection.feed_forward_multiple": ["model.feed_forward_multiple=3"],
-    "ModelSection.bias": ["model.bias=on"],
-    "ModelSection.tie_embeddings": ["model.tie_embeddings=on"],
-    "ModelSection.qk_norm": ["model.qk_norm=off"],
-    "ModelSection.qk_gain": ["model.qk_gain=off"],
-    "ModelSection.embedding_norm": ["model.embedding_norm=off"],
-    "ModelSection.zero_init_outputs": ["model.zero_init_outputs=off"],
-    "ModelSection.ngram_embeddings": ["model.ngram_embeddings=[2, 3]"],
-    "ModelSection.ngram_dropout": ["model.ngram_dropout=0.3"],
-    "ModelSection.ngram_rows": ["model.ngram_rows=500"],
-    "ModelSection.ngram_width": ["model.ngram_width=8"],
-    "ModelSection.value_embeddings": ["model.value_embeddings=1"],
-    "ModelSection.value_residual": ["model.value_residual=on"],
-    "ModelSection.embedding_shortcut": ["model.embedding_shortcut=on"],
-    "ModelSection.parallel_residual": ["model.parallel_residual=on"],
-    "ModelSection.dropout": ["model.dropout=0.1"],
-    "ModelSection.attention_dropout": ["model.attention_dropout=0.1"],
-    "ModelSection.logit_softcap": ["model.logit_softcap=30"],
-    "ModelSection.init_embeddings": ["model.init_embeddings=v.bin"],
-    "ModelSection.freeze_embeddings": ["model.init_embeddings=v.bin", "model.freeze_embeddings=on"],
+    "DecoderSection.preset": ["model.preset=llama"],
+    "DecoderSection.n_layer": ["model.n_layer=3"],
+    "DecoderSection.n_head": ["model.n_head=4"],
+    "DecoderSection.n_kv_head": ["model.n_kv_head=2"],
+    "DecoderSection.n_embd": ["model.n_embd=96"],
+    "DecoderSection.context_length": ["model.context_length=31"],
+    "DecoderSection.norm": ["model.norm=layernorm"],
+    "DecoderSection.norm_position": ["model.norm_position=post"],
+    "DecoderSection.norm_eps": ["model.norm_eps=1e-3"],
+    "DecoderSection.norm_gain": ["model.norm_gain=off"],
+    "DecoderSection.position": ["model.position=none"],
+    "DecoderSection.rope_theta": ["model.rope_theta=5e5"],
+    "DecoderSection.feed_forward": ["model.feed_forward=swiglu"],
+    "DecoderSection.feed_forward_multiple": ["model.feed_forward_multiple=3"],
+    "DecoderSection.bias": ["model.bias=on"],
+    "DecoderSection.tie_embeddings": ["model.tie_embeddings=on"],
+    "DecoderSection.qk_norm": ["model.qk_norm=off"],
+    "DecoderSection.qk_gain": ["model.qk_gain=off"],
+    "DecoderSection.embedding_norm": ["model.embedding_norm=off"],
+    "DecoderSection.zero_init_outputs": ["model.zero_init_outputs=off"],
+    "DecoderSection.ngram_embeddings": ["model.ngram_embeddings=[2, 3]"],
+    "DecoderSection.ngram_dropout": ["model.ngram_dropout=0.3"],
+    "DecoderSection.ngram_rows": ["model.ngram_rows=500"],
+    "DecoderSection.ngram_width": ["model.ngram_width=8"],
+    "DecoderSection.value_embeddings": ["model.value_embeddings=1"],
+    "DecoderSection.value_residual": ["model.value_residual=on"],
+    "DecoderSection.embedding_shortcut": ["model.embedding_shortcut=on"],
+    "DecoderSection.parallel_residual": ["model.parallel_residual=on"],
+    "DecoderSection.dropout": ["model.dropout=0.1"],
+    "DecoderSection.attention_dropout": ["model.attention_dropout=0.1"],
+    "DecoderSection.logit_softcap": ["model.logit_softcap=30"],
+    "DecoderSection.init_embeddings": ["model.init_embeddings=v.bin"],
+    "DecoderSection.freeze_embeddings": ["model.init_embeddings=v.bin", "model.freeze_embeddings=on"],
     "InitFrom.run": ["model.init_from=a", "model.init_from.run=b"],
     "InitFrom.head": ["model.init_from={run: a}", "model.init_from.head=off"],
-    "ModelSection.head_dim": ["model.head_dim=32"],
-    "ModelSection.n_inner": ["model.n_inner=100"],
+    "DecoderSection.head_dim": ["model.head_dim=32"],
+    "DecoderSection.attention_window": ["model.attention_window=100"],
+    "DecoderSection.attention_pattern": ["model.attention_window=100", "model.attention_pattern=[local, global]"],
+    "DecoderSection.n_inner": ["model.n_inner=100"],
     "LoraSection.rank": ["model.init_from=a", "training.lora={}", "training.lora.rank=4"],
     "LoraSection.alpha": ["model.init_from=a", "training.lora={}", "training.lora.alpha=32"],
     "LoraSection.targets": ["model.init_from=a", "training.lora={}", "training.lora.targets=[attention.qkv]"],
@@ -181,12 +186,26 @@ SETTINGS: dict[str, list[str]] = {
 }
 
 
+# Keys that accept only one value, so no override can change them.
+ONE_VALUE = {"DataSection.format", "DecoderSection.architecture", "CausalLMObjective.name"}
+
+
 def read(*settings: str) -> Recipe:
     return loads(BASE, settings, check_files=False)
 
 
 def test_the_table_of_settings_has_every_key_of_the_schema() -> None:
-    assert set(leaves(Recipe)) == set(SETTINGS)
+    assert set(leaves(Recipe)) == set(SETTINGS) | ONE_VALUE
+
+
+def test_a_key_is_missing_from_the_table_only_if_it_has_a_single_value() -> None:
+    single = {
+        f"{section.__name__}.{key}"
+        for section in sections_of(Recipe)
+        for key, field in section.model_fields.items()
+        if get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1
+    }
+    assert single - set(SETTINGS) == ONE_VALUE
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
@@ -204,7 +223,7 @@ def test_every_key_survives_a_round_trip(settings: list[str]) -> None:
 
 
 PARTS = {
-    "preset": [f"model.preset={name}" for name in PRESETS],
+    "preset": [f"model.preset={name}" for name in DECODER_PRESETS],
     "optimizer": ["training.optimizer=muon", "training.optimizer=adamw", "training.optimizer=auto"],
     "schedule": [f"training.schedule={name}" for name in ("wsd", "cosine", "linear", "constant")],
     "tokenizer": [
@@ -273,27 +292,31 @@ def test_strings_that_look_like_other_values_stay_strings(text: str) -> None:
 
 def test_a_resolved_recipe_contains_every_default() -> None:
     written = flattened(yaml.safe_load(read().to_yaml()))
-    parts = {key for preset in PRESETS.values() for key in preset}
+    parts = {key for preset in DECODER_PRESETS.values() for key in preset}
     assert {f"model.{part}" for part in parts} <= set(written)
     assert written["training.optimizer.name"] == "muon"
     assert written["training.optimizer.newton_schulz_steps"] == 3
     assert written["data.heldout.share"] == 0.1
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", DECODER_PRESETS)
 def test_a_preset_equals_its_keys_written_out(preset: str) -> None:
     plain = read(f"model.preset={preset}")
-    written_out = read(f"model.preset={preset}", *(f"model.{key}={json.dumps(value)}" for key, value in PRESETS[preset].items()))
+    written_out = read(
+        f"model.preset={preset}", *(f"model.{key}={json.dumps(value)}" for key, value in DECODER_PRESETS[preset].items())
+    )
     assert plain == written_out
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", DECODER_PRESETS)
 def test_each_key_of_a_preset_can_be_overridden_separately(preset: str) -> None:
     plain = read(f"model.preset={preset}")
-    for other in PRESETS.values():
+    for other in DECODER_PRESETS.values():
         for key, value in other.items():
             changed = changes(plain, read(f"model.preset={preset}", f"model.{key}={json.dumps(value)}"))
-            assert changed == ({} if value == PRESETS[preset][key] else {f"model.{key}": (PRESETS[preset][key], value)})
+            assert changed == (
+                {} if value == DECODER_PRESETS[preset][key] else {f"model.{key}": (DECODER_PRESETS[preset][key], value)}
+            )
 
 
 def test_a_recipe_is_immutable() -> None:

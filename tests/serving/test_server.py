@@ -45,7 +45,7 @@ class _RunningServer:
         return httpx.post(f"{self.address}/v1/completions", json=body, timeout=60)
 
     def wait_until_idle(self, timeout: float = 5.0) -> bool:
-        """Wait until no sample is running or queued. Returns False after `timeout` seconds."""
+        """Wait until no sample is running or queued. Return False after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             load = httpx.get(f"{self.address}/health").json()
@@ -163,7 +163,7 @@ def test_every_sampling_option_changes_the_text(running: _RunningServer) -> None
     ],
     ids=str,
 )
-def test_an_invalid_request_gets_an_error_that_names_the_key(
+def test_an_invalid_request_returns_an_error_that_names_the_key(
     running: _RunningServer, body: dict[str, Any], status: int, param: str | None
 ) -> None:
     response = running.complete(**body)
@@ -225,7 +225,7 @@ def test_a_full_queue_and_a_timeout_are_errors(decoder: Decoder, tokenizer: Toke
 
 
 def _start_browser() -> Any:
-    """Start Playwright and Chromium. Skips the test if one of them is not available."""
+    """Start Playwright and Chromium. Skip the test if either is not available."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     path = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
     session = playwright.sync_playwright().start()

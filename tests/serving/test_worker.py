@@ -1,4 +1,4 @@
-"""The worker thread of the server: every job that is not canceled ends with an event, also if the generation fails."""
+"""The worker thread of the server: every job that is not canceled ends with an event, even if generation fails."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Client:
         return self._events.get(timeout=30)
 
     def last_event(self) -> Sample | Exception:
-        """Wait for the last event. Raises `queue.Empty` if no event arrives for 30 seconds."""
+        """Wait for the last event. Raise `queue.Empty` if no event arrives for 30 seconds."""
         while True:
             event = self.next_event()
             if isinstance(event, (Sample, Exception)):
@@ -78,7 +78,7 @@ def test_a_failure_during_prefill_is_reported_to_its_client(
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_if_the_engine_fails_for_good_running_queued_and_new_jobs_get_an_error(
+def test_if_the_engine_fails_permanently_running_queued_and_new_jobs_get_an_error(
     decoder: Decoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with running_worker(decoder, tokenizer) as worker:

@@ -1,4 +1,4 @@
-"""Text is read unchanged from every kind of source, in bounded pieces, and errors give the position of the problem."""
+"""Text is read unchanged from every kind of source, in bounded pieces, and errors report the position of the problem."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def documents(*sources: str | Path, field: str = "text", errors: str = "strict")
 
 
 def joined(corpus: Corpus) -> list[str]:
-    found: list[str] = []
+    texts: list[str] = []
     for piece in corpus.pieces():
         assert piece.text, "an empty piece"
         if piece.starts_document:
-            found.append("")
-        found[-1] += piece.text
-    return found
+            texts.append("")
+        texts[-1] += piece.text
+    return texts
 
 
 def error_for(*sources: str | Path, field: str = "text") -> str:
@@ -119,7 +119,9 @@ def test_half_a_surrogate_pair_can_be_replaced(tmp_path: Path) -> None:
 def test_invalid_utf8_in_jsonl_is_reported_with_its_offset_in_the_file(tmp_path: Path) -> None:
     first = json_lines("é" * 5).encode()
     path = write(tmp_path / "a.jsonl", first + b'{"text": "\xff"}\n')
-    assert error_for(path).startswith(f"{path}: not UTF-8 at byte {len(first) + 10} (--errors replace (data.errors)")
+    assert error_for(path).startswith(
+        f"{path}: not UTF-8 at byte {len(first) + 10} (use --errors replace, or set data.errors to replace"
+    )
     assert documents(path, errors="replace") == ["é" * 5, "\ufffd"]
 
 
@@ -273,7 +275,7 @@ def test_copies_of_remote_text_are_removed_when_the_corpus_is_closed(tmp_path: P
     assert set(spool.glob("*")) == before
 
 
-def test_missing_sources_are_one_line_errors(tmp_path: Path) -> None:
+def test_missing_sources_cause_one_line_errors(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "only").mkdir()
     write(tmp_path / "only/a.bin", b"\0\1")
@@ -316,7 +318,9 @@ def test_a_dataset_is_read_row_by_row_from_the_given_split(tmp_path: Path) -> No
         assert expected in error_for(wrong)
 
 
-def test_the_error_for_a_missing_extra_gives_the_command_that_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_missing_extra_includes_the_command_that_installs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     paths = {"parquet": write(tmp_path / "a.parquet", "x"), "zst": write(tmp_path / "a.txt.zst", "x"), "datasets": "hf:any"}
     for module in ("pyarrow", "datasets", "backports.zstd", "backports", "compression"):
         monkeypatch.setitem(sys.modules, module, None)
@@ -353,8 +357,8 @@ def peak():
 with Corpus([sys.argv[1]]) as small, Corpus([sys.argv[2]]) as large:
     scan(small.pieces())
     before = peak()
-    found = scan(large.pieces())
-    print(found.characters, peak() - before)
+    counts = scan(large.pieces())
+    print(counts.characters, peak() - before)
 """
 
 

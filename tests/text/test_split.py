@@ -1,4 +1,4 @@
-"""The training and held-out parts are disjoint, and together they are the whole text."""
+"""The training and held-out parts are disjoint, and together they form the whole text."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def parts(split_by: SplitFunction, documents: list[str], share: float, size: int
 
 
 def joined(split: Split, pieces: list[Piece], part: str) -> list[str]:
-    found: list[str] = []
+    texts: list[str] = []
     for piece in split.select(pieces, part):
         if piece.starts_document:
-            found.append("")
-        found[-1] += piece.text
-    return found
+            texts.append("")
+        texts[-1] += piece.text
+    return texts
 
 
 def paragraphs(english: str) -> list[str]:
@@ -63,7 +63,7 @@ def test_the_fingerprint_depends_only_on_the_text_and_its_division_into_document
 
 @pytest.mark.parametrize("split_by", [by_tail, by_document])
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.5, 0.9])
-def test_the_parts_are_disjoint_and_together_are_the_text(english: str, split_by: SplitFunction, share: float) -> None:
+def test_the_parts_are_disjoint_and_together_form_the_text(english: str, split_by: SplitFunction, share: float) -> None:
     documents = paragraphs(english)
     train, heldout = parts(split_by, documents, share, size=50)
     assert len(documents) > 300

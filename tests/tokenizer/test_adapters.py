@@ -1,4 +1,4 @@
-"""Reports on tokenizers of other libraries agree with reports on our own."""
+"""Reports on tokenizers from other libraries agree with reports on tinylm tokenizers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tinylm.tokenizer.adapters import open_tokenizer
 from tinylm.tokenizer.report import build_report
 
 
-def test_reports_on_tokenizers_of_other_libraries_agree_with_ours(bpe: Tokenizer, english: str, tmp_path: Path) -> None:
+def test_reports_on_tokenizers_from_other_libraries_agree_with_ours(bpe: Tokenizer, english: str, tmp_path: Path) -> None:
     pytest.importorskip("tiktoken")
     sentencepiece = pytest.importorskip("sentencepiece")
     bpe.save(tmp_path / "tokenizer.json")

@@ -1,4 +1,4 @@
-"""`ChunkIndex` gives every distinct chunk one number."""
+"""`ChunkIndex` assigns one number to each distinct chunk."""
 
 from __future__ import annotations
 

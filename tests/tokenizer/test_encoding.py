@@ -1,4 +1,4 @@
-"""tiktoken encodes chunks only if it gives the same ids as `tokenizers`."""
+"""tiktoken encodes chunks only if it returns the same ids as `tokenizers`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tinylm.text.sources import Piece
 from tinylm.tokenizer import Tokenizer, encoding, training
 
 
-def test_an_engine_that_gives_different_ids_is_replaced_and_reported(bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_returns_different_ids_is_replaced_and_reported(bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     notes: list[str] = []
     monkeypatch.setattr(encoding, "tiktoken_engine", lambda tokenizer_json, fallback: lambda texts: [[0] for _ in texts])
     fresh = Tokenizer(tokenizers.Tokenizer.from_str(bpe.backend.to_str()))
@@ -20,7 +20,7 @@ def test_an_engine_that_gives_different_ids_is_replaced_and_reported(bpe: Tokeni
     assert notes == ["tiktoken gives different ids for this tokenizer; encoding with tokenizers instead, which is slower"]
 
 
-def test_tiktoken_gives_the_ids_of_tokenizers_and_passes_long_texts_to_the_fallback(bpe: Tokenizer, english: str) -> None:
+def test_tiktoken_returns_the_same_ids_as_tokenizers_and_passes_long_texts_to_the_fallback(bpe: Tokenizer, english: str) -> None:
     pytest.importorskip("tiktoken")
     engine = encoding.tiktoken_engine(bpe.tokenizer_json, lambda texts: [[-1] for _ in texts])
     assert engine is not None

@@ -1,4 +1,4 @@
-"""The numba kernels give exactly the results of the NumPy code."""
+"""The numba kernels return exactly the same results as the NumPy code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ UseKernels = Callable[[Any], None]
 
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch) -> UseKernels:
-    """`use(kernels)` makes all modules run the kernels, `use(None)` the NumPy code."""
+    """`use(kernels)` makes all modules run the kernels, and `use(None)` makes them run the NumPy code."""
 
     def choose(module: Any) -> None:
         monkeypatch.setattr(kernel_loading, "kernels_if_worthwhile", lambda n_bytes: module)
@@ -30,7 +30,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> UseKernels:
 
 
 def sample_texts(english: str) -> Iterator[str]:
-    """English, and random strings of characters of all byte classes: spaces, line feeds, digits, non-ASCII letters, wide spaces."""
+    """English, and random strings from all byte classes: spaces, line feeds, digits, non-ASCII letters, wide spaces."""
     rng = random.Random(3)
     yield english[:200_000]
     alphabet = "ab 0.\n\r\t é世🙂\u2003\u00a0\u180e'"

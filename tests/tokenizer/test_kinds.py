@@ -59,7 +59,9 @@ def trained(english: str) -> dict[str, Tokenizer]:
 
 
 @pytest.mark.parametrize("name", SECTIONS)
-def test_the_encoder_gives_the_ids_of_tokenizers(name: str, trained: dict[str, Tokenizer], english: str, tmp_path: Path) -> None:
+def test_the_encoder_returns_the_same_ids_as_tokenizers(
+    name: str, trained: dict[str, Tokenizer], english: str, tmp_path: Path
+) -> None:
     trained[name].save(tmp_path / "tokenizer.json")
     tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
     reference = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
@@ -75,7 +77,7 @@ def test_the_encoder_gives_the_ids_of_tokenizers(name: str, trained: dict[str, T
 
 
 @pytest.mark.parametrize("name", ["unigram", "bpe of characters", "wordpiece", "word"])
-def test_transformers_loads_the_file_and_gives_the_same_ids(
+def test_transformers_loads_the_file_and_returns_the_same_ids(
     name: str, trained: dict[str, Tokenizer], english: str, tmp_path: Path
 ) -> None:
     transformers = pytest.importorskip("transformers")
@@ -103,7 +105,7 @@ def test_normalization_agrees_with_unicodedata(trained: dict[str, Tokenizer], en
         assert tokenizer.decode(tokenizer.encode(text)) == expected(text)
 
 
-def test_kinds_that_drop_white_space_lose_nothing_else(trained: dict[str, Tokenizer], english: str) -> None:
+def test_kinds_that_drop_white_space_lose_no_other_text(trained: dict[str, Tokenizer], english: str) -> None:
     tokenizer = trained["wordpiece"]
     words = [word for word in english[:60_000].split() if word.isalpha() and word.isascii()]
     text = "  ".join(words)
@@ -112,7 +114,7 @@ def test_kinds_that_drop_white_space_lose_nothing_else(trained: dict[str, Tokeni
     assert trained["word"].decode(trained["word"].encode("the zzzzq the")) == "the \ufffd the"
 
 
-def test_added_strings_are_one_token_and_special_tokens_only_if_allowed(trained: dict[str, Tokenizer]) -> None:
+def test_added_strings_are_single_tokens_and_special_tokens_require_permission(trained: dict[str, Tokenizer]) -> None:
     tokenizer = trained["bpe added"]
     added = tokenizer.backend.token_to_id("for the")
     assert added in tokenizer.encode("wait for the end")
@@ -135,7 +137,7 @@ def test_ids_do_not_depend_on_how_a_document_is_divided_into_pieces(trained: dic
             assert ids == (whole if start == 0 else trained[name].encode(text[start:]))
 
 
-def test_the_cuts_of_long_text_do_not_depend_on_its_pieces(
+def test_where_long_text_is_cut_does_not_depend_on_its_pieces(
     trained: dict[str, Tokenizer], english: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tinylm.tokenizer.encoding.SEGMENT_BYTES", 1000)
@@ -176,7 +178,7 @@ def test_each_option_limits_the_vocabulary_as_documented(english: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram", "wordpiece", "word"])
-def test_the_error_for_a_vocabulary_too_large_for_the_text_gives_the_largest_possible_size(kind: str) -> None:
+def test_the_error_for_a_vocabulary_too_large_for_the_text_reports_the_largest_possible_size(kind: str) -> None:
     def section(size: int, allow_smaller: bool) -> Any:
         settings = [f"tokenizer.kind={kind}", f"tokenizer.vocab_size={size}", f"tokenizer.allow_smaller={allow_smaller}"]
         return loads("data: {train: a}\ntraining: {steps: 1}\n", settings, check_files=False).tokenizer
@@ -233,7 +235,7 @@ def test_the_order_of_documents_does_not_change_the_file(english: str) -> None:
         assert forward.backend.to_str() == backward.backend.to_str()
 
 
-def test_a_metaspace_tokenizer_of_another_library_is_loaded_and_decoded(english: str, tmp_path: Path) -> None:
+def test_a_metaspace_tokenizer_from_another_library_is_loaded_and_decoded(english: str, tmp_path: Path) -> None:
     theirs = tokenizers.SentencePieceUnigramTokenizer()
     theirs.train_from_iterator([english[:30_000]], vocab_size=500, show_progress=False, unk_token="<unk>", special_tokens=["<unk>"])
     theirs.save(str(tmp_path / "t.json"))

@@ -1,4 +1,4 @@
-"""The metrics of a report match counting by hand."""
+"""The metrics of a report match values counted by hand."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_an_empty_text_is_an_error() -> None:
         build_report(byte, [("a", [])])
 
 
-def test_unknown_words_are_counted_per_file_and_unrestored_lines_are_listed() -> None:
+def test_unknown_words_are_counted_per_file_and_round_trip_failures_are_listed() -> None:
     words = training.train(WordTokenizer(kind="word", vocab_size=100, split="whitespace"), [Piece("aa bb cc " * 9, True)], print)
     report = build_report(words, [("one.txt", [Piece("aa bb\naa zz\n", True)]), ("two.txt", [Piece("cc", True)])])
     assert (report.words_split, report.unknown_tokens) == (0.0, 1)

@@ -97,7 +97,7 @@ def test_saving_and_loading_preserves_a_tokenizer(lossless: Tokenizer, char: Tok
         assert loaded.token_bytes == tokenizer.token_bytes
 
 
-def test_transformers_loads_the_file_and_gives_the_same_ids(
+def test_transformers_loads_the_file_and_returns_the_same_ids(
     lossless: Tokenizer, char: Tokenizer, english: str, tmp_path: Path
 ) -> None:
     transformers = pytest.importorskip("transformers")
@@ -186,7 +186,7 @@ def test_a_missing_or_invalid_file_is_an_error(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path / "a.json")
 
 
-def test_text_does_not_become_a_special_token_of_a_tokenizer_of_another_library(english: str, tmp_path: Path) -> None:
+def test_text_does_not_become_a_special_token_of_a_tokenizer_from_another_library(english: str, tmp_path: Path) -> None:
     theirs = tokenizers.ByteLevelBPETokenizer()
     theirs.train_from_iterator([english[:50_000]], vocab_size=400, special_tokens=["</s>"], show_progress=False)
     theirs.save(str(tmp_path / "theirs.json"))

@@ -131,5 +131,5 @@ def test_every_nth_piece_of_a_text_larger_than_max_megabytes_is_used() -> None:
     tokenizer = training.train(section, pieces, warnings.append, 3_000_000)
     assert warnings[0] == "the tokenizer learns from 1/3 of the text (tokenizer.max_megabytes 1)"
     assert tokenizer.encode("xyxy") != tokenizer.encode("abab")
-    assert len(tokenizer.encode("xy")) == 1, "from the pieces that were used"
-    assert len(tokenizer.encode("ab")) == 2, "from the pieces that were not used"
+    assert len(tokenizer.encode("xy")) == 1, "these pieces were used"
+    assert len(tokenizer.encode("ab")) == 2, "these pieces were not used"

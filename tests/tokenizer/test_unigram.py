@@ -15,7 +15,7 @@ from tinylm.tokenizer import training, unigram
 
 
 def test_expected_counts_match_enumerating_all_segmentations() -> None:
-    """Compares one EM step with the sum over every segmentation of every word."""
+    """Compare one EM step with the sum over every segmentation of every word."""
     counted = word_counts(abab=3, aba=2, b=4)
     nodes = unigram.lay_out(counted, ["a", "b"])
     pieces, edges, counts = unigram.seed_pieces(nodes, ["a", "b"], 100, 16)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 from tokenizer.samples import BPE
+from toy import ToySection
 
 from tinylm.cost.parameters import parameter_counts
+from tinylm.errors import InputError
 from tinylm.recipe import loads
 from tinylm.recipe.schema import BpeTokenizer
 from tinylm.text.sources import Piece
@@ -28,3 +30,8 @@ def test_the_metrics_of_a_sweep_match_training_at_each_size(english: str) -> Non
         )
     assert sweep.suggested in {300, 600, 900}
     assert "MFLOP" in sweep.reason or "more text" in sweep.reason
+
+
+def test_an_architecture_without_estimates_is_rejected() -> None:
+    with pytest.raises(InputError, match="the cost of architecture toy cannot be estimated"):
+        sweep_vocab_sizes(BPE, [300], lambda: [], lambda: [], ToySection(), 1000, pytest.fail)

@@ -1,4 +1,4 @@
-"""Word counts match pretokenizing the whole text at once, and memory is bounded."""
+"""Word counts match those from pretokenizing the whole text at once, and memory use is bounded."""
 
 from __future__ import annotations
 

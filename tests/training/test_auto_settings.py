@@ -1,4 +1,4 @@
-"""How `auto` settings are chosen, and that a resumed run keeps the choices."""
+"""Check how `auto` settings are chosen and that a resumed run keeps them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from conftest import tiny_recipe
 from torch import nn
 
-from tinylm.data.batches import Batches
+from tinylm.data.datasets import TokenStream
 from tinylm.data.prepare import prepare
 from tinylm.errors import WorkError
 from tinylm.model.transformer import Transformer
@@ -20,13 +20,15 @@ from tinylm.recipe import Recipe, load
 from tinylm.reporting import SILENT, CollectingReporter
 from tinylm.run import Run
 from tinylm.training import auto_settings, compilation
+from tinylm.training.objectives import CausalLM
 
 
 def _resolved(recipe: Recipe, reporter: Any = SILENT, **options: bool) -> Recipe:
     prepared = prepare(recipe.data, recipe.tokenizer, SILENT)
     network = Transformer(recipe.model, prepared.tokenizer.vocab_size)
-    batches = Batches(prepared.train.tokens, recipe.model.context_length, recipe.seed)
-    return auto_settings.resolve(recipe, network, batches, auto_settings.Budget(steps=10), reporter, **options).recipe
+    dataset = TokenStream(prepared.train.tokens, recipe.model.context_length, recipe.seed)
+    budget = auto_settings.Budget(steps=10)
+    return auto_settings.resolve(recipe, network, dataset, CausalLM(), budget, reporter, **options).recipe
 
 
 def _fail_to_compile(block: nn.Module, **options: object) -> None:
@@ -57,7 +59,7 @@ def test_a_cpu_with_fast_bfloat16_uses_it_if_it_is_clearly_faster_for_this_model
 def test_training_continues_if_compiled_blocks_run_out_of_memory(
     text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Compiled blocks fail with more than four sequences."""
+    """Compiled blocks run out of memory with more than four sequences."""
 
     def compiled(block: nn.Module, **options: object) -> None:
         def call(x: torch.Tensor, *inputs: Any, **more: Any) -> Any:
@@ -101,6 +103,6 @@ def test_the_fastest_number_of_threads_is_used(text_file: Path, monkeypatch: pyt
     monkeypatch.setattr(compilation.Trial, "seconds", lambda trial: {8: 3.0, 4: 2.0, 2: 1.95, 1: 1.0}[threads[-1]])
     recipe = tiny_recipe(text_file, "modern")
     prepared = prepare(recipe.data, recipe.tokenizer, SILENT)
-    batches = Batches(prepared.train.tokens, recipe.model.context_length, recipe.seed)
-    assert auto_settings.use_fastest_threads(recipe, prepared.tokenizer.vocab_size, batches) == 4
+    dataset = TokenStream(prepared.train.tokens, recipe.model.context_length, recipe.seed)
+    assert auto_settings.use_fastest_threads(recipe, prepared.tokenizer.vocab_size, dataset, CausalLM()) == 4
     assert threads[-1] == 4

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import ids, model
+from tiny import causal_batch, ids, model
 
 from tinylm import run as run_module
 from tinylm.errors import InputError, WorkError
-from tinylm.model.objective import CausalObjective
 from tinylm.model.transformer import Transformer
 from tinylm.optim import groups
 from tinylm.optim.groups import Optimizers
@@ -23,6 +22,7 @@ from tinylm.reporting import CollectingReporter
 from tinylm.run import Checkpoint, Run
 from tinylm.training import checkpoint as checkpoint_module
 from tinylm.training.checkpoint import CheckpointWriter, Snapshot, newest_complete_checkpoint, restore
+from tinylm.training.objectives import CausalLM
 from tinylm.training.parallel import Parallel
 
 FILES = ("model.safetensors", "training-00001.safetensors", "state.json", "manifest.json")
@@ -30,17 +30,17 @@ FILES = ("model.safetensors", "training-00001.safetensors", "state.json", "manif
 
 def _trained(preset: str = "modern", steps: int = 1) -> tuple[Transformer, Optimizers]:
     network = model(preset, n_embd=16).train()
-    optimizers = groups.build(MuonOptimizer(name="muon"), network, network.stacked_matrices())
-    objective = CausalObjective()
+    optimizers = groups.build(MuonOptimizer(name="muon"), network)
+    objective = CausalLM()
     for seed in range(steps):
         optimizers.zero_grad()
-        objective.losses(network, objective.example(ids(2, 9, seed=seed))).mean().backward()
+        objective.losses(network, causal_batch(ids(2, 9, seed=seed))).mean().backward()
         optimizers.step()
     return network, optimizers
 
 
 def _save_and_wait(writer: CheckpointWriter, network: Transformer, optimizers: Optimizers, state: dict[str, Any]) -> Checkpoint:
-    """Save in the background thread and wait for it."""
+    """Save a checkpoint in the background thread and wait until it is complete."""
     parallel = Parallel(network)
     writer.start_save(Snapshot(parallel.full_weights(), parallel.cpu_copies(optimizers.state()), state))
     checkpoint = writer.wait()
@@ -66,7 +66,7 @@ def _names(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("preset", ["modern", "gpt2"])
-def test_restoring_gives_the_saved_state_bit_for_bit(preset: str, tmp_path: Path) -> None:
+def test_restoring_reproduces_the_saved_state_bit_for_bit(preset: str, tmp_path: Path) -> None:
     network, optimizers = _trained(preset, steps=2)
     saved = _save_and_wait(_writer(tmp_path), network, optimizers, {"step": 7, "note": [1.5, None]})
     restored, restored_optimizers = _trained(preset, steps=1)
@@ -181,7 +181,7 @@ def test_weights_of_another_shape_are_rejected(tmp_path: Path) -> None:
     saved = _save_and_wait(_writer(tmp_path), *_trained(), {"step": 1})
     other = model(n_embd=24)
     with pytest.raises(InputError, match="does not fit the recipe"):
-        restore(saved, other, groups.build(MuonOptimizer(name="muon"), other, {}))
+        restore(saved, other, groups.build(MuonOptimizer(name="muon"), other))
 
 
 def test_the_state_of_another_optimizer_is_rejected(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Compilation: when it pays off, what happens if it fails, and that it does not change results."""
+"""Compilation: it runs only if it pays off, falls back or raises if it fails, and does not change results."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_recipe
-from tiny import ids, model
+from tiny import causal_batch, ids, model
 
 from tinylm.errors import WorkError
 from tinylm.generation.engine import generate
 from tinylm.generation.sampling import SamplingOptions
-from tinylm.model.objective import CausalObjective
 from tinylm.model.transformer import Transformer
 from tinylm.pipeline import train
 from tinylm.recipe import load
 from tinylm.reporting import CollectingReporter
 from tinylm.run import Run
 from tinylm.training import compilation
-from tinylm.training.compilation import Trial, available_compiler, compile_blocks
+from tinylm.training.compilation import Trial, available_compiler, compile_units
 from tinylm.training.feed import LocalBatch
 from tinylm.training.metrics import Observer, StepEvent
+from tinylm.training.objectives import CausalLM
 from tinylm.training.precision import Precision
 from tinylm.training.step import GradientSettings, accumulate
 
@@ -36,10 +36,10 @@ FP32 = Precision("fp32", CPU)
 needs_a_compiler = pytest.mark.skipif(available_compiler(CPU) is None, reason="needs a C++ compiler")
 
 
-@pytest.mark.parametrize("found", [True, False])
-def test_a_gpu_needs_triton(found: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if found and name == "triton" else None)
-    assert available_compiler(CUDA) == ("triton" if found else None)
+@pytest.mark.parametrize("has_triton", [True, False])
+def test_a_gpu_needs_triton(has_triton: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if has_triton and name == "triton" else None)
+    assert available_compiler(CUDA) == ("triton" if has_triton else None)
 
 
 @pytest.mark.parametrize(
@@ -73,8 +73,8 @@ class _StopAfterFirstStep(Observer):
 
 
 def _trial(network: Transformer, micro_batch_size: int = 2) -> Trial:
-    example = CausalObjective().example(ids(6, 9))
-    return Trial(network, LocalBatch(example, 6 * 8), GradientSettings(micro_batch_size, FP32))
+    batch = LocalBatch.whole(causal_batch(ids(6, 9)))
+    return Trial(network, batch, GradientSettings(micro_batch_size, FP32, CausalLM()))
 
 
 def test_a_trial_runs_one_micro_batch_and_leaves_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,21 +88,21 @@ def test_a_trial_runs_one_micro_batch_and_leaves_no_gradient(monkeypatch: pytest
     before = [parameter.detach().clone() for parameter in network.parameters()]
     assert _trial(network).seconds(repeat=3) > 0
     assert len(batches) == 1 + 3
-    assert all(torch.equal(batch.example.inputs, ids(6, 9)[:2, :-1]) for batch in batches)
-    assert all(torch.equal(batch.example.targets, ids(6, 9)[:2, 1:]) for batch in batches)
+    assert all(torch.equal(batch.share.inputs, ids(6, 9)[:2, :-1]) for batch in batches)
+    assert all(torch.equal(batch.share.targets, ids(6, 9)[:2, 1:]) for batch in batches)
     assert all(parameter.grad is None for parameter in network.parameters())
-    assert all(torch.equal(one, two) for one, two in zip(before, network.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
 
 
 def test_a_trial_returns_the_best_time_after_a_warmup_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([0.0, 10.0, 15.0, 20.0, 23.0])  # the start of the warmup, which is not timed; then 5 and 3 seconds
+    times = iter([0.0, 10.0, 15.0, 20.0, 23.0])  # the untimed warmup starts at 0; the other runs take 5 and 3 seconds
     monkeypatch.setattr(compilation.time, "perf_counter", lambda: next(times))
     assert _trial(model(n_embd=16)).seconds(repeat=2) == 3.0
 
 
 @pytest.fixture
 def _broken_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real torch.compile, with a backend that fails."""
+    """Make torch.compile use a backend that fails."""
 
     def fail(graph: Any, inputs: Any) -> None:
         raise RuntimeError("the compiler crashed\nwith a long message")
@@ -118,9 +118,9 @@ def _assert_runs_eagerly(network: Transformer) -> None:
 
 
 @pytest.mark.usefixtures("_broken_compiler")
-def test_if_compiling_fails_the_training_continues_eagerly_with_a_warning() -> None:
+def test_if_compiling_fails_training_continues_eagerly_with_a_warning() -> None:
     network, reporter = model(n_embd=16), CollectingReporter()
-    assert compile_blocks(network, _trial(network), required=False, reporter=reporter) == 0.0
+    assert compile_units(network, _trial(network), required=False, reporter=reporter) == 0.0
     [warning] = reporter.warnings
     assert "cannot be compiled" in warning
     assert "training.compile: off" in warning
@@ -132,7 +132,7 @@ def test_if_compiling_fails_the_training_continues_eagerly_with_a_warning() -> N
 def test_if_compiling_is_required_a_failure_raises_an_error() -> None:
     network, reporter = model(n_embd=16), CollectingReporter()
     with pytest.raises(WorkError, match="cannot be compiled") as caught:
-        compile_blocks(network, _trial(network), required=True, reporter=reporter)
+        compile_units(network, _trial(network), required=True, reporter=reporter)
     assert "training.compile: off" in str(caught.value.hint)
     assert reporter.warnings == []
     _assert_runs_eagerly(network)
@@ -153,24 +153,26 @@ def test_if_compiling_fails_auto_trains_eagerly_and_the_recipe_of_the_run_record
         train(tiny_recipe(text_file, "modern", "training.compile=on"), tmp_path / "other", device="cpu")
 
 
-@pytest.mark.parametrize("pays", [True, False])
-def test_auto_compiles_only_if_it_pays(pays: bool, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("pays_off", [True, False])
+def test_auto_compiles_only_if_compilation_pays_off(
+    pays_off: bool, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[tuple[float, float | None, float | None]] = []
 
     def compilation_pays_off(step_seconds: float, seconds: float | None, steps: float | None, device_type: str) -> bool:
         calls.append((step_seconds, seconds, steps))
-        return pays
+        return pays_off
 
     compiled: list[bool] = []
     monkeypatch.setattr("tinylm.cost.step_time.compilation_pays_off", compilation_pays_off)
     monkeypatch.setattr(compilation, "available_compiler", lambda device: "g++")
-    monkeypatch.setattr(Trial, "seconds", lambda trial: 0.25)  # a micro-batch of 4, two to a step
-    monkeypatch.setattr(compilation, "compile_blocks", lambda *_, required, reporter: compiled.append(required) or 1.5)
+    monkeypatch.setattr(Trial, "seconds", lambda trial: 0.25)  # per micro-batch of 4; each step has two micro-batches
+    monkeypatch.setattr(compilation, "compile_units", lambda *_, required, reporter: compiled.append(required) or 1.5)
     recipe = tiny_recipe(text_file, "modern", "training.steps=2", "evaluation.max_tokens=100")
     train(recipe, tmp_path / "run", device="cpu")
     assert calls == [(0.5, None, 2)]
-    assert compiled == ([False] if pays else [])
-    assert load(tmp_path / "run" / "recipe.yaml").training.compile is pays
+    assert compiled == ([False] if pays_off else [])
+    assert load(tmp_path / "run" / "recipe.yaml").training.compile is pays_off
 
 
 @pytest.mark.parametrize(
@@ -209,10 +211,8 @@ def _losses(folder: Path) -> list[float]:
 
 
 @needs_a_compiler
-def test_compiled_training_gives_the_eager_losses_and_evaluation_and_sampling_compile_nothing(
-    text_file: Path, tmp_path: Path
-) -> None:
-    """Takes about ten seconds, because it is the only test that runs the real compiler."""
+def test_compiled_training_matches_eager_losses_and_only_the_trial_compiles(text_file: Path, tmp_path: Path) -> None:
+    """This is the only test that runs the real compiler, which takes about ten seconds."""
     torch.compiler.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()

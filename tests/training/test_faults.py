@@ -38,7 +38,7 @@ def _steps(folder: Path) -> list[int]:
 
 
 class _ActsAfterSaving(Observer):
-    """Calls `action` once the checkpoint of step 4 is complete, and collects notes."""
+    """Call `action` after the checkpoint of step 4 is complete, and collect notes."""
 
     def __init__(self, action: Any) -> None:
         self.action, self.notes = action, []
@@ -94,7 +94,7 @@ def test_a_disk_that_becomes_read_only_is_reported(text_file: Path, tmp_path: Pa
     assert _steps(folder) == [4]
 
 
-def test_a_second_process_may_not_train_into_the_same_folder_and_the_first_continues(text_file: Path, tmp_path: Path) -> None:
+def test_a_second_process_cannot_train_in_the_same_folder_and_the_first_continues(text_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     recipe = _recipe(text_file, "training.steps=100000")
     [first] = training_processes.start(recipe, folder)
@@ -103,7 +103,7 @@ def test_a_second_process_may_not_train_into_the_same_folder_and_the_first_conti
         time.sleep(0.01)
     recipe_before = (folder / "recipe.yaml").read_bytes()
     for options in ({"resume": True}, {"overwrite": True}):
-        with pytest.raises(InputError, match="another process is training into this folder") as caught:
+        with pytest.raises(InputError, match="another process is training in this folder") as caught:
             train(_recipe(text_file), folder, device="cpu", **options)
         assert caught.value.exit_code == 2
     assert (folder / "recipe.yaml").read_bytes() == recipe_before
@@ -115,7 +115,7 @@ def test_a_second_process_may_not_train_into_the_same_folder_and_the_first_conti
     assert training_processes.logged_lines(folder) <= logged + 1
 
 
-def test_a_locked_folder_is_refused_before_anything_is_prepared(tmp_path: Path, text_file: Path) -> None:
+def test_a_locked_folder_is_rejected_before_the_text_is_prepared(tmp_path: Path, text_file: Path) -> None:
     import filelock
 
     folder = tmp_path / "new" / "run"
@@ -133,13 +133,13 @@ def test_a_failure_before_anything_is_written_leaves_no_folder(tmp_path: Path) -
     assert not (tmp_path / "new").exists()
 
 
-def test_environment_json_keeps_the_first_environment_and_appends_those_of_resumes(text_file: Path, tmp_path: Path) -> None:
+def test_environment_json_keeps_the_first_environment_and_appends_an_entry_for_each_resume(text_file: Path, tmp_path: Path) -> None:
     for _ in range(3):
         train(_recipe(text_file), tmp_path / "run", device="cpu", resume=True, stop_after=0.0)
     environment_json = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert "resumed_step" not in environment_json
-    assert [each["resumed_step"] for each in environment_json["resumed"]] == [1, 2]
-    assert all(each["torch"] == environment_json["torch"] for each in environment_json["resumed"])
+    assert [entry["resumed_step"] for entry in environment_json["resumed"]] == [1, 2]
+    assert all(entry["torch"] == environment_json["torch"] for entry in environment_json["resumed"])
 
 
 def test_partial_files_of_a_killed_process_are_removed(text_file: Path, tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_partial_files_of_a_killed_process_are_removed(text_file: Path, tmp_path
     assert sorted(path.name for path in folder.rglob(".*")) == [LOCK, ".mine"]
 
 
-# Changes on resuming.
+# Changing the recipe when resuming.
 
 
 def test_allow_change_accepts_a_section_and_a_new_optimizer_starts_without_state(text_file: Path, tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_allow_change_accepts_a_section_and_a_new_optimizer_starts_without_state
 
 
 @pytest.mark.parametrize("length", ["tokens=1000", "epochs=0.05"])
-def test_a_warmup_longer_than_the_whole_training_is_refused(length: str, text_file: Path, tmp_path: Path) -> None:
+def test_a_warmup_that_is_longer_than_training_is_rejected(length: str, text_file: Path, tmp_path: Path) -> None:
     recipe = _recipe(text_file, "training.steps=null", f"training.{length}", "training.schedule.warmup=50")
     with pytest.raises(InputError, match=r"50 warmup steps exceed the \d+ training steps"):
         train(recipe, tmp_path / "run", device="cpu")
@@ -195,7 +195,7 @@ def _command(text: Path, folder: Path, *overrides: str) -> list[str]:
 def _send_signals_when(
     command: list[str], condition: Any, *numbers: signal.Signals, cache: Path | None = None
 ) -> tuple[int, bytes]:
-    """Run a command, send it signals once the condition holds, and return its exit code and stdout."""
+    """Run a command, send it signals once `condition` is true, and return its exit code and stdout."""
     variables = {**environment(), **({"TINYLM_CACHE": str(cache)} if cache else {})}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=variables) as process:
         while not condition():
@@ -220,7 +220,7 @@ def test_sigterm_while_preparing_the_text_leaves_no_files(english: str, tmp_path
 
 
 def test_a_second_sigterm_exits_immediately_with_its_own_code(text_file: Path, tmp_path: Path) -> None:
-    """The signals arrive during an evaluation with slow batches. The second one does not wait for the end of a batch."""
+    """The signals arrive during an evaluation with slow batches. The second signal does not wait for the current batch."""
     folder = tmp_path / "run"
     slow = ("evaluation.every=2", "evaluation.stride=1", "evaluation.max_tokens=null", "model.n_layer=6", "model.n_embd=128")
     command = _command(text_file, folder, *slow)

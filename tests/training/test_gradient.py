@@ -1,4 +1,4 @@
-"""Running out of memory: the batch is computed again in smaller micro-batches, which gives the same result."""
+"""When memory runs out, the batch is computed again in smaller micro-batches, with the same result."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def _losses(folder: Path) -> list[float]:
 
 @pytest.fixture
 def limit_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, bool], list[int]]:
-    """`limit_memory(max_sequences, on_gpu)` makes larger training passes run out of memory.
+    """Return a function that makes training passes with more than `max_sequences` sequences run out of memory.
 
-    It returns a list that collects the number of sequences of each pass.
+    That function returns a list, to which the number of sequences of each pass is appended.
     """
 
     def install(max_sequences: int, on_gpu: bool) -> list[int]:
@@ -68,7 +68,7 @@ def test_a_batch_that_does_not_fit_is_split_into_smaller_micro_batches_with_the_
     short_file: Path,
     tmp_path: Path,
 ) -> None:
-    """Every micro-batch size is at most half of the previous one and divides the batch size."""
+    """Every micro-batch size is at most half the previous size and divides the batch size."""
     short = ("training.steps=3", "training.compile=off", f"training.global_batch_size={batch}", "evaluation.max_tokens=50")
     recipes = {
         size: tiny_recipe(short_file, "modern", *short, "model.n_embd=16", "model.dropout=0.2", f"training.micro_batch_size={size}")
@@ -87,7 +87,7 @@ def test_a_batch_that_does_not_fit_is_split_into_smaller_micro_batches_with_the_
     ]
 
 
-def test_running_out_of_memory_in_the_middle_of_a_batch_discards_the_gradients_computed_before(
+def test_running_out_of_memory_in_the_middle_of_a_batch_discards_its_partial_gradients(
     limit_memory: Any, short_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = tiny_recipe(short_file, "modern", "training.steps=4", "training.compile=off", "evaluation.max_tokens=50")
@@ -108,7 +108,9 @@ def test_running_out_of_memory_in_the_middle_of_a_batch_discards_the_gradients_c
     assert _losses(tmp_path / "run") == pytest.approx(_losses(tmp_path / "uninterrupted"), rel=1e-5)
 
 
-def test_a_single_sequence_that_does_not_fit_is_an_error_with_advice(limit_memory: Any, recipe: Recipe, tmp_path: Path) -> None:
+def test_a_single_sequence_that_does_not_fit_into_memory_raises_an_error_with_a_hint(
+    limit_memory: Any, recipe: Recipe, tmp_path: Path
+) -> None:
     passes, observer = limit_memory(0, True), NoteCollector()
     with pytest.raises(WorkError, match="one sequence does not fit into memory: CUDA out of memory") as caught:
         train(recipe, tmp_path / "run", device="cpu", observer=observer)
@@ -127,7 +129,7 @@ def test_an_automatic_micro_batch_size_fits_into_memory(limit_memory: Any, short
     assert Run(tmp_path / "run").recipe.training.micro_batch_size == 2
 
 
-def test_running_out_of_memory_while_trying_the_compiler_does_not_end_training(
+def test_running_out_of_memory_while_trying_the_compiler_does_not_stop_training(
     limit_memory: Any, short_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compilation, "available_compiler", lambda device: "g++")

@@ -14,7 +14,8 @@ import torch
 from conftest import Change, Corrupt, NoteCollector, tiny_recipe
 from safetensors.torch import load_file, save_file
 
-from tinylm.data.batches import Batches, fingerprint
+from tinylm.data.datasets import TokenStream
+from tinylm.data.order import fingerprint
 from tinylm.data.prepare import prepare
 from tinylm.errors import InputError, WorkError
 from tinylm.model.transformer import Transformer
@@ -73,7 +74,7 @@ def test_a_non_finite_step_is_skipped_and_counted(change: Change, corrupt: Corru
 def test_deferring_results_skips_the_same_steps(
     bad: set[int], patience: int, corrupt: Corrupt, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU: the device skips the update, and the host reads the result only after the next step has been computed."""
+    """Simulate a GPU, where the device skips the update and the host reads the result only after computing the next step."""
     training = recipe.training.model_copy(update={"guards": GuardsSection(patience=patience), "log_every": 5})
     recipe = recipe.model_copy(update={"training": training})
     read = PendingStep.read
@@ -83,7 +84,7 @@ def test_deferring_results_skips_the_same_steps(
         pending: list[int] = []
 
         def read_and_count(step: PendingStep, computed: list[Any] = computed, pending: list[int] = pending) -> StepResult:
-            pending.append(len(computed) - len(pending) - 1)  # steps that were computed after this one
+            pending.append(len(computed) - len(pending) - 1)  # steps computed after this step
             return read(step)
 
         monkeypatch.setattr(PendingStep, "read", read_and_count)
@@ -101,7 +102,7 @@ def test_deferring_results_skips_the_same_steps(
 def test_too_many_skipped_steps_are_rolled_back_and_their_batches_are_not_repeated(
     corrupt: Corrupt, recipe: Recipe, tmp_path: Path
 ) -> None:
-    weights = corrupt({10, 11, 12}, _nan_gradient)  # the last checkpoint before them is that of step 8
+    weights = corrupt({10, 11, 12}, _nan_gradient)  # the last checkpoint before these steps is from step 8
     result = train(recipe, tmp_path / "run", device="cpu")
     assert result.step == 16
     assert len(weights) == 12 + 8
@@ -111,9 +112,10 @@ def test_too_many_skipped_steps_are_rolled_back_and_their_batches_are_not_repeat
     steps = _lines(tmp_path / "run", "step")
     assert [line["step"] for line in steps] == list(range(1, 17)), "each step is logged once"
     prepared = prepare(recipe.data, recipe.tokenizer, SILENT)
-    batches = Batches(prepared.train.tokens, 32, recipe.seed)
+    dataset = TokenStream(prepared.train.tokens, 32, recipe.seed)
     cursors = [8 * step for step in range(8)] + [8 * step for step in range(12, 20)]
-    assert [line["batch"] for line in steps] == [f"{fingerprint(batches.sequences(cursor, 8)):016x}" for cursor in cursors]
+    hashes = [fingerprint(dataset.examples(cursor, 8)["tokens"]) for cursor in cursors]
+    assert [line["batch"] for line in steps] == [f"{value:016x}" for value in hashes]
 
 
 def test_a_run_that_is_killed_at_a_rollback_resumes_bit_for_bit(corrupt: Corrupt, recipe: Recipe, tmp_path: Path) -> None:
@@ -129,7 +131,7 @@ def test_a_run_that_is_killed_at_a_rollback_resumes_bit_for_bit(corrupt: Corrupt
 
     with pytest.raises(RuntimeError, match="simulated kill"):
         train(recipe, tmp_path / "run", device="cpu", observer=FailsAtRollback())
-    corrupt({2, 3, 4}, _nan_gradient)  # steps 10 to 12, counted from the checkpoint of step 8
+    corrupt({2, 3, 4}, _nan_gradient)  # steps 10 to 12, counted from the checkpoint at step 8
     train(recipe, tmp_path / "run", device="cpu", resume=True)
     files = [Run(tmp_path / name).checkpoint("last").path / "model.safetensors" for name in ("run", "uninterrupted")]
     assert files[0].read_bytes() == files[1].read_bytes()
@@ -187,20 +189,20 @@ def test_replaying_a_report_reproduces_its_step_bit_for_bit(reported: Path) -> N
     assert set(report["gradients"]) == set(report["weights"]) == set(replayed.gradients)
 
 
-def test_a_report_holds_the_text_of_its_batch(reported: Path, recipe: Recipe) -> None:
+def test_a_report_contains_the_text_of_its_batch(reported: Path, recipe: Recipe) -> None:
     prepared = prepare(recipe.data, recipe.tokenizer, SILENT)
     report = json.loads((reported / "report.json").read_text())
-    expected = Batches(prepared.train.tokens, 32, recipe.seed).sequences(report["cursor"], 8)
+    expected = TokenStream(prepared.train.tokens, 32, recipe.seed).examples(report["cursor"], 8)["tokens"]
     assert np.array_equal(load_file(reported / "batch.safetensors")["tokens"].numpy(), expected)
     texts = (reported / "texts.txt").read_text()
     for number, row in enumerate(expected.tolist()):
         assert f"--- sequence {number}\n{prepared.tokenizer.decode(row)}\n" in texts
 
 
-def test_replaying_a_step_whose_loss_was_replaced_gives_its_true_loss_and_norms(
+def test_replaying_a_step_whose_loss_was_replaced_computes_the_true_loss_and_norms(
     corrupt: Corrupt, recipe: Recipe, tmp_path: Path
 ) -> None:
-    """The report does not contain the injected NaN, so the replay computes what the step would have computed, including dropout."""
+    """The report does not contain the injected NaN, so the replay computes the true loss of the step, including dropout."""
     true_losses: list[float] = []
 
     def replace_loss(network: Transformer, loss: torch.Tensor) -> torch.Tensor:
@@ -218,6 +220,20 @@ def test_replaying_a_step_whose_loss_was_replaced_gives_its_true_loss_and_norms(
     assert replayed.grad_norm == pytest.approx(norm, rel=1e-6) == pytest.approx(replayed.report.grad_norm, rel=1e-6)
     for name, value in replayed.gradients.items():
         assert value == pytest.approx(replayed.report.gradients[name], rel=1e-9)
+
+
+def test_a_report_of_masked_documents_replays_bit_for_bit(recipe: Recipe, english: str, tmp_path: Path) -> None:
+    path = tmp_path / "documents.jsonl"
+    path.write_text("".join(json.dumps({"text": english[start : start + 80]}) + "\n" for start in range(0, 8000, 100)))
+    optimizer = recipe.training.optimizer.model_copy(update={"lr": 3e37, "adamw_lr": 3e37})
+    training = recipe.training.model_copy(update={"optimizer": optimizer, "guards": GuardsSection(patience=2, rollbacks=0)})
+    data = recipe.data.model_copy(update={"train": (str(path),), "document_mask": True})
+    with pytest.raises(WorkError):
+        train(recipe.model_copy(update={"training": training, "data": data}), tmp_path / "run", device="cpu")
+    [report] = (tmp_path / "run" / "reports").iterdir()
+    segments = load_file(report / "batch.safetensors")["segments"]
+    assert (segments[:, 0] != segments[:, -1]).any(), "windows hold several documents"
+    assert replay(report).agreement == "bits"
 
 
 @pytest.mark.parametrize("damage", ["report.json", "batch.safetensors", "model.safetensors"])
@@ -244,7 +260,7 @@ def test_a_report_whose_weights_do_not_fit_its_recipe_is_rejected(reported: Path
         replay(copy)
 
 
-def test_the_robust_score_equals_numpys_and_ignores_outliers() -> None:
+def test_the_robust_z_score_matches_numpy_and_ignores_outliers() -> None:
     values = np.random.default_rng(0).normal(3.0, 0.1, 64).tolist()
     median = statistics.median(values)
     deviation = np.median(np.abs(np.array(values) - median)) / 0.674489750196
@@ -255,7 +271,7 @@ def test_the_robust_score_equals_numpys_and_ignores_outliers() -> None:
     assert robust_z_score(3.9, [1.0] * 64) is None
 
 
-def test_a_spike_is_flagged_once_and_a_smooth_loss_never(text_file: Path) -> None:
+def test_a_spike_is_flagged_once_and_a_smooth_loss_is_not_flagged(text_file: Path) -> None:
     guard = Guard(GuardsSection(), watch := GuardState())
     noise = np.random.default_rng(1).normal(0, 0.05, 400)
     flagged = [step for step in range(400) if guard.spike_score(4 - step / 200 + float(noise[step]) + 3 * (step == 250))]

@@ -1,4 +1,4 @@
-"""A run that is killed at random moments, and resumed each time, is bit-identical to an uninterrupted one."""
+"""A run that is killed at random moments and resumed each time is bit-identical to an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import training_processes
 from conftest import tiny_recipe
 from safetensors.torch import load_file
 
-from tinylm.data.batches import Batches
+from tinylm.data.datasets import TokenStream
 from tinylm.data.prepare import prepare
 from tinylm.recipe import Recipe
 from tinylm.reporting import SILENT
@@ -32,30 +32,30 @@ def _recipe(text: Path, *overrides: str) -> Recipe:
 
 
 def _logged(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without durations and speeds."""
+    """Return the lines of metrics.jsonl without durations and speeds."""
     timings = ("seconds", "train_seconds", "tokens_per_second", "mfu")
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [{key: value for key, value in line.items() if key not in timings} for line in lines]
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Weights and optimizer state of the last checkpoint."""
+    """Return the weights and optimizer state of the last checkpoint."""
     last = Run(folder).checkpoint("last").path
     return {name: tensor for file in sorted(last.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
-def _assert_identical(one: Path, two: Path) -> None:
-    assert _logged(one) == _logged(two)
-    tensors, others = _tensors(one), _tensors(two)
+def _assert_identical(first: Path, second: Path) -> None:
+    assert _logged(first) == _logged(second)
+    tensors, others = _tensors(first), _tensors(second)
     assert tensors.keys() == others.keys()
     assert all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())
-    assert (one / "samples.md").read_text() == (two / "samples.md").read_text()
+    assert (first / "samples.md").read_text() == (second / "samples.md").read_text()
     for pointer in ("best", "last"):
-        assert (one / "checkpoints" / pointer).read_text() == (two / "checkpoints" / pointer).read_text()
+        assert (first / "checkpoints" / pointer).read_text() == (second / "checkpoints" / pointer).read_text()
 
 
 def _train_with_kills(recipe: Recipe, folder: Path, seed: int) -> int:
-    """Train into `folder`, kill the process at random moments (often during a save) and resume. Returns the number of kills."""
+    """Train in `folder`, killing the process at random moments and resuming it. Returns the number of kills."""
     random_source = random.Random(seed)
     for kills in range(100):
         during_save = random_source.random() < 0.4
@@ -77,11 +77,11 @@ def _train_with_kills(recipe: Recipe, folder: Path, seed: int) -> int:
 def test_the_recipe_crosses_an_epoch_boundary(short_file: Path) -> None:
     recipe = _recipe(short_file)
     prepared = prepare(recipe.data, recipe.tokenizer, SILENT)
-    assert 3 * 8 < Batches(prepared.train.tokens, 32, recipe.seed).windows_per_epoch < (STEPS - 3) * 8
+    assert 3 * 8 < TokenStream(prepared.train.tokens, 32, recipe.seed).examples_per_epoch < (STEPS - 3) * 8
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_that_is_killed_repeatedly_equals_an_uninterrupted_one(precision: str, short_file: Path, tmp_path: Path) -> None:
+def test_a_run_that_is_killed_repeatedly_equals_an_uninterrupted_run(precision: str, short_file: Path, tmp_path: Path) -> None:
     recipe = _recipe(short_file, f"training.precision={precision}")
     training_processes.run(recipe, tmp_path / "uninterrupted")
     assert _train_with_kills(recipe, tmp_path / "killed", seed=7) >= 2

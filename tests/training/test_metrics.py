@@ -1,4 +1,4 @@
-"""metrics.jsonl and samples.md: what is written, and what is removed when a run is resumed."""
+"""Check what is written to metrics.jsonl and samples.md, and what is removed when a run is resumed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tinylm.errors import WorkError
+from tinylm.evaluation.metrics import Metrics
 from tinylm.training import jsonl_log
 from tinylm.training.metrics import EvaluationEvent, GuardEvent, MetricsFile, Observer, Observers, SampleEvent, StepEvent
 
@@ -18,7 +19,7 @@ def _step(step: int, grad_norm: float = 1.0) -> StepEvent:
 
 
 def _evaluation(step: int) -> EvaluationEvent:
-    return EvaluationEvent(step, step * 10, 1.5, 1.1, 0.4, 0.7, True)
+    return EvaluationEvent(step, step * 10, Metrics("loss", {"loss": 1.5, "bits_per_byte": 1.1}), 0.4, 0.7, True)
 
 
 def _lines(folder: Path) -> list[dict[str, object]]:
@@ -28,7 +29,7 @@ def _lines(folder: Path) -> list[dict[str, object]]:
     return [json.loads(line, parse_constant=reject) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_each_line_holds_its_kind_and_the_fields_of_the_event(tmp_path: Path) -> None:
+def test_each_line_contains_its_kind_and_the_fields_of_the_event(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path, 0)
     metrics.step(_step(1))
     metrics.evaluation(_evaluation(1))
@@ -40,7 +41,10 @@ def test_each_line_holds_its_kind_and_the_fields_of_the_event(tmp_path: Path) ->
     assert {"step", "tokens", "loss", "lr", "grad_norm"} <= set(step)
     assert evaluation["kind"] == "eval"
     assert (evaluation["train_seconds"], evaluation["seconds"]) == (0.4, 0.7)
-    assert {"step", "tokens", "val_loss", "val_bits_per_byte"} <= set(evaluation)
+    assert list(evaluation) == [
+        *("kind", "step", "tokens", "val_loss", "val_bits_per_byte", "train_seconds", "seconds", "best"),
+    ]
+    assert (evaluation["val_loss"], evaluation["val_bits_per_byte"]) == (1.5, 1.1)
 
 
 @pytest.mark.parametrize("norm", [math.inf, math.nan])
@@ -73,7 +77,7 @@ def test_a_full_disk_raises_or_is_reported_and_the_lines_are_retried(tmp_path: P
     assert all("No space left" in error for error in errors)
 
 
-def test_the_history_holds_the_logged_events(tmp_path: Path) -> None:
+def test_the_history_contains_the_logged_events(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path, 0)
     metrics.step(_step(1, math.inf))
     metrics.guard(GuardEvent("skipped", 2, 16, "the loss is nan"))
@@ -124,7 +128,7 @@ def test_resuming_removes_everything_that_was_written_after_the_checkpoint(tmp_p
     assert (tmp_path / "samples.md").read_text() == ""
 
 
-def test_samples_are_indented_with_their_prompt(tmp_path: Path) -> None:
+def test_samples_and_their_prompts_are_indented(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path, 0)
     metrics.sample(SampleEvent(3, "Two", " lines\n# not a title"))
     metrics.close()

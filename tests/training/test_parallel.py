@@ -24,7 +24,7 @@ STEPS = 7
 
 
 def recipe_of(text: Path, *overrides: str) -> Recipe:
-    """A model with dropout and all optional parts, eight micro-batches per step, and Muon in float32, which rounds little."""
+    """A recipe with dropout, optional model parts, eight micro-batches per step, and Muon in float32 to reduce rounding errors."""
     model = ("model.dropout=0.2", "model.n_embd=24", "model.value_residual=on", "model.embedding_shortcut=on", "model.n_kv_head=1")
     ngrams = (
         "model.ngram_embeddings=[2]",
@@ -49,7 +49,7 @@ def _lines(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def _assert_same_up_to_rounding(folder: Path, other: Path) -> None:
-    """The global batches are equal; losses, gradient norms, evaluations and weights differ by rounding only."""
+    """Check that global batches are equal, and that losses, gradient norms, evaluations and weights differ only by rounding."""
     steps, others = _lines(folder, "step"), _lines(other, "step")
     assert [line["batch"] for line in steps] == [line["batch"] for line in others]
     assert len({line["batch"] for line in steps}) == STEPS
@@ -75,7 +75,7 @@ def test_two_processes_train_the_same_model_as_one(kind: str, single: Path, shor
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_skip_the_same_step_if_results_are_deferred(kind: str, short_file: Path, tmp_path: Path) -> None:
-    """As on GPUs, where the result of a step is read after the next step has started. All shards must skip the same update."""
+    """Simulate GPUs, where the result of a step is read after the next step has started. All shards must skip the same update."""
     recipe = recipe_of(short_file, f"training.parallel={kind}", "training.log_every=3")
     for deferred in (False, True):
         training_processes.run(recipe, tmp_path / str(deferred), world_size=2, nan_steps=[2], defer_results=deferred)
@@ -106,7 +106,7 @@ def test_a_run_of_two_processes_is_resumed_by_one_and_then_by_four(single: Path,
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_killing_and_resuming_two_processes_gives_the_same_run_bit_for_bit(kind: str, short_file: Path, tmp_path: Path) -> None:
+def test_killing_and_resuming_two_processes_reproduces_the_run_bit_for_bit(kind: str, short_file: Path, tmp_path: Path) -> None:
     recipe = recipe_of(
         short_file, f"training.parallel={kind}", "training.precision=bf16" if kind == "fsdp" else "checkpoint.every=2"
     )
@@ -144,7 +144,7 @@ def test_all_processes_reject_a_global_batch_that_does_not_divide_evenly(short_f
 
 
 def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Weights and optimizer state, assembled from the shards of all processes."""
+    """Return the weights and optimizer state, assembled from the shards of all processes."""
     reader = HuggingFaceStorageReader(str(checkpoint))
     stored = reader.read_metadata().state_dict_metadata
     tensors = {name: torch.zeros(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}

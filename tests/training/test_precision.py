@@ -23,7 +23,7 @@ def test_auto_chooses_bf16_on_a_cpu_only_if_it_is_faster(speedup: float, expecte
     assert resolve("auto", CPU, CollectingReporter()).name == expected
 
 
-def test_bf16_is_used_if_requested_even_if_it_is_slow_but_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_bf16_is_used_if_requested_but_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "bf16_speedup", lambda device: 0.02)
     reporter = CollectingReporter()
     assert resolve("bf16", CPU, reporter).name == "bf16"
@@ -44,7 +44,7 @@ def test_autocast_computes_matmuls_in_its_dtype(name: str, dtype: torch.dtype) -
 def test_the_peak_is_the_flops_of_a_matmul_divided_by_its_best_time(
     clock: str, resolution: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Matmuls of 1024 x 1024 matrices, 2 x 1024^3 FLOPs each, that take 1/4, 1/8, 1/2, 3/8, 1/4 and 1/4 of a second."""
+    """Each matmul of 1024 x 1024 matrices needs 2 x 1024^3 FLOPs. They take 1/4, 1/8, 1/2, 3/8, 1/4 and 1/4 of a second."""
     times = iter([0.0, 0.25, 10.0, 10.125, 20.0, 20.5, 30.0, 30.375, 40.0, 40.25, 50.0, 50.25])
     monkeypatch.setattr(time, "get_clock_info", lambda name: SimpleNamespace(resolution=resolution))
     monkeypatch.setattr(time, clock, lambda: next(times))
@@ -59,7 +59,7 @@ def test_a_slow_matmul_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("small", "large", "peak"), [(0.02, 0.05, 2 * 2048**3 / 0.05), (0.02, 0.5, 2 * 1024**3 / 0.02)])
-def test_a_larger_matmul_may_give_the_peak_if_the_smaller_one_is_fast(
+def test_the_peak_is_the_higher_rate_of_a_small_and_a_large_matmul(
     small: float, large: float, peak: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "matmul_seconds", lambda width, precision: {1024: small, 2048: large}[width])
@@ -79,6 +79,31 @@ def test_the_peak_is_measured_in_the_given_precision(name: str) -> None:
     with RecordMatmulDtypes():
         assert precision.measure_peak_flops(Precision(name, CPU)) > 1e8
     assert dtypes == {{"fp32": torch.float32, "bf16": torch.bfloat16}[name]}
+
+
+@pytest.mark.parametrize(
+    ("device", "name", "flops", "source"),
+    [
+        ("NVIDIA H200", "bf16", 989.4e12, "data sheet of h200, bf16"),
+        ("NVIDIA H200", "fp32", 494.7e12, "data sheet of h200, tf32"),
+        ("Tesla T4", "fp32", 8.1e12, "data sheet of t4, fp32"),
+        ("Tesla T4", "bf16", 1e12, "measured matrix product"),
+        ("NVIDIA Nothing", "bf16", 1e12, "measured matrix product"),
+    ],
+)
+def test_the_peak_of_a_known_gpu_comes_from_its_data_sheet_and_other_peaks_are_measured(
+    device: str, name: str, flops: float, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "describe", lambda device_: device)
+    monkeypatch.setattr(precision, "measure_peak_flops", lambda precision: 1e12)
+    on_gpu = Precision(name, torch.device("cuda"))
+    assert (precision.peak_flops(on_gpu), precision.peak_source(on_gpu)) == (flops, source)
+
+
+def test_the_peak_of_a_cpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "measure_peak_flops", lambda precision: 2e9)
+    assert precision.peak_flops(Precision("fp32", CPU)) == 2e9
+    assert precision.peak_source(Precision("fp32", CPU)) == "measured matrix product"
 
 
 def test_only_fp16_scales_the_loss() -> None:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first one requests a stop, the second one exits immediately."""
+"""The first Ctrl-C or SIGTERM requests a stop, and the second one exits immediately."""
 
 from __future__ import annotations
 

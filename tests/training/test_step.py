@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import ids, model
+from tiny import causal_batch, ids, model
 from torch import Tensor
 
-from tinylm.model.objective import IGNORE_INDEX, CausalObjective
+from tinylm.data.batch import IGNORE_INDEX
 from tinylm.model.transformer import Transformer
 from tinylm.training.feed import LocalBatch
+from tinylm.training.objectives import CausalLM
 from tinylm.training.precision import Precision
 from tinylm.training.step import GradientSettings, accumulate
 
@@ -19,7 +20,7 @@ FP32 = Precision("fp32", CPU)
 
 
 def _sequences(ignored: bool) -> Tensor:
-    """64 sequences. With `ignored`, the last targets of each are ignored, from none to all of them."""
+    """Return 64 sequences. If `ignored` is true, the last targets of each sequence are ignored, from none to all."""
     sequences = ids(64, 13)
     if ignored:
         for row in range(64):
@@ -28,14 +29,13 @@ def _sequences(ignored: bool) -> Tensor:
 
 
 def _batch(sequences: Tensor) -> LocalBatch:
-    example = CausalObjective().example(sequences)
-    return LocalBatch(example, int((sequences[:, 1:] != IGNORE_INDEX).sum()))
+    return LocalBatch.whole(causal_batch(sequences))
 
 
 def _accumulated(network: Transformer, sequences: Tensor, micro: int, precision: Precision = FP32) -> tuple[float, Tensor]:
     network.zero_grad()
     scaler = precision.scaler()
-    loss = accumulate(network, _batch(sequences), GradientSettings(micro, precision, scaler=scaler))
+    loss = accumulate(network, _batch(sequences), GradientSettings(micro, precision, CausalLM(), scaler))
     return float(loss), torch.cat([parameter.grad.flatten() for parameter in network.parameters()])
 
 
@@ -50,12 +50,12 @@ def test_the_gradient_is_the_same_for_every_micro_batch_size(dtype: torch.dtype,
         assert float((gradient - expected).norm() / expected.norm()) < 1e-6
 
 
-def test_the_gradient_is_that_of_the_mean_loss_over_all_targets() -> None:
+def test_the_gradient_matches_the_mean_loss_over_all_targets() -> None:
     network, sequences = model(n_embd=16).double(), _sequences(ignored=True)
     targets = sequences[:, 1:]
     logits = network(sequences[:, :-1].clamp_min(0))
     counted = targets != IGNORE_INDEX
-    mean = F.cross_entropy(logits[counted], targets[counted])  # a single mean over all targets that count
+    mean = F.cross_entropy(logits[counted], targets[counted])  # a single mean over all targets that are not ignored
     expected = torch.autograd.grad(mean, list(network.parameters()))
     loss, gradient = _accumulated(network, sequences, 4)
     assert loss == pytest.approx(mean.item(), rel=1e-6)
@@ -76,7 +76,7 @@ def test_dropout_depends_only_on_the_seeds() -> None:
 
     def gradient(seeds: list[int]) -> Tensor:
         network.zero_grad()
-        accumulate(network, _batch(sequences), GradientSettings(4, FP32), iter(seeds))
+        accumulate(network, _batch(sequences), GradientSettings(4, FP32, CausalLM()), iter(seeds))
         return network.head.weight.grad.clone()
 
     torch.manual_seed(1)

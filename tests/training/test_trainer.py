@@ -6,16 +6,18 @@ import json
 import math
 import signal
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Corrupt, tiny_recipe
 from safetensors.torch import load_file
 
-from tinylm.data.batches import Batches
+from tinylm.data.datasets import ShuffledDocuments, TokenStream
 from tinylm.data.prepare import prepare
 from tinylm.model.transformer import Transformer
 from tinylm.pipeline import TrainResult, train
@@ -27,7 +29,7 @@ from tinylm.training.metrics import EvaluationEvent, Observer, SampleEvent, Step
 from tinylm.training.step import accumulate
 
 HARD = ("model.dropout=0.2", "training.micro_batch_size=2", "model.n_embd=16", "evaluation.every=4", "evaluation.max_tokens=200")
-"""Dropout, four micro-batches per step, and, with `short_file`, an epoch boundary in the middle."""
+"""Settings that make resuming hard: dropout, four micro-batches per step and, with `short_file`, an epoch boundary."""
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def uninterrupted(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def _lines(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """The lines of one kind without durations, speeds and progress."""
+    """Return the logged lines of one kind without durations, speeds and progress."""
     lines = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
     return [
         {key: value for key, value in line.items() if "second" not in key and key not in ("done", "mfu")}
@@ -56,21 +58,21 @@ def _losses(folder: Path) -> list[float]:
     return [line["loss"] for line in _lines(folder, "step")]
 
 
-def _assert_same_training(one: Path, two: Path) -> None:
-    """Weights, optimizer state, all logged numbers, all evaluations and the best checkpoint are identical."""
-    last = [Run(folder).checkpoint("last").path for folder in (one, two)]
+def _assert_same_training(first: Path, second: Path) -> None:
+    """Check that weights, optimizer state, logged numbers, evaluations and the best checkpoint are identical."""
+    last = [Run(folder).checkpoint("last").path for folder in (first, second)]
     assert (last[0] / "model.safetensors").read_bytes() == (last[1] / "model.safetensors").read_bytes()
     moments = [load_file(path / "training-00001.safetensors") for path in last]
     assert moments[0].keys() == moments[1].keys()
     assert all(torch.equal(value, moments[1][name]) for name, value in moments[0].items())
     for kind in ("step", "eval"):
-        assert _lines(one, kind) == _lines(two, kind)
+        assert _lines(first, kind) == _lines(second, kind)
     for pointer in ("best", "last"):
-        assert (one / "checkpoints" / pointer).read_text() == (two / "checkpoints" / pointer).read_text()
+        assert (first / "checkpoints" / pointer).read_text() == (second / "checkpoints" / pointer).read_text()
 
 
 class _SendsSignal(Observer):
-    """Sends a signal at the first event for which `when(event, last step)` is true. An event is `step` or the name of a phase."""
+    """Send a signal at the first event for which `when(event, last_step)` is true. An event is `step` or the name of a phase."""
 
     def __init__(self, number: int, when: Callable[[str, int], bool]) -> None:
         self.number, self.when, self.sent, self.last_step = number, when, False, 0
@@ -89,7 +91,7 @@ class _SendsSignal(Observer):
 
 
 class _Clock:
-    """Replaces `perf_counter`: each call advances the time by 10 ms."""
+    """A replacement for `perf_counter`. Each call advances the time by 10 ms."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -113,7 +115,7 @@ def test_the_logged_loss_is_the_mean_over_the_whole_global_batch(short_file: Pat
     recipe = tiny_recipe(short_file, "gpt2", "training.steps=2", "training.micro_batch_size=1")
     train(recipe, tmp_path / "run", device="cpu")
     prepared = prepare(recipe.data, recipe.tokenizer, SILENT)
-    tokens = torch.from_numpy(Batches(prepared.train.tokens, 32, recipe.seed).sequences(0, 8))
+    tokens = torch.from_numpy(TokenStream(prepared.train.tokens, 32, recipe.seed).examples(0, 8)["tokens"])
     network = Transformer(recipe.model, prepared.tokenizer.vocab_size, seed=recipe.seed)
     loss = F.cross_entropy(network(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
     loss.backward()
@@ -124,10 +126,8 @@ def test_the_logged_loss_is_the_mean_over_the_whole_global_batch(short_file: Pat
     assert (first["step"], first["tokens"]) == (1, 8 * 32)
 
 
-def test_mfu_is_the_ratio_of_the_models_flops_to_the_machines(
-    short_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A token costs 6 FLOPs per matrix weight, and in each layer 6 FLOPs per channel and position of the context for attention."""
+def test_mfu_is_the_ratio_of_achieved_to_peak_flops(short_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token costs 6 FLOPs per matrix weight. Attention adds 6 FLOPs per layer, channel and context position."""
     monkeypatch.setattr("tinylm.training.precision.measure_peak_flops", lambda precision: 2e9)
     recipe = tiny_recipe(short_file, "gpt2", "training.steps=3", "evaluation.max_tokens=50")
     train(recipe, tmp_path / "run", device="cpu")
@@ -141,7 +141,7 @@ def test_mfu_is_the_ratio_of_the_models_flops_to_the_machines(
         assert line["mfu"] == pytest.approx(line["tokens_per_second"] * flops_per_token / 2e9)
 
 
-def test_micro_batches_change_losses_by_rounding_only(short_file: Path, tmp_path: Path) -> None:
+def test_the_micro_batch_size_changes_losses_only_by_rounding(short_file: Path, tmp_path: Path) -> None:
     for micro in (1, 8):
         recipe = tiny_recipe(short_file, "llama", "training.steps=6", f"training.micro_batch_size={micro}")
         train(recipe, tmp_path / str(micro), device="cpu")
@@ -161,7 +161,7 @@ def test_clipping_limits_the_update_and_off_disables_it(short_file: Path, tmp_pa
         train(tiny_recipe(short_file, "modern", *options), tmp_path / clip, device="cpu")
         losses[clip] = _losses(tmp_path / clip)
     assert losses["off"] == losses["1e9"]
-    assert losses["1e-9"][-1] > losses["off"][-1] + 0.01  # the weights hardly change
+    assert losses["1e-9"][-1] > losses["off"][-1] + 0.01  # the weights barely change
 
 
 def test_the_loss_decreases(uninterrupted: Path) -> None:
@@ -169,7 +169,7 @@ def test_the_loss_decreases(uninterrupted: Path) -> None:
     assert sum(losses[-3:]) / 3 < losses[0] - 0.2
 
 
-# What does not change the trained model.
+# Settings that do not change the trained model.
 
 
 def test_evaluating_sampling_and_saving_more_often_does_not_change_the_model(
@@ -195,6 +195,49 @@ def test_the_global_random_state_does_not_matter(recipe: Recipe, uninterrupted: 
     _assert_same_training(tmp_path / "run", uninterrupted)
 
 
+# Documents.
+
+
+@pytest.fixture(scope="module")
+def documents_recipe(english: str, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """A recipe with 80 short documents that are shuffled and masked, and an epoch boundary in the middle."""
+    path = tmp_path_factory.mktemp("text") / "documents.jsonl"
+    texts = [english[start : start + 20 + start % 130] for start in range(0, 8000, 100)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    options = ("data.heldout.by=document", "data.shuffle=documents", "data.document_mask=on")
+    return tiny_recipe(path, "modern", *HARD, "model.position=learned", *options)
+
+
+def test_masked_documents_have_the_same_loss_as_separate_documents(documents_recipe: Recipe, tmp_path: Path) -> None:
+    model = documents_recipe.model.model_copy(update={"dropout": 0.0})
+    recipe = documents_recipe.model_copy(update={"model": model})
+    train(recipe, tmp_path / "run", device="cpu", stop_after=0.0)
+    prepared = prepare(recipe.data, recipe.tokenizer, SILENT)
+    network = Transformer(recipe.model, prepared.tokenizer.vocab_size, seed=recipe.seed)
+    end_of_text, losses = prepared.train.end_of_text, []
+    for row in ShuffledDocuments(prepared.train, 32, recipe.seed).examples(0, 8)["tokens"]:
+        starts = [0, *(np.flatnonzero(row[1:-1] == end_of_text) + 1), len(row) - 1]
+        for start, end in pairwise(starts):  # each part ends with the token that starts the next part
+            part = torch.from_numpy(row[start : end + 1])
+            losses.append(F.cross_entropy(network(part[None, :-1])[0], part[1:], reduction="none"))
+    assert len(losses) > 8, "windows hold several documents"
+    first = _lines(tmp_path / "run", "step")[0]
+    assert first["loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-6)
+    assert first["tokens"] == 8 * 32
+
+
+def test_training_on_shuffled_and_masked_documents_resumes_bit_for_bit(documents_recipe: Recipe, tmp_path: Path) -> None:
+    train(documents_recipe, tmp_path / "uninterrupted", device="cpu")
+    results = [train(documents_recipe, tmp_path / "run", device="cpu", stop_after=0.0)]
+    while results[-1].stopped != "done":
+        results.append(train(documents_recipe, tmp_path / "run", device="cpu", resume=True, stop_after=0.0))
+    assert len(results) == 20
+    _assert_same_training(tmp_path / "run", tmp_path / "uninterrupted")
+    data = documents_recipe.data.model_copy(update={"shuffle": "windows", "document_mask": False})
+    train(documents_recipe.model_copy(update={"data": data}), tmp_path / "default", device="cpu")
+    assert _losses(tmp_path / "default") != _losses(tmp_path / "run")
+
+
 def test_a_different_seed_trains_a_different_model(recipe: Recipe, uninterrupted: Path, tmp_path: Path) -> None:
     train(recipe.model_copy(update={"seed": 2}), tmp_path / "run", device="cpu")
     assert _losses(tmp_path / "run") != _losses(uninterrupted)
@@ -216,7 +259,7 @@ def test_every_micro_batch_has_its_own_dropout_seed(recipe: Recipe, tmp_path: Pa
 
 def test_the_recipe_crosses_an_epoch_boundary(recipe: Recipe) -> None:
     prepared = prepare(recipe.data, recipe.tokenizer, SILENT)
-    windows = Batches(prepared.train.tokens, 32, recipe.seed).windows_per_epoch
+    windows = TokenStream(prepared.train.tokens, 32, recipe.seed).examples_per_epoch
     assert 3 * 8 < windows < 15 * 8
 
 
@@ -246,7 +289,7 @@ def test_a_signal_at_any_moment_and_resuming_equals_uninterrupted_training(
     _assert_same_training(tmp_path / "run", uninterrupted)
 
 
-def test_resuming_repeats_a_last_evaluation_that_a_signal_stopped(recipe: Recipe, uninterrupted: Path, tmp_path: Path) -> None:
+def test_resuming_repeats_a_final_evaluation_that_a_signal_interrupted(recipe: Recipe, uninterrupted: Path, tmp_path: Path) -> None:
     observer = _SendsSignal(signal.SIGINT, lambda event, step: event == "evaluating" and step == 20)
     result = train(recipe, tmp_path / "run", device="cpu", observer=observer)
     assert (result.stopped, result.step) == ("signal", 20)
@@ -263,11 +306,11 @@ def test_a_signal_while_sampling_saves_the_last_step(short_file: Path, tmp_path:
     assert Run(tmp_path / "run").checkpoint("last").step == 3
 
 
-def test_resuming_a_finished_run_does_not_train_further(recipe: Recipe, uninterrupted: Path, tmp_path: Path) -> None:
+def test_resuming_a_finished_run_changes_nothing(recipe: Recipe, uninterrupted: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     first = train(recipe, folder, device="cpu")
     again = train(recipe, folder, device="cpu", resume=True)
-    assert (again.step, again.val_loss, again.best_step) == (first.step, first.val_loss, first.best_step)
+    assert (again.step, again.metrics, again.best_step) == (first.step, first.metrics, first.best_step)
     _assert_same_training(folder, uninterrupted)
 
 
@@ -277,7 +320,7 @@ def test_signal_handlers_are_restored(short_file: Path, tmp_path: Path) -> None:
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_stride_and_max_tokens_change_the_held_out_loss_but_not_the_training(
+def test_stride_and_max_tokens_change_the_held_out_loss_but_not_training(
     recipe: Recipe, uninterrupted: Path, tmp_path: Path
 ) -> None:
     for key, value in (("stride", 4), ("max_tokens", 100)):
@@ -294,14 +337,16 @@ def test_activation_checkpointing_trains_the_same_model(recipe: Recipe, uninterr
     assert _losses(tmp_path / "run") == pytest.approx(_losses(uninterrupted), rel=1e-5)
 
 
-# Length of training.
+# Training length.
 
 
 @pytest.mark.parametrize(
     ("length", "steps"),
     [("steps=3", 3), ("tokens=1000", 4), ("tokens=1024", 4), ("tokens=1025", 5), ("epochs=1", None), ("epochs=0.5", None)],
 )
-def test_lengths_in_steps_tokens_and_epochs(length: str, steps: int | None, short_file: Path, tmp_path: Path) -> None:
+def test_the_training_length_can_be_given_in_steps_tokens_or_epochs(
+    length: str, steps: int | None, short_file: Path, tmp_path: Path
+) -> None:
     recipe = tiny_recipe(short_file, "modern", f"training.{length}", "evaluation.max_tokens=50")
     if steps is None:
         windows = (len(prepare(recipe.data, recipe.tokenizer, SILENT).train) - 1) // 32
@@ -317,7 +362,7 @@ def _logged_seconds(folder: Path) -> list[float]:
 
 
 @pytest.mark.usefixtures("clock")
-def test_when_the_minutes_run_out_the_last_step_is_saved_and_evaluated(short_file: Path, tmp_path: Path) -> None:
+def test_at_the_time_limit_the_last_step_is_saved_and_evaluated(short_file: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(short_file, "modern", "training.minutes=0.02", "evaluation.every=100000", "checkpoint.every=100000")
     result = train(recipe, tmp_path / "run", device="cpu")
     *before, last = _logged_seconds(tmp_path / "run")
@@ -330,7 +375,7 @@ def test_when_the_minutes_run_out_the_last_step_is_saved_and_evaluated(short_fil
     assert rates[-1] < 0.2 * max(rates)
 
 
-def test_when_the_minutes_run_out_while_sampling_another_step_is_saved_and_evaluated(
+def test_if_the_time_limit_passes_while_sampling_one_more_step_is_trained_and_saved(
     clock: _Clock, short_file: Path, tmp_path: Path
 ) -> None:
     class SlowSampling(Observer):

@@ -1,8 +1,9 @@
-"""Data sheet figures of common accelerators, and the time of a training step on them. Does not import torch.
+"""Data sheet figures of common accelerators, and the estimated time of a training step on them. Does not import torch.
 
-Converts counts (FLOPs, bytes) to seconds. The time of a step is a roofline estimate (Williams, Waterman & Patterson 2009): the sum
-of matrix products, other memory traffic, and the part of the all-reduce that does not overlap with the backward pass. The constants
-are the same for every accelerator and recipe; `benchmarks/published.py` compares the estimates with published training runs.
+Converts counts (FLOPs, bytes) to seconds. The step time is a roofline estimate (Williams, Waterman & Patterson 2009). It is the
+sum of the times of matrix products, of other memory traffic, and of the part of the all-reduce that does not overlap with the
+backward pass. The constants are the same for every accelerator and recipe. `benchmarks/published.py` compares the estimates with
+published training runs.
 
 The estimate covers data parallelism within one node whose devices all communicate at `link_bandwidth`. It ignores kernel launches,
 which dominate steps of a few milliseconds; `step_time` accounts for them.
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tinylm.errors import InputError, did_you_mean
-from tinylm.recipe.schema import ModelSection
+from tinylm.recipe.schema import DecoderSection
 
 MatmulPrecision = Literal["fp32", "tf32", "bf16", "fp16"]
 
@@ -35,7 +36,8 @@ OVERLAP_FRACTION = 0.5
 """Fraction of the all-reduce that overlaps with the backward pass. Assumed: the gradients of the first layers and of the embedding
 are computed last, when no computation is left to overlap with, and they are a large part of a small model."""
 BACKWARD_FRACTION = 2 / 3
-"""Fraction of the forward and backward pass that the backward pass takes: it has two matrix products for each forward one."""
+"""Fraction of the forward and backward pass that the backward pass takes. For each matrix product of the forward
+pass, the backward pass computes two."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,8 @@ class Accelerator:
     `flops`: dense matrix FLOP/s by precision, without structured sparsity; 16-bit products accumulate in float32.
     `memory`: bytes, with 10^9 bytes per GB of the data sheet. The chip has 7 % more, most of which ECC and the driver use.
     `bandwidth`: bytes/s to that memory.
-    `link_bandwidth`: bytes/s to the other devices in one direction, which is half the figure in data sheets, because they add both
-    directions. For cards whose only bridge connects pairs, it is the bandwidth of PCIe.
+    `link_bandwidth`: bytes/s to the other devices in one direction. This is half the figure in data sheets, which add both
+    directions. For cards that can only be bridged in pairs, it is the PCIe bandwidth.
     """
 
     name: str
@@ -209,8 +211,38 @@ ACCELERATORS: tuple[Accelerator, ...] = (  # name, FLOP/s, memory, bandwidth, li
 )
 
 
+DEVICE_NAMES = {
+    "B200": "b200",
+    "H200": "h200",
+    "H100 80GB HBM3": "h100-sxm",
+    "H100 PCIe": "h100-pcie",
+    "A100-SXM4-80GB": "a100-80gb-sxm",
+    "A100 80GB PCIe": "a100-80gb-pcie",
+    "A100-SXM4-40GB": "a100-40gb-sxm",
+    "A100-PCIE-40GB": "a100-40gb-sxm",  # the same peak FLOP/s, but PCIe instead of NVLink
+    "V100-SXM2-32GB": "v100-sxm2-32gb",
+    "V100-SXM2-16GB": "v100-sxm2-32gb",  # the same peak FLOP/s, half the memory
+    "L40S": "l40s",
+    "L4": "l4",
+    "T4": "t4",
+    "A10G": "a10g",
+    "RTX 4090": "rtx-4090",
+    "RTX 3090": "rtx-3090",
+}
+"""Maps the device name that the driver reports, without the vendor, to the name of an accelerator with the same peak FLOP/s.
+
+Names must match exactly: an "RTX 4090 D" is a different device."""
+
+
+def from_device_name(name: str) -> Accelerator | None:
+    """Return the accelerator for a device name that the driver reports, such as "NVIDIA H200", or None if it is unknown."""
+    for vendor in ("NVIDIA ", "Tesla ", "GeForce "):
+        name = name.removeprefix(vendor)
+    return find(DEVICE_NAMES[name]) if name in DEVICE_NAMES else None
+
+
 def find(name: str) -> Accelerator:
-    """The accelerator with this name, ignoring case. Raises `InputError` with the nearest name, or all names, if there is none."""
+    """Return the accelerator with this name, ignoring case. Raises `InputError` that suggests names if it is unknown."""
     by_name = {accelerator.name: accelerator for accelerator in ACCELERATORS}
     wanted = name.strip().lower()
     if wanted not in by_name:
@@ -232,10 +264,11 @@ def step_seconds(
 ) -> StepSeconds:
     """Seconds of one optimizer step, data-parallel over `devices` in one node.
 
-    Counts for the global batch, which is divided among the devices: `matmul_flops` of all matrix products, `matmul_bytes` that
-    their operands move (the bottleneck of narrow models), and `elementwise_bytes` that everything else moves. Counts for each
-    device: `state_bytes` that weights, gradients and optimizer state move, and `gradient_bytes` that a ring all-reduce sums. Each
-    device sends 2 (N - 1) / N times `gradient_bytes` (Patarasuk & Yuan 2009).
+    Three counts are for the global batch, which is divided among the devices. `matmul_flops` are the FLOPs of all matrix products,
+    `matmul_bytes` is the memory traffic of their operands (the bottleneck of narrow models), and `elementwise_bytes` is all other
+    memory traffic. Two counts are per device. `state_bytes` is the memory traffic of weights, gradients and optimizer state, and
+    `gradient_bytes` is the size of the gradients. In a ring all-reduce, each of N devices sends 2 (N - 1) / N times
+    `gradient_bytes` (Patarasuk & Yuan 2009).
 
     Raises `InputError` if the accelerator does not support the precision, or if `devices` is below 1.
     """
@@ -253,7 +286,7 @@ def step_seconds(
 
 @dataclass(frozen=True)
 class _ElementSizes:
-    """Bytes per element in the residual stream, and in all other activations."""
+    """Bytes per element of the residual stream and of all other activations."""
 
     stream: int
     other: int
@@ -279,7 +312,7 @@ ACTIVATION_TRAFFIC = {
 """Elements that an activation reads and writes in the forward and backward pass, per hidden unit: (eager, compiled)."""
 
 
-def block_bytes(model: ModelSection, precision: MatmulPrecision, *, compiled: bool, stream_bytes: int = 4) -> int:
+def block_bytes(model: DecoderSection, precision: MatmulPrecision, *, compiled: bool, stream_bytes: int = 4) -> int:
     """Bytes per token that one block moves outside its matrix products, in the forward and backward pass.
 
     In eager mode, every operation reads its inputs and writes its result. When compiled, neighboring operations become one kernel
@@ -331,14 +364,21 @@ def block_bytes(model: ModelSection, precision: MatmulPrecision, *, compiled: bo
 
 
 def outside_block_bytes(
-    model: ModelSection, vocab_size: int, precision: MatmulPrecision, *, compiled: bool, stream_bytes: int = 4
+    model: DecoderSection,
+    vocab_size: int,
+    precision: MatmulPrecision,
+    *,
+    compiled: bool,
+    stream_bytes: int = 4,
+    compiled_loss: bool | None = None,
 ) -> int:
     """Bytes per token outside the blocks and the head's matrix product: embedding, last norm and loss.
 
-    The loss dominates, with V logits of e bytes. In eager mode, they are cast to float32 (e + 4) and their gradient back (e + 4),
-    log-softmax reads and writes them (8), and its gradient is first written as zeros with one entry (4), then computed from that
-    and the result (12). When compiled, they are read for the maximum, for the sum and for the gradient, which is written (4e). A
-    soft cap adds three operations forward (6e) and backward (7e); when compiled, it is part of the other kernels.
+    The loss dominates, with V logits of e bytes. In eager mode, the logits are cast to float32 (e + 4), and their gradient is cast
+    back (e + 4). Log-softmax reads and writes the logits (8). Its gradient is first written as zeros with one nonzero entry (4),
+    then computed from these and the result (12). When compiled, the logits are read for the maximum, for the sum and for the
+    gradient, which is written (4e). A soft cap adds three operations in the forward pass (6e) and three in the backward pass (7e).
+    When compiled, it is part of the other kernels. `compiled_loss` is None if the loss is compiled like everything else.
     """
     sizes = _element_sizes(precision, stream_bytes)
     s, e, cast = sizes.stream, sizes.other, sizes.cast
@@ -346,25 +386,27 @@ def outside_block_bytes(
     if compiled:
         copy = e if cast else 0
         norm = (s + e) + (e + s + s + copy) + (e + s)
-        logits = 4 * e
         embedding = 2 * s + 3 * s  # copy a row; read its gradient and add it to the gradient of the table
     else:
         norm = (2 * s + cast) + (cast + 3 * s + 2 * s)
-        logits = (2 * (e + 4) if e < 4 else 0) + 8 + 4 + 12 + (13 * e if model.logit_softcap is not None else 0)
         embedding = 2 * s + 3 * s + (2 * s if model.position in ("learned", "sinusoidal") else 0)
+    if compiled if compiled_loss is None else compiled_loss:
+        logits = 4 * e
+    else:
+        logits = (2 * (e + 4) if e < 4 else 0) + 8 + 4 + 12 + (13 * e if model.logit_softcap is not None else 0)
     return model.n_embd * (embedding + norms * norm) + vocab_size * logits
 
 
 def elementwise_bytes(
-    model: ModelSection, vocab_size: int, precision: MatmulPrecision, *, compiled: bool, stream_bytes: int = 4
+    model: DecoderSection, vocab_size: int, precision: MatmulPrecision, *, compiled: bool, stream_bytes: int = 4
 ) -> int:
     """Bytes per token that the forward and backward pass move outside matrix products, in the whole model."""
     blocks = model.n_layer * block_bytes(model, precision, compiled=compiled, stream_bytes=stream_bytes)
     return blocks + outside_block_bytes(model, vocab_size, precision, compiled=compiled, stream_bytes=stream_bytes)
 
 
-def matmul_bytes(model: ModelSection, vocab_size: int, precision: MatmulPrecision) -> int:
-    """Bytes per token that the activations in matrix products move, forward and backward. `state_bytes` counts the weights.
+def matmul_bytes(model: DecoderSection, vocab_size: int, precision: MatmulPrecision) -> int:
+    """Bytes per token of activations that matrix products read and write, forward and backward. `state_bytes` counts the weights.
 
     Each of the three products of a weight (the output, and the gradients of input and weight) reads or writes one row of its input
     and one of its output. Attention is one kernel (Dao et al. 2022): forward q, k, v -> y; backward q, k, v, y, y' -> q', k', v'.

@@ -1,10 +1,10 @@
-"""The time of a training step on this machine's CPU, as `tinylm.cost.accelerators` estimates it on a GPU. Does not import torch.
+"""Estimate the time of a training step on this machine's CPU. Does not import torch. For GPUs, see `tinylm.cost.accelerators`.
 
 Converts counts (FLOPs, bytes, kernels) to seconds. `measure` measures the speed of matrix products and of memory with numpy; the
-constants say what a training step reaches of it. Constants marked as fitted are close to the least-squares fit to twelve step
-times: five models of 0.8 to 13.9 million parameters, context lengths of 64 to 256 and 768 to 2048 tokens per step, in fp32, in bf16
-and compiled, all on two cores of one Xeon with AMX (350 GFLOP/s in fp32, 1650 in bf16). They reproduce those times within 20 %. On
-other processors they are a guess.
+constants state how much of that speed a training step reaches. Constants marked as fitted are close to the least-squares fit to
+twelve step times: five models of 0.8 to 13.9 million parameters, context lengths of 64 to 256 and 768 to 2048 tokens per step, in
+fp32, in bf16 and compiled, all on two cores of one Xeon with AMX (350 GFLOP/s in fp32, 1650 in bf16). They reproduce those times
+within 20 %. On other processors they are a guess.
 """
 
 from __future__ import annotations
@@ -23,32 +23,33 @@ MATMUL_EFFICIENCY = 0.9
 AMX_SPEEDUP = 4.7
 """Speedup of matrix products in bf16 over fp32 with AMX: 1200 to 2100 GFLOP/s instead of 340 to 360."""
 AMX_PEAK_SPEEDUP = 6.9
-"""The same for the fastest matrix products, 2048 x 2048 and larger: 2200 GFLOP/s instead of numpy's 320."""
+"""Like `AMX_SPEEDUP`, for the fastest matrix products, 2048 x 2048 and larger: 2200 GFLOP/s instead of numpy's 320."""
 EMULATED_SPEEDUP = 1 / 150
-"""The same without AMX, where bf16 is emulated: 1 GFLOP/s instead of 165, measured."""
+"""Like `AMX_SPEEDUP`, for a CPU without AMX, where bf16 is emulated: 1 GFLOP/s instead of 165, measured."""
 ELEMENTWISE_EFFICIENCY = 0.25
 """Bandwidth per core of the element-wise kernels of a step, as a fraction of the bandwidth of a numpy addition on one core. Fitted;
 it also corrects for differences between the counted and the actual traffic of the model."""
 STATE_EFFICIENCY = 0.75
-"""The same for the kernels that read and write weights, gradients and optimizer state, which are long contiguous arrays.
+"""Like `ELEMENTWISE_EFFICIENCY`, for kernels that read and write long, contiguous arrays: weights, gradients and optimizer state.
 Assumed."""
 SCORE_SECONDS = 4e-9
 """Core-seconds per attention score (batch x heads x time x time) in the forward and backward pass. Half of the scores are masked;
 the others are exponentiated twice. Fitted."""
 QUERY_BLOCK_SECONDS = 130e-6
 """Core-seconds per block of queries in the 16-bit backward pass of attention, whose small products have a fixed cost that float32
-products lack. Fitted; a profile of 48 (sequence, head) pairs with 64 positions gave 70e-6 per block of 32."""
+products do not have. Fitted; a profile of 48 (sequence, head) pairs with 64 positions gave 70e-6 per block of 32."""
 LAUNCH_SECONDS = 8e-6
 """Time to launch a kernel from Python. Assumed; 5 to 10 microseconds are typical."""
 KERNELS = {"eager": 90, "compiled": 40}
 """Kernels per block in the forward and backward pass, not counting views. Eager: counted in a profile of the `modern` preset.
 Compiled: assumed."""
 CAST_KERNELS = {"eager": 40, "compiled": 15}
-"""Additional kernels per block under autocast, which casts weights and their gradients. Obtained in the same way."""
+"""Additional kernels per block under autocast, which casts weights and their gradients. Determined like `KERNELS`."""
 OUTSIDE_KERNELS = 40
-"""Kernels outside the blocks. Obtained in the same way."""
+"""Kernels outside the blocks. Determined like `KERNELS`."""
 TABLE_KERNELS = 35
-"""Additional kernels for each n of the n-gram embeddings, whose hash takes a dozen integer operations. Obtained in the same way."""
+"""Additional kernels for each n of the n-gram embeddings, whose hash takes a dozen integer operations.
+Determined like `KERNELS`."""
 UPDATE_KERNELS = 60
 """Kernels that clip gradients and update weights, per block, and once more for all weights outside the blocks. Counted: 52 with
 AdamW, 66 with Muon."""
@@ -128,7 +129,7 @@ class CpuSeconds:
 
 
 def step_seconds(processor: Processor, work: Work) -> CpuSeconds:
-    """The time of a step. Its parts add up, because each kernel runs on all cores and starts when the previous one has finished."""
+    """Estimate the time of a step. Its parts are added, because each kernel runs on all cores and starts after the previous one."""
     cores = min(processor.cores, MAX_MEMORY_CORES)
     half = work.precision != "fp32"
     attention = work.scores * SCORE_SECONDS + (work.query_blocks * QUERY_BLOCK_SECONDS if half else 0.0)
@@ -151,7 +152,7 @@ def kernels(layers: int, ngram_orders: int, precision: ComputeDtype, *, compiled
 
 
 def query_blocks(sequences: int, heads: int, context_length: int) -> int:
-    """Blocks of queries in one layer's backward pass of torch's CPU attention (`FlashAttentionKernel.cpp`)."""
+    """Number of query blocks in the backward pass of torch's CPU attention in one layer (`FlashAttentionKernel.cpp`)."""
     size = 256 if context_length >= 768 else 64 if context_length >= 192 else 32
     return sequences * heads * math.ceil(context_length / size)
 
@@ -165,7 +166,7 @@ def newton_schulz_flops(rows: int, columns: int, steps: int) -> int:
 def measure(activation_bytes: int, weight_bytes: int) -> Processor:
     """Measure this machine's CPU, which takes about 0.2 s. Other running programs lower the result.
 
-    `activation_bytes`, `weight_bytes`: sizes of the arrays that the two bandwidths are measured with.
+    `activation_bytes`, `weight_bytes`: sizes of the arrays with which the two bandwidths are measured.
     """
     import numpy as np
 
@@ -185,7 +186,7 @@ def measure(activation_bytes: int, weight_bytes: int) -> Processor:
 
 
 def _bandwidth(size: int) -> float:
-    """Bytes/s on one core of adding two arrays of `size` bytes into a third. `size` is limited to 64 kB to 64 MB."""
+    """Measure the bytes/s of adding two arrays of `size` bytes into a third on one core. `size` is clamped to 64 kB to 64 MB."""
     import numpy as np
 
     numbers = min(max(size, 1 << 16), 64 << 20) // 4
@@ -194,7 +195,7 @@ def _bandwidth(size: int) -> float:
 
 
 def _best(work: Callable[[], object], min_runs: int = 3, max_seconds: float = 0.06) -> float:
-    """Seconds of the fastest run of `work`: at least `min_runs` runs, then more until `max_seconds` have passed, at most 50."""
+    """Return the seconds of the fastest run of `work`. Runs it for `max_seconds`, but `min_runs` to 50 times."""
     best, first_start, runs = math.inf, time.perf_counter(), 0
     while runs < min_runs or (runs < 50 and time.perf_counter() - first_start < max_seconds):
         start = time.perf_counter()

@@ -13,12 +13,23 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from tinylm.recipe.schema import ModelSection
+from tinylm.recipe.schema import DecoderSection
 from tinylm.recipe.values import ComputeDtype
 
 LOSS_BYTES = {"cpu": 16 << 20, "gpu": 512 << 20}
 """Size in float32 of the chunk of logits that the training loss computes at a time: small enough for a CPU's cache, large enough to
 keep a GPU busy."""
+FUSED_LOSS_BYTES = 2 << 30
+"""Maximum size in float32 of a chunk of the compiled loss on CUDA. Large chunks help because each one reads and writes the head's
+whole gradient."""
+FUSED_LOSS_SHARE = 4
+"""A chunk of the compiled loss that is larger than a plain chunk has at most 1 / `FUSED_LOSS_SHARE` of the rows of the micro-batch.
+Small micro-batches, which a GPU with little memory uses, therefore spend little memory on the loss."""
+FUSED_LOSS_FROM = 1 << 30
+"""The loss is compiled if the logits of a micro-batch take at least this many bytes in float32. That saves about 3 ms per gigabyte
+on an H200, and compilation takes seconds."""
+ROW_MULTIPLE = 128
+"""Chunks of the compiled loss have a multiple of this many rows: the tile size of matrix products on tensor cores."""
 LOSS_ROWS = 512
 """Minimum number of rows in a chunk of logits: smaller chunks are slower, and update the head's gradient more often."""
 LOSS_ROWS_FP16 = 4096
@@ -29,8 +40,7 @@ EVALUATION_BATCH_LOGITS = 1 << 25
 """Maximum number of logits in an evaluation batch, 128 MiB in float32. With a large vocabulary, this limit is reached first."""
 
 MMAP_THRESHOLD = 32 << 20
-"""The allocator returns freed tensors of at least this many bytes to the operating system. `tinylm.training.out_of_memory` sets
-this."""
+"""`tinylm.training.out_of_memory` makes the allocator return freed tensors of at least this many bytes to the operating system."""
 FRAGMENTATION = 1.4
 """Ratio of a step's resident set to the bytes of its tensors. Fitted to the three recipes of benchmarks/plan_accuracy.py, each in
 fp32 and in bf16 (1.2 to 1.6)."""
@@ -48,6 +58,8 @@ class PassConfig:
     """Activation checkpointing."""
     frozen: bool = False
     """Embedding and head have no gradient, as with LoRA."""
+    document_mask: bool = False
+    """Attention has a mask for every sequence."""
 
     @property
     def e(self) -> int:
@@ -58,8 +70,8 @@ class PassConfig:
         return 2 if self.precision == "bf16" else 4
 
 
-def matrix_shapes(model: ModelSection) -> Counter[tuple[int, int]]:
-    """The number of matrices of each shape (rows, columns) that Muon updates: those of the blocks, and the n-gram projection."""
+def matrix_shapes(model: DecoderSection) -> Counter[tuple[int, int]]:
+    """Count the matrices that Muon updates by shape (rows, columns): all matrices in the blocks, and the n-gram projection."""
     width, hidden, layers = model.n_embd, model.feed_forward_width, model.n_layer
     queries, keys = model.n_head * model.head_width, model.kv_heads * model.head_width
     shapes: Counter[tuple[int, int]] = Counter()
@@ -73,32 +85,32 @@ def matrix_shapes(model: ModelSection) -> Counter[tuple[int, int]]:
     return shapes
 
 
-def _norm_runs_in_float32(model: ModelSection, config: PassConfig) -> bool:
+def _norm_runs_in_float32(model: DecoderSection, config: PassConfig) -> bool:
     """Whether autocast runs the norm in float32, as it does for layer norms on CUDA."""
     return model.norm == "layernorm" and config.on_gpu and config.e < 4
 
 
-def _norm_bytes(model: ModelSection, config: PassConfig, s: int) -> int:
+def _norm_bytes(model: DecoderSection, config: PassConfig, s: int) -> int:
     """Bytes that a norm saves: its input, or its output before the gain, and one or two statistics.
 
-    Its output is counted for the operation that reads it.
+    The output of the norm is counted for the operation that reads it.
     """
     if model.norm == "layernorm":
         return model.n_embd * (4 if _norm_runs_in_float32(model, config) else s) + 8
     return model.n_embd * s + s
 
 
-def _linear_input_bytes(model: ModelSection, config: PassConfig) -> int:
+def _linear_input_bytes(model: DecoderSection, config: PassConfig) -> int:
     """Bytes that a linear layer after a norm saves: its input."""
     separate = model.norm == "layernorm" or model.norm_gain or config.on_gpu or config.e != config.s
     return model.n_embd * config.e if separate else 0  # otherwise it is the tensor that the norm saves
 
 
-def _has_value_embedding(model: ModelSection, layer: int) -> bool:
+def _has_value_embedding(model: DecoderSection, layer: int) -> bool:
     return layer < model.value_embeddings or layer >= model.n_layer - model.value_embeddings
 
 
-def _attention_bytes(model: ModelSection, config: PassConfig, layer: int) -> int:
+def _attention_bytes(model: DecoderSection, config: PassConfig, layer: int) -> int:
     """Bytes that the attention of block `layer` saves, not counting its norm and the input of its first projection."""
     e, heads, kv_heads = config.e, model.n_head, model.kv_heads
     queries, keys = heads * model.head_width, kv_heads * model.head_width
@@ -118,16 +130,17 @@ def _attention_bytes(model: ModelSection, config: PassConfig, layer: int) -> int
         total += qk * e if rotated or (model.qk_norm if config.on_gpu else has_gain) else 0
         total += keys * e if mixes_values else 0
         total += 4 * heads
+        total += model.context_length * e if config.document_mask else 0
     else:  # q, k, v and three matrices of scores for every head, in float32
         total += 3 * queries * 4 + 3 * heads * model.context_length * 4
     total += keys * e if _has_value_embedding(model, layer) and saved_values else 0
-    if config.on_gpu and kv_heads != heads and config.precision == "fp32":
-        total += 2 * queries * 4  # keys and values are repeated for each query head
+    if config.on_gpu and kv_heads != heads and (config.precision == "fp32" or config.document_mask):
+        total += 2 * queries * e  # keys and values are repeated for each query head
     return total + queries * e
 
 
-def block_bytes(model: ModelSection, config: PassConfig, layer: int) -> int:
-    """Bytes that block `layer` saves. They include its input only if one of its operations saves it."""
+def block_bytes(model: DecoderSection, config: PassConfig, layer: int) -> int:
+    """Bytes that block `layer` saves. The input of the block is included only if one of its operations saves it."""
     e, width, hidden = config.e, model.n_embd, model.feed_forward_width
     total = _attention_bytes(model, config, layer)
     total += {"gelu": 2, "gelu_exact": 2, "relu": 1, "relu2": 2, "swiglu": 4}[model.feed_forward] * hidden * e
@@ -143,13 +156,14 @@ def block_bytes(model: ModelSection, config: PassConfig, layer: int) -> int:
     return total
 
 
-def outside_block_bytes(model: ModelSection, config: PassConfig) -> int:
+def outside_block_bytes(model: DecoderSection, config: PassConfig) -> int:
     """Bytes saved before the first and after the last block.
 
-    They include the gradient of the hidden states, which the loss computes in the forward pass.
+    This includes the gradient of the hidden states, which the loss computes in the forward pass.
     """
     width = model.n_embd
     total = 8 + width * config.s  # the token id, the gradient
+    total += 8 if config.document_mask and model.position == "learned" else 0  # the position in the document
     if model.ngram_embeddings:
         total += len(model.ngram_embeddings) * (8 + model.ngram_width * config.e + (4 if model.ngram_dropout else 0))
     if model.embedding_norm:
@@ -161,8 +175,8 @@ def outside_block_bytes(model: ModelSection, config: PassConfig) -> int:
     return total
 
 
-def _cast_bytes(model: ModelSection, config: PassConfig) -> int:
-    """Bytes in total of the 16-bit copies of weights and rotary tables that autocast makes and the forward pass saves."""
+def _cast_bytes(model: DecoderSection, config: PassConfig) -> int:
+    """Total bytes of the 16-bit copies of weights and rotary tables that autocast makes and the forward pass saves."""
     if config.e == 4:
         return 0
     matrices = sum(rows * columns * count for (rows, columns), count in matrix_shapes(model).items())
@@ -170,10 +184,10 @@ def _cast_bytes(model: ModelSection, config: PassConfig) -> int:
     return 2 * (matrices + tables)
 
 
-def saved_bytes(model: ModelSection, config: PassConfig) -> int:
-    """Bytes in total that the forward pass of a micro-batch saves, not counting weights and buffers.
+def saved_bytes(model: DecoderSection, config: PassConfig) -> int:
+    """Total bytes that the forward pass of a micro-batch saves, not counting weights and buffers.
 
-    They include the gradients of the hidden states and of the head, which the loss computes in the forward pass. With `recompute`,
+    This includes the gradients of the hidden states and of the head, which the loss computes in the forward pass. With `recompute`,
     a block saves only its input.
     """
     tokens = config.sequences * model.context_length
@@ -190,9 +204,8 @@ def saved_bytes(model: ModelSection, config: PassConfig) -> int:
     return tokens * (outside_block_bytes(model, config) + blocks) + head + _cast_bytes(model, config)
 
 
-def _first_values_bytes(model: ModelSection, config: PassConfig) -> int:
-    """Bytes saved with `recompute` for the value residual: the values of the first block, which keep their whole projection
-    alive."""
+def _first_values_bytes(model: DecoderSection, config: PassConfig) -> int:
+    """Bytes saved with `recompute` for the value residual: the first block's values, a view of its whole projection."""
     keys = model.kv_heads * model.head_width
     if not model.value_residual:
         return 0
@@ -204,22 +217,40 @@ def loss_chunk_rows(vocab_size: int, *, on_gpu: bool) -> int:
     return max(LOSS_ROWS, LOSS_BYTES["gpu" if on_gpu else "cpu"] // (4 * vocab_size))
 
 
-def loss_bytes(model: ModelSection, config: PassConfig) -> int:
-    """Bytes in total of the temporaries of the loss: hidden states, a chunk of logits, and in 16 bits a copy of the head."""
+def fused_loss_rows(rows: int, vocab_size: int, plain: int) -> int:
+    """Rows of logits that the compiled loss computes at a time, for a micro-batch of `rows`. `plain`: rows of a plain chunk.
+
+    If possible, all chunks have the same number of rows, because the kernel is compiled for each shape.
+    """
+    largest = max(plain, min(FUSED_LOSS_BYTES // (4 * vocab_size), rows // FUSED_LOSS_SHARE))
+    largest = max(1, largest // ROW_MULTIPLE) * ROW_MULTIPLE
+    equal = (chunk for chunk in range(largest, largest // 2, -ROW_MULTIPLE) if rows % chunk == 0)
+    return next(equal, largest)
+
+
+def loss_bytes(model: DecoderSection, config: PassConfig) -> int:
+    """Total bytes of the temporaries of the loss: hidden states, a chunk of logits, and in 16 bits a copy of the head.
+
+    On a GPU, the loss may or may not be compiled. The result is the larger of the two sizes.
+    """
     tokens = config.sequences * model.context_length
     chunk = loss_chunk_rows(config.vocab_size, on_gpu=config.on_gpu)
+    fused_chunk = fused_loss_rows(tokens, config.vocab_size, chunk)
     if config.precision == "fp16":
-        chunk = min(chunk, LOSS_ROWS_FP16)
-    # Bytes per logit: the float32 logits. In addition, on a GPU their log-softmax, on a CPU in 16 bits the product or its gradient.
+        chunk, fused_chunk = min(chunk, LOSS_ROWS_FP16), min(fused_chunk, LOSS_ROWS_FP16)
+    # Bytes per logit: the float32 logits, plus their log-softmax on a GPU, or the 16-bit product or its gradient on a CPU.
     copies = 8 if config.on_gpu else 4 + (config.e if config.e < 4 else 0)
     if model.logit_softcap is not None:
         copies = 12 if config.on_gpu else 8  # also the squashed logits, which the gradient needs
+    logits = min(chunk, tokens) * copies
+    if config.on_gpu and 4 * tokens * config.vocab_size >= FUSED_LOSS_FROM:
+        logits = max(logits, min(fused_chunk, tokens) * 2 * config.e)  # the logits and their gradient
     # In 16 bits, a copy of the head's weights, and their gradient from one chunk.
     head = (1 if config.frozen else 2) * config.vocab_size * model.n_embd * 2 if config.e < 4 else 0
-    return tokens * model.n_embd * config.s + min(chunk, tokens) * config.vocab_size * copies + head
+    return tokens * model.n_embd * config.s + logits * config.vocab_size + head
 
 
-def activation_bytes(model: ModelSection, config: PassConfig) -> int:
+def activation_bytes(model: DecoderSection, config: PassConfig) -> int:
     """Peak bytes of the forward and backward pass of a micro-batch, in addition to weights, gradients and optimizer state.
 
     The peak is either in the loss or at the start of the last block's backward pass, which with `recompute` follows a second
@@ -236,10 +267,10 @@ def activation_bytes(model: ModelSection, config: PassConfig) -> int:
     return saved + max(loss_bytes(model, config), backward)
 
 
-def muon_bytes(model: ModelSection, *, bf16: bool) -> int:
+def muon_bytes(model: DecoderSection, *, bf16: bool) -> int:
     """Peak bytes of a Muon step in addition to its state.
 
-    They consist of the float32 updates before orthogonalization, those already orthogonalized, and the temporaries of the
+    These are the float32 updates before orthogonalization, the updates that are already orthogonalized, and the temporaries of the
     Newton-Schulz iteration, which processes all matrices of one shape as a stack: the stack, the matrices before and after an
     iteration, and two Gram matrices. `bf16`: iterate in bf16; the results are cast to float32 when the weights are updated.
     """
@@ -255,8 +286,8 @@ def muon_bytes(model: ModelSection, *, bf16: bool) -> int:
     return 4 * elements + max(peak, done + (4 * elements if bf16 else 0))
 
 
-def evaluation_bytes(model: ModelSection, vocab_size: int) -> tuple[int, int]:
-    """Peak bytes of an evaluation batch in total: in the blocks, and while logits and their log-softmax exist.
+def evaluation_bytes(model: DecoderSection, vocab_size: int) -> tuple[int, int]:
+    """Total peak bytes of an evaluation batch: in the blocks, and while logits and their log-softmax exist.
 
     An evaluation computes in float32 and saves nothing for a backward pass.
     """
@@ -264,7 +295,7 @@ def evaluation_bytes(model: ModelSection, vocab_size: int) -> tuple[int, int]:
     tokens = _evaluated_tokens(model, vocab_size)
     queries, keys = model.n_head * model.head_width, model.kv_heads * model.head_width
     qk = queries + keys
-    values = qk + keys  # values are a view of the whole projection; the previous block's is freed after this block's projection
+    values = qk + keys  # a view of the whole projection; the previous block's values are freed after this block's projection
     previous = values if model.n_layer > 1 else 0
     rotation = 2 * qk if model.qk_norm or model.position == "rope" else 0
     attention = 3 * width + values + max(rotation, queries + (qk if rotation else 0))
@@ -274,20 +305,20 @@ def evaluation_bytes(model: ModelSection, vocab_size: int) -> tuple[int, int]:
     return 4 * tokens * (previous + max(attention, feed_forward)), 4 * tokens * (width + logits)
 
 
-def _evaluated_tokens(model: ModelSection, vocab_size: int) -> int:
+def _evaluated_tokens(model: DecoderSection, vocab_size: int) -> int:
     """Number of tokens in an evaluation batch: whole sequences, at least one."""
     context = model.context_length
     return context * max(1, min(EVALUATION_BATCH_TOKENS, EVALUATION_BATCH_LOGITS // vocab_size) // context)
 
 
-def cpu_peak_bytes(model: ModelSection, vocab_size: int, step: int, resident: int) -> int:
-    """Peak resident set of a training on a CPU, in addition to weights and optimizer state.
+def cpu_peak_bytes(model: DecoderSection, vocab_size: int, step: int, resident: int) -> int:
+    """Peak resident set of training on a CPU, in addition to weights and optimizer state.
 
     `step`: bytes of the tensors that a step allocates and frees. `resident`: bytes of the tensors that stay allocated. The
     allocator keeps freed memory (`training/out_of_memory.py`), which is fast but causes fragmentation: a step takes `FRAGMENTATION`
     times the bytes of its tensors, and the largest gradient does not fit into the memory that it was freed from. An evaluation is
-    assumed to reuse none of this memory, because its tensors have other sizes. Only tensors of at least `MMAP_THRESHOLD` bytes are
-    returned to the operating system.
+    assumed to reuse none of this memory, because its tensors have different sizes. Only tensors of at least `MMAP_THRESHOLD` bytes
+    are returned to the operating system.
     """
     blocks, logits = evaluation_bytes(model, vocab_size)
     logits_are_returned = 4 * _evaluated_tokens(model, vocab_size) * vocab_size >= MMAP_THRESHOLD

@@ -1,4 +1,4 @@
-"""Memory that a training needs on one device, and the largest micro-batch that fits. Does not import torch.
+"""Estimate the memory of training on one device, and choose the largest micro-batch that fits. Does not import torch.
 
 Combines the byte counts of `memory` for a recipe, its vocabulary size and a micro-batch.
 """
@@ -9,14 +9,14 @@ import os
 from dataclasses import dataclass
 
 from tinylm.cost import memory
-from tinylm.cost.parameters import lora_parameters, parameter_counts
+from tinylm.cost.parameters import has_estimates, lora_parameters, parameter_counts
 from tinylm.errors import InputError
 from tinylm.recipe.checks import listed
 from tinylm.recipe.schema import MuonOptimizer, Recipe
 from tinylm.recipe.values import ComputeDtype
 
 CPU_MICRO_BATCH_TOKENS = 2048
-"""Maximum number of tokens in a micro-batch on a CPU. Larger ones are not faster, because they do not fit in the caches."""
+"""Maximum number of tokens in a micro-batch on a CPU. Larger micro-batches do not fit in the caches, so they are not faster."""
 USABLE_MEMORY = 0.6
 """Fraction of a device's memory that `micro_batch_size: auto` may use."""
 
@@ -26,9 +26,9 @@ class MemoryEstimate:
     """Bytes on one device, not counting the memory of the process itself.
 
     `activations`, `update` and `evaluation` are the peaks of a forward and backward pass, of the optimizer's temporaries and of an
-    evaluation, which do not exist at the same time. `saving` is the copy of weights and optimizer state that is in a CPU's memory
-    while a checkpoint is written. `total` is the peak of the whole training. On a GPU it includes the largest of the three; on a
-    CPU it is the resident set, which includes freed memory that the allocator keeps.
+    evaluation, which do not exist at the same time. `saving` is the copy of weights and optimizer state that training on a CPU
+    makes while it writes a checkpoint. `total` is the peak of the whole run. On a GPU it includes the largest of the three peaks.
+    On a CPU it is the resident set, which includes freed memory that the allocator keeps.
     """
 
     weights: int
@@ -51,7 +51,7 @@ def estimate_memory(
     accumulates: bool = True,
     bf16_updates: bool = False,
 ) -> MemoryEstimate:
-    """Estimate the memory of a training with this micro-batch.
+    """Estimate the memory of training with this micro-batch size.
 
     Weights, gradients and optimizer state are float32 in every precision. With LoRA, only the adapters have gradients and state.
     `accumulates`: a step has several micro-batches, so gradients and activations exist at the same time. `bf16_updates`: Muon
@@ -71,6 +71,7 @@ def estimate_memory(
         on_gpu=on_gpu,
         recompute=recipe.training.activation_checkpointing,
         frozen=lora is not None,
+        document_mask=recipe.data.document_mask,
     )
     activations = memory.activation_bytes(model, config)
     update = memory.muon_bytes(model, bf16=bf16_updates) if muon else 0
@@ -105,10 +106,10 @@ def choose_micro_batch(
     half: bool = False,
     devices: int = 1,
 ) -> int:
-    """The micro-batch size of the recipe, or for `auto` the largest one that needs at most `USABLE_MEMORY` of the device's memory.
+    """Return the recipe's micro-batch size, or for `auto` the largest size that fits in `USABLE_MEMORY` of the device's memory.
 
-    It divides the batch of each device; 1 if none fits. `max_tokens`: limit on a CPU; None means a GPU. `half`: train in 16 bits,
-    in fp16 if the recipe says so, else in bf16.
+    The size divides the batch of each device. It is 1 if no size fits. `max_tokens` is the limit on a CPU; None means a GPU. `half`
+    means training in 16 bits: in fp16 if the recipe sets it, else in bf16. Memory is ignored for an architecture without estimates.
     """
     training, context = recipe.training, recipe.model.context_length
     if training.micro_batch_size != "auto":
@@ -118,6 +119,8 @@ def choose_micro_batch(
     for size in (size for size in range(batch, 0, -1) if batch % size == 0):
         if max_tokens is not None and size * context > max_tokens:
             continue
+        if not has_estimates(recipe.model):
+            return size
         costs = estimate_memory(recipe, vocab_size, size, precision=precision, on_gpu=max_tokens is None, accumulates=size < batch)
         step = costs.weights + costs.gradients + costs.optimizer + costs.activations
         if step <= USABLE_MEMORY * memory_bytes:
@@ -150,7 +153,7 @@ def check_batch_divides(recipe: Recipe, devices: int) -> None:
 
 
 def host_memory_bytes() -> int:
-    """The physical memory of this machine in bytes, or 8 GiB if the system does not report it."""
+    """Return the physical memory of this machine in bytes, or 8 GiB if the system does not report it."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):

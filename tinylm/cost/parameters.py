@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from tinylm.recipe.schema import LoraSection, ModelSection
+from tinylm.recipe.schema import DecoderSection, LoraSection, ModelVariant
+from tinylm.recipe.support import COMMON, Supports, unsupported_parts
+
+SUPPORTS: Supports = COMMON
+"""The values of the keys of `model:` that all estimates of `tinylm.cost` include: parameters, FLOPs, memory and time."""
 
 
-def parameter_counts(model: ModelSection, vocab_size: int) -> dict[str, int]:
+def not_estimated(model: ModelVariant) -> tuple[str, ...]:
+    """The parts of `model` that estimates ignore, as "key value". The estimates are for a model without these parts."""
+    return unsupported_parts(model, SUPPORTS)
+
+
+def has_estimates(model: ModelVariant) -> bool:
+    """Whether `tinylm.cost` can estimate models of this architecture."""
+    return isinstance(model, DecoderSection)
+
+
+def parameter_counts(model: DecoderSection, vocab_size: int) -> dict[str, int]:
     """Number of parameters by part.
 
-    `embedding`: the token embedding, and the head if it is tied. `positions`: learned positions. `tables`: all other tables that
-    are indexed by token or n-gram. `head`: an untied head. `matrices`: the matrices that Muon updates. `rest`: gains, biases and
-    scalars.
+    `embedding`: the token embedding, and the head if it is tied. `positions`: learned position embeddings. `tables`: all other
+    tables that are indexed by token or n-gram. `head`: an untied head. `matrices`: the matrices that Muon updates. `rest`: gains,
+    biases and scalars.
     """
     width, hidden = model.n_embd, model.feed_forward_width
     queries, keys = model.n_head * model.head_width, model.kv_heads * model.head_width
@@ -33,7 +47,7 @@ def parameter_counts(model: ModelSection, vocab_size: int) -> dict[str, int]:
     }
 
 
-def lora_parameters(model: ModelSection, lora: LoraSection) -> int:
+def lora_parameters(model: DecoderSection, lora: LoraSection) -> int:
     """Number of parameters of the LoRA adapters."""
     width, hidden, queries = model.n_embd, model.feed_forward_width, model.n_head * model.head_width
     shapes = {
@@ -45,12 +59,12 @@ def lora_parameters(model: ModelSection, lora: LoraSection) -> int:
     return model.n_layer * lora.rank * sum(sum(shapes[target]) for target in lora.targets)
 
 
-def trained_parameters(model: ModelSection, vocab_size: int, lora: LoraSection | None) -> int:
-    """Number of trained parameters: all of them, or with LoRA only those of the adapters."""
+def trained_parameters(model: DecoderSection, vocab_size: int, lora: LoraSection | None) -> int:
+    """Number of trained parameters: all parameters, or with LoRA only the parameters of the adapters."""
     return lora_parameters(model, lora) if lora else sum(parameter_counts(model, vocab_size).values())
 
 
-def flops_per_token(model: ModelSection, vocab_size: int, lora: LoraSection | None = None) -> float:
+def flops_per_token(model: DecoderSection, vocab_size: int, lora: LoraSection | None = None) -> float:
     """FLOPs of the forward and backward pass: 6 per weight of every matrix product, including the head, plus causal attention.
 
     With `lora`, 4 per frozen weight, whose gradient is not computed, and 6 per adapter weight.
@@ -59,7 +73,7 @@ def flops_per_token(model: ModelSection, vocab_size: int, lora: LoraSection | No
     return weight_flops_per_token(model, vocab_size, lora) + attention
 
 
-def weight_flops_per_token(model: ModelSection, vocab_size: int, lora: LoraSection | None) -> float:
+def weight_flops_per_token(model: DecoderSection, vocab_size: int, lora: LoraSection | None) -> float:
     """`flops_per_token` without the products of queries with keys and of probabilities with values."""
     weights = parameter_counts(model, vocab_size)["matrices"] + vocab_size * model.n_embd
     return 6.0 * weights if lora is None else 4.0 * weights + 6.0 * lora_parameters(model, lora)

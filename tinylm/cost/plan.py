@@ -1,4 +1,4 @@
-"""Plan a training before it starts: parameters, batch sizes, FLOPs, memory and time. Does not import torch.
+"""Plan a training run before it starts: parameters, batch sizes, FLOPs, memory and time. Does not import torch.
 
 Makes a `Plan` from a recipe, a vocabulary size and a number of training tokens. `parameters` counts parameters and FLOPs,
 `micro_batch` estimates memory, and `step_time` estimates seconds, on this machine's CPU or on accelerators.
@@ -12,26 +12,26 @@ from dataclasses import dataclass
 from tinylm.cost import accelerators
 from tinylm.cost.cpu import Processor
 from tinylm.cost.micro_batch import MemoryEstimate, estimate_memory
-from tinylm.cost.parameters import flops_per_token, lora_parameters, parameter_counts
+from tinylm.cost.parameters import flops_per_token, has_estimates, lora_parameters, not_estimated, parameter_counts
 from tinylm.cost.step_time import estimate_on_accelerator, estimate_on_cpu
 from tinylm.errors import InputError
 from tinylm.recipe.schema import Recipe, TrainingSection
 from tinylm.recipe.values import ComputeDtype
 
 MIN_UNDISTURBED = 0.9
-"""If the measuring thread has a core for a smaller fraction of the time, the machine counts as busy. It has one for at least 98 %
-of the time on an idle machine, and for 70 to 87 % beside a busy process."""
+"""If the measuring thread runs for a smaller fraction of the time, the machine counts as busy. The thread runs for at least 98 % of
+the time on an idle machine, and for 70 to 87 % of the time next to a busy process."""
 BUSY = "this machine was busy while it was measured, so the estimated times are less accurate"
 
 TOKENS_PER_PARAMETER = 20
-"""Training tokens per parameter of a compute-optimal training (Hoffmann et al. 2022, tables 2 and 3)."""
+"""Training tokens per parameter for compute-optimal training (Hoffmann et al. 2022, tables 2 and 3)."""
 REPETITIONS_SCALE = 15.39
 """R* in equation 5 and appendix A of Muennighoff et al. 2023: the value of the R-th repetition of a text decays as exp(-R / R*)."""
 
 
 @dataclass(frozen=True)
 class ComputeOptimal:
-    """What Hoffmann et al. 2022 recommend. Parameters include the embedding but not n-gram tables and value embeddings."""
+    """The recommendations of Hoffmann et al. 2022. Parameters include the embedding but not n-gram tables and value embeddings."""
 
     tokens: int
     """Training tokens for the recipe's model."""
@@ -47,13 +47,14 @@ class ComputeOptimal:
 
 @dataclass(frozen=True)
 class Plan:
-    """The cost of a training. Field names are the keys of `tinylm plan --json`.
+    """The estimated cost of a training run. Field names are the keys of `tinylm plan --json`.
 
-    With `minutes`, `steps` and everything that depends on it are estimates. With several devices, `micro_batch_size`,
-    `gradient_accumulation_steps` and `memory_bytes` are those of one device. `seconds_estimate` includes the `start_up_seconds` of
+    If the recipe sets `minutes`, `steps` and everything that depends on it are estimates. `micro_batch_size`,
+    `gradient_accumulation_steps` and `memory_bytes` are per device. `seconds_estimate` includes the `start_up_seconds` of
     compilation but not the `evaluation_seconds` of all evaluations. `mfu` is the model FLOPs utilization: the fraction of the peak
-    FLOP/s at this precision that the recipe's FLOPs use. `undisturbed` is the fraction of the measurement's duration for which it
-    had a CPU core; it is 1 for accelerators, which are not measured.
+    FLOP/s at this precision that the recipe's FLOPs use. `undisturbed` is the fraction of the measurement's duration for which its
+    thread had a CPU core; it is 1 for accelerators, which are not measured. `not_estimated` lists the parts of the model that the
+    plan ignores, as "key value".
     """
 
     parameters: int
@@ -83,6 +84,7 @@ class Plan:
     start_up_seconds: float
     evaluation_seconds: float
     compute_optimal: ComputeOptimal
+    not_estimated: tuple[str, ...]
 
 
 def make_plan(
@@ -100,10 +102,12 @@ def make_plan(
     `accelerator`: a name in `accelerators.ACCELERATORS`, or None for the CPU. `heldout_tokens`: length of the held-out text.
     `processor`: use this measurement instead of measuring the CPU.
 
-    Raises `InputError` if the text is shorter than one sequence, if the accelerator is unknown or does not support the recipe's
-    precision, or if the batch cannot be divided among the devices.
+    Raises `InputError` for an architecture without estimates, if the text is shorter than one sequence, if the accelerator is
+    unknown or does not support the recipe's precision, or if the batch cannot be divided among the devices.
     """
     model, training = recipe.model, recipe.training
+    if not has_estimates(model):
+        raise InputError(f"the cost of architecture {model.architecture} cannot be estimated", where="model.architecture")
     if train_tokens <= model.context_length:
         raise InputError(
             f"the training text has about {train_tokens:,} tokens, fewer than context_length {model.context_length:,} + 1",
@@ -161,11 +165,12 @@ def make_plan(
         start_up_seconds=step.start_up_seconds,
         evaluation_seconds=seconds_per_evaluation * math.ceil(steps / recipe.evaluation.every),
         compute_optimal=compute_optimal(parameters - counts["tables"], per_token * tokens, tokens, train_tokens),
+        not_estimated=not_estimated(model),
     )
 
 
 def training_steps(training: TrainingSection, context_length: int, train_tokens: int) -> int | None:
-    """Number of optimizer steps that the recipe asks for, or None if its length is in `minutes`. An epoch has `train_tokens`."""
+    """Number of optimizer steps that the recipe asks for, or None if it sets `minutes`. An epoch has `train_tokens` tokens."""
     tokens_per_step = training.global_batch_size * context_length
     if training.steps is not None:
         return training.steps

@@ -1,6 +1,6 @@
 """Estimate the time of an optimizer step, on this machine's CPU or on accelerators. Does not import torch.
 
-Makes a `StepEstimate` from a recipe, its vocabulary size and a device. It also predicts what a training on that device would choose
+Makes a `StepEstimate` from a recipe, its vocabulary size and a device. It also predicts what training on that device would choose
 for `auto`: precision, micro-batch size and compilation. This module counts FLOPs, bytes and kernels; `cpu` and `accelerators`
 convert the counts to seconds.
 """
@@ -16,11 +16,11 @@ from tinylm.cost.accelerators import Accelerator, MatmulPrecision
 from tinylm.cost.cpu import CpuSeconds, Processor
 from tinylm.cost.micro_batch import CPU_MICRO_BATCH_TOKENS, check_batch_divides, choose_micro_batch, host_memory_bytes
 from tinylm.cost.parameters import flops_per_token, parameter_counts, trained_parameters, weight_flops_per_token
-from tinylm.recipe.schema import ModelSection, MuonOptimizer, Recipe, TrainingSection
+from tinylm.recipe.schema import DecoderSection, MuonOptimizer, Recipe, TrainingSection
 from tinylm.recipe.values import ComputeDtype
 
 CLEARLY_FASTER = 0.95
-"""One of two options counts as clearly faster if it takes less than this fraction of the other's time. `precision: auto` chooses
+"""An option is clearly faster than another if it takes less than this fraction of the other's time. `precision: auto` chooses
 bf16 on a CPU only if it is clearly faster than fp32. Timings vary by a few percent."""
 
 COMPILATION_SAVINGS = 0.15
@@ -29,7 +29,7 @@ bf16 and 10 to 13 % in fp32 (docs/lab-notebook.md, "What made a step faster").""
 COMPILATION_SECONDS = {"cpu": 12.0, "cuda": 45.0}
 """Assumed compilation time by device type. It is 60 seconds for other devices."""
 MIN_COMPILATION_PAYBACK = 1.5
-"""Compile only if that saves at least this many times the seconds it takes."""
+"""Compile only if the saved time is at least this multiple of the compilation time."""
 
 _ADAMW_BYTES = 28 + 12
 """Bytes that clipping and an AdamW step move per weight. AdamW reads weight, gradient and two moments and writes all but the
@@ -40,7 +40,7 @@ _MUON_BYTES = 72
 
 @dataclass(frozen=True)
 class StepEstimate:
-    """The estimated cost of one optimizer step of a recipe on a device, and what the training chooses for `auto`."""
+    """The estimated cost of one optimizer step of a recipe on a device, and the values that training chooses for `auto`."""
 
     name: str
     memory_bytes: int
@@ -57,13 +57,13 @@ class StepEstimate:
     start_up_seconds: float
     """Compilation time, or 0."""
     undisturbed: float = 1.0
-    """Fraction of the measurement's duration for which it had a CPU core."""
+    """Fraction of the measurement's duration for which its thread had a CPU core."""
 
 
 def compilation_pays_off(step_seconds: float, seconds_left: float | None, steps_left: float | None, device_type: str) -> bool:
-    """Whether compilation saves clearly more time than it takes, for steps that take `step_seconds` without it.
+    """Whether compilation saves clearly more time than it takes. A step takes `step_seconds` if it is not compiled.
 
-    The training ends after `seconds_left` or `steps_left`, whichever comes first. None means that this limit does not apply.
+    Training ends after `seconds_left` or `steps_left`, whichever comes first. None means that this limit does not apply.
     """
     ends = [seconds_left, None if steps_left is None else steps_left * step_seconds]
     total = min((end for end in ends if end is not None), default=0.0)
@@ -80,8 +80,7 @@ def _seconds_left(training: TrainingSection) -> float | None:
 
 
 def estimate_on_cpu(recipe: Recipe, vocab_size: int, steps: int | None, processor: Processor | None) -> StepEstimate:
-    """Estimate a step on this machine's CPU, which is measured if `processor` is None. `steps`: length of the training, if
-    known."""
+    """Estimate a step on this machine's CPU. If `processor` is None, measure it. `steps`: length of the training, if known."""
     training = recipe.training
     host = host_memory_bytes()
     micro = choose_micro_batch(recipe, vocab_size, host, CPU_MICRO_BATCH_TOKENS)
@@ -98,8 +97,8 @@ def estimate_on_cpu(recipe: Recipe, vocab_size: int, steps: int | None, processo
     micro = choose_micro_batch(recipe, vocab_size, host, CPU_MICRO_BATCH_TOKENS, half=precision != "fp32")
     compiled = training.compile
     if compiled == "auto":
-        pays = compilation_pays_off(seconds(precision).passes, _seconds_left(training), steps, "cpu")
-        compiled = cpp_compiler() is not None and pays
+        pays_off = compilation_pays_off(seconds(precision).passes, _seconds_left(training), steps, "cpu")
+        compiled = cpp_compiler() is not None and pays_off
     passes_per_token = seconds("fp32").passes / (training.global_batch_size * recipe.model.context_length)
     if training.activation_checkpointing:
         passes_per_token *= 3 / 4  # an evaluation does not recompute
@@ -127,7 +126,7 @@ def _measure(recipe: Recipe, vocab_size: int, micro_batch_size: int) -> Processo
 def cpu_seconds(
     recipe: Recipe, vocab_size: int, micro_batch_size: int, machine: Processor, precision: ComputeDtype, *, compiled: bool = False
 ) -> CpuSeconds:
-    """Seconds of one optimizer step on a CPU, by what they are spent on."""
+    """Seconds of one optimizer step on a CPU, by part."""
     model, training = recipe.model, recipe.training
     counts = parameter_counts(model, vocab_size)
     tokens = training.global_batch_size * model.context_length
@@ -218,13 +217,15 @@ def accelerator_seconds(
     # `step_seconds` counts FLOPs of `matmul_precision`, but an fp32 Muon does not use tf32. Each matrix is updated on one device.
     muon_factor = 1 if bf16_updates else accelerator.matmul_flops(matmul_precision) / accelerator.matmul_flops("fp32")
     factor = _recomputation_factor(training)
+    compiled_loss = 4 * micro_batch_size * model.context_length * vocab_size >= memory.FUSED_LOSS_FROM
+    elementwise = _elementwise_bytes(model, vocab_size, precision, compiled=compiled, compiled_loss=compiled_loss)
     device_seconds = accelerators.step_seconds(
         accelerator,
         devices,
         matmul_precision,
         matmul_flops=factor * tokens * flops_per_token(model, vocab_size, training.lora) + _muon_flops(recipe) * muon_factor,
         matmul_bytes=factor * tokens * accelerators.matmul_bytes(model, vocab_size, matmul_precision),
-        elementwise_bytes=factor * tokens * _elementwise_bytes(model, vocab_size, precision, compiled=compiled),
+        elementwise_bytes=factor * tokens * elementwise,
         state_bytes=accelerators.state_bytes(trained, micro_batches, matmul_precision) + muon * (_MUON_BYTES - 28),
         gradient_bytes=4 * trained,
     ).total
@@ -238,8 +239,7 @@ def _matmul_precision(accelerator: Accelerator, precision: ComputeDtype) -> Matm
 
 
 def _recomputation_factor(training: TrainingSection) -> float:
-    """The cost of a forward and backward pass relative to one without activation checkpointing, which runs the forward pass
-    twice."""
+    """Relative cost of the forward and backward pass. With activation checkpointing, the forward pass runs twice."""
     return 4 / 3 if training.activation_checkpointing else 1.0
 
 
@@ -260,8 +260,12 @@ def _updates_in_bf16(recipe: Recipe, has_bf16_units: bool) -> bool:
     return has_bf16_units if optimizer.newton_schulz_dtype == "auto" else optimizer.newton_schulz_dtype == "bf16"
 
 
-def _elementwise_bytes(model: ModelSection, vocab_size: int, precision: ComputeDtype, *, compiled: bool) -> int:
-    """Bytes per token that everything but matrix products moves. Only blocks are compiled, not the embedding and the loss."""
+def _elementwise_bytes(
+    model: DecoderSection, vocab_size: int, precision: ComputeDtype, *, compiled: bool, compiled_loss: bool = False
+) -> int:
+    """Bytes per token that everything but matrix products moves. `compiled` applies only to the blocks."""
     stream = 2 if precision == "bf16" else 4
     blocks = model.n_layer * accelerators.block_bytes(model, precision, compiled=compiled, stream_bytes=stream)
-    return blocks + accelerators.outside_block_bytes(model, vocab_size, precision, compiled=False, stream_bytes=stream)
+    return blocks + accelerators.outside_block_bytes(
+        model, vocab_size, precision, compiled=False, stream_bytes=stream, compiled_loss=compiled_loss
+    )

@@ -56,12 +56,12 @@ class SplitText:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the content of both parts and of where they are split."""
+        """A hash of the content of both parts and of the boundaries between them."""
         boundaries = b"" if self.split is None else self.split.boundaries.astype("<i8").tobytes()
         return _digest(self.train_scan.fingerprint, self.heldout_scan.fingerprint, hashlib.sha256(boundaries).hexdigest())
 
     def sizes(self, part: str) -> tuple[int, int]:
-        """(documents, characters) of a part."""
+        """Return (documents, characters) of a part."""
         if self.split is None:
             scan = self.train_scan if part == "train" else self.heldout_scan
             return scan.documents, scan.characters
@@ -78,7 +78,7 @@ class PreparedData:
     train: Shard
     heldout: Shard
     folder: Path
-    """The folder of the tokens in the cache."""
+    """The cache folder that contains the tokens."""
     fingerprint: str
     """A hash of the text, the split and the tokenizer."""
 
@@ -97,7 +97,7 @@ def prepare(data: DataSection, tokenizer: TokenizerSection, reporter: Reporter, 
 
 
 def prepare_text(text: SplitText, section: TokenizerSection, reporter: Reporter, workers: int = 1) -> PreparedData:
-    """Like `prepare`, for a text that is already open."""
+    """Like `prepare`, but for a text that is already open."""
     tokenizer = _load_or_train_tokenizer(text, section, reporter)
     _check_end_of_text(tokenizer)
     tokenizer.encoder.note = reporter.note
@@ -110,7 +110,7 @@ def prepare_text(text: SplitText, section: TokenizerSection, reporter: Reporter,
     encode_train = DropoutEncoder(tokenizer, dropout).encode_pieces if dropout else encode_heldout
     train = _open_or_encode(folder, "train", text, tokenizer, encode_train, reporter)
     heldout = _open_or_encode(folder, "heldout", text, tokenizer, encode_heldout, reporter)
-    _warn_of_unknown_tokens(heldout, reporter)
+    _warn_about_unknown_tokens(heldout, reporter)
     return PreparedData(tokenizer, train, heldout, folder, fingerprint)
 
 
@@ -121,7 +121,7 @@ def open_prepared(folder: Path, fingerprint: str, tokenizer_json: str) -> Prepar
 
 
 def _check_end_of_text(tokenizer: Tokenizer) -> None:
-    """Raise `InputError` if there is no end-of-text token, or if text can encode to it."""
+    """Raise `InputError` if there is no end-of-text token, or if a text can be encoded to it."""
     end_of_text = tokenizer.end_of_text
     if end_of_text is None:
         raise InputError("the tokenizer has no end-of-text token", where="tokenizer.path", hint="add <|endoftext|> to it")
@@ -147,18 +147,18 @@ def open_text(data: DataSection, reporter: Reporter, stack: ExitStack) -> SplitT
         text_split = split_by(scan, heldout.share)
         text = SplitText(corpus, corpus, scan, scan, text_split)
         repeated = split.repeated_documents(scan.hashes[text_split.boundaries > 0], scan.hashes[text_split.boundaries == 0])
-        how = f"{heldout.share:.0%} by {heldout.by}"
+        split_description = f"{heldout.share:.0%} by {heldout.by}"
     else:
         heldout_corpus = stack.enter_context(Corpus(heldout.sources, field=data.field, errors=data.errors))
         text = SplitText(corpus, heldout_corpus, scan, _scan(heldout_corpus, reporter), None)
         repeated = split.repeated_documents(scan.hashes, text.heldout_scan.hashes)
-        how = describe(heldout.sources)
-    _report_sizes(text, how, repeated, reporter)
+        split_description = describe(heldout.sources)
+    _report_sizes(text, split_description, repeated, reporter)
     return text
 
 
-def _report_sizes(text: SplitText, how: str, repeated: int, reporter: Reporter) -> None:
-    """Report the sizes of both parts. Raises `InputError` if one of them is empty."""
+def _report_sizes(text: SplitText, split_description: str, repeated: int, reporter: Reporter) -> None:
+    """Report the sizes of both parts. Raises `InputError` if one part is empty."""
     documents, characters = text.sizes("train")
     heldout_documents, heldout_characters = text.sizes("heldout")
     if not characters or not heldout_characters:
@@ -169,7 +169,7 @@ def _report_sizes(text: SplitText, how: str, repeated: int, reporter: Reporter) 
         )
     reporter.note(
         f"text: {characters:,} characters in {_count_documents(documents)} for training, {heldout_characters:,} in "
-        f"{_count_documents(heldout_documents)} held out ({how})"
+        f"{_count_documents(heldout_documents)} held out ({split_description})"
     )
     if text.split is not None and text.split.cuts_a_document:
         reporter.note("the split cuts a document in two; the held-out text starts inside it")
@@ -185,9 +185,9 @@ def _count_documents(count: int) -> str:
 
 
 def _check_unchanged(corpus: Corpus, scan: Scan) -> Iterator[Piece]:
-    """Yield the pieces of a corpus. Raises `InputError` if its sizes differ from those of the scan.
+    """Yield the pieces of a corpus. Raises `InputError` if its sizes differ from the scan's sizes.
 
-    The scan determines the cache key, so tokens of a changed text would be cached under the key of the old one.
+    The scan determines the cache key, so the tokens of a changed text would be cached under the key of the old text.
     """
     documents = characters = 0
     for piece in corpus.pieces():
@@ -245,7 +245,7 @@ def _report_progress(pieces: Iterator[Piece], advance: Advance) -> Iterator[Piec
 def _open_or_encode(
     folder: Path, part: str, text: SplitText, tokenizer: Tokenizer, encode_pieces: EncodePieces, reporter: Reporter
 ) -> Shard:
-    """Open the tokens of a part. Encodes them first if they are not in the cache."""
+    """Open the tokens of a part, encoding them first if they are not in the cache."""
     if not (folder / f"{part}.json").exists():
         with reporter.progress(f"encoding {part}", text.sizes(part)[1], "B") as advance:
             encode_to_shard(folder, part, text.pieces(part), tokenizer, advance, encode_pieces)
@@ -288,7 +288,7 @@ def encode_to_shard(
     return shards.open_shard(folder, name)
 
 
-def _warn_of_unknown_tokens(heldout: Shard, reporter: Reporter) -> None:
+def _warn_about_unknown_tokens(heldout: Shard, reporter: Reporter) -> None:
     unknown = heldout.counts.unknown_tokens
     if unknown:
         reporter.warn(

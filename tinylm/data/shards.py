@@ -42,7 +42,7 @@ class Shard:
         return len(self.tokens)
 
     def documents(self) -> list[tuple[int, int]]:
-        """(start, end) of each document in `tokens`. The end-of-text token is at start - 1 and at end."""
+        """Return (start, end) of each document in `tokens`. The end-of-text token is at start - 1 and at end."""
         ends = np.flatnonzero(np.asarray(self.tokens) == self.end_of_text)
         return [(int(a) + 1, int(b)) for a, b in pairwise(ends)]
 
@@ -75,7 +75,7 @@ class ShardWriter:
         self.length += len(ids)
 
     def add(self, ids: np.ndarray, starts_document: bool) -> None:
-        """Append ids to the current document, or to a new one if they start one."""
+        """Append ids to the current document, or to a new document if `starts_document` is true."""
         if starts_document:
             if self.documents:
                 self._write(np.array([self._end_of_text]))

@@ -24,8 +24,8 @@ from tinylm.tokenizer.encoding import segments
 
 BATCH_BYTES = 1 << 21
 _PENDING_PER_WORKER = 3
-"""Maximum number of pending batches per worker: few enough to bound the memory, and enough to keep all workers busy while results
-wait for the slowest batch."""
+"""Maximum number of pending batches per worker. Small enough to limit memory usage, and large enough to keep all workers busy while
+results wait for the slowest batch."""
 
 Segment = tuple[bytes, bool]
 """(UTF-8 text, whether it starts a document)"""

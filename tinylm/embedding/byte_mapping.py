@@ -6,12 +6,12 @@ from tinylm.tokenizer.byte_level import bytes_to_unicode, unicode_to_bytes
 
 
 def to_byte_mapped(raw: bytes) -> str:
-    """`b" the"` becomes `"Ġthe"`. `from_byte_mapped` reverses it."""
+    """Convert bytes to byte-mapped form: `b" the"` becomes `"Ġthe"`. The inverse is `from_byte_mapped`."""
     table = bytes_to_unicode()
     return "".join(table[byte] for byte in raw)
 
 
 def from_byte_mapped(name: str) -> bytes | None:
-    """The bytes of a byte-mapped name, or None if it contains a character that does not represent a byte."""
+    """Return the bytes of a byte-mapped name, or None if it contains a character that does not represent a byte."""
     table = unicode_to_bytes()
     return bytes(table[character] for character in name) if all(character in table for character in name) else None

@@ -1,6 +1,6 @@
 """Encode a text as a file of ids: choose which words or tokens get a vector, count them, and write the id of each occurrence.
 
-The text is read twice, once to count and once to write, in memory that does not grow with the text. The file holds int32 ids in the
+The text is read twice, once to count and once to write. Memory use does not grow with the text. The file contains int32 ids in the
 order of the text, without rare words, and -1 between documents. It is cached by the content of the text and the vocabulary options.
 """
 
@@ -48,17 +48,20 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class EncodedText:
-    """A text as a file of ids, which are positions in the vocabulary."""
+    """A text as a file of ids, which are indices into the vocabulary."""
 
     vocabulary: Vocabulary
     path: Path
     length: int
-    """Ids in the file, including the separators between documents."""
+    """Number of ids in the file, including the separators between documents."""
     fingerprint: str
     """Hash of the text, the vocabulary options and the tokenizer."""
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Read up to `count` ids, int32, from `start` on. They are copied, because mapped pages count as memory of the process."""
+        """Read up to `count` ids from index `start`, as int32.
+
+        The file is not memory-mapped, because mapped pages count as memory of the process.
+        """
         return np.fromfile(self.path, dtype="<i4", count=count, offset=4 * start)
 
 
@@ -116,7 +119,7 @@ class _WordCounter:
         self.total = 0
 
     def count(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
-        """Count the words of each piece and pass the piece on."""
+        """Count the words of each piece and yield the piece."""
         for piece in pieces:
             words = split_words(piece.text, self._section.lowercase)
             self._counts.update(words)
@@ -146,7 +149,7 @@ class _WordCounter:
 
 
 class _TokenCounter:
-    """Counts a tokenizer's tokens in a first pass and encodes them in a second. Their names are byte-mapped."""
+    """Counts tokens in a first pass and encodes them in a second. The names of the tokens are byte-mapped."""
 
     noun = "tokens"
 
@@ -159,7 +162,7 @@ class _TokenCounter:
         self.total = 0
 
     def count(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
-        """Count the tokens of each piece and pass the piece on."""
+        """Count the tokens of each piece and yield the piece."""
         for piece in pieces:
             for ids, _ in self._tokenizer.encode_pieces([piece]):
                 self._counts += np.bincount(ids, minlength=len(self._counts))
@@ -190,7 +193,7 @@ class _TokenCounter:
 
 
 def token_names(tokenizer: Tokenizer) -> list[str]:
-    """The unique name of each token id: its byte-mapped bytes, or for special tokens the token itself."""
+    """Return a unique name for each token id: its byte-mapped bytes, or the token itself if it is special."""
     special = {id for id in (tokenizer.end_of_text, tokenizer.unknown) if id is not None}
     names = []
     for id, raw in enumerate(tokenizer.token_bytes):
@@ -202,19 +205,19 @@ def token_names(tokenizer: Tokenizer) -> list[str]:
 
 
 def split_words(text: str, lowercase: bool) -> list[str]:
-    """The words of a text: runs of letters, digits, combining marks and underscores, with apostrophes inside."""
+    """Return the words of a text: runs of letters, digits, combining marks and underscores, which may contain apostrophes."""
     words: list[str] = _word_pattern().findall(text.lower() if lowercase else text)
     return words
 
 
 def word_spans(text: str) -> list[tuple[int, int]]:
-    """The (start, end) offsets of each word, in characters."""
+    """Return the (start, end) offsets of each word, in characters."""
     return [match.span() for match in _word_pattern().finditer(text)]
 
 
 @cache
 def _word_pattern() -> re.Pattern[str]:
-    """Python's \\w does not match combining marks, without which words of many scripts would be split."""
+    """The pattern of a word. It adds combining marks, which Python's \\w does not match, to keep words of many scripts whole."""
     marks = [code for code in range(0x300, sys.maxunicode + 1) if unicodedata.category(chr(code)) in ("Mn", "Mc")]
     starts = [code for code, before in zip(marks, [0, *marks], strict=False) if code != before + 1]
     ends = [code for code, after in zip(marks, [*marks[1:], 0], strict=True) if after != code + 1]

@@ -1,7 +1,8 @@
 """Evaluate vectors on public test sets: analogies (questions-words) and word similarity (WordSim-353, SimLex-999).
 
-An analogy file has lines `: section` and questions of four words. A similarity file has two words and a score per line, separated
-by tabs, commas or spaces. Questions with a word that has no vector are skipped. The coverage is the share of the others.
+An analogy file has section lines (`: NAME`) and questions of four words. A similarity file has two words and a score per line,
+separated by tabs, commas or spaces. Questions with a word that has no vector are skipped. Coverage is the share of questions that
+are not skipped.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class AnalogyResult:
 
     @property
     def accuracy(self) -> float | None:
-        """Share of the covered questions that were answered correctly; None if none are covered."""
+        """The share of covered questions that were answered correctly, or None if no questions are covered."""
         return self.correct / self.covered if self.covered else None
 
     @property
@@ -44,16 +45,16 @@ class SimilarityResult:
     covered: int
     """Pairs whose words both have a vector."""
     spearman: float | None
-    """Rank correlation with the human scores. None with fewer than three pairs, or if all values are equal."""
+    """Rank correlation with the human scores. None if there are fewer than three pairs or all values are equal."""
     pearson: float | None
 
 
 def evaluate(
     vectors: Vectors, path: Path, *, method: str = "3cosadd", max_names: int | None = 30_000
 ) -> AnalogyResult | SimilarityResult:
-    """Evaluate on one file, whose format is detected from its lines. Only the first `max_names` names are candidates for answers.
+    """Evaluate vectors on an analogy or similarity file. The format is detected from the lines.
 
-    Raises `InputError` if the file has neither format.
+    Only the first `max_names` names are candidates for answers. Raises `InputError` if the file has neither format.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -99,7 +100,7 @@ def _evaluate_analogies(
 
 
 def _answered_correctly(vectors: Vectors, questions: np.ndarray, method: str, max_names: int) -> np.ndarray:
-    """Whether each question is answered correctly, bool (questions,). `questions` holds the rows of the words, (questions, 4)."""
+    """Return whether each question is answered correctly, (questions,). `questions` contains the words' rows, (questions, 4)."""
     correct = np.zeros(len(questions), dtype=bool)
     for start in range(0, len(questions), _BATCH):
         batch = questions[start : start + _BATCH]
@@ -130,7 +131,7 @@ def _evaluate_similarities(vectors: Vectors, lines: list[tuple[int, str]], path:
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
-    """The rank of each value. Equal values share the mean of their ranks."""
+    """Return the rank of each value. Equal values share the mean of their ranks."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last_ranks = np.cumsum(counts)
     means: np.ndarray = last_ranks - (counts - 1) / 2
@@ -138,7 +139,7 @@ def ranks(values: np.ndarray) -> np.ndarray:
 
 
 def correlation(first: np.ndarray, second: np.ndarray) -> float | None:
-    """Pearson's correlation. None with fewer than three values, or if either array is constant."""
+    """Return Pearson's correlation, or None if there are fewer than three values or either array is constant."""
     if len(first) < 3 or first.std() == 0 or second.std() == 0:
         return None
     return float(np.corrcoef(first, second)[0, 1])

@@ -1,7 +1,7 @@
 """Read and write vectors in common formats: word2vec text and binary, GloVe text, safetensors, TensorFlow projector.
 
-Text formats write each float32 with nine digits, enough to restore the same bits. They cannot represent names that are empty or
-contain white space. If there is such a name, all names are written byte-mapped, and `read` can undo the mapping.
+Text formats write each float32 with nine digits, which is enough to restore it exactly. They cannot represent names that are
+empty or contain white space. If there is such a name, all names are written byte-mapped, and `read` can undo the mapping.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def read(path: Path, kind: str | None = None, *, undo_byte_mapping: bool = False
 
 
 def write(vectors: Vectors, path: Path, kind: str | None = None) -> bool:
-    """Write `vectors` in the format `kind`, by default the format of the suffix. Returns whether the names had to be byte-mapped.
+    """Write `vectors` in the format `kind` (default: from the suffix). Returns whether the names had to be byte-mapped.
 
     Raises `InputError` for an unknown format.
     """
@@ -84,9 +84,9 @@ def _detect_format(path: Path) -> str:
         header = file.readline(_MAX_NAME_BYTES).split()
         if len(header) != 2 or not all(part.isdigit() for part in header):
             return "glove"
-        second = file.readline(_MAX_NAME_BYTES + 32 * int(header[1]))
+        first_row = file.readline(_MAX_NAME_BYTES + 32 * int(header[1]))
     try:
-        [float(part) for part in second.split()[-int(header[1]) :]]
+        [float(part) for part in first_row.split()[-int(header[1]) :]]
     except ValueError:
         return "word2vec-binary"
     return "word2vec"

@@ -12,16 +12,16 @@ from torch import Tensor
 from tinylm.embedding.encoded_text import token_names, word_spans
 from tinylm.embedding.vectors import Vectors
 from tinylm.errors import InputError
-from tinylm.model.transformer import Transformer
+from tinylm.model.base import Model
 from tinylm.reporting import SILENT, Reporter
 from tinylm.run import Checkpoint, Run
 from tinylm.text.sources import Corpus, describe
 
 
 def static_vectors(run: Run, checkpoint: Checkpoint, which: str) -> Vectors:
-    """The vectors of all tokens: the token embedding (`which="input"`) or the output projection (`which="output"`)."""
+    """Return the vectors of all tokens: the token embedding (`which="input"`) or the output projection (`which="output"`)."""
     network = run.network(checkpoint, torch.device("cpu"))
-    module = network.embedding if which == "input" else network.head
+    module = network.input_embedding() if which == "input" else network.output_embedding()
     matrix = module.weight.detach().numpy().copy()
     return Vectors(token_names(run.tokenizer), matrix, byte_mapped=True, notes=_notes(run, checkpoint, which))
 
@@ -39,20 +39,22 @@ def contextual_vectors(
     device: torch.device | None = None,
     reporter: Reporter = SILENT,
 ) -> Vectors:
-    """For each token of a text, the mean of the residual stream after `layer` blocks over all its occurrences.
+    """Average the residual stream after `layer` blocks over all occurrences of each token of a text.
 
-    `layer` 0 is the input of the first block; the default is half of the blocks. Every token has at least half a context window of
-    text before it, or all text before it if there is less. With `words`, the mean is over all tokens of all occurrences of a word.
-    Raises `InputError` if there is no such layer, or if nothing occurs `min_count` times.
+    `layer` 0 is the input of the first block; the default is half of the blocks. The model sees at least half a context window of
+    text before each token, or all of the preceding text if there is less. With `words`, average over all tokens of all occurrences
+    of each word. Raises `InputError` if the layer does not exist, or if nothing occurs at least `min_count` times.
     """
-    depth = run.recipe.model.n_layer
+    device = device or torch.device("cpu")
+    network = run.network(checkpoint, device)
+    depth = network.depth
+    if not depth:
+        raise InputError(f"a model of architecture {network.architecture} has no residual stream")
     layer = (depth + 1) // 2 if layer is None else layer
     if layer > depth:
         raise InputError(f"must be from 0 to {depth}, the number of blocks", where=f"--layer {layer}")
-    device = device or torch.device("cpu")
-    network = run.network(checkpoint, device)
     names = token_names(run.tokenizer)
-    sums = _VectorSums(0 if words else len(names), network.model.n_embd)
+    sums = _VectorSums(0 if words else len(names), network.input_embedding().embedding_dim)
     with Corpus(sources, field=field, errors=errors) as corpus, reporter.progress("reading", None, "") as advance:
         done = 0
         for piece in corpus.pieces():
@@ -105,7 +107,7 @@ class _VectorSums:
 
 
 def _word_numbers(text: str, offsets: Sequence[tuple[int, int]], sums: _VectorSums) -> np.ndarray:
-    """For each token, the number of the word that contains its last character, or -1."""
+    """Return for each token the number of the word that contains its last character, or -1."""
     spans = word_spans(text)
     starts = np.array([start for start, _ in spans], dtype=np.int64)
     ends = np.array([end for _, end in spans], dtype=np.int64)
@@ -118,36 +120,23 @@ def _word_numbers(text: str, offsets: Sequence[tuple[int, int]], sums: _VectorSu
 
 @torch.no_grad()
 def _hidden_states(
-    network: Transformer, ids: np.ndarray, start_token: int | None, layer: int, device: torch.device
+    network: Model, ids: np.ndarray, start_token: int | None, layer: int, device: torch.device
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (slice of `ids`, states (tokens, width)) after `layer` blocks, each token once, from windows that overlap by half."""
+    """Yield (slice of `ids`, hidden states after `layer` blocks), with the states as (tokens, width).
+
+    The windows overlap by half, but each token is yielded only once.
+    """
     prefix = [] if start_token is None else [start_token]
     context = network.model.context_length - len(prefix)
     stride = max(1, context // 2)
+    name = f"blocks.{layer - 1}.resid_post" if layer else "blocks.0.resid_pre"
     begin = done = 0
     while done < len(ids):
         window = ids[begin : begin + context]
         tokens = torch.from_numpy(np.concatenate([np.array(prefix, dtype=np.int64), window]))[None].to(device)
-        states = _residual_after(network, tokens, layer)[0, len(prefix) :]
+        with network.caching([name]) as cache:
+            network.hidden(tokens)  # the logits are not needed
+        states = cache[name][0, len(prefix) :]
         yield slice(done, begin + len(window)), states[done - begin :].double().cpu()
         done = begin + len(window)
         begin += stride
-
-
-def _residual_after(network: Transformer, tokens: Tensor, layer: int) -> Tensor:
-    """The residual stream, (1, time, width), after `layer` blocks, for `tokens` (1, time)."""
-    captured: list[Tensor] = []
-
-    def capture_input(module: Any, arguments: tuple[Any, ...]) -> None:
-        captured.append(arguments[0])
-
-    def capture_output(module: Any, arguments: Any, result: tuple[Any, ...]) -> None:
-        captured.append(result[0])
-
-    block = network.blocks[max(layer - 1, 0)]
-    hook = block.register_forward_hook(capture_output) if layer else block.register_forward_pre_hook(capture_input)
-    try:
-        network.hidden(tokens)
-    finally:
-        hook.remove()
-    return captured[0]

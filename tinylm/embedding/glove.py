@@ -1,4 +1,4 @@
-"""GloVe (Pennington et al. 2014): count co-occurrences on disk, then factorize them. Bit-identical for any number of threads.
+"""GloVe (Pennington et al. 2014) counts co-occurrences on disk and factorizes them. Bit-identical for any number of threads.
 
 Counting keeps the pairs of the most frequent words in a dense matrix and writes all others to disk as sorted runs, which are then
 merged one key range at a time. The cells of the co-occurrence matrix are grouped into 8 x 8 blocks by (row mod 8, column mod 8). A
@@ -25,7 +25,7 @@ from tinylm.reporting import Reporter
 
 BLOCKS_PER_SIDE = 8
 MAX_DENSE_NAMES = 2048
-"""Pairs of this many most frequent names are counted in a dense float64 matrix (32 MiB)."""
+"""The number of most frequent names whose pairs are counted in a dense float64 matrix (32 MiB)."""
 BYTES_PER_PAIR = 64
 """Memory for one buffered pair: its key and weight, and temporary arrays while sorting."""
 _FORMAT = 1
@@ -36,7 +36,7 @@ CELL_DTYPE = np.dtype([("row", "<i4"), ("column", "<i4"), ("count", "<f4")])
 
 @dataclass(frozen=True)
 class Cooccurrences:
-    """The nonzero cells of a co-occurrence matrix in a file, block after block, shuffled within each block."""
+    """A file with the nonzero cells of a co-occurrence matrix, block by block and shuffled within each block."""
 
     path: Path
     ends: list[int]
@@ -46,14 +46,14 @@ class Cooccurrences:
         return self.ends[-1]
 
     def block(self, row: int, column: int) -> np.ndarray:
-        """The cells of one block, an array of `CELL_DTYPE`."""
+        """Read the cells of one block as an array of `CELL_DTYPE`."""
         index = row * BLOCKS_PER_SIDE + column
         start = self.ends[index - 1] if index else 0
         return np.fromfile(self.path, dtype=CELL_DTYPE, count=self.ends[index] - start, offset=CELL_DTYPE.itemsize * start)
 
 
 def count_cooccurrences(text: EncodedText, method: GloveMethod, seed: int, reporter: Reporter) -> Cooccurrences:
-    """Count the pairs of words within a symmetric window; a pair at distance d counts 1 / d. The result is cached."""
+    """Count the pairs of words within a symmetric window. A pair at distance d has weight 1 / d. The result is cached."""
     key = json.dumps([text.fingerprint, method.window, seed, _FORMAT])
     folder = cache_folder("cooccurrences", hashlib.sha256(key.encode()).hexdigest()[:32])
     ends_file = folder / "ends.json"
@@ -69,7 +69,7 @@ def count_cooccurrences(text: EncodedText, method: GloveMethod, seed: int, repor
 
 
 def _write_runs(text: EncodedText, method: GloveMethod, working: Path, reporter: Reporter) -> list[Path]:
-    """Count the pairs and write them as runs sorted by key. The last run holds the dense matrix."""
+    """Count the pairs and write them as runs sorted by key. The last run contains the dense matrix."""
     compiled = import_kernels()
     names, window = len(text.vocabulary.names), method.window
     dense = np.zeros((min(names, MAX_DENSE_NAMES),) * 2)
@@ -101,7 +101,7 @@ def _write_runs(text: EncodedText, method: GloveMethod, working: Path, reporter:
 
 
 def _sum_by_key(keys: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """A run sorted by key, with the weights of equal keys added in the order of the input."""
+    """Return a run sorted by key, with the weights of equal keys added in input order."""
     order = np.argsort(keys, kind="stable")
     keys, weights = keys[order], weights[order]
     starts = np.flatnonzero(np.diff(keys, prepend=-1))
@@ -135,7 +135,7 @@ def _merge_into_blocks(runs: list[Path], names: int, method: GloveMethod, workin
 
 
 def _range_bounds(runs: list[np.memmap], names: int, capacity: int) -> list[int]:
-    """Ascending upper bounds of key ranges that hold about `capacity` pairs each, estimated from a sample of the keys."""
+    """Return ascending upper bounds of key ranges with about `capacity` pairs each, estimated from a sample of the keys."""
     ranges = -(-sum(map(len, runs)) // capacity)
     samples = [run["key"][:: max(1, len(run) // (16 * ranges))] for run in runs]
     sample = np.sort(np.concatenate(samples)) if samples else np.zeros(0)
@@ -143,7 +143,7 @@ def _range_bounds(runs: list[np.memmap], names: int, capacity: int) -> list[int]
 
 
 def _shuffle_and_join_blocks(working: Path, target: Path, seed: int) -> list[int]:
-    """Shuffle the cells of each block and write all blocks to one file. Returns where each block ends."""
+    """Shuffle the cells of each block and write all blocks to one file. Returns the end index of each block."""
     ends = []
     total = 0
     joined = working / "cells"
@@ -181,7 +181,7 @@ class Glove:
         self.steps = BLOCKS_PER_SIDE * method.epochs
 
     def step(self, number: int) -> StepResult:
-        """Run step `number` of `steps`, counted from 0: the blocks (row, (row + number) mod 8)."""
+        """Run step `number`, from 0 to `steps` - 1. It processes the blocks (row, (row + number) mod 8)."""
         method = self._method
 
         def train_block(row: int) -> tuple[float, int]:

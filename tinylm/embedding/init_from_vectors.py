@@ -1,8 +1,8 @@
 """Initialize the token embedding of a language model from vectors (`model.init_embeddings` of a recipe).
 
-Vectors of tokens are copied to the tokens of the same name. From vectors of words, each token gets the mean over the words whose
-encoding contains it, weighted by their counts. All are scaled by one factor to the standard deviation of the embedding's random
-initialization. Tokens without a vector keep their random values.
+Token vectors are copied to the tokens with the same name. If the vectors are word vectors, each token gets the mean over the words
+whose encoding contains it, weighted by word count. All vectors are scaled by the same factor to match the standard deviation of the
+embedding's random initialization. Tokens without a vector keep their random values.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tinylm.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class InitializedTokens:
-    """How many of the vocabulary's tokens got a vector, and whether it was averaged from vectors of words."""
+    """How many tokens of the vocabulary got a vector, and whether the vectors were averaged from word vectors."""
 
     tokens: int
     vocab_size: int
@@ -53,7 +53,7 @@ def initialize_from_vectors(embedding: nn.Embedding, vectors: Vectors, tokenizer
 
 
 def table_from_tokens(vectors: Vectors, tokenizer: Tokenizer) -> np.ndarray:
-    """The vector of each token, looked up by its name: float32 (vocabulary, width), zero for tokens without a vector."""
+    """Look up the vector of each token by name. Returns float32 (vocabulary, width), zero for tokens without a vector."""
     table = np.zeros((tokenizer.vocab_size, vectors.dimensions), dtype=np.float32)
     for id, name in enumerate(token_names(tokenizer)):
         if (row := vectors.index.get(name)) is not None:
@@ -62,9 +62,9 @@ def table_from_tokens(vectors: Vectors, tokenizer: Tokenizer) -> np.ndarray:
 
 
 def table_from_words(vectors: Vectors, tokenizer: Tokenizer) -> np.ndarray:
-    """For each token, the weighted mean of the vectors of the words it is part of: float32 (vocabulary, width), otherwise zero.
+    """Average word vectors into token vectors. Returns float32 (vocabulary, width), zero for tokens that are in no word.
 
-    Each word is encoded in the forms it has in a text: after a space, capitalized after a space, and without a space.
+    Each word is encoded in three forms: after a space, capitalized after a space, and without a space.
     """
     sums = np.zeros((tokenizer.vocab_size, vectors.dimensions))
     weights = np.zeros(tokenizer.vocab_size)

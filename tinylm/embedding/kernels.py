@@ -1,10 +1,10 @@
-"""The inner loops of word2vec and GloVe, compiled by numba. They release the GIL, so several threads run them at the same time.
+"""The inner loops of word2vec and GloVe, compiled by numba. They release the GIL, so several threads can run them in parallel.
 
 Papers: Mikolov et al. 2013, "Distributed Representations of Words and Phrases and their Compositionality" (negative sampling);
 Pennington et al. 2014, "GloVe: Global Vectors for Word Representation".
 
-Legend: `V` names, `D` dimensions, `P` positions of a segment, `K` negatives. `ids` are int32 positions in the vocabulary; a
-negative id ends a document. A workspace is the scratch memory with which one thread processes one segment of the text.
+Legend: `V` names, `D` dimensions, `P` positions of a segment, `K` negatives. `ids` are int32 indices into the vocabulary;
+a negative id marks the end of a document. A workspace is the scratch memory for one segment of the text.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SIGMOID_STEPS = 64
 """The sigmoid is tabulated from -8 to 8 in steps of 1/64. Scores outside are clamped."""
 _HALF = np.float32(0.5)
 _FAST = {"reassoc", "contract", "arcp", "nsz"}
-"""Allow reordered sums, so that they vectorize. NaN and infinity keep their meaning, so that divergence is detected."""
+"""Allow sums to be reordered so that they can be vectorized. NaN and infinity are kept so that divergence can be detected."""
 _compiled = cached_njit(fastmath=_FAST)
 
 
@@ -31,16 +31,16 @@ class TrainingConstants(NamedTuple):
     """float32 (V,): probability that subsampling keeps an occurrence (Mikolov et al. 2013, section 2.3)."""
     accept: np.ndarray
     alias: np.ndarray
-    """float32 and int32 (V,): Walker's alias table of the distribution from which negatives are drawn."""
+    """float32 and int32 (V,): Walker's alias table for the distribution of negatives."""
     sigmoid: np.ndarray
     log_sigmoid: np.ndarray
-    """float32 (2 * SIGMOID_RANGE * SIGMOID_STEPS + 1,): both functions, tabulated."""
+    """float32 (2 * SIGMOID_RANGE * SIGMOID_STEPS + 1,): tables of both functions."""
     window: int
     negatives: int
 
 
 class Workspace(NamedTuple):
-    """Scratch memory for one segment. A slot is a row of `inputs` or `outputs`, the copies of the table rows that are in use."""
+    """Scratch memory for one segment. A slot is a row of `inputs` or `outputs`. It contains a copy of a table row."""
 
     kept: np.ndarray
     """int32 (P,): the ids of the segment that subsampling kept."""
@@ -48,13 +48,13 @@ class Workspace(NamedTuple):
     """int32 (P, K): the slots of the negatives of each position; -1 where the word itself was drawn."""
     input_slots: np.ndarray
     output_slots: np.ndarray
-    """int32 (V,): the slot that holds the copy of a row, or -1."""
+    """int32 (V,): the slot that contains the copy of each table row, or -1."""
     inputs: np.ndarray
     outputs: np.ndarray
-    """float32 (slots, D): copies of rows during training; after `_finish`, the changes of the rows."""
+    """float32 (slots, D): copies of table rows during training; after `_finish`, the changes to these rows."""
     input_rows: np.ndarray
     output_rows: np.ndarray
-    """int32 (slots,): the row whose copy the slot holds."""
+    """int32 (slots,): the table row of each slot."""
     input_uses: np.ndarray
     output_uses: np.ndarray
     """int32 (slots,): how many times each copy was updated."""
@@ -62,7 +62,7 @@ class Workspace(NamedTuple):
 
 @_compiled
 def _random(state: Any) -> Any:
-    """The next 64-bit number of SplitMix64 (Steele et al. 2014)."""
+    """Return the next 64-bit random number of SplitMix64 (Steele et al. 2014)."""
     state[0] += np.uint64(0x9E3779B97F4A7C15)
     mixed = state[0]
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -72,19 +72,19 @@ def _random(state: Any) -> Any:
 
 @_compiled
 def _random_below(state: Any, size: int) -> Any:
-    """A random integer in [0, size)."""
+    """Return a random integer in [0, size)."""
     return np.int64(((_random(state) >> np.uint64(32)) * np.uint64(size)) >> np.uint64(32))
 
 
 @_compiled
 def _to_unit_interval(bits: Any) -> Any:
-    """The lowest 24 bits as a number in [0, 1)."""
+    """Convert the lowest 24 bits to a number in [0, 1)."""
     return np.float32(bits & np.uint64(0xFFFFFF)) * np.float32(1 / 16777216)
 
 
 @_compiled
 def _copy_row(row: Any, slots: Any, rows: Any, uses: Any, copies: Any, table: Any, used: Any) -> Any:
-    """Copy a row of `table` into the next free slot unless a slot already holds it. Returns the number of slots in use."""
+    """Copy a row of `table` into the next free slot, unless it already has a slot. Returns the number of slots in use."""
     if slots[row] >= 0:
         return used
     slots[row] = used
@@ -99,7 +99,7 @@ def _copy_row(row: Any, slots: Any, rows: Any, uses: Any, copies: Any, table: An
 def _prepare(ids: Any, state: Any, inputs: Any, outputs: Any, constants: Any, work: Any) -> Any:
     """Subsample the segment, draw the negatives and copy the rows in use.
 
-    Returns the number of positions kept, and of input and output slots in use.
+    Returns the number of positions kept and the numbers of input and output slots in use.
     """
     kept = 0
     for id in ids:
@@ -157,7 +157,7 @@ def _targets(position: int, work: Any, targets: Any) -> Any:
 
 @_compiled
 def _window(position: int, kept: int, work: Any, width: int) -> Any:
-    """The bounds [start, end) of the window around `position`, which ends at the borders of the document."""
+    """Return the bounds [start, end) of the window around `position`. It does not cross document boundaries."""
     start = position
     while start > 0 and position - start < width and work.kept[start - 1] >= 0:
         start -= 1
@@ -169,7 +169,7 @@ def _window(position: int, kept: int, work: Any, width: int) -> Any:
 
 @_compiled
 def _sigmoid_index(score: Any) -> Any:
-    """The index of a score in the tabulated sigmoid."""
+    """Return the index of a score in the sigmoid table."""
     clamped = min(max(score, np.float32(-SIGMOID_RANGE)), np.float32(SIGMOID_RANGE))
     return np.int64((clamped + np.float32(SIGMOID_RANGE)) * np.float32(SIGMOID_STEPS))
 
@@ -178,7 +178,7 @@ def _sigmoid_index(score: Any) -> Any:
 def skip_gram(ids: Any, seed: Any, inputs: Any, outputs: Any, constants: Any, work: Any, lr: Any) -> Any:
     """Train skip-gram with negative sampling on one segment (Mikolov et al. 2013, equation 4).
 
-    The context words of a position share its negatives (Ji et al. 2016, section 3), so that all their rows stay in the CPU's cache.
+    The context words of a position share its negatives (Ji et al. 2016, section 3), so that the rows stay in the CPU cache.
     Returns the summed loss in nats, the number of pairs, and the numbers of input and output slots in use.
     """
     D = inputs.shape[1]
@@ -237,7 +237,7 @@ def skip_gram(ids: Any, seed: Any, inputs: Any, outputs: Any, constants: Any, wo
 def cbow(ids: Any, seed: Any, inputs: Any, outputs: Any, constants: Any, work: Any, lr: Any) -> Any:
     """Train CBOW with negative sampling on one segment (Mikolov et al. 2013).
 
-    Returns the same as `skip_gram`, with the number of positions instead of pairs.
+    Returns the same values as `skip_gram`, but counts positions instead of pairs.
     """
     D = inputs.shape[1]
     state = np.array([seed], dtype=np.uint64)
@@ -310,11 +310,11 @@ def merge_changes(
     """Add the changes of all segments to the rows `part`, `part + parts`, ... of `table`, in the order of the segments.
 
     `rows` and `uses` are (segments, slots), `changes` is (segments, slots, D), and `used`, (segments,), counts the slots in use.
-    `segments_per_row` and `uses_per_row` are scratch memory (V,), zero before and after.
+    `segments_per_row` and `uses_per_row` are scratch arrays (V,) that are zero before and after the call.
 
-    Segments that update the same row start from the same value. For a frequent word, the sum of their changes would overshoot, and
-    their mean would learn too slowly. If each update moves a row by the fraction `lr / 2` towards its optimum, n updates move it by
-    1 - exp(-n lr / 2). The sum is scaled to what the segments would have reached one after another.
+    Segments that update the same row start from the same value. For a frequent word, adding their changes would overshoot, and
+    averaging them would learn too slowly. If each update moves a row by the fraction `lr / 2` toward its optimum, n updates move it
+    by 1 - exp(-n lr / 2). The sum is scaled to the change that sequential updates would have made.
     """
     for segment in range(len(used)):
         for slot in range(used[segment]):
@@ -346,8 +346,8 @@ def merge_changes(
 def count_pairs(ids: Any, first: int, window: int, V: int, dense: Any, keys: Any, weights: Any) -> Any:
     """Count the pairs whose second word is at position `first` or later, each with weight 1 / distance (Pennington et al. 2014).
 
-    Pairs of the `len(dense)` most frequent words are added to `dense`. Every other pair is appended to `keys`, as smaller id * V +
-    larger id, and to `weights`. Returns the number of pairs appended.
+    Pairs of the `len(dense)` most frequent words are added to `dense`. For every other pair, `smaller id * V + larger id` is
+    appended to `keys` and the weight to `weights`. Returns the number of pairs appended.
     """
     frequent = len(dense)
     count = 0
@@ -385,7 +385,7 @@ def glove(
     """Fit the cells of one block with AdaGrad (Pennington et al. 2014, equation 8). Returns the summed loss.
 
     `rows`, `columns` and `counts` are (cells,). The tables are (V, D + 1): the last column of `words` and `contexts` is the bias;
-    `word_squares` and `context_squares` hold AdaGrad's sums of squared gradients.
+    `word_squares` and `context_squares` contain AdaGrad's sums of squared gradients.
     """
     D = words.shape[1] - 1
     loss = 0.0

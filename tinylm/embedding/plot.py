@@ -24,10 +24,10 @@ _NEIGHBORS = 10
 
 
 def draw(vectors: Vectors, path: Path, *, projection: str = "pca", max_names: int = 2000, labels: int = 150, seed: int = 0) -> int:
-    """Draw the first `max_names` names to `path`, in the format of its suffix. Returns how many names were drawn.
+    """Draw the first `max_names` names to `path`, in the format of its suffix. Returns the number of names drawn.
 
-    `labels` is the number of names written into an image. Raises `InputError` if an optional dependency is missing, or for fewer
-    than three vectors.
+    `labels` is the number of labeled points in an image. Raises `InputError` if an optional dependency is missing or there are
+    fewer than three vectors.
     """
     normalized = vectors.normalized[:max_names]
     if len(normalized) < 3:
@@ -64,7 +64,7 @@ def project(normalized: np.ndarray, projection: str, seed: int) -> tuple[np.ndar
 
 
 def pca(rows: np.ndarray) -> tuple[np.ndarray, float]:
-    """The first two principal components (rows, 2) and the share of the variance they explain.
+    """Return the first two principal components (rows, 2) and the share of the variance that they explain.
 
     The sign of a component is chosen so that its largest loading is positive.
     """
@@ -79,7 +79,7 @@ def pca(rows: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def page(vectors: Vectors, points: np.ndarray, projection: str, explained: float | None) -> str:
-    """A self-contained HTML document. The neighbors it lists are those of the full vectors, not of the projected points."""
+    """Return a self-contained HTML document. Neighbors are computed from the full vectors, not from the projected points."""
     normalized = vectors.normalized[: len(points)]
     near = np.empty((len(points), min(_NEIGHBORS, len(points) - 1)), dtype=np.int64)
     for start in range(0, len(points), 512):

@@ -1,4 +1,4 @@
-"""Named vectors and the queries on them: nearest neighbors, analogies, similarity and the odd one out. Does not import torch.
+"""Named vectors and queries on them: nearest neighbors, analogies, similarity and the odd one out. Does not import torch.
 
 A name is a word, or a tokenizer's token in byte-mapped form (` the` is `Ġthe`). Queries accept both the plain and the byte-mapped
 spelling. All similarities are cosines.
@@ -72,7 +72,7 @@ class Vectors:
 
     @cached_property
     def index(self) -> dict[str, int]:
-        """The row of each name. A repeated name has its first row."""
+        """The row of each name. If a name is repeated, its first row is used."""
         return {name: row for row, name in reversed(list(enumerate(self.names)))}
 
     @cached_property
@@ -89,7 +89,7 @@ class Vectors:
         return name if raw is None else raw.decode("utf-8", "replace")
 
     def find(self, word: str) -> int | None:
-        """The row of a word, or None. Also tries lower case, and for tokens the byte-mapped form and a leading space."""
+        """Return the row of a word, or None. Also tries lower case and, for tokens, the byte-mapped form and a leading space."""
         forms = [word, word.lower()]
         if self.byte_mapped:
             texts = [text for form in forms for text in (form, f" {form}")]
@@ -114,19 +114,19 @@ class Vectors:
         return self._top(self.normalized @ (vector / max(float(np.linalg.norm(vector)), 1e-30)), [], count)
 
     def analogy(self, a: str, b: str, c: str, count: int = 10, method: str = "3cosadd") -> list[Neighbor]:
-        """Answers to "a is to b as c is to ...", excluding the three words. Raises `InputError` for an unknown word or method.
+        """Answer "a is to b as c is to ...", excluding the three words. Raises `InputError` for an unknown word or method.
 
         `3cosadd` scores a candidate d by cos(d, b - a + c) on normalized vectors (Mikolov et al. 2013, "Linguistic Regularities in
         Continuous Space Word Representations"). `3cosmul` multiplies and divides similarities shifted to [0, 1] (Levy & Goldberg
-        2014, equation 4). `similarity` is that score.
+        2014, equation 4). The result's `similarity` is this score.
         """
         rows = [self.row(word) for word in (a, b, c)]
         return self._top(self.analogy_scores(np.array([rows]), method)[0], rows, count)
 
     def analogy_scores(self, rows: np.ndarray, method: str = "3cosadd", max_names: int | None = None) -> np.ndarray:
-        """The score of each candidate for each question, (questions, names).
+        """Return the score of each candidate for each question, (questions, names).
 
-        `rows` holds the rows of a, b and c, (questions, 3). Only the first `max_names` names are candidates.
+        `rows` contains the rows of a, b and c, (questions, 3). Only the first `max_names` names are candidates.
         """
         check_analogy_method(method)
         a, b, c = (self.normalized[rows[:, column]] for column in range(3))
@@ -144,7 +144,7 @@ class Vectors:
         return float(self.normalized[self.row(first)] @ self.normalized[self.row(second)])
 
     def odd_one_out(self, words: Sequence[str]) -> list[Neighbor]:
-        """The words with their similarity to the mean of all, least similar first. Raises `InputError` for fewer than three."""
+        """Rank the words by similarity to their mean, least similar first. Raises `InputError` for fewer than three words."""
         if len(words) < 3:
             raise InputError(f"the odd one out needs at least three words, not {len(words)}")
         chosen = self.normalized[[self.row(word) for word in words]]
@@ -154,7 +154,7 @@ class Vectors:
         return [Neighbor(words[index], float(similarities[index])) for index in order]
 
     def _top(self, scores: np.ndarray, excluded: Sequence[int], count: int) -> list[Neighbor]:
-        """The names with the highest scores. Equal scores are in the order of the rows."""
+        """Return the names with the highest scores. Ties are in row order."""
         scores = scores.copy()
         scores[list(excluded)] = -np.inf
         count = min(count, len(scores) - len(set(excluded)))
@@ -174,7 +174,7 @@ class Vectors:
             tensors["counts"] = self.counts.astype(np.int64)
         header = json.dumps({"byte_mapped": self.byte_mapped, "notes": self.notes}, sort_keys=True)
         with atomic_file(path) as temporary:
-            save_file(tensors, temporary, {FORMAT: header})  # a single key, because safetensors does not keep the order of several
+            save_file(tensors, temporary, {FORMAT: header})  # a single key, because safetensors does not keep the order of keys
 
     @classmethod
     def load(cls, path: Path) -> Vectors:

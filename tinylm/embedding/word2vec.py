@@ -2,8 +2,8 @@
 
 A step reads 8 consecutive segments of the text. Each segment is trained by plain SGD with its own random numbers, on copies of the
 rows it needs; all segments start from the same tables. Then their changes are added in the order of the text, so the result does
-not depend on which thread computes what. A step depends only on the seed, its number and the tables, so they are all that is needed
-to resume.
+not depend on the assignment of segments to threads. A step depends only on the seed, its number and the tables, so resuming needs
+nothing else.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class StepResult:
 
 
 def import_kernels() -> Any:
-    """The module of compiled loops. Raises `InputError` if numba is not installed."""
+    """Import the module of compiled loops. Raises `InputError` if numba is not installed."""
     try:
         from tinylm.embedding import kernels as compiled
     except ImportError:
@@ -85,7 +85,7 @@ class Word2Vec:
         )
 
     def step(self, number: int) -> StepResult:
-        """Run step `number` of `steps`, counted from 0."""
+        """Run step `number`, from 0 to `steps` - 1."""
         epoch, within = divmod(number, self.steps_per_epoch)
         ids = self._text.read(within * SEGMENTS * SEGMENT_LENGTH, SEGMENTS * SEGMENT_LENGTH)
         done = epoch * self._text.length + within * SEGMENTS * SEGMENT_LENGTH
@@ -107,18 +107,18 @@ class Word2Vec:
             return result
 
         results = list(self._pool.map(train_segment, range(SEGMENTS)))
-        input_counts, output_counts = (np.array([result[side] for result in results]) for side in (2, 3))
+        input_counts, output_counts = (np.array([result[index] for result in results]) for index in (2, 3))
         tables = (
             (self.inputs, workspaces.input_rows, workspaces.inputs, workspaces.input_uses, input_counts),
             (self.outputs, workspaces.output_rows, workspaces.outputs, workspaces.output_uses, output_counts),
         )
 
         def merge_part(job: tuple[int, int]) -> None:
-            side, part = job
-            scratch = workspaces.segments_per_row[side], workspaces.uses_per_row[side]
-            self._kernels.merge_changes(*tables[side], lr, *scratch, part, threads)
+            table, part = job
+            scratch = workspaces.segments_per_row[table], workspaces.uses_per_row[table]
+            self._kernels.merge_changes(*tables[table], lr, *scratch, part, threads)
 
-        list(self._pool.map(merge_part, [(side, part) for side in range(2) for part in range(threads)]))
+        list(self._pool.map(merge_part, [(table, part) for table in range(2) for part in range(threads)]))
         return sum(result[0] for result in results), sum(result[1] for result in results)
 
     def tables(self) -> dict[str, np.ndarray]:
@@ -169,9 +169,9 @@ class Workspaces:
 
 
 def alias_table(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Tables for sampling rows in proportion to `weights` in constant time (Walker 1977, built as in Vose 1991).
+    """Build tables for sampling rows in proportion to `weights` in constant time (Walker 1977; Vose 1991).
 
-    To sample, draw a row r uniformly; keep it with probability `accept[r]`, otherwise take `alias[r]`.
+    To sample, draw a row r uniformly. Keep it with probability `accept[r]`, otherwise use `alias[r]`.
     """
     scaled = (weights / weights.sum() * len(weights)).tolist()
     accept, alias = np.ones(len(weights), dtype=np.float32), np.arange(len(weights), dtype=np.int32)

@@ -22,9 +22,9 @@ MAX_ORDER = 5
 class KneserNey:
     """An n-gram model of a shard's tokens: interpolated modified Kneser-Ney smoothing (Chen & Goodman 1999, section 3).
 
-    N-grams do not cross document boundaries. The end-of-text token before a document is the context of its first token; the one
-    after it is counted like any other token. A k-gram is identified by its index among the sorted keys of order k. Its key encodes
-    the index of its prefix, a (k-1)-gram, and its last token.
+    N-grams do not cross document boundaries. The end-of-text token before a document is the context of its first token. The
+    end-of-text token after it is counted like any other token. A k-gram is identified by its index among the sorted keys of
+    order k. Its key encodes the index of its prefix, a (k-1)-gram, and its last token.
     """
 
     def __init__(self, shard: Shard, vocab_size: int, order: int = MAX_ORDER) -> None:
@@ -33,7 +33,7 @@ class KneserNey:
         tokens = np.asarray(shard.tokens, dtype=np.int64)
         max_lengths = _max_ngram_lengths(tokens, self._end_of_text)
         self._keys: list[np.ndarray] = []
-        first_positions = [np.unique(tokens, return_index=True)[1]]  # for each k, where each k-gram occurs first
+        first_positions = [np.unique(tokens, return_index=True)[1]]  # for each k, the position where each k-gram first occurs
         counts = [np.bincount(tokens, minlength=vocab_size).astype(float)]
         starting = [tokens.copy()]  # for each k, the k-gram that starts at each position, or -1
         for k in range(2, order + 1):
@@ -92,7 +92,7 @@ class KneserNey:
 
 
 class _Level:
-    """The n-grams of one order: their discounted counts, and the probability mass that each context gives to the lower order."""
+    """The n-grams of one order: their discounted counts, and the probability mass that each context assigns to the lower order."""
 
     def __init__(self, counts: np.ndarray, contexts: np.ndarray | None, size: int) -> None:
         contexts = np.zeros(len(counts), dtype=np.int64) if contexts is None else contexts
@@ -106,7 +106,7 @@ class _Level:
         self._backoff = np.bincount(contexts, weights=discounted, minlength=size)
 
     def interpolate(self, lower: np.ndarray, ngrams: np.ndarray, contexts: np.ndarray) -> np.ndarray:
-        """Interpolate with `lower`, the probabilities of the lower order, which remain unchanged where the context is unknown."""
+        """Interpolate with `lower`, the probabilities of the lower order. Where the context is unknown, return them unchanged."""
         known = contexts >= 0
         known[known] = self._total[contexts[known]] > 0
         total = np.where(known, self._total[np.where(known, contexts, 0)], 1.0)
@@ -116,7 +116,10 @@ class _Level:
 
 
 def _max_ngram_lengths(tokens: np.ndarray, end_of_text: int) -> np.ndarray:
-    """Maximum length of an n-gram that starts at each position: to the end-of-text token after the document, inclusive."""
+    """Maximum length of an n-gram that starts at each position.
+
+    The n-gram must not extend past the end-of-text token after the document.
+    """
     boundaries = np.flatnonzero(tokens == end_of_text)
     following = np.searchsorted(boundaries, np.arange(len(tokens)), side="right")
     closing = np.append(boundaries, len(tokens) - 1)[following]
@@ -162,9 +165,9 @@ def _import_optional(name: str) -> Any:
 
 
 def _load_zstd() -> Callable[[bytes, bytes], int] | None:
-    """A function from (training text, held-out text) to the compressed size in bytes, or None if zstd is not installed.
+    """Return a function (training text, held-out text) -> compressed size in bytes, or None if zstd is not installed.
 
-    It compresses at level 19 with a window that covers both texts.
+    The function compresses at level 19 with a window that covers both texts.
     """
     zstd: Any = next((module for name in ("compression.zstd", "backports.zstd") if (module := _import_optional(name))), None)
     if zstd is None:

@@ -1,4 +1,4 @@
-"""The loss of every token of an evaluation, and tables of it by document, position and frequency.
+"""Per-token losses of an evaluation, and tables of the loss by document, position and frequency.
 
 `TokenLosses` collects the losses while `evaluate` runs. The functions of this module summarize them without running a model.
 """
@@ -12,6 +12,7 @@ import numpy as np
 
 from tinylm.data.shards import Shard
 from tinylm.evaluation.perplexity import ScoredBatch
+from tinylm.evaluation.scoring import top_logprobs
 from tinylm.tokenizer import Tokenizer
 
 ALTERNATIVES = 5
@@ -42,10 +43,10 @@ class TokenLosses:
         self.context_lengths[batch.positions] = batch.context_lengths
         detailed = np.flatnonzero(batch.positions < self.detailed)
         if len(detailed):
-            top = batch.logits[detailed.tolist()].float().softmax(-1).topk(min(ALTERNATIVES, batch.logits.shape[-1]))
+            ids, logprobs = top_logprobs(batch.logits[detailed.tolist()], ALTERNATIVES)
             positions = batch.positions[detailed]
-            self.alternatives[positions, : top.indices.shape[1]] = top.indices.cpu().numpy()
-            self.probabilities[positions, : top.values.shape[1]] = top.values.cpu().numpy()
+            self.alternatives[positions, : ids.shape[1]] = ids.cpu().numpy()
+            self.probabilities[positions, : ids.shape[1]] = logprobs.exp().cpu().numpy()
 
     @property
     def positions(self) -> np.ndarray:
@@ -131,7 +132,7 @@ def hardest(losses: TokenLosses, tokenizer: Tokenizer, count: int) -> list[HardT
 
 
 def overlap(heldout: Shard, train: Shard) -> float:
-    """The fraction of held-out tokens in a 13-gram that also occurs in the training text."""
+    """The fraction of held-out tokens that belong to a 13-gram that also occurs in the training text."""
     heldout_hashes, starts = _ngram_hashes(np.asarray(heldout.tokens), heldout.end_of_text)
     train_hashes, _ = _ngram_hashes(np.asarray(train.tokens), train.end_of_text)
     shared = np.isin(heldout_hashes, train_hashes)

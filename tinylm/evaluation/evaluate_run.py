@@ -55,7 +55,10 @@ class BreakdownOptions:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The evaluation of a run. `baselines` maps names to bits per byte. The keys of `tables`: document, position, frequency."""
+    """The evaluation of a run.
+
+    `baselines` maps names to bits per byte. The keys of `tables` are document, position and frequency.
+    """
 
     run: str
     checkpoint: str
@@ -69,7 +72,7 @@ class Evaluation:
     hardest: list[breakdown.HardToken] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, object]:
-        """The document of `tinylm eval --json`. Optional parts are present only if they were requested."""
+        """Return the JSON document of `tinylm eval --json`. Optional parts are present only if they were requested."""
         scores = self.perplexity
         document: dict[str, object] = {
             "run": self.run,
@@ -187,7 +190,7 @@ def _score(
     device: str,
     reporter: Reporter,
 ) -> Perplexity:
-    """Evaluate a checkpoint on a shard. If `losses` is given, also collect the loss of every token in it."""
+    """Evaluate a checkpoint on a shard. If `losses` is given, also store the loss of every token in it."""
     options.window_size(run.recipe.model.context_length)  # raises before the weights are loaded
     network = run.network(checkpoint, devices.resolve(device))
     if weights != "fp32":
@@ -203,7 +206,7 @@ def _score(
 
 @contextmanager
 def _open_shard(run: Run, sources: Sequence[str], text_format: TextFormat, reporter: Reporter) -> Iterator[Shard]:
-    """The tokens of `sources`, or of the run's held-out text if there are none. Raises `InputError` for an empty text."""
+    """Yield the tokens of `sources`, or of the run's held-out text if there are none. Raises `InputError` for an empty text."""
     with tempfile.TemporaryDirectory(prefix="eval-", dir=cache_folder("spool")) as folder:
         if sources:
             with (
@@ -224,7 +227,7 @@ def _open_shard(run: Run, sources: Sequence[str], text_format: TextFormat, repor
 
 
 def _training_shard(run: Run, checkpoint: Checkpoint, reporter: Reporter) -> Shard:
-    """The tokens of the run's training text, from the cache or encoded again. Raises `InputError` if the text has changed."""
+    """Return the tokens of the run's training text, from the cache if possible. Raises `InputError` if the text has changed."""
     prepared = prepare(run.recipe.data, run.recipe.tokenizer, reporter)
     if prepared.fingerprint != checkpoint.state["fingerprints"]["data"]:
         raise InputError("the training text has changed since the run was trained", where=str(run.path / "recipe.yaml"))

@@ -15,7 +15,7 @@ from tinylm.evaluation.breakdown import TokenLosses
 from tinylm.tokenizer import Tokenizer
 
 MAX_TOKENS = 20_000
-"""Maximum number of tokens on a page, from the beginning of the text. More would make browsers slow."""
+"""Maximum number of tokens on a page, from the beginning of the text. More tokens would make browsers slow."""
 _EMPTY_TOKEN = "<i>\u00b7</i>"
 """Shown for a token that has no text."""
 _LEVELS = (1, 2, 4, 6, 8, 11, 14)
@@ -24,7 +24,7 @@ _FACTS = ("run", "checkpoint", "text", "tokens", "bytes", "bits_per_byte", "perp
 
 
 def render(losses: TokenLosses, tokenizer: Tokenizer, document: dict[str, object]) -> str:
-    """The content of the HTML file. `document` is the output of `tinylm eval --json`."""
+    """Return the content of the HTML file. `document` is the output of `tinylm eval --json`."""
     spans, data = _render_tokens(losses, tokenizer)
     shown = min(losses.detailed, len(losses.shard))
     hidden = len(losses.shard) - shown
@@ -45,7 +45,7 @@ def render(losses: TokenLosses, tokenizer: Tokenizer, document: dict[str, object
 
 
 def _render_tokens(losses: TokenLosses, tokenizer: Tokenizer) -> tuple[list[str], list[list[object]]]:
-    """The HTML of each token, and its details for the script: token, bits, probability, [[alternative, probability], ...]."""
+    """Return the HTML of each token and its details for the script: token, bits, probability, [[alternative, probability], ...]."""
     shard = losses.shard
     spans: list[str] = []
     data: list[list[object]] = []
@@ -60,7 +60,7 @@ def _render_tokens(losses: TokenLosses, tokenizer: Tokenizer) -> tuple[list[str]
         pending.append(id)
         text = tokenizer.decode(pending)
         if text.endswith("\ufffd") and len(pending) < 4 and tokenizer.token_bytes[id]:
-            text = ""  # a character that spans several tokens is shown at the last of them
+            text = ""  # a character that spans several tokens is shown at its last token
         else:
             pending = []
         inner = html.escape(text).replace("\n", "<i>\u21b5</i>\n")

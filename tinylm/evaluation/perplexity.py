@@ -1,9 +1,9 @@
-"""Perplexity and bits per byte of a model on a text: every token is scored exactly once, and documents are independent.
+"""Perplexity and bits per byte of a model on a text: every token is scored exactly once, and documents are scored independently.
 
 A document is split into windows of `context` tokens that advance by `stride` tokens. A window scores the tokens that no earlier
-window has scored, so each token is predicted from at least `context - stride` tokens, or from all that precede it. The first token
-of a document is predicted from the end-of-text token. The model computes in float32 (unless its weights are packed); all sums are
-in float64.
+window has scored, so each token is predicted from at least `context - stride` tokens, or from all preceding tokens. The first
+token of a document is predicted from the end-of-text token. The model computes in float32 (unless its weights are packed). All
+sums are computed in float64.
 
 Legend: `B` windows in a batch, `T` tokens of a window, `C` width, `N` scored tokens, `V` vocabulary.
 """
@@ -17,13 +17,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tinylm.cost.memory import EVALUATION_BATCH_LOGITS, EVALUATION_BATCH_TOKENS
 from tinylm.data.shards import Shard
 from tinylm.errors import InputError
-from tinylm.model.transformer import Transformer
+from tinylm.evaluation.metrics import BITS_PER_BYTE, LOSS, Metrics, perplexity_of
+from tinylm.evaluation.scoring import token_losses
+from tinylm.model.base import Model
 from tinylm.processes import SINGLE_PROCESS, Processes
 
 _BOOTSTRAP_SAMPLES = 1000
@@ -38,7 +39,7 @@ class EvaluationOptions:
     context: int | None = None
     """Tokens per window; None: the model's context length, which is also the maximum."""
     stride: int | None = None
-    """Tokens by which windows advance; None: the context, so that windows do not overlap."""
+    """Number of tokens by which windows advance; None: the context, so windows do not overlap."""
     max_tokens: int | None = None
     """Score only this many tokens from the beginning of the text."""
     across_documents: bool = False
@@ -47,7 +48,7 @@ class EvaluationOptions:
     """Compute the bootstrap interval of bits per byte; otherwise its bounds are NaN."""
 
     def window_size(self, context_length: int) -> tuple[int, int]:
-        """The context and stride for a model of this context length. Raises `InputError` if one of them is out of range."""
+        """Return the context and stride for a model with this context length. Raises `InputError` if one is out of range."""
         context = context_length if self.context is None else self.context
         if not 1 <= context <= context_length:
             raise InputError(f"must be 1 to {context_length} (the model's context length), not {context}", where="--context")
@@ -95,11 +96,16 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))
+        return perplexity_of(self.loss)
 
     @property
     def bits_per_byte(self) -> float:
         return self.nats / math.log(2) / max(self.bytes, 1)
+
+    @property
+    def metrics(self) -> Metrics:
+        """The metrics that are logged during training."""
+        return Metrics(LOSS.name, {LOSS.name: self.loss, BITS_PER_BYTE.name: self.bits_per_byte})
 
     @property
     def bits_per_character(self) -> float | None:
@@ -108,7 +114,7 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class Window:
-    """`length` input tokens that begin at `start` in the shard. The last `scored` of their targets are scored, for `document`."""
+    """`length` input tokens that begin at `start` in the shard. The last `scored` targets are scored and belong to `document`."""
 
     start: int
     length: int
@@ -129,7 +135,7 @@ def sliding_windows(documents: list[tuple[int, int]], context: int, stride: int)
 
 @torch.no_grad()
 def evaluate(
-    network: Transformer,
+    network: Model,
     shard: Shard,
     token_byte_lengths: np.ndarray,
     options: EvaluationOptions = EvaluationOptions(),
@@ -140,10 +146,10 @@ def evaluate(
 ) -> Perplexity:
     """Score a text, in evaluation mode. The network's training mode is restored afterwards.
 
-    With several `processes`, each rank scores every `world_size`-th batch. All ranks return the same result, bit-identical to that
-    of a single process. After every batch, `on_progress` receives the number of tokens scored so far. It is called equally often on
-    every rank and may raise to stop the evaluation. `on_batch` receives the batches that this rank scored. Raises `InputError` for
-    an empty text, or if the context or stride is out of range.
+    With several `processes`, each rank scores every `world_size`-th batch. All ranks return the same result, bit-identical to
+    the result of a single process. After every batch, `on_progress` receives the number of tokens scored so far. It is called
+    the same number of times on every rank and may raise an exception to stop the evaluation. `on_batch` receives the batches
+    that this rank scored. Raises `InputError` for an empty text, or if the context or stride is out of range.
     """
     context, stride = options.window_size(network.model.context_length)
     documents = _first_tokens(shard.documents(), options.max_tokens)
@@ -155,7 +161,7 @@ def evaluate(
     sums = _WindowSums(shard, token_byte_lengths, batches)
     with _evaluation_mode(network):
         for first in range(0, len(batches), processes.world_size):
-            # A sharded model needs all ranks in every forward pass, so ranks without a batch of their own repeat the last one.
+            # A sharded model needs all ranks in every forward pass, so ranks without their own batch repeat the last batch.
             index = min(first + processes.rank, len(batches) - 1)
             scored = _score(network, shard, batches[index])
             if index == first + processes.rank:
@@ -203,7 +209,7 @@ def _batches(windows: list[Window], max_tokens: int) -> Iterator[list[Window]]:
 
 
 @contextmanager
-def _evaluation_mode(network: Transformer) -> Iterator[None]:
+def _evaluation_mode(network: Model) -> Iterator[None]:
     was_training = network.training
     network.eval()
     try:
@@ -213,7 +219,7 @@ def _evaluation_mode(network: Transformer) -> Iterator[None]:
 
 
 class _WindowSums:
-    """Nats, bytes and tokens of each window. Those of windows that another rank scored are zero until `reduce`."""
+    """Nats, bytes and tokens of each window. The values of windows that another rank scored are zero until `reduce` is called."""
 
     def __init__(self, shard: Shard, token_byte_lengths: np.ndarray, batches: list[list[Window]]) -> None:
         windows = [window for batch in batches for window in batch]
@@ -239,13 +245,13 @@ class _WindowSums:
         return int(self._tokens_before[self._starts[min(index, len(self._starts) - 1)]])
 
     def reduce(self, processes: Processes) -> None:
-        """Sum over the ranks. Each window was scored by exactly one of them, so the sums are exact."""
+        """Sum over the ranks. Each window was scored by exactly one rank, so the sums are exact."""
         self.nats, self.bytes, self.tokens = processes.sum(self.nats), processes.sum(self.bytes), processes.sum(self.tokens)
 
 
-def _score(network: Transformer, shard: Shard, batch: list[Window]) -> ScoredBatch:
+def _score(network: Model, shard: Shard, batch: list[Window]) -> ScoredBatch:
     """Score a batch of windows; the result is ordered by window. End-of-text tokens count as 0 nats."""
-    device = network.embedding.weight.device
+    device = network.device
     inputs = np.zeros((len(batch), batch[0].length), dtype=np.int64)  # (B, T)
     rows, columns, positions, context_lengths = [], [], [], []
     for row, window in enumerate(batch):
@@ -262,9 +268,7 @@ def _score(network: Transformer, shard: Shard, batch: list[Window]) -> ScoredBat
     column_index = torch.from_numpy(np.concatenate(columns) - skipped).to(device)
     scored = hidden[torch.from_numpy(np.concatenate(rows)).to(device), column_index]  # (N, C)
     logits = network.logits(scored)  # (N, V)
-    losses = F.cross_entropy(
-        logits.float() if logits.itemsize < 4 else logits, torch.from_numpy(targets).to(device), reduction="none"
-    )
+    losses = token_losses(logits, torch.from_numpy(targets).to(device))  # (N,)
     nats = losses.cpu().double().numpy() * (targets != shard.end_of_text)
     return ScoredBatch(scored_positions, np.concatenate(context_lengths), nats, logits)
 
@@ -272,7 +276,7 @@ def _score(network: Transformer, shard: Shard, batch: list[Window]) -> ScoredBat
 def bootstrap_interval(nats: np.ndarray, sizes: np.ndarray, owners: np.ndarray, documents: int) -> tuple[float, float]:
     """The 95 % bootstrap interval of bits per byte, given the nats, bytes (`sizes`) and document (`owners`) of each window.
 
-    Resamples documents if there are many of them, otherwise windows. The bounds are NaN if there are fewer than 5 to resample.
+    Resamples documents if there are many, otherwise windows. The bounds are NaN if there are fewer than 5 to resample.
     """
     if documents >= _MIN_DOCUMENTS_TO_RESAMPLE:
         nats = np.bincount(owners, weights=nats, minlength=documents)

@@ -1,4 +1,4 @@
-"""Whether two models differ significantly on the same text: a paired bootstrap and a permutation test.
+"""Test whether two models differ significantly on the same text, with a paired bootstrap and a permutation test.
 
 The losses of both models are summed over the same pieces of text: documents if there are many, otherwise pieces of equal size in
 bytes. Because the comparison is paired, pieces that are hard for both models do not add to the variance of the difference. The
@@ -26,8 +26,9 @@ _RESAMPLES = 10_000
 class PairedComparison:
     """Bits per byte of the models A and B on the same text, and their difference, A minus B.
 
-    `ci95` is a 95 % paired bootstrap interval of the difference. `p_value` is that of a two-sided permutation test: how often
-    randomly swapping A and B on each piece gives a difference at least as large. `pieces` counts the pieces and `kind` names them.
+    `ci95` is a 95 % paired bootstrap interval of the difference. `p_value` is the result of a two-sided permutation test: how often
+    randomly swapping A and B in each piece yields a difference at least as large. `pieces` is the number of pieces, and `kind`
+    describes them.
     """
 
     a: float
@@ -81,7 +82,7 @@ def _document_bytes(losses: TokenLosses, byte_lengths: np.ndarray) -> list[int]:
 
 
 def _nats_of_pieces(losses: TokenLosses, byte_lengths: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """The nats of each piece; `ends` are the positions in bytes at which the pieces end."""
+    """Return the nats of each piece; `ends` contains the byte offsets at which the pieces end."""
     positions = losses.positions
     sizes = byte_lengths[losses.shard.tokens[positions]]
     starts = np.cumsum(sizes) - sizes

@@ -1,9 +1,9 @@
 """Constrained generation: a regular expression or a list of choices, compiled to a finite automaton over the model's tokens.
 
 The expression (in Python's syntax) is compiled to a deterministic finite automaton (DFA) over UTF-8 bytes. Running every token of
-the vocabulary through it gives the tokens that are allowed in each state and the number of tokens that the shortest match still
-requires. The model may therefore split its text into tokens in any way, even within a character, and its output always matches
-within the token limit.
+the vocabulary through the DFA yields the tokens that are allowed in each state, and the number of tokens that the shortest match
+still requires. The model may therefore split its text into tokens in any way, even within a character, and its output always
+matches within the token limit.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Constraint:
             )
 
     def mask_logits(self, logits: Tensor, state: int, max_tokens: int) -> None:
-        """Set the logits `(V,)` of tokens that leave no match within `max_tokens` tokens to minus infinity, in place."""
+        """Set logits `(V,)` to minus infinity, in place, for tokens after which no match is possible within `max_tokens` tokens."""
         ids, targets = self._transitions[state]
         if state not in self._allowed_ids:
             self._allowed_ids[state] = torch.from_numpy(ids).to(logits.device)
@@ -112,7 +112,7 @@ _Transitions = list[tuple[np.ndarray, np.ndarray]]
 def _token_transitions(table: np.ndarray, tokenizer: Tokenizer) -> _Transitions:
     """The token transitions of a byte DFA `(states, 256)`.
 
-    All tokens are run through the DFA at once, one byte position at a time. They are sorted longest first, so that the tokens which
+    All tokens are run through the DFA at once, one byte position at a time. They are sorted longest first, so that the tokens that
     have a byte at a given position are a prefix of the order.
     """
     dead = len(table)
@@ -160,7 +160,7 @@ def _distances(transitions: _Transitions, accepting: np.ndarray) -> np.ndarray:
 def _byte_dfa(pattern: str, name: str) -> tuple[np.ndarray, np.ndarray]:
     """The DFA of a pattern over bytes: Thompson's NFA, made deterministic by the subset construction.
 
-    Returns the transitions `(states, 256)`, int32, with -1 for none, and whether each state accepts `(states,)`, bool.
+    Returns the transitions `(states, 256)`, int32, with -1 for no transition, and a bool mask `(states,)` of accepting states.
     """
     try:
         re.compile(pattern)
@@ -296,7 +296,7 @@ class _ByteNfa:
         return end
 
     def closure(self, states: Iterable[int]) -> frozenset[int]:
-        """The given states and all that are reachable from them without consuming a byte."""
+        """The given states and all states that are reachable from them without consuming a byte."""
         reachable, stack = set(states), list(states)
         while stack:
             for target in self.epsilon[stack.pop()]:

@@ -1,10 +1,9 @@
-"""Generate text with continuous batching: requests are prefilled into the rows of a KV cache, and all rows are decoded together.
+"""Generate text with continuous batching: requests are prefilled into the rows of a decoding state and decoded together.
 
-A finished sequence immediately frees its row for the next request, so prompts of any length share the decoding steps. Samples of
-the same prompt share its prefill. When the cache of a row is full, its older half is dropped and the newer half is prefilled again.
-This happens once per half context, so no token is processed more than about twice. Shifting the cache instead is impossible with
-learned and sinusoidal positions, which are part of the cached keys and values. It is possible with rotary positions, but the output
-gets worse, because the model was trained only on texts with their beginning.
+Works with any model that has a decoding state (`tinylm.model.state`). A finished sequence immediately frees its row for the next
+request, so prompts of any length share the decoding steps. Samples of the same prompt share its prefill. When a row is full, the
+state evicts its older half. If the newer half has to be prefilled again, no token is processed more than about twice, because
+an eviction happens once per half capacity. The rows of a state of unlimited capacity are never full.
 
 Legend: `B` rows in use, `V` vocabulary.
 """
@@ -15,16 +14,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinylm.errors import InputError
+from tinylm.evaluation.scoring import token_logprobs, top_logprobs
 from tinylm.generation.constraint import Constraint
 from tinylm.generation.sampling import SamplingOptions, apply_penalties, choose
-from tinylm.model.decoder import Decoder
-from tinylm.model.transformer import Transformer
+from tinylm.model.decoder import as_decoder
+from tinylm.model.state import DecodingModel, DecodingState
 from tinylm.tokenizer import StreamDecoder, Tokenizer
 
 OnText = Callable[[int, str], None]
@@ -37,7 +38,7 @@ _UNIFORMS_PER_BLOCK = 256
 class TokenChoice:
     """A generated token with its log-probability and the most likely alternatives as pairs of (id, log-probability).
 
-    Log-probabilities are in nats. They are those of the model itself, before penalties, temperature and filters.
+    Log-probabilities are in nats. They are computed from the model's logits, before penalties, temperature and filters.
     """
 
     id: int
@@ -78,7 +79,7 @@ class Request:
 
 
 def generate(
-    model: Transformer | Decoder,
+    model: nn.Module | DecodingModel[Any],
     tokenizer: Tokenizer,
     prompt: str,
     options: SamplingOptions,
@@ -106,17 +107,19 @@ def sample_seed(seed: int, index: int) -> int:
 
 
 def generate_batch(
-    model: Transformer | Decoder, tokenizer: Tokenizer, requests: Sequence[Request], *, rows: int | None = None
+    model: nn.Module | DecodingModel[Any], tokenizer: Tokenizer, requests: Sequence[Request], *, rows: int | None = None
 ) -> Iterator[Sample]:
-    """Yield one sample per request, in order. At most `rows` (default: `DEFAULT_ROWS`) of them are decoded together."""
-    decoder = model if isinstance(model, Decoder) else Decoder(model)
+    """Yield one sample per request, in order. At most `rows` (default: `DEFAULT_ROWS`) of them are decoded together.
+
+    Raises `InputError` if the model cannot generate text.
+    """
     prompts = [tokenizer.encode(request.prompt) for request in requests]
     max_length = max((len(ids) + request.options.max_new_tokens for ids, request in zip(prompts, requests, strict=True)), default=1)
     rows = max(1, min(len(requests), rows or DEFAULT_ROWS))
-    engine = Engine(decoder, tokenizer, rows, capacity=min(decoder.model.context_length, max_length + 1))
+    engine = Engine(as_decoder(model), tokenizer, rows, max_tokens=max_length + 1)
     waiting = deque(range(len(requests)))  # indices of the requests that have not been started
     started: dict[int, SequenceState] = {}
-    next_index = 0  # of the sample to yield next
+    next_index = 0  # the index of the sample to yield next
     while waiting or engine.busy:
         while waiting and engine.free_rows:
             group = [waiting.popleft()]  # consecutive requests with the same prompt
@@ -132,18 +135,19 @@ def generate_batch(
 
 
 class Engine:
-    """A batch of sequences that are decoded together, one row of the KV cache each.
+    """A batch of sequences that are decoded together, one row of the decoding state each.
 
-    `add` prefills a prompt into free rows, `step` appends one token to every sequence, `evict` removes a sequence.
+    `add` prefills a prompt into free rows, `step` appends one token to every sequence, `evict` removes a sequence. `max_tokens` is
+    the number of tokens per row that memory is reserved for (default: the capacity of the model).
     """
 
-    def __init__(self, decoder: Decoder, tokenizer: Tokenizer, rows: int, *, capacity: int | None = None) -> None:
+    def __init__(self, decoder: DecodingModel[Any], tokenizer: Tokenizer, rows: int, *, max_tokens: int | None = None) -> None:
         self.decoder, self.tokenizer = decoder, tokenizer
         self.rows = rows
-        self._cache = decoder.new_cache(rows, capacity)
-        self._cache.set_active_rows(0)
+        self._state: DecodingState = decoder.new_state(rows, max_tokens)
+        self._state.resize(0)
         self._sequences: list[SequenceState] = []
-        self._logits: Tensor | None = None  # (B, V), of each sequence's next token
+        self._logits: Tensor | None = None  # (B, V): logits of each sequence's next token
         self._seen: Tensor | None = None  # (rows, V), bool: the token occurs in the prompt or the generated text
         self._counts: Tensor | None = None  # (rows, V): occurrences in the generated text
         self._biases: dict[tuple[tuple[int, float], ...], Tensor] = {}
@@ -175,9 +179,10 @@ class Engine:
         if not unfinished:
             return added
         first = len(self._sequences)
-        self._cache.set_active_rows(first + len(unfinished))
-        logits = self.decoder.prefill(self._cache, first, prompt[-self._cache.capacity :])  # (V,)
-        self._cache.copy_row(first, range(first + 1, first + len(unfinished)))
+        self._state.resize(first + len(unfinished))
+        capacity = self._state.capacity
+        logits = self.decoder.prefill(self._state, first, prompt if capacity is None else prompt[-capacity:])  # (V,)
+        self._state.fork(first, range(first + 1, first + len(unfinished)))
         new = logits.expand(len(unfinished), -1)
         self._logits = new if not first or self._logits is None else torch.cat((self._logits, new))
         self._sequences += unfinished
@@ -199,10 +204,11 @@ class Engine:
             if self._sequences[row].done:
                 chosen = self._remove_row(row, chosen)
         if self._sequences:
-            for row, sequence in enumerate(self._sequences):
-                if self._cache.lengths[row] == self._cache.capacity:
-                    self._drop_older_half(row, sequence.history)
-            self._logits = self.decoder.step(self._cache, chosen)
+            capacity = self._state.capacity
+            for row, length in enumerate(self._state.lengths):
+                if capacity is not None and length == capacity:
+                    self._evict_older_half(row, capacity)
+            self._logits = self.decoder.step(self._state, chosen)
 
     @torch.inference_mode()
     def evict(self, sequence: SequenceState) -> None:
@@ -212,32 +218,31 @@ class Engine:
             assert self._logits is not None
             self._logits = self._remove_row(row, self._logits)
 
-    def _drop_older_half(self, row: int, history: list[int]) -> None:
-        """Prefill a full row again with the newer half of its tokens. The last token of `history` is not in the cache yet."""
-        kept = max(1, self._cache.capacity // 2) - 1
-        self._cache.lengths[row] = 0
-        if kept:
-            self.decoder.prefill(self._cache, row, history[-kept - 1 : -1])
+    def _evict_older_half(self, row: int, capacity: int) -> None:
+        """Evict the older half of a full row. The newest token of the sequence is not in the state yet, but counts as kept."""
+        missing = self._state.evict(row, max(1, capacity // 2) - 1)
+        if missing:
+            self.decoder.prefill(self._state, row, self._sequences[row].history[-missing - 1 : -1])
 
     def _remove_row(self, row: int, values: Tensor) -> Tensor:
-        """Remove a row by moving the last one into its place, in the cache and in `values` `(B, ...)`; return the new values."""
+        """Remove a row by moving the last one into its place, in the state and in `values` `(B, ...)`; return the new values."""
         last = len(self._sequences) - 1
         if row != last:
             self._sequences[row] = self._sequences[last]
-            self._cache.reorder([last], [row])
+            self._state.reorder([last], [row])
             for table in (self._seen, self._counts):
                 if table is not None:
                     table[row] = table[last]
             values = values.clone()
             values[row] = values[last]
         self._sequences.pop()
-        self._cache.set_active_rows(last)
+        self._state.resize(last)
         return values[:last]
 
     def _reset_penalties(self, row: int, prompt: list[int]) -> None:
         """Reset the token counts of a row for a new sequence. The first sequence that uses penalties allocates the tables."""
         if self._seen is None or self._counts is None:
-            shape = (self.rows, self.decoder.network.vocab_size)
+            shape = (self.rows, self.decoder.vocab_size)
             self._seen = torch.zeros(shape, dtype=torch.bool, device=self.decoder.device)
             self._counts = torch.zeros(shape, device=self.decoder.device)
         self._seen[row] = False
@@ -283,7 +288,7 @@ class Engine:
     def _bias(self, biases: tuple[tuple[int, float], ...]) -> Tensor:
         """The biases as a vector `(V,)`. Only the latest one is cached, because requests with different biases are rare."""
         if biases not in self._biases:
-            vector = torch.zeros(self.decoder.network.vocab_size, device=self.decoder.device)
+            vector = torch.zeros(self.decoder.vocab_size, device=self.decoder.device)
             for id, bias in biases:
                 vector[id] += bias
             self._biases = {biases: vector}
@@ -292,10 +297,9 @@ class Engine:
 
 def _token_choices(logits: Tensor, chosen: Tensor, alternatives: int) -> list[TokenChoice]:
     """The chosen ids `(B,)` with their log-probabilities under logits `(B, V)` and the most likely alternatives."""
-    logprobs = logits.float().log_softmax(dim=-1)
-    chosen_logprobs = logprobs.gather(1, chosen[:, None]).squeeze(1).tolist()
-    top = logprobs.topk(min(alternatives, logprobs.shape[-1]), dim=-1)
-    top_rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    chosen_logprobs = token_logprobs(logits, chosen).tolist()
+    top_ids, top_values = top_logprobs(logits, alternatives)
+    top_rows = zip(top_ids.tolist(), top_values.tolist(), strict=True)
     return [
         TokenChoice(id, logprob, tuple(zip(ids, values, strict=True)))
         for id, logprob, (ids, values) in zip(chosen.tolist(), chosen_logprobs, top_rows, strict=True)
@@ -340,7 +344,7 @@ class SequenceState:
         return self._request.constraint is not None or len(self.sample.token_ids) < len(self.options.forced)
 
     def mask_logits(self, logits: Tensor) -> None:
-        """Set the logits `(V,)` of tokens that must not come next to minus infinity, in place.
+        """Set logits `(V,)` to minus infinity, in place, for tokens that must not come next.
 
         Raises `InputError` if all tokens that the constraint allows are banned.
         """
@@ -388,7 +392,7 @@ class SequenceState:
     def _finish(self, reason: str) -> None:
         self.done = True
         self.sample.finish_reason = reason
-        if reason != "stop" or self._request.constraint is not None:  # nothing may follow where a stop text cut the text
+        if reason != "stop" or self._request.constraint is not None:  # a text that was cut at a stop text must not grow
             self._append_text(self._decoder.finish())
         self._stream(len(self.sample.text))
         self.sample.tokens_per_second = len(self.sample.token_ids) / max(time.perf_counter() - self._start_time, 1e-9)

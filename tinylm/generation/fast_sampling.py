@@ -1,7 +1,7 @@
 """Temperature and top-k sampling on the CPU in one numba kernel: the common case of `sampling.choose` without its small tensors.
 
-The distribution and the random numbers are those of `sampling.choose`. Because the sums are in float64, a random number within
-float32 rounding error of the boundary between two tokens may choose the other one.
+The distribution and random numbers are the same as in `sampling.choose`. Sums are computed in float64, so a random number within
+float32 rounding error of the boundary between two tokens may select a different token.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _compiled = cached_njit()
 
 @_compiled
 def _threshold(keys: Any, size: int) -> Any:
-    """A threshold that exactly `size` keys are at or above. If ties make that impossible: the largest that at least `size` are.
+    """Return a threshold that exactly `size` keys reach, or the largest that at least `size` keys reach if there are ties.
 
-    Found by bisection: each step counts the keys at or above the middle.
+    Uses bisection. Each step counts the keys that reach the middle.
     """
     low, high = keys[0], keys[0]
     for i in range(len(keys)):

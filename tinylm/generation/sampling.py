@@ -1,7 +1,7 @@
 """Choose the next token of every row from its logits: penalties and biases, temperature, top-k, top-p and min-p.
 
 Penalties, biases and bans change the logits. Temperature and the filters then turn them into a distribution over candidates,
-without sorting the whole vocabulary. Each row is sampled with a random number of its own.
+without sorting the whole vocabulary. Each row is sampled with its own random number.
 
 Legend: `B` batch, `V` vocabulary, `N` candidates, most likely first.
 """
@@ -21,10 +21,10 @@ _FIRST_CANDIDATES = 256
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How to choose tokens and when to stop. For a value out of range, raises `InputError` that names the command line option.
+    """How to choose tokens and when to stop. Raises `InputError` that names the command-line option if a value is out of range.
 
     `temperature` 0 is greedy decoding. `repetition_penalty` applies to the tokens of the prompt and of the generated text;
-    `frequency_penalty` (once per occurrence) and `presence_penalty` (once) apply to the generated text only. `logit_bias` holds
+    `frequency_penalty` (once per occurrence) and `presence_penalty` (once) apply to the generated text only. `logit_bias` has
     pairs of a token id and the value to add to its logit; minus infinity bans the token. The ids in `forced` are generated first,
     whatever their probability. `logprobs` is the number of alternatives to record with the log-probability of each token; if it is
     None, no log-probabilities are recorded.
@@ -76,7 +76,7 @@ def apply_penalties(logits: Tensor, seen: Tensor, counts: Tensor, options: Sampl
 
     `seen` `(B, V)`, bool: the token occurs in the prompt or the generated text. `counts` `(B, V)`: its occurrences in the generated
     text. The repetition penalty divides positive logits of seen tokens and multiplies negative ones (CTRL, Keskar et al. 2019). The
-    frequency and presence penalties are those of the OpenAI API.
+    frequency and presence penalties work as in the OpenAI API.
     """
     penalty = options.repetition_penalty
     if penalty != 1.0:
@@ -111,7 +111,7 @@ def distribution(logits: Tensor, options: SamplingOptions) -> tuple[Tensor, Tens
 def _candidates(logits: Tensor, options: SamplingOptions) -> tuple[Tensor, Tensor]:
     """Probabilities and ids `(B, N)` of the top-k tokens, or of at least as many tokens as top-p and min-p can keep.
 
-    Sorting a large vocabulary as a whole would take longer than the forward pass.
+    Sorting a large vocabulary would take longer than the forward pass.
     """
     vocab_size = logits.shape[-1]
     if options.top_k is not None:
@@ -127,7 +127,7 @@ def _candidates(logits: Tensor, options: SamplingOptions) -> tuple[Tensor, Tenso
 
 
 def _keep_mask(probabilities: Tensor, options: SamplingOptions) -> Tensor:
-    """Which candidates `(B, N)`, sorted most likely first, top-p and min-p keep."""
+    """Return a mask `(B, N)` of the candidates that top-p and min-p keep. Candidates are sorted, most likely first."""
     keep = torch.ones_like(probabilities, dtype=torch.bool)
     if options.top_p is not None:
         keep &= probabilities.cumsum(dim=-1) - probabilities < options.top_p
@@ -139,7 +139,7 @@ def _keep_mask(probabilities: Tensor, options: SamplingOptions) -> Tensor:
 def choose(logits: Tensor, options: SamplingOptions, uniforms: Tensor | None) -> Tensor:
     """Choose the next ids `(B,)` from logits `(B, V)`: greedy, or by inverting each row's cumulative distribution.
 
-    `uniforms` `(B,)` holds one number in [0, 1) per row; greedy decoding takes None.
+    `uniforms` `(B,)` contains one random number in [0, 1) per row. It may be None for greedy decoding.
     """
     if options.temperature == 0 or uniforms is None:
         return logits.argmax(dim=-1)

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tinylm.errors import InputError
+from tinylm.evaluation.scoring import all_logprobs, token_logprobs
 from tinylm.generation.constraint import Constraint
 from tinylm.generation.engine import Request, Sample, generate_batch, sample_seed
-from tinylm.model.decoder import Decoder
+from tinylm.model.state import DecodingModel, DecodingState
 from tinylm.tokenizer import Tokenizer
 
 RANKINGS = ("likelihood", "contrast")
@@ -45,7 +47,7 @@ class _Finished:
 
 @torch.inference_mode()
 def beam_search(
-    decoder: Decoder,
+    decoder: DecodingModel[Any],
     tokenizer: Tokenizer,
     prompt: str,
     *,
@@ -57,16 +59,16 @@ def beam_search(
     """Find the `beams` most likely continuations, best first, scored by log-probability / length ** `length_penalty`.
 
     Each step extends all beams and keeps the most likely extensions. A beam is finished when it ends with the end-of-text token or
-    completes the constraint. The search stops when there are `beams` finished beams and no unfinished one has a better score. It is
-    exact if `beams` is the number of possible continuations. Raises `InputError` if prompt and continuation exceed the model's
-    context, if `max_new_tokens` is too small for the constraint, or if `beams` is below 1.
+    completes the constraint. The search stops when there are `beams` finished beams and no unfinished beam has a better score. It
+    is exact if `beams` is the number of possible continuations. Raises `InputError` if prompt and continuation exceed the capacity
+    of the model, if `max_new_tokens` is too small for the constraint, or if `beams` is below 1.
     """
     prompt_ids = tokenizer.encode(prompt) or [tokenizer.end_of_text or 0]
-    _check_beam_search(decoder.model.context_length, len(prompt_ids), beams, max_new_tokens, constraint)
+    _check_beam_search(decoder.capacity, len(prompt_ids), beams, max_new_tokens, constraint)
     search = _BeamSearch(beams, length_penalty, tokenizer.end_of_text, constraint)
-    cache = decoder.new_cache(beams, len(prompt_ids) + max_new_tokens)
-    cache.set_active_rows(1)
-    logits = decoder.prefill(cache, 0, prompt_ids)[None]
+    state: DecodingState = decoder.new_state(beams, len(prompt_ids) + max_new_tokens)
+    state.resize(1)
+    logits = decoder.prefill(state, 0, prompt_ids)[None]
     active: list[_Beam] = [_Beam([], 0.0)]
     finished: list[_Finished] = []
     for generated in range(1, max_new_tokens + 1):
@@ -78,10 +80,10 @@ def beam_search(
         if len(finished) == beams and max(search.score(beam, generated) for beam in active) <= finished[-1].score:
             break
         if generated < max_new_tokens:
-            cache.set_active_rows(max(len(cache.lengths), len(active)))
-            cache.reorder(parents, range(len(active)))
-            cache.set_active_rows(len(active))
-            logits = decoder.step(cache, torch.tensor([beam.ids[-1] for beam in active], device=decoder.device))
+            state.resize(max(len(state.lengths), len(active)))
+            state.reorder(parents, range(len(active)))
+            state.resize(len(active))
+            logits = decoder.step(state, torch.tensor([beam.ids[-1] for beam in active], device=decoder.device))
     else:
         finished += [
             _Finished(search.score(beam, max_new_tokens), "length", beam)
@@ -95,14 +97,14 @@ def beam_search(
 
 
 def _check_beam_search(
-    context_length: int, prompt_length: int, beams: int, max_new_tokens: int, constraint: Constraint | None
+    capacity: int | None, prompt_length: int, beams: int, max_new_tokens: int, constraint: Constraint | None
 ) -> None:
     if beams < 1:
         raise InputError(f"must be 1 or more, not {beams}", where="--beams")
-    if prompt_length + max_new_tokens > context_length:
+    if capacity is not None and prompt_length + max_new_tokens > capacity:
         raise InputError(
             f"the prompt ({prompt_length} tokens) and --max-new-tokens ({max_new_tokens}) exceed "
-            f"the model's context of {context_length} tokens",
+            f"the model's context of {capacity} tokens",
             where="--beams",
         )
     if constraint is not None:
@@ -153,7 +155,7 @@ def _best(finished: list[_Finished], count: int) -> list[_Finished]:
 
 def _extension_logprobs(logits: Tensor, beams: list[_Beam], constraint: Constraint | None, max_tokens: int) -> Tensor:
     """Log-probability of each beam extended by each token, `(beams, V)`; minus infinity if the constraint forbids it."""
-    logprobs = logits.float().log_softmax(dim=-1)
+    logprobs = all_logprobs(logits)
     if constraint is not None:
         logprobs = logprobs.clone()
         for row, beam in enumerate(beams):
@@ -162,7 +164,7 @@ def _extension_logprobs(logits: Tensor, beams: list[_Beam], constraint: Constrai
 
 
 def best_of(
-    decoder: Decoder,
+    decoder: DecodingModel[Any],
     tokenizer: Tokenizer,
     request: Request,
     *,
@@ -193,12 +195,14 @@ def best_of(
 
 
 @torch.inference_mode()
-def mean_logprob(decoder: Decoder, tokenizer: Tokenizer, prompt: str, ids: Sequence[int]) -> float:
-    """Mean log-probability in nats of `ids` after a prompt. If they exceed the context together, the beginning is dropped."""
+def mean_logprob(decoder: DecodingModel[Any], tokenizer: Tokenizer, prompt: str, ids: Sequence[int]) -> float:
+    """Mean log-probability in nats of `ids` after a prompt. If both together exceed the capacity, the beginning is dropped."""
     if not ids:
         return 0.0
-    sequence = [*(tokenizer.encode(prompt) or [tokenizer.end_of_text or 0]), *ids][-decoder.model.context_length - 1 :]
+    sequence = [*(tokenizer.encode(prompt) or [tokenizer.end_of_text or 0]), *ids]
+    if decoder.capacity is not None:
+        sequence = sequence[-decoder.capacity - 1 :]
     tokens = torch.tensor([sequence], device=decoder.device)
-    logprobs = decoder.network(tokens[:, :-1])[0].float().log_softmax(dim=-1)  # (T, V)
+    logits = decoder(tokens[:, :-1])[0]  # (T, V)
     scored = min(len(ids), len(sequence) - 1)
-    return float(logprobs[-scored:].gather(1, tokens[0, -scored:, None]).mean())
+    return float(token_logprobs(logits[-scored:], tokens[0, -scored:]).mean())

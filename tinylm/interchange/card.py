@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from tinylm.errors import InputError
+from tinylm.evaluation.metrics import Metrics
 from tinylm.interchange.huggingface import MODELING_FILE
 from tinylm.recipe.schema import HeldoutShare
 from tinylm.run import Checkpoint, Run
@@ -36,11 +35,15 @@ def model_card(run: Run, checkpoint: Checkpoint, parameters: int, class_name: st
 
 def _heldout_results(run: Run, checkpoint: Checkpoint) -> str:
     evaluations = [line for line in run.metrics() if line["kind"] == "eval" and line["step"] == checkpoint.step]
-    if not evaluations:
+    metrics = Metrics.from_dict(evaluations[-1]) if evaluations else None
+    if metrics is None:
         return "This checkpoint was not evaluated during training."
-    line: dict[str, Any] = evaluations[-1]
+    measured = metrics.items()
+    units = {metric: metric.unit for metric, _ in measured if metric.unit != metric.label}
+    titles = [f"{metric.label} ({units[metric]})" if units.get(metric) else metric.label for metric, _ in measured]
+    values = [metric.formatted(value) for metric, value in measured]
     return (
-        f"| loss (nats per token) | bits per byte |\n|---|---|\n| {line['val_loss']:.4f} | {line['val_bits_per_byte']:.4f} |\n\n"
+        f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}\n| {' | '.join(values)} |\n\n"
         "Every held-out token is scored once, and documents are scored separately. Bits per byte do not depend on the tokenizer."
     )
 

@@ -1,4 +1,4 @@
-"""`tinylm export`: write a run's model as a Hugging Face folder, a GGUF file or an ONNX file, and verify what was written.
+"""`tinylm export`: write a run's model as a Hugging Face folder, a GGUF file or an ONNX file, and verify the result.
 
 An export is written atomically: if verification fails, nothing is left at the destination.
 """
@@ -26,7 +26,8 @@ class ExportResult:
 
     `largest_difference`: largest absolute difference of logits on real text. For a GGUF file, the reference is the run with its
     weights rounded to the file's type; `perplexity` and `run_perplexity` show the effect of rounding. `own_code_because`: the model
-    parts that no transformers class supports. `same_greedy`: number of greedily decoded tokens before llama.cpp's first differs.
+    parts that no transformers class supports. `same_greedy`: number of greedily decoded tokens before the first that
+    differs in llama.cpp.
     """
 
     run: str
@@ -70,9 +71,10 @@ def export(
     if to == "gguf":
         gguf.check_supported(run.recipe.model, run.tokenizer)  # fail before loading the weights
     if to == "onnx":
-        onnx.require()
+        onnx.check_possible(run.recipe.model)
     if to == "hf":
         verify.require("transformers", "hf", "checking a Hugging Face folder")
+        huggingface.select_class(run.recipe.model)
     writer = {"hf": _export_huggingface, "gguf": _export_gguf, "onnx": _export_onnx}[to]
     return writer(run, chosen, path, type, reporter)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,11 @@ import torch
 from torch import Tensor
 
 from tinylm.errors import InputError, WorkError
+from tinylm.evaluation.metrics import perplexity_of
 from tinylm.interchange import hf_architectures, huggingface, llama_cpp, verify
-from tinylm.model.transformer import Transformer
-from tinylm.recipe.schema import ModelSection
+from tinylm.model import registry
+from tinylm.model.base import Model
+from tinylm.recipe.schema import DecoderSection, ModelVariant
 from tinylm.reporting import SILENT, Reporter
 from tinylm.tokenizer import Tokenizer
 from tinylm.tokenizer.pretokenizer import split_pattern
@@ -31,22 +32,27 @@ TYPES = ("f32", "f16", "q8_0", "q4_0")
 MAX_PERPLEXITY_RATIO = {"f32": 1.0001, "f16": 1.001, "q8_0": 1.01}
 """Largest ratio of the file's perplexity to the run's. q4_0 has no limit, because it makes small models much worse."""
 _LLAMA_CPP_MAX_RATIO = 1.01
-"""Largest ratio of llama.cpp's perplexity to transformers'. llama.cpp rounds activations to 16 or 8 bits, as the weights are."""
+"""Largest ratio of llama.cpp's perplexity to transformers'. llama.cpp rounds activations to 16 or 8 bits, like the weights."""
 GREEDY_TOKENS = 20
 """Length of the greedy continuation that is compared with llama.cpp's."""
 _BLOCK_SIZE = 32
 """Number of values that share a scale in q8_0 and q4_0."""
 
 
-def check_supported(model: ModelSection, tokenizer: Tokenizer) -> tuple[str, str]:
-    """Return llama.cpp's names of the architecture and the pretokenizer. Raises `InputError` if it does not support one of them."""
-    name, unsupported = hf_architectures.find_family(model)
+SUPPORTS = {family: hf_architectures.SUPPORTS[family] for family in ("gpt2", "llama", "qwen3")}
+"""For each architecture, the values of the keys of `model:` that llama.cpp supports. `check_supported` restricts gpt2 to gelu."""
+
+
+def check_supported(model: ModelVariant, tokenizer: Tokenizer) -> tuple[str, str]:
+    """Return llama.cpp's names of the architecture and the pretokenizer. Raises `InputError` if either is not supported."""
+    name, unsupported = hf_architectures.find_family(model, SUPPORTS)
     if name is None:
         raise InputError(
             f"llama.cpp does not support {', '.join(unsupported)}",
             where="--to gguf",
             hint="model presets gpt2 and llama are supported",
         )
+    model = hf_architectures.decoder_section(model)
     if name == "gpt2" and model.feed_forward != "gelu":
         raise InputError(
             f"llama.cpp's gpt2 does not support feed_forward {model.feed_forward}", where="--to gguf", hint="gelu is supported"
@@ -55,7 +61,7 @@ def check_supported(model: ModelSection, tokenizer: Tokenizer) -> tuple[str, str
 
 
 def _supported_pretokenizer(tokenizer: Tokenizer) -> str:
-    """Return llama.cpp's name of the tokenizer's pretokenizer. Raises `InputError` if it does not support the tokenizer."""
+    """Return llama.cpp's name of the tokenizer's pretokenizer. Raises `InputError` if the tokenizer is not supported."""
     values = json.loads(tokenizer.backend.to_str())
     if tokenizer.kind not in ("bpe", "byte"):
         raise InputError(
@@ -108,10 +114,10 @@ _PATTERN_NAMES = {
 # Export.
 
 
-def write(path: Path, network: Transformer, tokenizer: Tokenizer, file_type: str, name: str) -> None:
+def write(path: Path, network: Model, tokenizer: Tokenizer, file_type: str, name: str) -> None:
     """Write a GGUF file. `file_type`: one of `TYPES`. `name`: the model's name. Raises `InputError` as `check_supported` does."""
     gguf = verify.require("gguf", "gguf", "writing GGUF")
-    model = network.model
+    model = hf_architectures.decoder_section(network.model)
     architecture, pretokenizer = check_supported(model, tokenizer)
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name(name)
@@ -129,7 +135,7 @@ def write(path: Path, network: Transformer, tokenizer: Tokenizer, file_type: str
         writer.close()
 
 
-def _add_hyperparameters(writer: Any, model: ModelSection, architecture: str) -> None:
+def _add_hyperparameters(writer: Any, model: DecoderSection, architecture: str) -> None:
     writer.add_context_length(model.context_length)
     writer.add_embedding_length(model.n_embd)
     writer.add_block_count(model.n_layer)
@@ -171,9 +177,9 @@ def _add_tokenizer(writer: Any, gguf: Any, tokenizer: Tokenizer, pretokenizer: s
     writer.add_add_eos_token(False)
 
 
-def _tensors(network: Transformer, architecture: str, gguf: Any) -> Iterator[tuple[str, Tensor]]:
+def _tensors(network: Model, architecture: str, gguf: Any) -> Iterator[tuple[str, Tensor]]:
     """Yield llama.cpp's name and the value of each tensor in llama.cpp's layout: matrices are (outputs, inputs)."""
-    model = network.model
+    model = hf_architectures.decoder_section(network.model)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], model.n_layer)
     for theirs, tensor in hf_architectures.export_state_dict(network.state_dict(), model, architecture).items():
         if architecture == "gpt2" and ".c_" in theirs and tensor.ndim == 2:
@@ -186,7 +192,7 @@ def _tensors(network: Transformer, architecture: str, gguf: Any) -> Iterator[tup
 
 
 def interleave_rotary_rows(rows: Tensor, heads: int) -> Tensor:
-    """Reorder rows so that each head's rotary pairs (i, i + D/2) become neighbors (2i, 2i + 1), as llama.cpp's Llama has them."""
+    """Reorder rows so that each head's rotary pairs (i, i + D/2) become neighbors (2i, 2i + 1), as in llama.cpp's Llama."""
     return rows.view(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape).contiguous()
 
 
@@ -220,7 +226,7 @@ def _quantize(values: np.ndarray, storage_type: str, gguf: Any) -> tuple[np.ndar
 
 @dataclass(frozen=True)
 class Verification:
-    """How the file compares with the run. The logits differ by at most `largest_difference` from those of the rounded weights."""
+    """How the file compares with the run. `largest_difference` is between the logits of the file and of the rounded weights."""
 
     largest_difference: float
     tokens: int
@@ -229,16 +235,17 @@ class Verification:
     programs: tuple[str, ...]
     """Names and versions of the programs that loaded the file."""
     same_greedy: int | None
-    """Number of greedily decoded tokens, up to `GREEDY_TOKENS`, before llama.cpp's first differs; None if it was not run."""
+    """Number of greedily decoded tokens, up to `GREEDY_TOKENS`, before the first that differs in llama.cpp. None if not run."""
 
 
 def check_export(
-    path: Path, network: Transformer, tokenizer: Tokenizer, text: str, file_type: str, reporter: Reporter = SILENT
+    path: Path, network: Model, tokenizer: Tokenizer, text: str, file_type: str, reporter: Reporter = SILENT
 ) -> Verification:
     """Load the file with other programs and compare it with the run on `text`.
 
-    transformers must compute the logits of `network` with its weights rounded to the file's type, and the file's perplexity must
-    be close to the run's. llama.cpp, if installed, must split the text into the same tokens and compute nearly the same perplexity.
+    The logits of transformers must match the logits of `network` with weights rounded to the file's type, and the perplexity of the
+    file must be close to the perplexity of the run. llama.cpp, if installed, must split the text into the same tokens and compute
+    nearly the same perplexity.
     Raises `WorkError` if a comparison fails, `InputError` if transformers is not installed.
     """
     transformers = verify.require("transformers", "gguf", "checking a GGUF file")
@@ -267,20 +274,20 @@ def check_export(
     return Verification(difference, rows.numel(), file_perplexity, run_perplexity, tuple(programs), same_greedy)
 
 
-def _prompt_length(model: ModelSection) -> int:
+def _prompt_length(model: ModelVariant) -> int:
     return max(1, min(16, model.context_length - GREEDY_TOKENS))
 
 
 def _check_llama_cpp(
-    result: llama_cpp.LlamaCppResult, network: Transformer, rows: Tensor, expected: float, tokenizer: Tokenizer, text: str
+    result: llama_cpp.LlamaCppResult, network: Model, rows: Tensor, expected: float, tokenizer: Tokenizer, text: str
 ) -> int:
     """Return the number of greedily decoded tokens before the first difference.
 
-    Raises `WorkError` if llama.cpp's token ids or perplexity differ. `expected`: the perplexity.
+    Raises `WorkError` if llama.cpp's token ids or perplexity differ. `expected` is the expected perplexity.
     """
     ids = dict(zip(verify.tokenizer_probes(text), result.ids, strict=True))
     verify.check_ids(tokenizer, ids.__getitem__, text, "llama.cpp")
-    perplexity = math.exp(min(result.nats / max(1, rows.shape[0] * (rows.shape[1] - 1)), 700.0))
+    perplexity = perplexity_of(result.nats / max(1, rows.shape[0] * (rows.shape[1] - 1)))
     if not expected / _LLAMA_CPP_MAX_RATIO <= perplexity <= expected * _LLAMA_CPP_MAX_RATIO:
         raise WorkError(
             f"llama.cpp computes a perplexity of {perplexity:.4f}, transformers {expected:.4f}", hint="nothing was saved"
@@ -291,17 +298,17 @@ def _check_llama_cpp(
 
 
 _GGUF_PREFIXES = {"embedding.weight": "token_embd", "positions.weight": "position_embd", "head.weight": "output."}
-"""Beginnings of llama.cpp's names of the tensors that `_storage_type` distinguishes."""
+"""Prefixes of llama.cpp's names for the tensors that `_storage_type` distinguishes."""
 
 
-def _round_weights(network: Transformer, file_type: str) -> Transformer:
+def _round_weights(network: Model, file_type: str) -> Model:
     """Return a copy of the network with its weights rounded as in the file.
 
     Quantization blocks lie within a row, so the order of rows, which the file changes, does not matter.
     """
     import gguf
 
-    rounded = Transformer(network.model, network.vocab_size, seed=None)
+    rounded = registry.build(network.model, network.vocab_size, None)
     rounded.load_state_dict(network.state_dict())
     with torch.no_grad():
         for name, parameter in rounded.named_parameters():
@@ -312,10 +319,10 @@ def _round_weights(network: Transformer, file_type: str) -> Transformer:
     return rounded.eval()
 
 
-def _load_with_transformers(transformers: Any, path: Path, network: Transformer) -> Any:
-    """Load the file with transformers, passing what its GGUF reader does not read: positions, head width and biases."""
-    model = network.model
-    family, _ = hf_architectures.find_family(model)
+def _load_with_transformers(transformers: Any, path: Path, network: Model) -> Any:
+    """Load the file with transformers, passing the settings that its GGUF reader ignores: positions, head width and biases."""
+    model = hf_architectures.decoder_section(network.model)
+    family, _ = hf_architectures.find_family(model, SUPPORTS)
     assert family is not None
     extra = {}
     if family != "llama" or model.bias:

@@ -1,7 +1,7 @@
 """Evaluate a run with lm-evaluation-harness: `run_tasks` runs its tasks, `adapter` implements its model interface.
 
 Whole texts (`loglikelihood_rolling`) are scored in the same windows as in `tinylm eval`, so that both report the same perplexity.
-The harness's own adapter for transformers differs: it gives the last window of a text more context.
+The harness's own adapter for transformers is different: the last window of a text has more context.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from tinylm import device as devices
 from tinylm.cost.memory import EVALUATION_BATCH_LOGITS, EVALUATION_BATCH_TOKENS
 from tinylm.errors import InputError, TinylmError, WorkError
 from tinylm.evaluation.perplexity import sliding_windows
+from tinylm.evaluation.scoring import token_losses
 from tinylm.generation.engine import generate
 from tinylm.generation.sampling import SamplingOptions
 from tinylm.interchange import verify
-from tinylm.model.transformer import Transformer
+from tinylm.model.base import Model
 from tinylm.run import Run
 from tinylm.tokenizer import Tokenizer
 
@@ -101,7 +101,7 @@ def _is_task_file(task: str) -> bool:
 
 
 def _resolve_tasks(tasks: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the names of the tasks, and the folders of those given as files."""
+    """Return the names of the tasks, and the folders of the task files."""
     names, folders = [], []
     for task in tasks:
         if not _is_task_file(task):
@@ -131,7 +131,7 @@ def _numeric_metrics(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, 
     return {task: dict(metrics(values)) for task, values in results.items()}
 
 
-def adapter(network: Transformer, tokenizer: Tokenizer, stride: int | None = None) -> Any:
+def adapter(network: Model, tokenizer: Tokenizer, stride: int | None = None) -> Any:
     """Return the object to pass as `model=` to `lm_eval.simple_evaluate`. `stride`: as in `tinylm eval`."""
     from lm_eval.api.model import TemplateLM
 
@@ -157,7 +157,7 @@ def adapter(network: Transformer, tokenizer: Tokenizer, stride: int | None = Non
     return TinylmLM()
 
 
-def score_continuations(network: Transformer, requests: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+def score_continuations(network: Model, requests: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
     """Return, for each (context, continuation), its log-probability in nats and whether greedy decoding would generate it.
 
     A context that is too long for the model is truncated on the left. A continuation that is too long is scored in several spans.
@@ -177,7 +177,7 @@ def score_continuations(network: Transformer, requests: Sequence[tuple[list[int]
     return totals
 
 
-def score_texts(network: Transformer, tokenizer: Tokenizer, texts: Sequence[str], stride: int | None) -> list[float]:
+def score_texts(network: Model, tokenizer: Tokenizer, texts: Sequence[str], stride: int | None) -> list[float]:
     """Return the log-probability of each text in nats, scored in the windows of `tinylm eval`."""
     context_length = network.model.context_length
     spans, owners = [], []
@@ -193,12 +193,12 @@ def score_texts(network: Transformer, tokenizer: Tokenizer, texts: Sequence[str]
 
 
 @torch.no_grad()
-def _score_spans(network: Transformer, spans: Sequence[ScoredSpan]) -> list[tuple[float, bool]]:
+def _score_spans(network: Model, spans: Sequence[ScoredSpan]) -> list[tuple[float, bool]]:
     """Return, for each span, its summed loss in nats and whether every scored token is the most likely one.
 
     Spans of similar length are scored in one batch, longest first.
     """
-    device = next(network.parameters()).device
+    device = network.device
     order = sorted(range(len(spans)), key=lambda index: -len(spans[index].ids))
     max_tokens = min(EVALUATION_BATCH_TOKENS, EVALUATION_BATCH_LOGITS // network.vocab_size)
     scores: list[tuple[float, bool]] = [(0.0, True)] * len(spans)
@@ -207,8 +207,8 @@ def _score_spans(network: Transformer, spans: Sequence[ScoredSpan]) -> list[tupl
         batch, order = order[:rows], order[rows:]
         longest = len(spans[batch[0]].ids)
         ids = torch.tensor([[*spans[index].ids, *[0] * (longest - len(spans[index].ids))] for index in batch], device=device)
-        logits = network(ids[:, :-1]).float()
-        losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(ids.shape[0], -1)
+        logits = network(ids[:, :-1])
+        losses = token_losses(logits, ids[:, 1:])
         is_greedy = logits.argmax(-1) == ids[:, 1:]
         for row, index in enumerate(batch):
             end = len(spans[index].ids) - 1
@@ -217,7 +217,7 @@ def _score_spans(network: Transformer, spans: Sequence[ScoredSpan]) -> list[tupl
     return scores
 
 
-def complete(network: Transformer, tokenizer: Tokenizer, prompt: str, settings: dict[str, Any]) -> str:
+def complete(network: Model, tokenizer: Tokenizer, prompt: str, settings: dict[str, Any]) -> str:
     """Generate text after a prompt, up to a stop string. Decoding is greedy unless the task's `settings` enable sampling."""
     until = settings.get("until") or []
     temperature = float(settings.get("temperature") or 0.0) if settings.get("do_sample") else 0.0

@@ -1,9 +1,10 @@
 """Map between tinylm's `model:` section and the transformers classes that compute the same model.
 
-Converts config.json and state dicts in both directions, for three families: gpt2, llama, and qwen3 (Llama with query and key
-norms). They differ from `Transformer` only in tensor names and layouts. GPT-2's Conv1D stores matrices as (inputs, outputs).
-Llama stores separate matrices for queries, keys and values, and for SwiGLU's gate and up projections. Rotary embeddings pair
-dimension i with i + D/2, as in tinylm. Biases that the source does not have are set to zero, norm gains to one.
+Converts config.json and state dicts in both directions, for four families: gpt2, llama, qwen3 (Llama with query and key norms) and
+mistral (Llama with an attention window). They differ from tinylm's decoder only in tensor names and layouts. GPT-2's Conv1D stores
+matrices as (inputs, outputs). Llama stores separate matrices for queries, keys and values, and for SwiGLU's gate and up
+projections. Rotary embeddings pair dimension i with i + D/2, as in tinylm. Biases that the source does not have are set to zero,
+norm gains to one.
 """
 
 from __future__ import annotations
@@ -15,10 +16,15 @@ import torch
 from torch import Tensor
 
 from tinylm.errors import InputError
-from tinylm.recipe.schema import ModelSection
+from tinylm.recipe.schema import DecoderSection, ModelVariant
+from tinylm.recipe.support import ANY, SIZES, TRAINING, Supports, unsupported_parts
 
-FAMILIES = ("gpt2", "llama", "qwen3")
-CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+CLASSES = {
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "mistral": "MistralForCausalLM",
+}
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 """Values of `model_type` that are imported like Llama. They differ in sliding windows, biases, and query and key norms."""
 
@@ -28,47 +34,60 @@ _BUFFERS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")
 """Name endings of non-parameter buffers in older checkpoints."""
 
 
-def find_family(model: ModelSection) -> tuple[str | None, tuple[str, ...]]:
+_ALL_FAMILIES: Supports = {
+    "architecture": ("decoder",),
+    **SIZES,
+    **TRAINING,
+    "norm_position": ("pre",),
+    "norm_gain": ANY,  # without gains, ones are exported
+    "embedding_norm": (False,),
+    "rope_theta": ANY,
+    "qk_gain": ANY,
+    "bias": ANY,
+    "tie_embeddings": ANY,
+}
+_LLAMA_LIKE: Supports = {**_ALL_FAMILIES, "norm": ("rmsnorm",), "position": ("rope",), "feed_forward": ("swiglu",)}
+SUPPORTS: dict[str, Supports] = {
+    "gpt2": {
+        **_ALL_FAMILIES,
+        "norm": ("layernorm",),
+        "position": ("learned",),
+        "qk_norm": (False,),
+        "feed_forward": tuple(_ACTIVATIONS),
+        "n_kv_head": lambda model: model.kv_heads == model.n_head,
+        "head_dim": lambda model: model.n_head * model.head_width == model.n_embd,
+    },
+    "llama": {**_LLAMA_LIKE, "qk_norm": (False,)},
+    "qwen3": {**_LLAMA_LIKE, "qk_norm": (True,), "bias": (False,)},
+    "mistral": {
+        **_LLAMA_LIKE,
+        "qk_norm": (False,),
+        "bias": (False,),
+        "attention_window": lambda model: model.attention_window is not None,
+        "attention_pattern": lambda model: {*model.attention_pattern} == {"local"},
+    },
+}
+"""For each family, the values of the keys of `model:` that it supports."""
+
+
+def find_family(model: ModelVariant, families: Mapping[str, Supports] = SUPPORTS) -> tuple[str | None, tuple[str, ...]]:
     """Return the family that computes `model`, or None and the parts that the closest family does not support."""
-    unsupported = {family: unsupported_parts(model, family) for family in FAMILIES}
+    unsupported = {family: unsupported_parts(model, supports) for family, supports in families.items()}
     closest = min(unsupported, key=lambda family: len(unsupported[family]))
     return (None, unsupported[closest]) if unsupported[closest] else (closest, ())
 
 
-def unsupported_parts(model: ModelSection, family: str) -> tuple[str, ...]:
-    """Return the parts of `model` that a family does not support, as "key value" in the spelling of a recipe."""
-    required: dict[str, Any] = {
-        "norm_position": "pre",
-        "embedding_norm": False,
-        "ngram_embeddings": (),
-        "value_embeddings": 0,
-        "value_residual": False,
-        "embedding_shortcut": False,
-        "parallel_residual": False,
-        "logit_softcap": None,
-    }
-    if family == "gpt2":
-        required |= {"norm": "layernorm", "position": "learned", "qk_norm": False}
-    else:
-        required |= {"norm": "rmsnorm", "position": "rope", "qk_norm": family == "qwen3", "feed_forward": "swiglu"}
-    parts = [f"{key} {_format_value(getattr(model, key))}" for key, value in required.items() if getattr(model, key) != value]
-    if family == "gpt2":
-        parts += ["feed_forward swiglu"] if model.feed_forward == "swiglu" else []
-        parts += [f"n_kv_head {model.kv_heads}"] if model.kv_heads != model.n_head else []
-        parts += [f"head_dim {model.head_dim}"] if model.n_head * model.head_width != model.n_embd else []
-    elif family == "qwen3" and model.bias:
-        parts.append("bias true")
-    return tuple(parts)
-
-
-def _format_value(value: object) -> str:
-    return str(list(value)) if isinstance(value, tuple) else str(value).lower()
+def decoder_section(model: ModelVariant) -> DecoderSection:
+    """Return `model` if it is the section of a decoder. Raises `InputError` for any other architecture."""
+    if not isinstance(model, DecoderSection):
+        raise InputError(f"only decoders can be exported in this format, not architecture {model.architecture}", where="--to")
+    return model
 
 
 # Export.
 
 
-def make_config(model: ModelSection, family: str, vocab_size: int) -> dict[str, Any]:
+def make_config(model: DecoderSection, family: str, vocab_size: int) -> dict[str, Any]:
     """Return the contents of config.json for a model of `family`, without the ids of special tokens."""
     shared = {
         "architectures": [CLASSES[family]],
@@ -108,12 +127,12 @@ def make_config(model: ModelSection, family: str, vocab_size: int) -> dict[str, 
         "rope_theta": model.rope_theta or 10000.0,
         "rope_scaling": None,
         "attention_dropout": model.attention_dropout_p,
-        "attention_bias": model.bias,
+        **({"attention_bias": model.bias} if family != "mistral" else {"sliding_window": model.attention_window}),
         **({"mlp_bias": model.bias} if family == "llama" else {}),
     }
 
 
-def export_state_dict(state: Mapping[str, Tensor], model: ModelSection, family: str) -> dict[str, Tensor]:
+def export_state_dict(state: Mapping[str, Tensor], model: DecoderSection, family: str) -> dict[str, Tensor]:
     """Convert a network's state dict to the names and layouts of `family`; a tied output head is omitted."""
     get = _with_defaults(state, model)
     converted = _to_gpt2(get, model) if family == "gpt2" else _to_llama(get, model)
@@ -121,8 +140,8 @@ def export_state_dict(state: Mapping[str, Tensor], model: ModelSection, family: 
     return {key: tensor.contiguous().clone() for key, tensor in converted if not (model.tie_embeddings and key == head)}
 
 
-def _with_defaults(state: Mapping[str, Tensor], model: ModelSection) -> Callable[[str], Tensor]:
-    """Return a function that looks up a tensor. For a tensor that the model does not have, gains are ones and biases zeros."""
+def _with_defaults(state: Mapping[str, Tensor], model: DecoderSection) -> Callable[[str], Tensor]:
+    """Return a function that looks up a tensor. Missing gains are ones, and missing biases are zeros."""
 
     def get(key: str) -> Tensor:
         if key in state:
@@ -164,7 +183,7 @@ def _gpt2_names(n_layer: int) -> Iterator[tuple[str, str, bool]]:
                 yield f"blocks.{layer}.{ours}.{part}", f"transformer.h.{layer}.{theirs}.{part}", part == "weight" and "." in ours
 
 
-def _to_gpt2(get: Callable[[str], Tensor], model: ModelSection) -> Iterator[tuple[str, Tensor]]:
+def _to_gpt2(get: Callable[[str], Tensor], model: DecoderSection) -> Iterator[tuple[str, Tensor]]:
     for ours, theirs, is_conv1d in _gpt2_names(model.n_layer):
         tensor = get(ours)
         yield theirs, tensor.T if is_conv1d else tensor
@@ -189,12 +208,12 @@ _QWEN3_GAIN_NAMES = {"attention.query_gain": "self_attn.q_norm.weight", "attenti
 _LLAMA_BIAS_NAMES = {"attention.output.bias": "self_attn.o_proj.bias", "feed_forward.output.bias": "mlp.down_proj.bias"}
 
 
-def _llama_block_names(model: ModelSection) -> dict[str, str]:
+def _llama_block_names(model: DecoderSection) -> dict[str, str]:
     biases = _LLAMA_BIAS_NAMES if model.bias else {}
     return _LLAMA_BLOCK_NAMES | biases | (_QWEN3_GAIN_NAMES if model.qk_norm else {})
 
 
-def _llama_fused_rows(model: ModelSection) -> dict[str, tuple[int, ...]]:
+def _llama_fused_rows(model: DecoderSection) -> dict[str, tuple[int, ...]]:
     """Return, for each matrix that tinylm fuses, the number of rows of each of Llama's matrices in it."""
     kv_rows = model.kv_heads * model.head_width
     return {
@@ -203,7 +222,7 @@ def _llama_fused_rows(model: ModelSection) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _to_llama(get: Callable[[str], Tensor], model: ModelSection) -> Iterator[tuple[str, Tensor]]:
+def _to_llama(get: Callable[[str], Tensor], model: DecoderSection) -> Iterator[tuple[str, Tensor]]:
     for ours, theirs in _LLAMA_OUTER_NAMES.items():
         yield theirs, get(ours)
     for layer in range(model.n_layer):
@@ -220,10 +239,11 @@ def _to_llama(get: Callable[[str], Tensor], model: ModelSection) -> Iterator[tup
 # Import.
 
 
-def model_section_from_config(config: Mapping[str, Any], tensors: Mapping[str, Any], where: str) -> ModelSection:
+def model_section_from_config(config: Mapping[str, Any], tensors: Mapping[str, Any], where: str) -> DecoderSection:
     """Return the `model:` section of the model that config.json describes.
 
-    Only the names of `tensors` are used; they show whether a Llama model has biases. Raises `InputError` if it is not supported.
+    Only the names of `tensors` are used, to find out whether a Llama model has biases.
+    Raises `InputError` if the model is not supported.
     """
     kind = config.get("model_type")
     if kind != "gpt2" and kind not in LLAMA_LIKE:
@@ -232,7 +252,7 @@ def model_section_from_config(config: Mapping[str, Any], tensors: Mapping[str, A
     try:
         values = _gpt2_section_values(config) if kind == "gpt2" else _llama_section_values(config, tensors)
         _check_supported(config, kind, where)
-        return ModelSection.model_validate(values)
+        return DecoderSection.model_validate(values)
     except KeyError as error:
         raise InputError(f"missing key {error}", where=where) from None
     except ValueError as error:
@@ -283,7 +303,8 @@ def _llama_section_values(config: Mapping[str, Any], tensors: Mapping[str, Any])
     theta = (config.get("rope_parameters") or {}).get("rope_theta", config.get("rope_theta")) or 10000.0
     head_dim = config.get("head_dim") or width // heads
     context = config.get("max_position_embeddings", 2048)
-    windowed = config.get("use_sliding_window", config["model_type"] == "mistral")
+    is_mistral = config["model_type"] == "mistral"
+    windowed = config.get("use_sliding_window", is_mistral)
     window = config.get("sliding_window") if windowed else None
     return {
         "preset": "llama",
@@ -293,7 +314,9 @@ def _llama_section_values(config: Mapping[str, Any], tensors: Mapping[str, Any])
         "n_embd": width,
         "head_dim": None if head_dim * heads == width else head_dim,
         "n_inner": config["intermediate_size"],
-        "context_length": min(context, window or context),  # a sliding window has no effect on shorter sequences
+        # Only some blocks of Qwen have a window, which has no effect on sequences that fit in it.
+        "context_length": context if is_mistral else min(context, window or context),
+        "attention_window": window if is_mistral and window and window < context else None,
         "norm_eps": config.get("rms_norm_eps", 1e-6),
         "rope_theta": float(theta),
         "bias": any(name.endswith("_proj.bias") for name in tensors),
@@ -302,7 +325,7 @@ def _llama_section_values(config: Mapping[str, Any], tensors: Mapping[str, Any])
     }
 
 
-def import_state_dict(tensors: Mapping[str, Tensor], model: ModelSection, kind: str, where: str) -> dict[str, Tensor]:
+def import_state_dict(tensors: Mapping[str, Tensor], model: DecoderSection, kind: str, where: str) -> dict[str, Tensor]:
     """Convert a state dict of another program to tinylm's names and layouts.
 
     `kind`: the `model_type`, or "nanogpt", which is GPT-2 without Conv1D's transposed layout.
@@ -318,7 +341,7 @@ def import_state_dict(tensors: Mapping[str, Tensor], model: ModelSection, kind: 
     missing: list[str] = []
 
     def pop(name: str, zeros: int | None = None) -> Tensor:
-        """Remove a tensor from `remaining` and return it. If it is absent, return `zeros` zeros, or record it as missing."""
+        """Remove a tensor from `remaining` and return it. If it is absent, return `zeros` zeros, or record its name as missing."""
         if name in remaining:
             return remaining.pop(name).float()
         if zeros is None:
@@ -342,7 +365,7 @@ PopTensor = Callable[..., Tensor]
 """The function `pop` of `import_state_dict`."""
 
 
-def _from_gpt2(pop: PopTensor, model: ModelSection, transposed: bool) -> Iterator[tuple[str, Tensor]]:
+def _from_gpt2(pop: PopTensor, model: DecoderSection, transposed: bool) -> Iterator[tuple[str, Tensor]]:
     for ours, theirs, is_conv1d in _gpt2_names(model.n_layer):
         tied = ours == "head.weight" and model.tie_embeddings
         if not tied and (model.bias or not ours.endswith("bias")):
@@ -350,7 +373,7 @@ def _from_gpt2(pop: PopTensor, model: ModelSection, transposed: bool) -> Iterato
             yield ours, tensor.T.contiguous() if is_conv1d and transposed and tensor.ndim == 2 else tensor
 
 
-def _from_llama(pop: PopTensor, model: ModelSection) -> Iterator[tuple[str, Tensor]]:
+def _from_llama(pop: PopTensor, model: DecoderSection) -> Iterator[tuple[str, Tensor]]:
     rows = _llama_fused_rows(model)
     for ours, theirs in _LLAMA_OUTER_NAMES.items():
         if not (ours == "head.weight" and model.tie_embeddings):

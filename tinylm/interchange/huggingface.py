@@ -27,8 +27,9 @@ from torch import Tensor
 
 from tinylm.errors import InputError, WorkError
 from tinylm.interchange import hf_architectures, verify
-from tinylm.model.transformer import Transformer
-from tinylm.recipe.schema import ModelSection
+from tinylm.model.base import Model
+from tinylm.recipe.schema import DecoderSection, ModelVariant
+from tinylm.recipe.support import ANY, COMMON, Supports, check_supported
 from tinylm.tokenizer import Tokenizer
 from tinylm.tokenizer.tokenizer import END_OF_TEXT
 
@@ -60,20 +61,37 @@ _SHARED_KEYS = (
     "logit_softcap",
 )
 """Keys of a recipe's `model` section that have the same name in `TinylmConfig`."""
+_NEWER_KEYS = ("attention_window", "attention_pattern")
+"""More keys with the same name. Folders written by older versions do not have them."""
+SUPPORTS: Supports = {
+    **COMMON,
+    "attention_window": ANY,
+    "attention_pattern": lambda model: {*model.attention_pattern} <= {"local", "global"},
+}
+"""The values of the keys of `model:` that `modeling_tinylm.py` supports."""
 
 
 # Export.
 
 
-def select_class(model: ModelSection) -> tuple[str, tuple[str, ...]]:
-    """Return the name of the class that loads `model`, and the parts of the model that make tinylm's own class necessary."""
+def select_class(model: ModelVariant) -> tuple[str, tuple[str, ...]]:
+    """Return the name of the class that loads `model`, and the parts of the model that make tinylm's own class necessary.
+
+    Raises `InputError` if tinylm's own class does not support the model either.
+    """
     family, unsupported = hf_architectures.find_family(model)
+    if family is None:
+        check_supported(model, SUPPORTS, "export to Hugging Face", "--to hf")
     return (hf_architectures.CLASSES[family] if family else _MODEL_CLASS), unsupported
 
 
-def write(folder: Path, network: Transformer, tokenizer: Tokenizer, card: str) -> None:
-    """Write all files of an export into an empty folder. `card`: the text of README.md."""
-    model = network.model
+def write(folder: Path, network: Model, tokenizer: Tokenizer, card: str) -> None:
+    """Write all files of an export into an empty folder. `card`: the text of README.md.
+
+    Raises `InputError` as `select_class` does.
+    """
+    model = hf_architectures.decoder_section(network.model)
+    select_class(model)
     family, _ = hf_architectures.find_family(model)
     state = network.state_dict()
     if family:
@@ -81,8 +99,7 @@ def write(folder: Path, network: Transformer, tokenizer: Tokenizer, card: str) -
         tensors = hf_architectures.export_state_dict(state, model, family)
     else:
         config = _tinylm_config(model, network.vocab_size)
-        tied = {"head.weight"} if model.tie_embeddings else set()
-        tensors = {name: tensor.contiguous() for name, tensor in state.items() if name not in tied}
+        tensors = {name: tensor.contiguous() for name, tensor in network.stored_weights().items()}
         shutil.copyfile(Path(__file__).with_name(MODELING_FILE), folder / MODELING_FILE)
     end = tokenizer.end_of_text
     _write_json(folder / "config.json", {**config, "bos_token_id": end, "eos_token_id": end})
@@ -97,8 +114,8 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _tinylm_config(model: ModelSection, vocab_size: int) -> dict[str, Any]:
-    shared = {key: getattr(model, key) for key in _SHARED_KEYS}
+def _tinylm_config(model: DecoderSection, vocab_size: int) -> dict[str, Any]:
+    shared = {key: getattr(model, key) for key in (*_SHARED_KEYS, *_NEWER_KEYS)}
     return {
         "architectures": [_MODEL_CLASS],
         "auto_map": {
@@ -143,7 +160,7 @@ def _tokenizer_config(tokenizer: Tokenizer, context_length: int) -> dict[str, An
 # Verification.
 
 
-def check_export(folder: Path, network: Transformer, tokenizer: Tokenizer, text: str) -> tuple[float, int]:
+def check_export(folder: Path, network: Model, tokenizer: Tokenizer, text: str) -> tuple[float, int]:
     """Load the folder with transformers and return (largest difference of logits on `text`, number of compared tokens).
 
     Raises `WorkError` if the logits or the token ids differ, `InputError` if transformers is not installed.
@@ -216,7 +233,7 @@ def quiet(transformers: Any) -> Iterator[None]:
 
 def read(
     folder: Path, tokenizer_file: Path | None = None, *, trust_pickle: bool = False
-) -> tuple[ModelSection, dict[str, Tensor], Tokenizer]:
+) -> tuple[DecoderSection, dict[str, Tensor], Tokenizer]:
     """Return the model section, state dict and tokenizer of a folder.
 
     `tokenizer_file`: a tokenizer.json to use instead of the folder's own. `trust_pickle`: allow reading pytorch_model.bin.
@@ -248,13 +265,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _tinylm_model_section(config: Mapping[str, Any], where: str) -> ModelSection:
+def _tinylm_model_section(config: Mapping[str, Any], where: str) -> DecoderSection:
     try:
         values = {key: config[key] for key in (*_SHARED_KEYS, "n_kv_head", "head_dim", "n_inner")}
+        values |= {key: config[key] for key in _NEWER_KEYS if key in config}
         values["tie_embeddings"] = config["tie_word_embeddings"]
         if values["position"] == "rope":
             values["rope_theta"] = float(config["rotary_base"])
-        return ModelSection.model_validate(values)
+        return DecoderSection.model_validate(values)
     except (KeyError, ValueError) as error:
         raise InputError(f"config.json was not written by tinylm: {error}", where=where) from None
 

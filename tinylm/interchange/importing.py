@@ -18,15 +18,16 @@ from torch import Tensor
 
 import tinylm
 from tinylm.errors import InputError
+from tinylm.evaluation.metrics import LANGUAGE_MODEL
 from tinylm.interchange import huggingface, nanogpt, verify
-from tinylm.model.transformer import Transformer
+from tinylm.model import registry
+from tinylm.model.base import Model
 from tinylm.paths import atomic_folder, atomic_write_text
-from tinylm.recipe.schema import DataSection, FileTokenizer, ModelSection, Recipe, TrainingSection
+from tinylm.recipe.schema import DataSection, DecoderSection, FileTokenizer, Recipe, TrainingSection
 from tinylm.reporting import SILENT, Reporter
 from tinylm.run import check_run_folder
 from tinylm.tokenizer import Tokenizer
 from tinylm.training.checkpoint import CheckpointWriter, Snapshot
-from tinylm.training.parallel import named_weights
 from tinylm.training.progress import Progress
 
 
@@ -34,7 +35,7 @@ from tinylm.training.progress import Progress
 class ImportResult:
     """What was imported. The field names are the keys of `tinylm import --json`.
 
-    `largest_difference`: largest absolute difference of logits on real text, or None if there was nothing to compare with.
+    `largest_difference`: largest absolute difference of logits on real text, or None if there was no reference.
     """
 
     run: str
@@ -63,7 +64,7 @@ def import_model(
 ) -> ImportResult:
     """Import a model and create the run folder `folder` for it.
 
-    `tokenizer`: a tokenizer.json to use instead of the one beside the weights. `context`: shorten the context length to this value.
+    `tokenizer`: a tokenizer.json to use instead of the source's own. `context`: shorten the context length to this value.
     `trust_pickle`: allow reading pickle files (tensors and plain values only).
     Raises `InputError` if the source is missing, damaged or unsupported, `WorkError` if the logits differ from transformers'.
     """
@@ -95,7 +96,7 @@ def check_destination(folder: Path, overwrite: bool) -> None:
     check_run_folder(folder, False, overwrite)
 
 
-def _read(source: Path, tokenizer: Path | None, trust_pickle: bool) -> tuple[ModelSection, dict[str, Tensor], Tokenizer]:
+def _read(source: Path, tokenizer: Path | None, trust_pickle: bool) -> tuple[DecoderSection, dict[str, Tensor], Tokenizer]:
     if not source.exists():
         raise InputError("no such file or folder", where=str(source), hint="expected a Hugging Face folder or nanoGPT's ckpt.pt")
     if source.is_dir():
@@ -116,7 +117,9 @@ def _read(source: Path, tokenizer: Path | None, trust_pickle: bool) -> tuple[Mod
     return model, state, huggingface.read_tokenizer(tokenizer)
 
 
-def _shorten_context(model: ModelSection, state: dict[str, Tensor], context: int | None) -> tuple[ModelSection, dict[str, Tensor]]:
+def _shorten_context(
+    model: DecoderSection, state: dict[str, Tensor], context: int | None
+) -> tuple[DecoderSection, dict[str, Tensor]]:
     if context is None:
         return model, state
     if not 1 <= context <= model.context_length:
@@ -127,8 +130,8 @@ def _shorten_context(model: ModelSection, state: dict[str, Tensor], context: int
 
 
 def _build_network(
-    model: ModelSection, state: dict[str, Tensor], tokenizer: Tokenizer, where: str, reporter: Reporter
-) -> tuple[Transformer, Tokenizer]:
+    model: DecoderSection, state: dict[str, Tensor], tokenizer: Tokenizer, where: str, reporter: Reporter
+) -> tuple[Model, Tokenizer]:
     """Return the network, and a tokenizer with exactly one id per embedding row.
 
     Special tokens without an embedding row get the mean of all rows. Rows without a token get a placeholder token.
@@ -151,11 +154,9 @@ def _build_network(
             f"{rows - tokenizer.vocab_size:,} of {rows:,} embedding rows have no token; kept them and added placeholder tokens"
         )
     tokenizer = huggingface.pad_vocabulary(tokenizer, rows, where)
-    network = Transformer(model, rows, seed=None)
-    if model.tie_embeddings:
-        state = {**state, "head.weight": state["embedding.weight"]}
+    network = registry.build(model, rows, None)
     try:
-        network.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+        network.load_stored_weights({name: tensor.float() for name, tensor in state.items()})
     except RuntimeError as error:
         raise InputError(f"the tensors do not match config.json: {' '.join(str(error).split())}", where=where) from None
     return network.eval(), tokenizer
@@ -166,7 +167,7 @@ def _append_mean_rows(matrix: Tensor, count: int) -> Tensor:
 
 
 def _compare_with_transformers(
-    source: Path, network: Transformer, tokenizer: Tokenizer, reporter: Reporter
+    source: Path, network: Model, tokenizer: Tokenizer, reporter: Reporter
 ) -> tuple[float | None, int, str | None]:
     """Return the largest difference of logits, the number of compared tokens, and the name and version of the reference.
 
@@ -185,7 +186,7 @@ def _compare_with_transformers(
 
 
 def _load_reference(source: Path) -> tuple[Callable[[Tensor], Tensor], str] | str:
-    """Load the source with transformers. Returns its logits function and transformers' version, or why it cannot load the source.
+    """Load the source with transformers. Returns the logits function and transformers' version, or the reason for a failure.
 
     Code in the folder is never executed: a folder with tinylm's own class is loaded with the installed `modeling_tinylm.py`.
     """
@@ -203,7 +204,8 @@ def _load_reference(source: Path) -> tuple[Callable[[Tensor], Tensor], str] | st
     return (lambda ids: other(ids).logits), f"transformers {transformers.__version__}"
 
 
-def _write(temporary: Path, folder: Path, source: Path, network: Transformer, tokenizer: Tokenizer) -> None:
+def _write(temporary: Path, folder: Path, source: Path, network: Model, tokenizer: Tokenizer) -> None:
+    assert isinstance(network.model, DecoderSection)
     recipe = Recipe(
         name=re.sub(r"[^\w.-]+", "-", folder.name) or "imported",
         data=DataSection(train=(f"imported:{source.absolute()}",)),
@@ -223,11 +225,12 @@ def _write(temporary: Path, folder: Path, source: Path, network: Transformer, to
     save_untrained(temporary, network, fingerprints)
 
 
-def save_untrained(folder: Path, network: Transformer, fingerprints: dict[str, str]) -> None:
+def save_untrained(folder: Path, network: Model, fingerprints: dict[str, str]) -> None:
     """Save the weights as a run's only checkpoint: step 0, marked best and last, without optimizer state."""
     writer = CheckpointWriter(folder, keep=1)
     writer.prepare()
-    writer.start_save(Snapshot(named_weights(network), {}, {**asdict(Progress()), "scaler": {}, "fingerprints": fingerprints}))
+    progress = Progress().as_state(LANGUAGE_MODEL)
+    writer.start_save(Snapshot(network.stored_weights(), {}, {**progress, "scaler": {}, "fingerprints": fingerprints}))
     saved = writer.wait()
     assert saved is not None
     writer.set_pointer("best", saved.name)

@@ -18,7 +18,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class LlamaCppResult:
-    """What llama.cpp computes for the inputs of `run`."""
+    """The results of llama.cpp for the inputs of `run`."""
 
     ids: list[list[int]]
     """Token ids of each text."""

@@ -57,6 +57,8 @@ class TinylmConfig(PretrainedConfig):
         embedding_shortcut=False,
         parallel_residual=False,
         logit_softcap=None,
+        attention_window=None,
+        attention_pattern=("local",),
         tie_word_embeddings=False,
         **kwargs,
     ):
@@ -87,6 +89,8 @@ class TinylmConfig(PretrainedConfig):
         self.embedding_shortcut = embedding_shortcut
         self.parallel_residual = parallel_residual
         self.logit_softcap = logit_softcap
+        self.attention_window = attention_window
+        self.attention_pattern = list(attention_pattern)
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
 
@@ -135,7 +139,7 @@ class Attention(nn.Module):
         self.value_share = nn.Parameter(torch.tensor([0.5])) if config.value_residual and layer > 0 else None
 
     def forward(self, x, positions, mask, cache, added_values, first_values):
-        """x (B, T, C) -> (B, T, C) and the values (B, K, T, D), without cached ones."""
+        """x (B, T, C) -> (B, T, C) and the values (B, K, T, D), without cached values."""
         config, (B, T, _) = self.config, x.shape
         q, k, v = (part.view(B, T, -1, config.head_dim).transpose(1, 2) for part in self.qkv(x).split(self.rows, dim=-1))
         if config.qk_norm:
@@ -204,7 +208,7 @@ class Block(nn.Module):
 
 
 class NgramEmbedding(nn.Module):
-    """For each order n, a table from which a hash of the last n ids selects a row."""
+    """For each order n, a hash of the last n ids selects a row of a table."""
 
     def __init__(self, config):
         super().__init__()
@@ -284,9 +288,10 @@ class TinylmForCausalLM(PreTrainedModel, GenerationMixin):
         if position_ids is None:
             position_ids = (attention_mask.cumsum(-1) - 1).clamp_min(0)[:, -T:]
         x = embedded = self._embed(input_ids, attention_mask, position_ids, past, previous_ids)
-        mask = self._mask(attention_mask, T)
-        first_values = None
-        for block in self.blocks:
+        masks = {"global": self._mask(attention_mask, T), "local": self._mask(attention_mask, T, self.config.attention_window)}
+        pattern, first_values = self.config.attention_pattern, None
+        for layer, block in enumerate(self.blocks):
+            mask = masks[pattern[layer % len(pattern)]]
             x, values = block(x, input_ids, embedded, position_ids, mask, past_key_values, first_values)
             first_values = values if first_values is None else first_values
         if self.final_norm is not None:
@@ -316,10 +321,16 @@ class TinylmForCausalLM(PreTrainedModel, GenerationMixin):
             x = x + torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2).to(x.dtype)
         return x if self.embedding_norm is None else self.embedding_norm(x)
 
-    def _mask(self, attention_mask, T):
-        """(B, 1, T, S), True where a query may attend: causal and not padding, but always itself, so that no row is all False."""
+    def _mask(self, attention_mask, T, window=None):
+        """Return a mask (B, 1, T, S) that is True where a query may attend to a key.
+
+        The key must not come later or be padding. A query always attends to itself, so that no row is all False. With a `window`,
+        it attends only to the last `window` positions up to its own.
+        """
         S = attention_mask.shape[1]
         causal = torch.ones((T, S), dtype=torch.bool, device=attention_mask.device).tril(S - T)
+        if window is not None:
+            causal = causal.triu(S - T - window + 1)
         diagonal = torch.eye(S, dtype=torch.bool, device=attention_mask.device)[-T:]
         return (causal & attention_mask[:, None, :].bool() | diagonal)[:, None]
 

@@ -11,13 +11,13 @@ from torch import Tensor
 from tinylm.errors import InputError
 from tinylm.interchange import hf_architectures
 from tinylm.interchange.huggingface import load_pickle
-from tinylm.recipe.schema import ModelSection
+from tinylm.recipe.schema import DecoderSection
 
 _COMPILE_PREFIX = "_orig_mod."
 _ARGUMENT_NAMES = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "block_size": "context_length"}
 
 
-def read(path: Path, *, trust_pickle: bool) -> tuple[ModelSection, dict[str, Tensor]]:
+def read(path: Path, *, trust_pickle: bool) -> tuple[DecoderSection, dict[str, Tensor]]:
     """Return the model section and state dict of a checkpoint.
 
     Raises `InputError` if pickles are not trusted or the file is not a nanoGPT checkpoint.
@@ -29,7 +29,7 @@ def read(path: Path, *, trust_pickle: bool) -> tuple[ModelSection, dict[str, Ten
     state = {name.removeprefix(_COMPILE_PREFIX): tensor for name, tensor in tensors.items()}
     values: dict[str, Any] = {ours: arguments[theirs] for theirs, ours in _ARGUMENT_NAMES.items()}
     try:
-        model = ModelSection.model_validate(
+        model = DecoderSection.model_validate(
             {**values, "preset": "gpt2", "feed_forward": "gelu_exact", "bias": any(name.endswith("c_fc.bias") for name in state)}
         )
     except ValueError as error:

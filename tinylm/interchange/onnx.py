@@ -13,9 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from tinylm.interchange import verify
-from tinylm.model.transformer import Transformer
+from tinylm.model.base import Model
+from tinylm.recipe.schema import ModelVariant
+from tinylm.recipe.support import COMMON, Supports, check_supported
 from tinylm.tokenizer import Tokenizer
 
+SUPPORTS: Supports = COMMON
+"""The values of the keys of `model:` whose graphs torch exports for any batch size and length."""
 _EXTRA_SHAPES = ((1, 1), (3, 5))
 """Shapes `(batch, time)` that `check_export` tries in addition to real text, because the file must accept any shape."""
 
@@ -23,7 +27,7 @@ _EXTRA_SHAPES = ((1, 1), (3, 5))
 class _Logits(nn.Module):
     """The exported graph: logits from ids."""
 
-    def __init__(self, network: Transformer) -> None:
+    def __init__(self, network: Model) -> None:
         super().__init__()
         self.network = network
 
@@ -32,15 +36,16 @@ class _Logits(nn.Module):
         return logits
 
 
-def require() -> None:
-    """Raise `InputError` if a package that export or verification needs is missing."""
+def check_possible(model: ModelVariant) -> None:
+    """Raise `InputError` if the model is not supported, or if a package that export or verification needs is missing."""
+    check_supported(model, SUPPORTS, "ONNX export", "--to onnx")
     for module in ("onnx", "onnxscript", "onnxruntime"):
         verify.require(module, "onnx", "writing ONNX")
 
 
-def write(path: Path, network: Transformer, name: str) -> None:
+def write(path: Path, network: Model, name: str) -> None:
     """Write a file with torch's exporter. Batch and time are dynamic; time is at most the context length."""
-    require()
+    check_possible(network.model)
     import onnx
 
     context = network.model.context_length
@@ -77,7 +82,7 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def check_export(path: Path, network: Transformer, tokenizer: Tokenizer, text: str) -> tuple[float, int]:
+def check_export(path: Path, network: Model, tokenizer: Tokenizer, text: str) -> tuple[float, int]:
     """Load the file with onnxruntime and return (largest difference of logits on `text`, number of compared tokens).
 
     Raises `WorkError` if the logits differ.

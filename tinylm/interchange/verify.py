@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tinylm.errors import WorkError, missing_extra
+from tinylm.evaluation.metrics import perplexity_of
+from tinylm.evaluation.scoring import token_losses
 from tinylm.run import Run
 from tinylm.text import builtin
 from tinylm.text.sources import Corpus
@@ -75,9 +76,9 @@ def perplexity(logits: LogitsFunction, rows: Tensor) -> float:
     """Return the perplexity of `rows` `(rows, time)`; the first token of each row is context only."""
     nats, count = 0.0, 0
     for row in rows[:, None]:
-        losses = F.cross_entropy(logits(row).float()[0, :-1], row[0, 1:], reduction="sum")
-        nats, count = nats + float(losses), count + row.shape[1] - 1
-    return math.exp(min(nats / max(count, 1), 700.0))
+        losses = token_losses(logits(row)[0, :-1], row[0, 1:])
+        nats, count = nats + float(losses.double().sum()), count + row.shape[1] - 1
+    return perplexity_of(nats / max(count, 1))
 
 
 @torch.no_grad()
@@ -89,20 +90,20 @@ def greedy(logits: LogitsFunction, prompt: Tensor, new_tokens: int) -> list[int]
     return ids[0, prompt.shape[1] :].tolist()
 
 
-def check_logits(difference: float, what: str) -> None:
-    """Raise `WorkError` if a difference of logits is too large for float32 rounding. `what` names the compared model."""
+def check_logits(difference: float, name: str) -> None:
+    """Raise `WorkError` if a difference of logits is too large for float32 rounding. `name` is the name of the model."""
     if not difference <= MAX_LOGIT_DIFFERENCE:
         raise WorkError(
-            f"{what} does not compute the same model: logits differ by {difference:.2e}, more than {MAX_LOGIT_DIFFERENCE:.0e}",
+            f"{name} does not compute the same model: logits differ by {difference:.2e}, more than {MAX_LOGIT_DIFFERENCE:.0e}",
             hint="nothing was saved",
         )
 
 
-def check_ids(tokenizer: Tokenizer, encode: Callable[[str], list[int]], text: str, what: str) -> None:
-    """Raise `WorkError` if `encode` returns other ids than `tokenizer` for any probe of `text`. `what` names the other program."""
+def check_ids(tokenizer: Tokenizer, encode: Callable[[str], list[int]], text: str, name: str) -> None:
+    """Raise `WorkError` if `encode` and `tokenizer` return different ids for a probe of `text`. `name` is the name of `encode`."""
     for probe in tokenizer_probes(text):
         if encode(probe) != tokenizer.encode(probe):
-            raise WorkError(f"{what} splits {probe[:60]!r} into different tokens", hint="nothing was saved")
+            raise WorkError(f"{name} splits {probe[:60]!r} into different tokens", hint="nothing was saved")
 
 
 _EDGE_CASES = (

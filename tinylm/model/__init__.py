@@ -1,6 +1,6 @@
 """The model: a transformer configured by a recipe's `model:` section, its objective, and its decoder.
 
-Code in this package reads no files and does not depend on the number of processes.
+Code in this package does not read files or depend on the number of processes.
 """
 
 from tinylm.device import warm_up_vector_math

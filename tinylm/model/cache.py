@@ -5,32 +5,34 @@ Legend: `L` layers, `B` rows, `S` capacity, `K` key/value heads, `D` head width,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tinylm.recipe.schema import ModelSection
+from tinylm.recipe.schema import DecoderSection
 
 
 class KVCache:
-    """Keys and values of every layer, for up to `capacity` positions per row.
+    """The `DecodingState` of a transformer: keys and values of every layer, for up to `capacity` positions per row.
 
-    `keys` and `values` are (L, B, S, K, D); `tokens` (B, S) holds the ids. `lengths` holds the number of filled positions of each
-    active row; rows may have different lengths. `layers` holds per-layer views of the active rows, `full_layers` of all rows.
+    `keys` and `values` are (L, B, S, K, D); `tokens` (B, S) contains the ids. `lengths` contains the number of filled positions of
+    each active row; rows may have different lengths. `layers` contains per-layer views of the active rows, and `full_layers`
+    contains views of all rows.
     """
 
-    def __init__(self, model: ModelSection, rows: int, capacity: int, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, model: DecoderSection, rows: int, capacity: int, *, device: torch.device, dtype: torch.dtype) -> None:
         shape = (model.n_layer, rows, capacity, model.kv_heads, model.head_width)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.tokens = torch.zeros((rows, capacity), device=device, dtype=torch.long)
         self.lengths: list[int] = []
-        self.set_active_rows(rows)
+        self.resize(rows)
         self.full_layers = self.layers
 
-    def set_active_rows(self, rows: int) -> None:
-        """Make the first `rows` rows the active ones. Rows that become active are empty."""
+    def resize(self, rows: int) -> None:
+        """Make exactly the first `rows` rows active. Rows that become active are empty."""
         self.lengths = self.lengths[:rows] + [0] * (rows - len(self.lengths))
         self.layers = [
             LayerCache.from_tensors(keys[:rows], values[:rows]) for keys, values in zip(self.keys, self.values, strict=True)
@@ -41,22 +43,32 @@ class KVCache:
         return self.tokens.shape[1]
 
     def row_slice(self, start: int = 0, stop: int | None = None) -> CacheRows:
-        """Rows [start, stop), which are filled together from position 0. Default: all active rows."""
+        """Return rows [start, stop), which are filled together from position 0. Default: all active rows."""
         return CacheRows(self, slice(start, len(self.lengths) if stop is None else stop))
 
-    def copy_row(self, source: int, rows: range | list[int]) -> None:
+    def fork(self, source: int, rows: Sequence[int]) -> None:
         """Copy row `source` to other rows, to draw several samples from one prompt."""
         self.reorder([source] * len(rows), rows)
 
-    def reorder(self, sources: list[int], rows: range | list[int]) -> None:
+    def reorder(self, sources: Sequence[int], rows: Sequence[int]) -> None:
         """Copy row `sources[i]` to row `rows[i]` for every i. All sources are read before any row is written."""
         longest = max((self.lengths[source] for source in sources), default=0)
         for store in (self.keys, self.values):
-            store[:, list(rows), :longest] = store[:, sources, :longest]
-        self.tokens[list(rows), :longest] = self.tokens[sources, :longest]
+            store[:, list(rows), :longest] = store[:, list(sources), :longest]
+        self.tokens[list(rows), :longest] = self.tokens[list(sources), :longest]
         lengths = [self.lengths[source] for source in sources]
         for row, length in zip(rows, lengths, strict=True):
             self.lengths[row] = length
+
+    def evict(self, row: int, keep: int) -> int:
+        """Empty a row. Returns `keep`, because the last `keep` tokens must be prefilled again.
+
+        Shifting the keys and values instead is impossible with learned and sinusoidal position embeddings, because the keys and
+        values depend on them. It is possible with rotary position embeddings, but the output gets worse, because the model
+        was trained only on sequences that include their first tokens.
+        """
+        self.lengths[row] = 0
+        return keep
 
 
 class LayerCache(NamedTuple):
@@ -82,14 +94,14 @@ class CacheRows:
         self.length = 0
 
     def update_tokens(self, tokens: Tensor) -> Tensor:
-        """Append ids (B, T). Return all ids so far, including the new ones."""
+        """Append ids (B, T). Return all ids so far, including the new ids."""
         end = self.length + tokens.shape[1]
         rows = self._cache.tokens[self._rows]
         rows[:, self.length : end] = tokens
         return rows[:, :end]
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values (B, K, T, D) to a layer. Return those of all positions so far, including the new ones."""
+        """Append keys and values (B, K, T, D) to a layer. Return the keys and values of all positions so far."""
         end = self.length + keys.shape[2]
         stored_keys, stored_values = (store[layer, self._rows].transpose(1, 2) for store in (self._cache.keys, self._cache.values))
         stored_keys[:, :, self.length : end] = keys

@@ -1,8 +1,8 @@
 """Decoding on a CPU with numba-compiled code: packs the weights, allocates the workspace and runs each step on several threads.
 
-The compiled code itself is in `tinylm.model.kernels`, which needs numba. It runs on torch's own OpenMP threads, because a second
-thread pool would compete for the same cores. They are reached through the entry points that compilers call, which libgomp, libomp
-and Intel's library all provide. If no OpenMP library is found, steps run on one thread.
+The compiled code itself is in `tinylm.model.kernels`, which needs numba. The code runs on torch's own OpenMP threads, because a
+second thread pool would compete for the same cores. It starts these threads through the entry points that compilers call, which
+libgomp, libomp and Intel's library all provide. If no OpenMP library is found, steps run on one thread.
 """
 
 from __future__ import annotations
@@ -24,12 +24,23 @@ from tinylm.model.cache import KVCache
 from tinylm.model.layers import Block
 from tinylm.model.packed import Int8Linear, TransposedLinear
 from tinylm.model.transformer import Transformer
+from tinylm.recipe.support import COMMON, Supports, unsupported_parts
 
 MIN_PRODUCTS_PER_THREAD = 4_000_000
-"""Minimum number of multiplications per thread: smaller steps use fewer threads. A constant rather than a measured value, so that
-the number of threads is reproducible."""
+"""Minimum number of multiplications per thread. Smaller steps use fewer threads. This is a constant rather than a measured value to
+make the number of threads reproducible."""
 COMPILE_NOTE_SECONDS = 1.5
 """Report the compilation if it takes longer than this. Loading code that is already compiled is faster."""
+SUPPORTS: Supports = {
+    **COMMON,
+    "norm_position": ("pre",),
+    "parallel_residual": (False,),
+    "value_embeddings": (0,),
+    "value_residual": (False,),
+    "embedding_shortcut": (False,),
+    "feed_forward": ("gelu", "relu", "relu2", "swiglu"),
+}
+"""The values of `model:` keys that the compiled code supports. PyTorch decodes all other networks."""
 _ALIGNMENT = 64
 _LOAD_SECONDS = 2.0
 """Upper bound on the time to load numba and the compiled code, measured on two cores of a Xeon."""
@@ -47,18 +58,11 @@ def import_kernels() -> Any:
 
 
 def unsupported(network: Transformer) -> str | None:
-    """The first property of a network that the compiled code does not support, or None."""
-    model = network.model
-    properties = {
-        "norm_position: post": model.norm_position == "post",
-        "parallel_residual": model.parallel_residual,
-        "value_embeddings": model.value_embeddings > 0,
-        "value_residual": model.value_residual,
-        "embedding_shortcut": model.embedding_shortcut,
-        "feed_forward: gelu_exact": model.feed_forward == "gelu_exact",
-        "a dtype other than float32": network.embedding.weight.dtype != torch.float32,
-    }
-    return next((name for name, present in properties.items() if present), None)
+    """Return the first property of a network that the compiled code does not support, or None."""
+    properties = list(unsupported_parts(network.model, SUPPORTS))
+    if network.embedding.weight.dtype != torch.float32:
+        properties.append("a dtype other than float32")
+    return properties[0] if properties else None
 
 
 def is_worthwhile(network: Transformer, steps: int | None) -> bool:
@@ -70,7 +74,7 @@ def is_worthwhile(network: Transformer, steps: int | None) -> bool:
 
 
 def load_kernels(report: Callable[[str], None]) -> None:
-    """Load the compiled code; the first use on a machine compiles it. Calls `report` if that takes long."""
+    """Load the compiled code, which the first use on a machine compiles. Call `report` if this takes long."""
     message = "compiling the decoding step for this CPU (once, about 10 seconds)"
     timer = threading.Timer(COMPILE_NOTE_SECONDS, report, [message])
     timer.daemon = True
@@ -84,7 +88,7 @@ def load_kernels(report: Callable[[str], None]) -> None:
 class CompiledStep:
     """Compiled versions of `Decoder.step` and `Decoder.prefill`, for packed and plain networks on the CPU.
 
-    Copies the network's matrices, and reads its embeddings in place. Raises `InputError` if numba is not installed, or if the
+    Copies the network's matrices and reads its embeddings in place. Raises `InputError` if numba is not installed, or if the
     network or the CPU is not supported.
     """
 
@@ -120,7 +124,7 @@ class CompiledStep:
         return self._run(cache, tokens, row, np.arange(len(tokens)), is_prefill=True)[0]
 
     def _run(self, cache: KVCache, tokens: Tensor, cache_rows: Any, positions: Any, is_prefill: bool = False) -> Tensor:
-        """Process tokens (N,) at the given rows and positions of the cache. Return logits (N, V), or (1, V) for a prefill."""
+        """Process tokens (N,) at the given rows and positions of the cache. Return logits (N, V), or (1, V) for prefill."""
         rows, team, threads = len(tokens), openmp_team(), 1
         if team is not None:
             threads = min(torch.get_num_threads(), max(1, rows * self._products_per_row // MIN_PRODUCTS_PER_THREAD))
@@ -244,7 +248,7 @@ class CompiledStep:
 
 
 def _weight_and_scale(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """The weight (outputs, inputs) of a linear layer and, for int8, its scales (outputs,)."""
+    """Return the weight (outputs, inputs) of a linear layer and, for int8, its scales (outputs,)."""
     if isinstance(linear, Int8Linear):
         return linear.weight[:, : linear.inputs], linear.scale.float()
     weight = cast(Tensor, linear.weight).detach()
@@ -257,7 +261,7 @@ def _round_up(size: int) -> int:
 
 
 def _aligned_zeros(size: int) -> tuple[np.ndarray, int]:
-    """An array of zeros, and an aligned address inside it that is followed by at least `size` bytes."""
+    """Return an array of zeros, and an aligned address inside it that is followed by at least `size` bytes."""
     memory = np.zeros(size + _ALIGNMENT, dtype=np.uint8)  # numpy requests huge pages for large arrays
     return memory, _round_up(memory.ctypes.data)
 
@@ -265,7 +269,7 @@ def _aligned_zeros(size: int) -> tuple[np.ndarray, int]:
 class _WeightArena:
     """One block of memory for all weights.
 
-    `add_tiles` and `add_vector` register a tensor and the record field that will hold its address. `allocate` copies the tensors
+    `add_tiles` and `add_vector` register a tensor and the record field that will contain its address. `allocate` copies the tensors
     and sets the fields.
     """
 
@@ -312,7 +316,7 @@ class OpenMPTeam:
 
 @cache
 def openmp_team() -> OpenMPTeam | None:
-    """The OpenMP thread pool of this process, or None if no OpenMP library is loaded."""
+    """Return the OpenMP thread pool of this process, or None if no OpenMP library is loaded."""
     try:
         return OpenMPTeam(ctypes.CDLL(None))  # searches all loaded libraries, including torch's OpenMP
     except (TypeError, OSError, AttributeError):  # Windows, or a torch build without OpenMP

@@ -11,40 +11,98 @@ positions, `V` vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tinylm.errors import InputError
+from tinylm.model.base import Model
 from tinylm.model.cache import KVCache, LayerCache
 from tinylm.model.compiled import CompiledStep, is_worthwhile, load_kernels
+from tinylm.model.full_pass import FullPassDecoder
+from tinylm.model.hooks import has_functions
 from tinylm.model.layers import Attention, Block, RMSNorm
 from tinylm.model.packed import TransposedLinear, WeightKind, pack
+from tinylm.model.state import DecodingModel
 from tinylm.model.transformer import Transformer
+from tinylm.recipe.support import ANY, COMMON, Supports, unsupported_parts
 from tinylm.reporting import Reporter
 
+SUPPORTS: Supports = {
+    **COMMON,
+    "attention_window": ANY,
+    "attention_pattern": lambda model: {*model.attention_pattern} <= {"local", "global"},
+}
+"""The values of `model:` keys that decoding with a KV cache supports. A `FullPassDecoder` decodes all other networks."""
 TensorFunction = Callable[[Tensor], Tensor]
 _MAX_NUMBA_PROMPT = 32
 """Maximum length in tokens of a prompt that the numba-compiled code prefills. For longer prompts, PyTorch is faster."""
 
 
 def make_decoder(
-    network: Transformer, *, weights: WeightKind, compiled: bool | None, steps: int | None, reporter: Reporter
-) -> Decoder:
-    """Make a decoder for about `steps` steps (None: unlimited). `compiled=None` compiles the step on a CPU if that saves time."""
-    compiled = is_worthwhile(network, steps) if compiled is None else compiled
+    network: nn.Module, *, weights: WeightKind, compiled: bool | None, steps: int | None, reporter: Reporter
+) -> DecodingModel[Any]:
+    """Make a decoder for about `steps` steps (None: unlimited). `compiled=None` compiles the step on a CPU if that saves time.
+
+    Reports a note if decoding with a KV cache does not support a part of the network. Raises `InputError` if the network cannot
+    generate text, or if it does not support `weights` or `compiled`. Both options require a transformer without functions attached
+    to its hook points. On a CPU, the compiled code must also support the network.
+    """
+    if not isinstance(network, Transformer):
+        if weights != "fp32":
+            raise InputError(f"{weights} is not supported by this architecture", where="--weights", hint="use fp32")
+        if compiled:
+            raise InputError("this architecture is not supported by compiled decoding", where="--compile", hint="remove the option")
+        return as_decoder(network)
+    if parts := unsupported_parts(network.model, SUPPORTS):
+        reporter.note(f"decoding with a KV cache does not support {', '.join(parts)}; each token takes a full forward pass")
+    if compiled is None:
+        compiled = is_worthwhile(network, steps) and not has_functions(network)
     if compiled and network.embedding.weight.device.type == "cpu":
         load_kernels(reporter.note)
+    return _transformer_decoder(network, weights, compiled)
+
+
+def as_decoder(model: nn.Module | DecodingModel[Any]) -> DecodingModel[Any]:
+    """Return a `DecodingModel` for a model: the model itself if it is one, else a `Decoder` or a `FullPassDecoder`.
+
+    A transformer gets a `Decoder`, unless it has a part that `SUPPORTS` does not list or functions attached to its hook points.
+    Raises `InputError` for a model that cannot generate text.
+    """
+    if isinstance(model, DecodingModel):
+        return model
+    if isinstance(model, Transformer):
+        return _transformer_decoder(model, "fp32", compiled=False)
+    if isinstance(model, Model):
+        return FullPassDecoder(model)
+    raise InputError(f"a model of class {type(model).__name__} cannot generate text")
+
+
+def _transformer_decoder(network: Transformer, weights: WeightKind, compiled: bool) -> Decoder | FullPassDecoder:
+    """Return a `FullPassDecoder` if functions are attached or a PyTorch step does not support the network, else a `Decoder`.
+
+    Raises `InputError` in the same cases as `Decoder`, and if functions are attached that `weights` or `compiled` would ignore.
+    """
+    hooked = has_functions(network)
+    if hooked and (compiled or weights != "fp32"):
+        raise InputError("functions at hook points are only called in uncompiled decoding with fp32 weights")
+    uses_torch = not compiled or network.device.type != "cpu"
+    if uses_torch and (hooked or unsupported_parts(network.model, SUPPORTS)):
+        return FullPassDecoder(network if hooked else pack(network, weights))  # a packed copy has no functions attached
     return Decoder(network, weights=weights, compiled=compiled)
 
 
 class Decoder:
-    """Prefills prompts into rows of a cache and continues them token by token.
+    """The `DecodingModel` for transformers: prefills prompts into rows of a KV cache and continues them token by token.
 
-    `compiled`: compile the step with `backend`. With "numba" (the default on a CPU), a row's logits do not depend on the other
-    rows, to the bit. "torch" (the default on other devices) uses `torch.compile` with static shapes, and CUDA graphs on CUDA; the
-    first step then takes tens of seconds. Raises `InputError` if the numba backend does not support the network.
+    `compiled`: compile the step with `backend`. With "numba" (the default on a CPU), a row's logits are bit-identical and
+    independent of the other rows. "torch" (the default on other devices) uses `torch.compile` with static shapes, and CUDA graphs
+    on CUDA; the first step then takes tens of seconds. Raises `InputError` if the numba backend does not support the network.
+
+    Raises `ValueError` if functions are attached to hook points of the network, because a step would not call them, or if the
+    network has a part that `SUPPORTS` does not list. `make_decoder` and `as_decoder` return a `FullPassDecoder` in these cases.
     """
 
     def __init__(
@@ -58,14 +116,19 @@ class Decoder:
         if backend is None:
             backend = "numba" if network.embedding.weight.device.type == "cpu" else "torch"
         self._numba_step: CompiledStep | None = None
+        if has_functions(network):
+            raise ValueError("decoding with a KV cache does not call functions at hook points; use make_decoder")
         self._static_shapes = compiled and backend == "torch"
         if compiled and backend == "numba":
             self.network = pack(network, None if weights == "fp32" else weights)  # only prefills long prompts
             self._numba_step = CompiledStep(self.network)
         else:
+            if parts := unsupported_parts(network.model, SUPPORTS):
+                raise ValueError(f"decoding with a KV cache does not support {', '.join(parts)}; use make_decoder")
             self.network = pack(network, weights)
             self._prepare_layers()
-        self.model = self.network.model
+        self.model, self.vocab_size = self.network.model, self.network.vocab_size
+        self.uses_numba = self._numba_step is not None
 
     def _prepare_layers(self) -> None:
         """Look up everything that a step in PyTorch needs."""
@@ -90,43 +153,48 @@ class Decoder:
         return self.network.embedding.weight.device
 
     @property
-    def uses_numba(self) -> bool:
-        return self._numba_step is not None
+    def capacity(self) -> int:
+        return self.model.context_length
 
-    def new_cache(self, rows: int, capacity: int | None = None) -> KVCache:
-        """A cache for `rows` sequences of up to `capacity` tokens (default: the model's context length)."""
-        dtype = self.network.embedding.weight.dtype
-        return KVCache(self.model, rows, capacity or self.model.context_length, device=self.device, dtype=dtype)
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Ids (B, T) -> logits (B, T, V), without a cache or compiled code."""
+        logits: Tensor = self.network(tokens)
+        return logits
+
+    def new_state(self, rows: int, max_tokens: int | None = None) -> KVCache:
+        """Create a cache for `rows` sequences of up to `max_tokens` tokens (default and maximum: the model's context length)."""
+        capacity = min(max_tokens or self.capacity, self.capacity)
+        return KVCache(self.model, rows, capacity, device=self.device, dtype=self.network.embedding.weight.dtype)
 
     @torch.inference_mode()
-    def prefill(self, cache: KVCache, row: int, ids: Sequence[int] | Tensor) -> Tensor:
+    def prefill(self, state: KVCache, row: int, ids: Sequence[int] | Tensor) -> Tensor:
         """Overwrite a row of the cache with a prompt. Return the logits (V,) after its last token."""
         tokens = torch.as_tensor(ids, device=self.device, dtype=torch.long)[None]  # (1, T)
         if self._numba_step is not None and tokens.shape[1] <= _MAX_NUMBA_PROMPT:
-            logits = self._numba_step.prefill(cache, row, tokens[0])
-            cache.lengths[row] = tokens.shape[1]
+            logits = self._numba_step.prefill(state, row, tokens[0])
+            state.lengths[row] = tokens.shape[1]
             return logits
-        return self.network.logits(self.network.hidden(tokens, cache.row_slice(row, row + 1), n_last=1)[0])[0]
+        return self.network.logits(self.network.hidden(tokens, state.row_slice(row, row + 1), n_last=1)[0])[0]
 
-    def step(self, cache: KVCache, tokens: Tensor) -> Tensor:
+    def step(self, state: KVCache, tokens: Tensor) -> Tensor:
         """Append one id (B,) to every active row and return the logits (B, V) after it. No row may be at capacity.
 
         Call it in inference mode. Entering inference mode in each step would take 1 % of a small model's step.
         """
-        lengths = cache.lengths
+        lengths = state.lengths
         if self._numba_step is not None:
-            logits = self._numba_step(cache, tokens)
+            logits = self._numba_step(state, tokens)
         elif self._static_shapes:  # decodes inactive rows too: they write to position 0, which the next prompt overwrites
-            inactive = len(cache.tokens) - len(lengths)
+            inactive = len(state.tokens) - len(lengths)
             positions = torch.tensor(lengths + [0] * inactive, device=self.device)
             padded = F.pad(tokens, (0, inactive))
-            logits = self._decode_one_token(cache.full_layers, cache.tokens, padded, positions, cache.capacity, False)
+            logits = self._decode_one_token(state.full_layers, state.tokens, padded, positions, state.capacity, False)
             logits = logits[: len(lengths)]
         else:
             longest = max(lengths) + 1
             positions = torch.tensor(lengths, device=self.device)
-            logits = self._decode_one_token(cache.layers, cache.tokens, tokens, positions, longest, min(lengths) + 1 == longest)
-        cache.lengths[:] = [length + 1 for length in lengths]
+            logits = self._decode_one_token(state.layers, state.tokens, tokens, positions, longest, min(lengths) + 1 == longest)
+        state.lengths[:] = [length + 1 for length in lengths]
         return logits
 
     def decode_one_token(
@@ -146,14 +214,17 @@ class Decoder:
         B, capacity = tokens.shape[0], cached_tokens.shape[1]
         # Index of each row's new position in the flattened cache, (B,).
         slots = positions + torch.arange(0, B * capacity, capacity, device=positions.device) if B > 1 else positions
-        mask = None
+        mask = window_mask = None
         if not same_length:
             masked = torch.arange(kv_length, device=positions.device) > positions[:, None]  # (B, S)
-            mask = torch.zeros(masked.shape, device=positions.device, dtype=layers[0].keys.dtype)
-            mask = mask.masked_fill_(masked, float("-inf"))[:, None, None]  # (B, 1, 1, S)
+            mask = _additive_mask(masked, layers[0].keys.dtype)
+        if self.model.attention_window is not None:
+            distances = positions[:, None] - torch.arange(kv_length, device=positions.device)  # (B, S)
+            masked = (distances < 0) | (distances >= self.model.attention_window)
+            window_mask = _additive_mask(masked, layers[0].keys.dtype)
         x = self._embed(tokens, positions, cached_tokens, slots)  # (B, C)
         rotation = self._rotations.index_select(0, positions).unbind(1) if self.model.position == "rope" else None
-        context, first_values = _StepContext(tokens, x, rotation, slots, kv_length, mask), None
+        context, first_values = _StepContext(tokens, x, rotation, slots, kv_length, mask, window_mask), None
         for layer, layer_cache in zip(self._layers, layers, strict=True):
             x, values = layer(x, context, layer_cache, first_values)
             if first_values is None and self.model.value_residual:
@@ -187,6 +258,7 @@ class _StepContext(NamedTuple):
     slots: Tensor  # (B,), where to write keys and values in the flattened cache
     kv_length: int
     mask: Tensor | None  # (B, 1, 1, S), added to the scores
+    window_mask: Tensor | None  # instead of `mask` in blocks with an attention window
 
 
 class _DecoderLayer:
@@ -206,6 +278,7 @@ class _DecoderLayer:
         self._value_embedding = block.value_embedding
         self._value_share = attention.value_share
         self._heads, self._kv_heads, self._head_width = attention.heads, attention.kv_heads, attention.head_width
+        self._windowed = attention.window is not None
         self._qk_heads = attention.heads + attention.kv_heads
         self._qk_norm_eps = attention.qk_norm_eps
         self._qk_gains = None
@@ -227,10 +300,10 @@ class _DecoderLayer:
         cache.flat_keys.index_copy_(0, context.slots, k)
         cache.flat_values.index_copy_(0, context.slots, v)
         attended = F.scaled_dot_product_attention(
-            q.reshape(B, self._kv_heads, -1, self._head_width),  # (B, K, G, D): a group's queries are in the place of positions
+            q.reshape(B, self._kv_heads, -1, self._head_width),  # (B, K, G, D): a group's queries take the place of positions
             cache.keys.narrow(2, 0, context.kv_length),  # (B, K, S, D)
             cache.values.narrow(2, 0, context.kv_length),
-            attn_mask=context.mask,
+            attn_mask=context.window_mask if self._windowed else context.mask,
         ).view(B, -1)  # (B, H D)
         if self._feed_forward_norm is None:  # post and parallel
             return self._attention_norm(self._feed_forward(x, self._attention_output(attended, x))), v
@@ -250,7 +323,7 @@ class _DecoderLayer:
             if self._qk_gains is not None:
                 qk.mul_(self._qk_gains)
         if rotation is not None:
-            cosines, sines = rotation  # (B, 1, D): the table twice, with the first sines negated
+            cosines, sines = rotation  # (B, 1, D): each table repeated twice, the first sines negated
             qk = torch.addcmul(qk * cosines, qk.roll(self._head_width // 2, -1), sines)
         return (
             qk.narrow(1, 0, self._heads),
@@ -273,8 +346,14 @@ class _DecoderLayer:
         return self._feed_forward_output(hidden, residual)
 
 
+def _additive_mask(masked: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, S), True where a query may not attend to a key -> (B, 1, 1, S), minus infinity there and 0 elsewhere."""
+    mask = torch.zeros(masked.shape, device=masked.device, dtype=dtype)
+    return mask.masked_fill_(masked, float("-inf"))[:, None, None]
+
+
 def _linear_function(layer: nn.Module) -> TensorFunction:
-    """A linear layer as a plain function: looking up a parameter in a module takes as long as a small matrix product."""
+    """Return a linear layer as a plain function. Parameter lookups in a module would take as long as a small matrix product."""
     if not isinstance(layer, TransposedLinear):
         forward: TensorFunction = layer.forward
         return forward
@@ -286,7 +365,7 @@ def _linear_function(layer: nn.Module) -> TensorFunction:
 
 
 def _linear_add_function(layer: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """A linear layer followed by a residual addition: (x, residual) -> residual + layer(x)."""
+    """Return a linear layer with a residual addition as a plain function: (x, residual) -> residual + layer(x)."""
     if isinstance(layer, TransposedLinear) and layer.bias is None:
         weight = layer.weight.detach()
         return lambda x, residual: torch.addmm(residual, x, weight)
@@ -302,7 +381,7 @@ def _rms_norm(x: Tensor, eps: float) -> Tensor:
 
 
 def _norm_function(norm: nn.Module | None) -> TensorFunction:
-    """A norm as a plain function, or the identity for None."""
+    """Return a norm as a plain function, or the identity for None."""
     if norm is None:
         return lambda x: x
     if isinstance(norm, RMSNorm):

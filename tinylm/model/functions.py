@@ -1,13 +1,17 @@
 """Elementwise operations and the loss, with hand-written backward passes.
 
-They launch fewer kernels and save fewer tensors than autograd does for composite operations, which on a CPU would take a third of
-a small model's training step. Composite operations are used on GPUs and under a compiler, where kernels are fused anyway.
+They launch fewer kernels and save fewer tensors than composite operations under autograd. On a CPU, composite operations would take
+a third of a small model's training step. On GPUs and under a compiler, they are used because kernels are fused anyway.
 
 Legend: `N` rows, `C` width, `V` vocabulary, `D` head width.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 
-from tinylm.cost.memory import LOSS_ROWS_FP16
+from tinylm.cost.memory import FUSED_LOSS_FROM, LOSS_ROWS_FP16, fused_loss_rows
 
 
 def prefers_composite_ops(x: Tensor) -> bool:
-    """Whether to use composite operations: on a GPU, or while a compiler traces."""
+    """Whether to use composite operations. True on a GPU and while a compiler traces the code."""
     return x.device.type != "cpu" or torch.compiler.is_compiling()
 
 
@@ -27,7 +31,7 @@ def prefers_composite_ops(x: Tensor) -> bool:
 def _keep_mask(like: Tensor, dropped: int) -> Tensor:
     """A boolean mask with the shape of `like`. Elements are False with probability `dropped` / 65,536.
 
-    Draws 16 random bits per element, which takes less time than one float per element.
+    Draws 16 random bits per element, which is faster than drawing one float per element.
     """
     words = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device).random_(-(1 << 63), None)
     mask: Tensor = words.view(torch.int16)[: like.numel()].view(like.shape) >= dropped - (1 << 15)
@@ -89,7 +93,7 @@ def rms_norm(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
 
 
 def _rotate_pairs(x: Tensor, cosines: Tensor, sines: Tensor, direction: int) -> Tensor:
-    """`rotate` by the tables' angles times `direction` (1 or -1)."""
+    """Rotate by the angles of the tables, multiplied by `direction` (1 or -1)."""
     rotated = torch.empty_like(x)
     half = x.shape[-1] // 2
     first, second = x[..., :half], x[..., half:]
@@ -148,13 +152,27 @@ def relu_squared(x: Tensor) -> Tensor:
     return squared
 
 
+LossFunction = Callable[[Tensor, Tensor, float | None], tuple[Tensor, Tensor]]
+"""Logits (N, V), targets (N,) and the cap -> losses (N,) and the gradients with respect to the logits (N, V)."""
+
+
 class _SummedCrossEntropy(torch.autograd.Function):
-    """Compute loss and gradients together, chunk by chunk, so that only gradients the size of the inputs are saved."""
+    """Computes the loss and the gradients together, chunk by chunk. Saves only gradients with the shapes of the inputs."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None, chunk: int, dtype: torch.dtype
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        cap: float | None,
+        chunk: int,
+        compiled: bool,
+        dtype: torch.dtype,
     ) -> Tensor:
+        fused = fused_loss.function(hidden.shape[0] * weight.shape[0], hidden.device) if compiled else None
+        if fused is not None:
+            chunk = fused_loss_rows(hidden.shape[0], weight.shape[0], chunk)
         if dtype == torch.float16:
             chunk = min(chunk, LOSS_ROWS_FP16)
         matrix = weight.detach().to(dtype)
@@ -164,18 +182,19 @@ class _SummedCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
             states = hidden[rows].to(dtype)  # (chunk, C)
-            # Cast before the call: while torch.compile's frame evaluator is installed (a failed compilation leaves it behind), the
-            # caller holds its arguments until the call returns, so a 16-bit product would stay in memory beside its float32 copy.
-            losses, logit_gradients = _losses_and_logit_gradients((states @ matrix.T).to(total.dtype), targets[rows], cap)
+            if fused is not None:
+                losses, logit_gradients = fused(states @ matrix.T, targets[rows], cap)
+            else:
+                # Cast before the call. While torch.compile's frame evaluator is installed (it stays installed after a failed
+                # compilation), the caller keeps the arguments of a call alive until it returns. A 16-bit product would then stay
+                # in memory next to its float32 copy.
+                losses, logit_gradients = _losses_and_logit_gradients((states @ matrix.T).to(total.dtype), targets[rows], cap)
             total += losses.sum()
             logit_gradients = logit_gradients.to(dtype)  # (chunk, V)
             if hidden_gradient is not None:
                 hidden_gradient[rows] = logit_gradients @ matrix
             if weight_gradient is not None:
-                if weight_gradient.dtype == dtype:
-                    weight_gradient.addmm_(logit_gradients.T, states)
-                else:
-                    weight_gradient += logit_gradients.T @ states
+                _add_product(weight_gradient, logit_gradients.T, states)
             del logit_gradients  # free it before the next chunk's logits are allocated
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         return total
@@ -183,16 +202,102 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale the saved gradients in place, which saves memory and makes a second backward pass raise."""
+        """Scale the saved gradients in place, which saves memory and makes a second backward pass raise an error."""
         (g,) = gradients
         scaled = [None if saved is None else saved.mul_(g) for saved in ctx.saved_tensors]
-        return (*scaled, None, None, None, None)
+        return (*scaled, None, None, None, None, None)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b. If torch supports it, a product of 16-bit matrices is added to a float32 `total` without being rounded."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif adds_product_in_float32(a.dtype, a.device.type):
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += a @ b
+
+
+@functools.cache
+def adds_product_in_float32(dtype: torch.dtype, device_type: str) -> bool:
+    """Whether torch can add a product of 16-bit matrices to a float32 matrix in one call. It can on CUDA since version 2.8."""
+    if device_type != "cuda":
+        return False
+    ones = torch.ones(16, 16, dtype=dtype, device=device_type)
+    total = torch.ones(16, 16, device=device_type)
+    try:
+        torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):  # not implemented for this device or dtype; no such argument
+        return False
+    return bool((total == 17).all())
+
+
+def losses_and_logit_gradients(logits: Tensor, targets: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
+    """Like `_losses_and_logit_gradients`, but written so that a compiler fuses it into one kernel.
+
+    `logits` may have any dtype and are not modified. The losses are at least float32; the gradients have the dtype of the logits.
+    """
+    valid = (targets >= 0).unsqueeze(1)  # (N, 1)
+    index = targets.clamp_min(0).unsqueeze(1)  # (N, 1)
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    slope = None
+    if cap is not None:
+        squashed = torch.tanh(x / cap)
+        x, slope = squashed * cap, 1 - squashed * squashed
+    normalizer = torch.logsumexp(x, dim=-1, keepdim=True)  # (N, 1)
+    losses = ((normalizer - x.gather(1, index)) * valid).squeeze(1)
+    gradients = (x - normalizer).exp() - (torch.arange(x.shape[1], device=x.device) == index).to(x.dtype)
+    if slope is not None:
+        gradients = gradients * slope
+    return losses, (gradients * valid).to(logits.dtype)
+
+
+class FusedLoss:
+    """`losses_and_logit_gradients`, compiled on CUDA if Triton is installed and the logits are large.
+
+    If compilation fails, it warns once and uses the plain loss from then on.
+    """
+
+    enabled = True
+
+    def function(self, logits: int, device: torch.device) -> LossFunction | None:
+        """Return the compiled function for a total of `logits` numbers, or None if the plain loss is to be used."""
+        if device.type != "cuda" or 4 * logits < FUSED_LOSS_FROM or not self.enabled or not _has_triton():
+            return None
+        return self
+
+    def __call__(self, logits: Tensor, targets: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
+        if self.enabled:
+            try:
+                with torch.autocast(logits.device.type, enabled=False):
+                    return _compiled_loss()(logits, targets, cap)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # the compiler's errors have no common base class, and some come from the tools it runs
+                self.enabled = False
+                first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+                warnings.warn(f"the loss cannot be compiled ({first_line}); it is computed without compiling", stacklevel=2)
+        losses, gradients = _losses_and_logit_gradients(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, cap)
+        return losses, gradients.to(logits.dtype)
+
+
+fused_loss = FusedLoss()
+
+
+@functools.cache
+def _compiled_loss() -> LossFunction:
+    return torch.compile(losses_and_logit_gradients, dynamic=False)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _losses_and_logit_gradients(logits: Tensor, targets: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
     """Losses (N,), and their gradients with respect to the logits (N, V) before soft-capping. Both are zero for negative targets.
 
-    Logits must be float32 or float64. On a CPU the gradients overwrite them, because a second copy would take more time than
+    Logits must be float32 or float64. On a CPU, the gradients overwrite the logits, because a copy would take more time than
     another pass of arithmetic.
     """
     valid = targets >= 0
@@ -217,12 +322,15 @@ def _losses_and_logit_gradients(logits: Tensor, targets: Tensor, cap: float | No
     return losses, gradients
 
 
-def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None, chunk: int) -> Tensor:
+def summed_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None, chunk: int, *, compiled: bool = True
+) -> Tensor:
     """Sum of -log softmax(softcap(hidden @ weight.T))[target] over the non-negative targets, in nats and at least in float32.
 
-    `hidden` (N, C), `weight` (V, C), `targets` (N,). `cap`: softcap(x) = cap * tanh(x / cap), or no cap if None. At most `chunk`
-    rows of logits exist at a time, and none are saved for the backward pass, which can run only once.
+    `hidden` (N, C), `weight` (V, C), `targets` (N,). `cap`: softcap(x) = cap * tanh(x / cap), or no cap if None. At most
+    `chunk` rows of logits exist at a time, and none are saved for the backward pass. The backward pass can run only once.
+    `compiled`: use the compiled loss if `FusedLoss` provides one.
     """
     dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
-    total: Tensor = _SummedCrossEntropy.apply(hidden, weight, targets, cap, chunk, dtype)  # type: ignore[no-untyped-call]
+    total: Tensor = _SummedCrossEntropy.apply(hidden, weight, targets, cap, chunk, compiled, dtype)  # type: ignore[no-untyped-call]
     return total

@@ -16,11 +16,11 @@ import math
 import torch
 from torch import nn
 
-from tinylm.recipe.schema import ModelSection
+from tinylm.recipe.schema import DecoderSection
 
 
-def initialize(network: nn.Module, model: ModelSection, generator: torch.Generator) -> None:
-    """Initialize every linear layer and embedding of `network`, in the order of `named_modules`. `generator` is on the CPU."""
+def initialize(network: nn.Module, model: DecoderSection, generator: torch.Generator) -> None:
+    """Initialize every linear layer and embedding of `network`, in the order of `named_modules`. `generator` must be on the CPU."""
     residual_scale = 1 / math.sqrt(2 * model.n_layer)
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear):

@@ -1,8 +1,9 @@
 """The decoding step in numba: all of `Decoder.decode_one_token` for all rows, compiled for the host CPU.
 
-The code works on addresses held in the records `STEP`, `LAYER` and `MATRIX`, which `CompiledStep` fills in. Threads run it in
-parallel, each on its share of the outputs, and synchronize at barriers. Every sum is computed by one thread in a fixed order, so
-results are bit-identical for any number of threads and for any other rows in the batch.
+The code reads addresses from the records `STEP`, `LAYER` and `MATRIX`, which `CompiledStep` fills in. Several threads run it in
+parallel: each computes its share of the outputs, and all synchronize at barriers. Every sum is computed by one thread in a
+fixed order. Results are therefore bit-identical for any number of threads, and a row's result does not depend on the other rows in
+the batch.
 
 Matrices are stored as tiles of 64 outputs, each made of two panels of 32. In a panel, the weights of one input are contiguous, and
 the product reads them sequentially. Up to four rows are multiplied by both panels of a tile at once. More rows are multiplied by
@@ -27,14 +28,14 @@ from tinylm.model.ngrams import HASH_MULTIPLIER
 TILE, PANEL = 64, 32
 """Outputs per tile and per panel."""
 ROW_BLOCK = 8
-"""Maximum number of rows multiplied at once. The workspace is allocated for a multiple of it."""
+"""Maximum number of rows multiplied at once. The workspace is allocated for a multiple of this number."""
 STORE, ADD, GELU, RELU, RELU2, SWIGLU, SOFTCAP = range(7)
 """Epilogues of a matrix product: store the result, add it to the destination, apply GELU, ReLU or squared ReLU to it, multiply it
 by the SiLU of the destination, or soft-cap it."""
 QKV, ATTENTION_OUTPUT, GATE, UP, DOWN = range(5)
 MATRICES_PER_LAYER = 5
-"""Indices of a layer's matrices. GATE has no outputs unless the activation is SwiGLU. The matrices of all layers are followed by
-the head and the projection of n-gram embeddings."""
+"""Indices of a layer's matrices. GATE has no outputs unless the activation is SwiGLU. The head and the n-gram projection are stored
+after the matrices of all layers."""
 
 _ADDRESS, _COUNT = np.int64, np.int64
 MATRIX = np.dtype(
@@ -43,7 +44,7 @@ MATRIX = np.dtype(
         ("weight_bytes", _COUNT),  # bytes per weight: 4 for float32, 2 for bfloat16, 1 for int8
         ("inputs", _COUNT),
         ("outputs", _COUNT),
-        ("scales", _ADDRESS),  # one float32 per output; for every address, 0 means absent
+        ("scales", _ADDRESS),  # one float32 per output; in every address field, 0 means absent
         ("biases", _ADDRESS),
     ]
 )
@@ -60,7 +61,7 @@ _MODEL = [
     *((name, _COUNT) for name in ("layer_count", "width", "heads", "kv_heads", "head_width", "activation")),
     *((name, _COUNT) for name in ("layer_norm", "embedding_norm", "ngram_rows", "ngram_width", "ngram_order_count", "pad_id")),
     ("norm_eps", np.float32),
-    ("qk_norm_eps", np.float32),  # negative: no query and key norms
+    ("qk_norm_eps", np.float32),  # negative: queries and keys are not normalized
     ("softcap", np.float32),  # 0: no soft-capping
 ]
 _STEP_INPUTS = [
@@ -72,20 +73,20 @@ _WORKSPACE = [  # shared by all threads, except one scratch area per thread: nor
     *((name, _ADDRESS) for name in ("residual", "qkv", "attended", "hidden", "scratch")),
     *((name, _COUNT) for name in ("scratch_bytes", "sums_offset", "scores_offset")),
 ]
-_THREADS = [  # addresses of functions (get_thread_num is 0 for a single thread), and of the barrier's two counters
+_THREADS = [  # addresses of functions (get_thread_num is 0 if there is only one thread) and of the barrier's two counters
     (name, _ADDRESS) for name in ("get_thread_num", "get_num_threads", "usleep", "barrier")
 ]
 STEP = np.dtype([*_MODEL, *_STEP_INPUTS, *_WORKSPACE, *_THREADS], align=True)
 
 _SPINS_BEFORE_SLEEP = 1000
-"""Number of spins, about 50 microseconds, after which a thread that waits at a barrier sleeps."""
+"""A thread that waits at a barrier sleeps after this number of spins (about 50 microseconds)."""
 _PREFETCH_BYTES = 8192
 """Prefetch distance in products that read a tile only once."""
 _FLOAT, _HALF, _BYTE, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _fast = njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "arcp", "nsz"})
 """The compiler may reorder sums to vectorize them, in the same way for each row. NaN and infinity are handled correctly."""
 _strict = njit(nogil=True, error_model="numpy", fastmath={"contract"})
-"""The compiler must keep the order of operations. Without any flag, a function would inherit those of its caller."""
+"""The compiler must keep the order of operations. Without any flag, a function would inherit its caller's flags."""
 
 
 def is_supported() -> bool:
@@ -99,7 +100,7 @@ def _architecture() -> str:
 
 @cache
 def _registers() -> tuple[int, int]:
-    """The CPU's float32 lanes per vector register, and the number of registers to use for sums."""
+    """Return the number of float32 lanes per vector register, and the number of registers to use for sums."""
     features = llvmlite.binding.get_host_cpu_features()
     if features.get("avx512f"):
         return 16, 16
@@ -107,7 +108,7 @@ def _registers() -> tuple[int, int]:
 
 
 def _load_intrinsic(llvm_type: Any, numba_type: Any) -> Any:
-    """A function (address, index) that loads an element of an array."""
+    """Return a function (address, index) that loads an array element."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         address, index = arguments
@@ -121,7 +122,7 @@ def _load_intrinsic(llvm_type: Any, numba_type: Any) -> Any:
 
 
 def _store_intrinsic(llvm_type: Any, numba_type: Any) -> Any:
-    """A function (address, index, value) that stores an element of an array."""
+    """Return a function (address, index, value) that stores an array element."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         address, index, value = arguments
@@ -136,7 +137,7 @@ def _store_intrinsic(llvm_type: Any, numba_type: Any) -> Any:
 
 
 def _records_intrinsic(dtype: np.dtype[Any]) -> Any:
-    """A function (address) that casts an address to a pointer to records."""
+    """Return a function (address) that casts an address to a pointer to records."""
     pointer = types.CPointer(from_dtype(dtype))
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -150,7 +151,7 @@ def _records_intrinsic(dtype: np.dtype[Any]) -> Any:
 
 
 def _bitcast_intrinsic(source: Any, target: Any, llvm_target: Any) -> Any:
-    """A function (number) that reinterprets the bits of a number as another type."""
+    """Return a function (number) that reinterprets the bits of a number as another type."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], llvm_target)
@@ -164,7 +165,7 @@ def _bitcast_intrinsic(source: Any, target: Any, llvm_target: Any) -> Any:
 
 @intrinsic
 def _call(context: Any, address: Any) -> Any:
-    """Call the function at an address, which takes no arguments, and return its result."""
+    """Call the function without arguments at an address, and return its result."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.call(builder.inttoptr(arguments[0], ir.FunctionType(_I32, []).as_pointer()), [])
@@ -194,7 +195,7 @@ def _atomic_add(context: Any, address: Any, increment: Any) -> Any:
 
 @intrinsic
 def _pause(context: Any) -> Any:
-    """The CPU's spin-wait hint."""
+    """Emit the CPU's spin-wait hint."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if _architecture() == "x86_64":
@@ -212,11 +213,11 @@ _to_bits, _from_bits = _bitcast_intrinsic(types.float32, types.int32, _I32), _bi
 
 
 def _make_multiply(rows: int, weight_bytes: int) -> Any:
-    """A compiled function that multiplies `rows` rows by a tile (by a panel if `rows` is `ROW_BLOCK`), and its number of passes.
+    """Return a function that multiplies `rows` rows by a tile (a panel if `rows` is `ROW_BLOCK`), and its number of passes.
 
-    A pass computes as many outputs as fit in the registers. Arguments of the function: the address of the weights; the address of
-    the inputs and the bytes between rows; the number of inputs; the address of the sums (rows, TILE); and, for `ROW_BLOCK` rows,
-    the address to prefetch from and its increment in bytes per input.
+    A pass computes as many outputs as fit in the registers. The function's arguments are the address of the weights; the address of
+    the inputs and the number of bytes between rows; the number of inputs; the address of the sums (rows, TILE); and, for
+    `ROW_BLOCK` rows, the address to prefetch from and its increment in bytes per input.
     """
     lanes, registers = _registers()
     outputs = TILE if rows < ROW_BLOCK else PANEL
@@ -329,7 +330,7 @@ def _make_multiply_any(rows: int) -> Any:
 
 @_strict
 def _exp(x: Any) -> Any:
-    """exp(x) within 2 ulp, in operations that vectorize: 2 ** n, made from its bits, times a polynomial of the remainder."""
+    """exp(x) within 2 ulp, with operations that vectorize: 2 ** n (assembled from its bits) times a polynomial in the remainder."""
     x = min(max(x, np.float32(-87.0)), np.float32(88.0))
     shifted = x * np.float32(1.44269504) + np.float32(12582912.0)  # adding 1.5 * 2 ** 23 rounds to an integer
     n = shifted - np.float32(12582912.0)
@@ -354,7 +355,7 @@ def _times_sigmoid(x: Any, gate: Any) -> Any:
 
 @_fast
 def _barrier(step: Any, threads: Any) -> None:
-    """Wait for all threads. A thread that waits for long sleeps, because there may be more threads than free cores."""
+    """Wait for all threads. After spinning for a while, a thread sleeps, because there may be more threads than free cores."""
     if threads == 1:
         return
     generation = _atomic_add(step.barrier + 8, 0)
@@ -373,7 +374,7 @@ def _barrier(step: Any, threads: Any) -> None:
 
 @_fast
 def _tile_sums(matrix: Any, tile: Any, rows: Any, inputs: Any, row_bytes: Any, sums: Any) -> None:
-    """Multiply every row by the weights of one tile, into sums (rows, TILE). Successive rows of inputs are `row_bytes` apart."""
+    """Multiply every row by one tile of weights, and write the results to `sums` (rows, TILE). Input rows are `row_bytes` apart."""
     count, weight_bytes = matrix.inputs, matrix.weight_bytes
     size = count * PANEL * weight_bytes
     weights = matrix.weights + tile * (TILE // PANEL) * size
@@ -428,7 +429,7 @@ def _apply_epilogue(step: Any, y: Any, width: Any, out: Any, epilogue: Any) -> N
 
 @_fast
 def _matmul(step: Any, index: Any, thread: Any, threads: Any, rows: Any, inputs: Any, out: Any, epilogue: Any) -> None:
-    """This thread's share of the outputs of a matrix product: inputs (rows, inputs) -> out (rows, outputs), with an epilogue."""
+    """Compute this thread's share of a matrix product with an epilogue: inputs (rows, inputs) -> out (rows, outputs)."""
     matrix = carray(_matrices_at(step.matrices), 1 << 30)[index]
     sums = step.scratch + thread * step.scratch_bytes + step.sums_offset
     outputs = matrix.outputs
@@ -450,7 +451,7 @@ def _matmul(step: Any, index: Any, thread: Any, threads: Any, rows: Any, inputs:
 
 @_fast
 def _normalize(x: Any, count: Any, layer_norm: Any, eps: Any, gain: Any, bias: Any, out: Any) -> None:
-    """LayerNorm or RMSNorm of the `count` numbers at `x`."""
+    """Apply LayerNorm or RMSNorm to the `count` numbers at `x`, and write the results to `out`."""
     mean, square = np.float32(0.0), np.float32(0.0)
     if layer_norm:
         for i in range(count):
@@ -556,9 +557,9 @@ def _store_keys_values(step: Any, layer: Any, layer_index: Any, row: Any, first:
 
 @_fast
 def _attend(step: Any, layer: Any, layer_index: Any, thread: Any, row: Any, first: Any, last: Any) -> None:
-    """Attention of the query heads of a row that use the key/value heads [first, last).
+    """Compute attention for the query heads of a row that use the key/value heads [first, last).
 
-    The cache is read sequentially: position by position, and all heads of a position at a time.
+    Reads the cache sequentially: one position after another, and all heads of a position together.
     """
     width, group = step.head_width, step.heads // step.kv_heads
     position, row_bytes = _load_id(step.positions, row), step.kv_heads * width * 4
@@ -587,7 +588,7 @@ def _attention_scores(
     scores: Any,
     score_bytes: Any,
 ) -> None:
-    """Scaled dot products of each query with the keys of `count` positions: (queries, positions), `score_bytes` per query."""
+    """Compute scaled dot products of queries with the keys of `count` positions: (queries, positions), `score_bytes` per query."""
     scale = np.float32(1.0) / np.sqrt(np.float32(width))
     for t in range(count):
         for head in range(first, last):
@@ -612,7 +613,7 @@ def _weighted_values(
     width: Any,
     attended: Any,
 ) -> None:
-    """Weighted sums of the values of `count` positions, four positions at a time, so that the sums are written less often."""
+    """Compute weighted sums of the values of `count` positions, four positions at a time to write the sums less often."""
     for i in range(first * group * width, last * group * width):
         _store(attended, i, np.float32(0.0))
     for t in range(0, count - 3, 4):
@@ -640,7 +641,7 @@ def _weighted_values(
 
 @_fast
 def _softmax(scores: Any, count: Any) -> None:
-    """Softmax of `count` scores, in place."""
+    """Replace `count` scores with their softmax, in place."""
     maximum, total = np.float32(-np.inf), np.float32(0.0)
     for i in range(count):
         maximum = max(maximum, _load(scores, i))
@@ -655,7 +656,7 @@ def _softmax(scores: Any, count: Any) -> None:
 
 @_fast
 def _attention(step: Any, layer: Any, layer_index: Any, thread: Any, threads: Any) -> None:
-    """Attention of this thread's share of the rows and heads. Must be followed by a barrier."""
+    """Compute attention for this thread's share of the rows and heads. The caller must wait at a barrier afterwards."""
     units = step.rows * step.kv_heads
     start, stop = units * thread // threads, units * (thread + 1) // threads
     for storing in (True, False):
@@ -674,7 +675,7 @@ def _attention(step: Any, layer: Any, layer_index: Any, thread: Any, threads: An
 
 @_fast
 def _decode(step: Any, thread: Any, threads: Any) -> None:
-    """This thread's share of a step."""
+    """Run this thread's share of a step."""
     _embed(step, thread, threads)
     _barrier(step, threads)
     layers, rows = carray(_layers_at(step.layers), 1 << 30), step.rows
@@ -709,7 +710,10 @@ def _entry(steps: Any) -> None:
 
 @cache
 def entry() -> int:
-    """Address of the compiled function, `void step(STEP *)`, which every thread runs. Compiled once per machine, then cached."""
+    """Return the address of the compiled function, `void step(STEP *)`, which every thread runs.
+
+    The function is compiled once per machine and then cached.
+    """
     signature = types.void(types.CPointer(from_dtype(STEP)))
     try:
         compiled = cfunc(signature, nopython=True, cache=True)(_entry)

@@ -1,4 +1,4 @@
-"""The modules of a transformer block: norms, attention, feed-forward.
+"""The modules of a transformer block: norms, attention and feed-forward layers.
 
 Legend: `B` batch, `T` time, `S` time of keys and values, `C` width, `H` query heads, `K` key/value heads, `D` head width.
 """
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from tinylm.model.cache import CacheRows
 from tinylm.model.functions import Dropout, relu_squared, rms_norm, rotate
-from tinylm.recipe.schema import ModelSection
+from tinylm.model.hooks import HookPoint
+from tinylm.recipe.schema import DecoderSection
 
 Rotation = tuple[Tensor, Tensor]
-"""Cosines and sines of rotary positions, each (T, 1, D / 2)."""
+"""Cosines and sines for rotary position embeddings, each (T, 1, D / 2)."""
 
 
 class RMSNorm(nn.Module):
@@ -31,8 +32,8 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-def make_norm(model: ModelSection, width: int) -> nn.Module:
-    """The norm that `model` configures, over a last axis of size `width`."""
+def make_norm(model: DecoderSection, width: int) -> nn.Module:
+    """Create the norm that `model` configures, over a last axis of size `width`."""
     if model.norm == "layernorm":
         return nn.LayerNorm(width, eps=model.norm_eps, elementwise_affine=model.norm_gain, bias=model.bias)
     return RMSNorm(width, model.norm_eps, model.norm_gain)
@@ -48,20 +49,23 @@ class ForwardContext:
     """(B, T, C), the input of the first block."""
     rotation: Rotation | None = None
     cache: CacheRows | None = None
+    mask: Tensor | None = None
+    """(B, 1, T, T), True where a query may attend to a key. None: causal attention."""
 
 
 class Attention(nn.Module):
     """Multi-head attention, grouped-query when `n_kv_head` is less than `n_head` (Ainslie et al. 2023).
 
-    Keys and values are computed from the same input as the queries, or from another one (cross-attention). `qkv` stacks the three
-    projections: rows for the queries, then the keys, then the values.
+    Keys and values are computed from the same input as the queries, or from another input (cross-attention). `qkv` stacks the
+    three projections: rows for the queries, then the keys, then the values.
     """
 
-    def __init__(self, model: ModelSection, layer: int) -> None:
+    def __init__(self, model: DecoderSection, layer: int) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_width = model.n_head, model.kv_heads, model.head_width
         self.dropout = model.attention_dropout_p
         self.layer = layer
+        self.window = model.window_of(layer)
         self.query_rows = self.heads * self.head_width
         rows = self.query_rows + 2 * self.kv_heads * self.head_width
         self.qkv = nn.Linear(model.n_embd, rows, bias=model.bias)
@@ -71,6 +75,9 @@ class Attention(nn.Module):
         self.query_gain = nn.Parameter(torch.ones(self.head_width)) if gains else None
         self.key_gain = nn.Parameter(torch.ones(self.head_width)) if gains else None
         self.value_share = nn.Parameter(torch.tensor([0.5])) if model.value_residual and layer > 0 else None
+        self.hook_q, self.hook_k, self.hook_v = HookPoint(), HookPoint(), HookPoint()
+        self.hook_scores, self.hook_pattern = HookPoint(), HookPoint()
+        self.hook_z = HookPoint()
 
     def forward(
         self,
@@ -85,12 +92,13 @@ class Attention(nn.Module):
         first_values: Tensor | None = None,
         n_last: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(B, T, C) -> (B, T, C) and the values (B, S, K, D), without cached ones.
+        """(B, T, C) -> (B, T, C) and the values (B, S, K, D), excluding cached values.
 
-        `kv_source` (B, S, C): the input of keys and values, by default `x`. `mask` broadcasts to (B, H, T, S); True means that a
-        query may attend to a key. `causal`: position t attends to the cached positions and to positions up to t. `added_values`
-        (B, S, K, D) are added to the values, and `first_values` (B, S, K, D) are interpolated with them. `n_last`: return only the
-        last `n_last` positions.
+        `kv_source` (B, S, C): the input of the keys and values (default: `x`). `mask` broadcasts to (B, H, T, S); True means
+        that a query may attend to a key. `causal`: position t attends to the cached positions and to positions up to t. In a
+        block with an attention window, a query attends only to the last `window` positions, including its own. `added_values`
+        (B, S, K, D) are added to the values. `first_values` (B, S, K, D) are interpolated with the values. `n_last`: return
+        only the last `n_last` positions.
         """
         B, T, _ = x.shape
         q, k, v = self._project(x, kv_source, rotation)  # (B, T, H, D), (B, S, K, D), (B, S, K, D)
@@ -98,32 +106,55 @@ class Attention(nn.Module):
             v = v + added_values.to(v.dtype)
         if self.value_share is not None and first_values is not None:
             v = torch.lerp(first_values.to(v.dtype), v, self.value_share.to(v.dtype))
+        q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
         values = v
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), (B, K, S, D), (B, K, S, D)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # S now includes the cached positions
         if n_last is not None:
             q, T = q[:, :, -n_last:], min(n_last, T)
+            mask = None if mask is None else mask[..., -n_last:, :]
+        S = k.shape[2]
+        windowed = self.window is not None and self.window < S
         grouped = self.kv_heads != self.heads
-        if grouped and q.device.type == "cuda" and q.dtype == torch.float32:  # no fast CUDA kernel supports GQA in float32
+        # No fast CUDA kernel supports GQA in float32 or with a mask.
+        if grouped and q.device.type == "cuda" and (q.dtype == torch.float32 or mask is not None or windowed):
             k, v = (x.repeat_interleave(self.heads // self.kv_heads, dim=1) for x in (k, v))  # (B, H, S, D)
             grouped = False
-        S = k.shape[2]
         # `is_causal` supports neither a mask nor cached positions. T > 1 is tested last because T is symbolic in an exported graph.
-        if causal and (mask is not None or S > T) and T > 1:
+        unfused = bool(self.hook_scores.functions or self.hook_pattern.functions)
+        if causal and (mask is not None or S > T or unfused or windowed) and T > 1:
             causal_mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
             mask = causal_mask if mask is None else mask & causal_mask
-        attended = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=causal and mask is None and not S > T,
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=grouped,
-        )  # (B, H, T, D)
-        output: Tensor = self.output(attended.transpose(1, 2).reshape(B, T, self.query_rows))  # (B, T, C)
+        if self.window is not None and windowed:  # query t is at position S - T + t
+            window_mask = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T - self.window + 1)
+            mask = window_mask if mask is None else mask & window_mask
+        if unfused:
+            attended = self._unfused_attention(q, k, v, mask)  # (B, H, T, D)
+        else:
+            attended = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=causal and mask is None and not S > T,
+                dropout_p=self.dropout if self.training else 0.0,
+                enable_gqa=grouped,
+            )  # (B, H, T, D)
+        z = self.hook_z(attended.transpose(1, 2))  # (B, T, H, D)
+        output: Tensor = self.output(z.reshape(B, T, self.query_rows))  # (B, T, C)
         return output, values
+
+    def _unfused_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """softmax(q k' / sqrt(D)) v with hook points for scores and pattern. A query that may not attend to any key gets zeros."""
+        k, v = (x.repeat_interleave(self.heads // x.shape[1], dim=1) for x in (k, v))  # (B, H, S, D)
+        scores = q @ k.transpose(-2, -1) * self.head_width**-0.5  # (B, H, T, S)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        scores = self.hook_scores(scores)
+        pattern = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+        pattern = self.hook_pattern(pattern.masked_fill(scores.isneginf().all(dim=-1, keepdim=True), 0.0))
+        return F.dropout(pattern, self.dropout, self.training).to(v.dtype) @ v
 
     def _project(self, x: Tensor, kv_source: Tensor | None, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, T, H, D), keys and values (B, S, K, D), with queries and keys normalized and, in self-attention, rotated."""
@@ -132,7 +163,7 @@ class Attention(nn.Module):
             if self.qk_norm_eps is None and rotation is None:
                 q, k, v = torch.split(qkv, [self.heads, self.kv_heads, self.kv_heads], dim=2)
                 return q, k, v
-            # Split in two steps, so that the gradient of `qk` is one tensor instead of a sum of zero-padded slices.
+            # Split in two steps to make the gradient of `qk` one tensor instead of a sum of zero-padded slices.
             qk, v = torch.split(qkv, [self.heads + self.kv_heads, self.kv_heads], dim=2)
             q, k = torch.split(self._norm_and_rotate(qk, rotation), [self.heads, self.kv_heads], dim=2)
             return q, k, v
@@ -158,55 +189,71 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with an activation in between. For SwiGLU (Shazeer 2020), `input` stacks the rows of gate and values."""
+    """Two linear layers with an activation in between.
 
-    def __init__(self, model: ModelSection) -> None:
+    For SwiGLU (Shazeer 2020), `input` stacks the rows of the gate and the values.
+    """
+
+    def __init__(self, model: DecoderSection) -> None:
         super().__init__()
         self.kind = model.feed_forward
         width = model.feed_forward_width
         self.input = nn.Linear(model.n_embd, 2 * width if self.kind == "swiglu" else width, bias=model.bias)
         self.output = nn.Linear(width, model.n_embd, bias=model.bias)
+        self.hook_pre = HookPoint()
+        self.hook_pre_linear = HookPoint() if self.kind == "swiglu" else None
+        self.hook_post = HookPoint()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         hidden = self.input(x)
-        if self.kind in ("gelu", "gelu_exact"):
-            hidden = F.gelu(hidden, approximate="tanh" if self.kind == "gelu" else "none")
-        elif self.kind == "relu":
-            hidden = F.relu(hidden)
-        elif self.kind == "relu2":
-            hidden = relu_squared(hidden)
-        else:
+        if self.hook_pre_linear is not None:  # SwiGLU
             gate, values = hidden.chunk(2, dim=-1)
-            hidden = F.silu(gate) * values
-        output: Tensor = self.output(hidden)
+            hidden = F.silu(self.hook_pre(gate)) * self.hook_pre_linear(values)
+        else:
+            hidden = self.hook_pre(hidden)
+            if self.kind in ("gelu", "gelu_exact"):
+                hidden = F.gelu(hidden, approximate="tanh" if self.kind == "gelu" else "none")
+            elif self.kind == "relu":
+                hidden = F.relu(hidden)
+            else:
+                hidden = relu_squared(hidden)
+        output: Tensor = self.output(self.hook_post(hidden))
         return output
 
 
 class Block(nn.Module):
-    """Attention and feed-forward with residual connections. Norms are applied to their inputs (pre) or to the sums (post)."""
+    """Attention and feed-forward layers with residual connections.
 
-    def __init__(self, model: ModelSection, layer: int, vocab_size: int) -> None:
+    Norms are applied to the inputs of both (pre) or to the residual sums (post).
+    """
+
+    def __init__(self, model: DecoderSection, layer: int, vocab_size: int) -> None:
         super().__init__()
         self.post = model.norm_position == "post"
         self.parallel = model.parallel_residual
+        self.hook_resid_pre = HookPoint()
         self.residual_mix = nn.Parameter(torch.tensor([1.0, 0.0])) if model.embedding_shortcut else None
         self.attention_norm = make_norm(model, model.n_embd)
         self.attention = Attention(model, layer)
         is_outer = layer < model.value_embeddings or layer >= model.n_layer - model.value_embeddings
         self.value_embedding = nn.Embedding(vocab_size, model.kv_heads * model.head_width) if is_outer else None
+        self.hook_attn_out = HookPoint()
+        self.hook_resid_mid = None if self.parallel else HookPoint()
         self.feed_forward_norm = None if self.post and self.parallel else make_norm(model, model.n_embd)
         self.feed_forward = FeedForward(model)
+        self.hook_mlp_out, self.hook_resid_post = HookPoint(), HookPoint()
         self.dropout = Dropout(model.dropout)
 
     def forward(
         self, x: Tensor, context: ForwardContext, first_values: Tensor | None, n_last: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(B, T, C) -> (B, T, C) with causal attention, and the attention's values (B, T, K, D).
+        """(B, T, C) -> (B, T, C) with causal attention or the mask of `context`, and the attention's values (B, T, K, D).
 
         `first_values`: the values of the first block, None in the first block itself. `n_last`: return only the last `n_last`
-        positions, (B, n_last, C). Keys and values of all positions are cached nonetheless.
+        positions, (B, n_last, C). The keys and values of all positions are still cached.
         """
+        x = self.hook_resid_pre(x)
         if self.residual_mix is not None:
             x_share, embedded_share = self.residual_mix.to(x.dtype).unbind()
             x = x_share * x + embedded_share * context.embedded
@@ -216,7 +263,8 @@ class Block(nn.Module):
             added_values = added_values.view(*added_values.shape[:2], -1, self.attention.head_width)  # (B, T, K, D)
         attended, values = self.attention(
             x if self.post else self.attention_norm(x),
-            causal=True,
+            mask=context.mask,
+            causal=context.mask is None,
             rotation=context.rotation,
             cache=context.cache,
             added_values=added_values,
@@ -225,17 +273,19 @@ class Block(nn.Module):
         )
         if n_last is not None:
             x = x[:, -n_last:]
-        attended = self.dropout(attended)
+        attended = self.hook_attn_out(self.dropout(attended))
         if self.feed_forward_norm is None:  # post and parallel
-            return self.attention_norm(x + attended + self._feed_forward(x)), values
-        if self.post:
-            x = self.attention_norm(x + attended)
-            return self.feed_forward_norm(x + self._feed_forward(x)), values
-        if self.parallel:
-            return x + attended + self._feed_forward(self.feed_forward_norm(x)), values
-        x = x + attended
-        return x + self._feed_forward(self.feed_forward_norm(x)), values
+            x = self.attention_norm(x + attended + self._feed_forward(x))
+        elif self.hook_resid_mid is None:  # pre and parallel
+            x = x + attended + self._feed_forward(self.feed_forward_norm(x))
+        elif self.post:
+            x = self.hook_resid_mid(self.attention_norm(x + attended))
+            x = self.feed_forward_norm(x + self._feed_forward(x))
+        else:
+            x = self.hook_resid_mid(x + attended)
+            x = x + self._feed_forward(self.feed_forward_norm(x))
+        return self.hook_resid_post(x), values
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.dropout(self.feed_forward(x))
+        output: Tensor = self.hook_mlp_out(self.dropout(self.feed_forward(x)))
         return output

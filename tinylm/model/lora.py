@@ -12,14 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinylm.model.transformer import Transformer
-from tinylm.recipe.schema import LoraSection, ModelSection
+from tinylm.model.base import Model
+from tinylm.recipe.schema import LoraSection
+from tinylm.recipe.support import ANY, COMMON, Supports, check_supported
+
+SUPPORTS: Supports = {**COMMON, "attention_window": ANY, "attention_pattern": ANY}
+"""The values of `model:` keys that `attach` supports."""
 
 
 class LoraLinear(nn.Linear):
     """y = W x + b + (alpha / rank) B A x with frozen W and b (section 4.1).
 
-    A (rank, inputs) is initialized at random, B (outputs, rank) with zeros.
+    A (rank, inputs) is initialized randomly, and B (outputs, rank) with zeros.
     """
 
     def __init__(self, frozen: nn.Linear, section: LoraSection, generator: torch.Generator) -> None:
@@ -38,7 +42,7 @@ class LoraLinear(nn.Linear):
         return F.linear(input, self.weight, self.bias) + self.scale * update
 
     def merged(self) -> nn.Linear:
-        """A plain linear layer that computes the same function."""
+        """Return a plain linear layer that computes the same function."""
         plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         with torch.no_grad():
             plain.weight = nn.Parameter(self.weight + self.scale * self.lora_b @ self.lora_a)
@@ -46,8 +50,12 @@ class LoraLinear(nn.Linear):
         return plain
 
 
-def attach(network: nn.Module, section: LoraSection, seed: int = 0) -> None:
-    """Freeze every parameter of `network` and add LoRA weights to the target matrices of its blocks, in place."""
+def attach(network: Model, section: LoraSection, seed: int = 0) -> None:
+    """Freeze every parameter of `network` and add LoRA weights to the target matrices of its blocks, in place.
+
+    Raises `InputError` if the network has a part that LoRA does not support.
+    """
+    check_supported(network.model, SUPPORTS, "LoRA", "training.lora")
     generator = torch.Generator().manual_seed(seed)
     network.requires_grad_(False)
     for name, module in list(network.named_modules()):
@@ -55,16 +63,8 @@ def attach(network: nn.Module, section: LoraSection, seed: int = 0) -> None:
             network.set_submodule(name, LoraLinear(module, section, generator))
 
 
-def uninitialized_network(model: ModelSection, vocab_size: int, section: LoraSection | None) -> Transformer:
-    """A network into which weights will be loaded, with LoRA weights if `section` is given."""
-    network = Transformer(model, vocab_size, seed=None)
-    if section is not None:
-        attach(network, section)
-    return network
-
-
 def section_of(network: nn.Module) -> LoraSection | None:
-    """The section that `attach` was called with, or None for a network without LoRA."""
+    """Return the section that `attach` was called with, or None for a network without LoRA."""
     return next((module.section for module in network.modules() if isinstance(module, LoraLinear)), None)
 
 

@@ -1,4 +1,4 @@
-"""N-gram embeddings: vectors for the last few tokens together, which are added to the embedding of each token.
+"""N-gram embeddings: vectors for the n-grams that end at each token, added to the embedding of that token.
 
 For each order n, a hash of the n-gram that ends at a position selects a row of a table (Pagnoni et al. 2024, "Byte Latent
 Transformer", section 3.2.1). The rows of all orders are concatenated and projected to the model's width. Small models on CPUs are
@@ -12,28 +12,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tinylm.recipe.schema import ModelSection
+from tinylm.recipe.schema import DecoderSection
 
 HASH_MULTIPLIER = 0x5851F42D4C957F2D
 """Knuth's 64-bit multiplier. Products wrap around."""
 
 
 class NgramEmbedding(nn.Module):
-    """A table of `ngram_rows` rows of width `ngram_width` for each order; one `nn.Embedding` stacks all tables."""
+    """One table (ngram_rows, ngram_width) for each order. A single `nn.Embedding` stacks all tables."""
 
-    def __init__(self, model: ModelSection, vocab_size: int) -> None:
+    def __init__(self, model: DecoderSection, vocab_size: int) -> None:
         super().__init__()
         self.orders = model.ngram_embeddings
         self.rows = model.ngram_rows
         self.dropout = model.ngram_dropout
         self.pad_id = vocab_size
-        """Id that stands for positions before the first token."""
+        """Id for positions before the first token."""
         self.table = nn.Embedding(len(self.orders) * self.rows, model.ngram_width)
         self.projection = nn.Linear(len(self.orders) * model.ngram_width, model.n_embd, bias=False)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Ids (B, T) -> (B, T, C)."""
-        rows = [self.row_indices(tokens, order) + index * self.rows for index, order in enumerate(self.orders)]
+    def forward(self, tokens: Tensor, segments: Tensor | None = None) -> Tensor:
+        """Ids (B, T) -> (B, T, C). With `segments` (B, T), n-grams do not contain tokens of other segments."""
+        rows = [self.row_indices(tokens, order, segments) + index * self.rows for index, order in enumerate(self.orders)]
         indices = torch.stack(rows, dim=-1)  # (B, T, orders)
         vectors = self.table(indices)  # (B, T, orders, ngram_width)
         if self.dropout and self.training:
@@ -42,12 +42,20 @@ class NgramEmbedding(nn.Module):
         projected: Tensor = self.projection(vectors.flatten(-2))
         return projected
 
-    def row_indices(self, tokens: Tensor, order: int) -> Tensor:
-        """The row of each position's n-gram in the table of `order`, (B, T) in [0, rows): a multiplicative hash of its ids."""
+    def row_indices(self, tokens: Tensor, order: int, segments: Tensor | None = None) -> Tensor:
+        """Ids (B, T) -> row of each position's n-gram in the table of `order`, (B, T), in [0, rows).
+
+        The row is a multiplicative hash of the ids in the n-gram. Tokens of other segments count as positions before the first
+        token.
+        """
         T = tokens.shape[1]
         padded = nn.functional.pad(tokens, (order - 1, 0), value=self.pad_id)
         key = torch.full_like(tokens, order)
         for offset in range(order):
-            key = (key + padded[:, offset : offset + T] + 1) * HASH_MULTIPLIER
+            shifted = padded[:, offset : offset + T]
+            if segments is not None:
+                other = nn.functional.pad(segments, (order - 1, 0))[:, offset : offset + T] != segments
+                shifted = shifted.masked_fill(other, self.pad_id)
+            key = (key + shifted + 1) * HASH_MULTIPLIER
             key = key ^ (key >> 29)
         return key.remainder(self.rows)

@@ -8,15 +8,16 @@ residual sums keep the network's dtype.
 from __future__ import annotations
 
 import copy
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tinylm.model.base import Model
 from tinylm.model.lora import LoraLinear
-from tinylm.model.transformer import Transformer
 
+_ModelT = TypeVar("_ModelT", bound=Model)
 WeightKind = Literal["fp32", "bf16", "int8"]
 WEIGHT_KINDS: tuple[WeightKind, ...] = ("fp32", "bf16", "int8")
 _INT8_KERNEL_MAX_ROWS = 4
@@ -33,7 +34,7 @@ def _bias_of(linear: nn.Module) -> Tensor | None:
 class TransposedLinear(nn.Module):
     """x W + b with W stored as (inputs, outputs), the fastest layout for matrix-vector products.
 
-    Unlike with the usual layout, the results of two or more rows do not depend on each other.
+    With two or more rows, the result of a row does not depend on the other rows, unlike with the usual layout.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -61,8 +62,8 @@ class BFloat16Linear(nn.Module):
 class Int8Linear(nn.Module):
     """Weight-only int8 quantization, symmetric, with one scale per output.
 
-    Scales are rounded to bfloat16 before they divide the weights, because the kernel multiplies by bfloat16 scales. The kernel
-    needs a multiple of 16 inputs, so weights and inputs are zero-padded.
+    Scales are rounded to bfloat16 before the weights are divided by them, because the kernel multiplies by bfloat16 scales. The
+    kernel requires the number of inputs to be a multiple of 16, so weights and inputs are zero-padded.
     """
 
     weight: Tensor
@@ -93,7 +94,7 @@ class Int8Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def _as_float(self, rows: int) -> Tensor:
-        """The int8 weights in a dtype with fast matrix products. bfloat16 represents every int8 exactly."""
+        """Return the int8 weights in a dtype with fast matrix products. bfloat16 represents every int8 exactly."""
         if self._float_copy is not None:
             return self._float_copy
         float_copy = self.weight.to(torch.bfloat16 if _has_native_bfloat16(self.weight.device) else torch.float32)
@@ -111,11 +112,11 @@ def _has_native_bfloat16(device: torch.device) -> bool:
 _LAYERS = {"fp32": TransposedLinear, "bf16": BFloat16Linear, "int8": Int8Linear}
 
 
-def pack(network: Transformer, weights: WeightKind | None = "fp32") -> Transformer:
-    """A copy of `network` for inference that shares all tensors except those of the linear layers. Do not train or save it.
+def pack(network: _ModelT, weights: WeightKind | None = "fp32") -> _ModelT:
+    """Return a copy of `network` for inference. It shares all tensors outside linear layers. Do not train or save it.
 
     "fp32" changes only the order of summation; `tinylm eval --weights` measures the effect of the other kinds on the loss. None
-    leaves linear layers as they are. LoRA weights are merged in every case.
+    leaves linear layers unchanged. LoRA weights are always merged.
     """
     memo = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
     packed = copy.deepcopy(network, memo).eval()

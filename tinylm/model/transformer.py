@@ -7,40 +7,53 @@ Legend: `B` batch, `T` time, `C` width, `V` vocabulary.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tinylm.cost.memory import loss_chunk_rows
+from tinylm.model.base import Model
 from tinylm.model.cache import CacheRows
 from tinylm.model.functions import Dropout, summed_cross_entropy
+from tinylm.model.hooks import HookPoint
 from tinylm.model.initialization import initialize
 from tinylm.model.layers import Attention, Block, FeedForward, ForwardContext, Rotation, make_norm
 from tinylm.model.ngrams import NgramEmbedding
-from tinylm.model.positions import rope_table, sinusoidal_table
-from tinylm.recipe.schema import ModelSection
+from tinylm.model.positions import positions_in_segments, rope_table, segment_mask, sinusoidal_table
+from tinylm.recipe.schema import DecoderSection, ModelVariant
+
+NGRAM_LR_MULTIPLIER = 6.0
+"""Learning rate of n-gram tables relative to other embeddings. Most of their rows are used too rarely to learn at the same rate."""
+_PER_TOKEN = re.compile(r"embedding\.weight|head\.weight|ngrams\.table\.weight|blocks\.\d+\.value_embedding\.weight")
+"""Names of the weights that depend on the vocabulary."""
 
 
-class Transformer(nn.Module):
+class Transformer(Model):
     """A causal language model.
 
-    `model` configures its architecture. `seed` determines its initial weights; None skips initialization, for weights that are
-    loaded later. Set the attribute `recompute` for activation checkpointing: save only the input of each block, and recompute the
-    block in the backward pass.
+    `model` configures its architecture. `seed` determines its initial weights. Pass None to skip initialization if weights are
+    loaded later. Set the attribute `recompute` for activation checkpointing: save only the input of each block, and recompute
+    the block in the backward pass.
     """
 
-    def __init__(self, model: ModelSection, vocab_size: int, *, seed: int | None = 0) -> None:
-        super().__init__()
-        self.model = model
-        self.vocab_size = vocab_size
-        self.recompute = False
+    model: DecoderSection
+
+    def __init__(self, model: DecoderSection, vocab_size: int, *, seed: int | None = 0) -> None:
+        super().__init__(model, vocab_size)
         self.embedding = nn.Embedding(vocab_size, model.n_embd)
         self.ngrams = NgramEmbedding(model, vocab_size) if model.ngram_embeddings else None
         self.positions = nn.Embedding(model.context_length, model.n_embd) if model.position == "learned" else None
+        self.hook_embed = HookPoint()
+        self.hook_ngram_embed = HookPoint() if self.ngrams is not None else None
+        self.hook_pos_embed = HookPoint() if model.position in ("learned", "sinusoidal") else None
         self.embedding_norm = make_norm(model, model.n_embd) if model.embedding_norm else None
         self.dropout = Dropout(model.dropout)
         self.blocks = nn.ModuleList(Block(model, layer, vocab_size) for layer in range(model.n_layer))
         self.final_norm = make_norm(model, model.n_embd) if model.norm_position == "pre" else None
+        self.hook_final_norm = HookPoint() if self.final_norm is not None else None
         self.head = nn.Linear(model.n_embd, vocab_size, bias=False)
         if model.position == "rope":
             cosines, sines = rope_table(model.context_length, model.head_width, model.rope_theta or 10000.0)
@@ -54,27 +67,46 @@ class Transformer(nn.Module):
             self.head.weight = self.embedding.weight
         self.embedding.weight.requires_grad_(not model.freeze_embeddings)
 
-    def forward(self, tokens: Tensor, cache: CacheRows | None = None, *, targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: CacheRows | None = None,
+        *,
+        targets: Tensor | None = None,
+        segments: Tensor | None = None,
+    ) -> Tensor:
         """Ids (B, T) -> logits (B, T, V), or with `targets` (B, T) the summed loss in nats, a scalar.
 
-        Negative targets are ignored. The loss is computed without holding all logits in memory. With a `cache`, the ids continue
-        its contents and are appended to it. Raises `ValueError` for more than `context_length` positions, including cached ones.
+        Negative targets are ignored. The loss is computed without keeping all logits in memory. With a `cache`, the ids follow the
+        cached tokens and are appended to the cache. Raises `ValueError` for more than `context_length` positions, including
+        cached positions.
+
+        `segments` (B, T): compute each segment of a row as if it were a separate row. Cannot be combined with a cache.
         """
-        hidden = self.hidden(tokens, cache)  # (B, T, C)
+        hidden = self.hidden(tokens, cache, segments=segments)  # (B, T, C)
         if targets is None:
             return self.logits(hidden)
         chunk = loss_chunk_rows(self.vocab_size, on_gpu=hidden.device.type != "cpu")
-        loss: Tensor = _summed_loss(hidden.flatten(0, 1), self.head.weight, targets.flatten(), self.model.logit_softcap, chunk)
+        cap = self.model.logit_softcap
+        loss: Tensor = _summed_loss(hidden.flatten(0, 1), self.head.weight, targets.flatten(), cap, chunk, self.compile_loss)
         return loss
 
-    def hidden(self, tokens: Tensor, cache: CacheRows | None = None, *, n_last: int | None = None) -> Tensor:
+    def hidden(
+        self,
+        tokens: Tensor,
+        cache: CacheRows | None = None,
+        *,
+        segments: Tensor | None = None,
+        n_last: int | None = None,
+    ) -> Tensor:
         """Ids (B, T) -> final hidden states (B, T, C), the input of the head. `n_last`: return only the last `n_last` positions."""
         start = cache.length if cache is not None else 0
         end = start + tokens.shape[1]
         if end > self.model.context_length:
             raise ValueError(f"{end} positions do not fit in the context length of {self.model.context_length}")
-        x = self._embed(tokens, start, end, cache)  # (B, T, C)
-        context = ForwardContext(tokens, x, self._rotation(start, end), cache)
+        x = self._embed(tokens, start, end, cache, segments)  # (B, T, C)
+        mask = None if segments is None else segment_mask(segments)
+        context = ForwardContext(tokens, x, self._rotation(start, end), cache, mask)
         first_values: Tensor | None = None
         for number, block in enumerate(self.blocks, 1):
             if n_last is not None and number == len(self.blocks):
@@ -89,8 +121,8 @@ class Transformer(nn.Module):
                 first_values = values
         if cache is not None:
             cache.advance(tokens.shape[1])
-        if self.final_norm is not None:
-            x = self.final_norm(x)
+        if self.final_norm is not None and self.hook_final_norm is not None:
+            x = self.hook_final_norm(self.final_norm(x))
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -99,15 +131,19 @@ class Transformer(nn.Module):
         cap = self.model.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def _embed(self, tokens: Tensor, start: int, end: int, cache: CacheRows | None) -> Tensor:
-        """Input of the first block for ids (B, T) at positions [start, end): (B, T, C)."""
-        x: Tensor = self.embedding(tokens)
-        if self.ngrams is not None:
-            x = x + self.ngrams(tokens if cache is None else cache.update_tokens(tokens))[:, -tokens.shape[1] :]
-        if self.positions is not None:
-            x = x + self.positions.weight[start:end]
-        elif self.model.position == "sinusoidal":
-            x = x + self.get_buffer("sinusoids")[start:end]
+    def _embed(self, tokens: Tensor, start: int, end: int, cache: CacheRows | None, segments: Tensor | None) -> Tensor:
+        """Ids (B, T) -> input (B, T, C) of the first block.
+
+        Positions are [start, end). With `segments`, they start at 0 in each segment.
+        """
+        x: Tensor = self.hook_embed(self.embedding(tokens))
+        if self.ngrams is not None and self.hook_ngram_embed is not None:
+            vectors = self.ngrams(tokens if cache is None else cache.update_tokens(tokens), segments)[:, -tokens.shape[1] :]
+            x = x + self.hook_ngram_embed(vectors)
+        position = slice(start, end) if segments is None else positions_in_segments(segments)
+        if self.hook_pos_embed is not None:
+            table = self.positions.weight if self.positions is not None else self.get_buffer("sinusoids")
+            x = x + self.hook_pos_embed(table[position].expand_as(x))
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         if torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) == torch.bfloat16:
@@ -116,12 +152,16 @@ class Transformer(nn.Module):
         return dropped
 
     def _rotation(self, start: int, end: int) -> Rotation | None:
+        """Return the cosines and sines for positions [start, end), or None without rotary position embeddings.
+
+        Positions do not restart in each segment, because only the differences between positions matter.
+        """
         if self.model.position != "rope":
             return None
         return self.get_buffer("rope_cosines")[start:end, None], self.get_buffer("rope_sines")[start:end, None]
 
     def stacked_matrices(self) -> dict[str, tuple[int, ...]]:
-        """The parameters that stack several matrices: name -> number of rows of each matrix."""
+        """Map the name of each parameter that stacks several matrices to the number of rows of each matrix."""
         rows: dict[str, tuple[int, ...]] = {}
         for name, module in self.named_modules():
             if isinstance(module, Attention):
@@ -131,12 +171,46 @@ class Transformer(nn.Module):
                 rows[f"{name}.input.weight"] = (self.model.feed_forward_width,) * 2
         return rows
 
-    def parameter_count(self) -> int:
-        """Number of parameters, frozen ones included. A tied head is counted once."""
-        return sum(parameter.numel() for parameter in self.parameters())
+    def compile_units(self) -> Sequence[nn.Module]:
+        return list(self.blocks)
+
+    def lr_multipliers(self) -> dict[str, float]:
+        return {} if self.ngrams is None else {"ngrams.table.weight": NGRAM_LR_MULTIPLIER}
+
+    def tied_weights(self) -> dict[str, str]:
+        return {"head.weight": "embedding.weight"} if self.model.tie_embeddings else {}
+
+    @classmethod
+    def check_size(cls, model: ModelVariant, names: Iterable[str]) -> str | None:
+        assert isinstance(model, DecoderSection)
+        layers = sum(name.endswith(".attention.qkv.weight") for name in names)
+        return None if layers == model.n_layer else f"{layers} layers instead of {model.n_layer}"
+
+    def vocabulary_weights(self) -> frozenset[str]:
+        return frozenset(name for name, _ in self.named_parameters() if _PER_TOKEN.fullmatch(name))
+
+    def head_weights(self) -> frozenset[str]:
+        return frozenset({"head.weight"})
+
+    def fit_pretrained(self, name: str, weight: Tensor) -> Tensor:
+        return weight[: self.model.context_length] if name == "positions.weight" else weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    def input_embedding(self) -> nn.Embedding:
+        return self.embedding
+
+    def output_embedding(self) -> nn.Linear:
+        return self.head
+
+    @property
+    def depth(self) -> int:
+        return len(self.blocks)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None, chunk: int) -> Tensor:
-    """`summed_cross_entropy`, excluded from compiled graphs: in matrix products and one pass per chunk, there is little to fuse."""
-    return summed_cross_entropy(hidden, weight, targets, cap, chunk)
+def _summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None, chunk: int, compiled: bool) -> Tensor:
+    """`summed_cross_entropy`, excluded from compiled graphs. On CUDA, it compiles its own kernel."""
+    return summed_cross_entropy(hidden, weight, targets, cap, chunk, compiled=compiled)

@@ -1,23 +1,38 @@
-"""Build the optimizers of a recipe: which parameter is updated by which optimizer, with which learning rate and weight decay."""
+"""Build the optimizers of a recipe: assign an optimizer, a learning rate and a weight decay to every parameter."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from tinylm.device import has_bf16_units
+from tinylm.errors import InputError
 from tinylm.optim.muon import Muon
 from tinylm.recipe.schema import MuonOptimizer, Optimizer
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-NGRAM_TABLE = "ngrams.table.weight"
-NGRAM_LR_MULTIPLIER = 6.0
-"""Learning rate of n-gram tables relative to other embeddings. Most of their rows are used too rarely to learn at the same rate."""
+
+class TrainableNetwork(Protocol):
+    """The methods of a network that the optimizers need. Parameters have the same names as in `named_parameters`."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def muon_weights(self) -> list[str]:
+        """Return the names of the matrices that Muon updates."""
+        ...
+
+    def stacked_matrices(self) -> dict[str, tuple[int, ...]]:
+        """Map the name of each parameter that stacks several matrices to the number of rows of each matrix."""
+        ...
+
+    def lr_multipliers(self) -> dict[str, float]:
+        """Map the name of each parameter with its own learning rate to a multiplier of the optimizer's rate."""
+        ...
 
 
 class Optimizers:
@@ -46,7 +61,7 @@ class Optimizers:
     def step(self, usable: Tensor | None = None) -> None:
         """Update all parameters, or skip the update if `usable` is false.
 
-        `usable` is a boolean scalar on the device of the parameters, so that the host need not wait for it.
+        `usable` is a boolean scalar on the device of the parameters, to avoid a host-device synchronization.
         """
         for part in self.parts.values():
             # torch's gradient scaler passes the same flag to fused optimizers under this name.
@@ -54,7 +69,7 @@ class Optimizers:
             part.step()
 
     def state(self) -> dict[str, Tensor]:
-        """The tensors of the optimizer state, named `part/parameter/slot`.
+        """Return the tensors of the optimizer state, named `part/parameter/slot`.
 
         Example: `muon/blocks.0.attention.qkv.weight/momentum`.
         """
@@ -67,10 +82,10 @@ class Optimizers:
                     yield part, name, slot, value
 
     def empty_state(self, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-        """Allocate zeros to load a saved state into, on the device of each parameter and sharded like it.
+        """Allocate zero tensors to load a saved state into, with the device and sharding of the parameters.
 
         `shapes` maps the names of the saved tensors to their shapes. Raises `KeyError` for a name that does not belong to a
-        parameter, and `ValueError` for a shape that differs from its parameter's.
+        parameter, and `ValueError` for a shape that differs from the parameter's shape.
         """
         tensors = {}
         for key, shape in shapes.items():
@@ -93,12 +108,12 @@ class Optimizers:
             self.parts[part_name].state[parameter][slot] = value.clone()
 
     def _find_slot(self, key: str) -> tuple[str, nn.Parameter, str]:
-        """Split `part/parameter/slot` and look up the parameter. Raises `KeyError` if that part does not update it."""
+        """Split `part/parameter/slot` and look up the parameter. Raises `KeyError` if optimizer `part` does not update it."""
         part, _, rest = key.partition("/")
         name, _, slot = rest.partition("/")
         parameters = {name: parameter for parameter, name in self._names.items()}
         parameter = parameters[name]
-        if not any(parameter is each for group in self.parts[part].param_groups for each in group["params"]):
+        if not any(parameter is member for group in self.parts[part].param_groups for member in group["params"]):
             raise KeyError(key)
         return part, parameter, slot
 
@@ -107,22 +122,21 @@ def _counts_steps_on_device(optimizer: torch.optim.Optimizer) -> bool:
     return any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
 
 
-def build(
-    section: Optimizer, network: nn.Module, stacked: Mapping[str, tuple[int, ...]], mesh: DeviceMesh | None = None
-) -> Optimizers:
-    """Build the optimizer that `section` describes, over the parameters that require a gradient.
+def build(section: Optimizer, network: TrainableNetwork, mesh: DeviceMesh | None = None) -> Optimizers:
+    """Build the optimizer that `section` describes, for the parameters that require a gradient.
 
-    AdamW decays parameters with two or more dimensions. Muon updates and decays the weights of all linear layers except the head;
-    AdamW then updates the other parameters, without decay.
-
-    `stacked` maps the name of each parameter that stacks several matrices to the number of rows of each matrix. `mesh` holds the
-    processes that train together.
+    AdamW applies weight decay to parameters with two or more dimensions. Muon updates and decays the network's `muon_weights`;
+    AdamW then updates the other parameters, without decay. `mesh` contains the processes that train together. Raises `InputError`
+    for Muon if the network has no matrices for it.
     """
     names = {parameter: name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    multipliers = network.lr_multipliers()
     if not isinstance(section, MuonOptimizer):
-        return Optimizers({"adamw": _adamw(names, section.lr, section, section.weight_decay)}, names)
-    linears = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
-    matrices: list[nn.Parameter] = [module.weight for name, module in linears.items() if name != "head"]  # type: ignore[misc]
+        return Optimizers({"adamw": _adamw(names, section.lr, section, section.weight_decay, multipliers)}, names)
+    parameters, stacked = dict(network.named_parameters()), network.stacked_matrices()
+    matrices = [parameters[name] for name in network.muon_weights()]
+    if not matrices:
+        raise InputError("Muon updates matrices, and this model has none", where="training.optimizer", hint="use adamw")
     in_muon = set(matrices)
     others = [parameter for parameter in names if parameter not in in_muon]
     muon = Muon(
@@ -138,27 +152,30 @@ def build(
         dtype=torch.bfloat16 if resolve_newton_schulz_dtype(section, matrices[0].device) == "bf16" else torch.float32,
         mesh=mesh,
     )
-    adamw = _adamw({parameter: names[parameter] for parameter in others}, section.adamw_lr, section, 0.0)
+    adamw = _adamw({parameter: names[parameter] for parameter in others}, section.adamw_lr, section, 0.0, multipliers)
     return Optimizers({"muon": muon, "adamw": adamw}, names)
 
 
 def resolve_newton_schulz_dtype(section: MuonOptimizer, device: torch.device) -> Literal["fp32", "bf16"]:
-    """The value of `newton_schulz_dtype`. For `auto`, bf16 if the hardware computes in it, else fp32."""
+    """Return the value of `newton_schulz_dtype`. For `auto`, return bf16 if the hardware supports it, else fp32."""
     if section.newton_schulz_dtype == "auto":
         return "bf16" if has_bf16_units(device) else "fp32"
     return section.newton_schulz_dtype
 
 
-def _adamw(names: Mapping[nn.Parameter, str], lr: float, section: Any, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over the parameters in `names`, fused on CPU and CUDA."""
-    tables = [parameter for parameter, name in names.items() if name == NGRAM_TABLE]
-    others = [parameter for parameter, name in names.items() if name != NGRAM_TABLE]
+def _adamw(
+    names: Mapping[nn.Parameter, str], lr: float, section: Any, weight_decay: float, multipliers: Mapping[str, float]
+) -> torch.optim.AdamW:
+    """Build AdamW for the parameters in `names`, fused on CPU and CUDA. Parameters with the same multiplier share a group."""
+    others = [parameter for parameter, name in names.items() if name not in multipliers]
     groups = [
         {"params": [p for p in others if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
-        {"params": tables, "weight_decay": weight_decay, "lr": lr * NGRAM_LR_MULTIPLIER},
     ]
-    device = others[0].device.type
+    for multiplier in dict.fromkeys(multipliers.values()):
+        chosen = [parameter for parameter, name in names.items() if multipliers.get(name) == multiplier]
+        groups.append({"params": chosen, "weight_decay": weight_decay, "lr": lr * multiplier})
+    device = next(iter(names)).device.type
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=lr,

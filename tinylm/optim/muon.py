@@ -1,7 +1,7 @@
-"""Muon: momentum whose update is orthogonalized (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+"""Muon: momentum with orthogonalized updates (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
 
-Matrices of the same shape are stacked and orthogonalized in one batch. In float32, an update equals that of `torch.optim.Muon` with
-`adjust_lr_fn="original"`. With several processes, each matrix is orthogonalized by only one of them.
+Matrices of the same shape are stacked and orthogonalized in one batch. In float32, updates are equal to those of `torch.optim.Muon`
+with `adjust_lr_fn="original"`. With several processes, each matrix is orthogonalized by only one process.
 
 Legend: `N` matrices of the same shape, `R` rows, `C` columns.
 """
@@ -23,8 +23,8 @@ if TYPE_CHECKING:  # these imports take a second and are only needed with severa
 COEFFICIENTS = {
     # Jordan et al. 2024: the same polynomial a x + b x^3 + c x^5 in every iteration. Five iterations are usual.
     "classic": ((3.4445, -4.7750, 2.0315),),
-    # Amsel et al. 2025: each polynomial is optimal for the output of the one before, for singular values in [0.01, 1]. Three
-    # iterations bring them to 1 +- 0.27, four to 1 +- 0.013.
+    # Amsel et al. 2025: each polynomial is optimal for the output of the previous one, given singular values in [0.01, 1].
+    # Three iterations map them to 1 +- 0.27, four to 1 +- 0.013.
     "polar_express": (
         (8.0934, -23.6205, 17.4462),
         (3.6366, -2.7219, 0.5365),
@@ -35,13 +35,13 @@ COEFFICIENTS = {
 }
 """(a, b, c) of each Newton-Schulz iteration. The last one is repeated if there are more iterations."""
 _INITIAL_MOMENTUM = 0.85
-"""Momentum at the start of its warmup."""
+"""Momentum at the start of the momentum warmup."""
 
 
 def orthogonalize(matrices: Tensor, steps: int, coefficients: str = "classic") -> Tensor:
     """Newton-Schulz iteration: push the singular values of each matrix toward 1. `matrices` and the result are (N, R, C)."""
     tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if tall else matrices  # at least as wide as tall, so that x @ x.mT is the smaller Gram matrix
+    x = matrices.mT if tall else matrices  # wide or square, so that x @ x.mT is the smaller Gram matrix
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
     polynomials = COEFFICIENTS[coefficients]
     for step in range(steps):
@@ -51,17 +51,29 @@ def orthogonalize(matrices: Tensor, steps: int, coefficients: str = "classic") -
     return x.mT if tall else x
 
 
-def orthogonalize_all(matrices: Sequence[Tensor], steps: int, coefficients: str, dtype: torch.dtype) -> list[Tensor]:
-    """Orthogonalize each (R, C) matrix, batching those of the same shape. Computes in `dtype` and returns results in it."""
+def orthogonalize_all(
+    matrices: Sequence[Tensor], steps: int, coefficients: str, dtype: torch.dtype, *, scale: bool = False
+) -> list[Tensor]:
+    """Orthogonalize each (R, C) matrix, in one batch per shape. Computes in `dtype` and returns tensors of `dtype`.
+
+    If `scale` is set, the results of tall matrices are multiplied by sqrt(R / C).
+    """
     indices_by_shape: dict[torch.Size, list[int]] = defaultdict(list)
     for index, matrix in enumerate(matrices):
         indices_by_shape[matrix.shape].append(index)
     results = list(matrices)
     for shape, indices in indices_by_shape.items():
         stack = torch.empty((len(indices), *shape), dtype=dtype, device=matrices[0].device)  # (N, R, C)
-        for slot, index in zip(stack, indices, strict=True):
-            slot.copy_(matrices[index])
-        for index, result in zip(indices, orthogonalize(stack, steps, coefficients), strict=True):
+        torch._foreach_copy_(list(stack), [matrices[index] for index in indices])
+        directions = orthogonalize(stack, steps, coefficients)
+        factor = math.sqrt(max(1.0, shape[0] / shape[1])) if scale else 1.0
+        if factor != 1.0:
+            directions = directions * factor
+        if directions.is_cuda:
+            # The result for a tall matrix is a transposed view. torch's _foreach functions launch one kernel per tensor if their
+            # arguments have different strides. On a CPU, strides make no difference.
+            directions = directions.contiguous()
+        for index, result in zip(indices, directions, strict=True):
             results[index] = result
     return results
 
@@ -69,15 +81,16 @@ def orthogonalize_all(matrices: Sequence[Tensor], steps: int, coefficients: str,
 class Muon(torch.optim.Optimizer):
     """Muon for parameters that are matrices.
 
-    A parameter may stack several matrices; `rows` then gives the number of rows of each. `lr` is approximately the spectral norm of
-    an update, which is multiplied by sqrt(R / C) for tall matrices. The momentum rises linearly from 0.85 to `momentum` over
+    A parameter may stack several matrices; `rows` then contains the number of rows of each matrix. The spectral norm of an update
+    is approximately `lr`, multiplied by sqrt(R / C) for tall matrices. The momentum rises linearly from 0.85 to `momentum` over
     `momentum_warmup` steps. Weight decay is decoupled. If it is `cautious` (Chen et al. 2025), it only applies to weights that the
     update itself moves toward zero. `steps` and `coefficients` configure the Newton-Schulz iteration, which computes in `dtype`.
 
-    `mesh` holds the processes that train together. Their parameters and gradients are either replicated or sharded (`fully_shard`).
+    `mesh` contains the processes that train together. Their parameters and gradients are either replicated or sharded
+    (`fully_shard`).
 
-    Like torch's fused optimizers, it skips the update if `found_inf`, a scalar on the device, is 1. Unlike in those, the step still
-    counts, for the momentum warmup.
+    Like torch's fused optimizers, this optimizer skips the update if `found_inf`, a scalar on the device, is 1. Unlike those
+    optimizers, it counts skipped steps in the momentum warmup.
     """
 
     found_inf: Tensor | None = None
@@ -127,8 +140,9 @@ class Muon(torch.optim.Optimizer):
         shrink: float | Tensor = 1 - decay
         if self.found_inf is not None:
             usable = 1 - self.found_inf.double()
-            shrink = 1 - decay * usable
-            torch._foreach_mul_(directions, usable)
+            # Both factors have the dtype of the tensors they scale. If not, _foreach_mul_ launches one kernel per tensor on CUDA.
+            shrink = (1 - decay * usable).to(weights[0].dtype)
+            torch._foreach_mul_(directions, usable.to(directions[0].dtype))
         if decay and group["cautious"]:  # if the update is skipped, directions are zero and nothing decays
             for weight, direction in zip(weights, directions, strict=True):
                 weight.addcmul_(weight, (weight * direction > 0).to(weight.dtype), value=-decay)
@@ -146,8 +160,8 @@ class Muon(torch.optim.Optimizer):
         counts = [self.state[parameter]["step"] for parameter in parameters]
         gradients = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
         if self.found_inf is not None:  # interpolating a buffer with itself leaves it unchanged
-            pairs = zip(buffers, gradients, strict=True)
-            gradients = [torch.where(self.found_inf > 0, buffer, gradient) for buffer, gradient in pairs]
+            pairs, skipped = zip(buffers, gradients, strict=True), self.found_inf > 0
+            gradients = [torch.where(skipped, buffer, gradient) for buffer, gradient in pairs]
         warmed_up = min(1.0, float(counts[0]) / group["momentum_warmup"]) if group["momentum_warmup"] else 1.0
         momentum = _INITIAL_MOMENTUM + warmed_up * (group["momentum"] - _INITIAL_MOMENTUM)
         torch._foreach_add_(counts, 1)
@@ -155,17 +169,17 @@ class Muon(torch.optim.Optimizer):
         return torch._foreach_lerp(gradients, buffers, momentum)
 
     def _directions(self, parameters: list[Tensor], updates: Sequence[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        """The orthogonalized and scaled update of each parameter, in the dtype of the update."""
+        """Return the orthogonalized and scaled update of each parameter, in the dtype of the update."""
         if self._mesh is None:
             pairs = [(update, self._row_blocks(p)) for p, update in zip(parameters, updates, strict=True)]
             orthogonal = self._orthogonalize_blocks(pairs, group)
-            return [direction.to(update.dtype) for direction, update in zip(orthogonal, updates, strict=True)]
+            return _cast_all(orthogonal, updates)
         return self._distributed_directions(parameters, updates, group, self._mesh)
 
     def _distributed_directions(
         self, parameters: list[Tensor], updates: Sequence[Tensor], group: dict[str, Any], mesh: DeviceMesh
     ) -> list[Tensor]:
-        """The same as `_directions`, with several processes.
+        """Compute `_directions` with several processes.
 
         Updates of the same shape are stacked, (N, R, C), and redistributed so that each process orthogonalizes whole matrices. The
         results are then redistributed like the parameters: replicated, or sharded by rows.
@@ -191,33 +205,33 @@ class Muon(torch.optim.Optimizer):
         return directions
 
     def _orthogonalize_blocks(self, updates: Sequence[tuple[Tensor, tuple[int, ...]]], group: dict[str, Any]) -> list[Tensor]:
-        """Orthogonalize and scale every row block of each update. `updates` holds pairs (update, rows of each block)."""
+        """Orthogonalize and scale every row block of each update. `updates` contains pairs (update, rows of each block)."""
         matrices = [matrix for update, blocks in updates for matrix in torch.split(update, list(blocks))]
-        results = iter(orthogonalize_all(matrices, group["steps"], group["coefficients"], self._dtype))
-        return [
-            torch.cat([_scaled(next(results)) for _ in blocks]) if len(blocks) > 1 else _scaled(next(results))
-            for _, blocks in updates
-        ]
+        results = iter(orthogonalize_all(matrices, group["steps"], group["coefficients"], self._dtype, scale=True))
+        return [torch.cat([next(results) for _ in blocks]) if len(blocks) > 1 else next(results) for _, blocks in updates]
 
     def _row_blocks(self, parameter: Tensor) -> tuple[int, ...]:
-        """The number of rows of each matrix in a parameter."""
+        """Return the number of rows of each matrix in a parameter."""
         return self._rows.get(parameter, (parameter.shape[0],))
 
 
-def _scaled(direction: Tensor) -> Tensor:
-    """Scale an orthogonalized (R, C) matrix by sqrt(R / C) if it is tall."""
-    scale = math.sqrt(max(1.0, direction.shape[0] / direction.shape[1]))
-    return direction if scale == 1.0 else direction * scale
+def _cast_all(directions: list[Tensor], updates: Sequence[Tensor]) -> list[Tensor]:
+    """Cast the directions to the dtypes of the updates. On CUDA, this takes only a few kernel launches."""
+    if not directions[0].is_cuda or directions[0].dtype == updates[0].dtype:
+        return [direction.to(update.dtype) for direction, update in zip(directions, updates, strict=True)]
+    cast = [torch.empty_like(update) for update in updates]
+    torch._foreach_copy_(cast, directions)
+    return cast
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This process's shard of a sharded tensor. Other tensors are returned unchanged."""
+    """Return this process's shard of a sharded tensor. Other tensors are returned unchanged."""
     local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return local
 
 
 def _redistribute(local: Tensor, shape: torch.Size, mesh: DeviceMesh, before: Placement, after: Placement) -> Tensor:
-    """Change the placement of a stack of global `shape` (N, R, C). `local` and the result are this process's part of it."""
+    """Change the placement of a stack of global `shape` (N, R, C). `local` and the result are this process's shards."""
     from torch.distributed.tensor import DTensor
 
     stride = (shape[1] * shape[2], shape[2], 1)

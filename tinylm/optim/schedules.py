@@ -8,11 +8,11 @@ from tinylm.recipe.schema import ConstantSchedule, CosineSchedule, LinearSchedul
 
 
 def lr_multiplier(schedule: Schedule, progress: float, step_fraction: float) -> float:
-    """The learning rate of an update, as a fraction of the peak rate.
+    """Return the learning rate of an update as a fraction of the peak learning rate.
 
     `progress` is the fraction of training that is complete before this update, in [0, 1]. `step_fraction` is the fraction that one
-    update adds: `progress + step_fraction` is 1 for the last update. A warmup of 1 or more is a number of updates; below 1 it is a
-    fraction of the training.
+    update adds: `progress + step_fraction` is 1 for the last update. A warmup of 1 or more is a number of updates; a warmup
+    below 1 is a fraction of training.
     """
     warmup = schedule.warmup * step_fraction if schedule.warmup >= 1 else schedule.warmup
     if progress < warmup:

@@ -2,6 +2,28 @@
 
 from tinylm.recipe.embeddings import EmbeddingRecipe
 from tinylm.recipe.loader import RecipeError, load, load_any, loads, loads_any
-from tinylm.recipe.schema import Recipe, changes
+from tinylm.recipe.schema import (
+    ModelVariant,
+    ObjectiveVariant,
+    Recipe,
+    changes,
+    register_model_section,
+    register_objective_section,
+    unregister_section,
+)
 
-__all__ = ["EmbeddingRecipe", "Recipe", "RecipeError", "changes", "load", "load_any", "loads", "loads_any"]
+__all__ = [
+    "EmbeddingRecipe",
+    "ModelVariant",
+    "ObjectiveVariant",
+    "Recipe",
+    "RecipeError",
+    "changes",
+    "load",
+    "load_any",
+    "loads",
+    "loads_any",
+    "register_model_section",
+    "register_objective_section",
+    "unregister_section",
+]

@@ -1,6 +1,6 @@
 """Checks that involve several keys of a recipe, or files: sizes divide each other, and files exist and are large enough.
 
-Yields the problems of a recipe, whose keys are each valid, as (key path, message).
+Yields the problems of a recipe as (key path, message). Each key by itself has already been validated.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _COMPRESSED = (".gz", ".zst", ".xz", ".bz2", ".parquet")
 
 
 def check_recipe(recipe: Recipe, check_files: bool = True) -> Iterator[tuple[KeyPath, str]]:
-    """Yield each problem as (key path, message). With `check_files`, also check that files exist and how large they are."""
+    """Yield each problem as (key path, message). With `check_files`, also check that files exist and are large enough."""
     yield from _check_model(recipe)
     yield from _check_tokenizer(recipe)
     yield from _check_training(recipe)
@@ -51,29 +51,14 @@ def check_embedding_recipe(recipe: EmbeddingRecipe, check_files: bool = True) ->
 
 
 def _check_model(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
-    model = recipe.model
-    if model.init_from is not None and model.init_embeddings is not None:
-        yield ("model", "init_embeddings"), "cannot be combined with init_from, which already loads an embedding"
-    if model.head_dim is None and model.n_embd % model.n_head:
-        divisors = [heads for heads in range(1, model.n_embd + 1) if model.n_embd % heads == 0]
-        nearest = min(divisors, key=lambda heads: abs(heads - model.n_head))
+    model, objective = recipe.model, recipe.objective
+    for key, problem in model.problems():
+        yield ("model", key), problem
+    if objective.name not in model.objectives and model.architecture not in objective.architectures:
         yield (
-            ("model", "n_head"),
-            f"{model.n_head} heads do not divide the width n_embd {model.n_embd} ({nearest} heads would)",
+            ("objective",),
+            f"architecture {model.architecture} cannot be trained with {objective.name} (only with {listed(model.objectives)})",
         )
-    elif model.position == "rope" and model.head_width % 2:
-        width = "n_embd / n_head" if model.head_dim is None else "head_dim"
-        yield ("model", "n_head"), f"rope needs an even head width, and {width} is {model.head_width}"
-    if model.n_head % model.kv_heads:
-        yield ("model", "n_kv_head"), f"{model.kv_heads} key/value heads do not divide the {model.n_head} query heads"
-    if model.position == "sinusoidal" and model.n_embd % 2:
-        yield ("model", "n_embd"), f"sinusoidal positions need an even width, not {model.n_embd}"
-    if model.rope_theta is not None and model.position != "rope":
-        yield ("model", "rope_theta"), f"needs position: rope, and position is {model.position}"
-    if model.freeze_embeddings and model.init_embeddings is None:
-        yield ("model", "freeze_embeddings"), "needs init_embeddings"
-    elif model.freeze_embeddings and model.tie_embeddings:
-        yield ("model", "freeze_embeddings"), "cannot be combined with tie_embeddings, which also uses them as the head's weights"
     stride = recipe.evaluation.stride
     if stride is not None and stride > model.context_length:
         yield (
@@ -86,9 +71,9 @@ def _check_tokenizer(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     tokenizer = recipe.tokenizer
     if isinstance(tokenizer, FileTokenizer):
         return
-    both = {*tokenizer.special_tokens} & {*tokenizer.added_tokens}
-    if both:
-        yield ("tokenizer", "added_tokens"), f"{min(both)!r} is also in special_tokens (remove it from one of them)"
+    duplicates = {*tokenizer.special_tokens} & {*tokenizer.added_tokens}
+    if duplicates:
+        yield ("tokenizer", "added_tokens"), f"{min(duplicates)!r} is also in special_tokens (remove it from one of them)"
     for key in ("special_tokens", "added_tokens"):
         reserved = {END_OF_TEXT, UNKNOWN} & {*getattr(tokenizer, key)}
         if reserved:
@@ -119,7 +104,7 @@ def _check_training(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     elif len(lengths) > 1:
         yield ("training", lengths[1]), f"only one of {', '.join(LENGTHS)} can be set, and {lengths[0]} is set"
     if training.lora is not None:
-        if recipe.model.init_from is None:
+        if recipe.model.pretrained is None:
             yield ("training", "lora"), "needs a trained model to adapt (set model.init_from to its run)"
         if isinstance(training.optimizer, MuonOptimizer):
             yield ("training", "optimizer"), "must be adamw if lora is set (or remove its name)"
@@ -145,15 +130,16 @@ def _check_training(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
 
 
 def _check_files(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
-    """Check local files, and the sizes of uncompressed ones. Other sources are checked when `tinylm.text` reads them."""
+    """Check that local files exist, and the sizes of uncompressed files. `tinylm.text` checks other sources when it reads them."""
     sizes = {"training": _plain_size(recipe.data.train)}
     yield from _missing(("data", "train"), recipe.data.train)
     if isinstance(recipe.tokenizer, FileTokenizer):
         yield from _missing(("tokenizer", "path"), (recipe.tokenizer.path,))
-    if recipe.model.init_embeddings is not None:
-        yield from _missing(("model", "init_embeddings"), (recipe.model.init_embeddings,))
-    if recipe.model.init_from is not None and not os.path.exists(os.path.expanduser(recipe.model.init_from.run)):
-        yield ("model", "init_from"), f"{recipe.model.init_from.run}: no such run"
+    vectors, pretrained = recipe.model.pretrained_embeddings, recipe.model.pretrained
+    if vectors is not None:
+        yield from _missing(("model", "init_embeddings"), (vectors,))
+    if pretrained is not None and not os.path.exists(os.path.expanduser(pretrained.run)):
+        yield ("model", "init_from"), f"{pretrained.run}: no such run"
     heldout = recipe.data.heldout
     if isinstance(heldout, HeldoutSources):
         yield from _missing(("data", "heldout"), heldout.sources)
@@ -167,7 +153,7 @@ def _check_files(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
 
 def _is_plain(source: str) -> bool:
     special = source == "-" or source.startswith(("builtin:", "hf:", "imported:")) or "://" in source
-    return not special and not any(sign in source for sign in "*?[")
+    return not special and not any(character in source for character in "*?[")
 
 
 def _missing(key: KeyPath, sources: tuple[str, ...]) -> Iterator[tuple[KeyPath, str]]:

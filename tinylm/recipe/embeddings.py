@@ -1,5 +1,4 @@
-"""The schema of recipes with `kind: embeddings`: the text, the words or tokens that get vectors, and the method that learns
-them."""
+"""The schema of recipes with `kind: embeddings`: a text, the words or tokens to learn vectors for, and the method."""
 
 from __future__ import annotations
 

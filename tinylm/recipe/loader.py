@@ -20,7 +20,7 @@ from tinylm.errors import InputError, did_you_mean
 from tinylm.recipe.checks import KeyPath, check_embedding_recipe, check_recipe, listed
 from tinylm.recipe.embeddings import EmbeddingRecipe
 from tinylm.recipe.notation import Loader
-from tinylm.recipe.schema import LENGTHS, Recipe
+from tinylm.recipe.schema import DEFAULT_ARCHITECTURE, LENGTHS, Recipe
 from tinylm.recipe.sections import Variants, expand, variants_of
 
 
@@ -57,8 +57,8 @@ class _Document:
 def load(source: str | Path, overrides: Sequence[str] = (), *, check_files: bool = True) -> Recipe:
     """Read the recipe file `source`, with `--set` overrides such as `training.optimizer.lr=3e-4`.
 
-    With `check_files=False`, the files named in the recipe need not exist. Raises `InputError` if the file cannot be read or is a
-    recipe for embeddings, and `RecipeError` with all its problems if it is not valid.
+    With `check_files=False`, the files named in the recipe do not have to exist. Raises `InputError` if the file cannot be read or
+    is a recipe for embeddings, and `RecipeError` with all problems if it is not valid.
     """
     return _require_language_model(load_any(source, overrides, check_files=check_files), str(source))
 
@@ -103,7 +103,7 @@ def loads_any(
 
 
 def _line_of(where: str) -> int:
-    """The line number in `file:line`. Locations without one, such as options, sort last."""
+    """The line number in `file:line`. Locations without a line number, such as options, sort last."""
     line = where.rpartition(":")[2]
     return int(line) if line.isdigit() else sys.maxsize
 
@@ -117,8 +117,8 @@ def _parse(text: str, name: str) -> _Document:
             if node is None:
                 raise InputError("the recipe is empty", where=name, hint="`tinylm recipes` lists recipes to start from")
             if not isinstance(node, yaml.MappingNode):
-                found = "list" if isinstance(node, yaml.SequenceNode) else "single value"
-                problem = f"a recipe must be a mapping of sections such as `data:` and `training:`, not a {found}"
+                kind = "list" if isinstance(node, yaml.SequenceNode) else "single value"
+                problem = f"a recipe must be a mapping of sections such as `data:` and `training:`, not a {kind}"
                 raise InputError(problem, where=name)
             document.values = _construct(loader, node, (), document)
         finally:
@@ -203,7 +203,7 @@ def _expand_for(section: type[BaseModel], key: str, value: Any, next_key: str) -
 
 
 def _inherit(document: _Document) -> None:
-    """With `model.init_from`, take keys that are missing from `model:`, and a missing `tokenizer:`, from that run."""
+    """Copy the missing keys of `model:`, and a missing `tokenizer:`, from the run that `model.init_from` names."""
     model = document.values.get("model")
     init_from = _mapping(model).get("init_from")
     run = init_from.get("run") if isinstance(init_from, dict) else init_from
@@ -216,13 +216,19 @@ def _inherit(document: _Document) -> None:
     except (OSError, UnicodeDecodeError):
         return  # if the run does not exist, `checks` reports it
     inherited = _mapping(_parse(text, str(folder / "recipe.yaml")).values.get("model"))
+    run_architecture = inherited.get("architecture", DEFAULT_ARCHITECTURE)
+    if _mapping(model).get("architecture", run_architecture) != run_architecture:
+        problem = f"model.init_from: the architecture of {run} is {run_architecture}, not {_mapping(model)['architecture']}"
+        document.problems.append((document.location(("model", "init_from")), problem))
+        return
+    for key in ("init_embeddings", "freeze_embeddings"):  # they initialized the embedding of that run, which is loaded now
+        inherited.pop(key, None)
     document.values["model"] = {**inherited, **_mapping(model)}
     document.values.setdefault("tokenizer", {"path": str(folder / "tokenizer.json")})
 
 
 def _parse_value(written: str) -> Any:
-    """The value of an override: a YAML scalar, or a list or mapping in brackets. Anything else (`-`, `*.txt`, `Note: this`) is
-    text."""
+    """The value of an override: a YAML scalar, list or mapping in brackets. Anything else (`-`, `*.txt`, `Note: this`) is text."""
     try:
         node = yaml.compose(written, Loader)
         block = isinstance(node, yaml.CollectionNode) and not node.flow_style
@@ -239,7 +245,7 @@ _TOO_LARGE = "nested too deeply or too large for a recipe"
 
 
 def _validate(document: _Document, check_files: bool) -> tuple[Recipe | EmbeddingRecipe | None, list[tuple[str, str]]]:
-    """The recipe (None if its structure is wrong), and its problems as (location, message).
+    """Return the recipe (None if its structure is wrong), and its problems as (location, message).
 
     Wrong keys are removed and the rest is validated again, so that one mistake does not hide another.
     """
@@ -250,11 +256,12 @@ def _validate(document: _Document, check_files: bool) -> tuple[Recipe | Embeddin
         try:
             recipe = document.schema.model_validate(values)
         except ValidationError as error:
-            found = [_problem(item, values, document.schema) for item in error.errors(include_url=False)]
-            found = list({problem.path: problem for problem in found}.values())  # one problem per key
-            problems += [(document.location(problem.location), f"{_dotted(problem.path)}: {problem.message}") for problem in found]
-            wrong |= {problem.path for problem in found}
-            values = _without(values, {problem.path for problem in found})
+            errors = [_problem(item, values, document.schema) for item in error.errors(include_url=False)]
+            by_path = {problem.path: problem for problem in errors}  # one problem per key
+            for path, problem in by_path.items():
+                problems.append((document.location(problem.location), f"{_dotted(problem.shown)}: {problem.message}"))
+                wrong.add(path)
+            values = _without(values, set(by_path))
             values = _with_required(values, document.schema, wrong)
             continue
         checks = check_recipe if isinstance(recipe, Recipe) else check_embedding_recipe
@@ -268,7 +275,7 @@ def _validate(document: _Document, check_files: bool) -> tuple[Recipe | Embeddin
 def _with_required(values: dict[str, Any], schema: type[BaseModel], wrong: set[KeyPath]) -> dict[str, Any]:
     """`values` with placeholders for required keys that are missing, so that the other keys can be validated.
 
-    The placeholders are added to `wrong`, because the missing keys are reported already.
+    The placeholders are added to `wrong`, because the missing keys have already been reported.
     """
     values = dict(values)
     if not isinstance(values.get("data"), dict) or not values["data"].get("train"):
@@ -289,6 +296,8 @@ class _Problem:
     message: str
     location: KeyPath
     """The key whose line is reported: `path`, or the discriminator inside it."""
+    shown: KeyPath
+    """The key whose name is reported: `path` if it has a short form, which names the variant, or else `location`."""
 
 
 @dataclass(frozen=True)
@@ -297,19 +306,21 @@ class _SchemaKey:
 
     path: KeyPath
     section: type[BaseModel]
-    """The section that holds the key."""
+    """The section that contains the key."""
     variants: Variants | None = None
-    """The variants of that section if there are several. `tag` is the tag of this one."""
+    """The variants of that section if there are several. `tag` identifies the variant that the recipe uses."""
     tag: str = ""
 
 
 def _problem(item: Any, values: dict[str, Any], schema: type[BaseModel]) -> _Problem:
     """Translate a validation error of pydantic to the recipe as written."""
     key = _schema_key(item["loc"], values, schema)
-    location = key.path
+    location = shown = key.path
     if item["type"] == "union_tag_invalid":
         location = (*location, item["ctx"]["discriminator"].strip("'"))
-    return _Problem(key.path, _message(item, key), location)
+        has_short_form = expand(key.section, str(key.path[-1]), "") != ""
+        shown = key.path if has_short_form else location
+    return _Problem(key.path, _message(item, key), location, shown)
 
 
 def _schema_key(location: KeyPath, values: Any, schema: type[BaseModel]) -> _SchemaKey:
@@ -349,7 +360,8 @@ def _message(item: Any, key: _SchemaKey) -> str:
         options = re.findall(r"'([^']*)'", expected)
         given = item["input"] if kind == "literal_error" else context.get("tag")
         hint = did_you_mean(str(given), options)
-        return f"must be one of {', '.join(options)}, not {given!r}" + (f" ({hint})" if hint else "")
+        expected = f"{'one of ' if len(options) > 1 else ''}{', '.join(options)}"
+        return f"must be {expected}, not {given!r}" + (f" ({hint})" if hint else "")
     if kind in ("model_type", "dict_type", "model_attributes_type"):
         variants = variants_of(key.section, str(path[-1])) if path else None
         known = list((variants.default if variants else key.section).model_fields)
@@ -360,14 +372,14 @@ def _message(item: Any, key: _SchemaKey) -> str:
 
 
 def _unknown_key_message(key: _SchemaKey) -> str:
-    """The message for a key that its section does not have, whether misspelled or a key of another variant of the section."""
+    """The message for an unknown key, which may be misspelled or belong to another variant of the section."""
     name, known = str(key.path[-1]), list(key.section.model_fields)
     others = key.variants.with_key(name) if key.variants is not None else []
     if key.variants is None or not others:
         return f"unknown key ({did_you_mean(name, known) or 'known keys: ' + ', '.join(known)})"
     if key.variants.discriminator is None:
         return f"cannot be combined with {key.tag} (only with {listed(others)})"
-    noun = "kind" if key.variants.discriminator == "kind" else str(key.path[-2])
+    noun = str(key.path[-2]) if key.variants.discriminator == "name" else key.variants.discriminator
     plural = len(others) > 1
     return f"not a key of {noun} {key.tag} ({noun}{'s' * plural} {listed(others)} {'have' if plural else 'has'} it)"
 

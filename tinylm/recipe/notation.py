@@ -16,7 +16,7 @@ _FLOAT_PATTERN = re.compile(r"^[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][
 
 
 class Loader(yaml.SafeLoader):
-    """Reads YAML as recipes are written."""
+    """Reads the YAML of recipes."""
 
 
 class Dumper(yaml.SafeDumper):

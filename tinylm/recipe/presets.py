@@ -1,10 +1,10 @@
-"""The presets of `model:`. A preset is a set of defaults for the other keys of the section."""
+"""The presets of the architectures. A preset is a set of defaults for the other keys of `model:`."""
 
 from __future__ import annotations
 
 from typing import Any
 
-PRESETS: dict[str, dict[str, Any]] = {
+DECODER_PRESETS: dict[str, dict[str, Any]] = {
     # The default. docs/lab-notebook.md ("Ablation of `modern`") has the measurements behind it.
     "modern": {
         "norm": "rmsnorm",

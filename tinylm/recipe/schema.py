@@ -6,16 +6,19 @@ description in the recipe reference.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Protocol, get_args
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from tinylm.recipe.notation import Dumper
-from tinylm.recipe.presets import PRESETS
+from tinylm.recipe.presets import DECODER_PRESETS
+from tinylm.recipe.sections import OpenUnion
 from tinylm.recipe.values import (
     LORA_TARGETS,
     Alphabet,
+    AttentionPattern,
     Betas,
     Characters,
     ClipNorm,
@@ -52,7 +55,7 @@ class Section(BaseModel):
 
 
 def _expand_name(value: object) -> object:
-    """The short form `optimizer: adamw` stands for `optimizer: {name: adamw}`."""
+    """Expand the short form `optimizer: adamw` to `optimizer: {name: adamw}`."""
     return {"name": value} if isinstance(value, str) else value
 
 
@@ -102,6 +105,14 @@ class DataSection(Section):
     """The field of each .jsonl line, or the column of a .parquet file, that holds the text."""
     errors: Literal["strict", "replace"] = "strict"
     """What to do with bytes that are not UTF-8. strict is an error; replace substitutes U+FFFD."""
+    shuffle: Literal["windows", "documents"] = "windows"
+    """What each epoch shuffles: windows keeps the documents in the order of the text and shuffles the windows that it is cut into.
+    documents also shuffles the documents before the text is cut."""
+    document_mask: Flag = False
+    """Compute each document in a window as if it stood by itself: attention does not cross documents, positions start at 0 in each.
+    false lets the model attend to earlier documents, which is faster."""
+    format: Literal["text"] = "text"
+    """What the sources contain: text is plain text, which becomes one stream of tokens."""
 
 
 class LearnedTokenizer(Section):
@@ -241,14 +252,63 @@ def _expand_init_from(value: object) -> object:
     return {"run": value} if isinstance(value, str) else value
 
 
-class ModelSection(Section):
-    """The transformer. `preset` sets the defaults of the other keys, each of which can also be set separately.
+class ModelVariant(Section):
+    """The base class of the variants of `model:`, one for each architecture. `register_model_section` adds a variant.
+
+    A variant declares the keys `architecture`, whose only value and default is the name of the variant, and `context_length`. Other
+    code reads the properties and methods below from every architecture.
+    """
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """The defaults of the other keys for each value of the key `preset`. Empty for an architecture without this key."""
+    objectives: ClassVar[tuple[str, ...]] = ("causal_lm",)
+    """The objectives that the model can be trained with, by name. The first one is the default."""
+
+    architecture: str
+
+    if TYPE_CHECKING:  # each variant declares this key itself, which sets its place in the order of keys
+        context_length: int
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not cls.presets:
+            return values
+        default = cls.presets[cls.model_fields["preset"].default]
+        preset = values.get("preset")
+        return {**(cls.presets.get(preset, default) if isinstance(preset, str) else default), **values}
+
+    @property
+    def uses_dropout(self) -> bool:
+        """Whether training uses any kind of dropout, and therefore random numbers."""
+        return False
+
+    @property
+    def pretrained(self) -> InitFrom | None:
+        """The value of `init_from`, for architectures with this key: the run whose weights are loaded."""
+        return None
+
+    @property
+    def pretrained_embeddings(self) -> str | None:
+        """The value of `init_embeddings`, for architectures with this key: the vectors that initialize the embedding."""
+        return None
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Yield each problem that involves several keys of this section, as (key, message)."""
+        yield from ()
+
+
+class DecoderSection(ModelVariant):
+    """A transformer decoder. `preset` sets the defaults of the other keys, each of which can also be set separately.
 
     With `init_from`, keys that are not set have the values of that run, and its tokenizer is used unless another one is set.
     """
 
+    presets = DECODER_PRESETS
+
+    architecture: Literal["decoder"] = "decoder"
     preset: Literal["modern", "gpt2", "llama"] = "modern"
-    """The architecture whose parts are the defaults of the other keys."""
+    """The model whose parts are the defaults of the other keys."""
     n_layer: Count = 6
     """Number of blocks."""
     n_head: Count = 6
@@ -261,6 +321,12 @@ class ModelSection(Section):
     """Width of an attention head. null means n_embd / n_head."""
     context_length: Count = 256
     """Number of tokens in a training sequence, and the maximum number of tokens the model attends to."""
+    attention_window: OptionalCount = None
+    """Number of positions that each position attends to, itself included, in the blocks that attention_pattern calls local (Beltagy
+    et al. 2020). null means all earlier positions."""
+    attention_pattern: AttentionPattern = ("local",)
+    """Which blocks use attention_window, repeated over the blocks: [local, local, global] means that every third block attends to
+    all earlier positions."""
     norm: Literal["layernorm", "rmsnorm"]
     """The kind of normalization layer."""
     norm_position: Literal["pre", "post"]
@@ -300,8 +366,7 @@ class ModelSection(Section):
     ngram_width: Count = 32
     """Width of the n-gram embedding tables."""
     ngram_dropout: ShareBelowOne = 0.0
-    """The share of n-gram embeddings that are dropped in training. Without dropout, the tables soon memorize a small
-    text."""
+    """The share of n-gram embeddings that are dropped in training. Without it, the tables soon memorize a small text."""
     value_embeddings: CountOrZero = 0
     """Number of blocks at the start, and again at the end, whose attention values get a token embedding added (Zhou et al.
     2024)."""
@@ -318,25 +383,23 @@ class ModelSection(Section):
     logit_softcap: OptionalPositive = None
     """Soft cap c of the logits, which become c * tanh(logits / c). null means no cap."""
     init_embeddings: OptionalPath = None
-    """Initialize the token embedding with these vectors: a folder from `tinylm embed train`, or a file in any format that tinylm
-    reads."""
+    """Initialize the token embedding with these vectors: a folder from `tinylm embed train`, or a file in any format it reads."""
     freeze_embeddings: Flag = False
     """Do not train the token embedding that init_embeddings loads."""
     init_from: Annotated[InitFrom | None, BeforeValidator(_expand_init_from)] = None
     """The run whose weights are loaded: `init_from: RUN`, or `init_from: {run: RUN, head: off}`."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_from_preset(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        preset = values.get("preset", "modern")
-        return {**PRESETS.get(preset if isinstance(preset, str) else "modern", PRESETS["modern"]), **values}
-
     @property
     def uses_dropout(self) -> bool:
-        """Whether training uses any kind of dropout, and therefore random numbers."""
         return self.dropout > 0 or self.attention_dropout_p > 0 or (self.ngram_dropout > 0 and bool(self.ngram_embeddings))
+
+    @property
+    def pretrained(self) -> InitFrom | None:
+        return self.init_from
+
+    @property
+    def pretrained_embeddings(self) -> str | None:
+        return self.init_embeddings
 
     @property
     def attention_dropout_p(self) -> float:
@@ -354,6 +417,72 @@ class ModelSection(Section):
     @property
     def feed_forward_width(self) -> int:
         return self.n_inner or max(8, 8 * round(self.feed_forward_multiple * self.n_embd / 8))
+
+    def window_of(self, layer: int) -> int | None:
+        """The attention window of a block, counted from 0, or None if it attends to all earlier positions."""
+        return self.attention_window if self.attention_pattern[layer % len(self.attention_pattern)] == "local" else None
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.init_from is not None and self.init_embeddings is not None:
+            yield "init_embeddings", "cannot be combined with init_from, which already loads an embedding"
+        if self.head_dim is None and self.n_embd % self.n_head:
+            divisors = [heads for heads in range(1, self.n_embd + 1) if self.n_embd % heads == 0]
+            nearest = min(divisors, key=lambda heads: abs(heads - self.n_head))
+            yield "n_head", f"{self.n_head} heads do not divide the width n_embd {self.n_embd} ({nearest} heads would)"
+        elif self.position == "rope" and self.head_width % 2:
+            width = "n_embd / n_head" if self.head_dim is None else "head_dim"
+            yield "n_head", f"rope needs an even head width, and {width} is {self.head_width}"
+        if self.n_head % self.kv_heads:
+            yield "n_kv_head", f"{self.kv_heads} key/value heads do not divide the {self.n_head} query heads"
+        if self.position == "sinusoidal" and self.n_embd % 2:
+            yield "n_embd", f"sinusoidal positions need an even width, not {self.n_embd}"
+        if self.rope_theta is not None and self.position != "rope":
+            yield "rope_theta", f"needs position: rope, and position is {self.position}"
+        if self.attention_window is None and self.attention_pattern != ("local",):
+            yield "attention_pattern", "needs attention_window"
+        if self.freeze_embeddings and self.init_embeddings is None:
+            yield "freeze_embeddings", "needs init_embeddings"
+        elif self.freeze_embeddings and self.tie_embeddings:
+            yield "freeze_embeddings", "cannot be combined with tie_embeddings, which also uses them as the head's weights"
+
+
+MODEL_VARIANTS = OpenUnion("architecture")
+"""The architectures. `register_model_section` adds one from outside the library."""
+
+
+DEFAULT_ARCHITECTURE = "decoder"
+"""The architecture of a recipe without the key `model.architecture`."""
+
+
+def _default_architecture(value: object) -> object:
+    return {"architecture": DEFAULT_ARCHITECTURE, **value} if isinstance(value, dict) else value
+
+
+ModelSection = Annotated[DecoderSection, MODEL_VARIANTS, BeforeValidator(_default_architecture)]
+
+
+class ObjectiveVariant(Section):
+    """The base class of the variants of `objective:`. `register_objective_section` adds a variant.
+
+    A variant declares the key `name`, whose only value and default is the name of the objective.
+    """
+
+    architectures: ClassVar[tuple[str, ...]] = ()
+    """The architectures that can be trained with the objective, in addition to those that list it in `objectives`."""
+
+    name: str
+
+
+class CausalLMObjective(ObjectiveVariant):
+    """Predict each token from the tokens before it."""
+
+    name: Literal["causal_lm"] = "causal_lm"
+
+
+OBJECTIVE_VARIANTS = OpenUnion("name")
+"""The objectives. `register_objective_section` adds one from outside the library."""
+
+ObjectiveSection = Annotated[CausalLMObjective, OBJECTIVE_VARIANTS, BeforeValidator(_expand_name)]
 
 
 class AdamWOptimizer(Section):
@@ -403,7 +532,7 @@ Optimizer = Annotated[MuonOptimizer | AdamWOptimizer, Field(discriminator="name"
 
 
 def _default_optimizer(value: object) -> object:
-    """`auto`, and a section without a name, mean Muon, which reached a lower loss than AdamW (docs/lab-notebook.md, "Ablation")."""
+    """Use Muon for `auto` or if there is no name. It reached a lower loss than AdamW (docs/lab-notebook.md, "Ablation")."""
     if isinstance(value, dict) and value.get("name", "auto") == "auto":
         return {**value, "name": "muon"}
     return value
@@ -466,15 +595,14 @@ class LoraSection(Section):
 
 
 LENGTHS = ("steps", "tokens", "epochs", "minutes")
-"""The keys of `training:` that set the length of the training."""
+"""The keys of `training:` that set the training length."""
 
 
 class GuardsSection(Section):
     """What to do about non-finite losses and gradients, and about loss spikes."""
 
     patience: Count = 3
-    """Number of consecutive skipped steps (with a non-finite loss or gradient) after which training rolls back to the last good
-    checkpoint."""
+    """Number of consecutive steps skipped for a non-finite loss or gradient before a rollback to the last good checkpoint."""
     rollbacks: CountOrZero = 1
     """Maximum number of rollbacks, each of which continues past the offending batches. After that, training stops with a report."""
     spike: OptionalPositive = 12.0
@@ -492,8 +620,7 @@ class TrainingSection(Section):
     epochs: OptionalPositive = None
     """Number of passes over the training text, rounded up to whole steps."""
     minutes: OptionalPositive = None
-    """Wall-clock minutes of training, including compilation and evaluation. The schedule then depends on elapsed time, not on
-    steps."""
+    """Wall-clock minutes of training, including compilation and evaluation. The schedule then follows the elapsed time."""
     global_batch_size: Count = 64
     """Number of sequences per optimizer step."""
     micro_batch_size: CountOrAuto = "auto"
@@ -523,7 +650,7 @@ class TrainingSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _adamw_for_lora(cls, values: Any) -> Any:
-        """With LoRA, the default is AdamW. Muon orthogonalizes full matrices, which makes no sense for their low-rank factors."""
+        """With LoRA, the default is AdamW. Muon orthogonalizes full matrices, which makes no sense for low-rank factors."""
         if not isinstance(values, dict) or values.get("lora") is None:
             return values
         optimizer = _expand_name(values.get("optimizer", {}))
@@ -583,11 +710,29 @@ class Recipe(Section):
         kind="bpe"
     )
     """How text is split into tokens: a tokenizer that is learned from the training text, or an existing one."""
-    model: ModelSection = Field(default_factory=lambda: ModelSection.model_validate({}))
+    model: ModelSection = Field(default_factory=lambda: DecoderSection.model_validate({}))
+    """The network: its architecture, by default decoder, and the keys of this architecture."""
+    objective: ObjectiveSection = CausalLMObjective()
+    """What the model learns to predict, as a name or as a section. The default for architecture decoder is causal_lm."""
     training: TrainingSection
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     sampling: SamplingSection = SamplingSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_objective(cls, values: Any) -> Any:
+        """If the objective has no name, set it to the default objective of the architecture."""
+        if not isinstance(values, dict):
+            return values
+        objective = _expand_name(values.get("objective", {}))
+        if not isinstance(objective, dict):
+            return values
+        model = values.get("model")
+        architecture = model.get("architecture") if isinstance(model, dict) else getattr(model, "architecture", None)
+        section = MODEL_VARIANTS.sections(DecoderSection).get(str(architecture), DecoderSection)
+        assert issubclass(section, ModelVariant)
+        return {**values, "objective": {"name": section.objectives[0], **objective}}
 
     def as_dict(self) -> dict[str, Any]:
         """The recipe as plain values, including every default. `load` reads them back as an equal recipe."""
@@ -601,6 +746,35 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         return dump_yaml(self.as_dict())
+
+
+def register_model_section(section: type[ModelVariant]) -> None:
+    """Add an architecture to `model:`. Recipes, `--set`, error messages and the reference then include the keys of `section`.
+
+    Raises `ValueError` if the architecture already exists, or if `section` does not have the key `context_length`.
+    """
+    if "context_length" not in section.model_fields:
+        raise ValueError(f"{section.__name__} needs the key context_length")
+    _register(MODEL_VARIANTS, "model", section)
+
+
+def register_objective_section(section: type[ObjectiveVariant]) -> None:
+    """Add an objective to `objective:`. Raises `ValueError` if an objective with this name already exists."""
+    _register(OBJECTIVE_VARIANTS, "objective", section)
+
+
+def _register(variants: OpenUnion, key: str, section: type[Section]) -> None:
+    field = section.model_fields[variants.discriminator]
+    if field.default in variants.sections(Recipe.model_fields[key].annotation):
+        raise ValueError(f"{variants.discriminator} {field.default} exists already")
+    variants.add(section)
+    Recipe.model_rebuild(force=True)
+
+
+def unregister_section(section: type[ModelVariant] | type[ObjectiveVariant]) -> None:
+    """Remove an architecture or objective that was registered."""
+    (MODEL_VARIANTS if issubclass(section, ModelVariant) else OBJECTIVE_VARIANTS).remove(section)
+    Recipe.model_rebuild(force=True)
 
 
 def dump_yaml(values: dict[str, Any]) -> str:

@@ -1,7 +1,6 @@
-"""Which sections each key of a recipe can hold, with their variants and short forms, read from the pydantic models.
+"""Find the sections that each key of a recipe can contain, with their variants and short forms, in the pydantic models.
 
-For a section's class, returns the classes of the sections that its keys can hold. The loader and the generated reference use it, so
-that a new variant or short form requires no change in them.
+The loader and the generated reference use this module, so a new variant or short form requires no change in them.
 """
 
 from __future__ import annotations
@@ -10,12 +9,41 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, Tag
+from pydantic import BaseModel, BeforeValidator, GetCoreSchemaHandler, Tag
+from pydantic_core import CoreSchema, core_schema
+
+
+class OpenUnion:
+    """Annotates a union of sections to which more sections can be added, including from outside the library.
+
+    Unlike `Field(discriminator=...)`, it accepts a union of a single section. A class whose schema contains the union must be
+    rebuilt after `add` and `remove`.
+    """
+
+    def __init__(self, discriminator: str) -> None:
+        self.discriminator = discriminator
+        self._added: dict[str, type[BaseModel]] = {}
+
+    def add(self, section: type[BaseModel]) -> None:
+        """Add a section. The type of its discriminator must be a `Literal` with a single value, its tag."""
+        self._added[_literal(section, self.discriminator)] = section
+
+    def remove(self, section: type[BaseModel]) -> None:
+        """Remove a section that was added."""
+        del self._added[_literal(section, self.discriminator)]
+
+    def sections(self, annotation: Any) -> dict[str, type[BaseModel]]:
+        """The sections of the annotated type, then the added sections, by tag."""
+        return {_literal(section, self.discriminator): section for _, section in _sections_in(annotation)} | self._added
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        choices = {tag: handler.generate_schema(section) for tag, section in self.sections(source).items()}
+        return core_schema.tagged_union_schema(choices, discriminator=self.discriminator)
 
 
 @dataclass(frozen=True)
 class Variants:
-    """The sections that one key can hold, by tag. If there is only one, its tag is ""."""
+    """The sections that one key can contain, by tag. If there is only one section and it has no discriminator, its tag is ""."""
 
     by_tag: Mapping[str, type[BaseModel]]
     discriminator: str | None = None
@@ -24,14 +52,14 @@ class Variants:
     @property
     def is_union(self) -> bool:
         """Whether pydantic adds the tag to the location of an error."""
-        return len(self.by_tag) > 1
+        return len(self.by_tag) > 1 or self.discriminator is not None
 
     @property
     def default(self) -> type[BaseModel]:
         return next(iter(self.by_tag.values()))
 
     def first_with(self, key: str) -> type[BaseModel]:
-        """The first variant that has `key`, or the default one."""
+        """The first variant that has `key`, or the default variant."""
         return next((section for section in self.by_tag.values() if key in section.model_fields), self.default)
 
     def with_key(self, key: str) -> list[str]:
@@ -40,21 +68,24 @@ class Variants:
 
 
 def variants_of(section: type[BaseModel], key: str | int) -> Variants | None:
-    """The sections that `key` of `section` can hold; None for a plain value or an unknown key."""
+    """Return the sections that `key` of `section` can contain, or None for a plain value or an unknown key."""
     field = section.model_fields.get(str(key))
     if field is None:
         return None
+    for item in field.metadata:
+        if isinstance(item, OpenUnion):
+            return Variants(item.sections(field.annotation), item.discriminator)
     name = field.discriminator if isinstance(field.discriminator, str) else None
-    found = list(_sections_in(field.annotation))
-    if not found:
+    tagged = list(_sections_in(field.annotation))
+    if not tagged:
         return None
-    if len(found) == 1:
-        return Variants({"": found[0][1]})
-    return Variants({tag or _literal(kind, name): kind for tag, kind in found}, name)
+    if len(tagged) == 1:
+        return Variants({"": tagged[0][1]})
+    return Variants({tag or _literal(kind, name): kind for tag, kind in tagged}, name)
 
 
 def _sections_in(annotation: Any, tag: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
-    """Every section in an annotation, with the `Tag` written beside it."""
+    """Every section in an annotation, with the `Tag` next to it."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield tag, annotation
         return
@@ -72,8 +103,7 @@ def _literal(section: type[BaseModel], key: str | None) -> str:
 
 
 def expand(section: type[BaseModel], key: str, value: Any) -> Any:
-    """Expand a short form to the section it stands for: `optimizer: adamw` to `{name: adamw}`. Other values are returned
-    unchanged."""
+    """Expand a short form to a section, such as `optimizer: adamw` to `{name: adamw}`. Return other values unchanged."""
     if key not in section.model_fields:
         return value
     for item in reversed(section.model_fields[key].metadata):

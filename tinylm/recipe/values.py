@@ -1,6 +1,6 @@
-"""The types of recipe values. Each accepts the usual notations of a value (such as `1e6` for an integer and `off` for false).
+"""The types of recipe values. Each type accepts the usual notations of a value (such as `1e6` for an integer and `off` for false).
 
-For any other value they raise `ValueError("must be ..., not ...")`, which says what is accepted.
+Any other value raises `ValueError("must be ..., not ...")`, which states the accepted values.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _as_flag(value: object) -> bool | None:
 
 
 def _validated(accept: Callable[[Any], Any], expected: str) -> PlainValidator:
-    """A validator that returns `accept(value)`, or raises `ValueError` if that is `_INVALID`."""
+    """A validator that returns `accept(value)`, or raises `ValueError` if the result is `_INVALID`."""
 
     def validate(value: object) -> object:
         accepted = accept(value)
@@ -45,7 +45,7 @@ _INVALID = object()
 
 
 def _whole(minimum: int, maximum: float = math.inf) -> Callable[[object], object]:
-    """Accept whole numbers in [minimum, maximum], also as floats such as 1e6."""
+    """Accept whole numbers in [minimum, maximum], including floats such as 1e6."""
 
     def accept(value: object) -> object:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -70,7 +70,7 @@ def _real(minimum: float, maximum: float = math.inf, *, above: bool = False) -> 
 
 
 def _or_word(accept: Callable[[object], object], *words: str | None) -> Callable[[object], object]:
-    """Accept what `accept` does, and also `words` (None is null)."""
+    """Accept `words` (None is null), and everything that `accept` accepts."""
 
     def accept_word(value: object) -> object:
         return value if value in words and not isinstance(value, (bool, int, float)) else accept(value)
@@ -106,6 +106,11 @@ def _orders(value: object) -> object:
     values = value if isinstance(value, (list, tuple)) else [value]
     orders = tuple(_whole(2, 16)(order) for order in values)
     return _INVALID if _INVALID in orders or len(set(orders)) < len(orders) else orders
+
+
+def _attention_pattern(value: object) -> object:
+    valid = isinstance(value, (list, tuple)) and value and all(kind in ("local", "global") for kind in value)
+    return tuple(value) if valid and isinstance(value, (list, tuple)) else _INVALID
 
 
 def _path(value: object) -> object:
@@ -186,6 +191,9 @@ Warmup = Annotated[int | float, _validated(_warmup, "a number of steps, or a sha
 Betas = Annotated[tuple[float, float], _validated(_betas, "two numbers of at least 0 and below 1, like [0.9, 0.95]")]
 OptionalPath = Annotated[str | None, _validated(_path, "a path, or null")]
 Orders = Annotated[tuple[int, ...], _validated(_orders, "a list of different whole numbers from 2 to 16, like [2, 3]")]
+AttentionPattern = Annotated[
+    tuple[str, ...], _validated(_attention_pattern, "a list of local and global, like [local, local, global]")
+]
 Sources = Annotated[tuple[str, ...], _validated(_sources, "a SOURCE (a file, folder, glob, URL, builtin:NAME) or a list of them")]
 Targets = Annotated[tuple[str, ...], _validated(_targets, f"a list of {', '.join(LORA_TARGETS)}")]
 Texts = Annotated[tuple[str, ...], _validated(_texts, "text or a list of texts")]

@@ -1,7 +1,7 @@
 """The HTTP server: `/v1/completions` and `/v1/models` for OpenAI clients, `/health`, and a web page at `/`.
 
-Limits apply to body size, tokens, queue length and time. Only JSON bodies and the server's own host names are accepted, so that
-another website that is open in the user's browser cannot use the model.
+Limits apply to body size, tokens, queue length and time. The server accepts only JSON bodies and its own host names, which prevents
+other websites in the user's browser from using the model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from starlette.routing import Route
 
 from tinylm.errors import InputError
 from tinylm.generation.engine import Sample, TokenChoice
-from tinylm.model.decoder import Decoder
+from tinylm.model.state import DecodingModel
 from tinylm.serving import api
 from tinylm.serving.api import ParsedRequest, RequestError
 from tinylm.serving.worker import Event, Job, QueueFull, Unavailable, Worker
@@ -35,7 +35,7 @@ _CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'"
 )
 _DISCONNECT_POLL_SECONDS = 0.5
-"""How often a non-streaming request checks whether its client has disconnected."""
+"""Time between checks whether the client of a non-streaming request has disconnected."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Limits:
 
 
 def create_app(
-    decoder: Decoder,
+    decoder: DecodingModel[Any],
     tokenizer: Tokenizer,
     name: str,
     *,

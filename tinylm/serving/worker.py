@@ -11,10 +11,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from tinylm.errors import InputError
 from tinylm.generation.engine import Engine, Request, Sample, SequenceState, TokenChoice
-from tinylm.model.decoder import Decoder
+from tinylm.model.state import DecodingModel
 from tinylm.tokenizer import Tokenizer
 
 Event = TokenChoice | str | Sample | Exception
@@ -51,7 +52,7 @@ class Worker:
     A job has `timeout` seconds from submission to its last token. If it times out while it runs, the text so far is returned.
     """
 
-    def __init__(self, decoder: Decoder, tokenizer: Tokenizer, *, rows: int, queue_size: int, timeout: float) -> None:
+    def __init__(self, decoder: DecodingModel[Any], tokenizer: Tokenizer, *, rows: int, queue_size: int, timeout: float) -> None:
         self._engine = Engine(decoder, tokenizer, rows)
         self._queue_size, self._timeout = queue_size, timeout
         # A job stays in `_queue` or `_running` until its last event has been sent, so that `_run` can report any error to it.

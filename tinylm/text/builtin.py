@@ -1,7 +1,8 @@
-"""Texts that come with every Python installation (`builtin:NAME`), so that a first model needs no download.
+"""Texts that come with every Python installation (`builtin:NAME`), so that a first model can be trained offline.
 
-`python-docs` has one document per language reference topic of pydoc, then one per standard library module with its docstrings, each
-docstring once, in sorted order. Modules are parsed with `ast` and never imported. The text depends only on the Python version.
+`python-docs` contains one document for each language reference topic of pydoc, followed by one document for each standard library
+module with its docstrings. Both are sorted, and repeated docstrings are dropped. Modules are parsed with `ast` and never imported.
+The text depends only on the Python version.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _FORMAT = 1
 
 
 def path_of(name: str) -> Path:
-    """The .jsonl file of builtin `name`. It is created in the cache on first use. Raises `InputError` for an unknown name."""
+    """Return the .jsonl file of builtin `name`, which is cached on first use. Raises `InputError` for an unknown name."""
     if name not in BUILTINS:
         raise InputError(
             f"unknown builtin text; available: {', '.join(BUILTINS)}", where=f"builtin:{name}", hint=did_you_mean(name, BUILTINS)
@@ -52,7 +53,7 @@ def python_docs() -> Iterator[tuple[str, str]]:
 
 
 def _topics() -> dict[str, str]:
-    """The dictionary literal in pydoc_data/topics.py."""
+    """Return the dictionary literal in pydoc_data/topics.py."""
     spec = importlib.util.find_spec("pydoc_data.topics")
     if spec is None or spec.origin is None:
         raise InputError(
@@ -77,7 +78,7 @@ def _docstrings(path: Path) -> Iterator[str]:
     try:
         tree = ast.parse(path.read_bytes())
     except SyntaxError:
-        return  # such as the Python 2 files of lib2to3
+        return  # for example, the Python 2 files of lib2to3
     nodes = [node for node in ast.walk(tree) if isinstance(node, _DOCUMENTED)]
     for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0)):
         text = ast.get_docstring(node)

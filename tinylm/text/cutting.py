@@ -6,14 +6,14 @@ import io
 from collections.abc import Iterable, Iterator
 
 MIN_PIECE_CHARACTERS = 1 << 18
-"""Every piece but the last of a document has at least this many characters."""
+"""All pieces of a document except the last have at least this many characters."""
 MAX_PIECE_CHARACTERS = 4 * MIN_PIECE_CHARACTERS
 
 
 def cut_into_pieces(document: Iterable[str]) -> Iterator[str]:
-    """Regroup the parts of a document into pieces that end with a word, or at `MAX_PIECE_CHARACTERS` if no word ends before.
+    """Regroup the parts of a document into pieces that end at the end of a word, or after `MAX_PIECE_CHARACTERS` characters.
 
-    The cuts depend only on the text and not on how it is divided into parts, so that the same text always has the same tokens.
+    The cuts depend only on the text and not on its division into parts, so that the same text always has the same tokens.
     """
     buffer = io.StringIO()
     for part in document:
@@ -31,7 +31,7 @@ def cut_into_pieces(document: Iterable[str]) -> Iterator[str]:
 
 
 def _cut_position(text: str, start: int) -> int | None:
-    """The end of the piece that begins at `start`, or None if the text does not contain it.
+    """Return the end of the piece that begins at `start`, or None if it is not in `text`.
 
     The end is the first position after `MIN_PIECE_CHARACTERS` where a space follows a character that is not white space. At such a
     position, every supported split pattern starts a new token, regardless of the text before and after.

@@ -13,7 +13,7 @@ from tinylm.errors import InputError, missing_extra
 
 BLOCK_BYTES = 1 << 20
 COMPRESSIONS = {".gz": "gzip", ".xz": "xz", ".bz2": "bz2", ".zst": "zstd"}
-"""fsspec's name of the compression for each file suffix."""
+"""fsspec's compression name for each file suffix."""
 
 
 @dataclass(frozen=True)
@@ -28,18 +28,18 @@ class TextFile:
 
     @classmethod
     def at(cls, path: str, name: str) -> TextFile:
-        """The file at `path`. Its suffixes determine format and compression."""
+        """The file at `path`. Its suffixes determine the format and compression."""
         return cls(name, path, format_suffix(path), COMPRESSIONS.get(os.path.splitext(path)[1].lower()))
 
 
 def format_suffix(path: str) -> str:
-    """The suffix that determines the format: `.jsonl` for `a.jsonl.gz`."""
+    """Return the suffix that determines the format, for example `.jsonl` for `a.jsonl.gz`."""
     stem, suffix = os.path.splitext(path.lower())
     return os.path.splitext(stem)[1] if suffix in COMPRESSIONS else suffix
 
 
 def looks_like_text(path: str) -> bool:
-    """Whether a file in a folder should be read: its first bytes are UTF-8, or it is a compressed .txt, .md or .jsonl file."""
+    """Return whether a file begins with UTF-8 text, or is a compressed .txt, .md or .jsonl file."""
     if os.path.splitext(path)[1].lower() in COMPRESSIONS:
         return format_suffix(path) in (".txt", ".md", ".jsonl")
     with open_bytes(TextFile.at(path, path)) as file:
@@ -125,5 +125,6 @@ def read_text(name: str, stream: IO[bytes], errors: str) -> Iterator[str]:
 
 
 def not_utf8(where: str, offset: int) -> InputError:
-    """The error for text that is not UTF-8."""
-    return InputError(f"not UTF-8 at byte {offset}", where=where, hint="--errors replace (data.errors) reads such bytes as U+FFFD")
+    """Create the error for text that is not UTF-8."""
+    hint = "use --errors replace, or set data.errors to replace, to decode such bytes as U+FFFD"
+    return InputError(f"not UTF-8 at byte {offset}", where=where, hint=hint)

@@ -1,9 +1,9 @@
-"""Read text from any SOURCE as a stream of pieces of documents, in memory that does not grow with the text.
+"""Read text from any SOURCE as a stream of pieces of documents. Memory use does not grow with the size of the text.
 
 A SOURCE is a file (text, .jsonl or .parquet; text and .jsonl also compressed), a folder, a glob, a URL, `-` for standard input,
-`builtin:NAME`, or `hf:DATASET[/CONFIGURATION][:SPLIT]`. A text file is one document, and so is each line of a .jsonl file, each row
-of a .parquet file or dataset, and each entry of a builtin. Text is decoded without changes: line endings, NULs and byte order marks
-are kept. Bytes that are not UTF-8 are an error that gives their position, or are replaced if requested.
+`builtin:NAME`, or `hf:DATASET[/CONFIGURATION][:SPLIT]`. A document is a text file, a line of a .jsonl file, a row of a .parquet
+file or dataset, or an entry of a builtin. Text is decoded without changes: line endings, NULs and byte order marks are kept. Bytes
+that are not UTF-8 raise an error with their position, or are replaced if requested.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from tinylm.text.cutting import cut_into_pieces
 from tinylm.text.files import BLOCK_BYTES, TextFile, format_suffix, looks_like_text, not_utf8, open_bytes, read_lines, read_text
 
 _HUB = "hf:"
-"""The prefix of sources from the `datasets` library. It is also their suffix in `TextFile`."""
+"""The prefix of sources from the `datasets` library. It is also the `TextFile.suffix` of these sources."""
 _FIELD_HINT = "set it with --field or data.field"
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Consecutive text of one document."""
+    """A contiguous part of one document."""
 
     text: str
     starts_document: bool
@@ -41,10 +41,11 @@ class Piece:
 class Corpus:
     """The documents of one or more SOURCEs. They can be read repeatedly, always with the same result.
 
-    Standard input, pipes and remote files are copied to a temporary folder once, on opening. `close`, or the end of a `with` block,
-    removes it. `field` is the field of .jsonl lines or the column that holds the text. `errors` determines whether bytes that are
-    not UTF-8 are an error (`strict`) or replaced (`replace`). Raises `InputError` if a source does not exist, cannot be opened, or
-    contains no text.
+    Standard input, pipes and remote files are copied to a temporary folder when they are opened. The folder is removed by `close`
+    or at the end of a `with` block. `field` is the .jsonl field or the column that contains the text. Bytes that are not UTF-8 are
+    an error if `errors` is `strict`, and are replaced by U+FFFD if it is `replace`.
+
+    Raises `InputError` if a source does not exist, cannot be opened, or contains no text.
     """
 
     def __init__(self, sources: Sequence[str], *, field: str = "text", errors: str = "strict") -> None:
@@ -52,7 +53,7 @@ class Corpus:
         self.field = field
         self.errors = errors
         self.skipped: list[str] = []
-        """Files in folders that are not text."""
+        """Files in folders that were skipped because they are not text."""
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._datasets: dict[str, Any] = {}
         try:
@@ -98,7 +99,7 @@ class Corpus:
             yield TextFile(source, str(builtin.path_of(source.removeprefix("builtin:"))), ".jsonl")
         elif source.startswith(_HUB):
             yield self._open_dataset(source)
-        elif source.startswith("imported:"):  # written into the recipe of an imported model
+        elif source.startswith("imported:"):  # the source in the recipe of an imported model
             raise InputError("the training text of an imported model is not available", where=source, hint="use a text of your own")
         elif "://" in source:
             yield self._open_url(source)
@@ -112,8 +113,8 @@ class Corpus:
             texts = [file for file in files if format_suffix(file) == ".parquet" or looks_like_text(file)]
             self.skipped += sorted(set(files) - set(texts))
             if not texts:
-                others = f"; none of its {len(files)} files is text" if files else ""
-                raise InputError(f"no text in this folder{others}", where=source)
+                detail = f"; none of its {len(files)} files is text" if files else ""
+                raise InputError(f"no text in this folder{detail}", where=source)
         elif os.path.isfile(path):
             texts = [path]
         elif os.path.exists(path):  # a named pipe, which can be read only once
@@ -225,7 +226,7 @@ class Corpus:
                 yield self._text_of({self.field: text}, where)
 
     def _text_of(self, record: object, where: str) -> str:
-        """The text of a record. Raises `InputError` if it has none."""
+        """Return the text of a record. Raises `InputError` if there is none."""
         if not isinstance(record, dict):
             raise InputError("not a JSON object", where=where)
         if self.field not in record:
@@ -260,7 +261,7 @@ def _column(name: str, table: Any, field: str) -> Iterator[object]:
 
 
 def _without_query(url: str) -> str:
-    """An HTTP URL without its query, which is not part of the file name."""
+    """Remove the query from an HTTP URL, because it is not part of the file name."""
     return url.partition("?")[0] if url.startswith(("http://", "https://")) else url
 
 
@@ -273,5 +274,5 @@ def _walk(folder: str) -> Iterator[str]:
 
 
 def describe(sources: Sequence[str]) -> str:
-    """The sources as a short phrase for messages."""
+    """Return the sources as a short phrase for messages."""
     return ", ".join(sources) if len(sources) <= 3 else f"{sources[0]} and {len(sources) - 1} more"

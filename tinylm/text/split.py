@@ -23,7 +23,7 @@ class Scan:
     """The result of one pass over a text."""
 
     bytes: int
-    """Size as UTF-8."""
+    """Size of the text in bytes, as UTF-8."""
     hashes: np.ndarray
     """uint64 (documents,): the first 8 bytes of the BLAKE2b hash of each document."""
     lengths: np.ndarray
@@ -71,7 +71,7 @@ def scan(pieces: Iterable[Piece], progress: Callable[[int], None] | None = None)
 
 @dataclass(frozen=True)
 class Split:
-    """Which text is held out: in each document, the characters from its boundary on."""
+    """Defines which text is held out: the characters of each document from its boundary on."""
 
     boundaries: np.ndarray
     """int64 (documents,): 0 if the document is held out, its length if it is used for training."""
@@ -116,10 +116,10 @@ def by_document(scanned: Scan, share: float) -> Split:
 
 
 def by_tail(scanned: Scan, share: float) -> Split:
-    """Hold out about the last `share` of the characters, starting at the nearest start of a document.
+    """Hold out about the last `share` of the characters, starting at the nearest document start.
 
-    If that would hold out less than half or more than one and a half times the requested characters, the document at the requested
-    position is cut there.
+    If that would hold out less than 50% or more than 150% of the requested characters, the document at the requested position is
+    cut there.
     """
     ends = np.cumsum(scanned.lengths)
     cut = int(scanned.characters * (1 - share))
@@ -134,5 +134,5 @@ def by_tail(scanned: Scan, share: float) -> Split:
 
 
 def repeated_documents(train: np.ndarray, heldout: np.ndarray) -> int:
-    """The number of held-out documents that are also training documents, compared by hash."""
+    """Return the number of held-out documents that are also training documents, compared by hash."""
     return int(np.isin(heldout, train).sum())

@@ -46,7 +46,7 @@ class TokenizerAdapter:
 
 
 def adapt(tokenizer: Tokenizer) -> TokenizerAdapter:
-    """Wrap a tokenizer of our own."""
+    """Wrap a `Tokenizer`."""
 
     def encode_batch(texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in tokenizer.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -70,7 +70,7 @@ def open_tokenizer(path: str) -> TokenizerAdapter:
 
     - a tokenizer.json, or a folder that contains one (a run, a Hugging Face model)
     - `FILE.tiktoken` or `FILE.tiktoken:SPLIT`: a file of tiktoken ranks. SPLIT is its split pattern (default: llama3, as in cl100k)
-    - `tiktoken:NAME`: an encoding that tiktoken knows, for example `tiktoken:gpt2`
+    - `tiktoken:NAME`: an encoding that tiktoken provides, for example `tiktoken:gpt2`
     - `FILE.model`: a sentencepiece model
     """
     if path.startswith("tiktoken:"):
@@ -143,7 +143,7 @@ def _sentencepiece(path: str) -> TokenizerAdapter:
         raise InputError(f"not a sentencepiece model: {error}", where=path) from None
 
     def bytes_of(id: int) -> bytes:
-        if model.is_byte(id):  # written <0x41>
+        if model.is_byte(id):  # for example <0x41>
             return bytes([int(model.id_to_piece(id)[3:5], 16)])
         if model.is_control(id):
             return b""

@@ -1,4 +1,4 @@
-"""GPT-2's reversible map between bytes and printable characters, which byte-level vocabularies are written in.
+"""GPT-2's reversible map between bytes and printable characters, used by byte-level vocabularies.
 
 Source: `bytes_to_unicode` in the code released with Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 """
@@ -10,9 +10,9 @@ from functools import cache
 
 @cache
 def bytes_to_unicode() -> dict[int, str]:
-    """The character that represents each byte: the same code point for printable bytes, U+0100 and up for the others.
+    """Map each byte to the character that represents it: the same code point for printable bytes, U+0100 and up for the others.
 
-    For example, the space (32) is written `Ġ` and the line feed (10) `Ċ`.
+    For example, the space (32) is written as `Ġ` and the line feed (10) as `Ċ`.
     """
     return {byte: character for character, byte in unicode_to_bytes().items()}
 

@@ -2,7 +2,7 @@
 
 Most chunks of a text repeat earlier ones. Encoding needs the model only for new chunks, and training counts chunk numbers instead
 of words. To look up all chunks of a text at once with array operations, short chunks are packed into three 64-bit integers each
-and compared in full, so a hash collision cannot give a wrong number.
+and compared in full, so a hash collision cannot return a wrong number.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MASKS = np.array([(1 << 8 * size) - 1 for size in range(8)] + [(1 << 64) - 1] *
 
 
 class ChunkIndex:
-    """Numbers chunks in the order in which they first occur. `chunks[n]` holds the bytes of chunk number n."""
+    """Numbers chunks in the order in which they first occur. `chunks[n]` contains the bytes of chunk number n."""
 
     def __init__(self, split_points: SplitPoints) -> None:
         self._split_points = split_points
@@ -35,9 +35,9 @@ class ChunkIndex:
         self.chunks: list[bytes] = []
         self.n_bytes = 0
         self._numbers: dict[bytes, int] = {}
-        """The numbers of the chunks that are looked up one by one: long chunks with the kernels, all chunks without them."""
+        """The numbers of chunks that are looked up one by one: long chunks if the kernels are used, otherwise all chunks."""
         self._slots = np.zeros(_SLOTS, dtype=np.int32)
-        """The hash table: slot to chunk number. With kernels, -1 marks an empty slot."""
+        """The hash table, from slot to chunk number. If the kernels are used, -1 marks an empty slot."""
         self._has_kernel_slots = False
         self._packed = np.zeros((PACKED_WORDS, 1024), dtype="<u8")
         self._lengths = np.full(1024, -1, dtype=np.int32)
@@ -45,11 +45,11 @@ class ChunkIndex:
 
     @property
     def is_full(self) -> bool:
-        """Whether the index has reached its size limit. The owner should then call `clear`."""
+        """Whether the index has reached its size limit. The caller should then call `clear`."""
         return len(self.chunks) > MAX_CHUNKS or self.n_bytes > MAX_BYTES
 
     def find(self, text: bytes) -> np.ndarray:
-        """The chunk numbers of a text in order, as int32 (chunks,). New chunks get the next numbers."""
+        """Return the chunk numbers of a text in order, as int32 (chunks,). New chunks get the next numbers."""
         if not text:
             return np.zeros(0, dtype=np.int32)
         starts = np.concatenate(([0], self._split_points.find(text)))
@@ -64,7 +64,7 @@ class ChunkIndex:
         return numbers
 
     def _find_with_kernels(self, kernels: Any, text: bytes, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """`find` with compiled loops. Their hash table resolves collisions by linear probing, so it holds every short chunk."""
+        """`find` with compiled loops. Their hash table resolves collisions by linear probing, so it contains every short chunk."""
         if not self._has_kernel_slots:
             self._slots = np.full(_SLOTS, -1, dtype=np.int32)
             kernels.index_chunks(self._slots, self._packed, self._lengths, len(self.chunks))
@@ -84,7 +84,7 @@ class ChunkIndex:
         return numbers
 
     def _look_up(self, text: bytes, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The number of each chunk, and the indices of the chunks that were not found."""
+        """Return the number of each chunk, and the indices of the chunks that were not found."""
         packed, slots = _pack(text, starts, lengths)
         numbers: np.ndarray = self._slots[slots]
         known = self._lengths[numbers] == lengths
@@ -93,7 +93,7 @@ class ChunkIndex:
         return numbers, np.flatnonzero(~known)
 
     def _number_one_by_one(self, text: bytes, starts: np.ndarray, ends: np.ndarray) -> list[int]:
-        """The chunk numbers of `text[start:end]` for each start and end. New chunks get the next numbers."""
+        """Return the chunk number of `text[start:end]` for each start and end. New chunks get the next numbers."""
         known_numbers, chunks = self._numbers, self.chunks
         numbers = []
         for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
@@ -107,7 +107,7 @@ class ChunkIndex:
         return numbers
 
     def _store(self, numbers: np.ndarray, lengths: np.ndarray, packed: list[np.ndarray], slots: np.ndarray) -> None:
-        """Add short chunks to the table that `_look_up` reads. Of two chunks with the same slot, the later one is kept."""
+        """Add short chunks to the table that `_look_up` reads. If two chunks have the same slot, the later one is kept."""
         self._reserve(len(self.chunks))
         short = lengths <= _MAX_PACKED_BYTES
         numbers = numbers[short]
@@ -125,9 +125,9 @@ class ChunkIndex:
 
 
 def _pack(text: bytes, starts: np.ndarray, lengths: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-    """The first bytes of each chunk as `PACKED_WORDS` integers, padded with zeros, and the slots to which they hash."""
+    """Return the first bytes of each chunk as `PACKED_WORDS` integers, padded with zeros, and the slots to which they hash."""
     padded = text + bytes(_MAX_PACKED_BYTES)
-    # The 8 bytes at every position of the text as an integer: a strided view without a copy.
+    # The 8 bytes at every position of the text as an integer, in a strided view without a copy.
     word_at = np.ndarray(shape=(len(text) + 8 * (PACKED_WORDS - 1) + 1,), dtype="<u8", buffer=padded, strides=(1,))
     words = []
     hashed = lengths.astype(np.uint64) * HASH_MULTIPLIERS[1]

@@ -4,7 +4,7 @@ Provilkov et al. 2020, "BPE-Dropout: Simple and Effective Subword Regularization
 could be applied is dropped with some probability; if all are dropped, the word is finished. For example, a word that is usually
 encoded as `n` `e` `w` `est` becomes `n` `e` `w` `es` `t` if the merge of `es` and `t` is dropped.
 
-Random numbers are drawn in the order of the text, so the same seed gives the same ids for any division of the text into pieces.
+Random numbers are drawn in the order of the text, so the same seed produces the same ids for any division of the text into pieces.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tinylm.tokenizer.tokenizer import Tokenizer
 
 
 class DropoutEncoder:
-    """Encodes with a tokenizer of kind bpe and drops each merge with probability `dropout`."""
+    """Encodes text with a BPE tokenizer and drops each merge with probability `dropout`."""
 
     def __init__(self, tokenizer: Tokenizer, dropout: float, seed: int = 0) -> None:
         """Raises `InputError` if the tokenizer is not of kind bpe."""
@@ -35,7 +35,7 @@ class DropoutEncoder:
         self._ranks = tokenizer.merge_ranks
 
     def encode_pieces(self, pieces: Iterable[Piece]) -> Iterator[tuple[np.ndarray, bool]]:
-        """Yield (ids as uint32, whether they begin a document) in order."""
+        """Yield the ids of each segment, as uint32, and whether the segment begins a document."""
         backend = self._tokenizer.backend
         for segment, starts_document in segments(pieces, self._tokenizer.split_points):
             text = segment.decode("utf-8")

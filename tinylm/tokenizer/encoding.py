@@ -1,8 +1,8 @@
-"""Fast encoding of text to ids: each distinct chunk is encoded once, by the fastest engine that gives the same ids.
+"""Fast encoding of text to ids. Each distinct chunk is encoded once, by the fastest engine that produces the same ids.
 
-If the split points of a tokenizer are known, a `ChunkIndex` looks up the chunks seen before, and only new chunks reach the engine.
+If the split points of a tokenizer are known, a `ChunkIndex` looks up known chunks, and only new chunks are passed to the engine.
 The engine is tiktoken if it is installed, can represent the tokenizer, and agrees with `tokenizers` on a sample of the text.
-Otherwise it is `tokenizers` itself. Byte and character vocabularies need only a table. The ids are always those of `tokenizers`.
+Otherwise it is `tokenizers`. Byte and character vocabularies use a lookup table. The ids are always the same as with `tokenizers`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Note = Callable[[str], None]
 SEGMENT_BYTES = 1 << 18
 """Target size of the segments into which documents are cut."""
 MAX_BYTES_WITHOUT_SPLIT_POINT = 1 << 18
-"""Text without a split point for longer than this is cut anyway, which may change the tokens at the cut."""
+"""Longer text without a split point is cut anyway, which may change the tokens at the cut."""
 _SAMPLE_CHUNKS = 2000
 """Chunks on which tiktoken must agree with `tokenizers`."""
 _MAX_TIKTOKEN_CHARACTERS = 500
@@ -37,10 +37,10 @@ _ENGINE_CHUNKS = 1 << 14
 
 
 def segments(pieces: Iterable[Piece], split_points: SplitPoints | None) -> Iterator[tuple[bytes, bool]]:
-    """Cut documents into segments to be encoded separately: (UTF-8 text, whether it begins a document).
+    """Cut documents into segments that are encoded separately, and yield (UTF-8 text, whether it begins a document).
 
-    The cuts are at split points, so that they do not change any token, and do not depend on how `pieces` divide a document. Without
-    `split_points`, a segment is a whole document.
+    The cuts are at split points, so they do not change any token. They do not depend on how `pieces` divide a document. Without
+    `split_points`, each segment is a whole document.
     """
     buffer, starts_document = bytearray(), False
     for piece in pieces:
@@ -61,9 +61,9 @@ def segments(pieces: Iterable[Piece], split_points: SplitPoints | None) -> Itera
 
 
 def _cuts(text: bytes, split_points: SplitPoints) -> list[int]:
-    """Where to cut a text to which more may be added.
+    """Return the positions where to cut the beginning of a longer text.
 
-    These are the last split point before each multiple of `SEGMENT_BYTES`, and positions in stretches of more than
+    They are the last split point before each multiple of `SEGMENT_BYTES`, and positions in stretches of more than
     `MAX_BYTES_WITHOUT_SPLIT_POINT` bytes without a split point.
     """
     candidates = split_points.find(text)
@@ -82,7 +82,7 @@ def _cuts(text: bytes, split_points: SplitPoints) -> list[int]:
 
 
 class Encoder:
-    """Encodes segments for one tokenizer and caches the ids of chunks. `note` is called if tiktoken turns out to be unusable."""
+    """Encodes segments for one tokenizer and caches the ids of chunks. `note` is called if tiktoken cannot be used."""
 
     def __init__(self, backend: tokenizers.Tokenizer, tokenizer_json: Mapping[str, Any], split_points: SplitPoints | None) -> None:
         self._backend = backend
@@ -104,7 +104,7 @@ class Encoder:
         self._n_chunks = self._n_ids = 0
 
     def encode(self, text: bytes) -> np.ndarray:
-        """The ids of one segment (see `segments`), as uint32 (tokens,)."""
+        """Encode one segment (see `segments`) to ids, uint32 (tokens,)."""
         if self._id_of_byte is not None:
             return np.take(self._id_of_byte, np.frombuffer(text, dtype=np.uint8))
         if self._id_of_character is not None:
@@ -160,12 +160,12 @@ def _grown(array: np.ndarray, size: int) -> np.ndarray:
 
 
 def _no_normalizer_or_added_tokens(tokenizer_json: Mapping[str, Any]) -> bool:
-    """Whether the tokenizer has neither. Special tokens are ignored, because text never becomes one."""
+    """Ignores special tokens, because text is never encoded as a special token."""
     return tokenizer_json.get("normalizer") is None and all(token["special"] for token in tokenizer_json["added_tokens"])
 
 
 def _byte_table(tokenizer_json: Mapping[str, Any]) -> np.ndarray | None:
-    """The id of each byte, as uint32 (256,), for a byte-level vocabulary without merges; else None."""
+    """Return the id of each byte, uint32 (256,), or None if this is not a byte-level vocabulary without merges."""
     model = tokenizer_json["model"]
     decoder = tokenizer_json.get("decoder") or {}
     if (
@@ -182,7 +182,7 @@ def _byte_table(tokenizer_json: Mapping[str, Any]) -> np.ndarray | None:
 
 
 def _character_table(tokenizer_json: Mapping[str, Any]) -> np.ndarray | None:
-    """The id of each code point, as uint32, for a vocabulary of single characters with an unknown token; else None."""
+    """Return the id of each code point, uint32, or None if this is not a vocabulary of single characters with an unknown token."""
     model = tokenizer_json["model"]
     if model["type"] != "BPE" or model["merges"] or tokenizer_json.get("pre_tokenizer") is not None:
         return None
@@ -198,7 +198,7 @@ def _character_table(tokenizer_json: Mapping[str, Any]) -> np.ndarray | None:
 
 
 def tiktoken_engine(tokenizer_json: Mapping[str, Any], fallback: Engine) -> Engine | None:
-    """A tiktoken engine with the same merges, or None if tiktoken is not installed or cannot represent the tokenizer.
+    """Return a tiktoken engine with the same merges, or None if tiktoken is not installed or cannot represent the tokenizer.
 
     `fallback` encodes the texts that are too long for tiktoken.
     """

@@ -22,14 +22,14 @@ class Token:
 
     id: int
     text: str
-    """Bytes of incomplete characters are written \\xNN."""
+    """Bytes of incomplete characters are written as \\xNN."""
     score: float | None = None
     """The log probability, for Unigram only."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step in encoding a word: what was done, and the parts of the word after it."""
+    """One step in encoding a word: a description, and the parts of the word after the step."""
 
     what: str
     parts: list[str]
@@ -59,7 +59,7 @@ class Explanation:
 
 
 def explain(tokenizer: Tokenizer, text: str) -> Explanation:
-    """Explain the encoding of a text of at most `MAX_CHARACTERS` characters. The tokens are those of `tokenizer.encode`.
+    """Explain the encoding of a text of at most `MAX_CHARACTERS` characters. The tokens are the same as with `tokenizer.encode`.
 
     Raises `InputError` for a longer text or a tokenizer that is not supported.
     """
@@ -86,7 +86,7 @@ def explain(tokenizer: Tokenizer, text: str) -> Explanation:
 
 
 def _split_at_added_tokens(tokenizer: Tokenizer, text: str) -> list[tuple[str, bool]]:
-    """Split a text into (part, whether it is an added token). The leftmost match wins; at one position, the longest token."""
+    """Split a text into (part, whether it is an added token). The leftmost match wins, then the longest."""
     added = sorted((str(t.content) for t in tokenizer.backend.get_added_tokens_decoder().values() if not t.special), key=len)
     parts: list[tuple[str, bool]] = []
     while text:
@@ -127,7 +127,7 @@ class _WordExplainer:
         return token if token in BYTE_TOKENS or id == self._tokenizer.unknown else self._text(token)
 
     def _text(self, token: str) -> str:
-        """The text of a token or word in the spelling of the vocabulary. Bytes of incomplete characters are written \\xNN."""
+        """Return the text of a token or word of the vocabulary. Bytes of incomplete characters are written as \\xNN."""
         table = unicode_to_bytes()
         if not self._tokenizer.is_byte_level or not all(character in table for character in token):
             return token
@@ -141,8 +141,8 @@ class _WordExplainer:
             rank, index = min(candidates)
             left, right = parts[index : index + 2]
             parts[index : index + 2] = [left + right]
-            what = f"merge {rank + 1:,}: {self._text(left)!r} + {self._text(right)!r}"
-            steps.append(Step(what, [self._text(part) for part in parts]))
+            description = f"merge {rank + 1:,}: {self._text(left)!r} + {self._text(right)!r}"
+            steps.append(Step(description, [self._text(part) for part in parts]))
         texts = [token.text for token in tokens]
         if texts != steps[-1].parts:
             steps.append(Step("characters outside the alphabet", texts))
@@ -171,7 +171,7 @@ class _WordExplainer:
 
 
 def _best_paths(word: str, scores: dict[str, float], count: int) -> list[tuple[float, list[str]]]:
-    """The `count` best segmentations of a word into pieces, best first. Empty if a character of the word is not in any piece."""
+    """Return the `count` best segmentations of a word, best first. Empty if a character of the word is not in any piece."""
     longest = max(map(len, scores), default=0)
     best: list[list[tuple[float, list[str]]]] = [[(0.0, [])]]
     for end in range(1, len(word) + 1):
@@ -186,13 +186,13 @@ def _best_paths(word: str, scores: dict[str, float], count: int) -> list[tuple[f
 
 
 def visible(text: str) -> str:
-    """A text with its white space and control characters replaced by visible ones."""
+    """Replace white space and control characters with visible characters."""
     marks = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
     return "".join(marks.get(c) or (c if c.isprintable() else f"\\u{ord(c):04x}") for c in text)
 
 
 def as_html(explanation: Explanation, title: str) -> str:
-    """A self-contained page: the text with its tokens colored, then the steps of every word."""
+    """Return a self-contained HTML page: the text with colored tokens, then the steps of every word."""
     colors = ("#dbeafe", "#fef3c7", "#dcfce7", "#fce7f3", "#ede9fe", "#ffedd5")
 
     def boxes(parts: list[str], tooltips: list[str]) -> str:

@@ -1,6 +1,6 @@
 """Decides whether to run the numba loops of `tinylm.tokenizer.kernels` or the equivalent NumPy code.
 
-Loading the loops takes about half a second, and about ten seconds the first time on a machine, when numba compiles them.
+Loading the loops takes about half a second. The first time on a machine, numba compiles them, which takes about ten seconds.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ _MODULE = "tinylm.tokenizer.kernels"
 
 
 def kernels_if_worthwhile(n_bytes: int) -> Any | None:
-    """Count `n_bytes` more bytes of text as read and return the `kernels` module if it is, or should now be, loaded.
+    """Add `n_bytes` to the bytes read, and return the `kernels` module if it is loaded or worth loading now.
 
-    None means that the caller should use the NumPy code, which gives the same result. Without numba it is always None.
+    Otherwise return None: the caller should use the equivalent NumPy code. Always return None if numba is not installed.
     """
     global bytes_read
     if _MODULE in sys.modules:

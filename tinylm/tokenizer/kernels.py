@@ -1,7 +1,7 @@
 """The inner loops that find chunks and learn merges, compiled by numba.
 
-They give exactly the results of the NumPy code in `split_points`, `chunks`, `encoding` and `merges`. `kernel_loading` decides when
-they are used.
+They return the same results as the NumPy code in `split_points`, `chunks`, `encoding` and `merges`. `kernel_loading` decides
+when they are used.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def find_split_points(
 
 @_njit
 def _slot_of_chunk(slots: Any, packed: Any, lengths: Any, length: int, first: Any, second: Any, third: Any) -> Any:
-    """The slot that holds a chunk's number, or the empty slot where it belongs."""
+    """Return the slot that contains a chunk's number, or the empty slot where it belongs."""
     hashed = np.uint64(length) * _M1
     hashed = (hashed ^ first) * _M0
     hashed ^= hashed >> np.uint64(29)
@@ -68,7 +68,7 @@ def _slot_of_chunk(slots: Any, packed: Any, lengths: Any, length: int, first: An
 
 @_njit
 def index_chunks(slots: Any, packed: Any, lengths: Any, count: int) -> None:
-    """Enter the packed chunks among the first `count` into `slots`, which must be all -1."""
+    """Insert the first `count` chunks, except those too long to be packed, into `slots`. All slots must be -1."""
     for number in range(count):
         if lengths[number] >= 0:
             slot = _slot_of_chunk(slots, packed, lengths, lengths[number], packed[0, number], packed[1, number], packed[2, number])
@@ -77,12 +77,12 @@ def index_chunks(slots: Any, packed: Any, lengths: Any, count: int) -> None:
 
 @_njit
 def number_chunks(
-    text: Any, starts: Any, slots: Any, packed: Any, lengths: Any, known: int, numbers: Any, new: Any, long: Any
+    text: Any, starts: Any, slots: Any, packed: Any, lengths: Any, n_known: int, numbers: Any, new: Any, long: Any
 ) -> Any:
-    """Write the number of each chunk of `text` into `numbers`. New chunks get the numbers from `known` on.
+    """Write the number of each chunk of `text` into `numbers`. New chunks are numbered from `n_known`.
 
-    Also write the indices of the new chunks into `new`, and those of the chunks too long to be packed, which get no number, into
-    `long`. Returns the number of each. See `chunks.ChunkIndex`.
+    Also write the indices of new chunks into `new`. Chunks that are too long to be packed get no number; their indices are written
+    into `long`. Returns the number of new chunks and the number of long chunks. See `chunks.ChunkIndex`.
     """
     n_new, n_long, last = 0, 0, len(starts) - 1
     for chunk in range(len(starts)):
@@ -101,7 +101,7 @@ def number_chunks(
             third |= np.uint64(text[start + i]) << np.uint64(8 * (i - 16))
         slot = _slot_of_chunk(slots, packed, lengths, length, first, second, third)
         if slots[slot] < 0:
-            number = known + n_new
+            number = n_known + n_new
             slots[slot], lengths[number] = number, length
             packed[0, number], packed[1, number], packed[2, number] = first, second, third
             new[n_new] = chunk
@@ -121,18 +121,18 @@ def gather_ids(flat: Any, starts: Any, sizes: Any, numbers: Any, ids: Any) -> No
             position += 1
 
 
-# Learning merges. These arguments recur below; `merges._CompiledPairs` creates them:
+# Learning merges. The functions below share these arguments, which `merges._CompiledPairs` creates:
 #
 # words   (symbol, following, preceding, weight): for each position its symbol, its neighbors' positions and its word's count
 # table   (keys, counts, sizes, heads): a hash table of pairs, with the count, the number of positions and the first list entry
 # lists   (positions, next entries): linked lists of the positions where each pair occurs
-# heap    (counts, keys): a binary heap of pairs, highest count first; may hold outdated entries
+# heap    (counts, keys): a binary heap of pairs, highest count first; may contain outdated entries
 # used    the number of keys in the table, of entries in the lists, and of items in the heap
 
 
 @_njit
 def slot_of(keys: Any, key: int) -> Any:
-    """The slot that holds a key, or the empty slot where it belongs."""
+    """Return the slot that contains a key, or the empty slot where it belongs."""
     mask = len(keys) - 1
     slot = np.int64((np.uint64(key) * _M0) >> np.uint64(32)) & mask
     while keys[slot] != key and keys[slot] != _EMPTY:
@@ -142,7 +142,7 @@ def slot_of(keys: Any, key: int) -> Any:
 
 @_njit
 def _comes_before(heap: Any, i: int, j: int) -> Any:
-    """Whether item i comes before item j: it has the higher count or, if they are equal, the lower key."""
+    """Whether item i comes before item j: it has the higher count or, if the counts are equal, the lower key."""
     counts, keys = heap
     return counts[i] > counts[j] if counts[i] != counts[j] else keys[i] < keys[j]
 
@@ -185,7 +185,7 @@ def _pop(heap: Any, used: Any) -> None:
 
 @_njit
 def _add_pair(table: Any, lists: Any, used: Any, key: int, weight: int, position: int) -> None:
-    """Count a pair that occurs at `position` in a word of count `weight`."""
+    """Count an occurrence of a pair at `position`, in a word whose count is `weight`."""
     keys, counts, sizes, heads = table
     slot = slot_of(keys, key)
     if keys[slot] == _EMPTY:
@@ -222,14 +222,14 @@ def rehash(table: Any, larger: Any) -> None:
     keys, counts, sizes, heads = table
     for slot in range(len(keys)):
         if keys[slot] != _EMPTY:
-            other = slot_of(larger[0], keys[slot])
-            larger[0][other], larger[1][other] = keys[slot], counts[slot]
-            larger[2][other], larger[3][other] = sizes[slot], heads[slot]
+            new_slot = slot_of(larger[0], keys[slot])
+            larger[0][new_slot], larger[1][new_slot] = keys[slot], counts[slot]
+            larger[2][new_slot], larger[3][new_slot] = sizes[slot], heads[slot]
 
 
 @_njit
 def best_pair(table: Any, heap: Any, used: Any, min_count: int) -> Any:
-    """The key of the pair to merge next, or -1 if no pair occurs `min_count` times."""
+    """Return the key of the pair to merge next, or -1 if no pair occurs at least `min_count` times."""
     while used[2] > 0:
         count, key = heap[0][0], heap[1][0]
         current = table[1][slot_of(table[0], key)]
@@ -243,7 +243,7 @@ def best_pair(table: Any, heap: Any, used: Any, min_count: int) -> Any:
 
 @_njit
 def merge_pair(words: Any, table: Any, lists: Any, used: Any, heap: Any, key: int, new: int) -> None:
-    """Replace a pair by the symbol `new` at all its positions, from left to right, and update the counts of neighboring pairs."""
+    """Replace all occurrences of a pair with the symbol `new`, from left to right, and update the counts of neighboring pairs."""
     symbol, following, preceding, weight = words
     keys, counts, sizes, heads = table
     a, b = key >> PAIR_SHIFT, key & ((1 << PAIR_SHIFT) - 1)
@@ -258,7 +258,7 @@ def merge_pair(words: Any, table: Any, lists: Any, used: Any, heap: Any, key: in
         entry = lists[1][entry]
     positions = positions[:size]
     if a == b:
-        positions = np.sort(positions)  # of aaa, the first two are merged
+        positions = np.sort(positions)  # in `aaa`, the first two symbols are merged
     heads[slot], sizes[slot] = -1, 0
     new_keys, n_new = np.empty(2 * size, np.int64), 0
     for position in positions:

@@ -1,8 +1,8 @@
 """Learns the merges of byte-pair encoding (BPE) from word counts.
 
 Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units": every word starts as a sequence of characters.
-The pair of neighboring symbols with the highest count is merged into a new symbol, until the vocabulary is large enough. Among
-pairs of equal count, the one with the lower ids comes first, as in `tokenizers`.
+The pair of neighboring symbols with the highest count is merged into a new symbol, until the vocabulary is large enough. Pairs
+with equal counts are merged in the order of their ids, as in `tokenizers`.
 
 For example, with the words `low` (5 times), `lower` (2), `newest` (6) and `widest` (3):
 
@@ -11,10 +11,10 @@ For example, with the words `low` (5 times), `lower` (2), `newest` (6) and `wide
     l + o -> lo      7 times: in low and lower
     lo + w -> low    7 times
 
-WordPiece vocabularies (Schuster and Nakajima 2012, "Japanese and Korean Voice Search") are learned by the same merges.
+WordPiece vocabularies (Schuster and Nakajima 2012, "Japanese and Korean Voice Search") are learned in the same way.
 
-All words are in one array, as linked lists of symbols. Merging a pair rewrites all its positions and updates the counts of the
-neighboring pairs, so its cost is proportional to the number of positions. Counts have 64 bits.
+All words are stored in one array as linked lists of symbols. Merging a pair rewrites all its occurrences and updates the counts of
+the neighboring pairs, so the cost is proportional to the number of occurrences. Counts are 64-bit integers.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _EXCLUDED = -(1 << 62)
 
 @dataclass
 class Merges:
-    """A learned vocabulary: `tokens[id]`, with the alphabet first, and the merges in order as pairs of ids."""
+    """A learned vocabulary: the tokens by id, starting with the alphabet, and the merges in order as pairs of ids."""
 
     tokens: list[str]
     pairs: list[tuple[int, int]] = field(default_factory=list)
@@ -62,11 +62,11 @@ def learn(
     join: Callable[[str, str], str] = concatenate,
     reserved: Set[str] = frozenset(),
 ) -> Merges:
-    """Learn merges until there are `vocab_size` tokens or no pair occurs `min_frequency` times.
+    """Learn merges until there are `vocab_size` tokens or no pair occurs at least `min_frequency` times.
 
     `alphabet` lists the characters that may begin a word, and `inner_alphabet` the tokens of the same characters inside a word
-    (WordPiece: `##a` for `a`; default: the same tokens). Other characters are never merged. No token is longer than
-    `max_token_length` characters or in `reserved`. `join` returns the token that results from merging two tokens.
+    (WordPiece: `##a` for `a`; default: the same tokens). Other characters are never merged. No merge creates a token that
+    is longer than `max_token_length` characters or is in `reserved`. `join` returns the token that results from merging two tokens.
     """
     tokens = [*alphabet, *(inner_alphabet or [])]
     symbols, starts = _symbols(word_counts, alphabet, inner_alphabet is not None)
@@ -95,10 +95,10 @@ def learn(
 
 
 def _symbols(word_counts: WordCounts, alphabet: list[str], has_inner: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The symbol of every character of every word, int64 (characters,), and the position where each word starts, (words,).
+    """Return the symbol of every character of every word, int64 (characters,), and the position where each word starts, (words,).
 
-    A symbol is the character's index in `alphabet`, or -1 if it is not in it. With `has_inner`, len(alphabet) is added to the
-    symbols that do not begin a word.
+    A symbol is the character's index in `alphabet`, or -1 if the alphabet does not contain it. With `has_inner`, len(alphabet) is
+    added to the symbols that do not begin a word.
     """
     codes = np.frombuffer("".join(word_counts.words).encode("utf-32-le"), dtype="<u4").astype(np.int64)
     known = np.array([ord(character) for character in alphabet], dtype=np.int64)
@@ -115,9 +115,9 @@ def _symbols(word_counts: WordCounts, alphabet: list[str], has_inner: bool) -> t
 
 
 def _linked(symbols: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, ...]:
-    """For each position its symbol, the positions of the next and the previous symbol in its word, and the word's count.
+    """Return for each position its symbol, the positions of the next and previous symbols in its word, and the word's count.
 
-    Position N, one past the last, means that there is no neighbor. A negative symbol belongs to no pair.
+    The position `len(symbols)` means that there is no neighbor. A negative symbol is not part of any pair.
     """
     size = len(symbols)
     following, preceding = np.arange(1, size + 2, dtype=np.int32), np.arange(-1, size, dtype=np.int32)
@@ -130,12 +130,12 @@ def _linked(symbols: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> tupl
 
 
 class _CompiledPairs:
-    """`_Pairs` with the loops of `kernels`: pairs in a hash table, their positions in linked lists, their counts in a heap."""
+    """`_Pairs` with compiled loops. Pairs are in a hash table, their positions in linked lists, and their counts in a heap."""
 
     def __init__(self, kernels: Any, symbols: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> None:
         self._kernels = kernels
         self._words = _linked(symbols, starts, counts)
-        self._used = np.zeros(3, np.int64)  # table keys, list entries and heap items, see `kernels`
+        self._used = np.zeros(3, np.int64)  # numbers of table keys, list entries and heap items; see `kernels`
         entries = 3 * len(symbols) + 1  # a merge removes one symbol and adds at most two pairs
         self._lists = np.empty(entries, np.int32), np.empty(entries, np.int32)
         self._table = _pair_table(1 << 16)
@@ -159,7 +159,7 @@ class _CompiledPairs:
             self._heap = np.concatenate((counts, extra)), np.concatenate((keys, extra))
 
     def best(self, min_count: int) -> tuple[int, int] | None:
-        """The pair to merge next, or None if no pair occurs `min_count` times."""
+        """Return the pair to merge next, or None if no pair occurs at least `min_count` times."""
         key = int(self._kernels.best_pair(self._table, self._heap, self._used, min_count))
         return None if key < 0 else (key >> PAIR_SHIFT, key & _MASK)
 
@@ -169,19 +169,19 @@ class _CompiledPairs:
         counts[self._kernels.slot_of(keys, pair[0] << PAIR_SHIFT | pair[1])] = _EXCLUDED
 
     def merge(self, pair: tuple[int, int], new: int) -> None:
-        """Replace a pair by the symbol `new` at all its positions."""
+        """Replace all occurrences of a pair with the symbol `new`."""
         key = pair[0] << PAIR_SHIFT | pair[1]
         self._reserve(2 * int(self._table[2][self._kernels.slot_of(self._table[0], key)]))
         self._kernels.merge_pair(self._words, self._table, self._lists, self._used, self._heap, key, new)
 
 
 def _pair_table(size: int) -> tuple[np.ndarray, ...]:
-    """An empty hash table: keys (-1: none), counts, numbers of positions, and the first list entry of each pair (-1: none)."""
+    """Create an empty hash table: keys (-1: none), counts, numbers of positions, and first list entries (-1: none)."""
     return np.full(size, -1, np.int64), np.zeros(size, np.int64), np.zeros(size, np.int32), np.full(size, -1, np.int32)
 
 
 class _Pairs:
-    """The count and the positions of every pair of neighboring symbols. A pair's position is that of its left symbol."""
+    """The count and the positions of every pair of neighboring symbols. A pair's position is the position of its left symbol."""
 
     def __init__(self, symbols: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> None:
         size = len(symbols)
@@ -191,7 +191,7 @@ class _Pairs:
         self._positions: dict[int, list[np.ndarray]] = {}
         self._heap: list[tuple[int, int]] = []
         self._heap_min_count = 1 << 62
-        """Pairs with a lower count are not in the heap."""
+        """The heap does not contain pairs with lower counts."""
         left = np.flatnonzero((symbols >= 0) & (self._symbol[self._following[:size]] >= 0)).astype(np.int32)
         self._add(self._key(symbols[left], self._symbol[self._following[left]]), left)
 
@@ -200,9 +200,9 @@ class _Pairs:
         return np.asarray(np.int64(left) << PAIR_SHIFT | right)
 
     def best(self, min_count: int) -> tuple[int, int] | None:
-        """The pair to merge next, or None if no pair occurs `min_count` times.
+        """Return the pair to merge next, or None if no pair occurs at least `min_count` times.
 
-        To keep the heap small, it holds only the most frequent pairs. When it is empty, it is filled again with a lower limit.
+        To keep the heap small, it contains only the most frequent pairs. When it is empty, it is refilled with a lower limit.
         """
         while True:
             while self._heap:
@@ -225,7 +225,7 @@ class _Pairs:
         self._counts[key] = _EXCLUDED
 
     def merge(self, pair: tuple[int, int], new: int) -> None:
-        """Replace a pair by the symbol `new` at all its positions: L a b R becomes L new R."""
+        """Replace all occurrences of a pair with the symbol `new`: L a b R becomes L new R."""
         a, b = pair
         symbol, following, preceding = self._symbol, self._following, self._preceding
         key = a << PAIR_SHIFT | b
@@ -242,7 +242,7 @@ class _Pairs:
         symbol[A], symbol[B] = new, -2
         following[A], preceding[R] = R, A
         self._is_merged[A] = True
-        right_unmerged = ~self._is_merged[R]  # if the right neighbor is merged too, the pair is counted at that position
+        right_unmerged = ~self._is_merged[R]  # if the right neighbor was merged too, it counts the pair
         self._is_merged[A] = False
         L = preceding[A]
         left = symbol[L]
@@ -287,7 +287,7 @@ class _Pairs:
 
 
 def _without_overlaps(A: np.ndarray, B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of the overlapping pairs in `aaa` keep the left one. A and B are the positions of the pairs' two symbols."""
+    """Keep only the left one of two overlapping pairs, as in `aaa`. A and B are the positions of the two symbols of each pair."""
     order = np.argsort(A)
     A, B = A[order], B[order]
     kept, previous = [], -1

@@ -1,4 +1,4 @@
-"""Pretokenizers: how a text is divided into words before the model sees it. No token spans two words.
+"""Pretokenizers, which divide a text into words before the tokenizer's model is applied. No token spans two words.
 
 `tokenizer.split` of a recipe is one of the names below or a regular expression.
 """
@@ -23,7 +23,7 @@ PATTERNS = {
     "whitespace": r" ?\S+|\s+(?!\S)|\s+",
     "none": r"[^\n]*\n|[^\n]+",
 }
-"""The regular expression of each named split. `DIGITS` stands for the maximum number of digits in a word."""
+"""The regular expression of each named split. `DIGITS` is replaced by the maximum number of digits in a word."""
 PATTERNS["llama3"] = PATTERNS["gpt4"]
 MAX_DIGITS = {"gpt4": 2, "llama3": 3}
 """Default maximum number of digits in a word, for the splits whose pattern limits it."""
@@ -31,7 +31,7 @@ SPLIT_NAMES = ("gpt4", "gpt2", "llama3", "whitespace", "none")
 
 
 def split_pattern(split: str, digits: int | None) -> str:
-    """The regular expression of a named split. Any other `split` is itself the regular expression.
+    """Return the regular expression of a named split. Any other `split` is used as a regular expression.
 
     `digits` is the maximum number of digits in a word; None means the default of the split.
     """
@@ -39,7 +39,7 @@ def split_pattern(split: str, digits: int | None) -> str:
 
 
 def split_steps(split: str, digits: int | None) -> list[pre_tokenizers.PreTokenizer]:
-    """Pretokenizer steps that divide a text and keep every character, for kinds bpe and unigram.
+    """Create pretokenizer steps that divide a text and keep every character, for the kinds `bpe` and `unigram`.
 
     Raises `InputError` if `split` is not a valid regular expression.
     """
@@ -50,10 +50,10 @@ def split_steps(split: str, digits: int | None) -> list[pre_tokenizers.PreTokeni
 
 
 def space_dropping_pretokenizer(split: str) -> pre_tokenizers.PreTokenizer:
-    """A pretokenizer that drops white space, for kinds wordpiece and word.
+    """Create a pretokenizer that drops white space, for the kinds `wordpiece` and `word`.
 
-    `split` is bert (also splits off punctuation), whitespace, or a regular expression that divides the words between white space.
-    Raises `InputError` if it is not a valid regular expression.
+    `split` is `bert` (also splits off punctuation), `whitespace`, or a regular expression that divides the words further.
+    Raises `InputError` if `split` is not a valid regular expression.
     """
     if split == "bert":
         return pre_tokenizers.BertPreTokenizer()
@@ -70,9 +70,9 @@ def _regex(pattern: str) -> Regex:
 
 
 def flat_steps(node: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
-    """The normalizer or pretokenizer of a tokenizer.json as a flat list of steps.
+    """Return the normalizer or pretokenizer of a tokenizer.json as a flat list of steps.
 
-    `key` is where a sequence lists its steps: "normalizers" or "pretokenizers".
+    `key` is the field that lists the steps of a sequence: "normalizers" or "pretokenizers".
     """
     if node is None:
         return []
@@ -82,12 +82,12 @@ def flat_steps(node: Mapping[str, Any] | None, key: str) -> list[Mapping[str, An
 
 
 def canonical_steps(node: Mapping[str, Any] | None) -> list[str]:
-    """The steps of a tokenizer.json's pretokenizer as canonical JSON, so that pretokenizers can be compared."""
+    """Return the steps of a tokenizer.json's pretokenizer as canonical JSON, so that pretokenizers can be compared."""
     return [json.dumps(step, sort_keys=True) for step in flat_steps(node, "pretokenizers")]
 
 
 def as_canonical_steps(*steps: pre_tokenizers.PreTokenizer) -> list[str]:
-    """The `canonical_steps` of a tokenizer.json with these steps."""
+    """Return the `canonical_steps` of a tokenizer.json with these steps."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(list(steps))
     return canonical_steps(json.loads(backend.to_str())["pre_tokenizer"])
@@ -98,7 +98,10 @@ def as_canonical_steps(*steps: pre_tokenizers.PreTokenizer) -> list[str]:
 
 
 def byte_level_pattern(tokenizer_json: Mapping[str, Any]) -> str | None:
-    """The regular expression of a tokenizer.json that splits by one pattern and then maps bytes to characters; else None."""
+    """Return the split pattern of a tokenizer.json that splits by one pattern and then maps bytes to characters.
+
+    Returns None for any other pretokenizer.
+    """
     steps = flat_steps(tokenizer_json.get("pre_tokenizer"), "pretokenizers")
     if len(steps) == 1 and steps[0]["type"] == "ByteLevel" and steps[0]["use_regex"]:
         return None if steps[0]["add_prefix_space"] else PATTERNS["gpt2"]

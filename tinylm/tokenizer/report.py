@@ -77,14 +77,14 @@ class TokenizerReport:
     frequent_tokens: list[tuple[str, int]]
     longest_tokens: list[str]
     token_lengths: list[int]
-    """How many tokens of the text have 0, 1, 2, ... bytes. The last entry counts all longer ones."""
+    """How many tokens of the text have 0, 1, 2, ... bytes. The last entry counts all longer tokens."""
     failures: list[RoundTripFailure]
     """The first few round-trip failures."""
     files: list[FileReport]
 
 
 def build_report(tokenizer: Tokenizer | TokenizerAdapter, files: Iterable[tuple[str, Iterable[Piece]]]) -> TokenizerReport:
-    """Encode and decode a text, given as (name, pieces) of its files. Raises `InputError` if the text is empty."""
+    """Encode and decode a text. `files` yields (name, pieces) for each file. Raises `InputError` if the text is empty."""
     adapter = adapt(tokenizer) if isinstance(tokenizer, Tokenizer) else tokenizer
     totals = _Totals(adapter)
     for name, pieces in files:
@@ -163,7 +163,7 @@ def _unknown_count(adapter: TokenizerAdapter, counts: np.ndarray) -> int:
 
 
 def _round_trip_failures(adapter: TokenizerAdapter, file: str, first_line: int, text: str) -> list[RoundTripFailure]:
-    """The lines of a text that decoding does not restore, or the whole text if each line alone is restored."""
+    """Return the lines of a text that decoding does not restore, or the whole text if each single line is restored."""
     lines = text.splitlines(keepends=True)
     failures = []
     for number, (line, ids) in enumerate(zip(lines, adapter.encode_batch(lines), strict=True), first_line):
@@ -175,7 +175,7 @@ def _round_trip_failures(adapter: TokenizerAdapter, file: str, first_line: int, 
 
 
 def _excerpts(text: str, decoded: str) -> tuple[str, str]:
-    """Both texts around their first difference."""
+    """Return excerpts of both texts around their first difference."""
     differences = (i for i, (a, b) in enumerate(zip(text, decoded, strict=False)) if a != b)
     first_difference = next(differences, min(len(text), len(decoded)))
     start = max(0, first_difference - _MAX_EXCERPT // 2)
@@ -183,7 +183,7 @@ def _excerpts(text: str, decoded: str) -> tuple[str, str]:
 
 
 def _share_of_split_words(adapter: TokenizerAdapter, words: Counter[str]) -> float:
-    """The share of words that are several tokens, not counting tokens of white space. Words are encoded after a space."""
+    """Return the share of words with several tokens, ignoring white-space tokens. Each word is encoded after a space."""
     common = words.most_common(_MAX_SPLIT_WORDS)
     is_visible = np.array([bool(token.strip()) for token in adapter.token_bytes])
     encoded = adapter.encode_batch([f" {word}" for word, _ in common])

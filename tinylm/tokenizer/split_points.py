@@ -1,7 +1,7 @@
-"""Split points: positions where a text may be cut without changing any token.
+"""Finds split points, the positions where a text may be cut without changing any token.
 
-At a split point a new word begins, regardless of the text before and after. The parts on its two sides can therefore be encoded
-separately and in any order, and a part that repeats needs to be encoded only once. For example, the pretokenizer `gpt2` always
+A new word begins at every split point, regardless of the text before and after it. The parts between split points can therefore be
+encoded separately and in any order, and a repeated part needs to be encoded only once. For example, the pretokenizer `gpt2` always
 begins a word at a space that follows a letter, so `a cat sat` can be cut into `a`, ` cat` and ` sat`.
 
 Whether a position is a split point depends on the classes of the two UTF-8 bytes around it. Split points are known only for the
@@ -36,9 +36,9 @@ class SplitPoints:
     def __init__(self, rules: Iterable[tuple[str, str]], *, before_lines: bool = False) -> None:
         """Define the split points.
 
-        Each rule is a pair (classes of a byte, classes of the next byte), with the letters of `_CLASSES`. There is a split point
-        between two bytes if a rule matches both. With `before_lines`, the beginning of every line that is not blank is a split
-        point too.
+        Each rule is a pair (classes of a byte, classes of the next byte), written with the letters of `_CLASSES`. There is a split
+        point between two bytes if a rule matches both. With `before_lines`, the beginning of every non-blank line is a split point
+        too.
         """
         self.rules = tuple(rules)
         self.before_lines = before_lines
@@ -51,7 +51,7 @@ class SplitPoints:
         self._allowed_bits = bytes(allowed[name] for name in _CLASS_OF)
 
     def find(self, text: bytes) -> np.ndarray:
-        """The split points of a UTF-8 text as ascending byte positions, without the beginning and the end of the text."""
+        """Return the split points of a UTF-8 text as ascending byte positions, excluding the beginning and the end of the text."""
         if len(text) < 2:
             return np.zeros(0, dtype=np.int64)
         if (kernels := kernel_loading.kernels_if_worthwhile(0)) is not None:
@@ -63,7 +63,7 @@ class SplitPoints:
         is_split = (own & allowed) != 0
         codes = np.frombuffer(text, dtype=np.uint8)
         non_ascii = np.flatnonzero(is_split & (codes[:-1] >= 0x80))
-        if len(non_ascii):  # no split point between two white-space characters: drop those that follow a non-ASCII one
+        if len(non_ascii):  # drop positions after non-ASCII white space: a run of white space is never split
             is_split[non_ascii] = ~_WIDE_SPACE[codes[non_ascii - 1].astype(np.int64) << 8 | codes[non_ascii]]
         if self.before_lines:
             newlines = np.flatnonzero(codes[:-1] == ord("\n"))
@@ -75,7 +75,7 @@ class SplitPoints:
         return np.flatnonzero(is_split) + 1
 
     def ascii_only(self) -> SplitPoints:
-        """A copy that finds only the split points between two ASCII characters."""
+        """Return a copy that finds only the split points between two ASCII characters."""
         rules = [(before.replace("h", ""), after.replace("h", "")) for before, after in self.rules]
         return SplitPoints(rules, before_lines=self.before_lines)
 
@@ -93,7 +93,7 @@ def _class_of(byte: int) -> str:
 
 
 def _wide_space() -> np.ndarray:
-    """A table that says whether two bytes (`first << 8 | second`) may end a non-ASCII white-space character.
+    """Return a table of whether two bytes (`first << 8 | second`) can be the end of a non-ASCII white-space character.
 
     It includes U+180E, which was white space in older versions of Unicode.
     """
@@ -116,20 +116,20 @@ SPLIT_POINTS = {
     "none": SplitPoints([("n", _CLASSES)]),
     "bert": SplitPoints([_BEFORE_SPACE, ("a0.h", "."), (".", "a0h")]),
 }
-"""The split points of each named split. llama3 has the same as gpt4."""
+"""The split points of each named split. llama3 uses the split points of gpt4."""
 
 
 def split_points_of(tokenizer_json: Mapping[str, Any]) -> SplitPoints | None:
-    """The split points of a parsed tokenizer.json, or None if they are not known. In that case a document is encoded as a whole."""
+    """Return the split points of a parsed tokenizer.json, or None if they are not known. Documents are then encoded as a whole."""
     model = tokenizer_json["model"]
-    without_merges = model["type"] == "BPE" and not model["merges"]  # every byte or character is a token of its own
+    without_merges = model["type"] == "BPE" and not model["merges"]  # every byte or character is its own token
     split_points = SPLIT_POINTS["whitespace"] if without_merges else _of_pretokenizer(tokenizer_json["pre_tokenizer"])
     if split_points is None:
         return None
     for token in tokenizer_json.get("added_tokens", ()):
         if token["lstrip"] or token["rstrip"] or any(c.isspace() for c in token["content"]) or token["normalized"]:
             return None
-        if not token["special"] and len(split_points.find(token["content"].encode())):  # a cut inside would prevent its match
+        if not token["special"] and len(split_points.find(token["content"].encode())):  # a cut inside prevents a match
             return None
     for step in flat_steps(tokenizer_json.get("normalizer"), "normalizers"):
         if step["type"] in ("NFKC", "NFKD", "StripAccents"):  # may remove or replace the character before a space

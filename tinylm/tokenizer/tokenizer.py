@@ -1,7 +1,7 @@
-"""`Tokenizer`: text to token ids and back, with a vocabulary in Hugging Face's tokenizer.json format.
+"""`Tokenizer` converts text to token ids and back. Its vocabulary is in Hugging Face's tokenizer.json format.
 
-Text never becomes a control token: a document that contains `<|endoftext|>` is encoded as those characters. `tokenizers` does not
-save this setting in the file, so it is set on every load.
+Text is never encoded as a control token: if a document contains `<|endoftext|>`, its characters are encoded like any other text.
+`tokenizers` does not save this setting in the file, so it is set on every load.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read a tokenizer.json. Raises `InputError` if it is missing, invalid, or of an unsupported form."""
+        """Read a tokenizer.json. Raises `InputError` if it is missing, invalid, or not supported."""
         path = Path(path)
         if not path.is_file():
             raise InputError("no such tokenizer file", where=str(path))
@@ -72,12 +72,12 @@ class Tokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
-        """The highest id plus one, with special and added tokens. A file may leave lower ids unused."""
+        """The highest id plus one, including special and added tokens. Some lower ids may be unused."""
         return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @cached_property
     def kind(self) -> str:
-        """bpe, unigram, wordpiece, word, char or byte."""
+        """One of `bpe`, `unigram`, `wordpiece`, `word`, `char` and `byte`."""
         model = str(self._model["type"])
         if model == "BPE" and not self._model["merges"]:
             return "byte" if self._decoding.byte_level else "char"
@@ -85,7 +85,7 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the tokenizer.json in canonical form, that is, of everything that determines the ids of a text."""
+        """The SHA-256 of the tokenizer.json in canonical form. It covers everything that affects how a text is encoded."""
         canonical = json.dumps(json.loads(self.backend.to_str()), sort_keys=True, ensure_ascii=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -108,7 +108,7 @@ class Tokenizer:
 
     @cached_property
     def split_points(self) -> SplitPoints | None:
-        """Where text may be cut without changing its tokens. None if this is not known for the pretokenizer of this tokenizer."""
+        """Where a text may be cut without changing its tokens, or None if the pretokenizer's split points are not known."""
         return split_points_of(self.tokenizer_json)
 
     @cached_property
@@ -129,7 +129,7 @@ class Tokenizer:
         return {(left, right): rank for rank, (left, right) in enumerate(pairs)}
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without special tokens around it. A special token spelled out in the text is encoded as plain text.
+        """Encode a text without adding special tokens. A special token spelled out in the text is encoded as plain text.
 
         Raises `InputError` for text with an unpaired surrogate.
         """
@@ -137,11 +137,11 @@ class Tokenizer:
             if len(text) > SEGMENT_BYTES // 4:  # may be more than one segment, as a character has up to 4 bytes
                 return [id for ids, _ in self.encode_pieces([Piece(text, True)]) for id in ids.tolist()]
             return list(self.backend.encode(text, add_special_tokens=False).ids)
-        except (TypeError, UnicodeEncodeError):  # what tokenizers and str.encode raise for a string that UTF-8 cannot encode
+        except (TypeError, UnicodeEncodeError):  # raised by tokenizers and str.encode for an unpaired surrogate
             raise InputError("the text contains half of a surrogate pair, which UTF-8 cannot encode") from None
 
     def token_id(self, name: str) -> int:
-        """The id of one token, given as `@ID` or as the token's text. Raises `InputError` if there is no such token."""
+        """Return the id of a token, given as `@ID` or as the token's text. Raises `InputError` if there is no such token."""
         if name.startswith("@") and name[1:].isdigit():
             id = int(name[1:])
             if id >= self.vocab_size:
@@ -159,7 +159,7 @@ class Tokenizer:
         )
 
     def encode_pieces(self, pieces: Iterable[Piece]) -> Iterator[tuple[np.ndarray, bool]]:
-        """Yield (ids as uint32, whether they begin a document) in order.
+        """Yield the ids of each segment, as uint32, and whether the segment begins a document.
 
         The ids of a document do not depend on how `pieces` divide it.
         """
@@ -167,14 +167,14 @@ class Tokenizer:
             yield self.encoder.encode(text), starts_document
 
     def encode_pieces_with_special(self, pieces: Iterable[Piece]) -> Iterator[tuple[np.ndarray, bool]]:
-        """Like `encode_pieces`, but special tokens spelled out in the text become these tokens. Documents are encoded whole."""
+        """Like `encode_pieces`, but recognize special tokens spelled out in the text. Each document is encoded as a whole."""
         backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
         backend.encode_special_tokens = False
         for text, starts_document in segments(pieces, None):
             yield np.array(backend.encode(text.decode("utf-8"), add_special_tokens=False).ids, dtype=np.uint32), starts_document
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids. Bytes that are not valid UTF-8 become U+FFFD. Raises `InputError` for an id outside the vocabulary."""
+        """Decode ids to text. Invalid UTF-8 becomes U+FFFD. Raises `InputError` for an id outside the vocabulary."""
         table, ids = self.token_bytes, list(ids)
         if ids and not 0 <= min(ids) <= max(ids) < len(table):
             raise InputError(f"ids must be between 0 and {self.vocab_size - 1}")
@@ -189,9 +189,9 @@ class Tokenizer:
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
-        """The text of each id, as bytes: empty for special tokens, except for the unknown token, which is U+FFFD.
+        """The text of each id as bytes. Special tokens have no text, except for the unknown token, whose text is U+FFFD.
 
-        For kinds that drop white space, tokens that begin a word start with a space. Decoding a text removes the first one.
+        For kinds that drop white space, tokens that begin a word start with a space. Decoding removes the first space of a text.
         """
         added = self.backend.get_added_tokens_decoder()
         special = {id for id, token in added.items() if token.special}
@@ -210,13 +210,13 @@ class Tokenizer:
 
     @cached_property
     def token_byte_lengths(self) -> np.ndarray:
-        """The number of bytes of text of each id, as int64 (vocabulary size,)."""
+        """The length of each id's text in bytes, as int64 (vocabulary size,)."""
         return np.array([len(token) for token in self.token_bytes], dtype=np.int64)
 
 
 @dataclass(frozen=True)
 class DecodingRules:
-    """How the tokens of a tokenizer.json become text. Supports the decoders that handle each token separately."""
+    """How the tokens of a tokenizer.json are decoded. Supports decoders that handle each token separately."""
 
     byte_level: bool
     byte_fallback: bool
@@ -224,8 +224,8 @@ class DecodingRules:
     """Marks a token that continues a word (WordPiece: `##`)."""
     replacements: tuple[tuple[str, str], ...]
     space_before: Literal["always", "once", "never"]
-    """always: each token that begins a word stands for a space and the token. once: encoding put a space in front of the text. In
-    both cases, decoding removes the first space of a text."""
+    """`always`: a space precedes each token that begins a word. `once`: encoding adds one space before the text. In both cases,
+    decoding removes the first space of a text."""
 
     @classmethod
     def from_json(cls, tokenizer_json: Mapping[str, Any]) -> DecodingRules:
@@ -250,7 +250,7 @@ class DecodingRules:
         )
 
     def bytes_of(self, token: str) -> bytes:
-        """The text of a token of the vocabulary, as bytes."""
+        """Return the text of a token of the vocabulary, as bytes."""
         if self.byte_level:
             table = unicode_to_bytes()
             return bytes(table[c] for c in token) if all(c in table for c in token) else token.encode("utf-8")
@@ -295,9 +295,9 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, id: int) -> str:
-        """The characters that `id` completes: often the text of one token, sometimes nothing."""
+        """Return the characters that `id` completes, which may be an empty string."""
         return self._utf8.decode(self._bytes.push(id))
 
     def finish(self) -> str:
-        """U+FFFD if the last character is incomplete, else nothing."""
+        """Return U+FFFD if the last character is incomplete, otherwise an empty string."""
         return self._utf8.decode(b"", final=True)

@@ -1,8 +1,8 @@
 """Trains a tokenizer on a stream of text.
 
-The kinds bpe, unigram, wordpiece and word learn their vocabulary from word counts. char uses the characters of the text, and byte
-the 256 bytes. The result is a tokenizer.json that other libraries can load. The same text always gives the same file. The
-end-of-text token comes after the learned tokens.
+The kinds `bpe`, `unigram`, `wordpiece` and `word` learn their vocabulary from word counts. `char` uses the characters of the text,
+and `byte` uses the 256 bytes. The result is a tokenizer.json that other libraries can load. The same text always produces the same
+file. The end-of-text token comes after the learned tokens.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from tinylm.tokenizer.word_counts import Warn, WordCounts, character_counts, cou
 
 CONTINUATION_PREFIX = "##"
 RESERVED_SCORE = -1000.0
-"""The log probability of Unigram pieces that must never be chosen for text that spells them: byte tokens and the unknown token."""
+"""The log probability of Unigram's byte and unknown tokens, low enough that text that spells them out is encoded without them."""
 
 
 def train(section: TokenizerSection, pieces: Iterable[Piece], warn: Warn, n_bytes: int | None = None) -> Tokenizer:
     """Train the tokenizer that `section` describes on `pieces`. `n_bytes` is the size of the text, if known.
 
     `warn` is called if the text is too small for the vocabulary size, contains very long words, or looks like a binary file. Raises
-    `InputError` for an invalid split pattern, a text without characters, or a text that is too small for the vocabulary size.
+    `InputError` for an invalid split pattern, an empty text, or a text that is too small for the vocabulary size.
     """
     if isinstance(section, FileTokenizer):
         return Tokenizer.load(section.path)
@@ -57,7 +57,7 @@ def train(section: TokenizerSection, pieces: Iterable[Piece], warn: Warn, n_byte
 
 
 def count(section: LearnedTokenizer, pieces: Iterable[Piece], warn: Warn) -> WordCounts:
-    """Count the words of a text after normalizing and pretokenizing it. The counts can be used for any vocabulary size."""
+    """Count the words of a text after normalizing and pretokenizing it. The counts can be reused for any vocabulary size."""
     if isinstance(section, ByteTokenizer):
         return WordCounts([], np.zeros(0, dtype=np.int64))
     backend = _backend_without_model(section)
@@ -78,7 +78,7 @@ def learn(section: LearnedTokenizer, word_counts: WordCounts) -> Tokenizer:
 
 
 def check_size(tokenizer: Tokenizer, section: TokenizerSection, warn: Warn) -> None:
-    """Warn if the vocabulary is smaller than requested. With `allow_smaller` off, raise `InputError` instead."""
+    """Warn if the vocabulary is smaller than requested, or raise `InputError` if `allow_smaller` is off."""
     if not isinstance(section, VocabularyTokenizer) or tokenizer.vocab_size >= section.vocab_size:
         return
     actual, requested = f"{tokenizer.vocab_size:,}", f"{section.vocab_size:,}"
@@ -92,7 +92,7 @@ def check_size(tokenizer: Tokenizer, section: TokenizerSection, warn: Warn) -> N
 
 
 def _subsample(section: VocabularyTokenizer, pieces: Iterable[Piece], n_bytes: int | None, warn: Warn) -> Iterator[Piece]:
-    """Yield every n-th piece, so that at most `max_megabytes` of a text of `n_bytes` are used."""
+    """Yield every n-th piece to use at most `max_megabytes` of the text. `n_bytes` is the size of the text."""
     every = math.ceil((n_bytes or 0) / (section.max_megabytes * 1_000_000)) or 1
     if every > 1:
         warn(f"the tokenizer learns from 1/{every} of the text (tokenizer.max_megabytes {section.max_megabytes})")
@@ -109,7 +109,7 @@ def _is_byte_level(section: LearnedTokenizer) -> bool:
 
 
 def _backend_without_model(section: LearnedTokenizer) -> tokenizers.Tokenizer:
-    """A tokenizer with the section's normalizer, pretokenizer and decoder, and a placeholder for the model."""
+    """Create a tokenizer with the section's normalizer, pretokenizer and decoder. Its model is a placeholder."""
     backend = tokenizers.Tokenizer(models.WordLevel({UNKNOWN: 0}, unk_token=UNKNOWN))
     if section.normalize:
         backend.normalizer = normalizers.Sequence([step for name in section.normalize for step in _NORMALIZERS[name]()])
@@ -163,7 +163,7 @@ def _model(section: LearnedTokenizer, word_counts: WordCounts) -> models.Model:
 
 
 def _vocabulary(tokens: Sequence[str]) -> dict[str, int]:
-    """The id of each token: its position."""
+    """Map each token to its id, which is its index in `tokens`."""
     return {token: id for id, token in enumerate(tokens)}
 
 
@@ -204,7 +204,7 @@ def _character_bpe(section: BpeTokenizer, word_counts: WordCounts) -> models.Mod
 
 
 def _alphabet(alphabet: int | str, word_counts: WordCounts, max_size: int) -> list[str]:
-    """The characters that get tokens of their own, in code point order. Raises `InputError` if there are more than `max_size`."""
+    """The characters that get their own tokens, in code point order. Raises `InputError` if there are more than `max_size`."""
     if alphabet == "text":
         chosen = [*character_counts(word_counts)]
     elif isinstance(alphabet, int):
@@ -238,8 +238,8 @@ def _unigram(section: UnigramTokenizer, word_counts: WordCounts) -> models.Model
 
 
 def _wordpiece(section: WordPieceTokenizer, word_counts: WordCounts) -> models.Model:
-    size = _model_size(section) - 1  # without the unknown token
-    alphabet = _alphabet(section.alphabet, word_counts, size // 2)  # each character gets a token with and one without the prefix
+    size = _model_size(section) - 1  # one token is the unknown token
+    alphabet = _alphabet(section.alphabet, word_counts, size // 2)  # each character gets two tokens, with and without the prefix
     learned = merges.learn(
         word_counts,
         alphabet,

@@ -5,12 +5,12 @@ implemented in SentencePiece. The probability of a segmentation is the product o
 the pieces `a`, `b` and `ab` have the probabilities 0.3, 0.3 and 0.4, the segmentations of the word ab have the probabilities
 0.3 x 0.3 = 0.09 (`a` `b`) and 0.4 (`ab`), and the piece `ab` is expected to be used 0.4 / 0.49 = 0.82 times.
 
-1. The first pieces are the frequent substrings of words ("seeds") and all characters of the alphabet.
+1. The initial pieces are the frequent substrings of words ("seeds") and all characters of the alphabet.
 2. Expectation maximization (EM) estimates their probabilities from their expected use over all segmentations of all words.
-3. The quarter of the pieces whose removal lowers the likelihood least is removed. Steps 2 and 3 repeat until the target size.
+3. Pruning removes the 25% of the pieces that affect the likelihood least. Steps 2 and 3 repeat until the target size is reached.
 
 All words form one lattice. Array operations process all words at once, one level (position in the word) at a time. The result
-does not depend on threads or hashing; scores are rounded to six digits.
+does not depend on threads or hashing. Scores are rounded to six digits.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Nodes:
     levels: np.ndarray
     """The number of characters of the word before each node."""
     owners: np.ndarray
-    """The word of each node."""
+    """The index of the word of each node."""
     ends: np.ndarray
     """The last node of each node's word."""
     weights: np.ndarray
@@ -60,7 +60,7 @@ class Nodes:
 
 @dataclass
 class Edges:
-    """The edges of the lattice: piece number `piece` leads from node `start` to node `end`."""
+    """The edges of the lattice. Edge i is the piece `piece[i]` and leads from node `start[i]` to node `end[i]`."""
 
     start: np.ndarray
     end: np.ndarray
@@ -84,9 +84,10 @@ class Lattice:
         self._backward = _groups(start, -levels[start])
 
     def forward(self, scores: np.ndarray, *, best_only: bool = False) -> np.ndarray:
-        """The log of the summed probability of all paths from a word's first node to each node, as float64 (nodes,).
+        """Return the log of the total probability of all paths from a word's first node to each node, as float64 (nodes,).
 
-        With `best_only`, only the most probable path counts (Viterbi). `scores` are the log probabilities of the pieces.
+        `scores` contains the log probability of each piece. If `best_only`, use the most probable path instead of the sum over all
+        paths (Viterbi).
         """
         values = np.full(self.n_nodes, -np.inf)
         values[self.firsts] = 0.0
@@ -94,7 +95,7 @@ class Lattice:
         return values
 
     def backward(self, scores: np.ndarray) -> np.ndarray:
-        """The log of the summed probability of all paths from each node to its word's last node, as float64 (nodes,)."""
+        """Return the log of the total probability of all paths from each node to its word's last node, as float64 (nodes,)."""
         values = np.full(self.n_nodes, -np.inf)
         values[self.lasts] = 0.0
         order = self._backward_order
@@ -111,7 +112,10 @@ class Lattice:
         groups: list[tuple[int, int, np.ndarray]],
         best_only: bool,
     ) -> None:
-        """Level by level, write to each target node the log-sum-exp (or maximum) over its edges of source value plus score."""
+        """Set the value of each target node, one level at a time.
+
+        The value is the log-sum-exp (or maximum) of source value plus score over the edges of the node.
+        """
         for begin, end, firsts in groups:
             paths = values[source[begin:end]] + scores[begin:end]
             highest = np.maximum.reduceat(paths, firsts)
@@ -123,7 +127,7 @@ class Lattice:
             values[target[begin:end][firsts]] = highest
 
     def expected_counts(self, scores: np.ndarray, nodes: Nodes) -> tuple[np.ndarray, float]:
-        """The expected count of each piece, (pieces,), and the log likelihood of the text in nats."""
+        """Return the expected count of each piece, (pieces,), and the log likelihood of the text in nats."""
         alpha, beta = self.forward(scores), self.backward(scores)
         totals = alpha[self.lasts]
         edges = self.edges
@@ -136,7 +140,7 @@ class Lattice:
 
 
 def _groups(nodes: np.ndarray, levels: np.ndarray) -> list[tuple[int, int, np.ndarray]]:
-    """For every level, its range of edges (begin, end) and the first edge of each node, relative to begin.
+    """Return (begin, end, firsts) for each level: its range of edges, and the first edge of each node relative to `begin`.
 
     The edges must be sorted by level and node.
     """
@@ -151,9 +155,9 @@ def _groups(nodes: np.ndarray, levels: np.ndarray) -> list[tuple[int, int, np.nd
 
 
 def learn(word_counts: WordCounts, alphabet: list[str], n_pieces: int, *, max_token_length: int = 16) -> list[tuple[str, float]]:
-    """At most `n_pieces` pieces with their log probabilities, most probable first.
+    """Return at most `n_pieces` pieces with their log probabilities, most probable first.
 
-    Every character of `alphabet` is a piece, and no piece contains another character. There are fewer than `n_pieces` pieces if the
+    Every character of `alphabet` is a piece, and pieces contain no other characters. There are fewer than `n_pieces` pieces if the
     text does not have enough substrings that occur at least twice.
     """
     nodes = lay_out(word_counts, alphabet)
@@ -191,7 +195,7 @@ def learn(word_counts: WordCounts, alphabet: list[str], n_pieces: int, *, max_to
 
 
 def lay_out(word_counts: WordCounts, alphabet: list[str]) -> Nodes:
-    """The nodes of all words. A word is cut into several at characters that are not in the alphabet."""
+    """Create the nodes of all words. Words are split at characters that are not in the alphabet."""
     known = set(alphabet)
     parts: list[str] = []
     weights: list[float] = []
@@ -213,14 +217,14 @@ def lay_out(word_counts: WordCounts, alphabet: list[str]) -> Nodes:
 
 
 def seed_pieces(nodes: Nodes, alphabet: list[str], max_seeds: int, max_token_length: int) -> tuple[list[str], Edges, np.ndarray]:
-    """The initial pieces, the edges where they occur, and their counts, float64 (pieces,).
+    """Return the initial pieces, the edges where they occur, and their counts, float64 (pieces,).
 
-    The initial pieces are all characters of the alphabet, and those substrings with a count of at least 2 that cover the most text
+    The initial pieces are all characters of the alphabet, and the substrings that occur at least twice and cover the most text
     (count times length).
     """
     codes, ends, weights = nodes.codes, nodes.ends, nodes.weights[nodes.owners]
     n_characters = len(alphabet)
-    # For the current length: substring number `ids[i]` begins at node `starts[i]`, and substring n also at node `example[n]`.
+    # For the current length, substring `ids[i]` begins at node `starts[i]`, and `example[n]` is one node where substring n begins.
     starts, ids = np.flatnonzero(codes >= 0), codes[codes >= 0]
     totals = np.bincount(ids, weights[starts], minlength=n_characters)
     by_length = [(starts, ids, totals)]
@@ -265,7 +269,7 @@ def seed_pieces(nodes: Nodes, alphabet: list[str], max_seeds: int, max_token_len
 
 
 def _maximize(expected: np.ndarray) -> np.ndarray:
-    """Log probabilities from expected counts. As in SentencePiece, digamma replaces the log, which favors few pieces."""
+    """Compute log probabilities from expected counts. As in SentencePiece, digamma replaces the log to favor fewer pieces."""
     counts = np.maximum(expected, 1e-3)
     scores: np.ndarray = digamma(counts) - digamma(np.array([counts.sum()]))[0]
     return scores
@@ -285,9 +289,9 @@ def digamma(x: np.ndarray) -> np.ndarray:
 
 
 def _losses(lattice: Lattice, scores: np.ndarray, expected: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """How much the log likelihood of the text would drop without each piece, (pieces,); -inf for single characters.
+    """Return how much the log likelihood of the text would drop without each piece, (pieces,); -inf for single characters.
 
-    The drop is the piece's expected count times the difference between its score and that of its best segmentation into other
+    The drop is the piece's expected count times the difference between its score and the score of its best segmentation into other
     pieces. All these segmentations are computed in a second lattice, with one word for each piece.
     """
     edges = lattice.edges

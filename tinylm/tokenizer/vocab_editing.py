@@ -40,11 +40,11 @@ class EncodingCheck:
     unaffected: int
     """Lines that do not contain any of the added or removed tokens."""
     unchanged: int
-    """Unaffected lines that both tokenizers encode to the same tokens. This should be all of them."""
+    """Unaffected lines that both tokenizers encode to the same tokens. This number should equal `unaffected`."""
 
 
 def add(tokenizer: Tokenizer, tokens: Sequence[str], *, special: bool = False) -> EditedTokenizer:
-    """Append tokens to a vocabulary, as control tokens if `special`. Raises `InputError` if one is already in it."""
+    """Append tokens to a vocabulary, as control tokens if `special`. Raises `InputError` if one already exists."""
     _check_tokens(tokens)
     for token in tokens:
         spellings = (token, _to_vocabulary(tokenizer, token))
@@ -63,7 +63,7 @@ def add(tokenizer: Tokenizer, tokens: Sequence[str], *, special: bool = False) -
 
 
 def remove(tokenizer: Tokenizer, tokens: Sequence[str]) -> EditedTokenizer:
-    """Remove tokens from a vocabulary and renumber the others. Raises `InputError` if one is missing or required."""
+    """Remove tokens from a vocabulary and renumber the others. Raises `InputError` if one is missing or cannot be removed."""
     _check_tokens(tokens)
     tokenizer_json: dict[str, Any] = json.loads(tokenizer.backend.to_str())
     added = {token["content"]: token for token in tokenizer_json["added_tokens"]}
@@ -92,7 +92,7 @@ def remove(tokenizer: Tokenizer, tokens: Sequence[str]) -> EditedTokenizer:
 
 
 def _removable(tokenizer: Tokenizer, token: str, added: dict[str, Any], vocabulary: dict[str, int]) -> str:
-    """A token in the spelling of the vocabulary. Raises `InputError` if it is not in the vocabulary or cannot be removed."""
+    """Return a token in the spelling of the vocabulary. Raises `InputError` if it is not in the vocabulary or cannot be removed."""
     spelling = token if token in added else _to_vocabulary(tokenizer, token)
     if spelling not in added and spelling not in vocabulary:
         raise InputError(f"{token!r} is not in the vocabulary", where="TOKEN")
@@ -104,7 +104,7 @@ def _removable(tokenizer: Tokenizer, token: str, added: dict[str, Any], vocabula
 
 
 def check_encoding(before: Tokenizer, edited: EditedTokenizer, tokens: Sequence[str], pieces: Iterable[Piece]) -> EncodingCheck:
-    """Encode the lines of a text that contain none of the edited `tokens` with both tokenizers, and compare."""
+    """Compare both tokenizers on the lines of a text that do not contain any of the edited `tokens`."""
     n_lines = unaffected = unchanged = 0
     prefix = before.tokenizer_json["model"].get("continuing_subword_prefix") or ""
     changed = [token.removeprefix(prefix) for token in [*tokens, *edited.also_removed]]
@@ -130,7 +130,7 @@ def _check_tokens(tokens: Sequence[str]) -> None:
 
 
 def _to_vocabulary(tokenizer: Tokenizer, token: str) -> str:
-    """A token's text in the spelling of the vocabulary: byte-level vocabularies write bytes as characters."""
+    """Convert a token's text to the spelling of the vocabulary. Byte-level vocabularies write bytes as characters."""
     if not tokenizer.is_byte_level:
         return token
     character_of = bytes_to_unicode()
@@ -146,10 +146,10 @@ def _to_text(tokenizer: Tokenizer, spelling: str) -> str:
 
 
 def repair_merges(merges: list[Any], vocabulary: dict[str, int], removed: set[str]) -> tuple[list[list[str]], set[str]]:
-    """The merges of a BPE vocabulary without the tokens `removed`, and all removed tokens, including those left without a merge.
+    """Remove tokens from the merges of a BPE vocabulary. Returns the merges and all removed tokens.
 
-    For example, without `ab` the merge of `ab` and `c` is replaced by that of `a` and `bc`, if `bc` is a token; if it is not,
-    `abc` is removed too.
+    Tokens that are left without a merge are removed too. For example, if `ab` is removed, the merge of `ab` and `c` is replaced by
+    the merge of `a` and `bc`. If `bc` is not a token, `abc` is removed.
     """
     removed = set(removed)
     kept: list[list[str]] = []
@@ -162,11 +162,11 @@ def repair_merges(merges: list[Any], vocabulary: dict[str, int], removed: set[st
             kept.append([left, right])
         elif token not in reachable:
             divisions = ((token[:i], token[i:]) for i in range(len(token) - 1, 0, -1))
-            other = next((pair for pair in divisions if pair[0] in reachable and pair[1] in reachable), None)
-            if other is None:
+            replacement = next((pair for pair in divisions if pair[0] in reachable and pair[1] in reachable), None)
+            if replacement is None:
                 removed.add(token)
                 continue
-            kept.append([*other])
+            kept.append([*replacement])
         reachable.add(token)
     return kept, removed
 

@@ -9,14 +9,14 @@ import numpy as np
 
 from tinylm.cost.parameters import flops_per_token, parameter_counts
 from tinylm.errors import InputError
-from tinylm.recipe.schema import ModelSection, VocabularyTokenizer
+from tinylm.recipe.schema import DecoderSection, ModelVariant, VocabularyTokenizer
 from tinylm.text.sources import Piece
 from tinylm.tokenizer import training
 from tinylm.tokenizer.adapters import TokenizerAdapter, adapt
 from tinylm.tokenizer.word_counts import Warn
 
 MIN_OCCURRENCES = 50
-"""A token that occurs less often in the training text counts as rare. Its embedding is assumed to be learned badly."""
+"""A token that occurs fewer times in the training text is considered rare. Its embedding is assumed to be poorly trained."""
 MAX_RARE_SHARE = 0.25
 """Sizes with a larger share of rare tokens are not suggested."""
 
@@ -27,7 +27,7 @@ class VocabSizeResult:
 
     vocab_size: int
     bytes_per_token: float
-    """On the held-out text."""
+    """Measured on the held-out text."""
     embedding_parameters: int
     """The parameters that depend on the vocabulary size: token embeddings and the output head."""
     embedding_share: float
@@ -55,14 +55,16 @@ def sweep_vocab_sizes(
     sizes: Sequence[int],
     train_pieces: Callable[[], Iterable[Piece]],
     heldout_pieces: Callable[[], Iterable[Piece]],
-    model: ModelSection,
+    model: ModelVariant,
     tokens_per_step: int,
     warn: Warn,
 ) -> VocabSweep:
     """Train the tokenizer that `section` describes at each size on the training text, and evaluate it on the held-out text.
 
-    Raises `InputError` if a size is not possible for this kind, or if there are no sizes.
+    Raises `InputError` for an architecture without estimates, if a size is not possible for this kind, or if there are no sizes.
     """
+    if not isinstance(model, DecoderSection):
+        raise InputError(f"the cost of architecture {model.architecture} cannot be estimated", where="model.architecture")
     word_counts = training.count(section, train_pieces(), warn)
     results: dict[int, VocabSizeResult] = {}
     for requested in sorted(set(sizes)):
@@ -93,7 +95,7 @@ def sweep_vocab_sizes(
 
 
 def _token_counts(tokenizer: TokenizerAdapter, pieces: Iterable[Piece]) -> tuple[np.ndarray, int]:
-    """How often each token occurs in a text, and the bytes of the text."""
+    """Return the count of each token in a text, and the size of the text in bytes."""
     counts, n_bytes = np.zeros(tokenizer.vocab_size, dtype=np.int64), 0
     for text, _ in tokenizer.segments(pieces):
         counts += np.bincount(tokenizer.encode(text), minlength=len(counts))
@@ -102,7 +104,7 @@ def _token_counts(tokenizer: TokenizerAdapter, pieces: Iterable[Piece]) -> tuple
 
 
 def _suggest(results: Sequence[VocabSizeResult]) -> tuple[int, str]:
-    """The size that costs the fewest FLOPs per byte, of those with few rare tokens, and the reason."""
+    """Return the size with the fewest FLOPs per byte, among the sizes with few rare tokens, and the reason."""
     eligible = [result for result in results if result.seldom_tokens <= MAX_RARE_SHARE]
     if not eligible:
         best = min(results, key=lambda result: result.seldom_tokens)

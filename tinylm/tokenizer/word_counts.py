@@ -1,7 +1,8 @@
-"""Count the words of a text, from which a vocabulary is learned.
+"""Count the words in a text. A vocabulary is learned from these counts.
 
-Words are the units into which a tokenizer's normalizer and pretokenizer divide the text. If the split points are known, distinct
-chunks are counted first, and only those are divided into words. Memory is bounded by the number of distinct words kept.
+Words are the units into which a tokenizer's normalizer and pretokenizer divide the text. If the split points are known,
+chunks are counted first, and each distinct chunk is divided into words only once. Memory is bounded by the number of distinct
+words kept.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from tinylm.tokenizer.split_points import SPLIT_POINTS, SplitPoints
 Warn = Callable[[str], None]
 
 MAX_WORD_LENGTH = 256
-"""Longer words are cut into parts of this many characters, because nothing repeats at that length."""
+"""Longer words are cut into parts of this many characters, because words of this length rarely repeat."""
 MAX_LONG_WORD_CHARACTERS = 1 << 20
-"""Total number of characters in long words that are counted."""
+"""Maximum total number of characters of long words that are counted."""
 MAX_WORDS = 500_000
 """Maximum number of distinct words. Above it, the rarest are dropped, which bounds the memory of counting and learning."""
 BINARY_CHECK_CHARACTERS = 1 << 20
-"""This many characters at the beginning of a text are checked for control characters."""
+"""Number of characters at the beginning of a text that are checked for control characters."""
 WINDOW_CHARACTERS = 1 << 20
 """A text without known split points is divided into words in windows of this size."""
 _WINDOW_MARGIN = 1 << 10
@@ -38,7 +39,7 @@ _CHUNKS_AT_ONCE = 1 << 12
 
 @dataclass(frozen=True)
 class WordCounts:
-    """Distinct words with their counts, most frequent first and then in code point order. The same text gives the same order."""
+    """Distinct words with their counts, most frequent first and then in code point order."""
 
     words: list[str]
     counts: np.ndarray
@@ -66,7 +67,7 @@ def count_words(backend: tokenizers.Tokenizer, split_points: SplitPoints | None,
 
 
 def count_characters(backend: tokenizers.Tokenizer, pieces: Iterable[Piece]) -> WordCounts:
-    """Count the characters of a text after normalization. Each is a word of one character."""
+    """Count the characters of a text after normalization. Each character is a word in the result."""
     totals = np.zeros(0x110000, dtype=np.int64)
     at_spaces = SPLIT_POINTS["whitespace"]
     for text, _ in segments(pieces, at_spaces if backend.normalizer is None else at_spaces.ascii_only()):
@@ -97,30 +98,31 @@ class _WordCounter:
         self._warned_about_long_words = False
 
     def add_chunks(self, split_points: SplitPoints, chunks: Sequence[bytes], counts: Sequence[int]) -> None:
-        """Count the words of distinct chunks, each of which occurs in the text as often as `counts` says."""
+        """Count the words of distinct chunks. `counts` contains the number of occurrences of each chunk."""
         for start in range(0, len(chunks), _CHUNKS_AT_ONCE):
             texts = [self._normalize(chunk.decode("utf-8")) for chunk in chunks[start : start + _CHUNKS_AT_ONCE]]
             self._add_texts(split_points, texts, np.array(counts[start : start + _CHUNKS_AT_ONCE], dtype=np.int64))
         self._drop_rare_words()
 
     def _add_texts(self, split_points: SplitPoints, texts: list[str], counts: np.ndarray) -> None:
-        """Join the texts of chunks and pretokenize them together, which is several times faster than one by one.
+        """Join the texts of chunks and pretokenize them together.
 
-        Two neighbors are joined only if there is a split point between them in the joined text.
+        This is several times faster than pretokenizing them one at a time.
+        Two neighboring texts are joined only if there is a split point between them in the joined text.
         """
         n_bytes = np.fromiter((len(text.encode("utf-8")) for text in texts), dtype=np.int64, count=len(texts))
         joined = np.isin(np.cumsum(n_bytes) - n_bytes, split_points.find("".join(texts).encode("utf-8")))
         lengths = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
-        begins = np.cumsum(lengths) - lengths
+        text_offsets = np.cumsum(lengths) - lengths
         runs = np.unique(np.concatenate(([0], np.flatnonzero(~joined), [len(texts)]))).tolist()
         words: list[str] = []
         starts: list[int] = []
         for first, last in pairwise(runs):
-            offset = int(begins[first])
+            offset = int(text_offsets[first])
             for word, (start, _) in self._pretokenize("".join(texts[first:last])):
                 words.append(word)
                 starts.append(offset + start)
-        chunk_of_word = np.searchsorted(begins, starts, side="right") - 1
+        chunk_of_word = np.searchsorted(text_offsets, starts, side="right") - 1
         totals = self._counts
         for word, count in zip(words, counts[chunk_of_word].tolist(), strict=True):
             if len(word) <= MAX_WORD_LENGTH:
@@ -131,7 +133,7 @@ class _WordCounter:
     def add_text(self, text: str) -> None:
         """Count the words of a text without known split points.
 
-        The text is pretokenized in windows. The next window begins after the last word that ends well inside the current one.
+        The text is pretokenized in windows. The next window begins after the last word that ends well inside the current window.
         """
         text = self._normalize(text)
         start, size = 0, WINDOW_CHARACTERS
@@ -157,7 +159,10 @@ class _WordCounter:
             self._counts[part] = self._counts.get(part, 0) + count
 
     def _parts(self, word: str) -> Iterator[str]:
-        """Cut a long word into parts of `MAX_WORD_LENGTH` characters, up to the limit on the characters of all long words."""
+        """Cut a long word into parts of `MAX_WORD_LENGTH` characters.
+
+        Keep at most `MAX_LONG_WORD_CHARACTERS` characters across all long words.
+        """
         if not self._warned_about_long_words:
             self._warned_about_long_words = True
             self._warn(
@@ -182,12 +187,12 @@ class _WordCounter:
 
 
 def character_counts(word_counts: WordCounts) -> dict[str, int]:
-    """How often each character occurs in the text, most frequent first."""
+    """Return the count of each character in the text, most frequent first."""
     codes = np.frombuffer("".join(word_counts.words).encode("utf-32-le"), dtype="<u4")
     weights = np.repeat(word_counts.counts, [len(word) for word in word_counts.words])
-    distinct, owners = np.unique(codes, return_inverse=True)
+    distinct, inverse = np.unique(codes, return_inverse=True)
     totals = np.zeros(len(distinct), dtype=np.int64)
-    np.add.at(totals, owners, weights)
+    np.add.at(totals, inverse, weights)
     ordered = sorted(zip(distinct.tolist(), totals.tolist(), strict=True), key=lambda item: (-item[1], item[0]))
     return {chr(code): count for code, count in ordered}
 

@@ -1,4 +1,4 @@
-"""Resolve `auto` settings by short trials on this machine: precision, micro-batch size, compilation, number of CPU threads.
+"""Resolve `auto` settings with short trials on this machine: precision, micro-batch size, compilation, number of CPU threads.
 
 The choices are written into the run's recipe, so that a resumed run keeps them.
 """
@@ -11,9 +11,10 @@ import torch
 
 from tinylm.cost import step_time
 from tinylm.cost.micro_batch import CPU_MICRO_BATCH_TOKENS, choose_micro_batch, host_memory_bytes
-from tinylm.data.batches import Batches
-from tinylm.model.objective import CausalObjective
-from tinylm.model.transformer import Transformer
+from tinylm.cost.parameters import not_estimated
+from tinylm.data.datasets import Dataset
+from tinylm.model import registry
+from tinylm.model.base import Model
 from tinylm.optim.groups import resolve_newton_schulz_dtype
 from tinylm.processes import SINGLE_PROCESS, Processes
 from tinylm.recipe import Recipe
@@ -23,6 +24,7 @@ from tinylm.training import compilation
 from tinylm.training import precision as precisions
 from tinylm.training.compilation import Trial
 from tinylm.training.feed import Feed, LocalBatch
+from tinylm.training.objectives import Objective
 from tinylm.training.out_of_memory import is_out_of_memory, smaller_micro_batch
 from tinylm.training.precision import Precision
 from tinylm.training.step import GradientSettings
@@ -33,12 +35,12 @@ class Budget:
     """How long this process will train."""
 
     steps: int | None
-    """None if `training.minutes` of the recipe sets the limit."""
+    """None if the recipe's `training.minutes` limits the run instead."""
     stop_after: float | None = None
     """Seconds after which to stop early."""
 
     def seconds(self, minutes: float | None) -> float | None:
-        """The time limit in seconds. `minutes` is the recipe's `training.minutes`. None if there is no time limit."""
+        """Return the time limit in seconds, or None if there is no limit. `minutes` is the recipe's `training.minutes`."""
         limits = [self.stop_after, None if minutes is None else 60 * minutes]
         return min((limit for limit in limits if limit is not None), default=None)
 
@@ -56,8 +58,9 @@ class ResolvedSettings:
 
 def resolve(
     recipe: Recipe,
-    network: Transformer,
-    batches: Batches,
+    network: Model,
+    dataset: Dataset,
+    objective: Objective,
     budget: Budget,
     reporter: Reporter,
     *,
@@ -66,22 +69,20 @@ def resolve(
 ) -> ResolvedSettings:
     """Choose a value for every `auto` setting, and compile the blocks of `network` if `training.compile` is or becomes true.
 
-    With several processes, the main process chooses for all of them. If compilation fails in a `resumed` run, training continues
-    without it and warns. Otherwise raises `WorkError` if the recipe requires compilation and it fails.
+    With several processes, the main process chooses for all of them. If compilation fails in a `resumed` run, warns and
+    continues without it. Raises `WorkError` if the recipe of a new run requires compilation and compilation fails.
     """
-    device = next(network.parameters()).device
-    batch = _first_batch(recipe, batches)
-    chooser = _Chooser(recipe, network, batch, budget, reporter, processes.world_size)
+    device = network.device
+    batch = _first_batch(recipe, dataset, objective)
+    chooser = _Chooser(recipe, network, batch, objective, budget, reporter, processes.world_size)
     chosen = processes.run_on_main(chooser.resolve)
     training = chosen.training
     precision, compiled, seconds = Precision(training.precision, device), bool(training.compile), 0.0
     if compiled:
-        trial = Trial(network, batch, GradientSettings(int(training.micro_batch_size), precision))
+        trial = Trial(network, batch, GradientSettings(int(training.micro_batch_size), precision, objective))
         required = recipe.training.compile is True and not resumed
         main_reporter = reporter if processes.is_main else SILENT
-        seconds = processes.run_on_all(
-            lambda: compilation.compile_blocks(network, trial, required=required, reporter=main_reporter)
-        )
+        seconds = processes.run_on_all(lambda: compilation.compile_units(network, trial, required=required, reporter=main_reporter))
         compiled = not processes.any(seconds == 0)
     training = training.model_copy(update={"compile": compiled})
     return ResolvedSettings(chosen.model_copy(update={"training": training}), precision, seconds)
@@ -92,23 +93,26 @@ class _Chooser:
     """Chooses the values of `auto` settings in one process."""
 
     recipe: Recipe
-    network: Transformer
+    network: Model
     batch: LocalBatch
+    objective: Objective
     budget: Budget
     reporter: Reporter
     world_size: int
 
     @property
     def device(self) -> torch.device:
-        return next(self.network.parameters()).device
+        return self.network.device
 
     def resolve(self) -> Recipe:
-        """The recipe without `auto`. Nothing is compiled yet: `training.compile` only says whether to try."""
+        """Return the recipe without `auto`. Nothing is compiled yet: `training.compile` only determines whether to try."""
         training = self.recipe.training
         precision = precisions.resolve(training.precision, self.device, self.reporter)
         micro_batch_size = self._estimate_micro_batch(precision)
         if training.micro_batch_size == "auto":
-            micro_batch_size = self._reduce_until_it_fits(GradientSettings(micro_batch_size, precision))
+            if ignored := not_estimated(self.recipe.model):
+                self.reporter.note(f"training.micro_batch_size: auto does not estimate the memory of {', '.join(ignored)}")
+            micro_batch_size = self._reduce_until_it_fits(micro_batch_size, precision)
         if training.precision == "auto":
             if self.device.type == "cpu" and precision.name == "bf16":
                 precision = self._faster_of(Precision("fp32", self.device), precision, micro_batch_size)
@@ -131,18 +135,18 @@ class _Chooser:
             update["optimizer"] = training.optimizer.model_copy(update={"newton_schulz_dtype": dtype})
         return self.recipe.model_copy(update={"training": training.model_copy(update=update)})
 
-    def _trial(self, settings: GradientSettings) -> Trial:
-        return Trial(self.network, self.batch, settings)
+    def _trial(self, micro_batch_size: int, precision: Precision) -> Trial:
+        return Trial(self.network, self.batch, GradientSettings(micro_batch_size, precision, self.objective))
 
     def _faster_of(self, fp32: Precision, bf16: Precision, micro_batch_size: int) -> Precision:
-        """`bf16` if it is clearly faster, else `fp32`. The trials alternate, because the load on the machine varies."""
-        trials = {each: self._trial(GradientSettings(micro_batch_size, each)) for each in (fp32, bf16)}
-        rounds = [{each: trial.seconds(repeat=1) for each, trial in trials.items()} for _ in range(2)]
-        seconds = {each: min(times[each] for times in rounds) for each in trials}
+        """Return `bf16` if it is clearly faster, else `fp32`. The trials alternate, because the load on the machine varies."""
+        trials = {precision: self._trial(micro_batch_size, precision) for precision in (fp32, bf16)}
+        rounds = [{precision: trial.seconds(repeat=1) for precision, trial in trials.items()} for _ in range(2)]
+        seconds = {precision: min(times[precision] for times in rounds) for precision in trials}
         return bf16 if seconds[bf16] < step_time.CLEARLY_FASTER * seconds[fp32] else fp32
 
     def _estimate_micro_batch(self, precision: Precision) -> int:
-        """The micro-batch size of the recipe, or for `auto` an estimate of the largest one that fits into memory."""
+        """Return the recipe's micro-batch size, or for `auto` an estimate of the largest size that fits into memory."""
         device = self.device
         memory: int
         max_tokens: int | None = None
@@ -157,24 +161,23 @@ class _Chooser:
         half = precision.name != "fp32"
         return choose_micro_batch(recipe, self.network.vocab_size, memory, max_tokens, half=half, devices=self.world_size)
 
-    def _reduce_until_it_fits(self, settings: GradientSettings) -> int:
+    def _reduce_until_it_fits(self, size: int, precision: Precision) -> int:
         """Halve the micro-batch size until a forward and backward pass does not run out of memory."""
-        size = settings.micro_batch_size
         while size > 1:
             try:
-                self._trial(GradientSettings(size, settings.precision)).run()
+                self._trial(size, precision).run()
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
             else:
                 break
-            size = smaller_micro_batch(size, len(self.batch.example.inputs) // self.world_size)
+            size = smaller_micro_batch(size, len(self.batch.share) // self.world_size)
         return size
 
     def _compilation_pays_off(self, micro_batch_size: int, precision: Precision) -> bool:
-        """Whether compiling is predicted to save time within the budget, given the time of an eager micro-batch."""
+        """Time an eager micro-batch and predict whether compilation saves time within the budget."""
         training = self.recipe.training
-        trial = self._trial(GradientSettings(micro_batch_size, precision))
+        trial = self._trial(micro_batch_size, precision)
         try:
             step_seconds = trial.seconds() * training.global_batch_size / micro_batch_size / self.world_size
         except RuntimeError as error:
@@ -187,16 +190,16 @@ class _Chooser:
         )
 
 
-def use_fastest_threads(recipe: Recipe, vocab_size: int, batches: Batches, world_size: int = 1) -> int:
-    """Set torch's number of CPU threads to the fastest one for this model, and return it.
+def use_fastest_threads(recipe: Recipe, vocab_size: int, dataset: Dataset, objective: Objective, world_size: int = 1) -> int:
+    """Set torch's CPU threads to the fastest number for this model, and return that number.
 
-    Halves the current number for as long as that makes a micro-batch clearly faster.
+    Halves the current number as long as that makes a micro-batch clearly faster.
     """
-    network = Transformer(recipe.model, vocab_size)
+    network = registry.build(recipe.model, vocab_size, seed=0)
     memory = host_memory_bytes() // world_size
     size = choose_micro_batch(recipe, vocab_size, memory, CPU_MICRO_BATCH_TOKENS, devices=world_size)
-    settings = GradientSettings(size, Precision("fp32", torch.device("cpu")))
-    trial = Trial(network, _first_batch(recipe, batches), settings)
+    settings = GradientSettings(size, Precision("fp32", torch.device("cpu")), objective)
+    trial = Trial(network, _first_batch(recipe, dataset, objective), settings)
     threads = torch.get_num_threads()
     best_seconds = trial.seconds()
     while threads > 1:
@@ -209,6 +212,6 @@ def use_fastest_threads(recipe: Recipe, vocab_size: int, batches: Batches, world
     return threads
 
 
-def _first_batch(recipe: Recipe, batches: Batches) -> LocalBatch:
-    with Feed(batches, CausalObjective(), pin_memory=False) as feed:
+def _first_batch(recipe: Recipe, dataset: Dataset, objective: Objective) -> LocalBatch:
+    with Feed(dataset, objective, seed=recipe.seed) as feed:
         return feed.batch(0, recipe.training.global_batch_size)

@@ -5,12 +5,12 @@
     state.json                     progress: step, cursor, gradient scaler, guards, best so far, fingerprints
     manifest.json                  size and SHA-256 of every file; written last
 
-A checkpoint is written into a folder with a temporary name. Its files are synced, the manifest is written last, and then the folder
+A checkpoint is written to a folder with a temporary name. Its files are synced, the manifest is written last, and then the folder
 is renamed. This happens in a background thread, on copies of the tensors, while training continues.
 
 torch.distributed.checkpoint writes the optimizer state and reads all tensors, in its safetensors format. The headers of these files
-say which part of a tensor each file holds, so that a run can resume with a different number of processes. The default format of
-torch.distributed.checkpoint keeps this information in a pickle.
+record which part of a tensor each file contains, so that a run can resume with a different number of processes. The default format
+of torch.distributed.checkpoint keeps this information in a pickle.
 """
 
 from __future__ import annotations
@@ -35,13 +35,12 @@ from torch import Tensor
 
 import tinylm
 from tinylm.errors import InputError, TinylmError, WorkError
-from tinylm.model.transformer import Transformer
+from tinylm.model.base import Model
 from tinylm.optim.groups import Optimizers
 from tinylm.paths import atomic_write_text, sync_folder
 from tinylm.processes import SINGLE_PROCESS, Processes
 from tinylm.reporting import Reporter
 from tinylm.run import FORMAT, POINTERS, Checkpoint, Run, write_manifest
-from tinylm.training.parallel import named_weights
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class CheckpointWriter:
         return self._pending is None or self._pending.done()
 
     def wait(self) -> Checkpoint | None:
-        """Wait for the pending save and return its checkpoint; None if there is none. Raises `WorkError` if it failed."""
+        """Wait for the pending save, if any, and return its checkpoint. Raises `WorkError` if the save failed."""
         if self._pending is None:
             return None
         pending, self._pending = self._pending, None
@@ -122,7 +121,7 @@ class CheckpointWriter:
         return Checkpoint(final)
 
     def _complete(self, partial: Path, final: Path, snapshot: Snapshot) -> None:
-        """Add the files that only the main process writes, the manifest last, and rename the folder."""
+        """Write the files of the main process, with the manifest last, and rename the folder."""
         for number, file in enumerate(sorted(partial.iterdir()), 1):
             os.replace(file, partial / f"training-{number:05d}.safetensors")
         save_file(dict(snapshot.weights), partial / "model.safetensors", {"format": "pt"})
@@ -155,9 +154,9 @@ class CheckpointWriter:
                     _remove(checkpoint)
 
     def discard_after(self, kept: Checkpoint, best_step: int) -> bool:
-        """Remove the checkpoints that are newer than `kept`, and make `kept` the last.
+        """Remove all checkpoints newer than `kept`, and point `last` to `kept`.
 
-        Returns whether the checkpoint of `best_step` still exists. If so, `best` names it; otherwise `best` is removed.
+        Returns whether the checkpoint of `best_step` still exists. If so, `best` points to it; otherwise `best` is removed.
         """
         if self._is_main:
             for checkpoint in self.run.checkpoints():
@@ -219,7 +218,7 @@ def _write_error(problem: str, folder: Path, error: BaseException) -> WorkError:
 
 
 def _is_distributed_checkpoint_error(error: BaseException) -> bool:
-    """Whether `error` is a `CheckpointException`, which is not an `Exception` and holds one error per failed process."""
+    """Whether `error` is a `CheckpointException`, which is not an `Exception` and contains one error per failed process."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     return isinstance(error, CheckpointException)
@@ -234,7 +233,7 @@ def _ignore_warnings() -> Iterator[None]:
 
 
 def newest_complete_checkpoint(run: Run, reporter: Reporter) -> Checkpoint:
-    """The newest undamaged checkpoint of a run. Warns about each damaged one. Raises `InputError` if there is none."""
+    """Return the newest undamaged checkpoint, and warn about damaged ones. Raises `InputError` if no checkpoint is undamaged."""
     for checkpoint in reversed(run.checkpoints()):
         problem = checkpoint.problem()
         if problem is None:
@@ -245,7 +244,7 @@ def newest_complete_checkpoint(run: Run, reporter: Reporter) -> Checkpoint:
 
 def restore(
     checkpoint: Checkpoint,
-    network: Transformer,
+    network: Model,
     optimizers: Optimizers,
     processes: Processes = SINGLE_PROCESS,
     *,
@@ -254,13 +253,13 @@ def restore(
     """Load the weights and the optimizer state of a checkpoint, and return the content of its state.json.
 
     Each process reads its own shard. Without `load_optimizer`, the optimizer state stays empty. Raises `InputError` if the
-    checkpoint does not fit the network or the optimizers.
+    checkpoint does not match the network or the optimizers.
     """
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
     state = checkpoint.state
-    weights = named_weights(network)
+    weights = network.stored_weights()
     try:
         reader = HuggingFaceStorageReader(str(checkpoint.path))
         shapes = {name: _stored_shape(name, entry) for name, entry in reader.read_metadata().state_dict_metadata.items()}
@@ -290,12 +289,12 @@ def restore(
 def _check_weights(weights: Mapping[str, Tensor], stored: Mapping[str, torch.Size]) -> None:
     for name, tensor in weights.items():
         if stored.get(name) != tensor.shape:
-            found = f"{tuple(stored[name])} instead of {tuple(tensor.shape)}" if name in stored else "missing"
-            raise ValueError(f"it does not fit the recipe: {name} is {found}")
+            actual = f"{tuple(stored[name])} instead of {tuple(tensor.shape)}" if name in stored else "missing"
+            raise ValueError(f"it does not fit the recipe: {name} is {actual}")
 
 
 def _stored_shape(name: str, entry: Any) -> Any:
-    """The shape of a saved tensor, from the file headers. Raises `ValueError` if the parts in the files do not cover it exactly."""
+    """Return the shape of a saved tensor. Raises `ValueError` if the parts in the files do not cover the tensor exactly."""
     covered = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
     if covered != math.prod(entry.size) or any(offset < 0 for chunk in entry.chunks for offset in chunk.offsets):
         raise ValueError(f"the parts of {name} do not cover the tensor")

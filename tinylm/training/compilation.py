@@ -1,4 +1,4 @@
-"""Compile the blocks of a network with `torch.compile`, and time micro-batches to decide whether that pays off."""
+"""Compile the units of a network, such as its blocks, with `torch.compile`. Time micro-batches to decide whether to compile."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch
 
 from tinylm.cost.step_time import cpp_compiler
 from tinylm.errors import WorkError
-from tinylm.model.objective import Example
-from tinylm.model.transformer import Transformer
+from tinylm.model.base import Model
 from tinylm.reporting import Reporter
 from tinylm.training.feed import LocalBatch
 from tinylm.training.out_of_memory import is_out_of_memory
@@ -19,7 +18,7 @@ from tinylm.training.step import GradientSettings, accumulate
 
 
 def available_compiler(device: torch.device) -> str | None:
-    """The compiler that torch.compile uses on this device, or None if it is not installed or the device is unsupported."""
+    """Return the compiler that torch.compile uses on this device, or None if it is missing or the device is unsupported."""
     if device.type == "cuda":
         return "triton" if importlib.util.find_spec("triton") is not None else None
     if device.type == "cpu":
@@ -30,14 +29,14 @@ def available_compiler(device: torch.device) -> str | None:
 class Trial:
     """Runs the forward and backward pass of the first micro-batch of a batch, and discards the gradient."""
 
-    def __init__(self, network: Transformer, batch: LocalBatch, settings: GradientSettings) -> None:
+    def __init__(self, network: Model, batch: LocalBatch, settings: GradientSettings) -> None:
         self.settings = replace(settings, scaler=None)
         self._network = network
         size = settings.micro_batch_size
-        self._batch = LocalBatch(Example(batch.example.inputs[:size], batch.example.targets[:size]), batch.global_target_count)
+        self._batch = replace(batch, share=batch.share.rows(slice(size)))
 
     def seconds(self, repeat: int = 2) -> float:
-        """The time of one micro-batch: the best of `repeat` runs, after one warmup run."""
+        """Measure the time of one micro-batch: the best of `repeat` runs, after one warmup run."""
         best = float("inf")
         for attempt in range(repeat + 1):
             start = time.perf_counter()
@@ -55,24 +54,25 @@ class Trial:
             self._network.zero_grad(set_to_none=True)
 
 
-def compile_blocks(network: Transformer, trial: Trial, *, required: bool, reporter: Reporter) -> float:
-    """Compile every block in place by running one micro-batch. Returns the seconds it took, or 0 if compilation failed.
+def compile_units(network: Model, trial: Trial, *, required: bool, reporter: Reporter) -> float:
+    """Compile every unit of the network in place by running one micro-batch. Returns the elapsed seconds, or 0 on failure.
 
-    All blocks share the code compiled for the first one. If compilation fails, raises `WorkError` if it is `required`; otherwise
-    warns and leaves the blocks uncompiled. If the micro-batch runs out of memory, the blocks stay compiled: the trainer will reduce
-    the micro-batch size.
+    Units of the same kind share the code compiled for the first one. A network without units is compiled as a whole. If compilation
+    fails, raises `WorkError` if it is `required`; otherwise warns and leaves the units uncompiled. If the micro-batch runs out of
+    memory, the units stay compiled: the trainer will reduce the micro-batch size.
     """
     start = time.perf_counter()
-    for block in network.blocks:
-        block.compile(dynamic=False)
+    units = network.compile_units() or (network,)
+    for unit in units:
+        unit.compile(dynamic=False)
     try:
         trial.run()
     except Exception as error:  # the compiler's errors have no common base class, and some come from the tools it runs
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             reporter.note("a micro-batch does not fit into memory; the first step will reduce its size")
             return time.perf_counter() - start
-        for block in network.blocks:
-            block._compiled_call_impl = None
+        for unit in units:
+            unit._compiled_call_impl = None
         network.zero_grad(set_to_none=True)
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if required:

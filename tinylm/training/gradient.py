@@ -1,4 +1,4 @@
-"""Compute the gradient of a global batch, over all processes, and reduce the micro-batch size if memory runs out."""
+"""Compute the gradient of a global batch over all processes, and reduce the micro-batch size if memory runs out."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class GradientComputer:
         dropout_seed: int | None,
         note: Callable[[str], None],
     ) -> None:
-        """`dropout_seed`: the recipe's seed, or None without dropout. `note` receives a message if memory runs out."""
+        """`dropout_seed` is the recipe's seed, or None without dropout. `note` receives a message if memory runs out."""
         self.settings = settings
         self._parallel = parallel
         self._processes = parallel.processes
@@ -56,13 +56,13 @@ class GradientComputer:
     def _try_accumulate(self, batch: LocalBatch, steps_before: int) -> Tensor | None:
         """Return this process's share of the loss; None if memory ran out in any process and the micro-batch size was reduced.
 
-        With DDP, all processes check whether any of them has run out of memory before they exchange gradients, and then reduce the
-        size together. A process that runs out of memory during the exchange (with FSDP: at any time) raises a `WorkError` instead,
-        because its peers are already waiting in another collective.
+        With DDP, all processes check whether any process has run out of memory before they exchange gradients, and if so, reduce
+        the size together. A process that runs out of memory during the exchange, or at any time with FSDP, raises `WorkError`
+        instead, because its peers are already waiting in another collective.
         """
         self._optimizers.zero_grad()
         processes, exchanging = self._processes, False
-        count = len(batch.example.inputs) // self.settings.micro_batch_size
+        count = len(batch.share) // self.settings.micro_batch_size
         seeds = None
         if self._dropout_seed is not None:
             seeds = micro_batch_seeds(self._dropout_seed, steps_before, processes.rank * count, count)
@@ -90,11 +90,11 @@ class GradientComputer:
                 hint = "resume with --resume and a smaller --set training.micro_batch_size"
                 raise WorkError(f"out of memory while exchanging data with other processes: {reason}", hint=hint) from None
             processes.any(True)
-        self._reduce_micro_batch_size(len(batch.example.inputs), reason)
+        self._reduce_micro_batch_size(len(batch.share), reason)
         return None
 
     def _reduce_micro_batch_size(self, sequences: int, reason: str) -> None:
-        """Free memory and at least halve the micro-batch size. `sequences`: this process's share of the global batch."""
+        """Free memory and at least halve the micro-batch size. `sequences` is this process's share of the global batch."""
         before = self.settings.micro_batch_size
         self._optimizers.zero_grad()
         if self.settings.precision.device.type == "cuda":

@@ -1,8 +1,8 @@
 """Check the loss and gradient norm of every step: skip non-finite steps, flag spikes.
 
 A step whose loss or gradient is non-finite does not update the weights. After `patience` skipped steps in a row, the trainer rolls
-back to its last good checkpoint and continues past the offending batches. If that has happened `rollbacks` times already, it aborts
-with a report (`training.replay`). The state of the guard is saved with every checkpoint, so that resuming does not reset it.
+back to its last good checkpoint and continues past the offending batches. After `rollbacks` rollbacks, it aborts instead, with a
+report (`training.replay`). The state of the guard is saved with every checkpoint, so that resuming does not reset it.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class Guard:
         self._state = state
 
     def skip_reason(self, loss: float, grad_norm: float, overflow_expected: bool) -> str | None:
-        """Why to skip a step, or None. Also counts the skipped steps.
+        """Return the reason to skip a step, or None. Also counts the skipped steps.
 
-        With `overflow_expected`, only the loss must be finite: a gradient scaler finds its scale by trying scales that are too
-        large, and skips those steps itself.
+        With `overflow_expected`, only the loss has to be finite: a gradient scaler tries scales that are too large, and skips
+        those steps itself.
         """
         state = self._state
         if not math.isfinite(loss):
@@ -70,7 +70,7 @@ class Guard:
         return self._state.rollbacks < self._section.rollbacks
 
     def spike_score(self, loss: float) -> float | None:
-        """The robust z-score of a loss if it is a spike, else None. Also counts spikes and adds the loss to the recent ones.
+        """Return the robust z-score of a loss if it is a spike, else None. Also counts spikes and adds the loss to the recent ones.
 
         Unlike mean and standard deviation, the median and the median absolute deviation are robust to the spikes themselves
         (Leys et al. 2013).
@@ -85,7 +85,7 @@ class Guard:
 
 
 def robust_z_score(value: float, others: list[float]) -> float | None:
-    """(value - median) / (1.4826 * median absolute deviation) of the others. None if there are too few or their deviation is 0."""
+    """(value - median) / (1.4826 * median absolute deviation) of `others`. None if there are too few or their deviation is 0."""
     if len(others) < _MIN_LOSSES:
         return None
     center = median(others)

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from tinylm.errors import WorkError
+from tinylm.evaluation.metrics import Metrics
 from tinylm.paths import atomic_write_text
 from tinylm.training.jsonl_log import JsonLinesLog
 
 _LOGGED_BEFORE_SAVING = ("step", "skipped", "spike")
-"""Kinds of lines that are written before the checkpoint of their step is saved. All other kinds are written after it."""
+"""Kinds of lines that are written before the checkpoint of their step is saved. All other kinds are written afterwards."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,10 @@ class StepEvent:
     lr: float
     grad_norm: float
     tokens_per_second: float
-    mfu: float
-    """Model FLOPs utilization: the model's FLOPs per second, divided by those of large matrix products in this precision."""
+    mfu: float | None
+    """Model FLOPs utilization: the model's FLOP/s divided by the FLOP/s of large matrix products in this precision.
+
+    None if the FLOPs of the architecture are not estimated."""
     seconds: float
     """Since training started, summed over all resumes."""
     done: float
@@ -40,17 +43,29 @@ class StepEvent:
 
 @dataclass(frozen=True)
 class EvaluationEvent:
-    """An evaluation on the held-out text. `val_loss` is in nats per token."""
+    """An evaluation on the held-out data."""
 
     step: int
     tokens: int
-    val_loss: float
-    val_bits_per_byte: float
+    metrics: Metrics
     train_seconds: float
     """Time spent in optimizer steps only."""
     seconds: float
     best: bool
     """Whether the checkpoint of this step was saved and is the best so far."""
+
+    def as_line(self) -> dict[str, Any]:
+        """Return the fields of a metrics.jsonl line. Each metric has its own key, such as `val_loss`."""
+        times = {"train_seconds": self.train_seconds, "seconds": self.seconds}
+        return {"step": self.step, "tokens": self.tokens, **self.metrics.as_dict(), **times, "best": self.best}
+
+    @classmethod
+    def from_line(cls, line: Mapping[str, Any]) -> EvaluationEvent:
+        """Create an event from a metrics.jsonl line without its `kind`. Raises `TypeError` if a field is missing or unknown."""
+        metrics = Metrics.from_dict(line)
+        if metrics is None:
+            raise TypeError("the line has no metric")
+        return cls(metrics=metrics, **{key: value for key, value in line.items() if key not in metrics.as_dict()})
 
 
 @dataclass(frozen=True)
@@ -83,19 +98,19 @@ class Observer:
     def guard(self, event: GuardEvent) -> None: ...
 
     def resumed(self, steps: Sequence[StepEvent], evaluations: Sequence[EvaluationEvent]) -> None:
-        """The events that were logged before this training run was resumed; none for a new run. Called once, before all others."""
+        """Called once, before all other methods, with the events logged before the run was resumed. A new run has none."""
 
     def saved(self, step: int) -> None:
-        """The checkpoint of a step is complete. It is saved in a background thread, so this may be called some steps later."""
+        """Called when the checkpoint of `step` is complete. A background thread saves it, so this may be a few steps later."""
 
     def phase(self, name: str) -> None:
-        """A phase begins: `first step`, `training`, `evaluating`, `saving` or `sampling`."""
+        """Called when a phase begins: `first step`, `training`, `evaluating`, `saving` or `sampling`."""
 
     def note(self, text: str) -> None:
-        """A message for the user."""
+        """Called with a message for the user."""
 
     def stopping(self) -> None:
-        """A signal arrived: training will save and stop after the current step. Called from the signal handler."""
+        """Called from the signal handler when a signal arrives. Training will save and stop after the current step."""
 
 
 class Observers(Observer):
@@ -144,8 +159,8 @@ class Observers(Observer):
 class MetricsFile(Observer):
     """Appends events to metrics.jsonl and samples.md in a run folder.
 
-    When a run is resumed, everything that was written after the checkpoint of `resumed_step` was saved is removed: later steps, and
-    the evaluation and samples of that step. `on_write_error` receives a message if writing fails; by default it raises `WorkError`.
+    When a run is resumed, all events written after the checkpoint of `resumed_step` are removed: events of later steps, and the
+    evaluation and samples of that step. If writing fails, `on_write_error` receives a message; by default it raises `WorkError`.
     """
 
     def __init__(self, folder: Path, resumed_step: int, on_write_error: Callable[[str], None] | None = None) -> None:
@@ -159,7 +174,7 @@ class MetricsFile(Observer):
             atomic_write_text(self._samples, _samples_before(self._samples.read_bytes().decode("utf-8"), step))
 
     def history(self) -> tuple[list[StepEvent], list[EvaluationEvent]]:
-        """The step and evaluation events in the file. Lines with other fields (from another version) are skipped."""
+        """Return the step and evaluation events in the file. Lines with other fields (from another version) are skipped."""
         steps: list[StepEvent] = []
         evaluations: list[EvaluationEvent] = []
         for line in self._log.records():
@@ -169,7 +184,7 @@ class MetricsFile(Observer):
                 if kind == "step":
                     steps.append(StepEvent(**values))
                 elif kind == "eval":
-                    evaluations.append(EvaluationEvent(**values))
+                    evaluations.append(EvaluationEvent.from_line(values))
         return steps, evaluations
 
     @contextmanager
@@ -179,22 +194,22 @@ class MetricsFile(Observer):
         except OSError as error:
             self._on_write_error(f"cannot write the log: {error.strerror or error}")
 
-    def _write(self, kind: str, event: StepEvent | EvaluationEvent | GuardEvent) -> None:
+    def _write(self, kind: str, fields: Mapping[str, Any]) -> None:
         with self._handle_write_errors():
-            self._log.write({"kind": kind} | asdict(event))
+            self._log.write({"kind": kind, **fields})
 
     def step(self, event: StepEvent) -> None:
-        self._write("step", event)
+        self._write("step", asdict(event))
 
     def evaluation(self, event: EvaluationEvent) -> None:
-        self._write("eval", event)
+        self._write("eval", event.as_line())
 
     def guard(self, event: GuardEvent) -> None:
         if event.kind == "rollback":
             with self._handle_write_errors():
                 self._log.remove_unless(_written_before_saving(event.step))
                 self._truncate_samples(event.step)
-        self._write(event.kind, event)
+        self._write(event.kind, asdict(event))
 
     def sample(self, event: SampleEvent) -> None:
         with self._handle_write_errors(), open(self._samples, "a", encoding="utf-8", newline="\n") as file:
@@ -207,7 +222,7 @@ class MetricsFile(Observer):
 
 
 def _written_before_saving(step: int) -> Callable[[Mapping[str, Any]], bool]:
-    """Return a predicate: whether a line of metrics.jsonl had been written when the checkpoint of `step` was saved."""
+    """Return a predicate that is true for lines of metrics.jsonl written before the checkpoint of `step` was saved."""
     return lambda line: "kind" in line and line["step"] < step + (line["kind"] in _LOGGED_BEFORE_SAVING)
 
 
@@ -216,6 +231,6 @@ def _raise_work_error(problem: str) -> None:
 
 
 def _samples_before(samples: str, step: int) -> str:
-    """The sections of samples.md before `step`. Generated text is indented, so it is never mistaken for a heading."""
+    """Return the sections of samples.md before `step`. Generated text is indented, so it is never mistaken for a heading."""
     sections = re.split(r"^(?=## Step \d+\n)", samples, flags=re.MULTILINE)
     return "".join(section for section in sections if section and int(section.split("\n", 1)[0].removeprefix("## Step ")) < step)

@@ -21,8 +21,8 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 def keep_freed_memory() -> bool:
     """Make glibc keep freed memory instead of returning it to the system. Returns False on systems without glibc.
 
-    Every step allocates the same tensors, and the kernel zeroes each page before it hands it out again. Keeping the memory saves
-    5 to 25 % of the time of a step on a CPU. Tensors of `MMAP_THRESHOLD` bytes or more are still returned.
+    Every step allocates the same tensors, and the kernel zeroes each page before reusing it. Keeping the memory saves 5 to 25 %
+    of the step time on a CPU. Tensors of `MMAP_THRESHOLD` bytes or more are still returned.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -36,5 +36,5 @@ def keep_freed_memory() -> bool:
 
 
 def smaller_micro_batch(micro_batch_size: int, sequences: int) -> int:
-    """The largest divisor of `sequences`, a process's share of the global batch, that is at most half of the micro-batch size."""
+    """Return the largest divisor of `sequences`, a process's share of the batch, that is at most half the micro-batch size."""
     return next(size for size in range(micro_batch_size // 2, 0, -1) if sequences % size == 0)

@@ -1,8 +1,8 @@
 """Data parallelism: sum the gradients of all processes (DDP), or also shard the weights among them (FSDP).
 
-`ddp`: each process holds the whole model (torch's DistributedDataParallel). `fsdp`: weights, gradients and optimizer state are
-sharded (FSDP2's `fully_shard`, one unit per block). Both reduce gradients in float32, once per optimizer step, with the last
-micro-batch. The model contains no code for this, and optimizers are built from the unwrapped network.
+With `ddp`, each process has a copy of the model (torch's DistributedDataParallel). With `fsdp`, weights, gradients and optimizer
+state are sharded (FSDP2's `fully_shard`, one unit per block). Both reduce gradients in float32, once per optimizer step, during the
+last micro-batch. The model contains no code for this, and optimizers are built from the unwrapped network.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from tinylm.cost.micro_batch import estimate_memory, host_memory_bytes
-from tinylm.model import lora
-from tinylm.model.transformer import Transformer
+from tinylm.cost.parameters import has_estimates
+from tinylm.model import lora, registry
+from tinylm.model.base import Model
 from tinylm.processes import SINGLE_PROCESS, Processes, lost_peer_error
 from tinylm.recipe import Recipe
 from tinylm.training.precision import Precision
@@ -33,7 +34,11 @@ _MAX_REPLICATED = 0.5
 
 
 def resolve(name: str, recipe: Recipe, vocab_size: int, device: torch.device, processes: Processes) -> str:
-    """`none` for a single process, else `ddp` or `fsdp`. For `auto`, `ddp` if the training state leaves half of the memory free."""
+    """Return `none` for a single process, else `ddp` or `fsdp`.
+
+    `auto` becomes `ddp` if the training state takes at most half of a device's memory, or if the memory cannot be estimated for the
+    architecture.
+    """
     if processes.world_size == 1:
         return "none"
     if name != "auto":
@@ -42,6 +47,8 @@ def resolve(name: str, recipe: Recipe, vocab_size: int, device: torch.device, pr
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
         memory = host_memory_bytes() // processes.world_size
+    if not has_estimates(recipe.model):
+        return "ddp"
     costs = estimate_memory(recipe, vocab_size, 1)
     return "fsdp" if costs.weights + costs.gradients + costs.optimizer > _MAX_REPLICATED * memory else "ddp"
 
@@ -49,12 +56,12 @@ def resolve(name: str, recipe: Recipe, vocab_size: int, device: torch.device, pr
 class Parallel:
     """Prepares a network for training with several processes.
 
-    `network` is still the network passed in: use it to evaluate, to save and to build the optimizers. In training, call the module
+    `network` is the network that was passed in. Use it to evaluate, to save and to build the optimizers. To train, call the module
     that `micro_batch` yields.
     """
 
     def __init__(
-        self, network: Transformer, name: str = "none", processes: Processes = SINGLE_PROCESS, precision: Precision | None = None
+        self, network: Model, name: str = "none", processes: Processes = SINGLE_PROCESS, precision: Precision | None = None
     ) -> None:
         self.network = network
         self.name = name
@@ -65,7 +72,7 @@ class Parallel:
             return
         from torch.distributed.device_mesh import init_device_mesh
 
-        device = next(network.parameters()).device
+        device = network.device
         self.mesh = init_device_mesh(device.type, (processes.world_size,))
         # Silence torch's message that gloo emulates redistribution with an all-gather, which is slower but correct.
         logging.getLogger("torch.distributed.tensor._collective_utils").setLevel(logging.ERROR)
@@ -77,7 +84,7 @@ class Parallel:
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[nn.Module]:
-        """Yield the module to call for this micro-batch. Gradients are reduced with the `last` micro-batch of a step only."""
+        """Yield the module to call for this micro-batch. Gradients are reduced only in the `last` micro-batch of a step."""
         if self._replicas is None:
             if self.name == "fsdp":
                 self.network.set_requires_gradient_sync(last)  # type: ignore[operator]  # a method that fully_shard adds
@@ -100,19 +107,19 @@ class Parallel:
         return total
 
     def full_weights(self) -> dict[str, Tensor]:
-        """Copy all weights to the CPU, by name, with a tied head stored once. Empty except in the main process.
+        """Copy all weights to the CPU, by name. A tied head is included once. The result is empty except in the main process.
 
         A collective: all processes must call it.
         """
         weights = {}
-        for name, tensor in named_weights(self.network).items():
+        for name, tensor in self.network.stored_weights().items():
             full = full_tensor(tensor)
             if self.processes.is_main:
                 weights[name] = full.to("cpu", copy=True)
         return weights
 
     def cpu_copies(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copy tensors to the CPU, so that training does not modify them. The copy of a sharded tensor is sharded like it."""
+        """Copy tensors to the CPU, so that training does not modify them. Copies of sharded tensors are sharded the same way."""
         return {name: self._cpu_copy(tensor) for name, tensor in tensors.items()}
 
     def _cpu_copy(self, tensor: Any) -> Tensor:
@@ -126,9 +133,9 @@ class Parallel:
         return DTensor.from_local(local, self._host_mesh, tensor.placements, run_check=False, **shape)
 
     @contextmanager
-    def full_network(self) -> Iterator[Transformer | None]:
-        """Yield the network with all its weights in the main process, and None in the others, which wait for it on exit."""
-        network: Transformer | None = None
+    def full_network(self) -> Iterator[Model | None]:
+        """Yield the unsharded network in the main process and None in the others. On exit, all wait for the main process."""
+        network: Model | None = None
         if self.name == "fsdp":
             weights = self.full_weights()
             if self.processes.is_main:
@@ -138,23 +145,15 @@ class Parallel:
         yield network
         self.processes.any(False)  # any collective is a barrier
 
-    def _unsharded_copy(self, weights: Mapping[str, Tensor]) -> Transformer:
-        """A network like this one with the given weights, on the same device and not sharded."""
+    def _unsharded_copy(self, weights: Mapping[str, Tensor]) -> Model:
+        """Build an unsharded copy of the network with the given weights, on the same device."""
         sharded = self.network
-        network = lora.uninitialized_network(sharded.model, sharded.vocab_size, lora.section_of(sharded))
-        network = network.to(sharded.embedding.weight.device)
+        network = registry.build(sharded.model, sharded.vocab_size, None, with_lora=lora.section_of(sharded))
+        network = network.to(sharded.device)
         with torch.no_grad():
-            for name, tensor in named_weights(network).items():
+            for name, tensor in network.stored_weights().items():
                 tensor.copy_(weights[name])
         return network
-
-
-def named_weights(network: Transformer) -> dict[str, Tensor]:
-    """The weights that a checkpoint stores, detached. A tied head is omitted, because it is the embedding."""
-    tensors = network.state_dict()
-    if network.model.tie_embeddings:
-        del tensors["head.weight"]
-    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -164,23 +163,21 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def tensor_norms(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
-    """The Euclidean norm of each named tensor, computed in float64."""
+    """Return the Euclidean norm of each named tensor, computed in float64."""
     return {name: float(full_tensor(torch.linalg.vector_norm(tensor.detach().double()))) for name, tensor in tensors}
 
 
-def _shard(network: Transformer, mesh: DeviceMesh, precision: Precision | None) -> None:
+def _shard(network: Model, mesh: DeviceMesh, precision: Precision | None) -> None:
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     half = torch.bfloat16 if precision is not None and precision.name == "bf16" else None  # not float16: its range is too small
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in network.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(
-        network, mesh=mesh, mp_policy=policy
-    )  # the remaining parameters; a tied head must be in the same unit as its embedding
+    for unit in network.compile_units():
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    fully_shard(network, mesh=mesh, mp_policy=policy)  # the remaining parameters; tied weights must be in the same unit
     for method in ("hidden", "logits"):  # evaluation calls these instead of forward
         register_fsdp_forward_method(network, method)
-    # A block returns its value embeddings as a view. torch warns about modifying it in place, which nothing does.
+    # A block returns its value embeddings as a view. torch warns against modifying it in place, but no code does that.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for module in network.modules():
         if isinstance(module, FSDPModule):  # sum, because losses are already divided by the global number of targets
@@ -188,11 +185,11 @@ def _shard(network: Transformer, mesh: DeviceMesh, precision: Precision | None) 
             module.set_gradient_divide_factor(1.0)
 
 
-def _replicate(network: Transformer, device: torch.device) -> DistributedDataParallel:
+def _replicate(network: Model, device: torch.device) -> DistributedDataParallel:
     from torch.nn.parallel import DistributedDataParallel
 
     # DDP reduces gradients in buckets, which it rebuilds after the first step unless `find_unused_parameters` is set. With rebuilt
-    # buckets, the first step after resuming would use different buckets than in an uninterrupted run and round differently.
+    # buckets, the first step of a resumed run would use other buckets than an uninterrupted run, and round differently.
     ids = [device] if device.type == "cuda" else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames broadcast_buffers; older versions lack the new name

@@ -1,4 +1,4 @@
-"""The results of optimizer steps. On a GPU they are read asynchronously: the host queues the next step before it waits."""
+"""The results of optimizer steps. On a GPU they are read asynchronously: the host queues the next step before waiting."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class StepResult:
-    """The outcome of an optimizer step, the same in every process."""
+    """The outcome of an optimizer step. It is the same in every process."""
 
     step: int
     cursor: int
@@ -34,11 +34,11 @@ class PendingStep:
     values: Tensor
     """(3,): loss, gradient norm and loss scale."""
     copied: torch.cuda.Event | None
-    """Recorded after the copy of `values` to the host; None if they were not on a GPU."""
+    """Recorded after the copy of `values` to the host; None if `values` was not on a GPU."""
 
     @classmethod
     def start(cls, step: int, cursor: int, fingerprint: int, values: Tensor) -> PendingStep:
-        """Start to copy the results to the host, without waiting for the GPU."""
+        """Start copying the results to the host, without waiting for the GPU."""
         if values.device.type != "cuda":
             return cls(step, cursor, fingerprint, values, None)
         on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
@@ -57,6 +57,6 @@ class PendingStep:
 def defers_results(device: torch.device) -> bool:
     """Whether the results of a step are read only after the next step has been queued.
 
-    This needs a device that runs asynchronously, and optimizers that skip an update if a flag on the device says so.
+    This needs a device that runs asynchronously, and optimizers that skip an update if a flag on the device is set.
     """
     return device.type == "cuda"

@@ -1,4 +1,4 @@
-"""Numeric precision of training: float32, or autocast to bfloat16, or to float16 with a gradient scaler."""
+"""Training precision: float32, autocast to bfloat16, or autocast to float16 with a gradient scaler."""
 
 from __future__ import annotations
 
@@ -9,25 +9,29 @@ from dataclasses import dataclass
 
 import torch
 
-from tinylm.device import has_bf16_units
+from tinylm.cost import accelerators
+from tinylm.cost.accelerators import Accelerator
+from tinylm.device import describe, has_bf16_units
 from tinylm.reporting import Reporter
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SPEEDUP_WIDTH = 256
 """Width of the square matrices in `bf16_speedup`."""
-_PEAK_WIDTHS = {"cpu": (1024, 2048), "cuda": (4096,), "mps": (2048,)}
+_PEAK_WIDTHS = {"cpu": (1024, 2048), "cuda": (8192,), "mps": (2048,)}
 """Widths of the square matrices in `measure_peak_flops`. On some CPUs, a bf16 matmul of the smaller width runs on a single core, so
 the larger width is timed as well. In fp32, that would only delay the start of training."""
 _REPEATS = 6
+_BACK_TO_BACK = 10
+"""Number of matmuls to queue back to back on a GPU, so that the measured time does not include launch overhead."""
 _TRY_LARGER_BELOW_SECONDS = 0.03
 """The larger width is timed only if a matmul of the smaller width is faster than this."""
 _REPEAT_BELOW_SECONDS = 0.5
-"""A matmul that is slower than this is not repeated. This happens with bf16 on a CPU that emulates it."""
+"""A matmul that takes longer than this is not repeated, for example in bf16 on a CPU that emulates it."""
 
 
 @dataclass(frozen=True)
 class Precision:
-    """`name` is `fp32` for no autocast, or its dtype: `bf16` or `fp16`. Weights and optimizer state are always float32."""
+    """`name` is `fp32` (no autocast), or the autocast dtype, `bf16` or `fp16`. Weights and optimizer state are always float32."""
 
     name: str
     device: torch.device
@@ -38,7 +42,7 @@ class Precision:
 
     @contextmanager
     def tf32(self) -> Iterator[None]:
-        """A context in which a GPU uses TF32 for float32 matmuls. Training uses it; evaluation stays in full float32."""
+        """Use TF32 for float32 matmuls on a GPU within this context. Training uses TF32; evaluation stays in full float32."""
         if self.device.type != "cuda":
             yield
             return
@@ -59,12 +63,12 @@ class Precision:
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def scaler(self) -> torch.amp.GradScaler:
-        """A gradient scaler that keeps float16 gradients from underflowing. It is disabled for other precisions."""
+        """Return a gradient scaler that keeps float16 gradients from underflowing. It is disabled for other precisions."""
         return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
 
 
 def resolve(name: str, device: torch.device, reporter: Reporter) -> Precision:
-    """The precision `name`. For `auto`: bf16 if the device is faster in it, fp16 on a GPU without bf16 units, else fp32.
+    """Return the precision `name`. For `auto`: bf16 if it is faster on the device, fp16 on a GPU without bf16 units, else fp32.
 
     Warns if bf16 was requested on a CPU where it is slower than fp32.
     """
@@ -93,6 +97,29 @@ def bf16_speedup(device: torch.device) -> float:
     return seconds(torch.float32) / max(seconds(torch.bfloat16), 1e-9)
 
 
+def peak_flops(precision: Precision) -> float:
+    """Return the FLOP/s that model FLOPs utilization (MFU) is relative to, from the device's data sheet or else measured."""
+    sheet = _data_sheet(precision)
+    return measure_peak_flops(precision) if sheet is None else sheet[0].flops[sheet[1]]
+
+
+def peak_source(precision: Precision) -> str:
+    """Describe where the value of `peak_flops` comes from."""
+    sheet = _data_sheet(precision)
+    return "measured matrix product" if sheet is None else f"data sheet of {sheet[0].name}, {sheet[1]}"
+
+
+def _data_sheet(precision: Precision) -> tuple[Accelerator, str] | None:
+    """Return the data sheet of a GPU and its key for this precision. As in training, fp32 uses TF32 if the GPU supports it."""
+    if precision.device.type != "cuda":
+        return None
+    sheet = accelerators.from_device_name(describe(precision.device))
+    if sheet is None:
+        return None
+    name = "tf32" if precision.name == "fp32" and "tf32" in sheet.flops else precision.name
+    return (sheet, name) if name in sheet.flops else None
+
+
 def measure_peak_flops(precision: Precision) -> float:
     """Measure the FLOP/s of a large matmul on the device in this precision. As in training, fp32 on a GPU uses TF32."""
     widths = _PEAK_WIDTHS[precision.device.type]
@@ -108,8 +135,8 @@ def measure_peak_flops(precision: Precision) -> float:
 def matmul_seconds(width: int, precision: Precision) -> float:
     """Measure the time of a (width, width) x (width, width) matmul: the best of several repeats.
 
-    On a CPU, counts the CPU time of the calling thread if that clock is precise enough, so that other load on the machine does not
-    matter.
+    On CUDA, the result is the mean of several back-to-back matmuls, after two warmup matmuls. On a CPU, it is the CPU time of the
+    calling thread if that clock is precise enough, so that other load on the machine does not matter.
     """
     device = precision.device
     clock = time.thread_time if device.type == "cpu" and _has_precise_thread_clock() else time.perf_counter
@@ -117,6 +144,8 @@ def matmul_seconds(width: int, precision: Precision) -> float:
     matrix = torch.randn(width, width, generator=generator).to(device, precision.dtype)
     best = float("inf")
     with precision.tf32():
+        if device.type == "cuda":
+            return _cuda_matmul_seconds(matrix)
         for _ in range(_REPEATS):
             _synchronize(device)
             start = clock()
@@ -128,13 +157,24 @@ def matmul_seconds(width: int, precision: Precision) -> float:
     return best
 
 
+def _cuda_matmul_seconds(matrix: torch.Tensor) -> float:
+    with torch.cuda.device(matrix.device):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        for _ in range(2):
+            matrix @ matrix
+        start.record()
+        for _ in range(_BACK_TO_BACK):
+            matrix @ matrix
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3 / _BACK_TO_BACK
+
+
 def _has_precise_thread_clock() -> bool:
     """Whether `time.thread_time` can time a matmul. On Windows it advances in steps of 16 ms."""
     return time.get_clock_info("thread_time").resolution < 1e-4
 
 
 def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
+    if device.type == "mps":
         torch.mps.synchronize()

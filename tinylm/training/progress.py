@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from tinylm.evaluation.metrics import Metric, Metrics
 from tinylm.training.guards import GuardState
 
 
 @dataclass
 class Progress:
-    """The field names are keys of state.json. A loss is None until the first step or evaluation."""
+    """The loss is None until the first step, and the results of evaluations are None until the first evaluation."""
 
     step: int = 0
     """Number of completed steps."""
@@ -22,15 +24,49 @@ class Progress:
     train_seconds: float = 0.0
     """Time spent in optimizer steps only."""
     train_loss: float | None = None
-    val_loss: float | None = None
-    val_bits_per_byte: float | None = None
+    metrics: Metrics | None = None
+    """The newest evaluation."""
     evaluated_step: int = 0
     best_step: int = 0
-    best_val_loss: float | None = None
+    """The step of the best checkpoint; 0 if there is none."""
+    best_value: float | None = None
+    """The primary metric of the best checkpoint."""
     watch: GuardState = field(default_factory=GuardState)
 
+    def as_state(self, defined: Sequence[Metric]) -> dict[str, Any]:
+        """Return the content of state.json. `defined` lists the metrics of the run, primary metric first."""
+        return {
+            "step": self.step,
+            "cursor": self.cursor,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "train_seconds": self.train_seconds,
+            "train_loss": self.train_loss,
+            **{metric.key: None if self.metrics is None else self.metrics[metric.name] for metric in defined},
+            "evaluated_step": self.evaluated_step,
+            "best_step": self.best_step,
+            _best_key(defined): self.best_value,
+            "watch": asdict(self.watch),
+        }
+
     @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Progress:
-        """Restore the progress from the content of a state.json."""
-        values = {entry.name: state[entry.name] for entry in fields(cls)}
-        return cls(**{**values, "watch": GuardState(**values["watch"])})
+    def from_state(cls, state: dict[str, Any], defined: Sequence[Metric]) -> Progress:
+        """Restore the progress from the content of a state.json. `defined` is as in `as_state`."""
+        values = {metric.name: value for metric in defined if (value := state.get(metric.key)) is not None}
+        return cls(
+            step=state["step"],
+            cursor=state["cursor"],
+            tokens=state["tokens"],
+            seconds=state["seconds"],
+            train_seconds=state["train_seconds"],
+            train_loss=state["train_loss"],
+            metrics=Metrics(defined[0].name, values) if len(values) == len(defined) else None,
+            evaluated_step=state["evaluated_step"],
+            best_step=state["best_step"],
+            best_value=state.get(_best_key(defined)) if state["best_step"] else None,
+            watch=GuardState(**state["watch"]),
+        )
+
+
+def _best_key(defined: Sequence[Metric]) -> str:
+    return f"best_{defined[0].key}"

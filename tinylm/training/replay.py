@@ -1,8 +1,8 @@
-"""Write a report when training aborts, and recompute the reported step from nothing but the report.
+"""Write a report when training aborts, and recompute the reported step from the report alone.
 
 report.json         reason, position (step, cursor), loss, norms of every weight and gradient, numeric settings
 texts.txt           the sequences of the batch, as text
-batch.safetensors   the same sequences, as token ids
+batch.safetensors   the same sequences, as the arrays of the dataset
 model.safetensors   the weights before the step
 recipe.yaml         the recipe
 """
@@ -25,25 +25,28 @@ from torch import Tensor
 
 import tinylm
 from tinylm import device as devices
+from tinylm.data.batch import Batch
+from tinylm.data.datasets import Examples
 from tinylm.errors import InputError
-from tinylm.model import lora
-from tinylm.model.objective import CausalObjective, Example
-from tinylm.model.transformer import Transformer
+from tinylm.model import registry
+from tinylm.model.base import Model
 from tinylm.paths import sync_folder
 from tinylm.recipe import Recipe, load
 from tinylm.run import Checkpoint, check_shapes, load_weights
+from tinylm.training import objectives
 from tinylm.training.feed import LocalBatch
+from tinylm.training.objectives import Objective
 from tinylm.training.parallel import tensor_norms
 from tinylm.training.precision import Precision
 from tinylm.training.step import GradientSettings, accumulate, micro_batch_seeds
 
 _ROUNDING = 1e-3
-"""Maximum relative difference of results that differ only by rounding, because sums are computed in a different order."""
+"""Maximum relative difference that is attributed to rounding, which depends on the order of summation."""
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """The content of report.json. `cursor` is the number of sequences that training consumed before the batch."""
+    """The content of report.json. `cursor` is the number of sequences that were consumed before the batch."""
 
     reason: str
     step: int
@@ -53,7 +56,7 @@ class StepReport:
     micro_batch_size: int
     precision: str
     scale: float
-    """Loss scale, for fp16; 1 for other precisions."""
+    """Loss scale in fp16; 1 in other precisions."""
     device: str
     vocab_size: int
     processes: int
@@ -76,7 +79,7 @@ class Replay:
     sequence_losses: list[float]
     """Mean loss of each sequence in the batch, in nats per token, without dropout."""
     agreement: str
-    """How loss and gradient norm compare with the report: `bits` (identical), `rounding` or `different`."""
+    """How the loss and gradient norm compare with the report: `bits` (identical), `rounding` or `different`."""
 
     @property
     def non_finite(self) -> list[str]:
@@ -87,7 +90,7 @@ class Replay:
         ]
 
     def as_dict(self) -> dict[str, Any]:
-        """The JSON document that `tinylm train --replay --json` prints."""
+        """Return the JSON document that `tinylm train --replay --json` prints."""
         return {
             "reason": self.report.reason,
             "step": self.report.step,
@@ -104,14 +107,15 @@ class Replay:
 
 
 def write_report(
-    folder: Path, report: StepReport, recipe: Recipe, weights: Mapping[str, Tensor], sequences: Tensor, texts: list[str]
+    folder: Path, report: StepReport, recipe: Recipe, weights: Mapping[str, Tensor], examples: Examples, texts: list[str]
 ) -> None:
-    """Write the report folder atomically, replacing an existing one. `sequences` are the token ids, (batch, time + 1)."""
+    """Write the report folder atomically, replacing an existing one. `examples` and `texts` belong to the global batch."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_file(dict(weights), partial / "model.safetensors", {"format": "pt"})
-    save_file({"tokens": sequences.contiguous()}, partial / "batch.safetensors")
+    arrays = {name: torch.from_numpy(array).contiguous() for name, array in examples.items()}
+    save_file(arrays, partial / "batch.safetensors")
     (partial / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     lines = (f"--- sequence {number}\n{text}\n" for number, text in enumerate(texts))
     (partial / "texts.txt").write_text("".join(lines), encoding="utf-8", newline="\n")
@@ -123,74 +127,77 @@ def write_report(
 
 
 def replay(folder: str | Path, *, device: str | None = None, threads: int | None = None) -> Replay:
-    """Recompute the loss and gradient of a reported step. Device and threads default to those of the report.
+    """Recompute the loss and gradient of a reported step. `device` and `threads` default to the values in the report.
 
     Raises `InputError` if the folder is not a report or is damaged.
     """
     folder = Path(folder)
-    report, tokens = _read_report(folder)
+    report, examples = _read_report(folder)
     target = devices.resolve(device or report.device.partition(":")[0])
     devices.set_threads(threads or report.threads)
     recipe = load(folder / "recipe.yaml", check_files=False)
     precision = Precision(report.precision, target)
     network = _load_network(folder, recipe, report.vocab_size).to(target).train()
     scaler = torch.amp.GradScaler(target.type, init_scale=report.scale, enabled=report.precision == "fp16")
-    settings = GradientSettings(report.micro_batch_size, precision, scaler=scaler)
-    example = settings.objective.example(tokens)
-    batch = LocalBatch(example, int((example.targets >= 0).sum()))
-    count = len(tokens) // report.micro_batch_size
+    objective = objectives.build(recipe.objective)
+    settings = GradientSettings(report.micro_batch_size, precision, objective, scaler)
+    batch = objective.batch(examples, recipe.seed, report.cursor)
+    count = len(batch) // report.micro_batch_size
     seeds = micro_batch_seeds(recipe.seed, report.step - 1, 0, count) if recipe.model.uses_dropout else None
     with precision.tf32():
-        loss = float(accumulate(network, batch, settings, seeds))
+        loss = float(accumulate(network, LocalBatch.whole(batch), settings, seeds))
     gradients = {
         name: parameter.grad / report.scale for name, parameter in network.named_parameters() if parameter.grad is not None
     }
     norm = float(torch.nn.utils.get_total_norm(gradients.values()))
     agreement = _agreement((loss, norm), (report.loss, report.grad_norm))
-    sequence_losses = _sequence_losses(network.eval(), example, precision)
+    sequence_losses = _sequence_losses(network.eval(), batch, objective, precision)
     return Replay(report, loss, norm, tensor_norms(gradients.items()), sequence_losses, agreement)
 
 
 @torch.no_grad()
-def _sequence_losses(network: Transformer, example: Example, precision: Precision) -> list[float]:
-    """The mean loss of each sequence, evaluated one at a time because the logits take a lot of memory."""
+def _sequence_losses(network: Model, batch: Batch, objective: Objective, precision: Precision) -> list[float]:
+    """Return the mean loss of each sequence. Sequences are evaluated one at a time, because logits take a lot of memory."""
     losses = []
     with precision.autocast():
-        for row in range(len(example.inputs)):
-            one = Example(example.inputs[row : row + 1].to(precision.device), example.targets[row : row + 1].to(precision.device))
-            losses.append(float(CausalObjective().losses(network, one).sum()) / max(int((one.targets >= 0).sum()), 1))
+        for sequence in batch.split(1):
+            total = objective.losses(network, sequence.to(precision.device)).sum()
+            losses.append(float(total) / max(sequence.target_count, 1))
     return losses
 
 
-def _load_network(folder: Path, recipe: Recipe, vocab_size: int) -> Transformer:
+def _load_network(folder: Path, recipe: Recipe, vocab_size: int) -> Model:
     weights = Checkpoint(folder)
     check_shapes(recipe, vocab_size, weights)
-    network = lora.uninitialized_network(recipe.model, vocab_size, recipe.training.lora)
+    network = registry.build(recipe.model, vocab_size, None, with_lora=recipe.training.lora)
     load_weights(network, weights)
     return network
 
 
-def _read_report(folder: Path) -> tuple[StepReport, Tensor]:
+def _read_report(folder: Path) -> tuple[StepReport, Examples]:
     if not (folder / "report.json").is_file():
         hint = "when training aborts, it prints the path of its report"
         raise InputError("not a report: it has no report.json", where=str(folder), hint=hint)
     try:
         document = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         report = StepReport(**{name: _from_json(document[name]) for name in StepReport.__dataclass_fields__})
-        tokens = load_file(folder / "batch.safetensors")["tokens"]
-        if tokens.ndim != 2 or report.micro_batch_size < 1 or len(tokens) % report.micro_batch_size:
+        examples = {name: tensor.numpy() for name, tensor in load_file(folder / "batch.safetensors").items()}
+        shape = examples["tokens"].shape
+        if len(shape) != 2 or report.micro_batch_size < 1 or shape[0] % report.micro_batch_size:
             raise ValueError("the batch is not a multiple of the micro-batch size")
+        if any(array.shape[:1] != shape[:1] for array in examples.values()):
+            raise ValueError("the arrays of the batch differ in length")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"cannot be read: {error}", where=str(folder)) from None
-    return report, tokens
+    return report, examples
 
 
 def _agreement(results: tuple[float, ...], expected: tuple[float, ...]) -> str:
-    """How close the results are to the expected ones: `bits`, `rounding` or `different`. NaN equals NaN."""
-    pairs = [(one, two) for one, two in zip(results, expected, strict=True) if not (math.isnan(one) and math.isnan(two))]
-    if all(one == two for one, two in pairs):
+    """Compare results with expected values. Returns `bits` (identical), `rounding` or `different`. NaN equals NaN."""
+    pairs = [(a, b) for a, b in zip(results, expected, strict=True) if not (math.isnan(a) and math.isnan(b))]
+    if all(a == b for a, b in pairs):
         return "bits"
-    return "rounding" if all(math.isclose(one, two, rel_tol=_ROUNDING) for one, two in pairs) else "different"
+    return "rounding" if all(math.isclose(a, b, rel_tol=_ROUNDING) for a, b in pairs) else "different"
 
 
 def _to_json(value: Any) -> Any:

@@ -1,6 +1,6 @@
 """Lock, clean and write a run folder: recipe, tokenizer, held-out tokens and environment.
 
-`training.checkpoint` writes the checkpoints, `training.metrics` the metrics and samples.
+`training.checkpoint` writes the checkpoints. `training.metrics` writes the metrics and samples.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tinylm.run import LOCK, check_run_folder, run_files
 
 @contextmanager
 def locked_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
-    """Create `folder` and lock it, so that no other process trains into it. On exit, remove it if it is new and still empty.
+    """Create `folder` and lock it, so that no other process trains in it. On exit, remove it if it is new and still empty.
 
     The operating system releases the lock when the process ends, even if it is killed. Raises `InputError` if another process holds
     the lock or `check_run_folder` rejects the folder.
@@ -45,7 +45,7 @@ def locked_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> Iterato
         lock.acquire()
     except filelock.Timeout:
         raise InputError(
-            "another process is training into this folder",
+            "another process is training in this folder",
             where=str(folder),
             hint="wait for it, or choose another folder with --out",
         ) from None
@@ -121,9 +121,9 @@ def _environment() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """The commit that is checked out in the working directory; None outside a git repository."""
+    """Return the commit that is checked out in the working directory, or None outside a git repository."""
     try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+        result = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return found.stdout.strip() or None
+    return result.stdout.strip() or None

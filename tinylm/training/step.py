@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from tinylm.model.objective import CausalObjective, Example, Objective
 from tinylm.training.feed import LocalBatch
+from tinylm.training.objectives import Objective
 from tinylm.training.precision import Precision
 
 MicroBatchContext = Callable[[bool], AbstractContextManager[nn.Module]]
-"""Called with whether a micro-batch is the last of its step. The context yields the module to call (see `Parallel.micro_batch`)."""
+"""Called with True for the last micro-batch of a step. The context yields the module to call (see `Parallel.micro_batch`)."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class GradientSettings:
     """How the gradient of a batch is computed."""
 
     micro_batch_size: int
-    """Sequences per forward and backward pass."""
+    """Examples per forward and backward pass."""
     precision: Precision
-    objective: Objective = field(default_factory=CausalObjective)
+    objective: Objective
     scaler: torch.amp.GradScaler | None = None
     """Scales the loss before the backward pass, for fp16."""
 
@@ -52,20 +52,19 @@ def accumulate(
     the micro-batch size, the number of processes or padding. `seeds` yields the dropout seed of each micro-batch. With several
     processes, `context` yields the module to call instead of `network`.
 
-    Returns this process's share of the mean loss, in nats, as a scalar on the device, so that the host need not wait for it.
+    Returns this process's share of the mean loss, in nats. It is a scalar on the device, to avoid a host-device synchronization.
     """
     device, scaler = settings.precision.device, settings.scaler
     total = torch.zeros((), device=device, dtype=torch.float32)
     on_cuda = device.type == "cuda"
-    micro_batches = [torch.split(tensor, settings.micro_batch_size) for tensor in (batch.example.inputs, batch.example.targets)]
-    count = len(micro_batches[0])
-    for index, (inputs, targets) in enumerate(zip(*micro_batches, strict=True)):
+    micro_batches = list(batch.share.split(settings.micro_batch_size))
+    for index, cpu_micro_batch in enumerate(micro_batches):
         if seeds is not None:
             torch.manual_seed(next(seeds))
-        example = Example(inputs.to(device, non_blocking=on_cuda), targets.to(device, non_blocking=on_cuda))
-        with nullcontext(network) if context is None else context(index == count - 1) as module:
+        micro_batch = cpu_micro_batch.to(device, non_blocking=on_cuda)
+        with nullcontext(network) if context is None else context(index == len(micro_batches) - 1) as module:
             with settings.precision.autocast():
-                loss = settings.objective.summed_loss(module, example) / max(batch.global_target_count, 1)
+                loss = settings.objective.loss_sum(module, micro_batch) / max(batch.global_target_count, 1)
             scaled = loss if scaler is None else scaler.scale(loss)
             scaled.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()

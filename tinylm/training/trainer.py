@@ -1,8 +1,7 @@
-"""The training loop: step, log, save, evaluate and sample until the recipe's length is reached or a stop is requested.
+"""The training loop: step, log, save, evaluate and sample until the run is complete or a stop is requested.
 
-A step depends only on the recipe, the seed, the step number and the position in the data order, so that a run that was stopped and
-resumed equals an uninterrupted one. With several processes, all of them run this loop in lockstep: they agree on every decision
-before they act on it.
+A step depends only on the recipe, the seed, the step number and the position in the data order. Resuming a stopped run therefore
+gives the same result as an uninterrupted run. All processes run this loop in lockstep and agree on every decision before acting.
 """
 
 from __future__ import annotations
@@ -10,16 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from tinylm.data.batches import Batches
+from tinylm.data.datasets import Dataset
 from tinylm.errors import TinylmError, WorkError
-from tinylm.model.objective import Objective
+from tinylm.evaluation.metrics import Metrics
 from tinylm.optim.groups import Optimizers
 from tinylm.optim.schedules import lr_multiplier
 from tinylm.recipe import Recipe
@@ -29,6 +28,7 @@ from tinylm.training.feed import Feed
 from tinylm.training.gradient import GradientComputer
 from tinylm.training.guards import Guard
 from tinylm.training.metrics import EvaluationEvent, GuardEvent, Observer, SampleEvent, StepEvent
+from tinylm.training.objectives import Objective
 from tinylm.training.parallel import Parallel, full_tensor, tensor_norms
 from tinylm.training.pending import PendingStep, StepResult, defers_results
 from tinylm.training.precision import Precision
@@ -40,20 +40,10 @@ from tinylm.training.step import GradientSettings
 Stop = Literal["done", "time", "signal"]
 
 
-class Evaluation(Protocol):
-    """The result of an evaluation, as far as the trainer uses it."""
-
-    @property
-    def loss(self) -> float: ...
-
-    @property
-    def bits_per_byte(self) -> float: ...
-
-
 Poll = Callable[[int], None]
-"""Must be called with the number of tokens scored so far after every batch of an evaluation, equally often in each process.
+"""Called after every batch of an evaluation with the number of tokens scored so far. All processes must call it equally often.
 
-It raises an exception to interrupt the evaluation.
+Raises an exception to interrupt the evaluation.
 """
 
 
@@ -67,13 +57,14 @@ class TrainingSetup:
     """The network, and how it is parallelized."""
     optimizers: Optimizers
     objective: Objective
-    batches: Batches
+    dataset: Dataset
     steps: int | None
-    """None: train for the `training.minutes` of the recipe."""
+    """None if the recipe's `training.minutes` limits the run instead."""
     precision: Precision
-    flops_per_token: float
+    flops_per_token: float | None
+    """None if the FLOPs of the architecture are not estimated."""
     peak_flops: float
-    """FLOPs per second that one process reaches in large matrix products: the reference for the model FLOPs utilization."""
+    """FLOP/s of one process in large matrix products. Model FLOPs utilization (MFU) is relative to this value."""
     checkpoints: CheckpointWriter
     fingerprints: dict[str, str]
     """Hashes of data and tokenizer, saved with every checkpoint."""
@@ -81,10 +72,10 @@ class TrainingSetup:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the trainer calls to evaluate, sample and report. All processes call `evaluate` and `generate_samples` together."""
+    """Functions to evaluate, sample and report. All processes call `evaluate` and `generate_samples` together."""
 
-    evaluate: Callable[[Poll], Evaluation]
-    """Score the network on held-out text."""
+    evaluate: Callable[[Poll], Metrics]
+    """Evaluate the network on held-out data. Returns the metrics of the objective."""
     generate_samples: Callable[[], Iterable[tuple[str, str]]]
     """Yield (prompt, continuation) in the main process and nothing in the others."""
     decode: Callable[[list[int]], str]
@@ -114,7 +105,7 @@ class Trainer:
         self._gradient = GradientComputer(parallel, setup.optimizers, settings, dropout_seed, self._observer.note)
         self._defers_results = defers_results(setup.precision.device)
         self._pending_steps: list[PendingStep] = []
-        self._logged_step = 0
+        self._logged_tokens = 0
         self._logged_train_seconds = 0.0
         self._saved_step = 0
         self._save_error: TinylmError | None = None
@@ -123,25 +114,31 @@ class Trainer:
         self._prior_seconds = 0.0
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Continue from the state of a checkpoint. The weights and optimizer state must have been restored."""
-        self.progress = Progress.from_state(state)
+        """Continue from the state of a checkpoint. Restore the weights and optimizer state before calling this."""
+        self.progress = Progress.from_state(state, self.setup.objective.metrics)
         self._guard = Guard(self.setup.recipe.training.guards, self.progress.watch)
-        if state["scaler"]:  # empty unless the run was training in fp16
+        if state["scaler"]:  # empty unless the run trains in fp16
             self._scaler.load_state_dict(state["scaler"])
-        self._logged_step, self._logged_train_seconds = self.progress.step, self.progress.train_seconds
+        self._logged_tokens, self._logged_train_seconds = self.progress.tokens, self.progress.train_seconds
         self._saved_step = self.progress.step
 
     def train(self, request: StopRequest, stop_after: float | None = None) -> Stop:
         """Train to the end and return `done`, or stop early and return `time` (after `stop_after` seconds) or `signal`.
 
-        When this returns, the last step is saved; after `done` it is also evaluated. Raises `WorkError` if training cannot
-        continue: unrecoverable steps, not enough memory, or a checkpoint that cannot be written.
+        On return, the last step has been saved and, after `done`, evaluated. Raises `WorkError` if training cannot recover from
+        non-finite values, if memory runs out, or if a checkpoint cannot be written.
         """
         setup, processes = self.setup, self._processes
-        pin_memory = setup.precision.device.type == "cuda"
+        feed = Feed(
+            setup.dataset,
+            setup.objective,
+            seed=setup.recipe.seed,
+            pin_memory=setup.precision.device.type == "cuda",
+            rank=processes.rank,
+            world_size=processes.world_size,
+        )
         try:
-            rank, world_size = processes.rank, processes.world_size
-            with Feed(setup.batches, setup.objective, pin_memory=pin_memory, rank=rank, world_size=world_size) as feed:
+            with feed:
                 stop = self._run(feed, request, stop_after)
             self._wait_for_save()
             if self._save_error is not None and self._saved_step != self.progress.step:
@@ -162,7 +159,7 @@ class Trainer:
 
         stop: Stop | None = "done" if self._finished() else None
         if stop is None:
-            self._observer.phase("first step")  # slower than later steps if the model is compiled
+            self._observer.phase("first step")  # slower than the other steps if the model is compiled
         first_step = self.progress.step + 1
         while stop is None:
             self.train_step(feed)
@@ -173,14 +170,14 @@ class Trainer:
 
             stopping = self._stop_reason(stop_after) is not None
             result = self.collect_results(all_steps=stopping or self._save_due() or self._log_due())
-            stop = self._stop_reason(stop_after)  # again, because collecting the results may have rolled back
+            stop = self._stop_reason(stop_after)  # again, because a result may have caused a rollback
             saving = stop is not None or (result is not None and self._save_due())
 
             if result is not None and (saving or self._log_due()):
                 self._log(result)
             if saving:
                 self._save()
-                if stop == "done" and not self._finished():  # it rolled back instead of saving
+                if stop == "done" and not self._finished():  # `_save` rolled back instead
                     stop = None
                 self._sync_stop_state(request)
             if stop in (None, "done"):
@@ -205,15 +202,15 @@ class Trainer:
         return None
 
     def _sync_stop_state(self, request: StopRequest) -> None:
-        """Agree on time and signal: all processes use the clock of the main process, and a signal to any of them stops all."""
-        own = [self._prior_seconds + perf_counter() - self._start_time, float(request.signal_number or 0)]
-        gathered = self._processes.gather(own)
+        """Synchronize time and signals. All processes use the main process's clock, and a signal to one stops all."""
+        local = [self._prior_seconds + perf_counter() - self._start_time, float(request.signal_number or 0)]
+        gathered = self._processes.gather(local)
         self.progress.seconds = gathered[0][0]
         self._signal_number = int(max(signal for _, signal in gathered))
         if self._signal_number:  # otherwise, keep a signal that arrived since `gather` for the next call
             request.signal_number = self._signal_number
 
-    # When things are due.
+    # Intervals of evaluations, samples, checkpoints and log lines.
 
     def _evaluation_due(self) -> bool:
         return self._finished() or self.progress.step % self.setup.recipe.evaluation.every == 0
@@ -237,7 +234,7 @@ class Trainer:
         return self.progress.seconds / (60 * (self.setup.recipe.training.minutes or 0.0))
 
     def _step_fraction(self) -> float:
-        """One step as a fraction of the whole training; with `training.minutes`, estimated from the steps so far."""
+        """One step as a fraction of the whole run. With `training.minutes`, it is estimated from the previous steps."""
         if self.setup.steps is not None:
             return 1 / self.setup.steps
         return self._completed_fraction() / self.progress.step if self.progress.step else 0.001
@@ -259,7 +256,7 @@ class Trainer:
 
         progress.step += 1
         progress.cursor += training.global_batch_size
-        progress.tokens += training.global_batch_size * self.setup.batches.context_length
+        progress.tokens += batch.global_token_count
         results = torch.stack((loss, grad_norm, loss_scale))
         self._pending_steps.append(PendingStep.start(progress.step, progress.cursor, fingerprint, results))
 
@@ -271,10 +268,10 @@ class Trainer:
         progress.train_seconds += perf_counter() - start
 
     def collect_results(self, *, all_steps: bool) -> StepResult | None:
-        """Read and check the results of pending steps. Return the newest step's results if they were read and it was not skipped.
+        """Read and check the results of pending steps. Return the newest result, or None if it is unread or its step was skipped.
 
-        If results are deferred, those of the newest step stay pending unless `all_steps` is set, so that the host does not wait for
-        the GPU. After a skipped step every result is read at once, so that a report shows the state right after its step.
+        If results are deferred, the newest one stays pending unless `all_steps` is set, to avoid a host-device synchronization.
+        After a skipped step, every result is read immediately, so that a report shows the state right after the failing step.
         """
         result = None
         while self._pending_steps and (all_steps or len(self._pending_steps) > self._max_pending_steps):
@@ -294,17 +291,16 @@ class Trainer:
 
     @property
     def _max_pending_steps(self) -> int:
-        """Steps whose results may stay unread when the next step starts."""
+        """Number of steps whose results may stay unread when the next step starts."""
         read_immediately = self.progress.watch.in_a_row > 0 or self.setup.recipe.training.guards.patience == 1
         return 1 if self._defers_results and not read_immediately else 0
 
     def _log(self, result: StepResult) -> None:
-        progress, recipe = self.progress, self.setup.recipe
-        sequences = (progress.step - self._logged_step) * recipe.training.global_batch_size
-        tokens = sequences * self.setup.batches.context_length
+        progress = self.progress
+        tokens = progress.tokens - self._logged_tokens
         seconds = max(progress.train_seconds - self._logged_train_seconds, 1e-9)
-        self._logged_step, self._logged_train_seconds = progress.step, progress.train_seconds
-        mfu_per_speed = self.setup.flops_per_token / (self.setup.peak_flops * self._processes.world_size)
+        self._logged_tokens, self._logged_train_seconds = progress.tokens, progress.train_seconds
+        flops, peak_flops = self.setup.flops_per_token, self.setup.peak_flops * self._processes.world_size
         group = next(iter(self.setup.optimizers.parts.values())).param_groups[0]
         self._observer.step(
             StepEvent(
@@ -314,7 +310,7 @@ class Trainer:
                 lr=float(group["lr"]),
                 grad_norm=result.grad_norm,
                 tokens_per_second=tokens / seconds,
-                mfu=tokens / seconds * mfu_per_speed,
+                mfu=None if flops is None else tokens / seconds * (flops / peak_flops),
                 seconds=progress.seconds,
                 done=min(1.0, self._completed_fraction()),
                 batch=f"{result.fingerprint:016x}",
@@ -337,8 +333,8 @@ class Trainer:
     def _rollback(self, reason: str, result: StepResult | None) -> None:
         """Restore the last good checkpoint and continue past the offending batches.
 
-        Raises `WorkError` if there is no such checkpoint, or after too many rollbacks. `result`: the skipped step that caused the
-        rollback, if any.
+        `result` is the result of the skipped step that caused the rollback, if there is one. Raises `WorkError` if there is no good
+        checkpoint, or after too many rollbacks.
         """
         self._wait_for_save()
         before = self.progress
@@ -355,7 +351,7 @@ class Trainer:
         restored.watch.rollbacks = before.watch.rollbacks + 1
         self._logged_train_seconds = restored.train_seconds
         if not setup.checkpoints.discard_after(checkpoint, restored.best_step):
-            restored.best_step, restored.best_val_loss = 0, None
+            restored.best_step, restored.best_value = 0, None
         description = f"rolled back to this step and skipped the batches up to step {before.step}: {reason}"
         self._report_guard_event("rollback", description, restored.step, restored.cursor)
 
@@ -364,7 +360,7 @@ class Trainer:
         return next((checkpoint for checkpoint in reversed(checkpoints) if checkpoint.problem() is None), None)
 
     def _abort(self, reason: str, saved_step: int, result: StepResult | None) -> None:
-        """Raise a `WorkError` that says what the user can do. If a skipped step is the cause, write a report of it first."""
+        """Raise a `WorkError` with advice for the user. If a skipped step is the cause, write a report of it first."""
         kept = f"the checkpoint of step {saved_step} is complete" if saved_step else "no checkpoint was saved"
         problem = f"{reason}; {kept}"
         advice = "lower training.optimizer.lr, or check the text with `tinylm tokenize report`"
@@ -375,10 +371,10 @@ class Trainer:
         def fail() -> None:
             if result is None:
                 raise WorkError(problem, hint=advice)
-            sequences = torch.from_numpy(self.setup.batches.sequences(report.cursor, self.setup.recipe.training.global_batch_size))
-            texts = [self.hooks.decode(row) for row in sequences.tolist()]
+            examples = self.setup.dataset.examples(report.cursor, self.setup.recipe.training.global_batch_size)
+            texts = [self.hooks.decode(row[row >= 0].tolist()) for row in examples["tokens"]]
             try:
-                write_report(folder, report, self.setup.recipe, weights, sequences, texts)
+                write_report(folder, report, self.setup.recipe, weights, examples, texts)
             except OSError as error:
                 raise WorkError(f"{problem}; the report could not be written: {error}", hint=advice) from None
             raise WorkError(problem, hint=f"`tinylm train --replay {folder}` repeats this step; {advice}")
@@ -408,7 +404,7 @@ class Trainer:
     # Checkpoints.
 
     def _save(self) -> None:
-        """Start to save in a background thread. If the weights are non-finite, roll back instead."""
+        """Start saving in a background thread. If the weights are non-finite, roll back instead."""
         self._wait_for_save()
         non_finite = not all(bool(weight.isfinite().all()) for weight in self._local_weights())
         if self._processes.any(non_finite):
@@ -416,7 +412,8 @@ class Trainer:
             return
         self._observer.phase("saving")
         setup = self.setup
-        state = {**asdict(self.progress), "scaler": self._scaler.state_dict(), "fingerprints": setup.fingerprints}
+        progress = self.progress.as_state(setup.objective.metrics)
+        state = {**progress, "scaler": self._scaler.state_dict(), "fingerprints": setup.fingerprints}
         optimizer_state = setup.parallel.cpu_copies(setup.optimizers.state())
         setup.checkpoints.start_save(Snapshot(setup.parallel.full_weights(), optimizer_state, state))
         self._observer.phase("training")
@@ -426,9 +423,9 @@ class Trainer:
             yield parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
     def _collect_finished_save(self) -> None:
-        """Report a finished save, if there is only one process.
+        """With a single process, report a finished save.
 
-        Several processes would not see it finish at the same step. They wait for it before the next save or evaluation instead.
+        Several processes would see the save finish at different steps. They wait for it at the next save or evaluation instead.
         """
         if self._processes.world_size == 1 and self.setup.checkpoints.idle:
             self._wait_for_save()
@@ -455,7 +452,7 @@ class Trainer:
     # Evaluation and samples.
 
     def _evaluate_and_sample(self, request: StopRequest) -> None:
-        """Evaluate and sample if they are due, unless the last step was skipped or a signal arrived."""
+        """Evaluate and sample if due, unless the last step was skipped or a signal arrived."""
         if self.progress.watch.in_a_row and not self._finished():
             return
         if self._evaluation_due() and not self._signal_number:
@@ -471,37 +468,36 @@ class Trainer:
 
         self._observer.phase("evaluating")
         try:
-            with torch.compiler.set_stance("force_eager"):  # otherwise every new shape is compiled
-                evaluation = self.hooks.evaluate(poll)
+            with torch.compiler.set_stance("force_eager"):  # otherwise, each new shape triggers a compilation
+                metrics = self.hooks.evaluate(poll)
         except _EvaluationInterrupted:
             return
         finally:
             self._observer.phase("training")
         self._wait_for_save()
         progress = self.progress
-        if not math.isfinite(evaluation.loss):
-            self._abort(f"the held-out loss of step {progress.step} is {evaluation.loss}", self._saved_step, None)
-        progress.val_loss, progress.val_bits_per_byte = evaluation.loss, evaluation.bits_per_byte
-        progress.evaluated_step = progress.step
-        lowest = progress.best_val_loss is None or evaluation.loss < progress.best_val_loss
-        best = lowest and self._saved_step == progress.step  # a step that could not be saved cannot be the best checkpoint
+        if not math.isfinite(metrics.value):
+            label = metrics.metric.label
+            self._abort(f"the held-out {label} of step {progress.step} is {metrics.value}", self._saved_step, None)
+        progress.metrics, progress.evaluated_step = metrics, progress.step
+        better = metrics.metric.better(metrics.value, progress.best_value)
+        best = better and self._saved_step == progress.step  # if the step could not be saved, it has no checkpoint
         if best:
-            self._mark_best(evaluation.loss)
+            self._mark_best(metrics.value)
         self._observer.evaluation(
             EvaluationEvent(
                 step=progress.step,
                 tokens=progress.tokens,
-                val_loss=evaluation.loss,
-                val_bits_per_byte=evaluation.bits_per_byte,
+                metrics=metrics,
                 train_seconds=progress.train_seconds,
                 seconds=progress.seconds,
                 best=best,
             )
         )
 
-    def _mark_best(self, loss: float) -> None:
-        """Make the checkpoint of this step the best one."""
-        self.progress.best_step, self.progress.best_val_loss = self.progress.step, loss
+    def _mark_best(self, value: float) -> None:
+        """Mark the checkpoint of this step as the best one. `value` is its primary metric."""
+        self.progress.best_step, self.progress.best_value = self.progress.step, value
         with self._handle_save_errors():
             self.setup.checkpoints.set_pointer("best", f"step-{self.progress.step:06d}")
             self.setup.checkpoints.prune()

@@ -1,8 +1,8 @@
 """Change the vocabulary of a trained run: write a new run folder with the edited tokenizer and resized embeddings.
 
-The embedding of an added token is the mean of the embeddings of the tokens that its text was encoded as before. The embeddings of
-removed tokens are dropped. The held-out text is encoded with the new tokenizer, so that the new run can be evaluated. The optimizer
-state is not copied.
+The old tokenizer encodes the text of an added token as one or more tokens. The new embedding is the mean of their embeddings. The
+embeddings of removed tokens are dropped. The held-out text is encoded with the new tokenizer, so that the new run can be evaluated.
+The optimizer state is not copied.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tinylm.tokenizer.vocab_editing import EditedTokenizer
 def write_edited_run(
     run: Run, edited: EditedTokenizer, out: Path, *, checkpoint: str | None = None, reporter: Reporter = SILENT
 ) -> Run:
-    """Write a new run folder `out` that holds one checkpoint of `run` with the vocabulary of `edited`.
+    """Write a new run folder `out` that contains one checkpoint of `run`, with the vocabulary of `edited`.
 
     Raises `InputError` if `out` exists, if the checkpoint is damaged, or if the model has n-gram tables and token ids would change.
     """
@@ -81,7 +81,7 @@ def _resize_embeddings(weights: dict[str, Tensor], vocab_size: int, sources: lis
 
 
 def _check_ngrams(run: Run, edited: EditedTokenizer, reporter: Reporter) -> None:
-    """With n-gram tables, raise `InputError` if token ids would change, and warn that the padding id does change."""
+    """With n-gram tables, raise `InputError` if token ids would change, and warn that the padding id changes."""
     if not run.recipe.model.ngram_embeddings:
         return
     if any(old != [new] for new, old in enumerate(edited.sources[: run.tokenizer.vocab_size])):

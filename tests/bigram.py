@@ -1,0 +1,108 @@
+"""An architecture and an objective for tests, written as a user of the library would write them.
+
+The bigram model is a table with the logits of the next token for each current token. Its objective predicts a random part of
+the tokens. Run as a script, the module trains a recipe and kills its own process: `bigram.py RECIPE FOLDER STEP`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tinylm import pipeline
+from tinylm.data.batch import Batch
+from tinylm.data.datasets import Examples
+from tinylm.model import registry
+from tinylm.model.base import Model
+from tinylm.recipe import ModelVariant, ObjectiveVariant, load
+from tinylm.recipe.values import Count, Share
+from tinylm.training import objectives
+from tinylm.training.metrics import Observer, StepEvent
+
+
+class BigramSection(ModelVariant):
+    """A table of bigrams."""
+
+    objectives = ("sparse_lm", "causal_lm")
+
+    architecture: Literal["bigram"] = "bigram"
+    context_length: Count = 16
+    """Number of tokens in a training sequence."""
+
+
+class Bigram(Model):
+    def __init__(self, model: BigramSection, vocab_size: int, *, seed: int | None = 0) -> None:
+        super().__init__(model, vocab_size)
+        self.table = nn.Embedding(vocab_size, vocab_size)
+        if seed is not None:
+            nn.init.zeros_(self.table.weight)
+
+    def hidden(self, tokens: Tensor, *, n_last: int | None = None, segments: Tensor | None = None) -> Tensor:
+        rows: Tensor = self.table(tokens if n_last is None else tokens[:, -n_last:])
+        return rows
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+
+class SparseLMObjective(ObjectiveVariant):
+    """Predict a random part of the tokens."""
+
+    name: Literal["sparse_lm"] = "sparse_lm"
+    share: Share = 0.5
+    """The share of tokens that are predicted."""
+
+
+class SparseLM(objectives.CausalLM):
+    name = "sparse_lm"
+
+    def __init__(self, section: SparseLMObjective) -> None:
+        self.share = section.share
+
+    def batch(self, examples: Examples, seed: int, start: int) -> Batch:
+        batch = super().batch(examples, seed, start)
+        rows, length = batch.targets.shape
+        kept = np.stack([kept_targets(seed, start + row, length, self.share) for row in range(rows)])
+        return replace(batch, targets=batch.targets.masked_fill(~torch.from_numpy(kept), -1))
+
+
+def kept_targets(seed: int, position: int, length: int, share: float) -> np.ndarray:
+    """Return a mask (length,) of the targets to predict in the example at `position` of the data order."""
+    return np.random.default_rng((seed, position)).random(length) < share
+
+
+@contextmanager
+def registered() -> Iterator[None]:
+    """Register the architecture and the objective in this context."""
+    registry.register(BigramSection, Bigram)
+    objectives.register(SparseLMObjective, SparseLM)
+    try:
+        yield
+    finally:
+        objectives.unregister(SparseLMObjective)
+        registry.unregister(BigramSection)
+
+
+class _Killer(Observer):
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def step(self, event: StepEvent) -> None:
+        if event.step == self._step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with registered():
+        pipeline.train(load(sys.argv[1]), Path(sys.argv[2]), device="cpu", observer=_Killer(int(sys.argv[3])))

@@ -1,0 +1,148 @@
+"""Datasets map positions in the data order to examples. An example depends only on the seed and the position.
+
+A position is the number of examples read since the start of training, over all processes. Resuming requires no other state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from tinylm.data.order import epoch_key, permute
+from tinylm.data.shards import Shard
+from tinylm.errors import InputError
+from tinylm.recipe.schema import DataSection
+
+Examples = dict[str, np.ndarray]
+"""Arrays of int64 with one example per row, by name. Every dataset has `tokens`, (count, length); negative ids are padding.
+
+`segments`, (count, length), is optional; see `Batch.segments`. Other arrays are specific to a dataset and its objective.
+"""
+
+
+class Dataset(Protocol):
+    """The examples to train on, in the order in which they are read."""
+
+    @property
+    def examples_per_epoch(self) -> int: ...
+
+    @property
+    def max_tokens_per_example(self) -> int:
+        """Maximum number of tokens that the model reads for one example."""
+        ...
+
+    def examples(self, start: int, count: int) -> Examples:
+        """The examples at positions [start, start + count)."""
+        ...
+
+
+def build(data: DataSection, shard: Shard, context_length: int, seed: int) -> Dataset:
+    """Build the dataset that `data` configures. Raises `InputError` if the text is shorter than one example."""
+    separator = shard.end_of_text if data.document_mask else None
+    if data.shuffle == "documents":
+        return ShuffledDocuments(shard, context_length, seed, separator=separator)
+    return TokenStream(shard.tokens, context_length, seed, separator=separator)
+
+
+class TokenStream:
+    """Windows of `context_length + 1` tokens of a text in which all documents are concatenated.
+
+    Each epoch cuts the text into windows at a different offset (0 in the first epoch) and visits them in a pseudo-random order.
+    Adjacent windows share one token, so each target occurs once in the first epoch. In later epochs, the last window is moved
+    back if it would extend past the end of the text.
+
+    With a `separator` (the end-of-text token), examples include `segments`, which number the documents in a window. The end-of-text
+    token before a document belongs to the document's segment. The first token of a document is therefore predicted only from the
+    end-of-text token, as in evaluation and generation, and the end-of-text token after a document is predicted from that document.
+    """
+
+    def __init__(self, tokens: np.ndarray, context_length: int, seed: int, *, separator: int | None = None) -> None:
+        """Raises `InputError` if the text is shorter than one window."""
+        self._tokens = tokens
+        self.context_length = self.max_tokens_per_example = context_length
+        self._seed = seed
+        self._separator = separator
+        self.examples_per_epoch = (len(tokens) - 1) // context_length
+        if self.examples_per_epoch < 1:
+            raise InputError(
+                f"the training text has {len(tokens):,} tokens, fewer than context_length {context_length:,} + 1",
+                where="model.context_length",
+                hint="use a shorter context or more text",
+            )
+
+    def window_starts(self, positions: np.ndarray) -> np.ndarray:
+        """The index in the text of the first token of each position's window."""
+        epochs, within_epoch = np.divmod(positions, self.examples_per_epoch)
+        starts = np.empty_like(positions)
+        last_start = len(self._tokens) - 1 - self.context_length
+        for epoch in np.unique(epochs):
+            selected = epochs == epoch
+            key = epoch_key(self._seed, int(epoch))
+            offset = key % self.context_length if epoch else 0
+            windows = permute(within_epoch[selected], self.examples_per_epoch, key)
+            starts[selected] = np.minimum(windows * self.context_length + offset, last_start)
+        return starts
+
+    def examples(self, start: int, count: int) -> Examples:
+        """The windows at positions [start, start + count): `tokens` and, with a separator, `segments`."""
+        positions = np.arange(start, start + count, dtype=np.int64)
+        starts = self.window_starts(positions)
+        windows = [self._read(int(p) // self.examples_per_epoch, int(s)) for p, s in zip(positions, starts, strict=True)]
+        tokens = np.stack(windows).astype(np.int64)
+        if self._separator is None:
+            return {"tokens": tokens}
+        return {"tokens": tokens, "segments": np.cumsum(tokens == self._separator, axis=1)}
+
+    def _read(self, epoch: int, start: int) -> np.ndarray:
+        """The window that begins at index `start` of an epoch's text."""
+        return self._tokens[start : start + self.context_length + 1]
+
+
+@dataclass(frozen=True)
+class _DocumentOrder:
+    """The order of the documents in one epoch, and the index in the epoch's text where each document ends."""
+
+    epoch: int
+    documents: np.ndarray
+    ends: np.ndarray
+
+
+class ShuffledDocuments(TokenStream):
+    """Like `TokenStream`, but every epoch concatenates the documents in a different order before it cuts the windows.
+
+    A document therefore has different neighbors in every epoch. Keeps three integers per document in memory.
+    """
+
+    def __init__(self, shard: Shard, context_length: int, seed: int, *, separator: int | None = None) -> None:
+        """Raises `InputError` if the text is shorter than one window."""
+        super().__init__(shard.tokens, context_length, seed, separator=separator)
+        boundaries = np.flatnonzero(np.asarray(shard.tokens) == shard.end_of_text)
+        self._starts = boundaries[:-1]  # of each document, including the end-of-text token before it
+        self._lengths = np.diff(boundaries)
+        self._last_order: _DocumentOrder | None = None
+
+    def _read(self, epoch: int, start: int) -> np.ndarray:
+        order = self._order(epoch)
+        end = start + self.context_length + 1
+        index = int(np.searchsorted(order.ends, start, side="right"))
+        pieces = []
+        while start < end and index < len(order.ends):
+            document, document_end = order.documents[index], int(order.ends[index])
+            first = self._starts[document] + self._lengths[document] - (document_end - start)
+            length = min(document_end, end) - start
+            pieces.append(self._tokens[first : first + length])
+            start, index = start + length, index + 1
+        if start < end:  # the end-of-text token after the last document
+            pieces.append(self._tokens[-1:])
+        return np.concatenate(pieces)
+
+    def _order(self, epoch: int) -> _DocumentOrder:
+        """Return the document order of an epoch. Thread-safe, because the last order is replaced atomically."""
+        order = self._last_order
+        if order is None or order.epoch != epoch:
+            count = len(self._starts)
+            documents = permute(np.arange(count), count, epoch_key(self._seed, epoch) + 1)
+            order = self._last_order = _DocumentOrder(epoch, documents, np.cumsum(self._lengths[documents]))
+        return order

@@ -1,0 +1,142 @@
+"""Metrics on held-out data: the definition of each metric, and the values of one evaluation.
+
+An objective determines which metrics its evaluation computes, and which one is the primary metric. The primary metric selects
+the best checkpoint, and every view shows it first. Files and `--json` store a metric under the key `val_` plus its name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+PREFIX = "val_"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The definition of a metric."""
+
+    name: str
+    label: str
+    """The name that is shown to users."""
+    unit: str
+    """Empty if the number has no unit, and equal to the label if the label is a unit, such as `bits per byte`."""
+    lower_is_better: bool
+    format: str
+    """Format specification of a value, such as `.4f`."""
+
+    @property
+    def key(self) -> str:
+        """The key in metrics.jsonl, state.json and `tinylm train --json`."""
+        return PREFIX + self.name
+
+    def formatted(self, value: float) -> str:
+        return format(value, self.format)
+
+    def described(self, value: float, *, unit: bool = False) -> str:
+        """A value with its label, and optionally with its unit: `loss 2.5000 nats per token`, `1.2000 bits per byte`."""
+        text = self.formatted(value)
+        if self.unit == self.label:
+            return f"{text} {self.label}"
+        return f"{self.label} {text}" + (f" {self.unit}" if unit and self.unit else "")
+
+    @property
+    def heading(self) -> str:
+        """The title of a column of values."""
+        return self.label if self.unit == self.label else f"held-out {self.label}"
+
+    @property
+    def axis(self) -> str:
+        """The label of an axis of values: the unit, or the label if the metric has no unit."""
+        return f"{self.unit or self.label}{self.direction}"
+
+    @property
+    def direction(self) -> str:
+        """A note to append to a title: empty if lower is better, as for losses."""
+        return "" if self.lower_is_better else " (higher is better)"
+
+    def better(self, value: float, other: float | None) -> bool:
+        """Whether `value` is better than `other`. Any finite value is better than None; equal values are not better."""
+        if other is None or not math.isfinite(value):
+            return math.isfinite(value)
+        return value < other if self.lower_is_better else value > other
+
+
+LOSS = Metric("loss", "loss", "nats per token", lower_is_better=True, format=".4f")
+BITS_PER_BYTE = Metric("bits_per_byte", "bits per byte", "bits per byte", lower_is_better=True, format=".4f")
+PERPLEXITY = Metric("perplexity", "perplexity", "", lower_is_better=True, format=".2f")
+
+METRICS: dict[str, Metric] = {metric.name: metric for metric in (LOSS, BITS_PER_BYTE, PERPLEXITY)}
+"""All metrics by name. All code that shows the metrics of a run uses these labels, directions and formats."""
+
+LANGUAGE_MODEL = (LOSS, BITS_PER_BYTE)
+"""The metrics of language models during training, primary metric first."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The values of one evaluation by metric name. All names are keys of `METRICS`."""
+
+    primary: str
+    values: Mapping[str, float]
+
+    def __getitem__(self, name: str) -> float:
+        return self.values[name]
+
+    @property
+    def metric(self) -> Metric:
+        """The primary metric."""
+        return METRICS[self.primary]
+
+    @property
+    def value(self) -> float:
+        """The value of the primary metric."""
+        return self.values[self.primary]
+
+    def items(self) -> list[tuple[Metric, float]]:
+        """The metrics with their values, primary metric first."""
+        others = [name for name in self.values if name != self.primary]
+        return [(METRICS[name], self.values[name]) for name in (self.primary, *others)]
+
+    def as_dict(self) -> dict[str, float]:
+        """The values by key (`val_` plus name), primary metric first."""
+        return {metric.key: value for metric, value in self.items()}
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> Metrics | None:
+        """Read metrics from a dictionary with keys such as `val_loss`, primary metric first. Return None if there are no metrics.
+
+        Metrics that this version does not know are skipped. A value of None, which represents a non-finite number, becomes NaN.
+        """
+        values = {
+            key.removeprefix(PREFIX): math.nan if value is None else float(value)
+            for key, value in document.items()
+            if key.startswith(PREFIX) and key.removeprefix(PREFIX) in METRICS
+        }
+        return cls(next(iter(values)), values) if values else None
+
+
+def best_index(evaluations: Sequence[Metrics]) -> int | None:
+    """Return the index of the first evaluation with the best value of the primary metric, or None if no value is finite.
+
+    The last evaluation determines the primary metric. Evaluations with a different primary metric are ignored.
+    """
+    chosen: int | None = None
+    for index, metrics in enumerate(evaluations):
+        comparable = metrics.primary == evaluations[-1].primary
+        if comparable and metrics.metric.better(metrics.value, None if chosen is None else evaluations[chosen].value):
+            chosen = index
+    return chosen
+
+
+def primary_metric(lines: Iterable[Mapping[str, Any]]) -> Metric:
+    """The primary metric of the first line of metrics.jsonl that contains metrics; the loss if there is no such line."""
+    evaluations = (metrics for line in lines if (metrics := Metrics.from_dict(line)) is not None)
+    return next((metrics.metric for metrics in evaluations), LOSS)
+
+
+def perplexity_of(loss: float) -> float:
+    """The perplexity for a loss in nats per token. A loss above 700 is clamped to 700 to avoid overflow."""
+    return math.exp(min(loss, 700.0))

@@ -1,0 +1,143 @@
+"""`Model`: the interface of networks that training, evaluation, generation and exports use, for every architecture.
+
+A new architecture is a subclass of `Model` that implements at least `hidden` and `logits`, registered with `registry.register`.
+Everything else has a default, and nothing outside `tinylm.model` needs to know the class.
+
+Legend: `B` batch, `T` time, `C` width, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinylm.errors import InputError
+from tinylm.model.hooks import HookedModule
+from tinylm.recipe.schema import ModelVariant
+
+
+class Model(HookedModule):
+    """A network that predicts tokens. `model` is its section of the recipe.
+
+    Set `recompute` for activation checkpointing. A model that saves no large activations may ignore this attribute. Set
+    `compile_loss` to allow the loss to be compiled for the GPU.
+    """
+
+    def __init__(self, model: ModelVariant, vocab_size: int, *, seed: int | None = 0) -> None:
+        """`seed` determines the initial weights. Pass None to skip initialization if weights are loaded later."""
+        super().__init__()
+        self.model = model
+        self.vocab_size = vocab_size
+        self.recompute = False
+        self.compile_loss = False
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+        return next(self.parameters()).device
+
+    def parameter_count(self) -> int:
+        """Number of parameters, including frozen parameters. Tied weights are counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    # Computation.
+
+    def hidden(self, tokens: Tensor, *, n_last: int | None = None, segments: Tensor | None = None) -> Tensor:
+        """Ids (B, T) -> final hidden states (B, T, C), the input of `logits`. `n_last`: return only the last `n_last` positions.
+
+        `segments` (B, T): see `Batch`. Raises `ValueError` for more positions than the context length.
+        """
+        raise NotImplementedError
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., C) -> (..., V)."""
+        raise NotImplementedError
+
+    def forward(self, tokens: Tensor, *, targets: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+        """Ids (B, T) -> logits (B, T, V), or with `targets` (B, T) the summed loss in nats, a scalar.
+
+        Negative targets are ignored. `segments`: see `hidden`. Training calls this method on every rank.
+        """
+        logits = self.logits(self.hidden(tokens, segments=segments))
+        if targets is None:
+            return logits
+        ids = targets.flatten().long().clamp_min(-1)
+        return F.cross_entropy(logits.flatten(0, -2).float(), ids, ignore_index=-1, reduction="sum")
+
+    # Training.
+
+    def compile_units(self) -> Sequence[nn.Module]:
+        """Return, in order, the modules that are compiled and sharded separately. If there are none, the model is a single unit."""
+        return ()
+
+    def muon_weights(self) -> list[str]:
+        """Return the names of the matrices that Muon updates: the weights of all linear layers except `head` and tied weights."""
+        linears = (f"{name}.weight" for name, module in self.named_modules() if isinstance(module, nn.Linear) and name != "head")
+        return [name for name in linears if name not in self.tied_weights()]
+
+    def stacked_matrices(self) -> dict[str, tuple[int, ...]]:
+        """Map the name of each parameter that stacks several matrices to the number of rows of each matrix."""
+        return {}
+
+    def lr_multipliers(self) -> dict[str, float]:
+        """Map the name of each parameter whose learning rate differs from its optimizer's learning rate to a factor."""
+        return {}
+
+    # Saving and loading.
+
+    def tied_weights(self) -> dict[str, str]:
+        """Map the name of each weight that is not stored to the name of the stored weight with which it shares memory."""
+        return {}
+
+    def stored_weights(self) -> dict[str, Tensor]:
+        """Return the weights that a checkpoint stores, detached, by name."""
+        tied = self.tied_weights()
+        return {name: tensor.detach() for name, tensor in self.state_dict().items() if name not in tied}
+
+    def load_stored_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Load weights with the same names as in `stored_weights`. Raises `RuntimeError` if names or shapes differ."""
+        tied = {name: weights[stored] for name, stored in self.tied_weights().items() if stored in weights}
+        self.load_state_dict({**weights, **tied})
+
+    @classmethod
+    def check_size(cls, model: ModelVariant, names: Iterable[str]) -> str | None:
+        """Return why weights with these names cannot belong to `model`, or None.
+
+        Called before the network of an untrusted recipe is built, so a huge number of layers takes no time or memory.
+        """
+        return None
+
+    def vocabulary_weights(self) -> frozenset[str]:
+        """Return the names of the weights that depend on the vocabulary. They do not fit a model with another tokenizer."""
+        return frozenset()
+
+    def head_weights(self) -> frozenset[str]:
+        """Return the names of the weights of the output head, which `init_from: {head: off}` does not load."""
+        return frozenset()
+
+    def fit_pretrained(self, name: str, weight: Tensor) -> Tensor:
+        """Return the part of a compatible pretrained model's weight that this model uses."""
+        return weight
+
+    # Inspection.
+
+    def input_embedding(self) -> nn.Embedding:
+        """The embedding of input tokens, (V, C). Raises `InputError` if the model has none."""
+        raise InputError(f"a model of architecture {self.architecture} has no input embedding")
+
+    def output_embedding(self) -> nn.Linear:
+        """The output projection, (V, C). Raises `InputError` if the model has none."""
+        raise InputError(f"a model of architecture {self.architecture} has no output projection")
+
+    @property
+    def depth(self) -> int:
+        """The number of blocks whose hook points are named `blocks.{i}.resid_pre` and `blocks.{i}.resid_post`."""
+        return 0
+
+    @property
+    def architecture(self) -> str:
+        """The value of `model.architecture` in the recipe."""
+        return self.model.architecture

@@ -1,0 +1,81 @@
+"""The interface that generation uses: a decoding state with one row per sequence, and functions that prefill and advance its rows.
+
+A state contains everything that a model stores about processed tokens: the keys and values of a transformer, or the hidden state of
+a recurrent network. Generation works with any model or decoder that implements `DecodingModel`.
+
+Legend: `B` active rows, `T` time, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+class DecodingState(Protocol):
+    """The state of several sequences that are decoded together, one row each. Rows may have different lengths.
+
+    The first `len(lengths)` rows are active: `DecodingModel.step` advances only these.
+    """
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """The number of tokens that each active row has processed and not evicted."""
+
+    @property
+    def capacity(self) -> int | None:
+        """The maximum number of tokens per row; None: unlimited."""
+
+    def resize(self, rows: int) -> None:
+        """Make exactly the first `rows` rows active. Rows that become active are empty."""
+
+    def fork(self, source: int, rows: Sequence[int]) -> None:
+        """Copy row `source` to other active rows, to continue one prompt in several ways."""
+
+    def reorder(self, sources: Sequence[int], rows: Sequence[int]) -> None:
+        """Copy row `sources[i]` to row `rows[i]` for every i. All sources are read before any row is written."""
+
+    def evict(self, row: int, keep: int) -> int:
+        """Make room in a full row by evicting all but its last `keep` tokens. Never called if `capacity` is None.
+
+        Returns how many of the last tokens the caller must prefill into the row again. A state that can evict old tokens without
+        recomputing the others returns 0.
+        """
+
+
+State = TypeVar("State", bound=DecodingState)
+
+
+@runtime_checkable
+class DecodingModel(Protocol[State]):
+    """A model that can continue a sequence token by token, or a faster decoder that computes the same results."""
+
+    vocab_size: int
+    uses_numba: bool
+    """Whether a step runs in numba-compiled code. If so, sampling does too."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the logits and the input tokens."""
+
+    @property
+    def capacity(self) -> int | None:
+        """The maximum number of tokens that the model can process as one sequence; None: unlimited."""
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Ids (B, T) -> logits (B, T, V) in a single pass, without a state. T must not exceed `capacity`."""
+
+    def new_state(self, rows: int, max_tokens: int | None = None) -> State:
+        """Create a state of `rows` empty, active rows of up to `max_tokens` tokens each (default and maximum: `capacity`)."""
+
+    def prefill(self, state: State, row: int, ids: Sequence[int] | Tensor) -> Tensor:
+        """Replace the contents of a row with ids (T,). Return the logits (V,) after the last one. T must be at least 1."""
+
+    def step(self, state: State, tokens: Tensor) -> Tensor:
+        """Append one id (B,) to every active row and return the logits (B, V) after it. No row may be full.
+
+        Call it in inference mode.
+        """
