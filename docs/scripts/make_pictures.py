@@ -1,9 +1,9 @@
 """Create the pictures in the README from a real run.
 
-    python docs/make_pictures.py runs/quickstart
+    python docs/scripts/make_pictures.py runs/quickstart
 
-docs/training.svg   the terminal view at the end of training, exported by rich
-docs/curve.svg      the loss curve, drawn by `tinylm plot`
+docs/images/training.svg   the terminal view at the end of training, exported by rich
+docs/images/curve.svg      the loss curve, drawn by `tinylm plot`
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tinylm_cli.live import TerminalView
 from tinylm.run import Run
 from tinylm.training.metrics import EvaluationEvent, SampleEvent, StepEvent
 
-DOCS = Path(__file__).parent
+IMAGES = Path(__file__).resolve().parents[1] / "images"
 WIDTH = 100
 
 
@@ -46,8 +46,8 @@ def main() -> None:
     run = Run.open(sys.argv[1])
     console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     console.print(replay(run, console).render())
-    console.save_svg(str(DOCS / "training.svg"), title=f"tinylm train {run.recipe.name}")
-    subprocess.run([sys.executable, "-m", "tinylm", "plot", str(run.path), "--out", str(DOCS / "curve.svg")], check=True)
+    console.save_svg(str(IMAGES / "training.svg"), title=f"tinylm train {run.recipe.name}")
+    subprocess.run([sys.executable, "-m", "tinylm", "plot", str(run.path), "--out", str(IMAGES / "curve.svg")], check=True)
 
 
 if __name__ == "__main__":
