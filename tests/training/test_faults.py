@@ -195,7 +195,10 @@ def _command(text: Path, folder: Path, *overrides: str) -> list[str]:
 def _send_signals_when(
     command: list[str], condition: Any, *numbers: signal.Signals, cache: Path | None = None
 ) -> tuple[int, bytes]:
-    """Run a command, send it signals once `condition` is true, and return its exit code and stdout."""
+    """Run a command, send it signals once `condition` is true, and return its exit code and stdout.
+
+    Several signals must differ: they are sent at once, and Python handles them in the order of their numbers.
+    """
     variables = {**environment(), **({"TINYLM_CACHE": str(cache)} if cache else {})}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=variables) as process:
         while not condition():
@@ -203,7 +206,6 @@ def _send_signals_when(
             time.sleep(0.002)
         for number in numbers:
             process.send_signal(number)
-            time.sleep(0.05)
         out, err = process.communicate(timeout=60)
     assert b"Traceback" not in err
     return process.returncode, out
@@ -220,11 +222,11 @@ def test_sigterm_while_preparing_the_text_leaves_no_files(english: str, tmp_path
 
 
 def test_a_second_sigterm_exits_immediately_with_its_own_code(text_file: Path, tmp_path: Path) -> None:
-    """The signals arrive during an evaluation with slow batches. The second signal does not wait for the current batch."""
+    """Both signals arrive during an evaluation with slow batches. The second one does not wait for the current batch."""
     folder = tmp_path / "run"
     slow = ("evaluation.every=2", "evaluation.stride=1", "evaluation.max_tokens=null", "model.n_layer=6", "model.n_embd=128")
     command = _command(text_file, folder, *slow)
-    code, out = _send_signals_when(command, (folder / "checkpoints" / "last").exists, signal.SIGTERM, signal.SIGTERM)
+    code, out = _send_signals_when(command, (folder / "checkpoints" / "last").exists, signal.SIGINT, signal.SIGTERM)
     assert code == 143
     assert out == b"", "the first signal alone would have printed the run folder"
     assert Run(folder).checkpoint("last").problem() is None
