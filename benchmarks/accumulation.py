@@ -1,4 +1,4 @@
-"""Measure how much the gradient depends on the micro-batch size, in fp64 and fp32, if rows have different numbers of targets."""
+"""Measure how much the gradient depends on the micro-batch size, in fp64 and fp32, when rows have different numbers of targets."""
 
 from __future__ import annotations
 

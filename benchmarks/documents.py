@@ -2,9 +2,9 @@
 
     python benchmarks/documents.py [SOURCE] [--rounds 3] [--steps 600] [--context 256] [--batch 8] [--seed 1337]
 
-Trains `data.shuffle: documents` and `data.document_mask: on`, alone and together, and the default, in turn. Every round has a seed
-of its own, which all four trainings share. Held-out text is split by document. Prints, for each option, the medians over the rounds
-of the ratio of times and of the difference in bits per byte to the default of the same round.
+Trains with `data.shuffle: documents`, with `data.document_mask: on`, with both and with the default, in turn. All four trainings of
+a round have the same seed. Held-out text is split by document. For each option, prints the median over the rounds of the time ratio
+and of the difference in bits per byte, both relative to the default of the same round.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@
     python benchmarks/embeddings.py reuse [--steps 300] [--seeds 1 2 3]
 
 `speed` compares skip-gram and CBOW with gensim. Both libraries get the same ids and train on one document at a time. Building the
-vocabulary is not timed. One document in 20 is held out. The held-out loss is the negative sampling loss over its windows, with the
+vocabulary is not timed. One document in 20 is held out, or the last twentieth of the text if it has fewer.
+The held-out loss is the negative sampling loss over its windows, with the
 same negatives for both libraries. `plurals` is the share of words whose plural is among their ten nearest neighbors. `glove`
 compares with the published C program (github.com/stanfordnlp/GloVe); `--program` is the folder with its binaries. Both programs get
 the same words in the same documents. `neighbors` prints nearest neighbors of example words. `reuse` trains language models with and
@@ -126,8 +127,7 @@ def speed(arguments: argparse.Namespace) -> None:
 
     full = _encode(arguments.text)
     ids = full.read(0, full.length)
-    document = np.cumsum(ids < 0)  # document index of each id; a negative id ends a document
-    heldout, train = ids[document % 20 == 19], ids[document % 20 != 19]
+    heldout, train = _hold_out(ids)
     counts = np.bincount(train[train >= 0], minlength=len(full.vocabulary.names))
     kept = counts >= 5
     new_ids = np.where(kept, np.cumsum(kept) - 1, -2)  # -2 marks rare words, which are removed below
@@ -141,6 +141,13 @@ def speed(arguments: argparse.Namespace) -> None:
         print(f"{len(train):,} tokens of {len(names):,} words for training, {len(heldout):,} tokens held out", flush=True)
         for method in arguments.methods:
             _compare_with_gensim(arguments, method, text, heldout[heldout != -2])
+
+
+def _hold_out(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Split ids into held-out ids and training ids: one document in 20, or the last twentieth of fewer documents."""
+    document = np.cumsum(ids < 0)  # document index of each id; a negative id ends a document
+    is_heldout = document % 20 == 19 if document[-1] >= 19 else np.arange(len(ids)) >= 0.95 * len(ids)
+    return ids[is_heldout], ids[~is_heldout]
 
 
 def _compare_with_gensim(arguments: argparse.Namespace, method: str, text: EncodedText, heldout: np.ndarray) -> None:
@@ -331,7 +338,7 @@ def _write_training_text(folder: Path, base: str) -> Path:
     """Write the training text without the held-out text, because vectors trained on both would leak held-out data."""
     from contextlib import ExitStack
 
-    from tinylm.data.prepare import open_text
+    from tinylm.data.split_text import open_text
     from tinylm.recipe import loads
     from tinylm.reporting import SILENT
 

@@ -16,7 +16,7 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sampling import add_noise, transformers_twin
+from sampling import add_noise, to_transformers
 from transformers import GPT2LMHeadModel
 from transformers.utils import logging
 
@@ -36,7 +36,7 @@ def tinylm_perplexity(network: Transformer, shard: Shard) -> float:
 
 
 @torch.inference_mode()
-def transformers_perplexity(twin: GPT2LMHeadModel, shard: Shard) -> float:
+def transformers_perplexity(gpt2: GPT2LMHeadModel, shard: Shard) -> float:
     tokens = torch.from_numpy(np.asarray(shard.tokens[:-1], dtype=np.int64))
     windows, scored = [], 0
     for begin in range(0, len(tokens) - 1, STRIDE):
@@ -50,7 +50,7 @@ def transformers_perplexity(twin: GPT2LMHeadModel, shard: Shard) -> float:
     nats, size = 0.0, EVALUATION_BATCH_TOKENS // CONTEXT
     for start in range(0, len(windows), size):
         inputs, targets = (torch.stack(part) for part in zip(*windows[start : start + size], strict=True))
-        logits = twin(inputs, use_cache=False).logits
+        logits = gpt2(inputs, use_cache=False).logits
         nats += float(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"))
     return math.exp(nats / (len(tokens) - 1))
 
@@ -63,12 +63,12 @@ def main() -> None:
     logging.set_verbosity_error()
     model = DecoderSection.model_validate({"preset": "gpt2", "n_layer": 6, "n_head": 6, "n_embd": 384, "context_length": CONTEXT})
     network = add_noise(Transformer(model, VOCABULARY)).eval()
-    twin = transformers_twin(network, VOCABULARY)
+    gpt2 = to_transformers(network, VOCABULARY)
     generator = np.random.default_rng(0)
     tokens = np.concatenate([[0], generator.integers(1, VOCABULARY, options.tokens), [0]]).astype(np.uint16)
     shard = Shard(tokens, Counts(1, options.tokens, options.tokens, options.tokens, 0), 0)
     variants = {
-        "transformers": lambda: transformers_perplexity(twin, shard),
+        "transformers": lambda: transformers_perplexity(gpt2, shard),
         "tinylm": lambda: tinylm_perplexity(network, shard),
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}

@@ -1,9 +1,9 @@
-"""Cost of unused hook points: a training step with them vs. one in which plain functions take their place, alternately.
+"""Cost of unused hook points: alternate training steps with hook points and with plain functions in their place.
 
     python benchmarks/hooks.py [--steps 200] [--width 64] [--rows 8] [--compile]
 
-Both networks have the same weights and take the same batches on one thread. Prints processor time per step, and the median over
-pairs of consecutive steps of the ratio, with an interval of plus and minus two standard errors. The default shape is tiny, so that
+Both networks have the same weights and take the same batches on one thread. Prints CPU time per step, and the median over
+pairs of consecutive steps of the ratio, with an interval of plus or minus two standard errors. The default shape is tiny, so that
 the share of module calls in a step is large.
 """
 
@@ -49,7 +49,7 @@ def remove_hook_points(network: Transformer) -> None:
 
 
 def step(network: Transformer, parameters: list[Tensor], tokens: Tensor) -> float:
-    """Return the processor time of a forward pass, a backward pass, and an update."""
+    """Return the CPU time of a forward pass, a backward pass, and an update."""
     start = time.process_time()
     for parameter in parameters:
         parameter.grad = None
@@ -81,7 +81,7 @@ def main() -> None:
             tokens = torch.randint(VOCABULARY, (arguments.rows, arguments.context + 1), generator=generator)
             order = (0, 1) if number % 2 else (1, 0)
             pair = {index: step(networks[index], parameters[index], tokens) for index in order}
-            if number >= 10:  # the first ten steps are a warm-up
+            if number >= 10:  # the first ten steps are a warmup
                 times.append((pair[0], pair[1]))
         ratios = [present / absent for present, absent in times]
         error = 1.25 * statistics.stdev(ratios) / len(ratios) ** 0.5  # standard error of the median

@@ -5,8 +5,8 @@
 Runs three recipes in separate processes, on random tokens (the cost of a step does not depend on the text), without compilation,
 with the precision and micro-batch size of the plan. Memory is the growth of the resident set, from just before the model is built
 to its maximum over the steps and one evaluation. It includes memory that the allocator keeps. A tiny model is trained and
-evaluated first, so one-time library allocations are not counted. The step time is the median without the first two steps.
-`make_plan` benchmarks the machine before each training process starts; on a busy machine neither prediction nor measurement is
+evaluated first, so one-time library allocations are not counted. The step time is the median, excluding the first two steps.
+`make_plan` benchmarks the machine before each training process starts; on a busy machine, neither prediction nor measurement is
 reliable.
 """
 

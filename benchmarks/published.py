@@ -133,7 +133,7 @@ RUNS = (
         {"preset": "modern", "n_layer": 12, "n_head": 12, "n_embd": 768, "context_length": 2048, "logit_softcap": 30.0},
         HALF_MILLION,
         8,
-        note="compilation assumed; without Muon's matrix products",
+        note="compilation assumed; excludes Muon's matrix products",
     ),
     Run(
         "TinyLlama 1.1B",

@@ -4,8 +4,8 @@
 
 Muon's `lr` and its `adamw_lr` (for embeddings, head and gains) are varied separately, by factors of two around their defaults: for
 every width with the first batch size, and for the middle width with the other batch sizes. If learning rates transfer, the best
-factor is about the same in all rows. The models are character-level with context 64. They have no n-gram embeddings, because the
-transformer's matrices are what matters here.
+factor is about the same in all rows. The models are character-level with context 64. They have no n-gram embeddings, because
+only the rates of the transformer's matrices are of interest.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class FakeTokenizer(Tokenizer):
         self.__dict__.update(vocab_size=vocab_size, end_of_text=END, token_bytes=[b"x"] * vocab_size)
 
 
-def transformers_twin(network: Transformer, vocab_size: int) -> GPT2LMHeadModel:
+def to_transformers(network: Transformer, vocab_size: int) -> GPT2LMHeadModel:
     """Return transformers' GPT-2 with the weights of `network`."""
     model = network.model
     config = GPT2Config(
@@ -58,9 +58,9 @@ def transformers_twin(network: Transformer, vocab_size: int) -> GPT2LMHeadModel:
         bos_token_id=END,
         eos_token_id=None,
     )
-    twin = GPT2LMHeadModel(config).eval()
+    gpt2 = GPT2LMHeadModel(config).eval()
     weights = network.state_dict()
-    twin_weights = {"wte.weight": weights["embedding.weight"], "wpe.weight": weights["positions.weight"]}
+    their_weights = {"wte.weight": weights["embedding.weight"], "wpe.weight": weights["positions.weight"]}
     names = {
         "attention_norm": "ln_1",
         "attention.qkv": "attn.c_attn",
@@ -70,14 +70,14 @@ def transformers_twin(network: Transformer, vocab_size: int) -> GPT2LMHeadModel:
         "feed_forward.output": "mlp.c_proj",
     }
     for layer in range(model.n_layer):
-        for name, twin_name in names.items():
+        for name, their_name in names.items():
             for part in ("weight", "bias"):
                 value = weights[f"blocks.{layer}.{name}.{part}"]
-                twin_weights[f"h.{layer}.{twin_name}.{part}"] = value.T if value.ndim == 2 else value
-    twin_weights |= {f"ln_f.{part}": weights[f"final_norm.{part}"] for part in ("weight", "bias")}
-    twin.transformer.load_state_dict(twin_weights)
-    twin.tie_weights()
-    return twin
+                their_weights[f"h.{layer}.{their_name}.{part}"] = value.T if value.ndim == 2 else value
+    their_weights |= {f"ln_f.{part}": weights[f"final_norm.{part}"] for part in ("weight", "bias")}
+    gpt2.transformer.load_state_dict(their_weights)
+    gpt2.tie_weights()
+    return gpt2
 
 
 def add_noise(network: Transformer) -> Transformer:
@@ -107,10 +107,10 @@ def generate_with_tinylm(
     return [sequence.sample.token_ids for sequence in sequences]
 
 
-def generate_with_transformers(twin: GPT2LMHeadModel, rows: int, tokens: int, prompt: list[int], **options: object) -> torch.Tensor:
+def generate_with_transformers(gpt2: GPT2LMHeadModel, rows: int, tokens: int, prompt: list[int], **options: object) -> torch.Tensor:
     ids = torch.tensor([prompt] * rows)
     with torch.inference_mode():
-        output: torch.Tensor = twin.generate(
+        output: torch.Tensor = gpt2.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, pad_token_id=END, suppress_tokens=[END], **options
         )
     return output
@@ -119,20 +119,20 @@ def generate_with_transformers(twin: GPT2LMHeadModel, rows: int, tokens: int, pr
 def benchmark(name: str, all_rows: list[int], rounds: int) -> None:
     shape, vocab_size, tokens = MODELS[name]
     network = add_noise(Transformer(DecoderSection.model_validate({"preset": "gpt2", **shape}), vocab_size)).eval()
-    twin, tokenizer = transformers_twin(network, vocab_size), FakeTokenizer(vocab_size)
+    gpt2, tokenizer = to_transformers(network, vocab_size), FakeTokenizer(vocab_size)
     decoders = {
         f"{weights}{' compiled' if compiled else ''}": Decoder(network, weights=weights, compiled=compiled)
         for weights in WEIGHT_KINDS
         for compiled in (False, True)
     }
-    expected = generate_with_transformers(twin, 1, 12, PROMPT, do_sample=False)[0, len(PROMPT) :].tolist()
+    expected = generate_with_transformers(gpt2, 1, 12, PROMPT, do_sample=False)[0, len(PROMPT) :].tolist()
     for kind in ("fp32", "fp32 compiled"):
         assert generate_with_tinylm(decoders[kind], tokenizer, 1, 12, PROMPT, temperature=0.0) == [expected], (
             "greedy decoding differs"
         )
     for rows in all_rows:
         variants: dict[str, Callable[[], object]] = {
-            "transformers": lambda rows=rows: generate_with_transformers(twin, rows, tokens, PROMPT, do_sample=True, top_k=50)
+            "transformers": lambda rows=rows: generate_with_transformers(gpt2, rows, tokens, PROMPT, do_sample=True, top_k=50)
         }
         for kind, decoder in decoders.items():
             variants[kind] = lambda rows=rows, decoder=decoder: generate_with_tinylm(decoder, tokenizer, rows, tokens, PROMPT)
@@ -142,11 +142,11 @@ def benchmark(name: str, all_rows: list[int], rounds: int) -> None:
 def first_token(rounds: int) -> None:
     shape, vocab_size, _ = MODELS["13.8M"]
     network = add_noise(Transformer(DecoderSection.model_validate({"preset": "gpt2", **shape}), vocab_size)).eval()
-    twin, tokenizer = transformers_twin(network, vocab_size), FakeTokenizer(vocab_size)
+    gpt2, tokenizer = to_transformers(network, vocab_size), FakeTokenizer(vocab_size)
     prompt = torch.randint(1, vocab_size, (1000,), generator=torch.Generator().manual_seed(1)).tolist()
     decoder = Decoder(network)
     variants = {
-        "transformers": lambda: generate_with_transformers(twin, 1, 1, prompt, do_sample=True, top_k=50),
+        "transformers": lambda: generate_with_transformers(gpt2, 1, 1, prompt, do_sample=True, top_k=50),
         "fp32": lambda: generate_with_tinylm(decoder, tokenizer, 1, 1, prompt),
     }
     report("first token after 1000, 13.8M", variants, rounds, 1, "per second")

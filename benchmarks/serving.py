@@ -64,7 +64,7 @@ async def disconnect_during_stream(address: str, clients: int) -> float:
         start = time.perf_counter()
         while True:
             load = (await session.get(f"{address}/health")).json()
-            if load["writing"] == load["waiting"] == 0:
+            if load["generating"] == load["waiting"] == 0:
                 return time.perf_counter() - start
             await asyncio.sleep(0.01)
 

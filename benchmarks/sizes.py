@@ -2,7 +2,7 @@
 
     python benchmarks/sizes.py SOURCE... [--minutes 2] [--sizes 2x128 3x192 4x256 5x320 6x384 8x512] [--set K=V ...]
 
-Trains the recipe that `tinylm new SOURCE --minutes M` proposes, and for each size of the grid the recipe that it would write for
+Trains the recipe that `tinylm new SOURCE --minutes M` proposes, and, for each size in the grid, the recipe that it would write for
 that size, including regularization, evaluation interval and schedule. Prints the held-out bits per byte of the best checkpoint of
 each size, and the ratio of the proposed size's bits per byte to the lowest.
 """

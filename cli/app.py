@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -15,21 +16,26 @@ import typer
 from typer.core import TyperCommand
 
 import tinylm
-from tinylm.errors import InputError, TinylmError, did_you_mean
+from tinylm import hints
+from tinylm.errors import InputError, TinylmError, TinylmWarning
 
 from .console import CommandGroup
 
 COMMANDS = {
     "train": ("Train", "Train a model from a recipe."),
-    "new": ("Train", "Write a recipe for a text, this machine and a time budget."),
+    "new": ("Train", "Write a recipe for a text, this machine and a time limit."),
     "plan": ("Train", "Predict the cost of a recipe: parameters, memory, time."),
     "recipes": ("Train", "List or print the recipes that come with tinylm."),
     "sample": ("Use", "Generate text with a trained model."),
     "eval": ("Use", "Evaluate a model on a text: perplexity, bits per byte."),
+    "explain": ("Use", "Explain a model step by step, from characters to a gradient step."),
+    "inspect": ("Use", "Look inside a model: attention, logit lens, what contributed to a prediction."),
     "compare": ("Use", "Compare runs: recipes, losses, and whether the difference is significant."),
     "serve": ("Use", "Serve a model over HTTP: an OpenAI-compatible API and a web page."),
     "export": ("Share", "Export a model to Hugging Face, llama.cpp or ONNX and verify it."),
     "import": ("Share", "Import GPT-2 or Llama weights as a run."),
+    "sweep": ("Train", "Train a recipe with many settings and compare them."),
+    "ladder": ("Train", "Train an n-gram model, older networks and a GPT on the same text and compare them."),
     "runs": ("Use", "List runs with their steps and held-out losses."),
     "plot": ("Use", "Plot the training curves of runs."),
     "tokenize": ("Text", "Train, apply and evaluate tokenizers."),
@@ -56,7 +62,7 @@ class LazyCommands(CommandGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args[0] not in COMMANDS and not args[0].startswith("-") and not ctx.resilient_parsing:
-            hint = did_you_mean(args[0], COMMANDS) or "`tinylm --help` lists the commands"
+            hint = hints.command(args[0], COMMANDS) or "`tinylm --help` lists the commands"
             raise InputError(f"no such command {args[0]!r}", hint=hint)
         name, command, rest = super().resolve_command(ctx, args)
         if name in COMMANDS:
@@ -96,12 +102,30 @@ def root(
     """
 
 
+def _replace_closed_streams() -> None:
+    """Discard what is written to stdout or stderr if the stream was closed before the process started (`>&-`)."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  closed when the process ends
+
+
 def main() -> None:
     """The console script. Exit codes: 0 success, 1 failure, 2 invalid input, 130 or 143 stopped by a signal."""
+    _replace_closed_streams()
+    _use_utf8()
     debugging = os.environ.get("TINYLM_DEBUG") == "1"
     if not debugging:
         sys.excepthook = _report_bug
     signal.signal(signal.SIGTERM, _terminate)
+    show_other_warning = warnings.showwarning
+
+    def show_warning(message: Warning | str, category: type[Warning], *details: Any, **options: Any) -> None:
+        if issubclass(category, TinylmWarning):
+            print(f"warning: {message}", file=sys.stderr)
+        else:
+            show_other_warning(message, category, *details, **options)
+
+    warnings.showwarning = show_warning
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # file names may contain bytes that are not valid UTF-8: print them as is
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")
@@ -121,6 +145,13 @@ def main() -> None:
         if code == 130:  # typer returns 130 after Ctrl-C
             print("stopped", file=sys.stderr)
     sys.exit(code)
+
+
+def _use_utf8() -> None:
+    """Restart Python in UTF-8 mode if the locale has another encoding: arguments, file names and standard input are UTF-8."""
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _print_error(error: Exception) -> int:
@@ -143,8 +174,23 @@ def _usage_message(error: Any) -> str:
     context = getattr(error, "ctx", None)
     if not message:
         return ""
-    hint = f" (see `{context.command_path} --help`)" if context is not None else ""
-    return f"{message[0].lower()}{message[1:]}{hint}"
+    help_hint = "" if context is None else f"see `{context.command_path} --help`"
+    hint = _usage_hint(error, context)
+    if hint is not None:
+        message = message.partition(" (Possible options")[0].partition(" Did you mean")[0].rstrip(".")
+    listed = "; ".join(part for part in (hint, help_hint) if part)
+    return f"{message[0].lower()}{message[1:]}" + (f" ({listed})" if listed else "")
+
+
+def _usage_hint(error: Any, context: Any) -> str | None:
+    """Return what was probably meant by an option or argument that the command does not have."""
+    if context is None:
+        return None
+    if (name := getattr(error, "option_name", None)) is not None and "no such option" in error.format_message().lower():
+        return hints.option(name, [option for parameter in context.command.params for option in parameter.opts])
+    if "extra argument" in error.format_message():
+        return hints.ARGUMENTS.get(context.command.name)
+    return None
 
 
 def _on_closed_stdout() -> int:

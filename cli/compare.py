@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tinylm.data.split_text import PART_NAMES
+from tinylm.data.training_text import WARN_ABOVE, largest_share, percent
 from tinylm.errors import InputError
-from tinylm.evaluation.metrics import Metric, primary_metric
+from tinylm.evaluation.curves import comparable_metric
+from tinylm.evaluation.metrics import Metric
 from tinylm.run import Run
 
 from .console import (
@@ -22,16 +24,22 @@ from .console import (
     FIELD,
     JSON,
     QUIET,
+    SPLIT,
+    TEMPLATE,
     THREADS,
     ConsoleReporter,
     checked_errors,
+    checked_split,
     given_options,
-    print_fields,
     print_json,
     stderr_console,
     stdout_console,
 )
 
+if TYPE_CHECKING:
+    from tinylm.evaluation.comparison import Comparison, ModelTest
+
+_DIFFERENT_TEXTS = "the runs have different held-out texts"
 app = typer.Typer(add_completion=False)
 
 
@@ -43,65 +51,145 @@ def compare(
         None,
         "--on",
         metavar="SOURCE",
-        help="The text for the comparison. Default: the held-out text, if it is the same for all runs.",
+        help="The text for the comparison. Default: the held-out or test text, if it is the same for all runs.",
     ),
+    split: str = SPLIT,
     stride: int | None = typer.Option(None, "--stride", help="Tokens by which windows advance, as in `tinylm eval`."),
     field: str = FIELD,
+    template: str | None = TEMPLATE,
     errors: str = ERRORS,
     device: str = DEVICE,
     threads: int | None = THREADS,
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Compare the first run with each of the others: recipes, held-out results during training, and losses on the same text."""
+    """Compare the first run with each of the others: recipes, held-out results during training, and losses on the same text.
+
+    The test shows whether the trained models differ on this text. To compare recipes, train each with two or more seeds: runs that
+    differ only in the seed are grouped, and their means are compared.
+    """
     checked_errors(errors)
     if len(runs) < 2:
         raise InputError("at least two runs are required", where="RUN")
-    if not on and (unused := given_options(ctx, ("field", "errors"))):
+    if not on and (unused := given_options(ctx, ("field", "template", "errors"))):
         raise InputError("requires --on", where=", ".join(unused))
+    if on and given_options(ctx, ("split",)):
+        raise InputError("mutually exclusive: compare on a part of the runs' own text or on another text", where="--split, --on")
+    checked_split(split)
     opened = [Run.open(path) for path in runs]
     for run in opened:
         run.checkpoint()  # report a missing checkpoint before torch is imported
+    metric = comparable_metric(opened)
+    recipes, curves = _recipe_differences(opened), _curves(opened, metric)
 
     from tinylm.device import set_threads
-    from tinylm.evaluation.evaluate_run import TextFormat, compare_runs
+    from tinylm.evaluation.comparison import compare_runs, share_text
+    from tinylm.evaluation.evaluate_run import TextFormat
 
     set_threads(threads)
     reporter = ConsoleReporter(stderr_console(), quiet=quiet)
-    text_format = TextFormat(field, errors)
-    comparisons = [
-        compare_runs(opened[0], run, on or (), stride=stride, text_format=text_format, device=device, reporter=reporter)
-        for run in opened[1:]
-    ]
-    metric = primary_metric(line for run in opened for line in run.metrics())
-    recipes, curves = _recipe_differences(opened), _curves(opened, metric)
+    comparison = None
+    if on or share_text(opened, split):
+        text_format = TextFormat(field, template, errors)
+        comparison = compare_runs(
+            opened, on or (), split=split, stride=stride, text_format=text_format, device=device, reporter=reporter
+        )
+    text = ", ".join(on) if on else f"the {PART_NAMES[split]}"
     if json:
-        document = {
+        document: dict[str, Any] = {
             "runs": [str(run.path) for run in opened],
             "recipes": recipes,
             "curves": curves,
             "curve_metric": metric.name,
-            "tests": [
-                {"a": str(opened[0].path), "b": str(run.path), **_test_document(asdict(comparison))}
-                for run, comparison in zip(opened[1:], comparisons, strict=True)
-            ],
+            "text": text,
+            "split": None if on else split,
         }
-        print_json(document)
+        print_json(document | (comparison.as_dict() if comparison is not None else {"tests": [], "not_tested": _DIFFERENT_TEXTS}))
+    else:
+        console = stdout_console()
+        _print_table(console, "recipe", runs, recipes, _formatted)
+        _print_table(console, f"{metric.heading} at step{metric.direction}", runs, curves, metric.formatted)
+        if comparison is not None:
+            _print_comparison(console, comparison, text)
+    if comparison is not None:
+        leaks = [run.path for run in comparison.runs if (largest_share(run.overlaps) or 0) > WARN_ABOVE]
+        if leaks:
+            reporter.warn(f"much of the text also occurs in the training text of {', '.join(leaks)}: see the column 'trained on'")
+    else:
+        reporter.warn(f"{_DIFFERENT_TEXTS}, so their results are not comparable: choose a text with --on")
+
+
+def _print_comparison(console: Console, comparison: Comparison, text: str) -> None:
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+    table.add_column("bits per byte")
+    table.add_column("difference", justify="right")
+    table.add_column("95% interval", justify="right")
+    table.add_column("p", justify="right")
+    table.add_column("trained on", justify="right")
+    table.add_column(f"model, on {text}")
+    for run, test in zip(comparison.runs, [None, *comparison.model_tests], strict=True):
+        cells = ["", "", ""]
+        if test is not None:
+            low, high = test.result.simultaneous_ci95
+            cells = [f"{-test.result.difference:+.4f}", f"{-high:+.4f} to {-low:+.4f}", f"{test.p_corrected:.4f}"]
+        share = largest_share(run.overlaps)
+        trained_on = "unknown" if share is None else percent(share)
+        table.add_row(f"{run.bits_per_byte:.4f}", *cells, trained_on, Text(f"{run.path} {run.checkpoint}"))
+    console.print(table)
+    console.print()
+    for test in comparison.model_tests:
+        console.print(Text(_model_verdict(test)), soft_wrap=True)
+    result, count = comparison.model_tests[0].result, len(comparison.model_tests)
+    corrected = f", corrected for {count} comparisons" if count > 1 else ""
+    console.print(
+        Text(
+            f"Tested: whether these trained models differ on this text ({result.pieces:,} {result.kind}; paired permutation "
+            f"test{corrected}). A different seed also changes the model, so this test does not compare recipes."
+        ),
+        style="dim",
+        soft_wrap=True,
+    )
+    _print_recipes(console, comparison)
+
+
+def _model_verdict(test: ModelTest) -> str:
+    a, b, better = test.a, test.b, test.better
+    if test.same_recipe:
+        size = abs(test.result.difference)
+        return f"{a.path} and {b.path} differ only in the seed: their difference of {size:.4f} is due to random variation."
+    if better is None:
+        return f"{a.path} and {b.path} do not differ significantly on this text."
+    worse = b if better is a else a
+    return f"{better.path} predicts this text better than {worse.path}."
+
+
+def _print_recipes(console: Console, comparison: Comparison) -> None:
+    """Print the mean and standard deviation of each recipe with several seeds, and the tests between recipes."""
+    if all(recipe.deviation is None for recipe in comparison.recipes):
         return
-    console = stdout_console()
-    _print_table(console, "recipe", runs, recipes, _formatted)
-    _print_table(console, f"{metric.heading} at step{metric.direction}", runs, curves, metric.formatted)
-    rows = []
-    for run, comparison in zip(opened[1:], comparisons, strict=True):
-        low, high = comparison.ci95
-        verdict = "significant" if low > 0 or high < 0 else "not significant"
-        interval = f"95 % interval {low:+.4f} to {high:+.4f}, p = {comparison.p_value:.4f}"
-        rows += [
-            ("bits per byte", f"{opened[0].path} {comparison.a:.4f}, {run.path} {comparison.b:.4f}"),
-            ("difference", f"{comparison.difference:+.4f}  ({interval}: {verdict})"),
-            ("paired over", f"{comparison.pieces:,} {comparison.kind}"),
-        ]
-    print_fields(console, rows)
+    console.print()
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+    for title in ("mean bits per byte", "deviation", "seeds"):
+        table.add_column(title, justify="right")
+    table.add_column("recipe")
+    for recipe in comparison.recipes:
+        deviation = "" if recipe.deviation is None else f"{recipe.deviation:.4f}"
+        table.add_row(f"{recipe.mean:.4f}", deviation, str(len(recipe.runs)), Text(recipe.name))
+    console.print(table)
+    console.print()
+    for test in comparison.recipe_tests:
+        low, high = test.result.ci95
+        seeds = f"{len(test.a.runs)} and {len(test.b.runs)} seeds"
+        interval = f"95% interval {low:+.4f} to {high:+.4f}, p = {test.p_corrected:.4f}"
+        facts = f"{seeds}, difference {test.result.difference:+.4f}, {interval}"
+        if test.better is None:
+            verdict = f"The recipes of {test.a.name} and of {test.b.name} do not differ significantly"
+        else:
+            worse = test.b if test.better is test.a else test.a
+            verdict = f"The recipe of {test.better.name} is better than that of {worse.name}"
+        console.print(Text(f"{verdict} ({facts})."), soft_wrap=True)
+    if comparison.recipe_tests:
+        console.print(Text("Tested: whether the means over seeds differ (Welch's t-test)."), style="dim", soft_wrap=True)
 
 
 def _print_table(
@@ -121,10 +209,6 @@ def _print_table(
 
 def _formatted(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) and value > 0.01 else f"{value}"
-
-
-def _test_document(test: dict[str, Any]) -> dict[str, Any]:
-    return {"a_bits_per_byte": test.pop("a"), "b_bits_per_byte": test.pop("b"), **test}
 
 
 def _recipe_differences(runs: list[Run]) -> list[dict[str, Any]]:

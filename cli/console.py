@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -22,6 +22,8 @@ from typer.core import TyperGroup
 from tinylm.errors import InputError
 from tinylm.reporting import Advance, Reporter
 
+from . import styles
+
 if TYPE_CHECKING:
     from tinylm.run import Run
 
@@ -34,12 +36,20 @@ RUN = typer.Option(
 )
 CHECKPOINT = typer.Option(None, "--checkpoint", help="best, last or a step. Default: best.")
 SET = typer.Option(None, "--set", metavar="SECTION.KEY=VALUE", help="Set a key of the recipe. Can be repeated.")
-FIELD = typer.Option("text", "--field", help="The field of .jsonl files or the column of .parquet files that contains the text.")
+FIELD = typer.Option("text", "--field", help="The field of .jsonl files, or the column of tables, that contains the text.")
+TEMPLATE = typer.Option(
+    None, "--template", metavar="TEXT", help="Instead of --field: combine several fields, for example '{title}: {body}'."
+)
 WEIGHTS = typer.Option("fp32", "--weights", help="Weight format: fp32, bf16 or int8. int8 reads a quarter of the memory per token.")
 COMPILE = typer.Option(
     None,
     "--compile/--no-compile",
     help="Compile the decoding step: slower to start, then faster. Default: only on a CPU and if it saves time.",
+)
+SPLIT = typer.Option(
+    "heldout",
+    "--split",
+    help="Which part of the run's own text: heldout, or test (data.test), which training never uses to choose a checkpoint.",
 )
 ERRORS = typer.Option("strict", "--errors", help="Bytes that are not UTF-8: strict (an error) or replace (with U+FFFD).")
 
@@ -78,6 +88,14 @@ def stdout_console() -> Console:
     return console
 
 
+def print_columns(rows: Iterable[Sequence[str]]) -> None:
+    """Print rows on stdout as aligned columns, without borders, headings or trailing spaces, for programs to read."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        write_stdout("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
 def print_fields(console: Console, rows: Iterable[tuple[str, str]]) -> None:
     """Print labels and values in two columns. Unless stdout is a terminal, rows are never wrapped."""
     rows = list(rows)
@@ -111,8 +129,28 @@ def _to_json(value: Any) -> Any:
     return value
 
 
+@contextmanager
+def no_echo_of_control_keys() -> Iterator[None]:
+    """Keep the terminal from printing `^C` when Ctrl-C is pressed, which would shift a live panel by a line."""
+    try:
+        import termios
+
+        stdin = sys.stdin.fileno()
+        before = termios.tcgetattr(stdin)
+    except (ImportError, OSError, ValueError, AttributeError, termios.error):  # Windows, or stdin is not a terminal
+        yield
+        return
+    changed = [*before]
+    changed[3] &= ~termios.ECHOCTL
+    try:
+        termios.tcsetattr(stdin, termios.TCSANOW, changed)
+        yield
+    finally:
+        termios.tcsetattr(stdin, termios.TCSANOW, before)
+
+
 class ConsoleReporter(Reporter):
-    """Prints notes in gray, warnings in yellow and, on a terminal, progress bars that disappear when they are complete."""
+    """Prints notes in gray, warnings in orange and, on a terminal, progress bars that disappear when they are complete."""
 
     def __init__(self, console: StderrConsole, *, quiet: bool = False) -> None:
         self.console = console
@@ -123,7 +161,7 @@ class ConsoleReporter(Reporter):
             self.console.print_line(text, "dim")
 
     def warn(self, text: str) -> None:
-        self.console.print_line(f"warning: {text}", "yellow")
+        self.console.print_line(f"warning: {text}", styles.WARNING)
 
     @contextmanager
     def progress(self, label: str, total: int | None, unit: str) -> Iterator[Advance]:
@@ -204,10 +242,16 @@ def write_stdout(text: str, *, end: str = "\n") -> None:
 
 
 def checked_text(text: str, option: str) -> str:
-    """Return a text from the command line. Raises `InputError` if it is not UTF-8, which Python decodes to surrogates."""
+    """Return a text from the command line. Raises `InputError` if it is not UTF-8: Python decodes other bytes to surrogates."""
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise InputError("not UTF-8", where=option)
     return text
+
+
+def checked_split(value: str) -> None:
+    """Raise `InputError` for an unknown value of --split."""
+    if value not in ("heldout", "test"):
+        raise InputError(f"must be heldout or test, not {value!r}", where="--split")
 
 
 def checked_weights(value: str) -> Literal["fp32", "bf16", "int8"]:

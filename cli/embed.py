@@ -13,7 +13,7 @@ import typer
 
 from tinylm.errors import InputError, did_you_mean
 
-from . import embedding_queries
+from . import embedding_queries, styles
 from .console import (
     CHECKPOINT,
     DEVICE,
@@ -22,6 +22,7 @@ from .console import (
     JSON,
     QUIET,
     RUN,
+    TEMPLATE,
     THREADS,
     CommandGroup,
     ConsoleReporter,
@@ -57,12 +58,16 @@ def train(
     name: str | None = typer.Option(None, "--name", help="Name of the vectors. Default: the method."),
     method: str = typer.Option("skipgram", "--method", help="skipgram, cbow or glove."),
     dimensions: int | None = typer.Option(None, "--dimensions", "-d", help="Dimensions of a vector. Default: 100."),
-    window: int | None = typer.Option(None, "--window", help="Maximum context words on each side. Default: 5, for glove 15."),
+    window: int | None = typer.Option(
+        None, "--window", help="Maximum number of context words on each side. Default: 5, or 15 for glove."
+    ),
     negatives: int | None = typer.Option(None, "--negatives", help="Negative samples per word. Default: 5."),
     subsample: float | None = typer.Option(None, "--subsample", help="Subsample words more frequent than this. Default: 1e-3."),
-    epochs: int | None = typer.Option(None, "--epochs", help="Passes over the text. Default: 5, for glove 25."),
-    lr: float | None = typer.Option(None, "--lr", help="Learning rate. Default: 0.025, for cbow and glove 0.05."),
-    min_count: int | None = typer.Option(None, "--min-count", help="Skip words that occur less often. Default: 5, for tokens 1."),
+    epochs: int | None = typer.Option(None, "--epochs", help="Passes over the text. Default: 5, or 25 for glove."),
+    lr: float | None = typer.Option(None, "--lr", help="Learning rate. Default: 0.025, or 0.05 for cbow and glove."),
+    min_count: int | None = typer.Option(
+        None, "--min-count", help="Skip words that occur less often. Default: 5, or 1 for tokens."
+    ),
     max_size: int | None = typer.Option(None, "--max-size", help="Maximum vocabulary size: keep only the most frequent words."),
     keep_case: bool = typer.Option(False, "--keep-case", help="Do not convert words to lower case."),
     tokenizer: str | None = typer.Option(
@@ -82,6 +87,7 @@ def train(
         None, "--threads", min=1, help="CPU threads; they do not affect the result. Default: one per core."
     ),
     field: str = FIELD,
+    template: str | None = TEMPLATE,
     errors: str = ERRORS,
     json: bool = JSON,
     quiet: bool = QUIET,
@@ -96,7 +102,7 @@ def train(
                 raise InputError("cannot be combined with --tokenizer", where=option)
         vocabulary = {"kind": "tokens", "tokenizer": tokenizer, "min_count": min_count}
     sections: dict[str, dict[str, Any]] = {
-        "data": {"train": source, "field": field, "errors": checked_errors(errors)},
+        "data": {"train": source, "field": field, "template": template, "errors": checked_errors(errors)},
         "vocabulary": vocabulary,
         "method": {
             "name": method,
@@ -118,6 +124,7 @@ def train(
 _OPTION_OF_KEY = {
     "data.train": "SOURCE",
     "data.field": "--field",
+    "data.template": "--template",
     "vocabulary.tokenizer": "--tokenizer",
     "watch.probes": "--probe",
     "method.name": "--method",
@@ -202,7 +209,7 @@ def _show_result(result: EmbeddingResult, unit: str, console: StderrConsole, jso
             ],
         )
         if result.stopped != "done":
-            console.print_line(f"stopped early and saved; resume with: tinylm train {result.run} --resume", "yellow")
+            console.print_line(f"stopped early and saved; resume with: tinylm train {result.run} --resume", styles.WARNING)
     if json:
         document = asdict(result)
         del document["signal_number"]
@@ -216,20 +223,27 @@ def from_run(
     source: list[str] | None = typer.Argument(None, help="Texts for --which contextual."),
     run: str | None = RUN,
     checkpoint: str | None = CHECKPOINT,
-    which: str = typer.Option("input", "--which", help="input or output embedding, or contextual: mean hidden states over a text."),
-    layer: int | None = typer.Option(None, "--layer", min=0, help="For contextual: after this many blocks. Default: half of them."),
+    which: str = typer.Option(
+        "input", "--which", help="input or output: the embedding matrix. contextual: mean hidden states over a text."
+    ),
+    layer: int | None = typer.Option(
+        None, "--layer", min=0, help="For contextual: use the hidden states after this many blocks. Default: half of them."
+    ),
     words: bool = typer.Option(False, "--words", help="For contextual: vectors of words instead of tokens."),
     min_count: int = typer.Option(1, "--min-count", min=1, help="For contextual: skip tokens or words that occur less often."),
-    out_: str = typer.Option(..., "--out", help="Output file, .safetensors."),
+    out_: str = typer.Option(..., "--out", help="Output file. Its suffix determines the format, as in `embed export`."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing file."),
     device: str = DEVICE,
     threads: int | None = THREADS,
     field: str = FIELD,
+    template: str | None = TEMPLATE,
     errors: str = ERRORS,
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
     """Extract vectors from a trained language model."""
+    from tinylm.embedding.formats import check_format, write
+
     if which not in ("input", "output", "contextual"):
         hint = did_you_mean(which, ("input", "output", "contextual"))
         raise InputError(f"must be input, output or contextual, not {which!r}", where="--which", hint=hint)
@@ -245,6 +259,7 @@ def from_run(
             if value:
                 raise InputError("requires --which contextual", where=option)
     target = checked_output_file(out_, overwrite)
+    check_format(target)
     console = stderr_console()
     model_run = open_run(run, console, quiet=quiet)
     saved = model_run.checkpoint(checkpoint)
@@ -265,12 +280,21 @@ def from_run(
             words=words,
             min_count=min_count,
             field=field,
+            template=template,
             errors=checked_errors(errors),
             device=resolve(device),
             reporter=reporter,
         )
-    vectors.save(target)
+    _note_byte_mapping(write(vectors, target), quiet)
     _report_written(target, vectors, json)
+
+
+def _note_byte_mapping(is_mapped: bool, quiet: bool) -> None:
+    if is_mapped and not quiet:
+        stderr_console().print_line(
+            "some names contain whitespace, so all names were written byte-mapped; read them with `embed import --byte-mapped`",
+            styles.WARNING,
+        )
 
 
 def _report_written(path: Path, vectors: Vectors, json: bool, **fields: Any) -> None:
@@ -303,11 +327,7 @@ def export(
     target = checked_output_file(out_, overwrite)
     loaded = embedding_queries.load_vectors(vectors, quiet)
     mapped = write(loaded, target, to)
-    if mapped and not quiet:
-        stderr_console().print_line(
-            "some names contain white space, so all names were written byte-mapped; read them with `embed import --byte-mapped`",
-            "yellow",
-        )
+    _note_byte_mapping(mapped, quiet)
     _report_written(target, loaded, json, byte_mapped=mapped)
 
 
@@ -347,7 +367,9 @@ def plot(
     vectors: str | None = VECTORS,
     projection: str = typer.Option("pca", "--projection", help="pca, umap or tsne; the latter two require tinylm[umap]."),
     max_names: int = typer.Option(2000, "--max-names", min=3, help="Draw only this many of the most frequent names."),
-    labels: int = typer.Option(150, "--labels", min=0, help="Names written into an image. A page shows more when zoomed in."),
+    labels: int = typer.Option(
+        150, "--labels", min=0, help="Number of names to write in an image. A page shows more when zoomed in."
+    ),
     seed: int = typer.Option(1337, "--seed", min=0, help="Random seed for umap and tsne."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing file."),
     json: bool = JSON,

@@ -14,11 +14,12 @@ from rich.text import Text
 
 from tinylm.embedding_pipeline import EmbeddingObserver, NeighborsEvent, ProgressEvent
 
+from . import styles
 from .console import format_count, format_duration
-from .live import draw_curves
+from .curves import Curve, draw_curves
 
 _SECONDS_BETWEEN_LINES = 5.0
-_STOPPING = "stopping after this step; press Ctrl-C again to stop at once"
+_STOPPING = "stopping after this step; press Ctrl-C again to exit immediately"
 _CURVE_HEIGHT = 6
 
 
@@ -109,7 +110,7 @@ class TerminalEmbeddingView(EmbeddingObserver):
             title_align="left",
             subtitle=subtitle,
             subtitle_align="right",
-            border_style="cyan",
+            border_style=styles.FRAME,
             padding=(0, 1),
         )
 
@@ -130,4 +131,4 @@ class TerminalEmbeddingView(EmbeddingObserver):
     def _curve(self) -> RenderableType:
         width = max(20, min(self._console.width - 15, 100))
         points = [(event.step / event.steps, event.loss) for event in self._events]
-        return draw_curves([(points, "cyan")], width, _CURVE_HEIGHT)
+        return draw_curves([Curve(points, styles.TRAINING)], width, _CURVE_HEIGHT)

@@ -14,7 +14,18 @@ from rich.table import Table
 
 from tinylm.errors import InputError
 
-from .console import JSON, QUIET, checked_text, pluralize, print_fields, print_json, stderr_console, stdout_console, write_stdout
+from .console import (
+    JSON,
+    QUIET,
+    checked_text,
+    pluralize,
+    print_columns,
+    print_fields,
+    print_json,
+    stderr_console,
+    stdout_console,
+    write_stdout,
+)
 
 if TYPE_CHECKING:
     from tinylm.embedding.vectors import Neighbor, Vectors
@@ -81,7 +92,7 @@ def _answer_queries(
     arguments: list[str] | None,
     json: bool,
     answer: Callable[[list[str]], dict[str, Any]],
-    show: Callable[[dict[str, Any]], None],
+    show: Callable[[dict[str, Any], bool], None],
 ) -> None:
     """Answer each query. JSON output is one object, or a list of objects if the queries come from standard input."""
     from_stdin = not arguments or arguments == ["-"]
@@ -89,24 +100,31 @@ def _answer_queries(
     for query in command.queries(arguments):
         answers.append(answer(query))
         if not json:
-            show(answers[-1])
+            show(answers[-1], from_stdin)
     if from_stdin and not answers:
         raise InputError("standard input contains no queries", where="-", hint="write one query per line")
     if json:
         print_json(answers if from_stdin else answers[0])
 
 
-def _show_neighbors(answer: dict[str, Any]) -> None:
-    table = Table(title=answer["query"] if isinstance(answer["query"], str) else " ".join(answer["query"]), title_justify="left")
+def _show_neighbors(answer: dict[str, Any], show_query: bool) -> None:
+    """Print a table on a terminal and plain columns otherwise. With `show_query`, the first column is the query."""
+    query = answer["query"] if isinstance(answer["query"], str) else " ".join(answer["query"])
+    rows = [(_quoted_if_unclear(neighbor["token"]), f"{neighbor['similarity']:.4f}") for neighbor in answer["neighbours"]]
+    console = stdout_console()
+    if not console.is_terminal:
+        print_columns((query, *row) if show_query else row for row in rows)
+        return
+    table = Table(title=query, title_justify="left")
     table.add_column("token")
     table.add_column("similarity", justify="right")
-    for neighbor in answer["neighbours"]:
-        table.add_row(_quoted_if_unclear(neighbor["token"]), f"{neighbor['similarity']:.4f}")
-    stdout_console().print(table)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 def _quoted_if_unclear(token: str) -> str:
-    """Return the token, in quotes if it is empty, starts or ends with white space, or is not printable."""
+    """Return the token, in quotes if it is empty, starts or ends with whitespace, or is not printable."""
     return token if token and token.strip() == token and token.isprintable() else repr(token)
 
 
@@ -175,7 +193,7 @@ def similarity(
         words,
         json,
         lambda words: {"query": words, "similarity": loaded.similarity(*words)},
-        lambda answer: write_stdout(f"{answer['similarity']:.4f}"),
+        lambda answer, _: write_stdout(f"{answer['similarity']:.4f}"),
     )
 
 
@@ -194,7 +212,7 @@ def odd_one_out(
         ranked = loaded.odd_one_out(words)
         return {"query": words, "odd": ranked[0].token, "similarities": _neighbor_dicts(ranked)}
 
-    _answer_queries(_QueryCommand("odd-one-out", None), words, json, answer, lambda result: write_stdout(result["odd"]))
+    _answer_queries(_QueryCommand("odd-one-out", None), words, json, answer, lambda result, _: write_stdout(result["odd"]))
 
 
 def evaluate(

@@ -27,10 +27,13 @@ from .console import (
     JSON,
     QUIET,
     RUN,
+    SPLIT,
+    TEMPLATE,
     THREADS,
     WEIGHTS,
     ConsoleReporter,
     checked_errors,
+    checked_split,
     checked_weights,
     given_options,
     open_run,
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False)
 _TEXT_OPTIONS = (
     "context",
+    "split",
     "across_documents",
     "baselines",
     "by_frequency",
@@ -57,6 +61,7 @@ _TEXT_OPTIONS = (
     "html",
     "weights",
     "field",
+    "template",
     "errors",
 )
 """Options for evaluation on a text. They have no effect with --harness."""
@@ -79,6 +84,7 @@ def evaluate(
     stride: int | None = typer.Option(
         None, "--stride", help="Tokens by which windows advance. Default: the context, so that windows do not overlap."
     ),
+    split: str = SPLIT,
     run: str | None = RUN,
     checkpoint: str | None = CHECKPOINT,
     across_documents: bool = typer.Option(
@@ -87,10 +93,10 @@ def evaluate(
     baselines: bool = typer.Option(
         False,
         "--baselines",
-        help="Compare with n-gram models, xz and zstd that use the training text, and report its overlap with the evaluated text.",
+        help="Compare with n-gram models, and with xz and zstd with the training text as dictionary.",
     ),
     by_frequency: bool = typer.Option(
-        False, "--by-frequency", help="Show the loss by how often a token occurs in the training text."
+        False, "--by-frequency", help="Show the loss by the frequency of tokens in the training text."
     ),
     by_position: bool = typer.Option(False, "--by-position", help="Show the loss by the number of preceding tokens."),
     by_document: bool = typer.Option(False, "--by-document", help="Show the loss of each document."),
@@ -98,18 +104,20 @@ def evaluate(
     html: Path | None = typer.Option(None, "--html", help="Write the text to this HTML file, with each token shaded by its loss."),
     weights: str = WEIGHTS,
     field: str = FIELD,
+    template: str | None = TEMPLATE,
     errors: str = ERRORS,
     device: str = DEVICE,
     threads: int | None = THREADS,
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Evaluate a model on a text: every token is scored once, and each document independently.
+    """Evaluate a model on a text. Every token is scored once, and documents are scored independently.
 
     A smaller --stride gives each token more context, which takes longer and lowers the loss.
     """
     weight_kind = checked_weights(weights)
     checked_errors(errors)
+    checked_split(split)
     sources = source or []
     _check_options(ctx, sources, harness, limit, html)
     console = stderr_console()
@@ -129,9 +137,10 @@ def evaluate(
     result = evaluate_run(
         opened,
         sources,
+        split=split,
         options=EvaluationOptions(context, stride, across_documents=across_documents),
         details=BreakdownOptions(baselines, by_frequency, by_position, by_document, hardest, html),
-        text_format=TextFormat(field, errors),
+        text_format=TextFormat(field, template, errors),
         checkpoint=checkpoint,
         weights=weight_kind,
         device=device,
@@ -152,8 +161,10 @@ def _check_options(ctx: typer.Context, sources: list[str], harness: bool, limit:
         raise InputError("requires --harness", where="--limit")
     if harness:
         _check_tasks(sources, given_options(ctx, _TEXT_OPTIONS))
-    elif not sources and (unused := given_options(ctx, ("field", "errors"))):
+    elif not sources and (unused := given_options(ctx, ("field", "template", "errors"))):
         raise InputError("requires a SOURCE", where=", ".join(unused))
+    if sources and not harness and given_options(ctx, ("split",)):
+        raise InputError("has no effect with a SOURCE", where="--split")
     if html is not None and html.is_dir():
         raise InputError("is a folder", where=f"--html {html}", hint="give the path of a file")
 
@@ -183,20 +194,30 @@ def _check_sources(sources: list[str]) -> None:
 def _print_totals(console: Console, result: Evaluation) -> None:
     scores = result.perplexity
     low, high = scores.bits_per_byte_ci95
-    interval = "the text is too short for a confidence interval" if math.isnan(low) else f"95 % interval {low:.4f} to {high:.4f}"
+    interval = "the text is too short for a confidence interval" if math.isnan(low) else f"95% interval {low:.4f} to {high:.4f}"
     sizes = ((scores.documents, "document"), (scores.bytes, "byte"), (scores.tokens, "token"))
     weights = "" if result.weights == "fp32" else f", {result.weights} weights"
+    context = f"context {scores.context}, stride {scores.stride}"
+    if scores.context is None:
+        context = "the state is carried over each document"
     rows = [
         ("text", f"{result.text}: {', '.join(pluralize(*size) for size in sizes)}"),
-        ("model", f"{result.run} {result.checkpoint}, context {scores.context}, stride {scores.stride}{weights}"),
+        ("model", f"{result.run} {result.checkpoint}, {context}{weights}"),
         ("bits per byte", f"{scores.bits_per_byte:.4f}  ({interval})"),
         ("perplexity", f"{scores.perplexity:.3f} per token"),
         ("loss", f"{scores.loss:.4f} nats per token"),
     ]
     if scores.bits_per_character is not None:
         rows.insert(3, ("bits per character", f"{scores.bits_per_character:.4f}"))
-    if result.overlap is not None:
-        rows.append(("overlap", f"{result.overlap:.2%} of the tokens are in a 13-gram that also occurs in the training text"))
+    if result.chosen_by_split:
+        note = "the checkpoint was chosen by its score on this text, so the score is slightly too good"
+        rows.append(
+            (
+                "selection",
+                f"{note} (`data.test` sets a test text aside)" if not result.has_test_split else f"{note}; see --split test",
+            )
+        )
+    rows += [("overlap", overlap.describe()) for overlap in result.overlaps]
     print_fields(console, rows)
 
 

@@ -1,4 +1,4 @@
-"""`tinylm export`: write a run's model as a Hugging Face folder, a GGUF file or an ONNX file."""
+"""`tinylm export`: write a run's model as a Hugging Face folder, or as a GGUF, ONNX or ARPA file."""
 
 from __future__ import annotations
 
@@ -25,16 +25,21 @@ if TYPE_CHECKING:
     from tinylm.interchange.exporting import ExportResult
 
 app = typer.Typer(add_completion=False)
-FORMATS = ("hf", "gguf", "onnx")
-TYPES = ("f32", "f16", "q8_0", "q4_0")
+FORMATS = ("hf", "gguf", "onnx", "arpa")
+TYPES = {"hf": ("f32", "f16", "bf16"), "gguf": ("f32", "f16", "q8_0", "q4_0")}
+"""The storage types of each format that has several."""
 
 
 @app.command()
 def export(
-    path: str = typer.Argument(..., help="Folder (hf) or file (gguf, onnx) to write."),
-    to: str = typer.Option(..., "--to", help="hf: Hugging Face folder. gguf: file for llama.cpp. onnx: file for onnxruntime."),
+    path: str = typer.Argument(..., help="Folder (hf) or file (gguf, onnx, arpa) to write."),
+    to: str = typer.Option(
+        ...,
+        "--to",
+        help="hf: Hugging Face folder. gguf: file for llama.cpp. onnx: file for onnxruntime. arpa: text file of an n-gram model.",
+    ),
     type_: str | None = typer.Option(
-        None, "--type", help="Storage type of the matrices in a GGUF file: f32, f16, q8_0 or q4_0. Default: f32."
+        None, "--type", help="Storage type. hf: f32, f16 or bf16. gguf: f32, f16, q8_0 or q4_0. Default: f32."
     ),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing export."),
     run: str | None = RUN,
@@ -47,11 +52,12 @@ def export(
     from tinylm.errors import InputError, did_you_mean
 
     if to not in FORMATS:
-        raise InputError(f"must be hf, gguf or onnx, not {to!r}", where="--to", hint=did_you_mean(to, FORMATS))
-    if type_ is not None and to != "gguf":
-        raise InputError("requires --to gguf", where="--type")
-    if type_ not in (None, *TYPES):
-        raise InputError(f"must be f32, f16, q8_0 or q4_0, not {type_!r}", where="--type", hint=did_you_mean(type_, TYPES))
+        raise InputError(f"must be hf, gguf, onnx or arpa, not {to!r}", where="--to", hint=did_you_mean(to, FORMATS))
+    if type_ is not None and to not in TYPES:
+        raise InputError("requires --to hf or gguf", where="--type")
+    if type_ is not None and type_ not in TYPES[to]:
+        choices = f"{', '.join(TYPES[to][:-1])} or {TYPES[to][-1]}"
+        raise InputError(f"must be {choices} with --to {to}, not {type_!r}", where="--type", hint=did_you_mean(type_, TYPES[to]))
     console = stderr_console()
     opened = open_run(run, console, quiet=quiet)
     opened.checkpoint(checkpoint)  # report a missing checkpoint before the slow import of torch
@@ -71,7 +77,7 @@ def export(
 def _rows(result: ExportResult) -> list[tuple[str, str]]:
     from tinylm.interchange.gguf import GREEDY_TOKENS
 
-    stored = f", {result.type}" if result.to == "gguf" else ""
+    stored = f", {result.type}" if result.to in TYPES else ""
     rows = [
         ("exported to", f"{result.path} ({format_size(result.bytes)}{stored})"),
         ("model", f"{result.run} {result.checkpoint} as {result.architecture}"),

@@ -1,4 +1,4 @@
-"""`tinylm import`: turn a Hugging Face folder or a nanoGPT checkpoint into a run."""
+"""`tinylm import`: turn a Hugging Face folder, a nanoGPT checkpoint or an ARPA file into a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def import_(
     source: str = typer.Argument(
-        ..., help="Hugging Face folder (GPT-2, Llama, Mistral, Qwen2, Qwen3, tinylm) or nanoGPT's ckpt.pt."
+        ...,
+        help="Hugging Face folder, nanoGPT's ckpt.pt, an ARPA file, or hf:OWNER/NAME to download it from the Hugging Face Hub.",
     ),
     out_: str = typer.Option(..., "--out", help="Run folder to create."),
     tokenizer: str | None = typer.Option(
@@ -32,8 +33,14 @@ def import_(
 
     from tinylm.errors import InputError
 
-    if not Path(source).exists():
-        raise InputError("no such file or folder", where=source)
+    if not source.startswith("hf:") and not Path(source).exists():
+        is_name = source.count("/") <= 1 and not source.startswith((".", "/", "~"))
+        hint = (
+            f"to download it from the Hugging Face Hub, write hf:{source if '/' in source else 'OWNER/' + source}"
+            if is_name
+            else None
+        )
+        raise InputError("no such file or folder", where=source, hint=hint)
 
     from tinylm.device import set_threads
     from tinylm.interchange.importing import import_model

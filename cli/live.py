@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import math
-import re
 import time
 from collections.abc import Sequence
-from itertools import pairwise
 
-from rich.align import Align
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -19,15 +15,18 @@ from rich.text import Text
 from tinylm.evaluation.metrics import LOSS, Metric
 from tinylm.training.metrics import EvaluationEvent, GuardEvent, Observer, SampleEvent, StepEvent
 
-from .console import format_count, format_duration
+from . import styles
+from .console import format_count, format_duration, no_echo_of_control_keys
+from .curves import LABEL_WIDTH, Axes, Curve, draw_curves, legend
+from .smoothing import smoothed
 
 _SECONDS_BETWEEN_LINES = 5.0
 _STOPPING = "stopping after this step; press Ctrl-C again to exit immediately"
-_SMOOTHING = 0.95
-"""Decay per step of the moving average of the loss."""
 _CURVE_HEIGHT = 8
-_BRAILLE_DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
-"""Bit of each dot in a Braille character, by row (of 4) and column (of 2)."""
+_MAX_SAMPLE_LINES = 6
+_NARROW = 60
+"""Below this width, the parts of the progress line are shown on two lines."""
+_PHASE_OF_FIRST_STEP = "first step"
 
 
 class PlainView(Observer):
@@ -45,8 +44,8 @@ class PlainView(Observer):
         self._last_printed = event.seconds
         left = "" if event.step == 1 else f"  {format_duration(_seconds_left(self._first_step, event))} left"
         self._console.print(
-            f"step {event.step:>6}  {event.done:4.0%}  loss {event.loss:.4f}  {format_count(event.tokens_per_second)} tokens/s"
-            f"{'' if event.mfu is None else f'  MFU {event.mfu:.0%}'}{left}",
+            f"step {event.step:>6}  {event.fraction_done:4.0%}  loss {event.loss:.4f}  "
+            f"{format_count(event.tokens_per_second)} tokens/s{'' if event.mfu is None else f'  MFU {event.mfu:.0%}'}{left}",
             markup=False,
         )
 
@@ -56,7 +55,7 @@ class PlainView(Observer):
         self._console.print(f"step {event.step:>6}  held-out {scores}{best}", markup=False)
 
     def note(self, text: str) -> None:
-        self._console.print(text, style="yellow", markup=False)
+        self._console.print(text, style=styles.WARNING, markup=False)
 
     def stopping(self) -> None:
         self._console.print(_STOPPING)
@@ -70,27 +69,39 @@ class TerminalView(Observer):
         self._title = title
         self._steps: list[StepEvent] = []
         self._evaluations: list[EvaluationEvent] = []
-        self._smoothed: list[float] = []
         self._sample: SampleEvent | None = None
-        self._phase = "first step"
+        self._phase = _PHASE_OF_FIRST_STEP
         self._stopping = False
         self._end_time: float | None = None
+        self._zero_time: float | None = None
+        """When the run would have started if it had never been interrupted, on the monotonic clock."""
         self._live = Live(console=console, get_renderable=self.render, refresh_per_second=4, transient=False)
         self._last_step_time = time.monotonic()
+        self._no_echo = no_echo_of_control_keys()
 
     def __enter__(self) -> TerminalView:
+        self._no_echo.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._phase = "stopped" if error[0] or self._stopping else "done"
+        self._phase = "stopped" if error[0] or self._stopping or self._unfinished() else "done"
         self._stopping = False
         self._end_time = time.monotonic()
         self._live.stop()
+        self._no_echo.__exit__(None, None, None)
+
+    def _unfinished(self) -> bool:
+        """Whether training has stopped early, for example because of --stop-after."""
+        return bool(self._steps) and self._steps[-1].fraction_done < 1
 
     def step(self, event: StepEvent) -> None:
-        decay = _SMOOTHING ** (event.step - self._steps[-1].step) if self._steps else 0.0
-        previous = self._smoothed[-1] if self._smoothed else event.loss
-        self._smoothed.append(decay * previous + (1 - decay) * event.loss)
+        if self._zero_time is None and self._live.is_started:
+            self._zero_time = time.monotonic() - event.seconds
+        self._add_step(event)
+        if self._phase == _PHASE_OF_FIRST_STEP:
+            self._phase = "training"
+
+    def _add_step(self, event: StepEvent) -> None:
         self._steps.append(event)
         self._last_step_time = time.monotonic()
 
@@ -104,12 +115,12 @@ class TerminalView(Observer):
         if event.kind == "rollback":
             kept = [step for step in self._steps if step.step <= event.step]
             evaluations = [evaluation for evaluation in self._evaluations if evaluation.step < event.step]
-            self._steps, self._smoothed, self._evaluations = [], [], []
+            self._steps, self._evaluations = [], []
             self.resumed(kept, evaluations)
 
     def resumed(self, steps: Sequence[StepEvent], evaluations: Sequence[EvaluationEvent]) -> None:
         for step in steps:
-            self.step(step)
+            self._add_step(step)
         self._evaluations += evaluations
 
     def phase(self, name: str) -> None:
@@ -117,7 +128,7 @@ class TerminalView(Observer):
         self._live.start()
 
     def note(self, text: str) -> None:
-        self._console.print(text, style="yellow", markup=False)
+        self._console.print(text, style=styles.WARNING, markup=False)
 
     def stopping(self) -> None:
         self._stopping = True
@@ -127,21 +138,31 @@ class TerminalView(Observer):
             return self._panel(Text(self._phase, style="dim"))
         parts: list[RenderableType] = [self._progress(), self._numbers(), self._curve()]
         if self._sample is not None:
-            generated = re.sub(r"\s+", " ", self._sample.text[:1000])
-            text = Text(self._sample.prompt, style="bold") + Text(generated, style="italic")
-            text.truncate(2 * max(20, self._width()), overflow="ellipsis")
-            parts += [Text(f"sample at step {self._sample.step}", style="dim"), text]
+            parts += [Text(f"sample at step {self._sample.step:,}", style="dim"), *self._sample_lines(self._sample)]
         return self._panel(Group(*parts))
+
+    def _sample_lines(self, sample: SampleEvent) -> list[Text]:
+        """Return the first lines of a sample, without blank lines. Each is cut to the width of the panel."""
+        text = Text(sample.prompt, style="bold") + Text(sample.text[:1000], style="italic")
+        text.expand_tabs(4)
+        lines = [line for line in text.wrap(self._console, self._width()) if line.plain.strip()]
+        if len(lines) > _MAX_SAMPLE_LINES:
+            lines = lines[:_MAX_SAMPLE_LINES]
+            lines[-1].append(" ...", style="dim")
+            lines[-1].truncate(self._width(), overflow="ellipsis")
+        return lines
 
     def _panel(self, content: RenderableType) -> RenderableType:
         subtitle = _STOPPING if self._stopping else "Ctrl-C saves and stops" if self._end_time is None else None
+        if subtitle is _STOPPING and len(_STOPPING) > self._width():
+            subtitle = "stopping after this step"
         return Panel(
             content,
             title=self._title,
             title_align="left",
-            subtitle=None if subtitle is None else Text(subtitle, style="yellow" if self._stopping else "dim"),
+            subtitle=None if subtitle is None else Text(subtitle, style=styles.WARNING if self._stopping else "dim"),
             subtitle_align="right",
-            border_style="cyan",
+            border_style=styles.FRAME,
             padding=(0, 1),
         )
 
@@ -150,23 +171,31 @@ class TerminalView(Observer):
 
     def _progress(self) -> RenderableType:
         last, since_last = self._steps[-1], self._seconds_since_last_step()
-        times = []
-        if self._width() >= 70:
-            times.append(f"{format_duration(last.seconds + since_last)} elapsed")
-        if len(self._steps) > 1:
+        times = [f"{format_duration(self._elapsed_seconds())} elapsed"] if self._width() >= _NARROW else []
+        if len(self._steps) > 1 and last.fraction_done < 1:
             left = _seconds_left(self._steps[0], last)
             times.append(f"{format_duration(max(0.0, left - since_last) if self._end_time is None else left)} left")
-        status = [f"{last.done:.0%}", ", ".join(times), self._phase]
+        bar = ProgressBar(
+            total=1.0, completed=last.fraction_done, complete_style=styles.TRAINING, finished_style=styles.TRAINING, style="dim"
+        )
+        step, percent, time_text = Text(f"step {last.step:,}", style="bold"), f"{last.fraction_done:.0%}", ", ".join(times)
+        if self._width() < _NARROW:
+            rows = Table.grid(expand=True)
+            rows.add_row(Text("  ").join(part for part in (step, Text(percent), Text(time_text), Text(self._phase)) if part))
+            rows.add_row(bar)
+            return rows
         row = Table.grid(padding=(0, 2), expand=True)
         row.add_column()
         row.add_column(ratio=1)
         row.add_column(justify="right")
-        row.add_row(
-            Text(f"step {last.step:,}", style="bold"),
-            ProgressBar(total=1.0, completed=last.done),
-            Text("  ".join(part for part in status if part)),
-        )
+        row.add_row(step, bar, Text("  ".join(part for part in (percent, time_text, self._phase) if part)))
         return row
+
+    def _elapsed_seconds(self) -> float:
+        """Return the training time in seconds. It never decreases, although events arrive later than the time they report."""
+        if self._zero_time is None:
+            return self._steps[-1].seconds
+        return max(self._steps[-1].seconds, (self._end_time or time.monotonic()) - self._zero_time)
 
     def _seconds_since_last_step(self) -> float:
         """Return the seconds from the last logged step until now or the end of training. Return 0 before the panel appears."""
@@ -177,21 +206,20 @@ class TerminalView(Observer):
     def _numbers(self) -> RenderableType:
         last = self._steps[-1]
         cells = [
-            ("loss", f"{last.loss:.3f}", "bright_cyan"),
-            ("smoothed", f"{self._smoothed[-1]:.3f}", "cyan"),
-            ("tokens/s", format_count(last.tokens_per_second), "white"),
-            ("MFU", "-" if last.mfu is None else f"{last.mfu:.0%}", "white"),
-            ("lr", f"{last.lr:.2g}", "white"),
+            ("loss", f"{last.loss:.3f}", styles.TRAINING),
+            ("tokens/s", format_count(last.tokens_per_second), ""),
+            ("MFU", "-" if last.mfu is None else f"{last.mfu:.0%}", ""),
+            ("lr", f"{last.lr:.2g}", ""),
         ]
         newest = self._evaluations[-1].metrics.items() if self._evaluations else []
-        scores = [(_column_label(metric), metric.formatted(value), "bright_yellow") for metric, value in newest]
-        cells[2:2] = scores
+        scores = [(_column_label(metric), metric.formatted(value), styles.HELDOUT) for metric, value in newest]
+        cells[1:1] = scores
         best = next((event for event in reversed(self._evaluations) if event.best), None)
         if best is not None:
             value = best.metrics.metric.formatted(best.metrics.value)
-            cells.insert(2 + len(scores), ("best", f"{value} at step {best.step:,}", "yellow"))
+            cells.insert(1 + len(scores), ("best", f"{value} at step {best.step:,}", styles.HELDOUT))
         extra_scores = [label for label, _, _ in scores[2:]]
-        for optional in ("lr", "MFU", "smoothed", "tokens/s", "best", *reversed(extra_scores)):  # drop columns until they fit
+        for optional in ("lr", "MFU", "tokens/s", "best", *reversed(extra_scores)):  # drop columns until they fit
             if sum(max(len(label), len(value)) + 3 for label, value, _ in cells) - 3 > self._width():
                 cells = [cell for cell in cells if cell[0] != optional]
         row = Table.grid(padding=(0, 3))
@@ -200,60 +228,38 @@ class TerminalView(Observer):
         return row
 
     def _curve(self) -> RenderableType:
-        width = max(20, min(self._width() - 9, 100))
-        end = max(self._steps[-1].step / max(self._steps[-1].done, 1e-9), 1.0)
-        training = [(event.step / end, value) for event, value in zip(self._steps, self._smoothed, strict=True)]
-        heldout = [(event.step / end, event.metrics.value) for event in self._evaluations]
+        width = max(20, min(self._width() - LABEL_WIDTH - 1, 100))
+        end = max(self._steps[-1].step / max(self._steps[-1].fraction_done, 1e-9), 1.0)
         metric = self._evaluations[-1].metrics.metric if self._evaluations else LOSS
+        narrow = self._width() < _NARROW
+        losses = smoothed([event.loss for event in self._steps], self._steps[-1].fraction_done)
+        line = [(event.step / end, loss) for event, loss in zip(self._steps, losses, strict=True)]
+        training = Curve(line, styles.TRAINING, "training" if narrow else "training loss")
+        points = [(event.step / end, event.metrics.value) for event in self._evaluations]
+        name = "held-out" if narrow else f"held-out {metric.label}"
+        heldout = Curve(points, styles.HELDOUT, name, marker="●")
+        axes = Axes(x_start="step 0", x_end=f"{round(end):,}")
         if metric is LOSS:
-            return draw_curves([(training, "cyan"), (heldout, "bright_yellow")], width, _CURVE_HEIGHT)
+            curves = [training, heldout] if points else [training]
+            return Group(
+                legend(curves, "nats/token", indent=0 if narrow else LABEL_WIDTH), draw_curves(curves, width, _CURVE_HEIGHT, axes)
+            )
+        half = _CURVE_HEIGHT // 2
         return Group(  # two charts, because the two metrics are not comparable
-            draw_curves([(training, "cyan")], width, _CURVE_HEIGHT // 2),
-            Text(metric.heading, style="dim"),
-            draw_curves([(heldout, "bright_yellow")], width, _CURVE_HEIGHT // 2, metric.format),
+            legend([training], "nats/token"),
+            draw_curves([training], width, half),
+            legend([heldout], ""),
+            draw_curves([heldout], width, half, Axes(metric.format, axes.x_start, axes.x_end)),
         )
 
 
 def _seconds_left(first: StepEvent, last: StepEvent) -> float:
     """Estimate the remaining seconds from the speed since the first logged step, which excludes compilation."""
-    seconds, done = last.seconds - first.seconds, last.done - first.done
+    seconds, done = last.seconds - first.seconds, last.fraction_done - first.fraction_done
     if done <= 0:
-        seconds, done = last.seconds, max(last.done, 1e-9)
-    return seconds / done * (1 - last.done)
+        seconds, done = last.seconds, max(last.fraction_done, 1e-9)
+    return seconds / done * (1 - last.fraction_done)
 
 
 def _column_label(metric: Metric) -> str:
     return "held-out" if metric is LOSS else metric.label.replace(" per ", "/")  # the column `loss` is the training loss
-
-
-def draw_curves(
-    curves: Sequence[tuple[Sequence[tuple[float, float]], str]], width: int, height: int, y_format: str = ".3f"
-) -> RenderableType:
-    """Draw curves with Braille dots and a labeled y axis. A curve is (points, color), with x in [0, 1]. Later curves are on top."""
-    values = [y for points, _ in curves for _, y in points if math.isfinite(y)] or [0.0]
-    low, high = min(values), max(values)
-    span = max(high - low, 1e-9)
-    cells = [[(0, "")] * width for _ in range(height)]
-    for points, style in curves:
-        for x, y in _interpolate(points, 2 * width):
-            row = round((high - y) / span * (4 * height - 1))
-            column = min(int(x * 2 * width), 2 * width - 1)
-            dots, _ = cells[row // 4][column // 2]
-            cells[row // 4][column // 2] = (dots | _BRAILLE_DOTS[row % 4][column % 2], style)
-    lines = []
-    for index, line in enumerate(cells):
-        label = {0: f"{high:{y_format}} ", height - 1: f"{low:{y_format}} "}.get(index, "").rjust(8)
-        text = Text().append(label, style="dim")
-        for dots, style in line:
-            text.append(chr(0x2800 + dots) if dots else " ", style=style)
-        lines.append(text)
-    return Align.left(Group(*lines))
-
-
-def _interpolate(points: Sequence[tuple[float, float]], columns: int) -> list[tuple[float, float]]:
-    """Connect the points with straight lines, with one point per column. Drop non-finite points."""
-    interpolated = list(points[:1])
-    for (x0, y0), (x1, y1) in pairwise(points):
-        steps = max(1, int((x1 - x0) * columns))
-        interpolated += [(x0 + (x1 - x0) * i / steps, y0 + (y1 - y0) * i / steps) for i in range(1, steps + 1)]
-    return [(x, y) for x, y in interpolated if math.isfinite(y)]

@@ -49,7 +49,7 @@ def plan(
         list_hardware(json)
         return
     if recipe is None:
-        raise InputError("missing argument 'recipe'")
+        raise InputError("missing argument 'RECIPE'")
     check_hardware(hardware, devices)
     loaded = load(find_recipe(recipe), set_ or ())
     show_plan(plan_recipe(loaded, ConsoleReporter(stderr_console(), quiet=quiet), hardware, devices or 1), json)
@@ -61,7 +61,7 @@ def check_hardware(hardware: str | None, devices: int | None) -> None:
     from tinylm.errors import InputError
 
     if devices is not None and hardware is None:
-        raise InputError("can only be used with --hardware", where="--devices")
+        raise InputError("requires --hardware", where="--devices")
     if hardware is not None:
         accelerators.find(hardware)
 
@@ -81,7 +81,7 @@ def list_hardware(json: bool) -> None:
 
 def plan_recipe(recipe: object, reporter: ConsoleReporter, hardware: str | None = None, devices: int = 1) -> Plan:
     """Count the tokens of the text and plan the recipe. `hardware` is the name of an accelerator, or None for this CPU."""
-    from tinylm.cost.plan import BUSY, MIN_UNDISTURBED, make_plan
+    from tinylm.cost.plan import BUSY, make_plan
     from tinylm.data.estimate import estimate_text_size
     from tinylm.recipe import Recipe
 
@@ -92,7 +92,7 @@ def plan_recipe(recipe: object, reporter: ConsoleReporter, hardware: str | None 
     planned = make_plan(
         recipe, text.vocab_size, text.train_tokens, heldout_tokens=text.heldout_tokens, accelerator=hardware, devices=devices
     )
-    if planned.undisturbed < MIN_UNDISTURBED:
+    if planned.busy:
         reporter.warn(BUSY)
     if planned.not_estimated:
         reporter.warn(f"not estimated: {', '.join(planned.not_estimated)}; the plan does not include the cost of these parts")
@@ -120,7 +120,7 @@ def _rows(planned: Plan) -> list[tuple[str, str]]:
             f"{planned.global_batch_size} sequences, {planned.tokens_per_step:,} tokens per step: "
             f"{micro_batches} of {planned.micro_batch_size}{devices}",
         ),
-        ("training length", f"{planned.steps:,} steps, {planned.tokens:,} tokens, {planned.epochs:.2f} epochs"),
+        ("training length", f"{steps_text(planned)}, {planned.tokens:,} tokens, {planned.epochs:.2f} epochs"),
         ("compute", f"{format_count(planned.flops, space=' ')}FLOP"),
         ("peak memory", _memory(planned, devices)),
         ("checkpoint", format_size(planned.checkpoint_bytes)),
@@ -128,6 +128,18 @@ def _rows(planned: Plan) -> list[tuple[str, str]]:
         ("compute-optimal", _compute_optimal(planned)),
         ("repetition", _repetition(planned)),
     ]
+
+
+def steps_text(planned: Plan) -> str:
+    """Return the number of steps, or their range if the machine is busy and a time limit ends the training run."""
+    low, high = planned.steps_range
+    return f"{high:,} steps" if low == high else f"{low:,} to {high:,} steps"
+
+
+def duration_text(seconds: tuple[float, float]) -> str:
+    """Return a duration, or a range of durations if the machine is busy."""
+    low, high = (format_duration(end) for end in seconds)
+    return low if low == high else f"{low} to {high}"
 
 
 def _memory(planned: Plan, devices: str) -> str:
@@ -150,7 +162,9 @@ def _memory(planned: Plan, devices: str) -> str:
 def _time(planned: Plan) -> str:
     others = {"compilation": planned.start_up_seconds, "evaluation": planned.evaluation_seconds}
     plus = " and ".join(f"{format_duration(seconds)} for {name}" for name, seconds in others.items() if seconds)
-    total = f"about {format_duration(planned.seconds_estimate - planned.start_up_seconds)}" + (f", plus {plus}" if plus else "")
+    low, high = planned.seconds_range
+    start_up = planned.start_up_seconds
+    total = f"about {duration_text((low - start_up, high - start_up))}" + (f", plus {plus}" if plus else "")
     per_step = planned.seconds_per_step
     step = f"{1000 * per_step:.3g} ms" if per_step < 1 else f"{per_step:.3g} s"
     return (
@@ -172,6 +186,6 @@ def _compute_optimal(planned: Plan) -> str:
 def _repetition(planned: Plan) -> str:
     best = planned.compute_optimal
     return (
-        f"{planned.epochs:.2f} epochs of {format_count(best.unique_tokens)} tokens are worth "
-        f"{format_count(best.worth_tokens)} unique tokens; after about 4 epochs, repetition helps less and less"
+        f"{planned.epochs:.2f} epochs of {format_count(best.unique_tokens)} tokens are worth about "
+        f"{format_count(best.effective_tokens)} unique tokens; after about 4 epochs, repetition helps less and less"
     )

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from tinylm.errors import InputError, did_you_mean
 
-from .console import JSON, print_json, stdout_console, write_stdout
+from .console import JSON, print_columns, print_json, stdout_console, write_stdout
 from .recipe_files import shipped_recipes
 
 app = typer.Typer(add_completion=False)
@@ -32,10 +32,14 @@ def recipes(
     if json:
         print_json(rows)
         return
+    console = stdout_console()
+    if not console.is_terminal:
+        print_columns((row["name"], row["about"]) for row in rows)
+        return
     table = Table("name", "description", box=None, pad_edge=False)
     for row in rows:
         table.add_row(row["name"], row["about"])
-    stdout_console().print(table)
+    console.print(table)
 
 
 def _about(text: str) -> str:

@@ -99,7 +99,7 @@ def sample(
         False, "--interactive", "-i", help="Take turns with the model, which continues the text after each line that you type."
     ),
     count: int = typer.Option(1, "-n", min=1, max=1024, help="Number of samples per prompt."),
-    max_new_tokens: int = typer.Option(200, "--max-new-tokens", help="Maximum length of a continuation."),
+    max_new_tokens: int = typer.Option(200, "--max-new-tokens", max=1 << 24, help="Maximum length of a continuation."),
     temperature: float = typer.Option(0.8, "--temperature", help="Sampling temperature; 0 is greedy decoding."),
     top_k: int = typer.Option(50, "--top-k", help="Sample only from the K most likely tokens."),
     top_p: float | None = typer.Option(
@@ -258,7 +258,7 @@ def _read_prompt_lines(name: str, field: str) -> Iterator[_Prompt]:
     text = _decode(sys.stdin.buffer.read() if name == "-" else _read_file(Path(name)), name)
     lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not lines:
-        raise InputError("no prompts", where=name)
+        raise InputError("contains no prompts", where=name)
     for number, line in lines:
         try:
             record = json_module.loads(line)
@@ -279,8 +279,9 @@ def _read_file(path: Path) -> bytes:
 
 
 def _decode(data: bytes, where: str) -> str:
+    """Decode UTF-8 text without a byte order mark, which some editors write at the beginning of a file."""
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise InputError(f"not UTF-8 at byte {error.start}", where=where) from None
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import socket
+import sys
+import threading
+from types import FrameType
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -23,8 +29,18 @@ from .console import (
     write_stdout,
 )
 
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
 app = typer.Typer(add_completion=False)
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
+BACKLOG = 1024
+"""Connections that the operating system accepts while the server is busy."""
+GRACEFUL_SECONDS = 2
+KEEP_ALIVE_SECONDS = 10
+"""Longer than the five seconds of common clients, so that a client does not send a request while its connection is being closed."""
+EXIT_SECONDS = 6
+"""Seconds after a signal at which the process ends in any case."""
 
 
 @app.command()
@@ -42,6 +58,19 @@ def serve(
     timeout: float = typer.Option(
         120.0, "--timeout", min=0.1, metavar="SECONDS", help="Time from the arrival of a request until its samples are stopped."
     ),
+    connections: int = typer.Option(
+        1000,
+        "--connections",
+        min=1,
+        help="Maximum number of connections; at the limit, the one that has been idle the longest is closed.",
+    ),
+    api_key: str | None = typer.Option(
+        None,
+        "--api-key",
+        envvar="TINYLM_API_KEY",
+        show_envvar=True,
+        help="Require this key from clients. Other users of the machine can see options, so prefer the variable.",
+    ),
     weights: str = WEIGHTS,
     compiled: bool | None = COMPILE,
     run: str | None = RUN,
@@ -52,38 +81,87 @@ def serve(
 ) -> None:
     """Serve a model with an OpenAI-compatible /v1/completions API and a web page, until Ctrl-C."""
     kind = checked_weights(weights)
+    _check_key(api_key)
     console = stderr_console()
     opened = open_run(run, console, quiet=quiet)
     chosen = opened.checkpoint(checkpoint)
     try:
+        import prometheus_client  # noqa: F401
         import starlette  # noqa: F401
-        import uvicorn
+        import uvicorn  # noqa: F401
     except ImportError:
         raise missing_extra("serve", "serving a model") from None
     listener = _listen(host, port)
 
     from tinylm.device import resolve, set_threads
     from tinylm.model.decoder import make_decoder
-    from tinylm.serving.server import Limits, create_app
+    from tinylm.serving.connections import ConnectionLimits, connection_limit
+    from tinylm.serving.server import Access, Limits, create_app
 
     target = resolve(device)
     set_threads(threads)
     reporter = ConsoleReporter(console, quiet=quiet)
     decoder = make_decoder(opened.network(chosen, target), weights=kind, compiled=compiled, steps=None, reporter=reporter)
-    limits = Limits(max_body_bytes=max_body, max_tokens=max_tokens, rows=rows, queue_size=waiting, timeout=timeout)
+    allowed = connection_limit(connections)
+    if allowed < connections:
+        reporter.warn(f"at most {allowed} connections, because of the process's limit on open files")
+    limits = Limits(max_body, max_tokens, rows, waiting, timeout, ConnectionLimits(maximum=allowed))
     local = host in LOOPBACK_HOSTS
     name = opened.path.resolve().name
-    asgi_app = create_app(decoder, opened.tokenizer, name, limits=limits, hosts=[*LOOPBACK_HOSTS, "[::1]"] if local else ["*"])
-    if not local:
-        reporter.warn(f"anyone who can connect to {host} can use the model; there is no authentication")
+    access = Access(hosts=[*LOOPBACK_HOSTS, "[::1]"] if local else ["*"], api_key=api_key)
+    examples = opened.recipe.sampling.prompts
+    asgi_app = create_app(decoder, opened.tokenizer, name, limits=limits, access=access, examples=examples)
+    if not local and api_key is None:
+        reporter.warn(f"anyone who can connect to {host} can use the model; --api-key requires a key")
     address = f"[{host}]" if ":" in host else host
     write_stdout(f"http://{address}:{listener.getsockname()[1]}")
     if not quiet:
         console.print_line(
             f"serving {name} {chosen.name}; for OpenAI clients, set base_url to this address + /v1; press Ctrl-C to stop", "dim"
         )
-    config = uvicorn.Config(asgi_app, log_level="warning", access_log=False, timeout_graceful_shutdown=2, lifespan="on")
-    uvicorn.Server(config).run(sockets=[listener])
+    _run(asgi_app, listener)
+
+
+def _check_key(key: str | None) -> None:
+    if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key and key):
+        raise InputError("must be a non-empty text of printable ASCII characters", where="--api-key")
+
+
+def _run(asgi_app: Starlette, listener: socket.socket) -> None:
+    """Serve until a signal arrives, then end the process. Running requests have two seconds to finish. Threads are not joined."""
+    import uvicorn
+
+    from tinylm.serving.connections import RepeatFilter
+
+    received = []
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            super().handle_exit(sig, frame)
+            received.append(sig)
+            timer = threading.Timer(EXIT_SECONDS, os._exit, (128 + sig,))
+            timer.daemon = True
+            timer.start()
+
+    config = uvicorn.Config(
+        asgi_app,
+        http=asgi_app.state.connections.protocol,
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        backlog=BACKLOG,
+        timeout_graceful_shutdown=GRACEFUL_SECONDS,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        lifespan="on",
+    )
+    for name in ("asyncio", "uvicorn.error"):
+        logging.getLogger(name).addFilter(RepeatFilter())
+    try:
+        Server(config).run(sockets=[listener])
+    finally:
+        if received:  # a normal exit would wait for threads, and free memory that the system frees anyway
+            sys.stdout.flush()
+            os._exit(128 + received[0])
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -96,7 +174,7 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
-        listener.listen(1024)
+        listener.listen(BACKLOG)
     except OSError as error:
         raise WorkError(f"{error.strerror}", where=f"{host}:{port}", hint="choose another --port") from None
     return listener

@@ -28,6 +28,7 @@ from .console import (
     JSON,
     QUIET,
     RUN,
+    TEMPLATE,
     CommandGroup,
     ConsoleReporter,
     checked_errors,
@@ -53,7 +54,7 @@ OVERWRITE = typer.Option(False, "--overwrite", help="Replace an existing file.")
 
 @app.command()
 def train(
-    source: list[str] = typer.Argument(..., help="SOURCEs to train on."),
+    source: list[str] = typer.Argument(..., help="Texts to train on."),
     out_: str = typer.Option(..., "--out", help="The tokenizer.json to write."),
     kind: str = typer.Option("bpe", "--kind", help=f"{', '.join(KINDS)}."),
     vocab_size: int | None = typer.Option(
@@ -77,7 +78,7 @@ def train(
     alphabet: str | None = typer.Option(
         None,
         "--alphabet",
-        help="Initial tokens: bytes, text (all its characters), a number (its most frequent ones) or the characters themselves.",
+        help="Initial tokens: bytes, text (all its characters), a number (that many of its most frequent characters) or the characters.",
     ),
     byte_fallback: bool | None = typer.Option(
         None,
@@ -97,6 +98,7 @@ def train(
     ),
     overwrite: bool = OVERWRITE,
     field: str = FIELD,
+    template: str | None = TEMPLATE,
     errors: str = ERRORS,
     json: bool = JSON,
     quiet: bool = QUIET,
@@ -124,7 +126,10 @@ def train(
     )
     reporter = ConsoleReporter(stderr_console(), quiet=quiet)
     start = time.perf_counter()
-    with Corpus(source, field=field, errors=checked_errors(errors)) as corpus, reporter.progress("training", None, "B") as advance:
+    with (
+        Corpus(source, field=field, template=template, errors=checked_errors(errors)) as corpus,
+        reporter.progress("training", None, "B") as advance,
+    ):
         n_characters = 0
 
         def with_progress() -> Iterator[Piece]:
@@ -169,6 +174,7 @@ def encode(
     dropout: float = typer.Option(0.0, "--dropout", min=0.0, max=0.999, help="Kind bpe: skip this share of merges at random."),
     seed: int = typer.Option(0, "--seed", min=0, help="Random seed of --dropout."),
     field: str = FIELD,
+    template: str | None = TEMPLATE,
     errors: str = ERRORS,
     quiet: bool = QUIET,
 ) -> None:
@@ -181,8 +187,8 @@ def encode(
         raise InputError("these options are mutually exclusive", where="--dropout, --allow-special")
     loaded = load_tokenizer(tokenizer, run, quiet)
     loaded.encoder.note = ConsoleReporter(stderr_console(), quiet=quiet).note
-    with Corpus([source], field=field, errors=checked_errors(errors)) as corpus:
-        encoded = _encoded(loaded, corpus.pieces(), allow_special, dropout, seed)
+    with Corpus([source], field=field, template=template, errors=checked_errors(errors)) as corpus:
+        encoded = _encoded(loaded, corpus.pieces(keep_empty=True), allow_special, dropout, seed)
         if format == "jsonl":
             for ids in _documents(encoded):
                 write_stdout(json_module.dumps({"ids": ids, "tokens": _token_texts(loaded, ids)}, ensure_ascii=False))
@@ -197,12 +203,15 @@ def encode(
 
 def _print_ids(encoded: Any) -> None:
     """Print ids as they arrive, separated by spaces, with one line per document."""
-    separator = ""
+    separator = None  # before the next ids of the same document; None at the beginning
     for array, starts_document in encoded:
         ids = array.tolist()
-        write_stdout(("\n" if starts_document and separator else separator) + " ".join(map(str, ids)), end="")
-        separator = " " if ids else separator
-    if separator:
+        if separator is not None and starts_document:
+            write_stdout("")
+        continued = "" if starts_document or separator is None or not ids else separator
+        write_stdout(continued + " ".join(map(str, ids)), end="")
+        separator = " " if ids or (separator and not starts_document) else ""
+    if separator is not None:
         write_stdout("")
 
 
@@ -275,8 +284,8 @@ def _words(stream: io.TextIOBase) -> Iterator[str]:
 
 TOKENS = typer.Argument(..., help="The tokens, as text.")
 EDIT_OUT = typer.Option(..., "--out", help="The tokenizer.json to write, or with --run the run folder.")
-PROVE_ON = typer.Option(
-    "builtin:python-docs", "--prove-on", help="SOURCE to check the result on: lines without the tokens must be encoded as before."
+CHECK_ON = typer.Option(
+    "builtin:python-docs", "--check-on", help="SOURCE to check the result on: lines without the tokens must be encoded as before."
 )
 
 
@@ -289,7 +298,7 @@ class EditOptions:
     tokenizer: str | None
     run: str | None
     checkpoint: str | None
-    prove_on: str
+    check_on: str
     overwrite: bool
     json: bool
     quiet: bool
@@ -303,7 +312,7 @@ def add(
     tokenizer: str | None = TOKENIZER,
     run: str | None = RUN,
     checkpoint: str | None = CHECKPOINT,
-    prove_on: str = PROVE_ON,
+    check_on: str = CHECK_ON,
     overwrite: bool = OVERWRITE,
     json: bool = JSON,
     quiet: bool = QUIET,
@@ -311,7 +320,7 @@ def add(
     """Add tokens to a tokenizer or a run. The embedding of a new token is the mean of those of the tokens it replaces."""
     from tinylm.tokenizer import vocab_editing
 
-    options = EditOptions(token, out_, tokenizer, run, checkpoint, prove_on, overwrite, json, quiet)
+    options = EditOptions(token, out_, tokenizer, run, checkpoint, check_on, overwrite, json, quiet)
     _edit(lambda loaded: vocab_editing.add(loaded, token, special=special), options)
 
 
@@ -322,7 +331,7 @@ def remove(
     tokenizer: str | None = TOKENIZER,
     run: str | None = RUN,
     checkpoint: str | None = CHECKPOINT,
-    prove_on: str = PROVE_ON,
+    check_on: str = CHECK_ON,
     overwrite: bool = OVERWRITE,
     json: bool = JSON,
     quiet: bool = QUIET,
@@ -330,7 +339,7 @@ def remove(
     """Remove tokens from a tokenizer or a run, with their merges and embedding rows. The remaining tokens are renumbered."""
     from tinylm.tokenizer import vocab_editing
 
-    options = EditOptions(token, out_, tokenizer, run, checkpoint, prove_on, overwrite, json, quiet)
+    options = EditOptions(token, out_, tokenizer, run, checkpoint, check_on, overwrite, json, quiet)
     _edit(lambda loaded: vocab_editing.remove(loaded, token), options)
 
 
@@ -348,10 +357,10 @@ def _edit(change: Callable[[Tokenizer], EditedTokenizer], options: EditOptions) 
     run = open_run(options.run, stderr_console(), quiet=options.quiet) if options.tokenizer is None else None
     path = Path(options.out) if run is not None else checked_output_file(options.out, options.overwrite)
     if run is not None and options.overwrite:
-        raise InputError("runs are never overwritten", where="--overwrite", hint="name another folder with --out")
+        raise InputError("runs are never overwritten", where="--overwrite", hint="choose another folder with --out")
     loaded = run.tokenizer if run is not None else Tokenizer.load(str(options.tokenizer))
     edited = change(loaded)
-    with Corpus([options.prove_on]) as corpus:
+    with Corpus([options.check_on]) as corpus:
         check = vocab_editing.check_encoding(loaded, edited, options.tokens, corpus.pieces())
     if check.unchanged != check.unaffected:
         raise WorkError(
@@ -369,8 +378,8 @@ def _edit(change: Callable[[Tokenizer], EditedTokenizer], options: EditOptions) 
             f"also removed, because they were merged from the removed tokens: {', '.join(map(repr, edited.also_removed))}"
         )
     reporter.note(
-        f"{loaded.vocab_size:,} -> {edited.tokenizer.vocab_size:,} tokens; checked on {options.prove_on}: all "
+        f"{loaded.vocab_size:,} -> {edited.tokenizer.vocab_size:,} tokens; checked on {options.check_on}: all "
         f"{pluralize(check.unaffected, 'line')} without the tokens (of {check.lines:,}) are encoded as before"
     )
-    extra = {"also_removed": edited.also_removed, "lines_checked": check.unaffected, "lines_same": check.unchanged}
+    extra = {"also_removed": edited.also_removed, "lines_checked": check.unaffected, "lines_unchanged": check.unchanged}
     _print_result(options.out, edited.tokenizer, extra, options.json)

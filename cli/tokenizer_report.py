@@ -21,6 +21,7 @@ from .console import (
     QUIET,
     RUN,
     SET,
+    TEMPLATE,
     ConsoleReporter,
     checked_errors,
     checked_text,
@@ -44,11 +45,12 @@ _MAX_FILES = 50
 
 
 def report(
-    source: list[str] = typer.Argument(..., help="SOURCEs to encode, preferably text that the tokenizer was not trained on."),
+    source: list[str] = typer.Argument(..., help="Texts to encode, preferably texts that the tokenizer was not trained on."),
     tokenizer: str | None = TOKENIZER,
     run: str | None = RUN,
     baselines: bool = typer.Option(True, help="Compare with a GPT-2-style vocabulary of the same size."),
     field: str = FIELD,
+    template: str | None = TEMPLATE,
     errors: str = ERRORS,
     json: bool = JSON,
     quiet: bool = QUIET,
@@ -59,7 +61,7 @@ def report(
 
     loaded = load_tokenizer(tokenizer, run, quiet)
     loaded.encoder.note = ConsoleReporter(stderr_console(), quiet=quiet).note
-    with Corpus(source, field=field, errors=checked_errors(errors)) as corpus:
+    with Corpus(source, field=field, template=template, errors=checked_errors(errors)) as corpus:
         result = build_report(loaded, corpus.files())
         baseline = bytes_per_token(gpt2_style(loaded.vocab_size), corpus.pieces()) if baselines else None
     name = tokenizer or (str(Path(run) / "tokenizer.json") if run else "the run's tokenizer.json")
@@ -131,8 +133,9 @@ def compare(
         ...,
         help="tokenizer.json files, folders that contain one, FILE.tiktoken[:SPLIT], tiktoken:NAME, or sentencepiece .model files.",
     ),
-    on: list[str] = typer.Option(..., "--on", help="SOURCE to encode. Can be repeated."),
+    on: list[str] = typer.Option(..., "--on", help="A text to encode. Can be repeated."),
     field: str = FIELD,
+    template: str | None = TEMPLATE,
     errors: str = ERRORS,
     json: bool = JSON,
 ) -> None:
@@ -142,7 +145,7 @@ def compare(
     from tinylm.tokenizer.report import build_report
 
     adapters = [open_tokenizer(path) for path in tokenizer]
-    with Corpus(on, field=field, errors=checked_errors(errors)) as corpus:
+    with Corpus(on, field=field, template=template, errors=checked_errors(errors)) as corpus:
         reports = [build_report(adapter, corpus.files()) for adapter in adapters]
     if json:
         print_json([{"tokenizer": path, **asdict(result)} for path, result in zip(tokenizer, reports, strict=True)])
@@ -206,7 +209,7 @@ def explain(
     for word in explanation.words:
         console.print(Text(visible(word.text), style="bold" if console.is_terminal else ""), soft_wrap=True)
         for step in word.steps:
-            console.print(_step_line(console, step.what, step.parts), soft_wrap=True)
+            console.print(_step_line(console, step.description, step.parts), soft_wrap=True)
     tokens = explanation.tokens
     console.print(_step_line(console, pluralize(len(tokens), "token"), [token.text for token in tokens]), soft_wrap=True)
     ids = (f"{token.id}" + (f" ({token.score:.2f})" if token.score is not None else "") for token in tokens)
@@ -236,17 +239,20 @@ def _colored(parts: list[str]) -> Text:
 
 
 def sweep(
-    source: list[str] = typer.Argument(..., help="SOURCEs to train on."),
+    source: list[str] = typer.Argument(..., help="Texts to train on."),
     sizes: str = typer.Option("512,1024,2048,4096,8192,16384", "--sizes", help="Vocabulary sizes, separated by commas."),
     kind: str = typer.Option("bpe", "--kind", help="bpe, unigram, wordpiece or word."),
     split: str | None = typer.Option(None, "--split", help="As in `tokenize train`."),
-    recipe: str = typer.Option("quickstart", "--recipe", help="RECIPE that defines the model and batch size of the comparison."),
+    recipe: str = typer.Option(
+        "quickstart", "--recipe", help="The recipe that defines the model and the batch size of the comparison."
+    ),
     set_: list[str] | None = SET,
     heldout: float = typer.Option(
         0.1, "--heldout", min=0.001, max=0.9, help="Share of the text to hold out for evaluation, taken from its end."
     ),
     plot: str | None = typer.Option(None, "--plot", help="Also draw a chart: a .png, .svg or .pdf file."),
     field: str = FIELD,
+    template: str | None = TEMPLATE,
     errors: str = ERRORS,
     json: bool = JSON,
     quiet: bool = QUIET,
@@ -265,7 +271,7 @@ def sweep(
     section = tokenizer_section(kind, vocab_size=max(requested), allow_smaller=True, split=split)
     loaded_recipe = load(find_recipe(recipe), set_ or (), check_files=False)
     reporter = ConsoleReporter(stderr_console(), quiet=quiet)
-    with Corpus(source, field=field, errors=checked_errors(errors)) as corpus:
+    with Corpus(source, field=field, template=template, errors=checked_errors(errors)) as corpus:
         scanned = scan(corpus.pieces())
         if not scanned.characters:
             raise InputError("the text is empty", where=describe(source))
@@ -300,7 +306,7 @@ def _parse_sizes(text: str) -> list[int]:
 
 
 def _print_sweep(sweep: VocabSweep, recipe: str) -> None:
-    from tinylm.tokenizer.vocab_sweep import MIN_OCCURRENCES
+    from tinylm.tokenizer.vocab_sweep import BYTES_PER_ENTRY, MIN_OCCURRENCES
 
     table = _table(
         "vocabulary",
@@ -319,12 +325,17 @@ def _print_sweep(sweep: VocabSweep, recipe: str) -> None:
             f"{result.embedding_share:.1%}",
             f"{format_count(result.bytes_per_step, space=' ')}B",
             f"{result.flops_per_byte / 1e6:.2f}",
-            f"{result.seldom_tokens:.1%}",
+            f"{result.rare_tokens:.1%}",
         )
     stdout_console().print(table)
     write_stdout(f"model and batch size of recipe {recipe}: {pluralize(sweep.tokens_per_step, 'token')} per step")
     write_stdout(f"rare tokens: share of the multi-byte tokens that occur fewer than {MIN_OCCURRENCES} times in the training text")
     write_stdout(f"* suggested: {sweep.suggested:,}, {sweep.reason}")
+    if sweep.suggested_by_new != sweep.suggested:
+        write_stdout(
+            f"`tinylm new` would choose at most {sweep.suggested_by_new:,} for this text: one token per {BYTES_PER_ENTRY:,} bytes, "
+            "and fewer for a short training run. It considers how often each token is trained, not the compute"
+        )
 
 
 def _plot_sweep(sweep: VocabSweep, path: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shlex
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -18,11 +17,7 @@ from .console import (
     SET,
     ConsoleReporter,
     StderrConsole,
-    format_count,
-    format_duration,
-    format_size,
     parse_duration,
-    print_fields,
     print_json,
     stderr_console,
     write_stdout,
@@ -51,7 +46,7 @@ def train(
     ),
     stop_after: str | None = typer.Option(None, "--stop-after", metavar="TIME", help="Save and stop after 90s, 55m or 2h."),
     replay: str | None = typer.Option(
-        None, "--replay", metavar="REPORT", help="Repeat a failed step from the report that the failed run has written."
+        None, "--replay", metavar="REPORT", help="Repeat a failed step from the report that the failed run wrote."
     ),
     seed: int | None = typer.Option(None, "--seed", min=0, help="Random seed. Default: that of the recipe."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Check the recipe and show the plan, but do not train."),
@@ -104,7 +99,7 @@ def train(
                     "torchrun": distributed,
                 }
             )
-        elif not dry_run:
+        elif not dry_run or device != "auto":  # a dry run on the default device does not need torch
             resolve(device)  # report a missing device before the slow imports
     except InputError as error:
         if is_main:
@@ -157,11 +152,11 @@ def _load(
     from .embed import FOLDER
 
     file = find_recipe(recipe)
-    is_run_folder = file == Path(recipe).expanduser() / "recipe.yaml"
+    is_run_folder = file == Path(os.path.expanduser(recipe)) / "recipe.yaml"
     loaded = load_any(file, overrides, check_files=not resume)
     if is_run_folder and out is None:
         if not resume:
-            hint = "--resume continues it, --out trains its recipe into another folder"
+            hint = "--resume continues it, --out trains its recipe in another folder"
             raise InputError("is a run folder", where=recipe, hint=hint)
         out = recipe
     if allow_change and not resume:
@@ -209,7 +204,7 @@ def _replay(report: str, device: str, threads: int | Literal["auto"] | None, jso
     from tinylm.errors import InputError
 
     if threads == "auto":
-        hint = "without --threads, a replay uses as many threads as the training"
+        hint = "without --threads, a replay uses as many threads as the failed run"
         raise InputError("not supported with --replay", where="--threads auto", hint=hint)
     from tinylm.training.replay import replay
 
@@ -218,7 +213,7 @@ def _replay(report: str, device: str, threads: int | Literal["auto"] | None, jso
         print_json(replayed.as_dict())
         return
     reported, losses = replayed.report, replayed.sequence_losses
-    agreement = {"bits": "to the bit", "rounding": "up to rounding", "different": "no, the results differ"}[replayed.agreement]
+    agreement = {"bits": "bit for bit", "rounding": "up to rounding", "different": "no, the results differ"}[replayed.agreement]
     non_finite = f"{len(replayed.non_finite)} of {len(replayed.gradients)} parameters{_first_names(replayed.non_finite)}"
     worst = sorted(range(len(losses)), key=lambda row: _nan_as_infinity(losses[row]), reverse=True)[:3]
     worst_texts = ", ".join(f"sequence {row} (loss {losses[row]:.4g})" for row in worst)
@@ -237,7 +232,7 @@ def _replay(report: str, device: str, threads: int | Literal["auto"] | None, jso
 
 
 def _nan_as_infinity(loss: float) -> float:
-    """Return a sort key for a loss. NaN cannot be sorted."""
+    """Return a loss as a sort key. NaN counts as infinity."""
     return math.inf if math.isnan(loss) else loss
 
 
@@ -247,29 +242,13 @@ def _first_names(names: list[str]) -> str:
 
 def _show_result(result: TrainResult, console: StderrConsole, json: bool, quiet: bool) -> None:
     if not quiet:
-        _show_summary(result, console)
+        from tinylm.run import Run
+        from tinylm.training_summary import summarize
+
+        from .train_summary import show_summary
+
+        show_summary(result, summarize(Run.open(result.run), result.seconds), console)
     if json:
         print_json(result.as_dict())
     else:
         write_stdout(result.run)
-
-
-def _show_summary(result: TrainResult, console: StderrConsole) -> None:
-    from tinylm.evaluation.metrics import METRICS
-
-    rows = []
-    scores = [METRICS[name].described(value, unit=True) for name, value in result.metrics.items() if value is not None]
-    if scores:
-        rows.append(("held-out", f"{', '.join(scores)} (best at step {result.best_step:,})"))
-    tokens, parameters = format_count(result.tokens), format_count(result.parameters)
-    rows.append(("trained", f"{result.step:,} of {result.steps:,} steps, {tokens} tokens, {parameters} parameters"))
-    speed = f"{format_count(result.tokens_per_second)} tokens/s in {result.precision} on {result.device}"
-    memory = "" if result.peak_memory_bytes is None else f", peak memory {format_size(result.peak_memory_bytes)}"
-    in_steps, total = format_duration(result.train_seconds), format_duration(result.seconds)
-    rows.append(("time", f"{in_steps} in optimizer steps at {speed}, {total} in total{memory}"))
-    print_fields(console, rows)
-    run = shlex.quote(result.run)
-    if result.stopped == "done":
-        console.print_line(f'next: tinylm sample --run {run} --prompt "..."   tinylm eval --run {run}', "dim")
-    else:
-        console.print_line(f"stopped early; the last step is saved. Continue with: tinylm train {run} --resume", "yellow")

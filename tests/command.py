@@ -21,7 +21,7 @@ def environment() -> dict[str, str]:
 def tinylm(*arguments: str | Path, cwd: Path | None = None, stdin: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
     """Run a command in a subprocess and wait for it."""
     command = [*COMMAND, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, input=stdin, capture_output=True, timeout=300, env=environment(), check=False)
+    return subprocess.run(command, cwd=cwd, input=stdin, capture_output=True, timeout=600, env=environment(), check=False)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, get_args
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 
 def sections_in(annotation: Any) -> list[type[BaseModel]]:
@@ -15,11 +16,17 @@ def sections_in(annotation: Any) -> list[type[BaseModel]]:
     return [section for part in get_args(annotation) for section in sections_in(part)]
 
 
+def sections_in_field(field: FieldInfo) -> list[type[BaseModel]]:
+    """Every section that a key can contain, including those that are added to an open union."""
+    added = [section for item in field.metadata for section in getattr(item, "sections", {}).values()]
+    return added or sections_in(field.annotation)
+
+
 def sections_of(section: type[BaseModel]) -> Iterator[type[BaseModel]]:
     """`section` and every section inside it."""
     yield section
     for field in section.model_fields.values():
-        for inner in sections_in(field.annotation):
+        for inner in sections_in_field(field):
             yield from sections_of(inner)
 
 
@@ -27,5 +34,5 @@ def leaves(section: type[BaseModel]) -> Iterator[str]:
     """Every key with a plain value, as `SectionClass.key`."""
     for nested in sections_of(section):
         for key, field in nested.model_fields.items():
-            if not sections_in(field.annotation):
+            if not sections_in_field(field):
                 yield f"{nested.__name__}.{key}"

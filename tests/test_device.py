@@ -35,6 +35,6 @@ print(max(first.sizes.values()))
 
 
 def test_every_vector_math_function_is_first_called_on_a_single_number() -> None:
-    """Prevent a race that changes the results of one process in eight. `benchmarks/same_model.py` also checks for it."""
+    """Otherwise, a race would change the results of one process in eight. `benchmarks/same_model.py` also checks for it."""
     result = subprocess.run([sys.executable, "-c", FIRST_CALLS], capture_output=True, text=True)
     assert (result.stdout.strip(), result.stderr) == ("1", "")

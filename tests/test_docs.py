@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from keys import sections_in
+from keys import sections_in_field
 from pydantic import BaseModel
 
 from tinylm.errors import InputError
@@ -61,7 +61,7 @@ def keys() -> set[str]:
     def walk(section: type[BaseModel], prefix: str) -> Iterator[str]:
         for key, field in section.model_fields.items():
             yield prefix + key
-            for inner in sections_in(field.rebuild_annotation()):
+            for inner in sections_in_field(field):
                 yield from walk(inner, f"{prefix}{key}.")
 
     return {*walk(Recipe, ""), *walk(EmbeddingRecipe, "")}
@@ -142,7 +142,7 @@ def test_names_in_inline_code_exist(page: str, options: dict[str, set[str]], key
         if match := re.fullmatch(r"tinylm\[(\w+)\]", code):
             assert match[1] in extras, code
         if (match := re.match(r"((?:[a-z_]+\.)+[a-z_]+)(?=$|[:=])", code)) and match[1].split(".")[0] in sections:
-            assert match[1] in keys or match[1].endswith((".json", ".jsonl", ".parquet", ".py", ".yaml")), code
+            assert match[1] in keys or match[1].endswith((".csv", ".json", ".jsonl", ".parquet", ".tsv", ".py", ".yaml")), code
         if re.fullmatch(r"(tinylm|cli|tests|recipes|docs|benchmarks)/[\w./-]+", code) and "NAME" not in code:
             assert (ROOT / code).exists(), code
 
@@ -192,7 +192,7 @@ def test_every_block_of_commands_is_run_or_states_a_reason_not_to_run_it(example
             if block.kind in ("console", "bash"):
                 assert block.commands, f"{page}: a block without a command"
                 reason = block.comments.get("not run")
-                assert reason or (reason is None and ROOT / page in run), f"{page}: neither run nor a reason: {block.commands[0]}"
+                assert reason or (reason is None and ROOT / page in run), f"{page}: not run, without a reason: {block.commands[0]}"
 
 
 def test_all_pages_of_the_site_are_in_its_navigation(examples: ModuleType) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from safetensors.torch import load_file
 
 from tinylm.errors import InputError, WorkError
 from tinylm.evaluation.evaluate_run import evaluate_run
+from tinylm.interchange.card import model_card
+from tinylm.interchange.generation_check import Snippet
 from tinylm.pipeline import train
 from tinylm.recipe import Recipe, RecipeError, load, loads
 from tinylm.reporting import CollectingReporter
@@ -183,3 +186,39 @@ def test_an_unsuitable_source_run_is_rejected_before_any_text_is_read(tiny_run: 
     with pytest.raises(InputError, match=r"model\.n_layer 3 \(source: 2\)"):
         train(recipe_from(tiny_run, text_file, "model.n_layer=3"), tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_held_out_text_that_the_source_run_was_trained_on_is_reported_everywhere(
+    tiny_run: Run, text_file: Path, tmp_path: Path
+) -> None:
+    """Without its n-grams, the held-out text would look new: this run itself is trained on other text."""
+    known = tmp_path / "known.txt"
+    known.write_text(text_file.read_text(encoding="utf-8")[:9000], encoding="utf-8")
+    reporter = CollectingReporter()
+    recipe = recipe_from(tiny_run, Path(shutil.__file__), f"data.heldout={known}", "training.steps=1")
+    train(recipe, tmp_path / "tuned", device="cpu", reporter=reporter)
+    expected = f"of the held-out text also occurs in the training text of {tiny_run.name}"
+    assert any(expected in warning for warning in reporter.warnings)
+    run = Run.open(tmp_path / "tuned")
+    own, inherited = evaluate_run(run, device="cpu").as_dict()["trained_on"]
+    assert (own["run"], inherited["run"]) == (None, tiny_run.name)
+    assert own["share"] < 0.01
+    assert inherited["share"] > 0.98
+    assert inherited["sources"] == [str(text_file)]
+    card = model_card(run, run.checkpoint(), 1, "Class", (), Snippet("Once", 3, False))
+    assert f"started from the weights of the run `{tiny_run.name}`, which was trained on `{text_file}`" in card
+    assert re.search(rf"\d+ % of its \d+-token sequences also occur in the training text of {tiny_run.name}", card)
+
+
+def test_an_unrecorded_training_text_is_said_to_be_unknown(tiny_run: Run, code_file: Path, tmp_path: Path) -> None:
+    old = shutil.copytree(tiny_run.path, tmp_path / "old")
+    shutil.rmtree(old / "training_text")
+    reporter = CollectingReporter()
+    recipe = recipe_from(Run.open(old), code_file, "training.steps=1", "data.test=0.1")
+    train(recipe, tmp_path / "tuned", device="cpu", reporter=reporter)
+    assert any("not known how much of the held-out text occurs in the training text of old" in note for note in reporter.notes)
+    run = Run.open(tmp_path / "tuned")
+    card = model_card(run, run.checkpoint(), 1, "Class", (), Snippet("Once", 3, False))
+    assert "not known how much of it occurs in the training text of old" in card
+    rows = [line.split(" | ")[0] for line in card.splitlines() if line.startswith("| ")]
+    assert rows == ["| split", "| held-out, used to choose the checkpoint", "| test, never used during training"]

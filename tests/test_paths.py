@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import platformdirs
 import pytest
 
-from tinylm.paths import atomic_file, atomic_write_text, cache_folder
+from tinylm.paths import atomic_file, atomic_folder, atomic_write_text, cache_folder, clean_cache
 
 
 def test_a_file_appears_only_on_success(tmp_path: Path) -> None:
@@ -55,3 +58,64 @@ def test_the_environment_sets_the_cache_folder(tmp_path: Path, monkeypatch: pyte
     monkeypatch.delenv("TINYLM_CACHE")
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name, appauthor: str(tmp_path / name))
     assert cache_folder() == tmp_path / "tinylm"
+
+
+KILLED_WRITER = """
+import os, signal, sys
+from pathlib import Path
+from tinylm.paths import atomic_file, atomic_folder
+with atomic_file(Path(sys.argv[1]) / "file") as file, atomic_folder(Path(sys.argv[1]) / "folder") as folder:
+    file.write_text("half")
+    (folder / "inside").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no locks of this kind")
+def test_what_a_killed_process_left_is_removed_but_not_what_is_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TINYLM_CACHE", str(tmp_path))
+    subprocess.run([sys.executable, "-c", KILLED_WRITER, str(tmp_path / "tokens")], check=False)
+    assert len(list((tmp_path / "tokens").iterdir())) == 2
+    with atomic_file(tmp_path / "tokens" / "other") as current:
+        clean_cache()
+        assert list((tmp_path / "tokens").iterdir()) == [current]
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_folder_is_replaced_completely(can_exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not can_exchange:
+        monkeypatch.setattr(ctypes, "CDLL", _no_library)
+    for content in ("old", "new"):
+        with atomic_folder(tmp_path / "folder") as temporary:
+            (temporary / content).write_text(content)
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["folder", "folder/new"]
+
+
+def _no_library(name: object) -> None:
+    raise OSError("no such library")
+
+
+def test_the_old_folder_stays_if_the_new_one_cannot_be_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with atomic_folder(tmp_path / "folder") as temporary:
+        (temporary / "old").write_text("old")
+    monkeypatch.setattr(ctypes, "CDLL", _no_library)
+    replace, calls = os.replace, []
+
+    def fail_the_second_time(source: Path, target: Path) -> None:
+        calls.append(source)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail_the_second_time)
+    with pytest.raises(OSError, match="Input/output error"), atomic_folder(tmp_path / "folder") as temporary:
+        (temporary / "new").write_text("new")
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder", "old"]
+
+
+def test_a_full_disk_is_reported_with_the_name_of_the_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"file\.txt") as error, atomic_file(tmp_path / "file.txt"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert error.value.filename == str(tmp_path / "file.txt")

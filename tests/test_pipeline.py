@@ -56,7 +56,7 @@ def _evaluations(folder: Path) -> dict[int, float]:
     return {line["step"]: line["val_loss"] for line in Run(folder).metrics() if line["kind"] == "eval"}
 
 
-# The content of a run folder.
+# The content of a run folder
 
 
 def test_a_run_folder_contains_the_documented_files_and_no_pickle(tiny_run: Run) -> None:
@@ -136,7 +136,7 @@ def test_a_copied_run_is_evaluated_without_its_training_text(tiny_run: Run, tmp_
     assert evaluate_run(copy, device="cpu").perplexity.loss == pytest.approx(logged, rel=1e-12)
 
 
-# Invalid input.
+# Invalid input
 
 
 def test_a_folder_that_is_not_a_run_is_rejected_and_unchanged(text: Path, folder: Path) -> None:
@@ -283,7 +283,7 @@ def test_a_text_shorter_than_one_sequence_is_rejected(tmp_path: Path, folder: Pa
     assert not folder.exists()
 
 
-# Damage and signals.
+# Damage and signals
 
 
 def test_resuming_from_the_previous_checkpoint_if_the_newest_is_damaged_trains_the_same_model(text: Path, folder: Path) -> None:
@@ -342,7 +342,7 @@ def _start(recipe: Recipe, folder: Path, tmp_path: Path) -> subprocess.Popen[byt
 
 
 def _wait_until(process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 600
     while not condition():
         assert process.poll() is None, process.communicate()[1].decode()
         assert time.monotonic() < deadline
@@ -362,7 +362,7 @@ def test_a_signal_stops_after_the_current_step_and_saves_it(
     process = _start(recipe, folder, tmp_path)
     _wait_until(process, lambda: _logged(folder) >= 3)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == code
     assert b"Traceback" not in err
     result = json.loads(out)

@@ -13,6 +13,8 @@ import pytest
 from tinylm.cost.cpu import Processor
 from tinylm.cost.plan import BUSY
 from tinylm.errors import InputError
+from tinylm.interchange import gguf
+from tinylm.interchange.hf_architectures import find_family
 from tinylm.recipe import loads
 from tinylm.recipe.schema import BpeTokenizer, DataSection
 from tinylm.reporting import CollectingReporter
@@ -28,7 +30,8 @@ from tinylm.suggest import (
     suggest_recipe,
 )
 from tinylm.text import split
-from tinylm.text.sources import Corpus
+from tinylm.text.sources import Corpus, Piece
+from tinylm.tokenizer import training
 
 FAST = Processor(350e9, 27e9, 14e9, cores=2, has_amx=True)
 SLOW = Processor(35e9, 5e9, 3e9, cores=2, has_amx=False)
@@ -49,10 +52,10 @@ def test_more_time_allows_a_larger_model() -> None:
     assert widths[0] < widths[-1]
 
 
-@pytest.mark.parametrize(("undisturbed", "warnings"), [(0.97, []), (0.6, [BUSY])])
-def test_a_busy_machine_causes_a_warning(undisturbed: float, warnings: list[str]) -> None:
+@pytest.mark.parametrize(("share", "warnings"), [(0.97, []), (0.6, [BUSY])])
+def test_a_busy_machine_causes_a_warning(share: float, warnings: list[str]) -> None:
     reporter = CollectingReporter()
-    processor = replace(FAST, undisturbed=undisturbed)
+    processor = replace(FAST, cpu_share=share)
     suggestion = suggest_recipe(DataSection(train=("builtin:python-docs",)), Budget(2, processor=processor), reporter=reporter)
     assert reporter.warnings == warnings
     assert ("# The machine was busy" in suggestion.yaml) == bool(warnings)
@@ -89,6 +92,15 @@ def test_dropout_depends_on_the_number_of_epochs(tmp_path: Path, english: str) -
     assert few.recipe.model.ngram_dropout == 0
 
 
+def test_a_recipe_for_gguf_has_only_parts_that_llama_cpp_supports() -> None:
+    suggestion = suggest_recipe(DataSection(train=("builtin:python-docs",)), Budget(2, processor=FAST), for_gguf=True)
+    assert find_family(suggestion.recipe.model, gguf.SUPPORTS) == ("qwen3", ())
+    tokenizer = suggestion.recipe.tokenizer
+    assert isinstance(tokenizer, BpeTokenizer)
+    values = json.loads(training.train(tokenizer, [Piece("a text of 12345 words " * 50, True)], lambda text: None).backend.to_str())
+    assert gguf.pretokenizer_name(values["pre_tokenizer"], False) == "qwen2"
+
+
 def test_one_document_is_split_by_tail_and_many_by_document(text_file: Path) -> None:
     assert suggested(text_file).recipe.data.heldout.by == "tail"  # type: ignore[union-attr]
     assert suggested("builtin:python-docs").recipe.data.heldout.by == "document"  # type: ignore[union-attr]
@@ -122,7 +134,7 @@ def test_the_size_can_be_fixed() -> None:
     assert small.recipe.model.dropout >= large.recipe.model.dropout
 
 
-def test_all_sizes_have_heads_of_64() -> None:
+def test_all_sizes_have_heads_of_width_64() -> None:
     assert all(layers >= 2 and width % 64 == 0 for layers, width in SIZES)
     assert list(SIZES) == sorted(SIZES)
 
@@ -162,7 +174,7 @@ def test_file_names_that_yaml_would_read_differently_are_quoted(
     assert suggested(name).recipe.data.train == (name,)
 
 
-def test_sources_field_and_errors_are_kept(tmp_path: Path, english: str) -> None:
+def test_the_recipe_contains_the_given_sources_field_and_errors(tmp_path: Path, english: str) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"body": english[:20_000]}) + "\n", encoding="utf-8")
     recipe = suggested(tmp_path / "a.jsonl", tmp_path / "b.jsonl", field="body", errors="replace").recipe

@@ -111,7 +111,7 @@ def test_the_first_step_changes_the_rows_of_the_tokens_that_predict_a_target(rec
 def test_a_killed_run_resumes_bitwise_equal(recipe: Recipe, run: Run, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     command = [sys.executable, bigram.__file__, str(tmp_path / "recipe.yaml"), str(tmp_path / "killed"), "9"]
-    killed = subprocess.run(command, capture_output=True, env=environment(), timeout=300, check=False)
+    killed = subprocess.run(command, capture_output=True, env=environment(), timeout=600, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     before = Run.open(tmp_path / "killed")
     assert 0 < before.checkpoint("last").step < 9
@@ -129,7 +129,7 @@ def test_two_processes_train_the_same_model_up_to_rounding(recipe: Recipe, run: 
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml().replace("parallel: auto", f"parallel: {parallel}"))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launcher, bigram.__file__, str(tmp_path / "recipe.yaml"), str(tmp_path / "both"), "0"]
-    finished = subprocess.run(command, capture_output=True, env=environment(), timeout=300, check=False)
+    finished = subprocess.run(command, capture_output=True, env=environment(), timeout=600, check=False)
     assert finished.returncode == 0, finished.stderr
     both = Run.open(tmp_path / "both")
     assert json.loads((both.path / "environment.json").read_text())["parallel"] == parallel
@@ -242,5 +242,5 @@ def test_weights_that_do_not_belong_to_the_architecture_of_the_recipe_are_reject
 
 
 def test_an_architecture_can_be_registered_once() -> None:
-    with pytest.raises(ValueError, match="bigram exists already"):
+    with pytest.raises(ValueError, match="bigram already exists"):
         registry.register(BigramSection, bigram.Bigram)

@@ -27,7 +27,7 @@ from tinylm.training.metrics import Observer, StepEvent
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["training_processes", "torch.distributed.checkpoint", "torch.distributed.fsdp"])
-_TIMEOUT_SECONDS = 120.0
+_TIMEOUT_SECONDS = 600.0
 
 
 def _accumulate_with_nan_gradients(nan_steps: Sequence[int]) -> Callable[..., torch.Tensor]:
@@ -104,20 +104,20 @@ def run(recipe: Recipe, folder: Path, **options: Any) -> None:
     assert set(codes) == {0}, codes
 
 
-def kill_when(processes: Sequence[BaseProcess], condition: Callable[[], bool], victim: int = 0) -> bool:
+def kill_when(processes: Sequence[BaseProcess], condition: Callable[[], bool], rank: int = 0) -> bool:
     """Kill one process as soon as `condition` is true, and wait for all processes. Returns False if the process exited earlier."""
     deadline = time.monotonic() + _TIMEOUT_SECONDS
     while not condition():
-        if not processes[victim].is_alive():
+        if not processes[rank].is_alive():
             wait(processes)
             return False
         assert time.monotonic() < deadline
         time.sleep(0.0005)
-    pid = processes[victim].pid
+    pid = processes[rank].pid
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
     wait(processes)
-    return processes[victim].exitcode == -signal.SIGKILL
+    return processes[rank].exitcode == -signal.SIGKILL
 
 
 def logged_lines(folder: Path) -> int:

@@ -1,3 +1,3 @@
-"""tinylm turns any text into a small language model whose every number can be trusted."""
+"""Train small language models on any text, with measurements you can trust."""
 
 __version__ = "0.1.0"

@@ -40,11 +40,18 @@ def resolve(name: str) -> torch.device:
 
 
 def set_threads(threads: int | None) -> None:
-    """Set the number of CPU threads that torch uses. None keeps its default, one per core."""
-    if threads is not None:
-        import torch
+    """Set the number of CPU threads that torch uses, and choose how idle threads wait (see `wait_policy`).
 
+    None keeps torch's default, one thread per core. `pipeline.train` calls this function. Programs that compute with a model in
+    another way should call it once before they start.
+    """
+    import torch
+
+    from tinylm.wait_policy import WAIT_POLICY
+
+    if threads is not None:
         torch.set_num_threads(threads)
+    WAIT_POLICY.choose()
 
 
 def warm_up_vector_math() -> None:

@@ -8,7 +8,8 @@ neighbours.jsonl    nearest neighbors of the probe words during training
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -181,12 +182,23 @@ def _train(job: _Job) -> EmbeddingResult:
         training = _Training(job, text, learner, probes)
         if job.resume:
             training.restore()
-        if job.overwrite:
-            remove_run(job.folder)
-        atomic_write_text(job.folder / "recipe.yaml", job.recipe.to_yaml())
-        return training.run()
+        with _translate_write_errors(job.folder):
+            if job.overwrite:
+                remove_run(job.folder)
+            atomic_write_text(job.folder / "recipe.yaml", job.recipe.to_yaml())
+            return training.run()
     finally:
         learner.close()
+
+
+@contextmanager
+def _translate_write_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        where = str(error.filename or folder)
+        hint = "free some disk space and resume with --resume"
+        raise WorkError(f"cannot be written: {error.strerror or error}", where=where, hint=hint) from None
 
 
 def _learner(job: _Job, text: EncodedText) -> Learner:
@@ -273,6 +285,9 @@ class _Training:
             return
         checkpoint = newest_complete_checkpoint(run, self._job.reporter)
         state = checkpoint.state
+        numbers = [state.get("tokens"), state.get("train_seconds"), state.get("loss", 0.0) or 0.0]
+        if "fingerprint" not in state or any(type(number) not in (int, float) for number in numbers):
+            raise InputError("state.json has an unexpected structure", where=str(checkpoint.path))
         if state["fingerprint"] != self._text.fingerprint:
             raise InputError(
                 "cannot resume, because the text changed", where=str(self._job.folder), hint="train from scratch with --overwrite"

@@ -37,6 +37,10 @@ class WorkError(TinylmError):
     exit_code = 1
 
 
+class TinylmWarning(Warning):
+    """A warning for the user, issued with `warnings.warn`. The command line prints it in one line."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:
     """Return a hint that suggests the known word most similar to `word`, or None if none is similar."""
     similar = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

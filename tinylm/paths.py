@@ -1,15 +1,32 @@
-"""The cache folder, and atomic writes: a file or folder appears with its full content or not at all."""
+"""The cache folder, and atomic writes: a file or folder appears with its full content or not at all.
+
+Content is written under a temporary name next to its destination, then renamed. The temporary file is locked while its process
+lives, so that `remove_abandoned` can tell the files of a killed process from those that are still being written.
+"""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
+import re
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import stat
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import platformdirs
+
+_TEMPORARY_NAME = re.compile(r"\..*\.[0-9a-f]{12}\.(tmp|old)")
+_MAX_NAME_CHARACTERS = 50
+"""Characters of the destination's name in a temporary name, which must not exceed the limit of the file system."""
+_WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""Errors of writes that do not name the file."""
+_CACHE_DEPTH = 3
+"""Levels of folders in the cache in which temporary files may be."""
 
 
 def cache_folder(*parts: str) -> Path:
@@ -18,6 +35,43 @@ def cache_folder(*parts: str) -> Path:
     folder = Path(root, *parts)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def clean_cache() -> None:
+    """Remove the temporary files and folders that killed processes left in the cache."""
+    folders = [cache_folder()]
+    for _ in range(_CACHE_DEPTH):
+        for folder in folders:
+            remove_abandoned(folder)
+        folders = [Path(entry.path) for folder in folders for entry in _entries(folder) if entry.is_dir(follow_symlinks=False)]
+
+
+def sha256(file: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def cached_file(path: Path, write: Callable[[Path], None], on_damage: Callable[[Path], None] | None = None) -> Path:
+    """Return `path`, a file in the cache. Calls `write` with a temporary path if the file is missing or damaged.
+
+    A file next to it contains its SHA-256. `on_damage` is called with `path` if the content does not match.
+    """
+    checksum = path.with_name(f"{path.name}.sha256")
+    with suppress(OSError):
+        if checksum.read_text(encoding="utf-8", errors="replace").strip() == sha256(path):
+            return path
+        if on_damage is not None:
+            on_damage(path)
+    clean_cache()
+    with atomic_file(path) as temporary:
+        write(temporary)
+        digest = sha256(temporary)
+    atomic_write_text(checksum, digest + "\n")
+    return path
 
 
 def sync_folder(folder: Path) -> None:
@@ -33,51 +87,182 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path next to `path`. It replaces `path` on success and is removed if the block raises."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    """Yield a temporary path next to `path`. It replaces `path` on success and is removed if the block raises.
+
+    An `OSError` in the block that names no file, such as that of a full disk, gets the name `path`.
+    """
+    with _temporary(path, folder=False) as temporary, name_write_errors(path, temporary):
+        mode = stat.S_IMODE(temporary.stat().st_mode)  # as the umask of this process demands
         yield temporary
         with open(temporary, "rb+") as written:
             os.fsync(written.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
         sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder next to `path`. It replaces `path` on success and is removed if the block raises."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
+    """Yield a temporary folder next to `path`. It replaces `path` on success and is removed if the block raises.
+
+    An existing folder is replaced atomically on Linux. Elsewhere, a process that is killed between two renames leaves the old
+    folder under a hidden name, and the next call restores it.
+    """
+    _restore_interrupted(path)
+    with _temporary(path, folder=True) as temporary, name_write_errors(path, temporary):
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
-        os.chmod(temporary, 0o777 & ~_umask())
         for file in temporary.rglob("*"):
-            os.chmod(file, (0o777 if file.is_dir() else 0o666) & ~_umask())
-        if path.exists():
-            replaced = temporary.with_name(f"{temporary.name}.old")
-            os.replace(path, replaced)
-            os.replace(temporary, path)
-            shutil.rmtree(replaced)
-        else:
-            os.replace(temporary, path)
+            if not file.is_symlink():
+                os.chmod(file, mode if file.is_dir() else mode & 0o666)
+        _replace_folder(temporary, path)
         sync_folder(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0o022)  # the only way to read it is to set it
-    os.umask(mask)
-    return mask
+@contextmanager
+def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """Yield a new folder in `parent` that is removed when the block ends, or by `remove_abandoned` if the process is killed."""
+    with _temporary(parent / prefix, folder=True) as temporary:
+        yield temporary
+
+
+@contextmanager
+def name_write_errors(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Add the name `path` to an `OSError` of a failed write that names no file, or that names `temporary` or a file in it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None and "requested and" in str(error):  # NumPy reports a short write without its cause
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
+        unnamed = error.filename is None and error.errno in _WRITE_ERRORS
+        if unnamed or (temporary is not None and str(error.filename).startswith(str(temporary))):
+            error.filename = str(path)
+        raise
+
+
+def remove_abandoned(folder: Path, name: str = "") -> None:
+    """Remove the temporary files and folders that killed processes left in `folder`; with `name`, only those for that file.
+
+    Does nothing on Windows, where files have no such locks.
+    """
+    for entry in _entries(folder):
+        if entry.name.startswith(f".{name}") and _TEMPORARY_NAME.fullmatch(entry.name):
+            path = Path(entry.path)
+            with suppress(OSError):  # another process removed it, or it belongs to another user
+                lock = _lock(path, wait=False)
+                if lock is not None:
+                    _remove(path)
+                    os.close(lock)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether `name` is the name of a file or folder that is being written, or that a killed process left behind."""
+    return _TEMPORARY_NAME.fullmatch(name) is not None
 
 
 def atomic_write_text(path: Path, text: str) -> None:
     """Write a small text file atomically, in UTF-8."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+@contextmanager
+def _temporary(path: Path, *, folder: bool) -> Iterator[Path]:
+    """Create a locked temporary file or folder next to `path`, and remove it at the end unless it was renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    prefix = path.name[:_MAX_NAME_CHARACTERS]
+    remove_abandoned(path.parent, f"{prefix}.")
+    temporary, lock = _create_locked(path.with_name(f".{prefix}"), folder=folder)
+    try:
+        yield temporary
+    finally:
+        _remove(temporary)
+        if lock is not None:
+            os.close(lock)
+
+
+def _create_locked(prefix: Path, *, folder: bool) -> tuple[Path, int | None]:
+    """Create a temporary file or folder and lock it. Returns its path and the lock (None where there are no locks)."""
+    while True:
+        temporary = prefix.with_name(f"{prefix.name}.{secrets.token_hex(6)}.tmp")
+        if folder:
+            temporary.mkdir()
+        else:
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        with suppress(FileNotFoundError):  # `remove_abandoned` of another process saw it before it was locked
+            lock = _lock(temporary, wait=True)
+            if temporary.exists():
+                return temporary, lock
+
+
+def _lock(path: Path, *, wait: bool) -> int | None:
+    """Lock a file or folder until the returned descriptor is closed or this process ends.
+
+    Returns None if another process holds the lock and `wait` is false, or if the operating or file system has no locks.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _restore_interrupted(path: Path) -> None:
+    """If `path` is missing because a process was killed while replacing it, rename its old content back."""
+    if os.path.lexists(path):
+        return
+    for entry in _entries(path.parent):
+        if entry.name.startswith(f".{path.name}.") and entry.name.endswith(".old") and is_temporary(entry.name):
+            os.replace(entry.path, path)
+            return
+
+
+def _replace_folder(new: Path, path: Path) -> None:
+    """Rename the folder `new` to `path`. An existing folder is removed, or stays in place if this fails."""
+    if not os.path.lexists(path):
+        os.replace(new, path)
+        return
+    if _exchange(new, path):  # `new` is now the old folder, which the caller removes
+        return
+    replaced = new.with_suffix(".old")
+    os.replace(path, replaced)
+    try:
+        os.replace(new, path)
+    except BaseException:
+        os.replace(replaced, path)
+        raise
+    _remove(replaced)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two paths atomically. Returns False if the operating or file system cannot do that."""
+    if sys.platform != "linux":
+        return False
+    import ctypes
+
+    at_working_folder, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h and linux/fs.h
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError):
+        return False
+    return bool(rename(at_working_folder, os.fsencode(first), at_working_folder, os.fsencode(second), exchange) == 0)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        return list(os.scandir(folder))
+    except OSError:
+        return []

@@ -2,53 +2,62 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
 from tinylm import device as devices
+from tinylm.cost import step_time
 from tinylm.cost.micro_batch import check_batch_divides
-from tinylm.cost.parameters import flops_per_token, has_estimates
+from tinylm.cost.parameters import estimated, flops_per_token, has_estimates
 from tinylm.cost.plan import training_steps
-from tinylm.data import datasets
+from tinylm.data import formats, training_text
 from tinylm.data.datasets import Dataset
-from tinylm.data.prepare import PreparedData, open_prepared, prepare
+from tinylm.data.prepare import PreparedText
+from tinylm.data.prepared import PreparedData
+from tinylm.data.training_text import TrainingText
 from tinylm.errors import InputError, did_you_mean
 from tinylm.evaluation.metrics import LOSS, METRICS, PERPLEXITY, Metric, Metrics, perplexity_of
 from tinylm.generation.engine import generate
 from tinylm.generation.sampling import SamplingOptions
 from tinylm.model import lora, registry
 from tinylm.model.base import Model
+from tinylm.model.foreign_code import foreign_code
 from tinylm.model.init_from import check_compatible, load_pretrained
 from tinylm.optim import groups
 from tinylm.optim.groups import Optimizers
 from tinylm.processes import Processes, join_processes, lost_peer_error, threads_per_process
 from tinylm.recipe import Recipe, changes
-from tinylm.recipe.schema import FileTokenizer, MuonOptimizer, flattened
+from tinylm.recipe.effects import covers, safe_keys
+from tinylm.recipe.schema import FileTokenizer, MuonOptimizer, flattened, require_text
 from tinylm.reporting import SILENT, Reporter
-from tinylm.run import Checkpoint, Run, check_shapes
+from tinylm.run import Checkpoint, Run, check_shapes, load_weights
 from tinylm.training import auto_settings, objectives, parallel
 from tinylm.training import precision as precisions
 from tinylm.training.checkpoint import CheckpointWriter, newest_complete_checkpoint, restore
+from tinylm.training.counting import CountingTrainer, CountState
 from tinylm.training.metrics import MetricsFile, Observer, Observers
 from tinylm.training.objectives import Heldout, Objective
 from tinylm.training.out_of_memory import keep_freed_memory
 from tinylm.training.parallel import Parallel
 from tinylm.training.precision import Precision
+from tinylm.training.progress import check_state
+from tinylm.training.resuming import check_remaining, lr_change
 from tinylm.training.run_folder import locked_run_folder, remove_run, write_run
 from tinylm.training.signals import StopRequest
+from tinylm.training.speed import BUSY_NOTE, SpeedMonitor
+from tinylm.training.tracking import Tracker, trackers
 from tinylm.training.trainer import Hooks, Poll, Trainer, TrainingSetup
+from tinylm.wait_policy import WAIT_POLICY
 
-RESUME_SAFE_KEYS = ("name", "training.log_every", "training.parallel", "training.guards.", "checkpoint.", "sampling.")
-"""Keys and sections that may change when a run is resumed, because they do not change the trained model."""
 RESUME_FIXED_KEYS = ("model.architecture", "objective.name", "data.format")
 """Keys that cannot change when a run is resumed, not even with `allow_change`."""
-RESUME_SAFE_KEYS_WITHOUT_DROPOUT = ("training.compile", "training.micro_batch_size")
-"""Additional keys that may change if the model has no dropout. They change dropout masks; other effects are only rounding."""
 AUTOMATIC = ("precision", "micro_batch_size", "compile")
 """Keys of `training` that may be `auto`. A resumed run keeps the values that were chosen when it started."""
 
@@ -62,10 +71,16 @@ class TrainResult:
     run: str
     step: int
     steps: int
+    """Planned number of steps. If `training.minutes` ends the run and it was stopped early, an estimate at the same speed."""
+    fraction_done: float
+    """Completed fraction of the run: 1 unless it was stopped early."""
+    limited_by_time: bool
+    """Whether `training.minutes` ends the run."""
+    vocab_size: int
     tokens: int
     train_loss: float | None
     metrics: dict[str, float | None]
-    """Results of the last held-out evaluation by metric name, primary metric first. None if training stopped before one."""
+    """Results of the last held-out evaluation by metric name, primary metric first. None if training stopped before it."""
     best_step: int
     best_value: float | None
     """The primary metric of the best checkpoint."""
@@ -77,7 +92,7 @@ class TrainResult:
     precision: str
     peak_memory_bytes: int | None
     stopped: str
-    """`done`, `time` or `signal`."""
+    """`done`, `time` (`stop_after`), `signal` or `callback` (`Observer.request_stop`)."""
     signal_number: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -193,23 +208,31 @@ def _train(job: TrainingJob, callbacks: Callbacks, processes: Processes) -> Trai
     reporter = callbacks.reporter
     if job.resume:
         job = _merge_recipe(job, processes, reporter)
+    tracked: list[Tracker] = []
+    processes.run_on_main(lambda: tracked.extend(trackers(job.recipe, job.folder, callbacks.observer.note)))
     pretrained = _open_pretrained(job, processes, reporter)
     data = _prepare_data(job, processes, reporter)
+    job = replace(job, recipe=processes.run_on_all(lambda: data.prepared.fill_in(job.recipe)))
+    training_texts = processes.run_on_main(lambda: _training_texts(job, data.prepared, pretrained, reporter))
     if job.device.type == "cpu":
         _tune_cpu(job, data, processes, reporter)
     checkpoint = _find_checkpoint(job, data, processes, reporter) if job.resume else None
     network = _build_network(job, data, pretrained, fresh=checkpoint is None, processes=processes, reporter=reporter)
-    budget = auto_settings.Budget(data.steps, job.stop_after)
-    settings = auto_settings.resolve(
-        job.recipe, network, data.dataset, data.objective, budget, reporter, resumed=job.resume, processes=processes
-    )
+    settings = _resolve_settings(job, network, data, processes, reporter)
     job = replace(job, recipe=settings.recipe)
     network.compile_loss = settings.recipe.training.compile is True
+    foreign = foreign_code(network)  # before parallelization, which changes the classes of modules
     components = _build_components(job, network, settings.precision, processes)
     state = None if checkpoint is None else _restore(checkpoint, job, components, reporter)
+    if state is not None:
+        processes.run_on_main(lambda: _announce_lr_change(job, data, state, reporter))
     _report_parallelism(job, components.parallel, reporter)
-    processes.run_on_main(lambda: _write_run_folder(job, data, components, state))
-    with _observers(job, int(state["step"]) if state else 0, callbacks.observer, processes) as observer:
+    processes.run_on_main(lambda: _write_run_folder(job, data, components, state, foreign, training_texts))
+    if state is None and data.objective.metrics[0] is LOSS:
+        vocab_size = data.vocab_size
+        reporter.note(f"guessing among {vocab_size:,} tokens has a loss of {math.log(vocab_size):.2f} (ln {vocab_size:,})")
+    monitors = [*tracked, *_speed_monitors(job, data, callbacks, processes)]
+    with _observers(job, int(state["step"]) if state else 0, callbacks.observer, monitors, processes) as observer:
         trainer = _build_trainer(job, data, components, observer)
         if state is not None:
             trainer.resume(state)
@@ -217,7 +240,19 @@ def _train(job: TrainingJob, callbacks: Callbacks, processes: Processes) -> Trai
         trainer.progress.train_seconds += settings.compile_seconds
         with StopRequest(callbacks.observer.stopping) as request:
             stopped = trainer.train(request, job.stop_after)
-    return _result(job, trainer, stopped, request.signal_number)
+    return _result(job, data, trainer, stopped, request.signal_number)
+
+
+def _resolve_settings(
+    job: TrainingJob, network: Model, data: TrainingData, processes: Processes, reporter: Reporter
+) -> auto_settings.ResolvedSettings:
+    """Choose a value for every `auto` setting. Counting does not use any of them."""
+    if network.model.learns_by_counting:
+        return auto_settings.ResolvedSettings(job.recipe, Precision("fp32", torch.device("cpu")), 0.0)
+    budget = auto_settings.Budget(data.steps, job.stop_after)
+    return auto_settings.resolve(
+        job.recipe, network, data.dataset, data.objective, budget, reporter, resumed=job.resume, processes=processes
+    )
 
 
 # The recipe when a run is resumed.
@@ -243,6 +278,7 @@ def merge_for_resume(run: Run, recipe: Recipe, allowed: Sequence[str]) -> Recipe
     if isinstance(before, MuonOptimizer) and isinstance(optimizer, MuonOptimizer) and optimizer.newton_schulz_dtype == "auto":
         chosen["optimizer"] = optimizer.model_copy(update={"newton_schulz_dtype": before.newton_schulz_dtype})
     recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update=chosen)})
+    recipe = _keep_filled_in(run.recipe, recipe)
     changed = changes(run.recipe, recipe)
     for key in RESUME_FIXED_KEYS:
         if key in changed:
@@ -253,13 +289,15 @@ def merge_for_resume(run: Run, recipe: Recipe, allowed: Sequence[str]) -> Recipe
                 hint="choose another folder with --out",
             )
     for key in allowed:
-        if not any(_covers(key, name) for name in changed):
+        if not any(covers(key, name) for name in changed):
             known = flattened(recipe.as_dict())
-            problem = "has not changed" if any(_covers(key, name) for name in known) else "is not a key or section of the recipe"
+            problem = "has not changed" if any(covers(key, name) for name in known) else "is not a key or section of the recipe"
             raise InputError(f"{key} {problem}", where="--allow-change", hint=did_you_mean(key, changed or known))
-    safe = RESUME_SAFE_KEYS if recipe.model.uses_dropout else (*RESUME_SAFE_KEYS, *RESUME_SAFE_KEYS_WITHOUT_DROPOUT)
+    if recipe.training.steps is not None and (checkpoints := run.checkpoints()):
+        check_remaining(run, recipe, recipe.training.steps, checkpoints[-1].step, 0.0)
+    safe = safe_keys(recipe)
     refused = [
-        f"{key}: {old} -> {new}" for key, (old, new) in changed.items() if not any(_covers(name, key) for name in (*allowed, *safe))
+        f"{key}: {old} -> {new}" for key, (old, new) in changed.items() if not any(covers(name, key) for name in (*allowed, *safe))
     ]
     if refused:
         listed = "\n  ".join(refused)
@@ -269,6 +307,16 @@ def merge_for_resume(run: Run, recipe: Recipe, allowed: Sequence[str]) -> Recipe
             where=str(run.path),
         )
     return recipe
+
+
+def _keep_filled_in(before: Recipe, recipe: Recipe) -> Recipe:
+    """Set the keys of the objective that the data of the resumed run determined, unless `recipe` sets them."""
+    objective = recipe.objective
+    if type(objective) is not type(before.objective):
+        return recipe
+    defaults = {key: type(objective).model_fields[key].default for key in objective.filled_in}
+    kept = {key: getattr(before.objective, key) for key, default in defaults.items() if getattr(objective, key) == default}
+    return recipe.model_copy(update={"objective": objective.model_copy(update=kept)}) if kept else recipe
 
 
 def fit_micro_batch(recipe: Recipe, world_size: int, reporter: Reporter) -> Recipe:
@@ -291,23 +339,22 @@ def fit_micro_batch(recipe: Recipe, world_size: int, reporter: Reporter) -> Reci
     return recipe.model_copy(update={"training": recipe.training.model_copy(update={"micro_batch_size": fitting})})
 
 
-def _covers(name: str, key: str) -> bool:
-    """Whether `name` is the key or a section that contains it."""
-    return key == name or key.startswith(name.rstrip(".") + ".")
-
-
 # Data.
 
 
 def _prepare_data(job: TrainingJob, processes: Processes, reporter: Reporter) -> TrainingData:
     """Prepare the text and the dataset. Raises `InputError` if the text is too short or the schedule or batch size is invalid."""
     recipe = job.recipe
-    processes.run_on_main(lambda: check_batch_divides(recipe, processes.world_size))
+    if not recipe.model.learns_by_counting:
+        processes.run_on_main(lambda: check_batch_divides(recipe, processes.world_size))
     prepared = _prepare_on_every_machine(job, processes, reporter)
-    processes.run_on_main(lambda: _check_length(recipe, prepared))
-    dataset = datasets.build(recipe.data, prepared.train, recipe.model.context_length, recipe.seed)
-    steps = training_steps(recipe.training, recipe.model.context_length, len(prepared.train))
-    return TrainingData(prepared, dataset, objectives.build(recipe.objective), steps)
+    dataset = processes.run_on_all(lambda: formats.find(recipe.data).dataset(recipe, prepared))
+    steps = training_steps(recipe.training, dataset.tokens_per_example, dataset.examples_per_epoch)
+    warmup = recipe.training.schedule.warmup
+    if steps is not None and warmup >= 1 and warmup > steps:
+        raise InputError(f"{warmup} warmup steps exceed the {steps} training steps", where="training.schedule.warmup")
+    objective = objectives.build(prepared.fill_in(recipe).objective)
+    return TrainingData(prepared, dataset, objective, steps)
 
 
 def _prepare_on_every_machine(job: TrainingJob, processes: Processes, reporter: Reporter) -> PreparedData:
@@ -315,36 +362,45 @@ def _prepare_on_every_machine(job: TrainingJob, processes: Processes, reporter: 
 
     A machine that does not share the main process's cache encodes the text itself. Raises `InputError` if its text differs.
     """
-    data, tokenizer = job.recipe.data, job.recipe.tokenizer
+    data_format = formats.find(job.recipe.data)
     if processes.world_size == 1:
-        return prepare(data, tokenizer, reporter, job.workers)
+        return cast(PreparedData, data_format.prepare(job.recipe, reporter, job.workers))
 
-    def prepare_on_main() -> tuple[Path, str, str]:
-        prepared = prepare(data, tokenizer, reporter, job.workers)
-        return prepared.folder, prepared.fingerprint, prepared.tokenizer.backend.to_str()
+    def prepare_on_main() -> tuple[Path, str, str, tuple[str, ...]]:
+        prepared = data_format.prepare(job.recipe, reporter, job.workers)
+        return prepared.folder, prepared.fingerprint, prepared.tokenizer.backend.to_str(), prepared.heldout_files
 
-    folder, fingerprint, tokenizer_json = processes.run_on_main(prepare_on_main)
-    missing = processes.local_rank == 0 and not (folder / "heldout.json").exists()
+    folder, fingerprint, tokenizer_json, files = processes.run_on_main(prepare_on_main)
+    missing = processes.local_rank == 0 and not all((folder / name).exists() for name in files)
     local_fingerprint = processes.run_on_all(
-        lambda: prepare(data, tokenizer, SILENT, job.workers).fingerprint if missing else fingerprint
+        lambda: data_format.prepare(job.recipe, SILENT, job.workers).fingerprint if missing else fingerprint
     )
     if local_fingerprint != fingerprint:
         raise InputError("the text on this machine differs from that of the main process", where="data.train")
-    return processes.run_on_all(lambda: open_prepared(folder, fingerprint, tokenizer_json))
+    return cast(
+        PreparedData, processes.run_on_all(lambda: data_format.open(job.recipe, folder, fingerprint, tokenizer_json))
+    )
 
 
-def _check_length(recipe: Recipe, prepared: PreparedData) -> None:
-    """Raise `InputError` if the text is shorter than one sequence, or if training is shorter than its warmup."""
-    context, warmup = recipe.model.context_length, recipe.training.schedule.warmup
-    datasets.build(recipe.data, prepared.train, context, recipe.seed)  # raises if the text is too short
-    steps = training_steps(recipe.training, context, len(prepared.train))
-    if steps is not None and warmup >= 1 and warmup > steps:
-        raise InputError(f"{warmup} warmup steps exceed the {steps} training steps", where="training.schedule.warmup")
+def _training_texts(
+    job: TrainingJob, prepared: PreparedData, pretrained: Run | None, reporter: Reporter
+) -> list[TrainingText] | None:
+    """Return the texts that the model will have been trained on, including those of the run that it starts from.
+
+    Warns if the held-out or the test text occurs in the latter. Returns None for data that is not text.
+    """
+    if not isinstance(prepared, PreparedText):
+        return None
+    inherited = [] if pretrained is None else training_text.inherited(pretrained.training_texts(), pretrained.name)
+    for shard, name in ((prepared.heldout, "the held-out text"), (prepared.test, "the test text")):
+        if shard is not None:
+            training_text.warn(training_text.measure(inherited, shard, prepared.tokenizer), name, reporter)
+    return [TrainingText(require_text(job.recipe.data).train, prepared.ngrams, prepared.tokenizer), *inherited]
 
 
 def _tune_cpu(job: TrainingJob, data: TrainingData, processes: Processes, reporter: Reporter) -> None:
     keep_freed_memory()
-    if job.threads == "auto":
+    if job.threads == "auto" and not job.recipe.model.learns_by_counting:
         fastest = processes.run_on_main(
             lambda: auto_settings.use_fastest_threads(
                 job.recipe, data.vocab_size, data.dataset, data.objective, processes.world_size
@@ -369,7 +425,7 @@ def _open_pretrained(job: TrainingJob, processes: Processes, reporter: Reporter)
         section = job.recipe.model.pretrained
         if section is None:
             return None
-        run = Run.open(Path(section.run).expanduser())
+        run = Run.open(os.path.expanduser(section.run))
         check_compatible(job.recipe.model, run.recipe.model)
         reporter.note(f"initializing from {run.path} {run.checkpoint().name}")
         return run
@@ -393,7 +449,7 @@ def _initialize_network(
 ) -> Model:
     """Build a network with random or pretrained weights, and with LoRA matrices if the recipe has `training.lora`."""
     tokenizer = prepared.tokenizer
-    network = registry.build(recipe.model, tokenizer.vocab_size, recipe.seed)
+    network = registry.build(recipe.model, tokenizer.vocab_size, recipe.seed, objective=recipe.objective)
     if pretrained is not None:
         same_tokenizer = pretrained.tokenizer.fingerprint == tokenizer.fingerprint
         source = pretrained.network(pretrained.checkpoint(), torch.device("cpu"))
@@ -427,16 +483,21 @@ def _load_embeddings(network: Model, prepared: PreparedData, reporter: Reporter)
 
 
 def _build_components(job: TrainingJob, network: Model, precision: Precision, processes: Processes) -> Components:
+    checkpoints = CheckpointWriter(job.folder, job.recipe.checkpoint.keep, processes)
+    if network.model.learns_by_counting:
+        state = cast(Optimizers, CountState(network.vocab_size, cast(Any, network.model).order))
+        return Components(Parallel(network, "none", processes, precision), state, precision, checkpoints)
     strategy = parallel.resolve(job.recipe.training.parallel, job.recipe, network.vocab_size, job.device, processes)
     parallelized = Parallel(network, strategy, processes, precision)
     optimizers = groups.build(job.recipe.training.optimizer, network, parallelized.mesh)
-    checkpoints = CheckpointWriter(job.folder, job.recipe.checkpoint.keep, processes)
     return Components(parallelized, optimizers, precision, checkpoints)
 
 
 def _report_parallelism(job: TrainingJob, parallelized: Parallel, reporter: Reporter) -> None:
     training, world_size = job.recipe.training, parallelized.processes.world_size
-    if world_size > 1:
+    if world_size > 1 and parallelized.network.model.learns_by_counting:
+        reporter.note(f"{world_size} processes, each of which counts the whole text")
+    elif world_size > 1:
         reporter.note(
             f"{world_size} processes ({parallelized.name}), each with micro-batches of {training.micro_batch_size} sequences"
         )
@@ -453,6 +514,7 @@ def _find_checkpoint(job: TrainingJob, data: TrainingData, processes: Processes,
             reporter.note("no checkpoint yet: starting at step 0")
             return None
         checkpoint = newest_complete_checkpoint(run, reporter)
+        check_state(checkpoint.state, str(checkpoint.path))
         saved, current = checkpoint.state["fingerprints"], data.fingerprints
         if saved != current:
             from_file = isinstance(run.recipe.tokenizer, FileTokenizer)  # otherwise the tokenizer changes with the text
@@ -460,6 +522,11 @@ def _find_checkpoint(job: TrainingJob, data: TrainingData, processes: Processes,
             problem = f"the {changed} is not the one that this run was trained on"
             raise InputError(problem, where=str(run.path), hint="train from scratch in another folder with --out")
         check_shapes(job.recipe, data.vocab_size, checkpoint)
+        same_optimizer = run.recipe.training.optimizer.name == job.recipe.training.optimizer.name
+        if same_optimizer and not checkpoint.has_optimizer_state:
+            hint = "initialize a new run with its weights: --set model.init_from=RUN --out FOLDER"
+            raise InputError("has no optimizer state, so it cannot be resumed", where=str(checkpoint.path), hint=hint)
+        check_remaining(run, job.recipe, data.steps, checkpoint.step, checkpoint.state["seconds"])
         return checkpoint
 
     return processes.run_on_main(find)
@@ -471,6 +538,8 @@ def _restore(checkpoint: Checkpoint, job: TrainingJob, components: Components, r
     if before != name:
         reporter.warn(f"the optimizer changed from {before} to {name}; its state is reset")
     parallelized = components.parallel
+    if parallelized.network.model.learns_by_counting:  # its size depends on the text
+        load_weights(parallelized.network, checkpoint)
     state = restore(checkpoint, parallelized.network, components.optimizers, parallelized.processes, load_optimizer=before == name)
     if not components.checkpoints.discard_after(checkpoint, state["best_step"]):
         state.update(best_step=0)
@@ -478,7 +547,27 @@ def _restore(checkpoint: Checkpoint, job: TrainingJob, components: Components, r
     return state
 
 
-def _write_run_folder(job: TrainingJob, data: TrainingData, components: Components, state: dict[str, Any] | None) -> None:
+def _announce_lr_change(job: TrainingJob, data: TrainingData, state: dict[str, Any], reporter: Reporter) -> None:
+    """Say so if the learning rate jumps because the training length, the schedule or the learning rate has changed."""
+    before, step = Run(job.folder).recipe, int(state["step"])
+
+    def fraction(recipe: Recipe) -> float:
+        steps = training_steps(recipe.training, data.dataset.tokens_per_example, data.dataset.examples_per_epoch)
+        return step / steps if steps is not None else float(state["seconds"]) / (60 * (recipe.training.minutes or 1))
+
+    change = lr_change(before, job.recipe, (fraction(before), fraction(job.recipe)), step)
+    if change is not None:
+        reporter.warn(change)
+
+
+def _write_run_folder(
+    job: TrainingJob,
+    data: TrainingData,
+    components: Components,
+    state: dict[str, Any] | None,
+    foreign: Sequence[str],
+    training_texts: Sequence[TrainingText] | None,
+) -> None:
     """Write all files except checkpoints and metrics. `state` is the state of the resumed checkpoint, if there is one."""
     if job.overwrite:
         remove_run(job.folder)
@@ -489,26 +578,55 @@ def _write_run_folder(job: TrainingJob, data: TrainingData, components: Componen
         "processes": parallelized.processes.world_size,
         "parallel": parallelized.name,
         "mfu_relative_to": precisions.peak_source(components.precision),
+        "foreign_code": list(foreign),
     }
-    write_run(job.folder, job.recipe, data.prepared, {**facts, "resumed_step": state["step"]} if state else facts)
+    if state:
+        facts["resumed_step"] = state["step"]
+        training_texts = None  # written when the run started
+    write_run(job.folder, job.recipe, data.prepared, facts, training_texts)
 
 
 # The trainer.
 
 
 @contextmanager
-def _observers(job: TrainingJob, resumed_step: int, observer: Observer, processes: Processes) -> Iterator[Observer]:
-    """Yield the user's observer. In the main process, every event is first written to the log files of the run folder."""
+def _observers(
+    job: TrainingJob, resumed_step: int, observer: Observer, monitors: Sequence[Observer], processes: Processes
+) -> Iterator[Observer]:
+    """Yield the user's observer. In the main process, every event is first written to the log files of the run folder.
+
+    `monitors` receive the events of the main process after the user's observer.
+    """
     if not processes.is_main:
         yield observer
         return
     continue_on_failure = job.recipe.checkpoint.on_failure == "continue"
     metrics = MetricsFile(job.folder, resumed_step, _note_once(observer) if continue_on_failure else None)
     try:
-        observer.resumed(*metrics.history())
-        yield Observers([metrics, observer])
+        history = metrics.history()
+        for member in (observer, *monitors):
+            member.resumed(*history)
+        yield Observers([metrics, observer, *monitors])
     finally:
         metrics.close()
+        for member in monitors:
+            member.close()
+
+
+def _speed_monitors(job: TrainingJob, data: TrainingData, callbacks: Callbacks, processes: Processes) -> list[Observer]:
+    """Return the monitor of a single process that trains on the CPU. Report that the machine is busy, if it is."""
+    if job.device.type != "cpu" or processes.world_size > 1:
+        return []
+    if WAIT_POLICY.current == "sleep":
+        callbacks.reporter.note(f"{BUSY_NOTE}, so idle threads sleep instead of spinning")
+
+    def tokens_per_second() -> float | None:
+        if not has_estimates(job.recipe.model):
+            return None
+        step = step_time.estimate_on_cpu(job.recipe, data.vocab_size, data.steps, None)
+        return job.recipe.training.global_batch_size * data.dataset.tokens_per_example / step.step_seconds
+
+    return [SpeedMonitor(WAIT_POLICY, callbacks.observer.note, tokens_per_second)]
 
 
 def _note_once(observer: Observer) -> Callable[[str], None]:
@@ -526,9 +644,9 @@ def _note_once(observer: Observer) -> Callable[[str], None]:
 
 def _build_trainer(job: TrainingJob, data: TrainingData, components: Components, observer: Observer) -> Trainer:
     precision, processes = components.precision, components.parallel.processes
-    model, flops = job.recipe.model, None
-    if has_estimates(model):
-        flops = flops_per_token(model, data.vocab_size, job.recipe.training.lora)
+    flops = None
+    if has_estimates(job.recipe.model):
+        flops = flops_per_token(estimated(job.recipe.model), data.vocab_size, job.recipe.training.lora)
     setup = TrainingSetup(
         recipe=job.recipe,
         parallel=components.parallel,
@@ -542,7 +660,8 @@ def _build_trainer(job: TrainingJob, data: TrainingData, components: Components,
         checkpoints=components.checkpoints,
         fingerprints=data.fingerprints,
     )
-    return Trainer(setup, _hooks(job, data, components.parallel, observer))
+    trainer = CountingTrainer if components.parallel.network.model.learns_by_counting else Trainer
+    return trainer(setup, _hooks(job, data, components.parallel, observer))
 
 
 def _hooks(job: TrainingJob, data: TrainingData, parallelized: Parallel, observer: Observer) -> Hooks:
@@ -563,12 +682,15 @@ def _hooks(job: TrainingJob, data: TrainingData, parallelized: Parallel, observe
     return Hooks(evaluate_heldout, generate_samples, prepared.tokenizer.decode, observer)
 
 
-def _result(job: TrainingJob, trainer: Trainer, stopped: str, signal_number: int | None) -> TrainResult:
+def _result(job: TrainingJob, data: TrainingData, trainer: Trainer, stopped: str, signal_number: int | None) -> TrainResult:
     progress, setup = trainer.progress, trainer.setup
     return TrainResult(
         run=str(job.folder),
         step=progress.step,
-        steps=setup.steps if setup.steps is not None else progress.step,
+        steps=setup.steps if setup.steps is not None else round(progress.step / max(trainer.fraction_done, 1e-9)),
+        fraction_done=trainer.fraction_done,
+        limited_by_time=setup.steps is None,
+        vocab_size=data.vocab_size,
         tokens=progress.tokens,
         train_loss=progress.train_loss,
         metrics=_final_metrics(progress.metrics, setup.objective.metrics),

@@ -233,7 +233,7 @@ def lost_peer_error(error: RuntimeError) -> WorkError | None:
 
     words = ("gloo", "onnection closed", "onnection reset", "NCCL", "Broken pipe")
     if isinstance(error, getattr(dist, "DistBackendError", ())) or any(word in str(error) for word in words):
-        return WorkError("another process of this training has ended", hint="see its error message; resume with --resume")
+        return WorkError("another process of this training run has ended", hint="see its error message; resume with --resume")
     return None
 
 

@@ -21,7 +21,7 @@ class Reporter:
 
     @contextmanager
     def progress(self, label: str, total: int | None, unit: str) -> Iterator[Advance]:
-        """Report progress toward `total` units, or None if the total is unknown. Yields an `Advance`."""
+        """Report progress toward `total` units. `total` is None if it is unknown. Yields an `Advance`."""
         yield lambda done: None
 
 

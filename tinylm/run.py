@@ -1,7 +1,8 @@
 """Run folders, which `tinylm train` writes and all other commands open.
 
     recipe.yaml  tokenizer.json  metrics.jsonl  samples.md  environment.json
-    heldout/           the held-out tokens, so that a copied folder can still be evaluated
+    heldout/           the held-out tokens and the test tokens, so that a copied folder can still be evaluated
+    training_text/     a sample of the n-grams of the training text, to measure how much of another text was trained on
     checkpoints/       step-000500/ {model.safetensors, training-00001.safetensors, state.json, manifest.json}, best, last
 
 This module reads run folders and validates everything it reads, because a folder may come from someone else.
@@ -10,19 +11,23 @@ This module reads run folders and validates everything it reads, because a folde
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+import stat
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinylm import hints
+from tinylm.data import training_text
 from tinylm.data.shards import Shard, open_shard
-from tinylm.errors import InputError
-from tinylm.paths import atomic_write_text, sync_folder
+from tinylm.data.training_text import TrainingText, open_training_texts
+from tinylm.errors import InputError, TinylmWarning
+from tinylm.paths import atomic_write_text, is_temporary, sha256, sync_folder
 from tinylm.recipe import Recipe, load
 from tinylm.tokenizer import Tokenizer
 
@@ -30,6 +35,7 @@ if TYPE_CHECKING:  # runs can be found, listed and rejected without importing to
     import torch
 
     from tinylm.model.base import Model
+    from tinylm.recipe.schema import LoraSection, ModelVariant, ObjectiveVariant
 
 RUNS = Path("runs")
 LOCK = ".lock"
@@ -41,8 +47,11 @@ RUN_FILES = (
     "samples.md",
     "environment.json",
     "heldout",
+    training_text.FOLDER,
     "checkpoints",
     "reports",
+    "tensorboard",
+    "wandb",
     LOCK,
 )
 """The files and folders of a run folder. Anything else in it belongs to the user."""
@@ -50,10 +59,12 @@ VECTORS_FILE, EMBEDDINGS_MARKER = "vectors.safetensors", "neighbours.jsonl"
 """Additional files of embedding runs: the vectors, written when training is done, and a file that exists from the start."""
 MODEL_FILES = ("model.safetensors", "state.json")
 """The files of a checkpoint that are needed to use its model. The others are needed only to resume training."""
+OPTIMIZER_FILES = "training-"
+"""The beginning of the names of the files that contain the optimizer state."""
 POINTERS = ("best", "last")
 """Files in the checkpoints folder that each contain the name of a checkpoint."""
-MAX_CONTEXT_LENGTH = 1 << 24
-"""Runs with a longer context are rejected, because the position tables of a malicious recipe could exhaust the memory."""
+_STEP_NAME = re.compile(r"step-[0-9]{1,15}")
+_MAX_FOREIGN_NAMES = 4
 FORMAT = 3
 """Version of the checkpoint format and of the recipe keys. Runs with other versions are rejected."""
 
@@ -77,7 +88,23 @@ class Checkpoint:
         """Training progress, scaler state and fingerprints. Raises `InputError` if state.json is damaged or has another format."""
         state = _json(self.path / "state.json")
         _check_format(state, self.path)
+        fingerprints = state.get("fingerprints", {"tokenizer": ""})  # embedding runs have only one
+        if type(state.get("step")) is not int or not isinstance(fingerprints, dict) or "tokenizer" not in fingerprints:
+            raise InputError("state.json has an unexpected structure", where=str(self.path))
         return state
+
+    @property
+    def is_permanent(self) -> bool:
+        """Whether `checkpoint.keep_every` protects this checkpoint from being removed during training. False if it is damaged."""
+        try:
+            return self.state.get("permanent") is True
+        except InputError:
+            return False
+
+    @property
+    def has_optimizer_state(self) -> bool:
+        """Whether training can be resumed from this checkpoint with the same optimizer."""
+        return any(self.path.glob(f"{OPTIMIZER_FILES}*"))
 
     def problem(self, only: Sequence[str] | None = None) -> str | None:
         """Return why this checkpoint is damaged, or None if every file has the size and SHA-256 that it was saved with.
@@ -121,7 +148,7 @@ def check_run_folder(folder: Path, resume: bool, overwrite: bool) -> None:
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not os.access(existing, os.W_OK):
         raise InputError("this folder is not writable", where=str(existing), hint="choose another folder with --out")
-    if not folder.exists() or all(path.name == LOCK for path in folder.iterdir()):
+    if not folder.exists() or all(path.name == LOCK or is_temporary(path.name) for path in folder.iterdir()):
         return
     if not (folder / "recipe.yaml").exists():
         raise InputError(
@@ -138,22 +165,30 @@ def run_files(folder: Path) -> tuple[str, ...]:
 
 
 def refuse_external_links(folder: Path) -> None:
-    """Raise `InputError` if a file of the run is a symbolic link to a target outside the run folder."""
-    inside = folder.resolve()
+    """Raise `InputError` if a file of the run is a link to a target outside the run folder, or neither a file nor a folder."""
+    inside = os.path.realpath(folder)
     checkpoints, names = folder / "checkpoints", run_files(folder)
-    paths = [*folder.iterdir(), *(checkpoints.iterdir() if checkpoints.is_dir() and not checkpoints.is_symlink() else ())]
-    for path in (*paths, *(folder / "heldout").glob("*")):
-        if path.is_symlink() and (path.name in names or path.parent != folder) and not path.resolve().is_relative_to(inside):
+    own = [path for path in folder.iterdir() if path.name in names]
+    folders = [folder / "heldout", folder / training_text.FOLDER, checkpoints]
+    saved = list(checkpoints.iterdir()) if checkpoints.is_dir() and not checkpoints.is_symlink() else []
+    folders += [path for path in saved if path.is_dir() and not path.is_symlink()]
+    for path in (*own, *saved, *(file for each in folders if not each.is_symlink() for file in each.glob("*"))):
+        if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
             hint = "if you trust it, replace the link with a copy of its target"
             raise InputError("links to a place outside the run folder", where=str(path), hint=hint)
+        kind = _file_type(path)
+        if kind is not None and not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
+            raise InputError("is neither a file nor a folder", where=str(path), hint="a run folder contains only files and folders")
 
 
-def sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as opened:
-        while block := opened.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _file_type(path: Path) -> int | None:
+    """The mode bits of what `path` is or links to. None if that does not exist. Raises `InputError` for a link to itself."""
+    try:
+        return path.stat().st_mode
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise InputError(error.strerror or "cannot be read", where=str(path)) from None
 
 
 def write_manifest(folder: Path) -> None:
@@ -167,12 +202,26 @@ def write_manifest(folder: Path) -> None:
     sync_folder(folder)
 
 
+def drop_optimizer_state(checkpoint: Checkpoint) -> None:
+    """Remove the optimizer state from a complete checkpoint.
+
+    The manifest is replaced first: if the process is killed in between, the model can still be used.
+    """
+    manifest = _json(checkpoint.path / "manifest.json")
+    manifest["files"] = {name: entry for name, entry in manifest["files"].items() if not name.startswith(OPTIMIZER_FILES)}
+    atomic_write_text(checkpoint.path / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    for file in checkpoint.path.glob(f"{OPTIMIZER_FILES}*"):
+        file.unlink()
+
+
 def _json(path: Path) -> dict[str, Any]:
+    if path.exists() and not path.is_file():  # reading a named pipe would wait forever
+        raise InputError(f"{path.name} is not a file", where=str(path.parent))
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path.name}: {error.strerror}", where=str(path.parent)) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path.name} is not JSON: {error}", where=str(path.parent)) from None
     if not isinstance(value, dict):
         raise InputError(f"{path.name} is not an object", where=str(path.parent))
@@ -202,7 +251,7 @@ def _check_format(state: dict[str, Any], where: Path) -> None:
 
 def _checkpoints(run_folder: Path) -> list[Checkpoint]:
     paths = (run_folder / "checkpoints").glob("step-*")
-    return sorted((Checkpoint(path) for path in paths if path.name[5:].isdigit()), key=lambda checkpoint: checkpoint.step)
+    return sorted((Checkpoint(path) for path in paths if _STEP_NAME.fullmatch(path.name)), key=lambda checkpoint: checkpoint.step)
 
 
 @dataclass(frozen=True)
@@ -230,7 +279,12 @@ class Run:
             raise InputError("holds embeddings, not a language model", where=str(path), hint="use `tinylm embed`")
         refuse_external_links(path)
         check_run_format(path)
-        return cls(path)
+        run = cls(path)
+        if foreign := run.foreign_code:
+            listed = ", ".join(foreign[:_MAX_FOREIGN_NAMES]) + (", ..." if len(foreign) > _MAX_FOREIGN_NAMES else "")
+            text = f"trained with code outside tinylm ({listed}); unless the same code is loaded, results differ from the training"
+            warnings.warn(f"{path}: {text}", TinylmWarning, stacklevel=2)
+        return run
 
     def _pinned(self, checkpoint: str) -> Run:
         return Run(self.path, checkpoint)
@@ -253,6 +307,19 @@ class Run:
         return self.path.name
 
     @property
+    def foreign_code(self) -> list[str]:
+        """Names of the classes and functions outside tinylm that the network was trained with, as recorded in environment.json."""
+        try:
+            environment = _json(self.path / "environment.json")
+        except InputError:  # imported runs have no such file
+            return []
+        resumed = environment.get("resumed")
+        parts = [environment, *(resumed if isinstance(resumed, list) else ())]
+        lists = [part.get("foreign_code") for part in parts if isinstance(part, dict)]
+        names = [name for listed in lists if isinstance(listed, list) for name in listed]
+        return list(dict.fromkeys(name for name in names if isinstance(name, str) and name.isprintable()))
+
+    @property
     def modified_at(self) -> float:
         """When the run was last trained, in seconds since the epoch."""
         metrics = self.path / "metrics.jsonl"
@@ -266,11 +333,37 @@ class Run:
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.path / "tokenizer.json")
 
-    def heldout(self) -> Shard:
-        """Open the held-out tokens of this run. Raises `InputError` if there are none, as in an imported run."""
-        if not (self.path / "heldout").exists():
-            raise InputError("this run has no held-out text", where=str(self.path), hint="name a text to evaluate it on")
-        return open_shard(self.path / "heldout", "heldout")
+    def heldout(self, split: str = "heldout") -> Shard:
+        """Open the held-out tokens of this run or, with `split="test"`, its test tokens.
+
+        Raises `InputError` if there are none, as in an imported run, or if they are damaged.
+        """
+        file = self.path / "heldout" / f"{split}.npy"
+        hint = "name a text to evaluate it on"
+        if split == "test" and not self.has_test_split:
+            raise InputError("this run has no test text", where=str(self.path), hint="`data.test` in a recipe sets one aside")
+        if not file.parent.exists():
+            raise InputError("this run has no held-out text", where=str(self.path), hint=hint)
+        shard = open_shard(file.parent, split)
+        problem = shard.problem(self.tokenizer.vocab_size)
+        if problem is not None:
+            raise InputError(f"the tokens are damaged: {problem}", where=str(file), hint=hint)
+        return shard
+
+    @property
+    def has_test_split(self) -> bool:
+        return (self.path / "heldout" / "test.npy").exists()
+
+    def training_texts(self) -> list[TrainingText]:
+        """What is recorded about the texts that the model was trained on, its own first. Raises `InputError` if it is damaged.
+
+        For an imported run, and for a run of an earlier version, the n-grams of its text are None.
+        """
+        folder = self.path / training_text.FOLDER
+        if folder.exists():
+            return open_training_texts(folder, self.tokenizer)
+        sources = self.recipe.data.sources().get("train", ())
+        return [TrainingText(tuple(source.removeprefix("imported:") for source in sources), None, self.tokenizer)]
 
     def checkpoints(self) -> list[Checkpoint]:
         """All checkpoints, complete or damaged, sorted by step."""
@@ -282,8 +375,9 @@ class Run:
         if which in POINTERS:
             which = self._resolve_pointer(which)
         digits = which.removeprefix("step-")
-        if not digits.isdigit():
-            raise InputError(f"{which!r} is not best, last or a step", where="--checkpoint")
+        if not _STEP_NAME.fullmatch(f"step-{digits}"):
+            hint = hints.value(which, POINTERS)
+            raise InputError(f"{which!r} is not best, last or a step", where="--checkpoint", hint=hint)
         for checkpoint in self.checkpoints():
             if checkpoint.step == int(digits):
                 return checkpoint
@@ -297,9 +391,15 @@ class Run:
             hint = f"use the newest with --checkpoint {saved[-1].step}" if saved else "train it at least up to its first checkpoint"
             raise InputError(f"no {name} checkpoint yet", where=str(self.path), hint=hint)
         name_in_file = pointer.read_text(encoding="utf-8", errors="replace").strip()
-        if not re.fullmatch(r"step-[0-9]+", name_in_file):
+        if not _STEP_NAME.fullmatch(name_in_file):
             raise InputError("does not name a checkpoint", where=str(pointer), hint="select a step with --checkpoint")
         return name_in_file
+
+    def model(self, checkpoint: str | None = None, *, device: str = "auto") -> Model:
+        """Load the model of a checkpoint: `best`, `last` or a step. See `checkpoint` for the default, and `network` for the details."""
+        from tinylm import device as devices
+
+        return self.network(self.checkpoint(checkpoint), devices.resolve(device))
 
     def network(self, checkpoint: Checkpoint, device: torch.device) -> Model:
         """Load the network with the checkpoint's weights, in float32 and in eval mode. LoRA matrices are merged into the weights.
@@ -314,28 +414,64 @@ class Run:
         if checkpoint.state["fingerprints"]["tokenizer"] != self.tokenizer.fingerprint:
             raise InputError("is not the tokenizer that this model was trained with", where=str(self.path / "tokenizer.json"))
         check_shapes(self.recipe, self.tokenizer.vocab_size, checkpoint)
-        network = registry.build(self.recipe.model, self.tokenizer.vocab_size, None, with_lora=self.recipe.training.lora)
+        recipe = self.recipe
+        network = registry.build(
+            recipe.model, self.tokenizer.vocab_size, None, objective=recipe.objective, with_lora=recipe.training.lora
+        )
         load_weights(network, checkpoint)
         lora.merge(network)
         return network.to(device).eval()
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """Yield the step and eval lines of metrics.jsonl. Lines that a crash truncated are skipped."""
-        try:
-            lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
-        except FileNotFoundError:
+        """Yield the step and eval lines of metrics.jsonl. Lines that a crash truncated or that are damaged are skipped."""
+        for event in self._metrics_lines():
+            if event is not None and event["kind"] in ("step", "eval"):
+                yield event
+
+    def damaged_metrics(self) -> int:
+        """Return the number of damaged lines of metrics.jsonl, except a last line without its end, which a crash truncated."""
+        lines = list(self._metrics_lines())
+        complete = not lines or (self.path / "metrics.jsonl").read_bytes().endswith(b"\n")
+        return sum(event is None for event in (lines if complete else lines[:-1]))
+
+    def _metrics_lines(self) -> Iterator[dict[str, Any] | None]:
+        """Yield each line of metrics.jsonl, or None for a damaged line. Raises `InputError` if the file cannot be read."""
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
             return
+        if not path.is_file():
+            raise InputError("is not a file", where=str(path))
+        try:
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError as error:
+            raise InputError(error.strerror or "cannot be read", where=str(path)) from None
         for line in lines:
             try:
                 event = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(event, dict) and event.get("kind") in ("step", "eval"):
-                yield event
+            except (ValueError, RecursionError):
+                event = None
+            yield event if isinstance(event, dict) and _is_event(event) else None
 
     def size(self) -> int:
         """Size on disk in bytes."""
         return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+
+
+_LARGEST = 2**63
+"""Larger whole numbers in a log are damage."""
+
+
+def _is_event(event: dict[str, Any]) -> bool:
+    """Whether a line of metrics.jsonl has the fields and types of its kind."""
+    kind, counts = event.get("kind"), (event.get("step"), event.get("tokens", 0))
+    if not isinstance(kind, str) or not all(type(count) is int and 0 <= count < _LARGEST for count in counts):
+        return False
+    if kind not in ("step", "eval"):
+        return True
+    if "tokens" not in event or (kind == "step" and "loss" not in event):
+        return False
+    numbers = [value for key, value in event.items() if key.startswith("val_") or key in ("loss", "lr", "grad_norm", "seconds")]
+    return all(value is None or type(value) is float or (type(value) is int and abs(value) < _LARGEST) for value in numbers)
 
 
 def check_shapes(recipe: Recipe, vocab_size: int, checkpoint: Checkpoint) -> None:
@@ -343,10 +479,7 @@ def check_shapes(recipe: Recipe, vocab_size: int, checkpoint: Checkpoint) -> Non
 
     Reads only the header and builds the network on the meta device, to avoid allocating tensors before a mismatch is detected.
     """
-    import torch
     from safetensors import SafetensorError, safe_open
-
-    from tinylm.model import registry
 
     model, file = recipe.model, checkpoint.path / "model.safetensors"
     try:
@@ -354,24 +487,39 @@ def check_shapes(recipe: Recipe, vocab_size: int, checkpoint: Checkpoint) -> Non
             shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118  not a mapping
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot be read: {error}", where=str(file)) from None
-    mismatch = registry.network_class(model).check_size(model, shapes)
+    mismatch = shape_mismatch(model, vocab_size, shapes, objective=recipe.objective, with_lora=recipe.training.lora)
     if mismatch is not None:
         raise InputError(f"does not fit the recipe: {mismatch}", where=str(file))
-    if model.context_length > MAX_CONTEXT_LENGTH:
-        recipe_file = checkpoint.path.parent.parent / "recipe.yaml"
-        problem = f"model.context_length: must be at most {MAX_CONTEXT_LENGTH:,}, not {model.context_length:,}"
-        raise InputError(problem, where=str(recipe_file))
+
+
+def shape_mismatch(
+    model: ModelVariant,
+    vocab_size: int,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    objective: ObjectiveVariant | None = None,
+    with_lora: LoraSection | None = None,
+) -> str | None:
+    """Return how the shapes of weights differ from those of a network, or None. Allocates no memory for the network."""
+    import torch
+
+    from tinylm.model import registry
+
+    mismatch = registry.network_class(model).check_size(model, shapes)
+    if mismatch is not None:
+        return mismatch
     with torch.device("meta"):
-        built = registry.build(model, vocab_size, None, with_lora=recipe.training.lora)
-    expected = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
+        built = registry.build(model, vocab_size, None, objective=objective, with_lora=with_lora)
+    shapes = dict(shapes)
+    expected = built.stored_shapes(shapes)
     for name in built.tied_weights():
         del expected[name]
         shapes.pop(name, None)
     different = [name for name in {**expected, **shapes} if expected.get(name) != shapes.get(name)]
     if different:
         name = different[0]
-        difference = f"{name} is {shapes.get(name, 'absent')} instead of {expected.get(name, 'absent')}"
-        raise InputError(f"does not fit the recipe: {difference}", where=str(file))
+        return f"{name} is {shapes.get(name, 'absent')} instead of {expected.get(name, 'absent')}"
+    return None
 
 
 def load_weights(network: Model, checkpoint: Checkpoint) -> None:

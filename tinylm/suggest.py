@@ -1,4 +1,4 @@
-"""Suggest a recipe for a text, a machine and a time budget, as `tinylm new` does. Does not import torch.
+"""Suggest a recipe for a text, a machine and a time limit, as `tinylm new` does. Does not import torch.
 
 The text is scanned and tokenized. For each of several model sizes, `cost.plan` estimates how many tokens the budget allows, on this
 CPU or on accelerators, and a scaling law predicts the loss after training on them. The size with the lowest predicted loss becomes
@@ -20,7 +20,7 @@ import yaml
 
 from tinylm.cost.cpu import Processor
 from tinylm.cost.micro_batch import USABLE_MEMORY
-from tinylm.cost.plan import BUSY, MIN_UNDISTURBED, Plan, effective_tokens, make_plan
+from tinylm.cost.plan import BUSY, Plan, effective_tokens, make_plan
 from tinylm.data.estimate import TextSize, estimate_text_size
 from tinylm.errors import InputError
 from tinylm.recipe import Recipe, loads
@@ -29,6 +29,7 @@ from tinylm.recipe.schema import DataSection
 from tinylm.reporting import SILENT, Reporter
 from tinylm.text import split
 from tinylm.text.sources import Corpus, describe
+from tinylm.tokenizer.vocab_sweep import vocab_size_for
 
 SIZES = (
     (2, 128),
@@ -44,8 +45,8 @@ SIZES = (
     (24, 1536),
 )
 """(number of layers, width) of the models to choose from, all with heads of width 64. Depth and width grow together, as in
-published model families. (2, 192) is omitted. On 12.6 MB, it was 3 % better than its neighbors after two minutes but 16 % worse
-after ten. The scaling law predicts a difference of only 1 %, so noise in the measured speed would determine the choice."""
+published model families. (2, 192) is omitted. On 12.6 MB, it was 3% better than its neighbors after two minutes but 16% worse
+after ten. The scaling law predicts a difference of only 1%, so noise in the measured speed would determine the choice."""
 PARAMETER_EXPONENT, TOKEN_EXPONENT = 0.34, 0.28
 """Hoffmann et al. 2022, equation 10: the excess loss is a sum of two terms, which fall as N^-0.34 with the number of parameters and
 as D^-0.28 with the number of tokens."""
@@ -56,11 +57,6 @@ FITTED_REPETITIONS_SCALE = 5
 """R*, as in `cost.plan.REPETITIONS_SCALE`. Muennighoff et al. 2023 report 15.39. This value is fitted to the same grids of sizes,
 because n-gram tables memorize a text sooner."""
 
-BYTES_PER_ENTRY, READ_BYTES_PER_ENTRY = 2000, 2500
-"""Number of bytes per vocabulary entry, in the text and in the data read during training (including repetitions). With fewer bytes,
-tokens occur too rarely to be learned. For 1 MB read nine times, 512 entries (and dropout 0.2 instead of 0.1) gave 4 % fewer bits
-per byte than 1024 or 2048. For two minutes of 12.6 MB, 2048 entries gave 2 % fewer than 4096."""
-MIN_VOCABULARY, MAX_VOCABULARY = 512, 32768
 BYTES_PER_TOKEN = 4
 """Assumed until a tokenizer is trained."""
 BUSY_HEAD = "\nThe machine was busy while it was measured. On an idle machine, `tinylm new` may choose a larger model."
@@ -77,9 +73,9 @@ LONG_TEXT_TOKENS = 10_000_000
 
 REGULARIZATION: tuple[tuple[float, float, float | None], ...] = ((6, 0.2, None), (3, 0.1, 0.5), (0.6, 0.0, 0.5), (0, 0.0, 0.0))
 """(minimum number of epochs, dropout, n-gram dropout). None means no n-gram tables. Without dropout, the tables memorize the names
-in each document, so the blocks do not learn to find these names in the context. On 12.6 MB, an n-gram dropout of 0.5 gave 8 to 12 %
-fewer bits per byte after one and two epochs (6 % after 0.65), but 1 % more after 0.4. On 1 MB, 0.5 was best for two to four
-epochs. On 0.3 MB and 1 MB, omitting the tables was 1.3 % better than 0.5 for nine or ten epochs."""
+in each document, so the blocks do not learn to find these names in the context. On 12.6 MB, an n-gram dropout of 0.5 gave 8 to 12%
+fewer bits per byte after one and two epochs (6% after 0.65), but 1% more after 0.4. On 1 MB, 0.5 was best for two to four
+epochs. On 0.3 MB and 1 MB, omitting the tables was 1.3% better than 0.5 for nine or ten epochs."""
 
 MAX_EPOCHS = 40
 """More epochs than this do not help (Muennighoff et al. 2023, figure 3)."""
@@ -89,8 +85,9 @@ MAX_MEMORIZATION = 120
 1.725, and 900 gave 1.740 (10.7 million parameters, 12 epochs). On 1 MB, 51 was still better than 41."""
 
 MAX_HELDOUT_BYTES, HELDOUT_BYTES_PER_MINUTE = 2_000_000, 200_000
-MAX_EVALUATIONS, MAX_EVALUATION_SHARE = 5, 0.05
-"""Maximum number of evaluations, and maximum fraction of the budget that they take."""
+EVALUATIONS, MAX_EVALUATION_SHARE = 8, 0.05
+"""Number of evaluations, and maximum fraction of the budget that they take. If all held-out tokens would take longer, training
+evaluates only on the first of them."""
 _PHRASE = re.compile(r"\b[^\W\d_]{1,20}(?:[ ,]{1,3}[^\W\d_]{1,20}){2,4}\b")
 """Matches a few consecutive words, which become the prompt for samples during training."""
 PROMPT_PIECES, PROMPT_CHARACTERS = 100, 100_000
@@ -139,7 +136,11 @@ class _Draft:
     dropout: float = 0.0
     ngram_dropout: float | None = 0.0
     """None means no n-gram tables."""
-    every: int = 1_000_000
+    for_gguf: bool = False
+    """Use only parts that llama.cpp supports."""
+    evaluations: int = 1
+    max_tokens: int | None = None
+    """Number of held-out tokens to evaluate on during training. None means all."""
     epochs: float | None = None
     """Replaces `minutes` if training for that long would overfit."""
     reasons: Mapping[str, str] = field(default_factory=dict)
@@ -167,11 +168,16 @@ class _Draft:
         yield f"  heldout: {{share: {self.share:g}, by: {self.by}}}", "heldout"
         if self.data.field != "text":
             yield f"  field: {_quoted(self.data.field)}", "field"
+        if self.data.template is not None:
+            yield f"  template: {_quoted(self.data.template)}", "template"
         if self.data.errors != "strict":
             yield f"  errors: {self.data.errors}", "errors"
-        yield f"tokenizer: {{kind: bpe, vocab_size: {self.vocab_size}}}", "vocab_size"
+        digits = ", digits: 1" if self.for_gguf else ""
+        yield f"tokenizer: {{kind: bpe, vocab_size: {self.vocab_size}{digits}}}", "vocab_size"
         yield "model:", "model"
-        yield "  preset: modern", "preset"
+        yield f"  preset: {'llama' if self.for_gguf else 'modern'}", "preset"
+        if self.for_gguf:
+            yield "  qk_norm: true", "qk_norm"
         yield f"  n_layer: {self.layers}", "n_layer"
         yield f"  n_head: {max(1, self.width // 64)}", "n_head"
         yield f"  n_embd: {self.width}", "n_embd"
@@ -191,9 +197,11 @@ class _Draft:
         yield f"  global_batch_size: {self.batch}", "global_batch_size"
         yield "  optimizer: {name: muon, lr: 0.02, adamw_lr: 6e-3}", "optimizer"
         yield "  schedule: {name: wsd, warmup: 0.02, cooldown: 0.6}", "schedule"
-        yield f"evaluation: {{every: {self.every}}}", "every"
-        yield f"checkpoint: {{every: {self.every}, keep: 1}}", "checkpoint"
-        yield f"sampling: {{every: {self.every}, prompts: [{json.dumps(self.prompt, ensure_ascii=False)}]}}", "sampling"
+        every = 1 / self.evaluations if self.evaluations > 1 else 1_000_000
+        limit = "" if self.max_tokens is None else f", max_tokens: {self.max_tokens}"
+        yield f"evaluation: {{every: {every:g}{limit}}}", "every"
+        yield f"checkpoint: {{every: {every:g}, keep: 1}}", "checkpoint"
+        yield f"sampling: {{every: {every:g}, prompts: [{json.dumps(self.prompt, ensure_ascii=False)}]}}", "sampling"
 
 
 def _minutes(budget: Budget) -> str:
@@ -219,11 +227,13 @@ def suggest_recipe(
     *,
     name: str = "mine",
     sizes: Sequence[tuple[int, int]] = SIZES,
+    for_gguf: bool = False,
     reporter: Reporter = SILENT,
 ) -> Suggestion:
     """Return the recipe with the lowest predicted held-out loss within the budget, which includes evaluations.
 
     `sizes` lists the (number of layers, width) of the models to choose from, smallest first. `data.heldout` is replaced.
+    `for_gguf`: use only parts of models and tokenizers that llama.cpp supports.
 
     Raises `InputError` if the text cannot be read or is too short, if it is standard input (which training could not read again),
     if no model fits in memory, or if the budget does not allow `MIN_STEPS` steps of the smallest model.
@@ -231,14 +241,15 @@ def suggest_recipe(
     if "-" in data.train:
         raise InputError("standard input cannot be read again for training", where="-", hint="save it to a file")
     draft, summary = _first_draft(name, data, budget)
+    draft = replace(draft, for_gguf=for_gguf, ngram_dropout=None if for_gguf else draft.ngram_dropout)
     read_bytes = BYTES_PER_TOKEN * _plan(draft, summary.as_tokens(draft.vocab_size), budget).tokens
-    draft = replace(draft, vocab_size=_vocab_size(min(summary.train_bytes / BYTES_PER_ENTRY, read_bytes / READ_BYTES_PER_ENTRY)))
+    draft = replace(draft, vocab_size=vocab_size_for(summary.train_bytes, read_bytes))
     text = estimate_text_size(draft.recipe.data, draft.recipe.tokenizer, reporter)
     draft = _with_context(replace(draft, vocab_size=text.vocab_size), text, budget)
     candidates = list(_candidates(draft, text, budget, sizes))
     if not candidates:
         raise _no_candidate_error(replace(draft, layers=sizes[0][0], width=sizes[0][1]), text, budget)
-    busy = min(plan.undisturbed for _, plan in candidates) < MIN_UNDISTURBED
+    busy = any(plan.busy for _, plan in candidates)
     if busy:
         reporter.warn(BUSY)
     best, plan = min(candidates, key=lambda candidate: excess_loss(candidate[1]))
@@ -277,7 +288,7 @@ class _TextSummary:
 
 def _first_draft(name: str, data: DataSection, budget: Budget) -> tuple[_Draft, _TextSummary]:
     """Return a draft with a suitable held-out share, and the sizes of the text."""
-    with Corpus(data.train, field=data.field, errors=data.errors) as corpus:
+    with Corpus(data.train, field=data.field, template=data.template, errors=data.errors) as corpus:
         scan = split.scan(corpus.pieces())
         phrases = (_PHRASE.search(piece.text[:PROMPT_CHARACTERS]) for piece in islice(corpus.pieces(), PROMPT_PIECES))
         prompt = next((match[0] for match in phrases if match), "")
@@ -305,12 +316,6 @@ def _holds_out(scan: split.Scan, share: float) -> bool:
 def _batch(sequences: int, budget: Budget) -> int:
     """Round the number of sequences up to a multiple of the number of devices."""
     return math.ceil(sequences / budget.devices) * budget.devices
-
-
-def _vocab_size(entries: float) -> int:
-    """Round to the nearest power of two, within the limits of the vocabulary size."""
-    exponent = round(math.log2(max(1.0, entries)))
-    return min(max(1 << exponent, MIN_VOCABULARY), MAX_VOCABULARY)
 
 
 def _with_context(draft: _Draft, text: TextSize, budget: Budget) -> _Draft:
@@ -348,9 +353,11 @@ def _completed(draft: _Draft, text: TextSize, budget: Budget) -> tuple[_Draft, P
         while plan.steps >= 2 * ACCELERATOR_STEPS and plan.tokens_per_step < MAX_BATCH_TOKENS:
             draft, plan = _with_length(replace(draft, batch=2 * draft.batch), text, budget)
     _, dropout, ngram_dropout = next(row for row in REGULARIZATION if plan.epochs >= row[0])
+    ngram_dropout = None if draft.for_gguf else ngram_dropout
     draft, plan = _with_length(replace(draft, dropout=dropout, ngram_dropout=ngram_dropout), text, budget)
-    evaluations = min(MAX_EVALUATIONS, int(MAX_EVALUATION_SHARE * 60 * budget.minutes / max(plan.evaluation_seconds, 1e-3)))
-    draft = replace(draft, every=max(1, math.ceil(plan.steps / max(1, evaluations))))
+    allowed = MAX_EVALUATION_SHARE * 60 * budget.minutes / EVALUATIONS / max(plan.evaluation_seconds, 1e-3)
+    limit = max(2 * draft.context, int(float(f"{allowed * text.heldout_tokens:.1g}"))) if allowed < 1 else None
+    draft = replace(draft, evaluations=EVALUATIONS, max_tokens=limit)
     return draft, _plan(draft, text, budget)
 
 
@@ -380,6 +387,17 @@ def _plan(draft: _Draft, text: TextSize, budget: Budget) -> Plan:
     )
 
 
+def _range(steps: tuple[int, int]) -> str:
+    low, high = steps
+    return f"{high:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _preset_reason(draft: _Draft) -> str:
+    if draft.for_gguf:
+        return "llama.cpp supports it, and this tokenizer with digits: 1"
+    return "without n-gram tables, which would overfit in many passes" if draft.ngram_dropout is None else ""
+
+
 def _reasons(
     draft: _Draft, plan: Plan, text: TextSize, summary: _TextSummary, budget: Budget, candidates: int, busy: bool
 ) -> dict[str, str]:
@@ -391,11 +409,12 @@ def _reasons(
     return {
         "head": f"A recipe for {describe(draft.data.train)} ({summary.bytes / 1e6:.2g} MB in {documents}) "
         f"and {_minutes(budget)} on {machine}.\n"
-        f"About {plan.steps:,} steps, {plan.tokens_per_second:,.0f} tokens/s in {plan.precision}. "
+        f"About {_range(plan.steps_range)} steps, {plan.tokens_per_second:,.0f} tokens/s in {plan.precision}. "
         f"docs/reference/recipe.md explains every key.{BUSY_HEAD if busy else ''}",
         "heldout": f"{heldout}: " + ("whole documents, chosen by hash" if draft.by == "document" else "the end of the text"),
-        "vocab_size": f"every token should occur often in the {text.train_tokens:,} training tokens",
-        "preset": "without n-gram tables, which would overfit in many passes" if draft.ngram_dropout is None else "",
+        "vocab_size": f"every token should occur often in the {text.train_tokens:,} training tokens; `tokenize sweep` compares sizes",
+        "preset": _preset_reason(draft),
+        "qk_norm": "llama.cpp runs this model as qwen3; `tinylm export --to gguf` writes it",
         "n_layer": f"a scaling law predicts the lowest loss for this size, out of {candidates}",
         "n_head": "each head is 64 wide",
         "n_embd": f"{_short(plan.parameters)} parameters, trained on {_short(plan.tokens)} tokens: {passes}",
@@ -408,6 +427,7 @@ def _reasons(
         "global_batch_size": f"{plan.tokens_per_step:,} tokens per step"
         + ("; on a CPU, a larger batch only means fewer steps" if budget.accelerator is None else f", for {plan.steps:,} steps"),
         "optimizer": "these learning rates suit every width",
-        "schedule": "the learning rate falls to zero over the last 60 %",
-        "every": "steps between evaluations on the held-out text",
+        "schedule": "the learning rate falls to zero over the last 60%",
+        "every": f"{EVALUATIONS} evaluations during the run"
+        + (f", on the first of about {text.heldout_tokens:,} held-out tokens; `tinylm eval` uses all" if draft.max_tokens else ""),
     }

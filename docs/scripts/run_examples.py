@@ -4,9 +4,9 @@
     python docs/scripts/run_examples.py README.md ...    only these pages
     python docs/scripts/run_examples.py --check          run the commands, leave the pages as they are
 
-Commands are the lines that begin with `$ ` in a fenced block of kind `console`, where the lines after a command are its output,
-standard error included, and all lines of a block of kind `bash`, whose output is not shown. All pages share one working folder
-(`--work`), so that a page can use what an earlier one trained. A comment directly above a block changes how it is treated:
+In a fenced `console` block, commands begin with `$ ` and are followed by their output, including standard error. In a `bash` block,
+every line is a command, and no output is shown. All pages share one working folder (`--work`), so a page can use models that an
+earlier page trained. A comment directly above a block changes how it is treated:
 
     <!-- not run: REASON -->      the block is left as it is
     <!-- lines: 1-4,9,~2 -->      only these lines of each output are shown (`~2`: the last two); `...` stands for the others

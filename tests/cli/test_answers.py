@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from pathlib import Path
 
@@ -146,7 +147,7 @@ def test_a_prompt_can_be_empty_or_longer_than_the_context(run_cli: RunCli, tiny_
         assert result.json["samples"][0]["tokens"] <= 2
 
 
-def test_the_run_is_selected_by_option_environment_variable_or_age(
+def test_the_run_is_set_by_option_or_environment_variable_and_defaults_to_the_newest(
     run_cli: RunCli, tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TINYLM_RUN", str(tiny_run.path))
@@ -232,13 +233,22 @@ def test_a_plan_warns_about_parts_that_it_does_not_estimate(run_cli: RunCli, rec
     assert "not estimated" not in run_cli("plan", recipe_file).err
 
 
-@pytest.mark.parametrize(("undisturbed", "warns"), [(0.5, True), (0.95, False)])
+@pytest.mark.parametrize(("share", "warns"), [(0.5, True), (0.95, False)])
 def test_a_plan_warns_if_the_machine_is_busy(
-    undisturbed: float, warns: bool, run_cli: RunCli, recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+    share: float, warns: bool, run_cli: RunCli, recipe_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measured = Processor(350e9, 27e9, 14e9, cores=2, has_amx=False, undisturbed=undisturbed)
+    measured = Processor(350e9, 27e9, 14e9, cores=2, has_amx=False, cpu_share=share)
     monkeypatch.setattr("tinylm.cost.cpu.measure", lambda *sizes: measured)
-    assert ("this machine was busy" in run_cli("plan", recipe_file).err) == warns
+    long = ("plan", recipe_file, "--set", "training.steps=100000")
+    shown = run_cli(*long)
+    assert ("other programs use this CPU" in " ".join(shown.err.split())) == warns
+    time = next(line for line in shown.out.splitlines() if line.startswith("time on this CPU"))
+    assert (re.search(r"about \d+:\d+ to \d+:\d+", time) is not None) == warns
+    low, high = run_cli(*long, "--json").json["seconds_range"]
+    assert high == pytest.approx(low / share if warns else low, rel=0.01)
+    by_clock = ("--set", "training.minutes=1", "--set", "training.steps=null", "--json")
+    fewest, most = run_cli("plan", recipe_file, *by_clock).json["steps_range"]
+    assert fewest == pytest.approx(share * most if warns else most, abs=1)
 
 
 def test_plan_lists_accelerators_and_reports_wrong_devices(run_cli: RunCli, recipe_file: Path) -> None:
@@ -250,4 +260,4 @@ def test_plan_lists_accelerators_and_reports_wrong_devices(run_cli: RunCli, reci
     uneven = run_cli("plan", recipe_file, "--hardware", "t4", "--devices", 3, "-q")
     assert (uneven.code, uneven.err.count("\n")) == (2, 1)
     assert "4 sequences cannot be divided among 3 devices (use 3 or 6)" in uneven.err
-    assert "--devices: can only be used with --hardware" in run_cli("plan", recipe_file, "--devices", 2).err
+    assert "--devices: requires --hardware" in run_cli("plan", recipe_file, "--devices", 2).err

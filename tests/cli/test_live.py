@@ -8,7 +8,8 @@ import re
 
 import pytest
 from rich.console import Console
-from tinylm_cli.live import PlainView, TerminalView, draw_curves
+from tinylm_cli.curves import Axes, Curve, draw_curves, legend
+from tinylm_cli.live import PlainView, TerminalView
 
 from tinylm.evaluation.metrics import Metrics
 from tinylm.training.metrics import EvaluationEvent, GuardEvent, Observer, SampleEvent, StepEvent
@@ -99,13 +100,9 @@ def test_the_panel_shows_the_numbers() -> None:
     )
     for number in numbers:
         assert number in panel, number
-    smoothed = LOSSES[0]
-    for loss in LOSSES:
-        smoothed = 0.95 * smoothed + 0.05 * loss
-    assert f"{smoothed:.3f}" in panel
-
     assert "sample at step 4" in panel
-    assert "The for statement is used" in panel
+    lines = [line.strip("│ ") for line in panel.splitlines()]
+    assert lines[lines.index("The for statement") + 1] == "is  used", "the lines of a sample are kept"
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 120, 200])
@@ -192,7 +189,7 @@ def braille(points: set[tuple[int, int]], width: int, height: int) -> list[str]:
 
 def drawn(points: list[tuple[float, float]], width: int, height: int) -> list[str]:
     target = console(width + 20)
-    target.print(draw_curves([(points, "cyan")], width, height))
+    target.print(draw_curves([Curve(points, "blue")], width, height))
     return [line[8:].rstrip() for line in written(target).splitlines()]
 
 
@@ -211,7 +208,68 @@ def test_curves_match_dots_computed_independently() -> None:
 
 def test_the_axis_is_labeled_with_minimum_and_maximum() -> None:
     target = console(40)
-    target.print(draw_curves([([(0.0, 7.5), (0.5, 1.25)], "cyan"), ([(0.5, 9.0)], "yellow")], 20, 4))
+    target.print(draw_curves([Curve([(0.0, 7.5), (0.5, 1.25)], "blue"), Curve([(0.5, 9.0)], "red")], 20, 4))
     lines = written(target).splitlines()
     assert lines[0].startswith("  9.000 ")
     assert lines[-1].startswith("  1.250 ")
+
+
+def test_the_ends_of_the_x_axis_are_labeled() -> None:
+    target = console(40)
+    target.print(draw_curves([Curve([(0.0, 2.0), (1.0, 1.0)], "blue")], 20, 4, Axes(x_start="step 0", x_end="450")))
+    assert written(target).splitlines()[-1].rstrip() == " " * 8 + "step 0" + " " * 11 + "450"
+
+
+def test_curves_can_be_told_apart_without_color() -> None:
+    curves = [Curve([(0.0, 2.0), (1.0, 1.0)], "blue", "training loss"), Curve([(0.5, 1.0)], "red", "held-out loss", marker="●")]
+    target = console(60)
+    target.print(legend(curves, "nats/token"), draw_curves(curves, 20, 4))
+    heading, *chart = written(target).splitlines()
+    assert heading.strip().split("  ") == ["⠤⠤ training loss", "● held-out loss", "nats/token"]
+    assert "".join(chart).count("●") == 1
+
+
+@pytest.mark.parametrize("width", [45, 80, 120])
+def test_the_panel_has_a_legend_and_units_at_every_width(width: int) -> None:
+    panel = rendered_panel(width)
+    assert panel.count("●") == 3, "in the legend and at two evaluations"
+    legend_line = next(line for line in panel.splitlines() if "⠤⠤ training" in line)
+    assert "nats/token" in legend_line
+    assert "step 0" in panel
+
+
+def test_the_elapsed_time_never_decreases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events arrive late by different times: here three seconds, then three, then five, then one."""
+    clock = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    target, view = console(), TerminalView(console(terminal=True), "tinylm train tiny")
+    view.phase("first step")
+    with view:
+        for number, (now, seconds) in enumerate(((1003.0, 0.0), (1013.0, 10.0), (1025.0, 20.0), (1031.0, 30.0)), 1):
+            for clock[0] in (now - 0.5, now):
+                target.print(view.render())
+            view.step(step(number, 2.0, seconds=seconds))
+            target.print(view.render())
+    shown = [60 * int(minutes) + int(seconds) for minutes, seconds in re.findall(r"(\d+):(\d+) elapsed", written(target))]
+    assert len(shown) >= 9
+    assert shown == sorted(shown)
+
+
+def test_the_phase_is_training_after_the_first_step() -> None:
+    target = console(terminal=True)
+    with TerminalView(target, "tinylm train tiny") as view:
+        view.phase("first step")
+        view.step(step(1, 6.0))
+        target.print(view.render())
+    assert "training  " not in written(target).split("first step")[0]
+    assert " training " in written(target).split("first step")[-1]
+
+
+def test_a_run_that_stops_early_without_a_signal_is_not_shown_as_done() -> None:
+    target = console()
+    with TerminalView(target, "tinylm train tiny") as view:
+        send_events(view)
+    target.print(view.render())
+    last = written(target).split("╭")[-1]
+    assert "stopped" in last
+    assert "done" not in last

@@ -32,9 +32,9 @@ posix = pytest.mark.skipif(os.name == "nt", reason="POSIX pipes and signals")
 def test_a_closed_stdout_is_not_an_error(arguments: list[str], tiny_run: Run, text_file: Path) -> None:
     paths = {"RUN": tiny_run.path, "RUNS": tiny_run.path.parent, "TEXT": text_file}
     reading, writing = os.pipe()
-    os.close(reading)  # the first write fails
+    os.close(reading)  # so that the first write fails
     command = [*COMMAND, *(str(paths.get(argument, argument)) for argument in arguments)]
-    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, env=environment(), timeout=120, check=False)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, env=environment(), timeout=600, check=False)
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, b"")
 
@@ -44,7 +44,7 @@ def test_a_closed_stderr_does_not_stop_training(recipe_file: Path, tmp_path: Pat
     reading, writing = os.pipe()
     os.close(reading)
     command = [*COMMAND, "train", str(recipe_file), "--out", str(tmp_path / "run")]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=writing, env=environment(), timeout=120, check=False)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=writing, env=environment(), timeout=600, check=False)
     os.close(writing)
     assert (done.returncode, done.stdout.decode()) == (0, f"{tmp_path / 'run'}\n")
 
@@ -63,7 +63,7 @@ def test_a_signal_saves_a_checkpoint_and_stops_training(
             if line.startswith(b"step "):
                 break
         process.send_signal(number)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=600)
     result = json.loads(out)
     assert (process.returncode, result["stopped"]) == (code, "signal")
     assert b"stopping after this step" in err
@@ -83,7 +83,7 @@ def test_sigterm_leaves_no_temporary_files(tiny_run: Run, tmp_path: Path) -> Non
         while not list(cache.glob("spool/*/*")):  # the command reads stdin until it is closed
             assert process.poll() is None
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=600)
     assert (process.returncode, out) == (143, b"")
     assert b"Traceback" not in err
     assert [path for path in cache.rglob("*") if path.is_file()] == []

@@ -26,8 +26,8 @@ def test_a_step_is_reproduced_bit_for_bit_and_its_non_finite_parameters_are_list
     assert "reproduced    to the bit" in result.out
     assert "non-finite" in result.out
     document = run_cli("train", "--replay", report, "--json").json
-    assert document["same"] == "bits"
-    assert document["broken"]
+    assert document["agreement"] == "bits"
+    assert document["non_finite"]
     assert len(document["sequence_losses"]) == 4
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from command import COMMAND, CommandResult, RunCli, environment, error_of
 
+from tinylm.data import shards
 from tinylm.run import Run
 
 
@@ -143,7 +145,7 @@ def test_invalid_options_are_rejected(run_sample: RunCli, options: str) -> None:
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (b"", "-: no prompts"),
+        (b"", "-: contains no prompts"),
         (b"{oops\n", "-:1: not JSON"),
         (b'"a"\n{"q": 1}\n', "-:2: no prompt in field 'prompt'"),
         (b"\xff", "-: not UTF-8 at byte 0"),
@@ -175,11 +177,43 @@ def test_eval_rejects_options_without_effect(run_cli: RunCli, tiny_run: Run, tmp
 def test_compare_reports_differences_and_their_significance(run_cli: RunCli, tiny_run: Run, text_file: Path) -> None:
     result = run_cli("compare", tiny_run.path, tiny_run.path, "--on", text_file, "--json", "-q").json
     [test] = result["tests"]
-    assert (test["difference"], test["p_value"]) == (0, 1)
+    assert (test["difference"], test["p_value"], test["p_corrected"], test["better"]) == (0, 1, 1, None)
+    assert (result["text"], result["split"]) == (str(text_file), None)
     assert result["curves"][-1]["values"] == [result["curves"][-1]["values"][0]] * 2
-    assert "not significant" in run_cli("compare", tiny_run.path, tiny_run.path).out
+    shown = run_cli("compare", tiny_run.path, tiny_run.path).out
+    assert "do not differ significantly on this text" in shown
+    assert "whether these trained models differ on this text" in shown
     assert "at least two runs" in error_of(run_cli("compare", tiny_run.path))
     assert "--field: requires --on" in error_of(run_cli("compare", tiny_run.path, tiny_run.path, "--field", "x"))
+
+
+def test_runs_with_different_held_out_texts_are_still_shown(run_cli: RunCli, tiny_run: Run, tmp_path: Path) -> None:
+    other = shutil.copytree(tiny_run.path, tmp_path / "other")
+    kept = tiny_run.heldout()
+    shards.write_shard(
+        other / "heldout",
+        "heldout",
+        [(kept.tokens[1:-50], True)],
+        vocab_size=tiny_run.tokenizer.vocab_size,
+        end_of_text=kept.end_of_text,
+        unknown=None,
+        sizes=lambda: (kept.counts.bytes, kept.counts.characters),
+    )
+    shown = run_cli("compare", tiny_run.path, other)
+    assert shown.code == 0
+    assert "held-out loss at step" in shown.out
+    assert "the runs have different held-out texts" in shown.err
+    document = run_cli("compare", tiny_run.path, other, "--json").json
+    assert (document["tests"], document["not_tested"]) == ([], "the runs have different held-out texts")
+    assert document["curves"]
+
+
+def test_split_selects_a_part_of_the_runs_own_text(run_cli: RunCli, tiny_run: Run, text_file: Path) -> None:
+    assert "overlap" in run_cli("eval", "-r", tiny_run.path).out
+    assert "this run has no test text" in error_of(run_cli("eval", "-r", tiny_run.path, "--split", "test"))
+    assert "this run has no test text" in error_of(run_cli("compare", tiny_run.path, tiny_run.path, "--split", "test"))
+    assert error_of(run_cli("eval", "-r", tiny_run.path, "--split", "x")) == "--split: must be heldout or test, not 'x'"
+    assert "has no effect with a SOURCE" in error_of(run_cli("eval", "-r", tiny_run.path, text_file, "--split", "test"))
 
 
 def test_serve_prints_its_address_and_stops_on_a_signal(tiny_run: Run) -> None:
@@ -189,10 +223,10 @@ def test_serve_prints_its_address_and_stops_on_a_signal(tiny_run: Run) -> None:
         assert process.stdout is not None
         address = process.stdout.readline().strip()
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+", address)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while time.monotonic() < deadline:
             try:
-                with urllib.request.urlopen(f"{address}/v1/models", timeout=5) as response:
+                with urllib.request.urlopen(f"{address}/v1/models", timeout=60) as response:
                     assert json.load(response)["data"][0]["id"] == tiny_run.name
                 break
             except OSError:

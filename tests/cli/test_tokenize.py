@@ -97,9 +97,9 @@ def test_compare_explain_and_sweep_print_text_and_json(run_cli: RunCli, tokenize
 def test_added_and_removed_tokens_do_not_change_the_encoding_of_other_text(
     run_cli: RunCli, tokenizer: Path, tiny_run: Run, text_file: Path, tmp_path: Path
 ) -> None:
-    check = ("--prove-on", text_file)
+    check = ("--check-on", text_file)
     added = run_cli("tokenize", "add", "zebra", "-t", tokenizer, "--out", tmp_path / "a.json", *check, "--json").json
-    assert (added["vocab_size"], added["lines_same"]) == (401, added["lines_checked"])
+    assert (added["vocab_size"], added["lines_unchanged"]) == (401, added["lines_checked"])
     removed = run_cli("tokenize", "remove", "zebra", "-t", tmp_path / "a.json", "--out", tmp_path / "b.json", *check)
     assert removed.code == 0
     assert "encoded as before" in removed.err

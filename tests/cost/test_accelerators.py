@@ -1,4 +1,4 @@
-"""Data sheet figures are plausible, and the time of a step follows from its counts."""
+"""Data sheet figures are plausible, and the time of a step follows from its FLOPs and bytes."""
 
 from __future__ import annotations
 
@@ -104,11 +104,11 @@ def test_doubling_a_count_takes_one_to_two_times_as_long(count: str, devices: in
 
 
 @pytest.mark.parametrize("devices", [1, 2, 3, 8])
-def test_with_an_infinite_link_shared_work_scales_linearly_and_the_state_does_not(devices: int) -> None:
-    infinitely_linked = replace(ROUND, link_bandwidth=math.inf)
+def test_with_an_infinitely_fast_link_shared_work_scales_linearly_and_the_state_does_not(devices: int) -> None:
+    infinite_link = replace(ROUND, link_bandwidth=math.inf)
 
     def seconds(devices: int, **counts: float) -> float:
-        return step_seconds(infinitely_linked, devices, "bf16", **counts).total
+        return step_seconds(infinite_link, devices, "bf16", **counts).total
 
     shared = {**COUNTS, "state_bytes": 0.0}
     assert seconds(devices, **shared) == pytest.approx(seconds(1, **shared) / devices)
@@ -152,7 +152,7 @@ def test_a_16_bit_residual_stream_moves_half_the_bytes_and_has_no_casts() -> Non
         assert bf16 < block_bytes(model, "bf16", compiled=compiled)
 
 
-def test_the_loss_moves_36_bytes_per_logit_eager_and_8_compiled() -> None:
+def test_the_eager_loss_moves_36_bytes_per_logit_and_the_compiled_loss_8() -> None:
     model = section(preset="gpt2")
     for compiled, expected in ((False, 36), (True, 8)):
         small, large = (outside_block_bytes(model, vocab_size, "fp16", compiled=compiled) for vocab_size in (1000, 2000))

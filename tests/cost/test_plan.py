@@ -18,15 +18,15 @@ from tinylm.recipe import Recipe
 from tinylm.recipe.schema import TrainingSection
 
 
-def test_steps_tokens_and_epochs_are_converted_to_steps() -> None:
+def test_the_training_length_is_converted_to_steps() -> None:
     def steps(**length: float) -> int | None:
-        return training_steps(TrainingSection.model_validate({"global_batch_size": 8, **length}), 16, train_tokens=1000)
+        return training_steps(TrainingSection.model_validate({"global_batch_size": 8, **length}), 16, examples_per_epoch=62)
 
     assert steps(steps=7) == 7
     assert steps(tokens=128) == 1
     assert steps(tokens=129) == 2
     assert steps(tokens=12_800) == 100
-    assert steps(epochs=1) == math.ceil(62 / 8), "999 targets fill 62 windows of 16 tokens"
+    assert steps(epochs=1) == math.ceil(62 / 8)
     assert steps(epochs=2) == math.ceil(124 / 8)
     assert steps(epochs=0.001) == 1
     assert steps(minutes=1) is None
@@ -35,7 +35,7 @@ def test_steps_tokens_and_epochs_are_converted_to_steps() -> None:
 @pytest.mark.parametrize(("tokens", "context", "batch"), [(1000, 16, 8), (1025, 32, 4), (33, 32, 1), (5000, 7, 3)])
 def test_an_epoch_has_enough_steps_to_cover_every_window(tokens: int, context: int, batch: int) -> None:
     windows = TokenStream(np.zeros(tokens, dtype=np.uint16), context, seed=0).examples_per_epoch
-    steps = training_steps(TrainingSection.model_validate({"epochs": 1, "global_batch_size": batch}), context, tokens)
+    steps = training_steps(TrainingSection.model_validate({"epochs": 1, "global_batch_size": batch}), context, windows)
     assert steps is not None
     assert (steps - 1) * batch < windows <= steps * batch
 
@@ -51,7 +51,7 @@ def test_the_figures_of_a_plan_are_consistent() -> None:
         assert estimate.parameters - estimate.parameters_non_embedding == (2 * 1000 + 256) * 384
         assert estimate.seconds_estimate == pytest.approx(estimate.steps * estimate.seconds_per_step + estimate.start_up_seconds)
         assert estimate.tokens_per_second == pytest.approx(estimate.tokens_per_step / estimate.seconds_per_step)
-        assert estimate.evaluation_seconds == 0, "no held-out tokens"
+        assert estimate.evaluation_seconds == 0, "there are no held-out tokens"
         matrices = parameter_counts(recipe("model.preset=gpt2").model, 1000)["matrices"]
         assert estimate.checkpoint_bytes == 4 * estimate.parameters * 3 - 4 * matrices
 
@@ -74,7 +74,8 @@ def test_a_text_shorter_than_a_sequence_is_an_error() -> None:
 def test_this_machine_is_measured() -> None:
     estimate = make_plan(recipe("model.n_layer=1", "model.n_head=1", "model.n_embd=16"), 300, 1000)
     assert (estimate.hardware, estimate.devices) == ("cpu", 1)
-    assert 0 < estimate.mfu < 1
+    assert estimate.mfu > 0
+    assert 0 < estimate.cpu_share <= 1
     assert estimate.device_memory_bytes == host_memory_bytes() > 1 << 28
 
 
@@ -98,7 +99,7 @@ def test_the_compute_budget_of_chinchilla_implies_its_size() -> None:
 
 def test_repeated_text_has_diminishing_returns() -> None:
     """Four epochs are worth nearly as much as new text. No number of epochs is worth more than 1 + R* (Muennighoff et al. 2023)."""
-    worth = [compute_optimal(1, 1.0, epochs * 1000, 1000).worth_tokens / 1000 for epochs in (1, 4, 16, 40, 1000)]
+    worth = [compute_optimal(1, 1.0, epochs * 1000, 1000).effective_tokens / 1000 for epochs in (1, 4, 16, 40, 1000)]
     assert worth[0] == 1
     assert 0.9 * 4 < worth[1] < 4
     assert worth[2] < 0.7 * 16

@@ -49,7 +49,7 @@ def test_estimates_are_within_a_quarter_of_measured_steps(
 def test_auto_precision_is_bf16_if_the_cpu_has_amx_and_bf16_is_faster() -> None:
     assert plan(*MIDDLE).precision == "bf16"
     assert plan(*MIDDLE, processor=WITHOUT_AMX).precision == "fp32"
-    assert plan(*TINY).precision == "fp32", "its matrix products are too small for bf16 to be faster"
+    assert plan(*TINY).precision == "fp32", "the matrix products of this model are too small for bf16 to be faster"
     assert plan(*TINY, "training.precision=bf16").precision == "bf16"
     assert (
         plan(*MIDDLE, "training.precision=bf16", processor=WITHOUT_AMX).seconds_per_step
@@ -102,7 +102,7 @@ def test_fp32_on_a_gpu_is_estimated_in_tf32() -> None:
     assert tf32.mfu * find("a100-80gb-sxm").flops["tf32"] > 2 * fp32.mfu * find("v100-sxm2-32gb").flops["fp32"]
 
 
-def test_more_devices_are_faster_with_a_lower_mfu() -> None:
+def test_more_devices_are_faster_but_have_a_lower_mfu() -> None:
     large = ["model.n_layer=12", "model.n_embd=768", "model.n_head=12", "training.global_batch_size=512"]
     single, eight = (plan(*large, accelerator="a100-80gb-sxm", devices=devices) for devices in (1, 8))
     assert single.seconds_per_step / 8 < eight.seconds_per_step < single.seconds_per_step / 4

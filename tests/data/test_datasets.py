@@ -11,6 +11,7 @@ import pytest
 from tinylm.data.datasets import Dataset, ShuffledDocuments, TokenStream, build
 from tinylm.data.shards import Counts, Shard
 from tinylm.errors import InputError
+from tinylm.recipe.recurrent import GruSection
 from tinylm.recipe.schema import DataSection
 
 
@@ -86,7 +87,7 @@ def test_memory_mapped_tokens_return_the_same_sequences(tmp_path: object) -> Non
     assert np.array_equal(mapped.examples(3, 40)["tokens"], TokenStream(text_of(300), 16, seed=2).examples(3, 40)["tokens"])
 
 
-# Documents.
+# Documents
 
 END_OF_TEXT = 0
 
@@ -124,7 +125,7 @@ def test_shuffled_documents_are_whole_and_each_occurs_once(context: int) -> None
     documents = [tuple(shard.tokens[start:end].tolist()) for start, end in shard.documents()]
     missing = Counter(documents) - Counter(read)
     assert not Counter(read) - Counter(documents), "every document is whole and occurs once"
-    assert sum(len(document) + 1 for document in missing.elements()) < context + 1 + max(LENGTHS), "the last one is cut off"
+    assert sum(len(document) + 1 for document in missing.elements()) < context + 1 + max(LENGTHS), "only the last one is cut off"
     assert read != documents[: len(read)]
 
 
@@ -137,7 +138,7 @@ def test_every_epoch_and_every_seed_has_its_own_order_of_documents() -> None:
         tokens = dataset.examples(epoch * dataset.examples_per_epoch, dataset.examples_per_epoch)["tokens"]
         followed_by |= {int(row[i + 2]) for row in tokens for i in range(3) if row[i] == 5 and row[i + 1] == END_OF_TEXT}
     assert len(set(firsts)) == 2
-    assert len(followed_by) > 3, "the first document has several neighbors"
+    assert len(followed_by) > 3, "different documents must follow the first one"
 
 
 def test_shuffled_documents_depend_only_on_the_seed_and_the_position() -> None:
@@ -167,7 +168,7 @@ def test_the_recipe_chooses_the_dataset() -> None:
     shard = shard_of(LENGTHS)
 
     def built(**keys: object) -> Dataset:
-        return build(DataSection.model_validate({"train": "my.txt", **keys}), shard, 8, 5)
+        return build(DataSection.model_validate({"train": "my.txt", **keys}), shard, GruSection(context_length=8, burn_in=0), 5)
 
     assert list(built().examples(0, 2)) == ["tokens"]
     assert list(built(document_mask=True).examples(0, 2)) == ["tokens", "segments"]
@@ -175,5 +176,5 @@ def test_the_recipe_chooses_the_dataset() -> None:
     shuffled = built(shuffle="documents").examples(0, 30)["tokens"]
     assert np.array_equal(shuffled, ShuffledDocuments(shard, 8, 5).examples(0, 30)["tokens"])
     assert not np.array_equal(shuffled, built().examples(0, 30)["tokens"])
-    assert built().max_tokens_per_example == 8
+    assert built().tokens_per_example == 8
     assert built().examples_per_epoch == built(shuffle="documents").examples_per_epoch == (len(shard) - 1) // 8

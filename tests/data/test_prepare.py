@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import tokenizers
 
 from tinylm.data import estimate
 from tinylm.data.estimate import estimate_text_size
-from tinylm.data.prepare import PreparedData, prepare
+from tinylm.data.prepare import PreparedText, prepare
 from tinylm.data.shards import Shard
 from tinylm.errors import InputError
 from tinylm.recipe.schema import BpeTokenizer, ByteTokenizer, CharTokenizer, DataSection, FileTokenizer, TokenizerSection
@@ -25,6 +26,7 @@ from tinylm.tokenizer import Tokenizer, training
 
 BPE = BpeTokenizer(kind="bpe", vocab_size=300)
 CHAR = CharTokenizer(kind="char")
+NGRAMS = ("train-ngrams.safetensors", "train-ngrams.safetensors.sha256")
 BYTE = ByteTokenizer(kind="byte")
 
 
@@ -42,9 +44,14 @@ def source(tmp_path: Path, english: str) -> Path:
     return path
 
 
+def train_part(english: str) -> str:
+    """The training part of `source`: it ends at the blank line that is nearest to 90% of the text."""
+    return english[: min((match.end() for match in re.finditer("\n\n+", english[:20_000])), key=lambda end: abs(end - 18_000))]
+
+
 def prepare_files(
     source: Path | list[Path], section: TokenizerSection = BPE, reporter: CollectingReporter | None = None, **settings: Any
-) -> PreparedData:
+) -> PreparedText:
     train = [str(path) for path in (source if isinstance(source, list) else [source])]
     return prepare(DataSection.model_validate({"train": train, **settings}), section, reporter or CollectingReporter())
 
@@ -61,10 +68,10 @@ def fail_if_called(*_: object, **__: object) -> Iterator[object]:
 def test_the_tokens_of_both_splits_decode_to_the_text(source: Path, section: TokenizerSection, english: str) -> None:
     data = prepare_files(source, section)
     (train,), (heldout,) = (texts_of(shard, data.tokenizer) for shard in (data.train, data.heldout))
-    assert train == english[:18_000]
-    assert section is CHAR or heldout == english[18_000:20_000]
-    assert data.heldout.counts.characters == 2000
-    assert data.train.counts.bytes == len(english[:18_000].encode())
+    assert train == train_part(english)
+    assert section is CHAR or heldout == english[len(train) : 20_000]
+    assert data.heldout.counts.characters == 20_000 - len(train)
+    assert data.train.counts.bytes == len(train.encode())
 
 
 def test_documents_stay_separate(tmp_path: Path, english: str) -> None:
@@ -149,13 +156,13 @@ def test_changing_a_tokenizer_file_invalidates_the_cached_tokens(source: Path, t
         data = prepare_files(source, section)
         fingerprints.append(data.fingerprint)
         assert data.tokenizer.vocab_size == size
-        assert texts_of(data.heldout, data.tokenizer) == [english[18_000:20_000]]
+        assert texts_of(data.heldout, data.tokenizer) == [english[len(train_part(english)) : 20_000]]
     assert len(set(fingerprints)) == 2
 
 
 def test_the_tokenizer_is_not_trained_on_held_out_text(source: Path) -> None:
     text = source.read_text(encoding="utf-8")
-    source.write_text(text[:18_000] + "語" * 10 + text[18_010:], encoding="utf-8", newline="")
+    source.write_text(text[:18_500] + "語" * 10 + text[18_510:], encoding="utf-8", newline="")
     reporter = CollectingReporter()
     data = prepare_files(source, CHAR, reporter)
     assert "語" not in {data.tokenizer.decode([id]) for id in range(data.tokenizer.vocab_size)}
@@ -180,17 +187,23 @@ def test_held_out_documents_that_also_occur_in_the_training_text_cause_a_warning
             (folder / f"{number:04}.txt").write_text(line, encoding="utf-8")
     reporter = CollectingReporter()
     prepare_files(tmp_path / "train", BYTE, reporter, heldout=str(tmp_path / "heldout"))
-    assert reporter.warnings == ["3 of 4 held-out documents also occur in the training text, so held-out scores will be too good"]
+    repeated, overlap = reporter.warnings
+    assert repeated == "3 of 4 held-out documents also occur in the training text, so held-out scores will be too good"
+    assert overlap.endswith("in the training text (sequences of 40 tokens), so its scores are better than on new text")
     reporter = CollectingReporter()
     (tmp_path / "heldout/0000.txt").write_text("x")
     prepare_files(tmp_path / "heldout", BYTE, reporter, heldout={"share": 0.5, "by": "document"})
-    assert reporter.warnings == []
+    assert not any("also occur" in warning for warning in reporter.warnings)
 
 
 def test_split_sizes_and_a_document_cut_in_two_are_reported(source: Path) -> None:
     reporter = CollectingReporter()
     prepare_files(source, BYTE, reporter)
-    assert "text: 18,000 characters in 1 document for training, 2,000 in 1 document held out (10% by tail)" in reporter.notes
+    size = len(train_part(source.read_text(encoding="utf-8")))
+    assert (
+        f"text: {size:,} characters in 1 document for training, {20_000 - size:,} in 1 document held out (10% by tail)"
+        in reporter.notes
+    )
     assert "the split cuts a document in two; the held-out text starts inside it" in reporter.notes
 
 
@@ -215,7 +228,7 @@ def test_an_interrupted_encoding_leaves_no_partial_tokens(
         with pytest.raises(KeyboardInterrupt):
             prepare_files(source)
     remaining = {path.name for path in (cache / "tokens").rglob("*") if path.is_file()}
-    assert remaining == (set() if interrupted == "train" else {"train.npy", "train.json"})
+    assert remaining == (set() if interrupted == "train" else {"train.npy", "train.json", *NGRAMS})
     data = prepare_files(source)
     assert "".join(texts_of(data.train, data.tokenizer) + texts_of(data.heldout, data.tokenizer)) == source.read_text(
         encoding="utf-8"
@@ -234,7 +247,7 @@ def test_tokens_without_their_counts_file_are_encoded_again(source: Path) -> Non
     ("content", "settings", "message"),
     [
         ("", {}, "the text is empty"),
-        ("x", {}, "the split leaves no training text or no held-out text"),
+        ("x", {}, "the split leaves no training text"),
         ("x" * 100, {"heldout": {"share": 0.1, "by": "document"}}, "documents would be"),
     ],
 )
@@ -286,7 +299,7 @@ def test_a_text_that_changes_while_it_is_read_raises_and_leaves_no_tokens(
 def test_the_size_of_a_text_from_stdin_is_estimated(english: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(english[:20_000].encode())))
     size = estimate_text_size(DataSection.model_validate({"train": "-"}), BYTE, CollectingReporter())
-    assert size.train_tokens == len(english[:18_000].encode()) + 2
+    assert size.train_tokens == len(train_part(english).encode()) + 2
 
 
 def test_estimating_the_size_of_a_small_text_fills_the_cache(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,3 +316,71 @@ def test_the_size_of_a_large_text_is_estimated_from_a_sample(source: Path, monke
     size = estimate_text_size(DataSection.model_validate({"train": str(source)}), BPE, CollectingReporter())
     assert not size.exact
     assert size.train_tokens == pytest.approx(exact, rel=0.1)
+
+
+def overlap_warnings(reporter: CollectingReporter) -> list[str]:
+    return [warning for warning in reporter.warnings if "also occurs in the training text" in warning]
+
+
+def unique_text(lines: int, seed: int) -> str:
+    """Lines of random words, of which no sequence is repeated."""
+    words = np.random.default_rng(seed).integers(0, 10_000, (lines, 8)).tolist()
+    return "".join(" ".join(f"w{word}" for word in line) + "\n" for line in words)
+
+
+@pytest.mark.parametrize("section", [BPE, CHAR, BYTE, BPE.model_copy(update={"dropout": 0.3})])
+def test_held_out_text_that_was_trained_on_causes_a_warning(tmp_path: Path, section: TokenizerSection) -> None:
+    text = unique_text(200, 1)
+    lines = text.splitlines(keepends=True)
+    train, minus_a_line = tmp_path / "train.txt", tmp_path / "minus.txt"
+    train.write_text(text)
+    minus_a_line.write_text("".join(lines[:90] + lines[91:]))
+    cases: list[tuple[list[Path], dict[str, Any]]] = [
+        ([train], {"heldout": str(minus_a_line)}),
+        ([train, train], {"heldout": {"share": 0.3, "by": "tail"}}),
+        ([train], {"heldout": 0.1, "test": str(minus_a_line)}),
+    ]
+    for sources, settings in cases:
+        reporter = CollectingReporter()
+        prepare_files(sources, section, reporter, **settings)
+        (warning,) = overlap_warnings(reporter)
+        percent = re.match(r"(?:more than )?(\d+) % of the (held-out|test) text", warning)
+        assert percent is not None
+        assert int(percent[1]) >= 88
+        assert percent[2] == ("test" if "test" in settings else "held-out")
+
+
+@pytest.mark.parametrize("section", [BPE, CHAR, BYTE])
+def test_new_held_out_text_causes_no_warning(source: Path, section: TokenizerSection) -> None:
+    source.write_text(unique_text(300, 1))
+    reporter = CollectingReporter()
+    prepare_files(source, section, reporter)
+    assert reporter.warnings == []
+
+
+def test_a_test_text_is_set_aside_and_encoded(source: Path, tmp_path: Path) -> None:
+    text = unique_text(400, 1)
+    source.write_text(text)
+    data = prepare_files(source, BYTE, heldout=0.2, test=0.1)
+    assert data.test is not None
+    parts = [texts_of(shard, data.tokenizer) for shard in (data.train, data.heldout, data.test)]
+    assert "".join(part for (part,) in parts) == text
+    assert [len(part) / len(text) for (part,) in parts] == pytest.approx([0.7, 0.2, 0.1], abs=0.01)
+    other = tmp_path / "other.txt"
+    other.write_text("a text of its own")
+    separate = prepare_files(source, BYTE, heldout=0.2, test=str(other))
+    assert separate.test is not None
+    assert texts_of(separate.test, separate.tokenizer) == ["a text of its own"]
+    assert len({data.fingerprint, separate.fingerprint, prepare_files(source, BYTE, heldout=0.2).fingerprint}) == 3
+    heldout_elsewhere = prepare_files(source, BYTE, heldout=str(other), test=0.1)
+    assert heldout_elsewhere.test is not None
+    assert texts_of(heldout_elsewhere.test, data.tokenizer) == parts[2]
+
+
+def test_a_split_by_document_that_holds_out_much_less_than_requested_causes_a_warning(tmp_path: Path) -> None:
+    for number in range(12):
+        (tmp_path / f"{number:02}.txt").write_text(unique_text(4 if number else 400, number))
+    reporter = CollectingReporter()
+    prepare_files(sorted(tmp_path.glob("*.txt")), BYTE, reporter, heldout={"share": 0.3, "by": "document"})
+    (warning,) = (warning for warning in reporter.warnings if warning.startswith("data.heldout: `by: document` sets aside"))
+    assert "instead of 30.0%" in warning

@@ -48,14 +48,14 @@ def test_any_number_of_workers_writes_the_same_bytes(pieces: list[Piece], tokeni
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "3" / name).read_bytes()
 
 
-def _die(tokenizer_json: str) -> None:
+def _exit_worker(tokenizer_json: str) -> None:
     os._exit(9)
 
 
 def test_a_killed_worker_raises_and_leaves_no_file(
     pieces: list[Piece], tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parallel, "initialize_worker", _die)
+    monkeypatch.setattr(parallel, "initialize_worker", _exit_worker)
     with pytest.raises(WorkError, match=r"was killed.*--workers"):
         encode_with(2, tmp_path, iter(pieces), tokenizer)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Fixtures for the tests of embeddings: a real text, trained vectors and small hand-written ones."""
+"""Fixtures for the tests of embeddings: real text, trained vectors and a few hand-written vectors."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from tinylm.errors import InputError
 
 
 def test_the_results_match_gensim(learned: Vectors) -> None:
-    """Use the files that come with gensim and random vectors for the words in the files."""
+    """Use the test sets that come with gensim, and random vectors for the words in them."""
     models = pytest.importorskip("gensim.models", reason="gensim has no wheel for this Python")
     from gensim.test.utils import datapath
 
@@ -45,7 +45,7 @@ def test_the_results_match_gensim(learned: Vectors) -> None:
     assert 100 * (1 - similarity.covered / similarity.pairs) == pytest.approx(unknown)
 
 
-def test_ranks_share_ties() -> None:
+def test_tied_values_share_their_mean_rank() -> None:
     assert ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1.0, 3.5, 2.0]
     assert correlation(np.array([1.0, 1.0, 1.0]), np.array([1.0, 2.0, 3.0])) is None
     assert correlation(np.array([1.0, 2.0]), np.array([1.0, 2.0])) is None
@@ -59,7 +59,7 @@ def test_without_covered_questions_there_is_no_accuracy(small: Vectors, tmp_path
     assert (result.accuracy, result.coverage, result.total) == (None, 0, 1)
 
 
-def test_candidates_can_be_limited_to_the_frequent_names(small: Vectors, tmp_path: Path) -> None:
+def test_candidates_can_be_limited_to_the_most_frequent_names(small: Vectors, tmp_path: Path) -> None:
     path = tmp_path / "questions.txt"
     path.write_text("east west north eastward\n")
     unlimited, limited = evaluate(small, path, max_names=None), evaluate(small, path, max_names=4)

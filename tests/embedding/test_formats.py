@@ -9,7 +9,7 @@ import pytest
 
 from tinylm.embedding.formats import FORMATS, read, write
 from tinylm.embedding.vectors import Vectors
-from tinylm.errors import InputError
+from tinylm.errors import InputError, TinylmWarning
 
 NAMES = {
     "word2vec": "v.vec",
@@ -54,7 +54,8 @@ def test_names_with_white_space_survive_a_round_trip(tmp_path: Path, kind: str) 
 @pytest.mark.parametrize("unusual_names", [False, True])
 def test_gensim_reads_the_same_bits(extreme: Vectors, tmp_path: Path, unusual_names: bool) -> None:
     models = pytest.importorskip("gensim.models", reason="gensim has no wheel for this Python")
-    vectors = Vectors([*UNUSUAL_NAMES[:-1], *list(extreme.names)[10:]], extreme.matrix) if unusual_names else extreme
+    named = [name for name in UNUSUAL_NAMES[:-1] if name]
+    vectors = Vectors([*named, *list(extreme.names)[len(named) :]], extreme.matrix) if unusual_names else extreme
     for kind, options in (
         ("word2vec", {}),
         ("word2vec-binary", {"binary": True}),
@@ -85,7 +86,14 @@ DAMAGED = {
     "words.vec": (b"2 2\na 1 2\nb 3 x\n", "words.vec:3: contains a value that is not a number"),
     "cut.bin": (b"2 2\na " + b"\0" * 8 + b"\nb \0\0\0\0\0\0", "ends inside vector 2 of 2"),
     "greedy.bin": (b"999999999 300\na " + b"\x01" * 16, "the file is too short for the 999,999,999 vectors"),
-    "empty.txt": (b"", "the first line contains no vector"),
+    "empty.txt": (b"", "the file is empty"),
+    "blank.txt": (b"\n", "the first line contains no vector"),
+    "latin.vec": (b"1 2\ncaf\xe9 1 2\n", "latin.vec:2: the name b'caf\\xe9' is not UTF-8"),
+    "nameless.vec": (b"1 2\n 1 2\n", "nameless.vec: vector 1: the name is empty"),
+    "latin.bin": (b"1 2\ncaf\xe9 " + b"\0" * 8, "latin.bin: vector 1: the name b'caf\\xe9' is not UTF-8"),
+    "nameless.bin": (b"2 2\na " + b"\0" * 8 + b" " + b"\0" * 8, "nameless.bin: vector 2: the name is empty"),
+    "bell.bin": (b"1 2\na\x07 " + b"\0" * 8, "bell.bin: vector 1: the name 'a\\x07' contains a control character"),
+    "c1.bin": (b"1 2\na\xc2\x9b " + b"\0" * 8, "contains a control character"),
     "nan.txt": (b"a 1 nan\nb 2 3\n", "the vectors contain NaN or infinity"),
     "not.safetensors": (b"nothing", "cannot be read"),
     "alone.tsv": (b"1\t2\n", "alone-names.tsv: no such file; the names of the vectors must be in it"),
@@ -100,6 +108,23 @@ def test_damage_is_reported_with_its_position(tmp_path: Path, name: str) -> None
         read(tmp_path / name)
     assert expected in str(error.value)
     assert name.partition(".")[0] in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("v.vec", "2 2\ncat 1 2\ndog 3 4\n"), ("v.glove", "cat 1 2\ndog 3 4\n"), ("v.txt", "2 2\r\ncat 1 2\r\ndog 3 4\r\n")],
+)
+def test_a_byte_order_mark_is_skipped(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text("\ufeff" + content, encoding="utf-8", newline="")
+    loaded = read(tmp_path / name)
+    assert (list(loaded.names), loaded.matrix.tolist()) == (["cat", "dog"], [[1, 2], [3, 4]])
+
+
+def test_the_first_vector_of_a_repeated_name_is_used_with_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "twice.vec").write_text("3 2\ncat 1 2\ncat 3 4\ndog 5 6\n")
+    with pytest.warns(TinylmWarning, match=r"1 rows repeat a name of an earlier row \('cat'\)"):
+        loaded = read(tmp_path / "twice.vec")
+    assert (list(loaded.names), loaded.matrix.tolist()) == (["cat", "dog"], [[1, 2], [5, 6]])
 
 
 def test_unknown_formats_and_missing_files_are_errors(small: Vectors, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tinylm.embedding.map_layout import Box, group, place_labels
 from tinylm.embedding.plot import draw, pca, project
 from tinylm.embedding.vectors import Vectors
 from tinylm.errors import InputError
@@ -35,15 +36,35 @@ def test_a_page_contains_the_names_points_and_neighbors_of_the_full_vectors(lear
     assert draw(learned, tmp_path / "map.html", max_names=300) == 300
     page = (tmp_path / "map.html").read_text()
     data = data_of(page)
-    assert data["names"] == list(learned.names[:300])
-    drawn = Vectors(learned.names[:300], learned.matrix[:300])
-    for row in (0, 17, 299):
-        expected = [neighbor.token for neighbor in drawn.nearest(drawn.names[row], 10)]
+    assert data["names"][:300] == list(learned.names[:300])
+    assert data["total"] == len(learned)
+    for row in (0, 17, 299):  # the neighbors are among all names, also those that are not drawn
+        expected = [neighbor.token for neighbor in learned.nearest(learned.names[row], 10)]
         assert [data["names"][near] for near in data["near"][row]] == expected
     assert np.abs(data["points"]).max() == 1
     assert not re.search(r"(src|href)\s*=|https?://|@import|url\(", page), "the page must not load anything"
     assert "@DATA@" not in page
     assert "@TITLE@" not in page
+
+
+def test_groups_are_the_clusters_of_well_separated_vectors() -> None:
+    generator = np.random.default_rng(0)
+    centers = np.eye(4)
+    labels = generator.permutation(np.repeat([0, 1, 2, 3], [40, 30, 20, 10]))
+    rows = centers[labels] + 0.05 * generator.standard_normal((100, 4))
+    groups = group(rows / np.linalg.norm(rows, axis=1, keepdims=True))
+    largest_first = {tuple(np.flatnonzero(groups == number)) for number in set(groups.tolist())}
+    assert all(len({*labels[list(members)]}) == 1 for members in largest_first)
+    assert (np.diff(np.bincount(groups)) <= 0).all()
+
+
+def test_labels_do_not_overlap_and_stay_inside_the_image() -> None:
+    points = np.random.default_rng(0).uniform(0, 300, (200, 2))
+    placed = list(place_labels(points, [(40.0, 10.0)] * 200, Box(0, 0, 300, 300), 60, 4.0))
+    boxes = [Box(left, bottom, left + 40, bottom + 10) for _, left, bottom in placed]
+    assert 20 < len(boxes) <= 60
+    assert not any(a.overlaps(b) for number, a in enumerate(boxes) for b in boxes[:number])
+    assert all(box.left >= 0 and box.bottom >= 0 and box.right <= 300 and box.top <= 300 for box in boxes)
 
 
 def test_names_cannot_inject_html(tmp_path: Path) -> None:

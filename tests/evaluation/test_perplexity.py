@@ -41,7 +41,7 @@ def _evaluate(network: Transformer, documents: list[np.ndarray], **options: Any)
 
 @torch.no_grad()
 def _reference_nats(network: Transformer, documents: list[np.ndarray], context: int, stride: int) -> float:
-    """Return the total loss in nats. Windows start at multiples of the stride. The first one that reaches a token scores it."""
+    """Return the total loss in nats. Windows start at multiples of the stride. The first window that contains a token scores it."""
     nats = 0.0
     for document in documents:
         tokens = torch.tensor([END, *document.tolist()])

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import random
 import re
+import sys
+import time
 
 import pytest
 import torch
 
 from tinylm.errors import InputError
+from tinylm.generation.automaton import CompileBudget, CompileTimeout
 from tinylm.generation.constraint import Constraint
 from tinylm.recipe.schema import ByteTokenizer, CharTokenizer
 from tinylm.run import Run
@@ -97,9 +100,35 @@ def test_characters_missing_from_the_vocabulary_are_not_required() -> None:
         ("(?i)a", "flags"),
         ("(a{900}){900}", "too large"),
         ("(a|b)*a(a|b){20}", "too large"),
+        ("(?:|){4294967294}", "too large"),
+        ("(a?){9000}", "too large"),
+        ("a?" * 9000, "too large"),
+        ("a" * 20_001, "at most 20000 characters"),
+        ("a{99999999999}", "not a regular expression"),
+        ("(" * 3000 + "a" + ")" * 3000, "nested too deeply"),
+        ("(?L)a", "not a regular expression"),
+        ("a++", "possessive repetitions are not supported") if sys.version_info >= (3, 11) else ("(", "not a regular expression"),
     ],
 )
 def test_unsupported_patterns_are_rejected(pattern: str, message: str, byte_tokenizer: Tokenizer) -> None:
     with pytest.raises(InputError, match=message) as caught:
         Constraint(pattern, byte_tokenizer)
     assert caught.value.where == "--regex"
+
+
+def test_repeating_the_empty_text_takes_no_time_and_matches_it(byte_tokenizer: Tokenizer) -> None:
+    constraint = Constraint("(?:){4294967294}" * 8 + "a", byte_tokenizer)
+    assert _accepts(constraint, byte_tokenizer, "a")
+    assert not _accepts(constraint, byte_tokenizer, "")
+
+
+def test_compilation_ends_at_its_deadline(byte_tokenizer: Tokenizer) -> None:
+    with pytest.raises(CompileTimeout, match="--regex: the expression takes too long"):
+        Constraint("[a-z]{1,2000}", byte_tokenizer, budget=CompileBudget("--regex", deadline=time.monotonic() - 1))
+
+
+def test_a_large_automaton_keeps_few_transitions_in_memory(byte_tokenizer: Tokenizer) -> None:
+    constraint = Constraint("[ -~]{0,300}", byte_tokenizer)
+    assert _accepts(constraint, byte_tokenizer, "a" * 300)
+    assert not _accepts(constraint, byte_tokenizer, "a" * 301)
+    assert len(constraint._cache) <= 16

@@ -50,6 +50,21 @@ def test_gguf_file_computes_the_same_model_in_other_programs(
         assert result.same_greedy == gguf.GREEDY_TOKENS if file_type == "f32" else result.same_greedy is not None
 
 
+def test_the_file_states_its_type_and_its_padding_token(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run("llama")
+    export(run, "gguf", tmp_path / "model.gguf")
+    fields = __import__("gguf").GGUFReader(tmp_path / "model.gguf").fields
+    assert fields["general.type"].contents() == "model"
+    assert fields["general.quantization_version"].contents() == 2
+    assert fields["tokenizer.ggml.padding_token_id"].contents() == run.tokenizer.end_of_text
+
+
+def test_rope_scaling_is_not_written_and_therefore_rejected(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run("llama", rope_scaling={"type": "linear", "factor": 2.0})
+    with pytest.raises(InputError, match=r"llama\.cpp does not support rope_scaling"):
+        export(run, "gguf", tmp_path / "model.gguf")
+
+
 def test_file_types_are_listed_by_decreasing_file_size(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run("llama", n_embd=64)
     network = run.network(run.checkpoint(), torch.device("cpu"))

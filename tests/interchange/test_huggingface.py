@@ -48,6 +48,8 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("llama", "LlamaForCausalLM", {}),
     ("llama", "LlamaForCausalLM", {"bias": True, "n_kv_head": 2, "tie_embeddings": True}),
     ("llama", "MistralForCausalLM", {"attention_window": 7, "n_kv_head": 2}),
+    ("llama", "LlamaForCausalLM", {"rope_scaling": {"type": "llama3", "factor": 8.0, "original_context": 16}}),
+    ("llama", "LlamaForCausalLM", {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_context": 16}}),
     ("llama", "Qwen3ForCausalLM", {"qk_norm": True, "n_kv_head": 1, "head_dim": 16, "rope_theta": 500.0}),
     ("modern", "TinylmForCausalLM", {}),
     ("modern", "TinylmForCausalLM", MODERN),
@@ -353,14 +355,6 @@ def test_an_unsupported_or_inconsistent_folder_is_rejected_and_no_run_is_created
     with pytest.raises(InputError, match=message):
         import_model(folder, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_scaled_rotary_embeddings_are_rejected(tmp_path: Path, english: str) -> None:
-    folder = gpt2_folder(tmp_path / "theirs", english)
-    config = {**LLAMA, "model_type": "llama", "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="scaled rotary embeddings are not supported"):
-        import_model(folder, tmp_path / "run")
 
 
 def test_a_damaged_or_malicious_folder_is_rejected(tmp_path: Path, english: str) -> None:

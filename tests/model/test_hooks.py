@@ -171,13 +171,18 @@ def test_attention_matches_the_formula(preset: str, overrides: dict[str, Any]) -
         for head in range(heads):
             group = head // (heads // network.model.kv_heads)
             expected = torch.einsum("btd,bsd->bts", q[:, :, head], k[:, :, group]) / math.sqrt(width)
+            if cap := network.model.attention_softcap:
+                expected = cap * torch.tanh(expected / cap)
             expected[:, masked] = -math.inf
             torch.testing.assert_close(scores[:, head], expected, atol=1e-5, rtol=1e-5)
             exponentials = expected.exp()
             expected = exponentials / exponentials.sum(-1, keepdim=True)
             torch.testing.assert_close(pattern[:, head], expected, atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(z[:, :, head], expected @ v[:, :, group], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(cache[f"blocks.{layer}.attn_out"], block.attention.output(z.flatten(2)), atol=1e-5, rtol=1e-5)
+        output_norms = {"output": block.attention_norm, "both": block.attention_output_norm}
+        norm = output_norms.get(network.model.norm_position, torch.nn.Identity())
+        output = norm(block.attention.output(z.flatten(2)))
+        torch.testing.assert_close(cache[f"blocks.{layer}.attn_out"], output, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

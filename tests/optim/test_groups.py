@@ -68,12 +68,12 @@ def test_muon_updates_the_matrices_of_blocks_and_adamw_the_rest_without_decay() 
 def test_adamw_steps_match_unfused_torch_adamw() -> None:
     section = AdamWOptimizer(name="adamw", lr=3e-3, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.2)
     # Use float64, because the gradient of a key bias is rounding noise, which Adam amplifies.
-    network, twin = model("gpt2").double(), model("gpt2").double()
+    network, reference = model("gpt2").double(), model("gpt2").double()
     optimizers = groups.build(section, network)
     other = torch.optim.AdamW(
         [
-            {"params": [p for p in twin.parameters() if p.ndim > 1], "weight_decay": 0.2},
-            {"params": [p for p in twin.parameters() if p.ndim == 1], "weight_decay": 0.0},
+            {"params": [p for p in reference.parameters() if p.ndim > 1], "weight_decay": 0.2},
+            {"params": [p for p in reference.parameters() if p.ndim == 1], "weight_decay": 0.0},
         ],
         lr=3e-3,
         betas=(0.8, 0.9),
@@ -84,9 +84,9 @@ def test_adamw_steps_match_unfused_torch_adamw() -> None:
     for seed in range(3):
         _step(network, optimizers, seed)
         other.zero_grad()
-        _backward(twin, seed)
+        _backward(reference, seed)
         other.step()
-    for ours, theirs in zip(network.parameters(), twin.parameters(), strict=True):
+    for ours, theirs in zip(network.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-8, rtol=1e-7)
 
 

@@ -235,7 +235,7 @@ name: again
         "my.yaml:10: training.tokens: only one of steps, tokens, epochs, minutes can be set, and steps is set",
         "my.yaml:12: training.micro_batch_size: 24 does not divide global_batch_size 64 (16 or 32 would)",
         "my.yaml:13: training.schedule.warmup: 50 warmup steps exceed the 10 training steps",
-        "my.yaml:14: evaluation.every: must be a whole number of at least 1, not -3",
+        "my.yaml:14: evaluation.every: must be a whole number of at least 1, or a share of the training run below 1, not -3",
         "my.yaml:15: name is given twice (first on line 1)",
     ]
 
@@ -279,9 +279,9 @@ def test_the_error_for_a_missing_section_shows_what_to_write() -> None:
         (["training.micro_batch_size=128"], "128 does not divide global_batch_size 64 (32 or 64 would)"),
         (
             ["training.schedule.warmup=0.5", "training.schedule.cooldown=0.6"],
-            "warmup and cooldown together exceed the whole training",
+            "warmup and cooldown together are longer than the training run",
         ),
-        (["training.steps=10", "training.schedule.warmup=5"], "warmup and cooldown together exceed the whole training"),
+        (["training.steps=10", "training.schedule.warmup=5"], "warmup and cooldown together are longer than the training run"),
         (["training.minutes=3", "training.schedule.warmup=5"], "must be a share below 1 when training.minutes is set"),
         (["training.steps=null"], "set how long to train with one of steps, tokens, epochs, minutes"),
     ],

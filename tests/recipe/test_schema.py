@@ -18,17 +18,21 @@ from tinylm.recipe.schema import flattened
 BASE = "data: {train: my.txt}\ntraining: {steps: 10}\n"
 
 # The overrides that set each key of each section. The last override sets the key to a value other than its default.
+_LLAMA3 = "model.rope_scaling={type: llama3, factor: 8, original_context: 64}"
+_YARN = "model.rope_scaling={type: yarn, factor: 8, original_context: 64}"
 SETTINGS: dict[str, list[str]] = {
     "Recipe.name": ["name=other"],
     "Recipe.seed": ["seed=7"],
     "DataSection.train": ["data.train=[a.txt, b.txt]"],
     "DataSection.field": ["data.field=body"],
     "DataSection.errors": ["data.errors=replace"],
+    "DataSection.template": ["data.template='{title}: {body}'"],
     "DataSection.shuffle": ["data.shuffle=documents"],
     "DataSection.document_mask": ["data.document_mask=on"],
     "HeldoutShare.share": ["data.heldout.share=0.25"],
     "HeldoutShare.by": ["data.heldout.by=document"],
     "HeldoutSources.sources": ["data.heldout=held.txt"],
+    "TestShare.share": ["data.test.share=0.05"],
     "BpeTokenizer.kind": ["tokenizer=char", "tokenizer=bpe"],
     "BpeTokenizer.vocab_size": ["tokenizer.vocab_size=999"],
     "BpeTokenizer.split": ["tokenizer.split=gpt2"],
@@ -98,11 +102,30 @@ SETTINGS: dict[str, list[str]] = {
     "DecoderSection.norm_gain": ["model.norm_gain=off"],
     "DecoderSection.position": ["model.position=none"],
     "DecoderSection.rope_theta": ["model.rope_theta=5e5"],
+    "DecoderSection.rope_theta_local": ["model.attention_window=64", "model.rope_theta_local=1e3"],
+    "DecoderSection.rope_scaling": ["model.rope_scaling={type: linear, factor: 2}"],
+    "DecoderSection.rope_fraction": ["model.rope_fraction=0.25"],
+    "DecoderSection.rope_pattern": ["model.rope_pattern=[rope, none]"],
+    "LinearRopeScaling.type": ["model.rope_scaling={type: linear, factor: 2}"],
+    "LinearRopeScaling.factor": ["model.rope_scaling={type: linear, factor: 2}", "model.rope_scaling.factor=3"],
+    "Llama3RopeScaling.type": ["model.rope_scaling={type: llama3, factor: 8, original_context: 64}"],
+    "Llama3RopeScaling.factor": [_LLAMA3, "model.rope_scaling.factor=3"],
+    "Llama3RopeScaling.original_context": [_LLAMA3, "model.rope_scaling.original_context=32"],
+    "Llama3RopeScaling.low_freq_factor": [_LLAMA3, "model.rope_scaling.low_freq_factor=2"],
+    "Llama3RopeScaling.high_freq_factor": [_LLAMA3, "model.rope_scaling.high_freq_factor=8"],
+    "YarnRopeScaling.type": ["model.rope_scaling={type: yarn, factor: 8, original_context: 64}"],
+    "YarnRopeScaling.factor": [_YARN, "model.rope_scaling.factor=3"],
+    "YarnRopeScaling.original_context": [_YARN, "model.rope_scaling.original_context=32"],
+    "YarnRopeScaling.beta_fast": [_YARN, "model.rope_scaling.beta_fast=16"],
+    "YarnRopeScaling.beta_slow": [_YARN, "model.rope_scaling.beta_slow=2"],
+    "YarnRopeScaling.attention_factor": [_YARN, "model.rope_scaling.attention_factor=1.5"],
+    "YarnRopeScaling.truncate": [_YARN, "model.rope_scaling.truncate=off"],
     "DecoderSection.feed_forward": ["model.feed_forward=swiglu"],
     "DecoderSection.feed_forward_multiple": ["model.feed_forward_multiple=3"],
     "DecoderSection.bias": ["model.bias=on"],
     "DecoderSection.tie_embeddings": ["model.tie_embeddings=on"],
     "DecoderSection.qk_norm": ["model.qk_norm=off"],
+    "DecoderSection.qk_norm_joint": ["model.qk_norm_joint=on"],
     "DecoderSection.qk_gain": ["model.qk_gain=off"],
     "DecoderSection.embedding_norm": ["model.embedding_norm=off"],
     "DecoderSection.zero_init_outputs": ["model.zero_init_outputs=off"],
@@ -116,6 +139,8 @@ SETTINGS: dict[str, list[str]] = {
     "DecoderSection.parallel_residual": ["model.parallel_residual=on"],
     "DecoderSection.dropout": ["model.dropout=0.1"],
     "DecoderSection.attention_dropout": ["model.attention_dropout=0.1"],
+    "DecoderSection.embedding_scale": ["model.embedding_scale=16"],
+    "DecoderSection.attention_softcap": ["model.attention_softcap=50"],
     "DecoderSection.logit_softcap": ["model.logit_softcap=30"],
     "DecoderSection.init_embeddings": ["model.init_embeddings=v.bin"],
     "DecoderSection.freeze_embeddings": ["model.init_embeddings=v.bin", "model.freeze_embeddings=on"],
@@ -128,6 +153,38 @@ SETTINGS: dict[str, list[str]] = {
     "LoraSection.rank": ["model.init_from=a", "training.lora={}", "training.lora.rank=4"],
     "LoraSection.alpha": ["model.init_from=a", "training.lora={}", "training.lora.alpha=32"],
     "LoraSection.targets": ["model.init_from=a", "training.lora={}", "training.lora.targets=[attention.qkv]"],
+    "RnnSection.n_layer": ["model.architecture=rnn", "model.n_layer=3"],
+    "RnnSection.n_embd": ["model.architecture=rnn", "model.n_embd=64"],
+    "RnnSection.context_length": ["model.architecture=rnn", "model.context_length=64"],
+    "RnnSection.burn_in": ["model.architecture=rnn", "model.burn_in=4"],
+    "RnnSection.tie_embeddings": ["model.architecture=rnn", "model.tie_embeddings=on"],
+    "RnnSection.dropout": ["model.architecture=rnn", "model.dropout=0.1"],
+    "RnnSection.weight_drop": ["model.architecture=rnn", "model.weight_drop=0.3"],
+    "RnnSection.activation": ["model.architecture=rnn", "model.activation=relu"],
+    "LstmSection.n_layer": ["model.architecture=lstm", "model.n_layer=3"],
+    "LstmSection.n_embd": ["model.architecture=lstm", "model.n_embd=64"],
+    "LstmSection.context_length": ["model.architecture=lstm", "model.context_length=64"],
+    "LstmSection.burn_in": ["model.architecture=lstm", "model.burn_in=4"],
+    "LstmSection.tie_embeddings": ["model.architecture=lstm", "model.tie_embeddings=on"],
+    "LstmSection.dropout": ["model.architecture=lstm", "model.dropout=0.1"],
+    "LstmSection.weight_drop": ["model.architecture=lstm", "model.weight_drop=0.3"],
+    "GruSection.n_layer": ["model.architecture=gru", "model.n_layer=3"],
+    "GruSection.n_embd": ["model.architecture=gru", "model.n_embd=64"],
+    "GruSection.context_length": ["model.architecture=gru", "model.context_length=64"],
+    "GruSection.burn_in": ["model.architecture=gru", "model.burn_in=4"],
+    "GruSection.tie_embeddings": ["model.architecture=gru", "model.tie_embeddings=on"],
+    "GruSection.dropout": ["model.architecture=gru", "model.dropout=0.1"],
+    "GruSection.weight_drop": ["model.architecture=gru", "model.weight_drop=0.3"],
+    "FeedForwardSection.window": ["model.architecture=feed_forward", "model.window=8"],
+    "FeedForwardSection.n_embd": ["model.architecture=feed_forward", "model.n_embd=16"],
+    "FeedForwardSection.n_hidden": ["model.architecture=feed_forward", "model.n_hidden=64"],
+    "FeedForwardSection.input": ["model.architecture=feed_forward", "model.input=one_hot"],
+    "FeedForwardSection.direct": ["model.architecture=feed_forward", "model.direct=on"],
+    "FeedForwardSection.dropout": ["model.architecture=feed_forward", "model.dropout=0.1"],
+    "FeedForwardSection.context_length": ["model.architecture=feed_forward", "model.context_length=64"],
+    "NgramSection.order": ["training={epochs: 1}", "model.architecture=ngram", "model.order=4"],
+    "NgramSection.prune": ["training={epochs: 1}", "model.architecture=ngram", "model.prune=[0, 0, 1]"],
+    "NgramSection.context_length": ["training={epochs: 1}", "model.architecture=ngram", "model.context_length=1000"],
     "TrainingSection.steps": ["training.steps=11"],
     "TrainingSection.tokens": ["training.tokens=1e6"],
     "TrainingSection.epochs": ["training.epochs=1.5"],
@@ -177,17 +234,29 @@ SETTINGS: dict[str, list[str]] = {
     "EvaluationSection.stride": ["evaluation.stride=8"],
     "CheckpointSection.every": ["checkpoint.every=7"],
     "CheckpointSection.keep": ["checkpoint.keep=0"],
+    "CheckpointSection.keep_every": ["checkpoint.keep_every=0.25"],
     "CheckpointSection.on_failure": ["checkpoint.on_failure=continue"],
+    "CheckpointSection.optimizer": ["checkpoint.optimizer=drop"],
     "SamplingSection.every": ["sampling.every=7"],
     "SamplingSection.prompts": ["sampling.every=7", "sampling.prompts=[one, two]"],
     "SamplingSection.max_new_tokens": ["sampling.every=7", "sampling.max_new_tokens=9"],
+    "Recipe.tracking": ["tracking=[tensorboard, wandb]"],
     "SamplingSection.temperature": ["sampling.every=7", "sampling.temperature=0"],
     "SamplingSection.top_k": ["sampling.every=7", "sampling.top_k=null"],
 }
 
 
 # Keys that accept only one value, so no override can change them.
-ONE_VALUE = {"DataSection.format", "DecoderSection.architecture", "CausalLMObjective.name"}
+ONE_VALUE = {
+    "DataSection.format",
+    "DecoderSection.architecture",
+    "CausalLMObjective.name",
+    "RnnSection.architecture",
+    "LstmSection.architecture",
+    "GruSection.architecture",
+    "FeedForwardSection.architecture",
+    "NgramSection.architecture",
+}
 
 
 def read(*settings: str) -> Recipe:
@@ -276,7 +345,9 @@ def test_a_resolved_recipe_survives_a_round_trip_for_every_variant_and_short_for
         "naïve 🙂",
         "a\nb\n",
         "\t",
-        "\0",
+        "\x85",
+        "a\u2028b",
+        "\r\n",
         ".5",
         "5.",
     ],
@@ -285,9 +356,9 @@ def test_strings_that_look_like_other_values_stay_strings(text: str) -> None:
     recipe = read()
     data = recipe.data.model_copy(update={"field": text, "train": ("1e-3", f"{text}.txt")})
     sampling = recipe.sampling.model_copy(update={"every": 7, "prompts": (text, "1e6")})
-    recipe = recipe.model_copy(update={"name": text, "data": data, "sampling": sampling})
+    recipe = recipe.model_copy(update={"data": data, "sampling": sampling})
     assert loads(recipe.to_yaml(), check_files=False) == recipe
-    assert yaml.safe_load(recipe.to_yaml())["name"] == text
+    assert yaml.safe_load(recipe.to_yaml())["data"]["field"] == text
 
 
 def test_a_resolved_recipe_contains_every_default() -> None:

@@ -52,7 +52,7 @@ def problems(text: str, *overrides: str) -> list[str]:
 
 
 def without_new_keys(recipe: Recipe) -> str:
-    """The YAML that tinylm wrote before it had more than one architecture."""
+    """The YAML of a recipe without the keys that runs from older versions of tinylm lack."""
     values = recipe.as_dict()
     del values["model"]["architecture"], values["data"]["format"], values["objective"]
     return yaml.safe_dump(values)
@@ -163,7 +163,7 @@ def test_problems_across_the_keys_of_a_registered_architecture_are_reported() ->
         "my.yaml:5: model.n_states: 17 states exceed the context_length 16"
     ]
     assert problems(TOY, "evaluation.stride=17")[0].startswith(
-        "--set evaluation.stride=17: evaluation.stride: must not exceed context_length 16"
+        "--set evaluation.stride=17: evaluation.stride: must be at most context_length 16"
     )
     assert problems(TOY, "training.lora={}")[0].startswith("--set training.lora={}: training.lora: needs a trained model to adapt")
 
@@ -180,9 +180,9 @@ def test_the_reference_lists_a_registered_architecture(monkeypatch: pytest.Monke
 
 @pytest.mark.usefixtures("toy")
 def test_an_architecture_can_be_registered_only_once() -> None:
-    with pytest.raises(ValueError, match="architecture toy exists already"):
+    with pytest.raises(ValueError, match="architecture toy already exists"):
         register_model_section(ToySection)
-    with pytest.raises(ValueError, match="architecture decoder exists already"):
+    with pytest.raises(ValueError, match="architecture decoder already exists"):
         register_model_section(DecoderSection)
 
 

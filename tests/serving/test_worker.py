@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,15 +23,16 @@ ENDLESS = 10**9
 class Client:
     """Submits a job and collects its events."""
 
-    def __init__(self, worker: Worker, tokenizer: Tokenizer, *, max_new_tokens: int) -> None:
+    def __init__(self, worker: Worker, tokenizer: Tokenizer, *, max_new_tokens: int, timeout: float = 60.0) -> None:
         end_of_text = tokenizer.end_of_text
         assert end_of_text is not None
         options = SamplingOptions(max_new_tokens, logit_bias=((end_of_text, float("-inf")),))
         self._events: queue.Queue[Event] = queue.Queue()
-        self.jobs = worker.submit([(Request("x", options), tokenizer.encode("x"), self._events.put)])
+        requests = [(Request("x", options), tokenizer.encode("x"), self._events.put)]
+        self.jobs = worker.submit(requests, time.monotonic() + timeout, stream=True)
 
     def next_event(self) -> Event:
-        return self._events.get(timeout=30)
+        return self._events.get(timeout=600)
 
     def last_event(self) -> Sample | Exception:
         """Wait for the last event. Raise `queue.Empty` if no event arrives for 30 seconds."""
@@ -42,7 +44,7 @@ class Client:
 
 @contextmanager
 def running_worker(decoder: Decoder, tokenizer: Tokenizer, **limits: Any) -> Iterator[Worker]:
-    worker = Worker(decoder, tokenizer, **{"rows": 1, "queue_size": 8, "timeout": 60.0, **limits})
+    worker = Worker(decoder, tokenizer, **{"rows": 1, "queue_size": 8, **limits})
     try:
         yield worker
     finally:
@@ -63,8 +65,8 @@ def test_a_failure_while_a_timed_out_sample_is_finished_is_reported_to_its_clien
     decoder: Decoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(SequenceState, "finish_early", fail)
-    with running_worker(decoder, tokenizer, timeout=1.0) as worker:
-        assert isinstance(Client(worker, tokenizer, max_new_tokens=ENDLESS).last_event(), RuntimeError)
+    with running_worker(decoder, tokenizer) as worker:
+        assert isinstance(Client(worker, tokenizer, max_new_tokens=ENDLESS, timeout=1.0).last_event(), RuntimeError)
 
 
 def test_a_failure_during_prefill_is_reported_to_its_client(

@@ -83,7 +83,7 @@ def test_each_line_of_jsonl_is_a_document_read_from_the_chosen_field(tmp_path: P
     texts = [POEM, "a\r\nb", "\x00 \u2028 \x85", "<|endoftext|>", "\ufeffmark"]
     path = write(tmp_path / "a.jsonl", json_lines(*texts, field="body"))
     assert documents(path, field="body") == texts
-    assert "a.jsonl:1: no field 'text' (fields: id, body) (set it with --field or data.field)" in error_for(path)
+    assert "a.jsonl:1: no field 'text' (fields: id, body) (choose another with --field (data.field)," in error_for(path)
 
 
 def test_jsonl_may_have_a_byte_order_mark_and_windows_line_endings(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_escaped_surrogate_pairs_in_jsonl_become_one_character(tmp_path: Path) -
         ('["a"]', ":2: not a JSON object"),
         ('{"text": null}', ":2: field 'text' must be text, not null"),
         ('{"text": 5}', ":2: field 'text' must be text, not 5"),
-        (r'{"text": "half \ud83d of it"}', ":2: field 'text' contains half of a surrogate pair"),
+        (r'{"text": "half \ud83d of it"}', ":2: field 'text' contains an unpaired surrogate"),
     ],
 )
 def test_an_invalid_line_of_jsonl_is_an_error_with_its_number(tmp_path: Path, line: str, expected: str) -> None:
@@ -111,7 +111,7 @@ def test_an_invalid_line_of_jsonl_is_an_error_with_its_number(tmp_path: Path, li
     assert error_for(path).startswith(f"{path}{expected}")
 
 
-def test_half_a_surrogate_pair_can_be_replaced(tmp_path: Path) -> None:
+def test_an_unpaired_surrogate_can_be_replaced(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", r'{"text": "\ud83d a\ude42\ud83d\ude42\ud83d"}')
     assert documents(path, errors="replace") == ["\ufffd a\ufffd🙂\ufffd"]
 
@@ -313,7 +313,7 @@ def test_a_dataset_is_read_row_by_row_from_the_given_split(tmp_path: Path) -> No
     with Corpus([source]) as corpus:
         assert list(corpus.pieces()) == list(corpus.pieces()), "a dataset must be readable repeatedly"
     assert "row 1: field 'n' must be text, not 1" in error_for(source, field="n")
-    assert "row 1: no field 'body'" in error_for(source, field="body")
+    assert "data: no column 'body'" in error_for(source, field="body")
     for wrong, expected in {f"{source}:nosuch": "cannot be read: Unknown split", f"hf:{tmp_path}/none": "cannot be read: "}.items():
         assert expected in error_for(wrong)
 

@@ -10,7 +10,7 @@ import pytest
 
 from tinylm.errors import InputError
 from tinylm.text.sources import Piece
-from tinylm.text.split import Scan, Split, by_document, by_tail, repeated_documents, scan
+from tinylm.text.split import Scan, Split, by_document, by_tail, move_cuts_to_lines, repeated_documents, scan
 
 SplitFunction = Callable[[Scan, float], Split]
 
@@ -131,3 +131,53 @@ def test_repeated_documents_are_counted_in_the_held_out_part() -> None:
     train, heldout = (scan(in_pieces(texts, 3)).hashes for texts in (["a", "b", "b", "c"], ["b", "x", "c", "c"]))
     assert repeated_documents(train, heldout) == 3
     assert repeated_documents(train, np.array([], dtype=np.uint64)) == 0
+
+
+def cut_texts(text: str, share: float = 0.1, size: int = 7, test_share: float = 0.0) -> list[str]:
+    """The parts of a single document after its cuts have been moved."""
+    pieces = in_pieces([text], size)
+    split = move_cuts_to_lines(by_tail(scan(pieces), share, test_share), pieces)
+    return ["".join(joined(split, pieces, part)) for part in ("train", "heldout", "test")]
+
+
+@pytest.mark.parametrize("size", [1, 7, 40, 10_000])
+@pytest.mark.parametrize(
+    ("unit", "ending"),
+    [
+        ("one line of text\nand one more\n\n", "\n\n"),
+        ("one line of text\r\nand one more\r\n\r\n", "\r\n\r\n"),
+        ("a line of a log without blank lines\n", "\n"),
+        ("old line ends\r", "\r"),
+        ("words without any line ends ", " "),
+    ],
+)
+def test_a_document_is_cut_at_the_best_boundary_near_the_requested_share(unit: str, ending: str, size: int) -> None:
+    text = unit * 150
+    train, heldout, _ = cut_texts(text, size=size)
+    assert train + heldout == text
+    assert train.endswith(ending)
+    assert not heldout[0].isspace()
+    assert abs(len(heldout) - 0.1 * len(text)) <= len(unit)
+
+
+def test_a_test_part_follows_the_held_out_part_and_is_cut_at_a_line() -> None:
+    text = "".join(f"line {number} of the text\n" for number in range(500))
+    train, heldout, test = cut_texts(text, 0.2, 50, test_share=0.1)
+    assert train + heldout + test == text
+    for part, share in ((train, 0.7), (heldout, 0.2), (test, 0.1)):
+        assert part.endswith("\n")
+        assert part.startswith("line")
+        assert len(part) / len(text) == pytest.approx(share, abs=0.005)
+
+
+@pytest.mark.parametrize("split_by", [by_tail, by_document])
+def test_three_parts_are_disjoint_and_together_form_the_text(english: str, split_by: Callable[[Scan, float, float], Split]) -> None:
+    documents = list(dict.fromkeys(paragraphs(english)))
+    pieces = in_pieces(documents, 50)
+    split = split_by(scan(pieces), 0.2, 0.1)
+    train, heldout, test = (joined(split, pieces, part) for part in ("train", "heldout", "test"))
+    assert sorted([*train, *heldout, *test]) == sorted(documents)
+    assert len(heldout) == pytest.approx(0.2 * len(documents), rel=0.5)
+    assert len(test) == pytest.approx(0.1 * len(documents), rel=0.5)
+    if split_by is by_document:
+        assert set(heldout) == set(joined(by_document(scan(pieces), 0.2), pieces, "heldout")), "the test part must not change it"

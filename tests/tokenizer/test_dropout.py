@@ -1,4 +1,4 @@
-"""BPE-dropout changes the tokens of a text, but not the decoded text."""
+"""BPE dropout changes the tokens of a text, but not the decoded text."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def test_an_explanation_ends_with_the_tokens_of_the_encoding(tokenizer: Tokenize
 
 def test_each_merge_step_joins_two_parts_of_the_word(bpe: Tokenizer) -> None:
     (word,) = explain(bpe, " statement").words
-    assert word.steps[0].what == "bytes"
+    assert word.steps[0].description == "bytes"
     for before, after in pairwise(word.steps):
         assert len(after.parts) == len(before.parts) - 1
         assert "".join(after.parts) == " statement"
@@ -41,7 +41,7 @@ def test_the_segmentation_of_a_unigram_word_has_the_highest_possible_score(engli
             return max(candidates, default=-np.inf) if rest else 0.0
 
         assert sum(token.score or 0 for token in word.tokens) == pytest.approx(best(word.text))
-        shown = [float(step.what.rpartition(" ")[2]) for step in word.steps]
+        shown = [float(step.description.rpartition(" ")[2]) for step in word.steps]
         assert shown == sorted(shown, reverse=True)
 
 

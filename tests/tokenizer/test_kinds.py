@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import unicodedata
@@ -19,6 +20,7 @@ from tinylm.errors import InputError
 from tinylm.recipe import loads
 from tinylm.recipe.schema import (
     BpeTokenizer,
+    ByteTokenizer,
     CharTokenizer,
     LearnedTokenizer,
     UnigramTokenizer,
@@ -141,17 +143,51 @@ def test_where_long_text_is_cut_does_not_depend_on_its_pieces(
     trained: dict[str, Tokenizer], english: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tinylm.tokenizer.encoding.SEGMENT_BYTES", 1000)
-    monkeypatch.setattr("tinylm.tokenizer.encoding.MAX_BYTES_WITHOUT_SPLIT_POINT", 1000)
     text = english[:4000] + " " + "語é" * 2000 + " " + english[4000:9000] + "x" * 5000
-    expected = trained["bpe"].backend.encode(english[:9000], add_special_tokens=False).ids
-    assert [id for ids, _ in trained["bpe"].encode_pieces([Piece(english[:9000], True)]) for id in ids.tolist()] == expected
-    results = set()
+    expected = trained["bpe"].backend.encode(text, add_special_tokens=False).ids
+    results = {tuple(expected)}
     for size in (len(text), 4096, 777, 50):
         pieces = [Piece(text[i : i + size], i == 0) for i in range(0, len(text), size)]
         ids = [id for part, _ in trained["bpe"].encode_pieces(pieces) for id in part.tolist()]
         assert trained["bpe"].decode(ids) == text
         results.add(tuple(ids))
     assert len(results) == 1
+
+
+def test_a_stretch_that_is_too_long_to_encode_as_a_whole_is_refused_or_cut_safely(
+    trained: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tinylm.tokenizer.encoding.SEGMENT_BYTES", 1000)
+    monkeypatch.setattr("tinylm.tokenizer.encoding.MAX_BYTES_WITHOUT_SPLIT_POINT", 4000)
+    pieces = [Piece("1234567890" * 50, number == 0) for number in range(20)]
+    with pytest.raises(InputError, match="cannot be divided without changing tokens"):
+        list(trained["bpe"].encode_pieces(pieces))
+    text = "".join(piece.text for piece in pieces)
+    for section in (CharTokenizer(kind="char"), ByteTokenizer(kind="byte")):
+        tokenizer = train_on(text, section)
+        ids = [id for part, _ in tokenizer.encode_pieces(pieces) for id in part.tolist()]
+        assert ids == tokenizer.backend.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "unigram", "bpe"])
+def test_the_error_for_a_small_vocabulary_names_the_smallest_size_that_works(english: str, kind: str) -> None:
+    section = {"wordpiece": WordPieceTokenizer, "unigram": UnigramTokenizer, "bpe": BpeTokenizer}[kind]
+
+    def options(size: int) -> dict[str, object]:
+        return {"kind": kind, "vocab_size": size, "alphabet": "text", **({} if kind == "wordpiece" else {"byte_fallback": False})}
+
+    with pytest.raises(InputError) as caught:
+        train_on(english[:2000], section(**options(10)))
+    smallest = int(re.findall(r"set it to at least (\d+)", str(caught.value))[0])
+    assert train_on(english[:2000], section(**options(smallest))).vocab_size <= smallest
+    with pytest.raises(InputError, match=f"set it to at least {smallest},"):
+        train_on(english[:2000], section(**options(smallest - 1)))
+
+
+@pytest.mark.parametrize("alphabet", ["text", "bytes"])
+def test_a_bpe_vocabulary_without_merges_is_still_bpe(alphabet: str) -> None:
+    fallback = {"byte_fallback": False} if alphabet == "text" else {}
+    assert train_on("ab", BpeTokenizer(kind="bpe", vocab_size=258, alphabet=alphabet, min_frequency=99, **fallback)).kind == "bpe"
 
 
 def test_documents_are_encoded_in_order_and_separately(trained: dict[str, Tokenizer]) -> None:
@@ -192,7 +228,9 @@ def test_the_error_for_a_vocabulary_too_large_for_the_text_reports_the_largest_p
 
 
 def test_an_alphabet_larger_than_the_vocabulary_is_an_error(english: str) -> None:
-    with pytest.raises(InputError, match=r"the alphabet has \d+ characters, but the vocabulary has only \d+ tokens left for them"):
+    with pytest.raises(
+        InputError, match=r"the alphabet has \d+ characters, which need \d+ tokens, but the vocabulary has only \d+ left for them"
+    ):
         train_on(english[:50_000], BpeTokenizer(kind="bpe", vocab_size=300, alphabet="text"))
 
 

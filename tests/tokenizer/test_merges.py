@@ -38,7 +38,7 @@ def word_counts(**counts: int) -> WordCounts:
     return WordCounts(list(counts), np.array(list(counts.values()), dtype=np.int64))
 
 
-def test_the_example_in_the_documentation() -> None:
+def test_the_example_in_the_documentation_is_correct() -> None:
     learned = merges.learn(word_counts(low=5, lower=2, newest=6, widest=3), sorted("lowernstid"), 14)
     assert learned.as_text() == [("e", "s"), ("es", "t"), ("l", "o"), ("lo", "w")]
 

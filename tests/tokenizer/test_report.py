@@ -21,9 +21,9 @@ def test_the_metrics_of_a_small_text_match_counting_by_hand() -> None:
     assert (report.documents, report.characters, report.bytes, report.words, report.tokens) == (2, 7, 8, 3, 7)
     assert report.bytes_per_token == pytest.approx(8 / 7)
     assert report.tokens_per_word == pytest.approx(7 / 3)
-    assert report.unused_tokens == 2, "c and the end-of-text token"
+    assert report.unused_tokens == 2, "c and the end-of-text token are unused"
     assert report.unknown_tokens == 1
-    assert report.round_trip_failures == 1, "the line with é"
+    assert report.round_trip_failures == 1, "only the line with é is not restored"
     assert report.frequent_tokens == [("a", 4), (" ", 1), ("b", 1), ("\ufffd", 1)]
     shares = [4 / 7, 1 / 7, 1 / 7, 1 / 7]
     entropy = math.log(sum(share**2.5 for share in shares)) / (1 - 2.5)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from pathlib import Path
 
 import pytest
@@ -97,13 +96,11 @@ def test_a_tokenizer_file_is_loaded_unchanged(english: str, tmp_path: Path) -> N
     assert loaded.fingerprint == saved.fingerprint
 
 
-def test_text_without_spaces_is_trained_on_quickly_and_causes_a_warning() -> None:
+def test_of_a_text_without_spaces_only_a_part_is_used_with_a_warning() -> None:
     rng = random.Random(3)
     dna = "".join(rng.choices("ACGT", k=2_000_000))
     warnings: list[str] = []
-    start = time.monotonic()
     tokenizer = train(dna, vocab_size=320, warnings=warnings)
-    assert time.monotonic() - start < 30
     assert warnings == [
         "the text has words of more than 256 characters (text without spaces?); at most 1,048,576 characters of such words are used"
     ]

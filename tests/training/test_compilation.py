@@ -230,7 +230,7 @@ def test_compiled_training_matches_eager_losses_and_only_the_trial_compiles(text
     assert _losses(tmp_path / "on") == pytest.approx(_losses(tmp_path / "off"), rel=1e-4)
     assert {"first step", "training", "evaluating", "sampling"} <= {name for name, _ in graphs}
     assert graphs[0][1] > 0, "the trial compiles"
-    assert len({count for _, count in graphs}) == 1, "nothing is compiled after it"
+    assert len({count for _, count in graphs}) == 1, "nothing is compiled after the trial"
     run = Run.open(tmp_path / "on")
     assert run.recipe.training.compile is True
     network = run.network(run.checkpoint(), CPU)

@@ -1,4 +1,4 @@
-"""Guards: non-finite steps are skipped, rolled back, and finally end in a report that can be replayed; spikes are flagged."""
+"""Guards skip non-finite steps, roll back, and finally abort with a report that can be replayed. They also flag spikes."""
 
 from __future__ import annotations
 
@@ -124,13 +124,13 @@ def test_a_run_that_is_killed_at_a_rollback_resumes_bit_for_bit(corrupt: Corrupt
     train(recipe, tmp_path / "uninterrupted", device="cpu")
     corrupt(bad, _nan_gradient)
 
-    class FailsAtRollback(Observer):
+    class FailureAtRollback(Observer):
         def guard(self, event: GuardEvent) -> None:
             if event.kind == "rollback":
                 raise RuntimeError("simulated kill")
 
     with pytest.raises(RuntimeError, match="simulated kill"):
-        train(recipe, tmp_path / "run", device="cpu", observer=FailsAtRollback())
+        train(recipe, tmp_path / "run", device="cpu", observer=FailureAtRollback())
     corrupt({2, 3, 4}, _nan_gradient)  # steps 10 to 12, counted from the checkpoint at step 8
     train(recipe, tmp_path / "run", device="cpu", resume=True)
     files = [Run(tmp_path / name).checkpoint("last").path / "model.safetensors" for name in ("run", "uninterrupted")]

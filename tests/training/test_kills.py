@@ -99,7 +99,7 @@ def test_a_kill_during_a_save_leaves_complete_checkpoints(short_file: Path, tmp_
         )
         if training_processes.is_saving(folder):
             break
-    assert training_processes.is_saving(folder), "no kill hit a save"
+    assert training_processes.is_saving(folder), "no kill occurred during a save"
     assert all(checkpoint.problem() is None for checkpoint in Run(folder).checkpoints())
     training_processes.run(recipe, folder, resume=True)
     assert not training_processes.is_saving(folder)

@@ -82,7 +82,7 @@ def test_the_summed_loss_is_at_least_float32() -> None:
     assert OBJECTIVE.loss_sum(model().double(), batch).dtype == torch.float64
 
 
-# Document masks (data.document_mask).
+# Document masks (data.document_mask)
 
 MODELS: list[tuple[str, dict[str, object]]] = [
     ("modern", {}),
@@ -123,7 +123,7 @@ def test_masked_documents_have_the_loss_and_gradient_of_separate_documents(prese
     losses = torch.cat([OBJECTIVE.losses(network, causal_batch(document[None]))[0] for document in documents])
     torch.testing.assert_close(OBJECTIVE.losses(network, batch).flatten(), losses)
     unmasked = OBJECTIVE.loss_sum(network, causal_batch(rows))
-    assert abs((unmasked - total).item()) > 1e-3, "without segments, documents see the ones before them"
+    assert abs((unmasked - total).item()) > 1e-3, "without segments, a document attends to the documents before it"
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -145,7 +145,7 @@ def test_document_masks_work_with_activation_checkpointing_and_n_last() -> None:
     torch.testing.assert_close(last, hidden[:, -3:])
 
 
-# Custom objectives.
+# Custom objectives
 
 
 def test_a_custom_objective_can_be_registered() -> None:

@@ -112,7 +112,7 @@ def test_killing_and_resuming_two_processes_reproduces_the_run_bit_for_bit(kind:
     )
     training_processes.run(recipe, tmp_path / "uninterrupted", world_size=2)
     processes = training_processes.start(recipe, tmp_path / "run", world_size=2)
-    assert training_processes.kill_when(processes, lambda: training_processes.logged_lines(tmp_path / "run") >= 5, victim=1)
+    assert training_processes.kill_when(processes, lambda: training_processes.logged_lines(tmp_path / "run") >= 5, rank=1)
     assert processes[0].exitcode == 1, "the other process exits with an error"
     training_processes.run(recipe, tmp_path / "run", world_size=2, resume=True)
     for line_kind, key in (("step", "loss"), ("step", "grad_norm"), ("eval", "val_loss")):

@@ -14,7 +14,7 @@ from tinylm.run import Run
 from tinylm.training.metrics import EvaluationEvent, Observer, StepEvent
 
 
-class _Interrupts(Observer):
+class _Interrupter(Observer):
     """Send SIGINT at one event of step 10, and count the calls to `stopping`."""
 
     def __init__(self, event: str) -> None:
@@ -42,7 +42,7 @@ class _Interrupts(Observer):
 @pytest.mark.parametrize(("event", "every"), [("logged", 1000), ("logged", 10), ("saved", 10), ("evaluated", 10)])
 def test_a_signal_at_any_event_saves_the_step(text_file: Path, tmp_path: Path, event: str, every: int) -> None:
     recipe = tiny_recipe(text_file, "modern", f"checkpoint.every={every}", f"evaluation.every={every}")
-    observer = _Interrupts(event)
+    observer = _Interrupter(event)
     result = train(recipe, tmp_path / "run", device="cpu", observer=observer)
     assert (result.stopped, result.step, result.signal_number) == ("signal", 10, signal.SIGINT)
     assert observer.stopping_calls == 1

@@ -71,7 +71,7 @@ def _assert_same_training(first: Path, second: Path) -> None:
         assert (first / "checkpoints" / pointer).read_text() == (second / "checkpoints" / pointer).read_text()
 
 
-class _SendsSignal(Observer):
+class _SignalSender(Observer):
     """Send a signal at the first event for which `when(event, last_step)` is true. An event is `step` or the name of a phase."""
 
     def __init__(self, number: int, when: Callable[[str, int], bool]) -> None:
@@ -108,7 +108,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> _Clock:
     return clock
 
 
-# Logged numbers.
+# Logged numbers
 
 
 def test_the_logged_loss_is_the_mean_over_the_whole_global_batch(short_file: Path, tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_the_loss_decreases(uninterrupted: Path) -> None:
     assert sum(losses[-3:]) / 3 < losses[0] - 0.2
 
 
-# Settings that do not change the trained model.
+# Settings that do not change the trained model
 
 
 def test_evaluating_sampling_and_saving_more_often_does_not_change_the_model(
@@ -195,7 +195,7 @@ def test_the_global_random_state_does_not_matter(recipe: Recipe, uninterrupted: 
     _assert_same_training(tmp_path / "run", uninterrupted)
 
 
-# Documents.
+# Documents
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +279,7 @@ def test_stopping_after_every_step_and_resuming_equals_uninterrupted_training(
 def test_a_signal_at_any_moment_and_resuming_equals_uninterrupted_training(
     number: signal.Signals, moment: str, recipe: Recipe, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    observer = _SendsSignal(number, lambda event, step: event == moment and step == 12)
+    observer = _SignalSender(number, lambda event, step: event == moment and step == 12)
     result = train(recipe, tmp_path / "run", device="cpu", observer=observer)
     assert (result.stopped, result.signal_number) == ("signal", number)
     assert result.step == 12
@@ -290,7 +290,7 @@ def test_a_signal_at_any_moment_and_resuming_equals_uninterrupted_training(
 
 
 def test_resuming_repeats_a_final_evaluation_that_a_signal_interrupted(recipe: Recipe, uninterrupted: Path, tmp_path: Path) -> None:
-    observer = _SendsSignal(signal.SIGINT, lambda event, step: event == "evaluating" and step == 20)
+    observer = _SignalSender(signal.SIGINT, lambda event, step: event == "evaluating" and step == 20)
     result = train(recipe, tmp_path / "run", device="cpu", observer=observer)
     assert (result.stopped, result.step) == ("signal", 20)
     assert _lines(tmp_path / "run", "eval")[-1]["step"] == 16
@@ -300,7 +300,7 @@ def test_resuming_repeats_a_final_evaluation_that_a_signal_interrupted(recipe: R
 
 def test_a_signal_while_sampling_saves_the_last_step(short_file: Path, tmp_path: Path) -> None:
     rarely = ("evaluation.every=100", "checkpoint.every=100", "sampling.every=1", "sampling.max_new_tokens=2")
-    observer = _SendsSignal(signal.SIGTERM, lambda event, step: event == "sampling" and step == 3)
+    observer = _SignalSender(signal.SIGTERM, lambda event, step: event == "sampling" and step == 3)
     result = train(tiny_recipe(short_file, "modern", *rarely), tmp_path / "run", device="cpu", observer=observer)
     assert (result.stopped, result.step) == ("signal", 3)
     assert Run(tmp_path / "run").checkpoint("last").step == 3
@@ -337,7 +337,7 @@ def test_activation_checkpointing_trains_the_same_model(recipe: Recipe, uninterr
     assert _losses(tmp_path / "run") == pytest.approx(_losses(uninterrupted), rel=1e-5)
 
 
-# Training length.
+# Training length
 
 
 @pytest.mark.parametrize(
@@ -402,7 +402,7 @@ def test_stop_after_saves_the_first_step_after_that_time(short_file: Path, tmp_p
     assert Run(tmp_path / "run").checkpoint("last").step == result.step
 
 
-# Half precision.
+# Half precision
 
 
 @pytest.mark.parametrize("part", ["embedding.weight", "blocks.0.attention.qkv.weight"], ids=["adamw", "muon"])
@@ -433,7 +433,7 @@ def test_resuming_keeps_the_loss_scale_that_an_overflow_halved(corrupt: Corrupt,
     corrupt({3}, overflow)
     train(short, tmp_path / "uninterrupted", device="cpu")
     corrupt({3}, overflow)
-    train(short, tmp_path / "run", device="cpu", observer=_SendsSignal(signal.SIGINT, lambda event, step: step == 5))
+    train(short, tmp_path / "run", device="cpu", observer=_SignalSender(signal.SIGINT, lambda event, step: step == 5))
     train(short, tmp_path / "run", device="cpu", resume=True)
     _assert_same_training(tmp_path / "run", tmp_path / "uninterrupted")
     scalers = [Run(tmp_path / name).checkpoint("last").state["scaler"] for name in ("run", "uninterrupted")]
@@ -448,13 +448,13 @@ def test_half_precision_trains_like_fp32_and_resumes_bit_for_bit(
     training = recipe.training.model_copy(update={"precision": precision, "steps": 6})
     short = recipe.model_copy(update={"training": training})
     train(short, tmp_path / "uninterrupted", device="cpu")
-    train(short, tmp_path / "run", device="cpu", observer=_SendsSignal(signal.SIGINT, lambda event, step: step == 3))
+    train(short, tmp_path / "run", device="cpu", observer=_SignalSender(signal.SIGINT, lambda event, step: step == 3))
     train(short, tmp_path / "run", device="cpu", resume=True)
     _assert_same_training(tmp_path / "run", tmp_path / "uninterrupted")
     assert _losses(tmp_path / "run")[:2] == pytest.approx(_losses(uninterrupted)[:2], rel=0.01)
 
 
-# Events.
+# Events
 
 
 def test_events_arrive_in_order_and_every_checkpoint_is_saved_before_its_evaluation(recipe: Recipe, tmp_path: Path) -> None:

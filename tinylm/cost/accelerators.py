@@ -31,7 +31,7 @@ BANDWIDTH_EFFICIENCY = 0.85
 losses, which reduce along rows, reach less."""
 LINK_EFFICIENCY = 0.7
 """Fraction of the link bandwidth that a ring all-reduce reaches with gradients of 100 MB or more. Assumed: the runs in
-`benchmarks/published.py` cannot test it, because the all-reduce takes at most 3 % of their steps."""
+`benchmarks/published.py` cannot test it, because the all-reduce takes at most 3% of their steps."""
 OVERLAP_FRACTION = 0.5
 """Fraction of the all-reduce that overlaps with the backward pass. Assumed: the gradients of the first layers and of the embedding
 are computed last, when no computation is left to overlap with, and they are a large part of a small model."""
@@ -53,7 +53,7 @@ class Accelerator:
     """One device, with the figures of its data sheet.
 
     `flops`: dense matrix FLOP/s by precision, without structured sparsity; 16-bit products accumulate in float32.
-    `memory`: bytes, with 10^9 bytes per GB of the data sheet. The chip has 7 % more, most of which ECC and the driver use.
+    `memory`: bytes, with 10^9 bytes per GB of the data sheet. The chip has 7% more, most of which ECC and the driver use.
     `bandwidth`: bytes/s to that memory.
     `link_bandwidth`: bytes/s to the other devices in one direction. This is half the figure in data sheets, which add both
     directions. For cards that can only be bridged in pairs, it is the PCIe bandwidth.
@@ -343,7 +343,7 @@ def block_bytes(model: DecoderSection, precision: MatmulPrecision, *, compiled: 
     s, e, cast = sizes.stream, sizes.other, sizes.cast
     width, hidden = model.n_embd, model.feed_forward_width
     queries, keys = model.n_head * model.head_width, model.kv_heads * model.head_width
-    inputs = 2 * hidden if model.feed_forward == "swiglu" else hidden
+    inputs = 2 * hidden if model.is_gated else hidden
     norms = 1 if model.norm_position == "post" and model.parallel_residual else 2
     eager_passes, compiled_passes = ACTIVATION_TRAFFIC[model.feed_forward]
     total = 2 * e * (queries + 2 * keys)
@@ -414,7 +414,7 @@ def matmul_bytes(model: DecoderSection, vocab_size: int, precision: MatmulPrecis
     e = _element_sizes(precision).other
     width, hidden = model.n_embd, model.feed_forward_width
     queries, keys = model.n_head * model.head_width, model.kv_heads * model.head_width
-    inputs = 2 * hidden if model.feed_forward == "swiglu" else hidden
+    inputs = 2 * hidden if model.is_gated else hidden
     projections = (width + queries + 2 * keys) + (queries + width) + (width + inputs) + (hidden + width)
     attention = (2 * queries + 2 * keys) + (4 * queries + 4 * keys)
     return e * (model.n_layer * (3 * projections + attention) + 3 * (width + vocab_size))

@@ -4,18 +4,19 @@ Converts counts (FLOPs, bytes, kernels) to seconds. `measure` measures the speed
 constants state how much of that speed a training step reaches. Constants marked as fitted are close to the least-squares fit to
 twelve step times: five models of 0.8 to 13.9 million parameters, context lengths of 64 to 256 and 768 to 2048 tokens per step, in
 fp32, in bf16 and compiled, all on two cores of one Xeon with AMX (350 GFLOP/s in fp32, 1650 in bf16). They reproduce those times
-within 20 %. On other processors they are a guess.
+within 20%. On other processors they are rough guesses.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
+from tinylm.cpu_load import available_cores, cpu_share
 from tinylm.recipe.values import ComputeDtype
 
 MATMUL_EFFICIENCY = 0.9
@@ -27,7 +28,7 @@ AMX_PEAK_SPEEDUP = 6.9
 EMULATED_SPEEDUP = 1 / 150
 """Like `AMX_SPEEDUP`, for a CPU without AMX, where bf16 is emulated: 1 GFLOP/s instead of 165, measured."""
 ELEMENTWISE_EFFICIENCY = 0.25
-"""Bandwidth per core of the element-wise kernels of a step, as a fraction of the bandwidth of a numpy addition on one core. Fitted;
+"""Bandwidth per core of the elementwise kernels of a step, as a fraction of the bandwidth of a numpy addition on one core. Fitted;
 it also corrects for differences between the counted and the actual traffic of the model."""
 STATE_EFFICIENCY = 0.75
 """Like `ELEMENTWISE_EFFICIENCY`, for kernels that read and write long, contiguous arrays: weights, gradients and optimizer state.
@@ -57,6 +58,8 @@ MAX_MEMORY_CORES = 8
 """Number of cores that saturate the memory bandwidth. Assumed."""
 
 _MATMUL_WIDTH = 768
+_SHARE_VALID_SECONDS = 10
+"""A measured CPU share is used again for this time, so that `tinylm new` does not measure it for every candidate."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,8 @@ class Processor:
     """For arrays as large as the weights."""
     cores: int
     has_amx: bool
-    undisturbed: float = 1.0
-    """Fraction of the measurement's duration for which its thread had a core. Below about 0.9 the machine is busy."""
+    cpu_share: float = 1.0
+    """Fraction of the time for which a thread has a core, when all cores are in use (see `cpu_load`)."""
 
     def matmul_flops_in(self, precision: ComputeDtype) -> float:
         """FLOP/s of the matrix products of a step. float16 is assumed to be as fast as float32."""
@@ -170,19 +173,23 @@ def measure(activation_bytes: int, weight_bytes: int) -> Processor:
     """
     import numpy as np
 
-    wall_start, cpu_start = time.perf_counter(), time.thread_time()
     ones = np.ones((_MATMUL_WIDTH, _MATMUL_WIDTH), dtype=np.float32)
     multiply = _best(lambda: ones @ ones, min_runs=8)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     bandwidth, state_bandwidth = _bandwidth(activation_bytes), _bandwidth(weight_bytes)
     return Processor(
         matmul_flops=2 * _MATMUL_WIDTH**3 / multiply,
         bandwidth=bandwidth,
         state_bandwidth=state_bandwidth,
-        cores=cores,
+        cores=available_cores(),
         has_amx=_has_amx(),
-        undisturbed=min(1.0, (time.thread_time() - cpu_start) / (time.perf_counter() - wall_start)),
+        cpu_share=_recent_cpu_share(int(time.monotonic() / _SHARE_VALID_SECONDS)),
     )
+
+
+@lru_cache(maxsize=1)
+def _recent_cpu_share(period: int) -> float:
+    """Return the CPU share as it was first measured in this period, a number that changes every `_SHARE_VALID_SECONDS`."""
+    return cpu_share()
 
 
 def _bandwidth(size: int) -> float:

@@ -9,10 +9,11 @@ import os
 from dataclasses import dataclass
 
 from tinylm.cost import memory
-from tinylm.cost.parameters import has_estimates, lora_parameters, parameter_counts
+from tinylm.cost.parameters import estimated, has_estimates, lora_parameters, parameter_counts
 from tinylm.errors import InputError
+from tinylm.recipe.arithmetic import divisors
 from tinylm.recipe.checks import listed
-from tinylm.recipe.schema import MuonOptimizer, Recipe
+from tinylm.recipe.schema import DataSection, MuonOptimizer, Recipe
 from tinylm.recipe.values import ComputeDtype
 
 CPU_MICRO_BATCH_TOKENS = 2048
@@ -57,7 +58,7 @@ def estimate_memory(
     `accumulates`: a step has several micro-batches, so gradients and activations exist at the same time. `bf16_updates`: Muon
     computes its updates in bf16.
     """
-    model = recipe.model
+    model = estimated(recipe.model)
     counts = parameter_counts(model, vocab_size)
     lora = recipe.training.lora
     parameters = sum(counts.values()) + (lora_parameters(model, lora) if lora else 0)
@@ -71,7 +72,7 @@ def estimate_memory(
         on_gpu=on_gpu,
         recompute=recipe.training.activation_checkpointing,
         frozen=lora is not None,
-        document_mask=recipe.data.document_mask,
+        document_mask=isinstance(recipe.data, DataSection) and recipe.data.document_mask,
     )
     activations = memory.activation_bytes(model, config)
     update = memory.muon_bytes(model, bf16=bf16_updates) if muon else 0
@@ -144,7 +145,7 @@ def check_batch_divides(recipe: Recipe, devices: int) -> None:
         )
     share = batch // devices
     if micro != "auto" and share % micro:
-        sizes = [size for size in range(1, share + 1) if share % size == 0]
+        sizes = divisors(share)
         raise InputError(
             f"{micro} does not divide the {share} sequences of each of {devices} devices",
             where="training.micro_batch_size",

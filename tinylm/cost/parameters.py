@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from tinylm.errors import InputError
 from tinylm.recipe.schema import DecoderSection, LoraSection, ModelVariant
-from tinylm.recipe.support import COMMON, Supports, unsupported_parts
+from tinylm.recipe.support import ANY, COMMON, Supports, unsupported_parts
 
-SUPPORTS: Supports = COMMON
+SUPPORTS: Supports = {**COMMON, "rope_scaling": ANY, "rope_fraction": ANY}
 """The values of the keys of `model:` that all estimates of `tinylm.cost` include: parameters, FLOPs, memory and time."""
 
 
@@ -19,6 +20,13 @@ def has_estimates(model: ModelVariant) -> bool:
     return isinstance(model, DecoderSection)
 
 
+def estimated(model: ModelVariant) -> DecoderSection:
+    """Return `model` if it has estimates. Raises `InputError` otherwise."""
+    if not isinstance(model, DecoderSection):
+        raise InputError(f"the cost of architecture {model.architecture} cannot be estimated", where="model.architecture")
+    return model
+
+
 def parameter_counts(model: DecoderSection, vocab_size: int) -> dict[str, int]:
     """Number of parameters by part.
 
@@ -29,13 +37,14 @@ def parameter_counts(model: DecoderSection, vocab_size: int) -> dict[str, int]:
     width, hidden = model.n_embd, model.feed_forward_width
     queries, keys = model.n_head * model.head_width, model.kv_heads * model.head_width
     norm = width * (model.norm_gain + (model.norm_gain and model.bias and model.norm == "layernorm"))
-    inputs = 2 * hidden if model.feed_forward == "swiglu" else hidden
+    inputs = 2 * hidden if model.is_gated else hidden
     matrices = width * (queries + 2 * keys) + queries * width + width * inputs + hidden * width
     biases = (queries + 2 * keys) + width + inputs + width if model.bias else 0
-    norms_per_block = 1 if model.norm_position == "post" and model.parallel_residual else 2
-    small = norms_per_block * norm + biases + (2 * model.head_width if model.qk_norm and model.qk_gain else 0)
+    norms_per_block = 1 if model.norm_position == "post" and model.parallel_residual else 4 if model.norm_position == "both" else 2
+    gains = queries + keys if model.qk_norm_joint else 2 * model.head_width
+    small = norms_per_block * norm + biases + (gains if model.qk_norm and model.qk_gain else 0)
     small += 2 if model.embedding_shortcut else 0
-    outside = (norm if model.norm_position == "pre" else 0) + (norm if model.embedding_norm else 0)
+    outside = (norm if model.norm_position != "post" else 0) + (norm if model.embedding_norm else 0)
     return {
         "embedding": vocab_size * width,
         "positions": model.context_length * width if model.position == "learned" else 0,
@@ -53,7 +62,7 @@ def lora_parameters(model: DecoderSection, lora: LoraSection) -> int:
     shapes = {
         "attention.qkv": (width, queries + 2 * model.kv_heads * model.head_width),
         "attention.output": (queries, width),
-        "feed_forward.input": (width, 2 * hidden if model.feed_forward == "swiglu" else hidden),
+        "feed_forward.input": (width, 2 * hidden if model.is_gated else hidden),
         "feed_forward.output": (hidden, width),
     }
     return model.n_layer * lora.rank * sum(sum(shapes[target]) for target in lora.targets)

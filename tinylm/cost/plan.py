@@ -12,16 +12,14 @@ from dataclasses import dataclass
 from tinylm.cost import accelerators
 from tinylm.cost.cpu import Processor
 from tinylm.cost.micro_batch import MemoryEstimate, estimate_memory
-from tinylm.cost.parameters import flops_per_token, has_estimates, lora_parameters, not_estimated, parameter_counts
+from tinylm.cost.parameters import estimated, flops_per_token, lora_parameters, not_estimated, parameter_counts
 from tinylm.cost.step_time import estimate_on_accelerator, estimate_on_cpu
+from tinylm.cpu_load import MIN_CPU_SHARE
 from tinylm.errors import InputError
 from tinylm.recipe.schema import Recipe, TrainingSection
 from tinylm.recipe.values import ComputeDtype
 
-MIN_UNDISTURBED = 0.9
-"""If the measuring thread runs for a smaller fraction of the time, the machine counts as busy. The thread runs for at least 98 % of
-the time on an idle machine, and for 70 to 87 % of the time next to a busy process."""
-BUSY = "this machine was busy while it was measured, so the estimated times are less accurate"
+BUSY = "other programs use this CPU, so training may be as slow as the upper end of the estimate"
 
 TOKENS_PER_PARAMETER = 20
 """Training tokens per parameter for compute-optimal training (Hoffmann et al. 2022, tables 2 and 3)."""
@@ -40,7 +38,7 @@ class ComputeOptimal:
     """Number of parameters and of training tokens for the recipe's FLOPs, by C = 6 N D."""
     unique_tokens: int
     """Number of tokens in the training text."""
-    worth_tokens: int
+    effective_tokens: int
     """Number of unique tokens that would be worth as much as the training tokens, some of which are repeated (Muennighoff et al.
     2023)."""
 
@@ -52,9 +50,10 @@ class Plan:
     If the recipe sets `minutes`, `steps` and everything that depends on it are estimates. `micro_batch_size`,
     `gradient_accumulation_steps` and `memory_bytes` are per device. `seconds_estimate` includes the `start_up_seconds` of
     compilation but not the `evaluation_seconds` of all evaluations. `mfu` is the model FLOPs utilization: the fraction of the peak
-    FLOP/s at this precision that the recipe's FLOPs use. `undisturbed` is the fraction of the measurement's duration for which its
-    thread had a CPU core; it is 1 for accelerators, which are not measured. `not_estimated` lists the parts of the model that the
-    plan ignores, as "key value".
+    FLOP/s at this precision that the recipe's FLOPs use. `cpu_share` is the fraction of the time for which a thread has a CPU core,
+    when all cores are in use; it is 1 for accelerators, which are not measured. If the machine is busy, `seconds_range` and
+    `steps_range` extend from the estimate for an idle machine to the one for this share; otherwise, both ends are the estimate.
+    `not_estimated` lists the parts of the model that the plan ignores, as "key value".
     """
 
     parameters: int
@@ -78,13 +77,20 @@ class Plan:
     precision: ComputeDtype
     compiled: bool
     mfu: float
-    undisturbed: float
+    cpu_share: float
     seconds_per_step: float
     tokens_per_second: float
     start_up_seconds: float
     evaluation_seconds: float
+    seconds_range: tuple[float, float]
+    steps_range: tuple[int, int]
     compute_optimal: ComputeOptimal
     not_estimated: tuple[str, ...]
+
+    @property
+    def busy(self) -> bool:
+        """Whether other programs used the CPU when it was measured."""
+        return self.cpu_share < MIN_CPU_SHARE
 
 
 def make_plan(
@@ -105,15 +111,13 @@ def make_plan(
     Raises `InputError` for an architecture without estimates, if the text is shorter than one sequence, if the accelerator is
     unknown or does not support the recipe's precision, or if the batch cannot be divided among the devices.
     """
-    model, training = recipe.model, recipe.training
-    if not has_estimates(model):
-        raise InputError(f"the cost of architecture {model.architecture} cannot be estimated", where="model.architecture")
+    model, training = estimated(recipe.model), recipe.training
     if train_tokens <= model.context_length:
         raise InputError(
             f"the training text has about {train_tokens:,} tokens, fewer than context_length {model.context_length:,} + 1",
             where="model.context_length",
         )
-    steps = training_steps(training, model.context_length, train_tokens)
+    steps = training_steps(training, model.context_length, (train_tokens - 1) // model.context_length)
     if accelerator is None:
         step = estimate_on_cpu(recipe, vocab_size, steps, processor)
     else:
@@ -121,7 +125,7 @@ def make_plan(
     seconds_per_evaluation = _evaluated_tokens(recipe, heldout_tokens) * step.evaluation_seconds
     if steps is None:
         seconds_left = 60 * (training.minutes or 0) - step.start_up_seconds
-        steps = max(1, int(seconds_left / (step.step_seconds + seconds_per_evaluation / recipe.evaluation.every)))
+        steps = _steps_in(seconds_left, step.step_seconds, seconds_per_evaluation, recipe.evaluation.every)
     accumulation = training.global_batch_size // devices // step.micro_batch_size
     costs = estimate_memory(
         recipe,
@@ -137,6 +141,9 @@ def make_plan(
     tokens_per_step = training.global_batch_size * model.context_length
     per_token = flops_per_token(model, vocab_size, training.lora)
     tokens = steps * tokens_per_step
+    seconds = steps * step.step_seconds + step.start_up_seconds
+    slowdown = 1 / step.cpu_share if step.cpu_share < MIN_CPU_SHARE else 1.0
+    limited_by_time = training.minutes is not None
     return Plan(
         parameters=parameters,
         parameters_non_embedding=parameters - counts["embedding"] - counts["positions"] - counts["tables"] - counts["head"],
@@ -152,33 +159,45 @@ def make_plan(
         flops=per_token * tokens,
         memory_bytes=costs,
         checkpoint_bytes=costs.weights + costs.optimizer,
-        seconds_estimate=steps * step.step_seconds + step.start_up_seconds,
+        seconds_estimate=seconds,
         hardware=step.name,
         devices=devices,
         device_memory_bytes=step.memory_bytes,
         precision=step.precision,
         compiled=step.compiled,
         mfu=per_token * tokens_per_step / (step.step_seconds * devices * step.peak_flops),
-        undisturbed=step.undisturbed,
+        cpu_share=step.cpu_share,
         seconds_per_step=step.step_seconds,
         tokens_per_second=tokens_per_step / step.step_seconds,
         start_up_seconds=step.start_up_seconds,
-        evaluation_seconds=seconds_per_evaluation * math.ceil(steps / recipe.evaluation.every),
+        evaluation_seconds=seconds_per_evaluation * evaluations(steps, recipe.evaluation.every),
+        seconds_range=(seconds, seconds if limited_by_time else seconds * slowdown),
+        steps_range=(max(1, int(steps / slowdown)) if limited_by_time else steps, steps),
         compute_optimal=compute_optimal(parameters - counts["tables"], per_token * tokens, tokens, train_tokens),
         not_estimated=not_estimated(model),
     )
 
 
-def training_steps(training: TrainingSection, context_length: int, train_tokens: int) -> int | None:
-    """Number of optimizer steps that the recipe asks for, or None if it sets `minutes`. An epoch has `train_tokens` tokens."""
-    tokens_per_step = training.global_batch_size * context_length
+def evaluations(steps: int, every: int | float) -> int:
+    """Number of evaluations in a run of `steps` steps. `every` is the value of `evaluation.every`."""
+    return min(steps, math.ceil(steps / every if every >= 1 else 1 / every))
+
+
+def _steps_in(seconds: float, step_seconds: float, evaluation_seconds: float, every: int | float) -> int:
+    """Number of steps for which there is time, with their evaluations."""
+    if every >= 1:
+        return max(1, int(seconds / (step_seconds + evaluation_seconds / every)))
+    return max(1, int((seconds - evaluation_seconds * math.ceil(1 / every)) / step_seconds))
+
+
+def training_steps(training: TrainingSection, tokens_per_example: float, examples_per_epoch: int) -> int | None:
+    """Number of optimizer steps that the recipe asks for, or None if it sets `minutes`."""
     if training.steps is not None:
         return training.steps
     if training.tokens is not None:
-        return math.ceil(training.tokens / tokens_per_step)
+        return math.ceil(training.tokens / (training.global_batch_size * tokens_per_example))
     if training.epochs is not None:
-        sequences = max(1, (train_tokens - 1) // context_length)
-        return max(1, math.ceil(training.epochs * sequences / training.global_batch_size))
+        return max(1, math.ceil(training.epochs * examples_per_epoch / training.global_batch_size))
     return None
 
 
@@ -196,7 +215,7 @@ def compute_optimal(parameters: int, flops: float, tokens: int, unique_tokens: i
         parameters_for_flops=round(optimal_parameters),
         tokens_for_flops=round(TOKENS_PER_PARAMETER * optimal_parameters),
         unique_tokens=unique_tokens,
-        worth_tokens=effective_tokens(tokens, unique_tokens),
+        effective_tokens=effective_tokens(tokens, unique_tokens),
     )
 
 

@@ -15,7 +15,7 @@ from tinylm.cost import accelerators, cpu, memory
 from tinylm.cost.accelerators import Accelerator, MatmulPrecision
 from tinylm.cost.cpu import CpuSeconds, Processor
 from tinylm.cost.micro_batch import CPU_MICRO_BATCH_TOKENS, check_batch_divides, choose_micro_batch, host_memory_bytes
-from tinylm.cost.parameters import flops_per_token, parameter_counts, trained_parameters, weight_flops_per_token
+from tinylm.cost.parameters import estimated, flops_per_token, parameter_counts, trained_parameters, weight_flops_per_token
 from tinylm.recipe.schema import DecoderSection, MuonOptimizer, Recipe, TrainingSection
 from tinylm.recipe.values import ComputeDtype
 
@@ -24,8 +24,8 @@ CLEARLY_FASTER = 0.95
 bf16 on a CPU only if it is clearly faster than fp32. Timings vary by a few percent."""
 
 COMPILATION_SAVINGS = 0.15
-"""Assumed fraction of the forward and backward passes' time that compilation saves. For the `modern` preset it saved 18 to 21 % in
-bf16 and 10 to 13 % in fp32 (docs/lab-notebook.md, "What made a step faster")."""
+"""Assumed fraction of the forward and backward passes' time that compilation saves. For the `modern` preset it saved 18 to 21% in
+bf16 and 10 to 13% in fp32 (docs/lab-notebook.md, "What made a step faster")."""
 COMPILATION_SECONDS = {"cpu": 12.0, "cuda": 45.0}
 """Assumed compilation time by device type. It is 60 seconds for other devices."""
 MIN_COMPILATION_PAYBACK = 1.5
@@ -56,7 +56,7 @@ class StepEstimate:
     """Seconds per held-out token."""
     start_up_seconds: float
     """Compilation time, or 0."""
-    undisturbed: float = 1.0
+    cpu_share: float = 1.0
     """Fraction of the measurement's duration for which its thread had a CPU core."""
 
 
@@ -80,7 +80,7 @@ def _seconds_left(training: TrainingSection) -> float | None:
 
 
 def estimate_on_cpu(recipe: Recipe, vocab_size: int, steps: int | None, processor: Processor | None) -> StepEstimate:
-    """Estimate a step on this machine's CPU. If `processor` is None, measure it. `steps`: length of the training, if known."""
+    """Estimate a step on this machine's CPU. If `processor` is None, measure it. `steps`: length of the training run, if known."""
     training = recipe.training
     host = host_memory_bytes()
     micro = choose_micro_batch(recipe, vocab_size, host, CPU_MICRO_BATCH_TOKENS)
@@ -112,22 +112,23 @@ def estimate_on_cpu(recipe: Recipe, vocab_size: int, steps: int | None, processo
         bf16_updates=_updates_in_bf16(recipe, machine.has_amx),
         step_seconds=seconds(precision, compiled).total,
         evaluation_seconds=passes_per_token / 3,
-        undisturbed=machine.undisturbed,
+        cpu_share=machine.cpu_share,
         start_up_seconds=COMPILATION_SECONDS["cpu"] if compiled else 0.0,
     )
 
 
 def _measure(recipe: Recipe, vocab_size: int, micro_batch_size: int) -> Processor:
     """Measure this machine's CPU with arrays as large as the activations and weights of the recipe."""
-    tensor = 4 * micro_batch_size * recipe.model.context_length * recipe.model.feed_forward_width
-    return cpu.measure(tensor, 4 * sum(parameter_counts(recipe.model, vocab_size).values()))
+    model = estimated(recipe.model)
+    tensor = 4 * micro_batch_size * model.context_length * model.feed_forward_width
+    return cpu.measure(tensor, 4 * sum(parameter_counts(model, vocab_size).values()))
 
 
 def cpu_seconds(
     recipe: Recipe, vocab_size: int, micro_batch_size: int, machine: Processor, precision: ComputeDtype, *, compiled: bool = False
 ) -> CpuSeconds:
     """Seconds of one optimizer step on a CPU, by part."""
-    model, training = recipe.model, recipe.training
+    model, training = estimated(recipe.model), recipe.training
     counts = parameter_counts(model, vocab_size)
     tokens = training.global_batch_size * model.context_length
     micro_batches = training.global_batch_size // micro_batch_size
@@ -157,12 +158,12 @@ def cpu_seconds(
 def estimate_on_accelerator(
     recipe: Recipe, vocab_size: int, steps: int | None, accelerator: Accelerator, devices: int
 ) -> StepEstimate:
-    """Estimate a data-parallel step on `devices` accelerators. `steps`: length of the training, if known.
+    """Estimate a data-parallel step on `devices` accelerators. `steps`: length of the training run, if known.
 
     Raises `InputError` if the batch cannot be divided among the devices, or if the accelerator does not support the recipe's
     precision.
     """
-    model, training = recipe.model, recipe.training
+    model, training = estimated(recipe.model), recipe.training
     check_batch_divides(recipe, devices)
     if training.precision != "auto":
         precision: ComputeDtype = training.precision
@@ -207,7 +208,7 @@ def accelerator_seconds(
     compiled: bool,
 ) -> float:
     """Seconds of one optimizer step: the devices' time, or the time to launch their kernels if that is longer."""
-    model, training = recipe.model, recipe.training
+    model, training = estimated(recipe.model), recipe.training
     matmul_precision = _matmul_precision(accelerator, precision)
     micro_batches = training.global_batch_size // devices // micro_batch_size
     tokens = training.global_batch_size * model.context_length
@@ -247,7 +248,7 @@ def _muon_flops(recipe: Recipe) -> int:
     optimizer = recipe.training.optimizer
     if not isinstance(optimizer, MuonOptimizer):
         return 0
-    shapes = memory.matrix_shapes(recipe.model)
+    shapes = memory.matrix_shapes(estimated(recipe.model))
     steps = optimizer.newton_schulz_steps
     return sum(count * cpu.newton_schulz_flops(*shape, steps) for shape, count in shapes.items())
 

@@ -10,15 +10,17 @@ from typing import Protocol
 
 import numpy as np
 
+from tinylm.data.batch import IGNORE_INDEX
 from tinylm.data.order import epoch_key, permute
 from tinylm.data.shards import Shard
 from tinylm.errors import InputError
-from tinylm.recipe.schema import DataSection
+from tinylm.recipe.schema import DataSection, ModelVariant
 
 Examples = dict[str, np.ndarray]
 """Arrays of int64 with one example per row, by name. Every dataset has `tokens`, (count, length); negative ids are padding.
 
-`segments`, (count, length), is optional; see `Batch.segments`. Other arrays are specific to a dataset and its objective.
+`segments`, (count, length), and `targets`, (count, length - 1), are optional; see `Batch`. Without `targets`, the target at each
+position is the next token. Other arrays are specific to a dataset and its objective.
 """
 
 
@@ -29,8 +31,8 @@ class Dataset(Protocol):
     def examples_per_epoch(self) -> int: ...
 
     @property
-    def max_tokens_per_example(self) -> int:
-        """Maximum number of tokens that the model reads for one example."""
+    def tokens_per_example(self) -> float:
+        """Mean number of tokens that the model reads for one example, without padding."""
         ...
 
     def examples(self, start: int, count: int) -> Examples:
@@ -38,12 +40,14 @@ class Dataset(Protocol):
         ...
 
 
-def build(data: DataSection, shard: Shard, context_length: int, seed: int) -> Dataset:
-    """Build the dataset that `data` configures. Raises `InputError` if the text is shorter than one example."""
-    separator = shard.end_of_text if data.document_mask else None
+def build(data: DataSection, shard: Shard, model: ModelVariant, seed: int) -> Dataset:
+    """Build the dataset that `data` configures for a model. Raises `InputError` if the text is shorter than one example."""
+    if not model.needs_full_window:
+        return ConsecutiveParts(shard, model.context_length)
+    separator = shard.end_of_text if data.document_mask or model.reads_across_documents is False else None
     if data.shuffle == "documents":
-        return ShuffledDocuments(shard, context_length, seed, separator=separator)
-    return TokenStream(shard.tokens, context_length, seed, separator=separator)
+        return ShuffledDocuments(shard, model.context_length, seed, separator=separator, burn_in=model.warmup_tokens)
+    return TokenStream(shard.tokens, model.context_length, seed, separator=separator, burn_in=model.warmup_tokens)
 
 
 class TokenStream:
@@ -56,12 +60,19 @@ class TokenStream:
     With a `separator` (the end-of-text token), examples include `segments`, which number the documents in a window. The end-of-text
     token before a document belongs to the document's segment. The first token of a document is therefore predicted only from the
     end-of-text token, as in evaluation and generation, and the end-of-text token after a document is predicted from that document.
+
+    With `burn_in`, every window also contains that many tokens before its first token, which are not targets. At the beginning of
+    the text, end-of-text tokens take their place.
     """
 
-    def __init__(self, tokens: np.ndarray, context_length: int, seed: int, *, separator: int | None = None) -> None:
+    def __init__(
+        self, tokens: np.ndarray, context_length: int, seed: int, *, separator: int | None = None, burn_in: int = 0
+    ) -> None:
         """Raises `InputError` if the text is shorter than one window."""
         self._tokens = tokens
-        self.context_length = self.max_tokens_per_example = context_length
+        self.context_length = context_length
+        self.tokens_per_example = context_length + burn_in
+        self._burn_in = burn_in
         self._seed = seed
         self._separator = separator
         self.examples_per_epoch = (len(tokens) - 1) // context_length
@@ -86,18 +97,29 @@ class TokenStream:
         return starts
 
     def examples(self, start: int, count: int) -> Examples:
-        """The windows at positions [start, start + count): `tokens` and, with a separator, `segments`."""
+        """The windows at positions [start, start + count): `tokens`, `segments` with a separator, and `targets` with a burn-in."""
         positions = np.arange(start, start + count, dtype=np.int64)
         starts = self.window_starts(positions)
-        windows = [self._read(int(p) // self.examples_per_epoch, int(s)) for p, s in zip(positions, starts, strict=True)]
-        tokens = np.stack(windows).astype(np.int64)
-        if self._separator is None:
-            return {"tokens": tokens}
-        return {"tokens": tokens, "segments": np.cumsum(tokens == self._separator, axis=1)}
+        windows = [self._window(int(p) // self.examples_per_epoch, int(s)) for p, s in zip(positions, starts, strict=True)]
+        examples = {"tokens": np.stack(windows).astype(np.int64)}
+        if self._separator is not None:
+            examples["segments"] = np.cumsum(examples["tokens"] == self._separator, axis=1)
+        if self._burn_in:
+            targets = examples["tokens"][:, 1:].copy()
+            targets[:, : self._burn_in] = IGNORE_INDEX
+            examples["targets"] = targets
+        return examples
 
-    def _read(self, epoch: int, start: int) -> np.ndarray:
-        """The window that begins at index `start` of an epoch's text."""
-        return self._tokens[start : start + self.context_length + 1]
+    def _window(self, epoch: int, start: int) -> np.ndarray:
+        """The window at index `start` of an epoch's text, with its burn-in."""
+        first = max(0, start - self._burn_in)
+        window = self._read(epoch, first, start + self.context_length + 1)
+        missing = self._burn_in - (start - first)
+        return window if not missing else np.concatenate((np.repeat(self._tokens[:1], missing), window))
+
+    def _read(self, epoch: int, start: int, end: int) -> np.ndarray:
+        """The tokens [start, end) of an epoch's text."""
+        return self._tokens[start:end]
 
 
 @dataclass(frozen=True)
@@ -115,17 +137,16 @@ class ShuffledDocuments(TokenStream):
     A document therefore has different neighbors in every epoch. Keeps three integers per document in memory.
     """
 
-    def __init__(self, shard: Shard, context_length: int, seed: int, *, separator: int | None = None) -> None:
+    def __init__(self, shard: Shard, context_length: int, seed: int, *, separator: int | None = None, burn_in: int = 0) -> None:
         """Raises `InputError` if the text is shorter than one window."""
-        super().__init__(shard.tokens, context_length, seed, separator=separator)
+        super().__init__(shard.tokens, context_length, seed, separator=separator, burn_in=burn_in)
         boundaries = np.flatnonzero(np.asarray(shard.tokens) == shard.end_of_text)
         self._starts = boundaries[:-1]  # of each document, including the end-of-text token before it
         self._lengths = np.diff(boundaries)
         self._last_order: _DocumentOrder | None = None
 
-    def _read(self, epoch: int, start: int) -> np.ndarray:
+    def _read(self, epoch: int, start: int, end: int) -> np.ndarray:
         order = self._order(epoch)
-        end = start + self.context_length + 1
         index = int(np.searchsorted(order.ends, start, side="right"))
         pieces = []
         while start < end and index < len(order.ends):
@@ -146,3 +167,26 @@ class ShuffledDocuments(TokenStream):
             documents = permute(np.arange(count), count, epoch_key(self._seed, epoch) + 1)
             order = self._last_order = _DocumentOrder(epoch, documents, np.cumsum(self._lengths[documents]))
         return order
+
+
+class ConsecutiveParts:
+    """Parts of `length` tokens of a text in the original order, for models that are trained by counting.
+
+    The last part may be shorter. There is a single epoch: positions after its end have no tokens.
+    """
+
+    def __init__(self, shard: Shard, length: int) -> None:
+        self.shard, self.length = shard, length
+        self.examples_per_epoch = -(-len(shard) // length)
+        self.tokens_per_example = len(shard) / self.examples_per_epoch
+
+    def span(self, start: int, count: int) -> tuple[int, int]:
+        """The positions in the text at which the parts [start, start + count) begin and end."""
+        return min(start * self.length, len(self.shard)), min((start + count) * self.length, len(self.shard))
+
+    def examples(self, start: int, count: int) -> Examples:
+        """The parts at positions [start, start + count), with negative ids as padding."""
+        first, last = self.span(start, count)
+        tokens = np.full(count * self.length, IGNORE_INDEX, dtype=np.int64)
+        tokens[: last - first] = self.shard.tokens[first:last]
+        return {"tokens": tokens.reshape(count, self.length)}

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from tinylm.data.prepare import open_text, prepare_text
-from tinylm.recipe.schema import DataSection, TokenizerSection, VocabularyTokenizer
+from tinylm.data.prepare import prepare_text
+from tinylm.data.split_text import open_text
+from tinylm.recipe.schema import DataVariant, TokenizerSection, VocabularyTokenizer, require_text
 from tinylm.reporting import Reporter
 from tinylm.text.sources import Piece
 from tinylm.tokenizer import training
@@ -19,6 +20,8 @@ SAMPLE_CHARACTERS = 4 << 20
 
 @dataclass(frozen=True)
 class TextSize:
+    """The size of a text in tokens."""
+
     vocab_size: int
     train_tokens: int
     heldout_tokens: int
@@ -26,13 +29,13 @@ class TextSize:
     """False if the numbers of tokens are extrapolated from a sample."""
 
 
-def estimate_text_size(data: DataSection, tokenizer: TokenizerSection, reporter: Reporter) -> TextSize:
+def estimate_text_size(data: DataVariant, tokenizer: TokenizerSection, reporter: Reporter) -> TextSize:
     """Tokenize a small text completely and cache the tokens for training, or tokenize a sample of a large text.
 
-    Raises `InputError` in the same cases as `prepare`.
+    Raises `InputError` in the same cases as `prepare`, and for a format other than text.
     """
     with ExitStack() as stack:
-        text = open_text(data, reporter, stack)
+        text = open_text(require_text(data), reporter, stack)
         if text.train_scan.bytes > EXACT_LIMIT_BYTES:
             sample = list(_take_characters(text.pieces("train"), SAMPLE_CHARACTERS))
             trained = training.train(_allow_smaller(tokenizer), sample, reporter.warn)

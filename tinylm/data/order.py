@@ -39,6 +39,20 @@ def permute(positions: np.ndarray, size: int, key: int) -> np.ndarray:
     return values.astype(np.int64)
 
 
+def uniform(seed: int, positions: np.ndarray, width: int, stream: int) -> np.ndarray:
+    """Pseudo-random numbers in [0, 1), (len(positions), width), that depend only on the seed, the position, the column and `stream`.
+
+    Different streams are independent of each other.
+    """
+    with np.errstate(over="ignore"):
+        key = _mix64(np.array([seed], dtype=np.uint64) + _GOLDEN_GAMMA * np.uint64(2 * stream + 1))
+        rows = _mix64(key + _GOLDEN_GAMMA * (positions.astype(np.uint64) + np.uint64(1)))
+        columns = _GOLDEN_GAMMA * np.arange(1, width + 1, dtype=np.uint64)
+        bits = _mix64(rows[:, None] + columns[None, :])
+    numbers: np.ndarray = (bits >> np.uint64(11)).astype(np.float64) / (1 << 53)
+    return numbers
+
+
 def fingerprint(sequences: np.ndarray) -> int:
     """An order-independent 64-bit hash of a set of sequences (N, length)."""
     with np.errstate(over="ignore"):

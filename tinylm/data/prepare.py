@@ -1,4 +1,4 @@
-"""Turn a recipe's text into tokens on disk: scan and split the text, train the tokenizer, and encode.
+"""Turn a recipe's text into tokens on disk: train the tokenizer on the training part, and encode every part.
 
 Tokenizers and tokens are cached. The cache key of the tokens is a hash of the text's content, the split and the tokenizer, so a
 changed text or tokenizer never uses stale tokens, and an unchanged text is encoded only once.
@@ -13,81 +13,73 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
-from tinylm.data import shards
+from tinylm.data import shards, training_text
+from tinylm.data.ngrams import NgramSample, open_ngrams, sample_ngrams, save_ngrams
+from tinylm.data.prepared import PreparedData
 from tinylm.data.shards import Shard
+from tinylm.data.split_text import SplitText, open_text
+from tinylm.data.training_text import TrainingText
 from tinylm.data.workers import encode_in_parallel
 from tinylm.errors import InputError
-from tinylm.paths import cache_folder
-from tinylm.recipe.schema import BpeTokenizer, DataSection, FileTokenizer, HeldoutShare, TokenizerSection
+from tinylm.paths import cache_folder, cached_file, clean_cache, temporary_folder
+from tinylm.recipe.schema import BpeTokenizer, DataSection, FileTokenizer, TokenizerSection
 from tinylm.reporting import Advance, Reporter
-from tinylm.text import split
-from tinylm.text.sources import Corpus, Piece, describe
-from tinylm.text.split import Scan, Split
+from tinylm.text.sources import Piece
 from tinylm.tokenizer import Tokenizer, training
 from tinylm.tokenizer.dropout import DropoutEncoder
 
-_CACHE_VERSION = 2
-_MAX_SKIPPED_NOTES = 3
+_CACHE_VERSION = 3
+_NGRAMS_FILE = "train-ngrams.safetensors"
 EncodePieces = Callable[[Iterable[Piece]], Iterator[tuple[np.ndarray, bool]]]
 """Encodes a text and yields (ids, whether they start a document)."""
 
 
-@dataclass(frozen=True)
-class SplitText:
-    """A text that has been opened, scanned and split into two parts, "train" and "heldout"."""
-
-    train_corpus: Corpus
-    heldout_corpus: Corpus
-    train_scan: Scan
-    heldout_scan: Scan
-    split: Split | None
-    """None if the held-out text has its own sources."""
-
-    def pieces(self, part: str) -> Iterator[Piece]:
-        """Yield the text of a part. Raises `InputError` if its source has changed since the scan."""
-        if self.split is not None:
-            return self.split.select(_check_unchanged(self.train_corpus, self.train_scan), part)
-        if part == "train":
-            return _check_unchanged(self.train_corpus, self.train_scan)
-        return _check_unchanged(self.heldout_corpus, self.heldout_scan)
+class TextParts(Protocol):
+    """A text that is divided into parts, the first of which is `train`."""
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the content of both parts and of the boundaries between them."""
-        boundaries = b"" if self.split is None else self.split.boundaries.astype("<i8").tobytes()
-        return _digest(self.train_scan.fingerprint, self.heldout_scan.fingerprint, hashlib.sha256(boundaries).hexdigest())
+        """A hash of the content of all parts."""
+
+    @property
+    def train_bytes(self) -> int:
+        """The approximate size of the training part."""
+
+    def pieces(self, part: str) -> Iterator[Piece]:
+        """Yield the text of a part."""
 
     def sizes(self, part: str) -> tuple[int, int]:
         """Return (documents, characters) of a part."""
-        if self.split is None:
-            scan = self.train_scan if part == "train" else self.heldout_scan
-            return scan.documents, scan.characters
-        boundaries, lengths = self.split.boundaries, self.split.lengths
-        characters = boundaries if part == "train" else lengths - boundaries
-        return int((characters > 0).sum()), int(characters.sum())
 
 
 @dataclass(frozen=True)
-class PreparedData:
-    """A tokenizer and the tokens of both parts of a text, ready for training."""
+class PreparedText(PreparedData):
+    """A tokenizer and the tokens of all parts of a text."""
 
-    tokenizer: Tokenizer
     train: Shard
     heldout: Shard
-    folder: Path
-    """The cache folder that contains the tokens."""
-    fingerprint: str
-    """A hash of the text, the split and the tokenizer."""
+    test: Shard | None = None
+
+    @property
+    def heldout_files(self) -> tuple[str, ...]:
+        parts = ("heldout",) if self.test is None else ("heldout", "test")
+        return tuple(f"{part}.{suffix}" for part in parts for suffix in ("npy", "json"))
+
+    @property
+    def ngrams(self) -> NgramSample:
+        """A sample of the n-grams of the training part."""
+        return open_ngrams(self.folder / _NGRAMS_FILE)
 
 
-def _digest(*parts: str) -> str:
+def digest(*parts: str) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def prepare(data: DataSection, tokenizer: TokenizerSection, reporter: Reporter, workers: int = 1) -> PreparedData:
+def prepare(data: DataSection, tokenizer: TokenizerSection, reporter: Reporter, workers: int = 1) -> PreparedText:
     """Prepare a text for training. The result is the same for any number of worker processes.
 
     Raises `InputError` if the text cannot be read or split, or if no tokenizer can be trained on it.
@@ -96,28 +88,55 @@ def prepare(data: DataSection, tokenizer: TokenizerSection, reporter: Reporter, 
         return prepare_text(open_text(data, reporter, stack), tokenizer, reporter, workers)
 
 
-def prepare_text(text: SplitText, section: TokenizerSection, reporter: Reporter, workers: int = 1) -> PreparedData:
+def prepare_text(text: SplitText, section: TokenizerSection, reporter: Reporter, workers: int = 1) -> PreparedText:
     """Like `prepare`, but for a text that is already open."""
-    tokenizer = _load_or_train_tokenizer(text, section, reporter)
-    _check_end_of_text(tokenizer)
+    tokenizer = load_or_train_tokenizer(text, section, reporter)
     tokenizer.encoder.note = reporter.note
     dropout = section.dropout if isinstance(section, BpeTokenizer) else 0.0
-    fingerprint = _digest(
+    fingerprint = digest(
         text.fingerprint, tokenizer.fingerprint, str(_CACHE_VERSION), *([f"dropout {dropout}"] if dropout else [])
     )
     folder = cache_folder("tokens", fingerprint)
     encode_heldout: EncodePieces = partial(encode_in_parallel, tokenizer, workers=workers)
     encode_train = DropoutEncoder(tokenizer, dropout).encode_pieces if dropout else encode_heldout
-    train = _open_or_encode(folder, "train", text, tokenizer, encode_train, reporter)
-    heldout = _open_or_encode(folder, "heldout", text, tokenizer, encode_heldout, reporter)
+    train = open_or_encode(folder, "train", text, tokenizer, encode_train, reporter)
+    ngrams = _sample_training_ngrams(folder, train, text, tokenizer, encode_heldout if dropout else None)
+    # The held-out part is encoded last: its files show that everything else is in the cache.
+    test = open_or_encode(folder, "test", text, tokenizer, encode_heldout, reporter) if "test" in text.parts else None
+    heldout = open_or_encode(folder, "heldout", text, tokenizer, encode_heldout, reporter)
     _warn_about_unknown_tokens(heldout, reporter)
-    return PreparedData(tokenizer, train, heldout, folder, fingerprint)
+    trained = [TrainingText(text.source.corpus.sources, ngrams, tokenizer)]
+    for shard, name in ((heldout, "the held-out text"), (test, "the test text")):
+        if shard is not None:
+            training_text.warn(training_text.measure(trained, shard, tokenizer), name, reporter)
+    return PreparedText(tokenizer, folder, fingerprint, train, heldout, test)
 
 
-def open_prepared(folder: Path, fingerprint: str, tokenizer_json: str) -> PreparedData:
+def _sample_training_ngrams(
+    folder: Path, train: Shard, text: SplitText, tokenizer: Tokenizer, encode_pieces: EncodePieces | None
+) -> NgramSample:
+    """Open the sample of the training text's n-grams, computing it first if it is not in the cache.
+
+    `encode_pieces` is given if the tokens of `train` are random (BPE dropout). Then it encodes the text again, without dropout.
+    """
+
+    def write(file: Path) -> None:
+        if encode_pieces is None:
+            save_ngrams(sample_ngrams(train), file)
+            return
+        with temporary_folder(cache_folder("spool"), "ngrams") as plain:
+            shard = encode_to_shard(plain, "train", text.pieces("train"), tokenizer, lambda size: None, encode_pieces)
+            save_ngrams(sample_ngrams(shard), file)
+            del shard  # Windows cannot remove a file while it is mapped
+
+    return open_ngrams(cached_file(folder / _NGRAMS_FILE, write))
+
+
+def open_prepared(folder: Path, fingerprint: str, tokenizer_json: str) -> PreparedText:
     """Open data that another process has prepared, given its folder, its fingerprint and the content of its tokenizer.json."""
     train, heldout = (shards.open_shard(folder, part) for part in ("train", "heldout"))
-    return PreparedData(Tokenizer.from_text(tokenizer_json), train, heldout, folder, fingerprint)
+    test = shards.open_shard(folder, "test") if (folder / "test.json").exists() else None
+    return PreparedText(Tokenizer.from_text(tokenizer_json), folder, fingerprint, train, heldout, test)
 
 
 def _check_end_of_text(tokenizer: Tokenizer) -> None:
@@ -134,103 +153,29 @@ def _check_end_of_text(tokenizer: Tokenizer) -> None:
         )
 
 
-def open_text(data: DataSection, reporter: Reporter, stack: ExitStack) -> SplitText:
-    """Open, scan and split a text, and report its sizes. Closing `stack` closes the text.
-
-    Raises `InputError` if the text is empty or cannot be split.
-    """
-    corpus = stack.enter_context(Corpus(data.train, field=data.field, errors=data.errors))
-    scan = _scan(corpus, reporter)
-    heldout = data.heldout
-    if isinstance(heldout, HeldoutShare):
-        split_by = split.by_document if heldout.by == "document" else split.by_tail
-        text_split = split_by(scan, heldout.share)
-        text = SplitText(corpus, corpus, scan, scan, text_split)
-        repeated = split.repeated_documents(scan.hashes[text_split.boundaries > 0], scan.hashes[text_split.boundaries == 0])
-        split_description = f"{heldout.share:.0%} by {heldout.by}"
-    else:
-        heldout_corpus = stack.enter_context(Corpus(heldout.sources, field=data.field, errors=data.errors))
-        text = SplitText(corpus, heldout_corpus, scan, _scan(heldout_corpus, reporter), None)
-        repeated = split.repeated_documents(scan.hashes, text.heldout_scan.hashes)
-        split_description = describe(heldout.sources)
-    _report_sizes(text, split_description, repeated, reporter)
-    return text
-
-
-def _report_sizes(text: SplitText, split_description: str, repeated: int, reporter: Reporter) -> None:
-    """Report the sizes of both parts. Raises `InputError` if one part is empty."""
-    documents, characters = text.sizes("train")
-    heldout_documents, heldout_characters = text.sizes("heldout")
-    if not characters or not heldout_characters:
-        raise InputError(
-            "the split leaves no training text or no held-out text",
-            where="data.heldout",
-            hint="use more text or a different share",
-        )
-    reporter.note(
-        f"text: {characters:,} characters in {_count_documents(documents)} for training, {heldout_characters:,} in "
-        f"{_count_documents(heldout_documents)} held out ({split_description})"
-    )
-    if text.split is not None and text.split.cuts_a_document:
-        reporter.note("the split cuts a document in two; the held-out text starts inside it")
-    if repeated:
-        reporter.warn(
-            f"{repeated:,} of {heldout_documents:,} held-out documents also occur in the training text, "
-            "so held-out scores will be too good"
-        )
-
-
-def _count_documents(count: int) -> str:
-    return f"{count:,} document{'' if count == 1 else 's'}"
-
-
-def _check_unchanged(corpus: Corpus, scan: Scan) -> Iterator[Piece]:
-    """Yield the pieces of a corpus. Raises `InputError` if its sizes differ from the scan's sizes.
-
-    The scan determines the cache key, so the tokens of a changed text would be cached under the key of the old text.
-    """
-    documents = characters = 0
-    for piece in corpus.pieces():
-        documents += piece.starts_document
-        characters += len(piece.text)
-        if documents > scan.documents or characters > scan.characters:
-            break
-        yield piece
-    if (documents, characters) != (scan.documents, scan.characters):
-        raise InputError(
-            "the text changed while it was read", where=describe(corpus.sources), hint="try again, or use a copy of the text"
-        )
-
-
-def _scan(corpus: Corpus, reporter: Reporter) -> Scan:
-    """Read a corpus once, and report which files were skipped."""
-    for path in corpus.skipped[:_MAX_SKIPPED_NOTES]:
-        reporter.note(f"skipped {path}: not text")
-    if len(corpus.skipped) > _MAX_SKIPPED_NOTES:
-        reporter.note(f"skipped {len(corpus.skipped) - _MAX_SKIPPED_NOTES} more files that are not text")
-    with reporter.progress("reading", None, "B") as advance:
-        scan = split.scan(corpus.pieces(), advance)
-    if not scan.characters:
-        raise InputError("the text is empty", where=describe(corpus.sources))
-    return scan
-
-
-def _load_or_train_tokenizer(text: SplitText, section: TokenizerSection, reporter: Reporter) -> Tokenizer:
+def load_or_train_tokenizer(text: TextParts, section: TokenizerSection, reporter: Reporter) -> Tokenizer:
+    """Load the tokenizer of a recipe, or train it unless it is in the cache. It has an end-of-text token that text never encodes to."""
     if isinstance(section, FileTokenizer):
-        return Tokenizer.load(section.path)
-    settings = section.model_dump(exclude={"allow_smaller", "dropout"})
-    key = _digest(text.fingerprint, json.dumps(settings), str(_CACHE_VERSION))
-    path = cache_folder("tokenizers") / f"{key}.json"
-    if path.exists():
-        tokenizer = Tokenizer.load(path)
-        training.check_size(tokenizer, section, reporter.warn)
-        reporter.note(f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens (from the cache)")
+        tokenizer = Tokenizer.load(section.path)
+        _check_end_of_text(tokenizer)
         return tokenizer
-    with reporter.progress("training the tokenizer", text.train_scan.bytes, "B") as advance:
-        pieces = _report_progress(text.pieces("train"), advance)
-        tokenizer = training.train(section, pieces, reporter.warn, text.train_scan.bytes)
-    tokenizer.save(path)
-    reporter.note(f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens")
+    settings = section.model_dump(exclude={"allow_smaller", "dropout"})
+    key = digest(text.fingerprint, json.dumps(settings), str(_CACHE_VERSION))
+    path = cache_folder("tokenizers") / f"{key}.json"
+    trained: list[Tokenizer] = []
+
+    def train_tokenizer(temporary: Path) -> None:
+        with reporter.progress("training the tokenizer", text.train_bytes, "B") as advance:
+            pieces = _report_progress(text.pieces("train"), advance)
+            trained.append(training.train(section, pieces, reporter.warn, text.train_bytes))
+        trained[0].save(temporary)
+
+    cached_file(path, train_tokenizer, lambda path: reporter.warn(f"{path} is damaged; training the tokenizer again"))
+    tokenizer = trained[0] if trained else Tokenizer.load(path)
+    if not trained:
+        training.check_size(tokenizer, section, reporter.warn)
+    reporter.note(f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens{'' if trained else ' (from the cache)'}")
+    _check_end_of_text(tokenizer)
     return tokenizer
 
 
@@ -242,14 +187,27 @@ def _report_progress(pieces: Iterator[Piece], advance: Advance) -> Iterator[Piec
         advance(done)
 
 
-def _open_or_encode(
-    folder: Path, part: str, text: SplitText, tokenizer: Tokenizer, encode_pieces: EncodePieces, reporter: Reporter
+def open_or_encode(
+    folder: Path, part: str, text: TextParts, tokenizer: Tokenizer, encode_pieces: EncodePieces, reporter: Reporter
 ) -> Shard:
-    """Open the tokens of a part, encoding them first if they are not in the cache."""
-    if not (folder / f"{part}.json").exists():
-        with reporter.progress(f"encoding {part}", text.sizes(part)[1], "B") as advance:
-            encode_to_shard(folder, part, text.pieces(part), tokenizer, advance, encode_pieces)
-    return shards.open_shard(folder, part)
+    """Open the tokens of a part, encoding them first if they are not in the cache or are damaged."""
+    if (folder / f"{part}.json").exists():
+        try:
+            return _open_undamaged(folder, part, tokenizer.vocab_size)
+        except InputError as error:
+            reporter.warn(f"{error}; encoding the text again")
+    clean_cache()
+    with reporter.progress(f"encoding {part}", text.sizes(part)[1], "B") as advance:
+        return encode_to_shard(folder, part, text.pieces(part), tokenizer, advance, encode_pieces)
+
+
+def _open_undamaged(folder: Path, part: str, vocab_size: int) -> Shard:
+    """Open cached tokens and compare them with their hash. Raises `InputError` if they are damaged."""
+    shard = shards.open_shard(folder, part)
+    problem = shard.problem(vocab_size)
+    if problem is not None:
+        raise InputError(f"the cached tokens are damaged: {problem}", where=str(folder / f"{part}.npy"))
+    return shard
 
 
 def encode_to_shard(

@@ -1,12 +1,15 @@
 """Tokens on disk: a memory-mapped .npy file for each part (train, heldout) of a text, and a .json file with its counts.
 
 Layout: the end-of-text token, then each document followed by the end-of-text token; uint16 if the vocabulary fits, else uint32. No
-text encodes to the end-of-text token, so the tokens alone determine where documents start and end.
+text encodes to the end-of-text token, so the tokens alone determine where documents start and end. The .json file also has a
+SHA-256 of the counts and the tokens.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import tokenize
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -37,6 +40,8 @@ class Shard:
     tokens: np.ndarray
     counts: Counts
     end_of_text: int
+    sha256: str | None = None
+    """The expected hash of the counts and the tokens. None if an earlier version wrote the files."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -45,6 +50,39 @@ class Shard:
         """Return (start, end) of each document in `tokens`. The end-of-text token is at start - 1 and at end."""
         ends = np.flatnonzero(np.asarray(self.tokens) == self.end_of_text)
         return [(int(a) + 1, int(b)) for a, b in pairwise(ends)]
+
+
+    def problem(self, vocab_size: int | None = None) -> str | None:
+        """Return why the tokens are damaged, or None if they are not. Reads all of them.
+
+        With `vocab_size`, ids outside the vocabulary count as damage.
+        """
+        if self.sha256 is not None and self.sha256 != self.digest():
+            return "they have changed since they were saved"
+        if int(np.count_nonzero(self.tokens == self.end_of_text)) != self.counts.documents + 1:
+            return f"they do not contain {self.counts.documents:,} documents"
+        if self.tokens[0] != self.end_of_text or self.tokens[-1] != self.end_of_text:
+            return "they do not begin and end with the end-of-text token"
+        if vocab_size is not None and int(self.tokens.max()) >= vocab_size:
+            return f"they contain ids outside the vocabulary of {vocab_size:,} tokens"
+        return None
+
+    def digest(self) -> str:
+        """The SHA-256 of the tokens and the counts, in hexadecimal."""
+        digest = hashlib.sha256()
+        for start in range(0, len(self.tokens), _HASHED_TOKENS):
+            digest.update(self.tokens[start : start + _HASHED_TOKENS].tobytes())
+        return _with_counts(digest, self.counts, self.end_of_text)
+
+
+_HASHED_TOKENS = 1 << 20
+"""Number of tokens that are hashed at a time."""
+
+
+def _with_counts(tokens_hash: hashlib._Hash, counts: Counts, end_of_text: int) -> str:
+    """Complete the hash of the tokens with the other content of a shard."""
+    tokens_hash.update(json.dumps({**asdict(counts), "end_of_text": end_of_text}, sort_keys=True).encode())
+    return tokens_hash.hexdigest()
 
 
 def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
@@ -59,6 +97,7 @@ class ShardWriter:
         self._file = open(file, "wb")  # noqa: SIM115  closed by `finish` or `close`
         self._end_of_text = end_of_text
         self._unknown = unknown
+        self.hash = hashlib.sha256()
         self.length = 0
         self.documents = self.unknown_tokens = 0
         self._write_header(0)
@@ -71,11 +110,19 @@ class ShardWriter:
         )
 
     def _write(self, ids: np.ndarray) -> None:
-        self._file.write(ids.astype(self._dtype).tobytes())
+        raw = ids.astype(self._dtype).tobytes()
+        self._file.write(raw)
+        self.hash.update(raw)
         self.length += len(ids)
 
     def add(self, ids: np.ndarray, starts_document: bool) -> None:
-        """Append ids to the current document, or to a new document if `starts_document` is true."""
+        """Append ids to the current document, or to a new document if `starts_document` is true.
+
+        Raises `InputError` if the ids contain the end-of-text token, which would divide the document.
+        """
+        if (ids == self._end_of_text).any():
+            hint = "use a tokenizer that does not encode text to this token"
+            raise InputError(f"a document encodes to the end-of-text token {self._end_of_text}", hint=hint)
         if starts_document:
             if self.documents:
                 self._write(np.array([self._end_of_text]))
@@ -121,16 +168,37 @@ def write_shard(
     size, characters = sizes()
     tokens = writer.length - writer.documents - 1
     counts = Counts(writer.documents, size, characters, tokens, writer.unknown_tokens)
-    atomic_write_text(folder / f"{name}.json", json.dumps({**asdict(counts), "end_of_text": end_of_text}) + "\n")
+    document = {**asdict(counts), "end_of_text": end_of_text, "sha256": _with_counts(writer.hash, counts, end_of_text)}
+    atomic_write_text(folder / f"{name}.json", json.dumps(document) + "\n")
     return counts
 
 
 def open_shard(folder: Path, name: str) -> Shard:
-    """Memory-map `folder/name.npy`. Raises `InputError` if it is missing or damaged."""
+    """Memory-map `folder/name.npy` and check its type and size. `Shard.problem` also checks its content.
+
+    Raises `InputError` if it is missing or damaged.
+    """
     try:
-        counts = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        end_of_text = int(counts.pop("end_of_text"))
-        tokens = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-        return Shard(tokens, Counts(**counts), end_of_text)
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        document = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        end_of_text, digest = document.pop("end_of_text"), document.pop("sha256", None)
+        if not all(type(value) is int and value >= 0 for value in (end_of_text, *document.values())):
+            raise ValueError("a count is not a whole number")
+        shard = Shard(_map_tokens(folder / f"{name}.npy"), Counts(**document), end_of_text, digest)
+        if len(shard) != shard.counts.tokens + shard.counts.documents + 1:
+            raise ValueError(f"{len(shard):,} tokens do not match {name}.json")
+        return shard
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"the tokens are missing or damaged: {error}", where=str(folder / f"{name}.npy")) from None
+
+
+def _map_tokens(file: Path) -> np.ndarray:
+    """Memory-map a .npy file. Raises `ValueError` if it does not contain a 1-D array of one of the types of tokens."""
+    if not file.is_file():  # opening a named pipe would wait forever
+        raise ValueError("no such file")
+    try:
+        tokens: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (SyntaxError, tokenize.TokenError) as error:  # raised for a damaged header
+        raise ValueError(f"its header is damaged: {error}") from None
+    if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32):
+        raise ValueError(f"{tokens.ndim}-D array of {tokens.dtype} instead of ids")
+    return tokens

@@ -21,11 +21,11 @@ import numpy as np
 
 from tinylm.embedding.byte_mapping import to_byte_mapped
 from tinylm.errors import InputError
-from tinylm.paths import atomic_file, cache_folder
+from tinylm.paths import cache_folder, cached_file
 from tinylm.recipe.embeddings import EmbeddingDataSection, TokenVocabulary, WordVocabulary
 from tinylm.reporting import Reporter
 from tinylm.text.sources import Corpus, Piece, describe
-from tinylm.text.split import scan
+from tinylm.text.split import scan, unchanged
 from tinylm.tokenizer import Tokenizer
 
 END_OF_DOCUMENT = -1
@@ -70,10 +70,12 @@ def encode_corpus(data: EmbeddingDataSection, section: WordVocabulary | TokenVoc
 
     Raises `InputError` if the text cannot be read, or if no word or token reaches the minimum count.
     """
-    with Corpus(data.train, field=data.field, errors=data.errors) as corpus:
+    with Corpus(data.train, field=data.field, template=data.template, errors=data.errors) as corpus:
         counter = _WordCounter(section) if isinstance(section, WordVocabulary) else _TokenCounter(section)
         with reporter.progress("counting", None, "B") as advance:
             scanned = scan(counter.count(corpus.pieces()), advance)
+        if not scanned.characters:
+            raise InputError("the text is empty", where=describe(data.train))
         vocabulary = counter.vocabulary()
         if not vocabulary.names:
             raise InputError(
@@ -89,13 +91,17 @@ def encode_corpus(data: EmbeddingDataSection, section: WordVocabulary | TokenVoc
             f"text: {scanned.characters:,} characters, {counter.total:,} {counter.noun}; vocabulary: {len(vocabulary.names):,} "
             f"{counter.noun} that occur {section.min_count} times or more ({kept:,} occurrences)"
         )
-        if not path.exists():
-            _write(path, counter.encode(corpus.pieces(), vocabulary), kept, reporter)
+        pieces = unchanged(corpus.pieces(), scanned, describe(data.train))
+        cached_file(
+            path,
+            lambda temporary: _write(temporary, counter.encode(pieces, vocabulary), kept, reporter),
+            lambda path: reporter.warn(f"{path} is damaged; encoding the text again"),
+        )
     return EncodedText(vocabulary, path, path.stat().st_size // 4, fingerprint)
 
 
 def _write(path: Path, encoded: Iterator[np.ndarray], total: int, reporter: Reporter) -> None:
-    with atomic_file(path) as temporary, open(temporary, "wb") as file, reporter.progress("encoding", total, "") as advance:
+    with open(path, "wb") as file, reporter.progress("encoding", total, "") as advance:
         done = 0
         for ids in encoded:
             file.write(ids.astype("<i4").tobytes())

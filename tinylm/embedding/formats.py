@@ -1,25 +1,33 @@
 """Read and write vectors in common formats: word2vec text and binary, GloVe text, safetensors, TensorFlow projector.
 
-Text formats write each float32 with nine digits, which is enough to restore it exactly. They cannot represent names that are
-empty or contain white space. If there is such a name, all names are written byte-mapped, and `read` can undo the mapping.
+Text formats write each float32 with nine digits, which is enough to restore it exactly. Formats other than safetensors cannot
+represent names that are empty, contain whitespace or control characters, or are not UTF-8. If there is such a name, all names are
+written byte-mapped, and `read` can undo the mapping.
 """
 
 from __future__ import annotations
 
+import codecs
+import gzip
+import unicodedata
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 
 from tinylm.embedding.byte_mapping import from_byte_mapped, to_byte_mapped
 from tinylm.embedding.vectors import Vectors
-from tinylm.errors import InputError, did_you_mean
+from tinylm.errors import InputError, TinylmWarning, did_you_mean
+from tinylm.file_kinds import identify
 from tinylm.paths import atomic_file
 from tinylm.run import VECTORS_FILE
 
 SUFFIXES = {".safetensors": "safetensors", ".bin": "word2vec-binary", ".vec": "word2vec", ".txt": "word2vec", ".tsv": "projector"}
 _MAX_NAME_BYTES = 1 << 16
+_MAX_GZIP_RATIO = 1032
+"""The largest factor by which gzip compresses."""
 
 
 def read(path: Path, kind: str | None = None, *, undo_byte_mapping: bool = False) -> Vectors:
@@ -34,6 +42,10 @@ def read(path: Path, kind: str | None = None, *, undo_byte_mapping: bool = False
         path = path / VECTORS_FILE
     if not path.is_file():
         raise InputError("no such file", where=str(path))
+    if foreign := identify(path):
+        raise InputError(f"this is {foreign.name}", where=str(path), hint=foreign.hint)
+    if not path.stat().st_size:
+        raise InputError("the file is empty", where=str(path))
     kind = kind or _detect_format(path)
     if kind not in _READERS:
         raise InputError(f"must be one of {', '.join(FORMATS)}, not {kind!r}", where="--from", hint=did_you_mean(kind, FORMATS))
@@ -41,10 +53,57 @@ def read(path: Path, kind: str | None = None, *, undo_byte_mapping: bool = False
         vectors = _READERS[kind](path)
     except InputError as error:
         raise InputError(error.message, where=error.where or str(path), hint=error.hint) from None
+    if kind != "safetensors":
+        vectors = _without_duplicates(vectors, path)
     if not undo_byte_mapping:
+        if kind != "safetensors" and "" in vectors.index:  # a byte-mapped name may be empty
+            raise InputError("the name is empty", where=f"{path}: vector {vectors.index[''] + 1:,}")
         return vectors
     names = [_decoded_name(name, path) for name in vectors.names]
     return Vectors(names, vectors.matrix, vectors.counts, notes=vectors.notes)
+
+
+def _without_duplicates(vectors: Vectors, path: Path) -> Vectors:
+    """Keep only the first vector of each name, and warn if that removes any."""
+    kept = sorted(vectors.index.values())
+    if len(kept) == len(vectors):
+        return vectors
+    removed = sorted(set(range(len(vectors))) - set(kept))
+    examples = ", ".join(repr(vectors.names[row]) for row in removed[:3]) + (", ..." if len(removed) > 3 else "")
+    text = f"{path}: {len(removed):,} rows repeat a name of an earlier row ({examples}) and are ignored"
+    warnings.warn(text, TinylmWarning, stacklevel=3)
+    return Vectors([vectors.names[row] for row in kept], vectors.matrix[kept], vectors.counts, vectors.byte_mapped, vectors.notes)
+
+
+def _is_plain(name: str) -> bool:
+    """Whether all formats can represent a name."""
+    is_text = not any("\ud800" <= character <= "\udfff" for character in name)
+    return is_text and len(name.split()) == 1 and name.strip() == name and not _has_control_character(name)
+
+
+def _has_control_character(name: str) -> bool:
+    return any(unicodedata.category(character) == "Cc" for character in name)
+
+
+def _name(raw: bytes, where: str) -> str:
+    """Decode a name. Raises `InputError` if it is not UTF-8, or contains a control character of ASCII."""
+    try:
+        name = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"the name {raw[:40]!r} is not UTF-8", where=where) from None
+    if any(character < " " or character == "\x7f" for character in name):  # U+0085 occurs in public GloVe files
+        raise InputError(f"the name {name[:40]!r} contains a control character", where=where)
+    return name
+
+
+def check_format(path: Path, kind: str | None = None, *, hint: str = "the suffix determines the format") -> str:
+    """Return the format to write `path` in: `kind`, or else the format of the suffix. Raises `InputError` if it is unknown."""
+    kind = kind or SUFFIXES.get(path.suffix.lower())
+    if kind is None:
+        raise InputError(f"the suffix is not one of {', '.join(SUFFIXES)}", where=str(path), hint=hint)
+    if kind not in _WRITERS:
+        raise InputError(f"must be one of {', '.join(FORMATS)}, not {kind!r}", where="--to", hint=did_you_mean(kind, FORMATS))
+    return kind
 
 
 def write(vectors: Vectors, path: Path, kind: str | None = None) -> bool:
@@ -52,16 +111,9 @@ def write(vectors: Vectors, path: Path, kind: str | None = None) -> bool:
 
     Raises `InputError` for an unknown format.
     """
-    kind = kind or SUFFIXES.get(path.suffix.lower())
-    if kind is None:
-        suffixes = ", ".join(SUFFIXES)
-        raise InputError(
-            f"the suffix is not one of {suffixes}", where=str(path), hint=f"choose a format with --to {'|'.join(FORMATS)}"
-        )
-    if kind not in _WRITERS:
-        raise InputError(f"must be one of {', '.join(FORMATS)}, not {kind!r}", where="--to", hint=did_you_mean(kind, FORMATS))
+    kind = check_format(path, kind, hint=f"choose a format with --to {'|'.join(FORMATS)}")
     names = list(vectors.names)
-    needs_mapping = kind != "safetensors" and any(not name or len(name.split()) != 1 or name.strip() != name for name in names)
+    needs_mapping = kind != "safetensors" and not all(map(_is_plain, names))
     if needs_mapping:
         names = [to_byte_mapped(name.encode("utf-8", "surrogateescape")) for name in names]
     _WRITERS[kind](Vectors(names, vectors.matrix.astype(np.float32), vectors.counts, vectors.byte_mapped, vectors.notes), path)
@@ -80,7 +132,7 @@ def _detect_format(path: Path) -> str:
         return "safetensors"
     if path.suffix.lower() == ".tsv":
         return "projector"
-    with open(path, "rb") as file:
+    with _open_text(path) as file:
         header = file.readline(_MAX_NAME_BYTES).split()
         if len(header) != 2 or not all(part.isdigit() for part in header):
             return "glove"
@@ -99,8 +151,26 @@ def _header(file: BinaryIO, path: Path) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
-def _read_word2vec(path: Path) -> Vectors:
+def _open(path: Path) -> BinaryIO:
+    """Open a file, decompressed if it is a gzip file."""
+    return cast(BinaryIO, gzip.open(path, "rb")) if _is_compressed(path) else open(path, "rb")
+
+
+def _is_compressed(path: Path) -> bool:
     with open(path, "rb") as file:
+        return file.read(2) == b"\x1f\x8b"
+
+
+def _open_text(path: Path) -> BinaryIO:
+    """Open a file at its first byte after a byte order mark."""
+    file = _open(path)
+    if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+        file.seek(0)
+    return file
+
+
+def _read_word2vec(path: Path) -> Vectors:
+    with _open_text(path) as file:
         count, dimensions = _header(file, path)
         names, rows = _text_rows(file, path, 2, dimensions)
     if len(names) != count:
@@ -109,11 +179,12 @@ def _read_word2vec(path: Path) -> Vectors:
 
 
 def _read_glove(path: Path) -> Vectors:
-    with open(path, "rb") as file:
+    with _open_text(path) as file:
+        start = file.tell()
         dimensions = len(file.readline().split()) - 1
         if dimensions < 1:
             raise InputError("the first line contains no vector", where=f"{path}:1")
-        file.seek(0)
+        file.seek(start)
         return Vectors(*_text_rows(file, path, 1, dimensions))
 
 
@@ -127,15 +198,16 @@ def _text_rows(file: BinaryIO, path: Path, first: int, dimensions: int) -> tuple
             raise InputError("contains a value that is not a number", where=f"{path}:{number}") from None
         if len(row) != dimensions:
             raise InputError(f"has {len(row)} numbers instead of {dimensions}", where=f"{path}:{number}")
-        names.append(parts[0].decode("utf-8", "surrogateescape"))
+        names.append(_name(parts[0], f"{path}:{number}"))
         rows.append(row)
     return names, np.array(rows, dtype=np.float32).reshape(-1, dimensions)
 
 
 def _read_binary(path: Path) -> Vectors:
-    with open(path, "rb") as file:
+    with _open(path) as file:
         count, dimensions = _header(file, path)
-        if count * dimensions * 4 > path.stat().st_size:
+        size = path.stat().st_size * (_MAX_GZIP_RATIO if _is_compressed(path) else 1)
+        if count * dimensions * 4 > size:
             raise InputError(f"the file is too short for the {count:,} vectors that its first line declares", where=str(path))
         matrix = np.empty((count, dimensions), dtype=np.float32)
         names = []
@@ -154,7 +226,10 @@ def _binary_name(file: BinaryIO, path: Path, row: int) -> str:
         if not byte or len(name) > _MAX_NAME_BYTES:
             raise InputError(f"vector {row + 1:,} has no name", where=str(path))
         name += byte
-    return bytes(name).lstrip(b"\n").decode("utf-8", "surrogateescape")
+    decoded = _name(bytes(name).lstrip(b"\n"), f"{path}: vector {row + 1:,}")
+    if _has_control_character(decoded):
+        raise InputError(f"the name {decoded[:40]!r} contains a control character", where=f"{path}: vector {row + 1:,}")
+    return decoded
 
 
 def _names_file(path: Path) -> Path:
@@ -165,10 +240,11 @@ def _read_projector(path: Path) -> Vectors:
     names_file = _names_file(path)
     if not names_file.is_file():
         raise InputError("no such file; the names of the vectors must be in it", where=str(names_file))
-    names = names_file.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
-    names = names[:-1] if names and not names[-1] else names
+    lines = names_file.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    lines = lines[:-1] if not lines[-1] else lines
+    names = [_name(line.rstrip(b"\r"), f"{names_file}:{number}") for number, line in enumerate(lines, 1)]
     rows = []
-    with open(path, "rb") as file:
+    with _open_text(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 rows.append(np.array(line.rstrip(b"\r\n").split(b"\t"), dtype=np.bytes_).astype(np.float32))

@@ -16,6 +16,7 @@ from tinylm.model.base import Model
 from tinylm.reporting import SILENT, Reporter
 from tinylm.run import Checkpoint, Run
 from tinylm.text.sources import Corpus, describe
+from tinylm.tokenizer.backend_errors import translate_backend_errors
 
 
 def static_vectors(run: Run, checkpoint: Checkpoint, which: str) -> Vectors:
@@ -35,6 +36,7 @@ def contextual_vectors(
     words: bool = False,
     min_count: int = 1,
     field: str = "text",
+    template: str | None = None,
     errors: str = "strict",
     device: torch.device | None = None,
     reporter: Reporter = SILENT,
@@ -55,16 +57,22 @@ def contextual_vectors(
         raise InputError(f"must be from 0 to {depth}, the number of blocks", where=f"--layer {layer}")
     names = token_names(run.tokenizer)
     sums = _VectorSums(0 if words else len(names), network.input_embedding().embedding_dim)
-    with Corpus(sources, field=field, errors=errors) as corpus, reporter.progress("reading", None, "") as advance:
+    with (
+        Corpus(sources, field=field, template=template, errors=errors) as corpus,
+        reporter.progress("reading", None, "") as advance,
+    ):
         done = 0
         for piece in corpus.pieces():
-            encoding = run.tokenizer.backend.encode(piece.text, add_special_tokens=False)
+            with translate_backend_errors():
+                encoding = run.tokenizer.backend.encode(piece.text, add_special_tokens=False)
             ids = np.array(encoding.ids, dtype=np.int64)
             keys = _word_numbers(piece.text, encoding.offsets, sums) if words else ids
             for span, states in _hidden_states(network, ids, run.tokenizer.end_of_text, layer, device):
                 sums.add(keys[span], states)
             done += len(ids)
             advance(done)
+    if not done:
+        raise InputError("the text is empty", where=describe(sources))
     kept = np.flatnonzero(sums.counts >= min_count)
     kept = kept[np.argsort(-sums.counts[kept], kind="stable")]
     if not len(kept):

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,7 @@ import numpy as np
 
 from tinylm.embedding.encoded_text import EncodedText
 from tinylm.embedding.word2vec import StepResult, import_kernels
-from tinylm.paths import atomic_write_text, cache_folder
+from tinylm.paths import cache_folder, cached_file, name_write_errors, temporary_folder
 from tinylm.recipe.embeddings import GloveMethod
 from tinylm.reporting import Reporter
 
@@ -28,7 +26,7 @@ MAX_DENSE_NAMES = 2048
 """The number of most frequent names whose pairs are counted in a dense float64 matrix (32 MiB)."""
 BYTES_PER_PAIR = 64
 """Memory for one buffered pair: its key and weight, and temporary arrays while sorting."""
-_FORMAT = 1
+_FORMAT = 2
 """Version of the cached files. Increase it when their contents change."""
 RUN_DTYPE = np.dtype([("key", "<i8"), ("weight", "<f8")])
 CELL_DTYPE = np.dtype([("row", "<i4"), ("column", "<i4"), ("count", "<f4")])
@@ -36,7 +34,7 @@ CELL_DTYPE = np.dtype([("row", "<i4"), ("column", "<i4"), ("count", "<f4")])
 
 @dataclass(frozen=True)
 class Cooccurrences:
-    """A file with the nonzero cells of a co-occurrence matrix, block by block and shuffled within each block."""
+    """A file with the nonzero cells of a co-occurrence matrix, block by block and shuffled within each block, then `ends`."""
 
     path: Path
     ends: list[int]
@@ -55,15 +53,18 @@ class Cooccurrences:
 def count_cooccurrences(text: EncodedText, method: GloveMethod, seed: int, reporter: Reporter) -> Cooccurrences:
     """Count the pairs of words within a symmetric window. A pair at distance d has weight 1 / d. The result is cached."""
     key = json.dumps([text.fingerprint, method.window, seed, _FORMAT])
-    folder = cache_folder("cooccurrences", hashlib.sha256(key.encode()).hexdigest()[:32])
-    ends_file = folder / "ends.json"
-    if not ends_file.exists():
-        with tempfile.TemporaryDirectory(prefix="counting-", dir=folder) as working:
-            runs = _write_runs(text, method, Path(working), reporter)
-            _merge_into_blocks(runs, len(text.vocabulary.names), method, Path(working))
-            ends = _shuffle_and_join_blocks(Path(working), folder / "cells", seed)
-        atomic_write_text(ends_file, json.dumps(ends) + "\n")
-    cells = Cooccurrences(folder / "cells", json.loads(ends_file.read_text(encoding="utf-8")))
+    path = cache_folder("cooccurrences") / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.cells"
+
+    def count(temporary: Path) -> None:
+        with temporary_folder(path.parent, "counting") as working, name_write_errors(path):
+            runs = _write_runs(text, method, working, reporter)
+            _merge_into_blocks(runs, len(text.vocabulary.names), method, working)
+            _shuffle_and_join_blocks(working, temporary, seed)
+
+    cached_file(path, count, lambda path: reporter.warn(f"{path} is damaged; counting the co-occurrences again"))
+    blocks = BLOCKS_PER_SIDE * BLOCKS_PER_SIDE
+    ends = np.fromfile(path, dtype="<i8", count=blocks, offset=path.stat().st_size - 8 * blocks)
+    cells = Cooccurrences(path, ends.tolist())
     reporter.note(f"co-occurrences: {len(cells):,} nonzero cells")
     return cells
 
@@ -142,12 +143,11 @@ def _range_bounds(runs: list[np.memmap], names: int, capacity: int) -> list[int]
     return sorted({*(int(sample[len(sample) * part // ranges]) for part in range(1, ranges)), names * names})
 
 
-def _shuffle_and_join_blocks(working: Path, target: Path, seed: int) -> list[int]:
-    """Shuffle the cells of each block and write all blocks to one file. Returns the end index of each block."""
+def _shuffle_and_join_blocks(working: Path, target: Path, seed: int) -> None:
+    """Shuffle the cells of each block, and write all blocks to one file, followed by the end index of each block as int64."""
     ends = []
     total = 0
-    joined = working / "cells"
-    with open(joined, "wb") as file:
+    with open(target, "wb") as file:
         for block in range(BLOCKS_PER_SIDE * BLOCKS_PER_SIDE):
             path = working / f"block-{block}"
             if path.exists():
@@ -157,8 +157,7 @@ def _shuffle_and_join_blocks(working: Path, target: Path, seed: int) -> list[int
                 total += len(cells)
                 path.unlink()
             ends.append(total)
-    shutil.move(joined, target)
-    return ends
+        np.array(ends, dtype="<i8").tofile(file)
 
 
 class Glove:

@@ -7,12 +7,14 @@ import html
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tinylm.embedding.map_layout import Box, group, place_labels
 from tinylm.embedding.vectors import Vectors
 from tinylm.errors import InputError, missing_extra
 from tinylm.paths import atomic_file, atomic_write_text
@@ -21,6 +23,12 @@ PROJECTIONS = ("pca", "umap", "tsne")
 SUFFIXES = (".html", ".png", ".svg", ".pdf")
 _NEIGHBORS = 10
 """Number of neighbors that the page shows for each name."""
+_MAX_SCORES = 1 << 25
+"""Maximum number of similarities that are computed at a time."""
+_COLORS = ("#1f6fb4", "#c2410c", "#0f7b5f", "#a0327d", "#7a5c00", "#5b4bc4", "#b42318", "#3f6b21")
+"""The colors of the groups in an image. map.html has the same."""
+_LABEL_GAP = 4.0
+"""Distance between a point and its label in pixels."""
 
 
 def draw(vectors: Vectors, path: Path, *, projection: str = "pca", max_names: int = 2000, labels: int = 150, seed: int = 0) -> int:
@@ -78,19 +86,33 @@ def pca(rows: np.ndarray) -> tuple[np.ndarray, float]:
     return points, float((singular[:2] ** 2).sum()) / total if total else 0.0
 
 
-def page(vectors: Vectors, points: np.ndarray, projection: str, explained: float | None) -> str:
-    """Return a self-contained HTML document. Neighbors are computed from the full vectors, not from the projected points."""
-    normalized = vectors.normalized[: len(points)]
-    near = np.empty((len(points), min(_NEIGHBORS, len(points) - 1)), dtype=np.int64)
-    for start in range(0, len(points), 512):
-        scores = normalized[start : start + 512] @ normalized.T
+def _nearest(vectors: Vectors, count: int) -> np.ndarray:
+    """Return the nearest neighbors of the first `count` vectors among all vectors, most similar first, (count, neighbors)."""
+    normalized = vectors.normalized
+    near = np.empty((count, min(_NEIGHBORS, len(vectors) - 1)), dtype=np.int64)
+    rows = max(1, _MAX_SCORES // len(vectors))
+    for start in range(0, count, rows):
+        scores = normalized[start : min(start + rows, count)] @ normalized.T
         scores[np.arange(len(scores)), np.arange(start, start + len(scores))] = -np.inf
-        near[start : start + 512] = np.argsort(-scores, axis=1, kind="stable")[:, : near.shape[1]]
-    similarities = np.einsum("nd,nkd->nk", normalized, normalized[near])
+        best = np.sort(np.argpartition(-scores, near.shape[1] - 1, axis=1)[:, : near.shape[1]], axis=1)
+        order = np.argsort(-np.take_along_axis(scores, best, axis=1), axis=1, kind="stable")
+        near[start : start + len(scores)] = np.take_along_axis(best, order, axis=1)
+    return near
+
+
+def page(vectors: Vectors, points: np.ndarray, projection: str, explained: float | None) -> str:
+    """Return a self-contained HTML document. Neighbors are computed from all full vectors, not from the projected points."""
+    normalized = vectors.normalized
+    near = _nearest(vectors, len(points))
+    similarities = np.einsum("nd,nkd->nk", normalized[: len(points)], normalized[near])
+    not_drawn = sorted({*near[near >= len(points)].tolist()})
+    number = {row: len(points) + index for index, row in enumerate(not_drawn)}  # their names follow those of the drawn vectors
     data = {
-        "names": [vectors.display_name(row).encode("utf-8", "replace").decode() for row in range(len(points))],
+        "names": [_page_name(vectors, row) for row in (*range(len(points)), *not_drawn)],
         "points": np.round(points / max(float(np.abs(points).max()), 1e-12), 5).tolist(),
-        "near": near.tolist(),
+        "groups": group(normalized[: len(points)]).tolist(),
+        "total": len(vectors),
+        "near": [[number.get(row, row) for row in rows] for rows in near.tolist()],
         "similarities": np.round(similarities, 3).tolist(),
         "counts": None if vectors.counts is None else vectors.counts[: len(points)].tolist(),
     }
@@ -101,22 +123,44 @@ def page(vectors: Vectors, points: np.ndarray, projection: str, explained: float
     return template.replace("@TITLE@", html.escape(title)).replace("@DATA@", encoded)
 
 
+def _page_name(vectors: Vectors, row: int) -> str:
+    return vectors.display_name(row).encode("utf-8", "replace").decode()
+
+
 def _draw_image(vectors: Vectors, points: np.ndarray, path: Path, labels: int) -> None:
+    """Draw points and labels. The most frequent names are labeled first; labels that would overlap are left out."""
     try:
         import matplotlib
     except ImportError:
         raise missing_extra("plot", "drawing an image") from None
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import patheffects, pyplot
 
     figure, axes = pyplot.subplots(figsize=(12, 9), layout="constrained")
-    axes.scatter(points[:, 0], points[:, 1], s=5, alpha=0.4, linewidths=0)
-    for row in range(min(labels, len(points))):
-        text = vectors.display_name(row)
-        text = text if text.isprintable() else text.encode("unicode_escape").decode()
-        axes.annotate(text, points[row], fontsize=7, alpha=0.9, parse_math=False)
-    axes.margins(0.08)
+    groups = group(vectors.normalized[: len(points)])
+    axes.scatter(points[:, 0], points[:, 1], s=9, alpha=0.55, linewidths=0, c=[_COLORS[number] for number in groups])
+    axes.margins(0.06)
     axes.set_axis_off()
+    figure.canvas.draw()  # from here on, the positions of points in pixels are known
+    pixels, frame = axes.transData.transform(points), axes.get_window_extent()
+    texts: dict[int, Any] = {}
+
+    def sizes() -> Iterator[tuple[float, float]]:
+        for row in range(len(points)):
+            name = vectors.display_name(row)
+            name = name if name.isprintable() else name.encode("unicode_escape").decode()
+            text = texts[row] = axes.text(0, 0, name, fontsize=9, color=_COLORS[groups[row]], parse_math=False)
+            text.set_path_effects([patheffects.withStroke(linewidth=2.5, foreground="white")])
+            extent = text.get_window_extent()
+            yield extent.width, extent.height
+
+    area = Box(frame.x0, frame.y0, frame.x1, frame.y1)
+    for row, left, bottom in place_labels(pixels, sizes(), area, labels, _LABEL_GAP):
+        text = texts.pop(row)
+        text.set_position(axes.transData.inverted().transform((left, bottom)))
+        text.set_verticalalignment("bottom")
+    for text in texts.values():
+        text.remove()
     with atomic_file(path) as temporary:
         saved = temporary.with_suffix(path.suffix)  # matplotlib chooses the format by the suffix
         figure.savefig(saved, dpi=150)

@@ -6,10 +6,12 @@ spelling. All similarities are cosines.
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,14 @@ def check_analogy_method(method: str) -> None:
     if method not in ANALOGY_METHODS:
         hint = did_you_mean(method, ANALOGY_METHODS)
         raise InputError(f"must be {' or '.join(ANALOGY_METHODS)}, not {method!r}", where="--method", hint=hint)
+
+
+def _save(tensors: dict[str, np.ndarray], path: Path, metadata: dict[str, str]) -> None:
+    """Write a .safetensors file. Raises `OSError` if it cannot be written."""
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(path)) from None
 
 
 @dataclass(frozen=True)
@@ -174,7 +184,7 @@ class Vectors:
             tensors["counts"] = self.counts.astype(np.int64)
         header = json.dumps({"byte_mapped": self.byte_mapped, "notes": self.notes}, sort_keys=True)
         with atomic_file(path) as temporary:
-            save_file(tensors, temporary, {FORMAT: header})  # a single key, because safetensors does not keep the order of keys
+            _save(tensors, temporary, {FORMAT: header})  # a single key, because safetensors does not keep the order of keys
 
     @classmethod
     def load(cls, path: Path) -> Vectors:
@@ -187,7 +197,15 @@ class Vectors:
             raise InputError(f"cannot be read: {error}", where=str(path)) from None
         if FORMAT not in metadata or not {"vectors", "names", "name_ends"} <= tensors.keys():
             raise InputError("not an embedding file of tinylm", where=str(path), hint="`tinylm embed import` reads other formats")
-        raw, ends = tensors["names"].tobytes(), tensors["name_ends"].tolist()
-        names = [raw[start:end].decode("utf-8", "surrogateescape") for start, end in zip([0, *ends], ends, strict=False)]
-        header = json.loads(metadata[FORMAT])
-        return cls(names, tensors["vectors"], tensors.get("counts"), bool(header["byte_mapped"]), header["notes"])
+        try:
+            raw, ends = tensors["names"].tobytes(), [int(end) for end in tensors["name_ends"]]
+            header = json.loads(metadata[FORMAT])
+            byte_mapped, notes, counts = bool(header["byte_mapped"]), dict(header["notes"]), tensors.get("counts")
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise InputError(f"its names or metadata are damaged: {error}", where=str(path)) from None
+        in_order = all(start <= end for start, end in pairwise([0, *ends])) and (not ends or ends[-1] == len(raw))
+        matrix = tensors["vectors"]
+        if not in_order or matrix.dtype != np.float32 or (counts is not None and counts.shape != (len(ends),)):
+            raise InputError("its names, vectors and counts do not match", where=str(path))
+        names = [raw[start:end].decode("utf-8", "surrogateescape") for start, end in pairwise([0, *ends])]
+        return cls(names, matrix, counts, byte_mapped, notes)

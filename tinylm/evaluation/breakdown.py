@@ -16,8 +16,6 @@ from tinylm.evaluation.scoring import top_logprobs
 from tinylm.tokenizer import Tokenizer
 
 ALTERNATIVES = 5
-OVERLAP_LENGTH = 13
-"""Length of the n-grams that count as overlap if both texts contain them. Brown et al. 2020, appendix C, use 13 words."""
 _HARDEST_CONTEXT = 12
 _FREQUENCY_BANDS = (0, 1, 10, 100, 1_000, 10_000)
 
@@ -129,29 +127,3 @@ def hardest(losses: TokenLosses, tokenizer: Tokenizer, count: int) -> list[HardT
         token = tokenizer.decode([int(tokens[position])])
         hard_tokens.append(HardToken(token, float(losses.nats[position]), tokenizer.decode(before[start:])))
     return hard_tokens
-
-
-def overlap(heldout: Shard, train: Shard) -> float:
-    """The fraction of held-out tokens that belong to a 13-gram that also occurs in the training text."""
-    heldout_hashes, starts = _ngram_hashes(np.asarray(heldout.tokens), heldout.end_of_text)
-    train_hashes, _ = _ngram_hashes(np.asarray(train.tokens), train.end_of_text)
-    shared = np.isin(heldout_hashes, train_hashes)
-    overlapping = np.zeros(len(heldout), dtype=bool)
-    for offset in range(OVERLAP_LENGTH):
-        overlapping[starts[shared] + offset] = True
-    return float(overlapping.sum() / max(heldout.counts.tokens, 1))
-
-
-def _ngram_hashes(tokens: np.ndarray, end_of_text: int) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes and start positions of all 13-grams that lie within a document."""
-    size = len(tokens) - OVERLAP_LENGTH + 1
-    if size <= 0:
-        return np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.int64)
-    hashes, within_document = np.zeros(size, dtype=np.uint64), np.ones(size, dtype=bool)
-    for offset in range(OVERLAP_LENGTH):
-        part = tokens[offset : offset + size]
-        within_document &= part != end_of_text
-        hashes = (hashes + part.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        hashes ^= hashes >> np.uint64(29)
-    starts = np.flatnonzero(within_document)
-    return hashes[starts], starts

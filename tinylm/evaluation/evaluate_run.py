@@ -1,8 +1,7 @@
-"""Evaluate a run on its own held-out text or on other texts, and compare two runs on the same text."""
+"""Evaluate a run on its own held-out or test text or on other texts, and report how much of the text the model was trained on."""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -11,14 +10,18 @@ from pathlib import Path
 import torch
 
 from tinylm import device as devices
+from tinylm.data import training_text
 from tinylm.data.prepare import encode_to_shard, prepare
 from tinylm.data.shards import Shard
+from tinylm.data.split_text import PART_NAMES
+from tinylm.data.training_text import MeasuredOverlap, largest_share
 from tinylm.errors import InputError
-from tinylm.evaluation import baselines, breakdown, html_report, significance
+from tinylm.evaluation import baselines, breakdown, html_report
 from tinylm.evaluation.breakdown import TokenLosses
 from tinylm.evaluation.perplexity import EvaluationOptions, Perplexity, ScoredBatch, evaluate
 from tinylm.model.packed import WeightKind, pack
-from tinylm.paths import atomic_write_text, cache_folder
+from tinylm.paths import atomic_write_text, cache_folder, temporary_folder
+from tinylm.recipe.schema import require_text
 from tinylm.reporting import SILENT, Reporter
 from tinylm.run import Checkpoint, Run
 from tinylm.text.sources import Corpus, describe
@@ -27,9 +30,10 @@ from tinylm.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class TextFormat:
-    """How to read text sources: the field of structured files that contains the text, and the handling of invalid UTF-8."""
+    """How to read text sources: the field or template of structured files, and the handling of invalid UTF-8."""
 
     field: str = "text"
+    template: str | None = None
     errors: str = "strict"
 
 
@@ -66,19 +70,30 @@ class Evaluation:
     text: str
     weights: str
     perplexity: Perplexity
+    split: str | None = None
+    """`heldout` or `test` for the run's own text, None for other texts."""
+    chosen_by_split: bool = False
+    """Whether the checkpoint was chosen because it is the best one on this text."""
+    has_test_split: bool = False
+    overlaps: list[MeasuredOverlap] = field(default_factory=list)
+    """How much of the text occurs in each text that the model was trained on."""
     baselines: dict[str, float] = field(default_factory=dict)
-    overlap: float | None = None
     tables: dict[str, list[breakdown.Row]] = field(default_factory=dict)
     hardest: list[breakdown.HardToken] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, object]:
-        """Return the JSON document of `tinylm eval --json`. Optional parts are present only if they were requested."""
+        """Return the JSON document of `tinylm eval --json`. Optional parts are present only if they were requested.
+
+        `overlap` is the largest known share of the text that occurs in a training text, or None.
+        """
         scores = self.perplexity
         document: dict[str, object] = {
             "run": self.run,
             "checkpoint": self.checkpoint,
             "step": self.step,
             "text": self.text,
+            "split": self.split,
+            "chosen_by_split": self.chosen_by_split,
             "weights": self.weights,
             "documents": scores.documents,
             "tokens": scores.tokens,
@@ -92,8 +107,8 @@ class Evaluation:
             "context": scores.context,
             "stride": scores.stride,
         }
-        if self.overlap is not None:
-            document["overlap"] = self.overlap
+        document["overlap"] = largest_share(self.overlaps)
+        document["trained_on"] = [overlap.as_dict() for overlap in self.overlaps]
         if self.baselines:
             document["baselines"] = self.baselines
         for name, rows in self.tables.items():
@@ -107,6 +122,7 @@ def evaluate_run(
     run: Run,
     sources: Sequence[str] = (),
     *,
+    split: str = "heldout",
     options: EvaluationOptions = EvaluationOptions(),
     details: BreakdownOptions = BreakdownOptions(),
     text_format: TextFormat = TextFormat(),
@@ -115,24 +131,30 @@ def evaluate_run(
     device: str = "auto",
     reporter: Reporter = SILENT,
 ) -> Evaluation:
-    """Score `sources`, or the run's own held-out text if there are none, and write the HTML report if requested.
+    """Score `sources`, or the run's own text if there are none, and write the HTML report if requested.
 
-    Raises `InputError` if a source or the checkpoint cannot be read, an option is out of range, or the training text has changed.
+    `split` is the part of the run's own text, `heldout` or `test`. Raises `InputError` if a source, the part or the checkpoint
+    cannot be read, an option is out of range, or the training text has changed.
     """
     chosen = run.checkpoint(checkpoint)
     train = _training_shard(run, chosen, reporter) if details.needs_training_text else None
-    with _open_shard(run, sources, text_format, reporter) as shard:
+    with open_shard(run, sources, split, text_format, reporter) as shard:
+        overlaps = measure_overlap(run, shard, reporter)
+        training_text.warn(overlaps, "the text", reporter)
         losses = TokenLosses(shard, html_report.MAX_TOKENS if details.html else 0) if details.needs_token_losses else None
-        scores = _score(run, chosen, shard, losses, options, weights=weights, device=device, reporter=reporter)
+        scores = score(run, chosen, shard, losses, options, weights=weights, device=device, reporter=reporter)
         result = Evaluation(
             run=str(run.path),
             checkpoint=chosen.name,
             step=chosen.step,
-            text=describe(sources) if sources else "its own held-out text",
+            text=describe(sources) if sources else f"its own {PART_NAMES[split]}",
             weights=weights,
             perplexity=scores,
+            split=None if sources else split,
+            chosen_by_split=not sources and split == "heldout" and _is_best(run, chosen),
+            has_test_split=run.has_test_split,
+            overlaps=overlaps,
             baselines=_baselines(train, shard, run.tokenizer, reporter) if details.baselines and train is not None else {},
-            overlap=None if train is None else breakdown.overlap(shard, train),
             tables={} if losses is None else _tables(losses, run.tokenizer, details, train),
             hardest=[] if losses is None else breakdown.hardest(losses, run.tokenizer, details.hardest),
         )
@@ -142,44 +164,33 @@ def evaluate_run(
     return result
 
 
-def compare_runs(
-    first: Run,
-    second: Run,
-    sources: Sequence[str] = (),
-    *,
-    stride: int | None = None,
-    text_format: TextFormat = TextFormat(),
-    device: str = "auto",
-    reporter: Reporter = SILENT,
-) -> significance.PairedComparison:
-    """Compare the best checkpoints of two runs on `sources`, or on their common held-out text if there are none.
-
-    Raises `InputError` if their held-out texts differ or the text is too short.
-    """
-    options = EvaluationOptions(stride=stride)
-    a, b = (_token_losses(run, sources, text_format, options, device, reporter) for run in (first, second))
-    if not sources and text_bytes(a.shard, first.tokenizer) != text_bytes(b.shard, second.tokenizer):
-        raise significance.different_texts_error()
-    return significance.compare_losses(a, first.tokenizer.token_byte_lengths, b, second.tokenizer.token_byte_lengths)
-
-
 def text_bytes(shard: Shard, tokenizer: Tokenizer) -> bytes:
     """The text of a shard, with its documents concatenated."""
     token_bytes = tokenizer.token_bytes
     return b"".join(token_bytes[id] for id in shard.tokens.tolist() if id != shard.end_of_text)
 
 
-def _token_losses(
-    run: Run, sources: Sequence[str], text_format: TextFormat, options: EvaluationOptions, device: str, reporter: Reporter
-) -> TokenLosses:
-    with _open_shard(run, sources, text_format, reporter) as shard:
-        losses = TokenLosses(Shard(shard.tokens[:].copy(), shard.counts, shard.end_of_text))
-        _score(run, run.checkpoint(), shard, losses, options, weights="fp32", device=device, reporter=reporter)
-        del shard
-    return losses
+def measure_overlap(run: Run, shard: Shard, reporter: Reporter) -> list[MeasuredOverlap]:
+    """Measure how much of a text, encoded with the run's tokenizer, occurs in the texts that the model was trained on.
+
+    If the record of the training text is damaged, warns and returns an empty list.
+    """
+    try:
+        return training_text.measure(run.training_texts(), shard, run.tokenizer)
+    except InputError as error:
+        reporter.warn(f"{error}; it is not known how much of the text the model was trained on")
+        return []
 
 
-def _score(
+def _is_best(run: Run, checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is the best of a run on its held-out text."""
+    try:
+        return checkpoint.step > 0 and run.checkpoint("best").path == checkpoint.path
+    except InputError:  # the run has no best checkpoint yet
+        return False
+
+
+def score(
     run: Run,
     checkpoint: Checkpoint,
     shard: Shard,
@@ -205,30 +216,31 @@ def _score(
 
 
 @contextmanager
-def _open_shard(run: Run, sources: Sequence[str], text_format: TextFormat, reporter: Reporter) -> Iterator[Shard]:
-    """Yield the tokens of `sources`, or of the run's held-out text if there are none. Raises `InputError` for an empty text."""
-    with tempfile.TemporaryDirectory(prefix="eval-", dir=cache_folder("spool")) as folder:
+def open_shard(run: Run, sources: Sequence[str], split: str, text_format: TextFormat, reporter: Reporter) -> Iterator[Shard]:
+    """Yield the tokens of `sources`, or of the run's held-out or test text if there are none.
+
+    Raises `InputError` for an empty or missing text.
+    """
+    with temporary_folder(cache_folder("spool"), "eval") as folder:
         if sources:
             with (
-                Corpus(sources, field=text_format.field, errors=text_format.errors) as corpus,
+                Corpus(sources, field=text_format.field, template=text_format.template, errors=text_format.errors) as corpus,
                 reporter.progress("encoding", None, "B") as advance,
             ):
-                shard = encode_to_shard(Path(folder), "text", corpus.pieces(), run.tokenizer, advance)
+                shard = encode_to_shard(folder, "text", corpus.pieces(), run.tokenizer, advance)
         else:
-            shard = run.heldout()
+            shard = run.heldout(split)
         if not shard.counts.bytes:
             raise InputError("the text is empty", where=describe(sources))
         if shard.counts.unknown_tokens:
-            reporter.warn(
-                f"{shard.counts.unknown_tokens:,} tokens are unknown to the tokenizer: bits per byte look better than they are"
-            )
+            reporter.warn(f"{shard.counts.unknown_tokens:,} tokens are unknown to the tokenizer, so bits per byte will be too low")
         yield shard
         del shard
 
 
 def _training_shard(run: Run, checkpoint: Checkpoint, reporter: Reporter) -> Shard:
     """Return the tokens of the run's training text, from the cache if possible. Raises `InputError` if the text has changed."""
-    prepared = prepare(run.recipe.data, run.recipe.tokenizer, reporter)
+    prepared = prepare(require_text(run.recipe.data), run.recipe.tokenizer, reporter)
     if prepared.fingerprint != checkpoint.state["fingerprints"]["data"]:
         raise InputError("the training text has changed since the run was trained", where=str(run.path / "recipe.yaml"))
     return prepared.train

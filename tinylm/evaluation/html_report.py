@@ -29,7 +29,10 @@ def render(losses: TokenLosses, tokenizer: Tokenizer, document: dict[str, object
     shown = min(losses.detailed, len(losses.shard))
     hidden = len(losses.shard) - shown
     facts = [
-        (key.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else f"{value}")
+        (
+            key.replace("_", " "),
+            f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else f"{value}",
+        )
         for key, value in document.items()
         if key in _FACTS
     ]

@@ -68,11 +68,22 @@ LOSS = Metric("loss", "loss", "nats per token", lower_is_better=True, format=".4
 BITS_PER_BYTE = Metric("bits_per_byte", "bits per byte", "bits per byte", lower_is_better=True, format=".4f")
 PERPLEXITY = Metric("perplexity", "perplexity", "", lower_is_better=True, format=".2f")
 
-METRICS: dict[str, Metric] = {metric.name: metric for metric in (LOSS, BITS_PER_BYTE, PERPLEXITY)}
+MASKED_LOSS = Metric("masked_loss", "masked loss", "nats per masked token", lower_is_better=True, format=".4f")
+MASKED_ACCURACY = Metric("masked_accuracy", "masked accuracy", "", lower_is_better=False, format=".2%")
+LABEL_LOSS = Metric("label_loss", "label loss", "nats per text", lower_is_better=True, format=".4f")
+ACCURACY = Metric("accuracy", "accuracy", "", lower_is_better=False, format=".2%")
+MACRO_F1 = Metric("macro_f1", "macro F1", "", lower_is_better=False, format=".4f")
+
+_ALL = (LOSS, BITS_PER_BYTE, PERPLEXITY, MASKED_LOSS, MASKED_ACCURACY, LABEL_LOSS, ACCURACY, MACRO_F1)
+METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
 """All metrics by name. All code that shows the metrics of a run uses these labels, directions and formats."""
 
 LANGUAGE_MODEL = (LOSS, BITS_PER_BYTE)
 """The metrics of language models during training, primary metric first."""
+MASKED_LM = (MASKED_LOSS, MASKED_ACCURACY)
+"""The metrics of masked language models."""
+CLASSIFIER = (ACCURACY, LABEL_LOSS, MACRO_F1)
+"""The metrics of classifiers."""
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 A document is split into windows of `context` tokens that advance by `stride` tokens. A window scores the tokens that no earlier
 window has scored, so each token is predicted from at least `context - stride` tokens, or from all preceding tokens. The first
-token of a document is predicted from the end-of-text token. The model computes in float32 (unless its weights are packed). All
-sums are computed in float64.
+token of a document is predicted from the end-of-text token. A model with a state of constant size, such as a recurrent network,
+carries its state from window to window instead, so each token is predicted from all preceding tokens. The model computes in
+float32 (unless its weights are packed). All sums are computed in float64.
 
 Legend: `B` windows in a batch, `T` tokens of a window, `C` width, `N` scored tokens, `V` vocabulary.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,11 +26,14 @@ from tinylm.errors import InputError
 from tinylm.evaluation.metrics import BITS_PER_BYTE, LOSS, Metrics, perplexity_of
 from tinylm.evaluation.scoring import token_losses
 from tinylm.model.base import Model
+from tinylm.model.stateful import StatefulModel
 from tinylm.processes import SINGLE_PROCESS, Processes
 
 _BOOTSTRAP_SAMPLES = 1000
 _MIN_DOCUMENTS_TO_RESAMPLE = 50
 _MIN_PIECES_TO_RESAMPLE = 5
+_CARRIED_WINDOW = 256
+"""Tokens per window if the state is carried from window to window."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,10 @@ class EvaluationOptions:
     context: int | None = None
     """Tokens per window; None: the model's context length, which is also the maximum."""
     stride: int | None = None
-    """Number of tokens by which windows advance; None: the context, so windows do not overlap."""
+    """Number of tokens by which windows advance; None: the context, so windows do not overlap.
+
+    If `context` and `stride` are None, a `StatefulModel` carries its state over whole documents.
+    """
     max_tokens: int | None = None
     """Score only this many tokens from the beginning of the text."""
     across_documents: bool = False
@@ -76,7 +83,7 @@ class ScoredBatch:
 class Perplexity:
     """The result of an evaluation: sums over all scored tokens.
 
-    `bits_per_byte_ci95` is a 95 % bootstrap interval over documents or windows. `characters` is None if only part of the text was
+    `bits_per_byte_ci95` is a 95% bootstrap interval over documents or windows. `characters` is None if only part of the text was
     scored.
     """
 
@@ -86,8 +93,10 @@ class Perplexity:
     characters: int | None
     nats: float
     bits_per_byte_ci95: tuple[float, float]
-    context: int
-    stride: int
+    context: int | None
+    """Tokens per window; None: all preceding tokens of the document are context."""
+    stride: int | None
+    """None: the state of the model was carried from window to window."""
 
     @property
     def loss(self) -> float:
@@ -120,6 +129,8 @@ class Window:
     length: int
     scored: int
     document: int
+    preceding: int = 0
+    """Number of tokens of the document before this window that the model has already read."""
 
 
 def sliding_windows(documents: list[tuple[int, int]], context: int, stride: int) -> Iterator[Window]:
@@ -146,34 +157,47 @@ def evaluate(
 ) -> Perplexity:
     """Score a text, in evaluation mode. The network's training mode is restored afterwards.
 
-    With several `processes`, each rank scores every `world_size`-th batch. All ranks return the same result, bit-identical to
-    the result of a single process. After every batch, `on_progress` receives the number of tokens scored so far. It is called
-    the same number of times on every rank and may raise an exception to stop the evaluation. `on_batch` receives the batches
-    that this rank scored. Raises `InputError` for an empty text, or if the context or stride is out of range.
+    With several `processes`, each rank scores every `world_size`-th batch or, if the state is carried, group of documents. All
+    ranks return the same result, bit-identical to the result of a single process. After every batch, `on_progress` receives the
+    number of tokens scored so far. It is called the same number of times on every rank and may raise an exception to stop the
+    evaluation. `on_batch` receives the batches that this rank scored. Raises `InputError` for an empty text, or if the context or
+    stride is out of range.
     """
+    if not network.is_causal:
+        raise InputError(f"a model of architecture {network.architecture} does not predict the next token")
     context, stride = options.window_size(network.model.context_length)
+    carried = isinstance(network, StatefulModel) and options.context is None and options.stride is None
     documents = _first_tokens(shard.documents(), options.max_tokens)
     spans = [(documents[0][0], documents[-1][1])] if options.across_documents and documents else documents
-    windows = sorted(sliding_windows(spans, context, stride), key=lambda window: (-window.length, window.start))
-    if not windows:
+    max_tokens = min(EVALUATION_BATCH_TOKENS, EVALUATION_BATCH_LOGITS // len(token_byte_lengths))
+    groups = list(_carried_groups(spans, max_tokens) if carried else _groups(spans, context, stride, max_tokens))
+    if not groups:
         raise InputError("the text is empty")
-    batches = list(_batches(windows, min(EVALUATION_BATCH_TOKENS, EVALUATION_BATCH_LOGITS // len(token_byte_lengths))))
-    sums = _WindowSums(shard, token_byte_lengths, batches)
+    sums = _WindowSums(shard, token_byte_lengths, groups)
+    tokens = 0
     with _evaluation_mode(network):
-        for first in range(0, len(batches), processes.world_size):
-            # A sharded model needs all ranks in every forward pass, so ranks without their own batch repeat the last batch.
-            index = min(first + processes.rank, len(batches) - 1)
-            scored = _score(network, shard, batches[index])
-            if index == first + processes.rank:
-                sums.add(index, scored)
-                on_batch(scored)
-            del scored  # free its logits before the next batch
-            on_progress(sums.tokens_before(first + processes.world_size))
+        for first in range(0, len(groups), processes.world_size):
+            # A sharded model needs all ranks in every forward pass, so ranks without their own batch repeat their last batch.
+            own = min(first + processes.rank, len(groups) - 1)
+            group, peers = groups[own], groups[first : first + processes.world_size]
+            state = None
+            for number in range(max(map(len, peers))):
+                index = min(number, len(group) - 1)
+                if carried:
+                    scored, state = _score_and_carry(network, shard, group[index], state)
+                else:
+                    scored = _score(network, shard, group[index])
+                if own == first + processes.rank and index == number:
+                    sums.add(own, index, scored)
+                    on_batch(scored)
+                del scored  # free its logits before the next batch
+                tokens += sum(window.scored for peer in peers if number < len(peer) for window in peer[number])
+                on_progress(tokens)
     sums.reduce(processes)
     complete = options.max_tokens is None or options.max_tokens >= shard.counts.tokens
     interval = (math.nan, math.nan)
     if options.confidence_interval:
-        interval = bootstrap_interval(sums.nats, sums.bytes, np.array([window.document for window in windows]), len(spans))
+        interval = bootstrap_interval(sums.nats, sums.bytes, sums.documents, len(spans))
     return Perplexity(
         documents=len(documents),
         tokens=int(sums.tokens.sum()),
@@ -181,8 +205,8 @@ def evaluate(
         characters=shard.counts.characters if complete else None,
         nats=float(sums.nats.sum()),
         bits_per_byte_ci95=interval,
-        context=context,
-        stride=stride,
+        context=None if carried else context,
+        stride=None if carried else stride,
     )
 
 
@@ -197,6 +221,30 @@ def _first_tokens(documents: list[tuple[int, int]], max_tokens: int | None) -> l
         kept.append((start, min(end, start + remaining)))
         remaining -= end - start
     return kept
+
+
+Group = list[list[Window]]
+"""Batches that one rank scores one after the other. If the state is carried, they continue the same documents."""
+
+
+def _groups(spans: list[tuple[int, int]], context: int, stride: int, max_tokens: int) -> Iterator[Group]:
+    """Yield groups of a single batch of independent windows, longest first."""
+    windows = sorted(sliding_windows(spans, context, stride), key=lambda window: (-window.length, window.start))
+    for batch in _batches(windows, max_tokens):
+        yield [batch]
+
+
+def _carried_groups(spans: list[tuple[int, int]], max_tokens: int) -> Iterator[Group]:
+    """Yield groups of documents, longest first. Batch i of a group contains window i of each document that is long enough."""
+    windows: dict[int, list[Window]] = {}
+    for window in sliding_windows(spans, _CARRIED_WINDOW, _CARRIED_WINDOW):
+        document = windows.setdefault(window.document, [])
+        document.append(replace(window, preceding=_CARRIED_WINDOW * len(document)))
+    documents = sorted(windows.values(), key=lambda document: -(_CARRIED_WINDOW * len(document) + document[-1].length))
+    rows = max(1, max_tokens // _CARRIED_WINDOW)
+    for start in range(0, len(documents), rows):
+        group = documents[start : start + rows]
+        yield [[document[i] for document in group if i < len(document)] for i in range(len(group[0]))]
 
 
 def _batches(windows: list[Window], max_tokens: int) -> Iterator[list[Window]]:
@@ -221,28 +269,26 @@ def _evaluation_mode(network: Model) -> Iterator[None]:
 class _WindowSums:
     """Nats, bytes and tokens of each window. The values of windows that another rank scored are zero until `reduce` is called."""
 
-    def __init__(self, shard: Shard, token_byte_lengths: np.ndarray, batches: list[list[Window]]) -> None:
+    def __init__(self, shard: Shard, token_byte_lengths: np.ndarray, groups: list[Group]) -> None:
+        batches = [batch for group in groups for batch in group]
         windows = [window for batch in batches for window in batch]
+        self.documents = np.array([window.document for window in windows])
         self.nats = np.zeros(len(windows))
         self.bytes, self.tokens = np.zeros((2, len(windows)), dtype=np.int64)
         self._shard = shard
         self._token_byte_lengths = token_byte_lengths
         self._scored = np.array([window.scored for window in windows])
         self._starts = np.cumsum([0, *(len(batch) for batch in batches)])
-        self._tokens_before = np.cumsum([0, *self._scored])
+        self._groups = np.cumsum([0, *map(len, groups)])
 
-    def add(self, index: int, batch: ScoredBatch) -> None:
-        """Add the scored tokens of the batch with this index."""
-        start, end = self._starts[index], self._starts[index + 1]
+    def add(self, group: int, index: int, batch: ScoredBatch) -> None:
+        """Add the scored tokens of the batch with this index in a group."""
+        start, end = self._starts[self._groups[group] + index : self._groups[group] + index + 2]
         owners = np.repeat(np.arange(start, end), self._scored[start:end])
         targets = self._shard.tokens[batch.positions]
         np.add.at(self.nats, owners, batch.nats)
         np.add.at(self.bytes, owners, self._token_byte_lengths[targets])
         np.add.at(self.tokens, owners, targets != self._shard.end_of_text)
-
-    def tokens_before(self, index: int) -> int:
-        """Number of tokens that all ranks score in the batches before this index."""
-        return int(self._tokens_before[self._starts[min(index, len(self._starts) - 1)]])
 
     def reduce(self, processes: Processes) -> None:
         """Sum over the ranks. Each window was scored by exactly one rank, so the sums are exact."""
@@ -251,20 +297,40 @@ class _WindowSums:
 
 def _score(network: Model, shard: Shard, batch: list[Window]) -> ScoredBatch:
     """Score a batch of windows; the result is ordered by window. End-of-text tokens count as 0 nats."""
-    device = network.device
+    inputs = _inputs(network, shard, batch)
+    skipped = min(window.length - window.scored for window in batch)  # no window of this batch scores an earlier column
+    hidden = network.hidden(inputs, n_last=inputs.shape[1] - skipped if skipped else None)
+    return _scored_batch(network, shard, batch, hidden, skipped)
+
+
+def _score_and_carry(network: Model, shard: Shard, batch: list[Window], state: Tensor | None) -> tuple[ScoredBatch, Tensor]:
+    """Like `_score`, for windows that continue the rows of `state` (None: the beginning of documents). Also returns the state."""
+    assert isinstance(network, StatefulModel)
+    before = network.empty_state(len(batch)) if state is None else state[: len(batch)]
+    hidden, after = network.continue_from(_inputs(network, shard, batch), before)
+    return _scored_batch(network, shard, batch, hidden, 0), after
+
+
+def _inputs(network: Model, shard: Shard, batch: list[Window]) -> Tensor:
+    """The ids (B, T) of a batch of windows, padded at the end."""
     inputs = np.zeros((len(batch), batch[0].length), dtype=np.int64)  # (B, T)
-    rows, columns, positions, context_lengths = [], [], [], []
     for row, window in enumerate(batch):
         inputs[row, : window.length] = shard.tokens[window.start : window.start + window.length]
+    return torch.from_numpy(inputs).to(network.device)
+
+
+def _scored_batch(network: Model, shard: Shard, batch: list[Window], hidden: Tensor, skipped: int) -> ScoredBatch:
+    """Score the targets of windows, given the hidden states (B, T - skipped, C) of their last columns."""
+    device = network.device
+    rows, columns, positions, context_lengths = [], [], [], []
+    for row, window in enumerate(batch):
         column = np.arange(window.length - window.scored, window.length)
         rows.append(np.full(window.scored, row))
         columns.append(column)
         positions.append(window.start + 1 + column)
-        context_lengths.append(column + 1)
+        context_lengths.append(window.preceding + column + 1)
     scored_positions = np.concatenate(positions)  # (N,)
     targets = shard.tokens[scored_positions].astype(np.int64)
-    skipped = int(np.concatenate(columns).min())  # no window of this batch scores an earlier column
-    hidden = network.hidden(torch.from_numpy(inputs).to(device), n_last=inputs.shape[1] - skipped if skipped else None)
     column_index = torch.from_numpy(np.concatenate(columns) - skipped).to(device)
     scored = hidden[torch.from_numpy(np.concatenate(rows)).to(device), column_index]  # (N, C)
     logits = network.logits(scored)  # (N, V)
@@ -274,7 +340,7 @@ def _score(network: Model, shard: Shard, batch: list[Window]) -> ScoredBatch:
 
 
 def bootstrap_interval(nats: np.ndarray, sizes: np.ndarray, owners: np.ndarray, documents: int) -> tuple[float, float]:
-    """The 95 % bootstrap interval of bits per byte, given the nats, bytes (`sizes`) and document (`owners`) of each window.
+    """The 95% bootstrap interval of bits per byte, given the nats, bytes (`sizes`) and document (`owners`) of each window.
 
     Resamples documents if there are many, otherwise windows. The bounds are NaN if there are fewer than 5 to resample.
     """

@@ -1,4 +1,4 @@
-"""Test whether two models differ significantly on the same text, with a paired bootstrap and a permutation test.
+"""Test whether two models differ on the same text (paired bootstrap and permutation test), or two recipes (several seeds of each).
 
 The losses of both models are summed over the same pieces of text: documents if there are many, otherwise pieces of equal size in
 bytes. Because the comparison is paired, pieces that are hard for both models do not add to the variance of the difference. The
@@ -8,6 +8,7 @@ tokenizers may differ: the loss of a token belongs to the piece that contains th
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,29 +27,80 @@ _RESAMPLES = 10_000
 class PairedComparison:
     """Bits per byte of the models A and B on the same text, and their difference, A minus B.
 
-    `ci95` is a 95 % paired bootstrap interval of the difference. `p_value` is the result of a two-sided permutation test: how often
-    randomly swapping A and B in each piece yields a difference at least as large. `pieces` is the number of pieces, and `kind`
-    describes them.
+    `ci95` is a 95% paired bootstrap interval of the difference. If this is one of several comparisons, `simultaneous_ci95` is
+    wider: all of these intervals together contain the differences with a probability of 95% (Bonferroni). `p_value` is the result
+    of a two-sided permutation test: how often randomly swapping A and B in each piece yields a difference at least as large.
+    `pieces` is the number of pieces, and `kind` describes them.
     """
 
     a: float
     b: float
     difference: float
     ci95: tuple[float, float]
+    simultaneous_ci95: tuple[float, float]
     p_value: float
     pieces: int
     kind: str
 
 
-def different_texts_error() -> InputError:
-    return InputError("the runs have different held-out texts", hint="choose a text for the comparison with --on")
+@dataclass(frozen=True)
+class SeedComparison:
+    """Welch's t-test of two recipes, each with several seeds: the difference of the mean bits per byte, A minus B.
+
+    Unlike `PairedComparison`, it compares recipes and not single models, because it accounts for the differences between seeds.
+    """
+
+    difference: float
+    ci95: tuple[float, float]
+    p_value: float
 
 
-def compare_losses(a: TokenLosses, a_byte_lengths: np.ndarray, b: TokenLosses, b_byte_lengths: np.ndarray) -> PairedComparison:
-    """Compare two models by their losses. Raises `InputError` if the scored texts differ or the text is too short."""
+def compare_seeds(a: Sequence[float], b: Sequence[float]) -> SeedComparison:
+    """Compare two recipes by the bits per byte of their seeds, at least two each (Welch 1947)."""
+    variances = [float(np.var(values, ddof=1)) / len(values) for values in (a, b)]
+    difference = float(np.mean(a) - np.mean(b))
+    error = math.sqrt(sum(variances))
+    if error == 0:
+        return SeedComparison(difference, (difference, difference), 1.0 if difference == 0 else 0.0)
+    degrees = sum(variances) ** 2 / sum(v**2 / (len(values) - 1) for v, values in zip(variances, (a, b), strict=True))
+    low, high = 0.0, 1e6  # bisection for the 95% quantile of |t|
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_test(middle, degrees) > 0.05 else (low, middle)
+    return SeedComparison(difference, (difference - high * error, difference + high * error), t_test(difference / error, degrees))
+
+
+def t_test(t: float, degrees: float) -> float:
+    """The two-sided p-value of a t statistic: the probability that a variable with Student's t distribution is further from 0.
+
+    With t = sqrt(degrees) tan(angle), the density is proportional to cos(angle)**(degrees - 1).
+    """
+    angles = np.linspace(math.atan(abs(t) / math.sqrt(degrees)), math.pi / 2, 20_001)
+    tail = float(np.trapezoid(np.cos(angles).clip(0) ** (degrees - 1), angles))
+    log_half = math.lgamma(degrees / 2) - math.lgamma((degrees + 1) / 2) + 0.5 * math.log(math.pi) - math.log(2)
+    return min(tail / math.exp(log_half), 1.0)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Correct p-values for several comparisons (Holm 1979), to keep the probability of any false positive at the nominal level."""
+    order = np.argsort(p_values, kind="stable")
+    factors = len(p_values) - np.arange(len(p_values))
+    adjusted = np.maximum.accumulate(np.asarray(p_values)[order] * factors).clip(max=1)
+    corrected = np.empty(len(p_values))
+    corrected[order] = adjusted
+    return [float(value) for value in corrected]
+
+
+def compare_losses(
+    a: TokenLosses, a_byte_lengths: np.ndarray, b: TokenLosses, b_byte_lengths: np.ndarray, *, comparisons: int = 1
+) -> PairedComparison:
+    """Compare two models by their losses. `comparisons` is the number of comparisons that are made together.
+
+    Raises `InputError` if the scored texts differ or the text is too short.
+    """
     sizes = np.array(_document_bytes(a, a_byte_lengths))
     if sizes.tolist() != _document_bytes(b, b_byte_lengths):
-        raise different_texts_error()
+        raise InputError("the texts differ", hint="choose a text for the comparison with --on")
     if len(sizes) >= _MIN_DOCUMENTS_TO_PAIR:
         kind, ends = "documents", np.cumsum(sizes)
     else:
@@ -64,6 +116,7 @@ def compare_losses(a: TokenLosses, a_byte_lengths: np.ndarray, b: TokenLosses, b
     chosen = generator.integers(0, len(differences), (_RESAMPLES, len(differences)))
     resampled = differences[chosen].sum(1) / weights[chosen].sum(1)
     low, high = np.quantile(resampled, (0.025, 0.975))
+    lowest, highest = np.quantile(resampled, (0.025 / comparisons, 1 - 0.025 / comparisons))
     signs = generator.choice((-1.0, 1.0), (_RESAMPLES, len(differences)))
     as_large = np.abs((signs * differences).sum(1)) >= abs(differences.sum()) * (1 - 1e-12)
     return PairedComparison(
@@ -71,6 +124,7 @@ def compare_losses(a: TokenLosses, a_byte_lengths: np.ndarray, b: TokenLosses, b
         b=float(b_nats.sum()) / math.log(2) / total,
         difference=float(differences.sum()) / total,
         ci95=(float(low), float(high)),
+        simultaneous_ci95=(float(lowest), float(highest)),
         p_value=float((as_large.sum() + 1) / (_RESAMPLES + 1)),
         pieces=len(differences),
         kind=kind,

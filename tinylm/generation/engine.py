@@ -14,16 +14,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tinylm.errors import InputError
-from tinylm.evaluation.scoring import token_logprobs, top_logprobs
 from tinylm.generation.constraint import Constraint
-from tinylm.generation.sampling import SamplingOptions, apply_penalties, choose
+from tinylm.generation.row_sampler import RowSampler
+from tinylm.generation.sampling import SamplingOptions
+from tinylm.generation.stops import StopMatcher
+from tinylm.generation.token_choice import TokenChoice, prompt_choices
 from tinylm.model.decoder import as_decoder
 from tinylm.model.state import DecodingModel, DecodingState
 from tinylm.tokenizer import StreamDecoder, Tokenizer
@@ -34,24 +35,14 @@ DEFAULT_ROWS = 16
 _UNIFORMS_PER_BLOCK = 256
 
 
-@dataclass(frozen=True)
-class TokenChoice:
-    """A generated token with its log-probability and the most likely alternatives as pairs of (id, log-probability).
-
-    Log-probabilities are in nats. They are computed from the model's logits, before penalties, temperature and filters.
-    """
-
-    id: int
-    logprob: float
-    alternatives: tuple[tuple[int, float], ...]
-
-
 @dataclass
 class Sample:
     """A generated continuation.
 
     `finish_reason`: "stop" (a stop text was generated, or the constraint is complete), "end" (the end-of-text token was generated)
-    or "length" (`max_new_tokens` was reached). `choices` is filled only if `SamplingOptions.logprobs` is set.
+    or "length" (`max_new_tokens` was reached). `choices` is filled only if `SamplingOptions.logprobs` is set; the choice of the
+    end-of-text token is in `end_choice`, because this token is not part of the sample. `prompt_choices` (for all tokens of the
+    prompt except the first) is filled only if `Request.score_prompt` is set as well.
     """
 
     prompt: str
@@ -60,6 +51,8 @@ class Sample:
     finish_reason: str = "length"
     tokens_per_second: float = 0.0
     choices: list[TokenChoice] = field(default_factory=list)
+    end_choice: TokenChoice | None = None
+    prompt_choices: list[TokenChoice] = field(default_factory=list)
 
 
 @dataclass
@@ -67,7 +60,8 @@ class Request:
     """One sample to generate. Its random numbers depend only on `seed`.
 
     `on_text` receives text as soon as it is final: complete characters that cannot become part of a stop text. `on_token` receives
-    each token if `SamplingOptions.logprobs` is set.
+    each token if `SamplingOptions.logprobs` is set. `score_prompt` records the log-probabilities of the prompt's tokens too, which
+    requires a prompt of at most `capacity` + 1 tokens.
     """
 
     prompt: str
@@ -76,6 +70,7 @@ class Request:
     constraint: Constraint | None = None
     on_text: Callable[[str], None] | None = None
     on_token: Callable[[TokenChoice], None] | None = None
+    score_prompt: bool = False
 
 
 def generate(
@@ -111,7 +106,8 @@ def generate_batch(
 ) -> Iterator[Sample]:
     """Yield one sample per request, in order. At most `rows` (default: `DEFAULT_ROWS`) of them are decoded together.
 
-    Raises `InputError` if the model cannot generate text.
+    Raises `InputError` if the model cannot generate text or the tokens that a request allows are all banned, and `WorkError` if
+    the model's logits are not finite.
     """
     prompts = [tokenizer.encode(request.prompt) for request in requests]
     max_length = max((len(ids) + request.options.max_new_tokens for ids, request in zip(prompts, requests, strict=True)), default=1)
@@ -130,7 +126,10 @@ def generate_batch(
             started.update(zip(group, added, strict=True))
         engine.step()
         while next_index in started and started[next_index].done:
-            yield started.pop(next_index).sample
+            finished = started.pop(next_index)
+            if finished.error is not None:
+                raise finished.error
+            yield finished.sample
             next_index += 1
 
 
@@ -148,14 +147,7 @@ class Engine:
         self._state.resize(0)
         self._sequences: list[SequenceState] = []
         self._logits: Tensor | None = None  # (B, V): logits of each sequence's next token
-        self._seen: Tensor | None = None  # (rows, V), bool: the token occurs in the prompt or the generated text
-        self._counts: Tensor | None = None  # (rows, V): occurrences in the generated text
-        self._biases: dict[tuple[tuple[int, float], ...], Tensor] = {}
-        self._choose = choose
-        if decoder.uses_numba:
-            from tinylm.generation import fast_sampling  # imports numba, an optional dependency
-
-            self._choose = fast_sampling.choose
+        self._sampler = RowSampler(rows, decoder.vocab_size, decoder.device, uses_numba=decoder.uses_numba)
 
     @property
     def busy(self) -> bool:
@@ -172,34 +164,48 @@ class Engine:
         `ids` are the tokens of the prompt if it has already been encoded. Raises `InputError` if `max_new_tokens` is too small for
         the constraint.
         """
-        prompt = list(ids if ids is not None else self.tokenizer.encode(requests[0].prompt))
-        prompt = prompt or [self.tokenizer.end_of_text or 0]
+        given = list(ids if ids is not None else self.tokenizer.encode(requests[0].prompt))
+        prompt = given or [self.tokenizer.end_of_text or 0]
         added = [SequenceState(request, prompt, self.tokenizer) for request in requests]
+        for sequence, request in zip(added, requests, strict=True):
+            if request.score_prompt and request.options.logprobs is not None:
+                sequence.sample.prompt_choices = prompt_choices(self.decoder, given, request.options.logprobs)
         unfinished = [sequence for sequence in added if not sequence.done]
         if not unfinished:
             return added
         first = len(self._sequences)
-        self._state.resize(first + len(unfinished))
-        capacity = self._state.capacity
-        logits = self.decoder.prefill(self._state, first, prompt if capacity is None else prompt[-capacity:])  # (V,)
-        self._state.fork(first, range(first + 1, first + len(unfinished)))
-        new = logits.expand(len(unfinished), -1)
-        self._logits = new if not first or self._logits is None else torch.cat((self._logits, new))
+        try:
+            logits = self._prefill(first, len(unfinished), prompt)  # (V,)
+        except Exception:
+            self._state.resize(first)
+            raise
+        added_logits = logits.expand(len(unfinished), -1)
+        self._logits = added_logits if not first or self._logits is None else torch.cat((self._logits, added_logits))
         self._sequences += unfinished
         for row, sequence in enumerate(unfinished, first):
-            if sequence.options.has_penalties:
-                self._reset_penalties(row, prompt)
+            self._sampler.reset(row, sequence.options, prompt)
         return added
+
+    def _prefill(self, first: int, count: int, prompt: list[int]) -> Tensor:
+        """Prefill a prompt into `count` new rows and return the logits `(V,)` after it."""
+        self._state.resize(first + count)
+        capacity = self._state.capacity
+        logits = self.decoder.prefill(self._state, first, prompt if capacity is None else prompt[-capacity:])
+        self._state.fork(first, range(first + 1, first + count))
+        return logits
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Append one token to every sequence, evict the finished ones and compute the next logits of the others."""
+        """Append one token to every sequence, evict the finished ones and compute the next logits of the others.
+
+        An error in one sequence ends only that sequence and is stored in it.
+        """
         if not self._sequences or self._logits is None:
             return
-        chosen = self._next_tokens(self._logits)
+        chosen = self._sampler.next_tokens(self._logits, self._sequences)
         ids = chosen.tolist()
         for sequence, id in zip(self._sequences, ids, strict=True):
-            sequence.append(id)
+            sequence.attempt(partial(sequence.append, id))
         for row in reversed(range(len(ids))):
             if self._sequences[row].done:
                 chosen = self._remove_row(row, chosen)
@@ -230,80 +236,12 @@ class Engine:
         if row != last:
             self._sequences[row] = self._sequences[last]
             self._state.reorder([last], [row])
-            for table in (self._seen, self._counts):
-                if table is not None:
-                    table[row] = table[last]
+            self._sampler.move(last, row)
             values = values.clone()
             values[row] = values[last]
         self._sequences.pop()
         self._state.resize(last)
         return values[:last]
-
-    def _reset_penalties(self, row: int, prompt: list[int]) -> None:
-        """Reset the token counts of a row for a new sequence. The first sequence that uses penalties allocates the tables."""
-        if self._seen is None or self._counts is None:
-            shape = (self.rows, self.decoder.vocab_size)
-            self._seen = torch.zeros(shape, dtype=torch.bool, device=self.decoder.device)
-            self._counts = torch.zeros(shape, device=self.decoder.device)
-        self._seen[row] = False
-        self._seen[row, torch.tensor(prompt, device=self.decoder.device)] = True
-        self._counts[row] = 0
-
-    def _next_tokens(self, logits: Tensor) -> Tensor:
-        """The next ids `(B,)` from logits `(B, V)`. Rows with equal options are sampled together."""
-        options = [sequence.options for sequence in self._sequences]
-        if all(other is options[0] or other == options[0] for other in options[1:]):
-            return self._sample_rows(logits, options[0], list(range(len(options))))
-        chosen = torch.empty(len(options), dtype=torch.long, device=logits.device)
-        for distinct in set(options):
-            rows = [row for row, row_options in enumerate(options) if row_options == distinct]
-            chosen[rows] = self._sample_rows(logits[rows], distinct, rows)
-        return chosen
-
-    def _sample_rows(self, logits: Tensor, options: SamplingOptions, rows: list[int]) -> Tensor:
-        """The next ids of the given rows, which have the same options; `logits` contains only these rows."""
-        sequences = [self._sequences[row] for row in rows]
-        model_logits = logits
-        if options.logit_bias:
-            logits = logits + self._bias(options.logit_bias)
-        if options.has_penalties and self._seen is not None and self._counts is not None:
-            logits = apply_penalties(logits, self._seen[rows], self._counts[rows], options)
-        if any(sequence.is_restricted for sequence in sequences):
-            logits = logits.clone()
-            for row, sequence in enumerate(sequences):
-                sequence.mask_logits(logits[row])
-        uniforms = None
-        if options.temperature != 0:
-            uniforms = torch.from_numpy(np.array([sequence.next_uniform() for sequence in sequences]))  # torch.tensor(list) is slow
-        chosen = self._choose(logits, options, uniforms)
-        if options.has_penalties and self._seen is not None and self._counts is not None:
-            index = torch.tensor(rows, device=logits.device)
-            self._seen[index, chosen] = True
-            self._counts[index, chosen] += 1
-        if options.logprobs is not None:
-            for sequence, choice in zip(sequences, _token_choices(model_logits, chosen, options.logprobs), strict=True):
-                sequence.record_choice(choice)
-        return chosen
-
-    def _bias(self, biases: tuple[tuple[int, float], ...]) -> Tensor:
-        """The biases as a vector `(V,)`. Only the latest one is cached, because requests with different biases are rare."""
-        if biases not in self._biases:
-            vector = torch.zeros(self.decoder.vocab_size, device=self.decoder.device)
-            for id, bias in biases:
-                vector[id] += bias
-            self._biases = {biases: vector}
-        return self._biases[biases]
-
-
-def _token_choices(logits: Tensor, chosen: Tensor, alternatives: int) -> list[TokenChoice]:
-    """The chosen ids `(B,)` with their log-probabilities under logits `(B, V)` and the most likely alternatives."""
-    chosen_logprobs = token_logprobs(logits, chosen).tolist()
-    top_ids, top_values = top_logprobs(logits, alternatives)
-    top_rows = zip(top_ids.tolist(), top_values.tolist(), strict=True)
-    return [
-        TokenChoice(id, logprob, tuple(zip(ids, values, strict=True)))
-        for id, logprob, (ids, values) in zip(chosen.tolist(), chosen_logprobs, top_rows, strict=True)
-    ]
 
 
 class SequenceState:
@@ -317,10 +255,11 @@ class SequenceState:
         self.sample = Sample(request.prompt)
         self.history = list(prompt)
         self.done = False
+        self.error: Exception | None = None
         self._request = request
         self._end_of_text = tokenizer.end_of_text
         self._decoder: StreamDecoder = tokenizer.stream_decoder()
-        self._max_stop_length = max((len(stop) for stop in self.options.stop), default=0)
+        self._stops = StopMatcher(self.options.stop) if self.options.stop else None
         self._streamed = 0  # characters passed to on_text
         self._start_time = time.perf_counter()
         self._generator = torch.Generator().manual_seed(request.seed)
@@ -344,10 +283,7 @@ class SequenceState:
         return self._request.constraint is not None or len(self.sample.token_ids) < len(self.options.forced)
 
     def mask_logits(self, logits: Tensor) -> None:
-        """Set logits `(V,)` to minus infinity, in place, for tokens that must not come next.
-
-        Raises `InputError` if all tokens that the constraint allows are banned.
-        """
+        """Set logits `(V,)` to minus infinity, in place, for tokens that must not come next."""
         generated = len(self.sample.token_ids)
         if generated < len(self.options.forced):
             forced = self.options.forced[generated]
@@ -355,16 +291,28 @@ class SequenceState:
             logits[forced] = 0.0
         elif self._request.constraint is not None:
             self._request.constraint.mask_logits(logits, self._constraint_state, self.options.max_new_tokens - generated)
-        if bool(logits.max() == float("-inf")):
-            raise InputError("every token that the constraint allows next is banned", where="--ban")
 
     def record_choice(self, choice: TokenChoice) -> None:
-        """Record the log-probabilities of the token that is about to be appended, unless it is the end-of-text token."""
+        """Record the log-probabilities of the token that is about to be appended."""
         if choice.id == self._end_of_text:
+            self.sample.end_choice = choice
             return
         self.sample.choices.append(choice)
         if self._request.on_token is not None:
             self._request.on_token(choice)
+
+    def attempt(self, action: Callable[[], None]) -> None:
+        """Run a part of a step that concerns only this sequence. An error fails the sequence instead of the whole batch."""
+        if self.done:
+            return
+        try:
+            action()
+        except Exception as error:
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """End the sequence with an error."""
+        self.done, self.error = True, error
 
     def append(self, id: int) -> None:
         """Add a token to the sample and finish the sample if it is complete."""
@@ -399,25 +347,16 @@ class SequenceState:
 
     def _append_text(self, text: str) -> None:
         """Append decoded text, cut it at the first stop text, and stream the part that is final."""
-        before = len(self.sample.text)
         self.sample.text += text
-        if self._max_stop_length and not self.done:
-            start = max(0, before - self._max_stop_length + 1)
-            stop_positions = [index for stop in self.options.stop if (index := self.sample.text.find(stop, start)) >= 0]
-            if stop_positions:
-                self.sample.text = self.sample.text[: min(stop_positions)]
+        held_back = 0
+        if self._stops is not None and not self.done:
+            start = self._stops.push(text)
+            if start is not None:
+                self.sample.text = self.sample.text[:start]
                 self._finish("stop")
                 return
-        if self._request.on_text is not None:
-            self._stream(len(self.sample.text) - (0 if self.done else self._partial_stop_length()))
-
-    def _partial_stop_length(self) -> int:
-        """Length of the longest suffix of the text that is a prefix of a stop text."""
-        text = self.sample.text
-        return max(
-            (size for stop in self.options.stop for size in range(1, len(stop)) if text.endswith(stop[:size])),
-            default=0,
-        )
+            held_back = self._stops.partial_length
+        self._stream(len(self.sample.text) - held_back)
 
     def _stream(self, end: int) -> None:
         """Pass the text from the last streamed character up to `end` to `on_text`."""

@@ -9,6 +9,8 @@ Legend: `B` batch, `V` vocabulary, `N` candidates, most likely first.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,15 +18,21 @@ from torch import Tensor
 from tinylm.errors import InputError
 
 MAX_LOGPROBS = 20
+MAX_NEW_TOKENS = 10**9
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 1000
+"""Maximum number of characters of a stop text."""
+MAX_LOGIT_CHANGE = 1e10
+"""Maximum absolute value of a bias or a penalty. Larger values could overflow the float32 logits."""
 _FIRST_CANDIDATES = 256
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How to choose tokens and when to stop. Raises `InputError` that names the command-line option if a value is out of range.
+    """How to choose tokens and when to stop. Raises an `InputError` that names the option if a value is out of range.
 
     `temperature` 0 is greedy decoding. `repetition_penalty` applies to the tokens of the prompt and of the generated text;
-    `frequency_penalty` (once per occurrence) and `presence_penalty` (once) apply to the generated text only. `logit_bias` has
+    `frequency_penalty` (once per occurrence) and `presence_penalty` (once) apply to the generated text only. `logit_bias` contains
     pairs of a token id and the value to add to its logit; minus infinity bans the token. The ids in `forced` are generated first,
     whatever their probability. `logprobs` is the number of alternatives to record with the log-probability of each token; if it is
     None, no log-probabilities are recorded.
@@ -44,15 +52,17 @@ class SamplingOptions:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        change, limit = f"between -{MAX_LOGIT_CHANGE:g} and {MAX_LOGIT_CHANGE:g}", MAX_LOGIT_CHANGE
+        repetition = f"between {1 / limit:g} and {limit:g}"
         ranges = (
-            ("--max-new-tokens", self.max_new_tokens, self.max_new_tokens >= 0, "0 or more"),
+            ("--max-new-tokens", self.max_new_tokens, 0 <= self.max_new_tokens <= MAX_NEW_TOKENS, f"0 to {MAX_NEW_TOKENS}"),
             ("--temperature", self.temperature, 0 <= self.temperature < float("inf"), "0 or more"),
             ("--top-k", self.top_k, self.top_k is None or self.top_k >= 1, "1 or more"),
             ("--top-p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("--min-p", self.min_p, self.min_p is None or 0 <= self.min_p <= 1, "between 0 and 1"),
-            ("--repetition-penalty", self.repetition_penalty, 0 < self.repetition_penalty < float("inf"), "above 0"),
-            ("--frequency-penalty", self.frequency_penalty, abs(self.frequency_penalty) < float("inf"), "a finite number"),
-            ("--presence-penalty", self.presence_penalty, abs(self.presence_penalty) < float("inf"), "a finite number"),
+            ("--repetition-penalty", self.repetition_penalty, 1 / limit <= self.repetition_penalty <= limit, repetition),
+            ("--frequency-penalty", self.frequency_penalty, abs(self.frequency_penalty) <= limit, change),
+            ("--presence-penalty", self.presence_penalty, abs(self.presence_penalty) <= limit, change),
             ("--logprobs", self.logprobs, self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"),
         )
         for option, value, valid, expected in ranges:
@@ -60,12 +70,23 @@ class SamplingOptions:
                 raise InputError(f"must be {expected}, not {value}", where=option)
         if any(not text for text in self.stop):
             raise InputError("must not be empty", where="--stop")
-        if any(not bias < float("inf") for _, bias in self.logit_bias):
-            raise InputError("must be a finite number or -inf", where="--logit-bias")
+        if len(self.stop) > MAX_STOPS:
+            raise InputError(f"there can be at most {MAX_STOPS} stop texts, not {len(self.stop)}", where="--stop")
+        if any(len(text) > MAX_STOP_LENGTH for text in self.stop):
+            raise InputError(f"must have at most {MAX_STOP_LENGTH} characters", where="--stop")
+        for _, bias in self.logit_bias:
+            if not (abs(bias) <= limit or bias == float("-inf")):
+                raise InputError(f"must be {change}, or -inf, not {bias}", where="--logit-bias")
         if len(self.forced) > self.max_new_tokens:
             raise InputError(f"has {len(self.forced)} tokens, more than --max-new-tokens ({self.max_new_tokens})", where="--force")
 
-    @property
+    @cached_property
+    def sampling_key(self) -> tuple[Any, ...]:
+        """The options that decide how a token is chosen from biased logits. Rows with equal keys can be sampled together."""
+        filters = (self.temperature, self.top_k, self.top_p, self.min_p)
+        return *filters, self.repetition_penalty, self.frequency_penalty, self.presence_penalty, self.logprobs
+
+    @cached_property
     def has_penalties(self) -> bool:
         """Whether the logits depend on the tokens that occurred before."""
         return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
@@ -96,8 +117,8 @@ def distribution(logits: Tensor, options: SamplingOptions) -> tuple[Tensor, Tens
     token's probability). The most likely token is always kept.
     """
     logits = logits.float()
-    if options.temperature != 1.0:
-        logits = logits / max(options.temperature, 1e-5)
+    if options.temperature != 1.0:  # subtract the maximum first: dividing a very large logit could overflow
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(options.temperature, 1e-5)
     truncates = (options.top_p is not None and options.top_p < 1) or bool(options.min_p)
     if options.top_k is None and not truncates:
         return logits.softmax(dim=-1), None
@@ -134,6 +155,16 @@ def _keep_mask(probabilities: Tensor, options: SamplingOptions) -> Tensor:
     if options.min_p:
         keep &= probabilities >= options.min_p * probabilities[:, :1]
     return keep
+
+
+def chances(logits: Tensor, options: SamplingOptions, ids: Tensor) -> Tensor:
+    """The probability `(B, K)` with which `choose` selects each of the ids `(B, K)` from logits `(B, V)`."""
+    if options.temperature == 0:
+        return (ids == logits.argmax(dim=-1, keepdim=True)).float()
+    probabilities, candidates = distribution(logits, options)
+    if candidates is not None:
+        probabilities = torch.zeros_like(logits, dtype=probabilities.dtype).scatter(1, candidates, probabilities)
+    return probabilities.gather(1, ids)
 
 
 def choose(logits: Tensor, options: SamplingOptions, uniforms: Tensor | None) -> Tensor:

@@ -5,6 +5,7 @@ Legend: `T` time, `V` vocabulary.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -60,9 +61,10 @@ def beam_search(
 
     Each step extends all beams and keeps the most likely extensions. A beam is finished when it ends with the end-of-text token or
     completes the constraint. The search stops when there are `beams` finished beams and no unfinished beam has a better score. It
-    is exact if `beams` is the number of possible continuations. Raises `InputError` if prompt and continuation exceed the capacity
+    is exact if `beams` is at least the number of all continuations. Raises `InputError` if prompt and continuation exceed the capacity
     of the model, if `max_new_tokens` is too small for the constraint, or if `beams` is below 1.
     """
+    start = time.perf_counter()
     prompt_ids = tokenizer.encode(prompt) or [tokenizer.end_of_text or 0]
     _check_beam_search(decoder.capacity, len(prompt_ids), beams, max_new_tokens, constraint)
     search = _BeamSearch(beams, length_penalty, tokenizer.end_of_text, constraint)
@@ -90,8 +92,18 @@ def beam_search(
             for beam in active
             if constraint is None or constraint.accepts(beam.constraint_state)
         ]
+    seconds = max(time.perf_counter() - start, 1e-9)
     return [
-        RankedSample(Sample(prompt, tokenizer.decode(result.beam.ids), result.beam.ids, result.reason), result.score)
+        RankedSample(
+            Sample(
+                prompt,
+                tokenizer.decode(result.beam.ids),
+                result.beam.ids,
+                result.reason,
+                tokens_per_second=len(result.beam.ids) / seconds,
+            ),
+            result.score,
+        )
         for result in _best(finished, beams)
     ]
 

@@ -1,15 +1,23 @@
-"""The model card (README.md) of an exported Hugging Face folder: training data, held-out results, and how to load the model."""
+"""The model card (README.md) of an exported Hugging Face folder: training data, results, and how to load the model."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from tinylm.data.split_text import PART_NAMES
 from tinylm.errors import InputError
+from tinylm.evaluation.evaluate_run import evaluate_run, measure_overlap
 from tinylm.evaluation.metrics import Metrics
+from tinylm.interchange.generation_check import Snippet
 from tinylm.interchange.huggingface import MODELING_FILE
-from tinylm.recipe.schema import HeldoutShare
+from tinylm.recipe.schema import DataSection, HeldoutShare, HeldoutSources, require_text
+from tinylm.reporting import SILENT
 from tinylm.run import Checkpoint, Run
 
 
-def model_card(run: Run, checkpoint: Checkpoint, parameters: int, class_name: str, unsupported: tuple[str, ...]) -> str:
+def model_card(
+    run: Run, checkpoint: Checkpoint, parameters: int, class_name: str, unsupported: tuple[str, ...], snippet: Snippet
+) -> str:
     """Return the model card as Markdown.
 
     `unsupported`: the model parts that no transformers class supports. If there are any, the export includes modeling code.
@@ -19,13 +27,14 @@ def model_card(run: Run, checkpoint: Checkpoint, parameters: int, class_name: st
     parts = [
         f"# {name}",
         f"A language model with {parameters:,} parameters, trained with tinylm for {checkpoint.step:,} steps and exported for "
-        f"`{class_name}`. After the export, the model was loaded from this folder and its logits matched the original.",
-        "## Held-out results",
-        _heldout_results(run, checkpoint),
+        f"`{class_name}`. After the export, the model was loaded from this folder, and its logits and the text that it generates "
+        "with the code below matched the original.",
+        "## Results",
+        _results(run, checkpoint),
         "## Data",
         _data(run),
         "## Usage",
-        _usage(name, bool(unsupported)),
+        _usage(name, snippet),
     ]
     if unsupported:
         parts.append(f"The folder includes `{MODELING_FILE}`, because no transformers class supports {', '.join(unsupported)}.")
@@ -33,43 +42,76 @@ def model_card(run: Run, checkpoint: Checkpoint, parameters: int, class_name: st
     return front_matter + "\n\n".join(parts) + "\n"
 
 
-def _heldout_results(run: Run, checkpoint: Checkpoint) -> str:
+def _results(run: Run, checkpoint: Checkpoint) -> str:
+    """The results on the held-out text, as logged during training, and on the test text if there is one."""
     evaluations = [line for line in run.metrics() if line["kind"] == "eval" and line["step"] == checkpoint.step]
     metrics = Metrics.from_dict(evaluations[-1]) if evaluations else None
-    if metrics is None:
+    rows: list[tuple[str, Metrics]] = []
+    if metrics is not None:
+        rows.append(("held-out, used to choose the checkpoint", metrics))
+    if run.has_test_split:
+        result = evaluate_run(run, split="test", checkpoint=checkpoint.name)
+        rows.append(("test, never used during training", result.perplexity.metrics))
+    if not rows:
         return "This checkpoint was not evaluated during training."
-    measured = metrics.items()
-    units = {metric: metric.unit for metric, _ in measured if metric.unit != metric.label}
-    titles = [f"{metric.label} ({units[metric]})" if units.get(metric) else metric.label for metric, _ in measured]
-    values = [metric.formatted(value) for metric, value in measured]
+    columns = list(dict.fromkeys(metric for _, row in rows for metric, _ in row.items()))
+    titles = [metric.label if metric.unit in ("", metric.label) else f"{metric.label} ({metric.unit})" for metric in columns]
+    table = [f"| split | {' | '.join(titles)} |", f"|---|{'---|' * len(titles)}"]
+    for name, row in rows:
+        values = dict(row.items())
+        cells = (metric.formatted(values[metric]) if metric in values else "" for metric in columns)
+        table.append(f"| {name} | {' | '.join(cells)} |")
     return (
-        f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}\n| {' | '.join(values)} |\n\n"
-        "Every held-out token is scored once, and documents are scored separately. Bits per byte do not depend on the tokenizer."
+        "\n".join(table)
+        + "\n\nEvery token is scored once, and documents are scored separately. Bits per byte do not depend on the tokenizer."
     )
 
 
 def _data(run: Run) -> str:
     data = run.recipe.data
-    if data.train[0].startswith("imported:"):
+    if isinstance(data, DataSection) and data.train[0].startswith("imported:"):
         return f"Imported from `{data.train[0].removeprefix('imported:')}`. The training data is not recorded."
-    heldout = data.heldout
-    split = f"{heldout.share:.0%} by {heldout.by}" if isinstance(heldout, HeldoutShare) else ", ".join(heldout.sources)
-    text = f"Trained on {', '.join(f'`{source}`' for source in data.train)}. Held out from training: {split}"
+    trained = ", ".join(f"`{source}`" for source in data.sources()["train"])
+    lines = [f"Trained on {trained}."]
+    pretrained = run.recipe.model.pretrained
+    if pretrained is not None:
+        lines.append(f"Training started from the weights of the run `{Path(pretrained.run).name}`{_pretraining_sources(run)}.")
+    if isinstance(data, DataSection):
+        lines += [_describe_split(run, split) for split in (("heldout", "test") if run.has_test_split else ("heldout",))]
+    return "\n\n".join(line for line in lines if line)
+
+
+def _pretraining_sources(run: Run) -> str:
+    """A clause with the texts that the run was trained on before, if they are recorded."""
     try:
-        counts = run.heldout().counts
+        sources = [source for text in run.training_texts() if text.run is not None for source in text.sources]
     except InputError:
-        return f"{text}."
-    return f"{text} ({counts.documents:,} documents, {counts.bytes:,} bytes, {counts.tokens:,} tokens)."
+        sources = []
+    return f", which was trained on {', '.join(f'`{source}`' for source in sources)}" if sources else ""
 
 
-def _usage(name: str, needs_remote_code: bool) -> str:
-    trust = ", trust_remote_code=True" if needs_remote_code else ""
+def _describe_split(run: Run, split: str) -> str:
+    """What the held-out or test text is, its size, and how much of it occurs in every text that the model was trained on."""
+    data = require_text(run.recipe.data)
+    section = data.heldout if split == "heldout" else data.test
+    assert section is not None
+    by = data.heldout.by if isinstance(data.heldout, HeldoutShare) else "tail"
+    source = ", ".join(section.sources) if isinstance(section, HeldoutSources) else f"{section.share:.0%} by {by}"
+    name = PART_NAMES[split]
+    try:
+        shard = run.heldout(split)
+    except InputError:
+        return f"{name.capitalize()}: {source}."
+    counts = shard.counts
+    known = "; ".join(item.describe() for item in measure_overlap(run, shard, SILENT)) or "not known"
     return (
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})\n'
-        f'model = AutoModelForCausalLM.from_pretrained("{name}"{trust})\n'
-        'ids = tokenizer("Once", return_tensors="pt")\n'
-        "print(tokenizer.decode(model.generate(**ids, max_new_tokens=40)[0]))\n```\n\n"
-        "In training, an end-of-text token preceded every document. The tokenizer treats the characters `<|endoftext|>` "
-        "in a text as plain text."
+        f"{name.capitalize()}: {source} ({counts.documents:,} documents, {counts.bytes:,} bytes, {counts.tokens:,} tokens). "
+        f"Overlap with the training text: {known}."
+    )
+
+
+def _usage(name: str, snippet: Snippet) -> str:
+    return (
+        f"```python\n{snippet.code(name)}```\n\nReplace `{name}` with the path of this folder if it has another name. In training, "
+        "an end-of-text token preceded every document. The tokenizer treats the characters `<|endoftext|>` in a text as plain text."
     )

@@ -12,20 +12,23 @@ from typing import Any, Literal
 import torch
 
 from tinylm.errors import InputError
-from tinylm.interchange import card, gguf, huggingface, onnx, verify
+from tinylm.interchange import arpa, card, gguf, huggingface, onnx, verify
+from tinylm.interchange.generation_check import Snippet
+from tinylm.model.base import Model
 from tinylm.paths import atomic_file, atomic_folder
 from tinylm.reporting import SILENT, Reporter
 from tinylm.run import Checkpoint, Run
+from tinylm.tokenizer import Tokenizer
 
-Format = Literal["hf", "gguf", "onnx"]
+Format = Literal["hf", "gguf", "onnx", "arpa"]
 
 
 @dataclass(frozen=True)
 class ExportResult:
     """What was exported and how it was verified. The field names are the keys of `tinylm export --json`.
 
-    `largest_difference`: largest absolute difference of logits on real text. For a GGUF file, the reference is the run with its
-    weights rounded to the file's type; `perplexity` and `run_perplexity` show the effect of rounding. `own_code_because`: the model
+    `largest_difference`: largest absolute difference of logits on real text. The reference is the run with its weights rounded to
+    the type of the export; `perplexity` and `run_perplexity` show the effect of rounding. `custom_code_reasons`: the model
     parts that no transformers class supports. `same_greedy`: number of greedily decoded tokens before the first that
     differs in llama.cpp.
     """
@@ -37,7 +40,7 @@ class ExportResult:
     path: str
     bytes: int
     architecture: str
-    own_code_because: tuple[str, ...]
+    custom_code_reasons: tuple[str, ...]
     largest_difference: float
     tokens_compared: int
     verified_with: tuple[str, ...]
@@ -62,8 +65,9 @@ def export(
 ) -> ExportResult:
     """Write the model of a checkpoint to `path`, load it with third-party libraries, and keep it only if the logits match.
 
-    `type`: storage type of the matrices in a GGUF file. An existing export at `path` is replaced only if `overwrite` is set.
-    Raises `InputError` if the format does not support the model or `path` cannot be written, `WorkError` if verification fails.
+    `type`: storage type of the weights of a Hugging Face folder, or of the matrices in a GGUF file. An existing export at `path` is
+    replaced only if `overwrite` is set. Raises `InputError` if the format does not support the model or `path` cannot be written,
+    `WorkError` if verification fails.
     """
     path = Path(path)
     _check_destination(path, to, overwrite)
@@ -75,7 +79,9 @@ def export(
     if to == "hf":
         verify.require("transformers", "hf", "checking a Hugging Face folder")
         huggingface.select_class(run.recipe.model)
-    writer = {"hf": _export_huggingface, "gguf": _export_gguf, "onnx": _export_onnx}[to]
+    if to == "arpa":
+        arpa.check_supported(run.recipe.model)
+    writer = {"hf": _export_huggingface, "gguf": _export_gguf, "onnx": _export_onnx, "arpa": _export_arpa}[to]
     return writer(run, chosen, path, type, reporter)
 
 
@@ -108,9 +114,13 @@ def _export_huggingface(run: Run, checkpoint: Checkpoint, path: Path, type: str,
             f"no transformers class supports {', '.join(unsupported)}; the folder includes {huggingface.MODELING_FILE} instead"
         )
     with atomic_folder(path) as temporary:
-        readme = card.model_card(run, checkpoint, network.parameter_count(), class_name, unsupported)
-        huggingface.write(temporary, network, run.tokenizer, readme)
-        difference, tokens = huggingface.check_export(temporary, network, run.tokenizer, verify.sample_text(run))
+        text = verify.sample_text(run)
+        snippet = Snippet.choose(run.tokenizer, network.model.context_length, text, bool(unsupported))
+        readme = card.model_card(run, checkpoint, network.parameter_count(), class_name, unsupported, snippet)
+        huggingface.write(temporary, network, run.tokenizer, readme, type)
+        rounded = huggingface.round_weights(network, type)
+        difference, tokens = huggingface.check_export(temporary, rounded, run.tokenizer, text, snippet)
+        perplexities = _perplexities(network, rounded, run.tokenizer, text) if type != "f32" else (None, None)
         size = sum(file.stat().st_size for file in temporary.iterdir())
     import transformers
 
@@ -118,11 +128,20 @@ def _export_huggingface(run: Run, checkpoint: Checkpoint, path: Path, type: str,
         **_common_fields(run, checkpoint, "hf", path),
         bytes=size,
         architecture=class_name,
-        own_code_because=unsupported,
+        custom_code_reasons=unsupported,
         largest_difference=difference,
         tokens_compared=tokens,
         verified_with=(f"transformers {transformers.__version__}",),
+        type=type,
+        perplexity=perplexities[0],
+        run_perplexity=perplexities[1],
     )
+
+
+def _perplexities(network: Model, rounded: Model, tokenizer: Tokenizer, text: str) -> tuple[float, float]:
+    """Return the perplexity of the rounded network and that of the original network on `text`."""
+    rows = verify.windows([tokenizer.end_of_text or 0, *tokenizer.encode(text)], network.model.context_length)
+    return verify.perplexity(rounded, rows), verify.perplexity(network, rows)
 
 
 def _export_gguf(run: Run, checkpoint: Checkpoint, path: Path, type: str, reporter: Reporter) -> ExportResult:
@@ -136,7 +155,7 @@ def _export_gguf(run: Run, checkpoint: Checkpoint, path: Path, type: str, report
         **_common_fields(run, checkpoint, "gguf", path),
         bytes=size,
         architecture=architecture,
-        own_code_because=(),
+        custom_code_reasons=(),
         largest_difference=verification.largest_difference,
         tokens_compared=verification.tokens,
         verified_with=verification.programs,
@@ -159,8 +178,28 @@ def _export_onnx(run: Run, checkpoint: Checkpoint, path: Path, type: str, report
         **_common_fields(run, checkpoint, "onnx", path),
         bytes=size,
         architecture="ONNX graph",
-        own_code_because=(),
+        custom_code_reasons=(),
         largest_difference=difference,
         tokens_compared=tokens,
         verified_with=(f"onnxruntime {onnxruntime.__version__}",),
+    )
+
+
+def _export_arpa(run: Run, checkpoint: Checkpoint, path: Path, type: str, reporter: Reporter) -> ExportResult:
+    network = run.network(checkpoint, torch.device("cpu"))
+    tables = arpa.tables_of(network)
+    with atomic_file(path) as temporary:
+        arpa.write(temporary, tables, arpa.words_of(run.tokenizer), run.tokenizer.end_of_text or 0)
+        ids = [run.tokenizer.end_of_text or 0, *run.tokenizer.encode(verify.sample_text(run))]
+        difference, programs = arpa.check_export(temporary, tables, run.tokenizer, ids)
+        verify.check_logits(difference, "the export")
+        size = temporary.stat().st_size
+    return ExportResult(
+        **_common_fields(run, checkpoint, "arpa", path),
+        bytes=size,
+        architecture=f"{tables.order}-gram model",
+        custom_code_reasons=(),
+        largest_difference=difference,
+        tokens_compared=len(ids) - 1,
+        verified_with=programs,
     )

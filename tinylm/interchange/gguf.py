@@ -39,8 +39,11 @@ _BLOCK_SIZE = 32
 """Number of values that share a scale in q8_0 and q4_0."""
 
 
-SUPPORTS = {family: hf_architectures.SUPPORTS[family] for family in ("gpt2", "llama", "qwen3")}
-"""For each architecture, the values of the keys of `model:` that llama.cpp supports. `check_supported` restricts gpt2 to gelu."""
+SUPPORTS = {
+    family: {key: values for key, values in hf_architectures.SUPPORTS[family].items() if key != "rope_scaling"}
+    for family in ("gpt2", "llama", "qwen3")
+}
+"""For each architecture, the values of the keys of `model:` that can be written. `check_supported` restricts gpt2 to gelu."""
 
 
 def check_supported(model: ModelVariant, tokenizer: Tokenizer) -> tuple[str, str]:
@@ -120,7 +123,9 @@ def write(path: Path, network: Model, tokenizer: Tokenizer, file_type: str, name
     model = hf_architectures.decoder_section(network.model)
     architecture, pretokenizer = check_supported(model, tokenizer)
     writer = gguf.GGUFWriter(path, architecture)
+    writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(gguf.LlamaFileType[{"f32": "ALL_F32"}.get(file_type, f"MOSTLY_{file_type.upper()}")])
     _add_hyperparameters(writer, model, architecture)
     _add_tokenizer(writer, gguf, tokenizer, pretokenizer)
@@ -173,6 +178,7 @@ def _add_tokenizer(writer: Any, gguf: Any, tokenizer: Tokenizer, pretokenizer: s
     if end is not None:  # llama.cpp's default would be id 11
         writer.add_bos_token_id(end)
         writer.add_eos_token_id(end)
+        writer.add_pad_token_id(end)
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
 

@@ -16,8 +16,11 @@ import torch
 from torch import Tensor
 
 from tinylm.errors import InputError
+from tinylm.interchange import config_types, hf_variants
+from tinylm.interchange.rope_config import export_rope_scaling, import_rope
 from tinylm.recipe.schema import DecoderSection, ModelVariant
 from tinylm.recipe.support import ANY, SIZES, TRAINING, Supports, unsupported_parts
+from tinylm.recipe.values import show
 
 CLASSES = {
     "gpt2": "GPT2LMHeadModel",
@@ -25,12 +28,12 @@ CLASSES = {
     "qwen3": "Qwen3ForCausalLM",
     "mistral": "MistralForCausalLM",
 }
-LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
+LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "gemma2", "gemma3_text")
 """Values of `model_type` that are imported like Llama. They differ in sliding windows, biases, and query and key norms."""
 
 _ACTIVATIONS = {"gelu": "gelu_new", "gelu_exact": "gelu", "relu": "relu", "relu2": "relu2"}
 _ACTIVATIONS_FROM_HF = {**{theirs: ours for ours, theirs in _ACTIVATIONS.items()}, "gelu_pytorch_tanh": "gelu"}
-_BUFFERS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")
+_BUFFERS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 """Name endings of non-parameter buffers in older checkpoints."""
 
 
@@ -46,7 +49,13 @@ _ALL_FAMILIES: Supports = {
     "bias": ANY,
     "tie_embeddings": ANY,
 }
-_LLAMA_LIKE: Supports = {**_ALL_FAMILIES, "norm": ("rmsnorm",), "position": ("rope",), "feed_forward": ("swiglu",)}
+_LLAMA_LIKE: Supports = {
+    **_ALL_FAMILIES,
+    "norm": ("rmsnorm",),
+    "position": ("rope",),
+    "feed_forward": ("swiglu",),
+    "rope_scaling": lambda model: model.rope_scaling is None or model.rope_scaling.type in ("linear", "llama3", "yarn"),
+}
 SUPPORTS: dict[str, Supports] = {
     "gpt2": {
         **_ALL_FAMILIES,
@@ -125,7 +134,7 @@ def make_config(model: DecoderSection, family: str, vocab_size: int) -> dict[str
         "hidden_act": "silu",
         "rms_norm_eps": model.norm_eps,
         "rope_theta": model.rope_theta or 10000.0,
-        "rope_scaling": None,
+        "rope_scaling": export_rope_scaling(model.rope_scaling),
         "attention_dropout": model.attention_dropout_p,
         **({"attention_bias": model.bias} if family != "mistral" else {"sliding_window": model.attention_window}),
         **({"mlp_bias": model.bias} if family == "llama" else {}),
@@ -246,13 +255,21 @@ def model_section_from_config(config: Mapping[str, Any], tensors: Mapping[str, A
     Raises `InputError` if the model is not supported.
     """
     kind = config.get("model_type")
-    if kind != "gpt2" and kind not in LLAMA_LIKE:
-        known = ", ".join(("gpt2", *LLAMA_LIKE))
-        raise InputError(f"unsupported model_type {kind!r} (supported: {known})", where=where)
+    if kind not in IMPORTED:
+        raise InputError(f"unsupported model_type {show(kind)} (supported: {', '.join(IMPORTED)})", where=where)
+    config_types.check_types(config, where)
     try:
-        values = _gpt2_section_values(config) if kind == "gpt2" else _llama_section_values(config, tensors)
         _check_supported(config, kind, where)
-        return DecoderSection.model_validate(values)
+        if kind == "gpt2":
+            values = _gpt2_section_values(config)
+        elif kind in LLAMA_LIKE:
+            values = {**_llama_section_values(config, tensors, where), **hf_variants.section_values(config, where)}
+        else:
+            values = hf_variants.section_values(config, where)
+        model = DecoderSection.model_validate(values)
+        for key, problem in model.problems():
+            raise InputError(f"invalid model configuration: {key} {problem}", where=where)
+        return model
     except KeyError as error:
         raise InputError(f"missing key {error}", where=where) from None
     except ValueError as error:
@@ -271,17 +288,16 @@ _REQUIRED_SETTINGS: dict[str, dict[str, Any]] = {
 """Keys of config.json that change what the model computes, each with its only supported value."""
 
 
+IMPORTED = ("gpt2", *LLAMA_LIKE, *hf_variants.CONVERTED)
+"""Values of `model_type` that can be imported."""
+
+
 def _check_supported(config: Mapping[str, Any], kind: str, where: str) -> None:
-    for key, value in _REQUIRED_SETTINGS["gpt2" if kind == "gpt2" else "llama"].items():
+    for key, value in {**hf_variants.REQUIRED_SETTINGS, **_REQUIRED_SETTINGS}.get(kind, _REQUIRED_SETTINGS["llama"]).items():
         if config.get(key, value) != value:
             raise InputError(f"{key} {config[key]!r} is not supported", where=where)
     if kind == "gpt2" and config.get("activation_function", "gelu_new") not in _ACTIVATIONS_FROM_HF:
         raise InputError(f"activation_function {config['activation_function']!r} is not supported", where=where)
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = config.get(key) or {}
-        scaled = rope.get("rope_type", rope.get("type", "default")) != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0
-        if scaled:
-            raise InputError(f"scaled rotary embeddings are not supported ({key}: {rope})", where=where)
 
 
 def _gpt2_section_values(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -298,9 +314,8 @@ def _gpt2_section_values(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _llama_section_values(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
+def _llama_section_values(config: Mapping[str, Any], tensors: Mapping[str, Any], where: str) -> dict[str, Any]:
     heads, width = config["num_attention_heads"], config["hidden_size"]
-    theta = (config.get("rope_parameters") or {}).get("rope_theta", config.get("rope_theta")) or 10000.0
     head_dim = config.get("head_dim") or width // heads
     context = config.get("max_position_embeddings", 2048)
     is_mistral = config["model_type"] == "mistral"
@@ -318,17 +333,20 @@ def _llama_section_values(config: Mapping[str, Any], tensors: Mapping[str, Any])
         "context_length": context if is_mistral else min(context, window or context),
         "attention_window": window if is_mistral and window and window < context else None,
         "norm_eps": config.get("rms_norm_eps", 1e-6),
-        "rope_theta": float(theta),
+        **import_rope(config, where),
         "bias": any(name.endswith("_proj.bias") for name in tensors),
         "qk_norm": config["model_type"] == "qwen3",
         "tie_embeddings": config.get("tie_word_embeddings", False),
     }
 
 
-def import_state_dict(tensors: Mapping[str, Tensor], model: DecoderSection, kind: str, where: str) -> dict[str, Tensor]:
+def import_state_dict(
+    tensors: Mapping[str, Tensor], model: DecoderSection, kind: str, where: str, config: Mapping[str, Any] | None = None
+) -> dict[str, Tensor]:
     """Convert a state dict of another program to tinylm's names and layouts.
 
-    `kind`: the `model_type`, or "nanogpt", which is GPT-2 without Conv1D's transposed layout.
+    `kind`: the `model_type`, or "nanogpt", which is GPT-2 without Conv1D's transposed layout. `config`: the contents of
+    config.json.
     Raises `InputError` with the names of missing and unexpected tensors.
     """
     remaining = dict(tensors)
@@ -348,8 +366,16 @@ def import_state_dict(tensors: Mapping[str, Tensor], model: DecoderSection, kind
             missing.append(name)
         return torch.zeros(zeros or 0)
 
-    state = dict(_from_llama(pop, model) if kind in LLAMA_LIKE else _from_gpt2(pop, model, transposed=kind == "gpt2"))
-    remaining.pop("lm_head.weight", None)  # some files also store a tied head
+    if kind in ("gpt2", "nanogpt"):
+        state = dict(_from_gpt2(pop, model, transposed=kind == "gpt2"))
+    elif kind in LLAMA_LIKE:
+        state = dict(_from_llama(pop, model, hf_variants.BLOCK_NAMES.get(kind)))
+        if not missing:
+            state = hf_variants.adjust(state, model, kind, (config or {}).get("query_pre_attn_scalar"))
+    else:
+        state = dict(hf_variants.convert(pop, model, kind))
+    for head in ("lm_head.weight", "embed_out.weight"):  # some files also store a tied head
+        remaining.pop(head, None)
     if missing or remaining:
         problems = [f"missing tensors: {_abbreviate(missing)}"] if missing else []
         problems += [f"unexpected tensors: {_abbreviate(sorted(remaining))}"] if remaining else []
@@ -373,14 +399,18 @@ def _from_gpt2(pop: PopTensor, model: DecoderSection, transposed: bool) -> Itera
             yield ours, tensor.T.contiguous() if is_conv1d and transposed and tensor.ndim == 2 else tensor
 
 
-def _from_llama(pop: PopTensor, model: DecoderSection) -> Iterator[tuple[str, Tensor]]:
+def _from_llama(pop: PopTensor, model: DecoderSection, norms: Mapping[str, str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a network. `norms`: for an architecture with other norms, their names, as in `_LLAMA_BLOCK_NAMES`."""
     rows = _llama_fused_rows(model)
+    block_names = _llama_block_names(model)
+    if norms is not None:
+        block_names = {ours: theirs for ours, theirs in block_names.items() if "_norm." not in ours} | dict(norms)
     for ours, theirs in _LLAMA_OUTER_NAMES.items():
         if not (ours == "head.weight" and model.tie_embeddings):
             yield ours, pop(theirs)
     for layer in range(model.n_layer):
         our_block, their_block = f"blocks.{layer}", f"model.layers.{layer}"
-        for ours, theirs in _llama_block_names(model).items():
+        for ours, theirs in block_names.items():
             yield f"{our_block}.{ours}", pop(f"{their_block}.{theirs}", model.n_embd if ours.endswith("bias") else None)
         for fused, names in _LLAMA_FUSED_NAMES.items():
             yield f"{our_block}.{fused}.weight", torch.cat([pop(f"{their_block}.{name}.weight") for name in names])

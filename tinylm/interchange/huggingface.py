@@ -6,6 +6,7 @@ the folder includes `modeling_tinylm.py`. Only `check_export` and `load_model` n
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import io
 import json
@@ -22,17 +23,21 @@ import tokenizers
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken
 from torch import Tensor
 
 from tinylm.errors import InputError, WorkError
 from tinylm.interchange import hf_architectures, verify
+from tinylm.interchange.generation_check import Snippet, check_generation
 from tinylm.model.base import Model
-from tinylm.recipe.schema import DecoderSection, ModelVariant
+from tinylm.recipe.schema import DecoderSection, ModelVariant, to_plain
 from tinylm.recipe.support import ANY, COMMON, Supports, check_supported
+from tinylm.recipe.values import show
 from tinylm.tokenizer import Tokenizer
 from tinylm.tokenizer.tokenizer import END_OF_TEXT
 
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+"""The types that weights can be stored in."""
 MODELING_FILE = "modeling_tinylm.py"
 _MODEL_TYPE = "tinylm"
 _MODEL_CLASS = "TinylmForCausalLM"
@@ -61,12 +66,32 @@ _SHARED_KEYS = (
     "logit_softcap",
 )
 """Keys of a recipe's `model` section that have the same name in `TinylmConfig`."""
-_NEWER_KEYS = ("attention_window", "attention_pattern")
-"""More keys with the same name. Folders written by older versions do not have them."""
+_NEWER_KEYS = {
+    "attention_window": "attention_window",
+    "attention_pattern": "attention_pattern",
+    "attention_softcap": "attention_softcap",
+    "embedding_scale": "embedding_scale",
+    "qk_norm_joint": "qk_norm_joint",
+    "rope_theta_local": "rotary_base_local",
+    "rope_fraction": "rotary_fraction",
+    "rope_pattern": "rotary_pattern",
+    "rope_scaling": "rotary_scaling",
+}
+"""More keys, and their names in `TinylmConfig`. Folders written by older versions do not have them. transformers interprets names
+that begin with `rope_` itself."""
 SUPPORTS: Supports = {
     **COMMON,
     "attention_window": ANY,
     "attention_pattern": lambda model: {*model.attention_pattern} <= {"local", "global"},
+    "attention_softcap": ANY,
+    "norm_position": ("pre", "post", "output", "both"),
+    "feed_forward": ("gelu", "gelu_exact", "relu", "relu2", "swiglu", "geglu"),
+    "embedding_scale": ANY,
+    "qk_norm_joint": ANY,
+    "rope_theta_local": ANY,
+    "rope_fraction": ANY,
+    "rope_pattern": lambda model: {*model.rope_pattern} <= {"rope", "none"},
+    "rope_scaling": lambda model: model.rope_scaling is None or model.rope_scaling.type in ("linear", "llama3", "yarn"),
 }
 """The values of the keys of `model:` that `modeling_tinylm.py` supports."""
 
@@ -85,8 +110,8 @@ def select_class(model: ModelVariant) -> tuple[str, tuple[str, ...]]:
     return (hf_architectures.CLASSES[family] if family else _MODEL_CLASS), unsupported
 
 
-def write(folder: Path, network: Model, tokenizer: Tokenizer, card: str) -> None:
-    """Write all files of an export into an empty folder. `card`: the text of README.md.
+def write(folder: Path, network: Model, tokenizer: Tokenizer, card: str, type: str = "f32") -> None:
+    """Write all files of an export into an empty folder. `card`: the text of README.md. `type`: one of `DTYPES`.
 
     Raises `InputError` as `select_class` does.
     """
@@ -101,6 +126,8 @@ def write(folder: Path, network: Model, tokenizer: Tokenizer, card: str) -> None
         config = _tinylm_config(model, network.vocab_size)
         tensors = {name: tensor.contiguous() for name, tensor in network.stored_weights().items()}
         shutil.copyfile(Path(__file__).with_name(MODELING_FILE), folder / MODELING_FILE)
+    tensors = {name: tensor.to(DTYPES[type]) for name, tensor in tensors.items()}
+    config["torch_dtype"] = str(DTYPES[type]).removeprefix("torch.")
     end = tokenizer.end_of_text
     _write_json(folder / "config.json", {**config, "bos_token_id": end, "eos_token_id": end})
     _write_json(folder / "generation_config.json", {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end})
@@ -115,17 +142,19 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def _tinylm_config(model: DecoderSection, vocab_size: int) -> dict[str, Any]:
-    shared = {key: getattr(model, key) for key in (*_SHARED_KEYS, *_NEWER_KEYS)}
+    values = to_plain(model.model_dump())
+    shared = {key: values[key] for key in _SHARED_KEYS} | {name: values[key] for key, name in _NEWER_KEYS.items()}
     return {
         "architectures": [_MODEL_CLASS],
         "auto_map": {
             "AutoConfig": f"{Path(MODELING_FILE).stem}.TinylmConfig",
+            "AutoModel": f"{Path(MODELING_FILE).stem}.TinylmModel",
             "AutoModelForCausalLM": f"{Path(MODELING_FILE).stem}.{_MODEL_CLASS}",
         },
         "model_type": _MODEL_TYPE,
         "vocab_size": vocab_size,
         **shared,
-        "ngram_embeddings": list(model.ngram_embeddings),
+        "ngram_pad_id": vocab_size,
         "n_kv_head": model.kv_heads,
         "head_dim": model.head_width,
         "n_inner": model.feed_forward_width,
@@ -145,12 +174,13 @@ def _tokenizer_json(tokenizer: Tokenizer) -> str:
 
 def _tokenizer_config(tokenizer: Tokenizer, context_length: int) -> dict[str, Any]:
     special = {"bos_token": tokenizer.end_of_text, "eos_token": tokenizer.end_of_text, "pad_token": tokenizer.end_of_text}
-    if tokenizer.unknown is not None:
-        special["unk_token"] = tokenizer.unknown
+    # As in GPT-2's tokenizer. CTranslate2 requires an unknown token, and no text is encoded to it.
+    special["unk_token"] = tokenizer.end_of_text if tokenizer.unknown is None else tokenizer.unknown
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{name: tokenizer.backend.id_to_token(id) for name, id in special.items() if id is not None},
         "model_max_length": context_length,
+        "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 otherwise adds token_type_ids, which GPT-2 embeds
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,  # "<|endoftext|>" in a text is plain text and does not end the document
         "padding_side": "left",
@@ -160,10 +190,21 @@ def _tokenizer_config(tokenizer: Tokenizer, context_length: int) -> dict[str, An
 # Verification.
 
 
-def check_export(folder: Path, network: Model, tokenizer: Tokenizer, text: str) -> tuple[float, int]:
+def round_weights(network: Model, type: str) -> Model:
+    """Return a copy of the network with float32 weights that have been rounded to `type`. Raises `InputError` on overflow."""
+    rounded = copy.deepcopy(network)
+    with torch.no_grad():
+        for name, parameter in rounded.named_parameters():
+            parameter.copy_(parameter.to(DTYPES[type]).float())
+            if not parameter.isfinite().all():
+                raise InputError(f"{name} does not fit in the range of {type}", where="--type", hint="use f32 or bf16")
+    return rounded
+
+
+def check_export(folder: Path, network: Model, tokenizer: Tokenizer, text: str, snippet: Snippet) -> tuple[float, int]:
     """Load the folder with transformers and return (largest difference of logits on `text`, number of compared tokens).
 
-    Raises `WorkError` if the logits or the token ids differ, `InputError` if transformers is not installed.
+    Raises `WorkError` if the logits, the token ids or the generated text differ, `InputError` if transformers is not installed.
     """
     transformers = verify.require("transformers", "hf", "checking a Hugging Face folder")
     own_class = (folder / MODELING_FILE).exists()
@@ -178,6 +219,8 @@ def check_export(folder: Path, network: Model, tokenizer: Tokenizer, text: str) 
     rows = verify.windows([tokenizer.end_of_text or 0, *tokenizer.encode(text)], network.model.context_length)
     difference = verify.largest_difference(network, lambda ids: other(ids).logits, rows)
     verify.check_logits(difference, "the exported folder")
+    with quiet(transformers):
+        check_generation(other, other_tokenizer, network, tokenizer, snippet, text)
     return difference, rows.numel()
 
 
@@ -247,18 +290,20 @@ def read(
         state = tensors
     else:
         model = hf_architectures.model_section_from_config(config, tensors, str(folder / "config.json"))
-        state = hf_architectures.import_state_dict(tensors, model, str(config["model_type"]), where)
-    tokenizer = read_tokenizer(folder if tokenizer_file is None else tokenizer_file)
+        state = hf_architectures.import_state_dict(tensors, model, str(config["model_type"]), where, config)
+    tokenizer = Tokenizer.load(folder if tokenizer_file is None else tokenizer_file)
     return model, state, tokenizer if tokenizer_file else _rename_end_of_text(tokenizer, config)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
+    if path.exists() and not path.is_file():  # reading a named pipe would wait forever
+        raise InputError("is not a file", where=str(path))
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"config.json: {error.strerror}", where=str(folder), hint="not a Hugging Face folder") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"not valid JSON: {error}", where=str(path)) from None
     if not isinstance(config, dict):
         raise InputError("expected a JSON object", where=str(path))
@@ -268,13 +313,18 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _tinylm_model_section(config: Mapping[str, Any], where: str) -> DecoderSection:
     try:
         values = {key: config[key] for key in (*_SHARED_KEYS, "n_kv_head", "head_dim", "n_inner")}
-        values |= {key: config[key] for key in _NEWER_KEYS if key in config}
+        values |= {key: config[name] for key, name in _NEWER_KEYS.items() if name in config}
         values["tie_embeddings"] = config["tie_word_embeddings"]
         if values["position"] == "rope":
             values["rope_theta"] = float(config["rotary_base"])
-        return DecoderSection.model_validate(values)
-    except (KeyError, ValueError) as error:
-        raise InputError(f"config.json was not written by tinylm: {error}", where=where) from None
+        if values["ngram_embeddings"] and config.get("ngram_pad_id", config["vocab_size"]) != config["vocab_size"]:
+            raise InputError("a model with n-gram embeddings cannot be imported after its embeddings were resized", where=where)
+        model = DecoderSection.model_validate(values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"config.json was not written by tinylm: {' '.join(str(error).split())}", where=where) from None
+    for key, problem in model.problems():
+        raise InputError(f"invalid model configuration: {key} {problem}", where=where)
+    return model
 
 
 def _read_tensors(folder: Path, trust_pickle: bool) -> Iterator[tuple[str, Tensor]]:
@@ -282,7 +332,7 @@ def _read_tensors(folder: Path, trust_pickle: bool) -> Iterator[tuple[str, Tenso
     if index.exists():
         try:
             files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise InputError(f"invalid index of weight shards: {error!r}", where=str(index)) from None
     elif (folder / "model.safetensors").exists():
         files = ["model.safetensors"]
@@ -292,8 +342,8 @@ def _read_tensors(folder: Path, trust_pickle: bool) -> Iterator[tuple[str, Tenso
     else:
         raise InputError("found neither model.safetensors nor model.safetensors.index.json", where=str(folder))
     for file in files:
-        if Path(file).name != file:
-            raise InputError(f"refers to a file outside the folder: {file}", where=str(index))
+        if not isinstance(file, str) or Path(file).name != file:
+            raise InputError(f"refers to a file outside the folder: {show(file)}", where=str(index))
         yield from read_safetensors(folder / file)
 
 
@@ -331,35 +381,13 @@ def load_pickle(path: Path, trusted: bool) -> dict[str, Any]:
     return value
 
 
-def read_tokenizer(path: Path) -> Tokenizer:
-    """Load a tokenizer.json, or the tokenizer of a folder: its tokenizer.json, or else GPT-2's vocab.json and merges.txt."""
-    if not path.is_dir():
-        return Tokenizer.load(path)
-    if (path / "tokenizer.json").exists():
-        return Tokenizer.load(path / "tokenizer.json")
-    vocabulary, merges = path / "vocab.json", path / "merges.txt"
-    if not (vocabulary.exists() and merges.exists()):
-        raise InputError(
-            "found neither tokenizer.json nor vocab.json and merges.txt",
-            where=str(path),
-            hint="pass a tokenizer.json with --tokenizer",
-        )
-    try:
-        backend = tokenizers.Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
-    except Exception as error:  # tokenizers raises plain Exception
-        raise InputError(f"not a GPT-2 vocabulary: {error}", where=str(vocabulary)) from None
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    if backend.token_to_id(END_OF_TEXT) is not None:
-        backend.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
-    return Tokenizer(backend)
-
-
 def _rename_end_of_text(tokenizer: Tokenizer, config: Mapping[str, Any]) -> Tokenizer:
     """Rename the token with config.json's `eos_token_id` to `<|endoftext|>`, unless the tokenizer already has such a token."""
     end = config.get("eos_token_id")
     end = end[0] if isinstance(end, list) and end else end
-    if tokenizer.end_of_text is not None or not isinstance(end, int) or tokenizer.backend.id_to_token(end) is None:
+    if tokenizer.end_of_text is not None or type(end) is not int or not 0 <= end < tokenizer.vocab_size:
+        return tokenizer
+    if tokenizer.backend.id_to_token(end) is None:
         return tokenizer
     values = json.loads(tokenizer.backend.to_str())
     old_name = tokenizer.backend.id_to_token(end)

@@ -6,7 +6,6 @@ If transformers can load the source, the imported model must compute the same lo
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,13 +18,16 @@ from torch import Tensor
 import tinylm
 from tinylm.errors import InputError
 from tinylm.evaluation.metrics import LANGUAGE_MODEL
-from tinylm.interchange import huggingface, nanogpt, verify
+from tinylm.file_kinds import identify
+from tinylm.interchange import arpa, hub, huggingface, nanogpt, verify
 from tinylm.model import registry
 from tinylm.model.base import Model
 from tinylm.paths import atomic_folder, atomic_write_text
+from tinylm.recipe.fixed_context import NgramSection
 from tinylm.recipe.schema import DataSection, DecoderSection, FileTokenizer, Recipe, TrainingSection
+from tinylm.recipe.values import run_name
 from tinylm.reporting import SILENT, Reporter
-from tinylm.run import check_run_folder
+from tinylm.run import check_run_folder, shape_mismatch
 from tinylm.tokenizer import Tokenizer
 from tinylm.training.checkpoint import CheckpointWriter, Snapshot
 from tinylm.training.progress import Progress
@@ -64,21 +66,27 @@ def import_model(
 ) -> ImportResult:
     """Import a model and create the run folder `folder` for it.
 
+    `source`: a Hugging Face folder, nanoGPT's ckpt.pt, an ARPA file (.arpa), or `hf:OWNER/NAME` to download a model from the
+    Hugging Face Hub.
     `tokenizer`: a tokenizer.json to use instead of the source's own. `context`: shorten the context length to this value.
     `trust_pickle`: allow reading pickle files (tensors and plain values only).
     Raises `InputError` if the source is missing, damaged or unsupported, `WorkError` if the logits differ from transformers'.
     """
-    source, folder = Path(source), Path(folder)
+    name, folder = str(source), Path(folder)
     check_destination(folder, overwrite)
+    if name.endswith(".arpa"):
+        return _import_arpa(Path(source), folder, tokenizer, context)
+    is_remote = name.startswith(hub.PREFIX)
+    source = hub.download(name, trust_pickle=trust_pickle) if is_remote else Path(source)
     model, state, source_tokenizer = _read(source, None if tokenizer is None else Path(tokenizer), trust_pickle)
     model, state = _shorten_context(model, state, context)
     network, run_tokenizer = _build_network(model, state, source_tokenizer, str(source), reporter)
     difference, tokens, reference = _compare_with_transformers(source, network, run_tokenizer, reporter)
     with atomic_folder(folder) as temporary:
-        _write(temporary, folder, source, network, run_tokenizer)
+        _write(temporary, folder, name if is_remote else str(source.absolute()), network, run_tokenizer)
     return ImportResult(
         run=str(folder),
-        source=str(source),
+        source=name,
         preset=model.preset,
         parameters=network.parameter_count(),
         context_length=model.context_length,
@@ -86,6 +94,33 @@ def import_model(
         largest_difference=difference,
         tokens_compared=tokens,
         verified_with=reference,
+    )
+
+
+def _import_arpa(source: Path, folder: Path, tokenizer: str | Path | None, context: int | None) -> ImportResult:
+    """Import an n-gram model. Without a tokenizer, the words of the file are the tokens, separated by whitespace."""
+    if context is not None:
+        raise InputError("has no effect on n-gram models", where="--context")
+    if tokenizer is None:
+        tables, words = arpa.read(source)
+        run_tokenizer = arpa.word_tokenizer(words)
+    else:
+        run_tokenizer = Tokenizer.load(Path(tokenizer))
+        tables, _ = arpa.read(source, {word: id for id, word in enumerate(arpa.words_of(run_tokenizer))})
+    network = registry.build(NgramSection(order=tables.order), tables.vocab_size, None)
+    arpa.load_tables(network, tables)
+    with atomic_folder(folder) as temporary:
+        _write(temporary, folder, str(source.absolute()), network, run_tokenizer)
+    return ImportResult(
+        run=str(folder),
+        source=str(source),
+        preset=f"{tables.order}-gram",
+        parameters=network.parameter_count(),
+        context_length=network.model.context_length,
+        vocab_size=network.vocab_size,
+        largest_difference=None,
+        tokens_compared=0,
+        verified_with=None,
     )
 
 
@@ -99,6 +134,9 @@ def check_destination(folder: Path, overwrite: bool) -> None:
 def _read(source: Path, tokenizer: Path | None, trust_pickle: bool) -> tuple[DecoderSection, dict[str, Tensor], Tokenizer]:
     if not source.exists():
         raise InputError("no such file or folder", where=str(source), hint="expected a Hugging Face folder or nanoGPT's ckpt.pt")
+    kind = identify(source)
+    if kind is not None and source.suffix not in (".pt", ".pth"):  # files of nanoGPT may be pickles
+        raise InputError(f"this is {kind.name}", where=str(source), hint=kind.hint)
     if source.is_dir():
         return huggingface.read(source, tokenizer, trust_pickle=trust_pickle)
     if source.suffix == ".safetensors":
@@ -114,7 +152,7 @@ def _read(source: Path, tokenizer: Path | None, trust_pickle: bool) -> tuple[Dec
             where=str(source),
             hint="pass a tokenizer.json with --tokenizer, such as one made by `tinylm tokenize train TEXT --kind char`",
         )
-    return model, state, huggingface.read_tokenizer(tokenizer)
+    return model, state, Tokenizer.load(tokenizer)
 
 
 def _shorten_context(
@@ -154,6 +192,9 @@ def _build_network(
             f"{rows - tokenizer.vocab_size:,} of {rows:,} embedding rows have no token; kept them and added placeholder tokens"
         )
     tokenizer = huggingface.pad_vocabulary(tokenizer, rows, where)
+    mismatch = shape_mismatch(model, rows, {name: tuple(tensor.shape) for name, tensor in state.items()})
+    if mismatch is not None:
+        raise InputError(f"the tensors do not match config.json: {mismatch}", where=where)
     network = registry.build(model, rows, None)
     try:
         network.load_stored_weights({name: tensor.float() for name, tensor in state.items()})
@@ -204,19 +245,18 @@ def _load_reference(source: Path) -> tuple[Callable[[Tensor], Tensor], str] | st
     return (lambda ids: other(ids).logits), f"transformers {transformers.__version__}"
 
 
-def _write(temporary: Path, folder: Path, source: Path, network: Model, tokenizer: Tokenizer) -> None:
-    assert isinstance(network.model, DecoderSection)
+def _write(temporary: Path, folder: Path, source: str, network: Model, tokenizer: Tokenizer) -> None:
     recipe = Recipe(
-        name=re.sub(r"[^\w.-]+", "-", folder.name) or "imported",
-        data=DataSection(train=(f"imported:{source.absolute()}",)),
+        name=run_name(folder.name, "imported"),
+        data=DataSection(train=(f"imported:{source}",)),
         tokenizer=FileTokenizer(kind="file", path=str(folder / "tokenizer.json")),
         model=network.model,
-        training=TrainingSection(steps=1),
+        training=TrainingSection(epochs=1) if network.model.learns_by_counting else TrainingSection(steps=1),
     )
     header = "# Imported weights: `data` and `training` are placeholders. To fine-tune, set model.init_from in another recipe.\n"
     atomic_write_text(temporary / "recipe.yaml", header + recipe.to_yaml())
     tokenizer.save(temporary / "tokenizer.json")
-    environment = {"tinylm": tinylm.__version__, "torch": torch.__version__, "imported": str(source.absolute())}
+    environment = {"tinylm": tinylm.__version__, "torch": torch.__version__, "imported": source}
     atomic_write_text(
         temporary / "environment.json",
         json.dumps({**environment, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}, indent=1) + "\n",

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from tinylm.interchange import verify
 from tinylm.model.base import Model
 from tinylm.recipe.schema import ModelVariant
-from tinylm.recipe.support import COMMON, Supports, check_supported
+from tinylm.recipe.support import ANY, COMMON, Supports, check_supported
 from tinylm.tokenizer import Tokenizer
 
-SUPPORTS: Supports = COMMON
+SUPPORTS: Supports = {**COMMON, "rope_scaling": ANY, "rope_fraction": ANY}
 """The values of the keys of `model:` whose graphs torch exports for any batch size and length."""
 _EXTRA_SHAPES = ((1, 1), (3, 5))
 """Shapes `(batch, time)` that `check_export` tries in addition to real text, because the file must accept any shape."""

@@ -1,4 +1,4 @@
-"""The model: a transformer configured by a recipe's `model:` section, its objective, and its decoder.
+"""The models: the interface of all networks, the transformer that a recipe's `model:` section configures, and decoders.
 
 Code in this package does not read files or depend on the number of processes.
 """

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tinylm.errors import InputError
 from tinylm.model.hooks import HookedModule
-from tinylm.recipe.schema import ModelVariant
+from tinylm.recipe.schema import ModelVariant, ObjectiveVariant
 
 
 class Model(HookedModule):
@@ -33,6 +33,16 @@ class Model(HookedModule):
         self.vocab_size = vocab_size
         self.recompute = False
         self.compile_loss = False
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a position depends only on itself and on earlier positions."""
+        return not self.model.bidirectional
+
+    @property
+    def objective(self) -> ObjectiveVariant | None:
+        """The objective whose output layer replaces the head of the language model; None: the model predicts tokens."""
+        return None
 
     @property
     def device(self) -> torch.device:
@@ -55,6 +65,13 @@ class Model(HookedModule):
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., V)."""
         raise NotImplementedError
+
+    def unembed(self, residual: Tensor) -> Tensor:
+        """The logits (..., V) that the model would give if a residual stream (..., C) were the output of its last block.
+
+        Raises `InputError` if the model has no residual stream.
+        """
+        raise InputError(f"a model of architecture {self.architecture} has no residual stream")
 
     def forward(self, tokens: Tensor, *, targets: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
         """Ids (B, T) -> logits (B, T, V), or with `targets` (B, T) the summed loss in nats, a scalar.
@@ -102,6 +119,13 @@ class Model(HookedModule):
         tied = {name: weights[stored] for name, stored in self.tied_weights().items() if stored in weights}
         self.load_state_dict({**weights, **tied})
 
+    def stored_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes that the weights in a file must have, given the shapes that they have.
+
+        They differ from those of this network only if the size of a model depends on its training text.
+        """
+        return {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+
     @classmethod
     def check_size(cls, model: ModelVariant, names: Iterable[str]) -> str | None:
         """Return why weights with these names cannot belong to `model`, or None.
@@ -117,6 +141,11 @@ class Model(HookedModule):
     def head_weights(self) -> frozenset[str]:
         """Return the names of the weights of the output head, which `init_from: {head: off}` does not load."""
         return frozenset()
+
+    def remove_head(self) -> None:
+        """Remove the output head. The network then computes only hidden states."""
+        for name in {weight.split(".")[0] for weight in self.head_weights()}:
+            delattr(self, name)
 
     def fit_pretrained(self, name: str, weight: Tensor) -> Tensor:
         """Return the part of a compatible pretrained model's weight that this model uses."""

@@ -24,7 +24,7 @@ from tinylm.model.cache import KVCache
 from tinylm.model.layers import Block
 from tinylm.model.packed import Int8Linear, TransposedLinear
 from tinylm.model.transformer import Transformer
-from tinylm.recipe.support import COMMON, Supports, unsupported_parts
+from tinylm.recipe.support import ANY, COMMON, Supports, unsupported_parts
 
 MIN_PRODUCTS_PER_THREAD = 4_000_000
 """Minimum number of multiplications per thread. Smaller steps use fewer threads. This is a constant rather than a measured value to
@@ -39,6 +39,8 @@ SUPPORTS: Supports = {
     "value_residual": (False,),
     "embedding_shortcut": (False,),
     "feed_forward": ("gelu", "relu", "relu2", "swiglu"),
+    "rope_scaling": ANY,
+    "rope_fraction": ANY,
 }
 """The values of `model:` keys that the compiled code supports. PyTorch decodes all other networks."""
 _ALIGNMENT = 64
@@ -156,6 +158,16 @@ class CompiledStep:
         if positions.max() >= capacity:
             raise IndexError(f"a row of the cache is full ({capacity} positions)")
 
+    def update_position_tables(self) -> None:
+        """Fill in the addresses of the network's position tables. Call this again after `Transformer.reserve_positions`."""
+        network, step = self._network, self._step
+        if network.positions is not None:
+            step["position_table"] = network.positions.weight.data_ptr()
+        elif network.model.position == "sinusoidal":
+            step["position_table"] = network.get_buffer("sinusoids").data_ptr()
+        elif network.model.position == "rope":
+            step["cosines"], step["sines"] = (network.get_buffer(f"rope_{name}").data_ptr() for name in ("cosines", "sines"))
+
     def _fill_records(self) -> None:
         """Fill in everything that does not change from step to step: settings, addresses of tables, and weights."""
         network, model, step = self._network, self._network.model, self._step
@@ -167,12 +179,7 @@ class CompiledStep:
         step["qk_norm_eps"] = model.norm_eps if model.qk_norm else -1.0
         step["softcap"] = model.logit_softcap or 0.0
         step["embedding"] = network.embedding.weight.data_ptr()
-        if network.positions is not None:
-            step["position_table"] = network.positions.weight.data_ptr()
-        elif model.position == "sinusoidal":
-            step["position_table"] = network.get_buffer("sinusoids").data_ptr()
-        elif model.position == "rope":
-            step["cosines"], step["sines"] = (network.get_buffer(f"rope_{name}").data_ptr() for name in ("cosines", "sines"))
+        self.update_position_tables()
         step["embedding_norm"] = network.embedding_norm is not None
         self._fill_norm(step, "embedding", network.embedding_norm)
         self._fill_norm(step, "final", network.final_norm)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinylm.errors import InputError
+from tinylm.model import compiled_recurrent
 from tinylm.model.base import Model
 from tinylm.model.cache import KVCache, LayerCache
 from tinylm.model.compiled import CompiledStep, is_worthwhile, load_kernels
@@ -25,6 +26,7 @@ from tinylm.model.full_pass import FullPassDecoder
 from tinylm.model.hooks import has_functions
 from tinylm.model.layers import Attention, Block, RMSNorm
 from tinylm.model.packed import TransposedLinear, WeightKind, pack
+from tinylm.model.recurrent import Recurrent
 from tinylm.model.state import DecodingModel
 from tinylm.model.transformer import Transformer
 from tinylm.recipe.support import ANY, COMMON, Supports, unsupported_parts
@@ -34,6 +36,14 @@ SUPPORTS: Supports = {
     **COMMON,
     "attention_window": ANY,
     "attention_pattern": lambda model: {*model.attention_pattern} <= {"local", "global"},
+    "norm_position": ("pre", "post", "output", "both"),
+    "feed_forward": ("gelu", "gelu_exact", "relu", "relu2", "swiglu", "geglu"),
+    "qk_norm_joint": ANY,
+    "rope_scaling": ANY,
+    "rope_fraction": ANY,
+    "rope_theta_local": ANY,
+    "rope_pattern": lambda model: {*model.rope_pattern} <= {"rope", "none"},
+    "embedding_scale": ANY,
 }
 """The values of `model:` keys that decoding with a KV cache supports. A `FullPassDecoder` decodes all other networks."""
 TensorFunction = Callable[[Tensor], Tensor]
@@ -50,6 +60,12 @@ def make_decoder(
     generate text, or if it does not support `weights` or `compiled`. Both options require a transformer without functions attached
     to its hook points. On a CPU, the compiled code must also support the network.
     """
+    if isinstance(network, Recurrent) and weights == "fp32":
+        if compiled is None:
+            compiled = compiled_recurrent.is_worthwhile(network, steps) and not has_functions(network)
+        return compiled_recurrent.CompiledRecurrent(network) if compiled else network
+    if isinstance(network, Model):
+        check_generates_text(network)
     if not isinstance(network, Transformer):
         if weights != "fp32":
             raise InputError(f"{weights} is not supported by this architecture", where="--weights", hint="use fp32")
@@ -65,12 +81,22 @@ def make_decoder(
     return _transformer_decoder(network, weights, compiled)
 
 
+def check_generates_text(network: Model) -> None:
+    """Raise `InputError` if a network cannot generate text from left to right."""
+    if network.objective is not None:
+        raise InputError(f"a model trained with objective {network.objective.name} cannot generate text", hint="use `tinylm classify`")
+    if not network.is_causal:
+        raise InputError(f"a model of architecture {network.architecture} cannot generate text", hint="use `tinylm fill`")
+
+
 def as_decoder(model: nn.Module | DecodingModel[Any]) -> DecodingModel[Any]:
     """Return a `DecodingModel` for a model: the model itself if it is one, else a `Decoder` or a `FullPassDecoder`.
 
     A transformer gets a `Decoder`, unless it has a part that `SUPPORTS` does not list or functions attached to its hook points.
     Raises `InputError` for a model that cannot generate text.
     """
+    if isinstance(model, Model):
+        check_generates_text(model)
     if isinstance(model, DecodingModel):
         return model
     if isinstance(model, Transformer):
@@ -119,6 +145,7 @@ class Decoder:
         if has_functions(network):
             raise ValueError("decoding with a KV cache does not call functions at hook points; use make_decoder")
         self._static_shapes = compiled and backend == "torch"
+        self.model, self.vocab_size = network.model, network.vocab_size
         if compiled and backend == "numba":
             self.network = pack(network, None if weights == "fp32" else weights)  # only prefills long prompts
             self._numba_step = CompiledStep(self.network)
@@ -127,12 +154,11 @@ class Decoder:
                 raise ValueError(f"decoding with a KV cache does not support {', '.join(parts)}; use make_decoder")
             self.network = pack(network, weights)
             self._prepare_layers()
-        self.model, self.vocab_size = self.network.model, self.network.vocab_size
         self.uses_numba = self._numba_step is not None
 
     def _prepare_layers(self) -> None:
         """Look up everything that a step in PyTorch needs."""
-        network, model = self.network, self.network.model
+        network = self.network
         self._layers = [_DecoderLayer(cast(Block, block)) for block in network.blocks]
         self._embedding_norm = _norm_function(network.embedding_norm)
         self._final_norm = _norm_function(network.final_norm)
@@ -141,12 +167,20 @@ class Decoder:
         if self._static_shapes:
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"
             self._decode_one_token = torch.compile(self.decode_one_token, dynamic=False, fullgraph=True, mode=mode)
-        if model.position == "rope":
-            cosines, sines = network.get_buffer("rope_cosines"), network.get_buffer("rope_sines")
-            tables = torch.stack((torch.cat((cosines, cosines), -1), torch.cat((-sines, sines), -1)), 1)
-            self._rotations = tables[:, :, None]  # (context, 2, 1, D)
+        self._prepare_rotations()
         if network.ngrams is not None:
             self._ngram_offsets = torch.arange(max(network.ngrams.orders), device=self.device).flip(0)
+
+    def _prepare_rotations(self) -> None:
+        if self.model.position == "rope":
+            self._rotations = self._rotation_table("rope")
+            self._local_rotations = None if self.model.rope_theta_local is None else self._rotation_table("local_rope")
+
+    def _rotation_table(self, name: str) -> Tensor:
+        """Return the cosines and sines of a table, repeated for both halves of a head, (positions, 2, 1, D)."""
+        cosines, sines = self.network.get_buffer(f"{name}_cosines"), self.network.get_buffer(f"{name}_sines")
+        tables = torch.stack((torch.cat((cosines, cosines), -1), torch.cat((-sines, sines), -1)), 1)
+        return tables[:, :, None]
 
     @property
     def device(self) -> torch.device:
@@ -164,6 +198,11 @@ class Decoder:
     def new_state(self, rows: int, max_tokens: int | None = None) -> KVCache:
         """Create a cache for `rows` sequences of up to `max_tokens` tokens (default and maximum: the model's context length)."""
         capacity = min(max_tokens or self.capacity, self.capacity)
+        if self.network.reserve_positions(capacity):
+            if self._numba_step is not None:
+                self._numba_step.update_position_tables()
+            else:
+                self._prepare_rotations()
         return KVCache(self.model, rows, capacity, device=self.device, dtype=self.network.embedding.weight.dtype)
 
     @torch.inference_mode()
@@ -179,7 +218,7 @@ class Decoder:
     def step(self, state: KVCache, tokens: Tensor) -> Tensor:
         """Append one id (B,) to every active row and return the logits (B, V) after it. No row may be at capacity.
 
-        Call it in inference mode. Entering inference mode in each step would take 1 % of a small model's step.
+        Call it in inference mode. Entering inference mode in each step would take 1% of a small model's step.
         """
         lengths = state.lengths
         if self._numba_step is not None:
@@ -224,7 +263,11 @@ class Decoder:
             window_mask = _additive_mask(masked, layers[0].keys.dtype)
         x = self._embed(tokens, positions, cached_tokens, slots)  # (B, C)
         rotation = self._rotations.index_select(0, positions).unbind(1) if self.model.position == "rope" else None
-        context, first_values = _StepContext(tokens, x, rotation, slots, kv_length, mask, window_mask), None
+        local_rotation = rotation
+        if self.model.rope_theta_local is not None and self._local_rotations is not None:
+            local_rotation = self._local_rotations.index_select(0, positions).unbind(1)
+        context = _StepContext(tokens, x, rotation, local_rotation, slots, kv_length, mask, window_mask)
+        first_values = None
         for layer, layer_cache in zip(self._layers, layers, strict=True):
             x, values = layer(x, context, layer_cache, first_values)
             if first_values is None and self.model.value_residual:
@@ -237,6 +280,8 @@ class Decoder:
         """Ids (B,) -> (B, C), the input of the first block. With n-gram embeddings, also writes the ids to the cache."""
         network = self.network
         x = F.embedding(tokens, network.embedding.weight)
+        if self.model.embedding_scale != 1:
+            x = x * self.model.embedding_scale
         if network.ngrams is not None:
             cached_tokens.view(-1).index_copy_(0, slots, tokens)
             back = positions[:, None] - self._ngram_offsets  # (B, longest n-gram)
@@ -255,6 +300,7 @@ class _StepContext(NamedTuple):
     tokens: Tensor  # (B,)
     embedded: Tensor  # (B, C), the input of the first layer
     rotation: tuple[Tensor, ...] | None  # cosines and sines, (B, 1, D)
+    local_rotation: tuple[Tensor, ...] | None  # instead of `rotation` in local blocks
     slots: Tensor  # (B,), where to write keys and values in the flattened cache
     kv_length: int
     mask: Tensor | None  # (B, 1, 1, S), added to the scores
@@ -267,8 +313,14 @@ class _DecoderLayer:
     def __init__(self, block: Block) -> None:
         attention: Attention = block.attention
         self._post, self._parallel = block.post, block.parallel
+        self._norms_outputs = block.norm_position in ("output", "both")
         self._attention_norm = _norm_function(block.attention_norm)
         self._feed_forward_norm = None if block.feed_forward_norm is None else _norm_function(block.feed_forward_norm)
+        output_norms = (block.attention_output_norm, block.feed_forward_output_norm)
+        if block.norm_position == "output":
+            output_norms = (block.attention_norm, block.feed_forward_norm)
+            self._attention_norm = self._feed_forward_norm = _norm_function(None)
+        self._attention_output_norm, self._feed_forward_output_norm = (_norm_function(norm) for norm in output_norms)
         self._qkv = _linear_function(attention.qkv)
         self._attention_output = _linear_add_function(attention.output)
         self._feed_forward_input = _linear_function(block.feed_forward.input)
@@ -279,12 +331,15 @@ class _DecoderLayer:
         self._value_share = attention.value_share
         self._heads, self._kv_heads, self._head_width = attention.heads, attention.kv_heads, attention.head_width
         self._windowed = attention.window is not None
+        self._uses_rope, self._is_local = block.uses_rope, block.is_local
+        self._norms_all_heads = attention.norms_all_heads
         self._qk_heads = attention.heads + attention.kv_heads
         self._qk_norm_eps = attention.qk_norm_eps
         self._qk_gains = None
         if attention.query_gain is not None and attention.key_gain is not None:
-            gains = (attention.query_gain.expand(self._heads, -1), attention.key_gain.expand(self._kv_heads, -1))
-            self._qk_gains = torch.cat(gains).detach()  # (H + K, D)
+            heads = ((attention.query_gain, self._heads), (attention.key_gain, self._kv_heads))
+            gains = (gain.view(-1, self._head_width).expand(count, -1) for gain, count in heads)
+            self._qk_gains = torch.cat(tuple(gains)).detach()  # (H + K, D)
 
     def __call__(self, x: Tensor, context: _StepContext, cache: LayerCache, first_values: Tensor | None) -> tuple[Tensor, Tensor]:
         """(B, C) -> (B, C) and the values (B, K, D). Writes keys and values to the cache."""
@@ -292,7 +347,8 @@ class _DecoderLayer:
             x = self._residual_mix[0] * x + self._residual_mix[1] * context.embedded
         B = x.shape[0]
         qkv = self._qkv(x if self._post else self._attention_norm(x)).view(B, -1, self._head_width)  # (B, H + 2 K, D)
-        q, k, v = self._norm_and_rotate(qkv, context.rotation)  # (B, H, D), (B, K, D), (B, K, D)
+        rotation = context.local_rotation if self._is_local else context.rotation
+        q, k, v = self._norm_and_rotate(qkv, rotation if self._uses_rope else None)  # (B, H, D), (B, K, D), (B, K, D)
         if self._value_embedding is not None:
             v = v + self._value_embedding(context.tokens).view(B, self._kv_heads, self._head_width)
         if self._value_share is not None and first_values is not None:
@@ -310,6 +366,10 @@ class _DecoderLayer:
         if self._post:
             x = self._attention_norm(self._attention_output(attended, x))
             return self._feed_forward_norm(self._feed_forward(x, x)), v
+        if self._norms_outputs:
+            x = x + self._attention_output_norm(self._attention_output(attended, torch.zeros_like(x)))
+            hidden = self._feed_forward(self._feed_forward_norm(x), torch.zeros_like(x))
+            return x + self._feed_forward_output_norm(hidden), v
         residual = self._attention_output(attended, x)
         return self._feed_forward(self._feed_forward_norm(x if self._parallel else residual), residual), v
 
@@ -319,7 +379,7 @@ class _DecoderLayer:
             return qkv.split_with_sizes([self._heads, self._kv_heads, self._kv_heads], 1)
         qk = qkv.narrow(1, 0, self._qk_heads)
         if self._qk_norm_eps is not None:
-            qk = _rms_norm(qk, self._qk_norm_eps)
+            qk = self._norm_heads(qk, self._qk_norm_eps)
             if self._qk_gains is not None:
                 qk.mul_(self._qk_gains)
         if rotation is not None:
@@ -330,6 +390,13 @@ class _DecoderLayer:
             qk.narrow(1, self._heads, self._kv_heads),
             qkv.narrow(1, self._qk_heads, self._kv_heads),
         )
+
+    def _norm_heads(self, qk: Tensor, eps: float) -> Tensor:
+        """Normalize each head of `qk` (B, H + K, D), or all query heads and all key heads together."""
+        if not self._norms_all_heads:
+            return _rms_norm(qk, eps)
+        parts = qk.split_with_sizes([self._heads, self._kv_heads], 1)
+        return torch.cat([_rms_norm(part.flatten(1), eps).view(part.shape) for part in parts], dim=1)
 
     def _feed_forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """residual + feed_forward(x), both (B, C)."""
@@ -342,7 +409,7 @@ class _DecoderLayer:
             hidden = hidden.relu_().square_()
         else:
             gate, values = hidden.chunk(2, -1)
-            hidden = F.silu(gate).mul_(values)
+            hidden = (F.silu(gate) if self._activation == "swiglu" else F.gelu(gate, approximate="tanh")).mul_(values)
         return self._feed_forward_output(hidden, residual)
 
 

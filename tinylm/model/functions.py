@@ -1,7 +1,7 @@
 """Elementwise operations and the loss, with hand-written backward passes.
 
 They launch fewer kernels and save fewer tensors than composite operations under autograd. On a CPU, composite operations would take
-a third of a small model's training step. On GPUs and under a compiler, they are used because kernels are fused anyway.
+a third of a small model's training step. On GPUs and under a compiler, which fuse kernels anyway, composite operations are used.
 
 Legend: `N` rows, `C` width, `V` vocabulary, `D` head width.
 """

@@ -39,7 +39,7 @@ class HookPoint(nn.Module):
         self.functions: list[Callable[[Tensor], Tensor]] = []
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Bypass `nn.Module.__call__`, which would take 1 % of a tiny model's step."""
+        """Bypass `nn.Module.__call__`, which would take 1% of a tiny model's step."""
         return self.forward(x) if self.functions else x
 
     def forward(self, x: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ def _matching(names: NameFilter | None, points: Mapping[str, HookPoint]) -> list
 
 def _suggestion(name: str, known: Iterable[str]) -> str:
     close = get_close_matches(name, list(known), n=3)
-    return f"; did you mean {' or '.join(close)}?" if close else "; hook_names() lists all"
+    return f"; did you mean {' or '.join(close)}?" if close else "; hook_names() lists all names"
 
 
 def _replacing(function: HookFunction, name: str) -> Callable[[Tensor], Tensor]:

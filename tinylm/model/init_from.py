@@ -9,7 +9,8 @@ import torch
 
 from tinylm.errors import InputError
 from tinylm.model.base import Model
-from tinylm.recipe.schema import DecoderSection, ModelVariant
+from tinylm.model.classifier import BODY, SequenceClassifier, without_classifier
+from tinylm.recipe.schema import ModelVariant, TransformerSection
 from tinylm.recipe.support import TRAINING
 
 _IGNORED_KEYS = {*TRAINING, "feed_forward_multiple", "n_inner"}
@@ -26,7 +27,7 @@ def check_compatible(model: ModelVariant, source: ModelVariant) -> None:
     """
     ours, theirs = _comparable(model), _comparable(source)
     different = [key for key in ours if ours[key] != theirs[key]] if model.architecture == source.architecture else ["architecture"]
-    if isinstance(model, DecoderSection) and isinstance(source, DecoderSection):
+    if isinstance(model, TransformerSection) and isinstance(source, TransformerSection):
         if model.position != "learned" or model.context_length <= source.context_length:
             different = [key for key in different if key != "context_length"]
         if source.tie_embeddings:
@@ -41,7 +42,7 @@ def check_compatible(model: ModelVariant, source: ModelVariant) -> None:
 def _comparable(model: ModelVariant) -> dict[str, object]:
     """Return the settings that must be equal, with defaults resolved."""
     values = {key: value for key, value in model.model_dump().items() if key not in _IGNORED_KEYS}
-    if not isinstance(model, DecoderSection):
+    if not isinstance(model, TransformerSection):
         return values
     rope = {"rope_theta": model.rope_theta or 10000.0} if model.position == "rope" else {}
     return {**values, "n_kv_head": model.kv_heads, "head_dim": model.head_width, "hidden width": model.feed_forward_width, **rope}
@@ -54,6 +55,8 @@ def load_pretrained(network: Model, source: Model, *, same_tokenizer: bool) -> l
     weights that depend on the vocabulary are copied. Raises `InputError` for a different tokenizer without `head: off`, and for
     `head: off` with tied embeddings if the tokenizer is the same.
     """
+    if isinstance(network, SequenceClassifier) or isinstance(source, SequenceClassifier):
+        return _load_classifier(network, source, same_tokenizer=same_tokenizer)
     pretrained = network.model.pretrained
     load_head = pretrained is None or pretrained.head
     if load_head and not same_tokenizer:
@@ -82,3 +85,26 @@ def load_pretrained(network: Model, source: Model, *, same_tokenizer: bool) -> l
             else:
                 parameter.copy_(network.fit_pretrained(name, weights[name]))
     return reinitialized
+
+
+def _load_classifier(network: Model, source: Model, *, same_tokenizer: bool) -> list[str]:
+    """`load_pretrained` where at least one of the two is a classifier. The output layer is loaded if both have the same labels."""
+    if not isinstance(network, SequenceClassifier):
+        raise InputError("the source run is a classifier, which has no head for tokens", where=_KEY)
+    load_head = network.model.pretrained is None or network.model.pretrained.head
+    body_of_source = without_classifier(source)
+    body_of_source.remove_head()
+    reinitialized = [BODY + name for name in load_pretrained(network.body, body_of_source, same_tokenizer=same_tokenizer)]
+    names = sorted(network.head_weights())
+    if not (load_head and isinstance(source, SequenceClassifier) and _same_outputs(network, source)):
+        return [*reinitialized, *names]
+    weights = source.state_dict()
+    with torch.no_grad():
+        for name in names:
+            network.get_parameter(name).copy_(weights[name])
+    return reinitialized
+
+
+def _same_outputs(network: SequenceClassifier, source: SequenceClassifier) -> bool:
+    ours, theirs = network.objective, source.objective
+    return (ours.labels, ours.pooler, network.pool) == (theirs.labels, theirs.pooler, source.pool)

@@ -16,10 +16,10 @@ import math
 import torch
 from torch import nn
 
-from tinylm.recipe.schema import DecoderSection
+from tinylm.recipe.schema import TransformerSection
 
 
-def initialize(network: nn.Module, model: DecoderSection, generator: torch.Generator) -> None:
+def initialize(network: nn.Module, model: TransformerSection, generator: torch.Generator) -> None:
     """Initialize every linear layer and embedding of `network`, in the order of `named_modules`. `generator` must be on the CPU."""
     residual_scale = 1 / math.sqrt(2 * model.n_layer)
     for name, module in network.named_modules():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tinylm.model.cache import CacheRows
 from tinylm.model.functions import Dropout, relu_squared, rms_norm, rotate
 from tinylm.model.hooks import HookPoint
-from tinylm.recipe.schema import DecoderSection
+from tinylm.recipe.schema import TransformerSection
 
 Rotation = tuple[Tensor, Tensor]
 """Cosines and sines for rotary position embeddings, each (T, 1, D / 2)."""
@@ -32,7 +32,7 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-def make_norm(model: DecoderSection, width: int) -> nn.Module:
+def make_norm(model: TransformerSection, width: int) -> nn.Module:
     """Create the norm that `model` configures, over a last axis of size `width`."""
     if model.norm == "layernorm":
         return nn.LayerNorm(width, eps=model.norm_eps, elementwise_affine=model.norm_gain, bias=model.bias)
@@ -48,9 +48,13 @@ class ForwardContext:
     embedded: Tensor
     """(B, T, C), the input of the first block."""
     rotation: Rotation | None = None
+    local_rotation: Rotation | None = None
+    """The rotation of local blocks, if it differs from that of the others."""
     cache: CacheRows | None = None
     mask: Tensor | None = None
-    """(B, 1, T, T), True where a query may attend to a key. None: causal attention."""
+    """(B, 1, T, T), True where a query may attend to a key. None: attention to all positions that `causal` allows."""
+    causal: bool = True
+    """Whether a position attends only to itself and to earlier positions. A `mask` must agree with this."""
 
 
 class Attention(nn.Module):
@@ -60,7 +64,7 @@ class Attention(nn.Module):
     three projections: rows for the queries, then the keys, then the values.
     """
 
-    def __init__(self, model: DecoderSection, layer: int) -> None:
+    def __init__(self, model: TransformerSection, layer: int) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_width = model.n_head, model.kv_heads, model.head_width
         self.dropout = model.attention_dropout_p
@@ -70,10 +74,13 @@ class Attention(nn.Module):
         rows = self.query_rows + 2 * self.kv_heads * self.head_width
         self.qkv = nn.Linear(model.n_embd, rows, bias=model.bias)
         self.output = nn.Linear(self.query_rows, model.n_embd, bias=model.bias)
+        self.softcap = model.attention_softcap
         self.qk_norm_eps = model.norm_eps if model.qk_norm else None
+        self.norms_all_heads = model.qk_norm_joint
         gains = model.qk_norm and model.qk_gain
-        self.query_gain = nn.Parameter(torch.ones(self.head_width)) if gains else None
-        self.key_gain = nn.Parameter(torch.ones(self.head_width)) if gains else None
+        query_width, key_width = (self.heads, self.kv_heads) if self.norms_all_heads else (1, 1)
+        self.query_gain = nn.Parameter(torch.ones(query_width * self.head_width)) if gains else None
+        self.key_gain = nn.Parameter(torch.ones(key_width * self.head_width)) if gains else None
         self.value_share = nn.Parameter(torch.tensor([0.5])) if model.value_residual and layer > 0 else None
         self.hook_q, self.hook_k, self.hook_v = HookPoint(), HookPoint(), HookPoint()
         self.hook_scores, self.hook_pattern = HookPoint(), HookPoint()
@@ -96,7 +103,7 @@ class Attention(nn.Module):
 
         `kv_source` (B, S, C): the input of the keys and values (default: `x`). `mask` broadcasts to (B, H, T, S); True means
         that a query may attend to a key. `causal`: position t attends to the cached positions and to positions up to t. In a
-        block with an attention window, a query attends only to the last `window` positions, including its own. `added_values`
+        block with an attention window, a query attends only to keys less than `window` positions away. `added_values`
         (B, S, K, D) are added to the values. `first_values` (B, S, K, D) are interpolated with the values. `n_last`: return
         only the last `n_last` positions.
         """
@@ -122,12 +129,14 @@ class Attention(nn.Module):
             k, v = (x.repeat_interleave(self.heads // self.kv_heads, dim=1) for x in (k, v))  # (B, H, S, D)
             grouped = False
         # `is_causal` supports neither a mask nor cached positions. T > 1 is tested last because T is symbolic in an exported graph.
-        unfused = bool(self.hook_scores.functions or self.hook_pattern.functions)
+        unfused = bool(self.hook_scores.functions or self.hook_pattern.functions) or self.softcap is not None
         if causal and (mask is not None or S > T or unfused or windowed) and T > 1:
             causal_mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
             mask = causal_mask if mask is None else mask & causal_mask
         if self.window is not None and windowed:  # query t is at position S - T + t
             window_mask = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T - self.window + 1)
+            if not causal:
+                window_mask = window_mask.tril(S - T + self.window - 1)
             mask = window_mask if mask is None else mask & window_mask
         if unfused:
             attended = self._unfused_attention(q, k, v, mask)  # (B, H, T, D)
@@ -149,6 +158,8 @@ class Attention(nn.Module):
         """softmax(q k' / sqrt(D)) v with hook points for scores and pattern. A query that may not attend to any key gets zeros."""
         k, v = (x.repeat_interleave(self.heads // x.shape[1], dim=1) for x in (k, v))  # (B, H, S, D)
         scores = q @ k.transpose(-2, -1) * self.head_width**-0.5  # (B, H, T, S)
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
         scores = self.hook_scores(scores)
@@ -171,17 +182,27 @@ class Attention(nn.Module):
         q = self._split_heads(F.linear(x, self.qkv.weight[:rows], None if bias is None else bias[:rows]))
         k, v = self._split_heads(F.linear(kv_source, self.qkv.weight[rows:], None if bias is None else bias[rows:])).chunk(2, dim=2)
         if self.qk_norm_eps is not None:
-            q, k = rms_norm(q, self.query_gain, self.qk_norm_eps), rms_norm(k, self.key_gain, self.qk_norm_eps)
+            q, k = self._norm_heads(q, self.query_gain), self._norm_heads(k, self.key_gain)
         return q, k, v
 
     def _norm_and_rotate(self, qk: Tensor, rotation: Rotation | None) -> Tensor:
         """Normalize and rotate the heads of queries and keys together, (B, T, H + K, D) -> (B, T, H + K, D)."""
-        if self.qk_norm_eps is not None:
+        if self.qk_norm_eps is not None and self.norms_all_heads:
+            q, k = torch.split(qk, [self.heads, self.kv_heads], dim=2)
+            qk = torch.cat((self._norm_heads(q, self.query_gain), self._norm_heads(k, self.key_gain)), dim=2)
+        elif self.qk_norm_eps is not None:
             qk = rms_norm(qk, None, self.qk_norm_eps)
             if self.query_gain is not None and self.key_gain is not None:
                 gains = torch.cat((self.query_gain.expand(self.heads, -1), self.key_gain.expand(self.kv_heads, -1)))  # (H + K, D)
                 qk = qk * gains.to(qk.dtype)
         return qk if rotation is None else rotate(qk, *rotation)
+
+    def _norm_heads(self, x: Tensor, gain: Tensor | None) -> Tensor:
+        """Normalize each head of x (B, T, heads, D), or with `norms_all_heads` all heads together."""
+        assert self.qk_norm_eps is not None
+        if not self.norms_all_heads:
+            return rms_norm(x, gain, self.qk_norm_eps)
+        return rms_norm(x.flatten(2), gain, self.qk_norm_eps).view(x.shape)
 
     def _split_heads(self, x: Tensor) -> Tensor:
         """(B, T, heads * D) -> (B, T, heads, D)."""
@@ -191,25 +212,27 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """Two linear layers with an activation in between.
 
-    For SwiGLU (Shazeer 2020), `input` stacks the rows of the gate and the values.
+    With a gate (Shazeer 2020), `input` stacks the rows of the gate and the values.
     """
 
-    def __init__(self, model: DecoderSection) -> None:
+    def __init__(self, model: TransformerSection) -> None:
         super().__init__()
         self.kind = model.feed_forward
         width = model.feed_forward_width
-        self.input = nn.Linear(model.n_embd, 2 * width if self.kind == "swiglu" else width, bias=model.bias)
+        self.input = nn.Linear(model.n_embd, 2 * width if model.is_gated else width, bias=model.bias)
         self.output = nn.Linear(width, model.n_embd, bias=model.bias)
         self.hook_pre = HookPoint()
-        self.hook_pre_linear = HookPoint() if self.kind == "swiglu" else None
+        self.hook_pre_linear = HookPoint() if model.is_gated else None
         self.hook_post = HookPoint()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         hidden = self.input(x)
-        if self.hook_pre_linear is not None:  # SwiGLU
+        if self.hook_pre_linear is not None:  # SwiGLU or GeGLU
             gate, values = hidden.chunk(2, dim=-1)
-            hidden = F.silu(self.hook_pre(gate)) * self.hook_pre_linear(values)
+            gate = self.hook_pre(gate)
+            gate = F.silu(gate) if self.kind == "swiglu" else F.gelu(gate, approximate="tanh")
+            hidden = gate * self.hook_pre_linear(values)
         else:
             hidden = self.hook_pre(hidden)
             if self.kind in ("gelu", "gelu_exact"):
@@ -225,30 +248,34 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward layers with residual connections.
 
-    Norms are applied to the inputs of both (pre) or to the residual sums (post).
+    Norms are applied to the inputs of both (pre), to their outputs (output), to both, or to the residual sums (post).
     """
 
-    def __init__(self, model: DecoderSection, layer: int, vocab_size: int) -> None:
+    def __init__(self, model: TransformerSection, layer: int, vocab_size: int) -> None:
         super().__init__()
+        self.norm_position = model.norm_position
         self.post = model.norm_position == "post"
         self.parallel = model.parallel_residual
         self.hook_resid_pre = HookPoint()
         self.residual_mix = nn.Parameter(torch.tensor([1.0, 0.0])) if model.embedding_shortcut else None
         self.attention_norm = make_norm(model, model.n_embd)
         self.attention = Attention(model, layer)
+        self.attention_output_norm = make_norm(model, model.n_embd) if model.norm_position == "both" else None
+        self.uses_rope, self.is_local = model.uses_rope(layer), model.is_local(layer)
         is_outer = layer < model.value_embeddings or layer >= model.n_layer - model.value_embeddings
         self.value_embedding = nn.Embedding(vocab_size, model.kv_heads * model.head_width) if is_outer else None
         self.hook_attn_out = HookPoint()
         self.hook_resid_mid = None if self.parallel else HookPoint()
         self.feed_forward_norm = None if self.post and self.parallel else make_norm(model, model.n_embd)
         self.feed_forward = FeedForward(model)
+        self.feed_forward_output_norm = make_norm(model, model.n_embd) if model.norm_position == "both" else None
         self.hook_mlp_out, self.hook_resid_post = HookPoint(), HookPoint()
         self.dropout = Dropout(model.dropout)
 
     def forward(
         self, x: Tensor, context: ForwardContext, first_values: Tensor | None, n_last: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(B, T, C) -> (B, T, C) with causal attention or the mask of `context`, and the attention's values (B, T, K, D).
+        """(B, T, C) -> (B, T, C) with the attention of `context`, and the attention's values (B, T, K, D).
 
         `first_values`: the values of the first block, None in the first block itself. `n_last`: return only the last `n_last`
         positions, (B, n_last, C). The keys and values of all positions are still cached.
@@ -262,10 +289,10 @@ class Block(nn.Module):
             added_values = self.value_embedding(context.tokens).to(x.dtype)  # (B, T, K D)
             added_values = added_values.view(*added_values.shape[:2], -1, self.attention.head_width)  # (B, T, K, D)
         attended, values = self.attention(
-            x if self.post else self.attention_norm(x),
+            self.attention_norm(x) if self.norm_position in ("pre", "both") else x,
             mask=context.mask,
-            causal=context.mask is None,
-            rotation=context.rotation,
+            causal=context.causal and context.mask is None,
+            rotation=self._rotation(context),
             cache=context.cache,
             added_values=added_values,
             first_values=first_values,
@@ -273,7 +300,7 @@ class Block(nn.Module):
         )
         if n_last is not None:
             x = x[:, -n_last:]
-        attended = self.hook_attn_out(self.dropout(attended))
+        attended = self.hook_attn_out(self.dropout(self._norm_output(attended, self.attention_norm, self.attention_output_norm)))
         if self.feed_forward_norm is None:  # post and parallel
             x = self.attention_norm(x + attended + self._feed_forward(x))
         elif self.hook_resid_mid is None:  # pre and parallel
@@ -283,9 +310,20 @@ class Block(nn.Module):
             x = self.feed_forward_norm(x + self._feed_forward(x))
         else:
             x = self.hook_resid_mid(x + attended)
-            x = x + self._feed_forward(self.feed_forward_norm(x))
+            x = x + self._feed_forward(x if self.norm_position == "output" else self.feed_forward_norm(x))
         return self.hook_resid_post(x), values
 
+    def _rotation(self, context: ForwardContext) -> Rotation | None:
+        if not self.uses_rope:
+            return None
+        return context.local_rotation if self.is_local and context.local_rotation is not None else context.rotation
+
+    def _norm_output(self, x: Tensor, norm: nn.Module | None, second_norm: nn.Module | None) -> Tensor:
+        """Normalize the output of a layer with its only norm (output) or its second norm (both), or return it unchanged."""
+        chosen = norm if self.norm_position == "output" else second_norm
+        return x if chosen is None else chosen(x)
+
     def _feed_forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.hook_mlp_out(self.dropout(self.feed_forward(x)))
-        return output
+        output = self._norm_output(self.feed_forward(x), self.feed_forward_norm, self.feed_forward_output_norm)
+        dropped: Tensor = self.hook_mlp_out(self.dropout(output))
+        return dropped

@@ -16,7 +16,25 @@ from tinylm.model.base import Model
 from tinylm.recipe.schema import LoraSection
 from tinylm.recipe.support import ANY, COMMON, Supports, check_supported
 
-SUPPORTS: Supports = {**COMMON, "attention_window": ANY, "attention_pattern": ANY}
+SUPPORTS: Supports = {
+    **COMMON,
+    **dict.fromkeys(
+        (
+            "attention_window",
+            "attention_pattern",
+            "attention_softcap",
+            "embedding_scale",
+            "qk_norm_joint",
+            "rope_scaling",
+            "rope_fraction",
+            "rope_theta_local",
+            "rope_pattern",
+        ),
+        ANY,
+    ),
+    "norm_position": ("pre", "post", "output", "both"),
+    "feed_forward": ("gelu", "gelu_exact", "relu", "relu2", "swiglu", "geglu"),
+}
 """The values of `model:` keys that `attach` supports."""
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tinylm.recipe.schema import DecoderSection
+from tinylm.recipe.schema import TransformerSection
 
 HASH_MULTIPLIER = 0x5851F42D4C957F2D
 """Knuth's 64-bit multiplier. Products wrap around."""
@@ -21,7 +21,7 @@ HASH_MULTIPLIER = 0x5851F42D4C957F2D
 class NgramEmbedding(nn.Module):
     """One table (ngram_rows, ngram_width) for each order. A single `nn.Embedding` stacks all tables."""
 
-    def __init__(self, model: DecoderSection, vocab_size: int) -> None:
+    def __init__(self, model: TransformerSection, vocab_size: int) -> None:
         super().__init__()
         self.orders = model.ngram_embeddings
         self.rows = model.ngram_rows

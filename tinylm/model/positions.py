@@ -5,15 +5,56 @@ Learned position embeddings are an `nn.Embedding`. `B` batch, `T` time.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+from tinylm.recipe.schema import LinearRopeScaling, Llama3RopeScaling, RopeScaling, YarnRopeScaling
 
 
-def rope_table(length: int, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for rotary position embeddings (Su et al. 2021), each (length, head_width / 2), float32."""
-    frequencies = theta ** (-torch.arange(0, head_width, 2, dtype=torch.float64) / head_width)
+def rope_table(
+    length: int, head_width: int, theta: float, scaling: RopeScaling | None = None, fraction: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines for rotary position embeddings (Su et al. 2021), each (length, head_width / 2), float32.
+
+    `fraction`: the share of the dimensions that are rotated. The pairs after them get the angle 0.
+    """
+    pairs = int(head_width // 2 * fraction)
+    frequencies = theta ** (-torch.arange(0, 2 * pairs, 2, dtype=torch.float64) / (2 * pairs))
+    factor = 1.0
+    if scaling is not None:
+        frequencies, factor = _scale_frequencies(frequencies, theta, scaling)
+    frequencies = pad(frequencies, (0, head_width // 2 - pairs))
     angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
-    return angles.cos().float(), angles.sin().float()
+    return (angles.cos() * factor).float(), (angles.sin() * factor).float()
+
+
+def _scale_frequencies(frequencies: Tensor, theta: float, scaling: RopeScaling) -> tuple[Tensor, float]:
+    """Return the scaled frequencies (pairs,) and the factor of the cosines and sines."""
+    slow = frequencies / scaling.factor
+    if isinstance(scaling, LinearRopeScaling):
+        return slow, 1.0
+    if isinstance(scaling, Llama3RopeScaling):
+        rotations = scaling.original_context * frequencies / (2 * math.pi)
+        share = (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        return torch.lerp(slow, frequencies, share.clamp(0, 1)), 1.0
+    low, high = _yarn_bounds(len(frequencies), theta, scaling)
+    ramp = ((torch.arange(len(frequencies), dtype=torch.float64) - low) / (high - low or 0.001)).clamp(0, 1)
+    default = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+    return torch.lerp(frequencies, slow, ramp), scaling.attention_factor or default
+
+
+def _yarn_bounds(pairs: int, theta: float, scaling: YarnRopeScaling) -> tuple[float, float]:
+    """The pairs that complete `beta_fast` and `beta_slow` rotations in the original context (Peng et al. 2023, section 3.2)."""
+    low, high = (
+        pairs * math.log(scaling.original_context / (rotations * 2 * math.pi)) / math.log(theta)
+        for rotations in (scaling.beta_fast, scaling.beta_slow)
+    )
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    return max(low, 0), min(high, 2 * pairs - 1)
 
 
 def sinusoidal_table(length: int, width: int) -> Tensor:
@@ -31,10 +72,10 @@ def positions_in_segments(segments: Tensor) -> Tensor:
     return index - starts
 
 
-def segment_mask(segments: Tensor) -> Tensor:
-    """Causal attention mask within segments: True where the key is in the query's segment and not after the query.
+def segment_mask(segments: Tensor, *, causal: bool = True) -> Tensor:
+    """Attention mask within segments: True where the key is in the query's segment and, if `causal`, not after the query.
 
     (B, T) -> (B, 1, T, T).
     """
     same = segments[:, None, :, None] == segments[:, None, None, :]
-    return same.tril()
+    return same.tril() if causal else same

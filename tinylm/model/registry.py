@@ -10,10 +10,34 @@ from __future__ import annotations
 from tinylm.errors import InputError
 from tinylm.model import lora
 from tinylm.model.base import Model
+from tinylm.model.classifier import SequenceClassifier
+from tinylm.model.encoder import Encoder
+from tinylm.model.ngram_model import Ngram
+from tinylm.model.recurrent import Recurrent
 from tinylm.model.transformer import Transformer
-from tinylm.recipe.schema import DecoderSection, LoraSection, ModelVariant, register_model_section, unregister_section
+from tinylm.model.window import WindowNetwork
+from tinylm.recipe.encoder import EncoderSection
+from tinylm.recipe.fixed_context import FeedForwardSection, NgramSection
+from tinylm.recipe.labels import ClassificationObjective
+from tinylm.recipe.recurrent import GruSection, LstmSection, RnnSection
+from tinylm.recipe.schema import (
+    DecoderSection,
+    LoraSection,
+    ModelVariant,
+    ObjectiveVariant,
+    register_model_section,
+    unregister_section,
+)
 
-_NETWORKS: dict[type[ModelVariant], type[Model]] = {DecoderSection: Transformer}
+_NETWORKS: dict[type[ModelVariant], type[Model]] = {
+    RnnSection: Recurrent,
+    LstmSection: Recurrent,
+    GruSection: Recurrent,
+    FeedForwardSection: WindowNetwork,
+    NgramSection: Ngram,
+    DecoderSection: Transformer,
+    EncoderSection: Encoder,
+}
 
 
 def register(section: type[ModelVariant], network: type[Model]) -> None:
@@ -39,13 +63,23 @@ def network_class(section: ModelVariant) -> type[Model]:
     return _NETWORKS[type(section)]
 
 
-def build(section: ModelVariant, vocab_size: int, seed: int | None, *, with_lora: LoraSection | None = None) -> Model:
+def build(
+    section: ModelVariant,
+    vocab_size: int,
+    seed: int | None,
+    *,
+    objective: ObjectiveVariant | None = None,
+    with_lora: LoraSection | None = None,
+) -> Model:
     """Build the network that `section` configures, on the CPU or on the device of a `with torch.device(...)` block.
 
-    `seed` determines its initial weights. Pass None to skip initialization if weights are loaded later. `with_lora` attaches LoRA
-    weights, which is required before the weights of a LoRA run can be loaded.
+    `seed` determines its initial weights. Pass None to skip initialization if weights are loaded later. `objective` is that of the
+    recipe: classification replaces the head. `with_lora` attaches LoRA weights, which is required before the weights of a LoRA run
+    can be loaded.
     """
     network = network_class(section)(section, vocab_size, seed=seed)
+    if isinstance(objective, ClassificationObjective):
+        network = SequenceClassifier(network, objective, seed=seed)
     if with_lora is not None:
         lora.attach(network, with_lora)
     return network

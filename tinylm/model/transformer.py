@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +24,16 @@ from tinylm.model.initialization import initialize
 from tinylm.model.layers import Attention, Block, FeedForward, ForwardContext, Rotation, make_norm
 from tinylm.model.ngrams import NgramEmbedding
 from tinylm.model.positions import positions_in_segments, rope_table, segment_mask, sinusoidal_table
-from tinylm.recipe.schema import DecoderSection, ModelVariant
+from tinylm.recipe.schema import ModelVariant, TransformerSection
 
 NGRAM_LR_MULTIPLIER = 6.0
 """Learning rate of n-gram tables relative to other embeddings. Most of their rows are used too rarely to learn at the same rate."""
 _PER_TOKEN = re.compile(r"embedding\.weight|head\.weight|ngrams\.table\.weight|blocks\.\d+\.value_embedding\.weight")
 """Names of the weights that depend on the vocabulary."""
+
+
+INITIAL_TABLE_LENGTH = 1 << 16
+"""Positions in the tables of a new network with a longer context. The tables grow when more positions are needed."""
 
 
 class Transformer(Model):
@@ -39,9 +44,11 @@ class Transformer(Model):
     the block in the backward pass.
     """
 
-    model: DecoderSection
+    model: TransformerSection
+    causal: ClassVar[bool] = True
+    """Whether a position attends only to itself and to earlier positions."""
 
-    def __init__(self, model: DecoderSection, vocab_size: int, *, seed: int | None = 0) -> None:
+    def __init__(self, model: TransformerSection, vocab_size: int, *, seed: int | None = 0) -> None:
         super().__init__(model, vocab_size)
         self.embedding = nn.Embedding(vocab_size, model.n_embd)
         self.ngrams = NgramEmbedding(model, vocab_size) if model.ngram_embeddings else None
@@ -52,20 +59,49 @@ class Transformer(Model):
         self.embedding_norm = make_norm(model, model.n_embd) if model.embedding_norm else None
         self.dropout = Dropout(model.dropout)
         self.blocks = nn.ModuleList(Block(model, layer, vocab_size) for layer in range(model.n_layer))
-        self.final_norm = make_norm(model, model.n_embd) if model.norm_position == "pre" else None
+        self.final_norm = make_norm(model, model.n_embd) if model.norm_position != "post" else None
         self.hook_final_norm = HookPoint() if self.final_norm is not None else None
-        self.head = nn.Linear(model.n_embd, vocab_size, bias=False)
-        if model.position == "rope":
-            cosines, sines = rope_table(model.context_length, model.head_width, model.rope_theta or 10000.0)
-            self.register_buffer("rope_cosines", cosines, persistent=False)
-            self.register_buffer("rope_sines", sines, persistent=False)
-        elif model.position == "sinusoidal":
-            self.register_buffer("sinusoids", sinusoidal_table(model.context_length, model.n_embd), persistent=False)
+        self._add_modules(model)
+        self.head = nn.Linear(model.n_embd, vocab_size, bias=self._has_head_bias)
+        self._register_position_tables(min(model.context_length, INITIAL_TABLE_LENGTH))
         if seed is not None:
             initialize(self, model, torch.Generator().manual_seed(seed))
         if model.tie_embeddings:
             self.head.weight = self.embedding.weight
         self.embedding.weight.requires_grad_(not model.freeze_embeddings)
+
+    def _add_modules(self, model: TransformerSection) -> None:
+        """Add the modules that only a subclass has. They are initialized with the others."""
+
+    @property
+    def _has_head_bias(self) -> bool:
+        return False
+
+    def _register_position_tables(self, length: int) -> None:
+        """Compute the tables of rotary or sinusoidal positions for `length` positions."""
+        model, width, fraction = self.model, self.model.head_width, self.model.rope_fraction
+        self.table_length = length
+        if model.position == "sinusoidal":
+            self.register_buffer("sinusoids", sinusoidal_table(length, model.n_embd), persistent=False)
+        if model.position != "rope":
+            return
+        tables = {"rope": rope_table(length, width, model.rope_theta or 10000.0, model.rope_scaling, fraction)}
+        if model.rope_theta_local is not None:
+            tables["local_rope"] = rope_table(length, width, model.rope_theta_local, None, fraction)
+        for name, (cosines, sines) in tables.items():
+            self.register_buffer(f"{name}_cosines", cosines, persistent=False)
+            self.register_buffer(f"{name}_sines", sines, persistent=False)
+
+    def reserve_positions(self, length: int) -> bool:
+        """Make sure that the tables have at least `length` positions. Returns whether they had to be computed again.
+
+        They do not have all `context_length` positions from the start, because an untrusted recipe can claim any length.
+        """
+        if length <= self.table_length:
+            return False
+        with torch.device(self.embedding.weight.device):
+            self._register_position_tables(min(self.model.context_length, max(length, 2 * self.table_length)))
+        return True
 
     def forward(
         self,
@@ -88,7 +124,7 @@ class Transformer(Model):
             return self.logits(hidden)
         chunk = loss_chunk_rows(self.vocab_size, on_gpu=hidden.device.type != "cpu")
         cap = self.model.logit_softcap
-        loss: Tensor = _summed_loss(hidden.flatten(0, 1), self.head.weight, targets.flatten(), cap, chunk, self.compile_loss)
+        loss: Tensor = summed_loss(hidden.flatten(0, 1), self.head.weight, targets.flatten(), cap, chunk, self.compile_loss)
         return loss
 
     def hidden(
@@ -98,15 +134,22 @@ class Transformer(Model):
         *,
         segments: Tensor | None = None,
         n_last: int | None = None,
+        added: Tensor | None = None,
     ) -> Tensor:
-        """Ids (B, T) -> final hidden states (B, T, C), the input of the head. `n_last`: return only the last `n_last` positions."""
+        """Ids (B, T) -> final hidden states (B, T, C), the input of the head. `n_last`: return only the last `n_last` positions.
+
+        `added`: vectors to add to the token embedding, which broadcast to (B, T, C).
+        """
         start = cache.length if cache is not None else 0
         end = start + tokens.shape[1]
         if end > self.model.context_length:
             raise ValueError(f"{end} positions do not fit in the context length of {self.model.context_length}")
-        x = self._embed(tokens, start, end, cache, segments)  # (B, T, C)
-        mask = None if segments is None else segment_mask(segments)
-        context = ForwardContext(tokens, x, self._rotation(start, end), cache, mask)
+        self.reserve_positions(end)
+        x = self._embed(tokens, start, end, cache, segments, added)  # (B, T, C)
+        mask = None if segments is None else segment_mask(segments, causal=self.causal)
+        context = ForwardContext(
+            tokens, x, self._rotation("rope", start, end), self._rotation("local_rope", start, end), cache, mask, self.causal
+        )
         first_values: Tensor | None = None
         for number, block in enumerate(self.blocks, 1):
             if n_last is not None and number == len(self.blocks):
@@ -131,12 +174,22 @@ class Transformer(Model):
         cap = self.model.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def _embed(self, tokens: Tensor, start: int, end: int, cache: CacheRows | None, segments: Tensor | None) -> Tensor:
+    def unembed(self, residual: Tensor) -> Tensor:
+        return self.logits(residual if self.final_norm is None else self.final_norm(residual))
+
+    def _embed(
+        self, tokens: Tensor, start: int, end: int, cache: CacheRows | None, segments: Tensor | None, added: Tensor | None
+    ) -> Tensor:
         """Ids (B, T) -> input (B, T, C) of the first block.
 
         Positions are [start, end). With `segments`, they start at 0 in each segment.
         """
-        x: Tensor = self.hook_embed(self.embedding(tokens))
+        x: Tensor = self.embedding(tokens)
+        if added is not None:
+            x = x + added
+        if self.model.embedding_scale != 1:
+            x = x * self.model.embedding_scale
+        x = self.hook_embed(x)
         if self.ngrams is not None and self.hook_ngram_embed is not None:
             vectors = self.ngrams(tokens if cache is None else cache.update_tokens(tokens), segments)[:, -tokens.shape[1] :]
             x = x + self.hook_ngram_embed(vectors)
@@ -151,14 +204,14 @@ class Transformer(Model):
         dropped: Tensor = self.dropout(x)
         return dropped
 
-    def _rotation(self, start: int, end: int) -> Rotation | None:
-        """Return the cosines and sines for positions [start, end), or None without rotary position embeddings.
+    def _rotation(self, table: str, start: int, end: int) -> Rotation | None:
+        """Return the cosines and sines of a table for positions [start, end), or None if the model does not have this table.
 
         Positions do not restart in each segment, because only the differences between positions matter.
         """
-        if self.model.position != "rope":
+        if self.model.position != "rope" or (table == "local_rope" and self.model.rope_theta_local is None):
             return None
-        return self.get_buffer("rope_cosines")[start:end, None], self.get_buffer("rope_sines")[start:end, None]
+        return self.get_buffer(f"{table}_cosines")[start:end, None], self.get_buffer(f"{table}_sines")[start:end, None]
 
     def stacked_matrices(self) -> dict[str, tuple[int, ...]]:
         """Map the name of each parameter that stacks several matrices to the number of rows of each matrix."""
@@ -167,7 +220,7 @@ class Transformer(Model):
             if isinstance(module, Attention):
                 keys = module.kv_heads * module.head_width
                 rows[f"{name}.qkv.weight"] = (module.query_rows, keys, keys)
-            elif isinstance(module, FeedForward) and module.kind == "swiglu":
+            elif isinstance(module, FeedForward) and self.model.is_gated:
                 rows[f"{name}.input.weight"] = (self.model.feed_forward_width,) * 2
         return rows
 
@@ -178,11 +231,11 @@ class Transformer(Model):
         return {} if self.ngrams is None else {"ngrams.table.weight": NGRAM_LR_MULTIPLIER}
 
     def tied_weights(self) -> dict[str, str]:
-        return {"head.weight": "embedding.weight"} if self.model.tie_embeddings else {}
+        return {"head.weight": "embedding.weight"} if self.model.tie_embeddings and hasattr(self, "head") else {}
 
     @classmethod
     def check_size(cls, model: ModelVariant, names: Iterable[str]) -> str | None:
-        assert isinstance(model, DecoderSection)
+        assert isinstance(model, TransformerSection)
         layers = sum(name.endswith(".attention.qkv.weight") for name in names)
         return None if layers == model.n_layer else f"{layers} layers instead of {model.n_layer}"
 
@@ -190,7 +243,7 @@ class Transformer(Model):
         return frozenset(name for name, _ in self.named_parameters() if _PER_TOKEN.fullmatch(name))
 
     def head_weights(self) -> frozenset[str]:
-        return frozenset({"head.weight"})
+        return frozenset({"head.weight"} if hasattr(self, "head") else ())
 
     def fit_pretrained(self, name: str, weight: Tensor) -> Tensor:
         return weight[: self.model.context_length] if name == "positions.weight" else weight
@@ -211,6 +264,6 @@ class Transformer(Model):
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None, chunk: int, compiled: bool) -> Tensor:
+def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None, chunk: int, compiled: bool) -> Tensor:
     """`summed_cross_entropy`, excluded from compiled graphs. On CUDA, it compiles its own kernel."""
     return summed_cross_entropy(hidden, weight, targets, cap, chunk, compiled=compiled)

@@ -7,17 +7,26 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 
-from tinylm.recipe.embeddings import EmbeddingRecipe, TokenVocabulary, Word2VecMethod
+from tinylm import hints
+from tinylm.recipe.arithmetic import divisors
+from tinylm.recipe.embeddings import EmbeddingDataSection, EmbeddingRecipe, TokenVocabulary, Word2VecMethod
+from tinylm.recipe.encoder import MASK, MaskedLMObjective
+from tinylm.recipe.fixed_context import NgramSection
+from tinylm.recipe.labels import ClassificationObjective
 from tinylm.recipe.schema import (
     LENGTHS,
     BpeTokenizer,
+    DataSection,
     FileTokenizer,
     HeldoutShare,
     HeldoutSources,
     MuonOptimizer,
     Recipe,
+    TestShare,
+    TrainingSection,
     UnigramTokenizer,
     VocabularyTokenizer,
     WordPieceTokenizer,
@@ -32,6 +41,9 @@ _COMPRESSED = (".gz", ".zst", ".xz", ".bz2", ".parquet")
 
 def check_recipe(recipe: Recipe, check_files: bool = True) -> Iterator[tuple[KeyPath, str]]:
     """Yield each problem as (key path, message). With `check_files`, also check that files exist and are large enough."""
+    if isinstance(recipe.data, DataSection):
+        yield from _check_data(recipe.data)
+        yield from _check_shares(recipe.data)
     yield from _check_model(recipe)
     yield from _check_tokenizer(recipe)
     yield from _check_training(recipe)
@@ -41,13 +53,25 @@ def check_recipe(recipe: Recipe, check_files: bool = True) -> Iterator[tuple[Key
 
 def check_embedding_recipe(recipe: EmbeddingRecipe, check_files: bool = True) -> Iterator[tuple[KeyPath, str]]:
     """`check_recipe` for a recipe for embeddings."""
+    yield from _check_data(recipe.data)
     method = recipe.method
     if isinstance(method, Word2VecMethod) and method.lr_end > method.lr:
-        yield ("method", "lr_end"), f"must not exceed lr {method.lr:g}, because the learning rate decays, not {method.lr_end:g}"
+        yield ("method", "lr_end"), f"must be at most lr {method.lr:g}, not {method.lr_end:g} (the learning rate decays from lr)"
     if check_files:
         yield from _missing(("data", "train"), recipe.data.train)
         if isinstance(recipe.vocabulary, TokenVocabulary):
             yield from _missing(("vocabulary", "tokenizer"), (recipe.vocabulary.tokenizer,))
+
+
+def _check_data(data: DataSection | EmbeddingDataSection) -> Iterator[tuple[KeyPath, str]]:
+    if data.template is not None and data.field != "text":
+        yield ("data", "template"), f"replaces field, so only one of them can be set (add {{{data.field}}} to the template)"
+
+
+def _check_shares(data: DataSection) -> Iterator[tuple[KeyPath, str]]:
+    heldout, test = data.heldout, data.test
+    if isinstance(heldout, HeldoutShare) and isinstance(test, TestShare) and heldout.share + test.share >= 1:
+        yield ("data", "test"), f"the held-out share {heldout.share:g} and the test share {test.share:g} leave no training text"
 
 
 def _check_model(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
@@ -59,12 +83,49 @@ def _check_model(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
             ("objective",),
             f"architecture {model.architecture} cannot be trained with {objective.name} (only with {listed(model.objectives)})",
         )
+    yield from _check_objective(recipe)
+    yield from _check_architecture(recipe)
     stride = recipe.evaluation.stride
     if stride is not None and stride > model.context_length:
         yield (
             ("evaluation", "stride"),
-            f"must not exceed context_length {model.context_length}, or tokens between windows would be skipped, not {stride}",
+            f"must be at most context_length {model.context_length}, not {stride} (tokens between windows would be skipped)",
         )
+
+
+def _check_objective(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    objective, model, training = recipe.objective, recipe.model, recipe.training
+    if recipe.data.format not in objective.data_formats:
+        needed = listed(objective.data_formats, "or")
+        yield ("data", "format"), f"objective {objective.name} needs format {needed}, not {recipe.data.format}"
+    if isinstance(objective, MaskedLMObjective | ClassificationObjective) and recipe.evaluation.stride is not None:
+        yield ("evaluation", "stride"), f"has no effect on objective {objective.name} (remove the key)"
+    if isinstance(objective, MaskedLMObjective):
+        if len(set(objective.rate)) > 1 and training.minutes is not None:
+            yield ("objective", "rate"), "two rates need training.steps, tokens or epochs, because masks must not depend on the clock"
+        if recipe.sampling.every is not None and not all(MASK in prompt for prompt in recipe.sampling.prompts):
+            yield ("sampling", "prompts"), f"objective {objective.name} needs {MASK} in every prompt"
+    if isinstance(objective, ClassificationObjective) and objective.pool == "cls" and not model.bidirectional:
+        yield ("objective", "pool"), f"cls is the first token, at which architecture {model.architecture} has not read the text (use last)"
+
+
+def _check_architecture(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    """Check that the architecture supports the values of keys in other sections."""
+    model, training, data = recipe.model, recipe.training, recipe.data
+    name = f"architecture {model.architecture}"
+    for key, values in model.training_values.items():
+        if getattr(training, key) not in values:
+            yield ("training", key), f"{name} does not support this value (remove the key)"
+    for key, field in TrainingSection.model_fields.items():
+        if model.training_keys is not None and key not in model.training_keys and getattr(training, key) != field.default:
+            yield ("training", key), f"has no effect on {name} (remove the key)"
+    if isinstance(data, DataSection) and data.document_mask and model.reads_across_documents:
+        yield ("data", "document_mask"), f"{name} does not support it"
+    if isinstance(model, NgramSection):
+        if training.epochs is not None and training.epochs > 1:
+            yield ("training", "epochs"), f"must be at most 1 for {name}, which counts the text once"
+        if isinstance(data, DataSection) and data.shuffle != "windows":
+            yield ("data", "shuffle"), f"has no effect on {name} (remove the key)"
 
 
 def _check_tokenizer(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
@@ -110,8 +171,7 @@ def _check_training(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
             yield ("training", "optimizer"), "must be adamw if lora is set (or remove its name)"
     micro, batch = training.micro_batch_size, training.global_batch_size
     if micro != "auto" and batch % micro:
-        divisors = [size for size in range(1, batch + 1) if batch % size == 0]
-        nearest = sorted(sorted(divisors, key=lambda size: abs(size - micro))[:2])
+        nearest = sorted(sorted(divisors(batch), key=lambda size: abs(size - micro))[:2])
         yield (
             ("training", "micro_batch_size"),
             f"{micro} does not divide global_batch_size {batch} ({' or '.join(map(str, nearest))} would)",
@@ -124,15 +184,15 @@ def _check_training(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         )
     warmup = schedule.warmup / (training.steps or math.inf) if schedule.warmup >= 1 else schedule.warmup
     if isinstance(schedule, WsdSchedule) and warmup <= 1 < warmup + schedule.cooldown:
-        yield ("training", "schedule", "cooldown"), "warmup and cooldown together exceed the whole training"
+        yield ("training", "schedule", "cooldown"), "warmup and cooldown together are longer than the training run"
     if training.minutes is not None and schedule.warmup >= 1:
         yield ("training", "schedule", "warmup"), "must be a share below 1 when training.minutes is set"
 
 
 def _check_files(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     """Check that local files exist, and the sizes of uncompressed files. `tinylm.text` checks other sources when it reads them."""
-    sizes = {"training": _plain_size(recipe.data.train)}
-    yield from _missing(("data", "train"), recipe.data.train)
+    for key, sources in recipe.data.sources().items():
+        yield from _missing(("data", key), sources)
     if isinstance(recipe.tokenizer, FileTokenizer):
         yield from _missing(("tokenizer", "path"), (recipe.tokenizer.path,))
     vectors, pretrained = recipe.model.pretrained_embeddings, recipe.model.pretrained
@@ -140,15 +200,22 @@ def _check_files(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         yield from _missing(("model", "init_embeddings"), (vectors,))
     if pretrained is not None and not os.path.exists(os.path.expanduser(pretrained.run)):
         yield ("model", "init_from"), f"{pretrained.run}: no such run"
-    heldout = recipe.data.heldout
+    if isinstance(recipe.data, DataSection):
+        yield from _check_sizes(recipe.data, recipe.model.context_length if recipe.model.needs_full_window else 1)
+
+
+def _check_sizes(data: DataSection, context_length: int) -> Iterator[tuple[KeyPath, str]]:
+    """Check that uncompressed files have at least `context_length` bytes."""
+    sizes, heldout = {"training": _plain_size(data.train)}, data.heldout
     if isinstance(heldout, HeldoutSources):
-        yield from _missing(("data", "heldout"), heldout.sources)
         sizes["held-out"] = _plain_size(heldout.sources)
     elif isinstance(heldout, HeldoutShare) and sizes["training"] is not None and heldout.by == "tail":
         sizes["held-out"] = int(sizes["training"] * heldout.share)
+    if isinstance(data.test, HeldoutSources):
+        sizes["test"] = _plain_size(data.test.sources)
     for name, size in sizes.items():
-        if size is not None and 0 < size < recipe.model.context_length:
-            yield ("model", "context_length"), f"{recipe.model.context_length} is longer than the {name} text ({size:,} bytes)"
+        if size is not None and 0 < size < context_length:
+            yield ("model", "context_length"), f"{context_length} is longer than the {name} text ({size:,} bytes)"
 
 
 def _is_plain(source: str) -> bool:
@@ -159,7 +226,10 @@ def _is_plain(source: str) -> bool:
 def _missing(key: KeyPath, sources: tuple[str, ...]) -> Iterator[tuple[KeyPath, str]]:
     for source in sources:
         if _is_plain(source) and not os.path.exists(os.path.expanduser(source)):
-            yield key, f"{source}: no such file or folder"
+            parts = [part for part in re.split(r"[,;\s]+", source) if part]
+            several = len(parts) > 1 and any(os.path.exists(os.path.expanduser(part)) or "." in part for part in parts)
+            hint = f"write several as a list: [{', '.join(parts)}]" if several else hints.number(str(key[-1]), source)
+            yield key, f"{source}: no such file or folder" + (f" ({hint})" if hint else "")
 
 
 def _plain_size(sources: tuple[str, ...]) -> int | None:

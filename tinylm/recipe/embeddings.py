@@ -10,15 +10,23 @@ from tinylm.recipe.schema import Section, dump_yaml, to_plain
 from tinylm.recipe.values import (
     Count,
     CountOrZero,
+    Exponent,
     Flag,
+    LearningRate,
+    Megabytes,
     NotNegative,
     OpenShare,
     OptionalCount,
+    OptionalTemplate,
     Positive,
+    RequiredPath,
+    RunName,
     Seed,
     Share,
+    SmallCount,
     Sources,
     Texts,
+    Width,
 )
 
 
@@ -28,7 +36,10 @@ class EmbeddingDataSection(Section):
     train: Sources
     """The text to train on."""
     field: str = "text"
-    """The field of each .jsonl line, or the column of a .parquet file, that holds the text."""
+    """The field of each .jsonl line, or the column of a .csv, .tsv or .parquet file, that holds the text."""
+    template: OptionalTemplate = None
+    """Combines several fields into the text of a document, for example `"{category}: {body}"`. Replaces `field`. `{{` and `}}`
+    stand for braces."""
     errors: Literal["strict", "replace"] = "strict"
     """What to do with bytes that are not UTF-8. strict is an error; replace substitutes U+FFFD."""
 
@@ -49,7 +60,7 @@ class TokenVocabulary(Section):
     """The tokens of a tokenizer."""
 
     kind: Literal["tokens"]
-    tokenizer: str
+    tokenizer: RequiredPath
     """A tokenizer.json, or a run folder that contains one."""
     min_count: Count = 1
     """Tokens with fewer occurrences get no vector."""
@@ -58,17 +69,17 @@ class TokenVocabulary(Section):
 class Word2VecMethod(Section):
     """The keys of skip-gram and CBOW with negative sampling. The defaults are those of Mikolov et al. 2013b."""
 
-    dimensions: Count = 100
+    dimensions: Width = 100
     """Number of components of a vector."""
-    window: Count = 5
+    window: SmallCount = 5
     """Maximum window size on each side. The size at each position is drawn uniformly from 1 to this."""
-    negatives: Count = 5
+    negatives: SmallCount = 5
     """Number of negative samples for each pair of neighbors."""
-    exponent: NotNegative = 0.75
+    exponent: Exponent = 0.75
     """Negative samples are drawn with probability proportional to count ** exponent."""
     subsample: NotNegative = 1e-3
     """Words that make up a larger share of the text than this are subsampled. 0 means no subsampling."""
-    lr: Positive
+    lr: LearningRate
     """Initial learning rate."""
     lr_end: NotNegative = 1e-4
     """Final learning rate. The rate decays linearly from lr."""
@@ -80,33 +91,33 @@ class SkipGramMethod(Word2VecMethod):
     """The vector of a word predicts the words around it."""
 
     name: Literal["skipgram"]
-    lr: Positive = 0.025
+    lr: LearningRate = 0.025
 
 
 class CbowMethod(Word2VecMethod):
     """The mean of the vectors around a word predicts the word."""
 
     name: Literal["cbow"]
-    lr: Positive = 0.05
+    lr: LearningRate = 0.05
 
 
 class GloveMethod(Section):
     """Factorization of the logarithm of co-occurrence counts. The defaults are those of Pennington et al. 2014."""
 
     name: Literal["glove"]
-    dimensions: Count = 100
+    dimensions: Width = 100
     """Number of components of a vector."""
-    window: Count = 15
+    window: SmallCount = 15
     """Window size on each side. A word at distance d counts 1/d."""
     x_max: Positive = 100.0
     """Counts of at least x_max have weight 1. Smaller counts have weight (count / x_max) ** alpha."""
-    alpha: NotNegative = 0.75
+    alpha: Exponent = 0.75
     """The exponent in the weight of a count, see x_max."""
-    lr: Positive = 0.05
+    lr: LearningRate = 0.05
     """Learning rate of AdaGrad."""
     epochs: Count = 25
     """Number of passes over the co-occurrence counts."""
-    buffer_megabytes: Count = 128
+    buffer_megabytes: Megabytes = 128
     """Size of the buffer in which counts are sorted and summed before they are written to disk."""
 
 
@@ -135,21 +146,21 @@ class WatchSection(Section):
     neighbours: CountOrZero = 5
     """Number of neighbors to show."""
     every: OpenShare = 0.1
-    """The share of the training between two lists of neighbors."""
+    """The share of the training run between two lists of neighbors."""
 
 
 class EmbeddingCheckpointSection(Section):
     """Checkpoints during training."""
 
     every: Share = 0.1
-    """The share of the training between checkpoints. 0 saves only at the end, and when the training is stopped."""
+    """The share of the training run between checkpoints. 0 saves only at the end, and when training is stopped."""
 
 
 class EmbeddingRecipe(Section):
     """Word or token vectors, learned from a text."""
 
     kind: Literal["embeddings"]
-    name: str = "vectors"
+    name: RunName = "vectors"
     """The vectors are written to embeddings/NAME."""
     seed: Seed = 1337
     """Seed of the initial vectors and of all sampling."""

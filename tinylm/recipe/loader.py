@@ -6,6 +6,7 @@ is a string that flags accept as false, and a duplicate key is an error.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -16,12 +17,14 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from tinylm import hints
 from tinylm.errors import InputError, did_you_mean
 from tinylm.recipe.checks import KeyPath, check_embedding_recipe, check_recipe, listed
 from tinylm.recipe.embeddings import EmbeddingRecipe
 from tinylm.recipe.notation import Loader
 from tinylm.recipe.schema import DEFAULT_ARCHITECTURE, LENGTHS, Recipe
-from tinylm.recipe.sections import Variants, expand, variants_of
+from tinylm.recipe.sections import Variants, all_keys, expand, variants_of
+from tinylm.recipe.values import printable, show
 
 
 class RecipeError(InputError):
@@ -104,12 +107,13 @@ def loads_any(
 
 def _line_of(where: str) -> int:
     """The line number in `file:line`. Locations without a line number, such as options, sort last."""
-    line = where.rpartition(":")[2]
-    return int(line) if line.isdigit() else sys.maxsize
+    match = None if where.startswith("--set ") else re.search(r":([0-9]{1,9})$", where)
+    return int(match[1]) if match else sys.maxsize
 
 
 def _parse(text: str, name: str) -> _Document:
     document = _Document(name)
+    _refuse_other_line_breaks(text, name)
     try:
         loader = Loader(text)
         try:
@@ -119,7 +123,8 @@ def _parse(text: str, name: str) -> _Document:
             if not isinstance(node, yaml.MappingNode):
                 kind = "list" if isinstance(node, yaml.SequenceNode) else "single value"
                 problem = f"a recipe must be a mapping of sections such as `data:` and `training:`, not a {kind}"
-                raise InputError(problem, where=name)
+                hint = None if name == "recipe" else "to train on a text: `tinylm new TEXT --out my.yaml` writes a recipe for it"
+                raise InputError(problem, where=name, hint=hint)
             document.values = _construct(loader, node, (), document)
         finally:
             loader.dispose()
@@ -129,10 +134,8 @@ def _parse(text: str, name: str) -> _Document:
         problem = error.problem or "not YAML"
         if "'\\t'" in problem:
             raise InputError("YAML cannot be indented with tabs", where=line, hint="use spaces") from None
-        hint = "quote a value that is a single -" if problem.startswith("sequence entries") else None
+        hint = next((hint for start, hint in _YAML_HINTS.items() if problem.startswith(start)), None)
         raise InputError(f"not valid YAML: {problem}", where=line, hint=hint) from None
-    except (ValueError, TypeError) as error:  # a value that its tag cannot convert, such as !!int abc
-        raise InputError(f"not valid YAML: {error}", where=name, hint="remove tags such as !!int") from None
     except RecursionError:
         raise InputError(_TOO_LARGE, where=name) from None
     except yaml.YAMLError as error:
@@ -140,15 +143,41 @@ def _parse(text: str, name: str) -> _Document:
     return document
 
 
+_YAML_HINTS = {
+    "sequence entries": "quote a value that is a single -",
+    "mapping values": 'quote a value that contains a colon, for example name: "my run: v2"',
+    "found character '%'": "quote a value that begins with %",
+    "found character '@'": "quote a value that begins with @",
+    "found character '`'": "quote a value that begins with `",
+    "while scanning a quoted scalar": "close the quotes",
+    "found unexpected end of stream": "close the quotes",
+    "expected ',' or": "close the brackets, and separate their items with commas",
+    "could not find expected ':'": "write a space after the colon, for example name: my-run",
+    "found undefined alias": "quote a value that begins with *, such as a glob",
+}
+"""What to do about an error of the YAML parser, by the beginning of its message."""
+
+
+def _refuse_other_line_breaks(text: str, name: str) -> None:
+    """Raise `InputError` for line separators that YAML 1.1 reads as line breaks, but an editor and YAML 1.2 do not."""
+    match = re.search("[\x85\u2028\u2029]", text)
+    if match is not None:
+        code, escape = f"U+{ord(match[0]):04X}", {"\x85": "\\N", "\u2028": "\\L", "\u2029": "\\P"}[match[0]]
+        line = text.count("\n", 0, match.start()) + 1
+        raise InputError(f"contains the line separator {code}", where=f"{name}:{line}", hint=f"write {escape} in double quotes")
+
+
 def _construct(loader: Loader, node: yaml.Node, path: KeyPath, document: _Document) -> Any:
     if len(path) > _MAX_DEPTH or len(document.locations) > _MAX_KEYS:  # a recursive alias, or aliases that multiply
         raise InputError(_TOO_LARGE, where=f"{document.name}:{node.start_mark.line + 1}")
     if isinstance(node, yaml.MappingNode):
-        loader.flatten_mapping(node)
         mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:
             line = f"{document.name}:{key_node.start_mark.line + 1}"
             key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "?"
+            if not key.isprintable():
+                document.problems.append((line, f"{show(key)} is not a valid key"))
+                continue
             if key in mapping:
                 first = document.locations[(*path, key)].rpartition(":")[2]
                 document.problems.append((line, f"{key} is given twice (first on line {first})"))
@@ -160,15 +189,36 @@ def _construct(loader: Loader, node: yaml.Node, path: KeyPath, document: _Docume
         for index, item in enumerate(node.value):
             document.locations[(*path, index)] = f"{document.name}:{item.start_mark.line + 1}"
         return [_construct(loader, item, (*path, index), document) for index, item in enumerate(node.value)]
-    return loader.construct_object(node, deep=True)
+    return _scalar(loader, node, f"{document.name}:{node.start_mark.line + 1}")
+
+
+def _scalar(loader: Loader, node: yaml.Node, where: str) -> Any:
+    try:
+        value = loader.construct_object(node, deep=True)
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError):  # a value that its tag cannot convert
+        kind = str(node.tag).rpartition(":")[2]
+        raise InputError(f"{show(node.value)} is not valid for {kind}", where=where, hint="remove tags such as !!int") from None
+    problem = _text_problem(value)
+    if problem is not None:
+        raise InputError(problem, where=where)
+    return value
+
+
+def _text_problem(value: object) -> str | None:
+    """Return why a string cannot be the value of a key. The surrogates U+DC80 to U+DCFF are bytes of paths that are not UTF-8."""
+    if isinstance(value, str) and "\0" in value:
+        return f"{show(value)} contains a NUL character"
+    if isinstance(value, str) and any("\ud800" <= c <= "\udfff" and not "\udc80" <= c <= "\udcff" for c in value):
+        return f"{show(value)} contains half of a surrogate pair, which UTF-8 cannot encode"
+    return None
 
 
 def _apply(document: _Document, override: str) -> None:
     """Set one key of the document from the override `SECTION.KEY=VALUE`."""
     key, equals, written = override.partition("=")
     path = tuple(key.strip().split("."))
-    where = f"--set {override}"
-    if not equals or not all(path):
+    where = f"--set {printable(override)}"
+    if not equals or not all(path) or len(path) > _MAX_DEPTH or not key.isprintable():
         document.problems.append((where, "must have the form SECTION.KEY=VALUE, for example training.steps=100"))
         return
     target: dict[str, Any] = document.values
@@ -186,7 +236,13 @@ def _apply(document: _Document, override: str) -> None:
         for other in LENGTHS:  # a length on the command line replaces the one in the file
             if not document.locations.get((*path[:-1], other), "").startswith("--set"):
                 target.pop(other, None)
-    target[path[-1]] = _parse_value(written)
+    value = _parse_value(written)
+    problem = _text_problem(value)
+    if problem is not None:
+        document.problems.append((f"--set {key}", problem))
+    target[path[-1]] = "" if problem else value
+    for inner in [known for known in document.locations if known[: len(path)] == path]:  # the value in the file is replaced
+        del document.locations[inner]
     document.locations[path] = where
 
 
@@ -209,11 +265,11 @@ def _inherit(document: _Document) -> None:
     run = init_from.get("run") if isinstance(init_from, dict) else init_from
     if not isinstance(run, str):
         return
-    folder = Path(run).expanduser()
+    folder = Path(os.path.expanduser(run))
     folder = folder.parent.parent if folder.parent.name == "checkpoints" else folder
     try:
         text = (folder / "recipe.yaml").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+    except (OSError, ValueError):  # ValueError: not UTF-8, or not a possible path
         return  # if the run does not exist, `checks` reports it
     inherited = _mapping(_parse(text, str(folder / "recipe.yaml")).values.get("model"))
     run_architecture = inherited.get("architecture", DEFAULT_ARCHITECTURE)
@@ -230,11 +286,16 @@ def _inherit(document: _Document) -> None:
 def _parse_value(written: str) -> Any:
     """The value of an override: a YAML scalar, list or mapping in brackets. Anything else (`-`, `*.txt`, `Note: this`) is text."""
     try:
-        node = yaml.compose(written, Loader)
-        block = isinstance(node, yaml.CollectionNode) and not node.flow_style
-        only_a_comment = node is None and written.strip()
-        return written if block or only_a_comment else yaml.load(written, Loader)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError):
+        loader = Loader(written)
+        try:
+            node = loader.get_single_node()
+            block = isinstance(node, yaml.CollectionNode) and not node.flow_style
+            if block or node is None:
+                return written if written.strip() else None
+            return _construct(loader, node, (), _Document("--set"))
+        finally:
+            loader.dispose()
+    except (yaml.YAMLError, InputError, RecursionError):
         return written
 
 
@@ -320,7 +381,7 @@ def _problem(item: Any, values: dict[str, Any], schema: type[BaseModel]) -> _Pro
         location = (*location, item["ctx"]["discriminator"].strip("'"))
         has_short_form = expand(key.section, str(key.path[-1]), "") != ""
         shown = key.path if has_short_form else location
-    return _Problem(key.path, _message(item, key), location, shown)
+    return _Problem(key.path, _message(item, key, schema), location, shown)
 
 
 def _schema_key(location: KeyPath, values: Any, schema: type[BaseModel]) -> _SchemaKey:
@@ -340,13 +401,13 @@ def _schema_key(location: KeyPath, values: Any, schema: type[BaseModel]) -> _Sch
     return key
 
 
-def _message(item: Any, key: _SchemaKey) -> str:
+def _message(item: Any, key: _SchemaKey, schema: type[BaseModel]) -> str:
     """The message for a validation error of pydantic at `key`."""
     path, kind, context = key.path, item["type"], item.get("ctx", {})
     if path == ("kind",):
         return "must be embeddings (leave it out for a language model)"
     if kind == "extra_forbidden":
-        return _unknown_key_message(key)
+        return _unknown_key_message(key, schema, item["input"])
     if kind == "missing":
         if path == ("training",):
             return f"missing (set how long to train with one of {', '.join(LENGTHS)})"
@@ -354,34 +415,53 @@ def _message(item: Any, key: _SchemaKey) -> str:
             return "missing (name the text to train on, for example `data: {train: my.txt}`)"
         return "missing"
     if kind == "value_error":
-        return str(context["error"])
+        hint = hints.number(str(path[-1]) if path else "", item["input"])
+        return str(context["error"]) + (f" ({hint})" if hint else "")
     if kind in ("literal_error", "union_tag_invalid"):
         expected = context.get("expected") or context.get("expected_tags", "")
         options = re.findall(r"'([^']*)'", expected)
         given = item["input"] if kind == "literal_error" else context.get("tag")
-        hint = did_you_mean(str(given), options)
+        hint = _TOKENIZER_HINT if path == ("tokenizer",) and hints.value(given, options) is None else hints.value(given, options)
         expected = f"{'one of ' if len(options) > 1 else ''}{', '.join(options)}"
-        return f"must be {expected}, not {given!r}" + (f" ({hint})" if hint else "")
+        return f"must be {expected}, not {show(given)}" + (f" ({hint})" if hint else "")
     if kind in ("model_type", "dict_type", "model_attributes_type"):
         variants = variants_of(key.section, str(path[-1])) if path else None
         known = list((variants.default if variants else key.section).model_fields)
-        return f"must be a section with keys such as {', '.join(known[:4])}"
+        return f"must be a section with keys such as {', '.join(known[:4])}" + (_TOKENIZER_HINT if path == ("tokenizer",) else "")
+    if kind == "union_tag_not_found":
+        variants = variants_of(key.section, str(path[-1]))
+        tags = ", ".join(variants.by_tag) if variants else ""
+        return f"needs the key {str(context['discriminator']).strip(chr(39))} (one of {tags})"
     if kind == "string_type":
-        return f"must be text, not {item['input']!r}"
+        return f"must be text, not {show(item['input'])}"
     return str(item["msg"])
 
 
-def _unknown_key_message(key: _SchemaKey) -> str:
-    """The message for an unknown key, which may be misspelled or belong to another variant of the section."""
+_TOKENIZER_HINT = "{kind: bpe, split: gpt2} trains one like that of GPT-2, and {path: tokenizer.json} uses an existing one"
+
+
+def _unknown_key_message(key: _SchemaKey, schema: type[BaseModel], value: object) -> str:
+    """The message for an unknown key, which may be misspelled, have another name or belong elsewhere."""
     name, known = str(key.path[-1]), list(key.section.model_fields)
     others = key.variants.with_key(name) if key.variants is not None else []
     if key.variants is None or not others:
-        return f"unknown key ({did_you_mean(name, known) or 'known keys: ' + ', '.join(known)})"
+        return f"unknown key ({_key_hint(key, schema, value) or 'known keys: ' + ', '.join(known)})"
     if key.variants.discriminator is None:
         return f"cannot be combined with {key.tag} (only with {listed(others)})"
     noun = str(key.path[-2]) if key.variants.discriminator == "name" else key.variants.discriminator
     plural = len(others) > 1
     return f"not a key of {noun} {key.tag} ({noun}{'s' * plural} {listed(others)} {'have' if plural else 'has'} it)"
+
+
+def _key_hint(key: _SchemaKey, schema: type[BaseModel], value: object) -> str | None:
+    """The hint for an unknown key. For an unknown section with a single key, it is the hint for that key if there is one."""
+    path, known = tuple(map(str, key.path)), frozenset(all_keys(schema))
+    if isinstance(value, dict) and len(value) == 1:
+        inner = (*path, *map(str, value))
+        hint = hints.recipe_key(inner, known)
+        if hint is not None:
+            return hint
+    return hints.recipe_key(path, known) or did_you_mean(path[-1], key.section.model_fields)
 
 
 def _without(values: Any, paths: set[KeyPath], prefix: KeyPath = ()) -> Any:

@@ -31,3 +31,12 @@ for _notation in (Loader, Dumper):
     _notation.add_implicit_resolver(_FLOAT, _FLOAT_PATTERN, list("-+.0123456789"))
 Loader.add_constructor(_INT, lambda loader, node: int(str(node.value).replace("_", "")))
 Loader.add_constructor(_FLOAT, lambda loader, node: float(str(node.value).replace("_", "")))
+
+
+def _represent_text(dumper: Dumper, text: str) -> yaml.ScalarNode:
+    """Write text with a line separator other than \\n in double quotes, in which it is escaped. Otherwise it would be lost."""
+    style = '"' if any(separator in text for separator in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+Dumper.add_representer(str, _represent_text)

@@ -54,3 +54,33 @@ DECODER_PRESETS: dict[str, dict[str, Any]] = {
         "attention_dropout": None,
     },
 }
+
+ENCODER_PRESETS: dict[str, dict[str, Any]] = {
+    # The default: the parts of the decoder preset of the same name.
+    "modern": {
+        **DECODER_PRESETS["modern"],
+        "tie_embeddings": False,
+        "head_transform": False,
+        "head_bias": False,
+        "token_types": 0,
+    },
+    # The architecture of BertModel and BertForMaskedLM in Hugging Face transformers.
+    "bert": {
+        "norm": "layernorm",
+        "norm_position": "post",
+        "norm_eps": 1e-12,
+        "norm_gain": True,
+        "position": "learned",
+        "feed_forward": "gelu_exact",
+        "feed_forward_multiple": 4.0,
+        "bias": True,
+        "tie_embeddings": True,
+        "qk_norm": False,
+        "embedding_norm": True,
+        "zero_init_outputs": False,
+        "attention_dropout": None,
+        "head_transform": True,
+        "head_bias": True,
+        "token_types": 2,
+    },
+}

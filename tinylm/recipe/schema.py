@@ -6,52 +6,72 @@ description in the recipe reference.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, get_args
+from typing import Annotated, Any, Literal, Protocol, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
+from tinylm.errors import InputError
+from tinylm.recipe.base import DataVariant as DataVariant
+from tinylm.recipe.base import InitFrom as InitFrom
+from tinylm.recipe.base import ModelVariant as ModelVariant
+from tinylm.recipe.base import ObjectiveVariant as ObjectiveVariant
+from tinylm.recipe.base import Section as Section
+from tinylm.recipe.encoder import EncoderSection, MaskedLMObjective
+from tinylm.recipe.fixed_context import FeedForwardSection, NgramSection
+from tinylm.recipe.labels import ClassificationObjective, LabelsSection
 from tinylm.recipe.notation import Dumper
-from tinylm.recipe.presets import DECODER_PRESETS
+from tinylm.recipe.recurrent import GruSection, LstmSection, RnnSection
 from tinylm.recipe.sections import OpenUnion
+from tinylm.recipe.transformer import DecoderSection as DecoderSection
+from tinylm.recipe.transformer import LinearRopeScaling as LinearRopeScaling
+from tinylm.recipe.transformer import Llama3RopeScaling as Llama3RopeScaling
+from tinylm.recipe.transformer import RopeScaling as RopeScaling
+from tinylm.recipe.transformer import TransformerSection as TransformerSection
+from tinylm.recipe.transformer import YarnRopeScaling as YarnRopeScaling
 from tinylm.recipe.values import (
     LORA_TARGETS,
     Alphabet,
-    AttentionPattern,
+    BatchSize,
+    BatchSizeOrAuto,
     Betas,
     Characters,
     ClipNorm,
+    ContextLength,
     Count,
-    CountOrAuto,
     CountOrZero,
+    Epsilon,
     Flag,
     FlagOrAuto,
+    Interval,
+    LearningRate,
     Megabytes,
     Normalizations,
     NotNegative,
     OpenShare,
     OptionalCount,
-    OptionalPath,
+    OptionalInterval,
     OptionalPositive,
-    OptionalShareBelowOne,
-    Orders,
+    OptionalSmallCount,
+    OptionalTemplate,
     Positive,
+    RequiredPath,
+    RunName,
     Seed,
     Share,
     ShareBelowOne,
+    SmallCount,
     Sources,
     Targets,
+    Temperature,
     Texts,
+    TokenCount,
     TokenList,
+    Trackers,
+    VocabSize,
     Warmup,
+    Width,
 )
-
-
-class Section(BaseModel):
-    """A part of a recipe. Unknown keys and wrong types are errors."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
 
 
 def _expand_name(value: object) -> object:
@@ -94,25 +114,71 @@ Heldout = Annotated[
 ]
 
 
-class DataSection(Section):
+class TestShare(Section):
+    """Set a share of the training text aside for a test, in the same way as the held-out text: by document, or at the end."""
+
+    share: OpenShare = 0.1
+    """The share to set aside: of the characters with `heldout.by: tail`, of the documents with `heldout.by: document`."""
+
+
+def _choose_test(value: object) -> str:
+    return "none" if value is None else _choose_heldout(value)
+
+
+OptionalTest = Annotated[
+    Annotated[TestShare, Tag("share")] | Annotated[HeldoutSources, Tag("sources")] | Annotated[None, Tag("none")],
+    Discriminator(_choose_test),
+    BeforeValidator(_expand_heldout),
+]
+
+
+class DataSection(DataVariant):
     """The text to train on and the text to evaluate on."""
 
     train: Sources
     """The text to train on."""
     heldout: Heldout = HeldoutShare()
     """The text to evaluate on: a share of the training text, or another SOURCE."""
+    test: OptionalTest = None
+    """A text that is never used during training, not even to choose the best checkpoint: a share of the training text, or another
+    SOURCE. `tinylm eval --split test` scores it. null means none."""
     field: str = "text"
-    """The field of each .jsonl line, or the column of a .parquet file, that holds the text."""
+    """The field of each .jsonl line, or the column of a .csv, .tsv or .parquet file, that holds the text."""
+    template: OptionalTemplate = None
+    """Combines several fields into the text of a document, for example `"{category}: {body}"`. Replaces `field`. `{{` and `}}`
+    stand for braces."""
     errors: Literal["strict", "replace"] = "strict"
     """What to do with bytes that are not UTF-8. strict is an error; replace substitutes U+FFFD."""
     shuffle: Literal["windows", "documents"] = "windows"
     """What each epoch shuffles: windows keeps the documents in the order of the text and shuffles the windows that it is cut into.
     documents also shuffles the documents before the text is cut."""
     document_mask: Flag = False
-    """Compute each document in a window as if it stood by itself: attention does not cross documents, positions start at 0 in each.
+    """Process each document in a window as if it were alone: attention does not cross documents, and positions start at 0 in each.
     false lets the model attend to earlier documents, which is faster."""
     format: Literal["text"] = "text"
     """What the sources contain: text is plain text, which becomes one stream of tokens."""
+
+    def sources(self) -> dict[str, tuple[str, ...]]:
+        others = {"heldout": self.heldout, "test": self.test}
+        return {"train": self.train, **{key: text.sources for key, text in others.items() if isinstance(text, HeldoutSources)}}
+
+
+def require_text(data: DataVariant) -> DataSection:
+    """Return `data` if its format is text. Raises `InputError` otherwise."""
+    if not isinstance(data, DataSection):
+        raise InputError(f"this needs format text, not {data.format}", where="data.format")
+    return data
+
+
+DATA_VARIANTS = OpenUnion("format", DataSection, LabelsSection)
+"""The data formats. `register_data_section` adds one from outside the library."""
+
+
+def _default_format(value: object) -> object:
+    return {"format": "text", **value} if isinstance(value, dict) else value
+
+
+DataUnion = Annotated[DataVariant, DATA_VARIANTS, BeforeValidator(_default_format)]
 
 
 class LearnedTokenizer(Section):
@@ -130,7 +196,7 @@ class LearnedTokenizer(Section):
 class VocabularyTokenizer(LearnedTokenizer):
     """The keys of the tokenizers that learn a vocabulary of a given size."""
 
-    vocab_size: Count = 4096
+    vocab_size: VocabSize = 4096
     """Number of tokens, including the end-of-text, special and added tokens."""
     allow_smaller: Flag = True
     """What to do if the text is too small for vocab_size: true learns fewer tokens and warns, false is an error that names the
@@ -146,7 +212,7 @@ class BpeTokenizer(VocabularyTokenizer):
     split: str = "gpt4"
     """The pretokenizer, which splits text at boundaries that merges never cross: gpt4, gpt2, llama3, whitespace, none (only lines)
     or a regular expression."""
-    digits: OptionalCount = None
+    digits: OptionalSmallCount = None
     """Maximum number of digits in one token. null means 2 for gpt4, 3 for llama3 and no limit otherwise."""
     min_frequency: Count = 1
     """Minimum number of occurrences of a pair for it to be merged."""
@@ -167,9 +233,9 @@ class UnigramTokenizer(VocabularyTokenizer):
     kind: Literal["unigram"]
     split: str = "gpt4"
     """The pretokenizer, as for bpe. Tokens never cross its boundaries."""
-    digits: OptionalCount = None
+    digits: OptionalSmallCount = None
     """Maximum number of digits in one token, as for bpe."""
-    max_token_length: Count = 16
+    max_token_length: SmallCount = 16
     """Maximum number of characters in a token."""
     alphabet: Characters = "text"
     """Characters that are always tokens: text (all its characters), a number (its most frequent ones) or the characters
@@ -221,7 +287,7 @@ class FileTokenizer(Section):
     """An existing tokenizer.json, which is used unchanged."""
 
     kind: Literal["file"]
-    path: str
+    path: RequiredPath
     """Path to the tokenizer.json."""
 
 
@@ -239,214 +305,7 @@ LEARNED_TOKENIZERS: tuple[type[LearnedTokenizer], ...] = tuple(
 )
 
 
-class InitFrom(Section):
-    """Start from the weights of another run instead of random weights."""
-
-    run: str
-    """A run folder, whose best checkpoint is used, or a checkpoint folder."""
-    head: Flag = True
-    """Load the output head. false initializes it, as well as every table indexed by token if the tokenizer differs."""
-
-
-def _expand_init_from(value: object) -> object:
-    return {"run": value} if isinstance(value, str) else value
-
-
-class ModelVariant(Section):
-    """The base class of the variants of `model:`, one for each architecture. `register_model_section` adds a variant.
-
-    A variant declares the keys `architecture`, whose only value and default is the name of the variant, and `context_length`. Other
-    code reads the properties and methods below from every architecture.
-    """
-
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """The defaults of the other keys for each value of the key `preset`. Empty for an architecture without this key."""
-    objectives: ClassVar[tuple[str, ...]] = ("causal_lm",)
-    """The objectives that the model can be trained with, by name. The first one is the default."""
-
-    architecture: str
-
-    if TYPE_CHECKING:  # each variant declares this key itself, which sets its place in the order of keys
-        context_length: int
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_from_preset(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or not cls.presets:
-            return values
-        default = cls.presets[cls.model_fields["preset"].default]
-        preset = values.get("preset")
-        return {**(cls.presets.get(preset, default) if isinstance(preset, str) else default), **values}
-
-    @property
-    def uses_dropout(self) -> bool:
-        """Whether training uses any kind of dropout, and therefore random numbers."""
-        return False
-
-    @property
-    def pretrained(self) -> InitFrom | None:
-        """The value of `init_from`, for architectures with this key: the run whose weights are loaded."""
-        return None
-
-    @property
-    def pretrained_embeddings(self) -> str | None:
-        """The value of `init_embeddings`, for architectures with this key: the vectors that initialize the embedding."""
-        return None
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        """Yield each problem that involves several keys of this section, as (key, message)."""
-        yield from ()
-
-
-class DecoderSection(ModelVariant):
-    """A transformer decoder. `preset` sets the defaults of the other keys, each of which can also be set separately.
-
-    With `init_from`, keys that are not set have the values of that run, and its tokenizer is used unless another one is set.
-    """
-
-    presets = DECODER_PRESETS
-
-    architecture: Literal["decoder"] = "decoder"
-    preset: Literal["modern", "gpt2", "llama"] = "modern"
-    """The model whose parts are the defaults of the other keys."""
-    n_layer: Count = 6
-    """Number of blocks."""
-    n_head: Count = 6
-    """Number of attention heads in each block."""
-    n_kv_head: OptionalCount = None
-    """Number of key/value heads, for grouped-query attention (Ainslie et al. 2023). null means n_head."""
-    n_embd: Count = 384
-    """Width of the residual stream."""
-    head_dim: OptionalCount = None
-    """Width of an attention head. null means n_embd / n_head."""
-    context_length: Count = 256
-    """Number of tokens in a training sequence, and the maximum number of tokens the model attends to."""
-    attention_window: OptionalCount = None
-    """Number of positions that each position attends to, itself included, in the blocks that attention_pattern calls local (Beltagy
-    et al. 2020). null means all earlier positions."""
-    attention_pattern: AttentionPattern = ("local",)
-    """Which blocks use attention_window, repeated over the blocks: [local, local, global] means that every third block attends to
-    all earlier positions."""
-    norm: Literal["layernorm", "rmsnorm"]
-    """The kind of normalization layer."""
-    norm_position: Literal["pre", "post"]
-    """pre normalizes the input of each attention and feed-forward layer and of the head. post normalizes each residual sum."""
-    norm_eps: Positive
-    """The epsilon added under the square root of a norm."""
-    norm_gain: Flag
-    """Multiply the output of norms by a learned gain."""
-    position: Literal["learned", "sinusoidal", "rope", "none"]
-    """How positions are encoded: by a learned or sinusoidal embedding, by rotating queries and keys (rope), or not at all."""
-    rope_theta: OptionalPositive = None
-    """The base of the rotary frequencies with `position: rope`. null means 10000."""
-    feed_forward: Literal["gelu", "gelu_exact", "relu", "relu2", "swiglu"]
-    """The activation of the feed-forward layers. gelu is the tanh approximation of GPT-2, gelu_exact the exact function."""
-    feed_forward_multiple: Positive
-    """The hidden width of the feed-forward layers as a multiple of n_embd, rounded to the nearest multiple of 8."""
-    n_inner: OptionalCount = None
-    """The hidden width of the feed-forward layers. null means that feed_forward_multiple determines it."""
-    bias: Flag
-    """Use a learned bias in linear layers and layer norms."""
-    tie_embeddings: Flag
-    """Use the weights of the token embedding as those of the head."""
-    qk_norm: Flag
-    """Apply an RMS norm to the queries and keys of each head, before rotary positions."""
-    qk_gain: Flag = True
-    """Multiply the output of qk_norm by a learned gain."""
-    embedding_norm: Flag
-    """Normalize the token embedding before the first block."""
-    zero_init_outputs: Flag
-    """Initialize the output projections of attention and feed-forward layers to zero, so that every block starts as the identity.
-    The head starts near zero, and other matrices have a standard deviation of 0.5 / sqrt(inputs)."""
-    ngram_embeddings: Orders = ()
-    """Values of n, such as [2, 3]. For each, a hashed embedding of the last n tokens is added to the token embedding (Pagnoni et
-    al. 2024). [] means none."""
-    ngram_rows: Count = 16384
-    """Number of rows of the embedding table for each n."""
-    ngram_width: Count = 32
-    """Width of the n-gram embedding tables."""
-    ngram_dropout: ShareBelowOne = 0.0
-    """The share of n-gram embeddings that are dropped in training. Without it, the tables soon memorize a small text."""
-    value_embeddings: CountOrZero = 0
-    """Number of blocks at the start, and again at the end, whose attention values get a token embedding added (Zhou et al.
-    2024)."""
-    value_residual: Flag = False
-    """Mix the values of the first block into those of later blocks, with a learned weight (Zhou et al. 2024)."""
-    embedding_shortcut: Flag = False
-    """The input of every block is a learned mix of the residual stream and the embedding."""
-    parallel_residual: Flag = False
-    """Compute attention and feed-forward layer in parallel from the same input, and add both outputs (GPT-NeoX)."""
-    dropout: ShareBelowOne = 0.0
-    """Dropout of the embedding and of the output of each attention and feed-forward layer."""
-    attention_dropout: OptionalShareBelowOne = None
-    """Dropout of the attention probabilities. null means the value of dropout. On a CPU it doubles the time of attention."""
-    logit_softcap: OptionalPositive = None
-    """Soft cap c of the logits, which become c * tanh(logits / c). null means no cap."""
-    init_embeddings: OptionalPath = None
-    """Initialize the token embedding with these vectors: a folder from `tinylm embed train`, or a file in any format it reads."""
-    freeze_embeddings: Flag = False
-    """Do not train the token embedding that init_embeddings loads."""
-    init_from: Annotated[InitFrom | None, BeforeValidator(_expand_init_from)] = None
-    """The run whose weights are loaded: `init_from: RUN`, or `init_from: {run: RUN, head: off}`."""
-
-    @property
-    def uses_dropout(self) -> bool:
-        return self.dropout > 0 or self.attention_dropout_p > 0 or (self.ngram_dropout > 0 and bool(self.ngram_embeddings))
-
-    @property
-    def pretrained(self) -> InitFrom | None:
-        return self.init_from
-
-    @property
-    def pretrained_embeddings(self) -> str | None:
-        return self.init_embeddings
-
-    @property
-    def attention_dropout_p(self) -> float:
-        """The probability of attention dropout: `attention_dropout` if it is set, else `dropout`."""
-        return self.dropout if self.attention_dropout is None else self.attention_dropout
-
-    @property
-    def kv_heads(self) -> int:
-        return self.n_kv_head or self.n_head
-
-    @property
-    def head_width(self) -> int:
-        return self.head_dim or self.n_embd // self.n_head
-
-    @property
-    def feed_forward_width(self) -> int:
-        return self.n_inner or max(8, 8 * round(self.feed_forward_multiple * self.n_embd / 8))
-
-    def window_of(self, layer: int) -> int | None:
-        """The attention window of a block, counted from 0, or None if it attends to all earlier positions."""
-        return self.attention_window if self.attention_pattern[layer % len(self.attention_pattern)] == "local" else None
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        if self.init_from is not None and self.init_embeddings is not None:
-            yield "init_embeddings", "cannot be combined with init_from, which already loads an embedding"
-        if self.head_dim is None and self.n_embd % self.n_head:
-            divisors = [heads for heads in range(1, self.n_embd + 1) if self.n_embd % heads == 0]
-            nearest = min(divisors, key=lambda heads: abs(heads - self.n_head))
-            yield "n_head", f"{self.n_head} heads do not divide the width n_embd {self.n_embd} ({nearest} heads would)"
-        elif self.position == "rope" and self.head_width % 2:
-            width = "n_embd / n_head" if self.head_dim is None else "head_dim"
-            yield "n_head", f"rope needs an even head width, and {width} is {self.head_width}"
-        if self.n_head % self.kv_heads:
-            yield "n_kv_head", f"{self.kv_heads} key/value heads do not divide the {self.n_head} query heads"
-        if self.position == "sinusoidal" and self.n_embd % 2:
-            yield "n_embd", f"sinusoidal positions need an even width, not {self.n_embd}"
-        if self.rope_theta is not None and self.position != "rope":
-            yield "rope_theta", f"needs position: rope, and position is {self.position}"
-        if self.attention_window is None and self.attention_pattern != ("local",):
-            yield "attention_pattern", "needs attention_window"
-        if self.freeze_embeddings and self.init_embeddings is None:
-            yield "freeze_embeddings", "needs init_embeddings"
-        elif self.freeze_embeddings and self.tie_embeddings:
-            yield "freeze_embeddings", "cannot be combined with tie_embeddings, which also uses them as the head's weights"
-
-
-MODEL_VARIANTS = OpenUnion("architecture")
+MODEL_VARIANTS = OpenUnion("architecture", DecoderSection, RnnSection, LstmSection, GruSection, FeedForwardSection, NgramSection, EncoderSection)
 """The architectures. `register_model_section` adds one from outside the library."""
 
 
@@ -458,19 +317,7 @@ def _default_architecture(value: object) -> object:
     return {"architecture": DEFAULT_ARCHITECTURE, **value} if isinstance(value, dict) else value
 
 
-ModelSection = Annotated[DecoderSection, MODEL_VARIANTS, BeforeValidator(_default_architecture)]
-
-
-class ObjectiveVariant(Section):
-    """The base class of the variants of `objective:`. `register_objective_section` adds a variant.
-
-    A variant declares the key `name`, whose only value and default is the name of the objective.
-    """
-
-    architectures: ClassVar[tuple[str, ...]] = ()
-    """The architectures that can be trained with the objective, in addition to those that list it in `objectives`."""
-
-    name: str
+ModelSection = Annotated[ModelVariant, MODEL_VARIANTS, BeforeValidator(_default_architecture)]
 
 
 class CausalLMObjective(ObjectiveVariant):
@@ -479,21 +326,21 @@ class CausalLMObjective(ObjectiveVariant):
     name: Literal["causal_lm"] = "causal_lm"
 
 
-OBJECTIVE_VARIANTS = OpenUnion("name")
+OBJECTIVE_VARIANTS = OpenUnion("name", CausalLMObjective, MaskedLMObjective, ClassificationObjective)
 """The objectives. `register_objective_section` adds one from outside the library."""
 
-ObjectiveSection = Annotated[CausalLMObjective, OBJECTIVE_VARIANTS, BeforeValidator(_expand_name)]
+ObjectiveSection = Annotated[ObjectiveVariant, OBJECTIVE_VARIANTS, BeforeValidator(_expand_name)]
 
 
 class AdamWOptimizer(Section):
     """AdamW (Loshchilov & Hutter 2019). Weight decay applies only to matrices."""
 
     name: Literal["adamw"]
-    lr: Positive = 1e-3
+    lr: LearningRate = 1e-3
     """Peak learning rate."""
     betas: Betas = (0.9, 0.95)
     """Decay rates of the running averages of the gradient and of its square."""
-    eps: Positive = 1e-8
+    eps: Epsilon = 1e-8
     """The epsilon added to the denominator."""
     weight_decay: NotNegative = 0.1
     """Decoupled weight decay of matrices. Each step decays them by this times the learning rate."""
@@ -503,7 +350,7 @@ class MuonOptimizer(Section):
     """Muon (Jordan et al. 2024) for the matrices of the blocks, and AdamW for embeddings, head, gains and biases."""
 
     name: Literal["muon"]
-    lr: Positive = 0.02
+    lr: LearningRate = 0.02
     """Peak learning rate of Muon. At a learning rate of 1, the root mean square of an update is about 1 / sqrt(columns)."""
     momentum: ShareBelowOne = 0.95
     """Nesterov momentum."""
@@ -511,7 +358,7 @@ class MuonOptimizer(Section):
     """Number of steps over which the momentum rises from 0.85 to its value."""
     newton_schulz: Literal["polar_express", "classic"] = "polar_express"
     """Coefficients of the Newton-Schulz iteration: polar_express (Amsel et al. 2025) or classic (Jordan et al. 2024)."""
-    newton_schulz_steps: Count = 3
+    newton_schulz_steps: SmallCount = 3
     """Number of Newton-Schulz iterations. 3 with polar_express are about as accurate as 5 with classic."""
     newton_schulz_dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of the Newton-Schulz iteration. auto means bf16 on hardware with bf16 matrix units (GPUs since Ampere, CPUs with
@@ -520,11 +367,11 @@ class MuonOptimizer(Section):
     """Decoupled weight decay of the weights that Muon updates. Each step decays them by this times the learning rate."""
     cautious_weight_decay: Flag = False
     """Apply weight decay only to weights that the update moves toward zero (Chen et al. 2025)."""
-    adamw_lr: Positive = 4e-3
+    adamw_lr: LearningRate = 4e-3
     """Peak learning rate of the weights that AdamW updates."""
     betas: Betas = (0.9, 0.95)
     """The betas of AdamW."""
-    eps: Positive = 1e-8
+    eps: Epsilon = 1e-8
     """The epsilon of AdamW."""
 
 
@@ -542,7 +389,7 @@ class ScheduleWithFloor(Section):
     """The keys of the schedules whose learning rate falls at the end."""
 
     warmup: Warmup = 0.02
-    """Linear warmup: a number of steps, or below 1 a share of the training."""
+    """Length of the linear warmup: a number of steps, or a share of the training run if below 1."""
     floor: Share = 0.0
     """Final learning rate as a share of the peak learning rate."""
 
@@ -552,7 +399,7 @@ class WsdSchedule(ScheduleWithFloor):
 
     name: Literal["wsd"]
     cooldown: Share = 0.6
-    """The share of the training spent in cooldown."""
+    """The share of the training run spent in cooldown."""
 
 
 class CosineSchedule(ScheduleWithFloor):
@@ -572,7 +419,7 @@ class ConstantSchedule(Section):
 
     name: Literal["constant"]
     warmup: Warmup = 0.02
-    """Linear warmup: a number of steps, or below 1 a share of the training."""
+    """Length of the linear warmup: a number of steps, or a share of the training run if below 1."""
 
 
 Schedule = Annotated[WsdSchedule | CosineSchedule | LinearSchedule | ConstantSchedule, Field(discriminator="name")]
@@ -586,7 +433,7 @@ class LoraSection(Section):
     """Low-rank adaptation (Hu et al. 2022). Each weight W is frozen, and a trained product (alpha / rank) B A is added to it, which
     starts at zero."""
 
-    rank: Count = 8
+    rank: Width = 8
     """Number of rows of A and number of columns of B."""
     alpha: Positive = 16.0
     """The product B A is scaled by alpha / rank."""
@@ -615,15 +462,15 @@ class TrainingSection(Section):
 
     steps: OptionalCount = None
     """Number of optimizer steps."""
-    tokens: OptionalCount = None
+    tokens: TokenCount = None
     """Number of training tokens, rounded up to whole steps."""
     epochs: OptionalPositive = None
     """Number of passes over the training text, rounded up to whole steps."""
     minutes: OptionalPositive = None
     """Wall-clock minutes of training, including compilation and evaluation. The schedule then follows the elapsed time."""
-    global_batch_size: Count = 64
+    global_batch_size: BatchSize = 64
     """Number of sequences per optimizer step."""
-    micro_batch_size: CountOrAuto = "auto"
+    micro_batch_size: BatchSizeOrAuto = "auto"
     """Number of sequences per forward pass. It must divide global_batch_size. auto chooses a size that fits in memory."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of matrix products. Weights and optimizer state are always float32. auto chooses bf16 or fp16 if the
@@ -659,12 +506,17 @@ class TrainingSection(Section):
         return {**values, "optimizer": {**optimizer, "name": "adamw"}}
 
 
+MINUTES_INTERVAL = 0.125
+"""Default of `evaluation.every` and `checkpoint.every` with `training.minutes`."""
+
+
 class EvaluationSection(Section):
     """Evaluation on the held-out text during training."""
 
-    every: Count = 100
-    """Number of steps between evaluations. The last step is always evaluated."""
-    max_tokens: OptionalCount = None
+    every: Interval = 100
+    """Number of steps between evaluations, or a share of the training run if below 1. The last step is always evaluated. With
+    `training.minutes`, the default is 0.125."""
+    max_tokens: TokenCount = None
     """Evaluate only on the first max_tokens held-out tokens. null means all."""
     stride: OptionalCount = None
     """Number of tokens from the start of one window to the next. Below context_length, tokens are scored with more context, which
@@ -674,25 +526,32 @@ class EvaluationSection(Section):
 class CheckpointSection(Section):
     """Checkpoints during training."""
 
-    every: Count = 100
-    """Number of steps between checkpoints. Evaluated steps and the last step are saved as well."""
+    every: Interval = 100
+    """Number of steps between checkpoints, or a share of the training run if below 1. Evaluated steps and the last step are saved
+    as well. With `training.minutes`, the default is 0.125."""
     keep: CountOrZero = 2
     """Number of recent checkpoints to keep in addition to best and last."""
+    keep_every: OptionalInterval = None
+    """Number of steps between checkpoints that are never removed, or a share of the training run if below 1. They show how the model
+    learned: `tinylm inspect --checkpoints all`. null means none."""
+    optimizer: Literal["keep", "drop"] = "keep"
+    """drop removes the optimizer state, about two thirds of a checkpoint, when the training is complete. The run can then no longer
+    be resumed."""
     on_failure: Literal["stop", "continue"] = "stop"
-    """What to do if a checkpoint cannot be written, for example because the disk is full: stop the training, or continue with a
+    """What to do if a checkpoint cannot be written, for example because the disk is full: stop training, or continue with a
     warning and try again at the next checkpoint."""
 
 
 class SamplingSection(Section):
     """Samples generated during training, written to samples.md."""
 
-    every: OptionalCount = None
-    """Number of steps between samples. null means no samples."""
+    every: OptionalInterval = None
+    """Number of steps between samples, or a share of the training run if below 1. null means no samples."""
     prompts: Texts = ("",)
     """The prompts to continue. An empty prompt starts a new document."""
-    max_new_tokens: Count = 80
+    max_new_tokens: ContextLength = 80
     """Number of tokens to generate for each prompt."""
-    temperature: NotNegative = 0.8
+    temperature: Temperature = 0.8
     """Sampling temperature. 0 is greedy."""
     top_k: OptionalCount = 50
     """Sample from the top_k most likely tokens. null means all."""
@@ -701,11 +560,12 @@ class SamplingSection(Section):
 class Recipe(Section):
     """A complete experiment: text, tokenizer, model, training, evaluation, checkpoints and samples."""
 
-    name: str = "run"
+    name: RunName = "run"
     """The run is written to runs/NAME."""
     seed: Seed = 1337
     """Seed of the initial weights, the data order and dropout."""
-    data: DataSection
+    data: DataUnion
+    """What to train on and what to evaluate on: the format, by default text, and the keys of this format."""
     tokenizer: Annotated[TokenizerSection, Field(discriminator="kind"), BeforeValidator(_default_tokenizer)] = BpeTokenizer(
         kind="bpe"
     )
@@ -718,27 +578,47 @@ class Recipe(Section):
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     sampling: SamplingSection = SamplingSection()
+    tracking: Trackers = ()
+    """Experiment trackers to log to: tensorboard, wandb, trackio, or a list of them."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_intervals(cls, values: Any) -> Any:
+        """If the clock ends the training run, evaluate and save by share of it, so that a slow run has as many evaluations."""
+        training = values.get("training") if isinstance(values, dict) else None
+        if not isinstance(training, dict) or training.get("minutes") is None:
+            return values
+        sections = {name: values.get(name) or {} for name in ("evaluation", "checkpoint")}
+        return {**values, **{name: {"every": MINUTES_INTERVAL, **s} for name, s in sections.items() if isinstance(s, dict)}}
 
     @model_validator(mode="before")
     @classmethod
     def _default_objective(cls, values: Any) -> Any:
-        """If the objective has no name, set it to the default objective of the architecture."""
+        """If the objective has no name, set it to the default of the data format or, if it has none, of the architecture."""
         if not isinstance(values, dict):
             return values
         objective = _expand_name(values.get("objective", {}))
         if not isinstance(objective, dict):
             return values
+        data = values.get("data")
+        data_format = data.get("format") if isinstance(data, dict) else getattr(data, "format", None)
+        data_section = DATA_VARIANTS.sections.get(str(data_format), DataSection)
+        assert issubclass(data_section, DataVariant)
+        if data_section.default_objective is not None:
+            return {**values, "objective": {"name": data_section.default_objective, **objective}}
         model = values.get("model")
         architecture = model.get("architecture") if isinstance(model, dict) else getattr(model, "architecture", None)
-        section = MODEL_VARIANTS.sections(DecoderSection).get(str(architecture), DecoderSection)
+        section = MODEL_VARIANTS.sections.get(str(architecture), DecoderSection)
         assert issubclass(section, ModelVariant)
         return {**values, "objective": {"name": section.objectives[0], **objective}}
 
     def as_dict(self) -> dict[str, Any]:
         """The recipe as plain values, including every default. `load` reads them back as an equal recipe."""
         values: dict[str, Any] = to_plain(self.model_dump())
-        heldout = values["data"]["heldout"]
-        values["data"]["heldout"] = heldout.get("sources", heldout)
+        for key in ("heldout", "test"):
+            text = values["data"].get(key)
+            if isinstance(text, dict):
+                values["data"][key] = text.get("sources", text)
         for key in LENGTHS:
             if values["training"][key] is None:
                 del values["training"][key]
@@ -755,25 +635,32 @@ def register_model_section(section: type[ModelVariant]) -> None:
     """
     if "context_length" not in section.model_fields:
         raise ValueError(f"{section.__name__} needs the key context_length")
-    _register(MODEL_VARIANTS, "model", section)
+    _register(MODEL_VARIANTS, section)
 
 
 def register_objective_section(section: type[ObjectiveVariant]) -> None:
     """Add an objective to `objective:`. Raises `ValueError` if an objective with this name already exists."""
-    _register(OBJECTIVE_VARIANTS, "objective", section)
+    _register(OBJECTIVE_VARIANTS, section)
 
 
-def _register(variants: OpenUnion, key: str, section: type[Section]) -> None:
-    field = section.model_fields[variants.discriminator]
-    if field.default in variants.sections(Recipe.model_fields[key].annotation):
-        raise ValueError(f"{variants.discriminator} {field.default} exists already")
+def register_data_section(section: type[DataVariant]) -> None:
+    """Add a format to `data:`. Raises `ValueError` if the format already exists."""
+    _register(DATA_VARIANTS, section)
+
+
+def _register(variants: OpenUnion, section: type[Section]) -> None:
+    tag = section.model_fields[variants.discriminator].default
+    if tag in variants.sections:
+        raise ValueError(f"{variants.discriminator} {tag} already exists")
     variants.add(section)
     Recipe.model_rebuild(force=True)
 
 
-def unregister_section(section: type[ModelVariant] | type[ObjectiveVariant]) -> None:
-    """Remove an architecture or objective that was registered."""
-    (MODEL_VARIANTS if issubclass(section, ModelVariant) else OBJECTIVE_VARIANTS).remove(section)
+def unregister_section(section: type[Section]) -> None:
+    """Remove an architecture, an objective or a data format that was registered."""
+    for base, variants in ((ModelVariant, MODEL_VARIANTS), (ObjectiveVariant, OBJECTIVE_VARIANTS), (DataVariant, DATA_VARIANTS)):
+        if issubclass(section, base):
+            variants.remove(section)
     Recipe.model_rebuild(force=True)
 
 

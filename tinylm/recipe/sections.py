@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, GetCoreSchemaHandler, Tag
@@ -14,30 +15,32 @@ from pydantic_core import CoreSchema, core_schema
 
 
 class OpenUnion:
-    """Annotates a union of sections to which more sections can be added, including from outside the library.
+    """Annotates a key with the sections that it can contain, to which more can be added, including from outside the library.
 
     Unlike `Field(discriminator=...)`, it accepts a union of a single section. A class whose schema contains the union must be
     rebuilt after `add` and `remove`.
     """
 
-    def __init__(self, discriminator: str) -> None:
+    def __init__(self, discriminator: str, *sections: type[BaseModel]) -> None:
+        """The first section is the default."""
         self.discriminator = discriminator
-        self._added: dict[str, type[BaseModel]] = {}
+        self._sections = {_literal(section, discriminator): section for section in sections}
 
     def add(self, section: type[BaseModel]) -> None:
         """Add a section. The type of its discriminator must be a `Literal` with a single value, its tag."""
-        self._added[_literal(section, self.discriminator)] = section
+        self._sections[_literal(section, self.discriminator)] = section
 
     def remove(self, section: type[BaseModel]) -> None:
         """Remove a section that was added."""
-        del self._added[_literal(section, self.discriminator)]
+        del self._sections[_literal(section, self.discriminator)]
 
-    def sections(self, annotation: Any) -> dict[str, type[BaseModel]]:
-        """The sections of the annotated type, then the added sections, by tag."""
-        return {_literal(section, self.discriminator): section for _, section in _sections_in(annotation)} | self._added
+    @property
+    def sections(self) -> Mapping[str, type[BaseModel]]:
+        """The sections by tag, in the order in which they were added."""
+        return MappingProxyType(self._sections)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        choices = {tag: handler.generate_schema(section) for tag, section in self.sections(source).items()}
+        choices = {tag: handler.generate_schema(section) for tag, section in self._sections.items()}
         return core_schema.tagged_union_schema(choices, discriminator=self.discriminator)
 
 
@@ -74,14 +77,22 @@ def variants_of(section: type[BaseModel], key: str | int) -> Variants | None:
         return None
     for item in field.metadata:
         if isinstance(item, OpenUnion):
-            return Variants(item.sections(field.annotation), item.discriminator)
-    name = field.discriminator if isinstance(field.discriminator, str) else None
+            return Variants(dict(item.sections), item.discriminator)
+    name = field.discriminator if isinstance(field.discriminator, str) else _discriminator_in(field.annotation)
     tagged = list(_sections_in(field.annotation))
     if not tagged:
         return None
     if len(tagged) == 1:
         return Variants({"": tagged[0][1]})
     return Variants({tag or _literal(kind, name): kind for tag, kind in tagged}, name)
+
+
+def _discriminator_in(annotation: Any) -> str | None:
+    """The discriminator of a union inside an annotation, such as that of an optional section."""
+    for item in getattr(annotation, "__metadata__", ()):
+        if isinstance(discriminator := getattr(item, "discriminator", None), str):
+            return discriminator
+    return next((name for part in get_args(annotation) if (name := _discriminator_in(part)) is not None), None)
 
 
 def _sections_in(annotation: Any, tag: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
@@ -100,6 +111,15 @@ def _literal(section: type[BaseModel], key: str | None) -> str:
     annotation = section.model_fields[str(key)].annotation
     assert get_origin(annotation) is Literal
     return str(get_args(annotation)[0])
+
+
+def all_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted paths of all keys and sections in a section, including those of all its variants."""
+    for key in section.model_fields:
+        yield f"{prefix}{key}"
+        variants = variants_of(section, key)
+        for inner in variants.by_tag.values() if variants is not None else ():
+            yield from all_keys(inner, f"{prefix}{key}.")
 
 
 def expand(section: type[BaseModel], key: str, value: Any) -> Any:

@@ -1,37 +1,49 @@
-"""Validate the body of OpenAI's `/v1/completions`, and build responses in its format.
+"""Validate the body of OpenAI's `/v1/completions`, `/tokenize` and `/detokenize`.
 
-Supported in addition to OpenAI's keys: `top_k`, `min_p`, `repetition_penalty`, `regex`, `choice` and `forced_ids`. An unknown
-key is an error.
+Supported in addition to OpenAI's keys: `top_k`, `min_p`, `repetition_penalty`, `regex`, `choice` and `forced_ids`. A key that is
+null has its default value. An unknown key is an error.
 """
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
-from dataclasses import dataclass
-from typing import Annotated, Any
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, TypeVar
 
+import pydantic_core
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tinylm.errors import InputError
+from tinylm.errors import InputError, did_you_mean
 from tinylm.generation.constraint import Constraint
-from tinylm.generation.engine import Request, Sample, TokenChoice, sample_seed
+from tinylm.generation.engine import Request, sample_seed
 from tinylm.generation.sampling import MAX_LOGPROBS, SamplingOptions
 from tinylm.tokenizer import Tokenizer
 
 MAX_CHOICES = 128
+MAX_BIASES = 300
+_ID = re.compile(r"[0-9]{1,10}", re.ASCII)
+_OPTION_NAMES = {"--ban": "logit_bias", "--max-new-tokens": "max_tokens", "--force": "forced_ids"}
+"""The request keys whose command-line options have another name."""
+_CHAT_KEYS = ("messages", "tools", "functions")
+NO_CHAT = "chat is not supported: the model continues text and has no chat format; send a `prompt` to /v1/completions"
 Prompt = str | list[str] | list[int] | list[list[int]]
+Body = TypeVar("Body", bound="_Body")
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(_Body):
+    """How to stream a response."""
+
     include_usage: bool = False
 
 
-class CompletionRequest(BaseModel):
-    """The JSON body of a request. Defaults are OpenAI's."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
+class CompletionRequest(_Body):
+    """The JSON body of a request for completions. Defaults are OpenAI's."""
 
     model: str | None = None
     prompt: Prompt = ""
@@ -39,6 +51,11 @@ class CompletionRequest(BaseModel):
     temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    """Must equal `n`."""
+    echo: bool = False
+    suffix: str = ""
+    """Must be empty: the model cannot insert text."""
     stream: bool = False
     stream_options: StreamOptions | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -49,13 +66,36 @@ class CompletionRequest(BaseModel):
     seed: int | None = None
     user: str | None = None
     """Accepted for compatibility and ignored."""
-    top_k: Annotated[int, Field(ge=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    """0 and -1: sample from all tokens."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
     regex: str | None = None
     choice: list[str] | None = None
     forced_ids: list[int] | None = None
     """Token ids with which the completion starts."""
+
+
+class TokenizeRequest(_Body):
+    """The JSON body of `/tokenize`."""
+
+    model: str | None = None
+    prompt: str
+    add_special_tokens: bool = False
+    """Has no effect: the tokenizer adds no special tokens."""
+
+    def ids(self, tokenizer: Tokenizer) -> list[int]:
+        """The ids of the prompt. A prompt that is exactly the name of the end-of-text token is encoded as this token."""
+        if tokenizer.end_of_text is not None and self.prompt == end_of_text_name(tokenizer):
+            return [tokenizer.end_of_text]
+        return encode(self.prompt, tokenizer)
+
+
+class DetokenizeRequest(_Body):
+    """The JSON body of `/detokenize`."""
+
+    model: str | None = None
+    tokens: list[int]
 
 
 class RequestError(Exception):
@@ -65,9 +105,30 @@ class RequestError(Exception):
         super().__init__(message)
         self.status, self.message, self.param = status, message, param
 
+    @classmethod
+    def of(cls, error: InputError) -> RequestError:
+        """The response to an error whose message names command-line options."""
+        param = _request_key(error.where) if error.where and error.where.startswith("--") else None
+        text = str(InputError(error.message, hint=error.hint))
+        message = re.sub(r"--[a-z][a-z-]*", lambda option: _request_key(option[0]), text)
+        return cls(400, f"{param or 'request'}: {message}", param)
+
     def as_dict(self) -> dict[str, Any]:
         kind = "invalid_request_error" if self.status < 500 and self.status != 429 else "server_error"
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": None}}
+
+
+def _request_key(option: str) -> str:
+    return _OPTION_NAMES.get(option, option.lstrip("-").replace("-", "_"))
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """The model of a server: its name, its tokenizer, and the maximum number of tokens in its context (None: unlimited)."""
+
+    name: str
+    tokenizer: Tokenizer
+    capacity: int | None
 
 
 @dataclass(frozen=True)
@@ -81,45 +142,94 @@ class ParsedRequest:
     created: int
     model: str
 
+    def constrained(self, constraint: Constraint) -> ParsedRequest:
+        """This request with a constraint. Raises `RequestError` if `max_tokens` is too small for it."""
+        if constraint.min_tokens > self.body.max_tokens:
+            problem = f"max_tokens: must be at least {constraint.min_tokens}, the length of the shortest match"
+            raise RequestError(400, problem, "max_tokens")
+        return replace(self, requests=[(replace(request, constraint=constraint), ids) for request, ids in self.requests])
 
-def parse_request(data: bytes, tokenizer: Tokenizer, model: str, max_tokens: int) -> ParsedRequest:
-    """Parse and validate the body of a request. `model`: the name of the served model.
+
+def parse_body(data: bytes, kind: type[Body], model: str) -> Body:
+    """Parse a JSON object as `kind`. Raises `RequestError` with status 400, or 404 if the body names another model."""
+    try:
+        document = pydantic_core.from_json(data, allow_inf_nan=False)
+    except ValueError as error:
+        raise RequestError(400, f"the body is not valid JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise RequestError(400, "the body must be a JSON object")
+    _check_keys(document, kind)
+    try:
+        body = kind.model_validate({key: value for key, value in document.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        # pydantic adds the type of the union that it tried, such as `list[int]`, to the location
+        where = ".".join(str(part)[:40] for part in first["loc"] if not str(part).startswith(("str", "list", "function")))
+        raise RequestError(400, f"{where + ': ' if where else ''}{first['msg']}", where or None) from None
+    named = document.get("model")
+    if named is not None and named != model:
+        raise RequestError(404, f"unknown model {named[:100]!r}; this server serves {model!r}", "model")
+    return body
+
+
+def _check_keys(document: dict[str, Any], kind: type[_Body]) -> None:
+    known = list(kind.model_fields)
+    unknown = next((key for key in document if key not in known), None)
+    if unknown is None:
+        return
+    if unknown in _CHAT_KEYS:
+        raise RequestError(400, f"{unknown}: {NO_CHAT}", unknown)
+    shown = unknown[:40]
+    suggestion = did_you_mean(shown, known)
+    problem = f"unknown key{f'; {suggestion}' if suggestion else ''}; the known keys are {', '.join(known)}"
+    raise RequestError(400, f"{shown}: {problem}", shown)
+
+
+def parse_request(data: bytes, served: ServedModel, max_tokens: int) -> ParsedRequest:
+    """Parse and validate the body of a request for completions, except for its `regex` or `choice`.
 
     Raises `RequestError` with status 400 or 404.
     """
-    try:
-        body = CompletionRequest.model_validate_json(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        # pydantic adds the type of the union that it tried, such as `list[int]`, to the location
-        where = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("str", "list", "function")))
-        raise RequestError(400, f"{where + ': ' if where else ''}{first['msg']}", where or None) from None
-    if body.model is not None and body.model != model:
-        raise RequestError(404, f"unknown model {body.model!r}; this server serves {model!r}", "model")
+    body, tokenizer = parse_body(data, CompletionRequest, served.name), served.tokenizer
+    _check_combinations(body)
     if body.max_tokens > max_tokens:
         raise RequestError(400, f"max_tokens: must be at most {max_tokens}", "max_tokens")
-    if body.stream_options is not None and not body.stream:
-        raise RequestError(400, "stream_options: can only be used with stream", "stream_options")
-    prompts = _prompts(body.prompt, tokenizer)
-    if len(prompts) * body.n > MAX_CHOICES:
-        raise RequestError(400, f"n: the number of prompts times n must be at most {MAX_CHOICES}", "n")
+    prompts = _prompts(body.prompt, body.n, tokenizer)
+    scored = body.echo and body.logprobs is not None
+    if scored and served.capacity is not None and any(len(ids) > served.capacity + 1 for _, ids in prompts):
+        problem = f"prompt: with echo and logprobs, must have at most {served.capacity + 1} tokens"
+        raise RequestError(400, problem, "prompt")
     try:
-        options, constraint = _options(body, tokenizer), _constraint(body, tokenizer)
+        options = _options(body, tokenizer)
     except InputError as error:
-        name = (error.where or "").lstrip("-").replace("-", "_") or None
-        raise RequestError(400, f"{name or 'request'}: {error.message}", name) from None
-    if constraint is not None and constraint.min_tokens > body.max_tokens:
-        problem = f"max_tokens: must be at least {constraint.min_tokens}, the length of the shortest match"
-        raise RequestError(400, problem, "max_tokens")
+        raise RequestError.of(error) from None
     seed = body.seed % 2**63 if body.seed is not None else secrets.randbelow(2**31)
     requests = [
-        (Request(text, options, sample_seed(seed, index), constraint), ids) for text, ids in prompts for index in range(body.n)
+        (Request(text, options, sample_seed(seed, index), score_prompt=scored), ids)
+        for text, ids in prompts
+        for index in range(body.n)
     ]
     id = f"cmpl-{secrets.token_hex(12)}"
-    return ParsedRequest(body, requests, sum(len(ids) for _, ids in prompts), id, int(time.time()), model)
+    return ParsedRequest(body, requests, sum(len(ids) for _, ids in prompts), id, int(time.time()), served.name)
 
 
-def _prompts(prompt: Prompt, tokenizer: Tokenizer) -> list[tuple[str, list[int]]]:
+def _check_combinations(body: CompletionRequest) -> None:
+    constrained = body.regex is not None or body.choice is not None
+    problems = (
+        (body.stream_options is not None and not body.stream, "stream_options", "requires stream"),
+        (body.best_of not in (None, body.n), "best_of", f"must equal n ({body.n}); rank the samples by their logprobs instead"),
+        (bool(body.suffix), "suffix", "not supported: the model cannot insert text before a suffix"),
+        (body.regex is not None and body.choice is not None, "regex", "cannot be combined with choice"),
+        (constrained and bool(body.stop), "stop", "cannot be combined with regex or choice"),
+        (constrained and bool(body.forced_ids), "forced_ids", "cannot be combined with regex or choice"),
+        (body.choice == [], "choice", "must not be empty"),
+    )
+    for violated, key, problem in problems:
+        if violated:
+            raise RequestError(400, f"{key}: {problem}", key)
+
+
+def _prompts(prompt: Prompt, n: int, tokenizer: Tokenizer) -> list[tuple[str, list[int]]]:
     """Return (text, ids) of each prompt."""
     if isinstance(prompt, str):
         prompt = [prompt]
@@ -127,17 +237,35 @@ def _prompts(prompt: Prompt, tokenizer: Tokenizer) -> list[tuple[str, list[int]]
         prompt = [prompt]
     if not prompt:
         raise RequestError(400, "prompt: the list must not be empty", "prompt")
+    if len(prompt) * n > MAX_CHOICES:
+        raise RequestError(400, f"n: the number of prompts times n must be at most {MAX_CHOICES}", "n")
     prompts: list[tuple[str, list[int]]] = []
     for item in prompt:
         if isinstance(item, str):
-            if any("\ud800" <= character <= "\udfff" for character in item):
-                raise RequestError(400, "prompt: must not contain lone surrogates", "prompt")
-            prompts.append((item, tokenizer.encode(item)))
+            prompts.append((item, encode(item, tokenizer)))
             continue
         ids = list(item) if isinstance(item, list) else [item]
-        _check_ids(ids, tokenizer, "prompt")
-        prompts.append((tokenizer.decode(ids), ids))
+        prompts.append((decode(ids, tokenizer, "prompt"), ids))
     return prompts
+
+
+def end_of_text_name(tokenizer: Tokenizer) -> str | None:
+    """The name of the end-of-text token, such as `<|endoftext|>`."""
+    return None if tokenizer.end_of_text is None else tokenizer.backend.id_to_token(tokenizer.end_of_text)
+
+
+def encode(text: str, tokenizer: Tokenizer) -> list[int]:
+    """The ids of a prompt. Raises `RequestError` if the tokenizer cannot encode it."""
+    try:
+        return tokenizer.encode(text)
+    except InputError as error:
+        raise RequestError(400, f"prompt: {error}", "prompt") from None
+
+
+def decode(ids: list[int], tokenizer: Tokenizer, param: str) -> str:
+    """The text of ids. Raises a `RequestError` that names `param` if an id does not exist."""
+    _check_ids(ids, tokenizer, param)
+    return tokenizer.decode(ids)
 
 
 def _check_ids(ids: list[int], tokenizer: Tokenizer, param: str) -> None:
@@ -147,119 +275,29 @@ def _check_ids(ids: list[int], tokenizer: Tokenizer, param: str) -> None:
 
 def _options(body: CompletionRequest, tokenizer: Tokenizer) -> SamplingOptions:
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    biases = body.logit_bias or {}
-    if any(not id.isdigit() for id in biases):
-        raise RequestError(400, "logit_bias: keys must be token ids", "logit_bias")
-    bias = tuple((int(id), value if value > -100 else float("-inf")) for id, value in biases.items())
-    _check_ids([id for id, _ in bias], tokenizer, "logit_bias")
     forced = body.forced_ids or []
     _check_ids(forced, tokenizer, "forced_ids")
     return SamplingOptions(
         max_new_tokens=body.max_tokens,
         temperature=body.temperature,
-        top_k=body.top_k,
+        top_k=body.top_k if body.top_k is not None and body.top_k > 0 else None,
         top_p=body.top_p if body.top_p < 1 else None,
         min_p=body.min_p,
         repetition_penalty=body.repetition_penalty,
         stop=tuple(stop),
         frequency_penalty=body.frequency_penalty,
         presence_penalty=body.presence_penalty,
-        logit_bias=bias,
+        logit_bias=_logit_bias(body.logit_bias or {}, tokenizer),
         forced=tuple(forced),
         logprobs=body.logprobs,
     )
 
 
-def _constraint(body: CompletionRequest, tokenizer: Tokenizer) -> Constraint | None:
-    if body.regex is not None and body.choice is not None:
-        raise RequestError(400, "regex: cannot be combined with choice", "regex")
-    if (body.regex is not None or body.choice is not None) and (body.stop or body.forced_ids):
-        raise RequestError(400, "stop: stop and forced_ids cannot be combined with regex or choice", "stop")
-    if body.regex is not None:
-        return Constraint(body.regex, tokenizer)
-    return Constraint.choices(body.choice, tokenizer) if body.choice else None
-
-
-def completion(parsed: ParsedRequest, samples: list[Sample], tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the body of a non-streaming response."""
-    choices = []
-    for index, sample in enumerate(samples):
-        logprobs = _logprobs(sample.choices, 0, tokenizer) if parsed.body.logprobs is not None else None
-        choices.append(_choice(index, sample.text, logprobs, _finish_reason(sample)))
-    return {**_envelope(parsed), "choices": choices, "usage": usage(parsed, samples)}
-
-
-def completion_chunk(
-    parsed: ParsedRequest,
-    index: int,
-    text: str,
-    tokens: list[TokenChoice],
-    offset: int,
-    sample: Sample | None,
-    tokenizer: Tokenizer,
-) -> dict[str, Any]:
-    """Return one event of a streamed response.
-
-    `tokens`: the tokens since the previous event of this choice; `offset`: the number of characters before them. `sample`: the
-    complete sample, if this is the last event of the choice.
-    """
-    logprobs = _logprobs(tokens, offset, tokenizer) if parsed.body.logprobs is not None else None
-    return {**_envelope(parsed), "choices": [_choice(index, text, logprobs, None if sample is None else _finish_reason(sample))]}
-
-
-def usage(parsed: ParsedRequest, samples: list[Sample]) -> dict[str, int]:
-    completion_tokens = sum(len(sample.token_ids) for sample in samples)
-    return {
-        "prompt_tokens": parsed.prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": parsed.prompt_tokens + completion_tokens,
-    }
-
-
-def usage_chunk(parsed: ParsedRequest, samples: list[Sample]) -> dict[str, Any]:
-    """Return the last event of a stream with `stream_options.include_usage`."""
-    return {**_envelope(parsed), "choices": [], "usage": usage(parsed, samples)}
-
-
-def _envelope(parsed: ParsedRequest) -> dict[str, Any]:
-    return {"id": parsed.id, "object": "text_completion", "created": parsed.created, "model": parsed.model}
-
-
-def _choice(index: int, text: str, logprobs: dict[str, Any] | None, reason: str | None) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
-
-
-def _finish_reason(sample: Sample) -> str:
-    return "length" if sample.finish_reason == "length" else "stop"
-
-
-def _logprobs(choices: list[TokenChoice], offset: int, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return OpenAI's four lists, and `content` with ids and bytes, because different tokens can decode to the same text."""
-    tokens = [tokenizer.decode([choice.id]) for choice in choices]
-    offsets = []
-    for token in tokens:
-        offsets.append(offset)
-        offset += len(token)
-    return {
-        "tokens": tokens,
-        "token_logprobs": [choice.logprob for choice in choices],
-        "top_logprobs": [{tokenizer.decode([id]): value for id, value in choice.alternatives} for choice in choices],
-        "text_offset": offsets,
-        "content": [
-            {
-                **_token_info(choice.id, choice.logprob, tokenizer),
-                "top_logprobs": [_token_info(id, value, tokenizer) for id, value in choice.alternatives],
-            }
-            for choice in choices
-        ],
-    }
-
-
-def _token_info(id: int, logprob: float, tokenizer: Tokenizer) -> dict[str, Any]:
-    return {
-        "id": id,
-        "token": tokenizer.decode([id]),
-        "bytes": list(tokenizer.token_bytes[id]),
-        "logprob": max(logprob, -9999.0),  # JSON has no infinity
-        "end": id == tokenizer.end_of_text,
-    }
+def _logit_bias(biases: dict[str, float], tokenizer: Tokenizer) -> tuple[tuple[int, float], ...]:
+    if len(biases) > MAX_BIASES:
+        raise RequestError(400, f"logit_bias: must have at most {MAX_BIASES} entries, not {len(biases)}", "logit_bias")
+    if any(not _ID.fullmatch(id) for id in biases):
+        raise RequestError(400, "logit_bias: keys must be token ids", "logit_bias")
+    bias = tuple((int(id), value if value > -100 else float("-inf")) for id, value in biases.items())
+    _check_ids([id for id, _ in bias], tokenizer, "logit_bias")
+    return bias

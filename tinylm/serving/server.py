@@ -1,7 +1,8 @@
-"""The HTTP server: `/v1/completions` and `/v1/models` for OpenAI clients, `/health`, and a web page at `/`.
+"""The HTTP server: `/v1/completions` and `/v1/models` for OpenAI clients, and a web page at `/`.
 
-Limits apply to body size, tokens, queue length and time. The server accepts only JSON bodies and its own host names, which prevents
-other websites in the user's browser from using the model.
+`/tokenize`, `/detokenize` and `/tokenizer_info` follow vLLM, `/metrics` is for Prometheus, and `/health` reports whether completions
+make progress. Limits apply to body size, tokens, queue length, connections and time. The server accepts only JSON bodies and its
+own host names, which prevents other websites in the user's browser from using the model.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import html
 import json
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from importlib import resources
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -24,18 +27,27 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from tinylm.errors import InputError
-from tinylm.generation.engine import Sample, TokenChoice
 from tinylm.model.state import DecodingModel
-from tinylm.serving import api
-from tinylm.serving.api import ParsedRequest, RequestError
-from tinylm.serving.worker import Event, Job, QueueFull, Unavailable, Worker
+from tinylm.serving import api, responses
+from tinylm.serving.api import RequestError, ServedModel
+from tinylm.serving.background import BackgroundThreads
+from tinylm.serving.completions import RunningCompletion, as_request_error
+from tinylm.serving.connections import ConnectionLimits, Connections
+from tinylm.serving.constraints import ConstraintCompiler
+from tinylm.serving.metrics import CONTENT_TYPE, Metrics
+from tinylm.serving.middleware import CountResponses, RequireKey
+from tinylm.serving.worker import QueueFull, Worker
 from tinylm.tokenizer import Tokenizer
 
 _CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'"
 )
-_DISCONNECT_POLL_SECONDS = 0.5
-"""Time between checks whether the client of a non-streaming request has disconnected."""
+_PARSING_THREADS = 2
+_STALLED_SECONDS = 30.0
+"""`/health` reports a server as stalled if there was work but no progress for this long."""
+_PUBLIC_PATHS = frozenset(("/", "/health"))
+_DEFAULT_EXAMPLES = ("The", "Once upon a time")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,15 @@ class Limits:
     queue_size: int = 256
     """Samples that may wait for a free row."""
     timeout: float = 120.0
+    connections: ConnectionLimits = field(default_factory=ConnectionLimits)
+
+
+@dataclass(frozen=True)
+class Access:
+    """Access control: the accepted values of the `Host` header, and the API key that requests must send, if any."""
+
+    hosts: Sequence[str] = ("*",)
+    api_key: str | None = None
 
 
 def create_app(
@@ -57,147 +78,181 @@ def create_app(
     name: str,
     *,
     limits: Limits = Limits(),
-    hosts: Sequence[str] = ("*",),
+    access: Access = Access(),
+    examples: Sequence[str] = (),
 ) -> Starlette:
-    """Return the ASGI application. `name`: the model's name in the API; `hosts`: accepted values of the `Host` header."""
-    worker = Worker(decoder, tokenizer, rows=limits.rows, queue_size=limits.queue_size, timeout=limits.timeout)
-    page = (
-        resources.files("tinylm.serving").joinpath("page.html").read_text(encoding="utf-8").replace("{{MODEL}}", html.escape(name))
-    )
+    """Return the ASGI application. `name`: the model's name in the API; `examples`: prompts that the web page offers.
+
+    `app.state.connections` creates the protocol that enforces the limits of connections: pass `app.state.connections.protocol` to
+    uvicorn as `http`.
+    """
+    return _Service(decoder, tokenizer, name, limits, examples).app(access)
+
+
+class _Service:
+    """The state of a server and the functions that answer its routes."""
+
+    def __init__(
+        self, decoder: DecodingModel[Any], tokenizer: Tokenizer, name: str, limits: Limits, examples: Sequence[str]
+    ) -> None:
+        self._served, self._limits = ServedModel(name, tokenizer, decoder.capacity), limits
+        self._worker = Worker(decoder, tokenizer, rows=limits.rows, queue_size=limits.queue_size)
+        self._constraints = ConstraintCompiler(tokenizer)
+        self._parsing = BackgroundThreads(_PARSING_THREADS, "tinylm-parsing")
+        self._connections = Connections(limits.connections)
+        self._metrics = Metrics(self._worker.load, lambda: self._connections.open)
+        self._page = _page(name, examples)
+
+    def app(self, access: Access) -> Starlette:
+        """The application with its routes and middleware."""
+        routes = [
+            Route("/", self.home),
+            Route("/health", self.health),
+            Route("/metrics", self.metrics),
+            Route("/v1/models", self.models),
+            Route("/v1/models/{id:path}", self.model),
+            Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/chat/completions", self.chat, methods=["GET", "POST"]),
+            Route("/tokenize", self.tokenize, methods=["POST"]),
+            Route("/detokenize", self.detokenize, methods=["POST"]),
+            Route("/tokenizer_info", self.tokenizer_info),
+        ]
+        middleware = [
+            Middleware(TrustedHostMiddleware, allowed_hosts=list(access.hosts)),
+            Middleware(CountResponses, metrics=self._metrics, routes=frozenset(route.path for route in routes)),
+        ]
+        if access.api_key is not None:
+            middleware.append(Middleware(RequireKey, key=access.api_key, public=_PUBLIC_PATHS))
+        app = Starlette(
+            routes=routes,
+            middleware=middleware,
+            exception_handlers={
+                RequestError: _on_request_error,
+                HTTPException: _on_http_exception,
+                ClientDisconnect: _on_client_disconnect,
+                Exception: _on_internal_error,
+            },
+            lifespan=self._lifespan,
+        )
+        app.state.connections = self._connections
+        return app
 
     @asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+    async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(worker.close)
+        self._worker.close()
 
-    async def completions(request: Request) -> Response:
-        body = await _read_body(request, limits.max_body_bytes)
-        parsed = await asyncio.to_thread(api.parse_request, body, tokenizer, name, limits.max_tokens)
-        completion = _RunningCompletion(worker, parsed)
+    async def completions(self, request: Request) -> Response:
+        """Generate text."""
+        deadline, tokenizer = time.monotonic() + self._limits.timeout, self._served.tokenizer
+        body = await self._read_body(request)
+        parsed = await self._parse(partial(api.parse_request, body, self._served, self._limits.max_tokens), deadline)
+        if parsed.body.regex is not None or parsed.body.choice is not None:
+            try:
+                constraint = await self._constraints.compile(parsed.body.regex, parsed.body.choice, deadline)
+            except (InputError, QueueFull) as error:
+                raise as_request_error(error) from None
+            parsed = parsed.constrained(constraint)
+        completion = RunningCompletion(self._worker, parsed, deadline)
+        self._metrics.count_prompt(parsed.prompt_tokens)
         if parsed.body.stream:
             headers = {"Cache-Control": "no-store"}
             return StreamingResponse(completion.stream(tokenizer), media_type="text/event-stream", headers=headers)
-        return JSONResponse(api.completion(parsed, await completion.samples(request), tokenizer))
+        return JSONResponse(responses.completion(parsed, await completion.samples(request), tokenizer))
 
-    async def models(_: Request) -> Response:
-        model = {"id": name, "object": "model", "created": 0, "owned_by": "tinylm"}
-        return JSONResponse({"object": "list", "data": [model]})
+    async def chat(self, _: Request) -> Response:
+        """Reject a chat request."""
+        raise RequestError(404, api.NO_CHAT)
 
-    async def health(_: Request) -> Response:
-        running, queued = worker.load()
-        return JSONResponse({"status": "ok", "writing": running, "waiting": queued})
+    async def models(self, _: Request) -> Response:
+        """List the served model."""
+        return JSONResponse({"object": "list", "data": [self._model_document()]})
 
-    async def home(_: Request) -> Response:
-        return HTMLResponse(page, headers={"Content-Security-Policy": _CONTENT_SECURITY_POLICY})
+    async def model(self, request: Request) -> Response:
+        """Describe the served model."""
+        id = request.path_params["id"]
+        if id != self._served.name:
+            raise RequestError(404, f"unknown model {id[:100]!r}; this server serves {self._served.name!r}", "model")
+        return JSONResponse(self._model_document())
 
-    return Starlette(
-        routes=[
-            Route("/", home),
-            Route("/health", health),
-            Route("/v1/models", models),
-            Route("/v1/completions", completions, methods=["POST"]),
-        ],
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))],
-        exception_handlers={
-            RequestError: _on_request_error,
-            HTTPException: _on_http_exception,
-            ClientDisconnect: _on_client_disconnect,
-            Exception: _on_internal_error,
-        },
-        lifespan=lifespan,
-    )
+    def _model_document(self) -> dict[str, Any]:
+        return {"id": self._served.name, "object": "model", "created": 0, "owned_by": "tinylm"}
 
+    async def tokenize(self, request: Request) -> Response:
+        """Encode a text."""
+        deadline, body = time.monotonic() + self._limits.timeout, await self._read_body(request)
 
-async def _read_body(request: Request, max_bytes: int) -> bytes:
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type != "application/json":
-        raise RequestError(415, "the content type must be application/json")
-    data = bytearray()
-    async for part in request.stream():
-        data += part
-        if len(data) > max_bytes:
-            raise RequestError(413, f"the body must not exceed {max_bytes} bytes")
-    return bytes(data)
+        def ids() -> list[int]:
+            return api.parse_body(body, api.TokenizeRequest, self._served.name).ids(self._served.tokenizer)
 
+        tokens = await self._parse(ids, deadline)
+        return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": self._served.capacity})
 
-class _RunningCompletion:
-    """The jobs of one request, and their events, which are passed from the worker's thread to the event loop."""
+    async def detokenize(self, request: Request) -> Response:
+        """Decode token ids."""
+        deadline, body = time.monotonic() + self._limits.timeout, await self._read_body(request)
 
-    def __init__(self, worker: Worker, parsed: ParsedRequest) -> None:
-        self._worker, self._parsed = worker, parsed
-        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
+        def text() -> str:
+            parsed = api.parse_body(body, api.DetokenizeRequest, self._served.name)
+            return api.decode(parsed.tokens, self._served.tokenizer, "tokens")
 
-        def listener(index: int) -> Any:
-            return lambda event: loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+        return JSONResponse({"prompt": await self._parse(text, deadline)})
 
+    async def tokenizer_info(self, _: Request) -> Response:
+        """Describe the tokenizer."""
+        tokenizer = self._served.tokenizer
+        names = {"eos_token": api.end_of_text_name(tokenizer), "bos_token": None, "pad_token": None}
+        info = {"tokenizer_class": tokenizer.kind, "vocab_size": tokenizer.vocab_size, **names, "chat_template": None}
+        return JSONResponse(info)
+
+    async def health(self, _: Request) -> Response:
+        """Report whether completions make progress."""
+        load = self._worker.load()
+        idle_seconds = max(load.idle_seconds, self._parsing.idle_seconds)
+        status = "stopped" if load.stopped else "stalled" if idle_seconds > _STALLED_SECONDS else "ok"
+        document = {
+            "status": status,
+            "generating": load.generating,
+            "waiting": load.waiting,
+            "parsing": self._parsing.pending,
+            "compiling": self._constraints.pending,
+            "generated_tokens": load.generated_tokens,
+            "seconds_without_progress": round(idle_seconds, 3),
+        }
+        return JSONResponse(document, 200 if status == "ok" else 503)
+
+    async def metrics(self, _: Request) -> Response:
+        """Return the metrics for Prometheus."""
+        return Response(self._metrics.text(), media_type=CONTENT_TYPE)
+
+    async def home(self, _: Request) -> Response:
+        """Return the web page."""
+        return HTMLResponse(self._page, headers={"Content-Security-Policy": _CONTENT_SECURITY_POLICY})
+
+    async def _parse(self, function: Callable[[], T], deadline: float) -> T:
         try:
-            self._jobs: list[Job] = worker.submit(
-                [(request, ids, listener(index)) for index, (request, ids) in enumerate(parsed.requests)]
-            )
-        except QueueFull:
-            raise RequestError(429, "too many requests are waiting; try again later") from None
-        except Unavailable as error:
-            raise _to_request_error(error) from None
+            return await self._parsing.run(function, deadline)
+        except asyncio.TimeoutError:
+            raise RequestError(503, "timed out before the request was read") from None
 
-    async def samples(self, request: Request) -> list[Sample]:
-        """Wait for all samples. Raises `ClientDisconnect` if the client disconnects first."""
-        samples: dict[int, Sample] = {}
-        try:
-            while len(samples) < len(self._jobs):
-                try:
-                    index, event = await asyncio.wait_for(self._events.get(), _DISCONNECT_POLL_SECONDS)
-                except asyncio.TimeoutError:
-                    if await request.is_disconnected():
-                        raise ClientDisconnect from None
-                    continue
-                if isinstance(event, Exception):
-                    raise _to_request_error(event)
-                if isinstance(event, Sample):
-                    samples[index] = event
-        finally:
-            self._worker.cancel(self._jobs)
-        return [samples[index] for index in range(len(self._jobs))]
-
-    async def stream(self, tokenizer: Tokenizer) -> AsyncIterator[bytes]:
-        """Yield server-sent events. If the client disconnects, the generator is closed and the jobs are canceled."""
-        finished: dict[int, Sample] = {}
-        tokens: dict[int, list[TokenChoice]] = {index: [] for index in range(len(self._jobs))}
-        offsets = dict.fromkeys(tokens, 0)
-        try:
-            while len(finished) < len(self._jobs):
-                index, event = await self._events.get()
-                if isinstance(event, Exception):
-                    yield _server_sent_event(_to_request_error(event).as_dict())
-                    return
-                if isinstance(event, TokenChoice):
-                    tokens[index].append(event)
-                    continue
-                text, sample = ("", event) if isinstance(event, Sample) else (event, None)
-                chunk = api.completion_chunk(self._parsed, index, text, tokens[index], offsets[index], sample, tokenizer)
-                yield _server_sent_event(chunk)
-                offsets[index] += sum(len(tokenizer.decode([choice.id])) for choice in tokens[index])
-                tokens[index] = []
-                if sample is not None:
-                    finished[index] = sample
-            options = self._parsed.body.stream_options
-            if options is not None and options.include_usage:
-                yield _server_sent_event(api.usage_chunk(self._parsed, list(finished.values())))
-            yield b"data: [DONE]\n\n"
-        finally:
-            self._worker.cancel(self._jobs)
+    async def _read_body(self, request: Request) -> bytes:
+        content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if content_type != "application/json":
+            raise RequestError(415, "the content type must be application/json")
+        data = bytearray()
+        async for part in request.stream():
+            data += part
+            if len(data) > self._limits.max_body_bytes:
+                raise RequestError(413, f"the body must not exceed {self._limits.max_body_bytes} bytes")
+        return bytes(data)
 
 
-def _server_sent_event(document: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(document, ensure_ascii=False).encode() + b"\n\n"
-
-
-def _to_request_error(error: Exception) -> RequestError:
-    if isinstance(error, Unavailable):
-        return RequestError(503, str(error))
-    if isinstance(error, InputError):
-        return RequestError(400, str(error))
-    return RequestError(500, f"internal error: {type(error).__name__}")
+def _page(name: str, examples: Sequence[str]) -> str:
+    """The web page. Empty, long and repeated examples are left out."""
+    page = resources.files("tinylm.serving").joinpath("page.html").read_text(encoding="utf-8")
+    offered = [text for text in dict.fromkeys(examples) if text.strip() and len(text) <= 200] or _DEFAULT_EXAMPLES
+    encoded = html.escape(json.dumps(offered), quote=True)
+    return page.replace("{{EXAMPLES}}", encoded).replace("{{MODEL}}", html.escape(name))
 
 
 async def _on_request_error(_: Request, error: Exception) -> Response:

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tinylm.errors import InputError
-from tinylm.generation.engine import Engine, Request, Sample, SequenceState, TokenChoice
+from tinylm.generation.engine import Engine, Request, Sample, SequenceState
+from tinylm.generation.token_choice import TokenChoice
 from tinylm.model.state import DecodingModel
 from tinylm.tokenizer import Tokenizer
 
@@ -23,6 +23,10 @@ Event = TokenChoice | str | Sample | Exception
 Listener = Callable[[Event], None]
 """Receives the events of a job, in the worker's thread. It must not raise."""
 _STOPPED = "the server has stopped generating"
+
+
+_CLOSE_SECONDS = 3.0
+"""How long `close` waits for the current token."""
 
 
 class QueueFull(Exception):
@@ -46,15 +50,29 @@ class Job:
     """The sequence in the engine, once the job has started."""
 
 
+@dataclass(frozen=True)
+class Load:
+    """The load of a worker. `idle_seconds`: the time since it last finished a step or had nothing to do."""
+
+    generating: int
+    waiting: int
+    generated_tokens: int
+    idle_seconds: float
+    stopped: bool
+
+
 class Worker:
     """Generates up to `rows` samples at once and queues up to `queue_size` more.
 
-    A job has `timeout` seconds from submission to its last token. If it times out while it runs, the text so far is returned.
+    If a job passes its deadline while it runs, its text so far is returned.
     """
 
-    def __init__(self, decoder: DecodingModel[Any], tokenizer: Tokenizer, *, rows: int, queue_size: int, timeout: float) -> None:
+    def __init__(self, decoder: DecodingModel[Any], tokenizer: Tokenizer, *, rows: int, queue_size: int) -> None:
         self._engine = Engine(decoder, tokenizer, rows)
-        self._queue_size, self._timeout = queue_size, timeout
+        self.capacity = rows + queue_size
+        """Maximum number of unfinished jobs."""
+        self._last_progress = time.monotonic()
+        self._generated_tokens = 0
         # A job stays in `_queue` or `_running` until its last event has been sent, so that `_run` can report any error to it.
         self._queue: deque[Job] = deque()
         self._running: list[Job] = []
@@ -63,17 +81,23 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name="tinylm-worker", daemon=True)
         self._thread.start()
 
-    def submit(self, requests: Sequence[tuple[Request, Sequence[int], Listener]]) -> list[Job]:
-        """Queue all of the requests or none. Raises `QueueFull`, or `Unavailable` if the worker has stopped."""
-        deadline = time.monotonic() + self._timeout
+    def submit(
+        self, requests: Sequence[tuple[Request, Sequence[int], Listener]], deadline: float, *, stream: bool = False
+    ) -> list[Job]:
+        """Queue all of the requests or none. `deadline` is a time of `time.monotonic()`.
+
+        Without `stream`, the only event of a job is its last.
+
+        Raises `QueueFull`, or `Unavailable` if the worker has stopped.
+        """
         jobs = [
-            Job(replace(request, on_text=listener, on_token=listener), ids, listener, deadline)
+            Job(replace(request, on_text=listener, on_token=listener) if stream else request, ids, listener, deadline)
             for request, ids, listener in requests
         ]
         with self._wakeup:
             if self._closed:
                 raise Unavailable(_STOPPED)
-            if len(self._queue) + len(jobs) > self._queue_size:
+            if len(self._queue) + len(self._running) + len(jobs) > self.capacity:
                 raise QueueFull
             self._queue.extend(jobs)
             self._wakeup.notify()
@@ -86,17 +110,22 @@ class Worker:
                 job.canceled = True
             self._wakeup.notify()
 
-    def load(self) -> tuple[int, int]:
-        """Return the numbers of running and queued jobs."""
+    def load(self) -> Load:
+        """Return the current load."""
         with self._wakeup:
-            return len(self._running), len(self._queue)
+            generating, waiting = len(self._running), len(self._queue)
+            idle_seconds = time.monotonic() - self._last_progress if generating or waiting else 0.0
+            return Load(generating, waiting, self._generated_tokens, idle_seconds, self._closed)
 
     def close(self) -> None:
-        """Stop after the current token. Unfinished jobs get an `Unavailable` error."""
+        """Stop after the current token. Unfinished jobs get an `Unavailable` error.
+
+        If the token takes longer than a few seconds, the thread is abandoned. It ends with the process.
+        """
         with self._wakeup:
             self._closed = True
             self._wakeup.notify()
-        self._thread.join()
+        self._thread.join(_CLOSE_SECONDS)
 
     def _run(self) -> None:
         try:
@@ -105,14 +134,15 @@ class Worker:
                     self._remove_canceled_and_expired()
                     self._start_queued()
                     self._engine.step()
+                    self._count_progress()
                     self._report_finished()
-                except Exception as error:  # a bug must not leave all clients waiting forever
+                except Exception as error:  # otherwise, a bug would leave all clients waiting forever
                     failed, self._running = self._running, []
                     for job in failed:
                         job.listener(error)
                     for job in failed:
                         self._evict(job)
-        finally:  # also if the engine fails for good, as it does after a CUDA error
+        finally:  # also if the engine fails permanently, as after a CUDA error
             with self._wakeup:
                 self._closed = True
             for job in (*self._running, *self._queue):
@@ -123,7 +153,13 @@ class Worker:
         with self._wakeup:
             while not (self._closed or self._queue or self._running):
                 self._wakeup.wait()
+                self._last_progress = time.monotonic()
             return not self._closed
+
+    def _count_progress(self) -> None:
+        with self._wakeup:
+            self._last_progress = time.monotonic()
+            self._generated_tokens += sum(job.sequence is not None for job in self._running)
 
     def _remove_canceled_and_expired(self) -> None:
         """Free the rows of canceled and expired jobs. An expired job returns its text so far, or an error if still queued."""
@@ -133,7 +169,8 @@ class Worker:
             if job.sequence is not None and not job.canceled:
                 job.sequence.finish_early()
                 job.listener(job.sequence.sample)
-            self._running.remove(job)
+            with self._wakeup:
+                self._running.remove(job)
         with self._wakeup:
             for job in self._queue:
                 if now > job.deadline and not job.canceled:
@@ -152,10 +189,9 @@ class Worker:
                 return
             try:
                 sequences = self._engine.add([job.request for job in batch], batch[0].ids)
-            except InputError as error:
+            except Exception as error:  # an error during the prefill of one prompt does not affect the other jobs
                 for job in batch:
-                    job.listener(error)
-                    self._running.remove(job)
+                    self._end(job, error)
                 continue
             for job, sequence in zip(batch, sequences, strict=True):
                 job.sequence = sequence
@@ -163,7 +199,12 @@ class Worker:
     def _report_finished(self) -> None:
         for job in [job for job in self._running if job.sequence is not None and job.sequence.done]:
             assert job.sequence is not None
-            job.listener(job.sequence.sample)
+            self._end(job, job.sequence.error or job.sequence.sample)
+
+    def _end(self, job: Job, event: Sample | Exception) -> None:
+        """Send the last event of a job that no longer has a row."""
+        job.listener(event)
+        with self._wakeup:
             self._running.remove(job)
 
     def _evict(self, job: Job) -> None:

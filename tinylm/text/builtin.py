@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tinylm.errors import InputError, did_you_mean
-from tinylm.paths import atomic_file, cache_folder
+from tinylm.paths import cache_folder, cached_file
 
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data"}
@@ -31,12 +31,13 @@ def path_of(name: str) -> Path:
             f"unknown builtin text; available: {', '.join(BUILTINS)}", where=f"builtin:{name}", hint=did_you_mean(name, BUILTINS)
         )
     version = ".".join(map(str, sys.version_info[:3]))
-    path = cache_folder("builtin") / f"{name}-{sys.implementation.name}-{version}-{_FORMAT}.jsonl"
-    if not path.exists():
-        with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
             for title, text in BUILTINS[name]():
                 file.write(json.dumps({"title": title, "text": text}) + "\n")
-    return path
+
+    return cached_file(cache_folder("builtin") / f"{name}-{sys.implementation.name}-{version}-{_FORMAT}.jsonl", write)
 
 
 def python_docs() -> Iterator[tuple[str, str]]:

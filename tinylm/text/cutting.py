@@ -33,7 +33,7 @@ def cut_into_pieces(document: Iterable[str]) -> Iterator[str]:
 def _cut_position(text: str, start: int) -> int | None:
     """Return the end of the piece that begins at `start`, or None if it is not in `text`.
 
-    The end is the first position after `MIN_PIECE_CHARACTERS` where a space follows a character that is not white space. At such a
+    The end is the first position after `MIN_PIECE_CHARACTERS` where a space follows a character that is not whitespace. At such a
     position, every supported split pattern starts a new token, regardless of the text before and after.
     """
     position = start + MIN_PIECE_CHARACTERS

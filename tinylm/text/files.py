@@ -16,6 +16,40 @@ COMPRESSIONS = {".gz": "gzip", ".xz": "xz", ".bz2": "bz2", ".zst": "zstd"}
 """fsspec's compression name for each file suffix."""
 
 
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".log", ".html", ".csv", ".tsv", ".jsonl", ".parquet", ".py")
+"""Suffixes of files that contain text to train on, not a recipe."""
+_SIGNATURES = (
+    (b"\x89PNG", "a PNG image", "choose a text file"),
+    (b"\xff\xd8\xff", "a JPEG image", "choose a text file"),
+    (b"GIF8", "a GIF image", "choose a text file"),
+    (b"BM", "a BMP image", "choose a text file"),
+    (b"II*\0", "a TIFF image", "choose a text file"),
+    (b"MM\0*", "a TIFF image", "choose a text file"),
+    (b"RIFF", "an audio, video or WebP file", "choose a text file"),
+    (b"ID3", "an MP3 file", "choose a text file"),
+    (b"OggS", "an Ogg file", "choose a text file"),
+    (b"fLaC", "a FLAC file", "choose a text file"),
+    (b"\x1aE\xdf\xa3", "a video", "choose a text file"),
+    (b"%PDF", "a PDF document", "convert it to text first, for example with pdftotext"),
+    (b"PK\x03\x04", "a ZIP archive, or a document such as .docx, .xlsx or .epub", "unpack it, or save it as plain text"),
+    (b"\xd0\xcf\x11\xe0", "an old Office document", "save it as plain text"),
+    (b"\x1f\x8b", "gzip-compressed", "add .gz to the file name"),
+    (b"\xfd7zXZ", "xz-compressed", "add .xz to the file name"),
+    (b"BZh", "bzip2-compressed", "add .bz2 to the file name"),
+    (b"\x28\xb5\x2f\xfd", "zstd-compressed", "add .zst to the file name"),
+    (b"7z\xbc\xaf", "a 7-Zip archive", "unpack it"),
+    (b"Rar!", "a RAR archive", "unpack it"),
+    (b"\x7fELF", "a program", "choose a text file"),
+    (b"MZ", "a Windows program", "choose a text file"),
+    (b"SQLite format 3", "an SQLite database", "export a table as CSV"),
+    (b"PAR1", "a Parquet file", "let its name end in .parquet"),
+    (b"GGUF", "a GGUF model", "choose a text file"),
+    (b"\xff\xfe", "UTF-16 text", "convert it with: iconv -f UTF-16 -t UTF-8"),
+    (b"\xfe\xff", "UTF-16 text", "convert it with: iconv -f UTF-16 -t UTF-8"),
+)
+"""The first bytes of files that are not UTF-8 text, what such a file is, and what to do."""
+
+
 @dataclass(frozen=True)
 class TextFile:
     """A file or remote object. It is read from `path`; error messages use `name`."""
@@ -39,9 +73,9 @@ def format_suffix(path: str) -> str:
 
 
 def looks_like_text(path: str) -> bool:
-    """Return whether a file begins with UTF-8 text, or is a compressed .txt, .md or .jsonl file."""
+    """Return whether a file begins with UTF-8 text, or is a compressed .txt, .md, .jsonl, .csv or .tsv file."""
     if os.path.splitext(path)[1].lower() in COMPRESSIONS:
-        return format_suffix(path) in (".txt", ".md", ".jsonl")
+        return format_suffix(path) in (".txt", ".md", ".jsonl", ".csv", ".tsv")
     with open_bytes(TextFile.at(path, path)) as file:
         start = file.read(8192)
     if not start or b"\0" in start:
@@ -51,6 +85,17 @@ def looks_like_text(path: str) -> bool:
     except UnicodeDecodeError:
         return False
     return True
+
+
+def refuse_binary(file: TextFile) -> None:
+    """Raise `InputError` if an uncompressed file has a known format other than text, such as an image."""
+    if file.compression is not None or file.suffix == ".parquet" or looks_like_text(file.path):
+        return
+    with open_bytes(file) as stream:
+        start = stream.read(16)
+    for signature, kind, hint in _SIGNATURES:
+        if start.startswith(signature):
+            raise InputError(f"is {kind}, not UTF-8 text", where=file.name, hint=hint)
 
 
 def open_bytes(file: TextFile) -> IO[bytes]:

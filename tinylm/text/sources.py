@@ -1,9 +1,9 @@
 """Read text from any SOURCE as a stream of pieces of documents. Memory use does not grow with the size of the text.
 
-A SOURCE is a file (text, .jsonl or .parquet; text and .jsonl also compressed), a folder, a glob, a URL, `-` for standard input,
-`builtin:NAME`, or `hf:DATASET[/CONFIGURATION][:SPLIT]`. A document is a text file, a line of a .jsonl file, a row of a .parquet
-file or dataset, or an entry of a builtin. Text is decoded without changes: line endings, NULs and byte order marks are kept. Bytes
-that are not UTF-8 raise an error with their position, or are replaced if requested.
+A SOURCE is a file (text, .jsonl, .csv, .tsv or .parquet; all but .parquet also compressed), a folder, a glob, a URL, `-` for
+standard input, `builtin:NAME`, or `hf:DATASET[/CONFIGURATION][:SPLIT]`. A document is a text file, a line of a .jsonl file, a row
+of a table or dataset, or an entry of a builtin. Text is decoded without changes: line endings, NULs and byte order marks are kept.
+Bytes that are not UTF-8 raise an error with their position, or are replaced if requested.
 """
 
 from __future__ import annotations
@@ -15,19 +15,30 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from tinylm.errors import InputError, missing_extra
-from tinylm.paths import cache_folder
+from tinylm.paths import cache_folder, name_write_errors, temporary_folder
 from tinylm.text import builtin
 from tinylm.text.cutting import cut_into_pieces
-from tinylm.text.files import BLOCK_BYTES, TextFile, format_suffix, looks_like_text, not_utf8, open_bytes, read_lines, read_text
+from tinylm.text.files import (
+    BLOCK_BYTES,
+    TextFile,
+    format_suffix,
+    looks_like_text,
+    not_utf8,
+    open_bytes,
+    read_lines,
+    read_text,
+    refuse_binary,
+)
+from tinylm.text.records import DEFAULT_FIELD, RECORD_SUFFIXES, TABLE_SUFFIXES, RecordFormat, table_rows
 
 _HUB = "hf:"
 """The prefix of sources from the `datasets` library. It is also the `TextFile.suffix` of these sources."""
-_FIELD_HINT = "set it with --field or data.field"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,22 +53,36 @@ class Corpus:
     """The documents of one or more SOURCEs. They can be read repeatedly, always with the same result.
 
     Standard input, pipes and remote files are copied to a temporary folder when they are opened. The folder is removed by `close`
-    or at the end of a `with` block. `field` is the .jsonl field or the column that contains the text. Bytes that are not UTF-8 are
-    an error if `errors` is `strict`, and are replaced by U+FFFD if it is `replace`.
+    or at the end of a `with` block. `field` is the .jsonl field or the column that contains the text, and `template` combines
+    several of them. Bytes that are not UTF-8 are an error if `errors` is `strict`, and are replaced by U+FFFD if it is `replace`.
 
-    Raises `InputError` if a source does not exist, cannot be opened, or contains no text.
+    Raises `InputError` if a source does not exist, cannot be opened, or contains no text. Also raises it
+    if `field` or `template` is set but no source has fields, unless `allow_unused_format` is true.
     """
 
-    def __init__(self, sources: Sequence[str], *, field: str = "text", errors: str = "strict") -> None:
+    def __init__(
+        self,
+        sources: Sequence[str],
+        *,
+        field: str = DEFAULT_FIELD,
+        template: str | None = None,
+        errors: str = "strict",
+        allow_unused_format: bool = False,
+        record_format: RecordFormat | None = None,
+    ) -> None:
+        """`record_format` replaces `field` and `template`."""
         self.sources = tuple(sources)
-        self.field = field
+        self.record_format = record_format or RecordFormat(field, template, errors)
         self.errors = errors
         self.skipped: list[str] = []
         """Files in folders that were skipped because they are not text."""
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._temporary = ExitStack()
+        self._folder: Path | None = None
         self._datasets: dict[str, Any] = {}
         try:
             self._files = [file for source in sources for file in self._open_source(source)]
+            if not allow_unused_format:
+                require_used_format([self])
         except BaseException:
             self.close()
             raise
@@ -69,26 +94,41 @@ class Corpus:
         self.close()
 
     def close(self) -> None:
-        if self._temporary is not None:
-            self._temporary.cleanup()
-            self._temporary = None
+        self._temporary.close()
+        self._folder = None
 
-    def pieces(self) -> Iterator[Piece]:
-        """Yield all documents in order, in pieces of at most `MAX_PIECE_CHARACTERS` characters. Empty documents are skipped."""
-        for _, pieces in self.files():
-            yield from pieces
+    @property
+    def has_records(self) -> bool:
+        """Whether some documents are records with fields, and not whole files."""
+        return any(file.suffix in (*RECORD_SUFFIXES, _HUB) for file in self._files)
+
+    def pieces(self, *, keep_empty: bool = False) -> Iterator[Piece]:
+        """Yield all documents in order, in pieces of at most `MAX_PIECE_CHARACTERS` characters.
+
+        Empty documents are skipped, or with `keep_empty` yielded as one empty piece.
+        """
+        for file in self._files:
+            yield from self._pieces(file, keep_empty)
 
     def files(self) -> Iterator[tuple[str, Iterator[Piece]]]:
         """Yield the name and the pieces of each file, remote object, dataset or builtin, in order."""
         for file in self._files:
             yield file.name, self._pieces(file)
 
-    def _pieces(self, file: TextFile) -> Iterator[Piece]:
+    def documents(self) -> Iterator[tuple[str, bool, str]]:
+        """Yield the name of the file, whether the document is a record, and the text of each document, empty ones included."""
+        for file in self._files:
+            for document in self._documents(file):
+                yield file.name, file.suffix in (*RECORD_SUFFIXES, _HUB), "".join(document)
+
+    def _pieces(self, file: TextFile, keep_empty: bool = False) -> Iterator[Piece]:
         for document in self._documents(file):
             starts_document = True
             for text in cut_into_pieces(document):
                 yield Piece(text, starts_document)
                 starts_document = False
+            if starts_document and keep_empty:
+                yield Piece("", True)
 
     # Opening sources
 
@@ -122,21 +162,26 @@ class Corpus:
                 yield self._copy(source, stream)
             return
         else:
-            texts = [file for file in sorted(glob.glob(path, recursive=True)) if os.path.isfile(file)]
+            found = [file for file in sorted(glob.glob(path, recursive=True)) if os.path.isfile(file)]
+            texts = list({os.path.realpath(file): file for file in reversed(found)}.values())[::-1]  # links can repeat a file
             if not texts:
                 raise InputError("no such file or folder", where=source)
-        for file in texts:
-            yield TextFile.at(file, name=file)
+        for path in texts:
+            file = TextFile.at(path, name=path)
+            refuse_binary(file)
+            yield file
 
     def _copy(self, name: str, stream: IO[bytes]) -> TextFile:
         """Copy a stream that can be read only once to a temporary file."""
-        if self._temporary is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="spool-", dir=cache_folder("spool"))
+        if self._folder is None:
+            self._folder = self._temporary.enter_context(temporary_folder(cache_folder("spool"), "copy"))
         suffix = "".join(Path(name).suffixes[-2:])
-        handle, path = tempfile.mkstemp(suffix=suffix, dir=self._temporary.name)
-        with open(handle, "wb") as file:
+        handle, path = tempfile.mkstemp(suffix=suffix, dir=self._folder)
+        with name_write_errors(self._folder), open(handle, "wb") as file:
             shutil.copyfileobj(stream, file, BLOCK_BYTES)
-        return TextFile.at(path, name=name)
+        copy = TextFile.at(path, name=name)
+        refuse_binary(copy)
+        return copy
 
     def _open_url(self, source: str) -> TextFile:
         import fsspec
@@ -180,15 +225,17 @@ class Corpus:
         with open_bytes(file) as stream:
             if file.suffix == ".jsonl":
                 yield from ([text] for text in self._json_lines(file, stream))
+            elif file.suffix in TABLE_SUFFIXES:
+                rows = table_rows(file, stream, self.record_format)
+                yield from ([self.record_format.text(row, where)] for row, where in rows)
             else:
                 yield read_text(file.name, stream, self.errors)
 
     def _dataset_rows(self, file: TextFile) -> Iterator[str]:
         dataset = self._datasets[file.name]
-        if self.field in dataset.column_names:
-            dataset = dataset.select_columns([self.field])
-        for number, row in enumerate(dataset, 1):
-            yield self._text_of(row, f"{file.name} row {number}")
+        self.record_format.check_columns(dataset.column_names, file.name)
+        for number, row in enumerate(dataset.select_columns(self.record_format.fields), 1):
+            yield self.record_format.text(row, f"{file.name} row {number}")
 
     def _json_lines(self, file: TextFile, stream: IO[bytes]) -> Iterator[str]:
         offset = 0
@@ -200,7 +247,7 @@ class Corpus:
                     raise not_utf8(file.name, offset + error.start) from None
                 except (ValueError, RecursionError) as error:
                     raise InputError(f"not JSON: {error}", where=f"{file.name}:{number}") from None
-                yield self._text_of(record, f"{file.name}:{number}")
+                yield self.record_format.text(record, f"{file.name}:{number}")
             offset += len(line)
 
     def _parquet_rows(self, file: TextFile) -> Iterator[str]:
@@ -214,48 +261,29 @@ class Corpus:
         except (OSError, pyarrow.ArrowException) as error:
             raise InputError(f"not a Parquet file: {error}", where=file.name) from None
         with table:
-            columns = table.schema_arrow.names
-            if self.field not in columns:
-                raise InputError(f"no column {self.field!r} (columns: {', '.join(columns)})", where=file.name, hint=_FIELD_HINT)
-            for row, value in enumerate(_column(file.name, table, self.field), 1):
+            names = self.record_format.fields
+            self.record_format.check_columns(table.schema_arrow.names, file.name)
+            for row, values in enumerate(_columns(file.name, table, names), 1):
                 where = f"{file.name} row {row}"
                 try:
-                    text = value.decode("utf-8", self.errors) if isinstance(value, bytes) else value
+                    texts = [value.decode("utf-8", self.errors) if isinstance(value, bytes) else value for value in values]
                 except UnicodeDecodeError as error:
                     raise not_utf8(where, error.start) from None
-                yield self._text_of({self.field: text}, where)
-
-    def _text_of(self, record: object, where: str) -> str:
-        """Return the text of a record. Raises `InputError` if there is none."""
-        if not isinstance(record, dict):
-            raise InputError("not a JSON object", where=where)
-        if self.field not in record:
-            raise InputError(f"no field {self.field!r} (fields: {', '.join(map(str, record))})", where=where, hint=_FIELD_HINT)
-        text = record[self.field]
-        if not isinstance(text, str):
-            value = json.dumps(text, default=str)[:40]
-            raise InputError(f"field {self.field!r} must be text, not {value}", where=where, hint=_FIELD_HINT)
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            if self.errors == "strict":
-                raise InputError(
-                    f"field {self.field!r} contains half of a surrogate pair",
-                    where=where,
-                    hint="--errors replace (data.errors) reads it as U+FFFD",
-                )
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return text
+                yield self.record_format.text(dict(zip(names, texts, strict=True)), where)
 
 
-def _column(name: str, table: Any, field: str) -> Iterator[object]:
-    """Yield the values of a Parquet column. Text is yielded as bytes, because the format does not guarantee UTF-8."""
+def _columns(name: str, table: Any, fields: Sequence[str]) -> Iterator[tuple[object, ...]]:
+    """Yield each row's values of Parquet columns. Text is yielded as bytes, because the format does not guarantee UTF-8."""
     import pyarrow
 
+    def values(column: Any) -> list[object]:
+        is_text = pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)
+        listed: list[object] = (column.cast(pyarrow.large_binary()) if is_text else column).to_pylist()
+        return listed
+
     try:
-        for batch in table.iter_batches(batch_size=256, columns=[field]):
-            column = batch.column(0)
-            if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
-                column = column.cast(pyarrow.large_binary())
-            yield from column.to_pylist()
+        for batch in table.iter_batches(batch_size=256, columns=list(fields)):
+            yield from zip(*(values(batch.column(batch.schema.get_field_index(field))) for field in fields), strict=True)
     except (OSError, pyarrow.ArrowException) as error:
         raise InputError(f"the file is damaged or truncated: {error}", where=name) from None
 
@@ -271,6 +299,19 @@ def _walk(folder: str) -> Iterator[str]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         paths = (os.path.join(parent, name) for name in sorted(files) if not name.startswith("."))
         yield from filter(os.path.isfile, paths)  # skips pipes and broken links
+
+
+def require_used_format(corpora: Sequence[Corpus]) -> None:
+    """Raise `InputError` if a field or template is set, but the documents of all corpora are whole files."""
+    record_format = corpora[0].record_format
+    if record_format.is_default or any(corpus.has_records for corpus in corpora):
+        return
+    key = "field" if record_format.template is None else "template"
+    raise InputError(
+        f"--{key} (data.{key}) has no effect on plain text",
+        where=describe([source for corpus in corpora for source in corpus.sources]),
+        hint=f"remove it: only {', '.join(RECORD_SUFFIXES)} files and hf: datasets have fields",
+    )
 
 
 def describe(sources: Sequence[str]) -> str:

@@ -1,6 +1,6 @@
 """One interface to the tokenizers of several libraries, so that they can be compared.
 
-Supported: tokenizer.json files (ours and Hugging Face's), tiktoken ranks, and sentencepiece models.
+Supported: tokenizer.json files (tinylm's and Hugging Face's), tiktoken ranks, and sentencepiece models.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 
 from tinylm.errors import InputError, missing_extra
 from tinylm.text.sources import Piece
+from tinylm.tokenizer.backend_errors import translate_backend_errors
 from tinylm.tokenizer.encoding import segments
 from tinylm.tokenizer.pretokenizer import split_pattern
 from tinylm.tokenizer.split_points import SplitPoints
@@ -49,7 +50,8 @@ def adapt(tokenizer: Tokenizer) -> TokenizerAdapter:
     """Wrap a `Tokenizer`."""
 
     def encode_batch(texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in tokenizer.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with translate_backend_errors():
+            return [encoding.ids for encoding in tokenizer.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     return TokenizerAdapter(
         kind=tokenizer.kind,

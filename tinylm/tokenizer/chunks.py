@@ -31,7 +31,7 @@ class ChunkIndex:
         self.clear()
 
     def clear(self) -> None:
-        """Forget all chunks."""
+        """Remove all chunks."""
         self.chunks: list[bytes] = []
         self.n_bytes = 0
         self._numbers: dict[bytes, int] = {}

@@ -1,4 +1,4 @@
-"""BPE-dropout: encode the same text to different tokens each time, which makes a model robust to segmentation.
+"""BPE dropout: encode the same text to different tokens each time, which makes a model robust to different segmentations.
 
 Provilkov et al. 2020, "BPE-Dropout: Simple and Effective Subword Regularization": before each merge of a word, every merge that
 could be applied is dropped with some probability; if all are dropped, the word is finished. For example, a word that is usually

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from tinylm.errors import InputError
 from tinylm.text.sources import Piece
 from tinylm.tokenizer import kernel_loading
+from tinylm.tokenizer.backend_errors import translate_backend_errors
 from tinylm.tokenizer.byte_level import bytes_to_unicode, unicode_to_bytes
 from tinylm.tokenizer.chunks import ChunkIndex
 from tinylm.tokenizer.pretokenizer import byte_level_pattern
@@ -26,22 +28,26 @@ Note = Callable[[str], None]
 
 SEGMENT_BYTES = 1 << 18
 """Target size of the segments into which documents are cut."""
-MAX_BYTES_WITHOUT_SPLIT_POINT = 1 << 18
-"""Longer text without a split point is cut anyway, which may change the tokens at the cut."""
+MAX_BYTES_WITHOUT_SPLIT_POINT = 1 << 22
+"""A longer stretch of text without a split point is not encoded, because encoding it as a whole would need too much memory."""
 _SAMPLE_CHUNKS = 2000
 """Chunks on which tiktoken must agree with `tokenizers`."""
 _MAX_TIKTOKEN_CHARACTERS = 500
 """tiktoken's time is quadratic in the length of a chunk, so longer chunks go to `tokenizers`."""
 _ENGINE_CHUNKS = 1 << 14
-"""Chunks given to the engine at once."""
+"""Maximum number of chunks passed to the engine at once."""
 
 
-def segments(pieces: Iterable[Piece], split_points: SplitPoints | None) -> Iterator[tuple[bytes, bool]]:
+def segments(
+    pieces: Iterable[Piece], split_points: SplitPoints | None, *, cut_anywhere: bool = False
+) -> Iterator[tuple[bytes, bool]]:
     """Cut documents into segments that are encoded separately, and yield (UTF-8 text, whether it begins a document).
 
     The cuts are at split points, so they do not change any token. They do not depend on how `pieces` divide a document. Without
-    `split_points`, each segment is a whole document.
+    `split_points`, each segment is a whole document. With `cut_anywhere`, a long stretch without a split point is cut between any
+    two characters, which may change tokens. Otherwise, raises `InputError` for more than `MAX_BYTES_WITHOUT_SPLIT_POINT` of it.
     """
+    cut_anywhere = cut_anywhere or (split_points is not None and split_points.anywhere)
     buffer, starts_document = bytearray(), False
     for piece in pieces:
         if piece.starts_document and (buffer or starts_document):
@@ -52,29 +58,34 @@ def segments(pieces: Iterable[Piece], split_points: SplitPoints | None) -> Itera
         if split_points is None or len(buffer) < SEGMENT_BYTES:
             continue
         text, begin = bytes(buffer), 0
-        for end in _cuts(text, split_points):
+        for end in _cuts(text, split_points, cut_anywhere):
             yield text[begin:end], starts_document
             begin, starts_document = end, False
         buffer = bytearray(text[begin:])
+        if len(buffer) > MAX_BYTES_WITHOUT_SPLIT_POINT:
+            raise InputError(
+                f"{len(buffer):,} bytes of the text cannot be divided without changing tokens",
+                hint="add spaces or line breaks to the text, or use a tokenizer of kind byte or char",
+            )
     if buffer or starts_document:
         yield bytes(buffer), starts_document
 
 
-def _cuts(text: bytes, split_points: SplitPoints) -> list[int]:
-    """Return the positions where to cut the beginning of a longer text.
+def _cuts(text: bytes, split_points: SplitPoints, cut_anywhere: bool) -> list[int]:
+    """Return the positions at which to cut the beginning of a longer text.
 
-    They are the last split point before each multiple of `SEGMENT_BYTES`, and positions in stretches of more than
-    `MAX_BYTES_WITHOUT_SPLIT_POINT` bytes without a split point.
+    They are the last split point before each multiple of `SEGMENT_BYTES`, and with `cut_anywhere` also positions in stretches of
+    more than `SEGMENT_BYTES` without a split point.
     """
     candidates = split_points.find(text)
     targets = np.append(np.arange(SEGMENT_BYTES, len(text), SEGMENT_BYTES), len(text))
     last_before = np.searchsorted(candidates, targets, side="right") - 1
     cuts = {*candidates[last_before[last_before >= 0]].tolist()}
     edges = np.concatenate(([0], candidates, [len(text)]))
-    for gap in np.flatnonzero(np.diff(edges) > MAX_BYTES_WITHOUT_SPLIT_POINT).tolist():
+    for gap in np.flatnonzero(np.diff(edges) > SEGMENT_BYTES).tolist() if cut_anywhere else ():
         begin, end = int(edges[gap]), int(edges[gap + 1])
-        while end - begin > MAX_BYTES_WITHOUT_SPLIT_POINT:
-            begin += MAX_BYTES_WITHOUT_SPLIT_POINT
+        while end - begin > SEGMENT_BYTES:
+            begin += SEGMENT_BYTES
             while text[begin] & 0xC0 == 0x80:  # do not cut inside a character
                 begin -= 1
             cuts.add(begin)
@@ -124,7 +135,8 @@ class Encoder:
         return self._flat[np.repeat(self._starts[numbers] - begins, sizes) + np.arange(int(sizes.sum()))]
 
     def _encode_with_tokenizers(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with translate_backend_errors():
+            return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def _encode_chunks(self, chunks: Sequence[bytes]) -> None:
         """Encode new chunks and append their ids to the cache."""

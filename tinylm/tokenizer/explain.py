@@ -5,7 +5,9 @@ from __future__ import annotations
 import html
 import itertools
 import math
+import re
 from dataclasses import dataclass
+from importlib import resources
 
 from tinylm.errors import InputError
 from tinylm.tokenizer.byte_level import unicode_to_bytes
@@ -31,7 +33,7 @@ class Token:
 class Step:
     """One step in encoding a word: a description, and the parts of the word after the step."""
 
-    what: str
+    description: str
     parts: list[str]
 
 
@@ -46,7 +48,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The words of a text in order. White space that the pretokenizer drops is not part of any word."""
+    """The words of a text in order. Whitespace that the pretokenizer drops is not part of any word."""
 
     kind: str
     text: str
@@ -186,19 +188,33 @@ def _best_paths(word: str, scores: dict[str, float], count: int) -> list[tuple[f
 
 
 def visible(text: str) -> str:
-    """Replace white space and control characters with visible characters."""
+    """Replace whitespace and control characters with visible characters."""
     marks = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
     return "".join(marks.get(c) or (c if c.isprintable() else f"\\u{ord(c):04x}") for c in text)
 
 
+_COLORS = 6
+"""Number of colors of tokens in explain.html."""
+_NOTES = {
+    "bpe": "BPE starts with the {units} of a word and applies merges. Merge 23 is the 23rd pair that training joined, when it was "
+    "the most frequent pair of neighbors in the training text. Of the merges that fit a word, the lowest number comes first.",
+    "unigram": "Unigram gives every token a probability, learned from the training text. Of all ways to divide a word into tokens, "
+    "it takes the one with the highest product of probabilities. log p is the logarithm of this product: closest to 0 is best.",
+    "wordpiece": "WordPiece takes the longest token that the word begins with, then the longest that continues it, and so on. "
+    "Tokens inside a word begin with ##. A word that cannot be divided completely becomes one unknown token.",
+    "word": "Every word of the vocabulary is one token. All other words become the unknown token.",
+    "char": "Every character is one token.",
+    "byte": "Every byte of the UTF-8 text is one token.",
+}
+"""What the steps of each kind of tokenizer mean."""
+
+
 def as_html(explanation: Explanation, title: str) -> str:
     """Return a self-contained HTML page: the text with colored tokens, then the steps of every word."""
-    colors = ("#dbeafe", "#fef3c7", "#dcfce7", "#fce7f3", "#ede9fe", "#ffedd5")
 
     def boxes(parts: list[str], tooltips: list[str]) -> str:
         return "".join(
-            f'<span class="t" style="background:{colors[index % len(colors)]}" title="{html.escape(tooltip)}">'
-            f"{html.escape(visible(part))}</span>"
+            f'<span class="t c{index % _COLORS}" title="{html.escape(tooltip)}">{html.escape(visible(part))}</span>'
             for index, (part, tooltip) in enumerate(zip(parts, tooltips, strict=True))
         )
 
@@ -206,34 +222,23 @@ def as_html(explanation: Explanation, title: str) -> str:
     is_open = " open" if len(explanation.words) <= 24 else ""
     sections = []
     for word in explanation.words:
-        rows = "".join(
-            f"<tr><td>{html.escape(step.what)}</td><td>{boxes(step.parts, [''] * len(step.parts))}</td></tr>" for step in word.steps
+        steps = "".join(
+            f"<li><span>{html.escape(step.description)}</span><span>{boxes(step.parts, [''] * len(step.parts))}</span></li>"
+            for step in word.steps
         )
-        ids = " ".join(str(token.id) for token in word.tokens)
+        ids = " ".join(f"{token.id}" for token in word.tokens)
         sections.append(
-            f"<details{is_open}><summary><code>{html.escape(visible(word.text))}</code> "
-            f"<small>{ids}</small></summary><table>{rows}</table></details>"
+            f"<details{is_open}><summary><code>{html.escape(visible(word.text))}</code> <small>{ids}</small></summary>"
+            f"<ul>{steps}</ul></details>"
         )
     tooltips = [f"{token.id}" + (f", score {token.score:.3f}" if token.score is not None else "") for token in tokens]
-    return _PAGE.format(
-        title=html.escape(title),
-        summary=f"{explanation.kind}: {len(explanation.text):,} characters, {len(tokens):,} tokens",
-        text=boxes([token.text for token in tokens], tooltips),
-        words="\n".join(sections),
-    )
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title><style>
-body {{ font: 16px/1.6 system-ui, sans-serif; color: #1f2937; background: #fff }}
-body {{ max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
-.t {{ font-family: ui-monospace, monospace; white-space: pre-wrap; color: #111 }}
-.t {{ padding: 1px 2px; margin: 1px; border-radius: 3px }}
-td {{ padding: 2px 12px 2px 0; vertical-align: top }} td:first-child {{ color: #6b7280; white-space: nowrap }}
-summary {{ cursor: pointer }} small {{ color: #6b7280 }} .all {{ overflow-wrap: anywhere }}
-@media (prefers-color-scheme: dark) {{ body {{ color: #e5e7eb; background: #111827 }}
-td:first-child, small {{ color: #9ca3af }} }}
-</style></head><body><h1>{title}</h1><p>{summary}</p><p class="all">{text}</p>
-{words}
-</body></html>
-"""
+    starts_with_bytes = any(step.description == "bytes" for word in explanation.words for step in word.steps)
+    template = resources.files("tinylm.tokenizer").joinpath("explain.html").read_text(encoding="utf-8")
+    content = {
+        "TITLE": html.escape(title),
+        "SUMMARY": f"{explanation.kind}: {len(explanation.text):,} characters, {len(tokens):,} tokens",
+        "NOTE": _NOTES[explanation.kind].format(units="bytes" if starts_with_bytes else "characters"),
+        "TEXT": boxes([token.text for token in tokens], tooltips),
+        "WORDS": "\n".join(sections),
+    }
+    return re.sub(r"\{\{([A-Z]+)\}\}", lambda match: content[match[1]], template)

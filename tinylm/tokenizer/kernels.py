@@ -24,13 +24,13 @@ _njit = cached_njit()
 
 @_njit
 def find_split_points(
-    text: Any, class_bits: Any, allowed_bits: Any, wide_space: Any, visible: Any, before_lines: bool, positions: Any
+    text: Any, class_bits: Any, allowed_bits: Any, wide_space: Any, visible: Any, before_line_starts: bool, positions: Any
 ) -> int:
     """Write the split points of `text` (bytes) into `positions` and return their number. See `split_points.SplitPoints`."""
     count = 0
     for i in range(1, len(text)):
         left = text[i - 1]
-        if before_lines and left == 10:
+        if before_line_starts and left == 10:
             j = i
             while j < len(text) and text[j] == 32:
                 j += 1

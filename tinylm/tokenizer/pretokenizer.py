@@ -50,7 +50,7 @@ def split_steps(split: str, digits: int | None) -> list[pre_tokenizers.PreTokeni
 
 
 def space_dropping_pretokenizer(split: str) -> pre_tokenizers.PreTokenizer:
-    """Create a pretokenizer that drops white space, for the kinds `wordpiece` and `word`.
+    """Create a pretokenizer that drops whitespace, for the kinds `wordpiece` and `word`.
 
     `split` is `bert` (also splits off punctuation), `whitespace`, or a regular expression that divides the words further.
     Raises `InputError` if `split` is not a valid regular expression.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tinylm.errors import InputError
-from tinylm.paths import cache_folder
+from tinylm.paths import cache_folder, cached_file
 from tinylm.recipe.schema import BpeTokenizer
 from tinylm.text.sources import Corpus, Piece
 from tinylm.tokenizer import training
@@ -63,7 +63,7 @@ class TokenizerReport:
     bytes_per_token: float
     tokens_per_word: float
     words_split: float
-    """The share of words (separated by white space) that are split into several tokens."""
+    """The share of words (separated by whitespace) that are split into several tokens."""
     unused_tokens: int
     rare_tokens: int
     """Tokens that are used at least once, but fewer than `RARE_COUNT` times."""
@@ -183,7 +183,7 @@ def _excerpts(text: str, decoded: str) -> tuple[str, str]:
 
 
 def _share_of_split_words(adapter: TokenizerAdapter, words: Counter[str]) -> float:
-    """Return the share of words with several tokens, ignoring white-space tokens. Each word is encoded after a space."""
+    """Return the share of words with several tokens, ignoring whitespace tokens. Each word is encoded after a space."""
     common = words.most_common(_MAX_SPLIT_WORDS)
     is_visible = np.array([bool(token.strip()) for token in adapter.token_bytes])
     encoded = adapter.encode_batch([f" {word}" for word, _ in common])
@@ -205,8 +205,7 @@ def gpt2_style(vocab_size: int) -> Tokenizer:
     section = BpeTokenizer(kind="bpe", vocab_size=min(max(vocab_size, 257), 50_257), split="gpt2")
     with Corpus([BASELINE_TEXT]) as corpus:
         path = cache_folder("tokenizers") / f"gpt2-style-{section.vocab_size}.json"
-        if not path.exists():
-            training.train(section, corpus.pieces(), lambda warning: None).save(path)
+        cached_file(path, lambda temporary: training.train(section, corpus.pieces(), lambda warning: None).save(temporary))
     return Tokenizer.load(path)
 
 

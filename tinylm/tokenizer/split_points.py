@@ -33,15 +33,16 @@ _CLASSES = "a0 nr.h?"
 class SplitPoints:
     """Finds the split points of a text. See the module docstring."""
 
-    def __init__(self, rules: Iterable[tuple[str, str]], *, before_lines: bool = False) -> None:
+    def __init__(self, rules: Iterable[tuple[str, str]], *, before_line_starts: bool = False, anywhere: bool = False) -> None:
         """Define the split points.
 
         Each rule is a pair (classes of a byte, classes of the next byte), written with the letters of `_CLASSES`. There is a split
-        point between two bytes if a rule matches both. With `before_lines`, the beginning of every non-blank line is a split point
-        too.
+        point between two bytes if a rule matches both. With `before_line_starts`, the beginning of every non-blank line is a split point
+        too. With `anywhere`, a text may also be cut between any two characters; `find` does not list these positions.
         """
+        self.anywhere = anywhere
         self.rules = tuple(rules)
-        self.before_lines = before_lines
+        self.before_line_starts = before_line_starts
         # Each byte maps to bits: its own class, and the classes after which it may begin a word.
         self._class_bits = bytes(1 << _CLASSES.index(name) for name in _CLASS_OF)
         allowed = {
@@ -57,15 +58,15 @@ class SplitPoints:
         if (kernels := kernel_loading.kernels_if_worthwhile(0)) is not None:
             positions = np.empty(len(text) - 1, dtype=np.int64)
             codes, own, allowed = (np.frombuffer(data, dtype=np.uint8) for data in (text, self._class_bits, self._allowed_bits))
-            return positions[: kernels.find_split_points(codes, own, allowed, _WIDE_SPACE, _VISIBLE, self.before_lines, positions)]
+            return positions[: kernels.find_split_points(codes, own, allowed, _WIDE_SPACE, _VISIBLE, self.before_line_starts, positions)]
         own = np.frombuffer(text.translate(self._class_bits), dtype=np.uint8)[:-1]
         allowed = np.frombuffer(text.translate(self._allowed_bits), dtype=np.uint8)[1:]
         is_split = (own & allowed) != 0
         codes = np.frombuffer(text, dtype=np.uint8)
         non_ascii = np.flatnonzero(is_split & (codes[:-1] >= 0x80))
-        if len(non_ascii):  # drop positions after non-ASCII white space: a run of white space is never split
+        if len(non_ascii):  # drop positions after non-ASCII whitespace: a run of whitespace is never split
             is_split[non_ascii] = ~_WIDE_SPACE[codes[non_ascii - 1].astype(np.int64) << 8 | codes[non_ascii]]
-        if self.before_lines:
+        if self.before_line_starts:
             newlines = np.flatnonzero(codes[:-1] == ord("\n"))
             not_space = np.flatnonzero(codes != ord(" "))
             following = (
@@ -77,7 +78,7 @@ class SplitPoints:
     def ascii_only(self) -> SplitPoints:
         """Return a copy that finds only the split points between two ASCII characters."""
         rules = [(before.replace("h", ""), after.replace("h", "")) for before, after in self.rules]
-        return SplitPoints(rules, before_lines=self.before_lines)
+        return SplitPoints(rules, before_line_starts=self.before_line_starts)
 
 
 def _class_of(byte: int) -> str:
@@ -93,9 +94,9 @@ def _class_of(byte: int) -> str:
 
 
 def _wide_space() -> np.ndarray:
-    """Return a table of whether two bytes (`first << 8 | second`) can be the end of a non-ASCII white-space character.
+    """Return a table of whether two bytes (`first << 8 | second`) can be the end of a non-ASCII whitespace character.
 
-    It includes U+180E, which was white space in older versions of Unicode.
+    It includes U+180E, which was whitespace in older versions of Unicode.
     """
     table = np.zeros(1 << 16, dtype=bool)
     for character in "\x85\xa0\u1680\u180e\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B))):
@@ -111,7 +112,7 @@ _BEFORE_SPACE = ("a0.h", " ")
 _RUN_ENDS = (("a", "0nr."), ("0", "anr."), (".", "0"))
 SPLIT_POINTS = {
     "gpt2": SplitPoints([_BEFORE_SPACE, *_RUN_ENDS]),
-    "gpt4": SplitPoints([_BEFORE_SPACE, *_RUN_ENDS], before_lines=True),
+    "gpt4": SplitPoints([_BEFORE_SPACE, *_RUN_ENDS], before_line_starts=True),
     "whitespace": SplitPoints([_BEFORE_SPACE]),
     "none": SplitPoints([("n", _CLASSES)]),
     "bert": SplitPoints([_BEFORE_SPACE, ("a0.h", "."), (".", "a0h")]),
@@ -123,6 +124,9 @@ def split_points_of(tokenizer_json: Mapping[str, Any]) -> SplitPoints | None:
     """Return the split points of a parsed tokenizer.json, or None if they are not known. Documents are then encoded as a whole."""
     model = tokenizer_json["model"]
     without_merges = model["type"] == "BPE" and not model["merges"]  # every byte or character is its own token
+    only_special = all(token["special"] for token in tokenizer_json.get("added_tokens", ()))
+    if without_merges and only_special and tokenizer_json.get("normalizer") is None:
+        return SplitPoints([_BEFORE_SPACE], anywhere=True)
     split_points = SPLIT_POINTS["whitespace"] if without_merges else _of_pretokenizer(tokenizer_json["pre_tokenizer"])
     if split_points is None:
         return None

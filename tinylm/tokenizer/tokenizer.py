@@ -19,10 +19,14 @@ import numpy as np
 import tokenizers
 
 from tinylm.errors import InputError
+from tinylm.file_kinds import identify
 from tinylm.paths import atomic_write_text
 from tinylm.text.sources import Piece
+from tinylm.tokenizer import gpt2_files, validation
+from tinylm.tokenizer.backend_errors import translate_backend_errors
 from tinylm.tokenizer.byte_level import unicode_to_bytes
 from tinylm.tokenizer.encoding import SEGMENT_BYTES, Encoder, segments
+from tinylm.tokenizer.pretokenizer import flat_steps
 from tinylm.tokenizer.split_points import SplitPoints, split_points_of
 
 END_OF_TEXT = "<|endoftext|>"
@@ -40,32 +44,51 @@ class Tokenizer:
         backend.no_truncation()  # a file may enable truncation or padding, which would drop or add tokens
         backend.no_padding()
         if getattr(backend.model, "dropout", None):
-            backend.model.dropout = None  # with BPE-dropout, the same text would get different ids each time
+            backend.model.dropout = None  # with BPE dropout, the same text would get different ids each time
         self.backend = backend
         self.tokenizer_json: dict[str, Any] = json.loads(backend.to_str())
         """The parsed contents of the tokenizer.json."""
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        validation.check_ids(vocabulary)
+        validation.check_growth(self.tokenizer_json)
+        validation.check_unknown(self.tokenizer_json, vocabulary)
         self._model: dict[str, Any] = self.tokenizer_json["model"]
         self._decoding = DecodingRules.from_json(self.tokenizer_json)
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read a tokenizer.json. Raises `InputError` if it is missing, invalid, or not supported."""
+        """Read a tokenizer.json, or the tokenizer of a folder: its tokenizer.json, or GPT-2's vocab.json and merges.txt.
+
+        Raises `InputError` if it is missing, invalid, or not supported.
+        """
         path = Path(path)
+        if path.is_dir():
+            path = gpt2_files.tokenizer_file(path)
+        if path.name in (gpt2_files.VOCABULARY, gpt2_files.MERGES):
+            return cls(gpt2_files.read(path.parent, END_OF_TEXT))
         if not path.is_file():
             raise InputError("no such tokenizer file", where=str(path))
+        if kind := identify(path):
+            raise InputError(f"this is {kind.name}", where=str(path), hint=kind.hint)
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises plain Exception for a file that it cannot read
             raise InputError(f"not a valid tokenizer.json: {error}", where=str(path)) from None
         try:
-            return cls(backend)
+            tokenizer = cls(backend)
+            validation.check_encoding(backend.encode)
+            return tokenizer
         except InputError as error:
             raise InputError(error.message, where=str(path), hint=error.hint) from None
 
     @classmethod
     def from_text(cls, text: str) -> Tokenizer:
-        """Create a tokenizer from the contents of a tokenizer.json."""
-        return cls(tokenizers.Tokenizer.from_str(text))
+        """Create a tokenizer from the contents of a tokenizer.json. Raises `InputError` if it is not supported."""
+        try:
+            backend = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # tokenizers raises plain Exception
+            raise InputError(f"not a valid tokenizer.json: {error}") from None
+        return cls(backend)
 
     def save(self, path: str | Path) -> None:
         atomic_write_text(Path(path), self.backend.to_str(pretty=True) + "\n")
@@ -79,9 +102,15 @@ class Tokenizer:
     def kind(self) -> str:
         """One of `bpe`, `unigram`, `wordpiece`, `word`, `char` and `byte`."""
         model = str(self._model["type"])
-        if model == "BPE" and not self._model["merges"]:
+        if model == "BPE" and not self._model["merges"] and not self._model.get("byte_fallback") and not self._splits_words:
             return "byte" if self._decoding.byte_level else "char"
         return {"WordLevel": "word"}.get(model, model.lower())
+
+    @property
+    def _splits_words(self) -> bool:
+        """Whether the pretokenizer does more than mapping bytes to characters."""
+        steps = flat_steps(self.tokenizer_json.get("pre_tokenizer"), "pretokenizers")
+        return any(step["type"] != "ByteLevel" or step.get("use_regex", True) for step in steps)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -92,7 +121,7 @@ class Tokenizer:
     @cached_property
     def end_of_text(self) -> int | None:
         """The id of the token between documents, or None if the vocabulary has no such token."""
-        ids = (self.backend.token_to_id(token) for token in (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>"))
+        ids = (self.backend.token_to_id(token) for token in (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[SEP]"))
         return next((id for id in ids if id is not None), None)
 
     @cached_property
@@ -131,18 +160,23 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Encode a text without adding special tokens. A special token spelled out in the text is encoded as plain text.
 
-        Raises `InputError` for text with an unpaired surrogate.
+        Raises `InputError` for text with an unpaired surrogate, or on which the split pattern backtracks too much.
         """
         try:
             if len(text) > SEGMENT_BYTES // 4:  # may be more than one segment, as a character has up to 4 bytes
                 return [id for ids, _ in self.encode_pieces([Piece(text, True)]) for id in ids.tolist()]
-            return list(self.backend.encode(text, add_special_tokens=False).ids)
+            with translate_backend_errors():
+                return list(self.backend.encode(text, add_special_tokens=False).ids)
         except (TypeError, UnicodeEncodeError):  # raised by tokenizers and str.encode for an unpaired surrogate
-            raise InputError("the text contains half of a surrogate pair, which UTF-8 cannot encode") from None
+            raise InputError("the text contains an unpaired surrogate, which UTF-8 cannot encode") from None
+        except BaseException as error:  # a panic in Rust code is not an `Exception`
+            if type(error).__name__ != "PanicException":
+                raise
+            raise InputError("the tokenizer cannot split this text", hint=f"its split pattern failed: {error}") from None
 
     def token_id(self, name: str) -> int:
         """Return the id of a token, given as `@ID` or as the token's text. Raises `InputError` if there is no such token."""
-        if name.startswith("@") and name[1:].isdigit():
+        if name.startswith("@") and name[1:].isdecimal() and name.isascii() and len(name) < 20:
             id = int(name[1:])
             if id >= self.vocab_size:
                 raise InputError(f"{name} is not an id below {self.vocab_size}")
@@ -171,7 +205,9 @@ class Tokenizer:
         backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
         backend.encode_special_tokens = False
         for text, starts_document in segments(pieces, None):
-            yield np.array(backend.encode(text.decode("utf-8"), add_special_tokens=False).ids, dtype=np.uint32), starts_document
+            with translate_backend_errors():
+                ids = backend.encode(text.decode("utf-8"), add_special_tokens=False).ids
+            yield np.array(ids, dtype=np.uint32), starts_document
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decode ids to text. Invalid UTF-8 becomes U+FFFD. Raises `InputError` for an id outside the vocabulary."""
@@ -191,7 +227,7 @@ class Tokenizer:
     def token_bytes(self) -> list[bytes]:
         """The text of each id as bytes. Special tokens have no text, except for the unknown token, whose text is U+FFFD.
 
-        For kinds that drop white space, tokens that begin a word start with a space. Decoding removes the first space of a text.
+        For kinds that drop whitespace, tokens that begin a word start with a space. Decoding removes the first space of a text.
         """
         added = self.backend.get_added_tokens_decoder()
         special = {id for id, token in added.items() if token.special}

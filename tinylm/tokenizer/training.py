@@ -31,6 +31,7 @@ from tinylm.recipe.schema import (
 )
 from tinylm.text.sources import Piece
 from tinylm.tokenizer import merges, pretokenizer, unigram
+from tinylm.tokenizer.backend_errors import translate_backend_errors
 from tinylm.tokenizer.byte_level import unicode_to_bytes
 from tinylm.tokenizer.split_points import split_points_of
 from tinylm.tokenizer.tokenizer import BYTE_TOKENS, END_OF_TEXT, UNKNOWN, Tokenizer
@@ -38,7 +39,8 @@ from tinylm.tokenizer.word_counts import Warn, WordCounts, character_counts, cou
 
 CONTINUATION_PREFIX = "##"
 RESERVED_SCORE = -1000.0
-"""The log probability of Unigram's byte and unknown tokens, low enough that text that spells them out is encoded without them."""
+"""The highest log probability of Unigram's byte and unknown tokens. It is so low that text that spells them out is encoded without
+them."""
 
 
 def train(section: TokenizerSection, pieces: Iterable[Piece], warn: Warn, n_bytes: int | None = None) -> Tokenizer:
@@ -62,9 +64,10 @@ def count(section: LearnedTokenizer, pieces: Iterable[Piece], warn: Warn) -> Wor
         return WordCounts([], np.zeros(0, dtype=np.int64))
     backend = _backend_without_model(section)
     pieces = warn_if_binary(pieces, warn)
-    if isinstance(section, CharTokenizer):
-        return count_characters(backend, pieces)
-    return count_words(backend, split_points_of(json.loads(backend.to_str())), pieces, warn)
+    with translate_backend_errors():
+        if isinstance(section, CharTokenizer):
+            return count_characters(backend, pieces)
+        return count_words(backend, split_points_of(json.loads(backend.to_str())), pieces, warn)
 
 
 def learn(section: LearnedTokenizer, word_counts: WordCounts) -> Tokenizer:
@@ -73,6 +76,11 @@ def learn(section: LearnedTokenizer, word_counts: WordCounts) -> Tokenizer:
         raise InputError("the text has no characters to learn a vocabulary from", where="tokenizer")
     backend = _backend_without_model(section)
     backend.model = _model(section, word_counts)
+    for token in section.special_tokens:
+        if backend.token_to_id(token) is not None:
+            raise InputError(
+                f"{token!r} is also a token of the text", where="tokenizer.special_tokens", hint="choose a longer control token"
+            )
     _add_tokens(backend, section)
     return Tokenizer(backend)
 
@@ -155,7 +163,8 @@ def _model(section: LearnedTokenizer, word_counts: WordCounts) -> models.Model:
         return _wordpiece(section, word_counts)
     counted = zip(word_counts.words, word_counts.counts.tolist(), strict=True)
     if isinstance(section, WordTokenizer):
-        words = [word for word, count in counted if count >= section.min_frequency]
+        control = _control_tokens(section)
+        words = [word for word, count in counted if count >= section.min_frequency and word not in control]
         return models.WordLevel(_vocabulary([UNKNOWN, *words[: _model_size(section) - 1]]), unk_token=UNKNOWN)
     assert isinstance(section, CharTokenizer)
     tokens = [*sorted(character for character, count in counted if count >= section.min_frequency), END_OF_TEXT, UNKNOWN]
@@ -172,6 +181,11 @@ def _model_size(section: VocabularyTokenizer) -> int:
     return section.vocab_size - 1 - len(section.special_tokens) - len(section.added_tokens)
 
 
+def _control_tokens(section: LearnedTokenizer) -> set[str]:
+    """The tokens that no text is encoded to. They must not be learned, or text that spells them out would be encoded to them."""
+    return {END_OF_TEXT, UNKNOWN, *section.special_tokens}
+
+
 def _byte_bpe(section: BpeTokenizer, word_counts: WordCounts) -> models.Model:
     learned = merges.learn(
         word_counts,
@@ -179,6 +193,7 @@ def _byte_bpe(section: BpeTokenizer, word_counts: WordCounts) -> models.Model:
         _model_size(section),
         min_frequency=section.min_frequency,
         max_token_length=section.max_token_length,
+        reserved=_control_tokens(section),
     )
     return models.BPE(vocab=_vocabulary(learned.tokens), merges=learned.as_text())
 
@@ -186,13 +201,15 @@ def _byte_bpe(section: BpeTokenizer, word_counts: WordCounts) -> models.Model:
 def _character_bpe(section: BpeTokenizer, word_counts: WordCounts) -> models.Model:
     reserved = [*BYTE_TOKENS] if section.byte_fallback else [UNKNOWN]
     size = _model_size(section) - len(reserved)
+    alphabet = _alphabet(section.alphabet, word_counts)
+    _check_alphabet_size(section, alphabet, len(alphabet), size)
     learned = merges.learn(
         word_counts,
-        _alphabet(section.alphabet, word_counts, size),
+        alphabet,
         size,
         min_frequency=section.min_frequency,
         max_token_length=section.max_token_length,
-        reserved={*reserved},
+        reserved={*reserved} | _control_tokens(section),
     )
     return models.BPE(
         vocab=_vocabulary([*reserved, *learned.tokens]),
@@ -203,24 +220,25 @@ def _character_bpe(section: BpeTokenizer, word_counts: WordCounts) -> models.Mod
     )
 
 
-def _alphabet(alphabet: int | str, word_counts: WordCounts, max_size: int) -> list[str]:
-    """The characters that get their own tokens, in code point order. Raises `InputError` if there are more than `max_size`."""
+def _alphabet(alphabet: int | str, word_counts: WordCounts) -> list[str]:
+    """The characters that get their own tokens, in code point order."""
     if alphabet == "text":
         chosen = [*character_counts(word_counts)]
     elif isinstance(alphabet, int):
         chosen = [*character_counts(word_counts)][:alphabet]
     else:
         chosen = [*{*alphabet}]
-    _check_alphabet_size(len(chosen), max_size)
     return sorted(chosen)
 
 
-def _check_alphabet_size(size: int, max_size: int) -> None:
-    if size > max_size:
+def _check_alphabet_size(section: VocabularyTokenizer, alphabet: Sequence[str], needed: int, available: int) -> None:
+    """Raise `InputError` if the `needed` tokens of an alphabet exceed the `available` ones, with the smallest vocabulary size."""
+    if needed > available:
         raise InputError(
-            f"the alphabet has {size:,} characters, but the vocabulary has only {max(0, max_size):,} tokens left for them",
+            f"the alphabet has {len(alphabet):,} characters, which need {needed:,} tokens, but the vocabulary has only "
+            f"{max(0, available):,} left for them",
             where="tokenizer.vocab_size",
-            hint=f"increase it by at least {size - max_size:,}, or set a smaller tokenizer.alphabet",
+            hint=f"set it to at least {section.vocab_size + needed - available:,}, or set a smaller tokenizer.alphabet",
         )
 
 
@@ -228,18 +246,18 @@ def _unigram(section: UnigramTokenizer, word_counts: WordCounts) -> models.Model
     reserved = [UNKNOWN, *(BYTE_TOKENS if section.byte_fallback else [])]
     size = _model_size(section) - len(reserved)
     spelling = {*"".join(reserved)}  # so that text that spells out a reserved token can be encoded without that token
-    alphabet = sorted(spelling | {*_alphabet(section.alphabet, word_counts, max(0, size))})
-    _check_alphabet_size(len(alphabet), size)
+    alphabet = sorted(spelling | {*_alphabet(section.alphabet, word_counts)})
+    _check_alphabet_size(section, alphabet, len(alphabet), size)
     pieces = unigram.learn(word_counts, alphabet, size, max_token_length=section.max_token_length)
-    pieces = [(piece, score) for piece, score in pieces if piece not in reserved]
-    return models.Unigram(
-        [*((token, RESERVED_SCORE) for token in reserved), *pieces], unk_id=0, byte_fallback=section.byte_fallback
-    )
+    pieces = [(piece, score) for piece, score in pieces if piece not in {*reserved} | _control_tokens(section)]
+    score = min(RESERVED_SCORE, 2 * len(UNKNOWN) * min(score for _, score in pieces))
+    return models.Unigram([*((token, score) for token in reserved), *pieces], unk_id=0, byte_fallback=section.byte_fallback)
 
 
 def _wordpiece(section: WordPieceTokenizer, word_counts: WordCounts) -> models.Model:
     size = _model_size(section) - 1  # one token is the unknown token
-    alphabet = _alphabet(section.alphabet, word_counts, size // 2)  # each character gets two tokens, with and without the prefix
+    alphabet = _alphabet(section.alphabet, word_counts)
+    _check_alphabet_size(section, alphabet, 2 * len(alphabet), size)  # each character with and without the prefix
     learned = merges.learn(
         word_counts,
         alphabet,
@@ -248,6 +266,7 @@ def _wordpiece(section: WordPieceTokenizer, word_counts: WordCounts) -> models.M
         min_frequency=section.min_frequency,
         max_token_length=section.max_token_length,
         join=_join_wordpieces,
+        reserved=_control_tokens(section),
     )
     return models.WordPiece(
         _vocabulary([UNKNOWN, *learned.tokens]),

@@ -54,7 +54,7 @@ def count_words(backend: tokenizers.Tokenizer, split_points: SplitPoints | None,
             counter.add_text(text.decode("utf-8"))
         return counter.result()
     index, counts = ChunkIndex(split_points), np.zeros(0, dtype=np.int64)
-    for text, _ in segments(pieces, split_points):
+    for text, _ in segments(pieces, split_points, cut_anywhere=True):  # a word that is cut hardly changes the counts
         chunk_counts = np.bincount(index.find(text), minlength=len(counts))
         chunk_counts[: len(counts)] += counts
         counts = chunk_counts
@@ -70,7 +70,7 @@ def count_characters(backend: tokenizers.Tokenizer, pieces: Iterable[Piece]) -> 
     """Count the characters of a text after normalization. Each character is a word in the result."""
     totals = np.zeros(0x110000, dtype=np.int64)
     at_spaces = SPLIT_POINTS["whitespace"]
-    for text, _ in segments(pieces, at_spaces if backend.normalizer is None else at_spaces.ascii_only()):
+    for text, _ in segments(pieces, at_spaces if backend.normalizer is None else at_spaces.ascii_only(), cut_anywhere=True):
         characters = text.decode("utf-8")
         if backend.normalizer is not None:
             characters = backend.normalizer.normalize_str(characters)

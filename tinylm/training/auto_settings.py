@@ -195,7 +195,7 @@ def use_fastest_threads(recipe: Recipe, vocab_size: int, dataset: Dataset, objec
 
     Halves the current number as long as that makes a micro-batch clearly faster.
     """
-    network = registry.build(recipe.model, vocab_size, seed=0)
+    network = registry.build(recipe.model, vocab_size, seed=0, objective=recipe.objective)
     memory = host_memory_bytes() // world_size
     size = choose_micro_batch(recipe, vocab_size, memory, CPU_MICRO_BATCH_TOKENS, devices=world_size)
     settings = GradientSettings(size, Precision("fp32", torch.device("cpu")), objective)

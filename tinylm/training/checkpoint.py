@@ -40,7 +40,7 @@ from tinylm.optim.groups import Optimizers
 from tinylm.paths import atomic_write_text, sync_folder
 from tinylm.processes import SINGLE_PROCESS, Processes
 from tinylm.reporting import Reporter
-from tinylm.run import FORMAT, POINTERS, Checkpoint, Run, write_manifest
+from tinylm.run import FORMAT, OPTIMIZER_FILES, POINTERS, Checkpoint, Run, drop_optimizer_state, write_manifest
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class CheckpointWriter:
     def _complete(self, partial: Path, final: Path, snapshot: Snapshot) -> None:
         """Write the files of the main process, with the manifest last, and rename the folder."""
         for number, file in enumerate(sorted(partial.iterdir()), 1):
-            os.replace(file, partial / f"training-{number:05d}.safetensors")
+            os.replace(file, partial / f"{OPTIMIZER_FILES}{number:05d}.safetensors")
         save_file(dict(snapshot.weights), partial / "model.safetensors", {"format": "pt"})
         state = {"format": FORMAT, "version": tinylm.__version__, **snapshot.state}
         (partial / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
@@ -141,7 +141,7 @@ class CheckpointWriter:
                 atomic_write_text(self.folder / pointer, checkpoint + "\n")
 
     def prune(self) -> None:
-        """Remove all checkpoints except the best, the last and the `keep` newest. Raises `WorkError` if that fails."""
+        """Remove all checkpoints except the best, the last, the `keep` newest and permanent ones. Raises `WorkError` if that fails."""
         if not self._is_main:
             return
         pointers = [self.folder / name for name in POINTERS]
@@ -150,27 +150,40 @@ class CheckpointWriter:
             checkpoints = self.run.checkpoints()
             wanted |= {checkpoint.name for checkpoint in checkpoints[max(0, len(checkpoints) - self._keep) :]}
             for checkpoint in checkpoints:
-                if checkpoint.name not in wanted:
+                if checkpoint.name not in wanted and not checkpoint.is_permanent:
                     _remove(checkpoint)
+
+    def drop_optimizer_states(self) -> None:
+        """Remove the optimizer state from all complete checkpoints. Raises `WorkError` if that fails."""
+        if not self._is_main:
+            return
+        with _translate_write_errors("the optimizer state could not be removed", self.folder):
+            for checkpoint in self.run.checkpoints():
+                if checkpoint.problem() is None:
+                    drop_optimizer_state(checkpoint)
 
     def discard_after(self, kept: Checkpoint, best_step: int) -> bool:
         """Remove all checkpoints newer than `kept`, and point `last` to `kept`.
 
-        Returns whether the checkpoint of `best_step` still exists. If so, `best` points to it; otherwise `best` is removed.
+        Returns whether the checkpoint of `best_step` still exists. If so, `best` points to it; otherwise `best` is removed. Raises
+        `WorkError` if that fails.
         """
-        if self._is_main:
-            for checkpoint in self.run.checkpoints():
-                if checkpoint.step > kept.step:
-                    _remove(checkpoint)
-            self.set_pointer("last", kept.name)
-        best = self.folder / f"step-{best_step:06d}"
-        best_exists = bool(best_step) and best_step <= kept.step and best.exists()
-        if self._is_main:
-            if best_exists:
-                self.set_pointer("best", best.name)
-            else:
-                (self.folder / "best").unlink(missing_ok=True)
-        return best_exists
+
+        def discard() -> bool:
+            with _translate_write_errors(f"the checkpoints after step {kept.step} could not be removed", self.folder):
+                for checkpoint in self.run.checkpoints():
+                    if checkpoint.step > kept.step:
+                        _remove(checkpoint)
+                self.set_pointer("last", kept.name)
+                best = self.folder / f"step-{best_step:06d}"
+                best_exists = bool(best_step) and best_step <= kept.step and best.exists()
+                if best_exists:
+                    self.set_pointer("best", best.name)
+                else:
+                    (self.folder / "best").unlink(missing_ok=True)
+            return best_exists
+
+        return self._processes.run_on_main(discard)  # the others must not look at a file system that is being changed
 
 
 def _remove(checkpoint: Checkpoint) -> None:

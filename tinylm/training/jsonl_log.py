@@ -31,7 +31,7 @@ class JsonLinesLog:
     def write(self, record: Mapping[str, object]) -> None:
         """Append a record. NaN and infinity, which JSON cannot represent, become null.
 
-        If this raises `OSError` (for example because the disk is full), the line stays buffered, and the next call retries it.
+        If this raises `OSError` (for example because the disk is full), the line stays buffered, and the next call writes it.
         """
         values = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
         self._file.write(json.dumps(values, allow_nan=False) + "\n")
@@ -42,9 +42,10 @@ class JsonLinesLog:
         return [record for _, record in self._lines()]
 
     def remove_unless(self, keep: Callable[[Mapping[str, Any]], bool]) -> None:
-        """Remove the lines for which `keep` is false."""
-        self._file.close()
-        self._file = self._rewrite_and_open(keep)
+        """Remove the lines for which `keep` is false. If this raises `OSError`, the log is unchanged and still open."""
+        self._file.flush()
+        replaced, self._file = self._file, self._rewrite_and_open(keep)
+        replaced.close()
 
     def close(self) -> None:
         self._file.close()
@@ -61,7 +62,7 @@ class JsonLinesLog:
         for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 record = json.loads(line)
-            except ValueError:  # a partial line, left by a crash
+            except (ValueError, RecursionError):  # a partial line, left by a crash
                 continue
             if isinstance(record, dict) and isinstance(record.get("step"), int):
                 parsed.append((line, record))

@@ -35,7 +35,7 @@ class StepEvent:
     None if the FLOPs of the architecture are not estimated."""
     seconds: float
     """Since training started, summed over all resumes."""
-    done: float
+    fraction_done: float
     """Completed fraction of the training run, in (0, 1]."""
     batch: str = ""
     """Hash of the sequences of the global batch. It does not depend on the number of processes."""
@@ -87,7 +87,16 @@ class SampleEvent:
 
 
 class Observer:
-    """Receives the events of a training run. Override the methods you need; by default they do nothing."""
+    """Receives the events of a training run. Override the methods you need; by default they do nothing.
+
+    Any of them may call `request_stop`.
+    """
+
+    stop_requested = False
+
+    def request_stop(self) -> None:
+        """Save and stop the training after the current step. The run can be resumed."""
+        self.stop_requested = True
 
     def step(self, event: StepEvent) -> None: ...
 
@@ -109,6 +118,9 @@ class Observer:
     def note(self, text: str) -> None:
         """Called with a message for the user."""
 
+    def close(self) -> None:
+        """Called when training ends, also after an error."""
+
     def stopping(self) -> None:
         """Called from the signal handler when a signal arrives. Training will save and stop after the current step."""
 
@@ -118,6 +130,14 @@ class Observers(Observer):
 
     def __init__(self, members: Sequence[Observer]) -> None:
         self._members = tuple(members)
+
+    @property
+    def stop_requested(self) -> bool:  # type: ignore[override]  # read-only: the members hold the requests
+        return any(member.stop_requested for member in self._members)
+
+    def request_stop(self) -> None:
+        for member in self._members:
+            member.request_stop()
 
     def step(self, event: StepEvent) -> None:
         for member in self._members:
@@ -171,7 +191,7 @@ class MetricsFile(Observer):
 
     def _truncate_samples(self, step: int) -> None:
         if self._samples.exists():
-            atomic_write_text(self._samples, _samples_before(self._samples.read_bytes().decode("utf-8"), step))
+            atomic_write_text(self._samples, _samples_before(self._samples.read_bytes().decode("utf-8", "replace"), step))
 
     def history(self) -> tuple[list[StepEvent], list[EvaluationEvent]]:
         """Return the step and evaluation events in the file. Lines with other fields (from another version) are skipped."""

@@ -1,79 +1,28 @@
-"""Training objectives, which make batches from the examples of a dataset and compute the losses.
-
-Losses are returned as sums or per target, never as means, so that gradient accumulation can divide by the number of
-targets in the global batch.
-"""
+"""The training objectives by the section of the recipe that configures them, and next-token prediction."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tinylm.data.batch import Batch
 from tinylm.data.datasets import Examples
-from tinylm.data.prepare import PreparedData
+from tinylm.data.prepare import PreparedText
 from tinylm.evaluation import perplexity
 from tinylm.evaluation.metrics import LANGUAGE_MODEL, Metric, Metrics
 from tinylm.evaluation.perplexity import EvaluationOptions
 from tinylm.evaluation.scoring import token_losses
 from tinylm.model.base import Model
-from tinylm.processes import SINGLE_PROCESS, Processes
-from tinylm.recipe.schema import (
-    CausalLMObjective,
-    EvaluationSection,
-    ObjectiveVariant,
-    register_objective_section,
-    unregister_section,
-)
-
-
-@dataclass(frozen=True)
-class Heldout:
-    """The held-out data of a run, and how to evaluate a model on it during training."""
-
-    prepared: PreparedData
-    section: EvaluationSection
-    processes: Processes = SINGLE_PROCESS
-    """All processes evaluate together and return the same result."""
-    on_progress: Callable[[int], None] = lambda count: None
-    """Called after every batch, equally often in each process, with the number of tokens scored so far. May raise to interrupt."""
-
-
-class Objective(Protocol):
-    """What a model learns to predict. Objectives are stateless."""
-
-    @property
-    def name(self) -> str:
-        """The name in a recipe."""
-        ...
-
-    @property
-    def metrics(self) -> Sequence[Metric]:
-        """The metrics of an evaluation on held-out data, primary metric first. The primary metric selects the best checkpoint."""
-        ...
-
-    def batch(self, examples: Examples, seed: int, start: int) -> Batch:
-        """Make a batch of consecutive examples. `start` is the position of the first one in the data order.
-
-        Random choices depend only on the recipe's `seed` and an example's position, so that a resumed run repeats them.
-        """
-        ...
-
-    def loss_sum(self, network: nn.Module, batch: Batch) -> Tensor:
-        """Sum of the losses of all targets in nats, a scalar with a gradient."""
-        ...
-
-    def losses(self, network: nn.Module, batch: Batch) -> Tensor:
-        """Loss of each target in nats, (batch, time), zero where the target is ignored."""
-        ...
-
-    def evaluate(self, network: Model, heldout: Heldout) -> Metrics:
-        """Evaluate a network on held-out data. Returns the values of `metrics`."""
-        ...
+from tinylm.recipe.encoder import MaskedLMObjective
+from tinylm.recipe.labels import ClassificationObjective
+from tinylm.recipe.schema import CausalLMObjective, ObjectiveVariant, register_objective_section, unregister_section
+from tinylm.training.classification import Classification
+from tinylm.training.masked_lm import MaskedLM
+from tinylm.training.objective import Heldout as Heldout
+from tinylm.training.objective import Objective as Objective
 
 
 class CausalLM:
@@ -83,11 +32,12 @@ class CausalLM:
     metrics: Sequence[Metric] = LANGUAGE_MODEL
 
     def batch(self, examples: Examples, seed: int, start: int) -> Batch:
-        """Inputs are all tokens but the last, targets are all but the first. Nothing is random."""
+        """Inputs are all tokens but the last. Targets are all but the first, unless the examples have others. Nothing is random."""
         tokens = torch.from_numpy(examples["tokens"])
+        targets = torch.from_numpy(examples["targets"]) if "targets" in examples else tokens[:, 1:].contiguous()
         segments = torch.from_numpy(examples["segments"])[:, :-1].contiguous() if "segments" in examples else None
         # Copying a pinned tensor to a GPU is only fast if the tensor is contiguous.
-        return Batch(tokens[:, :-1].clamp_min(0), tokens[:, 1:].contiguous(), segments)
+        return Batch(tokens[:, :-1].clamp_min(0), targets, segments)
 
     def loss_sum(self, network: nn.Module, batch: Batch) -> Tensor:
         total: Tensor = network(batch.inputs, targets=batch.targets, segments=batch.segments)
@@ -100,6 +50,7 @@ class CausalLM:
     def evaluate(self, network: Model, heldout: Heldout) -> Metrics:
         """Score every held-out token once (see `evaluation.perplexity`)."""
         section, prepared = heldout.section, heldout.prepared
+        assert isinstance(prepared, PreparedText)
         scores = perplexity.evaluate(
             network,
             prepared.heldout,
@@ -111,7 +62,11 @@ class CausalLM:
         return scores.metrics
 
 
-_OBJECTIVES: dict[type[ObjectiveVariant], Callable[[Any], Objective]] = {CausalLMObjective: lambda section: CausalLM()}
+_OBJECTIVES: dict[type[ObjectiveVariant], Callable[[Any], Objective]] = {
+    CausalLMObjective: lambda section: CausalLM(),
+    MaskedLMObjective: lambda section: MaskedLM(),
+    ClassificationObjective: Classification,
+}
 
 
 def register(section: type[ObjectiveVariant], objective: Callable[[Any], Objective]) -> None:

@@ -21,7 +21,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 def keep_freed_memory() -> bool:
     """Make glibc keep freed memory instead of returning it to the system. Returns False on systems without glibc.
 
-    Every step allocates the same tensors, and the kernel zeroes each page before reusing it. Keeping the memory saves 5 to 25 %
+    Every step allocates the same tensors, and the kernel zeroes each page before reusing it. Keeping the memory saves 5% to 25%
     of the step time on a CPU. Tensors of `MMAP_THRESHOLD` bytes or more are still returned.
     """
     if not sys.platform.startswith("linux"):

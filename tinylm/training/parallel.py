@@ -148,7 +148,9 @@ class Parallel:
     def _unsharded_copy(self, weights: Mapping[str, Tensor]) -> Model:
         """Build an unsharded copy of the network with the given weights, on the same device."""
         sharded = self.network
-        network = registry.build(sharded.model, sharded.vocab_size, None, with_lora=lora.section_of(sharded))
+        network = registry.build(
+            sharded.model, sharded.vocab_size, None, objective=sharded.objective, with_lora=lora.section_of(sharded)
+        )
         network = network.to(sharded.device)
         with torch.no_grad():
             for name, tensor in network.stored_weights().items():
@@ -189,7 +191,7 @@ def _replicate(network: Model, device: torch.device) -> DistributedDataParallel:
     from torch.nn.parallel import DistributedDataParallel
 
     # DDP reduces gradients in buckets, which it rebuilds after the first step unless `find_unused_parameters` is set. With rebuilt
-    # buckets, the first step of a resumed run would use other buckets than an uninterrupted run, and round differently.
+    # buckets, the first step of a resumed run would use different buckets from an uninterrupted run, and round differently.
     ids = [device] if device.type == "cuda" else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames broadcast_buffers; older versions lack the new name

@@ -6,13 +6,35 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from tinylm.errors import InputError
 from tinylm.evaluation.metrics import Metric, Metrics
 from tinylm.training.guards import GuardState
+
+_COUNTS = ("step", "cursor", "tokens", "evaluated_step", "best_step")
+_TIMES = ("seconds", "train_seconds")
+_LARGEST = 2**63
+
+
+def check_state(state: dict[str, Any], where: str) -> None:
+    """Raise `InputError` if the content of a state.json has missing keys or wrong types."""
+    watch = state.get("watch")
+    if not isinstance(watch, dict) or not isinstance(state.get("scaler"), dict) or watch.keys() != GuardState().__dict__.keys():
+        raise InputError("state.json has an unexpected structure", where=where)
+    counts = {**{name: state.get(name) for name in _COUNTS}, **{name: watch[name] for name in watch if name != "recent"}}
+    times = {name: state.get(name) for name in _TIMES}
+    recent = watch["recent"] if isinstance(watch["recent"], list) else [None]
+    wrong = [name for name, value in counts.items() if type(value) is not int or not 0 <= value < _LARGEST]
+    wrong += [name for name, value in times.items() if not isinstance(value, (int, float)) or not 0 <= value < _LARGEST]
+    wrong += ["recent"] * any(type(loss) not in (int, float) for loss in recent)
+    losses = {key: value for key, value in state.items() if key.startswith(("val_", "best_val_")) or key == "train_loss"}
+    wrong += [key for key, value in losses.items() if value is not None and type(value) not in (int, float)]
+    if wrong:
+        raise InputError(f"state.json has an invalid value for {wrong[0]}", where=where)
 
 
 @dataclass
 class Progress:
-    """The loss is None until the first step, and the results of evaluations are None until the first evaluation."""
+    """The progress of a run. The loss is None until the first step, and metrics are None until the first evaluation."""
 
     step: int = 0
     """Number of completed steps."""

@@ -9,10 +9,9 @@ recipe.yaml         the recipe
 
 from __future__ import annotations
 
+import errno
 import json
 import math
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from tinylm.data.datasets import Examples
 from tinylm.errors import InputError
 from tinylm.model import registry
 from tinylm.model.base import Model
-from tinylm.paths import sync_folder
+from tinylm.paths import atomic_folder
 from tinylm.recipe import Recipe, load
 from tinylm.run import Checkpoint, check_shapes, load_weights
 from tinylm.training import objectives
@@ -99,8 +98,8 @@ class Replay:
             "reported_loss": self.report.loss,
             "grad_norm": self.grad_norm,
             "reported_grad_norm": self.report.grad_norm,
-            "same": self.agreement,
-            "broken": self.non_finite,
+            "agreement": self.agreement,
+            "non_finite": self.non_finite,
             "sequence_losses": self.sequence_losses,
             "layers": {name: {"weight": self.report.weights.get(name), "gradient": norm} for name, norm in self.gradients.items()},
         }
@@ -109,21 +108,22 @@ class Replay:
 def write_report(
     folder: Path, report: StepReport, recipe: Recipe, weights: Mapping[str, Tensor], examples: Examples, texts: list[str]
 ) -> None:
-    """Write the report folder atomically, replacing an existing one. `examples` and `texts` belong to the global batch."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(dict(weights), partial / "model.safetensors", {"format": "pt"})
-    arrays = {name: torch.from_numpy(array).contiguous() for name, array in examples.items()}
-    save_file(arrays, partial / "batch.safetensors")
-    (partial / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    lines = (f"--- sequence {number}\n{text}\n" for number, text in enumerate(texts))
-    (partial / "texts.txt").write_text("".join(lines), encoding="utf-8", newline="\n")
-    document = {"version": tinylm.__version__, **_to_json(asdict(report))}
-    (partial / "report.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
-    sync_folder(folder.parent)
+    """Write the report folder atomically, replacing an existing one. `examples` and `texts` belong to the global batch.
+
+    Raises `OSError` if it cannot be written.
+    """
+    try:
+        with atomic_folder(folder) as partial:
+            save_file(dict(weights), partial / "model.safetensors", {"format": "pt"})
+            arrays = {name: torch.from_numpy(array).contiguous() for name, array in examples.items()}
+            save_file(arrays, partial / "batch.safetensors")
+            (partial / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+            lines = (f"--- sequence {number}\n{text}\n" for number, text in enumerate(texts))
+            (partial / "texts.txt").write_text("".join(lines), encoding="utf-8", newline="\n")
+            document = {"version": tinylm.__version__, **_to_json(asdict(report))}
+            (partial / "report.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(folder)) from None
 
 
 def replay(folder: str | Path, *, device: str | None = None, threads: int | None = None) -> Replay:
@@ -169,7 +169,7 @@ def _sequence_losses(network: Model, batch: Batch, objective: Objective, precisi
 def _load_network(folder: Path, recipe: Recipe, vocab_size: int) -> Model:
     weights = Checkpoint(folder)
     check_shapes(recipe, vocab_size, weights)
-    network = registry.build(recipe.model, vocab_size, None, with_lora=recipe.training.lora)
+    network = registry.build(recipe.model, vocab_size, None, objective=recipe.objective, with_lora=recipe.training.lora)
     load_weights(network, weights)
     return network
 

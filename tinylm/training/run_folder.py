@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,11 @@ import tokenizers
 import torch
 
 import tinylm
-from tinylm.data.prepare import PreparedData
+from tinylm.data import training_text
+from tinylm.data.prepared import PreparedData
+from tinylm.data.training_text import TrainingText, save_training_texts
 from tinylm.errors import InputError
-from tinylm.paths import atomic_file, atomic_write_text
+from tinylm.paths import atomic_file, atomic_write_text, remove_abandoned
 from tinylm.recipe import Recipe
 from tinylm.run import LOCK, check_run_folder, run_files
 
@@ -64,9 +66,8 @@ def locked_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> Iterato
 
 def _remove_temporary_files(folder: Path) -> None:
     """Remove the files that a killed process left behind while it was writing atomically."""
-    for name in run_files(folder):
-        for leftover in folder.glob(f".{name}.*"):
-            leftover.unlink()
+    for place in (folder, folder / "heldout", folder / "reports"):
+        remove_abandoned(place)
 
 
 def remove_run(folder: Path) -> None:
@@ -79,8 +80,14 @@ def remove_run(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def write_run(folder: Path, recipe: Recipe, prepared: PreparedData, facts: dict[str, Any]) -> None:
-    """Write recipe.yaml, tokenizer.json, heldout/ and environment.json.
+def write_run(
+    folder: Path,
+    recipe: Recipe,
+    prepared: PreparedData,
+    facts: dict[str, Any],
+    training_texts: Sequence[TrainingText] | None = None,
+) -> None:
+    """Write recipe.yaml, tokenizer.json, heldout/, environment.json and, if `training_texts` are given, training_text/.
 
     The recipe is written first: it marks the folder as a run folder, so that the run can be resumed or overwritten even if this
     process is killed. `facts` are added to environment.json. A resumed run keeps the environment it started in and appends the
@@ -88,9 +95,11 @@ def write_run(folder: Path, recipe: Recipe, prepared: PreparedData, facts: dict[
     """
     atomic_write_text(folder / "recipe.yaml", recipe.to_yaml())
     prepared.tokenizer.save(folder / "tokenizer.json")
-    for name in ("heldout.npy", "heldout.json"):
+    for name in prepared.heldout_files:
         with atomic_file(folder / "heldout" / name) as temporary:
             shutil.copyfile(prepared.folder / name, temporary)
+    if training_texts is not None:
+        save_training_texts(folder / training_text.FOLDER, training_texts, prepared.tokenizer)
     _write_environment(folder / "environment.json", {**_environment(), **facts})
 
 

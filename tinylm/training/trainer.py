@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from time import perf_counter
 from typing import Any, Literal
 
@@ -37,7 +38,7 @@ from tinylm.training.replay import StepReport, write_report
 from tinylm.training.signals import StopRequest
 from tinylm.training.step import GradientSettings
 
-Stop = Literal["done", "time", "signal"]
+Stop = Literal["done", "time", "signal", "callback"]
 
 
 Poll = Callable[[int], None]
@@ -87,6 +88,11 @@ class _EvaluationInterrupted(Exception):
     """A signal arrived during an evaluation."""
 
 
+def _intervals(fraction: float, every: float) -> int:
+    """Number of intervals completed at a fraction of the run. Rounding errors do not delay the end of an interval."""
+    return math.floor(fraction / every + 1e-9)
+
+
 class Trainer:
     """Trains one network. `progress` may be read at any time."""
 
@@ -100,18 +106,27 @@ class Trainer:
         self._processes = parallel.processes
         self._network = parallel.network
         self._guard = Guard(recipe.training.guards, self.progress.watch)
-        settings = GradientSettings(int(recipe.training.micro_batch_size), setup.precision, setup.objective, self._scaler)
-        dropout_seed = recipe.seed if recipe.model.uses_dropout else None
-        self._gradient = GradientComputer(parallel, setup.optimizers, settings, dropout_seed, self._observer.note)
         self._defers_results = defers_results(setup.precision.device)
         self._pending_steps: list[PendingStep] = []
         self._logged_tokens = 0
         self._logged_train_seconds = 0.0
+        self._fraction = 0.0
+        """Completed fraction of the run after the newest step. Time that passes until the next step does not change it."""
+        self._previous_fraction = 0.0
+        """Completed fraction of the run after the step before."""
         self._saved_step = 0
         self._save_error: TinylmError | None = None
         self._signal_number = 0
+        self._stop_requested = False
         self._start_time = 0.0
         self._prior_seconds = 0.0
+
+    @cached_property
+    def _gradient(self) -> GradientComputer:
+        setup, recipe = self.setup, self.setup.recipe
+        settings = GradientSettings(int(recipe.training.micro_batch_size), setup.precision, setup.objective, self._scaler)
+        dropout_seed = recipe.seed if recipe.model.uses_dropout else None
+        return GradientComputer(setup.parallel, setup.optimizers, settings, dropout_seed, self._observer.note)
 
     def resume(self, state: dict[str, Any]) -> None:
         """Continue from the state of a checkpoint. Restore the weights and optimizer state before calling this."""
@@ -123,7 +138,7 @@ class Trainer:
         self._saved_step = self.progress.step
 
     def train(self, request: StopRequest, stop_after: float | None = None) -> Stop:
-        """Train to the end and return `done`, or stop early and return `time` (after `stop_after` seconds) or `signal`.
+        """Train to the end and return `done`, or stop early and return `time` (after `stop_after` seconds), `signal` or `callback`.
 
         On return, the last step has been saved and, after `done`, evaluated. Raises `WorkError` if training cannot recover from
         non-finite values, if memory runs out, or if a checkpoint cannot be written.
@@ -143,6 +158,8 @@ class Trainer:
             self._wait_for_save()
             if self._save_error is not None and self._saved_step != self.progress.step:
                 raise self._save_error
+            if stop == "done" and setup.recipe.checkpoint.optimizer == "drop":
+                setup.checkpoints.drop_optimizer_states()
         except Exception:
             with suppress(Exception):
                 setup.checkpoints.wait()  # let a save that started before the error finish
@@ -154,6 +171,7 @@ class Trainer:
     def _run(self, feed: Feed, request: StopRequest, stop_after: float | None) -> Stop:
         self._start_time, self._prior_seconds = perf_counter(), self.progress.seconds
         self._network.train()
+        self._update_fractions()
         if self.progress.step:  # a resumed checkpoint was saved before it was evaluated
             self._evaluate_and_sample(request)
 
@@ -167,6 +185,7 @@ class Trainer:
                 self._observer.phase("training")
             self._collect_finished_save()
             self._sync_stop_state(request)
+            self._update_fractions()
 
             stopping = self._stop_reason(stop_after) is not None
             result = self.collect_results(all_steps=stopping or self._save_due() or self._log_due())
@@ -184,8 +203,8 @@ class Trainer:
                 self._evaluate_and_sample(request)
 
             self._sync_stop_state(request)
-            if stop is None and self._signal_number:  # the signal arrived after `stop` was decided
-                stop = "signal"
+            if stop is None and (self._signal_number or self._stop_requested):  # it arrived after `stop` was decided
+                stop = "signal" if self._signal_number else "callback"
                 if not saving:
                     self._save()
 
@@ -197,36 +216,60 @@ class Trainer:
             return "done"
         if self._signal_number:
             return "signal"
+        if self._stop_requested:
+            return "callback"
         if stop_after is not None and self.progress.seconds - self._prior_seconds >= stop_after:
             return "time"
         return None
 
     def _sync_stop_state(self, request: StopRequest) -> None:
-        """Synchronize time and signals. All processes use the main process's clock, and a signal to one stops all."""
-        local = [self._prior_seconds + perf_counter() - self._start_time, float(request.signal_number or 0)]
-        gathered = self._processes.gather(local)
+        """Synchronize time and stop requests. All processes use the main process's clock, and a request to one stops all."""
+        seconds = self._prior_seconds + perf_counter() - self._start_time
+        gathered = self._processes.gather([seconds, float(request.signal_number or 0), float(self._observer.stop_requested)])
         self.progress.seconds = gathered[0][0]
-        self._signal_number = int(max(signal for _, signal in gathered))
+        self._signal_number = int(max(signal for _, signal, _ in gathered))
+        self._stop_requested = any(requested for _, _, requested in gathered)
         if self._signal_number:  # otherwise, keep a signal that arrived since `gather` for the next call
             request.signal_number = self._signal_number
 
     # Intervals of evaluations, samples, checkpoints and log lines.
 
     def _evaluation_due(self) -> bool:
-        return self._finished() or self.progress.step % self.setup.recipe.evaluation.every == 0
+        return self._finished() or self._interval_ended(self.setup.recipe.evaluation.every)
 
     def _sampling_due(self) -> bool:
         every = self.setup.recipe.sampling.every
-        return every is not None and (self._finished() or self.progress.step % every == 0)
+        return every is not None and (self._finished() or self._interval_ended(every))
 
     def _save_due(self) -> bool:
-        return self._evaluation_due() or self.progress.step % self.setup.recipe.checkpoint.every == 0
+        return self._evaluation_due() or self._interval_ended(self.setup.recipe.checkpoint.every) or self._permanent_save_due()
+
+    def _permanent_save_due(self) -> bool:
+        every = self.setup.recipe.checkpoint.keep_every
+        return every is not None and self._interval_ended(every)
+
+    def _interval_ended(self, every: int | float) -> bool:
+        """Whether an interval of `every` steps, or of a share `every` of the run, has ended with the newest step."""
+        if every >= 1:
+            return self.progress.step % every == 0
+        return _intervals(self._fraction, every) > _intervals(self._previous_fraction, every)
 
     def _log_due(self) -> bool:
         return self.progress.step == 1 or self.progress.step % self.setup.recipe.training.log_every == 0
 
     def _finished(self) -> bool:
         return self._completed_fraction() >= 1
+
+    def _update_fractions(self) -> None:
+        """Record the completed fraction after a step. A run with a time limit evaluates again when it is resumed."""
+        self._previous_fraction, self._fraction = self._fraction, self._completed_fraction()
+        if self.setup.steps is not None:
+            self._previous_fraction = (self.progress.step - 1) / self.setup.steps
+
+    @property
+    def fraction_done(self) -> float:
+        """Completed fraction of the run, in [0, 1]."""
+        return min(1.0, self._completed_fraction())
 
     def _completed_fraction(self) -> float:
         if self.setup.steps is not None:
@@ -301,21 +344,23 @@ class Trainer:
         seconds = max(progress.train_seconds - self._logged_train_seconds, 1e-9)
         self._logged_tokens, self._logged_train_seconds = progress.tokens, progress.train_seconds
         flops, peak_flops = self.setup.flops_per_token, self.setup.peak_flops * self._processes.world_size
-        group = next(iter(self.setup.optimizers.parts.values())).param_groups[0]
         self._observer.step(
             StepEvent(
                 step=progress.step,
                 tokens=progress.tokens,
                 loss=result.loss,
-                lr=float(group["lr"]),
+                lr=self._learning_rate(),
                 grad_norm=result.grad_norm,
                 tokens_per_second=tokens / seconds,
                 mfu=None if flops is None else tokens / seconds * (flops / peak_flops),
                 seconds=progress.seconds,
-                done=min(1.0, self._completed_fraction()),
+                fraction_done=self.fraction_done,
                 batch=f"{result.fingerprint:016x}",
             )
         )
+
+    def _learning_rate(self) -> float:
+        return float(next(iter(self.setup.optimizers.parts.values())).param_groups[0]["lr"])
 
     # Recovery from non-finite steps.
 
@@ -414,6 +459,8 @@ class Trainer:
         setup = self.setup
         progress = self.progress.as_state(setup.objective.metrics)
         state = {**progress, "scaler": self._scaler.state_dict(), "fingerprints": setup.fingerprints}
+        if self._permanent_save_due():
+            state["permanent"] = True
         optimizer_state = setup.parallel.cpu_copies(setup.optimizers.state())
         setup.checkpoints.start_save(Snapshot(setup.parallel.full_weights(), optimizer_state, state))
         self._observer.phase("training")

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from tinylm.data.prepare import encode_to_shard
 from tinylm.errors import InputError
-from tinylm.paths import atomic_write_text
-from tinylm.recipe.schema import FileTokenizer
+from tinylm.paths import atomic_folder, atomic_write_text
+from tinylm.recipe.schema import DecoderSection, FileTokenizer
+from tinylm.recipe.values import run_name
 from tinylm.reporting import SILENT, Reporter
-from tinylm.run import MODEL_FILES, POINTERS, Run, check_run_folder, write_manifest
+from tinylm.run import MODEL_FILES, POINTERS, Checkpoint, Run, check_run_folder, write_manifest
 from tinylm.text.sources import Piece
 from tinylm.tokenizer import Tokenizer
 from tinylm.tokenizer.vocab_editing import EditedTokenizer
@@ -42,25 +43,32 @@ def write_edited_run(
         raise InputError(f"damaged: {problem}", where=str(source.path), hint="choose another with --checkpoint")
     _check_ngrams(run, edited, reporter)
     tokenizer = edited.tokenizer
-    folder = out / "checkpoints" / source.name
-    folder.mkdir(parents=True)
+    with atomic_folder(out) as temporary:
+        _write_checkpoint(temporary, run, edited, source)
+        tokenizer.save(temporary / "tokenizer.json")
+        if (run.path / "heldout").exists():  # imported runs have no held-out text
+            _encode_heldout(run, tokenizer, temporary, reporter)
+        for name in ("metrics.jsonl", "samples.md", "environment.json"):
+            if (run.path / name).exists():
+                shutil.copyfile(run.path / name, temporary / name)
+        section = FileTokenizer(kind="file", path=os.path.abspath(out / "tokenizer.json"))
+        recipe = run.recipe.model_copy(update={"tokenizer": section, "name": run_name(out.name, "run")})
+        atomic_write_text(temporary / "recipe.yaml", recipe.to_yaml())
+    return Run.open(out)
+
+
+def _write_checkpoint(folder: Path, run: Run, edited: EditedTokenizer, source: Checkpoint) -> None:
+    """Write the edited copy of the checkpoint `source` into the run folder `folder`, as its only checkpoint."""
+    saved = folder / "checkpoints" / source.name
+    saved.mkdir(parents=True)
     weights = load_file(source.path / "model.safetensors")
     weights = _resize_embeddings(weights, run.tokenizer.vocab_size, edited.sources)
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    state = {**source.state, "fingerprints": {**source.state["fingerprints"], "tokenizer": tokenizer.fingerprint}}
-    atomic_write_text(folder / "state.json", json.dumps(state, indent=1) + "\n")
-    write_manifest(folder)
+    save_file(weights, saved / "model.safetensors", {"format": "pt"})
+    state = {**source.state, "fingerprints": {**source.state["fingerprints"], "tokenizer": edited.tokenizer.fingerprint}}
+    atomic_write_text(saved / "state.json", json.dumps(state, indent=1) + "\n")
+    write_manifest(saved)
     for pointer in POINTERS:
-        atomic_write_text(out / "checkpoints" / pointer, source.name + "\n")
-    tokenizer.save(out / "tokenizer.json")
-    if (run.path / "heldout").exists():  # imported runs have no held-out text
-        _encode_heldout(run, tokenizer, out, reporter)
-    for name in ("metrics.jsonl", "samples.md", "environment.json"):
-        if (run.path / name).exists():
-            shutil.copyfile(run.path / name, out / name)
-    section = FileTokenizer(kind="file", path=os.path.abspath(out / "tokenizer.json"))
-    atomic_write_text(out / "recipe.yaml", run.recipe.model_copy(update={"tokenizer": section, "name": out.name}).to_yaml())
-    return Run.open(out)
+        atomic_write_text(folder / "checkpoints" / pointer, source.name + "\n")
 
 
 def _resize_embeddings(weights: dict[str, Tensor], vocab_size: int, sources: list[list[int]]) -> dict[str, Tensor]:
@@ -82,7 +90,8 @@ def _resize_embeddings(weights: dict[str, Tensor], vocab_size: int, sources: lis
 
 def _check_ngrams(run: Run, edited: EditedTokenizer, reporter: Reporter) -> None:
     """With n-gram tables, raise `InputError` if token ids would change, and warn that the padding id changes."""
-    if not run.recipe.model.ngram_embeddings:
+    model = run.recipe.model
+    if not (isinstance(model, DecoderSection) and model.ngram_embeddings):
         return
     if any(old != [new] for new, old in enumerate(edited.sources[: run.tokenizer.vocab_size])):
         raise InputError(

@@ -1,0 +1,135 @@
+"""`tinylm inspect`: what a model does with a text, in the terminal, as JSON or as one offline HTML page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from tinylm.errors import InputError
+
+from .console import (
+    CHECKPOINT,
+    DEVICE,
+    JSON,
+    QUIET,
+    RUN,
+    THREADS,
+    ConsoleReporter,
+    checked_output_file,
+    checked_text,
+    format_size,
+    open_run,
+    print_json,
+    stderr_console,
+)
+
+if TYPE_CHECKING:
+    from tinylm.inspection.learning import CheckpointView
+    from tinylm.inspection.overview import Inspection
+    from tinylm.run import Run
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def inspect(
+    text: str = typer.Option(..., "--text", "-t", help="The text to run the model on."),
+    run: str | None = RUN,
+    checkpoint: str | None = CHECKPOINT,
+    out: str | None = typer.Option(
+        None, "--out", "-o", help="Write one HTML page that works offline. Default: print to the terminal."
+    ),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace the file of --out."),
+    checkpoints: str | None = typer.Option(
+        None, "--checkpoints", metavar="all|last N", help="Also show how the model learned: all saved checkpoints, or the last N."
+    ),
+    corrupt: str | None = typer.Option(
+        None, "--corrupt", help="With --out: a second text with as many tokens, for activation patching between the two."
+    ),
+    on: list[str] | None = typer.Option(
+        None, "--on", metavar="SOURCE", help="With --out: text for ablations and neurons. Default: the run's held-out text."
+    ),
+    ablation_tokens: int | None = typer.Option(
+        None,
+        "--ablation-tokens",
+        min=0,
+        help="With --out: tokens to measure ablations on; 0 skips them. Default: fit for a few seconds.",
+    ),
+    position: int | None = typer.Option(
+        None, "--position", help="Attribute the prediction after this token, counted from 0. Default: the last one."
+    ),
+    target: str | None = typer.Option(
+        None, "--target", help="Attribute the logit of this token (text or @ID). Default: the most likely."
+    ),
+    max_tokens: int | None = typer.Option(None, "--max-tokens", help="Inspect at most this many tokens. Default: 128."),
+    start_of_document: bool = typer.Option(
+        False, "--start-of-document", help="Put the end-of-text token before the text, as in training and in eval."
+    ),
+    verify: bool = typer.Option(False, "--verify", help="Compare with transformer-lens, and print the largest differences."),
+    device: str = DEVICE,
+    threads: int | None = THREADS,
+    json: bool = JSON,
+    quiet: bool = QUIET,
+) -> None:
+    """Look inside a model: tokens, attention, logit lens, what contributed to a prediction, and what the parts are for."""
+    checked_text(text, "--text")
+    page_only = {"--corrupt": corrupt, "--on": on, "--ablation-tokens": ablation_tokens}
+    unused = [option for option, value in page_only.items() if value not in (None, [])]
+    if out is None and unused:
+        raise InputError("requires --out", where=", ".join(unused))
+    file = None if out is None else checked_output_file(out, overwrite)
+    console = stderr_console()
+    reporter = ConsoleReporter(console, quiet=quiet)
+    opened = open_run(run, console, quiet=quiet)
+    opened.checkpoint(checkpoint)  # report a missing checkpoint before torch is imported
+
+    from tinylm.device import set_threads
+    from tinylm.inspection.overview import InspectOptions, inspect_text
+
+    set_threads(threads)
+    options = InspectOptions(max_tokens, position, target, start_of_document)
+    result = inspect_text(opened, text, options, checkpoint=checkpoint, device=device, reporter=reporter)
+    views = _views(opened, [token.id for token in result.tokens], checkpoints, device, reporter) if checkpoints else []
+    differences = _verify(result) if verify else {}
+    if file is not None:
+        from tinylm.inspection.page import PageOptions, render
+
+        options_of_page = PageOptions(
+            None if corrupt is None else checked_text(corrupt, "--corrupt"), tuple(on or ()), ablation_tokens
+        )
+        page = render(result, views, options_of_page, reporter)
+        _write(file, page)
+        console.print_line(f"wrote {file} ({format_size(len(page.encode()))})", "dim")
+    if json:
+        extra = {"checkpoints": [view.as_dict() for view in views]} if views else {}
+        print_json({**result.as_dict(), **extra, **({"transformer_lens": differences} if verify else {})})
+    elif file is None:
+        from .inspect_view import print_inspection
+
+        print_inspection(result, views)
+    if verify and not json:
+        for name, difference in differences.items():
+            print(f"{name:<14}  largest difference from transformer-lens {difference:.2g}")
+
+
+def _views(run: Run, ids: list[int], which: str, device: str, reporter: ConsoleReporter) -> list[CheckpointView]:
+    from tinylm.inspection.learning import pattern_tokens, select_checkpoints, view_checkpoints
+
+    chosen = select_checkpoints(run, which)
+    return view_checkpoints(
+        run, ids, chosen, pattern_tokens=pattern_tokens(run, len(ids), len(chosen)), device=device, reporter=reporter
+    )
+
+
+def _verify(result: Inspection) -> dict[str, float]:
+    from tinylm.interchange.transformer_lens import largest_differences
+
+    return largest_differences(result.forward.network, result.run.tokenizer, [token.id for token in result.tokens])
+
+
+def _write(file: Path, page: str) -> None:
+    from tinylm.paths import atomic_write_text
+
+    atomic_write_text(file, page)

@@ -1,0 +1,134 @@
+"""The terminal view of `tinylm inspect`."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tinylm.tokenizer.explain import visible
+
+from .console import stdout_console
+
+if TYPE_CHECKING:
+    from tinylm.inspection.learning import CheckpointView
+    from tinylm.inspection.overview import Inspection
+
+_SHADES = ("", "underline", "bold", "bold reverse")
+"""Styles of a token by its surprise, which do not depend on color."""
+_BOUNDS = (2, 6, 11)
+"""Bits from which the next style applies."""
+_LENS_WIDTH = 12
+_LENS_COLUMNS = 8
+_HEADS = 3
+_CONTRIBUTIONS = 8
+_KINDS = {"previous_token": "previous token", "duplicate_token": "duplicate token", "induction": "induction"}
+
+
+def print_inspection(result: Inspection, views: list[CheckpointView]) -> None:
+    """Print tokens with their surprise, the logit lens, characteristic heads and the last prediction."""
+    console = stdout_console()
+    console.print(Text(f"{result.run.path} {result.checkpoint.name}", style="bold"))
+    _print_tokens(console, result)
+    _print_lens(console, result)
+    _print_heads(console, result)
+    _print_prediction(console, result)
+    if views:
+        _print_checkpoints(console, views)
+    for part, reason in result.missing.items():
+        console.print(Text(f"{part}: not available, because {reason}", style="dim"))
+
+
+def _print_tokens(console: Console, result: Inspection) -> None:
+    line = Text("tokens  ")
+    for index, token in enumerate(result.tokens):
+        bits = 0.0 if token.loss is None else token.loss / math.log(2)
+        line.append(" " if index else "")
+        line.append(f"[{visible(token.text)}]", style=_SHADES[sum(bits >= bound for bound in _BOUNDS)])
+    console.print()
+    console.print(line, soft_wrap=not console.is_terminal)
+    losses = [token.loss for token in result.tokens if token.loss is not None]
+    if not losses:
+        return
+    hardest = sorted((token for token in result.tokens if token.loss is not None), key=lambda token: -(token.loss or 0.0))[:3]
+    named = ", ".join(f"[{visible(token.text)}] {(token.loss or 0.0) / math.log(2):.1f}" for token in hardest)
+    mean = sum(losses) / len(losses)
+    bounds = f"underlined from {_BOUNDS[0]} bits, bold from {_BOUNDS[1]}, reversed from {_BOUNDS[2]}"
+    console.print(Text(f"surprise  {mean:.3f} nats = {mean / math.log(2):.3f} bits per token ({bounds}); most: {named}"))
+
+
+def _print_lens(console: Console, result: Inspection) -> None:
+    if result.lens is None:
+        return
+    ids, shares = result.lens.ids.tolist(), result.lens.probabilities.tolist()
+    first = max(0, len(result.tokens) - _LENS_COLUMNS) if console.is_terminal else 0
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), title=" ")
+    table.add_column("logit lens")
+    for token in result.tokens[first:]:
+        table.add_column(Text(_short(token.text)))
+    names = ["embeddings", *(f"layer {layer}" for layer in range(len(ids) - 1))]
+    for name, layer_ids, layer_shares in reversed(list(zip(names, ids, shares, strict=True))):
+        cells = [
+            Text(f"{_short(result.token_text(guesses[0]))} {probabilities[0]:.0%}")
+            for guesses, probabilities in zip(layer_ids[first:], layer_shares[first:], strict=True)
+        ]
+        table.add_row(name, *cells)
+    console.print(table)
+    if first:
+        console.print(Text(f"the last {_LENS_COLUMNS} of {len(result.tokens)} positions; --json and --out show all", style="dim"))
+
+
+def _print_heads(console: Console, result: Inspection) -> None:
+    if result.heads is None:
+        return
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), title=" ")
+    for name in ("heads", *_KINDS.values(), "entropy"):
+        table.add_column(name, justify="left" if name == "heads" else "right")
+    table.add_column("kind")
+    for layer, head in result.heads.strongest()[:_HEADS]:
+        kind = result.heads.kind(layer, head)
+        scores = [f"{float(result.heads.of(name)[layer, head]):.2f}" for name in _KINDS]
+        entropy = f"{float(result.heads.entropy[layer, head]):.1f} bits"
+        table.add_row(f"L{layer}H{head}", *scores, entropy, "not yet characteristic" if kind is None else f"{_KINDS[kind]} head")
+    console.print(table)
+
+
+def _print_prediction(console: Console, result: Inspection) -> None:
+    guesses = ", ".join(f"[{visible(result.token_text(id))}] {share:.1%}" for id, share in result.next_tokens[:5])
+    console.print()
+    console.print(Text(f"after the text  {guesses}"), soft_wrap=not console.is_terminal)
+    attributed = result.attributed
+    if attributed is None:
+        return
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), title=" ")
+    table.add_column("contribution", justify="right")
+    table.add_column(Text(f"to the logit of [{visible(attributed.target)}] after token {attributed.position}"))
+    ordered = sorted(attributed.contributions, key=lambda item: -abs(item[1]))
+    for component, logit in ordered[:_CONTRIBUTIONS]:
+        table.add_row(f"{logit:+.3f}", component)
+    rest = sum(logit for _, logit in ordered[_CONTRIBUTIONS:])
+    if len(ordered) > _CONTRIBUTIONS:
+        table.add_row(f"{rest:+.3f}", f"{len(ordered) - _CONTRIBUTIONS} others")
+    table.add_row(
+        f"{attributed.sum:+.3f}", f"sum; the logit is {attributed.logit:+.3f} (remainder {attributed.logit - attributed.sum:+.1e})"
+    )
+    console.print(table)
+
+
+def _print_checkpoints(console: Console, views: list[CheckpointView]) -> None:
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), title=" ")
+    for name in ("step", "loss", *(f"best {name}" for name in _KINDS.values())):
+        table.add_column(name, justify="right")
+    for view in views:
+        loss = f"{sum(view.losses) / len(view.losses):.3f}" if view.losses else ""
+        best = ["" if view.heads is None else f"{float(view.heads.of(kind).max()):.2f}" for kind in _KINDS]
+        table.add_row(f"{view.step:,}", loss, *best)
+    console.print(table)
+
+
+def _short(text: str) -> str:
+    shown = visible(text)
+    return shown if len(shown) <= _LENS_WIDTH else shown[: _LENS_WIDTH - 1] + "…"

@@ -1,0 +1,236 @@
+"""`tinylm sweep`: train a recipe with many settings and compare the results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+from rich.table import Table
+
+from .console import (
+    DEVICE,
+    JSON,
+    QUIET,
+    checked_output_file,
+    format_count,
+    format_duration,
+    pluralize,
+    print_json,
+    stderr_console,
+    stdout_console,
+)
+from .recipe_files import find_recipe
+
+if TYPE_CHECKING:
+    from tinylm.sweep.runner import Outcome, Sweep, Training
+    from tinylm.sweep.settings import Axis
+    from tinylm.sweep.summary import Group, Summary
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def sweep(
+    recipe: str = typer.Argument(..., help="A YAML file, or the name of a recipe that ships with tinylm."),
+    set_: list[str] | None = typer.Option(
+        None, "--set", metavar="KEY=A,B,C", help="Try each of these values of a recipe key. A single value applies to all runs."
+    ),
+    trials: int | None = typer.Option(
+        None, "--trials", min=1, help="Search instead of trying every combination: train this many settings that Optuna proposes."
+    ),
+    range_: list[str] | None = typer.Option(
+        None, "--range", metavar="KEY=LOW..HIGH[:log]", help="With --trials: search this range of a recipe key. Can be repeated."
+    ),
+    seeds: int | None = typer.Option(
+        None, "--seeds", min=1, help="Train the best setting with this many seeds in total. Default: 3 with --trials, else 1."
+    ),
+    jobs: int = typer.Option(
+        1, "--jobs", min=1, help="Number of runs to train at the same time. Each gets an equal share of the cores."
+    ),
+    out: str | None = typer.Option(None, "--out", help="Folder of the sweep. Default: runs/NAME-sweep."),
+    plot: str | None = typer.Option(None, "--plot", metavar="FILE", help="Also plot the results: .png, .svg or .pdf."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Check all recipes and list the runs, but do not train."),
+    device: str = DEVICE,
+    json: bool = JSON,
+    quiet: bool = QUIET,
+) -> None:
+    """Train a recipe with many settings. Run the same command again to continue a sweep that was stopped.
+
+    Each run is an ordinary run folder inside the folder of the sweep.
+    """
+    from tinylm.errors import InputError
+    from tinylm.run import RUNS
+    from tinylm.sweep import settings
+    from tinylm.sweep.runner import Sweep
+    from tinylm.sweep.summary import summarize
+
+    axes = [settings.parse_axis(text) for text in set_ or ()]
+    ranges = [settings.parse_range(text) for text in range_ or ()]
+    settings.check_keys([axis.key for axis in axes] + [interval.key for interval in ranges])
+    if ranges and trials is None:
+        raise InputError("requires --trials", where="--range")
+    if trials is not None and not ranges and not _swept(axes):
+        raise InputError("there is nothing to search", where="--trials", hint="add --range KEY=LOW..HIGH, or --set KEY=A,B,C")
+    if trials is None and not axes:
+        raise InputError(
+            "there is nothing to try", where="tinylm sweep", hint="for example --set model.n_embd=128,192 --set seed=1,2,3"
+        )
+    image = None if plot is None else checked_image(plot)
+    file = find_recipe(recipe)
+    fixed = {axis.key: axis.values[0] for axis in axes if len(axis.values) == 1}
+    first = Sweep(Path(), file).recipe(fixed | {interval.key: _low(interval.low, whole=interval.whole) for interval in ranges})
+    study = Sweep(RUNS / f"{first.name}-sweep" if out is None else Path(out), file, jobs=jobs, device=device)
+    if trials is None:
+        planned = _grid(study, axes)
+        run_all: Callable[[], Iterator[Outcome]] = lambda: study.run(planned)  # noqa: E731
+        count = len(planned)
+    else:
+        from tinylm.sweep.search import run_trials
+
+        run_all = lambda: run_trials(study, axes, ranges, trials, first.seed)  # noqa: E731
+        planned, count = [], trials
+    if dry_run:
+        _show_planned(study, planned, count, json=json)
+        return
+    progress = _Progress(count, quiet=quiet)
+    outcomes = progress.follow(run_all())
+    summary = summarize(outcomes)
+    n_seeds = seeds or (3 if trials is not None else 1)
+    if n_seeds > 1 and summary.best is not None:
+        repeats = _repeats(summary.best, n_seeds, first.seed)
+        progress.total += len(repeats)
+        outcomes += progress.follow(study.run(repeats))
+        summary = summarize(outcomes)
+    if image is not None:
+        _plot(summary, image)
+    _show(summary, json=json)
+    if all(outcome.error for outcome in outcomes):
+        raise SystemExit(1)
+
+
+def _swept(axes: Sequence[Axis]) -> list[str]:
+    return [axis.key for axis in axes if len(axis.values) > 1]
+
+
+def _low(value: float, *, whole: bool) -> str:
+    return str(int(value)) if whole else f"{value:g}"
+
+
+def _grid(study: Sweep, axes: Sequence[Axis]) -> list[Training]:
+    """Return the runs of a grid. Raises `InputError` if one of the recipes is not valid."""
+    from tinylm.sweep import settings
+    from tinylm.sweep.runner import Training
+
+    combinations = settings.grid(axes)
+    for values in combinations:
+        study.recipe(values)
+    return [
+        Training(name, values) for name, values in zip(settings.run_names(combinations, _swept(axes)), combinations, strict=True)
+    ]
+
+
+def _repeats(best: Group, count: int, seed: int) -> list[Training]:
+    """Return runs of the best setting with other seeds, so that it has `count` runs in total."""
+    from tinylm.sweep.runner import Training
+    from tinylm.sweep.summary import SEED
+
+    used = {int(row.values.get(SEED, seed)) for row in best.rows}
+    free = (candidate for candidate in range(seed, seed + count + len(used)) if candidate not in used)
+    name = Path(best.rows[0].run).name
+    return [
+        Training(f"{name},seed={other}", {**best.values, SEED: str(other)})
+        for other, _ in zip(free, range(count - len(best.rows)), strict=False)
+    ]
+
+
+class _Progress:
+    """Prints one line for each finished run."""
+
+    def __init__(self, total: int, *, quiet: bool) -> None:
+        self.total = total
+        self._finished = 0
+        self._quiet = quiet
+        self._console = stderr_console()
+
+    def follow(self, outcomes: Iterator[Outcome]) -> list[Outcome]:
+        from tinylm.sweep.summary import summarize
+
+        found = []
+        for outcome in outcomes:
+            found.append(outcome)
+            self._finished += 1
+            summary = summarize([outcome])
+            row = summary.rows[0]
+            start = f"[{self._finished}/{self.total}] {outcome.name}: "
+            if outcome.error:
+                self._console.print_line(f"{start}failed: {outcome.error}", "yellow")
+            elif not self._quiet:
+                result = "stopped early" if row.best is None else summary.metric.described(row.best)
+                spent = "" if row.seconds is None else f" ({format_duration(row.seconds)})"
+                self._console.print_line(f"{start}{result}{spent}", "dim")
+        return found
+
+
+def _show_planned(study: Sweep, planned: Sequence[Training], count: int, *, json: bool) -> None:
+    runs = [{"run": str(study.run_folder(training.name)), "values": training.values} for training in planned]
+    if json:
+        print_json({"folder": str(study.folder), "runs": runs or None, "count": count})
+        return
+    stderr_console().print_line(f"{pluralize(count, 'run')} in {study.folder}", "dim")
+    for training in planned:
+        stdout_console().print(study.run_folder(training.name))
+
+
+def _show(summary: Summary, *, json: bool) -> None:
+    if json:
+        print_json(summary.as_dict())
+        return
+    from tinylm.sweep.settings import shortened
+
+    groups, metric = summary.groups, summary.metric
+    varied = [key for key in dict.fromkeys(key for group in groups for key in group.values) if _varies(groups, key)]
+    short = shortened(varied)
+    repeated = any(len(group.rows) > 1 for group in groups)
+    table = Table(box=None, pad_edge=False)
+    for key in varied:
+        table.add_column(short[key], justify="right")
+    for column in (metric.heading, *(("deviation", "seeds") if repeated else ()), "parameters", "time"):
+        table.add_column(column, justify="right")
+    for group in groups:
+        row = group.rows[0]
+        cells = ["-" if group.mean is None else metric.formatted(group.mean)]
+        if group.mean is None:
+            cells = [row.status]
+        if repeated:
+            cells += ["-" if group.deviation is None else metric.formatted(group.deviation), str(len(group.scores))]
+        cells += ["-" if row.parameters is None else format_count(row.parameters)]
+        cells += ["-" if row.seconds is None else format_duration(row.seconds)]
+        table.add_row(*(group.values.get(key, "-") for key in varied), *cells)
+    stdout_console().print(table)
+    best = summary.best_row
+    if best is not None:
+        stderr_console().print_line(f'best: {best.run}   next: tinylm sample --run {best.run} --prompt "..."', "dim")
+
+
+def _varies(groups: Sequence[Group], key: str) -> bool:
+    return len({group.values.get(key) for group in groups}) > 1
+
+
+def checked_image(path: str) -> Path:
+    from tinylm.errors import InputError, missing_extra
+
+    if Path(path).suffix not in (".png", ".svg", ".pdf"):
+        raise InputError("must end in .png, .svg or .pdf", where="--plot")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise missing_extra("plot", "plotting") from None
+    return checked_output_file(path, overwrite=True)
+
+
+def _plot(summary: Summary, path: Path) -> None:
+    from tinylm.sweep.picture import draw
+
+    draw(summary, path)

@@ -1,0 +1,115 @@
+"""Print the summary of a training run when it ends."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.columns import Columns
+from rich.panel import Panel
+from rich.text import Text
+
+from . import styles
+from .app import COMMANDS
+from .console import StderrConsole, format_count, format_duration, format_size, print_fields
+
+if TYPE_CHECKING:
+    from tinylm.pipeline import TrainResult
+    from tinylm.training_summary import SavedSample, TrainingSummary
+
+_SAMPLE_CHARACTERS = 240
+_SIDE_BY_SIDE = 76
+"""Minimum width of the terminal for two samples side by side."""
+
+
+def show_summary(result: TrainResult, summary: TrainingSummary, console: StderrConsole) -> None:
+    """Print what the run achieved, its first and last sample, and what to do next."""
+    print_fields(console, [*_quality_rows(result, summary), *_effort_rows(result)])
+    if summary.samples:
+        _show_samples(summary.samples, console)
+    run = shlex.quote(result.run)
+    if result.stopped != "done":
+        text = f"stopped early; the last step is saved. Continue with: tinylm train {run} --resume"
+        console.print_line(text, styles.WARNING)
+        return
+    console.print_line("next:", "dim")
+    for command, purpose in _next_commands(run, has_baselines=bool(summary.baselines)):
+        console.print_line(f"  {command}   {purpose}", "dim")
+
+
+def _quality_rows(result: TrainResult, summary: TrainingSummary) -> list[tuple[str, str]]:
+    from tinylm.evaluation.metrics import METRICS
+
+    rows = []
+    scores = [METRICS[name].described(value, unit=True) for name, value in result.metrics.items() if value is not None]
+    if scores:
+        rows.append(("held-out", f"{', '.join(scores)} (best at step {result.best_step:,})"))
+    elif result.stopped != "done":
+        rows.append(("held-out", "not evaluated yet"))
+    loss, choices = summary.heldout_loss, summary.equally_likely_tokens
+    if loss is not None and choices is not None:
+        first = "" if summary.first_loss is None else f"{summary.first_loss:.2f} at the first step -> "
+        guess = f"uniform guessing: {summary.uniform_loss:.2f}, {round(result.vocab_size):,} tokens"
+        rows.append(
+            ("loss", f"{first}{loss:.2f} on held-out text, like a choice among {choices:,.0f} equally likely tokens ({guess})")
+        )
+    if summary.baselines and summary.bits_per_byte is not None:
+        models = {**summary.baselines, "this model": summary.bits_per_byte}
+        ranked = sorted(models.items(), key=lambda item: item[1], reverse=True)
+        shown = [f"{name} {bits:.2f}" for name, bits in ranked if not name.startswith(("1-", "4-"))]
+        rows.append(("compared", f"{', '.join(shown)} bits per byte; lower is better"))
+    return rows
+
+
+def _effort_rows(result: TrainResult) -> list[tuple[str, str]]:
+    tokens, parameters = format_count(result.tokens), format_count(result.parameters)
+    if result.stopped == "done":
+        steps = f"{result.step:,} of {result.steps:,} steps"
+    else:
+        about = "about " if result.limited_by_time else ""
+        steps = f"{result.fraction_done:.0%}: {result.step:,} of {about}{result.steps:,} steps"
+    speed = f"{format_count(result.tokens_per_second)} tokens/s in {result.precision} on {result.device}"
+    memory = "" if result.peak_memory_bytes is None else f", peak memory {format_size(result.peak_memory_bytes)}"
+    in_steps, total = format_duration(result.train_seconds), format_duration(result.seconds)
+    return [
+        ("trained", f"{steps}, {tokens} tokens, {parameters} parameters"),
+        ("time", f"{in_steps} in optimizer steps at {speed}, {total} in total{memory}"),
+    ]
+
+
+def _show_samples(samples: Sequence[SavedSample], console: StderrConsole) -> None:
+    if console.is_terminal and len(samples) == 2 and console.width >= _SIDE_BY_SIDE:
+        width = min(console.width, 120) // 2
+        panels = [
+            Panel(Text(_shortened(sample.text)), title=f"sample at step {sample.step:,}", title_align="left", width=width)
+            for sample in samples
+        ]
+        console.print(Columns(panels, padding=0, equal=True))
+        return
+    for sample in samples:
+        console.print_line(f"sample at step {sample.step:,}", "dim")
+        for line in _shortened(sample.text).split("\n"):
+            console.print_line(f"  {line}", "")
+
+
+def _shortened(text: str) -> str:
+    """Return the beginning of a text, without blank lines."""
+    lines = [line.rstrip() for line in text[:_SAMPLE_CHARACTERS].split("\n") if line.strip()]
+    return "\n".join(lines) + (" ..." if len(text) > _SAMPLE_CHARACTERS else "")
+
+
+def _next_commands(run: str, *, has_baselines: bool) -> list[tuple[str, str]]:
+    """Return the commands that make sense after training, each with its purpose."""
+    commands = [
+        ("sample", f'tinylm sample --run {run} --prompt "..."', "generate text"),
+        ("serve", f"tinylm serve --run {run}", "try it in a browser"),
+        ("eval", f"tinylm eval --run {run} --html report.html", "see which words are hard to predict"),
+        ("plot", f"tinylm plot {run} --out loss.png", "draw the loss curves"),
+        ("inspect", f'tinylm inspect --run {run} --text "..."', "look inside the model"),
+    ]
+    if not has_baselines:
+        commands.insert(3, ("eval", f"tinylm eval --run {run} --baselines", "compare it with n-gram models and compressors"))
+    shown = [(command, purpose) for name, command, purpose in commands if name in COMMANDS]
+    width = max(len(command) for command, _ in shown)
+    return [(f"{command:<{width}}", purpose) for command, purpose in shown]

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from command import RunCli
+
+from tinylm.run import Run
+
+
+@pytest.fixture
+def folder(tiny_run: Run, tmp_path: Path) -> Path:
+    """Two copies of a run. In the second, the recipe has another seed and the best loss is higher."""
+    for name in ("first", "second"):
+        shutil.copytree(tiny_run.path, tmp_path / "runs" / name)
+    recipe = tmp_path / "runs" / "second" / "recipe.yaml"
+    recipe.write_text(recipe.read_text(encoding="utf-8").replace("seed: 1\n", "seed: 7\n"), encoding="utf-8")
+    log = tmp_path / "runs" / "second" / "metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    for line in lines:
+        if line["kind"] == "eval":
+            line["val_loss"] += 1
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return tmp_path / "runs"
+
+
+def names(run_cli: RunCli, folder: Path, *options: str) -> list[str]:
+    result = run_cli("runs", folder, *options, "--json")
+    assert result.code == 0, result.err
+    return [row["name"] for row in json.loads(result.out)]
+
+
+def test_runs_are_filtered_by_recipe_keys_and_metrics(run_cli: RunCli, folder: Path) -> None:
+    assert names(run_cli, folder) == ["first", "second"]
+    assert names(run_cli, folder, "--filter", "seed=7") == ["second"]
+    assert names(run_cli, folder, "--filter", "seed != 7") == ["first"]
+    assert names(run_cli, folder, "--filter", "model.n_embd>=32", "--filter", "seed<7") == ["first"]
+    assert names(run_cli, folder, "--filter", "model.n_embd>32") == []
+    assert names(run_cli, folder, "--filter", "model.preset=modern") == ["first", "second"]
+    first, second = (row["best_val_loss"] for row in json.loads(run_cli("runs", folder, "--json").out))
+    assert names(run_cli, folder, "--filter", f"val_loss<{(first + second) / 2}") == ["first"]
+
+
+def test_runs_are_sorted_with_the_best_first(run_cli: RunCli, folder: Path) -> None:
+    assert names(run_cli, folder, "--sort", "val_loss") == ["first", "second"]
+    (folder / "first").rename(folder / "third")
+    assert names(run_cli, folder, "--sort", "val_loss") == ["third", "second"]
+    assert names(run_cli, folder, "--sort", "name") == ["second", "third"]
+
+
+def test_chosen_columns_are_shown_and_exported(run_cli: RunCli, folder: Path) -> None:
+    shown = run_cli("runs", folder, "--columns", "seed,model.n_embd,val_loss").out.splitlines()
+    assert shown[0].split() == ["name", "seed", "model.n_embd", "val_loss"]
+    assert shown[2].split()[:3] == ["second", "7", "32"]
+    rows = list(csv.DictReader(io.StringIO(run_cli("runs", folder, "--columns", "seed,val_loss", "--csv").out)))
+    assert [row["seed"] for row in rows] == ["1", "7"]
+    assert float(rows[1]["val_loss"]) == pytest.approx(float(rows[0]["val_loss"]) + 1)
+    everything = list(csv.DictReader(io.StringIO(run_cli("runs", folder, "--csv").out)))
+    assert everything[0]["step"] == "20"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--filter", "model.n_embd"], "must have the form KEY>=VALUE"),
+        (["--filter", "model.n_emb=3"], "did you mean model.n_embd?"),
+        (["--filter", "model.preset>=3"], "'modern' and '3' have no order"),
+        (["--sort", "val_lss"], "no run has the key val_lss"),
+        (["--columns", "sed"], "did you mean seed?"),
+    ],
+)
+def test_wrong_queries_are_refused(options: list[str], message: str, run_cli: RunCli, folder: Path) -> None:
+    result = run_cli("runs", folder, *options)
+    assert result.code == 2
+    assert message in result.err
+
+
+def test_a_filter_that_matches_no_run_prints_a_note(run_cli: RunCli, folder: Path) -> None:
+    assert "no run matches the filters" in run_cli("runs", folder, "--filter", "seed=99").err

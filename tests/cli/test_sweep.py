@@ -1,0 +1,33 @@
+"""Wrong command lines of `tinylm sweep`, which are refused before anything is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from command import RunCli
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "there is nothing to try"),
+        (["--trials", "2"], "there is nothing to search"),
+        (["--range", "seed=1..2"], "requires --trials"),
+        (["--set", "seed=1,2", "--set", "seed=3"], "seed is set twice"),
+        (["--set", "model.n_head=2,5"], "5 heads do not divide the width"),
+        (["--set", "model.n_hed=2,4"], "did you mean n_head?"),
+        (["--set", "seed=1,2", "--plot", "picture.txt"], "must end in .png, .svg or .pdf"),
+    ],
+)
+def test_a_wrong_sweep_is_refused(arguments: list[str], message: str, run_cli: RunCli, recipe_file: Path, tmp_path: Path) -> None:
+    result = run_cli("sweep", recipe_file, *arguments, "--out", tmp_path / "s")
+    assert result.code == 2
+    assert message in result.err
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_dry_run_lists_the_runs(run_cli: RunCli, recipe_file: Path, tmp_path: Path) -> None:
+    result = run_cli("sweep", recipe_file, "--set", "seed=1,2", "--set", "model.n_layer=1", "--dry-run", "--out", tmp_path / "s")
+    assert result.out.split() == [str(tmp_path / "s" / "seed=1"), str(tmp_path / "s" / "seed=2")]
+    assert not (tmp_path / "s").exists()

@@ -1,0 +1,99 @@
+"""Head scores follow their definitions, and find heads in a trained model but not in a random one."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+from bigram import Bigram, BigramSection
+from tiny import ids, model, section
+
+from tinylm.errors import InputError
+from tinylm.inspection import HeadScores, head_scores, repeated_tokens
+from tinylm.inspection.heads import CHARACTERISTIC, KINDS
+from tinylm.model.transformer import Transformer
+
+REPEATED_VOCABULARY = 20
+
+
+class _Reference(NamedTuple):
+    previous: float
+    duplicate: float
+    induction: float
+    entropy: float
+
+
+def _scores_by_definition(pattern: torch.Tensor, tokens: torch.Tensor) -> _Reference:
+    """The scores of one head, pattern (batch, time, time), with loops over all weights."""
+    rows, length = tokens.shape
+    period = length // 2
+    previous, duplicate, induction, entropy = [], [], [], []
+    for row in range(rows):
+        for i in range(length):
+            weights = pattern[row, i].tolist()
+            if i >= 1:
+                previous.append(weights[i - 1])
+            earlier = [j for j in range(i) if tokens[row, j] == tokens[row, i]]
+            if earlier:
+                duplicate.append(sum(weights[j] for j in earlier))
+            if i >= period - 1:
+                induction.append(weights[i - period + 1])
+            entropy.append(-sum(w * math.log2(w) for w in weights if w > 0))
+    return _Reference(*(sum(values) / len(values) for values in (previous, duplicate, induction, entropy)))
+
+
+def test_scores_follow_their_definitions() -> None:
+    network = model("llama")
+    tokens = repeated_tokens(network, rows=2)
+    scores = head_scores(network, tokens)
+    with torch.no_grad():
+        _, cache = network.run_with_cache(tokens)
+    for layer in range(2):
+        for head in range(4):
+            expected = _scores_by_definition(cache[f"blocks.{layer}.attn.pattern"][:, head], tokens)
+            actual = [scores.previous_token, scores.duplicate_token, scores.induction, scores.entropy]
+            assert [float(score[layer, head]) for score in actual] == pytest.approx(expected, abs=1e-5)
+
+
+def test_repeated_tokens_use_half_of_a_short_context() -> None:
+    tokens = repeated_tokens(model("gpt2", context_length=17), rows=3)
+    assert tokens.shape == (3, 16)
+    assert torch.equal(tokens[:, :8], tokens[:, 8:])
+    assert repeated_tokens(model("gpt2", context_length=400)).shape[1] == 100
+    with pytest.raises(InputError, match="a context of 3 tokens is too short"):
+        repeated_tokens(model("gpt2", context_length=3))
+    with pytest.raises(InputError, match="two copies of the same sequence"):
+        head_scores(model("gpt2"), ids(1, 8))
+
+
+def _largest(scores: HeadScores) -> dict[str, float]:
+    return {kind: float(scores.of(kind).max()) for kind in KINDS}
+
+
+def test_training_on_repetitions_forms_an_induction_head_that_a_random_model_does_not_have() -> None:
+    shape = {"n_layer": 2, "n_head": 4, "n_embd": 32, "context_length": 24}
+    network = Transformer(section("gpt2", **shape), REPEATED_VOCABULARY, seed=0).eval()
+    untrained = head_scores(network)
+    assert max(_largest(untrained).values()) < CHARACTERISTIC
+    assert all(untrained.kind(layer, head) is None for layer in range(2) for head in range(4))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=5e-3, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(150):
+        half = torch.randint(REPEATED_VOCABULARY, (16, 12), generator=generator)
+        tokens = torch.cat((half, half), dim=1)
+        targets = tokens[:, 1:].clone()
+        targets[:, :11] = -1  # the first copy cannot be predicted
+        optimizer.zero_grad()
+        (network(tokens[:, :-1], targets=targets) / (targets >= 0).sum()).backward()
+        optimizer.step()
+    trained = head_scores(network)
+    layer, head = trained.strongest()[0]
+    assert trained.kind(layer, head) == "induction"
+    assert _largest(trained)["induction"] > CHARACTERISTIC
+
+
+def test_a_model_without_attention_is_rejected() -> None:
+    with pytest.raises(InputError, match="architecture bigram has no attention"):
+        head_scores(Bigram(BigramSection(context_length=8), 20))

@@ -1,0 +1,86 @@
+"""`tinylm sweep` with real trainings in separate processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tinylm.run import Run
+
+RUN_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+
+
+@pytest.fixture
+def recipe_file(text_file: Path, tmp_path: Path) -> Path:
+    recipe = {
+        "name": "tiny",
+        "data": {"train": str(text_file)},
+        "tokenizer": "byte",
+        "model": {"n_layer": 1, "n_head": 2, "n_embd": 16, "context_length": 16},
+        "training": {"steps": 4, "global_batch_size": 2, "precision": "fp32", "compile": False},
+        "evaluation": {"every": 2, "max_tokens": 200},
+        "checkpoint": {"every": 1},
+    }
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return path
+
+
+def sweep(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tinylm", "sweep", *map(str, arguments)]
+    return subprocess.run(command, env=RUN_ENVIRONMENT, capture_output=True, text=True, timeout=600, check=False)
+
+
+def document(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert done.returncode == 0, done.stderr
+    loaded: dict[str, Any] = json.loads(done.stdout)
+    return loaded
+
+
+def test_a_killed_sweep_continues_and_gives_the_results_of_an_unbroken_one(recipe_file: Path, tmp_path: Path) -> None:
+    arguments = (recipe_file, "--set", "seed=1,2", "--set", "training.steps=6", "--json")
+    unbroken = document(sweep(*arguments, "--out", tmp_path / "unbroken", "--jobs", "2"))
+
+    folder = tmp_path / "killed"
+    command = [sys.executable, "-m", "tinylm", "sweep", *map(str, arguments), "--out", str(folder)]
+    process = subprocess.Popen(command, env=RUN_ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 600
+    while not (folder / "seed=1" / "checkpoints" / "last").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == 143
+    assert Run.open(folder / "seed=1").checkpoints()
+
+    resumed = document(sweep(*arguments, "--out", folder))
+    assert [row["val_loss"] for row in resumed["rows"]] == [row["val_loss"] for row in unbroken["rows"]]
+    assert resumed["best"]["values"] == unbroken["best"]["values"]
+    assert not (folder / "logs" / "seed=1.stdout").exists()
+
+    again = sweep(*arguments, "--out", folder)
+    assert document(again) == resumed, "nothing is trained again"
+
+
+def test_a_search_stops_at_the_number_of_trials_and_repeats_the_best(recipe_file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    search = (recipe_file, "--range", "training.optimizer.lr=1e-4..1e-1:log", "--seeds", "2", "--json", "--out", tmp_path / "s")
+    first = document(sweep(*search, "--trials", "1"))
+    assert [row["status"] for row in first["rows"]] == ["done", "done"]
+    assert first["best"]["runs"] == 2
+    second = document(sweep(*search, "--trials", "2"))
+    assert second["rows"][0] == first["rows"][0], "the first trial is not trained again"
+    rates = [row["values"]["training.optimizer.lr"] for row in second["rows"][:2]]
+    assert len(set(rates)) == 2
+    assert all(1e-4 <= rate <= 1e-1 for rate in rates)
+
+    other = sweep(recipe_file, "--range", "training.optimizer.lr=1e-4..1:log", "--trials", "1", "--out", tmp_path / "s")
+    assert other.returncode == 2
+    assert "a search of other values" in other.stderr

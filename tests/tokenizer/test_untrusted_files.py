@@ -1,0 +1,68 @@
+"""A tokenizer.json is checked before memory is allocated for its claims, and errors of the `tokenizers` library are reported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinylm.errors import InputError
+from tinylm.tokenizer import Tokenizer
+
+WORDS = {"<unk>": 0, "a": 1, "b": 2}
+
+
+def _file(folder: Path, **changes: Any) -> Path:
+    document = {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Whitespace"},
+        "post_processor": None,
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": WORDS, "unk_token": "<unk>"},
+    }
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps({**document, **changes}))
+    return path
+
+
+def _model(**changes: Any) -> dict[str, Any]:
+    return {"model": {"type": "WordLevel", "vocab": WORDS, "unk_token": "<unk>", **changes}}
+
+
+def _doubling(count: int) -> list[dict[str, Any]]:
+    return [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * count
+
+
+REFUSED = {
+    "an id of a billion": (_model(vocab={**WORDS, "c": 10**9}), "the id 1,000,000,000 does not fit a vocabulary of 4 tokens"),
+    "one id for all": (_model(vocab=dict.fromkeys(WORDS, 0)), "have the same id 0"),
+    "no unknown token": (_model(unk_token="<none>"), "the unknown token '<none>' is not in the vocabulary"),
+    "chunks of no length": ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "cannot encode this text"),
+    "a growing normalizer": ({"normalizer": {"type": "Sequence", "normalizers": _doubling(30)}}, "64 times longer"),
+    "a growing decoder": ({"decoder": {"type": "Sequence", "decoders": _doubling(30)}}, "64 times longer"),
+}
+
+
+@pytest.mark.parametrize(("changes", "problem"), REFUSED.values(), ids=REFUSED)
+def test_a_file_with_impossible_claims_is_refused(changes: dict[str, Any], problem: str, tmp_path: Path) -> None:
+    path = _file(tmp_path, **changes)
+    with pytest.raises(InputError, match=problem) as error:
+        Tokenizer.load(path)
+    assert error.value.where == str(path)
+
+
+def test_the_unchanged_file_is_accepted(tmp_path: Path) -> None:
+    assert Tokenizer.load(_file(tmp_path)).encode("a b c") == [1, 2, 0]
+
+
+@pytest.mark.parametrize("encode", [lambda t, text: t.encode(text), lambda t, text: t.encoder.encode(text.encode())])
+def test_a_pattern_that_backtracks_too_long_is_reported(encode: Callable[[Tokenizer, str], object], tmp_path: Path) -> None:
+    split = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
+    tokenizer = Tokenizer.load(_file(tmp_path, pre_tokenizer=split))
+    with pytest.raises(InputError, match="cannot encode this text"):
+        encode(tokenizer, "x" * 60)

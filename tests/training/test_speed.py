@@ -1,0 +1,65 @@
+"""A training run adapts to other programs on its cores, and warns once if it is far slower than estimated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+from tinylm.training.metrics import StepEvent
+from tinylm.training.speed import SpeedMonitor
+from tinylm.wait_policy import Policy, WaitPolicy
+
+
+class FakePolicy:
+    """Chooses the given policies in turn, and then the last one again."""
+
+    def __init__(self, choices: Sequence[Policy]) -> None:
+        self.current: Policy = "spin"
+        self.choices = list(choices)
+        self.calls = 0
+
+    def choose(self) -> Policy:
+        self.calls += 1
+        self.current = self.choices.pop(0) if self.choices else self.current
+        return self.current
+
+
+def run(speeds: Sequence[float], *, choices: Sequence[Policy] = (), expected: float | None = None, share: float = 0.5) -> tuple:  # type: ignore[type-arg]
+    """Send one event every ten seconds with these speeds in tokens/s. Return the notes and the policy."""
+    policy, notes = FakePolicy(choices), list[str]()
+    monitor = SpeedMonitor(cast(WaitPolicy, policy), notes.append, lambda: expected, lambda: share)
+    for number, speed in enumerate(speeds, 1):
+        monitor.step(StepEvent(number, 100 * number, 2.0, 1e-3, 1.0, speed, None, 10.0 * number, number / 100))
+    return notes, policy
+
+
+def test_a_steady_speed_causes_no_measurement() -> None:
+    notes, policy = run([500, 1000, 1050, 950, 1010])
+    assert (notes, policy.calls) == ([], 0)
+
+
+def test_a_fall_in_speed_lets_threads_sleep_and_a_rise_lets_them_spin() -> None:
+    notes, policy = run([500, 1000, 1000, 400, 550, 550, 1000], choices=["sleep", "spin"])
+    assert policy.current == "spin"
+    assert ["sleep instead of spinning" in notes[0], "spin again" in notes[1], len(notes)] == [True, True, 2]
+
+
+def test_a_busy_machine_is_measured_regularly_even_at_a_steady_speed() -> None:
+    _, policy = run([500, 1000, 400, *[550] * 8], choices=["sleep"])
+    assert policy.calls == 3  # after the fall, and after 30 and 60 more seconds
+
+
+def test_a_slow_run_causes_one_warning_with_its_cause() -> None:
+    notes, _ = run([100] * 6, expected=1000)
+    assert len(notes) == 1
+    assert "100 tokens/s instead of the 1,000" in notes[0]
+    assert "other programs use the CPU (a thread has a core for 50% of the time)" in notes[0]
+    assert "10 times as long" in notes[0]
+    quiet, _ = run([100] * 6, expected=1000, share=0.99)
+    assert "the estimate may be wrong for this processor" in quiet[0]
+
+
+def test_a_short_disturbance_a_normal_speed_and_a_missing_estimate_cause_no_warning() -> None:
+    assert run([1000, 1000, 400, 1000, 400, 1000], expected=1000)[0] == []
+    assert run([600] * 6, expected=1000)[0] == []
+    assert run([1] * 6, expected=None)[0] == []

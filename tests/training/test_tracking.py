@@ -1,0 +1,152 @@
+"""What trackers show equals metrics.jsonl, also after a run was resumed."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from conftest import tiny_recipe
+
+from tinylm.errors import InputError
+from tinylm.pipeline import train
+from tinylm.run import Run
+from tinylm.training import tracking
+from tinylm.training.metrics import Observer, StepEvent
+
+
+class StopAt(Observer):
+    """Stops the training after a step."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def step(self, event: StepEvent) -> None:
+        if event.step == self._step:
+            self.request_stop()
+
+
+def logged(run: Path) -> dict[tuple[str, int], float]:
+    """The numbers of metrics.jsonl by key and step."""
+    return {
+        (key, line["step"]): value
+        for line in Run.open(run).metrics()
+        for key, value in line.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and key != "step"
+    }
+
+
+def leveldb_records(content: bytes) -> Iterator[bytes]:
+    """The records of a log in LevelDB's format: blocks of 32 KiB, and fragments with a checksum, a length and a type."""
+    position, parts = 7, b""  # after the header of the file
+    while position + 7 <= len(content):
+        if (1 << 15) - position % (1 << 15) < 7:
+            position += (1 << 15) - position % (1 << 15)
+            continue
+        length, kind = struct.unpack_from("<HB", content, position + 4)
+        parts += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or its last fragment
+            yield parts
+            parts = b""
+
+
+def test_tensorboard_shows_the_log_of_a_resumed_run(text_file: Path, tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    recipe = tiny_recipe(text_file, "modern", "tracking=tensorboard")
+    train(recipe, tmp_path / "run", device="cpu", observer=StopAt(7))
+    train(recipe, tmp_path / "run", device="cpu", resume=True)
+
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"), {"scalars": 0})
+    events.Reload()
+    shown = {(key, scalar.step): scalar.value for key in events.Tags()["scalars"] for scalar in events.Scalars(key)}
+    expected = logged(tmp_path / "run")
+    assert shown.keys() == expected.keys()
+    assert all(math.isclose(shown[key], expected[key], rel_tol=1e-6) for key in expected)
+    assert ("val_loss", 20) in shown
+
+
+def test_wandb_receives_the_log_offline(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train(tiny_recipe(text_file, "modern", "tracking=wandb", "training.steps=5"), tmp_path / "run", device="cpu")
+
+    from wandb.proto import wandb_internal_pb2
+
+    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    shown: dict[tuple[str, int], float] = {}
+    for data in leveldb_records(file.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+        shown.update({(key, items["step"]): value for key, value in items.items() if key != "step" and not key.startswith("_")})
+    assert shown == logged(tmp_path / "run")
+
+
+class RecordingBackend:
+    errors = (OSError,)
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        self.fail_at = fail_at
+        self.steps: list[int] = []
+        self.history: Sequence[tuple[int, dict[str, float]]] = ()
+        self.closed = False
+
+    def restart(self, history: Sequence[tuple[int, dict[str, float]]]) -> None:
+        self.history = history
+
+    def log(self, step: int, values: object) -> None:
+        if step == self.fail_at:
+            raise OSError(28, "No space left on device")
+        self.steps.append(step)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_training_continues_if_a_tracker_fails(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = RecordingBackend(fail_at=3)
+    monkeypatch.setitem(tracking.BACKENDS, "trackio", lambda folder, recipe: backend)
+    notes: list[str] = []
+
+    class Collector(Observer):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    result = train(tiny_recipe(text_file, "modern", "tracking=trackio"), tmp_path / "run", device="cpu", observer=Collector())
+    assert result.step == 20
+    assert backend.steps == [1, 2]
+    assert [note for note in notes if "trackio" in note] == [
+        "trackio failed: [Errno 28] No space left on device; training continues without it"
+    ]
+
+
+def test_a_resumed_tracker_gets_the_history(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backends: list[RecordingBackend] = []
+
+    def backend(folder: Path, recipe: object) -> RecordingBackend:
+        backends.append(RecordingBackend())
+        return backends[-1]
+
+    monkeypatch.setitem(tracking.BACKENDS, "trackio", backend)
+    recipe = tiny_recipe(text_file, "modern", "tracking=trackio")
+    train(recipe, tmp_path / "run", device="cpu", observer=StopAt(4))
+    train(recipe, tmp_path / "run", device="cpu", resume=True)
+    first, second = backends
+    assert first.closed
+    assert {step for step, _ in second.history} == {1, 2, 3, 4}
+    assert set(second.steps) == set(range(5, 21))
+
+
+def test_a_missing_tracker_is_reported_before_the_text_is_read(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(InputError, match="trackio"):
+        train(tiny_recipe(text_file, "modern", "tracking=trackio"), tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()

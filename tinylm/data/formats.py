@@ -1,0 +1,74 @@
+"""Data formats: how the sources of each value of `data.format` become examples. `register` adds a format.
+
+register(LabelsSection, LabelsFormat())
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from tinylm.data import datasets, masking
+from tinylm.data.datasets import Dataset
+from tinylm.data.framing import with_control_tokens
+from tinylm.data.labels import LabelsFormat
+from tinylm.data.prepare import PreparedText, open_prepared, prepare
+from tinylm.recipe import Recipe
+from tinylm.recipe.encoder import MaskedLMObjective
+from tinylm.recipe.labels import LabelsSection
+from tinylm.recipe.schema import DataSection, DataVariant, register_data_section, require_text, unregister_section
+from tinylm.reporting import Reporter
+
+
+class DataFormat(Protocol):
+    """Prepares the data of one format. `prepare` and `open` return a subclass of `PreparedData`, which is passed to `dataset`."""
+
+    def prepare(self, recipe: Recipe, reporter: Reporter, workers: int) -> Any:
+        """Read, split and encode the sources, or open the result from the cache. The result does not depend on `workers`.
+
+        Raises `InputError` if the sources cannot be read, split or encoded.
+        """
+        ...
+
+    def open(self, recipe: Recipe, folder: Path, fingerprint: str, tokenizer_json: str) -> Any:
+        """Open what another process has prepared, given its folder, its fingerprint and the content of its tokenizer.json."""
+        ...
+
+    def dataset(self, recipe: Recipe, prepared: Any) -> Dataset:
+        """Build the dataset to train on. Raises `InputError` if there is not enough data for one example."""
+        ...
+
+
+class TextFormat:
+    """Plain text, which becomes one stream of tokens."""
+
+    def prepare(self, recipe: Recipe, reporter: Reporter, workers: int) -> PreparedText:
+        return prepare(require_text(recipe.data), with_control_tokens(recipe.tokenizer, recipe.model), reporter, workers)
+
+    def open(self, recipe: Recipe, folder: Path, fingerprint: str, tokenizer_json: str) -> PreparedText:
+        return open_prepared(folder, fingerprint, tokenizer_json)
+
+    def dataset(self, recipe: Recipe, prepared: PreparedText) -> Dataset:
+        if isinstance(recipe.objective, MaskedLMObjective):
+            return masking.build(recipe, recipe.objective, prepared)
+        return datasets.build(require_text(recipe.data), prepared.train, recipe.model, recipe.seed)
+
+
+_FORMATS: dict[type[DataVariant], DataFormat] = {DataSection: TextFormat(), LabelsSection: LabelsFormat()}
+
+
+def register(section: type[DataVariant], data_format: DataFormat) -> None:
+    """Add a format. `section` becomes a variant of `data:` in recipes. Raises `ValueError` if the format already exists."""
+    register_data_section(section)
+    _FORMATS[section] = data_format
+
+
+def unregister(section: type[DataVariant]) -> None:
+    """Remove a format that `register` added."""
+    unregister_section(section)
+    del _FORMATS[section]
+
+
+def find(data: DataVariant) -> DataFormat:
+    """Return the format that a `data:` section uses."""
+    return _FORMATS[type(data)]

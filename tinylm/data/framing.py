@@ -1,0 +1,87 @@
+"""Frame texts for a model: control tokens before and after each text, truncation to the context, and padding to rows of one length.
+
+An encoder reads `[CLS] text [SEP]`. Other models read a text between two end-of-text tokens, as in their training text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tinylm.errors import InputError
+from tinylm.recipe.encoder import CONTROL_TOKENS
+from tinylm.recipe.schema import LearnedTokenizer, ModelVariant, TokenizerSection
+from tinylm.tokenizer import Tokenizer
+from tinylm.tokenizer.control_tokens import ControlTokens
+
+PADDING = -1
+"""The segment of positions after the end of a text."""
+
+
+def with_control_tokens(section: TokenizerSection, model: ModelVariant) -> TokenizerSection:
+    """Add the control tokens of an encoder to a tokenizer that is trained for one."""
+    if not model.bidirectional or not isinstance(section, LearnedTokenizer):
+        return section
+    added = [token for token in CONTROL_TOKENS if token not in section.special_tokens]
+    return section.model_copy(update={"special_tokens": (*added, *section.special_tokens)})
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How a text becomes one row of a model's input."""
+
+    first: int
+    last: int
+    pad: int
+    context_length: int
+    truncate: str = "head"
+    """Which tokens of a long text are kept: head (the first ones) or head_tail (the first ones and the last quarter)."""
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, model: ModelVariant, truncate: str = "head") -> Framing:
+        """Raises `InputError` if the tokenizer does not have the tokens that the model needs."""
+        if model.bidirectional:
+            control = ControlTokens.of(tokenizer)
+            return cls(control.cls, control.sep, control.pad, model.context_length, truncate)
+        end_of_text = tokenizer.end_of_text
+        if end_of_text is None:
+            raise InputError("the tokenizer has no end-of-text token", where="tokenizer", hint="add <|endoftext|> to it")
+        return cls(end_of_text, end_of_text, end_of_text, model.context_length, truncate)
+
+    @property
+    def room(self) -> int:
+        """The number of tokens of a text that fit into the context."""
+        return self.context_length - 2
+
+    def frame(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Truncate a text and add the control tokens, (length,) int64."""
+        ids = np.asarray(ids, dtype=np.int64)
+        if len(ids) > self.room:
+            tail = self.room // 4 if self.truncate == "head_tail" else 0
+            ids = np.concatenate((ids[: self.room - tail], ids[len(ids) - tail :]))
+        return np.concatenate(([self.first], ids, [self.last]))
+
+    def rows(self, framed: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Pad framed texts to one length: ids and segments (0, or `PADDING`), each (texts, length) int64."""
+        length = max(map(len, framed))
+        tokens = np.full((len(framed), length), self.pad, dtype=np.int64)
+        segments = np.full((len(framed), length), PADDING, dtype=np.int64)
+        for row, ids in enumerate(framed):
+            tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 0
+        return tokens, segments
+
+
+def batches_by_length(lengths: Sequence[int], max_tokens: int) -> list[np.ndarray]:
+    """Group texts of similar length into batches of at most `max_tokens` tokens including padding, longest first.
+
+    Returns the indices of the texts of each batch. A text that is longer than `max_tokens` is a batch of its own.
+    """
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    batches, start = [], 0
+    while start < len(order):
+        size = max(1, max_tokens // max(1, int(lengths[order[start]])))
+        batches.append(order[start : start + size])
+        start += size
+    return batches

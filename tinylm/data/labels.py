@@ -1,0 +1,305 @@
+"""Format labels: texts with one label each, split with stratification, encoded, and read as examples in a pseudo-random order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinylm.data.datasets import Examples
+from tinylm.data.framing import Framing, with_control_tokens
+from tinylm.data.order import epoch_key, permute
+from tinylm.data.prepare import EncodePieces, digest, load_or_train_tokenizer, open_or_encode
+from tinylm.data.prepared import PreparedData
+from tinylm.data.shards import Shard, open_shard
+from tinylm.data.workers import encode_in_parallel
+from tinylm.errors import InputError
+from tinylm.paths import atomic_write_text, cache_folder
+from tinylm.recipe import Recipe
+from tinylm.recipe.labels import ClassificationObjective, LabelledSources, LabelsSection, StratifiedShare
+from tinylm.reporting import Reporter
+from tinylm.text.cutting import cut_into_pieces
+from tinylm.text.labelled import LabelledText, fingerprint, read_labelled, stratified, subset
+from tinylm.text.sources import Piece, describe
+from tinylm.tokenizer import Tokenizer
+
+_CACHE_VERSION = 1
+UNSEEN = -1
+"""The id of a label that the training texts do not have."""
+_MAX_NAMED = 5
+
+
+@dataclass(frozen=True)
+class LabelledShard:
+    """The tokens of labelled texts, one document each, and their labels."""
+
+    shard: Shard
+    names: tuple[str, ...]
+    """The labels that occur, sorted."""
+    labels: np.ndarray
+    """(texts,) the index of each text's label in `names`."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def ids(self, labels: Sequence[str]) -> np.ndarray:
+        """(texts,) the index of each text's label in `labels`, or `UNSEEN`."""
+        index = {label: id for id, label in enumerate(labels)}
+        return np.array([index.get(name, UNSEEN) for name in self.names], dtype=np.int64)[self.labels]
+
+    def documents(self) -> list[np.ndarray]:
+        """The token ids of each text."""
+        return [np.asarray(self.shard.tokens[start:end]) for start, end in self.shard.documents()]
+
+
+@dataclass(frozen=True)
+class PreparedLabels(PreparedData):
+    """A tokenizer and the labelled texts of all parts."""
+
+    train: LabelledShard
+    heldout: LabelledShard
+    test: LabelledShard | None
+    truncate: str
+    """The value of `data.truncate`."""
+
+    @property
+    def heldout_files(self) -> tuple[str, ...]:
+        parts = ("heldout",) if self.test is None else ("heldout", "test")
+        return tuple(name for part in parts for name in (f"{part}.npy", f"{part}.json", labels_file(part)))
+
+    def fill_in(self, recipe: Recipe) -> Recipe:
+        """Set `objective.labels` and `objective.label_counts`. Raises `InputError` if the labels do not fit the training texts."""
+        objective = recipe.objective
+        assert isinstance(objective, ClassificationObjective)
+        counts = Counter(self.train.names[id] for id in self.train.labels)
+        labels = objective.labels or tuple(sorted(counts))
+        unknown, unused = sorted({*counts} - {*labels}), [label for label in labels if not counts[label]]
+        if unknown:
+            raise InputError(f"the training texts also have {_listed(unknown)}", where="objective.labels", hint="add it, or remove the key")
+        if unused:
+            raise InputError(f"no training text has the label {_listed(unused)}", where="objective.labels", hint="remove it")
+        if len(labels) < 2:
+            hint = "a classifier needs texts of at least two labels"
+            raise InputError(f"all training texts have the label {labels[0]!r}", where="data.label", hint=hint)
+        if isinstance(objective.class_weights, dict) and (extra := sorted({*objective.class_weights} - {*labels})):
+            raise InputError(f"no training text has the label {_listed(extra)}", where="objective.class_weights")
+        label_counts = tuple(counts[label] for label in labels)
+        if objective.label_counts not in ((), label_counts):
+            raise InputError("differs from the counts of the training texts", where="objective.label_counts", hint="remove this key")
+        update = {"labels": labels, "label_counts": label_counts}
+        return recipe.model_copy(update={"objective": objective.model_copy(update=update)})
+
+
+def labels_file(part: str) -> str:
+    """The name of the file with the labels of a part."""
+    return f"{part}-labels.json"
+
+
+def open_labelled(folder: Path, part: str, vocab_size: int) -> LabelledShard:
+    """Open the texts and labels of a part. Raises `InputError` if they are missing or damaged."""
+    shard, file = open_shard(folder, part), folder / labels_file(part)
+    problem = shard.problem(vocab_size)
+    if problem is not None:
+        raise InputError(f"the tokens are damaged: {problem}", where=str(folder / f"{part}.npy"))
+    try:
+        if not file.is_file():
+            raise ValueError("no such file")
+        document = json.loads(file.read_text(encoding="utf-8"))
+        names, ids = document["names"], document["labels"]
+        if document["sha256"] != _labels_hash(names, ids):
+            raise ValueError("they have changed since they were saved")
+        if not all(isinstance(name, str) for name in names) or not all(type(id) is int and 0 <= id < len(names) for id in ids):
+            raise ValueError("a label is not one of the names")
+        if len(ids) != shard.counts.documents:
+            raise ValueError(f"{len(ids):,} labels for {shard.counts.documents:,} texts")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"the labels are missing or damaged: {error}", where=str(file)) from None
+    return LabelledShard(shard, tuple(names), np.array(ids, dtype=np.int64))
+
+
+def write_labels(folder: Path, part: str, texts: Sequence[LabelledText]) -> None:
+    """Write the labels of a part next to its tokens."""
+    names = sorted({item.label for item in texts})
+    index = {name: id for id, name in enumerate(names)}
+    ids = [index[item.label] for item in texts]
+    document = {"names": names, "labels": ids, "sha256": _labels_hash(names, ids)}
+    atomic_write_text(folder / labels_file(part), json.dumps(document) + "\n")
+
+
+def _labels_hash(names: Any, ids: Any) -> str:
+    return hashlib.sha256(json.dumps([names, ids]).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class LabelledParts:
+    """The labelled texts of each part, in memory."""
+
+    texts: dict[str, list[LabelledText]]
+
+    @property
+    def fingerprint(self) -> str:
+        return digest(*(f"{part} {fingerprint(texts)}" for part, texts in self.texts.items()))
+
+    def encoded_fingerprint(self, tokenizer: Tokenizer) -> str:
+        """A hash of the content, the split and the tokenizer."""
+        return digest("labels", self.fingerprint, tokenizer.fingerprint, str(_CACHE_VERSION))
+
+    @property
+    def train_bytes(self) -> int:
+        return sum(len(item.text.encode("utf-8", "surrogatepass")) for item in self.texts["train"])
+
+    def pieces(self, part: str) -> Iterator[Piece]:
+        for item in self.texts[part]:
+            for number, text in enumerate(cut_into_pieces([item.text])):
+                yield Piece(text, number == 0)
+
+    def sizes(self, part: str) -> tuple[int, int]:
+        return len(self.texts[part]), sum(len(item.text) for item in self.texts[part])
+
+
+class LabelsFormat:
+    """Texts with one label each."""
+
+    def prepare(self, recipe: Recipe, reporter: Reporter, workers: int) -> PreparedLabels:
+        data = recipe.data
+        assert isinstance(data, LabelsSection)
+        parts = read_parts(data, reporter)
+        tokenizer = load_or_train_tokenizer(parts, with_control_tokens(recipe.tokenizer, recipe.model), reporter)
+        tokenizer.encoder.note = reporter.note
+        key = parts.encoded_fingerprint(tokenizer)
+        folder = cache_folder("tokens", key)
+        encode: EncodePieces = partial(encode_in_parallel, tokenizer, workers=workers)
+        for part, texts in reversed(parts.texts.items()):
+            write_labels(folder, part, texts)
+            open_or_encode(folder, part, parts, tokenizer, encode, reporter)
+        prepared = _open(folder, key, tokenizer, data)
+        _report_lengths(prepared, Framing.of(tokenizer, recipe.model, data.truncate), reporter)
+        return prepared
+
+    def open(self, recipe: Recipe, folder: Path, fingerprint: str, tokenizer_json: str) -> PreparedLabels:
+        assert isinstance(recipe.data, LabelsSection)
+        return _open(folder, fingerprint, Tokenizer.from_text(tokenizer_json), recipe.data)
+
+    def dataset(self, recipe: Recipe, prepared: PreparedLabels) -> LabelledDocuments:
+        data, objective = recipe.data, prepared.fill_in(recipe).objective
+        assert isinstance(data, LabelsSection)
+        assert isinstance(objective, ClassificationObjective)
+        framing = Framing.of(prepared.tokenizer, recipe.model, data.truncate)
+        return LabelledDocuments(prepared.train, objective.labels, framing, recipe.seed)
+
+
+def _open(folder: Path, key: str, tokenizer: Tokenizer, data: LabelsSection) -> PreparedLabels:
+    opened = partial(open_labelled, folder, vocab_size=tokenizer.vocab_size)
+    test = opened("test") if (folder / labels_file("test")).exists() else None
+    return PreparedLabels(tokenizer, folder, key, opened("train"), opened("heldout"), test, data.truncate)
+
+
+def read_parts(data: LabelsSection, reporter: Reporter) -> LabelledParts:
+    """Read and split the labelled texts, and report their sizes. Raises `InputError` if a part is empty."""
+    sections = {"heldout": data.heldout, "test": data.test}
+    shares = {part: section.share for part, section in sections.items() if isinstance(section, StratifiedShare)}
+    texts = _read(data, data.train, reporter)
+    _report_conflicts(texts, reporter)
+    chosen = stratified(texts, shares)
+    parts = {part: [texts[index] for index in indexes] for part, indexes in chosen.items()}
+    for part, section in sections.items():
+        if isinstance(section, LabelledSources):
+            parts[part] = _read(data, section.sources, reporter)
+    if data.train_share < 1:
+        parts["train"] = [parts["train"][index] for index in subset(parts["train"], data.train_share)]
+    ordered = {part: parts[part] for part in ("train", "heldout", "test") if part in parts}
+    for part, members in ordered.items():
+        if not members:
+            raise InputError(f"the split leaves no texts for {part}", where=f"data.{part}", hint="use more texts or another share")
+    _report_parts(ordered, reporter)
+    return LabelledParts(ordered)
+
+
+def _read(data: LabelsSection, sources: Sequence[str], reporter: Reporter) -> list[LabelledText]:
+    texts = list(read_labelled(sources, data.text, data.label, data.errors))
+    kept = [item for item in texts if item.text.strip()]
+    if not kept:
+        raise InputError("there are no labelled texts", where=describe(sources))
+    if len(kept) < len(texts):
+        reporter.warn(f"{describe(sources)}: skipped {_count(len(texts) - len(kept), 'empty text')}")
+    return kept
+
+
+def _report_conflicts(texts: Sequence[LabelledText], reporter: Reporter) -> None:
+    labels: dict[str, set[str]] = {}
+    for item in texts:
+        labels.setdefault(item.text, set()).add(item.label)
+    conflicts = sum(len(found) > 1 for found in labels.values())
+    if conflicts:
+        reporter.warn(f"{_count(conflicts, 'text')} occur with different labels, so no classifier can get all of them right")
+
+
+def _report_parts(parts: dict[str, list[LabelledText]], reporter: Reporter) -> None:
+    known = {item.label for item in parts["train"]}
+    sizes = ", ".join(f"{len(texts):,} {name}" for name, texts in zip(("for training", "held out", "for testing"), parts.values(), strict=False))
+    reporter.note(f"labelled texts: {sizes}; {_count(len(known), 'label')}")
+    trained = {item.text for item in parts["train"]}
+    for part, texts in list(parts.items())[1:]:
+        unseen = sorted({item.label for item in texts} - known)
+        if unseen:
+            count = sum(item.label in unseen for item in texts)
+            reporter.warn(
+                f"{_count(count, f'{part} text')} have labels that no training text has ({_listed(unseen)}); they count as mistakes"
+            )
+        if repeated := sum(item.text in trained for item in texts):
+            reporter.warn(f"{repeated:,} of {_count(len(texts), f'{part} text')} also occur in the training texts, so scores will be too good")
+        if missing := known - {item.label for item in texts}:
+            reporter.note(f"{_count(len(missing), 'label')} have no {part} text: {_listed(sorted(missing))}")
+
+
+def _report_lengths(prepared: PreparedLabels, framing: Framing, reporter: Reporter) -> None:
+    lengths = [end - start for start, end in prepared.train.shard.documents()]
+    longer = sum(length > framing.room for length in lengths)
+    if longer:
+        kept = "first" if framing.truncate == "head" else "first and last"
+        reporter.note(
+            f"{longer:,} of {_count(len(lengths), 'training text')} have more than {framing.room} tokens, the longest {max(lengths):,}; "
+            f"only their {kept} {framing.room} tokens are used (data.truncate: {framing.truncate}, model.context_length)"
+        )
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number:,} {name}{'' if number == 1 else 's'}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:_MAX_NAMED])
+    return shown if len(names) <= _MAX_NAMED else f"{shown} and {len(names) - _MAX_NAMED} more"
+
+
+class LabelledDocuments:
+    """Labelled texts as examples: each epoch visits every text once, in a pseudo-random order.
+
+    Examples have `tokens` (count, length), padded with negative ids, and `labels` (count, 1).
+    """
+
+    def __init__(self, texts: LabelledShard, labels: Sequence[str], framing: Framing, seed: int) -> None:
+        self._shard, self._framing, self._seed = texts.shard, framing, seed
+        self._spans = np.array(texts.shard.documents(), dtype=np.int64)
+        self._labels = texts.ids(labels)
+        self.examples_per_epoch = len(texts)
+        lengths = np.minimum(self._spans[:, 1] - self._spans[:, 0], framing.room) + 2
+        self.tokens_per_example = float(lengths.mean())
+
+    def examples(self, start: int, count: int) -> Examples:
+        """The texts at positions [start, start + count)."""
+        epochs, within = np.divmod(np.arange(start, start + count, dtype=np.int64), self.examples_per_epoch)
+        chosen = np.empty_like(within)
+        for epoch in np.unique(epochs):
+            selected = epochs == epoch
+            chosen[selected] = permute(within[selected], self.examples_per_epoch, epoch_key(self._seed, int(epoch)))
+        framed = [self._framing.frame(self._shard.tokens[first:last]) for first, last in self._spans[chosen]]
+        tokens, _ = replace(self._framing, pad=-1).rows(framed)
+        return {"tokens": tokens, "labels": self._labels[chosen][:, None]}

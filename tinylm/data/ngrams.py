@@ -1,0 +1,167 @@
+"""A small sample of the n-grams of a text, to measure how much of another text also occurs in it. Does not import torch.
+
+An n-gram is in the sample if its hash is small, so two texts that contain the same n-gram either both sample it or both skip it.
+The share of a text's sampled n-grams that the other text contains is therefore an unbiased estimate of the share of all its
+n-grams. This is the sketch of Broder (1997) with a threshold on the hash.
+
+Size: one 32-bit hash for one in `rate` distinct n-grams. The rate is 1 for texts of up to 65,536 tokens, rises to 4 (one byte per
+token), and keeps the sample near 4 million hashes (16 MiB) for any larger text. The probability that an n-gram is found although
+the text does not contain it is (number of hashes) / 2**32: at most about 0.1%.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors
+from safetensors.numpy import save_file
+
+from tinylm.data.shards import Shard
+from tinylm.errors import InputError
+from tinylm.paths import atomic_file
+
+MIN_LENGTH = 13
+"""Tokens of an n-gram. Brown et al. (2020), appendix C, use 13 words."""
+_MIN_BYTES = 40
+"""If tokens are shorter than words, as characters are, an n-gram has more tokens, so that it has at least about this many bytes."""
+_EXACT_TOKENS = 1 << 16
+_USUAL_RATE = 4
+_MAX_HASHES = 1 << 22
+_CHUNK = 1 << 15
+"""Positions that are hashed at once. The arrays of one chunk fit in the CPU's caches."""
+_MULTIPLIERS = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How much of a text also occurs in another one."""
+
+    share: float
+    """The share of its n-grams that also occur in the other text. A document shorter than an n-gram counts as a whole."""
+    length: int
+    """Tokens of an n-gram."""
+    sampled: int
+    """Number of n-grams of the text that were looked up."""
+
+
+@dataclass(frozen=True)
+class NgramSample:
+    """The sampled n-grams of a text."""
+
+    hashes: np.ndarray
+    """uint32, sorted, without duplicates."""
+    length: int
+    """Tokens of an n-gram."""
+    rate: int
+    """One in `rate` n-grams is in the sample."""
+
+    def overlap(self, shard: Shard) -> Overlap | None:
+        """How much of a text with the same tokenizer also occurs in this one. None if none of its n-grams is in the sample."""
+        hashes, weights = _sample(shard, self.length, self.rate)
+        total = int(weights.sum())
+        if not total:
+            return None
+        places = np.searchsorted(self.hashes, hashes)
+        found = np.zeros(len(hashes), dtype=bool)
+        inside = places < len(self.hashes)
+        found[inside] = self.hashes[places[inside]] == hashes[inside]
+        return Overlap(float(weights[found].sum() / total), self.length, len(hashes))
+
+
+def sample_ngrams(shard: Shard) -> NgramSample:
+    """Sample the n-grams of a text."""
+    counts = shard.counts
+    length = max(MIN_LENGTH, round(_MIN_BYTES * counts.tokens / max(counts.bytes, 1)))
+    rate = max(1, min(_USUAL_RATE, -(-counts.tokens // _EXACT_TOKENS)), -(-counts.tokens // _MAX_HASHES))
+    hashes = np.sort(_sample(shard, length, rate)[0])  # much faster than np.unique
+    first = np.append(True, hashes[1:] != hashes[:-1])[: len(hashes)]
+    return NgramSample(hashes[first], length, rate)
+
+
+def save_ngrams(sample: NgramSample, file: Path) -> None:
+    """Write a sample as a safetensors file, atomically."""
+    with atomic_file(file) as temporary:
+        save_file({"hashes": sample.hashes}, temporary, {"length": str(sample.length), "rate": str(sample.rate)})
+
+
+def open_ngrams(file: Path) -> NgramSample:
+    """Read a sample. Raises `InputError` if the file is missing or damaged."""
+    try:
+        with safetensors.safe_open(file, "np") as opened:
+            metadata, hashes = opened.metadata() or {}, opened.get_tensor("hashes")
+        length, rate = int(metadata["length"]), int(metadata["rate"])
+        if hashes.dtype != np.uint32 or hashes.ndim != 1 or not 1 <= length <= 1 << 16 or not 1 <= rate < 1 << 32:
+            raise ValueError("unexpected content")
+    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        raise InputError(f"the n-grams are missing or damaged: {error}", where=str(file)) from None
+    return NgramSample(hashes, length, rate)
+
+
+def _sample(shard: Shard, length: int, rate: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the hash of each sampled n-gram, uint32, and its weight in tokens.
+
+    The weight of an n-gram is 1, because one starts at almost every token. The weight of a document that is shorter than an n-gram
+    is its number of tokens.
+    """
+    tokens, end_of_text = shard.tokens, shard.end_of_text
+    numbers = _random_numbers(int(tokens.max(initial=0)) + 1)
+    limit = np.uint64((1 << 64) // rate - 1)
+    parts = []
+    for start in range(0, max(len(tokens) - length + 1, 0), _CHUNK):
+        chunk = np.asarray(tokens[start : start + _CHUNK + length - 1])
+        hashes = _hash_ngrams(numbers.take(chunk, mode="clip"), length)
+        sampled = hashes <= limit
+        ends = np.flatnonzero(chunk == end_of_text)
+        if len(ends):
+            sampled[_starts_across(ends, length, len(sampled))] = False
+        parts.append(_identifier(hashes.take(np.flatnonzero(sampled))))
+    long = np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint32)
+    short, weights = _hash_short_documents(shard, numbers, length)
+    kept = short <= limit
+    return (
+        np.concatenate((long, _identifier(short[kept]))),
+        np.concatenate((np.ones(len(long), dtype=np.int64), weights[kept])),
+    )
+
+
+def _random_numbers(count: int) -> np.ndarray:
+    """A random 64-bit number for every token, the same in every process: the basis of all hashes (tabulation hashing)."""
+    return np.random.default_rng(0).integers(0, 1 << 64, count, dtype=np.uint64)
+
+
+def _identifier(hashes: np.ndarray) -> np.ndarray:
+    """The 32 bits of each hash that are stored. They are neither the highest bits, which select the sample, nor the weak lowest."""
+    return (hashes >> np.uint64(16)).astype(np.uint32)
+
+
+def _hash_ngrams(values: np.ndarray, length: int) -> np.ndarray:
+    """Hash all n-grams of `length` tokens. The width of the hashed windows doubles until two of them cover an n-gram."""
+    width = 1
+    while width < length:
+        offset = min(width, length - width)
+        longer = values[:-offset] * np.uint64(_MULTIPLIERS[width.bit_length() % len(_MULTIPLIERS)])
+        longer += values[offset:]
+        values = longer
+        width += offset
+    return values
+
+
+def _starts_across(ends: np.ndarray, length: int, count: int) -> np.ndarray:
+    """The positions below `count` at which an n-gram would contain one of the end-of-text tokens at `ends`."""
+    starts = (ends[:, None] - np.arange(length)).ravel()
+    return starts[(starts >= 0) & (starts < count)]
+
+
+def _hash_short_documents(shard: Shard, numbers: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Hash each document with fewer than `length` tokens as a whole. Returns the hashes and the numbers of tokens."""
+    boundaries = np.flatnonzero(np.asarray(shard.tokens) == shard.end_of_text)
+    starts, sizes = boundaries[:-1] + 1, np.diff(boundaries) - 1
+    short = (sizes > 0) & (sizes < length)
+    starts, sizes = starts[short], sizes[short]
+    hashes = sizes.astype(np.uint64)
+    for offset in range(int(sizes.max(initial=0))):
+        longer = sizes > offset
+        hashes[longer] = hashes[longer] * np.uint64(_MULTIPLIERS[0]) + numbers[shard.tokens[starts[longer] + offset]]
+    return hashes, sizes

@@ -1,0 +1,194 @@
+"""Open the text of a recipe, scan it, and split it into the parts `train`, `heldout` and optionally `test`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+
+from tinylm.errors import InputError
+from tinylm.recipe.schema import DataSection, HeldoutShare, HeldoutSources, TestShare
+from tinylm.reporting import Reporter
+from tinylm.text import split
+from tinylm.text.sources import Corpus, Piece, describe, require_used_format
+from tinylm.text.split import Scan, Split
+
+_MAX_SKIPPED_NOTES = 3
+PART_NAMES = {"train": "training text", "heldout": "held-out text", "test": "test text"}
+
+
+@dataclass(frozen=True)
+class ScannedCorpus:
+    """A corpus that has been read once."""
+
+    corpus: Corpus
+    scan: Scan
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield the text. Raises `InputError` at the end if it is not the text that was scanned."""
+        return split.unchanged(self.corpus.pieces(), self.scan, describe(self.corpus.sources))
+
+
+@dataclass(frozen=True)
+class SplitText:
+    """A text that has been opened, scanned and split into the parts `train`, `heldout` and optionally `test`."""
+
+    source: ScannedCorpus
+    """The text of `data.train`, which contains every part that has no sources of its own."""
+    split: Split
+    others: Mapping[str, ScannedCorpus] = field(default_factory=dict)
+    """The parts with sources of their own."""
+
+    @property
+    def train_scan(self) -> Scan:
+        return self.source.scan
+
+    @property
+    def train_bytes(self) -> int:
+        """The size of the text of `data.train`."""
+        return self.train_scan.bytes
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of the parts."""
+        has_test = "test" in self.others or self.split.test_boundaries is not None
+        return split.PARTS if has_test else split.PARTS[:2]
+
+    def pieces(self, part: str) -> Iterator[Piece]:
+        """Yield the text of a part. Raises `InputError` if its source has changed since the scan."""
+        if part in self.others:
+            return self.others[part].pieces()
+        return self.split.select(self.source.pieces(), part)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the content of all parts and of the boundaries between them."""
+        boundaries = [self.split.boundaries] if self.split.test_boundaries is None else [*self.split.spans("heldout")]
+        hashes = [hashlib.sha256(array.astype("<i8").tobytes()).hexdigest() for array in boundaries]
+        others = [f"{part} {scanned.scan.fingerprint}" for part, scanned in sorted(self.others.items())]
+        return hashlib.sha256(json.dumps([self.train_scan.fingerprint, *hashes, *others]).encode()).hexdigest()[:32]
+
+    def sizes(self, part: str) -> tuple[int, int]:
+        """Return (documents, characters) of a part."""
+        if part in self.others:
+            scan = self.others[part].scan
+            return scan.documents, scan.characters
+        return int(self.split.contains(part).sum()), self.split.characters(part)
+
+    def hashes(self, part: str) -> np.ndarray:
+        """The hash of each document that is entirely in a part."""
+        if part in self.others:
+            return self.others[part].scan.hashes
+        starts, ends = self.split.spans(part)
+        return np.asarray(self.train_scan.hashes[ends - starts == self.split.lengths])
+
+
+def open_text(data: DataSection, reporter: Reporter, stack: ExitStack) -> SplitText:
+    """Open, scan and split a text, and report its sizes. Closing `stack` closes the text.
+
+    Raises `InputError` if the text is empty or cannot be split.
+    """
+    sections = {"heldout": data.heldout, "test": data.test}
+    sources = {part: section.sources for part, section in sections.items() if isinstance(section, HeldoutSources)}
+    open_corpus = partial(Corpus, field=data.field, template=data.template, errors=data.errors)
+    corpus = stack.enter_context(open_corpus(data.train, allow_unused_format=bool(sources)))
+    others = {part: stack.enter_context(open_corpus(names, allow_unused_format=True)) for part, names in sources.items()}
+    if others:
+        require_used_format([corpus, *others.values()])
+    scanned = ScannedCorpus(corpus, _scan(corpus, reporter))
+    text_split = _split(scanned, data)
+    text = SplitText(scanned, text_split, {part: ScannedCorpus(other, _scan(other, reporter)) for part, other in others.items()})
+    _report_sizes(text, data, reporter)
+    _report_problems(text, data, reporter)
+    return text
+
+
+def _split(text: ScannedCorpus, data: DataSection) -> Split:
+    """Split the text of `data.train`."""
+    by = data.heldout.by if isinstance(data.heldout, HeldoutShare) else "tail"
+    share = data.heldout.share if isinstance(data.heldout, HeldoutShare) else 0.0
+    test_share = data.test.share if isinstance(data.test, TestShare) else 0.0
+    scan = text.scan
+    if not share and not test_share:
+        return Split(scan.lengths, scan.lengths)
+    if by == "document":
+        return split.by_document(scan, share, test_share)
+    return split.move_cuts_to_lines(split.by_tail(scan, share, test_share), text.corpus.pieces())
+
+
+def _scan(corpus: Corpus, reporter: Reporter) -> Scan:
+    """Read a corpus once, and report which files were skipped."""
+    for path in corpus.skipped[:_MAX_SKIPPED_NOTES]:
+        reporter.note(f"skipped {path}: not text")
+    if len(corpus.skipped) > _MAX_SKIPPED_NOTES:
+        reporter.note(f"skipped {len(corpus.skipped) - _MAX_SKIPPED_NOTES} more files that are not text")
+    with reporter.progress("reading", None, "B") as advance:
+        scan = split.scan(corpus.pieces(), advance)
+    if not scan.characters:
+        raise InputError("the text is empty", where=describe(corpus.sources))
+    return scan
+
+
+def _report_sizes(text: SplitText, data: DataSection, reporter: Reporter) -> None:
+    """Report the sizes of all parts. Raises `InputError` if one is empty."""
+    for part in text.parts:
+        if not text.sizes(part)[1]:
+            hint = "use more text or a different share"
+            where = "data.test" if part == "test" else "data.heldout"
+            raise InputError(f"the split leaves no {PART_NAMES[part]}", where=where, hint=hint)
+    documents, characters = text.sizes("train")
+    message = f"text: {characters:,} characters in {_count_documents(documents)} for training"
+    for part, verb in (("heldout", "held out"), ("test", "for testing")):
+        if part in text.parts:
+            documents, characters = text.sizes(part)
+            message += f", {characters:,} in {_count_documents(documents)} {verb} ({_describe_part(data, part)})"
+    reporter.note(message)
+
+
+def _describe_part(data: DataSection, part: str) -> str:
+    section = data.heldout if part == "heldout" else data.test
+    if isinstance(section, HeldoutSources):
+        return describe(section.sources)
+    by = data.heldout.by if isinstance(data.heldout, HeldoutShare) else "tail"
+    assert section is not None
+    return f"{section.share:.0%} by {by}" if section.share >= 0.01 else f"{section.share:g} by {by}"
+
+
+def _report_problems(text: SplitText, data: DataSection, reporter: Reporter) -> None:
+    """Report what makes held-out results less reliable: cut documents, repeated documents, and parts of an unexpected size."""
+    if text.split.cuts_a_document:
+        reporter.note("the split cuts a document in two; the held-out text starts inside it")
+    for part in text.parts[1:]:
+        adjective = "held-out" if part == "heldout" else part
+        documents = text.sizes(part)[0]
+        repeated = split.repeated_documents(text.hashes("train"), text.hashes(part))
+        if repeated:
+            reporter.warn(
+                f"{repeated:,} of {documents:,} {adjective} documents also occur in the training text, "
+                f"so {adjective} scores will be too good"
+            )
+        if isinstance(data.heldout, HeldoutShare) and data.heldout.by == "document" and part not in text.others:
+            section = data.heldout if part == "heldout" else data.test
+            assert isinstance(section, HeldoutShare | TestShare)
+            _check_share(text, part, section.share, reporter)
+
+
+def _check_share(text: SplitText, part: str, share: float, reporter: Reporter) -> None:
+    """Warn if a split by document sets aside far less or far more of the text than requested."""
+    (documents, characters), scan = text.sizes(part), text.train_scan
+    actual = characters / scan.characters
+    if not 0.5 <= actual / share <= 2:
+        reporter.warn(
+            f"data.{part}: `by: document` sets aside {documents:,} of {_count_documents(scan.documents)} with {actual:.1%} of the "
+            f"text instead of {share:.1%}, because there are too few documents or their lengths differ too much "
+            "(use `by: tail` for the requested share)"
+        )
+
+
+def _count_documents(count: int) -> str:
+    return f"{count:,} document{'' if count == 1 else 's'}"

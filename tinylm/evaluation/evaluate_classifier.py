@@ -1,0 +1,197 @@
+"""Evaluate a classifier on its own held-out or test texts or on other labelled texts, beside simple baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tinylm import device as devices
+from tinylm.data.labels import UNSEEN, read_parts
+from tinylm.errors import InputError
+from tinylm.evaluation import classification
+from tinylm.evaluation.classification import ClassifierScores
+from tinylm.evaluation.classify_texts import TextClassifier, heldout_texts, require_classifier
+from tinylm.evaluation.intervals import bootstrap_ratio
+from tinylm.evaluation.label_baselines import majority_scores, tfidf_linear_scores
+from tinylm.recipe.labels import LabelsSection
+from tinylm.reporting import SILENT, Reporter
+from tinylm.run import Checkpoint, Run
+from tinylm.text.labelled import LabelledText, read_labelled
+from tinylm.text.sources import describe
+
+MAJORITY, TFIDF = "majority", "tfidf_linear"
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A text that got a wrong label."""
+
+    text: str
+    label: str
+    predicted: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The accuracy of a baseline on the same texts. `difference_ci95`: interval of the model's accuracy minus the baseline's."""
+
+    accuracy: float
+    accuracy_ci95: tuple[float, float]
+    difference_ci95: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class ClassifierEvaluation:
+    """The evaluation of a classifier."""
+
+    run: str
+    checkpoint: str
+    step: int
+    text: str
+    split: str | None
+    labels: tuple[str, ...]
+    scores: ClassifierScores
+    unseen: int
+    """Number of texts whose label the model does not have. They count as mistakes."""
+    calibration: float
+    """The temperature that calibrates the probabilities on these texts: above 1 if the model is too confident."""
+    mistakes: list[Mistake] = field(default_factory=list)
+    baselines: dict[str, Baseline] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the JSON document of `tinylm eval --json`. The rows of `confusion` are the right labels, in the order of `labels`."""
+        scores = self.scores
+        return {
+            "run": self.run,
+            "checkpoint": self.checkpoint,
+            "step": self.step,
+            "text": self.text,
+            "split": self.split,
+            "examples": scores.examples,
+            "accuracy": scores.accuracy,
+            "accuracy_ci95": list(scores.accuracy_ci95),
+            "macro_f1": scores.macro_f1,
+            "loss": scores.loss,
+            "unseen_labels": self.unseen,
+            "labels": list(self.labels),
+            "per_label": {label: vars(row) for label, row in zip(self.labels, scores.per_label, strict=True)},
+            "confusion": scores.confusion.tolist(),
+            "temperature": self.calibration,
+            "mistakes": [vars(mistake) for mistake in self.mistakes],
+            "baselines": {name: baseline.accuracy for name, baseline in self.baselines.items()},
+            "baselines_ci95": {name: list(baseline.accuracy_ci95) for name, baseline in self.baselines.items()},
+            "difference_ci95": {name: list(baseline.difference_ci95) for name, baseline in self.baselines.items()},
+        }
+
+
+def evaluate_classifier(
+    run: Run,
+    sources: Sequence[str] = (),
+    *,
+    split: str = "heldout",
+    baselines: bool = True,
+    mistakes: int = 10,
+    checkpoint: str | None = None,
+    device: str = "auto",
+    reporter: Reporter = SILENT,
+) -> ClassifierEvaluation:
+    """Classify labelled texts: `sources`, or the run's own texts if there are none. `mistakes`: how many to list, most confident first.
+
+    With `baselines`, they are trained on the run's training texts. If these have changed or scikit-learn is missing, a warning
+    tells which baselines are left out. Raises `InputError` if the run is not a classifier, or if a source cannot be read.
+    """
+    labels = require_classifier(run).labels
+    chosen = run.checkpoint(checkpoint)
+    classifier = TextClassifier(run, chosen, devices.resolve(device))
+    if sources:
+        items = _read(run, sources)
+        documents = [np.array(run.tokenizer.encode(item.text), dtype=np.int64) for item in items]
+        index = {label: id for id, label in enumerate(labels)}
+        targets = np.array([index.get(item.label, UNSEEN) for item in items])
+        names = [item.label for item in items]
+    else:
+        shard = heldout_texts(run, split)
+        documents, targets, items = shard.documents(), shard.ids(labels), []
+        names = [shard.names[id] for id in shard.labels]
+    with reporter.progress("classifying", None, "tokens") as advance:
+        logits = classification.predict(classifier.network, documents, classifier.framing, on_progress=advance)
+    scores = classification.score(logits, targets)
+    return ClassifierEvaluation(
+        run=str(run.path),
+        checkpoint=chosen.name,
+        step=chosen.step,
+        text=describe(sources) if sources else f"its own {'test' if split == 'test' else 'held-out'} texts",
+        split=None if sources else split,
+        labels=labels,
+        scores=scores,
+        unseen=int((targets == UNSEEN).sum()),
+        calibration=classification.fit_temperature(logits, targets) if (targets >= 0).any() else float("nan"),
+        mistakes=_mistakes(run, documents, names, labels, logits, mistakes),
+        baselines=_baselines(run, chosen, items, split, logits, targets, reporter) if baselines else {},
+    )
+
+
+def _read(run: Run, sources: Sequence[str]) -> list[LabelledText]:
+    data = run.recipe.data
+    section = data if isinstance(data, LabelsSection) else LabelsSection.model_validate({"train": list(sources)})
+    items = [item for item in read_labelled(sources, section.text, section.label, section.errors) if item.text.strip()]
+    if not items:
+        raise InputError("there are no labelled texts", where=describe(sources))
+    return items
+
+
+def _mistakes(
+    run: Run, documents: Sequence[np.ndarray], names: Sequence[str], labels: Sequence[str], logits: np.ndarray, count: int
+) -> list[Mistake]:
+    """The wrong predictions with the highest probability."""
+    probabilities = np.exp(classification.log_softmax(logits))
+    predicted = probabilities.argmax(axis=1)
+    confidence = probabilities.max(axis=1)
+    wrong = [index for index in np.argsort(-confidence, kind="stable") if labels[predicted[index]] != names[index]]
+    return [
+        Mistake(run.tokenizer.decode(documents[i].tolist()), names[i], labels[predicted[i]], float(confidence[i])) for i in wrong[:count]
+    ]
+
+
+def _baselines(
+    run: Run,
+    checkpoint: Checkpoint,
+    items: Sequence[LabelledText],
+    split: str,
+    logits: np.ndarray,
+    targets: np.ndarray,
+    reporter: Reporter,
+) -> dict[str, Baseline]:
+    """The baselines on the evaluated texts. `items` is empty for the run's own texts."""
+    objective = require_classifier(run)
+    credits = classification.credits(logits, targets)
+    scores = {}
+    if objective.label_counts:
+        scores[MAJORITY] = majority_scores(objective.label_counts, len(targets))
+    try:
+        parts = _parts(run, checkpoint)
+        texts = [item.text for item in (items or parts[split])]
+        scores[TFIDF] = tfidf_linear_scores(parts["train"], texts, objective.labels)
+    except InputError as error:
+        reporter.warn(f"no {TFIDF} baseline: {error}")
+    return {name: _baseline(values, credits, targets) for name, values in scores.items()}
+
+
+def _parts(run: Run, checkpoint: Checkpoint) -> dict[str, list[LabelledText]]:
+    """The labelled texts of all parts of a run. Raises `InputError` if they are missing or have changed since it was trained."""
+    data = run.recipe.data
+    if not isinstance(data, LabelsSection):
+        raise InputError("the training texts of an imported model are not available", where=str(run.path))
+    parts = read_parts(data, SILENT)
+    if parts.encoded_fingerprint(run.tokenizer) != checkpoint.state["fingerprints"]["data"]:
+        raise InputError("the training texts have changed since the run was trained", where=str(run.path / "recipe.yaml"))
+    return parts.texts
+
+
+def _baseline(values: np.ndarray, model_credits: np.ndarray, targets: np.ndarray) -> Baseline:
+    scores, credits = classification.score(values, targets), classification.credits(values, targets)
+    return Baseline(scores.accuracy, scores.accuracy_ci95, bootstrap_ratio(model_credits - credits, np.ones(len(credits))))

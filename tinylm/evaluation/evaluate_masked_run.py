@@ -1,0 +1,100 @@
+"""Evaluate a run of a masked language model on its own held-out or test text, or on other texts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tinylm import device as devices
+from tinylm.data.split_text import PART_NAMES
+from tinylm.evaluation import masked
+from tinylm.evaluation.evaluate_run import TextFormat, open_shard
+from tinylm.evaluation.filling import require_masked_model
+from tinylm.evaluation.masked import MaskedScores
+from tinylm.reporting import SILENT, Reporter
+from tinylm.run import Run
+from tinylm.text.sources import describe
+
+
+@dataclass(frozen=True)
+class MaskedEvaluation:
+    """The evaluation of a masked language model. `pseudo` has the scores with each token masked in turn, if they were requested."""
+
+    run: str
+    checkpoint: str
+    step: int
+    text: str
+    split: str | None
+    scores: MaskedScores
+    pseudo: MaskedScores | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the JSON document of `tinylm eval --json`."""
+        scores = self.scores
+        perplexity, interval = (None, None) if self.pseudo is None else masked.pseudo_perplexity(self.pseudo)
+        return {
+            "run": self.run,
+            "checkpoint": self.checkpoint,
+            "step": self.step,
+            "text": self.text,
+            "split": self.split,
+            "documents": scores.documents,
+            "tokens": scores.tokens,
+            "bytes": scores.bytes,
+            "rate": masked.RATE,
+            "masked_tokens": scores.masked,
+            "masked_accuracy": scores.accuracy,
+            "masked_accuracy_ci95": list(scores.accuracy_ci95),
+            "masked_loss": scores.loss,
+            "masked_loss_ci95": list(scores.loss_ci95),
+            "pseudo_perplexity": perplexity,
+            "pseudo_perplexity_ci95": None if interval is None else list(interval),
+        }
+
+
+def evaluate_masked_run(
+    run: Run,
+    sources: Sequence[str] = (),
+    *,
+    split: str = "heldout",
+    pseudo: bool = False,
+    max_tokens: int | None = None,
+    text_format: TextFormat = TextFormat(),
+    checkpoint: str | None = None,
+    device: str = "auto",
+    reporter: Reporter = SILENT,
+) -> MaskedEvaluation:
+    """Score `sources`, or the run's own text if there are none. `pseudo` also computes the pseudo-perplexity.
+
+    `max_tokens` limits the text to its first tokens. Raises `InputError` if a source or the checkpoint cannot be read.
+    """
+    chosen = run.checkpoint(checkpoint)
+    with open_shard(run, sources, split, text_format, reporter) as shard:
+        network = run.network(chosen, devices.resolve(device))
+        require_masked_model(network)
+
+        def scores(pseudo: bool) -> MaskedScores:
+            with reporter.progress("pseudo-perplexity" if pseudo else "evaluating", None, "tokens") as advance:
+                return masked.evaluate(
+                    network, shard, run.tokenizer, max_tokens=max_tokens, pseudo=pseudo, on_progress=advance
+                )
+
+        result = MaskedEvaluation(
+            run=str(run.path),
+            checkpoint=chosen.name,
+            step=chosen.step,
+            text=describe(sources) if sources else f"its own {PART_NAMES[split]}",
+            split=None if sources else split,
+            scores=scores(False),
+            pseudo=scores(True) if pseudo else None,
+        )
+        del shard  # Windows cannot remove a file while it is mapped
+    return result
+
+
+def interval_text(bounds: tuple[float, float], spec: str) -> str:
+    """A 95 % interval for people."""
+    low, high = bounds
+    return "too short for an interval" if math.isnan(low) else f"95 % interval {low:{spec}} to {high:{spec}}"

@@ -1,0 +1,92 @@
+"""Fill masks: the most likely tokens for each [MASK] of a text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from tinylm.data.framing import Framing
+from tinylm.errors import InputError
+from tinylm.evaluation.masked import evaluation_mode
+from tinylm.evaluation.scoring import top_logprobs
+from tinylm.model.base import Model
+from tinylm.recipe.encoder import MASK
+from tinylm.tokenizer import Tokenizer
+from tinylm.tokenizer.control_tokens import ControlTokens, encode_with_masks
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A token that could replace a mask. Its text includes the space before it, if it has one."""
+
+    id: int
+    token: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class FilledMask:
+    """The most likely tokens for one mask, most likely first. `position`: its index among the tokens of the text."""
+
+    position: int
+    candidates: list[Candidate]
+
+
+@dataclass(frozen=True)
+class FilledText:
+    """A text with masks and the candidates for each. `filled` is the text with the most likely token for each mask."""
+
+    text: str
+    filled: str
+    masks: list[FilledMask]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the JSON document of `tinylm fill --json`."""
+        masks = [{"position": mask.position, "candidates": [vars(candidate) for candidate in mask.candidates]} for mask in self.masks]
+        return {"text": self.text, "filled": self.filled, "masks": masks}
+
+
+def require_masked_model(network: Model) -> None:
+    """Raise `InputError` unless a network predicts masked tokens."""
+    if network.is_causal or network.objective is not None:
+        kind = network.architecture if network.is_causal else f"objective {network.objective.name if network.objective else ''}"
+        raise InputError(
+            f"this model ({kind}) does not predict masked tokens", where="--run", hint="choose a run trained with objective masked_lm"
+        )
+
+
+@torch.no_grad()
+def fill(network: Model, tokenizer: Tokenizer, text: str, top: int = 5) -> FilledText:
+    """Predict each [MASK] of a text, all in one forward pass.
+
+    Raises `InputError` if the text has no mask or does not fit into the context, or if the network does not predict masked tokens.
+    """
+    require_masked_model(network)
+    framing, mask = Framing.of(tokenizer, network.model), ControlTokens.of(tokenizer).mask
+    ids = np.array(encode_with_masks(tokenizer, text), dtype=np.int64)
+    positions = np.flatnonzero(ids == mask)
+    if not len(positions):
+        raise InputError(f"the text has no {MASK}", where=repr(text[:40]), hint=f"write {MASK} for each token to predict")
+    if len(ids) > framing.room:
+        raise InputError(
+            f"the text has {len(ids)} tokens, and only {framing.room} fit into the context", where=repr(text[:40]), hint="shorten it"
+        )
+    tokens = torch.from_numpy(framing.frame(ids))[None].to(network.device)
+    with evaluation_mode(network):
+        hidden = network.hidden(tokens)[0, torch.from_numpy(positions + 1).to(network.device)]
+        top_ids, logprobs = top_logprobs(network.logits(hidden), top)
+    masks = [
+        FilledMask(int(position), [Candidate(id, token_text(tokenizer, id), p) for id, p in zip(row, probabilities, strict=True)])
+        for position, row, probabilities in zip(positions, top_ids.tolist(), logprobs.exp().tolist(), strict=True)
+    ]
+    ids[positions] = [mask.candidates[0].id for mask in masks]
+    return FilledText(text, tokenizer.decode(ids.tolist()), masks)
+
+
+def token_text(tokenizer: Tokenizer, id: int) -> str:
+    """The text of a token, or the name of a token that has no text."""
+    text = tokenizer.token_bytes[id].decode("utf-8", "replace")
+    return text or str(tokenizer.backend.id_to_token(id))

@@ -1,0 +1,34 @@
+"""95% confidence intervals of ratios of sums and of proportions."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+_RESAMPLES = 1000
+_MIN_PIECES = 5
+_Z95 = 1.959964
+
+
+def bootstrap_ratio(numerators: np.ndarray, denominators: np.ndarray) -> tuple[float, float]:
+    """The bootstrap interval of sum(numerators) / sum(denominators) when the pieces are resampled. NaN for fewer than 5 pieces."""
+    if len(numerators) < _MIN_PIECES:
+        return math.nan, math.nan
+    generator = np.random.default_rng(0)
+    estimates = np.empty(_RESAMPLES)
+    for index in range(_RESAMPLES):
+        chosen = generator.integers(0, len(numerators), len(numerators))
+        estimates[index] = numerators[chosen].sum() / max(float(denominators[chosen].sum()), 1.0)
+    low, high = np.quantile(estimates, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def wilson(successes: float, trials: int) -> tuple[float, float]:
+    """Wilson's interval of a proportion (Wilson 1927)."""
+    if not trials:
+        return math.nan, math.nan
+    share, z = successes / trials, _Z95
+    center = (share + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials)) / (1 + z * z / trials)
+    return max(0.0, center - half), min(1.0, center + half)

@@ -1,0 +1,213 @@
+"""Evaluate a masked language model on a text: loss and accuracy at masked tokens, and pseudo-perplexity.
+
+Documents are evaluated independently, in rows of at most one context. The same 15% of the ordinary tokens are replaced by [MASK]
+every time. For the pseudo-perplexity (Salazar et al. 2020), each token is masked in turn.
+
+Legend: `B` rows in a batch, `T` tokens of a row, `N` masked tokens, `C` width, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tinylm.cost.memory import EVALUATION_BATCH_LOGITS, EVALUATION_BATCH_TOKENS
+from tinylm.data.batch import IGNORE_INDEX
+from tinylm.data.framing import Framing, batches_by_length
+from tinylm.data.masking import Masking
+from tinylm.data.shards import Shard
+from tinylm.errors import InputError
+from tinylm.evaluation.intervals import bootstrap_ratio
+from tinylm.evaluation.metrics import MASKED_ACCURACY, MASKED_LOSS, Metrics, perplexity_of
+from tinylm.evaluation.scoring import token_losses
+from tinylm.model.base import Model
+from tinylm.processes import SINGLE_PROCESS, Processes
+from tinylm.recipe.encoder import Replacement
+from tinylm.tokenizer import Tokenizer
+
+RATE = 0.15
+"""The share of tokens that an evaluation masks."""
+SEED = 15
+"""The seed of the masks, which is the same for all runs."""
+_ALWAYS_MASK = Replacement(mask=1.0, random=0.0, keep=0.0)
+
+
+@dataclass(frozen=True)
+class MaskedScores:
+    """Sums over all masked tokens, and 95% bootstrap intervals over documents or, if there are few, over rows."""
+
+    documents: int
+    tokens: int
+    """Number of tokens of the text."""
+    bytes: int
+    masked: int
+    """Number of masked tokens."""
+    nats: float
+    correct: int
+    loss_ci95: tuple[float, float]
+    accuracy_ci95: tuple[float, float]
+
+    @property
+    def loss(self) -> float:
+        """Nats per masked token."""
+        return self.nats / self.masked
+
+    @property
+    def accuracy(self) -> float:
+        """The share of masked tokens whose most likely prediction is correct."""
+        return self.correct / self.masked
+
+    @property
+    def metrics(self) -> Metrics:
+        """The metrics that are logged during training."""
+        return Metrics(MASKED_LOSS.name, {MASKED_LOSS.name: self.loss, MASKED_ACCURACY.name: self.accuracy})
+
+
+@dataclass(frozen=True)
+class Row:
+    """The tokens [start, end) of a shard, which belong to one document."""
+
+    start: int
+    end: int
+    document: int
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One row of a batch: framed ids with masks, and the targets, each (T,)."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    row: int
+
+
+@torch.no_grad()
+def evaluate(
+    network: Model,
+    shard: Shard,
+    tokenizer: Tokenizer,
+    *,
+    max_tokens: int | None = None,
+    pseudo: bool = False,
+    processes: Processes = SINGLE_PROCESS,
+    on_progress: Callable[[int], None] = lambda tokens: None,
+) -> MaskedScores:
+    """Score a text in evaluation mode; the network's training mode is restored afterwards.
+
+    `max_tokens` limits the text to its first tokens. With `pseudo`, every ordinary token is masked in turn instead of 15% together,
+    so that the perplexity of the result is the pseudo-perplexity. With several `processes`, each rank scores its share of the
+    batches, and all return the same result. `on_progress` receives the number of tokens read so far; it is called equally often on
+    every rank. Raises `InputError` if no token can be masked.
+    """
+    framing = Framing.of(tokenizer, network.model)
+    rows = list(split_rows(shard, framing.room, max_tokens))
+    masking = Masking.of(tokenizer, _ALWAYS_MASK)
+    items = list(_masked_in_turn(shard, rows, framing, masking) if pseudo else _masked_together(shard, rows, framing, masking))
+    if not items:
+        raise InputError("the text has no tokens that can be masked", hint="use a longer text")
+    limit = min(EVALUATION_BATCH_TOKENS, max(1, int(EVALUATION_BATCH_LOGITS / tokenizer.vocab_size / RATE)))
+    batches = batches_by_length([len(item.inputs) for item in items], limit)
+    nats, correct, masked = np.zeros(len(rows)), np.zeros(len(rows)), np.zeros(len(rows))
+    read = 0
+    with evaluation_mode(network):
+        for first in range(0, len(batches), processes.world_size):
+            # A sharded model needs all ranks in every forward pass, so ranks without their own batch repeat the last one.
+            own = min(first + processes.rank, len(batches) - 1)
+            batch = [items[index] for index in batches[own]]
+            losses, hits, owners = _score(network, framing, batch)
+            if own == first + processes.rank:
+                np.add.at(nats, owners, losses)
+                np.add.at(correct, owners, hits)
+                np.add.at(masked, owners, 1)
+            read += sum(len(items[index].inputs) for peer in batches[first : first + processes.world_size] for index in peer)
+            on_progress(read)
+    sums = np.stack((processes.sum(nats), processes.sum(correct), processes.sum(masked)))
+    return _result(shard, tokenizer, rows, sums)
+
+
+def split_rows(shard: Shard, room: int, max_tokens: int | None = None) -> Iterator[Row]:
+    """Split each document of a shard into rows of at most `room` tokens. Stops after `max_tokens` tokens."""
+    remaining = max_tokens if max_tokens is not None else len(shard)
+    for document, (start, end) in enumerate(shard.documents()):
+        for begin in range(start, end, room):
+            if remaining <= 0:
+                return
+            row = Row(begin, min(begin + room, end, begin + remaining), document)
+            remaining -= row.end - row.start
+            yield row
+
+
+def _masked_together(shard: Shard, rows: Sequence[Row], framing: Framing, masking: Masking) -> Iterator[_Item]:
+    """Mask 15% of the tokens of each row. Yields the rows with at least one masked token."""
+    for index, row in enumerate(rows):
+        framed = framing.frame(shard.tokens[row.start : row.end])
+        inputs, targets = masking.apply(framed[None], np.array([RATE]), SEED, np.array([index]))
+        if (targets >= 0).any():
+            yield _Item(inputs[0], targets[0], index)
+
+
+def _masked_in_turn(shard: Shard, rows: Sequence[Row], framing: Framing, masking: Masking) -> Iterator[_Item]:
+    """Yield one item for each ordinary token of each row, in which only this token is masked."""
+    for index, row in enumerate(rows):
+        framed = framing.frame(shard.tokens[row.start : row.end])
+        for position in np.flatnonzero(masking.ordinary[framed]):
+            inputs, targets = framed.copy(), np.full(len(framed), IGNORE_INDEX, dtype=np.int64)
+            inputs[position], targets[position] = masking.mask, framed[position]
+            yield _Item(inputs, targets, index)
+
+
+def _score(network: Model, framing: Framing, batch: Sequence[_Item]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The loss of each masked token, whether the most likely token is correct, and the index of its row, each (N,)."""
+    tokens, segments = framing.rows([item.inputs for item in batch])
+    targets, _ = framing.rows([item.targets for item in batch])
+    targets = np.where(segments < 0, IGNORE_INDEX, targets)
+    rows, columns = np.nonzero(targets >= 0)
+    device = network.device
+    hidden = network.hidden(torch.from_numpy(tokens).to(device), segments=torch.from_numpy(segments).to(device))  # (B, T, C)
+    logits = network.logits(hidden[torch.from_numpy(rows).to(device), torch.from_numpy(columns).to(device)])  # (N, V)
+    ids = torch.from_numpy(targets[rows, columns]).to(device)  # (N,)
+    losses = token_losses(logits, ids).cpu().double().numpy()
+    hits = (logits.argmax(dim=-1) == ids).cpu().numpy()
+    return losses, hits, np.array([item.row for item in batch])[rows]
+
+
+def _result(shard: Shard, tokenizer: Tokenizer, rows: Sequence[Row], sums: np.ndarray) -> MaskedScores:
+    """Add up `sums`: nats, correct predictions and masked tokens of each row, (3, rows)."""
+    documents = np.array([row.document for row in rows])
+    count = int(documents.max()) + 1
+    pieces = sums
+    if count >= 50:
+        pieces = np.stack([np.bincount(documents, weights=values, minlength=count) for values in sums])
+    lengths = tokenizer.token_byte_lengths
+    return MaskedScores(
+        documents=count,
+        tokens=sum(row.end - row.start for row in rows),
+        bytes=int(sum(lengths[shard.tokens[row.start : row.end]].sum() for row in rows)),
+        masked=int(sums[2].sum()),
+        nats=float(sums[0].sum()),
+        correct=int(sums[1].sum()),
+        loss_ci95=bootstrap_ratio(pieces[0], pieces[2]),
+        accuracy_ci95=bootstrap_ratio(pieces[1], pieces[2]),
+    )
+
+
+def pseudo_perplexity(scores: MaskedScores) -> tuple[float, tuple[float, float]]:
+    """The pseudo-perplexity and its interval, from scores with `pseudo`."""
+    low, high = scores.loss_ci95
+    return perplexity_of(scores.loss), (math.nan if math.isnan(low) else perplexity_of(low), perplexity_of(high))
+
+
+@contextmanager
+def evaluation_mode(network: Model) -> Iterator[None]:
+    """Put the network in evaluation mode inside the `with` statement."""
+    was_training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(was_training)

@@ -1,0 +1,61 @@
+"""Recognize files and folders of other programs by their first bytes and names, for error messages that say what they are."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+FASTTEXT_MAGIC = 793712314
+"""The first 4 bytes of a fastText .bin model, as a little-endian integer."""
+
+
+@dataclass(frozen=True)
+class FileKind:
+    """What a file is, and what to do to use it with tinylm."""
+
+    name: str
+    hint: str
+
+
+_ADAPTER = FileKind(
+    "a PEFT adapter, which is not a whole model",
+    "merge it first: `PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(FOLDER)`",
+)
+_GGUF = FileKind("a GGUF file", "import the Hugging Face folder that it was made from")
+_FASTTEXT = FileKind(
+    "a fastText model, which contains more than vectors",
+    "use the .vec file beside it, or write one with fastText's `print-word-vectors`",
+)
+_GENSIM = FileKind(
+    "a pickle of gensim", "convert it in Python: `KeyedVectors.load(FILE).save_word2vec_format('vectors.bin', binary=True)`"
+)
+_PICKLE = FileKind("a pickle, which could execute code", "save it in another format, such as safetensors")
+_TIKTOKEN = FileKind("a file of tiktoken ranks", "convert it to a tokenizer.json with transformers' TikTokenConverter")
+_SENTENCEPIECE = FileKind(
+    "a sentencepiece model",
+    "convert it to a tokenizer.json: `AutoTokenizer.from_pretrained(FOLDER).save_pretrained(OTHER)` in transformers",
+)
+
+
+def identify(path: Path) -> FileKind | None:
+    """Return the kind of a file or folder of another program, or None if it is not one that is recognized."""
+    if path.is_dir():
+        return _ADAPTER if (path / "adapter_config.json").exists() and not (path / "config.json").exists() else None
+    if not path.is_file():
+        return None
+    with open(path, "rb") as opened:
+        start = opened.read(4096)
+    if start.startswith(b"GGUF"):
+        return _GGUF
+    if len(start) >= 4 and struct.unpack("<i", start[:4])[0] == FASTTEXT_MAGIC:
+        return _FASTTEXT
+    if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return _GENSIM if b"gensim" in start or path.suffix == ".kv" else _PICKLE
+    if path.name.startswith("adapter_model."):
+        return _ADAPTER
+    if path.suffix == ".tiktoken":
+        return _TIKTOKEN
+    if path.suffix == ".model":
+        return _SENTENCEPIECE
+    return None

@@ -1,0 +1,62 @@
+"""Find stop texts in a stream of text, in time proportional to its length (Aho and Corasick 1975)."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+
+class StopMatcher:
+    """An automaton whose state is the longest suffix of the text so far that a stop text begins with. State 0: the empty suffix."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._next: list[dict[str, int]] = [{}]
+        self._depth = [0]
+        self._match = [0]  # the length of the longest stop text that ends in a state
+        for stop in stops:
+            state = 0
+            for character in stop:
+                if character not in self._next[state]:
+                    self._next[state][character] = len(self._next)
+                    self._next.append({})
+                    self._depth.append(self._depth[state] + 1)
+                    self._match.append(0)
+                state = self._next[state][character]
+            self._match[state] = len(stop)
+        self._fallback = self._fallbacks()
+        self._state, self._length = 0, 0
+
+    def _fallbacks(self) -> list[int]:
+        """For each state, the state of its longest proper suffix that a stop text begins with."""
+        fallback = [0] * len(self._next)
+        queue = deque(self._next[0].values())
+        while queue:
+            state = queue.popleft()
+            self._match[state] = max(self._match[state], self._match[fallback[state]])
+            for character, child in self._next[state].items():
+                fallback[child] = self._after(fallback[state], character, fallback)
+                queue.append(child)
+        return fallback
+
+    def _after(self, state: int, character: str, fallback: Sequence[int]) -> int:
+        while state and character not in self._next[state]:
+            state = fallback[state]
+        return self._next[state].get(character, 0)
+
+    def push(self, text: str) -> int | None:
+        """Append a piece of text. Return the start of the first stop text that ends in it, counted from the first piece.
+
+        If several end in it, return the smallest start; None if none does.
+        """
+        starts = []
+        for character in text:
+            self._state = self._after(self._state, character, self._fallback)
+            self._length += 1
+            if match := self._match[self._state]:
+                starts.append(self._length - match)
+        return min(starts, default=None)
+
+    @property
+    def partial_length(self) -> int:
+        """The length of the longest suffix of the text that a stop text begins with."""
+        return self._depth[self._state]

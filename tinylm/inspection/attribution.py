@@ -1,0 +1,62 @@
+"""Direct logit attribution: how much every embedding, head, feed-forward layer and bias adds to a logit.
+
+The logit of a token is the dot product of its output vector (a column of the unembedding) with the final hidden state, and the
+hidden state is a sum of components (`tinylm.model.decomposition`). So the logit is a sum, too. The scale of the final norm is
+frozen at its value in the forward pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tinylm.model.base import Model
+from tinylm.model.decomposition import decompose, hook_names
+from tinylm.model.hooks import ActivationCache
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Contributions to a logit, or to the difference between two logits."""
+
+    components: list[str]
+    """Names in the order of the forward pass, see `tinylm.model.decomposition.decompose`."""
+    contributions: Tensor
+    """(component, batch, position)."""
+    logits: Tensor
+    """(batch, position): the logit or difference that the model computed, before `logit_softcap` if the model has one."""
+
+    @property
+    def sums(self) -> Tensor:
+        """(batch, position): the sums of all contributions."""
+        return self.contributions.sum(0)
+
+    @property
+    def remainder(self) -> float:
+        """The largest difference between a logit and the sum of its contributions. Only rounding makes it non-zero."""
+        return float((self.logits - self.sums).abs().max())
+
+
+@torch.no_grad()
+def attribution(
+    network: Model, tokens: Tensor, targets: Tensor, against: Tensor | None = None, cache: ActivationCache | None = None
+) -> Attribution:
+    """Attribute the logits of `targets` to components. All arguments are ids (batch, position).
+
+    A position is where the prediction is made: its target is usually the next token. With `against`, the difference between the
+    logits of `targets` and `against` is attributed. `cache` saves the forward pass if it has all activations of the same tokens.
+    Raises `InputError` if the architecture cannot be split into components.
+    """
+    if cache is None:
+        _, cache = network.run_with_cache(tokens, hook_names(network))
+    parts = decompose(network, cache)
+    weight = network.output_embedding().weight
+    direction = weight[targets] if against is None else weight[targets] - weight[against]  # (B, T, C)
+    hidden = cache["final_norm"] if "final_norm" in cache else network.hidden(tokens)
+    return Attribution(
+        components=parts.names,
+        contributions=torch.einsum("nbtc,btc->nbt", parts.vectors, direction),
+        logits=(hidden * direction).sum(-1),
+    )

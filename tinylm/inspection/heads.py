@@ -1,0 +1,114 @@
+"""What attention heads do: scores for previous-token, duplicate-token and induction heads (Olsson et al. 2022), and entropy.
+
+The scores are measured on random tokens that are repeated once, so nothing but the repetition can be used to predict them.
+
+Legend: `B` batch, `T` time, `L` length of the repeated part, `H` heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tinylm.errors import InputError
+from tinylm.model.base import Model
+
+PERIOD = 50
+"""Length of the repeated part, where the context allows it."""
+ROWS = 4
+CHARACTERISTIC = 0.3
+"""A head is named after its largest score from here on. Attention spread evenly over 100 tokens scores below 0.1."""
+KINDS = ("previous_token", "duplicate_token", "induction")
+
+
+@dataclass(frozen=True)
+class HeadScores:
+    """Scores of all heads between 0 and 1, each (layer, head)."""
+
+    previous_token: Tensor
+    """Mean attention to the token directly before: mean of `pattern[i, i - 1]`."""
+    duplicate_token: Tensor
+    """Mean attention to all earlier occurrences of the same token, over the queries that have any."""
+    induction: Tensor
+    """Mean attention to the token that followed the earlier occurrence: mean of `pattern.diagonal(offset=1 - L)`."""
+    entropy: Tensor
+    """Mean entropy of the attention weights, in bits. 0 means that every token looks at a single token."""
+
+    def of(self, kind: str) -> Tensor:
+        """The scores of one of `KINDS`."""
+        scores: Tensor = getattr(self, kind)
+        return scores
+
+    def kind(self, layer: int, head: int) -> str | None:
+        """The one of `KINDS` with the largest score, or None if no score reaches `CHARACTERISTIC`."""
+        best = max(KINDS, key=lambda kind: float(self.of(kind)[layer, head]))
+        return best if float(self.of(best)[layer, head]) >= CHARACTERISTIC else None
+
+    def strongest(self) -> list[tuple[int, int]]:
+        """All heads as (layer, head), by their largest score."""
+        largest = torch.stack([self.of(kind) for kind in KINDS]).amax(0)
+        order = largest.flatten().argsort(descending=True, stable=True).tolist()
+        return [divmod(index, largest.shape[1]) for index in order]
+
+
+def repeated_tokens(network: Model, *, rows: int = ROWS, seed: int = 0) -> Tensor:
+    """Random ids of the vocabulary, repeated once: (rows, 2 L). L is `PERIOD`, or half of a shorter context.
+
+    Raises `InputError` if the context has less than 4 tokens.
+    """
+    period = min(PERIOD, network.model.context_length // 2)
+    if period < 2:
+        raise InputError(f"a context of {network.model.context_length} tokens is too short for a repetition")
+    generator = torch.Generator().manual_seed(seed)
+    half = torch.randint(network.vocab_size, (rows, period), generator=generator)
+    return torch.cat((half, half), dim=1).to(network.device)
+
+
+@torch.no_grad()
+def head_scores(network: Model, tokens: Tensor | None = None) -> HeadScores:
+    """Score every head on repeated tokens (batch, 2 L), by default those of `repeated_tokens`.
+
+    Raises `InputError` if the model has no attention, or `tokens` do not repeat.
+    """
+    if tokens is None:
+        tokens = repeated_tokens(network)
+    period = tokens.shape[1] // 2
+    if tokens.shape[1] != 2 * period or not torch.equal(tokens[:, :period], tokens[:, period:]):
+        raise InputError("the tokens must be two copies of the same sequence")
+    names = pattern_names(network)
+    _, cache = network.run_with_cache(tokens, names)
+    patterns = [cache[name] for name in names]
+    equal = (tokens[:, :, None] == tokens[:, None, :]).tril(-1)  # (B, T, T)
+    return HeadScores(
+        previous_token=torch.stack([_diagonal_mean(pattern, -1) for pattern in patterns]),
+        duplicate_token=torch.stack([_mean_attention_to(pattern, equal) for pattern in patterns]),
+        induction=torch.stack([_diagonal_mean(pattern, 1 - period) for pattern in patterns]),
+        entropy=torch.stack([entropy_bits(pattern).mean((0, 2)) for pattern in patterns]),
+    )
+
+
+def pattern_names(network: Model) -> list[str]:
+    """The hook points of the attention patterns. Raises `InputError` if the model has none."""
+    names = [name for name in network.hook_names() if name.endswith(".attn.pattern")]
+    if not names:
+        raise InputError(f"a model of architecture {network.architecture} has no attention")
+    return names
+
+
+def entropy_bits(pattern: Tensor) -> Tensor:
+    """Attention weights (..., key) -> entropy (...) in bits."""
+    return torch.special.entr(pattern).sum(-1) / torch.log(torch.tensor(2.0))
+
+
+def _diagonal_mean(pattern: Tensor, offset: int) -> Tensor:
+    """(B, H, T, T) -> the mean of a diagonal for each head, (H,)."""
+    return pattern.diagonal(offset, dim1=-2, dim2=-1).mean((0, 2))
+
+
+def _mean_attention_to(pattern: Tensor, keys: Tensor) -> Tensor:
+    """(B, H, T, T), and the keys of interest (B, T, T) -> mean attention to them (H,), over the queries that have any."""
+    attended = (pattern * keys[:, None]).sum(-1)  # (B, H, T)
+    has_any = keys.any(-1)  # (B, T)
+    return attended.transpose(0, 1)[:, has_any].mean(-1)

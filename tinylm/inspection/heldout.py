@@ -1,0 +1,58 @@
+"""Windows of held-out text to measure on, in equal distances over the text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinylm.evaluation.evaluate_run import TextFormat, open_shard
+from tinylm.reporting import SILENT, Reporter
+from tinylm.run import Run
+
+WINDOW = 128
+"""Tokens of a window, where the context allows it."""
+
+
+@dataclass(frozen=True)
+class HeldoutWindows:
+    """Ids of windows and the tokens that follow them, both (window, position). Negative targets are not scored."""
+
+    inputs: Tensor
+    targets: Tensor
+    scored: int
+    """Number of scored tokens."""
+    bytes: int
+    """Number of bytes of the scored tokens."""
+
+    def subset(self, tokens: int, token_byte_lengths: np.ndarray) -> HeldoutWindows:
+        """About `tokens` tokens of these windows, in equal distances, but at least one window."""
+        count = max(1, min(len(self.inputs), tokens // self.inputs.shape[1]))
+        chosen = np.linspace(0, len(self.inputs) - 1, count).round().astype(int)
+        return _windows(self.inputs[chosen], self.targets[chosen], token_byte_lengths)
+
+
+def heldout_windows(run: Run, tokens: int, sources: Sequence[str] = (), reporter: Reporter = SILENT) -> HeldoutWindows:
+    """Take windows with about `tokens` tokens in total from `sources`, or from the run's held-out text if there are none.
+
+    Raises `InputError` if there is no text or it is shorter than 2 tokens.
+    """
+    with open_shard(run, sources, "heldout", TextFormat(), reporter) as shard:
+        ids = np.asarray(shard.tokens).astype(np.int64)
+        end_of_text = shard.end_of_text
+        del shard  # Windows cannot remove a file while it is mapped
+    length = min(WINDOW, run.recipe.model.context_length, len(ids) - 1)
+    count = max(1, min(tokens // length, (len(ids) - 1) // length))
+    starts = np.linspace(0, len(ids) - 1 - length, count).astype(np.int64)
+    places = starts[:, None] + np.arange(length + 1)
+    chosen = torch.from_numpy(ids[places])
+    targets = chosen[:, 1:].masked_fill(chosen[:, 1:] == end_of_text, -1)
+    return _windows(chosen[:, :-1], targets, run.tokenizer.token_byte_lengths)
+
+
+def _windows(inputs: Tensor, targets: Tensor, token_byte_lengths: np.ndarray) -> HeldoutWindows:
+    scored = targets[targets >= 0]
+    return HeldoutWindows(inputs, targets, len(scored), int(token_byte_lengths[scored.cpu().numpy()].sum()))

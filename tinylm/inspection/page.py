@@ -1,0 +1,111 @@
+"""Render an inspection as one HTML file that works offline: data, style and scripts are inside the file."""
+
+from __future__ import annotations
+
+import html
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import tinylm
+from tinylm.errors import InputError
+from tinylm.inspection import effects, page_data
+from tinylm.inspection.formulas import formulas
+from tinylm.inspection.heldout import HeldoutWindows, heldout_windows
+from tinylm.inspection.learning import CheckpointView
+from tinylm.inspection.overview import Inspection
+from tinylm.inspection.templates import fill, read
+from tinylm.reporting import SILENT, Reporter
+from tinylm.text.sources import describe
+
+_SCRIPTS = ("page_core.js", "page_parts.js", "page_predictions.js", "page_effects.js")
+
+
+@dataclass(frozen=True)
+class PageOptions:
+    """What the page shows in addition to the text itself."""
+
+    corrupt: str | None = None
+    """A text with as many tokens, for activation patching."""
+    sources: tuple[str, ...] = ()
+    """Text for ablations and neurons; empty: the run's held-out text."""
+    ablation_tokens: int | None = None
+    """Tokens to measure ablations on. None: what a few seconds allow. 0: no ablations."""
+
+
+def render(
+    inspection: Inspection,
+    views: list[CheckpointView],
+    options: PageOptions = PageOptions(),
+    reporter: Reporter = SILENT,
+) -> str:
+    """Return the HTML of the page.
+
+    Raises `InputError` if `options.corrupt` has another number of tokens, or a source cannot be read.
+    """
+    data = collect(inspection, views, options, reporter)
+    content = {
+        "TITLE": html.escape(f"{inspection.run.name} {inspection.checkpoint.name}"),
+        "STYLE": read("page.css"),
+        "SCRIPT": "\n".join(read(name) for name in _SCRIPTS),
+        "DATA": json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c"),
+    }
+    return fill(read("page.html"), content)
+
+
+def collect(inspection: Inspection, views: list[CheckpointView], options: PageOptions, reporter: Reporter) -> dict[str, Any]:
+    """Everything that the page shows, as JSON values."""
+    network = inspection.forward.network
+    measured = _measured_text(inspection, options, reporter)
+    active = page_data.active_neurons(inspection)
+    parts = {
+        "tokens": page_data.tokens(inspection),
+        "embeddings": page_data.embeddings(inspection),
+        "attention": page_data.attention(inspection),
+        "residual": page_data.residual(inspection),
+        "neurons": effects.neurons(inspection, active, measured),
+        "lens": page_data.lens(inspection),
+        "attribution": page_data.attributions(inspection),
+        "sampling": page_data.sampling(inspection),
+        "ablation": effects.ablations(inspection, measured, options.ablation_tokens, reporter),
+        "patching": effects.patching(inspection, options.corrupt, reporter),
+        "learning": effects.learning(views),
+    }
+    return {
+        **parts,
+        "run": str(inspection.run.path),
+        "checkpoint": inspection.checkpoint.name,
+        "version": tinylm.__version__,
+        "architecture": network.architecture,
+        "parameters": network.parameter_count(),
+        "measured_on": describe(options.sources) if options.sources else "the run's held-out text",
+        "missing": inspection.missing,
+        "formulas": formulas(network.model),
+        "vocabulary": _vocabulary(inspection, parts),
+    }
+
+
+def _measured_text(inspection: Inspection, options: PageOptions, reporter: Reporter) -> HeldoutWindows | None:
+    """The text for ablations and neurons. Without --on, an imported run may have none, which the page then says."""
+    wanted = max(effects.NEURON_TOKENS, options.ablation_tokens or effects.ablation_tokens(inspection.forward.network))
+    try:
+        return heldout_windows(inspection.run, wanted, options.sources, reporter)
+    except InputError as error:
+        if options.sources:
+            raise
+        inspection.missing["heldout"] = f"{error.message}; name a text with --on"
+        return None
+
+
+def _vocabulary(inspection: Inspection, parts: dict[str, Any]) -> dict[int, str]:
+    """The texts of all ids that the page mentions."""
+    ids = {token.id for token in inspection.tokens} | set(parts["sampling"]["ids"])
+    if inspection.lens is not None:
+        ids |= set(inspection.lens.ids.flatten().tolist())
+    if parts["embeddings"] is not None:
+        ids |= {other for row in parts["embeddings"]["nearest"].values() for other, _ in row}
+    if parts["attribution"] is not None:
+        ids |= {*parts["attribution"]["targets"], *parts["attribution"]["competitors"]}
+    if parts["neurons"] is not None and parts["neurons"]["snippets"] is not None:
+        ids |= {id for window in parts["neurons"]["snippets"]["windows"] for id in window}
+    return {id: inspection.token_text(id) for id in sorted(ids)}

@@ -1,0 +1,200 @@
+"""The data of the page about the text itself: tokens, embeddings, attention, residual stream, neurons, lens, attribution, sampling.
+
+Each function returns a JSON value for one part of the page. `effects.py` has the parts that need more forward passes.
+
+Legend: `T` tokens, `C` width, `L` layers, `H` heads, `K` key/value heads, `D` head width, `F` neurons, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinylm.errors import InputError
+from tinylm.inspection.attribution import attribution
+from tinylm.inspection.encoding import encode
+from tinylm.inspection.heads import KINDS, entropy_bits
+from tinylm.inspection.overview import Inspection
+from tinylm.recipe.schema import DecoderSection
+from tinylm.tokenizer.explain import explain
+
+_NEAREST = 8
+_VECTOR_BYTES = 1_800_000
+"""Bytes of queries, keys and values that a page may hold. A larger model stores those of its most characteristic heads."""
+NEURONS = 5
+"""Neurons shown for each token and layer."""
+
+
+def tokens(inspection: Inspection) -> dict[str, Any]:
+    """The tokens with their losses, and how the tokenizer merges each word."""
+    losses = [token.loss if token.loss is None or math.isfinite(token.loss) else None for token in inspection.tokens]
+    rows = [{"id": token.id, "text": token.text, "loss": loss} for token, loss in zip(inspection.tokens, losses, strict=True)]
+    tokenizer = inspection.run.tokenizer
+    try:
+        explanation = explain(tokenizer, inspection.text)
+    except InputError as error:
+        return {"rows": rows, "kind": tokenizer.kind, "words": [], "reason": error.message}
+    words, count = [], 0
+    for word in explanation.words:
+        if count >= len(rows):
+            break
+        count += len(word.tokens)
+        steps = [{"step": step.description, "parts": step.parts} for step in word.steps]
+        words.append({"text": word.text, "ids": [token.id for token in word.tokens], "steps": steps})
+    return {"rows": rows, "kind": tokenizer.kind, "words": words, "reason": None}
+
+
+def embeddings(inspection: Inspection) -> dict[str, Any] | None:
+    """The vectors of each token: embedding, n-grams, positions, and the input of the first block; the most similar tokens."""
+    network, cache = inspection.forward.network, inspection.forward.cache
+    try:
+        table = network.input_embedding().weight.detach()
+    except InputError as error:
+        inspection.missing["embeddings"] = error.message
+        return None
+    names = {
+        "embed": "embedding",
+        "ngram_embed": "n-gram embedding",
+        "pos_embed": "position",
+        "blocks.0.resid_pre": "input of layer 0",
+    }
+    parts = [(label, cache[name][0]) for name, label in names.items() if name in cache]
+    if not parts:
+        parts = [("embedding", table[inspection.forward.tokens[0]])]
+    unique = sorted({token.id for token in inspection.tokens})
+    similarity = F.normalize(table[unique], dim=-1) @ F.normalize(table, dim=-1).T  # (ids, V)
+    top = similarity.topk(min(_NEAREST + 1, len(table)), dim=-1)
+    nearest = {
+        id: [[other, round(value, 3)] for other, value in zip(ids, values, strict=True) if other != id][:_NEAREST]
+        for id, ids, values in zip(unique, top.indices.tolist(), top.values.tolist(), strict=True)
+    }
+    model = network.model
+    position = model.position if isinstance(model, DecoderSection) else "none"
+    return {
+        "parts": [
+            {"name": label, "values": encode(vectors, "f2"), "norms": encode(vectors.norm(dim=-1), "f4")}
+            for label, vectors in parts
+        ],
+        "nearest": nearest,
+        "position": position,
+        "theta": (model.rope_theta or 10000.0) if isinstance(model, DecoderSection) and position == "rope" else None,
+    }
+
+
+def attention(inspection: Inspection) -> dict[str, Any] | None:
+    """The attention of all heads, and the queries, keys and values of as many heads as fit."""
+    network, cache, scores = inspection.forward.network, inspection.forward.cache, inspection.heads
+    model = network.model
+    if scores is None or "blocks.0.attn.pattern" not in cache:
+        inspection.missing.setdefault("attention", inspection.missing.get("heads", "this architecture has no attention patterns"))
+        return None
+    layers = range(network.depth)
+    patterns = torch.stack([cache[f"blocks.{layer}.attn.pattern"][0] for layer in layers])  # (L, H, T, T)
+    causal = not bool(patterns.triu(1).any())
+    lower = torch.ones(patterns.shape[-2:], dtype=torch.bool, device=patterns.device).tril()
+    q, k, v = (torch.stack([cache[f"blocks.{layer}.attn.{name}"][0] for layer in layers]) for name in "qkv")  # (L, T, H or K, D)
+    group = q.shape[2] // k.shape[2]
+    per_head = 3 * q.shape[1] * q.shape[3] * 2
+    shown = scores.strongest()[: max(1, _VECTOR_BYTES // per_head)]
+    heads = torch.tensor(sorted(shown))
+    key_heads = heads[:, 1] // group
+    return {
+        "layers": len(layers),
+        "heads": patterns.shape[1],
+        "width": q.shape[3],
+        "group": group,
+        "causal": causal,
+        "softcap": getattr(model, "attention_softcap", None),
+        "windows": [model.window_of(layer) if isinstance(model, DecoderSection) else None for layer in layers],
+        "strongest": scores.strongest()[0],
+        "patterns": encode(patterns[..., lower] if causal else patterns.flatten(-2), "u2"),
+        "entropy": encode(entropy_bits(patterns).mean(-1), "f4"),
+        "scores": {kind: encode(scores.of(kind), "f4") for kind in KINDS},
+        "kinds": [[scores.kind(layer, head) for head in range(patterns.shape[1])] for layer in layers],
+        "vectors": {
+            "heads": heads.tolist(),
+            "q": encode(q[heads[:, 0], :, heads[:, 1]], "f2"),
+            "k": encode(k[heads[:, 0], :, key_heads], "f2"),
+            "v": encode(v[heads[:, 0], :, key_heads], "f2"),
+        },
+    }
+
+
+def residual(inspection: Inspection) -> dict[str, Any] | None:
+    """Norms of the residual stream and of what is added to it, by layer and token, and the scale of the norms."""
+    network, cache = inspection.forward.network, inspection.forward.cache
+    if inspection.lens is None:
+        inspection.missing.setdefault("residual", inspection.missing.get("lens", "this architecture has no residual stream"))
+        return None
+    layers = range(network.depth)
+
+    def stack(name: str) -> Tensor:
+        return torch.stack([cache[f"blocks.{layer}.{name}"][0] for layer in layers])  # (L, T, C)
+
+    before, after = stack("resid_pre"), stack("resid_post")
+    stream = torch.cat((before[:1], after))
+    is_layernorm = getattr(network.model, "norm", None) == "layernorm"
+    spread = (stream.var(-1, unbiased=False) if is_layernorm else stream.square().mean(-1)).sqrt()
+    result = {
+        "norm": "standard deviation" if is_layernorm else "root mean square",
+        "stream": encode(stream.norm(dim=-1), "f4"),
+        "spread": encode(spread, "f4"),
+    }
+    if "blocks.0.attn_out" in cache and "blocks.0.mlp_out" in cache:
+        attended, fed = stack("attn_out"), stack("mlp_out")
+        result["attention"] = encode(attended.norm(dim=-1), "f4")
+        result["feed_forward"] = encode(fed.norm(dim=-1), "f4")
+        result["cosine"] = encode(F.cosine_similarity(attended, fed, dim=-1), "f4")
+    if "final_norm" in cache:
+        result["final"] = encode(cache["final_norm"][0].norm(dim=-1), "f4")
+    return result
+
+
+def active_neurons(inspection: Inspection) -> list[tuple[Tensor, Tensor]]:
+    """For each layer, the indices and activations of the most active neurons at each token, both (T, `NEURONS`)."""
+    network, cache = inspection.forward.network, inspection.forward.cache
+    names = [f"blocks.{layer}.mlp.post" for layer in range(network.depth)]
+    if not names or not set(names) <= set(cache):
+        inspection.missing["feed_forward"] = f"a model of architecture {network.architecture} has no feed-forward layers"
+        return []
+    tops = [cache[name][0].topk(min(NEURONS, cache[name].shape[-1]), dim=-1) for name in names]
+    return [(top.indices, top.values) for top in tops]
+
+
+def lens(inspection: Inspection) -> dict[str, Any] | None:
+    """The best guesses of each layer at each position, and the rank of the token that follows."""
+    if inspection.lens is None:
+        return None
+    guesses = inspection.lens
+    return {"ids": encode(guesses.ids, "i4"), "shares": encode(guesses.probabilities, "f4"), "ranks": encode(guesses.ranks, "i4")}
+
+
+@torch.no_grad()
+def attributions(inspection: Inspection) -> dict[str, Any] | None:
+    """Contributions to the logit of a target and of its strongest competitor, at every position."""
+    result, forward = inspection.attributions, inspection.forward
+    if result is None:
+        return None
+    targets = torch.tensor(inspection.targets, device=forward.logits.device)
+    competitors = forward.logits[0].scatter(1, targets[:, None], -math.inf).argmax(-1)
+    against = attribution(forward.network, forward.tokens, competitors[None], cache=forward.cache)
+    return {
+        "components": result.components,
+        "targets": targets.tolist(),
+        "competitors": competitors.tolist(),
+        "target": encode(result.contributions[:, 0], "f4"),
+        "competitor": encode(against.contributions[:, 0], "f4"),
+        "logits": encode(torch.stack((result.logits[0], against.logits[0])), "f4"),
+        "softcap": getattr(forward.network.model, "logit_softcap", None),
+        "position": inspection.attributed.position if inspection.attributed else len(inspection.tokens) - 1,
+    }
+
+
+def sampling(inspection: Inspection) -> dict[str, Any]:
+    """All logits after the last token, sorted, and the ids of the most likely tokens."""
+    ordered = inspection.forward.logits[0, -1].float().sort(descending=True)
+    return {"logits": encode(ordered.values, "f4"), "ids": ordered.indices[:200].tolist()}

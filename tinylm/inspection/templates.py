@@ -1,0 +1,17 @@
+"""HTML templates of this package: `{{NAME}}` stands for a value."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from importlib import resources
+
+
+def read(name: str) -> str:
+    """The content of a file of this package."""
+    return resources.files("tinylm.inspection").joinpath(name).read_text(encoding="utf-8")
+
+
+def fill(template: str, values: Mapping[str, str]) -> str:
+    """Replace all placeholders in one pass, so that a value that looks like a placeholder stays as it is."""
+    return re.sub(r"\{\{([A-Z]+)\}\}", lambda match: values[match[1]], template)

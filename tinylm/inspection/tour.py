@@ -1,0 +1,371 @@
+"""A guided tour from characters to a gradient step, with the numbers of the reader's own model: what `tinylm explain` shows."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tinylm.errors import InputError
+from tinylm.evaluation.scoring import token_losses
+from tinylm.inspection.overview import Inspection
+from tinylm.inspection.templates import fill, read
+from tinylm.recipe.schema import DecoderSection
+from tinylm.tokenizer.explain import explain, visible
+
+MAX_WORDS = 80
+"""Words of the text of a step."""
+_LEARNING_RATE = 0.01
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the tour: what happens in general, and the numbers of this model as pairs of a label and a value."""
+
+    title: str
+    text: str
+    numbers: list[tuple[str, str]]
+
+
+def tour(inspection: Inspection, *, seed: int = 0) -> list[Step]:
+    """The steps of the tour for the inspected text. `seed` determines the sampled token.
+
+    Raises `InputError` for a text of less than two tokens. Steps that the architecture does not have say so.
+    """
+    if len(inspection.tokens) < 2:
+        raise InputError("must have at least two tokens, so that there is a token to predict", where="--text")
+    builders: list[Callable[[], Step]] = [
+        lambda: _characters(inspection.text),
+        lambda: _tokens(inspection),
+        lambda: _embedding(inspection),
+        lambda: _positions(inspection),
+        lambda: _one_head(inspection),
+        lambda: _many_heads(inspection),
+        lambda: _residual(inspection),
+        lambda: _feed_forward(inspection),
+        lambda: _blocks(inspection),
+        lambda: _logits(inspection),
+        lambda: _softmax(inspection),
+        lambda: _sampling(inspection, seed),
+        lambda: _loss(inspection),
+        lambda: _gradient_step(inspection),
+    ]
+    return [build() for build in builders]
+
+
+def as_html(steps: list[Step], title: str) -> str:
+    """Return the tour as one HTML file that works offline."""
+    sections = []
+    for number, step in enumerate(steps, 1):
+        rows = "".join(f"<tr><th>{html.escape(label)}</th><td>{html.escape(value)}</td></tr>" for label, value in step.numbers)
+        heading = f"<h2>{number}. {html.escape(step.title)}</h2>"
+        table = f'<div class="scroll" tabindex="0"><table>{rows}</table></div>' if rows else ""
+        sections.append(f'<section id="step-{number}">{heading}<p>{html.escape(step.text)}</p>{table}</section>')
+    content = {
+        "TITLE": html.escape(title),
+        "STYLE": read("page.css"),
+        "CONTENTS": "".join(f'<li><a href="#step-{n}">{html.escape(step.title)}</a></li>' for n, step in enumerate(steps, 1)),
+        "STEPS": "\n".join(sections),
+    }
+    return fill(read("tour.html"), content)
+
+
+def _quote(text: str) -> str:
+    return f"[{visible(text)}]"
+
+
+def _numbers(values: Tensor) -> str:
+    shown = ", ".join(f"{value:.3f}" for value in values[:6].tolist())
+    return f"{shown}{', ...' if len(values) > 6 else ''}"
+
+
+def _not_available(inspection: Inspection, title: str, part: str) -> Step:
+    reason = inspection.missing.get(part, f"a model of architecture {inspection.forward.network.architecture} does not have this")
+    return Step(title, f"Not in this model: {reason}.", [])
+
+
+# From text to vectors.
+
+
+def _characters(text: str) -> Step:
+    first = [(f"{character!r}", f"U+{ord(character):04X}, bytes {character.encode().hex(' ')}") for character in text[:_SHOWN]]
+    size = ("the text", f"{len(text):,} characters, {len(text.encode()):,} bytes")
+    return Step("Characters", "A computer stores a text as characters, and each character as one to four bytes.", [size, *first])
+
+
+def _tokens(inspection: Inspection) -> Step:
+    numbers = [("tokens", " ".join(f"{_quote(token.text)}={token.id}" for token in inspection.tokens[:12]))]
+    try:
+        words = explain(inspection.run.tokenizer, inspection.text).words
+    except InputError:
+        words = []
+    longest = max(words, key=lambda word: len(word.steps), default=None)
+    if longest is not None:
+        numbers += [(step.description, " ".join(_quote(part) for part in step.parts)) for step in longest.steps[:8]]
+    note = (
+        "A tokenizer cuts the text into tokens from a fixed vocabulary, and the model sees only their ids. Frequent pieces of the "
+    )
+    return Step("Tokens", f"{note}training text became tokens, so common words are one token and rare words are several.", numbers)
+
+
+def _embedding(inspection: Inspection) -> Step:
+    network, token = inspection.forward.network, inspection.tokens[-1]
+    try:
+        table = network.input_embedding().weight.detach()
+    except InputError as error:
+        return Step("Embedding", f"Not in this model: {error.message}.", [])
+    vector = table[token.id]
+    similarity = torch.nn.functional.cosine_similarity(vector[None], table)
+    similarity[token.id] = -2
+    best = similarity.topk(min(3, len(table) - 1))
+    near = ", ".join(
+        f"{_quote(inspection.token_text(id))} {value:.2f}"
+        for id, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    )
+    note = (
+        "The id of a token selects a row of a table of vectors. Training moved the vectors of tokens that are used alike closer "
+        "together. From here on, the model computes only with vectors."
+    )
+    numbers = [(f"vector of {_quote(token.text)}", f"{len(vector)} numbers: {_numbers(vector)}"), ("most similar", near)]
+    return Step("Embedding", note, numbers)
+
+
+def _positions(inspection: Inspection) -> Step:
+    network, cache = inspection.forward.network, inspection.forward.cache
+    position = len(inspection.tokens) - 1
+    title = "Positions"
+    if "pos_embed" in cache:
+        vector = cache["pos_embed"][0, position]
+        note = "Vectors alone do not say where a token stands. This model adds a vector for each position to the embedding."
+        return Step(title, note, [(f"vector of position {position}", _numbers(vector)), ("length", f"{float(vector.norm()):.3f}")])
+    model = network.model
+    if not isinstance(model, DecoderSection) or model.position != "rope":
+        return Step(title, "This model does not add positions to its vectors.", [])
+    theta, width = model.rope_theta or 10000.0, model.head_width
+    note = (
+        "This model turns queries and keys by angles that grow with the position (rotary embeddings). A dot product then depends "
+        "on the distance between two tokens."
+    )
+    angles = [theta ** (-2 * pair / width) for pair in (0, 1, width // 2 - 1)]
+    turns = ", ".join(f"{position * angle:.4g}" for angle in angles)
+    numbers = [(f"angles at position {position}", f"{turns} (first, second and last pair, in radians)")]
+    return Step(title, note, numbers)
+
+
+# Inside the blocks.
+
+
+def _one_head(inspection: Inspection) -> Step:
+    title, scores, cache = "One attention head by hand", inspection.heads, inspection.forward.cache
+    if scores is None:
+        return _not_available(inspection, title, "heads")
+    layer, head = scores.strongest()[0]
+    query = len(inspection.tokens) - 1
+    q = cache[f"blocks.{layer}.attn.q"][0, query, head]
+    keys = cache[f"blocks.{layer}.attn.k"][0]
+    k = keys[:, head * keys.shape[1] // cache[f"blocks.{layer}.attn.q"].shape[2]]
+    weights = cache[f"blocks.{layer}.attn.pattern"][0, head, query]
+    root = math.sqrt(len(q))
+    numbers = [("head", f"layer {layer}, head {head}; query: {_quote(inspection.tokens[query].text)} at position {query}")]
+    for key in weights.topk(min(_SHOWN, len(weights))).indices.tolist():
+        dot = float(q @ k[key])
+        value = f"q·k = {dot:.3f}, / √{len(q)} = {dot / root:.3f}, softmax over all keys = {float(weights[key]):.3f}"
+        numbers.append((f"key {_quote(inspection.tokens[key].text)} at {key}", value))
+    note = (
+        "Each token makes a query, a key and a value. The dot product of a query with a key, divided by the root of the head "
+        "width, is a score. The softmax turns scores into weights, and the head returns the weighted mean of the values."
+    )
+    return Step(title, note, numbers)
+
+
+def _many_heads(inspection: Inspection) -> Step:
+    title, scores = "Many heads", inspection.heads
+    if scores is None:
+        return _not_available(inspection, title, "heads")
+    layers, heads = scores.induction.shape
+    numbers = [("heads", f"{layers} layers with {heads} heads each")]
+    for layer, head in scores.strongest()[:3]:
+        values = f"previous {float(scores.previous_token[layer, head]):.2f}, induction {float(scores.induction[layer, head]):.2f}"
+        kind = scores.kind(layer, head)
+        numbers.append(
+            (f"L{layer}H{head}", f"{values}: {'not yet characteristic' if kind is None else kind.replace('_', ' ') + ' head'}")
+        )
+    note = (
+        "Heads learn different jobs. A previous-token head looks one token back. An induction head looks for an earlier copy of "
+        "the current token and reads what came next, which lets the model continue repetitions."
+    )
+    return Step(title, note, numbers)
+
+
+def _residual(inspection: Inspection) -> Step:
+    title, cache = "Residual stream and norm", inspection.forward.cache
+    if inspection.lens is None or "blocks.0.attn_out" not in cache:
+        return _not_available(inspection, title, "lens")
+    before, added, after = (cache[f"blocks.0.{name}"][0, -1] for name in ("resid_pre", "attn_out", "resid_post"))
+    size = float(before.square().mean().sqrt())
+    numbers = [
+        ("length before layer 0", f"{float(before.norm()):.3f} (root mean square {size:.3f})"),
+        ("attention adds", f"{float(added.norm()):.3f}"),
+        ("length after layer 0", f"{float(after.norm()):.3f}"),
+    ]
+    note = (
+        "A layer does not replace the vector of a token. It adds to it, so information survives many layers. Before a layer reads "
+        "the vector, a norm scales it to a fixed size, so that growing sums do not disturb the layer."
+    )
+    return Step(title, note, numbers)
+
+
+def _feed_forward(inspection: Inspection) -> Step:
+    title, network, cache = "Feed-forward", inspection.forward.network, inspection.forward.cache
+    name = f"blocks.{network.depth - 1}.mlp.post"
+    if name not in cache:
+        return _not_available(inspection, title, "feed_forward")
+    neurons = cache[name][0, -1]
+    top = neurons.topk(min(_SHOWN, len(neurons)))
+    numbers = [("neurons per layer", f"{len(neurons):,}")]
+    numbers += [(f"neuron {id}", f"{value:.3f}") for id, value in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
+    note = (
+        "After attention has collected information from other tokens, the feed-forward layer processes each token alone. Each of "
+        "its neurons reacts to a direction of the vector and adds another direction. Shown: the last layer, the last token."
+    )
+    return Step(
+        title,
+        note,
+        numbers,
+    )
+
+
+def _blocks(inspection: Inspection) -> Step:
+    title, lens = "Blocks", inspection.lens
+    if lens is None:
+        return _not_available(inspection, title, "lens")
+    names = ["embeddings", *(f"after layer {layer}" for layer in range(len(lens.ids) - 1))]
+    guesses = zip(lens.ids[:, -1, 0].tolist(), lens.probabilities[:, -1, 0].tolist(), strict=True)
+    numbers = [(name, f"{_quote(inspection.token_text(id))} {share:.1%}") for name, (id, share) in zip(names, guesses, strict=True)]
+    note = (
+        "Attention and feed-forward form a block, and blocks are stacked. The logit lens shows what the model would predict if it "
+        "ended after each block: the prediction is refined from block to block."
+    )
+    return Step(title, note, numbers)
+
+
+# From vectors to a token.
+
+
+def _logits(inspection: Inspection) -> Step:
+    top = inspection.forward.logits[0, -1].topk(min(_SHOWN, inspection.forward.logits.shape[-1]))
+    numbers = [
+        (_quote(inspection.token_text(id)), f"logit {value:.3f}")
+        for id, value in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    ]
+    attributed = inspection.attributed
+    if attributed is not None:
+        largest = sorted(attributed.contributions, key=lambda item: -abs(item[1]))[:3]
+        parts = ", ".join(f"{component} {value:+.3f}" for component, value in largest)
+        numbers.append((f"parts of {_quote(attributed.target)}", f"{parts}, ...: together {attributed.sum:.3f}"))
+    note = (
+        "The last vector is compared with one vector per token of the vocabulary. Each dot product is a logit: the higher, the "
+        "better the token fits as the next one."
+    )
+    return Step("Logits", note, numbers)
+
+
+def _softmax(inspection: Inspection) -> Step:
+    logits = inspection.forward.logits[0, -1].double()
+    total = float((logits - logits.max()).exp().sum())
+    numbers = [("sum of e^(logit - largest)", f"{total:.4f}")]
+    for id in logits.topk(min(_SHOWN, len(logits))).indices.tolist():
+        power = math.exp(float(logits[id] - logits.max()))
+        numbers.append((_quote(inspection.token_text(id)), f"{power:.4f} / {total:.4f} = {power / total:.2%}"))
+    note = (
+        "The softmax turns logits into probabilities: e to the power of each logit, divided by the sum over the vocabulary. "
+        "Subtracting the largest logit first changes nothing and avoids large numbers."
+    )
+    return Step("Softmax", note, numbers)
+
+
+def _sampling(inspection: Inspection, seed: int) -> Step:
+    probabilities = inspection.forward.logits[0, -1].double().softmax(-1).cpu()
+    uniform = float(torch.rand((), generator=torch.Generator().manual_seed(seed)))
+    ordered = probabilities.sort(descending=True)
+    cumulative = ordered.values.cumsum(0)
+    rank = min(int(torch.searchsorted(cumulative, torch.tensor(uniform, dtype=cumulative.dtype))), len(cumulative) - 1)
+    before = float(cumulative[rank] - ordered.values[rank])
+    chosen = _quote(inspection.token_text(int(ordered.indices[rank])))
+    numbers = [
+        ("random number", f"{uniform:.4f} (seed {seed})"),
+        ("chosen", f"{chosen}, number {rank + 1} by probability: it covers {before:.4f} to {float(cumulative[rank]):.4f}"),
+    ]
+    note = (
+        "To generate text, draw a random number between 0 and 1, add up the probabilities from the most likely token down, and "
+        "stop at the token that reaches the number. The token is appended, and everything starts again."
+    )
+    return Step("A sampled token", note, numbers)
+
+
+# Learning.
+
+
+def _loss(inspection: Inspection) -> Step:
+    losses = [(token, token.loss) for token in inspection.tokens if token.loss is not None]
+    if not losses:
+        return _not_available(inspection, "The loss", "loss")
+    numbers = [
+        (_quote(token.text), f"p = {math.exp(-loss):.2%}, loss {loss:.3f} nats = {loss / math.log(2):.3f} bits")
+        for token, loss in losses[:_SHOWN]
+    ]
+    mean = sum(loss for _, loss in losses) / len(losses)
+    numbers.append(("mean", f"{mean:.4f} nats per token: as unsure as among {math.exp(mean):,.1f} equally likely tokens"))
+    note = (
+        "The loss of a token is the negative logarithm of the probability that the model gave it: 0 if it was certain, large if it"
+        " was surprised. Training lowers the mean loss over a large text."
+    )
+    return Step("The loss", note, numbers)
+
+
+def _gradient_step(inspection: Inspection) -> Step:
+    """Change the weight with the largest gradient by one step of gradient descent. The weight is restored afterwards."""
+    title, network = "One gradient step", inspection.forward.network
+    if inspection.tokens[-1].loss is None:
+        return _not_available(inspection, title, "loss")
+    tokens = inspection.forward.tokens
+    name, weight, gradient = _largest_gradient(network, tokens)
+    index = int(gradient.abs().argmax())
+    slope, before = float(gradient.flatten()[index]), float(weight.detach().flatten()[index])
+    with torch.no_grad():
+        loss = float(_mean_loss(network, tokens))
+        flat = weight.view(-1)
+        flat[index] -= _LEARNING_RATE * slope
+        after = float(flat[index])
+        changed = float(_mean_loss(network, tokens))
+        flat[index] = before
+    place = ", ".join(str(int(i)) for i in torch.unravel_index(torch.tensor(index), weight.shape))
+    numbers = [
+        ("weight", f"{name}[{place}] = {before:.5f}"),
+        ("gradient", f"{slope:+.5f}: the loss changes by this much per unit of the weight"),
+        ("new weight", f"{before:.5f} - {_LEARNING_RATE} × ({slope:.5f}) = {after:.5f}"),
+        ("loss", f"{loss:.6f} -> {changed:.6f}: change {changed - loss:+.2e}, predicted {-_LEARNING_RATE * slope * slope:+.2e}"),
+    ]
+    note = (
+        "The gradient says how the loss reacts to every weight. A step moves each weight against its gradient, by the learning "
+        "rate times its size. Here only the weight with the largest gradient moves. Training repeats this for all weights."
+    )
+    return Step(title, note, numbers)
+
+
+def _largest_gradient(network: torch.nn.Module, tokens: Tensor) -> tuple[str, torch.nn.Parameter, Tensor]:
+    parameters = {name: weight for name, weight in network.named_parameters() if weight.requires_grad and weight.is_contiguous()}
+    with torch.enable_grad():
+        gradients = torch.autograd.grad(_mean_loss(network, tokens), list(parameters.values()), allow_unused=True)
+    found = {name: gradient for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+    name = max(found, key=lambda each: float(found[each].abs().max()))
+    return name, parameters[name], found[name]
+
+
+def _mean_loss(network: torch.nn.Module, tokens: Tensor) -> Tensor:
+    return token_losses(network(tokens)[:, :-1], tokens[:, 1:]).mean()

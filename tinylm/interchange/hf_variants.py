@@ -1,0 +1,244 @@
+"""Import of more architectures of transformers: GPT-NeoX (Pythia), GPT-Neo (TinyStories), SmolLM3, OLMo 2, and Gemma 2 and 3.
+
+Each is converted to a decoder that computes the same logits. Where an architecture has no key of its own, the weights absorb the
+difference: GPT-Neo does not scale attention scores by 1 / sqrt(D), Gemma scales them by another number and adds 1 to the gains of
+norms, and GPT-NeoX rotates the first dimensions of a head, which become pairs (i, i + D/2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinylm.errors import InputError
+from tinylm.interchange.rope_config import import_rope, import_rope_scaling
+from tinylm.recipe.schema import DecoderSection
+
+PopTensor = Callable[..., Tensor]
+CONVERTED = ("gpt_neox", "gpt_neo")
+"""Values of `model_type` that `convert` reads. The others have Llama's names of tensors, except for norms."""
+
+_ACTIVATIONS = {"gelu_new": "gelu", "gelu_fast": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact", "relu": "relu"}
+_GEMMA_ACTIVATION = "gelu_pytorch_tanh"
+REQUIRED_SETTINGS: dict[str, dict[str, Any]] = {
+    "gpt_neox": {"quantization_config": None},
+    "gpt_neo": {"quantization_config": None},
+    "gemma2": {"hidden_activation": _GEMMA_ACTIVATION, "attention_bias": False, "quantization_config": None},
+    "gemma3_text": {
+        "hidden_activation": _GEMMA_ACTIVATION,
+        "attention_bias": False,
+        "attn_logit_softcapping": None,
+        "use_bidirectional_attention": False,
+        "quantization_config": None,
+    },
+}
+"""Keys of config.json that change what the model computes, each with its only supported value."""
+
+_GEMMA_NORMS = {
+    "attention_norm.weight": "input_layernorm.weight",
+    "attention_output_norm.weight": "post_attention_layernorm.weight",
+    "feed_forward_norm.weight": "pre_feedforward_layernorm.weight",
+    "feed_forward_output_norm.weight": "post_feedforward_layernorm.weight",
+}
+BLOCK_NAMES: dict[str, Mapping[str, str]] = {
+    "olmo2": {
+        "attention_norm.weight": "post_attention_layernorm.weight",
+        "feed_forward_norm.weight": "post_feedforward_layernorm.weight",
+    },
+    "gemma2": _GEMMA_NORMS,
+    "gemma3_text": _GEMMA_NORMS,
+}
+"""The names of the norms of a block, for architectures whose names differ from Llama's."""
+
+
+def section_values(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return values of the `model:` section. For architectures like Llama, only those that differ from Llama's."""
+    functions = {
+        "gpt_neox": _gpt_neox,
+        "gpt_neo": _gpt_neo,
+        "smollm3": _smollm3,
+        "olmo2": _olmo2,
+        "gemma2": _gemma,
+        "gemma3_text": _gemma,
+    }
+    function = functions.get(config["model_type"])
+    return {} if function is None else function(config, where)
+
+
+def _activation(name: str, where: str) -> str:
+    if name not in _ACTIVATIONS:
+        raise InputError(f"activation {name!r} is not supported", where=where)
+    return _ACTIVATIONS[name]
+
+
+def _gpt_neox(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    return {
+        "preset": "gpt2",
+        "n_layer": config["num_hidden_layers"],
+        "n_head": config["num_attention_heads"],
+        "n_embd": config["hidden_size"],
+        "n_inner": config["intermediate_size"],
+        "context_length": config.get("max_position_embeddings", 2048),
+        "norm_eps": config.get("layer_norm_eps", 1e-5),
+        "position": "rope",
+        **import_rope({"rotary_pct": 0.25, **config}, where),
+        "feed_forward": _activation(config.get("hidden_act", "gelu"), where),
+        "parallel_residual": config.get("use_parallel_residual", True),
+        "tie_embeddings": config.get("tie_word_embeddings", False),
+    }
+
+
+def _gpt_neo(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    kinds = [kind for kinds, count in config["attention_types"] for kind in kinds * count]
+    if set(kinds) - {"global", "local"} or len(kinds) != config["num_layers"]:
+        raise InputError(f"invalid attention_types {config['attention_types']}", where=where)
+    windowed = {"attention_window": config.get("window_size", 256), "attention_pattern": kinds} if "local" in kinds else {}
+    return {
+        "preset": "gpt2",
+        "n_layer": config["num_layers"],
+        "n_head": config["num_heads"],
+        "n_embd": config["hidden_size"],
+        "n_inner": config.get("intermediate_size") or 4 * config["hidden_size"],
+        "context_length": config.get("max_position_embeddings", 2048),
+        "norm_eps": config.get("layer_norm_epsilon", 1e-5),
+        "feed_forward": _activation(config.get("activation_function", "gelu_new"), where),
+        "tie_embeddings": config.get("tie_word_embeddings", True),
+        **windowed,
+    }
+
+
+def _smollm3(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    layers, interval = config["num_hidden_layers"], config.get("no_rope_layer_interval", 4)
+    flags = config.get("no_rope_layers") or [(layer + 1) % interval != 0 for layer in range(layers)]  # 1: with positions
+    return {"rope_pattern": ["rope" if flag else "none" for flag in flags[:layers]]}
+
+
+def _olmo2(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    return {"norm_position": "output", "qk_norm": True, "qk_norm_joint": True}
+
+
+def _gemma(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    third = config["model_type"] == "gemma3_text"
+    layers, window = config["num_hidden_layers"], config.get("sliding_window", 4096)
+    interval = config.get("sliding_window_pattern", config.get("_sliding_window_pattern", 6 if third else 2))
+    types = config.get("layer_types") or ["sliding_attention" if (i + 1) % interval else "full_attention" for i in range(layers)]
+    pattern = ["local" if kind == "sliding_attention" else "global" for kind in types]
+    values = {
+        "norm_position": "both",
+        "feed_forward": "geglu",
+        "embedding_scale": math.sqrt(config["hidden_size"]),
+        "tie_embeddings": config.get("tie_word_embeddings", True),
+        "logit_softcap": config.get("final_logit_softcapping", None if third else 30.0),
+        "attention_softcap": None if third else config.get("attn_logit_softcapping", 50.0),
+        "qk_norm": third,
+        "head_dim": config.get("head_dim", 256),
+        "context_length": config.get("max_position_embeddings", 131072 if third else 8192),
+        "attention_window": window if "local" in pattern else None,
+        "attention_pattern": pattern if "local" in pattern else ["local"],
+    }
+    return values | (_gemma3_rope(config, "local" in pattern, where) if third else {})
+
+
+def _gemma3_rope(config: Mapping[str, Any], has_local: bool, where: str) -> dict[str, Any]:
+    """Gemma 3 has one base of rotary frequencies for local blocks, and another, possibly with scaling, for the others."""
+    parameters = config.get("rope_parameters") or {}
+    full = parameters.get("full_attention") or {"rope_theta": config.get("rope_theta", 1e6), **(config.get("rope_scaling") or {})}
+    local = parameters.get("sliding_attention") or {"rope_theta": config.get("rope_local_base_freq", 10000.0)}
+    if import_rope_scaling(local, config, where) is not None:
+        raise InputError("scaled rotary embeddings in local blocks are not supported", where=where)
+    return {
+        "rope_theta": float(full["rope_theta"]),
+        "rope_scaling": import_rope_scaling(full, config, where),
+        "rope_theta_local": float(local["rope_theta"]) if has_local else None,
+    }
+
+
+def adjust(state: dict[str, Tensor], model: DecoderSection, kind: str, scalar: float | None = None) -> dict[str, Tensor]:
+    """Fold what the decoder does not compute into the weights of an architecture like Llama. `scalar`: `query_pre_attn_scalar`."""
+    if not kind.startswith("gemma"):
+        return state
+    is_gain = ("norm.weight", "_gain")
+    state = {name: tensor + 1 if name.endswith(is_gain) else tensor for name, tensor in state.items()}
+    scale = math.sqrt(model.head_width / (scalar or 256))
+    for layer in range(model.n_layer):
+        name = f"blocks.{layer}.attention." + ("query_gain" if model.qk_norm else "qkv.weight")
+        state[name] = _scale_queries(state[name], scale, len(state[name]) if model.qk_norm else model.n_head * model.head_width)
+    return state
+
+
+def _scale_queries(weight: Tensor, scale: float, rows: int) -> Tensor:
+    """Multiply the first `rows` rows, which compute the queries."""
+    return torch.cat((weight[:rows] * scale, weight[rows:]))
+
+
+def convert(pop: PopTensor, model: DecoderSection, kind: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a network from those of GPT-NeoX or GPT-Neo, which `pop` removes from the file's."""
+    return _from_gpt_neox(pop, model) if kind == "gpt_neox" else _from_gpt_neo(pop, model)
+
+
+def _from_gpt_neox(pop: PopTensor, model: DecoderSection) -> Iterator[tuple[str, Tensor]]:
+    yield "embedding.weight", pop("gpt_neox.embed_in.weight")
+    if not model.tie_embeddings:
+        yield "head.weight", pop("embed_out.weight")
+    for part in ("weight", "bias"):
+        yield f"final_norm.{part}", pop(f"gpt_neox.final_layer_norm.{part}")
+    order = _rotary_order(model)
+    for layer in range(model.n_layer):
+        ours, theirs = f"blocks.{layer}", f"gpt_neox.layers.{layer}"
+        for part in ("weight", "bias"):
+            yield f"{ours}.attention_norm.{part}", pop(f"{theirs}.input_layernorm.{part}")
+            yield f"{ours}.feed_forward_norm.{part}", pop(f"{theirs}.post_attention_layernorm.{part}")
+            yield f"{ours}.attention.qkv.{part}", _split_heads(pop, f"{theirs}.attention.query_key_value.{part}", model, order)
+            zeros = model.n_embd if part == "bias" else None  # attention_bias: false
+            yield f"{ours}.attention.output.{part}", pop(f"{theirs}.attention.dense.{part}", zeros)
+            yield f"{ours}.feed_forward.input.{part}", pop(f"{theirs}.mlp.dense_h_to_4h.{part}")
+            yield f"{ours}.feed_forward.output.{part}", pop(f"{theirs}.mlp.dense_4h_to_h.{part}")
+
+
+def _rotary_order(model: DecoderSection) -> list[int]:
+    """The place in GPT-NeoX's head of each dimension of tinylm's, which pairs dimension i with i + D/2 over the whole head."""
+    pairs, half = int(model.head_width // 2 * model.rope_fraction), model.head_width // 2
+    first, second = range(pairs), range(pairs, 2 * pairs)
+    rest = range(2 * pairs, model.head_width)
+    return [*first, *rest[: half - pairs], *second, *rest[half - pairs :]]
+
+
+def _split_heads(pop: PopTensor, name: str, model: DecoderSection, order: list[int]) -> Tensor:
+    """Reorder rows (H, 3, D), the query, key and value of each head, to (3, H, D), with reordered dimensions."""
+    rows = 3 * model.n_head * model.head_width
+    tensor = pop(name, rows if name.endswith("bias") else None)
+    if tensor.shape[0] != rows:
+        return tensor  # missing, or of a wrong shape, which the caller reports
+    q, k, v = tensor.view(model.n_head, 3, model.head_width, *tensor.shape[1:]).unbind(1)  # (H, D, ...)
+    return torch.cat((q[:, order], k[:, order], v)).flatten(0, 1)
+
+
+_GPT_NEO_BLOCK_NAMES = {
+    "attention_norm": "ln_1",
+    "attention.output": "attn.attention.out_proj",
+    "feed_forward_norm": "ln_2",
+    "feed_forward.input": "mlp.c_fc",
+    "feed_forward.output": "mlp.c_proj",
+}
+
+
+def _from_gpt_neo(pop: PopTensor, model: DecoderSection) -> Iterator[tuple[str, Tensor]]:
+    yield "embedding.weight", pop("transformer.wte.weight")
+    yield "positions.weight", pop("transformer.wpe.weight")
+    if not model.tie_embeddings:
+        yield "head.weight", pop("lm_head.weight")
+    for part in ("weight", "bias"):
+        yield f"final_norm.{part}", pop(f"transformer.ln_f.{part}")
+    width = model.n_head * model.head_width
+    for layer in range(model.n_layer):
+        ours, theirs = f"blocks.{layer}", f"transformer.h.{layer}"
+        for our_name, their_name in _GPT_NEO_BLOCK_NAMES.items():
+            for part in ("weight", "bias"):
+                yield f"{ours}.{our_name}.{part}", pop(f"{theirs}.{their_name}.{part}")
+        parts = [pop(f"{theirs}.attn.attention.{name}_proj.weight") for name in ("q", "k", "v")]
+        yield f"{ours}.attention.qkv.weight", _scale_queries(torch.cat(parts), math.sqrt(model.head_width), width)
+        yield f"{ours}.attention.qkv.bias", torch.zeros(3 * width)

@@ -1,0 +1,243 @@
+"""The ladder: train one model of each generation on the same text with the same budget, and compare them in one table.
+
+Every rung is an ordinary run in the folder of the ladder. Rungs that are finished are not trained again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from tinylm.data.prepare import prepare
+from tinylm.errors import InputError, WorkError, did_you_mean
+from tinylm.evaluation.evaluate_run import evaluate_run
+from tinylm.generation.engine import generate
+from tinylm.generation.sampling import SamplingOptions
+from tinylm.model import registry
+from tinylm.paths import atomic_file, atomic_write_text
+from tinylm.recipe import Recipe, load
+from tinylm.recipe.schema import ModelVariant, require_text
+from tinylm.reporting import SILENT, Reporter
+from tinylm.run import Run
+from tinylm.sweep.runner import Outcome, Sweep, Training
+
+Equal = Literal["time", "parameters"]
+_SAMPLE_TOKENS = 60
+_SAMPLE_CHARACTERS = 80
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One generation of language models."""
+
+    name: str
+    """The name in the table. Its recipe is `ladder-NAME`."""
+    year: int
+    """When this kind of model was first published as a language model."""
+    width: str | None
+    """The key of `model:` that sets the size of the model; None if the size depends on the text."""
+
+    @property
+    def recipe(self) -> str:
+        return f"ladder-{self.name}"
+
+
+RUNGS = {
+    rung.name: rung
+    for rung in (
+        Rung("ngram", 1999, None),  # Chen & Goodman: modified Kneser-Ney smoothing
+        Rung("window", 2003, "n_hidden"),  # Bengio et al.
+        Rung("rnn", 2010, "n_embd"),  # Mikolov et al.
+        Rung("lstm", 2012, "n_embd"),  # Sundermeyer et al.
+        Rung("gru", 2014, "n_embd"),  # Cho et al.
+        Rung("gpt", 2018, "n_embd"),  # Radford et al.
+    )
+}
+DEFAULT_RUNGS = ("ngram", "window", "rnn", "lstm", "gpt")
+REFERENCE_RUNG = "gpt"
+"""With equal parameters, the other networks get about as many parameters as this one."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """The result of one rung."""
+
+    model: str
+    year: int
+    run: str
+    parameters: int
+    seconds: float
+    """Time of the training, including evaluation during training."""
+    bits_per_byte: float
+    bits_per_byte_ci95: tuple[float, float]
+    sample: str
+    """A continuation of an empty prompt, on one line."""
+
+
+@dataclass(frozen=True)
+class LadderPlan:
+    """What to train."""
+
+    folder: Path
+    source: tuple[str, ...]
+    recipes: Mapping[str, Path]
+    """The files of the recipes that ship with tinylm, by name."""
+    rungs: Sequence[Rung]
+    minutes: float
+    """The training time of all rungs together."""
+    equal: Equal = "time"
+    overrides: Sequence[str] = ()
+    """Settings for the recipes of all rungs, as KEY=VALUE."""
+    device: str = "auto"
+
+
+def find_rungs(names: Sequence[str]) -> list[Rung]:
+    """Return the rungs with these names, oldest first. Raises `InputError` for an unknown name."""
+    for name in names:
+        if name not in RUNGS:
+            hint = did_you_mean(name, RUNGS) or f"the models are {', '.join(RUNGS)}"
+            raise InputError(f"no such model {name!r}", where="--models", hint=hint)
+    return [rung for rung in RUNGS.values() if rung.name in names]
+
+
+def climb(plan: LadderPlan, reporter: Reporter = SILENT) -> Iterator[Row]:
+    """Train and evaluate the rungs, and yield the result of each as soon as it is known.
+
+    Raises `InputError` if a recipe is not valid or the folder holds another ladder, and `WorkError` if a training fails.
+    """
+    values = {rung.name: _values(plan, rung) for rung in plan.rungs}
+    recipes = {rung.name: load(plan.recipes[rung.recipe], _settings(values[rung.name])) for rung in plan.rungs}
+    if plan.equal == "parameters":
+        values = _with_equal_parameters(plan, values, recipes, reporter)
+    for rung in plan.rungs:
+        study = Sweep(plan.folder, plan.recipes[rung.recipe], device=plan.device)
+        training = Training(rung.name, values[rung.name])
+        known = study.finished(training) is not None
+        with closing(study.run([training])) as outcomes:
+            for outcome in outcomes:
+                if outcome.error is not None:
+                    raise WorkError(f"{rung.name}: {outcome.error}", where=str(plan.folder), hint="the same command continues")
+                yield _row(plan, rung, outcome, reuse=known)
+
+
+def _values(plan: LadderPlan, rung: Rung) -> dict[str, str]:
+    """The settings of a rung, by key. With equal time, each rung gets the same share of the minutes."""
+    values = {"data.train": json.dumps(list(plan.source))}
+    if rung.width is not None:
+        values["training.minutes"] = f"{plan.minutes / len(plan.rungs):.6g}"
+    for override in plan.overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise InputError("must have the form KEY=VALUE", where=f"--set {override}")
+        values[key] = value
+    return values
+
+
+def _settings(values: Mapping[str, str]) -> list[str]:
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+def _with_equal_parameters(
+    plan: LadderPlan, values: dict[str, dict[str, str]], recipes: Mapping[str, Recipe], reporter: Reporter
+) -> dict[str, dict[str, str]]:
+    """Choose the width of each network so that it has about as many parameters as the reference."""
+    first = next(iter(recipes.values()))
+    vocab_size = prepare(require_text(first.data), first.tokenizer, reporter).tokenizer.vocab_size
+    reference = RUNGS[REFERENCE_RUNG]
+    target = parameter_count(load(plan.recipes[reference.recipe], _settings(_values(plan, reference))).model, vocab_size)
+    chosen = dict(values)
+    for rung in plan.rungs:
+        if rung.width is not None and rung is not reference:
+            width = width_for(recipes[rung.name].model, rung.width, vocab_size, target)
+            chosen[rung.name] = {**values[rung.name], f"model.{rung.width}": str(width)}
+    return chosen
+
+
+def parameter_count(model: ModelVariant, vocab_size: int) -> int:
+    """Number of parameters of a network."""
+    with torch.device("meta"):
+        return registry.build(model, vocab_size, None).parameter_count()
+
+
+def width_for(model: ModelVariant, key: str, vocab_size: int, parameters: int) -> int:
+    """The multiple of 8 for `key` with which a network has the number of parameters that is closest to `parameters`."""
+
+    def count(width: int) -> int:
+        return parameter_count(model.model_copy(update={key: width}), vocab_size)
+
+    low, high = 8, 16
+    while count(high) < parameters:
+        low, high = high, 2 * high
+    while high - low > 8:
+        middle = (low + high) // 16 * 8
+        low, high = (middle, high) if count(middle) < parameters else (low, middle)
+    return min((low, high), key=lambda width: abs(count(width) - parameters))
+
+
+def _row(plan: LadderPlan, rung: Rung, outcome: Outcome, *, reuse: bool) -> Row:
+    """Evaluate a trained rung and sample from it, or read the saved row if nothing has been trained since."""
+    file = plan.folder / "rows" / f"{rung.name}.json"
+    if reuse and file.exists():
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        return Row(**{**saved, "bits_per_byte_ci95": tuple(saved["bits_per_byte_ci95"])})
+    run = Run.open(outcome.run)
+    scores = evaluate_run(run, device=plan.device).perplexity
+    row = Row(
+        model=rung.name,
+        year=rung.year,
+        run=outcome.run,
+        parameters=outcome.result["parameters"],
+        seconds=outcome.result["seconds"],
+        bits_per_byte=scores.bits_per_byte,
+        bits_per_byte_ci95=scores.bits_per_byte_ci95,
+        sample=_sample(run),
+    )
+    atomic_write_text(file, json.dumps(asdict(row), ensure_ascii=False, indent=1) + "\n")
+    return row
+
+
+def _sample(run: Run) -> str:
+    """A continuation of an empty prompt on one line, cut to about the width of a table."""
+    network = run.network(run.checkpoint(), torch.device("cpu"))
+    options = SamplingOptions(max_new_tokens=_SAMPLE_TOKENS, temperature=0.8)
+    [sample] = generate(network, run.tokenizer, "", options, seed=run.recipe.seed)
+    return " ".join(sample.text.split())[:_SAMPLE_CHARACTERS]
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Plot the bits per byte of the rungs, with their intervals, over the years."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    values = [row.bits_per_byte for row in rows]
+    below = [row.bits_per_byte - row.bits_per_byte_ci95[0] for row in rows]
+    above = [row.bits_per_byte_ci95[1] - row.bits_per_byte for row in rows]
+    axes.errorbar(range(len(rows)), values, yerr=[below, above], fmt="o", capsize=4)
+    axes.set_xticks(range(len(rows)), [f"{row.model}\n{row.year}" for row in rows])
+    axes.set_ylabel("bits per byte of held-out text")
+    axes.grid(alpha=0.3)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=144, format=path.suffix[1:])
+    pyplot.close(figure)
+
+
+def as_dict(plan: LadderPlan, rows: Sequence[Row]) -> dict[str, Any]:
+    """Return the JSON document of `tinylm ladder --json`."""
+    return {
+        "folder": str(plan.folder),
+        "source": list(plan.source),
+        "minutes": plan.minutes,
+        "equal": plan.equal,
+        "rows": [{**asdict(row), "bits_per_byte_ci95": list(row.bits_per_byte_ci95)} for row in rows],
+    }

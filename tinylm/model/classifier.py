@@ -1,0 +1,142 @@
+"""A text classifier: a network without its head, a pooled vector of each text, and an output for each label.
+
+Legend: `B` batch, `T` time, `C` width, `L` labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinylm.errors import InputError
+from tinylm.model.base import Model
+from tinylm.model.functions import Dropout
+from tinylm.model.stateful import StatefulModel
+from tinylm.recipe.labels import ClassificationObjective
+from tinylm.recipe.schema import ModelVariant
+
+BODY = "body."
+"""The beginning of the names of the weights of the network without its head."""
+_ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
+_INITIAL_STD = 0.02
+
+
+def text_hidden(network: Model, tokens: Tensor, segments: Tensor) -> Tensor:
+    """The final hidden states (B, T, C) of one text per row, ids (B, T). `segments` (B, T) is 0, or negative for padding at the end.
+
+    A causal network needs no mask, because padding comes after the text.
+    """
+    if isinstance(network, StatefulModel):  # `hidden` would leave out the burn-in in training
+        hidden, _ = network.continue_from(tokens, network.empty_state(len(tokens)))
+        return hidden
+    return network.hidden(tokens, segments=None if network.is_causal else segments)
+
+
+def pool(hidden: Tensor, segments: Tensor, how: str) -> Tensor:
+    """Hidden states (B, T, C) -> one vector per text (B, C). `how`: cls, mean or last. Padding has negative `segments`."""
+    if how == "cls":
+        return hidden[:, 0]
+    is_text = segments >= 0
+    lengths = is_text.sum(dim=1)
+    if how == "last":
+        return hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
+    return (hidden * is_text[..., None].to(hidden.dtype)).sum(dim=1) / lengths[:, None].to(hidden.dtype)
+
+
+class SequenceClassifier(Model):
+    """Predicts the label of a text. `body` loses its head."""
+
+    def __init__(self, body: Model, objective: ClassificationObjective, *, seed: int | None = 0) -> None:
+        """Raises `InputError` if the objective has no labels."""
+        super().__init__(body.model, body.vocab_size)
+        if not objective.labels:
+            raise InputError("there are no labels yet", where="objective.labels", hint="train the model first")
+        body.remove_head()
+        self.body = body
+        self._objective = objective
+        width = body.input_embedding().embedding_dim
+        self.pooler = nn.Linear(width, width) if objective.pooler != "none" else None
+        self.output = nn.Linear(width, len(objective.labels))
+        self.dropout = Dropout(float(getattr(body.model, "dropout", 0.0)))
+        if seed is not None:
+            self._initialize(torch.Generator().manual_seed(seed))
+
+    def _initialize(self, generator: torch.Generator) -> None:
+        with torch.no_grad():
+            for module in (self.pooler, self.output):
+                if module is not None:
+                    module.weight.copy_(torch.randn(module.weight.shape, generator=generator) * _INITIAL_STD)
+                    module.bias.zero_()
+
+    @property
+    def objective(self) -> ClassificationObjective:
+        return self._objective
+
+    @property
+    def pool(self) -> str:
+        """How a text becomes one vector: cls, mean or last."""
+        if self._objective.pool != "auto":
+            return self._objective.pool
+        return "last" if self.body.is_causal else "cls"
+
+    def forward(self, tokens: Tensor, *, targets: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+        """Ids (B, T), one text per row -> logits (B, L). Padding has negative `segments`."""
+        if targets is not None:
+            raise ValueError("the objective computes the loss of a classifier")
+        segments = torch.zeros_like(tokens) if segments is None else segments
+        self.body.recompute = self.recompute
+        vectors = pool(text_hidden(self.body, tokens, segments), segments, self.pool)  # (B, C)
+        if self.pooler is not None:
+            vectors = _ACTIVATIONS[self._objective.pooler](self.pooler(vectors))
+        logits: Tensor = self.output(self.dropout(vectors))
+        return logits
+
+    def hidden(self, tokens: Tensor, **options: Any) -> Tensor:
+        return self.body.hidden(tokens, **options)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        raise InputError("this model predicts labels, not tokens", hint="use `tinylm classify`")
+
+    @property
+    def device(self) -> torch.device:
+        return self.output.weight.device
+
+    def compile_units(self) -> Sequence[nn.Module]:
+        return self.body.compile_units()
+
+    def muon_weights(self) -> list[str]:
+        return [BODY + name for name in self.body.muon_weights()]
+
+    def stacked_matrices(self) -> dict[str, tuple[int, ...]]:
+        return {BODY + name: rows for name, rows in self.body.stacked_matrices().items()}
+
+    def lr_multipliers(self) -> dict[str, float]:
+        return {BODY + name: factor for name, factor in self.body.lr_multipliers().items()}
+
+    def tied_weights(self) -> dict[str, str]:
+        return {BODY + name: BODY + stored for name, stored in self.body.tied_weights().items()}
+
+    @classmethod
+    def check_size(cls, model: ModelVariant, names: Iterable[str]) -> str | None:
+        raise NotImplementedError("the class of the body checks the size")
+
+    def vocabulary_weights(self) -> frozenset[str]:
+        return frozenset(BODY + name for name in self.body.vocabulary_weights())
+
+    def head_weights(self) -> frozenset[str]:
+        return frozenset(name for name, _ in self.named_parameters() if not name.startswith(BODY))
+
+    def input_embedding(self) -> nn.Embedding:
+        return self.body.input_embedding()
+
+    @property
+    def depth(self) -> int:
+        return self.body.depth
+
+
+def without_classifier(network: Model) -> Model:
+    """The network that computes the hidden states: the body of a classifier, or the network itself."""
+    return network.body if isinstance(network, SequenceClassifier) else network

@@ -1,0 +1,83 @@
+"""Decoding with a recurrent network on a CPU with numba-compiled code (`tinylm.model.recurrent_kernels`, which needs numba)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinylm.errors import InputError, missing_extra
+from tinylm.model.recurrent import Recurrent
+from tinylm.model.stateful import RowState
+from tinylm.recipe.recurrent import GruSection, LstmSection, RnnSection
+
+_LOAD_SECONDS = 2.0
+"""Upper bound on the time to load numba and the compiled code."""
+_SAVED_SECONDS_PER_STEP = 1e-4
+"""Lower bound on the time that a compiled step saves."""
+
+
+def is_worthwhile(network: Recurrent, steps: int | None) -> bool:
+    """Whether compiled steps are supported and save more time over `steps` steps than loading takes. None: unlimited steps."""
+    weight = network.embedding.weight
+    supported = find_spec("numba") is not None and weight.device.type == "cpu" and weight.dtype == torch.float32
+    return supported and (steps is None or steps * _SAVED_SECONDS_PER_STEP > _LOAD_SECONDS)
+
+
+class CompiledRecurrent:
+    """A `DecodingModel` whose steps run in compiled code on one thread. Prompts are prefilled with PyTorch.
+
+    Raises `InputError` if numba is not installed, or if the network is not on a CPU in float32.
+    """
+
+    uses_numba = True
+    capacity = None
+
+    def __init__(self, network: Recurrent) -> None:
+        try:
+            from tinylm.model import recurrent_kernels
+        except ImportError:
+            raise missing_extra("fast", "compiling the decoding step for a CPU") from None
+        if network.device.type != "cpu" or network.embedding.weight.dtype != torch.float32:
+            raise InputError("compiled decoding needs a CPU and float32", where="--compile", hint="remove the option")
+        self.network, self.vocab_size = network, network.vocab_size
+        self._kernel: Any = recurrent_kernels.step
+        self._embedding = network.embedding.weight.detach()
+        layers = [dict(layer.named_parameters()) for layer in network.layers]
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        stacked = [torch.stack([layer[name].detach() for layer in layers]) for name in names]
+        self._arrays = [tensor.contiguous().numpy() for tensor in (*stacked, network.head.weight.detach())]
+        model = network.model
+        kinds = {LstmSection: recurrent_kernels.LSTM, GruSection: recurrent_kernels.GRU}
+        self._kind = kinds.get(type(model), recurrent_kernels.TANH)  # type: ignore[call-overload]
+        if isinstance(model, RnnSection) and model.activation == "relu":
+            self._kind = recurrent_kernels.RELU
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Ids (B, T) -> logits (B, T, V)."""
+        logits: Tensor = self.network(tokens)
+        return logits
+
+    def new_state(self, rows: int, max_tokens: int | None = None) -> RowState:
+        """Create a state of `rows` empty rows. Its size does not depend on `max_tokens`."""
+        return self.network.new_state(rows)
+
+    def prefill(self, state: RowState, row: int, ids: Sequence[int] | Tensor) -> Tensor:
+        """Replace the contents of a row with ids (T,). Return the logits (V,) after the last one."""
+        return self.network.prefill(state, row, ids)
+
+    def step(self, state: RowState, tokens: Tensor) -> Tensor:
+        """Append one id (B,) to every row and return the logits (B, V) after it."""
+        x = self._embedding[tokens]
+        logits = torch.empty(len(tokens), self.vocab_size)
+        state.values = state.values.detach().contiguous()
+        self._kernel(self._kind, *self._arrays, x.numpy(), state.values.numpy(), logits.numpy())
+        state.lengths = [length + 1 for length in state.lengths]
+        return logits

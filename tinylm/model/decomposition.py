@@ -1,0 +1,128 @@
+"""Split the final hidden state of a transformer into the parts that each embedding, head, feed-forward layer and bias adds to it.
+
+The residual stream is a sum, and a norm with a fixed scale is linear. So every norm is applied to each part with the scale that it
+has in the actual forward pass ("frozen"), and the parts still add up to the hidden state. This is the basis of direct logit
+attribution (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits").
+
+Legend: `N` components, `B` batch, `T` time, `C` width, `H` heads, `D` head width.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tinylm.errors import InputError
+from tinylm.model.base import Model
+from tinylm.model.hooks import ActivationCache
+from tinylm.model.layers import Block, RMSNorm
+from tinylm.model.transformer import Transformer
+
+_NAMES = re.compile(r"(ngram_|pos_)?embed|final_norm|blocks\.\d+\.(attn\.z|mlp_out)")
+"""The hook points that attribution reads, as far as the network has them."""
+
+
+@dataclass(frozen=True)
+class Components:
+    """Named vectors that add up to an activation. `vectors`: (N, B, T, C)."""
+
+    names: list[str]
+    vectors: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """The sum of all components, (B, T, C)."""
+        return self.vectors.sum(0)
+
+    def scaled(self, factor: Tensor) -> Components:
+        return Components(self.names, self.vectors * factor)
+
+    def __add__(self, other: Components) -> Components:
+        """Components of the same name are added."""
+        position = {name: index for index, name in enumerate(self.names)}
+        vectors = self.vectors.clone()
+        new = [index for index, name in enumerate(other.names) if name not in position]
+        for index, name in enumerate(other.names):
+            if name in position:
+                vectors[position[name]] += other.vectors[index]
+        names = [*self.names, *(other.names[index] for index in new)]
+        return Components(names, torch.cat((vectors, other.vectors[new])))
+
+
+def decompose(network: Model, cache: ActivationCache) -> Components:
+    """Split the input of the output projection into components, given the activations `hook_names` of a forward pass.
+
+    The components are the embeddings (`embed`, `ngram_embed`, `pos_embed`), every head (`L0H3`), the bias of every attention output
+    projection (`L0 attention bias`), every feed-forward layer with its bias (`L0 feed-forward`), and the bias of every LayerNorm
+    that is applied to the residual stream. Value embeddings and value residuals are part of the heads that read them. QK norms and
+    attention soft-caps only change where a head looks. Raises `InputError` if the network is not a decoder.
+    """
+    if not isinstance(network, Transformer):
+        raise InputError(f"a model of architecture {network.architecture} cannot be split into components")
+    embedded = _embedded(network, cache)
+    parts = embedded
+    for layer in range(network.depth):
+        block = network.blocks[layer]
+        assert isinstance(block, Block)
+        parts = _through_block(block, layer, parts, embedded, cache)
+    return parts if network.final_norm is None else _frozen_norm(network.final_norm, parts, "final norm bias")
+
+
+def hook_names(network: Model) -> list[str]:
+    """The hook points of `network` that `decompose` reads, and `final_norm`, its result."""
+    return [name for name in network.hook_names() if _NAMES.fullmatch(name)]
+
+
+def _embedded(network: Transformer, cache: ActivationCache) -> Components:
+    names = [name for name in ("embed", "ngram_embed", "pos_embed") if name in cache]
+    parts = Components(names, torch.stack([cache[name] for name in names]))
+    return parts if network.embedding_norm is None else _frozen_norm(network.embedding_norm, parts, "embedding norm bias")
+
+
+def _through_block(block: Block, layer: int, x: Components, embedded: Components, cache: ActivationCache) -> Components:
+    """Follow the components through a block. Mirrors `Block.forward`."""
+    if block.residual_mix is not None:
+        x_share, embedded_share = block.residual_mix.unbind()
+        x = x.scaled(x_share) + embedded.scaled(embedded_share)
+    attended = _heads(block, layer, cache)
+    feed_forward = Components([f"L{layer} feed-forward"], cache[f"blocks.{layer}.mlp_out"].unsqueeze(0))
+    if not block.post:
+        return x + attended + feed_forward
+    if block.feed_forward_norm is None:  # parallel
+        return _frozen_norm(block.attention_norm, x + attended + feed_forward, f"L{layer} norm bias")
+    middle = _frozen_norm(block.attention_norm, x + attended, f"L{layer} attention norm bias")
+    return _frozen_norm(block.feed_forward_norm, middle + feed_forward, f"L{layer} feed-forward norm bias")
+
+
+def _heads(block: Block, layer: int, cache: ActivationCache) -> Components:
+    """What each head adds to the residual stream, and the bias of the output projection."""
+    projection = block.attention.output
+    z = cache[f"blocks.{layer}.attn.z"]  # (B, T, H, D)
+    weight = projection.weight.unflatten(1, z.shape[-2:])  # (C, H, D)
+    names = [f"L{layer}H{head}" for head in range(z.shape[2])]
+    vectors = torch.einsum("bthd,chd->hbtc", z, weight)
+    if projection.bias is not None:
+        names.append(f"L{layer} attention bias")
+        vectors = torch.cat((vectors, projection.bias.expand_as(vectors[:1])))
+    parts = Components(names, vectors)
+    norm = block.attention_norm if block.norm_position == "output" else block.attention_output_norm
+    return parts if norm is None else _frozen_norm(norm, parts, f"L{layer} attention output norm bias")
+
+
+def _frozen_norm(norm: nn.Module, parts: Components, bias_name: str) -> Components:
+    """Apply a norm to components, with the scale that the norm has for their sum. A bias becomes a component of its own."""
+    total, vectors = parts.total, parts.vectors
+    if isinstance(norm, RMSNorm):
+        scaled = vectors * torch.rsqrt(total.square().mean(-1, keepdim=True) + norm.eps)
+        return Components(parts.names, scaled if norm.weight is None else scaled * norm.weight)
+    assert isinstance(norm, nn.LayerNorm)
+    scale = torch.rsqrt(total.var(-1, keepdim=True, unbiased=False) + norm.eps)
+    scaled = (vectors - vectors.mean(-1, keepdim=True)) * scale
+    if norm.weight is not None:
+        scaled = scaled * norm.weight
+    if norm.bias is None:
+        return Components(parts.names, scaled)
+    return Components(parts.names, scaled) + Components([bias_name], norm.bias.expand_as(scaled[:1]))

@@ -1,0 +1,102 @@
+"""The transformer encoder: every position attends to all positions. With `preset: bert`, it computes what BertForMaskedLM computes.
+
+Legend: `B` batch, `T` time, `C` width, `N` targets, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinylm.cost.memory import loss_chunk_rows
+from tinylm.model.cache import CacheRows
+from tinylm.model.layers import make_norm
+from tinylm.model.transformer import Transformer, summed_loss
+from tinylm.recipe.encoder import EncoderSection
+from tinylm.recipe.schema import TransformerSection
+
+
+class HeadTransform(nn.Module):
+    """The layer between the last block and the head in BERT: linear, GELU, norm."""
+
+    def __init__(self, model: EncoderSection) -> None:
+        super().__init__()
+        self.dense = nn.Linear(model.n_embd, model.n_embd, bias=model.bias)
+        self.norm = make_norm(model, model.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        transformed: Tensor = self.norm(F.gelu(self.dense(x)))
+        return transformed
+
+
+class Encoder(Transformer):
+    """A bidirectional transformer that predicts masked tokens."""
+
+    model: EncoderSection
+    causal = False
+
+    def _add_modules(self, model: TransformerSection) -> None:
+        assert isinstance(model, EncoderSection)
+        self.token_types = nn.Embedding(model.token_types, model.n_embd) if model.token_types else None
+        self.head_transform = HeadTransform(model) if model.head_transform else None
+
+    @property
+    def _has_head_bias(self) -> bool:
+        return self.model.head_bias
+
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: CacheRows | None = None,
+        *,
+        targets: Tensor | None = None,
+        segments: Tensor | None = None,
+        token_types: Tensor | None = None,
+    ) -> Tensor:
+        """Ids (B, T) -> logits (B, T, V), or with `targets` (B, T) the summed loss in nats, a scalar.
+
+        The head is computed only where the target is not negative. `token_types` (B, T): default 0 everywhere.
+        """
+        hidden = self.hidden(tokens, segments=segments, token_types=token_types)  # (B, T, C)
+        if targets is None:
+            return self.logits(hidden)
+        chosen = (targets.flatten() >= 0).nonzero().squeeze(1)  # (N,)
+        hidden, ids = hidden.flatten(0, 1)[chosen], targets.flatten()[chosen]  # (N, C), (N,)
+        if self.head.bias is not None:
+            return F.cross_entropy(self.logits(hidden).float(), ids.long(), reduction="sum")
+        chunk = loss_chunk_rows(self.vocab_size, on_gpu=hidden.device.type != "cpu")
+        return summed_loss(self._transformed(hidden), self.head.weight, ids, self.model.logit_softcap, chunk, self.compile_loss)
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        cache: CacheRows | None = None,
+        *,
+        segments: Tensor | None = None,
+        n_last: int | None = None,
+        added: Tensor | None = None,
+        token_types: Tensor | None = None,
+    ) -> Tensor:
+        """Ids (B, T) -> final hidden states (B, T, C), the input of `logits`. Raises `ValueError` for a cache."""
+        if cache is not None:
+            raise ValueError("an encoder has no cache, because later tokens change the hidden states of earlier ones")
+        if self.token_types is not None:
+            vectors = self.token_types.weight[0] if token_types is None else self.token_types(token_types)
+            added = vectors if added is None else added + vectors
+        elif token_types is not None:
+            raise ValueError("this encoder has no token types")
+        return super().hidden(tokens, segments=segments, n_last=n_last, added=added)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., C) -> (..., V)."""
+        return super().logits(self._transformed(hidden))
+
+    def _transformed(self, hidden: Tensor) -> Tensor:
+        return hidden if self.head_transform is None else self.head_transform(hidden)
+
+    def vocabulary_weights(self) -> frozenset[str]:
+        return super().vocabulary_weights() | {name for name, _ in self.named_parameters() if name == "head.bias"}
+
+    def head_weights(self) -> frozenset[str]:
+        return frozenset(name for name in self.state_dict() if name.startswith(("head.", "head_transform.")))

@@ -1,0 +1,81 @@
+"""Find code outside tinylm that takes part in a network: own layers, patched functions and methods.
+
+Such a network cannot be rebuilt from its recipe alone, so a run records what is found here.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import os
+import sys
+import sysconfig
+from collections.abc import Iterator
+from types import ModuleType
+
+from torch import nn
+
+_PACKAGE = "tinylm.model"
+_STANDARD_LIBRARY = sysconfig.get_path("stdlib")
+"""Data classes and named tuples get methods from here."""
+
+
+def foreign_code(network: nn.Module) -> list[str]:
+    """Return the names of all classes, functions and methods of a network that neither tinylm nor torch defines, sorted."""
+    names = {_name_of(kind) for kind in map(type, network.modules()) if not _is_from(kind.__module__, "tinylm", "torch")}
+    for path, module in network.named_modules():
+        names |= {f"{path or type(network).__name__}.{name}" for name, value in vars(module).items() if inspect.isfunction(value)}
+    for name, module in list(sys.modules.items()):
+        if _is_from(name, _PACKAGE) and getattr(module, "__file__", None):
+            names |= set(_patched(module))
+    return sorted(names)
+
+
+def _name_of(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _is_from(module: str, *packages: str) -> bool:
+    return any(module == package or module.startswith(package + ".") for package in packages)
+
+
+def _patched(module: ModuleType) -> Iterator[str]:
+    """Yield the functions, classes and methods of a module, and its imports from tinylm, that differ from its source."""
+    with open(str(module.__file__), encoding="utf-8") as file:
+        tree = ast.parse(file.read())
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            if not _is_defined_in(getattr(module, node.name, None), module):
+                yield f"{module.__name__}.{node.name}"
+        elif isinstance(node, ast.ClassDef):
+            yield from _patched_class(getattr(module, node.name, None), node, module)
+        elif isinstance(node, ast.ImportFrom) and _is_from(node.module or "", "tinylm"):
+            source = sys.modules.get(str(node.module))
+            for alias in node.names:
+                name = alias.asname or alias.name
+                if source is not None and hasattr(source, alias.name) and getattr(module, name) is not getattr(source, alias.name):
+                    yield f"{module.__name__}.{name}"
+
+
+def _patched_class(kind: object, node: ast.ClassDef, module: ModuleType) -> Iterator[str]:
+    if not isinstance(kind, type) or kind.__module__ != module.__name__:
+        yield f"{module.__name__}.{node.name}"
+        return
+    methods = {member.name for member in node.body if isinstance(member, ast.FunctionDef)}
+    for name, value in vars(kind).items():
+        file = _code_file(value)
+        is_generated = name not in methods and (file is None or not os.path.isfile(file) or file.startswith(_STANDARD_LIBRARY))
+        if not is_generated and not _is_defined_in(value, module):
+            yield f"{module.__name__}.{node.name}.{name}"
+
+
+def _is_defined_in(value: object, module: ModuleType) -> bool:
+    return _code_file(value) == module.__file__
+
+
+def _code_file(value: object) -> str | None:
+    """Return the file of the code of a function, also if it is decorated, a static method or a property. None for other values."""
+    for attribute in ("__func__", "fget", "func", "py_func", "_init_fn"):
+        value = getattr(value, attribute, value)
+    code = getattr(inspect.unwrap(value) if callable(value) else value, "__code__", None)
+    return None if code is None else str(code.co_filename)

@@ -1,0 +1,180 @@
+"""Recurrent language models: embedding, layers of a simple RNN, LSTM or GRU, head.
+
+The layers compute what torch.nn.RNN, LSTM and GRU compute, with torch's own functions.
+
+Legend: `B` batch, `T` time, `C` width, `G` gates, `S` vectors in the state of a layer (2 for an LSTM: output and cell), `L` layers,
+`V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinylm.cost.memory import loss_chunk_rows
+from tinylm.model.functions import Dropout, summed_cross_entropy
+from tinylm.model.hooks import HookedModule, HookPoint
+from tinylm.model.stateful import StatefulModel
+from tinylm.recipe.recurrent import LstmSection, RecurrentSection, RnnSection
+from tinylm.recipe.schema import ModelVariant
+
+
+class RecurrentLayer(HookedModule):
+    """One layer, with the weights of torch.nn.RNN, LSTM or GRU in their order of gates."""
+
+    def __init__(self, model: RecurrentSection) -> None:
+        super().__init__()
+        rows = model.gates * model.n_embd
+        self.weight_ih = nn.Parameter(torch.empty(rows, model.n_embd))
+        self.weight_hh = nn.Parameter(torch.empty(rows, model.n_embd))
+        self.bias_ih = nn.Parameter(torch.empty(rows))
+        self.bias_hh = nn.Parameter(torch.empty(rows))
+        self.weight_drop = model.weight_drop
+        self.hook_output = HookPoint()
+        if isinstance(model, RnnSection):
+            self._function = {"tanh": torch.rnn_tanh, "relu": torch.rnn_relu}[model.activation]
+        else:
+            self._function = torch.lstm if isinstance(model, LstmSection) else torch.gru
+
+    def forward(self, x: Tensor, state: Tensor, weight_hh: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs (B, T, C) and state (B, S, C) -> outputs (B, T, C) and the state after the last input.
+
+        `weight_hh`: the recurrent weights, some of which may be dropped.
+        """
+        vectors = [vector[None].contiguous() for vector in state.unbind(1)]  # each (1, B, C)
+        weights = [self.weight_ih, weight_hh, self.bias_ih, self.bias_hh]
+        initial = vectors if self._function is torch.lstm else vectors[0]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
+            outputs, *final = self._function(x, initial, weights, True, 1, 0.0, self.training, False, True)
+        return self.hook_output(outputs), torch.stack([vector[0] for vector in final], dim=1)
+
+    def dropped_weight(self) -> Tensor:
+        """The recurrent weights for one micro-batch: in training, a share of them is dropped."""
+        return F.dropout(self.weight_hh, self.weight_drop, self.training) if self.weight_drop else self.weight_hh
+
+
+class Recurrent(StatefulModel):
+    """A stack of recurrent layers. Its state (B, L, S, C) contains the outputs, and for an LSTM also the cells, of all layers."""
+
+    model: RecurrentSection
+
+    def __init__(self, model: RecurrentSection, vocab_size: int, *, seed: int | None = 0) -> None:
+        super().__init__(model, vocab_size)
+        self.embedding = nn.Embedding(vocab_size, model.n_embd)
+        self.hook_embed = HookPoint()
+        self.layers = nn.ModuleList(RecurrentLayer(model) for _ in range(model.n_layer))
+        self.head = nn.Linear(model.n_embd, vocab_size, bias=False)
+        self.dropout = Dropout(model.dropout)
+        if seed is not None:
+            self._initialize(torch.Generator().manual_seed(seed))
+        if model.tie_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def _initialize(self, generator: torch.Generator) -> None:
+        """Draw uniform weights in the layers, as torch.nn does. The forget gate of an LSTM is almost open (Jozefowicz et al. 2015).
+
+        An embedding that is not tied has a standard deviation of 1: with smaller values, the first steps learn slowly.
+        """
+        width = self.model.n_embd
+        bounds = {"embedding.weight": 0.1 if self.model.tie_embeddings else math.sqrt(3), "head.weight": 0.001}
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                bound = bounds.get(name, 1 / math.sqrt(width))
+                parameter.copy_((2 * torch.rand(parameter.shape, generator=generator) - 1) * bound)
+                if isinstance(self.model, LstmSection) and name.endswith("bias_ih"):
+                    parameter[width : 2 * width] += 1
+
+    def forward(self, tokens: Tensor, *, targets: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+        hidden = self.hidden(tokens, segments=segments)  # (B, T, C)
+        if targets is None:
+            return self.logits(hidden)
+        chunk = loss_chunk_rows(self.vocab_size, on_gpu=hidden.device.type != "cpu")
+        return summed_cross_entropy(
+            hidden.flatten(0, 1), self.head.weight, targets.flatten(), None, chunk, compiled=self.compile_loss
+        )
+
+    def hidden(self, tokens: Tensor, *, n_last: int | None = None, segments: Tensor | None = None) -> Tensor:
+        """Ids (B, T) -> outputs of the last layer (B, T, C). In training, those of the burn-in are zero.
+
+        Raises `ValueError` for segments, because the layers cannot reset their state within a row.
+        """
+        if segments is not None:
+            raise ValueError("recurrent networks do not support segments")
+        masks, weights = self._dropout_masks(tokens), [layer.dropped_weight() for layer in self._layers]
+        state, burn_in = self.empty_state(len(tokens)), self.model.burn_in if self.training else 0
+        if 0 < burn_in < tokens.shape[1]:
+            with torch.no_grad():
+                _, state = self._run(tokens[:, :burn_in], state, masks, weights)
+            outputs, _ = self._run(tokens[:, burn_in:], state, masks, weights)
+            outputs = F.pad(outputs, (0, 0, burn_in, 0))
+        else:
+            outputs, _ = self._run(tokens, state, masks, weights)
+        return outputs if n_last is None else outputs[:, -n_last:]
+
+    def continue_from(self, tokens: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        return self._run(tokens, state, self._dropout_masks(tokens), [layer.dropped_weight() for layer in self._layers])
+
+    def _run(self, tokens: Tensor, state: Tensor, masks: list[Tensor] | None, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Ids (B, T) and a state (B, L, S, C) -> outputs (B, T, C) and the new state."""
+        x = self.hook_embed(self.embedding(tokens))
+        states = []
+        for index, layer in enumerate(self._layers):
+            x, new = layer(x if masks is None else x * masks[index], state[:, index], weights[index])
+            states.append(new)
+        return x if masks is None else x * masks[-1], torch.stack(states, dim=1)
+
+    def _dropout_masks(self, tokens: Tensor) -> list[Tensor] | None:
+        """One mask (B, 1, C) for the input of each layer and one for the output of the last, or None without dropout."""
+        if not self.training or not self.model.dropout:
+            return None
+        ones = torch.ones(len(tokens), 1, self.model.n_embd, device=tokens.device)
+        return [self.dropout(ones) for _ in range(self.model.n_layer + 1)]
+
+    def empty_state(self, rows: int) -> Tensor:
+        vectors = 2 if isinstance(self.model, LstmSection) else 1
+        return self.embedding.weight.new_zeros(rows, self.model.n_layer, vectors, self.model.n_embd)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.head(hidden)
+        return logits
+
+    @property
+    def _layers(self) -> list[RecurrentLayer]:
+        return [layer for layer in self.layers if isinstance(layer, RecurrentLayer)]
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    def muon_weights(self) -> list[str]:
+        return [f"layers.{index}.{name}" for index in range(self.model.n_layer) for name in ("weight_ih", "weight_hh")]
+
+    def stacked_matrices(self) -> dict[str, tuple[int, ...]]:
+        return dict.fromkeys(self.muon_weights(), (self.model.n_embd,) * self.model.gates) if self.model.gates > 1 else {}
+
+    def tied_weights(self) -> dict[str, str]:
+        return {"head.weight": "embedding.weight"} if self.model.tie_embeddings and hasattr(self, "head") else {}
+
+    @classmethod
+    def check_size(cls, model: ModelVariant, names: Iterable[str]) -> str | None:
+        assert isinstance(model, RecurrentSection)
+        layers = sum(name.endswith(".weight_hh") for name in names)
+        return None if layers == model.n_layer else f"{layers} layers instead of {model.n_layer}"
+
+    def vocabulary_weights(self) -> frozenset[str]:
+        return frozenset({"embedding.weight", *self.head_weights()})
+
+    def head_weights(self) -> frozenset[str]:
+        return frozenset({"head.weight"} if hasattr(self, "head") else ())
+
+    def input_embedding(self) -> nn.Embedding:
+        return self.embedding
+
+    def output_embedding(self) -> nn.Linear:
+        return self.head

@@ -1,0 +1,85 @@
+"""The decoding step of a recurrent network in numba: one token for every row, with all layers and the head.
+
+Every sum is computed in a fixed order, so a row's result does not depend on the other rows.
+
+Legend: `B` rows, `L` layers, `G` gates, `S` vectors in the state of a layer, `C` width, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from tinylm.jit import cached_njit
+
+TANH, RELU, LSTM, GRU = range(4)
+"""The kinds of layers: simple RNNs with two nonlinearities, LSTM and GRU."""
+_FAST = {"reassoc", "contract", "arcp", "nsz"}
+"""The compiler may reorder sums to vectorize them, in the same way for each row."""
+_ONE = np.float32(1.0)
+
+
+@njit(nogil=True, error_model="numpy", fastmath=_FAST)
+def _product(weight: Any, x: Any, out: Any) -> None:
+    """out (B, R) = x (B, C) @ weight (R, C) transposed. Each row of the weight is read once for all rows of `x`."""
+    for r in range(weight.shape[0]):
+        for b in range(x.shape[0]):
+            total = np.float32(0.0)
+            for c in range(weight.shape[1]):
+                total += weight[r, c] * x[b, c]
+            out[b, r] = total
+
+
+@njit(nogil=True, error_model="numpy", inline="always")
+def _sigmoid(x: Any) -> Any:
+    return _ONE / (_ONE + np.exp(-x))
+
+
+@njit(nogil=True, error_model="numpy", inline="always")
+def _tanh(x: Any) -> Any:
+    return np.float32(2.0) * _sigmoid(np.float32(2.0) * x) - _ONE
+
+
+@njit(nogil=True, error_model="numpy")
+def _update(kind: int, inputs: Any, recurrent: Any, bias_ih: Any, bias_hh: Any, state: Any) -> None:
+    """Update the state (S, C) of a layer, given the products (G C,) of its two weights. Gates are in torch's order."""
+    width = state.shape[1]
+    for c in range(width):
+        if kind == LSTM:
+            i = _sigmoid(inputs[c] + bias_ih[c] + recurrent[c] + bias_hh[c])
+            f, g, o = width + c, 2 * width + c, 3 * width + c
+            forget = _sigmoid(inputs[f] + bias_ih[f] + recurrent[f] + bias_hh[f])
+            new = _tanh(inputs[g] + bias_ih[g] + recurrent[g] + bias_hh[g])
+            output = _sigmoid(inputs[o] + bias_ih[o] + recurrent[o] + bias_hh[o])
+            state[1, c] = forget * state[1, c] + i * new
+            state[0, c] = output * _tanh(state[1, c])
+        elif kind == GRU:
+            z, n = width + c, 2 * width + c
+            reset = _sigmoid(inputs[c] + bias_ih[c] + recurrent[c] + bias_hh[c])
+            update = _sigmoid(inputs[z] + bias_ih[z] + recurrent[z] + bias_hh[z])
+            new = _tanh(inputs[n] + bias_ih[n] + reset * (recurrent[n] + bias_hh[n]))
+            state[0, c] = (_ONE - update) * new + update * state[0, c]
+        else:
+            total = inputs[c] + bias_ih[c] + recurrent[c] + bias_hh[c]
+            state[0, c] = _tanh(total) if kind == TANH else max(total, np.float32(0.0))
+
+
+@cached_njit()
+def step(kind: int, weight_ih: Any, weight_hh: Any, bias_ih: Any, bias_hh: Any, head: Any, x: Any, state: Any, logits: Any) -> None:
+    """Process the embeddings `x` (B, C), which are overwritten. Updates `state` (B, L, S, C) and fills `logits` (B, V).
+
+    `weight_ih` and `weight_hh` (L, G C, C), `bias_ih` and `bias_hh` (L, G C), `head` (V, C); everything is float32.
+    """
+    inputs = np.empty((x.shape[0], weight_ih.shape[1]), dtype=np.float32)
+    recurrent = np.empty_like(inputs)
+    before = np.empty_like(x)
+    for layer in range(weight_ih.shape[0]):
+        before[:] = state[:, layer, 0]
+        _product(weight_ih[layer], x, inputs)
+        _product(weight_hh[layer], before, recurrent)
+        for b in range(x.shape[0]):
+            _update(kind, inputs[b], recurrent[b], bias_ih[layer], bias_hh[layer], state[b, layer])
+            x[b] = state[b, layer, 0]
+    _product(head, x, logits)

@@ -1,0 +1,77 @@
+"""The encoder: its `model:` section, and the `masked_lm` objective."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import model_validator
+
+from tinylm.recipe.base import ObjectiveVariant, Section
+from tinylm.recipe.presets import ENCODER_PRESETS
+from tinylm.recipe.transformer import TransformerSection
+from tinylm.recipe.values import CountOrZero, Flag, MaskRates, Share
+
+CONTROL_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
+"""The control tokens of a tokenizer that is trained for an encoder."""
+MASK = "[MASK]"
+"""How the text of a prompt marks a token to predict, for every tokenizer."""
+_SHORTEST_CONTEXT = 3
+
+
+class EncoderSection(TransformerSection):
+    """A transformer encoder, in which every position attends to all positions. Preset bert is exactly BertModel.
+
+    A text is framed by [CLS] and [SEP], which a learned tokenizer gets as control tokens. attention_window counts the positions on
+    each side, the position itself included.
+    """
+
+    presets = ENCODER_PRESETS
+    objectives = ("masked_lm", "classification")
+    bidirectional = True
+
+    architecture: Literal["encoder"] = "encoder"
+    preset: Literal["modern", "bert"] = "modern"
+    """The model whose settings are the defaults of the other keys."""
+    token_types: CountOrZero
+    """Number of token type embeddings (BERT's segments), one of which is added to each token embedding. Text has type 0."""
+    head_transform: Flag
+    """Apply a linear layer, GELU and a norm before the head, as BERT does."""
+    head_bias: Flag
+    """Use a learned bias in the head."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from super().problems()
+        if self.context_length < _SHORTEST_CONTEXT:
+            yield "context_length", f"must be at least {_SHORTEST_CONTEXT}: [CLS], one token and [SEP]"
+
+
+class Replacement(Section):
+    """What replaces a masked token: the shares must add up to 1."""
+
+    mask: Share = 0.8
+    """The share that becomes [MASK]."""
+    random: Share = 0.1
+    """The share that becomes a random token."""
+    keep: Share = 0.1
+    """The share that stays as it is."""
+
+    @model_validator(mode="after")
+    def _check_sum(self) -> Replacement:
+        if abs(self.mask + self.random + self.keep - 1) > 1e-6:
+            raise ValueError(f"mask, random and keep must add up to 1, not {self.mask + self.random + self.keep:g}")
+        return self
+
+
+class MaskedLMObjective(ObjectiveVariant):
+    """Predict masked tokens from the tokens on both sides (Devlin et al. 2019).
+
+    Which tokens are masked depends only on the seed and the position in the data order. Control tokens are never masked. Evaluation
+    always masks 15% of the held-out tokens, the same ones every time.
+    """
+
+    name: Literal["masked_lm"] = "masked_lm"
+    rate: MaskRates = (0.15,)
+    """The share of tokens to predict, or two shares: it then changes linearly from the first to the second over the training run."""
+    replace: Replacement = Replacement()
+    """What replaces a token to predict."""

@@ -1,0 +1,106 @@
+"""Labelled texts: the `data:` section of format labels, and the `classification` objective."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Discriminator, Tag
+
+from tinylm.recipe.base import DataVariant, ObjectiveVariant, Section
+from tinylm.recipe.values import ClassWeights, Counts, LabelList, OpenShare, ShareAboveZero, ShareBelowOne, Sources
+
+
+class StratifiedShare(Section):
+    """Set aside a share of the labelled texts of each label, chosen by a hash of the text. Equal texts stay together."""
+
+    share: OpenShare = 0.1
+    """The share of each label's texts."""
+
+
+class LabelledSources(Section):
+    """Labelled texts in files of their own."""
+
+    sources: Sources
+    """The labelled texts, in the same formats as `data.train`. The short form `heldout: b.jsonl` means the same."""
+
+
+def _expand(value: object) -> object:
+    if isinstance(value, (str, list, tuple)):
+        return {"sources": value}
+    return {"share": value} if isinstance(value, float) else value
+
+
+def _choose(value: object) -> str:
+    if value is None:
+        return "none"
+    return "sources" if isinstance(value, LabelledSources) or (isinstance(value, dict) and "sources" in value) else "share"
+
+
+LabelledPart = Annotated[
+    Annotated[StratifiedShare, Tag("share")] | Annotated[LabelledSources, Tag("sources")],
+    Discriminator(_choose),
+    BeforeValidator(_expand),
+]
+OptionalLabelledPart = Annotated[
+    Annotated[StratifiedShare, Tag("share")] | Annotated[LabelledSources, Tag("sources")] | Annotated[None, Tag("none")],
+    Discriminator(_choose),
+    BeforeValidator(_expand),
+]
+
+
+class LabelsSection(DataVariant):
+    """Texts with one label each: .jsonl, .csv, .tsv or .parquet files, or a folder with a subfolder of text files for each label."""
+
+    default_objective = "classification"
+
+    train: Sources
+    """The labelled texts to train on."""
+    heldout: LabelledPart = StratifiedShare()
+    """The labelled texts to evaluate on: a share of each label, or another SOURCE."""
+    test: OptionalLabelledPart = None
+    """Labelled texts that training never uses, not even to choose the best checkpoint: a share of each label, or another SOURCE.
+    `tinylm eval --split test` scores them. null means none."""
+    text: str = "text"
+    """The field or column that holds the text."""
+    label: str = "label"
+    """The field or column that holds the label. Numbers and booleans are labels spelled as in JSON."""
+    errors: Literal["strict", "replace"] = "strict"
+    """What to do with bytes that are not UTF-8. strict is an error; replace substitutes U+FFFD."""
+    train_share: ShareAboveZero = 1.0
+    """The share of the training texts of each label to use, to measure what fewer labels cost. Held-out texts do not change."""
+    truncate: Literal["head", "head_tail"] = "head"
+    """Which tokens of a text that is longer than the context are used: the first ones, or the first and the last quarter."""
+    format: Literal["labels"] = "labels"
+    """What the sources contain: labels is texts with one label each."""
+
+    def sources(self) -> dict[str, tuple[str, ...]]:
+        others = {"heldout": self.heldout, "test": self.test}
+        return {"train": self.train, **{key: part.sources for key, part in others.items() if isinstance(part, LabelledSources)}}
+
+
+class ClassificationObjective(ObjectiveVariant):
+    """Predict the label of a text from a vector of the whole text.
+
+    The output layer replaces the head of the language model. `tinylm classify` uses the trained model.
+    """
+
+    architectures = ("encoder", "decoder", "rnn", "lstm", "gru")
+    data_formats = ("labels",)
+    filled_in = ("labels", "label_counts")
+
+    name: Literal["classification"] = "classification"
+    pool: Literal["auto", "cls", "mean", "last"] = "auto"
+    """The vector that represents a text: that of its first token (cls), of its last token, or the mean over all. auto means cls for
+    an encoder and last for other models, where only the last position has read the whole text."""
+    pooler: Literal["tanh", "relu", "none"] = "tanh"
+    """The activation of a linear layer between this vector and the output layer: tanh as in BERT, relu as in DistilBERT, or none for
+    no such layer."""
+    label_smoothing: ShareBelowOne = 0.0
+    """The probability that the targets distribute evenly over all labels."""
+    class_weights: ClassWeights = "none"
+    """The weight of each label in the loss: none, balanced (inversely proportional to how often it occurs in the training texts), or
+    a number for each label. A label without a number has weight 1."""
+    labels: LabelList = ()
+    """The labels in the order of the outputs. [] means all labels of the training texts, sorted. The run's recipe lists them."""
+    label_counts: Counts = ()
+    """How many training texts have each label. Training sets this key; a run's recipe lists the counts."""

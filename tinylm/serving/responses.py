@@ -1,0 +1,123 @@
+"""Build responses in the format of OpenAI's `/v1/completions`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tinylm.generation.engine import Sample
+from tinylm.generation.token_choice import TokenChoice
+from tinylm.serving.api import ParsedRequest
+from tinylm.tokenizer import Tokenizer
+
+_MIN_LOGPROB = -9999.0  # JSON has no infinity
+
+
+def completion(parsed: ParsedRequest, samples: list[Sample], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the body of a non-streaming response."""
+    choices = []
+    for index, sample in enumerate(samples):
+        tokens = Tokens(parsed, index, tokenizer)
+        logprobs = tokens.logprobs([*tokens.prompt(sample), *sample.choices, *tokens.end(sample)])
+        choices.append(_choice(index, tokens.echoed_text + sample.text, logprobs, _finish_reason(sample)))
+    return {**_envelope(parsed), "choices": choices, "usage": usage(parsed, samples)}
+
+
+class Tokens:
+    """The tokens of one choice of a response, and the number of characters in those that have been sent.
+
+    With `echo`, the response starts with the prompt and also lists the end-of-text token if it was generated.
+    """
+
+    def __init__(self, parsed: ParsedRequest, index: int, tokenizer: Tokenizer) -> None:
+        request, self._prompt_ids = parsed.requests[index]
+        self._enabled, self._echo = parsed.body.logprobs is not None, parsed.body.echo
+        self.echoed_text = request.prompt if self._echo else ""
+        self._tokenizer, self._offset = tokenizer, 0
+
+    def prompt(self, sample: Sample) -> list[TokenChoice | int]:
+        """The echoed tokens of the prompt. The first one is only an id, because nothing precedes it."""
+        return [*self._prompt_ids[:1], *sample.prompt_choices] if self._echo else []
+
+    def end(self, sample: Sample) -> list[TokenChoice]:
+        """The end-of-text token, if it was generated and is listed."""
+        return [sample.end_choice] if self._echo and sample.end_choice is not None else []
+
+    def logprobs(self, choices: list[TokenChoice | int]) -> dict[str, Any] | None:
+        """Return OpenAI's four lists, and `content` with ids and bytes, because different tokens can decode to the same text.
+
+        Returns None if the request does not set `logprobs`.
+        """
+        if not self._enabled:
+            return None
+        content = [self._content(choice) for choice in choices]
+        offsets = []
+        for token in content:
+            offsets.append(self._offset)
+            self._offset += len(token["token"])
+        return {
+            "tokens": [token["token"] for token in content],
+            "token_logprobs": [token["logprob"] for token in content],
+            "top_logprobs": [_by_text(token) for token in content],
+            "text_offset": offsets,
+            "content": content,
+        }
+
+    def _content(self, choice: TokenChoice | int) -> dict[str, Any]:
+        if isinstance(choice, int):
+            return {**self._token(choice), "logprob": None, "chance": None, "top_logprobs": None}
+        chances = choice.alternative_chances or [None] * len(choice.alternatives)
+        alternatives = [
+            {**self._token(id), "logprob": max(logprob, _MIN_LOGPROB), "chance": chance}
+            for (id, logprob), chance in zip(choice.alternatives, chances, strict=True)
+        ]
+        logprob = max(choice.logprob, _MIN_LOGPROB)
+        return {**self._token(choice.id), "logprob": logprob, "chance": choice.chance, "top_logprobs": alternatives}
+
+    def _token(self, id: int) -> dict[str, Any]:
+        token_bytes = self._tokenizer.token_bytes[id]
+        is_end = id == self._tokenizer.end_of_text
+        return {"id": id, "token": self._tokenizer.decode([id]), "bytes": list(token_bytes), "end": is_end}
+
+
+def _by_text(token: dict[str, Any]) -> dict[str, float] | None:
+    """Return the log-probabilities of the alternatives and the token, by text. Of tokens with the same text, the likeliest counts."""
+    if token["top_logprobs"] is None:
+        return None
+    logprobs: dict[str, float] = {}
+    for alternative in [*token["top_logprobs"], token]:
+        logprobs.setdefault(alternative["token"], alternative["logprob"])
+    return logprobs
+
+
+def completion_chunk(
+    parsed: ParsedRequest, index: int, text: str, logprobs: dict[str, Any] | None, sample: Sample | None
+) -> dict[str, Any]:
+    """Return one event of a streamed response. `sample`: the complete sample, if this is the last event of the choice."""
+    return {**_envelope(parsed), "choices": [_choice(index, text, logprobs, None if sample is None else _finish_reason(sample))]}
+
+
+def usage(parsed: ParsedRequest, samples: list[Sample]) -> dict[str, int]:
+    """Return the token counts of a response."""
+    completion_tokens = sum(len(sample.token_ids) for sample in samples)
+    return {
+        "prompt_tokens": parsed.prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": parsed.prompt_tokens + completion_tokens,
+    }
+
+
+def usage_chunk(parsed: ParsedRequest, samples: list[Sample]) -> dict[str, Any]:
+    """Return the last event of a stream with `stream_options.include_usage`."""
+    return {**_envelope(parsed), "choices": [], "usage": usage(parsed, samples)}
+
+
+def _envelope(parsed: ParsedRequest) -> dict[str, Any]:
+    return {"id": parsed.id, "object": "text_completion", "created": parsed.created, "model": parsed.model}
+
+
+def _choice(index: int, text: str, logprobs: dict[str, Any] | None, reason: str | None) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+
+def _finish_reason(sample: Sample) -> str:
+    return "length" if sample.finish_reason == "length" else "stop"

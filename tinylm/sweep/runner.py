@@ -1,0 +1,190 @@
+"""Run the trainings of a sweep in separate processes. A sweep that was stopped or killed continues where it was.
+
+SWEEP/NAME/           the run folder of each training
+SWEEP/results/NAME.json    written when a training is finished
+SWEEP/logs/NAME.log        what the training wrote to stderr
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tinylm.errors import InputError
+from tinylm.paths import atomic_write_text
+from tinylm.recipe import Recipe, load
+from tinylm.sweep.settings import Values, overrides
+
+_POLL_SECONDS = 0.1
+_STOP_SECONDS = 60.0
+"""How long a training may take to save and stop."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training of a sweep."""
+
+    name: str
+    values: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of one training. `result` is the document of `tinylm train --json`, or empty if the training failed."""
+
+    name: str
+    run: str
+    values: dict[str, str]
+    digest: str
+    """A hash of the recipe."""
+    result: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
+    """The error message of a training that failed."""
+    pruned: bool = False
+    """Stopped early because it was worse than the others."""
+
+
+Monitor = Callable[[Training, Path], bool]
+"""Called repeatedly while a training runs, with its run folder. The training is stopped early when it returns True."""
+
+
+def _never_prune(training: Training, folder: Path) -> bool:
+    return False
+
+
+class Sweep:
+    """A folder with the runs and results of a sweep."""
+
+    def __init__(self, folder: Path, recipe_file: Path, *, jobs: int = 1, device: str = "auto") -> None:
+        """Each of `jobs` simultaneous trainings gets an equal share of the cores."""
+        self.folder = folder
+        self._recipe_file = recipe_file
+        self.jobs = jobs
+        self._device = device
+
+    def recipe(self, values: Values) -> Recipe:
+        """Load the recipe with `values`. Raises `InputError` if they are invalid."""
+        return load(self._recipe_file, overrides(values))
+
+    def run_folder(self, name: str) -> Path:
+        return self.folder / name
+
+    def finished(self, training: Training) -> Outcome | None:
+        """Return the outcome of a training that is finished, or None.
+
+        Raises `InputError` if the folder holds the result of another recipe under this name.
+        """
+        file = self._result_file(training.name)
+        try:
+            outcome = Outcome(**json.loads(file.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"not a result of a sweep: {error}", where=str(file), hint="remove it to train again") from None
+        if outcome.digest != self._digest(training.values):
+            hint = "choose another folder with --out"
+            raise InputError("the folder holds a sweep of another recipe", where=str(self.folder), hint=hint)
+        return outcome
+
+    def run(self, trainings: Sequence[Training], monitor: Monitor = _never_prune) -> Iterator[Outcome]:
+        """Run all trainings that are not finished, and yield each outcome as soon as it is known.
+
+        If this process is interrupted, all running trainings save a checkpoint and stop.
+        """
+        waiting: list[Training] = []
+        for training in trainings:
+            outcome = self.finished(training)
+            if outcome is None:
+                waiting.append(training)
+            else:
+                yield outcome
+        running: list[tuple[Training, subprocess.Popen[bytes]]] = []
+        pruned: set[str] = set()
+        try:
+            while waiting or running:
+                while waiting and len(running) < self.jobs:
+                    training = waiting.pop(0)
+                    running.append((training, self._start(training)))
+                time.sleep(_POLL_SECONDS)
+                for training, process in list(running):
+                    if process.poll() is not None:
+                        running.remove((training, process))
+                        yield self._finish(training, process, pruned=training.name in pruned)
+                    elif training.name not in pruned and monitor(training, self.run_folder(training.name)):
+                        pruned.add(training.name)
+                        process.send_signal(signal.SIGTERM)
+        finally:
+            _stop_all([process for _, process in running])
+
+    def _start(self, training: Training) -> subprocess.Popen[bytes]:
+        folder = self.run_folder(training.name)
+        command = [sys.executable, "-m", "tinylm", "train", str(self._recipe_file), "--out", str(folder), "--json"]
+        command += ["--device", self._device]
+        if self.jobs > 1:
+            command += ["--threads", str(max(1, (os.cpu_count() or 1) // self.jobs))]
+        for override in overrides(training.values):
+            command += ["--set", override]
+        if (folder / "recipe.yaml").exists():
+            command.append("--resume")
+        for file in (self._log_file(training.name), self._output_file(training.name)):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        with open(self._output_file(training.name), "wb") as output, open(self._log_file(training.name), "ab") as log:
+            # In a session of its own, Ctrl-C reaches only this process, which then stops the trainings in an orderly way.
+            return subprocess.Popen(command, stdout=output, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+
+    def _finish(self, training: Training, process: subprocess.Popen[bytes], *, pruned: bool) -> Outcome:
+        result: dict[str, Any] = {}
+        with suppress(OSError, ValueError):
+            result = json.loads(self._output_file(training.name).read_text(encoding="utf-8"))
+        error = None
+        if process.returncode and not pruned:
+            error = _last_error(self._log_file(training.name)) or f"ended with exit code {process.returncode}"
+        digest = "" if error else self._digest(training.values)  # the recipe of a failed training may not be valid
+        run = str(self.run_folder(training.name))
+        outcome = Outcome(training.name, run, training.values, digest, result, error, pruned)
+        if error is None:
+            atomic_write_text(self._result_file(training.name), json.dumps(asdict(outcome), indent=1) + "\n")
+        self._output_file(training.name).unlink(missing_ok=True)
+        return outcome
+
+    def _digest(self, values: Values) -> str:
+        return hashlib.sha256(self.recipe(values).to_yaml().encode()).hexdigest()
+
+    def _result_file(self, name: str) -> Path:
+        return self.folder / "results" / f"{name}.json"
+
+    def _output_file(self, name: str) -> Path:
+        return self.folder / "logs" / f"{name}.stdout"
+
+    def _log_file(self, name: str) -> Path:
+        return self.folder / "logs" / f"{name}.log"
+
+
+def _stop_all(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Ask trainings to save and stop, and kill those that do not within a minute."""
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + _STOP_SECONDS
+    for process in processes:
+        try:
+            process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _last_error(log: Path) -> str | None:
+    """The last error message in a log, without `error:`."""
+    messages = re.findall(r"^error: (.*)$", log.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+    return messages[-1] if messages else None

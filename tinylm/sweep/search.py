@@ -1,0 +1,177 @@
+"""Search ranges of values with Optuna: a tree-structured Parzen estimator proposes settings, and bad trainings stop early."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinylm.errors import InputError, missing_extra
+from tinylm.evaluation.metrics import Metric, Metrics
+from tinylm.sweep.runner import Outcome, Sweep, Training
+from tinylm.sweep.settings import Axis, Range
+
+if TYPE_CHECKING:
+    import optuna
+
+_STARTUP_TRIALS = 5
+"""The number of trials without pruning."""
+_MARKS_PER_DOUBLING = 2
+"""Trainings are compared at the same numbers of tokens: at this many points for each doubling."""
+
+
+def run_trials(sweep: Sweep, axes: Sequence[Axis], ranges: Sequence[Range], trials: int, seed: int) -> Iterator[Outcome]:
+    """Train `trials` settings and yield each outcome. A search that was stopped continues with the trials that are missing.
+
+    Raises `InputError` if Optuna is missing, or if the folder holds a search of other values.
+    """
+    study = _open_study(sweep, axes, ranges, seed)
+    for start in range(0, trials, sweep.jobs):
+        known = study.get_trials(deepcopy=False)
+        asked = [_continue_or_ask(study, known, number, axes, ranges) for number in range(start, min(start + sweep.jobs, trials))]
+        trainings = {f"trial-{trial.number:03}": trial for trial in asked}
+        monitor = _Pruners({name: _Pruner(trial) for name, trial in trainings.items()})
+        for outcome in sweep.run([Training(name, trial.user_attrs["values"]) for name, trial in trainings.items()], monitor):
+            _tell(study, trainings[outcome.name], outcome)
+            yield outcome
+
+
+def _open_study(sweep: Sweep, axes: Sequence[Axis], ranges: Sequence[Range], seed: int) -> optuna.Study:
+    try:
+        import optuna
+    except ImportError:
+        raise missing_extra("sweep", "searching with --trials") from None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    storage = f"sqlite:///{sweep.folder / 'optuna.db'}"
+    space = json.dumps([[asdict(axis) for axis in axes], [asdict(found) for found in ranges]], sort_keys=True)
+    # A sampler with the same seed would repeat its first proposals when a search continues.
+    study = optuna.create_study(study_name="sweep", storage=storage, direction="minimize", load_if_exists=True)
+    study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))
+    study.pruner = optuna.pruners.MedianPruner(n_startup_trials=_STARTUP_TRIALS)
+    if study.user_attrs.get("space", space) != space:
+        raise InputError(
+            "the folder holds a search of other values", where=str(sweep.folder), hint="choose another folder with --out"
+        )
+    study.set_user_attr("space", space)
+    return study
+
+
+def _continue_or_ask(
+    study: optuna.Study, known: Sequence[Any], number: int, axes: Sequence[Axis], ranges: Sequence[Range]
+) -> optuna.Trial:
+    """Return the trial with this number, which has its settings in the user attribute `values`; a new one if there is none."""
+    import optuna
+
+    trial = optuna.trial.Trial(study, known[number]._trial_id) if number < len(known) else study.ask()
+    if "values" in trial.user_attrs:
+        return trial
+    values = {axis.key: _suggest_axis(trial, axis) for axis in axes}
+    values |= {found.key: _suggest_range(trial, found) for found in ranges}
+    trial.set_user_attr("values", values)
+    return trial
+
+
+def _suggest_axis(trial: optuna.Trial, axis: Axis) -> str:
+    return axis.values[0] if len(axis.values) == 1 else str(trial.suggest_categorical(axis.key, axis.values))
+
+
+def _suggest_range(trial: optuna.Trial, found: Range) -> str:
+    if found.whole:
+        return str(trial.suggest_int(found.key, int(found.low), int(found.high), log=found.log))
+    return f"{trial.suggest_float(found.key, found.low, found.high, log=found.log):.4g}"
+
+
+def _tell(study: optuna.Study, trial: optuna.Trial, outcome: Outcome) -> None:
+    """Record an outcome, unless it is recorded already."""
+    import optuna
+
+    state = study.get_trials(deepcopy=False)[trial.number].state
+    if state.is_finished():
+        return
+    if outcome.pruned:
+        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        return
+    score = _score(outcome)
+    if score is None:
+        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+    else:
+        study.tell(trial, score)
+
+
+def _score(outcome: Outcome) -> float | None:
+    """The primary metric of the best checkpoint, negated if higher is better."""
+    from tinylm.sweep.summary import summarize
+
+    summary = summarize([outcome])
+    row = summary.rows[0]
+    if row.best is None or not math.isfinite(row.best):
+        return None
+    return _signed(summary.metric, row.best)
+
+
+def _signed(metric: Metric, value: float) -> float:
+    return value if metric.lower_is_better else -value
+
+
+class _Pruner:
+    """Reports the evaluations of a running training at fixed numbers of tokens, and decides whether to stop it."""
+
+    def __init__(self, trial: optuna.Trial) -> None:
+        self._trial = trial
+        self._next_mark = 0
+
+    def __call__(self, folder: Path) -> bool:
+        points = _evaluations(folder / "metrics.jsonl")
+        if len(points) < 2:
+            return False
+        while points[-1][0] >= (tokens := mark_tokens(self._next_mark)):
+            if tokens >= points[0][0]:
+                self._trial.report(interpolate(points, tokens), self._next_mark)
+            self._next_mark += 1
+        return self._trial.should_prune()
+
+
+class _Pruners:
+    """The pruners of several trainings, by name."""
+
+    def __init__(self, pruners: dict[str, _Pruner]) -> None:
+        self._pruners = pruners
+
+    def __call__(self, training: Training, folder: Path) -> bool:
+        return self._pruners[training.name](folder)
+
+
+def mark_tokens(mark: int) -> float:
+    """The number of tokens of a mark."""
+    return float(2 ** (mark / _MARKS_PER_DOUBLING))
+
+
+def interpolate(points: Sequence[tuple[float, float]], tokens: float) -> float:
+    """The value between two of the points (tokens, value), which are sorted, by linear interpolation."""
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if x0 <= tokens <= x1:
+            return y0 if x1 == x0 else y0 + (y1 - y0) * (tokens - x0) / (x1 - x0)
+    raise ValueError(f"{tokens} is outside the points")
+
+
+def _evaluations(file: Path) -> list[tuple[float, float]]:
+    """Return (tokens, primary metric) of each evaluation so far. A line that is not complete yet is skipped."""
+    try:
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    points = []
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        metrics = Metrics.from_dict(event) if isinstance(event, dict) and event.get("kind") == "eval" else None
+        if metrics is not None and math.isfinite(metrics.value):
+            points.append((float(event["tokens"]), _signed(metrics.metric, metrics.value)))
+    return points

@@ -1,0 +1,134 @@
+"""Read texts with one label each, and split them so that every part has its share of each label.
+
+A labelled text is a record of a .jsonl, .csv, .tsv or .parquet file, or a text file in a subfolder that is named after its label.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from tinylm.errors import InputError
+from tinylm.text.records import RecordFormat
+from tinylm.text.sources import Corpus
+
+_HINT = "choose other fields with data.text and data.label"
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledText:
+    """A text and its label."""
+
+    text: str
+    label: str
+
+
+@dataclass(frozen=True)
+class LabelledRecordFormat(RecordFormat):
+    """Converts a record to a document whose first line is the label, in JSON, and whose other lines are the text."""
+
+    label: str = "label"
+
+    @property
+    def is_default(self) -> bool:
+        return True  # plain files have no fields, but get their label from their folder
+
+    @property
+    def _hint(self) -> str:
+        return _HINT
+
+    @cached_property
+    def fields(self) -> list[str]:
+        return list(dict.fromkeys((self.field, self.label)))
+
+    def text(self, record: object, where: str) -> str:
+        text = super().text(record, where)
+        assert isinstance(record, Mapping)
+        value = record[self.label]
+        if isinstance(value, bytes):  # a column of a Parquet file
+            value = value.decode("utf-8", "replace")
+        if not isinstance(value, (str, bool, int, float)):
+            shown = json.dumps(value, default=str)[:40]
+            raise InputError(f"field {self.label!r} must be a label, not {shown}", where=where, hint=_HINT)
+        return f"{json.dumps(value if isinstance(value, str) else json.dumps(value))}\n{text}"
+
+
+def read_labelled(sources: Sequence[str], text: str, label: str, errors: str) -> Iterator[LabelledText]:
+    """Yield the labelled texts of `sources` in order. `text` and `label` name the fields of records.
+
+    Raises `InputError` if a source cannot be read, or if a text has no label.
+    """
+    record_format = LabelledRecordFormat(text, None, errors, label)
+    for source in sources:
+        with Corpus([source], errors=errors, record_format=record_format) as corpus:
+            for name, is_record, document in corpus.documents():
+                if is_record:
+                    first, _, rest = document.partition("\n")
+                    yield LabelledText(rest, json.loads(first))
+                else:
+                    yield LabelledText(document, _label_of_file(source, name))
+
+
+def _label_of_file(source: str, name: str) -> str:
+    """The label of a text file: the name of its subfolder in the folder `source`."""
+    folder = os.path.expanduser(source)
+    parts = os.path.relpath(name, folder).split(os.sep) if os.path.isdir(folder) else []
+    if len(parts) < 2:
+        hint = "give a folder with a subfolder for each label, or a .jsonl, .csv, .tsv or .parquet file with a label field"
+        raise InputError("a text file has no label", where=name, hint=hint)
+    return parts[0]
+
+
+def stratified(texts: Sequence[LabelledText], shares: Mapping[str, float]) -> dict[str, list[int]]:
+    """Choose the texts of each part: indexes by part, in the order of `texts`. Those of no part are under `train`.
+
+    `shares`: the share of each label's texts that each part gets. The choice depends only on a hash of the text, and equal texts are
+    in the same part. A label with few texts may have none in a part.
+    """
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index, item in enumerate(texts):
+        groups[item.text].append(index)
+    by_label: dict[str, list[list[int]]] = defaultdict(list)
+    for members in groups.values():
+        by_label[texts[members[0]].label].append(members)
+    chosen: dict[str, list[int]] = {part: [] for part in (*shares, "train")}
+    for label_groups in by_label.values():
+        total = sum(map(len, label_groups))
+        ordered = iter(sorted(label_groups, key=lambda members: _hash(texts[members[0]].text)))
+        for part, share in shares.items():
+            count, wanted = 0, round(share * total)
+            while count < wanted:
+                members = next(ordered)
+                chosen[part] += members
+                count += len(members)
+        chosen["train"] += [index for members in ordered for index in members]
+    return {part: sorted(indexes) for part, indexes in chosen.items()}
+
+
+def subset(texts: Sequence[LabelledText], share: float) -> list[int]:
+    """The indexes of a share of each label's texts, at least one per label. A smaller share is a subset of a larger one."""
+    by_label: dict[str, list[int]] = defaultdict(list)
+    for index, item in enumerate(texts):
+        by_label[item.label].append(index)
+    chosen = []
+    for indexes in by_label.values():
+        ordered = sorted(indexes, key=lambda index: _hash(texts[index].text))
+        chosen += ordered[: max(1, round(share * len(ordered)))]
+    return sorted(chosen)
+
+
+def fingerprint(texts: Iterable[LabelledText]) -> str:
+    """A hash of texts and labels in order."""
+    digest = hashlib.sha256()
+    for item in texts:
+        digest.update(f"{json.dumps([item.label, item.text])}\n".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()

@@ -1,0 +1,74 @@
+"""The control tokens of an encoder's tokenizer: those that frame a text, mask a token and fill up a row. Text never encodes to them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import tokenizers
+
+from tinylm.errors import InputError
+from tinylm.tokenizer.backend_errors import translate_backend_errors
+from tinylm.tokenizer.tokenizer import Tokenizer
+
+_SPELLINGS = {
+    "cls": ("[CLS]", "<s>"),
+    "sep": ("[SEP]", "</s>"),
+    "mask": ("[MASK]", "<mask>"),
+    "pad": ("[PAD]", "<pad>"),
+}
+"""The names of each control token, in BERT's and in RoBERTa's vocabularies."""
+
+
+@dataclass(frozen=True)
+class ControlTokens:
+    """The ids of the control tokens."""
+
+    cls: int
+    """Comes before a text."""
+    sep: int
+    """Comes after a text."""
+    mask: int
+    pad: int
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> ControlTokens:
+        """Find the control tokens of a tokenizer. Raises `InputError` if it has no such token."""
+        ids = {}
+        for name, spellings in _SPELLINGS.items():
+            found = (tokenizer.backend.token_to_id(spelling) for spelling in spellings)
+            id = next((id for id in found if id is not None), None)
+            if id is None:
+                hint = "an encoder needs [CLS], [SEP], [MASK] and [PAD] as special tokens"
+                raise InputError(f"the tokenizer has no {spellings[0]} token", where="tokenizer", hint=hint)
+            spelling = str(tokenizer.backend.id_to_token(id))
+            if id in tokenizer.encode(spelling):
+                hint = 'set "special": true for this token under added_tokens'
+                raise InputError(f"the text {spelling} encodes to the control token", where="tokenizer", hint=hint)
+            ids[name] = id
+        return cls(**ids)
+
+
+def encode_with_masks(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Encode a text in which [MASK] stands for one token. A space before [MASK] belongs to the masked token.
+
+    All other control tokens in the text are encoded as ordinary text.
+    """
+    mask = ControlTokens.of(tokenizer).mask
+    spelling = str(tokenizer.backend.id_to_token(mask))
+    document = json.loads(tokenizer.backend.to_str())
+    for token in document["added_tokens"]:
+        if token["id"] == mask:  # a token that is not special is recognized in every text
+            token.update(special=False, lstrip=True, rstrip=False, single_word=False, normalized=False)
+    backend = tokenizers.Tokenizer.from_str(json.dumps(document))
+    backend.encode_special_tokens = True
+    with translate_backend_errors():
+        return list(backend.encode(text.replace(_SPELLINGS["mask"][0], spelling), add_special_tokens=False).ids)
+
+
+def is_ordinary(tokenizer: Tokenizer) -> Sequence[bool]:
+    """Whether each id is an ordinary token: not a control token, the end-of-text token, the unknown token or an unused id."""
+    added = tokenizer.backend.get_added_tokens_decoder()
+    special = {id for id, token in added.items() if token.special} | {tokenizer.end_of_text, tokenizer.unknown}
+    return [id not in special and tokenizer.backend.id_to_token(id) is not None for id in range(tokenizer.vocab_size)]

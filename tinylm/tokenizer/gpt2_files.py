@@ -1,0 +1,47 @@
+"""Read a byte-level BPE tokenizer from GPT-2's vocab.json and merges.txt, and find the tokenizer in a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+from tinylm.errors import InputError
+from tinylm.file_kinds import identify
+
+VOCABULARY, MERGES = "vocab.json", "merges.txt"
+
+
+def tokenizer_file(folder: Path) -> Path:
+    """Return the file that holds the tokenizer of a folder. Raises `InputError` if there is none that can be read."""
+    if (folder / "tokenizer.json").exists():
+        return folder / "tokenizer.json"
+    if (folder / VOCABULARY).exists() and (folder / MERGES).exists():
+        return folder / VOCABULARY
+    for file in sorted(folder.glob("*.model")) + sorted(folder.glob("*.tiktoken")):
+        if kind := identify(file):
+            raise InputError(f"the folder's tokenizer is {kind.name}", where=str(file), hint=kind.hint)
+    raise InputError(
+        f"found neither tokenizer.json nor {VOCABULARY} and {MERGES}", where=str(folder), hint="pass the path of a tokenizer.json"
+    )
+
+
+def read(folder: Path, end_of_text: str) -> tokenizers.Tokenizer:
+    """Read the two files. `end_of_text` becomes a control token if the vocabulary has it.
+
+    Raises `InputError` if a file is missing or damaged.
+    """
+    for name in (VOCABULARY, MERGES):
+        if not (folder / name).is_file():
+            raise InputError("no such file", where=str(folder / name), hint=f"{VOCABULARY} and {MERGES} belong together")
+    vocabulary = folder / VOCABULARY
+    try:
+        backend = tokenizers.Tokenizer(models.BPE.from_file(str(vocabulary), str(folder / MERGES)))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise InputError(f"not a GPT-2 vocabulary: {error}", where=str(vocabulary)) from None
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    if backend.token_to_id(end_of_text) is not None:
+        backend.add_special_tokens([AddedToken(end_of_text, special=True, normalized=False)])
+    return backend

@@ -1,0 +1,50 @@
+"""Masked language modeling: predict masked tokens from the tokens on both sides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tinylm.data.batch import Batch
+from tinylm.data.datasets import Examples
+from tinylm.data.prepare import PreparedText
+from tinylm.evaluation import masked
+from tinylm.evaluation.metrics import MASKED_LM, Metric, Metrics
+from tinylm.evaluation.scoring import token_losses
+from tinylm.model.base import Model
+from tinylm.training.objective import Heldout
+
+
+class MaskedLM:
+    """The loss is computed only at masked positions. `data.masking` chooses them."""
+
+    name = "masked_lm"
+    metrics: Sequence[Metric] = MASKED_LM
+
+    def batch(self, examples: Examples, seed: int, start: int) -> Batch:
+        """Nothing is random: the examples already have masks."""
+        segments = torch.from_numpy(examples["segments"]) if "segments" in examples else None
+        return Batch(torch.from_numpy(examples["tokens"]), torch.from_numpy(examples["targets"]), segments)
+
+    def loss_sum(self, network: nn.Module, batch: Batch) -> Tensor:
+        total: Tensor = network(batch.inputs, targets=batch.targets, segments=batch.segments)
+        return total
+
+    def losses(self, network: nn.Module, batch: Batch) -> Tensor:
+        return token_losses(network(batch.inputs, segments=batch.segments), batch.targets)
+
+    def evaluate(self, network: Model, heldout: Heldout) -> Metrics:
+        """Predict 15% of the held-out tokens (see `evaluation.masked`)."""
+        prepared = heldout.prepared
+        assert isinstance(prepared, PreparedText)
+        scores = masked.evaluate(
+            network,
+            prepared.heldout,
+            prepared.tokenizer,
+            max_tokens=heldout.section.max_tokens,
+            processes=heldout.processes,
+            on_progress=heldout.on_progress,
+        )
+        return scores.metrics
