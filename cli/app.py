@@ -17,7 +17,7 @@ from typer.core import TyperCommand
 
 import tinylm
 from tinylm import hints
-from tinylm.errors import InputError, TinylmError, TinylmWarning
+from tinylm.errors import InputError, TinylmError, TinylmWarning, WorkError, is_out_of_memory
 
 from .console import CommandGroup
 
@@ -27,8 +27,12 @@ COMMANDS = {
     "plan": ("Train", "Predict the cost of a recipe: parameters, memory, time."),
     "recipes": ("Train", "List or print the recipes that come with tinylm."),
     "sample": ("Use", "Generate text with a trained model."),
+    "translate": ("Use", "Translate text line by line."),
     "eval": ("Use", "Evaluate a model on a text: perplexity, bits per byte."),
     "explain": ("Use", "Explain a model step by step, from characters to a gradient step."),
+    "fill": ("Use", "Predict the masked tokens of a text."),
+    "chat": ("Use", "Talk to a model that was fine-tuned on conversations."),
+    "classify": ("Use", "Predict the label of texts with a classifier."),
     "inspect": ("Use", "Look inside a model: attention, logit lens, what contributed to a prediction."),
     "compare": ("Use", "Compare runs: recipes, losses, and whether the difference is significant."),
     "serve": ("Use", "Serve a model over HTTP: an OpenAI-compatible API and a web page."),
@@ -38,6 +42,7 @@ COMMANDS = {
     "ladder": ("Train", "Train an n-gram model, older networks and a GPT on the same text and compare them."),
     "runs": ("Use", "List runs with their steps and held-out losses."),
     "plot": ("Use", "Plot the training curves of runs."),
+    "data": ("Text", "Show training examples: what is learned, and what is only read."),
     "tokenize": ("Text", "Train, apply and evaluate tokenizers."),
     "embed": ("Text", "Train, query, evaluate and convert embeddings."),
 }
@@ -116,6 +121,7 @@ def main() -> None:
     debugging = os.environ.get("TINYLM_DEBUG") == "1"
     if not debugging:
         sys.excepthook = _report_bug
+        os.environ["RUST_BACKTRACE"] = "0"  # errors of tokenizers are reported on one line, like all others
     signal.signal(signal.SIGTERM, _terminate)
     show_other_warning = warnings.showwarning
 
@@ -139,6 +145,11 @@ def main() -> None:
             raise
         else:
             code = _print_error(error)
+    except (MemoryError, RuntimeError) as error:
+        if debugging or not is_out_of_memory(error):
+            raise
+        hint = "free memory, raise its limit, or choose smaller sizes"
+        code = _print_error(WorkError(f"out of memory: {' '.join(str(error).split()) or 'an allocation failed'}", hint=hint))
     except SystemExit as exit_request:  # typer and rich raise this from a BrokenPipeError if stdout is closed
         code = _on_closed_stdout() if isinstance(exit_request.__context__, BrokenPipeError) else exit_request.code
     else:

@@ -220,12 +220,16 @@ def _show_result(result: EmbeddingResult, unit: str, console: StderrConsole, jso
 
 @app.command("from-run")
 def from_run(
-    source: list[str] | None = typer.Argument(None, help="Texts for --which contextual."),
+    source: list[str] | None = typer.Argument(None, help="Texts for --which contextual and --which sentence."),
     run: str | None = RUN,
     checkpoint: str | None = CHECKPOINT,
     which: str = typer.Option(
-        "input", "--which", help="input or output: the embedding matrix. contextual: mean hidden states over a text."
+        "input",
+        "--which",
+        help="input or output: the embedding matrix. contextual: mean hidden states over a text. "
+        "sentence: one vector for each line of a text file, or for each record.",
     ),
+    pool: str = typer.Option("mean", "--pool", help="For sentence: cls (the first token), mean or last."),
     layer: int | None = typer.Option(
         None, "--layer", min=0, help="For contextual: use the hidden states after this many blocks. Default: half of them."
     ),
@@ -244,14 +248,21 @@ def from_run(
     """Extract vectors from a trained language model."""
     from tinylm.embedding.formats import check_format, write
 
-    if which not in ("input", "output", "contextual"):
-        hint = did_you_mean(which, ("input", "output", "contextual"))
-        raise InputError(f"must be input, output or contextual, not {which!r}", where="--which", hint=hint)
-    if which == "contextual" and not source:
-        raise InputError("requires a SOURCE", where="--which contextual")
+    choices = ("input", "output", "contextual", "sentence")
+    if which not in choices:
+        raise InputError(
+            f"must be input, output, contextual or sentence, not {which!r}", where="--which", hint=did_you_mean(which, choices)
+        )
+    if which in ("contextual", "sentence") and not source:
+        raise InputError("requires a SOURCE", where=f"--which {which}")
+    if pool not in ("cls", "mean", "last"):
+        raise InputError(f"must be cls, mean or last, not {pool!r}", where="--pool")
+    if pool != "mean" and which != "sentence":
+        raise InputError("requires --which sentence", where="--pool")
+    if source and which not in ("contextual", "sentence"):
+        raise InputError("requires --which contextual or sentence", where="SOURCE")
     if which != "contextual":
         for option, value in (
-            ("SOURCE", source),
             ("--layer", layer is not None),
             ("--words", words),
             ("--min-count", min_count > 1),
@@ -268,7 +279,19 @@ def from_run(
     from tinylm.embedding.from_run import contextual_vectors, static_vectors
 
     set_threads(threads)
-    if which != "contextual":
+    if which == "sentence":
+        from tinylm.embedding.sentences import table
+
+        texts = list(embedding_queries.lines_of(source or (), field, template, checked_errors(errors)))
+        vectors = table(
+            model_run,
+            texts,
+            pool,
+            checkpoint=saved,
+            device=resolve(device),
+            reporter=ConsoleReporter(console, quiet=quiet),
+        )
+    elif which != "contextual":
         vectors = static_vectors(model_run, saved, which)
     else:
         reporter = ConsoleReporter(console, quiet=quiet)

@@ -63,6 +63,15 @@ def load_vectors(path: str | None, quiet: bool = False) -> Vectors:
     return read(files[-1])
 
 
+def lines_of(sources: Sequence[str], field: str, template: str | None, errors: str) -> Iterator[str]:
+    """Yield the texts of sources that are not blank: each record, and each line of a plain text file."""
+    from tinylm.text.sources import Corpus
+
+    with Corpus(list(sources), field=field, template=template, errors=errors) as corpus:
+        for _, is_record, document in corpus.documents():
+            yield from (line for line in ([document] if is_record else document.splitlines()) if line.strip())
+
+
 @dataclass(frozen=True)
 class _QueryCommand:
     """A subcommand that answers queries of one or more words."""
@@ -70,6 +79,8 @@ class _QueryCommand:
     name: str
     word_count: int | None
     """Number of words in a query. None means any number."""
+    whole_lines: bool = False
+    """Whether a query from standard input is a whole line."""
 
     def check(self, words: list[str], where: str | None) -> list[str]:
         if self.word_count is not None and len(words) != self.word_count:
@@ -83,7 +94,10 @@ class _QueryCommand:
             yield self.check([checked_text(word, "WORD") for word in arguments], None)
             return
         for number, line in enumerate(sys.stdin, 1):
-            if words := (line.strip("\n\r").split("\t") if "\t" in line else line.split()):
+            if self.whole_lines:
+                if line.strip():
+                    yield [line.strip("\n\r")]
+            elif words := (line.strip("\n\r").split("\t") if "\t" in line else line.split()):
                 yield self.check(words, f"-:{number}")
 
 
@@ -136,16 +150,33 @@ def nearest(
     word: list[str] | None = typer.Argument(None, help="One word. If omitted or -, read one word per line from standard input."),
     vectors: str | None = VECTORS,
     n: int = COUNT,
+    run: str | None = typer.Option(
+        None, "--run", "-r", help="For vectors of sentences: the run that computed them, if it has been moved."
+    ),
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Print the words most similar to a word, by cosine similarity."""
+    """Print the words most similar to a word, or the lines most similar to a sentence, by cosine similarity.
+
+    For the vectors of `embed from-run --which sentence`, the sentence can be any text: the run that computed the vectors reads it.
+    """
     loaded = load_vectors(vectors, quiet)
+    of_sentences = loaded.notes.get("which") == "sentence"
+    if run is not None and not of_sentences:
+        raise InputError("requires vectors of sentences", where="--run")
+
+    def neighbors(query: str) -> list[Neighbor]:
+        if not of_sentences or query in loaded.index:
+            return loaded.nearest(query, n)
+        from tinylm.embedding.sentences import query_vector
+
+        return loaded.nearest_to(query_vector(loaded, query, run), n)
+
     _answer_queries(
-        _QueryCommand("nearest", 1),
+        _QueryCommand("nearest", 1, whole_lines=of_sentences),
         [" ".join(word)] if word else None,
         json,
-        lambda words: {"query": words[0], "neighbours": _neighbor_dicts(loaded.nearest(words[0], n))},
+        lambda words: {"query": words[0], "neighbours": _neighbor_dicts(neighbors(words[0]))},
         _show_neighbors,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json as json_module
 import math
 import os
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import typer
@@ -43,6 +45,7 @@ from .console import (
     stderr_console,
     stdout_console,
 )
+from .evaluation_request import EvaluationRequest
 
 if TYPE_CHECKING:
     from tinylm.evaluation.evaluate_run import Evaluation
@@ -65,6 +68,10 @@ _TEXT_OPTIONS = (
     "errors",
 )
 """Options for evaluation on a text. They have no effect with --harness."""
+_COMMON_OPTIONS = ("source", "run", "checkpoint", "device", "threads", "json", "quiet")
+_LANGUAGE_MODEL_OPTIONS = (*_TEXT_OPTIONS, "stride")
+_EVALUATORS = {"masked_lm": "evaluate_masked", "classification": "evaluate_classifier", "translation": "evaluate_translator"}
+"""The module that evaluates models by objective. It has `OPTIONS`, the options that it supports, and `evaluate`."""
 _TABLE_TITLES = {"document": "document", "position": "context length", "frequency": "count in training text"}
 
 
@@ -100,7 +107,19 @@ def evaluate(
     ),
     by_position: bool = typer.Option(False, "--by-position", help="Show the loss by the number of preceding tokens."),
     by_document: bool = typer.Option(False, "--by-document", help="Show the loss of each document."),
-    hardest: int = typer.Option(0, "--hardest", min=0, metavar="N", help="Show the N tokens with the largest losses."),
+    hardest: int = typer.Option(0, "--hardest", min=0, metavar="N", help="Show the N tokens, or sentence pairs, with the largest losses."),
+    pseudo: bool = typer.Option(
+        False, "--pseudo", help="Masked models: also compute the pseudo-perplexity, for which each token is masked in turn."
+    ),
+    max_tokens: int | None = typer.Option(
+        None, "--max-tokens", min=1, help="Masked models: score only the first tokens of the text."
+    ),
+    mistakes: int = typer.Option(10, "--mistakes", min=0, metavar="N", help="Classifiers and chat: show N mistakes."),
+    max_pairs: int | None = typer.Option(None, "--max-pairs", min=1, help="Translation models: use only the first N pairs."),
+    no_baselines: bool = typer.Option(
+        False, "--no-baselines", help="Classifiers: do not compare with the most frequent label and with TF-IDF + linear."
+    ),
+    plot: Path | None = typer.Option(None, "--plot", help="Classifiers: draw the confusion matrix (.png, .svg or .pdf)."),
     html: Path | None = typer.Option(None, "--html", help="Write the text to this HTML file, with each token shaded by its loss."),
     weights: str = WEIGHTS,
     field: str = FIELD,
@@ -113,7 +132,8 @@ def evaluate(
 ) -> None:
     """Evaluate a model on a text. Every token is scored once, and documents are scored independently.
 
-    A smaller --stride gives each token more context, which takes longer and lowers the loss.
+    A smaller --stride gives each token more context, which takes longer and lowers the loss. The model's objective decides what is
+    measured: a masked model predicts 15% of the tokens, and a classifier predicts the labels of labeled texts.
     """
     weight_kind = checked_weights(weights)
     checked_errors(errors)
@@ -128,12 +148,35 @@ def evaluate(
         return
     _check_sources(sources)
     opened.checkpoint(checkpoint)  # report a missing checkpoint before torch is imported
+    evaluator = _evaluator_of(opened, ctx, own_data=not sources)
 
     from tinylm.device import set_threads
     from tinylm.evaluation.evaluate_run import BreakdownOptions, TextFormat, evaluate_run
     from tinylm.evaluation.perplexity import EvaluationOptions
 
     set_threads(threads)
+    if evaluator is not None:
+        request = EvaluationRequest(
+            opened,
+            sources,
+            split=split,
+            checkpoint=checkpoint,
+            field=field,
+            template=template,
+            errors=errors,
+            pseudo=pseudo,
+            max_tokens=max_tokens,
+            mistakes=mistakes,
+            no_baselines=no_baselines,
+            hardest=hardest,
+            max_pairs=max_pairs,
+            plot=plot,
+            device=device,
+            json=json,
+            quiet=quiet,
+        )
+        evaluator.evaluate(request)
+        return
     result = evaluate_run(
         opened,
         sources,
@@ -153,6 +196,22 @@ def evaluate(
     _print_tables(stdout_console(), result)
     if html is not None:
         stderr_console().print_line(f"wrote {html}", "dim")
+
+
+def _evaluator_of(run: Run, ctx: typer.Context, *, own_data: bool) -> ModuleType | None:
+    """The module that evaluates models of the run's objective, or None for language models on text.
+
+    Raises `InputError` for options that have no effect on such a model.
+    """
+    objective = run.recipe.objective.name
+    module = "evaluate_chat" if own_data and run.recipe.data.format == "chat" else _EVALUATORS.get(objective)
+    evaluator = None if module is None else importlib.import_module(f".{module}", __package__)
+    supported = _COMMON_OPTIONS + (_LANGUAGE_MODEL_OPTIONS if evaluator is None else tuple(evaluator.OPTIONS))
+    names = [str(parameter.name) for parameter in ctx.command.params]
+    if unused := given_options(ctx, [name for name in names if name not in supported]):
+        what = "the run's own conversations" if module == "evaluate_chat" else f"a model trained with objective {objective}"
+        raise InputError(f"has no effect on {what}", where=", ".join(unused))
+    return evaluator
 
 
 def _check_options(ctx: typer.Context, sources: list[str], harness: bool, limit: int | None, html: Path | None) -> None:

@@ -65,7 +65,9 @@ def explain(
     elif file is None:
         output = stdout_console()
         for number, step in enumerate(steps, 1):
-            output.print(Text(f"\n{number}. {step.title}", style="bold"))
+            if number > 1:
+                output.print()
+            output.print(Text(f"{number}. {step.title}", style="bold"))
             output.print(Text(step.text), soft_wrap=not output.is_terminal)
             if step.numbers:
                 print_fields(output, step.numbers)

@@ -88,5 +88,5 @@ def _rows(result: ExportResult) -> list[tuple[str, str]]:
         change = result.perplexity / result.run_perplexity - 1
         rows.append(("perplexity", f"{result.perplexity:.4f} (run: {result.run_perplexity:.4f}, {change:+.3%})"))
     if result.same_greedy is not None:
-        rows.append(("greedy decoding", f"first {result.same_greedy} of {GREEDY_TOKENS} tokens match llama.cpp"))
+        rows.append(("greedy decoding", f"the first {result.same_greedy} of {GREEDY_TOKENS} tokens match llama.cpp"))
     return rows

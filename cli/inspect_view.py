@@ -99,13 +99,15 @@ def _print_heads(console: Console, result: Inspection) -> None:
 def _print_prediction(console: Console, result: Inspection) -> None:
     guesses = ", ".join(f"[{visible(result.token_text(id))}] {share:.1%}" for id, share in result.next_tokens[:5])
     console.print()
-    console.print(Text(f"after the text  {guesses}"), soft_wrap=not console.is_terminal)
+    place = "after the text" if result.forward.network.is_causal else f"at token {result.predicted_at}"
+    console.print(Text(f"{place}  {guesses}"), soft_wrap=not console.is_terminal)
     attributed = result.attributed
     if attributed is None:
         return
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), title=" ")
     table.add_column("contribution", justify="right")
-    table.add_column(Text(f"to the logit of [{visible(attributed.target)}] after token {attributed.position}"))
+    preposition = "after" if result.forward.network.is_causal else "at"
+    table.add_column(Text(f"to the logit of [{visible(attributed.target)}] {preposition} token {attributed.position}"))
     ordered = sorted(attributed.contributions, key=lambda item: -abs(item[1]))
     for component, logit in ordered[:_CONTRIBUTIONS]:
         table.add_row(f"{logit:+.3f}", component)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -105,7 +106,7 @@ def _table(rows: list[Row]) -> Table:
             format_count(row.parameters),
             format_duration(row.seconds),
             f"{row.bits_per_byte:.4f}",
-            f"{low:.4f} to {high:.4f}",
+            "-" if math.isnan(low) else f"{low:.4f} to {high:.4f}",
             Text(row.sample),
         )
     return table

@@ -49,7 +49,7 @@ def plan(
         list_hardware(json)
         return
     if recipe is None:
-        raise InputError("missing argument 'RECIPE'")
+        raise InputError("missing argument 'recipe'")
     check_hardware(hardware, devices)
     loaded = load(find_recipe(recipe), set_ or ())
     show_plan(plan_recipe(loaded, ConsoleReporter(stderr_console(), quiet=quiet), hardware, devices or 1), json)

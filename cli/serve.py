@@ -79,7 +79,11 @@ def serve(
     threads: int | None = THREADS,
     quiet: bool = QUIET,
 ) -> None:
-    """Serve a model with an OpenAI-compatible /v1/completions API and a web page, until Ctrl-C."""
+    """Serve a model with an OpenAI-compatible API and a web page, until Ctrl-C.
+
+    The routes are /v1/completions and, for a model that was fine-tuned on conversations, /v1/chat/completions. A translation model
+    has /v1/translate instead.
+    """
     kind = checked_weights(weights)
     _check_key(api_key)
     console = stderr_console()
@@ -101,7 +105,6 @@ def serve(
     target = resolve(device)
     set_threads(threads)
     reporter = ConsoleReporter(console, quiet=quiet)
-    decoder = make_decoder(opened.network(chosen, target), weights=kind, compiled=compiled, steps=None, reporter=reporter)
     allowed = connection_limit(connections)
     if allowed < connections:
         reporter.warn(f"at most {allowed} connections, because of the process's limit on open files")
@@ -109,8 +112,18 @@ def serve(
     local = host in LOOPBACK_HOSTS
     name = opened.path.resolve().name
     access = Access(hosts=[*LOOPBACK_HOSTS, "[::1]"] if local else ["*"], api_key=api_key)
-    examples = opened.recipe.sampling.prompts
-    asgi_app = create_app(decoder, opened.tokenizer, name, limits=limits, access=access, examples=examples)
+    examples, encoder = opened.recipe.sampling.prompts, opened.chat_encoder
+    if opened.recipe.objective.name == "translation":
+        from tinylm.serving import translation
+        from tinylm.translation.translator import Translator
+
+        if unused := given_options(ctx, ("weights", "compiled")):
+            raise InputError("has no effect on a translation model", where=", ".join(unused))
+        translator = Translator.open(opened, chosen.name, device=device)
+        asgi_app = translation.create_app(translator, name, limits=limits, access=access)
+    else:
+        decoder = make_decoder(opened.network(chosen, target), weights=kind, compiled=compiled, steps=None, reporter=reporter)
+        asgi_app = create_app(decoder, opened.tokenizer, name, limits=limits, access=access, examples=examples, chat=encoder)
     if not local and api_key is None:
         reporter.warn(f"anyone who can connect to {host} can use the model; --api-key requires a key")
     address = f"[{host}]" if ":" in host else host

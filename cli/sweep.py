@@ -80,19 +80,21 @@ def sweep(
     image = None if plot is None else checked_image(plot)
     file = find_recipe(recipe)
     fixed = {axis.key: axis.values[0] for axis in axes if len(axis.values) == 1}
-    first = Sweep(Path(), file).recipe(fixed | {interval.key: _low(interval.low, whole=interval.whole) for interval in ranges})
-    study = Sweep(RUNS / f"{first.name}-sweep" if out is None else Path(out), file, jobs=jobs, device=device)
+    first = Sweep(Path(), file).recipe(
+        fixed | {interval.key: _format_bound(interval.low, whole=interval.whole) for interval in ranges}
+    )
+    runner = Sweep(RUNS / f"{first.name}-sweep" if out is None else Path(out), file, jobs=jobs, device=device)
     if trials is None:
-        planned = _grid(study, axes)
-        run_all: Callable[[], Iterator[Outcome]] = lambda: study.run(planned)  # noqa: E731
+        planned = _grid(runner, axes)
+        run_all: Callable[[], Iterator[Outcome]] = lambda: runner.run(planned)  # noqa: E731
         count = len(planned)
     else:
         from tinylm.sweep.search import run_trials
 
-        run_all = lambda: run_trials(study, axes, ranges, trials, first.seed)  # noqa: E731
+        run_all = lambda: run_trials(runner, axes, ranges, trials, first.seed)  # noqa: E731
         planned, count = [], trials
     if dry_run:
-        _show_planned(study, planned, count, json=json)
+        _show_planned(runner, planned, count, json=json)
         return
     progress = _Progress(count, quiet=quiet)
     outcomes = progress.follow(run_all())
@@ -101,7 +103,7 @@ def sweep(
     if n_seeds > 1 and summary.best is not None:
         repeats = _repeats(summary.best, n_seeds, first.seed)
         progress.total += len(repeats)
-        outcomes += progress.follow(study.run(repeats))
+        outcomes += progress.follow(runner.run(repeats))
         summary = summarize(outcomes)
     if image is not None:
         _plot(summary, image)
@@ -114,18 +116,18 @@ def _swept(axes: Sequence[Axis]) -> list[str]:
     return [axis.key for axis in axes if len(axis.values) > 1]
 
 
-def _low(value: float, *, whole: bool) -> str:
+def _format_bound(value: float, *, whole: bool) -> str:
     return str(int(value)) if whole else f"{value:g}"
 
 
-def _grid(study: Sweep, axes: Sequence[Axis]) -> list[Training]:
+def _grid(runner: Sweep, axes: Sequence[Axis]) -> list[Training]:
     """Return the runs of a grid. Raises `InputError` if one of the recipes is not valid."""
     from tinylm.sweep import settings
     from tinylm.sweep.runner import Training
 
     combinations = settings.grid(axes)
     for values in combinations:
-        study.recipe(values)
+        runner.recipe(values)
     return [
         Training(name, values) for name, values in zip(settings.run_names(combinations, _swept(axes)), combinations, strict=True)
     ]
@@ -173,14 +175,14 @@ class _Progress:
         return found
 
 
-def _show_planned(study: Sweep, planned: Sequence[Training], count: int, *, json: bool) -> None:
-    runs = [{"run": str(study.run_folder(training.name)), "values": training.values} for training in planned]
+def _show_planned(runner: Sweep, planned: Sequence[Training], count: int, *, json: bool) -> None:
+    runs = [{"run": str(runner.run_folder(training.name)), "values": training.values} for training in planned]
     if json:
-        print_json({"folder": str(study.folder), "runs": runs or None, "count": count})
+        print_json({"folder": str(runner.folder), "runs": runs or None, "count": count})
         return
-    stderr_console().print_line(f"{pluralize(count, 'run')} in {study.folder}", "dim")
+    stderr_console().print_line(f"{pluralize(count, 'run')} in {runner.folder}", "dim")
     for training in planned:
-        stdout_console().print(study.run_folder(training.name))
+        stdout_console().print(runner.run_folder(training.name))
 
 
 def _show(summary: Summary, *, json: bool) -> None:

@@ -78,7 +78,7 @@ def train(
     alphabet: str | None = typer.Option(
         None,
         "--alphabet",
-        help="Initial tokens: bytes, text (all its characters), a number (that many of its most frequent characters) or the characters.",
+        help="Initial tokens: bytes, text (all its characters), a number (its most frequent ones) or the characters themselves.",
     ),
     byte_fallback: bool | None = typer.Option(
         None,

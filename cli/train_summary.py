@@ -18,6 +18,27 @@ if TYPE_CHECKING:
     from tinylm.pipeline import TrainResult
     from tinylm.training_summary import SavedSample, TrainingSummary
 
+_COMMANDS_OF_OTHER_METRICS = {
+    "chat": [
+        ("chat", "tinylm chat --run {run}", "talk to the model"),
+        ("serve", "tinylm serve --run {run}", "talk to it in a browser, or with an OpenAI client"),
+        ("eval", "tinylm eval --run {run}", "see how often its answers are right and end"),
+        ("plot", "tinylm plot {run} --out loss.png", "draw the loss curves"),
+    ],
+    "masked_loss": [
+        ("fill", 'tinylm fill "... [MASK] ..." --run {run}', "predict masked tokens"),
+        ("eval", "tinylm eval --run {run} --pseudo", "compute the pseudo-perplexity"),
+        ("plot", "tinylm plot {run} --out loss.png", "draw the loss curves"),
+    ],
+    "accuracy": [
+        ("classify", 'tinylm classify "..." --run {run}', "classify a text"),
+        ("eval", "tinylm eval --run {run}", "see its mistakes, beside simple baselines"),
+        ("plot", "tinylm plot {run} --out accuracy.png", "draw the curves"),
+    ],
+}
+"""The commands that make sense after training a chat model, or one with another primary metric than the loss.
+
+Each has a name, a command and a purpose."""
 _SAMPLE_CHARACTERS = 240
 _SIDE_BY_SIDE = 76
 """Minimum width of the terminal for two samples side by side."""
@@ -34,7 +55,8 @@ def show_summary(result: TrainResult, summary: TrainingSummary, console: StderrC
         console.print_line(text, styles.WARNING)
         return
     console.print_line("next:", "dim")
-    for command, purpose in _next_commands(run, has_baselines=bool(summary.baselines)):
+    kind = "chat" if summary.is_chat else next(iter(result.metrics))
+    for command, purpose in _next_commands(run, kind, has_baselines=bool(summary.baselines)):
         console.print_line(f"  {command}   {purpose}", "dim")
 
 
@@ -99,16 +121,20 @@ def _shortened(text: str) -> str:
     return "\n".join(lines) + (" ..." if len(text) > _SAMPLE_CHARACTERS else "")
 
 
-def _next_commands(run: str, *, has_baselines: bool) -> list[tuple[str, str]]:
-    """Return the commands that make sense after training, each with its purpose."""
-    commands = [
+def _next_commands(run: str, metric: str, *, has_baselines: bool) -> list[tuple[str, str]]:
+    """Return the commands that make sense after training, each with its purpose.
+
+    `metric` is the primary metric of the run, or "chat" for a model that was trained on conversations.
+    """
+    commands = _COMMANDS_OF_OTHER_METRICS.get(metric, [])
+    commands = [(name, text.format(run=run), purpose) for name, text, purpose in commands] or [
         ("sample", f'tinylm sample --run {run} --prompt "..."', "generate text"),
         ("serve", f"tinylm serve --run {run}", "try it in a browser"),
         ("eval", f"tinylm eval --run {run} --html report.html", "see which words are hard to predict"),
         ("plot", f"tinylm plot {run} --out loss.png", "draw the loss curves"),
         ("inspect", f'tinylm inspect --run {run} --text "..."', "look inside the model"),
     ]
-    if not has_baselines:
+    if not has_baselines and metric not in _COMMANDS_OF_OTHER_METRICS:
         commands.insert(3, ("eval", f"tinylm eval --run {run} --baselines", "compare it with n-gram models and compressors"))
     shown = [(command, purpose) for name, command, purpose in commands if name in COMMANDS]
     width = max(len(command) for command, _ in shown)

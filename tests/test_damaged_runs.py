@@ -1,4 +1,4 @@
-"""Damaged and forged run folders: one bad run is one marked row, and no file makes a command hang or fail with a bug report."""
+"""Damaged and forged run folders: `runs` marks a damaged run in its row, and no file makes a command hang or crash."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run(tiny_run: Run, tmp_path: Path) -> Run:
     return Run(tmp_path / "runs" / "a")
 
 
-def test_one_damaged_run_is_one_marked_row(run: Run, tiny_run: Run) -> None:
+def test_runs_marks_damaged_runs(run: Run, tiny_run: Run) -> None:
     shutil.copytree(tiny_run.path, run.path.with_name("b"))
     (run.path.with_name("c") / "metrics.jsonl").mkdir(parents=True)
     (run.path.with_name("c") / "recipe.yaml").touch()
@@ -40,16 +40,40 @@ def test_one_damaged_run_is_one_marked_row(run: Run, tiny_run: Run) -> None:
     assert "is not a file" in c["problem"]
 
 
+DAMAGED_LINES = (
+    *("{", "[]", "null", '{"kind": "eval"}', '{"kind": ["eval"], "step": 1}', '{"kind": "eval", "step": 1e400}'),
+    *(
+        '{"kind": "step", "step": 4, "tokens": 5, "loss": "low"}',
+        '{"kind": "step", "step": -1, "tokens": 5, "loss": 1.0}',
+        "\ud800",
+    ),
+)
+
+
+def test_plot_and_compare_skip_the_damaged_lines_of_one_log(run: Run, tiny_run: Run) -> None:
+    with open(run.path / "metrics.jsonl", "a", encoding="utf-8", errors="surrogatepass") as file:
+        file.write("\n".join(DAMAGED_LINES) + "\n" + "[" * 100_000 + "\n")
+    assert list(run.metrics()) == list(tiny_run.metrics())
+    assert run.damaged_metrics() == len(DAMAGED_LINES) + 1
+    image = run.path.parent / "loss.svg"
+    plotted = tinylm("plot", run.path, tiny_run.path, "--out", image)
+    assert plotted.returncode == 0, plotted.stderr
+    assert b"<svg" in image.read_bytes()
+    compared = tinylm("compare", run.path, tiny_run.path, "--json")
+    assert compared.returncode == 0, compared.stderr
+    json.loads(compared.stdout)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no named pipes")
 @pytest.mark.parametrize("name", ["recipe.yaml", "tokenizer.json", "metrics.jsonl", "heldout/heldout.npy", "checkpoints/last"])
-def test_a_named_pipe_is_refused_instead_of_waiting_for_it(name: str, run: Run) -> None:
+def test_a_named_pipe_is_refused_without_reading_it(name: str, run: Run) -> None:
     (run.path / name).unlink()
     os.mkfifo(run.path / name)
     with pytest.raises(InputError, match="is neither a file nor a folder"):
         Run.open(run.path)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="symbolic links")
+@pytest.mark.skipif(os.name == "nt", reason="Windows requires a privilege for symbolic links")
 @pytest.mark.parametrize("name", ["metrics.jsonl", "heldout", "samples.md"])
 def test_a_link_to_itself_is_refused(name: str, run: Run) -> None:
     path = run.path / name
@@ -60,7 +84,7 @@ def test_a_link_to_itself_is_refused(name: str, run: Run) -> None:
 
 
 @pytest.mark.parametrize("name", ["step-²", "step-", "step-1x", "step-" + "9" * 5000])
-def test_a_folder_with_an_odd_step_is_not_a_checkpoint(name: str, run: Run) -> None:
+def test_a_folder_with_an_invalid_step_is_not_a_checkpoint(name: str, run: Run) -> None:
     if len(name) < 200:
         shutil.copytree(run.checkpoint("last").path, run.path / "checkpoints" / name)
     assert all(checkpoint.step > 0 for checkpoint in run.checkpoints())
@@ -92,7 +116,7 @@ def test_a_state_with_missing_or_wrong_values_is_refused(forge: Callable[[dict[s
         train(run.recipe, run.path, device="cpu", resume=True)
 
 
-def test_a_folder_with_only_the_rest_of_a_killed_process_is_empty(tmp_path: Path) -> None:
+def test_a_folder_with_only_leftovers_of_a_killed_process_counts_as_empty(tmp_path: Path) -> None:
     for name in (LOCK, ".recipe.yaml.0123456789ab.tmp"):
         (tmp_path / name).touch()
     check_run_folder(tmp_path, resume=False, overwrite=False)

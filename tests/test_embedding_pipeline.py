@@ -156,7 +156,7 @@ def test_a_link_out_of_the_run_folder_is_not_followed(reference: Path, tmp_path:
     train_embeddings(embedding_recipe(reference), tmp_path / "run", threads=1, stop_after=0)
     shutil.move(tmp_path / "run" / "checkpoints", tmp_path / "elsewhere")
     (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(InputError, match="links to a place outside the run folder"):
+    with pytest.raises(InputError, match="is a link to a target outside the run folder"):
         train_embeddings(embedding_recipe(reference), tmp_path / "run", resume=True)
 
 

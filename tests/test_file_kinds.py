@@ -1,4 +1,4 @@
-"""Files of other programs are named in error messages, wherever a model, a tokenizer or vectors are expected."""
+"""Error messages identify files of other programs, wherever a model, a tokenizer or vectors are expected."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from tinylm.tokenizer import Tokenizer
 CONTENTS = {
     "model.gguf": (b"GGUF\x03\x00\x00\x00", "a GGUF file"),
     "cc.en.bin": (struct.pack("<ii", FASTTEXT_MAGIC, 12), "a fastText model"),
-    "words.kv": (pickle.dumps({"vectors": 1}, 4), "a pickle of gensim"),
-    "model.pkl": (pickle.dumps([1, 2]), "a pickle, which could execute code"),
+    "words.kv": (pickle.dumps({"vectors": 1}, 4), "a gensim pickle"),
+    "model.pkl": (pickle.dumps([1, 2]), "a pickle, which can execute code when it is loaded"),
     "o200k.tiktoken": (b"IQ== 0\n", "a file of tiktoken ranks"),
     "spiece.model": (b"\n\x0e\n\x05<unk>", "a sentencepiece model"),
 }
 
 
 @pytest.mark.parametrize("name", CONTENTS)
-def test_every_reader_names_a_file_of_another_program(name: str, tmp_path: Path) -> None:
+def test_every_reader_identifies_a_file_of_another_program(name: str, tmp_path: Path) -> None:
     content, expected = CONTENTS[name]
     path = tmp_path / name
     path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Random damage to recipes, tokenizer files and run folders: every result is either valid or an error that tells the user why."""
+"""Random damage to recipes, tokenizer files and run folders: the result is either valid or an error with a message for the user."""
 
 from __future__ import annotations
 

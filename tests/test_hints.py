@@ -1,4 +1,4 @@
-"""Names and notations of other programs lead to a hint that says what to write here."""
+"""Names and notations of other programs lead to a hint with the name or notation to use."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MISTAKES = {
     "evaluation.steps=5": "did you mean every?",
     "max_iters=5": "did you mean training.steps?",
     "training.grad_clip=1": "did you mean clip_grad_norm?",
-    "gradient_accumulation_steps=4": "global_batch_size / micro_batch_size steps are accumulated",
+    "gradient_accumulation_steps=4": "a step has global_batch_size / micro_batch_size micro-batches",
     "training.device=cpu": "choose it with --device",
     "model.n_lyer=2": "did you mean n_layer?",
     "training.minutes=5m": "write 5)",

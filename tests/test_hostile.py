@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import ids, model
 
 from tinylm.errors import InputError, TinylmError
 from tinylm.evaluation.evaluate_run import evaluate_run
@@ -133,9 +134,9 @@ def test_a_symlink_out_of_the_folder_is_rejected_and_nothing_is_written_through_
         shutil.move(original, outside)
     original.symlink_to(outside)  # dangling for samples.md and reports
     before = _contents(outside) if outside.is_dir() else outside.read_bytes() if outside.exists() else None
-    with pytest.raises(InputError, match="links to a place outside the run folder"):
+    with pytest.raises(InputError, match="is a link to a target outside the run folder"):
         _resume_with_resolved_recipe(run)
-    with pytest.raises(InputError, match="links to a place outside the run folder"):
+    with pytest.raises(InputError, match="is a link to a target outside the run folder"):
         _evaluate(run)
     after = _contents(outside) if outside.is_dir() else outside.read_bytes() if outside.exists() else None
     assert after == before
@@ -152,7 +153,7 @@ def test_a_checkpoint_folder_that_is_a_symlink_is_rejected(run: Run, tmp_path: P
     checkpoint = run.checkpoint("last")
     shutil.move(checkpoint.path, tmp_path / "outside")
     checkpoint.path.symlink_to(tmp_path / "outside")
-    with pytest.raises(InputError, match="links to a place outside"):
+    with pytest.raises(InputError, match="is a link to a target outside"):
         _evaluate(run)
     assert Checkpoint(checkpoint.path).problem() == "it is a symbolic link"
 
@@ -196,8 +197,8 @@ def test_a_forged_header_is_rejected_without_allocating_memory(
 @pytest.mark.parametrize(
     ("file", "use", "message"),
     [
-        ("model.safetensors", _evaluate, "does not fit the recipe"),
-        ("model.safetensors", _resume, "does not fit the recipe"),
+        ("model.safetensors", _evaluate, "does not match the recipe"),
+        ("model.safetensors", _resume, "does not match the recipe"),
         ("training-00001.safetensors", _resume, "cannot be restored"),
     ],
 )
@@ -254,6 +255,33 @@ def test_a_recipe_for_a_huge_or_mismatched_model_is_rejected(change: str, run: R
     for use in (_evaluate, _resume):
         with pytest.raises(InputError):
             use(Run(run.path))
+
+
+@pytest.mark.parametrize("length", [65_537, 16_777_216])
+def test_a_claimed_context_length_takes_no_memory(length: int, run: Run) -> None:
+    _evaluate(run)
+    recipe = (run.path / "recipe.yaml").read_text()
+    (run.path / "recipe.yaml").write_text(recipe.replace("context_length: 32", f"context_length: {length}"))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    evaluation = evaluate_run(Run.open(run.path), checkpoint="last", device="cpu")
+    assert Run.open(run.path).recipe.model.context_length == length
+    assert evaluation.perplexity.tokens > 0
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000  # KiB
+
+
+def test_positions_beyond_the_first_tables_are_computed_when_they_are_used() -> None:
+    length = 65_536 + 8
+    parts = {"n_layer": 1, "n_head": 1, "n_embd": 2, "attention_window": 4}
+    long, short = (model("llama", context_length=context, **parts) for context in (length, 64))
+    assert long.table_length < length
+    tokens = ids(1, length, vocab_size=61)
+    with torch.no_grad():
+        hidden = long.hidden(tokens, n_last=4)
+        assert long.table_length == length
+        # Rotary positions are relative, and two blocks with a window of 4 see no further than this.
+        torch.testing.assert_close(hidden, short.hidden(tokens[:, -64:], n_last=4), atol=1e-3, rtol=1e-3)
+    with pytest.raises(ValueError, match="context"):
+        long.hidden(ids(1, length + 1, vocab_size=61))
 
 
 def test_a_file_that_the_manifest_does_not_list_is_rejected(run: Run) -> None:

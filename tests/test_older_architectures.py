@@ -84,7 +84,9 @@ def assert_same(run: Run, other: Run) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_stopped_run_resumes_bitwise_equal(name: str, runs: dict[str, Run], short_file: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(
+    name: str, runs: dict[str, Run], short_file: Path, tmp_path: Path
+) -> None:
     recipe = recipe_of(name, short_file)
     stopped = train(recipe, tmp_path / "run", device="cpu", stop_after=0.0)
     assert (stopped.step, stopped.stopped) == (1, "time")
@@ -120,7 +122,7 @@ def test_with_a_given_context_each_window_starts_with_an_empty_state(runs: dict[
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_greedy_samples_equal_full_passes_and_have_no_limit(name: str, runs: dict[str, Run]) -> None:
+def test_greedy_samples_match_full_passes_and_exceed_the_context_length(name: str, runs: dict[str, Run]) -> None:
     run = runs[name]
     network = run.network(run.checkpoint("last"), torch.device("cpu"))
     assert isinstance(network, StatefulModel)
@@ -167,7 +169,7 @@ def test_damaged_n_gram_tables_are_refused(damage: str, runs: dict[str, Run]) ->
         network.load_stored_weights(weights)
 
 
-def test_a_4_line_text_can_be_trained_and_sampled(tmp_path: Path) -> None:
+def test_a_text_of_four_lines_can_be_trained_on_and_sampled(tmp_path: Path) -> None:
     text = tmp_path / "fish.txt"
     text.write_text("one fish\ntwo fish\nred fish\nblue fish\n")
     run = tmp_path / "run"
@@ -211,7 +213,7 @@ def test_the_command_line_evaluates_samples_and_compares_the_runs(runs: dict[str
     assert b"the state is carried" in text.stdout, text
 
 
-def test_weights_that_do_not_fit_the_recipe_are_rejected(runs: dict[str, Run], tmp_path: Path) -> None:
+def test_weights_that_do_not_match_the_recipe_are_rejected(runs: dict[str, Run], tmp_path: Path) -> None:
     shutil.copytree(runs["lstm"].path, tmp_path / "copy")
     recipe = tmp_path / "copy" / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("n_layer: 2", "n_layer: 3"))

@@ -119,3 +119,9 @@ def test_a_full_disk_is_reported_with_the_name_of_the_file(tmp_path: Path) -> No
     with pytest.raises(OSError, match=r"file\.txt") as error, atomic_file(tmp_path / "file.txt"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert error.value.filename == str(tmp_path / "file.txt")
+
+
+def test_a_copy_that_fills_the_disk_is_reported_with_the_name_of_the_destination(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space") as error, atomic_folder(tmp_path / "copy") as temporary:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), __file__, None, str(temporary / "inside"))
+    assert (error.value.filename, error.value.filename2) == (str(tmp_path / "copy"), None)

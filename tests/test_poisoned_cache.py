@@ -1,15 +1,16 @@
-"""Text that changes while it is read, and damage to cached or held-out tokens, never lead to silently wrong numbers."""
+"""Text that changes while it is read, and damage to cached or held-out tokens, never lead silently to wrong results."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from tinylm.data.prepare import prepare
+from tinylm.data.prepare import load_or_train_tokenizer, prepare
 from tinylm.data.shards import open_shard
 from tinylm.errors import InputError
 from tinylm.evaluation.evaluate_run import evaluate_run
@@ -19,6 +20,7 @@ from tinylm.reporting import SILENT, CollectingReporter
 from tinylm.run import Run
 from tinylm.text import split
 from tinylm.text.sources import Corpus
+from tinylm.tokenizer import Tokenizer
 
 
 def _recipe(text: Path) -> Recipe:
@@ -42,6 +44,24 @@ def test_a_text_replaced_between_scan_and_encoding_is_an_error_and_leaves_nothin
             list(split.unchanged(corpus.pieces(), scanned, str(text)))
         text.write_text(original)
         assert "".join(piece.text for piece in split.unchanged(corpus.pieces(), scanned, str(text))) == original
+
+
+def test_a_text_that_is_replaced_while_it_is_prepared_is_never_used_under_the_name_of_the_old_text(
+    text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, recipe = text.read_text(), _recipe(text)
+
+    def load_and_replace(*arguments: Any) -> Tokenizer:
+        text.write_text(original.replace("text", "TEXT"))  # the same length, after the scan
+        return load_or_train_tokenizer(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tinylm.data.prepare.load_or_train_tokenizer", load_and_replace)
+        with pytest.raises(InputError, match="the text changed while it was read"):
+            prepare(recipe.data, recipe.tokenizer, SILENT)
+    text.write_text(original)
+    prepared = prepare(recipe.data, recipe.tokenizer, SILENT)
+    assert original.startswith(prepared.tokenizer.decode(prepared.train.tokens[:-1].tolist())[:100])
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "counts"])
@@ -86,7 +106,7 @@ def test_changed_counts_of_the_held_out_text_are_refused(key: str, tiny_run: Run
 @pytest.mark.parametrize(
     "array", [np.zeros((3, 3), np.uint16), np.zeros(9), np.array(5, np.uint16)], ids=["two-dimensional", "float", "scalar"]
 )
-def test_held_out_arrays_of_another_kind_are_refused(array: np.ndarray, tmp_path: Path) -> None:
+def test_held_out_arrays_of_another_type_or_shape_are_refused(array: np.ndarray, tmp_path: Path) -> None:
     counts = {"documents": 1, "bytes": 7, "characters": 7, "tokens": 7, "unknown_tokens": 0, "end_of_text": 0}
     (tmp_path / "heldout.json").write_text(json.dumps(counts))
     np.save(tmp_path / "heldout.npy", array)

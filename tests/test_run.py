@@ -142,7 +142,7 @@ def test_find_returns_the_named_run_or_the_most_recently_trained(
     monkeypatch.delenv("TINYLM_RUN")
     shutil.move(tmp_path / "runs" / "copy" / "heldout", tmp_path / "outside")
     (tmp_path / "runs" / "copy" / "heldout").symlink_to(tmp_path / "outside")
-    with pytest.raises(InputError, match="links to a place outside the run folder"):  # the same error as `Run.open`
+    with pytest.raises(InputError, match="is a link to a target outside the run folder"):  # the same error as `Run.open`
         Run.find()
 
 

@@ -57,7 +57,7 @@ def test_a_busy_machine_causes_a_warning(share: float, warnings: list[str]) -> N
     reporter = CollectingReporter()
     processor = replace(FAST, cpu_share=share)
     suggestion = suggest_recipe(DataSection(train=("builtin:python-docs",)), Budget(2, processor=processor), reporter=reporter)
-    assert reporter.warnings == warnings
+    assert [warning for warning in reporter.warnings if "also occurs" not in warning] == warnings
     assert ("# The machine was busy" in suggestion.yaml) == bool(warnings)
 
 

@@ -237,7 +237,7 @@ def test_weights_that_do_not_belong_to_the_architecture_of_the_recipe_are_reject
     )
     (tmp_path / "copy" / "recipe.yaml").write_text(recipe)
     copy = Run.open(tmp_path / "copy")
-    with pytest.raises(InputError, match="does not fit the recipe: 0 layers instead of 6"):
+    with pytest.raises(InputError, match="does not match the recipe: 0 layers instead of 6"):
         copy.network(copy.checkpoint(), torch.device("cpu"))
 
 

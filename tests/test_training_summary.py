@@ -1,4 +1,4 @@
-"""The summary at the end of training states what the run folder contains."""
+"""The summary at the end of training agrees with the run folder."""
 
 from __future__ import annotations
 

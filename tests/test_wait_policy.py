@@ -42,13 +42,13 @@ def test_the_policy_follows_the_load(share: float, expected: str, monkeypatch: p
 
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("variable", VARIABLES)
-def test_the_variables_of_the_user_take_precedence(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variables_take_precedence(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(variable, "1")
     monkeypatch.setattr(wait_policy, "cpu_share", lambda threads: 0.1)
     assert WaitPolicy().choose() == "spin"
 
 
-def test_a_single_thread_has_nobody_to_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_thread_never_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wait_policy, "cpu_share", lambda threads: 0.1)
     assert torch.get_num_threads() == 1
     assert WaitPolicy().choose() == "spin"

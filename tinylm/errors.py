@@ -41,6 +41,15 @@ class TinylmWarning(Warning):
     """A warning for the user, issued with `warnings.warn`. The command line prints it in one line."""
 
 
+_OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED", "bad_alloc", "can't start new thread")
+"""Parts of the messages of libraries that do not raise `MemoryError`. A thread cannot start if its stack does not fit."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out. Only some libraries raise `MemoryError`; others are recognized by the message."""
+    return isinstance(error, MemoryError) or any(message in str(error) for message in _OUT_OF_MEMORY)
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:
     """Return a hint that suggests the known word most similar to `word`, or None if none is similar."""
     similar = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

@@ -28,9 +28,9 @@ _FASTTEXT = FileKind(
     "use the .vec file beside it, or write one with fastText's `print-word-vectors`",
 )
 _GENSIM = FileKind(
-    "a pickle of gensim", "convert it in Python: `KeyedVectors.load(FILE).save_word2vec_format('vectors.bin', binary=True)`"
+    "a gensim pickle", "convert it in Python: `KeyedVectors.load(FILE).save_word2vec_format('vectors.bin', binary=True)`"
 )
-_PICKLE = FileKind("a pickle, which could execute code", "save it in another format, such as safetensors")
+_PICKLE = FileKind("a pickle, which can execute code when it is loaded", "save it in another format, such as safetensors")
 _TIKTOKEN = FileKind("a file of tiktoken ranks", "convert it to a tokenizer.json with transformers' TikTokenConverter")
 _SENTENCEPIECE = FileKind(
     "a sentencepiece model",
@@ -39,7 +39,7 @@ _SENTENCEPIECE = FileKind(
 
 
 def identify(path: Path) -> FileKind | None:
-    """Return the kind of a file or folder of another program, or None if it is not one that is recognized."""
+    """Return the kind of a file or folder of another program, or None if it is not recognized."""
     if path.is_dir():
         return _ADAPTER if (path / "adapter_config.json").exists() and not (path / "config.json").exists() else None
     if not path.is_file():

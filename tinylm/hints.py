@@ -1,4 +1,4 @@
-"""What users of other programs write, and what it is called here. Error messages take their hints from these tables."""
+"""Names of keys, values, commands and options in other programs, from which error messages take their hints."""
 
 from __future__ import annotations
 
@@ -92,9 +92,9 @@ RECIPE_KEYS_IN_SECTION = {
 """Names whose meaning depends on the section that they are written in."""
 
 RECIPE_ADVICE = {
-    "gradient_accumulation_steps": "set training.micro_batch_size; global_batch_size / micro_batch_size steps are accumulated",
-    "grad_accum_steps": "set training.micro_batch_size; global_batch_size / micro_batch_size steps are accumulated",
-    "accumulate_grad_batches": "set training.micro_batch_size; global_batch_size / micro_batch_size steps are accumulated",
+    "gradient_accumulation_steps": "set training.micro_batch_size; a step has global_batch_size / micro_batch_size micro-batches",
+    "grad_accum_steps": "set training.micro_batch_size; a step has global_batch_size / micro_batch_size micro-batches",
+    "accumulate_grad_batches": "set training.micro_batch_size; a step has global_batch_size / micro_batch_size micro-batches",
     "device": "choose it with --device",
     "devices": "start one process per device: torchrun --nproc-per-node N -m tinylm train RECIPE",
     "num_gpus": "start one process per device: torchrun --nproc-per-node N -m tinylm train RECIPE",
@@ -172,7 +172,7 @@ COMMANDS = {
     "tokenize": "tokenizer tokenise encode decode bpe vocab tokens",
     "embed": "embeddings embedding vectors word2vec glove w2v",
 }
-"""Words for each command of `tinylm`, also of its groups."""
+"""Other names of each command."""
 
 OPTIONS = {
     "--prompt": "--text --input --start --question",

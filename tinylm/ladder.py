@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,7 +38,7 @@ class Rung:
     name: str
     """The name in the table. Its recipe is `ladder-NAME`."""
     year: int
-    """When this kind of model was first published as a language model."""
+    """The year in which this kind of model was first published as a language model."""
     width: str | None
     """The key of `model:` that sets the size of the model; None if the size depends on the text."""
 
@@ -73,7 +72,7 @@ class Row:
     run: str
     parameters: int
     seconds: float
-    """Time of the training, including evaluation during training."""
+    """Training time, including evaluation during training."""
     bits_per_byte: float
     bits_per_byte_ci95: tuple[float, float]
     sample: str
@@ -109,21 +108,21 @@ def find_rungs(names: Sequence[str]) -> list[Rung]:
 def climb(plan: LadderPlan, reporter: Reporter = SILENT) -> Iterator[Row]:
     """Train and evaluate the rungs, and yield the result of each as soon as it is known.
 
-    Raises `InputError` if a recipe is not valid or the folder holds another ladder, and `WorkError` if a training fails.
+    Raises `InputError` if a recipe is not valid or the folder contains another ladder, and `WorkError` if training fails.
     """
     values = {rung.name: _values(plan, rung) for rung in plan.rungs}
     recipes = {rung.name: load(plan.recipes[rung.recipe], _settings(values[rung.name])) for rung in plan.rungs}
     if plan.equal == "parameters":
         values = _with_equal_parameters(plan, values, recipes, reporter)
     for rung in plan.rungs:
-        study = Sweep(plan.folder, plan.recipes[rung.recipe], device=plan.device)
+        runner = Sweep(plan.folder, plan.recipes[rung.recipe], device=plan.device)
         training = Training(rung.name, values[rung.name])
-        known = study.finished(training) is not None
-        with closing(study.run([training])) as outcomes:
-            for outcome in outcomes:
-                if outcome.error is not None:
-                    raise WorkError(f"{rung.name}: {outcome.error}", where=str(plan.folder), hint="the same command continues")
-                yield _row(plan, rung, outcome, reuse=known)
+        known = runner.finished(training) is not None
+        for outcome in runner.run([training]):
+            if outcome.error is not None:
+                hint = "the same command continues"
+                raise WorkError(f"{rung.name}: {outcome.error}", where=str(plan.folder), hint=hint)
+            yield _row(plan, rung, outcome, reuse=known)
 
 
 def _values(plan: LadderPlan, rung: Rung) -> dict[str, str]:
@@ -166,7 +165,7 @@ def parameter_count(model: ModelVariant, vocab_size: int) -> int:
 
 
 def width_for(model: ModelVariant, key: str, vocab_size: int, parameters: int) -> int:
-    """The multiple of 8 for `key` with which a network has the number of parameters that is closest to `parameters`."""
+    """The multiple of 8 for `key` with which the number of parameters of a network is closest to `parameters`."""
 
     def count(width: int) -> int:
         return parameter_count(model.model_copy(update={key: width}), vocab_size)

@@ -1,7 +1,7 @@
 """The cache folder, and atomic writes: a file or folder appears with its full content or not at all.
 
 Content is written under a temporary name next to its destination, then renamed. The temporary file is locked while its process
-lives, so that `remove_abandoned` can tell the files of a killed process from those that are still being written.
+lives, so that `remove_abandoned` can distinguish the files of a killed process from those that are still being written.
 """
 
 from __future__ import annotations
@@ -19,12 +19,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import platformdirs
+from safetensors import SafetensorError
+
+from tinylm.errors import InputError, TinylmError
 
 _TEMPORARY_NAME = re.compile(r"\..*\.[0-9a-f]{12}\.(tmp|old)")
 _MAX_NAME_CHARACTERS = 50
 """Characters of the destination's name in a temporary name, which must not exceed the limit of the file system."""
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """Errors of writes that do not name the file."""
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+"""The number of the system's error in a message of a library in Rust."""
 _CACHE_DEPTH = 3
 """Levels of folders in the cache in which temporary files may be."""
 
@@ -92,7 +97,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     An `OSError` in the block that names no file, such as that of a full disk, gets the name `path`.
     """
     with _temporary(path, folder=False) as temporary, name_write_errors(path, temporary):
-        mode = stat.S_IMODE(temporary.stat().st_mode)  # as the umask of this process demands
+        mode = stat.S_IMODE(temporary.stat().st_mode)  # as set by the umask of this process
         yield temporary
         with open(temporary, "rb+") as written:
             os.fsync(written.fileno())
@@ -128,15 +133,25 @@ def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
 
 @contextmanager
 def name_write_errors(path: Path, temporary: Path | None = None) -> Iterator[None]:
-    """Add the name `path` to an `OSError` of a failed write that names no file, or that names `temporary` or a file in it."""
+    """Add the name `path` to an error of a failed write that names no file, or that names `temporary` or a file in it."""
     try:
         yield
+    except SafetensorError as error:
+        if (match := _OS_ERROR.search(str(error))) is None:
+            raise
+        code = int(match[1])
+        raise OSError(code, os.strerror(code), str(path)) from None
+    except TinylmError as error:
+        if temporary is None or not str(error.where).startswith(str(temporary)):
+            raise
+        raise type(error)(error.message, where=str(path), hint=error.hint) from None
     except OSError as error:
         if error.errno is None and "requested and" in str(error):  # NumPy reports a short write without its cause
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
         unnamed = error.filename is None and error.errno in _WRITE_ERRORS
-        if unnamed or (temporary is not None and str(error.filename).startswith(str(temporary))):
-            error.filename = str(path)
+        names = (error.filename, error.filename2)  # a failed copy names its source first
+        if unnamed or (temporary is not None and any(str(name).startswith(str(temporary)) for name in names)):
+            error.filename, error.filename2 = str(path), None
         raise
 
 
@@ -153,6 +168,15 @@ def remove_abandoned(folder: Path, name: str = "") -> None:
                 if lock is not None:
                     _remove(path)
                     os.close(lock)
+
+
+def check_utf8(path: Path) -> None:
+    """Raise `InputError` if the absolute path is not valid UTF-8, which safetensors and tokenizers require."""
+    try:
+        str(path.absolute()).encode("utf-8")
+    except UnicodeEncodeError:
+        hint = "rename the folder whose name is not UTF-8, or move the run"
+        raise InputError("the path is not valid UTF-8", where=str(path), hint=hint) from None
 
 
 def is_temporary(name: str) -> bool:

@@ -24,8 +24,6 @@ from tinylm.data.prepared import PreparedData
 from tinylm.data.training_text import TrainingText
 from tinylm.errors import InputError, did_you_mean
 from tinylm.evaluation.metrics import LOSS, METRICS, PERPLEXITY, Metric, Metrics, perplexity_of
-from tinylm.generation.engine import generate
-from tinylm.generation.sampling import SamplingOptions
 from tinylm.model import lora, registry
 from tinylm.model.base import Model
 from tinylm.model.foreign_code import foreign_code
@@ -38,13 +36,15 @@ from tinylm.recipe.effects import covers, safe_keys
 from tinylm.recipe.schema import FileTokenizer, MuonOptimizer, flattened, require_text
 from tinylm.reporting import SILENT, Reporter
 from tinylm.run import Checkpoint, Run, check_shapes, load_weights
+from tinylm.samplers import samples
+from tinylm.tokenizer.vocab_editing import extension
 from tinylm.training import auto_settings, objectives, parallel
 from tinylm.training import precision as precisions
 from tinylm.training.checkpoint import CheckpointWriter, newest_complete_checkpoint, restore
 from tinylm.training.counting import CountingTrainer, CountState
 from tinylm.training.metrics import MetricsFile, Observer, Observers
 from tinylm.training.objectives import Heldout, Objective
-from tinylm.training.out_of_memory import keep_freed_memory
+from tinylm.training.out_of_memory import check_training_state, keep_freed_memory
 from tinylm.training.parallel import Parallel
 from tinylm.training.precision import Precision
 from tinylm.training.progress import check_state
@@ -230,7 +230,7 @@ def _train(job: TrainingJob, callbacks: Callbacks, processes: Processes) -> Trai
     processes.run_on_main(lambda: _write_run_folder(job, data, components, state, foreign, training_texts))
     if state is None and data.objective.metrics[0] is LOSS:
         vocab_size = data.vocab_size
-        reporter.note(f"guessing among {vocab_size:,} tokens has a loss of {math.log(vocab_size):.2f} (ln {vocab_size:,})")
+        reporter.note(f"uniform guessing among {vocab_size:,} tokens has a loss of {math.log(vocab_size):.2f} (ln {vocab_size:,})")
     monitors = [*tracked, *_speed_monitors(job, data, callbacks, processes)]
     with _observers(job, int(state["step"]) if state else 0, callbacks.observer, monitors, processes) as observer:
         trainer = _build_trainer(job, data, components, observer)
@@ -377,9 +377,7 @@ def _prepare_on_every_machine(job: TrainingJob, processes: Processes, reporter: 
     )
     if local_fingerprint != fingerprint:
         raise InputError("the text on this machine differs from that of the main process", where="data.train")
-    return cast(
-        PreparedData, processes.run_on_all(lambda: data_format.open(job.recipe, folder, fingerprint, tokenizer_json))
-    )
+    return cast(PreparedData, processes.run_on_all(lambda: data_format.open(job.recipe, folder, fingerprint, tokenizer_json)))
 
 
 def _training_texts(
@@ -437,6 +435,7 @@ def _build_network(
     job: TrainingJob, data: TrainingData, pretrained: Run | None, *, fresh: bool, processes: Processes, reporter: Reporter
 ) -> Model:
     """Build the network with initial weights and move it to the job's device. `fresh` means that no checkpoint will be restored."""
+    check_training_state(job.recipe, data.prepared.tokenizer.vocab_size, job.device, processes.world_size)
     network = processes.run_on_all(lambda: _initialize_network(job.recipe, data.prepared, pretrained, reporter, fresh=fresh))
     network = network.to(job.device)
     network.recompute = job.recipe.training.activation_checkpointing
@@ -453,7 +452,12 @@ def _initialize_network(
     if pretrained is not None:
         same_tokenizer = pretrained.tokenizer.fingerprint == tokenizer.fingerprint
         source = pretrained.network(pretrained.checkpoint(), torch.device("cpu"))
-        reinitialized = load_pretrained(network, source, same_tokenizer=same_tokenizer)
+        extended = None if same_tokenizer else extension(pretrained.tokenizer, tokenizer)
+        sources = None if extended is None else extended.sources
+        reinitialized = load_pretrained(network, source, same_tokenizer=same_tokenizer, sources=sources)
+        if sources is not None:
+            added = tokenizer.vocab_size - pretrained.tokenizer.vocab_size
+            reporter.note(f"{added} control tokens added; each starts with the mean embedding of the tokens of its name")
         if reinitialized:
             reporter.note(f"initialized at random: {', '.join(reinitialized)}")
     if fresh and recipe.model.pretrained_embeddings is not None:  # a checkpoint would replace them
@@ -511,7 +515,7 @@ def _find_checkpoint(job: TrainingJob, data: TrainingData, processes: Processes,
     def find() -> Checkpoint | None:
         run = Run(job.folder)
         if not run.checkpoints():
-            reporter.note("no checkpoint yet: starting at step 0")
+            reporter.note("no checkpoint yet; starting from step 0")
             return None
         checkpoint = newest_complete_checkpoint(run, reporter)
         check_state(checkpoint.state, str(checkpoint.path))
@@ -548,7 +552,7 @@ def _restore(checkpoint: Checkpoint, job: TrainingJob, components: Components, r
 
 
 def _announce_lr_change(job: TrainingJob, data: TrainingData, state: dict[str, Any], reporter: Reporter) -> None:
-    """Say so if the learning rate jumps because the training length, the schedule or the learning rate has changed."""
+    """Warn if the learning rate jumps because the training length, the schedule or the learning rate has changed."""
     before, step = Run(job.folder).recipe, int(state["step"])
 
     def fraction(recipe: Recipe) -> float:
@@ -672,12 +676,9 @@ def _hooks(job: TrainingJob, data: TrainingData, parallelized: Parallel, observe
         return data.objective.evaluate(parallelized.network, heldout)
 
     def generate_samples() -> Iterator[tuple[str, str]]:
-        section = recipe.sampling
-        options = SamplingOptions(section.max_new_tokens, section.temperature, section.top_k)
         with parallelized.full_network() as network:
             if network is not None:
-                for prompt in section.prompts:
-                    yield prompt, generate(network, prepared.tokenizer, prompt, options, seed=recipe.seed)[0].text
+                yield from samples(network, prepared.tokenizer, recipe)
 
     return Hooks(evaluate_heldout, generate_samples, prepared.tokenizer.decode, observer)
 

@@ -1,6 +1,7 @@
 """Run folders, which `tinylm train` writes and all other commands open.
 
     recipe.yaml  tokenizer.json  metrics.jsonl  samples.md  environment.json
+    chat_template.json  the control tokens of conversations, if the model was trained on any
     heldout/           the held-out tokens and the test tokens, so that a copied folder can still be evaluated
     training_text/     a sample of the n-grams of the training text, to measure how much of another text was trained on
     checkpoints/       step-000500/ {model.safetensors, training-00001.safetensors, state.json, manifest.json}, best, last
@@ -27,9 +28,10 @@ from tinylm.data import training_text
 from tinylm.data.shards import Shard, open_shard
 from tinylm.data.training_text import TrainingText, open_training_texts
 from tinylm.errors import InputError, TinylmWarning
-from tinylm.paths import atomic_write_text, is_temporary, sha256, sync_folder
+from tinylm.paths import atomic_write_text, check_utf8, is_temporary, sha256, sync_folder
 from tinylm.recipe import Recipe, load
 from tinylm.tokenizer import Tokenizer
+from tinylm.tokenizer.chat_template import CHAT_TEMPLATE_FILE, ChatEncoder, ChatTemplate
 
 if TYPE_CHECKING:  # runs can be found, listed and rejected without importing torch
     import torch
@@ -43,6 +45,7 @@ LOCK = ".lock"
 RUN_FILES = (
     "recipe.yaml",
     "tokenizer.json",
+    CHAT_TEMPLATE_FILE,
     "metrics.jsonl",
     "samples.md",
     "environment.json",
@@ -143,6 +146,7 @@ def check_run_folder(folder: Path, resume: bool, overwrite: bool) -> None:
     """Raise `InputError` unless a run may be written to `folder`. An existing run requires `resume` or `overwrite`."""
     if resume and overwrite:
         raise InputError("these options are mutually exclusive", where="--resume, --overwrite")
+    check_utf8(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError("is a file, not a folder", where=str(folder), hint="choose another folder with --out")
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
@@ -156,7 +160,7 @@ def check_run_folder(folder: Path, resume: bool, overwrite: bool) -> None:
         )
     if not resume and not overwrite:
         hint = "--resume continues it, --overwrite replaces it"
-        raise InputError("this folder already holds a run", where=str(folder), hint=hint)
+        raise InputError("this folder already contains a run", where=str(folder), hint=hint)
 
 
 def run_files(folder: Path) -> tuple[str, ...]:
@@ -175,7 +179,7 @@ def refuse_external_links(folder: Path) -> None:
     for path in (*own, *saved, *(file for each in folders if not each.is_symlink() for file in each.glob("*"))):
         if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
             hint = "if you trust it, replace the link with a copy of its target"
-            raise InputError("links to a place outside the run folder", where=str(path), hint=hint)
+            raise InputError("is a link to a target outside the run folder", where=str(path), hint=hint)
         kind = _file_type(path)
         if kind is not None and not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
             raise InputError("is neither a file nor a folder", where=str(path), hint="a run folder contains only files and folders")
@@ -269,6 +273,7 @@ class Run:
         An embedding run is accepted only if `embeddings` is true. Runs saved in another checkpoint format are rejected.
         """
         path = Path(path)
+        check_utf8(path)
         if path.parent.name == "checkpoints" and (path / "state.json").exists():
             return cls.open(path.parent.parent, embeddings=embeddings)._pinned(path.name)
         if not path.exists():
@@ -276,13 +281,13 @@ class Run:
         if not (path / "recipe.yaml").exists():
             raise InputError("not a run folder: it has no recipe.yaml", where=str(path))
         if not embeddings and (path / EMBEDDINGS_MARKER).exists():
-            raise InputError("holds embeddings, not a language model", where=str(path), hint="use `tinylm embed`")
+            raise InputError("contains embeddings, not a language model", where=str(path), hint="use `tinylm embed`")
         refuse_external_links(path)
         check_run_format(path)
         run = cls(path)
         if foreign := run.foreign_code:
             listed = ", ".join(foreign[:_MAX_FOREIGN_NAMES]) + (", ..." if len(foreign) > _MAX_FOREIGN_NAMES else "")
-            text = f"trained with code outside tinylm ({listed}); unless the same code is loaded, results differ from the training"
+            text = f"trained with code outside tinylm ({listed}); without this code, the results will differ"
             warnings.warn(f"{path}: {text}", TinylmWarning, stacklevel=2)
         return run
 
@@ -333,6 +338,27 @@ class Run:
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.path / "tokenizer.json")
 
+    @cached_property
+    def chat_encoder(self) -> ChatEncoder | None:
+        """Encodes conversations for this model. None if it was not trained on conversations.
+
+        Raises `InputError` if the template is damaged or does not fit the tokenizer.
+        """
+        file = self.path / CHAT_TEMPLATE_FILE
+        if not file.exists():
+            return None
+        try:
+            return ChatEncoder(ChatTemplate.from_json(file.read_text(encoding="utf-8", errors="replace")), self.tokenizer)
+        except InputError as error:
+            raise InputError(error.message, where=str(file)) from None
+
+    def require_chat(self) -> ChatEncoder:
+        """Return `chat_encoder`. Raises `InputError` if the model was not trained on conversations."""
+        if self.chat_encoder is None:
+            hint = "`tinylm new --chat FILE --from RUN` writes a recipe that fine-tunes it"
+            raise InputError("this model was not trained on conversations", where=str(self.path), hint=hint)
+        return self.chat_encoder
+
     def heldout(self, split: str = "heldout") -> Shard:
         """Open the held-out tokens of this run or, with `split="test"`, its test tokens.
 
@@ -355,9 +381,9 @@ class Run:
         return (self.path / "heldout" / "test.npy").exists()
 
     def training_texts(self) -> list[TrainingText]:
-        """What is recorded about the texts that the model was trained on, its own first. Raises `InputError` if it is damaged.
+        """Return the record of the texts that the model was trained on, its own first. Raises `InputError` if it is damaged.
 
-        For an imported run, and for a run of an earlier version, the n-grams of its text are None.
+        The n-grams are None for an imported run and for a run of an earlier version.
         """
         folder = self.path / training_text.FOLDER
         if folder.exists():
@@ -396,7 +422,7 @@ class Run:
         return name_in_file
 
     def model(self, checkpoint: str | None = None, *, device: str = "auto") -> Model:
-        """Load the model of a checkpoint: `best`, `last` or a step. See `checkpoint` for the default, and `network` for the details."""
+        """Load the model of a checkpoint: `best`, `last` or a step. The default is that of `checkpoint`; see also `network`."""
         from tinylm import device as devices
 
         return self.network(self.checkpoint(checkpoint), devices.resolve(device))
@@ -458,7 +484,7 @@ class Run:
 
 
 _LARGEST = 2**63
-"""Larger whole numbers in a log are damage."""
+"""Larger whole numbers in a log count as damage."""
 
 
 def _is_event(event: dict[str, Any]) -> bool:
@@ -489,7 +515,7 @@ def check_shapes(recipe: Recipe, vocab_size: int, checkpoint: Checkpoint) -> Non
         raise InputError(f"cannot be read: {error}", where=str(file)) from None
     mismatch = shape_mismatch(model, vocab_size, shapes, objective=recipe.objective, with_lora=recipe.training.lora)
     if mismatch is not None:
-        raise InputError(f"does not fit the recipe: {mismatch}", where=str(file))
+        raise InputError(f"does not match the recipe: {mismatch}", where=str(file))
 
 
 def shape_mismatch(
@@ -535,7 +561,7 @@ def load_weights(network: Model, checkpoint: Checkpoint) -> None:
     try:
         network.load_stored_weights(weights)
     except RuntimeError as error:
-        raise InputError(f"does not fit the recipe: {error}", where=str(file)) from None
+        raise InputError(f"does not match the recipe: {error}", where=str(file)) from None
 
 
 def all_runs(folder: Path) -> Iterator[Run]:

@@ -412,7 +412,7 @@ def _reasons(
         f"About {_range(plan.steps_range)} steps, {plan.tokens_per_second:,.0f} tokens/s in {plan.precision}. "
         f"docs/reference/recipe.md explains every key.{BUSY_HEAD if busy else ''}",
         "heldout": f"{heldout}: " + ("whole documents, chosen by hash" if draft.by == "document" else "the end of the text"),
-        "vocab_size": f"every token should occur often in the {text.train_tokens:,} training tokens; `tokenize sweep` compares sizes",
+        "vocab_size": f"for {text.train_tokens:,} training tokens; `tokenize sweep` compares sizes",
         "preset": _preset_reason(draft),
         "qk_norm": "llama.cpp runs this model as qwen3; `tinylm export --to gguf` writes it",
         "n_layer": f"a scaling law predicts the lowest loss for this size, out of {candidates}",
@@ -429,5 +429,5 @@ def _reasons(
         "optimizer": "these learning rates suit every width",
         "schedule": "the learning rate falls to zero over the last 60%",
         "every": f"{EVALUATIONS} evaluations during the run"
-        + (f", on the first of about {text.heldout_tokens:,} held-out tokens; `tinylm eval` uses all" if draft.max_tokens else ""),
+        + (", on the first held-out tokens; `tinylm eval` uses all" if draft.max_tokens else ""),
     }

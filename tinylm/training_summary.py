@@ -44,6 +44,8 @@ class TrainingSummary:
     """The first and the last sample of the first prompt. A single sample if there is only one."""
     baselines: dict[str, float]
     """Bits per byte of n-gram models and compressors on the same held-out text. Empty if they are not comparable or too slow."""
+    is_chat: bool = False
+    """Whether the model was trained on conversations."""
 
     @property
     def equally_likely_tokens(self) -> float | None:
@@ -67,6 +69,7 @@ def summarize(run: Run, seconds: float) -> TrainingSummary:
         bits_per_byte=bits,
         samples=_first_and_last(read_samples(run)),
         baselines={} if bits is None else _baselines(run, seconds),
+        is_chat=run.chat_encoder is not None,
     )
 
 

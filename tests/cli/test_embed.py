@@ -59,7 +59,7 @@ def test_training_from_a_recipe_equals_training_from_options(run_cli: RunCli, tr
     result = run_cli("train", recipe, "--out", "again", "--json", "-q", "--threads", "2").json
     assert result["stopped"] == "done"
     assert Path("again/vectors.safetensors").read_bytes() == (trained / "vectors.safetensors").read_bytes()
-    assert "this folder already holds a run" in error_of(run_cli("train", recipe, "--out", "again"))
+    assert "this folder already contains a run" in error_of(run_cli("train", recipe, "--out", "again"))
     stopped = run_cli("train", recipe, "--out", "parts", "--stop-after", "0", "--json", "-q").json
     assert (stopped["stopped"], stopped["vectors"]) == ("time", None)
     assert "no vectors.safetensors in this folder (it is written when training finishes)" in error_of(
@@ -119,9 +119,21 @@ def test_vectors_of_a_run_can_be_plotted_exported_and_queried(
     assert json.dumps(run_cli("embed", "nearest", " the", "-v", "t.safetensors", "--json").json) == json.dumps(nearest)
 
 
+def test_vectors_of_a_run_in_every_format_can_be_queried(run_cli: RunCli, folder: Path, tiny_run: Run) -> None:
+    nearest = []
+    for name in ("x.vec", "x.txt", "x.bin", "x.tsv", "x.safetensors"):
+        assert run_cli("embed", "from-run", "-r", tiny_run.path, "--out", name, "-q").out == f"{name}\n"
+        found = run_cli("embed", "nearest", " the", "-v", name, "-n", "3", "--json").json
+        nearest.append([neighbor["similarity"] for neighbor in found["neighbours"]])
+    assert all(similarities == pytest.approx(nearest[-1], abs=1e-6) for similarities in nearest)
+    for name in ("x.kv", "x.vec.gz", "x"):
+        assert "the suffix" in error_of(run_cli("embed", "from-run", "-r", tiny_run.path, "--out", name, "-q"))
+        assert not Path(name).exists()
+
+
 def test_embeddings_are_rejected_where_a_language_model_is_required(run_cli: RunCli, trained: Path) -> None:
     for command in (["eval", "--run", trained], ["sample", "--run", trained, "--prompt", "a"], ["compare", trained, trained]):
-        assert "holds embeddings, not a language model" in error_of(run_cli(*command))
+        assert "contains embeddings, not a language model" in error_of(run_cli(*command))
     assert run_cli("plot", trained, "--out", "loss.svg").code == 0
     shutil.copytree(trained, "runs/words")
     assert run_cli("runs", "--json").json == []

@@ -51,7 +51,7 @@ class AccuracyObjective(CausalLM):
 @pytest.fixture(scope="module")
 def trained(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TrainResult, Run, str, str]]:
     """The result, the run, the lines of the plain view and the final panel of the terminal view."""
-    METRICS["accuracy"] = ACCURACY
+    built_in, METRICS["accuracy"] = METRICS["accuracy"], ACCURACY
     objectives.register(AccuracySection, lambda section: AccuracyObjective())
     folder = tmp_path_factory.mktemp("runs") / "accurate"
     recipe = tiny_recipe(text_file, "modern", "objective=accuracy_lm", "training.steps=15", "evaluation.every=5")
@@ -63,7 +63,7 @@ def trained(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     texts = [console.file.getvalue() for console in (plain, panel) if isinstance(console.file, io.StringIO)]
     yield result, Run(folder), texts[0], texts[1]
     objectives.unregister(AccuracySection)
-    del METRICS["accuracy"]
+    METRICS["accuracy"] = built_in
 
 
 Trained = tuple[TrainResult, Run, str, str]

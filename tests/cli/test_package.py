@@ -22,7 +22,7 @@ PAGES = ("README.md", "Makefile", *(f"recipes/{path.name}" for path in sorted(RO
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_every_shipped_recipe_loads(name: str, text_file: Path, tiny_run: Run) -> None:
     has_text = name == "quickstart"
-    settings = [f"model.init_from={tiny_run.path}"] if name == "finetune" else []
+    settings = [f"model.init_from={tiny_run.path}"] if name in ("finetune", "chat") else []
     recipe = load(shipped_recipes()[name], settings if has_text else [f"data.train={text_file}", *settings])
     assert recipe.name == name
     assert yaml.safe_load(recipe.to_yaml())["name"] == name

@@ -1,4 +1,4 @@
-"""`tinylm plot` draws several metrics and many runs, and compares only what can be compared."""
+"""`tinylm plot` draws several metrics and many runs, and only in comparable units."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tinylm.tokenizer import training
 
 @pytest.fixture
 def svg_of(run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """`svg_of(runs, *options)` plots runs and returns the SVG, in which text is text."""
+    """`svg_of(runs, *options)` plots runs and returns the SVG, with labels as text instead of paths."""
     matplotlib = pytest.importorskip("matplotlib")
     monkeypatch.setitem(matplotlib.rcParams, "svg.fonttype", "none")
 

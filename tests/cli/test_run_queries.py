@@ -73,7 +73,7 @@ def test_chosen_columns_are_shown_and_exported(run_cli: RunCli, folder: Path) ->
         (["--columns", "sed"], "did you mean seed?"),
     ],
 )
-def test_wrong_queries_are_refused(options: list[str], message: str, run_cli: RunCli, folder: Path) -> None:
+def test_invalid_queries_are_refused(options: list[str], message: str, run_cli: RunCli, folder: Path) -> None:
     result = run_cli("runs", folder, *options)
     assert result.code == 2
     assert message in result.err

@@ -41,6 +41,20 @@ def test_a_prompt_can_come_from_a_file_or_standard_input(run_sample: RunCli, tmp
     assert from_file.out.startswith("naïve\r\n")
 
 
+@pytest.mark.parametrize("piped", [True, False])
+def test_prompts_may_begin_with_a_byte_order_mark(piped: bool, run_sample: RunCli, tmp_path: Path) -> None:
+    content = b'\xef\xbb\xbf{"prompt": "The for"}\n"a"\n'
+    (tmp_path / "prompts.jsonl").write_bytes(content)
+    source = ("-",) if piped else (tmp_path / "prompts.jsonl",)
+    result = run_sample("--prompts", *source, "-q", stdin=content if piped else b"")
+    assert [json.loads(line)["prompt"] for line in result.out.splitlines()] == ["The for", "a"]
+
+
+def test_beam_search_reports_its_speed(run_sample: RunCli) -> None:
+    samples = run_sample("--prompt", "The", "--beams", 3, "-n", 2, "--json").json["samples"]
+    assert all(sample["tokens"] and sample["tokens_per_second"] > 0 for sample in samples)
+
+
 def test_many_prompts_print_one_line_each_in_order_with_the_same_text_as_single_prompts(run_sample: RunCli, tmp_path: Path) -> None:
     prompts = ["The for statement", "", "a", "is"] * 5
     lines = [json.dumps({"prompt": prompt, "id": number}) for number, prompt in enumerate(prompts)]
@@ -160,7 +174,7 @@ def test_eval_reports_optional_tables(run_cli: RunCli, tiny_run: Run, tmp_path: 
     more = ("--baselines", "--by-frequency", "--by-position", "--by-document", "--hardest", 3)
     shown = run_cli("eval", "-r", tiny_run.path, *more, "--html", page, "--stride", 16)
     assert shown.code == 0, shown
-    for label in ("5-gram Kneser-Ney", "xz, the training text", "count in training text", "context length", "overlap"):
+    for label in ("5-gram Kneser-Ney", "xz with the training text", "count in training text", "context length", "overlap"):
         assert label in shown.out
     assert "<!doctype html>" in page.read_text()
     document = run_cli("eval", "-r", tiny_run.path, *more, "--json", "--quiet").json

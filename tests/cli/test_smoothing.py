@@ -22,7 +22,7 @@ def test_a_higher_held_out_loss_is_drawn_above_the_training_loss(steps: int, don
     assert all(value < 1.02 * loss for value, loss in zip(smoothed(losses, done), losses, strict=True))
 
 
-def test_the_losses_of_a_short_run_are_drawn_as_they_are() -> None:
+def test_the_losses_of_a_short_run_are_not_smoothed() -> None:
     assert smoothed([3.0, 1.0, 2.0], 1.0) == [3.0, 1.0, 2.0]
 
 
@@ -35,7 +35,7 @@ def test_each_value_is_the_mean_of_its_window() -> None:
     assert values[150] == pytest.approx(statistics.mean(losses[147:154]))
 
 
-def test_a_nan_stays_in_its_place() -> None:
+def test_nan_does_not_spread_to_other_values() -> None:
     values = smoothed([2.0] * 150 + [math.nan] + [2.0] * 150, 1.0)
     assert math.isnan(values[150])
     assert [value for value in values if not math.isnan(value)] == pytest.approx([2.0] * 300)

@@ -1,4 +1,4 @@
-"""Wrong command lines of `tinylm sweep`, which are refused before anything is trained."""
+"""Invalid command lines of `tinylm sweep` are refused before anything is trained."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from command import RunCli
         (["--set", "seed=1,2", "--plot", "picture.txt"], "must end in .png, .svg or .pdf"),
     ],
 )
-def test_a_wrong_sweep_is_refused(arguments: list[str], message: str, run_cli: RunCli, recipe_file: Path, tmp_path: Path) -> None:
+def test_an_invalid_sweep_is_refused(
+    arguments: list[str], message: str, run_cli: RunCli, recipe_file: Path, tmp_path: Path
+) -> None:
     result = run_cli("sweep", recipe_file, *arguments, "--out", tmp_path / "s")
     assert result.code == 2
     assert message in result.err

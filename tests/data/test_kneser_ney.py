@@ -157,7 +157,7 @@ def test_pruning_removes_the_rare_n_grams_and_keeps_the_others() -> None:
     np.testing.assert_allclose(pruned.probabilities[2] >= full.probabilities[2][kept], True)
 
 
-def test_a_text_of_four_lines_works() -> None:
+def test_a_text_of_four_lines_has_plausible_probabilities() -> None:
     text = "one fish\ntwo fish\nred fish\nblue fish\n"
     ids = [1 + sorted(set(text)).index(character) for character in text]
     shard = Shard(np.array([0, *ids, 0], dtype=np.uint16), Counts(1, len(ids), len(ids), len(ids), 0), 0)

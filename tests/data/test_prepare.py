@@ -344,7 +344,7 @@ def test_held_out_text_that_was_trained_on_causes_a_warning(tmp_path: Path, sect
         reporter = CollectingReporter()
         prepare_files(sources, section, reporter, **settings)
         (warning,) = overlap_warnings(reporter)
-        percent = re.match(r"(?:more than )?(\d+) % of the (held-out|test) text", warning)
+        percent = re.match(r"(?:more than )?(\d+)% of the (held-out|test) text", warning)
         assert percent is not None
         assert int(percent[1]) >= 88
         assert percent[2] == ("test" if "test" in settings else "held-out")

@@ -1,4 +1,4 @@
-"""A run folder records the training text well enough to measure overlap, also with another tokenizer."""
+"""A run folder records the training text well enough to measure overlap, even with another tokenizer."""
 
 from __future__ import annotations
 

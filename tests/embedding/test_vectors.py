@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
-from tinylm.embedding.vectors import Vectors
+from tinylm.embedding.vectors import FORMAT, Vectors
 from tinylm.errors import InputError
 
 gensim_models = pytest.importorskip("gensim.models", reason="gensim has no wheel for this Python")
@@ -103,3 +105,26 @@ def test_saving_and_loading_restores_every_bit(learned: Vectors, tmp_path: Path)
 def test_inconsistent_or_non_finite_vectors_are_errors(rows: np.ndarray) -> None:
     with pytest.raises(InputError):
         Vectors(["a", "b"], rows)
+
+
+@pytest.mark.parametrize(
+    "header", ["", "{", "[" * 100_000, "[]", "7", "null", "{}", '{"byte_mapped": 1, "notes": 5}', '{"notes": {}}']
+)
+def test_vectors_with_damaged_metadata_are_refused(header: str, tmp_path: Path) -> None:
+    path = tmp_path / "v.safetensors"
+    Vectors(["a", "b"], np.eye(2, dtype=np.float32)).save(path)
+    save_file(load_file(path), path, {FORMAT: header})
+    with pytest.raises(InputError, match="metadata are damaged"):
+        Vectors.load(path)
+
+
+@pytest.mark.parametrize("ends", [[], [5, 1], [-1, 2], [[1, 2]], [2**62, 2]])
+def test_vectors_with_damaged_names_are_refused(ends: list[object], tmp_path: Path) -> None:
+    path = tmp_path / "v.safetensors"
+    Vectors(["a", "b"], np.eye(2, dtype=np.float32)).save(path)
+    tensors = load_file(path)
+    with safe_open(path, "np") as file:
+        metadata = file.metadata()
+    save_file({**tensors, "name_ends": np.array(ends)}, path, metadata)
+    with pytest.raises(InputError, match=r"do not match|damaged"):
+        Vectors.load(path)

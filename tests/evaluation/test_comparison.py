@@ -120,9 +120,9 @@ def test_an_evaluation_names_its_split_and_reports_what_was_trained_on(
     tiny_run: Run, other_tokenizer_run: Run, text_file: Path
 ) -> None:
     heldout = evaluate_run(other_tokenizer_run, device="cpu").as_dict()
-    assert (heldout["split"], heldout["chosen_by_split"], heldout["text"]) == ("heldout", True, "its own held-out text")
+    assert (heldout["split"], heldout["chosen_by_split"], heldout["text"]) == ("heldout", True, "the run's held-out text")
     test = evaluate_run(other_tokenizer_run, split="test", device="cpu").as_dict()
-    assert (test["split"], test["chosen_by_split"], test["text"]) == ("test", False, "its own test text")
+    assert (test["split"], test["chosen_by_split"], test["text"]) == ("test", False, "the run's test text")
     assert test["bytes"] != heldout["bytes"]
     own = evaluate_run(tiny_run, [str(text_file)], device="cpu").as_dict()
     assert own["split"] is None

@@ -1,4 +1,4 @@
-"""An error that concerns one row fails only its sample, and options that differ between rows do not mix."""
+"""An error in one row fails only its sample, and the options of a row do not affect the other rows."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_row_without_allowed_tokens_does_not_change_the_other_rows(network: Tr
     assert len(expected.token_ids) == len(sequences[0].sample.token_ids) == 8
 
 
-def test_an_error_of_a_listener_belongs_to_its_row(network: Transformer, tokenizer: Tokenizer) -> None:
+def test_an_error_of_a_listener_fails_only_its_row(network: Transformer, tokenizer: Tokenizer) -> None:
     def fail(text: str) -> None:
         raise RuntimeError("cannot write")
 
@@ -69,7 +69,7 @@ def test_banning_every_token_is_an_error(network: Transformer, tokenizer: Tokeni
 
 
 @pytest.mark.parametrize("constrained", [False, True])
-def test_logits_that_are_not_finite_are_an_error(tokenizer: Tokenizer, constrained: bool) -> None:
+def test_non_finite_logits_are_an_error(tokenizer: Tokenizer, constrained: bool) -> None:
     broken = model("modern", vocab_size=tokenizer.vocab_size, context_length=32)
     with torch.no_grad():
         next(iter(broken.parameters())).fill_(float("nan"))

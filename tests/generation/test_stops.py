@@ -1,4 +1,4 @@
-"""Stop texts are found in text that arrives in pieces, as by searching the whole text."""
+"""Stop texts in a stream are found at the same positions as in the whole text."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_matches_and_partial_matches_equal_those_of_a_plain_search() -> None:
     assert 100 < found < 300
 
 
-def test_a_stop_text_that_almost_matches_again_and_again() -> None:
+def test_repeated_near_matches_of_a_long_stop_text() -> None:
     matcher = StopMatcher(["a" * 999 + "b"])
     assert matcher.push("a" * 100_000) is None
     assert matcher.partial_length == 999

@@ -45,9 +45,11 @@ def test_a_difference_of_logits_is_the_difference_of_their_attributions() -> Non
     torch.testing.assert_close(difference.contributions, separate, atol=1e-5, rtol=1e-5)
 
 
-def test_a_head_contributes_what_removing_it_takes_away_under_the_frozen_norm() -> None:
-    """With RMSNorm, removing a head from the residual before the final norm, with the norm's scale kept, changes the logit by its
-    contribution. The head of the last layer feeds the last feed-forward layer, which is restored to its original output."""
+def test_removing_a_head_changes_the_logit_by_its_contribution() -> None:
+    """With RMSNorm and a fixed scale of the final norm, the contribution of a head is the change of the logit if it is removed.
+
+    The last feed-forward layer, which reads the output of this head, is restored to its original output.
+    """
     network, tokens = model("llama"), ids(1, 8)
     targets = ids(1, 8, seed=1)
     result = attribution(network, tokens, targets)

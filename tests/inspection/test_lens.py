@@ -28,7 +28,8 @@ def test_the_lens_after_a_layer_is_the_prediction_of_a_model_without_the_later_l
 def test_guesses_are_the_best_tokens_of_the_lens_and_ranks_count_better_ones() -> None:
     network, tokens = model("gpt2"), ids(1, 10)
     probabilities = logit_lens(network, tokens)[:, 0].softmax(-1)
-    guesses = lens_guesses(network, tokens, 4)
+    truth = torch.cat((tokens[0, 1:], torch.tensor([-1])))
+    guesses = lens_guesses(network, tokens, truth, 4)
     torch.testing.assert_close(guesses.probabilities, probabilities.sort(descending=True).values[..., :4])
     torch.testing.assert_close(probabilities.gather(-1, guesses.ids), guesses.probabilities)
     for layer in range(3):

@@ -1,4 +1,4 @@
-"""Exported folders in transformers: the code of the model card, `generate`, and every way to call tinylm's own class.
+"""Exported folders in transformers: the code of the model card, `generate`, and all arguments of tinylm's own class.
 
 `.ci/run` runs these tests with the oldest and the newest supported version of transformers.
 """
@@ -191,8 +191,8 @@ def test_resized_embeddings_keep_the_logits_of_old_tokens(tied: bool, exported: 
     torch.testing.assert_close(after[..., :old], before)
 
 
-def test_an_export_that_generates_other_text_fails(make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The logits of a full pass stay right, so that only the check of `generate` can find the fault."""
+def test_an_export_that_generates_different_text_fails(make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logits of a full pass are still correct, so only the check of `generate` can detect the error."""
     broken = tmp_path / huggingface.MODELING_FILE
     code = Path(huggingface.__file__).with_name(huggingface.MODELING_FILE).read_text()
     change = (".clamp_min(0)[:, -T:]", ".clamp_min(0)[:, -T:] * (past == 0)")

@@ -1,4 +1,4 @@
-"""`tinylm import hf:OWNER/NAME` downloads from a local server that answers like the Hugging Face Hub."""
+"""`tinylm import hf:OWNER/NAME` downloads from a local server that imitates the Hugging Face Hub."""
 
 from __future__ import annotations
 

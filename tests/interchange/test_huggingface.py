@@ -345,7 +345,7 @@ def test_the_context_can_be_shortened_but_not_extended(tmp_path: Path, english: 
         ({"n_embd": 48}, "the tensors do not match config.json"),
         ({"n_layer": 3}, r"missing tensors: transformer\.h\.2\.ln_1\.weight, .* and 9 more"),
         ({"n_layer": 1}, r"unexpected tensors: transformer\.h\.1\..* and 9 more"),
-        ({"n_head": "four"}, "invalid model configuration"),
+        ({"n_head": "four"}, "n_head: must be a whole number of at least 1"),
     ],
 )
 def test_an_unsupported_or_inconsistent_folder_is_rejected_and_no_run_is_created(

@@ -45,7 +45,7 @@ def torch_layers(ours: Recurrent) -> nn.RNNBase:
 
 
 @pytest.mark.parametrize(("kind", "keys"), [("rnn", {}), ("rnn", {"activation": "relu"}), ("lstm", {}), ("gru", {})])
-def test_loss_and_gradients_equal_those_of_torch(kind: str, keys: dict[str, Any]) -> None:
+def test_loss_and_gradients_match_torch(kind: str, keys: dict[str, Any]) -> None:
     ours = network(kind, **keys)
     theirs, tokens = torch_layers(ours), ids(3, 13)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
@@ -66,7 +66,7 @@ def test_loss_and_gradients_equal_those_of_torch(kind: str, keys: dict[str, Any]
 
 
 @pytest.mark.parametrize(("kind", "keys"), [("rnn", {}), ("rnn", {"activation": "relu"}), ("lstm", {}), ("gru", {})])
-def test_compiled_steps_equal_torch_for_rows_of_different_lengths(kind: str, keys: dict[str, Any]) -> None:
+def test_compiled_steps_match_torch_for_rows_of_different_lengths(kind: str, keys: dict[str, Any]) -> None:
     pytest.importorskip("numba")
     ours, tokens = network(kind, **keys), ids(3, 9)
     compiled = make_decoder(ours, weights="fp32", compiled=True, steps=None, reporter=SILENT)
@@ -88,7 +88,7 @@ def test_compiled_steps_equal_torch_for_rows_of_different_lengths(kind: str, key
 
 
 @pytest.mark.parametrize("kind", SECTIONS)
-def test_the_state_is_carried_exactly(kind: str) -> None:
+def test_a_text_in_pieces_has_the_same_hidden_states_as_the_whole_text(kind: str) -> None:
     ours, tokens = network(kind), ids(3, 20)
     whole = ours.hidden(tokens)
     state, pieces = ours.empty_state(3), []

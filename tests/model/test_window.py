@@ -66,7 +66,7 @@ def test_tokens_of_other_documents_count_as_missing() -> None:
 
 
 @pytest.mark.parametrize("window", [1, 2, 5])
-def test_the_state_is_the_last_tokens(window: int) -> None:
+def test_the_state_contains_the_last_tokens(window: int) -> None:
     ours, tokens = network(window=window), ids(2, 9)
     state, pieces = ours.empty_state(2), []
     for start, end in ((0, 2), (2, 3), (3, 9)):

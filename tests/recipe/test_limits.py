@@ -1,4 +1,4 @@
-"""Every number of a recipe has a limit, a name is one folder name, and what YAML tags allow does not reach the schema."""
+"""Numbers in a recipe are limited, a name must be one folder name, and invalid values with YAML tags are rejected."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def _problem(text: str) -> str:
         ("model: {n_layer: !!int ''}", "'' is not valid for int (remove tags such as !!int)"),
         ("model: {n_layer: !!timestamp x}", "'x' is not valid for timestamp (remove tags such as !!int)"),
         ('model: {init_from: "\\0"}', "contains a NUL character"),
-        ('model: {init_from: "\\uD800"}', "contains half of a surrogate pair"),
+        ('model: {init_from: "\\uD800"}', "contains an unpaired surrogate"),
         ("sampling: {prompts: a\x85b}", "contains the line separator U+0085 (write \\N in double quotes)"),
     ],
 )
-def test_an_absurd_or_invalid_value_is_reported_with_its_line(text: str, problem: str) -> None:
+def test_a_value_that_is_too_large_or_invalid_is_reported_with_its_line(text: str, problem: str) -> None:
     assert f"my.yaml:3: {problem}" in _problem(text) or ("my.yaml:3: '" in _problem(text) and problem in _problem(text))
 
 
@@ -58,6 +58,6 @@ def test_the_divisors_of_a_huge_batch_are_found_quickly() -> None:
 
 
 @pytest.mark.parametrize("override", ["a:²", "a:²=1", "seed=!!bool maybe", "model.init_from=~nosuchuser/x", "data=&a {x: *a}"])
-def test_an_odd_override_is_accepted_or_refused(override: str) -> None:
+def test_an_invalid_override_is_refused(override: str) -> None:
     with pytest.raises(InputError):
         loads(BASE, [override], check_files=True)

@@ -20,6 +20,8 @@ BASE = "data: {train: my.txt}\ntraining: {steps: 10}\n"
 # The overrides that set each key of each section. The last override sets the key to a value other than its default.
 _LLAMA3 = "model.rope_scaling={type: llama3, factor: 8, original_context: 64}"
 _YARN = "model.rope_scaling={type: yarn, factor: 8, original_context: 64}"
+_TRANSLATOR = "model={architecture: encoder_decoder}"
+_PAIRS_DATA = "data={train: a.jsonl, format: pairs, heldout: {share: 0.1}}"
 SETTINGS: dict[str, list[str]] = {
     "Recipe.name": ["name=other"],
     "Recipe.seed": ["seed=7"],
@@ -103,7 +105,6 @@ SETTINGS: dict[str, list[str]] = {
     "DecoderSection.position": ["model.position=none"],
     "DecoderSection.rope_theta": ["model.rope_theta=5e5"],
     "DecoderSection.rope_theta_local": ["model.attention_window=64", "model.rope_theta_local=1e3"],
-    "DecoderSection.rope_scaling": ["model.rope_scaling={type: linear, factor: 2}"],
     "DecoderSection.rope_fraction": ["model.rope_fraction=0.25"],
     "DecoderSection.rope_pattern": ["model.rope_pattern=[rope, none]"],
     "LinearRopeScaling.type": ["model.rope_scaling={type: linear, factor: 2}"],
@@ -246,8 +247,110 @@ SETTINGS: dict[str, list[str]] = {
 }
 
 
+_CHAT = "data={train: a.jsonl, format: chat}"
+_ENCODER, _LABELS = "model.architecture=encoder", "data={train: a.jsonl, format: labels}"
+SETTINGS |= {
+    "Encoder" + name.removeprefix("Decoder"): [_ENCODER, *settings]
+    for name, settings in SETTINGS.items()
+    if name.startswith("DecoderSection.")
+}
+SETTINGS |= {
+    "EncoderSection.preset": [_ENCODER, "model.preset=bert"],
+    "EncoderSection.norm_first_block": [_ENCODER, "model.norm_first_block=off"],
+    "EncoderSection.token_types": [_ENCODER, "model.token_types=2"],
+    "EncoderSection.head_transform": [_ENCODER, "model.head_transform=on"],
+    "EncoderSection.head_bias": [_ENCODER, "model.head_bias=on"],
+    "MaskedLMObjective.rate": [_ENCODER, "objective.rate=[0.3, 0.15]"],
+    "Replacement.mask": [_ENCODER, "objective.replace={random: 0, keep: 0.5, mask: 0.5}"],
+    "Replacement.random": [_ENCODER, "objective.replace={mask: 0.8, keep: 0, random: 0.2}"],
+    "Replacement.keep": [_ENCODER, "objective.replace={mask: 0.8, random: 0, keep: 0.2}"],
+    "CausalLMObjective.mask_prompt": [_CHAT, "objective.mask_prompt=off"],
+    "ChatSection.train": ["data={train: b.jsonl, format: chat}", "data.train=[a.csv, b.jsonl]"],
+    "ChatSection.layout": [_CHAT, "data.layout=alpaca"],
+    "ChatSection.messages": [_CHAT, "data.messages=chat"],
+    "ChatSection.prompt": ["data={train: a.jsonl, format: chat, layout: prompt_response}", "data.prompt=question"],
+    "ChatSection.response": ["data={train: a.jsonl, format: chat, layout: prompt_response}", "data.response=answer"],
+    "ChatSection.packing": [_CHAT, "data.packing=off"],
+    "ChatSection.errors": [_CHAT, "data.errors=replace"],
+    "ConversationShare.share": [_CHAT, "data.heldout.share=0.2"],
+    "ConversationSources.sources": [_CHAT, "data.heldout=b.jsonl"],
+    "MixSection.text": ["data={train: a.jsonl, format: chat, mix: {text: b.txt}}", "data.mix.text=a.txt"],
+    "MixSection.share": ["data={train: a.jsonl, format: chat, mix: {text: b.txt}}", "data.mix.share=0.3"],
+    "UnusedShare.share": ["data={train: a.jsonl, format: chat, mix: {text: b.txt}}", "data.mix.heldout.share=0.3"],
+    "UnusedShare.by": ["data={train: a.jsonl, format: chat, mix: {text: b.txt}}", "data.mix.heldout.by=document"],
+    "LabelsSection.train": ["data={train: b.jsonl, format: labels}", "data.train=[a.csv, b.jsonl]"],
+    "LabelsSection.text": [_LABELS, "data.text=body"],
+    "LabelsSection.label": [_LABELS, "data.label=topic"],
+    "LabelsSection.errors": [_LABELS, "data.errors=replace"],
+    "LabelsSection.train_share": [_LABELS, "data.train_share=0.1"],
+    "LabelsSection.truncate": [_LABELS, "data.truncate=head_tail"],
+    "StratifiedShare.share": [_LABELS, "data.heldout.share=0.25"],
+    "LabelledSources.sources": [_LABELS, "data.heldout=held.csv"],
+    "ClassificationObjective.pool": [_LABELS, "objective.pool=mean"],
+    "ClassificationObjective.pooler": [_LABELS, "objective.pooler=relu"],
+    "ClassificationObjective.label_smoothing": [_LABELS, "objective.label_smoothing=0.1"],
+    "ClassificationObjective.class_weights": [_LABELS, "objective.class_weights={spam: 2.0, ham: 1.0}"],
+    "ClassificationObjective.labels": [_LABELS, "objective.labels=[spam, ham]"],
+    "ClassificationObjective.label_counts": [_LABELS, "objective.label_counts=[3, 5]"],
+    "AlignedFiles.source": ["data={format: pairs, train: {source: a.de, target: a.en}}", _TRANSLATOR, "data.train.source=b.de"],
+    "AlignedFiles.target": ["data={format: pairs, train: {source: a.de, target: a.en}}", _TRANSLATOR, "data.train.target=b.en"],
+    "PairSources.sources": ["data={train: b.jsonl, format: pairs}", _TRANSLATOR, "data.train=[a.tsv, b.jsonl]"],
+    "PairShare.share": [_PAIRS_DATA, _TRANSLATOR, "data.heldout.share=0.25"],
+    "PairShare.by": [_PAIRS_DATA, _TRANSLATOR, "data.heldout.by=tail"],
+    "PairsSection.source": [_PAIRS_DATA, _TRANSLATOR, "data.source=de"],
+    "PairsSection.target": [_PAIRS_DATA, _TRANSLATOR, "data.target=en"],
+    "PairsSection.document": [_PAIRS_DATA, _TRANSLATOR, "data.document=book"],
+    "PairsSection.language": [_PAIRS_DATA, _TRANSLATOR, "data.language=lang"],
+    "PairsSection.max_length_ratio": [_PAIRS_DATA, _TRANSLATOR, "data.max_length_ratio=9"],
+    "PairsSection.duplicates": [_PAIRS_DATA, _TRANSLATOR, "data.duplicates=keep"],
+    "PairsSection.overlap": [_PAIRS_DATA, _TRANSLATOR, "data.overlap=keep"],
+    "PairsSection.vocabulary": [_PAIRS_DATA, _TRANSLATOR, "data.vocabulary=separate"],
+    "PairsSection.errors": [_PAIRS_DATA, _TRANSLATOR, "data.errors=replace"],
+    "TranslationObjective.label_smoothing": [_PAIRS_DATA, _TRANSLATOR, "objective.label_smoothing=0.2"],
+    "TranslationObjective.select": [_PAIRS_DATA, _TRANSLATOR, "objective.select=bleu"],
+    "TranslationObjective.source_vocab_size": [_PAIRS_DATA, _TRANSLATOR, "objective.source_vocab_size=99"],
+    "EncoderDecoderSection.preset": [_PAIRS_DATA, _TRANSLATOR, "model.preset=transformer"],
+    "EncoderDecoderSection.n_layer": [_PAIRS_DATA, _TRANSLATOR, "model.n_layer=3"],
+    "EncoderDecoderSection.n_decoder_layer": [_PAIRS_DATA, _TRANSLATOR, "model.n_decoder_layer=2"],
+    "EncoderDecoderSection.n_head": [_PAIRS_DATA, _TRANSLATOR, "model.n_head=4"],
+    "EncoderDecoderSection.n_kv_head": [_PAIRS_DATA, _TRANSLATOR, "model.n_kv_head=2"],
+    "EncoderDecoderSection.n_embd": [_PAIRS_DATA, _TRANSLATOR, "model.n_embd=128"],
+    "EncoderDecoderSection.head_dim": [_PAIRS_DATA, _TRANSLATOR, "model.head_dim=16"],
+    "EncoderDecoderSection.context_length": [_PAIRS_DATA, _TRANSLATOR, "model.context_length=31"],
+    "EncoderDecoderSection.norm": [_PAIRS_DATA, _TRANSLATOR, "model.norm=layernorm"],
+    "EncoderDecoderSection.norm_position": [_PAIRS_DATA, _TRANSLATOR, "model.norm_position=post"],
+    "EncoderDecoderSection.norm_eps": [_PAIRS_DATA, _TRANSLATOR, "model.norm_eps=1e-3"],
+    "EncoderDecoderSection.norm_gain": [_PAIRS_DATA, _TRANSLATOR, "model.norm_gain=off"],
+    "EncoderDecoderSection.position": [_PAIRS_DATA, _TRANSLATOR, "model.position=none"],
+    "EncoderDecoderSection.rope_theta": [_PAIRS_DATA, _TRANSLATOR, "model.rope_theta=5e5"],
+    "EncoderDecoderSection.feed_forward": [_PAIRS_DATA, _TRANSLATOR, "model.feed_forward=silu"],
+    "EncoderDecoderSection.feed_forward_multiple": [_PAIRS_DATA, _TRANSLATOR, "model.feed_forward_multiple=3"],
+    "EncoderDecoderSection.n_inner": [_PAIRS_DATA, _TRANSLATOR, "model.n_inner=64"],
+    "EncoderDecoderSection.bias": [_PAIRS_DATA, _TRANSLATOR, "model.bias=on"],
+    "EncoderDecoderSection.head_bias": [_PAIRS_DATA, _TRANSLATOR, "model.head_bias=on"],
+    "EncoderDecoderSection.tie_embeddings": [_PAIRS_DATA, _TRANSLATOR, "model.tie_embeddings=output"],
+    "EncoderDecoderSection.scale_embeddings": [_PAIRS_DATA, _TRANSLATOR, "model.scale_embeddings=on"],
+    "EncoderDecoderSection.learned_start": [_PAIRS_DATA, _TRANSLATOR, "model.learned_start=off"],
+    "EncoderDecoderSection.qk_norm": [_PAIRS_DATA, _TRANSLATOR, "model.qk_norm=off"],
+    "EncoderDecoderSection.embedding_norm": [_PAIRS_DATA, _TRANSLATOR, "model.embedding_norm=off"],
+    "EncoderDecoderSection.zero_init_outputs": [_PAIRS_DATA, _TRANSLATOR, "model.zero_init_outputs=off"],
+    "EncoderDecoderSection.dropout": [_PAIRS_DATA, _TRANSLATOR, "model.dropout=0.3"],
+    "EncoderDecoderSection.attention_dropout": [_PAIRS_DATA, _TRANSLATOR, "model.attention_dropout=0.2"],
+    "EncoderDecoderSection.logit_softcap": [_PAIRS_DATA, _TRANSLATOR, "model.logit_softcap=15"],
+    "InverseSqrtSchedule.name": ["training.schedule=inverse_sqrt"],
+    "InverseSqrtSchedule.warmup": ["training.schedule=inverse_sqrt", "training.schedule.warmup=0.3"],
+    "NoamSchedule.name": ["training.schedule={name: noam, warmup: 5}"],
+    "NoamSchedule.warmup": ["training.schedule={name: noam, warmup: 5}", "training.schedule.warmup=4"],
+    "NoamSchedule.width": ["training.schedule={name: noam, warmup: 5}", "training.schedule.width=256"],
+}
+
 # Keys that accept only one value, so no override can change them.
 ONE_VALUE = {
+    "EncoderSection.architecture",
+    "MaskedLMObjective.name",
+    "ChatSection.format",
+    "LabelsSection.format",
+    "ClassificationObjective.name",
     "DataSection.format",
     "DecoderSection.architecture",
     "CausalLMObjective.name",
@@ -256,6 +359,9 @@ ONE_VALUE = {
     "GruSection.architecture",
     "FeedForwardSection.architecture",
     "NgramSection.architecture",
+    "EncoderDecoderSection.architecture",
+    "PairsSection.format",
+    "TranslationObjective.name",
 }
 
 
@@ -294,7 +400,7 @@ def test_every_key_survives_a_round_trip(settings: list[str]) -> None:
 PARTS = {
     "preset": [f"model.preset={name}" for name in DECODER_PRESETS],
     "optimizer": ["training.optimizer=muon", "training.optimizer=adamw", "training.optimizer=auto"],
-    "schedule": [f"training.schedule={name}" for name in ("wsd", "cosine", "linear", "constant")],
+    "schedule": [f"training.schedule={name}" for name in ("wsd", "cosine", "linear", "constant", "inverse_sqrt")],
     "tokenizer": [
         "tokenizer=bpe",
         "tokenizer=char",

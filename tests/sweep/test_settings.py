@@ -22,7 +22,7 @@ def test_values_are_separated_by_commas_outside_brackets_and_quotes(setting: str
 
 
 @pytest.mark.parametrize("setting", ["", "seed", "seed=", "=1", "seed=1,,2", "seed=1,1"])
-def test_a_wrong_setting_is_refused(setting: str) -> None:
+def test_an_invalid_setting_is_refused(setting: str) -> None:
     with pytest.raises(InputError, match="--set"):
         parse_axis(setting)
 
@@ -36,14 +36,14 @@ def test_a_wrong_setting_is_refused(setting: str) -> None:
         ("model.n_embd=32..512:log", Range("model.n_embd", 32, 512, log=True, whole=True)),
     ],
 )
-def test_ranges(setting: str, expected: Range) -> None:
+def test_a_range_has_bounds_a_scale_and_a_type(setting: str, expected: Range) -> None:
     assert parse_range(setting) == expected
 
 
 @pytest.mark.parametrize(
     "setting", ["lr", "lr=1", "lr=1..", "lr=2..1", "lr=1..1", "lr=0..1:log", "lr=a..b", "lr=1..inf", "=1..2", "lr=1..2:x"]
 )
-def test_a_wrong_range_is_refused(setting: str) -> None:
+def test_an_invalid_range_is_refused(setting: str) -> None:
     with pytest.raises(InputError, match="--range"):
         parse_range(setting)
 

@@ -66,7 +66,7 @@ def test_the_higher_value_is_better_for_a_metric_such_as_accuracy(monkeypatch: p
     assert [group.values["x"] for group in summarize(outcomes).groups] == ["b", "a"]
 
 
-def test_the_picture_is_written(tmp_path: Path) -> None:
+def test_the_plot_is_written(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from tinylm.sweep.picture import draw
 

@@ -1,4 +1,4 @@
-"""`tinylm sweep` with real trainings in separate processes."""
+"""`tinylm sweep` with real training runs in separate processes."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def document(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     return loaded
 
 
-def test_a_killed_sweep_continues_and_gives_the_results_of_an_unbroken_one(recipe_file: Path, tmp_path: Path) -> None:
+def test_a_killed_sweep_continues_and_gives_the_results_of_an_uninterrupted_one(recipe_file: Path, tmp_path: Path) -> None:
     arguments = (recipe_file, "--set", "seed=1,2", "--set", "training.steps=6", "--json")
-    unbroken = document(sweep(*arguments, "--out", tmp_path / "unbroken", "--jobs", "2"))
+    uninterrupted = document(sweep(*arguments, "--out", tmp_path / "uninterrupted", "--jobs", "2"))
 
     folder = tmp_path / "killed"
     command = [sys.executable, "-m", "tinylm", "sweep", *map(str, arguments), "--out", str(folder)]
@@ -61,8 +61,8 @@ def test_a_killed_sweep_continues_and_gives_the_results_of_an_unbroken_one(recip
     assert Run.open(folder / "seed=1").checkpoints()
 
     resumed = document(sweep(*arguments, "--out", folder))
-    assert [row["val_loss"] for row in resumed["rows"]] == [row["val_loss"] for row in unbroken["rows"]]
-    assert resumed["best"]["values"] == unbroken["best"]["values"]
+    assert [row["val_loss"] for row in resumed["rows"]] == [row["val_loss"] for row in uninterrupted["rows"]]
+    assert resumed["best"]["values"] == uninterrupted["best"]["values"]
     assert not (folder / "logs" / "seed=1.stdout").exists()
 
     again = sweep(*arguments, "--out", folder)

@@ -51,11 +51,11 @@ def test_tables_of_random_text_are_read_as_the_csv_module_wrote_them(tmp_path: P
         assert documents(path, template="{text}|{note}") == [f"{text}|{note}" for _, text, note in rows]
 
 
-def test_a_table_with_semicolons_is_read_without_being_told(tmp_path: Path) -> None:
+def test_semicolons_as_delimiters_are_detected(tmp_path: Path) -> None:
     assert documents(write(tmp_path / "s.csv", "id;text\n1;a, b\n")) == ["a, b"]
 
 
-def test_a_long_document_in_a_table_is_read_whole(tmp_path: Path) -> None:
+def test_a_long_document_in_a_table_is_read_completely(tmp_path: Path) -> None:
     text = "word " * 60_000
     assert "".join(documents(write(tmp_path / "l.csv", f"text\n{text}\n"))) == text
 
@@ -130,7 +130,7 @@ def test_empty_documents_are_kept_on_request(tmp_path: Path) -> None:
         ("a.docx", b"PK\x03\x04\0\xff", "is a ZIP archive, or a document such as .docx"),
     ],
 )
-def test_a_file_that_is_not_text_is_named(tmp_path: Path, name: str, content: bytes, expected: str) -> None:
+def test_a_file_that_is_not_text_is_identified(tmp_path: Path, name: str, content: bytes, expected: str) -> None:
     assert expected in error_for(write(tmp_path / name, content))
 
 

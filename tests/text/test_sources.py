@@ -201,6 +201,16 @@ def test_a_folder_is_walked_in_sorted_order_without_hidden_and_binary_files(tmp_
         assert corpus.skipped == sorted(map(str, binary))
 
 
+def test_links_to_folders_that_contain_them_are_followed_once(tmp_path: Path) -> None:
+    write(tmp_path / "tree" / "a.txt", "one line")
+    write(tmp_path / "tree" / "deep" / "b.txt", "another")
+    (tmp_path / "tree" / "again").symlink_to(".")
+    (tmp_path / "tree" / "deep" / "up").symlink_to("..")
+    (tmp_path / "tree" / "deep" / "self").symlink_to("self")
+    for pattern in ("tree/**/*.txt", "tree", "tree/**", "**/*.txt", "tree/*/*.txt"):
+        assert sorted(documents(tmp_path / pattern)) == ["another", "one line"], pattern
+
+
 def test_a_character_cut_at_the_end_of_the_inspected_bytes_does_not_make_a_file_binary(tmp_path: Path) -> None:
     for shift in range(4):
         write(tmp_path / f"{shift}.txt", "x" * (8192 - shift) + "🙂")

@@ -1,4 +1,4 @@
-"""Text that spells out a control token is encoded as text, for every kind and split, and lossless kinds give it back."""
+"""Text that spells out a control token is encoded as text, for every kind and split, and lossless kinds decode it exactly."""
 
 from __future__ import annotations
 

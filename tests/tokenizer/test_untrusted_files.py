@@ -1,15 +1,17 @@
-"""A tokenizer.json is checked before memory is allocated for its claims, and errors of the `tokenizers` library are reported."""
+"""A tokenizer.json is checked before memory is allocated for it, and errors of the `tokenizers` library are reported."""
 
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command import COMMAND, environment
 
-from tinylm.errors import InputError
+from tinylm.errors import InputError, TinylmWarning
 from tinylm.tokenizer import Tokenizer
 
 WORDS = {"<unk>": 0, "a": 1, "b": 2}
@@ -42,14 +44,14 @@ REFUSED = {
     "an id of a billion": (_model(vocab={**WORDS, "c": 10**9}), "the id 1,000,000,000 does not fit a vocabulary of 4 tokens"),
     "one id for all": (_model(vocab=dict.fromkeys(WORDS, 0)), "have the same id 0"),
     "no unknown token": (_model(unk_token="<none>"), "the unknown token '<none>' is not in the vocabulary"),
-    "chunks of no length": ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "cannot encode this text"),
+    "chunks of zero length": ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "cannot encode this text"),
     "a growing normalizer": ({"normalizer": {"type": "Sequence", "normalizers": _doubling(30)}}, "64 times longer"),
     "a growing decoder": ({"decoder": {"type": "Sequence", "decoders": _doubling(30)}}, "64 times longer"),
 }
 
 
 @pytest.mark.parametrize(("changes", "problem"), REFUSED.values(), ids=REFUSED)
-def test_a_file_with_impossible_claims_is_refused(changes: dict[str, Any], problem: str, tmp_path: Path) -> None:
+def test_an_invalid_file_is_refused(changes: dict[str, Any], problem: str, tmp_path: Path) -> None:
     path = _file(tmp_path, **changes)
     with pytest.raises(InputError, match=problem) as error:
         Tokenizer.load(path)
@@ -60,8 +62,40 @@ def test_the_unchanged_file_is_accepted(tmp_path: Path) -> None:
     assert Tokenizer.load(_file(tmp_path)).encode("a b c") == [1, 2, 0]
 
 
+def _bpe(**changes: Any) -> dict[str, Any]:
+    vocabulary = {"a": 0, "b": 1, "ab": 2, **{f"<0x{byte:02X}>": 3 + byte for byte in range(255)}}
+    return {"pre_tokenizer": None, "model": {"type": "BPE", "vocab": vocabulary, "merges": ["a b"], **changes}}
+
+
+@pytest.mark.parametrize("changes", [{}, {"unk_token": None}, {"unk_token": None, "byte_fallback": False}])
+def test_bpe_that_would_drop_characters_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no unknown token, so it would drop characters"):
+        Tokenizer.load(_file(tmp_path, **_bpe(**changes)))
+
+
+def test_bpe_that_drops_some_bytes_is_loaded_with_a_warning(tmp_path: Path) -> None:
+    with pytest.warns(TinylmWarning, match="drops 1 of the 256 bytes"):
+        Tokenizer.load(_file(tmp_path, **_bpe(byte_fallback=True)))
+    for byte_level in (
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True, "trim_offsets": True}},
+    ):
+        with pytest.warns(TinylmWarning, match="drops 254 of the 256 bytes"):
+            Tokenizer.load(_file(tmp_path, **{**_bpe(), **byte_level}))
+
+
+def test_a_panic_of_the_tokenizers_library_prints_no_backtrace(tmp_path: Path) -> None:
+    split = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
+    path = _file(tmp_path, pre_tokenizer=split)
+    variables = {**environment(), "RUST_BACKTRACE": "full"}
+    command = [*COMMAND, "tokenize", "encode", "-t", str(path), "-"]
+    result = subprocess.run(command, input=b"x" * 60, capture_output=True, env=variables, check=False)
+    assert result.returncode == 2
+    assert b"backtrace:" not in result.stderr
+    assert result.stderr.decode().splitlines()[-1].startswith("error: the tokenizer cannot encode this text")
+
+
 @pytest.mark.parametrize("encode", [lambda t, text: t.encode(text), lambda t, text: t.encoder.encode(text.encode())])
-def test_a_pattern_that_backtracks_too_long_is_reported(encode: Callable[[Tokenizer, str], object], tmp_path: Path) -> None:
+def test_a_pattern_that_backtracks_for_too_long_is_reported(encode: Callable[[Tokenizer, str], object], tmp_path: Path) -> None:
     split = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
     tokenizer = Tokenizer.load(_file(tmp_path, pre_tokenizer=split))
     with pytest.raises(InputError, match="cannot encode this text"):

@@ -180,7 +180,7 @@ def test_a_partial_checkpoint_of_a_crashed_process_is_ignored_and_replaced(tmp_p
 def test_weights_of_another_shape_are_rejected(tmp_path: Path) -> None:
     saved = _save_and_wait(_writer(tmp_path), *_trained(), {"step": 1})
     other = model(n_embd=24)
-    with pytest.raises(InputError, match="does not fit the recipe"):
+    with pytest.raises(InputError, match="does not match the recipe"):
         restore(saved, other, groups.build(MuonOptimizer(name="muon"), other))
 
 

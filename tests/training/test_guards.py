@@ -256,7 +256,7 @@ def test_a_report_whose_weights_do_not_fit_its_recipe_is_rejected(reported: Path
     for file in reported.iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
     save_file({"embedding.weight": torch.zeros(3, 3)}, copy / "model.safetensors")
-    with pytest.raises(InputError, match="does not fit the recipe"):
+    with pytest.raises(InputError, match="does not match the recipe"):
         replay(copy)
 
 

@@ -51,10 +51,10 @@ def test_a_resumed_run_evaluates_at_the_same_shares(short_file: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("seconds_per_call", [0.002, 0.01])
-def test_a_run_that_the_clock_ends_is_evaluated_eight_times(
+def test_a_run_with_a_time_limit_is_evaluated_about_eight_times(
     seconds_per_call: float, short_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every look at the clock takes `seconds_per_call`, so a run of 1.8 s has more or fewer steps."""
+    """Each reading of the clock advances it by `seconds_per_call`, which determines the number of steps in a run of 1.8 s."""
     ticks = count()
     monkeypatch.setattr(trainer, "perf_counter", lambda: seconds_per_call * next(ticks))
     options = ("training.steps=null", "training.minutes=0.03", "evaluation.every=0.125", "checkpoint.every=0.125")
@@ -65,12 +65,12 @@ def test_a_run_that_the_clock_ends_is_evaluated_eight_times(
     assert lines[-1]["seconds"] >= 1.8
 
 
-def test_the_clock_makes_shares_the_default(short_file: Path) -> None:
+def test_a_time_limit_makes_shares_the_default(short_file: Path) -> None:
     from tinylm.recipe import loads
 
     text = f"data: {{train: {short_file}}}\ntraining: {{minutes: 2}}\ncheckpoint: {{keep: 1}}\n"
-    by_clock = loads(text)
-    assert (by_clock.evaluation.every, by_clock.checkpoint.every, by_clock.checkpoint.keep) == (0.125, 0.125, 1)
+    by_time = loads(text)
+    assert (by_time.evaluation.every, by_time.checkpoint.every, by_time.checkpoint.keep) == (0.125, 0.125, 1)
     by_steps = loads(text.replace("minutes: 2", "steps: 2"))
     assert (by_steps.evaluation.every, by_steps.checkpoint.every) == (100, 100)
     chosen = loads(text + "evaluation: {every: 30}\n")

@@ -1,4 +1,4 @@
-"""A resumed run refuses a shorter training, announces a jump of the learning rate, and cannot continue without optimizer state."""
+"""Resuming refuses a shorter run, warns about a jump of the learning rate, and requires the optimizer state."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Warnings(Reporter):
 
 
 class _Stopper(Observer):
-    """Request a stop at one event of step 6."""
+    """Requests a stop at one event of step 6."""
 
     def __init__(self, event: str) -> None:
         self.event = event
@@ -46,7 +46,7 @@ class _Stopper(Observer):
 
 
 @pytest.mark.parametrize("length", ["steps=7", "tokens=1500", "epochs=0.01", "minutes=0.0001"])
-def test_a_resume_to_less_training_than_is_done_is_refused(text_file: Path, tmp_path: Path, length: str) -> None:
+def test_a_length_that_the_run_has_already_exceeded_is_refused(text_file: Path, tmp_path: Path, length: str) -> None:
     train(tiny_recipe(text_file, "modern", "training.steps=10"), tmp_path / "run", device="cpu")
     shorter = tiny_recipe(text_file, "modern", f"training.{length}")
     with pytest.raises(InputError) as caught:
@@ -63,7 +63,7 @@ def test_fewer_steps_are_refused_before_the_advice_to_allow_the_change(text_file
         train(tiny_recipe(text_file, "modern", "training.steps=7"), tmp_path / "run", resume=True, device="cpu")
 
 
-def test_a_longer_training_announces_the_jump_of_the_learning_rate(text_file: Path, tmp_path: Path) -> None:
+def test_a_longer_run_warns_about_the_jump_of_the_learning_rate(text_file: Path, tmp_path: Path) -> None:
     train(tiny_recipe(text_file, "modern", "training.steps=10"), tmp_path / "run", device="cpu")
     reporter = _Warnings()
     longer = tiny_recipe(text_file, "modern", "training.steps=40")
@@ -74,7 +74,7 @@ def test_a_longer_training_announces_the_jump_of_the_learning_rate(text_file: Pa
     assert [warning for warning in reporter.warnings if expected in warning and "from 100% to 25%" in warning]
 
 
-def test_an_unchanged_recipe_announces_no_jump(text_file: Path, tmp_path: Path) -> None:
+def test_an_unchanged_recipe_causes_no_warning(text_file: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(text_file, "modern", "training.steps=12")
     assert train(recipe, tmp_path / "run", device="cpu", observer=_Stopper("logged")).step == 6
     reporter = _Warnings()
@@ -100,7 +100,7 @@ def test_a_callback_stops_the_training_and_the_run_continues_to_the_same_weights
     assert digests[0] == digests[1]
 
 
-def test_a_finished_run_without_optimizer_state_works_but_cannot_be_resumed(text_file: Path, tmp_path: Path) -> None:
+def test_a_finished_run_without_optimizer_state_is_complete_but_cannot_be_resumed(text_file: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(text_file, "modern", "training.steps=10", "checkpoint.optimizer=drop")
     train(recipe, tmp_path / "run", device="cpu")
     run = Run.open(tmp_path / "run")

@@ -11,7 +11,7 @@ from tinylm.wait_policy import Policy, WaitPolicy
 
 
 class FakePolicy:
-    """Chooses the given policies in turn, and then the last one again."""
+    """Chooses the given policies in turn, and then repeats the last one."""
 
     def __init__(self, choices: Sequence[Policy]) -> None:
         self.current: Policy = "spin"
@@ -59,7 +59,7 @@ def test_a_slow_run_causes_one_warning_with_its_cause() -> None:
     assert "the estimate may be wrong for this processor" in quiet[0]
 
 
-def test_a_short_disturbance_a_normal_speed_and_a_missing_estimate_cause_no_warning() -> None:
+def test_brief_slowdowns_normal_speeds_and_missing_estimates_cause_no_warning() -> None:
     assert run([1000, 1000, 400, 1000, 400, 1000], expected=1000)[0] == []
     assert run([600] * 6, expected=1000)[0] == []
     assert run([1] * 6, expected=None)[0] == []

@@ -1,4 +1,4 @@
-"""What trackers show equals metrics.jsonl, also after a run was resumed."""
+"""Trackers show the values of metrics.jsonl, including those of a resumed run."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def logged(run: Path) -> dict[tuple[str, int], float]:
 
 
 def leveldb_records(content: bytes) -> Iterator[bytes]:
-    """The records of a log in LevelDB's format: blocks of 32 KiB, and fragments with a checksum, a length and a type."""
+    """Yield the records of a log in LevelDB's format: blocks of 32 KiB with fragments that have a checksum, a length and a type."""
     position, parts = 7, b""  # after the header of the file
     while position + 7 <= len(content):
         if (1 << 15) - position % (1 << 15) < 7:
@@ -71,11 +71,12 @@ def test_tensorboard_shows_the_log_of_a_resumed_run(text_file: Path, tmp_path: P
 
 
 def test_wandb_receives_the_log_offline(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     train(tiny_recipe(text_file, "modern", "tracking=wandb", "training.steps=5"), tmp_path / "run", device="cpu")
 
+    wandb.teardown()  # its service writes the file in the background
     from wandb.proto import wandb_internal_pb2
 
     (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")

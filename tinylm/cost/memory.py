@@ -143,7 +143,7 @@ def block_bytes(model: DecoderSection, config: PassConfig, layer: int) -> int:
     """Bytes that block `layer` saves. The input of the block is included only if one of its operations saves it."""
     e, width, hidden = config.e, model.n_embd, model.feed_forward_width
     total = _attention_bytes(model, config, layer)
-    total += {"gelu": 2, "gelu_exact": 2, "relu": 1, "relu2": 2, "swiglu": 4, "geglu": 4}[model.feed_forward] * hidden * e
+    total += {"gelu": 2, "gelu_exact": 2, "relu": 1, "relu2": 2, "swiglu": 4, "geglu": 4, "geglu_exact": 4}[model.feed_forward] * hidden * e
     if model.parallel_residual and model.norm_position == "post":
         total += _norm_bytes(model, config, config.s) + _linear_input_bytes(model, config) * (1 if e == config.s else 2)
     else:
@@ -299,7 +299,7 @@ def evaluation_bytes(model: DecoderSection, vocab_size: int) -> tuple[int, int]:
     previous = values if model.n_layer > 1 else 0
     rotation = 2 * qk if model.qk_norm or model.position == "rope" else 0
     attention = 3 * width + values + max(rotation, queries + (qk if rotation else 0))
-    activations = {"gelu": 2, "gelu_exact": 2, "relu": 2, "relu2": 3, "swiglu": 4, "geglu": 4}[model.feed_forward]
+    activations = {"gelu": 2, "gelu_exact": 2, "relu": 2, "relu2": 3, "swiglu": 4, "geglu": 4, "geglu_exact": 4}[model.feed_forward]
     feed_forward = 5 * width + values + activations * hidden
     logits = (2 if model.logit_softcap is None else 3) * vocab_size
     return 4 * tokens * (previous + max(attention, feed_forward)), 4 * tokens * (width + logits)

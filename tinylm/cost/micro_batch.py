@@ -154,8 +154,17 @@ def check_batch_divides(recipe: Recipe, devices: int) -> None:
 
 
 def host_memory_bytes() -> int:
-    """Return the physical memory of this machine in bytes, or 8 GiB if the system does not report it."""
+    """Return the memory that this process may use: the physical memory of this machine, or less if `ulimit -v` is lower.
+
+    Returns 8 GiB if the system does not report it.
+    """
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
-        return 8 << 30
+        physical = 8 << 30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return physical
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return physical if limit == resource.RLIM_INFINITY else min(physical, limit)

@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from tinylm.data.prepare import prepare_text
+from tinylm.data.chat import read_parts
+from tinylm.data.prepare import load_or_train_tokenizer, prepare_text
 from tinylm.data.split_text import open_text
+from tinylm.recipe.chat import ChatSection
 from tinylm.recipe.schema import DataVariant, TokenizerSection, VocabularyTokenizer, require_text
 from tinylm.reporting import Reporter
 from tinylm.text.sources import Piece
 from tinylm.tokenizer import training
+from tinylm.tokenizer.chat_template import ChatEncoder, ChatTemplate, add_control_tokens
 
 EXACT_LIMIT_BYTES = 16 << 20
 """Texts up to this size are tokenized completely."""
@@ -32,8 +35,10 @@ class TextSize:
 def estimate_text_size(data: DataVariant, tokenizer: TokenizerSection, reporter: Reporter) -> TextSize:
     """Tokenize a small text completely and cache the tokens for training, or tokenize a sample of a large text.
 
-    Raises `InputError` in the same cases as `prepare`, and for a format other than text.
+    Raises `InputError` in the same cases as `prepare`, and for a format other than text and chat.
     """
+    if isinstance(data, ChatSection):
+        return _estimate_chat(data, tokenizer, reporter)
     with ExitStack() as stack:
         text = open_text(require_text(data), reporter, stack)
         if text.train_scan.bytes > EXACT_LIMIT_BYTES:
@@ -45,6 +50,18 @@ def estimate_text_size(data: DataVariant, tokenizer: TokenizerSection, reporter:
             return TextSize(trained.vocab_size, train_tokens, heldout_tokens, exact=False)
         prepared = prepare_text(text, tokenizer, reporter)
     return TextSize(prepared.tokenizer.vocab_size, len(prepared.train), len(prepared.heldout), exact=True)
+
+
+def _estimate_chat(data: ChatSection, section: TokenizerSection, reporter: Reporter) -> TextSize:
+    """Encode all conversations. The number of sequences is not exact, because packing leaves some positions empty."""
+    parts = read_parts(data, reporter)
+    encoder = ChatEncoder(ChatTemplate(), add_control_tokens(load_or_train_tokenizer(parts, section, reporter)).tokenizer)
+
+    def tokens(part: str) -> int:
+        return sum(len(turn.ids) for item in parts.conversations[part] for turn in encoder.turns(item.messages))
+
+    mixed = 0.0 if data.mix is None else data.mix.share
+    return TextSize(encoder.tokenizer.vocab_size, round(tokens("train") / (1 - mixed)), tokens("heldout"), exact=False)
 
 
 def _allow_smaller(tokenizer: TokenizerSection) -> TokenizerSection:

@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tinylm.data import datasets, masking
+from tinylm.data.chat import ChatFormat
 from tinylm.data.datasets import Dataset
 from tinylm.data.framing import with_control_tokens
 from tinylm.data.labels import LabelsFormat
+from tinylm.data.pairs import PairsFormat
 from tinylm.data.prepare import PreparedText, open_prepared, prepare
 from tinylm.recipe import Recipe
+from tinylm.recipe.chat import ChatSection
 from tinylm.recipe.encoder import MaskedLMObjective
 from tinylm.recipe.labels import LabelsSection
+from tinylm.recipe.pairs import PairsSection
 from tinylm.recipe.schema import DataSection, DataVariant, register_data_section, require_text, unregister_section
 from tinylm.reporting import Reporter
 
@@ -54,7 +58,12 @@ class TextFormat:
         return datasets.build(require_text(recipe.data), prepared.train, recipe.model, recipe.seed)
 
 
-_FORMATS: dict[type[DataVariant], DataFormat] = {DataSection: TextFormat(), LabelsSection: LabelsFormat()}
+_FORMATS: dict[type[DataVariant], DataFormat] = {
+    DataSection: TextFormat(),
+    LabelsSection: LabelsFormat(),
+    PairsSection: PairsFormat(),
+    ChatSection: ChatFormat(),
+}
 
 
 def register(section: type[DataVariant], data_format: DataFormat) -> None:

@@ -76,7 +76,7 @@ class Framing:
 def batches_by_length(lengths: Sequence[int], max_tokens: int) -> list[np.ndarray]:
     """Group texts of similar length into batches of at most `max_tokens` tokens including padding, longest first.
 
-    Returns the indices of the texts of each batch. A text that is longer than `max_tokens` is a batch of its own.
+    Returns the indices of the texts of each batch. A text that is longer than `max_tokens` forms its own batch.
     """
     order = np.argsort(-np.asarray(lengths), kind="stable")
     batches, start = [], 0

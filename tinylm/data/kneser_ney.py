@@ -42,16 +42,16 @@ class NgramCounts:
 
     def merged(self, other: NgramCounts) -> NgramCounts:
         """The sum of these counts and those of another part of the text."""
-        mine, theirs = np.arange(self.vocab_size), np.arange(self.vocab_size)  # the new index of each n-gram
+        own, others = np.arange(self.vocab_size), np.arange(self.vocab_size)  # the new index of each n-gram
         keys, counts = [], [self.counts[0] + other.counts[0]]
         for k in range(2, self.order + 1):
-            my_keys = _rekey(self.keys[k - 2], mine, self.vocab_size)
-            their_keys = _rekey(other.keys[k - 2], theirs, self.vocab_size)
-            merged = np.union1d(my_keys, their_keys)
-            mine, theirs = np.searchsorted(merged, my_keys), np.searchsorted(merged, their_keys)
+            own_keys = _rekey(self.keys[k - 2], own, self.vocab_size)
+            other_keys = _rekey(other.keys[k - 2], others, self.vocab_size)
+            merged = np.union1d(own_keys, other_keys)
+            own, others = np.searchsorted(merged, own_keys), np.searchsorted(merged, other_keys)
             total = np.zeros(len(merged), dtype=np.int64)
-            total[mine] += self.counts[k - 1]
-            total[theirs] += other.counts[k - 1]
+            total[own] += self.counts[k - 1]
+            total[others] += other.counts[k - 1]
             keys.append(merged)
             counts.append(total)
         return NgramCounts(self.vocab_size, tuple(keys), tuple(counts))
@@ -163,7 +163,7 @@ class NgramTables:
             probability[valid[~known]] *= self.backoffs[k - 2][before[~known]]
             probability[valid[known]] = self.probabilities[k - 1][indices[known]]
             contexts = found
-        return probability
+        return np.asarray(probability)
 
     def find(self, k: int, prefixes: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """Index of each k-gram, given the index of its prefix and its last token; -1 for an unknown prefix or k-gram."""
@@ -194,14 +194,15 @@ class NgramTables:
         indices = contexts[:, 0]
         for k in range(2, contexts.shape[1] + 1):
             indices = self.find(k, indices, contexts[:, k - 1])
-        return indices
+        return np.asarray(indices)
 
 
 def _ranges(first: np.ndarray, last: np.ndarray) -> np.ndarray:
     """The numbers of all ranges [first, last), one range after the other."""
     lengths = last - first
     offsets = np.cumsum(lengths) - lengths
-    return np.arange(int(lengths.sum())) + np.repeat(first - offsets, lengths)
+    numbers: np.ndarray = np.arange(int(lengths.sum())) + np.repeat(first - offsets, lengths)
+    return numbers
 
 
 def smooth(counts: NgramCounts, end_of_text: int, prune: tuple[int, ...] = ()) -> NgramTables:

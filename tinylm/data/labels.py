@@ -38,7 +38,7 @@ _MAX_NAMED = 5
 
 @dataclass(frozen=True)
 class LabelledShard:
-    """The tokens of labelled texts, one document each, and their labels."""
+    """The tokens of labeled texts, one document each, and their labels."""
 
     shard: Shard
     names: tuple[str, ...]
@@ -52,7 +52,8 @@ class LabelledShard:
     def ids(self, labels: Sequence[str]) -> np.ndarray:
         """(texts,) the index of each text's label in `labels`, or `UNSEEN`."""
         index = {label: id for id, label in enumerate(labels)}
-        return np.array([index.get(name, UNSEEN) for name in self.names], dtype=np.int64)[self.labels]
+        ids: np.ndarray = np.array([index.get(name, UNSEEN) for name in self.names], dtype=np.int64)[self.labels]
+        return ids
 
     def documents(self) -> list[np.ndarray]:
         """The token ids of each text."""
@@ -61,7 +62,7 @@ class LabelledShard:
 
 @dataclass(frozen=True)
 class PreparedLabels(PreparedData):
-    """A tokenizer and the labelled texts of all parts."""
+    """A tokenizer and the labeled texts of all parts."""
 
     train: LabelledShard
     heldout: LabelledShard
@@ -75,14 +76,16 @@ class PreparedLabels(PreparedData):
         return tuple(name for part in parts for name in (f"{part}.npy", f"{part}.json", labels_file(part)))
 
     def fill_in(self, recipe: Recipe) -> Recipe:
-        """Set `objective.labels` and `objective.label_counts`. Raises `InputError` if the labels do not fit the training texts."""
+        """Set `objective.labels` and `objective.label_counts`. Raises `InputError` if they do not match the training texts."""
         objective = recipe.objective
         assert isinstance(objective, ClassificationObjective)
         counts = Counter(self.train.names[id] for id in self.train.labels)
         labels = objective.labels or tuple(sorted(counts))
         unknown, unused = sorted({*counts} - {*labels}), [label for label in labels if not counts[label]]
         if unknown:
-            raise InputError(f"the training texts also have {_listed(unknown)}", where="objective.labels", hint="add it, or remove the key")
+            raise InputError(
+                f"the training texts also have {_listed(unknown)}", where="objective.labels", hint="add it, or remove the key"
+            )
         if unused:
             raise InputError(f"no training text has the label {_listed(unused)}", where="objective.labels", hint="remove it")
         if len(labels) < 2:
@@ -92,7 +95,9 @@ class PreparedLabels(PreparedData):
             raise InputError(f"no training text has the label {_listed(extra)}", where="objective.class_weights")
         label_counts = tuple(counts[label] for label in labels)
         if objective.label_counts not in ((), label_counts):
-            raise InputError("differs from the counts of the training texts", where="objective.label_counts", hint="remove this key")
+            raise InputError(
+                "differs from the counts of the training texts", where="objective.label_counts", hint="remove this key"
+            )
         update = {"labels": labels, "label_counts": label_counts}
         return recipe.model_copy(update={"objective": objective.model_copy(update=update)})
 
@@ -139,7 +144,7 @@ def _labels_hash(names: Any, ids: Any) -> str:
 
 @dataclass(frozen=True)
 class LabelledParts:
-    """The labelled texts of each part, in memory."""
+    """The labeled texts of each part, in memory."""
 
     texts: dict[str, list[LabelledText]]
 
@@ -202,7 +207,7 @@ def _open(folder: Path, key: str, tokenizer: Tokenizer, data: LabelsSection) -> 
 
 
 def read_parts(data: LabelsSection, reporter: Reporter) -> LabelledParts:
-    """Read and split the labelled texts, and report their sizes. Raises `InputError` if a part is empty."""
+    """Read and split the labeled texts, and report their sizes. Raises `InputError` if a part is empty."""
     sections = {"heldout": data.heldout, "test": data.test}
     shares = {part: section.share for part, section in sections.items() if isinstance(section, StratifiedShare)}
     texts = _read(data, data.train, reporter)
@@ -214,7 +219,7 @@ def read_parts(data: LabelsSection, reporter: Reporter) -> LabelledParts:
             parts[part] = _read(data, section.sources, reporter)
     if data.train_share < 1:
         parts["train"] = [parts["train"][index] for index in subset(parts["train"], data.train_share)]
-    ordered = {part: parts[part] for part in ("train", "heldout", "test") if part in parts}
+    ordered: dict[str, list[LabelledText]] = {part: parts[part] for part in ("train", "heldout", "test") if part in parts}
     for part, members in ordered.items():
         if not members:
             raise InputError(f"the split leaves no texts for {part}", where=f"data.{part}", hint="use more texts or another share")
@@ -226,7 +231,7 @@ def _read(data: LabelsSection, sources: Sequence[str], reporter: Reporter) -> li
     texts = list(read_labelled(sources, data.text, data.label, data.errors))
     kept = [item for item in texts if item.text.strip()]
     if not kept:
-        raise InputError("there are no labelled texts", where=describe(sources))
+        raise InputError("there are no labeled texts", where=describe(sources))
     if len(kept) < len(texts):
         reporter.warn(f"{describe(sources)}: skipped {_count(len(texts) - len(kept), 'empty text')}")
     return kept
@@ -243,8 +248,10 @@ def _report_conflicts(texts: Sequence[LabelledText], reporter: Reporter) -> None
 
 def _report_parts(parts: dict[str, list[LabelledText]], reporter: Reporter) -> None:
     known = {item.label for item in parts["train"]}
-    sizes = ", ".join(f"{len(texts):,} {name}" for name, texts in zip(("for training", "held out", "for testing"), parts.values(), strict=False))
-    reporter.note(f"labelled texts: {sizes}; {_count(len(known), 'label')}")
+    sizes = ", ".join(
+        f"{len(texts):,} {name}" for name, texts in zip(("for training", "held out", "for testing"), parts.values(), strict=False)
+    )
+    reporter.note(f"labeled texts: {sizes}; {_count(len(known), 'label')}")
     trained = {item.text for item in parts["train"]}
     for part, texts in list(parts.items())[1:]:
         unseen = sorted({item.label for item in texts} - known)
@@ -254,7 +261,9 @@ def _report_parts(parts: dict[str, list[LabelledText]], reporter: Reporter) -> N
                 f"{_count(count, f'{part} text')} have labels that no training text has ({_listed(unseen)}); they count as mistakes"
             )
         if repeated := sum(item.text in trained for item in texts):
-            reporter.warn(f"{repeated:,} of {_count(len(texts), f'{part} text')} also occur in the training texts, so scores will be too good")
+            reporter.warn(
+                f"{repeated:,} of {_count(len(texts), f'{part} text')} also occur in the training texts, so scores will be too good"
+            )
         if missing := known - {item.label for item in texts}:
             reporter.note(f"{_count(len(missing), 'label')} have no {part} text: {_listed(sorted(missing))}")
 
@@ -265,7 +274,8 @@ def _report_lengths(prepared: PreparedLabels, framing: Framing, reporter: Report
     if longer:
         kept = "first" if framing.truncate == "head" else "first and last"
         reporter.note(
-            f"{longer:,} of {_count(len(lengths), 'training text')} have more than {framing.room} tokens, the longest {max(lengths):,}; "
+            f"{longer:,} of {_count(len(lengths), 'training text')} have more than {framing.room} tokens, "
+            f"the longest {max(lengths):,}; "
             f"only their {kept} {framing.room} tokens are used (data.truncate: {framing.truncate}, model.context_length)"
         )
 
@@ -280,7 +290,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 class LabelledDocuments:
-    """Labelled texts as examples: each epoch visits every text once, in a pseudo-random order.
+    """Labeled texts as examples: each epoch visits every text once, in a pseudo-random order.
 
     Examples have `tokens` (count, length), padded with negative ids, and `labels` (count, 1).
     """

@@ -29,7 +29,7 @@ class Masking:
     mask: int
     ordinary: np.ndarray
     """(vocabulary,): whether each id is an ordinary token, which can be masked and can replace a token."""
-    replace: Replacement = Replacement()
+    replace: Replacement
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, replace: Replacement = Replacement()) -> Masking:
@@ -46,7 +46,9 @@ class Masking:
         kind = uniform(seed, positions, width, _KIND)
         candidates = np.flatnonzero(self.ordinary)
         random = candidates[(uniform(seed, positions, width, _TOKEN) * len(candidates)).astype(np.int64)]
-        replaced = np.where(kind < self.replace.mask, self.mask, np.where(kind < self.replace.mask + self.replace.random, random, tokens))
+        replaced = np.where(
+            kind < self.replace.mask, self.mask, np.where(kind < self.replace.mask + self.replace.random, random, tokens)
+        )
         return np.where(chosen, replaced, tokens), np.where(chosen, tokens, IGNORE_INDEX)
 
 

@@ -24,6 +24,11 @@ class PreparedData:
         """The names of the files in `folder` that a run folder keeps to evaluate the model again."""
         raise NotImplementedError
 
+    @property
+    def chat_template(self) -> str | None:
+        """The content of the run's chat_template.json, for conversations."""
+        return None
+
     def fill_in(self, recipe: Recipe) -> Recipe:
         """Set the keys of a recipe that depend on the data. Raises `InputError` if the recipe contradicts the data."""
         return recipe

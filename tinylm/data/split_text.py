@@ -39,10 +39,10 @@ class SplitText:
     """A text that has been opened, scanned and split into the parts `train`, `heldout` and optionally `test`."""
 
     source: ScannedCorpus
-    """The text of `data.train`, which contains every part that has no sources of its own."""
+    """The text of `data.train`, which contains every part without separate sources."""
     split: Split
     others: Mapping[str, ScannedCorpus] = field(default_factory=dict)
-    """The parts with sources of their own."""
+    """The parts with separate sources."""
 
     @property
     def train_scan(self) -> Scan:

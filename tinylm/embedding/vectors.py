@@ -104,6 +104,8 @@ class Vectors:
         if self.byte_mapped:
             texts = [text for form in forms for text in (form, f" {form}")]
             forms = [to_byte_mapped(text.encode("utf-8", "surrogateescape")) for text in texts] + forms
+        else:  # a text format does not say whether its names are byte-mapped
+            forms.append(to_byte_mapped(word.encode("utf-8", "surrogateescape")))
         return next((self.index[form] for form in forms if form in self.index), None)
 
     def row(self, word: str) -> int:

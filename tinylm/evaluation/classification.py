@@ -1,7 +1,7 @@
 """Evaluate a classifier: predictions for texts, accuracy, F1 scores and the confusion matrix.
 
-A tie for the highest probability counts as the share of the tied labels that are correct, so a constant classifier that gives all of
-two labels the same probability gets one half.
+A tie for the highest probability counts as the share of the tied labels that are correct: a classifier that always gives two labels
+the same probability gets one half.
 
 Legend: `N` texts, `L` labels.
 """
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from tinylm.cost.memory import EVALUATION_BATCH_TOKENS
+from tinylm.cost.micro_batch import CPU_MICRO_BATCH_TOKENS
 from tinylm.data.framing import Framing, batches_by_length
 from tinylm.data.labels import PreparedLabels
 from tinylm.errors import InputError
@@ -42,7 +43,8 @@ def predict(
     """
     assert isinstance(network, SequenceClassifier)
     framed = [framing.frame(ids) for ids in texts]
-    batches = batches_by_length([len(ids) for ids in framed], EVALUATION_BATCH_TOKENS)
+    max_tokens = CPU_MICRO_BATCH_TOKENS if network.device.type == "cpu" else EVALUATION_BATCH_TOKENS
+    batches = batches_by_length([len(ids) for ids in framed], max_tokens)
     logits = np.zeros((len(framed), network.output.out_features))
     read = 0
     with evaluation_mode(network):
@@ -50,7 +52,9 @@ def predict(
             # A sharded model needs all ranks in every forward pass, so ranks without their own batch repeat the last one.
             own = min(first + processes.rank, len(batches) - 1)
             tokens, segments = framing.rows([framed[index] for index in batches[own]])
-            outputs = network(torch.from_numpy(tokens).to(network.device), segments=torch.from_numpy(segments).to(network.device))
+            is_padded = bool((segments < 0).any())
+            masks = torch.from_numpy(segments).to(network.device) if is_padded else None
+            outputs = network(torch.from_numpy(tokens).to(network.device), segments=masks)
             if own == first + processes.rank:
                 logits[batches[own]] = outputs.float().cpu().double().numpy()
             read += sum(len(framed[index]) for peer in batches[first : first + processes.world_size] for index in peer)
@@ -110,7 +114,7 @@ class ClassifierScores:
 
 
 def score(logits: np.ndarray, targets: np.ndarray) -> ClassifierScores:
-    """Compare logits (N, L) with the ids of the right labels (N,). Negative ids are labels that the model does not have.
+    """Compare logits (N, L) with the ids of the true labels (N,). Negative ids are labels that the model does not have.
 
     Raises `InputError` if there are no texts.
     """
@@ -139,7 +143,7 @@ def score(logits: np.ndarray, targets: np.ndarray) -> ClassifierScores:
 
 
 def credits(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """(N,): 1 for a right prediction, 0 for a wrong one, and 1 / k if the right label ties with k - 1 others for the highest logit."""
+    """(N,): 1 for a correct prediction, 0 for a wrong one, and 1 / k if the true label ties with k - 1 others."""
     best = logits == logits.max(axis=1, keepdims=True)
     right = best[np.arange(len(targets)), np.maximum(targets, 0)] & (targets >= 0)
     shares: np.ndarray = right / best.sum(axis=1)

@@ -41,7 +41,9 @@ def require_classifier(run: Run) -> ClassificationObjective:
     objective = run.recipe.objective
     if not isinstance(objective, ClassificationObjective):
         raise InputError(
-            f"was trained with objective {objective.name}, not classification", where=str(run.path), hint="choose a classifier with --run"
+            f"was trained with objective {objective.name}, not classification",
+            where=str(run.path),
+            hint="choose a classifier with --run",
         )
     return objective
 
@@ -51,7 +53,7 @@ def heldout_texts(run: Run, split: str = "heldout") -> LabelledShard:
     if split == "test" and not run.has_test_split:
         raise InputError("this run has no test texts", where=str(run.path), hint="`data.test` in a recipe sets them aside")
     if not (run.path / "heldout").exists():
-        raise InputError("this run has no held-out texts", where=str(run.path), hint="name labelled texts to evaluate it on")
+        raise InputError("this run has no held-out texts", where=str(run.path), hint="name labeled texts to evaluate it on")
     return open_labelled(run.path / "heldout", split, run.tokenizer.vocab_size)
 
 
@@ -87,4 +89,6 @@ class TextClassifier:
 
     def logits(self, texts: list[str]) -> np.ndarray:
         """The logits (texts, labels) before calibration."""
-        return classification.predict(self.network, [np.array(self._tokenizer.encode(text), dtype=np.int64) for text in texts], self.framing)
+        return classification.predict(
+            self.network, [np.array(self._tokenizer.encode(text), dtype=np.int64) for text in texts], self.framing
+        )

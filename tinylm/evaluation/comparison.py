@@ -144,7 +144,7 @@ class Comparison:
 
 
 def share_text(runs: Sequence[Run], split: str) -> bool:
-    """Whether the held-out or test texts of all runs are the same, with any tokenizer. Raises `InputError` if one has none."""
+    """Whether the held-out or test texts of all runs are the same, with any tokenizer. Raises `InputError` if a run has none."""
     return len({_text_hash(run.heldout(split), run.tokenizer) for run in runs}) == 1
 
 

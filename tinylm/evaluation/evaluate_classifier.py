@@ -1,4 +1,4 @@
-"""Evaluate a classifier on its own held-out or test texts or on other labelled texts, beside simple baselines."""
+"""Evaluate a classifier on its own held-out or test texts or on other labeled texts, beside simple baselines."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MAJORITY, TFIDF = "majority", "tfidf_linear"
 
 @dataclass(frozen=True)
 class Mistake:
-    """A text that got a wrong label."""
+    """A text that was classified wrongly."""
 
     text: str
     label: str
@@ -63,7 +63,7 @@ class ClassifierEvaluation:
     baselines: dict[str, Baseline] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the JSON document of `tinylm eval --json`. The rows of `confusion` are the right labels, in the order of `labels`."""
+        """Return the JSON document of `tinylm eval --json`. The rows of `confusion` are the true labels, in order of `labels`."""
         scores = self.scores
         return {
             "run": self.run,
@@ -99,10 +99,10 @@ def evaluate_classifier(
     device: str = "auto",
     reporter: Reporter = SILENT,
 ) -> ClassifierEvaluation:
-    """Classify labelled texts: `sources`, or the run's own texts if there are none. `mistakes`: how many to list, most confident first.
+    """Classify labeled texts: `sources`, or the run's own texts if there are none. `mistakes`: how many to list.
 
     With `baselines`, they are trained on the run's training texts. If these have changed or scikit-learn is missing, a warning
-    tells which baselines are left out. Raises `InputError` if the run is not a classifier, or if a source cannot be read.
+    lists the baselines that are left out. Raises `InputError` if the run is not a classifier, or if a source cannot be read.
     """
     labels = require_classifier(run).labels
     chosen = run.checkpoint(checkpoint)
@@ -124,7 +124,7 @@ def evaluate_classifier(
         run=str(run.path),
         checkpoint=chosen.name,
         step=chosen.step,
-        text=describe(sources) if sources else f"its own {'test' if split == 'test' else 'held-out'} texts",
+        text=describe(sources) if sources else f"the run's {'test' if split == 'test' else 'held-out'} texts",
         split=None if sources else split,
         labels=labels,
         scores=scores,
@@ -140,7 +140,7 @@ def _read(run: Run, sources: Sequence[str]) -> list[LabelledText]:
     section = data if isinstance(data, LabelsSection) else LabelsSection.model_validate({"train": list(sources)})
     items = [item for item in read_labelled(sources, section.text, section.label, section.errors) if item.text.strip()]
     if not items:
-        raise InputError("there are no labelled texts", where=describe(sources))
+        raise InputError("there are no labeled texts", where=describe(sources))
     return items
 
 
@@ -153,7 +153,8 @@ def _mistakes(
     confidence = probabilities.max(axis=1)
     wrong = [index for index in np.argsort(-confidence, kind="stable") if labels[predicted[index]] != names[index]]
     return [
-        Mistake(run.tokenizer.decode(documents[i].tolist()), names[i], labels[predicted[i]], float(confidence[i])) for i in wrong[:count]
+        Mistake(run.tokenizer.decode(documents[i].tolist()), names[i], labels[predicted[i]], float(confidence[i]))
+        for i in wrong[:count]
     ]
 
 
@@ -182,7 +183,7 @@ def _baselines(
 
 
 def _parts(run: Run, checkpoint: Checkpoint) -> dict[str, list[LabelledText]]:
-    """The labelled texts of all parts of a run. Raises `InputError` if they are missing or have changed since it was trained."""
+    """The labeled texts of all parts of a run. Raises `InputError` if they are missing or have changed since it was trained."""
     data = run.recipe.data
     if not isinstance(data, LabelsSection):
         raise InputError("the training texts of an imported model are not available", where=str(run.path))

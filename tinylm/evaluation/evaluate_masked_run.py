@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from tinylm import device as devices
+from tinylm.data.shards import Shard
 from tinylm.data.split_text import PART_NAMES
 from tinylm.evaluation import masked
 from tinylm.evaluation.evaluate_run import TextFormat, open_shard
 from tinylm.evaluation.filling import require_masked_model
 from tinylm.evaluation.masked import MaskedScores
+from tinylm.model.base import Model
 from tinylm.reporting import SILENT, Reporter
 from tinylm.run import Run
 from tinylm.text.sources import describe
@@ -75,23 +77,22 @@ def evaluate_masked_run(
         network = run.network(chosen, devices.resolve(device))
         require_masked_model(network)
 
-        def scores(pseudo: bool) -> MaskedScores:
-            with reporter.progress("pseudo-perplexity" if pseudo else "evaluating", None, "tokens") as advance:
-                return masked.evaluate(
-                    network, shard, run.tokenizer, max_tokens=max_tokens, pseudo=pseudo, on_progress=advance
-                )
-
         result = MaskedEvaluation(
             run=str(run.path),
             checkpoint=chosen.name,
             step=chosen.step,
-            text=describe(sources) if sources else f"its own {PART_NAMES[split]}",
+            text=describe(sources) if sources else f"the run's {PART_NAMES[split]}",
             split=None if sources else split,
-            scores=scores(False),
-            pseudo=scores(True) if pseudo else None,
+            scores=_score(run, network, shard, max_tokens, False, reporter),
+            pseudo=_score(run, network, shard, max_tokens, True, reporter) if pseudo else None,
         )
         del shard  # Windows cannot remove a file while it is mapped
     return result
+
+
+def _score(run: Run, network: Model, shard: Shard, max_tokens: int | None, pseudo: bool, reporter: Reporter) -> MaskedScores:
+    with reporter.progress("pseudo-perplexity" if pseudo else "evaluating", None, "tokens") as advance:
+        return masked.evaluate(network, shard, run.tokenizer, max_tokens=max_tokens, pseudo=pseudo, on_progress=advance)
 
 
 def interval_text(bounds: tuple[float, float], spec: str) -> str:

@@ -147,7 +147,7 @@ def evaluate_run(
             run=str(run.path),
             checkpoint=chosen.name,
             step=chosen.step,
-            text=describe(sources) if sources else f"its own {PART_NAMES[split]}",
+            text=describe(sources) if sources else f"the run's {PART_NAMES[split]}",
             weights=weights,
             perplexity=scores,
             split=None if sources else split,

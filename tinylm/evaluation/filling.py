@@ -45,7 +45,9 @@ class FilledText:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON document of `tinylm fill --json`."""
-        masks = [{"position": mask.position, "candidates": [vars(candidate) for candidate in mask.candidates]} for mask in self.masks]
+        masks = [
+            {"position": mask.position, "candidates": [vars(candidate) for candidate in mask.candidates]} for mask in self.masks
+        ]
         return {"text": self.text, "filled": self.filled, "masks": masks}
 
 
@@ -54,7 +56,9 @@ def require_masked_model(network: Model) -> None:
     if network.is_causal or network.objective is not None:
         kind = network.architecture if network.is_causal else f"objective {network.objective.name if network.objective else ''}"
         raise InputError(
-            f"this model ({kind}) does not predict masked tokens", where="--run", hint="choose a run trained with objective masked_lm"
+            f"this model ({kind}) does not predict masked tokens",
+            where="--run",
+            hint="choose a run trained with objective masked_lm",
         )
 
 
@@ -72,7 +76,9 @@ def fill(network: Model, tokenizer: Tokenizer, text: str, top: int = 5) -> Fille
         raise InputError(f"the text has no {MASK}", where=repr(text[:40]), hint=f"write {MASK} for each token to predict")
     if len(ids) > framing.room:
         raise InputError(
-            f"the text has {len(ids)} tokens, and only {framing.room} fit into the context", where=repr(text[:40]), hint="shorten it"
+            f"the text has {len(ids)} tokens, and only {framing.room} fit into the context",
+            where=repr(text[:40]),
+            hint="shorten it",
         )
     tokens = torch.from_numpy(framing.frame(ids))[None].to(network.device)
     with evaluation_mode(network):

@@ -33,7 +33,7 @@ from tinylm.tokenizer import Tokenizer
 RATE = 0.15
 """The share of tokens that an evaluation masks."""
 SEED = 15
-"""The seed of the masks, which is the same for all runs."""
+"""The seed of the masks, the same for all runs."""
 _ALWAYS_MASK = Replacement(mask=1.0, random=0.0, keep=0.0)
 
 
@@ -177,7 +177,7 @@ def _score(network: Model, framing: Framing, batch: Sequence[_Item]) -> tuple[np
 
 
 def _result(shard: Shard, tokenizer: Tokenizer, rows: Sequence[Row], sums: np.ndarray) -> MaskedScores:
-    """Add up `sums`: nats, correct predictions and masked tokens of each row, (3, rows)."""
+    """Summarize `sums`: nats, correct predictions and masked tokens of each row, (3, rows)."""
     documents = np.array([row.document for row in rows])
     count = int(documents.max()) + 1
     pieces = sums

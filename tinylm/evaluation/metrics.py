@@ -73,8 +73,9 @@ MASKED_ACCURACY = Metric("masked_accuracy", "masked accuracy", "", lower_is_bett
 LABEL_LOSS = Metric("label_loss", "label loss", "nats per text", lower_is_better=True, format=".4f")
 ACCURACY = Metric("accuracy", "accuracy", "", lower_is_better=False, format=".2%")
 MACRO_F1 = Metric("macro_f1", "macro F1", "", lower_is_better=False, format=".4f")
+BLEU = Metric("bleu", "BLEU", "", lower_is_better=False, format=".2f")
 
-_ALL = (LOSS, BITS_PER_BYTE, PERPLEXITY, MASKED_LOSS, MASKED_ACCURACY, LABEL_LOSS, ACCURACY, MACRO_F1)
+_ALL = (LOSS, BITS_PER_BYTE, PERPLEXITY, MASKED_LOSS, MASKED_ACCURACY, LABEL_LOSS, ACCURACY, MACRO_F1, BLEU)
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
 """All metrics by name. All code that shows the metrics of a run uses these labels, directions and formats."""
 
@@ -82,6 +83,9 @@ LANGUAGE_MODEL = (LOSS, BITS_PER_BYTE)
 """The metrics of language models during training, primary metric first."""
 MASKED_LM = (MASKED_LOSS, MASKED_ACCURACY)
 """The metrics of masked language models."""
+TRANSLATION = (LOSS,)
+"""The metrics of translation models, if the loss selects the best checkpoint."""
+TRANSLATION_BY_BLEU = (BLEU, LOSS)
 CLASSIFIER = (ACCURACY, LABEL_LOSS, MACRO_F1)
 """The metrics of classifiers."""
 

@@ -39,10 +39,10 @@ _UNIFORMS_PER_BLOCK = 256
 class Sample:
     """A generated continuation.
 
-    `finish_reason`: "stop" (a stop text was generated, or the constraint is complete), "end" (the end-of-text token was generated)
-    or "length" (`max_new_tokens` was reached). `choices` is filled only if `SamplingOptions.logprobs` is set; the choice of the
-    end-of-text token is in `end_choice`, because this token is not part of the sample. `prompt_choices` (for all tokens of the
-    prompt except the first) is filled only if `Request.score_prompt` is set as well.
+    `finish_reason`: "stop" (a stop text was generated, or the constraint is complete), "end" (the end-of-text token or one of
+    `stop_ids` was generated) or "length" (`max_new_tokens` was reached). `choices` is filled only if `SamplingOptions.logprobs` is
+    set; the choice of the token that ends the sample is in `end_choice`, because this token is not part of the sample.
+    `prompt_choices` (for all tokens of the prompt except the first) is filled only if `Request.score_prompt` is set as well.
     """
 
     prompt: str
@@ -61,7 +61,7 @@ class Request:
 
     `on_text` receives text as soon as it is final: complete characters that cannot become part of a stop text. `on_token` receives
     each token if `SamplingOptions.logprobs` is set. `score_prompt` records the log-probabilities of the prompt's tokens too, which
-    requires a prompt of at most `capacity` + 1 tokens.
+    requires a prompt of at most `capacity` + 1 tokens. `ids` are the tokens of the prompt if it is not plain text.
     """
 
     prompt: str
@@ -71,6 +71,7 @@ class Request:
     on_text: Callable[[str], None] | None = None
     on_token: Callable[[TokenChoice], None] | None = None
     score_prompt: bool = False
+    ids: Sequence[int] | None = None
 
 
 def generate(
@@ -109,7 +110,7 @@ def generate_batch(
     Raises `InputError` if the model cannot generate text or the tokens that a request allows are all banned, and `WorkError` if
     the model's logits are not finite.
     """
-    prompts = [tokenizer.encode(request.prompt) for request in requests]
+    prompts = [list(request.ids) if request.ids is not None else tokenizer.encode(request.prompt) for request in requests]
     max_length = max((len(ids) + request.options.max_new_tokens for ids, request in zip(prompts, requests, strict=True)), default=1)
     rows = max(1, min(len(requests), rows or DEFAULT_ROWS))
     engine = Engine(as_decoder(model), tokenizer, rows, max_tokens=max_length + 1)
@@ -257,7 +258,7 @@ class SequenceState:
         self.done = False
         self.error: Exception | None = None
         self._request = request
-        self._end_of_text = tokenizer.end_of_text
+        self._end_ids = {tokenizer.end_of_text, *request.options.stop_ids}
         self._decoder: StreamDecoder = tokenizer.stream_decoder()
         self._stops = StopMatcher(self.options.stop) if self.options.stop else None
         self._streamed = 0  # characters passed to on_text
@@ -294,7 +295,7 @@ class SequenceState:
 
     def record_choice(self, choice: TokenChoice) -> None:
         """Record the log-probabilities of the token that is about to be appended."""
-        if choice.id == self._end_of_text:
+        if choice.id in self._end_ids:
             self.sample.end_choice = choice
             return
         self.sample.choices.append(choice)
@@ -316,7 +317,7 @@ class SequenceState:
 
     def append(self, id: int) -> None:
         """Add a token to the sample and finish the sample if it is complete."""
-        if id == self._end_of_text:
+        if id in self._end_ids:
             self._finish("end")
             return
         self.history.append(id)

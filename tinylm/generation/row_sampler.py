@@ -70,7 +70,7 @@ class RowSampler:
                 table[row] = table[source]
 
     def next_tokens(self, logits: Tensor, sequences: Sequence[SequenceState]) -> Tensor:
-        """The next ids `(B,)` from logits `(B, V)`. If a row has no valid distribution, its sequence fails and its id is arbitrary."""
+        """Choose the next ids `(B,)` from logits `(B, V)`. A row without finite logits fails its sequence; its id is arbitrary."""
         groups: dict[object, list[int]] = {}
         for row, sequence in enumerate(sequences):
             groups.setdefault(sequence.options.sampling_key, []).append(row)

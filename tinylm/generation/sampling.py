@@ -50,6 +50,8 @@ class SamplingOptions:
     logit_bias: tuple[tuple[int, float], ...] = ()
     forced: tuple[int, ...] = ()
     logprobs: int | None = None
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end the sample, like the end-of-text token."""
 
     def __post_init__(self) -> None:
         change, limit = f"between -{MAX_LOGIT_CHANGE:g} and {MAX_LOGIT_CHANGE:g}", MAX_LOGIT_CHANGE

@@ -60,9 +60,9 @@ def beam_search(
     """Find the `beams` most likely continuations, best first, scored by log-probability / length ** `length_penalty`.
 
     Each step extends all beams and keeps the most likely extensions. A beam is finished when it ends with the end-of-text token or
-    completes the constraint. The search stops when there are `beams` finished beams and no unfinished beam has a better score. It
-    is exact if `beams` is at least the number of all continuations. Raises `InputError` if prompt and continuation exceed the capacity
-    of the model, if `max_new_tokens` is too small for the constraint, or if `beams` is below 1.
+    completes the constraint. The search stops when there are `beams` finished beams and no unfinished beam has a better score. The
+    result is exact if `beams` is the number of possible continuations. Raises `InputError` if prompt and continuation exceed the
+    capacity of the model, if `max_new_tokens` is too small for the constraint, or if `beams` is below 1.
     """
     start = time.perf_counter()
     prompt_ids = tokenizer.encode(prompt) or [tokenizer.end_of_text or 0]

@@ -55,8 +55,10 @@ def attribution(
     weight = network.output_embedding().weight
     direction = weight[targets] if against is None else weight[targets] - weight[against]  # (B, T, C)
     hidden = cache["final_norm"] if "final_norm" in cache else network.hidden(tokens)
-    return Attribution(
-        components=parts.names,
-        contributions=torch.einsum("nbtc,btc->nbt", parts.vectors, direction),
-        logits=(hidden * direction).sum(-1),
-    )
+    names, contributions = list(parts.names), torch.einsum("nbtc,btc->nbt", parts.vectors, direction)
+    logits = (hidden * direction).sum(-1)
+    bias = network.output_embedding().bias
+    if bias is not None:
+        biases = bias[targets] if against is None else bias[targets] - bias[against]  # (B, T)
+        names, contributions, logits = [*names, "head bias"], torch.cat((contributions, biases[None])), logits + biases
+    return Attribution(names, contributions, logits)

@@ -54,7 +54,7 @@ def neurons(inspection: Inspection, active: list[tuple[Tensor, Tensor]], text: H
     _, cache = network.run_with_cache(windows, [neuron_name(network, layer) for layer in range(len(active))])
     places: dict[str, list[list[float]]] = {}
     for layer, (ids, _) in enumerate(active):
-        chosen = ids.unique()
+        chosen = torch.unique(ids)
         top = top_activations(network, windows, layer, chosen, count=_SNIPPETS, cache=cache)
         rows = zip(chosen.tolist(), top.windows.tolist(), top.positions.tolist(), top.values.tolist(), strict=True)
         for neuron, window_row, position_row, value_row in rows:
@@ -105,8 +105,11 @@ def patching(inspection: Inspection, corrupt: str | None, reporter: Reporter) ->
     try:
         metric, description = _patching_metric(inspection, other)
         with reporter.progress("patching", 2 * network.depth, "") as advance:
-            positions = patch(network, clean, other, metric, on_progress=advance)
-            heads = patch(network, clean, other, metric, at="z", on_progress=lambda done: advance(network.depth + done))
+            at = inspection.predicted_at
+            positions = patch(network, clean, other, metric, position=at, on_progress=advance)
+            heads = patch(
+                network, clean, other, metric, at="z", position=at, on_progress=lambda done: advance(network.depth + done)
+            )
     except InputError as error:
         raise InputError(error.message, where="--corrupt", hint=error.hint) from None
     return {
@@ -120,8 +123,8 @@ def patching(inspection: Inspection, corrupt: str | None, reporter: Reporter) ->
 def _patching_metric(inspection: Inspection, other: Tensor) -> tuple[Metric, str]:
     """The difference between the logits of the best guesses after both texts, or the log-probability if they are the same token."""
     forward = inspection.forward
-    target = int(forward.logits[0, -1].argmax())
-    rival = int(forward.network(other)[0, -1].argmax())
+    target = int(forward.logits[0, inspection.predicted_at].argmax())
+    rival = int(forward.network(other)[0, inspection.predicted_at].argmax())
     names = [f"[{inspection.token_text(id)}]" for id in (target, rival)]
     if target == rival:
         return lambda logits: logits.log_softmax(-1)[:, target], f"the log-probability of {names[0]}"

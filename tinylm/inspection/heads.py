@@ -7,6 +7,7 @@ Legend: `B` batch, `T` time, `L` length of the repeated part, `H` heads.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -99,7 +100,8 @@ def pattern_names(network: Model) -> list[str]:
 
 def entropy_bits(pattern: Tensor) -> Tensor:
     """Attention weights (..., key) -> entropy (...) in bits."""
-    return torch.special.entr(pattern).sum(-1) / torch.log(torch.tensor(2.0))
+    nats: Tensor = torch.special.entr(pattern).sum(-1)
+    return nats / math.log(2)
 
 
 def _diagonal_mean(pattern: Tensor, offset: int) -> Tensor:

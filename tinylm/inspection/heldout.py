@@ -12,14 +12,20 @@ from torch import Tensor
 from tinylm.evaluation.evaluate_run import TextFormat, open_shard
 from tinylm.reporting import SILENT, Reporter
 from tinylm.run import Run
+from tinylm.tokenizer.control_tokens import ControlTokens
 
 WINDOW = 128
 """Tokens of a window, where the context allows it."""
+_MASKED = 0.15
+"""Share of tokens that an encoder has to predict, as in its evaluation."""
 
 
 @dataclass(frozen=True)
 class HeldoutWindows:
-    """Ids of windows and the tokens that follow them, both (window, position). Negative targets are not scored."""
+    """Ids of windows and the tokens to predict, both (window, position). Negative targets are not scored.
+
+    The target is the next token, or for an encoder the token under a mask.
+    """
 
     inputs: Tensor
     targets: Tensor
@@ -49,8 +55,24 @@ def heldout_windows(run: Run, tokens: int, sources: Sequence[str] = (), reporter
     starts = np.linspace(0, len(ids) - 1 - length, count).astype(np.int64)
     places = starts[:, None] + np.arange(length + 1)
     chosen = torch.from_numpy(ids[places])
-    targets = chosen[:, 1:].masked_fill(chosen[:, 1:] == end_of_text, -1)
-    return _windows(chosen[:, :-1], targets, run.tokenizer.token_byte_lengths)
+    if run.recipe.model.bidirectional:
+        inputs, targets = _masked(chosen[:, :-1], ControlTokens.of(run.tokenizer), end_of_text)
+    else:
+        inputs, targets = chosen[:, :-1], chosen[:, 1:].masked_fill(chosen[:, 1:] == end_of_text, -1)
+    return _windows(inputs, targets, run.tokenizer.token_byte_lengths)
+
+
+def _masked(windows: Tensor, control: ControlTokens, end_of_text: int) -> tuple[Tensor, Tensor]:
+    """Mask `_MASKED` of the tokens of each window, whose first and last tokens become the control tokens of a text."""
+    inputs = windows.clone()
+    masked = torch.rand(inputs.shape, generator=torch.Generator().manual_seed(0)) < _MASKED
+    masked[:, [0, -1]] = False
+    masked &= inputs != end_of_text
+    masked[:, inputs.shape[1] // 2] |= ~masked.any(1)
+    targets = inputs.masked_fill(~masked, -1)
+    inputs[masked] = control.mask
+    inputs[:, 0], inputs[:, -1] = control.cls, control.sep
+    return inputs, targets
 
 
 def _windows(inputs: Tensor, targets: Tensor, token_byte_lengths: np.ndarray) -> HeldoutWindows:

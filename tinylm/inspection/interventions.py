@@ -19,7 +19,7 @@ from tinylm.model.hooks import HookFunction
 from tinylm.reporting import Advance
 
 Metric = Callable[[Tensor], Tensor]
-"""Maps the logits of the last position (batch, vocabulary) to one number per row (batch,)."""
+"""Maps the logits of one position (batch, vocabulary) to one number per row (batch,)."""
 _BATCH_TOKENS = 2048
 
 
@@ -121,15 +121,22 @@ def logit_difference(target: int, against: int) -> Metric:
 
 @torch.no_grad()
 def patch(
-    network: Model, clean: Tensor, corrupt: Tensor, metric: Metric, *, at: str = "resid_pre", on_progress: Advance = _ignore
+    network: Model,
+    clean: Tensor,
+    corrupt: Tensor,
+    metric: Metric,
+    *,
+    at: str = "resid_pre",
+    position: int = -1,
+    on_progress: Advance = _ignore,
 ) -> Tensor:
-    """Run the model on `corrupt` with one activation from `clean`, for every place. Both are ids (1, T) of the same length.
+    """Run the model on `corrupt` with one activation from `clean`, for every place. Both are ids (1, T).
 
-    Returns (patched - corrupt) / (clean - corrupt), where each term is the metric of the last position: 0 means that the place does
-    not matter, 1 that it restores the prediction. With `at="z"`, the place is a head at all positions, and the result is (layer,
-    head). Otherwise it is a position of `blocks.{i}.{at}`, for example of `resid_pre`, `attn_out` or `mlp_out`, and the result is
-    (layer, position). `on_progress` receives the number of finished layers. Raises `InputError` if the lengths differ, the texts
-    have the same metric, or the model has no such activations.
+    Returns (patched - corrupt) / (clean - corrupt), where each term is the metric of the prediction at `position`: 0 means that
+    the place does not matter, 1 that it restores the prediction. With `at="z"`, the place is a head at all positions, and the
+    result is (layer, head). Otherwise it is a position of `blocks.{i}.{at}`, for example of `resid_pre`, `attn_out` or `mlp_out`,
+    and the result is (layer, position). `on_progress` receives the number of finished layers. Raises `InputError` if the lengths
+    differ, the texts have the same metric, or the model has no such activations.
     """
     if clean.shape != corrupt.shape or len(clean) != 1:
         raise InputError(f"the texts must have the same number of tokens, not {clean.shape[-1]} and {corrupt.shape[-1]}")
@@ -138,26 +145,28 @@ def patch(
     if not names or not set(names) <= set(network.hook_names()):
         raise InputError(f"a model of architecture {network.architecture} has no activations {hook}")
     clean_logits, cache = network.run_with_cache(clean, names)
-    clean_value, corrupt_value = metric(clean_logits[:, -1]), metric(network(corrupt)[:, -1])
+    clean_value, corrupt_value = metric(clean_logits[:, position]), metric(network(corrupt)[:, position])
     if torch.allclose(clean_value, corrupt_value, rtol=0, atol=1e-6):
         raise InputError("the model predicts the same after both texts, so there is no effect to restore")
+
+    def measure(logits: Tensor) -> Tensor:
+        return metric(logits[:, position])
+
     effects = []
     for layer, name in enumerate(names):
         source = cache[name]
         places = source.shape[2] if at == "z" else source.shape[1]
         values = [
-            _patched_values(network, corrupt, metric, name, source, rows, heads=at == "z")
-            for rows in torch.arange(places).split(max(1, _BATCH_TOKENS // corrupt.shape[1]))
+            measure(_patched_logits(network, corrupt, name, source, rows, heads=at == "z"))
+            for rows in torch.split(torch.arange(places), max(1, _BATCH_TOKENS // corrupt.shape[1]))
         ]
         effects.append((torch.cat(values) - corrupt_value) / (clean_value - corrupt_value))
         on_progress(layer + 1)
     return torch.stack(effects)
 
 
-def _patched_values(
-    network: Model, corrupt: Tensor, metric: Metric, name: str, source: Tensor, places: Tensor, *, heads: bool
-) -> Tensor:
-    """Run one row per place, and patch the head or the position of that number in each row. Returns the metrics (place,)."""
+def _patched_logits(network: Model, corrupt: Tensor, name: str, source: Tensor, places: Tensor, *, heads: bool) -> Tensor:
+    """Run one row per place, and patch the head or the position of that number in each row. Returns (place, T, V)."""
 
     def replace(x: Tensor, name: str) -> None:
         for row, place in enumerate(places.tolist()):
@@ -167,4 +176,5 @@ def _patched_values(
                 x[row, place] = source[0, place]
 
     with network.hooks({name: replace}):
-        return metric(network(corrupt.expand(len(places), -1))[:, -1])
+        logits: Tensor = network(corrupt.expand(len(places), -1))
+    return logits

@@ -21,7 +21,10 @@ from tinylm.run import MODEL_FILES, Checkpoint, Run
 
 @dataclass(frozen=True)
 class CheckpointView:
-    """A checkpoint's losses on a text, and its attention. `losses` are in nats, one for each token but the first."""
+    """A checkpoint's losses on a text, and its attention.
+
+    `losses` are in nats, one for each token but the first. An encoder has none.
+    """
 
     step: int
     losses: list[float]
@@ -78,7 +81,7 @@ def _view(run: Run, ids: list[int], checkpoint: Checkpoint, pattern_tokens: int,
         names, scores = [], None
     logits, cache = network.run_with_cache(tokens, names)
     shown = [cache[name][0, :, :pattern_tokens, :pattern_tokens] for name in names]
-    losses = token_losses(logits[0, :-1], tokens[0, 1:]).tolist()
+    losses = token_losses(logits[0, :-1], tokens[0, 1:]).tolist() if network.is_causal else []
     return CheckpointView(checkpoint.step, losses, scores, torch.stack(shown) if shown and pattern_tokens else None)
 
 

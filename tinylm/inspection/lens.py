@@ -26,7 +26,7 @@ class LensGuesses:
     probabilities: Tensor
     """(layer, position, K)."""
     ranks: Tensor
-    """(layer, position): rank of the token that really follows, 1 for the best guess; 0 where no token follows."""
+    """(layer, position): rank of the true token, 1 for the best guess; 0 where it is not known."""
 
 
 def lens_names(network: Model) -> list[str]:
@@ -61,15 +61,17 @@ def _lens_logits(network: Model, tokens: Tensor, cache: ActivationCache | None) 
 
 
 @torch.no_grad()
-def lens_guesses(network: Model, tokens: Tensor, count: int, cache: ActivationCache | None = None) -> LensGuesses:
-    """Return the `count` best guesses of each layer for one text, ids (1, T), without keeping the logits of all layers."""
+def lens_guesses(network: Model, tokens: Tensor, truth: Tensor, count: int, cache: ActivationCache | None = None) -> LensGuesses:
+    """Return the `count` best guesses of each layer for one text, ids (1, T), without keeping the logits of all layers.
+
+    `truth` (T,): the token that each position should predict, or a negative number.
+    """
     ids, probabilities, ranks = [], [], []
-    following = tokens[0, 1:]
     for logits in _lens_logits(network, tokens, cache):
         top = all_logprobs(logits[0]).exp().topk(min(count, logits.shape[-1]), dim=-1)
-        true_logits = logits[0, :-1].gather(-1, following[:, None])
-        rank = 1 + (logits[0, :-1] > true_logits).sum(-1)
+        true_logits = logits[0].gather(-1, truth.clamp_min(0)[:, None])
+        rank = (1 + (logits[0] > true_logits).sum(-1)) * (truth >= 0)
         ids.append(top.indices)
         probabilities.append(top.values)
-        ranks.append(torch.cat((rank, rank.new_zeros(1))))
+        ranks.append(rank)
     return LensGuesses(torch.stack(ids), torch.stack(probabilities), torch.stack(ranks))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tinylm import device as devices
+from tinylm.data.framing import Framing
 from tinylm.errors import InputError
 from tinylm.evaluation.scoring import token_losses, top_logprobs
 from tinylm.inspection.attribution import Attribution, attribution
@@ -27,9 +28,11 @@ from tinylm.recipe.schema import CausalLMObjective
 from tinylm.reporting import SILENT, Reporter
 from tinylm.run import Checkpoint, Run
 from tinylm.tokenizer import Tokenizer
+from tinylm.tokenizer.control_tokens import ControlTokens, encode_with_masks
 
 DEFAULT_TOKENS = 128
 GUESSES = 10
+_BATCH_TOKENS = 2048
 _Part = TypeVar("_Part")
 
 
@@ -97,8 +100,10 @@ class Inspection:
     targets: list[int]
     """For each position, the token whose logit is attributed: the one that follows, and for `attributed` the requested one."""
     attributed: AttributedLogit | None
+    predicted_at: int
+    """The position whose prediction is sampled: the last one, or for an encoder the attributed position."""
     next_tokens: list[tuple[int, float]]
-    """The most likely tokens after the text, and their probabilities."""
+    """The most likely tokens there, and their probabilities."""
     missing: dict[str, str] = field(default_factory=dict)
     """Why a part is not available, by its name: loss, heads, lens, attribution."""
 
@@ -182,6 +187,8 @@ def token_ids(run: Run, text: str, options: InspectOptions, reporter: Reporter =
     limit = min(DEFAULT_TOKENS, context) if options.max_tokens is None else options.max_tokens
     if not 1 <= limit <= context:
         raise InputError(f"must be 1 to {context} (the model's context length), not {limit}", where="--max-tokens")
+    if run.recipe.model.bidirectional:
+        return _framed_ids(run, text, limit, options, reporter)
     ids = run.tokenizer.encode(text)
     if options.start_of_document:
         if run.tokenizer.end_of_text is None:
@@ -189,12 +196,28 @@ def token_ids(run: Run, text: str, options: InspectOptions, reporter: Reporter =
         ids = [run.tokenizer.end_of_text, *ids]
     if not ids:
         raise InputError("the text is empty", where="--text")
-    if len(ids) > limit:
-        hint = (
-            f"--max-tokens shows more, up to the context length of {context:,}" if limit < context else "this is the context length"
-        )
-        reporter.warn(f"only the first {limit:,} of {len(ids):,} tokens are inspected ({hint})")
+    _warn_if_cut(len(ids), limit, context, reporter)
     return ids[:limit]
+
+
+def _framed_ids(run: Run, text: str, limit: int, options: InspectOptions, reporter: Reporter) -> list[int]:
+    """The ids of a text for an encoder, in which [MASK] is a masked token, between its control tokens."""
+    if options.start_of_document:
+        raise InputError("an encoder reads a text between its own control tokens", where="--start-of-document")
+    ids = encode_with_masks(run.tokenizer, text)
+    if not ids:
+        raise InputError("the text is empty", where="--text")
+    if limit < 3:
+        raise InputError("must be at least 3 for an encoder", where="--max-tokens")
+    _warn_if_cut(len(ids), limit - 2, run.recipe.model.context_length - 2, reporter)
+    framed: list[int] = Framing.of(run.tokenizer, run.recipe.model).frame(ids[: limit - 2]).tolist()
+    return framed
+
+
+def _warn_if_cut(length: int, limit: int, most: int, reporter: Reporter) -> None:
+    if length > limit:
+        hint = f"--max-tokens shows more, up to {most:,}" if limit < most else "the context holds no more"
+        reporter.warn(f"only the first {limit:,} of {length:,} tokens are inspected ({hint})")
 
 
 @torch.no_grad()
@@ -214,13 +237,15 @@ def inspect_text(
     chosen = run.checkpoint(checkpoint)
     ids = token_ids(run, text, options, reporter)
     network = run.network(chosen, devices.resolve(device))
+    if network.objective is not None:
+        raise InputError("this model predicts labels, not tokens", where=str(run.path), hint="use `tinylm classify`")
     tokens = torch.tensor([ids], device=network.device)
     logits, cache = network.run_with_cache(tokens)
     forward = ForwardPass(network, tokens, logits, cache)
-    position = _position(options.position, len(ids))
+    position = _position(run, forward, options.position)
     missing: dict[str, str] = {}
-    losses = _losses(run, forward, missing)
-    targets = _targets(run, forward, position, options.target)
+    truth, losses = _truth(run, forward), _losses(run, forward, missing)
+    targets = _targets(run, forward, truth, position, options.target)
     attributions = _available(
         "attribution", missing, lambda: attribution(network, tokens, tokens.new_tensor([targets]), cache=cache)
     )
@@ -232,20 +257,27 @@ def inspect_text(
         forward=forward,
         tokens=[Token(id, token_text(run.tokenizer, id), loss) for id, loss in zip(ids, losses, strict=True)],
         heads=_available("heads", missing, lambda: head_scores(network)),
-        lens=_available("lens", missing, lambda: lens_guesses(network, tokens, GUESSES, cache)),
+        lens=_available("lens", missing, lambda: lens_guesses(network, tokens, truth, GUESSES, cache)),
         attributions=attributions,
         targets=targets,
         attributed=None if attributions is None else _attributed(attributions, position, targets[position], run.tokenizer),
-        next_tokens=_best(logits[0, -1]),
+        predicted_at=len(ids) - 1 if network.is_causal else position,
+        next_tokens=_best(logits[0, -1 if network.is_causal else position]),
         missing=missing,
     )
 
 
-def _position(requested: int | None, length: int) -> int:
-    position = length - 1 if requested is None else requested
-    if not -length <= position < length:
-        raise InputError(f"must be 0 to {length - 1}, not {position}", where="--position")
-    return position % length
+def _position(run: Run, forward: ForwardPass, requested: int | None) -> int:
+    """The attributed position: the last one, or for an encoder the first mask, or else the last token of the text."""
+    length = forward.tokens.shape[1]
+    if requested is None and forward.network.is_causal:
+        return length - 1
+    if requested is None:
+        masks = (forward.tokens[0] == ControlTokens.of(run.tokenizer).mask).nonzero().flatten().tolist()
+        return int(masks[0]) if masks else length - 2
+    if not -length <= requested < length:
+        raise InputError(f"must be 0 to {length - 1}, not {requested}", where="--position")
+    return requested % length
 
 
 def _available(name: str, missing: dict[str, str], compute: Callable[[], _Part]) -> _Part | None:
@@ -257,24 +289,54 @@ def _available(name: str, missing: dict[str, str], compute: Callable[[], _Part])
         return None
 
 
+def _truth(run: Run, forward: ForwardPass) -> Tensor:
+    """The token that each position should predict (T,): the next one, or for an encoder the same one; negative if unknown."""
+    tokens = forward.tokens[0]
+    if forward.network.is_causal:
+        return torch.cat((tokens[1:], tokens.new_tensor([-1])))
+    return tokens.masked_fill(tokens == ControlTokens.of(run.tokenizer).mask, -1)
+
+
 def _losses(run: Run, forward: ForwardPass, missing: dict[str, str]) -> list[float | None]:
-    """The loss of each token, predicted from the tokens before it. The first token has none."""
-    objective = run.recipe.objective
-    if not isinstance(objective, CausalLMObjective):
-        missing["loss"] = f"a model trained with objective {objective.name} does not predict the next token"
-        return [None] * forward.tokens.shape[1]
+    """The loss of each token. The first token of a text, and control tokens, have none.
+
+    A causal model predicts a token from those before it. An encoder predicts it from all others, with this token masked.
+    """
+    length = forward.tokens.shape[1]
+    if not forward.network.is_causal:
+        return _masked_losses(run, forward)
+    if not isinstance(run.recipe.objective, CausalLMObjective):
+        missing["loss"] = f"a model trained with objective {run.recipe.objective.name} does not predict the next token"
+        return [None] * length
     return [None, *token_losses(forward.logits[0, :-1], forward.tokens[0, 1:]).tolist()]
 
 
-def _targets(run: Run, forward: ForwardPass, position: int, requested: str | None) -> list[int]:
-    targets: list[int] = [*forward.tokens[0, 1:].tolist(), int(forward.logits[0, -1].argmax())]
-    if requested is not None:
-        try:
-            targets[position] = run.tokenizer.token_id(requested)
-        except InputError as error:
-            raise InputError(error.message, where="--target", hint=error.hint) from None
-    else:
-        targets[position] = int(forward.logits[0, position].argmax())
+def _masked_losses(run: Run, forward: ForwardPass) -> list[float | None]:
+    """Mask one token per row, and predict it."""
+    mask, tokens = ControlTokens.of(run.tokenizer).mask, forward.tokens[0]
+    length = len(tokens)
+    losses: list[float | None] = [None] * length
+    positions = [index for index in range(1, length - 1) if int(tokens[index]) != mask]
+    for chunk in torch.split(torch.tensor(positions, dtype=torch.long), max(1, _BATCH_TOKENS // length)):
+        rows, numbers = tokens.repeat(len(chunk), 1), torch.arange(len(chunk))
+        rows[numbers, chunk] = mask
+        values = token_losses(forward.network(rows)[numbers, chunk], tokens[chunk]).tolist()
+        for index, value in zip(chunk.tolist(), values, strict=True):
+            losses[index] = value
+    return losses
+
+
+def _targets(run: Run, forward: ForwardPass, truth: Tensor, position: int, requested: str | None) -> list[int]:
+    """The true token of each position; the requested or the most likely one at `position`, and where the true one is unknown."""
+    best = forward.logits[0].argmax(-1)
+    targets: list[int] = torch.where(truth >= 0, truth, best).tolist()
+    if requested is None:
+        targets[position] = int(best[position])
+        return targets
+    try:
+        targets[position] = run.tokenizer.token_id(requested)
+    except InputError as error:
+        raise InputError(error.message, where="--target", hint=error.hint) from None
     return targets
 
 

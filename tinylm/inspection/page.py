@@ -77,6 +77,7 @@ def collect(inspection: Inspection, views: list[CheckpointView], options: PageOp
         "checkpoint": inspection.checkpoint.name,
         "version": tinylm.__version__,
         "architecture": network.architecture,
+        "causal": network.is_causal,
         "parameters": network.parameter_count(),
         "measured_on": describe(options.sources) if options.sources else "the run's held-out text",
         "missing": inspection.missing,

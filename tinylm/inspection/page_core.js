@@ -53,6 +53,10 @@ function bars(items, isSigned = false) {
   }
   return box;
 }
+// Whether a mouse has moved onto an element. Scrolling by keyboard also moves elements under a resting mouse.
+let pointer = [-1, -1];
+const hovers = event => event.pointerType !== "touch" && (event.clientX !== pointer[0] || event.clientY !== pointer[1]);
+for (const type of ["pointermove", "pointerdown"]) document.addEventListener(type, event => { pointer = [event.clientX, event.clientY]; });
 // A row of tokens. Arrow keys move inside it, so that it is a single stop for the Tab key.
 function strip(container, texts, choose, label) {
   container.replaceChildren(...texts.map((text, index) => {
@@ -62,7 +66,7 @@ function strip(container, texts, choose, label) {
   }));
   const pick = event => { const button = event.target.closest(".t"); if (button) choose(+button.dataset.i, event.type); };
   container.onclick = pick;
-  container.onpointerover = event => { if (event.pointerType !== "touch") pick(event); };
+  container.onpointerover = event => { if (hovers(event)) pick(event); };
   container.addEventListener("focusin", pick);
   container.onkeydown = event => arrows(event, container);
 }

@@ -19,7 +19,7 @@ from tinylm.inspection.attribution import attribution
 from tinylm.inspection.encoding import encode
 from tinylm.inspection.heads import KINDS, entropy_bits
 from tinylm.inspection.overview import Inspection
-from tinylm.recipe.schema import DecoderSection
+from tinylm.recipe.schema import TransformerSection
 from tinylm.tokenizer.explain import explain
 
 _NEAREST = 8
@@ -73,7 +73,7 @@ def embeddings(inspection: Inspection) -> dict[str, Any] | None:
         for id, ids, values in zip(unique, top.indices.tolist(), top.values.tolist(), strict=True)
     }
     model = network.model
-    position = model.position if isinstance(model, DecoderSection) else "none"
+    position = model.position if isinstance(model, TransformerSection) else "none"
     return {
         "parts": [
             {"name": label, "values": encode(vectors, "f2"), "norms": encode(vectors.norm(dim=-1), "f4")}
@@ -81,7 +81,7 @@ def embeddings(inspection: Inspection) -> dict[str, Any] | None:
         ],
         "nearest": nearest,
         "position": position,
-        "theta": (model.rope_theta or 10000.0) if isinstance(model, DecoderSection) and position == "rope" else None,
+        "theta": (model.rope_theta or 10000.0) if isinstance(model, TransformerSection) and position == "rope" else None,
     }
 
 
@@ -109,7 +109,7 @@ def attention(inspection: Inspection) -> dict[str, Any] | None:
         "group": group,
         "causal": causal,
         "softcap": getattr(model, "attention_softcap", None),
-        "windows": [model.window_of(layer) if isinstance(model, DecoderSection) else None for layer in layers],
+        "windows": [model.window_of(layer) if isinstance(model, TransformerSection) else None for layer in layers],
         "strongest": scores.strongest()[0],
         "patterns": encode(patterns[..., lower] if causal else patterns.flatten(-2), "u2"),
         "entropy": encode(entropy_bits(patterns).mean(-1), "f4"),
@@ -195,6 +195,6 @@ def attributions(inspection: Inspection) -> dict[str, Any] | None:
 
 
 def sampling(inspection: Inspection) -> dict[str, Any]:
-    """All logits after the last token, sorted, and the ids of the most likely tokens."""
-    ordered = inspection.forward.logits[0, -1].float().sort(descending=True)
-    return {"logits": encode(ordered.values, "f4"), "ids": ordered.indices[:200].tolist()}
+    """All logits of the sampled prediction, sorted, and the ids of the most likely tokens."""
+    ordered = inspection.forward.logits[0, inspection.predicted_at].float().sort(descending=True)
+    return {"logits": encode(ordered.values, "f4"), "ids": ordered.indices[:200].tolist(), "position": inspection.predicted_at}

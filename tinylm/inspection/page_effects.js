@@ -51,7 +51,7 @@ const range = n => Array.from({ length: n }, (_, i) => i);
     lines.forEach(([label, values, style], index) => { make("path", { class: style, d: values.map((value, k) => (k ? "L" : "M") + x(k) + " " + y(value)).join(" ") }); make("text", { x: 40 + 125 * index, y: 184 }, label); });
     return el("div", {}, el("h3", {}, title), svg);
   }
-  const charts = el("div", { className: "columns" }, chart("Loss on this text, nats per token", [["", mean, ""]], Math.min(...mean), Math.max(...mean)));
+  const charts = el("div", { className: "columns" }); if (losses.shape[1]) charts.append(chart("Loss on this text, nats per token", [["", mean, ""]], Math.min(...mean), Math.max(...mean)));
   if (scores) { const best = kind => range(K).map(k => Math.max(...range(scores[kind].shape[1]).flatMap(l => range(scores[kind].shape[2]).map(h => scores[kind].at(k, l, h))))); charts.append(chart("Best head score", [["\u2014 previous", best("previous_token"), ""], ["- - duplicate", best("duplicate_token"), "dash"], ["\u00b7 \u00b7 induction", best("induction"), "dots"]], 0, 1)); }
   const canvas = el("canvas", { "aria-hidden": "true" }); canvas.style.width = "min(100%, 16rem)";
   box.append(charts, el("div", { className: "controls" }, el("label", {}, "checkpoint ", slider, now)), el("div", { className: "columns" }, el("div", {}, strong, detail), patterns ? canvas : null));
@@ -59,8 +59,8 @@ const range = n => Array.from({ length: n }, (_, i) => i);
   function show() {
     const k = +slider.value;
     now.textContent = "step " + steps[k]; slider.setAttribute("aria-valuetext", "step " + steps[k]);
-    paint(strong, index => index ? level(losses.at(k, index - 1) / Math.LN2, bitBounds) : 0);
-    const lines = ["Loss " + mean[k].toFixed(3) + " nats per token."];
+    paint(strong, index => index && losses.shape[1] ? level(losses.at(k, index - 1) / Math.LN2, bitBounds) : 0);
+    const lines = losses.shape[1] ? ["Loss " + mean[k].toFixed(3) + " nats per token."] : [];
     if (scores) { const { layer, head } = state; lines.push("Selected head L" + layer + "H" + head + ": " + Object.keys(scores).map(kind => kindNames[kind] + " " + scores[kind].at(k, layer, head).toFixed(2)).join(", ") + "."); for (const kind of Object.keys(scores)) { const first = range(K).find(i => range(scores[kind].shape[1]).some(l => range(scores[kind].shape[2]).some(h => scores[kind].at(i, l, h) >= 0.3))); lines.push("First " + kindNames[kind] + " head: " + (first === undefined ? "not yet." : "by step " + steps[first] + ".")); } }
     if (patterns) { const n = patterns.shape[3]; drawMatrix(canvas, n, (i, j) => patterns.at(k, state.layer, state.head, i, j)); lines.push("The picture shows the attention of the selected head among the first " + n + " tokens at this step."); }
     detail.replaceChildren(...lines.map(line => el("p", {}, line)));

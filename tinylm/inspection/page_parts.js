@@ -7,7 +7,7 @@
   onToken(() => {
     for (const button of box.children) { const here = +button.dataset.i === state.token; button.setAttribute("aria-pressed", here); if (here || button.tabIndex === 0) button.tabIndex = here ? 0 : -1; }
     const row = rows[state.token];
-    $("token-facts").textContent = "[" + visible(row.text) + "] has id " + row.id + (row.loss === null ? ". Nothing comes before it, or it is not predicted, so it has no loss." : ". Loss " + row.loss.toFixed(3) + " nats = " + (row.loss / Math.LN2).toFixed(3) + " bits: the model gave it a probability of " + percent(Math.exp(-row.loss)) + ".");
+    $("token-facts").textContent = "[" + visible(row.text) + "] has id " + row.id + (row.loss === null ? ". It is not predicted from other tokens, so it has no loss." : ". Loss " + row.loss.toFixed(3) + " nats = " + (row.loss / Math.LN2).toFixed(3) + " bits: the model gave it a probability of " + percent(Math.exp(-row.loss)) + ".");
   });
   const words = $("words");
   if (data.tokens.reason) words.append(el("p", { className: "note" }, "Not available: " + data.tokens.reason));
@@ -66,7 +66,7 @@ const kindNames = { previous_token: "previous token", duplicate_token: "duplicat
   box.append(grid, title, statistics, el("div", { className: "columns" }, matrix, el("div", {}, tokensBox, text)), sum);
   let query = state.token;
   strip(tokensBox, rows.map((_, index) => tokenName(index)), index => { query = index; look(); }, "query");
-  matrix.onpointermove = event => { const rect = matrix.getBoundingClientRect(); query = Math.max(0, Math.min(T - 1, Math.floor((event.clientY - rect.top) / rect.height * T))); look(); };
+  matrix.onpointermove = event => { if (!hovers(event)) return; const rect = matrix.getBoundingClientRect(); query = Math.max(0, Math.min(T - 1, Math.floor((event.clientY - rect.top) / rect.height * T))); look(); };
   function look() {
     const { layer, head } = state, weights = rows.map((_, key) => weight(layer, head, query, key));
     paint(tokensBox, index => level(weights[index], shareBounds));

@@ -1,6 +1,6 @@
 // Parts 6 to 8: logit lens, attribution, sampling.
 (() => {
-  const part = data.lens, box = $("lens");
+  const part = data.lens, box = $("lens"), after = data.causal ? ", after token " : ", at token ";
   if (!part) return unavailable("lens", "lens");
   const ids = decode(part.ids), shares = decode(part.shares), ranks = decode(part.ranks), [layers, , count] = ids.shape;
   const label = layer => layer === 0 ? "embeddings" : "layer " + (layer - 1), detail = el("div", { id: "lens-detail", role: "status" }), cells = [];
@@ -9,9 +9,9 @@
   for (let layer = layers - 1; layer >= 0; layer--) {
     const row = el("tr", {}, el("th", {}, label(layer)));
     for (let position = 0; position < T; position++) {
-      const button = el("button", { type: "button", tabIndex: -1, "aria-label": label(layer) + ", after token " + position + ": " + name(ids.at(layer, position, 0)) + " " + percent(shares.at(layer, position, 0)) }, name(ids.at(layer, position, 0)).slice(0, 10) + "\n" + Math.round(100 * shares.at(layer, position, 0)) + "% #" + (ranks.at(layer, position) || "-"));
+      const button = el("button", { type: "button", tabIndex: -1, "aria-label": label(layer) + after + position + ": " + name(ids.at(layer, position, 0)) + " " + percent(shares.at(layer, position, 0)) }, name(ids.at(layer, position, 0)).slice(0, 10) + "\n" + Math.round(100 * shares.at(layer, position, 0)) + "% #" + (ranks.at(layer, position) || "-"));
       const choose = () => { at = [layer, position]; show(); };
-      button.onclick = choose; button.onfocus = choose; button.onpointerover = choose;
+      button.onclick = choose; button.onfocus = choose; button.onpointerover = event => { if (hovers(event)) choose(); };
       const td = el("td", { className: "l" + level(shares.at(layer, position, 0), shareBounds) }, button);
       cells.push([layer, position, td, button]);
       row.append(td);
@@ -22,12 +22,12 @@
   cells.find(([layer, position]) => layer === layers - 1 && position === T - 1)[3].tabIndex = 0;
   body.onkeydown = event => arrows(event, body, T);
   const scroller = el("div", { className: "scroll" }, grid);
-  box.append(scroller, el("p", { className: "note" }, "Each cell: best token, its probability, and # the rank of the token that really follows."), detail);
+  box.append(scroller, el("p", { className: "note" }, "Each cell: best token, its probability, and # the rank of the true token, which is " + (data.causal ? "the next one." : "the token at this position.")), detail);
   function show() {
     const [layer, position] = at, rank = ranks.at(layer, position);
     for (const [l, p, td] of cells) td.classList.toggle("selected", l === layer && p === position);
     const items = Array.from({ length: count }, (_, r) => ["[" + name(ids.at(layer, position, r)) + "]", shares.at(layer, position, r), percent(shares.at(layer, position, r))]);
-    detail.replaceChildren(el("h3", {}, label(layer) + ", after token " + position + " [" + tokenName(position) + "]" + (rank ? ": [" + tokenName(position + 1) + "] really follows, rank " + rank : "")), bars(items));
+    detail.replaceChildren(el("h3", {}, label(layer) + after + position + " [" + tokenName(position) + "]" + (rank ? ": [" + tokenName(position + (data.causal ? 1 : 0)) + "] is the true token, rank " + rank : "")), bars(items));
   }
   onToken(() => { at = [at[0], state.token]; show(); });
 })();
@@ -45,8 +45,8 @@
     let items = part.components.map((component, n) => [component, target.at(n, t) - (isDifference ? competitor.at(n, t) : 0)]);
     const sum = items.reduce((total, [, value]) => total + value, 0), logit = logits.at(0, t) - (isDifference ? logits.at(1, t) : 0);
     if (order.value === "size") items = items.sort((a, b) => Math.abs(b[1]) - Math.abs(a[1]));
-    const real = t + 1 < T && rows[t + 1].id === part.targets[t];
-    result.replaceChildren(el("p", {}, "After token " + t + " [" + tokenName(t) + "]; [" + wanted + "] is " + (real ? "the token that follows" : "the most likely or requested token") + ", [" + other + "] is its strongest competitor."),
+    const truth = data.causal ? rows[t + 1] : rows[t], real = truth && truth.id === part.targets[t];
+    result.replaceChildren(el("p", {}, (data.causal ? "After" : "At") + " token " + t + " [" + tokenName(t) + "]; [" + wanted + "] is " + (real ? "the true token" : "the most likely or requested token") + ", [" + other + "] is its strongest competitor."),
       bars(items.map(([component, value]) => [component, value, signed(value)]), true),
       el("p", { id: "attribution-sum" }, "Sum of " + items.length + " contributions " + signed(sum, 4) + "; the model computed " + signed(logit, 4) + "; remainder " + (logit - sum).toExponential(1) + ". The scale of the final norm is frozen." + (part.softcap ? " These are the logits before the soft-cap of " + part.softcap + "." : "")));
   }
@@ -64,7 +64,7 @@
     inputs[label] = input; output.textContent = label === "top-k" ? "off" : value;
     controls.append(el("label", {}, label, input, output));
   }
-  box.append(controls, result, el("p", { className: "note" }, "The loss of a token is -ln of its probability in nats, or -log\u2082 in bits: a token with probability 50 % costs 1 bit."));
+  box.append(el("p", {}, data.causal ? "After the last token:" : "At token " + part.position + " [" + tokenName(part.position) + "]:"), controls, result, el("p", { className: "note" }, "The loss of a token is -ln of its probability in nats, or -log\u2082 in bits: a token with probability 50 % costs 1 bit."));
   // Temperature, then top-k, then top-p, then min-p. The logits are sorted, largest first.
   function distribution() {
     const temperature = Math.max(+inputs.temperature.value, 1e-5), k = +inputs["top-k"].value || V, p = +inputs["top-p"].value, least = +inputs["min-p"].value;

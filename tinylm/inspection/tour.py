@@ -14,7 +14,7 @@ from tinylm.errors import InputError
 from tinylm.evaluation.scoring import token_losses
 from tinylm.inspection.overview import Inspection
 from tinylm.inspection.templates import fill, read
-from tinylm.recipe.schema import DecoderSection
+from tinylm.recipe.schema import TransformerSection
 from tinylm.tokenizer.explain import explain, visible
 
 MAX_WORDS = 80
@@ -144,7 +144,7 @@ def _positions(inspection: Inspection) -> Step:
         note = "Vectors alone do not say where a token stands. This model adds a vector for each position to the embedding."
         return Step(title, note, [(f"vector of position {position}", _numbers(vector)), ("length", f"{float(vector.norm()):.3f}")])
     model = network.model
-    if not isinstance(model, DecoderSection) or model.position != "rope":
+    if not isinstance(model, TransformerSection) or model.position != "rope":
         return Step(title, "This model does not add positions to its vectors.", [])
     theta, width = model.rope_theta or 10000.0, model.head_width
     note = (
@@ -258,7 +258,7 @@ def _blocks(inspection: Inspection) -> Step:
 
 
 def _logits(inspection: Inspection) -> Step:
-    top = inspection.forward.logits[0, -1].topk(min(_SHOWN, inspection.forward.logits.shape[-1]))
+    top = inspection.forward.logits[0, inspection.predicted_at].topk(min(_SHOWN, inspection.forward.logits.shape[-1]))
     numbers = [
         (_quote(inspection.token_text(id)), f"logit {value:.3f}")
         for id, value in zip(top.indices.tolist(), top.values.tolist(), strict=True)
@@ -276,7 +276,7 @@ def _logits(inspection: Inspection) -> Step:
 
 
 def _softmax(inspection: Inspection) -> Step:
-    logits = inspection.forward.logits[0, -1].double()
+    logits = inspection.forward.logits[0, inspection.predicted_at].double()
     total = float((logits - logits.max()).exp().sum())
     numbers = [("sum of e^(logit - largest)", f"{total:.4f}")]
     for id in logits.topk(min(_SHOWN, len(logits))).indices.tolist():
@@ -290,7 +290,7 @@ def _softmax(inspection: Inspection) -> Step:
 
 
 def _sampling(inspection: Inspection, seed: int) -> Step:
-    probabilities = inspection.forward.logits[0, -1].double().softmax(-1).cpu()
+    probabilities = inspection.forward.logits[0, inspection.predicted_at].double().softmax(-1).cpu()
     uniform = float(torch.rand((), generator=torch.Generator().manual_seed(seed)))
     ordered = probabilities.sort(descending=True)
     cumulative = ordered.values.cumsum(0)
@@ -331,8 +331,8 @@ def _loss(inspection: Inspection) -> Step:
 def _gradient_step(inspection: Inspection) -> Step:
     """Change the weight with the largest gradient by one step of gradient descent. The weight is restored afterwards."""
     title, network = "One gradient step", inspection.forward.network
-    if inspection.tokens[-1].loss is None:
-        return _not_available(inspection, title, "loss")
+    if not network.is_causal or inspection.tokens[-1].loss is None:
+        return Step(title, "Not in this tour: it is shown for models that predict the next token.", [])
     tokens = inspection.forward.tokens
     name, weight, gradient = _largest_gradient(network, tokens)
     index = int(gradient.abs().argmax())

@@ -8,6 +8,7 @@ from tinylm.data.split_text import PART_NAMES
 from tinylm.errors import InputError
 from tinylm.evaluation.evaluate_run import evaluate_run, measure_overlap
 from tinylm.evaluation.metrics import Metrics
+from tinylm.interchange import chat_files
 from tinylm.interchange.generation_check import Snippet
 from tinylm.interchange.huggingface import MODELING_FILE
 from tinylm.recipe.schema import DataSection, HeldoutShare, HeldoutSources, require_text
@@ -36,6 +37,8 @@ def model_card(
         "## Usage",
         _usage(name, snippet),
     ]
+    if run.chat_encoder is not None:
+        parts.append(chat_files.usage(name))
     if unsupported:
         parts.append(f"The folder includes `{MODELING_FILE}`, because no transformers class supports {', '.join(unsupported)}.")
     parts += ["## Recipe", f"```yaml\n{run.recipe.to_yaml()}```"]
@@ -49,7 +52,7 @@ def _results(run: Run, checkpoint: Checkpoint) -> str:
     rows: list[tuple[str, Metrics]] = []
     if metrics is not None:
         rows.append(("held-out, used to choose the checkpoint", metrics))
-    if run.has_test_split:
+    if run.has_test_split and run.chat_encoder is None:
         result = evaluate_run(run, split="test", checkpoint=checkpoint.name)
         rows.append(("test, never used during training", result.perplexity.metrics))
     if not rows:
@@ -61,6 +64,8 @@ def _results(run: Run, checkpoint: Checkpoint) -> str:
         values = dict(row.items())
         cells = (metric.formatted(values[metric]) if metric in values else "" for metric in columns)
         table.append(f"| {name} | {' | '.join(cells)} |")
+    if run.chat_encoder is not None:
+        return "\n".join(table) + "\n\nOnly the answers of conversations are scored, the ends of turns included."
     return (
         "\n".join(table)
         + "\n\nEvery token is scored once, and documents are scored separately. Bits per byte do not depend on the tokenizer."

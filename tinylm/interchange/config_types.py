@@ -7,94 +7,74 @@ number that is too large for a model, raises `InputError` with the name of its k
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from pydantic import BaseModel, ValidationError, create_model
 
 from tinylm.errors import InputError
-from tinylm.recipe.values import Blocks, ContextLength, Flag, OptionalPositive, OptionalWidth, Positive, ShareAboveZero, Width
-
-_OPEN = ConfigDict(extra="allow")
-
-
-@with_config(_OPEN)
-class _Rope(TypedDict, total=False):
-    rope_type: str
-    type: str
-    factor: OptionalPositive
-    rope_theta: OptionalPositive
-    partial_rotary_factor: ShareAboveZero | None
-    original_max_position_embeddings: ContextLength | None
-    low_freq_factor: OptionalPositive
-    high_freq_factor: OptionalPositive
-    beta_fast: OptionalPositive
-    beta_slow: OptionalPositive
-    attention_factor: OptionalPositive
-    truncate: Flag | None
+from tinylm.recipe.values import (
+    Blocks,
+    ContextLength,
+    CountOrZero,
+    Flag,
+    OptionalPositive,
+    OptionalWidth,
+    Positive,
+    ShareAboveZero,
+    ShareBelowOne,
+    Width,
+)
 
 
-@with_config(_OPEN)
-class _RopeParameters(_Rope, total=False):
-    full_attention: _Rope | None
-    sliding_attention: _Rope | None
+def _keys(types: Mapping[str, Any]) -> type[BaseModel]:
+    """Return a schema in which every key may be absent, and keys that are not listed are ignored."""
+    return create_model("ConfigJson", **{name: (kind, None) for names, kind in types.items() for name in names.split()})  # type: ignore[call-overload,no-any-return]
 
 
-@with_config(_OPEN)
-class _Config(TypedDict, total=False):
-    """The keys of all families. A key that is absent has the family's default, and null is accepted where transformers accepts it."""
-
-    n_layer: Blocks
-    num_layers: Blocks
-    num_hidden_layers: Blocks
-    n_head: Width
-    num_heads: Width
-    num_attention_heads: Width
-    num_key_value_heads: OptionalWidth
-    n_embd: Width
-    hidden_size: Width
-    n_inner: OptionalWidth
-    intermediate_size: OptionalWidth
-    head_dim: OptionalWidth
-    n_positions: ContextLength
-    n_ctx: ContextLength
-    max_position_embeddings: ContextLength
-    layer_norm_epsilon: Positive
-    layer_norm_eps: Positive
-    rms_norm_eps: Positive
-    activation_function: str
-    hidden_act: str
-    hidden_activation: str | None
-    tie_word_embeddings: Flag
-    use_parallel_residual: Flag
-    use_sliding_window: Flag
-    sliding_window: ContextLength | None
-    sliding_window_pattern: Blocks | None
-    window_size: ContextLength
-    layer_types: list[str] | None
-    attention_types: list[tuple[list[str], Blocks]]
-    no_rope_layers: list[Flag | int] | None
-    no_rope_layer_interval: Blocks
-    rope_theta: OptionalPositive
-    rope_local_base_freq: Positive
-    rotary_emb_base: OptionalPositive
-    rotary_pct: ShareAboveZero | None
-    partial_rotary_factor: ShareAboveZero | None
-    rope_scaling: _Rope | None
-    rope_parameters: _RopeParameters | None
-    query_pre_attn_scalar: OptionalPositive
-    attn_logit_softcapping: OptionalPositive
-    final_logit_softcapping: OptionalPositive
-
-
-_CONFIG = TypeAdapter(_Config)
+_ROPE = {
+    "rope_type type": str,
+    "factor rope_theta low_freq_factor high_freq_factor beta_fast beta_slow attention_factor": OptionalPositive,
+    "partial_rotary_factor": ShareAboveZero | None,
+    "original_max_position_embeddings": ContextLength | None,
+    "truncate": Flag | None,
+}
+_Rope = _keys(_ROPE)
+_RopeParameters = _keys({**_ROPE, "full_attention sliding_attention": _Rope | None})
+_Config = _keys(
+    {
+        "n_layer n_layers num_layers num_hidden_layers no_rope_layer_interval global_attn_every_n_layers": Blocks,
+        "n_head n_heads num_heads num_attention_heads n_embd hidden_size dim hidden_dim local_attention": Width,
+        "num_key_value_heads n_inner intermediate_size head_dim": OptionalWidth,
+        "n_positions n_ctx max_position_embeddings window_size": ContextLength,
+        "sliding_window": ContextLength | None,
+        "sliding_window_pattern": Blocks | None,
+        "layer_norm_epsilon layer_norm_eps norm_eps rms_norm_eps rope_local_base_freq": Positive,
+        "type_vocab_size": CountOrZero,
+        "pad_token_id": CountOrZero | None,
+        "hidden_dropout_prob": ShareBelowOne,
+        "global_rope_theta local_rope_theta": OptionalPositive,
+        "rope_theta rotary_emb_base query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping": OptionalPositive,
+        "rotary_pct partial_rotary_factor": ShareAboveZero | None,
+        "activation_function hidden_act": str,
+        "hidden_activation": str | None,
+        "tie_word_embeddings use_parallel_residual": Flag,
+        "use_sliding_window": Flag | None,
+        "layer_types": list[str] | None,
+        "no_rope_layers": list[bool | int] | None,
+        "attention_types": list[tuple[list[str], Blocks]],
+        "rope_scaling": _Rope | None,
+        "rope_parameters": _RopeParameters | None,
+    }
+)
+"""The keys of all families. null is accepted where transformers accepts it."""
 
 
 def check_types(config: Mapping[str, Any], where: str) -> None:
-    """Raise `InputError` for the first value of an unexpected type or size. Keys that no family has are ignored."""
+    """Raise `InputError` for the first value of an unexpected type or size."""
     try:
-        _CONFIG.validate_python(dict(config))
+        _Config.model_validate(dict(config))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"] if part in config or isinstance(part, int) or str(part).islower())
+        key = ".".join(str(part) for part in first["loc"][: 2 if first["loc"][0] in ("rope_scaling", "rope_parameters") else 1])
         message = str(first["msg"]).removeprefix("Value error, ")
         raise InputError(f"{key}: {message[0].lower()}{message[1:]}", where=where) from None

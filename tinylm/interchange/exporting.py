@@ -5,20 +5,26 @@ An export is written atomically: if verification fails, nothing is left at the d
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from tinylm.errors import InputError
-from tinylm.interchange import arpa, card, gguf, huggingface, onnx, verify
+from tinylm.evaluation.classify_texts import heldout_texts
+from tinylm.interchange import arpa, card, chat_files, encoder_folders, encoders, gguf, huggingface, marian, onnx, verify
 from tinylm.interchange.generation_check import Snippet
 from tinylm.model.base import Model
+from tinylm.model.encoder_decoder import EncoderDecoder
 from tinylm.paths import atomic_file, atomic_folder
+from tinylm.recipe.encoder import EncoderSection
+from tinylm.recipe.encoder_decoder import EncoderDecoderSection
+from tinylm.recipe.labels import ClassificationObjective
 from tinylm.reporting import SILENT, Reporter
 from tinylm.run import Checkpoint, Run
 from tinylm.tokenizer import Tokenizer
+from tinylm.translation.translator import Translator, source_tokenizer_of
 
 Format = Literal["hf", "gguf", "onnx", "arpa"]
 
@@ -73,16 +79,30 @@ def export(
     _check_destination(path, to, overwrite)
     chosen = run.checkpoint(checkpoint)
     if to == "gguf":
+        _refuse_classifier(run, to)
         gguf.check_supported(run.recipe.model, run.tokenizer)  # fail before loading the weights
     if to == "onnx":
         onnx.check_possible(run.recipe.model)
     if to == "hf":
         verify.require("transformers", "hf", "checking a Hugging Face folder")
-        huggingface.select_class(run.recipe.model)
+        if isinstance(run.recipe.model, EncoderDecoderSection):
+            marian.check_exportable(run.recipe.model, source_tokenizer_of(run) is not run.tokenizer)
+        elif isinstance(run.recipe.model, EncoderSection):
+            encoders.check_exportable(run.recipe.model, run.recipe.objective)
+        else:
+            _refuse_classifier(run, to)
+            huggingface.select_class(run.recipe.model)
     if to == "arpa":
         arpa.check_supported(run.recipe.model)
     writer = {"hf": _export_huggingface, "gguf": _export_gguf, "onnx": _export_onnx, "arpa": _export_arpa}[to]
     return writer(run, chosen, path, type, reporter)
+
+
+def _refuse_classifier(run: Run, to: Format) -> None:
+    if isinstance(run.recipe.objective, ClassificationObjective):
+        architecture = run.recipe.model.architecture
+        hint = "--to onnx exports every classifier"
+        raise InputError(f"a classifier of architecture {architecture} cannot be exported", where=f"--to {to}", hint=hint)
 
 
 def _check_destination(path: Path, to: Format, overwrite: bool) -> None:
@@ -107,7 +127,11 @@ def _common_fields(run: Run, checkpoint: Checkpoint, to: Format, path: Path) -> 
 
 
 def _export_huggingface(run: Run, checkpoint: Checkpoint, path: Path, type: str, reporter: Reporter) -> ExportResult:
+    if isinstance(run.recipe.model, EncoderDecoderSection):
+        return _export_translator(run, checkpoint, path, type)
     network = run.network(checkpoint, torch.device("cpu"))
+    if isinstance(network.model, EncoderSection):
+        return _export_encoder(run, checkpoint, network, path, type)
     class_name, unsupported = huggingface.select_class(network.model)
     if unsupported:
         reporter.note(
@@ -118,8 +142,10 @@ def _export_huggingface(run: Run, checkpoint: Checkpoint, path: Path, type: str,
         snippet = Snippet.choose(run.tokenizer, network.model.context_length, text, bool(unsupported))
         readme = card.model_card(run, checkpoint, network.parameter_count(), class_name, unsupported, snippet)
         huggingface.write(temporary, network, run.tokenizer, readme, type)
+        if run.chat_encoder is not None:
+            chat_files.write(temporary, run.chat_encoder)
         rounded = huggingface.round_weights(network, type)
-        difference, tokens = huggingface.check_export(temporary, rounded, run.tokenizer, text, snippet)
+        difference, tokens = huggingface.check_export(temporary, rounded, run.tokenizer, text, snippet, run.chat_encoder)
         perplexities = _perplexities(network, rounded, run.tokenizer, text) if type != "f32" else (None, None)
         size = sum(file.stat().st_size for file in temporary.iterdir())
     import transformers
@@ -138,6 +164,64 @@ def _export_huggingface(run: Run, checkpoint: Checkpoint, path: Path, type: str,
     )
 
 
+def _export_encoder(run: Run, checkpoint: Checkpoint, network: Model, path: Path, type: str) -> ExportResult:
+    """Write an encoder or its classifier in BERT's format."""
+    model, objective = network.model, run.recipe.objective
+    assert isinstance(model, EncoderSection)
+    class_name = encoders.check_exportable(model, objective)
+    with atomic_folder(path) as temporary:
+        text = _encoder_text(run)
+        name, parameters = run.recipe.name, network.parameter_count()
+        readme = encoder_folders.model_card(name, parameters, class_name, run.recipe.to_yaml(), objective)
+        encoder_folders.write(temporary, network, objective, run.tokenizer, readme, type)
+        rounded = huggingface.round_weights(network, type)
+        difference, tokens = encoder_folders.check_export(temporary, rounded, run.tokenizer, text)
+        size = sum(file.stat().st_size for file in temporary.iterdir())
+    import transformers
+
+    return ExportResult(
+        **_common_fields(run, checkpoint, "hf", path),
+        bytes=size,
+        architecture=class_name,
+        custom_code_reasons=(),
+        largest_difference=difference,
+        tokens_compared=tokens,
+        verified_with=(f"transformers {transformers.__version__}",),
+        type=type,
+    )
+
+
+def _export_translator(run: Run, checkpoint: Checkpoint, path: Path, type: str) -> ExportResult:
+    """Write an encoder-decoder for MarianMTModel."""
+    import transformers
+
+    translator = Translator.open(run, checkpoint.name, device="cpu")
+    with atomic_folder(path) as temporary:
+        readme = marian.model_card(run.recipe.name, translator.network.parameter_count(), run.recipe.to_yaml())
+        marian.write(temporary, translator, readme, type)
+        rounded = huggingface.round_weights(translator.network, type)
+        assert isinstance(rounded, EncoderDecoder)
+        difference, tokens = marian.check_folder(temporary, replace(translator, network=rounded), marian.sample_pairs(run))
+        size = sum(file.stat().st_size for file in temporary.iterdir())
+    return ExportResult(
+        **_common_fields(run, checkpoint, "hf", path),
+        bytes=size,
+        architecture=marian.CLASS,
+        custom_code_reasons=(),
+        largest_difference=difference,
+        tokens_compared=tokens,
+        verified_with=(f"transformers {transformers.__version__}",),
+        type=type,
+    )
+
+
+def _encoder_text(run: Run) -> str:
+    """Text to compare an encoder on. The held-out texts of a classifier are its labelled texts."""
+    if isinstance(run.recipe.objective, ClassificationObjective) and (run.path / "heldout").exists():
+        return "\n".join(run.tokenizer.decode(ids.tolist()) for ids in heldout_texts(run).documents()[:200])
+    return verify.sample_text(run)
+
+
 def _perplexities(network: Model, rounded: Model, tokenizer: Tokenizer, text: str) -> tuple[float, float]:
     """Return the perplexity of the rounded network and that of the original network on `text`."""
     rows = verify.windows([tokenizer.end_of_text or 0, *tokenizer.encode(text)], network.model.context_length)
@@ -148,7 +232,7 @@ def _export_gguf(run: Run, checkpoint: Checkpoint, path: Path, type: str, report
     network = run.network(checkpoint, torch.device("cpu"))
     architecture, _ = gguf.check_supported(network.model, run.tokenizer)
     with atomic_file(path) as temporary:
-        gguf.write(temporary, network, run.tokenizer, type, run.recipe.name)
+        gguf.write(temporary, network, run.tokenizer, type, run.recipe.name, run.chat_encoder)
         verification = gguf.check_export(temporary, network, run.tokenizer, verify.sample_text(run), type, reporter)
         size = temporary.stat().st_size
     return ExportResult(
@@ -172,7 +256,7 @@ def _export_onnx(run: Run, checkpoint: Checkpoint, path: Path, type: str, report
     network = run.network(checkpoint, torch.device("cpu"))
     with atomic_file(path) as temporary:
         onnx.write(temporary, network, run.recipe.name)
-        difference, tokens = onnx.check_export(temporary, network, run.tokenizer, verify.sample_text(run))
+        difference, tokens = onnx.check_export(temporary, network, run.tokenizer, _encoder_text(run))
         size = temporary.stat().st_size
     return ExportResult(
         **_common_fields(run, checkpoint, "onnx", path),

@@ -108,7 +108,7 @@ def _compare(model: Any, tokenizer: Any, network: Model, texts: Sequence[str], o
     compared = 0
     for row in range(len(texts)):
         prompt = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
-        generated = _until_end(output.sequences[row, prompt_length:], tokenizer.eos_token_id)
+        generated = _until_end(output.sequences[row, prompt_length:], model.generation_config.eos_token_id)
         ours = _log_probabilities(network, prompt, generated)
         difference = float((ours - theirs[row, : len(generated)]).abs().max())
         if not difference <= _MAX_DIFFERENCE:
@@ -120,9 +120,9 @@ def _compare(model: Any, tokenizer: Any, network: Model, texts: Sequence[str], o
     return compared
 
 
-def _until_end(ids: Tensor, end: int | None) -> Tensor:
-    """Return the ids up to and including the first end-of-text token; padding follows it."""
-    ends = (ids == end).nonzero() if end is not None else torch.empty(0)
+def _until_end(ids: Tensor, end: int | list[int] | None) -> Tensor:
+    """Return the ids up to and including the first end token; padding follows it."""
+    ends = torch.isin(ids, torch.tensor(end)).nonzero() if end is not None else torch.empty(0)
     return ids[: int(ends[0]) + 1] if len(ends) else ids
 
 

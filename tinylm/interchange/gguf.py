@@ -20,12 +20,13 @@ from torch import Tensor
 
 from tinylm.errors import InputError, WorkError
 from tinylm.evaluation.metrics import perplexity_of
-from tinylm.interchange import hf_architectures, huggingface, llama_cpp, verify
+from tinylm.interchange import chat_files, hf_architectures, huggingface, llama_cpp, verify
 from tinylm.model import registry
 from tinylm.model.base import Model
 from tinylm.recipe.schema import DecoderSection, ModelVariant
 from tinylm.reporting import SILENT, Reporter
 from tinylm.tokenizer import Tokenizer
+from tinylm.tokenizer.chat_template import ChatEncoder
 from tinylm.tokenizer.pretokenizer import split_pattern
 
 TYPES = ("f32", "f16", "q8_0", "q4_0")
@@ -117,8 +118,12 @@ _PATTERN_NAMES = {
 # Export.
 
 
-def write(path: Path, network: Model, tokenizer: Tokenizer, file_type: str, name: str) -> None:
-    """Write a GGUF file. `file_type`: one of `TYPES`. `name`: the model's name. Raises `InputError` as `check_supported` does."""
+def write(
+    path: Path, network: Model, tokenizer: Tokenizer, file_type: str, name: str, chat: ChatEncoder | None = None
+) -> None:
+    """Write a GGUF file, with the chat template of `chat`. `file_type`: one of `TYPES`. `name`: the model's name.
+
+    Raises `InputError` as `check_supported` does."""
     gguf = verify.require("gguf", "gguf", "writing GGUF")
     model = hf_architectures.decoder_section(network.model)
     architecture, pretokenizer = check_supported(model, tokenizer)
@@ -128,7 +133,7 @@ def write(path: Path, network: Model, tokenizer: Tokenizer, file_type: str, name
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(gguf.LlamaFileType[{"f32": "ALL_F32"}.get(file_type, f"MOSTLY_{file_type.upper()}")])
     _add_hyperparameters(writer, model, architecture)
-    _add_tokenizer(writer, gguf, tokenizer, pretokenizer)
+    _add_tokenizer(writer, gguf, tokenizer, pretokenizer, chat)
     for key, tensor in _tensors(network, architecture, gguf):
         data, quantization = _quantize(tensor.numpy(), _storage_type(key, tensor, file_type), gguf)
         writer.add_tensor(key, data, raw_dtype=quantization)
@@ -157,7 +162,7 @@ def _add_hyperparameters(writer: Any, model: DecoderSection, architecture: str) 
     writer.add_rope_freq_base(model.rope_theta or 10000.0)
 
 
-def _add_tokenizer(writer: Any, gguf: Any, tokenizer: Tokenizer, pretokenizer: str) -> None:
+def _add_tokenizer(writer: Any, gguf: Any, tokenizer: Tokenizer, pretokenizer: str, chat: ChatEncoder | None) -> None:
     values = json.loads(tokenizer.backend.to_str())
     added = tokenizer.backend.get_added_tokens_decoder()
     tokens, types = [], []
@@ -177,8 +182,10 @@ def _add_tokenizer(writer: Any, gguf: Any, tokenizer: Tokenizer, pretokenizer: s
     writer.add_token_merges(merges or [f"{tokens[end or 0]} {tokens[end or 0]}"])  # must not be empty; this merge never applies
     if end is not None:  # llama.cpp's default would be id 11
         writer.add_bos_token_id(end)
-        writer.add_eos_token_id(end)
+        writer.add_eos_token_id(end if chat is None else chat.end_of_turn)
         writer.add_pad_token_id(end)
+    if chat is not None:
+        chat_files.add_to_gguf(writer, chat)
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
 

@@ -295,9 +295,9 @@ IMPORTED = ("gpt2", *LLAMA_LIKE, *hf_variants.CONVERTED)
 def _check_supported(config: Mapping[str, Any], kind: str, where: str) -> None:
     for key, value in {**hf_variants.REQUIRED_SETTINGS, **_REQUIRED_SETTINGS}.get(kind, _REQUIRED_SETTINGS["llama"]).items():
         if config.get(key, value) != value:
-            raise InputError(f"{key} {config[key]!r} is not supported", where=where)
+            raise InputError(f"{key} {show(config[key])} is not supported", where=where)
     if kind == "gpt2" and config.get("activation_function", "gelu_new") not in _ACTIVATIONS_FROM_HF:
-        raise InputError(f"activation_function {config['activation_function']!r} is not supported", where=where)
+        raise InputError(f"activation_function {show(config['activation_function'])} is not supported", where=where)
 
 
 def _gpt2_section_values(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from tinylm.errors import InputError
 from tinylm.interchange.rope_config import import_rope, import_rope_scaling
 from tinylm.recipe.schema import DecoderSection
+from tinylm.recipe.values import show
 
 PopTensor = Callable[..., Tensor]
 CONVERTED = ("gpt_neox", "gpt_neo")
@@ -71,7 +72,7 @@ def section_values(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _activation(name: str, where: str) -> str:
     if name not in _ACTIVATIONS:
-        raise InputError(f"activation {name!r} is not supported", where=where)
+        raise InputError(f"activation {show(name)} is not supported", where=where)
     return _ACTIVATIONS[name]
 
 
@@ -95,7 +96,7 @@ def _gpt_neox(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _gpt_neo(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     kinds = [kind for kinds, count in config["attention_types"] for kind in kinds * count]
     if set(kinds) - {"global", "local"} or len(kinds) != config["num_layers"]:
-        raise InputError(f"invalid attention_types {config['attention_types']}", where=where)
+        raise InputError(f"invalid attention_types {show(config['attention_types'])}", where=where)
     windowed = {"attention_window": config.get("window_size", 256), "attention_pattern": kinds} if "local" in kinds else {}
     return {
         "preset": "gpt2",
@@ -151,9 +152,9 @@ def _gemma3_rope(config: Mapping[str, Any], has_local: bool, where: str) -> dict
     if import_rope_scaling(local, config, where) is not None:
         raise InputError("scaled rotary embeddings in local blocks are not supported", where=where)
     return {
-        "rope_theta": float(full["rope_theta"]),
+        "rope_theta": float(full.get("rope_theta") or 1e6),
         "rope_scaling": import_rope_scaling(full, config, where),
-        "rope_theta_local": float(local["rope_theta"]) if has_local else None,
+        "rope_theta_local": float(local.get("rope_theta") or 10000.0) if has_local else None,
     }
 
 

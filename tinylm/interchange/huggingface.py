@@ -27,13 +27,14 @@ from tokenizers import AddedToken
 from torch import Tensor
 
 from tinylm.errors import InputError, WorkError
-from tinylm.interchange import hf_architectures, verify
+from tinylm.interchange import chat_files, hf_architectures, verify
 from tinylm.interchange.generation_check import Snippet, check_generation
 from tinylm.model.base import Model
 from tinylm.recipe.schema import DecoderSection, ModelVariant, to_plain
 from tinylm.recipe.support import ANY, COMMON, Supports, check_supported
 from tinylm.recipe.values import show
 from tinylm.tokenizer import Tokenizer
+from tinylm.tokenizer.chat_template import ChatEncoder
 from tinylm.tokenizer.tokenizer import END_OF_TEXT
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -201,7 +202,9 @@ def round_weights(network: Model, type: str) -> Model:
     return rounded
 
 
-def check_export(folder: Path, network: Model, tokenizer: Tokenizer, text: str, snippet: Snippet) -> tuple[float, int]:
+def check_export(
+    folder: Path, network: Model, tokenizer: Tokenizer, text: str, snippet: Snippet, chat: ChatEncoder | None = None
+) -> tuple[float, int]:
     """Load the folder with transformers and return (largest difference of logits on `text`, number of compared tokens).
 
     Raises `WorkError` if the logits, the token ids or the generated text differ, `InputError` if transformers is not installed.
@@ -215,7 +218,14 @@ def check_export(folder: Path, network: Model, tokenizer: Tokenizer, text: str, 
             other = load_model(folder, folder / MODELING_FILE)
         except Exception as error:  # whatever the exception, the export is not usable
             raise WorkError(f"transformers cannot load the exported folder: {' '.join(str(error).split())[:300]}") from error
-        verify.check_ids(tokenizer, lambda probe: list(other_tokenizer(probe)["input_ids"]), text, "the exported tokenizer")
+        options = {} if chat is None else {"split_special_tokens": True}
+
+        def encode(probe: str) -> list[int]:
+            return list(other_tokenizer(probe, **options)["input_ids"])
+
+        verify.check_ids(tokenizer, encode, text, "the exported tokenizer")
+        if chat is not None:
+            chat_files.check_ids(other_tokenizer, chat)
     rows = verify.windows([tokenizer.end_of_text or 0, *tokenizer.encode(text)], network.model.context_length)
     difference = verify.largest_difference(network, lambda ids: other(ids).logits, rows)
     verify.check_logits(difference, "the exported folder")
@@ -228,7 +238,7 @@ def load_model(folder: Path, code: Path) -> Any:
     """Load the folder's model in float32 with transformers. `code`: the modeling file for a folder with tinylm's own class."""
     import transformers
 
-    if _read_config(folder).get("model_type") == _MODEL_TYPE:
+    if read_config(folder).get("model_type") == _MODEL_TYPE:
         return (
             getattr(_import_file(code), _MODEL_CLASS)
             .from_pretrained(folder, use_safetensors=True, **float32_argument(transformers))
@@ -282,8 +292,8 @@ def read(
     `tokenizer_file`: a tokenizer.json to use instead of the folder's own. `trust_pickle`: allow reading pytorch_model.bin.
     Raises `InputError` if something is missing, damaged or not supported.
     """
-    config = _read_config(folder)
-    tensors = dict(_read_tensors(folder, trust_pickle))
+    config = read_config(folder)
+    tensors = dict(read_tensors(folder, trust_pickle))
     where = str(folder)
     if config.get("model_type") == _MODEL_TYPE:
         model = _tinylm_model_section(config, where)
@@ -292,10 +302,10 @@ def read(
         model = hf_architectures.model_section_from_config(config, tensors, str(folder / "config.json"))
         state = hf_architectures.import_state_dict(tensors, model, str(config["model_type"]), where, config)
     tokenizer = Tokenizer.load(folder if tokenizer_file is None else tokenizer_file)
-    return model, state, tokenizer if tokenizer_file else _rename_end_of_text(tokenizer, config)
+    return model, state, tokenizer if tokenizer_file else rename_end_of_text(tokenizer, config)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if path.exists() and not path.is_file():  # reading a named pipe would wait forever
         raise InputError("is not a file", where=str(path))
@@ -327,7 +337,7 @@ def _tinylm_model_section(config: Mapping[str, Any], where: str) -> DecoderSecti
     return model
 
 
-def _read_tensors(folder: Path, trust_pickle: bool) -> Iterator[tuple[str, Tensor]]:
+def read_tensors(folder: Path, trust_pickle: bool) -> Iterator[tuple[str, Tensor]]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
@@ -381,7 +391,7 @@ def load_pickle(path: Path, trusted: bool) -> dict[str, Any]:
     return value
 
 
-def _rename_end_of_text(tokenizer: Tokenizer, config: Mapping[str, Any]) -> Tokenizer:
+def rename_end_of_text(tokenizer: Tokenizer, config: Mapping[str, Any]) -> Tokenizer:
     """Rename the token with config.json's `eos_token_id` to `<|endoftext|>`, unless the tokenizer already has such a token."""
     end = config.get("eos_token_id")
     end = end[0] if isinstance(end, list) and end else end

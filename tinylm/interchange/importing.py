@@ -19,12 +19,23 @@ import tinylm
 from tinylm.errors import InputError
 from tinylm.evaluation.metrics import LANGUAGE_MODEL
 from tinylm.file_kinds import identify
-from tinylm.interchange import arpa, hub, huggingface, nanogpt, verify
+from tinylm.interchange import arpa, encoder_folders, hub, huggingface, marian, nanogpt, verify
 from tinylm.model import registry
-from tinylm.model.base import Model
+from tinylm.model.base import BODY, Model
 from tinylm.paths import atomic_folder, atomic_write_text
 from tinylm.recipe.fixed_context import NgramSection
-from tinylm.recipe.schema import DataSection, DecoderSection, FileTokenizer, Recipe, TrainingSection
+from tinylm.recipe.labels import ClassificationObjective, LabelsSection
+from tinylm.recipe.pairs import PairSources, PairsSection, TranslationObjective
+from tinylm.recipe.schema import (
+    CausalLMObjective,
+    DataSection,
+    DataVariant,
+    DecoderSection,
+    FileTokenizer,
+    ObjectiveVariant,
+    Recipe,
+    TrainingSection,
+)
 from tinylm.recipe.values import run_name
 from tinylm.reporting import SILENT, Reporter
 from tinylm.run import check_run_folder, shape_mismatch
@@ -78,12 +89,98 @@ def import_model(
         return _import_arpa(Path(source), folder, tokenizer, context)
     is_remote = name.startswith(hub.PREFIX)
     source = hub.download(name, trust_pickle=trust_pickle) if is_remote else Path(source)
+    if marian.is_marian(source):
+        if context is not None:
+            raise InputError("has no effect on Marian models", where="--context")
+        tokenizer_file = None if tokenizer is None else Path(tokenizer)
+        model_name = name if is_remote else str(source.absolute())
+        return _import_translator(source, folder, model_name, tokenizer_file, trust_pickle, reporter)
+    if encoder_folders.is_encoder(source):
+        options = _EncoderOptions(None if tokenizer is None else Path(tokenizer), context, trust_pickle)
+        return _import_encoder(source, folder, name if is_remote else str(source.absolute()), options, reporter)
     model, state, source_tokenizer = _read(source, None if tokenizer is None else Path(tokenizer), trust_pickle)
     model, state = _shorten_context(model, state, context)
     network, run_tokenizer = _build_network(model, state, source_tokenizer, str(source), reporter)
     difference, tokens, reference = _compare_with_transformers(source, network, run_tokenizer, reporter)
     with atomic_folder(folder) as temporary:
         _write(temporary, folder, name if is_remote else str(source.absolute()), network, run_tokenizer)
+    return ImportResult(
+        run=str(folder),
+        source=name,
+        preset=model.preset,
+        parameters=network.parameter_count(),
+        context_length=model.context_length,
+        vocab_size=network.vocab_size,
+        largest_difference=difference,
+        tokens_compared=tokens,
+        verified_with=reference,
+    )
+
+
+@dataclass(frozen=True)
+class _EncoderOptions:
+    tokenizer: Path | None
+    context: int | None
+    trust_pickle: bool
+
+
+def _import_encoder(source: Path, folder: Path, name: str, options: _EncoderOptions, reporter: Reporter) -> ImportResult:
+    """Import BERT, DistilBERT, RoBERTa or ModernBERT: a masked model, a classifier, or an encoder without a head."""
+    imported, tokenizer = encoder_folders.read(source, options.tokenizer, trust_pickle=options.trust_pickle)
+    model, state, prefix = imported.model, imported.state, BODY if isinstance(imported.objective, ClassificationObjective) else ""
+    if options.context is not None:
+        check_context(model.context_length, options.context)
+        model = model.model_copy(update={"context_length": options.context})
+        if f"{prefix}positions.weight" in state:
+            state = {**state, f"{prefix}positions.weight": state[f"{prefix}positions.weight"][: options.context]}
+    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    mismatch = shape_mismatch(model, tokenizer.vocab_size, shapes, objective=imported.objective)
+    if mismatch is not None:
+        raise InputError(f"the tensors do not match config.json: {mismatch}", where=str(source))
+    network = registry.build(model, tokenizer.vocab_size, None, objective=imported.objective)
+    network.load_stored_weights({key: tensor.float() for key, tensor in state.items()})
+    network.eval()
+    if not imported.has_head:
+        reporter.warn("the source has no head, so only its hidden states and sentence vectors mean something, not filled masks")
+    compared = encoder_folders.compare_with_transformers(source, network, tokenizer)
+    difference, tokens, reference = (None, 0, None) if isinstance(compared, str) else compared
+    if isinstance(compared, str):
+        reporter.warn(f"not compared with the original: {compared}")
+    elif difference is not None:
+        verify.check_logits(difference, "the import")
+    with atomic_folder(folder) as temporary:
+        _write(temporary, folder, name, network, tokenizer, imported.objective)
+    return ImportResult(
+        run=str(folder),
+        source=name,
+        preset=model.preset,
+        parameters=network.parameter_count(),
+        context_length=model.context_length,
+        vocab_size=network.vocab_size,
+        largest_difference=difference,
+        tokens_compared=tokens,
+        verified_with=reference,
+    )
+
+
+def _import_translator(
+    source: Path, folder: Path, name: str, tokenizer_file: Path | None, trust_pickle: bool, reporter: Reporter
+) -> ImportResult:
+    """Import a Marian model."""
+    model, state, tokenizer = marian.read(source, tokenizer_file, trust_pickle=trust_pickle)
+    mismatch = shape_mismatch(model, tokenizer.vocab_size, {key: tuple(tensor.shape) for key, tensor in state.items()})
+    if mismatch is not None:
+        raise InputError(f"the tensors do not match config.json: {mismatch}", where=str(source))
+    network = registry.build(model, tokenizer.vocab_size, None)
+    network.load_stored_weights({key: tensor.float() for key, tensor in state.items()})
+    compared = marian.compare_with_transformers(source, network.eval(), tokenizer)
+    difference, tokens, reference = (None, 0, None) if isinstance(compared, str) else compared
+    if isinstance(compared, str):
+        reporter.warn(f"not compared with the original: {compared}")
+    elif difference is not None:
+        verify.check_logits(difference, "the import")
+    with atomic_folder(folder) as temporary:
+        _write(temporary, folder, name, network, tokenizer, TranslationObjective())
     return ImportResult(
         run=str(folder),
         source=name,
@@ -155,13 +252,18 @@ def _read(source: Path, tokenizer: Path | None, trust_pickle: bool) -> tuple[Dec
     return model, state, Tokenizer.load(tokenizer)
 
 
+def check_context(context_length: int, context: int) -> None:
+    """Raise `InputError` unless a model with this context length can be shortened to `context`."""
+    if not 1 <= context <= context_length:
+        raise InputError(f"must be between 1 and the model's context length ({context_length:,})", where="--context")
+
+
 def _shorten_context(
     model: DecoderSection, state: dict[str, Tensor], context: int | None
 ) -> tuple[DecoderSection, dict[str, Tensor]]:
     if context is None:
         return model, state
-    if not 1 <= context <= model.context_length:
-        raise InputError(f"must be between 1 and the model's context length ({model.context_length:,})", where="--context")
+    check_context(model.context_length, context)
     if "positions.weight" in state:
         state = {**state, "positions.weight": state["positions.weight"][:context]}
     return model.model_copy(update={"context_length": context}), state
@@ -245,12 +347,21 @@ def _load_reference(source: Path) -> tuple[Callable[[Tensor], Tensor], str] | st
     return (lambda ids: other(ids).logits), f"transformers {transformers.__version__}"
 
 
-def _write(temporary: Path, folder: Path, source: str, network: Model, tokenizer: Tokenizer) -> None:
+def _write(
+    temporary: Path, folder: Path, source: str, network: Model, tokenizer: Tokenizer, objective: ObjectiveVariant | None = None
+) -> None:
+    sources: Any = (f"imported:{source}",)
+    data: DataVariant = DataSection(train=sources)
+    if isinstance(objective, ClassificationObjective):
+        data = LabelsSection(train=sources)
+    elif isinstance(objective, TranslationObjective):
+        data = PairsSection(train=PairSources(sources=sources))
     recipe = Recipe(
         name=run_name(folder.name, "imported"),
-        data=DataSection(train=(f"imported:{source}",)),
+        data=data,
         tokenizer=FileTokenizer(kind="file", path=str(folder / "tokenizer.json")),
         model=network.model,
+        objective=objective or CausalLMObjective(),
         training=TrainingSection(epochs=1) if network.model.learns_by_counting else TrainingSection(steps=1),
     )
     header = "# Imported weights: `data` and `training` are placeholders. To fine-tune, set model.init_from in another recipe.\n"

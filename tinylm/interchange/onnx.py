@@ -20,6 +20,12 @@ from tinylm.tokenizer import Tokenizer
 
 SUPPORTS: Supports = {**COMMON, "rope_scaling": ANY, "rope_fraction": ANY}
 """The values of the keys of `model:` whose graphs torch exports for any batch size and length."""
+ENCODERS: Supports = {
+    **SUPPORTS,
+    "architecture": ("encoder",),
+    **dict.fromkeys(("token_types", "head_transform", "head_bias", "norm_first_block"), ANY),
+}
+"""The same for encoders."""
 _EXTRA_SHAPES = ((1, 1), (3, 5))
 """Shapes `(batch, time)` that `check_export` tries in addition to real text, because the file must accept any shape."""
 
@@ -38,7 +44,7 @@ class _Logits(nn.Module):
 
 def check_possible(model: ModelVariant) -> None:
     """Raise `InputError` if the model is not supported, or if a package that export or verification needs is missing."""
-    check_supported(model, SUPPORTS, "ONNX export", "--to onnx")
+    check_supported(model, ENCODERS if model.bidirectional else SUPPORTS, "ONNX export", "--to onnx")
     for module in ("onnx", "onnxscript", "onnxruntime"):
         verify.require(module, "onnx", "writing ONNX")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from tinylm.errors import InputError
 from tinylm.recipe.schema import RopeScaling
+from tinylm.recipe.values import show
 
 _NAMES = {
     "factor": "factor",
@@ -57,10 +58,12 @@ def import_rope_scaling(rope: Mapping[str, Any], config: Mapping[str, Any], wher
         return None
     if kind not in TYPES:
         known = ", ".join(TYPES)
-        raise InputError(f"rotary embeddings scaled by {kind!r} are not supported (supported: {known})", where=where)
+        raise InputError(f"rotary embeddings scaled by {show(kind)} are not supported (supported: {known})", where=where)
     unknown = {key for key in rope if key not in _OTHER_KEYS and key not in _NAMES.values() and rope[key] is not None}
     if kind == "yarn" and unknown:
         raise InputError(f"yarn with {', '.join(sorted(unknown))} is not supported", where=where)
+    if rope.get("factor") is None:
+        raise InputError(f"rotary embeddings scaled by {show(kind)} need a factor", where=where)
     original = rope.get("original_max_position_embeddings") or config.get("max_position_embeddings") or 0
     values = {ours: rope[theirs] for ours, theirs in _NAMES.items() if rope.get(theirs) is not None}
     if kind == "linear":

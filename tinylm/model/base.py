@@ -18,6 +18,9 @@ from tinylm.errors import InputError
 from tinylm.model.hooks import HookedModule
 from tinylm.recipe.schema import ModelVariant, ObjectiveVariant
 
+BODY = "body."
+"""The beginning of the names of the weights of a classifier's network without its head."""
+
 
 class Model(HookedModule):
     """A network that predicts tokens. `model` is its section of the recipe.

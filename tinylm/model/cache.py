@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tinylm.recipe.schema import DecoderSection
+from tinylm.recipe.transformer import TransformerSection
 
 
 class KVCache:
@@ -22,7 +22,7 @@ class KVCache:
     contains views of all rows.
     """
 
-    def __init__(self, model: DecoderSection, rows: int, capacity: int, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, model: TransformerSection, rows: int, capacity: int, *, device: torch.device, dtype: torch.dtype) -> None:
         shape = (model.n_layer, rows, capacity, model.kv_heads, model.head_width)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)

@@ -12,20 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from tinylm.errors import InputError
-from tinylm.model.base import Model
+from tinylm.model.base import BODY, Model
 from tinylm.model.functions import Dropout
 from tinylm.model.stateful import StatefulModel
 from tinylm.recipe.labels import ClassificationObjective
 from tinylm.recipe.schema import ModelVariant
 
-BODY = "body."
-"""The beginning of the names of the weights of the network without its head."""
 _ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
 _INITIAL_STD = 0.02
 
 
-def text_hidden(network: Model, tokens: Tensor, segments: Tensor) -> Tensor:
-    """The final hidden states (B, T, C) of one text per row, ids (B, T). `segments` (B, T) is 0, or negative for padding at the end.
+def text_hidden(network: Model, tokens: Tensor, segments: Tensor | None) -> Tensor:
+    """The final hidden states (B, T, C) of one text per row, ids (B, T). `segments` (B, T): negative for padding at the end.
+
+    Without `segments`, there is no padding.
 
     A causal network needs no mask, because padding comes after the text.
     """
@@ -35,10 +35,12 @@ def text_hidden(network: Model, tokens: Tensor, segments: Tensor) -> Tensor:
     return network.hidden(tokens, segments=None if network.is_causal else segments)
 
 
-def pool(hidden: Tensor, segments: Tensor, how: str) -> Tensor:
+def pool(hidden: Tensor, segments: Tensor | None, how: str) -> Tensor:
     """Hidden states (B, T, C) -> one vector per text (B, C). `how`: cls, mean or last. Padding has negative `segments`."""
     if how == "cls":
         return hidden[:, 0]
+    if segments is None:
+        return hidden.mean(dim=1) if how == "mean" else hidden[:, -1]
     is_text = segments >= 0
     lengths = is_text.sum(dim=1)
     if how == "last":
@@ -86,7 +88,6 @@ class SequenceClassifier(Model):
         """Ids (B, T), one text per row -> logits (B, L). Padding has negative `segments`."""
         if targets is not None:
             raise ValueError("the objective computes the loss of a classifier")
-        segments = torch.zeros_like(tokens) if segments is None else segments
         self.body.recompute = self.recompute
         vectors = pool(text_hidden(self.body, tokens, segments), segments, self.pool)  # (B, C)
         if self.pooler is not None:

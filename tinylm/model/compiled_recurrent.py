@@ -19,6 +19,9 @@ _LOAD_SECONDS = 2.0
 _SAVED_SECONDS_PER_STEP = 1e-4
 """Lower bound on the time that a compiled step saves."""
 
+_MAX_TABLE = 1 << 24
+"""Maximum number of values in the table of the products of all embeddings with the input weights of the first layer."""
+
 
 def is_worthwhile(network: Recurrent, steps: int | None) -> bool:
     """Whether compiled steps are supported and save more time over `steps` steps than loading takes. None: unlimited steps."""
@@ -50,9 +53,12 @@ class CompiledRecurrent:
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         stacked = [torch.stack([layer[name].detach() for layer in layers]) for name in names]
         self._arrays = [tensor.contiguous().numpy() for tensor in (*stacked, network.head.weight.detach())]
+        self._first_weight = stacked[0][0].t()
+        small = self.vocab_size * self._first_weight.shape[1] <= _MAX_TABLE
+        self._table = self._embedding @ self._first_weight if small else None
         model = network.model
         kinds = {LstmSection: recurrent_kernels.LSTM, GruSection: recurrent_kernels.GRU}
-        self._kind = kinds.get(type(model), recurrent_kernels.TANH)  # type: ignore[call-overload]
+        self._kind = kinds.get(type(model), recurrent_kernels.TANH)
         if isinstance(model, RnnSection) and model.activation == "relu":
             self._kind = recurrent_kernels.RELU
 
@@ -75,9 +81,9 @@ class CompiledRecurrent:
 
     def step(self, state: RowState, tokens: Tensor) -> Tensor:
         """Append one id (B,) to every row and return the logits (B, V) after it."""
-        x = self._embedding[tokens]
+        inputs = self._embedding[tokens] @ self._first_weight if self._table is None else self._table[tokens]
         logits = torch.empty(len(tokens), self.vocab_size)
         state.values = state.values.detach().contiguous()
-        self._kernel(self._kind, *self._arrays, x.numpy(), state.values.numpy(), logits.numpy())
+        self._kernel(self._kind, *self._arrays, inputs.numpy(), state.values.numpy(), logits.numpy())
         state.lengths = [length + 1 for length in state.lengths]
         return logits

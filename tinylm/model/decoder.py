@@ -84,7 +84,8 @@ def make_decoder(
 def check_generates_text(network: Model) -> None:
     """Raise `InputError` if a network cannot generate text from left to right."""
     if network.objective is not None:
-        raise InputError(f"a model trained with objective {network.objective.name} cannot generate text", hint="use `tinylm classify`")
+        name = network.objective.name
+        raise InputError(f"a model trained with objective {name} cannot generate text", hint="use `tinylm classify`")
     if not network.is_causal:
         raise InputError(f"a model of architecture {network.architecture} cannot generate text", hint="use `tinylm fill`")
 

@@ -58,10 +58,13 @@ def decompose(network: Model, cache: ActivationCache) -> Components:
     The components are the embeddings (`embed`, `ngram_embed`, `pos_embed`), every head (`L0H3`), the bias of every attention output
     projection (`L0 attention bias`), every feed-forward layer with its bias (`L0 feed-forward`), and the bias of every LayerNorm
     that is applied to the residual stream. Value embeddings and value residuals are part of the heads that read them. QK norms and
-    attention soft-caps only change where a head looks. Raises `InputError` if the network is not a decoder.
+    attention soft-caps only change where a head looks. Raises `InputError` if the network is
+    not a decoder or an encoder, or has a `head_transform`.
     """
     if not isinstance(network, Transformer):
         raise InputError(f"a model of architecture {network.architecture} cannot be split into components")
+    if getattr(network, "head_transform", None) is not None:
+        raise InputError("head_transform is not linear, so the logits of this model are not sums of components")
     embedded = _embedded(network, cache)
     parts = embedded
     for layer in range(network.depth):
@@ -101,7 +104,7 @@ def _heads(block: Block, layer: int, cache: ActivationCache) -> Components:
     """What each head adds to the residual stream, and the bias of the output projection."""
     projection = block.attention.output
     z = cache[f"blocks.{layer}.attn.z"]  # (B, T, H, D)
-    weight = projection.weight.unflatten(1, z.shape[-2:])  # (C, H, D)
+    weight = projection.weight.view(-1, *z.shape[-2:])  # (C, H, D)
     names = [f"L{layer}H{head}" for head in range(z.shape[2])]
     vectors = torch.einsum("bthd,chd->hbtc", z, weight)
     if projection.bias is not None:
@@ -121,8 +124,9 @@ def _frozen_norm(norm: nn.Module, parts: Components, bias_name: str) -> Componen
     assert isinstance(norm, nn.LayerNorm)
     scale = torch.rsqrt(total.var(-1, keepdim=True, unbiased=False) + norm.eps)
     scaled = (vectors - vectors.mean(-1, keepdim=True)) * scale
-    if norm.weight is not None:
-        scaled = scaled * norm.weight
-    if norm.bias is None:
+    learned = dict(norm.named_parameters())  # none, the gain, or the gain and the bias
+    if "weight" in learned:
+        scaled = scaled * learned["weight"]
+    if "bias" not in learned:
         return Components(parts.names, scaled)
-    return Components(parts.names, scaled) + Components([bias_name], norm.bias.expand_as(scaled[:1]))
+    return Components(parts.names, scaled) + Components([bias_name], learned["bias"].expand_as(scaled[:1]))

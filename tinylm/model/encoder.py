@@ -10,23 +10,29 @@ from torch import Tensor, nn
 
 from tinylm.cost.memory import loss_chunk_rows
 from tinylm.model.cache import CacheRows
-from tinylm.model.layers import make_norm
+from tinylm.model.layers import Memory, make_norm
 from tinylm.model.transformer import Transformer, summed_loss
 from tinylm.recipe.encoder import EncoderSection
 from tinylm.recipe.schema import TransformerSection
 
 
 class HeadTransform(nn.Module):
-    """The layer between the last block and the head in BERT: linear, GELU, norm."""
+    """The layer between the last block and the head in BERT: linear, activation, norm.
+
+    The activation is that of the feed-forward layers, or the exact GELU if they have a gate or another activation.
+    """
 
     def __init__(self, model: EncoderSection) -> None:
         super().__init__()
         self.dense = nn.Linear(model.n_embd, model.n_embd, bias=model.bias)
         self.norm = make_norm(model, model.n_embd)
+        self.kind = model.feed_forward
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
-        transformed: Tensor = self.norm(F.gelu(self.dense(x)))
+        x = self.dense(x)
+        x = F.relu(x) if self.kind == "relu" else F.gelu(x, approximate="tanh" if self.kind == "gelu" else "none")
+        transformed: Tensor = self.norm(x)
         return transformed
 
 
@@ -40,6 +46,8 @@ class Encoder(Transformer):
         assert isinstance(model, EncoderSection)
         self.token_types = nn.Embedding(model.token_types, model.n_embd) if model.token_types else None
         self.head_transform = HeadTransform(model) if model.head_transform else None
+        if not model.norm_first_block:
+            self.blocks[0].attention_norm = nn.Identity()
 
     @property
     def _has_head_bias(self) -> bool:
@@ -63,10 +71,13 @@ class Encoder(Transformer):
             return self.logits(hidden)
         chosen = (targets.flatten() >= 0).nonzero().squeeze(1)  # (N,)
         hidden, ids = hidden.flatten(0, 1)[chosen], targets.flatten()[chosen]  # (N, C), (N,)
-        if self.head.bias is not None:
+        if self.model.head_bias:
             return F.cross_entropy(self.logits(hidden).float(), ids.long(), reduction="sum")
         chunk = loss_chunk_rows(self.vocab_size, on_gpu=hidden.device.type != "cpu")
-        return summed_loss(self._transformed(hidden), self.head.weight, ids, self.model.logit_softcap, chunk, self.compile_loss)
+        loss: Tensor = summed_loss(
+            self._transformed(hidden), self.head.weight, ids, self.model.logit_softcap, chunk, self.compile_loss
+        )
+        return loss
 
     def hidden(
         self,
@@ -76,11 +87,12 @@ class Encoder(Transformer):
         segments: Tensor | None = None,
         n_last: int | None = None,
         added: Tensor | None = None,
+        memory: Memory | None = None,
         token_types: Tensor | None = None,
     ) -> Tensor:
-        """Ids (B, T) -> final hidden states (B, T, C), the input of `logits`. Raises `ValueError` for a cache."""
-        if cache is not None:
-            raise ValueError("an encoder has no cache, because later tokens change the hidden states of earlier ones")
+        """Ids (B, T) -> final hidden states (B, T, C), the input of `logits`. Raises `ValueError` for a cache or a memory."""
+        if cache is not None or memory is not None:
+            raise ValueError("an encoder has neither a cache nor cross-attention")
         if self.token_types is not None:
             vectors = self.token_types.weight[0] if token_types is None else self.token_types(token_types)
             added = vectors if added is None else added + vectors

@@ -5,11 +5,14 @@ The functions raise `InputError` unless the two models have the same parts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from tinylm.errors import InputError
-from tinylm.model.base import Model
-from tinylm.model.classifier import BODY, SequenceClassifier, without_classifier
+from tinylm.model.base import BODY, Model
+from tinylm.model.classifier import SequenceClassifier, without_classifier
 from tinylm.recipe.schema import ModelVariant, TransformerSection
 from tinylm.recipe.support import TRAINING
 
@@ -48,17 +51,34 @@ def _comparable(model: ModelVariant) -> dict[str, object]:
     return {**values, "n_kv_head": model.kv_heads, "head_dim": model.head_width, "hidden width": model.feed_forward_width, **rope}
 
 
-def load_pretrained(network: Model, source: Model, *, same_tokenizer: bool) -> list[str]:
+def resize_rows(tensor: Tensor, sources: Sequence[Sequence[int]]) -> Tensor:
+    """Resize a tensor with one row per token (V, C) to one row per entry of `sources`, which lists old token ids.
+
+    The new row is the mean of their rows, or of all rows if the list is empty.
+    """
+    resized = tensor[torch.tensor([old[0] if old else 0 for old in sources])].clone()
+    for row, old in enumerate(sources):
+        if len(old) != 1:
+            resized[row] = tensor[list(old)].mean(0) if old else tensor.mean(0)
+    return resized
+
+
+def load_pretrained(
+    network: Model, source: Model, *, same_tokenizer: bool, sources: Sequence[Sequence[int]] | None = None
+) -> list[str]:
     """Copy the weights of `source` into `network`. Return the names of the weights that keep their initialization.
 
-    By default, all weights are copied. With `init_from: {head: off}`, the head is not copied. If the tokenizer also differs, no
-    weights that depend on the vocabulary are copied. Raises `InputError` for a different tokenizer without `head: off`, and for
-    `head: off` with tied embeddings if the tokenizer is the same.
+    By default, all weights are copied. If the tokenizer only has more tokens, `sources` lists the old ids of each new id, and the
+    tables with one row per token are resized with `resize_rows`. With `init_from: {head: off}`, the head is not copied. If the
+    tokenizer also differs, no weights that depend on the vocabulary are copied. Raises `InputError` for a different tokenizer
+    without `head: off`, and for `head: off` with tied embeddings if the tokenizer is the same.
     """
     if isinstance(network, SequenceClassifier) or isinstance(source, SequenceClassifier):
         return _load_classifier(network, source, same_tokenizer=same_tokenizer)
     pretrained = network.model.pretrained
     load_head = pretrained is None or pretrained.head
+    if sources is not None and load_head:
+        return _load_extended(network, source, sources)
     if load_head and not same_tokenizer:
         raise InputError(
             "the tokenizer differs from the source run's",
@@ -85,6 +105,20 @@ def load_pretrained(network: Model, source: Model, *, same_tokenizer: bool) -> l
             else:
                 parameter.copy_(network.fit_pretrained(name, weights[name]))
     return reinitialized
+
+
+def _load_extended(network: Model, source: Model, sources: Sequence[Sequence[int]]) -> list[str]:
+    """Copy all weights of `source`, whose tokenizer has fewer tokens."""
+    weights = source.state_dict()
+    tied = network.tied_weights()
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name in tied:
+                continue
+            weight = network.fit_pretrained(name, weights[name])
+            has_row_per_token = name in network.vocabulary_weights() and weight.shape[0] == source.vocab_size
+            parameter.copy_(resize_rows(weight, sources) if has_row_per_token else weight)
+    return []
 
 
 def _load_classifier(network: Model, source: Model, *, same_tokenizer: bool) -> list[str]:

@@ -39,6 +39,22 @@ def make_norm(model: TransformerSection, width: int) -> nn.Module:
     return RMSNorm(width, model.norm_eps, model.norm_gain)
 
 
+KeysValues = tuple[Tensor, Tensor]
+"""Keys and values, each (B, S, K, D)."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What cross-attention attends to: the output of an encoder, or the keys and values that were computed from it."""
+
+    hidden: Tensor | None
+    """(B, S, C); None if `keys_values` is given."""
+    mask: Tensor | None = None
+    """(B, 1, 1, S), True where there is no padding. None: there is no padding."""
+    keys_values: tuple[KeysValues, ...] | None = None
+    """The keys and values of each block. None: every block computes them from `hidden`."""
+
+
 @dataclass(frozen=True)
 class ForwardContext:
     """Inputs of a forward pass that are the same for all blocks."""
@@ -55,6 +71,8 @@ class ForwardContext:
     """(B, 1, T, T), True where a query may attend to a key. None: attention to all positions that `causal` allows."""
     causal: bool = True
     """Whether a position attends only to itself and to earlier positions. A `mask` must agree with this."""
+    memory: Memory | None = None
+    """The input of cross-attention, in blocks that have it."""
 
 
 class Attention(nn.Module):
@@ -98,6 +116,7 @@ class Attention(nn.Module):
         added_values: Tensor | None = None,
         first_values: Tensor | None = None,
         n_last: int | None = None,
+        keys_values: KeysValues | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(B, T, C) -> (B, T, C) and the values (B, S, K, D), excluding cached values.
 
@@ -105,10 +124,13 @@ class Attention(nn.Module):
         that a query may attend to a key. `causal`: position t attends to the cached positions and to positions up to t. In a
         block with an attention window, a query attends only to keys less than `window` positions away. `added_values`
         (B, S, K, D) are added to the values. `first_values` (B, S, K, D) are interpolated with the values. `n_last`: return
-        only the last `n_last` positions.
+        only the last `n_last` positions. `keys_values`: the result of `project_keys_values`, instead of `kv_source`.
         """
         B, T, _ = x.shape
-        q, k, v = self._project(x, kv_source, rotation)  # (B, T, H, D), (B, S, K, D), (B, S, K, D)
+        if keys_values is not None:
+            q, (k, v) = self._project_queries(x), keys_values
+        else:
+            q, k, v = self._project(x, kv_source, rotation)  # (B, T, H, D), (B, S, K, D), (B, S, K, D)
         if added_values is not None:
             v = v + added_values.to(v.dtype)
         if self.value_share is not None and first_values is not None:
@@ -178,12 +200,20 @@ class Attention(nn.Module):
             qk, v = torch.split(qkv, [self.heads + self.kv_heads, self.kv_heads], dim=2)
             q, k = torch.split(self._norm_and_rotate(qk, rotation), [self.heads, self.kv_heads], dim=2)
             return q, k, v
+        return self._project_queries(x), *self.project_keys_values(kv_source)
+
+    def _project_queries(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> the queries of cross-attention (B, T, H, D), normalized."""
         rows, bias = self.query_rows, self.qkv.bias
         q = self._split_heads(F.linear(x, self.qkv.weight[:rows], None if bias is None else bias[:rows]))
-        k, v = self._split_heads(F.linear(kv_source, self.qkv.weight[rows:], None if bias is None else bias[rows:])).chunk(2, dim=2)
-        if self.qk_norm_eps is not None:
-            q, k = self._norm_heads(q, self.query_gain), self._norm_heads(k, self.key_gain)
-        return q, k, v
+        return q if self.qk_norm_eps is None else self._norm_heads(q, self.query_gain)
+
+    def project_keys_values(self, kv_source: Tensor) -> KeysValues:
+        """(B, S, C) -> the keys, normalized, and values of cross-attention, each (B, S, K, D)."""
+        rows, bias = self.query_rows, self.qkv.bias
+        projected = F.linear(kv_source, self.qkv.weight[rows:], None if bias is None else bias[rows:])
+        k, v = self._split_heads(projected).chunk(2, dim=2)
+        return (k if self.qk_norm_eps is None else self._norm_heads(k, self.key_gain)), v
 
     def _norm_and_rotate(self, qk: Tensor, rotation: Rotation | None) -> Tensor:
         """Normalize and rotate the heads of queries and keys together, (B, T, H + K, D) -> (B, T, H + K, D)."""
@@ -231,7 +261,8 @@ class FeedForward(nn.Module):
         if self.hook_pre_linear is not None:  # SwiGLU or GeGLU
             gate, values = hidden.chunk(2, dim=-1)
             gate = self.hook_pre(gate)
-            gate = F.silu(gate) if self.kind == "swiglu" else F.gelu(gate, approximate="tanh")
+            approximate = "tanh" if self.kind == "geglu" else "none"
+            gate = F.silu(gate) if self.kind == "swiglu" else F.gelu(gate, approximate=approximate)
             hidden = gate * self.hook_pre_linear(values)
         else:
             hidden = self.hook_pre(hidden)
@@ -239,6 +270,8 @@ class FeedForward(nn.Module):
                 hidden = F.gelu(hidden, approximate="tanh" if self.kind == "gelu" else "none")
             elif self.kind == "relu":
                 hidden = F.relu(hidden)
+            elif self.kind == "silu":
+                hidden = F.silu(hidden)
             else:
                 hidden = relu_squared(hidden)
         output: Tensor = self.output(self.hook_post(hidden))
@@ -248,10 +281,11 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward layers with residual connections.
 
-    Norms are applied to the inputs of both (pre), to their outputs (output), to both, or to the residual sums (post).
+    Norms are applied to the inputs of both (pre), to their outputs (output), to both, or to the residual sums (post). With
+    `cross_attention`, a layer between them attends to `ForwardContext.memory`, with norms and a residual connection of its own.
     """
 
-    def __init__(self, model: TransformerSection, layer: int, vocab_size: int) -> None:
+    def __init__(self, model: TransformerSection, layer: int, vocab_size: int, *, cross_attention: bool = False) -> None:
         super().__init__()
         self.norm_position = model.norm_position
         self.post = model.norm_position == "post"
@@ -266,6 +300,12 @@ class Block(nn.Module):
         self.value_embedding = nn.Embedding(vocab_size, model.kv_heads * model.head_width) if is_outer else None
         self.hook_attn_out = HookPoint()
         self.hook_resid_mid = None if self.parallel else HookPoint()
+        self.cross_attention = Attention(model, layer) if cross_attention else None
+        self.cross_attention_norm = make_norm(model, model.n_embd) if cross_attention else None
+        self.cross_attention_output_norm = (
+            make_norm(model, model.n_embd) if cross_attention and model.norm_position == "both" else None
+        )
+        self.hook_cross_attn_out = HookPoint() if cross_attention else None
         self.feed_forward_norm = None if self.post and self.parallel else make_norm(model, model.n_embd)
         self.feed_forward = FeedForward(model)
         self.feed_forward_output_norm = make_norm(model, model.n_embd) if model.norm_position == "both" else None
@@ -307,11 +347,33 @@ class Block(nn.Module):
             x = x + attended + self._feed_forward(self.feed_forward_norm(x))
         elif self.post:
             x = self.hook_resid_mid(self.attention_norm(x + attended))
+            if self.cross_attention is not None:
+                x = self._attend_to_memory(x, context)
             x = self.feed_forward_norm(x + self._feed_forward(x))
         else:
             x = self.hook_resid_mid(x + attended)
+            if self.cross_attention is not None:
+                x = self._attend_to_memory(x, context)
             x = x + self._feed_forward(x if self.norm_position == "output" else self.feed_forward_norm(x))
         return self.hook_resid_post(x), values
+
+    def _attend_to_memory(self, x: Tensor, context: ForwardContext) -> Tensor:
+        """Add the cross-attention layer's output to x (B, T, C), normalized as those of the other layers."""
+        memory, norm = context.memory, self.cross_attention_norm
+        assert self.cross_attention is not None
+        assert self.hook_cross_attn_out is not None
+        assert norm is not None
+        assert memory is not None, "a block with cross-attention needs a memory"
+        attended, _ = self.cross_attention(
+            norm(x) if self.norm_position in ("pre", "both") else x,
+            memory.hidden,
+            mask=memory.mask,
+            causal=False,
+            keys_values=None if memory.keys_values is None else memory.keys_values[self.cross_attention.layer],
+        )
+        attended = self._norm_output(attended, norm, self.cross_attention_output_norm)
+        x = x + self.hook_cross_attn_out(self.dropout(attended))
+        return norm(x) if self.post else x
 
     def _rotation(self, context: ForwardContext) -> Rotation | None:
         if not self.uses_rope:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinylm.model.base import Model
+from tinylm.model.base import BODY, Model
 from tinylm.recipe.schema import LoraSection
 from tinylm.recipe.support import ANY, COMMON, Supports, check_supported
 
@@ -36,6 +36,12 @@ SUPPORTS: Supports = {
     "feed_forward": ("gelu", "gelu_exact", "relu", "relu2", "swiglu", "geglu"),
 }
 """The values of `model:` keys that `attach` supports."""
+ENCODERS: Supports = {
+    **SUPPORTS,
+    "architecture": ("encoder",),
+    **dict.fromkeys(("token_types", "head_transform", "head_bias", "norm_first_block"), ANY),
+}
+"""The same for encoders."""
 
 
 class LoraLinear(nn.Linear):
@@ -71,14 +77,20 @@ class LoraLinear(nn.Linear):
 def attach(network: Model, section: LoraSection, seed: int = 0) -> None:
     """Freeze every parameter of `network` and add LoRA weights to the target matrices of its blocks, in place.
 
+    The output layers of a classifier are not frozen.
+
     Raises `InputError` if the network has a part that LoRA does not support.
     """
-    check_supported(network.model, SUPPORTS, "LoRA", "training.lora")
+    check_supported(network.model, ENCODERS if network.model.bidirectional else SUPPORTS, "LoRA", "training.lora")
     generator = torch.Generator().manual_seed(seed)
     network.requires_grad_(False)
     for name, module in list(network.named_modules()):
-        if isinstance(module, nn.Linear) and name.startswith("blocks.") and name.endswith(section.targets):
+        in_block = name.removeprefix(BODY).startswith("blocks.")
+        if isinstance(module, nn.Linear) and in_block and name.endswith(section.targets):
             network.set_submodule(name, LoraLinear(module, section, generator))
+    if network.objective is not None:  # the output layer of a classifier is new
+        for name in network.head_weights():
+            network.get_parameter(name).requires_grad_(True)
 
 
 def section_of(network: nn.Module) -> LoraSection | None:

@@ -96,7 +96,7 @@ class Ngram(StatefulModel):
         sizes = weights["sizes"].tolist()
         arrays = {name: tensor.numpy() for name, tensor in weights.items()}
         if len(sizes) != self.model.order or sizes[0] != self.vocab_size or min(sizes) < 0:
-            raise RuntimeError("the numbers of n-grams do not fit the order and the vocabulary")
+            raise RuntimeError("the numbers of n-grams do not match the order and the vocabulary")
         tables = NgramTables(
             self.vocab_size,
             _split(arrays["keys"], sizes[1:]),

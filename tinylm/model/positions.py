@@ -57,11 +57,14 @@ def _yarn_bounds(pairs: int, theta: float, scaling: YarnRopeScaling) -> tuple[fl
     return max(low, 0), min(high, 2 * pairs - 1)
 
 
-def sinusoidal_table(length: int, width: int) -> Tensor:
-    """Sinusoidal position embeddings (Vaswani et al. 2017, section 3.5), (length, width), float32."""
+def sinusoidal_table(length: int, width: int, *, interleaved: bool = True) -> Tensor:
+    """Sinusoidal position embeddings (Vaswani et al. 2017, section 3.5), (length, width), float32.
+
+    Sines and cosines are interleaved, or else all sines come before all cosines, as in Marian.
+    """
     frequencies = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
-    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1).float()
+    return torch.stack((angles.sin(), angles.cos()), dim=-1 if interleaved else 1).flatten(1).float()
 
 
 def positions_in_segments(segments: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,10 +37,10 @@ class RecurrentLayer(HookedModule):
         self.bias_hh = nn.Parameter(torch.empty(rows))
         self.weight_drop = model.weight_drop
         self.hook_output = HookPoint()
+        self._has_cell = isinstance(model, LstmSection)
+        self._function: Callable[..., Any] = torch.lstm if self._has_cell else torch.gru
         if isinstance(model, RnnSection):
-            self._function = {"tanh": torch.rnn_tanh, "relu": torch.rnn_relu}[model.activation]
-        else:
-            self._function = torch.lstm if isinstance(model, LstmSection) else torch.gru
+            self._function = torch.rnn_tanh if model.activation == "tanh" else torch.rnn_relu
 
     def forward(self, x: Tensor, state: Tensor, weight_hh: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs (B, T, C) and state (B, S, C) -> outputs (B, T, C) and the state after the last input.
@@ -48,7 +49,7 @@ class RecurrentLayer(HookedModule):
         """
         vectors = [vector[None].contiguous() for vector in state.unbind(1)]  # each (1, B, C)
         weights = [self.weight_ih, weight_hh, self.bias_ih, self.bias_hh]
-        initial = vectors if self._function is torch.lstm else vectors[0]
+        initial = vectors if self._has_cell else vectors[0]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
             outputs, *final = self._function(x, initial, weights, True, 1, 0.0, self.training, False, True)

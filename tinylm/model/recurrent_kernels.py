@@ -67,17 +67,29 @@ def _update(kind: int, inputs: Any, recurrent: Any, bias_ih: Any, bias_hh: Any, 
 
 
 @cached_njit()
-def step(kind: int, weight_ih: Any, weight_hh: Any, bias_ih: Any, bias_hh: Any, head: Any, x: Any, state: Any, logits: Any) -> None:
-    """Process the embeddings `x` (B, C), which are overwritten. Updates `state` (B, L, S, C) and fills `logits` (B, V).
+def step(
+    kind: int,
+    weight_ih: Any,
+    weight_hh: Any,
+    bias_ih: Any,
+    bias_hh: Any,
+    head: Any,
+    inputs: Any,
+    state: Any,
+    logits: Any,
+) -> None:
+    """Process one token of every row. Updates `state` (B, L, S, C) and fills `logits` (B, V).
 
-    `weight_ih` and `weight_hh` (L, G C, C), `bias_ih` and `bias_hh` (L, G C), `head` (V, C); everything is float32.
+    `inputs` (B, G C): the products of the embeddings with the first `weight_ih`; they are overwritten. `weight_ih` and `weight_hh`
+    (L, G C, C), `bias_ih` and `bias_hh` (L, G C), `head` (V, C). Everything is float32.
     """
-    inputs = np.empty((x.shape[0], weight_ih.shape[1]), dtype=np.float32)
     recurrent = np.empty_like(inputs)
-    before = np.empty_like(x)
+    before = np.empty((inputs.shape[0], weight_hh.shape[2]), dtype=np.float32)
+    x = np.empty_like(before)
     for layer in range(weight_ih.shape[0]):
         before[:] = state[:, layer, 0]
-        _product(weight_ih[layer], x, inputs)
+        if layer:
+            _product(weight_ih[layer], x, inputs)
         _product(weight_hh[layer], before, recurrent)
         for b in range(x.shape[0]):
             _update(kind, inputs[b], recurrent[b], bias_ih[layer], bias_hh[layer], state[b, layer])

@@ -12,13 +12,16 @@ from tinylm.model import lora
 from tinylm.model.base import Model
 from tinylm.model.classifier import SequenceClassifier
 from tinylm.model.encoder import Encoder
+from tinylm.model.encoder_decoder import EncoderDecoder
 from tinylm.model.ngram_model import Ngram
 from tinylm.model.recurrent import Recurrent
 from tinylm.model.transformer import Transformer
 from tinylm.model.window import WindowNetwork
 from tinylm.recipe.encoder import EncoderSection
+from tinylm.recipe.encoder_decoder import EncoderDecoderSection
 from tinylm.recipe.fixed_context import FeedForwardSection, NgramSection
 from tinylm.recipe.labels import ClassificationObjective
+from tinylm.recipe.pairs import TranslationObjective
 from tinylm.recipe.recurrent import GruSection, LstmSection, RnnSection
 from tinylm.recipe.schema import (
     DecoderSection,
@@ -37,6 +40,7 @@ _NETWORKS: dict[type[ModelVariant], type[Model]] = {
     NgramSection: Ngram,
     DecoderSection: Transformer,
     EncoderSection: Encoder,
+    EncoderDecoderSection: EncoderDecoder,
 }
 
 
@@ -74,10 +78,14 @@ def build(
     """Build the network that `section` configures, on the CPU or on the device of a `with torch.device(...)` block.
 
     `seed` determines its initial weights. Pass None to skip initialization if weights are loaded later. `objective` is that of the
-    recipe: classification replaces the head. `with_lora` attaches LoRA weights, which is required before the weights of a LoRA run
+    recipe: classification replaces the head, and translation sets the size of a separate source vocabulary. `with_lora` attaches LoRA weights, which is required before the weights of a LoRA run
     can be loaded.
     """
-    network = network_class(section)(section, vocab_size, seed=seed)
+    network_type = network_class(section)
+    if isinstance(section, EncoderDecoderSection) and isinstance(objective, TranslationObjective):
+        network: Model = EncoderDecoder(section, vocab_size, seed=seed, source_vocab_size=objective.source_vocab_size)
+    else:
+        network = network_type(section, vocab_size, seed=seed)
     if isinstance(objective, ClassificationObjective):
         network = SequenceClassifier(network, objective, seed=seed)
     if with_lora is not None:

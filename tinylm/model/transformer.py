@@ -21,7 +21,7 @@ from tinylm.model.cache import CacheRows
 from tinylm.model.functions import Dropout, summed_cross_entropy
 from tinylm.model.hooks import HookPoint
 from tinylm.model.initialization import initialize
-from tinylm.model.layers import Attention, Block, FeedForward, ForwardContext, Rotation, make_norm
+from tinylm.model.layers import Attention, Block, FeedForward, ForwardContext, Memory, Rotation, make_norm
 from tinylm.model.ngrams import NgramEmbedding
 from tinylm.model.positions import positions_in_segments, rope_table, segment_mask, sinusoidal_table
 from tinylm.recipe.schema import ModelVariant, TransformerSection
@@ -47,6 +47,10 @@ class Transformer(Model):
     model: TransformerSection
     causal: ClassVar[bool] = True
     """Whether a position attends only to itself and to earlier positions."""
+    cross_attention: ClassVar[bool] = False
+    """Whether the blocks attend to the output of an encoder."""
+    interleaved_sinusoids: ClassVar[bool] = True
+    """The layout of sinusoidal position embeddings (see `sinusoidal_table`)."""
 
     def __init__(self, model: TransformerSection, vocab_size: int, *, seed: int | None = 0) -> None:
         super().__init__(model, vocab_size)
@@ -58,7 +62,9 @@ class Transformer(Model):
         self.hook_pos_embed = HookPoint() if model.position in ("learned", "sinusoidal") else None
         self.embedding_norm = make_norm(model, model.n_embd) if model.embedding_norm else None
         self.dropout = Dropout(model.dropout)
-        self.blocks = nn.ModuleList(Block(model, layer, vocab_size) for layer in range(model.n_layer))
+        self.blocks = nn.ModuleList(
+            Block(model, layer, vocab_size, cross_attention=self.cross_attention) for layer in range(model.n_layer)
+        )
         self.final_norm = make_norm(model, model.n_embd) if model.norm_position != "post" else None
         self.hook_final_norm = HookPoint() if self.final_norm is not None else None
         self._add_modules(model)
@@ -82,7 +88,7 @@ class Transformer(Model):
         model, width, fraction = self.model, self.model.head_width, self.model.rope_fraction
         self.table_length = length
         if model.position == "sinusoidal":
-            self.register_buffer("sinusoids", sinusoidal_table(length, model.n_embd), persistent=False)
+            self.register_buffer("sinusoids", sinusoidal_table(length, model.n_embd, interleaved=self.interleaved_sinusoids), persistent=False)
         if model.position != "rope":
             return
         tables = {"rope": rope_table(length, width, model.rope_theta or 10000.0, model.rope_scaling, fraction)}
@@ -135,10 +141,11 @@ class Transformer(Model):
         segments: Tensor | None = None,
         n_last: int | None = None,
         added: Tensor | None = None,
+        memory: Memory | None = None,
     ) -> Tensor:
         """Ids (B, T) -> final hidden states (B, T, C), the input of the head. `n_last`: return only the last `n_last` positions.
 
-        `added`: vectors to add to the token embedding, which broadcast to (B, T, C).
+        `added`: vectors to add to the token embedding, which broadcast to (B, T, C). `memory`: the input of cross-attention.
         """
         start = cache.length if cache is not None else 0
         end = start + tokens.shape[1]
@@ -148,7 +155,14 @@ class Transformer(Model):
         x = self._embed(tokens, start, end, cache, segments, added)  # (B, T, C)
         mask = None if segments is None else segment_mask(segments, causal=self.causal)
         context = ForwardContext(
-            tokens, x, self._rotation("rope", start, end), self._rotation("local_rope", start, end), cache, mask, self.causal
+            tokens,
+            x,
+            self._rotation("rope", start, end),
+            self._rotation("local_rope", start, end),
+            cache,
+            mask,
+            self.causal,
+            memory,
         )
         first_values: Tensor | None = None
         for number, block in enumerate(self.blocks, 1):
@@ -184,7 +198,7 @@ class Transformer(Model):
 
         Positions are [start, end). With `segments`, they start at 0 in each segment.
         """
-        x: Tensor = self.embedding(tokens)
+        x = self._embed_tokens(tokens)
         if added is not None:
             x = x + added
         if self.model.embedding_scale != 1:
@@ -203,6 +217,11 @@ class Transformer(Model):
             x = x.bfloat16()  # halves the memory traffic of the residual stream; the range of float16 is too small for it
         dropped: Tensor = self.dropout(x)
         return dropped
+
+    def _embed_tokens(self, tokens: Tensor) -> Tensor:
+        """Ids (B, T) -> token embeddings (B, T, C)."""
+        embedded: Tensor = self.embedding(tokens)
+        return embedded
 
     def _rotation(self, table: str, start: int, end: int) -> Rotation | None:
         """Return the cosines and sines of a table for positions [start, end), or None if the model does not have this table.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from tinylm.recipe.schema import ConstantSchedule, CosineSchedule, LinearSchedule, Schedule
+from tinylm.recipe.schema import ConstantSchedule, CosineSchedule, InverseSqrtSchedule, LinearSchedule, NoamSchedule, Schedule
 
 
 def lr_multiplier(schedule: Schedule, progress: float, step_fraction: float) -> float:
@@ -14,11 +14,16 @@ def lr_multiplier(schedule: Schedule, progress: float, step_fraction: float) -> 
     update adds: `progress + step_fraction` is 1 for the last update. A warmup of 1 or more is a number of updates; a warmup
     below 1 is a fraction of training.
     """
+    if isinstance(schedule, NoamSchedule):
+        step = max(1.0, (progress + step_fraction) / step_fraction)
+        return float(schedule.width**-0.5 * min(step**-0.5, step * schedule.warmup**-1.5))
     warmup = schedule.warmup * step_fraction if schedule.warmup >= 1 else schedule.warmup
     if progress < warmup:
         return min(1.0, (progress + step_fraction) / warmup)
     if isinstance(schedule, ConstantSchedule):
         return 1.0
+    if isinstance(schedule, InverseSqrtSchedule):
+        return math.sqrt(max(warmup, step_fraction) / (progress + step_fraction))
     after_warmup = min(1.0, (progress - warmup) / (1 - warmup)) if warmup < 1 else 1.0
     if isinstance(schedule, CosineSchedule):
         decay = 0.5 * (1 + math.cos(math.pi * after_warmup))

@@ -1,4 +1,4 @@
-"""Arithmetic for checks of recipes."""
+"""Integer arithmetic for the checks of recipes."""
 
 from __future__ import annotations
 

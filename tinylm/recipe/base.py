@@ -28,7 +28,7 @@ class DataVariant(Section):
     format: str
 
     def sources(self) -> dict[str, tuple[str, ...]]:
-        """The sources by key, such as `train`. Checks that their files exist use this."""
+        """Return the sources by key, such as `train`, to check that their files exist."""
         raise NotImplementedError
 
 
@@ -69,7 +69,7 @@ class ModelVariant(Section):
     objectives: ClassVar[tuple[str, ...]] = ("causal_lm",)
     """The objectives that the model can be trained with, by name. The first one is the default."""
     training_values: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-    """The supported values of keys of `training:` of which the architecture does not support all."""
+    """For each key of `training:` with values that the architecture does not support, the supported values."""
     training_keys: ClassVar[tuple[str, ...] | None] = None
     """The keys of `training:` that have an effect; None: all."""
     learns_by_counting: ClassVar[bool] = False

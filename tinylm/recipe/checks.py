@@ -1,6 +1,6 @@
 """Checks that involve several keys of a recipe, or files: sizes divide each other, and files exist and are large enough.
 
-Yields the problems of a recipe as (key path, message). Each key by itself has already been validated.
+The functions yield problems as (key path, message). Each key by itself has already been validated.
 """
 
 from __future__ import annotations
@@ -12,18 +12,24 @@ from collections.abc import Iterator, Sequence
 
 from tinylm import hints
 from tinylm.recipe.arithmetic import divisors
+from tinylm.recipe.chat import ChatSection
 from tinylm.recipe.embeddings import EmbeddingDataSection, EmbeddingRecipe, TokenVocabulary, Word2VecMethod
 from tinylm.recipe.encoder import MASK, MaskedLMObjective
+from tinylm.recipe.encoder_decoder import EncoderDecoderSection
 from tinylm.recipe.fixed_context import NgramSection
 from tinylm.recipe.labels import ClassificationObjective
+from tinylm.recipe.pairs import CATALOG, TOY, PairShare, PairsSection, TranslationObjective
 from tinylm.recipe.schema import (
     LENGTHS,
     BpeTokenizer,
+    CausalLMObjective,
     DataSection,
+    DecoderSection,
     FileTokenizer,
     HeldoutShare,
     HeldoutSources,
     MuonOptimizer,
+    NoamSchedule,
     Recipe,
     TestShare,
     TrainingSection,
@@ -44,6 +50,8 @@ def check_recipe(recipe: Recipe, check_files: bool = True) -> Iterator[tuple[Key
     if isinstance(recipe.data, DataSection):
         yield from _check_data(recipe.data)
         yield from _check_shares(recipe.data)
+    if isinstance(recipe.data, ChatSection):
+        yield from _check_chat(recipe, recipe.data)
     yield from _check_model(recipe)
     yield from _check_tokenizer(recipe)
     yield from _check_training(recipe)
@@ -74,6 +82,18 @@ def _check_shares(data: DataSection) -> Iterator[tuple[KeyPath, str]]:
         yield ("data", "test"), f"the held-out share {heldout.share:g} and the test share {test.share:g} leave no training text"
 
 
+def _check_chat(recipe: Recipe, data: ChatSection) -> Iterator[tuple[KeyPath, str]]:
+    for key, problem in data.problems():
+        yield ("data", key), problem
+    model, stride = recipe.model, recipe.evaluation.stride
+    if not isinstance(model, DecoderSection):
+        yield ("data", "format"), f"chat needs architecture decoder, not {model.architecture}"
+    if stride is not None:
+        yield ("evaluation", "stride"), "has no effect on format chat (remove the key)"
+    if recipe.sampling.every is not None and not all(prompt.strip() for prompt in recipe.sampling.prompts):
+        yield ("sampling", "prompts"), "format chat needs messages of the user, which must not be empty"
+
+
 def _check_model(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     model, objective = recipe.model, recipe.objective
     for key, problem in model.problems():
@@ -85,6 +105,7 @@ def _check_model(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         )
     yield from _check_objective(recipe)
     yield from _check_architecture(recipe)
+    yield from _check_translation(recipe)
     stride = recipe.evaluation.stride
     if stride is not None and stride > model.context_length:
         yield (
@@ -100,13 +121,43 @@ def _check_objective(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         yield ("data", "format"), f"objective {objective.name} needs format {needed}, not {recipe.data.format}"
     if isinstance(objective, MaskedLMObjective | ClassificationObjective) and recipe.evaluation.stride is not None:
         yield ("evaluation", "stride"), f"has no effect on objective {objective.name} (remove the key)"
+    if isinstance(objective, CausalLMObjective) and not objective.mask_prompt and not isinstance(recipe.data, ChatSection):
+        yield ("objective", "mask_prompt"), f"has no effect on format {recipe.data.format} (remove the key)"
     if isinstance(objective, MaskedLMObjective):
         if len(set(objective.rate)) > 1 and training.minutes is not None:
-            yield ("objective", "rate"), "two rates need training.steps, tokens or epochs, because masks must not depend on the clock"
+            yield (
+                ("objective", "rate"),
+                "two rates need training.steps, tokens or epochs, because masks must not depend on the clock",
+            )
         if recipe.sampling.every is not None and not all(MASK in prompt for prompt in recipe.sampling.prompts):
             yield ("sampling", "prompts"), f"objective {objective.name} needs {MASK} in every prompt"
     if isinstance(objective, ClassificationObjective) and objective.pool == "cls" and not model.bidirectional:
-        yield ("objective", "pool"), f"cls is the first token, at which architecture {model.architecture} has not read the text (use last)"
+        yield (
+            ("objective", "pool"),
+            f"cls is the first token, at which architecture {model.architecture} has not read the text (use last)",
+        )
+
+
+def _check_translation(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    """Check the combinations of keys for sentence pairs."""
+    data, model = recipe.data, recipe.model
+    if isinstance(recipe.objective, TranslationObjective) and recipe.evaluation.stride is not None:
+        yield ("evaluation", "stride"), "has no effect on objective translation (remove the key)"
+    if not isinstance(data, PairsSection):
+        return
+    heldout, test = data.heldout, data.test
+    if isinstance(heldout, PairShare) and isinstance(test, PairShare) and heldout.share + test.share >= 1:
+        yield ("data", "test"), f"the held-out share {heldout.share:g} and the test share {test.share:g} leave no training pairs"
+    if data.vocabulary == "separate" and isinstance(model, EncoderDecoderSection) and model.tie_embeddings == "all":
+        yield ("model", "tie_embeddings"), "all needs data.vocabulary: shared (use output or none)"
+    if data.vocabulary == "separate" and isinstance(recipe.tokenizer, FileTokenizer):
+        yield ("data", "vocabulary"), "separate needs a tokenizer that is learned, not tokenizer.path"
+    if recipe.sampling.every is not None and (data.vocabulary == "separate" or data.language is not None):
+        yield ("sampling", "every"), "needs data.vocabulary: shared, and no data.language"
+    if isinstance(recipe.tokenizer, BpeTokenizer) and recipe.tokenizer.dropout:
+        yield ("tokenizer", "dropout"), "has no effect on format pairs (remove the key)"
+    if isinstance(recipe.training.schedule, NoamSchedule) and recipe.training.minutes is not None:
+        yield ("training", "schedule"), "noam counts steps, so it needs training.steps, tokens or epochs"
 
 
 def _check_architecture(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
@@ -219,7 +270,7 @@ def _check_sizes(data: DataSection, context_length: int) -> Iterator[tuple[KeyPa
 
 
 def _is_plain(source: str) -> bool:
-    special = source == "-" or source.startswith(("builtin:", "hf:", "imported:")) or "://" in source
+    special = source == "-" or source.startswith(("builtin:", "hf:", "imported:", CATALOG, TOY)) or "://" in source
     return not special and not any(character in source for character in "*?[")
 
 

@@ -36,7 +36,7 @@ class EmbeddingDataSection(Section):
     train: Sources
     """The text to train on."""
     field: str = "text"
-    """The field of each .jsonl line, or the column of a .csv, .tsv or .parquet file, that holds the text."""
+    """The field of each .jsonl line, or the column of a .csv, .tsv or .parquet file, that contains the text."""
     template: OptionalTemplate = None
     """Combines several fields into the text of a document, for example `"{category}: {body}"`. Replaces `field`. `{{` and `}}`
     stand for braces."""
@@ -168,7 +168,7 @@ class EmbeddingRecipe(Section):
     vocabulary: Annotated[WordVocabulary | TokenVocabulary, Field(discriminator="kind"), BeforeValidator(_default_vocabulary)] = (
         WordVocabulary(kind="words")
     )
-    """What gets a vector: words, or the tokens of a tokenizer."""
+    """The units to learn vectors for: words, or the tokens of a tokenizer."""
     method: Annotated[Method, BeforeValidator(_default_method)] = SkipGramMethod(name="skipgram")
     """The method that learns the vectors, as a name or as a section: skipgram, cbow or glove."""
     watch: WatchSection = WatchSection()

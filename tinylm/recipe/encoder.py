@@ -15,7 +15,7 @@ from tinylm.recipe.values import CountOrZero, Flag, MaskRates, Share
 CONTROL_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
 """The control tokens of a tokenizer that is trained for an encoder."""
 MASK = "[MASK]"
-"""How the text of a prompt marks a token to predict, for every tokenizer."""
+"""The text that marks a token to predict in a prompt, for every tokenizer."""
 _SHORTEST_CONTEXT = 3
 
 
@@ -33,21 +33,26 @@ class EncoderSection(TransformerSection):
     architecture: Literal["encoder"] = "encoder"
     preset: Literal["modern", "bert"] = "modern"
     """The model whose settings are the defaults of the other keys."""
+    norm_first_block: Flag = True
+    """Normalize the input of the first block's attention. false as in ModernBERT, where the embedding is already normalized."""
     token_types: CountOrZero
     """Number of token type embeddings (BERT's segments), one of which is added to each token embedding. Text has type 0."""
     head_transform: Flag
-    """Apply a linear layer, GELU and a norm before the head, as BERT does."""
+    """Apply a linear layer, an activation and a norm before the head, as BERT does. The activation is gelu or relu if feed_forward
+    is, and gelu_exact otherwise."""
     head_bias: Flag
     """Use a learned bias in the head."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from super().problems()
+        if not self.norm_first_block and self.norm_position not in ("pre", "both"):
+            yield "norm_first_block", f"needs norm_position pre or both, not {self.norm_position}"
         if self.context_length < _SHORTEST_CONTEXT:
             yield "context_length", f"must be at least {_SHORTEST_CONTEXT}: [CLS], one token and [SEP]"
 
 
 class Replacement(Section):
-    """What replaces a masked token: the shares must add up to 1."""
+    """What replaces a masked token. The shares must add up to 1."""
 
     mask: Share = 0.8
     """The share that becomes [MASK]."""
@@ -72,6 +77,6 @@ class MaskedLMObjective(ObjectiveVariant):
 
     name: Literal["masked_lm"] = "masked_lm"
     rate: MaskRates = (0.15,)
-    """The share of tokens to predict, or two shares: it then changes linearly from the first to the second over the training run."""
+    """The share of tokens to predict. With two shares, it changes linearly from the first to the second over the training run."""
     replace: Replacement = Replacement()
     """What replaces a token to predict."""

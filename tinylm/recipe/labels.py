@@ -1,4 +1,4 @@
-"""Labelled texts: the `data:` section of format labels, and the `classification` objective."""
+"""Labeled texts: the `data:` section of format labels, and the `classification` objective."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from tinylm.recipe.values import ClassWeights, Counts, LabelList, OpenShare, Sha
 
 
 class StratifiedShare(Section):
-    """Set aside a share of the labelled texts of each label, chosen by a hash of the text. Equal texts stay together."""
+    """Set aside a share of the labeled texts of each label, chosen by a hash of the text. Equal texts stay together."""
 
     share: OpenShare = 0.1
     """The share of each label's texts."""
 
 
 class LabelledSources(Section):
-    """Labelled texts in files of their own."""
+    """Labeled texts in separate files."""
 
     sources: Sources
-    """The labelled texts, in the same formats as `data.train`. The short form `heldout: b.jsonl` means the same."""
+    """The labeled texts, in the same formats as `data.train`. The short form `heldout: b.jsonl` means the same."""
 
 
 def _expand(value: object) -> object:
@@ -49,25 +49,25 @@ OptionalLabelledPart = Annotated[
 
 
 class LabelsSection(DataVariant):
-    """Texts with one label each: .jsonl, .csv, .tsv or .parquet files, or a folder with a subfolder of text files for each label."""
+    """Texts with one label each: .jsonl, .csv, .tsv or .parquet files, or a folder with one subfolder of text files per label."""
 
     default_objective = "classification"
 
     train: Sources
-    """The labelled texts to train on."""
+    """The labeled texts to train on."""
     heldout: LabelledPart = StratifiedShare()
-    """The labelled texts to evaluate on: a share of each label, or another SOURCE."""
+    """The labeled texts to evaluate on: a share of each label, or another SOURCE."""
     test: OptionalLabelledPart = None
-    """Labelled texts that training never uses, not even to choose the best checkpoint: a share of each label, or another SOURCE.
+    """Labeled texts that training never uses, not even to choose the best checkpoint: a share of each label, or another SOURCE.
     `tinylm eval --split test` scores them. null means none."""
     text: str = "text"
-    """The field or column that holds the text."""
+    """The field or column that contains the text."""
     label: str = "label"
-    """The field or column that holds the label. Numbers and booleans are labels spelled as in JSON."""
+    """The field or column that contains the label. Numbers and booleans become labels as they are written in JSON."""
     errors: Literal["strict", "replace"] = "strict"
     """What to do with bytes that are not UTF-8. strict is an error; replace substitutes U+FFFD."""
     train_share: ShareAboveZero = 1.0
-    """The share of the training texts of each label to use, to measure what fewer labels cost. Held-out texts do not change."""
+    """The share of the training texts of each label to use, to measure the effect of fewer labels. Held-out texts do not change."""
     truncate: Literal["head", "head_tail"] = "head"
     """Which tokens of a text that is longer than the context are used: the first ones, or the first and the last quarter."""
     format: Literal["labels"] = "labels"
@@ -93,13 +93,13 @@ class ClassificationObjective(ObjectiveVariant):
     """The vector that represents a text: that of its first token (cls), of its last token, or the mean over all. auto means cls for
     an encoder and last for other models, where only the last position has read the whole text."""
     pooler: Literal["tanh", "relu", "none"] = "tanh"
-    """The activation of a linear layer between this vector and the output layer: tanh as in BERT, relu as in DistilBERT, or none for
-    no such layer."""
+    """The activation of a linear layer between this vector and the output layer: tanh as in BERT, relu as in DistilBERT, or none to
+    omit this layer."""
     label_smoothing: ShareBelowOne = 0.0
-    """The probability that the targets distribute evenly over all labels."""
+    """The share of the target probability that is distributed evenly over all labels."""
     class_weights: ClassWeights = "none"
-    """The weight of each label in the loss: none, balanced (inversely proportional to how often it occurs in the training texts), or
-    a number for each label. A label without a number has weight 1."""
+    """The weight of each label in the loss: none, balanced (inversely proportional to its frequency in the training texts), or a
+    number for each label. A label without a number has weight 1."""
     labels: LabelList = ()
     """The labels in the order of the outputs. [] means all labels of the training texts, sorted. The run's recipe lists them."""
     label_counts: Counts = ()

@@ -209,7 +209,7 @@ def _text_problem(value: object) -> str | None:
     if isinstance(value, str) and "\0" in value:
         return f"{show(value)} contains a NUL character"
     if isinstance(value, str) and any("\ud800" <= c <= "\udfff" and not "\udc80" <= c <= "\udcff" for c in value):
-        return f"{show(value)} contains half of a surrogate pair, which UTF-8 cannot encode"
+        return f"{show(value)} contains an unpaired surrogate, which UTF-8 cannot encode"
     return None
 
 

@@ -84,3 +84,35 @@ ENCODER_PRESETS: dict[str, dict[str, Any]] = {
         "token_types": 2,
     },
 }
+
+ENCODER_DECODER_PRESETS: dict[str, dict[str, Any]] = {
+    # The default: the parts of the decoder preset of the same name.
+    "modern": {
+        **DECODER_PRESETS["modern"],
+        "tie_embeddings": "none",
+        "head_bias": False,
+        "scale_embeddings": False,
+        "learned_start": True,
+        "dropout": 0.1,
+    },
+    # The transformer of Vaswani et al. (2017), and the architecture of MarianMTModel in Hugging Face transformers.
+    "transformer": {
+        "norm": "layernorm",
+        "norm_position": "post",
+        "norm_eps": 1e-5,
+        "norm_gain": True,
+        "position": "sinusoidal",
+        "feed_forward": "relu",
+        "feed_forward_multiple": 4.0,
+        "bias": True,
+        "tie_embeddings": "all",
+        "head_bias": False,
+        "scale_embeddings": True,
+        "learned_start": False,
+        "qk_norm": False,
+        "embedding_norm": False,
+        "zero_init_outputs": False,
+        "dropout": 0.1,
+        "attention_dropout": 0.0,
+    },
+}

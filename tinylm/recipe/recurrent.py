@@ -55,7 +55,7 @@ class RnnSection(RecurrentSection):
 
     architecture: Literal["rnn"] = "rnn"
     activation: Literal["tanh", "relu"] = "tanh"
-    """The nonlinearity."""
+    """The activation function."""
 
 
 class LstmSection(RecurrentSection):

@@ -17,10 +17,13 @@ from tinylm.recipe.base import InitFrom as InitFrom
 from tinylm.recipe.base import ModelVariant as ModelVariant
 from tinylm.recipe.base import ObjectiveVariant as ObjectiveVariant
 from tinylm.recipe.base import Section as Section
+from tinylm.recipe.chat import ChatSection
 from tinylm.recipe.encoder import EncoderSection, MaskedLMObjective
+from tinylm.recipe.encoder_decoder import EncoderDecoderSection
 from tinylm.recipe.fixed_context import FeedForwardSection, NgramSection
 from tinylm.recipe.labels import ClassificationObjective, LabelsSection
 from tinylm.recipe.notation import Dumper
+from tinylm.recipe.pairs import PairsSection, TranslationObjective
 from tinylm.recipe.recurrent import GruSection, LstmSection, RnnSection
 from tinylm.recipe.sections import OpenUnion
 from tinylm.recipe.transformer import DecoderSection as DecoderSection
@@ -143,7 +146,7 @@ class DataSection(DataVariant):
     """A text that is never used during training, not even to choose the best checkpoint: a share of the training text, or another
     SOURCE. `tinylm eval --split test` scores it. null means none."""
     field: str = "text"
-    """The field of each .jsonl line, or the column of a .csv, .tsv or .parquet file, that holds the text."""
+    """The field of each .jsonl line, or the column of a .csv, .tsv or .parquet file, that contains the text."""
     template: OptionalTemplate = None
     """Combines several fields into the text of a document, for example `"{category}: {body}"`. Replaces `field`. `{{` and `}}`
     stand for braces."""
@@ -170,7 +173,7 @@ def require_text(data: DataVariant) -> DataSection:
     return data
 
 
-DATA_VARIANTS = OpenUnion("format", DataSection, LabelsSection)
+DATA_VARIANTS = OpenUnion("format", DataSection, LabelsSection, PairsSection, ChatSection)
 """The data formats. `register_data_section` adds one from outside the library."""
 
 
@@ -305,7 +308,17 @@ LEARNED_TOKENIZERS: tuple[type[LearnedTokenizer], ...] = tuple(
 )
 
 
-MODEL_VARIANTS = OpenUnion("architecture", DecoderSection, RnnSection, LstmSection, GruSection, FeedForwardSection, NgramSection, EncoderSection)
+MODEL_VARIANTS = OpenUnion(
+    "architecture",
+    DecoderSection,
+    RnnSection,
+    LstmSection,
+    GruSection,
+    FeedForwardSection,
+    NgramSection,
+    EncoderSection,
+    EncoderDecoderSection,
+)
 """The architectures. `register_model_section` adds one from outside the library."""
 
 
@@ -323,10 +336,15 @@ ModelSection = Annotated[ModelVariant, MODEL_VARIANTS, BeforeValidator(_default_
 class CausalLMObjective(ObjectiveVariant):
     """Predict each token from the tokens before it."""
 
+    data_formats = ("text", "chat")
+
     name: Literal["causal_lm"] = "causal_lm"
+    mask_prompt: Flag = True
+    """With data of format chat, learn only the answers: the tokens of the assistant's messages and the ends of its turns. false
+    also learns the other messages."""
 
 
-OBJECTIVE_VARIANTS = OpenUnion("name", CausalLMObjective, MaskedLMObjective, ClassificationObjective)
+OBJECTIVE_VARIANTS = OpenUnion("name", CausalLMObjective, MaskedLMObjective, ClassificationObjective, TranslationObjective)
 """The objectives. `register_objective_section` adds one from outside the library."""
 
 ObjectiveSection = Annotated[ObjectiveVariant, OBJECTIVE_VARIANTS, BeforeValidator(_expand_name)]
@@ -422,7 +440,28 @@ class ConstantSchedule(Section):
     """Length of the linear warmup: a number of steps, or a share of the training run if below 1."""
 
 
-Schedule = Annotated[WsdSchedule | CosineSchedule | LinearSchedule | ConstantSchedule, Field(discriminator="name")]
+class InverseSqrtSchedule(Section):
+    """Warmup, then decay with the inverse square root of the completed share of the training run."""
+
+    name: Literal["inverse_sqrt"]
+    warmup: Warmup = 0.1
+    """Length of the linear warmup: a number of steps, or a share of the training run if below 1."""
+
+
+class NoamSchedule(Section):
+    """The schedule of Vaswani et al. (2017): lr * width^-0.5 * min(step^-0.5, step * warmup^-1.5), usually with an lr of 1 or 2."""
+
+    name: Literal["noam"]
+    warmup: Count = 4000
+    """Number of steps of the linear warmup."""
+    width: Width = 512
+    """The width in the formula, usually n_embd."""
+
+
+Schedule = Annotated[
+    WsdSchedule | CosineSchedule | LinearSchedule | ConstantSchedule | InverseSqrtSchedule | NoamSchedule,
+    Field(discriminator="name"),
+]
 
 
 def _default_schedule(value: object) -> object:
@@ -480,7 +519,7 @@ class TrainingSection(Section):
     optimizer: Annotated[Optimizer, BeforeValidator(_default_optimizer), BeforeValidator(_expand_name)] = MuonOptimizer(name="muon")
     """The optimizer, as a name or as a section: muon, adamw or auto, which means muon."""
     schedule: Annotated[Schedule, BeforeValidator(_default_schedule), BeforeValidator(_expand_name)] = WsdSchedule(name="wsd")
-    """The learning rate schedule, as a name or as a section: wsd, cosine, linear or constant."""
+    """The learning rate schedule, as a name or as a section: wsd, cosine, linear, constant, inverse_sqrt or noam."""
     clip_grad_norm: ClipNorm = 1.0
     """Maximum norm of the gradient of all parameters together. off means no clipping."""
     compile: FlagOrAuto = "auto"
@@ -532,8 +571,8 @@ class CheckpointSection(Section):
     keep: CountOrZero = 2
     """Number of recent checkpoints to keep in addition to best and last."""
     keep_every: OptionalInterval = None
-    """Number of steps between checkpoints that are never removed, or a share of the training run if below 1. They show how the model
-    learned: `tinylm inspect --checkpoints all`. null means none."""
+    """Number of steps between checkpoints that are never removed, or a share of the training run if below 1. `tinylm inspect
+    --checkpoints all` compares them. null means none."""
     optimizer: Literal["keep", "drop"] = "keep"
     """drop removes the optimizer state, about two thirds of a checkpoint, when the training is complete. The run can then no longer
     be resumed."""
@@ -584,7 +623,7 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _default_intervals(cls, values: Any) -> Any:
-        """If the clock ends the training run, evaluate and save by share of it, so that a slow run has as many evaluations."""
+        """With `training.minutes`, make the intervals shares of the run, so that slow machines evaluate as often as fast ones."""
         training = values.get("training") if isinstance(values, dict) else None
         if not isinstance(training, dict) or training.get("minutes") is None:
             return values
@@ -615,7 +654,7 @@ class Recipe(Section):
     def as_dict(self) -> dict[str, Any]:
         """The recipe as plain values, including every default. `load` reads them back as an equal recipe."""
         values: dict[str, Any] = to_plain(self.model_dump())
-        for key in ("heldout", "test"):
+        for key in ("train", "heldout", "test"):
             text = values["data"].get(key)
             if isinstance(text, dict):
                 values["data"][key] = text.get("sources", text)

@@ -100,7 +100,7 @@ def unsupported(section: BaseModel, supports: Supports) -> list[tuple[str, Any]]
 
 
 def unsupported_parts(section: BaseModel, supports: Supports) -> tuple[str, ...]:
-    """`unsupported` for messages: each part as "key value" in the spelling of a recipe, such as "norm_position post"."""
+    """`unsupported` for messages: each part as "key value", as written in a recipe, such as "norm_position post"."""
     return tuple(f"{key} {_format_value(value)}" for key, value in unsupported(section, supports))
 
 

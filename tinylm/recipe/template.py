@@ -1,4 +1,4 @@
-"""Parse templates that combine the fields of a record to a text, such as `{title}: {body}`."""
+"""Parse templates that combine the fields of a record into a text, such as `{title}: {body}`."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ _PART = re.compile(r"(?P<escaped>\{\{|\}\})|\{(?P<field>[^{}]*)\}|(?P<stray>[{}]
 def parse_template(template: str) -> Iterator[tuple[str, str | None]]:
     """Yield (literal text, field name) pairs; the last name is None. `{{` and `}}` stand for braces.
 
-    Everything between braces is a field name: there are no format specifications. Raises `ValueError` for a brace without its
-    partner, and for an empty name.
+    Everything between braces is a field name: there are no format specifications. Raises `ValueError` for an
+    unmatched brace, and for an empty name.
     """
     literal, end = "", 0
     for match in _PART.finditer(template):
         literal += template[end : match.start()]
         end = match.end()
         if match["stray"]:
-            raise ValueError(f"has a {match['stray']} without its partner (write {match['stray'] * 2} for a brace in the text)")
+            raise ValueError(f"has an unmatched {match['stray']} (write {match['stray'] * 2} for a brace in the text)")
         if match["escaped"]:
             literal += match["escaped"][0]
         elif not match["field"]:

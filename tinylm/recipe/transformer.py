@@ -33,7 +33,8 @@ from tinylm.recipe.values import (
 )
 
 
-def _expand_init_from(value: object) -> object:
+def expand_init_from(value: object) -> object:
+    """Expand the short form `init_from: RUN` to `init_from: {run: RUN}`."""
     return {"run": value} if isinstance(value, str) else value
 
 
@@ -126,9 +127,9 @@ class TransformerSection(ModelVariant):
     rope_pattern: RopePattern = ("rope",)
     """Which blocks use rotary positions, repeated over the blocks: [rope, rope, none] means that every third block has no
     positions (SmolLM3)."""
-    feed_forward: Literal["gelu", "gelu_exact", "relu", "relu2", "swiglu", "geglu"]
-    """The activation of the feed-forward layers. gelu is the tanh approximation of GPT-2, gelu_exact the exact function. swiglu and
-    geglu have a gate, with SiLU or gelu (Shazeer 2020)."""
+    feed_forward: Literal["gelu", "gelu_exact", "relu", "relu2", "silu", "swiglu", "geglu", "geglu_exact"]
+    """The activation of the feed-forward layers. gelu is the tanh approximation of GPT-2, gelu_exact the exact function. swiglu,
+    geglu and geglu_exact have a gate, with SiLU, gelu or gelu_exact (Shazeer 2020)."""
     feed_forward_multiple: Factor
     """The hidden width of the feed-forward layers as a multiple of n_embd, rounded to the nearest multiple of 8."""
     n_inner: OptionalWidth = None
@@ -140,7 +141,7 @@ class TransformerSection(ModelVariant):
     qk_norm: Flag
     """Apply an RMS norm to the queries and keys of each head, before rotary positions."""
     qk_norm_joint: Flag = False
-    """Let qk_norm normalize the queries of all heads together, and the keys likewise (OLMo 2). false normalizes each head."""
+    """Let qk_norm normalize the queries of all heads together, and also the keys (OLMo 2). false normalizes each head."""
     qk_gain: Flag = True
     """Multiply the output of qk_norm by a learned gain."""
     embedding_norm: Flag
@@ -180,7 +181,7 @@ class TransformerSection(ModelVariant):
     """Initialize the token embedding with these vectors: a folder from `tinylm embed train`, or a file in any format it reads."""
     freeze_embeddings: Flag = False
     """Do not train the token embedding that init_embeddings loads."""
-    init_from: Annotated[InitFrom | None, BeforeValidator(_expand_init_from)] = None
+    init_from: Annotated[InitFrom | None, BeforeValidator(expand_init_from)] = None
     """The run whose weights are loaded: `init_from: RUN`, or `init_from: {run: RUN, head: off}`."""
 
     @property
@@ -215,7 +216,7 @@ class TransformerSection(ModelVariant):
     @property
     def is_gated(self) -> bool:
         """Whether the feed-forward layers multiply their values by a gate."""
-        return self.feed_forward in ("swiglu", "geglu")
+        return self.feed_forward in ("swiglu", "geglu", "geglu_exact")
 
     def is_local(self, layer: int) -> bool:
         """Whether attention_pattern calls a block, counted from 0, local."""

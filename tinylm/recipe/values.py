@@ -32,7 +32,7 @@ def printable(text: str) -> str:
 
 
 def show(value: object) -> str:
-    """Return a value as an error message shows it: on one line, printable and short."""
+    """Format a value for an error message: on one line, printable and short."""
     if isinstance(value, int) and abs(value) >= 10**_MAX_SHOWN:  # Python refuses to print integers of thousands of digits
         return "a huge number"
     text = "null" if value is None else repr(value) if isinstance(value, str) else str(value)
@@ -65,14 +65,14 @@ _INVALID = object()
 MAX_COUNT = 1_000_000_000
 """The limit of counts that have no limit of their own, such as steps."""
 MAX_NUMBER = 1e12
-"""The same for real numbers."""
+"""The limit of real numbers that have no limit of their own."""
 MAX_CONTEXT_LENGTH = 1 << 24
 
 
 def _whole(minimum: int, maximum: float = math.inf, *, limit: int = MAX_COUNT) -> Callable[[object], object]:
     """Accept whole numbers in [minimum, maximum], including floats such as 1e6.
 
-    A number above `limit` is too large to be meant seriously. The error names the limit, which the description of the type omits.
+    A number above `limit` is almost certainly a mistake. The error names the limit, which the description of the type omits.
     """
 
     def accept(value: object) -> object:
@@ -155,7 +155,7 @@ def _mask_rates(value: object) -> object:
 
 
 def _label_list(value: object) -> object:
-    """Accept a list of different labels. Labels that YAML reads as numbers or flags keep their spelling in JSON."""
+    """Accept a list of different labels. Labels that YAML parses as numbers or booleans are written as in JSON."""
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, (str, bool, int, float)) for item in value):
         return _INVALID
     labels = tuple(item if isinstance(item, str) else json.dumps(item) for item in value)
@@ -219,7 +219,7 @@ def _run_name(value: object) -> object:
 
 def run_name(folder: str, default: str) -> str:
     """Return the name of a folder as a `name` of a recipe: characters that a name cannot have become hyphens."""
-    name = re.sub(r"[^\w.-]+", "-", folder.encode(errors="replace").decode()).strip("-").lstrip(".")[:_MAX_NAME_BYTES // 4]
+    name = re.sub(r"[^\w.-]+", "-", folder.encode(errors="replace").decode()).strip("-").lstrip(".")[: _MAX_NAME_BYTES // 4]
     return name or default
 
 
@@ -250,7 +250,7 @@ def _texts(value: object) -> object:
 
 
 def _has_surrogates(text: str) -> bool:
-    """Whether the text contains half of a surrogate pair, which UTF-8 cannot encode."""
+    """Whether the text contains an unpaired surrogate, which UTF-8 cannot encode."""
     return any("\ud800" <= character <= "\udfff" for character in text)
 
 
@@ -337,9 +337,7 @@ OptionalInterval = Annotated[
     int | float | None,
     _validated(_or_word(_interval, None), "a whole number of at least 1, a share of the training run below 1, or null"),
 ]
-MaskRates = Annotated[
-    tuple[float, ...], _validated(_mask_rates, "a share above 0 and below 1, or two of them, like [0.3, 0.15]")
-]
+MaskRates = Annotated[tuple[float, ...], _validated(_mask_rates, "a share above 0 and below 1, or two of them, like [0.3, 0.15]")]
 LabelList = Annotated[tuple[str, ...], _validated(_label_list, "a list of different labels")]
 Counts = Annotated[tuple[int, ...], _validated(_counts, "a list of whole numbers")]
 ClassWeights = Annotated[

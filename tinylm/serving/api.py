@@ -20,6 +20,7 @@ from tinylm.generation.constraint import Constraint
 from tinylm.generation.engine import Request, sample_seed
 from tinylm.generation.sampling import MAX_LOGPROBS, SamplingOptions
 from tinylm.tokenizer import Tokenizer
+from tinylm.tokenizer.chat_template import ChatEncoder
 
 MAX_CHOICES = 128
 MAX_BIASES = 300
@@ -27,22 +28,27 @@ _ID = re.compile(r"[0-9]{1,10}", re.ASCII)
 _OPTION_NAMES = {"--ban": "logit_bias", "--max-new-tokens": "max_tokens", "--force": "forced_ids"}
 """The request keys whose command-line options have another name."""
 _CHAT_KEYS = ("messages", "tools", "functions")
-NO_CHAT = "chat is not supported: the model continues text and has no chat format; send a `prompt` to /v1/completions"
+NO_CHAT = (
+    "chat is not supported: the model was not trained on conversations and only continues text; send a `prompt` to /v1/completions"
+)
+USE_CHAT_ROUTE = "send messages to /v1/chat/completions"
 Prompt = str | list[str] | list[int] | list[list[int]]
-Body = TypeVar("Body", bound="_Body")
+Body = TypeVar("Body", bound="RequestBody")
 
 
-class _Body(BaseModel):
+class RequestBody(BaseModel):
+    """A JSON body without unknown keys."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class StreamOptions(_Body):
+class StreamOptions(RequestBody):
     """How to stream a response."""
 
     include_usage: bool = False
 
 
-class CompletionRequest(_Body):
+class CompletionRequest(RequestBody):
     """The JSON body of a request for completions. Defaults are OpenAI's."""
 
     model: str | None = None
@@ -76,7 +82,7 @@ class CompletionRequest(_Body):
     """Token ids with which the completion starts."""
 
 
-class TokenizeRequest(_Body):
+class TokenizeRequest(RequestBody):
     """The JSON body of `/tokenize`."""
 
     model: str | None = None
@@ -91,7 +97,7 @@ class TokenizeRequest(_Body):
         return encode(self.prompt, tokenizer)
 
 
-class DetokenizeRequest(_Body):
+class DetokenizeRequest(RequestBody):
     """The JSON body of `/detokenize`."""
 
     model: str | None = None
@@ -129,11 +135,16 @@ class ServedModel:
     name: str
     tokenizer: Tokenizer
     capacity: int | None
+    chat: ChatEncoder | None = None
+    """Encodes conversations, for a model that was trained on them."""
 
 
 @dataclass(frozen=True)
 class ParsedRequest:
-    """A valid request: its body, one pair (engine request, prompt ids) per sample, and fields of the response."""
+    """A valid request: its body, one pair (engine request, prompt ids) per sample, and fields of the response.
+
+    `chat`: whether the response has the format of `/v1/chat/completions`.
+    """
 
     body: CompletionRequest
     requests: list[tuple[Request, list[int]]]
@@ -141,6 +152,7 @@ class ParsedRequest:
     id: str
     created: int
     model: str
+    chat: bool = False
 
     def constrained(self, constraint: Constraint) -> ParsedRequest:
         """This request with a constraint. Raises `RequestError` if `max_tokens` is too small for it."""
@@ -172,13 +184,13 @@ def parse_body(data: bytes, kind: type[Body], model: str) -> Body:
     return body
 
 
-def _check_keys(document: dict[str, Any], kind: type[_Body]) -> None:
+def _check_keys(document: dict[str, Any], kind: type[RequestBody]) -> None:
     known = list(kind.model_fields)
     unknown = next((key for key in document if key not in known), None)
     if unknown is None:
         return
-    if unknown in _CHAT_KEYS:
-        raise RequestError(400, f"{unknown}: {NO_CHAT}", unknown)
+    if unknown in _CHAT_KEYS and kind is CompletionRequest:
+        raise RequestError(400, f"{unknown}: {USE_CHAT_ROUTE}", unknown)
     shown = unknown[:40]
     suggestion = did_you_mean(shown, known)
     problem = f"unknown key{f'; {suggestion}' if suggestion else ''}; the known keys are {', '.join(known)}"
@@ -200,7 +212,7 @@ def parse_request(data: bytes, served: ServedModel, max_tokens: int) -> ParsedRe
         problem = f"prompt: with echo and logprobs, must have at most {served.capacity + 1} tokens"
         raise RequestError(400, problem, "prompt")
     try:
-        options = _options(body, tokenizer)
+        options = sampling_options(body, tokenizer)
     except InputError as error:
         raise RequestError.of(error) from None
     seed = body.seed % 2**63 if body.seed is not None else secrets.randbelow(2**31)
@@ -273,7 +285,8 @@ def _check_ids(ids: list[int], tokenizer: Tokenizer, param: str) -> None:
         raise RequestError(400, f"{param}: ids must be between 0 and {tokenizer.vocab_size - 1}", param)
 
 
-def _options(body: CompletionRequest, tokenizer: Tokenizer) -> SamplingOptions:
+def sampling_options(body: CompletionRequest, tokenizer: Tokenizer, stop_ids: tuple[int, ...] = ()) -> SamplingOptions:
+    """The options of a request for completions. Raises `InputError` or `RequestError` if a value is out of range."""
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     forced = body.forced_ids or []
     _check_ids(forced, tokenizer, "forced_ids")
@@ -290,6 +303,7 @@ def _options(body: CompletionRequest, tokenizer: Tokenizer) -> SamplingOptions:
         logit_bias=_logit_bias(body.logit_bias or {}, tokenizer),
         forced=tuple(forced),
         logprobs=body.logprobs,
+        stop_ids=stop_ids,
     )
 
 

@@ -99,13 +99,14 @@ class _StreamedChoice:
         """The event with the new text, or the last event with the complete sample. `sample` contains the prompt's choices."""
         complete = event if isinstance(event, Sample) else None
         text, tokens = ("" if isinstance(event, Sample) else event), self.tokens
-        if not self._started:
+        first = not self._started
+        if first:
             text, tokens = self._tokens.echoed_text + text, [*self._tokens.prompt(sample), *tokens]
             self._started = True
         if complete is not None:
             tokens = [*tokens, *self._tokens.end(complete)]
         self.tokens = []
-        return responses.completion_chunk(self._parsed, self._index, text, self._tokens.logprobs(tokens), complete)
+        return responses.completion_chunk(self._parsed, self._index, text, self._tokens.logprobs(tokens), complete, first=first)
 
 
 def _call(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[tuple[int, Event]], index: int, event: Event) -> None:

@@ -160,7 +160,7 @@ class LimitedProtocol(H11Protocol):
 
 
 def connection_limit(wanted: int) -> int:
-    """Return the number of connections that the limit on open files allows, at most `wanted`. Increases the soft limit if needed."""
+    """Return how many connections the limit on open files allows, at most `wanted`. Increases the soft limit if needed."""
     try:
         import resource
     except ImportError:  # Windows has no such limit

@@ -1,4 +1,4 @@
-"""Build responses in the format of OpenAI's `/v1/completions`."""
+"""Build responses in the format of OpenAI's `/v1/completions` and `/v1/chat/completions`."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Tokens:
 
 
 def _by_text(token: dict[str, Any]) -> dict[str, float] | None:
-    """Return the log-probabilities of the alternatives and the token, by text. Of tokens with the same text, the likeliest counts."""
+    """Map the texts of the alternatives and the token to log-probabilities. Among equal texts, the most likely token counts."""
     if token["top_logprobs"] is None:
         return None
     logprobs: dict[str, float] = {}
@@ -90,9 +90,11 @@ def _by_text(token: dict[str, Any]) -> dict[str, float] | None:
 
 
 def completion_chunk(
-    parsed: ParsedRequest, index: int, text: str, logprobs: dict[str, Any] | None, sample: Sample | None
+    parsed: ParsedRequest, index: int, text: str, logprobs: dict[str, Any] | None, sample: Sample | None, *, first: bool
 ) -> dict[str, Any]:
     """Return one event of a streamed response. `sample`: the complete sample, if this is the last event of the choice."""
+    if parsed.chat:
+        return _chat_chunk(parsed, index, text, logprobs, sample, first)
     return {**_envelope(parsed), "choices": [_choice(index, text, logprobs, None if sample is None else _finish_reason(sample))]}
 
 
@@ -112,7 +114,33 @@ def usage_chunk(parsed: ParsedRequest, samples: list[Sample]) -> dict[str, Any]:
 
 
 def _envelope(parsed: ParsedRequest) -> dict[str, Any]:
-    return {"id": parsed.id, "object": "text_completion", "created": parsed.created, "model": parsed.model}
+    kind = "chat.completion.chunk" if parsed.chat else "text_completion"
+    return {"id": parsed.id, "object": kind, "created": parsed.created, "model": parsed.model}
+
+
+def chat_completion(parsed: ParsedRequest, samples: list[Sample], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the body of a non-streaming response to a chat request."""
+    choices = []
+    for index, sample in enumerate(samples):
+        logprobs = _chat_logprobs(Tokens(parsed, index, tokenizer).logprobs([*sample.choices]))
+        message = {"role": "assistant", "content": sample.text, "refusal": None}
+        choices.append({"index": index, "message": message, "logprobs": logprobs, "finish_reason": _finish_reason(sample)})
+    return {**_envelope(parsed), "object": "chat.completion", "choices": choices, "usage": usage(parsed, samples)}
+
+
+def _chat_chunk(
+    parsed: ParsedRequest, index: int, text: str, logprobs: dict[str, Any] | None, sample: Sample | None, first: bool
+) -> dict[str, Any]:
+    """One event of a streamed response to a chat request. Only the first event of a choice has the role."""
+    delta = ({"role": "assistant"} if first else {}) | ({"content": text} if text or first else {})
+    reason = None if sample is None else _finish_reason(sample)
+    choice = {"index": index, "delta": delta, "logprobs": _chat_logprobs(logprobs), "finish_reason": reason}
+    return {**_envelope(parsed), "choices": [choice]}
+
+
+def _chat_logprobs(logprobs: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The log-probabilities in the format of chat, which has only the list of tokens."""
+    return None if logprobs is None else {"content": logprobs["content"], "refusal": None}
 
 
 def _choice(index: int, text: str, logprobs: dict[str, Any] | None, reason: str | None) -> dict[str, Any]:

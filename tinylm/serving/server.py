@@ -1,6 +1,6 @@
 """The HTTP server: `/v1/completions` and `/v1/models` for OpenAI clients, and a web page at `/`.
 
-`/tokenize`, `/detokenize` and `/tokenizer_info` follow vLLM, `/metrics` is for Prometheus, and `/health` reports whether completions
+`/tokenize`, `/detokenize` and `/tokenizer_info` follow vLLM, `/metrics` is for Prometheus, and `/health` reports whether requests
 make progress. Limits apply to body size, tokens, queue length, connections and time. The server accepts only JSON bodies and its
 own host names, which prevents other websites in the user's browser from using the model.
 """
@@ -29,8 +29,9 @@ from starlette.routing import Route
 from tinylm.errors import InputError
 from tinylm.model.state import DecodingModel
 from tinylm.serving import api, responses
-from tinylm.serving.api import RequestError, ServedModel
+from tinylm.serving.api import ParsedRequest, RequestError, ServedModel
 from tinylm.serving.background import BackgroundThreads
+from tinylm.serving.chat_api import parse_chat_request
 from tinylm.serving.completions import RunningCompletion, as_request_error
 from tinylm.serving.connections import ConnectionLimits, Connections
 from tinylm.serving.constraints import ConstraintCompiler
@@ -38,6 +39,7 @@ from tinylm.serving.metrics import CONTENT_TYPE, Metrics
 from tinylm.serving.middleware import CountResponses, RequireKey
 from tinylm.serving.worker import QueueFull, Worker
 from tinylm.tokenizer import Tokenizer
+from tinylm.tokenizer.chat_template import ChatEncoder
 
 _CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'"
@@ -47,6 +49,7 @@ _STALLED_SECONDS = 30.0
 """`/health` reports a server as stalled if there was work but no progress for this long."""
 _PUBLIC_PATHS = frozenset(("/", "/health"))
 _DEFAULT_EXAMPLES = ("The", "Once upon a time")
+_DEFAULT_MESSAGES = ("Hello!", "What can you do?")
 T = TypeVar("T")
 
 
@@ -80,28 +83,29 @@ def create_app(
     limits: Limits = Limits(),
     access: Access = Access(),
     examples: Sequence[str] = (),
+    chat: ChatEncoder | None = None,
 ) -> Starlette:
     """Return the ASGI application. `name`: the model's name in the API; `examples`: prompts that the web page offers.
+
+    `chat` encodes conversations, for a model that was trained on them.
 
     `app.state.connections` creates the protocol that enforces the limits of connections: pass `app.state.connections.protocol` to
     uvicorn as `http`.
     """
-    return _Service(decoder, tokenizer, name, limits, examples).app(access)
+    return _Service(ServedModel(name, tokenizer, decoder.capacity, chat), decoder, limits, examples).app(access)
 
 
 class _Service:
     """The state of a server and the functions that answer its routes."""
 
-    def __init__(
-        self, decoder: DecodingModel[Any], tokenizer: Tokenizer, name: str, limits: Limits, examples: Sequence[str]
-    ) -> None:
-        self._served, self._limits = ServedModel(name, tokenizer, decoder.capacity), limits
+    def __init__(self, served: ServedModel, decoder: DecodingModel[Any], limits: Limits, examples: Sequence[str]) -> None:
+        self._served, self._limits, tokenizer = served, limits, served.tokenizer
         self._worker = Worker(decoder, tokenizer, rows=limits.rows, queue_size=limits.queue_size)
         self._constraints = ConstraintCompiler(tokenizer)
         self._parsing = BackgroundThreads(_PARSING_THREADS, "tinylm-parsing")
         self._connections = Connections(limits.connections)
         self._metrics = Metrics(self._worker.load, lambda: self._connections.open)
-        self._page = _page(name, examples)
+        self._page = _page(served, examples)
 
     def app(self, access: Access) -> Starlette:
         """The application with its routes and middleware."""
@@ -112,7 +116,7 @@ class _Service:
             Route("/v1/models", self.models),
             Route("/v1/models/{id:path}", self.model),
             Route("/v1/completions", self.completions, methods=["POST"]),
-            Route("/v1/chat/completions", self.chat, methods=["GET", "POST"]),
+            Route("/v1/chat/completions", self.chat, methods=["POST"] if self._served.chat is not None else ["GET", "POST"]),
             Route("/tokenize", self.tokenize, methods=["POST"]),
             Route("/detokenize", self.detokenize, methods=["POST"]),
             Route("/tokenizer_info", self.tokenizer_info),
@@ -126,12 +130,7 @@ class _Service:
         app = Starlette(
             routes=routes,
             middleware=middleware,
-            exception_handlers={
-                RequestError: _on_request_error,
-                HTTPException: _on_http_exception,
-                ClientDisconnect: _on_client_disconnect,
-                Exception: _on_internal_error,
-            },
+            exception_handlers=exception_handlers(),
             lifespan=self._lifespan,
         )
         app.state.connections = self._connections
@@ -144,7 +143,7 @@ class _Service:
 
     async def completions(self, request: Request) -> Response:
         """Generate text."""
-        deadline, tokenizer = time.monotonic() + self._limits.timeout, self._served.tokenizer
+        deadline = time.monotonic() + self._limits.timeout
         body = await self._read_body(request)
         parsed = await self._parse(partial(api.parse_request, body, self._served, self._limits.max_tokens), deadline)
         if parsed.body.regex is not None or parsed.body.choice is not None:
@@ -153,16 +152,27 @@ class _Service:
             except (InputError, QueueFull) as error:
                 raise as_request_error(error) from None
             parsed = parsed.constrained(constraint)
+        return await self._respond(request, parsed, deadline)
+
+    async def _respond(self, request: Request, parsed: ParsedRequest, deadline: float) -> Response:
+        """Generate the samples of a request, and stream or return them."""
+        tokenizer = self._served.tokenizer
         completion = RunningCompletion(self._worker, parsed, deadline)
         self._metrics.count_prompt(parsed.prompt_tokens)
         if parsed.body.stream:
             headers = {"Cache-Control": "no-store"}
             return StreamingResponse(completion.stream(tokenizer), media_type="text/event-stream", headers=headers)
-        return JSONResponse(responses.completion(parsed, await completion.samples(request), tokenizer))
+        build = responses.chat_completion if parsed.chat else responses.completion
+        return JSONResponse(build(parsed, await completion.samples(request), tokenizer))
 
-    async def chat(self, _: Request) -> Response:
-        """Reject a chat request."""
-        raise RequestError(404, api.NO_CHAT)
+    async def chat(self, request: Request) -> Response:
+        """Answer the last message of a conversation. Rejects the request if the model was not trained on conversations."""
+        if self._served.chat is None:
+            raise RequestError(404, api.NO_CHAT)
+        deadline = time.monotonic() + self._limits.timeout
+        body = await self._read_body(request)
+        parsed = await self._parse(partial(parse_chat_request, body, self._served, self._limits.max_tokens), deadline)
+        return await self._respond(request, parsed, deadline)
 
     async def models(self, _: Request) -> Response:
         """List the served model."""
@@ -202,7 +212,8 @@ class _Service:
         """Describe the tokenizer."""
         tokenizer = self._served.tokenizer
         names = {"eos_token": api.end_of_text_name(tokenizer), "bos_token": None, "pad_token": None}
-        info = {"tokenizer_class": tokenizer.kind, "vocab_size": tokenizer.vocab_size, **names, "chat_template": None}
+        template = None if self._served.chat is None else self._served.chat.jinja()
+        info = {"tokenizer_class": tokenizer.kind, "vocab_size": tokenizer.vocab_size, **names, "chat_template": template}
         return JSONResponse(info)
 
     async def health(self, _: Request) -> Response:
@@ -236,21 +247,38 @@ class _Service:
             raise RequestError(503, "timed out before the request was read") from None
 
     async def _read_body(self, request: Request) -> bytes:
-        content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if content_type != "application/json":
-            raise RequestError(415, "the content type must be application/json")
-        data = bytearray()
-        async for part in request.stream():
-            data += part
-            if len(data) > self._limits.max_body_bytes:
-                raise RequestError(413, f"the body must not exceed {self._limits.max_body_bytes} bytes")
-        return bytes(data)
+        return await read_json_body(request, self._limits.max_body_bytes)
 
 
-def _page(name: str, examples: Sequence[str]) -> str:
-    """The web page. Empty, long and repeated examples are left out."""
-    page = resources.files("tinylm.serving").joinpath("page.html").read_text(encoding="utf-8")
-    offered = [text for text in dict.fromkeys(examples) if text.strip() and len(text) <= 200] or _DEFAULT_EXAMPLES
+async def read_json_body(request: Request, max_bytes: int) -> bytes:
+    """Read the body of a request. Raises `RequestError` if it is not JSON by its content type, or too long."""
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json":
+        raise RequestError(415, "the content type must be application/json")
+    data = bytearray()
+    async for part in request.stream():
+        data += part
+        if len(data) > max_bytes:
+            raise RequestError(413, f"the body must not exceed {max_bytes} bytes")
+    return bytes(data)
+
+
+def exception_handlers() -> dict[Any, Any]:
+    """The functions that turn exceptions into error responses, by exception class."""
+    return {
+        RequestError: _on_request_error,
+        HTTPException: _on_http_exception,
+        ClientDisconnect: _on_client_disconnect,
+        Exception: _on_internal_error,
+    }
+
+
+def _page(served: ServedModel, examples: Sequence[str]) -> str:
+    """The web page: a conversation, or text that the model continues. Empty, long and repeated examples are left out."""
+    file, name = "page.html" if served.chat is None else "chat_page.html", served.name
+    page = resources.files("tinylm.serving").joinpath(file).read_text(encoding="utf-8")
+    defaults = _DEFAULT_EXAMPLES if served.chat is None else _DEFAULT_MESSAGES
+    offered = [text for text in dict.fromkeys(examples) if text.strip() and len(text) <= 200] or defaults
     encoded = html.escape(json.dumps(offered), quote=True)
     return page.replace("{{EXAMPLES}}", encoded).replace("{{MODEL}}", html.escape(name))
 

@@ -1,4 +1,4 @@
-"""Plot the results of a sweep: the primary metric against the first numeric key, one line for each setting of the other keys."""
+"""Plot a sweep: the primary metric against the first numeric key, with one line for each setting of the other keys."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Run the trainings of a sweep in separate processes. A sweep that was stopped or killed continues where it was.
+"""Train the runs of a sweep in separate processes. A sweep that was stopped or killed continues where it stopped.
 
-SWEEP/NAME/           the run folder of each training
-SWEEP/results/NAME.json    written when a training is finished
-SWEEP/logs/NAME.log        what the training wrote to stderr
+SWEEP/NAME/                the run folder of each training run
+SWEEP/results/NAME.json    written when a training run is finished
+SWEEP/logs/NAME.log        what the training run wrote to stderr
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from tinylm.sweep.settings import Values, overrides
 
 _POLL_SECONDS = 0.1
 _STOP_SECONDS = 60.0
-"""How long a training may take to save and stop."""
+"""Seconds that a training run may take to save and stop."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """One training of a sweep."""
+    """One training run of a sweep: its name, and the values of its recipe keys."""
 
     name: str
     values: dict[str, str]
@@ -41,7 +41,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of one training. `result` is the document of `tinylm train --json`, or empty if the training failed."""
+    """The result of one training run. `result` is the document of `tinylm train --json`, or empty if training failed."""
 
     name: str
     run: str
@@ -50,13 +50,13 @@ class Outcome:
     """A hash of the recipe."""
     result: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
-    """The error message of a training that failed."""
+    """The error message if training failed."""
     pruned: bool = False
-    """Stopped early because it was worse than the others."""
+    """Whether the run was stopped early because it was worse than the others."""
 
 
 Monitor = Callable[[Training, Path], bool]
-"""Called repeatedly while a training runs, with its run folder. The training is stopped early when it returns True."""
+"""Called repeatedly during a training run, with its run folder. The run is stopped early when it returns True."""
 
 
 def _never_prune(training: Training, folder: Path) -> bool:
@@ -67,7 +67,7 @@ class Sweep:
     """A folder with the runs and results of a sweep."""
 
     def __init__(self, folder: Path, recipe_file: Path, *, jobs: int = 1, device: str = "auto") -> None:
-        """Each of `jobs` simultaneous trainings gets an equal share of the cores."""
+        """`jobs` runs are trained at the same time. Each gets an equal share of the cores."""
         self.folder = folder
         self._recipe_file = recipe_file
         self.jobs = jobs
@@ -81,9 +81,9 @@ class Sweep:
         return self.folder / name
 
     def finished(self, training: Training) -> Outcome | None:
-        """Return the outcome of a training that is finished, or None.
+        """Return the outcome of a training run that is finished, or None.
 
-        Raises `InputError` if the folder holds the result of another recipe under this name.
+        Raises `InputError` if the folder contains the result of another recipe under this name.
         """
         file = self._result_file(training.name)
         try:
@@ -94,16 +94,16 @@ class Sweep:
             raise InputError(f"not a result of a sweep: {error}", where=str(file), hint="remove it to train again") from None
         if outcome.digest != self._digest(training.values):
             hint = "choose another folder with --out"
-            raise InputError("the folder holds a sweep of another recipe", where=str(self.folder), hint=hint)
+            raise InputError("the folder contains a sweep of another recipe", where=str(self.folder), hint=hint)
         return outcome
 
-    def run(self, trainings: Sequence[Training], monitor: Monitor = _never_prune) -> Iterator[Outcome]:
-        """Run all trainings that are not finished, and yield each outcome as soon as it is known.
+    def run(self, planned: Sequence[Training], monitor: Monitor = _never_prune) -> Iterator[Outcome]:
+        """Train all runs that are not finished, and yield each outcome as soon as it is known.
 
-        If this process is interrupted, all running trainings save a checkpoint and stop.
+        If this process is interrupted, all runs that are being trained save a checkpoint and stop.
         """
         waiting: list[Training] = []
-        for training in trainings:
+        for training in planned:
             outcome = self.finished(training)
             if outcome is None:
                 waiting.append(training)
@@ -140,7 +140,7 @@ class Sweep:
         for file in (self._log_file(training.name), self._output_file(training.name)):
             file.parent.mkdir(parents=True, exist_ok=True)
         with open(self._output_file(training.name), "wb") as output, open(self._log_file(training.name), "ab") as log:
-            # In a session of its own, Ctrl-C reaches only this process, which then stops the trainings in an orderly way.
+            # In a new session, the child does not receive Ctrl-C. This process then stops it with SIGTERM, so that it saves.
             return subprocess.Popen(command, stdout=output, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
 
     def _finish(self, training: Training, process: subprocess.Popen[bytes], *, pruned: bool) -> Outcome:
@@ -150,7 +150,7 @@ class Sweep:
         error = None
         if process.returncode and not pruned:
             error = _last_error(self._log_file(training.name)) or f"ended with exit code {process.returncode}"
-        digest = "" if error else self._digest(training.values)  # the recipe of a failed training may not be valid
+        digest = "" if error else self._digest(training.values)  # the recipe of a failed run may not be valid
         run = str(self.run_folder(training.name))
         outcome = Outcome(training.name, run, training.values, digest, result, error, pruned)
         if error is None:
@@ -172,7 +172,7 @@ class Sweep:
 
 
 def _stop_all(processes: list[subprocess.Popen[bytes]]) -> None:
-    """Ask trainings to save and stop, and kill those that do not within a minute."""
+    """Ask the processes to save and stop, and kill those that do not within a minute."""
     for process in processes:
         process.send_signal(signal.SIGTERM)
     deadline = time.monotonic() + _STOP_SECONDS

@@ -1,4 +1,4 @@
-"""Search ranges of values with Optuna: a tree-structured Parzen estimator proposes settings, and bad trainings stop early."""
+"""Search ranges of values with Optuna: a tree-structured Parzen estimator proposes settings, and bad runs are stopped early."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ if TYPE_CHECKING:
     import optuna
 
 _STARTUP_TRIALS = 5
-"""The number of trials without pruning."""
+"""Number of trials without pruning."""
 _MARKS_PER_DOUBLING = 2
-"""Trainings are compared at the same numbers of tokens: at this many points for each doubling."""
+"""Training runs are compared at the same numbers of tokens: at this many points for each doubling."""
 
 
 def run_trials(sweep: Sweep, axes: Sequence[Axis], ranges: Sequence[Range], trials: int, seed: int) -> Iterator[Outcome]:
-    """Train `trials` settings and yield each outcome. A search that was stopped continues with the trials that are missing.
+    """Train `trials` settings and yield each outcome. A search that was stopped continues with the missing trials.
 
-    Raises `InputError` if Optuna is missing, or if the folder holds a search of other values.
+    Raises `InputError` if Optuna is missing, or if the folder contains a search of other values.
     """
     study = _open_study(sweep, axes, ranges, seed)
     for start in range(0, trials, sweep.jobs):
         known = study.get_trials(deepcopy=False)
         asked = [_continue_or_ask(study, known, number, axes, ranges) for number in range(start, min(start + sweep.jobs, trials))]
-        trainings = {f"trial-{trial.number:03}": trial for trial in asked}
-        monitor = _Pruners({name: _Pruner(trial) for name, trial in trainings.items()})
-        for outcome in sweep.run([Training(name, trial.user_attrs["values"]) for name, trial in trainings.items()], monitor):
-            _tell(study, trainings[outcome.name], outcome)
+        trials_by_name = {f"trial-{trial.number:03}": trial for trial in asked}
+        monitor = _Pruners({name: _Pruner(trial) for name, trial in trials_by_name.items()})
+        for outcome in sweep.run([Training(name, trial.user_attrs["values"]) for name, trial in trials_by_name.items()], monitor):
+            _tell(study, trials_by_name[outcome.name], outcome)
             yield outcome
 
 
@@ -48,14 +48,14 @@ def _open_study(sweep: Sweep, axes: Sequence[Axis], ranges: Sequence[Range], see
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     sweep.folder.mkdir(parents=True, exist_ok=True)
     storage = f"sqlite:///{sweep.folder / 'optuna.db'}"
-    space = json.dumps([[asdict(axis) for axis in axes], [asdict(found) for found in ranges]], sort_keys=True)
+    space = json.dumps([[asdict(axis) for axis in axes], [asdict(interval) for interval in ranges]], sort_keys=True)
     # A sampler with the same seed would repeat its first proposals when a search continues.
     study = optuna.create_study(study_name="sweep", storage=storage, direction="minimize", load_if_exists=True)
     study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))
     study.pruner = optuna.pruners.MedianPruner(n_startup_trials=_STARTUP_TRIALS)
     if study.user_attrs.get("space", space) != space:
         raise InputError(
-            "the folder holds a search of other values", where=str(sweep.folder), hint="choose another folder with --out"
+            "the folder contains a search of other values", where=str(sweep.folder), hint="choose another folder with --out"
         )
     study.set_user_attr("space", space)
     return study
@@ -64,14 +64,14 @@ def _open_study(sweep: Sweep, axes: Sequence[Axis], ranges: Sequence[Range], see
 def _continue_or_ask(
     study: optuna.Study, known: Sequence[Any], number: int, axes: Sequence[Axis], ranges: Sequence[Range]
 ) -> optuna.Trial:
-    """Return the trial with this number, which has its settings in the user attribute `values`; a new one if there is none."""
+    """Return the trial with this number, or a new trial. Its settings are in the user attribute `values`."""
     import optuna
 
     trial = optuna.trial.Trial(study, known[number]._trial_id) if number < len(known) else study.ask()
     if "values" in trial.user_attrs:
         return trial
     values = {axis.key: _suggest_axis(trial, axis) for axis in axes}
-    values |= {found.key: _suggest_range(trial, found) for found in ranges}
+    values |= {interval.key: _suggest_range(trial, interval) for interval in ranges}
     trial.set_user_attr("values", values)
     return trial
 
@@ -80,14 +80,14 @@ def _suggest_axis(trial: optuna.Trial, axis: Axis) -> str:
     return axis.values[0] if len(axis.values) == 1 else str(trial.suggest_categorical(axis.key, axis.values))
 
 
-def _suggest_range(trial: optuna.Trial, found: Range) -> str:
-    if found.whole:
-        return str(trial.suggest_int(found.key, int(found.low), int(found.high), log=found.log))
-    return f"{trial.suggest_float(found.key, found.low, found.high, log=found.log):.4g}"
+def _suggest_range(trial: optuna.Trial, interval: Range) -> str:
+    if interval.whole:
+        return str(trial.suggest_int(interval.key, int(interval.low), int(interval.high), log=interval.log))
+    return f"{trial.suggest_float(interval.key, interval.low, interval.high, log=interval.log):.4g}"
 
 
 def _tell(study: optuna.Study, trial: optuna.Trial, outcome: Outcome) -> None:
-    """Record an outcome, unless it is recorded already."""
+    """Record an outcome, unless it is already recorded."""
     import optuna
 
     state = study.get_trials(deepcopy=False)[trial.number].state
@@ -119,7 +119,7 @@ def _signed(metric: Metric, value: float) -> float:
 
 
 class _Pruner:
-    """Reports the evaluations of a running training at fixed numbers of tokens, and decides whether to stop it."""
+    """Reports the evaluations of a training run at fixed numbers of tokens, and decides whether to stop it."""
 
     def __init__(self, trial: optuna.Trial) -> None:
         self._trial = trial
@@ -137,7 +137,7 @@ class _Pruner:
 
 
 class _Pruners:
-    """The pruners of several trainings, by name."""
+    """The pruners of several training runs, by name."""
 
     def __init__(self, pruners: dict[str, _Pruner]) -> None:
         self._pruners = pruners
@@ -147,12 +147,12 @@ class _Pruners:
 
 
 def mark_tokens(mark: int) -> float:
-    """The number of tokens of a mark."""
+    """Return the number of tokens of a mark."""
     return float(2 ** (mark / _MARKS_PER_DOUBLING))
 
 
 def interpolate(points: Sequence[tuple[float, float]], tokens: float) -> float:
-    """The value between two of the points (tokens, value), which are sorted, by linear interpolation."""
+    """Interpolate linearly between sorted (tokens, value) points. Raises `ValueError` outside their range."""
     for (x0, y0), (x1, y1) in pairwise(points):
         if x0 <= tokens <= x1:
             return y0 if x1 == x0 else y0 + (y1 - y0) * (tokens - x0) / (x1 - x0)

@@ -28,7 +28,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Range:
-    """A recipe key with an interval of numbers to search. Whole numbers if both ends are whole numbers."""
+    """A recipe key with an interval of numbers to search. The values are whole numbers if both ends are."""
 
     key: str
     low: float
@@ -39,7 +39,7 @@ class Range:
 
 
 def parse_axis(setting: str) -> Axis:
-    """Parse `KEY=A,B,C`. Commas inside brackets or quotes do not separate values. Raises `InputError` if the form is wrong."""
+    """Parse `KEY=A,B,C`. Commas inside brackets or quotes do not separate values. Raises `InputError` for any other form."""
     key, equals, text = setting.partition("=")
     values = tuple(value.strip() for value in _split(text))
     if not equals or not key.strip() or "" in values:
@@ -68,7 +68,7 @@ def _split(text: str) -> Iterator[str]:
 
 
 def parse_range(setting: str) -> Range:
-    """Parse `KEY=LOW..HIGH` or `KEY=LOW..HIGH:log`. Raises `InputError` if the form is wrong or the range is empty."""
+    """Parse `KEY=LOW..HIGH` or `KEY=LOW..HIGH:log`. Raises `InputError` for any other form, and for an empty range."""
     key, _, text = setting.partition("=")
     where, match = f"--range {setting}", _RANGE.fullmatch(text.strip())
     try:

@@ -3,6 +3,8 @@
 `python-docs` contains one document for each language reference topic of pydoc, followed by one document for each standard library
 module with its docstrings. Both are sorted, and repeated docstrings are dropped. Modules are parsed with `ast` and never imported.
 The text depends only on the Python version.
+
+`python-docstrings` contains one labelled document for each docstring of the larger packages. The label is the name of the package.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ def path_of(name: str) -> Path:
     def write(temporary: Path) -> None:
         with open(temporary, "w", encoding="utf-8", newline="\n") as file:
             for title, text in BUILTINS[name]():
-                file.write(json.dumps({"title": title, "text": text}) + "\n")
+                file.write(json.dumps({_TITLE_FIELDS.get(name, "title"): title, "text": text}) + "\n")
 
     return cached_file(cache_folder("builtin") / f"{name}-{sys.implementation.name}-{version}-{_FORMAT}.jsonl", write)
 
@@ -87,4 +89,28 @@ def _docstrings(path: Path) -> Iterator[str]:
             yield text.strip()
 
 
-BUILTINS: dict[str, Callable[[], Iterator[tuple[str, str]]]] = {"python-docs": python_docs}
+def python_docstrings() -> Iterator[tuple[str, str]]:
+    """Yield the (label, text) of each document of `builtin:python-docstrings`: a docstring and the package or module it is from."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    by_package: dict[str, list[str]] = {}
+    seen: set[str] = set()
+    for path in _modules(root):
+        package = path.relative_to(root).parts[0].removesuffix(".py")
+        for text in _docstrings(path):
+            if text not in seen and len(text) >= _SHORTEST_DOCSTRING:
+                by_package.setdefault(package, []).append(text)
+            seen.add(text)
+    for package, texts in sorted(by_package.items()):
+        if len(texts) >= _FEWEST_DOCSTRINGS:
+            yield from ((package, text) for text in texts)
+
+
+_SHORTEST_DOCSTRING = 30
+_FEWEST_DOCSTRINGS = 60
+"""Packages with fewer docstrings are left out."""
+_TITLE_FIELDS = {"python-docstrings": "label"}
+"""The name of the first field of each builtin, if it is not `title`."""
+BUILTINS: dict[str, Callable[[], Iterator[tuple[str, str]]]] = {
+    "python-docs": python_docs,
+    "python-docstrings": python_docstrings,
+}

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, cast
 
-from tinylm.errors import InputError, missing_extra
+from tinylm.errors import InputError, is_out_of_memory, missing_extra
 
 BLOCK_BYTES = 1 << 20
 COMPRESSIONS = {".gz": "gzip", ".xz": "xz", ".bz2": "bz2", ".zst": "zstd"}
@@ -131,6 +131,8 @@ def _read_blocks(name: str, stream: IO[bytes]) -> Iterator[bytes]:
         try:
             block = stream.read(BLOCK_BYTES)
         except Exception as error:  # each decompressor has its own exceptions
+            if is_out_of_memory(error):
+                raise
             raise InputError(f"the file is damaged or truncated: {error}", where=name) from None
         if not block:
             return

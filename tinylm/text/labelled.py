@@ -1,6 +1,6 @@
 """Read texts with one label each, and split them so that every part has its share of each label.
 
-A labelled text is a record of a .jsonl, .csv, .tsv or .parquet file, or a text file in a subfolder that is named after its label.
+A labeled text is a record of a .jsonl, .csv, .tsv or .parquet file, or a text file in a subfolder that is named after its label.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class LabelledRecordFormat(RecordFormat):
 
 
 def read_labelled(sources: Sequence[str], text: str, label: str, errors: str) -> Iterator[LabelledText]:
-    """Yield the labelled texts of `sources` in order. `text` and `label` name the fields of records.
+    """Yield the labeled texts of `sources` in order. `text` and `label` name the fields of records.
 
     Raises `InputError` if a source cannot be read, or if a text has no label.
     """
@@ -85,9 +85,9 @@ def _label_of_file(source: str, name: str) -> str:
 
 
 def stratified(texts: Sequence[LabelledText], shares: Mapping[str, float]) -> dict[str, list[int]]:
-    """Choose the texts of each part: indexes by part, in the order of `texts`. Those of no part are under `train`.
+    """Choose the texts of each part. Returns indices in the order of `texts`. Those of no part are under `train`.
 
-    `shares`: the share of each label's texts that each part gets. The choice depends only on a hash of the text, and equal texts are
+    `shares`: the share of each label's texts in each part. The choice depends only on a hash of the text, and equal texts are
     in the same part. A label with few texts may have none in a part.
     """
     groups: dict[str, list[int]] = defaultdict(list)
@@ -111,7 +111,7 @@ def stratified(texts: Sequence[LabelledText], shares: Mapping[str, float]) -> di
 
 
 def subset(texts: Sequence[LabelledText], share: float) -> list[int]:
-    """The indexes of a share of each label's texts, at least one per label. A smaller share is a subset of a larger one."""
+    """The indices of a share of each label's texts, at least one per label. A smaller share is a subset of a larger one."""
     by_label: dict[str, list[int]] = defaultdict(list)
     for index, item in enumerate(texts):
         by_label[item.label].append(index)

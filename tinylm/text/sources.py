@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -162,7 +162,7 @@ class Corpus:
                 yield self._copy(source, stream)
             return
         else:
-            found = [file for file in sorted(glob.glob(path, recursive=True)) if os.path.isfile(file)]
+            found = [file for file in sorted(_glob(path)) if os.path.isfile(file)]
             texts = list({os.path.realpath(file): file for file in reversed(found)}.values())[::-1]  # links can repeat a file
             if not texts:
                 raise InputError("no such file or folder", where=source)
@@ -291,6 +291,31 @@ def _columns(name: str, table: Any, fields: Sequence[str]) -> Iterator[tuple[obj
 def _without_query(url: str) -> str:
     """Remove the query from an HTTP URL, because it is not part of the file name."""
     return url.partition("?")[0] if url.startswith(("http://", "https://")) else url
+
+
+def _glob(pattern: str) -> list[str]:
+    """Return the paths that a pattern matches. `**` visits each folder once, even if links lead to it in several ways."""
+    parts = pattern.replace(os.sep, "/").split("/")
+    if "**" not in parts:
+        return glob.glob(pattern)
+    index = parts.index("**")
+    head, tail = "/".join(parts[:index]), "/".join(parts[index + 1 :]) or "*"
+    roots = glob.glob(head) if head else ["/" if index else ""]
+    folders = _folders(roots, set())
+    return [found for folder in folders for found in _glob(os.path.join(glob.escape(folder), tail))]
+
+
+def _folders(paths: Iterable[str], seen: set[str]) -> Iterator[str]:
+    """Yield the folders among `paths` and all folders in them, except hidden ones. `seen`: the real paths of those visited."""
+    for path in paths:
+        real = os.path.realpath(path or ".")
+        if real in seen or not os.path.isdir(real):
+            continue
+        seen.add(real)
+        yield path
+        with suppress(PermissionError):
+            names = sorted(name for name in os.listdir(path or ".") if not name.startswith("."))
+            yield from _folders((os.path.join(path, name) for name in names), seen)
 
 
 def _walk(folder: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The control tokens of an encoder's tokenizer: those that frame a text, mask a token and fill up a row. Text never encodes to them."""
+"""The control tokens of an encoder's tokenizer, which frame a text, mask a token or fill up a row. Text never encodes to them."""
 
 from __future__ import annotations
 

@@ -46,10 +46,10 @@ class Tokenizer:
         if getattr(backend.model, "dropout", None):
             backend.model.dropout = None  # with BPE dropout, the same text would get different ids each time
         self.backend = backend
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        validation.check_ids(vocabulary)  # before `to_str`, which allocates memory for every id up to the highest
         self.tokenizer_json: dict[str, Any] = json.loads(backend.to_str())
         """The parsed contents of the tokenizer.json."""
-        vocabulary = backend.get_vocab(with_added_tokens=True)
-        validation.check_ids(vocabulary)
         validation.check_growth(self.tokenizer_json)
         validation.check_unknown(self.tokenizer_json, vocabulary)
         self._model: dict[str, Any] = self.tokenizer_json["model"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from tinylm.errors import InputError
+from tinylm.errors import InputError, TinylmWarning
 from tinylm.tokenizer.backend_errors import translate_backend_errors
+from tinylm.tokenizer.byte_level import bytes_to_unicode
 from tinylm.tokenizer.pretokenizer import flat_steps
 
 _MAX_UNUSED_IDS = 1 << 16
@@ -54,6 +56,28 @@ def check_unknown(tokenizer_json: Mapping[str, Any], vocabulary: Mapping[str, in
         raise InputError(f"the unknown token {model['unk_token']!r} is not in the vocabulary")
     if model["type"] == "Unigram" and model["unk_id"] is None:
         raise InputError("the model has no unknown token")
+    if model["type"] == "BPE" and not model.get("unk_token"):
+        _check_bpe_alphabet(tokenizer_json, vocabulary)
+
+
+def _check_bpe_alphabet(tokenizer_json: Mapping[str, Any], vocabulary: Mapping[str, int]) -> None:
+    """Refuse a BPE model without an unknown token that drops all characters it does not know, and warn if it drops some bytes."""
+    steps = [
+        *flat_steps(tokenizer_json.get("pre_tokenizer"), "pretokenizers"),
+        *flat_steps(tokenizer_json.get("normalizer"), "normalizers"),
+    ]
+    if any(step["type"] == "ByteLevel" for step in steps):
+        alphabet = list(bytes_to_unicode().values())
+    elif tokenizer_json["model"].get("byte_fallback"):
+        alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
+    else:
+        hint = "add an unknown token, or tokens for all bytes with byte_fallback"
+        raise InputError("the model has no unknown token, so it would drop characters outside its vocabulary", hint=hint)
+    if missing := [token for token in alphabet if token not in vocabulary]:
+        text = (
+            f"the tokenizer drops {len(missing)} of the 256 bytes from a text: it has neither tokens for them nor an unknown token"
+        )
+        warnings.warn(text, TinylmWarning, stacklevel=2)
 
 
 def check_encoding(encode: Any) -> None:

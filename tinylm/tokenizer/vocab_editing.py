@@ -62,6 +62,19 @@ def add(tokenizer: Tokenizer, tokens: Sequence[str], *, special: bool = False) -
     return EditedTokenizer(edited, [sources.get(id, [id]) for id in range(edited.vocab_size)], [])
 
 
+def extension(before: Tokenizer, after: Tokenizer) -> EditedTokenizer | None:
+    """Return `after` as an edit of `before` if it only has more control tokens. Otherwise return None."""
+    known = before.backend.get_added_tokens_decoder()
+    added = [token.content for id, token in sorted(after.backend.get_added_tokens_decoder().items()) if id not in known]
+    if not added:
+        return None
+    try:
+        edited = add(before, added, special=True)
+    except InputError:  # one of the tokens was an ordinary token before
+        return None
+    return edited if edited.tokenizer.fingerprint == after.fingerprint else None
+
+
 def remove(tokenizer: Tokenizer, tokens: Sequence[str]) -> EditedTokenizer:
     """Remove tokens from a vocabulary and renumber the others. Raises `InputError` if one is missing or cannot be removed."""
     _check_tokens(tokens)

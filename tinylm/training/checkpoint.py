@@ -303,7 +303,7 @@ def _check_weights(weights: Mapping[str, Tensor], stored: Mapping[str, torch.Siz
     for name, tensor in weights.items():
         if stored.get(name) != tensor.shape:
             actual = f"{tuple(stored[name])} instead of {tuple(tensor.shape)}" if name in stored else "missing"
-            raise ValueError(f"it does not fit the recipe: {name} is {actual}")
+            raise ValueError(f"it does not match the recipe: {name} is {actual}")
 
 
 def _stored_shape(name: str, entry: Any) -> Any:

@@ -37,9 +37,9 @@ class Classification:
         """Sort the texts by length, so that micro-batches have little padding. Nothing is random."""
         tokens = examples["tokens"]
         order = np.argsort((tokens >= 0).sum(axis=1), kind="stable")
-        tokens = torch.from_numpy(tokens[order])
-        segments = torch.where(tokens < 0, PADDING, 0)
-        return Batch(tokens.clamp_min(0), torch.from_numpy(examples["labels"][order]), segments)
+        ids = torch.from_numpy(tokens[order])
+        segments = torch.where(ids < 0, PADDING, 0)
+        return Batch(ids.clamp_min(0), torch.from_numpy(examples["labels"][order]), segments)
 
     def loss_sum(self, network: nn.Module, batch: Batch) -> Tensor:
         return self.losses(network, batch).sum()
@@ -50,7 +50,12 @@ class Classification:
         weight = None if self._weights is None else self._weights.to(logits.device)
         targets = batch.targets[:, 0].masked_fill(batch.targets[:, 0] < 0, IGNORE_INDEX)
         losses = F.cross_entropy(
-            logits.float(), targets, weight, ignore_index=IGNORE_INDEX, reduction="none", label_smoothing=self._section.label_smoothing
+            logits.float(),
+            targets,
+            weight,
+            ignore_index=IGNORE_INDEX,
+            reduction="none",
+            label_smoothing=self._section.label_smoothing,
         )
         return losses[:, None]
 

@@ -54,11 +54,11 @@ class CountState:
         return {name: torch.zeros(shape, dtype=torch.int64) for name, shape in shapes.items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Replace the counts. Raises `ValueError` if they do not fit the vocabulary and the order."""
+        """Replace the counts. Raises `ValueError` if they do not match the vocabulary and the order."""
         arrays = {name.removeprefix(_PREFIX): tensor.numpy() for name, tensor in state.items()}
         sizes, keys = arrays["sizes"].tolist(), arrays.get("keys", np.zeros(0, dtype=np.int64))
         if len(sizes) != self._order or sizes[0] != self._vocab_size or sum(sizes) != len(arrays["counts"]):
-            raise ValueError("the counts do not fit the order and the vocabulary")
+            raise ValueError("the counts do not match the order and the vocabulary")
         ends = np.cumsum(sizes)
         counts = tuple(arrays["counts"][end - size : end] for size, end in zip(sizes, ends, strict=True))
         key_ends = ends[1:] - sizes[0]

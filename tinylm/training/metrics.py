@@ -119,7 +119,7 @@ class Observer:
         """Called with a message for the user."""
 
     def close(self) -> None:
-        """Called when training ends, also after an error."""
+        """Called when training ends, even after an error."""
 
     def stopping(self) -> None:
         """Called from the signal handler when a signal arrives. Training will save and stop after the current step."""

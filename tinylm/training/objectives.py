@@ -9,20 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from tinylm.data.batch import Batch
+from tinylm.data.chat import PreparedChat
 from tinylm.data.datasets import Examples
 from tinylm.data.prepare import PreparedText
-from tinylm.evaluation import perplexity
+from tinylm.evaluation import answers, perplexity
 from tinylm.evaluation.metrics import LANGUAGE_MODEL, Metric, Metrics
 from tinylm.evaluation.perplexity import EvaluationOptions
 from tinylm.evaluation.scoring import token_losses
 from tinylm.model.base import Model
 from tinylm.recipe.encoder import MaskedLMObjective
 from tinylm.recipe.labels import ClassificationObjective
+from tinylm.recipe.pairs import TranslationObjective
 from tinylm.recipe.schema import CausalLMObjective, ObjectiveVariant, register_objective_section, unregister_section
 from tinylm.training.classification import Classification
 from tinylm.training.masked_lm import MaskedLM
 from tinylm.training.objective import Heldout as Heldout
 from tinylm.training.objective import Objective as Objective
+from tinylm.training.translation import Translation
 
 
 class CausalLM:
@@ -48,24 +51,33 @@ class CausalLM:
         return token_losses(network(batch.inputs, segments=batch.segments), batch.targets)
 
     def evaluate(self, network: Model, heldout: Heldout) -> Metrics:
-        """Score every held-out token once (see `evaluation.perplexity`)."""
+        """Score every held-out token once (see `evaluation.perplexity`), or every token of the answers in conversations."""
         section, prepared = heldout.section, heldout.prepared
+        if isinstance(prepared, PreparedChat):
+            return answers.evaluate(
+                network,
+                prepared.heldout,
+                prepared.tokenizer.token_byte_lengths,
+                max_tokens=section.max_tokens,
+                processes=heldout.processes,
+                on_progress=heldout.on_progress,
+            ).metrics
         assert isinstance(prepared, PreparedText)
-        scores = perplexity.evaluate(
+        return perplexity.evaluate(
             network,
             prepared.heldout,
             prepared.tokenizer.token_byte_lengths,
             EvaluationOptions(stride=section.stride, max_tokens=section.max_tokens, confidence_interval=False),
             processes=heldout.processes,
             on_progress=heldout.on_progress,
-        )
-        return scores.metrics
+        ).metrics
 
 
 _OBJECTIVES: dict[type[ObjectiveVariant], Callable[[Any], Objective]] = {
     CausalLMObjective: lambda section: CausalLM(),
     MaskedLMObjective: lambda section: MaskedLM(),
     ClassificationObjective: Classification,
+    TranslationObjective: Translation,
 }
 
 

@@ -7,15 +7,49 @@ import sys
 
 import torch
 
+from tinylm import errors
 from tinylm.cost.memory import MMAP_THRESHOLD
+from tinylm.cost.micro_batch import estimate_memory, host_memory_bytes
+from tinylm.cost.parameters import has_estimates
+from tinylm.errors import InputError
+from tinylm.model import registry
+from tinylm.recipe import Recipe
 
+_BYTES_PER_PARAMETER = 4
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # from malloc.h; see mallopt(3)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether an allocator ran out of memory. Only CUDA raises a dedicated class; other devices are recognized by the message."""
-    messages = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(message in str(error) for message in messages)
+    return isinstance(error, torch.OutOfMemoryError) or errors.is_out_of_memory(error)
+
+
+def check_training_state(recipe: Recipe, vocab_size: int, device: torch.device, world_size: int) -> None:
+    """Raise `InputError` if weights, gradients and optimizer state cannot fit into memory. Allocates no memory for the network.
+
+    The optimizer state is counted only for architectures with estimates.
+    """
+    if has_estimates(recipe.model):
+        costs = estimate_memory(recipe, vocab_size, 1)
+        needed = costs.weights + costs.gradients + costs.optimizer
+    else:
+        with torch.device("meta"):
+            network = registry.build(recipe.model, vocab_size, None, objective=recipe.objective)
+        needed = 2 * _BYTES_PER_PARAMETER * network.parameter_count()
+    available = _total_memory(device, world_size)
+    if needed > available:
+        sizes = f"at least {needed / 1e9:,.1f} GB of memory, and {available / 1e9:,.1f} GB are available"
+        hint = "use a smaller model, or a device with more memory"
+        raise InputError(f"weights, gradients and optimizer state need {sizes}", where="model", hint=hint)
+
+
+def _total_memory(device: torch.device, world_size: int) -> int:
+    """Bytes of memory over which the training state can be distributed: that of this machine, or of one GPU for each process."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory) * world_size
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory())
+    return host_memory_bytes()
 
 
 def keep_freed_memory() -> bool:

@@ -30,6 +30,7 @@ from tinylm.errors import InputError
 from tinylm.paths import atomic_file, atomic_write_text, remove_abandoned
 from tinylm.recipe import Recipe
 from tinylm.run import LOCK, check_run_folder, run_files
+from tinylm.tokenizer.chat_template import CHAT_TEMPLATE_FILE
 
 
 @contextmanager
@@ -95,6 +96,8 @@ def write_run(
     """
     atomic_write_text(folder / "recipe.yaml", recipe.to_yaml())
     prepared.tokenizer.save(folder / "tokenizer.json")
+    if prepared.chat_template is not None:
+        atomic_write_text(folder / CHAT_TEMPLATE_FILE, prepared.chat_template)
     for name in prepared.heldout_files:
         with atomic_file(folder / "heldout" / name) as temporary:
             shutil.copyfile(prepared.folder / name, temporary)

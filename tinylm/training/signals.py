@@ -13,7 +13,7 @@ class StopRequest:
     """A context manager that handles SIGINT and SIGTERM, and restores the previous handlers on exit.
 
     `signal_number` is None until the first signal arrives. The signal handler sets it and calls `on_request`. Python does not allow
-    signal handlers outside the main thread, so there the context manager does nothing.
+    signal handlers outside the main thread. There, the context manager does nothing.
     """
 
     def __init__(self, on_request: Callable[[], None] = lambda: None) -> None:

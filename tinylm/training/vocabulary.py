@@ -13,12 +13,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tinylm.data.prepare import encode_to_shard
 from tinylm.errors import InputError
+from tinylm.model.init_from import resize_rows
 from tinylm.paths import atomic_folder, atomic_write_text
 from tinylm.recipe.schema import DecoderSection, FileTokenizer
 from tinylm.recipe.values import run_name
@@ -26,6 +26,7 @@ from tinylm.reporting import SILENT, Reporter
 from tinylm.run import MODEL_FILES, POINTERS, Checkpoint, Run, check_run_folder, write_manifest
 from tinylm.text.sources import Piece
 from tinylm.tokenizer import Tokenizer
+from tinylm.tokenizer.chat_template import CHAT_TEMPLATE_FILE
 from tinylm.tokenizer.vocab_editing import EditedTokenizer
 
 
@@ -48,7 +49,7 @@ def write_edited_run(
         tokenizer.save(temporary / "tokenizer.json")
         if (run.path / "heldout").exists():  # imported runs have no held-out text
             _encode_heldout(run, tokenizer, temporary, reporter)
-        for name in ("metrics.jsonl", "samples.md", "environment.json"):
+        for name in (CHAT_TEMPLATE_FILE, "metrics.jsonl", "samples.md", "environment.json"):
             if (run.path / name).exists():
                 shutil.copyfile(run.path / name, temporary / name)
         section = FileTokenizer(kind="file", path=os.path.abspath(out / "tokenizer.json"))
@@ -79,11 +80,7 @@ def _resize_embeddings(weights: dict[str, Tensor], vocab_size: int, sources: lis
     resized = {}
     for name, tensor in weights.items():
         if name.rsplit(".", 2)[-2] in ("embedding", "head", "value_embedding") and tensor.shape[0] == vocab_size:
-            rows = torch.tensor([old[0] if old else 0 for old in sources])
-            tensor = tensor[rows].clone()
-            for row, old in enumerate(sources):
-                if len(old) != 1:
-                    tensor[row] = weights[name][old].mean(0) if old else weights[name].mean(0)
+            tensor = resize_rows(tensor, sources)
         resized[name] = tensor.contiguous()
     return resized
 

@@ -1,0 +1,241 @@
+"""Measure encoders and classifiers.
+
+    python benchmarks/encoders.py masked [SOURCE] [--minutes 3] [--width 192] [--layers 4] [--seeds 3]
+    python benchmarks/encoders.py labels FILE [--minutes 15] [--shares 0.01 0.1 1.0] [--init-from RUN]
+    python benchmarks/encoders.py debian FILE
+    python benchmarks/encoders.py throughput FILE [--texts 2000]
+
+masked: the held-out masked loss over time of preset `modern`, of preset `bert`, and of BertForMaskedLM from transformers with
+torch's AdamW at the same size on the same batches. The three take turns. It prints after how many seconds each of the first two
+reaches the final loss of the third.
+labels: the accuracy of a classifier that is trained for a number of minutes on shares of the labels of FILE, with its interval,
+beside TF-IDF + linear. With --init-from, each share is also trained from that run.
+debian: write the synopsis and the section of every package that `apt-cache dumpavail` lists to FILE, as labeled texts.
+throughput: texts per second of `tinylm classify` and of transformers' pipeline on the same weights, in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinylm import pipeline
+from tinylm.data import formats
+from tinylm.evaluation import masked
+from tinylm.evaluation.classify_texts import TextClassifier
+from tinylm.evaluation.evaluate_classifier import evaluate_classifier
+from tinylm.interchange import encoders
+from tinylm.interchange.exporting import export
+from tinylm.model import registry
+from tinylm.recipe import Recipe, loads
+from tinylm.reporting import SILENT
+from tinylm.run import Run
+from tinylm.text.labelled import read_labelled
+
+MASKED = """
+data: {{train: {source}, heldout: {{share: 0.1, by: document}}}}
+tokenizer: {{kind: bpe, vocab_size: 4096}}
+model: {{architecture: encoder, preset: {preset}, n_layer: {layers}, n_head: {heads}, n_embd: {width}, context_length: 128}}
+objective: {{name: masked_lm, rate: 0.15}}
+training: {{minutes: {minutes}, global_batch_size: 32, precision: fp32, compile: off}}
+evaluation: {{every: 0.1, max_tokens: 20000}}
+checkpoint: {{every: 1.0e+6, keep: 0}}
+seed: {seed}
+"""
+LABELS = """
+data: {{train: {source}, format: labels, heldout: {{share: 0.1}}, train_share: {share}}}
+{tokenizer}
+model: {{{model}}}
+objective: {{name: classification, pool: mean}}
+training: {{minutes: {minutes}, global_batch_size: 64, precision: fp32, compile: off}}
+evaluation: {{every: 0.2}}
+checkpoint: {{every: 0.2, keep: 0}}
+"""
+SCRATCH = "architecture: encoder, n_layer: 2, n_head: 4, n_embd: 192, context_length: 64, dropout: 0.1"
+
+
+def train_ours(recipe: Recipe, folder: Path) -> list[tuple[float, float]]:
+    pipeline.train(recipe, folder, device="cpu", overwrite=True)
+    lines = [line for line in Run.open(folder).metrics() if line["kind"] == "eval"]
+    return [(float(line["seconds"]), float(line["val_masked_loss"])) for line in lines]
+
+
+def train_transformers(recipe: Recipe, minutes: float, seed: int) -> list[tuple[float, float]]:
+    """Train BertForMaskedLM with AdamW, linear warmup and decay, on the batches that tinylm would use."""
+    import transformers
+
+    data_format = formats.find(recipe.data)
+    prepared = data_format.prepare(recipe, SILENT, 1)
+    dataset = data_format.dataset(recipe, prepared)
+    model: Any = recipe.model
+    network = registry.build(model, prepared.tokenizer.vocab_size, seed)
+    torch.manual_seed(seed)
+    config = encoders.make_config(network, recipe.objective)
+    bert = transformers.BertForMaskedLM(transformers.BertConfig(**config)).train()
+    optimizer = torch.optim.AdamW(bert.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    points: list[tuple[float, float]] = []
+    start, step, paused = time.perf_counter(), 0, 0.0
+    while True:
+        elapsed = time.perf_counter() - start - paused
+        done = elapsed / (60 * minutes)
+        if done >= (len(points) + 1) / 10 or done >= 1:
+            before = time.perf_counter()
+            state = encoders.read(config, bert.state_dict(), "transformers").state
+            network.load_stored_weights(state)
+            scores = masked.evaluate(network, prepared.heldout, prepared.tokenizer, max_tokens=20000)
+            points.append((elapsed, scores.loss))
+            paused += time.perf_counter() - before
+        if done >= 1:
+            return points
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * min(1.0, done / 0.05, (1 - done) / 0.95)
+        examples = dataset.examples(step * 32, 32)
+        tokens, targets = torch.from_numpy(examples["tokens"]), torch.from_numpy(examples["targets"])
+        loss = bert(input_ids=tokens, labels=targets).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(bert.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+
+
+def seconds_to(points: list[tuple[float, float]], loss: float) -> float | None:
+    """When a curve first reaches a loss, interpolated linearly."""
+    for (before, above), (after, below) in pairwise(points):
+        if below <= loss < above:
+            return before + (after - before) * (above - loss) / (above - below)
+    return points[0][0] if points and points[0][1] <= loss else None
+
+
+def compare_masked(arguments: argparse.Namespace) -> None:
+    ratios: dict[str, list[float]] = {"modern": [], "bert": []}
+    for seed in range(arguments.seeds):
+        shape = {"layers": arguments.layers, "heads": max(1, arguments.width // 48), "width": arguments.width}
+        recipes = {
+            preset: loads(MASKED.format(source=arguments.source, preset=preset, minutes=arguments.minutes, seed=seed, **shape))
+            for preset in ratios
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            curves = {preset: train_ours(recipe, Path(folder, preset)) for preset, recipe in recipes.items()}
+        theirs = train_transformers(recipes["bert"], arguments.minutes, seed)
+        target = theirs[-1][1]
+        print(f"seed {seed}: transformers reaches {target:.4f} nats per masked token in {theirs[-1][0]:.0f} s")
+        for preset, points in curves.items():
+            reached = seconds_to(points, target)
+            print(f"  {preset}: {points[-1][1]:.4f} in {points[-1][0]:.0f} s; the same loss {describe(reached, theirs[-1][0])}")
+            if reached is not None:
+                ratios[preset].append(theirs[-1][0] / reached)
+    for preset, values in ratios.items():
+        if values:
+            spread = f"from {min(values):.2f} to {max(values):.2f}, {len(values)} seeds"
+            print(f"{preset}: {statistics.mean(values):.2f} times sooner ({spread})")
+
+
+def describe(reached: float | None, theirs: float) -> str:
+    return "not reached" if reached is None else f"after {reached:.0f} s, {theirs / reached:.2f} times sooner"
+
+
+def compare_labels(arguments: argparse.Namespace) -> None:
+    for share in arguments.shares:
+        starts = {"from random weights": (SCRATCH, "tokenizer: {kind: bpe, vocab_size: 4096}")}
+        if arguments.init_from is not None:
+            starts["pretrained"] = (f"init_from: {arguments.init_from}, architecture: encoder, dropout: 0.1", "")
+        for name, (model, tokenizer) in starts.items():
+            text = LABELS.format(source=arguments.file, share=share, tokenizer=tokenizer, model=model, minutes=arguments.minutes)
+            with tempfile.TemporaryDirectory() as folder:
+                pipeline.train(loads(text), Path(folder, "run"), device="cpu")
+                result = evaluate_classifier(Run.open(Path(folder, "run")), device="cpu", mistakes=0)
+            low, high = result.scores.accuracy_ci95
+            print(f"{share:.0%} of the labels, {name}: {result.scores.accuracy:.2%} ({low:.2%} to {high:.2%})", flush=True)
+            for baseline, scores in result.baselines.items():
+                low, high = scores.difference_ci95
+                print(f"  {baseline}: {scores.accuracy:.2%}; difference {low:+.2%} to {high:+.2%}", flush=True)
+
+
+def debian_packages() -> Iterator[dict[str, str]]:
+    """Yield the synopsis and the section of each package."""
+    listed = subprocess.run(["apt-cache", "dumpavail"], capture_output=True, text=True, check=True).stdout
+    for paragraph in listed.split("\n\n"):
+        fields = dict(re.findall(r"^(Section|Description(?:-en)?): (.*)$", paragraph, flags=re.M))
+        synopsis = fields.get("Description-en") or fields.get("Description")
+        if synopsis and "Section" in fields:
+            yield {"text": synopsis, "label": fields["Section"].rpartition("/")[2]}
+
+
+def write_debian(arguments: argparse.Namespace) -> None:
+    packages = list(debian_packages())
+    Path(arguments.file).write_text("".join(f"{json.dumps(package)}\n" for package in packages))
+    print(f"{len(packages):,} packages in {len({package['label'] for package in packages})} sections")
+
+
+def compare_throughput(arguments: argparse.Namespace) -> None:
+    import transformers
+
+    model = "architecture: encoder, preset: bert, n_layer: 4, n_head: 4, n_embd: 256, context_length: 128"
+    text = LABELS.format(
+        source=arguments.file, share=1.0, tokenizer="tokenizer: {kind: bpe, vocab_size: 4096}", model=model, minutes=1
+    )
+    recipe = loads(text.replace("minutes: 1,", "steps: 2,").replace("every: 0.2}", "every: 2}").replace("pool: mean", "pool: cls"))
+    texts = [item.text for item in read_labelled([arguments.file], "text", "label", "strict")][: arguments.texts]
+    with tempfile.TemporaryDirectory() as folder:
+        pipeline.train(recipe, Path(folder, "run"), device="cpu")
+        run = Run.open(Path(folder, "run"))
+        export(run, "hf", Path(folder, "exported"))
+        ours = TextClassifier(run, run.checkpoint(), torch.device("cpu"))
+        theirs = transformers.pipeline("text-classification", model=str(Path(folder, "exported")), device="cpu", batch_size=32)
+        rates: dict[str, list[float]] = {"tinylm": [], "transformers": []}
+        for _ in range(arguments.rounds):
+            for name, classify in (
+                ("tinylm", lambda: list(ours.classify(texts))),
+                ("transformers", lambda: theirs(texts, truncation=True)),
+            ):
+                start = time.perf_counter()
+                answers = classify()
+                rates[name].append(len(texts) / (time.perf_counter() - start))
+                labels = [answer["label"] if isinstance(answer, dict) else answer.label for answer in answers]
+                print(f"{name}: {rates[name][-1]:,.0f} texts/s, first labels {labels[:3]}", flush=True)
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    print(f"ratio of medians: {medians['tinylm'] / medians['transformers']:.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    masked_command = commands.add_parser("masked")
+    masked_command.add_argument("source", nargs="?", default="builtin:python-docs")
+    masked_command.add_argument("--minutes", type=float, default=3)
+    masked_command.add_argument("--width", type=int, default=192)
+    masked_command.add_argument("--layers", type=int, default=4)
+    masked_command.add_argument("--seeds", type=int, default=3)
+    masked_command.set_defaults(run=compare_masked)
+    labels_command = commands.add_parser("labels")
+    labels_command.add_argument("file")
+    labels_command.add_argument("--minutes", type=float, default=15)
+    labels_command.add_argument("--shares", type=float, nargs="+", default=[0.01, 0.1, 1.0])
+    labels_command.add_argument("--init-from")
+    labels_command.set_defaults(run=compare_labels)
+    debian_command = commands.add_parser("debian")
+    debian_command.add_argument("file")
+    debian_command.set_defaults(run=write_debian)
+    throughput_command = commands.add_parser("throughput")
+    throughput_command.add_argument("file")
+    throughput_command.add_argument("--texts", type=int, default=2000)
+    throughput_command.add_argument("--rounds", type=int, default=3)
+    throughput_command.set_defaults(run=compare_throughput)
+    arguments = parser.parse_args()
+    arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    main()

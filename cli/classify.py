@@ -1,0 +1,109 @@
+"""`tinylm classify`: the label of each text, with probabilities."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+
+import typer
+
+from tinylm.errors import InputError
+
+from .console import (
+    CHECKPOINT,
+    DEVICE,
+    ERRORS,
+    FIELD,
+    JSON,
+    QUIET,
+    RUN,
+    TEMPLATE,
+    THREADS,
+    checked_errors,
+    checked_text,
+    given_options,
+    open_run,
+    print_json,
+    stderr_console,
+    write_stdout,
+)
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def classify(
+    ctx: typer.Context,
+    text: str | None = typer.Argument(None, help="A text, or - to classify every line of standard input."),
+    input_: str | None = typer.Option(None, "--input", "-i", metavar="SOURCE", help="Classify the texts of a SOURCE instead."),
+    documents: bool = typer.Option(
+        False, "--documents", help="With --input: classify each plain text file as a whole. Default: each of its lines."
+    ),
+    calibrated: bool = typer.Option(
+        False, "--calibrated", help="Calibrate the probabilities with a temperature that is fitted on the run's held-out texts."
+    ),
+    run: str | None = RUN,
+    checkpoint: str | None = CHECKPOINT,
+    field: str = FIELD,
+    template: str | None = TEMPLATE,
+    errors: str = ERRORS,
+    device: str = DEVICE,
+    threads: int | None = THREADS,
+    json: bool = JSON,
+    quiet: bool = QUIET,
+) -> None:
+    """Classify texts with a model trained with objective classification.
+
+    Prints the label, its probability and the text of each text in one line, separated by tabs. --json prints the probabilities of
+    all labels.
+    """
+    checked_errors(errors)
+    if (text is None) == (input_ is None):
+        raise InputError("give a text, - for standard input, or --input SOURCE", where="TEXT")
+    if input_ is None and (unused := given_options(ctx, ("documents", "field", "template", "errors"))):
+        raise InputError("requires --input", where=", ".join(unused))
+    console = stderr_console()
+    opened = open_run(run, console, quiet=quiet)
+    chosen = opened.checkpoint(checkpoint)
+
+    from tinylm import device as devices
+    from tinylm.evaluation.classify_texts import TextClassifier, require_classifier
+
+    require_classifier(opened)
+    devices.set_threads(threads)
+    classifier = TextClassifier(opened, chosen, devices.resolve(device))
+    if calibrated:
+        temperature = classifier.calibrate()
+        if not quiet:
+            console.print_line(f"calibrated with temperature {temperature:.3f}", "dim")
+    if input_ is not None:
+        texts: Iterable[str] = _texts_of(input_, documents, field, template, errors)
+    else:
+        texts = _lines(sys.stdin.read().splitlines(), "-") if text == "-" else [checked_text(str(text), "TEXT")]
+    predictions = classifier.classify(texts)
+    if json:
+        print_json(list(predictions))
+        return
+    for prediction in predictions:
+        shown = " ".join(prediction.text.split())
+        write_stdout(f"{prediction.label}\t{prediction.probabilities[prediction.label]:.4f}\t{shown}")
+
+
+def _texts_of(source: str, whole: bool, field: str, template: str | None, errors: str) -> Iterator[str]:
+    """Yield the texts of a SOURCE: each record, and each line of a plain text file, or with `whole` each file."""
+    from tinylm.text.sources import Corpus
+
+    with Corpus([source], field=field, template=template, errors=errors) as corpus:
+        for name, is_record, document in corpus.documents():
+            if is_record or whole:
+                if document.strip():
+                    yield document
+            else:
+                yield from _lines(document.splitlines(), name)
+
+
+def _lines(lines: list[str], where: str) -> Iterator[str]:
+    """Yield the lines that are not blank."""
+    for line in lines:
+        if line.strip():
+            yield checked_text(line, where)

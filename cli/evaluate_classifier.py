@@ -1,0 +1,131 @@
+"""`tinylm eval` for classifiers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tinylm.errors import InputError
+
+from .console import ConsoleReporter, pluralize, print_fields, print_json, stderr_console, stdout_console
+from .evaluation_request import EvaluationRequest
+
+if TYPE_CHECKING:
+    from tinylm.evaluation.evaluate_classifier import ClassifierEvaluation
+
+OPTIONS = ("split", "mistakes", "no_baselines", "plot")
+"""The options of `tinylm eval` that have an effect on this kind of model."""
+_MAX_COLUMNS = 16
+"""The confusion matrix of more labels is not printed, only the most frequent confusions."""
+_MAX_CONFUSIONS = 15
+_NAMES = {"majority": "majority label", "tfidf_linear": "TF-IDF + linear"}
+
+
+def evaluate(request: EvaluationRequest) -> None:
+    """Evaluate the run of `request` and print the result."""
+    from tinylm.evaluation.evaluate_classifier import evaluate_classifier
+
+    if request.plot is not None and request.plot.is_dir():
+        raise InputError("is a folder", where=f"--plot {request.plot}", hint="give the path of a file")
+    result = evaluate_classifier(
+        request.run,
+        request.sources,
+        split=request.split,
+        baselines=not request.no_baselines,
+        mistakes=request.mistakes,
+        checkpoint=request.checkpoint,
+        device=request.device,
+        reporter=ConsoleReporter(stderr_console(), quiet=request.quiet),
+    )
+    if request.plot is not None:
+        from tinylm.evaluation.confusion_plot import draw
+
+        draw(result.scores.confusion, result.labels, request.plot)
+        if not request.quiet:
+            stderr_console().print_line(f"wrote {request.plot}", "dim")
+    if request.json:
+        print_json(result.as_dict())
+        return
+    console = stdout_console()
+    _print_totals(console, result)
+    _print_labels(console, result)
+    _print_confusion(console, result)
+    _print_mistakes(console, result)
+
+
+def _print_totals(console: Console, result: ClassifierEvaluation) -> None:
+    scores = result.scores
+    low, high = scores.accuracy_ci95
+    rows = [
+        ("texts", f"{result.text}: {pluralize(scores.examples, 'text')}, {pluralize(len(result.labels), 'label')}"),
+        ("model", f"{result.run} {result.checkpoint}"),
+        ("accuracy", f"{scores.accuracy:.2%}  (95% interval {low:.2%} to {high:.2%})"),
+        ("macro F1", f"{scores.macro_f1:.4f}"),
+        ("loss", f"{scores.loss:.4f} nats per text; the best temperature for these texts is {result.calibration:.3f}"),
+    ]
+    if result.unseen:
+        rows.append(
+            ("unknown labels", f"{pluralize(result.unseen, 'text')} with labels that the model does not have count as mistakes")
+        )
+    for name, baseline in result.baselines.items():
+        low, high = baseline.difference_ci95
+        difference = scores.accuracy - baseline.accuracy
+        rows.append(
+            (
+                _NAMES[name],
+                f"{baseline.accuracy:.2%}; the model is better by {difference:+.2%}  (95% interval {low:+.2%} to {high:+.2%})",
+            )
+        )
+    print_fields(console, rows)
+
+
+def _print_labels(console: Console, result: ClassifierEvaluation) -> None:
+    table = _table()
+    for column in ("precision", "recall", "F1", "texts"):
+        table.add_column(column, justify="right")
+    table.add_column("label")
+    for label, row in zip(result.labels, result.scores.per_label, strict=True):
+        table.add_row(f"{row.precision:.4f}", f"{row.recall:.4f}", f"{row.f1:.4f}", f"{row.count:,}", Text(label))
+    console.print(table)
+
+
+def _print_confusion(console: Console, result: ClassifierEvaluation) -> None:
+    confusion, labels = result.scores.confusion, result.labels
+    if len(labels) <= _MAX_COLUMNS:
+        table = _table("confusion matrix: rows are the true labels, columns the predictions")
+        for label in labels:
+            table.add_column(Text(label), justify="right")
+        table.add_column("")
+        for label, row in zip(labels, confusion, strict=True):
+            table.add_row(*(f"{count:,}" for count in row), Text(label))
+        console.print(table)
+        return
+    pairs = [(int(confusion[i, j]), i, j) for i in range(len(labels)) for j in range(len(labels)) if i != j and confusion[i, j]]
+    table = _table("most frequent confusions (--plot draws the whole matrix)")
+    table.add_column("texts", justify="right")
+    table.add_column("true label")
+    table.add_column("predicted")
+    for count, right, predicted in sorted(pairs, key=lambda pair: (-pair[0], pair[1:]))[:_MAX_CONFUSIONS]:
+        table.add_row(f"{count:,}", Text(labels[right]), Text(labels[predicted]))
+    console.print(table)
+
+
+def _print_mistakes(console: Console, result: ClassifierEvaluation) -> None:
+    if not result.mistakes:
+        return
+    table = _table("most confident mistakes")
+    table.add_column("probability", justify="right")
+    table.add_column("predicted")
+    table.add_column("true label")
+    table.add_column("text")
+    for mistake in result.mistakes:
+        text = " ".join(mistake.text.split())
+        table.add_row(f"{mistake.probability:.4f}", Text(mistake.predicted), Text(mistake.label), Text(text[:80]))
+    console.print(table)
+
+
+def _table(title: str = " ") -> Table:
+    return Table(box=None, header_style="dim", padding=(0, 2, 0, 0), title=Text(title, no_wrap=True), title_justify="left")

@@ -1,0 +1,90 @@
+"""`tinylm fill`: the most likely tokens for each [MASK] of a text."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from tinylm.errors import InputError
+
+from .console import (
+    CHECKPOINT,
+    DEVICE,
+    JSON,
+    QUIET,
+    RUN,
+    THREADS,
+    checked_text,
+    open_run,
+    print_json,
+    stderr_console,
+    stdout_console,
+    write_stdout,
+)
+
+if TYPE_CHECKING:
+    from tinylm.evaluation.filling import FilledText
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def fill(
+    text: str = typer.Argument(
+        ..., help="A text with [MASK] for each token to predict, or - to read a text per line from standard input."
+    ),
+    top: int = typer.Option(5, "--top", "-k", min=1, help="Number of tokens to show for each mask."),
+    run: str | None = RUN,
+    checkpoint: str | None = CHECKPOINT,
+    device: str = DEVICE,
+    threads: int | None = THREADS,
+    json: bool = JSON,
+    quiet: bool = QUIET,
+) -> None:
+    """Predict the masked tokens of a text from the text on both sides, with a model trained with objective masked_lm.
+
+    A space before [MASK] belongs to the masked token. Standard input gives one filled text per line, or a list with --json.
+    """
+    texts = _lines() if text == "-" else [checked_text(text, "TEXT")]
+    opened = open_run(run, stderr_console(), quiet=quiet)
+    chosen = opened.checkpoint(checkpoint)
+
+    from tinylm import device as devices
+    from tinylm.evaluation.filling import fill as fill_text
+
+    devices.set_threads(threads)
+    network = opened.network(chosen, devices.resolve(device))
+    filled = (fill_text(network, opened.tokenizer, line, top) for line in texts)
+    if json:
+        documents = [result.as_dict() for result in filled]
+        print_json(documents if text == "-" else documents[0])
+    elif text == "-":
+        for result in filled:
+            write_stdout(result.filled)
+    else:
+        _print(next(filled))
+
+
+def _lines() -> list[str]:
+    """The lines of standard input that are not blank. Raises `InputError` if there are none."""
+    lines = [line for line in sys.stdin.read().splitlines() if line.strip()]
+    if not lines:
+        raise InputError("standard input is empty", where="-", hint="give one text with [MASK] per line")
+    return [checked_text(line, "-") for line in lines]
+
+
+def _print(result: FilledText) -> None:
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+    table.add_column("mask", justify="right")
+    table.add_column("probability", justify="right")
+    table.add_column("token")
+    for number, mask in enumerate(result.masks, 1):
+        for rank, candidate in enumerate(mask.candidates):
+            table.add_row(str(number) if rank == 0 else "", f"{candidate.probability:.2%}", Text(repr(candidate.token)[1:-1]))
+    console = stdout_console()
+    console.print(table)
+    console.print(Text(result.filled))

@@ -1,0 +1,125 @@
+"""`tinylm fill`, `tinylm classify`, and `tinylm eval` of masked models and classifiers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command import RunCli
+from encoders import classifier_recipe, masked_recipe
+
+from tinylm.embedding.sentences import sentence_vectors
+from tinylm.pipeline import train
+from tinylm.run import Run
+
+LINES = ["the apple is red", "a saw", "the apple is green", "no"]
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fill")
+    train(masked_recipe(folder), folder / "run", device="cpu")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("classify")
+    train(classifier_recipe(folder), folder / "run", device="cpu")
+    return folder / "run"
+
+
+def test_fill_prints_candidates_and_answers_lines_from_a_pipe(run_cli: RunCli, masked: Path) -> None:
+    one = run_cli("fill", "The [MASK]aw", "--run", masked, "--top", "3", "--json")
+    assert one.code == 0, one.err
+    document = json.loads(one.out)
+    [mask] = document["masks"]
+    assert document["text"] == "The [MASK]aw"
+    assert len(mask["candidates"]) == 3
+    assert mask["candidates"][0]["probability"] >= mask["candidates"][1]["probability"]
+    piped = run_cli("fill", "-", "--run", masked, stdin=b"a [MASK]\n\nb [MASK]\n")
+    assert len(piped.out.splitlines()) >= 2
+    wrong = run_cli("fill", "no mask", "--run", masked)
+    assert wrong.code == 2
+    assert "has no [MASK]" in wrong.err
+
+
+def test_eval_of_a_masked_model(run_cli: RunCli, masked: Path) -> None:
+    result = run_cli("eval", "--run", masked, "--pseudo", "--max-tokens", "60", "--json")
+    assert result.code == 0, result.err
+    document = json.loads(result.out)
+    assert {"documents", "tokens", "bytes", "masked_accuracy", "masked_loss", "pseudo_perplexity"} <= document.keys()
+    assert document["tokens"] == 60
+    shown = run_cli("eval", "--run", masked)
+    assert "masked accuracy" in shown.out
+    unused = run_cli("eval", "--run", masked, "--stride", "4")
+    assert unused.code == 2
+    assert "--stride: has no effect on a model trained with objective masked_lm" in unused.err
+
+
+def test_classify_a_text_a_pipe_and_a_source(run_cli: RunCli, classifier: Path, tmp_path: Path) -> None:
+    one = run_cli("classify", "the saw", "--run", classifier, "--json")
+    assert one.code == 0, one.err
+    [prediction] = json.loads(one.out)
+    assert prediction["text"] == "the saw"
+    assert set(prediction["probabilities"]) == {"color", "fruit", "tool"}
+    assert sum(prediction["probabilities"].values()) == pytest.approx(1)
+    piped = run_cli("classify", "-", "--run", classifier, "--calibrated", stdin=b"the saw\n\nred\n")
+    assert [line.split("\t")[2] for line in piped.out.splitlines()] == ["the saw", "red"]
+    assert "calibrated with temperature" in piped.err
+    (tmp_path / "lines.txt").write_text("the saw\nred\n")
+    (tmp_path / "rows.jsonl").write_text('{"text": "the saw\\nred"}\n')
+    lines, whole, rows = (
+        run_cli("classify", "--run", classifier, "--input", tmp_path / file, "--json", *options)
+        for file, options in (("lines.txt", ()), ("lines.txt", ("--documents",)), ("rows.jsonl", ()))
+    )
+    assert [item["text"] for item in json.loads(lines.out)] == ["the saw", "red"]
+    assert [item["text"] for item in json.loads(whole.out)] == ["the saw\nred\n"]
+    assert [item["text"] for item in json.loads(rows.out)] == ["the saw\nred"]
+    wrong = run_cli("classify", "--run", classifier)
+    assert wrong.code == 2
+
+
+def test_commands_name_the_kind_of_run_that_they_need(run_cli: RunCli, masked: Path, classifier: Path) -> None:
+    assert "not classification" in run_cli("classify", "a", "--run", masked).err
+    assert "does not predict masked tokens" in run_cli("fill", "[MASK]", "--run", classifier).err
+    assert "use `tinylm classify`" in run_cli("sample", "--prompt", "a", "--run", classifier).err
+    assert "use `tinylm fill`" in run_cli("sample", "--prompt", "a", "--run", masked).err
+
+
+def test_eval_of_a_classifier(run_cli: RunCli, classifier: Path, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    result = run_cli("eval", "--run", classifier, "--json", "--plot", tmp_path / "confusion.png")
+    assert result.code == 0, result.err
+    document = json.loads(result.out)
+    assert document["examples"] == 12
+    assert set(document["baselines"]) == {"majority", "tfidf_linear"}
+    assert set(document["per_label"]["tool"]) == {"precision", "recall", "f1", "count"}
+    assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "other.csv").write_text("text,label\nthe saw,tool\nthe cat,animal\n")
+    shown = run_cli("eval", tmp_path / "other.csv", "--run", classifier, "--no-baselines")
+    assert shown.code == 0, shown.err
+    assert "1 text with labels that the model does not have" in shown.out
+
+
+def test_a_sentence_finds_the_nearest_lines_of_a_file(run_cli: RunCli, masked: Path, tmp_path: Path) -> None:
+    (tmp_path / "lines.txt").write_text("\n".join([*LINES, "", LINES[0]]) + "\n")
+    options = ("--run", masked, "--which", "sentence", "--pool", "mean", "--out", tmp_path / "lines.safetensors", "--json")
+    made = run_cli("embed", "from-run", tmp_path / "lines.txt", *options)
+    assert made.code == 0, made.err
+    assert json.loads(made.out)["names"] == 4
+    vectors = tmp_path / "lines.safetensors"
+    known = json.loads(run_cli("embed", "nearest", LINES[0], "--vectors", vectors, "--json").out)
+    assert {neighbor["token"] for neighbor in known["neighbours"]} == {*LINES[1:]}
+    new = run_cli("embed", "nearest", "-", "--vectors", vectors, "--json", "-n", "2", stdin=b"the apple is white\nsaw\n")
+    assert new.code == 0, new.err
+    answers = json.loads(new.out)
+    assert [answer["query"] for answer in answers] == ["the apple is white", "saw"]
+    matrix = sentence_vectors(Run.open(masked), [*LINES, "the apple is white"], "mean")
+    matrix /= np.linalg.norm(matrix, axis=1, keepdims=True)
+    similarities = matrix[:4] @ matrix[4]
+    assert answers[0]["neighbours"][0]["token"] == LINES[int(similarities.argmax())]
+    assert answers[0]["neighbours"][0]["similarity"] == pytest.approx(float(similarities.max()), abs=1e-5)

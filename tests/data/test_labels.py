@@ -1,0 +1,170 @@
+"""Labelled texts: formats, stratified splits, and messages about unusual data."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from encoders import WORDS, classifier_recipe, write_labelled
+
+from tinylm.data import formats
+from tinylm.data.framing import Framing, batches_by_length
+from tinylm.data.labels import LabelledDocuments, PreparedLabels, open_labelled
+from tinylm.errors import InputError
+from tinylm.recipe import Recipe, loads
+from tinylm.reporting import CollectingReporter
+from tinylm.text.labelled import LabelledText, read_labelled, stratified, subset
+
+
+def read(source: Path) -> list[LabelledText]:
+    return list(read_labelled([str(source)], "text", "label", "strict"))
+
+
+def write_rows(file: Path, rows: list[tuple[str, object]]) -> Path:
+    file.write_text("".join(f"{json.dumps({'text': text, 'label': label})}\n" for text, label in rows))
+    return file
+
+
+def prepare(recipe: Recipe) -> tuple[PreparedLabels, CollectingReporter]:
+    reporter = CollectingReporter()
+    return formats.find(recipe.data).prepare(recipe, reporter, 1), reporter
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_tables_give_the_same_texts_as_json_lines(tmp_path: Path, suffix: str) -> None:
+    assert read(write_labelled(tmp_path, suffix)) == read(write_labelled(tmp_path))
+
+
+def test_parquet_and_folders_give_the_same_texts(tmp_path: Path) -> None:
+    texts = read(write_labelled(tmp_path))
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table({"text": [item.text for item in texts], "label": [item.label for item in texts]})
+    pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "labelled.parquet")
+    assert read(tmp_path / "labelled.parquet") == texts
+    for number, item in enumerate(texts):
+        (tmp_path / "folder" / item.label).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folder" / item.label / f"{number:03}.txt").write_text(item.text)
+    assert sorted(read(tmp_path / "folder"), key=str) == sorted(texts, key=str)
+
+
+def test_labels_that_are_numbers_or_flags_are_spelled_as_in_json(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "a.jsonl", [("x", 1), ("y", True), ("z\nsecond line", 0.5)])
+    assert [item.label for item in read(file)] == ["1", "true", "0.5"]
+    assert read(file)[2].text == "z\nsecond line"
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ('{"text": "a"}\n', "no field 'label'"),
+        ('{"text": "a", "label": null}\n', "'label' must be a label, not null"),
+        ('{"text": 3, "label": "a"}\n', "'text' must be text, not 3"),
+        ('{"text": "a", "label": ["a"]}\n', "must be a label"),
+    ],
+)
+def test_wrong_records_are_named_with_their_line(tmp_path: Path, content: str, problem: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "label": "b"}\n' + content)
+    with pytest.raises(InputError, match=problem) as caught:
+        read(tmp_path / "a.jsonl")
+    assert str(caught.value.where).endswith("a.jsonl:2")
+
+
+def test_a_text_file_needs_a_folder_that_names_its_label(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    for source in (tmp_path, tmp_path / "a.txt"):
+        with pytest.raises(InputError, match="a text file has no label"):
+            read(source)
+
+
+def test_the_split_has_the_same_share_of_every_label_and_keeps_equal_texts_together() -> None:
+    texts = [LabelledText(f"text {i % 150}", "abc"[i % 3]) for i in range(300)]
+    chosen = stratified(texts, {"heldout": 0.2, "test": 0.1})
+    assert sorted(index for part in chosen.values() for index in part) == list(range(300))
+    for part, count in (("heldout", 20), ("test", 10)):
+        assert Counter(texts[index].label for index in chosen[part]) == dict.fromkeys("abc", count)
+    parts = {texts[index].text: part for part, indexes in chosen.items() for index in indexes}
+    assert all(parts[texts[index].text] == part for part, indexes in chosen.items() for index in indexes)
+    shuffled = stratified(texts[::-1], {"heldout": 0.2, "test": 0.1})
+    assert {texts[i].text for i in chosen["heldout"]} == {texts[::-1][i].text for i in shuffled["heldout"]}
+
+
+def test_a_smaller_share_of_the_training_texts_is_a_subset() -> None:
+    texts = [LabelledText(f"text {i}", "ab"[i % 2]) for i in range(200)]
+    tenth, half = set(subset(texts, 0.1)), set(subset(texts, 0.5))
+    assert len(tenth) == 20
+    assert tenth < half
+    assert len(subset(texts, 0.001)) == 2
+
+
+def test_every_epoch_reads_every_text_once(tmp_path: Path) -> None:
+    recipe = classifier_recipe(tmp_path)
+    prepared, _ = prepare(recipe)
+    dataset = formats.find(recipe.data).dataset(recipe, prepared)
+    assert isinstance(dataset, LabelledDocuments)
+    assert dataset.examples_per_epoch == 48
+    first, second = ([tuple(row[row >= 0]) for row in dataset.examples(start, 48)["tokens"]] for start in (0, 48))
+    assert sorted(first) == sorted(second)
+    assert first != second
+    part = dataset.examples(10, 3)
+    assert [tuple(row[row >= 0]) for row in part["tokens"]] == first[10:13]
+    labels = sorted(WORDS)
+    for row, label in zip(part["tokens"], part["labels"][:, 0], strict=True):
+        assert any(word[:4] in prepared.tokenizer.decode(row[row >= 0].tolist()) for word in WORDS[labels[label]])
+
+
+def test_unusual_data_is_reported(tmp_path: Path) -> None:
+    rows: list[tuple[str, object]] = [(f"text {i}", "ab"[i % 2]) for i in range(40)]
+    train = write_rows(tmp_path / "train.jsonl", [*rows, ("", "a"), ("  ", "b"), ("text 1", "a"), ("a long text " * 9, "a")])
+    heldout = write_rows(tmp_path / "held.jsonl", [("text 3", "b"), ("new", "c"), ("other", "a")])
+    recipe = loads(
+        f"data: {{train: {train}, heldout: {heldout}, format: labels}}\ntokenizer: byte\n"
+        "model: {architecture: encoder, n_layer: 1, n_head: 2, n_embd: 16, context_length: 16}\ntraining: {steps: 1}"
+    )
+    _, reporter = prepare(recipe)
+    reported = "\n".join([*reporter.warnings, *reporter.notes])
+    assert "skipped 2 empty texts" in reported
+    assert "1 text occur with different labels" in reported
+    assert "1 heldout text have labels that no training text has ('c')" in reported
+    assert "1 of 3 heldout texts also occur in the training texts" in reported
+    assert "1 of 42 training texts have more than 14 tokens" in reported
+
+
+def test_one_label_is_not_enough(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "a.jsonl", [(f"text {i}", "a") for i in range(20)])
+    recipe = loads(f"data: {{train: {file}, format: labels}}\ntokenizer: byte\ntraining: {{steps: 1}}")
+    prepared, _ = prepare(recipe)
+    with pytest.raises(InputError, match="all training texts have the label 'a'"):
+        prepared.fill_in(recipe)
+
+
+def test_damaged_labels_are_rejected(tmp_path: Path) -> None:
+    recipe = classifier_recipe(tmp_path)
+    prepared, _ = prepare(recipe)
+    size = prepared.tokenizer.vocab_size
+    for name in prepared.heldout_files:
+        (tmp_path / name).write_bytes((prepared.folder / name).read_bytes())
+    assert len(open_labelled(tmp_path, "heldout", size)) == 12
+    file = tmp_path / "heldout-labels.json"
+    good = json.loads(file.read_text())
+    for damaged in ({**good, "labels": good["labels"][1:]}, {**good, "names": ["x"]}, {"names": []}, []):
+        file.write_text(json.dumps(damaged))
+        with pytest.raises(InputError, match="labels are missing or damaged"):
+            open_labelled(tmp_path, "heldout", size)
+
+
+def test_long_texts_keep_their_head_or_head_and_tail() -> None:
+    ids = np.arange(100)
+    head = Framing(first=500, last=501, pad=0, context_length=18)
+    assert head.frame(ids).tolist() == [500, *range(16), 501]
+    assert Framing(500, 501, 0, 18, "head_tail").frame(ids).tolist() == [500, *range(12), *range(96, 100), 501]
+    assert head.frame(ids[:3]).tolist() == [500, 0, 1, 2, 501]
+
+
+def test_batches_contain_every_text_once_and_little_padding() -> None:
+    lengths = [3, 9, 4, 100, 5, 8, 2]
+    batches = batches_by_length(lengths, 20)
+    assert sorted(index for batch in batches for index in batch) == list(range(7))
+    assert all(len(batch) * max(lengths[i] for i in batch) <= 20 for batch in batches[1:])

@@ -1,0 +1,59 @@
+"""Tiny recipes for encoders and classifiers, on text that is written by the tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tinylm.recipe import Recipe, loads
+
+TRAINING = "training: {steps: 6, global_batch_size: 8, micro_batch_size: 4, precision: fp32, compile: off, log_every: 1}\n"
+EVERY = "evaluation: {every: 3}\ncheckpoint: {every: 3}\n"
+SHAPE = "n_layer: 1, n_head: 2, n_embd: 16, context_length: 16"
+WORDS = {
+    "fruit": ("apple", "pear", "plum", "grape"),
+    "tool": ("hammer", "saw", "drill", "file"),
+    "color": ("red", "green", "blue", "white"),
+}
+
+
+def write_text(folder: Path) -> Path:
+    """Write 40 short documents of regular sentences."""
+    lines = [
+        {"text": f"The {a} is near the {b}. The {b} is not the {a}."}
+        for number in range(10)
+        for words in WORDS.values()
+        for a, b in [(words[number % 4], words[(number + 1) % 4])]
+    ]
+    lines += [{"text": f"A {a} and number {number}"} for number, a in enumerate(WORDS["tool"] * 3)]
+    file = folder / "text.jsonl"
+    file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return file
+
+
+def write_labelled(folder: Path, suffix: str = ".jsonl") -> Path:
+    """Write 60 labelled texts, 20 of each label, all different."""
+    rows = [(f"the {words[i % 4]} and the {words[i // 4 % 4]} {i}", label) for label, words in WORDS.items() for i in range(20)]
+    file = folder / f"labelled{suffix}"
+    if suffix == ".jsonl":
+        file.write_text("".join(f"{json.dumps({'text': text, 'label': label})}\n" for text, label in rows))
+    else:
+        delimiter = "\t" if suffix == ".tsv" else ","
+        file.write_text("".join(f"{text}{delimiter}{label}\n" for text, label in [("text", "label"), *rows]))
+    return file
+
+
+def masked_recipe(folder: Path, *, model: str = "preset: modern", extra: str = "", tokenizer: str = "{kind: byte}") -> Recipe:
+    """A recipe for a masked language model on `write_text`."""
+    return loads(
+        f"name: masked\ndata: {{train: {write_text(folder)}, heldout: {{share: 0.2, by: tail}}}}\ntokenizer: {tokenizer}\n"
+        f"model: {{architecture: encoder, {model}, {SHAPE}}}\n{TRAINING}{EVERY}{extra}"
+    )
+
+
+def classifier_recipe(folder: Path, *, model: str = f"architecture: encoder, {SHAPE}", data: str = "", extra: str = "") -> Recipe:
+    """A recipe for a classifier on `write_labelled`."""
+    return loads(
+        f"name: labels\ndata: {{train: {write_labelled(folder)}, format: labels, heldout: {{share: 0.2}}{data}}}\n"
+        f"tokenizer: {{kind: byte}}\nmodel: {{{model}}}\n{TRAINING}{EVERY}{extra}"
+    )

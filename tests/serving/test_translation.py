@@ -1,0 +1,74 @@
+"""The HTTP server for translation models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from pairs import network
+
+from tinylm.data.bucketed_pairs import PairFraming
+from tinylm.recipe.schema import ByteTokenizer
+from tinylm.text.sources import Piece
+from tinylm.tokenizer import training
+from tinylm.translation.search import SearchOptions
+from tinylm.translation.translator import Translator
+
+pytest.importorskip("httpx")
+testclient = pytest.importorskip("starlette.testclient")
+server = pytest.importorskip("tinylm.serving.server")
+translation = pytest.importorskip("tinylm.serving.translation")
+
+
+@pytest.fixture(scope="module")
+def translator() -> Translator:
+    tokenizer = training.train(ByteTokenizer(kind="byte"), iter([Piece("text", True)]), print)
+    return Translator(network(vocab_size=tokenizer.vocab_size), PairFraming(tokenizer, tokenizer, 24))
+
+
+@pytest.fixture(scope="module")
+def client(translator: Translator) -> Iterator[Any]:
+    limits = server.Limits(max_body_bytes=5000)
+    with testclient.TestClient(translation.create_app(translator, "tiny", limits=limits)) as client:
+        yield client
+
+
+def test_sentences_are_translated_as_by_the_library(client: Any, translator: Translator) -> None:
+    texts = ["eins zwei", "", "drei"]
+    response = client.post("/v1/translate", json={"text": texts, "beams": 2, "n": 2})
+    assert response.status_code == 200, response.text
+    expected = translator.translate(texts, SearchOptions(beams=2, n_best=2))
+    found = [[each["text"] for each in item["translations"]] for item in response.json()["data"]]
+    assert found == [[each.text for each in item.translations] for item in expected]
+    assert response.json()["data"][1]["note"] == "empty"
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({}, 400),
+        ({"text": 3}, 400),
+        ({"text": "a", "beams": 0}, 400),
+        ({"text": "a", "beams": 99}, 400),
+        ({"text": "a", "n": 6}, 400),
+        ({"text": "a", "to": "de"}, 400),
+        ({"text": "a", "model": "other"}, 404),
+        ({"text": ["a"] * 300}, 400),
+        ({"text": "a" * 6000}, 413),
+    ],
+)
+def test_invalid_requests_are_refused(client: Any, body: dict[str, Any], status: int) -> None:
+    response = client.post("/v1/translate", json=body)
+    assert response.status_code == status
+    assert response.json()["error"]["message"]
+
+
+def test_an_api_key_is_required_if_it_is_set(translator: Translator) -> None:
+    app = translation.create_app(translator, "tiny", access=server.Access(api_key="secret"))
+    with testclient.TestClient(app) as client:
+        assert client.post("/v1/translate", json={"text": "a"}).status_code == 401
+        headers = {"Authorization": "Bearer secret"}
+        assert client.post("/v1/translate", json={"text": "a", "beams": 1}, headers=headers).status_code == 200
+        assert client.get("/").status_code == 200
+        assert client.get("/health").json()["status"] == "ok"

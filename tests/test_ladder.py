@@ -1,0 +1,78 @@
+"""`tinylm ladder` trains each rung once, continues where it was, and gives the networks equal numbers of parameters on request."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from command import tinylm
+from tinylm_cli.recipe_files import shipped_recipes
+
+from tinylm.errors import InputError
+from tinylm.ladder import DEFAULT_RUNGS, RUNGS, LadderPlan, climb, find_rungs, parameter_count, width_for
+from tinylm.model import registry
+from tinylm.recipe import load
+from tinylm.run import Run
+
+
+def plan(folder: Path, *names: str, overrides: tuple[str, ...] = ()) -> LadderPlan:
+    return LadderPlan(folder, ("builtin:python-docs",), shipped_recipes(), find_rungs(names), 1.0, overrides=overrides)
+
+
+def test_a_ladder_is_not_trained_twice_and_its_rungs_are_ordinary_runs(short_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "ladder"
+    settings = ("--set", "tokenizer=char", "--set", "training.epochs=1")
+    command = ("ladder", short_file, "--models", "ngram", *settings, "--out", folder, "--json")
+    first = tinylm(*command, "--plot", tmp_path / "plot.svg")
+    assert first.returncode == 0, first.stderr
+    document = json.loads(first.stdout)
+    [row] = document["rows"]
+    assert row["model"] == "ngram"
+    assert row["bits_per_byte"] > 0
+    assert row["bits_per_byte_ci95"] == [None, None], "the held-out text is too short for an interval"
+    assert row["sample"]
+    assert (tmp_path / "plot.svg").read_text().startswith("<?xml")
+    changed = (folder / "ngram" / "metrics.jsonl").stat().st_mtime_ns
+    again = tinylm(*command)
+    assert json.loads(again.stdout) == document
+    assert (folder / "ngram" / "metrics.jsonl").stat().st_mtime_ns == changed
+    assert Run.open(folder / "ngram").recipe.model.architecture == "ngram"
+    other = tinylm(*command, "--set", "model.order=3")
+    assert other.returncode == 2
+    assert b"another recipe" in other.stderr
+
+
+@pytest.mark.parametrize("rung", RUNGS.values(), ids=str)
+def test_the_recipe_of_every_rung_ships(rung: object) -> None:
+    recipe = load(shipped_recipes()[f"ladder-{rung.name}"], check_files=False)  # type: ignore[attr-defined]
+    assert registry.network_class(recipe.model)
+
+
+def test_all_default_rungs_exist_and_are_in_the_order_of_their_years() -> None:
+    rungs = find_rungs(DEFAULT_RUNGS)
+    assert [rung.name for rung in rungs] == list(DEFAULT_RUNGS)
+    assert [rung.year for rung in rungs] == sorted(rung.year for rung in rungs)
+
+
+@pytest.mark.parametrize("name", ["window", "rnn", "lstm", "gru"])
+def test_a_width_gives_about_the_wanted_number_of_parameters(name: str) -> None:
+    rung, recipe = RUNGS[name], load(shipped_recipes()[f"ladder-{name}"], check_files=False)
+    assert rung.width is not None
+    width = width_for(recipe.model, rung.width, 500, 1_000_000)
+    counts = [
+        abs(parameter_count(recipe.model.model_copy(update={rung.width: width + change}), 500) - 1_000_000) for change in (-8, 0, 8)
+    ]
+    assert counts[1] == min(counts)
+    assert width % 8 == 0
+
+
+def test_wrong_models_and_settings_are_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such model 'ngrams'"):
+        find_rungs(["ngrams"])
+    with pytest.raises(InputError, match="did you mean n_layer"):
+        list(climb(plan(tmp_path, "lstm", overrides=("model.n_layers=3",))))
+    for arguments in (["--minutes", "0"], ["--equal", "size"], ["--plot", "plot.txt"]):
+        refused = tinylm("ladder", "builtin:python-docs", *arguments, cwd=tmp_path)
+        assert refused.returncode == 2, refused.stderr
+    assert not list(tmp_path.iterdir())

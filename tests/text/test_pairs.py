@@ -1,0 +1,183 @@
+"""Sentence pairs are read from files and message catalogs, cleaned, and split by document."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pairs import write_jsonl
+
+from tinylm.errors import InputError
+from tinylm.recipe.pairs import AlignedFiles, PairSources, PairsSection
+from tinylm.reporting import CollectingReporter
+from tinylm.text import catalogs
+from tinylm.text.messages import clean_message, placeholders
+from tinylm.text.pairs import SentencePair, read_pairs, split
+
+PO = r"""
+msgid ""
+msgstr ""
+"Language: de\n"
+"Content-Type: text/plain; charset=UTF-8\n"
+"Plural-Forms: nplurals=2; plural=(n != 1);\n"
+
+msgid "_File"
+msgstr "_Datei"
+
+msgctxt "verb"
+msgid "Open"
+msgstr "Öffnen"
+
+msgid "one file"
+msgid_plural "%d files"
+msgstr[0] "eine Datei"
+msgstr[1] "%d Dateien"
+
+msgid "two\n"
+"lines"
+msgstr "zwei\n"
+"Zeilen"
+
+#, fuzzy
+msgid "fuzzy"
+msgstr "unscharf"
+
+msgid "Deleted %s"
+msgstr "Gelöscht"
+
+msgid "OK"
+msgstr "OK"
+
+msgid "untranslated"
+msgstr ""
+
+#~ msgid "obsolete"
+#~ msgstr "veraltet"
+"""
+
+
+def _read(*sources: str | Path, **keys: str) -> tuple[list[SentencePair], CollectingReporter]:
+    section = PairsSection(train=PairSources(sources=tuple(map(str, sources))), **keys)  # type: ignore[arg-type]
+    reporter = CollectingReporter()
+    return read_pairs(section, section.train, reporter), reporter
+
+
+def _texts(pairs: list[SentencePair]) -> list[tuple[str, str]]:
+    return [(pair.source, pair.target) for pair in pairs]
+
+
+@pytest.fixture
+def po_file(tmp_path: Path) -> Path:
+    path = tmp_path / "program.po"
+    path.write_text(PO, encoding="utf-8")
+    return path
+
+
+def test_a_catalog_contains_clean_messages_with_plurals_and_without_contexts(po_file: Path) -> None:
+    pairs, reporter = _read(po_file)
+    assert _texts(pairs) == [
+        ("File", "Datei"),
+        ("Open", "Öffnen"),
+        ("one file", "eine Datei"),
+        ("%d files", "%d Dateien"),
+        ("two lines", "zwei Zeilen"),
+    ]
+    assert {pair.document for pair in pairs} == {"program"}
+    assert "2 fuzzy or obsolete" in reporter.notes[0]
+    assert "1 other placeholders" in reporter.notes[0]
+    assert "1 untranslated" in reporter.notes[0]
+
+
+def test_a_compiled_catalog_has_the_same_messages(po_file: Path, tmp_path: Path) -> None:
+    polib = pytest.importorskip("polib")
+    polib.pofile(str(po_file)).save_as_mofile(str(tmp_path / "program.mo"))
+    assert sorted(_texts(_read(tmp_path / "program.mo")[0])) == sorted(_texts(_read(po_file)[0]))
+
+
+def test_the_languages_are_fields_of_a_message(po_file: Path) -> None:
+    pairs, _ = _read(po_file, source="de", target="en")
+    assert ("Datei", "File") in _texts(pairs)
+    with pytest.raises(InputError, match=r"no field 'fr' \(fields: source, target, document, language, en, de\)"):
+        _read(po_file, target="fr")
+
+
+def test_installed_catalogs_are_named_after_their_program(po_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    polib = pytest.importorskip("polib")
+    folder = tmp_path / "locale" / "de" / "LC_MESSAGES"
+    folder.mkdir(parents=True)
+    polib.pofile(str(po_file)).save_as_mofile(str(folder / "editor.mo"))
+    (folder / "broken.mo").write_bytes(b"\xde\x12\x04\x95\0\0")
+    monkeypatch.setattr(catalogs, "_locale_folders", lambda: [str(tmp_path / "locale")])
+    monkeypatch.setattr(catalogs, "_package_folders", lambda: [])
+    pairs, reporter = _read("catalog:de")
+    assert {pair.document for pair in pairs} == {"editor"}
+    assert any("skipped 1 unreadable catalogs" in warning for warning in reporter.warnings)
+    with pytest.raises(InputError, match=r"no message catalogs for the language 'fr' .* \(catalogs are installed for de\)"):
+        _read("catalog:fr")
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "expected"),
+    [
+        ("E_xit", "_Beenden", ("Exit", "Beenden")),
+        ("&Save", "&Speichern", ("Save", "Speichern")),
+        ("_Open", "開く(_O)", ("Open", "開く")),
+        ("a &amp; b", "a &amp; b", ("a &amp; b", "a &amp; b")),
+        ("set use_ssl", "setze use_ssl", ("set use_ssl", "setze use_ssl")),
+        ("in ~/.config", "in ~/.config", ("in ~/.config", "in ~/.config")),
+        ("MAX_SIZE too big", "MAX_SIZE zu groß", ("MAX_SIZE too big", "MAX_SIZE zu groß")),
+    ],
+)
+def test_accelerators_are_removed_and_identifiers_stay(source: str, target: str, expected: tuple[str, str]) -> None:
+    assert clean_message(source, target) == expected
+
+
+def test_placeholders_may_change_their_order() -> None:
+    assert placeholders("%s of %d") == placeholders("%2$d von %1$s")
+    assert placeholders("{name} 100%") != placeholders("100%")
+
+
+def test_aligned_files_need_the_same_number_of_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.de").write_text("eins\nzwei\n", encoding="utf-8")
+    (tmp_path / "a.en").write_text("one\ntwo\n", encoding="utf-8")
+    part = AlignedFiles(source=str(tmp_path / "a.de"), target=str(tmp_path / "a.en"))
+    section = PairsSection(train=part)
+    assert _texts(read_pairs(section, part, CollectingReporter())) == [("eins", "one"), ("zwei", "two")]
+    (tmp_path / "a.en").write_text("one\ntwo\nthree\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"a\.de has 2 lines and .*a\.en has 3"):
+        read_pairs(section, part, CollectingReporter())
+
+
+def test_empty_sides_and_absurd_lengths_are_counted(tmp_path: Path) -> None:
+    records = [
+        {"source": "guten Tag", "target": "hello"},
+        {"source": " ", "target": "nothing"},
+        {"source": "kurz", "target": "very " * 30},
+    ]
+    pairs, reporter = _read(write_jsonl(tmp_path / "a.jsonl", records))
+    assert _texts(pairs) == [("guten Tag", "hello")]
+    assert "skipped 2 of 3 pairs: 1 with an empty side, 1 with a length ratio above 4" in reporter.warnings[0]
+
+
+def test_tables_have_columns(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text("de\ten\teins\nja\tyes\t1\n", encoding="utf-8")
+    assert _texts(_read(tmp_path / "a.tsv", source="de", target="en")[0]) == [("ja", "yes")]
+
+
+def test_a_text_file_has_no_pairs(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("just text\n", encoding="utf-8")
+    with pytest.raises(InputError, match="has no sentence pairs"):
+        _read(tmp_path / "a.txt")
+
+
+def test_a_split_keeps_documents_together() -> None:
+    pairs = [SentencePair(f"s{i}", f"t{i}", f"d{i // 7}") for i in range(140)]
+    parts = split(pairs, {"heldout": (0.1, "document"), "test": (0.1, "document")})
+    documents = {part: {pair.document for pair in members} for part, members in parts.items()}
+    assert sum(map(len, parts.values())) == 140
+    assert not documents["train"] & documents["heldout"]
+    assert not documents["heldout"] & documents["test"]
+    assert 14 <= len(parts["heldout"]) <= 21
+    assert split(pairs, {"heldout": (0.1, "tail")})["heldout"] == pairs[-14:]
+    with pytest.raises(InputError, match="none are left for training"):
+        split(pairs[:7], {"heldout": (0.1, "document")})

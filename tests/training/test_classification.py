@@ -1,0 +1,248 @@
+"""Training, resuming and evaluating classifiers, from scratch and from other runs."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from encoders import SHAPE, classifier_recipe, masked_recipe
+from safetensors.torch import load_file
+
+from tinylm.data import formats
+from tinylm.data.framing import Framing
+from tinylm.errors import InputError
+from tinylm.evaluation import classification
+from tinylm.evaluation.classify_texts import TextClassifier
+from tinylm.evaluation.evaluate_classifier import evaluate_classifier
+from tinylm.model import lora, registry
+from tinylm.model.classifier import SequenceClassifier, pool
+from tinylm.model.init_from import load_pretrained
+from tinylm.pipeline import train
+from tinylm.recipe import RecipeError, load, loads
+from tinylm.recipe.labels import ClassificationObjective
+from tinylm.recipe.schema import LoraSection, ModelVariant, Recipe
+from tinylm.reporting import SILENT
+from tinylm.run import Run
+from tinylm.training import objectives
+from tinylm.training.classification import Classification, class_weights, without_padding
+
+MODELS = {
+    "encoder": f"architecture: encoder, {SHAPE}",
+    "decoder": f"architecture: decoder, {SHAPE}",
+    "lstm": "architecture: lstm, n_layer: 1, n_embd: 16, context_length: 16, burn_in: 4",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("classifiers")
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> Run:
+    recipe = classifier_recipe(folder, extra="objective: {class_weights: balanced}\nsampling: {every: 3, prompts: [the saw]}\n")
+    train(recipe, folder / "run", device="cpu")
+    return Run.open(folder / "run")
+
+
+def _losses(run: Run) -> list[float]:
+    return [line["loss"] for line in run.metrics() if line["kind"] == "step"]
+
+
+def _weights(run: Run) -> dict[str, torch.Tensor]:
+    return load_file(run.checkpoint("last").path / "model.safetensors")
+
+
+def _classifier(model: str, **objective: object) -> SequenceClassifier:
+    section: ModelVariant = loads(f"data: {{train: x}}\nmodel: {{{model}}}\ntraining: {{steps: 1}}", check_files=False).model
+    network = registry.build(section, 60, 0, objective=ClassificationObjective(labels=("a", "b", "c"), **objective))  # type: ignore[arg-type]
+    assert isinstance(network, SequenceClassifier)
+    return network.eval()
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("how", ["cls", "mean", "last"])
+def test_padding_does_not_change_the_logits(model: str, how: str) -> None:
+    network = _classifier(model, pool=how, pooler="relu")
+    tokens = torch.randint(60, (3, 10), generator=torch.Generator().manual_seed(0))
+    segments = torch.zeros_like(tokens)
+    segments[1, 4:] = -1
+    together = network(tokens, segments=segments)
+    torch.testing.assert_close(together[1:2], network(tokens[1:2, :4]), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(network.train()(tokens, segments=segments), together, atol=1e-6, rtol=1e-5)
+
+
+def test_pooling_selects_the_first_or_last_token_or_averages_the_text() -> None:
+    hidden = torch.arange(12.0).view(2, 3, 2)
+    segments = torch.tensor([[0, 0, 0], [0, 0, -1]])
+    assert pool(hidden, segments, "cls").tolist() == [[0, 1], [6, 7]]
+    assert pool(hidden, segments, "last").tolist() == [[4, 5], [8, 9]]
+    assert pool(hidden, segments, "mean").tolist() == [[2, 3], [7, 8]]
+
+
+def test_the_loss_has_class_weights_and_label_smoothing() -> None:
+    section = ClassificationObjective(labels=("a", "b", "c"), label_counts=(6, 3, 1), class_weights="balanced", label_smoothing=0.1)
+    weights = class_weights(section)
+    assert weights is not None
+    assert weights.tolist() == pytest.approx([10 / 18, 10 / 9, 10 / 3])
+    objective, network = Classification(section), _classifier(MODELS["encoder"])
+    examples = {"tokens": np.array([[1, 2, 3, -1], [4, 5, 6, 7]]), "labels": np.array([[2], [0]])}
+    batch = objective.batch(examples, 0, 0)
+    assert (batch.target_count, batch.token_count) == (2, 7)
+    logits = torch.cat([network(torch.tensor([[1, 2, 3]])), network(torch.tensor([[4, 5, 6, 7]]))])
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor([2, 0]), weights, reduction="sum", label_smoothing=0.1)
+    torch.testing.assert_close(objective.loss_sum(network, batch), expected)
+    by_label = ClassificationObjective(labels=("a", "b"), class_weights={"b": 2.0})
+    assert torch.equal(class_weights(by_label), torch.tensor([1.0, 2.0]))  # type: ignore[arg-type]
+    narrow = without_padding(replace(batch, segments=torch.tensor([[0, 0, -1, -1], [0, -1, -1, -1]])))
+    assert narrow.inputs.shape == (2, 2)
+
+
+def test_the_run_stores_labels_and_counts(run: Run) -> None:
+    objective = run.recipe.objective
+    assert isinstance(objective, ClassificationObjective)
+    assert objective.labels == ("color", "fruit", "tool")
+    assert sum(objective.label_counts) == 48
+    assert load(run.path / "recipe.yaml", check_files=False) == run.recipe
+    assert "the saw -> " in (run.path / "samples.md").read_text()
+
+
+def test_a_resumed_run_is_bitwise_equal(folder: Path, run: Run, tmp_path: Path) -> None:
+    recipe = classifier_recipe(folder, extra="objective: {class_weights: balanced}\nsampling: {every: 3, prompts: [the saw]}\n")
+    train(recipe, tmp_path / "other", device="cpu")
+    other = Run.open(tmp_path / "other")
+    for name in ("best", "last"):
+        (other.path / "checkpoints" / name).write_text("step-000003\n")
+    shutil.rmtree(other.path / "checkpoints" / "step-000006")
+    train(recipe, other.path, device="cpu", resume=True)  # the recipe without the labels that the run has filled in
+    assert _losses(other) == _losses(run)
+    weights = _weights(run)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in _weights(other).items())
+
+
+@pytest.mark.parametrize("architecture", ["decoder", "lstm"])
+def test_decoders_and_recurrent_networks_are_trained(folder: Path, architecture: str, tmp_path: Path) -> None:
+    recipe = classifier_recipe(folder, model=MODELS[architecture])
+    result = train(recipe, tmp_path / architecture, device="cpu")
+    assert result.metrics["accuracy"] is not None
+    network = Run.open(tmp_path / architecture).model(device="cpu")
+    assert isinstance(network, SequenceClassifier)
+    assert network.pool == "last"
+
+
+def test_a_classifier_starts_from_a_masked_model_and_from_a_classifier(folder: Path, run: Run, tmp_path: Path) -> None:
+    train(masked_recipe(tmp_path), tmp_path / "masked", device="cpu")
+    for source in (Run.open(tmp_path / "masked"), run):
+        recipe = classifier_recipe(folder, model=f"init_from: {source.path}, architecture: encoder")
+        network = registry.build(recipe.model, run.tokenizer.vocab_size, 9, objective=run.recipe.objective)
+        new = load_pretrained(network, source.model(device="cpu"), same_tokenizer=True)
+        weights = source.model(device="cpu").state_dict()
+        for name, tensor in network.state_dict().items():
+            if name not in new:
+                assert torch.equal(tensor, weights[name if source is run else name.removeprefix("body.")])
+        assert new == ([] if source is run else ["output.bias", "output.weight", "pooler.bias", "pooler.weight"])
+    train(recipe, tmp_path / "tuned", device="cpu")
+    assert Run.open(tmp_path / "tuned").recipe.objective == run.recipe.objective.model_copy(update={"class_weights": "none"})
+
+
+def test_the_evaluation_equals_one_text_at_a_time(run: Run) -> None:
+    result = evaluate_classifier(run, baselines=False, device="cpu", checkpoint="last")
+    network = run.model("last", device="cpu")
+    prepared = formats.find(run.recipe.data).prepare(run.recipe, SILENT, 1)
+    framing = Framing.of(run.tokenizer, run.recipe.model)
+    right = 0
+    confusion = np.zeros((3, 3), dtype=int)
+    for ids, target in zip(prepared.heldout.documents(), prepared.heldout.ids(result.labels), strict=True):
+        with torch.no_grad():
+            predicted = int(network(torch.from_numpy(framing.frame(ids))[None]).argmax())
+        right += predicted == target
+        confusion[target, predicted] += 1
+    assert result.scores.examples == 12
+    assert result.scores.accuracy == pytest.approx(right / 12)
+    assert np.array_equal(result.scores.confusion, confusion)
+    logged = [line["val_accuracy"] for line in run.metrics() if line["kind"] == "eval"]
+    assert logged[-1] == pytest.approx(right / 12)
+
+
+def test_the_baselines_match_scikit_learn(run: Run) -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    result = evaluate_classifier(run, device="cpu", mistakes=3)
+    assert result.baselines["tfidf_linear"].accuracy == 1.0  # the labels have different words
+    assert result.baselines["majority"].accuracy == pytest.approx(1 / 3)  # three labels tie
+    document = result.as_dict()
+    assert len(document["mistakes"]) <= 3
+    rng = np.random.default_rng(0)
+    logits, targets = rng.normal(size=(200, 4)), rng.integers(0, 4, 200)
+    scores = classification.score(logits, targets)
+    assert scores.macro_f1 == pytest.approx(metrics.f1_score(targets, logits.argmax(1), average="macro"))
+    assert scores.accuracy == pytest.approx(metrics.accuracy_score(targets, logits.argmax(1)))
+    assert scores.loss == pytest.approx(metrics.log_loss(targets, np.exp(classification.log_softmax(logits))))
+    assert np.array_equal(scores.confusion, metrics.confusion_matrix(targets, logits.argmax(1)))
+
+
+def test_ties_count_as_their_share_and_unknown_labels_as_mistakes() -> None:
+    scores = classification.score(np.array([[1.0, 1.0, 0.0], [0.0, 2.0, 2.0], [3.0, 0.0, 0.0]]), np.array([0, 0, -1]))
+    assert scores.accuracy == pytest.approx(0.5 / 3)
+    assert scores.examples == 3
+
+
+def test_the_temperature_minimizes_the_loss() -> None:
+    rng = np.random.default_rng(1)
+    logits = rng.normal(size=(3000, 3)) * 2
+    probabilities = np.exp(classification.log_softmax(logits))
+    targets = np.array([rng.choice(3, p=row) for row in probabilities])
+    assert classification.fit_temperature(logits * 5, targets) == pytest.approx(5, rel=0.1)
+
+
+def test_classified_texts_have_probabilities_that_add_up(run: Run) -> None:
+    classifier = TextClassifier(run, run.checkpoint(), torch.device("cpu"))
+    predictions = list(classifier.classify(["the saw", "", "a very long text about a red apple and a blue plum"]))
+    for prediction in predictions:
+        assert sum(prediction.probabilities.values()) == pytest.approx(1)
+        assert prediction.label == max(prediction.probabilities, key=lambda label: prediction.probabilities[label])
+    assert classifier.calibrate() > 0
+
+
+def test_pool_cls_needs_a_model_that_reads_in_both_directions(folder: Path) -> None:
+    with pytest.raises(RecipeError, match="cls is the first token"):
+        classifier_recipe(folder, model=MODELS["decoder"], extra="objective: {pool: cls}\n")
+
+
+def test_text_and_labels_need_matching_objectives(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="needs format labels, not text"):
+        masked_recipe(tmp_path, extra="objective: classification\n")
+    with pytest.raises(RecipeError, match="needs format text, not labels"):
+        classifier_recipe(tmp_path, extra="objective: masked_lm\n")
+
+
+def test_wrong_labels_in_the_recipe_are_named(folder: Path, tmp_path: Path) -> None:
+    def prepared(extra: str) -> Recipe:
+        recipe = classifier_recipe(folder, extra=extra)
+        filled: Recipe = formats.find(recipe.data).prepare(recipe, SILENT, 1).fill_in(recipe)
+        return filled
+
+    objective = prepared("objective: {labels: [tool, fruit, color]}\n").objective
+    assert objectives.build(objective).name == "classification"
+    with pytest.raises(InputError, match="also have 'color'"):
+        prepared("objective: {labels: [tool, fruit]}\n")
+    with pytest.raises(InputError, match="no training text has the label 'x'"):
+        prepared("objective: {labels: [tool, fruit, color, x]}\n")
+    with pytest.raises(InputError, match="no training text has the label 'x'"):
+        prepared("objective: {class_weights: {x: 2}}\n")
+
+
+@pytest.mark.parametrize("architecture", ["encoder", "decoder"])
+def test_lora_trains_adapters_and_the_output_layer(architecture: str) -> None:
+    network = _classifier(MODELS[architecture])
+    lora.attach(network, LoraSection(rank=2))
+    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    assert {"output.weight", "output.bias", "pooler.weight", "pooler.bias"} < trained
+    assert "body.blocks.0.attention.qkv.lora_a" in trained
+    assert "body.blocks.0.attention.qkv.weight" not in trained
+    before = network(torch.tensor([[1, 2, 3]]))
+    lora.merge(network)
+    torch.testing.assert_close(network(torch.tensor([[1, 2, 3]])), before)

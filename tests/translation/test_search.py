@@ -1,0 +1,98 @@
+"""Beam search finds what transformers finds, and a translation does not depend on the other sentences of its batch."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from pairs import END, VOCAB_SIZE, network
+
+from tinylm.errors import InputError
+from tinylm.interchange import marian
+from tinylm.model.encoder_decoder import START
+from tinylm.translation.search import SearchOptions, penalized, translate_ids, without_repeated_ngrams
+
+
+def _sources(count: int, seed: int = 0) -> list[np.ndarray]:
+    generator = np.random.default_rng(seed)
+    return [np.append(generator.integers(1, VOCAB_SIZE, generator.integers(1, 22)), END) for _ in range(count)]
+
+
+def test_beam_search_equals_that_of_transformers() -> None:
+    transformers = pytest.importorskip("transformers")
+    ours = network()
+    theirs = transformers.MarianMTModel(transformers.MarianConfig(**marian._config(ours, END))).eval()
+    theirs.load_state_dict(marian.export_state_dict(ours), strict=False)
+    theirs.tie_weights()
+    sources = _sources(6)
+    found = translate_ids(ours, sources, END, SearchOptions(beams=4, n_best=4, length_penalty=0.0, max_length=15))
+    for source, hypotheses in zip(sources, found, strict=True):
+        expected = theirs.generate(
+            input_ids=torch.from_numpy(source)[None],
+            num_beams=4,
+            num_return_sequences=4,
+            length_penalty=0.0,
+            max_new_tokens=15,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+        for hypothesis, ids, score in zip(hypotheses, expected.sequences.tolist(), expected.sequences_scores.tolist(), strict=True):
+            assert list(hypothesis.ids) == [id for id in ids[1:] if id not in (END, VOCAB_SIZE)]
+            assert hypothesis.logprob == pytest.approx(score, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [SearchOptions(beams=3, n_best=3), SearchOptions(beams=1), SearchOptions(temperature=1.3, top_k=20, n_best=2, seed=5)],
+    ids=["beams", "greedy", "sampling"],
+)
+@pytest.mark.parametrize("preset", ["transformer", "modern"])
+def test_a_translation_does_not_depend_on_the_batch(preset: str, options: SearchOptions) -> None:
+    model, sources = network(preset), _sources(9, seed=1)
+    together = translate_ids(model, sources, END, options, batch_size=32)
+    assert translate_ids(model, sources, END, options, batch_size=4) == together
+    assert [translate_ids(model, [source], END, options)[0] for source in sources] == together
+
+
+def test_wide_beams_find_the_most_likely_translation() -> None:
+    """With 4 tokens and at most 3 steps, 64 beams contain all translations."""
+    model = network(vocab_size=4, seed=2)
+    source = np.array([1, 2, 3, END])
+    [[best]] = translate_ids(model, [source], END, SearchOptions(beams=64, max_length=3, length_penalty=0.7))
+    scores = {}
+    for length in range(3):
+        for ids in itertools.product((1, 2, 3), repeat=length):
+            inputs = torch.tensor([[START, *ids]])
+            logprobs = model(inputs, source=torch.from_numpy(source)[None])[0].detach().log_softmax(-1)
+            total = sum(float(logprobs[i, id]) for i, id in enumerate((*ids, END)))
+            scores[ids] = penalized(total, length + 1, 0.7)
+    finished = max(scores, key=lambda ids: scores[ids])
+    assert best.score >= scores[finished] - 1e-5
+    if best.finished:
+        assert best.ids == finished
+
+
+def test_the_length_penalty_is_that_of_gnmt() -> None:
+    assert penalized(-6.0, 7, 1.0) == pytest.approx(-3.0)
+    assert penalized(-6.0, 7, 0.0) == -6.0
+
+
+def test_repeated_ngrams_are_forbidden() -> None:
+    allowed = without_repeated_ngrams(torch.zeros(2, 6), [[1, 2, 3, 1, 2], [4, 4]], 3)
+    assert allowed[0].tolist() == [0, 0, 0, float("-inf"), 0, 0]
+    assert not allowed[1].isinf().any()
+    [[best]] = translate_ids(network(), _sources(1), END, SearchOptions(beams=2, no_repeat_ngram=1, max_length=12))
+    assert len(set(best.ids)) == len(best.ids)
+
+
+def test_options_out_of_range_are_errors() -> None:
+    for options, match in (
+        (SearchOptions(beams=0), "--beams: must be at least 1"),
+        (SearchOptions(beams=2, n_best=3), r"must be at least -n \(3\)"),
+        (SearchOptions(temperature=0.0), "--temperature: must be above 0"),
+        (SearchOptions(max_length=0), "--max-length"),
+    ):
+        with pytest.raises(InputError, match=match):
+            options.check()

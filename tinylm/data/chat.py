@@ -1,0 +1,470 @@
+"""Format chat: conversations, split by a hash of their text, encoded turn by turn, and packed into sequences."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+
+from tinylm.data.batch import IGNORE_INDEX
+from tinylm.data.datasets import Dataset, Examples, TokenStream
+from tinylm.data.framing import PADDING
+from tinylm.data.mixture import Mixture
+from tinylm.data.order import epoch_key, permute
+from tinylm.data.prepare import PreparedText, digest, load_or_train_tokenizer, open_prepared, prepare
+from tinylm.data.prepared import PreparedData
+from tinylm.data.shards import Shard, open_shard, write_shard
+from tinylm.errors import InputError
+from tinylm.paths import atomic_file, atomic_write_text, cache_folder, cached_file
+from tinylm.recipe import Recipe
+from tinylm.recipe.chat import ChatSection, ConversationShare, ConversationSources, MixSection
+from tinylm.recipe.schema import CausalLMObjective, DataSection, FileTokenizer, HeldoutShare
+from tinylm.reporting import Reporter
+from tinylm.text.conversations import ROLES, SYSTEM, Conversation, ConversationFormat, choose, read_conversations
+from tinylm.text.cutting import cut_into_pieces
+from tinylm.text.sources import Piece, describe
+from tinylm.tokenizer import Tokenizer
+from tinylm.tokenizer.chat_template import ChatEncoder, ChatTemplate, Turn, add_control_tokens
+
+_CACHE_VERSION = 1
+_MIX_FILE = "mix.json"
+_MAX_NAMED = 3
+
+
+@dataclass(frozen=True)
+class EncodedConversations:
+    """Conversations as tokens, one document each, and the turns that they consist of."""
+
+    shard: Shard
+    turns: np.ndarray
+    """(turns, 3) int64: the number of the conversation, the index of the role in `ROLES`, and the number of tokens."""
+
+    def __len__(self) -> int:
+        return self.shard.counts.documents
+
+    @cached_property
+    def _spans(self) -> np.ndarray:
+        return np.array(self.shard.documents(), dtype=np.int64).reshape(-1, 2)
+
+    @cached_property
+    def _first_turns(self) -> np.ndarray:
+        """(conversations + 1,) the index of the first turn of each conversation."""
+        return np.searchsorted(self.turns[:, 0], np.arange(len(self) + 1))
+
+    def __getitem__(self, index: int) -> list[Turn]:
+        """The turns of a conversation."""
+        start = int(self._spans[index, 0])
+        turns = []
+        for _, role, length in self.turns[self._first_turns[index] : self._first_turns[index + 1]].tolist():
+            turns.append(Turn(ROLES[role], self.shard.tokens[start : start + length].tolist()))
+            start += length
+        return turns
+
+    def problem(self, vocab_size: int) -> str | None:
+        """Return why the data is damaged, or None."""
+        if (problem := self.shard.problem(vocab_size)) is not None:
+            return problem
+        lengths = np.bincount(self.turns[:, 0], weights=self.turns[:, 2], minlength=len(self)) if len(self.turns) else np.zeros(0)
+        spans = np.array(self.shard.documents(), dtype=np.int64).reshape(-1, 2)
+        if len(lengths) != len(spans) or (lengths != spans[:, 1] - spans[:, 0]).any():
+            return "the turns do not add up to the conversations"
+        return None
+
+
+def turns_file(part: str) -> str:
+    """The name of the file with the turns of a part."""
+    return f"{part}-turns.npy"
+
+
+def open_conversations(folder: Path, part: str, vocab_size: int) -> EncodedConversations:
+    """Open the conversations of a part. Raises `InputError` if they are missing or damaged."""
+    shard, file = open_shard(folder, part), folder / turns_file(part)
+    try:
+        if not file.is_file():
+            raise ValueError("no such file")
+        turns = np.load(file, allow_pickle=False)
+        valid = turns.ndim == 2 and turns.shape[1] == 3 and turns.dtype == np.int64
+        last = (shard.counts.documents - 1, len(ROLES) - 1, len(shard))
+        if not valid or (turns < (0, 0, 2)).any() or (turns > last).any() or (np.diff(turns[:, 0]) < 0).any():
+            raise ValueError("an unexpected structure")
+    except (OSError, EOFError, ValueError, SyntaxError) as error:
+        raise InputError(f"the turns are missing or damaged: {error}", where=str(file)) from None
+    conversations = EncodedConversations(shard, turns)
+    problem = conversations.problem(vocab_size)
+    if problem is not None:
+        raise InputError(f"the conversations are damaged: {problem}", where=str(folder / f"{part}.npy"))
+    return conversations
+
+
+def encode_conversations(
+    folder: Path, part: str, conversations: Sequence[Conversation], encoder: ChatEncoder, advance: Callable[[int], None]
+) -> None:
+    """Encode the conversations of a part into `folder`."""
+    turns: list[tuple[int, int, int]] = []
+    sizes = [0, 0]
+
+    def encoded() -> Iterator[tuple[np.ndarray, bool]]:
+        for number, conversation in enumerate(conversations):
+            ids: list[int] = []
+            for message in conversation.messages:
+                try:
+                    turn = encoder.turn(message)
+                except InputError as error:
+                    raise InputError(error.message, where=conversation.where, hint=error.hint) from None
+                turns.append((number, ROLES.index(turn.role), len(turn.ids)))
+                ids += turn.ids
+                sizes[0] += len(message.content.encode("utf-8"))
+                sizes[1] += len(message.content)
+            advance(sizes[1])
+            yield np.array(ids, dtype=np.int64), True
+
+    tokenizer = encoder.tokenizer
+    write_shard(
+        folder,
+        part,
+        encoded(),
+        vocab_size=tokenizer.vocab_size,
+        end_of_text=encoder.start,
+        unknown=tokenizer.unknown,
+        sizes=lambda: (sizes[0], sizes[1]),
+    )
+    with atomic_file(folder / turns_file(part)) as temporary, open(temporary, "wb") as file:
+        np.save(file, np.array(turns, dtype=np.int64).reshape(-1, 3))
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A conversation that fits into a context: its ids from the end-of-text token on, and which of them are learned."""
+
+    ids: np.ndarray
+    learned: np.ndarray
+    cut: bool
+
+    def targets(self, mask_prompt: bool) -> np.ndarray:
+        """The id to predict after each id but the last, or `IGNORE_INDEX`."""
+        targets: np.ndarray = np.where(self.learned[1:], self.ids[1:], IGNORE_INDEX) if mask_prompt else self.ids[1:]
+        return targets
+
+
+def fit(turns: Sequence[Turn], start: int, context_length: int) -> Fitted | None:
+    """Frame a conversation for training, and cut it from the left if it has more than `context_length` + 1 tokens.
+
+    The oldest exchanges are left out first. Then the beginning of the last question is cut, and at last the system message is left
+    out. Returns None if the last answer does not fit.
+    """
+    limit = context_length + 1
+    kept, cut = list(turns), False
+    length = 1 + sum(len(turn.ids) for turn in kept)
+    first = 1 if kept[0].role == SYSTEM else 0
+    while length > limit and len(kept) > first + 2:
+        length -= len(kept[first].ids) + len(kept[first + 1].ids)
+        kept[first : first + 2], cut = [], True
+    if length > limit:
+        cut = True
+        question = kept[-2]
+        room = len(question.ids) - (length - limit)
+        if room < 3 and first:  # the role, one token and the end of the turn
+            room += len(kept[0].ids)
+            kept = kept[1:]
+        if room < 3:
+            return None
+        if room < len(question.ids):
+            kept[-2] = Turn(question.role, [question.ids[0], *question.ids[len(question.ids) - room + 1 :]])
+    ids = np.array([start, *(id for turn in kept for id in turn.ids)], dtype=np.int64)
+    learned = np.array([False, *(flag for turn in kept for flag in turn.learned)])
+    return Fitted(ids, learned, cut)
+
+
+class PackedConversations:
+    """Conversations as examples of one length, each of which holds one or, with `packing`, several conversations.
+
+    Which conversations are packed together does not change between epochs; the order of the examples does. Examples have `tokens`
+    and `segments` (count, length) and `targets` (count, length - 1). Segments number the conversations, and padding is negative.
+    Raises `InputError` if no conversation fits into the context.
+    """
+
+    def __init__(
+        self,
+        conversations: EncodedConversations,
+        context_length: int,
+        seed: int,
+        *,
+        mask_prompt: bool = True,
+        packing: bool = True,
+    ) -> None:
+        self._conversations, self._context, self._seed, self._mask_prompt = conversations, context_length, seed, mask_prompt
+        self.cut: list[int] = []
+        """The conversations of which only the end fits into the context."""
+        self.skipped: list[int] = []
+        """The conversations whose last answer does not fit into the context."""
+        self.learned = 0
+        """Number of tokens that are learned in one epoch."""
+        sizes: dict[int, int] = {}
+        for index in range(len(conversations)):
+            fitted = self._fit(index)
+            if fitted is None:
+                self.skipped.append(index)
+                continue
+            sizes[index] = len(fitted.ids) - 1
+            self.learned += int((fitted.targets(mask_prompt) >= 0).sum())
+            if fitted.cut:
+                self.cut.append(index)
+        if not sizes:
+            raise no_fitting_conversation(context_length)
+        self.rows = pack(sizes, context_length) if packing else [[index] for index in sizes]
+        self._length = context_length if packing else max(sizes.values())
+        self.examples_per_epoch = len(self.rows)
+        self.tokens_per_example = sum(sizes.values()) / len(self.rows)
+        self.tokens = sum(sizes.values())
+
+    def _fit(self, index: int) -> Fitted | None:
+        return fit(self._conversations[index], self._conversations.shard.end_of_text, self._context)
+
+    def examples(self, start: int, count: int) -> Examples:
+        """The examples at positions [start, start + count)."""
+        tokens = np.full((count, self._length + 1), PADDING, dtype=np.int64)
+        segments = np.full((count, self._length + 1), PADDING, dtype=np.int64)
+        targets = np.full((count, self._length), IGNORE_INDEX, dtype=np.int64)
+        for row, position in enumerate(range(start, start + count)):
+            epoch, within = divmod(position, len(self.rows))
+            chosen = permute(np.array([within]), len(self.rows), epoch_key(self._seed, epoch))[0]
+            first = 0
+            for number, index in enumerate(self.rows[chosen]):
+                fitted = self._fit(index)
+                assert fitted is not None  # it was packed
+                last = first + len(fitted.ids) - 1
+                tokens[row, first:last] = fitted.ids[:-1]  # the last token is only a target
+                targets[row, first:last] = fitted.targets(self._mask_prompt)
+                segments[row, first:last] = number
+                first = last
+        return {"tokens": tokens, "targets": targets, "segments": segments}
+
+
+def fitting_lengths(conversations: Sequence[Conversation], encoder: ChatEncoder, context_length: int) -> dict[int, int]:
+    """The number of inputs of each conversation that fits into a context, by index. Raises `InputError` if there is none."""
+    lengths = {}
+    for index, conversation in enumerate(conversations):
+        fitted = fit(encoder.turns(conversation.messages), encoder.start, context_length)
+        if fitted is not None:
+            lengths[index] = len(fitted.ids) - 1
+    if not lengths:
+        raise no_fitting_conversation(context_length)
+    return lengths
+
+
+def no_fitting_conversation(context_length: int) -> InputError:
+    problem = f"no conversation has an answer that fits into context_length {context_length}"
+    return InputError(problem, where="model.context_length", hint="use a longer context")
+
+
+def pack(sizes: dict[int, int], capacity: int) -> list[list[int]]:
+    """Divide items among bins of a capacity: each item, largest first, goes into the fullest bin that has room for it."""
+    bins: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (remaining room, bin), sorted
+    for item, size in sorted(sizes.items(), key=lambda pair: (-pair[1], pair[0])):
+        position = bisect_left(rooms, (size, 0))
+        if position == len(rooms):
+            bins.append([])
+            room, number = capacity, len(bins) - 1
+        else:
+            room, number = rooms.pop(position)
+        bins[number].append(item)
+        insort(rooms, (room - size, number))
+    return bins
+
+
+@dataclass(frozen=True)
+class PreparedChat(PreparedData):
+    """A tokenizer with control tokens, the template, the conversations of all parts, and the text that is mixed in."""
+
+    template: ChatTemplate
+    train: EncodedConversations
+    heldout: EncodedConversations
+    test: EncodedConversations | None
+    mix: PreparedText | None
+
+    @property
+    def chat_template(self) -> str:
+        return self.template.to_json()
+
+    @property
+    def encoder(self) -> ChatEncoder:
+        return ChatEncoder(self.template, self.tokenizer)
+
+    @property
+    def heldout_files(self) -> tuple[str, ...]:
+        parts = ("heldout",) if self.test is None else ("heldout", "test")
+        return tuple(name for part in parts for name in (f"{part}.npy", f"{part}.json", turns_file(part)))
+
+
+class ChatFormat:
+    """Conversations of a user and an assistant."""
+
+    def prepare(self, recipe: Recipe, reporter: Reporter, workers: int) -> PreparedChat:
+        data = recipe.data
+        assert isinstance(data, ChatSection)
+        parts = read_parts(data, reporter)
+        template = ChatTemplate()
+        tokenizer = add_control_tokens(load_or_train_tokenizer(parts, recipe.tokenizer, reporter), template).tokenizer
+        tokenizer.encoder.note = reporter.note
+        mix = None if data.mix is None else _prepare_mix(data, data.mix, tokenizer, reporter, workers)
+        mixed = () if mix is None else (mix.fingerprint,)
+        key = digest("chat", parts.fingerprint, tokenizer.fingerprint, template.to_json(), str(_CACHE_VERSION), *mixed)
+        folder = cache_folder("tokens", key)
+        encoder = ChatEncoder(template, tokenizer)
+        for part, conversations in reversed(parts.conversations.items()):
+            if not _is_complete(folder, part, tokenizer.vocab_size, reporter):
+                with reporter.progress(f"encoding {part}", parts.sizes(part)[1], "B") as advance:
+                    encode_conversations(folder, part, conversations, encoder, advance)
+        if mix is not None:
+            atomic_write_text(folder / _MIX_FILE, json.dumps({"folder": str(mix.folder), "fingerprint": mix.fingerprint}) + "\n")
+        prepared = _open(folder, key, tokenizer)
+        _report_lengths(recipe, prepared, parts, reporter)
+        return prepared
+
+    def open(self, recipe: Recipe, folder: Path, fingerprint: str, tokenizer_json: str) -> PreparedChat:
+        return _open(folder, fingerprint, Tokenizer.from_text(tokenizer_json))
+
+    def dataset(self, recipe: Recipe, prepared: PreparedChat) -> Dataset:
+        data = recipe.data
+        assert isinstance(data, ChatSection)
+        packed = _packed(recipe, prepared)
+        if data.mix is None or prepared.mix is None:
+            return packed
+        text = TokenStream(prepared.mix.train.tokens, recipe.model.context_length, recipe.seed)
+        return Mixture(packed, text, data.mix.share)
+
+
+def _packed(recipe: Recipe, prepared: PreparedChat) -> PackedConversations:
+    data, objective = recipe.data, recipe.objective
+    assert isinstance(data, ChatSection)
+    assert isinstance(objective, CausalLMObjective)
+    return PackedConversations(
+        prepared.train, recipe.model.context_length, recipe.seed, mask_prompt=objective.mask_prompt, packing=data.packing
+    )
+
+
+def _open(folder: Path, key: str, tokenizer: Tokenizer) -> PreparedChat:
+    opened = partial(open_conversations, folder, vocab_size=tokenizer.vocab_size)
+    test = opened("test") if (folder / turns_file("test")).exists() else None
+    mix = None
+    if (folder / _MIX_FILE).exists():
+        document = json.loads((folder / _MIX_FILE).read_text(encoding="utf-8"))
+        mix = open_prepared(Path(document["folder"]), document["fingerprint"], tokenizer.backend.to_str())
+    return PreparedChat(tokenizer, folder, key, ChatTemplate(), opened("train"), opened("heldout"), test, mix)
+
+
+def _is_complete(folder: Path, part: str, vocab_size: int, reporter: Reporter) -> bool:
+    """Whether the cache contains a part. Damaged files are reported."""
+    if not (folder / turns_file(part)).exists():
+        return False
+    try:
+        open_conversations(folder, part, vocab_size)
+    except InputError as error:
+        reporter.warn(f"{error}; encoding the conversations again")
+        return False
+    return True
+
+
+def _prepare_mix(data: ChatSection, mix: MixSection, tokenizer: Tokenizer, reporter: Reporter, workers: int) -> PreparedText:
+    """Encode the text to train on in between with a tokenizer that has the control tokens."""
+    path = cached_file(cache_folder("tokenizers") / f"{tokenizer.fingerprint[:32]}.json", tokenizer.save)
+    heldout = HeldoutShare(share=mix.heldout.share, by=mix.heldout.by)
+    section = DataSection(train=mix.text, heldout=heldout, errors=data.errors)
+    return prepare(section, FileTokenizer(kind="file", path=str(path)), reporter, workers)
+
+
+@dataclass(frozen=True)
+class ConversationParts:
+    """The conversations of each part, in memory."""
+
+    conversations: dict[str, list[Conversation]]
+
+    @property
+    def fingerprint(self) -> str:
+        return digest(*(f"{part} {item.key.hex()}" for part, items in self.conversations.items() for item in items))
+
+    @property
+    def train_bytes(self) -> int:
+        return sum(len(m.content.encode("utf-8")) for item in self.conversations["train"] for m in item.messages)
+
+    def pieces(self, part: str) -> Iterator[Piece]:
+        for item in self.conversations[part]:
+            for message in item.messages:
+                for number, text in enumerate(cut_into_pieces([message.content])):
+                    yield Piece(text, number == 0)
+
+    def sizes(self, part: str) -> tuple[int, int]:
+        items = self.conversations[part]
+        return len(items), sum(len(message.content) for item in items for message in item.messages)
+
+
+def read_parts(data: ChatSection, reporter: Reporter) -> ConversationParts:
+    """Read and split the conversations, and report their number. Raises `InputError` if a part is empty."""
+    sections = {"heldout": data.heldout, "test": data.test}
+    shares = {part: section.share for part, section in sections.items() if isinstance(section, ConversationShare)}
+    parts = choose(_read(data, data.train), shares)
+    for part, section in sections.items():
+        if isinstance(section, ConversationSources):
+            parts[part] = _read(data, section.sources)
+    ordered = {part: parts[part] for part in _PURPOSES if part in parts}
+    for part, items in ordered.items():
+        if not items:
+            problem = f"the split leaves no conversations for {part}"
+            raise InputError(problem, where=f"data.{part}", hint="use more conversations or another share")
+    sizes = [f"{_count(len(items), 'conversation')} {_PURPOSES[part]}" for part, items in ordered.items()]
+    reporter.note(f"chat: {', '.join(sizes)}")
+    trained = {item.key for item in ordered["train"]}
+    for part, items in list(ordered.items())[1:]:
+        if repeated := sum(item.key in trained for item in items):
+            reporter.warn(
+                f"{repeated:,} of {_count(len(items), f'{part} conversation')} also occur in the training data, "
+                "so scores will be too good"
+            )
+    return ConversationParts(ordered)
+
+
+_PURPOSES = {"train": "for training", "heldout": "held out", "test": "for testing"}
+
+
+def _read(data: ChatSection, sources: Sequence[str]) -> list[Conversation]:
+    record_format = ConversationFormat(
+        errors=data.errors, layout=data.layout, messages=data.messages, prompt=data.prompt, response=data.response
+    )
+    conversations = list(read_conversations(sources, record_format))
+    if not conversations:
+        raise InputError("there are no conversations", where=describe(sources))
+    return conversations
+
+
+def _report_lengths(recipe: Recipe, prepared: PreparedChat, parts: ConversationParts, reporter: Reporter) -> None:
+    """Report the sequences, how many tokens are learned, and the conversations that do not fit into the context."""
+    packed, places = _packed(recipe, prepared), [item.where for item in parts.conversations["train"]]
+    reporter.note(
+        f"{_count(len(packed.rows), 'sequence')} of up to {recipe.model.context_length} tokens; "
+        f"{packed.learned:,} of {packed.tokens:,} tokens are learned ({packed.learned / packed.tokens:.0%})"
+    )
+    if packed.cut:
+        reporter.note(
+            f"{_count(len(packed.cut), 'conversation')} longer than the context: the beginning is left out "
+            f"({_places(packed.cut, places)})"
+        )
+    if packed.skipped:
+        reporter.warn(
+            f"skipped {_count(len(packed.skipped), 'conversation')} whose last answer is longer than the context "
+            f"({_places(packed.skipped, places)})"
+        )
+
+
+def _places(indexes: Sequence[int], places: Sequence[str]) -> str:
+    shown = ", ".join(places[index] for index in indexes[:_MAX_NAMED])
+    return shown if len(indexes) <= _MAX_NAMED else f"{shown} and {len(indexes) - _MAX_NAMED} more"
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number:,} {name}{'' if number == 1 else 's'}"

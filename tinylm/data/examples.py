@@ -1,0 +1,89 @@
+"""Show training examples as text: which parts are learned, and which are only read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+
+import numpy as np
+
+from tinylm.data.datasets import Examples
+from tinylm.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive tokens of an example that are all learned or all only read."""
+
+    text: str
+    learned: bool
+    tokens: int
+
+
+@dataclass(frozen=True)
+class ShownExample:
+    """One training sequence, in the segments that do not attend to each other."""
+
+    segments: list[list[Part]]
+    padding: int
+    """Number of positions without a token."""
+
+    @property
+    def tokens(self) -> int:
+        return sum(part.tokens for parts in self.segments for part in parts)
+
+    @property
+    def learned(self) -> int:
+        return sum(part.tokens for parts in self.segments for part in parts if part.learned)
+
+
+def shown_examples(examples: Examples, tokenizer: Tokenizer) -> Iterator[ShownExample]:
+    """Convert examples of next-token prediction. The first token of a segment is read, and never predicted.
+
+    Control tokens are shown by their names.
+    """
+    tokens = examples["tokens"]
+    targets = examples.get("targets", tokens[:, 1:])
+    segments = examples.get("segments", np.zeros_like(tokens))
+    for row in range(len(tokens)):
+        count = int((tokens[row] >= 0).sum())
+        runs = [_segment(tokens[row], targets[row], start, end, tokenizer) for start, end in _spans(segments[row][:count])]
+        yield ShownExample(runs, tokens.shape[1] - 1 - count if count < tokens.shape[1] else 0)
+
+
+def _spans(segments: np.ndarray) -> Iterator[tuple[int, int]]:
+    """The start and end of each stretch with the same segment number."""
+    edges = np.flatnonzero(np.diff(segments)) + 1
+    bounds = [0, *edges.tolist(), len(segments)]
+    yield from pairwise(bounds)
+
+
+def _segment(tokens: np.ndarray, targets: np.ndarray, start: int, end: int, tokenizer: Tokenizer) -> list[Part]:
+    """The parts of the segment [start, end). A last target that is not an input itself belongs to it."""
+    ids, learned = [int(tokens[start])], [False]
+    for position in range(start, min(end, len(targets))):
+        target = int(targets[position])
+        if position + 1 < end:
+            ids.append(int(tokens[position + 1]))
+        elif target >= 0:
+            ids.append(target)
+        else:
+            break
+        learned.append(target >= 0)
+    parts = []
+    for flag, members in groupby(zip(ids, learned, strict=True), key=lambda pair: pair[1]):
+        group = [id for id, _ in members]
+        parts.append(Part(_text(group, tokenizer), flag, len(group)))
+    return parts
+
+
+def _text(ids: list[int], tokenizer: Tokenizer) -> str:
+    """Decode ids, with the names of control tokens."""
+    added = tokenizer.backend.get_added_tokens_decoder()
+    control = {id for id, token in added.items() if token.special} | {tokenizer.end_of_text}
+    text = ""
+    for is_control, members in groupby(ids, key=lambda id: id in control):
+        group = list(members)
+        text += "".join(str(tokenizer.backend.id_to_token(id)) for id in group) if is_control else tokenizer.decode(group)
+    return text

@@ -1,0 +1,87 @@
+"""Vectors of whole texts: the pooled hidden states of a trained model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from tinylm.cost.memory import EVALUATION_BATCH_TOKENS
+from tinylm.data.framing import Framing, batches_by_length
+from tinylm.embedding.vectors import Vectors
+from tinylm.errors import InputError
+from tinylm.model.classifier import pool, text_hidden, without_classifier
+from tinylm.reporting import SILENT, Reporter
+from tinylm.run import Checkpoint, Run
+
+POOLS = ("cls", "mean", "last")
+WHICH = "sentence"
+"""The value of `which` in the notes of vectors of texts."""
+
+
+@torch.no_grad()
+def sentence_vectors(
+    run: Run,
+    texts: Sequence[str],
+    how: str = "mean",
+    *,
+    checkpoint: Checkpoint | None = None,
+    device: torch.device | None = None,
+    reporter: Reporter = SILENT,
+) -> np.ndarray:
+    """The vector of each text, (texts, width) float32. `how`: cls, mean or last, over all tokens that the model reads.
+
+    Long texts are cut off at the context length. Raises `InputError` for cls with a model that reads from left to right.
+    """
+    network = without_classifier(run.network(checkpoint or run.checkpoint(), device or torch.device("cpu")))
+    if how == "cls" and network.is_causal:
+        raise InputError(
+            f"cls is the first token, at which architecture {network.architecture} has not read the text",
+            where="--pool",
+            hint="use mean or last",
+        )
+    framing = Framing.of(run.tokenizer, network.model)
+    framed = [framing.frame(run.tokenizer.encode(text)) for text in texts]
+    vectors = np.zeros((len(framed), network.input_embedding().embedding_dim), dtype=np.float32)
+    done = 0
+    with reporter.progress("reading", len(framed), "texts") as advance:
+        for batch in batches_by_length([len(ids) for ids in framed], EVALUATION_BATCH_TOKENS):
+            tokens, segments = (
+                torch.from_numpy(array).to(network.device) for array in framing.rows([framed[index] for index in batch])
+            )
+            vectors[batch] = pool(text_hidden(network, tokens, segments), segments, how).float().cpu().numpy()
+            done += len(batch)
+            advance(done)
+    return vectors
+
+
+def table(run: Run, texts: Sequence[str], how: str, **options: Any) -> Vectors:
+    """The vectors of different texts, named by the texts. Repeated texts are kept once. Raises `InputError` if there are none."""
+    different = list(dict.fromkeys(texts))
+    if not different:
+        raise InputError("there are no texts", hint="give a text with one sentence per line")
+    matrix = sentence_vectors(run, different, how, **options)
+    chosen = options.get("checkpoint") or run.checkpoint()
+    notes = {"run": run.name, "run_path": str(run.path.absolute()), "checkpoint": chosen.name, "which": WHICH, "pool": how}
+    return Vectors(different, matrix, notes={**notes, "tokenizer": run.tokenizer.fingerprint})
+
+
+def query_vector(vectors: Vectors, text: str, run_path: str | None = None) -> np.ndarray:
+    """The vector of a new text, from the run and with the pooling that computed `vectors`. `run_path`: where the run is now.
+
+    Raises `InputError` if the run is missing or has another tokenizer.
+    """
+    path = run_path or vectors.notes.get("run_path")
+    if not isinstance(path, str):
+        raise InputError("these vectors do not name the run that computed them", where="--run", hint="give it with --run")
+    run = Run.open(path)
+    if run.tokenizer.fingerprint != vectors.notes.get("tokenizer"):
+        raise InputError("is not the run that computed these vectors", where=str(run.path))
+    how = vectors.notes.get("pool")
+    if how not in POOLS:
+        raise InputError("the notes of the vectors are damaged: pool", where="--vectors")
+    checkpoint = run.checkpoint(str(vectors.notes.get("checkpoint")))
+    vector: np.ndarray = sentence_vectors(run, [text], how, checkpoint=checkpoint)[0]
+    return vector

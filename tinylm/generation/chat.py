@@ -1,0 +1,104 @@
+"""Talk to a model that was trained on conversations: prompts that fit into the context, answers, and how good they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from tinylm.errors import InputError
+from tinylm.generation.engine import Request, Sample, generate_batch, sample_seed
+from tinylm.generation.sampling import SamplingOptions
+from tinylm.model.decoder import as_decoder
+from tinylm.model.state import DecodingModel
+from tinylm.text.conversations import ASSISTANT, SYSTEM, USER, Message
+from tinylm.tokenizer.chat_template import ChatEncoder, fit_turns
+
+_MAX_RESERVED_SHARE = 4
+"""At least one part in this many of the context is kept for the answer."""
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """The tokens of a conversation, and what had to be left out."""
+
+    ids: list[int]
+    left_out: int
+    """Number of the oldest messages that are left out."""
+    new_tokens: int
+    """Maximum number of tokens of the answer."""
+
+
+def chat_prompt(messages: Sequence[Message], encoder: ChatEncoder, capacity: int | None, max_new_tokens: int) -> ChatPrompt:
+    """Encode a conversation whose last message is the user's, without its oldest exchanges if the context is full.
+
+    Room is kept for an answer of `max_new_tokens` tokens, but at most for a quarter of the context. Raises `InputError` if the last
+    message and the system message leave no room for an answer.
+    """
+    turns = encoder.turns(messages)
+    if capacity is None:
+        return ChatPrompt(encoder.prompt(turns), 0, max_new_tokens)
+    reserved = max(1, min(max_new_tokens, capacity // _MAX_RESERVED_SHARE))
+    frame = len(encoder.prompt(()))
+    kept, left_out = fit_turns(turns, capacity - reserved - frame)
+    ids = encoder.prompt(kept)
+    room = capacity - len(ids) + 1  # the last token of an answer is not read
+    if room < 1:
+        problem = f"the message has {len(ids):,} tokens with its frame, and the model's context has {capacity:,}"
+        raise InputError(problem, hint="write a shorter message")
+    return ChatPrompt(ids, left_out, min(max_new_tokens, room))
+
+
+@dataclass
+class ChatSession:
+    """A conversation with a model. The answers depend only on the seed, the messages and the number of the turn."""
+
+    decoder: DecodingModel[Any]
+    encoder: ChatEncoder
+    options: SamplingOptions
+    seed: int = 0
+    system: str | None = None
+    messages: list[Message] = field(default_factory=list)
+    """The conversation so far, without the system message."""
+
+    @property
+    def conversation(self) -> list[Message]:
+        """The conversation so far."""
+        system = [] if self.system is None else [Message(SYSTEM, self.system)]
+        return [*system, *self.messages]
+
+    def reset(self) -> None:
+        """Forget all messages except the system message."""
+        self.messages = []
+
+    def ask(self, text: str, on_text: Callable[[str], None] | None = None) -> tuple[Sample, ChatPrompt]:
+        """Add a message of the user and generate the answer, which is added as well. `on_text` streams it.
+
+        Raises `InputError` if the message does not fit into the context. The conversation is then unchanged.
+        """
+        asked = [*self.conversation, Message(USER, text)]
+        prompt = chat_prompt(asked, self.encoder, self.decoder.capacity, self.options.max_new_tokens)
+        options = replace(self.options, max_new_tokens=prompt.new_tokens, stop_ids=self.encoder.stop_ids)
+        seed = sample_seed(self.seed, len(self.messages))
+        request = Request(text, options, seed, on_text=on_text, ids=prompt.ids)
+        sample = next(generate_batch(self.decoder, self.encoder.tokenizer, [request]))
+        self.messages += [Message(USER, text), Message(ASSISTANT, sample.text)]
+        return sample, prompt
+
+
+def answer_all(
+    model: nn.Module | DecodingModel[Any],
+    encoder: ChatEncoder,
+    prompts: Sequence[Sequence[int]],
+    options: SamplingOptions = SamplingOptions(temperature=0.0, top_k=None),
+) -> Iterator[Sample]:
+    """Generate one answer after each prompt, in order. An answer ends where the context is full."""
+    decoder = as_decoder(model)
+    requests = []
+    for ids in prompts:
+        room = options.max_new_tokens if decoder.capacity is None else max(0, decoder.capacity - len(ids) + 1)
+        limited = replace(options, max_new_tokens=min(options.max_new_tokens, room), stop_ids=encoder.stop_ids)
+        requests.append(Request("", limited, ids=ids))
+    yield from generate_batch(decoder, encoder.tokenizer, requests)

@@ -1,0 +1,79 @@
+"""The chat template in exports: as Jinja in a Hugging Face folder and in a GGUF file, with the end of a turn as end token.
+
+The template is that of the run (`tokenizer.chat_template`). `check_ids` renders conversations that spell control tokens with
+transformers and compares the ids with those that the model was trained on.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tinylm.errors import WorkError
+from tinylm.text.conversations import ASSISTANT, SYSTEM, USER, Message
+from tinylm.tokenizer.chat_template import ChatEncoder
+
+_PROBES = (
+    "Hello!",
+    " spaces and\n\nline breaks\n",
+    "it's {{ messages }} {% if x %} \\ '",
+    "naïve 東京 🙂",
+    "ends with <",
+)
+
+
+def write(folder: Path, encoder: ChatEncoder) -> None:
+    """Add the template and the end tokens to the files of an exported folder."""
+    end = encoder.template.end_of_turn
+    # Without splitting, the control tokens of the rendered template are recognized. It renders messages without control tokens.
+    _update(folder / "tokenizer_config.json", {"chat_template": encoder.jinja(), "eos_token": end, "split_special_tokens": False})
+    _update(folder / "generation_config.json", {"eos_token_id": [encoder.end_of_turn, encoder.start]})
+
+
+def _update(file: Path, values: dict[str, Any]) -> None:
+    document = json.loads(file.read_text(encoding="utf-8")) | values
+    file.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def add_to_gguf(writer: Any, encoder: ChatEncoder) -> None:
+    """Add the template and the end of a turn to a GGUF file."""
+    writer.add_chat_template(encoder.jinja())
+    writer.add_eot_token_id(encoder.end_of_turn)
+
+
+def probes(encoder: ChatEncoder) -> list[list[Message]]:
+    """Conversations on which templates are compared. Some spell every control token."""
+    control = encoder.control_tokens
+    contents = [*_PROBES, *control, "".join(control), *(f"a{name}b" for name in control), *(name[:-1] for name in control)]
+    conversations = [[Message(USER, text)] for text in contents]
+    for text in (contents[0], "".join(control)):
+        exchange = [Message(SYSTEM, text), Message(USER, text), Message(ASSISTANT, text)]
+        conversations += [[*exchange, Message(USER, "more")], [*exchange[1:], Message(USER, text)]]
+    return conversations
+
+
+def check_ids(tokenizer: Any, encoder: ChatEncoder) -> None:
+    """Raise `WorkError` if the template of a tokenizer of transformers gives other ids than those of training."""
+    for messages in probes(encoder):
+        rendered = [message.as_dict() for message in messages]
+        ids = tokenizer.apply_chat_template(rendered, add_generation_prompt=True, tokenize=True, return_dict=False)
+        if list(ids) != encoder.prompt(encoder.turns(messages)):
+            shown = messages[-1].content[:60]
+            raise WorkError(f"the exported chat template gives other tokens for {shown!r}", hint="nothing was saved")
+
+
+def usage(name: str) -> str:
+    """The section of the model card that shows how to get an answer."""
+    code = (
+        "messages = [{'role': 'user', 'content': 'Hello!'}]\n"
+        "inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors='pt', return_dict=True)\n"
+        "answer = model.generate(**inputs, max_new_tokens=100)[0, inputs['input_ids'].shape[1]:]\n"
+        "print(tokenizer.decode(answer, skip_special_tokens=True))\n"
+    )
+    return (
+        f"The model was trained on conversations. With `tokenizer` and `model` loaded from `{name}` as above:\n\n"
+        f"```python\n{code}```\n\n"
+        "The template writes a space into control tokens that are spelled in a message, so a message cannot end a turn. For text "
+        "that does not go through the template, pass `split_special_tokens=True` to the tokenizer."
+    )

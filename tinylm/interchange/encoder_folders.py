@@ -1,0 +1,262 @@
+"""Read and write Hugging Face folders of encoders and classifiers, and compare them with transformers.
+
+A folder that is written here works with transformers' pipelines `fill-mask` and `text-classification`: its tokenizer adds [CLS] and
+[SEP] to a text, and recognizes [MASK] in it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+from safetensors.torch import save_file
+
+from tinylm.data.framing import Framing
+from tinylm.errors import InputError, WorkError
+from tinylm.evaluation.filling import fill
+from tinylm.interchange import encoders, huggingface, verify
+from tinylm.interchange.encoders import ImportedEncoder
+from tinylm.model.base import Model
+from tinylm.model.classifier import SequenceClassifier
+from tinylm.recipe.encoder import EncoderSection
+from tinylm.recipe.labels import ClassificationObjective
+from tinylm.recipe.schema import ObjectiveVariant
+from tinylm.tokenizer import Tokenizer
+from tinylm.tokenizer.control_tokens import ControlTokens
+
+_VOCABULARY = "vocab.txt"
+
+
+def is_encoder(folder: Path) -> bool:
+    """Whether a folder contains an encoder that `read` supports."""
+    return (
+        folder.is_dir()
+        and (folder / "config.json").is_file()
+        and huggingface.read_config(folder).get("model_type") in encoders.KINDS
+    )
+
+
+def read(folder: Path, tokenizer_file: Path | None, *, trust_pickle: bool) -> tuple[ImportedEncoder, Tokenizer]:
+    """Return the model and the tokenizer of a folder. Raises `InputError` if something is missing, damaged or not supported."""
+    config = huggingface.read_config(folder)
+    tensors = dict(huggingface.read_tensors(folder, trust_pickle))
+    imported = encoders.read(config, tensors, str(folder))
+    if tokenizer_file is not None:
+        tokenizer = Tokenizer.load(tokenizer_file)
+    elif (folder / "tokenizer.json").exists() or not (folder / _VOCABULARY).exists():
+        tokenizer = Tokenizer.load(folder)
+    else:
+        tokenizer = _from_vocabulary(folder)
+    rows = imported.state.get("embedding.weight", imported.state.get("body.embedding.weight"))
+    assert rows is not None
+    tokenizer = huggingface.pad_vocabulary(tokenizer, rows.shape[0], str(folder))
+    ControlTokens.of(tokenizer)
+    return imported, tokenizer
+
+
+def _from_vocabulary(folder: Path) -> Tokenizer:
+    """The tokenizer of a folder with a vocab.txt, BERT's older format."""
+    options: dict[str, Any] = {}
+    if (folder / "tokenizer_config.json").is_file():
+        try:
+            options = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"not valid JSON: {error}", where=str(folder / "tokenizer_config.json")) from None
+    lowercase = bool(options.get("do_lower_case", True)) if isinstance(options, dict) else True
+    vocabulary = (folder / _VOCABULARY).read_text(encoding="utf-8").splitlines()
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordPiece({token: id for id, token in enumerate(vocabulary)}, unk_token="[UNK]")
+    )
+    backend.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=lowercase)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    backend.decoder = tokenizers.decoders.WordPiece(prefix="##")
+    special = [name for name in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if name in vocabulary]
+    backend.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in special])
+    return Tokenizer(tokenizers.Tokenizer.from_str(backend.to_str()))
+
+
+def compare_with_transformers(folder: Path, network: Model, tokenizer: Tokenizer) -> tuple[float, int, str] | str:
+    """Return the largest difference of the outputs, the number of compared tokens, and the name of the reference.
+
+    Returns the reason instead if transformers cannot load the folder.
+    """
+    if not list(folder.glob("*.safetensors")):
+        return "transformers does not read this format"
+    try:
+        import transformers
+    except ImportError:
+        return 'transformers is not installed (pip install "tinylm[hf]")'
+    with huggingface.quiet(transformers):
+        try:
+            reference = _load(transformers, folder, network)
+        except Exception as error:  # the import works without a reference; the caller warns about the reason
+            return f"transformers cannot load it: {' '.join(str(error).split())[:200]}"
+        difference, tokens = _largest_difference(network, reference, tokenizer, verify.english_text())
+    return difference, tokens, f"transformers {transformers.__version__}"
+
+
+def _load(transformers: Any, folder: Path, network: Model) -> Any:
+    if isinstance(network, SequenceClassifier):
+        loader = transformers.AutoModelForSequenceClassification
+    elif _has_mask_head(folder):
+        loader = transformers.AutoModelForMaskedLM
+    else:
+        loader = transformers.AutoModel
+    options = {"trust_remote_code": False, "use_safetensors": True, **huggingface.float32_argument(transformers)}
+    return loader.from_pretrained(folder, **options).eval()
+
+
+def _has_mask_head(folder: Path) -> bool:
+    names = huggingface.read_config(folder).get("architectures") or [""]
+    return str(names[0]).endswith(("ForMaskedLM", "ForPreTraining"))
+
+
+@torch.no_grad()
+def _largest_difference(network: Model, reference: Any, tokenizer: Tokenizer, text: str) -> tuple[float, int]:
+    """Compare logits, or the hidden states of a model without a head, on rows of real text, one of them padded."""
+    framing = Framing.of(tokenizer, network.model)
+    ids = np.array(tokenizer.encode(text), dtype=np.int64)
+    length = min(framing.room, 254, len(ids))
+    framed = [framing.frame(ids[start : start + length]) for start in range(0, min(len(ids), 8 * length), length)]
+    framed.append(framing.frame(ids[: max(1, length // 3)]))
+    tokens, segments = map(torch.from_numpy, framing.rows(framed))
+    mask = segments >= 0
+    output = reference(input_ids=tokens, attention_mask=mask.long())
+    if isinstance(network, SequenceClassifier):
+        ours, theirs = network(tokens, segments=segments), output.logits
+    elif hasattr(output, "logits"):
+        ours, theirs = network(tokens, segments=segments)[mask], output.logits[mask]
+    else:
+        ours, theirs = network.hidden(tokens, segments=segments)[mask], output.last_hidden_state[mask]
+    columns = min(ours.shape[-1], theirs.shape[-1])
+    difference = float((ours[..., :columns] - theirs[..., :columns]).abs().max())
+    return (difference if difference == difference else float("inf")), int(mask.sum())
+
+
+# Export.
+
+
+def write(folder: Path, network: Model, objective: ObjectiveVariant, tokenizer: Tokenizer, card: str, type: str = "f32") -> str:
+    """Write all files into an empty folder. `type` is one of `huggingface.DTYPES`. Returns the name of the class that loads it.
+
+    Raises `InputError` if no transformers class supports the model.
+    """
+    model = network.model
+    assert isinstance(model, EncoderSection)
+    control = ControlTokens.of(tokenizer)
+    config = encoders.make_config(network, objective)
+    dtype = huggingface.DTYPES[type]
+    tensors = {name: tensor.to(dtype) for name, tensor in encoders.export_tensors(network).items()}
+    config |= {"torch_dtype": str(dtype).removeprefix("torch."), "pad_token_id": control.pad}
+    _write_json(folder / "config.json", config)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    _write_json(folder / "tokenizer.json", _tokenizer_json(tokenizer, control))
+    _write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, control, model.context_length))
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    return str(config["architectures"][0])
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _tokenizer_json(tokenizer: Tokenizer, control: ControlTokens) -> dict[str, Any]:
+    """The tokenizer.json, which frames texts, and lets [MASK] take the space before it, as in `tinylm fill`."""
+    values: dict[str, Any] = json.loads(tokenizer.backend.to_str())
+    names = {name: str(tokenizer.backend.id_to_token(id)) for name, id in (("cls", control.cls), ("sep", control.sep))}
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{names['cls']} $A {names['sep']}",
+        pair=f"{names['cls']} $A {names['sep']} $B:1 {names['sep']}:1",
+        special_tokens=[(names["cls"], control.cls), (names["sep"], control.sep)],
+    )
+    values["post_processor"] = json.loads(backend.to_str())["post_processor"]
+    for token in values["added_tokens"]:
+        if token["id"] == control.mask:
+            token["lstrip"] = True
+    return values
+
+
+def _tokenizer_config(tokenizer: Tokenizer, control: ControlTokens, context_length: int) -> dict[str, Any]:
+    special = {"cls_token": control.cls, "sep_token": control.sep, "mask_token": control.mask, "pad_token": control.pad}
+    special["unk_token"] = control.pad if tokenizer.unknown is None else tokenizer.unknown
+    mask = str(tokenizer.backend.id_to_token(control.mask))
+    added = {"content": mask, "lstrip": True, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{name: tokenizer.backend.id_to_token(id) for name, id in special.items()},
+        "mask_token": {"__type": "AddedToken", **added},
+        "model_max_length": context_length,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+    }
+
+
+def check_export(folder: Path, network: Model, tokenizer: Tokenizer, text: str) -> tuple[float, int]:
+    """Load the folder with transformers. Return (largest difference of logits on `text`, number of compared tokens).
+
+    Raises `WorkError` if the logits, the token ids or the answers of a pipeline differ, `InputError` if transformers is missing.
+    """
+    transformers = verify.require("transformers", "hf", "checking a Hugging Face folder")
+    with huggingface.quiet(transformers):
+        try:
+            other_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+            reference = _load(transformers, folder, network)
+        except Exception as error:  # whatever the exception, the export is not usable
+            raise WorkError(f"transformers cannot load the exported folder: {' '.join(str(error).split())[:300]}") from error
+        control = ControlTokens.of(tokenizer)
+        probes = [probe for probe in verify.tokenizer_probes(text) if not any(name in probe for name in ("[", "</s>"))]
+        for probe in probes:
+            if list(other_tokenizer(probe)["input_ids"]) != [control.cls, *tokenizer.encode(probe), control.sep]:
+                raise WorkError(f"the exported tokenizer splits {probe[:60]!r} into different tokens", hint="nothing was saved")
+        difference, tokens = _largest_difference(network, reference, tokenizer, text)
+        verify.check_logits(difference, "the exported folder")
+        _check_pipeline(transformers, folder, reference, other_tokenizer, network, tokenizer, text)
+    return difference, tokens
+
+
+def _check_pipeline(
+    transformers: Any, folder: Path, reference: Any, other_tokenizer: Any, network: Model, tokenizer: Tokenizer, text: str
+) -> None:
+    """Raise `WorkError` if transformers' pipeline for this kind of model gives another answer for the beginning of `text`."""
+    words = " ".join(text.split()[:8]) or "a text"
+    if isinstance(network, SequenceClassifier):
+        pipeline = transformers.pipeline("text-classification", model=reference, tokenizer=other_tokenizer, device="cpu")
+        theirs = pipeline(words, truncation=True)[0]
+        framing = Framing.of(tokenizer, network.model)
+        with torch.no_grad():
+            row = torch.from_numpy(framing.frame(tokenizer.encode(words)))[None]
+            probabilities = network(row).softmax(-1)[0]
+        best = int(probabilities.argmax())
+        objective = network.objective
+        same = (theirs["label"], round(theirs["score"], 3)) == (objective.labels[best], round(float(probabilities[best]), 3))
+        answer = f"{theirs['label']} {theirs['score']:.4f}"
+    else:
+        pipeline = transformers.pipeline("fill-mask", model=reference, tokenizer=other_tokenizer, device="cpu")
+        mask = str(tokenizer.backend.id_to_token(ControlTokens.of(tokenizer).mask))
+        short = words.split()[:3]
+        theirs = pipeline(" ".join([*short[:1], mask, *short[1:]]), top_k=1)[0]
+        ours = fill(network, tokenizer, " ".join([*short[:1], "[MASK]", *short[1:]]), top=1).masks[0].candidates[0]
+        same = abs(theirs["score"] - ours.probability) < 1e-3
+        answer = f"{theirs['token_str']!r} {theirs['score']:.4f}"
+    if not same:
+        raise WorkError(f"transformers' pipeline gives another answer for the exported folder: {answer}", hint="nothing was saved")
+
+
+def model_card(name: str, parameters: int, class_name: str, recipe_yaml: str, objective: ObjectiveVariant) -> str:
+    """The text of README.md."""
+    task = "text-classification" if isinstance(objective, ClassificationObjective) else "fill-mask"
+    example = "a text" if task == "text-classification" else "a [MASK]"
+    return (
+        f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags:\n- tinylm\n---\n# {name}\n\n"
+        f"A model with {parameters:,} parameters, trained with tinylm and exported for `{class_name}`. After the export, the model "
+        "was loaded from this folder, and its logits and the answer of the pipeline below matched the original.\n\n"
+        f"## Usage\n\n```python\nfrom transformers import pipeline\n\n"
+        f"print(pipeline({task!r}, model={name!r})({example!r}))\n```\n\n"
+        f"## Recipe\n\n```yaml\n{recipe_yaml}```\n"
+    )

@@ -1,0 +1,127 @@
+"""Conversations: the `data:` section of format chat."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Discriminator, Tag
+
+from tinylm.recipe.base import DataVariant, Section
+from tinylm.recipe.values import Flag, OpenShare, Sources
+
+
+class ConversationShare(Section):
+    """Set aside a share of the conversations, chosen by a hash of their text. Equal conversations stay together."""
+
+    share: OpenShare = 0.1
+    """The share of the conversations."""
+
+
+class ConversationSources(Section):
+    """Conversations in files of their own."""
+
+    sources: Sources
+    """The conversations. The short form `heldout: b.jsonl` means the same."""
+
+
+def _expand(value: object) -> object:
+    if isinstance(value, (str, list, tuple)):
+        return {"sources": value}
+    return {"share": value} if isinstance(value, float) else value
+
+
+def _choose(value: object) -> str:
+    if value is None:
+        return "none"
+    return "sources" if isinstance(value, ConversationSources) or (isinstance(value, dict) and "sources" in value) else "share"
+
+
+_SHARE = Annotated[ConversationShare, Tag("share")]
+_SOURCES = Annotated[ConversationSources, Tag("sources")]
+ConversationPart = Annotated[_SHARE | _SOURCES, Discriminator(_choose), BeforeValidator(_expand)]
+OptionalConversationPart = Annotated[
+    _SHARE | _SOURCES | Annotated[None, Tag("none")], Discriminator(_choose), BeforeValidator(_expand)
+]
+
+
+class UnusedShare(Section):
+    """The share of a mixed text that is not trained on."""
+
+    share: OpenShare = 0.1
+    """The share: of the characters with `by: tail`, of the documents with `by: document`."""
+    by: Literal["document", "tail"] = "tail"
+    """How the share is chosen, as in `data.heldout` of the run that was trained on this text."""
+
+
+class MixSection(Section):
+    """Train on sequences of plain text in between, against forgetting. The short form `mix: {SOURCE: SHARE}` means the same."""
+
+    text: Sources
+    """The text, usually the one that the model was trained on before."""
+    share: OpenShare = 0.2
+    """The share of the training sequences that are text. Every token of these sequences is learned."""
+    heldout: UnusedShare = UnusedShare()
+    """The part of the text that is not trained on, so that it still measures forgetting."""
+
+
+def _expand_mix(value: object) -> object:
+    if isinstance(value, dict) and len(value) == 1:
+        [(source, share)] = value.items()
+        if source not in MixSection.model_fields and isinstance(share, (int, float)) and not isinstance(share, bool):
+            return {"text": source, "share": share}
+    return value
+
+
+class ChatSection(DataVariant):
+    """Conversations: .jsonl or .parquet files with one conversation per record, or tables with one question and answer per row.
+
+    A conversation is an optional system message, then messages of the user and of the assistant in turns. The control tokens
+    <|system|>, <|user|>, <|assistant|> and <|end_of_turn|> are added to the tokenizer.
+    """
+
+    default_objective = "causal_lm"
+
+    train: Sources
+    """The conversations to train on."""
+    heldout: ConversationPart = ConversationShare()
+    """The conversations to evaluate on: a share of the conversations, or another SOURCE."""
+    test: OptionalConversationPart = None
+    """Conversations that training never uses, not even to choose the best checkpoint: a share, or another SOURCE. `tinylm eval
+    --split test` scores them. null means none."""
+    layout: Literal["messages", "prompt_response", "alpaca"] = "messages"
+    """The fields of a record. messages: a list of {role, content}. prompt_response: a question and an answer. alpaca:
+    `instruction`, an optional `input`, and `output`."""
+    messages: str = "messages"
+    """With layout messages: the field that holds the list of messages."""
+    prompt: str = "prompt"
+    """With layout prompt_response: the field or column that holds the question."""
+    response: str = "response"
+    """With layout prompt_response: the field or column that holds the answer."""
+    packing: Flag = True
+    """Put several conversations into one sequence. Attention does not cross conversations, so the losses are the same without."""
+    mix: Annotated[MixSection | None, BeforeValidator(_expand_mix)] = None
+    """Plain text to train on in between. null means none."""
+    errors: Literal["strict", "replace"] = "strict"
+    """What to do with bytes that are not UTF-8. strict is an error; replace substitutes U+FFFD."""
+    format: Literal["chat"] = "chat"
+    """What the sources contain: chat is conversations."""
+
+    def sources(self) -> dict[str, tuple[str, ...]]:
+        others = {"heldout": self.heldout, "test": self.test}
+        found = {
+            "train": self.train,
+            **{key: part.sources for key, part in others.items() if isinstance(part, ConversationSources)},
+        }
+        return found if self.mix is None else {**found, "mix": self.mix.text}
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Yield each problem that involves several keys of this section, as (key, message)."""
+        used = {"messages": ("messages",), "prompt_response": ("prompt", "response"), "alpaca": ()}
+        for layout, keys in used.items():
+            for key in keys:
+                if layout != self.layout and getattr(self, key) != type(self).model_fields[key].default:
+                    yield key, f"has no effect on layout {self.layout} (remove the key, or set layout: {layout})"
+        shares = [part.share for part in (self.heldout, self.test) if isinstance(part, ConversationShare)]
+        if sum(shares) >= 1:
+            yield "test", f"the held-out share {shares[0]:g} and the test share {shares[1]:g} leave no conversations for training"

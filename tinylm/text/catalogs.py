@@ -1,0 +1,177 @@
+"""Sentence pairs from the message catalogs of programs: .mo files installed on this machine, and .po and .mo files.
+
+A message of a program is in English, and a catalog contains its translations into one language. `polib` reads the files.
+"""
+
+from __future__ import annotations
+
+import gettext
+import os
+import struct
+import sys
+import sysconfig
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tinylm.errors import InputError, did_you_mean, missing_extra
+from tinylm.text.messages import clean_message, placeholders
+
+SUFFIXES = (".po", ".mo")
+_LANGPACKS = "/usr/share/locale-langpack"
+_MESSAGES = "LC_MESSAGES"
+_ONE, _SEVERAL = 1, 5
+"""The numbers whose plural forms are paired with an English message's singular and plural."""
+
+
+@dataclass
+class CatalogCounts:
+    """What was read from catalogs, and which messages were skipped."""
+
+    catalogs: int = 0
+    messages: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    """The number of skipped messages by reason."""
+    unreadable: list[str] = field(default_factory=list)
+    """Installed catalogs that are damaged."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A message of a program, and its translation."""
+
+    source: str
+    target: str
+    catalog: str
+    """The name of the catalog, which is the same in every language."""
+    language: str
+
+    def fields(self) -> dict[str, str]:
+        """The message as a record. The languages are fields, too."""
+        values = {"source": self.source, "target": self.target, "document": self.catalog, "language": self.language}
+        return {**values, "en": self.source, self.language or "target": self.target}
+
+
+def installed_messages(language: str, counts: CatalogCounts) -> Iterator[Message]:
+    """Yield the messages of all catalogs for a language on this machine. Raises `InputError` if there are none."""
+    catalogs = find_catalogs(language)
+    if not catalogs:
+        available = installed_languages()
+        installed = f"catalogs are installed for {', '.join(available)}"
+        hint = did_you_mean(language, available) or (installed if available else "install a language pack, or use .po files")
+        raise InputError(f"no message catalogs for the language {language!r} are installed", where=f"catalog:{language}", hint=hint)
+    for name, path in catalogs:
+        try:
+            yield from read_catalog(path, counts, catalog=name, language=language)
+        except InputError as error:
+            counts.unreadable.append(str(error))
+
+
+def find_catalogs(language: str) -> list[tuple[str, str]]:
+    """The name and path of each installed catalog for a language, sorted by name. Equal names are read once."""
+    found: dict[str, str] = {}
+    for root in _locale_folders():
+        folder = os.path.join(root, language, _MESSAGES)
+        for file in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+            if file.endswith(".mo"):
+                found.setdefault(file.removesuffix(".mo"), os.path.join(folder, file))
+    for packages in _package_folders():
+        for folder, _, files in os.walk(packages):
+            if os.path.basename(folder) == _MESSAGES and os.path.basename(os.path.dirname(folder)) == language:
+                package = os.path.relpath(folder, packages).split(os.sep)[0]
+                for file in files:
+                    if file.endswith(".mo"):
+                        found.setdefault(f"{package}/{file.removesuffix('.mo')}", os.path.join(folder, file))
+    return sorted(found.items())
+
+
+def installed_languages() -> list[str]:
+    """The languages that have catalogs in the system's locale folders."""
+    languages = set()
+    for root in _locale_folders():
+        for name in os.listdir(root):
+            folder = os.path.join(root, name, _MESSAGES)
+            if os.path.isdir(folder) and any(file.endswith(".mo") for file in os.listdir(folder)):
+                languages.add(name)
+    return sorted(languages)
+
+
+def _locale_folders() -> list[str]:
+    prefixes = [sys.prefix, sys.base_prefix, "/usr", "/usr/local", "/opt/homebrew"]
+    folders = [os.path.join(prefix, "share", "locale") for prefix in dict.fromkeys(prefixes)]
+    return [folder for folder in dict.fromkeys([*folders, _LANGPACKS]) if os.path.isdir(folder)]
+
+
+def _package_folders() -> list[str]:
+    return [
+        folder for folder in dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib")) if os.path.isdir(folder)
+    ]
+
+
+def read_catalog(path: str, counts: CatalogCounts, *, catalog: str | None = None, language: str | None = None) -> Iterator[Message]:
+    """Yield the cleaned messages of a .po or .mo file. The language is that of its header, unless it is given.
+
+    Fuzzy, obsolete, empty and untranslated messages are skipped, as are translations whose placeholders differ. Contexts are
+    dropped. Of a message with plural forms, the singular is paired with the form for 1 and the plural with the form for 5.
+    """
+    opened = _open(path)
+    name = catalog or os.path.splitext(os.path.basename(path))[0]
+    language = language or opened.metadata.get("Language", "")
+    counts.catalogs += 1
+    for entry in opened:
+        if getattr(entry, "obsolete", False) or getattr(entry, "fuzzy", False) or not entry.msgid:
+            counts.skipped["fuzzy or obsolete"] += bool(entry.msgid)
+            continue
+        for source, target in _texts(entry, opened.metadata.get("Plural-Forms", "")):
+            counts.messages += 1
+            source, target = clean_message(source, target)
+            reason = _reason_to_skip(source, target)
+            if reason is not None:
+                counts.skipped[reason] += 1
+            else:
+                yield Message(source, target, name, language)
+
+
+def _reason_to_skip(source: str, target: str) -> str | None:
+    if not source or not target:
+        return "empty"
+    if source == target:
+        return "untranslated"
+    if not any(character.isalpha() for character in source):
+        return "without letters"
+    return "other placeholders" if placeholders(source) != placeholders(target) else None
+
+
+def _texts(entry: Any, plural_forms: str) -> Sequence[tuple[str, str]]:
+    if not entry.msgid_plural:
+        return [(entry.msgid, entry.msgstr)]
+    forms = {int(number): text for number, text in entry.msgstr_plural.items()}
+    if not forms:
+        return [(entry.msgid, "")]
+    choose = _plural_rule(plural_forms)
+    several = forms.get(choose(_SEVERAL), forms[max(forms)])
+    if len(forms) == 1:  # the language does not distinguish singular and plural
+        return [(entry.msgid_plural, several)]
+    return [(entry.msgid, forms.get(choose(_ONE), forms[min(forms)])), (entry.msgid_plural, several)]
+
+
+def _plural_rule(header: str) -> Any:
+    """The function from a number to the index of its plural form, from the header `nplurals=2; plural=(n != 1);`."""
+    _, _, expression = header.partition("plural=")
+    try:
+        return gettext.c2py(expression.split(";")[0].strip() or "n != 1")
+    except (ValueError, RecursionError):
+        return lambda number: int(number != 1)
+
+
+def _open(path: str) -> Any:
+    try:
+        import polib
+    except ImportError:
+        raise missing_extra("translate", "reading message catalogs") from None
+    try:
+        return polib.mofile(path) if path.lower().endswith(".mo") else polib.pofile(path)
+    except (OSError, ValueError, LookupError, struct.error, MemoryError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"not a readable message catalog: {reason}", where=path) from None

@@ -1,0 +1,280 @@
+"""Search for the translations of source sentences: beam search with a length penalty, and sampling."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinylm.errors import InputError
+from tinylm.model.encoder_decoder import EncoderDecoder
+from tinylm.translation.decoding import Decoding, decoding_mode, padded_length
+
+DEFAULT_BEAMS = 5
+DEFAULT_BATCH = 32
+_EXTRA_TOKENS = 20
+_TOKENS_PER_SOURCE_TOKEN = 3
+_NEVER = float("-inf")
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How to search for translations. `check` raises `InputError` for values out of range."""
+
+    beams: int = DEFAULT_BEAMS
+    """Number of partial translations to keep in each step. 1 is greedy decoding."""
+    length_penalty: float = 1.0
+    """The exponent A in score = log-probability / ((5 + length) / 6) ** A (Wu et al. 2016). The length counts the end token."""
+    n_best: int = 1
+    """Number of translations to return for each sentence."""
+    max_length: int | None = None
+    """Maximum number of tokens, including the end token. None: 3 times the length of the source, plus 20."""
+    no_repeat_ngram: int = 0
+    """Never generate an n-gram of this length twice in a translation. 0 allows it."""
+    temperature: float | None = None
+    """Sample translations at this temperature instead of searching for the most likely ones."""
+    top_k: int | None = None
+    """Sample only from the most likely tokens."""
+    seed: int = 0
+
+    def check(self) -> None:
+        limits = (
+            ("--beams", self.beams, 1),
+            ("-n", self.n_best, 1),
+            ("--max-length", self.max_length, 1),
+            ("--no-repeat-ngram", self.no_repeat_ngram, 0),
+            ("--top-k", self.top_k, 1),
+        )
+        for option, value, least in limits:
+            if value is not None and value < least:
+                raise InputError(f"must be at least {least}, not {value}", where=option)
+        if self.temperature is None and self.n_best > self.beams:
+            raise InputError(f"must be at least -n ({self.n_best})", where="--beams")
+        if self.temperature is not None and not self.temperature > 0:
+            raise InputError(f"must be above 0, not {self.temperature:g}", where="--temperature")
+        if not np.isfinite(self.length_penalty):
+            raise InputError("must be a finite number", where="--length-penalty")
+
+    def limit(self, source: np.ndarray, context_length: int) -> int:
+        """The maximum number of tokens for the translation of a source sentence."""
+        limit = self.max_length or _TOKENS_PER_SOURCE_TOKEN * len(source) + _EXTRA_TOKENS
+        return min(limit, context_length)
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A translation as token ids, without the end token."""
+
+    ids: tuple[int, ...]
+    logprob: float
+    """Log-probability in nats, including that of the end token."""
+    score: float
+    """The log-probability divided by the length penalty."""
+    finished: bool = True
+    """Whether it ends with the end token, and not because of the maximum length."""
+
+
+def penalized(logprob: float, length: int, exponent: float) -> float:
+    """The score of a translation with `length` tokens, including the end token."""
+    return float(logprob / ((5 + length) / 6) ** exponent)
+
+
+def translate_ids(
+    network: EncoderDecoder,
+    sources: Sequence[np.ndarray],
+    end: int,
+    options: SearchOptions,
+    *,
+    batch_size: int = DEFAULT_BATCH,
+    on_batch: Callable[[int], None] = lambda sentences: None,
+) -> list[list[Hypothesis]]:
+    """Translate framed source sentences. Returns the best translations of each, best first.
+
+    `end` is the id of the end token. A result does not depend on the other sentences or on `batch_size`. `on_batch` is called with
+    the number of sentences done so far.
+    """
+    options.check()
+    results: list[list[Hypothesis]] = [[] for _ in sources]
+    done = 0
+    with decoding_mode(network):
+        for indexes in _batches(sources, batch_size):
+            batch = [sources[index] for index in indexes]
+            limits = [options.limit(source, network.model.context_length) for source in batch]
+            if options.temperature is None:
+                found = _BeamSearch(options, end, limits).run(network, batch)
+            else:
+                found = _sample(network, batch, end, options, limits)
+            for index, hypotheses in zip(indexes, found, strict=True):
+                results[index] = hypotheses
+            done += len(indexes)
+            on_batch(done)
+    return results
+
+
+def _batches(sources: Sequence[np.ndarray], size: int) -> Iterator[list[int]]:
+    """Indexes of sentences with the same padded length, at most `size` together."""
+    groups: dict[int, list[int]] = {}
+    for index, source in enumerate(sources):
+        groups.setdefault(padded_length(source), []).append(index)
+    for _, indexes in sorted(groups.items()):
+        indexes.sort(key=lambda index: len(sources[index]))
+        for start in range(0, len(indexes), size):
+            yield indexes[start : start + size]
+
+
+class _BeamSearch:
+    """Beam search for one batch.
+
+    Each step extends all beams of a sentence and keeps the most likely extensions. A beam is finished if one of the `beams` most
+    likely extensions is the end token. A sentence is done when it has `beams` finished translations and no unfinished one has a
+    better score, which is also how transformers decides.
+    """
+
+    def __init__(self, options: SearchOptions, end: int, limits: Sequence[int]) -> None:
+        self._beams, self._options, self._end, self._limits = options.beams, options, end, limits
+        self._finished: list[list[Hypothesis]] = [[] for _ in limits]
+        self._active = list(range(len(limits)))
+        """The sentences that are not done."""
+        self._ids: list[list[list[int]]] = [[[] for _ in range(self._beams)] for _ in limits]
+
+    def run(self, network: EncoderDecoder, sources: Sequence[np.ndarray]) -> list[list[Hypothesis]]:
+        decoding = Decoding(network, sources, self._beams, max(self._limits))
+        logprobs = decoding.start()
+        # All beams of a sentence are equal at first, so only the first one is extended.
+        totals = torch.full((len(sources), self._beams), _NEVER, device=logprobs.device)
+        totals[:, 0] = 0.0
+        for length in range(1, max(self._limits) + 1):
+            totals, parents, tokens = self._extend(logprobs, totals, length)
+            if not self._active:
+                break
+            logprobs = decoding.step(parents, tokens)
+        return [sorted(found, key=lambda each: -each.score)[: self._options.n_best] for found in self._finished]
+
+    def _extend(self, logprobs: Tensor, totals: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Extend the beams to `length` tokens. Returns totals (sentences, beams), parents and tokens (rows,) of those not done."""
+        if self._options.no_repeat_ngram:
+            logprobs = self._without_repeated_ngrams(logprobs)
+        vocab_size = logprobs.shape[1]
+        scores = (logprobs.view(len(self._active), self._beams, -1) + totals[..., None]).flatten(1)
+        top = scores.topk(min(2 * self._beams, scores.shape[1]), dim=1)
+        still_active, new_totals, parents, tokens = [], [], [], []
+        rows = zip(self._active, top.values.tolist(), top.indices.tolist(), strict=True)
+        for place, (sentence, values, indexes) in enumerate(rows):
+            kept = self._extend_sentence(sentence, values, [divmod(index, vocab_size) for index in indexes], length)
+            if kept is None:
+                continue
+            still_active.append(sentence)
+            new_totals.append([total for total, _, _ in kept])
+            parents += [place * self._beams + parent for _, parent, _ in kept]
+            tokens += [token for _, _, token in kept]
+        self._active = still_active
+        device = logprobs.device
+        return (
+            torch.tensor(new_totals, device=device),
+            torch.tensor(parents, dtype=torch.long, device=device),
+            torch.tensor(tokens, dtype=torch.long, device=device),
+        )
+
+    def _extend_sentence(
+        self, sentence: int, values: list[float], extensions: list[tuple[int, int]], length: int
+    ) -> list[tuple[float, int, int]] | None:
+        """Sort the extensions (beam, token) of a sentence, best first, into finished and kept ones.
+
+        Returns total, parent and token of each kept beam, or None if the sentence is done.
+        """
+        before, finished = self._ids[sentence], self._finished[sentence]
+        kept: list[tuple[float, int, int]] = []
+        for rank, (total, (parent, token)) in enumerate(zip(values, extensions, strict=True)):
+            if total == _NEVER or len(kept) == self._beams:
+                break
+            if token == self._end:
+                if rank < self._beams:
+                    finished.append(self._hypothesis(before[parent], total, length))
+            else:
+                kept.append((total, parent, token))
+        ids = [[*before[parent], token] for _, parent, token in kept]
+        if length == self._limits[sentence]:
+            finished += [self._hypothesis(each, kept[i][0], length, finished=False) for i, each in enumerate(ids)]
+        finished.sort(key=lambda each: -each.score)
+        del finished[self._beams :]
+        best = max((penalized(total, length, self._options.length_penalty) for total, _, _ in kept), default=_NEVER)
+        complete = len(finished) == self._beams and best <= finished[-1].score
+        if complete or not kept or length == self._limits[sentence]:
+            return None
+        while len(kept) < self._beams:  # a tiny vocabulary has fewer extensions than beams
+            kept.append((_NEVER, kept[0][1], kept[0][2]))
+            ids.append(ids[0])
+        self._ids[sentence] = ids
+        return kept
+
+    def _hypothesis(self, ids: list[int], total: float, length: int, *, finished: bool = True) -> Hypothesis:
+        return Hypothesis(tuple(ids), total, penalized(total, length, self._options.length_penalty), finished)
+
+    def _without_repeated_ngrams(self, logprobs: Tensor) -> Tensor:
+        rows = [ids for sentence in self._active for ids in self._ids[sentence]]
+        return without_repeated_ngrams(logprobs, rows, self._options.no_repeat_ngram)
+
+
+def without_repeated_ngrams(logprobs: Tensor, rows: Sequence[Sequence[int]], order: int) -> Tensor:
+    """Set the log-probability (R, V) of tokens to -inf that would repeat an n-gram of the ids of their row."""
+    logprobs = logprobs.clone()
+    for row, ids in enumerate(rows):
+        prefix = tuple(ids[len(ids) - order + 1 :]) if order > 1 else ()
+        if len(ids) < order:
+            continue
+        banned = [ids[i + order - 1] for i in range(len(ids) - order + 1) if tuple(ids[i : i + order - 1]) == prefix]
+        logprobs[row, banned] = _NEVER
+    return logprobs
+
+
+def _sample(
+    network: EncoderDecoder, sources: Sequence[np.ndarray], end: int, options: SearchOptions, limits: Sequence[int]
+) -> list[list[Hypothesis]]:
+    """Draw `n_best` translations of each sentence. Each has its own random numbers, from the seed, the sentence and its number."""
+    count = options.n_best
+    generators = [_generator(options.seed, source, number) for source in sources for number in range(count)]
+    rows: list[list[int]] = [[] for _ in generators]
+    totals, open_rows = [0.0] * len(rows), set(range(len(rows)))
+    results: list[Hypothesis | None] = [None] * len(rows)
+    decoding = Decoding(network, sources, count, max(limits))
+    logprobs = decoding.start()
+    everything = torch.arange(len(rows), device=logprobs.device)
+    for length in range(1, max(limits) + 1):
+        if options.no_repeat_ngram:
+            logprobs = without_repeated_ngrams(logprobs, rows, options.no_repeat_ngram)
+        tokens = [end] * len(rows)
+        for row in sorted(open_rows):
+            token = _draw(logprobs[row], options, generators[row])
+            totals[row] += float(logprobs[row, token])
+            tokens[row] = token
+            if token != end:
+                rows[row].append(token)
+            if token == end or length == limits[row // count]:
+                score = penalized(totals[row], length, options.length_penalty)
+                results[row] = Hypothesis(tuple(rows[row]), totals[row], score, token == end)
+                open_rows.remove(row)
+        if not open_rows:
+            break
+        logprobs = decoding.step(everything, torch.tensor(tokens, device=logprobs.device))
+    drawn = [hypothesis for hypothesis in results if hypothesis is not None]
+    return [sorted(drawn[i : i + count], key=lambda each: -each.score) for i in range(0, len(drawn), count)]
+
+
+def _generator(seed: int, source: np.ndarray, number: int) -> np.random.Generator:
+    digest = hashlib.sha256(f"{seed} {number} {source.tolist()}".encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "big"))
+
+
+def _draw(logprobs: Tensor, options: SearchOptions, generator: np.random.Generator) -> int:
+    """Draw a token from log-probabilities (V,) with the options' temperature and top_k."""
+    assert options.temperature is not None
+    values, tokens = logprobs.double().sort(descending=True, stable=True)
+    if options.top_k is not None:
+        values, tokens = values[: options.top_k], tokens[: options.top_k]
+    cumulative = (values / options.temperature).softmax(0).cumsum(0).cpu().numpy()
+    place = int(np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right"))
+    return int(tokens[min(place, len(tokens) - 1)])

@@ -1,0 +1,183 @@
+"""Translate texts with a trained run: `Translator` turns lines into token ids, searches for translations and decodes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tinylm import device as devices
+from tinylm.data.bucketed_pairs import PairFraming
+from tinylm.data.pairs import SOURCE_TOKENIZER
+from tinylm.errors import InputError
+from tinylm.model.encoder_decoder import START, EncoderDecoder
+from tinylm.run import Checkpoint, Run
+from tinylm.tokenizer import Tokenizer
+from tinylm.translation.search import DEFAULT_BATCH, Hypothesis, SearchOptions, translate_ids
+
+
+@dataclass(frozen=True)
+class TranslatedText:
+    """One translation of a sentence."""
+
+    text: str
+    score: float
+    """Log-probability in nats divided by the length penalty. Higher is better."""
+    logprob: float
+    tokens: int
+    """Number of tokens, including the end token if there is one."""
+    finish_reason: str
+    """`end`, or `length` if the translation reached the maximum length."""
+
+
+@dataclass(frozen=True)
+class AlignedToken:
+    """A token of a translation, and the source token that the decoder attended to most when it predicted it."""
+
+    token: str
+    source: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class Translation:
+    """A sentence and its translations, best first."""
+
+    source: str
+    translations: tuple[TranslatedText, ...]
+    note: str | None = None
+    """What is unusual about the sentence: it is empty, or was too long and has been cut."""
+    alignment: tuple[AlignedToken, ...] | None = None
+    """The alignment of the best translation, if it was requested."""
+
+
+@dataclass(frozen=True)
+class Translator:
+    """A translation model with its tokenizers."""
+
+    network: EncoderDecoder
+    framing: PairFraming
+
+    @classmethod
+    def open(cls, run: Run, checkpoint: str | None = None, *, device: str = "auto", average: int = 1) -> Translator:
+        """Load the translator of a run. `average`: use the mean of the weights of its last `average` checkpoints instead.
+
+        Raises `InputError` if the run is not a translation model, or does not have enough checkpoints.
+        """
+        require_translation_run(run)
+        target = devices.resolve(device)
+        network = run.network(run.checkpoint(checkpoint), target) if average == 1 else averaged_network(run, average, target)
+        assert isinstance(network, EncoderDecoder)
+        return cls(network, PairFraming(source_tokenizer_of(run), run.tokenizer, network.model.context_length))
+
+    def translate(
+        self,
+        texts: Sequence[str],
+        options: SearchOptions = SearchOptions(),
+        *,
+        language: str = "",
+        batch_size: int = DEFAULT_BATCH,
+        align: bool = False,
+        on_batch: Callable[[int], None] = lambda sentences: None,
+    ) -> list[Translation]:
+        """Translate sentences. A translation never depends on the other sentences.
+
+        An empty sentence has the empty translation. A sentence that is longer than the context is cut. `language` is the target
+        language of a model with several; `align` computes the alignment of each best translation. Raises `InputError` for an
+        invalid option or an unknown language.
+        """
+        options.check()
+        self._check_language(language)
+        notes, sources, indexes = self._prepare(texts, language)
+        found = translate_ids(self.network, sources, self.framing.target_end, options, batch_size=batch_size, on_batch=on_batch)
+        empty = (TranslatedText("", 0.0, 0.0, 0, "end"),)
+        results = [Translation(text, empty, note) for text, note in zip(texts, notes, strict=True)]
+        for index, source, hypotheses in zip(indexes, sources, found, strict=True):
+            translated = tuple(self._decode(hypothesis) for hypothesis in hypotheses)
+            alignment = self._align(source, hypotheses[0]) if align else None
+            results[index] = Translation(texts[index], translated, notes[index], alignment)
+        return results
+
+    def _check_language(self, language: str) -> None:
+        languages = self.framing.languages
+        if languages and not language:
+            hint = f"name one with --to: {', '.join(languages)}"
+            raise InputError("the model translates into several languages", where="--to", hint=hint)
+        self.framing.language_ids(language)
+
+    def _prepare(self, texts: Sequence[str], language: str) -> tuple[list[str | None], list[np.ndarray], list[int]]:
+        """The note of each text, and the framed ids and the index of each text that is not empty."""
+        notes: list[str | None] = []
+        sources, indexes = [], []
+        room = self.framing.context_length - len(self.framing.source([], language))
+        for index, text in enumerate(texts):
+            ids = self.framing.source_tokenizer.encode(" ".join(text.split()))
+            if not ids:
+                notes.append("empty")
+                continue
+            notes.append(f"cut from {len(ids):,} to {room:,} tokens" if len(ids) > room else None)
+            sources.append(self.framing.source(ids[:room], language))
+            indexes.append(index)
+        return notes, sources, indexes
+
+    def _decode(self, hypothesis: Hypothesis) -> TranslatedText:
+        # A translation is one line, whatever the model generates.
+        text = " ".join(self.framing.target_tokenizer.decode(hypothesis.ids).split())
+        reason = "end" if hypothesis.finished else "length"
+        tokens = len(hypothesis.ids) + hypothesis.finished
+        return TranslatedText(text, hypothesis.score, hypothesis.logprob, tokens, reason)
+
+    def _align(self, source: np.ndarray, hypothesis: Hypothesis) -> tuple[AlignedToken, ...]:
+        """The source token to which the heads of the last decoder block attend most, on average, at each target token."""
+        pattern = self.attention(source, hypothesis.ids).mean(axis=0)  # (T, S)
+        source_tokens = [_shown(self.framing.source_tokenizer, int(id)) for id in source]
+        chosen = pattern.argmax(axis=1)
+        return tuple(
+            AlignedToken(_shown(self.framing.target_tokenizer, id), source_tokens[chosen[i]], float(pattern[i, chosen[i]]))
+            for i, id in enumerate(hypothesis.ids)
+        )
+
+    def attention(self, source: np.ndarray, ids: Sequence[int]) -> np.ndarray:
+        """The attention pattern (heads, target tokens, source tokens) of the last decoder block, where it predicts `ids`."""
+        name = f"decoder.blocks.{self.network.model.decoder_layers - 1}.cross_attention.pattern"
+        device = self.network.device
+        with torch.inference_mode(), self.network.caching([name]) as cache:
+            self.network(
+                torch.tensor([[START, *ids[:-1]]] if ids else [[START]], device=device),
+                source=torch.as_tensor(source, device=device)[None],
+            )
+        pattern: np.ndarray = cache[name][0, :, : len(ids)].cpu().numpy()
+        return pattern
+
+
+def require_translation_run(run: Run) -> None:
+    """Raise `InputError` if a run is not a translation model."""
+    if run.recipe.objective.name != "translation":
+        problem = f"trained with objective {run.recipe.objective.name}, so it does not translate"
+        raise InputError(problem, where=str(run.path), hint="train a translator with `tinylm train translate-de-en`")
+
+
+def source_tokenizer_of(run: Run) -> Tokenizer:
+    """The tokenizer of the source side of a translation run."""
+    own = run.path / "heldout" / SOURCE_TOKENIZER
+    return Tokenizer.load(own) if own.exists() else run.tokenizer
+
+
+def averaged_network(run: Run, count: int, device: torch.device) -> EncoderDecoder:
+    """The network with the mean of the weights of the last `count` checkpoints. Raises `InputError` if there are fewer."""
+    checkpoints: list[Checkpoint] = run.checkpoints()[-count:]
+    if count < 1 or len(checkpoints) < count:
+        hint = "keep more with checkpoint.keep, or average fewer"
+        raise InputError(f"cannot average {count} checkpoints: the run has {len(run.checkpoints())}", where="--average", hint=hint)
+    networks = [run.network(checkpoint, device) for checkpoint in checkpoints]
+    weights = [network.stored_weights() for network in networks]
+    mean = {name: torch.stack([each[name].double() for each in weights]).mean(dim=0).float() for name in weights[0]}
+    networks[0].load_stored_weights(mean)
+    assert isinstance(networks[0], EncoderDecoder)
+    return networks[0]
+
+
+def _shown(tokenizer: Tokenizer, id: int) -> str:
+    return tokenizer.token_bytes[id].decode("utf-8", "replace").strip() or str(tokenizer.backend.id_to_token(id))
