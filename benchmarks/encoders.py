@@ -41,7 +41,7 @@ from tinylm.model import registry
 from tinylm.recipe import Recipe, loads
 from tinylm.reporting import SILENT
 from tinylm.run import Run
-from tinylm.text.labelled import read_labelled
+from tinylm.text.labeled import read_labeled
 
 MASKED = """
 data: {{train: {source}, heldout: {{share: 0.1, by: document}}}}
@@ -187,7 +187,7 @@ def compare_throughput(arguments: argparse.Namespace) -> None:
         source=arguments.file, share=1.0, tokenizer="tokenizer: {kind: bpe, vocab_size: 4096}", model=model, minutes=1
     )
     recipe = loads(text.replace("minutes: 1,", "steps: 2,").replace("every: 0.2}", "every: 2}").replace("pool: mean", "pool: cls"))
-    texts = [item.text for item in read_labelled([arguments.file], "text", "label", "strict")][: arguments.texts]
+    texts = [item.text for item in read_labeled([arguments.file], "text", "label", "strict")][: arguments.texts]
     with tempfile.TemporaryDirectory() as folder:
         pipeline.train(recipe, Path(folder, "run"), device="cpu")
         run = Run.open(Path(folder, "run"))

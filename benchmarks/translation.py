@@ -200,6 +200,7 @@ def _transformers(other: object, sources: list, beams: int, batch_size: int) -> 
                 attention_mask=(ids != pad).long(),
                 num_beams=beams,
                 length_penalty=0.0,
+                max_length=None,
                 max_new_tokens=other.config.max_position_embeddings - 1,
             )
         tokens += int((found[:, 1:] != pad).sum())

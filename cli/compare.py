@@ -83,6 +83,21 @@ def compare(
     recipes, curves = _recipe_differences(opened), _curves(opened, metric)
 
     from tinylm.device import set_threads
+
+    if all(run.recipe.objective.name == "translation" for run in opened):
+        from . import compare_translators
+
+        if unused := given_options(ctx, ("field", "template", "errors", "stride")):
+            raise InputError("has no effect on translation models", where=", ".join(unused))
+        set_threads(threads)
+        shared = {"runs": [str(run.path) for run in opened], "recipes": recipes, "curves": curves, "curve_metric": metric.name}
+        if not json:
+            console = stdout_console()
+            _print_table(console, "recipe", runs, recipes, _formatted)
+            _print_table(console, f"{metric.heading} at step{metric.direction}", runs, curves, metric.formatted)
+        compare_translators.compare(opened, on or [], split, shared, device=device, json=json, quiet=quiet)
+        return
+
     from tinylm.evaluation.comparison import compare_runs, share_text
     from tinylm.evaluation.evaluate_run import TextFormat
 

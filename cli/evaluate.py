@@ -107,7 +107,9 @@ def evaluate(
     ),
     by_position: bool = typer.Option(False, "--by-position", help="Show the loss by the number of preceding tokens."),
     by_document: bool = typer.Option(False, "--by-document", help="Show the loss of each document."),
-    hardest: int = typer.Option(0, "--hardest", min=0, metavar="N", help="Show the N tokens, or sentence pairs, with the largest losses."),
+    hardest: int = typer.Option(
+        0, "--hardest", min=0, metavar="N", help="Show the N tokens, or sentence pairs, with the largest losses."
+    ),
     pseudo: bool = typer.Option(
         False, "--pseudo", help="Masked models: also compute the pseudo-perplexity, for which each token is masked in turn."
     ),
@@ -117,7 +119,7 @@ def evaluate(
     mistakes: int = typer.Option(10, "--mistakes", min=0, metavar="N", help="Classifiers and chat: show N mistakes."),
     max_pairs: int | None = typer.Option(None, "--max-pairs", min=1, help="Translation models: use only the first N pairs."),
     no_baselines: bool = typer.Option(
-        False, "--no-baselines", help="Classifiers: do not compare with the most frequent label and with TF-IDF + linear."
+        False, "--no-baselines", help="Classifiers and translation models: do not compare with simple baselines."
     ),
     plot: Path | None = typer.Option(None, "--plot", help="Classifiers: draw the confusion matrix (.png, .svg or .pdf)."),
     html: Path | None = typer.Option(None, "--html", help="Write the text to this HTML file, with each token shaded by its loss."),

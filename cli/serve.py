@@ -24,6 +24,7 @@ from .console import (
     WEIGHTS,
     ConsoleReporter,
     checked_weights,
+    given_options,
     open_run,
     stderr_console,
     write_stdout,
@@ -45,6 +46,7 @@ EXIT_SECONDS = 6
 
 @app.command()
 def serve(
+    ctx: typer.Context,
     host: str = typer.Option(
         "127.0.0.1", "--host", help="Address to listen on. Any address except loopback can be reached from the network."
     ),

@@ -31,10 +31,10 @@ def write_text(folder: Path) -> Path:
     return file
 
 
-def write_labelled(folder: Path, suffix: str = ".jsonl") -> Path:
-    """Write 60 labelled texts, 20 of each label, all different."""
+def write_labeled(folder: Path, suffix: str = ".jsonl") -> Path:
+    """Write 60 labeled texts, 20 of each label, all different."""
     rows = [(f"the {words[i % 4]} and the {words[i // 4 % 4]} {i}", label) for label, words in WORDS.items() for i in range(20)]
-    file = folder / f"labelled{suffix}"
+    file = folder / f"labeled{suffix}"
     if suffix == ".jsonl":
         file.write_text("".join(f"{json.dumps({'text': text, 'label': label})}\n" for text, label in rows))
     else:
@@ -52,8 +52,8 @@ def masked_recipe(folder: Path, *, model: str = "preset: modern", extra: str = "
 
 
 def classifier_recipe(folder: Path, *, model: str = f"architecture: encoder, {SHAPE}", data: str = "", extra: str = "") -> Recipe:
-    """A recipe for a classifier on `write_labelled`."""
+    """A recipe for a classifier on `write_labeled`."""
     return loads(
-        f"name: labels\ndata: {{train: {write_labelled(folder)}, format: labels, heldout: {{share: 0.2}}{data}}}\n"
+        f"name: labels\ndata: {{train: {write_labeled(folder)}, format: labels, heldout: {{share: 0.2}}{data}}}\n"
         f"tokenizer: {{kind: byte}}\nmodel: {{{model}}}\n{TRAINING}{EVERY}{extra}"
     )

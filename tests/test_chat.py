@@ -25,7 +25,7 @@ from tinylm.run import Run
 from tinylm.text.conversations import ASSISTANT, SYSTEM, USER, Message
 
 CPU = torch.device("cpu")
-NAMES = ("Ada Bea Cal Dan Eve Fay Gus Hal Ida Jon Kim Leo Mia Ned Ola Pam Ray Sue Tom Uma").split()
+NAMES = [chr(ord("A") + number) + "lex" for number in range(20)]
 ANSWERS = [f"{name} likes the number {7 * number % 20}." for number, name in enumerate(NAMES)]
 QUESTIONS = [f"What does {name} like?" for name in NAMES]
 GREEDY = SamplingOptions(30, temperature=0.0, top_k=None)
@@ -41,7 +41,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         "model: {preset: llama, n_layer: 2, n_head: 2, n_embd: 64, context_length: 64}\n"
         "training: {steps: 120, global_batch_size: 10, micro_batch_size: 10, precision: fp32, compile: off,"
         " optimizer: {name: adamw, lr: 1e-2}}\nevaluation: {every: 120}\ncheckpoint: {every: 120}\n"
-        "sampling: {every: 120, prompts: ['What does Ada like?'], max_new_tokens: 20}\n"
+        "sampling: {every: 120, prompts: ['What does Alex like?'], max_new_tokens: 20}\n"
     )
     train(recipe, folder / "run", device="cpu")
     return Run.open(folder / "run")
@@ -83,7 +83,7 @@ def test_the_evaluation_counts_exact_answers_and_stops(run: Run) -> None:
 
 
 def test_samples_during_training_answer_the_prompts(run: Run) -> None:
-    assert "What does Ada like?\n" in (run.path / "samples.md").read_text()
+    assert "What does Alex like?\n" in (run.path / "samples.md").read_text()
 
 
 def test_transformers_gives_the_same_ids_and_the_same_text(run: Run, exported: tuple[Any, Any]) -> None:

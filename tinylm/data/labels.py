@@ -23,10 +23,10 @@ from tinylm.data.workers import encode_in_parallel
 from tinylm.errors import InputError
 from tinylm.paths import atomic_write_text, cache_folder
 from tinylm.recipe import Recipe
-from tinylm.recipe.labels import ClassificationObjective, LabelledSources, LabelsSection, StratifiedShare
+from tinylm.recipe.labels import ClassificationObjective, LabeledSources, LabelsSection, StratifiedShare
 from tinylm.reporting import Reporter
 from tinylm.text.cutting import cut_into_pieces
-from tinylm.text.labelled import LabelledText, fingerprint, read_labelled, stratified, subset
+from tinylm.text.labeled import LabeledText, fingerprint, read_labeled, stratified, subset
 from tinylm.text.sources import Piece, describe
 from tinylm.tokenizer import Tokenizer
 
@@ -37,7 +37,7 @@ _MAX_NAMED = 5
 
 
 @dataclass(frozen=True)
-class LabelledShard:
+class LabeledShard:
     """The tokens of labeled texts, one document each, and their labels."""
 
     shard: Shard
@@ -64,9 +64,9 @@ class LabelledShard:
 class PreparedLabels(PreparedData):
     """A tokenizer and the labeled texts of all parts."""
 
-    train: LabelledShard
-    heldout: LabelledShard
-    test: LabelledShard | None
+    train: LabeledShard
+    heldout: LabeledShard
+    test: LabeledShard | None
     truncate: str
     """The value of `data.truncate`."""
 
@@ -107,7 +107,7 @@ def labels_file(part: str) -> str:
     return f"{part}-labels.json"
 
 
-def open_labelled(folder: Path, part: str, vocab_size: int) -> LabelledShard:
+def open_labeled(folder: Path, part: str, vocab_size: int) -> LabeledShard:
     """Open the texts and labels of a part. Raises `InputError` if they are missing or damaged."""
     shard, file = open_shard(folder, part), folder / labels_file(part)
     problem = shard.problem(vocab_size)
@@ -126,10 +126,10 @@ def open_labelled(folder: Path, part: str, vocab_size: int) -> LabelledShard:
             raise ValueError(f"{len(ids):,} labels for {shard.counts.documents:,} texts")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"the labels are missing or damaged: {error}", where=str(file)) from None
-    return LabelledShard(shard, tuple(names), np.array(ids, dtype=np.int64))
+    return LabeledShard(shard, tuple(names), np.array(ids, dtype=np.int64))
 
 
-def write_labels(folder: Path, part: str, texts: Sequence[LabelledText]) -> None:
+def write_labels(folder: Path, part: str, texts: Sequence[LabeledText]) -> None:
     """Write the labels of a part next to its tokens."""
     names = sorted({item.label for item in texts})
     index = {name: id for id, name in enumerate(names)}
@@ -143,10 +143,10 @@ def _labels_hash(names: Any, ids: Any) -> str:
 
 
 @dataclass(frozen=True)
-class LabelledParts:
+class LabeledParts:
     """The labeled texts of each part, in memory."""
 
-    texts: dict[str, list[LabelledText]]
+    texts: dict[str, list[LabeledText]]
 
     @property
     def fingerprint(self) -> str:
@@ -192,21 +192,21 @@ class LabelsFormat:
         assert isinstance(recipe.data, LabelsSection)
         return _open(folder, fingerprint, Tokenizer.from_text(tokenizer_json), recipe.data)
 
-    def dataset(self, recipe: Recipe, prepared: PreparedLabels) -> LabelledDocuments:
+    def dataset(self, recipe: Recipe, prepared: PreparedLabels) -> LabeledDocuments:
         data, objective = recipe.data, prepared.fill_in(recipe).objective
         assert isinstance(data, LabelsSection)
         assert isinstance(objective, ClassificationObjective)
         framing = Framing.of(prepared.tokenizer, recipe.model, data.truncate)
-        return LabelledDocuments(prepared.train, objective.labels, framing, recipe.seed)
+        return LabeledDocuments(prepared.train, objective.labels, framing, recipe.seed)
 
 
 def _open(folder: Path, key: str, tokenizer: Tokenizer, data: LabelsSection) -> PreparedLabels:
-    opened = partial(open_labelled, folder, vocab_size=tokenizer.vocab_size)
+    opened = partial(open_labeled, folder, vocab_size=tokenizer.vocab_size)
     test = opened("test") if (folder / labels_file("test")).exists() else None
     return PreparedLabels(tokenizer, folder, key, opened("train"), opened("heldout"), test, data.truncate)
 
 
-def read_parts(data: LabelsSection, reporter: Reporter) -> LabelledParts:
+def read_parts(data: LabelsSection, reporter: Reporter) -> LabeledParts:
     """Read and split the labeled texts, and report their sizes. Raises `InputError` if a part is empty."""
     sections = {"heldout": data.heldout, "test": data.test}
     shares = {part: section.share for part, section in sections.items() if isinstance(section, StratifiedShare)}
@@ -215,20 +215,20 @@ def read_parts(data: LabelsSection, reporter: Reporter) -> LabelledParts:
     chosen = stratified(texts, shares)
     parts = {part: [texts[index] for index in indexes] for part, indexes in chosen.items()}
     for part, section in sections.items():
-        if isinstance(section, LabelledSources):
+        if isinstance(section, LabeledSources):
             parts[part] = _read(data, section.sources, reporter)
     if data.train_share < 1:
         parts["train"] = [parts["train"][index] for index in subset(parts["train"], data.train_share)]
-    ordered: dict[str, list[LabelledText]] = {part: parts[part] for part in ("train", "heldout", "test") if part in parts}
+    ordered: dict[str, list[LabeledText]] = {part: parts[part] for part in ("train", "heldout", "test") if part in parts}
     for part, members in ordered.items():
         if not members:
             raise InputError(f"the split leaves no texts for {part}", where=f"data.{part}", hint="use more texts or another share")
     _report_parts(ordered, reporter)
-    return LabelledParts(ordered)
+    return LabeledParts(ordered)
 
 
-def _read(data: LabelsSection, sources: Sequence[str], reporter: Reporter) -> list[LabelledText]:
-    texts = list(read_labelled(sources, data.text, data.label, data.errors))
+def _read(data: LabelsSection, sources: Sequence[str], reporter: Reporter) -> list[LabeledText]:
+    texts = list(read_labeled(sources, data.text, data.label, data.errors))
     kept = [item for item in texts if item.text.strip()]
     if not kept:
         raise InputError("there are no labeled texts", where=describe(sources))
@@ -237,7 +237,7 @@ def _read(data: LabelsSection, sources: Sequence[str], reporter: Reporter) -> li
     return kept
 
 
-def _report_conflicts(texts: Sequence[LabelledText], reporter: Reporter) -> None:
+def _report_conflicts(texts: Sequence[LabeledText], reporter: Reporter) -> None:
     labels: dict[str, set[str]] = {}
     for item in texts:
         labels.setdefault(item.text, set()).add(item.label)
@@ -246,7 +246,7 @@ def _report_conflicts(texts: Sequence[LabelledText], reporter: Reporter) -> None
         reporter.warn(f"{_count(conflicts, 'text')} occur with different labels, so no classifier can get all of them right")
 
 
-def _report_parts(parts: dict[str, list[LabelledText]], reporter: Reporter) -> None:
+def _report_parts(parts: dict[str, list[LabeledText]], reporter: Reporter) -> None:
     known = {item.label for item in parts["train"]}
     sizes = ", ".join(
         f"{len(texts):,} {name}" for name, texts in zip(("for training", "held out", "for testing"), parts.values(), strict=False)
@@ -289,13 +289,13 @@ def _listed(names: Sequence[str]) -> str:
     return shown if len(names) <= _MAX_NAMED else f"{shown} and {len(names) - _MAX_NAMED} more"
 
 
-class LabelledDocuments:
+class LabeledDocuments:
     """Labeled texts as examples: each epoch visits every text once, in a pseudo-random order.
 
     Examples have `tokens` (count, length), padded with negative ids, and `labels` (count, 1).
     """
 
-    def __init__(self, texts: LabelledShard, labels: Sequence[str], framing: Framing, seed: int) -> None:
+    def __init__(self, texts: LabeledShard, labels: Sequence[str], framing: Framing, seed: int) -> None:
         self._shard, self._framing, self._seed = texts.shard, framing, seed
         self._spans = np.array(texts.shard.documents(), dtype=np.int64)
         self._labels = texts.ids(labels)

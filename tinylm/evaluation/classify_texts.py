@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from tinylm.data.framing import Framing
-from tinylm.data.labels import LabelledShard, open_labelled
+from tinylm.data.labels import LabeledShard, open_labeled
 from tinylm.errors import InputError
 from tinylm.evaluation import classification
 from tinylm.model.classifier import SequenceClassifier
@@ -48,13 +48,13 @@ def require_classifier(run: Run) -> ClassificationObjective:
     return objective
 
 
-def heldout_texts(run: Run, split: str = "heldout") -> LabelledShard:
+def heldout_texts(run: Run, split: str = "heldout") -> LabeledShard:
     """Open the held-out or test texts of a run. Raises `InputError` if there are none, or if they are damaged."""
     if split == "test" and not run.has_test_split:
         raise InputError("this run has no test texts", where=str(run.path), hint="`data.test` in a recipe sets them aside")
     if not (run.path / "heldout").exists():
         raise InputError("this run has no held-out texts", where=str(run.path), hint="name labeled texts to evaluate it on")
-    return open_labelled(run.path / "heldout", split, run.tokenizer.vocab_size)
+    return open_labeled(run.path / "heldout", split, run.tokenizer.vocab_size)
 
 
 class TextClassifier:

@@ -19,7 +19,7 @@ from tinylm.evaluation.label_baselines import majority_scores, tfidf_linear_scor
 from tinylm.recipe.labels import LabelsSection
 from tinylm.reporting import SILENT, Reporter
 from tinylm.run import Checkpoint, Run
-from tinylm.text.labelled import LabelledText, read_labelled
+from tinylm.text.labeled import LabeledText, read_labeled
 from tinylm.text.sources import describe
 
 MAJORITY, TFIDF = "majority", "tfidf_linear"
@@ -135,10 +135,10 @@ def evaluate_classifier(
     )
 
 
-def _read(run: Run, sources: Sequence[str]) -> list[LabelledText]:
+def _read(run: Run, sources: Sequence[str]) -> list[LabeledText]:
     data = run.recipe.data
     section = data if isinstance(data, LabelsSection) else LabelsSection.model_validate({"train": list(sources)})
-    items = [item for item in read_labelled(sources, section.text, section.label, section.errors) if item.text.strip()]
+    items = [item for item in read_labeled(sources, section.text, section.label, section.errors) if item.text.strip()]
     if not items:
         raise InputError("there are no labeled texts", where=describe(sources))
     return items
@@ -161,7 +161,7 @@ def _mistakes(
 def _baselines(
     run: Run,
     checkpoint: Checkpoint,
-    items: Sequence[LabelledText],
+    items: Sequence[LabeledText],
     split: str,
     logits: np.ndarray,
     targets: np.ndarray,
@@ -182,7 +182,7 @@ def _baselines(
     return {name: _baseline(values, credits, targets) for name, values in scores.items()}
 
 
-def _parts(run: Run, checkpoint: Checkpoint) -> dict[str, list[LabelledText]]:
+def _parts(run: Run, checkpoint: Checkpoint) -> dict[str, list[LabeledText]]:
     """The labeled texts of all parts of a run. Raises `InputError` if they are missing or have changed since it was trained."""
     data = run.recipe.data
     if not isinstance(data, LabelsSection):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tinylm.errors import missing_extra
-from tinylm.text.labelled import LabelledText
+from tinylm.text.labeled import LabeledText
 
 
 def majority_scores(label_counts: Sequence[int], count: int) -> np.ndarray:
@@ -15,7 +15,7 @@ def majority_scores(label_counts: Sequence[int], count: int) -> np.ndarray:
     return np.tile(np.asarray(label_counts, dtype=np.float64), (count, 1))
 
 
-def tfidf_linear_scores(train: Sequence[LabelledText], texts: Sequence[str], labels: Sequence[str]) -> np.ndarray:
+def tfidf_linear_scores(train: Sequence[LabeledText], texts: Sequence[str], labels: Sequence[str]) -> np.ndarray:
     """Scores (texts, labels) of a linear support vector machine on TF-IDF features of words and word pairs.
 
     Raises `InputError` if scikit-learn is not installed.

@@ -216,7 +216,7 @@ def _export_translator(run: Run, checkpoint: Checkpoint, path: Path, type: str) 
 
 
 def _encoder_text(run: Run) -> str:
-    """Text to compare an encoder on. The held-out texts of a classifier are its labelled texts."""
+    """Text to compare an encoder on. The held-out texts of a classifier are its labeled texts."""
     if isinstance(run.recipe.objective, ClassificationObjective) and (run.path / "heldout").exists():
         return "\n".join(run.tokenizer.decode(ids.tolist()) for ids in heldout_texts(run).documents()[:200])
     return verify.sample_text(run)

@@ -118,9 +118,7 @@ _PATTERN_NAMES = {
 # Export.
 
 
-def write(
-    path: Path, network: Model, tokenizer: Tokenizer, file_type: str, name: str, chat: ChatEncoder | None = None
-) -> None:
+def write(path: Path, network: Model, tokenizer: Tokenizer, file_type: str, name: str, chat: ChatEncoder | None = None) -> None:
     """Write a GGUF file, with the chat template of `chat`. `file_type`: one of `TYPES`. `name`: the model's name.
 
     Raises `InputError` as `check_supported` does."""

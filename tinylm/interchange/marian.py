@@ -277,8 +277,8 @@ def model_card(name: str, parameters: int, recipe_yaml: str) -> str:
     )
     return (
         "---\nlibrary_name: transformers\npipeline_tag: translation\ntags:\n- tinylm\n- translation\n---\n"
-        f"# {name}\n\nA translation model with {parameters:,} parameters, trained with tinylm and exported for `{CLASS}`. After the "
-        f"export, its logits and translations matched those of the original.\n\n## Usage\n\n{usage}\n\n"
+        f"# {name}\n\nA translation model with {parameters:,} parameters, trained with tinylm and exported for `{CLASS}`. "
+        f"After the export, its logits and translations matched those of the original.\n\n## Usage\n\n{usage}\n\n"
         f"## Recipe\n\n```yaml\n{recipe_yaml}```\n"
     )
 

@@ -7,12 +7,14 @@ LoRA weights. Frozen weights keep their names and are part of checkpoints, so a 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinylm.model.base import BODY, Model
+from tinylm.optim.groups import TRAINED_ROWS
 from tinylm.recipe.schema import LoraSection
 from tinylm.recipe.support import ANY, COMMON, Supports, check_supported
 
@@ -91,6 +93,27 @@ def attach(network: Model, section: LoraSection, seed: int = 0) -> None:
     if network.objective is not None:  # the output layer of a classifier is new
         for name in network.head_weights():
             network.get_parameter(name).requires_grad_(True)
+
+
+def train_rows(network: Model, ids: Sequence[int]) -> int:
+    """Also train the rows of these tokens in the embedding and in the head, such as those of new control tokens.
+
+    A frozen row that is the mean of others could never be the most likely next token. The gradients of the other rows are set to
+    zero, and the optimizer applies no weight decay (`TRAINED_ROWS`), so they do not change. Returns the number of trained values.
+    """
+    kept = torch.zeros(network.vocab_size, 1)
+    kept[list(ids)] = 1.0
+    tables = {network.input_embedding().weight, network.output_embedding().weight}
+    for table in tables:
+        table.requires_grad_(True)
+        table.register_hook(lambda gradient: gradient * kept.to(gradient))  # type: ignore[no-untyped-call]
+        setattr(table, TRAINED_ROWS, len(ids))
+    return sum(len(ids) * table.shape[1] for table in tables)
+
+
+def has_trained_rows(network: nn.Module) -> bool:
+    """Whether `train_rows` was called."""
+    return any(hasattr(parameter, TRAINED_ROWS) for parameter in network.parameters())
 
 
 def section_of(network: nn.Module) -> LoraSection | None:

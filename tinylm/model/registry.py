@@ -78,8 +78,8 @@ def build(
     """Build the network that `section` configures, on the CPU or on the device of a `with torch.device(...)` block.
 
     `seed` determines its initial weights. Pass None to skip initialization if weights are loaded later. `objective` is that of the
-    recipe: classification replaces the head, and translation sets the size of a separate source vocabulary. `with_lora` attaches LoRA weights, which is required before the weights of a LoRA run
-    can be loaded.
+    recipe: classification replaces the head, and translation sets the size of a separate source vocabulary. `with_lora` attaches
+    LoRA weights, which is required before the weights of a LoRA run can be loaded.
     """
     network_type = network_class(section)
     if isinstance(section, EncoderDecoderSection) and isinstance(objective, TranslationObjective):

@@ -163,14 +163,22 @@ def resolve_newton_schulz_dtype(section: MuonOptimizer, device: torch.device) ->
     return section.newton_schulz_dtype
 
 
+TRAINED_ROWS = "trained_rows"
+"""An attribute of a parameter of which only some rows are trained. Weight decay would change the others."""
+
+
+def _is_decayed(parameter: nn.Parameter) -> bool:
+    return parameter.ndim >= 2 and not hasattr(parameter, TRAINED_ROWS)
+
+
 def _adamw(
     names: Mapping[nn.Parameter, str], lr: float, section: Any, weight_decay: float, multipliers: Mapping[str, float]
 ) -> torch.optim.AdamW:
     """Build AdamW for the parameters in `names`, fused on CPU and CUDA. Parameters with the same multiplier share a group."""
     others = [parameter for parameter, name in names.items() if name not in multipliers]
     groups = [
-        {"params": [p for p in others if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in others if _is_decayed(p)], "weight_decay": weight_decay},
+        {"params": [p for p in others if not _is_decayed(p)], "weight_decay": 0.0},
     ]
     for multiplier in dict.fromkeys(multipliers.values()):
         chosen = [parameter for parameter, name in names.items() if multipliers.get(name) == multiplier]

@@ -17,7 +17,7 @@ class StratifiedShare(Section):
     """The share of each label's texts."""
 
 
-class LabelledSources(Section):
+class LabeledSources(Section):
     """Labeled texts in separate files."""
 
     sources: Sources
@@ -33,16 +33,16 @@ def _expand(value: object) -> object:
 def _choose(value: object) -> str:
     if value is None:
         return "none"
-    return "sources" if isinstance(value, LabelledSources) or (isinstance(value, dict) and "sources" in value) else "share"
+    return "sources" if isinstance(value, LabeledSources) or (isinstance(value, dict) and "sources" in value) else "share"
 
 
-LabelledPart = Annotated[
-    Annotated[StratifiedShare, Tag("share")] | Annotated[LabelledSources, Tag("sources")],
+LabeledPart = Annotated[
+    Annotated[StratifiedShare, Tag("share")] | Annotated[LabeledSources, Tag("sources")],
     Discriminator(_choose),
     BeforeValidator(_expand),
 ]
-OptionalLabelledPart = Annotated[
-    Annotated[StratifiedShare, Tag("share")] | Annotated[LabelledSources, Tag("sources")] | Annotated[None, Tag("none")],
+OptionalLabeledPart = Annotated[
+    Annotated[StratifiedShare, Tag("share")] | Annotated[LabeledSources, Tag("sources")] | Annotated[None, Tag("none")],
     Discriminator(_choose),
     BeforeValidator(_expand),
 ]
@@ -55,9 +55,9 @@ class LabelsSection(DataVariant):
 
     train: Sources
     """The labeled texts to train on."""
-    heldout: LabelledPart = StratifiedShare()
+    heldout: LabeledPart = StratifiedShare()
     """The labeled texts to evaluate on: a share of each label, or another SOURCE."""
-    test: OptionalLabelledPart = None
+    test: OptionalLabeledPart = None
     """Labeled texts that training never uses, not even to choose the best checkpoint: a share of each label, or another SOURCE.
     `tinylm eval --split test` scores them. null means none."""
     text: str = "text"
@@ -75,7 +75,7 @@ class LabelsSection(DataVariant):
 
     def sources(self) -> dict[str, tuple[str, ...]]:
         others = {"heldout": self.heldout, "test": self.test}
-        return {"train": self.train, **{key: part.sources for key, part in others.items() if isinstance(part, LabelledSources)}}
+        return {"train": self.train, **{key: part.sources for key, part in others.items() if isinstance(part, LabeledSources)}}
 
 
 class ClassificationObjective(ObjectiveVariant):

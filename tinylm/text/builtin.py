@@ -4,7 +4,7 @@
 module with its docstrings. Both are sorted, and repeated docstrings are dropped. Modules are parsed with `ast` and never imported.
 The text depends only on the Python version.
 
-`python-docstrings` contains one labelled document for each docstring of the larger packages. The label is the name of the package.
+`python-docstrings` contains one labeled document for each docstring of the larger packages. The label is the name of the package.
 """
 
 from __future__ import annotations

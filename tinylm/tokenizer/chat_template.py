@@ -95,6 +95,8 @@ class ChatEncoder:
         self.start = tokenizer.end_of_text
         """The id of the token before a conversation."""
         self.end_of_turn = ids[template.end_of_turn]
+        self.added_ids = tuple(ids[token] for token in template.tokens)
+        """The ids of the tokens of the template."""
         self.stop_ids = (self.end_of_turn,)
         """The ids that end an answer, in addition to the end-of-text token."""
 

@@ -204,9 +204,21 @@ def _training_pairs(run: Run, reporter: Reporter) -> Sequence[SentencePair]:
 
 
 def compare_translators(
-    first: Run, second: Run, sources: Sequence[str] = (), *, device: str = "auto", reporter: Reporter = SILENT
+    first: Run,
+    second: Run,
+    sources: Sequence[str] = (),
+    *,
+    split: str = "heldout",
+    device: str = "auto",
+    reporter: Reporter = SILENT,
 ) -> PairedScores:
-    """Compare the BLEU of two runs on the same pairs, by default the first run's held-out pairs, by paired bootstrap."""
-    pairs = evaluation_pairs(first, sources, "heldout", reporter)
+    """Compare the BLEU of two runs on the same pairs by paired bootstrap. Without `sources`, on a part of the runs' own data.
+
+    Raises `InputError` if the two runs do not have the same pairs.
+    """
+    bleu.require_sacrebleu()
+    pairs = evaluation_pairs(first, sources, split, reporter)
+    if not sources and evaluation_pairs(second, (), split, reporter) != pairs:
+        raise InputError("the runs have different pairs", where=f"{first.path}, {second.path}", hint="choose pairs with --on")
     found = [translate_pairs(Translator.open(run, device=device), pairs, SearchOptions(), reporter)[0] for run in (first, second)]
     return bleu.compare(found[0], found[1], [pair.target for pair in pairs])

@@ -21,7 +21,7 @@ _HINT = "choose other fields with data.text and data.label"
 
 
 @dataclass(frozen=True, slots=True)
-class LabelledText:
+class LabeledText:
     """A text and its label."""
 
     text: str
@@ -29,7 +29,7 @@ class LabelledText:
 
 
 @dataclass(frozen=True)
-class LabelledRecordFormat(RecordFormat):
+class LabeledRecordFormat(RecordFormat):
     """Converts a record to a document whose first line is the label, in JSON, and whose other lines are the text."""
 
     label: str = "label"
@@ -58,20 +58,20 @@ class LabelledRecordFormat(RecordFormat):
         return f"{json.dumps(value if isinstance(value, str) else json.dumps(value))}\n{text}"
 
 
-def read_labelled(sources: Sequence[str], text: str, label: str, errors: str) -> Iterator[LabelledText]:
+def read_labeled(sources: Sequence[str], text: str, label: str, errors: str) -> Iterator[LabeledText]:
     """Yield the labeled texts of `sources` in order. `text` and `label` name the fields of records.
 
     Raises `InputError` if a source cannot be read, or if a text has no label.
     """
-    record_format = LabelledRecordFormat(text, None, errors, label)
+    record_format = LabeledRecordFormat(text, None, errors, label)
     for source in sources:
         with Corpus([source], errors=errors, record_format=record_format) as corpus:
             for name, is_record, document in corpus.documents():
                 if is_record:
                     first, _, rest = document.partition("\n")
-                    yield LabelledText(rest, json.loads(first))
+                    yield LabeledText(rest, json.loads(first))
                 else:
-                    yield LabelledText(document, _label_of_file(source, name))
+                    yield LabeledText(document, _label_of_file(source, name))
 
 
 def _label_of_file(source: str, name: str) -> str:
@@ -84,7 +84,7 @@ def _label_of_file(source: str, name: str) -> str:
     return parts[0]
 
 
-def stratified(texts: Sequence[LabelledText], shares: Mapping[str, float]) -> dict[str, list[int]]:
+def stratified(texts: Sequence[LabeledText], shares: Mapping[str, float]) -> dict[str, list[int]]:
     """Choose the texts of each part. Returns indices in the order of `texts`. Those of no part are under `train`.
 
     `shares`: the share of each label's texts in each part. The choice depends only on a hash of the text, and equal texts are
@@ -110,7 +110,7 @@ def stratified(texts: Sequence[LabelledText], shares: Mapping[str, float]) -> di
     return {part: sorted(indexes) for part, indexes in chosen.items()}
 
 
-def subset(texts: Sequence[LabelledText], share: float) -> list[int]:
+def subset(texts: Sequence[LabeledText], share: float) -> list[int]:
     """The indices of a share of each label's texts, at least one per label. A smaller share is a subset of a larger one."""
     by_label: dict[str, list[int]] = defaultdict(list)
     for index, item in enumerate(texts):
@@ -122,7 +122,7 @@ def subset(texts: Sequence[LabelledText], share: float) -> list[int]:
     return sorted(chosen)
 
 
-def fingerprint(texts: Iterable[LabelledText]) -> str:
+def fingerprint(texts: Iterable[LabeledText]) -> str:
     """A hash of texts and labels in order."""
     digest = hashlib.sha256()
     for item in texts:
