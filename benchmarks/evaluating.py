@@ -82,7 +82,7 @@ def main() -> None:
     for name, value in perplexities.items():
         print(f"{name:<13} {options.tokens / best[name]:9.0f} tokens/s  perplexity {value:.6f}")
     difference = abs(perplexities["tinylm"] / perplexities["transformers"] - 1)
-    print(f"speedup {best['transformers'] / best['tinylm']:.2f}, relative difference of perplexity {difference:.1e}")
+    print(f"speedup {best['transformers'] / best['tinylm']:.2f}, relative perplexity difference {difference:.1e}")
 
 
 if __name__ == "__main__":

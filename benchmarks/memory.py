@@ -1,4 +1,4 @@
-"""Check that the peak memory of data preparation does not grow with the text: prepare texts of two sizes in separate processes.
+"""Check that the peak memory of data preparation does not grow with the size of the text. Each text has its own process.
 
 python benchmarks/memory.py [--megabytes 32 256]
 """
@@ -57,7 +57,7 @@ def main() -> None:
             peak, tokens = map(int, process.stdout.split())
             peaks.append(peak)
             print(f"{megabytes:5} MB of text, {tokens:,} tokens: peak {peak} MiB, {time.perf_counter() - start:.0f} s", flush=True)
-    print(f"peak memory, last text / first text: {peaks[-1] / peaks[0]:.2f}")
+    print(f"peak memory ratio (last text / first text): {peaks[-1] / peaks[0]:.2f}")
 
 
 if __name__ == "__main__":

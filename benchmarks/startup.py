@@ -1,4 +1,4 @@
-"""Compare the startup time of `tinylm --help` with that of an empty Python process, and check whether the command imports torch."""
+"""Compare the startup time of `tinylm --help` with an empty Python process, and check whether the command imports torch."""
 
 from __future__ import annotations
 

@@ -201,7 +201,7 @@ def _print_recipes(console: Console, comparison: Comparison) -> None:
             verdict = f"The recipes of {test.a.name} and of {test.b.name} do not differ significantly"
         else:
             worse = test.b if test.better is test.a else test.a
-            verdict = f"The recipe of {test.better.name} is better than that of {worse.name}"
+            verdict = f"The recipe of {test.better.name} is better than the recipe of {worse.name}"
         console.print(Text(f"{verdict} ({facts})."), soft_wrap=True)
     if comparison.recipe_tests:
         console.print(Text("Tested: whether the means over seeds differ (Welch's t-test)."), style="dim", soft_wrap=True)

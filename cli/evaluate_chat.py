@@ -34,7 +34,7 @@ def evaluate(request: EvaluationRequest) -> None:
     rows = [
         ("conversations", f"{scores.conversations:,} {part}; {pluralize(scores.tokens, 'token')} of answers"),
         ("model", f"{result.run} {result.checkpoint}"),
-        ("loss", f"{scores.loss:.4f} nats per token of the answers, ends of turns included"),
+        ("loss", f"{scores.loss:.4f} nats per token of the answers, including end-of-turn tokens"),
         ("exact match", _rate(document, "exact_match")),
         ("stop rate", f"{_rate(document, 'stop_rate')}; the other answers were cut"),
     ]

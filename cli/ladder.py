@@ -35,17 +35,25 @@ app = typer.Typer(add_completion=False)
 def ladder(
     source: list[str] = typer.Argument(..., help="The text: files, folders, globs, URLs or builtin:NAME."),
     minutes_: str = typer.Option(
-        "10", "--minutes", metavar="TIME", help="Training time of all models together: minutes, or 90s, 5m or 2h."
+        "10",
+        "--minutes",
+        metavar="TIME",
+        help="Total training time for all models: a number of minutes, or a duration such as 90s, 5m or 2h.",
     ),
     equal: str = typer.Option(
-        "time", "--equal", help="time: the same recipes and time for all. parameters: also about the same number of parameters."
+        "time",
+        "--equal",
+        help="time: each model gets the same training time. parameters: the models also have about the same number of parameters.",
     ),
     models: str | None = typer.Option(
-        None, "--models", metavar="A,B,C", help="Some of ngram, window, rnn, lstm, gru and gpt. Default: all but gru."
+        None,
+        "--models",
+        metavar="A,B,C",
+        help="Comma-separated subset of ngram, window, rnn, lstm, gru and gpt. Default: all except gru.",
     ),
     set_: list[str] | None = SET,
-    seed: int | None = typer.Option(None, "--seed", min=0, help="Random seed. Default: that of the recipes."),
-    out: str = typer.Option("runs/ladder", "--out", help="Folder of the runs."),
+    seed: int | None = typer.Option(None, "--seed", min=0, help="Random seed. Default: the seed in each recipe."),
+    out: str = typer.Option("runs/ladder", "--out", help="Folder for the runs."),
     plot: str | None = typer.Option(None, "--plot", metavar="FILE", help="Also plot the results: .png, .svg or .pdf."),
     device: str = DEVICE,
     json: bool = JSON,
@@ -53,14 +61,16 @@ def ladder(
 ) -> None:
     """Train an n-gram model, a window network, an RNN, an LSTM and a GPT on the same text, one after the other.
 
-    The same command continues a ladder that was stopped or killed. Each model is an ordinary run inside the folder.
+    Run the same command again to resume an interrupted ladder. Each model is saved as an ordinary run in the --out folder.
     """
     from tinylm.errors import InputError
     from tinylm.hints import duration_minutes
 
     minutes = duration_minutes(minutes_)
     if minutes is None or minutes <= 0:
-        raise InputError(f"must be above 0, not {minutes_}", where="--minutes", hint="a number of minutes, or 90s, 5m or 2h")
+        raise InputError(
+            f"must be a positive duration, not {minutes_!r}", where="--minutes", hint="a number of minutes, or 90s, 5m or 2h"
+        )
     if equal not in ("time", "parameters"):
         raise InputError(f"must be time or parameters, not {equal!r}", where="--equal")
     image = None if plot is None else checked_image(plot)

@@ -73,7 +73,9 @@ def new(
         return
     minutes = duration_minutes(minutes_)
     if minutes is None or minutes <= 0:
-        raise InputError(f"must be above 0, not {minutes_}", where="--minutes", hint="a number of minutes, or 90s, 5m or 2h")
+        raise InputError(
+            f"must be a positive duration, not {minutes_!r}", where="--minutes", hint="a number of minutes, or 90s, 5m or 2h"
+        )
     if for_ not in (None, "gguf"):
         raise InputError(f"must be gguf, not {for_!r}", where="--for", hint="other exports support every model")
     check_hardware(hardware, devices)

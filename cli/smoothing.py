@@ -1,4 +1,4 @@
-"""Smooth the training loss for a curve, without a lag that would make it look worse than the held-out loss."""
+"""Smooth the training-loss curve without introducing lag, which would make the training loss look higher than the held-out loss."""
 
 from __future__ import annotations
 

@@ -317,7 +317,7 @@ def add(
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Add tokens to a tokenizer or a run. The embedding of a new token is the mean of those of the tokens it replaces."""
+    """Add tokens to a tokenizer or a run. The embedding of a new token is the mean embedding of the tokens it replaces."""
     from tinylm.tokenizer import vocab_editing
 
     options = EditOptions(token, out_, tokenizer, run, checkpoint, check_on, overwrite, json, quiet)

@@ -48,7 +48,7 @@ def train(
     replay: str | None = typer.Option(
         None, "--replay", metavar="REPORT", help="Repeat a failed step from the report that the failed run wrote."
     ),
-    seed: int | None = typer.Option(None, "--seed", min=0, help="Random seed. Default: that of the recipe."),
+    seed: int | None = typer.Option(None, "--seed", min=0, help="Random seed. Default: the seed in the recipe."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Check the recipe and show the plan, but do not train."),
     device: str = DEVICE,
     threads: str | None = typer.Option(

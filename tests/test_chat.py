@@ -153,7 +153,7 @@ def test_the_export_is_refused_if_the_template_differs(run: Run, exported: tuple
     before = tokenizer.chat_template
     tokenizer.chat_template = before.replace(".replace('<|user|>', '< |user|>')", "")
     try:
-        with pytest.raises(WorkError, match="the exported chat template gives other tokens"):
+        with pytest.raises(WorkError, match="the exported chat template produces different tokens"):
             chat_files.check_ids(tokenizer, run.require_chat())
     finally:
         tokenizer.chat_template = before

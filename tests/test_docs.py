@@ -80,8 +80,8 @@ def _prose(text: str) -> str:
 def _commands(page: str, examples: ModuleType) -> Iterator[list[str]]:
     """The words of every tinylm command in the fenced blocks of a page, without pipes and redirections."""
     for block in examples.blocks(_text(page)):
-        written = block.commands if block.kind in ("console", "bash") else []
-        for line in written:
+        commands = block.commands if block.kind in ("console", "bash") else []
+        for line in commands:
             lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;<>")
             lexer.whitespace_split, lexer.commenters = True, "#"
             words: list[str] = []
@@ -156,7 +156,10 @@ def test_linked_files_exist(page: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_recipes_load(page: str, examples: ModuleType) -> None:
-    """Recipes that show only some sections get the required keys. Only a recipe marked "wrong on purpose" may be invalid."""
+    """Missing required keys are added to recipes that show only some sections.
+
+    Only a recipe marked "wrong on purpose" may be invalid.
+    """
     text = _text(page)
     for block in examples.blocks(text):
         if block.kind != "yaml":
@@ -186,13 +189,15 @@ def test_python_examples_import_names_that_exist(page: str, examples: ModuleType
 
 
 def test_every_block_of_commands_is_run_or_states_a_reason_not_to_run_it(examples: ModuleType) -> None:
-    run = {path.resolve() for path in examples.pages()}
+    executed_pages = {path.resolve() for path in examples.pages()}
     for page in PAGES:
         for block in examples.blocks(_text(page)):
             if block.kind in ("console", "bash"):
                 assert block.commands, f"{page}: a block without a command"
                 reason = block.comments.get("not run")
-                assert reason or (reason is None and ROOT / page in run), f"{page}: not run, without a reason: {block.commands[0]}"
+                assert reason or (reason is None and ROOT / page in executed_pages), (
+                    f"{page}: not run, without a reason: {block.commands[0]}"
+                )
 
 
 def test_all_pages_of_the_site_are_in_its_navigation(examples: ModuleType) -> None:

@@ -1,4 +1,4 @@
-"""Dry run of benchmarks/gpu_session.sh on a CPU with a tiny model: every part runs and writes its log. No test asserts a time."""
+"""Smoke test of benchmarks/gpu_session.sh on the CPU with a tiny model. Timings are not checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tinylm ladder` trains each rung once, continues where it was, and gives the networks equal numbers of parameters on request."""
+"""`tinylm ladder` trains each rung once, resumes an interrupted ladder, and can give all networks the same number of parameters."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class WithNewKey(DecoderSection):
 
 
 def no_tokenizer() -> Tokenizer:
-    return Tokenizer(Backend(models.BPE()))
+    return Tokenizer(Backend(models.BPE({"?": 0}, [], unk_token="?")))
 
 
 def test_an_unlisted_key_is_supported_only_at_its_default() -> None:

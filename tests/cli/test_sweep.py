@@ -1,4 +1,4 @@
-"""Invalid command lines of `tinylm sweep` are refused before anything is trained."""
+"""Invalid command lines of `tinylm sweep` are rejected before anything is trained."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from command import RunCli
         (["--trials", "2"], "there is nothing to search"),
         (["--range", "seed=1..2"], "requires --trials"),
         (["--set", "seed=1,2", "--set", "seed=3"], "seed is set twice"),
-        (["--set", "model.n_head=2,5"], "5 heads do not divide the width"),
+        (["--set", "model.n_head=2,5"], "is not divisible by 5 heads"),
         (["--set", "model.n_hed=2,4"], "did you mean n_head?"),
         (["--set", "seed=1,2", "--plot", "picture.txt"], "must end in .png, .svg or .pdf"),
     ],

@@ -116,7 +116,7 @@ def test_export_with_wrong_logits_fails_and_leaves_no_file(
     make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gguf, "interleave_rotary_rows", lambda rows, heads: rows)
-    with pytest.raises(WorkError, match="the GGUF file does not compute the same model"):
+    with pytest.raises(WorkError, match="the GGUF file does not match the original model"):
         export(make_run("llama"), "gguf", tmp_path / "model.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
@@ -153,7 +153,7 @@ def test_export_fails_if_llama_cpp_splits_text_differently(
     monkeypatch.setattr(llama_cpp, "installed", lambda: True)
     monkeypatch.setattr(gguf.importlib.metadata, "version", lambda name: "0.0")
     monkeypatch.setattr(llama_cpp, "run", wrong_ids)
-    with pytest.raises(WorkError, match=r"llama\.cpp splits .* into different tokens"):
+    with pytest.raises(WorkError, match=r"llama\.cpp tokenizes .* differently from the tinylm tokenizer"):
         export(run, "gguf", tmp_path / "model.gguf")
     assert not (tmp_path / "model.gguf").exists()
 

@@ -160,7 +160,7 @@ def test_the_model_card_shows_the_evaluation_of_the_exported_step(tiny_run: Run,
     evaluation = next(line for line in tiny_run.metrics() if line["kind"] == "eval" and line["step"] == result.step)
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| {evaluation['val_loss']:.4f} | {evaluation['val_bits_per_byte']:.4f} |" in card
-    assert "10% by tail" in card
+    assert "Held-out text: the last 10% of the text (" in card
     assert reporter.notes == [
         "no transformers class supports embedding_norm true, feed_forward relu2; the folder includes modeling_tinylm.py instead"
     ]
@@ -186,7 +186,7 @@ def test_an_export_with_wrong_logits_fails_and_leaves_no_folder(
         return tensors
 
     monkeypatch.setattr(huggingface.hf_architectures, "export_state_dict", corrupted)
-    with pytest.raises(WorkError, match="does not compute the same model: logits differ by"):
+    with pytest.raises(WorkError, match="does not match the original model: logits differ by"):
         export(run, "hf", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 

@@ -76,7 +76,7 @@ def save_checkpoint(path: Path, vocabulary: int, bias: bool = True, prefix: str 
 
 
 @pytest.mark.parametrize(("bias", "prefix"), [(True, ""), (False, "_orig_mod.")])
-def test_a_trusted_checkpoint_computes_the_same_logits(
+def test_an_imported_model_matches_the_reference_logits(
     bias: bool, prefix: str, tmp_path: Path, tokenizers: dict[str, Tokenizer]
 ) -> None:
     tokenizers["gpt2"].save(tmp_path / "tokenizer.json")
@@ -93,7 +93,9 @@ def test_a_trusted_checkpoint_computes_the_same_logits(
     assert run.tokenizer.vocab_size == 448
     saved = run.checkpoint().state
     assert {saved[key] for key in ("val_loss", "val_bits_per_byte", "best_val_loss")} == {None}
-    assert reporter.warnings == ["not compared with the original: transformers does not read this format"]
+    assert reporter.warnings == [
+        "the imported model was not compared with the original, because transformers cannot read this format"
+    ]
 
 
 def test_special_tokens_missing_from_the_model_get_the_mean_embedding(tmp_path: Path, tokenizers: dict[str, Tokenizer]) -> None:
@@ -131,7 +133,7 @@ def test_files_that_are_not_nanogpt_checkpoints_are_rejected(tmp_path: Path) -> 
     for name, content, message in (
         ("notes.txt", b"hello", "neither a Hugging Face folder nor a torch.save file"),
         ("empty.pt", b"", "neither a Hugging Face folder"),
-        ("model.safetensors", b"", "a weights file does not describe the model"),
+        ("model.safetensors", b"", "a weights file alone does not contain the model configuration"),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError, match=message):

@@ -33,5 +33,5 @@ def test_onnx_file_accepts_any_batch_size_and_length(make_run: MakeRun, tmp_path
 
     with torch.no_grad():
         network.final_norm.weight.mul_(1.01)  # type: ignore[operator, union-attr]
-    with pytest.raises(WorkError, match="the ONNX file does not compute the same model"):
+    with pytest.raises(WorkError, match="the ONNX file does not match the original model"):
         onnx.check_export(tmp_path / "model.onnx", network, run.tokenizer, "The for statement is used to iterate.")

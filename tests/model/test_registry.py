@@ -93,11 +93,11 @@ class _TiedOutput(Model):
     def __init__(self) -> None:
         super().__init__(section(), VOCAB_SIZE)
         self.embedding, self.mixing = nn.Embedding(VOCAB_SIZE, 8), nn.Linear(8, 8)
-        self.unembed = nn.Linear(8, VOCAB_SIZE, bias=False)
-        self.unembed.weight = self.embedding.weight
+        self.projection = nn.Linear(8, VOCAB_SIZE, bias=False)
+        self.projection.weight = self.embedding.weight
 
     def tied_weights(self) -> dict[str, str]:
-        return {"unembed.weight": "embedding.weight"}
+        return {"projection.weight": "embedding.weight"}
 
 
 def test_muon_does_not_update_tied_weights() -> None:

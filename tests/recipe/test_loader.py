@@ -231,7 +231,7 @@ name: again
     assert sorted(problems(text), key=lambda problem: int(problem.split(":")[1])) == [
         "my.yaml:1: name: must be text, not 7",
         "my.yaml:4: data.feild: unknown key (did you mean field?)",
-        "my.yaml:6: model.n_head: 5 heads do not divide the width n_embd 64 (4 heads would)",
+        "my.yaml:6: model.n_head: the width n_embd 64 is not divisible by 5 heads (4 heads would work)",
         "my.yaml:10: training.tokens: only one of steps, tokens, epochs, minutes can be set, and steps is set",
         "my.yaml:12: training.micro_batch_size: 24 does not divide global_batch_size 64 (16 or 32 would)",
         "my.yaml:13: training.schedule.warmup: 50 warmup steps exceed the 10 training steps",
@@ -261,7 +261,7 @@ def test_the_error_for_a_missing_section_shows_what_to_write() -> None:
     ("settings", "expected"),
     [
         (["model.n_embd=15", "model.n_head=5"], "rope needs an even head width, and n_embd / n_head is 3"),
-        (["model.n_kv_head=4"], "4 key/value heads do not divide the 6 query heads"),
+        (["model.n_kv_head=4"], "n_head 6 is not divisible by 4 key/value heads"),
         (["model.position=sinusoidal", "model.n_embd=15", "model.n_head=5"], "sinusoidal positions need an even width"),
         (["model.rope_theta=1e4", "model.preset=gpt2"], "needs position: rope, and position is learned"),
         (["tokenizer.vocab_size=256"], "must be at least 257 for bpe (the 256 bytes and the end-of-text token), not 256"),
@@ -422,7 +422,7 @@ def test_variants_match_the_json_schema(recipe: type[BaseModel]) -> None:
     [
         ("model.n_heads=3", "--set model.n_heads=3: model.n_heads: unknown key (did you mean n_head?)"),
         ("model.n_head=x", "--set model.n_head=x: model.n_head: must be a whole number of at least 1, not 'x'"),
-        ("model.n_head=5", "--set model.n_head=5: model.n_head: 5 heads do not divide the width n_embd 384 (4 heads would)"),
+        ("model.n_head=5", "--set model.n_head=5: model.n_head: the width n_embd 384 is not divisible by 5 heads (4 heads would work)"),
         ("stpes=3", "--set stpes=3: stpes: unknown key"),
         ("training.steps", "--set training.steps: must have the form SECTION.KEY=VALUE, for example training.steps=100"),
         ("=3", "--set =3: must have the form SECTION.KEY=VALUE, for example training.steps=100"),

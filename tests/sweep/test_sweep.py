@@ -83,4 +83,4 @@ def test_a_search_stops_at_the_number_of_trials_and_repeats_the_best(recipe_file
 
     other = sweep(recipe_file, "--range", "training.optimizer.lr=1e-4..1:log", "--trials", "1", "--out", tmp_path / "s")
     assert other.returncode == 2
-    assert "a search of other values" in other.stderr
+    assert "a search over different values" in other.stderr

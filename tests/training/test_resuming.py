@@ -1,4 +1,4 @@
-"""Resuming refuses a shorter run, warns about a jump of the learning rate, and requires the optimizer state."""
+"""Resuming rejects a shorter run, warns about a jump in the learning rate, and requires the optimizer state."""
 
 from __future__ import annotations
 

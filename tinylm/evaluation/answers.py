@@ -1,4 +1,4 @@
-"""The loss of a model on the answers of conversations. Every token of an answer is scored once, its end of turn included.
+"""The loss of a model on the answers of conversations. Every token of an answer is scored once, including its end-of-turn token.
 
 Legend: `B` conversations in a batch, `T` tokens of the longest one.
 """
@@ -32,7 +32,7 @@ class AnswerScores:
     skipped: int
     """Conversations whose last answer does not fit into the context."""
     tokens: int
-    """Scored tokens, including the ends of turns."""
+    """Scored tokens, including end-of-turn tokens."""
     bytes: int
     """Size of the answers' text."""
     nats: float

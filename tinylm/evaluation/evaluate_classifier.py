@@ -37,7 +37,7 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Baseline:
-    """The accuracy of a baseline on the same texts. `difference_ci95`: interval of the model's accuracy minus the baseline's."""
+    """The accuracy of a baseline on the same texts. `difference_ci95`: interval for the model's accuracy minus the baseline's."""
 
     accuracy: float
     accuracy_ci95: tuple[float, float]

@@ -1,4 +1,4 @@
-"""95% confidence intervals of ratios of sums and of proportions."""
+"""95% confidence intervals for ratios of sums and for proportions."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import math
 import numpy as np
 
 _RESAMPLES = 1000
-_MIN_PIECES = 5
+_MIN_PAIRS = 5
 _Z95 = 1.959964
 
 
 def bootstrap_ratio(numerators: np.ndarray, denominators: np.ndarray) -> tuple[float, float]:
-    """The bootstrap interval of sum(numerators) / sum(denominators) when the pieces are resampled. NaN for fewer than 5 pieces."""
-    if len(numerators) < _MIN_PIECES:
+    """Return the bootstrap interval for sum(numerators) / sum(denominators).
+
+    Pairs are resampled: each numerator stays with its denominator. The bounds are NaN if there are fewer than 5 pairs.
+    """
+    if len(numerators) < _MIN_PAIRS:
         return math.nan, math.nan
     generator = np.random.default_rng(0)
     estimates = np.empty(_RESAMPLES)
@@ -25,7 +28,7 @@ def bootstrap_ratio(numerators: np.ndarray, denominators: np.ndarray) -> tuple[f
 
 
 def wilson(successes: float, trials: int) -> tuple[float, float]:
-    """Wilson's interval of a proportion (Wilson 1927)."""
+    """Return the Wilson score interval for a proportion (Wilson 1927)."""
     if not trials:
         return math.nan, math.nan
     share, z = successes / trials, _Z95

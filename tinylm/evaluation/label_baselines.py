@@ -11,12 +11,15 @@ from tinylm.text.labeled import LabeledText
 
 
 def majority_scores(label_counts: Sequence[int], count: int) -> np.ndarray:
-    """Scores (count, labels) that always prefer the most frequent label of the training texts. Equally frequent labels tie."""
+    """Return scores `(count, labels)` that rank the labels by their frequency in the training texts.
+
+    Every text gets the same scores. Labels with equal counts get equal scores.
+    """
     return np.tile(np.asarray(label_counts, dtype=np.float64), (count, 1))
 
 
 def tfidf_linear_scores(train: Sequence[LabeledText], texts: Sequence[str], labels: Sequence[str]) -> np.ndarray:
-    """Scores (texts, labels) of a linear support vector machine on TF-IDF features of words and word pairs.
+    """Return the scores `(texts, labels)` of a linear support vector machine on TF-IDF features of words and word pairs.
 
     Raises `InputError` if scikit-learn is not installed.
     """
@@ -27,11 +30,11 @@ def tfidf_linear_scores(train: Sequence[LabeledText], texts: Sequence[str], labe
         raise missing_extra("classify", "the TF-IDF baseline") from None
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
     features = vectorizer.fit_transform([item.text for item in train])
-    machine = LinearSVC(random_state=0).fit(features, [item.label for item in train])
-    decisions = machine.decision_function(vectorizer.transform(texts))
+    classifier = LinearSVC(random_state=0).fit(features, [item.label for item in train])
+    decisions = classifier.decision_function(vectorizer.transform(texts))
     if decisions.ndim == 1:  # two labels: the decision is the score of the second one
         decisions = np.stack([-decisions, decisions], axis=1)
-    columns = {label: column for column, label in enumerate(machine.classes_)}
+    columns = {label: column for column, label in enumerate(classifier.classes_)}
     scores = np.full((len(texts), len(labels)), -np.inf)
     for id, label in enumerate(labels):
         scores[:, id] = decisions[:, columns[label]]

@@ -52,7 +52,7 @@ class EvaluationOptions:
     across_documents: bool = False
     """Let windows cross document boundaries. The end-of-text tokens in between serve as context, but are not scored."""
     confidence_interval: bool = True
-    """Compute the bootstrap interval of bits per byte; otherwise its bounds are NaN."""
+    """Compute the bootstrap interval for bits per byte. If false, the bounds of the interval are NaN."""
 
     def window_size(self, context_length: int) -> tuple[int, int]:
         """Return the context and stride for a model with this context length. Raises `InputError` if one is out of range."""
@@ -340,7 +340,7 @@ def _scored_batch(network: Model, shard: Shard, batch: list[Window], hidden: Ten
 
 
 def bootstrap_interval(nats: np.ndarray, sizes: np.ndarray, owners: np.ndarray, documents: int) -> tuple[float, float]:
-    """The 95% bootstrap interval of bits per byte, given the nats, bytes (`sizes`) and document (`owners`) of each window.
+    """The 95% bootstrap interval for bits per byte, given the nats, bytes (`sizes`) and document (`owners`) of each window.
 
     Resamples documents if there are many, otherwise windows. The bounds are NaN if there are fewer than 5 to resample.
     """

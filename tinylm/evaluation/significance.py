@@ -27,7 +27,7 @@ _RESAMPLES = 10_000
 class PairedComparison:
     """Bits per byte of the models A and B on the same text, and their difference, A minus B.
 
-    `ci95` is a 95% paired bootstrap interval of the difference. If this is one of several comparisons, `simultaneous_ci95` is
+    `ci95` is a 95% paired bootstrap interval for the difference. If this is one of several comparisons, `simultaneous_ci95` is
     wider: all of these intervals together contain the differences with a probability of 95% (Bonferroni). `p_value` is the result
     of a two-sided permutation test: how often randomly swapping A and B in each piece yields a difference at least as large.
     `pieces` is the number of pieces, and `kind` describes them.
@@ -45,7 +45,7 @@ class PairedComparison:
 
 @dataclass(frozen=True)
 class SeedComparison:
-    """Welch's t-test of two recipes, each with several seeds: the difference of the mean bits per byte, A minus B.
+    """Welch's t-test of two recipes, each with several seeds: the difference between the mean bits per byte, A minus B.
 
     Unlike `PairedComparison`, it compares recipes and not single models, because it accounts for the differences between seeds.
     """

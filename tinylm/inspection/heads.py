@@ -69,7 +69,7 @@ def repeated_tokens(network: Model, *, rows: int = ROWS, seed: int = 0) -> Tenso
 
 @torch.no_grad()
 def head_scores(network: Model, tokens: Tensor | None = None) -> HeadScores:
-    """Score every head on repeated tokens (batch, 2 L), by default those of `repeated_tokens`.
+    """Score every head on repeated tokens (batch, 2 L), by default the tokens from `repeated_tokens`.
 
     Raises `InputError` if the model has no attention, or `tokens` do not repeat.
     """

@@ -115,7 +115,7 @@ def _set_all(value: Tensor) -> HookFunction:
 
 
 def logit_difference(target: int, against: int) -> Metric:
-    """The metric of `patch` that is usual for texts with different answers: the logit of one token minus that of another."""
+    """The metric of `patch` that is usual for texts with different answers: the difference between the logits of two tokens."""
     return lambda logits: logits[:, target] - logits[:, against]
 
 

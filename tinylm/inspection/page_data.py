@@ -24,7 +24,7 @@ from tinylm.tokenizer.explain import explain
 
 _NEAREST = 8
 _VECTOR_BYTES = 1_800_000
-"""Bytes of queries, keys and values that a page may hold. A larger model stores those of its most characteristic heads."""
+"""Bytes of queries, keys and values that a page may hold. For a larger model, the page holds only the most characteristic heads."""
 NEURONS = 5
 """Neurons shown for each token and layer."""
 

@@ -1,4 +1,4 @@
-"""HTML templates of this package: `{{NAME}}` stands for a value."""
+"""Read and fill the HTML templates in this package. In a template, `{{NAME}}` stands for a value."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib import resources
 
 
 def read(name: str) -> str:
-    """The content of a file of this package."""
+    """Return the contents of a file in this package."""
     return resources.files("tinylm.inspection").joinpath(name).read_text(encoding="utf-8")
 
 

@@ -78,7 +78,7 @@ def tables_of(network: Model) -> NgramTables:
 
 
 def check_export(path: Path, tables: NgramTables, tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[float, tuple[str, ...]]:
-    """Compare the log-probabilities in a file with those of the model, on the ids of one document.
+    """Compare the log-probabilities in a file with the log-probabilities of the model, on the ids of one document.
 
     Reads the file with this module and, if it is installed, with KenLM. Returns the largest difference in nats, and the names of
     the programs.
@@ -130,7 +130,7 @@ def _line(logprob: float, text: str, backoff: float | None) -> str:
 def read(path: Path, ids: Mapping[str, int] | None = None) -> tuple[NgramTables, list[str]]:
     """Read an n-gram model. Returns the tables and the word for each id.
 
-    `ids`: the id of each word. By default, words are numbered in the order of the file, and the last id is that of `</s>`.
+    `ids`: the id of each word. By default, words are numbered in the order of the file, and `</s>` has the last id.
     Raises `InputError` if the file is not a complete ARPA file, or if it contains an n-gram without its prefix.
     """
     with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:

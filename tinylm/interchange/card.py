@@ -11,7 +11,7 @@ from tinylm.evaluation.metrics import Metrics
 from tinylm.interchange import chat_files
 from tinylm.interchange.generation_check import Snippet
 from tinylm.interchange.huggingface import MODELING_FILE
-from tinylm.recipe.schema import DataSection, HeldoutShare, HeldoutSources, require_text
+from tinylm.recipe.schema import DataSection, HeldoutShare, HeldoutSources, TestShare, require_text
 from tinylm.reporting import SILENT
 from tinylm.run import Checkpoint, Run
 
@@ -28,8 +28,8 @@ def model_card(
     parts = [
         f"# {name}",
         f"A language model with {parameters:,} parameters, trained with tinylm for {checkpoint.step:,} steps and exported for "
-        f"`{class_name}`. After the export, the model was loaded from this folder, and its logits and the text that it generates "
-        "with the code below matched the original.",
+        f"`{class_name}`. After the export, the model was loaded from this folder: its logits, and the text generated with the "
+        "code below, matched those of the original model.",
         "## Results",
         _results(run, checkpoint),
         "## Data",
@@ -46,7 +46,7 @@ def model_card(
 
 
 def _results(run: Run, checkpoint: Checkpoint) -> str:
-    """The results on the held-out text, as logged during training, and on the test text if there is one."""
+    """Return the results on the held-out text, as logged during training, and on the test text if there is one."""
     evaluations = [line for line in run.metrics() if line["kind"] == "eval" and line["step"] == checkpoint.step]
     metrics = Metrics.from_dict(evaluations[-1]) if evaluations else None
     rows: list[tuple[str, Metrics]] = []
@@ -65,7 +65,7 @@ def _results(run: Run, checkpoint: Checkpoint) -> str:
         cells = (metric.formatted(values[metric]) if metric in values else "" for metric in columns)
         table.append(f"| {name} | {' | '.join(cells)} |")
     if run.chat_encoder is not None:
-        return "\n".join(table) + "\n\nOnly the answers of conversations are scored, the ends of turns included."
+        return "\n".join(table) + "\n\nOnly the answers in conversations are scored, including the end-of-turn tokens."
     return (
         "\n".join(table)
         + "\n\nEvery token is scored once, and documents are scored separately. Bits per byte do not depend on the tokenizer."
@@ -87,7 +87,7 @@ def _data(run: Run) -> str:
 
 
 def _pretraining_sources(run: Run) -> str:
-    """A clause with the texts that the run was trained on before, if they are recorded."""
+    """Return a clause that lists the texts of earlier training runs, or an empty string if they are not recorded."""
     try:
         sources = [source for text in run.training_texts() if text.run is not None for source in text.sources]
     except InputError:
@@ -96,12 +96,11 @@ def _pretraining_sources(run: Run) -> str:
 
 
 def _describe_split(run: Run, split: str) -> str:
-    """What the held-out or test text is, its size, and how much of it occurs in every text that the model was trained on."""
+    """Describe the source and size of the held-out or test text, and its overlap with each text that the model was trained on."""
     data = require_text(run.recipe.data)
     section = data.heldout if split == "heldout" else data.test
     assert section is not None
-    by = data.heldout.by if isinstance(data.heldout, HeldoutShare) else "tail"
-    source = ", ".join(section.sources) if isinstance(section, HeldoutSources) else f"{section.share:.0%} by {by}"
+    source = ", ".join(section.sources) if isinstance(section, HeldoutSources) else _describe_share(data, split, section.share)
     name = PART_NAMES[split]
     try:
         shard = run.heldout(split)
@@ -115,8 +114,18 @@ def _describe_split(run: Run, split: str) -> str:
     )
 
 
+def _describe_share(data: DataSection, split: str, share: float) -> str:
+    """Return which share of the text is the held-out or test text. A test text at the end of the text follows the held-out text."""
+    if isinstance(data.heldout, HeldoutShare) and data.heldout.by == "document":
+        return f"{share:.0%} of the documents"
+    if split == "heldout" and isinstance(data.test, TestShare):
+        return f"the {share:.0%} of the text before the test text"
+    return f"the last {share:.0%} of the text"
+
+
 def _usage(name: str, snippet: Snippet) -> str:
     return (
-        f"```python\n{snippet.code(name)}```\n\nReplace `{name}` with the path of this folder if it has another name. In training, "
-        "an end-of-text token preceded every document. The tokenizer treats the characters `<|endoftext|>` in a text as plain text."
+        f"```python\n{snippet.code(name)}```\n\nReplace `{name}` with the path of this folder if the folder has another name. "
+        "During training, an end-of-text token preceded every document. If a text contains the characters `<|endoftext|>`, the "
+        "tokenizer encodes them as ordinary text and not as the end-of-text token."
     )

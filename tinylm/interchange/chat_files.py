@@ -1,6 +1,6 @@
 """The chat template in exports: as Jinja in a Hugging Face folder and in a GGUF file, with the end of a turn as end token.
 
-The template is that of the run (`tokenizer.chat_template`). `check_ids` renders conversations that spell control tokens with
+The template comes from the run (`tokenizer.chat_template`). `check_ids` renders conversations that spell control tokens with
 transformers and compares the ids with those that the model was trained on.
 """
 
@@ -54,13 +54,13 @@ def probes(encoder: ChatEncoder) -> list[list[Message]]:
 
 
 def check_ids(tokenizer: Any, encoder: ChatEncoder) -> None:
-    """Raise `WorkError` if the template of a tokenizer of transformers gives other ids than those of training."""
+    """Raise `WorkError` if the chat template of a transformers tokenizer produces different ids than during training."""
     for messages in probes(encoder):
         rendered = [message.as_dict() for message in messages]
         ids = tokenizer.apply_chat_template(rendered, add_generation_prompt=True, tokenize=True, return_dict=False)
         if list(ids) != encoder.prompt(encoder.turns(messages)):
             shown = messages[-1].content[:60]
-            raise WorkError(f"the exported chat template gives other tokens for {shown!r}", hint="nothing was saved")
+            raise WorkError(f"the exported chat template produces different tokens for {shown!r}", hint="nothing was saved")
 
 
 def usage(name: str) -> str:

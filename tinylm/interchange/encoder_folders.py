@@ -81,12 +81,12 @@ def _from_vocabulary(folder: Path) -> Tokenizer:
 
 
 def compare_with_transformers(folder: Path, network: Model, tokenizer: Tokenizer) -> tuple[float, int, str] | str:
-    """Return the largest difference of the outputs, the number of compared tokens, and the name of the reference.
+    """Return the largest difference between the outputs, the number of compared tokens, and the name of the reference.
 
     Returns the reason instead if transformers cannot load the folder.
     """
     if not list(folder.glob("*.safetensors")):
-        return "transformers does not read this format"
+        return "transformers cannot read this format"
     try:
         import transformers
     except ImportError:
@@ -198,7 +198,7 @@ def _tokenizer_config(tokenizer: Tokenizer, control: ControlTokens, context_leng
 
 
 def check_export(folder: Path, network: Model, tokenizer: Tokenizer, text: str) -> tuple[float, int]:
-    """Load the folder with transformers. Return (largest difference of logits on `text`, number of compared tokens).
+    """Load the folder with transformers. Return (largest difference between logits on `text`, number of compared tokens).
 
     Raises `WorkError` if the logits, the token ids or the answers of a pipeline differ, `InputError` if transformers is missing.
     """
@@ -213,7 +213,10 @@ def check_export(folder: Path, network: Model, tokenizer: Tokenizer, text: str) 
         probes = [probe for probe in verify.tokenizer_probes(text) if not any(name in probe for name in ("[", "</s>"))]
         for probe in probes:
             if list(other_tokenizer(probe)["input_ids"]) != [control.cls, *tokenizer.encode(probe), control.sep]:
-                raise WorkError(f"the exported tokenizer splits {probe[:60]!r} into different tokens", hint="nothing was saved")
+                raise WorkError(
+                    f"the exported tokenizer tokenizes {probe[:60]!r} differently from the tinylm tokenizer",
+                    hint="nothing was saved",
+                )
         difference, tokens = _largest_difference(network, reference, tokenizer, text)
         verify.check_logits(difference, "the exported folder")
         _check_pipeline(transformers, folder, reference, other_tokenizer, network, tokenizer, text)
@@ -223,7 +226,7 @@ def check_export(folder: Path, network: Model, tokenizer: Tokenizer, text: str) 
 def _check_pipeline(
     transformers: Any, folder: Path, reference: Any, other_tokenizer: Any, network: Model, tokenizer: Tokenizer, text: str
 ) -> None:
-    """Raise `WorkError` if transformers' pipeline for this kind of model gives another answer for the beginning of `text`."""
+    """Raise `WorkError` if transformers' pipeline for this kind of model returns a different answer for the beginning of `text`."""
     words = " ".join(text.split()[:8]) or "a text"
     if isinstance(network, SequenceClassifier):
         pipeline = transformers.pipeline("text-classification", model=reference, tokenizer=other_tokenizer, device="cpu")
@@ -245,7 +248,9 @@ def _check_pipeline(
         same = abs(theirs["score"] - ours.probability) < 1e-3
         answer = f"{theirs['token_str']!r} {theirs['score']:.4f}"
     if not same:
-        raise WorkError(f"transformers' pipeline gives another answer for the exported folder: {answer}", hint="nothing was saved")
+        raise WorkError(
+            f"transformers' pipeline returns a different answer for the exported folder: {answer}", hint="nothing was saved"
+        )
 
 
 def model_card(name: str, parameters: int, class_name: str, recipe_yaml: str, objective: ObjectiveVariant) -> str:
@@ -255,7 +260,7 @@ def model_card(name: str, parameters: int, class_name: str, recipe_yaml: str, ob
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags:\n- tinylm\n---\n# {name}\n\n"
         f"A model with {parameters:,} parameters, trained with tinylm and exported for `{class_name}`. After the export, the model "
-        "was loaded from this folder, and its logits and the answer of the pipeline below matched the original.\n\n"
+        "was loaded from this folder: its logits, and the answer of the pipeline below, matched those of the original model.\n\n"
         f"## Usage\n\n```python\nfrom transformers import pipeline\n\n"
         f"print(pipeline({task!r}, model={name!r})({example!r}))\n```\n\n"
         f"## Recipe\n\n```yaml\n{recipe_yaml}```\n"

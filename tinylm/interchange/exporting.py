@@ -33,7 +33,7 @@ Format = Literal["hf", "gguf", "onnx", "arpa"]
 class ExportResult:
     """What was exported and how it was verified. The field names are the keys of `tinylm export --json`.
 
-    `largest_difference`: largest absolute difference of logits on real text. The reference is the run with its weights rounded to
+    `largest_difference`: largest absolute difference between logits on real text. The reference is the run with its weights rounded to
     the type of the export; `perplexity` and `run_perplexity` show the effect of rounding. `custom_code_reasons`: the model
     parts that no transformers class supports. `same_greedy`: number of greedily decoded tokens before the first that
     differs in llama.cpp.
@@ -223,7 +223,7 @@ def _encoder_text(run: Run) -> str:
 
 
 def _perplexities(network: Model, rounded: Model, tokenizer: Tokenizer, text: str) -> tuple[float, float]:
-    """Return the perplexity of the rounded network and that of the original network on `text`."""
+    """Return the perplexities of the rounded network and of the original network on `text`."""
     rows = verify.windows([tokenizer.end_of_text or 0, *tokenizer.encode(text)], network.model.context_length)
     return verify.perplexity(rounded, rows), verify.perplexity(network, rows)
 

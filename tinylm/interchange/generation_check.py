@@ -1,7 +1,7 @@
 """Check that an exported folder generates text in transformers as its model card shows.
 
 `Snippet` is the code of the model card. `check_generation` runs the same calls, in a batch with left padding, with the KV cache and
-with beam search too, and compares the log-probability of every generated token with that of the original network.
+with beam search too, and compares the log-probability of every generated token with the log-probability in the original network.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _CHECKED_TOKENS = 12
 """Number of tokens to generate in the checks of batches and beams."""
 _NUM_BEAMS = 3
 _MAX_DIFFERENCE = 1e-3
-"""Largest difference of a log-probability that is attributed to float32 rounding."""
+"""Largest difference between log-probabilities that is attributed to float32 rounding."""
 
 
 @dataclass(frozen=True)

@@ -205,7 +205,7 @@ def round_weights(network: Model, type: str) -> Model:
 def check_export(
     folder: Path, network: Model, tokenizer: Tokenizer, text: str, snippet: Snippet, chat: ChatEncoder | None = None
 ) -> tuple[float, int]:
-    """Load the folder with transformers and return (largest difference of logits on `text`, number of compared tokens).
+    """Load the folder with transformers and return (largest difference between logits on `text`, number of compared tokens).
 
     Raises `WorkError` if the logits, the token ids or the generated text differ, `InputError` if transformers is not installed.
     """

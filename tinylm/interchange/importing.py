@@ -48,7 +48,7 @@ from tinylm.training.progress import Progress
 class ImportResult:
     """What was imported. The field names are the keys of `tinylm import --json`.
 
-    `largest_difference`: largest absolute difference of logits on real text, or None if there was no reference.
+    `largest_difference`: largest absolute difference between logits on real text, or None if there was no reference.
     """
 
     run: str
@@ -145,9 +145,9 @@ def _import_encoder(source: Path, folder: Path, name: str, options: _EncoderOpti
     compared = encoder_folders.compare_with_transformers(source, network, tokenizer)
     difference, tokens, reference = (None, 0, None) if isinstance(compared, str) else compared
     if isinstance(compared, str):
-        reporter.warn(f"not compared with the original: {compared}")
+        reporter.warn(f"the imported model was not compared with the original, because {compared}")
     elif difference is not None:
-        verify.check_logits(difference, "the import")
+        verify.check_logits(difference, "the imported model")
     with atomic_folder(folder) as temporary:
         _write(temporary, folder, name, network, tokenizer, imported.objective)
     return ImportResult(
@@ -176,9 +176,9 @@ def _import_translator(
     compared = marian.compare_with_transformers(source, network.eval(), tokenizer)
     difference, tokens, reference = (None, 0, None) if isinstance(compared, str) else compared
     if isinstance(compared, str):
-        reporter.warn(f"not compared with the original: {compared}")
+        reporter.warn(f"the imported model was not compared with the original, because {compared}")
     elif difference is not None:
-        verify.check_logits(difference, "the import")
+        verify.check_logits(difference, "the imported model")
     with atomic_folder(folder) as temporary:
         _write(temporary, folder, name, network, tokenizer, TranslationObjective())
     return ImportResult(
@@ -238,7 +238,7 @@ def _read(source: Path, tokenizer: Path | None, trust_pickle: bool) -> tuple[Dec
         return huggingface.read(source, tokenizer, trust_pickle=trust_pickle)
     if source.suffix == ".safetensors":
         raise InputError(
-            "a weights file does not describe the model",
+            "a weights file alone does not contain the model configuration",
             where=str(source),
             hint="import the folder that contains it and config.json",
         )
@@ -312,19 +312,19 @@ def _append_mean_rows(matrix: Tensor, count: int) -> Tensor:
 def _compare_with_transformers(
     source: Path, network: Model, tokenizer: Tokenizer, reporter: Reporter
 ) -> tuple[float | None, int, str | None]:
-    """Return the largest difference of logits, the number of compared tokens, and the name and version of the reference.
+    """Return the largest difference between logits, the number of compared tokens, and the name and version of the reference.
 
     Warns and returns (None, 0, None) if transformers cannot load the source.
     """
     reference = _load_reference(source)
     if isinstance(reference, str):
-        reporter.warn(f"not compared with the original: {reference}")
+        reporter.warn(f"the imported model was not compared with the original, because {reference}")
         return None, 0, None
     logits, name = reference
     ids = [tokenizer.end_of_text or 0, *tokenizer.encode(verify.english_text())]
     rows = verify.windows(ids, network.model.context_length)
     difference = verify.largest_difference(network, logits, rows)
-    verify.check_logits(difference, "the import")
+    verify.check_logits(difference, "the imported model")
     return difference, rows.numel(), name
 
 
@@ -334,7 +334,7 @@ def _load_reference(source: Path) -> tuple[Callable[[Tensor], Tensor], str] | st
     Code in the folder is never executed: a folder with tinylm's own class is loaded with the installed `modeling_tinylm.py`.
     """
     if not source.is_dir() or not list(source.glob("*.safetensors")):
-        return "transformers does not read this format"
+        return "transformers cannot read this format"
     try:
         import transformers
     except ImportError:

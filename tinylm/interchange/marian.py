@@ -278,7 +278,7 @@ def model_card(name: str, parameters: int, recipe_yaml: str) -> str:
     return (
         "---\nlibrary_name: transformers\npipeline_tag: translation\ntags:\n- tinylm\n- translation\n---\n"
         f"# {name}\n\nA translation model with {parameters:,} parameters, trained with tinylm and exported for `{CLASS}`. "
-        f"After the export, its logits and translations matched those of the original.\n\n## Usage\n\n{usage}\n\n"
+        f"After the export, its logits and translations matched those of the original model.\n\n## Usage\n\n{usage}\n\n"
         f"## Recipe\n\n```yaml\n{recipe_yaml}```\n"
     )
 
@@ -302,7 +302,7 @@ def english_pairs() -> list[SentencePair]:
 def check_folder(folder: Path, translator: Translator, pairs: Sequence[SentencePair]) -> tuple[float, int]:
     """Load the folder with transformers and compare ids, logits and beam-5 translations of `pairs`.
 
-    Returns (largest difference of logits, number of compared tokens). Raises `WorkError` if anything differs.
+    Returns (largest difference between logits, number of compared tokens). Raises `WorkError` if anything differs.
     """
     transformers = verify.require("transformers", "hf", "checking a Hugging Face folder")
     with huggingface.quiet(transformers):
@@ -315,7 +315,10 @@ def check_folder(folder: Path, translator: Translator, pairs: Sequence[SentenceP
     for pair in pairs:
         expected = translator.framing.source(translator.framing.source_tokenizer.encode(pair.source)).tolist()
         if list(other_tokenizer(pair.source)["input_ids"]) != expected:
-            raise WorkError(f"the exported tokenizer splits {pair.source[:60]!r} into different tokens", hint="nothing was saved")
+            raise WorkError(
+                f"the exported tokenizer tokenizes {pair.source[:60]!r} differently from the tinylm tokenizer",
+                hint="nothing was saved",
+            )
     difference, tokens = compare_logits(other, translator, pairs)
     verify.check_logits(difference, "the exported folder")
     with huggingface.quiet(transformers):
@@ -437,9 +440,12 @@ def section_from_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 
 
 def compare_with_transformers(source: Path, network: Model, tokenizer: Tokenizer) -> tuple[float, int, str] | str:
-    """The largest difference of logits, the number of compared tokens and the version of transformers, or why there are none."""
+    """Return the largest difference between logits, the number of compared tokens, and the version of transformers.
+
+    Returns the reason instead if transformers cannot load the folder.
+    """
     if not list(source.glob("*.safetensors")):
-        return "transformers does not read this format"
+        return "transformers cannot read this format"
     try:
         import transformers
     except ImportError:

@@ -89,7 +89,7 @@ def _quiet() -> Iterator[None]:
 
 
 def check_export(path: Path, network: Model, tokenizer: Tokenizer, text: str) -> tuple[float, int]:
-    """Load the file with onnxruntime and return (largest difference of logits on `text`, number of compared tokens).
+    """Load the file with onnxruntime and return (largest difference between logits on `text`, number of compared tokens).
 
     Raises `WorkError` if the logits differ.
     """

@@ -1,4 +1,4 @@
-"""Check that two implementations compute the same model: compare logits, perplexity and token ids on windows of real text."""
+"""Check that two implementations of a model produce the same outputs: compare logits, perplexity and token ids on real text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tinylm.text.sources import Corpus
 from tinylm.tokenizer import Tokenizer
 
 MAX_LOGIT_DIFFERENCE = 1e-4
-"""Largest absolute difference of logits that is attributed to float32 rounding."""
+"""Largest absolute difference between logits that is attributed to float32 rounding."""
 _MAX_TOKENS = 2048
 _MAX_LENGTH = 1024
 _MAX_CHARACTERS = 40_000
@@ -49,7 +49,7 @@ def english_text() -> str:
 
 
 def windows(ids: list[int], context_length: int) -> Tensor:
-    """Cut about 2,048 tokens from `ids`, spread evenly from start to end, into rows `(rows, time)` of equal length."""
+    """Return rows of equal length `(rows, time)` taken at even intervals from `ids`, at most 2,048 tokens in total."""
     length = max(1, min(context_length, _MAX_LENGTH, len(ids) - 1))
     count = max(1, min(_MAX_TOKENS // length, len(ids) // length))
     starts = np.linspace(0, len(ids) - length, count).astype(int)
@@ -91,19 +91,19 @@ def greedy(logits: LogitsFunction, prompt: Tensor, new_tokens: int) -> list[int]
 
 
 def check_logits(difference: float, name: str) -> None:
-    """Raise `WorkError` if a difference of logits is too large for float32 rounding. `name` is the name of the model."""
+    """Raise `WorkError` if a difference between logits is too large for float32 rounding. `name` is used in the message."""
     if not difference <= MAX_LOGIT_DIFFERENCE:
         raise WorkError(
-            f"{name} does not compute the same model: logits differ by {difference:.2e}, more than {MAX_LOGIT_DIFFERENCE:.0e}",
+            f"{name} does not match the original model: logits differ by {difference:.2e}, more than {MAX_LOGIT_DIFFERENCE:.0e}",
             hint="nothing was saved",
         )
 
 
 def check_ids(tokenizer: Tokenizer, encode: Callable[[str], list[int]], text: str, name: str) -> None:
-    """Raise `WorkError` if `encode` and `tokenizer` return different ids for a probe of `text`. `name` is the name of `encode`."""
+    """Raise `WorkError` if `encode` and `tokenizer` return different ids for a probe of `text`. `name` is used in the message."""
     for probe in tokenizer_probes(text):
         if encode(probe) != tokenizer.encode(probe):
-            raise WorkError(f"{name} splits {probe[:60]!r} into different tokens", hint="nothing was saved")
+            raise WorkError(f"{name} tokenizes {probe[:60]!r} differently from the tinylm tokenizer", hint="nothing was saved")
 
 
 _EDGE_CASES = (

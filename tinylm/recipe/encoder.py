@@ -23,7 +23,7 @@ class EncoderSection(TransformerSection):
     """A transformer encoder, in which every position attends to all positions. Preset bert is exactly BertModel.
 
     A text is framed by [CLS] and [SEP], which a learned tokenizer gets as control tokens. attention_window counts the positions on
-    each side, the position itself included.
+    each side, including the position itself.
     """
 
     presets = ENCODER_PRESETS

@@ -133,6 +133,6 @@ class EncoderDecoderSection(ModelVariant):
         heads = self.n_head
         if self.head_dim is None and self.n_embd % heads:
             nearest = min(divisors(self.n_embd), key=lambda number: abs(number - heads))
-            yield "n_head", f"{heads} heads do not divide the width n_embd {self.n_embd} ({nearest} heads would)"
+            yield "n_head", f"the width n_embd {self.n_embd} is not divisible by {heads} heads ({nearest} heads would work)"
             return
         yield from ((key, problem) for key, problem in self.encoder.problems() if key in type(self).model_fields)

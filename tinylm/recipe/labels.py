@@ -90,8 +90,8 @@ class ClassificationObjective(ObjectiveVariant):
 
     name: Literal["classification"] = "classification"
     pool: Literal["auto", "cls", "mean", "last"] = "auto"
-    """The vector that represents a text: that of its first token (cls), of its last token, or the mean over all. auto means cls for
-    an encoder and last for other models, where only the last position has read the whole text."""
+    """The vector that represents a text: the vector of the first token (cls), of the last token, or the mean over all tokens. auto
+    means cls for an encoder and last for other models, where only the last position has read the whole text."""
     pooler: Literal["tanh", "relu", "none"] = "tanh"
     """The activation of a linear layer between this vector and the output layer: tanh as in BERT, relu as in DistilBERT, or none to
     omit this layer."""

@@ -1,6 +1,6 @@
-"""Find the sections that each key of a recipe can contain, with their variants and short forms, in the pydantic models.
+"""Inspect the pydantic models of a recipe: the sections that each key accepts, their variants and their short forms.
 
-The loader and the generated reference use this module, so a new variant or short form requires no change in them.
+The loader and the generated reference use this module, so neither changes when a variant or short form is added.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from pydantic_core import CoreSchema, core_schema
 
 
 class OpenUnion:
-    """Annotates a key with the sections that it can contain, to which more can be added, including from outside the library.
+    """Annotates a key that accepts one of several sections. Code outside the library can add further sections.
 
-    Unlike `Field(discriminator=...)`, it accepts a union of a single section. A class whose schema contains the union must be
-    rebuilt after `add` and `remove`.
+    Unlike `Field(discriminator=...)`, an `OpenUnion` may have a single section. After `add` or `remove`, every class whose schema
+    contains the union must be rebuilt.
     """
 
     def __init__(self, discriminator: str, *sections: type[BaseModel]) -> None:
-        """The first section is the default."""
+        """`discriminator` is the key whose value selects the section. The first of the `sections` is the default."""
         self.discriminator = discriminator
         self._sections = {_literal(section, discriminator): section for section in sections}
 
     def add(self, section: type[BaseModel]) -> None:
-        """Add a section. The type of its discriminator must be a `Literal` with a single value, its tag."""
+        """Add a section. The type of its discriminator must be a `Literal` with a single value, which becomes its tag."""
         self._sections[_literal(section, self.discriminator)] = section
 
     def remove(self, section: type[BaseModel]) -> None:
-        """Remove a section that was added."""
+        """Remove a section from the union."""
         del self._sections[_literal(section, self.discriminator)]
 
     @property
@@ -46,7 +46,7 @@ class OpenUnion:
 
 @dataclass(frozen=True)
 class Variants:
-    """The sections that one key can contain, by tag. If there is only one section and it has no discriminator, its tag is ""."""
+    """The sections that one key accepts, by tag. The tag is "" if the key accepts a single section without a discriminator."""
 
     by_tag: Mapping[str, type[BaseModel]]
     discriminator: str | None = None
@@ -71,7 +71,7 @@ class Variants:
 
 
 def variants_of(section: type[BaseModel], key: str | int) -> Variants | None:
-    """Return the sections that `key` of `section` can contain, or None for a plain value or an unknown key."""
+    """Return the sections that `key` of `section` accepts. Return None if the key is unknown or accepts only plain values."""
     field = section.model_fields.get(str(key))
     if field is None:
         return None
@@ -88,7 +88,7 @@ def variants_of(section: type[BaseModel], key: str | int) -> Variants | None:
 
 
 def _discriminator_in(annotation: Any) -> str | None:
-    """The discriminator of a union inside an annotation, such as that of an optional section."""
+    """Return the discriminator of the first union inside an annotation, for example in an optional section, or None."""
     for item in getattr(annotation, "__metadata__", ()):
         if isinstance(discriminator := getattr(item, "discriminator", None), str):
             return discriminator
@@ -96,7 +96,7 @@ def _discriminator_in(annotation: Any) -> str | None:
 
 
 def _sections_in(annotation: Any, tag: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
-    """Every section in an annotation, with the `Tag` next to it."""
+    """Yield the tag and the class of every section in an annotation. The tag is "" for a section without a `Tag`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield tag, annotation
         return
@@ -107,14 +107,14 @@ def _sections_in(annotation: Any, tag: str = "") -> Iterator[tuple[str, type[Bas
 
 
 def _literal(section: type[BaseModel], key: str | None) -> str:
-    """The value of the discriminator `key` in `section`, whose type is a `Literal` with a single value."""
+    """Return the tag of `section`: the only value of the `Literal` that is the type of its discriminator `key`."""
     annotation = section.model_fields[str(key)].annotation
     assert get_origin(annotation) is Literal
     return str(get_args(annotation)[0])
 
 
 def all_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Yield the dotted paths of all keys and sections in a section, including those of all its variants."""
+    """Yield the dotted paths of all keys in a section and in its nested sections, including every variant."""
     for key in section.model_fields:
         yield f"{prefix}{key}"
         variants = variants_of(section, key)

@@ -98,8 +98,8 @@ class TransformerSection(ModelVariant):
     context_length: ContextLength = 256
     """Number of tokens in a training sequence, and the maximum number of tokens the model attends to."""
     attention_window: OptionalCount = None
-    """Number of positions that each position attends to, itself included, in the blocks that attention_pattern calls local (Beltagy
-    et al. 2020). null means all earlier positions."""
+    """Number of positions that each position attends to, including itself, in the blocks that attention_pattern calls local
+    (Beltagy et al. 2020). null means all earlier positions."""
     attention_pattern: AttentionPattern = ("local",)
     """Which blocks use attention_window, repeated over the blocks: [local, local, global] means that every third block attends to
     all earlier positions."""
@@ -235,12 +235,12 @@ class TransformerSection(ModelVariant):
             yield "init_embeddings", "cannot be combined with init_from, which already loads an embedding"
         if self.head_dim is None and self.n_embd % self.n_head:
             nearest = min(divisors(self.n_embd), key=lambda heads: abs(heads - self.n_head))
-            yield "n_head", f"{self.n_head} heads do not divide the width n_embd {self.n_embd} ({nearest} heads would)"
+            yield "n_head", f"the width n_embd {self.n_embd} is not divisible by {self.n_head} heads ({nearest} heads would work)"
         elif self.position == "rope" and self.head_width % 2:
             width = "n_embd / n_head" if self.head_dim is None else "head_dim"
             yield "n_head", f"rope needs an even head width, and {width} is {self.head_width}"
         if self.n_head % self.kv_heads:
-            yield "n_kv_head", f"{self.kv_heads} key/value heads do not divide the {self.n_head} query heads"
+            yield "n_kv_head", f"n_head {self.n_head} is not divisible by {self.kv_heads} key/value heads"
         if self.position == "sinusoidal" and self.n_embd % 2:
             yield "n_embd", f"sinusoidal positions need an even width, not {self.n_embd}"
         yield from self._rope_problems()

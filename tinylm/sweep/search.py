@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 _STARTUP_TRIALS = 5
 """Number of trials without pruning."""
 _MARKS_PER_DOUBLING = 2
-"""Training runs are compared at the same numbers of tokens: at this many points for each doubling."""
+"""Training runs are compared at fixed token counts, called marks. There are this many marks per doubling of the token count."""
 
 
 def run_trials(sweep: Sweep, axes: Sequence[Axis], ranges: Sequence[Range], trials: int, seed: int) -> Iterator[Outcome]:
-    """Train `trials` settings and yield each outcome. A search that was stopped continues with the missing trials.
+    """Run `trials` trials and yield the outcome of each. An interrupted search resumes with the remaining trials.
 
-    Raises `InputError` if Optuna is missing, or if the folder contains a search of other values.
+    Raises `InputError` if Optuna is missing, or if the folder contains a search over different values.
     """
     study = _open_study(sweep, axes, ranges, seed)
     for start in range(0, trials, sweep.jobs):
@@ -49,13 +49,13 @@ def _open_study(sweep: Sweep, axes: Sequence[Axis], ranges: Sequence[Range], see
     sweep.folder.mkdir(parents=True, exist_ok=True)
     storage = f"sqlite:///{sweep.folder / 'optuna.db'}"
     space = json.dumps([[asdict(axis) for axis in axes], [asdict(interval) for interval in ranges]], sort_keys=True)
-    # A sampler with the same seed would repeat its first proposals when a search continues.
+    # A sampler with the same seed would repeat its first proposals when a search is resumed.
     study = optuna.create_study(study_name="sweep", storage=storage, direction="minimize", load_if_exists=True)
     study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))
     study.pruner = optuna.pruners.MedianPruner(n_startup_trials=_STARTUP_TRIALS)
     if study.user_attrs.get("space", space) != space:
         raise InputError(
-            "the folder contains a search of other values", where=str(sweep.folder), hint="choose another folder with --out"
+            "the folder contains a search over different values", where=str(sweep.folder), hint="choose another folder with --out"
         )
     study.set_user_attr("space", space)
     return study
@@ -147,7 +147,7 @@ class _Pruners:
 
 
 def mark_tokens(mark: int) -> float:
-    """Return the number of tokens of a mark."""
+    """Return the token count at which mark number `mark` is reported."""
     return float(2 ** (mark / _MARKS_PER_DOUBLING))
 
 
@@ -156,11 +156,11 @@ def interpolate(points: Sequence[tuple[float, float]], tokens: float) -> float:
     for (x0, y0), (x1, y1) in pairwise(points):
         if x0 <= tokens <= x1:
             return y0 if x1 == x0 else y0 + (y1 - y0) * (tokens - x0) / (x1 - x0)
-    raise ValueError(f"{tokens} is outside the points")
+    raise ValueError(f"{tokens} tokens is outside the range of the points")
 
 
 def _evaluations(file: Path) -> list[tuple[float, float]]:
-    """Return (tokens, primary metric) of each evaluation so far. A line that is not complete yet is skipped."""
+    """Return (tokens, primary metric) for each evaluation so far. Incomplete lines are skipped."""
     try:
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:

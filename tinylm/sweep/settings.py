@@ -28,7 +28,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Range:
-    """A recipe key with an interval of numbers to search. The values are whole numbers if both ends are."""
+    """A recipe key and the range of numbers to search for it. The values are whole numbers if both bounds are."""
 
     key: str
     low: float

@@ -110,7 +110,7 @@ def _package_folders() -> list[str]:
 
 
 def read_catalog(path: str, counts: CatalogCounts, *, catalog: str | None = None, language: str | None = None) -> Iterator[Message]:
-    """Yield the cleaned messages of a .po or .mo file. The language is that of its header, unless it is given.
+    """Yield the cleaned messages of a .po or .mo file. The language is read from the file header, unless it is given.
 
     Fuzzy, obsolete, empty and untranslated messages are skipped, as are translations whose placeholders differ. Contexts are
     dropped. Of a message with plural forms, the singular is paired with the form for 1 and the plural with the form for 5.

@@ -47,7 +47,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class ConversationFormat(RecordFormat):
-    """Converts a record to the JSON text of a valid conversation with its place. `layout` and the fields are those of `data:`."""
+    """Converts a record to the JSON text of a valid conversation with its place. `layout` and the fields come from `data:`."""
 
     layout: str = "messages"
     messages: str = "messages"
@@ -56,7 +56,7 @@ class ConversationFormat(RecordFormat):
 
     @property
     def is_default(self) -> bool:
-        return True  # plain files are refused by `read_conversations`
+        return True  # `read_conversations` rejects plain files
 
     @property
     def _hint(self) -> str:

@@ -226,7 +226,7 @@ def _choose_documents(pairs: Sequence[SentencePair], wanted: int) -> set[str]:
 
 
 def normalized(text: str) -> str:
-    """A sentence without differences of case and white space, to find out whether it occurs again."""
+    """Return a sentence with normalized case and white space, to find repeated sentences."""
     return " ".join(text.casefold().split())
 
 

@@ -1,8 +1,9 @@
 """Read text from any SOURCE as a stream of pieces of documents. Memory use does not grow with the size of the text.
 
-A SOURCE is a file (text, .jsonl, .csv, .tsv or .parquet; all but .parquet also compressed), a folder, a glob, a URL, `-` for
+A SOURCE is a file (text, .jsonl, .csv, .tsv or .parquet; all except .parquet may be compressed), a folder, a glob, a URL, `-` for
 standard input, `builtin:NAME`, or `hf:DATASET[/CONFIGURATION][:SPLIT]`. A document is a text file, a line of a .jsonl file, a row
-of a table or dataset, or an entry of a builtin. Text is decoded without changes: line endings, NULs and byte order marks are kept.
+of a table or dataset, or an entry of a built-in corpus. Text is decoded without changes: line endings, NULs and byte order marks
+are kept.
 Bytes that are not UTF-8 raise an error with their position, or are replaced if requested.
 """
 
@@ -54,10 +55,11 @@ class Corpus:
 
     Standard input, pipes and remote files are copied to a temporary folder when they are opened. The folder is removed by `close`
     or at the end of a `with` block. `field` is the .jsonl field or the column that contains the text, and `template` combines
-    several of them. Bytes that are not UTF-8 are an error if `errors` is `strict`, and are replaced by U+FFFD if it is `replace`.
+    several fields or columns. Bytes that are not UTF-8 are an error if `errors` is `strict`, and become U+FFFD if `errors` is
+    `replace`.
 
-    Raises `InputError` if a source does not exist, cannot be opened, or contains no text. Also raises it
-    if `field` or `template` is set but no source has fields, unless `allow_unused_format` is true.
+    Raises `InputError` if a source does not exist, cannot be opened, or contains no text. A `field` or `template`
+    without any source that has fields is also an `InputError`, unless `allow_unused_format` is true.
     """
 
     def __init__(
@@ -99,24 +101,24 @@ class Corpus:
 
     @property
     def has_records(self) -> bool:
-        """Whether some documents are records with fields, and not whole files."""
+        """Whether any document is a record with fields. Otherwise, every document is a whole file."""
         return any(file.suffix in (*RECORD_SUFFIXES, _HUB) for file in self._files)
 
     def pieces(self, *, keep_empty: bool = False) -> Iterator[Piece]:
         """Yield all documents in order, in pieces of at most `MAX_PIECE_CHARACTERS` characters.
 
-        Empty documents are skipped, or with `keep_empty` yielded as one empty piece.
+        Empty documents are skipped. With `keep_empty`, each of them is yielded as one empty piece.
         """
         for file in self._files:
             yield from self._pieces(file, keep_empty)
 
     def files(self) -> Iterator[tuple[str, Iterator[Piece]]]:
-        """Yield the name and the pieces of each file, remote object, dataset or builtin, in order."""
+        """Yield the name and the pieces of each file, remote object, dataset or built-in corpus, in order."""
         for file in self._files:
             yield file.name, self._pieces(file)
 
     def documents(self) -> Iterator[tuple[str, bool, str]]:
-        """Yield the name of the file, whether the document is a record, and the text of each document, empty ones included."""
+        """Yield (file name, whether the document is a record, text) for each document, including empty documents."""
         for file in self._files:
             for document in self._documents(file):
                 yield file.name, file.suffix in (*RECORD_SUFFIXES, _HUB), "".join(document)
@@ -153,7 +155,7 @@ class Corpus:
             texts = [file for file in files if format_suffix(file) == ".parquet" or looks_like_text(file)]
             self.skipped += sorted(set(files) - set(texts))
             if not texts:
-                detail = f"; none of its {len(files)} files is text" if files else ""
+                detail = "; it contains only files that are not text" if files else ""
                 raise InputError(f"no text in this folder{detail}", where=source)
         elif os.path.isfile(path):
             texts = [path]
@@ -163,7 +165,8 @@ class Corpus:
             return
         else:
             found = [file for file in sorted(_glob(path)) if os.path.isfile(file)]
-            texts = list({os.path.realpath(file): file for file in reversed(found)}.values())[::-1]  # links can repeat a file
+            # The pattern may match a file more than once through symlinks.
+            texts = list({os.path.realpath(file): file for file in reversed(found)}.values())[::-1]
             if not texts:
                 raise InputError("no such file or folder", where=source)
         for path in texts:
@@ -273,7 +276,7 @@ class Corpus:
 
 
 def _columns(name: str, table: Any, fields: Sequence[str]) -> Iterator[tuple[object, ...]]:
-    """Yield each row's values of Parquet columns. Text is yielded as bytes, because the format does not guarantee UTF-8."""
+    """Yield the values of each row of a Parquet file. Text is yielded as bytes, because Parquet files may contain invalid UTF-8."""
     import pyarrow
 
     def values(column: Any) -> list[object]:
@@ -294,7 +297,7 @@ def _without_query(url: str) -> str:
 
 
 def _glob(pattern: str) -> list[str]:
-    """Return the paths that a pattern matches. `**` visits each folder once, even if links lead to it in several ways."""
+    """Return the paths that a pattern matches. `**` visits each folder once, even if several symlinks point to the folder."""
     parts = pattern.replace(os.sep, "/").split("/")
     if "**" not in parts:
         return glob.glob(pattern)
@@ -306,7 +309,7 @@ def _glob(pattern: str) -> list[str]:
 
 
 def _folders(paths: Iterable[str], seen: set[str]) -> Iterator[str]:
-    """Yield the folders among `paths` and all folders in them, except hidden ones. `seen`: the real paths of those visited."""
+    """Yield the folders among `paths` and their subfolders, except hidden ones. `seen` holds the real paths of visited folders."""
     for path in paths:
         real = os.path.realpath(path or ".")
         if real in seen or not os.path.isdir(real):
