@@ -3,8 +3,8 @@
     python benchmarks/throughput.py [--rounds 5] [--steps 4] [--precision fp32]
 
 13.9 M parameters: 6 layers, 6 heads, width 384, vocabulary 8192, context 256, batch 8, AdamW, gradients clipped at 1. Model FLOPs
-are 6 per weight and token, plus the operations of causal attention. MFU is relative to the speed of a 2048 x 2048 matrix product, measured
-between the rounds. Also prints the optimizer's share of a step, for AdamW and Muon.
+are 6 per weight and token, plus the operations of causal attention. MFU is relative to the speed of a 2048 x 2048 matrix product,
+measured between the rounds. Also prints the optimizer's share of a step, for AdamW and Muon.
 """
 
 from __future__ import annotations

@@ -20,7 +20,9 @@ NAME = "tiny"
 class RunningServer:
     """A server on a free port, in a thread of this process."""
 
-    def __init__(self, decoder: DecodingModel[Any], tokenizer: Tokenizer, limits: Any, api_key: str | None = None, **options: Any) -> None:
+    def __init__(
+        self, decoder: DecodingModel[Any], tokenizer: Tokenizer, limits: Any, api_key: str | None = None, **options: Any
+    ) -> None:
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.address = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         access = server.Access(("127.0.0.1", "localhost"), api_key)

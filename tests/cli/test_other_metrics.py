@@ -57,8 +57,8 @@ def trained(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     recipe = tiny_recipe(text_file, "modern", "objective=accuracy_lm", "training.steps=15", "evaluation.every=5")
     plain, panel = (Console(file=io.StringIO(), width=110, color_system=None, highlight=False) for _ in range(2))
     view = TerminalView(panel, "tinylm train accurate")
-    result = train(recipe, folder, device="cpu", observer=Observers([PlainView(plain), view]))
-    view.__exit__(None, None, None)
+    with view:
+        result = train(recipe, folder, device="cpu", observer=Observers([PlainView(plain), view]))
     panel.print(view.render())
     texts = [console.file.getvalue() for console in (plain, panel) if isinstance(console.file, io.StringIO)]
     yield result, Run(folder), texts[0], texts[1]

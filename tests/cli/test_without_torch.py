@@ -130,7 +130,9 @@ MISTAKES = {
     "embed import three.txt --out out.bin": "--out: must end in .safetensors",
     "embed plot map.gif -v three.txt": "map.gif: the file name must end in one of .html, .png, .svg, .pdf",
     "embed plot map.html -v three.txt --projection tsna": "not 'tsna' (did you mean tsne?)",
-    "embed from-run --out v.safetensors --which inputs": "--which: must be input, output, contextual or sentence, not 'inputs' (did you mean input?)",
+    "embed from-run --out v.safetensors --which inputs": (
+        "--which: must be input, output, contextual or sentence, not 'inputs' (did you mean input?)"
+    ),
     "embed from-run --out v.safetensors --which contextual": "--which contextual: requires a SOURCE",
     "embed from-run --out v.safetensors --layer 1": "--layer: requires --which contextual",
     "embed from-run --out v.safetensors --run nowhere": "nowhere: no such run",

@@ -422,7 +422,10 @@ def test_variants_match_the_json_schema(recipe: type[BaseModel]) -> None:
     [
         ("model.n_heads=3", "--set model.n_heads=3: model.n_heads: unknown key (did you mean n_head?)"),
         ("model.n_head=x", "--set model.n_head=x: model.n_head: must be a whole number of at least 1, not 'x'"),
-        ("model.n_head=5", "--set model.n_head=5: model.n_head: the width n_embd 384 is not divisible by 5 heads (4 heads would work)"),
+        (
+            "model.n_head=5",
+            "--set model.n_head=5: model.n_head: the width n_embd 384 is not divisible by 5 heads (4 heads would work)",
+        ),
         ("stpes=3", "--set stpes=3: stpes: unknown key"),
         ("training.steps", "--set training.steps: must have the form SECTION.KEY=VALUE, for example training.steps=100"),
         ("=3", "--set =3: must have the form SECTION.KEY=VALUE, for example training.steps=100"),

@@ -143,7 +143,11 @@ def block_bytes(model: DecoderSection, config: PassConfig, layer: int) -> int:
     """Bytes that block `layer` saves. The input of the block is included only if one of its operations saves it."""
     e, width, hidden = config.e, model.n_embd, model.feed_forward_width
     total = _attention_bytes(model, config, layer)
-    total += {"gelu": 2, "gelu_exact": 2, "relu": 1, "relu2": 2, "swiglu": 4, "geglu": 4, "geglu_exact": 4}[model.feed_forward] * hidden * e
+    total += (
+        {"gelu": 2, "gelu_exact": 2, "relu": 1, "relu2": 2, "swiglu": 4, "geglu": 4, "geglu_exact": 4}[model.feed_forward]
+        * hidden
+        * e
+    )
     if model.parallel_residual and model.norm_position == "post":
         total += _norm_bytes(model, config, config.s) + _linear_input_bytes(model, config) * (1 if e == config.s else 2)
     else:

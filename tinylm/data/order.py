@@ -40,7 +40,7 @@ def permute(positions: np.ndarray, size: int, key: int) -> np.ndarray:
 
 
 def uniform(seed: int, positions: np.ndarray, width: int, stream: int) -> np.ndarray:
-    """Pseudo-random numbers in [0, 1), (len(positions), width), that depend only on the seed, the position, the column and `stream`.
+    """Pseudo-random numbers in [0, 1), (len(positions), width). They depend only on seed, position, column and `stream`.
 
     Different streams are independent of each other.
     """

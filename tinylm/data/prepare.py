@@ -93,9 +93,7 @@ def prepare_text(text: SplitText, section: TokenizerSection, reporter: Reporter,
     tokenizer = load_or_train_tokenizer(text, section, reporter)
     tokenizer.encoder.note = reporter.note
     dropout = section.dropout if isinstance(section, BpeTokenizer) else 0.0
-    fingerprint = digest(
-        text.fingerprint, tokenizer.fingerprint, str(_CACHE_VERSION), *([f"dropout {dropout}"] if dropout else [])
-    )
+    fingerprint = digest(text.fingerprint, tokenizer.fingerprint, str(_CACHE_VERSION), *([f"dropout {dropout}"] if dropout else []))
     folder = cache_folder("tokens", fingerprint)
     encode_heldout: EncodePieces = partial(encode_in_parallel, tokenizer, workers=workers)
     encode_train = DropoutEncoder(tokenizer, dropout).encode_pieces if dropout else encode_heldout
@@ -154,7 +152,7 @@ def _check_end_of_text(tokenizer: Tokenizer) -> None:
 
 
 def load_or_train_tokenizer(text: TextParts, section: TokenizerSection, reporter: Reporter) -> Tokenizer:
-    """Load the tokenizer of a recipe, or train it unless it is in the cache. It has an end-of-text token that text never encodes to."""
+    """Load the tokenizer of a recipe, or train it unless it is in the cache. Text never encodes to its end-of-text token."""
     if isinstance(section, FileTokenizer):
         tokenizer = Tokenizer.load(section.path)
         _check_end_of_text(tokenizer)

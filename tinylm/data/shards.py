@@ -51,7 +51,6 @@ class Shard:
         ends = np.flatnonzero(np.asarray(self.tokens) == self.end_of_text)
         return [(int(a) + 1, int(b)) for a, b in pairwise(ends)]
 
-
     def problem(self, vocab_size: int | None = None) -> str | None:
         """Return why the tokens are damaged, or None if they are not. Reads all of them.
 

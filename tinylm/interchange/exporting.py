@@ -33,9 +33,9 @@ Format = Literal["hf", "gguf", "onnx", "arpa"]
 class ExportResult:
     """What was exported and how it was verified. The field names are the keys of `tinylm export --json`.
 
-    `largest_difference`: largest absolute difference between logits on real text. The reference is the run with its weights rounded to
-    the type of the export; `perplexity` and `run_perplexity` show the effect of rounding. `custom_code_reasons`: the model
-    parts that no transformers class supports. `same_greedy`: number of greedily decoded tokens before the first that
+    `largest_difference`: largest absolute difference between logits on real text. The reference is the run with its weights
+    rounded to the type of the export; `perplexity` and `run_perplexity` show the effect of rounding. `custom_code_reasons`: the
+    model parts that no transformers class supports. `same_greedy`: number of greedily decoded tokens before the first that
     differs in llama.cpp.
     """
 

@@ -19,7 +19,7 @@ from tinylm.tokenizer import Tokenizer
 
 @torch.no_grad()
 def largest_differences(network: Model, tokenizer: Tokenizer, ids: list[int]) -> dict[str, float]:
-    """The largest absolute differences between attention patterns, residuals, logit lens, and the attribution of each head's logits.
+    """The largest absolute differences between attention patterns, residuals, logit lens and the attribution of each head's logits.
 
     The target at each position is the token that follows. Raises `InputError` if transformer-lens is not installed, or transformers
     has no class for the model.

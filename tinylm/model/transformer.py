@@ -88,7 +88,9 @@ class Transformer(Model):
         model, width, fraction = self.model, self.model.head_width, self.model.rope_fraction
         self.table_length = length
         if model.position == "sinusoidal":
-            self.register_buffer("sinusoids", sinusoidal_table(length, model.n_embd, interleaved=self.interleaved_sinusoids), persistent=False)
+            self.register_buffer(
+                "sinusoids", sinusoidal_table(length, model.n_embd, interleaved=self.interleaved_sinusoids), persistent=False
+            )
         if model.position != "rope":
             return
         tables = {"rope": rope_table(length, width, model.rope_theta or 10000.0, model.rope_scaling, fraction)}

@@ -37,8 +37,8 @@ class SplitPoints:
         """Define the split points.
 
         Each rule is a pair (classes of a byte, classes of the next byte), written with the letters of `_CLASSES`. There is a split
-        point between two bytes if a rule matches both. With `before_line_starts`, the beginning of every non-blank line is a split point
-        too. With `anywhere`, a text may also be cut between any two characters; `find` does not list these positions.
+        point between two bytes if a rule matches both. With `before_line_starts`, the beginning of every non-blank line is a
+        split point too. With `anywhere`, a text may also be cut between any two characters; `find` does not list these positions.
         """
         self.anywhere = anywhere
         self.rules = tuple(rules)
@@ -58,7 +58,9 @@ class SplitPoints:
         if (kernels := kernel_loading.kernels_if_worthwhile(0)) is not None:
             positions = np.empty(len(text) - 1, dtype=np.int64)
             codes, own, allowed = (np.frombuffer(data, dtype=np.uint8) for data in (text, self._class_bits, self._allowed_bits))
-            return positions[: kernels.find_split_points(codes, own, allowed, _WIDE_SPACE, _VISIBLE, self.before_line_starts, positions)]
+            return positions[
+                : kernels.find_split_points(codes, own, allowed, _WIDE_SPACE, _VISIBLE, self.before_line_starts, positions)
+            ]
         own = np.frombuffer(text.translate(self._class_bits), dtype=np.uint8)[:-1]
         allowed = np.frombuffer(text.translate(self._allowed_bits), dtype=np.uint8)[1:]
         is_split = (own & allowed) != 0

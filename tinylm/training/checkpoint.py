@@ -141,7 +141,7 @@ class CheckpointWriter:
                 atomic_write_text(self.folder / pointer, checkpoint + "\n")
 
     def prune(self) -> None:
-        """Remove all checkpoints except the best, the last, the `keep` newest and permanent ones. Raises `WorkError` if that fails."""
+        """Remove checkpoints, except the best, the last, the `keep` newest and permanent ones. Raises `WorkError` if that fails."""
         if not self._is_main:
             return
         pointers = [self.folder / name for name in POINTERS]
