@@ -97,7 +97,8 @@ def sweep(
         _show_planned(runner, planned, count, json=json)
         return
     progress = _Progress(count, quiet=quiet)
-    outcomes = progress.follow(run_all())
+    names = [training.name for training in planned]
+    outcomes = sorted(progress.follow(run_all()), key=lambda outcome: (names.index(outcome.name) if names else 0, outcome.name))
     summary = summarize(outcomes)
     n_seeds = seeds or (3 if trials is not None else 1)
     if n_seeds > 1 and summary.best is not None:

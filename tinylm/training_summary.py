@@ -16,7 +16,7 @@ from tinylm.reporting import SILENT
 from tinylm.run import Run
 
 SECONDS_PER_TOKEN = 1e-5
-"""Assumed time to compute all baselines, per token of training text. Measured: 7 s for 700,000 tokens on two cores."""
+"""Assumed time to compute all baselines, per token of training text."""
 MAX_SHARE = 0.1
 """The baselines are computed if that takes at most this share of the time of the training run."""
 _SAMPLE = re.compile(r"^## Step (\d+)\n\n(.*?)(?=^## Step |\Z)", re.MULTILINE | re.DOTALL)

@@ -23,7 +23,7 @@ def report(run_cli: RunCli, recipe_file: Path, tmp_path: Path) -> Path:
 def test_a_step_is_reproduced_bit_for_bit_and_its_non_finite_parameters_are_listed(run_cli: RunCli, report: Path) -> None:
     result = run_cli("train", "--replay", report)
     assert result.code == 0
-    assert "reproduced    to the bit" in result.out
+    assert "reproduced    bit for bit" in result.out
     assert "non-finite" in result.out
     document = run_cli("train", "--replay", report, "--json").json
     assert document["agreement"] == "bits"

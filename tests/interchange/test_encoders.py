@@ -161,7 +161,7 @@ def test_what_cannot_be_exported_or_imported_is_named(tmp_path: Path) -> None:
         ({"position_embedding_type": "relative_key"}, "position_embedding_type 'relative_key' is not supported"),
         ({"hidden_act": "silu"}, "activation 'silu' is not supported"),
         ({"num_hidden_layers": 3}, "missing tensors"),
-        ({"num_attention_heads": 5}, "do not divide"),
+        ({"num_attention_heads": 5}, "is not divisible by 5 heads"),
         ({"hidden_size": "32"}, "hidden_size"),
         ({"vocab_size": 7, "intermediate_size": 64}, "do not match config.json"),
     ):

@@ -296,7 +296,7 @@ def test_missing_sources_cause_one_line_errors(tmp_path: Path) -> None:
         f"{tmp_path}/only": "only: no text in this folder; it contains only files that are not text",
         f"file://{tmp_path}/none.txt": "none.txt: cannot be read: ",
         "nothing://at/all": "nothing://at/all: cannot be read: Protocol not known",
-        "builtin:python-doc": "builtin:python-doc: unknown builtin text; available: python-docs (did you mean python-docs?)",
+        "builtin:python-doc": "unknown builtin text; available: python-docs, python-docstrings (did you mean python-docs?)",
     }.items():
         message = error_for(source)
         assert expected in message

@@ -147,8 +147,8 @@ def test_partial_files_of_a_killed_process_are_removed(text_file: Path, tmp_path
     train(_recipe(text_file), folder, device="cpu", stop_after=0.0)
     (folder / "checkpoints" / ".step-000004.partial").mkdir()
     (folder / "checkpoints" / ".step-000002.removed").mkdir()
-    (folder / "checkpoints" / ".last.abc").write_text("partial")
-    (folder / ".metrics.jsonl.abc").write_text("partial")
+    (folder / "checkpoints" / ".last.0123456789ab.tmp").write_text("partial")
+    (folder / ".metrics.jsonl.0123456789ab.tmp").write_text("partial")
     (folder / ".mine").write_text("not ours")
     train(_recipe(text_file), folder, device="cpu", resume=True, stop_after=0.0)
     assert sorted(path.name for path in folder.rglob(".*")) == [LOCK, ".mine"]

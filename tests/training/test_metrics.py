@@ -37,7 +37,7 @@ def test_each_line_contains_its_kind_and_the_fields_of_the_event(tmp_path: Path)
     step, evaluation = _lines(tmp_path)
     assert step["kind"] == "step"
     assert step["loss"] == 2.0
-    assert (step["tokens_per_second"], step["mfu"], step["seconds"], step["done"]) == (100.0, 0.3, 0.5, 0.1)
+    assert (step["tokens_per_second"], step["mfu"], step["seconds"], step["fraction_done"]) == (100.0, 0.3, 0.5, 0.1)
     assert {"step", "tokens", "loss", "lr", "grad_norm"} <= set(step)
     assert evaluation["kind"] == "eval"
     assert (evaluation["train_seconds"], evaluation["seconds"]) == (0.4, 0.7)

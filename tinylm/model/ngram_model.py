@@ -82,7 +82,9 @@ class Ngram(StatefulModel):
         return self
 
     def parameter_count(self) -> int:
-        """Number of probabilities and backoff weights."""
+        """Number of probabilities and backoff weights. 0 before the text has been counted."""
+        if self._tables is None:
+            return 0
         return sum(len(array) for array in (*self.tables.probabilities, *self.tables.backoffs))
 
     def stored_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

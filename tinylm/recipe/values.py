@@ -308,7 +308,7 @@ SmallCount = Annotated[int, _validated(_whole(1, limit=1000), "a whole number of
 OptionalSmallCount = Annotated[
     int | None, _validated(_or_word(_whole(1, limit=1000), None), "a whole number of at least 1, or null")
 ]
-LearningRate = Annotated[float, _validated(_real(0.0, above=True, limit=1000.0), "a number above 0")]
+LearningRate = Annotated[float, _validated(_real(0.0, above=True, limit=1e38), "a number above 0")]  # what float32 can hold
 Epsilon = Annotated[float, _validated(_real(0.0, above=True, limit=1.0), "a number above 0")]
 Exponent = Annotated[float, _validated(_real(0.0, limit=10.0), "a number of at least 0")]
 Factor = Annotated[float, _validated(_real(0.0, above=True, limit=1000.0), "a number above 0")]
