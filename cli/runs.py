@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from tinylm.evaluation.metrics import Metric, Metrics
     from tinylm.run import Run
 
-Row = dict[str, Any]
 app = typer.Typer(add_completion=False)
 
 
@@ -97,7 +96,7 @@ def runs(
             stderr_console().print_line(f"warning: {row['run']}: {row['problem']}", "yellow")
 
 
-def _print_columns(rows: list[Row], keys: list[str]) -> None:
+def _print_columns(rows: list[run_queries.Row], keys: list[str]) -> None:
     table = Table("name", box=None, pad_edge=False)
     for key in keys:
         table.add_column(key, justify="right")
@@ -106,7 +105,7 @@ def _print_columns(rows: list[Row], keys: list[str]) -> None:
     stdout_console().print(table)
 
 
-def _cell(row: Row, key: str) -> str:
+def _cell(row: run_queries.Row, key: str) -> str:
     from tinylm.evaluation.metrics import METRICS
 
     value, _ = run_queries.lookup(row, key)
@@ -121,7 +120,7 @@ def _cell(row: Row, key: str) -> str:
     return metric.formatted(value) if metric is not None else run_queries.as_text(value)
 
 
-def _print_csv(rows: list[Row], keys: list[str]) -> None:
+def _print_csv(rows: list[run_queries.Row], keys: list[str]) -> None:
     """Print the name and the values of `keys` without rounding them."""
     writer = csv_writer(sys.stdout, lineterminator="\n")
     writer.writerow(["name", *keys])
@@ -163,7 +162,7 @@ def _best_evaluation(run: Run) -> tuple[int | None, Metrics | None]:
     return (None, None) if index is None else evaluations[index]
 
 
-def _row(summary: _Summary, columns: list[Metric], *, with_recipe: bool) -> Row:
+def _row(summary: _Summary, columns: list[Metric], *, with_recipe: bool) -> run_queries.Row:
     values = {} if summary.best is None else summary.best.values
     run = summary.run
     return {

@@ -107,7 +107,9 @@ def sweep(
         outcomes += progress.follow(runner.run(repeats))
         summary = summarize(outcomes)
     if image is not None:
-        _plot(summary, image)
+        from tinylm.sweep.picture import draw
+
+        draw(summary, image)
     _show(summary, json=json)
     if all(outcome.error for outcome in outcomes):
         raise SystemExit(1)
@@ -231,9 +233,3 @@ def checked_image(path: str) -> Path:
     except ImportError:
         raise missing_extra("plot", "plotting") from None
     return checked_output_file(path, overwrite=True)
-
-
-def _plot(summary: Summary, path: Path) -> None:
-    from tinylm.sweep.picture import draw
-
-    draw(summary, path)

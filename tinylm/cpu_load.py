@@ -8,8 +8,8 @@ import threading
 import time
 
 MIN_CPU_SHARE = 0.8
-"""If a thread has a core for a smaller fraction of the time, the machine counts as busy. On an idle machine, the fraction is close to
-1. A thread that shares its core with one other process has it for about half of the time."""
+"""If a thread has a core for a smaller fraction of the time, the machine counts as busy. On an idle machine, it is close to 1. A
+thread that shares its core with one other process has it for about half of the time."""
 _BUFFER = bytes(1 << 20)
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -162,8 +160,5 @@ def _draw_image(vectors: Vectors, points: np.ndarray, path: Path, labels: int) -
     for text in texts.values():
         text.remove()
     with atomic_file(path) as temporary:
-        saved = temporary.with_suffix(path.suffix)  # matplotlib chooses the format by the suffix
-        figure.savefig(saved, dpi=150)
-        shutil.copyfile(saved, temporary)
-        os.unlink(saved)
+        figure.savefig(temporary, dpi=150, format=path.suffix[1:])
     pyplot.close(figure)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -267,7 +265,4 @@ def _add_legend(figure: Any, axis: Any) -> None:
 
 def _save(figure: Any, path: Path) -> None:
     with atomic_file(path) as temporary:
-        image = temporary.with_suffix(path.suffix)  # matplotlib chooses the format by the suffix
-        figure.savefig(image, dpi=144)
-        shutil.copyfile(image, temporary)
-        os.unlink(image)
+        figure.savefig(temporary, dpi=144, format=path.suffix[1:])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +51,7 @@ def draw(summary: Summary, path: Path) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     with atomic_file(path) as temporary:
-        image = temporary.with_suffix(path.suffix)  # matplotlib chooses the format by the suffix
-        figure.savefig(image, dpi=144)
-        shutil.copyfile(image, temporary)
-        os.unlink(image)
+        figure.savefig(temporary, dpi=144, format=path.suffix[1:])
     pyplot.close(figure)
 
 
