@@ -1,4 +1,4 @@
-# make demo: from nothing to a trained, measured model. make test: the whole test suite. Each is enough by itself.
+# Each target installs what it needs. `make demo` trains and evaluates a model; `make test` runs the whole test suite.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,12 +7,12 @@ DEMO_RUN := runs/quickstart
 .PHONY: help demo test check docs examples clean
 
 help:
-	@echo "make demo   install, train the quickstart model, measure it, show what it writes"
+	@echo "make demo   install, train the quickstart model, evaluate it, generate a sample"
 	@echo "make test   install, run the test suite"
 	@echo "make check  install, run the linters, the type checker and the import contracts"
 	@echo "make docs   install, build the documentation in build/site"
 	@echo "make examples  run every command that the documentation shows and update its output (half an hour)"
-	@echo "make clean  remove $(VENV) and what was built"
+	@echo "make clean  remove $(VENV) and all build output"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,11 +1,11 @@
-"""Training speed next to other busy processes, for several ways in which idle OpenMP threads wait.
+"""Measure training speed next to other busy processes, with different wait policies for idle OpenMP threads.
 
     python benchmarks/busy_machine.py [--rounds 5] [--seconds 3] [--precision fp32] [--settings torch tinylm one-thread]
 
 Each measurement trains a small model (3 layers, width 192, vocabulary 4096, context 256, batch 8, AdamW) in a new process, because
-the OpenMP runtime reads its environment only once. The settings alternate, for each number of busy processes: none, one, and one
-per core. `torch` is torch's default and `tinylm` is `tinylm.wait_policy`. Prints the median tokens/s of each setting, and its ratio
-to the first setting on the idle machine. On stderr, the load average of each round shows whether the machine was idle otherwise.
+the OpenMP runtime reads its environment only once. The settings alternate for each number of busy processes: zero, one, and one per
+core. `torch` is torch's default and `tinylm` is `tinylm.wait_policy`. Prints each setting's median tokens/s and its ratio to the
+first setting on the idle machine. The load average of each round, on stderr, shows whether the machine was otherwise idle.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ SETTINGS: dict[str, dict[str, str]] = {
     "spin-10000": {"GOMP_SPINCOUNT": "10000"},
     "one-thread": {"OMP_NUM_THREADS": "1"},
 }
-"""The environment of each setting."""
+"""Environment variables for each setting."""
 
 
 def measure(setting: str, seconds: float, precision_name: ComputeDtype) -> float:
-    """Train for `seconds`, at least three steps, and return the tokens/s after the first two steps."""
+    """Train for two warm-up steps, then for at least three steps and `seconds`. Return the tokens/s without the warm-up."""
     import torch
 
     from tinylm.data.datasets import TokenStream
@@ -73,7 +73,7 @@ def measure(setting: str, seconds: float, precision_name: ComputeDtype) -> float
 
 @contextmanager
 def busy_processes(count: int) -> Iterator[None]:
-    """Keep `count` processes busy."""
+    """Run `count` busy processes in this context."""
     processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
         yield

@@ -1,12 +1,12 @@
-"""Fine-tune a run on questions: loss on the answers, exact answers and stops, and what it forgets, with and without `mix`.
+"""Fine-tune a run on questions, with and without `data.mix`, and measure answer loss, exact-match rate, stop rate and forgetting.
 
     python benchmarks/chat.py RUN --minutes 10
     python benchmarks/chat.py RUN --minutes 0.5 --task arithmetic --pairs 200
 
-RUN is a run folder, such as runs/quickstart. The tasks are made on the spot: `docstrings` asks what functions of the standard
+RUN is a run folder, such as runs/quickstart. The script generates the data: `docstrings` asks what functions in the standard
 library do and expects the first sentence of their documentation, `arithmetic` asks for sums, and `reverse` asks for reversed words.
-A tenth of the pairs is held out. "before" is the model with the control tokens added but not trained. Forgetting is the change of
-bits per byte on RUN's own held-out text, which `mix` does not train on.
+A tenth of the pairs is held out. "before" is the model with control tokens that are added but not trained. Forgetting is the change
+in bits per byte on RUN's own held-out text, which `data.mix` does not train on.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Pair = tuple[str, str]
 
 
 def docstrings() -> Iterator[Pair]:
-    """What each public function of the standard library does, in the first sentence of its documentation."""
+    """Yield questions about public functions in the standard library, with the first sentence of their documentation."""
     for name in MODULES:
         module = importlib.import_module(name)
         for member in sorted(vars(module)):
@@ -55,14 +55,14 @@ def docstrings() -> Iterator[Pair]:
 
 
 def arithmetic() -> Iterator[Pair]:
-    """Sums of two numbers below 100."""
+    """Yield sums of two numbers below 100."""
     for first in range(100):
         for second in range(100):
             yield f"What is {first} + {second}?", str(first + second)
 
 
 def reverse() -> Iterator[Pair]:
-    """Short words, and the same words reversed."""
+    """Yield short words and the same words reversed."""
     for name in sorted({member for module in MODULES for member in dir(importlib.import_module(module))}):
         if name.isalpha() and name.islower() and 3 <= len(name) <= 8:
             yield f"Reverse {name}.", name[::-1]
@@ -72,7 +72,7 @@ TASKS = {"docstrings": docstrings, "arithmetic": arithmetic, "reverse": reverse}
 
 
 def write_pairs(file: Path, task: str, count: int, seed: int) -> int:
-    """Write a random sample of the pairs of a task. Returns their number."""
+    """Write a random sample of a task's pairs and return its size."""
     pairs = list(dict.fromkeys(TASKS[task]()))
     random.Random(seed).shuffle(pairs)
     chosen = pairs[:count]
@@ -84,7 +84,7 @@ def write_pairs(file: Path, task: str, count: int, seed: int) -> int:
 
 
 def row(name: str, run: Run, checkpoint: str, text: Run, seconds: float | None) -> str:
-    """A row of the table. `text`: the run whose held-out text measures forgetting."""
+    """Return a row of the table. Forgetting is measured on the held-out text of the run `text`."""
     chat = evaluate_chat_run(run, checkpoint=checkpoint, device="cpu").as_dict()
     bits = bits_on_text(run, checkpoint, text)
     time = "" if seconds is None else f"{seconds:.0f}"
@@ -92,7 +92,7 @@ def row(name: str, run: Run, checkpoint: str, text: Run, seconds: float | None) 
 
 
 def bits_on_text(run: Run, checkpoint: str, text: Run) -> float:
-    """Bits per byte on the held-out text of another run, with the tokenizer of `run`."""
+    """Return the bits per byte of `run`, with its own tokenizer, on the held-out text of the run `text`."""
     shard = text.heldout()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "heldout.jsonl"

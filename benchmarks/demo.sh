@@ -16,5 +16,5 @@ echo "clone to samples: $(($(date +%s) - start)) s"
 .venv/bin/python - <<'PYTHON'
 import json
 lines = [json.loads(line) for line in open("runs/quickstart/metrics.jsonl")]
-print(f"training: {lines[-1]['seconds']:.0f} s until its last evaluation, {lines[-1]['val_bits_per_byte']:.4f} held-out bits per byte")
+print(f"training: {lines[-1]['seconds']:.0f} s until the last evaluation, {lines[-1]['val_bits_per_byte']:.4f} held-out bits per byte")
 PYTHON

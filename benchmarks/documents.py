@@ -1,10 +1,10 @@
-"""Measure what shuffling and masking documents cost and gain: time per step and held-out bits per byte.
+"""Measure the costs and benefits of shuffling and masking documents, in time per step and held-out bits per byte.
 
     python benchmarks/documents.py [SOURCE] [--rounds 3] [--steps 600] [--context 256] [--batch 8] [--seed 1337]
 
-Trains with `data.shuffle: documents`, with `data.document_mask: on`, with both and with the default, in turn. All four trainings of
-a round have the same seed. Held-out text is split by document. For each option, prints the median over the rounds of the time ratio
-and of the difference in bits per byte, both relative to the default of the same round.
+Each round trains with the default, with `data.shuffle: documents`, with `data.document_mask: on`, and with both, all with the same
+seed. Held-out text is split by document. For each option, prints the median time ratio and the median difference in bits per byte,
+both relative to the default in the same round.
 """
 
 from __future__ import annotations

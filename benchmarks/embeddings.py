@@ -1,4 +1,4 @@
-"""Benchmarks of word vectors: speed, quality, memory, nearest neighbors, and as initial embeddings of a language model.
+"""Benchmark word vectors: speed, quality, memory, nearest neighbors, and use as a language model's initial embeddings.
 
     python benchmarks/embeddings.py speed TEXT... [--methods skipgram cbow] [--rounds 3] [--epochs 1] [--threads 2]
     python benchmarks/embeddings.py glove TEXT... --program FOLDER [--rounds 2] [--epochs 15] [--threads 2]
@@ -7,12 +7,13 @@
     python benchmarks/embeddings.py reuse [--steps 300] [--seeds 1 2 3]
 
 `speed` compares skip-gram and CBOW with gensim. Both libraries get the same ids and train on one document at a time. Building the
-vocabulary is not timed. One document in 20 is held out, or the last twentieth of the text if it has fewer.
-The held-out loss is the negative sampling loss over its windows, with the
-same negatives for both libraries. `plurals` is the share of words whose plural is among their ten nearest neighbors. `glove`
-compares with the published C program (github.com/stanfordnlp/GloVe); `--program` is the folder with its binaries. Both programs get
-the same words in the same documents. `neighbors` prints nearest neighbors of example words. `reuse` trains language models with and
-without pretrained vectors.
+vocabulary is not timed. One document in 20 is held out, or the last twentieth of the text if it has fewer than 20 documents. The
+held-out loss is the negative-sampling loss on the held-out text, with the same negatives for both libraries. `plurals` is the share
+of words whose plural is among their ten nearest neighbors.
+
+`glove` compares tinylm with the published C program (github.com/stanfordnlp/GloVe); `--program` is the folder with its binaries.
+Both programs get the same words in the same documents. `neighbors` prints the nearest neighbors of example words. `reuse` trains
+language models with and without pretrained vectors.
 """
 
 from __future__ import annotations
@@ -144,7 +145,10 @@ def speed(arguments: argparse.Namespace) -> None:
 
 
 def _hold_out(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Split ids into held-out ids and training ids: one document in 20, or the last twentieth of fewer documents."""
+    """Split ids into held-out and training ids.
+
+    Every 20th document is held out, or the last 5% of the ids if there are fewer than 20 documents.
+    """
     document = np.cumsum(ids < 0)  # document index of each id; a negative id ends a document
     is_heldout = document % 20 == 19 if document[-1] >= 19 else np.arange(len(ids)) >= 0.95 * len(ids)
     return ids[is_heldout], ids[~is_heldout]
@@ -229,9 +233,9 @@ def _train_tinylm(
 
 
 def _heldout_loss(inputs: np.ndarray, outputs: np.ndarray, ids: np.ndarray, counts: np.ndarray) -> float:
-    """Return the negative sampling loss in nats per word pair, with five random negatives per pair.
+    """Return the negative-sampling loss in nats per word pair, with five random negatives per pair.
 
-    The words of a pair are at most five apart and in the same document.
+    The two words of a pair are in the same document, at most five words apart.
     """
     generator = np.random.default_rng(0)
     positions = generator.integers(0, len(ids) - 5, 200_000)

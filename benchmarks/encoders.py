@@ -5,13 +5,12 @@
     python benchmarks/encoders.py debian FILE
     python benchmarks/encoders.py throughput FILE [--texts 2000]
 
-masked: the held-out masked loss over time of preset `modern`, of preset `bert`, and of BertForMaskedLM from transformers with
-torch's AdamW at the same size on the same batches. The three take turns. It prints after how many seconds each of the first two
-reaches the final loss of the third.
-labels: the accuracy of a classifier that is trained for a number of minutes on shares of the labels of FILE, with its interval,
-beside TF-IDF + linear. With --init-from, each share is also trained from that run.
-debian: write the synopsis and the section of every package that `apt-cache dumpavail` lists to FILE, as labeled texts.
-throughput: texts per second of `tinylm classify` and of transformers' pipeline on the same weights, in turn.
+masked: Compare the held-out masked loss over time for preset `modern`, preset `bert`, and BertForMaskedLM from transformers with
+torch's AdamW. All three have the same size and train on the same batches. Prints when each preset reaches transformers' final loss.
+labels: Train a classifier for --minutes on shares of the labeled texts in FILE, and compare its accuracy with TF-IDF + linear.
+Prints confidence intervals. With --init-from, each share is also trained starting from that run.
+debian: Write the synopsis and the section of every package in `apt-cache dumpavail` to FILE, as labeled texts.
+throughput: Measure the texts/s of `tinylm classify` and transformers' pipeline, alternately and with the same weights.
 """
 
 from __future__ import annotations
@@ -111,7 +110,7 @@ def train_transformers(recipe: Recipe, minutes: float, seed: int) -> list[tuple[
 
 
 def seconds_to(points: list[tuple[float, float]], loss: float) -> float | None:
-    """When a curve first reaches a loss, interpolated linearly."""
+    """Return the time when a curve first reaches `loss`, interpolated linearly, or None if it never does."""
     for (before, above), (after, below) in pairwise(points):
         if below <= loss < above:
             return before + (after - before) * (above - loss) / (above - below)
@@ -133,17 +132,17 @@ def compare_masked(arguments: argparse.Namespace) -> None:
         print(f"seed {seed}: transformers reaches {target:.4f} nats per masked token in {theirs[-1][0]:.0f} s")
         for preset, points in curves.items():
             reached = seconds_to(points, target)
-            print(f"  {preset}: {points[-1][1]:.4f} in {points[-1][0]:.0f} s; the same loss {describe(reached, theirs[-1][0])}")
+            print(f"  {preset}: {points[-1][1]:.4f} in {points[-1][0]:.0f} s; the target {describe(reached, theirs[-1][0])}")
             if reached is not None:
                 ratios[preset].append(theirs[-1][0] / reached)
     for preset, values in ratios.items():
         if values:
             spread = f"from {min(values):.2f} to {max(values):.2f}, {len(values)} seeds"
-            print(f"{preset}: {statistics.mean(values):.2f} times sooner ({spread})")
+            print(f"{preset}: {statistics.mean(values):.2f}x as fast as transformers ({spread})")
 
 
 def describe(reached: float | None, theirs: float) -> str:
-    return "not reached" if reached is None else f"after {reached:.0f} s, {theirs / reached:.2f} times sooner"
+    return "was not reached" if reached is None else f"was reached after {reached:.0f} s, {theirs / reached:.2f}x as fast"
 
 
 def compare_labels(arguments: argparse.Namespace) -> None:
@@ -164,7 +163,7 @@ def compare_labels(arguments: argparse.Namespace) -> None:
 
 
 def debian_packages() -> Iterator[dict[str, str]]:
-    """Yield the synopsis and the section of each package."""
+    """Yield each package's synopsis as `text` and its section as `label`."""
     listed = subprocess.run(["apt-cache", "dumpavail"], capture_output=True, text=True, check=True).stdout
     for paragraph in listed.split("\n\n"):
         fields = dict(re.findall(r"^(Section|Description(?:-en)?): (.*)$", paragraph, flags=re.M))

@@ -1,10 +1,10 @@
-"""Speed of sliding-window perplexity with a stride of half the context: tinylm vs. a plain loop with transformers' GPT-2.
+"""Compare the speed of sliding-window perplexity in tinylm and in a plain loop with transformers' GPT-2.
 
     python benchmarks/evaluating.py [--rounds 3] [--tokens 20000]
 
-13.8 M parameters, context 256, one document of random tokens. Both implementations have the same weights, use batches of 8192
-tokens, and run alternately on the same cores. The loop is a batched version of the one in transformers' documentation on
-perplexity, which masks the targets that an earlier window scored.
+The model has 13.8 M parameters and a context of 256 tokens, the stride is half the context, and the text is one document of random
+tokens. Both implementations have the same weights, use batches of 8192 tokens, and run alternately on the same cores. The loop is a
+batched version of the one in transformers' documentation on perplexity, which masks the targets that an earlier window scored.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Fine-tune a run on a second text: held-out bits per byte on both texts, with full fine-tuning, LoRA and from scratch.
+"""Fine-tune a run on a second text with all weights or LoRA, or train from scratch, and measure bits per byte on both texts.
 
     python benchmarks/finetune.py RUN TEXT --steps 120
 
-RUN is a run folder (such as runs/quickstart), TEXT is the second text. The first text is RUN's own; both are evaluated on their
-held-out parts. All variants use the same tokenizer, batches and number of steps, and are evaluated at their last checkpoint.
+RUN is a run folder (such as runs/quickstart), and TEXT is the second text. The first text is the one that RUN was trained on. Only
+held-out text is measured. All variants use the same tokenizer, batches and number of steps, and are evaluated at their last
+checkpoint.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""Training and decoding speed on one GPU: precisions and execution modes, each compared with plain eager execution.
+"""Measure training and decoding speed on one GPU. Compare precisions and execution modes with plain eager execution.
 
     python benchmarks/gpu.py [--model gpt2-124m|small] [--batch N] [--parts training optimizers decoding] [--json]
 
 Variants run alternately on random tokens; the speed does not depend on the text. All rows of the training table share one network
 and one optimizer, so that the peak memory of a row does not include the memory of other rows. A row that runs out of memory is
-marked as failed, and the others continue.
-`--device cpu --tiny` is a smoke test.
+marked as failed, and the others continue. `--device cpu --tiny` is a smoke test.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ class BenchmarkSettings:
     """Width of the square matrices whose product measures the peak FLOP/s."""
     new_tokens: int
     decode_batches: tuple[int, ...] = (1, 16, 64)
-    """Numbers of sequences decoded together."""
+    """Batch sizes for decoding."""
 
 
 def make_settings(name: str, *, tiny: bool, batch: int | None) -> BenchmarkSettings:
@@ -243,7 +242,7 @@ def matmul_precision(mode: str, precision: Precision) -> AbstractContextManager[
 
 
 def measured_peak(mode: str, width: int, device: torch.device) -> float:
-    """Return the best FLOP/s of several products of large random matrices. A GPU multiplies constant matrices faster."""
+    """Return the best FLOP/s over several products of large random matrices. (A GPU multiplies constant matrices faster.)"""
     a, b = (torch.randn(width, width, device=device).to(DTYPES[mode]) for _ in range(2))
     with matmul_precision(mode, precision_of(mode, device)):
         seconds_of(lambda: a @ b, 3, device)
@@ -252,7 +251,7 @@ def measured_peak(mode: str, width: int, device: torch.device) -> float:
 
 
 def find_data_sheet(device: torch.device, hardware: str | None) -> Accelerator | None:
-    """Return the data sheet of `hardware`, or of the device if it is None. Raises `InputError` for an unknown name."""
+    """Return the data sheet for `hardware`, or for the device if `hardware` is None. Raises `InputError` for an unknown name."""
     if hardware is not None:
         return find(hardware)
     if device.type != "cuda":
@@ -289,7 +288,7 @@ class Training:
 
     @contextmanager
     def configured(self, variant: Variant, compiled: Sequence[CompiledCall | None]) -> Iterator[None]:
-        """Configure the network for a variant. Compiled variants use `compiled`, the compiled call of each block."""
+        """Configure the network for a variant. `compiled` contains one compiled call per block, for compiled variants."""
         self.network.recompute = variant.recompute
         self.network.compile_loss = variant.fused_loss
         for block, call in zip(self.network.blocks, compiled, strict=True):
@@ -300,7 +299,7 @@ class Training:
             self.network.recompute = False
 
     def compile(self, mode: str, precision: Precision) -> tuple[list[CompiledCall | None], str | None]:
-        """Return the compiled call of every block, and an error message if compilation failed."""
+        """Return one compiled call per block, and an error message if compilation failed."""
         torch.compiler.reset()  # compile from scratch in every mode: after too many recompilations, torch falls back to eager
         reporter = CollectingReporter()
         batch = self._feed.batch(self._position, self.settings.batch)

@@ -4,8 +4,8 @@
 #     bash benchmarks/gpu_session.sh [--out FOLDER] [--device cuda|cpu] [--tiny] [--only "PART ..."] [--seconds N]
 #
 # Each part has its own time limit and writes FOLDER/PART.log; the end of each log is also printed. A part that fails does not stop
-# the others; the exit code is 1 if any failed. Uses the Python in $PYTHON (default: python3), which needs tinylm's dependencies;
-# tinylm itself is imported from this checkout. The text is generated. `--device cpu --tiny` is a dry run.
+# the others, but the exit code is then 1. Uses the Python in $PYTHON (default: python3), which needs tinylm's dependencies; tinylm
+# itself is imported from this checkout. The training text is generated. `--device cpu --tiny` is a dry run.
 set -u
 cd "$(dirname "$0")/.." || exit
 
@@ -28,7 +28,7 @@ ln -s "$PWD/cli" "$work/tinylm_cli" && ln -s "$PWD/recipes" "$work/tinylm_recipe
 export PYTHONPATH=$PWD:$work${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TINYLM_CACHE=$work/cache
 failed=0
 
-# part NAME SECONDS COMMAND...: run the command with a time limit and a log, if the part is wanted and there is time left.
+# part NAME SECONDS COMMAND...: run the command with a time limit and a log, if the part is selected and there is time left.
 part() {
     local name=$1 limit=$2 code
     shift 2
@@ -60,7 +60,7 @@ if sys.argv[1] == "cuda":
     print("cuDNN", torch.backends.cudnn.version(), "|", properties.name, "|", round(properties.total_memory / 2**30, 1), "GiB")
 '
 
-# The time of attention with one query at a number of keys for the first time, and again.
+# Time attention with one query: the first call with each number of keys, and a repeated call with the last number.
 cudnn='
 import sys, time, torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -78,7 +78,7 @@ for keys in (100, 101, 102, 103, 103):
     print(f"{keys} keys: {1e3 * (time.perf_counter() - start):.2f} ms")
 '
 
-# Words of random letters, so that byte pair encoding finds a large vocabulary.
+# Write words of random letters, so that byte-pair encoding can build a large vocabulary.
 text='
 import random, sys
 draw = random.Random(0)

@@ -1,10 +1,10 @@
-"""Cost of unused hook points: alternate training steps with hook points and with plain functions in their place.
+"""Measure the cost of unused hook points by alternating training steps with and without them.
 
     python benchmarks/hooks.py [--steps 200] [--width 64] [--rows 8] [--compile]
 
-Both networks have the same weights and take the same batches on one thread. Prints CPU time per step, and the median over
-pairs of consecutive steps of the ratio, with an interval of plus or minus two standard errors. The default shape is tiny, so that
-the share of module calls in a step is large.
+Both networks have the same weights and train on the same batches, on one thread. One of them has plain functions in place of the
+hook points. Prints the median CPU time per step and the median ratio between the two networks, plus or minus two standard errors.
+The default shape is tiny, so that module calls take a large share of each step.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ VOCABULARY = 512
 
 
 class NoHookPoint:
-    """Replaces a hook point. Calling it costs about as much as calling a Python function."""
+    """A replacement for a hook point. Calling it costs about as much as calling a Python function."""
 
     functions = ()
 

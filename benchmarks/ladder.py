@@ -1,12 +1,12 @@
-"""Recurrent networks against torch.nn, and the ladder of model generations on several texts.
+"""Compare recurrent networks with torch.nn, and run the ladder of model generations on several texts.
 
     python benchmarks/ladder.py speed [--rounds 5] [--steps 10] [--tokens 300]
     python benchmarks/ladder.py texts TEXT [TEXT...] [--minutes 50] [--seeds 1 2 3] [--set tokenizer=char] [--out DIR]
 
-`speed` compares training steps with a plain language model made of torch.nn modules, and compiled sampling with a plain torch loop
-that draws from the 50 most likely tokens. `texts` runs `tinylm ladder` on each text with each seed. It prints one table per text:
-the mean of the bits per byte over the seeds, the range of the seeds, and the interval of the first seed. For example, TEXT can be
-the file of tinyshakespeare, with `--set tokenizer=char` and 10 minutes for each of the 5 models.
+`speed` compares training steps with those of a plain language model made of torch.nn modules, and compiled sampling with a plain
+torch loop that samples from the 50 most likely tokens. `texts` runs `tinylm ladder` on each text with each seed. It prints one
+table per text with the mean bits per byte over the seeds, the range over the seeds, and the first seed's confidence interval. For
+example, TEXT can be the path to tinyshakespeare.txt, with `--set tokenizer=char` and 10 minutes for each of the 5 models.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TEMPERATURE, TOP_K = 0.8, 50
 
 
 class PlainModel(nn.Module):
-    """An embedding, the layers of torch.nn and a head, as in a tutorial."""
+    """An embedding, torch.nn's recurrent layers and a head, as in a tutorial."""
 
     def __init__(self, kind: str, vocab_size: int, width: int, layers: int) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def our_model(kind: str, vocab_size: int, width: int, layers: int) -> Recurrent:
 
 
 def seconds_per_step(ours: Recurrent | None, plain: PlainModel | None, steps: int) -> float:
-    """The time of one training step of either model: forward pass, backward pass and AdamW."""
+    """Return the mean time of a training step (forward pass, backward pass and AdamW) for the model that is not None."""
     model = ours if ours is not None else plain
     assert model is not None
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -126,7 +126,7 @@ def speed(rounds: int, steps: int, tokens: int) -> None:
 
 
 def climb(text: str, minutes: str, seed: int, settings: list[str], out: Path) -> list[dict[str, object]]:
-    """Run `tinylm ladder` and return its rows. A finished ladder is not run again."""
+    """Run `tinylm ladder` and return the rows of its table. A ladder that is already finished is not trained again."""
     command = [sys.executable, "-m", "tinylm", "ladder", text, "--minutes", minutes, "--seed", str(seed), "--json"]
     command += ["--out", str(out / f"{Path(text).stem}-{seed}"), *(part for setting in settings for part in ("--set", setting))]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
@@ -138,7 +138,7 @@ def texts(sources: list[str], minutes: str, seeds: list[int], settings: list[str
     for text in sources:
         ladders = [climb(text, minutes, seed, settings, out) for seed in seeds]
         print(f"\n{text}, {minutes} minutes for all models, seeds {' '.join(map(str, seeds))}")
-        print("model       parameters  bits per byte  range of the seeds   95% interval of the first seed")
+        print("model       parameters  bits per byte  range over seeds     95% interval of the first seed")
         for rows in zip(*ladders, strict=True):
             bits = [float(str(row["bits_per_byte"])) for row in rows]
             low, high = rows[0]["bits_per_byte_ci95"]  # type: ignore[misc]
@@ -152,13 +152,13 @@ def texts(sources: list[str], minutes: str, seeds: list[int], settings: list[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    measured = commands.add_parser("speed", help="training and sampling speed against torch.nn")
+    measured = commands.add_parser("speed", help="compare training and sampling speed with torch.nn")
     measured.add_argument("--rounds", type=int, default=5)
     measured.add_argument("--steps", type=int, default=10, help="training steps in each round")
     measured.add_argument("--tokens", type=int, default=300, help="tokens sampled in each round")
-    ladders = commands.add_parser("texts", help="the ladder on several texts and seeds")
+    ladders = commands.add_parser("texts", help="run the ladder on several texts and seeds")
     ladders.add_argument("texts", nargs="+")
-    ladders.add_argument("--minutes", default="50", help="training time of all models of a ladder together")
+    ladders.add_argument("--minutes", default="50", help="total training time for all models of a ladder")
     ladders.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     ladders.add_argument("--set", action="append", default=[], help="a setting for all recipes")
     ladders.add_argument("--out", type=Path, default=Path("runs/ladders"))

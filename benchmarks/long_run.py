@@ -1,9 +1,9 @@
-"""Held-out loss of the character-level recipe `shakespeare-char-long` as a function of training time on a CPU.
+"""Measure the held-out loss of the character-level recipe `shakespeare-char-long` over training time on a CPU.
 
     python benchmarks/long_run.py tinyshakespeare.txt [--minutes 20] [--repeat 3] [--recipe shakespeare-char-long] [--set K=V ...]
 
-Times start at the first training step and include compilation and evaluation. The loss is in nats per character, over all held-out
-characters, each scored once. nanoGPT's best published loss on tinyshakespeare is 1.4697 (10.6 M parameters, on an A100).
+Times start at the first training step and include compilation and evaluation. The loss is in nats per character; every held-out
+character is scored once. nanoGPT's best published loss on tinyshakespeare is 1.4697 (10.6 M parameters, on an A100).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="settings")
     arguments = parser.parse_args()
     if not Path(arguments.source).exists():
-        sys.exit(f"skipped: {arguments.source} does not exist; give the path of tinyshakespeare.txt")
+        sys.exit(f"skipped: {arguments.source} does not exist; pass the path to tinyshakespeare.txt")
     best_losses = []
     for seed in range(1337, 1337 + arguments.repeat):
         with tempfile.TemporaryDirectory() as folder:

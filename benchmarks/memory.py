@@ -1,6 +1,8 @@
-"""Check that the peak memory of data preparation does not grow with the size of the text. Each text has its own process.
+"""Check that the peak memory of data preparation does not grow with the size of the text.
 
-python benchmarks/memory.py [--megabytes 32 256]
+    python benchmarks/memory.py [--megabytes 32 256]
+
+Each text is prepared in a separate process.
 """
 
 from __future__ import annotations

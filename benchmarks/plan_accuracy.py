@@ -3,7 +3,7 @@
     python benchmarks/plan_accuracy.py [--steps 5] [--precision auto|fp32|bf16]
 
 Runs three recipes in separate processes, on random tokens (the cost of a step does not depend on the text), without compilation,
-with the precision and micro-batch size of the plan. Memory is the growth of the resident set, from just before the model is built
+with the precision and micro-batch size from the plan. Memory is the growth of the resident set, from just before the model is built
 to its maximum over the steps and one evaluation. It includes memory that the allocator keeps. A tiny model is trained and
 evaluated first, so one-time library allocations are not counted. The step time is the median, excluding the first two steps.
 `make_plan` benchmarks the machine before each training process starts; on a busy machine, neither prediction nor measurement is
@@ -56,7 +56,7 @@ def reset_peak() -> None:
 
 
 def run_worker(name: str, settings: list[str], micro: int, steps: int) -> None:
-    """Train and evaluate in this process, and print the measurements as a line of JSON."""
+    """Train and evaluate in this process, and print the measurements as one line of JSON."""
     import numpy as np
     import torch
 

@@ -1,8 +1,8 @@
 """Compare the roofline model of `tinylm.cost.accelerators` with published training runs, and print the error for each run.
 
-The source of each run defines its architecture, batch size, device, and execution mode. Notes list the assumptions where the source
-gives no value. The constants of the module were not fitted to these runs, with one exception: MATMUL_EFFICIENCY was chosen using
-two of the runs, llm.c's 124M on A100s and 1558M on H100s.
+The source of each run defines its architecture, batch size, device, and execution mode. If a source is incomplete, a note lists the
+assumptions. The constants in `tinylm.cost.accelerators` were not fitted to these runs, with one exception: MATMUL_EFFICIENCY was
+chosen using two of the runs, llm.c's 124M on A100s and 1558M on H100s.
 """
 
 from __future__ import annotations

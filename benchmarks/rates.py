@@ -2,10 +2,10 @@
 
     python benchmarks/rates.py SOURCE [--widths 64 128 256] [--batches 12 48] [--layers 4] [--steps 400] [--seed 1337]
 
-Muon's `lr` and its `adamw_lr` (for embeddings, head and gains) are varied separately, by factors of two around their defaults: for
-every width with the first batch size, and for the middle width with the other batch sizes. If learning rates transfer, the best
-factor is about the same in all rows. The models are character-level with context 64. They have no n-gram embeddings, because
-only the rates of the transformer's matrices are of interest.
+Muon's `lr` and its `adamw_lr` (for embeddings, head and gains) are varied separately, by factors of two around their defaults.
+Every width is trained with the first batch size, and the middle width also with the other batch sizes. If learning rates transfer,
+the best factor is about the same in all rows. The models are character-level with context 64. They have no n-gram embeddings,
+because only the learning rates of the transformer's matrices are of interest.
 """
 
 from __future__ import annotations

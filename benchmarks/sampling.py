@@ -1,11 +1,11 @@
-"""Generation speed: tinylm vs. transformers' `generate`, with the same weights, alternately on the same cores.
+"""Compare generation speed with transformers' `generate`, using the same weights and running alternately on the same cores.
 
     python benchmarks/sampling.py [--models 0.86M 13.8M 124M] [--rows 1 16] [--rounds 5] [--first-token]
 
-Each model is `preset: gpt2` with random weights, copied into a GPT2LMHeadModel. The script first checks that greedy decoding gives
-the same tokens. Then it samples with top-k 50 after a prompt of 16 tokens, with batch sizes 1 and 16. The end-of-text token is
-banned in both libraries. The speedup is the ratio of medians. Compiled steps need numba. With `--first-token`, the script measures
-the time to the first token after a prompt of 1000 tokens instead, with the 13.8 M model.
+Each model has the `gpt2` preset and random weights, which are copied into a GPT2LMHeadModel. The script first checks that greedy
+decoding produces the same tokens. Then it samples with top-k 50 after a 16-token prompt, with batch sizes 1 and 16. The end-of-text
+token is banned in both libraries. The speedup is the ratio of medians. Compiled decoding needs numba. With `--first-token`, the
+script instead measures the time to the first token after a 1000-token prompt, with the 13.8 M model.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Measure how long saving a checkpoint blocks the training loop, compared with the time until the file is complete.
 
-The loop is blocked only while the tensors are copied. A background thread writes the file.
+    python benchmarks/saving.py [N_LAYER N_EMBD]
 
-python benchmarks/saving.py [N_LAYER N_EMBD]
+The loop is blocked only while the tensors are copied. A background thread writes the file.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python benchmarks/serving.py --run runs/quickstart [--clients 64] [--requests 3] [--tokens 32]
 
-Starts `tinylm serve` in a separate process. Every client sends its requests one after the other, each with a different seed. Every
+Starts `tinylm serve` in a separate process. Every client sends its requests sequentially, each with a different seed. Every
 response is compared with the text that the library generates for that seed. Then half as many clients start streams and disconnect,
 and the script measures the time until the server is idle.
 """
@@ -27,7 +27,7 @@ from tinylm.run import Run
 
 
 async def send_requests(address: str, clients: int, requests: int, tokens: int) -> tuple[dict[int, str], list[float], int]:
-    """Return the texts by seed, the latency of each request in seconds, and the number of failed requests."""
+    """Return the generated texts by seed, the latency of each request in seconds, and the number of failed requests."""
     texts: dict[int, str] = {}
     seconds: list[float] = []
     failed = 0

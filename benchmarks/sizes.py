@@ -2,9 +2,9 @@
 
     python benchmarks/sizes.py SOURCE... [--minutes 2] [--sizes 2x128 3x192 4x256 5x320 6x384 8x512] [--set K=V ...]
 
-Trains the recipe that `tinylm new SOURCE --minutes M` proposes, and, for each size in the grid, the recipe that it would write for
-that size, including regularization, evaluation interval and schedule. Prints the held-out bits per byte of the best checkpoint of
-each size, and the ratio of the proposed size's bits per byte to the lowest.
+Trains the recipe that `tinylm new SOURCE --minutes M` proposes, and, for each size in the grid, the recipe that `tinylm new` would
+write for that size, including regularization, evaluation interval and schedule. Prints the held-out bits per byte of each size's
+best checkpoint, and the ratio between the proposed size and the best size.
 """
 
 from __future__ import annotations

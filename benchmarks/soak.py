@@ -3,8 +3,8 @@
     python benchmarks/soak.py [--kills 50] [--processes 1] [--parallel ddp|fsdp] [--precision fp32|bf16] [--seed 1]
 
 The recipe uses dropout, gradient accumulation and several epochs, and saves every second step. Each attempt starts new processes
-and kills one of them with SIGKILL. At the end, all logged numbers, weights and optimizer moments must be bitwise equal. Prints a
-line per attempt and a summary. The exit status is 1 if anything differs.
+and kills one of them with SIGKILL. At the end, all logged numbers, weights and optimizer moments must be bitwise equal to those of
+the uninterrupted run. Prints a line per attempt and a summary. The exit status is 1 if anything differs.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Peak memory of a training step: tinylm vs. transformers, each in a separate process.
+"""Compare the peak memory of a training step in tinylm and in transformers, each in a separate process.
 
     python benchmarks/step_memory.py [--checkpointing]
 
-GPT-2 small: 12 layers, 12 heads, width 768, vocabulary 50,257, context 1024, micro-batch 4, float32, AdamW. Compares the maximum
-resident set size of each process over two steps, and its growth since just before the model was built.
+The model is GPT-2 small: 12 layers, 12 heads, width 768, vocabulary 50,257, context 1024. It is trained with AdamW in float32, with
+micro-batches of 4 sequences. Prints each process's maximum resident set size over two steps, and its growth since just before the
+model was built.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def peak_resident() -> int:
 
 
 def run_worker(variant: str) -> None:
-    """Take two steps in this process, and print the measurements as a line of JSON."""
+    """Take two training steps in this process, and print the measurements as one line of JSON."""
     import torch
 
     tokens = torch.randint(VOCABULARY, (BATCH, CONTEXT + 1), generator=torch.Generator().manual_seed(0))

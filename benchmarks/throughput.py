@@ -1,10 +1,10 @@
-"""Training speed: tinylm vs. a plain training loop with transformers' GPT2LMHeadModel, alternately on the same cores.
+"""Compare training speed with a plain loop around transformers' GPT2LMHeadModel, alternately on the same cores.
 
     python benchmarks/throughput.py [--rounds 5] [--steps 4] [--precision fp32]
 
-13.9 M parameters: 6 layers, 6 heads, width 384, vocabulary 8192, context 256, batch 8, AdamW, gradients clipped at 1. Model FLOPs
-are 6 per weight and token, plus the operations of causal attention. MFU is relative to the speed of a 2048 x 2048 matrix product,
-measured between the rounds. Also prints the optimizer's share of a step, for AdamW and Muon.
+The model has 13.9 M parameters: 6 layers, 6 heads, width 384, vocabulary 8192, context 256. The batch size is 8, and gradients are
+clipped at norm 1. Model FLOPs are 6 per weight and token, plus the operations of causal attention. MFU is relative to the speed of
+a 2048 x 2048 matrix product, measured between the rounds. Also prints the optimizer's share of a step, for AdamW and Muon.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def dataset() -> TokenStream:
 def make_tinylm_step(
     preset: str, section: AdamWOptimizer | MuonOptimizer, precision: Precision, compiled: bool
 ) -> Callable[[], tuple[float, float]]:
-    """Return a function that takes a training step and returns (seconds of the step, seconds of the optimizer)."""
+    """Return a function that takes a training step and returns (seconds for the whole step, seconds for the optimizer)."""
     model = DecoderSection.model_validate({"preset": preset, **SHAPE, "tie_embeddings": True})
     network = Transformer(model, VOCABULARY)
     optimizers = groups.build(section, network)
@@ -113,7 +113,7 @@ VARIANTS = ("transformers", "gpt2", "gpt2, compiled", "modern, muon", "modern, m
 
 
 def run_worker(variant: str, precision: Precision) -> None:
-    """For each line on stdin, take a training step, and print the seconds of the step and of the optimizer."""
+    """Take a training step for each line on stdin, and print the seconds for the whole step and for the optimizer."""
     if variant == "transformers":
         step = make_transformers_step(precision)
     else:

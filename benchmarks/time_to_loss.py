@@ -1,15 +1,15 @@
-"""Training time until nanoGPT's loss is reached: tinylm's character-level recipe vs. nanoGPT's, alternately on the same cores.
+"""Compare how soon tinylm's character-level recipe and nanoGPT's recipe reach nanoGPT's loss, alternately on the same cores.
 
     python benchmarks/time_to_loss.py SOURCE [--target 1.88] [--repeat 3] [--recipe shakespeare-char]
 
 SOURCE is tinyshakespeare.txt, another text of about a megabyte, or builtin:python-docs. The loss is in nats per character over all
-held-out characters (the last tenth of the text), each scored once. Times are seconds of training steps, without evaluation. For
-each seed, the script trains three times:
+held-out characters (the last tenth of the text), each scored once. Times count only training steps, not evaluation. For each seed,
+the script trains three times:
 
-1. The baseline, the recipe `nanogpt-char` unchanged (2000 steps), evaluated every 250 steps. Gives its last loss, its training
-   time, and the time to the target loss. Without --target, the target is the baseline's own last loss.
-2. Our recipe for 200 steps with a constant learning rate, evaluated every 10 steps. Gives the speedup to the target loss.
-3. Our recipe for the training time of the baseline. Gives its last loss.
+1. The baseline: the unchanged recipe `nanogpt-char` (2000 steps), evaluated every 250 steps. This measures its last loss, its
+   training time, and its time to the target loss. Without --target, the target is the baseline's own last loss.
+2. Our recipe for 200 steps with a constant learning rate, evaluated every 10 steps. This measures the speedup to the target loss.
+3. Our recipe, trained for as long as the baseline. This measures the loss after equal training time.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="shakespeare-char")
     arguments = parser.parse_args()
     if not arguments.source.startswith("builtin:") and not Path(arguments.source).exists():
-        sys.exit(f"skipped: {arguments.source} does not exist; give the path of tinyshakespeare.txt")
+        sys.exit(f"skipped: {arguments.source} does not exist; pass the path to tinyshakespeare.txt")
     source = f"data.train={arguments.source}"
     speedups, same_time_losses = [], []
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.repeat):

@@ -1,4 +1,4 @@
-"""Compare the tokenizers with other libraries: encoding and training speed, round trip, determinism, compression.
+"""Compare tinylm's tokenizers with other libraries: encoding and training speed, round trip, determinism, compression.
 
     python benchmarks/tokenizer_workbench.py FOLDER_OR_FILE [--only encode train roundtrip determinism compression] [--rounds 3]
 
@@ -55,7 +55,7 @@ def benchmark(variants: dict[str, Callable[[], object]], rounds: int, size: int)
 
 
 def encode(pieces: list[Piece], size: int, rounds: int) -> None:
-    """Encode with a vocabulary of 8192 tokens and an empty cache in every round."""
+    """Encode with a vocabulary of 8192 tokens, starting every round with an empty cache."""
     trained = training.train(BpeTokenizer(kind="bpe", vocab_size=VOCABULARY), pieces, print)
     texts = [piece.text for piece in pieces]
     tokenizer_json = trained.tokenizer_json

@@ -1,10 +1,11 @@
-"""Measure translation: quality against baselines and JoeyNMT, and decoding speed against transformers and CTranslate2.
+"""Compare translation quality with baselines and JoeyNMT, and decoding speed with transformers and CTranslate2.
 
-    python benchmarks/translation.py quality --minutes 20 --seeds 3      # modern against transformer, with baselines
-    python benchmarks/translation.py joeynmt --minutes 20                # the same pairs, minutes and number of parameters
+    python benchmarks/translation.py quality --minutes 20 --seeds 3      # the presets `modern` and `transformer`, and baselines
+    python benchmarks/translation.py joeynmt --minutes 20                # the same pairs, training time and number of parameters
     python benchmarks/translation.py decoding --run runs/NAME            # beam 5, batch 32, on held-out sentences
+    python benchmarks/translation.py invariance --run runs/NAME          # one sentence at a time and in batches of 32
 
-Both sides of a comparison alternate. JoeyNMT runs in a process of its own, from a virtual environment given by --joey-python.
+The systems run alternately. JoeyNMT runs in its own process, with the Python interpreter of --joey-python.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def quality(minutes: float, seeds: int, folder: Path) -> None:
         for preset in ("modern", "transformer"):
             run_folder = folder / f"{preset}-{seed}"
             overrides = [f"training.minutes={minutes}", f"seed={seed}", f"model.preset={preset}"]
-            if preset == "transformer":  # AdamW and a longer warmup, as post-norm needs
+            if preset == "transformer":  # post-norm needs AdamW and a longer warm-up
                 overrides += ["training.optimizer={name: adamw, lr: 1e-3, betas: [0.9, 0.98]}", "training.schedule=inverse_sqrt"]
             train(load(RECIPE, overrides), run_folder, device="cpu", overwrite=True)
             options = TranslationEvaluationOptions(split="test")
@@ -151,7 +152,7 @@ def joeynmt(minutes: float, folder: Path, python: str) -> None:
 
 
 def decoding(run: Run, sentences: int, beams: int, batch_size: int, ct2_converter: str) -> None:
-    """Time tinylm, transformers and, if it is installed, CTranslate2 on the same weights and sentences, alternately."""
+    """Time tinylm, transformers and CTranslate2 (if it is installed) alternately, with the same weights and sentences."""
     import transformers
 
     translator = Translator.open(run, device="cpu")
@@ -176,7 +177,7 @@ def decoding(run: Run, sentences: int, beams: int, batch_size: int, ct2_converte
                 best[name] = min(best.get(name, (float("inf"), 0)), (seconds, tokens))
     rates = {name: tokens / seconds for name, (seconds, tokens) in best.items()}
     for name, rate in rates.items():
-        print(f"{name}: {rate:,.0f} tokens/s, {rate / rates['transformers']:.2f} times transformers {transformers.__version__}")
+        print(f"{name}: {rate:,.0f} tokens/s, {rate / rates['transformers']:.2f} x transformers {transformers.__version__}")
 
 
 def _tinylm(translator: Translator, sources: list, beams: int, batch_size: int) -> int:

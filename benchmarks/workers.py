@@ -1,6 +1,8 @@
-"""Encoding speed with one process, whose tokenizer uses threads, and with several processes. All must print the same token hash.
+"""Compare encoding speed with one process, whose tokenizer uses threads, and with several processes.
 
-python benchmarks/workers.py TEXT [WORKERS]...
+    python benchmarks/workers.py TEXT [WORKERS]...
+
+Every line of output must show the same token hash.
 """
 
 from __future__ import annotations

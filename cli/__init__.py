@@ -1,1 +1,1 @@
-"""The tinylm command line. The module of each command parses its options, calls the library, and prints the result."""
+"""The tinylm command line. Each command's module parses options, calls the library, and prints the result."""

@@ -24,31 +24,31 @@ from .console import CommandGroup
 COMMANDS = {
     "train": ("Train", "Train a model from a recipe."),
     "new": ("Train", "Write a recipe for a text, this machine and a time limit."),
-    "plan": ("Train", "Predict the cost of a recipe: parameters, memory, time."),
+    "plan": ("Train", "Predict the cost of a recipe: parameters, memory and time."),
     "recipes": ("Train", "List or print the recipes that come with tinylm."),
     "sample": ("Use", "Generate text with a trained model."),
     "translate": ("Use", "Translate text line by line."),
-    "eval": ("Use", "Evaluate a model on a text: perplexity, bits per byte."),
+    "eval": ("Use", "Evaluate a model on a text: perplexity and bits per byte."),
     "explain": ("Use", "Explain a model step by step, from characters to a gradient step."),
-    "fill": ("Use", "Predict the masked tokens of a text."),
+    "fill": ("Use", "Predict the masked tokens in a text."),
     "chat": ("Use", "Talk to a model that was fine-tuned on conversations."),
-    "classify": ("Use", "Predict the label of texts with a classifier."),
-    "inspect": ("Use", "Look inside a model: attention, logit lens, what contributed to a prediction."),
-    "compare": ("Use", "Compare runs: recipes, losses, and whether the difference is significant."),
+    "classify": ("Use", "Label texts with a classifier."),
+    "inspect": ("Use", "Look inside a model: attention, logit lens, and what contributed to a prediction."),
+    "compare": ("Use", "Compare the recipes and losses of runs, and test whether the difference is significant."),
     "serve": ("Use", "Serve a model over HTTP: an OpenAI-compatible API and a web page."),
     "export": ("Share", "Export a model to Hugging Face, llama.cpp or ONNX and verify it."),
-    "import": ("Share", "Import GPT-2 or Llama weights as a run."),
+    "import": ("Share", "Import a Hugging Face model, a nanoGPT checkpoint or an ARPA file as a run."),
     "sweep": ("Train", "Train a recipe with many settings and compare them."),
     "ladder": ("Train", "Train an n-gram model, older networks and a GPT on the same text and compare them."),
     "runs": ("Use", "List runs with their steps and held-out losses."),
     "plot": ("Use", "Plot the training curves of runs."),
-    "data": ("Text", "Show training examples: what is learned, and what is only read."),
+    "data": ("Text", "Show training examples and which of their tokens are trained on."),
     "tokenize": ("Text", "Train, apply and evaluate tokenizers."),
     "embed": ("Text", "Train, query, evaluate and convert embeddings."),
 }
 """The help panel and the help text of each command."""
 _MODULES = {"eval": "evaluate", "import": "import_"}
-"""The module of each command whose module is not named like the command."""
+"""Module names that differ from the command name."""
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 """The base class of typer's errors for an invalid command line. It has no public name."""
 
@@ -121,7 +121,7 @@ def main() -> None:
     debugging = os.environ.get("TINYLM_DEBUG") == "1"
     if not debugging:
         sys.excepthook = _report_bug
-        os.environ["RUST_BACKTRACE"] = "0"  # errors of tokenizers are reported on one line, like all others
+        os.environ["RUST_BACKTRACE"] = "0"  # errors from `tokenizers` are reported on one line, like all others
     signal.signal(signal.SIGTERM, _terminate)
     show_other_warning = warnings.showwarning
 
@@ -133,7 +133,7 @@ def main() -> None:
 
     warnings.showwarning = show_warning
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # file names may contain bytes that are not valid UTF-8: print them as is
+        if isinstance(stream, io.TextIOWrapper):  # file names can contain bytes that are not valid UTF-8: print them as is
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     try:
         code = typer.main.get_command(app)(standalone_mode=False)
@@ -148,7 +148,7 @@ def main() -> None:
     except (MemoryError, RuntimeError) as error:
         if debugging or not is_out_of_memory(error):
             raise
-        hint = "free memory, raise its limit, or choose smaller sizes"
+        hint = "free memory, raise the memory limit, or choose smaller sizes"
         code = _print_error(WorkError(f"out of memory: {' '.join(str(error).split()) or 'an allocation failed'}", hint=hint))
     except SystemExit as exit_request:  # typer and rich raise this from a BrokenPipeError if stdout is closed
         code = _on_closed_stdout() if isinstance(exit_request.__context__, BrokenPipeError) else exit_request.code
@@ -159,7 +159,7 @@ def main() -> None:
 
 
 def _use_utf8() -> None:
-    """Restart Python in UTF-8 mode if the locale has another encoding: arguments, file names and standard input are UTF-8."""
+    """Restart Python in UTF-8 mode if the locale has another encoding, to read arguments, file names and stdin as UTF-8."""
     if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
@@ -180,7 +180,7 @@ def _print_error(error: Exception) -> int:
 
 
 def _usage_message(error: Any) -> str:
-    """Return the message for an invalid command line, with a hint to run --help. It is empty if typer already printed the help."""
+    """Return the error message for an invalid command line, with a hint to run --help, or "" if typer already printed the help."""
     message: str = error.format_message().rstrip(".")
     context = getattr(error, "ctx", None)
     if not message:
@@ -194,7 +194,7 @@ def _usage_message(error: Any) -> str:
 
 
 def _usage_hint(error: Any, context: Any) -> str | None:
-    """Return what was probably meant by an option or argument that the command does not have."""
+    """Return a hint about what the user probably meant by an unknown option or an extra argument."""
     if context is None:
         return None
     if (name := getattr(error, "option_name", None)) is not None and "no such option" in error.format_message().lower():

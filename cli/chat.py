@@ -39,14 +39,14 @@ _COMMANDS = {
     "/reset": "forget the conversation",
     "/save FILE": "append the conversation to a .jsonl file, in the format of training data",
     "/help": "list these commands",
-    "/quit": "end; Ctrl-D does too",
+    "/quit": "end the chat; Ctrl-D also works",
 }
 
 
 @app.command()
 def chat(
-    system: str | None = typer.Option(None, "--system", help="A system message, with which every conversation begins."),
-    max_new_tokens: int = typer.Option(200, "--max-new-tokens", min=1, max=1 << 24, help="Maximum length of an answer."),
+    system: str | None = typer.Option(None, "--system", help="A system message at the start of every conversation."),
+    max_new_tokens: int = typer.Option(200, "--max-new-tokens", min=1, max=1 << 24, help="Maximum length of an answer in tokens."),
     temperature: float = typer.Option(0.8, "--temperature", help="Sampling temperature; 0 is greedy decoding."),
     top_k: int = typer.Option(50, "--top-k", help="Sample only from the K most likely tokens."),
     top_p: float | None = typer.Option(
@@ -61,9 +61,10 @@ def chat(
     threads: int | None = THREADS,
     quiet: bool = QUIET,
 ) -> None:
-    """Talk to a model that was fine-tuned on conversations. An answer ends at the end of its turn.
+    """Talk to a model that was fine-tuned on conversations.
 
-    Each line that you type is a message. If the context is full, the oldest exchanges are left out. /help lists the commands.
+    Each line that you type is a message. The model answers until it ends its turn. If the context is full, the oldest exchanges are
+    dropped. /help lists the commands.
     """
     if system is not None and not checked_text(system, "--system").strip():
         raise InputError("must not be empty", where="--system")
@@ -85,12 +86,12 @@ def chat(
     decoder = make_decoder(network, weights=kind, compiled=compiled, steps=None, reporter=reporter)
     session = ChatSession(decoder, encoder, options, secrets.randbelow(2**31) if seed is None else seed, system)
     if not quiet and sys.stdin.isatty():
-        console.print_line("Type a message. /help lists the commands, Ctrl-D ends.", "dim")
+        console.print_line("Type a message. /help lists the commands, Ctrl-D quits.", "dim")
     _Loop(session, console, quiet).run()
 
 
 class _Loop:
-    """Reads messages and commands from standard input until it ends."""
+    """Reads messages and commands from standard input until the input ends."""
 
     def __init__(self, session: ChatSession, console: StderrConsole, quiet: bool) -> None:
         self._session, self._console, self._quiet = session, console, quiet
@@ -121,17 +122,17 @@ class _Loop:
         sample, prompt = self._session.ask(text, lambda part: write_stdout(part, end=""))
         write_stdout("")
         if prompt.left_out:
-            self._note(f"the context is full: {pluralize(prompt.left_out, 'message')} from the beginning left out")
+            self._note(f"the context is full: dropped {pluralize(prompt.left_out, 'message')} from the beginning")
         if sample.finish_reason == "length":
-            self._note(f"the answer was cut after {pluralize(len(sample.token_ids), 'token')}")
+            self._note(f"the answer was cut off after {pluralize(len(sample.token_ids), 'token')}")
 
     def _command(self, name: str, argument: str = "") -> bool:
-        """Run a command. Returns False if the conversation is to end."""
+        """Run a command. Returns False for the command that ends the chat."""
         if name == "/quit":
             return False
         if name == "/reset":
             self._session.reset()
-            self._note("the conversation starts again")
+            self._note("the conversation was reset")
         elif name == "/save":
             self._save(argument.strip())
         elif name == "/help":
@@ -144,7 +145,7 @@ class _Loop:
 
     def _save(self, path: str) -> None:
         if not path:
-            raise InputError("needs the name of a file", where="/save", hint="for example /save chat.jsonl")
+            raise InputError("requires a file name", where="/save", hint="for example /save chat.jsonl")
         if not self._session.messages:
             raise InputError("there is nothing to save yet", where="/save")
         file = Path(os.path.expanduser(path))
@@ -162,7 +163,7 @@ class _Loop:
 
 
 def _next_line() -> str:
-    """The next line of standard input. Raises `EOFError` at its end."""
+    """Return the next line of standard input. Raises `EOFError` at the end of the input."""
     line = sys.stdin.readline()
     if not line:
         raise EOFError

@@ -1,4 +1,4 @@
-"""`tinylm classify`: the label of each text, with probabilities."""
+"""`tinylm classify`: label texts, with probabilities."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ app = typer.Typer(add_completion=False)
 def classify(
     ctx: typer.Context,
     text: str | None = typer.Argument(None, help="A text, or - to classify every line of standard input."),
-    input_: str | None = typer.Option(None, "--input", "-i", metavar="SOURCE", help="Classify the texts of a SOURCE instead."),
+    input_: str | None = typer.Option(None, "--input", "-i", metavar="SOURCE", help="Classify the texts in a SOURCE instead."),
     documents: bool = typer.Option(
-        False, "--documents", help="With --input: classify each plain text file as a whole. Default: each of its lines."
+        False, "--documents", help="With --input: classify each plain text file as a whole instead of line by line."
     ),
     calibrated: bool = typer.Option(
-        False, "--calibrated", help="Calibrate the probabilities with a temperature that is fitted on the run's held-out texts."
+        False, "--calibrated", help="Calibrate the probabilities with a temperature that is fitted to the run's held-out texts."
     ),
     run: str | None = RUN,
     checkpoint: str | None = CHECKPOINT,
@@ -52,14 +52,14 @@ def classify(
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Classify texts with a model trained with objective classification.
+    """Classify texts with a model that was trained with `objective: classification`.
 
-    Prints the label, its probability and the text of each text in one line, separated by tabs. --json prints the probabilities of
-    all labels.
+    Prints one line per text: the label, its probability and the text, separated by tabs. --json prints the probabilities of all
+    labels.
     """
     checked_errors(errors)
     if (text is None) == (input_ is None):
-        raise InputError("give a text, - for standard input, or --input SOURCE", where="TEXT")
+        raise InputError("requires a text, - for standard input, or --input SOURCE", where="TEXT")
     if input_ is None and (unused := given_options(ctx, ("documents", "field", "template", "errors"))):
         raise InputError("requires --input", where=", ".join(unused))
     console = stderr_console()
@@ -90,7 +90,7 @@ def classify(
 
 
 def _texts_of(source: str, whole: bool, field: str, template: str | None, errors: str) -> Iterator[str]:
-    """Yield the texts of a SOURCE: each record, and each line of a plain text file, or with `whole` each file."""
+    """Yield the texts in a SOURCE: its records, and the lines of plain text files, or whole files if `whole` is true."""
     from tinylm.text.sources import Corpus
 
     with Corpus([source], field=field, template=template, errors=errors) as corpus:

@@ -54,7 +54,7 @@ def compare(
         help="The text for the comparison. Default: the held-out or test text, if it is the same for all runs.",
     ),
     split: str = SPLIT,
-    stride: int | None = typer.Option(None, "--stride", help="Tokens by which windows advance, as in `tinylm eval`."),
+    stride: int | None = typer.Option(None, "--stride", help="Number of tokens between window starts, as in `tinylm eval`."),
     field: str = FIELD,
     template: str | None = TEMPLATE,
     errors: str = ERRORS,
@@ -129,7 +129,7 @@ def compare(
     if comparison is not None:
         leaks = [run.path for run in comparison.runs if (largest_share(run.overlaps) or 0) > WARN_ABOVE]
         if leaks:
-            reporter.warn(f"much of the text also occurs in the training text of {', '.join(leaks)}: see the column 'trained on'")
+            reporter.warn(f"much of the text also occurs in the training text of {', '.join(leaks)}: see the 'trained on' column")
     else:
         reporter.warn(f"{_DIFFERENT_TEXTS}, so their results are not comparable: choose a text with --on")
 
@@ -179,7 +179,7 @@ def _model_verdict(test: ModelTest) -> str:
 
 
 def _print_recipes(console: Console, comparison: Comparison) -> None:
-    """Print the mean and standard deviation of each recipe with several seeds, and the tests between recipes."""
+    """Print each recipe's mean and standard deviation over seeds, and the tests between recipes."""
     if all(recipe.deviation is None for recipe in comparison.recipes):
         return
     console.print()
@@ -198,10 +198,10 @@ def _print_recipes(console: Console, comparison: Comparison) -> None:
         interval = f"95% interval {low:+.4f} to {high:+.4f}, p = {test.p_corrected:.4f}"
         facts = f"{seeds}, difference {test.result.difference:+.4f}, {interval}"
         if test.better is None:
-            verdict = f"The recipes of {test.a.name} and of {test.b.name} do not differ significantly"
+            verdict = f"The recipes of {test.a.name} and {test.b.name} do not differ significantly"
         else:
             worse = test.b if test.better is test.a else test.a
-            verdict = f"The recipe of {test.better.name} is better than the recipe of {worse.name}"
+            verdict = f"The recipe of {test.better.name} is better than that of {worse.name}"
         console.print(Text(f"{verdict} ({facts})."), soft_wrap=True)
     if comparison.recipe_tests:
         console.print(Text("Tested: whether the means over seeds differ (Welch's t-test)."), style="dim", soft_wrap=True)
@@ -237,7 +237,7 @@ def _recipe_differences(runs: list[Run]) -> list[dict[str, Any]]:
 
 
 def _curves(runs: list[Run], metric: Metric) -> list[dict[str, Any]]:
-    """Return the metric of each run at up to twelve steps at which at least one run was evaluated."""
+    """Return each run's metric at up to twelve of the steps at which at least one run was evaluated."""
     curves = [{event["step"]: event.get(metric.key) for event in run.metrics() if event["kind"] == "eval"} for run in runs]
     steps = sorted({step for curve in curves for step in curve})
     shown = [step for number, step in enumerate(reversed(steps)) if number % max(1, -(-len(steps) // 12)) == 0][::-1]

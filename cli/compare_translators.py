@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def compare(
     runs: list[Run], sources: list[str], split: str, document: dict[str, Any], *, device: str, json: bool, quiet: bool
 ) -> None:
-    """Compare the first run with each of the others and print the result. `document` has the other keys of the JSON document."""
+    """Compare the first run with each of the others and print the result. `document` contains the other keys of the JSON output."""
     from tinylm.translation.evaluate import compare_translators
 
     reporter = ConsoleReporter(stderr_console(), quiet=quiet)
@@ -27,7 +27,7 @@ def compare(
     for run, test in tests:
         low, high = test.ci95
         stdout_console().print(
-            f"BLEU of {first.path} {test.a:.2f}, of {run.path} {test.b:.2f}: difference {test.difference:+.2f} "
-            f"(95 % interval {low:+.2f} to {high:+.2f}, p {test.p_value:.3f})",
+            f"BLEU: {first.path} {test.a:.2f}, {run.path} {test.b:.2f}; difference {test.difference:+.2f} "
+            f"(95% interval {low:+.2f} to {high:+.2f}, p = {test.p_value:.3f})",
             soft_wrap=True,
         )

@@ -35,27 +35,29 @@ RUN = typer.Option(
     None, "--run", "-r", help="A run folder or a checkpoint folder. Default: $TINYLM_RUN, or the newest run in runs/."
 )
 CHECKPOINT = typer.Option(None, "--checkpoint", help="best, last or a step. Default: best.")
-SET = typer.Option(None, "--set", metavar="SECTION.KEY=VALUE", help="Set a key of the recipe. Can be repeated.")
+SET = typer.Option(None, "--set", metavar="SECTION.KEY=VALUE", help="Set a recipe key. Can be repeated.")
 FIELD = typer.Option("text", "--field", help="The field of .jsonl files, or the column of tables, that contains the text.")
 TEMPLATE = typer.Option(
     None, "--template", metavar="TEXT", help="Instead of --field: combine several fields, for example '{title}: {body}'."
 )
-WEIGHTS = typer.Option("fp32", "--weights", help="Weight format: fp32, bf16 or int8. int8 reads a quarter of the memory per token.")
+WEIGHTS = typer.Option("fp32", "--weights", help="Weight format: fp32, bf16 or int8. int8 weights are a quarter as large as fp32.")
 COMPILE = typer.Option(
     None,
     "--compile/--no-compile",
-    help="Compile the decoding step: slower to start, then faster. Default: only on a CPU and if it saves time.",
+    help="Compile the decoding step: slower to start, then faster. Default: only on a CPU and only if it saves time.",
 )
 SPLIT = typer.Option(
     "heldout",
     "--split",
-    help="Which part of the run's own text: heldout, or test (data.test), which training never uses to choose a checkpoint.",
+    help="Part of the run's own text: heldout, or test (data.test), which training never uses to choose a checkpoint.",
 )
-ERRORS = typer.Option("strict", "--errors", help="Bytes that are not UTF-8: strict (an error) or replace (with U+FFFD).")
+ERRORS = typer.Option(
+    "strict", "--errors", help="How to handle bytes that are not UTF-8: strict (report an error) or replace (with U+FFFD)."
+)
 
 
 class CommandGroup(TyperGroup):
-    """A command group. If no command is given, it prints its help to stderr, because stdout is for results."""
+    """A command group. Without a command, it prints its help to stderr, because stdout is for results."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args:
@@ -97,7 +99,7 @@ def print_columns(rows: Iterable[Sequence[str]]) -> None:
 
 
 def print_fields(console: Console, rows: Iterable[tuple[str, str]]) -> None:
-    """Print labels and values in two columns. Unless stdout is a terminal, rows are never wrapped."""
+    """Print labels and values in two columns. Rows are wrapped only on a terminal."""
     rows = list(rows)
     if not console.is_terminal:
         width = max(len(label) for label, _ in rows)
@@ -224,7 +226,7 @@ def parse_duration(text: str | None) -> float | None:
 
 
 def open_run(path: str | None, console: StderrConsole, *, quiet: bool) -> Run:
-    """Open the run of --run or TINYLM_RUN, or else the newest run in runs/. In the last case, print its path to stderr."""
+    """Open the run from --run or $TINYLM_RUN. If neither is set, open the newest run in runs/ and print its path to stderr."""
     from tinylm.run import Run
 
     if path is not None:
@@ -242,7 +244,7 @@ def write_stdout(text: str, *, end: str = "\n") -> None:
 
 
 def checked_text(text: str, option: str) -> str:
-    """Return a text from the command line. Raises `InputError` if it is not UTF-8: Python decodes other bytes to surrogates."""
+    """Return a text from the command line. Raises `InputError` if it is not UTF-8. (Python decodes other bytes to surrogates.)"""
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise InputError("not UTF-8", where=option)
     return text
@@ -264,7 +266,7 @@ def checked_weights(value: str) -> Literal["fp32", "bf16", "int8"]:
 
 
 def given_options(ctx: typer.Context, names: Iterable[str]) -> list[str]:
-    """Return the parameters in `names` that were given on the command line, formatted as `--option`."""
+    """Return the parameters in `names` that were set on the command line, formatted as `--option`."""
     options = {parameter.name: parameter.opts[0] for parameter in ctx.command.params}
     return [
         options[name] for name in names if (source := ctx.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
@@ -282,7 +284,7 @@ def checked_output_file(path: str, overwrite: bool) -> Path:
     """Return the path of an output file. Raises `InputError` for a folder, or for an existing file unless `overwrite` is true."""
     file = Path(path)
     if file.is_dir():
-        raise InputError("is a folder", where=path, hint="give the path of a file")
+        raise InputError("is a folder", where=path, hint="pass the path of a file")
     if file.exists() and not overwrite:
         raise InputError("the file already exists", where=path, hint="--overwrite replaces it")
     return file

@@ -12,14 +12,14 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 _BRAILLE_DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
-"""Bit of each dot in a Braille character, by row (of 4) and column (of 2)."""
+"""The bit of each dot in a Braille character, indexed by row (0 to 3) and column (0 or 1)."""
 LABEL_WIDTH = 8
-"""Width of the labels of the y axis."""
+"""Width of the y-axis labels in characters."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A curve of (x, y) points with x in [0, 1]. `marker` is drawn at every point instead of connecting the points with dots."""
+    """A curve of (x, y) points with x in [0, 1]. If `marker` is set, it is drawn at every point instead of a dotted line."""
 
     points: Sequence[tuple[float, float]]
     style: str
@@ -29,7 +29,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Axes:
-    """The labels of a chart: the format of y values, and the texts at both ends of the x axis."""
+    """The format of a chart's y labels, and the labels at both ends of its x axis."""
 
     y_format: str = ".3f"
     x_start: str = ""
@@ -46,7 +46,7 @@ def legend(curves: Sequence[Curve], unit: str, indent: int = LABEL_WIDTH) -> Tex
 
 
 def draw_curves(curves: Sequence[Curve], width: int, height: int, axes: Axes = Axes()) -> RenderableType:
-    """Draw curves with the maximum and minimum on the y axis. Later curves are on top."""
+    """Draw curves, with their minimum and maximum labeled on the y axis. Later curves are drawn on top."""
     values = [y for curve in curves for _, y in curve.points if math.isfinite(y)] or [0.0]
     low, high = min(values), max(values)
     span = max(high - low, 1e-9)

@@ -1,4 +1,4 @@
-"""`tinylm data`: look at training data."""
+"""`tinylm data`: show training data."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 app = typer.Typer(cls=CommandGroup, add_completion=False, no_args_is_help=True)
 _LEARNED, _READ = "bold green", "dim"
 _MARKS = ("[[", "]]")
-"""Surround what is learned where there are no colors."""
+"""Brackets around the text that is trained on, for output without color."""
 
 
 @app.callback()
 def root() -> None:
-    """Look at training data."""
+    """Show training data."""
 
 
 @app.command()
@@ -37,14 +37,14 @@ def show(
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Show training examples: what the model learns, in color or between [[ and ]], and what it only reads."""
+    """Show training examples. The tokens that are trained on are in color or between [[ and ]]; the others are only context."""
     from tinylm.data import formats
     from tinylm.data.examples import shown_examples
     from tinylm.recipe import load
 
     loaded = load(find_recipe(recipe), set_ or ())
     if loaded.objective.name != "causal_lm":
-        problem = f"only examples of causal_lm can be shown, not of {loaded.objective.name}"
+        problem = f"must be causal_lm to show training examples, not {loaded.objective.name}"
         raise InputError(problem, where="objective.name")
     reporter = ConsoleReporter(stderr_console(), quiet=quiet)
     data_format = formats.find(loaded.data)
@@ -72,7 +72,7 @@ def _document(example: ShownExample) -> dict[str, Any]:
 
 def _print(console: Console, number: int, example: ShownExample) -> None:
     share = example.learned / max(example.tokens, 1)
-    padding = f", {pluralize(example.padding, 'position')} of padding" if example.padding else ""
+    padding = f", {pluralize(example.padding, 'padding position')}" if example.padding else ""
     console.print(
         f"example {number}: {pluralize(example.tokens, 'token')}, {example.learned:,} learned ({share:.0%}){padding}", style="bold"
     )

@@ -1,4 +1,4 @@
-"""`tinylm embed`: train, query, evaluate, plot, import and export vectors of words and tokens."""
+"""`tinylm embed`: train, query, evaluate, plot, import and export word and token vectors."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ def train(
         None, "--window", help="Maximum number of context words on each side. Default: 5, or 15 for glove."
     ),
     negatives: int | None = typer.Option(None, "--negatives", help="Negative samples per word. Default: 5."),
-    subsample: float | None = typer.Option(None, "--subsample", help="Subsample words more frequent than this. Default: 1e-3."),
+    subsample: float | None = typer.Option(
+        None, "--subsample", help="Subsample words that make up a larger share of the text than this. Default: 1e-3."
+    ),
     epochs: int | None = typer.Option(None, "--epochs", help="Passes over the text. Default: 5, or 25 for glove."),
     lr: float | None = typer.Option(None, "--lr", help="Learning rate. Default: 0.025, or 0.05 for cbow and glove."),
     min_count: int | None = typer.Option(
@@ -71,13 +73,13 @@ def train(
     max_size: int | None = typer.Option(None, "--max-size", help="Maximum vocabulary size: keep only the most frequent words."),
     keep_case: bool = typer.Option(False, "--keep-case", help="Do not convert words to lower case."),
     tokenizer: str | None = typer.Option(
-        None, "--tokenizer", "-t", help="Train vectors of tokens instead of words. A tokenizer.json or a run."
+        None, "--tokenizer", "-t", help="Train token vectors instead of word vectors, with this tokenizer.json or run."
     ),
     probe: list[str] | None = typer.Option(
         None, "--probe", help="Show the neighbors of this word during training. Can be repeated."
     ),
     set_: list[str] | None = typer.Option(
-        None, "--set", metavar="SECTION.KEY=VALUE", help="Set any other key of the recipe. Can be repeated."
+        None, "--set", metavar="SECTION.KEY=VALUE", help="Set any other recipe key. Can be repeated."
     ),
     seed: int | None = typer.Option(None, "--seed", min=0, help="Random seed. Default: 1337."),
     resume: bool = typer.Option(False, "--resume", help="Resume from the newest complete checkpoint."),
@@ -92,7 +94,7 @@ def train(
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Train vectors on text. Equivalent to `tinylm train` with a recipe of `kind: embeddings`."""
+    """Train vectors on text. Equivalent to `tinylm train` with a `kind: embeddings` recipe."""
     from tinylm.run import check_run_folder
 
     vocabulary = {"kind": "words", "lowercase": not keep_case, "max_size": max_size, "min_count": min_count}
@@ -133,7 +135,7 @@ _OPTION_OF_KEY = {
 
 
 def _recipe(sections: dict[str, dict[str, Any]], top: dict[str, Any], overrides: Sequence[str]) -> EmbeddingRecipe:
-    """Build a recipe from the options. An `InputError` names the option instead of the recipe key."""
+    """Build a recipe from the options. Raises `InputError`, with the option instead of the recipe key."""
     from tinylm.recipe import RecipeError, loads_any
 
     def without_none(keys: dict[str, Any]) -> dict[str, Any]:
@@ -167,7 +169,7 @@ def run_recipe(
     json: bool,
     quiet: bool,
 ) -> None:
-    """Train a recipe of `kind: embeddings`, and print the progress and the result."""
+    """Train a `kind: embeddings` recipe, and print the progress and the result."""
     from tinylm.embedding_pipeline import train_embeddings
 
     from .embed_live import PlainEmbeddingView, QuietEmbeddingView, TerminalEmbeddingView
@@ -231,9 +233,9 @@ def from_run(
     ),
     pool: str = typer.Option("mean", "--pool", help="For sentence: cls (the first token), mean or last."),
     layer: int | None = typer.Option(
-        None, "--layer", min=0, help="For contextual: use the hidden states after this many blocks. Default: half of them."
+        None, "--layer", min=0, help="For contextual: use the hidden states after this many blocks. Default: half of the blocks."
     ),
-    words: bool = typer.Option(False, "--words", help="For contextual: vectors of words instead of tokens."),
+    words: bool = typer.Option(False, "--words", help="For contextual: word vectors instead of token vectors."),
     min_count: int = typer.Option(1, "--min-count", min=1, help="For contextual: skip tokens or words that occur less often."),
     out_: str = typer.Option(..., "--out", help="Output file. Its suffix determines the format, as in `embed export`."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing file."),
@@ -338,7 +340,7 @@ def export(
     out_: str = typer.Argument(..., metavar="FILE", help="Output file. Its suffix determines the format."),
     vectors: str | None = VECTORS,
     to: str | None = typer.Option(
-        None, "--to", help="word2vec, word2vec-binary, glove, safetensors or projector. Default: by the suffix."
+        None, "--to", help="word2vec, word2vec-binary, glove, safetensors or projector. Default: determined by the suffix."
     ),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing file."),
     json: bool = JSON,
@@ -357,7 +359,7 @@ def export(
 @app.command("import")
 def import_(
     file: str = typer.Argument(..., help="A file in any of the formats of `embed export`."),
-    out_: str = typer.Option(..., "--out", help="Output file, .safetensors."),
+    out_: str = typer.Option(..., "--out", help="Output file (.safetensors)."),
     from_: str | None = typer.Option(None, "--from", help="Format. Default: detected from the suffix and the first bytes."),
     byte_mapped: bool = typer.Option(False, "--byte-mapped", help="Decode names that `embed export` wrote byte-mapped."),
     tokens: bool = typer.Option(
@@ -388,7 +390,7 @@ def plot(
         ..., metavar="FILE", help="Output file: an interactive page (.html) or an image (.png, .svg, .pdf)."
     ),
     vectors: str | None = VECTORS,
-    projection: str = typer.Option("pca", "--projection", help="pca, umap or tsne; the latter two require tinylm[umap]."),
+    projection: str = typer.Option("pca", "--projection", help="pca, umap or tsne; umap and tsne require tinylm[umap]."),
     max_names: int = typer.Option(2000, "--max-names", min=3, help="Draw only this many of the most frequent names."),
     labels: int = typer.Option(
         150, "--labels", min=0, help="Number of names to write in an image. A page shows more when zoomed in."

@@ -24,7 +24,7 @@ _CURVE_HEIGHT = 6
 
 
 class QuietEmbeddingView(EmbeddingObserver):
-    """Prints nothing."""
+    """A view that prints nothing."""
 
 
 def _remaining_seconds(event: ProgressEvent) -> float:
@@ -61,7 +61,7 @@ class PlainEmbeddingView(EmbeddingObserver):
 
 
 class TerminalEmbeddingView(EmbeddingObserver):
-    """A live panel. Use it as a context manager; `render` returns its current content."""
+    """A live panel, used as a context manager. `render` returns the current content."""
 
     def __init__(self, console: Console, title: str) -> None:
         self._console = console

@@ -36,7 +36,7 @@ VECTORS = typer.Option(
     "--vectors",
     "-v",
     metavar="PATH",
-    help="A folder written by `embed train`, or a vector file. Default: TINYLM_VECTORS, else the newest folder in embeddings/.",
+    help="A folder written by `embed train`, or a vector file. Default: $TINYLM_VECTORS, or the newest folder in embeddings/.",
 )
 COUNT = typer.Option(10, "-n", min=1, help="Number of neighbors.")
 METHOD = typer.Option("3cosadd", "--method", help="3cosadd or 3cosmul.")
@@ -46,7 +46,7 @@ MAX_NAMES = typer.Option(
 
 
 def load_vectors(path: str | None, quiet: bool = False) -> Vectors:
-    """Load the vectors at `path` or TINYLM_VECTORS, or the newest vectors in embeddings/. In the last case, print the path."""
+    """Load the vectors at `path` or $TINYLM_VECTORS, or the newest in embeddings/. In the last case, print the path to stderr."""
     from tinylm.embedding.formats import read
     from tinylm.run import VECTORS_FILE
 
@@ -56,7 +56,7 @@ def load_vectors(path: str | None, quiet: bool = False) -> Vectors:
         return read(Path(named))
     files = sorted(FOLDER.glob(f"*/{VECTORS_FILE}"), key=lambda file: file.stat().st_mtime)
     if not files:
-        hint = "train some with `tinylm embed train SOURCE`, or give a path with --vectors"
+        hint = "train some with `tinylm embed train SOURCE`, or pass a path with --vectors"
         raise InputError(f"there are no vectors under {FOLDER}/", hint=hint)
     if not quiet:
         stderr_console().print_line(f"using {files[-1].parent}", "dim")
@@ -64,7 +64,7 @@ def load_vectors(path: str | None, quiet: bool = False) -> Vectors:
 
 
 def lines_of(sources: Sequence[str], field: str, template: str | None, errors: str) -> Iterator[str]:
-    """Yield the texts of sources that are not blank: each record, and each line of a plain text file."""
+    """Yield the non-blank texts in the sources: records, and the lines of plain text files."""
     from tinylm.text.sources import Corpus
 
     with Corpus(list(sources), field=field, template=template, errors=errors) as corpus:
@@ -151,19 +151,19 @@ def nearest(
     vectors: str | None = VECTORS,
     n: int = COUNT,
     run: str | None = typer.Option(
-        None, "--run", "-r", help="For vectors of sentences: the run that computed them, if it has been moved."
+        None, "--run", "-r", help="For sentence vectors: the run that computed the vectors, if the run has been moved."
     ),
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
     """Print the words most similar to a word, or the lines most similar to a sentence, by cosine similarity.
 
-    For the vectors of `embed from-run --which sentence`, the sentence can be any text: the run that computed the vectors reads it.
+    For vectors from `embed from-run --which sentence`, the sentence can be any text. The run that computed the vectors encodes it.
     """
     loaded = load_vectors(vectors, quiet)
     of_sentences = loaded.notes.get("which") == "sentence"
     if run is not None and not of_sentences:
-        raise InputError("requires vectors of sentences", where="--run")
+        raise InputError("requires sentence vectors", where="--run")
 
     def neighbors(query: str) -> list[Neighbor]:
         if not of_sentences or query in loaded.index:
@@ -254,7 +254,7 @@ def evaluate(
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Evaluate vectors on public test sets of analogies and word similarity."""
+    """Evaluate vectors on public test sets for analogies and word similarity."""
     from tinylm.embedding import evaluate as evaluation
     from tinylm.embedding.vectors import check_analogy_method
 
@@ -280,7 +280,7 @@ def evaluate(
 
 
 def _result_rows(document: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the result of one file as (label, value) pairs."""
+    """Return the result for one file as (label, value) pairs."""
     if "analogies" in document:
         result = document["analogies"]
         accuracy = "undefined, because no question is covered"

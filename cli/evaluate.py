@@ -1,4 +1,4 @@
-"""`tinylm eval`: perplexity and bits per byte of a model on a text."""
+"""`tinylm eval`: evaluate a model on a text."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ _TEXT_OPTIONS = (
 _COMMON_OPTIONS = ("source", "run", "checkpoint", "device", "threads", "json", "quiet")
 _LANGUAGE_MODEL_OPTIONS = (*_TEXT_OPTIONS, "stride")
 _EVALUATORS = {"masked_lm": "evaluate_masked", "classification": "evaluate_classifier", "translation": "evaluate_translator"}
-"""The module that evaluates models by objective. It has `OPTIONS`, the options that it supports, and `evaluate`."""
+"""The evaluation module for each objective. A module defines `OPTIONS`, the options that it supports, and `evaluate`."""
 _TABLE_TITLES = {"document": "document", "position": "context length", "frequency": "count in training text"}
 
 
@@ -84,12 +84,12 @@ def evaluate(
         "With --harness: the tasks.",
     ),
     harness: bool = typer.Option(
-        False, "--harness", help="Evaluate on tasks of lm-evaluation-harness instead: task names or task files (.yaml)."
+        False, "--harness", help="Evaluate on lm-evaluation-harness tasks instead: task names or task files (.yaml)."
     ),
     limit: int | None = typer.Option(None, "--limit", min=1, help="With --harness: use only the first N documents of each task."),
     context: int | None = typer.Option(None, "--context", help="Tokens per window. Default: the model's context length."),
     stride: int | None = typer.Option(
-        None, "--stride", help="Tokens by which windows advance. Default: the context, so that windows do not overlap."
+        None, "--stride", help="Number of tokens between window starts. Default: the window length, so that windows do not overlap."
     ),
     split: str = SPLIT,
     run: str | None = RUN,
@@ -100,21 +100,19 @@ def evaluate(
     baselines: bool = typer.Option(
         False,
         "--baselines",
-        help="Compare with n-gram models, and with xz and zstd with the training text as dictionary.",
+        help="Compare with n-gram models, and with xz and zstd that use the training text as a dictionary.",
     ),
-    by_frequency: bool = typer.Option(
-        False, "--by-frequency", help="Show the loss by the frequency of tokens in the training text."
-    ),
+    by_frequency: bool = typer.Option(False, "--by-frequency", help="Show the loss by token frequency in the training text."),
     by_position: bool = typer.Option(False, "--by-position", help="Show the loss by the number of preceding tokens."),
     by_document: bool = typer.Option(False, "--by-document", help="Show the loss of each document."),
     hardest: int = typer.Option(
         0, "--hardest", min=0, metavar="N", help="Show the N tokens, or sentence pairs, with the largest losses."
     ),
     pseudo: bool = typer.Option(
-        False, "--pseudo", help="Masked models: also compute the pseudo-perplexity, for which each token is masked in turn."
+        False, "--pseudo", help="Masked models: also compute the pseudo-perplexity, which masks one token at a time."
     ),
     max_tokens: int | None = typer.Option(
-        None, "--max-tokens", min=1, help="Masked models: score only the first tokens of the text."
+        None, "--max-tokens", min=1, help="Masked models: score only this many tokens from the start of the text."
     ),
     mistakes: int = typer.Option(10, "--mistakes", min=0, metavar="N", help="Classifiers and chat: show N mistakes."),
     max_pairs: int | None = typer.Option(None, "--max-pairs", min=1, help="Translation models: use only the first N pairs."),
@@ -134,8 +132,8 @@ def evaluate(
 ) -> None:
     """Evaluate a model on a text. Every token is scored once, and documents are scored independently.
 
-    A smaller --stride gives each token more context, which takes longer and lowers the loss. The model's objective decides what is
-    measured: a masked model predicts 15% of the tokens, and a classifier predicts the labels of labeled texts.
+    A smaller --stride gives each token more context, which takes longer and lowers the loss. The model's objective determines what
+    is measured: a masked model predicts masked tokens, and a classifier predicts the labels of labeled texts.
     """
     weight_kind = checked_weights(weights)
     checked_errors(errors)
@@ -201,7 +199,7 @@ def evaluate(
 
 
 def _evaluator_of(run: Run, ctx: typer.Context, *, own_data: bool) -> ModuleType | None:
-    """The module that evaluates models of the run's objective, or None for language models on text.
+    """Return the evaluation module for the run's objective, or None for language models on text.
 
     Raises `InputError` for options that have no effect on such a model.
     """
@@ -227,7 +225,7 @@ def _check_options(ctx: typer.Context, sources: list[str], harness: bool, limit:
     if sources and not harness and given_options(ctx, ("split",)):
         raise InputError("has no effect with a SOURCE", where="--split")
     if html is not None and html.is_dir():
-        raise InputError("is a folder", where=f"--html {html}", hint="give the path of a file")
+        raise InputError("is a folder", where=f"--html {html}", hint="pass the path of a file")
 
 
 def _check_tasks(tasks: list[str], unsupported: list[str]) -> None:
@@ -260,7 +258,7 @@ def _print_totals(console: Console, result: Evaluation) -> None:
     weights = "" if result.weights == "fp32" else f", {result.weights} weights"
     context = f"context {scores.context}, stride {scores.stride}"
     if scores.context is None:
-        context = "the state is carried over each document"
+        context = "the state is carried through each document"
     rows = [
         ("text", f"{result.text}: {', '.join(pluralize(*size) for size in sizes)}"),
         ("model", f"{result.run} {result.checkpoint}, {context}{weights}"),
@@ -271,11 +269,11 @@ def _print_totals(console: Console, result: Evaluation) -> None:
     if scores.bits_per_character is not None:
         rows.insert(3, ("bits per character", f"{scores.bits_per_character:.4f}"))
     if result.chosen_by_split:
-        note = "the checkpoint was chosen by its score on this text, so the score is slightly too good"
+        note = "the checkpoint was chosen by its score on this text, so the score is slightly optimistic"
         rows.append(
             (
                 "selection",
-                f"{note} (`data.test` sets a test text aside)" if not result.has_test_split else f"{note}; see --split test",
+                f"{note} (`data.test` sets aside a test text)" if not result.has_test_split else f"{note}; see --split test",
             )
         )
     rows += [("overlap", overlap.describe()) for overlap in result.overlaps]

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from tinylm.generation.chat_evaluation import Answer
 
 OPTIONS = ("split", "mistakes")
-"""The options of `tinylm eval` that have an effect on the run's own conversations."""
+"""The `tinylm eval` options that apply to the run's own conversations."""
 
 
 def evaluate(request: EvaluationRequest) -> None:
@@ -32,11 +32,11 @@ def evaluate(request: EvaluationRequest) -> None:
         return
     scores, part = result.scores, {"heldout": "held-out", "test": "test"}[result.split]
     rows = [
-        ("conversations", f"{scores.conversations:,} {part}; {pluralize(scores.tokens, 'token')} of answers"),
+        ("conversations", f"{scores.conversations:,} {part}; {pluralize(scores.tokens, 'answer token')}"),
         ("model", f"{result.run} {result.checkpoint}"),
-        ("loss", f"{scores.loss:.4f} nats per token of the answers, including end-of-turn tokens"),
+        ("loss", f"{scores.loss:.4f} nats per answer token, including end-of-turn tokens"),
         ("exact match", _rate(document, "exact_match")),
-        ("stop rate", f"{_rate(document, 'stop_rate')}; the other answers were cut"),
+        ("stop rate", f"{_rate(document, 'stop_rate')}; the other answers were cut off"),
     ]
     if scores.skipped:
         rows.insert(1, ("skipped", f"{pluralize(scores.skipped, 'conversation')} whose last answer is longer than the context"))

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from tinylm.evaluation.evaluate_classifier import ClassifierEvaluation
 
 OPTIONS = ("split", "mistakes", "no_baselines", "plot")
-"""The options of `tinylm eval` that have an effect on this kind of model."""
+"""The `tinylm eval` options that apply to classifiers."""
 _MAX_COLUMNS = 16
-"""The confusion matrix of more labels is not printed, only the most frequent confusions."""
+"""With more labels than this, only the most frequent confusions are printed instead of the whole matrix."""
 _MAX_CONFUSIONS = 15
 _NAMES = {"majority": "majority label", "tfidf_linear": "TF-IDF + linear"}
 
@@ -29,7 +29,7 @@ def evaluate(request: EvaluationRequest) -> None:
     from tinylm.evaluation.evaluate_classifier import evaluate_classifier
 
     if request.plot is not None and request.plot.is_dir():
-        raise InputError("is a folder", where=f"--plot {request.plot}", hint="give the path of a file")
+        raise InputError("is a folder", where=f"--plot {request.plot}", hint="pass the path of a file")
     result = evaluate_classifier(
         request.run,
         request.sources,
@@ -68,7 +68,7 @@ def _print_totals(console: Console, result: ClassifierEvaluation) -> None:
     ]
     if result.unseen:
         rows.append(
-            ("unknown labels", f"{pluralize(result.unseen, 'text')} with labels that the model does not have count as mistakes")
+            ("unknown labels", f"{pluralize(result.unseen, 'text')} with a label that the model does not have; counted as mistakes")
         )
     for name, baseline in result.baselines.items():
         low, high = baseline.difference_ci95
@@ -76,7 +76,7 @@ def _print_totals(console: Console, result: ClassifierEvaluation) -> None:
         rows.append(
             (
                 _NAMES[name],
-                f"{baseline.accuracy:.2%}; the model is better by {difference:+.2%}  (95% interval {low:+.2%} to {high:+.2%})",
+                f"{baseline.accuracy:.2%}; model minus baseline {difference:+.2%}  (95% interval {low:+.2%} to {high:+.2%})",
             )
         )
     print_fields(console, rows)

@@ -6,7 +6,7 @@ from .console import ConsoleReporter, pluralize, print_fields, print_json, stder
 from .evaluation_request import EvaluationRequest
 
 OPTIONS = ("split", "field", "template", "errors", "pseudo", "max_tokens")
-"""The options of `tinylm eval` that have an effect on this kind of model."""
+"""The `tinylm eval` options that apply to masked language models."""
 
 
 def evaluate(request: EvaluationRequest) -> None:

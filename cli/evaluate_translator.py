@@ -8,7 +8,7 @@ from .console import ConsoleReporter, pluralize, print_fields, print_json, stder
 from .evaluation_request import EvaluationRequest
 
 OPTIONS = ("split", "no_baselines", "hardest", "max_pairs")
-"""The options of `tinylm eval` that have an effect on this kind of model."""
+"""The `tinylm eval` options that apply to translation models."""
 _NAMES = {"copy": "copy of the source", "memory": "most similar training sentence", "word_by_word": "word by word (IBM model 1)"}
 
 
@@ -41,7 +41,7 @@ def evaluate(request: EvaluationRequest) -> None:
             ("model", f"{result.run} {result.checkpoint}, {result.beams} beams, length penalty {result.length_penalty:g}"),
             ("BLEU", f"{scores.bleu:.2f}{_interval(scores.bleu_ci95)}"),
             ("chrF", f"{scores.chrf:.2f}{_interval(scores.chrf_ci95)}"),
-            ("exact", f"{result.exact:.2%} of the translations are equal to their reference"),
+            ("exact", f"{result.exact:.2%} of the translations match their reference"),
             ("signature", scores.bleu_signature),
             ("loss", f"{result.loss:.4f} nats per target token"),
             ("perplexity", f"{document['perplexity']:.3f} per target token"),
@@ -49,7 +49,7 @@ def evaluate(request: EvaluationRequest) -> None:
     )
     if result.baselines:
         table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), title=" ")
-        for name, justify in (("BLEU", "right"), ("chrF", "right"), ("model better by", "left"), ("baseline", "left")):
+        for name, justify in (("BLEU", "right"), ("chrF", "right"), ("model minus baseline", "left"), ("baseline", "left")):
             table.add_column(name, justify=justify)  # type: ignore[arg-type]
         for name, baseline in result.baselines.items():
             paired = result.against_baselines[name]
@@ -63,4 +63,4 @@ def evaluate(request: EvaluationRequest) -> None:
 
 
 def _interval(ci95: tuple[float, float] | None) -> str:
-    return "" if ci95 is None else f"  (95 % interval {ci95[0]:.2f} to {ci95[1]:.2f})"
+    return "" if ci95 is None else f"  (95% interval {ci95[0]:.2f} to {ci95[1]:.2f})"

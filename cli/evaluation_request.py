@@ -1,4 +1,4 @@
-"""The options of `tinylm eval` that the evaluations of all kinds of models share."""
+"""The `tinylm eval` options that the evaluation modules receive."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What to evaluate, on which texts and how."""
+    """What to evaluate, on which texts, and how."""
 
     run: Run
     sources: list[str]

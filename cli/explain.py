@@ -1,4 +1,4 @@
-"""`tinylm explain`: a guided tour from characters to a gradient step, with the numbers of the reader's own model."""
+"""`tinylm explain`: a guided tour from characters to a gradient step, with numbers from the user's own model."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def explain(
     out: str | None = typer.Option(
         None, "--out", "-o", help="Write one HTML page that works offline. Default: print to the terminal."
     ),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Replace the file of --out."),
-    seed: int = typer.Option(0, "--seed", min=0, help="Seed of the sampled token."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing file."),
+    seed: int = typer.Option(0, "--seed", min=0, help="Random seed for the sampled token."),
     device: str = DEVICE,
     threads: int | None = THREADS,
     json: bool = JSON,

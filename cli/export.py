@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False)
 FORMATS = ("hf", "gguf", "onnx", "arpa")
 TYPES = {"hf": ("f32", "f16", "bf16"), "gguf": ("f32", "f16", "q8_0", "q4_0")}
-"""The storage types of each format that has several."""
+"""The storage types of each format that has more than one."""
 
 
 @app.command()
@@ -48,7 +48,7 @@ def export(
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Export a model, load the export again, and compare its logits on real text. If they differ, the export is discarded."""
+    """Export a model, load the export, and compare its logits with the run's on real text. If they differ, discard the export."""
     from tinylm.errors import InputError, did_you_mean
 
     if to not in FORMATS:

@@ -1,4 +1,4 @@
-"""`tinylm fill`: the most likely tokens for each [MASK] of a text."""
+"""`tinylm fill`: predict the most likely tokens for each [MASK] in a text."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def fill(
     text: str = typer.Argument(
-        ..., help="A text with [MASK] for each token to predict, or - to read a text per line from standard input."
+        ..., help="A text with [MASK] for each token to predict, or - to read one text per line from standard input."
     ),
     top: int = typer.Option(5, "--top", "-k", min=1, help="Number of tokens to show for each mask."),
     run: str | None = RUN,
@@ -45,9 +45,9 @@ def fill(
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Predict the masked tokens of a text from the text on both sides, with a model trained with objective masked_lm.
+    """Predict the masked tokens in a text from the context on both sides, with a model trained with `objective: masked_lm`.
 
-    A space before [MASK] belongs to the masked token. Standard input gives one filled text per line, or a list with --json.
+    A space before [MASK] belongs to the masked token. For standard input, prints one filled text per line, or a list with --json.
     """
     texts = _lines() if text == "-" else [checked_text(text, "TEXT")]
     opened = open_run(run, stderr_console(), quiet=quiet)
@@ -70,10 +70,10 @@ def fill(
 
 
 def _lines() -> list[str]:
-    """The lines of standard input that are not blank. Raises `InputError` if there are none."""
+    """Return the non-blank lines of standard input. Raises `InputError` if there are none."""
     lines = [line for line in sys.stdin.read().splitlines() if line.strip()]
     if not lines:
-        raise InputError("standard input is empty", where="-", hint="give one text with [MASK] per line")
+        raise InputError("standard input is empty", where="-", hint="write one text with [MASK] per line")
     return [checked_text(line, "-") for line in lines]
 
 

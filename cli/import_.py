@@ -17,9 +17,9 @@ def import_(
     ),
     out_: str = typer.Option(..., "--out", help="Run folder to create."),
     tokenizer: str | None = typer.Option(
-        None, "--tokenizer", "-t", help="tokenizer.json to use instead of the one beside the weights."
+        None, "--tokenizer", "-t", help="tokenizer.json to use instead of the one next to the weights."
     ),
-    context: int | None = typer.Option(None, "--context", min=1, help="Shorten the context length, which saves memory."),
+    context: int | None = typer.Option(None, "--context", min=1, help="Shorten the context length to save memory."),
     trust_pickle: bool = typer.Option(
         False, "--trust-pickle", help="Allow pickle files. Only tensors and plain values are loaded."
     ),
@@ -28,7 +28,7 @@ def import_(
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Import weights as a run, to sample from it, evaluate it, or fine-tune it with model.init_from."""
+    """Import a model as a run that you can sample from, evaluate, or fine-tune with model.init_from."""
     from pathlib import Path
 
     from tinylm.errors import InputError

@@ -1,4 +1,4 @@
-"""`tinylm inspect`: what a model does with a text, in the terminal, as JSON or as one offline HTML page."""
+"""`tinylm inspect`: show what a model does with a text, in the terminal, as JSON or as one offline HTML page."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def inspect(
     out: str | None = typer.Option(
         None, "--out", "-o", help="Write one HTML page that works offline. Default: print to the terminal."
     ),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Replace the file of --out."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing file."),
     checkpoints: str | None = typer.Option(
         None, "--checkpoints", metavar="all|last N", help="Also show how the model learned: all saved checkpoints, or the last N."
     ),
     corrupt: str | None = typer.Option(
-        None, "--corrupt", help="With --out: a second text with as many tokens, for activation patching between the two."
+        None, "--corrupt", help="With --out: a second text with the same number of tokens, for activation patching."
     ),
     on: list[str] | None = typer.Option(
         None, "--on", metavar="SOURCE", help="With --out: text for ablations and neurons. Default: the run's held-out text."
@@ -55,15 +55,15 @@ def inspect(
         None,
         "--ablation-tokens",
         min=0,
-        help="With --out: tokens to measure ablations on; 0 skips them. Default: fit for a few seconds.",
+        help="With --out: number of tokens to measure ablations on; 0 skips ablations. Default: as many as take a few seconds.",
     ),
     position: int | None = typer.Option(
-        None, "--position", help="Attribute the prediction after this token, counted from 0. Default: the last one."
+        None, "--position", help="Attribute the prediction after this token, counted from 0. Default: the last token."
     ),
     target: str | None = typer.Option(
-        None, "--target", help="Attribute the logit of this token (text or @ID). Default: the most likely."
+        None, "--target", help="Attribute the logit of this token (text or @ID). Default: the most likely token."
     ),
-    max_tokens: int | None = typer.Option(None, "--max-tokens", help="Inspect at most this many tokens. Default: 128."),
+    max_tokens: int | None = typer.Option(None, "--max-tokens", help="Maximum number of tokens to inspect. Default: 128."),
     start_of_document: bool = typer.Option(
         False, "--start-of-document", help="Put the end-of-text token before the text, as in training and in eval."
     ),
@@ -73,7 +73,7 @@ def inspect(
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Look inside a model: tokens, attention, logit lens, what contributed to a prediction, and what the parts are for."""
+    """Look inside a model: tokens, attention, logit lens, what contributed to a prediction, and what its parts do."""
     checked_text(text, "--text")
     page_only = {"--corrupt": corrupt, "--on": on, "--ablation-tokens": ablation_tokens}
     unused = [option for option, value in page_only.items() if value not in (None, [])]
@@ -96,10 +96,10 @@ def inspect(
     if file is not None:
         from tinylm.inspection.page import PageOptions, render
 
-        options_of_page = PageOptions(
+        page_options = PageOptions(
             None if corrupt is None else checked_text(corrupt, "--corrupt"), tuple(on or ()), ablation_tokens
         )
-        page = render(result, views, options_of_page, reporter)
+        page = render(result, views, page_options, reporter)
         _write(file, page)
         console.print_line(f"wrote {file} ({format_size(len(page.encode()))})", "dim")
     if json:

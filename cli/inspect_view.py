@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from tinylm.inspection.overview import Inspection
 
 _SHADES = ("", "underline", "bold", "bold reverse")
-"""Styles of a token by its surprise, which do not depend on color."""
+"""Token styles, from low to high surprise. They do not rely on color."""
 _BOUNDS = (2, 6, 11)
-"""Bits from which the next style applies."""
+"""Surprise in bits at which each style after the first one starts."""
 _LENS_WIDTH = 12
 _LENS_COLUMNS = 8
 _HEADS = 3

@@ -59,7 +59,7 @@ def ladder(
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Train an n-gram model, a window network, an RNN, an LSTM and a GPT on the same text, one after the other.
+    """Train an n-gram model, a window network, an RNN, an LSTM and a GPT on the same text, and compare them.
 
     Run the same command again to resume an interrupted ladder. Each model is saved as an ordinary run in the --out folder.
     """

@@ -1,4 +1,4 @@
-"""Show the progress of a training run: a live panel on a terminal, plain lines elsewhere."""
+"""Show the progress of a training run: a live panel on a terminal, plain lines otherwise."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _STOPPING = "stopping after this step; press Ctrl-C again to exit immediately"
 _CURVE_HEIGHT = 8
 _MAX_SAMPLE_LINES = 6
 _NARROW = 60
-"""Below this width, the parts of the progress line are shown on two lines."""
+"""Below this width, the progress line is split into two lines."""
 _PHASE_OF_FIRST_STEP = "first step"
 
 
 class PlainView(Observer):
-    """Prints a line for every evaluation, and a line for the current step at most every few seconds."""
+    """Prints a line for every evaluation and, every few seconds, a line for the current step."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -62,7 +62,7 @@ class PlainView(Observer):
 
 
 class TerminalView(Observer):
-    """The live panel. It appears when the first phase begins. Use it as a context manager; `render` returns its current content."""
+    """A live panel that appears when the first phase begins. Use it as a context manager. `render` returns the current content."""
 
     def __init__(self, console: Console, title: str) -> None:
         self._console = console
@@ -74,7 +74,7 @@ class TerminalView(Observer):
         self._stopping = False
         self._end_time: float | None = None
         self._zero_time: float | None = None
-        """When the run would have started if it had never been interrupted, on the monotonic clock."""
+        """The start time of the run on the monotonic clock, as if the run had never been interrupted."""
         self._live = Live(console=console, get_renderable=self.render, refresh_per_second=4, transient=False)
         self._last_step_time = time.monotonic()
         self._no_echo = no_echo_of_control_keys()
@@ -142,7 +142,7 @@ class TerminalView(Observer):
         return self._panel(Group(*parts))
 
     def _sample_lines(self, sample: SampleEvent) -> list[Text]:
-        """Return the first lines of a sample, without blank lines. Each is cut to the width of the panel."""
+        """Return the first lines of a sample, wrapped to the width of the panel and without blank lines."""
         text = Text(sample.prompt, style="bold") + Text(sample.text[:1000], style="italic")
         text.expand_tabs(4)
         lines = [line for line in text.wrap(self._console, self._width()) if line.plain.strip()]
@@ -192,7 +192,7 @@ class TerminalView(Observer):
         return row
 
     def _elapsed_seconds(self) -> float:
-        """Return the training time in seconds. It never decreases, although events arrive later than the time they report."""
+        """Return the training time in seconds. It never decreases, even though events arrive later than the time they report."""
         if self._zero_time is None:
             return self._steps[-1].seconds
         return max(self._steps[-1].seconds, (self._end_time or time.monotonic()) - self._zero_time)
@@ -262,4 +262,4 @@ def _seconds_left(first: StepEvent, last: StepEvent) -> float:
 
 
 def _column_label(metric: Metric) -> str:
-    return "held-out" if metric is LOSS else metric.label.replace(" per ", "/")  # the column `loss` is the training loss
+    return "held-out" if metric is LOSS else metric.label.replace(" per ", "/")  # the `loss` column is the training loss

@@ -34,23 +34,23 @@ def new(
     ctx: typer.Context,
     source: list[str] | None = typer.Argument(None, help="The text: files, folders, globs, URLs or builtin:NAME."),
     chat: list[str] | None = typer.Option(
-        None, "--chat", metavar="FILE", help="Instead of a text: conversations to fine-tune the run of --from on. Can be repeated."
+        None, "--chat", metavar="FILE", help="Instead of a text: conversations for fine-tuning the --from run. Can be repeated."
     ),
     from_: str | None = typer.Option(None, "--from", metavar="RUN", help="With --chat: the run to fine-tune."),
     layout: str = typer.Option(
-        "messages", "--layout", help="With --chat: the fields of a record: messages, prompt_response or alpaca (see data.layout)."
+        "messages", "--layout", help="With --chat: messages, prompt_response or alpaca, the layout of a record (see data.layout)."
     ),
     out_: str | None = typer.Option(None, "--out", "-o", help="The file to write. Default: stdout."),
     minutes_: str = typer.Option(
         "10",
         "--minutes",
         metavar="TIME",
-        help="Training time in minutes, or as 90s, 5m or 2h. With --chat: a few epochs by default.",
+        help="Training time: a number of minutes, or a duration such as 90s, 5m or 2h. Default with --chat: a few epochs.",
     ),
     hardware: str | None = HARDWARE,
     devices: int | None = typer.Option(None, "--devices", min=1, help="Number of accelerators."),
-    name: str | None = typer.Option(None, "--name", help="Name of the recipe. Default: the name of --out or of the text."),
-    for_: str | None = typer.Option(None, "--for", metavar="gguf", help="Use only parts that this export supports."),
+    name: str | None = typer.Option(None, "--name", help="Name of the recipe. Default: the file name of --out or SOURCE."),
+    for_: str | None = typer.Option(None, "--for", metavar="gguf", help="Use only model parts that this export format supports."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing file."),
     field: str = FIELD,
     template: str | None = TEMPLATE,
@@ -60,7 +60,7 @@ def new(
 ) -> None:
     """Write a recipe for a text, a machine and a time limit, with a reason for each choice.
 
-    --chat FILE --from RUN writes one that fine-tunes a run on conversations.
+    With --chat FILE --from RUN, the recipe fine-tunes a run on conversations.
     """
     from tinylm.errors import InputError
     from tinylm.hints import duration_minutes
@@ -113,12 +113,12 @@ def new(
 
 
 def _check_options(ctx: typer.Context, source: list[str], chat: list[str] | None, from_: str | None) -> None:
-    """Raise `InputError` for options that exclude each other or would have no effect."""
+    """Raise `InputError` for options that are incompatible or would have no effect."""
     from tinylm.errors import InputError
 
     if chat is None:
         if not source:
-            raise InputError("missing", where="SOURCE", hint="name a text, or conversations with --chat FILE --from RUN")
+            raise InputError("missing", where="SOURCE", hint="pass a text, or conversations with --chat FILE --from RUN")
         if unused := given_options(ctx, ("from_", "layout")):
             raise InputError("requires --chat", where=", ".join(unused))
         return

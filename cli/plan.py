@@ -80,7 +80,7 @@ def list_hardware(json: bool) -> None:
 
 
 def plan_recipe(recipe: object, reporter: ConsoleReporter, hardware: str | None = None, devices: int = 1) -> Plan:
-    """Count the tokens of the text and plan the recipe. `hardware` is the name of an accelerator, or None for this CPU."""
+    """Count the tokens in the text and plan the recipe. `hardware` is the name of an accelerator, or None for this CPU."""
     from tinylm.cost.plan import BUSY, make_plan
     from tinylm.data.estimate import estimate_text_size
     from tinylm.recipe import Recipe
@@ -131,7 +131,7 @@ def _rows(planned: Plan) -> list[tuple[str, str]]:
 
 
 def steps_text(planned: Plan) -> str:
-    """Return the number of steps, or their range if the machine is busy and a time limit ends the training run."""
+    """Return the number of steps, or a range if the machine is busy and the training time is limited."""
     low, high = planned.steps_range
     return f"{high:,} steps" if low == high else f"{low:,} to {high:,} steps"
 

@@ -18,14 +18,14 @@ def plot(
     name: list[str] | None = typer.Option(
         None,
         "--metric",
-        help="A held-out metric, such as bits_per_byte, or lr, grad_norm or tokens_per_second. Can be repeated: each gets a panel. "
-        "Default: the metric that selects the best checkpoint, or bits per byte if the tokenizers differ.",
+        help="A held-out metric, such as bits_per_byte, or lr, grad_norm or tokens_per_second. Can be repeated: each metric gets a "
+        "panel. Default: the metric that selects the best checkpoint, or bits per byte if the tokenizers differ.",
     ),
 ) -> None:
-    """Plot a held-out metric of runs as a thick line with markers. If it is the loss, the training loss is a thin line.
+    """Plot a held-out metric of runs as thick lines with markers. For the loss, also plot the training loss as thin lines.
 
-    More than ten runs are grouped: those that differ only in the seed become one line, their mean, with a band from the lowest to
-    the highest value.
+    More than ten runs are grouped: runs that differ only in the seed are drawn as their mean, with a band from the lowest to the
+    highest value.
     """
     from tinylm.evaluation.curve_plot import draw
     from tinylm.run import Run

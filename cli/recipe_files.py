@@ -1,4 +1,4 @@
-"""Find the file of a RECIPE argument: a path, a run folder, or the name of a recipe that ships with tinylm."""
+"""Find the file for a RECIPE argument: a path, a run folder, or the name of a recipe that ships with tinylm."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _new_hint(source: str) -> str:
 
 
 def find_recipe(recipe: str) -> Path:
-    """Return the file of a recipe. Raises `InputError` if it does not exist, or for a run folder in another checkpoint format."""
+    """Return the path of a recipe file. Raises `InputError` for an unknown recipe or a run folder in another checkpoint format."""
     path = Path(os.path.expanduser(recipe))
     if (path / "recipe.yaml").exists():
         from tinylm.run import check_run_format

@@ -43,7 +43,7 @@ def recipes(
 
 
 def _about(text: str) -> str:
-    """Return the comment at the top of a recipe on one line, without the commands at its end."""
+    """Return the comment at the top of a recipe as one line, without the commands at the end of the comment."""
     lines = []
     for line in text.splitlines():
         if not line.startswith("#") or line.startswith("# tinylm "):

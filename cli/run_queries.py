@@ -1,4 +1,4 @@
-"""Columns, filters and sorting of `tinylm runs`. A key is a column of the list, a held-out metric, or a key of the recipe."""
+"""Columns, filters and sorting for `tinylm runs`. A key is a column of the list, a held-out metric, or a recipe key."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Filter:
         if number is not None and wanted is not None:
             return _OPERATORS[self.operator](number, wanted)
         if self.operator not in ("=", "==", "!="):
-            raise InputError(f"{found!r} and {self.value!r} have no order; use = or !=", where=f"--filter {self.text}")
+            raise InputError(f"{found!r} and {self.value!r} cannot be ordered; use = or !=", where=f"--filter {self.text}")
         return _OPERATORS[self.operator](as_text(found), self.value)
 
 
@@ -85,7 +85,7 @@ def sort_rows(rows: list[Row], key: str, *, higher_is_better: bool) -> list[Row]
 
 
 def as_text(value: Any) -> str:
-    """Format a value as it is written in a recipe."""
+    """Format a value as in a recipe."""
     if value is None:
         return ""
     if isinstance(value, bool):

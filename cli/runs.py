@@ -40,7 +40,7 @@ def runs(
     csv: bool = typer.Option(False, "--csv", help="Print comma-separated values."),
     json: bool = JSON,
 ) -> None:
-    """List runs with their steps, the held-out metrics of their best step, age and size."""
+    """List runs with their steps, age and size, and the held-out metrics of their best step."""
     from tinylm.errors import InputError
     from tinylm.evaluation.metrics import LANGUAGE_MODEL, METRICS
     from tinylm.run import all_runs
@@ -130,7 +130,7 @@ def _print_csv(rows: list[run_queries.Row], keys: list[str]) -> None:
 
 @dataclass(frozen=True)
 class _Summary:
-    """A summary of the log of a run."""
+    """A summary of a run's log."""
 
     run: Run
     step: int = 0

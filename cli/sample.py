@@ -87,7 +87,7 @@ class _Result:
 @app.command()
 def sample(
     ctx: typer.Context,
-    prompt: str = typer.Option("", "--prompt", "-p", help="The text to continue. Empty: a new document. -: standard input."),
+    prompt: str = typer.Option("", "--prompt", "-p", help="Text to continue, or - for standard input. Default: a new document."),
     prompt_file: Path | None = typer.Option(None, "--prompt-file", help="Read the prompt from this file."),
     prompts: str | None = typer.Option(
         None,
@@ -99,7 +99,7 @@ def sample(
         False, "--interactive", "-i", help="Take turns with the model, which continues the text after each line that you type."
     ),
     count: int = typer.Option(1, "-n", min=1, max=1024, help="Number of samples per prompt."),
-    max_new_tokens: int = typer.Option(200, "--max-new-tokens", max=1 << 24, help="Maximum length of a continuation."),
+    max_new_tokens: int = typer.Option(200, "--max-new-tokens", max=1 << 24, help="Maximum length of a continuation in tokens."),
     temperature: float = typer.Option(0.8, "--temperature", help="Sampling temperature; 0 is greedy decoding."),
     top_k: int = typer.Option(50, "--top-k", help="Sample only from the K most likely tokens."),
     top_p: float | None = typer.Option(
@@ -109,13 +109,13 @@ def sample(
         None, "--min-p", help="Sample from tokens with at least this fraction of the top token's probability."
     ),
     repetition_penalty: float = typer.Option(
-        1.0, "--repetition-penalty", help="Above 1: make tokens of the prompt and the generated text less likely."
+        1.0, "--repetition-penalty", help="Above 1: make tokens that already occur in the text less likely."
     ),
     frequency_penalty: float = typer.Option(
-        0.0, "--frequency-penalty", help="Subtract this from a token's logit for each time it was generated."
+        0.0, "--frequency-penalty", help="Subtract this from a token's logit for each time the token was generated."
     ),
     presence_penalty: float = typer.Option(
-        0.0, "--presence-penalty", help="Subtract this once from the logit of a generated token."
+        0.0, "--presence-penalty", help="Subtract this once from the logit of every token that was already generated."
     ),
     stop: list[str] | None = typer.Option(None, "--stop", help="Stop before this text. Can be repeated."),
     logit_bias: list[str] | None = typer.Option(
@@ -243,7 +243,7 @@ def _check_combinations(ctx: typer.Context) -> None:
 
 
 def _read_prompts(prompt: str, file: Path | None, prompts: str | None, field: str) -> Iterator[_Prompt]:
-    """Yield the prompt of --prompt or --prompt-file, or the prompts of --prompts. Raises `InputError` for unreadable input."""
+    """Yield the prompt from --prompt or --prompt-file, or the prompts from --prompts. Raises `InputError` for unreadable input."""
     if prompts is not None:
         yield from _read_prompt_lines(prompts, field)
         return
@@ -272,7 +272,7 @@ def _read_prompt_lines(name: str, field: str) -> Iterator[_Prompt]:
 
 def _read_file(path: Path) -> bytes:
     if path.is_dir():
-        raise InputError("is a folder", where=str(path), hint="give the path of a file")
+        raise InputError("is a folder", where=str(path), hint="pass the path of a file")
     if not path.exists():
         raise InputError("no such file", where=str(path))
     return path.read_bytes()
@@ -323,11 +323,11 @@ def _warn_about_unknown_characters(tokenizer: Tokenizer, prompts: list[_Prompt],
         return
     unknown = sum(tokenizer.encode(prompt.text).count(tokenizer.unknown) for prompt in prompts)
     if unknown:
-        reporter.warn(f"{unknown} characters of the prompt are not in the model's vocabulary")
+        reporter.warn(f"characters in the prompt that are not in the model's vocabulary: {unknown}")
 
 
 def _generate_samples(generation: _Generation, prompts: list[_Prompt]) -> Iterator[_Result]:
-    """Sample every prompt `count` times with continuous batching. Yield the results in the order of the prompts."""
+    """Sample every prompt `count` times with continuous batching. Yield the results in prompt order."""
     from tinylm.generation.engine import generate_batch, sample_seed
 
     template = generation.template

@@ -36,12 +36,12 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False)
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 BACKLOG = 1024
-"""Connections that the operating system accepts while the server is busy."""
+"""Number of connections that the operating system queues while the server is busy."""
 GRACEFUL_SECONDS = 2
 KEEP_ALIVE_SECONDS = 10
-"""Longer than the five seconds of common clients, so that a client does not send a request while its connection is being closed."""
+"""Longer than the common client timeout of five seconds, so that no client sends a request on a connection that is being closed."""
 EXIT_SECONDS = 6
-"""Seconds after a signal at which the process ends in any case."""
+"""The process exits no later than this many seconds after a signal."""
 
 
 @app.command()
@@ -55,23 +55,23 @@ def serve(
     waiting: int = typer.Option(
         256, "--waiting", min=1, help="Maximum number of samples in the queue; further requests get status 429."
     ),
-    max_tokens: int = typer.Option(2048, "--max-tokens", min=1, help="Maximum max_tokens of a request."),
+    max_tokens: int = typer.Option(2048, "--max-tokens", min=1, help="Largest max_tokens that a request can ask for."),
     max_body: int = typer.Option(1 << 20, "--max-body", min=1, metavar="BYTES", help="Maximum size of a request body."),
     timeout: float = typer.Option(
-        120.0, "--timeout", min=0.1, metavar="SECONDS", help="Time from the arrival of a request until its samples are stopped."
+        120.0, "--timeout", min=0.1, metavar="SECONDS", help="Stop generating for a request this long after it arrives."
     ),
     connections: int = typer.Option(
         1000,
         "--connections",
         min=1,
-        help="Maximum number of connections; at the limit, the one that has been idle the longest is closed.",
+        help="Maximum number of connections; at the limit, the connection that has been idle the longest is closed.",
     ),
     api_key: str | None = typer.Option(
         None,
         "--api-key",
         envvar="TINYLM_API_KEY",
         show_envvar=True,
-        help="Require this key from clients. Other users of the machine can see options, so prefer the variable.",
+        help="Require this key from clients. Other users of the machine can see options, so prefer the environment variable.",
     ),
     weights: str = WEIGHTS,
     compiled: bool | None = COMPILE,
@@ -127,7 +127,7 @@ def serve(
         decoder = make_decoder(opened.network(chosen, target), weights=kind, compiled=compiled, steps=None, reporter=reporter)
         asgi_app = create_app(decoder, opened.tokenizer, name, limits=limits, access=access, examples=examples, chat=encoder)
     if not local and api_key is None:
-        reporter.warn(f"anyone who can connect to {host} can use the model; --api-key requires a key")
+        reporter.warn(f"anyone who can connect to {host} can use the model; set --api-key to require a key")
     address = f"[{host}]" if ":" in host else host
     write_stdout(f"http://{address}:{listener.getsockname()[1]}")
     if not quiet:
@@ -143,7 +143,7 @@ def _check_key(key: str | None) -> None:
 
 
 def _run(asgi_app: Starlette, listener: socket.socket) -> None:
-    """Serve until a signal arrives, then end the process. Running requests have two seconds to finish. Threads are not joined."""
+    """Serve until a signal arrives, then exit the process. Running requests have two seconds to finish. Threads are not joined."""
     import uvicorn
 
     from tinylm.serving.connections import RepeatFilter

@@ -1,4 +1,4 @@
-"""The colors of the command line. They are readable on light and dark backgrounds.
+"""Colors for the command line. They are readable on light and dark backgrounds.
 
 No distinction depends on color alone: without color (NO_COLOR), markers, labels and font styles make the same distinctions.
 """

@@ -44,12 +44,12 @@ def sweep(
         None, "--range", metavar="KEY=LOW..HIGH[:log]", help="With --trials: search this range of a recipe key. Can be repeated."
     ),
     seeds: int | None = typer.Option(
-        None, "--seeds", min=1, help="Train the best setting with this many seeds in total. Default: 3 with --trials, else 1."
+        None, "--seeds", min=1, help="Train the best setting with this many seeds in total. Default: 3 with --trials, otherwise 1."
     ),
     jobs: int = typer.Option(
-        1, "--jobs", min=1, help="Number of runs to train at the same time. Each gets an equal share of the cores."
+        1, "--jobs", min=1, help="Number of runs to train at the same time. Each run gets an equal share of the cores."
     ),
-    out: str | None = typer.Option(None, "--out", help="Folder of the sweep. Default: runs/NAME-sweep."),
+    out: str | None = typer.Option(None, "--out", help="Folder for the sweep. Default: runs/NAME-sweep."),
     plot: str | None = typer.Option(None, "--plot", metavar="FILE", help="Also plot the results: .png, .svg or .pdf."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Check all recipes and list the runs, but do not train."),
     device: str = DEVICE,
@@ -58,7 +58,7 @@ def sweep(
 ) -> None:
     """Train a recipe with many settings. Run the same command again to continue a sweep that was stopped.
 
-    Each run is an ordinary run folder inside the folder of the sweep.
+    Each run is an ordinary run folder inside the sweep's folder.
     """
     from tinylm.errors import InputError
     from tinylm.run import RUNS
@@ -137,7 +137,7 @@ def _grid(runner: Sweep, axes: Sequence[Axis]) -> list[Training]:
 
 
 def _repeats(best: Group, count: int, seed: int) -> list[Training]:
-    """Return runs of the best setting with other seeds, so that it has `count` runs in total."""
+    """Return runs of the best setting with other seeds, so that the setting has `count` runs in total."""
     from tinylm.sweep.runner import Training
     from tinylm.sweep.summary import SEED
 

@@ -1,6 +1,6 @@
-"""`tinylm tokenize`: train, apply and edit tokenizers. The subcommands that evaluate them are in `tokenizer_report`.
+"""`tinylm tokenize`: train, apply and edit tokenizers. The subcommands that evaluate tokenizers are in `tokenizer_report`.
 
-torch is imported only to edit the tokenizer of a run.
+torch is imported only to edit a run's tokenizer.
 """
 
 from __future__ import annotations
@@ -66,19 +66,20 @@ def train(
     split: str | None = typer.Option(
         None,
         "--split",
-        help="How to split text into words; tokens never cross word boundaries: gpt4 (default), gpt2, llama3, whitespace, none or "
-        "a regular expression. Kinds wordpiece and word: bert (default), whitespace or a regular expression.",
+        help="How to split text into words, whose boundaries tokens never cross: gpt4 (default), gpt2, llama3, whitespace, none or "
+        "a regular expression. For kinds wordpiece and word: bert (default), whitespace or a regular expression.",
     ),
-    digits: int | None = typer.Option(None, "--digits", help="Maximum number of digits in a token. Default: 2 for split gpt4."),
+    digits: int | None = typer.Option(None, "--digits", help="Maximum number of digits in a token. Default: 2 with --split gpt4."),
     normalize: list[str] | None = typer.Option(
         None,
         "--normalize",
-        help="nfc, nfd, nfkc, nfkd, lowercase or strip_accents. Can be repeated. Not undone by decoding. Default: none.",
+        help="nfc, nfd, nfkc, nfkd, lowercase or strip_accents. Can be repeated. Decoding does not undo it. Default: none.",
     ),
     alphabet: str | None = typer.Option(
         None,
         "--alphabet",
-        help="Initial tokens: bytes, text (all its characters), a number (its most frequent ones) or the characters themselves.",
+        help="Initial tokens: bytes, text (all characters in the text), a number N (the N most frequent characters), or a string "
+        "with the characters themselves.",
     ),
     byte_fallback: bool | None = typer.Option(
         None,
@@ -94,7 +95,7 @@ def train(
     special: list[str] | None = typer.Option(None, "--special", help="An additional control token. Can be repeated."),
     added: list[str] | None = typer.Option(None, "--added", help="A string that is always one token. Can be repeated."),
     max_megabytes: int | None = typer.Option(
-        None, "--max-megabytes", help="Train on at most this much text, sampled evenly. Limits memory. Default: 64."
+        None, "--max-megabytes", help="To limit memory, train on at most this many megabytes, sampled evenly. Default: 64."
     ),
     overwrite: bool = OVERWRITE,
     field: str = FIELD,
@@ -168,11 +169,11 @@ def encode(
     format: str = typer.Option(
         "ids",
         "--format",
-        help="ids: separated by spaces, one document per line. tokens: one token per line. jsonl: one document per line.",
+        help="ids: token ids separated by spaces, one document per line. tokens: one token per line. jsonl: one document per line.",
     ),
     allow_special: bool = typer.Option(False, "--allow-special", help="Encode text that spells a special token as that token."),
-    dropout: float = typer.Option(0.0, "--dropout", min=0.0, max=0.999, help="Kind bpe: skip this share of merges at random."),
-    seed: int = typer.Option(0, "--seed", min=0, help="Random seed of --dropout."),
+    dropout: float = typer.Option(0.0, "--dropout", min=0.0, max=0.999, help="For kind bpe: skip this share of merges at random."),
+    seed: int = typer.Option(0, "--seed", min=0, help="Random seed for --dropout."),
     field: str = FIELD,
     template: str | None = TEMPLATE,
     errors: str = ERRORS,
@@ -203,7 +204,7 @@ def encode(
 
 def _print_ids(encoded: Any) -> None:
     """Print ids as they arrive, separated by spaces, with one line per document."""
-    separator = None  # before the next ids of the same document; None at the beginning
+    separator = None  # written before more ids of the same document; None before the first document
     for array, starts_document in encoded:
         ids = array.tolist()
         if separator is not None and starts_document:
@@ -216,7 +217,7 @@ def _print_ids(encoded: Any) -> None:
 
 
 def _encoded(tokenizer: Tokenizer, pieces: Any, allow_special: bool, dropout: float, seed: int) -> Iterator[tuple[Any, bool]]:
-    """Encode pieces with the given options. Yields (ids, whether they start a document)."""
+    """Encode pieces. Yields (ids, whether the ids start a document)."""
     if dropout:
         from tinylm.tokenizer.dropout import DropoutEncoder
 
@@ -240,19 +241,19 @@ def _documents(encoded: Any) -> Iterator[list[int]]:
 
 
 def _token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-    """Return the text of each id. Special tokens have no text, so return their names instead."""
+    """Return the text of each token. Special tokens have no text, so their names are returned instead."""
     table = tokenizer.token_bytes
     return [table[id].decode("utf-8", "replace") or str(tokenizer.backend.id_to_token(id)) for id in ids]
 
 
 @app.command()
 def decode(
-    source: str = typer.Argument("-", help="A file of ids as `encode` prints them, or - for standard input."),
+    source: str = typer.Argument("-", help="A file with ids in the format of `encode`, or - for standard input."),
     tokenizer: str | None = TOKENIZER,
     run: str | None = RUN,
     quiet: bool = QUIET,
 ) -> None:
-    """Print the text of token ids. No line feed is added at the end."""
+    """Print the text of token ids. No newline is added at the end."""
     loaded = load_tokenizer(tokenizer, run, quiet)
     decoder, size = loaded.byte_decoder(), loaded.vocab_size
     with ExitStack() as stack:
@@ -272,7 +273,7 @@ def decode(
 
 
 def _words(stream: io.TextIOBase) -> Iterator[str]:
-    """Yield the words of a stream. Read it in blocks, because a line may not fit in memory."""
+    """Yield the words in a stream. The stream is read in blocks, because a line may not fit in memory."""
     rest = ""
     while block := stream.read(1 << 16):
         words = (rest + block).split()
@@ -283,9 +284,9 @@ def _words(stream: io.TextIOBase) -> Iterator[str]:
 
 
 TOKENS = typer.Argument(..., help="The tokens, as text.")
-EDIT_OUT = typer.Option(..., "--out", help="The tokenizer.json to write, or with --run the run folder.")
+EDIT_OUT = typer.Option(..., "--out", help="The tokenizer.json to write, or the new run folder with --run.")
 CHECK_ON = typer.Option(
-    "builtin:python-docs", "--check-on", help="SOURCE to check the result on: lines without the tokens must be encoded as before."
+    "builtin:python-docs", "--check-on", help="SOURCE for checking that lines without the tokens are still encoded as before."
 )
 
 
@@ -308,7 +309,9 @@ class EditOptions:
 def add(
     token: list[str] = TOKENS,
     out_: str = EDIT_OUT,
-    special: bool = typer.Option(False, "--special", help="Add control tokens. Text is encoded to them only with --allow-special."),
+    special: bool = typer.Option(
+        False, "--special", help="Add control tokens. Text is encoded as these tokens only with --allow-special."
+    ),
     tokenizer: str | None = TOKENIZER,
     run: str | None = RUN,
     checkpoint: str | None = CHECKPOINT,

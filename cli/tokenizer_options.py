@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from tinylm.tokenizer import Tokenizer
 
 KINDS = ("bpe", "unigram", "wordpiece", "word", "char", "byte")
-TOKENIZER = typer.Option(None, "--tokenizer", "-t", help="A tokenizer.json. Default: the tokenizer of the run.")
+TOKENIZER = typer.Option(None, "--tokenizer", "-t", help="A tokenizer.json. Default: the run's tokenizer.")
 DEFAULT_VOCAB_SIZE = 8192
 
 
 def load_tokenizer(tokenizer: str | None, run: str | None, quiet: bool) -> Tokenizer:
-    """Load the tokenizer given by --tokenizer, or else the tokenizer of a run."""
+    """Load the tokenizer from --tokenizer, or a run's tokenizer if --tokenizer is not set."""
     from tinylm.tokenizer import Tokenizer
 
     if tokenizer is None:
@@ -47,7 +47,7 @@ def tokenizer_section(kind: str, **options: Any) -> Any:
     for key, value in options.items():
         if value is not None and key not in known:
             supporting = [name for name, section in sections.items() if key in section.model_fields]
-            raise InputError(f"only kind{'s' * (len(supporting) > 1)} {', '.join(supporting)} support this", where=_option(key))
+            raise InputError(f"not supported by kind {kind}, only by {', '.join(supporting)}", where=_option(key))
     if "vocab_size" in known:
         options["vocab_size"] = DEFAULT_VOCAB_SIZE if options.get("vocab_size") is None else options["vocab_size"]
         options["allow_smaller"] = bool(options.get("allow_smaller"))

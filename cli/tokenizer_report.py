@@ -222,7 +222,7 @@ def explain(
 def _step_line(console: Console, label: str, parts: list[str]) -> Text:
     """Format a step and the resulting parts of the word.
 
-    Color the parts if the terminal supports it; otherwise separate them with vertical bars.
+    The parts are colored if the terminal supports colors, and otherwise separated by vertical bars.
     """
     from tinylm.tokenizer.explain import visible
 
@@ -244,11 +244,11 @@ def sweep(
     kind: str = typer.Option("bpe", "--kind", help="bpe, unigram, wordpiece or word."),
     split: str | None = typer.Option(None, "--split", help="As in `tokenize train`."),
     recipe: str = typer.Option(
-        "quickstart", "--recipe", help="The recipe that defines the model and the batch size of the comparison."
+        "quickstart", "--recipe", help="The recipe that defines the model and the batch size for the comparison."
     ),
     set_: list[str] | None = SET,
     heldout: float = typer.Option(
-        0.1, "--heldout", min=0.001, max=0.9, help="Share of the text to hold out for evaluation, taken from its end."
+        0.1, "--heldout", min=0.001, max=0.9, help="Share of the text to hold out for evaluation, taken from the end of the text."
     ),
     plot: str | None = typer.Option(None, "--plot", help="Also draw a chart: a .png, .svg or .pdf file."),
     field: str = FIELD,
@@ -257,7 +257,7 @@ def sweep(
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Compare vocabulary sizes by bytes per token and by their cost in the model, and suggest one."""
+    """Compare vocabulary sizes by bytes per token and by their cost in the model, and suggest one of them."""
     from tinylm.recipe import load
     from tinylm.text.sources import Corpus, describe
     from tinylm.text.split import by_tail, scan

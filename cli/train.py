@@ -1,4 +1,4 @@
-"""`tinylm train`: train a recipe in a run folder, or replay a failed step."""
+"""`tinylm train`: train a model from a recipe, or replay a failed step."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def train(
         None, help="A YAML file, the name of a recipe that ships with tinylm, or a run folder to --resume.", show_default=False
     ),
     set_: list[str] | None = SET,
-    out: str | None = typer.Option(None, "--out", help="Run folder. Default: runs/NAME, with the name of the recipe."),
+    out: str | None = typer.Option(None, "--out", help="Run folder. Default: runs/NAME, where NAME is the recipe's name."),
     resume: bool = typer.Option(False, "--resume", help="Continue a run from its newest complete checkpoint."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace the run in the run folder."),
     allow_change: list[str] | None = typer.Option(
@@ -46,7 +46,7 @@ def train(
     ),
     stop_after: str | None = typer.Option(None, "--stop-after", metavar="TIME", help="Save and stop after 90s, 55m or 2h."),
     replay: str | None = typer.Option(
-        None, "--replay", metavar="REPORT", help="Repeat a failed step from the report that the failed run wrote."
+        None, "--replay", metavar="REPORT", help="Repeat a failed step from the report that the run wrote."
     ),
     seed: int | None = typer.Option(None, "--seed", min=0, help="Random seed. Default: the seed in the recipe."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Check the recipe and show the plan, but do not train."),
@@ -54,13 +54,13 @@ def train(
     threads: str | None = typer.Option(
         None, "--threads", help="CPU threads, or auto for the fastest number. Default: one per core."
     ),
-    workers: int = typer.Option(1, "--workers", min=1, help="Processes that encode the text. 1 uses threads instead."),
+    workers: int = typer.Option(1, "--workers", min=1, help="Number of processes that encode the text. With 1, threads are used."),
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Train a model. Ctrl-C finishes the current step, saves it and stops; --resume continues from there.
+    """Train a model. Ctrl-C finishes the current step, saves a checkpoint and stops; --resume continues from there.
 
-    To train with several processes: torchrun --nproc-per-node N -m tinylm train RECIPE.
+    To train with several processes, run: torchrun --nproc-per-node N -m tinylm train RECIPE
     """
     from tinylm.device import resolve
     from tinylm.errors import InputError
@@ -70,7 +70,7 @@ def train(
 
     if (recipe is None) == (replay is None):
         hint = "`tinylm recipes` lists the recipes that ship with tinylm"
-        raise InputError("give either a RECIPE or --replay REPORT", where="tinylm train", hint=hint)
+        raise InputError("requires either a RECIPE or --replay REPORT", where="tinylm train", hint=hint)
     thread_count = _parse_threads(threads)
     if recipe is None:
         _replay(str(replay), device, thread_count, json)
@@ -89,7 +89,7 @@ def train(
             check_run_folder(folder, resume, overwrite)
         seconds = parse_duration(stop_after)
         if isinstance(loaded, EmbeddingRecipe):
-            _refuse_for_embeddings(
+            _reject_for_embeddings(
                 {
                     "--dry-run": dry_run,
                     "--allow-change": bool(allow_change),
@@ -156,7 +156,7 @@ def _load(
     loaded = load_any(file, overrides, check_files=not resume)
     if is_run_folder and out is None:
         if not resume:
-            hint = "--resume continues it, --out trains its recipe in another folder"
+            hint = "--resume continues the run, --out trains its recipe in another folder"
             raise InputError("is a run folder", where=recipe, hint=hint)
         out = recipe
     if allow_change and not resume:
@@ -165,12 +165,12 @@ def _load(
     return loaded, default if out is None else Path(out)
 
 
-def _refuse_for_embeddings(given: dict[str, bool]) -> None:
-    """Raise `InputError` if a given option is not supported for embeddings. Embeddings are trained by one process on the CPU."""
+def _reject_for_embeddings(used: dict[str, bool]) -> None:
+    """Raise `InputError` for the first option that is used. Embeddings are trained by one process on the CPU."""
     from tinylm.errors import InputError
 
-    for option, is_given in given.items():
-        if is_given:
+    for option, is_used in used.items():
+        if is_used:
             raise InputError("not supported for embeddings", where=option)
 
 
@@ -232,7 +232,7 @@ def _replay(report: str, device: str, threads: int | Literal["auto"] | None, jso
 
 
 def _nan_as_infinity(loss: float) -> float:
-    """Return a loss as a sort key. NaN counts as infinity."""
+    """Return a sort key for a loss. NaN counts as infinity."""
     return math.inf if math.isnan(loss) else loss
 
 

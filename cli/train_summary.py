@@ -1,4 +1,4 @@
-"""Print the summary of a training run when it ends."""
+"""Print a summary at the end of a training run."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 _COMMANDS_OF_OTHER_METRICS = {
     "chat": [
         ("chat", "tinylm chat --run {run}", "talk to the model"),
-        ("serve", "tinylm serve --run {run}", "talk to it in a browser, or with an OpenAI client"),
-        ("eval", "tinylm eval --run {run}", "see how often its answers are right and end"),
+        ("serve", "tinylm serve --run {run}", "talk to the model in a browser or with an OpenAI client"),
+        ("eval", "tinylm eval --run {run}", "measure how often its answers are correct and complete"),
         ("plot", "tinylm plot {run} --out loss.png", "draw the loss curves"),
     ],
     "masked_loss": [
@@ -32,20 +32,20 @@ _COMMANDS_OF_OTHER_METRICS = {
     ],
     "accuracy": [
         ("classify", 'tinylm classify "..." --run {run}', "classify a text"),
-        ("eval", "tinylm eval --run {run}", "see its mistakes, beside simple baselines"),
+        ("eval", "tinylm eval --run {run}", "see the model's mistakes and compare it with simple baselines"),
         ("plot", "tinylm plot {run} --out accuracy.png", "draw the curves"),
     ],
 }
-"""The commands that make sense after training a chat model, or one with another primary metric than the loss.
+"""Suggested next commands for chat models and for models whose primary metric is not the loss.
 
-Each has a name, a command and a purpose."""
+Each entry is (name, command, purpose)."""
 _SAMPLE_CHARACTERS = 240
 _SIDE_BY_SIDE = 76
 """Minimum width of the terminal for two samples side by side."""
 
 
 def show_summary(result: TrainResult, summary: TrainingSummary, console: StderrConsole) -> None:
-    """Print what the run achieved, its first and last sample, and what to do next."""
+    """Print the run's results, its first and last sample, and suggested next commands."""
     print_fields(console, [*_quality_rows(result, summary), *_effort_rows(result)])
     if summary.samples:
         _show_samples(summary.samples, console)
@@ -122,7 +122,7 @@ def _shortened(text: str) -> str:
 
 
 def _next_commands(run: str, metric: str, *, has_baselines: bool) -> list[tuple[str, str]]:
-    """Return the commands that make sense after training, each with its purpose.
+    """Return suggested next commands, each with its purpose.
 
     `metric` is the primary metric of the run, or "chat" for a model that was trained on conversations.
     """

@@ -44,25 +44,27 @@ def translate(
     length_penalty: float = typer.Option(
         1.0,
         "--length-penalty",
-        help="The exponent A in score = log-probability / ((5 + length) / 6) ** A. The length counts the end token.",
+        help="The exponent A in score = log-probability / ((5 + length) / 6) ** A. The length includes the end token.",
     ),
     count: int = typer.Option(1, "-n", help="Print the N best translations of each line, with their scores."),
     max_length: int | None = typer.Option(
-        None, "--max-length", help="Maximum tokens of a translation. Default: 3 times the source plus 20, at most the context."
+        None,
+        "--max-length",
+        help="Maximum length of a translation in tokens. Default: 3 times the source length plus 20, up to the context length.",
     ),
-    no_repeat_ngram: int = typer.Option(0, "--no-repeat-ngram", metavar="N", help="Never repeat N tokens in the same order."),
+    no_repeat_ngram: int = typer.Option(0, "--no-repeat-ngram", metavar="N", help="Never repeat a sequence of N tokens."),
     temperature: float | None = typer.Option(
         None, "--temperature", help="Sample at this temperature instead of searching for the most likely translation."
     ),
     top_k: int | None = typer.Option(None, "--top-k", help="With --temperature: sample only from the K most likely tokens."),
     seed: int = typer.Option(0, "--seed", min=0, help="With --temperature: the random seed."),
-    to: str = typer.Option("", "--to", metavar="LANGUAGE", help="The target language, for a model with several."),
+    to: str = typer.Option("", "--to", metavar="LANGUAGE", help="The target language, for a model with several target languages."),
     attention: bool = typer.Option(
-        False, "--attention", help="Show to which source token the decoder attended most for each token."
+        False, "--attention", help="For each generated token, show the source token that the decoder attended to most."
     ),
-    average: int = typer.Option(1, "--average", min=1, metavar="N", help="Use the mean of the weights of the last N checkpoints."),
+    average: int = typer.Option(1, "--average", min=1, metavar="N", help="Use the averaged weights of the last N checkpoints."),
     batch_size: int = typer.Option(
-        32, "--batch-size", min=1, help="Sentences to translate together. It does not change the result."
+        32, "--batch-size", min=1, help="Number of sentences to translate together. It does not affect the result."
     ),
     run: str | None = RUN,
     checkpoint: str | None = CHECKPOINT,
@@ -109,7 +111,7 @@ def translate(
 
 
 def _lines(text: str | None, file: str | None) -> Iterator[str]:
-    """The lines to translate, without line ends. Raises `InputError` for text that is not UTF-8, or for two inputs."""
+    """Return the lines to translate, without line endings. Raises `InputError` for text that is not UTF-8, or for two inputs."""
     if text is not None and file is not None:
         raise InputError("cannot be combined with a text", where="--input")
     if text is not None and text != "-":
@@ -137,7 +139,7 @@ def _decoded(stream: Any, name: str) -> Iterator[str]:
 
 
 def _groups(lines: Iterator[str]) -> Iterator[list[str]]:
-    """Lines that are translated together. A terminal gets the translation of every line at once."""
+    """Yield groups of lines to translate together. Lines typed on a terminal are translated one by one, without waiting."""
     size = 1 if sys.stdin.isatty() else _LINES_AT_ONCE
     while group := list(islice(lines, size)):
         yield group

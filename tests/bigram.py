@@ -1,7 +1,7 @@
-"""An architecture and an objective for tests, written as a user of the library would write them.
+"""A custom architecture and objective for tests, written the way a library user would write them.
 
-The bigram model is a table with the logits of the next token for each current token. Its objective predicts a random part of
-the tokens. Run as a script, the module trains a recipe and kills its own process: `bigram.py RECIPE FOLDER STEP`.
+The bigram model is a table that maps each token to the logits of the next token. Its objective predicts a random part of the
+tokens. As a script, this module trains a recipe and kills its own process at a step: `bigram.py RECIPE FOLDER STEP`.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def kept_targets(seed: int, position: int, length: int, share: float) -> np.ndar
 
 @contextmanager
 def registered() -> Iterator[None]:
-    """Register the architecture and the objective in this context."""
+    """Register the architecture and the objective while the context is active."""
     registry.register(BigramSection, Bigram)
     objectives.register(SparseLMObjective, SparseLM)
     try:

@@ -1,4 +1,4 @@
-"""A headless Chromium for tests of HTML pages."""
+"""Start a headless Chromium to test HTML pages."""
 
 from __future__ import annotations
 

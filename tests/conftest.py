@@ -33,7 +33,7 @@ checkpoint: {{every: 5, keep: 1}}
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Keep tests from using the user's cache, and run them on one thread, which is fastest for tiny models."""
+    """Run all tests with their own cache and on one thread, which is fastest for tiny models."""
     os.environ["TINYLM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ.pop("TINYLM_RUN", None)
     torch.set_num_threads(1)
@@ -54,14 +54,14 @@ def text_file(english: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def short_file(english: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """6 kB of English, short enough that a tiny run trains for more than one epoch."""
+    """6 kB of English text, which is short enough for a tiny run to train for more than one epoch."""
     path = tmp_path_factory.mktemp("text") / "short.txt"
     path.write_text(english[1000:7000], encoding="utf-8")
     return path
 
 
 def tiny_recipe(text: Path, preset: str = "modern", *overrides: str) -> Recipe:
-    """A recipe that trains in one or two seconds."""
+    """Return a recipe that trains in one or two seconds."""
     return loads(TINY.format(text=text, preset=preset), overrides)
 
 
@@ -84,15 +84,15 @@ class NoteCollector(Observer):
 
 
 Change = Callable[[Transformer, torch.Tensor], torch.Tensor]
-"""A function that accepts the network and the loss, may change the gradients, and returns the loss to report."""
+"""A function of the network and the loss that can change the gradients. It returns the loss to report."""
 Corrupt = Callable[[Collection[int], Change], list[list[torch.Tensor]]]
 
 
 @pytest.fixture
 def corrupt(monkeypatch: pytest.MonkeyPatch) -> Corrupt:
-    """`corrupt(calls, change)` applies `change` after the gradient computations with these numbers, counted from 1.
+    """`corrupt(calls, change)` applies `change` after each gradient computation whose number is in `calls`, counted from 1.
 
-    It returns a list that collects the weights before each computation.
+    It returns a list that collects the weights before each gradient computation.
     """
 
     def install(calls: Collection[int], change: Change) -> list[list[torch.Tensor]]:

@@ -28,7 +28,7 @@ HOSTILE = (
     "東京 🙂 café",
     "<s></s>[SEP][CLS]",
 )
-"""Contents of messages. Some spell control tokens."""
+"""Message contents, some of which contain control tokens as text."""
 
 
 def write_conversations(path: Path, conversations: Sequence[Sequence[Message]]) -> Path:
@@ -43,7 +43,7 @@ def exchange(question: str, answer: str, *, system: str | None = None) -> list[M
 
 
 def additions(count: int) -> list[list[Message]]:
-    """Conversations about sums, with answers of different lengths. Some have two exchanges and some a system message."""
+    """Return conversations about sums, with answers of different lengths. Some have two exchanges, and some a system message."""
     conversations = []
     for number in range(count):
         first = exchange(f"What is {number} + 3?", f"It is {number + 3}.", system="Answer briefly." if number % 5 == 0 else None)
@@ -53,7 +53,7 @@ def additions(count: int) -> list[list[Message]]:
 
 
 def chat_recipe(run: Run, data: Path, *overrides: str) -> Recipe:
-    """Fine-tune a run on conversations, which are also the held-out ones."""
+    """Return a recipe that fine-tunes a run on conversations and evaluates it on the same conversations."""
     return loads(
         f"data: {{format: chat, train: {data}, heldout: {data}}}\nmodel: {{init_from: {run.path}}}\n"
         "training: {steps: 8, global_batch_size: 4, micro_batch_size: 4, precision: fp32, compile: off, log_every: 1}\n"
@@ -63,5 +63,5 @@ def chat_recipe(run: Run, data: Path, *overrides: str) -> Recipe:
 
 
 def losses(run: Run) -> list[tuple[Any, ...]]:
-    """What was logged, without times."""
+    """Return the logged losses of a run, without times."""
     return [tuple(line.get(key) for key in ("kind", "step", "loss", "val_loss", "batch")) for line in run.metrics()]

@@ -1,4 +1,4 @@
-"""Tiny recipes for encoders and classifiers, on text that is written by the tests."""
+"""Tiny recipes for encoders and classifiers, and the texts that they train on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WORDS = {
 
 
 def write_text(folder: Path) -> Path:
-    """Write 40 short documents of regular sentences."""
+    """Write a JSON Lines file with 42 short documents of regular sentences."""
     lines = [
         {"text": f"The {a} is near the {b}. The {b} is not the {a}."}
         for number in range(10)
@@ -32,7 +32,7 @@ def write_text(folder: Path) -> Path:
 
 
 def write_labeled(folder: Path, suffix: str = ".jsonl") -> Path:
-    """Write 60 labeled texts, 20 of each label, all different."""
+    """Write 60 different labeled texts, 20 for each label."""
     rows = [(f"the {words[i % 4]} and the {words[i // 4 % 4]} {i}", label) for label, words in WORDS.items() for i in range(20)]
     file = folder / f"labeled{suffix}"
     if suffix == ".jsonl":
@@ -44,7 +44,7 @@ def write_labeled(folder: Path, suffix: str = ".jsonl") -> Path:
 
 
 def masked_recipe(folder: Path, *, model: str = "preset: modern", extra: str = "", tokenizer: str = "{kind: byte}") -> Recipe:
-    """A recipe for a masked language model on `write_text`."""
+    """Return a recipe that trains a masked language model on the text from `write_text`."""
     return loads(
         f"name: masked\ndata: {{train: {write_text(folder)}, heldout: {{share: 0.2, by: tail}}}}\ntokenizer: {tokenizer}\n"
         f"model: {{architecture: encoder, {model}, {SHAPE}}}\n{TRAINING}{EVERY}{extra}"
@@ -52,7 +52,7 @@ def masked_recipe(folder: Path, *, model: str = "preset: modern", extra: str = "
 
 
 def classifier_recipe(folder: Path, *, model: str = f"architecture: encoder, {SHAPE}", data: str = "", extra: str = "") -> Recipe:
-    """A recipe for a classifier on `write_labeled`."""
+    """Return a recipe that trains a classifier on the texts from `write_labeled`."""
     return loads(
         f"name: labels\ndata: {{train: {write_labeled(folder)}, format: labels, heldout: {{share: 0.2}}{data}}}\n"
         f"tokenizer: {{kind: byte}}\nmodel: {{{model}}}\n{TRAINING}{EVERY}{extra}"

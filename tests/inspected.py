@@ -1,3 +1,3 @@
-"""A text that is meant to break a page or a terminal."""
+"""Text designed to break a web page or a terminal."""
 
 HOSTILE = "</script>\x00\x1b[31m\u202e<b> {{DATA}} ש 😀 & the for statement"

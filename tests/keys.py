@@ -1,4 +1,4 @@
-"""The sections and keys of a recipe, in all variants, for tests of the schema. Does not use `tinylm.recipe.sections`."""
+"""Lists of all recipe sections and keys for the schema tests, built without `tinylm.recipe.sections`."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from pydantic.fields import FieldInfo
 
 
 def sections_in(annotation: Any) -> list[type[BaseModel]]:
-    """Every section in a type annotation."""
+    """Return every section class in a type annotation."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [section for part in get_args(annotation) for section in sections_in(part)]
 
 
 def sections_in_field(field: FieldInfo) -> list[type[BaseModel]]:
-    """Every section that a key can contain, including those that are added to an open union."""
+    """Return every section class that a key can contain, including classes that were registered for an open union."""
     added = [section for item in field.metadata for section in getattr(item, "sections", {}).values()]
     return added or sections_in(field.annotation)
 
 
 def sections_of(section: type[BaseModel]) -> Iterator[type[BaseModel]]:
-    """`section` and every section inside it."""
+    """Yield `section` and every section nested in it."""
     yield section
     for field in section.model_fields.values():
         for inner in sections_in_field(field):
@@ -31,7 +31,7 @@ def sections_of(section: type[BaseModel]) -> Iterator[type[BaseModel]]:
 
 
 def leaves(section: type[BaseModel]) -> Iterator[str]:
-    """Every key with a plain value, as `SectionClass.key`."""
+    """Yield every key with a plain value, in the form `SectionClass.key`."""
     for nested in sections_of(section):
         for key, field in nested.model_fields.items():
             if not sections_in_field(field):

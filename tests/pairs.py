@@ -33,13 +33,13 @@ checkpoint: {{every: 4, keep: 3}}
 
 
 def section(preset: str = "transformer", **overrides: Any) -> EncoderDecoderSection:
-    """A section with 2 encoder and 3 decoder blocks of width 32."""
+    """Return a model section with 2 encoder and 3 decoder blocks of width 32."""
     shape = {"n_layer": 2, "n_decoder_layer": 3, "n_head": 4, "n_embd": 32, "context_length": 24}
     return EncoderDecoderSection.model_validate({"preset": preset, **shape, **overrides})
 
 
 def network(preset: str = "transformer", *, vocab_size: int = VOCAB_SIZE, seed: int = 0, **overrides: Any) -> EncoderDecoder:
-    """A network in eval mode with noise added to its initial weights."""
+    """Return a network in eval mode with noise added to its initial weights."""
     built = registry.build(section(preset, **overrides), vocab_size, seed)
     assert isinstance(built, EncoderDecoder)
     generator = torch.Generator().manual_seed(seed)
@@ -50,10 +50,10 @@ def network(preset: str = "transformer", *, vocab_size: int = VOCAB_SIZE, seed: 
 
 
 def reversed_pairs(count: int, *, seed: int = 0, letters: str = "abcdef", longest: int = 6) -> list[dict[str, str]]:
-    """Pairs of letters and the same letters in reverse order."""
+    """Return pairs in which the source is random letters and the target is the same letters in reverse order."""
     generator = random.Random(seed)
     sequences = [generator.choices(letters, k=generator.randint(3, longest)) for _ in range(count)]
-    return [{"source": " ".join(each), "target": " ".join(reversed(each))} for each in sequences]
+    return [{"source": " ".join(sequence), "target": " ".join(reversed(sequence))} for sequence in sequences]
 
 
 def write_jsonl(path: Path, records: list[dict[str, str]]) -> Path:

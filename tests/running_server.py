@@ -1,4 +1,4 @@
-"""A server in a thread of this process, for the tests of the server. Importing it requires the extra `serve` and httpx."""
+"""Run the HTTP server inside the test process. Importing this module requires httpx and the `serve` extra."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAME = "tiny"
 
 
 class RunningServer:
-    """A server on a free port, in a thread of this process."""
+    """A server on a free port in a background thread."""
 
     def __init__(
         self, decoder: DecodingModel[Any], tokenizer: Tokenizer, limits: Any, api_key: str | None = None, **options: Any

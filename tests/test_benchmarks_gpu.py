@@ -1,4 +1,4 @@
-"""Run benchmarks/gpu.py on a CPU with tiny models: it produces every row that does not need a GPU. No test asserts a time."""
+"""benchmarks/gpu.py runs on a CPU with tiny models and produces every row that does not need a GPU. No test checks the times."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def gpu() -> ModuleType:
     assert specification is not None
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module  # data classes look up their annotations there
+    sys.modules[specification.name] = module  # dataclasses look up annotations in sys.modules
     specification.loader.exec_module(module)
     return module
 

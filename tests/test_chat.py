@@ -1,4 +1,4 @@
-"""A model that memorizes twenty conversations reproduces each answer and stops: here, in transformers and in llama.cpp."""
+"""In tinylm, transformers and llama.cpp, a model that memorized twenty conversations reproduces each answer and then stops."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def network(run: Run) -> Any:
 
 @pytest.fixture(scope="module")
 def exported(run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    """The tokenizer and the model of the exported folder in transformers."""
+    """Export the run and load its tokenizer and model with transformers."""
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("exported") / "hf"
     export(run, "hf", folder)
@@ -66,27 +66,27 @@ def prompts(run: Run) -> list[list[int]]:
     return [encoder.prompt(encoder.turns([Message(USER, question)])) for question in QUESTIONS]
 
 
-def test_each_answer_is_reproduced_and_ends(run: Run, network: Any) -> None:
+def test_the_model_reproduces_each_answer_and_then_stops(run: Run, network: Any) -> None:
     samples = list(answer_all(network, run.require_chat(), prompts(run), GREEDY))
     assert [sample.text for sample in samples] == ANSWERS
     assert {sample.finish_reason for sample in samples} == {"end"}
 
 
-def test_the_evaluation_counts_exact_answers_and_stops(run: Run) -> None:
+def test_the_evaluation_counts_exact_matches_and_stops(run: Run) -> None:
     result = evaluate_chat_run(run, device="cpu").as_dict()
     assert (result["exact_match"], result["stop_rate"], result["answers"]) == (1.0, 1.0, 20)
     logged = [line for line in run.metrics() if line["kind"] == "eval"][-1]
     assert result["loss"] == pytest.approx(logged["val_loss"], rel=1e-5)
     assert result["bytes"] == sum(len(answer) for answer in ANSWERS)
-    with_question = [answer.question for answer in evaluate_chat_run(run, max_answers=3, device="cpu").answers]
-    assert with_question == QUESTIONS[:3]
+    questions = [answer.question for answer in evaluate_chat_run(run, max_answers=3, device="cpu").answers]
+    assert questions == QUESTIONS[:3]
 
 
 def test_samples_during_training_answer_the_prompts(run: Run) -> None:
     assert "What does Alex like?\n" in (run.path / "samples.md").read_text()
 
 
-def test_transformers_gives_the_same_ids_and_the_same_text(run: Run, exported: tuple[Any, Any]) -> None:
+def test_transformers_produces_the_same_ids_and_text(run: Run, exported: tuple[Any, Any]) -> None:
     tokenizer, model = exported
     encoder = run.require_chat()
     for question, answer, ids in zip(QUESTIONS, ANSWERS, prompts(run), strict=True):
@@ -99,7 +99,7 @@ def test_transformers_gives_the_same_ids_and_the_same_text(run: Run, exported: t
         assert tokenizer.decode(output, skip_special_tokens=True) == answer
 
 
-def test_llama_cpp_gives_the_same_ids_and_the_same_text(run: Run, tmp_path: Path) -> None:
+def test_llama_cpp_produces_the_same_text(run: Run, tmp_path: Path) -> None:
     if importlib.util.find_spec("llama_cpp") is None:
         pytest.skip("llama-cpp-python is not installed")
     import llama_cpp
@@ -146,7 +146,7 @@ def test_an_ordinary_message_is_not_changed(run: Run) -> None:
     assert run.tokenizer.decode(encoder.turn(Message(USER, "say <|user|>")).ids[1:-1]) == "say < |user|>"
 
 
-def test_the_export_is_refused_if_the_template_differs(run: Run, exported: tuple[Any, Any]) -> None:
+def test_the_export_fails_if_the_template_differs(run: Run, exported: tuple[Any, Any]) -> None:
     from tinylm.errors import WorkError
 
     tokenizer, _ = exported
@@ -159,7 +159,7 @@ def test_the_export_is_refused_if_the_template_differs(run: Run, exported: tuple
         tokenizer.chat_template = before
 
 
-def test_a_session_remembers_its_turns_and_leaves_out_the_oldest(run: Run, network: Any) -> None:
+def test_a_session_remembers_its_turns_and_drops_the_oldest(run: Run, network: Any) -> None:
     session = ChatSession(Decoder(network), run.require_chat(), GREEDY, system="s")
     sample, prompt = session.ask(QUESTIONS[3])
     assert prompt.left_out == 0
@@ -171,14 +171,14 @@ def test_a_session_remembers_its_turns_and_leaves_out_the_oldest(run: Run, netwo
     assert prompt.left_out % 2 == 0
     assert len(prompt.ids) + prompt.new_tokens <= 65
     messages = list(session.messages)
-    with pytest.raises(InputError, match="tokens with its frame, and the model's context has 64"):
+    with pytest.raises(InputError, match="tokens with its frame, but the model's context has only 64"):
         session.ask("x" * 500)
     assert session.messages == messages
     session.reset()
     assert [message.role for message in session.conversation] == [SYSTEM]
 
 
-def test_history_is_left_out_by_whole_exchanges_and_the_system_message_stays(run: Run) -> None:
+def test_only_whole_exchanges_are_dropped_from_the_history_and_the_system_message_stays(run: Run) -> None:
     encoder = run.require_chat()
     messages = [Message(SYSTEM, "s"), *exchange("first", "a"), *exchange("second", "b"), Message(USER, "third")]
     turns = encoder.turns(messages)
@@ -189,7 +189,7 @@ def test_history_is_left_out_by_whole_exchanges_and_the_system_message_stays(run
     assert shorter.ids == encoder.prompt([turns[0], *turns[3:]])
 
 
-def test_a_run_without_conversations_says_how_to_get_them(tiny_run: Run) -> None:
+def test_a_run_that_was_not_trained_on_conversations_is_rejected(tiny_run: Run) -> None:
     with pytest.raises(InputError, match="was not trained on conversations"):
         tiny_run.require_chat()
 
@@ -201,14 +201,14 @@ def test_a_run_without_conversations_says_how_to_get_them(tiny_run: Run) -> None
         ("chat_template.json", b'{"user": "nobody"}', "the tokenizer has no control token nobody"),
         ("heldout/heldout-turns.npy", b"", "the turns are missing or damaged"),
         ("heldout/heldout-turns.npy", None, "the turns are missing or damaged"),
-        ("heldout/heldout-turns.npy", np.array([[0, 1, 3]]), "the turns do not add up to the conversations"),
+        ("heldout/heldout-turns.npy", np.array([[0, 1, 3]]), "the turns do not match the conversations"),
         ("heldout/heldout-turns.npy", np.array([[0, 7, 3]]), "an unexpected structure"),
         ("heldout/heldout-turns.npy", np.array([[0, 1, -3]]), "an unexpected structure"),
         ("heldout/heldout-turns.npy", np.array([[10**12, 1, 3]]), "an unexpected structure"),
         ("heldout/heldout-turns.npy", np.zeros((2, 3)), "an unexpected structure"),
     ],
 )
-def test_damaged_files_of_a_run_are_reported(run: Run, tmp_path: Path, name: str, damage: Any, message: str) -> None:
+def test_damaged_run_files_are_reported(run: Run, tmp_path: Path, name: str, damage: Any, message: str) -> None:
     shutil.copytree(run.path, tmp_path / "copy")
     file = tmp_path / "copy" / name
     file.unlink()

@@ -1,4 +1,4 @@
-"""Fine-tuning on conversations: the mask, packing, the loss, exact resume, several processes, and a text that is mixed in."""
+"""Fine-tuning on conversations: the prompt mask, packing, the loss, exact resumption, two processes, and mixed-in plain text."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
     return load_file(run.checkpoint("last").path / "model.safetensors")
 
 
-def hand_sum(network: torch.nn.Module, prepared: PreparedChat, index: int) -> tuple[float, int]:
-    """The summed loss and the number of learned tokens of one conversation, from the messages, one token at a time."""
+def reference_sum(network: torch.nn.Module, prepared: PreparedChat, index: int) -> tuple[float, int]:
+    """Return the summed loss in nats and the number of learned tokens for one conversation, computed token by token."""
     encoder, ids, learned = prepared.encoder, [prepared.encoder.start], [False]
     for turn in prepared.train[index]:
         ids += turn.ids
@@ -72,7 +72,7 @@ def hand_sum(network: torch.nn.Module, prepared: PreparedChat, index: int) -> tu
     return -sum(float(logprobs[position - 1, ids[position]]) for position in scored), len(scored)
 
 
-def test_only_the_answers_and_their_ends_of_turn_are_learned(prepared: PreparedChat) -> None:
+def test_only_the_answers_and_their_end_of_turn_tokens_are_learned(prepared: PreparedChat) -> None:
     encoder, tokenizer = prepared.encoder, prepared.tokenizer
     turns = prepared.train[0]
     assert [turn.role for turn in turns] == ["system", "user", "assistant", "user", "assistant"]
@@ -85,9 +85,11 @@ def test_only_the_answers_and_their_ends_of_turn_are_learned(prepared: PreparedC
     assert fitted.targets(mask_prompt=False).tolist() == fitted.ids[1:].tolist()
 
 
-def test_packing_uses_every_conversation_once_per_epoch_and_the_same_targets(recipe: Recipe, prepared: PreparedChat) -> None:
+def test_packing_uses_every_conversation_once_per_epoch_without_changing_its_targets(
+    recipe: Recipe, prepared: PreparedChat
+) -> None:
     plain = recipe.model_copy(update={"data": recipe.data.model_copy(update={"packing": False})})
-    datasets = [formats.find(each.data).dataset(each, prepared) for each in (recipe, plain)]
+    datasets = [formats.find(variant.data).dataset(variant, prepared) for variant in (recipe, plain)]
     assert datasets[0].examples_per_epoch < datasets[1].examples_per_epoch == 12
     seen = []
     for dataset in datasets:
@@ -108,17 +110,17 @@ def test_packing_uses_every_conversation_once_per_epoch_and_the_same_targets(rec
 def test_items_are_packed_into_few_bins() -> None:
     sizes = dict(enumerate([7, 5, 5, 3, 3, 2, 10]))
     bins = pack(sizes, 10)
-    assert sorted(item for each in bins for item in each) == list(sizes)
-    assert all(sum(sizes[item] for item in each) <= 10 for each in bins)
+    assert sorted(item for items in bins for item in items) == list(sizes)
+    assert all(sum(sizes[item] for item in items) <= 10 for items in bins)
     assert len(bins) == 4
 
 
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("micro", [1, 4])
-def test_the_mean_loss_is_a_hand_sum_over_the_learned_tokens(
+def test_the_mean_loss_covers_exactly_the_learned_tokens(
     tiny_run: Run, recipe: Recipe, prepared: PreparedChat, packing: bool, micro: int
 ) -> None:
-    """With packing and without, with accumulation and without."""
+    """Check every combination of packing and gradient accumulation."""
     from tinylm.model import registry
     from tinylm.training.precision import Precision
     from tinylm.training.step import GradientSettings, accumulate
@@ -130,7 +132,7 @@ def test_the_mean_loss_is_a_hand_sum_over_the_learned_tokens(
     batch = LocalBatch.whole(objective.batch(dataset.examples(0, dataset.examples_per_epoch), 1, 0))
     loss = accumulate(network, batch, GradientSettings(micro, Precision("fp32", CPU), objective))
     with torch.no_grad():
-        sums = [hand_sum(network, prepared, index) for index in range(12)]
+        sums = [reference_sum(network, prepared, index) for index in range(12)]
         scores = answers.evaluate(network, prepared.train, prepared.tokenizer.token_byte_lengths)
     nats, count = sum(nats for nats, _ in sums), sum(count for _, count in sums)
     assert batch.global_target_count == count
@@ -139,7 +141,7 @@ def test_the_mean_loss_is_a_hand_sum_over_the_learned_tokens(
     assert scores.bytes == sum(len(m.content) for messages in additions(12) for m in messages if m.role == ASSISTANT)
 
 
-def test_shares_of_a_batch_add_up_to_the_whole_batch(recipe: Recipe, prepared: PreparedChat) -> None:
+def test_the_parts_of_a_batch_on_all_ranks_add_up_to_the_whole_batch(recipe: Recipe, prepared: PreparedChat) -> None:
     dataset = formats.find(recipe.data).dataset(recipe, prepared)
     with Feed(dataset, CausalLM(), seed=1) as feed:
         whole = feed.batch(0, 4)
@@ -151,7 +153,7 @@ def test_shares_of_a_batch_add_up_to_the_whole_batch(recipe: Recipe, prepared: P
     assert {share.global_target_count for share in shares} == {whole.global_target_count}
 
 
-def test_control_tokens_get_the_mean_embedding_of_the_tokens_of_their_name(
+def test_a_control_token_starts_with_the_mean_embedding_of_the_tokens_in_its_name(
     tiny_run: Run, recipe: Recipe, prepared: PreparedChat
 ) -> None:
     from tinylm.model import registry
@@ -170,7 +172,7 @@ def test_control_tokens_get_the_mean_embedding_of_the_tokens_of_their_name(
         torch.testing.assert_close(ours[user], theirs[before.encode("<|user|>")].mean(0))
 
 
-def test_a_resumed_run_is_bitwise_equal_and_keeps_its_template(chat_run: Run, recipe: Recipe, tmp_path: Path) -> None:
+def test_a_resumed_run_is_bitwise_identical_and_keeps_its_template(chat_run: Run, recipe: Recipe, tmp_path: Path) -> None:
     train(recipe, tmp_path / "resumed", device="cpu", stop_after=0.0)
     stopped = Run.open(tmp_path / "resumed")
     assert stopped.checkpoint("last").step < 8
@@ -210,13 +212,13 @@ def test_long_conversations_lose_their_oldest_exchanges_first(prepared: Prepared
     assert fit(turns, encoder.start, len(turns[4].ids) + 1) is None
 
 
-def test_a_huge_message_is_cut_and_a_huge_answer_is_skipped_with_their_lines(tiny_run: Run, tmp_path: Path) -> None:
+def test_a_huge_message_is_truncated_a_huge_answer_is_skipped_and_both_lines_are_reported(tiny_run: Run, tmp_path: Path) -> None:
     conversations = [*additions(3), exchange("x" * 100_000, "yes"), exchange("no", "y" * 100_000)]
     data = write_conversations(tmp_path / "long.jsonl", conversations)
     reporter = CollectingReporter()
     recipe = chat_recipe(tiny_run, data, "model.context_length=64")
-    found = formats.find(recipe.data).prepare(recipe, reporter, 1)
-    dataset = formats.find(recipe.data).dataset(recipe, found)
+    prepared_data = formats.find(recipe.data).prepare(recipe, reporter, 1)
+    dataset = formats.find(recipe.data).dataset(recipe, prepared_data)
     assert any("1 conversation longer than the context" in note and "long.jsonl:4" in note for note in reporter.notes)
     assert any("skipped 1 conversation" in warning and "long.jsonl:5" in warning for warning in reporter.warnings)
     examples = dataset.examples(0, dataset.examples_per_epoch)
@@ -226,10 +228,12 @@ def test_a_huge_message_is_cut_and_a_huge_answer_is_skipped_with_their_lines(tin
         formats.find(recipe.data).prepare(chat_recipe(tiny_run, only_long, "model.context_length=64"), SILENT, 1)
 
 
-def test_a_share_of_the_sequences_is_text_that_is_learned_completely(tiny_run: Run, data: Path, text_file: Path) -> None:
+def test_the_requested_share_of_sequences_is_plain_text_with_a_loss_on_every_token(
+    tiny_run: Run, data: Path, text_file: Path
+) -> None:
     recipe = chat_recipe(tiny_run, data, "model.context_length=64", f"data.mix={{{text_file}: 0.25}}")
-    found = formats.find(recipe.data).prepare(recipe, SILENT, 1)
-    dataset = formats.find(recipe.data).dataset(recipe, found)
+    prepared_data = formats.find(recipe.data).prepare(recipe, SILENT, 1)
+    dataset = formats.find(recipe.data).dataset(recipe, prepared_data)
     assert isinstance(dataset, Mixture)
     examples = dataset.examples(3, 40)
     is_text = (examples["segments"] == 0).all(axis=1) & (examples["targets"] >= 0).all(axis=1)
@@ -237,12 +241,14 @@ def test_a_share_of_the_sequences_is_text_that_is_learned_completely(tiny_run: R
     assert (examples["targets"][is_text] == examples["tokens"][is_text][:, 1:]).all()
     one_by_one = [dataset.examples(position, 1) for position in range(3, 43)]
     for name, values in examples.items():
-        assert np.array_equal(np.concatenate([each[name] for each in one_by_one]), values)
+        assert np.array_equal(np.concatenate([example[name] for example in one_by_one]), values)
     heldout = open_shard(tiny_run.path / "heldout", "heldout")
-    assert found.mix.heldout.tokens.tolist() == heldout.tokens.tolist(), "the text of the run's own held-out part is not trained on"
+    assert prepared_data.mix.heldout.tokens.tolist() == heldout.tokens.tolist(), (
+        "the run's held-out text must not be used for training"
+    )
 
 
-def test_a_chat_run_can_still_be_evaluated_on_text_and_knows_what_it_was_trained_on(
+def test_a_chat_run_can_still_be_evaluated_on_text_and_records_its_training_texts(
     chat_run: Run, tiny_run: Run, data: Path, text_file: Path
 ) -> None:
     result = evaluate_run(chat_run, [str(text_file)], device="cpu")
@@ -256,7 +262,9 @@ def test_a_chat_run_can_still_be_evaluated_on_text_and_knows_what_it_was_trained
     assert inherited.share > 0.5
 
 
-def test_lora_trains_the_rows_of_the_control_tokens_and_keeps_all_others(tiny_run: Run, data: Path, tmp_path: Path) -> None:
+def test_lora_trains_the_embedding_rows_of_the_control_tokens_and_keeps_all_other_rows(
+    tiny_run: Run, data: Path, tmp_path: Path
+) -> None:
     lora = ("training.lora={rank: 4}", "training.optimizer={name: adamw, lr: 0.01, weight_decay: 0.1}", "training.steps=4")
     recipe = chat_recipe(tiny_run, data, *lora, "model.context_length=64")
     train(recipe, tmp_path / "lora", device="cpu")
@@ -273,7 +281,7 @@ def test_lora_trains_the_rows_of_the_control_tokens_and_keeps_all_others(tiny_ru
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in weights(tuned).items())
 
 
-def test_other_architectures_and_keys_without_effect_are_refused(data: Path, tiny_run: Run) -> None:
+def test_other_architectures_and_keys_that_have_no_effect_are_rejected(data: Path, tiny_run: Run) -> None:
     with pytest.raises(InputError, match="chat needs architecture decoder, not lstm"):
         loads(f"data: {{format: chat, train: {data}}}\nmodel: {{architecture: lstm}}\ntraining: {{steps: 1}}")
     with pytest.raises(InputError, match=r"data\.prompt: has no effect on layout messages"):

@@ -1,4 +1,4 @@
-"""Damaged and forged run folders: `runs` marks a damaged run in its row, and no file makes a command hang or crash."""
+"""Damaged and forged run folders: `tinylm runs` marks damaged runs, and no file makes a command hang or crash."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_plot_and_compare_skip_the_damaged_lines_of_one_log(run: Run, tiny_run: 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no named pipes")
 @pytest.mark.parametrize("name", ["recipe.yaml", "tokenizer.json", "metrics.jsonl", "heldout/heldout.npy", "checkpoints/last"])
-def test_a_named_pipe_is_refused_without_reading_it(name: str, run: Run) -> None:
+def test_a_named_pipe_is_rejected_without_reading_it(name: str, run: Run) -> None:
     (run.path / name).unlink()
     os.mkfifo(run.path / name)
     with pytest.raises(InputError, match="is neither a file nor a folder"):
@@ -75,7 +75,7 @@ def test_a_named_pipe_is_refused_without_reading_it(name: str, run: Run) -> None
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows requires a privilege for symbolic links")
 @pytest.mark.parametrize("name", ["metrics.jsonl", "heldout", "samples.md"])
-def test_a_link_to_itself_is_refused(name: str, run: Run) -> None:
+def test_a_link_to_itself_is_rejected(name: str, run: Run) -> None:
     path = run.path / name
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     path.symlink_to(path)
@@ -103,7 +103,7 @@ FORGED: list[Callable[[dict[str, object]], object]] = [
 
 
 @pytest.mark.parametrize("forge", FORGED)
-def test_a_state_with_missing_or_wrong_values_is_refused(forge: Callable[[dict[str, object]], object], run: Run) -> None:
+def test_a_state_with_missing_or_invalid_values_is_rejected(forge: Callable[[dict[str, object]], object], run: Run) -> None:
     for checkpoint in run.checkpoints():
         state = json.loads((checkpoint.path / "state.json").read_text())
         forge(state)
@@ -116,7 +116,7 @@ def test_a_state_with_missing_or_wrong_values_is_refused(forge: Callable[[dict[s
         train(run.recipe, run.path, device="cpu", resume=True)
 
 
-def test_a_folder_with_only_leftovers_of_a_killed_process_counts_as_empty(tmp_path: Path) -> None:
+def test_a_folder_with_only_leftovers_from_a_killed_process_counts_as_empty(tmp_path: Path) -> None:
     for name in (LOCK, ".recipe.yaml.0123456789ab.tmp"):
         (tmp_path / name).touch()
     check_run_folder(tmp_path, resume=False, overwrite=False)
@@ -136,7 +136,7 @@ def test_a_rollback_that_cannot_remove_checkpoints_is_reported(run: Run, monkeyp
         CheckpointWriter(run.path, keep=1).discard_after(first, first.step)
 
 
-def test_a_log_that_cannot_be_rewritten_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_that_cannot_be_rewritten_stays_usable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 

@@ -1,4 +1,4 @@
-"""Importing tinylm warms up MKL's vector math, so that results do not depend on a race."""
+"""Importing tinylm warms up MKL's vector math to avoid a race that could change results."""
 
 from __future__ import annotations
 
@@ -35,6 +35,6 @@ print(max(first.sizes.values()))
 
 
 def test_every_vector_math_function_is_first_called_on_a_single_number() -> None:
-    """Otherwise, a race would change the results of one process in eight. `benchmarks/same_model.py` also checks for it."""
+    """Without the warm-up, a race changes the results in one process out of eight. `benchmarks/same_model.py` also checks this."""
     result = subprocess.run([sys.executable, "-c", FIRST_CALLS], capture_output=True, text=True)
     assert (result.stdout.strip(), result.stderr) == ("1", "")

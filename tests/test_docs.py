@@ -1,6 +1,6 @@
 """Every command, option, recipe key, extra, file, link and Python name in the documentation exists.
 
-`docs/scripts/run_examples.py` runs the commands and writes their output; these tests only read the pages, so they are fast.
+`docs/scripts/run_examples.py` runs the commands and writes their output. These tests are fast because they only read the pages.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PAGES = sorted(
     if str(path.relative_to(ROOT)) not in GENERATED and path.name != "CHANGELOG.md"
 )
 OTHER_OPTIONS = {"--nproc-per-node", "--strict", "-m", "-k", "-n0", "-n", "-c", "-e", "-q", "--help"}
-"""Options of torchrun, pytest, pip, python and mkdocs that occur in the pages."""
+"""Options of torchrun, pytest, pip, python and mkdocs that appear on the pages."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,14 +49,14 @@ def examples(_scripts: None) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def options(_scripts: None) -> dict[str, set[str]]:
-    """The options of each command, by its full name such as `tokenize train`."""
+    """Map the full name of each command, such as `tokenize train`, to its options."""
     reference = importlib.import_module("cli_reference")
     return {name: reference.options_of(command) for name, command in reference.commands()}
 
 
 @pytest.fixture(scope="module")
 def keys() -> set[str]:
-    """The dotted path of every section and key of a recipe."""
+    """Return the dotted path of every section and key in a recipe."""
 
     def walk(section: type[BaseModel], prefix: str) -> Iterator[str]:
         for key, field in section.model_fields.items():
@@ -72,13 +72,13 @@ def _text(page: str) -> str:
 
 
 def _prose(text: str) -> str:
-    """A page without its fenced blocks and comments."""
+    """Return the text of a page without its fenced blocks and comments."""
     without_blocks = re.sub(r"^ *```.*?^ *```$", "", text, flags=re.MULTILINE | re.DOTALL)
     return re.sub(r"<!--.*?-->", "", without_blocks, flags=re.DOTALL)
 
 
 def _commands(page: str, examples: ModuleType) -> Iterator[list[str]]:
-    """The words of every tinylm command in the fenced blocks of a page, without pipes and redirections."""
+    """Yield the words of every tinylm command in the fenced blocks of a page, without pipes and redirections."""
     for block in examples.blocks(_text(page)):
         commands = block.commands if block.kind in ("console", "bash") else []
         for line in commands:
@@ -111,8 +111,8 @@ def test_commands_and_their_options_exist(page: str, examples: ModuleType, optio
             assert words[0] in ("--help", "--version", "--install-completion"), words
             continue
         name = _name(words, options)
-        given = [word.split("=")[0] for word in words if re.match(r"--?[a-zA-Z]", word)]
-        assert set(given) <= options[name], f"tinylm {name} has no {sorted(set(given) - options[name])}"
+        used = [word.split("=")[0] for word in words if re.match(r"--?[a-zA-Z]", word)]
+        assert set(used) <= options[name], f"tinylm {name} has no {sorted(set(used) - options[name])}"
         for option, value in pairwise(words):
             if option in ("--set", "--allow-change"):
                 assert value.split("=")[0] in keys, value
@@ -121,7 +121,7 @@ def test_commands_and_their_options_exist(page: str, examples: ModuleType, optio
 
 
 def _extras() -> set[str]:
-    """The optional dependency groups in pyproject.toml."""
+    """Return the names of the optional dependency groups in pyproject.toml."""
     after_header = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("[project.optional-dependencies]")[1]
     return set(re.findall(r"^(\w+) = \[", after_header.split("\n[")[0], re.MULTILINE))
 
@@ -155,10 +155,10 @@ def test_linked_files_exist(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_recipes_load(page: str, examples: ModuleType) -> None:
-    """Missing required keys are added to recipes that show only some sections.
+def test_recipes_can_be_loaded(page: str, examples: ModuleType) -> None:
+    """Load each recipe on a page, after adding required keys to recipes that show only some sections.
 
-    Only a recipe marked "wrong on purpose" may be invalid.
+    A recipe marked "wrong on purpose" must be rejected.
     """
     text = _text(page)
     for block in examples.blocks(text):
@@ -188,7 +188,7 @@ def test_python_examples_import_names_that_exist(page: str, examples: ModuleType
                     assert hasattr(module, alias.name), f"{node.module}.{alias.name}"
 
 
-def test_every_block_of_commands_is_run_or_states_a_reason_not_to_run_it(examples: ModuleType) -> None:
+def test_every_command_block_is_run_or_states_why_it_is_not_run(examples: ModuleType) -> None:
     executed_pages = {path.resolve() for path in examples.pages()}
     for page in PAGES:
         for block in examples.blocks(_text(page)):
@@ -196,10 +196,10 @@ def test_every_block_of_commands_is_run_or_states_a_reason_not_to_run_it(example
                 assert block.commands, f"{page}: a block without a command"
                 reason = block.comments.get("not run")
                 assert reason or (reason is None and ROOT / page in executed_pages), (
-                    f"{page}: not run, without a reason: {block.commands[0]}"
+                    f"{page}: not run, and no reason is stated: {block.commands[0]}"
                 )
 
 
-def test_all_pages_of_the_site_are_in_its_navigation(examples: ModuleType) -> None:
+def test_all_pages_are_in_the_site_navigation(examples: ModuleType) -> None:
     in_navigation = {path.resolve() for path in examples.pages()} - {ROOT / "README.md"}
     assert in_navigation == {path.resolve() for path in (ROOT / "docs").rglob("*.md")}

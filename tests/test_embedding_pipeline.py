@@ -1,4 +1,4 @@
-"""Embedding training end to end: results do not depend on threads or interruptions, and errors in the run folder are reported."""
+"""End-to-end embedding training: results do not depend on threads or interruptions, and run-folder problems are reported."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_training_writes_its_files_and_sends_events(reference: Path, tmp_path: P
 
 
 def test_related_words_are_closer_than_chance(english: str, tmp_path: Path) -> None:
-    """The plural of a word is among its ten nearest neighbors far more often than among ten random words."""
+    """A word's plural is among its ten nearest neighbors far more often than among ten random words."""
     path = tmp_path / "reference.txt"
     path.write_text(english, encoding="utf-8")
     train_embeddings(
@@ -97,10 +97,10 @@ def test_related_words_are_closer_than_chance(english: str, tmp_path: Path) -> N
     )
     vectors = read(tmp_path / "run")
     pairs = [(name, f"{name}s") for name in vectors.names if len(name) > 3 and f"{name}s" in vectors.index]
-    share_found = np.mean([plural in [neighbor.token for neighbor in vectors.nearest(name, 10)] for name, plural in pairs])
+    fraction_found = np.mean([plural in [neighbor.token for neighbor in vectors.nearest(name, 10)] for name, plural in pairs])
     chance = 10 / (len(vectors) - 1)
     assert len(pairs) > 100
-    assert share_found > 20 * chance
+    assert fraction_found > 20 * chance
 
 
 def test_a_changed_recipe_or_text_cannot_be_resumed(reference: Path, tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_a_changed_recipe_or_text_cannot_be_resumed(reference: Path, tmp_path: P
     with pytest.raises(InputError, match="--resume continues it"):
         train_embeddings(embedding_recipe(text), tmp_path / "run")
     text.write_text(reference.read_text() + " object" * 10)
-    with pytest.raises(InputError, match="cannot resume, because the text changed"):
+    with pytest.raises(InputError, match="cannot resume because the text changed"):
         train_embeddings(embedding_recipe(text), tmp_path / "run", resume=True)
     from_scratch = train_embeddings(embedding_recipe(text, "method.window=4"), tmp_path / "run", overwrite=True, threads=1)
     assert from_scratch.stopped == "done"
@@ -133,7 +133,7 @@ def test_the_run_of_a_language_model_cannot_be_resumed(tiny_run: Run, reference:
         train_embeddings(embedding_recipe(reference), tiny_run.path, resume=True)
 
 
-def test_training_in_a_folder_that_is_in_use_is_an_error(reference: Path, tmp_path: Path) -> None:
+def test_training_in_a_folder_that_is_in_use_is_rejected(reference: Path, tmp_path: Path) -> None:
     with locked_run_folder(tmp_path / "run", resume=False, overwrite=False):
         with pytest.raises(InputError, match="another process is training in this folder"):
             train_embeddings(embedding_recipe(reference), tmp_path / "run", overwrite=True)
@@ -141,7 +141,7 @@ def test_training_in_a_folder_that_is_in_use_is_an_error(reference: Path, tmp_pa
 
 
 def test_overwriting_removes_the_files_of_the_previous_run(tiny_run: Run, reference: Path, tmp_path: Path) -> None:
-    """Overwriting removes a run of any kind and keeps the user's files."""
+    """Overwriting removes any kind of run but keeps the user's files."""
     folder = tmp_path / "run"
     shutil.copytree(tiny_run.path, folder)
     (folder / "notes.txt").write_text("mine")
@@ -160,7 +160,7 @@ def test_a_link_out_of_the_run_folder_is_not_followed(reference: Path, tmp_path:
         train_embeddings(embedding_recipe(reference), tmp_path / "run", resume=True)
 
 
-def test_an_unknown_probe_is_an_error_before_training_starts(reference: Path, tmp_path: Path) -> None:
+def test_an_unknown_probe_is_reported_before_training_starts(reference: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"watch\.probes: 'objct' is not among the .* vectors \(did you mean object\?\)"):
         train_embeddings(embedding_recipe(reference, "watch.probes=[objct]"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -172,7 +172,7 @@ def test_a_non_finite_loss_ends_training(reference: Path, tmp_path: Path) -> Non
         train_embeddings(embedding_recipe(reference, "method.name=glove", "method.lr=1e30"), tmp_path / "run", threads=1)
 
 
-def test_vectors_of_tokens_can_be_looked_up_by_text(tiny_run: Run, text_file: Path, tmp_path: Path) -> None:
+def test_token_vectors_can_be_looked_up_by_text(tiny_run: Run, text_file: Path, tmp_path: Path) -> None:
     train_embeddings(
         embedding_recipe(text_file, f"vocabulary.tokenizer={tiny_run.path}", "vocabulary.min_count=3", "watch.probes=[]"),
         tmp_path / "run",

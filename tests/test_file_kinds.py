@@ -1,4 +1,4 @@
-"""Error messages identify files of other programs, wherever a model, a tokenizer or vectors are expected."""
+"""Error messages identify files from other programs when tinylm expects a model, a tokenizer or vectors."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ CONTENTS = {
     "cc.en.bin": (struct.pack("<ii", FASTTEXT_MAGIC, 12), "a fastText model"),
     "words.kv": (pickle.dumps({"vectors": 1}, 4), "a gensim pickle"),
     "model.pkl": (pickle.dumps([1, 2]), "a pickle, which can execute code when it is loaded"),
-    "o200k.tiktoken": (b"IQ== 0\n", "a file of tiktoken ranks"),
+    "o200k.tiktoken": (b"IQ== 0\n", "a tiktoken rank file"),
     "spiece.model": (b"\n\x0e\n\x05<unk>", "a sentencepiece model"),
 }
 
 
 @pytest.mark.parametrize("name", CONTENTS)
-def test_every_reader_identifies_a_file_of_another_program(name: str, tmp_path: Path) -> None:
+def test_every_reader_identifies_a_file_from_another_program(name: str, tmp_path: Path) -> None:
     content, expected = CONTENTS[name]
     path = tmp_path / name
     path.write_bytes(content)
@@ -47,7 +47,7 @@ def test_an_adapter_is_not_a_model(tmp_path: Path) -> None:
             import_model(path, tmp_path / "run")
 
 
-def test_ordinary_files_are_not_recognized(tmp_path: Path) -> None:
+def test_supported_empty_and_missing_files_are_not_identified(tmp_path: Path) -> None:
     (tmp_path / "words.vec").write_text("1 2\na 1 2\n")
     (tmp_path / "empty").write_bytes(b"")
     assert [identify(tmp_path / name) for name in ("words.vec", "empty", "missing", "")] == [None] * 4

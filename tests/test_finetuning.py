@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def code_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Python source code, in contrast to the English text of the tiny run."""
+    """Return a file of Python source code. The tiny run was trained on English text."""
     path = tmp_path_factory.mktemp("code") / "code.txt"
     path.write_text(Path(shutil.__file__).read_text(encoding="utf-8")[:30_000], encoding="utf-8")
     return path
@@ -65,7 +65,7 @@ def test_fine_tuning_starts_from_the_weights_of_the_source_run_and_learns_the_ne
     assert f"initializing from {tiny_run.path} {tiny_run.checkpoint().name}" in reporter.notes
     tuned = Run.open(tmp_path / "tuned")
     first_loss = next(line["loss"] for line in tuned.metrics())
-    assert first_loss < 5.5, "with random weights it would be log(400) = 6"
+    assert first_loss < 5.5, "with random weights, the loss would be about log(400) = 6"
     assert bits_per_byte(tuned, code_file) < bits_per_byte(tiny_run, code_file)
     assert bits_per_byte(tuned, text_file) != bits_per_byte(tiny_run, text_file)
 
@@ -121,7 +121,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again_from_its_source_r
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="gloo")
+@pytest.mark.skipif(os.name == "nt", reason="gloo is tested only on POSIX")
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_learn_the_same_lora_weights_as_one_process(
     kind: str, tiny_run: Run, code_file: Path, tmp_path: Path
@@ -141,7 +141,7 @@ def test_two_processes_learn_the_same_lora_weights_as_one_process(
     assert (tmp_path / "one" / "samples.md").read_text() == (tmp_path / "two" / "samples.md").read_text()
 
 
-def test_an_unrecoverable_step_with_lora_is_replayed(tiny_run: Run, code_file: Path, tmp_path: Path) -> None:
+def test_an_unrecoverable_step_with_lora_can_be_replayed(tiny_run: Run, code_file: Path, tmp_path: Path) -> None:
     with pytest.raises(WorkError):
         train(
             recipe_from(tiny_run, code_file, "training.lora={alpha: 1000}", "training.optimizer={lr: 1000}"),
@@ -154,7 +154,7 @@ def test_an_unrecoverable_step_with_lora_is_replayed(tiny_run: Run, code_file: P
     assert {name.rpartition(".")[2] for name in replayed.gradients} == {"lora_a", "lora_b"}
 
 
-def test_another_tokenizer_requires_a_new_head(tiny_run: Run, code_file: Path, tmp_path: Path) -> None:
+def test_a_different_tokenizer_requires_a_new_head(tiny_run: Run, code_file: Path, tmp_path: Path) -> None:
     recipe = recipe_from(tiny_run, code_file, "tokenizer={kind: byte}", "training.steps=1")
     with pytest.raises(InputError, match="the tokenizer differs from the source run's"):
         train(recipe, tmp_path / "tuned", device="cpu")
@@ -176,9 +176,7 @@ def test_another_tokenizer_requires_a_new_head(tiny_run: Run, code_file: Path, t
         ("{init_from: RUN}", "{steps: 1, lora: {targets: [attention]}}", "training.lora.targets: must be a list of attention.qkv,"),
     ],
 )
-def test_an_invalid_recipe_for_fine_tuning_is_rejected(
-    model: str, training: str, message: str, tiny_run: Run, text_file: Path
-) -> None:
+def test_an_invalid_fine_tuning_recipe_is_rejected(model: str, training: str, message: str, tiny_run: Run, text_file: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         loads(f"data: {{train: {text_file}}}\nmodel: {model.replace('RUN', str(tiny_run.path))}\ntraining: {training}\n")
     assert message in str(caught.value)
@@ -195,7 +193,7 @@ def test_an_unsuitable_source_run_is_rejected_before_any_text_is_read(tiny_run: 
 def test_held_out_text_that_the_source_run_was_trained_on_is_reported_everywhere(
     tiny_run: Run, text_file: Path, tmp_path: Path
 ) -> None:
-    """Without its n-grams, the held-out text would look new: this run itself is trained on other text."""
+    """The new run is trained on other text, so only the n-grams recorded by the source run reveal the overlap."""
     known = tmp_path / "known.txt"
     known.write_text(text_file.read_text(encoding="utf-8")[:9000], encoding="utf-8")
     reporter = CollectingReporter()
@@ -214,7 +212,7 @@ def test_held_out_text_that_the_source_run_was_trained_on_is_reported_everywhere
     assert re.search(rf"\d+% of its \d+-token sequences also occur in the training text of {tiny_run.name}", card)
 
 
-def test_an_unrecorded_training_text_is_said_to_be_unknown(tiny_run: Run, code_file: Path, tmp_path: Path) -> None:
+def test_an_unrecorded_training_text_is_reported_as_unknown(tiny_run: Run, code_file: Path, tmp_path: Path) -> None:
     old = shutil.copytree(tiny_run.path, tmp_path / "old")
     shutil.rmtree(old / "training_text")
     reporter = CollectingReporter()
@@ -223,6 +221,6 @@ def test_an_unrecorded_training_text_is_said_to_be_unknown(tiny_run: Run, code_f
     assert any("not known how much of the held-out text occurs in the training text of old" in note for note in reporter.notes)
     run = Run.open(tmp_path / "tuned")
     card = model_card(run, run.checkpoint(), 1, "Class", (), Snippet("Once", 3, False))
-    assert "not known how much of it occurs in the training text of old" in card
+    assert "the overlap with the training text of old is unknown" in card
     rows = [line.split(" | ")[0] for line in card.splitlines() if line.startswith("| ")]
     assert rows == ["| split", "| held-out, used to choose the checkpoint", "| test, never used during training"]

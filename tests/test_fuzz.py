@@ -1,4 +1,4 @@
-"""Random damage to recipes, tokenizer files and run folders: the result is either valid or an error with a message for the user."""
+"""Randomly damaged recipes, tokenizer files and run folders are either read or rejected with a printable error message."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ TAGS = ("int", "float", "bool", "null", "timestamp", "binary", "set", "omap", "m
 BASE: dict[str, Any] = {"data": {"train": "text.txt"}, "training": {"steps": 10}}
 
 
-def _valid_or_refused(read: Callable[[], object]) -> None:
-    """Call `read`. It may only raise an error whose message can be printed."""
+def _check_read_or_rejected(read: Callable[[], object]) -> None:
+    """Call `read`. The only exception that it may raise is a `TinylmError` with a printable message."""
     try:
         read()
     except TinylmError as error:
@@ -85,43 +85,43 @@ def _with(key: str, value: object) -> dict[str, Any]:
 
 @FUZZ
 @given(key=st.sampled_from(KEYS), value=VALUES)
-def test_any_value_of_a_key_is_accepted_or_refused(key: str, value: object) -> None:
-    text = json.dumps(_with(key, value))  # JSON is YAML
-    _valid_or_refused(lambda: loads(text, check_files=True))
+def test_any_value_of_a_key_is_accepted_or_rejected(key: str, value: object) -> None:
+    text = json.dumps(_with(key, value))  # JSON is valid YAML
+    _check_read_or_rejected(lambda: loads(text, check_files=True))
 
 
 @FUZZ
 @given(key=st.sampled_from(KEYS), tag=st.sampled_from(TAGS), value=st.text(st.characters(codec="ascii"), max_size=6))
-def test_any_tag_is_accepted_or_refused(key: str, tag: str, value: str) -> None:
+def test_any_tag_is_accepted_or_rejected(key: str, tag: str, value: str) -> None:
     section, _, last = key.rpartition(".")
     line = f"{last}: !!{tag} {json.dumps(value)}"
     text = f"{section}: {{{line}}}" if section and "." not in section else line
-    _valid_or_refused(lambda: loads(f"{text}\n", check_files=False))
+    _check_read_or_rejected(lambda: loads(f"{text}\n", check_files=False))
 
 
 @FUZZ
 @given(text=st.text(max_size=60))
-def test_any_text_is_refused_or_read_as_a_recipe(text: str) -> None:
-    _valid_or_refused(lambda: loads(text, check_files=False))
+def test_any_text_is_read_as_a_recipe_or_rejected(text: str) -> None:
+    _check_read_or_rejected(lambda: loads(text, check_files=False))
 
 
 @FUZZ
 @given(override=st.text(max_size=30), key=st.sampled_from(KEYS))
-def test_any_override_is_accepted_or_refused(override: str, key: str) -> None:
+def test_any_override_is_accepted_or_rejected(override: str, key: str) -> None:
     for written in (override, f"{key}={override}"):
-        _valid_or_refused(lambda written=written: loads(json.dumps(BASE), [written], check_files=False))
+        _check_read_or_rejected(lambda written=written: loads(json.dumps(BASE), [written], check_files=False))
 
 
 @FUZZ
 @given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30))
-def test_any_prompt_survives_the_recipe_of_a_run(text: str) -> None:
+def test_any_prompt_survives_a_round_trip_through_a_recipe(text: str) -> None:
     recipe = loads(json.dumps(BASE), check_files=False)
     recipe = recipe.model_copy(update={"sampling": recipe.sampling.model_copy(update={"prompts": (text,)})})
     assert loads(recipe.to_yaml(), check_files=False) == recipe
 
 
 def _damaged(document: Any, data: st.DataObject) -> Any:
-    """Replace or remove one value of a JSON document."""
+    """Replace or remove one value in a JSON document."""
     if isinstance(document, dict) and document and data.draw(st.integers(0, 5)):
         key = data.draw(st.sampled_from(sorted(document)))
         if not data.draw(st.integers(0, 6)):
@@ -139,7 +139,7 @@ TEXT = "The quick <|endoftext|> brown fox, 42 times. naïve 🙂\n"
 @pytest.mark.parametrize("kind", ["bpe", "unigram", "wordpiece", "char"])
 @settings(FUZZ, max_examples=40)
 @given(data=st.data())
-def test_a_damaged_tokenizer_file_is_refused_or_usable(kind: str, tokenizers_by_kind: dict[str, Any], data: st.DataObject) -> None:
+def test_a_damaged_tokenizer_file_is_usable_or_rejected(kind: str, tokenizers_by_kind: dict[str, Any], data: st.DataObject) -> None:
     damaged = json.dumps(_damaged(tokenizers_by_kind[kind], data))
 
     def read() -> None:
@@ -150,12 +150,12 @@ def test_a_damaged_tokenizer_file_is_refused_or_usable(kind: str, tokenizers_by_
         tokenizer.decode(ids)
         tokenizer.encoder.encode(TEXT.encode())
 
-    _valid_or_refused(read)
+    _check_read_or_rejected(read)
 
 
 @pytest.fixture(scope="module")
 def tokenizers_by_kind(english: str) -> dict[str, Any]:
-    """A small tokenizer of each kind, as parsed JSON."""
+    """Return a small tokenizer of each kind as parsed JSON."""
     from tinylm.text.sources import Piece
     from tinylm.tokenizer import training
 
@@ -198,14 +198,14 @@ def _open_and_read(folder: Path) -> None:
 )
 @settings(FUZZ, max_examples=15)
 @given(data=st.data())
-def test_a_damaged_file_of_a_run_is_refused_or_read(name: str, copied_run: Path, data: st.DataObject) -> None:
+def test_a_damaged_run_file_is_read_or_rejected(name: str, copied_run: Path, data: st.DataObject) -> None:
     file = copied_run / name
     original = file.read_bytes()
     start = data.draw(st.integers(0, len(original)))
     end = data.draw(st.integers(start, min(len(original), start + 40)))
     file.write_bytes(original[:start] + data.draw(st.binary(max_size=12)) + original[end:])
     try:
-        _valid_or_refused(lambda: _open_and_read(copied_run))
+        _check_read_or_rejected(lambda: _open_and_read(copied_run))
     finally:
         file.write_bytes(original)
 
@@ -213,17 +213,17 @@ def test_a_damaged_file_of_a_run_is_refused_or_read(name: str, copied_run: Path,
 @pytest.mark.parametrize("name", [f"{CHECKPOINT}/state.json", f"{CHECKPOINT}/manifest.json", "heldout/heldout.json"])
 @settings(FUZZ, max_examples=20)
 @given(data=st.data())
-def test_forged_json_of_a_run_is_refused_or_read(name: str, copied_run: Path, data: st.DataObject) -> None:
+def test_forged_json_in_a_run_is_read_or_rejected(name: str, copied_run: Path, data: st.DataObject) -> None:
     file = copied_run / name
     original = file.read_bytes()
     file.write_text(json.dumps(_damaged(json.loads(original), data)))
     try:
-        _valid_or_refused(lambda: _open_and_read(copied_run))
+        _check_read_or_rejected(lambda: _open_and_read(copied_run))
     finally:
         file.write_bytes(original)
 
 
-def test_the_undamaged_run_is_read(copied_run: Path) -> None:
+def test_the_undamaged_run_can_be_read(copied_run: Path) -> None:
     _open_and_read(copied_run)
     with pytest.raises(InputError):
         load(copied_run / "tokenizer.json")

@@ -89,7 +89,7 @@ def test_losses_on_the_gpu_are_close_to_the_cpu(text_file: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_stopping_and_resuming_continues_training(precision: str, text_file: Path, tmp_path: Path) -> None:
-    """The result is not bitwise equal, because the order of additions in some CUDA kernels is not deterministic."""
+    """The losses are not bitwise identical because some CUDA kernels add in a nondeterministic order."""
     recipe = _recipe(text_file, f"training.precision={precision}", "model.dropout=0.1")
     train(recipe, tmp_path / "uninterrupted", device="cuda")
     result = train(recipe, tmp_path / "run", device="cuda", stop_after=0.0)
@@ -103,12 +103,12 @@ def test_stopping_and_resuming_continues_training(precision: str, text_file: Pat
 def test_a_step_that_is_not_logged_never_synchronizes_with_the_device(
     precision: str, optimizer: str, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """CUDA raises an error at every synchronization, except in the first two steps, which allocate memory and choose kernels."""
+    """Make CUDA raise an error at every synchronization after the first two steps, which allocate memory and choose kernels."""
     train_step, collect_results, steps = Trainer.train_step, Trainer.collect_results, []
 
     def strict_train_step(trainer: Trainer, feed: Feed) -> None:
         steps.append(trainer.progress.step)
-        torch.cuda.set_sync_debug_mode("error" if len(steps) > 2 else "default")  # until all results are collected
+        torch.cuda.set_sync_debug_mode("error" if len(steps) > 2 else "default")  # reset in collect_results
         train_step(trainer, feed)
 
     def collect_results_with_synchronization(trainer: Trainer, *, all_steps: bool) -> object:
@@ -141,7 +141,7 @@ def test_newton_schulz_in_bfloat16_is_close_to_float32() -> None:
     assert (half - exact).norm() < 0.05 * exact.norm()
 
 
-def test_a_run_trained_on_the_gpu_is_evaluated_on_either_device_and_sampled(text_file: Path, tmp_path: Path) -> None:
+def test_a_run_trained_on_the_gpu_can_be_evaluated_on_either_device_and_sampled(text_file: Path, tmp_path: Path) -> None:
     train(_recipe(text_file), tmp_path / "run", device="cuda")
     run = Run.open(tmp_path / "run")
     results = {device: evaluate_run(run, device=device).perplexity for device in ("cpu", "cuda")}
@@ -205,7 +205,7 @@ def test_the_gradients_of_compiled_and_eager_blocks_are_close(preset: str, preci
 @needs_compiler
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_nothing_is_compiled_after_the_trial(precision: str, text_file: Path, tmp_path: Path) -> None:
-    """If a flag such as TF32 changed between the trial and training, torch would compile again."""
+    """If a flag such as TF32 changed between the trial and training, PyTorch would recompile the blocks."""
     from torch._dynamo.utils import counters
 
     def graphs() -> int:
@@ -227,7 +227,7 @@ def test_nothing_is_compiled_after_the_trial(precision: str, text_file: Path, tm
 
 
 def test_the_feed_returns_contiguous_pinned_memory() -> None:
-    """torch first copies a non-contiguous tensor into unpinned memory, and the transfer then synchronizes with the device."""
+    """PyTorch copies a non-contiguous tensor to unpinned memory first, and the transfer then synchronizes with the device."""
     tokens = np.random.default_rng(0).integers(0, 61, 500).astype(np.uint16)
     with Feed(TokenStream(tokens, 16, 0), CausalLM(), seed=0, pin_memory=True) as feed:
         for start in (0, 4):
@@ -257,7 +257,7 @@ def _loss_and_gradients(
 def test_the_compiled_loss_is_as_accurate_as_the_eager_loss(
     precision: str, cap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Compare both with float64 on the CPU. The 1,000 rows, some of which are ignored, form chunks of two sizes."""
+    """Compare both with a float64 reference on the CPU. The 1,000 rows include ignored targets and form chunks of two sizes."""
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(1000, 64, generator=generator), 0.3 * torch.randn(777, 64, generator=generator)
     targets = torch.randint(-50, 777, (1000,), generator=generator)
@@ -265,7 +265,7 @@ def test_the_compiled_loss_is_as_accurate_as_the_eager_loss(
     on_gpu, half = (hidden.to(CUDA), weight.to(CUDA), targets.to(CUDA), cap), Precision(precision, CUDA)
     plain = _loss_and_gradients(*on_gpu, half)
     monkeypatch.setattr(functions, "FUSED_LOSS_FROM", 0)
-    torch.compiler.reset()  # torch stops compiling after too many recompilations
+    torch.compiler.reset()  # PyTorch stops compiling after too many recompilations
     assert functions.fused_loss.function(1, CUDA) is not None
     for ours, theirs, reference in zip(_loss_and_gradients(*on_gpu, half), plain, exact, strict=True):
         assert (ours - reference).norm() <= 1.2 * (theirs - reference).norm() + 1e-6 * reference.norm()
@@ -342,7 +342,7 @@ def _kernels(work: Callable[[], object]) -> int:
 
 
 def test_a_muon_step_launches_few_kernels_per_matrix() -> None:
-    """One kernel per matrix skips a non-finite gradient. A constant number of kernels handles all matrices of one shape."""
+    """Each matrix needs one kernel that skips non-finite gradients. The other kernels handle all matrices of one shape together."""
 
     def kernels(count: int) -> int:
         parameters = [torch.nn.Parameter(torch.randn(96, 48, device=CUDA)) for _ in range(count)]
@@ -364,7 +364,7 @@ def _gradient_and_peak_memory(network: Transformer, tokens: torch.Tensor) -> tup
 
 @pytest.mark.usefixtures("_no_tf32")
 @pytest.mark.parametrize("preset", ["modern", "gpt2", "llama"])
-def test_activation_checkpointing_reduces_peak_memory_and_keeps_the_gradient(preset: str) -> None:
+def test_activation_checkpointing_reduces_peak_memory_and_does_not_change_the_gradient(preset: str) -> None:
     network = model(preset, n_layer=8, n_embd=64, context_length=128).to(CUDA).train()
     tokens = torch.randint(61, (64, 129), generator=torch.Generator().manual_seed(0))
     _gradient_and_peak_memory(network, tokens)  # libraries allocate memory on first use
@@ -379,7 +379,7 @@ def test_activation_checkpointing_reduces_peak_memory_and_keeps_the_gradient(pre
 def test_training_that_runs_out_of_memory_continues_with_smaller_micro_batches(
     text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precisions, "measure_peak_flops", lambda precision: 1e12)  # its matrices would count toward the peak memory
+    monkeypatch.setattr(precisions, "measure_peak_flops", lambda precision: 1e12)  # would add to the peak memory
     notes: list[str] = []
 
     class Notes(Observer):
@@ -387,7 +387,7 @@ def test_training_that_runs_out_of_memory_continues_with_smaller_micro_batches(
             notes.append(text)
 
     def peak_memory(folder: str, micro: int) -> int:
-        """Train and return the peak reserved memory."""
+        """Train and return the peak reserved memory in bytes."""
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -397,7 +397,7 @@ def test_training_that_runs_out_of_memory_continues_with_smaller_micro_batches(
         return torch.cuda.max_memory_reserved()
 
     whole, small = peak_memory("whole", 64), peak_memory("small", 8)
-    assert whole > 2 * small, "the memory of this model must depend on the micro-batch size"
+    assert whole > 2 * small, "the peak memory must depend mainly on the micro-batch size"
     assert notes == []
     gc.collect()
     torch.cuda.empty_cache()

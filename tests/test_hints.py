@@ -1,4 +1,4 @@
-"""Names and notations of other programs lead to a hint with the name or notation to use."""
+"""Names and notations from other programs produce a hint with the tinylm name or notation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MISTAKES = {
     "max_iters=5": "did you mean training.steps?",
     "training.grad_clip=1": "did you mean clip_grad_norm?",
     "gradient_accumulation_steps=4": "a step has global_batch_size / micro_batch_size micro-batches",
-    "training.device=cpu": "choose it with --device",
+    "training.device=cpu": "choose the device with --device",
     "model.n_lyer=2": "did you mean n_layer?",
     "training.minutes=5m": "write 5)",
     "training.minutes=2h": "write 120)",
@@ -46,27 +46,27 @@ MISTAKES = {
     "training.schedule=cosine_decay": "did you mean cosine?",
     "model.position=rotary": "did you mean rope?",
     "model.norm=rms": "did you mean rmsnorm?",
-    "tokenizer=gpt2": "{kind: bpe, split: gpt2} trains one like that of GPT-2",
+    "tokenizer=gpt2": "{kind: bpe, split: gpt2} trains one like GPT-2's",
     "tokenizer.kind=sentencepiece": "did you mean unigram?",
 }
 
 
 @pytest.mark.parametrize("override", MISTAKES)
-def test_a_recipe_key_or_value_of_another_program_gets_a_hint(override: str) -> None:
+def test_a_recipe_key_or_value_from_another_program_produces_a_hint(override: str) -> None:
     with pytest.raises(RecipeError) as caught:
         loads_any(MINIMAL, [override], check_files=False)
     assert MISTAKES[override] in str(caught.value), str(caught.value)
     assert str(caught.value).startswith(f"--set {override}: ")
 
 
-def test_several_sources_in_one_string_are_explained(tmp_path: Path) -> None:
+def test_the_error_for_several_sources_in_one_string_shows_how_to_write_a_list(tmp_path: Path) -> None:
     with pytest.raises(
         RecipeError, match=re.escape("data.train: a.log,b.txt: no such file or folder (write several as a list: [a.log, b.txt])")
     ):
         loads_any(MINIMAL, ["data.train=a.log,b.txt"])
 
 
-def test_the_tables_name_keys_and_commands_that_exist() -> None:
+def test_hints_refer_to_keys_and_commands_that_exist() -> None:
     known = {*all_keys(Recipe), *all_keys(EmbeddingRecipe)}
     assert known >= {*hints.RECIPE_KEYS, *hints.RECIPE_KEYS_IN_SECTION.values()}
     assert {*COMMANDS} >= {*hints.COMMANDS, *hints.ARGUMENTS}
@@ -75,14 +75,14 @@ def test_the_tables_name_keys_and_commands_that_exist() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("typed", "expected"),
     [("generate", "sample"), ("list", "runs"), ("GENERATE", "sample"), ("ppl", "eval"), ("serv", "serve"), ("init", "new")],
 )
-def test_a_command_of_another_program_gets_a_hint(given: str, expected: str) -> None:
-    assert hints.command(given, COMMANDS) == f"did you mean {expected}?"
+def test_a_command_from_another_program_produces_a_hint(typed: str, expected: str) -> None:
+    assert hints.command(typed, COMMANDS) == f"did you mean {expected}?"
 
 
-def test_an_option_of_another_program_gets_a_hint_if_the_command_has_it() -> None:
+def test_an_option_from_another_program_produces_a_hint_if_the_command_has_an_equivalent() -> None:
     options = ["--max-new-tokens", "--run", "--top-k"]
     assert hints.option("--max_tokens", options) == "did you mean --max-new-tokens?"
     assert hints.option("--TOP_K", options) == "did you mean --top-k?"

@@ -1,4 +1,4 @@
-"""Malicious run folders are rejected without executing code, writing files outside, or allocating memory for forged sizes."""
+"""Malicious run folders are rejected without executing code, writing outside the folder or allocating memory for forged sizes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tinylm.training.checkpoint import newest_complete_checkpoint
 
 
 class _Bomb:
-    """Creates a file when it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -49,7 +49,7 @@ def canary(tmp_path: Path) -> Path:
 
 
 def _forge_manifest(checkpoint: Checkpoint) -> None:
-    """Make the manifest match the files, because an attacker who forges files also forges their hashes."""
+    """Update the manifest to match the files, because an attacker who forges a file also forges its hash."""
     files = {
         file.name: {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
         for file in checkpoint.path.iterdir()
@@ -98,7 +98,7 @@ def test_unpickling_the_bomb_creates_its_file(canary: Path) -> None:
     assert canary.exists()
 
 
-def test_held_out_tokens_may_not_be_an_array_of_objects(run: Run, canary: Path) -> None:
+def test_held_out_tokens_stored_as_an_array_of_objects_are_rejected(run: Run, canary: Path) -> None:
     np.save(run.path / "heldout" / "heldout.npy", np.array([_Bomb(canary)], dtype=object), allow_pickle=True)
     with pytest.raises(InputError, match="the tokens are missing or damaged"):
         _evaluate(run)
@@ -106,7 +106,7 @@ def test_held_out_tokens_may_not_be_an_array_of_objects(run: Run, canary: Path) 
 
 
 @pytest.mark.parametrize("name", ["../../../outside", "/etc/passwd", "..", ".", ""])
-def test_a_manifest_that_names_files_outside_the_folder_is_rejected(name: str, run: Run) -> None:
+def test_a_manifest_that_lists_files_outside_the_folder_is_rejected(name: str, run: Run) -> None:
     checkpoint = run.checkpoint("last")
     manifest = json.loads((checkpoint.path / "manifest.json").read_text())
     manifest["files"][name] = {"bytes": 1, "sha256": "0"}
@@ -119,7 +119,7 @@ def test_a_manifest_that_names_files_outside_the_folder_is_rejected(name: str, r
 @pytest.mark.parametrize("pointer", ["../../outside", "step-1/../../..", "/", "step-000020/../../x", "\0", "best" * 10_000])
 def test_a_pointer_that_does_not_name_a_checkpoint_is_rejected(pointer: str, run: Run) -> None:
     (run.path / "checkpoints" / "last").write_text(pointer)
-    with pytest.raises(InputError, match="does not name a checkpoint"):
+    with pytest.raises(InputError, match="does not contain the name of a checkpoint"):
         _evaluate(run)
 
 
@@ -202,7 +202,7 @@ def test_a_forged_header_is_rejected_without_allocating_memory(
         ("training-00001.safetensors", _resume, "cannot be restored"),
     ],
 )
-def test_tensors_of_the_wrong_shape_are_rejected(
+def test_tensors_with_the_wrong_shape_are_rejected(
     file: str, use: Callable[[Run], None], message: str, shape: tuple[int, ...], run: Run
 ) -> None:
     for checkpoint in run.checkpoints():
@@ -258,7 +258,7 @@ def test_a_recipe_for_a_huge_or_mismatched_model_is_rejected(change: str, run: R
 
 
 @pytest.mark.parametrize("length", [65_537, 16_777_216])
-def test_a_claimed_context_length_takes_no_memory(length: int, run: Run) -> None:
+def test_a_forged_context_length_does_not_allocate_memory(length: int, run: Run) -> None:
     _evaluate(run)
     recipe = (run.path / "recipe.yaml").read_text()
     (run.path / "recipe.yaml").write_text(recipe.replace("context_length: 32", f"context_length: {length}"))
@@ -269,7 +269,7 @@ def test_a_claimed_context_length_takes_no_memory(length: int, run: Run) -> None
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000  # KiB
 
 
-def test_positions_beyond_the_first_tables_are_computed_when_they_are_used() -> None:
+def test_positions_beyond_the_initial_tables_are_computed_on_demand() -> None:
     length = 65_536 + 8
     parts = {"n_layer": 1, "n_head": 1, "n_embd": 2, "attention_window": 4}
     long, short = (model("llama", context_length=context, **parts) for context in (length, 64))
@@ -278,7 +278,7 @@ def test_positions_beyond_the_first_tables_are_computed_when_they_are_used() -> 
     with torch.no_grad():
         hidden = long.hidden(tokens, n_last=4)
         assert long.table_length == length
-        # Rotary positions are relative, and two blocks with a window of 4 see no further than this.
+        # Rotary positions are relative, and a single block with a window of 4 depends only on nearby tokens.
         torch.testing.assert_close(hidden, short.hidden(tokens[:, -64:], n_last=4), atol=1e-3, rtol=1e-3)
     with pytest.raises(ValueError, match="context"):
         long.hidden(ids(1, length + 1, vocab_size=61))

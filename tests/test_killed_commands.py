@@ -1,4 +1,4 @@
-"""A command that is killed while it writes leaves the old result in place, and the next command removes what it left."""
+"""A command that is killed while writing keeps the old result, and the next command removes the leftovers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _kill(*_: object, **__: object) -> None:
 
 
 def _run_killed(action: Callable[[], object], target: str) -> None:
-    """Run `action` in a child process that is killed when it calls `target`, which writes the weights."""
+    """Run `action` in a child process that is killed when it calls `target`, the function that writes the weights."""
     process = os.fork()
     if process == 0:
         with pytest.MonkeyPatch.context() as patch:
@@ -40,7 +40,7 @@ def _contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_a_killed_edit_of_a_vocabulary_leaves_no_half_run(tiny_run: Run, tmp_path: Path) -> None:
+def test_a_killed_vocabulary_edit_leaves_no_partial_run(tiny_run: Run, tmp_path: Path) -> None:
     edited = vocab_editing.add(tiny_run.tokenizer, ["Python"])
 
     def add() -> None:
@@ -48,7 +48,7 @@ def test_a_killed_edit_of_a_vocabulary_leaves_no_half_run(tiny_run: Run, tmp_pat
 
     _run_killed(add, "tinylm.training.vocabulary.save_file")
     assert not (tmp_path / "edited").exists()
-    assert len(list(tmp_path.iterdir())) == 1, "the child was killed while it wrote"
+    assert len(list(tmp_path.iterdir())) == 1, "the child must be killed while writing"
     add()
     assert [path.name for path in tmp_path.iterdir()] == ["edited"]
     assert Run.open(tmp_path / "edited").model(device="cpu").vocab_size == tiny_run.tokenizer.vocab_size + 1
@@ -64,7 +64,7 @@ def test_a_killed_export_keeps_the_old_folder(tiny_run: Run, tmp_path: Path) -> 
 
     _run_killed(replace, "tinylm.interchange.huggingface.save_file")
     assert _contents(tmp_path / "out") == before
-    assert len(list(tmp_path.iterdir())) == 2, "the child was killed while it wrote"
+    assert len(list(tmp_path.iterdir())) == 2, "the child must be killed while writing"
     replace()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -81,7 +81,7 @@ def test_a_killed_import_keeps_the_old_run(tiny_run: Run, tmp_path: Path) -> Non
 
     _run_killed(replace, "tinylm.training.checkpoint.save_file")
     assert _contents(folder) == before
-    assert len(list(folder.parent.iterdir())) == 2, "the child was killed while it wrote"
+    assert len(list(folder.parent.iterdir())) == 2, "the child must be killed while writing"
     replace()
     assert [path.name for path in folder.parent.iterdir()] == ["imported"]
     network = Run.open(folder).model(device="cpu")

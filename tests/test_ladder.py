@@ -1,4 +1,4 @@
-"""`tinylm ladder` trains each rung once, resumes an interrupted ladder, and can give all networks the same number of parameters."""
+"""`tinylm ladder` trains each rung only once and can choose widths so that all networks have about the same size."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ def test_a_ladder_is_not_trained_twice_and_its_rungs_are_ordinary_runs(short_fil
 
 
 @pytest.mark.parametrize("rung", RUNGS.values(), ids=str)
-def test_the_recipe_of_every_rung_ships(rung: object) -> None:
+def test_every_rung_has_an_included_recipe(rung: object) -> None:
     recipe = load(shipped_recipes()[f"ladder-{rung.name}"], check_files=False)  # type: ignore[attr-defined]
     assert registry.network_class(recipe.model)
 
 
-def test_all_default_rungs_exist_and_are_in_the_order_of_their_years() -> None:
+def test_all_default_rungs_exist_and_are_sorted_by_year() -> None:
     rungs = find_rungs(DEFAULT_RUNGS)
     assert [rung.name for rung in rungs] == list(DEFAULT_RUNGS)
     assert [rung.year for rung in rungs] == sorted(rung.year for rung in rungs)
 
 
 @pytest.mark.parametrize("name", ["window", "rnn", "lstm", "gru"])
-def test_a_width_gives_about_the_wanted_number_of_parameters(name: str) -> None:
+def test_the_chosen_width_comes_closest_to_the_requested_parameter_count(name: str) -> None:
     rung, recipe = RUNGS[name], load(shipped_recipes()[f"ladder-{name}"], check_files=False)
     assert rung.width is not None
     width = width_for(recipe.model, rung.width, 500, 1_000_000)
@@ -67,12 +67,12 @@ def test_a_width_gives_about_the_wanted_number_of_parameters(name: str) -> None:
     assert width % 8 == 0
 
 
-def test_wrong_models_and_settings_are_refused_before_training(tmp_path: Path) -> None:
+def test_invalid_models_and_settings_are_rejected_before_training(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such model 'ngrams'"):
         find_rungs(["ngrams"])
     with pytest.raises(InputError, match="did you mean n_layer"):
         list(climb(plan(tmp_path, "lstm", overrides=("model.n_layers=3",))))
     for arguments in (["--minutes", "0"], ["--equal", "size"], ["--plot", "plot.txt"]):
-        refused = tinylm("ladder", "builtin:python-docs", *arguments, cwd=tmp_path)
-        assert refused.returncode == 2, refused.stderr
+        rejected = tinylm("ladder", "builtin:python-docs", *arguments, cwd=tmp_path)
+        assert rejected.returncode == 2, rejected.stderr
     assert not list(tmp_path.iterdir())

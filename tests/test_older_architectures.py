@@ -1,4 +1,4 @@
-"""Runs of n-gram models, window networks and recurrent networks: resuming, evaluation, samples, comparison, several processes."""
+"""Runs with n-gram models, window networks and recurrent networks: resuming, evaluation, sampling, comparison, two processes."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def recipe_of(name: str, text: Path, *overrides: str) -> Recipe:
 
 @pytest.fixture(scope="module")
 def runs(short_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    """One trained run of each architecture."""
+    """Train one run for each architecture."""
     folder = tmp_path_factory.mktemp("older")
     for name in MODELS:
         train(recipe_of(name, short_file), folder / name, device="cpu")
@@ -84,7 +84,7 @@ def assert_same(run: Run, other: Run) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(
+def test_a_resumed_run_is_bitwise_identical_to_an_uninterrupted_run(
     name: str, runs: dict[str, Run], short_file: Path, tmp_path: Path
 ) -> None:
     recipe = recipe_of(name, short_file)
@@ -100,7 +100,7 @@ def test_the_evaluation_equals_one_pass_over_each_document(name: str, runs: dict
     run = runs[name]
     shard, network = run.heldout(), run.network(run.checkpoint("last"), torch.device("cpu"))
     [(start, end)] = shard.documents()
-    assert end - start > 256, "the state must be carried over several windows"
+    assert end - start > 256, "the state must be carried across several windows"
     tokens = torch.from_numpy(shard.tokens[start - 1 : end].astype("int64"))
     with torch.no_grad():
         logprobs = network(tokens[None, :-1])[0].double().log_softmax(-1)
@@ -112,7 +112,7 @@ def test_the_evaluation_equals_one_pass_over_each_document(name: str, runs: dict
     assert logged[-1] == pytest.approx(expected, rel=1e-5)
 
 
-def test_with_a_given_context_each_window_starts_with_an_empty_state(runs: dict[str, Run]) -> None:
+def test_with_a_fixed_context_each_window_starts_with_an_empty_state(runs: dict[str, Run]) -> None:
     run = runs["gru"]
     carried = evaluate_run(run, device="cpu").perplexity
     windows = evaluate_run(run, options=EvaluationOptions(context=4), device="cpu").perplexity
@@ -137,7 +137,7 @@ def test_greedy_samples_match_full_passes_and_exceed_the_context_length(name: st
     assert len(long.token_ids) == 1200
 
 
-def test_counting_in_steps_gives_the_model_of_the_whole_text(runs: dict[str, Run]) -> None:
+def test_counting_in_steps_produces_the_same_model_as_counting_the_whole_text(runs: dict[str, Run]) -> None:
     run = runs["ngram"]
     prepared = prepare(run.recipe.data, run.recipe.tokenizer, SILENT)  # type: ignore[arg-type]
     expected = smooth(count_shard(prepared.train, run.tokenizer.vocab_size, 4), prepared.train.end_of_text)
@@ -153,14 +153,14 @@ def test_counting_in_steps_gives_the_model_of_the_whole_text(runs: dict[str, Run
 
 
 def test_an_n_gram_run_counts_the_text_only_once(short_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="fewer than the 99 that the recipe asks for"):
+    with pytest.raises(InputError, match="but the recipe sets 99"):
         train(recipe_of("ngram", short_file, "training={steps: 99, global_batch_size: 1}"), tmp_path / "run", device="cpu")
     minutes = recipe_of("ngram", short_file, "training={minutes: 60, global_batch_size: 1}")
     assert train(minutes, tmp_path / "run", device="cpu", overwrite=True).stopped == "done"
 
 
 @pytest.mark.parametrize("damage", ["keys", "sizes", "probabilities"])
-def test_damaged_n_gram_tables_are_refused(damage: str, runs: dict[str, Run]) -> None:
+def test_damaged_n_gram_tables_are_rejected(damage: str, runs: dict[str, Run]) -> None:
     run = runs["ngram"]
     network = run.network(run.checkpoint("last"), torch.device("cpu"))
     weights = {name: tensor.clone() for name, tensor in network.stored_weights().items()}

@@ -1,4 +1,4 @@
-"""Pages that are written as one file fit a phone's screen and load nothing from the network."""
+"""Standalone HTML pages fit a phone screen and load nothing from the network."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _map(file: Path, run: Run) -> None:
 
 @pytest.mark.parametrize("write", [_evaluation, _explanation, _map])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_page_fits_a_phone_and_requests_nothing(
+def test_a_page_fits_a_phone_screen_and_requests_nothing(
     write: Callable[[Path, Run], None], scheme: str, chromium: Any, tiny_run: Run, tmp_path: Path
 ) -> None:
     file = tmp_path / "page.html"

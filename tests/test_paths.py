@@ -20,13 +20,13 @@ def test_a_file_appears_only_on_success(tmp_path: Path) -> None:
     with atomic_file(path) as temporary:
         temporary.write_text("content")
         assert not path.exists()
-        assert temporary.parent == path.parent, "a rename inside one folder is atomic"
+        assert temporary.parent == path.parent, "only a rename within one folder is atomic"
     assert path.read_text() == "content"
     assert list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-def test_a_failure_keeps_the_old_file_and_leaves_no_other_file(tmp_path: Path, error: type[BaseException]) -> None:
+def test_a_failure_keeps_the_old_file_and_leaves_no_temporary_file(tmp_path: Path, error: type[BaseException]) -> None:
     path = tmp_path / "file.txt"
     path.write_text("old")
     with pytest.raises(error), atomic_file(path) as temporary:  # noqa: PT012
@@ -51,7 +51,7 @@ def test_the_permissions_of_a_file_follow_the_umask(tmp_path: Path) -> None:
     assert (tmp_path / "a.txt").stat().st_mode & 0o777 == 0o640
 
 
-def test_the_environment_sets_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_environment_variable_sets_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TINYLM_CACHE", str(tmp_path / "cache"))
     assert cache_folder("a", "b") == tmp_path / "cache" / "a" / "b"
     assert (tmp_path / "cache" / "a" / "b").is_dir()
@@ -71,10 +71,8 @@ with atomic_file(Path(sys.argv[1]) / "file") as file, atomic_folder(Path(sys.arg
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no locks of this kind")
-def test_what_a_killed_process_left_is_removed_but_not_what_is_being_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows lacks this kind of file lock")
+def test_leftovers_from_a_killed_process_are_removed_but_not_files_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TINYLM_CACHE", str(tmp_path))
     subprocess.run([sys.executable, "-c", KILLED_WRITER, str(tmp_path / "tokens")], check=False)
     assert len(list((tmp_path / "tokens").iterdir())) == 2
@@ -115,13 +113,13 @@ def test_the_old_folder_stays_if_the_new_one_cannot_be_renamed(tmp_path: Path, m
     assert [path.name for path in tmp_path.rglob("*")] == ["folder", "old"]
 
 
-def test_a_full_disk_is_reported_with_the_name_of_the_file(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_with_the_file_name(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"file\.txt") as error, atomic_file(tmp_path / "file.txt"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert error.value.filename == str(tmp_path / "file.txt")
 
 
-def test_a_copy_that_fills_the_disk_is_reported_with_the_name_of_the_destination(tmp_path: Path) -> None:
+def test_a_copy_that_fills_the_disk_is_reported_with_the_destination(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space") as error, atomic_folder(tmp_path / "copy") as temporary:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), __file__, None, str(temporary / "inside"))
     assert (error.value.filename, error.value.filename2) == (str(tmp_path / "copy"), None)

@@ -1,4 +1,4 @@
-"""Training from a recipe into a run folder: its content, invalid input, and resuming after damage and signals."""
+"""Training from a recipe into a run folder: the folder's contents, invalid input, and resuming after damage and signals."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _short(text: Path, *overrides: str, steps: int = 10) -> Recipe:
 
 @pytest.fixture
 def text(short_file: Path, tmp_path: Path) -> Path:
-    """A copy of `short_file` that may be modified."""
+    """Return a copy of `short_file` that the test can modify."""
     return Path(shutil.copy(short_file, tmp_path / "text.txt"))
 
 
@@ -45,7 +45,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def _train_one_step(recipe: Recipe, folder: Path) -> None:
-    """Train a single step to create a checkpoint to resume from."""
+    """Train for a single step to create a checkpoint for resuming."""
     train(recipe, folder, device="cpu", stop_after=0.0)
 
 
@@ -57,7 +57,7 @@ def _evaluations(folder: Path) -> dict[int, float]:
     return {line["step"]: line["val_loss"] for line in Run(folder).metrics() if line["kind"] == "eval"}
 
 
-# The content of a run folder
+# The contents of a run folder
 
 
 def test_a_run_folder_contains_the_documented_files_and_no_pickle(tiny_run: Run) -> None:
@@ -83,7 +83,7 @@ def test_a_run_folder_contains_the_documented_files_and_no_pickle(tiny_run: Run)
                 json.loads(line)
 
 
-def test_the_saved_recipe_contains_no_auto_and_trains_the_same_model(text: Path, folder: Path) -> None:
+def test_the_saved_recipe_contains_no_auto_values_and_trains_the_same_model(text: Path, folder: Path) -> None:
     recipe = _short(text, "training.micro_batch_size=auto", "training.precision=auto", "training.optimizer=auto", steps=3)
     train(recipe, folder, device="cpu")
     saved = load(folder / "recipe.yaml")
@@ -128,7 +128,7 @@ def test_best_is_the_checkpoint_with_the_lowest_held_out_loss_and_last_is_the_ne
     assert {checkpoint.step for checkpoint in Run(folder).checkpoints()} == {best, 12}
 
 
-def test_a_copied_run_is_evaluated_without_its_training_text(tiny_run: Run, tmp_path: Path) -> None:
+def test_a_copied_run_can_be_evaluated_without_its_training_text(tiny_run: Run, tmp_path: Path) -> None:
     shutil.copytree(tiny_run.path, tmp_path / "copy")
     recipe_file = tmp_path / "copy" / "recipe.yaml"
     recipe_file.write_text(recipe_file.read_text().replace("english.txt", "gone.txt"))
@@ -150,12 +150,12 @@ def test_a_folder_that_is_not_a_run_is_rejected_and_unchanged(text: Path, folder
     assert (folder / "precious.txt").read_text() == "mine"
 
 
-def test_a_file_is_rejected_as_run_folder(text: Path) -> None:
+def test_a_file_is_rejected_as_a_run_folder(text: Path) -> None:
     with pytest.raises(InputError, match="is a file"):
         train(_short(text), text, device="cpu")
 
 
-def test_a_run_is_neither_overwritten_nor_resumed_without_the_option(text: Path, folder: Path) -> None:
+def test_a_run_is_neither_overwritten_nor_resumed_without_an_option(text: Path, folder: Path) -> None:
     _train_one_step(_short(text), folder)
     with pytest.raises(InputError, match="--resume continues it, --overwrite replaces it"):
         train(_short(text), folder, device="cpu")
@@ -210,7 +210,7 @@ def test_an_allowed_change_is_applied_and_others_are_still_rejected(text: Path, 
     assert max(line["lr"] for line in Run(folder).metrics() if line["kind"] == "step") > 0.4
 
 
-def test_resume_safe_keys_may_change_without_changing_the_model(text: Path, folder: Path) -> None:
+def test_resume_safe_keys_can_change_without_changing_the_model(text: Path, folder: Path) -> None:
     _train_one_step(_short(text), folder)
     changes = ("name=new", "training.log_every=3", "checkpoint.keep=5", "checkpoint.every=1", "sampling.every=2")
     train(_short(text, *changes), folder, device="cpu", resume=True)
@@ -241,7 +241,7 @@ def test_an_fp32_run_continues_in_fp16_if_allowed(text: Path, folder: Path) -> N
 
 
 @pytest.mark.parametrize("key", ["training.compile=on", "training.micro_batch_size=2"])
-def test_keys_that_change_dropout_masks_may_not_change_with_dropout(key: str, text: Path, folder: Path) -> None:
+def test_keys_that_affect_dropout_masks_cannot_change_in_a_run_with_dropout(key: str, text: Path, folder: Path) -> None:
     _train_one_step(_short(text, "model.dropout=0.1"), folder)
     with pytest.raises(InputError, match=key.partition("=")[0]):
         train(_short(text, "model.dropout=0.1", key), folder, device="cpu", resume=True)
@@ -305,8 +305,8 @@ def test_resuming_from_the_previous_checkpoint_if_the_newest_is_damaged_trains_t
     assert _evaluations(folder) == evaluations
 
 
-def test_best_never_names_a_removed_checkpoint(text: Path, folder: Path) -> None:
-    """Step 9 is saved while 5 is best. Step 10 is better, so step 5 is removed. Then step 10 is damaged."""
+def test_best_never_points_to_a_removed_checkpoint(text: Path, folder: Path) -> None:
+    """Step 9 is saved while step 5 is the best. Step 10 is better, so step 5 is removed. Then step 10 is damaged."""
     recipe = _short(text, "checkpoint.every=3", "checkpoint.keep=2", steps=10)
     train(recipe, folder, device="cpu")
     assert [checkpoint.step for checkpoint in Run(folder).checkpoints()] == [9, 10]
@@ -335,7 +335,7 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_from_scratch(text: Pat
 
 
 def _start(recipe: Recipe, folder: Path, tmp_path: Path) -> subprocess.Popen[bytes]:
-    """Start `tinylm train` with as many threads as this process has, because their number changes the rounding of sums."""
+    """Start `tinylm train` with as many threads as this process uses, because the thread count affects rounding."""
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe.to_yaml(), encoding="utf-8")
     threads = str(torch.get_num_threads())
@@ -357,7 +357,7 @@ def _logged(folder: Path) -> int:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
-def test_a_signal_stops_after_the_current_step_and_saves_it(
+def test_a_signal_stops_training_after_the_current_step_and_saves_a_checkpoint(
     number: signal.Signals, code: int, text: Path, folder: Path, tmp_path: Path
 ) -> None:
     recipe = _short(text, "checkpoint.every=100000", "evaluation.every=100000", "training.compile=off", steps=100000)

@@ -1,4 +1,4 @@
-"""Text that changes while it is read, and damage to cached or held-out tokens, never lead silently to wrong results."""
+"""Text that changes during reading and damaged cached or held-out tokens never silently produce wrong results."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def _recipe(text: Path) -> Recipe:
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    """A text that no other test has in the cache."""
+    """Write a text that no other test has cached."""
     path = tmp_path / "text.txt"
     path.write_text(f"The text of {tmp_path.name}.\n" * 30)
     return path
 
 
-def test_a_text_replaced_between_scan_and_encoding_is_an_error_and_leaves_nothing_in_the_cache(text: Path) -> None:
+def test_a_text_replaced_between_scanning_and_encoding_is_rejected(text: Path) -> None:
     original = text.read_text()
     with Corpus([str(text)]) as corpus:
         scanned = split.scan(corpus.pieces())
@@ -46,9 +46,7 @@ def test_a_text_replaced_between_scan_and_encoding_is_an_error_and_leaves_nothin
         assert "".join(piece.text for piece in split.unchanged(corpus.pieces(), scanned, str(text))) == original
 
 
-def test_a_text_that_is_replaced_while_it_is_prepared_is_never_used_under_the_name_of_the_old_text(
-    text: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_text_replaced_during_preparation_is_never_cached_as_the_old_text(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original, recipe = text.read_text(), _recipe(text)
 
     def load_and_replace(*arguments: Any) -> Tokenizer:
@@ -87,14 +85,14 @@ def test_a_damaged_cached_file_is_written_again(tmp_path: Path) -> None:
     path, damaged = tmp_path / "cached", []
     for content in ("a", "b"):
         cached_file(path, lambda temporary, content=content: temporary.write_text(content) and None, damaged.append)
-        assert path.read_text() == "a", "an undamaged file is used as it is"
+        assert path.read_text() == "a", "an undamaged file must be reused"
     path.write_text("c")
     cached_file(path, lambda temporary: temporary.write_text("a") and None, damaged.append)
     assert (path.read_text(), damaged) == ("a", [path])
 
 
 @pytest.mark.parametrize("key", ["bytes", "documents", "tokens"])
-def test_changed_counts_of_the_held_out_text_are_refused(key: str, tiny_run: Run, tmp_path: Path) -> None:
+def test_changed_counts_of_the_held_out_text_are_rejected(key: str, tiny_run: Run, tmp_path: Path) -> None:
     shutil.copytree(tiny_run.path, tmp_path / "run")
     file = tmp_path / "run" / "heldout" / "heldout.json"
     values = json.loads(file.read_text())
@@ -106,7 +104,7 @@ def test_changed_counts_of_the_held_out_text_are_refused(key: str, tiny_run: Run
 @pytest.mark.parametrize(
     "array", [np.zeros((3, 3), np.uint16), np.zeros(9), np.array(5, np.uint16)], ids=["two-dimensional", "float", "scalar"]
 )
-def test_held_out_arrays_of_another_type_or_shape_are_refused(array: np.ndarray, tmp_path: Path) -> None:
+def test_held_out_arrays_with_the_wrong_type_or_shape_are_rejected(array: np.ndarray, tmp_path: Path) -> None:
     counts = {"documents": 1, "bytes": 7, "characters": 7, "tokens": 7, "unknown_tokens": 0, "end_of_text": 0}
     (tmp_path / "heldout.json").write_text(json.dumps(counts))
     np.save(tmp_path / "heldout.npy", array)

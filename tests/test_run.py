@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def copied(tiny_run: Run, tmp_path: Path) -> Run:
-    """A copy of the tiny run that may be modified."""
+    """Return a copy of the tiny run that the test can modify."""
     shutil.copytree(tiny_run.path, tmp_path / "runs" / "copy")
     return Run.open(tmp_path / "runs" / "copy")
 
@@ -45,7 +45,7 @@ def test_a_checkpoint_is_selected_by_pointer_step_or_folder_name(tiny_run: Run) 
     assert tiny_run.checkpoint("20") == tiny_run.checkpoint("step-000020") == tiny_run.checkpoint("last")
 
 
-@pytest.mark.parametrize(("which", "message"), [("7", "no checkpoint of step 7"), ("newest", "is not best, last or a step")])
+@pytest.mark.parametrize(("which", "message"), [("7", "no checkpoint for step 7"), ("newest", "is not best, last or a step")])
 def test_the_error_for_a_missing_checkpoint_lists_the_existing_checkpoints(which: str, message: str, tiny_run: Run) -> None:
     with pytest.raises(InputError, match=message) as caught:
         tiny_run.checkpoint(which)
@@ -53,7 +53,7 @@ def test_the_error_for_a_missing_checkpoint_lists_the_existing_checkpoints(which
     assert "20" in str(caught.value) or which == "newest"
 
 
-def test_a_run_without_a_best_checkpoint_is_an_error(copied: Run) -> None:
+def test_a_missing_best_checkpoint_is_reported(copied: Run) -> None:
     (copied.path / "checkpoints" / "best").unlink()
     with pytest.raises(InputError, match="no best checkpoint yet"):
         copied.checkpoint()
@@ -82,7 +82,7 @@ def test_a_run_opens_without_its_training_text(copied: Run) -> None:
     assert Run.open(copied.path).recipe.data.train[0].endswith("gone.txt")
 
 
-def test_metrics_skip_a_line_that_a_crash_cut_off(copied: Run, tiny_run: Run) -> None:
+def test_metrics_skip_a_truncated_last_line(copied: Run, tiny_run: Run) -> None:
     with open(copied.path / "metrics.jsonl", "a") as file:
         file.write('{"kind": "st')
     assert list(copied.metrics()) == list(tiny_run.metrics())
@@ -90,7 +90,7 @@ def test_metrics_skip_a_line_that_a_crash_cut_off(copied: Run, tiny_run: Run) ->
     assert list(copied.metrics()) == []
 
 
-def test_damaged_weights_are_an_input_error(copied: Run) -> None:
+def test_damaged_weights_raise_an_input_error(copied: Run) -> None:
     file = copied.checkpoint("last").path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(InputError, match="damaged"):
@@ -98,7 +98,7 @@ def test_damaged_weights_are_an_input_error(copied: Run) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{"])
-def test_a_damaged_state_is_an_input_error(content: str, copied: Run) -> None:
+def test_a_damaged_state_raises_an_input_error(content: str, copied: Run) -> None:
     folder = copied.checkpoint("last").path
     (folder / "state.json").write_text(content)
     with pytest.raises(InputError, match=r"state\.json"):
@@ -126,7 +126,7 @@ def test_a_run_saved_in_an_older_checkpoint_format_is_rejected_before_its_recipe
             action()
 
 
-def test_find_returns_the_named_run_or_the_most_recently_trained(
+def test_find_returns_the_run_in_the_environment_or_the_most_recently_trained_run(
     copied: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -53,7 +53,7 @@ def test_more_time_allows_a_larger_model() -> None:
 
 
 @pytest.mark.parametrize(("share", "warnings"), [(0.97, []), (0.6, [BUSY])])
-def test_a_busy_machine_causes_a_warning(share: float, warnings: list[str]) -> None:
+def test_a_busy_machine_produces_a_warning(share: float, warnings: list[str]) -> None:
     reporter = CollectingReporter()
     processor = replace(FAST, cpu_share=share)
     suggestion = suggest_recipe(DataSection(train=("builtin:python-docs",)), Budget(2, processor=processor), reporter=reporter)
@@ -61,7 +61,7 @@ def test_a_busy_machine_causes_a_warning(share: float, warnings: list[str]) -> N
     assert ("# The machine was busy" in suggestion.yaml) == bool(warnings)
 
 
-def test_a_slower_machine_gets_a_smaller_model_or_fewer_steps() -> None:
+def test_a_slower_machine_leads_to_a_smaller_model_or_fewer_steps() -> None:
     fast, slow = suggested("builtin:python-docs"), suggested("builtin:python-docs", processor=SLOW)
     assert width(slow) <= width(fast)
     assert slow.plan.steps * width(slow) < fast.plan.steps * width(fast)
@@ -92,7 +92,7 @@ def test_dropout_depends_on_the_number_of_epochs(tmp_path: Path, english: str) -
     assert few.recipe.model.ngram_dropout == 0
 
 
-def test_a_recipe_for_gguf_has_only_parts_that_llama_cpp_supports() -> None:
+def test_a_recipe_for_gguf_uses_only_features_that_llama_cpp_supports() -> None:
     suggestion = suggest_recipe(DataSection(train=("builtin:python-docs",)), Budget(2, processor=FAST), for_gguf=True)
     assert find_family(suggestion.recipe.model, gguf.SUPPORTS) == ("qwen3", ())
     tokenizer = suggestion.recipe.tokenizer
@@ -112,7 +112,7 @@ def test_the_held_out_text_is_small_enough_for_the_budget() -> None:
     assert short.plan.evaluation_seconds <= 0.06 * 12
 
 
-def test_an_accelerator_gets_a_larger_model_and_larger_batches(tmp_path: Path, english: str) -> None:
+def test_an_accelerator_allows_a_larger_model_and_larger_batches(tmp_path: Path, english: str) -> None:
     on_cpu = suggested("builtin:python-docs")
     on_gpu = suggest_recipe(DataSection(train=("builtin:python-docs",)), Budget(5, "h100-sxm", devices=2))
     assert width(on_gpu) > width(on_cpu)
@@ -134,7 +134,7 @@ def test_the_size_can_be_fixed() -> None:
     assert small.recipe.model.dropout >= large.recipe.model.dropout
 
 
-def test_all_sizes_have_heads_of_width_64() -> None:
+def test_all_sizes_have_a_head_width_of_64() -> None:
     assert all(layers >= 2 and width % 64 == 0 for layers, width in SIZES)
     assert list(SIZES) == sorted(SIZES)
 
@@ -174,7 +174,7 @@ def test_file_names_that_yaml_would_read_differently_are_quoted(
     assert suggested(name).recipe.data.train == (name,)
 
 
-def test_the_recipe_contains_the_given_sources_field_and_errors(tmp_path: Path, english: str) -> None:
+def test_the_recipe_contains_the_requested_sources_field_and_errors(tmp_path: Path, english: str) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"body": english[:20_000]}) + "\n", encoding="utf-8")
     recipe = suggested(tmp_path / "a.jsonl", tmp_path / "b.jsonl", field="body", errors="replace").recipe
@@ -182,12 +182,12 @@ def test_the_recipe_contains_the_given_sources_field_and_errors(tmp_path: Path, 
     assert (recipe.data.field, recipe.data.errors) == ("body", "replace")
 
 
-def test_standard_input_is_an_error_because_training_reads_it_again() -> None:
+def test_standard_input_is_rejected_because_training_reads_it_again() -> None:
     with pytest.raises(InputError, match="cannot be read again"):
         suggested("-")
 
 
-def test_a_text_that_is_too_short_and_a_budget_that_is_too_small_are_errors(tmp_path: Path, text_file: Path) -> None:
+def test_a_text_or_a_budget_that_is_too_small_is_rejected(tmp_path: Path, text_file: Path) -> None:
     path = tmp_path / "short.txt"
     path.write_text("too short", encoding="utf-8")
     with pytest.raises(InputError, match="not enough to train on"):
@@ -196,7 +196,7 @@ def test_a_text_that_is_too_short_and_a_budget_that_is_too_small_are_errors(tmp_
         suggested(text_file, minutes=0.01)
 
 
-def test_a_short_text_gets_small_batches_for_enough_steps(tmp_path: Path, english: str) -> None:
+def test_a_short_text_uses_small_batches_to_allow_enough_steps(tmp_path: Path, english: str) -> None:
     path = tmp_path / "short.txt"
     path.write_text(english[:12_000], encoding="utf-8")
     suggestion = suggested(path, minutes=10)
@@ -228,8 +228,8 @@ def test_documents_are_split_by_tail_if_their_hashes_hold_out_too_much_or_too_li
         methods[round_] = recipe.data.heldout.by  # type: ignore[union-attr]
         with Corpus(recipe.data.train) as corpus:
             hashes = split.scan(corpus.pieces()).hashes
-        held = int((hashes < np.uint64(0.1 * 2**64)).sum())
-        assert methods[round_] == ("document" if 1 <= held <= 3 else "tail"), held
+        n_held_out = int((hashes < np.uint64(0.1 * 2**64)).sum())
+        assert methods[round_] == ("document" if 1 <= n_held_out <= 3 else "tail"), n_held_out
     assert set(methods.values()) == {"document", "tail"}
 
 

@@ -53,7 +53,7 @@ def test_an_unlisted_key_is_supported_only_at_its_default() -> None:
     assert unsupported(model, required | sizes) == [("n_kv_head", 2), ("ngram_embeddings", (2, 3)), ("logit_softcap", 3.0)]
     one_head = {"n_kv_head": lambda section: section.n_head // section.n_kv_head == 2, "logit_softcap": (3.0, 5.0)}
     assert unsupported_parts(model, required | sizes | one_head) == ("ngram_embeddings [2, 3]",)
-    assert ("norm", "layernorm") in unsupported(model, {}), "a key without a default is never at its default"
+    assert ("norm", "layernorm") in unsupported(model, {}), "a key without a default must be listed"
     with pytest.raises(
         InputError, match=r"--to x: XYZ does not support model\.n_kv_head 2, model\.ngram_embeddings \[2, 3\], model"
     ):
@@ -61,13 +61,13 @@ def test_an_unlisted_key_is_supported_only_at_its_default() -> None:
     check_supported(model, COMMON, "XYZ", "--to x")
 
 
-def test_every_key_of_the_schema_has_a_case() -> None:
+def test_every_key_in_the_schema_has_a_case() -> None:
     assert {next(iter(case)) for case in CASES} == set(KEYS)
     assert set(VALUES) <= set(KEYS)
 
 
 @pytest.mark.parametrize("supports", BACKENDS.values(), ids=BACKENDS)
-def test_backends_list_only_keys_of_the_schema_and_the_values_of_choices(supports: Supports) -> None:
+def test_backends_list_only_schema_keys_and_list_every_key_with_fixed_choices(supports: Supports) -> None:
     assert set(supports) <= set(DecoderSection.model_fields)
     choices = {key for key, field in DecoderSection.model_fields.items() if get_origin(field.annotation) is Literal}
     listed = {key for key, values in supports.items() if key in choices and not callable(values)}
@@ -126,7 +126,7 @@ def test_weights_are_also_packed_for_full_forward_passes(network_with_new_key: T
 
 @pytest.mark.parametrize(("preset", "case"), cases_and_presets(), ids=str)
 def test_exporters_reject_exactly_the_unsupported_cases(preset: str, case: dict[str, Any]) -> None:
-    """`tests/interchange` tests that the supported cases are exported correctly."""
+    """The tests in `tests/interchange` check that the supported cases are exported correctly."""
     model = case_section(case, preset)
     family, parts = hf_architectures.find_family(model)
     assert (family is None) == bool(parts)
@@ -145,7 +145,7 @@ def test_exporters_reject_exactly_the_unsupported_cases(preset: str, case: dict[
 
 
 @pytest.mark.parametrize(("preset", "case"), cases_and_presets(), ids=str)
-def test_parameters_are_counted_exactly_for_the_cases_that_are_estimated(preset: str, case: dict[str, Any]) -> None:
+def test_the_parameter_count_is_exact_in_every_case_that_can_be_estimated(preset: str, case: dict[str, Any]) -> None:
     network = case_network(case, preset)
     counted = sum(parameters.parameter_counts(network.model, VOCAB_SIZE).values())
     assert counted == network.parameter_count() or parameters.not_estimated(network.model)

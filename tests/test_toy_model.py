@@ -72,7 +72,7 @@ def run(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def _table(run: Run) -> torch.Tensor:
-    """The logits of the last checkpoint, (vocabulary, vocabulary)."""
+    """Return the last checkpoint's table of logits (vocabulary, vocabulary)."""
     return load_file(run.checkpoint("last").path / "model.safetensors")["table.weight"]
 
 
@@ -90,8 +90,8 @@ def test_the_recipe_selects_the_architecture_and_its_default_objective(recipe: R
     assert type(recipe.objective) is SparseLMObjective
 
 
-def test_the_first_step_changes_the_rows_of_the_tokens_that_predict_a_target(recipe: Recipe, tmp_path: Path) -> None:
-    """The table is initialized to zeros, so the first loss is log V. Only rows with a gradient change."""
+def test_the_first_step_changes_only_rows_with_a_gradient(recipe: Recipe, tmp_path: Path) -> None:
+    """The table is initialized to zeros, so the first loss is log(vocabulary size)."""
     train(recipe, tmp_path / "one", device="cpu", stop_after=0.0)
     run = Run.open(tmp_path / "one")
     first = next(line for line in run.metrics() if line["kind"] == "step")
@@ -108,7 +108,7 @@ def test_the_first_step_changes_the_rows_of_the_tokens_that_predict_a_target(rec
     assert 0 < len(predicting) < len(set(tokens[:, :-1].flatten().tolist()))
 
 
-def test_a_killed_run_resumes_bitwise_equal(recipe: Recipe, run: Run, tmp_path: Path) -> None:
+def test_resuming_a_killed_run_gives_bitwise_equal_weights(recipe: Recipe, run: Run, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     command = [sys.executable, bigram.__file__, str(tmp_path / "recipe.yaml"), str(tmp_path / "killed"), "9"]
     killed = subprocess.run(command, capture_output=True, env=environment(), timeout=600, check=False)
@@ -137,7 +137,7 @@ def test_two_processes_train_the_same_model_up_to_rounding(recipe: Recipe, run: 
     assert (both.path / "samples.md").read_text() == (run.path / "samples.md").read_text()
 
 
-def test_the_evaluation_equals_a_sum_over_bigrams(run: Run) -> None:
+def test_the_evaluated_loss_equals_the_mean_over_bigrams(run: Run) -> None:
     table = _table(run).double()
     logprobs = (table - table.logsumexp(dim=1, keepdim=True)).numpy()
     shard = run.heldout()
@@ -164,7 +164,7 @@ def test_greedy_samples_follow_the_table(run: Run) -> None:
     assert sample.token_ids == [id for id in expected[1:] if id != run.tokenizer.end_of_text]
 
 
-def test_runs_lists_a_run_of_an_unregistered_architecture(run: Run) -> None:
+def test_tinylm_runs_lists_a_run_with_an_unregistered_architecture(run: Run) -> None:
     result = tinylm("runs", run.path.parent, "--json")
     assert result.returncode == 0, result.stderr
     [row] = json.loads(result.stdout)
@@ -208,7 +208,7 @@ def test_a_model_without_units_is_compiled_as_a_whole(recipe: Recipe, monkeypatc
     assert compiled == [network]
 
 
-def test_adamw_updates_the_table_and_muon_reports_that_there_are_no_matrices(recipe: Recipe) -> None:
+def test_adamw_updates_the_table_and_muon_rejects_a_model_without_matrices(recipe: Recipe) -> None:
     network = registry.build(recipe.model, 20, seed=0)
     assert list(groups.build(AdamWOptimizer(name="adamw"), network).parts) == ["adamw"]
     with pytest.raises(InputError, match="Muon updates matrices, and this model has none"):
@@ -216,19 +216,19 @@ def test_adamw_updates_the_table_and_muon_reports_that_there_are_no_matrices(rec
 
 
 @pytest.mark.parametrize("format", ["hf", "gguf", "onnx"])
-def test_exports_reject_the_architecture_by_name(run: Run, format: Any, tmp_path: Path) -> None:
+def test_exports_reject_an_unsupported_architecture(run: Run, format: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="architecture bigram"):
         export(run, format, tmp_path / "exported")
 
 
-def test_vectors_reject_a_model_without_embeddings_and_blocks(run: Run) -> None:
-    with pytest.raises(InputError, match="a model of architecture bigram has no input embedding"):
+def test_vectors_need_a_model_with_embeddings_and_blocks(run: Run) -> None:
+    with pytest.raises(InputError, match="a model with architecture bigram has no input embedding"):
         static_vectors(run, run.checkpoint(), "input")
-    with pytest.raises(InputError, match="a model of architecture bigram has no residual stream"):
+    with pytest.raises(InputError, match="a model with architecture bigram has no residual stream"):
         contextual_vectors(run, run.checkpoint(), ["-"])
 
 
-def test_weights_that_do_not_belong_to_the_architecture_of_the_recipe_are_rejected(run: Run, tmp_path: Path) -> None:
+def test_weights_that_do_not_match_the_recipe_are_rejected(run: Run, tmp_path: Path) -> None:
     shutil.copytree(run.path, tmp_path / "copy")
     recipe = (
         run.recipe.to_yaml()
@@ -241,6 +241,6 @@ def test_weights_that_do_not_belong_to_the_architecture_of_the_recipe_are_reject
         copy.network(copy.checkpoint(), torch.device("cpu"))
 
 
-def test_an_architecture_can_be_registered_once() -> None:
+def test_an_architecture_can_be_registered_only_once() -> None:
     with pytest.raises(ValueError, match="bigram already exists"):
         registry.register(BigramSection, bigram.Bigram)

@@ -54,7 +54,7 @@ def shown(trained: TrainResult, summary: TrainingSummary = SUMMARY, width: int =
     return console.file.getvalue()
 
 
-def test_a_finished_run() -> None:
+def test_the_summary_of_a_finished_run_shows_losses_baselines_and_next_commands() -> None:
     text = shown(result())
     assert "8.40 at the first step -> 4.33 on held-out text, like a choice among 76 equally likely tokens" in text
     assert "uniform guessing: 8.32, 4,096 tokens" in text
@@ -71,7 +71,7 @@ def test_a_finished_run() -> None:
         ({"limited_by_time": False, "steps": 575}, "16%: 92 of 575 steps"),
     ],
 )
-def test_a_run_that_was_stopped_early_shows_its_progress(changes: dict[str, object], expected: str) -> None:
+def test_the_summary_of_a_stopped_run_shows_its_progress(changes: dict[str, object], expected: str) -> None:
     unevaluated = {"loss": None, "perplexity": None, "bits_per_byte": None}
     stopped = result(step=92, fraction_done=0.16, stopped="signal", metrics=unevaluated, **changes)
     text = shown(stopped, replace(SUMMARY, heldout_loss=None, bits_per_byte=None))
@@ -114,4 +114,4 @@ def test_the_summary_matches_the_run(text_file: Path, tmp_path: Path) -> None:
     assert all(sample.text.startswith("The") for sample in summary.samples)
     evaluated = evaluate_run(run, details=BreakdownOptions(baselines=True), device="cpu")
     assert summary.baselines == pytest.approx(evaluated.baselines)
-    assert summarize(run, seconds=0).baselines == {}, "they would take longer than a tenth of the run"
+    assert summarize(run, seconds=0).baselines == {}, "computing them would take more than a tenth of the training time"

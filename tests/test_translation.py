@@ -1,4 +1,4 @@
-"""A translation model is trained, resumed, evaluated, used from the command line, and exported and imported."""
+"""Translation models can be trained, resumed, evaluated, compared, exported and imported."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_reversal_is_learned_exactly(tmp_path: Path) -> None:
     assert len(result.hardest) == 2
 
 
-def test_an_interrupted_run_resumes_bitwise_equal(run: Run, tmp_path: Path) -> None:
+def test_resuming_an_interrupted_run_gives_bitwise_equal_weights(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "stopped"
     train(run.recipe, folder, device="cpu", stop_after=0.0)
     assert Run.open(folder).checkpoint("last").step < 12
@@ -89,12 +89,12 @@ def test_the_held_out_loss_is_the_mean_over_target_tokens(run: Run) -> None:
     assert result.loss == pytest.approx(logged, rel=1e-5)
 
 
-def test_a_language_model_does_not_translate(tiny_run: Run) -> None:
+def test_a_language_model_cannot_translate(tiny_run: Run) -> None:
     with pytest.raises(InputError, match="trained with objective causal_lm, so it does not translate"):
         Translator.open(tiny_run)
 
 
-def test_the_mean_of_checkpoints_differs_from_each(run: Run) -> None:
+def test_averaging_checkpoints_returns_their_mean_weights(run: Run) -> None:
     mean = Translator.open(run, device="cpu", average=2).network
     last = run.checkpoints()[-2:]
     weights = [load_file(checkpoint.path / "model.safetensors") for checkpoint in last]
@@ -113,7 +113,7 @@ def test_one_model_translates_into_several_languages(tmp_path: Path) -> None:
         translator.translate(["a b c"])
 
 
-def test_both_sides_can_have_vocabularies_of_their_own(tmp_path: Path) -> None:
+def test_source_and_target_can_have_separate_vocabularies(tmp_path: Path) -> None:
     pairs = [{"source": pair["source"].upper(), "target": pair["target"]} for pair in reversed_pairs(200)]
     file = write_jsonl(tmp_path / "pairs.jsonl", pairs)
     recipe = _recipe(file, "data.vocabulary=separate", steps=4)
@@ -153,6 +153,6 @@ def test_overlap_and_duplicates_are_counted(tmp_path: Path) -> None:
     pairs = write_jsonl(tmp_path / "pairs.jsonl", reversed_pairs(300, letters="ab", longest=4))
     recipe = _recipe(pairs, "data.heldout.by=tail", "data.heldout.share=0.3", steps=1)
     reporter = CollectingReporter()
-    with pytest.raises(InputError, match="all heldout sentences also occur in the training pairs"):
+    with pytest.raises(InputError, match="all held-out sentences also occur in the training pairs"):
         train(recipe, tmp_path / "run", device="cpu", reporter=reporter)
-    assert any("training pairs occur again and were dropped" in note for note in reporter.notes)
+    assert any("duplicate training pairs were dropped" in note for note in reporter.notes)

@@ -1,4 +1,4 @@
-"""Idle OpenMP threads spin on an idle machine and sleep on a busy one. The policy changes no result."""
+"""Idle OpenMP threads spin on an idle machine and sleep on a busy one. The wait policy does not change results."""
 
 from __future__ import annotations
 
@@ -84,12 +84,12 @@ policy.set("spin")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_libgomp_manages_more_threads_than_cores_while_threads_sleep() -> None:
-    """This is the condition under which libgomp shortens its spinning."""
+def test_libgomp_manages_more_threads_than_cores_in_sleep_mode() -> None:
+    """libgomp spins for a shorter time if it manages more threads than there are cores."""
     result = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=False)
     assert (result.stdout.strip(), result.stderr) == ("True", "")
 
 
-def test_the_share_of_a_core_is_a_fraction() -> None:
+def test_the_cpu_share_is_between_zero_and_one() -> None:
     assert 0 < cpu_share(2, seconds=0.01) <= 1
     assert available_cores() >= 1

@@ -1,4 +1,4 @@
-"""An architecture and an objective that are not part of the library, for tests of how recipes are extended."""
+"""An architecture and an objective outside the library, for tests that extend the recipe schema."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class ToySection(ModelVariant):
     context_length: Count = 16
     """Number of tokens in a training sequence."""
     n_states: Count = 4
-    """Number of states of the toy."""
+    """Number of states in the toy model."""
     forgetting: ShareBelowOne = 0.0
-    """The share of states that are forgotten in each step of the toy."""
+    """The share of states that the toy model forgets in each step."""
 
     @property
     def uses_dropout(self) -> bool:
@@ -36,4 +36,4 @@ class ToyObjective(ObjectiveVariant):
 
     name: Literal["toy_lm"] = "toy_lm"
     share: ShareBelowOne = 0.15
-    """The share of tokens that the toy predicts."""
+    """The share of tokens that the toy objective predicts."""

@@ -31,7 +31,7 @@ _TIMEOUT_SECONDS = 600.0
 
 
 def _accumulate_with_nan_gradients(nan_steps: Sequence[int]) -> Callable[..., torch.Tensor]:
-    """Return a version of `step.accumulate` with NaN gradients in the given calls, which are counted from 1."""
+    """Return a version of `step.accumulate` that produces NaN gradients in the calls `nan_steps` (the first call is 1)."""
     calls = 0
 
     def accumulate(network: Any, *rest: Any) -> torch.Tensor:
@@ -49,7 +49,7 @@ def _accumulate_with_nan_gradients(nan_steps: Sequence[int]) -> Callable[..., to
 def _train_and_exit(
     recipe: str, folder: Path, rank: int, world_size: int, rendezvous: Path | None, observer: Observer | None, options: Any
 ) -> None:
-    """Train in this process, then exit with the exit code that `tinylm train` would return."""
+    """Train in this process and exit with the same code as `tinylm train`."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     if rendezvous is not None:
@@ -61,7 +61,7 @@ def _train_and_exit(
         result = train(loads(recipe, check_files=False), folder, device="cpu", observer=observer, **options)
     except TinylmError as error:
         print(f"[{rank}] {error}", file=sys.stderr, flush=True)
-        error_file(folder, rank).write_text(str(error))  # tests cannot capture the stderr of a forked process
+        error_file(folder, rank).write_text(str(error))  # Tests cannot capture the stderr of a forked process.
         os._exit(error.exit_code)
     os._exit(0 if result.signal_number is None else 128 + result.signal_number)
 
@@ -99,13 +99,13 @@ def wait(processes: Sequence[BaseProcess]) -> list[int | None]:
 
 
 def run(recipe: Recipe, folder: Path, **options: Any) -> None:
-    """Train until the run is complete. Fails unless every process exits with code 0."""
+    """Train until the run is complete. Fail if any process exits with a nonzero code."""
     codes = wait(start(recipe, folder, **options))
     assert set(codes) == {0}, codes
 
 
 def kill_when(processes: Sequence[BaseProcess], condition: Callable[[], bool], rank: int = 0) -> bool:
-    """Kill one process as soon as `condition` is true, and wait for all processes. Returns False if the process exited earlier."""
+    """Kill one process as soon as `condition` is true, and wait for all processes. Return False if it exited before that."""
     deadline = time.monotonic() + _TIMEOUT_SECONDS
     while not condition():
         if not processes[rank].is_alive():
@@ -132,7 +132,7 @@ def is_saving(folder: Path) -> bool:
 
 
 class FullDisk(Observer):
-    """Prevent this process from writing files larger than 9 kB between the checkpoint of step 4 and step 10."""
+    """Prevent this process from writing files larger than 9 kB between the checkpoint at step 4 and step 10."""
 
     def saved(self, step: int) -> None:
         import resource

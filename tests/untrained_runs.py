@@ -1,4 +1,4 @@
-"""Run folders with untrained models, for the tests of export and import."""
+"""Run folders with untrained models for export and import tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MakeRun = Callable[..., Run]
 
 
 def save_run(folder: Path, network: Transformer, tokenizer: Tokenizer) -> Run:
-    """Create a run folder whose only checkpoint contains the weights of `network`."""
+    """Create a run folder with a single checkpoint that contains the weights of `network`."""
     folder.mkdir(parents=True)
     recipe = loads("data: {train: text.txt}\ntraining: {steps: 1}\n", check_files=False)
     recipe = recipe.model_copy(update={"model": network.model, "name": folder.name})

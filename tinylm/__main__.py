@@ -1,4 +1,4 @@
-"""Run the command line with `python -m tinylm`, also under torchrun."""
+"""Entry point for `python -m tinylm`, which also works under torchrun."""
 
 from tinylm_cli.app import main
 

@@ -1,4 +1,4 @@
-"""Measure whether other programs use this machine's CPU cores. Does not import torch."""
+"""Measure whether other programs are using this machine's CPU cores. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import threading
 import time
 
 MIN_CPU_SHARE = 0.8
-"""If a thread has a core for a smaller fraction of the time, the machine counts as busy. On an idle machine, it is close to 1. A
-thread that shares its core with one other process has it for about half of the time."""
+"""The machine counts as busy if a thread runs for less than this fraction of the time. On an idle machine, the fraction is close
+to 1. It is about one half for a thread that shares its core with one other process."""
 _BUFFER = bytes(1 << 20)
 
 
 def available_cores() -> int:
-    """Return the number of cores that this process may use."""
+    """Return the number of cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_share(threads: int | None = None, seconds: float = 0.06) -> float:
-    """Keep `threads` threads busy, by default one per core, and return the fraction of the time for which the slowest one ran.
+    """Keep `threads` threads busy (one per core by default), and return the fraction of the time that the slowest one ran.
 
-    It is about 1 on an idle machine. It is lower if other programs use the cores, or if a container limits CPU time.
+    The result is about 1 on an idle machine. It is lower if other programs use the cores or if a container limits the CPU time.
     """
     shares: list[float] = []
 

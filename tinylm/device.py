@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tinylm.errors import InputError
 
-if TYPE_CHECKING:  # torch takes a second to import, and a mistyped device should be reported immediately
+if TYPE_CHECKING:  # Importing torch takes a second, and a mistyped device should be reported immediately.
     import torch
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -16,14 +16,17 @@ _VECTOR_MATH = (
     *("acos", "asin", "atan", "cos", "cosh", "erf", "erfc", "erfinv", "exp", "exp2", "expm1", "lgamma"),
     *("log", "log10", "log1p", "log2", "rsqrt", "sin", "sinh", "sqrt", "tan", "tanh"),
 )
-"""Elementwise functions that torch may compute with MKL."""
+"""Elementwise functions that torch can compute with MKL."""
 
 
 def resolve(name: str) -> torch.device:
-    """Return device `name`, or for `auto` the first available of CUDA, MPS and the CPU. Raises `InputError` if unavailable."""
+    """Return the device `name`. `auto` selects the first available device among CUDA, MPS and the CPU.
+
+    Raises `InputError` if the device is unknown or unavailable.
+    """
     kind, _, index = name.partition(":")
     if kind not in DEVICES or (index and not index.isdigit()):
-        raise InputError(f"no such device {name!r}", where="--device", hint=f"one of {', '.join(DEVICES)}")
+        raise InputError(f"no such device {name!r}", where="--device", hint=f"use one of {', '.join(DEVICES)}")
 
     import torch
 
@@ -42,8 +45,8 @@ def resolve(name: str) -> torch.device:
 def set_threads(threads: int | None) -> None:
     """Set the number of CPU threads that torch uses, and choose how idle threads wait (see `wait_policy`).
 
-    None keeps torch's default, one thread per core. `pipeline.train` calls this function. Programs that compute with a model in
-    another way should call it once before they start.
+    None keeps torch's default of one thread per core. `pipeline.train` calls this function. Programs that run a model without
+    `pipeline.train` should call it once at the start.
     """
     import torch
 
@@ -55,10 +58,10 @@ def set_threads(threads: int | None) -> None:
 
 
 def warm_up_vector_math() -> None:
-    """Call every elementwise function of MKL once, to avoid a race that makes results irreproducible. Takes a millisecond.
+    """Call every elementwise MKL function once to avoid a race that makes results irreproducible. This takes a millisecond.
 
-    MKL selects the code for a function on its first call. If two threads make that call at the same time, one thread can run code
-    of lower precision (https://github.com/pytorch/pytorch/issues/188792). Without this warm-up, one run in eight computed different
+    MKL selects the code for a function on the first call. If two threads make that call at the same time, one of them can run less
+    precise code (https://github.com/pytorch/pytorch/issues/188792). Without this warm-up, one in eight runs computed different
     cosines for its rotary position embeddings and ended with different weights.
     """
     import torch
@@ -70,17 +73,17 @@ def warm_up_vector_math() -> None:
 
 
 def has_bf16_units(device: torch.device) -> bool:
-    """Whether the hardware computes natively in bfloat16. Older GPUs and most CPUs only emulate it."""
+    """Return whether the hardware supports bfloat16 natively. Older GPUs and most CPUs only emulate it."""
     import torch
 
     if device.type == "cuda":
-        with torch.cuda.device(device) if device.index is not None else nullcontext():  # torch checks the current GPU
+        with torch.cuda.device(device) if device.index is not None else nullcontext():  # torch checks only the current GPU
             return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device.type == "cpu" and bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 
 def describe(device: torch.device) -> str:
-    """Return the product name of a GPU, or the device type."""
+    """Return the product name of a GPU, or the device type with the number of threads for a CPU."""
     import torch
 
     if device.type == "cuda":
@@ -89,7 +92,10 @@ def describe(device: torch.device) -> str:
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """Return the peak memory of this process, or of the GPU for CUDA. None if the operating system does not report it."""
+    """Return the peak memory of this process in bytes, or for CUDA the peak memory allocated on the GPU.
+
+    Returns None if the operating system does not report it.
+    """
     if device.type == "cuda":
         import torch
 

@@ -1,7 +1,9 @@
-"""Train embeddings from a recipe with `kind: embeddings` in a run folder. `tinylm embed train` and notebooks call this module.
+"""Train embeddings in a run folder from a recipe with `kind: embeddings`. `tinylm embed train` and notebooks call this module.
+
+The run folder contains:
 
 recipe.yaml         the resolved recipe             vectors.safetensors   names, vectors and counts, written at the end
-metrics.jsonl       about 100 lines: loss, lr       checkpoints/          the newest one, to resume from
+metrics.jsonl       about 100 lines: loss, lr       checkpoints/          the newest checkpoint, for resuming
 neighbours.jsonl    nearest neighbors of the probe words during training
 """
 
@@ -62,7 +64,7 @@ class Learner(Protocol):
 
 @dataclass(frozen=True)
 class ProgressEvent:
-    """Sent about 100 times during training."""
+    """A progress report, sent about 100 times during training."""
 
     step: int
     steps: int
@@ -84,12 +86,12 @@ class NeighborsEvent:
 
 
 class EmbeddingObserver:
-    """Callbacks for the events of embedding training. Subclasses override those they need."""
+    """Callbacks for embedding training. Subclasses override the methods they need."""
 
     unit = "tokens"
 
     def begin(self, unit: str) -> None:
-        """Called when training starts. `unit` is the unit of its throughput."""
+        """Called when training starts. Throughput is measured in `unit` per second."""
 
     def progress(self, event: ProgressEvent) -> None: ...
 
@@ -105,7 +107,7 @@ class EmbeddingResult:
 
     run: str
     vectors: str | None
-    """Path of the vectors file. None if training stopped early."""
+    """Path to the vectors file. None if training stopped early."""
     names: int
     dimensions: int
     step: int
@@ -218,14 +220,17 @@ def _check_resumable(folder: Path, recipe: EmbeddingRecipe) -> None:
     ]
     if changed:
         raise InputError(
-            f"cannot resume, because these keys of the recipe changed: {'; '.join(changed)}",
+            f"cannot resume because these recipe keys changed: {'; '.join(changed)}",
             where=str(folder),
             hint="undo the changes, or choose another --out",
         )
 
 
 def _probes(recipe: EmbeddingRecipe, text: EncodedText) -> list[str]:
-    """Return the recipe's probe words, or five frequent words if it has none. Raises `InputError` if a word has no vector."""
+    """Return the recipe's probe words, or five frequent words if the recipe lists none.
+
+    Raises `InputError` if a probe word has no vector.
+    """
     vocabulary = text.vocabulary
     names = Vectors(vocabulary.names, np.zeros((len(vocabulary.names), 1), np.float32), byte_mapped=vocabulary.byte_mapped)
     if recipe.watch.probes:
@@ -243,7 +248,7 @@ def _probes(recipe: EmbeddingRecipe, text: EncodedText) -> list[str]:
 
 @dataclass
 class _Progress:
-    """The progress of training. Saved with every checkpoint."""
+    """Training progress, saved with every checkpoint."""
 
     step: int = 0
     tokens: int = 0
@@ -278,7 +283,7 @@ class _Training:
         self._log_every = max(1, learner.steps // _LOG_LINES)
 
     def restore(self) -> None:
-        """Load the newest complete checkpoint, if there is one. Raises `InputError` if it was trained on another text."""
+        """Load the newest complete checkpoint, if there is one. Raises `InputError` if it was trained on a different text."""
         run = Run(self._job.folder)
         if not run.checkpoints():
             self._job.reporter.note("no checkpoint yet; starting from step 0")
@@ -290,7 +295,7 @@ class _Training:
             raise InputError("state.json has an unexpected structure", where=str(checkpoint.path))
         if state["fingerprint"] != self._text.fingerprint:
             raise InputError(
-                "cannot resume, because the text changed", where=str(self._job.folder), hint="train from scratch with --overwrite"
+                "cannot resume because the text changed", where=str(self._job.folder), hint="train from scratch with --overwrite"
             )
         self._load_tables(checkpoint)
         self._progress = _Progress(int(state["step"]), int(state["tokens"]), float(state["train_seconds"]), state["loss"])
@@ -308,7 +313,7 @@ class _Training:
             raise InputError(f"cannot be read: {error}", where=str(file)) from None
 
     def run(self) -> EmbeddingResult:
-        """Train to the end, or until a signal or the time limit."""
+        """Train until the last step, a signal or the time limit."""
         job, progress, steps = self._job, self._progress, self._learner.steps
         watch_every = _share_of_steps(job.recipe.watch.every, steps)
         save_every = _share_of_steps(job.recipe.checkpoint.every, steps) if job.recipe.checkpoint.every else steps
@@ -343,7 +348,7 @@ class _Training:
                 return interval
 
     def _stop_reason(self, request: StopRequest) -> str | None:
-        """`done` after the last step, `signal` after a signal, `time` after the time limit; otherwise None."""
+        """Return `done` after the last step, `signal` after a signal, `time` after the time limit, and None otherwise."""
         if self._progress.step == self._learner.steps:
             return "done"
         if request.signal_number is not None:
@@ -353,15 +358,15 @@ class _Training:
         return None
 
     def _due(self, every: int) -> bool:
-        """Whether a multiple of `every` steps was reached since the last line of the log."""
+        """Whether a multiple of `every` steps has been reached since the previous log line."""
         return self._progress.step % every < self._log_every
 
     def _already_trained(self, record: Mapping[str, Any]) -> bool:
-        """Whether the step of a log line is included in the restored checkpoint."""
+        """Whether the restored checkpoint already includes the step of a log record."""
         return bool(record["step"] <= self._progress.step)
 
     def _log(self, interval: _Interval, metrics: JsonLinesLog) -> None:
-        """Log the steps of an interval. Raises `WorkError` if the loss is non-finite."""
+        """Log an interval of steps. Raises `WorkError` if the loss is non-finite."""
         progress = self._progress
         progress.tokens += interval.tokens
         progress.train_seconds += interval.seconds
@@ -418,5 +423,5 @@ class _Training:
 
 
 def _share_of_steps(share: float, steps: int) -> int:
-    """Convert a share of all steps to a number of steps, at least 1."""
+    """Convert a share of all steps to a number of steps. The minimum is 1."""
     return max(1, round(share * steps))

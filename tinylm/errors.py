@@ -1,6 +1,6 @@
-"""Errors for the user: what is wrong, where, and what to do about it.
+"""Errors reported to the user: what is wrong, where, and what to do about it.
 
-The command line prints them in one line, without a traceback, and exits with `exit_code`.
+The command line prints each error on one line, without a traceback, and exits with `exit_code`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 
 class TinylmError(Exception):
-    """Printed as `where: message (hint)`. `where` is a file, line or option, and `hint` says what to do."""
+    """Base class of errors, printed as `where: message (hint)`. `where` is a file, line or option; `hint` says what to do."""
 
     exit_code = 1
 
@@ -38,20 +38,20 @@ class WorkError(TinylmError):
 
 
 class TinylmWarning(Warning):
-    """A warning for the user, issued with `warnings.warn`. The command line prints it in one line."""
+    """A warning for the user, issued with `warnings.warn`. The command line prints it on one line."""
 
 
 _OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED", "bad_alloc", "can't start new thread")
-"""Parts of the messages of libraries that do not raise `MemoryError`. A thread cannot start if its stack does not fit."""
+"""Excerpts from error messages of libraries that do not raise `MemoryError`. A thread fails to start if its stack does not fit."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out. Only some libraries raise `MemoryError`; others are recognized by the message."""
+    """Whether the error means that memory ran out. Not all libraries raise `MemoryError`, so this also checks the message."""
     return isinstance(error, MemoryError) or any(message in str(error) for message in _OUT_OF_MEMORY)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:
-    """Return a hint that suggests the known word most similar to `word`, or None if none is similar."""
+    """Return a hint that suggests the known word most similar to `word`, or None if no word is similar."""
     similar = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"did you mean {similar[0]}?" if similar else None
 

@@ -1,4 +1,4 @@
-"""Recognize files and folders of other programs by their first bytes and names, for error messages that say what they are."""
+"""Recognize other programs' files and folders by their first bytes and names, so that error messages can identify them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FASTTEXT_MAGIC = 793712314
 
 @dataclass(frozen=True)
 class FileKind:
-    """What a file is, and what to do to use it with tinylm."""
+    """What a file is, and how to use it with tinylm."""
 
     name: str
     hint: str
@@ -25,13 +25,13 @@ _ADAPTER = FileKind(
 _GGUF = FileKind("a GGUF file", "import the Hugging Face folder that it was made from")
 _FASTTEXT = FileKind(
     "a fastText model, which contains more than vectors",
-    "use the .vec file beside it, or write one with fastText's `print-word-vectors`",
+    "use the .vec file next to it, or write one with fastText's `print-word-vectors`",
 )
 _GENSIM = FileKind(
     "a gensim pickle", "convert it in Python: `KeyedVectors.load(FILE).save_word2vec_format('vectors.bin', binary=True)`"
 )
 _PICKLE = FileKind("a pickle, which can execute code when it is loaded", "save it in another format, such as safetensors")
-_TIKTOKEN = FileKind("a file of tiktoken ranks", "convert it to a tokenizer.json with transformers' TikTokenConverter")
+_TIKTOKEN = FileKind("a tiktoken rank file", "convert it to a tokenizer.json with transformers' TikTokenConverter")
 _SENTENCEPIECE = FileKind(
     "a sentencepiece model",
     "convert it to a tokenizer.json: `AutoTokenizer.from_pretrained(FOLDER).save_pretrained(OTHER)` in transformers",
@@ -39,7 +39,7 @@ _SENTENCEPIECE = FileKind(
 
 
 def identify(path: Path) -> FileKind | None:
-    """Return the kind of a file or folder of another program, or None if it is not recognized."""
+    """Return the kind of a file or folder that another program wrote, or None if the kind is not recognized."""
     if path.is_dir():
         return _ADAPTER if (path / "adapter_config.json").exists() and not (path / "config.json").exists() else None
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Names of keys, values, commands and options in other programs, from which error messages take their hints."""
+"""Hints for unknown keys, values, commands and options, based on the names that other programs use."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ RECIPE_KEYS = {
     "name": "run_name experiment experiment_name run title",
     "training": "train trainer train_args training_args",
 }
-"""The names of each recipe key in other programs."""
+"""What other programs call each recipe key."""
 
 RECIPE_KEYS_IN_SECTION = {
     "evaluation.steps": "evaluation.every",
@@ -89,17 +89,17 @@ RECIPE_KEYS_IN_SECTION = {
     "data.eval": "data.heldout",
     "data.column": "data.field",
 }
-"""Names whose meaning depends on the section that they are written in."""
+"""Names whose meaning depends on the section in which they occur."""
 
 RECIPE_ADVICE = {
     "gradient_accumulation_steps": "set training.micro_batch_size; a step has global_batch_size / micro_batch_size micro-batches",
     "grad_accum_steps": "set training.micro_batch_size; a step has global_batch_size / micro_batch_size micro-batches",
     "accumulate_grad_batches": "set training.micro_batch_size; a step has global_batch_size / micro_batch_size micro-batches",
-    "device": "choose it with --device",
+    "device": "choose the device with --device",
     "devices": "start one process per device: torchrun --nproc-per-node N -m tinylm train RECIPE",
     "num_gpus": "start one process per device: torchrun --nproc-per-node N -m tinylm train RECIPE",
-    "threads": "choose them with --threads",
-    "num_workers": "choose them with --workers",
+    "threads": "set the number with --threads",
+    "num_workers": "set the number with --workers",
     "out": "choose the run folder with --out",
     "out_dir": "choose the run folder with --out",
     "output": "choose the run folder with --out",
@@ -154,7 +154,7 @@ VALUES = {
     "fsdp": "fsdp2 sharded zero zero3",
     "last": "latest newest final recent end",
 }
-"""Other names of each value of a key or an option."""
+"""Other names for each value of a key or option."""
 
 COMMANDS = {
     "train": "fit finetune fine-tune pretrain learn training run resume",
@@ -172,7 +172,7 @@ COMMANDS = {
     "tokenize": "tokenizer tokenise encode decode bpe vocab tokens",
     "embed": "embeddings embedding vectors word2vec glove w2v",
 }
-"""Other names of each command."""
+"""Other names for each command."""
 
 OPTIONS = {
     "--prompt": "--text --input --start --question",
@@ -204,19 +204,19 @@ OPTIONS = {
     "--resume": "--continue --resume-from",
     "--html": "--report",
 }
-"""Other names of each option. A hint names the option only if the command has it."""
+"""Other names for each option. A hint suggests an option only if the command has it."""
 
 ARGUMENTS = {
-    "sample": "give the text to continue with --prompt",
-    "train": "to train on several texts, list them in the recipe: `tinylm new TEXT... --out my.yaml` writes one",
-    "plan": "change keys of the recipe with --set SECTION.KEY=VALUE",
-    "eval": "name the run with --run",
-    "serve": "name the run with --run",
-    "plot": "name the output file with --out",
-    "export": "name the run with --run",
-    "import": "name the run folder to create with --out",
+    "sample": "pass the text to continue with --prompt",
+    "train": "to train on several texts, list them in a recipe; `tinylm new TEXT... --out my.yaml` writes the recipe",
+    "plan": "change recipe keys with --set SECTION.KEY=VALUE",
+    "eval": "specify the run with --run",
+    "serve": "specify the run with --run",
+    "plot": "specify the output file with --out",
+    "export": "specify the run with --run",
+    "import": "specify the run folder to create with --out",
 }
-"""What to do with an argument that the command does not take."""
+"""What to do instead of passing an argument that the command does not accept."""
 
 
 def _inverted(table: dict[str, str]) -> dict[str, list[str]]:
@@ -231,14 +231,14 @@ _KEY_OF, _VALUE_OF, _COMMAND_OF, _OPTION_OF = map(_inverted, (RECIPE_KEYS, VALUE
 
 
 def _normalized(name: str) -> str:
-    """Return a name in the notation of recipe keys: `Hidden-Size` and `hiddenSize` become `hidden_size`."""
+    """Convert a name to the notation of recipe keys: `Hidden-Size` and `hiddenSize` become `hidden_size`."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).replace("-", "_").replace(" ", "_").lower()
 
 
 def recipe_key(path: tuple[str, ...], known: Collection[str]) -> str | None:
-    """Return a hint for an unknown recipe key: its name here, where it belongs, or what to do instead.
+    """Return a hint for an unknown recipe key: the correct name, the correct section, or what to do instead.
 
-    `known` contains the dotted paths of all keys and sections of the recipe.
+    `known` contains the dotted paths of all keys and sections in the recipe.
     """
     name = _normalized(path[-1])
     section = ".".join((*path[:-1], name))
@@ -249,7 +249,7 @@ def recipe_key(path: tuple[str, ...], known: Collection[str]) -> str | None:
     candidates += elsewhere if len(elsewhere) == 1 else []
     prefix = ".".join(path[:-1])
     fitting = [key for key in candidates if key in known and key != ".".join(path)]
-    fitting.sort(key=lambda key: not (prefix and key.startswith(prefix + ".")))  # keys of the same section first
+    fitting.sort(key=lambda key: not (prefix and key.startswith(prefix + ".")))  # keys in the same section first
     if not fitting:
         return None
     in_same_section = fitting[0].rpartition(".")[0] == prefix
@@ -277,7 +277,7 @@ _MINUTES = {
 
 
 def number(key: str, given: object) -> str | None:
-    """Return a hint for a number that is written with a unit, a percent sign or commas, such as `10M` or `5m` for minutes."""
+    """Return a hint for a number with a unit, a percent sign or commas, such as `10M`, or `5m` for a key in minutes."""
     match = _NUMBER.fullmatch(given.strip()) if isinstance(given, str) else None
     if match is None:
         return None
@@ -295,7 +295,7 @@ def number(key: str, given: object) -> str | None:
 
 
 def duration_minutes(text: str) -> float | None:
-    """Convert `90s`, `2m`, `1.5h` or a number of minutes to minutes. None if `text` is something else."""
+    """Convert `90s`, `2m`, `1.5h` or a plain number of minutes to minutes. Return None for any other text."""
     match = _NUMBER.fullmatch(text.strip())
     scale = None if match is None else _MINUTES.get(match["unit"].lower() or "m")
     return None if match is None or scale is None else float(re.sub("[,_ ]", "", match["number"])) * scale
@@ -309,7 +309,7 @@ def command(given: str, known: Iterable[str]) -> str | None:
 
 
 def option(given: str, known: Collection[str]) -> str | None:
-    """Return a hint for an option that the command does not have. `known` contains the options of the command."""
+    """Return a hint for an option that the command does not have. `known` contains the command's options."""
     name = given.partition("=")[0]
     dashed = "-" + name.lstrip("-") if len(name.lstrip("-")) == 1 else "--" + name.lstrip("-").replace("_", "-").lower()
     if dashed in known:

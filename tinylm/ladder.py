@@ -1,6 +1,6 @@
 """The ladder: train one model of each generation on the same text with the same budget, and compare them in one table.
 
-Every rung is an ordinary run in the folder of the ladder. Rungs that are finished are not trained again.
+Each rung is an ordinary run in the ladder's folder. Finished rungs are not trained again.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Rung:
     """One generation of language models."""
 
     name: str
-    """The name in the table. Its recipe is `ladder-NAME`."""
+    """The name in the table. The recipe is `ladder-NAME`."""
     year: int
     """The year in which this kind of model was first published as a language model."""
     width: str | None
-    """The key of `model:` that sets the size of the model; None if the size depends on the text."""
+    """The `model:` key that sets the model size, or None if the size depends on the training text."""
 
     @property
     def recipe(self) -> str:
@@ -60,7 +60,7 @@ RUNGS = {
 }
 DEFAULT_RUNGS = ("ngram", "window", "rnn", "lstm", "gpt")
 REFERENCE_RUNG = "gpt"
-"""With equal parameters, the other networks get about as many parameters as this one."""
+"""With equal parameters, the width of every other network is chosen so that its parameter count is close to this model's."""
 
 
 @dataclass(frozen=True)
@@ -81,18 +81,18 @@ class Row:
 
 @dataclass(frozen=True)
 class LadderPlan:
-    """What to train."""
+    """Settings for `climb`."""
 
     folder: Path
     source: tuple[str, ...]
     recipes: Mapping[str, Path]
-    """The files of the recipes that ship with tinylm, by name."""
+    """Paths of the recipes that ship with tinylm, by recipe name."""
     rungs: Sequence[Rung]
     minutes: float
-    """The training time of all rungs together."""
+    """Total training time of all rungs."""
     equal: Equal = "time"
     overrides: Sequence[str] = ()
-    """Settings for the recipes of all rungs, as KEY=VALUE."""
+    """KEY=VALUE settings that apply to every rung's recipe."""
     device: str = "auto"
 
 
@@ -106,7 +106,7 @@ def find_rungs(names: Sequence[str]) -> list[Rung]:
 
 
 def climb(plan: LadderPlan, reporter: Reporter = SILENT) -> Iterator[Row]:
-    """Train and evaluate the rungs, and yield the result of each as soon as it is known.
+    """Train and evaluate the rungs, and yield each result as soon as it is ready.
 
     Raises `InputError` if a recipe is not valid or the folder contains another ladder, and `WorkError` if training fails.
     """
@@ -120,13 +120,13 @@ def climb(plan: LadderPlan, reporter: Reporter = SILENT) -> Iterator[Row]:
         known = runner.finished(training) is not None
         for outcome in runner.run([training]):
             if outcome.error is not None:
-                hint = "the same command continues"
+                hint = "run the same command again to continue"
                 raise WorkError(f"{rung.name}: {outcome.error}", where=str(plan.folder), hint=hint)
             yield _row(plan, rung, outcome, reuse=known)
 
 
 def _values(plan: LadderPlan, rung: Rung) -> dict[str, str]:
-    """The settings of a rung, by key. With equal time, each rung gets the same share of the minutes."""
+    """Return a rung's recipe settings by key. Every network gets the same share of the training time."""
     values = {"data.train": json.dumps(list(plan.source))}
     if rung.width is not None:
         values["training.minutes"] = f"{plan.minutes / len(plan.rungs):.6g}"
@@ -145,7 +145,7 @@ def _settings(values: Mapping[str, str]) -> list[str]:
 def _with_equal_parameters(
     plan: LadderPlan, values: dict[str, dict[str, str]], recipes: Mapping[str, Recipe], reporter: Reporter
 ) -> dict[str, dict[str, str]]:
-    """Choose the width of each network so that it has about as many parameters as the reference."""
+    """Add the width that brings each network's parameter count closest to the reference model's."""
     first = next(iter(recipes.values()))
     vocab_size = prepare(require_text(first.data), first.tokenizer, reporter).tokenizer.vocab_size
     reference = RUNGS[REFERENCE_RUNG]
@@ -159,13 +159,13 @@ def _with_equal_parameters(
 
 
 def parameter_count(model: ModelVariant, vocab_size: int) -> int:
-    """Number of parameters of a network."""
+    """Return a network's number of parameters, without allocating them."""
     with torch.device("meta"):
         return registry.build(model, vocab_size, None).parameter_count()
 
 
 def width_for(model: ModelVariant, key: str, vocab_size: int, parameters: int) -> int:
-    """The multiple of 8 for `key` with which the number of parameters of a network is closest to `parameters`."""
+    """Return the value of `key`, a multiple of 8, for which the parameter count is closest to `parameters`."""
 
     def count(width: int) -> int:
         return parameter_count(model.model_copy(update={key: width}), vocab_size)
@@ -202,7 +202,7 @@ def _row(plan: LadderPlan, rung: Rung, outcome: Outcome, *, reuse: bool) -> Row:
 
 
 def _sample(run: Run) -> str:
-    """A continuation of an empty prompt on one line, cut to about the width of a table."""
+    """Sample from an empty prompt. Return one line, truncated to fit in a table."""
     network = run.network(run.checkpoint(), torch.device("cpu"))
     options = SamplingOptions(max_new_tokens=_SAMPLE_TOKENS, temperature=0.8)
     [sample] = generate(network, run.tokenizer, "", options, seed=run.recipe.seed)
@@ -210,7 +210,7 @@ def _sample(run: Run) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Plot the bits per byte of the rungs, with their intervals, over the years."""
+    """Plot each rung's bits per byte with its 95% confidence interval, oldest rung first."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,7 +1,7 @@
 """The cache folder, and atomic writes: a file or folder appears with its full content or not at all.
 
 Content is written under a temporary name next to its destination, then renamed. The temporary file is locked while its process
-lives, so that `remove_abandoned` can distinguish the files of a killed process from those that are still being written.
+runs, so that `remove_abandoned` can distinguish files of a killed process from files that are still being written.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from tinylm.errors import InputError, TinylmError
 
 _TEMPORARY_NAME = re.compile(r"\..*\.[0-9a-f]{12}\.(tmp|old)")
 _MAX_NAME_CHARACTERS = 50
-"""Characters of the destination's name in a temporary name, which must not exceed the limit of the file system."""
+"""Temporary names contain up to this many characters of the destination's name, to stay below the file system's limit."""
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-"""Errors of writes that do not name the file."""
+"""Write errors that do not include a file name."""
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
-"""The number of the system's error in a message of a library in Rust."""
+"""The operating system's error number in an error message from a Rust library."""
 _CACHE_DEPTH = 3
-"""Levels of folders in the cache in which temporary files may be."""
+"""Number of folder levels in the cache that can contain temporary files."""
 
 
 def cache_folder(*parts: str) -> Path:
@@ -43,7 +43,7 @@ def cache_folder(*parts: str) -> Path:
 
 
 def clean_cache() -> None:
-    """Remove the temporary files and folders that killed processes left in the cache."""
+    """Remove temporary files and folders that killed processes left in the cache."""
     folders = [cache_folder()]
     for _ in range(_CACHE_DEPTH):
         for folder in folders:
@@ -52,7 +52,7 @@ def clean_cache() -> None:
 
 
 def sha256(file: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal."""
+    """Return the SHA-256 of a file's content in hexadecimal."""
     digest = hashlib.sha256()
     with open(file, "rb") as opened:
         while block := opened.read(1 << 20):
@@ -63,7 +63,7 @@ def sha256(file: Path) -> str:
 def cached_file(path: Path, write: Callable[[Path], None], on_damage: Callable[[Path], None] | None = None) -> Path:
     """Return `path`, a file in the cache. Calls `write` with a temporary path if the file is missing or damaged.
 
-    A file next to it contains its SHA-256. `on_damage` is called with `path` if the content does not match.
+    A `.sha256` file next to it contains the expected hash. If the content does not match, `on_damage` is called with `path`.
     """
     checksum = path.with_name(f"{path.name}.sha256")
     with suppress(OSError):
@@ -94,7 +94,7 @@ def sync_folder(folder: Path) -> None:
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path next to `path`. It replaces `path` on success and is removed if the block raises.
 
-    An `OSError` in the block that names no file, such as that of a full disk, gets the name `path`.
+    If the block raises an `OSError` without a file name, for example because the disk is full, its file name is set to `path`.
     """
     with _temporary(path, folder=False) as temporary, name_write_errors(path, temporary):
         mode = stat.S_IMODE(temporary.stat().st_mode)  # as set by the umask of this process
@@ -133,7 +133,7 @@ def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
 
 @contextmanager
 def name_write_errors(path: Path, temporary: Path | None = None) -> Iterator[None]:
-    """Add the name `path` to an error of a failed write that names no file, or that names `temporary` or a file in it."""
+    """Set the file name of write errors to `path` if they have none, or if they refer to `temporary` or a file in it."""
     try:
         yield
     except SafetensorError as error:
@@ -146,19 +146,20 @@ def name_write_errors(path: Path, temporary: Path | None = None) -> Iterator[Non
             raise
         raise type(error)(error.message, where=str(path), hint=error.hint) from None
     except OSError as error:
-        if error.errno is None and "requested and" in str(error):  # NumPy reports a short write without its cause
+        if error.errno is None and "requested and" in str(error):  # NumPy reports a short write without an error number
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
         unnamed = error.filename is None and error.errno in _WRITE_ERRORS
-        names = (error.filename, error.filename2)  # a failed copy names its source first
+        names = (error.filename, error.filename2)  # for a failed copy, the first name is the source
         if unnamed or (temporary is not None and any(str(name).startswith(str(temporary)) for name in names)):
             error.filename, error.filename2 = str(path), None
         raise
 
 
 def remove_abandoned(folder: Path, name: str = "") -> None:
-    """Remove the temporary files and folders that killed processes left in `folder`; with `name`, only those for that file.
+    """Remove temporary files and folders that killed processes left in `folder`.
 
-    Does nothing on Windows, where files have no such locks.
+    If `name` is set, only removes those for destinations whose names start with it. Does nothing on Windows, which does not have
+    these locks.
     """
     for entry in _entries(folder):
         if entry.name.startswith(f".{name}") and _TEMPORARY_NAME.fullmatch(entry.name):
@@ -180,7 +181,7 @@ def check_utf8(path: Path) -> None:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether `name` is the name of a file or folder that is being written, or that a killed process left behind."""
+    """Whether `name` belongs to a file or folder that is being written or that a killed process left behind."""
     return _TEMPORARY_NAME.fullmatch(name) is not None
 
 
@@ -192,7 +193,7 @@ def atomic_write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def _temporary(path: Path, *, folder: bool) -> Iterator[Path]:
-    """Create a locked temporary file or folder next to `path`, and remove it at the end unless it was renamed."""
+    """Create a locked temporary file or folder next to `path`. Remove it when the block ends unless it was renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = path.name[:_MAX_NAME_CHARACTERS]
     remove_abandoned(path.parent, f"{prefix}.")
@@ -206,14 +207,14 @@ def _temporary(path: Path, *, folder: bool) -> Iterator[Path]:
 
 
 def _create_locked(prefix: Path, *, folder: bool) -> tuple[Path, int | None]:
-    """Create a temporary file or folder and lock it. Returns its path and the lock (None where there are no locks)."""
+    """Create a temporary file or folder and lock it. Returns its path and the lock, which is None if locks are not supported."""
     while True:
         temporary = prefix.with_name(f"{prefix.name}.{secrets.token_hex(6)}.tmp")
         if folder:
             temporary.mkdir()
         else:
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        with suppress(FileNotFoundError):  # `remove_abandoned` of another process saw it before it was locked
+        with suppress(FileNotFoundError):  # another process's `remove_abandoned` removed it before it was locked
             lock = _lock(temporary, wait=True)
             if temporary.exists():
                 return temporary, lock
@@ -222,7 +223,7 @@ def _create_locked(prefix: Path, *, folder: bool) -> tuple[Path, int | None]:
 def _lock(path: Path, *, wait: bool) -> int | None:
     """Lock a file or folder until the returned descriptor is closed or this process ends.
 
-    Returns None if another process holds the lock and `wait` is false, or if the operating or file system has no locks.
+    Returns None if another process holds the lock and `wait` is false, or if locks are not supported.
     """
     try:
         import fcntl
@@ -248,7 +249,7 @@ def _restore_interrupted(path: Path) -> None:
 
 
 def _replace_folder(new: Path, path: Path) -> None:
-    """Rename the folder `new` to `path`. An existing folder is removed, or stays in place if this fails."""
+    """Rename the folder `new` to `path`. An existing folder is removed, or stays in place if the rename fails."""
     if not os.path.lexists(path):
         os.replace(new, path)
         return
@@ -265,7 +266,7 @@ def _replace_folder(new: Path, path: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swap two paths atomically. Returns False if the operating or file system cannot do that."""
+    """Swap two paths atomically. Returns False if the operating system or file system does not support this."""
     if sys.platform != "linux":
         return False
     import ctypes

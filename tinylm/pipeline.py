@@ -61,7 +61,7 @@ from tinylm.wait_policy import WAIT_POLICY
 RESUME_FIXED_KEYS = ("model.architecture", "objective.name", "data.format")
 """Keys that cannot change when a run is resumed, not even with `allow_change`."""
 AUTOMATIC = ("precision", "micro_batch_size", "compile")
-"""Keys of `training` that may be `auto`. A resumed run keeps the values that were chosen when it started."""
+"""Keys of `training` that can be `auto`. A resumed run keeps the values that were chosen when it started."""
 
 Threads = int | Literal["auto"] | None
 
@@ -73,19 +73,19 @@ class TrainResult:
     run: str
     step: int
     steps: int
-    """Planned number of steps. If `training.minutes` ends the run and it was stopped early, an estimate at the same speed."""
+    """Planned number of steps. If `training.minutes` limits the run and it was stopped early, this is an estimate."""
     fraction_done: float
     """Completed fraction of the run: 1 unless it was stopped early."""
     limited_by_time: bool
-    """Whether `training.minutes` ends the run."""
+    """Whether `training.minutes` limits the run."""
     vocab_size: int
     tokens: int
     train_loss: float | None
     metrics: dict[str, float | None]
-    """Results of the last held-out evaluation by metric name, primary metric first. None if training stopped before it."""
+    """Results of the last held-out evaluation by metric name, primary metric first. Values are None if there was no evaluation."""
     best_step: int
     best_value: float | None
-    """The primary metric of the best checkpoint."""
+    """The value of the primary metric at the best checkpoint."""
     seconds: float
     train_seconds: float
     tokens_per_second: float
@@ -94,11 +94,11 @@ class TrainResult:
     precision: str
     peak_memory_bytes: int | None
     stopped: str
-    """`done`, `time` (`stop_after`), `signal` or `callback` (`Observer.request_stop`)."""
+    """Why training ended: `done`, `time` (`stop_after`), `signal` or `callback` (`Observer.request_stop`)."""
     signal_number: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the document that `tinylm train --json` prints. The key of a metric is `val_` plus its name."""
+        """Return the document that `tinylm train --json` prints. A metric's key is `val_` plus its name."""
         document: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -113,7 +113,7 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """The arguments of `train`, resolved: what to train, where, and on which hardware."""
+    """The arguments of `train`, with the device and the resume mode resolved."""
 
     recipe: Recipe
     folder: Path
@@ -126,7 +126,7 @@ class TrainingJob:
     workers: int
     """Number of processes that encode the text."""
     stop_after: float | None
-    """Seconds after which training stops early."""
+    """Stop training early after this many seconds."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class TrainingData:
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Hashes saved with every checkpoint, to detect that the text or tokenizer changed before a resume."""
+        """Hashes saved with every checkpoint. They reveal a changed text or tokenizer when the run is resumed."""
         return {"data": self.prepared.fingerprint, "tokenizer": self.prepared.tokenizer.fingerprint}
 
     @property
@@ -206,7 +206,7 @@ def train(
 
 
 def _train(job: TrainingJob, callbacks: Callbacks, processes: Processes) -> TrainResult:
-    """Do the work of one process. The run folder must be locked."""
+    """Run training in one process. The main process must hold the lock on the run folder."""
     reporter = callbacks.reporter
     if job.resume:
         job = _merge_recipe(job, processes, reporter)
@@ -248,7 +248,7 @@ def _train(job: TrainingJob, callbacks: Callbacks, processes: Processes) -> Trai
 def _resolve_settings(
     job: TrainingJob, network: Model, data: TrainingData, processes: Processes, reporter: Reporter
 ) -> auto_settings.ResolvedSettings:
-    """Choose a value for every `auto` setting. Counting does not use any of them."""
+    """Choose a value for every `auto` setting. Models that learn by counting do not use these settings."""
     if network.model.learns_by_counting:
         return auto_settings.ResolvedSettings(job.recipe, Precision("fp32", torch.device("cpu")), 0.0)
     budget = auto_settings.Budget(data.steps, job.stop_after)
@@ -267,7 +267,7 @@ def _merge_recipe(job: TrainingJob, processes: Processes, reporter: Reporter) ->
 
 
 def merge_for_resume(run: Run, recipe: Recipe, allowed: Sequence[str]) -> Recipe:
-    """Return `recipe`, with each `auto` replaced by the value that was chosen when `run` started.
+    """Return `recipe`, with each `auto` replaced with the value that was chosen when `run` started.
 
     Raises `InputError` if `recipe` differs from the run's recipe in a key that is neither `allowed` nor safe to change.
     """
@@ -298,11 +298,11 @@ def merge_for_resume(run: Run, recipe: Recipe, allowed: Sequence[str]) -> Recipe
     if recipe.training.steps is not None and (checkpoints := run.checkpoints()):
         check_remaining(run, recipe, recipe.training.steps, checkpoints[-1].step, 0.0)
     safe = safe_keys(recipe)
-    refused = [
+    rejected = [
         f"{key}: {old} -> {new}" for key, (old, new) in changed.items() if not any(covers(name, key) for name in (*allowed, *safe))
     ]
-    if refused:
-        listed = "\n  ".join(refused)
+    if rejected:
+        listed = "\n  ".join(rejected)
         raise InputError(
             f"the recipe differs from the one that this run was trained with:\n  {listed}\n"
             "accept a change with --allow-change KEY (or SECTION), or choose another folder with --out",
@@ -312,7 +312,7 @@ def merge_for_resume(run: Run, recipe: Recipe, allowed: Sequence[str]) -> Recipe
 
 
 def _keep_filled_in(before: Recipe, recipe: Recipe) -> Recipe:
-    """Set the keys of the objective that the data of the resumed run determined, unless `recipe` sets them."""
+    """Keep the objective keys that were filled in from the resumed run's data, unless `recipe` sets them."""
     objective = recipe.objective
     if type(objective) is not type(before.objective):
         return recipe
@@ -378,16 +378,16 @@ def _prepare_on_every_machine(job: TrainingJob, processes: Processes, reporter: 
         lambda: data_format.prepare(job.recipe, SILENT, job.workers).fingerprint if missing else fingerprint
     )
     if local_fingerprint != fingerprint:
-        raise InputError("the text on this machine differs from that of the main process", where="data.train")
+        raise InputError("the text on this machine differs from the main process's text", where="data.train")
     return cast(PreparedData, processes.run_on_all(lambda: data_format.open(job.recipe, folder, fingerprint, tokenizer_json)))
 
 
 def _training_texts(
     job: TrainingJob, prepared: PreparedData, pretrained: Run | None, reporter: Reporter
 ) -> list[TrainingText] | None:
-    """Return the texts that the model will have been trained on, including those of the run that it starts from.
+    """Return the texts that the model is trained on, including those of the run that `model.init_from` refers to.
 
-    Warns if the held-out or the test text occurs in the latter. Returns None for data that is not text.
+    Warns if that run's texts contain the held-out or test text. Returns None for data that is not text.
     """
     if not isinstance(prepared, PreparedText | PreparedChat):
         return None
@@ -417,9 +417,9 @@ def _tune_cpu(job: TrainingJob, data: TrainingData, processes: Processes, report
 
 
 def _open_pretrained(job: TrainingJob, processes: Processes, reporter: Reporter) -> Run | None:
-    """Open the run of `model.init_from`. Returns None if that key is not set, or if the resumed run has a checkpoint.
+    """Open the run that `model.init_from` refers to. Returns None if the key is not set, or if the resumed run has a checkpoint.
 
-    Raises `InputError` if the path is not a run, or if its network is not compatible.
+    Raises `InputError` if the path is not a run or its network is not compatible.
     """
     if job.resume and processes.run_on_main(lambda: bool(Run(job.folder).checkpoints())):
         return None
@@ -462,7 +462,7 @@ def _initialize_network(
         reinitialized = load_pretrained(network, source, same_tokenizer=same_tokenizer, sources=sources)
         if sources is not None:
             added = tokenizer.vocab_size - pretrained.tokenizer.vocab_size
-            reporter.note(f"{added} control tokens added; each starts with the mean embedding of the tokens of its name")
+            reporter.note(f"{added} control tokens added; each starts with the mean embedding of the tokens in its name")
         if reinitialized:
             reporter.note(f"initialized at random: {', '.join(reinitialized)}")
     if fresh and recipe.model.pretrained_embeddings is not None:  # a checkpoint would replace them
@@ -477,7 +477,7 @@ def _initialize_network(
 
 
 def _load_embeddings(network: Model, prepared: PreparedData, reporter: Reporter) -> None:
-    """Initialize the embedding from the vectors of `model.init_embeddings`."""
+    """Initialize the embedding from the vectors in `model.init_embeddings`."""
     from tinylm.embedding import formats
     from tinylm.embedding.init_from_vectors import initialize_from_vectors
 
@@ -509,7 +509,7 @@ def _build_components(job: TrainingJob, network: Model, precision: Precision, pr
 def _report_parallelism(job: TrainingJob, parallelized: Parallel, reporter: Reporter) -> None:
     training, world_size = job.recipe.training, parallelized.processes.world_size
     if world_size > 1 and parallelized.network.model.learns_by_counting:
-        reporter.note(f"{world_size} processes, each of which counts the whole text")
+        reporter.note(f"{world_size} processes; each counts the whole text")
     elif world_size > 1:
         reporter.note(
             f"{world_size} processes ({parallelized.name}), each with micro-batches of {training.micro_batch_size} sequences"
@@ -519,7 +519,7 @@ def _report_parallelism(job: TrainingJob, parallelized: Parallel, reporter: Repo
 
 
 def _find_checkpoint(job: TrainingJob, data: TrainingData, processes: Processes, reporter: Reporter) -> Checkpoint | None:
-    """Find the newest complete checkpoint, if there is one. Raises `InputError` if it does not match the recipe or the text."""
+    """Return the newest complete checkpoint, or None. Raises `InputError` if it does not match the recipe or the text."""
 
     def find() -> Checkpoint | None:
         run = Run(job.folder)
@@ -581,7 +581,7 @@ def _write_run_folder(
     foreign: Sequence[str],
     training_texts: Sequence[TrainingText] | None,
 ) -> None:
-    """Write all files except checkpoints and metrics. `state` is the state of the resumed checkpoint, if there is one."""
+    """Write all files except checkpoints and metrics. `state` is the resumed checkpoint's state, or None for a new run."""
     if job.overwrite:
         remove_run(job.folder)
     components.checkpoints.prepare()
@@ -606,9 +606,9 @@ def _write_run_folder(
 def _observers(
     job: TrainingJob, resumed_step: int, observer: Observer, monitors: Sequence[Observer], processes: Processes
 ) -> Iterator[Observer]:
-    """Yield the user's observer. In the main process, every event is first written to the log files of the run folder.
+    """Yield the user's observer. In the main process, every event is first written to the log files in the run folder.
 
-    `monitors` receive the events of the main process after the user's observer.
+    `monitors` receive the main process's events after the user's observer.
     """
     if not processes.is_main:
         yield observer
@@ -627,7 +627,7 @@ def _observers(
 
 
 def _speed_monitors(job: TrainingJob, data: TrainingData, callbacks: Callbacks, processes: Processes) -> list[Observer]:
-    """Return the monitor of a single process that trains on the CPU. Report that the machine is busy, if it is."""
+    """Return a speed monitor if a single process trains on the CPU. Reports a note if the machine is busy."""
     if job.device.type != "cpu" or processes.world_size > 1:
         return []
     if WAIT_POLICY.current == "sleep":

@@ -1,8 +1,8 @@
-"""The processes of a distributed run: the rank of this process, and collectives to exchange values and agree on decisions.
+"""The processes of a distributed run: this process's rank, and collectives that exchange values and errors between processes.
 
 A launcher such as torchrun describes the processes through RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. The
-collectives of this module exchange small values on the host (gloo); `training.parallel` exchanges gradients and weights. With a
-single process, collectives are no-ops.
+collectives in this module exchange small values on the host (gloo). `tinylm.training.parallel` exchanges gradients and weights.
+With a single process, collectives are no-ops.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:  # `launch_info` does not import torch
 
 Result = TypeVar("Result")
 _TIMEOUT = timedelta(hours=12)
-"""How long peers wait in a collective, for example while the main process prepares a text. Dead peers are detected immediately."""
+"""How long a process waits in a collective, for example while the main process prepares a text. Dead peers are detected at once."""
 
 
 @dataclass(frozen=True)
 class LaunchInfo:
-    """This process's rank, the number of processes (world size), and the rank among the processes on this machine."""
+    """This process's rank, the number of processes (world size), and this process's rank on its machine (local rank)."""
 
     rank: int = 0
     world_size: int = 1
@@ -53,7 +53,7 @@ def launch_info() -> LaunchInfo:
 def threads_per_process() -> int | None:
     """Return an equal share of the CPU cores if several processes share a machine, or None to keep torch's default.
 
-    torchrun sets OMP_NUM_THREADS=1 by default. Any other value is the user's choice and is respected.
+    torchrun sets OMP_NUM_THREADS=1 by default. Any other value was set by the user and takes precedence.
     """
     processes_on_machine = os.environ.get("LOCAL_WORLD_SIZE", "")
     threads_set_by_user = os.environ.get("OMP_NUM_THREADS", "1") != "1"
@@ -71,9 +71,9 @@ class PeerFailed(TinylmError):
 
 
 class Processes:
-    """This process's view of all processes of a training run.
+    """This process's view of all processes in a training run.
 
-    Every method except `device` is a collective: all processes must call it, in the same order.
+    Every method except `device` is a collective: all processes must call it in the same order.
     """
 
     def __init__(self, launch: LaunchInfo, group: ProcessGroup | None = None) -> None:
@@ -89,7 +89,7 @@ class Processes:
         return self.rank == 0
 
     def device(self, device: torch.device) -> torch.device:
-        """Return the device of this process. With several processes, `cuda` without an index is the GPU of the local rank.
+        """Return this process's device. In a distributed run, `cuda` without an index means the GPU whose index is the local rank.
 
         Raises `InputError` if there is no such GPU.
         """
@@ -143,7 +143,7 @@ class Processes:
     def run_on_main(self, work: Callable[[], Result]) -> Result:
         """Run `work` in the main process only, and return its result in every process.
 
-        If it raises, the main process raises that error and the others raise `PeerFailed`.
+        If `work` raises, the main process raises that error and the others raise `PeerFailed`.
         """
         if self.group is None:
             return work()
@@ -168,7 +168,7 @@ class Processes:
     def run_on_all(self, work: Callable[[], Result]) -> Result:
         """Run `work` in every process, and return this process's own result.
 
-        If it raises in any process, that process raises its error and the others raise `PeerFailed`.
+        If `work` raises in a process, that process raises the error and the others raise `PeerFailed`.
         """
         if self.group is None:
             return work()
@@ -191,7 +191,7 @@ SINGLE_PROCESS = Processes(LaunchInfo())
 
 @contextmanager
 def join_processes(device: torch.device) -> Iterator[Processes]:
-    """Wait for all processes of this training run and connect them. Without a launcher, yield a single process.
+    """Wait for all processes in this training run and connect them. Without a launcher, yield a single process.
 
     If torch.distributed is already initialized, it is used and not shut down. Raises `InputError` if the processes cannot connect.
     """
@@ -228,7 +228,7 @@ def _translate_lost_peers() -> Iterator[None]:
 
 
 def lost_peer_error(error: RuntimeError) -> WorkError | None:
-    """Return a `WorkError` if a collective failed because another process has ended, and None for other errors."""
+    """Return a `WorkError` if a collective failed because another process has ended, or None for other errors."""
     import torch.distributed as dist
 
     words = ("gloo", "onnection closed", "onnection reset", "NCCL", "Broken pipe")

@@ -1,4 +1,4 @@
-"""How library code reports notes, warnings and progress to its caller. The command line shows them; by default they are ignored."""
+"""Report notes, warnings and progress from library code. The command line shows them. By default, they are ignored."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Reporter:
 
     @contextmanager
     def progress(self, label: str, total: int | None, unit: str) -> Iterator[Advance]:
-        """Report progress toward `total` units. `total` is None if it is unknown. Yields an `Advance`."""
+        """Report progress toward `total` units (None: unknown). Yields an `Advance`."""
         yield lambda done: None
 
 

@@ -1,12 +1,12 @@
 """Run folders, which `tinylm train` writes and all other commands open.
 
     recipe.yaml  tokenizer.json  metrics.jsonl  samples.md  environment.json
-    chat_template.json  the control tokens of conversations, if the model was trained on any
+    chat_template.json  the control tokens for conversations, if the model was trained on conversations
     heldout/           the held-out tokens and the test tokens, so that a copied folder can still be evaluated
-    training_text/     a sample of the n-grams of the training text, to measure how much of another text was trained on
+    training_text/     a sample of the training text's n-grams, to measure its overlap with other texts
     checkpoints/       step-000500/ {model.safetensors, training-00001.safetensors, state.json, manifest.json}, best, last
 
-This module reads run folders and validates everything it reads, because a folder may come from someone else.
+This module reads run folders and validates everything it reads, because a folder may come from an untrusted source.
 `training.run_folder` and `training.checkpoint` write run folders.
 """
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:  # runs can be found, listed and rejected without importing to
 
 RUNS = Path("runs")
 LOCK = ".lock"
-"""Lock file. It is locked while a process trains in the folder, and is not removed afterwards."""
+"""Lock file. It is locked while a process trains in the folder. It is never removed."""
 RUN_FILES = (
     "recipe.yaml",
     "tokenizer.json",
@@ -57,13 +57,13 @@ RUN_FILES = (
     "wandb",
     LOCK,
 )
-"""The files and folders of a run folder. Anything else in it belongs to the user."""
+"""The files and folders in a run folder. Anything else in it belongs to the user."""
 VECTORS_FILE, EMBEDDINGS_MARKER = "vectors.safetensors", "neighbours.jsonl"
-"""Additional files of embedding runs: the vectors, written when training is done, and a file that exists from the start."""
+"""Additional files of embedding runs: the vectors, written at the end of training, and a file that exists from the start."""
 MODEL_FILES = ("model.safetensors", "state.json")
-"""The files of a checkpoint that are needed to use its model. The others are needed only to resume training."""
+"""The checkpoint files that are needed to use the model. The others are needed only to resume training."""
 OPTIMIZER_FILES = "training-"
-"""The beginning of the names of the files that contain the optimizer state."""
+"""Prefix for the names of optimizer state files."""
 POINTERS = ("best", "last")
 """Files in the checkpoints folder that each contain the name of a checkpoint."""
 _STEP_NAME = re.compile(r"step-[0-9]{1,15}")
@@ -88,10 +88,10 @@ class Checkpoint:
 
     @cached_property
     def state(self) -> dict[str, Any]:
-        """Training progress, scaler state and fingerprints. Raises `InputError` if state.json is damaged or has another format."""
+        """Training progress, scaler state and fingerprints. Raises `InputError` if state.json is damaged or in another format."""
         state = _json(self.path / "state.json")
         _check_format(state, self.path)
-        fingerprints = state.get("fingerprints", {"tokenizer": ""})  # embedding runs have only one
+        fingerprints = state.get("fingerprints", {"tokenizer": ""})  # embedding runs use another key
         if type(state.get("step")) is not int or not isinstance(fingerprints, dict) or "tokenizer" not in fingerprints:
             raise InputError("state.json has an unexpected structure", where=str(self.path))
         return state
@@ -112,7 +112,7 @@ class Checkpoint:
     def problem(self, only: Sequence[str] | None = None) -> str | None:
         """Return why this checkpoint is damaged, or None if every file has the size and SHA-256 that it was saved with.
 
-        `only` limits the check to these files: sampling, for example, does not need the optimizer state.
+        `only` limits the check to these files. For example, sampling does not need the optimizer state.
         """
         try:
             if self.path.is_symlink():
@@ -143,7 +143,7 @@ class Checkpoint:
 
 
 def check_run_folder(folder: Path, resume: bool, overwrite: bool) -> None:
-    """Raise `InputError` unless a run may be written to `folder`. An existing run requires `resume` or `overwrite`."""
+    """Raise `InputError` if a run cannot be written to `folder`. An existing run requires `resume` or `overwrite`."""
     if resume and overwrite:
         raise InputError("these options are mutually exclusive", where="--resume, --overwrite")
     check_utf8(folder)
@@ -164,12 +164,12 @@ def check_run_folder(folder: Path, resume: bool, overwrite: bool) -> None:
 
 
 def run_files(folder: Path) -> tuple[str, ...]:
-    """`RUN_FILES`, plus the additional files of an embedding run if `folder` is one."""
+    """Return `RUN_FILES`, plus the additional files of an embedding run if `folder` is one."""
     return (*RUN_FILES, VECTORS_FILE, EMBEDDINGS_MARKER) if os.path.lexists(folder / EMBEDDINGS_MARKER) else RUN_FILES
 
 
 def refuse_external_links(folder: Path) -> None:
-    """Raise `InputError` if a file of the run is a link to a target outside the run folder, or neither a file nor a folder."""
+    """Raise `InputError` if an entry of the run folder is a link to a target outside it, or neither a file nor a folder."""
     inside = os.path.realpath(folder)
     checkpoints, names = folder / "checkpoints", run_files(folder)
     own = [path for path in folder.iterdir() if path.name in names]
@@ -186,7 +186,7 @@ def refuse_external_links(folder: Path) -> None:
 
 
 def _file_type(path: Path) -> int | None:
-    """The mode bits of what `path` is or links to. None if that does not exist. Raises `InputError` for a link to itself."""
+    """Return the mode bits of `path`, following links, or None if it does not exist. Raises `InputError` for circular links."""
     try:
         return path.stat().st_mode
     except FileNotFoundError:
@@ -196,7 +196,7 @@ def _file_type(path: Path) -> int | None:
 
 
 def write_manifest(folder: Path) -> None:
-    """Sync the files of a checkpoint to disk, then write its manifest, which marks the checkpoint as complete."""
+    """Sync a checkpoint's files to disk, then write its manifest, which marks the checkpoint as complete."""
     files = {}
     for file in sorted(folder.iterdir()):
         with open(file, "rb+") as written:
@@ -209,7 +209,7 @@ def write_manifest(folder: Path) -> None:
 def drop_optimizer_state(checkpoint: Checkpoint) -> None:
     """Remove the optimizer state from a complete checkpoint.
 
-    The manifest is replaced first: if the process is killed in between, the model can still be used.
+    The manifest is replaced before the files are removed. If the process is killed in between, the model can still be used.
     """
     manifest = _json(checkpoint.path / "manifest.json")
     manifest["files"] = {name: entry for name, entry in manifest["files"].items() if not name.startswith(OPTIMIZER_FILES)}
@@ -235,7 +235,7 @@ def _json(path: Path) -> dict[str, Any]:
 def check_run_format(folder: Path) -> None:
     """Raise `InputError` if the newest readable checkpoint of a run folder has a format other than `FORMAT`.
 
-    Call this before loading the run's recipe.yaml: another version may have written other recipe keys.
+    Call this before loading the run's recipe.yaml, because another version may have used different recipe keys.
     """
     for checkpoint in reversed(_checkpoints(folder)):
         try:
@@ -264,7 +264,7 @@ class Run:
 
     path: Path
     pinned: str | None = None
-    """The default checkpoint of this run, if the user gave the path of a checkpoint folder."""
+    """The default checkpoint, if the run was opened through the path of a checkpoint folder."""
 
     @classmethod
     def open(cls, path: str | Path, *, embeddings: bool = False) -> Run:
@@ -304,7 +304,7 @@ class Run:
             return cls.open(named)
         runs = list(all_runs(RUNS))
         if not runs:
-            raise InputError("no run under runs/ yet", hint="train one with `tinylm train quickstart`, or name one with --run")
+            raise InputError("no run under runs/ yet", hint="train one with `tinylm train quickstart`, or select one with --run")
         return cls.open(max(runs, key=lambda run: run.modified_at).path)
 
     @property
@@ -313,7 +313,7 @@ class Run:
 
     @property
     def foreign_code(self) -> list[str]:
-        """Names of the classes and functions outside tinylm that the network was trained with, as recorded in environment.json."""
+        """Names of classes and functions outside tinylm that the network was trained with, as recorded in environment.json."""
         try:
             environment = _json(self.path / "environment.json")
         except InputError:  # imported runs have no such file
@@ -365,7 +365,7 @@ class Run:
         Raises `InputError` if there are none, as in an imported run, or if they are damaged.
         """
         file = self.path / "heldout" / f"{split}.npy"
-        hint = "name a text to evaluate it on"
+        hint = "specify a text to evaluate it on"
         if split == "test" and not self.has_test_split:
             raise InputError("this run has no test text", where=str(self.path), hint="`data.test` in a recipe sets one aside")
         if not file.parent.exists():
@@ -381,9 +381,9 @@ class Run:
         return (self.path / "heldout" / "test.npy").exists()
 
     def training_texts(self) -> list[TrainingText]:
-        """Return the record of the texts that the model was trained on, its own first. Raises `InputError` if it is damaged.
+        """Return the texts that the model was trained on, starting with this run's. Raises `InputError` if the record is damaged.
 
-        The n-grams are None for an imported run and for a run of an earlier version.
+        The n-grams are None for imported runs and for runs of earlier versions.
         """
         folder = self.path / training_text.FOLDER
         if folder.exists():
@@ -392,11 +392,11 @@ class Run:
         return [TrainingText(tuple(source.removeprefix("imported:") for source in sources), None, self.tokenizer)]
 
     def checkpoints(self) -> list[Checkpoint]:
-        """All checkpoints, complete or damaged, sorted by step."""
+        """Return all checkpoints, complete or damaged, sorted by step."""
         return _checkpoints(self.path)
 
     def checkpoint(self, which: str | None = None) -> Checkpoint:
-        """Return the checkpoint `best`, `last` or of a step; by default `pinned`, else `best`. Raises `InputError` if missing."""
+        """Return a checkpoint: `best`, `last` or a step. Defaults to `pinned` or else `best`. Raises `InputError` if missing."""
         which = which or self.pinned or "best"
         if which in POINTERS:
             which = self._resolve_pointer(which)
@@ -408,7 +408,7 @@ class Run:
             if checkpoint.step == int(digits):
                 return checkpoint
         steps = ", ".join(str(checkpoint.step) for checkpoint in self.checkpoints()) or "none"
-        raise InputError(f"no checkpoint of step {int(digits)} in {self.path}", where="--checkpoint", hint=f"saved steps: {steps}")
+        raise InputError(f"no checkpoint for step {int(digits)} in {self.path}", where="--checkpoint", hint=f"saved steps: {steps}")
 
     def _resolve_pointer(self, name: str) -> str:
         pointer = self.path / "checkpoints" / name
@@ -418,11 +418,12 @@ class Run:
             raise InputError(f"no {name} checkpoint yet", where=str(self.path), hint=hint)
         name_in_file = pointer.read_text(encoding="utf-8", errors="replace").strip()
         if not _STEP_NAME.fullmatch(name_in_file):
-            raise InputError("does not name a checkpoint", where=str(pointer), hint="select a step with --checkpoint")
+            hint = "select a step with --checkpoint"
+            raise InputError("does not contain the name of a checkpoint", where=str(pointer), hint=hint)
         return name_in_file
 
     def model(self, checkpoint: str | None = None, *, device: str = "auto") -> Model:
-        """Load the model of a checkpoint: `best`, `last` or a step. The default is that of `checkpoint`; see also `network`."""
+        """Load the model from a checkpoint: `best`, `last` or a step, with the default of the method `checkpoint`."""
         from tinylm import device as devices
 
         return self.network(self.checkpoint(checkpoint), devices.resolve(device))
@@ -449,19 +450,19 @@ class Run:
         return network.to(device).eval()
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """Yield the step and eval lines of metrics.jsonl. Lines that a crash truncated or that are damaged are skipped."""
+        """Yield the step and eval lines in metrics.jsonl. Truncated and damaged lines are skipped."""
         for event in self._metrics_lines():
             if event is not None and event["kind"] in ("step", "eval"):
                 yield event
 
     def damaged_metrics(self) -> int:
-        """Return the number of damaged lines of metrics.jsonl, except a last line without its end, which a crash truncated."""
+        """Return the number of damaged lines in metrics.jsonl, not counting a last line that was truncated by a crash."""
         lines = list(self._metrics_lines())
         complete = not lines or (self.path / "metrics.jsonl").read_bytes().endswith(b"\n")
         return sum(event is None for event in (lines if complete else lines[:-1]))
 
     def _metrics_lines(self) -> Iterator[dict[str, Any] | None]:
-        """Yield each line of metrics.jsonl, or None for a damaged line. Raises `InputError` if the file cannot be read."""
+        """Yield each line in metrics.jsonl, or None for a damaged line. Raises `InputError` if the file cannot be read."""
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return
@@ -479,12 +480,12 @@ class Run:
             yield event if isinstance(event, dict) and _is_event(event) else None
 
     def size(self) -> int:
-        """Size on disk in bytes."""
+        """Return the size on disk in bytes."""
         return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
 
 
 _LARGEST = 2**63
-"""Larger whole numbers in a log count as damage."""
+"""A log line with a larger integer is considered damaged."""
 
 
 def _is_event(event: dict[str, Any]) -> bool:
@@ -526,7 +527,7 @@ def shape_mismatch(
     objective: ObjectiveVariant | None = None,
     with_lora: LoraSection | None = None,
 ) -> str | None:
-    """Return how the shapes of weights differ from those of a network, or None. Allocates no memory for the network."""
+    """Return how weight shapes differ from those of a network, or None if they match. Does not allocate the network."""
     import torch
 
     from tinylm.model import registry

@@ -1,4 +1,4 @@
-"""Samples during training, by objective: generated text, filled masks, or classified texts."""
+"""Samples during training. They depend on the objective: continuations, filled masks, labels, translations or chat answers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tinylm.tokenizer.chat_template import ChatEncoder, ChatTemplate
 from tinylm.translation.translator import Translator
 
 Samples = Iterator[tuple[str, str]]
-"""Prompts, each with what the model makes of it."""
+"""Pairs of a prompt and the model's output for it."""
 
 
 def generated_text(network: Model, tokenizer: Tokenizer, recipe: Recipe) -> Samples:
@@ -40,7 +40,7 @@ def generated_text(network: Model, tokenizer: Tokenizer, recipe: Recipe) -> Samp
 
 
 def filled_masks(network: Model, tokenizer: Tokenizer, recipe: Recipe) -> Samples:
-    """Fill the masks of each prompt with the most likely tokens."""
+    """Fill the masks in each prompt with the most likely tokens."""
     for prompt in recipe.sampling.prompts:
         filled = fill(network, tokenizer, prompt, top=3)
         candidates = [", ".join(f"{c.token!r} {c.probability:.1%}" for c in mask.candidates) for mask in filled.masks]
@@ -84,7 +84,7 @@ _SAMPLERS: dict[type[ObjectiveVariant], Callable[[Model, Tokenizer, Recipe], Sam
 
 
 def samples(network: Model, tokenizer: Tokenizer, recipe: Recipe) -> Samples:
-    """Yield the samples of a recipe's prompts. Without a function of its own, an objective gets generated text."""
+    """Yield samples for the recipe's prompts. An objective without its own sampler continues the prompts."""
     if isinstance(recipe.data, ChatSection):
         yield from chat_answers(network, tokenizer, recipe)
         return

@@ -1,9 +1,9 @@
-"""Suggest a recipe for a text, a machine and a time limit, as `tinylm new` does. Does not import torch.
+"""Suggest a recipe for a text, a machine and a time limit, as `tinylm new` does. This module does not import torch.
 
 The text is scanned and tokenized. For each of several model sizes, `cost.plan` estimates how many tokens the budget allows, on this
 CPU or on accelerators, and a scaling law predicts the loss after training on them. The size with the lowest predicted loss becomes
 a recipe, with comments that give the reason for each choice. The measurements behind the constants are in docs/lab-notebook.md
-under "What `tinylm new` chooses". Texts are identified by their size.
+under "What `tinylm new` chooses". The comments below refer to the texts in these measurements by size, for example "12.6 MB".
 """
 
 from __future__ import annotations
@@ -48,23 +48,23 @@ SIZES = (
 published model families. (2, 192) is omitted. On 12.6 MB, it was 3% better than its neighbors after two minutes but 16% worse
 after ten. The scaling law predicts a difference of only 1%, so noise in the measured speed would determine the choice."""
 PARAMETER_EXPONENT, TOKEN_EXPONENT = 0.34, 0.28
-"""Hoffmann et al. 2022, equation 10: the excess loss is a sum of two terms, which fall as N^-0.34 with the number of parameters and
-as D^-0.28 with the number of tokens."""
+"""Hoffmann et al. 2022, equation 10: the excess loss is the sum of two terms. One falls as N^-0.34 with the number of parameters,
+the other as D^-0.28 with the number of tokens."""
 PARAMETER_WEIGHT = 1.2
-"""Weight of the first term relative to the second. Fitted to the grids of sizes in docs/lab-notebook.md, because Hoffmann et al.
+"""Weight of the first term relative to the second. Fitted to the size grids in docs/lab-notebook.md, because Hoffmann et al.
 studied models a thousand times larger, with more text and without n-gram tables or Muon."""
 FITTED_REPETITIONS_SCALE = 5
-"""R*, as in `cost.plan.REPETITIONS_SCALE`. Muennighoff et al. 2023 report 15.39. This value is fitted to the same grids of sizes,
+"""R*, as in `cost.plan.REPETITIONS_SCALE`. Muennighoff et al. 2023 report 15.39. This value is fitted to the same size grids,
 because n-gram tables memorize a text sooner."""
 
 BYTES_PER_TOKEN = 4
-"""Assumed until a tokenizer is trained."""
+"""Estimate that is used until the text has been tokenized."""
 BUSY_HEAD = "\nThe machine was busy while it was measured. On an idle machine, `tinylm new` may choose a larger model."
 
 CPU_BATCH_TOKENS = 2048
 SHORT_TEXT_EPOCHS, SHORT_TEXT_STEPS = 12, 200
-"""The smallest model may train for this many epochs on any text. On 30 and 100 kB, 12 epochs were best among 6, 12, 20 and 40. The
-batch size is reduced so that these epochs have this many steps. The number of steps was not tuned."""
+"""The smallest model may train for this many epochs on any text. On 30 kB and 100 kB, 12 epochs were best among 6, 12, 20 and 40.
+The batch size is reduced until these epochs contain at least this many steps. The number of steps was not tuned."""
 ACCELERATOR_STEPS = 1500
 """Accelerators are faster with large batches. Their batch size is doubled while there are at least twice this many steps."""
 MAX_BATCH_TOKENS = 1 << 19
@@ -74,24 +74,24 @@ LONG_TEXT_TOKENS = 10_000_000
 REGULARIZATION: tuple[tuple[float, float, float | None], ...] = ((6, 0.2, None), (3, 0.1, 0.5), (0.6, 0.0, 0.5), (0, 0.0, 0.0))
 """(minimum number of epochs, dropout, n-gram dropout). None means no n-gram tables. Without dropout, the tables memorize the names
 in each document, so the blocks do not learn to find these names in the context. On 12.6 MB, an n-gram dropout of 0.5 gave 8 to 12%
-fewer bits per byte after one and two epochs (6% after 0.65), but 1% more after 0.4. On 1 MB, 0.5 was best for two to four
-epochs. On 0.3 MB and 1 MB, omitting the tables was 1.3% better than 0.5 for nine or ten epochs."""
+fewer bits per byte after one and two epochs and 6% fewer after 0.65 epochs, but 1% more after 0.4 epochs. On 1 MB, 0.5 was best for
+two to four epochs. On 0.3 MB and 1 MB, models without the tables were 1.3% better after nine or ten epochs than with 0.5."""
 
 MAX_EPOCHS = 40
 """More epochs than this do not help (Muennighoff et al. 2023, figure 3)."""
 MAX_MEMORIZATION = 120
-"""Maximum of parameters x epochs / training tokens. Beyond it the model overfits. On 0.3 MB (147,000 tokens), 100 and 120 gave
-1.662 bits per byte (1.4 million parameters, 10 and 12 epochs), 150 gave 1.683, 200 with more dropout 1.684 and 1.685, 400 gave
+"""Maximum of parameters x epochs / training tokens. Above this value, the model overfits. On 0.3 MB (147,000 tokens), 100 and 120
+gave 1.662 bits per byte (1.4 million parameters, 10 and 12 epochs), 150 gave 1.683, 200 with more dropout 1.684 and 1.685, 400 gave
 1.725, and 900 gave 1.740 (10.7 million parameters, 12 epochs). On 1 MB, 51 was still better than 41."""
 
 MAX_HELDOUT_BYTES, HELDOUT_BYTES_PER_MINUTE = 2_000_000, 200_000
 EVALUATIONS, MAX_EVALUATION_SHARE = 8, 0.05
-"""Number of evaluations, and maximum fraction of the budget that they take. If all held-out tokens would take longer, training
-evaluates only on the first of them."""
+"""Number of evaluations, and the maximum fraction of the budget for them. If evaluating on all held-out tokens would take longer,
+training evaluates only on the first tokens."""
 _PHRASE = re.compile(r"\b[^\W\d_]{1,20}(?:[ ,]{1,3}[^\W\d_]{1,20}){2,4}\b")
 """Matches a few consecutive words, which become the prompt for samples during training."""
 PROMPT_PIECES, PROMPT_CHARACTERS = 100, 100_000
-"""Number of pieces of the text that are searched for a prompt, and number of characters searched in each."""
+"""Number of text pieces to search for a prompt, and number of characters to search in each."""
 MIN_STEPS, MIN_DOCUMENTS, MIN_BYTES = 50, 20, 10_000
 
 
@@ -99,8 +99,7 @@ MIN_STEPS, MIN_DOCUMENTS, MIN_BYTES = 50, 20, 10_000
 class Budget:
     """Minutes of training on this machine's CPU, or on `devices` accelerators.
 
-    `accelerator` is a name in `tinylm.cost.accelerators`, or None for the CPU. If `processor` is given, it is used instead of
-    measuring the CPU.
+    `accelerator` is a name from `tinylm.cost.accelerators`, or None for the CPU. If `processor` is None, the CPU is measured.
     """
 
     minutes: float = 10
@@ -159,7 +158,7 @@ class _Draft:
         return "\n".join(lines) + "\n"
 
     def _lines(self) -> Iterator[tuple[str, str]]:
-        """Yield the lines of the recipe, each with the key of its reason in `reasons`."""
+        """Yield each line of the recipe with its key in `reasons`."""
         sources = self.data.train
         yield f"name: {_quoted(self.name)}", "name"
         yield "seed: 1337", "seed"
@@ -230,10 +229,10 @@ def suggest_recipe(
     for_gguf: bool = False,
     reporter: Reporter = SILENT,
 ) -> Suggestion:
-    """Return the recipe with the lowest predicted held-out loss within the budget, which includes evaluations.
+    """Return the recipe with the lowest predicted held-out loss within the budget. The budget includes evaluations.
 
-    `sizes` lists the (number of layers, width) of the models to choose from, smallest first. `data.heldout` is replaced.
-    `for_gguf`: use only parts of models and tokenizers that llama.cpp supports.
+    `sizes` lists (number of layers, width) for the models to choose from, smallest first. `data.heldout` is replaced.
+    If `for_gguf` is true, the model and the tokenizer use only parts that llama.cpp supports.
 
     Raises `InputError` if the text cannot be read or is too short, if it is standard input (which training could not read again),
     if no model fits in memory, or if the budget does not allow `MIN_STEPS` steps of the smallest model.
@@ -328,7 +327,7 @@ def _with_context(draft: _Draft, text: TextSize, budget: Budget) -> _Draft:
 
 
 def _candidates(draft: _Draft, text: TextSize, budget: Budget, sizes: Sequence[tuple[int, int]]) -> Iterator[tuple[_Draft, Plan]]:
-    """Yield the completed draft and plan of each size that fits in memory and can train for enough steps within the budget."""
+    """Yield the completed draft and plan for each size that fits in memory and can train for enough steps within the budget."""
     for layers, width in sizes:
         candidate, plan = _completed(replace(draft, layers=layers, width=width), text, budget)
         if plan.steps < MIN_STEPS:
@@ -347,7 +346,7 @@ def _no_candidate_error(smallest: _Draft, text: TextSize, budget: Budget) -> Inp
 
 
 def _completed(draft: _Draft, text: TextSize, budget: Budget) -> tuple[_Draft, Plan]:
-    """Choose the batch size, training length, dropout and evaluation interval for the size of the model and the budget."""
+    """Choose the batch size, training length, dropout and evaluation interval for the model size and the budget."""
     draft, plan = _with_length(draft, text, budget)
     if budget.accelerator is not None:
         while plan.steps >= 2 * ACCELERATOR_STEPS and plan.tokens_per_step < MAX_BATCH_TOKENS:
@@ -362,7 +361,7 @@ def _completed(draft: _Draft, text: TextSize, budget: Budget) -> tuple[_Draft, P
 
 
 def _with_length(draft: _Draft, text: TextSize, budget: Budget) -> tuple[_Draft, Plan]:
-    """Set the training length to the minutes of the budget, or to the maximum number of epochs if that would overfit."""
+    """Set the training length to the full budget, or to the maximum number of epochs if the full budget would overfit."""
     draft = replace(draft, epochs=None)
     plan = _plan(draft, text, budget)
     max_epochs = MAX_MEMORIZATION * text.train_tokens / _matmul_parameters(plan)
@@ -394,7 +393,7 @@ def _range(steps: tuple[int, int]) -> str:
 
 def _preset_reason(draft: _Draft) -> str:
     if draft.for_gguf:
-        return "llama.cpp supports it, and this tokenizer with digits: 1"
+        return "llama.cpp supports this preset, and the tokenizer with digits: 1"
     return "without n-gram tables, which would overfit in many passes" if draft.ngram_dropout is None else ""
 
 
@@ -414,13 +413,13 @@ def _reasons(
         "heldout": f"{heldout}: " + ("whole documents, chosen by hash" if draft.by == "document" else "the end of the text"),
         "vocab_size": f"for {text.train_tokens:,} training tokens; `tokenize sweep` compares sizes",
         "preset": _preset_reason(draft),
-        "qk_norm": "llama.cpp runs this model as qwen3; `tinylm export --to gguf` writes it",
+        "qk_norm": "llama.cpp runs this model as qwen3; export it with `tinylm export --to gguf`",
         "n_layer": f"a scaling law predicts the lowest loss for this size, out of {candidates}",
         "n_head": "each head is 64 wide",
         "n_embd": f"{_short(plan.parameters)} parameters, trained on {_short(plan.tokens)} tokens: {passes}",
         "context_length": "the model attends to this many tokens",
-        "ngram_embeddings": "tables of token pairs and triples: a better model at little cost",
-        "ngram_dropout": "without it, the tables would memorize the names in each document",
+        "ngram_embeddings": "tables for token pairs and triples improve the model at little cost",
+        "ngram_dropout": "without dropout, the tables would memorize the names in each document",
         "dropout": f"without it, {passes} would overfit",
         "minutes": f"use `steps: {plan.steps}` instead to get the same model in every run",
         "epochs": f"more passes would overfit; these take {plan.seconds_estimate / 60:.2g} of the {_minutes(budget)}",

@@ -1,4 +1,4 @@
-"""Suggest a recipe that fine-tunes a run on conversations, as `tinylm new --chat` does. Does not import torch."""
+"""Suggest a recipe that fine-tunes a run on conversations, as `tinylm new --chat` does. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from tinylm.tokenizer.chat_template import ChatEncoder, ChatTemplate, add_contro
 
 BATCH_SIZE, MIN_STEPS_PER_EPOCH = 8, 5
 EPOCHS = ((500, 10), (5000, 5))
-"""(maximum number of conversations, epochs). More conversations are read 3 times."""
+"""(maximum number of conversations, epochs). With more conversations, training takes 3 epochs."""
 MIX_SHARE = 0.2
 MAX_MUON_LR, MAX_ADAMW_LR = 5e-3, 1e-3
-"""The learning rates of the recipe `finetune`, at most a quarter of common rates for training from scratch."""
+"""Upper limits, equal to the learning rates of the recipe `finetune`."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,17 @@ class ChatSuggestion:
 def suggest_chat_recipe(
     data: ChatSection, run: Run, *, name: str, minutes: float | None = None, reporter: Reporter = SILENT
 ) -> ChatSuggestion:
-    """Suggest a recipe that fine-tunes `run` on the conversations of `data`, for `minutes` or for a number of epochs.
+    """Suggest a recipe that fine-tunes `run` on the conversations in `data`.
 
-    Raises `InputError` if the conversations are not valid, if none fits into the context, or for a run that is not a decoder.
+    If `minutes` is None, the number of epochs depends on the number of conversations (see `EPOCHS`).
+
+    Raises `InputError` if the conversations are not valid, if none fits into the context, or if the model is not a decoder.
     """
     model = run.recipe.model
     if not isinstance(model, DecoderSection):
-        problem = f"a model of architecture {model.architecture} cannot be trained on conversations"
+        problem = f"a model with architecture {model.architecture} cannot be trained on conversations"
         raise InputError(problem, where=str(run.path), hint="use a decoder")
-    run.checkpoint()  # raises if there is none
+    run.checkpoint()  # raises an error if there is no checkpoint
     parts = read_parts(data, reporter)
     encoder = ChatEncoder(ChatTemplate(), add_control_tokens(run.tokenizer).tokenizer)
     lengths = fitting_lengths(parts.conversations["train"], encoder, model.context_length)
@@ -67,7 +69,7 @@ training:
   global_batch_size: {batch}
   optimizer: {_optimizer(run.recipe)}   # at most a quarter of the rates for training from scratch
   schedule: {{name: linear, warmup: 0.1}}
-  # lora: {{rank: 8, alpha: 16}}   # train only small matrices; it needs optimizer: {{name: adamw, lr: 2e-3}}
+  # lora: {{rank: 8, alpha: 16}}   # train only small matrices; requires optimizer: {{name: adamw, lr: 2e-3}}
 evaluation: {{every: 0.25}}
 checkpoint: {{every: 0.25, keep: 1}}
 """
@@ -88,7 +90,7 @@ def _layout_lines(data: ChatSection) -> str:
 
 
 def _mix_lines(run: Run) -> str:
-    """Mix in the text that the run was trained on, without its held-out part. Empty if that text is not available."""
+    """Return the line that mixes in the run's own training text. Empty if that text is not available."""
     data = run.recipe.data
     if not isinstance(data, DataSection) or not isinstance(data.heldout, HeldoutShare) or data.field != "text" or data.template:
         return ""
@@ -100,7 +102,7 @@ def _mix_lines(run: Run) -> str:
     heldout = f"{{share: {data.heldout.share:g}, by: {data.heldout.by}}}"
     return (
         f"  mix: {{text: {_quoted(data.train)}, share: {MIX_SHARE:g}, heldout: {heldout}}}"
-        "   # the text of that run, against forgetting\n"
+        "   # text from that run, to reduce forgetting\n"
     )
 
 

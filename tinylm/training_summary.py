@@ -1,4 +1,4 @@
-"""Summarize a training run from its run folder: how loss and samples changed, and how the model compares with baselines."""
+"""Summarize a training run from its run folder: how the loss and samples changed, and how the model compares with baselines."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from tinylm.reporting import SILENT
 from tinylm.run import Run
 
 SECONDS_PER_TOKEN = 1e-5
-"""Assumed time to compute all baselines, per token of training text."""
+"""Assumed time in seconds to compute all baselines, per token of training text."""
 MAX_SHARE = 0.1
-"""The baselines are computed if that takes at most this share of the time of the training run."""
+"""Compute the baselines only if that takes at most this share of the training time."""
 _SAMPLE = re.compile(r"^## Step (\d+)\n\n(.*?)(?=^## Step |\Z)", re.MULTILINE | re.DOTALL)
 
 
@@ -31,30 +31,31 @@ class SavedSample:
 
 @dataclass(frozen=True)
 class TrainingSummary:
-    """Losses are in nats per token. None means that the run has no such value."""
+    """The summary of a training run. Losses are in nats per token. None means that the run has no such value."""
 
     uniform_loss: float
-    """The loss of a model that gives every token the same probability, ln of the vocabulary size."""
+    """The loss of a model that assigns the same probability to every token: ln of the vocabulary size."""
     first_loss: float | None
-    """Training loss of the first step."""
+    """Training loss in the first step."""
     heldout_loss: float | None
-    """Held-out loss of the last evaluation. None if the objective does not measure one."""
+    """Held-out loss in the last evaluation. None if the objective does not report a loss."""
     bits_per_byte: float | None
     samples: Sequence[SavedSample]
-    """The first and the last sample of the first prompt. A single sample if there is only one."""
+    """The first and the last sample for the first prompt, or a single sample if there is only one."""
     baselines: dict[str, float]
-    """Bits per byte of n-gram models and compressors on the same held-out text. Empty if they are not comparable or too slow."""
+    """Bits per byte of n-gram models and compressors on the same held-out text. Empty if they are not comparable or would take too
+    long."""
     is_chat: bool = False
     """Whether the model was trained on conversations."""
 
     @property
     def equally_likely_tokens(self) -> float | None:
-        """The model is as uncertain as if it had to choose among this many equally likely tokens. This is the perplexity."""
+        """The perplexity: the model is as uncertain as if it had to choose among this many equally likely tokens."""
         return None if self.heldout_loss is None else math.exp(self.heldout_loss)
 
 
 def summarize(run: Run, seconds: float) -> TrainingSummary:
-    """Read the metrics and samples of a run. `seconds`: duration of the training run, which limits the time for baselines."""
+    """Read the metrics and samples of a run. `seconds` is the training time, which limits the time for baselines."""
     first_loss, last_evaluation = None, {}
     for line in run.metrics():
         if line["kind"] == "step" and first_loss is None:
@@ -74,7 +75,7 @@ def summarize(run: Run, seconds: float) -> TrainingSummary:
 
 
 def read_samples(run: Run) -> list[SavedSample]:
-    """Return the samples in samples.md, oldest first. There may be several of one step."""
+    """Return the samples in samples.md, oldest first. A step may have several samples."""
     file = run.path / "samples.md"
     if not file.exists():
         return []
@@ -87,7 +88,7 @@ def _unindented(text: str) -> str:
 
 
 def _first_and_last(samples: Sequence[SavedSample]) -> list[SavedSample]:
-    """Return the first sample of the first and of the last step. Each step samples the same prompts in the same order."""
+    """Return the first sample from the first step and from the last step. Each step samples the same prompts in the same order."""
     if not samples:
         return []
     last = next(sample for sample in samples if sample.step == samples[-1].step)
@@ -95,7 +96,7 @@ def _first_and_last(samples: Sequence[SavedSample]) -> list[SavedSample]:
 
 
 def _baselines(run: Run, seconds: float) -> dict[str, float]:
-    """Return the baselines, or nothing if the model was evaluated on another part of the text, or if they would take too long."""
+    """Return the baselines. Empty if the model was evaluated on only part of the held-out text, or if they would take too long."""
     data, tokenizer, heldout = run.recipe.data, run.tokenizer, run.heldout()
     limit = run.recipe.evaluation.max_tokens
     if not isinstance(data, DataSection) or (limit is not None and limit < len(heldout)):

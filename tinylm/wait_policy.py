@@ -1,11 +1,12 @@
-"""How torch's idle CPU threads wait for work: they keep their core busy (spin), or they soon give it up (sleep).
+"""Control how torch's idle CPU threads wait for work: they keep their core busy (spin), or soon release it (sleep).
 
-Between two parallel regions, a thread of libgomp (in torch's Linux packages) spins for about 3 ms before it sleeps. On an idle
-machine this saves the time to wake it up. On a busy machine the spinning thread takes the core from the thread that it is waiting
-for, and training becomes several times slower (`benchmarks/busy_machine.py`). The policy changes no result.
+Between two parallel regions, a thread of libgomp (the OpenMP runtime in torch's Linux packages) spins for about 3 ms before it
+sleeps. On an idle machine, this saves the time to wake the thread up. On a busy machine, the spinning thread takes the core away
+from the thread that it is waiting for, and training becomes several times slower (`benchmarks/busy_machine.py`). The policy does
+not affect results.
 
-The policy is chosen by measuring the machine. Variables that the user has set take precedence: OMP_WAIT_POLICY, GOMP_SPINCOUNT,
-KMP_BLOCKTIME and KMP_LIBRARY.
+The policy depends on the measured load. Environment variables that the user has set take precedence: OMP_WAIT_POLICY,
+GOMP_SPINCOUNT, KMP_BLOCKTIME and KMP_LIBRARY.
 """
 
 from __future__ import annotations
@@ -21,20 +22,23 @@ from tinylm.cpu_load import MIN_CPU_SHARE, available_cores, cpu_share
 
 Policy = Literal["spin", "sleep"]
 VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
-"""Environment variables with which a user sets the policy. The OpenMP runtimes read them when they are loaded."""
+"""Environment variables for setting the policy. The OpenMP runtimes read them when they are loaded."""
 _SPIN_MILLISECONDS = 200
-"""Default of KMP_BLOCKTIME."""
+"""The default of KMP_BLOCKTIME."""
 
 
 class WaitPolicy:
-    """The policy of this process. `spin` is the default of every OpenMP runtime."""
+    """Sets the policy of this process. `spin` is the default in every OpenMP runtime."""
 
     def __init__(self) -> None:
         self.current: Policy = "spin"
         self._teams: list[_IdleTeam] = []
 
     def choose(self) -> Policy:
-        """Measure the machine for 0.06 s and set the policy for it. Do nothing if the user has set one, or with a single thread."""
+        """Measure the load for 0.06 s, set the policy that suits it, and return the policy.
+
+        With a single thread, or if the user has set a policy, nothing is measured and the policy is `spin`.
+        """
         threads = torch.get_num_threads()
         if threads > 1 and not set_by_user():
             self.set("sleep" if cpu_share(threads) < MIN_CPU_SHARE else "spin")
@@ -43,9 +47,8 @@ class WaitPolicy:
         return self.current
 
     def set(self, policy: Policy) -> None:
-        """Set the policy."""
         set_blocktime = _kmp_set_blocktime()
-        if set_blocktime is not None:  # the runtime of LLVM or Intel
+        if set_blocktime is not None:  # LLVM's or Intel's runtime
             set_blocktime(0 if policy == "sleep" else _SPIN_MILLISECONDS)
         elif policy == "spin":
             while self._teams:
@@ -61,9 +64,9 @@ def set_by_user() -> bool:
 
 
 def _exceed_cores() -> list[_IdleTeam]:
-    """Start idle teams until libgomp manages more threads than there are cores. Return the teams.
+    """Start idle teams until libgomp manages more threads than there are cores, and return the teams.
 
-    libgomp then spins for at most 100 iterations instead of 300,000, as its manual says under GOMP_SPINCOUNT. This is the only way
+    According to its manual (GOMP_SPINCOUNT), libgomp then spins for at most 100 iterations instead of 300,000. This is the only way
     to change its policy after it has been loaded.
     """
     threads = torch.get_num_threads()
@@ -72,7 +75,7 @@ def _exceed_cores() -> list[_IdleTeam]:
 
 
 class _IdleTeam:
-    """A team of OpenMP threads that sleep. It exists as long as the Python thread that started it."""
+    """A team of sleeping OpenMP threads. It exists as long as the Python thread that started it."""
 
     def __init__(self) -> None:
         started = threading.Event()
@@ -92,10 +95,10 @@ class _IdleTeam:
 
 
 def _kmp_set_blocktime() -> ctypes._CFuncPtr | None:  # type: ignore[name-defined]  # a class without a public name
-    """Return the function of LLVM's and Intel's runtimes that sets how long threads spin, or None if neither is loaded."""
+    """Return the function in LLVM's and Intel's runtimes that sets how long threads spin, or None if neither is loaded."""
     try:
         return getattr(ctypes.CDLL(None), "kmp_set_blocktime", None)
-    except (OSError, TypeError):  # TypeError: Windows has no handle of the whole process
+    except (OSError, TypeError):  # on Windows, None is not a valid library name
         return None
 
 

@@ -10,8 +10,8 @@ from tinylm_cli.app import COMMANDS, load_command
 INTRODUCTION = """\
 # Command line
 
-Every command, with its arguments and options. `tinylm COMMAND --help` shows the same in the terminal, and
-`tinylm --install-completion` sets up completion for your shell. `python docs/scripts/make_reference.py` generates this page.
+This page lists every command with its arguments and options. `tinylm COMMAND --help` shows the same information in the terminal,
+and `tinylm --install-completion` sets up completion for your shell. `python docs/scripts/make_reference.py` generates this page.
 
 Results go to standard output; notes and progress go to standard error. With `--json`, standard output is exactly one JSON
 document. Exit codes: 0 for success, 1 if the work failed, 2 if the input was wrong, 130 or 143 if a signal stopped the command

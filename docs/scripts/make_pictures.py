@@ -1,4 +1,4 @@
-"""Create the pictures in the README from a real run.
+"""Create the README's pictures from a real run.
 
     python docs/scripts/make_pictures.py runs/quickstart
 
@@ -25,7 +25,7 @@ WIDTH = 100
 
 
 def replay(run: Run, console: Console) -> TerminalView:
-    """Replay the logged events of a run, and return the terminal view at the end."""
+    """Replay the logged events of a run and return the final terminal view."""
     view = TerminalView(console, f"tinylm train {run.recipe.name}")
     for line in run.metrics():
         values = {key: value for key, value in line.items() if key != "kind"}

@@ -1,7 +1,7 @@
 """Generate docs/reference/recipe.md, which documents every recipe key, from the schema in tinylm/recipe.
 
-The page lists the sections and their variants. For each key, it shows the docstring, the default, and the allowed values as worded
-in the error message.
+The page lists the sections and their variants. For each key, it shows the docstring, the default, and the allowed values in the
+words of the error message.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ command line. A key that is not listed here is an error.
 
 
 def joined(path: str, key: str) -> str:
-    """Return the dotted path of `key` in the section at `path`. The path of the top level is ""."""
+    """Return the dotted path of `key` in the section at `path`, which is "" for the top level."""
     return f"{path}.{key}" if path else key
 
 
@@ -65,7 +65,7 @@ def meanings(section: type[BaseModel]) -> dict[str, str]:
 
 
 def allowed(annotation: Any) -> str:
-    """Return the values that a key accepts, as worded in its error message."""
+    """Return the values that a key accepts, in the words of its error message."""
     if get_origin(annotation) is Literal:
         return ", ".join(map(str, get_args(annotation)))
     try:
@@ -121,7 +121,7 @@ def in_a_cell(text: str) -> str:
 
 
 def chapter(recipe: type[BaseModel], prefix: str = "") -> list[str]:
-    """Return the Markdown lines of a recipe's sections. `prefix` makes the anchors unique among recipe kinds."""
+    """Return the Markdown lines for a recipe's sections. `prefix` makes the anchors unique among recipe kinds."""
     all_sections = list(sections(recipe))
     anchors = {path: prefix + path.replace(".", "-") for path, _ in all_sections}
     lines = [about(recipe), "", *table("", recipe, anchors, discriminator="kind")]

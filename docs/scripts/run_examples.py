@@ -2,17 +2,17 @@
 
     python docs/scripts/run_examples.py                  all pages, in the order of the site's navigation
     python docs/scripts/run_examples.py README.md ...    only these pages
-    python docs/scripts/run_examples.py --check          run the commands, leave the pages as they are
+    python docs/scripts/run_examples.py --check          run the commands but do not change the pages
 
 In a fenced `console` block, commands begin with `$ ` and are followed by their output, including standard error. In a `bash` block,
 every line is a command, and no output is shown. All pages share one working folder (`--work`), so a page can use models that an
-earlier page trained. A comment directly above a block changes how it is treated:
+earlier page trained. Comments directly above a block change how it is handled:
 
-    <!-- not run: REASON -->      the block is left as it is
-    <!-- lines: 1-4,9,~2 -->      only these lines of each output are shown (`~2`: the last two); `...` stands for the others
-    <!-- run with: OLD => NEW --> the command is run with NEW in place of OLD, for example to train for a shorter time
-    <!-- exit: 2 -->              the last command of the block must end with this exit code instead of 0
-    <!-- setup: COMMAND -->       run before the block, not shown; `$TINYLM_SOURCE` is the repository
+    <!-- not run: REASON -->      the block is not run or changed
+    <!-- lines: 1-4,9,~2 -->      only these lines of each output are shown (`~2`: the last two); `...` replaces the others
+    <!-- run with: OLD => NEW --> OLD is replaced with NEW in the command that runs, for example to train for a shorter time
+    <!-- exit: 2 -->              the last command of the block must exit with this code instead of 0
+    <!-- setup: COMMAND -->       this command runs before the block and is not shown; `$TINYLM_SOURCE` is the repository
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _TIMEOUT = 1800
 
 @dataclass
 class Block:
-    """A fenced block of a page. `first` and `last` are the line indices of its fences."""
+    """A fenced block in a page. `first` and `last` are the line indices of its fences."""
 
     kind: str
     first: int
@@ -76,7 +76,7 @@ def blocks(text: str) -> Iterator[Block]:
 
 
 def pages() -> list[Path]:
-    """Return README.md and the pages of the site, in navigation order."""
+    """Return README.md and the site's pages, in navigation order."""
     navigation = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Loader=_Loader)["nav"]
 
     def flattened(entry: object) -> Iterator[str]:
@@ -97,7 +97,7 @@ _Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda loader, suffix
 
 
 class Shell:
-    """One bash process for a page, so that variables and background jobs persist from block to block."""
+    """A bash process that runs all commands of a page, so that variables and background jobs persist between blocks."""
 
     def __init__(self, folder: Path) -> None:
         bin_folder = Path(sys.executable).parent
@@ -117,7 +117,7 @@ class Shell:
         while not (end := re.search(rb"\n@@(\d+)@@\n$", output)):
             line = self._bash.stdout.readline()
             if not line:
-                raise SystemExit(f"{command}: the shell ended")
+                raise SystemExit(f"{command}: the shell exited unexpectedly")
             output += line
         return int(end[1]), output[: end.start()].decode("utf-8", "replace")
 
@@ -149,7 +149,7 @@ def selected(output: str, ranges: str | None) -> list[str]:
 
 
 def refresh(page: Path, folder: Path, *, check: bool) -> list[str]:
-    """Run the commands of a page and, unless `check`, update their output. Returns a message for each unexpected exit code."""
+    """Run the commands of a page and update their output unless `check` is set. Return a message for each unexpected exit code."""
     text = page.read_text(encoding="utf-8")
     lines, failures = text.splitlines(), []
     shell = Shell(folder)
@@ -185,7 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pages", nargs="*", type=Path, help="default: README.md and all pages of the site")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "examples", help="folder in which the commands run")
-    parser.add_argument("--check", action="store_true", help="do not change the pages")
+    parser.add_argument("--check", action="store_true", help="run the commands but do not change the pages")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     failures: list[str] = []

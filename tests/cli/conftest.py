@@ -36,7 +36,7 @@ def run_cli(capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.Monke
 
 @pytest.fixture
 def recipe_file(text_file: Path, tmp_path: Path) -> Path:
-    """A recipe file for a tiny model, to be modified with --set."""
+    """A recipe file for a tiny model, which tests modify with --set."""
     recipe = {
         "name": "tiny",
         "data": {"train": str(text_file)},

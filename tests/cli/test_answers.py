@@ -1,4 +1,4 @@
-"""Test the output that other programs read: the JSON of every command, and the text on stdout and stderr."""
+"""Test the output that other programs read: each command's JSON, and the text on stdout and stderr."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def tokenizer(tiny_run: Run) -> Path:
     return tiny_run.path / "tokenizer.json"
 
 
-def test_plan_train_and_resume(run_cli: RunCli, recipe_file: Path, tmp_path: Path) -> None:
+def test_a_recipe_can_be_planned_trained_and_resumed(run_cli: RunCli, recipe_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "a run with spaces, ünïcode"
     plan = run_cli("plan", recipe_file, "--json").json
     assert plan.keys() >= set(PLAN.split())
@@ -84,7 +84,7 @@ def test_the_time_limit_stops_training_and_saves_a_checkpoint(run_cli: RunCli, r
     assert run_cli("sample", "-r", tmp_path / "run", "--checkpoint", "last", "--max-new-tokens", 1).code == 0
 
 
-def test_eval(run_cli: RunCli, tiny_run: Run, tmp_path: Path) -> None:
+def test_eval_prints_a_confidence_interval_and_reads_standard_input(run_cli: RunCli, tiny_run: Run, tmp_path: Path) -> None:
     evaluated = run_cli("eval", "-r", tiny_run.path, "--json")
     assert evaluated.json.keys() >= set(EVAL.split())
     assert evaluated.err == ""
@@ -126,7 +126,7 @@ def test_warnings_are_printed_on_stderr(run_cli: RunCli, recipe_file: Path, tmp_
     assert evaluated.err.startswith("warning: 1 tokens are unknown")
 
 
-def test_sample(run_cli: RunCli, tiny_run: Run) -> None:
+def test_sample_streams_the_text_that_it_prints_as_json(run_cli: RunCli, tiny_run: Run) -> None:
     command = ("sample", "-r", tiny_run.path, "--prompt", "The 🙂", "--max-new-tokens", 6, "--seed", 5)
     result = run_cli(*command, "-n", 3, "--json").json
     assert result.keys() >= {"run", "checkpoint", "seed", "samples"}
@@ -165,7 +165,7 @@ def test_the_run_is_set_by_option_or_environment_variable_and_defaults_to_the_ne
     assert run_cli("eval", "--checkpoint", last.step, "--json", "-q").json["step"] == last.step
 
 
-def test_runs_and_recipes(run_cli: RunCli, tiny_run: Run) -> None:
+def test_runs_and_recipes_are_listed(run_cli: RunCli, tiny_run: Run) -> None:
     (row,) = run_cli("runs", tiny_run.path.parent, "--json").json
     assert (row["name"], row["step"]) == ("tiny", 20)
     table = run_cli("runs", tiny_run.path.parent).out
@@ -175,7 +175,7 @@ def test_runs_and_recipes(run_cli: RunCli, tiny_run: Run) -> None:
     assert run_cli("recipes", "quickstart").out.startswith("# ")
 
 
-def test_tokenize(run_cli: RunCli, text_file: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_can_be_trained_and_evaluated(run_cli: RunCli, text_file: Path, tmp_path: Path) -> None:
     path = tmp_path / "new folder" / "tokenizer.json"
     trained = run_cli("tokenize", "train", text_file, "--out", path, "--vocab-size", 300, "--json")
     assert trained.json.keys() >= {"tokenizer", "kind", "vocab_size", "seconds"}
@@ -194,7 +194,7 @@ def test_decode_inverts_encode(run_cli: RunCli, tokenizer: Path, text: str) -> N
     assert (ids.err, ids.code) == ("", 0)
 
 
-def test_encode_formats(run_cli: RunCli, tiny_run: Run) -> None:
+def test_every_output_format_of_encode_has_the_same_tokens(run_cli: RunCli, tiny_run: Run) -> None:
     ids = run_cli("tokenize", "encode", "-r", tiny_run.path, stdin=b"The for")
     record = run_cli("tokenize", "encode", "-r", tiny_run.path, "--format", "jsonl", stdin=b"The for").json
     assert " ".join(map(str, record["ids"])) == ids.out.strip()
@@ -214,7 +214,7 @@ def test_plot_writes_an_image(run_cli: RunCli, tiny_run: Run, tmp_path: Path) ->
 ACCELERATOR_PLAN = "hardware devices mfu precision seconds_per_step tokens_per_second compute_optimal evaluation_seconds compiled"
 
 
-def test_a_plan_for_accelerators(run_cli: RunCli, recipe_file: Path) -> None:
+def test_plan_estimates_the_cost_on_accelerators(run_cli: RunCli, recipe_file: Path) -> None:
     local = run_cli("plan", recipe_file, "--json").json
     planned = run_cli("plan", recipe_file, "--hardware", "H100-SXM", "--devices", 2, "--json").json
     assert planned.keys() == local.keys() >= set(ACCELERATOR_PLAN.split())
@@ -240,19 +240,19 @@ def test_a_plan_warns_if_the_machine_is_busy(
 ) -> None:
     measured = Processor(350e9, 27e9, 14e9, cores=2, has_amx=False, cpu_share=share)
     monkeypatch.setattr("tinylm.cost.cpu.measure", lambda *sizes: measured)
-    long = ("plan", recipe_file, "--set", "training.steps=100000")
-    shown = run_cli(*long)
+    plan = ("plan", recipe_file, "--set", "training.steps=100000")
+    shown = run_cli(*plan)
     assert ("other programs use this CPU" in " ".join(shown.err.split())) == warns
     time = next(line for line in shown.out.splitlines() if line.startswith("time on this CPU"))
     assert (re.search(r"about \d+:\d+ to \d+:\d+", time) is not None) == warns
-    low, high = run_cli(*long, "--json").json["seconds_range"]
+    low, high = run_cli(*plan, "--json").json["seconds_range"]
     assert high == pytest.approx(low / share if warns else low, rel=0.01)
     by_clock = ("--set", "training.minutes=1", "--set", "training.steps=null", "--json")
-    fewest, most = run_cli("plan", recipe_file, *by_clock).json["steps_range"]
-    assert fewest == pytest.approx(share * most if warns else most, abs=1)
+    low, high = run_cli("plan", recipe_file, *by_clock).json["steps_range"]
+    assert low == pytest.approx(share * high if warns else high, abs=1)
 
 
-def test_plan_lists_accelerators_and_reports_wrong_devices(run_cli: RunCli, recipe_file: Path) -> None:
+def test_plan_lists_accelerators_and_rejects_invalid_device_counts(run_cli: RunCli, recipe_file: Path) -> None:
     listed = run_cli("plan", "--hardware", "list")
     assert [line.split()[0] for line in listed.out.splitlines()] == [sheet.name for sheet in ACCELERATORS]
     assert run_cli("new", "text.txt", "--hardware", "list").out == listed.out

@@ -1,4 +1,4 @@
-"""The commands for conversations: chat, data show, eval and new --chat."""
+"""Test the commands for conversations: chat, data show, eval and new --chat."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(tiny_run: Run, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def talk(run_cli: RunCli, run: Run) -> RunCli:
-    """`talk(input, *options)` runs `tinylm chat` with lines on standard input."""
+    """`talk(text, *options)` runs `tinylm chat` with `text` on standard input."""
 
     def start(text: str, *options: str) -> CommandResult:
         sampling = ("--temperature", "0", "--max-new-tokens", "8", "--no-compile")
@@ -50,18 +50,18 @@ def test_chat_answers_every_line_and_saves_the_conversation(talk: RunCli, tmp_pa
     assert "never read" not in result.out
 
 
-def test_chat_says_that_messages_are_left_out_and_answers_are_cut(talk: RunCli) -> None:
+def test_chat_reports_dropped_messages_and_truncated_answers(talk: RunCli) -> None:
     result = talk("What is 1 + 3?\n" * 6)
     assert result.code == 0, result.err
-    assert "the context is full: 2 messages from the beginning left out" in result.err
-    assert "the answer was cut after 8 tokens" in result.err
+    assert "the context is full: dropped 2 messages from the beginning" in result.err
+    assert "the answer was cut off after 8 tokens" in result.err
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("/undo\n", "no such command /undo (/help lists the commands)"),
-        ("/save\n", "/save: needs the name of a file (for example /save chat.jsonl)"),
+        ("/save\n", "/save: requires a file name (for example /save chat.jsonl)"),
         ("/save x.jsonl\n", "/save: there is nothing to save yet"),
         ("x" * 1000 + "\n", "the message has"),
     ],
@@ -79,7 +79,7 @@ def test_chat_needs_a_model_that_was_trained_on_conversations(run_cli: RunCli, t
     assert error_of(run_cli("chat", "--run", run.path, "--system", " ")) == "--system: must not be empty"
 
 
-def test_data_show_marks_what_is_learned(run_cli: RunCli, run: Run) -> None:
+def test_data_show_marks_the_text_that_is_learned(run_cli: RunCli, run: Run) -> None:
     result = run_cli("data", "show", run.path, "-n", "1")
     assert result.code == 0, result.err
     assert "<|user|>What is" in result.out
@@ -91,20 +91,20 @@ def test_data_show_marks_what_is_learned(run_cli: RunCli, run: Run) -> None:
     assert all(text.endswith("<|end_of_turn|>") for text in learned)
 
 
-def test_data_show_of_a_text_learns_everything_but_the_first_token(run_cli: RunCli, tiny_run: Run) -> None:
+def test_data_show_counts_all_tokens_of_a_text_but_the_first_as_learned(run_cli: RunCli, tiny_run: Run) -> None:
     [example] = run_cli("data", "show", tiny_run.path, "-n", "1", "--json").json["examples"]
     assert (example["tokens"], example["learned"], example["padding"]) == (33, 32, 0)
 
 
-def test_data_show_refuses_other_objectives(run_cli: RunCli, tmp_path: Path) -> None:
+def test_data_show_rejects_other_objectives(run_cli: RunCli, tmp_path: Path) -> None:
     recipe = "data: {format: labels, train: a.jsonl}\nmodel: {architecture: encoder}\ntraining: {steps: 1}\n"
     (tmp_path / "labels.yaml").write_text(recipe)
     (tmp_path / "a.jsonl").write_text("")
     message = error_of(run_cli("data", "show", tmp_path / "labels.yaml", "--set", f"data.train={tmp_path / 'a.jsonl'}"))
-    assert message == "objective.name: only examples of causal_lm can be shown, not of classification"
+    assert message == "objective.name: must be causal_lm to show training examples, not classification"
 
 
-def test_eval_reports_answers_and_rejects_options_of_texts(run_cli: RunCli, run: Run, data: Path) -> None:
+def test_eval_evaluates_answers_and_rejects_options_for_texts(run_cli: RunCli, run: Run, data: Path) -> None:
     result = run_cli("eval", "--run", run.path, "--json", "--mistakes", "1").json
     assert result["conversations"] == result["answers"] == 20
     assert 0 <= result["exact_match"] <= result["stop_rate"] <= 1
@@ -129,7 +129,7 @@ def test_new_writes_a_recipe_that_trains(run_cli: RunCli, tiny_run: Run, data: P
     assert plan["vocab_size"] == tiny_run.tokenizer.vocab_size + 4
 
 
-def test_new_rejects_combinations_without_effect(run_cli: RunCli, tiny_run: Run, data: Path) -> None:
+def test_new_rejects_invalid_combinations_of_options(run_cli: RunCli, tiny_run: Run, data: Path) -> None:
     assert error_of(run_cli("new", "--chat", data)) == "--chat: requires --from RUN, the run to fine-tune"
     assert error_of(run_cli("new", data, "--from", tiny_run.path)) == "--from: requires --chat"
     message = error_of(run_cli("new", data, "--chat", data, "--from", tiny_run.path))

@@ -1,4 +1,4 @@
-"""`tinylm embed` on the command line: each subcommand with text and JSON output, and training from options or a recipe."""
+"""Test `tinylm embed`: each subcommand with text and JSON output, and training from options or a recipe."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_eval_reports_coverage(run_cli: RunCli, trained: Path) -> None:
     assert "coverage  50.0%: 1 of 2 questions" in run_cli("embed", "eval", "a.txt").out
 
 
-def test_vectors_of_a_run_can_be_plotted_exported_and_queried(
+def test_vectors_from_a_run_can_be_plotted_exported_and_queried(
     run_cli: RunCli, folder: Path, tiny_run: Run, text_file: Path
 ) -> None:
     assert run_cli("embed", "from-run", "--run", tiny_run.path, "--out", "in.safetensors", "-q").out == "in.safetensors\n"
@@ -119,7 +119,7 @@ def test_vectors_of_a_run_can_be_plotted_exported_and_queried(
     assert json.dumps(run_cli("embed", "nearest", " the", "-v", "t.safetensors", "--json").json) == json.dumps(nearest)
 
 
-def test_vectors_of_a_run_in_every_format_can_be_queried(run_cli: RunCli, folder: Path, tiny_run: Run) -> None:
+def test_vectors_from_a_run_can_be_queried_in_every_format(run_cli: RunCli, folder: Path, tiny_run: Run) -> None:
     nearest = []
     for name in ("x.vec", "x.txt", "x.bin", "x.tsv", "x.safetensors"):
         assert run_cli("embed", "from-run", "-r", tiny_run.path, "--out", name, "-q").out == f"{name}\n"

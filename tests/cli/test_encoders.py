@@ -1,4 +1,4 @@
-"""`tinylm fill`, `tinylm classify`, and `tinylm eval` of masked models and classifiers."""
+"""Test `tinylm fill`, `tinylm classify`, and `tinylm eval` with masked language models and classifiers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_fill_prints_candidates_and_answers_lines_from_a_pipe(run_cli: RunCli, m
     assert "has no [MASK]" in wrong.err
 
 
-def test_eval_of_a_masked_model(run_cli: RunCli, masked: Path) -> None:
+def test_eval_prints_the_metrics_of_a_masked_language_model(run_cli: RunCli, masked: Path) -> None:
     result = run_cli("eval", "--run", masked, "--pseudo", "--max-tokens", "60", "--json")
     assert result.code == 0, result.err
     document = json.loads(result.out)
@@ -59,7 +59,7 @@ def test_eval_of_a_masked_model(run_cli: RunCli, masked: Path) -> None:
     assert "--stride: has no effect on a model trained with objective masked_lm" in unused.err
 
 
-def test_classify_a_text_a_pipe_and_a_source(run_cli: RunCli, classifier: Path, tmp_path: Path) -> None:
+def test_classify_reads_an_argument_a_pipe_or_a_file(run_cli: RunCli, classifier: Path, tmp_path: Path) -> None:
     one = run_cli("classify", "the saw", "--run", classifier, "--json")
     assert one.code == 0, one.err
     [prediction] = json.loads(one.out)
@@ -82,14 +82,14 @@ def test_classify_a_text_a_pipe_and_a_source(run_cli: RunCli, classifier: Path, 
     assert wrong.code == 2
 
 
-def test_commands_name_the_kind_of_run_that_they_need(run_cli: RunCli, masked: Path, classifier: Path) -> None:
+def test_commands_reject_the_wrong_kind_of_run(run_cli: RunCli, masked: Path, classifier: Path) -> None:
     assert "not classification" in run_cli("classify", "a", "--run", masked).err
     assert "does not predict masked tokens" in run_cli("fill", "[MASK]", "--run", classifier).err
     assert "use `tinylm classify`" in run_cli("sample", "--prompt", "a", "--run", classifier).err
     assert "use `tinylm fill`" in run_cli("sample", "--prompt", "a", "--run", masked).err
 
 
-def test_eval_of_a_classifier(run_cli: RunCli, classifier: Path, tmp_path: Path) -> None:
+def test_eval_prints_the_metrics_of_a_classifier(run_cli: RunCli, classifier: Path, tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
     result = run_cli("eval", "--run", classifier, "--json", "--plot", tmp_path / "confusion.png")
@@ -102,10 +102,10 @@ def test_eval_of_a_classifier(run_cli: RunCli, classifier: Path, tmp_path: Path)
     (tmp_path / "other.csv").write_text("text,label\nthe saw,tool\nthe cat,animal\n")
     shown = run_cli("eval", tmp_path / "other.csv", "--run", classifier, "--no-baselines")
     assert shown.code == 0, shown.err
-    assert "1 text with labels that the model does not have" in shown.out
+    assert "1 text with a label that the model does not have" in shown.out
 
 
-def test_a_sentence_finds_the_nearest_lines_of_a_file(run_cli: RunCli, masked: Path, tmp_path: Path) -> None:
+def test_nearest_finds_the_lines_most_similar_to_a_sentence(run_cli: RunCli, masked: Path, tmp_path: Path) -> None:
     (tmp_path / "lines.txt").write_text("\n".join([*LINES, "", LINES[0]]) + "\n")
     options = ("--run", masked, "--which", "sentence", "--pool", "mean", "--out", tmp_path / "lines.safetensors", "--json")
     made = run_cli("embed", "from-run", tmp_path / "lines.txt", *options)

@@ -1,4 +1,4 @@
-"""What surrounds a command: an unavailable device, the locale, odd paths, closed streams, and limits of memory."""
+"""Test commands in unusual environments: unavailable devices, locales, unusual paths, closed streams and memory limits."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ from tinylm.training.out_of_memory import check_training_state
         ("", "no such device ''"),
     ],
 )
-def test_a_dry_run_on_a_device_that_does_not_exist_is_refused(
+def test_a_dry_run_on_an_unavailable_device_is_rejected(
     device: str, problem: str, run_cli: RunCli, recipe_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -51,11 +52,11 @@ def test_arguments_and_text_are_utf8_in_every_locale(variables: dict[str, str], 
     variables = {**environment(), **variables}
     encoded = subprocess.run(command, input="café →".encode(), capture_output=True, env=variables, check=True)
     assert [int(id) for id in encoded.stdout.split()] == tiny_run.tokenizer.encode("café →")
-    refused = subprocess.run([*COMMAND, "tokenize", "encode", "-r", "é→"], capture_output=True, env=variables, check=False)
-    assert (refused.returncode, refused.stderr.decode().split(" (")[0]) == (2, "error: é→: no such run")
+    failed = subprocess.run([*COMMAND, "tokenize", "encode", "-r", "é→"], capture_output=True, env=variables, check=False)
+    assert (failed.returncode, failed.stderr.decode().split(" (")[0]) == (2, "error: é→: no such run")
 
 
-def test_a_run_in_a_folder_whose_name_is_not_utf8_is_refused_by_name(run_cli: RunCli, recipe_file: Path, tmp_path: Path) -> None:
+def test_a_path_that_is_not_utf8_is_rejected_and_shown(run_cli: RunCli, recipe_file: Path, tmp_path: Path) -> None:
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
     try:
         folder.mkdir()
@@ -69,7 +70,7 @@ def test_a_run_in_a_folder_whose_name_is_not_utf8_is_refused_by_name(run_cli: Ru
         assert b"the path is not valid UTF-8 (rename the folder" in result.stderr
 
 
-def test_a_closed_stdout_does_not_fail_a_finished_training(recipe_file: Path, tmp_path: Path) -> None:
+def test_training_succeeds_even_if_stdout_is_closed(recipe_file: Path, tmp_path: Path) -> None:
     command = f"exec {' '.join(COMMAND)} train {recipe_file} --out {tmp_path / 'run'} >&-"
     result = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, env=environment(), check=False)
     assert result.returncode == 0, result.stderr
@@ -77,13 +78,42 @@ def test_a_closed_stdout_does_not_fail_a_finished_training(recipe_file: Path, tm
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="requires /dev/full")
-def test_a_full_disk_behind_stdout_is_a_failure(tiny_run: Run) -> None:
+def test_a_command_fails_if_stdout_is_on_a_full_disk(tiny_run: Run) -> None:
     with open("/dev/full", "wb") as full:
         command = [*COMMAND, "tokenize", "encode", "-r", str(tiny_run.path), "-"]
         result = subprocess.run(command, input=b"abc", stdout=full, stderr=subprocess.PIPE, env=environment(), check=False)
     assert result.returncode == 1
     assert result.stderr.decode().splitlines()[-1].startswith("error: ")
     assert "No space left on device" in result.stderr.decode()
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """Prevent this process from writing files larger than 20 kB, as on a disk with no more space."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.usefixtures("full_disk")
+@pytest.mark.parametrize(
+    ("needs", "arguments", "name"),
+    [
+        ("transformers", ("export", "--to", "hf"), "folder"),
+        ("gguf", ("export", "--to", "gguf"), "model.gguf"),
+        ("onnxscript", ("export", "--to", "onnx"), "model.onnx"),
+        ("torch", ("embed", "from-run", "--out"), "vectors.txt"),
+        ("torch", ("embed", "from-run", "--out"), "vectors.safetensors"),
+    ],
+)
+def test_nothing_is_left_of_a_result_that_does_not_fit_on_the_disk(
+    needs: str, arguments: tuple[str, ...], name: str, run_cli: RunCli, tiny_run: Run, tmp_path: Path
+) -> None:
+    pytest.importorskip(needs)
+    result = run_cli(*arguments, tmp_path / name, "-r", tiny_run.path, "--quiet")
+    assert error_of(result, code=1) == f"{tmp_path / name}: File too large"
+    assert list(tmp_path.iterdir()) == []
 
 
 TOO_LARGE = [
@@ -96,15 +126,15 @@ TOO_LARGE = [
 
 
 @pytest.mark.parametrize("settings", TOO_LARGE, ids=" ".join)
-def test_a_model_that_exceeds_the_memory_is_refused_before_it_is_built(settings: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_model_that_does_not_fit_in_memory_is_rejected_before_it_is_built(settings: tuple[str, ...], tmp_path: Path) -> None:
     recipe = loads("data: {train: none.txt}\ntraining: {steps: 1}\n", settings, check_files=False)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(InputError, match=r"need at least [\d,.]+ GB of memory, and [\d,.]+ GB are available"):
+    with pytest.raises(InputError, match=r"need at least [\d,.]+ GB of memory, but only [\d,.]+ GB are available"):
         check_training_state(recipe, 400, torch.device("cpu"), 1)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
 
 
-def test_a_recurrent_network_that_exceeds_the_memory_is_refused(tmp_path: Path) -> None:
+def test_a_recurrent_network_that_does_not_fit_in_memory_is_rejected(tmp_path: Path) -> None:
     settings = ("model={architecture: lstm, n_embd: 1048576, n_layer: 4}",)
     recipe = loads("data: {train: none.txt}\ntraining: {steps: 1}\n", settings, check_files=False)
     with pytest.raises(InputError, match="GB of memory"):
@@ -112,7 +142,7 @@ def test_a_recurrent_network_that_exceeds_the_memory_is_refused(tmp_path: Path) 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS limits memory only on Linux")
-def test_a_limit_of_memory_is_named_as_the_cause(run_cli: RunCli, recipe_file: Path, tmp_path: Path) -> None:
+def test_a_memory_limit_is_reported_as_the_cause(run_cli: RunCli, recipe_file: Path, tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_AS)
     in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (in_use + (200 << 20), before[1]))
@@ -121,7 +151,7 @@ def test_a_limit_of_memory_is_named_as_the_cause(run_cli: RunCli, recipe_file: P
         result = run_cli("train", recipe_file, *sizes, "--out", tmp_path / "run", "-q")
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
-    assert re.search(r"model: .* need at least \d+\.\d GB of memory, and \d+\.\d GB are available", error_of(result))
+    assert re.search(r"model: .* need at least \d+\.\d GB of memory, but only \d+\.\d GB are available", error_of(result))
 
 
 @pytest.mark.parametrize(

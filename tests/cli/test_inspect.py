@@ -1,4 +1,4 @@
-"""`tinylm inspect` and `tinylm explain`: terminal, JSON, pages and mistakes."""
+"""Test the output and the error messages of `tinylm inspect` and `tinylm explain`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tinylm.run import Run
 TEXT = "The for statement is used"
 
 
-def test_the_json_document(run_cli: RunCli, tiny_run: Run) -> None:
+def test_the_json_document_describes_tokens_heads_layers_and_checkpoints(run_cli: RunCli, tiny_run: Run) -> None:
     result = run_cli("inspect", "--text", TEXT, "--run", tiny_run.path, "--json", "--checkpoints", "all")
     document = result.json
     ids = tiny_run.tokenizer.encode(TEXT)
@@ -32,7 +32,7 @@ def test_the_json_document(run_cli: RunCli, tiny_run: Run) -> None:
     assert document["not_available"] == {}
 
 
-def test_the_terminal_view(run_cli: RunCli, tiny_run: Run) -> None:
+def test_the_terminal_view_has_every_section_and_no_control_characters(run_cli: RunCli, tiny_run: Run) -> None:
     result = run_cli("inspect", "--text", HOSTILE, "--run", tiny_run.path)
     assert result.code == 0
     for part in ("tokens  ", "surprise", "logit lens", "heads", "not yet characteristic", "after the text", "sum; the logit is"):
@@ -40,7 +40,7 @@ def test_the_terminal_view(run_cli: RunCli, tiny_run: Run) -> None:
     assert not {"\x00", "\x1b", "\u202e"} & set(result.out)
 
 
-def test_the_page_and_the_tour_are_written_once(run_cli: RunCli, tiny_run: Run, tmp_path: Path) -> None:
+def test_a_page_is_overwritten_only_with_the_option(run_cli: RunCli, tiny_run: Run, tmp_path: Path) -> None:
     file = tmp_path / "page.html"
     written = run_cli("inspect", "--text", TEXT, "--run", tiny_run.path, "--out", file, "--ablation-tokens", "64")
     assert (written.code, written.out) == (0, "")
@@ -51,7 +51,7 @@ def test_the_page_and_the_tour_are_written_once(run_cli: RunCli, tiny_run: Run, 
     assert "One gradient step" in file.read_text()
 
 
-def test_the_tour_in_the_terminal_and_as_json(run_cli: RunCli, tiny_run: Run) -> None:
+def test_the_tour_has_the_same_steps_in_the_terminal_and_in_json(run_cli: RunCli, tiny_run: Run) -> None:
     shown = run_cli("explain", "--text", TEXT, "--run", tiny_run.path).out
     document = run_cli("explain", "--text", TEXT, "--run", tiny_run.path, "--json").json
     assert [step["title"] for step in document["steps"]][:3] == ["Characters", "Tokens", "Embedding"]
@@ -64,15 +64,15 @@ def test_the_tour_in_the_terminal_and_as_json(run_cli: RunCli, tiny_run: Run) ->
         (("--text", ""), "--text: the text is empty"),
         (("--text", "a b", "--corrupt", "a c"), "--corrupt: requires --out"),
         (("--text", "a b", "--checkpoints", "first"), "--checkpoints: must be all or last N, not 'first'"),
-        (("--text", "a b", "--checkpoint", "99"), "--checkpoint: no checkpoint of step 99"),
+        (("--text", "a b", "--checkpoint", "99"), "--checkpoint: no checkpoint for step 99"),
         ((), "missing option '--text'"),
     ],
 )
-def test_mistakes(options: tuple[str, ...], message: str, run_cli: RunCli, tiny_run: Run) -> None:
+def test_invalid_options_are_rejected(options: tuple[str, ...], message: str, run_cli: RunCli, tiny_run: Run) -> None:
     assert message in error_of(run_cli("inspect", *options, "--run", tiny_run.path))
 
 
-def test_a_text_to_measure_on_must_exist(run_cli: RunCli, tiny_run: Run, tmp_path: Path) -> None:
+def test_the_text_for_measurements_must_exist(run_cli: RunCli, tiny_run: Run, tmp_path: Path) -> None:
     options = ("--text", TEXT, "--run", tiny_run.path, "--out", tmp_path / "page.html", "--on", tmp_path / "missing.txt")
     assert "missing.txt" in error_of(run_cli("inspect", *options))
     assert not (tmp_path / "page.html").exists()

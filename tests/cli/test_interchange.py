@@ -1,4 +1,4 @@
-"""`tinylm export` and `tinylm import` on the command line."""
+"""Test `tinylm export` and `tinylm import`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from command import RunCli, error_of
 from tinylm.run import Run
 
 
-def test_export_then_import(run_cli: RunCli, tiny_run: Run, tmp_path: Path) -> None:
+def test_an_exported_run_can_be_imported(run_cli: RunCli, tiny_run: Run, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     exported, imported = tmp_path / "exported", tmp_path / "imported"
     result = run_cli("export", "-r", tiny_run.path, "--to", "hf", exported, "--json")
@@ -34,7 +34,7 @@ def test_export_then_import(run_cli: RunCli, tiny_run: Run, tmp_path: Path) -> N
     assert run_cli("runs", tmp_path, "--json").json[0]["name"] == "imported"
 
 
-def test_a_missing_extra_is_an_error_with_the_command_that_installs_it(
+def test_the_error_for_a_missing_extra_shows_the_command_that_installs_it(
     run_cli: RunCli, tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in ("transformers", "onnx", "lm_eval"):

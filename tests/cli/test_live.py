@@ -1,4 +1,4 @@
-"""The views of a training run show the numbers of the events that they receive."""
+"""Test that the views of a training run show the numbers in the events that they receive."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def step(number: int, loss: float, *, seconds: float | None = None, steps: int =
 
 
 def send_events(view: Observer) -> None:
-    """Send four of eight steps, an evaluation after the second (the best) and the fourth, and one sample."""
+    """Send four of eight steps, evaluations after the second step (the best) and the fourth, and one sample."""
     view.phase("first step")
     for number, loss in enumerate(LOSSES, 1):
         view.step(step(number, loss))
@@ -175,7 +175,10 @@ def test_the_panel_shows_a_nan_loss() -> None:
 
 
 def braille(points: set[tuple[int, int]], width: int, height: int) -> list[str]:
-    """Dots at (column, row). Unicode numbers them 1 2 3 (left column), 4 5 6 (right column) and 7 8 (bottom row)."""
+    """Return lines of braille characters with dots at the given (column, row) points.
+
+    Unicode numbers the dots of a character 1 2 3 (left column), 4 5 6 (right column) and 7 8 (bottom row).
+    """
     numbers = {(0, 0): 1, (0, 1): 2, (0, 2): 3, (1, 0): 4, (1, 1): 5, (1, 2): 6, (0, 3): 7, (1, 3): 8}
     lines = []
     for y in range(height):
@@ -239,7 +242,7 @@ def test_the_panel_has_a_legend_and_units_at_every_width(width: int) -> None:
 
 
 def test_the_elapsed_time_never_decreases(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Events arrive late by different times: here three seconds, then three, then five, then one."""
+    """Events arrive with different delays: three, three, five and one seconds."""
     clock = [1000.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
     target, view = console(), TerminalView(console(terminal=True), "tinylm train tiny")

@@ -1,4 +1,4 @@
-"""Test user errors: invalid texts, invalid recipes and damaged runs are reported in one line, and no files change."""
+"""Test that user errors, such as invalid texts and recipes or damaged runs, are reported on one line and change no files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RECIPES = {
     "list": (b"- a\n", "not a list"),
     "word": (b"hello\n", "not a single value"),
     "tab": (b"data:\n\ttrain: x\n", ".yaml:2: YAML cannot be indented with tabs (use spaces)"),
-    "twice": (b"seed: 1\nseed: 2\n", ".yaml:2: seed is given twice (first on line 1)"),
+    "twice": (b"seed: 1\nseed: 2\n", ".yaml:2: seed is set twice (first on line 1)"),
     "not YAML": (b"a: b: c\n", ".yaml:1: not valid YAML"),
     "binary": (bytes(range(128, 256)), "not UTF-8 at byte 0"),
     "NUL": (b"name: a\0b\n", "not valid YAML"),
@@ -169,7 +169,7 @@ def test_a_tokenizer_is_not_overwritten_without_the_option(run_cli: RunCli, text
 
 INVALID_OPTIONS = {
     "--checkpoint nonsense": "--checkpoint: 'nonsense' is not best, last or a step",
-    "--checkpoint 7": "--checkpoint: no checkpoint of step 7",
+    "--checkpoint 7": "--checkpoint: no checkpoint for step 7",
     "--device tpu": "--device: no such device 'tpu'",
     "--temperature -1": "--temperature: must be 0 or more",
     "--temperature nan": "--temperature",
@@ -182,7 +182,7 @@ INVALID_OPTIONS = {
 
 
 @pytest.mark.parametrize("options", INVALID_OPTIONS)
-def test_invalid_options_of_sample_are_rejected(run_cli: RunCli, tiny_run: Run, options: str) -> None:
+def test_sample_rejects_invalid_options(run_cli: RunCli, tiny_run: Run, options: str) -> None:
     assert INVALID_OPTIONS[options] in error_of(run_cli("sample", "-r", tiny_run.path, *options.split()))
 
 

@@ -1,4 +1,4 @@
-"""Packaging: shipped recipes load, every package is listed, and the commands in the documentation parse."""
+"""Test packaging: shipped recipes load, every package is listed, and the commands in the documentation parse."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PAGES = ("README.md", "Makefile", *(f"recipes/{path.name}" for path in sorted(RO
 def test_every_shipped_recipe_loads(name: str, text_file: Path, tiny_run: Run) -> None:
     has_text = name == "quickstart"
     settings = [f"model.init_from={tiny_run.path}"] if name in ("finetune", "chat") else []
-    settings += ["model.init_from=null"] if name == "classify-docs" else []  # it needs the run of an encoder
+    settings += ["model.init_from=null"] if name == "classify-docs" else []  # the recipe starts from an encoder run
     recipe = load(shipped_recipes()[name], settings if has_text else [f"data.train={text_file}", *settings])
     assert recipe.name == name
     assert yaml.safe_load(recipe.to_yaml())["name"] == name
@@ -39,7 +39,7 @@ def test_every_package_is_listed_in_pyproject() -> None:
 
 
 def commands(page: str) -> Iterator[str]:
-    """The tinylm commands in a page, except those with a placeholder such as RUN."""
+    """Yield the tinylm commands in a page, except those with a placeholder such as RUN."""
     path = ROOT / page
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     text = re.sub(r"\$\(BIN\)/|\.venv/bin/", "", text).replace("$(DEMO_RUN)", "runs/quickstart")

@@ -1,4 +1,4 @@
-"""`tinylm plot` draws several metrics and many runs, and only in comparable units."""
+"""Test that `tinylm plot` draws several metrics and many runs, and compares runs only in comparable units."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_plot_draws_several_metrics_with_a_legend(svg_of: Callable[..., str], ti
 
 
 def copies(run: Run, folder: Path, changes: list[dict[str, object]]) -> list[Path]:
-    """Copies of a run with changed keys in their recipes."""
+    """Return copies of a run with changed keys in their recipes."""
     paths = []
     for number, change in enumerate(changes):
         paths.append(shutil.copytree(run.path, folder / f"run{number:02}"))

@@ -1,4 +1,4 @@
-"""Tests that need separate processes: closed pipes, signals, and decoding what another process encoded."""
+"""Test behavior that needs separate processes: closed pipes, signals, and decoding in another process."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ posix = pytest.mark.skipif(os.name == "nt", reason="POSIX pipes and signals")
 def test_a_closed_stdout_is_not_an_error(arguments: list[str], tiny_run: Run, text_file: Path) -> None:
     paths = {"RUN": tiny_run.path, "RUNS": tiny_run.path.parent, "TEXT": text_file}
     reading, writing = os.pipe()
-    os.close(reading)  # so that the first write fails
+    os.close(reading)  # the first write then fails
     command = [*COMMAND, *(str(paths.get(argument, argument)) for argument in arguments)]
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, env=environment(), timeout=600, check=False)
     os.close(writing)
@@ -89,7 +89,7 @@ def test_sigterm_leaves_no_temporary_files(tiny_run: Run, tmp_path: Path) -> Non
     assert [path for path in cache.rglob("*") if path.is_file()] == []
 
 
-def test_a_second_process_decodes_what_the_first_encoded(tiny_run: Run) -> None:
+def test_tokens_can_be_decoded_in_another_process(tiny_run: Run) -> None:
     text = "two\r\nlines, a NUL \0 and 🙂".encode()
     ids = tinylm("tokenize", "encode", "-r", tiny_run.path, stdin=text)
     assert tinylm("tokenize", "decode", "-r", tiny_run.path, stdin=ids.stdout).stdout == text

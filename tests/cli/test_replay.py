@@ -1,4 +1,4 @@
-"""`tinylm train --replay`: recompute a step from the report of an aborted run."""
+"""Test `tinylm train --replay`, which recomputes a step from the report of a failed run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def report(run_cli: RunCli, recipe_file: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_step_is_reproduced_bit_for_bit_and_its_non_finite_parameters_are_listed(run_cli: RunCli, report: Path) -> None:
+def test_replay_reproduces_a_step_bit_for_bit_and_lists_its_non_finite_parameters(run_cli: RunCli, report: Path) -> None:
     result = run_cli("train", "--replay", report)
     assert result.code == 0
     assert "reproduced    bit for bit" in result.out
@@ -33,4 +33,4 @@ def test_a_step_is_reproduced_bit_for_bit_and_its_non_finite_parameters_are_list
 
 def test_a_folder_that_is_not_a_report_is_rejected(run_cli: RunCli, tmp_path: Path) -> None:
     assert "not a report" in error_of(run_cli("train", "--replay", tmp_path))
-    assert "give either a RECIPE or --replay REPORT" in error_of(run_cli("train", "quickstart", "--replay", tmp_path))
+    assert "requires either a RECIPE or --replay REPORT" in error_of(run_cli("train", "quickstart", "--replay", tmp_path))

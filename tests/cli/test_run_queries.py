@@ -1,3 +1,5 @@
+"""Test the queries of `tinylm runs`: filters, sorting and columns."""
+
 from __future__ import annotations
 
 import csv
@@ -14,7 +16,7 @@ from tinylm.run import Run
 
 @pytest.fixture
 def folder(tiny_run: Run, tmp_path: Path) -> Path:
-    """Two copies of a run. In the second, the recipe has another seed and the best loss is higher."""
+    """A folder with two copies of a run. The second has another seed and a higher best loss."""
     for name in ("first", "second"):
         shutil.copytree(tiny_run.path, tmp_path / "runs" / name)
     recipe = tmp_path / "runs" / "second" / "recipe.yaml"
@@ -45,14 +47,14 @@ def test_runs_are_filtered_by_recipe_keys_and_metrics(run_cli: RunCli, folder: P
     assert names(run_cli, folder, "--filter", f"val_loss<{(first + second) / 2}") == ["first"]
 
 
-def test_runs_are_sorted_with_the_best_first(run_cli: RunCli, folder: Path) -> None:
+def test_the_best_run_is_sorted_first(run_cli: RunCli, folder: Path) -> None:
     assert names(run_cli, folder, "--sort", "val_loss") == ["first", "second"]
     (folder / "first").rename(folder / "third")
     assert names(run_cli, folder, "--sort", "val_loss") == ["third", "second"]
     assert names(run_cli, folder, "--sort", "name") == ["second", "third"]
 
 
-def test_chosen_columns_are_shown_and_exported(run_cli: RunCli, folder: Path) -> None:
+def test_the_selected_columns_are_shown_and_exported(run_cli: RunCli, folder: Path) -> None:
     shown = run_cli("runs", folder, "--columns", "seed,model.n_embd,val_loss").out.splitlines()
     assert shown[0].split() == ["name", "seed", "model.n_embd", "val_loss"]
     assert shown[2].split()[:3] == ["second", "7", "32"]
@@ -68,12 +70,12 @@ def test_chosen_columns_are_shown_and_exported(run_cli: RunCli, folder: Path) ->
     [
         (["--filter", "model.n_embd"], "must have the form KEY>=VALUE"),
         (["--filter", "model.n_emb=3"], "did you mean model.n_embd?"),
-        (["--filter", "model.preset>=3"], "'modern' and '3' have no order"),
+        (["--filter", "model.preset>=3"], "'modern' and '3' cannot be ordered"),
         (["--sort", "val_lss"], "no run has the key val_lss"),
         (["--columns", "sed"], "did you mean seed?"),
     ],
 )
-def test_invalid_queries_are_refused(options: list[str], message: str, run_cli: RunCli, folder: Path) -> None:
+def test_invalid_queries_are_rejected(options: list[str], message: str, run_cli: RunCli, folder: Path) -> None:
     result = run_cli("runs", folder, *options)
     assert result.code == 2
     assert message in result.err

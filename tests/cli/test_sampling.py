@@ -1,4 +1,4 @@
-"""`sample`, `eval`, `compare` and `serve` on the command line: every option takes effect or is rejected."""
+"""Test that every option of `sample`, `eval`, `compare` and `serve` either takes effect or is rejected."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _texts(result: CommandResult) -> list[str]:
 
 @pytest.fixture
 def run_sample(run_cli: RunCli, tiny_run: Run) -> RunCli:
-    """Run `tinylm sample` with the given options and a fixed seed."""
+    """`run_sample(*options)` runs `tinylm sample` with a fixed seed."""
 
     def run(*more: object, **options: object) -> CommandResult:
         seed = () if "--beams" in more else ("--seed", 3)  # beam search rejects --seed
@@ -42,7 +42,7 @@ def test_a_prompt_can_come_from_a_file_or_standard_input(run_sample: RunCli, tmp
 
 
 @pytest.mark.parametrize("piped", [True, False])
-def test_prompts_may_begin_with_a_byte_order_mark(piped: bool, run_sample: RunCli, tmp_path: Path) -> None:
+def test_prompts_can_begin_with_a_byte_order_mark(piped: bool, run_sample: RunCli, tmp_path: Path) -> None:
     content = b'\xef\xbb\xbf{"prompt": "The for"}\n"a"\n'
     (tmp_path / "prompts.jsonl").write_bytes(content)
     source = ("-",) if piped else (tmp_path / "prompts.jsonl",)
@@ -55,7 +55,7 @@ def test_beam_search_reports_its_speed(run_sample: RunCli) -> None:
     assert all(sample["tokens"] and sample["tokens_per_second"] > 0 for sample in samples)
 
 
-def test_many_prompts_print_one_line_each_in_order_with_the_same_text_as_single_prompts(run_sample: RunCli, tmp_path: Path) -> None:
+def test_many_prompts_generate_the_same_texts_in_order_as_single_prompts(run_sample: RunCli, tmp_path: Path) -> None:
     prompts = ["The for statement", "", "a", "is"] * 5
     lines = [json.dumps({"prompt": prompt, "id": number}) for number, prompt in enumerate(prompts)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines) + "\n\n")
@@ -91,7 +91,7 @@ def _token_70(run_sample: RunCli) -> str:
     return str(sample["logprobs"][0]["token"])
 
 
-def test_logprobs_are_in_the_json_and_in_the_printed_table(run_sample: RunCli) -> None:
+def test_logprobs_are_printed_in_the_json_and_in_a_table(run_sample: RunCli) -> None:
     [sample] = run_sample("--logprobs", 2, "--json").json["samples"]
     assert len(sample["logprobs"]) == sample["tokens"]
     assert all(len(token["alternatives"]) == 2 and token["logprob"] <= 0 for token in sample["logprobs"])
@@ -169,7 +169,7 @@ def test_invalid_prompt_lines_are_rejected(run_sample: RunCli, lines: bytes, mes
     assert message in error_of(run_sample("--prompts", "-", stdin=lines))
 
 
-def test_eval_reports_optional_tables(run_cli: RunCli, tiny_run: Run, tmp_path: Path) -> None:
+def test_eval_prints_optional_tables(run_cli: RunCli, tiny_run: Run, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     more = ("--baselines", "--by-frequency", "--by-position", "--by-document", "--hardest", 3)
     shown = run_cli("eval", "-r", tiny_run.path, *more, "--html", page, "--stride", 16)
@@ -188,7 +188,7 @@ def test_eval_rejects_options_without_effect(run_cli: RunCli, tiny_run: Run, tmp
     assert "is a folder" in error_of(run_cli("eval", "-r", tiny_run.path, "--html", tmp_path))
 
 
-def test_compare_reports_differences_and_their_significance(run_cli: RunCli, tiny_run: Run, text_file: Path) -> None:
+def test_compare_prints_differences_and_their_significance(run_cli: RunCli, tiny_run: Run, text_file: Path) -> None:
     result = run_cli("compare", tiny_run.path, tiny_run.path, "--on", text_file, "--json", "-q").json
     [test] = result["tests"]
     assert (test["difference"], test["p_value"], test["p_corrected"], test["better"]) == (0, 1, 1, None)
@@ -201,7 +201,7 @@ def test_compare_reports_differences_and_their_significance(run_cli: RunCli, tin
     assert "--field: requires --on" in error_of(run_cli("compare", tiny_run.path, tiny_run.path, "--field", "x"))
 
 
-def test_runs_with_different_held_out_texts_are_still_shown(run_cli: RunCli, tiny_run: Run, tmp_path: Path) -> None:
+def test_compare_shows_runs_with_different_held_out_texts_without_tests(run_cli: RunCli, tiny_run: Run, tmp_path: Path) -> None:
     other = shutil.copytree(tiny_run.path, tmp_path / "other")
     kept = tiny_run.heldout()
     shards.write_shard(
@@ -222,7 +222,7 @@ def test_runs_with_different_held_out_texts_are_still_shown(run_cli: RunCli, tin
     assert document["curves"]
 
 
-def test_split_selects_a_part_of_the_runs_own_text(run_cli: RunCli, tiny_run: Run, text_file: Path) -> None:
+def test_split_must_be_a_part_of_the_text_that_the_run_has(run_cli: RunCli, tiny_run: Run, text_file: Path) -> None:
     assert "overlap" in run_cli("eval", "-r", tiny_run.path).out
     assert "this run has no test text" in error_of(run_cli("eval", "-r", tiny_run.path, "--split", "test"))
     assert "this run has no test text" in error_of(run_cli("compare", tiny_run.path, tiny_run.path, "--split", "test"))

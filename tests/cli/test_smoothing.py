@@ -1,4 +1,4 @@
-"""The drawn training loss is smooth in long runs and does not lag behind the held-out loss."""
+"""Test that the plotted training loss is smooth in long runs and does not lag behind the held-out loss."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from tinylm_cli.smoothing import smoothed
 
 
 def falling(steps: int) -> list[float]:
-    """A loss that falls from 8 like that of a real run."""
+    """Return losses that fall from 8 as in a real run."""
     return [2 + 6 * (1 + 30 * step / steps) ** -0.6 for step in range(steps)]
 
 
 @pytest.mark.parametrize("steps", [40, 150, 450, 5000])
 @pytest.mark.parametrize("done", [0.125, 0.5, 1.0])
 def test_a_higher_held_out_loss_is_drawn_above_the_training_loss(steps: int, done: float) -> None:
-    """The held-out loss is 2% above the training loss. An average of past losses would be above both for half of a short run."""
+    """The held-out loss is 2% above the training loss. For half of a short run, an average of past losses would exceed both."""
     losses = falling(steps)[: int(done * steps)]
     assert all(value < 1.02 * loss for value, loss in zip(smoothed(losses, done), losses, strict=True))
 

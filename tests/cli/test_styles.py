@@ -1,4 +1,4 @@
-"""Colors are readable on black and on white, as defined by WCAG 2: a contrast of at least 3 for large shapes and bold text."""
+"""Test that colors are readable on black and on white. WCAG 2 requires a contrast of at least 3 for large shapes and bold text."""
 
 from __future__ import annotations
 

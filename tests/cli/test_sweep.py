@@ -1,4 +1,4 @@
-"""Invalid command lines of `tinylm sweep` are rejected before anything is trained."""
+"""Test that `tinylm sweep` rejects invalid options before it trains anything."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from command import RunCli
         (["--set", "seed=1,2", "--plot", "picture.txt"], "must end in .png, .svg or .pdf"),
     ],
 )
-def test_an_invalid_sweep_is_refused(
+def test_an_invalid_sweep_is_rejected(
     arguments: list[str], message: str, run_cli: RunCli, recipe_file: Path, tmp_path: Path
 ) -> None:
     result = run_cli("sweep", recipe_file, *arguments, "--out", tmp_path / "s")

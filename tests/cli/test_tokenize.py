@@ -1,4 +1,4 @@
-"""Every `tinylm tokenize` subcommand, with text and JSON output, and user errors."""
+"""Test every `tinylm tokenize` subcommand with text and JSON output, and its error messages."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_train_prints_the_fingerprint_and_is_reproducible(run_cli: RunCli, kind:
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
 
 
-def test_the_error_for_a_too_large_vocabulary_reports_the_largest_possible_size(run_cli: RunCli, tmp_path: Path) -> None:
+def test_the_error_for_a_vocabulary_that_is_too_large_shows_the_largest_possible_size(run_cli: RunCli, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("low lower lowest " * 20)
     train = ("tokenize", "train", tmp_path / "a.txt", "--out", tmp_path / "t.json")
     message = error_of(run_cli(*train))
@@ -35,7 +35,7 @@ def test_the_error_for_a_too_large_vocabulary_reports_the_largest_possible_size(
     assert run_cli(*train, "--allow-smaller", "--json").json["vocab_size"] < 300
 
 
-def test_the_run_in_the_environment_is_used(run_cli: RunCli, tiny_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_run_in_the_environment_variable_is_used(run_cli: RunCli, tiny_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TINYLM_RUN", str(tiny_run.path))
     ids = run_cli("tokenize", "encode", stdin=b"The for statement")
     assert ids.out.split() == [str(id) for id in tiny_run.tokenizer.encode("The for statement")]

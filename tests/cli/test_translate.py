@@ -1,4 +1,4 @@
-"""`tinylm translate`: a line in, a line out."""
+"""Test `tinylm translate`, and `tinylm eval` and `tinylm compare` with translation models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run.open(folder / "run")
 
 
-def test_translate_prints_a_line_for_every_line(run: Run, run_cli: RunCli) -> None:
+def test_translate_prints_one_line_for_every_input_line(run: Run, run_cli: RunCli) -> None:
     result = run_cli("translate", "--run", run.path, stdin=b"a b c\n\nd e f\r\n" + b"a " * 40 + b"\n")
     assert result.code == 0, result.err
     lines = result.out.split("\n")
@@ -29,7 +29,7 @@ def test_translate_prints_a_line_for_every_line(run: Run, run_cli: RunCli) -> No
     assert "line 4 is longer than the model's context: cut from 40 to 11 tokens" in result.err
 
 
-def test_translate_lists_several_translations_with_scores_and_alignment(run: Run, run_cli: RunCli) -> None:
+def test_translate_prints_several_translations_with_scores_and_an_alignment(run: Run, run_cli: RunCli) -> None:
     result = run_cli("translate", "a b c", "--run", run.path, "-n", "2", "--beams", "3", "--attention", "--json")
     assert result.code == 0, result.err
     [document] = result.json
@@ -55,7 +55,7 @@ def test_translate_rejects_options_without_effect(run: Run, run_cli: RunCli, arg
     assert message in result.err
 
 
-def test_compare_reports_the_difference_in_bleu(run: Run, run_cli: RunCli) -> None:
+def test_compare_prints_the_difference_in_bleu(run: Run, run_cli: RunCli) -> None:
     result = run_cli("compare", run.path, run.path, "--json")
     assert result.code == 0, result.err
     [test] = result.json["tests"]
@@ -63,13 +63,13 @@ def test_compare_reports_the_difference_in_bleu(run: Run, run_cli: RunCli) -> No
     assert test["ci95"] == [0, 0]
 
 
-def test_eval_has_the_keys_of_a_translator(run: Run, run_cli: RunCli) -> None:
+def test_eval_prints_the_metrics_of_a_translation_model(run: Run, run_cli: RunCli) -> None:
     result = run_cli("eval", "--run", run.path, "--max-pairs", "8", "--json")
     assert result.code == 0, result.err
     assert {"pairs", "bleu", "bleu_ci95", "bleu_signature", "chrf", "loss", "baselines"} <= result.json.keys()
     assert set(result.json["baselines"]) == {"copy", "memory", "word_by_word"}
     shown = run_cli("eval", "--run", run.path, "--max-pairs", "8", "--no-baselines")
     assert "signature" in shown.out
-    refused = run_cli("eval", "--run", run.path, "--stride", "4")
-    assert refused.code == 2
-    assert "has no effect" in refused.err
+    invalid = run_cli("eval", "--run", run.path, "--stride", "4")
+    assert invalid.code == 2
+    assert "has no effect" in invalid.err

@@ -1,4 +1,4 @@
-"""Help, listings and errors must be fast, so they must not import torch. One subprocess runs them all and checks for the import."""
+"""Test that help, listings and errors do not import torch, because they must be fast. One subprocess runs all commands."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MISTAKES = {
     "trian x": "no such command 'trian' (did you mean train?)",
     "generate hello": "no such command 'generate' (did you mean sample?)",
     "list": "no such command 'list' (did you mean runs?)",
-    "sample hello": "(give the text to continue with --prompt; see `tinylm sample --help`)",
+    "sample hello": "(pass the text to continue with --prompt; see `tinylm sample --help`)",
     "sample --max_tokens 3": "no such option: --max_tokens (did you mean --max-new-tokens?; see `tinylm sample --help`)",
     "train text.txt": "text.txt: is a text, not a recipe (`tinylm new text.txt --out my.yaml` writes a recipe for this text",
     "train builtin:python-docs": "builtin:python-docs: is a text, not a recipe",
@@ -46,7 +46,7 @@ MISTAKES = {
     "tokenize train text.txt --field body --out t.json": "text.txt: --field (data.field) has no effect on plain text",
     "embed from-run --out v.dat --run nowhere": "v.dat: the suffix is not one of .safetensors, .bin, .vec, .txt, .tsv",
     "xyzzy": "no such command 'xyzzy' (`tinylm --help` lists the commands)",
-    "train": "give either a RECIPE or --replay REPORT",
+    "train": "requires either a RECIPE or --replay REPORT",
     "train quickstart --epochs 3": "no such option: --epochs (set it with --set training.epochs=VALUE; see `tinylm train --help`)",
     "train quikstart": "quikstart: no such recipe (did you mean quickstart?)",
     "train nowhere.yaml": "nowhere.yaml: no such recipe (`tinylm recipes` lists",
@@ -55,8 +55,8 @@ MISTAKES = {
     "train quickstart --resume --overwrite": "--resume, --overwrite: these options are mutually exclusive",
     "train quickstart --allow-change seed": "--allow-change: requires --resume",
     "train quickstart --seed -1": "invalid value for '--seed'",
-    "train quickstart --device tpu": "--device: no such device 'tpu' (one of auto, cpu, cuda, mps)",
-    "new": "SOURCE: missing (name a text, or conversations with --chat FILE --from RUN)",
+    "train quickstart --device tpu": "--device: no such device 'tpu' (use one of auto, cpu, cuda, mps)",
+    "new": "SOURCE: missing (pass a text, or conversations with --chat FILE --from RUN)",
     "new nowhere.txt": "nowhere.txt: no such file or folder",
     "new -": "-: standard input cannot be read again for training (save it to a file)",
     "new text.txt --minutes 0": "--minutes: must be a positive duration, not '0'",
@@ -69,7 +69,7 @@ MISTAKES = {
     "plan quickstart --hardware abacus": "--hardware: unknown accelerator 'abacus' (known accelerators: b200, h200,",
     "plan quickstart --hardware h100-smx": "did you mean h100-sxm?",
     "plan quickstart --devices 2": "--devices: requires --hardware",
-    "sample": "no run under runs/ yet (train one with `tinylm train quickstart`, or name one with --run)",
+    "sample": "no run under runs/ yet (train one with `tinylm train quickstart`, or select one with --run)",
     "sample -n 0": "invalid value for '-n'",
     "sample --run nowhere": "nowhere: no such run (`tinylm runs` lists the runs under runs/)",
     "eval --threads 0": "invalid value for '--threads'",
@@ -95,7 +95,7 @@ MISTAKES = {
     "tokenize train nowhere.txt --out t.json": "nowhere.txt: no such file or folder",
     "tokenize train nowhere.txt --out t.json --kind wordpice": "not 'wordpice' (did you mean wordpiece?)",
     "tokenize train nowhere.txt --out t.json --vocab-size 9": "--vocab-size: must be at least 257 for bpe",
-    "tokenize train nowhere.txt --out t.json --kind char --vocab-size 9": "--vocab-size: only kinds bpe, unigram, wordpiece,",
+    "tokenize train nowhere.txt --out t.json --kind char --vocab-size 9": "--vocab-size: not supported by kind char, only by bpe,",
     "tokenize train nowhere.txt --out t.json --kind word --dropout 9": "no such option",
     "tokenize train nowhere.txt --out t.json --normalize nfx": "--normalize: must be none or some of nfc, nfd,",
     "tokenize compare nowhere.json --on nowhere.txt": "nowhere.json: no such tokenizer file",
@@ -181,21 +181,21 @@ def test_help_lists_every_command(results: Results) -> None:
 
 
 @pytest.mark.parametrize("command", ["", "tokenize", "embed"])
-def test_without_a_command_help_is_printed_on_stderr(results: Results, command: str) -> None:
+def test_help_is_printed_on_stderr_if_no_command_is_specified(results: Results, command: str) -> None:
     code, out, err, _ = results[command]
     assert (code, out) == (2, "")
     assert "Usage" in err
 
 
 @pytest.mark.parametrize("command", MISTAKES)
-def test_a_mistake_is_reported_in_one_line_with_exit_code_2(results: Results, command: str) -> None:
+def test_a_mistake_is_reported_on_one_line_with_exit_code_2(results: Results, command: str) -> None:
     code, out, err, _ = results[command]
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("error: ")
     assert MISTAKES[command] in err
 
 
-def test_a_plan_is_made_without_torch(results: Results) -> None:
+def test_plan_estimates_the_cost_without_torch(results: Results) -> None:
     code, out, _, _ = results["plan recipe.yaml --json"]
     assert code == 0
     assert json.loads(out)["steps"] == 5
@@ -203,7 +203,7 @@ def test_a_plan_is_made_without_torch(results: Results) -> None:
     assert (code, "time on 1 l4" in out) == (0, True)
 
 
-def test_without_runs_the_list_is_empty(results: Results) -> None:
+def test_the_list_is_empty_if_there_are_no_runs(results: Results) -> None:
     assert results["runs --json"][:3] == (0, "[]\n", "")
 
 

@@ -1,4 +1,4 @@
-"""Data sheet figures are plausible, and the time of a step follows from its FLOPs and bytes."""
+"""Test that data sheet figures are plausible, and that a step's time follows from its FLOPs and bytes."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_names_are_unique() -> None:
     assert len({accelerator.name for accelerator in ACCELERATORS}) == len(ACCELERATORS)
 
 
-def test_the_error_for_an_unknown_name_suggests_the_nearest_name_or_lists_all_names() -> None:
+def test_the_error_for_an_unknown_name_suggests_a_similar_name_or_lists_all_names() -> None:
     with pytest.raises(InputError, match=r"--hardware: unknown accelerator 'h100-smx' \(did you mean h100-sxm\?\)"):
         find("h100-smx")
     with pytest.raises(InputError, match=r"known accelerators: b200, h200, h100-sxm, .*rtx-3090"):
@@ -90,7 +90,7 @@ def test_a_step_requires_at_least_one_device() -> None:
 def test_a_step_on_four_devices_matches_a_calculation_by_hand() -> None:
     seconds = step_seconds(ROUND, 4, "bf16", **COUNTS)
     assert seconds.matmul == pytest.approx(6e12 / 10e12 / MATMUL_EFFICIENCY / 4)
-    assert seconds.memory == pytest.approx((0.2 / 4 + 0.01) / BANDWIDTH_EFFICIENCY), "every device holds the whole state"
+    assert seconds.memory == pytest.approx((0.2 / 4 + 0.01) / BANDWIDTH_EFFICIENCY), "every device stores the whole state"
     assert seconds.communication == pytest.approx((1 - OVERLAP_FRACTION) * 2 * 3 / 4 * 0.01 / LINK_EFFICIENCY)
     assert seconds.total == seconds.matmul + seconds.memory + seconds.communication
 
@@ -134,7 +134,7 @@ def test_a_matrix_product_is_memory_bound_if_its_operands_take_longer() -> None:
 
 
 def test_the_traffic_of_a_gpt2_block_matches_a_calculation_by_hand() -> None:
-    """In 16 bits with F = 4 C: two norms and residual sums, GELU, the gradient of q, k and v with 3 C columns, biases of 9 C."""
+    """In 16 bits with F = 4 C: two norms and residual sums, GELU, the gradient of q, k and v (3 C columns), and biases (9 C)."""
     model = section(preset="gpt2")
     norms, sums = 2 * (8 + 6 + 6 + 12 + 8), 2 * (10 + 6 + 12)
     gelu, qkv_gradient, biases = 2 * 5 * 4, 2 * 2 * 3, 2 * (3 + 1 + 4 + 1)
@@ -183,7 +183,7 @@ def test_every_micro_batch_moves_the_weights() -> None:
 
 
 class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sums the bytes that operations read and write, except for matrix products and attention."""
+    """Sums the bytes that all operations except matrix products and attention read and write."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -220,7 +220,7 @@ def test_the_traffic_of_an_activation_matches_torch(kind: str, width: int) -> No
 
 
 def test_the_eager_traffic_of_gpt2_matches_torch() -> None:
-    """Compare with Hugging Face's GPT-2 in float32, with enough tokens to make the traffic of the weights negligible."""
+    """Compare with Hugging Face's GPT-2 in float32, with so many tokens that the traffic of the weights is negligible."""
     config = GPT2Config(
         vocab_size=97,
         n_positions=64,

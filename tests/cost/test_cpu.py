@@ -1,4 +1,4 @@
-"""The time of a step on a CPU follows from the counts of its work and the measured speed of the CPU."""
+"""Test that the time for a step on a CPU follows from the amount of work and the CPU's measured speed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_step_matches_a_calculation_by_hand() -> None:
     assert seconds.total == pytest.approx(seconds.passes + seconds.optimizer)
 
 
-def test_bf16_is_faster_with_amx_and_has_a_cost_per_block_of_queries() -> None:
+def test_bf16_is_faster_with_amx_and_has_a_cost_per_query_block() -> None:
     fp32, bf16 = (step_seconds(MACHINE, replace(WORK, precision=precision)) for precision in ("fp32", "bf16"))
     assert bf16.matmul == pytest.approx(fp32.matmul / AMX_SPEEDUP)
     assert MACHINE.peak_flops("fp32") == MACHINE.matmul_flops_in("fp32")
@@ -66,11 +66,11 @@ def test_newton_schulz_flops_match_a_calculation_by_hand() -> None:
     assert newton_schulz_flops(32, 32, 1) == 6 * 32**3
 
 
-def test_longer_sequences_have_larger_blocks_of_queries() -> None:
+def test_longer_sequences_have_larger_query_blocks() -> None:
     assert [query_blocks(2, 3, length) for length in (1, 64, 191, 192, 256, 768, 1024)] == [6, 12, 36, 18, 24, 18, 24]
 
 
-def test_this_machine_is_measured() -> None:
+def test_the_speed_of_this_machine_is_measured() -> None:
     machine = measure(1 << 20, 1 << 22)
     assert machine.matmul_flops > 1e8
     assert machine.bandwidth > 1e7

@@ -1,4 +1,4 @@
-"""The counted bytes match the tensors that torch saves, allocates and frees."""
+"""Test that the estimated bytes match the tensors that torch saves, allocates and frees."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def section(**parts: Any) -> DecoderSection:
 
 
 class Saved:
-    """Collects the storages that a forward pass saves for the backward pass, except the storages of parameters and buffers."""
+    """Collects the storages that a forward pass saves for the backward pass, except those of parameters and buffers."""
 
     def __init__(self, network: Transformer) -> None:
         self._own = {tensor.untyped_storage()._cdata for tensor in [*network.parameters(), *network.buffers()]}
@@ -157,7 +157,7 @@ class _Norm(torch.autograd.Function):
 
 @pytest.mark.parametrize("preset", DECODER_PRESETS)
 def test_saved_bytes_match_a_forward_pass_on_a_gpu(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run on torch's `meta` device in float32, which takes the GPU code paths without data. Stubs replace fused kernels."""
+    """In float32, torch's `meta` device takes the same code paths as a GPU, but without data. Stubs replace fused kernels."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
         result: Tensor = _Flash.apply(q, k, v)  # type: ignore[no-untyped-call]
@@ -181,7 +181,7 @@ def test_saved_bytes_match_a_forward_pass_on_a_gpu(preset: str, monkeypatch: pyt
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records the peak total size of the live storages that were allocated in the context."""
+    """Records the peak total size of live storages that were allocated while the context was active."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -190,9 +190,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        inputs = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in given:
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in inputs:
                 storage = leaf.untyped_storage()
                 self._storages[storage._cdata] = (torch.multiprocessing.reductions.StorageWeakRef(storage), storage.nbytes())
         self._storages = {key: (owner, size) for key, (owner, size) in self._storages.items() if not owner.expired()}
@@ -253,7 +253,7 @@ def test_loss_bytes_match_the_peak_of_the_loss(
     [
         (65_536, 50_304, 8_192),  # 1.5 GiB in float32; 8 equal chunks
         (16_384, 50_304, 4_096),  # a quarter of the micro-batch
-        (8_192, 50_304, 2_048),  # no larger than a plain chunk
+        (8_192, 50_304, 2_048),  # no larger than a chunk of the uncompiled loss
         (12_345, 50_304, 3_072),  # no multiple of 128 divides the micro-batch
         (65_536, 256_000, 2_048),
         (640, 10_000_000, 512),  # the smallest chunk
@@ -265,7 +265,7 @@ def test_chunks_of_the_compiled_loss_are_large_and_equal(rows: int, vocab_size: 
 
 
 @pytest.mark.parametrize(("precision", "per_logit"), [("bf16", 4), ("fp32", 8)])
-def test_the_compiled_loss_counts_a_chunk_of_logits_and_its_gradient(precision: ComputeDtype, per_logit: int) -> None:
+def test_the_compiled_loss_needs_memory_for_a_chunk_of_logits_and_its_gradient(precision: ComputeDtype, per_logit: int) -> None:
     model = section(n_embd=64, context_length=1024)
     config = PassConfig(50_304, 64, precision, on_gpu=True)
     head = 2 * 2 * 50_304 * 64 if precision == "bf16" else 0
@@ -318,7 +318,7 @@ def test_evaluation_bytes_match_the_peak_of_an_evaluation(preset: str, vocab_siz
     assert max(counted) == pytest.approx(peak_bytes(work), rel=0.15)
 
 
-def test_the_model_and_the_evaluation_use_the_batch_sizes_that_the_counts_assume() -> None:
+def test_the_model_and_the_evaluation_use_the_batch_sizes_that_the_estimate_assumes() -> None:
     assert transformer.loss_chunk_rows is memory.loss_chunk_rows
     assert perplexity.EVALUATION_BATCH_TOKENS is memory.EVALUATION_BATCH_TOKENS
     assert perplexity.EVALUATION_BATCH_LOGITS is memory.EVALUATION_BATCH_LOGITS

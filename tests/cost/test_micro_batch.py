@@ -1,4 +1,4 @@
-"""The memory required for training, and the largest micro-batch that fits."""
+"""Test the estimate of the memory required for training, and the choice of the largest micro-batch that fits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_the_micro_batch_can_be_set_and_limited_by_tokens() -> None:
     assert choose_micro_batch(recipe(), 4096, 1 << 40, None, devices=4) == 16
 
 
-def test_muon_has_one_state_value_per_matrix_weight_and_adamw_two() -> None:
+def test_muon_stores_one_value_per_matrix_weight_and_adamw_stores_two() -> None:
     muon, adamw = (estimate_memory(recipe(f"training.optimizer={name}"), 300, 1) for name in ("muon", "adamw"))
     assert adamw.optimizer == 2 * adamw.weights
     assert adamw.optimizer - muon.optimizer == 4 * parameter_counts(recipe().model, 300)["matrices"]
@@ -63,7 +63,7 @@ def test_the_error_for_a_batch_that_cannot_be_divided_suggests_valid_sizes() -> 
         plan(accelerator="l4", devices=3)
     with pytest.raises(InputError, match=r"2 sequences cannot be divided among 8 devices \(use 8\)"):
         plan("training.global_batch_size=2", accelerator="l4", devices=8)
-    with pytest.raises(InputError, match=r"16 does not divide the 8 sequences of each of 8 devices \(use 1, 2, 4 or 8\)"):
+    with pytest.raises(InputError, match=r"16 does not divide the 8 sequences per device \(use 1, 2, 4 or 8\)"):
         plan("training.micro_batch_size=16", accelerator="l4", devices=8)
 
 

@@ -1,4 +1,4 @@
-"""Parameter and FLOP counts match the model."""
+"""Test that parameter and FLOP counts match the model."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_gpt2_small_has_the_published_number_of_parameters() -> None:
 def test_flops_per_token_match_a_calculation_by_hand() -> None:
     model = section(preset="gpt2")
     weights = 2 * (4 * 32 * 32 + 2 * 32 * 128) + 61 * 32
-    attended = 24 / 2  # a causal position attends to half of the context on average
+    attended = 24 / 2  # on average, a causal position attends to half of the context
     # In each of 2 layers: scores and a weighted sum, with a multiplication and an addition per element.
     attention = 2 * (2 * attended * 32 + 2 * attended * 32)
     assert flops_per_token(model, 61) == 6 * weights + 3 * attention, "the backward pass costs twice the forward pass"

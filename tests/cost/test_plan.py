@@ -1,4 +1,4 @@
-"""The figures of a plan are consistent, and match the data pipeline and the literature."""
+"""Test that a plan's figures are consistent and match the data pipeline and the literature."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_an_epoch_has_enough_steps_to_cover_every_window(tokens: int, context: i
     assert (steps - 1) * batch < windows <= steps * batch
 
 
-def test_the_figures_of_a_plan_are_consistent() -> None:
+def test_the_figures_in_a_plan_are_consistent() -> None:
     for options in ({}, {"accelerator": "a100-40gb-sxm", "devices": 4}):
         estimate = plan("training.epochs=2", "model.preset=gpt2", "model.tie_embeddings=off", **options)
         assert estimate.tokens_per_step == estimate.global_batch_size * estimate.context_length == 64 * 256
@@ -71,7 +71,7 @@ def test_a_text_shorter_than_a_sequence_is_an_error() -> None:
     assert make_plan(recipe(), 1000, 257, processor=IDLE).steps == 10
 
 
-def test_this_machine_is_measured() -> None:
+def test_a_plan_for_this_machine_uses_measured_speeds() -> None:
     estimate = make_plan(recipe("model.n_layer=1", "model.n_head=1", "model.n_embd=16"), 300, 1000)
     assert (estimate.hardware, estimate.devices) == ("cpu", 1)
     assert estimate.mfu > 0
@@ -89,7 +89,7 @@ def test_evaluation_time_depends_on_stride_and_tokens() -> None:
     assert tenth == pytest.approx(full / 10)
 
 
-def test_the_compute_budget_of_chinchilla_implies_its_size() -> None:
+def test_the_compute_optimal_size_for_chinchillas_budget_is_chinchillas_size() -> None:
     """70 billion parameters and 1.4 trillion tokens need 5.88e23 FLOPs (Hoffmann et al. 2022, table 4)."""
     best = compute_optimal(70_000_000_000, 5.88e23, 1_400_000_000_000, 1_400_000_000_000)
     assert best.tokens == 1.4e12
@@ -98,7 +98,7 @@ def test_the_compute_budget_of_chinchilla_implies_its_size() -> None:
 
 
 def test_repeated_text_has_diminishing_returns() -> None:
-    """Four epochs are worth nearly as much as new text. No number of epochs is worth more than 1 + R* (Muennighoff et al. 2023)."""
+    """Four epochs are nearly as good as new text. No number of epochs is worth more than 1 + R* (Muennighoff et al. 2023)."""
     worth = [compute_optimal(1, 1.0, epochs * 1000, 1000).effective_tokens / 1000 for epochs in (1, 4, 16, 40, 1000)]
     assert worth[0] == 1
     assert 0.9 * 4 < worth[1] < 4

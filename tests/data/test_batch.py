@@ -1,4 +1,4 @@
-"""Batches: moving, splitting and counting."""
+"""Test that batches can be split and moved, and that their targets and tokens are counted."""
 
 from __future__ import annotations
 

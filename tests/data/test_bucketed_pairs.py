@@ -1,4 +1,4 @@
-"""Sentence pairs are batched with pairs of similar length, as a pure function of the seed and the position."""
+"""Test that sentence pairs are batched by length, and that batches depend only on the seed and the position."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_examples_depend_only_on_seed_and_position() -> None:
     assert not np.array_equal(dataset.pair_indexes(0, 64), _dataset(seed=2).pair_indexes(0, 64))
 
 
-def test_the_source_and_the_target_of_a_row_belong_together() -> None:
+def test_the_source_and_the_target_in_a_row_are_a_pair() -> None:
     examples = _dataset().examples(5 * SIZE, SIZE)
     assert (examples["source"][:, 0] == examples["tokens"][:, 0]).all()
 
@@ -49,7 +49,7 @@ def test_padding_is_a_small_share_of_the_tokens() -> None:
     assert padding / total < 0.12
 
 
-def test_pairs_longer_than_the_context_are_left_out() -> None:
+def test_pairs_longer_than_the_context_are_skipped() -> None:
     dataset = _dataset(context_length=10)
     assert dataset.examples(0, 400)["source"].shape[1] <= 10
     with pytest.raises(InputError, match="all pairs are longer than 1 tokens"):

@@ -1,4 +1,4 @@
-"""Datasets: examples depend only on the seed and the position, and every epoch covers the whole text."""
+"""Test that examples depend only on the seed and the position, and that every epoch covers the whole text."""
 
 from __future__ import annotations
 
@@ -87,13 +87,11 @@ def test_memory_mapped_tokens_return_the_same_sequences(tmp_path: object) -> Non
     assert np.array_equal(mapped.examples(3, 40)["tokens"], TokenStream(text_of(300), 16, seed=2).examples(3, 40)["tokens"])
 
 
-# Documents
-
 END_OF_TEXT = 0
 
 
 def shard_of(lengths: list[int]) -> Shard:
-    """Return a shard of documents with the given lengths, whose tokens are all different."""
+    """Return a shard of documents with these lengths. All tokens are different."""
     numbers = iter(range(1, 10_000))
     tokens = [END_OF_TEXT]
     for length in lengths:
@@ -115,7 +113,7 @@ def _epoch_text(dataset: ShuffledDocuments, epoch: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("context", [1, 4, 9, 30])
-def test_shuffled_documents_are_whole_and_each_occurs_once(context: int) -> None:
+def test_shuffled_documents_are_complete_and_occur_once(context: int) -> None:
     shard = shard_of(LENGTHS)
     text = _epoch_text(ShuffledDocuments(shard, context, seed=3), 0).tolist()
     assert len(shard) - len(text) < context, "only the incomplete last window is dropped"
@@ -124,12 +122,12 @@ def test_shuffled_documents_are_whole_and_each_occurs_once(context: int) -> None
     read = [tuple(text[start + 1 : end]) for start, end in pairwise(ends)]
     documents = [tuple(shard.tokens[start:end].tolist()) for start, end in shard.documents()]
     missing = Counter(documents) - Counter(read)
-    assert not Counter(read) - Counter(documents), "every document is whole and occurs once"
+    assert not Counter(read) - Counter(documents), "every document is complete and occurs once"
     assert sum(len(document) + 1 for document in missing.elements()) < context + 1 + max(LENGTHS), "only the last one is cut off"
     assert read != documents[: len(read)]
 
 
-def test_every_epoch_and_every_seed_has_its_own_order_of_documents() -> None:
+def test_every_epoch_and_every_seed_has_its_own_document_order() -> None:
     shard = shard_of(LENGTHS)
     dataset = ShuffledDocuments(shard, 4, seed=3)
     firsts = [tuple(_epoch_text(dataset, 0).tolist()), tuple(_epoch_text(ShuffledDocuments(shard, 4, seed=4), 0).tolist())]
@@ -150,7 +148,7 @@ def test_shuffled_documents_depend_only_on_the_seed_and_the_position() -> None:
 
 
 @pytest.mark.parametrize("kind", [TokenStream, ShuffledDocuments])
-def test_segments_number_the_documents_of_a_window(kind: type[TokenStream]) -> None:
+def test_segments_number_the_documents_in_a_window(kind: type[TokenStream]) -> None:
     shard = shard_of(LENGTHS)
     text = shard.tokens if kind is TokenStream else shard
     plain, dataset = kind(text, 16, seed=2), kind(text, 16, seed=2, separator=END_OF_TEXT)  # type: ignore[arg-type]
@@ -164,7 +162,7 @@ def test_segments_number_the_documents_of_a_window(kind: type[TokenStream]) -> N
     assert "segments" not in plain.examples(0, 1)
 
 
-def test_the_recipe_chooses_the_dataset() -> None:
+def test_the_recipe_selects_the_dataset() -> None:
     shard = shard_of(LENGTHS)
 
     def built(**keys: object) -> Dataset:

@@ -1,4 +1,4 @@
-"""N-gram models match a slow implementation that uses dictionaries, and their probabilities sum to 1."""
+"""Test that n-gram models match a slow implementation with dictionaries, and that their probabilities sum to 1."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _shard(*documents: list[int]) -> Shard:
 
 
 def _texts(seed: int, count: int) -> list[list[int]]:
-    """Documents in which each token depends on the two before it."""
+    """Return documents in which each token depends on the two tokens before it."""
     generator = np.random.default_rng(seed)
     documents = []
     for _ in range(count):
@@ -51,7 +51,7 @@ class SlowKneserNey:
             tokens = [END, *document, END]
             for k in range(1, order + 1):
                 raw[k].update(tuple(tokens[i : i + k]) for i in range(len(tokens) - k + 1))
-        raw[1][(END,)] = len(documents)  # the end-of-text token that opens a document is not predicted
+        raw[1][(END,)] = len(documents)  # the end-of-text token at the start of a document is not predicted
         self.counts: list[dict[Gram, int]] = [{} for _ in range(order + 1)]
         self.counts[order] = dict(raw[order])
         for k in range(1, order):
@@ -99,7 +99,7 @@ def test_kneser_ney_matches_its_definition(order: int) -> None:
 
 @pytest.mark.parametrize("copies", [2, 3, 4, 5, 9])
 @pytest.mark.parametrize("order", [2, 3, 5])
-def test_repeated_text_leaves_probability_for_unseen_n_grams(copies: int, order: int) -> None:
+def test_unseen_n_grams_have_a_positive_probability_even_if_the_text_is_repeated(copies: int, order: int) -> None:
     """All counts are multiples of the number of copies, so Chen & Goodman's discounts are undefined or out of range."""
     train, heldout = _texts(1, 6) * copies, [[3, 9, 3, 9], [11, 11], *_texts(2, 2)]
     slow = SlowKneserNey(train, order)
@@ -119,7 +119,7 @@ _documents = strategies.lists(strategies.lists(strategies.integers(1, VOCAB_SIZE
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(_documents, strategies.integers(1, 5), strategies.lists(strategies.integers(-1, 3), max_size=4))
-def test_the_probabilities_of_the_vocabulary_sum_to_one(documents: list[list[int]], order: int, prune: list[int]) -> None:
+def test_the_probabilities_over_the_vocabulary_sum_to_one(documents: list[list[int]], order: int, prune: list[int]) -> None:
     thresholds = tuple(int(number) for number in np.maximum.accumulate([0, *prune]))
     shard = _shard(*documents)
     tables = smooth(count_shard(shard, VOCAB_SIZE, order), END, thresholds)
@@ -138,7 +138,7 @@ def test_the_probabilities_of_the_vocabulary_sum_to_one(documents: list[list[int
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(_documents, strategies.integers(1, 5), strategies.integers(1, 7))
-def test_counting_in_parts_gives_the_counts_of_the_whole_text(documents: list[list[int]], order: int, size: int) -> None:
+def test_merged_counts_of_parts_equal_the_counts_of_the_whole_text(documents: list[list[int]], order: int, size: int) -> None:
     shard = _shard(*documents)
     whole = count_shard(shard, VOCAB_SIZE, order)
     starts = range(0, len(shard), size)
@@ -157,7 +157,7 @@ def test_pruning_removes_the_rare_n_grams_and_keeps_the_others() -> None:
     np.testing.assert_allclose(pruned.probabilities[2] >= full.probabilities[2][kept], True)
 
 
-def test_a_text_of_four_lines_has_plausible_probabilities() -> None:
+def test_a_text_with_four_lines_has_plausible_probabilities() -> None:
     text = "one fish\ntwo fish\nred fish\nblue fish\n"
     ids = [1 + sorted(set(text)).index(character) for character in text]
     shard = Shard(np.array([0, *ids, 0], dtype=np.uint16), Counts(1, len(ids), len(ids), len(ids), 0), 0)
@@ -168,7 +168,7 @@ def test_a_text_of_four_lines_has_plausible_probabilities() -> None:
 
 
 def test_probabilities_equal_those_of_kenlm() -> None:
-    """`lmplz -o 3 --text text.txt --arpa order3.arpa` of KenLM 0.3 wrote the reference."""
+    """KenLM 0.3 wrote the reference with `lmplz -o 3 --text text.txt --arpa order3.arpa`."""
     folder = Path(__file__).parent / "kenlm"
     expected, words = arpa.read(folder / "order3.arpa")
     ids = {word: id for id, word in enumerate(words)}

@@ -1,4 +1,4 @@
-"""Labeled texts: formats, stratified splits, and messages about unusual data."""
+"""Test the formats of labeled texts, stratified splits, and messages about unusual data."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def prepare(recipe: Recipe) -> tuple[PreparedLabels, CollectingReporter]:
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv"])
-def test_tables_give_the_same_texts_as_json_lines(tmp_path: Path, suffix: str) -> None:
+def test_tables_are_read_like_json_lines(tmp_path: Path, suffix: str) -> None:
     assert read(write_labeled(tmp_path, suffix)) == read(write_labeled(tmp_path))
 
 
-def test_parquet_and_folders_give_the_same_texts(tmp_path: Path) -> None:
+def test_parquet_files_and_folders_are_read_like_json_lines(tmp_path: Path) -> None:
     texts = read(write_labeled(tmp_path))
     pyarrow = pytest.importorskip("pyarrow")
     table = pyarrow.table({"text": [item.text for item in texts], "label": [item.label for item in texts]})
@@ -50,7 +50,7 @@ def test_parquet_and_folders_give_the_same_texts(tmp_path: Path) -> None:
     assert sorted(read(tmp_path / "folder"), key=str) == sorted(texts, key=str)
 
 
-def test_labels_that_are_numbers_or_flags_are_spelled_as_in_json(tmp_path: Path) -> None:
+def test_numbers_and_booleans_become_labels_in_json_notation(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "a.jsonl", [("x", 1), ("y", True), ("z\nsecond line", 0.5)])
     assert [item.label for item in read(file)] == ["1", "true", "0.5"]
     assert read(file)[2].text == "z\nsecond line"
@@ -65,21 +65,21 @@ def test_labels_that_are_numbers_or_flags_are_spelled_as_in_json(tmp_path: Path)
         ('{"text": "a", "label": ["a"]}\n', "must be a label"),
     ],
 )
-def test_wrong_records_are_named_with_their_line(tmp_path: Path, content: str, problem: str) -> None:
+def test_the_error_for_an_invalid_record_contains_its_line_number(tmp_path: Path, content: str, problem: str) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a", "label": "b"}\n' + content)
     with pytest.raises(InputError, match=problem) as caught:
         read(tmp_path / "a.jsonl")
     assert str(caught.value.where).endswith("a.jsonl:2")
 
 
-def test_a_text_file_needs_a_folder_that_names_its_label(tmp_path: Path) -> None:
+def test_a_text_file_without_a_label_folder_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     for source in (tmp_path, tmp_path / "a.txt"):
         with pytest.raises(InputError, match="a text file has no label"):
             read(source)
 
 
-def test_the_split_has_the_same_share_of_every_label_and_keeps_equal_texts_together() -> None:
+def test_the_split_has_the_same_share_of_every_label_and_keeps_identical_texts_together() -> None:
     texts = [LabeledText(f"text {i % 150}", "abc"[i % 3]) for i in range(300)]
     chosen = stratified(texts, {"heldout": 0.2, "test": 0.1})
     assert sorted(index for part in chosen.values() for index in part) == list(range(300))
@@ -126,13 +126,13 @@ def test_unusual_data_is_reported(tmp_path: Path) -> None:
     _, reporter = prepare(recipe)
     reported = "\n".join([*reporter.warnings, *reporter.notes])
     assert "skipped 2 empty texts" in reported
-    assert "1 text occur with different labels" in reported
-    assert "1 heldout text have labels that no training text has ('c')" in reported
-    assert "1 of 3 heldout texts also occur in the training texts" in reported
+    assert "1 text with more than one label" in reported
+    assert "1 held-out text with labels that do not occur in the training texts ('c') will count as mistakes" in reported
+    assert "1 of 3 held-out texts also occur in the training texts" in reported
     assert "1 of 42 training texts have more than 14 tokens" in reported
 
 
-def test_one_label_is_not_enough(tmp_path: Path) -> None:
+def test_texts_with_only_one_label_are_rejected(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "a.jsonl", [(f"text {i}", "a") for i in range(20)])
     recipe = loads(f"data: {{train: {file}, format: labels}}\ntokenizer: byte\ntraining: {{steps: 1}}")
     prepared, _ = prepare(recipe)

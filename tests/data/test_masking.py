@@ -1,4 +1,4 @@
-"""Masked examples depend only on the seed and the position, and never contain masked control tokens."""
+"""Test that masked examples depend only on the seed and the position, and that control tokens are never masked."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_examples_are_a_pure_function_of_their_position(tmp_path: Path) -> None:
             assert np.array_equal(array, together[name][start : start + count])
 
 
-def test_masks_restore_the_text_and_spare_control_tokens(tmp_path: Path) -> None:
+def test_targets_restore_the_text_and_control_tokens_are_not_masked(tmp_path: Path) -> None:
     windows, tokenizer = dataset(tmp_path, extra="objective: {name: masked_lm, rate: 0.4}\n")
     control = ControlTokens.of(tokenizer)
     examples = windows.examples(0, 200)
@@ -51,7 +51,7 @@ def test_masks_restore_the_text_and_spare_control_tokens(tmp_path: Path) -> None
     assert set(text) <= set(tokenizer.encode("".join(map(chr, range(32, 127))) + "\n"))
 
 
-def test_the_shares_of_masks_random_tokens_and_kept_tokens(tmp_path: Path) -> None:
+def test_80_percent_of_the_targets_are_masked_and_10_percent_are_unchanged(tmp_path: Path) -> None:
     windows, tokenizer = dataset(tmp_path, extra="objective: {name: masked_lm, rate: 0.3}\n")
     mask = ControlTokens.of(tokenizer).mask
     examples = windows.examples(0, 2000)
@@ -91,7 +91,7 @@ def test_text_never_encodes_to_control_tokens(tmp_path: Path, tokenizer: str) ->
     assert masked[: len(before) + 1] == [*before, control.mask]
 
 
-def test_two_rates_need_a_number_of_steps() -> None:
+def test_two_rates_require_a_fixed_number_of_steps() -> None:
     with pytest.raises(RecipeError, match="masks must not depend on the clock"):
         loads(
             "data: {train: 'builtin:python-docs'}\nmodel: {architecture: encoder}\n"

@@ -1,4 +1,4 @@
-"""The sampled overlap of two texts agrees with sets of n-grams, and the sample stays small."""
+"""Test that the sampled overlap of two texts agrees with sets of n-grams, and that the sample stays small."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ def random_tokens(size: int, seed: int, vocab_size: int = 5000) -> np.ndarray:
 
 
 def reference_share(train: Shard, heldout: Shard, length: int) -> float:
-    """The share of n-grams that occur in both texts, from sets. A short document counts as a whole."""
+    """Return the share of held-out n-grams that also occur in the training text, from sets.
+
+    A document shorter than `length` is a single n-gram, weighted by its number of tokens.
+    """
 
     def grams(text: Shard) -> list[tuple[int, ...]]:
         found = []
@@ -50,7 +53,7 @@ def test_the_share_of_a_small_text_is_exact() -> None:
     assert 0 < overlap.share < 1
 
 
-def test_a_text_contains_all_of_itself_and_nothing_of_another_text() -> None:
+def test_a_text_overlaps_completely_with_itself_and_not_at_all_with_another_text() -> None:
     train = shard(random_tokens(3000, 1), random_tokens(5, 2))
     sample = sample_ngrams(train)
     overlap, none = sample.overlap(train), sample.overlap(shard(random_tokens(3000, 3), random_tokens(5, 4)))
@@ -69,7 +72,7 @@ def test_ngrams_do_not_cross_documents() -> None:
     assert crossing.share == 0
 
 
-def test_the_sample_has_at_most_a_byte_per_token_and_its_estimate_is_accurate() -> None:
+def test_the_sample_needs_at_most_a_byte_per_token_and_its_estimate_is_accurate() -> None:
     text = random_tokens(400_000, 1)
     sample = sample_ngrams(shard(text))
     assert sample.hashes.nbytes <= 1.02 * len(text)
@@ -83,7 +86,7 @@ def test_the_sample_has_at_most_a_byte_per_token_and_its_estimate_is_accurate() 
 def test_the_sample_of_a_huge_text_stays_below_17_megabytes() -> None:
     part = shard(random_tokens(200_000, 1))
     for tokens in (20_000_000, 3_000_000_000):
-        huge = Shard(part.tokens, Counts(1, 4 * tokens, tokens, tokens, 0), END)  # 200,000 of its tokens
+        huge = Shard(part.tokens, Counts(1, 4 * tokens, tokens, tokens, 0), END)  # contains only 200,000 of the tokens
         sample = sample_ngrams(huge)
         assert len(sample.hashes) == pytest.approx(200_000 / sample.rate, rel=0.2)
         assert 15e6 < 4 * tokens / sample.rate < 17e6
@@ -95,14 +98,14 @@ def test_unknown_ngrams_are_rarely_found() -> None:
     assert overlap.share < 0.0005
 
 
-def test_short_tokens_make_longer_ngrams() -> None:
+def test_ngrams_are_longer_if_tokens_are_shorter() -> None:
     text = random_tokens(500, 1, vocab_size=90)
     assert sample_ngrams(shard(text, bytes_per_token=1)).length == 40
     assert sample_ngrams(shard(text, bytes_per_token=2)).length == 20
     assert sample_ngrams(shard(text, bytes_per_token=5)).length == MIN_LENGTH
 
 
-def test_a_sample_survives_a_round_trip_and_damage_is_reported(tmp_path: Path) -> None:
+def test_a_sample_can_be_saved_and_opened_and_damage_is_reported(tmp_path: Path) -> None:
     train, file = shard(random_tokens(2000, 1)), tmp_path / "ngrams.safetensors"
     sample = sample_ngrams(train)
     save_ngrams(sample, file)

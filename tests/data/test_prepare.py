@@ -1,4 +1,4 @@
-"""Preparing text: it is encoded once, stale tokens are never used, and the tokenizer is trained only on the training split."""
+"""Test that text is encoded once, stale tokens are never used, and the tokenizer is trained only on the training split."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def source(tmp_path: Path, english: str) -> Path:
 
 
 def train_part(english: str) -> str:
-    """The training part of `source`: it ends at the blank line that is nearest to 90% of the text."""
+    """Return the training part of `source`, which ends at the blank line nearest to 90% of the text."""
     return english[: min((match.end() for match in re.finditer("\n\n+", english[:20_000])), key=lambda end: abs(end - 18_000))]
 
 
@@ -188,7 +188,7 @@ def test_held_out_documents_that_also_occur_in_the_training_text_cause_a_warning
     reporter = CollectingReporter()
     prepare_files(tmp_path / "train", BYTE, reporter, heldout=str(tmp_path / "heldout"))
     repeated, overlap = reporter.warnings
-    assert repeated == "3 of 4 held-out documents also occur in the training text, so held-out scores will be too good"
+    assert repeated == "3 of 4 held-out documents also occur in the training text, so the held-out scores will be too optimistic"
     assert overlap.endswith("in the training text (sequences of 40 tokens), so its scores are better than on new text")
     reporter = CollectingReporter()
     (tmp_path / "heldout/0000.txt").write_text("x")
@@ -323,13 +323,13 @@ def overlap_warnings(reporter: CollectingReporter) -> list[str]:
 
 
 def unique_text(lines: int, seed: int) -> str:
-    """Lines of random words, of which no sequence is repeated."""
+    """Return lines of random words in which no sequence of words is repeated."""
     words = np.random.default_rng(seed).integers(0, 10_000, (lines, 8)).tolist()
     return "".join(" ".join(f"w{word}" for word in line) + "\n" for line in words)
 
 
 @pytest.mark.parametrize("section", [BPE, CHAR, BYTE, BPE.model_copy(update={"dropout": 0.3})])
-def test_held_out_text_that_was_trained_on_causes_a_warning(tmp_path: Path, section: TokenizerSection) -> None:
+def test_held_out_text_that_occurs_in_the_training_text_causes_a_warning(tmp_path: Path, section: TokenizerSection) -> None:
     text = unique_text(200, 1)
     lines = text.splitlines(keepends=True)
     train, minus_a_line = tmp_path / "train.txt", tmp_path / "minus.txt"
@@ -358,7 +358,7 @@ def test_new_held_out_text_causes_no_warning(source: Path, section: TokenizerSec
     assert reporter.warnings == []
 
 
-def test_a_test_text_is_set_aside_and_encoded(source: Path, tmp_path: Path) -> None:
+def test_a_test_split_is_held_out_and_encoded(source: Path, tmp_path: Path) -> None:
     text = unique_text(400, 1)
     source.write_text(text)
     data = prepare_files(source, BYTE, heldout=0.2, test=0.1)
@@ -382,5 +382,5 @@ def test_a_split_by_document_that_holds_out_much_less_than_requested_causes_a_wa
         (tmp_path / f"{number:02}.txt").write_text(unique_text(4 if number else 400, number))
     reporter = CollectingReporter()
     prepare_files(sorted(tmp_path.glob("*.txt")), BYTE, reporter, heldout={"share": 0.3, "by": "document"})
-    (warning,) = (warning for warning in reporter.warnings if warning.startswith("data.heldout: `by: document` sets aside"))
+    (warning,) = (warning for warning in reporter.warnings if warning.startswith("data.heldout: `by: document` holds out"))
     assert "instead of 30.0%" in warning

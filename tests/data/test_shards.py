@@ -1,4 +1,4 @@
-"""Shards: tokens are read back as they were written, in the smallest dtype that fits the vocabulary."""
+"""Test that shards contain the tokens that were written, in the smallest dtype that fits the vocabulary."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DOCUMENTS = [[5, 6, 7], [8], [9, 5, 5, 5, 6], [7, 7]]
 def write_and_open(
     folder: Path, documents: list[list[int]], *, vocab_size: int = 300, end_of_text: int = 299, unknown: int | None = None
 ) -> Shard:
-    """Write each document in two pieces, as if it were long, and open the shard."""
+    """Write each document in two pieces, as for long documents, and open the shard."""
     pieces = [
         (np.array(part, dtype=np.uint32), index == 0)
         for document in documents
@@ -69,7 +69,7 @@ def test_numpy_can_load_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -1, -2])
-def test_a_truncated_file_raises_an_error_that_names_it(tmp_path: Path, keep: int) -> None:
+def test_the_error_for_a_truncated_file_contains_its_path(tmp_path: Path, keep: int) -> None:
     write_and_open(tmp_path, DOCUMENTS)
     path = tmp_path / "train.npy"
     path.write_bytes(path.read_bytes()[:keep])

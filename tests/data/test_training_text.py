@@ -1,4 +1,4 @@
-"""A run folder records the training text well enough to measure overlap, even with another tokenizer."""
+"""Test that overlap with a training text can be measured from its record in a run folder, even with another tokenizer."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_overlap_is_found_with_either_tokenizer(tokenizers: tuple[Tokenizer, Tok
         del known, new
 
 
-def test_texts_survive_a_round_trip(tokenizers: tuple[Tokenizer, Tokenizer], english: str, tmp_path: Path) -> None:
+def test_training_texts_can_be_saved_and_opened(tokenizers: tuple[Tokenizer, Tokenizer], english: str, tmp_path: Path) -> None:
     own, other = tokenizers
     shard = encode(own, tmp_path / "own", english[:9000])
     texts = [
@@ -57,7 +57,7 @@ def test_texts_survive_a_round_trip(tokenizers: tuple[Tokenizer, Tokenizer], eng
     assert [item.share for item in measure(opened, shard, own)][0::2] == [1, None]
 
 
-def test_a_large_overlap_is_a_warning_and_an_unknown_one_a_note(
+def test_a_large_overlap_causes_a_warning_and_an_unknown_overlap_causes_a_note(
     tokenizers: tuple[Tokenizer, Tokenizer], english: str, tmp_path: Path
 ) -> None:
     own = tokenizers[0]
@@ -72,7 +72,7 @@ def test_a_large_overlap_is_a_warning_and_an_unknown_one_a_note(
 
 
 @pytest.mark.parametrize("name", ["../ngrams.safetensors", "/etc/passwd", 3, ["x"]])
-def test_a_record_that_names_a_file_elsewhere_is_refused(
+def test_a_record_with_an_invalid_file_name_is_rejected(
     tokenizers: tuple[Tokenizer, Tokenizer], tmp_path: Path, name: object
 ) -> None:
     entry = {"run": None, "sources": ["a.txt"], "ngrams": name, "tokenizer": None}
@@ -81,7 +81,7 @@ def test_a_record_that_names_a_file_elsewhere_is_refused(
         open_training_texts(tmp_path, tokenizers[0])
 
 
-def test_only_exact_shares_are_shown_as_0_or_100_percent() -> None:
+def test_only_shares_of_exactly_0_or_1_are_shown_as_0_or_100_percent() -> None:
     assert [percent(share) for share in (0, 0.0001, 0.034, 0.34, 0.998, 1)] == [
         "0%",
         "less than 0.1%",

@@ -1,4 +1,4 @@
-"""Parallel encoding writes byte-identical tokens for any number of worker processes."""
+"""Test that parallel encoding writes byte-identical tokens with any number of worker processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tinylm.tokenizer import Tokenizer, training
 
 @pytest.fixture
 def pieces(english: str) -> list[Piece]:
-    """Documents of different sizes, split into pieces. One document contains the text of the end-of-text token."""
+    """Documents of different sizes, split into pieces. One document contains the end-of-text token as ordinary text."""
     texts = [english[start : start + size] for start, size in ((0, 9000), (9000, 1), (9001, 40_000), (50_000, 700))]
     texts.append("<|endoftext|> is text here")
     return [Piece(text[start : start + 5000], start == 0) for text in texts for start in range(0, len(text), 5000)]

@@ -1,4 +1,4 @@
-"""Fixtures for the tests of embeddings: real text, trained vectors and a few hand-written vectors."""
+"""Fixtures for embedding tests: real text, trained vectors and a few hand-written vectors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tinylm.recipe import EmbeddingRecipe, loads_any
 
 
 def recipe(text: Path, *overrides: str) -> EmbeddingRecipe:
-    """A recipe that trains small vectors of the words in `text`."""
+    """Return a recipe that trains small vectors for the words in `text`."""
     base = f"kind: embeddings\ndata: {{train: {text}}}\nmethod: {{dimensions: 16, epochs: 3}}\nwatch: {{probes: [object]}}\n"
     loaded = loads_any(base, overrides)
     assert isinstance(loaded, EmbeddingRecipe)
@@ -39,6 +39,6 @@ def learned(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Vector
 
 @pytest.fixture
 def small() -> Vectors:
-    """Five words whose cosines are easy to compute by hand."""
+    """Vectors for five words, with cosines that are easy to compute by hand."""
     rows = [[1, 0], [2, 2], [0, 3], [-1, 0], [4, 1]]
     return Vectors(["east", "northeast", "north", "west", "eastward"], np.array(rows, dtype=np.float32), np.arange(5, 0, -1))

@@ -1,4 +1,4 @@
-"""A text is split into words and encoded as ids without rare words."""
+"""Test that a text is split into words and encoded as ids without rare words."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def source(folder: Path, *documents: str) -> EmbeddingDataSection:
     return EmbeddingDataSection(train=(str(path),))
 
 
-def test_ids_follow_the_text_without_rare_words(tmp_path: Path) -> None:
+def test_the_ids_are_those_of_the_text_without_rare_words(tmp_path: Path) -> None:
     data = source(tmp_path, "a b a c", "b a rare B")
     encoded = encode_corpus(data, WordVocabulary(kind="words", min_count=2), SILENT)
     assert encoded.vocabulary.names == ["a", "b"]
@@ -60,7 +60,7 @@ def test_a_text_without_frequent_words_is_an_error(tmp_path: Path) -> None:
         encode_corpus(source(tmp_path, "one two three"), WordVocabulary(kind="words"), SILENT)
 
 
-def test_a_text_is_encoded_as_the_tokens_of_a_run(tiny_run: Run, text_file: Path) -> None:
+def test_a_text_can_be_encoded_with_the_tokenizer_of_a_run(tiny_run: Run, text_file: Path) -> None:
     data = EmbeddingDataSection(train=(str(text_file),))
     encoded = encode_corpus(data, TokenVocabulary(kind="tokens", tokenizer=str(tiny_run.path)), SILENT)
     ids = tiny_run.tokenizer.encode(text_file.read_text())

@@ -1,4 +1,4 @@
-"""Evaluation on public test sets returns the same results as gensim and SciPy."""
+"""Test that evaluation on public test sets returns the same results as gensim and SciPy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tinylm.errors import InputError
 
 
 def test_the_results_match_gensim(learned: Vectors) -> None:
-    """Use the test sets that come with gensim, and random vectors for the words in them."""
+    """Use gensim's test sets, and random vectors for the words in them."""
     models = pytest.importorskip("gensim.models", reason="gensim has no wheel for this Python")
     from gensim.test.utils import datapath
 
@@ -51,7 +51,7 @@ def test_tied_values_share_their_mean_rank() -> None:
     assert correlation(np.array([1.0, 2.0]), np.array([1.0, 2.0])) is None
 
 
-def test_without_covered_questions_there_is_no_accuracy(small: Vectors, tmp_path: Path) -> None:
+def test_the_accuracy_is_none_if_no_question_is_covered(small: Vectors, tmp_path: Path) -> None:
     path = tmp_path / "questions.txt"
     path.write_text(": capitals\nAthens Greece Oslo Norway\n")
     result = evaluate(small, path)

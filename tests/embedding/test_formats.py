@@ -1,4 +1,4 @@
-"""Every format restores the exact bits of the vectors, in tinylm and in gensim. Damage is reported with its position."""
+"""Test that every format restores the exact bits of the vectors in tinylm and in gensim, and that errors contain the position."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def extreme() -> Vectors:
 def test_a_round_trip_restores_every_bit(extreme: Vectors, tmp_path: Path, kind: str) -> None:
     path = tmp_path / NAMES[kind]
     assert write(extreme, path, kind) is False
-    for given_kind in (None, kind):
-        loaded = read(path, given_kind)
+    for requested_kind in (None, kind):
+        loaded = read(path, requested_kind)
         assert list(loaded.names) == list(extreme.names)
         assert loaded.matrix.tobytes() == extreme.matrix.tobytes()
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_names_with_white_space_survive_a_round_trip(tmp_path: Path, kind: str) -> None:
+def test_a_round_trip_restores_names_with_white_space(tmp_path: Path, kind: str) -> None:
     vectors = Vectors(UNUSUAL_NAMES, np.random.default_rng(0).standard_normal((len(UNUSUAL_NAMES), 3)).astype(np.float32))
     path = tmp_path / NAMES[kind]
     mapped = write(vectors, path, kind)
@@ -96,12 +96,12 @@ DAMAGED = {
     "c1.bin": (b"1 2\na\xc2\x9b " + b"\0" * 8, "contains a control character"),
     "nan.txt": (b"a 1 nan\nb 2 3\n", "the vectors contain NaN or infinity"),
     "not.safetensors": (b"nothing", "cannot be read"),
-    "alone.tsv": (b"1\t2\n", "alone-names.tsv: no such file; the names of the vectors must be in it"),
+    "alone.tsv": (b"1\t2\n", "alone-names.tsv: no such file; it must contain the names of the vectors"),
 }
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_damage_is_reported_with_its_position(tmp_path: Path, name: str) -> None:
+def test_the_error_for_a_damaged_file_contains_the_position(tmp_path: Path, name: str) -> None:
     content, expected = DAMAGED[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError) as error:
@@ -120,9 +120,9 @@ def test_a_byte_order_mark_is_skipped(tmp_path: Path, name: str, content: str) -
     assert (list(loaded.names), loaded.matrix.tolist()) == (["cat", "dog"], [[1, 2], [3, 4]])
 
 
-def test_the_first_vector_of_a_repeated_name_is_used_with_a_warning(tmp_path: Path) -> None:
+def test_a_repeated_name_causes_a_warning_and_its_first_vector_is_used(tmp_path: Path) -> None:
     (tmp_path / "twice.vec").write_text("3 2\ncat 1 2\ncat 3 4\ndog 5 6\n")
-    with pytest.warns(TinylmWarning, match=r"1 rows repeat a name of an earlier row \('cat'\)"):
+    with pytest.warns(TinylmWarning, match=r"1 rows repeat the name of an earlier row \('cat'\)"):
         loaded = read(tmp_path / "twice.vec")
     assert (list(loaded.names), loaded.matrix.tolist()) == (["cat", "dog"], [[1, 2], [5, 6]])
 

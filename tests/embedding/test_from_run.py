@@ -1,4 +1,4 @@
-"""Static vectors match the tables of a run, and contextual vectors match means over a plain forward pass."""
+"""Test that static vectors match a run's tables, and contextual vectors match means over a plain forward pass."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_every_token_of_a_long_text_is_counted_once(tiny_run: Run, text_file: Pa
     assert sorted(frequent.names) == sorted(name for name, count in zip(vectors.names, vectors.counts, strict=True) if count >= 20)
 
 
-def test_vectors_of_words_are_means_over_their_tokens(tiny_run: Run, tmp_path: Path) -> None:
+def test_contextual_word_vectors_count_all_tokens_except_punctuation(tiny_run: Run, tmp_path: Path) -> None:
     text = "The documentation, the Documentation; documentation's"
     (tmp_path / "text.txt").write_text(text)
     vectors = contextual_vectors(tiny_run, tiny_run.checkpoint(), [str(tmp_path / "text.txt")], words=True)

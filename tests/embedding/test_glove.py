@@ -1,4 +1,4 @@
-"""GloVe counts co-occurrences and applies the published updates, with the same result for any number of threads."""
+"""Test that GloVe counts co-occurrences and applies the published updates, with the same result for any number of threads."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def all_cells(cells: Cooccurrences) -> dict[tuple[int, int], float]:
 def test_counts_in_memory_and_on_disk_match_the_reference(
     zipf_ids: EncodedText, dense: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The buffers are so small that there are dozens of runs and key ranges."""
+    """The buffers are so small that counting writes dozens of sorted runs and key ranges."""
     monkeypatch.setattr(glove, "MAX_DENSE_NAMES", dense)
     monkeypatch.setattr(glove, "BYTES_PER_PAIR", (1 << 20) // 2000)
     text = EncodedText(zipf_ids.vocabulary, zipf_ids.path, zipf_ids.length, f"zipf-{dense}")
@@ -67,7 +67,7 @@ def test_counts_in_memory_and_on_disk_match_the_reference(
 
 
 def test_a_cell_is_fitted_with_the_published_update() -> None:
-    """Equation 8 of the paper with AdaGrad, for counts below and above x_max."""
+    """The reference is equation 8 of the paper with AdaGrad, for counts below and above x_max."""
     generator = np.random.default_rng(0)
     words, contexts = generator.standard_normal((2, 3, 5)).astype(np.float32)
     squares, context_squares = np.ones((2, 3, 5), np.float32)

@@ -1,4 +1,4 @@
-"""Initializing a model from vectors keeps their directions and the scale of the random initialization."""
+"""Test that a model initialized from vectors keeps their directions and the scale of the random initialization."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def embedding_of(run: Run, step: int | None = None) -> np.ndarray:
     return table
 
 
-def test_tokens_get_their_vectors_scaled_to_the_initial_standard_deviation(tiny_run: Run, tokens: Vectors) -> None:
+def test_vectors_are_scaled_to_the_initial_standard_deviation(tiny_run: Run, tokens: Vectors) -> None:
     network = Transformer(tiny_run.recipe.model, tiny_run.tokenizer.vocab_size, seed=1)
     before = network.embedding.weight.detach().clone()
     initialized = initialize_from_vectors(network.embedding, tokens, tiny_run.tokenizer)
@@ -53,8 +53,8 @@ def test_tokens_get_their_vectors_scaled_to_the_initial_standard_deviation(tiny_
     np.testing.assert_allclose(ratio, ratio[0, 0], rtol=1e-4)
 
 
-def test_a_token_gets_the_mean_of_the_words_that_contain_it(tiny_run: Run) -> None:
-    """The mean is weighted by the counts of the words."""
+def test_the_vector_of_a_token_is_the_mean_over_the_words_that_contain_it(tiny_run: Run) -> None:
+    """The mean is weighted by word counts."""
     tokenizer = tiny_run.tokenizer
     vectors = Vectors(["object", "objects"], np.array([[1, 0], [0, 1]], dtype=np.float32), np.array([3, 1]))
     table = table_from_words(vectors, tokenizer)
@@ -102,9 +102,9 @@ def test_unusable_vectors_are_errors(tiny_run: Run, tokens: Vectors, text_file: 
     narrow = Vectors(tokens.names, tokens.matrix[:, :7].copy(), byte_mapped=True)
     with pytest.raises(InputError, match=r"the vectors have 7 dimensions, but model\.n_embd is 32"):
         initialize_from_vectors(network.embedding, narrow, tiny_run.tokenizer)
-    foreign = Vectors(["nothing like it"], np.ones((1, WIDTH), np.float32), byte_mapped=True)
+    unrelated = Vectors(["not a token"], np.ones((1, WIDTH), np.float32), byte_mapped=True)
     with pytest.raises(InputError, match="none of the tokenizer's tokens has a vector"):
-        initialize_from_vectors(network.embedding, foreign, tiny_run.tokenizer)
+        initialize_from_vectors(network.embedding, unrelated, tiny_run.tokenizer)
     with pytest.raises(RecipeError, match="needs init_embeddings"):
         tiny_recipe(text_file, "modern", "model.freeze_embeddings=true")
     overrides = [f"model.init_embeddings={text_file}", "model.tie_embeddings=true", "model.freeze_embeddings=true"]

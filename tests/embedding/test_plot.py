@@ -1,4 +1,4 @@
-"""Maps show the principal components. The page is self-contained, and names cannot inject HTML."""
+"""Test that maps show the principal components, that pages are self-contained, and that names cannot inject HTML."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tinylm.errors import InputError
 
 
 def data_of(page: str) -> dict[str, list]:
-    """The data that is embedded in a page."""
+    """Return the data embedded in a page."""
     match = re.search(r'atob\("([^"]*)"\)', page)
     assert match is not None
     return json.loads(base64.b64decode(match[1]))
@@ -32,13 +32,13 @@ def test_pca_agrees_with_the_eigenvalues_of_the_covariance() -> None:
     assert abs(np.corrcoef(points[:, 0], rows[:, 1])[0, 1]) > 0.9
 
 
-def test_a_page_contains_the_names_points_and_neighbors_of_the_full_vectors(learned: Vectors, tmp_path: Path) -> None:
+def test_a_page_contains_names_points_and_neighbors_among_all_vectors(learned: Vectors, tmp_path: Path) -> None:
     assert draw(learned, tmp_path / "map.html", max_names=300) == 300
     page = (tmp_path / "map.html").read_text()
     data = data_of(page)
     assert data["names"][:300] == list(learned.names[:300])
     assert data["total"] == len(learned)
-    for row in (0, 17, 299):  # the neighbors are among all names, also those that are not drawn
+    for row in (0, 17, 299):  # neighbors can be names that are not drawn
         expected = [neighbor.token for neighbor in learned.nearest(learned.names[row], 10)]
         assert [data["names"][near] for near in data["near"][row]] == expected
     assert np.abs(data["points"]).max() == 1
@@ -53,9 +53,9 @@ def test_groups_are_the_clusters_of_well_separated_vectors() -> None:
     labels = generator.permutation(np.repeat([0, 1, 2, 3], [40, 30, 20, 10]))
     rows = centers[labels] + 0.05 * generator.standard_normal((100, 4))
     groups = group(rows / np.linalg.norm(rows, axis=1, keepdims=True))
-    largest_first = {tuple(np.flatnonzero(groups == number)) for number in set(groups.tolist())}
-    assert all(len({*labels[list(members)]}) == 1 for members in largest_first)
-    assert (np.diff(np.bincount(groups)) <= 0).all()
+    clusters = {tuple(np.flatnonzero(groups == number)) for number in set(groups.tolist())}
+    assert all(len({*labels[list(members)]}) == 1 for members in clusters)
+    assert (np.diff(np.bincount(groups)) <= 0).all(), "the largest group is the first"
 
 
 def test_labels_do_not_overlap_and_stay_inside_the_image() -> None:

@@ -1,4 +1,4 @@
-"""Vectors of sentences are pooled hidden states, and a new sentence finds the nearest lines."""
+"""Test that sentence vectors are pooled hidden states."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run.open(folder / "run")
 
 
-def test_the_vectors_are_pooled_hidden_states(run: Run) -> None:
+def test_sentence_vectors_match_pooled_hidden_states(run: Run) -> None:
     network, framing = run.model(device="cpu"), Framing.of(run.tokenizer, run.recipe.model)
     pools = {"cls": lambda hidden: hidden[0], "mean": lambda hidden: hidden.mean(0), "last": lambda hidden: hidden[-1]}
-    for how, pool in pools.items():
-        vectors = sentence_vectors(run, LINES, how)
+    for name, pool in pools.items():
+        vectors = sentence_vectors(run, LINES, name)
         for line, vector in zip(LINES, vectors, strict=True):
             with torch.no_grad():
                 hidden = network.hidden(torch.from_numpy(framing.frame(run.tokenizer.encode(line)))[None])[0]

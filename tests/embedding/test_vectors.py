@@ -1,4 +1,4 @@
-"""Vector queries return the same results as gensim and computations by hand."""
+"""Test that vector queries return the same results as gensim and calculations by hand."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def as_gensim(vectors: Vectors) -> object:
     return keyed
 
 
-def test_nearest_neighbors_match_a_computation_by_hand(small: Vectors) -> None:
+def test_nearest_neighbors_match_a_calculation_by_hand(small: Vectors) -> None:
     neighbors = small.nearest("east", 2)
     assert [neighbor.token for neighbor in neighbors] == ["eastward", "northeast"]
     assert neighbors[0].similarity == pytest.approx(4 / math.sqrt(17))
@@ -63,7 +63,7 @@ def test_asking_for_more_neighbors_than_exist_returns_all(small: Vectors) -> Non
     assert len(small.analogy("east", "north", "west", 100)) == 2
 
 
-def test_equally_similar_neighbors_keep_the_order_of_the_table() -> None:
+def test_equally_similar_neighbors_are_in_table_order() -> None:
     vectors = Vectors(["a", "b", "c", "d"], np.array([[1, 0], [0, 1], [0, 1], [0, 1]], dtype=np.float32))
     assert [neighbor.token for neighbor in vectors.nearest("a", 2)] == ["b", "c"]
 
@@ -110,7 +110,7 @@ def test_inconsistent_or_non_finite_vectors_are_errors(rows: np.ndarray) -> None
 @pytest.mark.parametrize(
     "header", ["", "{", "[" * 100_000, "[]", "7", "null", "{}", '{"byte_mapped": 1, "notes": 5}', '{"notes": {}}']
 )
-def test_vectors_with_damaged_metadata_are_refused(header: str, tmp_path: Path) -> None:
+def test_vectors_with_damaged_metadata_are_rejected(header: str, tmp_path: Path) -> None:
     path = tmp_path / "v.safetensors"
     Vectors(["a", "b"], np.eye(2, dtype=np.float32)).save(path)
     save_file(load_file(path), path, {FORMAT: header})
@@ -119,7 +119,7 @@ def test_vectors_with_damaged_metadata_are_refused(header: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("ends", [[], [5, 1], [-1, 2], [[1, 2]], [2**62, 2]])
-def test_vectors_with_damaged_names_are_refused(ends: list[object], tmp_path: Path) -> None:
+def test_vectors_with_damaged_names_are_rejected(ends: list[object], tmp_path: Path) -> None:
     path = tmp_path / "v.safetensors"
     Vectors(["a", "b"], np.eye(2, dtype=np.float32)).save(path)
     tensors = load_file(path)

@@ -1,4 +1,4 @@
-"""Skip-gram and CBOW apply the published updates, and the result does not depend on the number of threads."""
+"""Test that skip-gram and CBOW apply the published updates, and that the result does not depend on the number of threads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def sigmoid(x: float) -> float:
 
 
 def constants(window: int) -> kernels.TrainingConstants:
-    """Constants that keep every word and draw word 4 as every negative sample."""
+    """Return constants that keep every word and draw word 4 as every negative sample."""
     bound = kernels.SIGMOID_RANGE * kernels.SIGMOID_STEPS
     log_sigmoid = -np.logaddexp(0, -np.arange(-bound, bound + 1) / kernels.SIGMOID_STEPS)
     never, always_four = np.zeros(V, np.float32), np.full(V, 4, np.int32)
@@ -31,7 +31,7 @@ def constants(window: int) -> kernels.TrainingConstants:
 def reference_update(
     ids: list[int], inputs: np.ndarray, outputs: np.ndarray, lr: float, cbow: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The update of Mikolov et al. 2013 with window 1 and two negatives (both word 4), in plain Python."""
+    """Apply the update from Mikolov et al. 2013 with window 1 and two negatives (both word 4), in plain Python."""
     inputs, outputs = inputs.astype(np.float64), outputs.astype(np.float64)
     for position, word in enumerate(ids):
         around = [ids[other] for other in (position - 1, position + 1) if 0 <= other < len(ids) and ids[other] >= 0]
@@ -94,7 +94,7 @@ def test_merged_changes_are_between_their_mean_and_their_sum() -> None:
                 table, rows, changes, counts, np.array([2, 2]), np.float32(0.025), scratch[0], scratch[1], part, 2
             )
         np.testing.assert_allclose(table[0], expected, rtol=0.02)
-        assert (table[1:] == 1).all(), "a row that one segment changed gets the whole change"
+        assert (table[1:] == 1).all(), "if only one segment changes a row, its full change is applied"
         assert not scratch.any()
 
 
@@ -110,7 +110,7 @@ def test_the_alias_table_samples_in_proportion_to_the_weights() -> None:
 
 @pytest.fixture(scope="module")
 def paired_ids(tmp_path_factory: pytest.TempPathFactory) -> EncodedText:
-    """A text of more than three steps in which 2i and 2i + 1 always occur together."""
+    """A text for more than three steps, in which ids 2i and 2i + 1 always occur together."""
     generator = np.random.default_rng(0)
     pairs = generator.integers(0, 30, 10_000)
     ids = np.stack([2 * pairs, 2 * pairs + 1, np.full_like(pairs, -1)], axis=1).ravel().astype("<i4")

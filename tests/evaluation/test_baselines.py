@@ -1,4 +1,4 @@
-"""Longer n-grams are better baselines, and the compressors pass sanity checks."""
+"""Test that longer n-grams are better baselines, and that compressors reach plausible sizes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _shard(*documents: list[int]) -> Shard:
 
 
 def _texts(seed: int, count: int) -> list[list[int]]:
-    """Documents in which each token depends on the two before it."""
+    """Return documents in which each token depends on the two tokens before it."""
     generator = np.random.default_rng(seed)
     documents = []
     for _ in range(count):
@@ -35,7 +35,7 @@ def test_longer_n_grams_predict_dependent_tokens_better() -> None:
     assert all(longer < shorter for shorter, longer in pairwise(bits[:3]))
 
 
-def test_compressors_use_few_bits_for_a_text_in_the_dictionary(english: str) -> None:
+def test_compressors_need_few_bits_for_a_text_that_is_in_the_dictionary(english: str) -> None:
     text = english[:40_000].encode()
     known, unknown = compressor_bits(text, text[:20_000]), compressor_bits(b"", text[:20_000])
     assert known.keys() == unknown.keys()

@@ -1,4 +1,4 @@
-"""Tables of token losses, significance tests between models, and the HTML report."""
+"""Test tables of token losses, significance tests between models, and the HTML report."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _losses(shard: Shard, *, seed: int = 0, **options: Any) -> TokenLosses:
     return losses
 
 
-def test_token_losses_sum_to_the_total_in_every_table() -> None:
+def test_the_token_losses_in_every_table_sum_to_the_total() -> None:
     shard = _shard(40, 1, 16, 33)
     losses = _losses(shard)
     total = evaluate(model("gpt2"), shard, LENGTHS, EvaluationOptions(context=16, stride=8))
@@ -64,12 +64,12 @@ def test_token_losses_sum_to_the_total_in_every_table() -> None:
     assert first.bits_per_byte == pytest.approx(losses.nats[1:41].sum() / math.log(2) / LENGTHS[shard.tokens[1:41]].sum())
 
 
-def test_every_token_has_at_least_the_context_that_the_stride_guarantees() -> None:
+def test_every_token_has_the_context_that_the_stride_guarantees() -> None:
     losses = _losses(_shard(100), context=16, stride=4)
     assert (losses.context_lengths[2:101] >= np.minimum(np.arange(2, 101), 12 + 1)).all()
 
 
-def test_across_documents_scores_every_token_once_except_end_of_text() -> None:
+def test_evaluation_across_documents_scores_every_token_except_end_of_text_once() -> None:
     shard = _shard(10, 1, 20)
     losses = _losses(shard, across_documents=True, context=16, stride=16)
     assert len(losses.positions) == 31
@@ -121,7 +121,7 @@ def test_one_long_document_is_split_into_pieces_and_different_texts_are_rejected
         significance.compare_losses(_losses(_shard(30)), LENGTHS, _losses(_shard(30)), LENGTHS)
 
 
-def test_all_tables_and_the_html_page_of_a_run(tiny_run: Run, tmp_path: Path) -> None:
+def test_a_run_is_evaluated_with_all_tables_and_an_html_page(tiny_run: Run, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     details = BreakdownOptions(baselines=True, by_frequency=True, by_position=True, by_document=True, hardest=4, html=page)
     result = evaluate_run(tiny_run, device="cpu", details=details)

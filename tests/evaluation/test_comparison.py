@@ -1,4 +1,4 @@
-"""Comparisons of several runs: replicates are grouped, p-values are corrected for multiple tests, and recipes are compared."""
+"""Test comparisons between runs: replicates are grouped, p-values are corrected for multiple tests, and recipes are compared."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MakeCopy = Callable[..., Run]
 
 @pytest.fixture(scope="module")
 def other_tokenizer_run(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run on the same text with another tokenizer, and with a test text."""
+    """A run on the same text with another tokenizer and a test split."""
     folder = tmp_path_factory.mktemp("runs") / "other"
     train(tiny_recipe(text_file, "modern", "tokenizer.vocab_size=300", "training.steps=3", "data.test=0.1"), folder, device="cpu")
     return Run.open(folder)
@@ -31,7 +31,7 @@ def other_tokenizer_run(text_file: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture
 def copy_with(tiny_run: Run, tmp_path: Path) -> MakeCopy:
-    """`copy_with("b", seed=3)` copies the tiny run and changes keys of its recipe."""
+    """`copy_with("b", seed=3)` copies the tiny run to the folder `b` and changes keys in its recipe."""
 
     def make(folder: str, **changes: object) -> Run:
         shutil.copytree(tiny_run.path, tmp_path / folder)
@@ -42,7 +42,7 @@ def copy_with(tiny_run: Run, tmp_path: Path) -> MakeCopy:
     return make
 
 
-def test_holm_multiplies_the_smallest_p_values_most() -> None:
+def test_holms_correction_multiplies_the_smallest_p_value_by_the_largest_factor() -> None:
     assert significance.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert significance.holm([0.5, 0.9]) == [1, 1]
     assert significance.holm([0.02]) == [0.02]
@@ -50,7 +50,7 @@ def test_holm_multiplies_the_smallest_p_values_most() -> None:
 
 
 @pytest.mark.parametrize("sizes", [(2, 2), (3, 5), (8, 3)])
-def test_the_comparison_of_seeds_matches_scipy(sizes: tuple[int, int]) -> None:
+def test_the_test_between_groups_of_seeds_matches_scipy(sizes: tuple[int, int]) -> None:
     stats = pytest.importorskip("scipy.stats")
     generator = np.random.default_rng(1)
     a, b = (generator.normal(1.5, 0.02, size).tolist() for size in sizes)
@@ -87,7 +87,7 @@ def test_an_unfinished_run_is_not_a_replicate(tiny_run: Run, copy_with: MakeCopy
     assert [len(group.runs) for group in group_by_recipe([tiny_run, shorter])] == [1, 1]
 
 
-def test_runs_that_differ_only_in_the_seed_are_marked_and_p_values_are_corrected(tiny_run: Run, copy_with: MakeCopy) -> None:
+def test_runs_that_differ_only_in_their_seeds_are_marked_and_p_values_are_corrected(tiny_run: Run, copy_with: MakeCopy) -> None:
     clip = tiny_run.recipe.training.model_copy(update={"clip_grad_norm": 0.5})
     runs = [tiny_run, copy_with("b", seed=2), copy_with("c", training=clip), copy_with("d", seed=2, training=clip)]
     result = compare_runs(runs, device="cpu")
@@ -116,7 +116,7 @@ def test_runs_share_a_text_only_if_its_content_is_the_same(tiny_run: Run, other_
     assert share_text([other_tokenizer_run, other_tokenizer_run], "test")
 
 
-def test_an_evaluation_names_its_split_and_reports_what_was_trained_on(
+def test_an_evaluation_reports_its_split_and_the_overlap_with_the_training_text(
     tiny_run: Run, other_tokenizer_run: Run, text_file: Path
 ) -> None:
     heldout = evaluate_run(other_tokenizer_run, device="cpu").as_dict()

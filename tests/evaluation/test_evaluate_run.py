@@ -1,4 +1,4 @@
-"""Evaluation of a run on its own held-out text, and on the same text from different sources."""
+"""Test the evaluation of a run on its own held-out text, and on the same text from different sources."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_two_sources_are_separate_documents(tiny_run: Run, file: Path, tmp_path:
     assert both.nats == pytest.approx(sum(result.nats for result in separate), rel=1e-6)
 
 
-def test_context_and_stride_take_effect(tiny_run: Run, file: Path) -> None:
+def test_context_and_stride_change_the_loss(tiny_run: Run, file: Path) -> None:
     result = evaluate_run(tiny_run, [str(file)], options=EvaluationOptions(context=8, stride=2), device="cpu").as_dict()
     assert (result["context"], result["stride"]) == (8, 2)
     default = evaluate_run(tiny_run, [str(file)], device="cpu").as_dict()

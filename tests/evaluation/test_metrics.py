@@ -1,4 +1,4 @@
-"""Metrics define their labels, their direction and the keys under which their values are stored."""
+"""Test that metrics define their labels, their direction and the keys under which their values are stored."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def accuracies(*values: float) -> list[Metrics]:
     return [Metrics("accuracy", {"accuracy": value, "loss": value}) for value in values]
 
 
-def test_values_are_described_with_label_and_unit() -> None:
+def test_descriptions_contain_the_label_the_value_and_the_unit() -> None:
     assert LOSS.described(2.5) == "loss 2.5000"
     assert LOSS.described(2.5, unit=True) == "loss 2.5000 nats per token"
     assert BITS_PER_BYTE.described(1.2) == BITS_PER_BYTE.described(1.2, unit=True) == "1.2000 bits per byte"
@@ -38,14 +38,14 @@ def test_values_are_described_with_label_and_unit() -> None:
     assert ACCURACY.described(0.5, unit=True) == "accuracy 50.0%"
 
 
-def test_titles_name_the_metric_and_indicate_whether_higher_is_better() -> None:
+def test_headings_and_axes_show_the_metric_and_whether_higher_is_better() -> None:
     assert [metric.heading for metric in (LOSS, BITS_PER_BYTE, ACCURACY)] == ["held-out loss", "bits per byte", "held-out accuracy"]
     assert [metric.axis for metric in (LOSS, BITS_PER_BYTE)] == ["nats per token", "bits per byte"]
     assert ACCURACY.axis == "accuracy (higher is better)"
 
 
 @pytest.mark.parametrize("metric", [LOSS, ACCURACY])
-def test_better_follows_the_direction(metric: Metric) -> None:
+def test_better_values_are_lower_or_higher_depending_on_the_metric(metric: Metric) -> None:
     assert metric.better(1.0, 2.0) is metric.lower_is_better
     assert metric.better(2.0, 1.0) is not metric.lower_is_better
     assert not metric.better(1.0, 1.0)
@@ -72,7 +72,7 @@ def test_unknown_metrics_are_skipped_and_null_is_nan() -> None:
     assert Metrics.from_dict({"kind": "step", "loss": 1.0, "val_made_up": 2.0}) is None
 
 
-def test_the_best_evaluation_follows_the_direction_and_the_first_of_equal_evaluations_wins() -> None:
+def test_the_best_evaluation_is_the_first_one_with_the_best_value() -> None:
     assert best_index(accuracies(0.2, 0.5, 0.5, math.nan, 0.4)) == 1
     losses = [Metrics("loss", {"loss": value}) for value in (3.0, 2.0, math.inf, 2.0)]
     assert best_index(losses) == 1
@@ -81,7 +81,7 @@ def test_the_best_evaluation_follows_the_direction_and_the_first_of_equal_evalua
     assert best_index(accuracies(math.nan)) is None
 
 
-def test_the_primary_metric_of_a_log_comes_from_its_first_evaluation() -> None:
+def test_the_first_evaluation_in_a_log_determines_the_primary_metric() -> None:
     step = {"kind": "step", "step": 1, "loss": 2.0}
     assert primary_metric([step, {"kind": "eval", "val_accuracy": 0.5, "val_loss": 1.0}]) is ACCURACY
     assert primary_metric([step]) is LOSS

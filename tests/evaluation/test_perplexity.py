@@ -1,4 +1,4 @@
-"""Perplexity matches a slow reference that scores one token at a time, and results are comparable."""
+"""Test that perplexity matches a slow reference that scores one token at a time, and does not depend on batches or order."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _evaluate(network: Transformer, documents: list[np.ndarray], **options: Any)
 
 @torch.no_grad()
 def _reference_nats(network: Transformer, documents: list[np.ndarray], context: int, stride: int) -> float:
-    """Return the total loss in nats. Windows start at multiples of the stride. The first window that contains a token scores it."""
+    """Return the total loss in nats. Windows start at multiples of the stride, and each token is scored in its first window."""
     nats = 0.0
     for document in documents:
         tokens = torch.tensor([END, *document.tolist()])
@@ -56,7 +56,7 @@ def _reference_nats(network: Transformer, documents: list[np.ndarray], context: 
 
 @pytest.mark.parametrize(("context", "stride"), [(16, 16), (16, 1), (16, 5), (8, 8), (8, 3), (1, 1)])
 @pytest.mark.parametrize("preset", ["modern", "gpt2"])
-def test_loss_equals_scoring_one_token_at_a_time(preset: str, context: int, stride: int) -> None:
+def test_the_loss_matches_scoring_one_token_at_a_time(preset: str, context: int, stride: int) -> None:
     network, documents = model(preset), _documents()
     result = _evaluate(network, documents, context=context, stride=stride)
     assert result.nats == pytest.approx(_reference_nats(network, documents, context, stride), rel=1e-6)
@@ -117,7 +117,7 @@ def test_max_tokens_limits_scoring_to_the_beginning_of_the_text(max_tokens: int)
 
 
 @pytest.mark.parametrize("max_tokens", [sum(LENGTHS), 10_000])
-def test_max_tokens_beyond_the_text_scores_the_whole_text(max_tokens: int) -> None:
+def test_the_whole_text_is_scored_if_max_tokens_exceeds_its_length(max_tokens: int) -> None:
     network, documents = model(), _documents()
     assert _evaluate(network, documents, max_tokens=max_tokens) == _evaluate(network, documents)
 
@@ -170,7 +170,7 @@ def test_the_training_mode_is_restored_even_after_an_interruption(training: bool
     assert network.training is training
 
 
-def test_progress_increases_to_the_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_increases_up_to_the_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(perplexity, "EVALUATION_BATCH_TOKENS", 20)
     progress: list[int] = []
     evaluate(model(), _shard(_documents()), BYTES, on_progress=progress.append)

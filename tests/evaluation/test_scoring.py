@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens, compared with probabilities that are computed one by one in Python."""
+"""Test that log-probabilities of tokens match values that are computed individually in Python."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def test_negative_targets_have_no_loss_and_no_gradient(ignored: int) -> None:
     assert torch.equal(losses[others], token_losses(LOGITS, IDS)[others])
 
 
-def test_targets_may_have_any_integer_type() -> None:
+def test_targets_can_have_any_integer_type() -> None:
     assert torch.equal(token_losses(LOGITS, IDS.to(torch.int16)), token_losses(LOGITS, IDS))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_logits_are_scored_in_float32(dtype: torch.dtype) -> None:
+def test_16_bit_logits_are_scored_in_float32(dtype: torch.dtype) -> None:
     narrow = LOGITS.to(dtype)
     assert torch.equal(all_logprobs(narrow), all_logprobs(narrow.float()))
     assert torch.equal(token_losses(narrow, IDS), token_losses(narrow.float(), IDS))

@@ -1,4 +1,4 @@
-"""Regular expressions compiled to automata over tokens match the same texts as Python's `re`."""
+"""Test that regular expressions compiled to token automata match the same texts as Python's `re`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ PATTERNS = [
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_accepts_exactly_the_texts_that_re_matches(pattern: str, byte_tokenizer: Tokenizer) -> None:
+def test_a_constraint_accepts_exactly_the_texts_that_re_matches(pattern: str, byte_tokenizer: Tokenizer) -> None:
     constraint, generator = Constraint(pattern, byte_tokenizer), random.Random(pattern)
     texts = ["", "ab", "abab", "1-1", "a a", "é", "日b"]
     texts += ["".join(generator.choice(ALPHABET) for _ in range(generator.randint(1, 5))) for _ in range(150)]
@@ -71,7 +71,7 @@ def test_min_tokens_is_the_length_of_the_shortest_match_in_tokens(tiny_run: Run,
     assert Constraint.choices(["yes?", "a|b"], byte_tokenizer).min_tokens == 3
 
 
-def test_only_tokens_that_leave_a_match_within_max_tokens_are_allowed(byte_tokenizer: Tokenizer) -> None:
+def test_only_tokens_from_which_a_match_fits_in_max_tokens_are_allowed(byte_tokenizer: Tokenizer) -> None:
     constraint = Constraint("a+bcd", byte_tokenizer)
     a, b = byte_tokenizer.encode("ab")
     state = constraint.next_state(0, a)
@@ -82,7 +82,7 @@ def test_only_tokens_that_leave_a_match_within_max_tokens_are_allowed(byte_token
         assert logits[b] == 0
 
 
-def test_characters_missing_from_the_vocabulary_are_not_required() -> None:
+def test_alternatives_with_characters_that_are_not_in_the_vocabulary_are_dropped() -> None:
     letters = training.train(CharTokenizer(kind="char"), iter([Piece("abc", True)]), print)
     constraint = Constraint("(x|a)(b|y)c?", letters)
     assert constraint.min_tokens == 2
@@ -116,13 +116,13 @@ def test_unsupported_patterns_are_rejected(pattern: str, message: str, byte_toke
     assert caught.value.where == "--regex"
 
 
-def test_repeating_the_empty_text_takes_no_time_and_matches_it(byte_tokenizer: Tokenizer) -> None:
+def test_repetitions_of_the_empty_text_are_compiled_quickly_and_match_it(byte_tokenizer: Tokenizer) -> None:
     constraint = Constraint("(?:){4294967294}" * 8 + "a", byte_tokenizer)
     assert _accepts(constraint, byte_tokenizer, "a")
     assert not _accepts(constraint, byte_tokenizer, "")
 
 
-def test_compilation_ends_at_its_deadline(byte_tokenizer: Tokenizer) -> None:
+def test_compilation_fails_after_its_deadline(byte_tokenizer: Tokenizer) -> None:
     with pytest.raises(CompileTimeout, match="--regex: the expression takes too long"):
         Constraint("[a-z]{1,2000}", byte_tokenizer, budget=CompileBudget("--regex", deadline=time.monotonic() - 1))
 

@@ -1,4 +1,4 @@
-"""Generation does not depend on the KV cache, seeds are reproducible, and stop strings and streaming work."""
+"""Test that generation matches full forward passes and is reproducible, and that stop strings and streaming work."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _greedy(tokens: int, **options: Any) -> SamplingOptions:
 
 
 def _generate_without_cache(network: Transformer, tokenizer: Tokenizer, prompt: str, tokens: int) -> list[int]:
-    """Decode greedily with a full forward pass per token. When the context is full, its newer half is kept."""
+    """Decode greedily with a full forward pass per token. Keep the newer half of the context when it is full."""
     context_length = network.model.context_length
     window = (tokenizer.encode(prompt) or [tokenizer.end_of_text])[-context_length:]
     generated: list[int] = []
@@ -60,7 +60,7 @@ def test_greedy_text_equals_full_forward_passes(preset: str, prompt: str, byte_t
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_greedy_text_of_compiled_decoding_equals_full_forward_passes(preset: str, byte_tokenizer: Tokenizer) -> None:
+def test_greedy_text_from_compiled_decoding_equals_full_forward_passes(preset: str, byte_tokenizer: Tokenizer) -> None:
     network = _network(byte_tokenizer, preset, ngram_embeddings=[2, 4], ngram_rows=97)
     for prompt in ("the cat", "exactly sixteen!"):
         [sample] = generate(Decoder(network, compiled=True), byte_tokenizer, prompt, _greedy(45))
@@ -77,7 +77,7 @@ def test_greedy_text_of_compiled_decoding_equals_full_forward_passes(preset: str
     ],
     ids=str,
 )
-def test_greedy_text_of_every_model_part_equals_full_forward_passes(parts: dict[str, Any], byte_tokenizer: Tokenizer) -> None:
+def test_greedy_text_with_every_model_part_equals_full_forward_passes(parts: dict[str, Any], byte_tokenizer: Tokenizer) -> None:
     network = _network(byte_tokenizer, **parts)
     for prompt in ("the cat", "exactly sixteen!"):
         [sample] = generate(network, byte_tokenizer, prompt, _greedy(45))
@@ -136,7 +136,7 @@ PROMPTS = ["", "a", "the cat", "exactly sixteen!", "a prompt that is longer than
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("rows", [1, 2, 5])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_prompts_of_different_lengths_generate_the_same_text_batched_and_one_by_one(
+def test_prompts_of_different_lengths_generate_the_same_text_in_a_batch_and_alone(
     preset: str, rows: int, compiled: bool, byte_tokenizer: Tokenizer
 ) -> None:
     decoder = Decoder(_network(byte_tokenizer, preset), compiled=compiled)
@@ -164,7 +164,7 @@ def test_requests_with_different_options_do_not_affect_each_other(compiled: bool
 
 
 def test_sampled_first_tokens_follow_the_softmax(byte_tokenizer: Tokenizer) -> None:
-    """Pearson's chi-square test of the whole engine. Tokens with an expected count below five share one cell."""
+    """Apply Pearson's chi-square test to the whole engine. Tokens with an expected count below five share one cell."""
     network, count = _network(byte_tokenizer), 4000
     options = SamplingOptions(max_new_tokens=1, temperature=0.7, top_k=None)
     requests = [Request("the", options, sample_seed(5, index)) for index in range(count)]
@@ -238,7 +238,7 @@ def test_a_strong_repetition_penalty_prevents_all_repetition(byte_tokenizer: Tok
     assert len(ids) == len(set(ids))
 
 
-def test_zero_new_tokens_produce_an_empty_sample(byte_tokenizer: Tokenizer) -> None:
+def test_the_sample_is_empty_if_max_new_tokens_is_zero(byte_tokenizer: Tokenizer) -> None:
     [sample] = generate(_network(byte_tokenizer), byte_tokenizer, "x", _greedy(0))
     assert (sample.text, sample.token_ids, sample.finish_reason) == ("", [], "length")
 
@@ -256,7 +256,7 @@ def test_a_trained_model_continues_an_empty_prompt(tiny_run: Run) -> None:
 
 @pytest.fixture
 def generate_forced(byte_tokenizer: Tokenizer) -> Any:
-    """Generate the given texts, each followed by the end-of-text token. Returns the samples and their streamed pieces."""
+    """A function that generates texts, each followed by the end-of-text token, and returns the samples and streamed pieces."""
     decoder = Decoder(_network(byte_tokenizer))
     byte_ids = {text: id for id, text in enumerate(byte_tokenizer.token_bytes) if len(text) == 1}
 
@@ -318,7 +318,7 @@ def test_invalid_utf8_becomes_replacement_characters(generate_forced: Any) -> No
     assert "".join(pieces) == sample.text
 
 
-def test_a_character_cut_by_max_new_tokens_becomes_a_replacement_character(generate_forced: Any) -> None:
+def test_a_character_that_max_new_tokens_cuts_off_becomes_a_replacement_character(generate_forced: Any) -> None:
     [sample], [pieces] = generate_forced("a日", tokens=2)
     assert (sample.text, sample.finish_reason) == ("a\ufffd", "length")
     assert "".join(pieces) == sample.text

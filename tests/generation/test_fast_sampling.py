@@ -1,4 +1,4 @@
-"""The numba kernel chooses the same tokens as `sampling.choose` for the same random numbers."""
+"""Test that the numba kernel chooses the same tokens as `sampling.choose` for the same random numbers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tinylm.generation.sampling import SamplingOptions
     ],
     ids=str,
 )
-def test_same_random_numbers_choose_the_same_tokens(vocab_size: int, options: dict[str, Any]) -> None:
+def test_the_kernel_chooses_the_same_tokens_as_the_tensor_implementation(vocab_size: int, options: dict[str, Any]) -> None:
     sampling_options, generator = SamplingOptions(**options), torch.Generator().manual_seed(0)
     logits = torch.randn((300, vocab_size), generator=generator) * 3
     logits[::3, ::2] = float("-inf")

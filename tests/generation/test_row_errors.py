@@ -1,4 +1,4 @@
-"""An error in one row fails only its sample, and the options of a row do not affect the other rows."""
+"""Test that an error in a row affects only that row's sample, and that a row's options do not affect the other rows."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_row_without_allowed_tokens_does_not_change_the_other_rows(network: Tr
     assert len(expected.token_ids) == len(sequences[0].sample.token_ids) == 8
 
 
-def test_an_error_of_a_listener_fails_only_its_row(network: Transformer, tokenizer: Tokenizer) -> None:
+def test_an_error_in_a_callback_affects_only_its_row(network: Transformer, tokenizer: Tokenizer) -> None:
     def fail(text: str) -> None:
         raise RuntimeError("cannot write")
 
@@ -121,7 +121,7 @@ def test_rows_with_different_biases_penalties_and_temperatures_equal_single_samp
     assert batched == alone
 
 
-def test_chances_are_the_frequencies_of_sampled_tokens(network: Transformer, tokenizer: Tokenizer) -> None:
+def test_chances_match_the_frequencies_of_sampled_tokens(network: Transformer, tokenizer: Tokenizer) -> None:
     options = SamplingOptions(1, 1.5, top_k=5, logprobs=5, logit_bias=((65, 2.0),))
     requests = [Request("x", options, seed) for seed in range(2000)]
     samples = list(generate_batch(network, tokenizer, requests, rows=200))
@@ -133,6 +133,6 @@ def test_chances_are_the_frequencies_of_sampled_tokens(network: Transformer, tok
     assert choice.chance is not None
 
 
-def test_greedy_decoding_has_chance_one() -> None:
+def test_the_chance_of_a_greedy_token_is_one() -> None:
     logits = torch.tensor([[0.0, 3.0, 1.0]])
     assert chances(logits, SamplingOptions(temperature=0), torch.tensor([[0, 1, 2]])).tolist() == [[0.0, 1.0, 0.0]]

@@ -1,4 +1,4 @@
-"""Penalties and sampling filters on a distribution that is small enough to compute by hand."""
+"""Test penalties and sampling filters with distributions that are small enough to compute by hand."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _options(**options: Any) -> SamplingOptions:
 
 
 def _full_distribution(logits: Tensor, options: SamplingOptions) -> Tensor:
-    """The distribution over the vocabulary, in the order of the ids."""
+    """Return the distribution over the vocabulary, ordered by id."""
     probabilities, ids = distribution(logits, options)
     return probabilities if ids is None else torch.zeros_like(logits).scatter(1, ids, probabilities)
 
@@ -72,7 +72,7 @@ def test_temperature_raises_probabilities_to_a_power() -> None:
         assert _kept(temperature=temperature) == pytest.approx([power / sum(powers) for power in powers], abs=1e-6)
 
 
-def test_tiny_temperature_does_not_overflow() -> None:
+def test_a_tiny_temperature_does_not_overflow() -> None:
     assert _kept(temperature=1e-30) == pytest.approx([0, 1, 0, 0, 0], abs=1e-6)
 
 
@@ -82,7 +82,7 @@ def test_rows_are_filtered_independently() -> None:
     assert (kept > 0).tolist() == [[False, True, False, False, True], [True, False, False, False, False]]
 
 
-def test_repetition_penalty_divides_positive_logits_and_multiplies_negative_logits() -> None:
+def test_the_repetition_penalty_divides_positive_logits_and_multiplies_negative_logits() -> None:
     logits = torch.tensor([[2.0, -1.0, 0.5, -3.0]])
     seen, counts = torch.tensor([[True, True, False, False]]), torch.zeros(1, 4)
     assert apply_penalties(logits, seen, counts, _options(repetition_penalty=2.0)).tolist() == [[1.0, -2.0, 0.5, -3.0]]
@@ -90,7 +90,7 @@ def test_repetition_penalty_divides_positive_logits_and_multiplies_negative_logi
     assert apply_penalties(logits, seen, counts, _options()) is logits
 
 
-def test_frequency_penalty_applies_per_occurrence_and_presence_penalty_once() -> None:
+def test_the_frequency_penalty_applies_per_occurrence_and_the_presence_penalty_once() -> None:
     logits, counts = torch.tensor([[2.0, -1.0, 0.5]]), torch.tensor([[3.0, 1.0, 0.0]])
     seen = torch.ones(1, 3, dtype=torch.bool)
     assert apply_penalties(logits, seen, counts, _options(frequency_penalty=0.5)).tolist() == [[0.5, -1.5, 0.5]]
@@ -120,7 +120,7 @@ def _uniforms(rows: int, seed: int = 0) -> Tensor:
     ids=str,
 )
 def test_sampled_frequencies_fit_the_distribution(options: dict[str, Any], kept: Any) -> None:
-    """Pearson's chi-square test. The limits are the 99.9% quantiles for 1, 2 and 4 degrees of freedom."""
+    """Apply Pearson's chi-square test. The limits are the 99.9% quantiles for 1, 2 and 4 degrees of freedom."""
     draws = 6000
     chosen = choose(_logits(rows=draws), _options(**options), _uniforms(draws))
     counts = torch.bincount(chosen, minlength=5).tolist()
@@ -138,7 +138,7 @@ def test_extreme_random_numbers_choose_a_token_with_positive_probability(options
     assert chosen in (1, 2)
 
 
-def test_temperature_zero_is_greedy() -> None:
+def test_temperature_zero_selects_the_most_likely_token() -> None:
     assert choose(_logits(), _options(temperature=0.0, top_k=3, top_p=0.1), None).tolist() == [1]
 
 
@@ -173,7 +173,7 @@ def test_rows_are_sampled_independently_of_the_batch() -> None:
     ],
     ids=str,
 )
-def test_errors_name_the_option_that_is_out_of_range(options: dict[str, Any], option: str) -> None:
+def test_the_error_for_a_value_out_of_range_contains_the_option(options: dict[str, Any], option: str) -> None:
     with pytest.raises(InputError) as caught:
         SamplingOptions(**options)
     assert caught.value.where == option

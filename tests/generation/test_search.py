@@ -30,7 +30,7 @@ def decoder(letters: Tokenizer) -> Decoder:
 
 
 def _all_continuations(decoder: Decoder, tokenizer: Tokenizer, length: int) -> dict[tuple[int, ...], float]:
-    """Log-probabilities of all continuations of "a" that have `length` tokens or end earlier with the end-of-text token."""
+    """Return the log-probability of every continuation of "a" that has `length` tokens or ends earlier with end-of-text."""
     end_of_text, total_logprobs = tokenizer.end_of_text, {}
     others = [id for id in range(tokenizer.vocab_size) if id != end_of_text]
     for size in range(1, length + 1):

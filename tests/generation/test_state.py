@@ -1,7 +1,7 @@
-"""Generation works with a model that is not a transformer: a GRU with one hidden vector per row and unlimited capacity.
+"""Generation with a model that is not a transformer: a GRU with one hidden vector per row and unlimited capacity.
 
-The reference is a plain loop over the same cell, one sequence and one token at a time. All values are float64, so that rounding,
-which may depend on the number of rows, does not change the chosen tokens.
+The reference is a plain loop over the same cell, one sequence and one token at a time. All values are float64 so that rounding
+differences between batch sizes do not change the chosen tokens.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class GRUState:
 
 
 class GRULanguageModel(nn.Module):
-    """Embedding, one GRU cell, head."""
+    """A language model with one GRU cell between the token embedding and the output head."""
 
     uses_numba = False
     capacity = None
@@ -104,7 +104,7 @@ def letters() -> Tokenizer:
 
 
 def _logits_after_each(network: GRULanguageModel, ids: Sequence[int]) -> Tensor:
-    """Return the logits (T, V) after each of the ids (T,), computed with a plain loop over the cell."""
+    """Compute the logits (T, V) after each token of `ids` (T,) with a plain loop over the cell."""
     hidden, logits = torch.zeros(WIDTH, dtype=torch.float64), []
     for id in ids:
         hidden = network.cell(network.embedding.weight[id], hidden)
@@ -137,7 +137,7 @@ def _options(tokens: int, temperature: float = 1.0) -> SamplingOptions:
     return SamplingOptions(max_new_tokens=tokens, temperature=temperature, top_k=None)
 
 
-def test_a_model_with_its_own_state_decodes_itself(byte_tokenizer: Tokenizer) -> None:
+def test_a_model_with_its_own_state_is_its_own_decoder(byte_tokenizer: Tokenizer) -> None:
     network = GRULanguageModel(byte_tokenizer.vocab_size)
     assert isinstance(network, DecodingModel)
     assert as_decoder(network) is network
@@ -145,7 +145,7 @@ def test_a_model_with_its_own_state_decodes_itself(byte_tokenizer: Tokenizer) ->
     assert isinstance(Decoder(model()), DecodingModel)
 
 
-def test_each_sample_of_a_shared_prompt_matches_a_plain_loop(byte_tokenizer: Tokenizer) -> None:
+def test_each_sample_from_a_shared_prompt_matches_a_plain_loop(byte_tokenizer: Tokenizer) -> None:
     network, options = GRULanguageModel(byte_tokenizer.vocab_size), _options(60)
     samples = generate(network, byte_tokenizer, "the cat", options, count=6, seed=3)
     requests = [Request("the cat", options, sample_seed(3, index)) for index in range(6)]
@@ -184,7 +184,7 @@ def test_removing_a_sequence_does_not_affect_the_others(byte_tokenizer: Tokenize
     assert generated == [_sample_with_a_loop(network, byte_tokenizer, request) for request in requests[1:]]
 
 
-def test_a_stream_of_any_length_never_evicts(byte_tokenizer: Tokenizer) -> None:
+def test_a_long_stream_never_evicts_tokens(byte_tokenizer: Tokenizer) -> None:
     network = GRULanguageModel(byte_tokenizer.vocab_size)
     network.head.bias[byte_tokenizer.end_of_text] = float("-inf")
     request, pieces = Request("x" * 300, _options(3000), 1), []
@@ -227,7 +227,7 @@ def test_with_enough_beams_beam_search_is_exhaustive(letters: Tokenizer) -> None
 
 @pytest.mark.parametrize("beams", [1, 3, 7])
 def test_a_beam_keeps_the_state_of_its_own_tokens(beams: int, letters: Tokenizer) -> None:
-    """The reference recomputes every beam from its tokens in each step, so no state is copied."""
+    """The reference recomputes every beam from its tokens at each step, so it never copies a state."""
     network, prompt = GRULanguageModel(letters.vocab_size), letters.encode("ab")
     network.head.bias[letters.end_of_text] = float("-inf")
     kept: list[list[int]] = [[]]

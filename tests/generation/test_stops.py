@@ -1,4 +1,4 @@
-"""Stop texts in a stream are found at the same positions as in the whole text."""
+"""Stop strings in a stream are found at the same positions as in the whole text."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from tinylm.generation.sampling import MAX_STOP_LENGTH, MAX_STOPS, SamplingOptio
 from tinylm.generation.stops import StopMatcher
 
 
-def _slow_partial_length(text: str, stops: list[str]) -> int:
+def _naive_partial_length(text: str, stops: list[str]) -> int:
     return max(size for stop in stops for size in range(len(stop) + 1) if text.endswith(stop[:size]))
 
 
-def test_matches_and_partial_matches_equal_those_of_a_plain_search() -> None:
+def test_full_and_partial_matches_equal_those_of_a_naive_search() -> None:
     generator = random.Random(0)
     found = 0
     for _ in range(300):
@@ -30,18 +30,18 @@ def test_matches_and_partial_matches_equal_those_of_a_plain_search() -> None:
             if start is not None:
                 found += 1
                 break
-            assert matcher.partial_length == _slow_partial_length(text, stops), (stops, text)
+            assert matcher.partial_length == _naive_partial_length(text, stops), (stops, text)
     assert 100 < found < 300
 
 
-def test_repeated_near_matches_of_a_long_stop_text() -> None:
+def test_a_long_stop_string_is_found_after_many_near_matches() -> None:
     matcher = StopMatcher(["a" * 999 + "b"])
     assert matcher.push("a" * 100_000) is None
     assert matcher.partial_length == 999
     assert matcher.push("b") == 100_000 - 999
 
 
-def test_the_number_and_length_of_stop_texts_are_limited() -> None:
+def test_the_number_and_length_of_stop_strings_are_limited() -> None:
     SamplingOptions(stop=("x" * MAX_STOP_LENGTH,) * MAX_STOPS)
     for stop in (("x",) * (MAX_STOPS + 1), ("x" * (MAX_STOP_LENGTH + 1),)):
         with pytest.raises(InputError, match="--stop"):

@@ -1,4 +1,4 @@
-"""The inspection of a text that is meant to break the page."""
+"""A fixture that inspects text designed to break the page."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ from tinylm.run import Run
 
 @pytest.fixture(scope="session")
 def hostile(tiny_run: Run) -> Inspection:
-    """The inspection of the first 32 tokens of `HOSTILE`, a full context of the model."""
+    """Inspect the first 32 tokens of `HOSTILE`, which fill the model's context."""
     return inspect_text(tiny_run, HOSTILE)

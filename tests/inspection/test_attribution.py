@@ -1,4 +1,4 @@
-"""Contributions add up to the logits that the model computes, for every part of the model."""
+"""The contributions of all components add up to the model's logits, for every model option."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CASES = [*cases_and_presets(), *((preset, overrides) for overrides in COMBINATIO
 
 
 @pytest.mark.parametrize(("preset", "overrides"), CASES)
-def test_contributions_sum_to_the_logit_of_every_position(preset: str, overrides: dict[str, Any]) -> None:
+def test_contributions_sum_to_the_logit_at_every_position(preset: str, overrides: dict[str, Any]) -> None:
     network, tokens = case_network(overrides, preset), ids(2, 12)
     targets = ids(2, 12, seed=1)
     result = attribution(network, tokens, targets)
@@ -37,7 +37,7 @@ def test_contributions_sum_to_the_logit_of_every_position(preset: str, overrides
     assert len(result.components) == len(set(result.components)) == len(result.contributions)
 
 
-def test_a_difference_of_logits_is_the_difference_of_their_attributions() -> None:
+def test_the_attribution_of_a_logit_difference_is_the_difference_between_two_attributions() -> None:
     network, tokens = model("gpt2"), ids(1, 8)
     targets, against = ids(1, 8, seed=1), ids(1, 8, seed=2)
     difference = attribution(network, tokens, targets, against)
@@ -46,9 +46,9 @@ def test_a_difference_of_logits_is_the_difference_of_their_attributions() -> Non
 
 
 def test_removing_a_head_changes_the_logit_by_its_contribution() -> None:
-    """With RMSNorm and a fixed scale of the final norm, the contribution of a head is the change of the logit if it is removed.
+    """With RMSNorm and a fixed final-norm scale, a head's contribution equals the drop in the logit when the head is removed.
 
-    The last feed-forward layer, which reads the output of this head, is restored to its original output.
+    The last feed-forward layer reads this head's output, so the test restores that layer's original output.
     """
     network, tokens = model("llama"), ids(1, 8)
     targets = ids(1, 8, seed=1)

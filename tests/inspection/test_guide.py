@@ -1,4 +1,4 @@
-"""The Python example of the guide runs."""
+"""The Python example in the guide runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tinylm.run import Run
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "look-inside.md"
 
 
-def test_the_example_of_the_guide_runs(tiny_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example_in_the_guide_runs(tiny_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     match = re.search(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
     assert match is not None
     exec(match[1].replace("runs/quickstart", tiny_run.path.as_posix()), {})

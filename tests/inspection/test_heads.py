@@ -1,4 +1,4 @@
-"""Head scores follow their definitions, and find heads in a trained model but not in a random one."""
+"""Head scores match their definitions, and they find an induction head in a trained model but not in a random one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Reference(NamedTuple):
 
 
 def _scores_by_definition(pattern: torch.Tensor, tokens: torch.Tensor) -> _Reference:
-    """The scores of one head, pattern (batch, time, time), with loops over all weights."""
+    """Compute the scores of one head from its attention pattern (batch, time, time) by looping over all weights."""
     rows, length = tokens.shape
     period = length // 2
     previous, duplicate, induction, entropy = [], [], [], []
@@ -44,7 +44,7 @@ def _scores_by_definition(pattern: torch.Tensor, tokens: torch.Tensor) -> _Refer
     return _Reference(*(sum(values) / len(values) for values in (previous, duplicate, induction, entropy)))
 
 
-def test_scores_follow_their_definitions() -> None:
+def test_scores_match_their_definitions() -> None:
     network = model("llama")
     tokens = repeated_tokens(network, rows=2)
     scores = head_scores(network, tokens)
@@ -57,7 +57,7 @@ def test_scores_follow_their_definitions() -> None:
             assert [float(score[layer, head]) for score in actual] == pytest.approx(expected, abs=1e-5)
 
 
-def test_repeated_tokens_use_half_of_a_short_context() -> None:
+def test_repeated_tokens_are_two_copies_that_fit_the_context() -> None:
     tokens = repeated_tokens(model("gpt2", context_length=17), rows=3)
     assert tokens.shape == (3, 16)
     assert torch.equal(tokens[:, :8], tokens[:, 8:])
@@ -72,7 +72,7 @@ def _largest(scores: HeadScores) -> dict[str, float]:
     return {kind: float(scores.of(kind).max()) for kind in KINDS}
 
 
-def test_training_on_repetitions_forms_an_induction_head_that_a_random_model_does_not_have() -> None:
+def test_training_on_repetitions_forms_an_induction_head_that_a_random_model_lacks() -> None:
     shape = {"n_layer": 2, "n_head": 4, "n_embd": 32, "context_length": 24}
     network = Transformer(section("gpt2", **shape), REPEATED_VOCABULARY, seed=0).eval()
     untrained = head_scores(network)

@@ -1,4 +1,4 @@
-"""Ablation and patching match changes that are made by hand."""
+"""Ablation and patching match the same changes made by hand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _loss(network: Transformer, tokens: Tensor) -> float:
     return float(F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
 
 
-def test_ablating_a_head_equals_moving_its_mean_output_into_the_bias_of_the_projection() -> None:
+def test_ablating_a_head_equals_moving_its_mean_output_into_the_projection_bias() -> None:
     network, tokens = model("gpt2"), ids(3, 12)
     result = ablate(network, tokens)
     with torch.no_grad():
@@ -38,7 +38,7 @@ def test_ablating_a_head_equals_moving_its_mean_output_into_the_bias_of_the_proj
             assert float(result.heads[layer, head]) == pytest.approx(_loss(changed, tokens) - _loss(network, tokens), abs=2e-6)
 
 
-def test_ablating_a_feed_forward_layer_equals_a_constant_output() -> None:
+def test_ablating_a_feed_forward_layer_equals_replacing_its_output_with_the_mean() -> None:
     network, tokens = model("gpt2"), ids(3, 12)
     result = ablate(network, tokens)
     with torch.no_grad():
@@ -65,7 +65,7 @@ def test_tokens_with_a_negative_target_are_not_scored() -> None:
 
 
 def _texts() -> tuple[Tensor, Tensor]:
-    """Two texts that differ only in token 4."""
+    """Return two texts that differ only in token 4."""
     clean = ids(1, 10)
     corrupt = clean.clone()
     corrupt[0, 4] = (corrupt[0, 4] + 7) % 50
@@ -90,10 +90,10 @@ def test_patching_a_head_equals_a_forward_pass_with_the_clean_activation() -> No
         clean_logits, cache = network.run_with_cache(clean)
         start, end = float(network(corrupt)[0, -1, 3]), float(clean_logits[0, -1, 3])
 
-        def put(z: Tensor, name: str) -> None:
+        def insert_clean_head(z: Tensor, name: str) -> None:
             z[:, :, 2] = cache[name][:, :, 2]
 
-        with network.hooks({"blocks.0.attn.z": put}):
+        with network.hooks({"blocks.0.attn.z": insert_clean_head}):
             patched = float(network(corrupt)[0, -1, 3])
     assert float(effects[0, 2]) == pytest.approx((patched - start) / (end - start), abs=1e-4)
 
@@ -108,7 +108,7 @@ def test_texts_that_cannot_be_compared_are_rejected() -> None:
         patch(network, *_texts(), logit_difference(1, 2), at="nothing")
 
 
-def test_top_activations_are_the_largest_of_all_places() -> None:
+def test_top_activations_are_the_largest_over_all_windows_and_positions() -> None:
     network, windows = model("gpt2"), ids(3, 12)
     with torch.no_grad():
         _, cache = network.run_with_cache(windows)

@@ -1,4 +1,4 @@
-"""The logit lens gives the predictions of a model that ends after a layer."""
+"""The logit lens after a layer equals the prediction of a model that ends at that layer."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def test_the_lens_after_a_layer_is_the_prediction_of_a_model_without_the_later_l
     assert lens.shape == (4, 2, 10, VOCAB_SIZE)
     for layer in (1, 2, 3):
         shorter = Transformer(section(preset, n_layer=layer), VOCAB_SIZE).eval()
-        known = shorter.state_dict()
-        shorter.load_state_dict({name: weight for name, weight in network.state_dict().items() if name in known})
+        remaining = shorter.state_dict()
+        shorter.load_state_dict({name: weight for name, weight in network.state_dict().items() if name in remaining})
         with torch.no_grad():
             torch.testing.assert_close(lens[layer], shorter(tokens), atol=1e-5, rtol=1e-5)
 
 
-def test_guesses_are_the_best_tokens_of_the_lens_and_ranks_count_better_ones() -> None:
+def test_guesses_are_the_most_likely_tokens_and_ranks_start_at_1() -> None:
     network, tokens = model("gpt2"), ids(1, 10)
     probabilities = logit_lens(network, tokens)[:, 0].softmax(-1)
     truth = torch.cat((tokens[0, 1:], torch.tensor([-1])))

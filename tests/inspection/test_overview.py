@@ -1,4 +1,4 @@
-"""The summary of a text: losses, targets and positions, and models that lack some parts."""
+"""Inspecting a text: losses, targets and positions, the tour, and models that lack attention or a linear head."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tinylm.tokenizer.control_tokens import ControlTokens
 TEXT = "The for statement is used"
 
 
-def test_losses_with_the_end_of_text_token_are_those_of_an_evaluation(tiny_run: Run, tmp_path: Path) -> None:
+def test_losses_after_an_end_of_text_token_match_an_evaluation(tiny_run: Run, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
     inspected = inspect_text(tiny_run, TEXT, InspectOptions(start_of_document=True))
     losses = [token.loss for token in inspected.tokens]
@@ -50,7 +50,7 @@ def test_the_last_prediction_is_attributed_unless_another_is_requested(tiny_run:
     assert other.attributed.logit == pytest.approx(float(logits[1, 65]), abs=1e-4)
 
 
-def test_a_long_text_is_cut_with_a_warning(tiny_run: Run) -> None:
+def test_a_long_text_is_truncated_with_a_warning(tiny_run: Run) -> None:
     reporter = CollectingReporter()
     inspected = inspect_text(tiny_run, TEXT * 9, InspectOptions(max_tokens=5), reporter=reporter)
     assert len(inspected.tokens) == 5
@@ -67,12 +67,12 @@ def test_a_long_text_is_cut_with_a_warning(tiny_run: Run) -> None:
         (TEXT, InspectOptions(target="no such token"), "--target: 'no such token' is not a single token"),
     ],
 )
-def test_wrong_options_are_rejected(text: str, options: InspectOptions, problem: str, tiny_run: Run) -> None:
+def test_invalid_options_are_rejected(text: str, options: InspectOptions, problem: str, tiny_run: Run) -> None:
     with pytest.raises(InputError, match=problem):
         inspect_text(tiny_run, text, options)
 
 
-def test_texts_of_tokens_are_visible(tiny_run: Run) -> None:
+def test_every_token_has_a_readable_text(tiny_run: Run) -> None:
     tokenizer = tiny_run.tokenizer
     assert "".join(token_text(tokenizer, id) for id in tokenizer.encode("a b\n")) == "a b\n"
     assert token_text(tokenizer, tokenizer.end_of_text or 0) == "<|endoftext|>"
@@ -80,12 +80,12 @@ def test_texts_of_tokens_are_visible(tiny_run: Run) -> None:
     assert "\\x" in "".join(token_text(tokenizer, id) for id in tokenizer.encode("😀"))
 
 
-def test_checkpoints_are_selected_and_a_damaged_one_is_left_out(tiny_run: Run, tmp_path: Path) -> None:
-    assert [each.step for each in select_checkpoints(tiny_run, "all")] == [each.step for each in tiny_run.checkpoints()]
-    assert [each.step for each in select_checkpoints(tiny_run, "last 1")] == [20]
-    for wrong in ("some", "last 0", "-1"):
+def test_checkpoints_are_selected_and_viewed(tiny_run: Run, tmp_path: Path) -> None:
+    assert select_checkpoints(tiny_run, "all") == tiny_run.checkpoints()
+    assert [checkpoint.step for checkpoint in select_checkpoints(tiny_run, "last 1")] == [20]
+    for invalid in ("some", "last 0", "-1"):
         with pytest.raises(InputError, match="--checkpoints: must be all or last N"):
-            select_checkpoints(tiny_run, wrong)
+            select_checkpoints(tiny_run, invalid)
     [view] = view_checkpoints(tiny_run, tiny_run.tokenizer.encode(TEXT), select_checkpoints(tiny_run, "1"), pattern_tokens=3)
     inspected = inspect_text(tiny_run, TEXT, checkpoint="20")
     assert view.losses == pytest.approx([token.loss for token in inspected.tokens[1:]], abs=1e-5)
@@ -95,7 +95,7 @@ def test_checkpoints_are_selected_and_a_damaged_one_is_left_out(tiny_run: Run, t
     assert pattern_tokens(tiny_run, 10_000, 4) == 237
 
 
-def test_a_recurrent_model_says_which_parts_it_does_not_have(tiny_run: Run, tmp_path: Path) -> None:
+def test_inspecting_a_recurrent_model_reports_the_missing_parts(tiny_run: Run, tmp_path: Path) -> None:
     recipe = loads("data: {train: text.txt}\nmodel: {architecture: gru}\ntraining: {steps: 1}\n", check_files=False)
     network = registry.build(recipe.model, tiny_run.tokenizer.vocab_size, 0).eval()
     run = save_run(tmp_path / "gru", network, tiny_run.tokenizer)  # type: ignore[arg-type]
@@ -122,7 +122,7 @@ def test_every_step_of_the_tour_is_short_and_has_numbers(tiny_run: Run) -> None:
     assert all(step.numbers for step in steps)
 
 
-def test_the_gradient_step_predicts_the_change_of_the_loss_and_restores_the_weight(tiny_run: Run) -> None:
+def test_the_gradient_step_predicts_the_change_in_the_loss_and_restores_the_weight(tiny_run: Run) -> None:
     inspected = inspect_text(tiny_run, TEXT)
     before = {name: weight.clone() for name, weight in inspected.forward.network.state_dict().items()}
     numbers = dict(tour(inspected)[-1].numbers)
@@ -132,7 +132,7 @@ def test_the_gradient_step_predicts_the_change_of_the_loss_and_restores_the_weig
     assert all(torch.equal(weight, before[name]) for name, weight in inspected.forward.network.state_dict().items())
 
 
-def test_the_tour_shows_a_hostile_text_as_text(tiny_run: Run) -> None:
+def test_the_tour_escapes_hostile_text(tiny_run: Run) -> None:
     page = as_html(tour(inspect_text(tiny_run, HOSTILE)), "<i>{{STEPS}}</i>")
     assert "</script>" not in page
     assert "<i>" not in page
@@ -150,7 +150,7 @@ def test_the_tour_needs_a_token_to_predict(tiny_run: Run) -> None:
 
 
 def _encoder_run(folder: Path, preset: str) -> Run:
-    """An untrained encoder with a tokenizer that has control tokens, and a held-out text."""
+    """Train an encoder for two steps on text with a held-out part. Its tokenizer has control tokens."""
     text = folder / "text.txt"
     text.write_text("the cat sat on the mat and the dog ran to the cat\n" * 60)
     shape = "n_layer: 2, n_head: 2, n_embd: 16, context_length: 24"
@@ -175,10 +175,10 @@ def test_an_encoder_predicts_each_token_from_all_others(tmp_path: Path) -> None:
     assert inspected.attributed is not None
     assert inspected.attributed.position == mask
     assert [index for index, token in enumerate(inspected.tokens) if token.loss is None] == [0, mask, len(ids) - 1]
-    hidden = torch.tensor([ids])
-    hidden[0, 2] = control.mask
+    masked = torch.tensor([ids])
+    masked[0, 2] = control.mask
     with torch.no_grad():
-        expected = -inspected.forward.network(hidden)[0, 2].log_softmax(-1)[ids[2]]
+        expected = -inspected.forward.network(masked)[0, 2].log_softmax(-1)[ids[2]]
     assert inspected.tokens[2].loss == pytest.approx(float(expected), abs=1e-5)
     assert inspected.attributed.sum == pytest.approx(inspected.attributed.logit, abs=1e-3)
     assert inspected.lens is not None

@@ -1,4 +1,4 @@
-"""The page works offline in a browser, by keyboard, in both themes and on small screens, and shows any text as text."""
+"""The inspection page works offline, with the keyboard, in both themes and on small screens, and it escapes all text."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _data(page: str) -> dict[str, Any]:
     return data
 
 
-def test_the_page_is_one_file_without_references_to_others(page_file: Path) -> None:
+def test_the_page_is_one_file_without_references_to_other_files(page_file: Path) -> None:
     page = page_file.read_text()
     assert page.count("</script>") == 2
     assert not re.search(r"(src|href)=|@import|url\(|https?://(?!www\.w3\.org/2000/svg)", page)
@@ -79,12 +79,12 @@ def _bytes(text: str) -> bytes:
     return base64.b64decode(text)
 
 
-def test_a_text_of_another_length_is_rejected(hostile: Inspection) -> None:
+def test_a_corrupt_text_of_a_different_length_is_rejected(hostile: Inspection) -> None:
     with pytest.raises(InputError, match=r"--corrupt: has 1 tokens, but the text has 32"):
         render(hostile, [], PageOptions(corrupt="a", ablation_tokens=0))
 
 
-def test_windows_of_held_out_text_contain_it_in_order(tiny_run: Run) -> None:
+def test_held_out_windows_contain_the_text_in_order(tiny_run: Run) -> None:
     windows = heldout_windows(tiny_run, 256)
     tokens = np.asarray(tiny_run.heldout().tokens)
     assert windows.inputs.shape == (8, 32)
@@ -111,13 +111,13 @@ def test_the_page_works_in_a_browser(width: int, scheme: str, page_file: Path) -
         _check_parts(page)
         _check_keyboard(page)
         _check_numbers(page)
-        assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing is wider than the screen"
-        assert page.evaluate("document.querySelectorAll('#tokens b, #words b').length") == 0, "the text is not parsed as HTML"
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page is wider than the screen"
+        assert page.evaluate("document.querySelectorAll('#tokens b, #words b').length") == 0, "the text was parsed as HTML"
     assert problems == []
 
 
 def _check_parts(page: Any) -> None:
-    """Every part has content, and hostile characters are visible."""
+    """Check that every section has content and that hostile characters are shown as escapes."""
     for part in PARTS:
         assert len(page.inner_text(f"#p-{part}")) > 100, part
     shown = page.inner_text("#tokens")
@@ -128,7 +128,7 @@ def _check_parts(page: Any) -> None:
 
 
 def _check_keyboard(page: Any) -> None:
-    """Tab and arrow keys reach tokens, heads, lens cells, sliders and menus."""
+    """Check that the Tab and arrow keys reach tokens, heads, lens cells, sliders and menus."""
     page.locator("#tokens .t").first.click()
     assert page.inner_text("#current").startswith("token 0 of 32")
     page.keyboard.press("ArrowRight")
@@ -156,7 +156,7 @@ def _check_keyboard(page: Any) -> None:
 
 
 def _check_numbers(page: Any) -> None:
-    """The bars add up to the logit, and the weight that is computed by hand is the model's."""
+    """Check that the bars add up to the logit and that the attention weight computed by hand matches the model's."""
     remainder = re.search(r"remainder (\S+)\. The", page.inner_text("#attribution-sum"))
     assert remainder is not None
     assert abs(float(remainder[1])) < 1e-3

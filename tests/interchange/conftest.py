@@ -1,4 +1,4 @@
-"""Fixtures for export and import tests: run folders of small models with random weights, and tokenizers trained on real text."""
+"""Fixtures for export and import tests: run folders with small random models, and tokenizers trained on real text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tinylm.tokenizer import Tokenizer, training
 
 @pytest.fixture(scope="session")
 def tokenizers(english: str) -> dict[str, Tokenizer]:
-    """Tokenizers that differ in what other programs support: the split pattern, digits per token, and kind."""
+    """Return tokenizers that differ in features that not every program supports: split pattern, digits per token, and kind."""
     sections = {
         "gpt2": BpeTokenizer(kind="bpe", vocab_size=400, split="gpt2"),
         "digits1": BpeTokenizer(kind="bpe", vocab_size=400, digits=1),
@@ -32,7 +32,7 @@ def tokenizers(english: str) -> dict[str, Tokenizer]:
 
 @pytest.fixture
 def make_run(tmp_path: Path, tokenizers: dict[str, Tokenizer]) -> MakeRun:
-    """`make_run("gpt2", tokenizer="byte", bias=False)` creates a run folder with one checkpoint of random weights."""
+    """`make_run("gpt2", tokenizer="byte", bias=False)` creates a run folder with one checkpoint that has random weights."""
 
     def make(preset: str, *, tokenizer: str = "gpt2", name: str = "run", **parts: Any) -> Run:
         chosen = tokenizers[tokenizer]

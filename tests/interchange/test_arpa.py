@@ -1,4 +1,4 @@
-"""N-gram models survive a round trip through ARPA files, which KenLM reads."""
+"""N-gram models survive a round trip through ARPA files, and KenLM can read these files."""
 
 from __future__ import annotations
 
@@ -37,13 +37,14 @@ def test_an_exported_model_is_imported_unchanged(run: Run, tmp_path: Path) -> No
     assert result.largest_difference < 1e-4
     import_model(tmp_path / "model.arpa", tmp_path / "imported", tokenizer=run.path / "tokenizer.json")
     imported = Run.open(tmp_path / "imported")
-    tables = [arpa.tables_of(each.network(each.checkpoint(), torch.device("cpu"))) for each in (run, imported)]
+    runs = (run, imported)
+    tables = [arpa.tables_of(one_run.network(one_run.checkpoint(), torch.device("cpu"))) for one_run in runs]
     for keys, others in zip(tables[0].keys, tables[1].keys, strict=True):
         np.testing.assert_array_equal(keys, others)
     for probabilities, others in zip(tables[0].probabilities, tables[1].probabilities, strict=True):
         np.testing.assert_allclose(probabilities, others, rtol=2e-6)
     text = str(run.recipe.data.sources()["train"][0])
-    losses = [evaluate_run(each, [text], device="cpu").perplexity.loss for each in (run, imported)]
+    losses = [evaluate_run(one_run, [text], device="cpu").perplexity.loss for one_run in runs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -54,7 +55,7 @@ def test_kenlm_computes_the_same_probabilities(run: Run, tmp_path: Path) -> None
     assert any(program.startswith("KenLM") for program in result.verified_with)
 
 
-def test_a_file_of_kenlm_is_imported_with_its_words_as_tokens(tmp_path: Path) -> None:
+def test_a_kenlm_file_is_imported_with_its_words_as_tokens(tmp_path: Path) -> None:
     folder = Path(__file__).resolve().parent.parent / "data" / "kenlm"
     import_model(folder / "order3.arpa", tmp_path / "imported")
     imported = Run.open(tmp_path / "imported")
@@ -67,7 +68,7 @@ def test_a_file_of_kenlm_is_imported_with_its_words_as_tokens(tmp_path: Path) ->
     ("old", "new"),
     [("ngram 2=", "ngram 2=9"), ("\\end\\", ""), ("\\data\\\n", "nothing"), ("</s>", "w1"), ("\t<s> w1\t", "\t<s> w1 w1\t")],
 )
-def test_a_damaged_file_is_refused(old: str, new: str, tmp_path: Path) -> None:
+def test_a_damaged_file_is_rejected(old: str, new: str, tmp_path: Path) -> None:
     text = (Path(__file__).resolve().parent.parent / "data" / "kenlm" / "order3.arpa").read_text(encoding="utf-8")
     assert old in text
     (tmp_path / "damaged.arpa").write_text(text.replace(old, new), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Every value of a config.json may have a wrong type or an absurd size: the import reports it in one line."""
+"""A value of the wrong type or an absurd size in config.json produces a one-line error or a valid model."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_every_supported_family_has_an_example() -> None:
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_a_value_of_a_wrong_type_is_refused_or_makes_a_valid_model(kind: str) -> None:
+def test_a_value_of_the_wrong_type_is_rejected_or_produces_a_valid_model(kind: str) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     errors = []
     for path in _paths(CONFIGS[kind]):
@@ -117,21 +117,21 @@ def test_a_value_of_a_wrong_type_is_refused_or_makes_a_valid_model(kind: str) ->
 
 
 @pytest.mark.parametrize("kind", [None, True, 7, [], {}, ["gpt2"], "x" * 1000])
-def test_a_model_type_that_is_not_a_known_name_is_refused(kind: Any) -> None:
+def test_an_unknown_model_type_is_rejected(kind: Any) -> None:
     with pytest.raises(InputError, match="unsupported model_type") as error:
         model_section_from_config({"model_type": kind}, {}, "config.json")
     assert len(str(error.value)) < 400
 
 
 @pytest.mark.parametrize(
-    ("key", "layers"), [("num_hidden_layers", 2_147_483_648), ("num_hidden_layers", 9_999), ("hidden_size", 1 << 20)]
+    ("key", "size"), [("num_hidden_layers", 2_147_483_648), ("num_hidden_layers", 9_999), ("hidden_size", 1 << 20)]
 )
-def test_a_folder_whose_config_claims_an_absurd_size_is_refused_without_taking_memory(
-    key: str, layers: int, tmp_path: Path, tokenizers: dict[str, Any]
+def test_a_config_with_an_absurd_size_is_rejected_without_allocating_memory(
+    key: str, size: int, tmp_path: Path, tokenizers: dict[str, Any]
 ) -> None:
     from safetensors.torch import save_file
 
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **LLAMA, key: layers}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **LLAMA, key: size}))
     save_file(
         {"model.embed_tokens.weight": torch.zeros(320, 32), "model.norm.weight": torch.ones(32)}, tmp_path / "model.safetensors"
     )
@@ -146,14 +146,14 @@ def test_a_folder_whose_config_claims_an_absurd_size_is_refused_without_taking_m
 @pytest.mark.parametrize(
     "content", [b"[" * 100_000, b"{", b"", b"[]", b"7", b"\xff\xfe", b'{"model_type": "gpt2", "n_layer": ' + b"9" * 5000 + b"}"]
 )
-def test_a_config_that_is_not_a_json_object_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_a_config_that_is_not_a_valid_json_object_is_rejected(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(InputError, match=r"config\.json: "):
         huggingface.read(tmp_path)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no named pipes")
-def test_a_named_pipe_in_place_of_the_config_is_refused(tmp_path: Path) -> None:
+def test_a_named_pipe_in_place_of_the_config_is_rejected(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(InputError, match="is not a file"):
         huggingface.read(tmp_path)
@@ -162,14 +162,14 @@ def test_a_named_pipe_in_place_of_the_config_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "index", [b"[", b"[]", b"{}", b'{"weight_map": 5}', b'{"weight_map": {"a": 5}}', b'{"weight_map": {"a": "../b"}}']
 )
-def test_an_invalid_index_of_shards_is_refused(index: bytes, tmp_path: Path) -> None:
+def test_an_invalid_shard_index_is_rejected(index: bytes, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **LLAMA}))
     (tmp_path / "model.safetensors.index.json").write_bytes(index)
     with pytest.raises(InputError, match=r"invalid index|outside the folder"):
         huggingface.read(tmp_path)
 
 
-def test_tensors_without_dimensions_are_reported() -> None:
+def test_a_scalar_in_place_of_a_matrix_is_rejected() -> None:
     model = model_section_from_config({"model_type": "gpt_neox", **CONFIGS["gpt_neox"]}, {}, "config.json")
     with pytest.raises(InputError, match="missing tensors"):
         import_state_dict({"gpt_neox.embed_in.weight": torch.tensor(1.0)}, model, "gpt_neox", "folder")

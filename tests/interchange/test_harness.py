@@ -1,4 +1,4 @@
-"""The lm-evaluation-harness adapter, tested on local task files without network access."""
+"""The lm-evaluation-harness adapter, tested with local task files and without network access."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_continuations_are_scored_given_their_context(make_run: MakeRun) -> None
     for (before, after), (logprob, greedy) in zip(requests, scores, strict=True):
         ids, expected, all_greedy = [*before, *after], 0.0, True
         for position in range(len(before), len(ids)):
-            # windows are aligned to the end, so the last `context` ids are scored in one window
+            # Windows are aligned to the end of the sequence, so the last `context` ids are scored in one window.
             end = len(ids) if len(ids) - position <= context else len(ids) - (len(ids) - 1 - position) // context * context
             window = ids[max(0, end - context - 1) : end]
             with torch.no_grad():
@@ -99,7 +99,7 @@ def test_continuations_are_scored_given_their_context(make_run: MakeRun) -> None
     assert scores[-1][1]
 
 
-def test_generation_stops_at_the_stop_string_of_the_task(tiny_run: Run) -> None:
+def test_generation_stops_at_the_stop_string_from_the_task(tiny_run: Run) -> None:
     network = tiny_run.network(tiny_run.checkpoint(), torch.device("cpu"))
     full = harness.complete(network, tiny_run.tokenizer, "The for", {"max_gen_toks": 12})
     assert full == generate(network, tiny_run.tokenizer, "The for", SamplingOptions(12, 0.0, None))[0].text
@@ -107,7 +107,7 @@ def test_generation_stops_at_the_stop_string_of_the_task(tiny_run: Run) -> None:
     assert harness.complete(network, tiny_run.tokenizer, "The for", {"max_gen_toks": 12, "until": stop}) == full.split(stop)[0]
 
 
-def test_a_task_file_without_a_task_line_is_an_error(tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_file_without_a_task_line_is_rejected(tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness.verify, "require", lambda *arguments: None)
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     (tmp_path / "a.yaml").write_text("dataset_path: json\n")

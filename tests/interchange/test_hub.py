@@ -24,7 +24,7 @@ NAME = "someone/small"
 
 
 class HubServer(ThreadingHTTPServer):
-    """Serves the files of `folder` as the model `NAME`."""
+    """Serves the files in `folder` as the model `NAME`."""
 
     folder: Path
     requested: list[str]
@@ -42,34 +42,34 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.answer(True)
 
-    def answer(self, body: bool) -> None:
+    def answer(self, include_body: bool) -> None:
         path = self.path.partition("?")[0]
         files = {file.name: file.read_bytes() for file in self.server.folder.iterdir()}
         if path.startswith(f"/api/models/{NAME}/revision/"):
             if path.rpartition("/")[2] not in ("main", COMMIT):
-                return self.send(404, b"{}", body, {"X-Error-Code": "RevisionNotFound"})
+                return self.send(404, b"{}", include_body, {"X-Error-Code": "RevisionNotFound"})
             siblings = [{"rfilename": name} for name in files]
-            return self.send(200, json.dumps({"id": NAME, "sha": COMMIT, "siblings": siblings}).encode(), body, {})
+            return self.send(200, json.dumps({"id": NAME, "sha": COMMIT, "siblings": siblings}).encode(), include_body, {})
         if path.startswith(f"/api/models/{NAME}/tree/"):
             entries = [
                 {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
                 for name, content in files.items()
             ]
-            return self.send(200, json.dumps(entries).encode(), body, {})
+            return self.send(200, json.dumps(entries).encode(), include_body, {})
         name = path.rpartition("/")[2]
         if path.startswith(f"/{NAME}/resolve/") and name in files:
             self.server.requested.append(name)
             content = files[name]
             headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
-            return self.send(200, content, body, headers)
-        return self.send(404, b"{}", body, {"X-Error-Code": "RepoNotFound"})
+            return self.send(200, content, include_body, headers)
+        return self.send(404, b"{}", include_body, {"X-Error-Code": "RepoNotFound"})
 
-    def send(self, status: int, content: bytes, body: bool, headers: dict[str, str]) -> None:
+    def send(self, status: int, content: bytes, include_body: bool, headers: dict[str, str]) -> None:
         self.send_response(status)
         for key, value in {"Content-Length": str(len(content)), "Content-Type": "application/json", **headers}.items():
             self.send_header(key, value)
         self.end_headers()
-        if body:
+        if include_body:
             self.wfile.write(content)
 
 
@@ -100,7 +100,7 @@ def test_a_model_is_downloaded_and_imported(server: HubServer, tmp_path: Path) -
     import_model(f"hf:{NAME}@{COMMIT}", tmp_path / "again")
 
 
-def test_wrong_names_and_an_unreachable_hub_are_reported(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_names_and_an_unreachable_hub_are_reported(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="the Hub has no such public model"):
         hub.download("hf:someone/else")
     with pytest.raises(InputError, match="the model has no revision v2"):

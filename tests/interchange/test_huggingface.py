@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from model.parts import CASES as CASES_OF_KEYS
+from model.parts import CASES as KEY_CASES
 from model.parts import case_network, cases_and_presets
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -40,7 +40,7 @@ MODERN = {
     "embedding_shortcut": True,
     "logit_softcap": 5.0,
 }
-# (preset, class that loads the export, parts of the model)
+# (preset, class that loads the export, model overrides)
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("gpt2", "GPT2LMHeadModel", {}),
     ("gpt2", "GPT2LMHeadModel", {"bias": False, "tie_embeddings": False}),
@@ -59,7 +59,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
 ]
 
 
-QWEN3_CASES = [("llama", {**case, "qk_norm": True}) for case in CASES_OF_KEYS if "qk_norm" not in case]
+QWEN3_CASES = [("llama", {**case, "qk_norm": True}) for case in KEY_CASES if "qk_norm" not in case]
 
 
 def load_network(run: Run) -> Transformer:
@@ -67,7 +67,7 @@ def load_network(run: Run) -> Transformer:
 
 
 def load_with_transformers(folder: Path) -> tuple[Any, Any]:
-    """Load the tokenizer and the model as a user of transformers does."""
+    """Load the tokenizer and the model in the way that transformers users do."""
     remote_code = (folder / huggingface.MODELING_FILE).exists()
     with huggingface.quiet(transformers):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=remote_code)
@@ -121,7 +121,7 @@ def test_every_key_is_exported_correctly_or_rejected(
         torch.testing.assert_close(other(tokens).logits, network(tokens), atol=1e-4, rtol=1e-4)
 
 
-def test_exported_modeling_code_generates_with_padding_with_beam_search_and_without_a_cache(
+def test_exported_modeling_code_supports_padding_beam_search_and_generation_without_a_cache(
     make_run: MakeRun, tmp_path: Path
 ) -> None:
     export(make_run("modern", **MODERN), "hf", tmp_path / "out")

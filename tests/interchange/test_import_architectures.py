@@ -1,4 +1,4 @@
-"""tinylm imports tiny random models of every supported architecture of transformers, with the same logits."""
+"""tinylm imports a tiny random model of every supported transformers architecture and computes the same logits."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def save(folder: Path, config: Any, english: str) -> Any:
 
 
 def write_as_transformers_4(folder: Path) -> None:
-    """Move the rotary settings of config.json to where transformers 4 writes them."""
+    """Rewrite the rotary settings in config.json in the format of transformers 4."""
     config = json.loads((folder / "config.json").read_text())
     parameters = config.pop("rope_parameters", None) or {}
     theta, fraction = parameters.pop("rope_theta", None), parameters.pop("partial_rotary_factor", None)
@@ -114,7 +114,7 @@ def write_as_transformers_4(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_logits_match_transformers_and_the_model_generates_and_is_exported(name: str, tmp_path: Path, english: str) -> None:
+def test_an_imported_model_matches_transformers_and_can_be_exported_again(name: str, tmp_path: Path, english: str) -> None:
     other = save(tmp_path / "theirs", CONFIGS[name](), english)
     result = import_model(tmp_path / "theirs", tmp_path / "run")
     assert result.largest_difference is not None
@@ -139,7 +139,7 @@ def test_logits_match_transformers_and_the_model_generates_and_is_exported(name:
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("llama, linear", rope("longrope", factor=2.0), "rotary embeddings scaled by 'longrope' are not supported"),
+        ("llama, linear", rope("longrope", factor=2.0), "RoPE scaling type 'longrope' is not supported"),
         (
             "llama, yarn",
             rope("yarn", factor=2.0, mscale=0.7, mscale_all_dim=1.0),

@@ -1,4 +1,4 @@
-"""Importing a nanoGPT checkpoint never executes its code, and the model matches a reference implementation."""
+"""Importing a nanoGPT checkpoint never executes code from the file, and the model matches a reference implementation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 24}
 
 
 def weights(vocabulary: int, bias: bool) -> dict[str, Tensor]:
-    """A state dict with nanoGPT's parameter names. Linear weights have shape (out, in)."""
+    """Return a random state dict with nanoGPT's parameter names. Linear weights have shape (out, in)."""
     torch.manual_seed(0)
     width = SHAPE["n_embd"]
     shapes: dict[str, tuple[int, ...]] = {"transformer.wte.weight": (vocabulary, width), "transformer.wpe.weight": (24, width)}
@@ -40,7 +40,7 @@ def weights(vocabulary: int, bias: bool) -> dict[str, Tensor]:
 
 
 def logits(state: dict[str, Tensor], ids: Tensor) -> Tensor:
-    """Reference implementation of nanoGPT's forward pass: pre-norm GPT-2 with exact GELU."""
+    """Compute the logits (B, T, V) of nanoGPT, a pre-norm GPT-2 with exact GELU, for `ids` (B, T)."""
 
     def linear(x: Tensor, name: str) -> Tensor:
         return F.linear(x, state[f"{name}.weight"], state.get(f"{name}.bias"))
@@ -76,7 +76,7 @@ def save_checkpoint(path: Path, vocabulary: int, bias: bool = True, prefix: str 
 
 
 @pytest.mark.parametrize(("bias", "prefix"), [(True, ""), (False, "_orig_mod.")])
-def test_an_imported_model_matches_the_reference_logits(
+def test_an_imported_model_computes_the_reference_logits(
     bias: bool, prefix: str, tmp_path: Path, tokenizers: dict[str, Tokenizer]
 ) -> None:
     tokenizers["gpt2"].save(tmp_path / "tokenizer.json")
@@ -98,7 +98,9 @@ def test_an_imported_model_matches_the_reference_logits(
     ]
 
 
-def test_special_tokens_missing_from_the_model_get_the_mean_embedding(tmp_path: Path, tokenizers: dict[str, Tokenizer]) -> None:
+def test_special_tokens_missing_from_the_model_start_with_the_mean_embedding(
+    tmp_path: Path, tokenizers: dict[str, Tokenizer]
+) -> None:
     tokenizers["char"].save(tmp_path / "chars.json")
     characters = tokenizers["char"].vocab_size - 2
     state = save_checkpoint(tmp_path / "ckpt.pt", characters)

@@ -17,7 +17,7 @@ for _module in ("onnx", "onnxscript"):
 onnxruntime = pytest.importorskip("onnxruntime")
 
 
-def test_onnx_file_accepts_any_batch_size_and_length(make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_onnx_file_accepts_any_batch_size_and_length(make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run("modern", ngram_embeddings=[2, 3], n_kv_head=2, value_residual=True, tokenizer="digits2")
     result = export(run, "onnx", tmp_path / "model.onnx")
     assert result.largest_difference <= 1e-4

@@ -1,4 +1,4 @@
-"""Patterns, residuals, logit lens and attribution agree with TransformerLens, where it is installed."""
+"""Attention patterns, residual streams, the logit lens and attributions agree with TransformerLens."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def test_activations_agree_with_transformer_lens(preset: str, tiny_run: Run) -> 
     assert max(differences.values()) < 1e-4, differences
 
 
-def test_a_missing_installation_is_an_error(tiny_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_installation_is_reported(tiny_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformer_lens, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"--verify: needs transformer-lens \(pip install transformer-lens\)"):
         transformer_lens.largest_differences(model("gpt2"), tiny_run.tokenizer, [1, 2])
 
 
-def test_a_model_that_transformers_has_no_class_for_is_an_error(tiny_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_without_a_transformers_class_is_rejected(tiny_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformer_lens, "find_spec", lambda name: sys)
     with pytest.raises(InputError, match="TransformerLens cannot load a model with"):
         transformer_lens.largest_differences(model("modern"), tiny_run.tokenizer, [1, 2])

@@ -1,7 +1,7 @@
-"""Test cases for every key of `model:`, shared by the tests of the transformer, decoding, exports and costs.
+"""Test cases for every key in `model:`, shared by the tests for the transformer, decoding, export and cost estimates.
 
-A case is a set of overrides. A flag, or a key with a list of choices, has one case for each value except the default.
-Every other key has one case, with its value from `VALUES`.
+A case is a set of overrides. A boolean key or a key with fixed choices has one case for each non-default value. Every other key
+has one case, with its value from `VALUES`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ VALUES: dict[str, Any] = {
     "init_embeddings": "vectors.txt",
     "init_from": {"run": "runs/other"},
 }
-"""A value for each key that is not a flag and does not have a list of choices."""
+"""One value for each key that is neither boolean nor limited to fixed choices."""
 
 NEEDS: dict[str, dict[str, Any]] = {
     "attention_pattern": {"attention_window": 3},
@@ -94,7 +94,7 @@ def cases_and_presets() -> list[tuple[str, dict[str, Any]]]:
 
 
 def assert_decoding_matches_full_passes(network: Transformer, decoder: DecodingModel[Any]) -> None:
-    """Check that prefills and steps match full passes of `network` for rows of different lengths. Requires inference mode."""
+    """Check that prefill and decode steps match a full forward pass for rows of different lengths. Call it in inference mode."""
     tokens, starts = ids(3, 16), (5, 3, 8)
     full_pass = network(tokens)
     cache = decoder.new_state(3)

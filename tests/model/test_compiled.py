@@ -1,4 +1,4 @@
-"""Numba-compiled decoding: logits are correct and bit-identical for any batch and thread count; numba is optional."""
+"""Numba-compiled decoding: logits are correct and bit-identical for any batch size and thread count, and numba is optional."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_prefill_matches_a_full_pass_for_short_and_long_prompts(preset: str, len
 
 
 def _after_five_steps(decoder: Decoder, tokens: Tensor, sequences: list[int], threads: int = 1) -> Tensor:
-    """Return the logits after five steps of a batch with prompts of different lengths. One thread prefills the prompts."""
+    """Prefill prompts of different lengths with one thread, run five decode steps, and return the last logits (B, V)."""
     cache = decoder.new_state(len(sequences))
     torch.set_num_threads(1)
     for row, sequence in enumerate(sequences):
@@ -99,7 +99,9 @@ def _after_five_steps(decoder: Decoder, tokens: Tensor, sequences: list[int], th
 @pytest.mark.parametrize("weights", WEIGHT_KINDS)
 @pytest.mark.parametrize("preset", PRESETS)
 @torch.inference_mode()
-def test_logits_are_bit_identical_for_any_batch_and_thread_count(preset: str, weights: WeightKind, several_threads: None) -> None:
+def test_logits_are_bit_identical_for_any_batch_size_and_thread_count(
+    preset: str, weights: WeightKind, several_threads: None
+) -> None:
     network, tokens = model(preset, n_embd=96, n_inner=200, ngram_embeddings=[2], ngram_rows=97), ids(21, 16)
     decoder = Decoder(network, weights=weights, compiled=True)
     single = torch.cat([_after_five_steps(decoder, tokens, [row]) for row in range(21)])
@@ -162,7 +164,7 @@ def _linear_layers(network: Transformer) -> list[Any]:
     ],
     ids=str,
 )
-def test_unsupported_settings_raise_an_error_that_names_them(overrides: dict[str, Any]) -> None:
+def test_the_error_for_an_unsupported_setting_contains_its_key(overrides: dict[str, Any]) -> None:
     network = model(**overrides)
     with pytest.raises(InputError, match=f"{next(iter(overrides))}.*--compile|--compile.*{next(iter(overrides))}"):
         Decoder(network, compiled=True)
@@ -176,7 +178,7 @@ def test_compilation_is_worthwhile_only_for_many_steps() -> None:
     assert not compiled.is_worthwhile(network, 50)
 
 
-def test_without_numba_only_explicit_compilation_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_numba_only_an_explicit_request_for_compilation_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tinylm.model.kernels", None)
     monkeypatch.delattr("tinylm.model.kernels", raising=False)
     monkeypatch.setattr(compiled, "find_spec", lambda name: None)

@@ -139,7 +139,7 @@ def test_a_packed_model_matches_the_original_within_its_precision(preset: str, w
 @pytest.mark.parametrize("inputs", [8, 16, 30, 88, 100])
 @pytest.mark.parametrize("outputs", [1, 7, 61])
 @pytest.mark.parametrize("rows", [1, 4, 5, 70])
-def test_the_error_of_int8_weights_is_at_most_half_a_quantization_step(inputs: int, outputs: int, rows: int) -> None:
+def test_int8_weights_are_accurate_to_half_a_quantization_step(inputs: int, outputs: int, rows: int) -> None:
     torch.manual_seed(0)
     linear, x = nn.Linear(inputs, outputs), torch.randn(rows, inputs)
     packed = Int8Linear(linear)

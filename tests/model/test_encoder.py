@@ -1,4 +1,4 @@
-"""The encoder: BERT's mathematics, bidirectional attention, and a loss that is computed only at masked positions."""
+"""The encoder matches BERT, attends in both directions, and computes the loss only at masked positions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def section(preset: str = "modern", **overrides: Any) -> EncoderSection:
 
 
 def noisy(preset: str = "modern", **overrides: Any) -> Encoder:
-    """An encoder in eval mode whose parameters all differ from zero and one."""
+    """Return an encoder in eval mode with noise added to all parameters."""
     network = registry.build(section(preset, **overrides), VOCAB, 0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -39,14 +39,14 @@ def ids(rows: int = 2, length: int = 12) -> Tensor:
 
 
 def padded() -> tuple[Tensor, Tensor, Tensor]:
-    """Ids with padding, segments, and the attention mask of transformers."""
+    """Return ids with padding, their segments, and the equivalent attention mask for transformers, each (B, T)."""
     tokens = ids()
     segments = torch.zeros_like(tokens)
     segments[1, 7:] = -1
     return tokens, segments, (segments == 0).long()
 
 
-def test_preset_bert_computes_what_bert_for_masked_lm_computes() -> None:
+def test_preset_bert_matches_bert_for_masked_lm() -> None:
     transformers = pytest.importorskip("transformers")
     network = noisy("bert", n_inner=48)
     config = transformers.BertConfig(
@@ -83,13 +83,13 @@ def test_every_position_depends_on_later_positions(preset: str) -> None:
 
 
 @pytest.mark.parametrize("preset", ["modern", "bert"])
-def test_padding_does_not_change_the_text(preset: str) -> None:
+def test_padding_does_not_change_the_logits_of_the_text(preset: str) -> None:
     network, (tokens, segments, _) = noisy(preset), padded()
     alone = network(tokens[1:, :7])
     torch.testing.assert_close(network(tokens, segments=segments)[1:, :7], alone, atol=1e-5, rtol=1e-5)
 
 
-def test_an_attention_window_reaches_as_far_to_both_sides() -> None:
+def test_an_attention_window_is_symmetric() -> None:
     network, tokens = noisy(n_layer=1, attention_window=3), ids(1)
     for position in range(12):
         changed = tokens.clone()
@@ -99,7 +99,7 @@ def test_an_attention_window_reaches_as_far_to_both_sides() -> None:
 
 
 @pytest.mark.parametrize("preset", ["modern", "bert"])
-def test_the_loss_is_computed_at_masked_positions_only(preset: str) -> None:
+def test_the_loss_is_computed_only_at_masked_positions(preset: str) -> None:
     network = noisy(preset)
     tokens, targets = ids(), ids()
     targets[torch.rand(targets.shape, generator=torch.Generator().manual_seed(3)) < 0.7] = IGNORE_INDEX
@@ -125,7 +125,7 @@ def test_a_batch_without_masked_tokens_has_zero_loss_and_gradients(preset: str) 
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in network.parameters())
 
 
-def test_removing_the_head_leaves_the_hidden_states() -> None:
+def test_removing_the_head_does_not_change_the_hidden_states() -> None:
     network: Model = noisy("bert")
     before = network.hidden(ids())
     network.remove_head()

@@ -1,4 +1,4 @@
-"""The encoder-decoder computes what MarianMTModel and torch.nn's transformer layers compute."""
+"""The encoder-decoder matches `MarianMTModel` in transformers and `torch.nn.Transformer`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _batch(rows: int = 3, source_length: int = 7, target_length: int = 6) -> tup
     ("tie", "activation", "bias"), [("all", "relu", False), ("output", "silu", True), ("all", "gelu_exact", True)]
 )
 @torch.no_grad()
-def test_the_transformer_preset_computes_the_logits_of_marian(tie: str, activation: str, bias: bool) -> None:
+def test_the_transformer_preset_computes_the_same_logits_as_marian(tie: str, activation: str, bias: bool) -> None:
     transformers = pytest.importorskip("transformers")
     ours = network(tie_embeddings=tie, feed_forward=activation, head_bias=bias)
     theirs = transformers.MarianMTModel(transformers.MarianConfig(**marian._config(ours, END))).eval()
@@ -41,12 +41,12 @@ def test_the_transformer_preset_computes_the_logits_of_marian(tie: str, activati
     start = target.where(target != START, torch.tensor(VOCAB_SIZE))
     padded = source.where(segments >= 0, torch.tensor(VOCAB_SIZE))
     expected = theirs(input_ids=padded, attention_mask=(segments >= 0).long(), decoder_input_ids=start).logits
-    found = ours(target, source=source, source_segments=segments)
-    torch.testing.assert_close(found, expected[..., :VOCAB_SIZE], atol=1e-4, rtol=0)
+    actual = ours(target, source=source, source_segments=segments)
+    torch.testing.assert_close(actual, expected[..., :VOCAB_SIZE], atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
-def test_blocks_compute_what_torch_nn_transformer_computes() -> None:
+def test_blocks_match_torch_nn_transformer() -> None:
     ours = network()
     model = ours.model
     theirs = nn.Transformer(
@@ -87,7 +87,7 @@ def test_blocks_compute_what_torch_nn_transformer_computes() -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 @torch.no_grad()
-def test_padding_of_the_source_does_not_change_the_logits(preset: str) -> None:
+def test_source_padding_does_not_change_the_logits(preset: str) -> None:
     model = network(preset)
     source, target = _batch()
     expected = model(target, source=source)
@@ -97,7 +97,7 @@ def test_padding_of_the_source_does_not_change_the_logits(preset: str) -> None:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_the_loss_is_the_label_smoothed_cross_entropy_of_targets_that_are_not_ignored(preset: str) -> None:
+def test_the_loss_is_the_label_smoothed_cross_entropy_over_targets_that_are_not_ignored(preset: str) -> None:
     model = network(preset)
     source, target = _batch()
     targets = torch.randint(0, VOCAB_SIZE, target.shape)
@@ -118,7 +118,7 @@ def test_tied_weights_are_stored_once() -> None:
     assert torch.equal(loaded.eval()(target, source=source), model(target, source=source))
 
 
-def test_muon_updates_the_matrices_of_the_blocks_only() -> None:
+def test_muon_updates_only_the_matrices_in_the_blocks() -> None:
     names = network("modern").muon_weights()
     assert "decoder.blocks.2.cross_attention.qkv.weight" in names
     assert not any("embedding" in name or "head" in name for name in names)

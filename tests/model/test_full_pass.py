@@ -24,8 +24,8 @@ def byte_tokenizer() -> Tokenizer:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_full_passes_generate_the_same_text_as_the_kv_cache_even_if_rows_are_full(preset: str, byte_tokenizer: Tokenizer) -> None:
-    """When a row is full, the KV cache prefills it again, while the full pass only drops the oldest tokens."""
+def test_full_passes_generate_the_same_text_as_a_kv_cache_even_when_rows_are_full(preset: str, byte_tokenizer: Tokenizer) -> None:
+    """When a row is full, the KV-cache decoder prefills it again, whereas the full-pass decoder only drops the oldest tokens."""
     network = model(preset, vocab_size=byte_tokenizer.vocab_size)
     prompts = ["", "a", "the cat", "the cat", "exactly sixteen!", "a prompt that is longer than the context"]
     requests = [Request(prompt, SamplingOptions(max_new_tokens=45, temperature=1.0), seed) for seed, prompt in enumerate(prompts)]
@@ -59,7 +59,7 @@ def test_rows_can_be_forked_reordered_and_dropped() -> None:
 
 
 class Bigram(Model):
-    """A minimal model whose logits for the next token are a row of a table."""
+    """A minimal model that looks up the logits for the next token in a table."""
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__(section(context_length=8), vocab_size)
@@ -73,7 +73,7 @@ class Bigram(Model):
         return hidden
 
 
-def test_a_model_that_implements_only_the_protocol_generates_text(byte_tokenizer: Tokenizer) -> None:
+def test_a_model_with_only_hidden_and_logits_methods_generates_text(byte_tokenizer: Tokenizer) -> None:
     network = Bigram(byte_tokenizer.vocab_size)
     with torch.no_grad():
         network.table.weight[:, byte_tokenizer.end_of_text] = float("-inf")

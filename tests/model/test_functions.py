@@ -1,4 +1,4 @@
-"""Compare hand-written backward passes with plain formulas, PyTorch's functions and finite differences."""
+"""Compare hand-written backward passes with plain formulas, PyTorch functions and finite differences."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, grad
 
 
 def _output_and_gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
-    """Return the output of `function` and the gradients of a weighted sum of its elements, for inputs that require gradients."""
+    """Return the output of `function`, then the gradient of a weighted sum of its elements for each input that requires one."""
     leaves = [tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in inputs]
     output = function(*leaves)
     weights = torch.linspace(-1, 2, output.numel(), dtype=output.dtype).view_as(output)
@@ -36,7 +36,7 @@ def _output_and_gradients(function: Callable[..., Tensor], *inputs: Tensor) -> l
 
 
 def _assert_near(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
-    """Check that the relative error of each tensor, in the L2 norm, is at most `tolerance`."""
+    """Check that the relative L2 error of each tensor is at most `tolerance`."""
     for ours, reference in zip(actual, expected, strict=True):
         assert (ours.double() - reference.double()).norm() <= tolerance * reference.double().norm()
 
@@ -124,7 +124,7 @@ def test_relu_squared_matches_the_formula_and_passes_gradcheck() -> None:
 
 # Summed cross-entropy
 
-N, C, V = 7, 4, 11
+N, C, V = 7, 4, 11  # tokens, width, vocabulary size
 TARGETS = torch.tensor([3, -100, 0, 10, -1, 3, 5])
 
 
@@ -148,7 +148,7 @@ def test_summed_cross_entropy_matches_torch_and_skips_ignored_targets(
 
 
 def _use_fused_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Select the fused loss, as on CUDA, but without compiling it."""
+    """Use the fused loss as on CUDA, but do not compile it."""
     monkeypatch.setattr(functions.fused_loss, "function", lambda logits, device: functions.losses_and_logit_gradients)
 
 
@@ -159,7 +159,7 @@ def _use_fused_loss(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_fused_loss_matches_torch_and_skips_ignored_targets(
     dtype: torch.dtype, tolerance: float, cap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Compute the loss in several chunks, and the reference in float64 from the same rounded inputs."""
+    """Compute the loss in several chunks and compare it with a float64 reference for the same rounded inputs."""
     _use_fused_loss(monkeypatch)
     hidden, weight = _random(1200, 32, dtype=dtype), _random(300, 32, seed=1, dtype=dtype)
     targets = torch.arange(1200) % 301 - 1
@@ -190,7 +190,7 @@ def test_the_fused_loss_is_as_accurate_under_autocast_as_the_plain_loss(
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-def test_the_fused_loss_is_used_only_if_the_network_may_compile_its_loss(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fused_loss_is_used_only_if_compile_loss_is_set(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
 
     def fused(logits: Tensor, targets: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
@@ -212,7 +212,7 @@ def test_the_fused_loss_is_zero_for_ignored_targets_and_finite_for_huge_logits()
     assert gradients.tolist() == [[0.0, 0.0], [1.0, -1.0], [0.0, 0.0]]
 
 
-def test_if_the_loss_cannot_be_compiled_it_runs_eagerly_after_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_cannot_be_compiled_runs_eagerly_after_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(logits: Tensor, targets: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
         raise ValueError("no compiler\nand more")
 
@@ -256,7 +256,7 @@ def test_summed_cross_entropy_matches_a_hand_computed_example() -> None:
 @pytest.mark.parametrize("cap", CAPS)
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_summed_cross_entropy_gradients_match_finite_differences(chunk: int, cap: float | None) -> None:
-    """Compare with central differences for each element. `gradcheck` would run backward twice, which raises here."""
+    """Compare each element with a central difference. `gradcheck` would run backward twice, which raises an error here."""
     leaves = [_random(N, C), _random(V, C, seed=1)]
     loss = summed_cross_entropy(*leaves, TARGETS, cap, chunk)
     (2.5 * loss).backward()
@@ -271,13 +271,13 @@ def test_summed_cross_entropy_gradients_match_finite_differences(chunk: int, cap
             assert float(leaf.grad.view(-1)[entry]) == pytest.approx(2.5 * (losses[0] - losses[1]) / 2e-6, abs=1e-7)
 
 
-@pytest.mark.parametrize("wanted", ["hidden", "weight"])
-def test_a_gradient_does_not_change_if_the_other_one_is_not_required(wanted: str) -> None:
+@pytest.mark.parametrize("required", ["hidden", "weight"])
+def test_a_gradient_does_not_change_if_the_other_one_is_not_required(required: str) -> None:
     hidden, weight = _random(N, C), _random(V, C, seed=1)
     _, *gradients = _output_and_gradients(lambda h, w: summed_cross_entropy(h, w, TARGETS, 1.5, 3), hidden, weight)
-    (hidden if wanted == "weight" else weight).requires_grad_(False)
+    (hidden if required == "weight" else weight).requires_grad_(False)
     _, single = _output_and_gradients(lambda h, w: summed_cross_entropy(h, w, TARGETS, 1.5, 3), hidden, weight)
-    assert torch.equal(single, gradients[("hidden", "weight").index(wanted)])
+    assert torch.equal(single, gradients[("hidden", "weight").index(required)])
 
 
 def test_a_tied_weight_accumulates_both_gradients() -> None:
@@ -298,7 +298,7 @@ def test_loss_and_gradients_are_zero_if_all_targets_are_ignored() -> None:
     assert not any(tensor.any() for tensor in ours)
 
 
-def test_the_loss_of_huge_logits_is_finite() -> None:
+def test_the_loss_for_huge_logits_is_finite() -> None:
     hidden, weight = torch.ones(2, 1, requires_grad=True), torch.tensor([[2000.0], [-2000.0]], requires_grad=True)
     loss = summed_cross_entropy(hidden, weight, torch.tensor([0, 1]), None, 1)
     loss.backward()
@@ -326,7 +326,7 @@ def test_a_second_backward_pass_raises() -> None:
 
 
 class _LargestTensor(TorchDispatchMode):
-    """Record the number of elements of the largest tensor that any operation returns."""
+    """Record the number of elements in the largest tensor that any operation returns."""
 
     numel = 0
 

@@ -33,7 +33,7 @@ COMBINATIONS: list[dict[str, Any]] = [
 ]
 CASES = [*cases_and_presets(), *((preset, overrides) for overrides in COMBINATIONS for preset in PRESETS)]
 ATTENTION_HOOKS = ("resid_pre", "attn.q", "attn.k", "attn.v", "attn.scores", "attn.pattern", "attn.z", "attn_out")
-"""The hook points that every block has up to its attention output, in the order of the forward pass."""
+"""The hook points of every block up to its attention output, in the order of the forward pass."""
 
 
 def _block_names(layer: int, *names: str) -> list[str]:
@@ -41,7 +41,7 @@ def _block_names(layer: int, *names: str) -> list[str]:
 
 
 def _keep(x: Tensor, name: str) -> None:
-    """Leave the activation unchanged. Attaching this function to scores or pattern selects unfused attention."""
+    """Leave the activation unchanged. Attaching this function to `attn.scores` or `attn.pattern` selects unfused attention."""
 
 
 # Names and shapes
@@ -67,7 +67,7 @@ def test_hook_points_that_a_model_does_not_have_are_not_listed() -> None:
     assert names == ["embed", "ngram_embed", *_block_names(0, *ATTENTION_HOOKS, *mlp)]
 
 
-def test_activation_shapes() -> None:
+def test_activations_have_the_documented_shapes() -> None:
     _, cache = model("llama", n_kv_head=2, head_dim=6, n_inner=40).run_with_cache(ids(3, 12))
     shapes = {name.removeprefix("blocks.1."): tuple(value.shape) for name, value in cache.items()}
     width = (3, 12, 32)
@@ -294,7 +294,7 @@ def test_zeroing_attention_outputs_equals_zeroing_their_weights() -> None:
 
 
 @torch.no_grad()
-def test_zeroing_a_head_equals_zeroing_its_columns_of_the_output_matrix() -> None:
+def test_zeroing_a_head_equals_zeroing_its_columns_in_the_output_matrix() -> None:
     network, pruned = model("modern"), model("modern")
     pruned.blocks[1].attention.output.weight[:, 8:16] = 0
 
@@ -308,7 +308,7 @@ def test_zeroing_a_head_equals_zeroing_its_columns_of_the_output_matrix() -> Non
 
 @pytest.mark.parametrize("preset", PRESETS)
 @torch.no_grad()
-def test_patching_in_activations_of_another_input_reproduces_its_logits(preset: str) -> None:
+def test_patching_in_activations_from_another_input_reproduces_the_logits_of_that_input(preset: str) -> None:
     network, clean, corrupted = model(preset), ids(seed=0), ids(seed=1)
     logits, cache = network.run_with_cache(clean)
     patches = [{"embed": cache["embed"]}, {"final_norm": cache["final_norm"]}, {"blocks.1.resid_pre": cache["blocks.1.resid_pre"]}]
@@ -346,7 +346,7 @@ def test_cached_activations_do_not_change_when_a_later_function_modifies_its_cop
 
 
 @torch.no_grad()
-def test_functions_of_nested_contexts_are_called_outermost_first() -> None:
+def test_functions_from_nested_contexts_are_called_outermost_first() -> None:
     network = model("gpt2")
     _, expected = network.run_with_cache(ids(), ["embed"])
     with network.hooks({"embed": lambda x, name: x + 1}), network.hooks({"hook_embed": lambda x, name: x * 2}):
@@ -355,7 +355,7 @@ def test_functions_of_nested_contexts_are_called_outermost_first() -> None:
     assert not has_functions(network)
 
 
-def test_a_replacement_with_another_shape_raises_and_all_functions_are_removed() -> None:
+def test_a_replacement_with_a_different_shape_raises_and_removes_all_functions() -> None:
     network = model("gpt2")
     plain = network(ids())
     with (
@@ -370,7 +370,7 @@ def test_a_replacement_with_another_shape_raises_and_all_functions_are_removed()
 # Training, compiling, copying and saving
 
 
-def test_gradients_flow_through_functions() -> None:
+def test_gradients_flow_through_hook_functions() -> None:
     network, tokens = model("modern"), ids(2, 13)
     plain = network(tokens[:, :-1], targets=tokens[:, 1:])
     plain.backward()
@@ -386,7 +386,7 @@ def test_gradients_flow_through_functions() -> None:
     assert network.blocks[1].attention.qkv.weight.grad is not None
 
 
-def test_with_activation_checkpointing_functions_are_called_once_and_backward_may_run_after_the_context() -> None:
+def test_activation_checkpointing_calls_functions_once_even_if_backward_runs_after_the_context() -> None:
     network, tokens, calls = model("modern"), ids(2, 13), []
     gradients = []
     for network.recompute in (False, True):
@@ -414,7 +414,7 @@ def test_compiled_blocks_share_their_code_and_run_uncompiled_while_functions_are
         assert calls == ["blocks.0.attn.q", "blocks.1.attn.q"]
         assert counter.frame_count == frames
         assert torch.equal(network(ids()), plain)
-        assert counter.frame_count == frames, "nothing is compiled again afterwards"
+        assert counter.frame_count == frames, "the blocks must not be compiled again"
         assert all(block._compiled_call_impl is not None for block in network.blocks)
     torch._dynamo.reset()
 
@@ -438,7 +438,7 @@ def test_hook_points_add_nothing_to_the_state_dict_and_copies_have_no_functions(
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-def test_functions_see_and_replace_whole_activations_of_a_sharded_model(tmp_path: Path) -> None:
+def test_functions_receive_and_replace_full_activations_in_a_sharded_model(tmp_path: Path) -> None:
     plain, sharded, tokens = model("llama"), model("llama"), ids(2, 13)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
     try:
@@ -462,7 +462,7 @@ def test_functions_see_and_replace_whole_activations_of_a_sharded_model(tmp_path
 
 
 @torch.inference_mode()
-def test_a_decoder_made_inside_the_context_calls_the_functions_in_every_step() -> None:
+def test_a_decoder_created_inside_the_context_calls_the_functions_at_every_step() -> None:
     network, tokens = model("llama"), ids(2, 12)
 
     def steer(x: Tensor, name: str) -> Tensor:
@@ -480,7 +480,7 @@ def test_a_decoder_made_inside_the_context_calls_the_functions_in_every_step() -
 
 
 @torch.inference_mode()
-def test_in_generation_functions_receive_the_activations_of_all_tokens_so_far() -> None:
+def test_functions_receive_the_activations_of_all_tokens_so_far_during_generation() -> None:
     network, tokens, lengths = model("llama"), ids(2, 12), []
 
     def record(x: Tensor, name: str) -> None:

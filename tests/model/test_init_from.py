@@ -83,15 +83,15 @@ def test_a_different_tokenizer_reinitializes_every_weight_that_depends_on_the_vo
         ({"ngram_embeddings": [2]}, "model.ngram_embeddings"),
     ],
 )
-def test_an_incompatible_model_raises_an_error_that_names_the_key(overrides: dict[str, Any], message: str) -> None:
+def test_the_error_for_an_incompatible_model_contains_the_key(overrides: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         init_from(model("llama"), **overrides)
 
 
-def test_setting_keys_to_the_defaults_of_the_source_is_compatible() -> None:
+def test_setting_keys_to_the_source_defaults_is_compatible() -> None:
     source = model("llama")
     defaults = {"n_kv_head": 4, "head_dim": 8, "rope_theta": 10000.0, "n_inner": source.model.feed_forward_width}
-    assert all(getattr(source.model, key) != value for key, value in defaults.items()), "the source must not set them"
+    assert all(getattr(source.model, key) != value for key, value in defaults.items()), "the source must leave these keys unset"
     network, reinitialized = init_from(source, **defaults)
     assert reinitialized == []
     with torch.no_grad():

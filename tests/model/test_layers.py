@@ -135,7 +135,7 @@ def test_layer_norm_has_a_bias_only_if_the_model_has_biases() -> None:
 
 
 def test_rotate_rotates_each_pair_by_position_times_frequency() -> None:
-    """Su et al. 2021, equation 34, in complex numbers: pair i of D/2 is rotated by t * theta^(-2i/D)."""
+    """Su et al. 2021, equation 34, in complex numbers: pair i is rotated by the angle t * theta^(-2i/D)."""
     x, width, theta = _random(1, 2, 5, 8), 8, 100.0
     rotated = rotate(x, *rope_table(5, width, theta))
     pairs = torch.complex(x[..., :4].double(), x[..., 4:].double())

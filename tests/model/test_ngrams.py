@@ -25,7 +25,7 @@ def _every_sequence(length: int, vocab_size: int) -> Tensor:
 
 
 @pytest.mark.parametrize("order", [2, 3, 5])
-def test_a_row_depends_only_on_the_tokens_of_the_n_gram(order: int) -> None:
+def test_a_row_depends_only_on_the_tokens_in_the_n_gram(order: int) -> None:
     tokens = ids(60, 16, vocab_size=3)
     indices = _embedding(order, vocab_size=3).row_indices(tokens, order)
     rows_of: dict[tuple[int, ...], set[int]] = {}
@@ -81,7 +81,7 @@ def test_the_cache_returns_all_ids_appended_so_far() -> None:
         cache.advance(end - start)
 
 
-def test_dropout_drops_whole_vectors_and_keeps_the_mean() -> None:
+def test_dropout_drops_whole_vectors_and_preserves_the_mean() -> None:
     settings = {"ngram_embeddings": [2], "ngram_rows": 64, "ngram_width": 4, "ngram_dropout": 0.75, "n_embd": 4, "n_head": 1}
     embedding = NgramEmbedding(section(**settings), 5)
     with torch.no_grad():

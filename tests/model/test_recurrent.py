@@ -1,4 +1,4 @@
-"""Recurrent networks compute what torch.nn.RNN, LSTM and GRU compute, and carry their state over a text of any length."""
+"""Recurrent networks match `torch.nn.RNN`, `LSTM` and `GRU`, and they carry their state from one piece of text to the next."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def network(kind: str, **keys: Any) -> Recurrent:
 
 
 def torch_layers(ours: Recurrent) -> nn.RNNBase:
-    """Return the module of torch.nn with the same layers and weights."""
+    """Return a `torch.nn` module with the same layers and weights."""
     arguments: dict[str, Any] = {"num_layers": LAYERS, "batch_first": True}
     if isinstance(ours.model, RnnSection):
         theirs: nn.RNNBase = nn.RNN(WIDTH, WIDTH, nonlinearity=ours.model.activation, **arguments)
@@ -77,10 +77,10 @@ def test_compiled_steps_match_torch_for_rows_of_different_lengths(kind: str, key
         assert torch.equal(compiled.prefill(state, row, prompt), ours.prefill(plain_state, row, prompt))
     for position in range(3, 9):
         if position == 6:
-            for each in (plain_state, state):
-                each.reorder([2], [0])
-                each.resize(2)
-                each.resize(3)
+            for changed_state in (plain_state, state):
+                changed_state.reorder([2], [0])
+                changed_state.resize(2)
+                changed_state.resize(3)
         logits = compiled.step(state, tokens[:, position])
         torch.testing.assert_close(logits, ours.step(plain_state, tokens[:, position]), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(state.values, plain_state.values, rtol=1e-4, atol=1e-5)
@@ -88,7 +88,7 @@ def test_compiled_steps_match_torch_for_rows_of_different_lengths(kind: str, key
 
 
 @pytest.mark.parametrize("kind", SECTIONS)
-def test_a_text_in_pieces_has_the_same_hidden_states_as_the_whole_text(kind: str) -> None:
+def test_a_text_read_in_pieces_has_the_same_hidden_states_as_the_whole_text(kind: str) -> None:
     ours, tokens = network(kind), ids(3, 20)
     whole = ours.hidden(tokens)
     state, pieces = ours.empty_state(3), []
@@ -109,14 +109,14 @@ def test_the_burn_in_computes_the_first_state_without_a_gradient() -> None:
     ours.eval()
     torch.testing.assert_close(loss, CausalLM().loss_sum(ours, Batch(tokens, targets)))
     loss.backward()
-    read_before = set(tokens[:, :4].flatten().tolist()) - set(tokens[:, 4:].flatten().tolist())
+    burn_in_only = set(tokens[:, :4].flatten().tolist()) - set(tokens[:, 4:].flatten().tolist())
     assert ours.embedding.weight.grad is not None
     changed = {int(row) for row in ours.embedding.weight.grad.any(dim=1).nonzero()}
-    assert read_before
+    assert burn_in_only
     assert changed == set(tokens[:, 4:].flatten().tolist())
 
 
-def test_variational_dropout_has_the_same_mask_at_all_positions() -> None:
+def test_variational_dropout_uses_the_same_mask_at_all_positions() -> None:
     ours, tokens = network("gru", dropout=0.5, burn_in=0), ids(2, 9)
     ours.train()
     torch.manual_seed(0)
@@ -125,14 +125,14 @@ def test_variational_dropout_has_the_same_mask_at_all_positions() -> None:
     assert 0.2 < zero.float().mean() < 0.8
 
 
-def test_weight_drop_changes_only_training() -> None:
+def test_weight_drop_is_active_only_in_training_mode() -> None:
     ours, plain, tokens = network("lstm", weight_drop=0.5), network("lstm"), ids(2, 9)
     torch.testing.assert_close(ours.hidden(tokens), plain.hidden(tokens))
     ours.train()
     torch.manual_seed(0)
     dropped = ours.layers[0].dropped_weight()  # type: ignore[operator]
-    share = float((dropped == 0).float().mean())
-    assert share == pytest.approx(0.5, abs=0.05)
+    dropped_fraction = float((dropped == 0).float().mean())
+    assert dropped_fraction == pytest.approx(0.5, abs=0.05)
     assert not torch.allclose(ours.hidden(tokens), plain.hidden(tokens))
 
 
@@ -146,6 +146,6 @@ def test_tied_weights_are_stored_once() -> None:
     torch.testing.assert_close(other(ids(1, 4)), ours(ids(1, 4)))
 
 
-def test_segments_are_refused() -> None:
+def test_segments_are_rejected() -> None:
     with pytest.raises(ValueError, match="do not support segments"):
         network("rnn").hidden(ids(1, 4), segments=torch.zeros(1, 4, dtype=torch.long))

@@ -1,4 +1,4 @@
-"""The `Model` protocol, as the transformer implements it: which weights are stored, tied, frozen, adapted and grouped."""
+"""The transformer's implementation of `Model`: which weights are stored, tied, frozen, adapted and grouped."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_building_a_decoder_returns_a_transformer_with_the_same_weights(preset: 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("tied", [False, True])
-def test_stored_weights_restore_the_network_with_its_dtype_and_ties(tied: bool, dtype: torch.dtype) -> None:
+def test_stored_weights_restore_the_network_with_its_dtype_and_tied_weights(tied: bool, dtype: torch.dtype) -> None:
     source = _built("gpt2", tie_embeddings=tied).to(dtype)
     stored = source.stored_weights()
     assert ("head.weight" in stored) is not tied
@@ -44,7 +44,7 @@ def test_stored_weights_restore_the_network_with_its_dtype_and_ties(tied: bool, 
     assert loaded.parameter_count() == sum(tensor.numel() for tensor in stored.values())
 
 
-def test_missing_and_unexpected_weights_are_errors() -> None:
+def test_missing_and_unexpected_weights_raise_errors() -> None:
     network = _built("gpt2")
     stored = network.stored_weights()
     with pytest.raises(RuntimeError, match=r"Missing key.*final_norm\.weight"):
@@ -70,7 +70,7 @@ def test_a_network_can_be_built_with_lora_layers() -> None:
     assert {f"{name}.lora_a" for name in adapted} <= network.stored_weights().keys()
 
 
-def test_compile_units_contain_every_weight_except_embeddings_their_norms_and_the_head() -> None:
+def test_compile_units_contain_all_block_weights() -> None:
     network = _built("modern", ngram_embeddings=())
     inside = {id(parameter) for unit in network.compile_units() for parameter in unit.parameters()}
     outside = {name.split(".")[0] for name, parameter in network.named_parameters() if id(parameter) not in inside}
@@ -109,7 +109,7 @@ def test_muon_does_not_update_tied_weights() -> None:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_vocabulary_weights_are_the_weights_that_depend_on_the_vocabulary(preset: str) -> None:
+def test_vocabulary_weights_are_the_weights_that_depend_on_the_vocabulary_size(preset: str) -> None:
     overrides: dict[str, Any] = {"value_embeddings": 1} if preset == "modern" else {}
     network, larger = (registry.build(section(preset, **overrides), size, None) for size in (VOCAB_SIZE, VOCAB_SIZE + 1))
     larger_shapes = {name: parameter.shape for name, parameter in larger.named_parameters()}

@@ -25,7 +25,7 @@ from tinylm.training.objectives import CausalLM
 
 
 def _load_all(target: torch.nn.Module, weights: dict[str, Tensor]) -> None:
-    """Load weights into another library's model. Raises if a weight is missing or unexpected."""
+    """Load weights into another library's model. Raise an error if a weight is missing or unexpected."""
     target.load_state_dict(weights, strict=True)
     target.eval()
 
@@ -226,7 +226,7 @@ def test_every_setting_has_an_effect(change: dict[str, Any]) -> None:
     before, after = Transformer(section(), VOCAB_SIZE), Transformer(section(**change), VOCAB_SIZE)
     if change == {"zero_init_outputs": False}:
         weights = zip(before.parameters(), after.parameters(), strict=True)
-        assert not all(_close(a, b) for a, b in weights), "it must change the initial weights"
+        assert not all(_close(a, b) for a, b in weights), "zero_init_outputs must change the initial weights"
         return
     add_noise_(before).eval()
     add_noise_(after, seed=1).eval()
@@ -388,7 +388,7 @@ def test_cached_forward_passes_match_a_full_pass(preset: str, overrides: dict[st
 
 @pytest.mark.parametrize(("preset", "overrides"), CONFIGURATIONS, ids=str)
 def test_gradients_match_finite_differences(preset: str, overrides: dict[str, Any]) -> None:
-    """Central differences in float64, along a random direction for each parameter."""
+    """Compare with central differences in float64 along a random direction for each parameter."""
     network = model(preset, n_embd=16, feed_forward_multiple=1.0, **{"n_layer": 2, **overrides}).double()
     tokens = ids(2, 9)
 
@@ -455,7 +455,7 @@ def _rotate(heads: Tensor, theta: float) -> Tensor:
 def _reference_logits(network: Transformer, tokens: Tensor) -> Tensor:
     """Compute the logits of one sequence head by head, for preset modern with any of `SETTINGS`.
 
-    The n-gram embeddings are computed by the network itself.
+    The n-gram embeddings come from the network itself.
     """
     shape, weights = network.model, dict(network.named_parameters())
     eps, width = shape.norm_eps, shape.head_width
@@ -513,7 +513,7 @@ def test_preset_modern_with_any_setting_matches_the_formula(overrides: dict[str,
 
 
 @pytest.mark.parametrize("overrides", SETTINGS[1:], ids=str)
-def test_each_setting_except_gains_changes_the_output_and_every_parameter_gets_a_gradient(overrides: dict[str, Any]) -> None:
+def test_each_setting_except_gains_changes_the_output_and_every_parameter_has_a_gradient(overrides: dict[str, Any]) -> None:
     network = model(n_layer=3, **overrides)
     shared = {key: value for key, value in overrides.items() if key == "n_kv_head"}
     without = model(n_layer=3, **shared)
@@ -530,7 +530,7 @@ def test_each_setting_except_gains_changes_the_output_and_every_parameter_gets_a
 
 
 def test_attention_windows_apply_within_segments() -> None:
-    """Two texts packed into one row have the same logits as each text alone."""
+    """Two texts packed into one row have the same logits as the texts in separate rows."""
     network, tokens = model(attention_window=3), ids(1, 12)
     segments = torch.tensor([[0] * 5 + [1] * 7])
     with torch.no_grad():
@@ -553,11 +553,11 @@ def test_value_embeddings_are_in_the_first_and_last_blocks() -> None:
 # Summed loss and activation checkpointing
 
 
-def test_the_summed_loss_does_not_compute_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_summed_loss_does_not_compute_all_logits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     network, tokens, objective = model(vocab_size=1000), ids(8, 17, vocab_size=1000), CausalLM()
     batch = causal_batch(tokens)
     expected = objective.losses(network, batch).sum()
-    monkeypatch.setitem(memory.LOSS_BYTES, "cpu", 0)  # the smallest chunks
+    monkeypatch.setitem(memory.LOSS_BYTES, "cpu", 0)  # use the smallest chunks
     monkeypatch.setattr(network, "logits", None)
     torch.testing.assert_close(network(batch.inputs, targets=batch.targets), expected)
 

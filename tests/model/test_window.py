@@ -1,4 +1,4 @@
-"""The window network computes the equation of Bengio et al. (2003) and never reads across documents."""
+"""The window network matches the equation in Bengio et al. (2003) and never reads across document boundaries."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def network(**keys: Any) -> WindowNetwork:
 
 
 def logits_of(ours: WindowNetwork, window: list[int]) -> Tensor:
-    """b + W x + U tanh(d + H x) for the ids of one window, in which V stands for positions without a token."""
+    """Compute b + W x + U tanh(d + H x) for the ids in one window. The id `VOCAB_SIZE` marks a position without a token."""
     if ours.model.input == "one_hot":
         x = torch.cat([F.one_hot(torch.tensor(id), VOCAB_SIZE + 1).float() for id in window])
     elif ours.model.input == "number":
@@ -49,7 +49,7 @@ def logits_of(ours: WindowNetwork, window: list[int]) -> Tensor:
 
 
 @pytest.mark.parametrize("keys", INPUTS, ids=str)
-def test_logits_and_loss_follow_the_equation(keys: dict[str, Any]) -> None:
+def test_logits_and_loss_match_the_equation(keys: dict[str, Any]) -> None:
     ours, tokens = network(**keys), ids(2, 7)
     rows = [[VOCAB_SIZE, VOCAB_SIZE, *row] for row in tokens.tolist()]
     expected = torch.stack([torch.stack([logits_of(ours, row[i : i + WINDOW]) for i in range(7)]) for row in rows])
@@ -59,7 +59,7 @@ def test_logits_and_loss_follow_the_equation(keys: dict[str, Any]) -> None:
     torch.testing.assert_close(ours(tokens, targets=targets), loss)
 
 
-def test_tokens_of_other_documents_count_as_missing() -> None:
+def test_tokens_from_other_documents_count_as_missing() -> None:
     ours, tokens = network(), ids(1, 6)
     both = ours(tokens, segments=torch.tensor([[0, 0, 0, 1, 1, 1]]))
     torch.testing.assert_close(both, torch.cat((ours(tokens[:, :3]), ours(tokens[:, 3:])), dim=1))

@@ -56,7 +56,7 @@ def test_adamw_decays_only_matrices() -> None:
         assert decays[name] == ("adamw", 0.3 if parameter.ndim == 2 else 0.0), name
 
 
-def test_muon_updates_the_matrices_of_blocks_and_adamw_the_rest_without_decay() -> None:
+def test_muon_updates_the_matrices_in_blocks_and_adamw_updates_the_rest_without_decay() -> None:
     network, optimizers = _build(MuonOptimizer(name="muon", weight_decay=0.3))
     decays = _decays(optimizers, network)
     assert set(decays) == {name for name, _ in network.named_parameters()}
@@ -67,7 +67,7 @@ def test_muon_updates_the_matrices_of_blocks_and_adamw_the_rest_without_decay() 
 
 def test_adamw_steps_match_unfused_torch_adamw() -> None:
     section = AdamWOptimizer(name="adamw", lr=3e-3, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.2)
-    # Use float64, because the gradient of a key bias is rounding noise, which Adam amplifies.
+    # Use float64: the gradient of a key bias is only rounding noise, and Adam amplifies it.
     network, reference = model("gpt2").double(), model("gpt2").double()
     optimizers = groups.build(section, network)
     other = torch.optim.AdamW(
@@ -101,7 +101,7 @@ def test_muon_orthogonalizes_stacked_matrices_separately() -> None:
     assert torch.equal(split.blocks[0].attention.output.weight, unsplit.blocks[0].attention.output.weight)
 
 
-def test_learning_rates_are_the_multiplier_times_the_peak_of_each_group() -> None:
+def test_the_learning_rate_of_each_group_is_its_peak_times_the_multiplier() -> None:
     _, optimizers = _build(MuonOptimizer(name="muon", lr=0.5, adamw_lr=0.1))
     optimizers.scale_lr(0.5)
     optimizers.scale_lr(0.2)
@@ -186,7 +186,7 @@ def test_muon_in_bfloat16_is_close_to_float32(coefficients: str) -> None:
         assert (exact - half).norm() < 0.05 * (exact - start).norm(), name
 
 
-def test_muon_uses_the_settings_of_the_recipe() -> None:
+def test_muon_uses_the_settings_from_the_recipe() -> None:
     section = MuonOptimizer(
         name="muon",
         lr=0.03,

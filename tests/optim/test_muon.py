@@ -16,7 +16,7 @@ def _random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def _newton_schulz(gradient: Tensor, steps: int = 5) -> Tensor:
-    """Apply `zeropower_via_newtonschulz5` of Jordan et al. 2024 to one matrix, in the dtype of the matrix."""
+    """Apply `zeropower_via_newtonschulz5` from Jordan et al. 2024 to one matrix in its own dtype."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = gradient.T if gradient.shape[0] > gradient.shape[1] else gradient
     x = x / max(float(x.norm()), 1e-7)
@@ -27,7 +27,7 @@ def _newton_schulz(gradient: Tensor, steps: int = 5) -> Tensor:
 
 
 class _PlainMuon:
-    """torch.optim.Muon as documented, for one matrix in float64: Nesterov momentum, decay, scaled orthogonal update."""
+    """`torch.optim.Muon` as documented, for one float64 matrix: Nesterov momentum, weight decay and a scaled orthogonal update."""
 
     def __init__(self, weight: Tensor, lr: float, momentum: float, decay: float) -> None:
         self.weight, self.buffer = weight.double().clone(), torch.zeros_like(weight).double()
@@ -71,7 +71,7 @@ def test_steps_equal_the_published_algorithm(steps: int) -> None:
         torch.testing.assert_close(weight.double(), plain.weight, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon requires torch 2.9")
 def test_steps_are_close_to_torchs_muon_which_computes_in_bfloat16() -> None:
     options = {"lr": 0.05, "momentum": 0.95, "weight_decay": 0.1}
     ours = _train(SHAPES, 4, Muon, **options)
@@ -81,12 +81,12 @@ def test_steps_are_close_to_torchs_muon_which_computes_in_bfloat16() -> None:
         assert (actual - expected).norm() < 0.05 * moved
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon requires torch 2.9")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=str)
 def test_steps_equal_torchs_muon_without_its_rounding_to_bfloat16(
     dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch casts with `grad.bfloat16()` before it iterates. Without this cast, both must agree up to the precision of `dtype`."""
+    """PyTorch first casts the update to bfloat16. Without this cast, the results must agree up to the precision of `dtype`."""
     options = {"lr": 0.05, "momentum": 0.95, "weight_decay": 0.1}
     ours = _train(SHAPES, 4, Muon, precision=dtype, dtype=dtype, **options)
     monkeypatch.setattr(Tensor, "bfloat16", lambda tensor: tensor.clone())
@@ -118,7 +118,7 @@ def test_the_polar_express_brings_singular_values_as_close_to_one_as_documented(
 @pytest.mark.parametrize("shape", [(1, 12, 12), (2, 9, 30), (2, 30, 9)], ids=str)
 @pytest.mark.parametrize("steps", [3, 7])
 def test_the_polar_express_applies_its_polynomials_to_the_singular_values(steps: int, shape: tuple[int, ...]) -> None:
-    """If there are more steps than polynomials, the last one is repeated."""
+    """If there are more steps than polynomials, the last polynomial is repeated."""
     matrices = _random(*shape).double()
     left, values, right = torch.linalg.svd(matrices, full_matrices=False)
     values = values / values.norm(dim=-1, keepdim=True)
@@ -147,7 +147,7 @@ def test_the_momentum_rises_linearly_from_0_85(warmup: int) -> None:
 
 
 def test_cautious_decay_shrinks_only_weights_that_the_update_shrinks_too() -> None:
-    """Compare each weight with the rule of Chen et al. 2025."""
+    """Compare each weight with the rule in Chen et al. 2025."""
     lr, decay, rows = 0.05, 0.4, (3, 5)
     parameter = nn.Parameter(_random(8, 4))
     optimizer = Muon([parameter], {parameter: rows}, lr=lr, momentum=0.0, weight_decay=decay, cautious=True)
@@ -208,7 +208,7 @@ def test_an_orthogonalized_matrix_has_singular_values_near_one_and_the_same_sing
     assert (values - values.diagonal().diag()).abs().max() < 1e-4
 
 
-def test_a_zero_gradient_only_decays_the_weight_and_a_missing_one_leaves_it_unchanged() -> None:
+def test_a_zero_gradient_only_decays_the_weight_and_a_missing_gradient_leaves_it_unchanged() -> None:
     zero, missing = nn.Parameter(_random(4, 4)), nn.Parameter(_random(4, 4, seed=1))
     zero.grad = torch.zeros(4, 4)
     Muon([zero, missing], weight_decay=0.5, lr=0.1).step()

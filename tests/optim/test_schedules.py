@@ -29,7 +29,7 @@ def test_wsd_warms_up_stays_at_the_peak_and_cools_down() -> None:
     assert rates == pytest.approx([0.5, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
 
 
-def test_wsd_with_a_floor_and_without_cooldown() -> None:
+def test_wsd_cools_down_to_its_floor_and_without_a_cooldown_stays_at_the_peak() -> None:
     assert _rates(WsdSchedule(name="wsd", warmup=0, cooldown=0.4, floor=0.5), 5) == pytest.approx([1, 1, 1, 1, 0.75])
     assert _rates(WsdSchedule(name="wsd", warmup=0, cooldown=0.0), 5) == [1.0] * 5
 
@@ -56,7 +56,7 @@ def test_cosine_matches_nanogpt_after_the_warmup() -> None:
 )
 def test_a_schedule_peaks_at_one_and_ends_at_its_floor(schedule: Schedule) -> None:
     assert lr_multiplier(schedule, 1.0, 0.001) == pytest.approx(0.2)
-    assert lr_multiplier(schedule, 1.2, 0.001) == pytest.approx(0.2)  # a run that is limited by time may exceed its limit
+    assert lr_multiplier(schedule, 1.2, 0.001) == pytest.approx(0.2)  # a run with a time limit can exceed the limit
     assert lr_multiplier(schedule, 0.1, 0.001) == pytest.approx(1.0)
     rates = _rates(schedule, 500)
     assert max(rates) == 1.0

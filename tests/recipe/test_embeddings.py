@@ -11,7 +11,7 @@ from tinylm.recipe import EmbeddingRecipe, RecipeError, changes, load_any, loads
 BASE = "kind: embeddings\ndata: {train: my.txt}\n"
 TOKENS = "vocabulary={kind: tokens, tokenizer: t.json}"
 
-# The overrides that set each key. The last override sets the key to a value other than its default.
+# The overrides that set each key. The last override sets the key to a non-default value.
 SETTINGS: dict[str, list[str]] = {
     "EmbeddingRecipe.name": ["name=other"],
     "EmbeddingRecipe.seed": ["seed=7"],
@@ -62,7 +62,7 @@ def read(*settings: str) -> EmbeddingRecipe:
     return recipe
 
 
-def test_the_table_of_settings_has_every_key_of_the_schema() -> None:
+def test_every_key_in_the_schema_is_tested() -> None:
     assert set(leaves(EmbeddingRecipe)) - {"EmbeddingRecipe.kind"} == set(SETTINGS)
 
 
@@ -75,7 +75,7 @@ def test_every_key_survives_a_round_trip(settings: list[str]) -> None:
     assert loads_any(recipe.to_yaml(), check_files=False) == recipe
 
 
-def test_the_defaults_match_the_publications() -> None:
+def test_the_defaults_match_the_original_papers() -> None:
     skipgram, cbow, glove = (read(f"method={name}").method for name in ("skipgram", "cbow", "glove"))
     assert (skipgram.window, skipgram.negatives, skipgram.exponent, skipgram.subsample) == (5, 5, 0.75, 1e-3)  # type: ignore[union-attr]
     assert (skipgram.lr, skipgram.lr_end, cbow.lr, skipgram.epochs) == (0.025, 1e-4, 0.05, 5)  # type: ignore[union-attr]
@@ -109,8 +109,8 @@ training: {steps: 3}
     ]
 
 
-def test_an_unknown_kind_and_a_recipe_of_the_wrong_kind_are_errors() -> None:
-    with pytest.raises(RecipeError, match="kind: must be embeddings \\(leave it out for a language model"):
+def test_an_unknown_kind_and_a_recipe_of_the_wrong_kind_are_rejected() -> None:
+    with pytest.raises(RecipeError, match="kind: must be embeddings \\(omit this key for a language model"):
         loads("kind: embedings\ndata: {train: my.txt}\ntraining: {steps: 1}\n", check_files=False)
     with pytest.raises(InputError, match="for embeddings, not for a language model"):
         loads(BASE, check_files=False)

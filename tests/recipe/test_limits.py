@@ -1,4 +1,4 @@
-"""Numbers in a recipe are limited, a name must be one folder name, and invalid values with YAML tags are rejected."""
+"""Numbers in a recipe have upper limits, a name must be a single folder name, and invalid YAML values are rejected."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_value_that_is_too_large_or_invalid_is_reported_with_its_line(text: st
 
 
 @pytest.mark.parametrize("name", ["''", ".", "..", "../x", "a/b", "/x", ".hidden", "' a'", '"a\\nb"', "x" * 201, r"a\b"])
-def test_a_name_is_one_folder_name(name: str) -> None:
+def test_a_name_that_is_not_a_single_folder_name_is_rejected(name: str) -> None:
     assert "my.yaml:3: name: must be the name of a folder" in _problem(f"name: {name}")
 
 
@@ -58,6 +58,6 @@ def test_the_divisors_of_a_huge_batch_are_found_quickly() -> None:
 
 
 @pytest.mark.parametrize("override", ["a:²", "a:²=1", "seed=!!bool maybe", "model.init_from=~nosuchuser/x", "data=&a {x: *a}"])
-def test_an_invalid_override_is_refused(override: str) -> None:
+def test_an_invalid_override_is_rejected(override: str) -> None:
     with pytest.raises(InputError):
         loads(BASE, [override], check_files=True)

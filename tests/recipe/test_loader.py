@@ -1,4 +1,4 @@
-"""Every common notation of a value is accepted, and all problems of a recipe are reported at once with line numbers."""
+"""Recipes accept values in every common notation, and all problems in a recipe are reported at once with line numbers."""
 
 from __future__ import annotations
 
@@ -97,13 +97,13 @@ def test_optimizer_auto_is_the_default_optimizer() -> None:
         ("name: !!python/name:os.getcwd ''\n", "my.yaml:1: not valid YAML"),
     ],
 )
-def test_text_that_is_not_a_recipe_causes_a_one_line_error(text: str, expected: str) -> None:
+def test_text_that_is_not_a_recipe_produces_a_one_line_error(text: str, expected: str) -> None:
     message = error_message(text)
     assert message.startswith(expected)
     assert "\n" not in message
 
 
-def test_a_recursive_alias_is_an_error() -> None:
+def test_a_recursive_alias_is_rejected() -> None:
     assert "my.yaml:1: nested too deeply" in error_message("data: &a {train: *a}\n")
 
 
@@ -115,11 +115,9 @@ def test_the_error_for_a_missing_or_binary_file_includes_its_name(tmp_path: Path
         load(tmp_path / "image.yaml")
 
 
-def test_a_duplicate_key_reports_both_lines() -> None:
-    assert problems(f"name: a\n{SMALLEST}name: b\n") == ["my.yaml:4: name is given twice (first on line 1)"]
-    assert problems("data: {train: a}\ntraining:\n  steps: 1\n  steps: 2\n") == [
-        "my.yaml:4: steps is given twice (first on line 3)"
-    ]
+def test_the_error_for_a_duplicate_key_contains_both_lines() -> None:
+    assert problems(f"name: a\n{SMALLEST}name: b\n") == ["my.yaml:4: name is set twice (first on line 1)"]
+    assert problems("data: {train: a}\ntraining:\n  steps: 1\n  steps: 2\n") == ["my.yaml:4: steps is set twice (first on line 3)"]
 
 
 @pytest.mark.parametrize(
@@ -163,7 +161,7 @@ def test_a_duplicate_key_reports_both_lines() -> None:
         ),
     ],
 )
-def test_a_wrong_key_or_value_is_reported_with_its_line(key: str, value: str, expected: str) -> None:
+def test_an_invalid_key_or_value_is_reported_with_its_line(key: str, value: str, expected: str) -> None:
     (problem,) = problems(f"{SMALLEST}\n{key}: {value}\n")
     line = 4 + value.count("\n")  # the mistake is always on the last line
     assert problem.startswith(f"my.yaml:{line}: {expected}")
@@ -181,12 +179,12 @@ def test_a_wrong_key_or_value_is_reported_with_its_line(key: str, value: str, ex
         ("true", "my.yaml:1: data.heldout: must be a section with keys such as share, by"),
     ],
 )
-def test_a_wrong_heldout_section_is_reported_with_its_key_and_line(heldout: str, expected: str) -> None:
+def test_an_invalid_heldout_section_is_reported_with_its_key_and_line(heldout: str, expected: str) -> None:
     (problem,) = problems(f"data: {{train: a, heldout: {heldout}}}\ntraining: {{steps: 1}}\n")
     assert problem.startswith(expected)
 
 
-def test_wrong_keys_inside_an_optimizer_or_schedule_are_reported_with_their_lines() -> None:
+def test_invalid_keys_in_an_optimizer_or_schedule_are_reported_with_their_lines() -> None:
     text = """\
 data: {train: a}
 training:
@@ -236,11 +234,11 @@ name: again
         "my.yaml:12: training.micro_batch_size: 24 does not divide global_batch_size 64 (16 or 32 would)",
         "my.yaml:13: training.schedule.warmup: 50 warmup steps exceed the 10 training steps",
         "my.yaml:14: evaluation.every: must be a whole number of at least 1, or a share of the training run below 1, not -3",
-        "my.yaml:15: name is given twice (first on line 1)",
+        "my.yaml:15: name is set twice (first on line 1)",
     ]
 
 
-def test_a_wrong_key_is_not_also_reported_as_missing() -> None:
+def test_a_misspelled_key_is_not_also_reported_as_missing() -> None:
     assert problems("data: {train: a}\ntraining: {stesp: 10}\n") == ["my.yaml:2: training.stesp: unknown key (did you mean steps?)"]
     assert problems("data: {train: a}\ntraining: {steps: none}\n") == [
         "my.yaml:2: training.steps: must be a whole number of at least 1, or null, not 'none'"
@@ -252,7 +250,7 @@ def test_a_wrong_key_is_not_also_reported_as_missing() -> None:
 
 def test_the_error_for_a_missing_section_shows_what_to_write() -> None:
     assert problems("name: x\n") == [
-        "my.yaml: data: missing (name the text to train on, for example `data: {train: my.txt}`)",
+        "my.yaml: data: missing (specify the text to train on, for example `data: {train: my.txt}`)",
         "my.yaml: training: missing (set how long to train with one of steps, tokens, epochs, minutes)",
     ]
 
@@ -263,7 +261,7 @@ def test_the_error_for_a_missing_section_shows_what_to_write() -> None:
         (["model.n_embd=15", "model.n_head=5"], "rope needs an even head width, and n_embd / n_head is 3"),
         (["model.n_kv_head=4"], "n_head 6 is not divisible by 4 key/value heads"),
         (["model.position=sinusoidal", "model.n_embd=15", "model.n_head=5"], "sinusoidal positions need an even width"),
-        (["model.rope_theta=1e4", "model.preset=gpt2"], "needs position: rope, and position is learned"),
+        (["model.rope_theta=1e4", "model.preset=gpt2"], "needs position: rope, not learned"),
         (["tokenizer.vocab_size=256"], "must be at least 257 for bpe (the 256 bytes and the end-of-text token), not 256"),
         (
             ["tokenizer.special_tokens=a", "tokenizer.added_tokens=[b, a]"],
@@ -286,7 +284,7 @@ def test_the_error_for_a_missing_section_shows_what_to_write() -> None:
         (["training.steps=null"], "set how long to train with one of steps, tokens, epochs, minutes"),
     ],
 )
-def test_keys_that_contradict_each_other_are_an_error(settings: list[str], expected: str) -> None:
+def test_contradictory_keys_are_rejected(settings: list[str], expected: str) -> None:
     (problem,) = problems(SMALLEST, *settings)
     assert expected in problem
 
@@ -307,7 +305,7 @@ def test_files_in_a_recipe_must_exist_and_be_long_enough(tmp_path: Path) -> None
     assert loads(text, check_files=False).data.train == (str(short),)
 
 
-def test_a_context_longer_than_the_held_out_text_is_an_error_before_any_text_is_read(tmp_path: Path) -> None:
+def test_a_context_longer_than_the_held_out_text_is_rejected_before_any_text_is_read(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("x" * 1000)
     with pytest.raises(RecipeError, match=r"my\.yaml:3: model\.context_length: 256 is longer than the held-out text \(100 bytes\)"):
@@ -344,12 +342,12 @@ def test_an_override_sets_its_key(override: str, keys: tuple[str, ...], value: o
 def test_overriding_the_training_length_replaces_the_length_in_the_file(length: str) -> None:
     training = read(SMALLEST, f"training.{length}").training
     key, _, value = length.partition("=")
-    given = {name: getattr(training, name) for name in ("steps", "tokens", "epochs", "minutes")}
-    assert given.pop(key) == float(value)
-    assert set(given.values()) == {None}
+    lengths = {name: getattr(training, name) for name in ("steps", "tokens", "epochs", "minutes")}
+    assert lengths.pop(key) == float(value)
+    assert set(lengths.values()) == {None}
 
 
-def test_two_training_lengths_on_the_command_line_are_an_error() -> None:
+def test_two_training_lengths_on_the_command_line_are_rejected() -> None:
     with pytest.raises(InputError, match="only one of steps, tokens, epochs, minutes can be set"):
         read(SMALLEST, "training.steps=3", "training.minutes=1")
     assert read(SMALLEST, "training.minutes=1", "training.minutes=2").training.minutes == 2
@@ -392,7 +390,7 @@ def test_an_override_keeps_the_keys_of_a_short_form_unless_they_exclude_each_oth
         ("data.heldout={share: 0.1, sources: b.txt}", "data.heldout.share: cannot be combined with sources (only with share)"),
     ],
 )
-def test_a_key_of_another_variant_is_reported_with_the_variants_that_have_it(override: str, expected: str) -> None:
+def test_the_error_for_a_key_of_another_variant_lists_the_variants_that_have_it(override: str, expected: str) -> None:
     (problem,) = problems(SMALLEST, override)
     assert expected in problem
 
@@ -400,7 +398,7 @@ def test_a_key_of_another_variant_is_reported_with_the_variants_that_have_it(ove
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
 @pytest.mark.parametrize("recipe", [Recipe, EmbeddingRecipe])
 def test_variants_match_the_json_schema(recipe: type[BaseModel]) -> None:
-    """Pydantic's JSON schema does not use `variants_of`. The schema has no tags for unions without a discriminator."""
+    """Pydantic generates its JSON schema without `variants_of`. In the schema, only unions with a discriminator have tags."""
     schema = recipe.model_json_schema()
     n_unions = 0
     for name, definition in {recipe.__name__: schema, **schema["$defs"]}.items():
@@ -432,12 +430,12 @@ def test_variants_match_the_json_schema(recipe: type[BaseModel]) -> None:
         ("training..steps=3", "--set training..steps=3: must have the form SECTION.KEY=VALUE, for example training.steps=100"),
     ],
 )
-def test_a_wrong_override_is_reported_as_it_was_typed(override: str, expected: str) -> None:
+def test_an_invalid_override_is_reported_exactly_as_typed(override: str, expected: str) -> None:
     (problem,) = problems(SMALLEST, override)
     assert problem.startswith(expected)
 
 
-def test_recipes_plans_text_and_data_import_without_torch() -> None:
+def test_importing_recipes_plans_text_and_data_does_not_import_torch() -> None:
     modules = "tinylm.recipe, tinylm.cost.plan, tinylm.text.sources, tinylm.text.split, tinylm.data.prepare, tinylm.data.estimate"
     program = f"import sys, {modules}; print(sorted({{'torch', 'transformers', 'pyarrow'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -445,12 +443,12 @@ def test_recipes_plans_text_and_data_import_without_torch() -> None:
 
 
 @pytest.mark.parametrize("text", ["[" * 5000, "a: " + "[" * 5000 + "]" * 5000, "a: &a [*a]"])
-def test_yaml_nested_too_deeply_is_an_error(text: str) -> None:
+def test_yaml_nested_too_deeply_is_rejected(text: str) -> None:
     with pytest.raises(InputError, match="nested too deeply"):
         loads(text)
 
 
-def test_a_tag_that_cannot_convert_its_value_is_an_error() -> None:
+def test_a_tag_that_cannot_convert_its_value_is_rejected() -> None:
     with pytest.raises(InputError, match="remove tags such as !!int"):
         loads("seed: !!int abc")
 

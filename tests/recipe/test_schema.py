@@ -1,4 +1,4 @@
-"""Every key of a recipe survives a round trip through YAML."""
+"""Every key in a recipe survives a round trip through YAML."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tinylm.recipe.schema import flattened
 
 BASE = "data: {train: my.txt}\ntraining: {steps: 10}\n"
 
-# The overrides that set each key of each section. The last override sets the key to a value other than its default.
+# The overrides that set each key. The last override sets the key to a non-default value.
 _LLAMA3 = "model.rope_scaling={type: llama3, factor: 8, original_context: 64}"
 _YARN = "model.rope_scaling={type: yarn, factor: 8, original_context: 64}"
 _TRANSLATOR = "model={architecture: encoder_decoder}"
@@ -369,11 +369,11 @@ def read(*settings: str) -> Recipe:
     return loads(BASE, settings, check_files=False)
 
 
-def test_the_table_of_settings_has_every_key_of_the_schema() -> None:
+def test_every_key_in_the_schema_is_tested() -> None:
     assert set(leaves(Recipe)) == set(SETTINGS) | ONE_VALUE
 
 
-def test_a_key_is_missing_from_the_table_only_if_it_has_a_single_value() -> None:
+def test_only_keys_with_a_single_possible_value_are_not_tested() -> None:
     single = {
         f"{section.__name__}.{key}"
         for section in sections_of(Recipe)

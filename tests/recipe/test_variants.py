@@ -1,4 +1,4 @@
-"""Architectures and objectives can be registered from outside the library, and recipes without them do not change."""
+"""Architectures and objectives can be registered from outside the library without changing any existing recipe."""
 
 from __future__ import annotations
 
@@ -60,18 +60,18 @@ def problems(text: str, *overrides: str) -> list[str]:
 
 
 def choices(variants: OpenUnion) -> str:
-    """The names of the registered variants as an error message lists them."""
+    """Return the names of the registered variants as they appear in an error message."""
     return ("one of " if len(variants.sections) > 1 else "") + ", ".join(variants.sections)
 
 
 def without_new_keys(recipe: Recipe) -> str:
-    """The YAML of a recipe without the keys that runs from older versions of tinylm lack."""
+    """Return a recipe as YAML without the keys that did not exist in older versions of tinylm."""
     values = recipe.as_dict()
     del values["model"]["architecture"], values["data"]["format"], values["objective"]
     return yaml.safe_dump(values)
 
 
-def test_the_architecture_is_a_decoder_unless_it_is_set() -> None:
+def test_the_default_architecture_is_a_decoder() -> None:
     plain = read(BASE)
     assert type(plain.model) is DecoderSection
     assert plain.objective == CausalLMObjective()
@@ -87,7 +87,7 @@ def test_an_objective_can_be_a_name_or_a_section(objective: str) -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_recipes_that_ship_with_tinylm_can_be_read_back(path: Path) -> None:
+def test_the_included_recipes_survive_a_round_trip(path: Path) -> None:
     recipe = load(path, check_files=False)
     assert loads(recipe.to_yaml(), check_files=False) == recipe
     if recipe.model.architecture == "decoder" and recipe.data.format == "text":
@@ -144,7 +144,7 @@ def test_the_default_objective_of_a_registered_architecture_is_its_first_objecti
     ]
 
 
-def test_an_objective_can_list_the_architectures_that_it_trains() -> None:
+def test_an_objective_can_list_the_architectures_that_it_supports() -> None:
     class DecoderObjective(ToyObjective):
         architectures = ("decoder",)
 
@@ -173,7 +173,7 @@ def test_mistakes_in_a_registered_architecture_are_reported_with_their_lines() -
 
 
 @pytest.mark.usefixtures("toy")
-def test_problems_across_the_keys_of_a_registered_architecture_are_reported() -> None:
+def test_conflicts_between_keys_of_a_registered_architecture_are_reported() -> None:
     assert problems(f"{BASE}model:\n  architecture: toy\n  n_states: 17\n") == [
         "my.yaml:5: model.n_states: 17 states exceed the context_length 16"
     ]
@@ -190,8 +190,8 @@ def test_the_reference_lists_a_registered_architecture(monkeypatch: pytest.Monke
     assert f"The key `architecture` selects one of: {', '.join(f'`{name}`' for name in MODEL_VARIANTS.sections)}." in page
     assert "toy" in MODEL_VARIANTS.sections
     assert "**toy**: A model with a few states." in page
-    assert "| `n_states` | Number of states of the toy. | `4` | a whole number of at least 1 |" in page
-    assert "| `share` | The share of tokens that the toy predicts. | `0.15` | a share of at least 0 and below 1 |" in page
+    assert "| `n_states` | Number of states in the toy model. | `4` | a whole number of at least 1 |" in page
+    assert "| `share` | The share of tokens that the toy objective predicts. | `0.15` | a share of at least 0 and below 1 |" in page
 
 
 @pytest.mark.usefixtures("toy")
@@ -223,7 +223,7 @@ def run_folder(folder: Path, text: str) -> Run:
     return Run(folder)
 
 
-def test_a_run_written_before_architectures_existed_loads_and_can_be_resumed(tmp_path: Path) -> None:
+def test_a_run_created_before_the_architecture_key_existed_can_be_loaded_and_resumed(tmp_path: Path) -> None:
     recipe = read(BASE, "model.n_layer=2", "training.precision=fp32")
     run = run_folder(tmp_path / "old", without_new_keys(recipe))
     assert run.recipe == recipe
@@ -255,7 +255,7 @@ def test_init_from_inherits_the_architecture_and_rejects_a_different_one(tmp_pat
     assert read(start).model.n_layer == 2
     vectors = ("model.init_embeddings=vectors.txt", "model.freeze_embeddings=true", "model.tie_embeddings=false")
     run_folder(tmp_path / "vectors", read(BASE, *vectors).to_yaml())
-    assert read(f"{BASE}model:\n  init_from: {tmp_path}/vectors\n").model.init_embeddings is None  # it is in the weights
+    assert read(f"{BASE}model:\n  init_from: {tmp_path}/vectors\n").model.init_embeddings is None  # stored in the weights
     assert problems(f"{start}  architecture: toy\n")[0] == (
         f"my.yaml:4: model.init_from: the architecture of {tmp_path}/base is decoder, not toy"
     )

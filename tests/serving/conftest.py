@@ -1,4 +1,4 @@
-"""A tiny model with random weights and its tokenizer, for the tests of the server."""
+"""Fixtures for the server tests: a tiny random model and its tokenizer."""
 
 from __future__ import annotations
 

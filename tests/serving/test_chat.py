@@ -1,4 +1,4 @@
-"""The server's route for conversations, with the openai client and with requests that it must reject."""
+"""The server's chat route, tested with the openai client and with requests that it must reject."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def error(server: RunningServer, **body: Any) -> str:
     return str(response.json()["error"]["message"])
 
 
-def test_the_openai_client_gets_the_answer_of_the_library(client: Any, decoder: Decoder, encoder: ChatEncoder) -> None:
+def test_the_openai_client_receives_the_same_answer_as_the_library(client: Any, decoder: Decoder, encoder: ChatEncoder) -> None:
     reply = client.chat.completions.create(model=NAME, messages=MESSAGES, max_tokens=12, temperature=0)
     turns = encoder.turns([Message(**message) for message in MESSAGES])
     [sample] = answer_all(decoder, encoder, [encoder.prompt(turns)], SamplingOptions(12, temperature=0.0, top_k=None))
@@ -66,17 +66,17 @@ def test_the_openai_client_gets_the_answer_of_the_library(client: Any, decoder: 
     assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (len(encoder.prompt(turns)), len(sample.token_ids))
 
 
-def test_a_streamed_answer_has_the_role_first_and_the_same_text(client: Any) -> None:
+def test_a_streamed_answer_starts_with_the_role_and_has_the_same_text(client: Any) -> None:
     arguments = {"model": NAME, "messages": MESSAGES, "max_tokens": 12, "seed": 3, "n": 2}
     whole = client.chat.completions.create(**arguments)
     texts, reasons, usage = ["", ""], {}, None
-    first: set[int] = set()
+    started: set[int] = set()
     for chunk in client.chat.completions.create(**arguments, stream=True, stream_options={"include_usage": True}):
         assert chunk.object == "chat.completion.chunk"
         usage = chunk.usage or usage
         for choice in chunk.choices:
-            assert (choice.delta.role == "assistant") == (choice.index not in first)
-            first.add(choice.index)
+            assert (choice.delta.role == "assistant") == (choice.index not in started)
+            started.add(choice.index)
             texts[choice.index] += choice.delta.content or ""
             if choice.finish_reason:
                 reasons[choice.index] = choice.finish_reason
@@ -91,14 +91,14 @@ def test_an_answer_ends_at_the_end_of_its_turn(server: RunningServer, encoder: C
     assert (choice["message"]["content"], choice["finish_reason"]) == ("", "stop")
 
 
-def test_logprobs_have_the_format_of_chat(client: Any) -> None:
+def test_logprobs_have_the_chat_format(client: Any) -> None:
     reply = client.chat.completions.create(model=NAME, messages=MESSAGES[1:], max_tokens=4, logprobs=True, top_logprobs=2, seed=1)
     content = reply.choices[0].logprobs.content
     assert len(content) == reply.usage.completion_tokens
     assert all(len(token.top_logprobs) == 2 and token.logprob <= 0 for token in content)
 
 
-def test_without_max_tokens_an_answer_may_fill_the_context(server: RunningServer, encoder: ChatEncoder) -> None:
+def test_without_max_tokens_an_answer_can_fill_the_context(server: RunningServer, encoder: ChatEncoder) -> None:
     bias = {str(id): -100 for id in (encoder.end_of_turn, encoder.start)}
     long = [{"role": "user", "content": "x" * 60}]
     reply = post(server, messages=long, logit_bias=bias).json()
@@ -107,7 +107,7 @@ def test_without_max_tokens_an_answer_may_fill_the_context(server: RunningServer
     assert post(server, messages=MESSAGES[1:], logit_bias=bias).json()["usage"]["completion_tokens"] == 60
 
 
-def test_parts_of_text_are_joined(server: RunningServer) -> None:
+def test_text_parts_are_joined(server: RunningServer) -> None:
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
     replies = [
         post(server, messages=[{"role": "user", "content": content}], seed=1, max_tokens=5).json() for content in (parts, "Hello")
@@ -150,12 +150,12 @@ def test_invalid_requests_are_rejected_with_the_reason(server: RunningServer, bo
     assert message in error(server, **body)
 
 
-def test_harmless_keys_of_clients_are_accepted(server: RunningServer) -> None:
+def test_harmless_keys_sent_by_clients_are_accepted(server: RunningServer) -> None:
     body = {"tools": None, "tool_choice": "none", "response_format": {"type": "text"}, "user": "u", "max_completion_tokens": 2}
     assert post(server, messages=MESSAGES, **body).status_code == 200
 
 
-def test_messages_sent_to_completions_are_told_the_route(server: RunningServer) -> None:
+def test_the_error_for_messages_sent_to_completions_contains_the_chat_route(server: RunningServer) -> None:
     response = server.complete(messages=MESSAGES)
     assert response.status_code == 400
     assert "/v1/chat/completions" in response.json()["error"]["message"]
@@ -192,10 +192,10 @@ def test_the_page_streams_answers_and_remembers_the_conversation(server: Running
         page.click("#go")
         page.wait_for_selector("#status.bad")
         assert "the model's context has 96" in page.inner_text("#status")
-        assert len(page.locator("#messages li").all()) == 4, "a message that was rejected is not part of the conversation"
+        assert len(page.locator("#messages li").all()) == 4, "a rejected message must not join the conversation"
         assert page.input_value("#message") == "x" * 300
         page.click("#reset")
         assert page.locator("#messages li").count() == 0
         page.set_viewport_size({"width": 390, "height": 600})
-        assert not page.evaluate("document.documentElement.scrollWidth > innerWidth"), "the page does not scroll sideways"
+        assert not page.evaluate("document.documentElement.scrollWidth > innerWidth"), "the page must not scroll sideways"
         assert errors == []

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness gets the same scores through the server as from the library's own adapter."""
+"""lm-evaluation-harness computes the same scores through the server as with tinylm's own adapter."""
 
 from __future__ import annotations
 
@@ -21,15 +21,17 @@ pytest.importorskip("tenacity", reason="lm-eval[api] is not installed")
 PAIRS = [("the cat", " sat"), ("", "hello"), ("a longer context, with héllo", " end"), ("x", "\n\n"), ("2 + 2 =", " 4")]
 
 
-def test_loglikelihoods_through_the_server_equal_those_of_the_adapter(tokenizer: Tokenizer) -> None:
+def test_loglikelihoods_through_the_server_equal_those_from_the_adapter(tokenizer: Tokenizer) -> None:
     from lm_eval.api.instance import Instance
     from running_server import NAME, RunningServer
 
     from tinylm.serving.server import Limits
 
     network = model("modern", vocab_size=tokenizer.vocab_size, context_length=64)
-    likeliest = {letter: int(network(torch.tensor([tokenizer.encode(letter)]))[0, -1].argmax()) for letter in string.ascii_letters}
-    greedy = next((letter, tokenizer.decode([id])) for letter, id in likeliest.items() if tokenizer.token_bytes[id].isalnum())
+    most_likely = {
+        letter: int(network(torch.tensor([tokenizer.encode(letter)]))[0, -1].argmax()) for letter in string.ascii_letters
+    }
+    greedy = next((letter, tokenizer.decode([id])) for letter, id in most_likely.items() if tokenizer.token_bytes[id].isalnum())
     pairs = [*PAIRS, greedy]
     requests = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
     rolling = [Instance("loglikelihood_rolling", {}, ("a whole text of one window",), 0)]
@@ -46,4 +48,4 @@ def test_loglikelihoods_through_the_server_equal_those_of_the_adapter(tokenizer:
         assert value == pytest.approx(expected, abs=1e-4)
         assert is_greedy == expected_greedy
     assert rolled == pytest.approx(local.loglikelihood_rolling(rolling), abs=1e-4)
-    assert through_server[-1][1], "the last pair is what greedy decoding generates"
+    assert through_server[-1][1], "the last pair is a greedy continuation"

@@ -1,4 +1,4 @@
-"""The HTTP server, tested with OpenAI's client, with raw HTTP requests and with a browser."""
+"""The HTTP server, tested with the openai client, raw HTTP requests and a browser."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ httpx = pytest.importorskip("httpx")
 openai = pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
 server = pytest.importorskip("tinylm.serving.server")
-from running_server import NAME, RunningServer  # noqa: E402 - it imports what the lines above may skip
+from running_server import NAME, RunningServer  # noqa: E402 - imports the optional packages checked above
 
 LIMITS = server.Limits(max_body_bytes=10_000, max_tokens=2000, rows=4, queue_size=80, timeout=60.0)
 
@@ -44,7 +44,7 @@ def _generate_locally(decoder: Decoder, tokenizer: Tokenizer, prompt: str, seed:
     return generate(decoder, tokenizer, prompt, options, seed=seed)[0].text
 
 
-def test_openai_client_gets_the_same_text_as_the_library(client: Any, decoder: Decoder, tokenizer: Tokenizer) -> None:
+def test_the_openai_client_receives_the_same_text_as_the_library(client: Any, decoder: Decoder, tokenizer: Tokenizer) -> None:
     assert [model.id for model in client.models.list().data] == [NAME]
     response = client.completions.create(model=NAME, prompt="hello", max_tokens=12, seed=4, n=2)
     assert response.choices[0].text == _generate_locally(decoder, tokenizer, "hello", 4, 12)
@@ -143,7 +143,7 @@ def test_every_sampling_option_changes_the_text(running: RunningServer) -> None:
     ],
     ids=str,
 )
-def test_an_invalid_request_returns_an_error_that_names_the_key(
+def test_the_error_for_an_invalid_request_contains_the_key(
     running: RunningServer, body: dict[str, Any], status: int, param: str | None
 ) -> None:
     response = running.complete(**body)
@@ -188,15 +188,15 @@ def test_a_client_disconnect_frees_the_rows(running: RunningServer, stream: bool
     assert running.wait_until_idle(timeout=5.0)
 
 
-def test_a_full_queue_and_a_timeout_are_errors(decoder: Decoder, tokenizer: Tokenizer) -> None:
+def test_a_full_queue_and_a_timeout_are_reported(decoder: Decoder, tokenizer: Tokenizer) -> None:
     busy = RunningServer(decoder, tokenizer, server.Limits(max_tokens=10**6, rows=1, queue_size=2, timeout=0.5))
     try:
         end = str(tokenizer.end_of_text)
-        assert busy.complete(prompt="x", n=4).status_code == 400, "four samples can never wait at the same time"
+        assert busy.complete(prompt="x", n=4).status_code == 400, "four samples never fit in the queue"
         long = {"prompt": "x", "max_tokens": 10**6, "logit_bias": {end: -100}}
         truncated = busy.complete(**long)
         assert (truncated.status_code, truncated.json()["choices"][0]["finish_reason"]) == (200, "length")
-        assert truncated.json()["choices"][0]["text"], "the text that was generated before the timeout is returned"
+        assert truncated.json()["choices"][0]["text"], "text generated before the timeout must be returned"
         timed_out = busy.complete(**long, n=2)
         assert (timed_out.status_code, timed_out.json()["error"]["message"]) == (503, "timed out in the queue")
         assert busy.complete(prompt="x", max_tokens=1).status_code == 200
@@ -239,7 +239,7 @@ def test_echo_returns_the_prompt_with_its_logprobs(client: Any, decoder: Decoder
     assert offsets[:5] == [0, 1, 2, 3, 4]
 
 
-def test_an_error_of_one_request_does_not_end_another(running: RunningServer, tokenizer: Tokenizer) -> None:
+def test_an_error_in_one_request_does_not_end_others(running: RunningServer, tokenizer: Tokenizer) -> None:
     async def complete_both() -> list[Any]:
         async with httpx.AsyncClient(timeout=60) as clients:
             normal = {"prompt": "x", "max_tokens": 300, "logit_bias": {str(tokenizer.end_of_text): -100}, "seed": 1}
@@ -254,7 +254,7 @@ def test_an_error_of_one_request_does_not_end_another(running: RunningServer, to
     assert first.json()["usage"]["completion_tokens"] == 300
 
 
-def test_a_client_that_closes_its_side_of_the_connection_gets_its_response(running: RunningServer) -> None:
+def test_a_client_that_closes_its_side_of_the_connection_still_receives_its_response(running: RunningServer) -> None:
     body = b'{"prompt": "x", "max_tokens": 3}'
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
     with socket.create_connection(("127.0.0.1", int(running.address.rpartition(":")[2])), timeout=30) as connection:
@@ -276,16 +276,16 @@ def test_slow_and_idle_connections_are_closed(decoder: Decoder, tokenizer: Token
                 connection.sendall(beginning)
                 assert connection.recv(100).startswith(b"HTTP/1.1 408")
         with socket.create_connection(address, timeout=30) as connection:
-            assert connection.recv(100) == b"", "an idle connection is closed"
+            assert connection.recv(100) == b"", "an idle connection must be closed"
         idle = [socket.create_connection(address, timeout=30) for _ in range(6)]
-        assert slow.complete(prompt="x", max_tokens=1).status_code == 200, "idle connections do not keep others out"
+        assert slow.complete(prompt="x", max_tokens=1).status_code == 200, "idle connections must not block others"
         for connection in idle:
             connection.close()
     finally:
         slow.stop()
 
 
-def test_models_tokenizer_and_metrics(running: RunningServer, tokenizer: Tokenizer) -> None:
+def test_the_model_tokenizer_health_and_metrics_routes_respond(running: RunningServer, tokenizer: Tokenizer) -> None:
     get = lambda path: httpx.get(f"{running.address}{path}")  # noqa: E731
     assert get(f"/v1/models/{NAME}").json()["id"] == NAME
     assert get("/v1/models/a/b").status_code == 404
@@ -320,7 +320,7 @@ def test_an_api_key_is_required_except_for_the_page_and_health(decoder: Decoder,
 
 
 def _start_browser() -> Any:
-    """Start Playwright and Chromium. Skip the test if either is not available."""
+    """Start Playwright and Chromium. Skip the test if either is unavailable."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     path = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
     session = playwright.sync_playwright().start()
@@ -332,7 +332,7 @@ def _start_browser() -> Any:
         pytest.skip(f"Chromium does not start: {str(error).splitlines()[0]}")
 
 
-def test_web_page_generates_text_and_continues_from_an_alternative_token(running: RunningServer) -> None:
+def test_the_web_page_generates_text_and_continues_from_an_alternative_token(running: RunningServer) -> None:
     session, browser = _start_browser()
     try:
         page = browser.new_page()
@@ -372,9 +372,9 @@ def test_web_page_generates_text_and_continues_from_an_alternative_token(running
         page.evaluate("scrollTo(0, document.body.scrollHeight)")
         tokens.last.click()
         bounds = page.locator("#box").bounding_box()
-        assert bounds["y"] >= 0, "the list does not leave the window"
+        assert bounds["y"] >= 0, "the list must stay inside the window"
         assert bounds["y"] + bounds["height"] <= 500
-        assert not page.evaluate("document.documentElement.scrollWidth > innerWidth"), "the page does not scroll sideways"
+        assert not page.evaluate("document.documentElement.scrollWidth > innerWidth"), "the page must not scroll sideways"
         page.keyboard.press("Escape")
         page.keyboard.press("Tab")
         tokens.nth(2).focus()

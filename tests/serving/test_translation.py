@@ -34,13 +34,13 @@ def client(translator: Translator) -> Iterator[Any]:
         yield client
 
 
-def test_sentences_are_translated_as_by_the_library(client: Any, translator: Translator) -> None:
+def test_the_server_returns_the_same_translations_as_the_library(client: Any, translator: Translator) -> None:
     texts = ["eins zwei", "", "drei"]
     response = client.post("/v1/translate", json={"text": texts, "beams": 2, "n": 2})
     assert response.status_code == 200, response.text
     expected = translator.translate(texts, SearchOptions(beams=2, n_best=2))
-    found = [[each["text"] for each in item["translations"]] for item in response.json()["data"]]
-    assert found == [[each.text for each in item.translations] for item in expected]
+    actual = [[candidate["text"] for candidate in item["translations"]] for item in response.json()["data"]]
+    assert actual == [[candidate.text for candidate in item.translations] for item in expected]
     assert response.json()["data"][1]["note"] == "empty"
 
 
@@ -58,13 +58,13 @@ def test_sentences_are_translated_as_by_the_library(client: Any, translator: Tra
         ({"text": "a" * 6000}, 413),
     ],
 )
-def test_invalid_requests_are_refused(client: Any, body: dict[str, Any], status: int) -> None:
+def test_invalid_requests_are_rejected(client: Any, body: dict[str, Any], status: int) -> None:
     response = client.post("/v1/translate", json=body)
     assert response.status_code == status
     assert response.json()["error"]["message"]
 
 
-def test_an_api_key_is_required_if_it_is_set(translator: Translator) -> None:
+def test_the_api_key_is_required_if_one_is_set(translator: Translator) -> None:
     app = translation.create_app(translator, "tiny", access=server.Access(api_key="secret"))
     with testclient.TestClient(app) as client:
         assert client.post("/v1/translate", json={"text": "a"}).status_code == 401

@@ -1,4 +1,4 @@
-"""The worker thread of the server: every job that is not canceled ends with an event, even if generation fails."""
+"""The server's worker thread: every job that is not canceled receives a final event, even if generation fails."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tinylm.serving.worker import Event, Unavailable, Worker
 from tinylm.tokenizer import Tokenizer
 
 ENDLESS = 10**9
-"""A number of new tokens that is never reached."""
+"""A token limit that is never reached."""
 
 
 class Client:
@@ -35,7 +35,7 @@ class Client:
         return self._events.get(timeout=600)
 
     def last_event(self) -> Sample | Exception:
-        """Wait for the last event. Raise `queue.Empty` if no event arrives for 30 seconds."""
+        """Wait for the last event. Raise `queue.Empty` if no event arrives for 600 seconds."""
         while True:
             event = self.next_event()
             if isinstance(event, (Sample, Exception)):
@@ -61,7 +61,7 @@ def check_that_the_worker_still_generates(worker: Worker, tokenizer: Tokenizer) 
     assert len(sample.token_ids) == 3
 
 
-def test_a_failure_while_a_timed_out_sample_is_finished_is_reported_to_its_client(
+def test_a_failure_while_finishing_a_timed_out_sample_is_reported_to_its_client(
     decoder: Decoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(SequenceState, "finish_early", fail)
@@ -80,7 +80,7 @@ def test_a_failure_during_prefill_is_reported_to_its_client(
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_if_the_engine_fails_permanently_running_queued_and_new_jobs_get_an_error(
+def test_if_the_engine_fails_permanently_running_queued_and_new_jobs_receive_an_error(
     decoder: Decoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with running_worker(decoder, tokenizer) as worker:

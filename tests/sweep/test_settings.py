@@ -1,3 +1,5 @@
+"""Sweep settings: the values of `--set`, the bounds of `--range`, the grid of combinations and the run names."""
+
 from __future__ import annotations
 
 import pytest
@@ -22,7 +24,7 @@ def test_values_are_separated_by_commas_outside_brackets_and_quotes(setting: str
 
 
 @pytest.mark.parametrize("setting", ["", "seed", "seed=", "=1", "seed=1,,2", "seed=1,1"])
-def test_an_invalid_setting_is_refused(setting: str) -> None:
+def test_an_invalid_setting_is_rejected(setting: str) -> None:
     with pytest.raises(InputError, match="--set"):
         parse_axis(setting)
 
@@ -43,12 +45,12 @@ def test_a_range_has_bounds_a_scale_and_a_type(setting: str, expected: Range) ->
 @pytest.mark.parametrize(
     "setting", ["lr", "lr=1", "lr=1..", "lr=2..1", "lr=1..1", "lr=0..1:log", "lr=a..b", "lr=1..inf", "=1..2", "lr=1..2:x"]
 )
-def test_an_invalid_range_is_refused(setting: str) -> None:
+def test_an_invalid_range_is_rejected(setting: str) -> None:
     with pytest.raises(InputError, match="--range"):
         parse_range(setting)
 
 
-def test_a_grid_has_every_combination_in_order() -> None:
+def test_a_grid_contains_every_combination_in_order() -> None:
     combinations = grid([parse_axis("model.n_embd=8,16"), parse_axis("training.steps=5"), parse_axis("seed=1,2")])
     assert [tuple(values.values()) for values in combinations] == [
         ("8", "5", "1"),
@@ -72,7 +74,7 @@ def test_run_names_are_distinct_file_names() -> None:
     assert all("/" not in name and ":" not in name for name in names)
 
 
-def test_keys_are_shortened_only_as_far_as_they_stay_distinct() -> None:
+def test_shortened_keys_stay_distinct() -> None:
     assert shortened(["training.optimizer.name", "training.schedule.name", "seed"]) == {
         "training.optimizer.name": "optimizer.name",
         "training.schedule.name": "schedule.name",

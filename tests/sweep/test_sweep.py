@@ -46,7 +46,7 @@ def document(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     return loaded
 
 
-def test_a_killed_sweep_continues_and_gives_the_results_of_an_uninterrupted_one(recipe_file: Path, tmp_path: Path) -> None:
+def test_a_terminated_sweep_continues_and_matches_an_uninterrupted_sweep(recipe_file: Path, tmp_path: Path) -> None:
     arguments = (recipe_file, "--set", "seed=1,2", "--set", "training.steps=6", "--json")
     uninterrupted = document(sweep(*arguments, "--out", tmp_path / "uninterrupted", "--jobs", "2"))
 
@@ -66,14 +66,14 @@ def test_a_killed_sweep_continues_and_gives_the_results_of_an_uninterrupted_one(
     assert not (folder / "logs" / "seed=1.stdout").exists()
 
 
-def test_a_search_stops_at_the_number_of_trials_and_repeats_the_best(recipe_file: Path, tmp_path: Path) -> None:
+def test_a_search_runs_the_requested_trials_and_repeats_the_best_with_more_seeds(recipe_file: Path, tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     search = (recipe_file, "--range", "training.optimizer.lr=1e-4..1e-1:log", "--json", "--out", tmp_path / "s")
     first = document(sweep(*search, "--trials", "1", "--seeds", "2"))
     assert [row["status"] for row in first["rows"]] == ["done", "done"]
     assert first["best"]["runs"] == 2
     second = document(sweep(*search, "--trials", "2", "--seeds", "1"))
-    assert second["rows"][0] == first["rows"][0], "the first trial is not trained again"
+    assert second["rows"][0] == first["rows"][0], "the first trial must not be trained again"
     rates = [row["values"]["training.optimizer.lr"] for row in second["rows"][:2]]
     assert len(set(rates)) == 2
     assert all(1e-4 <= rate <= 1e-1 for rate in rates)

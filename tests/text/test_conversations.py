@@ -1,4 +1,4 @@
-"""Reading conversations: the layouts of records, and mistakes, each of which is reported with its line."""
+"""Conversations are read from all record layouts, and errors include the line number."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def messages(*turns: tuple[str, Any]) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
-def test_the_layouts_give_the_same_conversation(tmp_path: Path) -> None:
+def test_all_layouts_produce_the_same_conversation(tmp_path: Path) -> None:
     expected = (Message(USER, "a\n\nx"), Message(ASSISTANT, "b"))
     [plain] = read(tmp_path, messages((USER, "a\n\nx"), (ASSISTANT, "b")))
     [named] = read(tmp_path, {"chat": messages((USER, "a\n\nx"), (ASSISTANT, "b"))["messages"]}, messages="chat")
@@ -75,13 +75,13 @@ def test_a_table_has_one_question_and_answer_per_row(tmp_path: Path) -> None:
         (3, "not a JSON object"),
     ],
 )
-def test_a_mistake_is_reported_with_its_line(tmp_path: Path, record: Any, problem: str) -> None:
+def test_an_invalid_record_is_reported_with_its_line_number(tmp_path: Path, record: Any, problem: str) -> None:
     with pytest.raises(InputError) as caught:
         read(tmp_path, GOOD, GOOD, record)
     assert str(caught.value).startswith(f"{tmp_path / 'a.jsonl'}:3: {problem}"), str(caught.value)
 
 
-def test_other_files_and_broken_lines_are_refused(tmp_path: Path) -> None:
+def test_other_file_types_and_invalid_json_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("hello")
     with pytest.raises(InputError, match=r"a\.txt: not a file with conversations"):
         list(read_conversations([str(tmp_path / "a.txt")], ConversationFormat()))
@@ -95,7 +95,7 @@ def test_surrogates_are_replaced_on_request(tmp_path: Path) -> None:
     assert item.messages[0].content == "a\ufffd"
 
 
-def test_equal_conversations_are_in_the_same_part_and_every_part_gets_some() -> None:
+def test_equal_conversations_are_in_the_same_part_and_no_part_is_empty() -> None:
     conversations = [Conversation(tuple(messages)) for messages in additions(20)]
     repeated = [*conversations, *[Conversation(tuple(exchange("again", "yes")))] * 5]
     parts = choose(repeated, {"heldout": 0.1, "test": 0.04})

@@ -51,7 +51,7 @@ def test_the_cuts_do_not_depend_on_how_the_text_is_stored(tmp_path: Path, englis
 
 
 @pytest.mark.parametrize("split", ["gpt4", "gpt2"])
-def test_the_pieces_have_the_same_tokens_as_the_whole_text(tmp_path: Path, english: str, split: str) -> None:
+def test_the_pieces_encode_to_the_same_tokens_as_the_whole_text(tmp_path: Path, english: str, split: str) -> None:
     tokenizer = training.train(BpeTokenizer(kind="bpe", vocab_size=600, split=split), [Piece(english[:200_000], True)], print)
     odd = "  two  spaces \n\n  1234567 it's\t\tx\r\n\r\n \u00a0 end.  — “quoted” 語 🙂🙂 \x1c y\u2003 z  "
     for number, text in enumerate([english, (odd + "a") * 4000, odd * 4000]):

@@ -73,7 +73,7 @@ def po_file(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_catalog_contains_clean_messages_with_plurals_and_without_contexts(po_file: Path) -> None:
+def test_catalog_messages_are_cleaned_and_plurals_are_included(po_file: Path) -> None:
     pairs, reporter = _read(po_file)
     assert _texts(pairs) == [
         ("File", "Datei"),
@@ -94,14 +94,14 @@ def test_a_compiled_catalog_has_the_same_messages(po_file: Path, tmp_path: Path)
     assert sorted(_texts(_read(tmp_path / "program.mo")[0])) == sorted(_texts(_read(po_file)[0]))
 
 
-def test_the_languages_are_fields_of_a_message(po_file: Path) -> None:
+def test_languages_can_be_used_as_field_names(po_file: Path) -> None:
     pairs, _ = _read(po_file, source="de", target="en")
     assert ("Datei", "File") in _texts(pairs)
     with pytest.raises(InputError, match=r"no field 'fr' \(fields: source, target, document, language, en, de\)"):
         _read(po_file, target="fr")
 
 
-def test_installed_catalogs_are_named_after_their_program(po_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_installed_catalogs_are_grouped_by_program(po_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     polib = pytest.importorskip("polib")
     folder = tmp_path / "locale" / "de" / "LC_MESSAGES"
     folder.mkdir(parents=True)
@@ -128,11 +128,11 @@ def test_installed_catalogs_are_named_after_their_program(po_file: Path, tmp_pat
         ("MAX_SIZE too big", "MAX_SIZE zu groß", ("MAX_SIZE too big", "MAX_SIZE zu groß")),
     ],
 )
-def test_accelerators_are_removed_and_identifiers_stay(source: str, target: str, expected: tuple[str, str]) -> None:
+def test_accelerator_keys_are_removed_and_identifiers_are_kept(source: str, target: str, expected: tuple[str, str]) -> None:
     assert clean_message(source, target) == expected
 
 
-def test_placeholders_may_change_their_order() -> None:
+def test_placeholders_can_be_in_a_different_order() -> None:
     assert placeholders("%s of %d") == placeholders("%2$d von %1$s")
     assert placeholders("{name} 100%") != placeholders("100%")
 
@@ -148,7 +148,7 @@ def test_aligned_files_need_the_same_number_of_lines(tmp_path: Path) -> None:
         read_pairs(section, part, CollectingReporter())
 
 
-def test_empty_sides_and_absurd_lengths_are_counted(tmp_path: Path) -> None:
+def test_pairs_with_an_empty_side_or_extreme_length_ratio_are_skipped_and_counted(tmp_path: Path) -> None:
     records = [
         {"source": "guten Tag", "target": "hello"},
         {"source": " ", "target": "nothing"},
@@ -159,12 +159,12 @@ def test_empty_sides_and_absurd_lengths_are_counted(tmp_path: Path) -> None:
     assert "skipped 2 of 3 pairs: 1 with an empty side, 1 with a length ratio above 4" in reporter.warnings[0]
 
 
-def test_tables_have_columns(tmp_path: Path) -> None:
+def test_pairs_are_read_from_the_chosen_columns_of_a_table(tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_text("de\ten\teins\nja\tyes\t1\n", encoding="utf-8")
     assert _texts(_read(tmp_path / "a.tsv", source="de", target="en")[0]) == [("ja", "yes")]
 
 
-def test_a_text_file_has_no_pairs(tmp_path: Path) -> None:
+def test_a_plain_text_file_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("just text\n", encoding="utf-8")
     with pytest.raises(InputError, match="has no sentence pairs"):
         _read(tmp_path / "a.txt")

@@ -1,4 +1,4 @@
-"""Documents are read from the fields of records: by name, or combined by a template."""
+"""Documents are read from one field of each record, or from several fields combined by a template."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def write(path: Path, content: str | bytes) -> Path:
 TICKETS = 'id,category,body\n1,"net, lan","two\nlines and a ""quote"""\n\n2,disk,full\n'
 
 
-def test_a_row_of_a_table_is_a_document(tmp_path: Path) -> None:
+def test_each_table_row_is_a_document(tmp_path: Path) -> None:
     table = write(tmp_path / "a.csv", TICKETS)
     assert documents(table, field="body") == ['two\nlines and a "quote"', "full"]
     assert documents(table, template="{category}: {body}") == ['net, lan: two\nlines and a "quote"', "disk: full"]
     assert documents(write(tmp_path / "a.csv.gz", gzip.compress(TICKETS.encode())), field="category") == ["net, lan", "disk"]
 
 
-def test_tables_of_random_text_are_read_as_the_csv_module_wrote_them(tmp_path: Path) -> None:
+def test_tables_of_random_text_written_by_the_csv_module_are_read_unchanged(tmp_path: Path) -> None:
     generator = random.Random(0)
     rows = [["".join(generator.choices('a,;\t"\n\r é語', k=generator.randrange(9))) for _ in range(3)] for _ in range(300)]
     for suffix, dialect in ((".csv", "excel"), (".tsv", "excel-tab")):
@@ -51,7 +51,7 @@ def test_tables_of_random_text_are_read_as_the_csv_module_wrote_them(tmp_path: P
         assert documents(path, template="{text}|{note}") == [f"{text}|{note}" for _, text, note in rows]
 
 
-def test_semicolons_as_delimiters_are_detected(tmp_path: Path) -> None:
+def test_semicolon_delimiters_are_detected(tmp_path: Path) -> None:
     assert documents(write(tmp_path / "s.csv", "id;text\n1;a, b\n")) == ["a, b"]
 
 
@@ -72,11 +72,11 @@ def test_a_long_document_in_a_table_is_read_completely(tmp_path: Path) -> None:
         (b"id,text\n1,caf\xe9\n", "a.csv: not UTF-8 at byte 13"),
     ],
 )
-def test_an_invalid_table_is_an_error_with_its_line(tmp_path: Path, content: str | bytes, expected: str) -> None:
+def test_an_invalid_table_is_reported_with_the_line_number(tmp_path: Path, content: str | bytes, expected: str) -> None:
     assert expected in error_for(write(tmp_path / "a.csv", content))
 
 
-def test_a_template_combines_fields_of_jsonl(tmp_path: Path) -> None:
+def test_a_template_combines_jsonl_fields(tmp_path: Path) -> None:
     records = [{"n": 3, "ok": True, "a b": "x", "t": "{n}"}, {"n": 0.5, "ok": False, "a b": "", "t": "y"}]
     path = write(tmp_path / "a.jsonl", "".join(json.dumps(record) + "\n" for record in records))
     assert documents(path, template="{{{n}}} {ok} {a b}/{t}") == ["{3} true x/{n}", "{0.5} false /y"]
@@ -86,7 +86,7 @@ def test_a_template_combines_fields_of_jsonl(tmp_path: Path) -> None:
     assert "a.jsonl:1: field 't' must be text, not null" in error_for(path, template="- {t}")
 
 
-def test_a_template_combines_columns_of_parquet(tmp_path: Path) -> None:
+def test_a_template_combines_parquet_columns(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow", reason="needs tinylm[parquet]")
     from pyarrow import parquet
 
@@ -100,7 +100,7 @@ def test_an_invalid_template_is_an_error(tmp_path: Path, template: str) -> None:
     assert error_for(path, template=template).startswith(f"--template: {template!r} ")
 
 
-def test_a_field_of_plain_text_is_refused_and_not_ignored(tmp_path: Path) -> None:
+def test_choosing_a_field_of_plain_text_is_an_error(tmp_path: Path) -> None:
     text, table = write(tmp_path / "a.txt", "x"), write(tmp_path / "a.csv", "body\ny\n")
     assert "a.txt: --field (data.field) has no effect on plain text" in error_for(text, field="body")
     assert "--template (data.template) has no effect on plain text" in error_for(text, template="{body}")

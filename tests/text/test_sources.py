@@ -86,7 +86,7 @@ def test_each_line_of_jsonl_is_a_document_read_from_the_chosen_field(tmp_path: P
     assert "a.jsonl:1: no field 'text' (fields: id, body) (choose another with --field (data.field)," in error_for(path)
 
 
-def test_jsonl_may_have_a_byte_order_mark_and_windows_line_endings(tmp_path: Path) -> None:
+def test_jsonl_can_have_a_byte_order_mark_and_windows_line_endings(tmp_path: Path) -> None:
     assert documents(write(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "b"}\r\n')) == ["a", "b"]
 
 
@@ -106,7 +106,7 @@ def test_escaped_surrogate_pairs_in_jsonl_become_one_character(tmp_path: Path) -
         (r'{"text": "half \ud83d of it"}', ":2: field 'text' contains an unpaired surrogate"),
     ],
 )
-def test_an_invalid_line_of_jsonl_is_an_error_with_its_number(tmp_path: Path, line: str, expected: str) -> None:
+def test_an_invalid_jsonl_line_is_reported_with_its_number(tmp_path: Path, line: str, expected: str) -> None:
     path = write(tmp_path / "a.jsonl", json_lines("fine") + line + "\n")
     assert error_for(path).startswith(f"{path}{expected}")
 
@@ -125,7 +125,7 @@ def test_invalid_utf8_in_jsonl_is_reported_with_its_offset_in_the_file(tmp_path:
     assert documents(path, errors="replace") == ["é" * 5, "\ufffd"]
 
 
-def test_each_row_of_parquet_is_a_document(tmp_path: Path) -> None:
+def test_each_parquet_row_is_a_document(tmp_path: Path) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     texts = [f"row {number} {POEM}" for number in range(600)]
     for kind in (pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())):
@@ -159,16 +159,16 @@ def test_invalid_utf8_in_parquet_is_reported_with_its_row(tmp_path: Path) -> Non
 @pytest.mark.parametrize("suffix", COMPRESS)
 def test_compressed_text_equals_plain_text(tmp_path: Path, suffix: str) -> None:
     compress = COMPRESS[suffix]
-    text = POEM * 50_000  # more than a block
+    text = POEM * 50_000  # longer than one block
     half = text.encode()[: len(text.encode()) // 2]
     assert documents(write(tmp_path / f"a.txt.{suffix}", compress(text.encode()))) == [text]
     assert documents(write(tmp_path / f"a.jsonl.{suffix}", compress(json_lines("a", "b").encode()))) == ["a", "b"]
     appended = compress(half) + compress(text.encode()[len(half) :])
-    assert documents(write(tmp_path / f"two.txt.{suffix}", appended)) == [text], "two concatenated archives"
+    assert documents(write(tmp_path / f"two.txt.{suffix}", appended)) == [text], "both concatenated archives must be read"
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
-def test_a_damaged_archive_is_an_error_and_never_a_shorter_text(tmp_path: Path, suffix: str) -> None:
+def test_a_damaged_archive_is_an_error_and_is_never_read_partially(tmp_path: Path, suffix: str) -> None:
     whole = COMPRESS[suffix](os.urandom(100_000).hex().encode())
     for name, content in {
         "cut": whole[: len(whole) // 2],
@@ -201,7 +201,7 @@ def test_a_folder_is_walked_in_sorted_order_without_hidden_and_binary_files(tmp_
         assert corpus.skipped == sorted(map(str, binary))
 
 
-def test_links_to_folders_that_contain_them_are_followed_once(tmp_path: Path) -> None:
+def test_cyclic_links_are_followed_once(tmp_path: Path) -> None:
     write(tmp_path / "tree" / "a.txt", "one line")
     write(tmp_path / "tree" / "deep" / "b.txt", "another")
     (tmp_path / "tree" / "again").symlink_to(".")
@@ -211,7 +211,7 @@ def test_links_to_folders_that_contain_them_are_followed_once(tmp_path: Path) ->
         assert sorted(documents(tmp_path / pattern)) == ["another", "one line"], pattern
 
 
-def test_a_character_cut_at_the_end_of_the_inspected_bytes_does_not_make_a_file_binary(tmp_path: Path) -> None:
+def test_a_character_that_straddles_the_end_of_the_inspected_bytes_does_not_make_a_file_binary(tmp_path: Path) -> None:
     for shift in range(4):
         write(tmp_path / f"{shift}.txt", "x" * (8192 - shift) + "🙂")
     with Corpus([str(tmp_path)]) as corpus:
@@ -261,7 +261,7 @@ def test_urls_are_read_through_fsspec(tmp_path: Path) -> None:
     assert documents("memory://here/c.md") == [POEM]
 
 
-def test_the_query_of_a_url_is_not_part_of_its_suffix(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_url_query_is_not_part_of_the_file_suffix(monkeypatch: pytest.MonkeyPatch) -> None:
     from fsspec.implementations.memory import MemoryFileSystem
 
     class Web(MemoryFileSystem):  # type: ignore[misc]
@@ -285,7 +285,7 @@ def test_copies_of_remote_text_are_removed_when_the_corpus_is_closed(tmp_path: P
     assert set(spool.glob("*")) == before
 
 
-def test_missing_sources_cause_one_line_errors(tmp_path: Path) -> None:
+def test_errors_for_missing_sources_are_one_line_long(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "only").mkdir()
     write(tmp_path / "only/a.bin", b"\0\1")
@@ -328,9 +328,7 @@ def test_a_dataset_is_read_row_by_row_from_the_given_split(tmp_path: Path) -> No
         assert expected in error_for(wrong)
 
 
-def test_the_error_for_a_missing_extra_includes_the_command_that_installs_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_error_for_a_missing_extra_includes_the_install_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = {"parquet": write(tmp_path / "a.parquet", "x"), "zst": write(tmp_path / "a.txt.zst", "x"), "datasets": "hf:any"}
     for module in ("pyarrow", "datasets", "backports.zstd", "backports", "compression"):
         monkeypatch.setitem(sys.modules, module, None)
@@ -353,7 +351,7 @@ def test_invalid_utf8_is_reported_with_the_file_and_the_exact_offset(tmp_path: P
 
 
 @pytest.mark.parametrize("shift", range(5))
-def test_a_character_across_two_blocks_is_decoded(tmp_path: Path, shift: int) -> None:
+def test_a_character_that_spans_two_blocks_is_decoded(tmp_path: Path, shift: int) -> None:
     text = "x" * (BLOCK_BYTES - shift) + "🙂 and more"
     assert documents(write(tmp_path / "a.txt", text)) == [text]
 
@@ -374,7 +372,7 @@ with Corpus([sys.argv[1]]) as small, Corpus([sys.argv[2]]) as large:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in kilobytes only on Linux")
 @pytest.mark.parametrize("unit", ["x", "word "])
-def test_one_line_of_fifty_megabytes_is_streamed_in_constant_memory(tmp_path: Path, unit: str) -> None:
+def test_a_fifty_megabyte_line_is_streamed_in_constant_memory(tmp_path: Path, unit: str) -> None:
     small = write(tmp_path / "small.txt", unit * (4_000_000 // len(unit)))
     large = write(tmp_path / "large.txt", unit * (50_000_000 // len(unit)))
     command = [sys.executable, "-c", MEMORY, str(small), str(large)]
@@ -390,7 +388,7 @@ def test_many_sources_are_described_briefly() -> None:
 
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[tuple[str, Path]]:
-    """The URL of a local web server and the folder it serves."""
+    """Start a local web server. Return its URL and the folder that it serves."""
     folder = tmp_path / "web"
     folder.mkdir()
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))

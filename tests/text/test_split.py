@@ -1,4 +1,4 @@
-"""The training and held-out parts are disjoint, and together they form the whole text."""
+"""The training, held-out and test parts are disjoint, and together they form the whole text."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_the_tail_starts_with_the_document_nearest_to_the_requested_share() -> N
     assert parts(by_tail, documents, 0.08)[1] == ["d" * 7]
 
 
-def test_a_single_document_is_cut_at_a_character() -> None:
+def test_a_single_document_is_cut_between_characters() -> None:
     text = "".join(map(chr, range(200, 1200)))
     for size in (1, 7, 1000):
         assert parts(by_tail, [text], 0.1, size) == ([text[:900]], [text[900:]])
@@ -110,14 +110,14 @@ def test_the_tail_of_random_documents_is_a_suffix_near_the_requested_share() -> 
         assert abs(sum(map(len, heldout)) - requested) <= max(0.5 * requested, 1)
 
 
-def test_equal_documents_are_in_the_same_part_regardless_of_the_other_documents(english: str) -> None:
+def test_the_part_of_a_document_depends_only_on_its_text(english: str) -> None:
     documents = paragraphs(english)
     unique = list(dict.fromkeys(documents))
     train, heldout = parts(by_document, documents + documents, 0.2)
     assert len(train) + len(heldout) == 2 * len(documents)
     assert not set(train) & set(heldout)
     assert set(parts(by_document, unique[::-1][: len(unique) // 2], 0.2)[1]) == set(heldout) & set(unique[::-1][: len(unique) // 2])
-    assert set(heldout) <= set(parts(by_document, documents, 0.3)[1]), "a larger share must hold out the same documents and more"
+    assert set(heldout) <= set(parts(by_document, documents, 0.3)[1]), "a larger share must hold out a superset"
 
 
 @pytest.mark.parametrize(("documents", "share", "part"), [(["a"], 1e-9, "held-out"), (["a", "b"], 1 - 1e-9, "training")])
@@ -127,14 +127,14 @@ def test_a_split_by_document_with_an_empty_part_is_an_error(documents: list[str]
     assert "use `by: tail`" in str(caught.value)
 
 
-def test_repeated_documents_are_counted_in_the_held_out_part() -> None:
+def test_held_out_documents_that_occur_in_the_training_part_are_counted() -> None:
     train, heldout = (scan(in_pieces(texts, 3)).hashes for texts in (["a", "b", "b", "c"], ["b", "x", "c", "c"]))
     assert repeated_documents(train, heldout) == 3
     assert repeated_documents(train, np.array([], dtype=np.uint64)) == 0
 
 
 def cut_texts(text: str, share: float = 0.1, size: int = 7, test_share: float = 0.0) -> list[str]:
-    """The parts of a single document after its cuts have been moved."""
+    """Split a single document, move its cuts to line boundaries, and return the three parts."""
     pieces = in_pieces([text], size)
     split = move_cuts_to_lines(by_tail(scan(pieces), share, test_share), pieces)
     return ["".join(joined(split, pieces, part)) for part in ("train", "heldout", "test")]
@@ -180,4 +180,4 @@ def test_three_parts_are_disjoint_and_together_form_the_text(english: str, split
     assert len(heldout) == pytest.approx(0.2 * len(documents), rel=0.5)
     assert len(test) == pytest.approx(0.1 * len(documents), rel=0.5)
     if split_by is by_document:
-        assert set(heldout) == set(joined(by_document(scan(pieces), 0.2), pieces, "heldout")), "the test part must not change it"
+        assert set(heldout) == set(joined(by_document(scan(pieces), 0.2), pieces, "heldout")), "a test part must not change it"

@@ -31,7 +31,7 @@ SECTIONS: tuple[LearnedTokenizer, ...] = (
     CHAR,
     BYTE,
 )
-"""One section of each kind, and a second BPE section."""
+"""One section for each kind of tokenizer, and a second one for BPE."""
 
 _SPECIAL = [END_OF_TEXT, UNKNOWN, "<|end", "oftext|>", "</s>", "<s>", "[UNK]", "Ġ", "Ċ", "▁", "\ufffd"]
 _CODE_POINTS = [(0x00, 0x80), (0x80, 0x800), (0x800, 0xD800), (0xE000, 0x10000), (0x10000, 0x20000), (0x20000, 0x110000)]
@@ -43,7 +43,7 @@ def train_on(text: str, section: LearnedTokenizer) -> Tokenizer:
 
 
 def random_texts(count: int, english: str) -> Iterator[str]:
-    """Yield random mixtures of characters from all planes, control characters, white space, English and special token strings."""
+    """Yield random mixtures of Unicode characters, white space, English text and special tokens."""
     rng = random.Random(7)
     for _ in range(count):
         parts = []

@@ -14,7 +14,7 @@ from tinylm.tokenizer.adapters import open_tokenizer
 from tinylm.tokenizer.report import build_report
 
 
-def test_reports_on_tokenizers_from_other_libraries_agree_with_ours(bpe: Tokenizer, english: str, tmp_path: Path) -> None:
+def test_reports_on_the_same_tokenizer_agree_across_libraries(bpe: Tokenizer, english: str, tmp_path: Path) -> None:
     pytest.importorskip("tiktoken")
     sentencepiece = pytest.importorskip("sentencepiece")
     bpe.save(tmp_path / "tokenizer.json")

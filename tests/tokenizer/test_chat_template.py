@@ -1,4 +1,4 @@
-"""The chat template gives the same ids as its Jinja form in transformers, for every kind of tokenizer, and no control tokens."""
+"""The chat template and its Jinja version produce the same ids for every tokenizer. Content never becomes control tokens."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def encoder(request: pytest.FixtureRequest, english: str) -> ChatEncoder:
 
 
 def in_transformers(encoder: ChatEncoder) -> Any:
-    """The tokenizer and the template as an exported folder has them."""
+    """Return the tokenizer and chat template as transformers loads them from an export."""
     transformers = pytest.importorskip("transformers")
     import tokenizers
 
@@ -60,17 +60,17 @@ def test_hostile_conversations_have_the_same_ids_in_jinja(encoder: ChatEncoder) 
         assert theirs == encoder.prompt(turns), content
 
 
-def test_jinja_refuses_an_unknown_role(encoder: ChatEncoder) -> None:
+def test_the_jinja_template_rejects_an_unknown_role(encoder: ChatEncoder) -> None:
     with pytest.raises(Exception, match="the roles are system, user and assistant"):
         in_transformers(encoder).apply_chat_template([{"role": "tool", "content": "x"}])
 
 
-def test_only_answers_and_their_ends_are_learned(encoder: ChatEncoder) -> None:
+def test_only_answers_and_their_end_tokens_are_training_targets(encoder: ChatEncoder) -> None:
     for turn in encoder.turns(additions(1)[0]):
         assert turn.learned == [False, *[turn.role == ASSISTANT] * (len(turn.ids) - 1)]
 
 
-def test_the_template_survives_a_file_and_damage_is_reported() -> None:
+def test_a_template_round_trips_through_json_and_invalid_json_is_reported() -> None:
     template = ChatTemplate(user="<u>")
     assert ChatTemplate.from_json(template.to_json()) == template
     for text in ("", "[]", '{"user": 3}', '{"user": ""}', '{"owner": "x"}', "[" * 100_000):
@@ -78,7 +78,7 @@ def test_the_template_survives_a_file_and_damage_is_reported() -> None:
             ChatTemplate.from_json(text)
 
 
-def test_control_tokens_are_added_once_and_never_to_an_ordinary_token(english: str) -> None:
+def test_control_tokens_are_added_once_and_must_not_be_ordinary_tokens(english: str) -> None:
     tokenizer = train(KINDS[0], english)
     edited = add_control_tokens(tokenizer)
     assert edited.tokenizer.vocab_size == tokenizer.vocab_size + 4
@@ -92,15 +92,15 @@ def test_control_tokens_are_added_once_and_never_to_an_ordinary_token(english: s
         ChatEncoder(ChatTemplate(), tokenizer)
 
 
-def test_tokens_that_cannot_be_escaped_are_refused(english: str) -> None:
+def test_tokens_that_cannot_be_escaped_are_rejected(english: str) -> None:
     tokenizer = add_control_tokens(train(KINDS[0], english)).tokenizer
     with pytest.raises(InputError, match="'\u2603' is a single character"):
         ChatEncoder(ChatTemplate(), add(tokenizer, ["\u2603"], special=True).tokenizer).escape("x")
-    with pytest.raises(InputError, match="contains another one with a space in it"):
+    with pytest.raises(InputError, match="still contains a control token when escaped"):
         ChatEncoder(ChatTemplate(), add(tokenizer, ["< |user|>"], special=True).tokenizer).escape("x")
 
 
-def test_the_oldest_exchanges_are_left_out() -> None:
+def test_the_oldest_exchanges_are_dropped_if_a_conversation_is_too_long() -> None:
     turns = [Turn(role, [0] * 4) for role in (SYSTEM, USER, ASSISTANT, USER, ASSISTANT, USER)]
     assert fit_turns(turns, 24) == (turns, 0)
     assert fit_turns(turns, 23) == ([turns[0], *turns[3:]], 2)

@@ -1,4 +1,4 @@
-"""Text that spells out a control token is encoded as text, for every kind and split, and lossless kinds decode it exactly."""
+"""Every tokenizer encodes control tokens in a text as ordinary text, and lossless tokenizers decode them exactly."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _train(options: dict[str, object], text: str) -> Tokenizer:
     "text", [LINES, LINES.replace("\n", " "), "plain words " * 50], ids=["lines", "one line", "without tokens"]
 )
 @pytest.mark.parametrize(("kind", "split"), CASES)
-def test_spelled_control_tokens_are_text(kind: str, split: str, text: str) -> None:
+def test_control_tokens_in_text_are_encoded_as_text(kind: str, split: str, text: str) -> None:
     tokenizer = _train({"kind": kind, "split": split, "vocab_size": 600, "special_tokens": ["<|user|>"]}, text)
     control = {tokenizer.end_of_text, tokenizer.backend.token_to_id("<|user|>")}
     for written in ("<|endoftext|>", "a <|endoftext|> b", "<|user|><|endoftext|>", "<0xFF>", "x<0x41>y", text[:200]):
@@ -35,6 +35,6 @@ def test_spelled_control_tokens_are_text(kind: str, split: str, text: str) -> No
 
 
 @pytest.mark.parametrize("options", [{"kind": "char"}, {"kind": "byte"}, {"kind": "bpe", "vocab_size": 300}])
-def test_a_control_token_that_is_a_character_is_refused(options: dict[str, object]) -> None:
-    with pytest.raises(InputError, match="'a' is also a token of the text"):
+def test_a_control_token_that_is_also_a_text_token_is_rejected(options: dict[str, object]) -> None:
+    with pytest.raises(InputError, match="'a' was also learned from the text"):
         _train({**options, "special_tokens": ["a"]}, "a b a c")

@@ -11,7 +11,7 @@ from tinylm.tokenizer import Tokenizer, training
 from tinylm.tokenizer.dropout import DropoutEncoder
 
 
-def test_dropout_produces_more_tokens_for_the_same_text_and_is_reproducible_with_a_seed(bpe: Tokenizer, english: str) -> None:
+def test_dropout_produces_more_tokens_and_is_reproducible_with_a_seed(bpe: Tokenizer, english: str) -> None:
     text = english[:5000]
 
     def encode(dropout: float, seed: int = 0, piece_size: int = 5000) -> list[int]:

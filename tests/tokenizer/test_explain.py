@@ -1,4 +1,4 @@
-"""Explanations end with the tokens that the tokenizer returns."""
+"""The explained encoding steps lead to the tokens that the tokenizer returns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tinylm.tokenizer import Tokenizer, training
 from tinylm.tokenizer.explain import as_html, explain
 
 
-def test_an_explanation_ends_with_the_tokens_of_the_encoding(tokenizer: Tokenizer) -> None:
+def test_an_explanation_ends_with_the_encoded_tokens(tokenizer: Tokenizer) -> None:
     text = "The statement explained: naïve 🙂 语 don't x<y  \n end"
     explanation = explain(tokenizer, text)
     assert [token.id for token in explanation.tokens] == tokenizer.encode(text)
@@ -31,7 +31,7 @@ def test_each_merge_step_joins_two_parts_of_the_word(bpe: Tokenizer) -> None:
         assert "".join(after.parts) == " statement"
 
 
-def test_the_segmentation_of_a_unigram_word_has_the_highest_possible_score(english: str) -> None:
+def test_a_unigram_word_is_segmented_with_the_highest_possible_score(english: str) -> None:
     unigram = training.train(UNIGRAM, [Piece(english[:60_000], True)], pytest.fail)
     scores = dict(unigram.tokenizer_json["model"]["vocab"])
     for word in explain(unigram, "The statements are nested functions").words:

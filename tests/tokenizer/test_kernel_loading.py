@@ -1,4 +1,4 @@
-"""The numba kernels are loaded after a process has read enough text."""
+"""The numba kernels are loaded once a process has read enough text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tinylm.tokenizer import kernel_loading
 pytest.importorskip("tinylm.tokenizer.kernels", reason="needs tinylm[fast]")
 
 
-def test_kernels_are_not_loaded_for_little_text(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_are_loaded_only_after_enough_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "tinylm.tokenizer.kernels")
     monkeypatch.setattr(kernel_loading, "bytes_read", 0)
     assert kernel_loading.kernels_if_worthwhile(kernel_loading.MIN_BYTES - 1) is None

@@ -21,7 +21,7 @@ UseKernels = Callable[[Any], None]
 
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch) -> UseKernels:
-    """`use(kernels)` makes all modules run the kernels, and `use(None)` makes them run the NumPy code."""
+    """`use(kernels)` makes all modules call the kernels. `use(None)` makes them run the NumPy code."""
 
     def choose(module: Any) -> None:
         monkeypatch.setattr(kernel_loading, "kernels_if_worthwhile", lambda n_bytes: module)
@@ -30,7 +30,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> UseKernels:
 
 
 def sample_texts(english: str) -> Iterator[str]:
-    """English, and random strings from all byte classes: spaces, line feeds, digits, non-ASCII letters, wide spaces."""
+    """Yield English text and random strings of letters, digits, ASCII and non-ASCII white space, and non-ASCII characters."""
     rng = random.Random(3)
     yield english[:200_000]
     alphabet = "ab 0.\n\r\t é世🙂\u2003\u00a0\u180e'"
@@ -56,12 +56,12 @@ def test_kernels_find_the_same_split_points_and_chunks(split: str, use: UseKerne
         assert chunks[0] == chunks[1]
         assert b"".join(chunks[1]) == encoded
     distinct = indices[kernels].chunks
-    assert len(set(distinct)) == len(distinct), "every chunk has one number"
+    assert len(set(distinct)) == len(distinct), "each chunk must have one number"
     assert sorted(distinct) == sorted(indices[None].chunks)
     assert indices[kernels].n_bytes == indices[None].n_bytes
 
 
-def test_kernels_continue_an_index_that_numpy_code_started(use: UseKernels, english: str) -> None:
+def test_kernels_can_extend_an_index_that_the_numpy_code_started(use: UseKernels, english: str) -> None:
     index = ChunkIndex(SPLIT_POINTS["gpt4"])
     use(None)
     first = index.find(english[:50_000].encode())

@@ -1,4 +1,4 @@
-"""Every kind of tokenizer is saved as a tokenizer.json that other libraries can load, and training is reproducible."""
+"""Training is reproducible for every kind of tokenizer, and other libraries can load the saved tokenizer.json."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ SECTIONS: dict[str, LearnedTokenizer] = {
     "bpe none": BpeTokenizer(kind="bpe", vocab_size=600, split="none"),
     "bpe regex": BpeTokenizer(kind="bpe", vocab_size=600, split=r"[^-]+|-"),
     "bpe added": BpeTokenizer(kind="bpe", vocab_size=600, special_tokens=("<|user|>",), added_tokens=("self.", "for the")),
-    "bpe of characters": BpeTokenizer(kind="bpe", vocab_size=1000, alphabet="text"),
-    "bpe of 40 characters": BpeTokenizer(kind="bpe", vocab_size=900, alphabet=40),
+    "bpe characters": BpeTokenizer(kind="bpe", vocab_size=1000, alphabet="text"),
+    "bpe 40 characters": BpeTokenizer(kind="bpe", vocab_size=900, alphabet=40),
     "unigram": UnigramTokenizer(kind="unigram", vocab_size=900),
-    "unigram of 40 characters": UnigramTokenizer(kind="unigram", vocab_size=900, alphabet=40, split="gpt2"),
+    "unigram 40 characters": UnigramTokenizer(kind="unigram", vocab_size=900, alphabet=40, split="gpt2"),
     "bpe normalized": BpeTokenizer(kind="bpe", vocab_size=600, normalize=("nfkc", "lowercase", "strip_accents")),
     "bpe without fallback": BpeTokenizer(kind="bpe", vocab_size=600, alphabet=40, byte_fallback=False),
     "unigram without fallback": UnigramTokenizer(kind="unigram", vocab_size=600, alphabet=40, byte_fallback=False),
@@ -52,7 +52,7 @@ SECTIONS: dict[str, LearnedTokenizer] = {
     "char nfc": CharTokenizer(kind="char", normalize=("nfc",)),
 }
 LOSSLESS = list(SECTIONS)[:11]
-"""The tokenizers that can encode every text and restore it exactly."""
+"""The tokenizers that can encode and exactly restore every text."""
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_the_encoder_returns_the_same_ids_as_tokenizers(
             assert not any(id == tokenizer.unknown for id in ours)
 
 
-@pytest.mark.parametrize("name", ["unigram", "bpe of characters", "wordpiece", "word"])
+@pytest.mark.parametrize("name", ["unigram", "bpe characters", "wordpiece", "word"])
 def test_transformers_loads_the_file_and_returns_the_same_ids(
     name: str, trained: dict[str, Tokenizer], english: str, tmp_path: Path
 ) -> None:
@@ -90,8 +90,8 @@ def test_transformers_loads_the_file_and_returns_the_same_ids(
         assert theirs.encode(text, add_special_tokens=False) == trained[name].encode(text)
 
 
-def test_text_that_spells_out_a_byte_token_or_the_unknown_token_is_restored(trained: dict[str, Tokenizer]) -> None:
-    for name in ("unigram", "unigram of 40 characters", "bpe of characters", "bpe of 40 characters"):
+def test_text_that_looks_like_a_byte_or_unknown_token_round_trips(trained: dict[str, Tokenizer]) -> None:
+    for name in ("unigram", "unigram 40 characters", "bpe characters", "bpe 40 characters"):
         for text in ("<0x41>", "a<0x0A>b", UNKNOWN, f"{END_OF_TEXT}<0x00>"):
             assert trained[name].decode(trained[name].encode(text)) == text
 
@@ -107,7 +107,7 @@ def test_normalization_agrees_with_unicodedata(trained: dict[str, Tokenizer], en
         assert tokenizer.decode(tokenizer.encode(text)) == expected(text)
 
 
-def test_kinds_that_drop_white_space_lose_no_other_text(trained: dict[str, Tokenizer], english: str) -> None:
+def test_kinds_that_drop_white_space_keep_all_other_text(trained: dict[str, Tokenizer], english: str) -> None:
     tokenizer = trained["wordpiece"]
     words = [word for word in english[:60_000].split() if word.isalpha() and word.isascii()]
     text = "  ".join(words)
@@ -116,7 +116,7 @@ def test_kinds_that_drop_white_space_lose_no_other_text(trained: dict[str, Token
     assert trained["word"].decode(trained["word"].encode("the zzzzq the")) == "the \ufffd the"
 
 
-def test_added_strings_are_single_tokens_and_special_tokens_require_permission(trained: dict[str, Tokenizer]) -> None:
+def test_added_tokens_are_always_encoded_and_special_tokens_only_on_request(trained: dict[str, Tokenizer]) -> None:
     tokenizer = trained["bpe added"]
     added = tokenizer.backend.token_to_id("for the")
     assert added in tokenizer.encode("wait for the end")
@@ -139,7 +139,7 @@ def test_ids_do_not_depend_on_how_a_document_is_divided_into_pieces(trained: dic
             assert ids == (whole if start == 0 else trained[name].encode(text[start:]))
 
 
-def test_where_long_text_is_cut_does_not_depend_on_its_pieces(
+def test_ids_of_long_text_do_not_depend_on_its_pieces(
     trained: dict[str, Tokenizer], english: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tinylm.tokenizer.encoding.SEGMENT_BYTES", 1000)
@@ -154,7 +154,7 @@ def test_where_long_text_is_cut_does_not_depend_on_its_pieces(
     assert len(results) == 1
 
 
-def test_a_stretch_that_is_too_long_to_encode_as_a_whole_is_refused_or_cut_safely(
+def test_long_text_without_split_points_is_cut_safely_or_rejected(
     trained: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tinylm.tokenizer.encoding.SEGMENT_BYTES", 1000)
@@ -170,7 +170,7 @@ def test_a_stretch_that_is_too_long_to_encode_as_a_whole_is_refused_or_cut_safel
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "unigram", "bpe"])
-def test_the_error_for_a_small_vocabulary_names_the_smallest_size_that_works(english: str, kind: str) -> None:
+def test_the_error_for_a_vocabulary_that_is_too_small_includes_the_smallest_possible_size(english: str, kind: str) -> None:
     section = {"wordpiece": WordPieceTokenizer, "unigram": UnigramTokenizer, "bpe": BpeTokenizer}[kind]
 
     def options(size: int) -> dict[str, object]:
@@ -190,7 +190,7 @@ def test_a_bpe_vocabulary_without_merges_is_still_bpe(alphabet: str) -> None:
     assert train_on("ab", BpeTokenizer(kind="bpe", vocab_size=258, alphabet=alphabet, min_frequency=99, **fallback)).kind == "bpe"
 
 
-def test_documents_are_encoded_in_order_and_separately(trained: dict[str, Tokenizer]) -> None:
+def test_documents_are_encoded_separately_and_in_order(trained: dict[str, Tokenizer]) -> None:
     pieces = [Piece("one", True), Piece(" two", False), Piece("three", True), Piece("", True), Piece("four", True)]
     encoded = list(trained["bpe"].encode_pieces(pieces))
     assert [starts for _, starts in encoded] == [True] * 4
@@ -214,7 +214,7 @@ def test_each_option_limits_the_vocabulary_as_documented(english: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram", "wordpiece", "word"])
-def test_the_error_for_a_vocabulary_too_large_for_the_text_reports_the_largest_possible_size(kind: str) -> None:
+def test_the_error_for_a_vocabulary_that_is_too_large_includes_the_largest_possible_size(kind: str) -> None:
     def section(size: int, allow_smaller: bool) -> Any:
         settings = [f"tokenizer.kind={kind}", f"tokenizer.vocab_size={size}", f"tokenizer.allow_smaller={allow_smaller}"]
         return loads("data: {train: a}\ntraining: {steps: 1}\n", settings, check_files=False).tokenizer
@@ -247,7 +247,7 @@ for kind in sys.argv[1].split(","):
 """
 
 
-def test_the_number_of_threads_and_the_hash_seed_do_not_change_the_file() -> None:
+def test_the_number_of_threads_and_hash_seed_do_not_change_the_file() -> None:
     kinds = "bpe,unigram,wordpiece,word,char,byte"
     outputs = set()
     for threads in ("1", "2", "4"):
@@ -292,9 +292,9 @@ def test_dropout_in_a_tokenizer_json_does_not_make_ids_random(trained: dict[str,
     assert len({tuple(tokenizer.encode("tokenizers statement")) for _ in range(20)}) == 1
 
 
-def test_random_bytes_decoded_as_text_are_restored(trained: dict[str, Tokenizer]) -> None:
+def test_text_decoded_from_random_bytes_round_trips(trained: dict[str, Tokenizer]) -> None:
     rng = np.random.default_rng(5)
     text = rng.integers(0, 256, 200_000, dtype=np.uint8).tobytes().decode("utf-8", "replace")
-    for name in ("bpe", "unigram", "bpe of 40 characters"):
+    for name in ("bpe", "unigram", "bpe 40 characters"):
         ids = [id for part, _ in trained[name].encode_pieces([Piece(text, True)]) for id in part.tolist()]
         assert trained[name].decode(ids) == text

@@ -1,4 +1,4 @@
-"""The learned merges and their order are the same as in `tokenizers`."""
+"""BPE learns the same merges in the same order as `tokenizers`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tinylm.tokenizer.word_counts import WordCounts
 
 
 @pytest.mark.parametrize("split", ["gpt4", "gpt2"])
-def test_merges_and_their_order_are_the_same_as_in_tokenizers(split: str, english: str) -> None:
+def test_the_learned_merges_equal_those_of_tokenizers(split: str, english: str) -> None:
     text = english[:150_000] + "aaaa aaaaa aaaaaaa " * 50 + "語言模型語言語言 " * 30
     ours = training.train(BpeTokenizer(kind="bpe", vocab_size=3000, split=split), [Piece(text, True)], pytest.fail)
     theirs = tokenizers.Tokenizer(models.BPE())
@@ -38,12 +38,12 @@ def word_counts(**counts: int) -> WordCounts:
     return WordCounts(list(counts), np.array(list(counts.values()), dtype=np.int64))
 
 
-def test_the_example_in_the_documentation_is_correct() -> None:
+def test_the_documented_example_is_correct() -> None:
     learned = merges.learn(word_counts(low=5, lower=2, newest=6, widest=3), sorted("lowernstid"), 14)
     assert learned.as_text() == [("e", "s"), ("es", "t"), ("l", "o"), ("lo", "w")]
 
 
-def test_counts_have_64_bits() -> None:
+def test_counts_are_64_bit_integers() -> None:
     huge = 3_000_000_000
     learned = merges.learn(word_counts(ab=huge, cd=huge + 1, ce=2), list("abcde"), 7)
     assert learned.as_text() == [("c", "d"), ("a", "b")]

@@ -1,4 +1,4 @@
-"""The metrics of a report match values counted by hand."""
+"""The metrics in a report match independent counts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tinylm.tokenizer import training
 from tinylm.tokenizer.report import build_report
 
 
-def test_the_metrics_of_a_small_text_match_counting_by_hand() -> None:
+def test_the_metrics_for_a_small_text_match_manual_counts() -> None:
     char = training.train(CharTokenizer(kind="char"), [Piece("ab c", True)], print)
     report = build_report(char, [("a", [Piece("ab", True), Piece(" aé", False), Piece("aa", True)])])
     assert (report.kind, report.vocab_size) == ("char", 6)
@@ -30,7 +30,7 @@ def test_the_metrics_of_a_small_text_match_counting_by_hand() -> None:
     assert report.renyi_efficiency == pytest.approx(entropy / math.log(6))
 
 
-def test_the_metrics_of_english_text_match_counting_its_ids(english: str) -> None:
+def test_the_metrics_for_english_text_match_counts_of_its_ids(english: str) -> None:
     bpe = training.train(BpeTokenizer(kind="bpe", vocab_size=500), [Piece(english[:60_000], True)], print)
     text = english[60_000:90_000]
     report = build_report(bpe, [("a", [Piece(text, True)])])
@@ -44,7 +44,7 @@ def test_the_metrics_of_english_text_match_counting_its_ids(english: str) -> Non
     assert report.encode_megabytes_per_second > 0
 
 
-def test_the_renyi_efficiency_of_equally_frequent_bytes_depends_only_on_unused_tokens() -> None:
+def test_only_unused_tokens_reduce_the_renyi_efficiency_of_equally_frequent_bytes() -> None:
     byte = training.train(ByteTokenizer(kind="byte"), [], print)
     text = "".join(map(chr, range(128)))
     report = build_report(byte, [("a", [Piece(text, True)])])

@@ -19,7 +19,7 @@ TRICKY = " \t\n\r\v\f\x1c\x85\xa0\u2003\u2028\u3000\u180e\u0301'sS'tll0190.,:(){
 
 
 def make_backend(split: str) -> tokenizers.Tokenizer:
-    """A tokenizer with a pretokenizer and a placeholder for the model."""
+    """Return a tokenizer with the pretokenizer for `split` and a placeholder model."""
     backend = tokenizers.Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
     if split == "bert":
         backend.pre_tokenizer = pretokenizer.space_dropping_pretokenizer(split)
@@ -30,7 +30,7 @@ def make_backend(split: str) -> tokenizers.Tokenizer:
 
 
 @pytest.mark.parametrize("split", [*SPLIT_NAMES, "bert"])
-def test_a_text_cut_at_its_split_points_has_the_same_words(split: str, english: str) -> None:
+def test_cutting_a_text_at_its_split_points_preserves_its_words(split: str, english: str) -> None:
     backend = make_backend(split)
     split_points = split_points_of(json.loads(backend.to_str()))
     assert split_points is not None
@@ -49,7 +49,7 @@ def test_a_text_cut_at_its_split_points_has_the_same_words(split: str, english: 
     assert n_cuts > 300
 
 
-def test_split_points_are_unknown_with_custom_patterns_tokens_with_spaces_or_replacements() -> None:
+def test_there_are_no_split_points_with_custom_patterns_spaces_in_tokens_or_replacements() -> None:
     backend = make_backend("gpt4")
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("a+"), "isolated")
     assert split_points_of(json.loads(backend.to_str())) is None

@@ -18,7 +18,7 @@ from tinylm.tokenizer.tokenizer import UNKNOWN
 
 @pytest.fixture(scope="module", params=["bpe", "bpe-gpt2", "byte"])
 def lossless(request: pytest.FixtureRequest, english: str) -> Tokenizer:
-    """Tokenizers that can encode every text and restore it exactly."""
+    """Return a tokenizer that can encode and exactly restore every text."""
     section = {
         "bpe": BpeTokenizer(kind="bpe", vocab_size=500),
         "bpe-gpt2": BpeTokenizer(kind="bpe", vocab_size=500, split="gpt2"),
@@ -42,7 +42,7 @@ def reloaded(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
     return Tokenizer.load(folder / "tokenizer.json")
 
 
-def test_every_text_is_restored_and_none_becomes_a_control_token(lossless: Tokenizer, english: str, tmp_path: Path) -> None:
+def test_every_text_round_trips_and_never_becomes_a_control_token(lossless: Tokenizer, english: str, tmp_path: Path) -> None:
     texts = ["", *random_texts(3000, english)]
     for tokenizer in (lossless, reloaded(lossless, tmp_path)):
         for text in texts:
@@ -53,7 +53,7 @@ def test_every_text_is_restored_and_none_becomes_a_control_token(lossless: Token
             assert sum(tokenizer.token_byte_lengths[ids]) == len(text.encode())
 
 
-def test_every_single_character_is_restored(lossless: Tokenizer) -> None:
+def test_every_character_round_trips(lossless: Tokenizer) -> None:
     characters = "".join(chr(code) for code in range(0x3000) if chr(code) != END_OF_TEXT)
     assert lossless.decode(lossless.encode(characters)) == characters
     for code in (*range(0x500), 0xFFFF, 0x10000, 0x1F642, 0x10FFFF):
@@ -114,12 +114,12 @@ def test_transformers_loads_the_file_and_returns_the_same_ids(
         assert theirs.convert_tokens_to_ids(END_OF_TEXT) == tokenizer.end_of_text
 
 
-def test_the_kind_is_known_after_loading(char: Tokenizer, bpe: Tokenizer, tmp_path: Path) -> None:
+def test_a_loaded_tokenizer_has_the_right_kind(char: Tokenizer, bpe: Tokenizer, tmp_path: Path) -> None:
     byte = training.train(ByteTokenizer(kind="byte"), [], print)
     assert [reloaded(tokenizer, tmp_path).kind for tokenizer in (char, bpe, byte)] == ["char", "bpe", "byte"]
 
 
-def test_a_byte_tokenizer_has_a_token_for_each_byte_and_the_end_of_text() -> None:
+def test_a_byte_tokenizer_has_a_token_for_each_byte_and_for_the_end_of_text() -> None:
     byte = training.train(ByteTokenizer(kind="byte"), [], print)
     assert byte.vocab_size == 257
     assert sorted(byte.token_bytes) == sorted([b"", *(bytes([value]) for value in range(256))])
@@ -138,7 +138,7 @@ def test_a_char_tokenizer_has_one_token_per_character_and_an_unknown_token(char:
 
 
 @pytest.mark.parametrize("text", [f"a{END_OF_TEXT}b", f"{UNKNOWN}", f"{END_OF_TEXT * 3}"])
-def test_a_char_tokenizer_encodes_the_spelling_of_special_tokens_as_characters(text: str, tmp_path: Path) -> None:
+def test_a_char_tokenizer_encodes_special_tokens_in_text_as_characters(text: str, tmp_path: Path) -> None:
     trained = training.train(CharTokenizer(kind="char"), [Piece("<|endoftextunknow|> ab", True)], print)
     for tokenizer in (trained, reloaded(trained, tmp_path)):
         ids = tokenizer.encode(text)
@@ -160,7 +160,7 @@ def test_an_id_outside_the_vocabulary_is_an_error(bpe: Tokenizer, id: int) -> No
         bpe.decode([1, id])
 
 
-def test_the_fingerprint_depends_on_the_text_and_on_every_setting(bpe: Tokenizer, english: str) -> None:
+def test_the_fingerprint_depends_on_the_text_and_every_setting(bpe: Tokenizer, english: str) -> None:
     def fingerprint(text: str = english[:100_000], **settings: object) -> str:
         section = BpeTokenizer.model_validate({"kind": "bpe", "vocab_size": 500, **settings})
         return training.train(section, [Piece(text, True)], print).fingerprint
@@ -186,7 +186,7 @@ def test_a_missing_or_invalid_file_is_an_error(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path / "a.json")
 
 
-def test_text_does_not_become_a_special_token_of_a_tokenizer_from_another_library(english: str, tmp_path: Path) -> None:
+def test_text_never_becomes_a_special_token_in_a_tokenizer_from_another_library(english: str, tmp_path: Path) -> None:
     theirs = tokenizers.ByteLevelBPETokenizer()
     theirs.train_from_iterator([english[:50_000]], vocab_size=400, special_tokens=["</s>"], show_progress=False)
     theirs.save(str(tmp_path / "theirs.json"))
@@ -216,7 +216,7 @@ def test_truncation_and_padding_in_a_file_are_ignored(bpe: Tokenizer, english: s
     assert tokenizer.encode("a") == bpe.encode("a")
 
 
-def test_the_vocabulary_size_counts_unused_ids(bpe: Tokenizer, tmp_path: Path) -> None:
+def test_the_vocabulary_size_includes_unused_ids(bpe: Tokenizer, tmp_path: Path) -> None:
     tokenizer_json = json.loads(bpe.backend.to_str())
     vocabulary = tokenizer_json["model"]["vocab"]
     vocabulary["a"] = 1000

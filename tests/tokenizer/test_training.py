@@ -38,11 +38,11 @@ def test_the_vocabulary_size_includes_the_end_of_text_token(english: str) -> Non
 def test_the_most_frequent_pairs_are_merged_first() -> None:
     tokenizer = train("ab " * 100 + "cd " * 50, vocab_size=260)
     new = [tokenizer.token_bytes[id] for id in range(256, 259)]
-    assert new[0] == b"ab"  # 100 times; then " ab" 99 times, then "cd" 50 times
+    assert new[0] == b"ab"  # The counts are 100 for "ab", 99 for " ab" and 50 for "cd".
     assert set(new[1:]) == {b" ab", b"cd"}
 
 
-def test_a_text_too_small_for_the_vocabulary_size_causes_a_warning() -> None:
+def test_a_text_that_is_too_small_for_the_vocabulary_causes_a_warning() -> None:
     warnings: list[str] = []
     tokenizer = train("abab", vocab_size=5000, warnings=warnings)
     assert warnings == [
@@ -68,7 +68,7 @@ def test_tokens_do_not_span_words_lines_or_more_than_two_digits(english: str) ->
 
 
 @pytest.mark.parametrize("digits", [1, 2, 3])
-def test_digits_limits_the_digits_in_a_token(digits: int) -> None:
+def test_the_digits_option_limits_the_digits_in_a_token(digits: int) -> None:
     numbers = " ".join(str(number) for number in range(20_000))
     tokenizer = train(numbers, vocab_size=1400, digits=digits)
     assert max(sum(c in b"0123456789" for c in token) for token in tokenizer.token_bytes) == digits
@@ -84,7 +84,7 @@ def test_an_invalid_regular_expression_is_an_error() -> None:
         train("abc", split="(a")
 
 
-def test_a_char_vocabulary_of_empty_text_is_an_error() -> None:
+def test_a_char_vocabulary_cannot_be_learned_from_empty_text() -> None:
     with pytest.raises(InputError, match="the text has no characters to learn a vocabulary from"):
         training.train(CharTokenizer(kind="char"), [], print)
 
@@ -96,7 +96,7 @@ def test_a_tokenizer_file_is_loaded_unchanged(english: str, tmp_path: Path) -> N
     assert loaded.fingerprint == saved.fingerprint
 
 
-def test_of_a_text_without_spaces_only_a_part_is_used_with_a_warning() -> None:
+def test_only_a_part_of_a_text_without_spaces_is_used_with_a_warning() -> None:
     rng = random.Random(3)
     dna = "".join(rng.choices("ACGT", k=2_000_000))
     warnings: list[str] = []
@@ -128,5 +128,5 @@ def test_every_nth_piece_of_a_text_larger_than_max_megabytes_is_used() -> None:
     tokenizer = training.train(section, pieces, warnings.append, 3_000_000)
     assert warnings[0] == "the tokenizer learns from 1/3 of the text (tokenizer.max_megabytes 1)"
     assert tokenizer.encode("xyxy") != tokenizer.encode("abab")
-    assert len(tokenizer.encode("xy")) == 1, "these pieces were used"
-    assert len(tokenizer.encode("ab")) == 2, "these pieces were not used"
+    assert len(tokenizer.encode("xy")) == 1, "pieces with xy must be used"
+    assert len(tokenizer.encode("ab")) == 2, "pieces with ab must not be used"

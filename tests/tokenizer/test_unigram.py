@@ -1,4 +1,4 @@
-"""The Unigram model agrees with its definition, and compresses as well as sentencepiece's."""
+"""Unigram training matches the definition of the model, and the result compresses as well as sentencepiece."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tinylm.tokenizer import training, unigram
 
 
 def test_expected_counts_match_enumerating_all_segmentations() -> None:
-    """Compare one EM step with the sum over every segmentation of every word."""
+    """Compare one EM step with a sum over all segmentations of each word."""
     counted = word_counts(abab=3, aba=2, b=4)
     nodes = unigram.lay_out(counted, ["a", "b"])
     pieces, edges, counts = unigram.seed_pieces(nodes, ["a", "b"], 100, 16)
@@ -48,7 +48,7 @@ def test_digamma_is_the_derivative_of_log_gamma() -> None:
         assert unigram.digamma(np.array([x]))[0] == pytest.approx(slope, rel=1e-5)
 
 
-def test_pieces_compress_as_well_as_in_sentencepiece(english: str) -> None:
+def test_unigram_compresses_as_well_as_sentencepiece(english: str) -> None:
     sentencepiece = pytest.importorskip("sentencepiece")
     text, heldout = english[:150_000], english[150_000:200_000]
     model = io.BytesIO()

@@ -1,4 +1,4 @@
-"""A tokenizer.json is checked before memory is allocated for it, and errors of the `tokenizers` library are reported."""
+"""A tokenizer.json is validated before memory is allocated for it, and errors in the `tokenizers` library are reported."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ def _doubling(count: int) -> list[dict[str, Any]]:
     return [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * count
 
 
-REFUSED = {
+REJECTED = {
     "an id of a billion": (_model(vocab={**WORDS, "c": 10**9}), "the id 1,000,000,000 does not fit a vocabulary of 4 tokens"),
-    "one id for all": (_model(vocab=dict.fromkeys(WORDS, 0)), "have the same id 0"),
-    "no unknown token": (_model(unk_token="<none>"), "the unknown token '<none>' is not in the vocabulary"),
-    "chunks of zero length": ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "cannot encode this text"),
+    "the same id for all tokens": (_model(vocab=dict.fromkeys(WORDS, 0)), "have the same id 0"),
+    "a missing unknown token": (_model(unk_token="<none>"), "the unknown token '<none>' is not in the vocabulary"),
+    "zero-length chunks": ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "cannot encode this text"),
     "a growing normalizer": ({"normalizer": {"type": "Sequence", "normalizers": _doubling(30)}}, "64 times longer"),
     "a growing decoder": ({"decoder": {"type": "Sequence", "decoders": _doubling(30)}}, "64 times longer"),
 }
 
 
-@pytest.mark.parametrize(("changes", "problem"), REFUSED.values(), ids=REFUSED)
-def test_an_invalid_file_is_refused(changes: dict[str, Any], problem: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("changes", "problem"), REJECTED.values(), ids=REJECTED)
+def test_an_invalid_file_is_rejected(changes: dict[str, Any], problem: str, tmp_path: Path) -> None:
     path = _file(tmp_path, **changes)
     with pytest.raises(InputError, match=problem) as error:
         Tokenizer.load(path)
@@ -68,12 +68,12 @@ def _bpe(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("changes", [{}, {"unk_token": None}, {"unk_token": None, "byte_fallback": False}])
-def test_bpe_that_would_drop_characters_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_a_bpe_tokenizer_that_drops_characters_is_rejected(changes: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no unknown token, so it would drop characters"):
         Tokenizer.load(_file(tmp_path, **_bpe(**changes)))
 
 
-def test_bpe_that_drops_some_bytes_is_loaded_with_a_warning(tmp_path: Path) -> None:
+def test_a_bpe_tokenizer_that_drops_some_bytes_is_loaded_with_a_warning(tmp_path: Path) -> None:
     with pytest.warns(TinylmWarning, match="drops 1 of the 256 bytes"):
         Tokenizer.load(_file(tmp_path, **_bpe(byte_fallback=True)))
     for byte_level in (
@@ -83,7 +83,7 @@ def test_bpe_that_drops_some_bytes_is_loaded_with_a_warning(tmp_path: Path) -> N
             Tokenizer.load(_file(tmp_path, **{**_bpe(), **byte_level}))
 
 
-def test_a_panic_of_the_tokenizers_library_prints_no_backtrace(tmp_path: Path) -> None:
+def test_a_panic_in_the_tokenizers_library_does_not_print_a_backtrace(tmp_path: Path) -> None:
     split = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
     path = _file(tmp_path, pre_tokenizer=split)
     variables = {**environment(), "RUST_BACKTRACE": "full"}
@@ -95,7 +95,7 @@ def test_a_panic_of_the_tokenizers_library_prints_no_backtrace(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("encode", [lambda t, text: t.encode(text), lambda t, text: t.encoder.encode(text.encode())])
-def test_a_pattern_that_backtracks_for_too_long_is_reported(encode: Callable[[Tokenizer, str], object], tmp_path: Path) -> None:
+def test_a_pattern_that_backtracks_for_too_long_is_an_error(encode: Callable[[Tokenizer, str], object], tmp_path: Path) -> None:
     split = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
     tokenizer = Tokenizer.load(_file(tmp_path, pre_tokenizer=split))
     with pytest.raises(InputError, match="cannot encode this text"):

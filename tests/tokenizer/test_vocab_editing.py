@@ -1,4 +1,4 @@
-"""Adding and removing tokens does not change the encoding of other text."""
+"""Adding or removing tokens does not change how other text is encoded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_added_tokens_do_not_change_the_encoding_of_other_text(tokenizer: Tokeni
         vocab_editing.add(edited.tokenizer, ["zebra!"])
 
 
-def test_text_does_not_become_an_added_special_token(bpe: Tokenizer) -> None:
+def test_text_never_becomes_an_added_special_token(bpe: Tokenizer) -> None:
     edited = vocab_editing.add(bpe, ["<|user|>"], special=True).tokenizer
     assert edited.encode("<|user|>") == bpe.encode("<|user|>")
     assert edited.decode([edited.vocab_size - 1]) == ""
@@ -32,7 +32,7 @@ def test_text_does_not_become_an_added_special_token(bpe: Tokenizer) -> None:
 @pytest.mark.parametrize(
     ("kind", "token"), [("bpe", " the"), ("unigram", " the"), ("wordpiece", "##ing"), ("word", "the"), ("char", "q")]
 )
-def test_text_without_a_removed_token_is_encoded_as_before(kind: str, token: str, english: str) -> None:
+def test_removing_a_token_does_not_change_the_encoding_of_other_text(kind: str, token: str, english: str) -> None:
     section = next(section for section in SECTIONS if section.kind == kind)
     before = training.train(section, [Piece(english[:60_000], True)], lambda warning: None)
     edited = vocab_editing.remove(before, [token])
@@ -49,7 +49,7 @@ def test_text_without_a_removed_token_is_encoded_as_before(kind: str, token: str
         assert not any(after.token_bytes[id] == token.encode() for id in after.encode(text))
 
 
-def test_tokens_merged_from_a_removed_token_get_another_merge_or_are_removed() -> None:
+def test_tokens_built_from_a_removed_token_are_rebuilt_with_other_merges_or_removed() -> None:
     merges = [["a", "b"], ["b", "c"], ["ab", "c"], ["abc", "d"], ["ab", "d"]]
     vocabulary = {token: id for id, token in enumerate(["a", "b", "c", "d", "ab", "bc", "abc", "abcd", "abd"])}
     kept, removed = vocab_editing.repair_merges(merges, vocabulary, {"ab"})

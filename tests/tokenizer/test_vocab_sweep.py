@@ -1,4 +1,4 @@
-"""The metrics of a sweep match training and evaluating at each size."""
+"""The metrics in a vocabulary size sweep match a tokenizer trained separately at each size."""
 
 from __future__ import annotations
 

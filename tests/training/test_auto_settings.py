@@ -1,4 +1,4 @@
-"""Check how `auto` settings are chosen and that a resumed run keeps them."""
+"""`auto` settings are chosen by measurement, and a resumed run keeps them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_every_auto_setting_is_resolved(text_file: Path) -> None:
 
 
 @pytest.mark.parametrize(("fp32", "bf16", "chosen"), [(1.0, 0.5, "bf16"), (1.0, 0.97, "fp32"), (0.5, 1.0, "fp32")])
-def test_a_cpu_with_fast_bfloat16_uses_it_if_it_is_clearly_faster_for_this_model(
+def test_bf16_is_chosen_only_if_it_is_clearly_faster_for_this_model(
     fp32: float, bf16: float, chosen: str, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(auto_settings.precisions, "bf16_speedup", lambda device: 3.0)
@@ -56,10 +56,10 @@ def test_a_cpu_with_fast_bfloat16_uses_it_if_it_is_clearly_faster_for_this_model
     assert _resolved(recipe).training.precision == chosen
 
 
-def test_training_continues_if_compiled_blocks_run_out_of_memory(
+def test_training_continues_with_smaller_micro_batches_if_compiled_blocks_run_out_of_memory(
     text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Compiled blocks run out of memory with more than four sequences."""
+    """The simulated compiled blocks run out of memory if a micro-batch has more than four sequences."""
 
     def compiled(block: nn.Module, **options: object) -> None:
         def call(x: torch.Tensor, *inputs: Any, **more: Any) -> Any:
@@ -77,7 +77,7 @@ def test_training_continues_if_compiled_blocks_run_out_of_memory(
     assert any("does not fit into memory" in note for note in reporter.notes)
 
 
-def test_a_resumed_run_continues_uncompiled_if_compiling_fails(text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_continues_without_compilation_if_it_fails(text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn.Module, "compile", _fail_to_compile)
     recipe, reporter = tiny_recipe(text_file, "modern", "training.compile=on"), CollectingReporter()
     with pytest.raises(WorkError, match="cannot be compiled: no compiler found"):

@@ -106,7 +106,7 @@ def _truncate(file: Path) -> None:
 
 @pytest.mark.parametrize("damage", [_flip, _truncate, Path.unlink], ids=["flipped bit", "truncated", "deleted"])
 @pytest.mark.parametrize("name", FILES)
-def test_damage_to_any_file_is_detected_and_the_previous_checkpoint_is_used(name: str, damage: Any, tmp_path: Path) -> None:
+def test_a_damaged_file_is_detected_and_the_previous_checkpoint_is_used(name: str, damage: Any, tmp_path: Path) -> None:
     _save_steps(tmp_path, 5, 10)
     damage(tmp_path / "checkpoints" / "step-000010" / name)
     reporter = CollectingReporter()
@@ -125,7 +125,7 @@ def test_links_and_paths_outside_the_folder_are_rejected(tmp_path: Path) -> None
     assert "does not belong" in str(Checkpoint(tmp_path / "checkpoints" / "step-000005").problem())
 
 
-def test_without_a_complete_checkpoint_the_error_suggests_overwriting(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_complete_checkpoint_suggests_overwriting(tmp_path: Path) -> None:
     _save_steps(tmp_path, 5)
     _flip(tmp_path / "checkpoints" / "step-000005" / "state.json")
     with pytest.raises(InputError, match=r"no complete checkpoint.*--overwrite"):
@@ -141,7 +141,7 @@ def test_a_checkpoint_in_another_format_is_rejected(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("keep", "expected"), [(0, {10, 30}), (1, {10, 30}), (2, {10, 25, 30}), (9, {5, 10, 15, 20, 25, 30})])
-def test_pruning_keeps_the_best_the_last_and_the_newest_checkpoints(keep: int, expected: set[int], tmp_path: Path) -> None:
+def test_pruning_keeps_the_best_last_and_newest_checkpoints(keep: int, expected: set[int], tmp_path: Path) -> None:
     writer = _save_steps(tmp_path, 5, 10, 15, 20, 25, 30, keep=keep)
     writer.set_pointer("best", "step-000010")
     writer.prune()
@@ -149,7 +149,7 @@ def test_pruning_keeps_the_best_the_last_and_the_newest_checkpoints(keep: int, e
 
 
 @pytest.mark.parametrize("failing", ["save_file", "atomic_write_text", "sync_folder"])
-def test_a_failed_save_does_not_touch_earlier_checkpoints(failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_does_not_change_earlier_checkpoints(failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = _save_steps(tmp_path, 5)
     before = {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()}
 
@@ -169,7 +169,7 @@ def test_a_failed_save_does_not_touch_earlier_checkpoints(failing: str, tmp_path
     assert newest_complete_checkpoint(Run(tmp_path), CollectingReporter()).step == 10
 
 
-def test_a_partial_checkpoint_of_a_crashed_process_is_ignored_and_replaced(tmp_path: Path) -> None:
+def test_a_partial_checkpoint_from_a_crashed_process_is_ignored_and_replaced(tmp_path: Path) -> None:
     writer = _save_steps(tmp_path, 5)
     shutil.copytree(tmp_path / "checkpoints" / "step-000005", tmp_path / "checkpoints" / ".step-000010.partial")
     assert [checkpoint.step for checkpoint in Run(tmp_path).checkpoints()] == [5]
@@ -177,16 +177,16 @@ def test_a_partial_checkpoint_of_a_crashed_process_is_ignored_and_replaced(tmp_p
     assert _names(tmp_path) == ["last", "step-000005", "step-000010"]
 
 
-def test_weights_of_another_shape_are_rejected(tmp_path: Path) -> None:
+def test_weights_with_a_different_shape_are_rejected(tmp_path: Path) -> None:
     saved = _save_and_wait(_writer(tmp_path), *_trained(), {"step": 1})
     other = model(n_embd=24)
     with pytest.raises(InputError, match="does not match the recipe"):
         restore(saved, other, groups.build(MuonOptimizer(name="muon"), other))
 
 
-def test_the_state_of_another_optimizer_is_rejected(tmp_path: Path) -> None:
+def test_state_from_another_optimizer_is_rejected(tmp_path: Path) -> None:
     saved = _save_and_wait(_writer(tmp_path), *_trained(), {"step": 1})
     network, _ = _trained()
     adam = groups.Optimizers({"adamw": torch.optim.AdamW(network.parameters())}, {p: n for n, p in network.named_parameters()})
-    with pytest.raises(InputError, match="the optimizer has no match for the saved state"):
+    with pytest.raises(InputError, match="the optimizer has no parameter for the saved state"):
         restore(saved, network, adam)

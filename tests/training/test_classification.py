@@ -1,4 +1,4 @@
-"""Training, resuming and evaluating classifiers, from scratch and from other runs."""
+"""Classifiers can be trained, resumed and evaluated, from scratch or from another run."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_pooling_selects_the_first_or_last_token_or_averages_the_text() -> None:
     assert pool(hidden, segments, "mean").tolist() == [[2, 3], [7, 8]]
 
 
-def test_the_loss_has_class_weights_and_label_smoothing() -> None:
+def test_the_loss_applies_class_weights_and_label_smoothing() -> None:
     section = ClassificationObjective(labels=("a", "b", "c"), label_counts=(6, 3, 1), class_weights="balanced", label_smoothing=0.1)
     weights = class_weights(section)
     assert weights is not None
@@ -118,14 +118,14 @@ def test_a_resumed_run_is_bitwise_equal(folder: Path, run: Run, tmp_path: Path) 
     for name in ("best", "last"):
         (other.path / "checkpoints" / name).write_text("step-000003\n")
     shutil.rmtree(other.path / "checkpoints" / "step-000006")
-    train(recipe, other.path, device="cpu", resume=True)  # the recipe without the labels that the run has filled in
+    train(recipe, other.path, device="cpu", resume=True)  # This recipe does not contain the labels that the run has filled in.
     assert _losses(other) == _losses(run)
     weights = _weights(run)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in _weights(other).items())
 
 
 @pytest.mark.parametrize("architecture", ["decoder", "lstm"])
-def test_decoders_and_recurrent_networks_are_trained(folder: Path, architecture: str, tmp_path: Path) -> None:
+def test_decoders_and_recurrent_networks_can_be_trained_as_classifiers(folder: Path, architecture: str, tmp_path: Path) -> None:
     recipe = classifier_recipe(folder, model=MODELS[architecture])
     result = train(recipe, tmp_path / architecture, device="cpu")
     assert result.metrics["accuracy"] is not None
@@ -134,7 +134,7 @@ def test_decoders_and_recurrent_networks_are_trained(folder: Path, architecture:
     assert network.pool == "last"
 
 
-def test_a_classifier_starts_from_a_masked_model_and_from_a_classifier(folder: Path, run: Run, tmp_path: Path) -> None:
+def test_a_classifier_can_be_initialized_from_a_masked_model_or_another_classifier(folder: Path, run: Run, tmp_path: Path) -> None:
     train(masked_recipe(tmp_path), tmp_path / "masked", device="cpu")
     for source in (Run.open(tmp_path / "masked"), run):
         recipe = classifier_recipe(folder, model=f"init_from: {source.path}, architecture: encoder")
@@ -149,7 +149,7 @@ def test_a_classifier_starts_from_a_masked_model_and_from_a_classifier(folder: P
     assert Run.open(tmp_path / "tuned").recipe.objective == run.recipe.objective.model_copy(update={"class_weights": "none"})
 
 
-def test_the_evaluation_equals_one_text_at_a_time(run: Run) -> None:
+def test_batched_evaluation_matches_evaluating_one_text_at_a_time(run: Run) -> None:
     result = evaluate_classifier(run, baselines=False, device="cpu", checkpoint="last")
     network = run.model("last", device="cpu")
     prepared = formats.find(run.recipe.data).prepare(run.recipe, SILENT, 1)
@@ -171,8 +171,8 @@ def test_the_evaluation_equals_one_text_at_a_time(run: Run) -> None:
 def test_the_baselines_match_scikit_learn(run: Run) -> None:
     metrics = pytest.importorskip("sklearn.metrics")
     result = evaluate_classifier(run, device="cpu", mistakes=3)
-    assert result.baselines["tfidf_linear"].accuracy == 1.0  # the labels have different words
-    assert result.baselines["majority"].accuracy == pytest.approx(1 / 3)  # three labels tie
+    assert result.baselines["tfidf_linear"].accuracy == 1.0  # Texts with different labels share no words.
+    assert result.baselines["majority"].accuracy == pytest.approx(1 / 3)  # All three labels are equally frequent.
     document = result.as_dict()
     assert len(document["mistakes"]) <= 3
     rng = np.random.default_rng(0)
@@ -184,7 +184,7 @@ def test_the_baselines_match_scikit_learn(run: Run) -> None:
     assert np.array_equal(scores.confusion, metrics.confusion_matrix(targets, logits.argmax(1)))
 
 
-def test_ties_count_as_their_share_and_unknown_labels_as_mistakes() -> None:
+def test_ties_count_fractionally_and_unknown_labels_count_as_mistakes() -> None:
     scores = classification.score(np.array([[1.0, 1.0, 0.0], [0.0, 2.0, 2.0], [3.0, 0.0, 0.0]]), np.array([0, 0, -1]))
     assert scores.accuracy == pytest.approx(0.5 / 3)
     assert scores.examples == 3
@@ -198,7 +198,7 @@ def test_the_temperature_minimizes_the_loss() -> None:
     assert classification.fit_temperature(logits * 5, targets) == pytest.approx(5, rel=0.1)
 
 
-def test_classified_texts_have_probabilities_that_add_up(run: Run) -> None:
+def test_the_probabilities_for_a_text_sum_to_one(run: Run) -> None:
     classifier = TextClassifier(run, run.checkpoint(), torch.device("cpu"))
     predictions = list(classifier.classify(["the saw", "", "a very long text about a red apple and a blue plum"]))
     for prediction in predictions:
@@ -207,7 +207,7 @@ def test_classified_texts_have_probabilities_that_add_up(run: Run) -> None:
     assert classifier.calibrate() > 0
 
 
-def test_pool_cls_needs_a_model_that_reads_in_both_directions(folder: Path) -> None:
+def test_pool_cls_needs_a_bidirectional_model(folder: Path) -> None:
     with pytest.raises(RecipeError, match="cls is the first token"):
         classifier_recipe(folder, model=MODELS["decoder"], extra="objective: {pool: cls}\n")
 
@@ -219,7 +219,7 @@ def test_text_and_labels_need_matching_objectives(tmp_path: Path) -> None:
         classifier_recipe(tmp_path, extra="objective: masked_lm\n")
 
 
-def test_wrong_labels_in_the_recipe_are_named(folder: Path, tmp_path: Path) -> None:
+def test_wrong_labels_in_the_recipe_are_reported(folder: Path, tmp_path: Path) -> None:
     def prepared(extra: str) -> Recipe:
         recipe = classifier_recipe(folder, extra=extra)
         filled: Recipe = formats.find(recipe.data).prepare(recipe, SILENT, 1).fill_in(recipe)

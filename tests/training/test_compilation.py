@@ -1,4 +1,4 @@
-"""Compilation: it runs only if it pays off, falls back or raises if it fails, and does not change results."""
+"""Models are compiled only if compilation pays off. If it fails, training continues in eager mode or stops with an error."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _trial(network: Transformer, micro_batch_size: int = 2) -> Trial:
     return Trial(network, batch, GradientSettings(micro_batch_size, FP32, CausalLM()))
 
 
-def test_a_trial_runs_one_micro_batch_and_leaves_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_runs_one_micro_batch_at_a_time_and_clears_the_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     network, batches = model(n_embd=16).train(), []
 
     def recording_accumulate(*arguments: Any, **options: Any) -> torch.Tensor:
@@ -94,15 +94,15 @@ def test_a_trial_runs_one_micro_batch_and_leaves_no_gradient(monkeypatch: pytest
     assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
 
 
-def test_a_trial_returns_the_best_time_after_a_warmup_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([0.0, 10.0, 15.0, 20.0, 23.0])  # the untimed warmup starts at 0; the other runs take 5 and 3 seconds
+def test_a_trial_returns_the_shortest_time_after_a_warmup_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 10.0, 15.0, 20.0, 23.0])  # The untimed warmup starts at 0. The other runs take 5 and 3 seconds.
     monkeypatch.setattr(compilation.time, "perf_counter", lambda: next(times))
     assert _trial(model(n_embd=16)).seconds(repeat=2) == 3.0
 
 
 @pytest.fixture
 def _broken_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make torch.compile use a backend that fails."""
+    """Make torch.compile use a backend that always fails."""
 
     def fail(graph: Any, inputs: Any) -> None:
         raise RuntimeError("the compiler crashed\nwith a long message")
@@ -118,7 +118,7 @@ def _assert_runs_eagerly(network: Transformer) -> None:
 
 
 @pytest.mark.usefixtures("_broken_compiler")
-def test_if_compiling_fails_training_continues_eagerly_with_a_warning() -> None:
+def test_training_continues_eagerly_with_a_warning_if_compilation_fails() -> None:
     network, reporter = model(n_embd=16), CollectingReporter()
     assert compile_units(network, _trial(network), required=False, reporter=reporter) == 0.0
     [warning] = reporter.warnings
@@ -129,7 +129,7 @@ def test_if_compiling_fails_training_continues_eagerly_with_a_warning() -> None:
 
 
 @pytest.mark.usefixtures("_broken_compiler")
-def test_if_compiling_is_required_a_failure_raises_an_error() -> None:
+def test_a_compilation_failure_is_an_error_if_compilation_is_required() -> None:
     network, reporter = model(n_embd=16), CollectingReporter()
     with pytest.raises(WorkError, match="cannot be compiled") as caught:
         compile_units(network, _trial(network), required=True, reporter=reporter)
@@ -139,7 +139,7 @@ def test_if_compiling_is_required_a_failure_raises_an_error() -> None:
 
 
 @pytest.mark.usefixtures("_broken_compiler")
-def test_if_compiling_fails_auto_trains_eagerly_and_the_recipe_of_the_run_records_it(
+def test_auto_records_in_the_recipe_that_compilation_failed(
     text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tinylm.cost.step_time.compilation_pays_off", lambda *_: True)
@@ -166,7 +166,7 @@ def test_auto_compiles_only_if_compilation_pays_off(
     compiled: list[bool] = []
     monkeypatch.setattr("tinylm.cost.step_time.compilation_pays_off", compilation_pays_off)
     monkeypatch.setattr(compilation, "available_compiler", lambda device: "g++")
-    monkeypatch.setattr(Trial, "seconds", lambda trial: 0.25)  # per micro-batch of 4; each step has two micro-batches
+    monkeypatch.setattr(Trial, "seconds", lambda trial: 0.25)  # A step has two micro-batches, so it takes 0.5 seconds.
     monkeypatch.setattr(compilation, "compile_units", lambda *_, required, reporter: compiled.append(required) or 1.5)
     recipe = tiny_recipe(text_file, "modern", "training.steps=2", "evaluation.max_tokens=100")
     train(recipe, tmp_path / "run", device="cpu")
@@ -184,7 +184,7 @@ def test_auto_compiles_only_if_compilation_pays_off(
         ("training.minutes=2", {"stop_after": 5.0}, (5.0, None)),
     ],
 )
-def test_auto_considers_how_long_this_process_will_train(
+def test_auto_considers_the_training_time_of_this_process(
     length: str,
     options: dict[str, float],
     expected: tuple[float | None, float | None],
@@ -211,7 +211,7 @@ def _losses(folder: Path) -> list[float]:
 
 
 @needs_a_compiler
-def test_compiled_training_matches_eager_losses_and_only_the_trial_compiles(text_file: Path, tmp_path: Path) -> None:
+def test_compiled_and_eager_losses_match_and_only_the_trial_compiles(text_file: Path, tmp_path: Path) -> None:
     """This is the only test that runs the real compiler, which takes about ten seconds."""
     torch.compiler.reset()
     counters = torch._dynamo.utils.counters
@@ -229,8 +229,8 @@ def test_compiled_training_matches_eager_losses_and_only_the_trial_compiles(text
         train(recipe, tmp_path / compiled, device="cpu", observer=observer)
     assert _losses(tmp_path / "on") == pytest.approx(_losses(tmp_path / "off"), rel=1e-4)
     assert {"first step", "training", "evaluating", "sampling"} <= {name for name, _ in graphs}
-    assert graphs[0][1] > 0, "the trial compiles"
-    assert len({count for _, count in graphs}) == 1, "nothing is compiled after the trial"
+    assert graphs[0][1] > 0, "the trial must compile"
+    assert len({count for _, count in graphs}) == 1, "nothing may be compiled after the trial"
     run = Run.open(tmp_path / "on")
     assert run.recipe.training.compile is True
     network = run.network(run.checkpoint(), CPU)

@@ -1,4 +1,4 @@
-"""Full disks, removed folders, a second process and signals: saved checkpoints survive, and the error is reported."""
+"""Saved checkpoints survive full disks, deleted folders, concurrent processes and signals, and errors are reported."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _steps(folder: Path) -> list[int]:
 
 
 class _ActionAfterSaving(Observer):
-    """Call `action` after the checkpoint of step 4 is complete, and collect notes."""
+    """Call `action` when the checkpoint at step 4 is complete, and collect notes."""
 
     def __init__(self, action: Any) -> None:
         self.action, self.notes = action, []
@@ -52,7 +52,7 @@ class _ActionAfterSaving(Observer):
 
 
 @pytest.mark.parametrize(("on_failure", "code", "saved"), [("stop", 1, 4), ("continue", 0, 12)])
-def test_a_full_disk_keeps_the_previous_checkpoint_and_stops_or_continues_as_configured(
+def test_a_full_disk_preserves_the_last_checkpoint_and_stops_or_continues_as_configured(
     on_failure: str, code: int, saved: int, text_file: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
@@ -70,7 +70,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint_and_stops_or_continues_as_con
 
 
 @pytest.mark.parametrize("on_failure", ["stop", "continue"])
-def test_a_folder_removed_while_training_is_not_recreated(on_failure: str, text_file: Path, tmp_path: Path) -> None:
+def test_a_run_folder_deleted_during_training_is_not_recreated(on_failure: str, text_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     remover = _ActionAfterSaving(lambda: shutil.rmtree(folder))
     with pytest.raises(
@@ -82,7 +82,7 @@ def test_a_folder_removed_while_training_is_not_recreated(on_failure: str, text_
 
 
 def test_a_disk_that_becomes_read_only_is_reported(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error is simulated, because root can write to read-only folders."""
+    """Simulate the error, because root can write to read-only folders."""
     folder = tmp_path / "run"
 
     def fail(*_: Any) -> None:
@@ -94,7 +94,7 @@ def test_a_disk_that_becomes_read_only_is_reported(text_file: Path, tmp_path: Pa
     assert _steps(folder) == [4]
 
 
-def test_a_second_process_cannot_train_in_the_same_folder_and_the_first_continues(text_file: Path, tmp_path: Path) -> None:
+def test_a_second_process_cannot_train_in_the_same_folder(text_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     recipe = _recipe(text_file, "training.steps=100000")
     [first] = training_processes.start(recipe, folder)
@@ -111,7 +111,7 @@ def test_a_second_process_cannot_train_in_the_same_folder_and_the_first_continue
     os.kill(first.pid, signal.SIGKILL)
     training_processes.wait([first])
     logged = training_processes.logged_lines(folder)
-    train(recipe, folder, device="cpu", resume=True, stop_after=0.0)  # the killed process no longer holds the lock
+    train(recipe, folder, device="cpu", resume=True, stop_after=0.0)  # The killed process no longer holds the lock.
     assert training_processes.logged_lines(folder) <= logged + 1
 
 
@@ -125,7 +125,7 @@ def test_a_locked_folder_is_rejected_before_the_text_is_prepared(tmp_path: Path,
     assert [path.name for path in folder.iterdir()] == [LOCK]
 
 
-def test_a_failure_before_anything_is_written_leaves_no_folder(tmp_path: Path) -> None:
+def test_a_failure_before_the_first_write_leaves_no_folder(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("too short " * 20)
     with pytest.raises(InputError, match="context_length"):
@@ -133,7 +133,7 @@ def test_a_failure_before_anything_is_written_leaves_no_folder(tmp_path: Path) -
     assert not (tmp_path / "new").exists()
 
 
-def test_environment_json_keeps_the_first_environment_and_appends_an_entry_for_each_resume(text_file: Path, tmp_path: Path) -> None:
+def test_each_resume_adds_an_entry_to_environment_json(text_file: Path, tmp_path: Path) -> None:
     for _ in range(3):
         train(_recipe(text_file), tmp_path / "run", device="cpu", resume=True, stop_after=0.0)
     environment_json = json.loads((tmp_path / "run" / "environment.json").read_text())
@@ -142,7 +142,7 @@ def test_environment_json_keeps_the_first_environment_and_appends_an_entry_for_e
     assert all(entry["torch"] == environment_json["torch"] for entry in environment_json["resumed"])
 
 
-def test_partial_files_of_a_killed_process_are_removed(text_file: Path, tmp_path: Path) -> None:
+def test_partial_files_from_a_killed_process_are_removed(text_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     train(_recipe(text_file), folder, device="cpu", stop_after=0.0)
     (folder / "checkpoints" / ".step-000004.partial").mkdir()
@@ -157,7 +157,7 @@ def test_partial_files_of_a_killed_process_are_removed(text_file: Path, tmp_path
 # Changing the recipe when resuming
 
 
-def test_allow_change_accepts_a_section_and_a_new_optimizer_starts_without_state(text_file: Path, tmp_path: Path) -> None:
+def test_allow_change_accepts_a_section_and_a_new_optimizer_starts_with_fresh_state(text_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     train(_recipe(text_file), folder, device="cpu", stop_after=0.0)
     other = _recipe(text_file, "training.optimizer={name: adamw, lr: 1e-3}", "training.steps=4")
@@ -172,7 +172,7 @@ def test_allow_change_accepts_a_section_and_a_new_optimizer_starts_without_state
     assert last.step == 4
     with open(last.path / "training-00001.safetensors", "rb") as file:
         header = file.read(20_000)
-    assert b"muon/" not in header, "the state of the previous optimizer is removed"
+    assert b"muon/" not in header, "the previous optimizer's state must be removed"
     assert b"adamw/blocks.0.attention.qkv.weight/exp_avg" in header
 
 
@@ -195,9 +195,9 @@ def _command(text: Path, folder: Path, *overrides: str) -> list[str]:
 def _send_signals_when(
     command: list[str], condition: Any, *numbers: signal.Signals, cache: Path | None = None
 ) -> tuple[int, bytes]:
-    """Run a command, send it signals once `condition` is true, and return its exit code and stdout.
+    """Run a command, send it signals as soon as `condition` is true, and return its exit code and stdout.
 
-    Several signals must differ: they are sent at once, and Python handles them in the order of their numbers.
+    If there are several signals, they must differ. They are sent at once, and Python handles them in numerical order.
     """
     variables = {**environment(), **({"TINYLM_CACHE": str(cache)} if cache else {})}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=variables) as process:
@@ -222,7 +222,7 @@ def test_sigterm_while_preparing_the_text_leaves_no_files(english: str, tmp_path
 
 
 def test_a_second_sigterm_exits_immediately_with_its_own_code(text_file: Path, tmp_path: Path) -> None:
-    """Both signals arrive during an evaluation with slow batches. The second one does not wait for the current batch."""
+    """Both signals arrive during an evaluation with slow batches. The second one interrupts the current batch."""
     folder = tmp_path / "run"
     slow = ("evaluation.every=2", "evaluation.stride=1", "evaluation.max_tokens=null", "model.n_layer=6", "model.n_embd=128")
     command = _command(text_file, folder, *slow)

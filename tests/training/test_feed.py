@@ -18,7 +18,7 @@ TOKENS = np.random.default_rng(0).integers(0, 61, 500).astype(np.uint16)
 
 
 class _RecordingDataset(TokenStream):
-    """Record which examples are read, and whether the main thread reads them."""
+    """Record which examples are read and whether they are read in the main thread."""
 
     def __init__(self, broken_from: int = 10**9) -> None:
         super().__init__(TOKENS, 8, seed=3)
@@ -50,7 +50,7 @@ ORDERS = [
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=str)
-def test_a_batch_depends_only_on_its_position_and_not_on_the_order_of_calls(order: list[tuple[int, int]]) -> None:
+def test_a_batch_depends_only_on_its_position(order: list[tuple[int, int]]) -> None:
     with Feed(_RecordingDataset(), CausalLM(), seed=0) as feed:
         for start, count in order:
             batch = feed.batch(start, count)
@@ -58,7 +58,7 @@ def test_a_batch_depends_only_on_its_position_and_not_on_the_order_of_calls(orde
             assert batch.global_target_count == count * 8
 
 
-def test_the_next_batch_is_read_once_by_another_thread() -> None:
+def test_the_next_batch_is_read_once_in_another_thread() -> None:
     dataset = _RecordingDataset()
     with Feed(dataset, CausalLM(), seed=0) as feed:
         for start in (0, 4, 8):
@@ -92,7 +92,7 @@ def test_padding_is_not_counted_as_tokens() -> None:
             assert (len(batch.share), batch.global_token_count) == (2, 4 * 8 - 3)
 
 
-def test_the_objective_receives_the_seed_and_the_position() -> None:
+def test_the_objective_receives_the_seed_and_position() -> None:
     received: list[tuple[int, int]] = []
 
     class Recording(CausalLM):
@@ -105,7 +105,7 @@ def test_the_objective_receives_the_seed_and_the_position() -> None:
     assert received[0] == (7, 12)
 
 
-def test_an_error_in_the_thread_is_raised_when_the_batch_is_requested() -> None:
+def test_an_error_in_the_background_thread_is_raised_when_its_batch_is_requested() -> None:
     with Feed(_RecordingDataset(broken_from=8), CausalLM(), seed=0) as feed:
         feed.batch(0, 4)
         feed.batch(4, 4)
@@ -121,7 +121,7 @@ def test_an_error_in_a_batch_that_is_not_requested_is_ignored() -> None:
 
 
 @pytest.mark.parametrize("failing", [False, True])
-def test_the_thread_stops_when_the_context_exits(failing: bool) -> None:
+def test_the_background_thread_stops_when_the_context_exits(failing: bool) -> None:
     try:
         with Feed(_RecordingDataset(), CausalLM(), seed=0) as feed:
             feed.batch(0, 4)

@@ -1,4 +1,4 @@
-"""When memory runs out, the batch is computed again in smaller micro-batches, with the same result."""
+"""If memory runs out, the batch is recomputed in smaller micro-batches with the same result."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def _losses(folder: Path) -> list[float]:
 
 @pytest.fixture
 def limit_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, bool], list[int]]:
-    """Return a function that makes training passes with more than `max_sequences` sequences run out of memory.
+    """Return a function that makes forward passes with more than `max_sequences` sequences run out of memory.
 
-    That function returns a list, to which the number of sequences of each pass is appended.
+    The function returns a list that records the number of sequences in each pass.
     """
 
     def install(max_sequences: int, on_gpu: bool) -> list[int]:
@@ -44,7 +44,7 @@ def limit_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, bool], list[
                 if len(tokens) > max_sequences and on_gpu:
                     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
                 if len(tokens) > max_sequences:
-                    torch.empty(1 << 58, dtype=torch.uint8)  # raises the error of the CPU allocator
+                    torch.empty(1 << 58, dtype=torch.uint8)  # Raise a real CPU allocator error.
             return forward(network, tokens, *rest, **options)
 
         monkeypatch.setattr(Transformer, "forward", limited)
@@ -58,7 +58,7 @@ def limit_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, bool], list[
     [(8, 8, 4, [4]), (8, 8, 2, [4, 2]), (12, 12, 4, [6, 3]), (12, 4, 3, [2]), (15, 15, 5, [5]), (10, 5, 3, [2]), (7, 7, 6, [1])],
 )
 @pytest.mark.parametrize("on_gpu", [True, False], ids=["gpu", "cpu"])
-def test_a_batch_that_does_not_fit_is_split_into_smaller_micro_batches_with_the_same_result(
+def test_a_batch_that_does_not_fit_is_split_without_changing_the_result(
     batch: int,
     micro: int,
     max_sequences: int,
@@ -68,7 +68,7 @@ def test_a_batch_that_does_not_fit_is_split_into_smaller_micro_batches_with_the_
     short_file: Path,
     tmp_path: Path,
 ) -> None:
-    """Every micro-batch size is at most half the previous size and divides the batch size."""
+    """Each reduced micro-batch size divides the batch size and is at most half of the previous size."""
     short = ("training.steps=3", "training.compile=off", f"training.global_batch_size={batch}", "evaluation.max_tokens=50")
     recipes = {
         size: tiny_recipe(short_file, "modern", *short, "model.n_embd=16", "model.dropout=0.2", f"training.micro_batch_size={size}")
@@ -87,7 +87,7 @@ def test_a_batch_that_does_not_fit_is_split_into_smaller_micro_batches_with_the_
     ]
 
 
-def test_running_out_of_memory_in_the_middle_of_a_batch_discards_its_partial_gradients(
+def test_running_out_of_memory_within_a_batch_discards_its_partial_gradients(
     limit_memory: Any, short_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = tiny_recipe(short_file, "modern", "training.steps=4", "training.compile=off", "evaluation.max_tokens=50")
@@ -108,7 +108,7 @@ def test_running_out_of_memory_in_the_middle_of_a_batch_discards_its_partial_gra
     assert _losses(tmp_path / "run") == pytest.approx(_losses(tmp_path / "uninterrupted"), rel=1e-5)
 
 
-def test_a_single_sequence_that_does_not_fit_into_memory_raises_an_error_with_a_hint(
+def test_the_error_for_a_sequence_that_does_not_fit_into_memory_has_a_hint(
     limit_memory: Any, recipe: Recipe, tmp_path: Path
 ) -> None:
     passes, observer = limit_memory(0, True), NoteCollector()
@@ -129,7 +129,7 @@ def test_an_automatic_micro_batch_size_fits_into_memory(limit_memory: Any, short
     assert Run(tmp_path / "run").recipe.training.micro_batch_size == 2
 
 
-def test_running_out_of_memory_while_trying_the_compiler_does_not_stop_training(
+def test_running_out_of_memory_in_a_compilation_trial_does_not_stop_training(
     limit_memory: Any, short_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compilation, "available_compiler", lambda device: "g++")

@@ -1,4 +1,4 @@
-"""Guards skip non-finite steps, roll back, and finally abort with a report that can be replayed. They also flag spikes."""
+"""Guards skip non-finite steps, roll back, and finally abort with a replayable report. They also flag loss spikes."""
 
 from __future__ import annotations
 
@@ -71,10 +71,10 @@ def test_a_non_finite_step_is_skipped_and_counted(change: Change, corrupt: Corru
 
 
 @pytest.mark.parametrize(("bad", "patience"), [({6}, 1), ({6}, 3), ({7, 8}, 3), ({10, 11, 12}, 3), ({16}, 3)])
-def test_deferring_results_skips_the_same_steps(
+def test_deferred_results_do_not_change_which_steps_are_skipped(
     bad: set[int], patience: int, corrupt: Corrupt, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Simulate a GPU, where the device skips the update and the host reads the result only after computing the next step."""
+    """Simulate a GPU, which skips the update on the device. The host reads the result after starting the next step."""
     training = recipe.training.model_copy(update={"guards": GuardsSection(patience=patience), "log_every": 5})
     recipe = recipe.model_copy(update={"training": training})
     read = PendingStep.read
@@ -84,7 +84,7 @@ def test_deferring_results_skips_the_same_steps(
         pending: list[int] = []
 
         def read_and_count(step: PendingStep, computed: list[Any] = computed, pending: list[int] = pending) -> StepResult:
-            pending.append(len(computed) - len(pending) - 1)  # steps computed after this step
+            pending.append(len(computed) - len(pending) - 1)  # number of steps computed after this one
             return read(step)
 
         monkeypatch.setattr(PendingStep, "read", read_and_count)
@@ -99,18 +99,16 @@ def test_deferring_results_skips_the_same_steps(
     assert outcomes[0][1]["skipped"] == len(bad)
 
 
-def test_too_many_skipped_steps_are_rolled_back_and_their_batches_are_not_repeated(
-    corrupt: Corrupt, recipe: Recipe, tmp_path: Path
-) -> None:
-    weights = corrupt({10, 11, 12}, _nan_gradient)  # the last checkpoint before these steps is from step 8
+def test_too_many_skipped_steps_cause_a_rollback_that_skips_their_batches(corrupt: Corrupt, recipe: Recipe, tmp_path: Path) -> None:
+    weights = corrupt({10, 11, 12}, _nan_gradient)  # The last checkpoint before these steps is at step 8.
     result = train(recipe, tmp_path / "run", device="cpu")
     assert result.step == 16
     assert len(weights) == 12 + 8
-    assert all(torch.equal(before, after) for before, after in zip(weights[8], weights[12], strict=True)), "step 9 is repeated"
+    assert all(torch.equal(before, after) for before, after in zip(weights[8], weights[12], strict=True))
     [rollback] = _lines(tmp_path / "run", "rollback")
     assert (rollback["step"], rollback["cursor"]) == (8, 12 * 8)
     steps = _lines(tmp_path / "run", "step")
-    assert [line["step"] for line in steps] == list(range(1, 17)), "each step is logged once"
+    assert [line["step"] for line in steps] == list(range(1, 17)), "each step must be logged once"
     prepared = prepare(recipe.data, recipe.tokenizer, SILENT)
     dataset = TokenStream(prepared.train.tokens, 32, recipe.seed)
     cursors = [8 * step for step in range(8)] + [8 * step for step in range(12, 20)]
@@ -118,7 +116,7 @@ def test_too_many_skipped_steps_are_rolled_back_and_their_batches_are_not_repeat
     assert [line["batch"] for line in steps] == [f"{value:016x}" for value in hashes]
 
 
-def test_a_run_that_is_killed_at_a_rollback_resumes_bit_for_bit(corrupt: Corrupt, recipe: Recipe, tmp_path: Path) -> None:
+def test_resuming_a_run_that_was_killed_at_a_rollback_is_bitwise_exact(corrupt: Corrupt, recipe: Recipe, tmp_path: Path) -> None:
     bad = {10, 11, 12}
     corrupt(bad, _nan_gradient)
     train(recipe, tmp_path / "uninterrupted", device="cpu")
@@ -131,7 +129,7 @@ def test_a_run_that_is_killed_at_a_rollback_resumes_bit_for_bit(corrupt: Corrupt
 
     with pytest.raises(RuntimeError, match="simulated kill"):
         train(recipe, tmp_path / "run", device="cpu", observer=FailureAtRollback())
-    corrupt({2, 3, 4}, _nan_gradient)  # steps 10 to 12, counted from the checkpoint at step 8
+    corrupt({2, 3, 4}, _nan_gradient)  # These are steps 10 to 12, because training resumes from step 8.
     train(recipe, tmp_path / "run", device="cpu", resume=True)
     files = [Run(tmp_path / name).checkpoint("last").path / "model.safetensors" for name in ("run", "uninterrupted")]
     assert files[0].read_bytes() == files[1].read_bytes()
@@ -142,7 +140,7 @@ def test_a_run_that_is_killed_at_a_rollback_resumes_bit_for_bit(corrupt: Corrupt
 def test_non_finite_weights_are_rolled_back_and_never_saved(corrupt: Corrupt, recipe: Recipe, tmp_path: Path) -> None:
     def set_weight_to_nan(network: Transformer, loss: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            network.embedding.weight[0, 0] = math.nan  # after the gradient is computed, so that this step passes the check
+            network.embedding.weight[0, 0] = math.nan  # The gradient is already computed, so this step passes the check.
         return loss
 
     corrupt({7}, set_weight_to_nan)
@@ -165,7 +163,7 @@ def test_training_aborts_with_a_report_if_there_is_no_checkpoint(corrupt: Corrup
 
 @pytest.fixture(scope="module")
 def reported(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of a run that diverges because of its learning rate, without injected faults."""
+    """Return the report from a run that diverges because of its learning rate, without injected faults."""
     folder = tmp_path_factory.mktemp("runs") / "diverging"
     optimizer = {"optimizer": recipe.training.optimizer.model_copy(update={"lr": 3e37, "adamw_lr": 3e37})}
     guards = {"guards": GuardsSection(patience=2, rollbacks=1)}
@@ -178,7 +176,7 @@ def reported(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return report
 
 
-def test_replaying_a_report_reproduces_its_step_bit_for_bit(reported: Path) -> None:
+def test_replaying_a_report_is_bitwise_exact(reported: Path) -> None:
     replayed = replay(reported)
     assert replayed.agreement == "bits"
     assert not math.isfinite(replayed.grad_norm)
@@ -189,7 +187,7 @@ def test_replaying_a_report_reproduces_its_step_bit_for_bit(reported: Path) -> N
     assert set(report["gradients"]) == set(report["weights"]) == set(replayed.gradients)
 
 
-def test_a_report_contains_the_text_of_its_batch(reported: Path, recipe: Recipe) -> None:
+def test_a_report_contains_the_tokens_and_text_of_its_batch(reported: Path, recipe: Recipe) -> None:
     prepared = prepare(recipe.data, recipe.tokenizer, SILENT)
     report = json.loads((reported / "report.json").read_text())
     expected = TokenStream(prepared.train.tokens, 32, recipe.seed).examples(report["cursor"], 8)["tokens"]
@@ -199,10 +197,10 @@ def test_a_report_contains_the_text_of_its_batch(reported: Path, recipe: Recipe)
         assert f"--- sequence {number}\n{prepared.tokenizer.decode(row)}\n" in texts
 
 
-def test_replaying_a_step_whose_loss_was_replaced_computes_the_true_loss_and_norms(
+def test_replay_computes_the_true_loss_and_norms_if_the_recorded_loss_was_replaced(
     corrupt: Corrupt, recipe: Recipe, tmp_path: Path
 ) -> None:
-    """The report does not contain the injected NaN, so the replay computes the true loss of the step, including dropout."""
+    """The NaN is injected and not part of the report, so the replay computes the true loss, including dropout."""
     true_losses: list[float] = []
 
     def replace_loss(network: Transformer, loss: torch.Tensor) -> torch.Tensor:
@@ -222,7 +220,7 @@ def test_replaying_a_step_whose_loss_was_replaced_computes_the_true_loss_and_nor
         assert value == pytest.approx(replayed.report.gradients[name], rel=1e-9)
 
 
-def test_a_report_of_masked_documents_replays_bit_for_bit(recipe: Recipe, english: str, tmp_path: Path) -> None:
+def test_replaying_a_report_with_a_document_mask_is_bitwise_exact(recipe: Recipe, english: str, tmp_path: Path) -> None:
     path = tmp_path / "documents.jsonl"
     path.write_text("".join(json.dumps({"text": english[start : start + 80]}) + "\n" for start in range(0, 8000, 100)))
     optimizer = recipe.training.optimizer.model_copy(update={"lr": 3e37, "adamw_lr": 3e37})
@@ -232,7 +230,7 @@ def test_a_report_of_masked_documents_replays_bit_for_bit(recipe: Recipe, englis
         train(recipe.model_copy(update={"training": training, "data": data}), tmp_path / "run", device="cpu")
     [report] = (tmp_path / "run" / "reports").iterdir()
     segments = load_file(report / "batch.safetensors")["segments"]
-    assert (segments[:, 0] != segments[:, -1]).any(), "windows hold several documents"
+    assert (segments[:, 0] != segments[:, -1]).any(), "some windows must contain several documents"
     assert replay(report).agreement == "bits"
 
 
@@ -250,7 +248,7 @@ def test_a_damaged_report_is_rejected(damage: str, reported: Path, tmp_path: Pat
         replay(copy)
 
 
-def test_a_report_whose_weights_do_not_fit_its_recipe_is_rejected(reported: Path, tmp_path: Path) -> None:
+def test_a_report_with_weights_that_do_not_match_its_recipe_is_rejected(reported: Path, tmp_path: Path) -> None:
     copy = tmp_path / "report"
     copy.mkdir()
     for file in reported.iterdir():

@@ -1,4 +1,4 @@
-"""Evaluations, samples and checkpoints at intervals of steps, or of shares of the run."""
+"""Evaluations, samples and checkpoints are made at intervals given as a number of steps or as a share of the run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def evaluated_steps(folder: Path) -> list[int]:
     return [line["step"] for line in Run.open(folder).metrics() if line["kind"] == "eval"]
 
 
-def test_shares_of_a_run_with_a_number_of_steps(short_file: Path, tmp_path: Path) -> None:
+def test_intervals_can_be_shares_of_the_number_of_steps(short_file: Path, tmp_path: Path) -> None:
     shares = ("evaluation.every=0.25", "sampling.every=0.5", "checkpoint.every=0.2", "checkpoint.keep=20", "training.steps=10")
     train(tiny_recipe(short_file, "modern", *FAST, *shares), tmp_path / "run", device="cpu")
     assert evaluated_steps(tmp_path / "run") == [3, 5, 8, 10]
@@ -42,7 +42,7 @@ def test_permanent_checkpoints_are_never_removed(keep_every: str, kept: list[int
     assert [checkpoint.step for checkpoint in Run.open(tmp_path / "run").checkpoints()] == kept
 
 
-def test_a_resumed_run_evaluates_at_the_same_shares(short_file: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_evaluates_at_the_same_steps(short_file: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(short_file, "modern", *FAST, "evaluation.every=0.25", "checkpoint.every=0.1", "training.steps=10")
     train(recipe, tmp_path / "run", device="cpu", stop_after=1e-9)
     for _ in range(9):
@@ -54,7 +54,7 @@ def test_a_resumed_run_evaluates_at_the_same_shares(short_file: Path, tmp_path: 
 def test_a_run_with_a_time_limit_is_evaluated_about_eight_times(
     seconds_per_call: float, short_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each reading of the clock advances it by `seconds_per_call`, which determines the number of steps in a run of 1.8 s."""
+    """Each clock call advances the time by `seconds_per_call`, which determines the number of steps in a 1.8 s run."""
     ticks = count()
     monkeypatch.setattr(trainer, "perf_counter", lambda: seconds_per_call * next(ticks))
     options = ("training.steps=null", "training.minutes=0.03", "evaluation.every=0.125", "checkpoint.every=0.125")

@@ -1,4 +1,4 @@
-"""A run that is killed at random moments and resumed each time is bit-identical to an uninterrupted run."""
+"""A run that is repeatedly killed at random times and resumed is bit-identical to an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ STEPS = 16
 
 
 def _recipe(text: Path, *overrides: str) -> Recipe:
-    """A recipe with dropout, four micro-batches per step, an epoch boundary in the middle, and frequent saves."""
+    """Return a recipe with dropout, four micro-batches per step, an epoch boundary in the middle, and frequent saves."""
     hard = ("model.dropout=0.2", "training.micro_batch_size=2", "model.n_embd=16", "evaluation.max_tokens=200")
     often = ("checkpoint.every=2", "checkpoint.keep=2", "evaluation.every=5", "sampling.every=7", "sampling.max_new_tokens=2")
     return tiny_recipe(text, "modern", *hard, *often, f"training.steps={STEPS}", "training.compile=off", *overrides)
 
 
 def _logged(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl without durations and speeds."""
+    """Return the records in metrics.jsonl without durations and speeds."""
     timings = ("seconds", "train_seconds", "tokens_per_second", "mfu")
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [{key: value for key, value in line.items() if key not in timings} for line in lines]
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the weights and optimizer state of the last checkpoint."""
+    """Return the weights and optimizer state from the last checkpoint."""
     last = Run(folder).checkpoint("last").path
     return {name: tensor for file in sorted(last.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
@@ -55,7 +55,7 @@ def _assert_identical(first: Path, second: Path) -> None:
 
 
 def _train_with_kills(recipe: Recipe, folder: Path, seed: int) -> int:
-    """Train in `folder`, killing the process at random moments and resuming it. Returns the number of kills."""
+    """Train in `folder`, kill the process at random times, and resume it. Return the number of kills."""
     random_source = random.Random(seed)
     for kills in range(100):
         during_save = random_source.random() < 0.4
@@ -74,14 +74,14 @@ def _train_with_kills(recipe: Recipe, folder: Path, seed: int) -> int:
     raise AssertionError("training did not finish")
 
 
-def test_the_recipe_crosses_an_epoch_boundary(short_file: Path) -> None:
+def test_training_crosses_an_epoch_boundary(short_file: Path) -> None:
     recipe = _recipe(short_file)
     prepared = prepare(recipe.data, recipe.tokenizer, SILENT)
     assert 3 * 8 < TokenStream(prepared.train.tokens, 32, recipe.seed).examples_per_epoch < (STEPS - 3) * 8
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_that_is_killed_repeatedly_equals_an_uninterrupted_run(precision: str, short_file: Path, tmp_path: Path) -> None:
+def test_a_repeatedly_killed_run_equals_an_uninterrupted_run(precision: str, short_file: Path, tmp_path: Path) -> None:
     recipe = _recipe(short_file, f"training.precision={precision}")
     training_processes.run(recipe, tmp_path / "uninterrupted")
     assert _train_with_kills(recipe, tmp_path / "killed", seed=7) >= 2
@@ -89,7 +89,7 @@ def test_a_run_that_is_killed_repeatedly_equals_an_uninterrupted_run(precision: 
     assert [path.name for path in (tmp_path / "killed" / "checkpoints").glob(".*")] == []
 
 
-def test_a_kill_during_a_save_leaves_complete_checkpoints(short_file: Path, tmp_path: Path) -> None:
+def test_checkpoints_stay_complete_if_the_process_is_killed_during_a_save(short_file: Path, tmp_path: Path) -> None:
     recipe = _recipe(short_file)
     folder = tmp_path / "killed"
     for _ in range(20):

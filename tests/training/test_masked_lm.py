@@ -1,4 +1,4 @@
-"""Training, resuming and evaluating masked language models."""
+"""Masked language models can be trained, resumed and evaluated."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_two_processes_train_the_same_model_up_to_rounding(run: Run, tmp_path: P
     assert evaluations[0] == pytest.approx(evaluations[1], rel=1e-4)
 
 
-def test_the_evaluation_equals_a_plain_loop_over_rows(run: Run) -> None:
+def test_batched_evaluation_matches_a_loop_over_rows(run: Run) -> None:
     network, tokenizer, shard = run.model(device="cpu"), run.tokenizer, run.heldout()
     scores = masked.evaluate(network, shard, tokenizer)
     control, masking = ControlTokens.of(tokenizer), Masking.of(tokenizer)
@@ -105,7 +105,7 @@ def test_the_evaluation_equals_a_plain_loop_over_rows(run: Run) -> None:
     assert min(logged) == pytest.approx(scores.loss, rel=1e-5)
 
 
-def test_the_pseudo_perplexity_masks_every_token_once(run: Run) -> None:
+def test_pseudo_perplexity_masks_each_token_once(run: Run) -> None:
     network, tokenizer, shard = run.model(device="cpu"), run.tokenizer, run.heldout()
     scores = masked.evaluate(network, shard, tokenizer, pseudo=True, max_tokens=30)
     assert scores.masked == scores.tokens == 30
@@ -125,7 +125,7 @@ def test_the_pseudo_perplexity_masks_every_token_once(run: Run) -> None:
     assert math.isnan(low) or low < perplexity < high
 
 
-def test_fill_returns_the_distribution_of_the_network(run: Run) -> None:
+def test_fill_returns_the_predicted_probabilities(run: Run) -> None:
     network, tokenizer = run.model(device="cpu"), run.tokenizer
     result = fill(network, tokenizer, "ab[MASK]d[MASK]", top=4)
     control = ControlTokens.of(tokenizer)
@@ -143,7 +143,7 @@ def test_fill_returns_the_distribution_of_the_network(run: Run) -> None:
         fill(network, tokenizer, "a" * 20 + "[MASK]")
 
 
-def test_an_encoder_does_not_generate_text_or_predict_next_tokens(run: Run) -> None:
+def test_an_encoder_cannot_generate_text_or_predict_next_tokens(run: Run) -> None:
     network = run.model(device="cpu")
     with pytest.raises(InputError, match="cannot generate text"):
         generate(network, run.tokenizer, "The", SamplingOptions())

@@ -1,4 +1,4 @@
-"""Check what is written to metrics.jsonl and samples.md, and what is removed when a run is resumed."""
+"""metrics.jsonl and samples.md contain the events of a run. A resumed run removes everything after its checkpoint."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _lines(folder: Path) -> list[dict[str, object]]:
     return [json.loads(line, parse_constant=reject) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_each_line_contains_its_kind_and_the_fields_of_the_event(tmp_path: Path) -> None:
+def test_each_line_contains_the_event_kind_and_its_fields(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path, 0)
     metrics.step(_step(1))
     metrics.evaluation(_evaluation(1))
@@ -55,7 +55,7 @@ def test_non_finite_numbers_are_written_as_null(tmp_path: Path, norm: float) -> 
     assert _lines(tmp_path)[0]["grad_norm"] is None
 
 
-def test_lines_are_flushed_immediately(tmp_path: Path) -> None:
+def test_each_line_is_flushed_immediately(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path, 0)
     metrics.step(_step(1))
     assert len(_lines(tmp_path)) == 1
@@ -63,10 +63,10 @@ def test_lines_are_flushed_immediately(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_raises_or_is_reported_and_the_lines_are_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_an_error_or_a_note_and_unwritten_lines_are_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jsonl_log, "open", lambda *_, **__: open("/dev/full", "a"), raising=False)  # noqa: SIM115
     raises = MetricsFile(tmp_path, 0)
-    for write in (lambda: raises.step(_step(1)), raises.close):  # closing retries the line
+    for write in (lambda: raises.step(_step(1)), raises.close):  # Closing the file writes the line again.
         with pytest.raises(WorkError, match=r"cannot write the log: No space left.*--resume"):
             write()
     errors: list[str] = []
@@ -102,7 +102,7 @@ def test_a_rollback_removes_later_lines_and_is_logged(tmp_path: Path) -> None:
     assert [(line["kind"], line["step"]) for line in _lines(tmp_path)] == [("step", 1), ("step", 2)]
 
 
-def test_resuming_removes_everything_that_was_written_after_the_checkpoint(tmp_path: Path) -> None:
+def test_resuming_removes_everything_written_after_the_checkpoint(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path, 0)
     for step in range(1, 5):
         metrics.step(_step(step))
@@ -111,7 +111,7 @@ def test_resuming_removes_everything_that_was_written_after_the_checkpoint(tmp_p
             metrics.sample(SampleEvent(step, "Once", f" upon {step}\n\n## Step 9\n\r## Step 9\n"))
     metrics.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"kind": "step", "st')  # cut off by a crash
+        file.write('{"kind": "step", "st')  # A crash has truncated this line.
     MetricsFile(tmp_path, 4).close()
     assert [(line["kind"], line["step"]) for line in _lines(tmp_path)] == [
         ("step", 1),

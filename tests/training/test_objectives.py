@@ -1,4 +1,4 @@
-"""The causal objective: targets, losses, padding, document masks, and the registration of custom objectives."""
+"""Causal targets, losses, padding and document masks are correct, and custom objectives can be registered."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_targets_are_the_inputs_shifted_by_one() -> None:
     assert batch.targets.tolist() == [[6, 7, 8]]
 
 
-def test_padding_is_a_valid_input_id_and_an_ignored_target() -> None:
+def test_padding_becomes_a_valid_input_id_and_an_ignored_target() -> None:
     batch = causal_batch(torch.tensor([[5, 6, IGNORE_INDEX, IGNORE_INDEX]]))
     assert batch.inputs.tolist() == [[5, 6, 0]]
     assert batch.targets.tolist() == [[6, IGNORE_INDEX, IGNORE_INDEX]]
@@ -56,7 +56,7 @@ def test_padding_has_zero_loss_and_does_not_change_earlier_losses() -> None:
     torch.testing.assert_close(short[0], full[0])
 
 
-def test_losses_are_at_least_float32() -> None:
+def test_losses_are_never_in_half_precision() -> None:
     tokens = ids(2, 8)
     assert _losses(model().bfloat16(), tokens).dtype == torch.float32
     assert _losses(model().double(), tokens).dtype == torch.float64
@@ -64,7 +64,7 @@ def test_losses_are_at_least_float32() -> None:
 
 @pytest.mark.parametrize("overrides", [{}, {"logit_softcap": 1.5}, {"tie_embeddings": True}], ids=str)
 @pytest.mark.parametrize("preset", PRESETS)
-def test_the_summed_loss_and_its_gradient_match_the_sum_of_losses(preset: str, overrides: dict[str, object]) -> None:
+def test_the_summed_loss_and_its_gradient_match_the_individual_losses(preset: str, overrides: dict[str, object]) -> None:
     network, tokens = model(preset, n_embd=16, **overrides).double(), ids(3, 9)
     tokens[1, 4:] = IGNORE_INDEX
     batch = causal_batch(tokens)
@@ -76,7 +76,7 @@ def test_the_summed_loss_and_its_gradient_match_the_sum_of_losses(preset: str, o
     torch.testing.assert_close(gradients, expected_gradients)
 
 
-def test_the_summed_loss_is_at_least_float32() -> None:
+def test_the_summed_loss_is_never_in_half_precision() -> None:
     batch = causal_batch(ids(2, 8))
     assert OBJECTIVE.loss_sum(model().bfloat16(), batch).dtype == torch.float32
     assert OBJECTIVE.loss_sum(model().double(), batch).dtype == torch.float64
@@ -97,7 +97,10 @@ END_OF_TEXT = 0
 
 
 def _documents_and_rows() -> tuple[list[Tensor], Tensor]:
-    """Return documents with an end-of-text token at each end, and rows (3, 13) in which neighbors share that token."""
+    """Return documents that begin and end with an end-of-text token, and the same documents packed into rows (3, 13).
+
+    Neighboring documents in a row share one end-of-text token.
+    """
     documents, rows = [], []
     for seed, lengths in enumerate(LENGTHS):
         row = [torch.tensor([END_OF_TEXT])]
@@ -110,7 +113,7 @@ def _documents_and_rows() -> tuple[list[Tensor], Tensor]:
 
 
 @pytest.mark.parametrize(("preset", "overrides"), MODELS, ids=str)
-def test_masked_documents_have_the_loss_and_gradient_of_separate_documents(preset: str, overrides: dict[str, object]) -> None:
+def test_a_document_mask_gives_the_loss_and_gradient_of_separate_documents(preset: str, overrides: dict[str, object]) -> None:
     network = model(preset, n_embd=16, **overrides).double()
     documents, rows = _documents_and_rows()
     batch = causal_batch(rows, (rows == END_OF_TEXT).cumsum(1))
@@ -123,7 +126,7 @@ def test_masked_documents_have_the_loss_and_gradient_of_separate_documents(prese
     losses = torch.cat([OBJECTIVE.losses(network, causal_batch(document[None]))[0] for document in documents])
     torch.testing.assert_close(OBJECTIVE.losses(network, batch).flatten(), losses)
     unmasked = OBJECTIVE.loss_sum(network, causal_batch(rows))
-    assert abs((unmasked - total).item()) > 1e-3, "without segments, a document attends to the documents before it"
+    assert abs((unmasked - total).item()) > 1e-3, "without segments, a document must attend to earlier documents"
 
 
 @pytest.mark.parametrize("preset", PRESETS)

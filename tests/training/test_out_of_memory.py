@@ -1,4 +1,4 @@
-"""Out-of-memory errors are recognized by the messages of real allocators, and freed memory is reused."""
+"""Out-of-memory errors from real allocators are recognized, and freed memory is reused."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from tinylm.training.out_of_memory import is_out_of_memory, keep_freed_memory
 
 
-def test_the_error_of_the_cpu_allocator_is_recognized() -> None:
+def test_cpu_allocator_errors_are_recognized() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 58, dtype=torch.uint8)
     assert not isinstance(caught.value, torch.OutOfMemoryError)
     assert is_out_of_memory(caught.value)
 
 
-def test_the_errors_of_gpus_are_recognized() -> None:
+def test_gpu_allocator_errors_are_recognized() -> None:
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."))
     assert is_out_of_memory(RuntimeError("MPS backend out of memory (MPS allocated: 5 GB)"))
 
@@ -30,7 +30,7 @@ def test_other_errors_are_not_recognized() -> None:
     assert not is_out_of_memory(caught.value)
 
 
-def test_without_glibc_freed_memory_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_freed_memory_is_not_kept_without_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     assert keep_freed_memory() is False
 

@@ -1,4 +1,4 @@
-"""Several processes train the same model as one process, up to rounding, and a run can resume with another number of processes."""
+"""Several processes train the same model as one, up to rounding, and a run can resume with a different number of processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ STEPS = 7
 
 
 def recipe_of(text: Path, *overrides: str) -> Recipe:
-    """A recipe with dropout, optional model parts, eight micro-batches per step, and Muon in float32 to reduce rounding errors."""
+    """Return a recipe with dropout, optional model parts and eight micro-batches per step.
+
+    Muon runs in float32 to reduce rounding errors.
+    """
     model = ("model.dropout=0.2", "model.n_embd=24", "model.value_residual=on", "model.embedding_shortcut=on", "model.n_kv_head=1")
     ngrams = (
         "model.ngram_embeddings=[2]",
@@ -49,7 +52,7 @@ def _lines(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def _assert_same_up_to_rounding(folder: Path, other: Path) -> None:
-    """Check that global batches are equal, and that losses, gradient norms, evaluations and weights differ only by rounding."""
+    """Check that the global batches are equal and that losses, gradient norms, evaluations and weights differ only by rounding."""
     steps, others = _lines(folder, "step"), _lines(other, "step")
     assert [line["batch"] for line in steps] == [line["batch"] for line in others]
     assert len({line["batch"] for line in steps}) == STEPS
@@ -70,12 +73,12 @@ def test_two_processes_train_the_same_model_as_one(kind: str, single: Path, shor
     assert (environment["processes"], environment["parallel"]) == (2, kind)
     last = Run(tmp_path / "run").checkpoint("last")
     shards = sorted(path.name for path in last.path.glob("training-*"))
-    assert shards == ["training-00001.safetensors", "training-00002.safetensors"], "each process saves its shard"
+    assert shards == ["training-00001.safetensors", "training-00002.safetensors"], "each process must save its shard"
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_skip_the_same_step_if_results_are_deferred(kind: str, short_file: Path, tmp_path: Path) -> None:
-    """Simulate GPUs, where the result of a step is read after the next step has started. All shards must skip the same update."""
+    """Simulate GPUs, which start the next step before the host reads a result. All shards must skip the same update."""
     recipe = recipe_of(short_file, f"training.parallel={kind}", "training.log_every=3")
     for deferred in (False, True):
         training_processes.run(recipe, tmp_path / str(deferred), world_size=2, nan_steps=[2], defer_results=deferred)
@@ -88,7 +91,7 @@ def test_two_processes_skip_the_same_step_if_results_are_deferred(kind: str, sho
     assert [event.get("loss") for event in events[0]] == [event.get("loss") for event in events[1]]
 
 
-def test_a_run_of_two_processes_is_resumed_by_one_and_then_by_four(single: Path, short_file: Path, tmp_path: Path) -> None:
+def test_a_run_with_two_processes_can_be_resumed_with_one_and_then_four(single: Path, short_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     for kind, count, steps in (("ddp", 2, 3), ("auto", 1, 6), ("fsdp", 4, None)):
         processes = training_processes.start(
@@ -106,14 +109,14 @@ def test_a_run_of_two_processes_is_resumed_by_one_and_then_by_four(single: Path,
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_killing_and_resuming_two_processes_reproduces_the_run_bit_for_bit(kind: str, short_file: Path, tmp_path: Path) -> None:
+def test_killing_and_resuming_two_processes_is_bitwise_exact(kind: str, short_file: Path, tmp_path: Path) -> None:
     recipe = recipe_of(
         short_file, f"training.parallel={kind}", "training.precision=bf16" if kind == "fsdp" else "checkpoint.every=2"
     )
     training_processes.run(recipe, tmp_path / "uninterrupted", world_size=2)
     processes = training_processes.start(recipe, tmp_path / "run", world_size=2)
     assert training_processes.kill_when(processes, lambda: training_processes.logged_lines(tmp_path / "run") >= 5, rank=1)
-    assert processes[0].exitcode == 1, "the other process exits with an error"
+    assert processes[0].exitcode == 1, "the other process must exit with an error"
     training_processes.run(recipe, tmp_path / "run", world_size=2, resume=True)
     for line_kind, key in (("step", "loss"), ("step", "grad_norm"), ("eval", "val_loss")):
         assert [line[key] for line in _lines(tmp_path / "run", line_kind)] == [
@@ -124,7 +127,7 @@ def test_killing_and_resuming_two_processes_reproduces_the_run_bit_for_bit(kind:
     assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.items())
 
 
-def test_a_signal_to_one_process_makes_all_processes_save_and_stop(short_file: Path, tmp_path: Path) -> None:
+def test_a_signal_to_one_process_stops_all_processes_after_saving(short_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     processes = training_processes.start(recipe_of(short_file, "training.steps=100000"), folder, world_size=2)
     while training_processes.logged_lines(folder) < 2:
@@ -144,7 +147,7 @@ def test_all_processes_reject_a_global_batch_that_does_not_divide_evenly(short_f
 
 
 def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Return the weights and optimizer state, assembled from the shards of all processes."""
+    """Assemble the weights and optimizer state from the shards of all processes."""
     reader = HuggingFaceStorageReader(str(checkpoint))
     stored = reader.read_metadata().state_dict_metadata
     tensors = {name: torch.zeros(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}

@@ -1,4 +1,4 @@
-"""Autocast and loss scaling, how `auto` chooses a precision, and how peak FLOP/s are measured."""
+"""Autocast, loss scaling, the `auto` precision and the measured peak FLOP/s are correct."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_auto_chooses_bf16_on_a_cpu_only_if_it_is_faster(speedup: float, expecte
     assert resolve("auto", CPU, CollectingReporter()).name == expected
 
 
-def test_slow_bf16_is_used_if_requested_but_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_bf16_is_used_with_a_warning_if_requested(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "bf16_speedup", lambda device: 0.02)
     reporter = CollectingReporter()
     assert resolve("bf16", CPU, reporter).name == "bf16"
@@ -41,10 +41,10 @@ def test_autocast_computes_matmuls_in_its_dtype(name: str, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize(("clock", "resolution"), [("thread_time", 1e-9), ("perf_counter", 0.016)])
-def test_the_peak_is_the_flops_of_a_matmul_divided_by_its_best_time(
+def test_the_peak_is_the_flops_of_a_matmul_divided_by_its_shortest_time(
     clock: str, resolution: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each matmul of 1024 x 1024 matrices needs 2 x 1024^3 FLOPs. They take 1/4, 1/8, 1/2, 3/8, 1/4 and 1/4 of a second."""
+    """A 1024 x 1024 matmul needs 2 x 1024^3 FLOPs. The shortest of the six simulated times is 0.125 seconds."""
     times = iter([0.0, 0.25, 10.0, 10.125, 20.0, 20.5, 30.0, 30.375, 40.0, 40.25, 50.0, 50.25])
     monkeypatch.setattr(time, "get_clock_info", lambda name: SimpleNamespace(resolution=resolution))
     monkeypatch.setattr(time, clock, lambda: next(times))
@@ -67,7 +67,7 @@ def test_the_peak_is_the_higher_rate_of_a_small_and_a_large_matmul(
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16"])
-def test_the_peak_is_measured_in_the_given_precision(name: str) -> None:
+def test_the_peak_is_measured_in_the_requested_precision(name: str) -> None:
     dtypes = set()
 
     class RecordMatmulDtypes(TorchFunctionMode):
@@ -91,7 +91,7 @@ def test_the_peak_is_measured_in_the_given_precision(name: str) -> None:
         ("NVIDIA Nothing", "bf16", 1e12, "measured matrix product"),
     ],
 )
-def test_the_peak_of_a_known_gpu_comes_from_its_data_sheet_and_other_peaks_are_measured(
+def test_the_peak_comes_from_the_data_sheet_for_a_known_gpu_and_is_measured_otherwise(
     device: str, name: str, flops: float, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "describe", lambda device_: device)

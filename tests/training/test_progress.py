@@ -1,4 +1,4 @@
-"""Progress in state.json: the keys of checkpoint format 3, and the keys of an objective with other metrics."""
+"""Progress is written to and restored from state.json, for language models and for objectives with other metrics."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def state(**changes: Any) -> dict[str, Any]:
     return {**json.loads(FORMAT_3), **changes}
 
 
-def test_a_state_of_format_3_is_restored_and_written_with_the_same_keys_in_the_same_order() -> None:
+def test_a_format_3_state_round_trips_with_the_same_keys_in_the_same_order() -> None:
     assert FORMAT == 3
     progress = Progress.from_state(state(), LANGUAGE_MODEL)
     assert progress.metrics == Metrics("loss", {"loss": 5.75, "bits_per_byte": 2.5})
@@ -43,7 +43,7 @@ def test_a_checkpoint_without_a_best_step_has_no_best_value() -> None:
     assert Progress.from_state(state(best_step=0), LANGUAGE_MODEL).best_value is None
 
 
-def test_the_keys_follow_the_metrics_of_the_objective() -> None:
+def test_the_keys_depend_on_the_metrics_of_the_objective() -> None:
     defined = (ACCURACY, LOSS)
     progress = Progress(step=3, metrics=Metrics("accuracy", {"accuracy": 0.5, "loss": 2.0}), best_step=3, best_value=0.5)
     saved = progress.as_state(defined)
@@ -52,7 +52,7 @@ def test_the_keys_follow_the_metrics_of_the_objective() -> None:
     assert Progress.from_state(saved, defined) == progress
 
 
-def test_the_best_value_of_another_metric_is_not_restored() -> None:
+def test_the_best_value_is_not_restored_if_the_primary_metric_has_changed() -> None:
     """If the primary metric of an objective changes, the next evaluation is the best so far."""
     restored = Progress.from_state(state(), (ACCURACY, LOSS))
     assert (restored.metrics, restored.best_value) == (None, None)

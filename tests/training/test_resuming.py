@@ -1,4 +1,4 @@
-"""Resuming rejects a shorter run, warns about a jump in the learning rate, and requires the optimizer state."""
+"""Resuming rejects a shorter run, warns about jumps in the learning rate, and requires the optimizer state."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Warnings(Reporter):
 
 
 class _Stopper(Observer):
-    """Requests a stop at one event of step 6."""
+    """Request a stop at one event in step 6."""
 
     def __init__(self, event: str) -> None:
         self.event = event
@@ -46,24 +46,24 @@ class _Stopper(Observer):
 
 
 @pytest.mark.parametrize("length", ["steps=7", "tokens=1500", "epochs=0.01", "minutes=0.0001"])
-def test_a_length_that_the_run_has_already_exceeded_is_refused(text_file: Path, tmp_path: Path, length: str) -> None:
+def test_a_length_that_the_run_has_already_exceeded_is_rejected(text_file: Path, tmp_path: Path, length: str) -> None:
     train(tiny_recipe(text_file, "modern", "training.steps=10"), tmp_path / "run", device="cpu")
     shorter = tiny_recipe(text_file, "modern", f"training.{length}")
     with pytest.raises(InputError) as caught:
         train(shorter, tmp_path / "run", resume=True, allow_change=("training",), device="cpu")
     key = length.partition("=")[0]
     assert "the run has already trained " in str(caught.value)
-    assert f"of training.{key} (increase it" in str(caught.value)
+    assert f"in training.{key} (increase it" in str(caught.value)
     assert Run.open(tmp_path / "run").recipe.training.steps == 10
 
 
-def test_fewer_steps_are_refused_before_the_advice_to_allow_the_change(text_file: Path, tmp_path: Path) -> None:
+def test_the_error_for_fewer_steps_does_not_suggest_allowing_the_change(text_file: Path, tmp_path: Path) -> None:
     train(tiny_recipe(text_file, "modern", "training.steps=10"), tmp_path / "run", device="cpu")
-    with pytest.raises(InputError, match="has already trained 10 steps, which is more than the 7 steps"):
+    with pytest.raises(InputError, match="has already trained for 10 steps, which is more than the 7 steps"):
         train(tiny_recipe(text_file, "modern", "training.steps=7"), tmp_path / "run", resume=True, device="cpu")
 
 
-def test_a_longer_run_warns_about_the_jump_of_the_learning_rate(text_file: Path, tmp_path: Path) -> None:
+def test_extending_a_run_warns_about_the_jump_in_the_learning_rate(text_file: Path, tmp_path: Path) -> None:
     train(tiny_recipe(text_file, "modern", "training.steps=10"), tmp_path / "run", device="cpu")
     reporter = _Warnings()
     longer = tiny_recipe(text_file, "modern", "training.steps=40")
@@ -83,9 +83,7 @@ def test_an_unchanged_recipe_causes_no_warning(text_file: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(("event", "every"), [("logged", 1000), ("logged", 6), ("saved", 6), ("evaluated", 6)])
-def test_a_callback_stops_the_training_and_the_run_continues_to_the_same_weights(
-    text_file: Path, tmp_path: Path, event: str, every: int
-) -> None:
+def test_a_run_stopped_by_a_callback_resumes_to_the_same_weights(text_file: Path, tmp_path: Path, event: str, every: int) -> None:
     recipe = tiny_recipe(text_file, "modern", f"checkpoint.every={every}", f"evaluation.every={every}", "training.steps=12")
     result = train(recipe, tmp_path / "run", device="cpu", observer=_Stopper(event))
     last = Run.open(tmp_path / "run").checkpoint("last")
@@ -100,7 +98,7 @@ def test_a_callback_stops_the_training_and_the_run_continues_to_the_same_weights
     assert digests[0] == digests[1]
 
 
-def test_a_finished_run_without_optimizer_state_is_complete_but_cannot_be_resumed(text_file: Path, tmp_path: Path) -> None:
+def test_a_finished_run_without_optimizer_state_is_valid_but_cannot_be_extended(text_file: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(text_file, "modern", "training.steps=10", "checkpoint.optimizer=drop")
     train(recipe, tmp_path / "run", device="cpu")
     run = Run.open(tmp_path / "run")

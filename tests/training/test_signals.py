@@ -24,7 +24,7 @@ def test_the_first_signal_is_recorded_and_the_second_exits_immediately(number: s
     assert request.signal_number == number
 
 
-def test_outside_the_main_thread_the_handlers_stay_unchanged() -> None:
+def test_signal_handlers_are_not_changed_outside_the_main_thread() -> None:
     before = signal.getsignal(signal.SIGINT)
     handlers: list[object] = []
 

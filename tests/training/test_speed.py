@@ -1,4 +1,4 @@
-"""A training run adapts to other programs on its cores, and warns once if it is far slower than estimated."""
+"""A training run adapts to other programs that use the CPU, and warns once if it is far slower than estimated."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tinylm.wait_policy import Policy, WaitPolicy
 
 
 class FakePolicy:
-    """Chooses the given policies in turn, and then repeats the last one."""
+    """A policy that returns each of `choices` once and then repeats the last one."""
 
     def __init__(self, choices: Sequence[Policy]) -> None:
         self.current: Policy = "spin"
@@ -25,7 +25,7 @@ class FakePolicy:
 
 
 def run(speeds: Sequence[float], *, choices: Sequence[Policy] = (), expected: float | None = None, share: float = 0.5) -> tuple:  # type: ignore[type-arg]
-    """Send one event every ten seconds with these speeds in tokens/s. Return the notes and the policy."""
+    """Send one step event every ten seconds with the speeds (tokens/s). Return the notes and the policy."""
     policy, notes = FakePolicy(choices), list[str]()
     monitor = SpeedMonitor(cast(WaitPolicy, policy), notes.append, lambda: expected, lambda: share)
     for number, speed in enumerate(speeds, 1):
@@ -33,23 +33,23 @@ def run(speeds: Sequence[float], *, choices: Sequence[Policy] = (), expected: fl
     return notes, policy
 
 
-def test_a_steady_speed_causes_no_measurement() -> None:
+def test_the_load_is_not_measured_at_a_steady_speed() -> None:
     notes, policy = run([500, 1000, 1050, 950, 1010])
     assert (notes, policy.calls) == ([], 0)
 
 
-def test_a_fall_in_speed_lets_threads_sleep_and_a_rise_lets_them_spin() -> None:
+def test_threads_sleep_after_a_slowdown_and_spin_after_a_speedup() -> None:
     notes, policy = run([500, 1000, 1000, 400, 550, 550, 1000], choices=["sleep", "spin"])
     assert policy.current == "spin"
     assert ["sleep instead of spinning" in notes[0], "spin again" in notes[1], len(notes)] == [True, True, 2]
 
 
-def test_a_busy_machine_is_measured_regularly_even_at_a_steady_speed() -> None:
+def test_the_load_of_a_busy_machine_is_measured_regularly() -> None:
     _, policy = run([500, 1000, 400, *[550] * 8], choices=["sleep"])
-    assert policy.calls == 3  # after the fall, and after 30 and 60 more seconds
+    assert policy.calls == 3  # The load is measured at the slowdown, and again 30 and 60 seconds later.
 
 
-def test_a_slow_run_causes_one_warning_with_its_cause() -> None:
+def test_a_slow_run_causes_one_warning_that_states_the_cause() -> None:
     notes, _ = run([100] * 6, expected=1000)
     assert len(notes) == 1
     assert "100 tokens/s instead of the 1,000" in notes[0]

@@ -1,4 +1,4 @@
-"""Gradient accumulation: the gradient of a step does not depend on the micro-batch size."""
+"""With gradient accumulation, the gradient of a step does not depend on the micro-batch size."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FP32 = Precision("fp32", CPU)
 
 
 def _sequences(ignored: bool) -> Tensor:
-    """Return 64 sequences. If `ignored` is true, the last targets of each sequence are ignored, from none to all."""
+    """Return 64 sequences. If `ignored` is true, mask a different number of final targets in each sequence."""
     sequences = ids(64, 13)
     if ignored:
         for row in range(64):
@@ -55,7 +55,7 @@ def test_the_gradient_matches_the_mean_loss_over_all_targets() -> None:
     targets = sequences[:, 1:]
     logits = network(sequences[:, :-1].clamp_min(0))
     counted = targets != IGNORE_INDEX
-    mean = F.cross_entropy(logits[counted], targets[counted])  # a single mean over all targets that are not ignored
+    mean = F.cross_entropy(logits[counted], targets[counted])  # This is one mean over all targets that are not ignored.
     expected = torch.autograd.grad(mean, list(network.parameters()))
     loss, gradient = _accumulated(network, sequences, 4)
     assert loss == pytest.approx(mean.item(), rel=1e-6)
@@ -87,18 +87,18 @@ def test_dropout_depends_only_on_the_seeds() -> None:
 
 
 @pytest.mark.parametrize("preset", ["modern", "gpt2", "llama"])
-def test_the_gradient_in_bf16_is_close_to_fp32(preset: str) -> None:
+def test_bf16_gradients_are_close_to_fp32(preset: str) -> None:
     network, sequences = model(preset, n_embd=16), _sequences(ignored=False)[:8]
     loss, gradient = _accumulated(network, sequences, 4)
     half_loss, half = _accumulated(network, sequences, 4, Precision("bf16", CPU))
     assert half_loss == pytest.approx(loss, rel=0.01)
-    assert half_loss != loss  # otherwise nothing was computed in bf16
+    assert half_loss != loss  # Equal losses would mean that nothing was computed in bf16.
     assert half.dtype == torch.float32
     assert F.cosine_similarity(half, gradient, dim=0) > 0.99
 
 
 @pytest.mark.parametrize("preset", ["modern", "gpt2", "llama"])
-def test_the_gradient_in_fp16_is_scaled_and_close_to_fp32(preset: str) -> None:
+def test_fp16_gradients_are_scaled_and_close_to_fp32(preset: str) -> None:
     network, sequences = model(preset, n_embd=16), _sequences(ignored=False)[:8]
     loss, gradient = _accumulated(network, sequences, 4)
     half_loss, scaled = _accumulated(network, sequences, 4, Precision("fp16", CPU))

@@ -1,4 +1,4 @@
-"""A signal stops training and saves the last step, no matter when the signal arrives."""
+"""A signal stops training and saves the last step, whenever it arrives."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tinylm.training.metrics import EvaluationEvent, Observer, StepEvent
 
 
 class _Interrupter(Observer):
-    """Send SIGINT at one event of step 10, and count the calls to `stopping`."""
+    """Send SIGINT at one event in step 10, and count the calls to `stopping`."""
 
     def __init__(self, event: str) -> None:
         self.event = event

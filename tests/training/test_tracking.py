@@ -1,4 +1,4 @@
-"""Trackers show the values of metrics.jsonl, including those of a resumed run."""
+"""Trackers receive the same values as metrics.jsonl, including those from before a run was resumed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tinylm.training.metrics import Observer, StepEvent
 
 
 class StopAt(Observer):
-    """Stops the training after a step."""
+    """Stop training after a given step."""
 
     def __init__(self, step: int) -> None:
         self._step = step
@@ -31,7 +31,7 @@ class StopAt(Observer):
 
 
 def logged(run: Path) -> dict[tuple[str, int], float]:
-    """The numbers of metrics.jsonl by key and step."""
+    """Return the numbers in metrics.jsonl by key and step."""
     return {
         (key, line["step"]): value
         for line in Run.open(run).metrics()
@@ -41,8 +41,8 @@ def logged(run: Path) -> dict[tuple[str, int], float]:
 
 
 def leveldb_records(content: bytes) -> Iterator[bytes]:
-    """Yield the records of a log in LevelDB's format: blocks of 32 KiB with fragments that have a checksum, a length and a type."""
-    position, parts = 7, b""  # after the header of the file
+    """Yield the records in a LevelDB log. Its 32 KiB blocks consist of fragments with a checksum, a length and a type."""
+    position, parts = 7, b""  # skip the file header
     while position + 7 <= len(content):
         if (1 << 15) - position % (1 << 15) < 7:
             position += (1 << 15) - position % (1 << 15)
@@ -50,12 +50,12 @@ def leveldb_records(content: bytes) -> Iterator[bytes]:
         length, kind = struct.unpack_from("<HB", content, position + 4)
         parts += content[position + 7 : position + 7 + length]
         position += 7 + length
-        if kind in (1, 4):  # a whole record, or its last fragment
+        if kind in (1, 4):  # a complete record or its last fragment
             yield parts
             parts = b""
 
 
-def test_tensorboard_shows_the_log_of_a_resumed_run(text_file: Path, tmp_path: Path) -> None:
+def test_tensorboard_contains_all_metrics_of_a_resumed_run(text_file: Path, tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     recipe = tiny_recipe(text_file, "modern", "tracking=tensorboard")
     train(recipe, tmp_path / "run", device="cpu", observer=StopAt(7))
@@ -70,13 +70,13 @@ def test_tensorboard_shows_the_log_of_a_resumed_run(text_file: Path, tmp_path: P
     assert ("val_loss", 20) in shown
 
 
-def test_wandb_receives_the_log_offline(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_receives_all_metrics_offline(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     train(tiny_recipe(text_file, "modern", "tracking=wandb", "training.steps=5"), tmp_path / "run", device="cpu")
 
-    wandb.teardown()  # its service writes the file in the background
+    wandb.teardown()  # The service of wandb writes the file in the background.
     from wandb.proto import wandb_internal_pb2
 
     (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
@@ -127,7 +127,7 @@ def test_training_continues_if_a_tracker_fails(text_file: Path, tmp_path: Path, 
     ]
 
 
-def test_a_resumed_tracker_gets_the_history(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_sends_its_history_to_the_tracker(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backends: list[RecordingBackend] = []
 
     def backend(folder: Path, recipe: object) -> RecordingBackend:
@@ -144,7 +144,7 @@ def test_a_resumed_tracker_gets_the_history(text_file: Path, tmp_path: Path, mon
     assert set(second.steps) == set(range(5, 21))
 
 
-def test_a_missing_tracker_is_reported_before_the_text_is_read(
+def test_a_missing_tracking_package_is_reported_before_training(
     text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "trackio", None)

@@ -1,4 +1,4 @@
-"""The training loop: logged numbers are correct, and stopping, resuming, evaluating and sampling do not change the model."""
+"""The trainer logs correct numbers. Stopping, resuming, evaluating and sampling do not change the trained model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tinylm.training.metrics import EvaluationEvent, Observer, SampleEvent, Step
 from tinylm.training.step import accumulate
 
 HARD = ("model.dropout=0.2", "training.micro_batch_size=2", "model.n_embd=16", "evaluation.every=4", "evaluation.max_tokens=200")
-"""Settings that make resuming hard: dropout, four micro-batches per step and, with `short_file`, an epoch boundary."""
+"""Settings that make exact resuming hard: dropout, four micro-batches per step and, with `short_file`, an epoch boundary."""
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def _assert_same_training(first: Path, second: Path) -> None:
 
 
 class _SignalSender(Observer):
-    """Send a signal at the first event for which `when(event, last_step)` is true. An event is `step` or the name of a phase."""
+    """Send a signal at the first event for which `when(event, last_step)` is true. The event is `step` or a phase name."""
 
     def __init__(self, number: int, when: Callable[[str, int], bool]) -> None:
         self.number, self.when, self.sent, self.last_step = number, when, False, 0
@@ -111,7 +111,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> _Clock:
 # Logged numbers
 
 
-def test_the_logged_loss_is_the_mean_over_the_whole_global_batch(short_file: Path, tmp_path: Path) -> None:
+def test_the_logged_loss_is_the_mean_over_the_global_batch(short_file: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(short_file, "gpt2", "training.steps=2", "training.micro_batch_size=1")
     train(recipe, tmp_path / "run", device="cpu")
     prepared = prepare(recipe.data, recipe.tokenizer, SILENT)
@@ -154,14 +154,14 @@ def test_learning_rates_follow_the_schedule(short_file: Path, tmp_path: Path) ->
     assert [line["lr"] for line in _lines(tmp_path / "run", "step")] == pytest.approx([0.005, 0.01, 0.01, 0.02 / 3, 0.01 / 3])
 
 
-def test_clipping_limits_the_update_and_off_disables_it(short_file: Path, tmp_path: Path) -> None:
+def test_gradient_clipping_limits_the_update_and_can_be_disabled(short_file: Path, tmp_path: Path) -> None:
     losses = {}
     for clip in ("off", "1e9", "1e-9"):
         options = ("training.steps=4", "training.optimizer={name: adamw, lr: 0.05, eps: 1e-3}", f"training.clip_grad_norm={clip}")
         train(tiny_recipe(short_file, "modern", *options), tmp_path / clip, device="cpu")
         losses[clip] = _losses(tmp_path / clip)
     assert losses["off"] == losses["1e9"]
-    assert losses["1e-9"][-1] > losses["off"][-1] + 0.01  # the weights barely change
+    assert losses["1e-9"][-1] > losses["off"][-1] + 0.01  # The loss stays high because the weights barely change.
 
 
 def test_the_loss_decreases(uninterrupted: Path) -> None:
@@ -189,7 +189,7 @@ def test_evaluating_sampling_and_saving_more_often_does_not_change_the_model(
     assert (tmp_path / "run" / "samples.md").read_text().count("## Step ") == 40
 
 
-def test_the_global_random_state_does_not_matter(recipe: Recipe, uninterrupted: Path, tmp_path: Path) -> None:
+def test_the_global_random_state_does_not_change_the_model(recipe: Recipe, uninterrupted: Path, tmp_path: Path) -> None:
     torch.manual_seed(4321)
     train(recipe, tmp_path / "run", device="cpu")
     _assert_same_training(tmp_path / "run", uninterrupted)
@@ -200,7 +200,7 @@ def test_the_global_random_state_does_not_matter(recipe: Recipe, uninterrupted: 
 
 @pytest.fixture(scope="module")
 def documents_recipe(english: str, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    """A recipe with 80 short documents that are shuffled and masked, and an epoch boundary in the middle."""
+    """Return a recipe with 80 short documents, which are shuffled and masked, and an epoch boundary in the middle."""
     path = tmp_path_factory.mktemp("text") / "documents.jsonl"
     texts = [english[start : start + 20 + start % 130] for start in range(0, 8000, 100)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
@@ -217,16 +217,16 @@ def test_masked_documents_have_the_same_loss_as_separate_documents(documents_rec
     end_of_text, losses = prepared.train.end_of_text, []
     for row in ShuffledDocuments(prepared.train, 32, recipe.seed).examples(0, 8)["tokens"]:
         starts = [0, *(np.flatnonzero(row[1:-1] == end_of_text) + 1), len(row) - 1]
-        for start, end in pairwise(starts):  # each part ends with the token that starts the next part
+        for start, end in pairwise(starts):  # Adjacent parts share one token.
             part = torch.from_numpy(row[start : end + 1])
             losses.append(F.cross_entropy(network(part[None, :-1])[0], part[1:], reduction="none"))
-    assert len(losses) > 8, "windows hold several documents"
+    assert len(losses) > 8, "some windows must contain several documents"
     first = _lines(tmp_path / "run", "step")[0]
     assert first["loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-6)
     assert first["tokens"] == 8 * 32
 
 
-def test_training_on_shuffled_and_masked_documents_resumes_bit_for_bit(documents_recipe: Recipe, tmp_path: Path) -> None:
+def test_resuming_with_shuffled_and_masked_documents_is_bitwise_exact(documents_recipe: Recipe, tmp_path: Path) -> None:
     train(documents_recipe, tmp_path / "uninterrupted", device="cpu")
     results = [train(documents_recipe, tmp_path / "run", device="cpu", stop_after=0.0)]
     while results[-1].stopped != "done":
@@ -257,13 +257,13 @@ def test_every_micro_batch_has_its_own_dropout_seed(recipe: Recipe, tmp_path: Pa
     assert len(used_seeds) == len(set(used_seeds)) == 20 * 4
 
 
-def test_the_recipe_crosses_an_epoch_boundary(recipe: Recipe) -> None:
+def test_training_crosses_an_epoch_boundary(recipe: Recipe) -> None:
     prepared = prepare(recipe.data, recipe.tokenizer, SILENT)
     windows = TokenStream(prepared.train.tokens, 32, recipe.seed).examples_per_epoch
     assert 3 * 8 < windows < 15 * 8
 
 
-def test_stopping_after_every_step_and_resuming_equals_uninterrupted_training(
+def test_stopping_and_resuming_after_every_step_does_not_change_training(
     recipe: Recipe, uninterrupted: Path, tmp_path: Path
 ) -> None:
     results = [train(recipe, tmp_path / "run", device="cpu", stop_after=0.0)]
@@ -276,7 +276,7 @@ def test_stopping_after_every_step_and_resuming_equals_uninterrupted_training(
 
 @pytest.mark.parametrize("moment", ["step", "evaluating", "saving"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_a_signal_at_any_moment_and_resuming_equals_uninterrupted_training(
+def test_resuming_after_a_signal_at_any_time_does_not_change_training(
     number: signal.Signals, moment: str, recipe: Recipe, uninterrupted: Path, tmp_path: Path
 ) -> None:
     observer = _SignalSender(number, lambda event, step: event == moment and step == 12)
@@ -289,7 +289,7 @@ def test_a_signal_at_any_moment_and_resuming_equals_uninterrupted_training(
     _assert_same_training(tmp_path / "run", uninterrupted)
 
 
-def test_resuming_repeats_a_final_evaluation_that_a_signal_interrupted(recipe: Recipe, uninterrupted: Path, tmp_path: Path) -> None:
+def test_resuming_repeats_an_interrupted_final_evaluation(recipe: Recipe, uninterrupted: Path, tmp_path: Path) -> None:
     observer = _SignalSender(signal.SIGINT, lambda event, step: event == "evaluating" and step == 20)
     result = train(recipe, tmp_path / "run", device="cpu", observer=observer)
     assert (result.stopped, result.step) == ("signal", 20)
@@ -362,7 +362,7 @@ def _logged_seconds(folder: Path) -> list[float]:
 
 
 @pytest.mark.usefixtures("clock")
-def test_at_the_time_limit_the_last_step_is_saved_and_evaluated(short_file: Path, tmp_path: Path) -> None:
+def test_the_last_step_is_saved_and_evaluated_at_the_time_limit(short_file: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(short_file, "modern", "training.minutes=0.02", "evaluation.every=100000", "checkpoint.every=100000")
     result = train(recipe, tmp_path / "run", device="cpu")
     *before, last = _logged_seconds(tmp_path / "run")
@@ -375,7 +375,7 @@ def test_at_the_time_limit_the_last_step_is_saved_and_evaluated(short_file: Path
     assert rates[-1] < 0.2 * max(rates)
 
 
-def test_if_the_time_limit_passes_while_sampling_one_more_step_is_trained_and_saved(
+def test_one_more_step_is_trained_and_saved_if_time_runs_out_while_sampling(
     clock: _Clock, short_file: Path, tmp_path: Path
 ) -> None:
     class SlowSampling(Observer):
@@ -406,9 +406,7 @@ def test_stop_after_saves_the_first_step_after_that_time(short_file: Path, tmp_p
 
 
 @pytest.mark.parametrize("part", ["embedding.weight", "blocks.0.attention.qkv.weight"], ids=["adamw", "muon"])
-def test_fp16_skips_a_step_that_overflows_in_any_part_of_the_model(
-    part: str, corrupt: Corrupt, recipe: Recipe, tmp_path: Path
-) -> None:
+def test_fp16_skips_a_step_that_overflows_in_any_parameter(part: str, corrupt: Corrupt, recipe: Recipe, tmp_path: Path) -> None:
     def overflow(network: Transformer, loss: torch.Tensor) -> torch.Tensor:
         network.get_parameter(part).grad[0, 0] = math.inf
         return loss
@@ -416,14 +414,14 @@ def test_fp16_skips_a_step_that_overflows_in_any_part_of_the_model(
     weights = corrupt({3}, overflow)
     options = recipe.training.model_copy(update={"precision": "fp16", "steps": 5})
     result = train(recipe.model_copy(update={"training": options}), tmp_path / "run", device="cpu")
-    assert all(torch.equal(a, b) for a, b in zip(weights[2], weights[3], strict=True))  # the third step was skipped
+    assert all(torch.equal(a, b) for a, b in zip(weights[2], weights[3], strict=True))  # The third step was skipped.
     assert not all(torch.equal(a, b) for a, b in zip(weights[3], weights[4], strict=True))
     assert result.precision == "fp16"
     assert Run(tmp_path / "run").checkpoint("last").state["scaler"]["scale"] == 32768.0
     assert _lines(tmp_path / "run", "step")[2]["grad_norm"] is None
 
 
-def test_resuming_keeps_the_loss_scale_that_an_overflow_halved(corrupt: Corrupt, recipe: Recipe, tmp_path: Path) -> None:
+def test_resuming_keeps_the_reduced_loss_scale_after_an_overflow(corrupt: Corrupt, recipe: Recipe, tmp_path: Path) -> None:
     def overflow(network: Transformer, loss: torch.Tensor) -> torch.Tensor:
         network.embedding.weight.grad[0, 0] = math.inf
         return loss
@@ -442,7 +440,7 @@ def test_resuming_keeps_the_loss_scale_that_an_overflow_halved(corrupt: Corrupt,
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_half_precision_trains_like_fp32_and_resumes_bit_for_bit(
+def test_half_precision_trains_like_fp32_and_resuming_is_bitwise_exact(
     precision: str, recipe: Recipe, uninterrupted: Path, tmp_path: Path
 ) -> None:
     training = recipe.training.model_copy(update={"precision": precision, "steps": 6})
@@ -457,7 +455,7 @@ def test_half_precision_trains_like_fp32_and_resumes_bit_for_bit(
 # Events
 
 
-def test_events_arrive_in_order_and_every_checkpoint_is_saved_before_its_evaluation(recipe: Recipe, tmp_path: Path) -> None:
+def test_events_arrive_in_order_and_checkpoints_are_saved_before_evaluations(recipe: Recipe, tmp_path: Path) -> None:
     events: list[tuple[str, int]] = []
 
     class Recorder(Observer):

@@ -1,4 +1,4 @@
-"""Adding or removing tokens does not change the logits of the other tokens."""
+"""Adding or removing tokens does not change the logits for other tokens."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ def logits(run: Run, text: str) -> torch.Tensor:
         return network(torch.tensor([run.tokenizer.encode(text)]))[0]
 
 
-def test_an_added_embedding_is_the_mean_of_its_piece_embeddings_and_other_embeddings_are_unchanged(
-    tiny_run: Run, tmp_path: Path
-) -> None:
+def test_an_added_embedding_is_the_mean_of_its_piece_embeddings(tiny_run: Run, tmp_path: Path) -> None:
     edited = vocab_editing.add(tiny_run.tokenizer, ["the for statement"])
     run = vocabulary.write_edited_run(tiny_run, edited, tmp_path / "added")
     old, new = (each_run.network(each_run.checkpoint(), torch.device("cpu")) for each_run in (tiny_run, run))
@@ -41,7 +39,7 @@ def test_an_added_embedding_is_the_mean_of_its_piece_embeddings_and_other_embedd
     assert 0 < perplexity.bits_per_byte < 20
 
 
-def test_a_removed_embedding_is_dropped_and_other_embeddings_are_unchanged(tiny_run: Run, tmp_path: Path) -> None:
+def test_removing_a_token_drops_only_its_embedding(tiny_run: Run, tmp_path: Path) -> None:
     edited = vocab_editing.remove(tiny_run.tokenizer, [" the"])
     run = vocabulary.write_edited_run(tiny_run, edited, tmp_path / "removed")
     kept = [old for (old,) in edited.sources]
@@ -66,7 +64,7 @@ def test_an_existing_folder_is_not_overwritten(tiny_run: Run, tmp_path: Path) ->
         vocabulary.write_edited_run(tiny_run, vocab_editing.add(tiny_run.tokenizer, ["zzz"]), tmp_path)
 
 
-def test_with_n_gram_tables_adding_tokens_warns_and_removing_tokens_raises(tiny_run: Run, tmp_path: Path) -> None:
+def test_adding_tokens_with_ngram_tables_warns_and_removing_them_is_an_error(tiny_run: Run, tmp_path: Path) -> None:
     model = tiny_run.recipe.model.model_copy(update={"ngram_embeddings": (2,)})
     run = dataclasses.replace(tiny_run)
     run.__dict__["recipe"] = tiny_run.recipe.model_copy(update={"model": model})

@@ -1,4 +1,4 @@
-"""Beam search finds what transformers finds, and a translation does not depend on the other sentences of its batch."""
+"""Beam search matches transformers, and a translation does not depend on the other sentences in its batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _sources(count: int, seed: int = 0) -> list[np.ndarray]:
     return [np.append(generator.integers(1, VOCAB_SIZE, generator.integers(1, 22)), END) for _ in range(count)]
 
 
-def test_beam_search_equals_that_of_transformers() -> None:
+def test_beam_search_matches_transformers() -> None:
     transformers = pytest.importorskip("transformers")
     ours = network()
     theirs = transformers.MarianMTModel(transformers.MarianConfig(**marian._config(ours, END))).eval()
@@ -56,8 +56,8 @@ def test_a_translation_does_not_depend_on_the_batch(preset: str, options: Search
     assert [translate_ids(model, [source], END, options)[0] for source in sources] == together
 
 
-def test_wide_beams_find_the_most_likely_translation() -> None:
-    """With 4 tokens and at most 3 steps, 64 beams contain all translations."""
+def test_a_wide_beam_finds_the_most_likely_translation() -> None:
+    """With 4 tokens and up to 3 steps, a beam of 64 contains every possible translation."""
     model = network(vocab_size=4, seed=2)
     source = np.array([1, 2, 3, END])
     [[best]] = translate_ids(model, [source], END, SearchOptions(beams=64, max_length=3, length_penalty=0.7))
@@ -74,7 +74,7 @@ def test_wide_beams_find_the_most_likely_translation() -> None:
         assert best.ids == finished
 
 
-def test_the_length_penalty_is_that_of_gnmt() -> None:
+def test_the_length_penalty_matches_gnmt() -> None:
     assert penalized(-6.0, 7, 1.0) == pytest.approx(-3.0)
     assert penalized(-6.0, 7, 0.0) == -6.0
 
@@ -87,7 +87,7 @@ def test_repeated_ngrams_are_forbidden() -> None:
     assert len(set(best.ids)) == len(best.ids)
 
 
-def test_options_out_of_range_are_errors() -> None:
+def test_out_of_range_options_are_errors() -> None:
     for options, match in (
         (SearchOptions(beams=0), "--beams: must be at least 1"),
         (SearchOptions(beams=2, n_best=3), r"must be at least -n \(3\)"),

@@ -1,1 +1,1 @@
-"""Estimate the cost of a training run before it starts: parameters, FLOPs, memory and time, on a CPU or on accelerators."""
+"""Estimate the parameters, FLOPs, memory and time of a training run before it starts, on a CPU or on accelerators."""

@@ -1,12 +1,12 @@
-"""Data sheet figures of common accelerators, and the estimated time of a training step on them. Does not import torch.
+"""Estimate the time of a training step on common accelerators from data sheet figures. This module does not import torch.
 
-Converts counts (FLOPs, bytes) to seconds. The step time is a roofline estimate (Williams, Waterman & Patterson 2009). It is the
-sum of the times of matrix products, of other memory traffic, and of the part of the all-reduce that does not overlap with the
-backward pass. The constants are the same for every accelerator and recipe. `benchmarks/published.py` compares the estimates with
-published training runs.
+The module converts counts (FLOPs and bytes) to seconds. The step time is a roofline estimate (Williams, Waterman & Patterson
+2009). It is the sum of the times for matrix products, other memory traffic, and the part of the all-reduce that does not overlap
+with the backward pass. The constants are the same for every accelerator and recipe. `benchmarks/published.py` compares the
+estimates with published training runs.
 
-The estimate covers data parallelism within one node whose devices all communicate at `link_bandwidth`. It ignores kernel launches,
-which dominate steps of a few milliseconds; `step_time` accounts for them.
+The estimate covers data parallelism within one node in which all devices communicate at `link_bandwidth`. It ignores kernel
+launches, which dominate steps of a few milliseconds. `step_time` accounts for them.
 """
 
 from __future__ import annotations
@@ -23,26 +23,27 @@ MatmulPrecision = Literal["fp32", "tf32", "bf16", "fp16"]
 MATMUL_EFFICIENCY = 0.65
 """Fraction of the data sheet's FLOP/s that the matrix products of a training step reach. The best shapes reach 0.86 on an A100,
 0.80 on an H100 and 0.78 on a B200 (https://github.com/stas00/ml-engineering/tree/master/compute/accelerator, "Maximum Achievable
-Matmul FLOPS"). The shapes of a GPT are assumed to reach a fifth less: tiles do not fill the last wave, inner dimensions are short,
-and the backward pass of attention recomputes its scores. The value lies between the best fits to llm.c's runs on A100s (0.7) and on
-H100s (0.6)."""
+Matmul FLOPS"). The shapes in a GPT are assumed to reach a fifth less because tiles do not fill the last wave, inner dimensions are
+short, and attention recomputes its scores in the backward pass. The value lies between the best fits to llm.c's runs on A100s (0.7)
+and H100s (0.6)."""
 BANDWIDTH_EFFICIENCY = 0.85
-"""Fraction of the data sheet's memory bandwidth that all other kernels reach. Assumed: large copies reach about 0.9; norms and
-losses, which reduce along rows, reach less."""
+"""Fraction of the data sheet's memory bandwidth that all other kernels reach. This value is an assumption. Large copies reach about
+0.9. Norms and losses, which reduce along rows, reach less."""
 LINK_EFFICIENCY = 0.7
-"""Fraction of the link bandwidth that a ring all-reduce reaches with gradients of 100 MB or more. Assumed: the runs in
-`benchmarks/published.py` cannot test it, because the all-reduce takes at most 3% of their steps."""
+"""Fraction of the link bandwidth that a ring all-reduce reaches with gradients of 100 MB or more. This value is an assumption. The
+runs in `benchmarks/published.py` cannot test it, because the all-reduce takes no more than 3% of their step times."""
 OVERLAP_FRACTION = 0.5
-"""Fraction of the all-reduce that overlaps with the backward pass. Assumed: the gradients of the first layers and of the embedding
-are computed last, when no computation is left to overlap with, and they are a large part of a small model."""
+"""Fraction of the all-reduce that overlaps with the backward pass. This value is an assumption. The gradients of the first layers
+and the embedding are computed last, so their all-reduce has no computation to overlap with. In a small model, these gradients are a
+large part of the total."""
 BACKWARD_FRACTION = 2 / 3
-"""Fraction of the forward and backward pass that the backward pass takes. For each matrix product of the forward
-pass, the backward pass computes two."""
+"""The backward pass's share of the combined time for the forward and backward pass. For each matrix product in the forward pass,
+the backward pass computes two."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """The manufacturer's document that contains the figures."""
+    """A manufacturer's document that contains the figures."""
 
     title: str
     url: str
@@ -50,13 +51,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Accelerator:
-    """One device, with the figures of its data sheet.
+    """The data sheet figures of one device.
 
-    `flops`: dense matrix FLOP/s by precision, without structured sparsity; 16-bit products accumulate in float32.
-    `memory`: bytes, with 10^9 bytes per GB of the data sheet. The chip has 7% more, most of which ECC and the driver use.
-    `bandwidth`: bytes/s to that memory.
-    `link_bandwidth`: bytes/s to the other devices in one direction. This is half the figure in data sheets, which add both
-    directions. For cards that can only be bridged in pairs, it is the PCIe bandwidth.
+    `flops`: dense matrix FLOP/s for each precision, without structured sparsity. 16-bit products accumulate in float32.
+    `memory`: memory in bytes. A GB in the data sheet counts as 10^9 bytes. The chip has 7% more, but ECC and the driver use most
+    of it.
+    `bandwidth`: memory bandwidth in bytes/s.
+    `link_bandwidth`: bandwidth to the other devices in one direction, in bytes/s. This is half the figure in data sheets, which
+    add both directions. For cards that can only be bridged in pairs, it is the PCIe bandwidth.
     """
 
     name: str
@@ -67,7 +69,7 @@ class Accelerator:
     source: Source
 
     def matmul_flops(self, precision: MatmulPrecision) -> float:
-        """Dense FLOP/s according to the data sheet. Raises `InputError` if the device does not support the precision."""
+        """Return the dense FLOP/s in the data sheet. Raises `InputError` if the device does not support the precision."""
         if precision not in self.flops:
             known = " or ".join(self.flops)
             raise InputError(f"{self.name} does not support {precision} matrix products", where="precision", hint=f"use {known}")
@@ -76,7 +78,7 @@ class Accelerator:
 
 @dataclass(frozen=True)
 class StepSeconds:
-    """Seconds of one optimizer step by part. `communication` is the part that does not overlap with the backward pass."""
+    """The parts of one optimizer step in seconds. `communication` excludes what overlaps with the backward pass."""
 
     matmul: float
     memory: float
@@ -219,9 +221,9 @@ DEVICE_NAMES = {
     "A100-SXM4-80GB": "a100-80gb-sxm",
     "A100 80GB PCIe": "a100-80gb-pcie",
     "A100-SXM4-40GB": "a100-40gb-sxm",
-    "A100-PCIE-40GB": "a100-40gb-sxm",  # the same peak FLOP/s, but PCIe instead of NVLink
+    "A100-PCIE-40GB": "a100-40gb-sxm",  # same peak FLOP/s, but PCIe instead of NVLink
     "V100-SXM2-32GB": "v100-sxm2-32gb",
-    "V100-SXM2-16GB": "v100-sxm2-32gb",  # the same peak FLOP/s, half the memory
+    "V100-SXM2-16GB": "v100-sxm2-32gb",  # same peak FLOP/s, but half the memory
     "L40S": "l40s",
     "L4": "l4",
     "T4": "t4",
@@ -229,20 +231,20 @@ DEVICE_NAMES = {
     "RTX 4090": "rtx-4090",
     "RTX 3090": "rtx-3090",
 }
-"""Maps the device name that the driver reports, without the vendor, to the name of an accelerator with the same peak FLOP/s.
+"""Maps each device name reported by the driver, without the vendor, to an accelerator with the same peak FLOP/s.
 
-Names must match exactly: an "RTX 4090 D" is a different device."""
+Device names must match exactly. For example, an "RTX 4090 D" is a different device."""
 
 
 def from_device_name(name: str) -> Accelerator | None:
-    """Return the accelerator for a device name that the driver reports, such as "NVIDIA H200", or None if it is unknown."""
+    """Return the accelerator for a device name reported by the driver, such as "NVIDIA H200", or None if it is unknown."""
     for vendor in ("NVIDIA ", "Tesla ", "GeForce "):
         name = name.removeprefix(vendor)
     return find(DEVICE_NAMES[name]) if name in DEVICE_NAMES else None
 
 
 def find(name: str) -> Accelerator:
-    """Return the accelerator with this name, ignoring case. Raises `InputError` that suggests names if it is unknown."""
+    """Return the accelerator with this name, ignoring case. Raises `InputError` with suggestions if the name is unknown."""
     by_name = {accelerator.name: accelerator for accelerator in ACCELERATORS}
     wanted = name.strip().lower()
     if wanted not in by_name:
@@ -262,12 +264,12 @@ def step_seconds(
     state_bytes: float = 0.0,
     gradient_bytes: float = 0.0,
 ) -> StepSeconds:
-    """Seconds of one optimizer step, data-parallel over `devices` in one node.
+    """Estimate the seconds for one optimizer step with data parallelism over `devices` in one node.
 
-    Three counts are for the global batch, which is divided among the devices. `matmul_flops` are the FLOPs of all matrix products,
-    `matmul_bytes` is the memory traffic of their operands (the bottleneck of narrow models), and `elementwise_bytes` is all other
-    memory traffic. Two counts are per device. `state_bytes` is the memory traffic of weights, gradients and optimizer state, and
-    `gradient_bytes` is the size of the gradients. In a ring all-reduce, each of N devices sends 2 (N - 1) / N times
+    Three counts are for the global batch, which is divided among the devices. `matmul_flops` is the number of FLOPs in all matrix
+    products, `matmul_bytes` is the memory traffic for their operands (the bottleneck in narrow models), and `elementwise_bytes` is
+    all other memory traffic. Two counts are per device. `state_bytes` is the memory traffic for weights, gradients and optimizer
+    state, and `gradient_bytes` is the size of the gradients. In a ring all-reduce, each of N devices sends 2 (N - 1) / N times
     `gradient_bytes` (Patarasuk & Yuan 2009).
 
     Raises `InputError` if the accelerator does not support the precision, or if `devices` is below 1.
@@ -276,7 +278,7 @@ def step_seconds(
         raise InputError(f"must be at least 1, not {devices}", where="--devices")
     peak = accelerator.matmul_flops(precision)
     bandwidth = BANDWIDTH_EFFICIENCY * accelerator.bandwidth
-    # A kernel loads operands while it computes, so the slower of the two determines its time.
+    # A kernel loads operands while it computes, so its time is the longer of the two.
     matmul = max(matmul_flops / (MATMUL_EFFICIENCY * peak), matmul_bytes / bandwidth) / devices
     elementwise = elementwise_bytes / bandwidth / devices
     ring = 2 * (devices - 1) / devices * gradient_bytes / (LINK_EFFICIENCY * accelerator.link_bandwidth)
@@ -286,14 +288,14 @@ def step_seconds(
 
 @dataclass(frozen=True)
 class _ElementSizes:
-    """Bytes per element of the residual stream and of all other activations."""
+    """Bytes per element in the residual stream and in all other activations."""
 
     stream: int
     other: int
 
     @property
     def cast(self) -> int:
-        """Bytes per element that a cast between the two moves; 0 if they are the same."""
+        """Bytes per element that a cast between the two sizes moves, or 0 if they are equal."""
         return self.stream + self.other if self.stream != self.other else 0
 
 
@@ -302,26 +304,26 @@ def _element_sizes(precision: MatmulPrecision, stream_bytes: int = 4) -> _Elemen
 
 
 ACTIVATION_TRAFFIC = {
-    # A prime marks a gradient; a semicolon separates the forward from the backward pass.
+    # A prime marks a gradient. A semicolon separates the forward pass from the backward pass.
     "gelu": (2 + 3, 2 + 3),  # x -> y; y', x -> x'
     "gelu_exact": (2 + 3, 2 + 3),
     "relu": (2 + 3, 2 + 3),
     "relu2": (2 + 2 + 2 + 2 + 3 + 3, 2 + 3),  # eager: relu, square; pow(x, 1), times 2, times y', gradient of relu
     "swiglu": (2 + 3 + 3 + 3 + 3 + 4, 3 + 5),  # eager: silu, product; two products, gradient of silu, concatenation of the halves
 }
-"""Elements that an activation reads and writes in the forward and backward pass, per hidden unit: (eager, compiled)."""
+"""Elements per hidden unit that an activation reads and writes in the forward and backward pass: (eager, compiled)."""
 
 
 def block_bytes(model: DecoderSection, precision: MatmulPrecision, *, compiled: bool, stream_bytes: int = 4) -> int:
-    """Bytes per token that one block moves outside its matrix products, in the forward and backward pass.
+    """Return the bytes per token that one block moves outside its matrix products in the forward and backward pass.
 
-    In eager mode, every operation reads its inputs and writes its result. When compiled, neighboring operations become one kernel
-    that reads the inputs of the group and writes its outputs.
+    In eager mode, every operation reads its inputs and writes its result. In compiled mode, neighboring operations become one
+    kernel that reads the group's inputs and writes its outputs.
 
-    Legend: C width, F feed-forward width, P columns of queries, keys and values, R columns of queries and keys; e bytes per
-    element, and s bytes per element of the residual stream. In 16 bits s is `stream_bytes`: 4 if autocast leaves the stream in
-    float32, 2 if the model casts it, which also avoids the casts. A prime marks a gradient; a semicolon separates forward and
-    backward pass.
+    Legend: C width, F feed-forward width, P columns of queries, keys and values, R columns of queries and keys, e bytes per
+    element, s bytes per element in the residual stream. In 16-bit precision, s is `stream_bytes`: 4 if autocast leaves the stream
+    in float32, or 2 if the model casts the stream, which avoids further casts. A prime marks a gradient. A semicolon separates
+    the forward pass from the backward pass.
 
     ==================  ============================================  ===================================================
     operation           eager                                         compiled
@@ -372,13 +374,14 @@ def outside_block_bytes(
     stream_bytes: int = 4,
     compiled_loss: bool | None = None,
 ) -> int:
-    """Bytes per token outside the blocks and the head's matrix product: embedding, last norm and loss.
+    """Return the bytes per token moved outside the blocks and the head's matrix product, by the embedding, last norm and loss.
 
     The loss dominates, with V logits of e bytes. In eager mode, the logits are cast to float32 (e + 4), and their gradient is cast
-    back (e + 4). Log-softmax reads and writes the logits (8). Its gradient is first written as zeros with one nonzero entry (4),
-    then computed from these and the result (12). When compiled, the logits are read for the maximum, for the sum and for the
-    gradient, which is written (4e). A soft cap adds three operations in the forward pass (6e) and three in the backward pass (7e).
-    When compiled, it is part of the other kernels. `compiled_loss` is None if the loss is compiled like everything else.
+    back (e + 4). Log-softmax reads and writes the logits (8). The incoming gradient is written as zeros with one nonzero entry (4),
+    and the outgoing gradient is computed from it and the log-softmax result (12). In compiled mode, the logits are read for the
+    maximum, the sum and the gradient, and the gradient is written (4e). In eager mode, a soft cap adds three operations in the
+    forward pass (6e) and three in the backward pass (7e). In compiled mode, it is fused into the other kernels. If `compiled_loss`
+    is None, the loss uses the same mode as the rest of the model.
     """
     sizes = _element_sizes(precision, stream_bytes)
     s, e, cast = sizes.stream, sizes.other, sizes.cast
@@ -400,16 +403,17 @@ def outside_block_bytes(
 def elementwise_bytes(
     model: DecoderSection, vocab_size: int, precision: MatmulPrecision, *, compiled: bool, stream_bytes: int = 4
 ) -> int:
-    """Bytes per token that the forward and backward pass move outside matrix products, in the whole model."""
+    """Return the bytes per token that the forward and backward pass of the whole model move outside matrix products."""
     blocks = model.n_layer * block_bytes(model, precision, compiled=compiled, stream_bytes=stream_bytes)
     return blocks + outside_block_bytes(model, vocab_size, precision, compiled=compiled, stream_bytes=stream_bytes)
 
 
 def matmul_bytes(model: DecoderSection, vocab_size: int, precision: MatmulPrecision) -> int:
-    """Bytes per token of activations that matrix products read and write, forward and backward. `state_bytes` counts the weights.
+    """Return the bytes per token of activations that matrix products read and write in the forward and backward pass.
 
-    Each of the three products of a weight (the output, and the gradients of input and weight) reads or writes one row of its input
-    and one of its output. Attention is one kernel (Dao et al. 2022): forward q, k, v -> y; backward q, k, v, y, y' -> q', k', v'.
+    `state_bytes` counts the weights. Each weight takes part in three products: for the output, the input gradient and the weight
+    gradient. Each product reads or writes one input row and one output row. Attention is one kernel (Dao et al. 2022), with
+    q, k, v -> y in the forward pass and q, k, v, y, y' -> q', k', v' in the backward pass.
     """
     e = _element_sizes(precision).other
     width, hidden = model.n_embd, model.feed_forward_width
@@ -421,11 +425,11 @@ def matmul_bytes(model: DecoderSection, vocab_size: int, precision: MatmulPrecis
 
 
 def state_bytes(parameters: int, micro_batches: int, precision: MatmulPrecision) -> int:
-    """Bytes that weights, gradients and AdamW's state move on one device in a step of `micro_batches` micro-batches.
+    """Return the bytes moved on one device for weights, gradients and AdamW state in a step with `micro_batches` micro-batches.
 
-    A micro-batch reads each weight for two products and writes its gradient (3e), and adds that to the sum (12). In 16 bits it also
-    casts the weight and the gradient (6 each). A step computes the norm of the gradients and scales them (12), then reads weight,
-    gradient and two moments and writes all but the gradient (28), as a fused AdamW does.
+    In each micro-batch, each weight is read for two products and its gradient is written (3e) and added to the sum (12). In 16-bit
+    precision, the weight and gradient are also cast (6 each). In each step, the gradient norm is computed and the gradients are
+    scaled (12). A fused AdamW then reads the weight, the gradient and two moments, and writes all but the gradient (28).
     """
     e = _element_sizes(precision).other
     casts = 2 * _element_sizes(precision).cast

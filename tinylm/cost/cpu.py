@@ -1,10 +1,11 @@
-"""Estimate the time of a training step on this machine's CPU. Does not import torch. For GPUs, see `tinylm.cost.accelerators`.
+"""Estimate the time of a training step on this machine's CPU. For GPUs, see `tinylm.cost.accelerators`.
 
-Converts counts (FLOPs, bytes, kernels) to seconds. `measure` measures the speed of matrix products and of memory with numpy; the
-constants state how much of that speed a training step reaches. Constants marked as fitted are close to the least-squares fit to
-twelve step times: five models of 0.8 to 13.9 million parameters, context lengths of 64 to 256 and 768 to 2048 tokens per step, in
-fp32, in bf16 and compiled, all on two cores of one Xeon with AMX (350 GFLOP/s in fp32, 1650 in bf16). They reproduce those times
-within 20%. On other processors they are rough guesses.
+The module converts counts (FLOPs, bytes and kernels) to seconds and does not import torch. `measure` measures the speed of matrix
+products and memory with numpy. The constants state what fraction of that speed a training step reaches. Constants marked as fitted
+are close to the least-squares fit to twelve step times. These were measured for five models with 0.8 to 13.9 million parameters,
+context lengths from 64 to 256, and 768 to 2048 tokens per step, in fp32, in bf16 and compiled. All ran on two cores of one Xeon
+with AMX (350 GFLOP/s in fp32, 1650 in bf16). The constants reproduce those times within 20%. For other processors, they are rough
+guesses.
 """
 
 from __future__ import annotations
@@ -20,68 +21,68 @@ from tinylm.cpu_load import available_cores, cpu_share
 from tinylm.recipe.values import ComputeDtype
 
 MATMUL_EFFICIENCY = 0.9
-"""Fraction of the measured peak that the matrix products of a step reach. Fitted."""
+"""Fraction of the measured peak FLOP/s that the matrix products in a step reach. Fitted."""
 AMX_SPEEDUP = 4.7
-"""Speedup of matrix products in bf16 over fp32 with AMX: 1200 to 2100 GFLOP/s instead of 340 to 360."""
+"""Speedup of bf16 matrix products over fp32 with AMX. Measured: 1200 to 2100 GFLOP/s instead of 340 to 360."""
 AMX_PEAK_SPEEDUP = 6.9
-"""Like `AMX_SPEEDUP`, for the fastest matrix products, 2048 x 2048 and larger: 2200 GFLOP/s instead of numpy's 320."""
+"""Like `AMX_SPEEDUP`, but for the fastest matrix products (2048 x 2048 and larger). Measured: 2200 GFLOP/s instead of 320 with
+numpy."""
 EMULATED_SPEEDUP = 1 / 150
-"""Like `AMX_SPEEDUP`, for a CPU without AMX, where bf16 is emulated: 1 GFLOP/s instead of 165, measured."""
+"""Like `AMX_SPEEDUP`, but for a CPU without AMX, which emulates bf16. Measured: 1 GFLOP/s instead of 165."""
 ELEMENTWISE_EFFICIENCY = 0.25
-"""Bandwidth per core of the elementwise kernels of a step, as a fraction of the bandwidth of a numpy addition on one core. Fitted;
-it also corrects for differences between the counted and the actual traffic of the model."""
+"""Bandwidth per core that the elementwise kernels in a step reach, as a fraction of the bandwidth of a numpy addition on one core.
+Fitted. The value also corrects for differences between the counted and the actual memory traffic."""
 STATE_EFFICIENCY = 0.75
-"""Like `ELEMENTWISE_EFFICIENCY`, for kernels that read and write long, contiguous arrays: weights, gradients and optimizer state.
-Assumed."""
+"""Like `ELEMENTWISE_EFFICIENCY`, but for kernels that read and write long, contiguous arrays (weights, gradients and optimizer
+state). Assumed."""
 SCORE_SECONDS = 4e-9
-"""Core-seconds per attention score (batch x heads x time x time) in the forward and backward pass. Half of the scores are masked;
-the others are exponentiated twice. Fitted."""
+"""Core-seconds per attention score (batch x heads x time x time) in the forward and backward pass. Half of the scores are masked.
+The others are exponentiated twice. Fitted."""
 QUERY_BLOCK_SECONDS = 130e-6
-"""Core-seconds per block of queries in the 16-bit backward pass of attention, whose small products have a fixed cost that float32
-products do not have. Fitted; a profile of 48 (sequence, head) pairs with 64 positions gave 70e-6 per block of 32."""
+"""Core-seconds per block of queries in the 16-bit backward pass of attention. Small 16-bit products have a fixed cost that float32
+products do not have. Fitted. A profile of 48 (sequence, head) pairs with 64 positions showed 70e-6 per block of 32 queries."""
 LAUNCH_SECONDS = 8e-6
-"""Time to launch a kernel from Python. Assumed; 5 to 10 microseconds are typical."""
+"""Time to launch a kernel from Python. Assumed. Typical values are 5 to 10 microseconds."""
 KERNELS = {"eager": 90, "compiled": 40}
-"""Kernels per block in the forward and backward pass, not counting views. Eager: counted in a profile of the `modern` preset.
-Compiled: assumed."""
+"""Kernels per block in the forward and backward pass, excluding views. The eager value was counted in a profile of the `modern`
+preset. The compiled value is assumed."""
 CAST_KERNELS = {"eager": 40, "compiled": 15}
 """Additional kernels per block under autocast, which casts weights and their gradients. Determined like `KERNELS`."""
 OUTSIDE_KERNELS = 40
 """Kernels outside the blocks. Determined like `KERNELS`."""
 TABLE_KERNELS = 35
-"""Additional kernels for each n of the n-gram embeddings, whose hash takes a dozen integer operations.
-Determined like `KERNELS`."""
+"""Additional kernels for each n-gram table. Hashing the n-grams takes a dozen integer operations. Determined like `KERNELS`."""
 UPDATE_KERNELS = 60
-"""Kernels that clip gradients and update weights, per block, and once more for all weights outside the blocks. Counted: 52 with
-AdamW, 66 with Muon."""
+"""Kernels per block that clip gradients and update weights. The weights outside the blocks count as one more block. The counts were
+52 with AdamW and 66 with Muon."""
 MAX_MEMORY_CORES = 8
-"""Number of cores that saturate the memory bandwidth. Assumed."""
+"""Number of cores that are enough to saturate the memory bandwidth. Assumed."""
 
 _MATMUL_WIDTH = 768
 _SHARE_VALID_SECONDS = 10
-"""A measured CPU share is used again for this time, so that `tinylm new` does not measure it for every candidate."""
+"""A measured CPU share is reused for this many seconds, so that `tinylm new` does not measure it for every candidate."""
 
 
 @dataclass(frozen=True)
 class Processor:
-    """A measured CPU: FLOP/s of fp32 matrix products on all cores, and bytes/s of an addition on one core."""
+    """The measured FLOP/s of fp32 matrix products on all cores, and the bytes/s of an addition on one core."""
 
     matmul_flops: float
     bandwidth: float
-    """For arrays as large as the widest activation of a micro-batch."""
+    """Bandwidth for arrays as large as a micro-batch's widest activation."""
     state_bandwidth: float
-    """For arrays as large as the weights."""
+    """Bandwidth for arrays as large as the weights."""
     cores: int
     has_amx: bool
     cpu_share: float = 1.0
-    """Fraction of the time for which a thread has a core, when all cores are in use (see `cpu_load`)."""
+    """Fraction of the time that a thread runs on a core when all cores are in use (see `cpu_load`)."""
 
     def matmul_flops_in(self, precision: ComputeDtype) -> float:
-        """FLOP/s of the matrix products of a step. float16 is assumed to be as fast as float32."""
+        """Return the FLOP/s of the matrix products in a step. float16 is assumed to be as fast as float32."""
         return self.matmul_flops * self._speedup(precision, AMX_SPEEDUP)
 
     def peak_flops(self, precision: ComputeDtype) -> float:
-        """FLOP/s of the fastest matrix products."""
+        """Return the FLOP/s of the fastest matrix products."""
         return self.matmul_flops * self._speedup(precision, AMX_PEAK_SPEEDUP)
 
     def _speedup(self, precision: ComputeDtype, with_amx: float) -> float:
@@ -92,11 +93,12 @@ class Processor:
 
 @dataclass(frozen=True)
 class Work:
-    """Counts of one optimizer step, over all micro-batches.
+    """The amount of work in one optimizer step, summed over all micro-batches.
 
-    Forward and backward pass: FLOPs of matrix products, bytes moved outside them, attention scores and blocks of queries (over all
-    layers, heads and sequences), and launched kernels. Optimizer: bytes moved (`state_bytes`, which includes zeroing gradients),
-    launched kernels, and FLOPs and precision of the Newton-Schulz iteration.
+    For the forward and backward pass, these are the FLOPs in matrix products, the bytes moved outside them, the attention scores
+    and blocks of queries (over all layers, heads and sequences), and the launched kernels. For the optimizer, they are the bytes
+    moved (`state_bytes`, which includes zeroing the gradients), the launched kernels, and the FLOPs and precision of the
+    Newton-Schulz iteration.
     """
 
     precision: ComputeDtype
@@ -113,7 +115,7 @@ class Work:
 
 @dataclass(frozen=True)
 class CpuSeconds:
-    """Seconds of one optimizer step by part."""
+    """The parts of one optimizer step in seconds."""
 
     matmul: float
     elementwise: float
@@ -123,7 +125,7 @@ class CpuSeconds:
 
     @property
     def passes(self) -> float:
-        """Seconds of the forward and backward passes."""
+        """The seconds for the forward and backward pass."""
         return self.matmul + self.elementwise + self.attention + self.launches
 
     @property
@@ -132,7 +134,7 @@ class CpuSeconds:
 
 
 def step_seconds(processor: Processor, work: Work) -> CpuSeconds:
-    """Estimate the time of a step. Its parts are added, because each kernel runs on all cores and starts after the previous one."""
+    """Estimate the time of a step. Its parts are added because the kernels run sequentially and each uses all cores."""
     cores = min(processor.cores, MAX_MEMORY_CORES)
     half = work.precision != "fp32"
     attention = work.scores * SCORE_SECONDS + (work.query_blocks * QUERY_BLOCK_SECONDS if half else 0.0)
@@ -148,28 +150,31 @@ def step_seconds(processor: Processor, work: Work) -> CpuSeconds:
 
 
 def kernels(layers: int, ngram_orders: int, precision: ComputeDtype, *, compiled: bool) -> int:
-    """Kernels in the forward and backward pass of one micro-batch. `ngram_orders`: number of n-gram tables."""
+    """Return the number of kernels in the forward and backward pass of one micro-batch, with `ngram_orders` n-gram tables."""
     kind = "compiled" if compiled else "eager"
     block = KERNELS[kind] + (CAST_KERNELS[kind] if precision != "fp32" else 0)
     return layers * block + ngram_orders * TABLE_KERNELS + OUTSIDE_KERNELS
 
 
 def query_blocks(sequences: int, heads: int, context_length: int) -> int:
-    """Number of query blocks in the backward pass of torch's CPU attention in one layer (`FlashAttentionKernel.cpp`)."""
+    """Return the number of query blocks per layer in the backward pass of torch's CPU attention (`FlashAttentionKernel.cpp`)."""
     size = 256 if context_length >= 768 else 64 if context_length >= 192 else 32
     return sequences * heads * math.ceil(context_length / size)
 
 
 def newton_schulz_flops(rows: int, columns: int, steps: int) -> int:
-    """FLOPs of the iteration on an m x n matrix, m <= n. Each step has a Gram matrix, its square, and a product with the matrix."""
+    """Return the FLOPs of the iteration on an m x n matrix with m <= n.
+
+    Each step computes a Gram matrix, its square, and a product with the matrix.
+    """
     m, n = sorted((rows, columns))
     return steps * (4 * m * m * n + 2 * m**3)
 
 
 def measure(activation_bytes: int, weight_bytes: int) -> Processor:
-    """Measure this machine's CPU, which takes about 0.2 s. Other running programs lower the result.
+    """Measure this machine's CPU. This takes about 0.2 seconds. Other running programs lower the results.
 
-    `activation_bytes`, `weight_bytes`: sizes of the arrays with which the two bandwidths are measured.
+    `activation_bytes` and `weight_bytes` are the sizes of the arrays for measuring the two bandwidths.
     """
     import numpy as np
 
@@ -188,12 +193,12 @@ def measure(activation_bytes: int, weight_bytes: int) -> Processor:
 
 @lru_cache(maxsize=1)
 def _recent_cpu_share(period: int) -> float:
-    """Return the CPU share as it was first measured in this period, a number that changes every `_SHARE_VALID_SECONDS`."""
+    """Measure the CPU share once per period. The number of the period changes every `_SHARE_VALID_SECONDS`."""
     return cpu_share()
 
 
 def _bandwidth(size: int) -> float:
-    """Measure the bytes/s of adding two arrays of `size` bytes into a third on one core. `size` is clamped to 64 kB to 64 MB."""
+    """Measure the bytes/s of adding two arrays of `size` bytes into a third on one core. `size` is clamped to 64 KiB to 64 MiB."""
     import numpy as np
 
     numbers = min(max(size, 1 << 16), 64 << 20) // 4
@@ -202,7 +207,10 @@ def _bandwidth(size: int) -> float:
 
 
 def _best(work: Callable[[], object], min_runs: int = 3, max_seconds: float = 0.06) -> float:
-    """Return the seconds of the fastest run of `work`. Runs it for `max_seconds`, but `min_runs` to 50 times."""
+    """Call `work` repeatedly and return the seconds of the fastest call.
+
+    Stops after `max_seconds`, but calls it between `min_runs` and 50 times.
+    """
     best, first_start, runs = math.inf, time.perf_counter(), 0
     while runs < min_runs or (runs < 50 and time.perf_counter() - first_start < max_seconds):
         start = time.perf_counter()
@@ -213,7 +221,7 @@ def _best(work: Callable[[], object], min_runs: int = 3, max_seconds: float = 0.
 
 
 def _has_amx() -> bool:
-    """Whether Linux lists AMX for bfloat16 among the CPU's features. False on other systems, which do not report it."""
+    """Return whether Linux lists bfloat16 AMX among the CPU features. Other systems do not report it, so the result is False."""
     try:
         return "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     except OSError:

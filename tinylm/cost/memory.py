@@ -1,11 +1,11 @@
-"""Peak memory of a forward and backward pass, an optimizer step and an evaluation. Does not import torch.
+"""Estimate the peak memory of a forward and backward pass, an optimizer step and an evaluation. This module does not import torch.
 
-Computes bytes from a `model:` section, a vocabulary size and a micro-batch, by counting the tensors that each operation saves for
-its backward pass. `tests/cost/test_memory.py` compares the counts with the tensors that torch saves. Compiled blocks save less than
-this, because the compiler recomputes cheap operations.
+It computes bytes from a `model:` section, a vocabulary size and a micro-batch by counting the tensors that each operation saves for
+its backward pass. `tests/cost/test_memory.py` compares the counts with the tensors that torch saves. Compiled blocks save less,
+because the compiler recomputes cheap operations.
 
-Legend: `e` bytes per element in matrix products (4, or 2 in 16 bits), `s` bytes per element of the residual stream (4, or 2 in
-bf16). Unless stated otherwise, bytes of activations are per token.
+Legend: `e` bytes per element in matrix products (4, or 2 in 16-bit precision), `s` bytes per element in the residual stream (4, or
+2 in bf16). Unless stated otherwise, activation bytes are per token.
 """
 
 from __future__ import annotations
@@ -17,49 +17,49 @@ from tinylm.recipe.schema import DecoderSection
 from tinylm.recipe.values import ComputeDtype
 
 LOSS_BYTES = {"cpu": 16 << 20, "gpu": 512 << 20}
-"""Size in float32 of the chunk of logits that the training loss computes at a time: small enough for a CPU's cache, large enough to
-keep a GPU busy."""
+"""Size in bytes of each chunk of float32 logits in the training loss. On a CPU, a chunk fits in the cache. On a GPU, it is large
+enough to keep the device busy."""
 FUSED_LOSS_BYTES = 2 << 30
-"""Maximum size in float32 of a chunk of the compiled loss on CUDA. Large chunks help because each one reads and writes the head's
-whole gradient."""
+"""Maximum size in bytes of a chunk of float32 logits in the compiled loss on CUDA. Large chunks are faster because each chunk reads
+and writes the head's whole gradient."""
 FUSED_LOSS_SHARE = 4
-"""A chunk of the compiled loss that is larger than a plain chunk has at most 1 / `FUSED_LOSS_SHARE` of the rows of the micro-batch.
-Small micro-batches, which a GPU with little memory uses, therefore spend little memory on the loss."""
+"""In the compiled loss, chunks that are larger than plain chunks contain at most 1 / `FUSED_LOSS_SHARE` of the micro-batch's rows.
+With small micro-batches, as on GPUs with little memory, the loss therefore needs little memory."""
 FUSED_LOSS_FROM = 1 << 30
-"""The loss is compiled if the logits of a micro-batch take at least this many bytes in float32. That saves about 3 ms per gigabyte
-on an H200, and compilation takes seconds."""
+"""The loss is compiled if the logits of a micro-batch take at least this many bytes in float32. Compilation takes seconds and saves
+about 3 ms per gigabyte on an H200."""
 ROW_MULTIPLE = 128
-"""Chunks of the compiled loss have a multiple of this many rows: the tile size of matrix products on tensor cores."""
+"""The number of rows in a chunk of the compiled loss is a multiple of this, the tile size of matrix products on tensor cores."""
 LOSS_ROWS = 512
-"""Minimum number of rows in a chunk of logits: smaller chunks are slower, and update the head's gradient more often."""
+"""Minimum number of rows in a chunk of logits. Smaller chunks are slower and update the head's gradient more often."""
 LOSS_ROWS_FP16 = 4096
-"""Maximum number of rows in a chunk in float16: the summed gradients of more rows could exceed 65504 for any loss scale."""
+"""Maximum number of rows in a float16 chunk. The summed gradients of more rows could exceed 65504 at any loss scale."""
 EVALUATION_BATCH_TOKENS = 8192
-"""Maximum number of tokens in an evaluation batch, padding included."""
+"""Maximum number of tokens in an evaluation batch, including padding."""
 EVALUATION_BATCH_LOGITS = 1 << 25
-"""Maximum number of logits in an evaluation batch, 128 MiB in float32. With a large vocabulary, this limit is reached first."""
+"""Maximum number of logits in an evaluation batch (128 MiB in float32). With a large vocabulary, this limit is reached first."""
 
 MMAP_THRESHOLD = 32 << 20
-"""`tinylm.training.out_of_memory` makes the allocator return freed tensors of at least this many bytes to the operating system."""
+"""Freed tensors of at least this many bytes are returned to the operating system (see `tinylm.training.out_of_memory`)."""
 FRAGMENTATION = 1.4
-"""Ratio of a step's resident set to the bytes of its tensors. Fitted to the three recipes of benchmarks/plan_accuracy.py, each in
-fp32 and in bf16 (1.2 to 1.6)."""
+"""Ratio of a step's resident set to the bytes of its tensors. Fitted to the three recipes in benchmarks/plan_accuracy.py, each in
+fp32 and bf16. The measured ratios were 1.2 to 1.6."""
 
 
 @dataclass(frozen=True)
 class PassConfig:
-    """How the forward and backward pass of a micro-batch runs: its size, precision and device."""
+    """The size, precision, device and options for the forward and backward pass of a micro-batch."""
 
     vocab_size: int
     sequences: int
     precision: ComputeDtype = "fp32"
     on_gpu: bool = False
     recompute: bool = False
-    """Activation checkpointing."""
+    """Whether activation checkpointing is enabled."""
     frozen: bool = False
-    """Embedding and head have no gradient, as with LoRA."""
+    """Whether the embedding and head are frozen, as with LoRA."""
     document_mask: bool = False
-    """Attention has a mask for every sequence."""
+    """Whether each sequence has its own attention mask."""
 
     @property
     def e(self) -> int:
@@ -71,7 +71,7 @@ class PassConfig:
 
 
 def matrix_shapes(model: DecoderSection) -> Counter[tuple[int, int]]:
-    """Count the matrices that Muon updates by shape (rows, columns): all matrices in the blocks, and the n-gram projection."""
+    """Count the matrices that Muon updates, by shape (rows, columns): all matrices in the blocks and the n-gram projection."""
     width, hidden, layers = model.n_embd, model.feed_forward_width, model.n_layer
     queries, keys = model.n_head * model.head_width, model.kv_heads * model.head_width
     shapes: Counter[tuple[int, int]] = Counter()
@@ -86,14 +86,14 @@ def matrix_shapes(model: DecoderSection) -> Counter[tuple[int, int]]:
 
 
 def _norm_runs_in_float32(model: DecoderSection, config: PassConfig) -> bool:
-    """Whether autocast runs the norm in float32, as it does for layer norms on CUDA."""
+    """Return whether autocast runs the norm in float32, as it does for layer norms on CUDA."""
     return model.norm == "layernorm" and config.on_gpu and config.e < 4
 
 
 def _norm_bytes(model: DecoderSection, config: PassConfig, s: int) -> int:
-    """Bytes that a norm saves: its input, or its output before the gain, and one or two statistics.
+    """Return the bytes that a norm saves: its input or its output before the gain, and one or two statistics.
 
-    The output of the norm is counted for the operation that reads it.
+    The output of the norm is counted with the operation that reads it.
     """
     if model.norm == "layernorm":
         return model.n_embd * (4 if _norm_runs_in_float32(model, config) else s) + 8
@@ -101,9 +101,9 @@ def _norm_bytes(model: DecoderSection, config: PassConfig, s: int) -> int:
 
 
 def _linear_input_bytes(model: DecoderSection, config: PassConfig) -> int:
-    """Bytes that a linear layer after a norm saves: its input."""
+    """Return the bytes that a linear layer after a norm saves for its input."""
     separate = model.norm == "layernorm" or model.norm_gain or config.on_gpu or config.e != config.s
-    return model.n_embd * config.e if separate else 0  # otherwise it is the tensor that the norm saves
+    return model.n_embd * config.e if separate else 0  # otherwise, the norm already saves the same tensor
 
 
 def _has_value_embedding(model: DecoderSection, layer: int) -> bool:
@@ -111,17 +111,17 @@ def _has_value_embedding(model: DecoderSection, layer: int) -> bool:
 
 
 def _attention_bytes(model: DecoderSection, config: PassConfig, layer: int) -> int:
-    """Bytes that the attention of block `layer` saves, not counting its norm and the input of its first projection."""
+    """Return the bytes that attention in block `layer` saves, excluding its norm and the input of its first projection."""
     e, heads, kv_heads = config.e, model.n_head, model.kv_heads
     queries, keys = heads * model.head_width, kv_heads * model.head_width
     qk = queries + keys
     has_gain, rotated = model.qk_norm and model.qk_gain, model.position == "rope"
     mixes_values = model.value_residual and layer > 0
-    fused = not model.attention_dropout_p or config.on_gpu  # a CPU has no fused attention with dropout
-    # The projection of queries, keys and values is saved whole if any view of it is.
+    fused = not model.attention_dropout_p or config.on_gpu  # CPUs have no fused attention with dropout
+    # If any view of the query, key and value projection is saved, the whole projection is.
     views = not (model.qk_norm or rotated) and fused  # attention saves queries and keys as views of the projection
     by_norm = model.qk_norm and config.on_gpu
-    saved_values = fused or model.value_residual  # saved by attention, or for the value residual of this or a later block
+    saved_values = fused or model.value_residual  # saved by attention or for a value residual
     total = (qk + keys) * e if views or by_norm or (saved_values and not _has_value_embedding(model, layer)) else 0
     if model.qk_norm:
         total += (heads + kv_heads) * (4 if config.on_gpu else e)
@@ -131,7 +131,7 @@ def _attention_bytes(model: DecoderSection, config: PassConfig, layer: int) -> i
         total += keys * e if mixes_values else 0
         total += 4 * heads
         total += model.context_length * e if config.document_mask else 0
-    else:  # q, k, v and three matrices of scores for every head, in float32
+    else:  # q, k, v and three score matrices per head, in float32
         total += 3 * queries * 4 + 3 * heads * model.context_length * 4
     total += keys * e if _has_value_embedding(model, layer) and saved_values else 0
     if config.on_gpu and kv_heads != heads and (config.precision == "fp32" or config.document_mask):
@@ -140,7 +140,7 @@ def _attention_bytes(model: DecoderSection, config: PassConfig, layer: int) -> i
 
 
 def block_bytes(model: DecoderSection, config: PassConfig, layer: int) -> int:
-    """Bytes that block `layer` saves. The input of the block is included only if one of its operations saves it."""
+    """Return the bytes that block `layer` saves. The block's input is included only if one of its operations saves it."""
     e, width, hidden = config.e, model.n_embd, model.feed_forward_width
     total = _attention_bytes(model, config, layer)
     total += (
@@ -161,12 +161,12 @@ def block_bytes(model: DecoderSection, config: PassConfig, layer: int) -> int:
 
 
 def outside_block_bytes(model: DecoderSection, config: PassConfig) -> int:
-    """Bytes saved before the first and after the last block.
+    """Return the bytes saved before the first block and after the last one.
 
     This includes the gradient of the hidden states, which the loss computes in the forward pass.
     """
     width = model.n_embd
-    total = 8 + width * config.s  # the token id, the gradient
+    total = 8 + width * config.s  # the token id and the gradient
     total += 8 if config.document_mask and model.position == "learned" else 0  # the position in the document
     if model.ngram_embeddings:
         total += len(model.ngram_embeddings) * (8 + model.ngram_width * config.e + (4 if model.ngram_dropout else 0))
@@ -180,7 +180,7 @@ def outside_block_bytes(model: DecoderSection, config: PassConfig) -> int:
 
 
 def _cast_bytes(model: DecoderSection, config: PassConfig) -> int:
-    """Total bytes of the 16-bit copies of weights and rotary tables that autocast makes and the forward pass saves."""
+    """Return the total bytes of the 16-bit copies of weights and rotary tables that autocast makes and the forward pass saves."""
     if config.e == 4:
         return 0
     matrices = sum(rows * columns * count for (rows, columns), count in matrix_shapes(model).items())
@@ -189,10 +189,10 @@ def _cast_bytes(model: DecoderSection, config: PassConfig) -> int:
 
 
 def saved_bytes(model: DecoderSection, config: PassConfig) -> int:
-    """Total bytes that the forward pass of a micro-batch saves, not counting weights and buffers.
+    """Return the total bytes that the forward pass of a micro-batch saves, excluding weights and buffers.
 
-    This includes the gradients of the hidden states and of the head, which the loss computes in the forward pass. With `recompute`,
-    a block saves only its input.
+    This includes the gradients of the hidden states and the head, which the loss computes in the forward pass. With `recompute`,
+    each block saves only its input.
     """
     tokens = config.sequences * model.context_length
     head = 0 if config.frozen else 4 * config.vocab_size * model.n_embd
@@ -209,7 +209,10 @@ def saved_bytes(model: DecoderSection, config: PassConfig) -> int:
 
 
 def _first_values_bytes(model: DecoderSection, config: PassConfig) -> int:
-    """Bytes saved with `recompute` for the value residual: the first block's values, a view of its whole projection."""
+    """Return the bytes saved for the value residual with `recompute`.
+
+    The first block's values are a view of its query, key and value projection, which is therefore saved as a whole.
+    """
     keys = model.kv_heads * model.head_width
     if not model.value_residual:
         return 0
@@ -217,14 +220,15 @@ def _first_values_bytes(model: DecoderSection, config: PassConfig) -> int:
 
 
 def loss_chunk_rows(vocab_size: int, *, on_gpu: bool) -> int:
-    """Rows of float32 logits that the training loss computes at a time."""
+    """Return the number of rows in each chunk of float32 logits in the training loss."""
     return max(LOSS_ROWS, LOSS_BYTES["gpu" if on_gpu else "cpu"] // (4 * vocab_size))
 
 
 def fused_loss_rows(rows: int, vocab_size: int, plain: int) -> int:
-    """Rows of logits that the compiled loss computes at a time, for a micro-batch of `rows`. `plain`: rows of a plain chunk.
+    """Return the number of rows in each chunk of logits in the compiled loss, for a micro-batch with `rows` rows.
 
-    If possible, all chunks have the same number of rows, because the kernel is compiled for each shape.
+    `plain` is the number of rows in a chunk without compilation. If possible, all chunks have the same number of rows, because the
+    kernel is compiled separately for each shape.
     """
     largest = max(plain, min(FUSED_LOSS_BYTES // (4 * vocab_size), rows // FUSED_LOSS_SHARE))
     largest = max(1, largest // ROW_MULTIPLE) * ROW_MULTIPLE
@@ -233,32 +237,34 @@ def fused_loss_rows(rows: int, vocab_size: int, plain: int) -> int:
 
 
 def loss_bytes(model: DecoderSection, config: PassConfig) -> int:
-    """Total bytes of the temporaries of the loss: hidden states, a chunk of logits, and in 16 bits a copy of the head.
+    """Return the total bytes of temporaries in the loss.
 
-    On a GPU, the loss may or may not be compiled. The result is the larger of the two sizes.
+    These are hidden states, a chunk of logits and, in 16-bit precision, a copy of the head.
+
+    On a GPU, the loss can be compiled or not, so the result is the larger of the two sizes.
     """
     tokens = config.sequences * model.context_length
     chunk = loss_chunk_rows(config.vocab_size, on_gpu=config.on_gpu)
     fused_chunk = fused_loss_rows(tokens, config.vocab_size, chunk)
     if config.precision == "fp16":
         chunk, fused_chunk = min(chunk, LOSS_ROWS_FP16), min(fused_chunk, LOSS_ROWS_FP16)
-    # Bytes per logit: the float32 logits, plus their log-softmax on a GPU, or the 16-bit product or its gradient on a CPU.
+    # Bytes per logit: the float32 logits, plus their log-softmax on a GPU, or the 16-bit logits or their gradient on a CPU.
     copies = 8 if config.on_gpu else 4 + (config.e if config.e < 4 else 0)
     if model.logit_softcap is not None:
-        copies = 12 if config.on_gpu else 8  # also the squashed logits, which the gradient needs
+        copies = 12 if config.on_gpu else 8  # includes the capped logits, which the gradient needs
     logits = min(chunk, tokens) * copies
     if config.on_gpu and 4 * tokens * config.vocab_size >= FUSED_LOSS_FROM:
         logits = max(logits, min(fused_chunk, tokens) * 2 * config.e)  # the logits and their gradient
-    # In 16 bits, a copy of the head's weights, and their gradient from one chunk.
+    # 16-bit precision also needs a copy of the head's weights and their gradient from one chunk.
     head = (1 if config.frozen else 2) * config.vocab_size * model.n_embd * 2 if config.e < 4 else 0
     return tokens * model.n_embd * config.s + logits * config.vocab_size + head
 
 
 def activation_bytes(model: DecoderSection, config: PassConfig) -> int:
-    """Peak bytes of the forward and backward pass of a micro-batch, in addition to weights, gradients and optimizer state.
+    """Return the peak bytes in the forward and backward pass of a micro-batch, excluding weights, gradients and optimizer state.
 
-    The peak is either in the loss or at the start of the last block's backward pass, which with `recompute` follows a second
-    forward pass of that block.
+    The peak is either in the loss or at the start of the last block's backward pass. With `recompute`, that backward pass follows
+    a second forward pass through the block.
     """
     tokens = config.sequences * model.context_length
     saved = saved_bytes(model, config)
@@ -272,11 +278,12 @@ def activation_bytes(model: DecoderSection, config: PassConfig) -> int:
 
 
 def muon_bytes(model: DecoderSection, *, bf16: bool) -> int:
-    """Peak bytes of a Muon step in addition to its state.
+    """Return the peak bytes of a Muon step, excluding its state.
 
-    These are the float32 updates before orthogonalization, the updates that are already orthogonalized, and the temporaries of the
-    Newton-Schulz iteration, which processes all matrices of one shape as a stack: the stack, the matrices before and after an
-    iteration, and two Gram matrices. `bf16`: iterate in bf16; the results are cast to float32 when the weights are updated.
+    They consist of the float32 updates before orthogonalization, the updates that are already orthogonalized, and the temporaries
+    in the Newton-Schulz iteration. The iteration processes all matrices with the same shape as one stack. Its temporaries are the
+    stack, the matrices before and after an iteration, and two Gram matrices. With `bf16`, it runs in bf16, and the results are
+    cast to float32 when the weights are updated.
     """
     e = 2 if bf16 else 4
     shapes = matrix_shapes(model)
@@ -291,15 +298,15 @@ def muon_bytes(model: DecoderSection, *, bf16: bool) -> int:
 
 
 def evaluation_bytes(model: DecoderSection, vocab_size: int) -> tuple[int, int]:
-    """Total peak bytes of an evaluation batch: in the blocks, and while logits and their log-softmax exist.
+    """Return the peak bytes for an evaluation batch, in the blocks and while the logits and their log-softmax exist.
 
-    An evaluation computes in float32 and saves nothing for a backward pass.
+    An evaluation runs in float32 and saves nothing for a backward pass.
     """
     width, hidden = model.n_embd, model.feed_forward_width
     tokens = _evaluated_tokens(model, vocab_size)
     queries, keys = model.n_head * model.head_width, model.kv_heads * model.head_width
     qk = queries + keys
-    values = qk + keys  # a view of the whole projection; the previous block's values are freed after this block's projection
+    values = qk + keys  # The values are a view of the whole projection, which is freed after the next block's projection.
     previous = values if model.n_layer > 1 else 0
     rotation = 2 * qk if model.qk_norm or model.position == "rope" else 0
     attention = 3 * width + values + max(rotation, queries + (qk if rotation else 0))
@@ -310,19 +317,19 @@ def evaluation_bytes(model: DecoderSection, vocab_size: int) -> tuple[int, int]:
 
 
 def _evaluated_tokens(model: DecoderSection, vocab_size: int) -> int:
-    """Number of tokens in an evaluation batch: whole sequences, at least one."""
+    """Return the number of tokens in an evaluation batch, which contains one or more whole sequences."""
     context = model.context_length
     return context * max(1, min(EVALUATION_BATCH_TOKENS, EVALUATION_BATCH_LOGITS // vocab_size) // context)
 
 
 def cpu_peak_bytes(model: DecoderSection, vocab_size: int, step: int, resident: int) -> int:
-    """Peak resident set of training on a CPU, in addition to weights and optimizer state.
+    """Return the peak resident set in bytes when training on a CPU, excluding weights and optimizer state.
 
-    `step`: bytes of the tensors that a step allocates and frees. `resident`: bytes of the tensors that stay allocated. The
-    allocator keeps freed memory (`training/out_of_memory.py`), which is fast but causes fragmentation: a step takes `FRAGMENTATION`
-    times the bytes of its tensors, and the largest gradient does not fit into the memory that it was freed from. An evaluation is
-    assumed to reuse none of this memory, because its tensors have different sizes. Only tensors of at least `MMAP_THRESHOLD` bytes
-    are returned to the operating system.
+    `step` is the size in bytes of the tensors that a step allocates and frees. `resident` is the size of those that stay allocated.
+    The allocator keeps freed memory (`training/out_of_memory.py`), which is fast but causes fragmentation. A step takes
+    `FRAGMENTATION` times the bytes of its tensors, and the largest gradient cannot reuse the memory it previously occupied. An
+    evaluation is assumed to reuse none of this memory, because its tensors have different sizes. Only tensors of `MMAP_THRESHOLD`
+    or more bytes are returned to the operating system.
     """
     blocks, logits = evaluation_bytes(model, vocab_size)
     logits_are_returned = 4 * _evaluated_tokens(model, vocab_size) * vocab_size >= MMAP_THRESHOLD

@@ -1,6 +1,6 @@
-"""Estimate the memory of training on one device, and choose the largest micro-batch that fits. Does not import torch.
+"""Estimate the memory needed for training on one device, and choose the largest micro-batch that fits.
 
-Combines the byte counts of `memory` for a recipe, its vocabulary size and a micro-batch.
+This module combines the byte counts from `memory` for a recipe, its vocabulary size and a micro-batch. It does not import torch.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from tinylm.recipe.schema import DataSection, MuonOptimizer, Recipe
 from tinylm.recipe.values import ComputeDtype
 
 CPU_MICRO_BATCH_TOKENS = 2048
-"""Maximum number of tokens in a micro-batch on a CPU. Larger micro-batches do not fit in the caches, so they are not faster."""
+"""Maximum number of tokens in a micro-batch on a CPU. Larger micro-batches do not fit in the caches and are not faster."""
 USABLE_MEMORY = 0.6
 """Fraction of a device's memory that `micro_batch_size: auto` may use."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one device, not counting the memory of the process itself.
+    """Bytes on one device, excluding the baseline memory of the process.
 
-    `activations`, `update` and `evaluation` are the peaks of a forward and backward pass, of the optimizer's temporaries and of an
-    evaluation, which do not exist at the same time. `saving` is the copy of weights and optimizer state that training on a CPU
-    makes while it writes a checkpoint. `total` is the peak of the whole run. On a GPU it includes the largest of the three peaks.
-    On a CPU it is the resident set, which includes freed memory that the allocator keeps.
+    `activations`, `update` and `evaluation` are the peaks for a forward and backward pass, the optimizer's temporaries and an
+    evaluation. They do not occur at the same time. `saving` is the copy of the weights and optimizer state that is made on a CPU
+    while a checkpoint is written. `total` is the peak for the whole run. On a GPU, it includes the largest of the three peaks. On
+    a CPU, it is the resident set, which includes freed memory that the allocator keeps.
     """
 
     weights: int
@@ -52,11 +52,11 @@ def estimate_memory(
     accumulates: bool = True,
     bf16_updates: bool = False,
 ) -> MemoryEstimate:
-    """Estimate the memory of training with this micro-batch size.
+    """Estimate the memory needed for training with this micro-batch size.
 
-    Weights, gradients and optimizer state are float32 in every precision. With LoRA, only the adapters have gradients and state.
-    `accumulates`: a step has several micro-batches, so gradients and activations exist at the same time. `bf16_updates`: Muon
-    computes its updates in bf16.
+    Weights, gradients and optimizer state are float32 in every precision. With LoRA, only the adapters have gradients and optimizer
+    state. If `accumulates` is true, a step has several micro-batches, so gradients and activations exist at the same time. If
+    `bf16_updates` is true, Muon computes its updates in bf16.
     """
     model = estimated(recipe.model)
     counts = parameter_counts(model, vocab_size)
@@ -107,10 +107,11 @@ def choose_micro_batch(
     half: bool = False,
     devices: int = 1,
 ) -> int:
-    """Return the recipe's micro-batch size, or for `auto` the largest size that fits in `USABLE_MEMORY` of the device's memory.
+    """Return the recipe's micro-batch size. For `auto`, choose the largest size that fits in the usable share of device memory.
 
-    The size divides the batch of each device. It is 1 if no size fits. `max_tokens` is the limit on a CPU; None means a GPU. `half`
-    means training in 16 bits: in fp16 if the recipe sets it, else in bf16. Memory is ignored for an architecture without estimates.
+    The chosen size divides each device's batch. It is 1 if no size fits. `max_tokens` limits the micro-batch on a CPU and is None
+    for a GPU. `half` means 16-bit training: fp16 if the recipe sets it, and bf16 otherwise. The memory limit is ignored for an
+    architecture without estimates.
     """
     training, context = recipe.training, recipe.model.context_length
     if training.micro_batch_size != "auto":
@@ -130,7 +131,10 @@ def choose_micro_batch(
 
 
 def check_batch_divides(recipe: Recipe, devices: int) -> None:
-    """Raise `InputError` if `devices` do not divide the global batch, or the micro-batch size does not divide a device's batch."""
+    """Raise `InputError` if the global batch or a device's batch cannot be divided evenly.
+
+    `devices` must divide the global batch size, and the micro-batch size must divide the batch size per device.
+    """
     batch, micro = recipe.training.global_batch_size, recipe.training.micro_batch_size
     if devices < 1:
         raise InputError(f"must be at least 1, not {devices}", where="--devices")
@@ -147,16 +151,17 @@ def check_batch_divides(recipe: Recipe, devices: int) -> None:
     if micro != "auto" and share % micro:
         sizes = divisors(share)
         raise InputError(
-            f"{micro} does not divide the {share} sequences of each of {devices} devices",
+            f"{micro} does not divide the {share} sequences per device",
             where="training.micro_batch_size",
             hint=f"use {listed(list(map(str, sizes)), 'or')}",
         )
 
 
 def host_memory_bytes() -> int:
-    """Return the memory that this process may use: the physical memory of this machine, or less if `ulimit -v` is lower.
+    """Return the bytes of memory that this process can use.
 
-    Returns 8 GiB if the system does not report it.
+    This is the physical memory of the machine, or the limit set by `ulimit -v` if that is lower. If the system does not report its
+    physical memory, 8 GiB is assumed.
     """
     try:
         physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,4 +1,4 @@
-"""Count the parameters and FLOPs of a model from its `model:` section. Does not import torch."""
+"""Count the parameters and FLOPs of a model from its `model:` section. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ from tinylm.recipe.schema import DecoderSection, LoraSection, ModelVariant
 from tinylm.recipe.support import ANY, COMMON, Supports, unsupported_parts
 
 SUPPORTS: Supports = {**COMMON, "rope_scaling": ANY, "rope_fraction": ANY}
-"""The values of the keys of `model:` that all estimates of `tinylm.cost` include: parameters, FLOPs, memory and time."""
+"""The `model:` keys and values that all estimates in `tinylm.cost` cover: parameters, FLOPs, memory and time."""
 
 
 def not_estimated(model: ModelVariant) -> tuple[str, ...]:
-    """The parts of `model` that estimates ignore, as "key value". The estimates are for a model without these parts."""
+    """Return the parts of `model` that the estimates ignore, as "key value". The estimates are for a model without these parts."""
     return unsupported_parts(model, SUPPORTS)
 
 
 def has_estimates(model: ModelVariant) -> bool:
-    """Whether `tinylm.cost` can estimate models of this architecture."""
+    """Return whether `tinylm.cost` can estimate models with this architecture."""
     return isinstance(model, DecoderSection)
 
 
 def estimated(model: ModelVariant) -> DecoderSection:
-    """Return `model` if it has estimates. Raises `InputError` otherwise."""
+    """Return `model`. Raises `InputError` if its architecture has no estimates."""
     if not isinstance(model, DecoderSection):
         raise InputError(f"the cost of architecture {model.architecture} cannot be estimated", where="model.architecture")
     return model
 
 
 def parameter_counts(model: DecoderSection, vocab_size: int) -> dict[str, int]:
-    """Number of parameters by part.
+    """Return the number of parameters in each part of the model.
 
-    `embedding`: the token embedding, and the head if it is tied. `positions`: learned position embeddings. `tables`: all other
-    tables that are indexed by token or n-gram. `head`: an untied head. `matrices`: the matrices that Muon updates. `rest`: gains,
-    biases and scalars.
+    The parts are `embedding` (token embedding, including a tied head), `positions` (learned position embeddings), `tables` (all
+    other tables indexed by token or n-gram), `head` (an untied head), `matrices` (the matrices that Muon updates) and `rest`
+    (gains, biases and scalars).
     """
     width, hidden = model.n_embd, model.feed_forward_width
     queries, keys = model.n_head * model.head_width, model.kv_heads * model.head_width
@@ -57,7 +57,7 @@ def parameter_counts(model: DecoderSection, vocab_size: int) -> dict[str, int]:
 
 
 def lora_parameters(model: DecoderSection, lora: LoraSection) -> int:
-    """Number of parameters of the LoRA adapters."""
+    """Return the number of parameters in the LoRA adapters."""
     width, hidden, queries = model.n_embd, model.feed_forward_width, model.n_head * model.head_width
     shapes = {
         "attention.qkv": (width, queries + 2 * model.kv_heads * model.head_width),
@@ -69,20 +69,21 @@ def lora_parameters(model: DecoderSection, lora: LoraSection) -> int:
 
 
 def trained_parameters(model: DecoderSection, vocab_size: int, lora: LoraSection | None) -> int:
-    """Number of trained parameters: all parameters, or with LoRA only the parameters of the adapters."""
+    """Return the number of trained parameters. With LoRA, only the adapters are trained."""
     return lora_parameters(model, lora) if lora else sum(parameter_counts(model, vocab_size).values())
 
 
 def flops_per_token(model: DecoderSection, vocab_size: int, lora: LoraSection | None = None) -> float:
-    """FLOPs of the forward and backward pass: 6 per weight of every matrix product, including the head, plus causal attention.
+    """Return the FLOPs per token in the forward and backward pass.
 
-    With `lora`, 4 per frozen weight, whose gradient is not computed, and 6 per adapter weight.
+    They are 6 per weight in a matrix product, including the head, plus causal attention. With `lora`, they are 6 per adapter weight
+    and 4 per frozen weight, because the gradients of frozen weights are not computed.
     """
     attention = 6 * model.n_layer * model.context_length * model.n_head * model.head_width
     return weight_flops_per_token(model, vocab_size, lora) + attention
 
 
 def weight_flops_per_token(model: DecoderSection, vocab_size: int, lora: LoraSection | None) -> float:
-    """`flops_per_token` without the products of queries with keys and of probabilities with values."""
+    """Return `flops_per_token` without attention: the products of queries with keys, and of probabilities with values."""
     weights = parameter_counts(model, vocab_size)["matrices"] + vocab_size * model.n_embd
     return 6.0 * weights if lora is None else 4.0 * weights + 6.0 * lora_parameters(model, lora)

@@ -1,7 +1,8 @@
-"""Plan a training run before it starts: parameters, batch sizes, FLOPs, memory and time. Does not import torch.
+"""Estimate the parameters, batch sizes, FLOPs, memory and time of a training run before it starts.
 
-Makes a `Plan` from a recipe, a vocabulary size and a number of training tokens. `parameters` counts parameters and FLOPs,
-`micro_batch` estimates memory, and `step_time` estimates seconds, on this machine's CPU or on accelerators.
+This module makes a `Plan` from a recipe, a vocabulary size and a number of training tokens. It does not import torch. `parameters`
+counts parameters and FLOPs, `micro_batch` estimates memory, and `step_time` estimates seconds on this machine's CPU or on
+accelerators.
 """
 
 from __future__ import annotations
@@ -24,23 +25,22 @@ BUSY = "other programs use this CPU, so training may be as slow as the upper end
 TOKENS_PER_PARAMETER = 20
 """Training tokens per parameter for compute-optimal training (Hoffmann et al. 2022, tables 2 and 3)."""
 REPETITIONS_SCALE = 15.39
-"""R* in equation 5 and appendix A of Muennighoff et al. 2023: the value of the R-th repetition of a text decays as exp(-R / R*)."""
+"""R* in equation 5 and appendix A of Muennighoff et al. 2023. The value of the R-th repetition of a text decays as exp(-R / R*)."""
 
 
 @dataclass(frozen=True)
 class ComputeOptimal:
-    """The recommendations of Hoffmann et al. 2022. Parameters include the embedding but not n-gram tables and value embeddings."""
+    """The recommendations of Hoffmann et al. 2022. Parameter counts exclude n-gram tables and value embeddings."""
 
     tokens: int
-    """Training tokens for the recipe's model."""
+    """Compute-optimal number of training tokens for the recipe's model."""
     parameters_for_flops: int
     tokens_for_flops: int
-    """Number of parameters and of training tokens for the recipe's FLOPs, by C = 6 N D."""
+    """Compute-optimal numbers of parameters and training tokens for the recipe's FLOPs, with C = 6 N D."""
     unique_tokens: int
     """Number of tokens in the training text."""
     effective_tokens: int
-    """Number of unique tokens that would be worth as much as the training tokens, some of which are repeated (Muennighoff et al.
-    2023)."""
+    """Number of unique tokens that would be worth as much as the repeated training tokens (Muennighoff et al. 2023)."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ class Plan:
     """The estimated cost of a training run. Field names are the keys of `tinylm plan --json`.
 
     If the recipe sets `minutes`, `steps` and everything that depends on it are estimates. `micro_batch_size`,
-    `gradient_accumulation_steps` and `memory_bytes` are per device. `seconds_estimate` includes the `start_up_seconds` of
-    compilation but not the `evaluation_seconds` of all evaluations. `mfu` is the model FLOPs utilization: the fraction of the peak
-    FLOP/s at this precision that the recipe's FLOPs use. `cpu_share` is the fraction of the time for which a thread has a CPU core,
-    when all cores are in use; it is 1 for accelerators, which are not measured. If the machine is busy, `seconds_range` and
-    `steps_range` extend from the estimate for an idle machine to the one for this share; otherwise, both ends are the estimate.
+    `gradient_accumulation_steps` and `memory_bytes` are per device. `seconds_estimate` includes compilation (`start_up_seconds`)
+    but not evaluations (`evaluation_seconds`). `mfu` is the model FLOPs utilization, the fraction of the peak FLOP/s at this
+    precision that the recipe's FLOPs use. `cpu_share` is the fraction of the time that a thread runs on a CPU core when all cores
+    are in use. It is 1 for accelerators, which are not measured. If the machine is busy, `seconds_range` and `steps_range` extend
+    from the estimate for an idle machine to the estimate for this CPU share. Otherwise, both ends equal the estimate.
     `not_estimated` lists the parts of the model that the plan ignores, as "key value".
     """
 
@@ -103,12 +103,12 @@ def make_plan(
     devices: int = 1,
     processor: Processor | None = None,
 ) -> Plan:
-    """Estimate the cost of a recipe on a text of `train_tokens`, on this machine's CPU or on `devices` accelerators.
+    """Estimate the cost of a recipe for a text with `train_tokens` tokens, on this machine's CPU or on `devices` accelerators.
 
-    `accelerator`: a name in `accelerators.ACCELERATORS`, or None for the CPU. `heldout_tokens`: length of the held-out text.
-    `processor`: use this measurement instead of measuring the CPU.
+    `accelerator` is a name in `accelerators.ACCELERATORS`, or None for the CPU. `heldout_tokens` is the length of the held-out
+    text. If `processor` is None, the CPU is measured.
 
-    Raises `InputError` for an architecture without estimates, if the text is shorter than one sequence, if the accelerator is
+    Raises `InputError` if the architecture has no estimates, if the text is shorter than one sequence, if the accelerator is
     unknown or does not support the recipe's precision, or if the batch cannot be divided among the devices.
     """
     model, training = estimated(recipe.model), recipe.training
@@ -179,19 +179,19 @@ def make_plan(
 
 
 def evaluations(steps: int, every: int | float) -> int:
-    """Number of evaluations in a run of `steps` steps. `every` is the value of `evaluation.every`."""
+    """Return the number of evaluations in a run with `steps` steps. `every` is the value of `evaluation.every`."""
     return min(steps, math.ceil(steps / every if every >= 1 else 1 / every))
 
 
 def _steps_in(seconds: float, step_seconds: float, evaluation_seconds: float, every: int | float) -> int:
-    """Number of steps for which there is time, with their evaluations."""
+    """Return the number of steps that fit in `seconds`, including their evaluations."""
     if every >= 1:
         return max(1, int(seconds / (step_seconds + evaluation_seconds / every)))
     return max(1, int((seconds - evaluation_seconds * math.ceil(1 / every)) / step_seconds))
 
 
 def training_steps(training: TrainingSection, tokens_per_example: float, examples_per_epoch: int) -> int | None:
-    """Number of optimizer steps that the recipe asks for, or None if it sets `minutes`."""
+    """Return the number of optimizer steps that the recipe specifies, or None if it sets `minutes`."""
     if training.steps is not None:
         return training.steps
     if training.tokens is not None:
@@ -202,13 +202,16 @@ def training_steps(training: TrainingSection, tokens_per_example: float, example
 
 
 def _evaluated_tokens(recipe: Recipe, heldout_tokens: int) -> float:
-    """Number of tokens that pass through the model in one evaluation. With a stride below the context length, windows overlap."""
+    """Return the number of tokens that the model processes in one evaluation.
+
+    If the stride is less than the context length, windows overlap and tokens are processed more than once.
+    """
     scored = min(heldout_tokens, recipe.evaluation.max_tokens or heldout_tokens)
     return scored * recipe.model.context_length / (recipe.evaluation.stride or recipe.model.context_length)
 
 
 def compute_optimal(parameters: int, flops: float, tokens: int, unique_tokens: int) -> ComputeOptimal:
-    """Compute-optimal sizes, with D = 20 N tokens and C = 6 N D FLOPs, so that N = sqrt(C / 120) (Hoffmann et al. 2022)."""
+    """Return compute-optimal sizes. D = 20 N tokens and C = 6 N D FLOPs imply N = sqrt(C / 120) (Hoffmann et al. 2022)."""
     optimal_parameters = math.sqrt(flops / (6 * TOKENS_PER_PARAMETER))
     return ComputeOptimal(
         tokens=TOKENS_PER_PARAMETER * parameters,
@@ -220,7 +223,7 @@ def compute_optimal(parameters: int, flops: float, tokens: int, unique_tokens: i
 
 
 def effective_tokens(tokens: int, unique_tokens: int, scale: float = REPETITIONS_SCALE) -> int:
-    """The number of unique tokens that would be worth as much as training on `tokens` from a text of `unique_tokens`.
+    """Return the number of unique tokens worth as much as training on `tokens` from a text with `unique_tokens`.
 
     It is U + U R* (1 - exp(-R / R*)), with U unique tokens, R = tokens / U - 1 repetitions, and R* = `scale` (Muennighoff et al.
     2023).

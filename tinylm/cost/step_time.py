@@ -1,8 +1,8 @@
-"""Estimate the time of an optimizer step, on this machine's CPU or on accelerators. Does not import torch.
+"""Estimate the time of an optimizer step on this machine's CPU or on accelerators. This module does not import torch.
 
-Makes a `StepEstimate` from a recipe, its vocabulary size and a device. It also predicts what training on that device would choose
-for `auto`: precision, micro-batch size and compilation. This module counts FLOPs, bytes and kernels; `cpu` and `accelerators`
-convert the counts to seconds.
+It makes a `StepEstimate` from a recipe, its vocabulary size and a device. It also predicts the precision, micro-batch size and
+compilation that training on that device would choose for `auto`. This module counts FLOPs, bytes and kernels. `cpu` and
+`accelerators` convert the counts to seconds.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from tinylm.recipe.schema import DecoderSection, MuonOptimizer, Recipe, Training
 from tinylm.recipe.values import ComputeDtype
 
 CLEARLY_FASTER = 0.95
-"""An option is clearly faster than another if it takes less than this fraction of the other's time. `precision: auto` chooses
-bf16 on a CPU only if it is clearly faster than fp32. Timings vary by a few percent."""
+"""An option is clearly faster if it takes less than this fraction of the other option's time. Timings vary by a few percent.
+`precision: auto` chooses bf16 on a CPU only if it is clearly faster than fp32."""
 
 COMPILATION_SAVINGS = 0.15
-"""Assumed fraction of the forward and backward passes' time that compilation saves. For the `modern` preset it saved 18 to 21% in
-bf16 and 10 to 13% in fp32 (docs/lab-notebook.md, "What made a step faster")."""
+"""Assumed fraction of the forward and backward time that compilation saves. For the `modern` preset, it saved 18 to 21% in bf16 and
+10 to 13% in fp32 (docs/lab-notebook.md, "What made a step faster")."""
 COMPILATION_SECONDS = {"cpu": 12.0, "cuda": 45.0}
-"""Assumed compilation time by device type. It is 60 seconds for other devices."""
+"""Assumed compilation time in seconds by device type. For other devices, it is 60 seconds."""
 MIN_COMPILATION_PAYBACK = 1.5
-"""Compile only if the saved time is at least this multiple of the compilation time."""
+"""Compile only if the saved time is more than this multiple of the compilation time."""
 
 _ADAMW_BYTES = 28 + 12
-"""Bytes that clipping and an AdamW step move per weight. AdamW reads weight, gradient and two moments and writes all but the
-gradient (28). Clipping reads the gradient for the norm, then reads and writes it to scale it (12)."""
+"""Bytes per weight that an AdamW step and clipping move. AdamW reads the weight, the gradient and two moments, and writes all but
+the gradient (28). Clipping reads the gradient to compute the norm, then reads and writes it again to scale it (12)."""
 _MUON_BYTES = 72
-"""Bytes that a Muon step moves per weight: momentum and update (28), stacking and norm (16), iteration (16), weight (12)."""
+"""Bytes per weight that a Muon step moves for momentum and update (28), stacking and norm (16), iteration (16) and weight (12)."""
 
 
 @dataclass(frozen=True)
 class StepEstimate:
-    """The estimated cost of one optimizer step of a recipe on a device, and the values that training chooses for `auto`."""
+    """The estimated cost of one optimizer step on a device, and the values that training would choose for `auto`."""
 
     name: str
     memory_bytes: int
-    """Memory of the device."""
+    """Total memory of the device."""
     peak_flops: float
     precision: ComputeDtype
     compiled: bool
@@ -53,17 +53,17 @@ class StepEstimate:
     """Whether Muon computes its updates in bf16."""
     step_seconds: float
     evaluation_seconds: float
-    """Seconds per held-out token."""
+    """Evaluation time in seconds per held-out token."""
     start_up_seconds: float
-    """Compilation time, or 0."""
+    """Compilation time in seconds, or 0 without compilation."""
     cpu_share: float = 1.0
-    """Fraction of the measurement's duration for which its thread had a CPU core."""
+    """Fraction of the time that a thread runs on a CPU core when all cores are in use. It is 1 for accelerators."""
 
 
 def compilation_pays_off(step_seconds: float, seconds_left: float | None, steps_left: float | None, device_type: str) -> bool:
-    """Whether compilation saves clearly more time than it takes. A step takes `step_seconds` if it is not compiled.
+    """Return whether compilation saves clearly more time than it takes. `step_seconds` is the time of a step without compilation.
 
-    Training ends after `seconds_left` or `steps_left`, whichever comes first. None means that this limit does not apply.
+    Training ends after `seconds_left` or `steps_left`, whichever comes first. None means no limit.
     """
     ends = [seconds_left, None if steps_left is None else steps_left * step_seconds]
     total = min((end for end in ends if end is not None), default=0.0)
@@ -71,7 +71,7 @@ def compilation_pays_off(step_seconds: float, seconds_left: float | None, steps_
 
 
 def cpp_compiler() -> str | None:
-    """The C++ compiler that torch.compile uses on a CPU, or None if there is none."""
+    """Return the C++ compiler that torch.compile uses on a CPU, or None if none is installed."""
     return next((name for name in (os.environ.get("CXX"), "g++", "clang++") if name and shutil.which(name)), None)
 
 
@@ -80,7 +80,10 @@ def _seconds_left(training: TrainingSection) -> float | None:
 
 
 def estimate_on_cpu(recipe: Recipe, vocab_size: int, steps: int | None, processor: Processor | None) -> StepEstimate:
-    """Estimate a step on this machine's CPU. If `processor` is None, measure it. `steps`: length of the training run, if known."""
+    """Estimate a step on this machine's CPU. If `processor` is None, the CPU is measured.
+
+    `steps` is the number of steps in the run, or None if it is unknown.
+    """
     training = recipe.training
     host = host_memory_bytes()
     micro = choose_micro_batch(recipe, vocab_size, host, CPU_MICRO_BATCH_TOKENS)
@@ -101,7 +104,7 @@ def estimate_on_cpu(recipe: Recipe, vocab_size: int, steps: int | None, processo
         compiled = cpp_compiler() is not None and pays_off
     passes_per_token = seconds("fp32").passes / (training.global_batch_size * recipe.model.context_length)
     if training.activation_checkpointing:
-        passes_per_token *= 3 / 4  # an evaluation does not recompute
+        passes_per_token *= 3 / 4  # an evaluation does not recompute activations
     return StepEstimate(
         name="cpu",
         memory_bytes=host,
@@ -118,7 +121,7 @@ def estimate_on_cpu(recipe: Recipe, vocab_size: int, steps: int | None, processo
 
 
 def _measure(recipe: Recipe, vocab_size: int, micro_batch_size: int) -> Processor:
-    """Measure this machine's CPU with arrays as large as the activations and weights of the recipe."""
+    """Measure this machine's CPU with arrays as large as the recipe's activations and weights."""
     model = estimated(recipe.model)
     tensor = 4 * micro_batch_size * model.context_length * model.feed_forward_width
     return cpu.measure(tensor, 4 * sum(parameter_counts(model, vocab_size).values()))
@@ -127,7 +130,7 @@ def _measure(recipe: Recipe, vocab_size: int, micro_batch_size: int) -> Processo
 def cpu_seconds(
     recipe: Recipe, vocab_size: int, micro_batch_size: int, machine: Processor, precision: ComputeDtype, *, compiled: bool = False
 ) -> CpuSeconds:
-    """Seconds of one optimizer step on a CPU, by part."""
+    """Estimate the parts of one optimizer step on a CPU in seconds."""
     model, training = estimated(recipe.model), recipe.training
     counts = parameter_counts(model, vocab_size)
     tokens = training.global_batch_size * model.context_length
@@ -136,7 +139,7 @@ def cpu_seconds(
     muon = counts["matrices"] if isinstance(training.optimizer, MuonOptimizer) else 0
     trained = trained_parameters(model, vocab_size, training.lora)
     state_bytes = trained * (_ADAMW_BYTES + 12 * (micro_batches - 1)) + muon * (_MUON_BYTES - 28)
-    if training.lora is None:  # each micro-batch zeroes the gradients of embedding tables, then adds to a few rows
+    if training.lora is None:  # Each micro-batch zeroes the gradients of the embedding tables.
         state_bytes += 4 * micro_batches * (counts["embedding"] + counts["positions"] + counts["tables"])
     factor = _recomputation_factor(training)
     blocks = model.n_layer * cpu.query_blocks(training.global_batch_size, model.n_head, model.context_length)
@@ -158,7 +161,7 @@ def cpu_seconds(
 def estimate_on_accelerator(
     recipe: Recipe, vocab_size: int, steps: int | None, accelerator: Accelerator, devices: int
 ) -> StepEstimate:
-    """Estimate a data-parallel step on `devices` accelerators. `steps`: length of the training run, if known.
+    """Estimate a data-parallel step on `devices` accelerators. `steps` is the number of steps in the run, or None if it is unknown.
 
     Raises `InputError` if the batch cannot be divided among the devices, or if the accelerator does not support the recipe's
     precision.
@@ -207,7 +210,7 @@ def accelerator_seconds(
     *,
     compiled: bool,
 ) -> float:
-    """Seconds of one optimizer step: the devices' time, or the time to launch their kernels if that is longer."""
+    """Return the seconds for one optimizer step: the longer of the devices' time and the time to launch their kernels."""
     model, training = estimated(recipe.model), recipe.training
     matmul_precision = _matmul_precision(accelerator, precision)
     micro_batches = training.global_batch_size // devices // micro_batch_size
@@ -215,7 +218,7 @@ def accelerator_seconds(
     trained = trained_parameters(model, vocab_size, training.lora)
     muon = parameter_counts(model, vocab_size)["matrices"] if isinstance(training.optimizer, MuonOptimizer) else 0
     bf16_updates = _updates_in_bf16(recipe, "bf16" in accelerator.flops)
-    # `step_seconds` counts FLOPs of `matmul_precision`, but an fp32 Muon does not use tf32. Each matrix is updated on one device.
+    # `step_seconds` assumes `matmul_precision` for all FLOPs, but Muon in fp32 does not use tf32. One device updates each matrix.
     muon_factor = 1 if bf16_updates else accelerator.matmul_flops(matmul_precision) / accelerator.matmul_flops("fp32")
     factor = _recomputation_factor(training)
     compiled_loss = 4 * micro_batch_size * model.context_length * vocab_size >= memory.FUSED_LOSS_FROM
@@ -235,12 +238,12 @@ def accelerator_seconds(
 
 
 def _matmul_precision(accelerator: Accelerator, precision: ComputeDtype) -> MatmulPrecision:
-    """The precision of matrix products: fp32 training computes them in tf32 if the accelerator has it."""
+    """Return the precision of matrix products. In fp32 training, it is tf32 if the accelerator supports that."""
     return "tf32" if precision == "fp32" and "tf32" in accelerator.flops else precision
 
 
 def _recomputation_factor(training: TrainingSection) -> float:
-    """Relative cost of the forward and backward pass. With activation checkpointing, the forward pass runs twice."""
+    """Return the relative cost of the forward and backward pass. With activation checkpointing, the forward pass runs twice."""
     return 4 / 3 if training.activation_checkpointing else 1.0
 
 
@@ -254,7 +257,7 @@ def _muon_flops(recipe: Recipe) -> int:
 
 
 def _updates_in_bf16(recipe: Recipe, has_bf16_units: bool) -> bool:
-    """Whether Muon computes its updates in bf16."""
+    """Return whether Muon computes its updates in bf16."""
     optimizer = recipe.training.optimizer
     if not isinstance(optimizer, MuonOptimizer):
         return False
@@ -264,7 +267,7 @@ def _updates_in_bf16(recipe: Recipe, has_bf16_units: bool) -> bool:
 def _elementwise_bytes(
     model: DecoderSection, vocab_size: int, precision: ComputeDtype, *, compiled: bool, compiled_loss: bool = False
 ) -> int:
-    """Bytes per token that everything but matrix products moves. `compiled` applies only to the blocks."""
+    """Return the bytes per token moved outside matrix products. `compiled` applies only to the blocks."""
     stream = 2 if precision == "bf16" else 4
     blocks = model.n_layer * accelerators.block_bytes(model, precision, compiled=compiled, stream_bytes=stream)
     return blocks + accelerators.outside_block_bytes(

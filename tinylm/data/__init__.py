@@ -1,1 +1,1 @@
-"""Data: turns text into tokens on disk, and positions in the data order into batches."""
+"""Prepare training data: encode text as tokens on disk, and read batches of examples in a reproducible order."""

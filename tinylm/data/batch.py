@@ -1,6 +1,6 @@
-"""`Batch`: the tensors that a model reads and the targets that it predicts, for training, trials and evaluation.
+"""`Batch` contains the tensors that a model reads and the targets that it predicts.
 
-An objective creates batches from the examples of a dataset (`tinylm.training.objectives`). This module does not import torch.
+An objective creates batches from the examples in a dataset (`tinylm.training.objectives`). This module does not import torch.
 """
 
 from __future__ import annotations
@@ -14,34 +14,34 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 IGNORE_INDEX = -100
-"""The target of positions that are not predicted."""
+"""The target at positions that are not predicted."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Integer tensors with one example per row. `inputs`, `targets` and `segments` are (batch, time)."""
+    """Integer tensors with one example per row. `inputs`, `targets` and `segments` have the shape (batch, time)."""
 
     inputs: Tensor
     """Token ids."""
     targets: Tensor
     """Token ids to predict at each position. Negative ids are ignored."""
     segments: Tensor | None = None
-    """A position attends only to positions with the same number. Negative numbers are padding. None: each row is one segment."""
+    """A position attends only to positions with the same number. Negative numbers are padding. If None, each row is one segment."""
     source: Tensor | None = None
-    """(batch, source time): token ids that an encoder reads."""
+    """Token ids (batch, source time) that an encoder reads."""
     source_segments: Tensor | None = None
-    """(batch, source time): like `segments`, for `source`."""
+    """Segments (batch, source time) for `source`, like `segments`."""
 
     def __len__(self) -> int:
-        """The number of examples."""
+        """Return the number of examples."""
         return len(self.inputs)
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> Batch:
-        """Copy the tensors to a device."""
+        """Return a batch with the tensors on a device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
-        """Copy the tensors to pinned host memory, which a GPU can read asynchronously."""
+        """Return a copy in pinned host memory, which a GPU can read asynchronously."""
         return self._map(lambda tensor: tensor.pin_memory())
 
     def rows(self, selected: slice) -> Batch:
@@ -49,20 +49,20 @@ class Batch:
         return self._map(lambda tensor: tensor[selected])
 
     def split(self, size: int) -> Iterator[Batch]:
-        """Yield the examples in batches of `size`; the last one may be smaller."""
+        """Yield the examples in batches of `size`. The last batch can be smaller."""
         for start in range(0, len(self), size):
             yield self.rows(slice(start, start + size))
 
     @property
     def target_count(self) -> int:
-        """Number of targets that are not ignored. Synchronizes with the device unless the batch is in host memory."""
+        """Number of targets that are not ignored. Reading it synchronizes with the device unless the batch is in host memory."""
         return int((self.targets >= 0).sum())
 
     @property
     def token_count(self) -> int:
-        """Number of tokens that the model reads, without padding.
+        """Number of tokens that the model reads, excluding padding.
 
-        Synchronizes with the device unless the batch is in host memory.
+        Reading it synchronizes with the device unless the batch is in host memory.
         """
         source = 0 if self.source is None else _count(self.source, self.source_segments)
         return _count(self.inputs, self.segments) + source

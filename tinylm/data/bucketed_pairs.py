@@ -1,4 +1,4 @@
-"""Sentence pairs as training examples: framed by control tokens, and batched with pairs of similar length to save padding."""
+"""Frame sentence pairs with control tokens, and batch pairs of similar length to reduce padding."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from tinylm.tokenizer import Tokenizer
 
 PADDING = -1
 _BATCHES_PER_BUCKET = 32
-"""The pairs of this many batches are sorted by length together. More would save padding, but mix the pairs less."""
+"""Number of batches in a bucket. Each bucket is sorted by length. Larger buckets reduce padding but mix pairs less."""
 
 
 def language_token(language: str) -> str:
-    """The control token before a source sentence that is to be translated into a language."""
+    """Return the control token that precedes a source sentence and selects the target language."""
     return f"<2{language}>"
 
 
 @dataclass(frozen=True)
 class PairFraming:
-    """Adds control tokens: an end-of-text token after each sentence, and a language token before a source sentence."""
+    """Adds an end-of-text token after each sentence, and a language token before each source sentence."""
 
     source_tokenizer: Tokenizer
     target_tokenizer: Tokenizer
@@ -42,11 +42,14 @@ class PairFraming:
 
     @property
     def source_limit(self) -> int:
-        """The number of tokens of the text of a source sentence that always fit into the context."""
+        """The number of source text tokens that fit into the context, after subtracting the control tokens."""
         return self.context_length - 2
 
     def language_ids(self, language: str) -> list[int]:
-        """The control token of a target language as a list, empty for the language "". Raises `InputError` if there is none."""
+        """Return a list with the target language's control token, or an empty list if `language` is empty.
+
+        Raises `InputError` if the language has no control token.
+        """
         if not language:
             return []
         id = self.source_tokenizer.backend.token_to_id(language_token(language))
@@ -63,11 +66,11 @@ class PairFraming:
         return sorted(token[2:-1] for token in tokens if token.startswith("<2") and token.endswith(">"))
 
     def source(self, ids: Sequence[int] | np.ndarray, language: str = "") -> np.ndarray:
-        """Frame a source sentence of any length, (length,) int64."""
+        """Return a framed source sentence of any length as int64 (length,)."""
         return np.array([*self.language_ids(language), *ids, self._source_end], dtype=np.int64)
 
     def target(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Frame a target sentence of any length, (length,) int64."""
+        """Return a framed target sentence of any length as int64 (length,)."""
         return np.array([*ids, self.target_end], dtype=np.int64)
 
 
@@ -78,16 +81,17 @@ def _end_of_text(tokenizer: Tokenizer) -> int:
 
 
 class BucketedPairs:
-    """Sentence pairs in a pseudo-random order in which the pairs of one batch have similar lengths.
+    """Sentence pairs in a pseudo-random order in which the pairs in each batch have similar lengths.
 
-    Every epoch permutes all pairs, sorts each bucket of 32 batches by length, cuts it into batches and permutes the batches. The
-    order depends only on the seed and the position. The last incomplete batch of an epoch is left out; it differs in every epoch.
+    Each epoch permutes all pairs, divides them into buckets of 32 batches, sorts each bucket by length, divides it into batches,
+    and permutes the batches. The order depends only on the seed and the position. The last incomplete batch in an epoch is dropped.
+    It contains different pairs in each epoch.
     """
 
     def __init__(
         self, sources: Sequence[np.ndarray], targets: Sequence[np.ndarray], context_length: int, batch_size: int, seed: int
     ) -> None:
-        """Pairs of which one side is longer than `context_length` are left out. Raises `InputError` if none are left."""
+        """Skip pairs with a side longer than `context_length`. Raises `InputError` if no pairs remain."""
         fitting = [
             index
             for index, (source, target) in enumerate(zip(sources, targets, strict=True))
@@ -104,7 +108,7 @@ class BucketedPairs:
         self._last_order: tuple[int, np.ndarray] | None = None
 
     def pair_indexes(self, start: int, count: int) -> np.ndarray:
-        """The index, among the pairs that fit, of each position in [start, start + count)."""
+        """Return the indexes of the pairs at positions [start, start + count), counting only pairs that fit."""
         positions = np.arange(start, start + count, dtype=np.int64)
         epochs, within_epoch = np.divmod(positions, self.examples_per_epoch)
         indexes = np.empty_like(positions)
@@ -114,7 +118,7 @@ class BucketedPairs:
         return indexes
 
     def examples(self, start: int, count: int) -> Examples:
-        """The pairs at positions [start, start + count): `source` and `tokens`, the target, both padded with negative ids."""
+        """Return the pairs at positions [start, start + count) as `source` and `tokens` (the target), padded with negative ids."""
         indexes = self.pair_indexes(start, count)
         return {
             "tokens": padded([self._targets[index] for index in indexes]),
@@ -122,7 +126,7 @@ class BucketedPairs:
         }
 
     def _order(self, epoch: int) -> np.ndarray:
-        """The order of the pairs in an epoch. Thread-safe, because the last order is replaced atomically."""
+        """Return the order of the pairs in an epoch. This is thread-safe because the cached order is replaced atomically."""
         last = self._last_order
         if last is None or last[0] != epoch:
             last = self._last_order = (epoch, self._compute_order(epoch))
@@ -142,7 +146,7 @@ class BucketedPairs:
 
 
 def padded(sequences: Sequence[np.ndarray]) -> np.ndarray:
-    """Stack sequences of different lengths, (sequences, longest) int64, with `PADDING` at their ends."""
+    """Stack sequences of different lengths as int64 (sequences, longest), padded at the end with `PADDING`."""
     rows = np.full((len(sequences), max(map(len, sequences))), PADDING, dtype=np.int64)
     for row, sequence in zip(rows, sequences, strict=True):
         row[: len(sequence)] = sequence

@@ -1,4 +1,4 @@
-"""Format chat: conversations, split by a hash of their text, encoded turn by turn, and packed into sequences."""
+"""Data format `chat`: conversations are split by a hash of their text, encoded turn by turn, and packed into sequences."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tinylm.data.mixture import Mixture
 from tinylm.data.ngrams import sample_ngrams
 from tinylm.data.order import epoch_key, permute
 from tinylm.data.prepare import PreparedText, digest, load_or_train_tokenizer, open_prepared, prepare
-from tinylm.data.prepared import PreparedData
+from tinylm.data.prepared import PART_ADJECTIVES, PreparedData
 from tinylm.data.shards import Shard, open_shard, write_shard
 from tinylm.data.training_text import TrainingText
 from tinylm.errors import InputError
@@ -40,11 +40,11 @@ _MAX_NAMED = 3
 
 @dataclass(frozen=True)
 class EncodedConversations:
-    """Conversations as tokens, one document each, and the turns that they consist of."""
+    """Encoded conversations, each stored as one document, and their turns."""
 
     shard: Shard
     turns: np.ndarray
-    """(turns, 3) int64: the number of the conversation, the index of the role in `ROLES`, and the number of tokens."""
+    """int64 (turns, 3): the conversation index, the index of the role in `ROLES`, and the number of tokens."""
 
     def __len__(self) -> int:
         return self.shard.counts.documents
@@ -55,11 +55,11 @@ class EncodedConversations:
 
     @cached_property
     def _first_turns(self) -> np.ndarray:
-        """(conversations + 1,) the index of the first turn of each conversation."""
+        """The index of the first turn in each conversation, (conversations + 1,)."""
         return np.searchsorted(self.turns[:, 0], np.arange(len(self) + 1))
 
     def __getitem__(self, index: int) -> list[Turn]:
-        """The turns of a conversation."""
+        """Return the turns in a conversation."""
         start = int(self._spans[index, 0])
         turns = []
         for _, role, length in self.turns[self._first_turns[index] : self._first_turns[index + 1]].tolist():
@@ -68,23 +68,23 @@ class EncodedConversations:
         return turns
 
     def problem(self, vocab_size: int) -> str | None:
-        """Return why the data is damaged, or None."""
+        """Return how the data is damaged, or None if it is valid."""
         if (problem := self.shard.problem(vocab_size)) is not None:
             return problem
         lengths = np.bincount(self.turns[:, 0], weights=self.turns[:, 2], minlength=len(self)) if len(self.turns) else np.zeros(0)
         spans = np.array(self.shard.documents(), dtype=np.int64).reshape(-1, 2)
         if len(lengths) != len(spans) or (lengths != spans[:, 1] - spans[:, 0]).any():
-            return "the turns do not add up to the conversations"
+            return "the turns do not match the conversations"
         return None
 
 
 def turns_file(part: str) -> str:
-    """The name of the file with the turns of a part."""
+    """Return the name of the file that contains the turns of a part."""
     return f"{part}-turns.npy"
 
 
 def open_conversations(folder: Path, part: str, vocab_size: int) -> EncodedConversations:
-    """Open the conversations of a part. Raises `InputError` if they are missing or damaged."""
+    """Open the encoded conversations of a part. Raises `InputError` if they are missing or damaged."""
     shard, file = open_shard(folder, part), folder / turns_file(part)
     try:
         if not file.is_file():
@@ -106,7 +106,7 @@ def open_conversations(folder: Path, part: str, vocab_size: int) -> EncodedConve
 def encode_conversations(
     folder: Path, part: str, conversations: Sequence[Conversation], encoder: ChatEncoder, advance: Callable[[int], None]
 ) -> None:
-    """Encode the conversations of a part into `folder`."""
+    """Encode the conversations of a part and write them to `folder`."""
     turns: list[tuple[int, int, int]] = []
     sizes = [0, 0]
 
@@ -141,23 +141,23 @@ def encode_conversations(
 
 @dataclass(frozen=True)
 class Fitted:
-    """A conversation that fits into a context: its ids from the end-of-text token on, and which of them are learned."""
+    """A conversation that fits into a context. `ids` starts with the end-of-text token. `learned` marks the training targets."""
 
     ids: np.ndarray
     learned: np.ndarray
     cut: bool
 
     def targets(self, mask_prompt: bool) -> np.ndarray:
-        """The id to predict after each id but the last, or `IGNORE_INDEX`."""
+        """Return the target after each id except the last one. It is `IGNORE_INDEX` if it is not predicted."""
         targets: np.ndarray = np.where(self.learned[1:], self.ids[1:], IGNORE_INDEX) if mask_prompt else self.ids[1:]
         return targets
 
 
 def fit(turns: Sequence[Turn], start: int, context_length: int) -> Fitted | None:
-    """Frame a conversation for training, and cut it from the left if it has more than `context_length` + 1 tokens.
+    """Frame a conversation for training, and truncate it from the left if it has more than `context_length` + 1 tokens.
 
-    The oldest exchanges are left out first. Then the beginning of the last question is cut, and at last the system message is left
-    out. Returns None if the last answer does not fit.
+    The oldest exchanges are dropped first. Then the beginning of the last question is cut. Finally, the system message is dropped.
+    Returns None if the last answer does not fit.
     """
     limit = context_length + 1
     kept, cut = list(turns), False
@@ -170,7 +170,7 @@ def fit(turns: Sequence[Turn], start: int, context_length: int) -> Fitted | None
         cut = True
         question = kept[-2]
         room = len(question.ids) - (length - limit)
-        if room < 3 and first:  # the role, one token and the end of the turn
+        if room < 3 and first:  # A turn needs its role, one token and its end token.
             room += len(kept[0].ids)
             kept = kept[1:]
         if room < 3:
@@ -183,11 +183,11 @@ def fit(turns: Sequence[Turn], start: int, context_length: int) -> Fitted | None
 
 
 class PackedConversations:
-    """Conversations as examples of one length, each of which holds one or, with `packing`, several conversations.
+    """A dataset of conversations in which all examples have the same length.
 
-    Which conversations are packed together does not change between epochs; the order of the examples does. Examples have `tokens`
-    and `segments` (count, length) and `targets` (count, length - 1). Segments number the conversations, and padding is negative.
-    Raises `InputError` if no conversation fits into the context.
+    Each example contains one conversation, or several with `packing`. The same conversations are packed together in every epoch,
+    but the order of the examples changes. Examples have `tokens` and `segments` (count, length) and `targets` (count, length - 1).
+    Segments number the conversations, and padding is negative. Raises `InputError` if no conversation fits into the context.
     """
 
     def __init__(
@@ -201,11 +201,11 @@ class PackedConversations:
     ) -> None:
         self._conversations, self._context, self._seed, self._mask_prompt = conversations, context_length, seed, mask_prompt
         self.cut: list[int] = []
-        """The conversations of which only the end fits into the context."""
+        """The indexes of truncated conversations."""
         self.skipped: list[int] = []
-        """The conversations whose last answer does not fit into the context."""
+        """The indexes of conversations that are skipped because their last answer does not fit into the context."""
         self.learned = 0
-        """Number of tokens that are learned in one epoch."""
+        """Number of training targets in one epoch."""
         sizes: dict[int, int] = {}
         for index in range(len(conversations)):
             fitted = self._fit(index)
@@ -228,7 +228,7 @@ class PackedConversations:
         return fit(self._conversations[index], self._conversations.shard.end_of_text, self._context)
 
     def examples(self, start: int, count: int) -> Examples:
-        """The examples at positions [start, start + count)."""
+        """Return the examples at positions [start, start + count)."""
         tokens = np.full((count, self._length + 1), PADDING, dtype=np.int64)
         segments = np.full((count, self._length + 1), PADDING, dtype=np.int64)
         targets = np.full((count, self._length), IGNORE_INDEX, dtype=np.int64)
@@ -238,7 +238,7 @@ class PackedConversations:
             first = 0
             for number, index in enumerate(self.rows[chosen]):
                 fitted = self._fit(index)
-                assert fitted is not None  # it was packed
+                assert fitted is not None  # only conversations that fit are packed
                 last = first + len(fitted.ids) - 1
                 tokens[row, first:last] = fitted.ids[:-1]  # the last token is only a target
                 targets[row, first:last] = fitted.targets(self._mask_prompt)
@@ -248,7 +248,7 @@ class PackedConversations:
 
 
 def fitting_lengths(conversations: Sequence[Conversation], encoder: ChatEncoder, context_length: int) -> dict[int, int]:
-    """The number of inputs of each conversation that fits into a context, by index. Raises `InputError` if there is none."""
+    """Map the index of each conversation that fits into a context to its number of inputs. Raises `InputError` if none fits."""
     lengths = {}
     for index, conversation in enumerate(conversations):
         fitted = fit(encoder.turns(conversation.messages), encoder.start, context_length)
@@ -265,7 +265,7 @@ def no_fitting_conversation(context_length: int) -> InputError:
 
 
 def pack(sizes: dict[int, int], capacity: int) -> list[list[int]]:
-    """Divide items among bins of a capacity: each item, largest first, goes into the fullest bin that has room for it."""
+    """Divide items among bins with the same capacity. Each item, from the largest, goes into the fullest bin with enough room."""
     bins: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (remaining room, bin), sorted
     for item, size in sorted(sizes.items(), key=lambda pair: (-pair[1], pair[0])):
@@ -282,7 +282,7 @@ def pack(sizes: dict[int, int], capacity: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class PreparedChat(PreparedData):
-    """A tokenizer with control tokens, the template, the conversations of all parts, and the text that is mixed in."""
+    """A tokenizer with control tokens, the chat template, the conversations in all parts, and the mixed-in text."""
 
     template: ChatTemplate
     train: EncodedConversations
@@ -299,7 +299,7 @@ class PreparedChat(PreparedData):
         return ChatEncoder(self.template, self.tokenizer)
 
     def training_texts(self, data: ChatSection) -> list[TrainingText]:
-        """The record of the conversations and of the text that is mixed in."""
+        """Return the records for the conversations and the mixed-in text."""
         texts = [TrainingText(data.train, sample_ngrams(self.train.shard), self.tokenizer)]
         if data.mix is not None and self.mix is not None:
             texts.append(TrainingText(data.mix.text, self.mix.ngrams, self.tokenizer))
@@ -312,7 +312,7 @@ class PreparedChat(PreparedData):
 
 
 class ChatFormat:
-    """Conversations of a user and an assistant."""
+    """The data format for conversations between a user and an assistant."""
 
     def prepare(self, recipe: Recipe, reporter: Reporter, workers: int) -> PreparedChat:
         data = recipe.data
@@ -369,7 +369,7 @@ def _open(folder: Path, key: str, tokenizer: Tokenizer) -> PreparedChat:
 
 
 def _is_complete(folder: Path, part: str, vocab_size: int, reporter: Reporter) -> bool:
-    """Whether the cache contains a part. Damaged files are reported."""
+    """Return whether the cache contains a valid part. Warn if its files are damaged."""
     if not (folder / turns_file(part)).exists():
         return False
     try:
@@ -381,7 +381,7 @@ def _is_complete(folder: Path, part: str, vocab_size: int, reporter: Reporter) -
 
 
 def _prepare_mix(data: ChatSection, mix: MixSection, tokenizer: Tokenizer, reporter: Reporter, workers: int) -> PreparedText:
-    """Encode the text to train on in between with a tokenizer that has the control tokens."""
+    """Encode the mixed-in text with the tokenizer that has the control tokens."""
     path = cached_file(cache_folder("tokenizers") / f"{tokenizer.fingerprint[:32]}.json", tokenizer.save)
     heldout = HeldoutShare(share=mix.heldout.share, by=mix.heldout.by)
     section = DataSection(train=mix.text, heldout=heldout, errors=data.errors)
@@ -390,7 +390,7 @@ def _prepare_mix(data: ChatSection, mix: MixSection, tokenizer: Tokenizer, repor
 
 @dataclass(frozen=True)
 class ConversationParts:
-    """The conversations of each part, in memory."""
+    """The conversations in each part, in memory."""
 
     conversations: dict[str, list[Conversation]]
 
@@ -414,7 +414,7 @@ class ConversationParts:
 
 
 def read_parts(data: ChatSection, reporter: Reporter) -> ConversationParts:
-    """Read and split the conversations, and report their number. Raises `InputError` if a part is empty."""
+    """Read and split the conversations, and report how many there are. Raises `InputError` if a part is empty."""
     sections = {"heldout": data.heldout, "test": data.test}
     shares = {part: section.share for part, section in sections.items() if isinstance(section, ConversationShare)}
     parts = choose(_read(data, data.train), shares)
@@ -424,16 +424,16 @@ def read_parts(data: ChatSection, reporter: Reporter) -> ConversationParts:
     ordered = {part: parts[part] for part in _PURPOSES if part in parts}
     for part, items in ordered.items():
         if not items:
-            problem = f"the split leaves no conversations for {part}"
-            raise InputError(problem, where=f"data.{part}", hint="use more conversations or another share")
+            problem = f"the split leaves no {PART_ADJECTIVES[part]} conversations"
+            raise InputError(problem, where=f"data.{part}", hint="use more conversations or a different share")
     sizes = [f"{_count(len(items), 'conversation')} {_PURPOSES[part]}" for part, items in ordered.items()]
     reporter.note(f"chat: {', '.join(sizes)}")
     trained = {item.key for item in ordered["train"]}
     for part, items in list(ordered.items())[1:]:
         if repeated := sum(item.key in trained for item in items):
             reporter.warn(
-                f"{repeated:,} of {_count(len(items), f'{part} conversation')} also occur in the training data, "
-                "so scores will be too good"
+                f"{repeated:,} of {_count(len(items), f'{PART_ADJECTIVES[part]} conversation')} also occur in the training data, "
+                "so the scores will be too optimistic"
             )
     return ConversationParts(ordered)
 
@@ -452,15 +452,15 @@ def _read(data: ChatSection, sources: Sequence[str]) -> list[Conversation]:
 
 
 def _report_lengths(recipe: Recipe, prepared: PreparedChat, parts: ConversationParts, reporter: Reporter) -> None:
-    """Report the sequences, how many tokens are learned, and the conversations that do not fit into the context."""
+    """Report the number of sequences, the number of training targets, and the conversations that do not fit into the context."""
     packed, places = _packed(recipe, prepared), [item.where for item in parts.conversations["train"]]
     reporter.note(
         f"{_count(len(packed.rows), 'sequence')} of up to {recipe.model.context_length} tokens; "
-        f"{packed.learned:,} of {packed.tokens:,} tokens are learned ({packed.learned / packed.tokens:.0%})"
+        f"{packed.learned:,} of {packed.tokens:,} tokens are training targets ({packed.learned / packed.tokens:.0%})"
     )
     if packed.cut:
         reporter.note(
-            f"{_count(len(packed.cut), 'conversation')} longer than the context: the beginning is left out "
+            f"{_count(len(packed.cut), 'conversation')} longer than the context: the beginning is dropped "
             f"({_places(packed.cut, places)})"
         )
     if packed.skipped:

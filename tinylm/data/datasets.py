@@ -1,6 +1,6 @@
 """Datasets map positions in the data order to examples. An example depends only on the seed and the position.
 
-A position is the number of examples read since the start of training, over all processes. Resuming requires no other state.
+A position is the number of examples that all processes have read since the start of training. Resuming requires no other state.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from tinylm.errors import InputError
 from tinylm.recipe.schema import DataSection, ModelVariant
 
 Examples = dict[str, np.ndarray]
-"""Arrays of int64 with one example per row, by name. Every dataset has `tokens`, (count, length); negative ids are padding.
+"""Named int64 arrays with one example per row. Every dataset has `tokens` (count, length), in which negative ids are padding.
 
-`segments`, (count, length), and `targets`, (count, length - 1), are optional; see `Batch`. Without `targets`, the target at each
+`segments` (count, length) and `targets` (count, length - 1) are optional (see `Batch`). Without `targets`, the target at each
 position is the next token. Other arrays are specific to a dataset and its objective.
 """
 
 
 class Dataset(Protocol):
-    """The examples to train on, in the order in which they are read."""
+    """Training examples in the order in which they are read."""
 
     @property
     def examples_per_epoch(self) -> int: ...
 
     @property
     def tokens_per_example(self) -> float:
-        """Mean number of tokens that the model reads for one example, without padding."""
+        """Mean number of tokens that the model reads per example, excluding padding."""
         ...
 
     def examples(self, start: int, count: int) -> Examples:
-        """The examples at positions [start, start + count)."""
+        """Return the examples at positions [start, start + count)."""
         ...
 
 
@@ -51,18 +51,18 @@ def build(data: DataSection, shard: Shard, model: ModelVariant, seed: int) -> Da
 
 
 class TokenStream:
-    """Windows of `context_length + 1` tokens of a text in which all documents are concatenated.
+    """Windows of `context_length + 1` tokens from a text in which all documents are concatenated.
 
-    Each epoch cuts the text into windows at a different offset (0 in the first epoch) and visits them in a pseudo-random order.
+    Each epoch divides the text into windows at a different offset (0 in the first epoch) and visits them in a pseudo-random order.
     Adjacent windows share one token, so each target occurs once in the first epoch. In later epochs, the last window is moved
     back if it would extend past the end of the text.
 
     With a `separator` (the end-of-text token), examples include `segments`, which number the documents in a window. The end-of-text
-    token before a document belongs to the document's segment. The first token of a document is therefore predicted only from the
-    end-of-text token, as in evaluation and generation, and the end-of-text token after a document is predicted from that document.
+    token before a document belongs to the document's segment. The first token in a document is therefore predicted only from the
+    end-of-text token, as in evaluation and generation. The end-of-text token after a document is predicted from that document.
 
-    With `burn_in`, every window also contains that many tokens before its first token, which are not targets. At the beginning of
-    the text, end-of-text tokens take their place.
+    With `burn_in`, each window is preceded by that many additional tokens, which are not targets. At the beginning of the text,
+    end-of-text tokens are used instead.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class TokenStream:
             )
 
     def window_starts(self, positions: np.ndarray) -> np.ndarray:
-        """The index in the text of the first token of each position's window."""
+        """Return the index in the text at which the window for each position starts."""
         epochs, within_epoch = np.divmod(positions, self.examples_per_epoch)
         starts = np.empty_like(positions)
         last_start = len(self._tokens) - 1 - self.context_length
@@ -97,7 +97,10 @@ class TokenStream:
         return starts
 
     def examples(self, start: int, count: int) -> Examples:
-        """The windows at positions [start, start + count): `tokens`, `segments` with a separator, and `targets` with a burn-in."""
+        """Return the windows at positions [start, start + count) as `tokens`.
+
+        With a separator, the result also contains `segments`. With a burn-in, it contains `targets`.
+        """
         positions = np.arange(start, start + count, dtype=np.int64)
         starts = self.window_starts(positions)
         windows = [self._window(int(p) // self.examples_per_epoch, int(s)) for p, s in zip(positions, starts, strict=True)]
@@ -111,20 +114,20 @@ class TokenStream:
         return examples
 
     def _window(self, epoch: int, start: int) -> np.ndarray:
-        """The window at index `start` of an epoch's text, with its burn-in."""
+        """Return the window at index `start` in an epoch's text, including its burn-in."""
         first = max(0, start - self._burn_in)
         window = self._read(epoch, first, start + self.context_length + 1)
         missing = self._burn_in - (start - first)
         return window if not missing else np.concatenate((np.repeat(self._tokens[:1], missing), window))
 
     def _read(self, epoch: int, start: int, end: int) -> np.ndarray:
-        """The tokens [start, end) of an epoch's text."""
+        """Return the tokens [start, end) from an epoch's text."""
         return self._tokens[start:end]
 
 
 @dataclass(frozen=True)
 class _DocumentOrder:
-    """The order of the documents in one epoch, and the index in the epoch's text where each document ends."""
+    """The order of the documents in one epoch, and the index in the epoch's text at which each document ends."""
 
     epoch: int
     documents: np.ndarray
@@ -132,16 +135,16 @@ class _DocumentOrder:
 
 
 class ShuffledDocuments(TokenStream):
-    """Like `TokenStream`, but every epoch concatenates the documents in a different order before it cuts the windows.
+    """Like `TokenStream`, but each epoch concatenates the documents in a different order.
 
-    A document therefore has different neighbors in every epoch. Keeps three integers per document in memory.
+    A document therefore has different neighbors in each epoch. The dataset keeps three integers per document in memory.
     """
 
     def __init__(self, shard: Shard, context_length: int, seed: int, *, separator: int | None = None, burn_in: int = 0) -> None:
         """Raises `InputError` if the text is shorter than one window."""
         super().__init__(shard.tokens, context_length, seed, separator=separator, burn_in=burn_in)
         boundaries = np.flatnonzero(np.asarray(shard.tokens) == shard.end_of_text)
-        self._starts = boundaries[:-1]  # of each document, including the end-of-text token before it
+        self._starts = boundaries[:-1]  # Each document starts with the end-of-text token before it.
         self._lengths = np.diff(boundaries)
         self._last_order: _DocumentOrder | None = None
 
@@ -160,7 +163,7 @@ class ShuffledDocuments(TokenStream):
         return np.concatenate(pieces)
 
     def _order(self, epoch: int) -> _DocumentOrder:
-        """Return the document order of an epoch. Thread-safe, because the last order is replaced atomically."""
+        """Return the document order in an epoch. This is thread-safe because the cached order is replaced atomically."""
         order = self._last_order
         if order is None or order.epoch != epoch:
             count = len(self._starts)
@@ -170,9 +173,9 @@ class ShuffledDocuments(TokenStream):
 
 
 class ConsecutiveParts:
-    """Parts of `length` tokens of a text in the original order, for models that are trained by counting.
+    """Consecutive parts of a text with `length` tokens each, for models that are trained by counting.
 
-    The last part may be shorter. There is a single epoch: positions after its end have no tokens.
+    The last part can be shorter. There is only one epoch, and positions after its end contain no tokens.
     """
 
     def __init__(self, shard: Shard, length: int) -> None:
@@ -181,11 +184,11 @@ class ConsecutiveParts:
         self.tokens_per_example = len(shard) / self.examples_per_epoch
 
     def span(self, start: int, count: int) -> tuple[int, int]:
-        """The positions in the text at which the parts [start, start + count) begin and end."""
+        """Return the token indexes at which the parts [start, start + count) begin and end."""
         return min(start * self.length, len(self.shard)), min((start + count) * self.length, len(self.shard))
 
     def examples(self, start: int, count: int) -> Examples:
-        """The parts at positions [start, start + count), with negative ids as padding."""
+        """Return the parts at positions [start, start + count), with negative ids as padding."""
         first, last = self.span(start, count)
         tokens = np.full(count * self.length, IGNORE_INDEX, dtype=np.int64)
         tokens[: last - first] = self.shard.tokens[first:last]

@@ -1,4 +1,4 @@
-"""The number of tokens in a recipe's text, estimated from a sample if the text is large. Does not import torch."""
+"""Count the tokens in a recipe's text, or estimate them from a sample if the text is large. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tinylm.tokenizer import training
 from tinylm.tokenizer.chat_template import ChatEncoder, ChatTemplate, add_control_tokens
 
 EXACT_LIMIT_BYTES = 16 << 20
-"""Texts up to this size are tokenized completely."""
+"""Maximum size of a text that is tokenized completely."""
 SAMPLE_CHARACTERS = 4 << 20
 
 
@@ -29,13 +29,13 @@ class TextSize:
     train_tokens: int
     heldout_tokens: int
     exact: bool
-    """False if the numbers of tokens are extrapolated from a sample."""
+    """False if the token counts are estimates."""
 
 
 def estimate_text_size(data: DataVariant, tokenizer: TokenizerSection, reporter: Reporter) -> TextSize:
-    """Tokenize a small text completely and cache the tokens for training, or tokenize a sample of a large text.
+    """Count the tokens in a text. A large text is estimated from a sample. A small text is tokenized and cached for training.
 
-    Raises `InputError` in the same cases as `prepare`, and for a format other than text and chat.
+    Raises `InputError` in the same cases as `prepare`, and if the data format is neither text nor chat.
     """
     if isinstance(data, ChatSection):
         return _estimate_chat(data, tokenizer, reporter)
@@ -53,7 +53,7 @@ def estimate_text_size(data: DataVariant, tokenizer: TokenizerSection, reporter:
 
 
 def _estimate_chat(data: ChatSection, section: TokenizerSection, reporter: Reporter) -> TextSize:
-    """Encode all conversations. The number of sequences is not exact, because packing leaves some positions empty."""
+    """Encode all conversations. The result is not exact, because packing leaves some positions empty."""
     parts = read_parts(data, reporter)
     encoder = ChatEncoder(ChatTemplate(), add_control_tokens(load_or_train_tokenizer(parts, section, reporter)).tokenizer)
 
@@ -65,7 +65,7 @@ def _estimate_chat(data: ChatSection, section: TokenizerSection, reporter: Repor
 
 
 def _allow_smaller(tokenizer: TokenizerSection) -> TokenizerSection:
-    """Allow a smaller vocabulary: a sample may not contain enough different tokens for the requested size."""
+    """Allow a smaller vocabulary, because a sample might not contain enough distinct tokens for the requested size."""
     if isinstance(tokenizer, VocabularyTokenizer):
         return tokenizer.model_copy(update={"allow_smaller": True})
     return tokenizer

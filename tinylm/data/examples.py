@@ -1,4 +1,4 @@
-"""Show training examples as text: which parts are learned, and which are only read."""
+"""Show training examples as text, and mark which parts are training targets and which are only context."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tinylm.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Part:
-    """Consecutive tokens of an example that are all learned or all only read."""
+    """Consecutive tokens in an example that are either all training targets or all context."""
 
     text: str
     learned: bool
@@ -23,11 +23,11 @@ class Part:
 
 @dataclass(frozen=True)
 class ShownExample:
-    """One training sequence, in the segments that do not attend to each other."""
+    """One training sequence, divided into segments that do not attend to each other."""
 
     segments: list[list[Part]]
     padding: int
-    """Number of positions without a token."""
+    """Number of padded positions."""
 
     @property
     def tokens(self) -> int:
@@ -39,9 +39,9 @@ class ShownExample:
 
 
 def shown_examples(examples: Examples, tokenizer: Tokenizer) -> Iterator[ShownExample]:
-    """Convert examples of next-token prediction. The first token of a segment is read, and never predicted.
+    """Convert next-token prediction examples to text. The first token in a segment is only context.
 
-    Control tokens are shown by their names.
+    Control tokens are shown by name.
     """
     tokens = examples["tokens"]
     targets = examples.get("targets", tokens[:, 1:])
@@ -53,14 +53,14 @@ def shown_examples(examples: Examples, tokenizer: Tokenizer) -> Iterator[ShownEx
 
 
 def _spans(segments: np.ndarray) -> Iterator[tuple[int, int]]:
-    """The start and end of each stretch with the same segment number."""
+    """Yield the start and end of each run of positions with the same segment number."""
     edges = np.flatnonzero(np.diff(segments)) + 1
     bounds = [0, *edges.tolist(), len(segments)]
     yield from pairwise(bounds)
 
 
 def _segment(tokens: np.ndarray, targets: np.ndarray, start: int, end: int, tokenizer: Tokenizer) -> list[Part]:
-    """The parts of the segment [start, end). A last target that is not an input itself belongs to it."""
+    """Return the parts of the segment [start, end). A final target that is not an input is included."""
     ids, learned = [int(tokens[start])], [False]
     for position in range(start, min(end, len(targets))):
         target = int(targets[position])
@@ -79,7 +79,7 @@ def _segment(tokens: np.ndarray, targets: np.ndarray, start: int, end: int, toke
 
 
 def _text(ids: list[int], tokenizer: Tokenizer) -> str:
-    """Decode ids, with the names of control tokens."""
+    """Decode ids. Control tokens are replaced with their names."""
     added = tokenizer.backend.get_added_tokens_decoder()
     control = {id for id, token in added.items() if token.special} | {tokenizer.end_of_text}
     text = ""

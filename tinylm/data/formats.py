@@ -1,4 +1,4 @@
-"""Data formats: how the sources of each value of `data.format` become examples. `register` adds a format.
+"""Data formats prepare the sources for each value of `data.format`. `register` adds a format:
 
 register(LabelsSection, LabelsFormat())
 """
@@ -25,26 +25,26 @@ from tinylm.reporting import Reporter
 
 
 class DataFormat(Protocol):
-    """Prepares the data of one format. `prepare` and `open` return a subclass of `PreparedData`, which is passed to `dataset`."""
+    """Prepares data in one format. `prepare` and `open` return a subclass of `PreparedData`, which is passed to `dataset`."""
 
     def prepare(self, recipe: Recipe, reporter: Reporter, workers: int) -> Any:
-        """Read, split and encode the sources, or open the result from the cache. The result does not depend on `workers`.
+        """Read, split and encode the sources, or open the cached result. The result does not depend on `workers`.
 
         Raises `InputError` if the sources cannot be read, split or encoded.
         """
         ...
 
     def open(self, recipe: Recipe, folder: Path, fingerprint: str, tokenizer_json: str) -> Any:
-        """Open what another process has prepared, given its folder, its fingerprint and the content of its tokenizer.json."""
+        """Open data that another process has prepared. `tokenizer_json` is the content of its tokenizer.json."""
         ...
 
     def dataset(self, recipe: Recipe, prepared: Any) -> Dataset:
-        """Build the dataset to train on. Raises `InputError` if there is not enough data for one example."""
+        """Build the training dataset. Raises `InputError` if there is not enough data for one example."""
         ...
 
 
 class TextFormat:
-    """Plain text, which becomes one stream of tokens."""
+    """Plain text, which is encoded as one stream of tokens."""
 
     def prepare(self, recipe: Recipe, reporter: Reporter, workers: int) -> PreparedText:
         return prepare(require_text(recipe.data), with_control_tokens(recipe.tokenizer, recipe.model), reporter, workers)

@@ -1,6 +1,6 @@
-"""Frame texts for a model: control tokens before and after each text, truncation to the context, and padding to rows of one length.
+"""Frame texts for a model: truncate them to the context, add control tokens, and pad them to the same length.
 
-An encoder reads `[CLS] text [SEP]`. Other models read a text between two end-of-text tokens, as in their training text.
+An encoder reads `[CLS] text [SEP]`. Other models read a text between two end-of-text tokens, as during training.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from tinylm.tokenizer import Tokenizer
 from tinylm.tokenizer.control_tokens import ControlTokens
 
 PADDING = -1
-"""The segment of positions after the end of a text."""
+"""The segment number of padded positions."""
 
 
 def with_control_tokens(section: TokenizerSection, model: ModelVariant) -> TokenizerSection:
-    """Add the control tokens of an encoder to a tokenizer that is trained for one."""
+    """Add control tokens to the section of a tokenizer that will be trained for an encoder."""
     if not model.bidirectional or not isinstance(section, LearnedTokenizer):
         return section
     added = [token for token in CONTROL_TOKENS if token not in section.special_tokens]
@@ -30,18 +30,18 @@ def with_control_tokens(section: TokenizerSection, model: ModelVariant) -> Token
 
 @dataclass(frozen=True)
 class Framing:
-    """How a text becomes one row of a model's input."""
+    """The control tokens and limits that turn a text into one row of model input."""
 
     first: int
     last: int
     pad: int
     context_length: int
     truncate: str = "head"
-    """Which tokens of a long text are kept: head (the first ones) or head_tail (the first ones and the last quarter)."""
+    """How to truncate: `head` keeps the beginning. `head_tail` takes a quarter of the tokens from the end."""
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, model: ModelVariant, truncate: str = "head") -> Framing:
-        """Raises `InputError` if the tokenizer does not have the tokens that the model needs."""
+        """Return the framing for a model. Raises `InputError` if the tokenizer lacks a control token that the model needs."""
         if model.bidirectional:
             control = ControlTokens.of(tokenizer)
             return cls(control.cls, control.sep, control.pad, model.context_length, truncate)
@@ -52,11 +52,11 @@ class Framing:
 
     @property
     def room(self) -> int:
-        """The number of tokens of a text that fit into the context."""
+        """The number of text tokens that fit into the context."""
         return self.context_length - 2
 
     def frame(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Truncate a text and add the control tokens, (length,) int64."""
+        """Truncate a text and add the control tokens. Returns int64 (length,)."""
         ids = np.asarray(ids, dtype=np.int64)
         if len(ids) > self.room:
             tail = self.room // 4 if self.truncate == "head_tail" else 0
@@ -64,7 +64,7 @@ class Framing:
         return np.concatenate(([self.first], ids, [self.last]))
 
     def rows(self, framed: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Pad framed texts to one length: ids and segments (0, or `PADDING`), each (texts, length) int64."""
+        """Pad framed texts to the same length. Returns ids and segments (0 or `PADDING`), both int64 (texts, length)."""
         length = max(map(len, framed))
         tokens = np.full((len(framed), length), self.pad, dtype=np.int64)
         segments = np.full((len(framed), length), PADDING, dtype=np.int64)
@@ -74,9 +74,9 @@ class Framing:
 
 
 def batches_by_length(lengths: Sequence[int], max_tokens: int) -> list[np.ndarray]:
-    """Group texts of similar length into batches of at most `max_tokens` tokens including padding, longest first.
+    """Group texts of similar length into batches of up to `max_tokens` tokens including padding, from longest to shortest.
 
-    Returns the indices of the texts of each batch. A text that is longer than `max_tokens` forms its own batch.
+    Returns the indices of the texts in each batch. A text that is longer than `max_tokens` is in a batch of its own.
     """
     order = np.argsort(-np.asarray(lengths), kind="stable")
     batches, start = [], 0

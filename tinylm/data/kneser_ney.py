@@ -1,14 +1,15 @@
-"""N-gram language models with interpolated modified Kneser-Ney smoothing (Chen & Goodman 1999, section 3). Does not import torch.
+"""N-gram language models with interpolated modified Kneser-Ney smoothing (Chen & Goodman 1999, section 3).
 
-`count_ngrams` counts the n-grams of a part of a text, `NgramCounts.merged` adds up the counts of two parts, and `smooth` turns
-counts into `NgramTables`, which contain probabilities. The n-gram baselines of evaluation and the architecture `ngram` use them.
+`count_ngrams` counts the n-grams in a part of a text, `NgramCounts.merged` adds the counts from two parts, and `smooth` converts
+counts to probabilities (`NgramTables`). The n-gram baselines in evaluations and the `ngram` architecture use these functions. This
+module does not import torch.
 
-The n-grams of all orders form a trie. An n-gram is identified by its index among the sorted keys of its order. Its key is the
-index of its prefix, which is one token shorter, times the size of the vocabulary, plus its last token. The index of a 1-gram is its
+The n-grams of all orders form a trie. An n-gram is identified by its index among the sorted keys of its order. Its key is
+`prefix * vocab_size + last_token`, where `prefix` is the index of the n-gram without its last token. The index of a 1-gram is its
 token.
 
-N-grams do not cross document boundaries. The end-of-text token before a document is the context of its first tokens, like `<s>` in
-KenLM. The end-of-text token after a document is predicted like any other token, like `</s>`.
+N-grams do not cross document boundaries. The end-of-text token before a document is part of the context of its first tokens, like
+`<s>` in KenLM. The end-of-text token after a document is predicted like any other token, like `</s>`.
 """
 
 from __future__ import annotations
@@ -21,27 +22,27 @@ import numpy as np
 from tinylm.data.shards import Shard
 
 FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)
-"""KenLM's discounts of counts of 1, 2 and 3 or more where the estimate is undefined or out of range."""
+"""KenLM's discounts for counts of 1, 2 and 3 or more, used if the estimate is undefined or out of range."""
 _PART = 1 << 20
 """Number of tokens that `count_shard` counts at a time."""
 
 
 @dataclass(frozen=True)
 class NgramCounts:
-    """How often each n-gram of orders 1 to `order` occurs."""
+    """The number of occurrences of each n-gram of orders 1 to `order`."""
 
     vocab_size: int
     keys: tuple[np.ndarray, ...]
-    """For each order from 2, the sorted keys of its n-grams, int64."""
+    """The sorted keys (int64) of the n-grams of each order, starting with order 2."""
     counts: tuple[np.ndarray, ...]
-    """For each order from 1, the number of occurrences of each n-gram, int64."""
+    """The number of occurrences (int64) of each n-gram of each order, starting with order 1."""
 
     @property
     def order(self) -> int:
         return len(self.counts)
 
     def merged(self, other: NgramCounts) -> NgramCounts:
-        """The sum of these counts and those of another part of the text."""
+        """Return the sum of these counts and the counts from another part of the text."""
         own, others = np.arange(self.vocab_size), np.arange(self.vocab_size)  # the new index of each n-gram
         keys, counts = [], [self.counts[0] + other.counts[0]]
         for k in range(2, self.order + 1):
@@ -57,21 +58,21 @@ class NgramCounts:
         return NgramCounts(self.vocab_size, tuple(keys), tuple(counts))
 
     def truncated(self, order: int) -> NgramCounts:
-        """The counts of the n-grams of up to `order` tokens."""
+        """Return only the counts of n-grams with up to `order` tokens."""
         return NgramCounts(self.vocab_size, self.keys[: order - 1], self.counts[:order])
 
 
 def _rekey(keys: np.ndarray, new_indices: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Replace the index of the prefix in each key. The order of the keys stays the same."""
+    """Replace the prefix index in each key. The order of the keys does not change."""
     prefixes, tokens = np.divmod(keys, vocab_size)
     return np.asarray(new_indices[prefixes] * vocab_size + tokens)
 
 
 def count_ngrams(tokens: np.ndarray, context: int, *, vocab_size: int, order: int, end_of_text: int) -> NgramCounts:
-    """Count the n-grams that end after the first `context` tokens, which are only the context of the others.
+    """Count the n-grams that end after the first `context` tokens. Those tokens only serve as context.
 
-    To count a long text in parts, pass up to `order - 1` tokens before each part. At the start of a text, `context` is 1, because
-    the first end-of-text token is not predicted.
+    To count a long text in parts, include up to `order - 1` tokens before each part. At the start of a text, `context` is 1,
+    because the first end-of-text token is not predicted.
     """
     tokens = np.asarray(tokens, dtype=np.int64)
     preceding = _preceding_tokens(tokens, end_of_text)
@@ -88,20 +89,20 @@ def count_ngrams(tokens: np.ndarray, context: int, *, vocab_size: int, order: in
 
 
 def count_shard(shard: Shard, vocab_size: int, order: int) -> NgramCounts:
-    """Count all n-grams of a text, one part after the other."""
+    """Count all n-grams in a text, part by part."""
     parts = (count_part(shard, start, min(start + _PART, len(shard)), vocab_size, order) for start in range(0, len(shard), _PART))
     return reduce(NgramCounts.merged, parts)
 
 
 def count_part(shard: Shard, start: int, end: int, vocab_size: int, order: int) -> NgramCounts:
-    """Count the n-grams that end at positions [start, end) of a text. They may begin before `start`."""
+    """Count the n-grams that end at positions [start, end) in a text. They can begin before `start`."""
     first = max(0, start - order + 1)
     context = max(start, 1) - first
     return count_ngrams(shard.tokens[first:end], context, vocab_size=vocab_size, order=order, end_of_text=shard.end_of_text)
 
 
 def _preceding_tokens(tokens: np.ndarray, end_of_text: int) -> np.ndarray:
-    """Number of tokens that precede each token in its document, including the end-of-text token before the document."""
+    """Return the number of tokens before each token in its document, including the end-of-text token before the document."""
     positions = np.arange(len(tokens))
     boundaries = np.flatnonzero(tokens == end_of_text)
     opening = np.searchsorted(boundaries, positions, side="left") - 1
@@ -110,26 +111,26 @@ def _preceding_tokens(tokens: np.ndarray, end_of_text: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class NgramTables:
-    """The probabilities of an n-gram model, in the form of an ARPA file.
+    """The probabilities of an n-gram model, organized as in an ARPA file.
 
-    The probability of a token is that of the longest n-gram that ends with it. If the n-gram of a known context and the token is
-    not in the tables, it is the probability given the context without its first token, times the backoff weight of the context.
+    If the tables contain the n-gram of a context and a token, they contain the token's probability in that context. Otherwise, the
+    probability is the backoff weight of the context times the probability in the context without its first token.
     """
 
     vocab_size: int
     keys: tuple[np.ndarray, ...]
-    """For each order from 2, the sorted keys of its n-grams, int64."""
+    """The sorted keys (int64) of the n-grams of each order, starting with order 2."""
     probabilities: tuple[np.ndarray, ...]
-    """For each order from 1, the probability of each n-gram's last token given the tokens before it, float32."""
+    """The probability (float32) of each n-gram's last token given the tokens before it, for each order, starting with order 1."""
     backoffs: tuple[np.ndarray, ...]
-    """For each order from 1, except the highest, the backoff weight of each n-gram as a context, float32."""
+    """The backoff weight (float32) of each n-gram as a context, for each order except the highest, starting with order 1."""
 
     @property
     def order(self) -> int:
         return len(self.probabilities)
 
     def problem(self) -> str | None:
-        """Return why the tables are damaged, or None if they are not."""
+        """Return how the tables are damaged, or None if they are valid."""
         for k, keys in enumerate(self.keys, 2):
             if len(keys) and (keys[0] < 0 or keys[-1] >= len(self.probabilities[k - 2]) * self.vocab_size):
                 return f"a {k}-gram has an unknown prefix"
@@ -138,18 +139,21 @@ class NgramTables:
         if not all(((values >= 0) & (values <= 1)).all() for values in self.probabilities):
             return "a probability is not between 0 and 1"
         if not all((np.isfinite(values) & (values >= 0)).all() for values in self.backoffs):
-            return "a backoff weight is not a number of at least 0"
+            return "a backoff weight is negative or not finite"
         return None
 
     def logprobs(self, shard: Shard) -> np.ndarray:
-        """Log-probability in nats of every token of a text given the tokens before it, `(tokens,)`; NaN for end-of-text tokens."""
+        """Return the log-probability in nats of each token in a text given the tokens before it, `(tokens,)`.
+
+        The result is NaN for end-of-text tokens.
+        """
         tokens = np.asarray(shard.tokens, dtype=np.int64)
         result = self.token_probabilities(tokens, _preceding_tokens(tokens, shard.end_of_text))
         result[tokens == shard.end_of_text] = np.nan
         return np.asarray(np.log(result))
 
     def token_probabilities(self, tokens: np.ndarray, preceding: np.ndarray) -> np.ndarray:
-        """The probability of each token given the tokens before it. `preceding` is the number of these that are its context."""
+        """Return the probability of each token given the tokens before it. `preceding` is the number of tokens in its context."""
         probability = self.probabilities[0][tokens].astype(np.float64)
         contexts = tokens  # index of the (k-1)-gram that ends at each position, or -1
         for k in range(2, self.order + 1):
@@ -166,7 +170,10 @@ class NgramTables:
         return np.asarray(probability)
 
     def find(self, k: int, prefixes: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """Index of each k-gram, given the index of its prefix and its last token; -1 for an unknown prefix or k-gram."""
+        """Return the index of each k-gram, given the index of its prefix and its last token.
+
+        The result is -1 if the prefix or the k-gram is unknown.
+        """
         keys, wanted = self.keys[k - 2], prefixes * self.vocab_size + tokens
         if not len(keys):
             return np.full(len(wanted), -1, dtype=np.int64)
@@ -174,9 +181,9 @@ class NgramTables:
         return np.where((prefixes >= 0) & (tokens >= 0) & (keys[places] == wanted), places, -1)
 
     def distributions(self, contexts: np.ndarray) -> np.ndarray:
-        """The probability of every token of the vocabulary after each context, `(N, vocab_size)`.
+        """Return the probability of each token in the vocabulary after each context, `(N, vocab_size)`.
 
-        `contexts`, `(N, order - 1)`: the last tokens before the predicted one. Negative ids mean that there are no more tokens.
+        `contexts`, `(N, order - 1)`, are the last tokens before the predicted one. Shorter contexts start with negative ids.
         """
         result = np.repeat(self.probabilities[0][None].astype(np.float64), len(contexts), axis=0)
         for k in range(2, self.order + 1):
@@ -190,7 +197,7 @@ class NgramTables:
         return result
 
     def _context_indices(self, contexts: np.ndarray) -> np.ndarray:
-        """Index of each n-gram `(N, n)`, or -1."""
+        """Return the index of each n-gram in `contexts`, `(N, n)`, or -1 if it is unknown."""
         indices = contexts[:, 0]
         for k in range(2, contexts.shape[1] + 1):
             indices = self.find(k, indices, contexts[:, k - 1])
@@ -198,7 +205,7 @@ class NgramTables:
 
 
 def _ranges(first: np.ndarray, last: np.ndarray) -> np.ndarray:
-    """The numbers of all ranges [first, last), one range after the other."""
+    """Return the concatenated integers of all ranges [first, last)."""
     lengths = last - first
     offsets = np.cumsum(lengths) - lengths
     numbers: np.ndarray = np.arange(int(lengths.sum())) + np.repeat(first - offsets, lengths)
@@ -208,8 +215,9 @@ def _ranges(first: np.ndarray, last: np.ndarray) -> np.ndarray:
 def smooth(counts: NgramCounts, end_of_text: int, prune: tuple[int, ...] = ()) -> NgramTables:
     """Compute the probabilities of an n-gram model from counts.
 
-    `prune`: for each order, n-grams that occur at most this often are removed; the last number also applies to longer n-grams.
-    Their probability mass goes to shorter n-grams. The numbers must not decrease. 1-grams are never removed.
+    `prune` contains a threshold for each order. N-grams are removed if they occur no more often than that. The last threshold also
+    applies to longer n-grams, and the thresholds must not decrease. The probability mass of removed n-grams goes to shorter
+    n-grams. 1-grams are never removed.
     """
     vocab_size, order = counts.vocab_size, counts.order
     suffixes = _suffixes(counts)
@@ -218,7 +226,7 @@ def smooth(counts: NgramCounts, end_of_text: int, prune: tuple[int, ...] = ()) -
     backoffs: list[np.ndarray] = []
     keys: list[np.ndarray] = []
     kept_before = np.arange(vocab_size)  # the indices of the kept (k-1)-grams
-    lower = np.full(1, 1 / vocab_size)  # probabilities of the order below
+    lower = np.full(1, 1 / vocab_size)  # probabilities of the next lower order
     for k in range(1, order + 1):
         occurrences = adjusted[k - 1]
         prefixes = counts.keys[k - 2] // vocab_size if k > 1 else np.zeros(vocab_size, dtype=np.int64)
@@ -242,19 +250,19 @@ def smooth(counts: NgramCounts, end_of_text: int, prune: tuple[int, ...] = ()) -
 
 
 def _threshold(prune: tuple[int, ...], k: int) -> int:
-    """The count up to which k-grams are removed, or -1."""
+    """Return the largest count at which k-grams are removed, or -1 if none are removed."""
     if k == 1 or not prune:
         return -1
     return prune[min(k, len(prune)) - 1] or -1
 
 
 def _positions(selected: np.ndarray, size: int) -> np.ndarray:
-    """For each number below `size`, its position in the sorted array `selected`."""
+    """Return the position in the sorted array `selected` of each integer below `size`."""
     return np.asarray(np.searchsorted(selected, np.arange(size)))
 
 
 def _suffixes(counts: NgramCounts) -> list[np.ndarray]:
-    """For each order, the index of each n-gram without its first token."""
+    """Return, for each order, the index of each n-gram without its first token."""
     vocab_size = counts.vocab_size
     suffixes = [np.zeros(vocab_size, dtype=np.int64)]
     for k in range(2, counts.order + 1):
@@ -264,9 +272,9 @@ def _suffixes(counts: NgramCounts) -> list[np.ndarray]:
 
 
 def _adjusted_counts(counts: NgramCounts, suffixes: list[np.ndarray], end_of_text: int) -> list[np.ndarray]:
-    """The counts that are smoothed: for all orders but the highest, the number of different tokens before an n-gram.
+    """Return the counts to smooth. For all orders except the highest, they are the number of distinct tokens before an n-gram.
 
-    N-grams at the start of a document have no token before them, so their number of occurrences is used.
+    N-grams at the start of a document have no token before them, so their number of occurrences is used instead.
     """
     adjusted = []
     first_tokens = np.arange(counts.vocab_size)
@@ -283,11 +291,11 @@ def _adjusted_counts(counts: NgramCounts, suffixes: list[np.ndarray], end_of_tex
 
 
 def _discounts(n: list[int]) -> list[float]:
-    """The amounts by which counts of 1, 2 and 3 or more are discounted, given how many n-grams occur once, twice, 3 and 4 times.
+    """Return the discounts for counts of 1, 2 and 3 or more, given how many n-grams occur 1, 2, 3 and 4 times.
 
-    The estimate of Chen & Goodman requires n-grams with all of these counts. On tiny or repetitive text, it can be undefined or out
-    of range: without a discount, unseen n-grams would have probability 0, and with a discount as large as the count, the
-    n-grams would be ignored. KenLM's fallback then replaces it.
+    The estimate of Chen & Goodman requires n-grams with each of these counts. On tiny or repetitive text, it can be undefined or
+    out of range. Without a discount, unseen n-grams would have probability 0. With a discount as large as the count, the n-grams
+    would be ignored. In these cases, KenLM's fallback is used instead.
     """
     discounts = []
     for times, fallback in zip((1, 2, 3), FALLBACK_DISCOUNTS, strict=True):

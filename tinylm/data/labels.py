@@ -1,4 +1,4 @@
-"""Format labels: texts with one label each, split with stratification, encoded, and read as examples in a pseudo-random order."""
+"""Data format `labels`: labeled texts are split with stratification, encoded, and read as examples in a pseudo-random order."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tinylm.data.datasets import Examples
 from tinylm.data.framing import Framing, with_control_tokens
 from tinylm.data.order import epoch_key, permute
 from tinylm.data.prepare import EncodePieces, digest, load_or_train_tokenizer, open_or_encode
-from tinylm.data.prepared import PreparedData
+from tinylm.data.prepared import PART_ADJECTIVES, PreparedData
 from tinylm.data.shards import Shard, open_shard
 from tinylm.data.workers import encode_in_parallel
 from tinylm.errors import InputError
@@ -32,37 +32,37 @@ from tinylm.tokenizer import Tokenizer
 
 _CACHE_VERSION = 1
 UNSEEN = -1
-"""The id of a label that the training texts do not have."""
+"""The id of labels that do not occur in the training texts."""
 _MAX_NAMED = 5
 
 
 @dataclass(frozen=True)
 class LabeledShard:
-    """The tokens of labeled texts, one document each, and their labels."""
+    """Labeled texts as tokens, with one document per text, and their labels."""
 
     shard: Shard
     names: tuple[str, ...]
-    """The labels that occur, sorted."""
+    """The distinct labels in sorted order."""
     labels: np.ndarray
-    """(texts,) the index of each text's label in `names`."""
+    """The index of each text's label in `names`, (texts,)."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def ids(self, labels: Sequence[str]) -> np.ndarray:
-        """(texts,) the index of each text's label in `labels`, or `UNSEEN`."""
+        """Return the index of each text's label in `labels`, or `UNSEEN`, (texts,)."""
         index = {label: id for id, label in enumerate(labels)}
         ids: np.ndarray = np.array([index.get(name, UNSEEN) for name in self.names], dtype=np.int64)[self.labels]
         return ids
 
     def documents(self) -> list[np.ndarray]:
-        """The token ids of each text."""
+        """Return the token ids of each text."""
         return [np.asarray(self.shard.tokens[start:end]) for start, end in self.shard.documents()]
 
 
 @dataclass(frozen=True)
 class PreparedLabels(PreparedData):
-    """A tokenizer and the labeled texts of all parts."""
+    """A tokenizer and the labeled texts in all parts."""
 
     train: LabeledShard
     heldout: LabeledShard
@@ -89,21 +89,21 @@ class PreparedLabels(PreparedData):
         if unused:
             raise InputError(f"no training text has the label {_listed(unused)}", where="objective.labels", hint="remove it")
         if len(labels) < 2:
-            hint = "a classifier needs texts of at least two labels"
+            hint = "a classifier needs texts with at least two labels"
             raise InputError(f"all training texts have the label {labels[0]!r}", where="data.label", hint=hint)
         if isinstance(objective.class_weights, dict) and (extra := sorted({*objective.class_weights} - {*labels})):
             raise InputError(f"no training text has the label {_listed(extra)}", where="objective.class_weights")
         label_counts = tuple(counts[label] for label in labels)
         if objective.label_counts not in ((), label_counts):
             raise InputError(
-                "differs from the counts of the training texts", where="objective.label_counts", hint="remove this key"
+                "does not match the label counts in the training texts", where="objective.label_counts", hint="remove this key"
             )
         update = {"labels": labels, "label_counts": label_counts}
         return recipe.model_copy(update={"objective": objective.model_copy(update=update)})
 
 
 def labels_file(part: str) -> str:
-    """The name of the file with the labels of a part."""
+    """Return the name of the file that contains the labels of a part."""
     return f"{part}-labels.json"
 
 
@@ -144,7 +144,7 @@ def _labels_hash(names: Any, ids: Any) -> str:
 
 @dataclass(frozen=True)
 class LabeledParts:
-    """The labeled texts of each part, in memory."""
+    """The labeled texts in each part, in memory."""
 
     texts: dict[str, list[LabeledText]]
 
@@ -153,7 +153,7 @@ class LabeledParts:
         return digest(*(f"{part} {fingerprint(texts)}" for part, texts in self.texts.items()))
 
     def encoded_fingerprint(self, tokenizer: Tokenizer) -> str:
-        """A hash of the content, the split and the tokenizer."""
+        """Return a hash of the content, the split and the tokenizer."""
         return digest("labels", self.fingerprint, tokenizer.fingerprint, str(_CACHE_VERSION))
 
     @property
@@ -170,7 +170,7 @@ class LabeledParts:
 
 
 class LabelsFormat:
-    """Texts with one label each."""
+    """The data format for texts with one label each."""
 
     def prepare(self, recipe: Recipe, reporter: Reporter, workers: int) -> PreparedLabels:
         data = recipe.data
@@ -222,7 +222,8 @@ def read_parts(data: LabelsSection, reporter: Reporter) -> LabeledParts:
     ordered: dict[str, list[LabeledText]] = {part: parts[part] for part in ("train", "heldout", "test") if part in parts}
     for part, members in ordered.items():
         if not members:
-            raise InputError(f"the split leaves no texts for {part}", where=f"data.{part}", hint="use more texts or another share")
+            problem = f"the split leaves no {PART_ADJECTIVES[part]} texts"
+            raise InputError(problem, where=f"data.{part}", hint="use more texts or a different share")
     _report_parts(ordered, reporter)
     return LabeledParts(ordered)
 
@@ -243,7 +244,7 @@ def _report_conflicts(texts: Sequence[LabeledText], reporter: Reporter) -> None:
         labels.setdefault(item.text, set()).add(item.label)
     conflicts = sum(len(found) > 1 for found in labels.values())
     if conflicts:
-        reporter.warn(f"{_count(conflicts, 'text')} occur with different labels, so no classifier can get all of them right")
+        reporter.warn(f"{_count(conflicts, 'text')} with more than one label: no classifier can predict all of these labels")
 
 
 def _report_parts(parts: dict[str, list[LabeledText]], reporter: Reporter) -> None:
@@ -254,18 +255,21 @@ def _report_parts(parts: dict[str, list[LabeledText]], reporter: Reporter) -> No
     reporter.note(f"labeled texts: {sizes}; {_count(len(known), 'label')}")
     trained = {item.text for item in parts["train"]}
     for part, texts in list(parts.items())[1:]:
+        adjective = PART_ADJECTIVES[part]
         unseen = sorted({item.label for item in texts} - known)
         if unseen:
             count = sum(item.label in unseen for item in texts)
             reporter.warn(
-                f"{_count(count, f'{part} text')} have labels that no training text has ({_listed(unseen)}); they count as mistakes"
+                f"{_count(count, f'{adjective} text')} with labels that do not occur in the training texts ({_listed(unseen)}) "
+                "will count as mistakes"
             )
         if repeated := sum(item.text in trained for item in texts):
             reporter.warn(
-                f"{repeated:,} of {_count(len(texts), f'{part} text')} also occur in the training texts, so scores will be too good"
+                f"{repeated:,} of {_count(len(texts), f'{adjective} text')} also occur in the training texts, "
+                "so the scores will be too optimistic"
             )
         if missing := known - {item.label for item in texts}:
-            reporter.note(f"{_count(len(missing), 'label')} have no {part} text: {_listed(sorted(missing))}")
+            reporter.note(f"{_count(len(missing), 'label')} without {adjective} texts: {_listed(sorted(missing))}")
 
 
 def _report_lengths(prepared: PreparedLabels, framing: Framing, reporter: Reporter) -> None:
@@ -290,7 +294,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 class LabeledDocuments:
-    """Labeled texts as examples: each epoch visits every text once, in a pseudo-random order.
+    """A dataset of labeled texts. Each epoch visits every text once in a pseudo-random order.
 
     Examples have `tokens` (count, length), padded with negative ids, and `labels` (count, 1).
     """
@@ -304,7 +308,7 @@ class LabeledDocuments:
         self.tokens_per_example = float(lengths.mean())
 
     def examples(self, start: int, count: int) -> Examples:
-        """The texts at positions [start, start + count)."""
+        """Return the texts at positions [start, start + count)."""
         epochs, within = np.divmod(np.arange(start, start + count, dtype=np.int64), self.examples_per_epoch)
         chosen = np.empty_like(within)
         for epoch in np.unique(epochs):

@@ -1,4 +1,4 @@
-"""The dataset of masked language models: windows of text in which some tokens are masked (Devlin et al. 2019)."""
+"""The dataset for masked language models, which consists of text windows with masked tokens (Devlin et al. 2019)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tinylm.tokenizer import Tokenizer
 from tinylm.tokenizer.control_tokens import ControlTokens, is_ordinary
 
 _CHOICE, _KIND, _TOKEN = range(3)
-"""The streams of random numbers: whether a token is masked, what replaces it, and which random token."""
+"""Random number streams that decide whether a token is predicted, how it is replaced, and which random token replaces it."""
 
 
 @dataclass(frozen=True)
@@ -28,18 +28,18 @@ class Masking:
 
     mask: int
     ordinary: np.ndarray
-    """(vocabulary,): whether each id is an ordinary token, which can be masked and can replace a token."""
+    """Whether each id is an ordinary token, (vocabulary,). Only ordinary tokens can be masked or replace another token."""
     replace: Replacement
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, replace: Replacement = Replacement()) -> Masking:
-        """Raises `InputError` if the tokenizer has no [MASK] token."""
+        """Return the masking for a tokenizer. Raises `InputError` if it has no [MASK] token."""
         return cls(ControlTokens.of(tokenizer).mask, np.array(is_ordinary(tokenizer)), replace)
 
     def apply(self, tokens: np.ndarray, rate: np.ndarray, seed: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Ids (rows, time) -> inputs with masks, and targets: the id where a token is to be predicted, else `IGNORE_INDEX`.
+        """Mask token ids (rows, time). Returns inputs and targets, where the target is `IGNORE_INDEX` if a token is not predicted.
 
-        `rate` (rows,): the probability that an ordinary token is to be predicted. `positions` (rows,) determine the random choices.
+        `rate` (rows,) is the probability of predicting an ordinary token. `positions` (rows,) determine the random choices.
         """
         width = tokens.shape[1]
         chosen = (uniform(seed, positions, width, _CHOICE) < rate[:, None]) & self.ordinary[tokens]
@@ -53,20 +53,21 @@ class Masking:
 
 
 class MaskedWindows:
-    """Windows of a text as `[CLS] tokens [SEP]`, in which documents are separated by [SEP], with masked tokens.
+    """Masked text windows framed as `[CLS] tokens [SEP]`. The documents in a window are separated by [SEP].
 
-    Examples have `tokens` (the inputs) and `targets`, both (count, context_length), and `segments` with `data.document_mask`.
+    Examples have `tokens` (the inputs) and `targets`, both (count, context_length). With `data.document_mask`, they also have
+    `segments`.
     """
 
     def __init__(self, stream: TokenStream, tokenizer: Tokenizer, objective: MaskedLMObjective, seed: int) -> None:
-        """Raises `InputError` if the tokenizer does not have the control tokens of an encoder."""
+        """Raises `InputError` if the tokenizer lacks the control tokens of an encoder."""
         self._stream, self._seed = stream, seed
         self._control = ControlTokens.of(tokenizer)
         self._end_of_text = tokenizer.end_of_text
         self._masking = Masking.of(tokenizer, objective.replace)
         self._rates = objective.rate[0], objective.rate[-1]
         self.total: int | None = None
-        """Number of examples in the training run, over which the rate changes."""
+        """Number of examples over which the masking rate changes, or None if the length of the run is unknown."""
 
     @property
     def examples_per_epoch(self) -> int:
@@ -77,10 +78,10 @@ class MaskedWindows:
         return self._stream.context_length + 2
 
     def examples(self, start: int, count: int) -> Examples:
-        """The examples at positions [start, start + count)."""
+        """Return the examples at positions [start, start + count)."""
         positions = np.arange(start, start + count, dtype=np.int64)
         windows = self._stream.examples(start, count)
-        text = windows["tokens"][:, :-1]  # the last token of a window is the first of the next one
+        text = windows["tokens"][:, :-1]  # The last token is also the first token of the next window.
         text = np.where(text == self._end_of_text, self._control.sep, text)
         framed = np.pad(text, ((0, 0), (1, 1)))
         framed[:, 0], framed[:, -1] = self._control.cls, self._control.sep
@@ -91,14 +92,14 @@ class MaskedWindows:
         return examples
 
     def rates(self, positions: np.ndarray) -> np.ndarray:
-        """The masking rate of each position."""
+        """Return the masking rate at each position."""
         first, last = self._rates
         done = np.zeros(len(positions)) if self.total is None else np.minimum(positions / self.total, 1.0)
         return first + (last - first) * done
 
 
 def build(recipe: Recipe, objective: MaskedLMObjective, prepared: PreparedText) -> MaskedWindows:
-    """Build the dataset of a recipe. Raises `InputError` if the text is shorter than one window."""
+    """Build the dataset for a recipe. Raises `InputError` if the text is shorter than one window."""
     window = recipe.model.model_copy(update={"context_length": recipe.model.context_length - 2})
     stream = datasets.build(require_text(recipe.data), prepared.train, window, recipe.seed)
     assert isinstance(stream, TokenStream)

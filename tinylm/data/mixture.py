@@ -1,4 +1,4 @@
-"""Mix two datasets: a share of the examples comes from plain text, evenly spread over the data order."""
+"""Mix a dataset with plain text, which provides a fixed share of the examples and is spread evenly over the data order."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from tinylm.data.framing import PADDING
 
 
 class Mixture:
-    """The examples of `main`, and windows of `text` in between. Up to rounding, `share` of any consecutive examples are text.
+    """The examples of `main`, interleaved with windows of `text`.
 
-    Each dataset keeps its own order and starts its next epoch when it is read once. An epoch of the mixture is one of `main`.
+    Up to rounding, `share` of any consecutive examples are text windows. Each dataset keeps its own order and starts its next epoch
+    when all of its examples have been read. An epoch of the mixture is one epoch of `main`.
     """
 
     def __init__(self, main: Dataset, text: TokenStream, share: float) -> None:
@@ -24,11 +25,11 @@ class Mixture:
         self.tokens_per_example = (1 - share) * main.tokens_per_example + share * text.tokens_per_example
 
     def text_before(self, position: int) -> int:
-        """The number of examples before a position that are text."""
+        """Return the number of text windows before a position."""
         return position * self._share.numerator // self._share.denominator
 
     def examples(self, start: int, count: int) -> Examples:
-        """The examples at positions [start, start + count). Rows of the shorter dataset are padded."""
+        """Return the examples at positions [start, start + count). Shorter examples are padded."""
         first, last = self.text_before(start), self.text_before(start + count)
         bounds = np.array([self.text_before(position) for position in range(start, start + count + 1)])
         is_text = np.diff(bounds) > 0

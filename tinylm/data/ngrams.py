@@ -1,12 +1,12 @@
-"""A small sample of the n-grams of a text, to measure how much of another text also occurs in it. Does not import torch.
+"""Sample the n-grams in a text to measure how much of another text also occurs in it. This module does not import torch.
 
-An n-gram is in the sample if its hash is small, so two texts that contain the same n-gram either both sample it or both skip it.
-The share of a text's sampled n-grams that the other text contains is therefore an unbiased estimate of the share of all its
-n-grams. This is the sketch of Broder (1997) with a threshold on the hash.
+An n-gram is in the sample if its hash is small. If two texts contain the same n-gram, either both sample it or both skip it. The
+share of a text's sampled n-grams that occur in the other text is therefore an unbiased estimate of the share for all its n-grams.
+This is the sketch of Broder (1997) with a threshold on the hash.
 
-Size: one 32-bit hash for one in `rate` distinct n-grams. The rate is 1 for texts of up to 65,536 tokens, rises to 4 (one byte per
-token), and keeps the sample near 4 million hashes (16 MiB) for any larger text. The probability that an n-gram is found although
-the text does not contain it is (number of hashes) / 2**32: at most about 0.1%.
+One in `rate` distinct n-grams is stored as a 32-bit hash. The rate is 1 for texts with up to 65,536 tokens and rises to 4 (one byte
+per token). For very large texts, it is higher, so that the sample has no more than about 4 million hashes (16 MiB). The probability
+of finding an n-gram that the text does not contain is (number of hashes) / 2**32, which is about 0.1% or less.
 """
 
 from __future__ import annotations
@@ -23,42 +23,45 @@ from tinylm.errors import InputError
 from tinylm.paths import atomic_file
 
 MIN_LENGTH = 13
-"""Tokens of an n-gram. Brown et al. (2020), appendix C, use 13 words."""
+"""Minimum number of tokens in an n-gram. Brown et al. (2020), appendix C, use 13 words."""
 _MIN_BYTES = 40
-"""If tokens are shorter than words, as characters are, an n-gram has more tokens, so that it has at least about this many bytes."""
+"""Approximate minimum number of bytes in an n-gram. If tokens are short, such as characters, n-grams have more tokens."""
 _EXACT_TOKENS = 1 << 16
 _USUAL_RATE = 4
 _MAX_HASHES = 1 << 22
 _CHUNK = 1 << 15
-"""Positions that are hashed at once. The arrays of one chunk fit in the CPU's caches."""
+"""Number of positions that are hashed at once. The arrays for one chunk fit in the CPU's caches."""
 _MULTIPLIERS = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """How much of a text also occurs in another one."""
+    """How much of a text also occurs in another text."""
 
     share: float
-    """The share of its n-grams that also occur in the other text. A document shorter than an n-gram counts as a whole."""
+    """The share of the text's n-grams that also occur in the other text. A document shorter than an n-gram is hashed as a whole."""
     length: int
-    """Tokens of an n-gram."""
+    """Number of tokens in an n-gram."""
     sampled: int
-    """Number of n-grams of the text that were looked up."""
+    """Number of n-grams from the text that were looked up."""
 
 
 @dataclass(frozen=True)
 class NgramSample:
-    """The sampled n-grams of a text."""
+    """The n-grams sampled from a text."""
 
     hashes: np.ndarray
-    """uint32, sorted, without duplicates."""
+    """The distinct hashes in sorted order, uint32."""
     length: int
-    """Tokens of an n-gram."""
+    """Number of tokens in an n-gram."""
     rate: int
     """One in `rate` n-grams is in the sample."""
 
     def overlap(self, shard: Shard) -> Overlap | None:
-        """How much of a text with the same tokenizer also occurs in this one. None if none of its n-grams is in the sample."""
+        """Measure how much of a text with the same tokenizer also occurs in this one.
+
+        Returns None if none of its n-grams is in the sample.
+        """
         hashes, weights = _sample(shard, self.length, self.rate)
         total = int(weights.sum())
         if not total:
@@ -71,7 +74,7 @@ class NgramSample:
 
 
 def sample_ngrams(shard: Shard) -> NgramSample:
-    """Sample the n-grams of a text."""
+    """Sample the n-grams in a text."""
     counts = shard.counts
     length = max(MIN_LENGTH, round(_MIN_BYTES * counts.tokens / max(counts.bytes, 1)))
     rate = max(1, min(_USUAL_RATE, -(-counts.tokens // _EXACT_TOKENS)), -(-counts.tokens // _MAX_HASHES))
@@ -81,7 +84,7 @@ def sample_ngrams(shard: Shard) -> NgramSample:
 
 
 def save_ngrams(sample: NgramSample, file: Path) -> None:
-    """Write a sample as a safetensors file, atomically."""
+    """Write a sample to a safetensors file atomically."""
     with atomic_file(file) as temporary:
         save_file({"hashes": sample.hashes}, temporary, {"length": str(sample.length), "rate": str(sample.rate)})
 
@@ -100,10 +103,10 @@ def open_ngrams(file: Path) -> NgramSample:
 
 
 def _sample(shard: Shard, length: int, rate: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the hash of each sampled n-gram, uint32, and its weight in tokens.
+    """Return the hash (uint32) of each sampled n-gram and its weight in tokens.
 
-    The weight of an n-gram is 1, because one starts at almost every token. The weight of a document that is shorter than an n-gram
-    is its number of tokens.
+    The weight of an n-gram is 1, because an n-gram starts at almost every token. The weight of a document that is shorter than an
+    n-gram is its number of tokens.
     """
     tokens, end_of_text = shard.tokens, shard.end_of_text
     numbers = _random_numbers(int(tokens.max(initial=0)) + 1)
@@ -127,17 +130,20 @@ def _sample(shard: Shard, length: int, rate: int) -> tuple[np.ndarray, np.ndarra
 
 
 def _random_numbers(count: int) -> np.ndarray:
-    """A random 64-bit number for every token, the same in every process: the basis of all hashes (tabulation hashing)."""
+    """Return a random 64-bit number for each token, for tabulation hashing. The numbers are the same in every process."""
     return np.random.default_rng(0).integers(0, 1 << 64, count, dtype=np.uint64)
 
 
 def _identifier(hashes: np.ndarray) -> np.ndarray:
-    """The 32 bits of each hash that are stored. They are neither the highest bits, which select the sample, nor the weak lowest."""
+    """Return the 32 bits of each hash that are stored.
+
+    The highest bits are not stored because they select the sample. The lowest bits are not stored because they are less random.
+    """
     return (hashes >> np.uint64(16)).astype(np.uint32)
 
 
 def _hash_ngrams(values: np.ndarray, length: int) -> np.ndarray:
-    """Hash all n-grams of `length` tokens. The width of the hashed windows doubles until two of them cover an n-gram."""
+    """Hash all n-grams with `length` tokens. The width of the hashed windows doubles until two windows cover an n-gram."""
     width = 1
     while width < length:
         offset = min(width, length - width)
@@ -149,13 +155,13 @@ def _hash_ngrams(values: np.ndarray, length: int) -> np.ndarray:
 
 
 def _starts_across(ends: np.ndarray, length: int, count: int) -> np.ndarray:
-    """The positions below `count` at which an n-gram would contain one of the end-of-text tokens at `ends`."""
+    """Return the positions below `count` at which an n-gram would contain one of the end-of-text tokens at `ends`."""
     starts = (ends[:, None] - np.arange(length)).ravel()
     return starts[(starts >= 0) & (starts < count)]
 
 
 def _hash_short_documents(shard: Shard, numbers: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Hash each document with fewer than `length` tokens as a whole. Returns the hashes and the numbers of tokens."""
+    """Hash each document with fewer than `length` tokens as a whole. Returns the hashes and the token counts."""
     boundaries = np.flatnonzero(np.asarray(shard.tokens) == shard.end_of_text)
     starts, sizes = boundaries[:-1] + 1, np.diff(boundaries) - 1
     short = (sizes > 0) & (sizes < length)

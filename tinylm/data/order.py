@@ -1,4 +1,4 @@
-"""Pseudo-random permutations for the data order, computed on the fly in O(1) memory, and hashes of examples."""
+"""Pseudo-random permutations for the data order, computed in O(1) memory, and hashes of examples."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
 def _mix64(values: np.ndarray) -> np.ndarray:
-    """SplitMix64's finalizer, uint64 -> uint64: every output bit depends on every input bit."""
+    """Apply SplitMix64's finalizer (uint64 -> uint64). Each output bit depends on every input bit."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed: np.ndarray = values ^ (values >> np.uint64(31))
@@ -20,7 +20,8 @@ def _mix64(values: np.ndarray) -> np.ndarray:
 def permute(positions: np.ndarray, size: int, key: int) -> np.ndarray:
     """Map `positions` in [0, size) with the pseudo-random permutation of [0, size) that `key` selects.
 
-    Uses a Feistel network over a power of two. Images outside the range are mapped again until they are inside (cycle walking).
+    The permutation is a Feistel network over a power of two. Results outside the range are mapped again until they are inside
+    (cycle walking).
     """
     half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
     mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
@@ -40,9 +41,9 @@ def permute(positions: np.ndarray, size: int, key: int) -> np.ndarray:
 
 
 def uniform(seed: int, positions: np.ndarray, width: int, stream: int) -> np.ndarray:
-    """Pseudo-random numbers in [0, 1), (len(positions), width). They depend only on seed, position, column and `stream`.
+    """Return pseudo-random numbers in [0, 1), (len(positions), width).
 
-    Different streams are independent of each other.
+    They depend only on the seed, position, column and `stream`. Different streams are independent.
     """
     with np.errstate(over="ignore"):
         key = _mix64(np.array([seed], dtype=np.uint64) + _GOLDEN_GAMMA * np.uint64(2 * stream + 1))
@@ -54,7 +55,7 @@ def uniform(seed: int, positions: np.ndarray, width: int, stream: int) -> np.nda
 
 
 def fingerprint(sequences: np.ndarray) -> int:
-    """An order-independent 64-bit hash of a set of sequences (N, length)."""
+    """Return a 64-bit hash of sequences (N, length) that does not depend on their order."""
     with np.errstate(over="ignore"):
         offsets = _GOLDEN_GAMMA * np.arange(1, sequences.shape[1] + 1, dtype=np.uint64)
         rows = _mix64(sequences.astype(np.uint64) + offsets).sum(axis=1, dtype=np.uint64)
@@ -62,6 +63,6 @@ def fingerprint(sequences: np.ndarray) -> int:
 
 
 def epoch_key(seed: int, epoch: int) -> int:
-    """A 64-bit key that selects the permutation of an epoch."""
+    """Return a 64-bit key that selects the permutation for an epoch."""
     mixed = _mix64(np.array([seed], dtype=np.uint64) * _GOLDEN_GAMMA + np.uint64(epoch))
     return int(_mix64(mixed)[0])

@@ -1,4 +1,4 @@
-"""Format pairs: sentences and their translations, split by document, encoded, and read as batches of similar length."""
+"""Data format `pairs`: sentence pairs are split by document, encoded, and read in batches of similar length."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from tinylm.data.bucketed_pairs import BucketedPairs, PairFraming, language_token
 from tinylm.data.prepare import EncodePieces, digest, load_or_train_tokenizer, open_or_encode
-from tinylm.data.prepared import PreparedData
+from tinylm.data.prepared import PART_ADJECTIVES, PreparedData
 from tinylm.data.shards import Shard, open_shard
 from tinylm.data.workers import encode_in_parallel
 from tinylm.errors import InputError
@@ -31,12 +31,12 @@ from tinylm.tokenizer import Tokenizer
 _CACHE_VERSION = 1
 _SIDES = ("source", "target")
 SOURCE_TOKENIZER = "source-tokenizer.json"
-"""The file with the tokenizer of the source side, if it has one of its own."""
+"""The file that contains the source tokenizer if the two sides have separate vocabularies."""
 
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """The pairs of one part as text and as tokens. The shards contain one document per pair."""
+    """The pairs in one part as text and as tokens. The shards contain one document per pair."""
 
     pairs: tuple[SentencePair, ...]
     source: Shard
@@ -46,7 +46,7 @@ class EncodedPairs:
         return len(self.pairs)
 
     def ids(self, framing: PairFraming) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """The framed source and target ids of every pair."""
+        """Return the framed source and target ids of each pair."""
         sources = [np.asarray(self.source.tokens[start:end]) for start, end in self.source.documents()]
         targets = [np.asarray(self.target.tokens[start:end]) for start, end in self.target.documents()]
         framed = [framing.source(ids, pair.language) for ids, pair in zip(sources, self.pairs, strict=True)]
@@ -55,7 +55,7 @@ class EncodedPairs:
 
 @dataclass(frozen=True)
 class PreparedPairs(PreparedData):
-    """The tokenizers and the sentence pairs of all parts. `tokenizer` is that of the target side."""
+    """The tokenizers and the sentence pairs in all parts. `tokenizer` is the target tokenizer."""
 
     source_tokenizer: Tokenizer
     """The same object as `tokenizer` if the vocabulary is shared."""
@@ -71,7 +71,7 @@ class PreparedPairs(PreparedData):
         return (*shards, *(name for part in parts for name in (pairs_file(part), checksum_file(part))), *own)
 
     def fill_in(self, recipe: Recipe) -> Recipe:
-        """Set `objective.source_vocab_size` if the source side has a vocabulary of its own."""
+        """Set `objective.source_vocab_size` if the source side has a separate vocabulary."""
         if self.source_tokenizer is self.tokenizer:
             return recipe
         objective = recipe.objective.model_copy(update={"source_vocab_size": self.source_tokenizer.vocab_size})
@@ -82,17 +82,17 @@ class PreparedPairs(PreparedData):
 
 
 def pairs_file(part: str) -> str:
-    """The name of the file with the text of a part."""
+    """Return the name of the file that contains the text of a part."""
     return f"{part}-pairs.jsonl"
 
 
 def checksum_file(part: str) -> str:
-    """The name of the file with the SHA-256 of `pairs_file`."""
+    """Return the name of the file that contains the SHA-256 of `pairs_file`."""
     return f"{part}-pairs.sha256"
 
 
 class PairsFormat:
-    """Sentences and their translations."""
+    """The data format for sentences and their translations."""
 
     def prepare(self, recipe: Recipe, reporter: Reporter, workers: int) -> PreparedPairs:
         data = recipe.data
@@ -136,7 +136,7 @@ def open_pairs(folder: Path, fingerprint: str, tokenizer: Tokenizer) -> Prepared
         if (folder / pairs_file(part)).exists()
     }
     if not {"train", "heldout"} <= opened.keys():
-        raise InputError("the prepared sentence pairs are incomplete", where=str(folder), hint="remove this folder and try again")
+        raise InputError("the prepared sentence pairs are incomplete", where=str(folder), hint="delete this folder and try again")
     return PreparedPairs(tokenizer, folder, fingerprint, source_tokenizer, opened["train"], opened["heldout"], opened.get("test"))
 
 
@@ -178,7 +178,7 @@ def _read_pairs(folder: Path, part: str) -> tuple[SentencePair, ...]:
 
 @dataclass(frozen=True)
 class _Texts:
-    """The sentences of one or both sides, as a text in which each sentence is a document."""
+    """The sentences on one or both sides, as a text in which each sentence is a document."""
 
     parts: Mapping[str, Sequence[SentencePair]]
     sides: tuple[str, ...]
@@ -204,7 +204,7 @@ class _Texts:
 
 
 def read_parts(data: PairsSection, reporter: Reporter) -> dict[str, list[SentencePair]]:
-    """Read, split and clean the pairs of all parts, and report their sizes. Raises `InputError` if a part is empty."""
+    """Read, split and clean the pairs, and report the size of each part. Raises `InputError` if a part is empty."""
     sections: dict[str, Any] = {"heldout": data.heldout, "test": data.test}
     shares = {part: (section.share, section.by) for part, section in sections.items() if isinstance(section, PairShare)}
     parts = pair_texts.split(pair_texts.read_pairs(data, data.train, reporter), shares)
@@ -225,7 +225,7 @@ def _count_duplicates(parts: dict[str, list[SentencePair]], data: PairsSection, 
     repeated = len(parts["train"]) - len(unique)
     if repeated:
         dropped = data.duplicates == "drop"
-        reporter.note(f"{repeated:,} training pairs occur again" + (" and were dropped (data.duplicates)" if dropped else ""))
+        reporter.note(f"{repeated:,} duplicate training pairs {'were dropped' if dropped else 'are kept'} (data.duplicates)")
         if dropped:
             parts["train"] = unique
 
@@ -235,24 +235,25 @@ def _count_overlap(parts: dict[str, list[SentencePair]], data: PairsSection, rep
     for part, pairs in parts.items():
         if part == "train":
             continue
+        adjective = PART_ADJECTIVES[part]
         unseen = [pair for pair in pairs if (normalized(pair.source), pair.language) not in trained]
         overlap = len(pairs) - len(unseen)
         if overlap and data.overlap == "drop":
             if not unseen:
                 hint = "set data.overlap to keep, or choose other held-out pairs"
-                raise InputError(f"all {part} sentences also occur in the training pairs", where=f"data.{part}", hint=hint)
-            where = "whose source is also in the training pairs (data.overlap)"
-            reporter.note(f"dropped {overlap:,} of {len(pairs):,} {part} pairs, {where}")
+                raise InputError(f"all {adjective} sentences also occur in the training pairs", where=f"data.{part}", hint=hint)
+            where = "because their source also occurs in the training pairs (data.overlap)"
+            reporter.note(f"dropped {overlap:,} of {len(pairs):,} {adjective} pairs, {where}")
             parts[part] = unseen
         elif overlap:
-            seen = f"{overlap:,} of {len(pairs):,} {part} sentences also occur in the training pairs"
-            reporter.warn(f"{seen}, so scores will be too good")
+            seen = f"{overlap:,} of {len(pairs):,} {adjective} sentences also occur in the training pairs"
+            reporter.warn(f"{seen}, so the scores will be too optimistic")
 
 
 def _with_language_tokens(
     section: TokenizerSection, parts: Mapping[str, Sequence[SentencePair]], data: PairsSection
 ) -> TokenizerSection:
-    """Add a control token for each target language to a tokenizer that is learned."""
+    """Add a control token for each target language to the section of a tokenizer that will be trained."""
     if data.language is None or not isinstance(section, LearnedTokenizer):
         return section
     tokens = sorted({language_token(pair.language) for pair in parts["train"]} - {*section.special_tokens})
@@ -267,7 +268,7 @@ def _report(prepared: PreparedPairs, context_length: int, reporter: Reporter) ->
         sources, targets = encoded.ids(framing)
         longer = sum(max(len(s), len(t)) > context_length for s, t in zip(sources, targets, strict=True))
         if longer:
-            what = "are not used" if part == "training" else "are cut"
+            what = "are not used" if part == "training" else "are truncated"
             longest = f"longer than model.context_length {context_length}"
             reporter.warn(f"{longer:,} of {len(encoded):,} {part} pairs are {longest} and {what}")
     unknown = sum(shard.counts.unknown_tokens or 0 for shard in (prepared.heldout.source, prepared.heldout.target))

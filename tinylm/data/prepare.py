@@ -1,7 +1,7 @@
-"""Turn a recipe's text into tokens on disk: train the tokenizer on the training part, and encode every part.
+"""Train a tokenizer on the training part of a recipe's text, and encode all parts as tokens on disk.
 
-Tokenizers and tokens are cached. The cache key of the tokens is a hash of the text's content, the split and the tokenizer, so a
-changed text or tokenizer never uses stale tokens, and an unchanged text is encoded only once.
+Tokenizers and tokens are cached. The cache key for the tokens is a hash of the text, the split and the tokenizer. A changed text or
+tokenizer therefore never uses stale tokens, and an unchanged text is encoded only once.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from tinylm.tokenizer.dropout import DropoutEncoder
 _CACHE_VERSION = 3
 _NGRAMS_FILE = "train-ngrams.safetensors"
 EncodePieces = Callable[[Iterable[Piece]], Iterator[tuple[np.ndarray, bool]]]
-"""Encodes a text and yields (ids, whether they start a document)."""
+"""A function that encodes a text and yields (ids, whether they start a document)."""
 
 
 class TextParts(Protocol):
-    """A text that is divided into parts, the first of which is `train`."""
+    """A text that is divided into parts. The first part is `train`."""
 
     @property
     def fingerprint(self) -> str:
@@ -47,18 +47,18 @@ class TextParts(Protocol):
 
     @property
     def train_bytes(self) -> int:
-        """The approximate size of the training part."""
+        """The approximate size of the training part in bytes."""
 
     def pieces(self, part: str) -> Iterator[Piece]:
         """Yield the text of a part."""
 
     def sizes(self, part: str) -> tuple[int, int]:
-        """Return (documents, characters) of a part."""
+        """Return the number of documents and characters in a part."""
 
 
 @dataclass(frozen=True)
 class PreparedText(PreparedData):
-    """A tokenizer and the tokens of all parts of a text."""
+    """A tokenizer and the tokens of each part of a text."""
 
     train: Shard
     heldout: Shard
@@ -71,7 +71,7 @@ class PreparedText(PreparedData):
 
     @property
     def ngrams(self) -> NgramSample:
-        """A sample of the n-grams of the training part."""
+        """A sample of the n-grams in the training part."""
         return open_ngrams(self.folder / _NGRAMS_FILE)
 
 
@@ -82,7 +82,7 @@ def digest(*parts: str) -> str:
 def prepare(data: DataSection, tokenizer: TokenizerSection, reporter: Reporter, workers: int = 1) -> PreparedText:
     """Prepare a text for training. The result is the same for any number of worker processes.
 
-    Raises `InputError` if the text cannot be read or split, or if no tokenizer can be trained on it.
+    Raises `InputError` if the text cannot be read or split, or if the tokenizer cannot be trained on it.
     """
     with ExitStack() as stack:
         return prepare_text(open_text(data, reporter, stack), tokenizer, reporter, workers)
@@ -99,7 +99,7 @@ def prepare_text(text: SplitText, section: TokenizerSection, reporter: Reporter,
     encode_train = DropoutEncoder(tokenizer, dropout).encode_pieces if dropout else encode_heldout
     train = open_or_encode(folder, "train", text, tokenizer, encode_train, reporter)
     ngrams = _sample_training_ngrams(folder, train, text, tokenizer, encode_heldout if dropout else None)
-    # The held-out part is encoded last: its files show that everything else is in the cache.
+    # The held-out part is encoded last because its files indicate that everything else is in the cache.
     test = open_or_encode(folder, "test", text, tokenizer, encode_heldout, reporter) if "test" in text.parts else None
     heldout = open_or_encode(folder, "heldout", text, tokenizer, encode_heldout, reporter)
     _warn_about_unknown_tokens(heldout, reporter)
@@ -113,9 +113,10 @@ def prepare_text(text: SplitText, section: TokenizerSection, reporter: Reporter,
 def _sample_training_ngrams(
     folder: Path, train: Shard, text: SplitText, tokenizer: Tokenizer, encode_pieces: EncodePieces | None
 ) -> NgramSample:
-    """Open the sample of the training text's n-grams, computing it first if it is not in the cache.
+    """Open the cached sample of n-grams in the training text, or compute it.
 
-    `encode_pieces` is given if the tokens of `train` are random (BPE dropout). Then it encodes the text again, without dropout.
+    If `train` was encoded with BPE dropout, its tokens are random. In this case, `encode_pieces` encodes the text again without
+    dropout.
     """
 
     def write(file: Path) -> None:
@@ -131,14 +132,14 @@ def _sample_training_ngrams(
 
 
 def open_prepared(folder: Path, fingerprint: str, tokenizer_json: str) -> PreparedText:
-    """Open data that another process has prepared, given its folder, its fingerprint and the content of its tokenizer.json."""
+    """Open data that another process has prepared. `tokenizer_json` is the content of its tokenizer.json."""
     train, heldout = (shards.open_shard(folder, part) for part in ("train", "heldout"))
     test = shards.open_shard(folder, "test") if (folder / "test.json").exists() else None
     return PreparedText(Tokenizer.from_text(tokenizer_json), folder, fingerprint, train, heldout, test)
 
 
 def _check_end_of_text(tokenizer: Tokenizer) -> None:
-    """Raise `InputError` if there is no end-of-text token, or if a text can be encoded to it."""
+    """Raise `InputError` if the tokenizer has no end-of-text token, or if text can encode to it."""
     end_of_text = tokenizer.end_of_text
     if end_of_text is None:
         raise InputError("the tokenizer has no end-of-text token", where="tokenizer.path", hint="add <|endoftext|> to it")
@@ -152,7 +153,7 @@ def _check_end_of_text(tokenizer: Tokenizer) -> None:
 
 
 def load_or_train_tokenizer(text: TextParts, section: TokenizerSection, reporter: Reporter) -> Tokenizer:
-    """Load the tokenizer of a recipe, or train it unless it is in the cache. Text never encodes to its end-of-text token."""
+    """Load the recipe's tokenizer from a file or the cache, or train it. Text never encodes to its end-of-text token."""
     if isinstance(section, FileTokenizer):
         tokenizer = Tokenizer.load(section.path)
         _check_end_of_text(tokenizer)
@@ -188,7 +189,7 @@ def _report_progress(pieces: Iterator[Piece], advance: Advance) -> Iterator[Piec
 def open_or_encode(
     folder: Path, part: str, text: TextParts, tokenizer: Tokenizer, encode_pieces: EncodePieces, reporter: Reporter
 ) -> Shard:
-    """Open the tokens of a part, encoding them first if they are not in the cache or are damaged."""
+    """Open the cached tokens of a part. Encode the text if they are missing or damaged."""
     if (folder / f"{part}.json").exists():
         try:
             return _open_undamaged(folder, part, tokenizer.vocab_size)
@@ -200,7 +201,7 @@ def open_or_encode(
 
 
 def _open_undamaged(folder: Path, part: str, vocab_size: int) -> Shard:
-    """Open cached tokens and compare them with their hash. Raises `InputError` if they are damaged."""
+    """Open cached tokens and verify their hash. Raises `InputError` if they are damaged."""
     shard = shards.open_shard(folder, part)
     problem = shard.problem(vocab_size)
     if problem is not None:
@@ -216,7 +217,7 @@ def encode_to_shard(
     advance: Advance,
     encode_pieces: EncodePieces | None = None,
 ) -> Shard:
-    """Encode a text into `folder/name.npy` and memory-map it. `encode_pieces` defaults to `tokenizer.encode_pieces`.
+    """Encode a text to `folder/name.npy` and memory-map it. `encode_pieces` defaults to `tokenizer.encode_pieces`.
 
     `advance` is called with the number of characters read so far.
     """

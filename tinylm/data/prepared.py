@@ -1,4 +1,4 @@
-"""`PreparedData`: a tokenizer and encoded examples in the cache, ready for training. Each data format has a subclass."""
+"""`PreparedData` is a tokenizer with cached, encoded examples that are ready for training. Each data format has a subclass."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from pathlib import Path
 from tinylm.recipe import Recipe
 from tinylm.tokenizer import Tokenizer
 
+PART_ADJECTIVES = {"train": "training", "heldout": "held-out", "test": "test"}
+"""The adjective for each part of the data in messages."""
+
 
 @dataclass(frozen=True)
 class PreparedData:
-    """The parts of the data that training, evaluation and the run folder use, in every format."""
+    """The prepared data that training, evaluation and the run folder need in every format."""
 
     tokenizer: Tokenizer
     folder: Path
@@ -21,12 +24,12 @@ class PreparedData:
 
     @property
     def heldout_files(self) -> tuple[str, ...]:
-        """The names of the files in `folder` that a run folder keeps to evaluate the model again."""
+        """The names of the files in `folder` that a run folder keeps for later evaluations."""
         raise NotImplementedError
 
     @property
     def chat_template(self) -> str | None:
-        """The content of the run's chat_template.json, for conversations."""
+        """The content of the run's chat_template.json, or None if the data contains no conversations."""
         return None
 
     def fill_in(self, recipe: Recipe) -> Recipe:

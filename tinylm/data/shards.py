@@ -1,8 +1,8 @@
-"""Tokens on disk: a memory-mapped .npy file for each part (train, heldout) of a text, and a .json file with its counts.
+"""Store the tokens of each part of a text in a memory-mapped .npy file, and its counts in a .json file.
 
-Layout: the end-of-text token, then each document followed by the end-of-text token; uint16 if the vocabulary fits, else uint32. No
-text encodes to the end-of-text token, so the tokens alone determine where documents start and end. The .json file also has a
-SHA-256 of the counts and the tokens.
+The .npy file starts with the end-of-text token. Each document is also followed by that token. The type is uint16 if the vocabulary
+fits, and uint32 otherwise. No text encodes to the end-of-text token, so the tokens alone determine where documents start and end.
+The .json file also contains a SHA-256 of the counts and tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tinylm.paths import atomic_file, atomic_write_text
 
 @dataclass(frozen=True)
 class Counts:
-    """Sizes of one part of a text. `tokens` excludes the end-of-text tokens."""
+    """The sizes of one part of a text. `tokens` excludes the end-of-text tokens."""
 
     documents: int
     bytes: int
@@ -35,24 +35,24 @@ class Counts:
 
 @dataclass(frozen=True)
 class Shard:
-    """Memory-mapped tokens of one part of a text."""
+    """The memory-mapped tokens of one part of a text."""
 
     tokens: np.ndarray
     counts: Counts
     end_of_text: int
     sha256: str | None = None
-    """The expected hash of the counts and the tokens. None if an earlier version wrote the files."""
+    """The expected hash of the counts and tokens, or None if an earlier version wrote the files."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def documents(self) -> list[tuple[int, int]]:
-        """Return (start, end) of each document in `tokens`. The end-of-text token is at start - 1 and at end."""
+        """Return (start, end) of each document in `tokens`. End-of-text tokens are at `start - 1` and `end`."""
         ends = np.flatnonzero(np.asarray(self.tokens) == self.end_of_text)
         return [(int(a) + 1, int(b)) for a, b in pairwise(ends)]
 
     def problem(self, vocab_size: int | None = None) -> str | None:
-        """Return why the tokens are damaged, or None if they are not. Reads all of them.
+        """Read all tokens, and return how they are damaged, or None if they are valid.
 
         With `vocab_size`, ids outside the vocabulary count as damage.
         """
@@ -67,7 +67,7 @@ class Shard:
         return None
 
     def digest(self) -> str:
-        """The SHA-256 of the tokens and the counts, in hexadecimal."""
+        """Return the SHA-256 of the tokens and counts in hexadecimal."""
         digest = hashlib.sha256()
         for start in range(0, len(self.tokens), _HASHED_TOKENS):
             digest.update(self.tokens[start : start + _HASHED_TOKENS].tobytes())
@@ -79,7 +79,7 @@ _HASHED_TOKENS = 1 << 20
 
 
 def _with_counts(tokens_hash: hashlib._Hash, counts: Counts, end_of_text: int) -> str:
-    """Complete the hash of the tokens with the other content of a shard."""
+    """Add the other content of a shard to the hash of its tokens."""
     tokens_hash.update(json.dumps({**asdict(counts), "end_of_text": end_of_text}, sort_keys=True).encode())
     return tokens_hash.hexdigest()
 
@@ -89,7 +89,7 @@ def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
 
 
 class ShardWriter:
-    """Writes tokens to a .npy file without knowing their number in advance."""
+    """Writes tokens to a .npy file. The number of tokens need not be known in advance."""
 
     def __init__(self, file: Path, vocab_size: int, end_of_text: int, unknown: int | None) -> None:
         self._dtype = np.dtype(token_dtype(vocab_size))
@@ -173,9 +173,9 @@ def write_shard(
 
 
 def open_shard(folder: Path, name: str) -> Shard:
-    """Memory-map `folder/name.npy` and check its type and size. `Shard.problem` also checks its content.
+    """Memory-map `folder/name.npy`, and check its type and size. `Shard.problem` also checks its content.
 
-    Raises `InputError` if it is missing or damaged.
+    Raises `InputError` if a file is missing or damaged.
     """
     try:
         document = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
@@ -191,7 +191,7 @@ def open_shard(folder: Path, name: str) -> Shard:
 
 
 def _map_tokens(file: Path) -> np.ndarray:
-    """Memory-map a .npy file. Raises `ValueError` if it does not contain a 1-D array of one of the types of tokens."""
+    """Memory-map a .npy file. Raises `ValueError` if it does not contain a 1-D array of uint16 or uint32."""
     if not file.is_file():  # opening a named pipe would wait forever
         raise ValueError("no such file")
     try:

@@ -1,4 +1,4 @@
-"""Open the text of a recipe, scan it, and split it into the parts `train`, `heldout` and optionally `test`."""
+"""Open a recipe's text, scan it, and split it into the parts `train`, `heldout` and optionally `test`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from functools import partial
 
 import numpy as np
 
+from tinylm.data.prepared import PART_ADJECTIVES
 from tinylm.errors import InputError
 from tinylm.recipe.schema import DataSection, HeldoutShare, HeldoutSources, TestShare
 from tinylm.reporting import Reporter
@@ -19,7 +20,7 @@ from tinylm.text.sources import Corpus, Piece, describe, require_used_format
 from tinylm.text.split import Scan, Split
 
 _MAX_SKIPPED_NOTES = 3
-PART_NAMES = {"train": "training text", "heldout": "held-out text", "test": "test text"}
+PART_NAMES = {part: f"{adjective} text" for part, adjective in PART_ADJECTIVES.items()}
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class ScannedCorpus:
     scan: Scan
 
     def pieces(self) -> Iterator[Piece]:
-        """Yield the text. Raises `InputError` at the end if it is not the text that was scanned."""
+        """Yield the text. Raises `InputError` at the end if the text has changed since it was scanned."""
         return split.unchanged(self.corpus.pieces(), self.scan, describe(self.corpus.sources))
 
 
@@ -39,7 +40,7 @@ class SplitText:
     """A text that has been opened, scanned and split into the parts `train`, `heldout` and optionally `test`."""
 
     source: ScannedCorpus
-    """The text of `data.train`, which contains every part without separate sources."""
+    """The text from `data.train`, which contains all parts that have no separate sources."""
     split: Split
     others: Mapping[str, ScannedCorpus] = field(default_factory=dict)
     """The parts with separate sources."""
@@ -50,7 +51,7 @@ class SplitText:
 
     @property
     def train_bytes(self) -> int:
-        """The size of the text of `data.train`."""
+        """The size of the text from `data.train` in bytes."""
         return self.train_scan.bytes
 
     @property
@@ -67,21 +68,21 @@ class SplitText:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the content of all parts and of the boundaries between them."""
+        """A hash of the content of all parts and the boundaries between them."""
         boundaries = [self.split.boundaries] if self.split.test_boundaries is None else [*self.split.spans("heldout")]
         hashes = [hashlib.sha256(array.astype("<i8").tobytes()).hexdigest() for array in boundaries]
         others = [f"{part} {scanned.scan.fingerprint}" for part, scanned in sorted(self.others.items())]
         return hashlib.sha256(json.dumps([self.train_scan.fingerprint, *hashes, *others]).encode()).hexdigest()[:32]
 
     def sizes(self, part: str) -> tuple[int, int]:
-        """Return (documents, characters) of a part."""
+        """Return the number of documents and characters in a part."""
         if part in self.others:
             scan = self.others[part].scan
             return scan.documents, scan.characters
         return int(self.split.contains(part).sum()), self.split.characters(part)
 
     def hashes(self, part: str) -> np.ndarray:
-        """The hash of each document that is entirely in a part."""
+        """Return the hashes of the documents that are entirely in a part."""
         if part in self.others:
             return self.others[part].scan.hashes
         starts, ends = self.split.spans(part)
@@ -109,7 +110,7 @@ def open_text(data: DataSection, reporter: Reporter, stack: ExitStack) -> SplitT
 
 
 def _split(text: ScannedCorpus, data: DataSection) -> Split:
-    """Split the text of `data.train`."""
+    """Split the text from `data.train`."""
     by = data.heldout.by if isinstance(data.heldout, HeldoutShare) else "tail"
     share = data.heldout.share if isinstance(data.heldout, HeldoutShare) else 0.0
     test_share = data.test.share if isinstance(data.test, TestShare) else 0.0
@@ -122,7 +123,7 @@ def _split(text: ScannedCorpus, data: DataSection) -> Split:
 
 
 def _scan(corpus: Corpus, reporter: Reporter) -> Scan:
-    """Read a corpus once, and report which files were skipped."""
+    """Read a corpus once, and report the files that were skipped."""
     for path in corpus.skipped[:_MAX_SKIPPED_NOTES]:
         reporter.note(f"skipped {path}: not text")
     if len(corpus.skipped) > _MAX_SKIPPED_NOTES:
@@ -160,17 +161,17 @@ def _describe_part(data: DataSection, part: str) -> str:
 
 
 def _report_problems(text: SplitText, data: DataSection, reporter: Reporter) -> None:
-    """Report what makes held-out results less reliable: cut documents, repeated documents, and parts of an unexpected size."""
+    """Report what makes held-out results less reliable: split documents, repeated documents, and parts with unexpected sizes."""
     if text.split.cuts_a_document:
         reporter.note("the split cuts a document in two; the held-out text starts inside it")
     for part in text.parts[1:]:
-        adjective = "held-out" if part == "heldout" else part
+        adjective = PART_ADJECTIVES[part]
         documents = text.sizes(part)[0]
         repeated = split.repeated_documents(text.hashes("train"), text.hashes(part))
         if repeated:
             reporter.warn(
                 f"{repeated:,} of {documents:,} {adjective} documents also occur in the training text, "
-                f"so {adjective} scores will be too good"
+                f"so the {adjective} scores will be too optimistic"
             )
         if isinstance(data.heldout, HeldoutShare) and data.heldout.by == "document" and part not in text.others:
             section = data.heldout if part == "heldout" else data.test
@@ -179,12 +180,12 @@ def _report_problems(text: SplitText, data: DataSection, reporter: Reporter) -> 
 
 
 def _check_share(text: SplitText, part: str, share: float, reporter: Reporter) -> None:
-    """Warn if a split by document sets aside far less or far more of the text than requested."""
+    """Warn if a split by document holds out much less or much more text than requested."""
     (documents, characters), scan = text.sizes(part), text.train_scan
     actual = characters / scan.characters
     if not 0.5 <= actual / share <= 2:
         reporter.warn(
-            f"data.{part}: `by: document` sets aside {documents:,} of {_count_documents(scan.documents)} with {actual:.1%} of the "
+            f"data.{part}: `by: document` holds out {documents:,} of {_count_documents(scan.documents)} with {actual:.1%} of the "
             f"text instead of {share:.1%}, because there are too few documents or their lengths differ too much "
             "(use `by: tail` for the requested share)"
         )

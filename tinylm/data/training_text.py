@@ -1,8 +1,8 @@
-"""The record in a run folder of the texts that its model was trained on, to measure how much of another text they contain.
+"""Record the texts that a model was trained on, to measure how much of another text also occurs in them.
 
-    training_text/     index.json, and for each text a sample of its n-grams, and its tokenizer if it is not the run's
-
-The first text is the run's own. A fine-tuned model was also trained on the texts of the run that it started from, which follow.
+The folder `training_text` in a run folder contains index.json and a sample of the n-grams in each text. It also contains the
+tokenizer of a text if it differs from the run's tokenizer. The first text is the run's own training text. If the model was
+fine-tuned, the training texts of the original run follow.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tinylm.tokenizer import Tokenizer
 
 FOLDER = "training_text"
 WARN_ABOVE = 0.03
-"""Warn if a larger share of a text occurs in a training text."""
+"""Warn if more than this share of a text occurs in a training text."""
 _INDEX = "index.json"
 
 
@@ -34,11 +34,11 @@ class TrainingText:
 
     sources: tuple[str, ...]
     ngrams: NgramSample | None
-    """None if they were not recorded, as in an imported model."""
+    """The sampled n-grams, or None if they were not recorded, as in an imported model."""
     tokenizer: Tokenizer
-    """The tokenizer of the n-grams."""
+    """The tokenizer that was used for the n-grams."""
     run: str | None = None
-    """The run that was trained on it, if the model started from that run."""
+    """The earlier run that was trained on this text, or None for the run's own text."""
 
     @property
     def name(self) -> str:
@@ -51,7 +51,7 @@ class MeasuredOverlap:
 
     text: TrainingText
     overlap: Overlap | None
-    """None if it is not known."""
+    """The measured overlap, or None if it is unknown."""
 
     @property
     def share(self) -> float | None:
@@ -62,14 +62,14 @@ class MeasuredOverlap:
         return self.share is not None and self.share > WARN_ABOVE
 
     def describe(self) -> str:
-        """Describe the overlap in a sentence such as `0.2% of its 13-token sequences also occur in the training text`."""
+        """Describe the overlap, for example as `0.2% of its 13-token sequences also occur in the training text`."""
         if self.overlap is not None:
             return f"{percent(self.overlap.share)} of its {self.overlap.length}-token sequences also occur in {self.text.name}"
-        reason = "which was not recorded" if self.text.ngrams is None else "because it is too short"
-        return f"not known how much of it occurs in {self.text.name}, {reason}"
+        reason = "that text was not recorded" if self.text.ngrams is None else "this text is too short"
+        return f"the overlap with {self.text.name} is unknown, because {reason}"
 
     def as_dict(self) -> dict[str, Any]:
-        """The entry in JSON output. `share` is None if it is not known."""
+        """Return the entry for JSON output. `share` is None if it is unknown."""
         overlap = self.overlap
         return {
             "run": self.text.run,
@@ -81,7 +81,7 @@ class MeasuredOverlap:
 
 
 def percent(share: float) -> str:
-    """Format a share as a percentage, with one decimal below 10%. Only shares of exactly 0 and 1 are shown as 0% and 100%."""
+    """Format a share as a percentage, with one decimal below 10%. Only exactly 0 and 1 are shown as 0% and 100%."""
     if 0 < share < 0.0005:
         return "less than 0.1%"
     if 0.995 <= share < 1:
@@ -102,7 +102,7 @@ def measure(texts: Iterable[TrainingText], shard: Shard, tokenizer: Tokenizer) -
 
 
 def warn(measured: Iterable[MeasuredOverlap], name: str, reporter: Reporter) -> None:
-    """Warn about every training text that contains much of the measured text, which `name` describes (`the held-out text`)."""
+    """Warn about each training text that contains much of the measured text. `name` describes that text (`the held-out text`)."""
     for item in measured:
         overlap = item.overlap
         if overlap is not None and item.is_large:
@@ -115,12 +115,12 @@ def warn(measured: Iterable[MeasuredOverlap], name: str, reporter: Reporter) -> 
 
 
 def largest_share(overlaps: Iterable[MeasuredOverlap]) -> float | None:
-    """The largest known share of a text that occurs in one of the training texts."""
+    """Return the largest known share of a text that occurs in any training text, or None if no share is known."""
     return max((overlap.share for overlap in overlaps if overlap.share is not None), default=None)
 
 
 def _encode_again(shard: Shard, tokenizer: Tokenizer, other: Tokenizer) -> Shard:
-    """Encode the text of a shard with another tokenizer, in memory."""
+    """Encode the text in a shard with another tokenizer, in memory."""
     end_of_text = other.end_of_text or 0
     token_bytes = tokenizer.token_bytes
     parts, size = [np.array([end_of_text])], 0
@@ -139,7 +139,7 @@ def inherited(texts: Sequence[TrainingText], run: str) -> list[TrainingText]:
 
 
 def save_training_texts(folder: Path, texts: Sequence[TrainingText], tokenizer: Tokenizer) -> None:
-    """Write `folder`. `tokenizer` is the tokenizer of the run."""
+    """Write the record to `folder`. `tokenizer` is the run's tokenizer."""
     entries = []
     with atomic_folder(folder) as temporary:
         for number, text in enumerate(texts):
@@ -155,7 +155,7 @@ def save_training_texts(folder: Path, texts: Sequence[TrainingText], tokenizer: 
 
 
 def open_training_texts(folder: Path, tokenizer: Tokenizer) -> list[TrainingText]:
-    """Read what `save_training_texts` wrote. Raises `InputError` if it is missing or damaged."""
+    """Read the record that `save_training_texts` wrote. Raises `InputError` if it is missing or damaged."""
     try:
         entries = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
         return [_open_text(folder, entry, tokenizer) for entry in entries]

@@ -1,7 +1,7 @@
 """Encode text with several processes.
 
-The text is cut only at split points, which no token crosses. Batches are sent to the workers in order, and the ids are yielded in
-order, so the result is the same for any number of workers.
+The text is divided only at split points, which no token crosses. Batches are sent to the workers in order, and the ids are yielded
+in the same order. The result therefore does not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from tinylm.tokenizer.encoding import segments
 
 BATCH_BYTES = 1 << 21
 _PENDING_PER_WORKER = 3
-"""Maximum number of pending batches per worker. Small enough to limit memory usage, and large enough to keep all workers busy while
-results wait for the slowest batch."""
+"""Maximum number of pending batches per worker. It limits memory use, but keeps all workers busy while results wait for the slowest
+batch."""
 
 Segment = tuple[bytes, bool]
 """(UTF-8 text, whether it starts a document)"""

@@ -1,1 +1,1 @@
-"""Vectors of words and tokens: train, query, evaluate, plot, import and export them, and initialize models from them."""
+"""Train, query, evaluate, plot, import and export word and token vectors, and initialize models from them."""

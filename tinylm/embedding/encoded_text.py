@@ -1,7 +1,8 @@
-"""Encode a text as a file of ids: choose which words or tokens get a vector, count them, and write the id of each occurrence.
+"""Build a vocabulary of words or tokens for a text, and encode the text as a file of ids.
 
-The text is read twice, once to count and once to write. Memory use does not grow with the text. The file contains int32 ids in the
-order of the text, without rare words, and -1 between documents. It is cached by the content of the text and the vocabulary options.
+The text is read twice: once to count the words or tokens, and once to write their ids. Memory use does not grow with the length of
+the text. The file contains int32 ids in text order, without rare words, and -1 between documents. The cache key is a hash of the
+text and the vocabulary options.
 """
 
 from __future__ import annotations
@@ -30,25 +31,25 @@ from tinylm.tokenizer import Tokenizer
 
 END_OF_DOCUMENT = -1
 MAX_COUNTED_WORDS = 1 << 20
-"""Maximum number of distinct words while counting. Above it, the rarest are dropped, as in word2vec."""
+"""Maximum number of distinct words while counting. If it is exceeded, the rarest words are dropped, as in word2vec."""
 _FORMAT = 1
-"""Version of the cached files. Increase it when their contents change."""
+"""Version of the cached files. Increase it when their format changes."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The words or tokens that get a vector, most frequent first."""
+    """The words or tokens that have a vector, in descending order of frequency."""
 
     names: list[str]
     counts: np.ndarray
-    """int64 (names,): occurrences in the text."""
+    """The number of occurrences of each name in the text, int64 (names,)."""
     byte_mapped: bool
-    """Whether the names are token bytes in the byte-mapped form; see `byte_mapping`."""
+    """Whether the names are byte-mapped token bytes (see `byte_mapping`)."""
 
 
 @dataclass(frozen=True)
 class EncodedText:
-    """A text as a file of ids, which are indices into the vocabulary."""
+    """A text stored as a file of ids, which are indices into the vocabulary."""
 
     vocabulary: Vocabulary
     path: Path
@@ -58,15 +59,15 @@ class EncodedText:
     """Hash of the text, the vocabulary options and the tokenizer."""
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Read up to `count` ids from index `start`, as int32.
+        """Read up to `count` ids (int32) from index `start`.
 
-        The file is not memory-mapped, because mapped pages count as memory of the process.
+        The file is not memory-mapped, because mapped pages would count toward the memory of the process.
         """
         return np.fromfile(self.path, dtype="<i4", count=count, offset=4 * start)
 
 
 def encode_corpus(data: EmbeddingDataSection, section: WordVocabulary | TokenVocabulary, reporter: Reporter) -> EncodedText:
-    """Count and encode the text of a recipe.
+    """Build the vocabulary for a recipe's text and encode the text.
 
     Raises `InputError` if the text cannot be read, or if no word or token reaches the minimum count.
     """
@@ -136,7 +137,7 @@ class _WordCounter:
             yield piece
 
     def vocabulary(self) -> Vocabulary:
-        """The most frequent words, with ties in alphabetical order. Discards the counts."""
+        """Return the most frequent words, with ties in alphabetical order, and discard the counts."""
         ordered = sorted(self._counts.items(), key=lambda item: (-item[1], item[0]))
         kept = [(word, count) for word, count in ordered if count >= self._section.min_count][: self._section.max_size]
         self._counts.clear()
@@ -155,7 +156,7 @@ class _WordCounter:
 
 
 class _TokenCounter:
-    """Counts tokens in a first pass and encodes them in a second. The names of the tokens are byte-mapped."""
+    """Counts tokens in a first pass and encodes them in a second. Token names are byte-mapped."""
 
     noun = "tokens"
 
@@ -176,12 +177,12 @@ class _TokenCounter:
             yield piece
 
     def _kept_tokens(self) -> np.ndarray:
-        """The token ids that reach the minimum count, most frequent first."""
+        """Return the ids of tokens that reach the minimum count, in descending order of frequency."""
         order = np.argsort(-self._counts, kind="stable")
         return order[self._counts[order] >= self._section.min_count]
 
     def vocabulary(self) -> Vocabulary:
-        """The tokens that reach the minimum count, most frequent first."""
+        """Return the tokens that reach the minimum count, in descending order of frequency."""
         kept = self._kept_tokens()
         names = token_names(self._tokenizer)
         return Vocabulary([names[id] for id in kept], self._counts[kept], byte_mapped=True)
@@ -199,7 +200,7 @@ class _TokenCounter:
 
 
 def token_names(tokenizer: Tokenizer) -> list[str]:
-    """Return a unique name for each token id: its byte-mapped bytes, or the token itself if it is special."""
+    """Return a unique name for each token id. It is the token's byte-mapped bytes, or the token itself if it is special."""
     special = {id for id in (tokenizer.end_of_text, tokenizer.unknown) if id is not None}
     names = []
     for id, raw in enumerate(tokenizer.token_bytes):
@@ -211,7 +212,7 @@ def token_names(tokenizer: Tokenizer) -> list[str]:
 
 
 def split_words(text: str, lowercase: bool) -> list[str]:
-    """Return the words of a text: runs of letters, digits, combining marks and underscores, which may contain apostrophes."""
+    """Return the words in a text: runs of letters, digits, combining marks and underscores, with apostrophes inside a word."""
     words: list[str] = _word_pattern().findall(text.lower() if lowercase else text)
     return words
 
@@ -223,7 +224,7 @@ def word_spans(text: str) -> list[tuple[int, int]]:
 
 @cache
 def _word_pattern() -> re.Pattern[str]:
-    """The pattern of a word. It adds combining marks, which Python's \\w does not match, to keep words of many scripts whole."""
+    """Return the pattern for a word. Python's \\w does not match combining marks, which occur inside words in many scripts."""
     marks = [code for code in range(0x300, sys.maxunicode + 1) if unicodedata.category(chr(code)) in ("Mn", "Mc")]
     starts = [code for code, before in zip(marks, [0, *marks], strict=False) if code != before + 1]
     ends = [code for code, after in zip(marks, [*marks[1:], 0], strict=True) if after != code + 1]

@@ -1,8 +1,8 @@
-"""Evaluate vectors on public test sets: analogies (questions-words) and word similarity (WordSim-353, SimLex-999).
+"""Evaluate vectors on public test sets for analogies (questions-words) and word similarity (WordSim-353, SimLex-999).
 
-An analogy file has section lines (`: NAME`) and questions of four words. A similarity file has two words and a score per line,
-separated by tabs, commas or spaces. Questions with a word that has no vector are skipped. Coverage is the share of questions that
-are not skipped.
+An analogy file has section lines (`: NAME`) and questions with four words each. A similarity file has two words and a score per
+line, separated by tabs, commas, semicolons or spaces. Questions that contain a word without a vector are skipped. Coverage is the
+share of questions that are not skipped.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from tinylm.embedding.vectors import Vectors
 from tinylm.errors import InputError
 
 _BATCH = 256
-"""Questions scored at once."""
+"""Number of questions that are scored at once."""
 
 
 @dataclass(frozen=True)
 class AnalogyResult:
     correct: int
     covered: int
-    """Questions whose words all have a vector."""
+    """Number of questions in which all words have a vector."""
     total: int
     sections: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """(correct, covered) of each section."""
+    """The number of (correct, covered) questions in each section."""
 
     @property
     def accuracy(self) -> float | None:
@@ -43,18 +43,18 @@ class AnalogyResult:
 class SimilarityResult:
     pairs: int
     covered: int
-    """Pairs whose words both have a vector."""
+    """Number of pairs in which both words have a vector."""
     spearman: float | None
-    """Rank correlation with the human scores. None if there are fewer than three pairs or all values are equal."""
+    """Rank correlation with the human scores, or None if there are fewer than three pairs or all values are equal."""
     pearson: float | None
 
 
 def evaluate(
     vectors: Vectors, path: Path, *, method: str = "3cosadd", max_names: int | None = 30_000
 ) -> AnalogyResult | SimilarityResult:
-    """Evaluate vectors on an analogy or similarity file. The format is detected from the lines.
+    """Evaluate vectors on an analogy or similarity file. The format is detected from the content.
 
-    Only the first `max_names` names are candidates for answers. Raises `InputError` if the file has neither format.
+    Only the first `max_names` names can be answers. Raises `InputError` if the file has neither format.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -100,7 +100,7 @@ def _evaluate_analogies(
 
 
 def _answered_correctly(vectors: Vectors, questions: np.ndarray, method: str, max_names: int) -> np.ndarray:
-    """Return whether each question is answered correctly, (questions,). `questions` contains the words' rows, (questions, 4)."""
+    """Return whether each question is answered correctly, (questions,). `questions` contains row numbers, (questions, 4)."""
     correct = np.zeros(len(questions), dtype=bool)
     for start in range(0, len(questions), _BATCH):
         batch = questions[start : start + _BATCH]
@@ -131,7 +131,7 @@ def _evaluate_similarities(vectors: Vectors, lines: list[tuple[int, str]], path:
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
-    """Return the rank of each value. Equal values share the mean of their ranks."""
+    """Return the rank of each value. Equal values have the mean of their ranks."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last_ranks = np.cumsum(counts)
     means: np.ndarray = last_ranks - (counts - 1) / 2

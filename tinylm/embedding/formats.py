@@ -1,8 +1,8 @@
-"""Read and write vectors in common formats: word2vec text and binary, GloVe text, safetensors, TensorFlow projector.
+"""Read and write vectors in common formats: word2vec text and binary, GloVe text, safetensors, and TensorFlow projector.
 
-Text formats write each float32 with nine digits, which is enough to restore it exactly. Formats other than safetensors cannot
-represent names that are empty, contain whitespace or control characters, or are not UTF-8. If there is such a name, all names are
-written byte-mapped, and `read` can undo the mapping.
+Text formats write each float32 with nine digits, which is enough to restore it exactly. Only safetensors can represent names that
+are empty, contain whitespace or control characters, or are not UTF-8. For the other formats, all names are byte-mapped if there is
+such a name. `read` can undo the mapping.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from tinylm.run import VECTORS_FILE
 SUFFIXES = {".safetensors": "safetensors", ".bin": "word2vec-binary", ".vec": "word2vec", ".txt": "word2vec", ".tsv": "projector"}
 _MAX_NAME_BYTES = 1 << 16
 _MAX_GZIP_RATIO = 1032
-"""The largest factor by which gzip compresses."""
+"""The maximum compression ratio of gzip."""
 
 
 def read(path: Path, kind: str | None = None, *, undo_byte_mapping: bool = False) -> Vectors:
-    """Read a file in any of the formats, or the folder of an embedding run.
+    """Read a file in any of these formats, or the folder of an embedding run.
 
     Without `kind`, the format is detected from the suffix and the first bytes. `undo_byte_mapping` decodes byte-mapped names.
     Raises `InputError` with the position of the problem.
@@ -42,8 +42,8 @@ def read(path: Path, kind: str | None = None, *, undo_byte_mapping: bool = False
         path = path / VECTORS_FILE
     if not path.is_file():
         raise InputError("no such file", where=str(path))
-    if foreign := identify(path):
-        raise InputError(f"this is {foreign.name}", where=str(path), hint=foreign.hint)
+    if other_format := identify(path):
+        raise InputError(f"this is {other_format.name}", where=str(path), hint=other_format.hint)
     if not path.stat().st_size:
         raise InputError("the file is empty", where=str(path))
     kind = kind or _detect_format(path)
@@ -56,7 +56,7 @@ def read(path: Path, kind: str | None = None, *, undo_byte_mapping: bool = False
     if kind != "safetensors":
         vectors = _without_duplicates(vectors, path)
     if not undo_byte_mapping:
-        if kind != "safetensors" and "" in vectors.index:  # a byte-mapped name may be empty
+        if kind != "safetensors" and "" in vectors.index:  # only byte-mapped names can be empty
             raise InputError("the name is empty", where=f"{path}: vector {vectors.index[''] + 1:,}")
         return vectors
     names = [_decoded_name(name, path) for name in vectors.names]
@@ -64,19 +64,19 @@ def read(path: Path, kind: str | None = None, *, undo_byte_mapping: bool = False
 
 
 def _without_duplicates(vectors: Vectors, path: Path) -> Vectors:
-    """Keep only the first vector of each name, and warn if that removes any."""
+    """Keep only the first vector for each name, and warn about duplicates."""
     kept = sorted(vectors.index.values())
     if len(kept) == len(vectors):
         return vectors
     removed = sorted(set(range(len(vectors))) - set(kept))
     examples = ", ".join(repr(vectors.names[row]) for row in removed[:3]) + (", ..." if len(removed) > 3 else "")
-    text = f"{path}: {len(removed):,} rows repeat a name of an earlier row ({examples}) and are ignored"
+    text = f"{path}: {len(removed):,} rows repeat the name of an earlier row ({examples}) and are ignored"
     warnings.warn(text, TinylmWarning, stacklevel=3)
     return Vectors([vectors.names[row] for row in kept], vectors.matrix[kept], vectors.counts, vectors.byte_mapped, vectors.notes)
 
 
 def _is_plain(name: str) -> bool:
-    """Whether all formats can represent a name."""
+    """Return whether all formats can represent a name."""
     is_text = not any("\ud800" <= character <= "\udfff" for character in name)
     return is_text and len(name.split()) == 1 and name.strip() == name and not _has_control_character(name)
 
@@ -86,7 +86,7 @@ def _has_control_character(name: str) -> bool:
 
 
 def _name(raw: bytes, where: str) -> str:
-    """Decode a name. Raises `InputError` if it is not UTF-8, or contains a control character of ASCII."""
+    """Decode a name. Raises `InputError` if it is not UTF-8 or contains an ASCII control character."""
     try:
         name = raw.decode("utf-8")
     except UnicodeDecodeError:
@@ -97,7 +97,10 @@ def _name(raw: bytes, where: str) -> str:
 
 
 def check_format(path: Path, kind: str | None = None, *, hint: str = "the suffix determines the format") -> str:
-    """Return the format to write `path` in: `kind`, or else the format of the suffix. Raises `InputError` if it is unknown."""
+    """Return the format for writing `path`: `kind` if it is set, otherwise the format for the suffix.
+
+    Raises `InputError` if the format is unknown.
+    """
     kind = kind or SUFFIXES.get(path.suffix.lower())
     if kind is None:
         raise InputError(f"the suffix is not one of {', '.join(SUFFIXES)}", where=str(path), hint=hint)
@@ -107,7 +110,7 @@ def check_format(path: Path, kind: str | None = None, *, hint: str = "the suffix
 
 
 def write(vectors: Vectors, path: Path, kind: str | None = None) -> bool:
-    """Write `vectors` in the format `kind` (default: from the suffix). Returns whether the names had to be byte-mapped.
+    """Write `vectors` in the format `kind`, by default the format for the suffix. Returns whether the names were byte-mapped.
 
     Raises `InputError` for an unknown format.
     """
@@ -147,12 +150,12 @@ def _detect_format(path: Path) -> str:
 def _header(file: BinaryIO, path: Path) -> tuple[int, int]:
     parts = file.readline(100).split()
     if len(parts) != 2 or not all(part.isdigit() for part in parts) or int(parts[1]) < 1:
-        raise InputError("the first line must give the number of vectors and of dimensions", where=f"{path}:1")
+        raise InputError("the first line must contain the number of vectors and the number of dimensions", where=f"{path}:1")
     return int(parts[0]), int(parts[1])
 
 
 def _open(path: Path) -> BinaryIO:
-    """Open a file, decompressed if it is a gzip file."""
+    """Open a file for reading, and decompress it if it is a gzip file."""
     return cast(BinaryIO, gzip.open(path, "rb")) if _is_compressed(path) else open(path, "rb")
 
 
@@ -162,7 +165,7 @@ def _is_compressed(path: Path) -> bool:
 
 
 def _open_text(path: Path) -> BinaryIO:
-    """Open a file at its first byte after a byte order mark."""
+    """Open a file for reading, and skip its byte order mark if it has one."""
     file = _open(path)
     if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
         file.seek(0)
@@ -239,7 +242,7 @@ def _names_file(path: Path) -> Path:
 def _read_projector(path: Path) -> Vectors:
     names_file = _names_file(path)
     if not names_file.is_file():
-        raise InputError("no such file; the names of the vectors must be in it", where=str(names_file))
+        raise InputError("no such file; it must contain the names of the vectors", where=str(names_file))
     lines = names_file.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     lines = lines[:-1] if not lines[-1] else lines
     names = [_name(line.rstrip(b"\r"), f"{names_file}:{number}") for number, line in enumerate(lines, 1)]

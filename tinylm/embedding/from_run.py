@@ -41,17 +41,18 @@ def contextual_vectors(
     device: torch.device | None = None,
     reporter: Reporter = SILENT,
 ) -> Vectors:
-    """Average the residual stream after `layer` blocks over all occurrences of each token of a text.
+    """Average the residual stream after `layer` blocks over all occurrences of each token in a text.
 
-    `layer` 0 is the input of the first block; the default is half of the blocks. The model sees at least half a context window of
-    text before each token, or all of the preceding text if there is less. With `words`, average over all tokens of all occurrences
-    of each word. Raises `InputError` if the layer does not exist, or if nothing occurs at least `min_count` times.
+    A `layer` of 0 means the input to the first block. The default is half the number of blocks, rounded up. Before each token, the
+    model sees at least half a context window of text, or everything before the token if that is shorter. With `words`, average over
+    every token in every occurrence of a word. Raises `InputError` if the layer does not exist, the text is empty, or no token or
+    word occurs at least `min_count` times.
     """
     device = device or torch.device("cpu")
     network = run.network(checkpoint, device)
     depth = network.depth
     if not depth:
-        raise InputError(f"a model of architecture {network.architecture} has no residual stream")
+        raise InputError(f"a model with architecture {network.architecture} has no residual stream")
     layer = (depth + 1) // 2 if layer is None else layer
     if layer > depth:
         raise InputError(f"must be from 0 to {depth}, the number of blocks", where=f"--layer {layer}")
@@ -103,7 +104,7 @@ class _VectorSums:
         return list(self.word_numbers)
 
     def add(self, keys: np.ndarray, vectors: Tensor) -> None:
-        """Add each row of `vectors`, (tokens, width), to the sum of its key, (tokens,). Rows with a negative key are skipped."""
+        """Add `vectors[i]` to the sum for `keys[i]`. Skip negative keys. Shapes: `keys` (tokens,), `vectors` (tokens, width)."""
         missing = len(self.word_numbers) - len(self.sums)
         if missing > 0:
             extra = max(missing, len(self.sums))
@@ -115,7 +116,7 @@ class _VectorSums:
 
 
 def _word_numbers(text: str, offsets: Sequence[tuple[int, int]], sums: _VectorSums) -> np.ndarray:
-    """Return for each token the number of the word that contains its last character, or -1."""
+    """Return, for each token, the number of the word that contains the token's last character, or -1 if there is none."""
     spans = word_spans(text)
     starts = np.array([start for start, _ in spans], dtype=np.int64)
     ends = np.array([end for _, end in spans], dtype=np.int64)

@@ -1,8 +1,9 @@
-"""GloVe (Pennington et al. 2014) counts co-occurrences on disk and factorizes them. Bit-identical for any number of threads.
+"""GloVe (Pennington et al. 2014): count co-occurrences on disk and factorize the matrix.
 
-Counting keeps the pairs of the most frequent words in a dense matrix and writes all others to disk as sorted runs, which are then
-merged one key range at a time. The cells of the co-occurrence matrix are grouped into 8 x 8 blocks by (row mod 8, column mod 8). A
-step processes 8 blocks that share neither rows nor columns (Gemulla et al. 2011), so that no two threads update the same vector.
+Pairs of frequent words are counted in a dense matrix. All other pairs are written to disk as sorted runs, which are then merged one
+key range at a time. The cells of the co-occurrence matrix are grouped into 8 x 8 blocks by (row mod 8, column mod 8). A step
+processes 8 blocks that share neither rows nor columns (Gemulla et al. 2011), so no two threads update the same vector. The result
+is bit-identical for any number of threads.
 """
 
 from __future__ import annotations
@@ -23,22 +24,25 @@ from tinylm.reporting import Reporter
 
 BLOCKS_PER_SIDE = 8
 MAX_DENSE_NAMES = 2048
-"""The number of most frequent names whose pairs are counted in a dense float64 matrix (32 MiB)."""
+"""Number of the most frequent names whose pairs are counted in a dense float64 matrix (32 MiB)."""
 BYTES_PER_PAIR = 64
-"""Memory for one buffered pair: its key and weight, and temporary arrays while sorting."""
+"""Memory per buffered pair: the key, the weight and the temporary arrays used for sorting."""
 _FORMAT = 2
-"""Version of the cached files. Increase it when their contents change."""
+"""Version of the cache format. Increase it when the contents of the cached files change."""
 RUN_DTYPE = np.dtype([("key", "<i8"), ("weight", "<f8")])
 CELL_DTYPE = np.dtype([("row", "<i4"), ("column", "<i4"), ("count", "<f4")])
 
 
 @dataclass(frozen=True)
 class Cooccurrences:
-    """A file with the nonzero cells of a co-occurrence matrix, block by block and shuffled within each block, then `ends`."""
+    """A file that contains the nonzero cells of a co-occurrence matrix, block by block, followed by `ends`.
+
+    The cells are shuffled within each block.
+    """
 
     path: Path
     ends: list[int]
-    """For each block, the index after its last cell."""
+    """The index after the last cell of each block."""
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -51,7 +55,7 @@ class Cooccurrences:
 
 
 def count_cooccurrences(text: EncodedText, method: GloveMethod, seed: int, reporter: Reporter) -> Cooccurrences:
-    """Count the pairs of words within a symmetric window. A pair at distance d has weight 1 / d. The result is cached."""
+    """Count pairs of words within a symmetric window. A pair at distance d has weight 1 / d. The result is cached on disk."""
     key = json.dumps([text.fingerprint, method.window, seed, _FORMAT])
     path = cache_folder("cooccurrences") / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.cells"
 
@@ -102,7 +106,7 @@ def _write_runs(text: EncodedText, method: GloveMethod, working: Path, reporter:
 
 
 def _sum_by_key(keys: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Return a run sorted by key, with the weights of equal keys added in input order."""
+    """Return a run sorted by key. The weights of equal keys are added in input order."""
     order = np.argsort(keys, kind="stable")
     keys, weights = keys[order], weights[order]
     starts = np.flatnonzero(np.diff(keys, prepend=-1))
@@ -136,7 +140,10 @@ def _merge_into_blocks(runs: list[Path], names: int, method: GloveMethod, workin
 
 
 def _range_bounds(runs: list[np.memmap], names: int, capacity: int) -> list[int]:
-    """Return ascending upper bounds of key ranges with about `capacity` pairs each, estimated from a sample of the keys."""
+    """Return the upper bounds of the key ranges in ascending order.
+
+    The bounds are estimated from a sample of the keys so that each range contains about `capacity` pairs.
+    """
     ranges = -(-sum(map(len, runs)) // capacity)
     samples = [run["key"][:: max(1, len(run) // (16 * ranges))] for run in runs]
     sample = np.sort(np.concatenate(samples)) if samples else np.zeros(0)
@@ -144,7 +151,7 @@ def _range_bounds(runs: list[np.memmap], names: int, capacity: int) -> list[int]
 
 
 def _shuffle_and_join_blocks(working: Path, target: Path, seed: int) -> None:
-    """Shuffle the cells of each block, and write all blocks to one file, followed by the end index of each block as int64."""
+    """Shuffle the cells within each block and write all blocks to one file, followed by the end index of each block as int64."""
     ends = []
     total = 0
     with open(target, "wb") as file:
@@ -161,7 +168,7 @@ def _shuffle_and_join_blocks(working: Path, target: Path, seed: int) -> None:
 
 
 class Glove:
-    """The tables of GloVe, trained step by step: float32 (names, dimensions + 1), with the bias in the last column."""
+    """Train the GloVe tables step by step. Each table is float32 (names, dimensions + 1); the last column contains the biases."""
 
     unit = "pairs"
 
@@ -180,7 +187,7 @@ class Glove:
         self.steps = BLOCKS_PER_SIDE * method.epochs
 
     def step(self, number: int) -> StepResult:
-        """Run step `number`, from 0 to `steps` - 1. It processes the blocks (row, (row + number) mod 8)."""
+        """Run step `number`, from 0 to `steps` - 1, which processes block (row, (row + number) mod 8) for each row."""
         method = self._method
 
         def train_block(row: int) -> tuple[float, int]:
@@ -204,12 +211,12 @@ class Glove:
         return StepResult(sum(loss for loss, _ in results), cells, cells, method.lr)
 
     def tables(self) -> dict[str, np.ndarray]:
-        """The complete training state by name. To restore it, write into these arrays."""
+        """Return the complete training state by name. To restore the state, write into these arrays."""
         squares = {"word_squares": self.word_squares, "context_squares": self.context_squares}
         return {"words": self.words, "contexts": self.contexts, **squares}
 
     def vectors(self) -> np.ndarray:
-        """The word vectors, float32 (names, dimensions): the sum of both tables (Pennington et al. 2014, section 4.2)."""
+        """Return the word vectors, float32 (names, dimensions): the sum of both tables (Pennington et al. 2014, section 4.2)."""
         summed: np.ndarray = (self.words + self.contexts)[:, :-1]
         return summed
 

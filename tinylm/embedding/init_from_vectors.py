@@ -1,8 +1,8 @@
-"""Initialize the token embedding of a language model from vectors (`model.init_embeddings` of a recipe).
+"""Initialize a language model's token embedding from vectors (recipe key `model.init_embeddings`).
 
-Token vectors are copied to the tokens with the same name. If the vectors are word vectors, each token gets the mean over the words
-whose encoding contains it, weighted by word count. All vectors are scaled by the same factor to match the standard deviation of the
-embedding's random initialization. Tokens without a vector keep their random values.
+Token vectors are copied to tokens with the same name. Word vectors are averaged: each token gets the mean vector of all words whose
+encoding contains the token, weighted by word count. All vectors are scaled by one common factor to match the standard deviation of
+the embedding's random initialization. Tokens without a vector keep their random values.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tinylm.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class InitializedTokens:
-    """How many tokens of the vocabulary got a vector, and whether the vectors were averaged from word vectors."""
+    """How many tokens in the vocabulary received a vector, and whether those vectors are averages of word vectors."""
 
     tokens: int
     vocab_size: int
@@ -31,7 +31,7 @@ class InitializedTokens:
 def initialize_from_vectors(embedding: nn.Embedding, vectors: Vectors, tokenizer: Tokenizer) -> InitializedTokens:
     """Overwrite rows of `embedding`, (vocabulary, width), in place.
 
-    Raises `InputError` if the width differs, or if no token gets a vector.
+    Raises `InputError` if the vectors have a different width, or if no token gets a vector.
     """
     where = "model.init_embeddings"
     if vectors.dimensions != embedding.embedding_dim:
@@ -53,7 +53,7 @@ def initialize_from_vectors(embedding: nn.Embedding, vectors: Vectors, tokenizer
 
 
 def table_from_tokens(vectors: Vectors, tokenizer: Tokenizer) -> np.ndarray:
-    """Look up the vector of each token by name. Returns float32 (vocabulary, width), zero for tokens without a vector."""
+    """Look up each token's vector by name. Returns float32 (vocabulary, width). Rows of tokens without a vector are zero."""
     table = np.zeros((tokenizer.vocab_size, vectors.dimensions), dtype=np.float32)
     for id, name in enumerate(token_names(tokenizer)):
         if (row := vectors.index.get(name)) is not None:
@@ -62,9 +62,9 @@ def table_from_tokens(vectors: Vectors, tokenizer: Tokenizer) -> np.ndarray:
 
 
 def table_from_words(vectors: Vectors, tokenizer: Tokenizer) -> np.ndarray:
-    """Average word vectors into token vectors. Returns float32 (vocabulary, width), zero for tokens that are in no word.
+    """Average word vectors into token vectors. Returns float32 (vocabulary, width). Rows of tokens that no word contains are zero.
 
-    Each word is encoded in three forms: after a space, capitalized after a space, and without a space.
+    Each word is encoded in three forms: with a leading space, capitalized with a leading space, and without a space.
     """
     sums = np.zeros((tokenizer.vocab_size, vectors.dimensions))
     weights = np.zeros(tokenizer.vocab_size)

@@ -1,9 +1,9 @@
-"""The inner loops of word2vec and GloVe, compiled by numba. They release the GIL, so several threads can run them in parallel.
+"""The inner loops of word2vec and GloVe, compiled with numba. They release the GIL, so several threads can run them in parallel.
 
 Papers: Mikolov et al. 2013, "Distributed Representations of Words and Phrases and their Compositionality" (negative sampling);
 Pennington et al. 2014, "GloVe: Global Vectors for Word Representation".
 
-Legend: `V` names, `D` dimensions, `P` positions of a segment, `K` negatives. `ids` are int32 indices into the vocabulary;
+Legend: `V` names, `D` dimensions, `P` positions in a segment, `K` negatives. `ids` are int32 indices into the vocabulary;
 a negative id marks the end of a document. A workspace is the scratch memory for one segment of the text.
 """
 
@@ -17,7 +17,7 @@ from tinylm.jit import cached_njit
 
 SIGMOID_RANGE = 8
 SIGMOID_STEPS = 64
-"""The sigmoid is tabulated from -8 to 8 in steps of 1/64. Scores outside are clamped."""
+"""The sigmoid is tabulated from -8 to 8 in steps of 1/64. Scores outside this range are clamped."""
 _HALF = np.float32(0.5)
 _FAST = {"reassoc", "contract", "arcp", "nsz"}
 """Allow sums to be reordered so that they can be vectorized. NaN and infinity are kept so that divergence can be detected."""
@@ -31,21 +31,21 @@ class TrainingConstants(NamedTuple):
     """float32 (V,): probability that subsampling keeps an occurrence (Mikolov et al. 2013, section 2.3)."""
     accept: np.ndarray
     alias: np.ndarray
-    """float32 and int32 (V,): Walker's alias table for the distribution of negatives."""
+    """float32 and int32 (V,): Walker's alias table for sampling negatives."""
     sigmoid: np.ndarray
     log_sigmoid: np.ndarray
-    """float32 (2 * SIGMOID_RANGE * SIGMOID_STEPS + 1,): tables of both functions."""
+    """float32 (2 * SIGMOID_RANGE * SIGMOID_STEPS + 1,): lookup tables for the two functions."""
     window: int
     negatives: int
 
 
 class Workspace(NamedTuple):
-    """Scratch memory for one segment. A slot is a row of `inputs` or `outputs`. It contains a copy of a table row."""
+    """Scratch memory for one segment. A slot is a row of `inputs` or `outputs` that contains a copy of a table row."""
 
     kept: np.ndarray
-    """int32 (P,): the ids of the segment that subsampling kept."""
+    """int32 (P,): the ids in the segment that subsampling kept."""
     negatives: np.ndarray
-    """int32 (P, K): the slots of the negatives of each position; -1 where the word itself was drawn."""
+    """int32 (P, K): the output slots of each position's negatives; -1 where the word itself was drawn."""
     input_slots: np.ndarray
     output_slots: np.ndarray
     """int32 (V,): the slot that contains the copy of each table row, or -1."""
@@ -97,9 +97,9 @@ def _copy_row(row: Any, slots: Any, rows: Any, uses: Any, copies: Any, table: An
 
 @_compiled
 def _prepare(ids: Any, state: Any, inputs: Any, outputs: Any, constants: Any, work: Any) -> Any:
-    """Subsample the segment, draw the negatives and copy the rows in use.
+    """Subsample the segment, draw the negatives and copy the table rows that will be used.
 
-    Returns the number of positions kept and the numbers of input and output slots in use.
+    Returns the number of positions kept, followed by the numbers of input and output slots in use.
     """
     kept = 0
     for id in ids:
@@ -130,7 +130,7 @@ def _prepare(ids: Any, state: Any, inputs: Any, outputs: Any, constants: Any, wo
 
 @_compiled
 def _finish(work: Any, inputs: Any, outputs: Any, input_count: int, output_count: int) -> None:
-    """Replace each copy by its difference from the row, and clear the slots."""
+    """Replace each copy with its difference from the table row, and clear the slots."""
     for slot in range(input_count):
         row = work.input_rows[slot]
         work.input_slots[row] = -1
@@ -145,7 +145,7 @@ def _finish(work: Any, inputs: Any, outputs: Any, input_count: int, output_count
 
 @_compiled
 def _targets(position: int, work: Any, targets: Any) -> Any:
-    """Write the output slots of a position to `targets`: the word itself, then its negatives. Returns their number."""
+    """Write the output slots for a position to `targets`: the word itself, then its negatives. Returns the number of slots."""
     targets[0] = work.output_slots[work.kept[position]]
     count = 1
     for k in range(work.negatives.shape[1]):
@@ -169,7 +169,7 @@ def _window(position: int, kept: int, work: Any, width: int) -> Any:
 
 @_compiled
 def _sigmoid_index(score: Any) -> Any:
-    """Return the index of a score in the sigmoid table."""
+    """Return the index in the sigmoid table for a score."""
     clamped = min(max(score, np.float32(-SIGMOID_RANGE)), np.float32(SIGMOID_RANGE))
     return np.int64((clamped + np.float32(SIGMOID_RANGE)) * np.float32(SIGMOID_STEPS))
 
@@ -178,7 +178,7 @@ def _sigmoid_index(score: Any) -> Any:
 def skip_gram(ids: Any, seed: Any, inputs: Any, outputs: Any, constants: Any, work: Any, lr: Any) -> Any:
     """Train skip-gram with negative sampling on one segment (Mikolov et al. 2013, equation 4).
 
-    The context words of a position share its negatives (Ji et al. 2016, section 3), so that the rows stay in the CPU cache.
+    All context words at a position use the same negatives (Ji et al. 2016, section 3), which keeps the rows in the CPU cache.
     Returns the summed loss in nats, the number of pairs, and the numbers of input and output slots in use.
     """
     D = inputs.shape[1]
@@ -307,14 +307,14 @@ def merge_changes(
     part: int,
     parts: int,
 ) -> None:
-    """Add the changes of all segments to the rows `part`, `part + parts`, ... of `table`, in the order of the segments.
+    """Add the changes of all segments to rows `part`, `part + parts`, ... of `table`, in segment order.
 
     `rows` and `uses` are (segments, slots), `changes` is (segments, slots, D), and `used`, (segments,), counts the slots in use.
     `segments_per_row` and `uses_per_row` are scratch arrays (V,) that are zero before and after the call.
 
     Segments that update the same row start from the same value. For a frequent word, adding their changes would overshoot, and
     averaging them would learn too slowly. If each update moves a row by the fraction `lr / 2` toward its optimum, n updates move it
-    by 1 - exp(-n lr / 2). The sum is scaled to the change that sequential updates would have made.
+    by 1 - exp(-n lr / 2). The sum of the changes is scaled to match what sequential updates would have done.
     """
     for segment in range(len(used)):
         for slot in range(used[segment]):
@@ -344,10 +344,10 @@ def merge_changes(
 
 @_compiled
 def count_pairs(ids: Any, first: int, window: int, V: int, dense: Any, keys: Any, weights: Any) -> Any:
-    """Count the pairs whose second word is at position `first` or later, each with weight 1 / distance (Pennington et al. 2014).
+    """Count pairs whose second word is at position `first` or later. A pair has weight 1 / distance (Pennington et al. 2014).
 
-    Pairs of the `len(dense)` most frequent words are added to `dense`. For every other pair, `smaller id * V + larger id` is
-    appended to `keys` and the weight to `weights`. Returns the number of pairs appended.
+    If both words are among the `len(dense)` most frequent, the weight is added to `dense`. Otherwise, `smaller id * V + larger id`
+    is appended to `keys` and the weight to `weights`. Returns the number of pairs appended.
     """
     frequent = len(dense)
     count = 0
@@ -384,7 +384,7 @@ def glove(
 ) -> Any:
     """Fit the cells of one block with AdaGrad (Pennington et al. 2014, equation 8). Returns the summed loss.
 
-    `rows`, `columns` and `counts` are (cells,). The tables are (V, D + 1): the last column of `words` and `contexts` is the bias;
+    `rows`, `columns` and `counts` are (cells,). The tables are (V, D + 1). The last column of `words` and `contexts` is the bias.
     `word_squares` and `context_squares` contain AdaGrad's sums of squared gradients.
     """
     D = words.shape[1] - 1

@@ -1,4 +1,4 @@
-"""Group the vectors of a map by similarity, and place the labels of an image so that they do not overlap."""
+"""Group vectors by similarity, and place labels in an image so that they do not overlap."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _ITERATIONS = 30
 
 
 def group(normalized: np.ndarray) -> np.ndarray:
-    """Assign each normalized vector, (names, dimensions), to a group, as int64 (names,).
+    """Assign each normalized vector, (names, dimensions), to a group. Returns int64 (names,).
 
-    Spherical k-means (Dhillon & Modha 2001). The first center is the first vector, and each further center is the vector that is
-    least similar to all centers so far, so the result does not depend on random numbers. The largest group is number 0.
+    Uses spherical k-means (Dhillon & Modha 2001). The first center is the first vector. Each additional center is the vector that
+    is least similar to the centers chosen before it, so no random numbers are needed. Group 0 is the largest.
     """
     count = max(1, min(MAX_GROUPS, len(normalized) // _NAMES_PER_GROUP))
     chosen = [0]
@@ -56,10 +56,10 @@ class Box:
 def place_labels(
     points: np.ndarray, sizes: Iterable[tuple[float, float]], area: Box, limit: int, gap: float
 ) -> Iterator[tuple[int, float, float]]:
-    """Yield (row, left, bottom) in pixels for at most `limit` labels that do not overlap, first rows first.
+    """Yield (row, left, bottom) in pixels for up to `limit` labels that do not overlap, in row order.
 
-    `points` is (names, 2) in pixels and `sizes` yields the width and height of each label. A label is placed right, left, above or
-    below its point, at a distance of `gap`, or left out if all four places are taken or outside `area`.
+    `points` is (names, 2) in pixels, and `sizes` yields the width and height of each label. A label is placed to the right of, to
+    the left of, above or below its point, at a distance of `gap`. It is skipped if all four places are taken or outside `area`.
     """
     placed: list[Box] = []
     for row, (width, height) in enumerate(sizes):

@@ -22,18 +22,18 @@ SUFFIXES = (".html", ".png", ".svg", ".pdf")
 _NEIGHBORS = 10
 """Number of neighbors that the page shows for each name."""
 _MAX_SCORES = 1 << 25
-"""Maximum number of similarities that are computed at a time."""
+"""Maximum number of similarities to compute at once."""
 _COLORS = ("#1f6fb4", "#c2410c", "#0f7b5f", "#a0327d", "#7a5c00", "#5b4bc4", "#b42318", "#3f6b21")
-"""The colors of the groups in an image. map.html has the same."""
+"""Group colors in an image. Keep them the same as in map.html."""
 _LABEL_GAP = 4.0
-"""Distance between a point and its label in pixels."""
+"""Distance in pixels between a point and its label."""
 
 
 def draw(vectors: Vectors, path: Path, *, projection: str = "pca", max_names: int = 2000, labels: int = 150, seed: int = 0) -> int:
-    """Draw the first `max_names` names to `path`, in the format of its suffix. Returns the number of names drawn.
+    """Draw the first `max_names` vectors and write the map to `path`. Returns the number of vectors drawn.
 
-    `labels` is the number of labeled points in an image. Raises `InputError` if an optional dependency is missing or there are
-    fewer than three vectors.
+    The suffix of `path` selects the format. `labels` is the maximum number of labels in an image. Raises `InputError` if an
+    optional dependency is missing or there are fewer than three vectors.
     """
     normalized = vectors.normalized[:max_names]
     if len(normalized) < 3:
@@ -47,7 +47,7 @@ def draw(vectors: Vectors, path: Path, *, projection: str = "pca", max_names: in
 
 
 def project(normalized: np.ndarray, projection: str, seed: int) -> tuple[np.ndarray, float | None]:
-    """Project normalized vectors to points (names, 2). PCA also returns the share of the variance that the points explain."""
+    """Project normalized vectors to points (names, 2). Also returns the share of variance explained (None except with PCA)."""
     if projection == "pca":
         return pca(normalized)
     try:
@@ -85,7 +85,10 @@ def pca(rows: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def _nearest(vectors: Vectors, count: int) -> np.ndarray:
-    """Return the nearest neighbors of the first `count` vectors among all vectors, most similar first, (count, neighbors)."""
+    """Return the rows of the nearest neighbors of the first `count` vectors, (count, neighbors), most similar first.
+
+    All vectors are candidates, including those that are not drawn.
+    """
     normalized = vectors.normalized
     near = np.empty((count, min(_NEIGHBORS, len(vectors) - 1)), dtype=np.int64)
     rows = max(1, _MAX_SCORES // len(vectors))
@@ -99,7 +102,7 @@ def _nearest(vectors: Vectors, count: int) -> np.ndarray:
 
 
 def page(vectors: Vectors, points: np.ndarray, projection: str, explained: float | None) -> str:
-    """Return a self-contained HTML document. Neighbors are computed from all full vectors, not from the projected points."""
+    """Return a self-contained HTML document. Neighbors are computed from the original vectors, not from the projected points."""
     normalized = vectors.normalized
     near = _nearest(vectors, len(points))
     similarities = np.einsum("nd,nkd->nk", normalized[: len(points)], normalized[near])
@@ -126,7 +129,7 @@ def _page_name(vectors: Vectors, row: int) -> str:
 
 
 def _draw_image(vectors: Vectors, points: np.ndarray, path: Path, labels: int) -> None:
-    """Draw points and labels. The most frequent names are labeled first; labels that would overlap are left out."""
+    """Draw points and labels. The most frequent names are labeled first. Labels that would overlap others are skipped."""
     try:
         import matplotlib
     except ImportError:

@@ -1,4 +1,4 @@
-"""Vectors of whole texts: the pooled hidden states of a trained model."""
+"""Compute vectors for whole texts by pooling the hidden states of a trained model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tinylm.run import Checkpoint, Run
 
 POOLS = ("cls", "mean", "last")
 WHICH = "sentence"
-"""The value of `which` in the notes of vectors of texts."""
+"""The value of `which` in the notes that `table` stores with its vectors."""
 
 
 @torch.no_grad()
@@ -31,14 +31,14 @@ def sentence_vectors(
     device: torch.device | None = None,
     reporter: Reporter = SILENT,
 ) -> np.ndarray:
-    """The vector of each text, (texts, width) float32. `how`: cls, mean or last, over all tokens that the model reads.
+    """Return one vector per text, float32 (texts, width). `how` is the pooling: `cls`, `mean` or `last`.
 
-    Long texts are cut off at the context length. Raises `InputError` for cls with a model that reads from left to right.
+    Long texts are truncated to the context length. Raises `InputError` for `cls` with a causal model.
     """
     network = without_classifier(run.network(checkpoint or run.checkpoint(), device or torch.device("cpu")))
     if how == "cls" and network.is_causal:
         raise InputError(
-            f"cls is the first token, at which architecture {network.architecture} has not read the text",
+            f"cls uses the first token, but a model with architecture {network.architecture} has not read the text at that point",
             where="--pool",
             hint="use mean or last",
         )
@@ -58,30 +58,30 @@ def sentence_vectors(
 
 
 def table(run: Run, texts: Sequence[str], how: str, **options: Any) -> Vectors:
-    """The vectors of different texts, named by the texts. Repeated texts are kept once. Raises `InputError` if there are none."""
-    different = list(dict.fromkeys(texts))
-    if not different:
-        raise InputError("there are no texts", hint="give a text with one sentence per line")
-    matrix = sentence_vectors(run, different, how, **options)
+    """Return one vector per distinct text. The names are the texts themselves. Raises `InputError` if there are no texts."""
+    distinct = list(dict.fromkeys(texts))
+    if not distinct:
+        raise InputError("there are no texts", hint="provide a text with one sentence per line")
+    matrix = sentence_vectors(run, distinct, how, **options)
     chosen = options.get("checkpoint") or run.checkpoint()
     notes = {"run": run.name, "run_path": str(run.path.absolute()), "checkpoint": chosen.name, "which": WHICH, "pool": how}
-    return Vectors(different, matrix, notes={**notes, "tokenizer": run.tokenizer.fingerprint})
+    return Vectors(distinct, matrix, notes={**notes, "tokenizer": run.tokenizer.fingerprint})
 
 
 def query_vector(vectors: Vectors, text: str, run_path: str | None = None) -> np.ndarray:
-    """The vector of a new text, from the run and with the pooling that computed `vectors`. `run_path`: where the run is now.
+    """Compute the vector of a new text with the run and the pooling that produced `vectors`. Pass `run_path` if the run has moved.
 
-    Raises `InputError` if the run is missing or has another tokenizer.
+    Raises `InputError` if the run is missing or has a different tokenizer.
     """
     path = run_path or vectors.notes.get("run_path")
     if not isinstance(path, str):
-        raise InputError("these vectors do not name the run that computed them", where="--run", hint="give it with --run")
+        raise InputError("these vectors do not record the run that computed them", where="--run", hint="specify the run with --run")
     run = Run.open(path)
     if run.tokenizer.fingerprint != vectors.notes.get("tokenizer"):
         raise InputError("is not the run that computed these vectors", where=str(run.path))
     how = vectors.notes.get("pool")
     if how not in POOLS:
-        raise InputError("the notes of the vectors are damaged: pool", where="--vectors")
+        raise InputError("the notes stored with the vectors are damaged: invalid `pool`", where="--vectors")
     checkpoint = run.checkpoint(str(vectors.notes.get("checkpoint")))
     vector: np.ndarray = sentence_vectors(run, [text], how, checkpoint=checkpoint)[0]
     return vector

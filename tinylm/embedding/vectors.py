@@ -1,7 +1,7 @@
-"""Named vectors and queries on them: nearest neighbors, analogies, similarity and the odd one out. Does not import torch.
+"""Named vectors and queries on them: nearest neighbors, analogies, similarity and the odd one out.
 
-A name is a word, or a tokenizer's token in byte-mapped form (` the` is `Ġthe`). Queries accept both the plain and the byte-mapped
-spelling. All similarities are cosines.
+A name is either a word or a token in byte-mapped form (` the` is `Ġthe`). Queries accept both the plain and the byte-mapped
+spelling. All similarities are cosines. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tinylm.paths import atomic_file
 
 FORMAT = "tinylm-embeddings-1"
 _EPSILON = 1e-3
-"""Keeps the division in 3CosMul finite. The value is from the paper."""
+"""Keeps the division in 3CosMul finite. The value is from Levy & Goldberg (2014)."""
 ANALOGY_METHODS = ("3cosadd", "3cosmul")
 
 
@@ -82,7 +82,7 @@ class Vectors:
 
     @cached_property
     def index(self) -> dict[str, int]:
-        """The row of each name. If a name is repeated, its first row is used."""
+        """The row of each name. For a repeated name, this is the first row."""
         return {name: row for row, name in reversed(list(enumerate(self.names)))}
 
     @cached_property
@@ -93,18 +93,18 @@ class Vectors:
         return normalized
 
     def display_name(self, row: int) -> str:
-        """The name of a row as text: a byte-mapped name is decoded as UTF-8."""
+        """Return a row's name as text. Byte-mapped names are decoded as UTF-8."""
         name = self.names[row]
         raw = from_byte_mapped(name) if self.byte_mapped else None
         return name if raw is None else raw.decode("utf-8", "replace")
 
     def find(self, word: str) -> int | None:
-        """Return the row of a word, or None. Also tries lower case and, for tokens, the byte-mapped form and a leading space."""
+        """Return the row of a word, or None. Also tries lowercase, the byte-mapped form and, for tokens, a leading space."""
         forms = [word, word.lower()]
         if self.byte_mapped:
             texts = [text for form in forms for text in (form, f" {form}")]
             forms = [to_byte_mapped(text.encode("utf-8", "surrogateescape")) for text in texts] + forms
-        else:  # a text format does not say whether its names are byte-mapped
+        else:  # files in text formats do not record whether their names are byte-mapped
             forms.append(to_byte_mapped(word.encode("utf-8", "surrogateescape")))
         return next((self.index[form] for form in forms if form in self.index), None)
 
@@ -117,12 +117,12 @@ class Vectors:
         return row
 
     def nearest(self, word: str, count: int = 10) -> list[Neighbor]:
-        """The `count` names most similar to `word`, excluding itself. Raises `InputError` for an unknown word."""
+        """Return the `count` names most similar to `word`, excluding the word itself. Raises `InputError` for an unknown word."""
         row = self.row(word)
         return self._top(self.normalized @ self.normalized[row], [row], count)
 
     def nearest_to(self, vector: np.ndarray, count: int = 10) -> list[Neighbor]:
-        """The `count` names most similar to `vector`, (dimensions,)."""
+        """Return the `count` names most similar to `vector`, (dimensions,)."""
         return self._top(self.normalized @ (vector / max(float(np.linalg.norm(vector)), 1e-30)), [], count)
 
     def analogy(self, a: str, b: str, c: str, count: int = 10, method: str = "3cosadd") -> list[Neighbor]:
@@ -130,7 +130,7 @@ class Vectors:
 
         `3cosadd` scores a candidate d by cos(d, b - a + c) on normalized vectors (Mikolov et al. 2013, "Linguistic Regularities in
         Continuous Space Word Representations"). `3cosmul` multiplies and divides similarities shifted to [0, 1] (Levy & Goldberg
-        2014, equation 4). The result's `similarity` is this score.
+        2014, equation 4). The `similarity` of each returned neighbor is this score.
         """
         rows = [self.row(word) for word in (a, b, c)]
         return self._top(self.analogy_scores(np.array([rows]), method)[0], rows, count)
@@ -138,7 +138,7 @@ class Vectors:
     def analogy_scores(self, rows: np.ndarray, method: str = "3cosadd", max_names: int | None = None) -> np.ndarray:
         """Return the score of each candidate for each question, (questions, names).
 
-        `rows` contains the rows of a, b and c, (questions, 3). Only the first `max_names` names are candidates.
+        `rows`, (questions, 3), contains the row numbers of a, b and c. Only the first `max_names` names are candidates.
         """
         check_analogy_method(method)
         a, b, c = (self.normalized[rows[:, column]] for column in range(3))
@@ -152,7 +152,7 @@ class Vectors:
         return scores
 
     def similarity(self, first: str, second: str) -> float:
-        """The cosine of two words, in [-1, 1]. Raises `InputError` for an unknown word."""
+        """Return the cosine similarity of two words, in [-1, 1]. Raises `InputError` for an unknown word."""
         return float(self.normalized[self.row(first)] @ self.normalized[self.row(second)])
 
     def odd_one_out(self, words: Sequence[str]) -> list[Neighbor]:
@@ -166,7 +166,7 @@ class Vectors:
         return [Neighbor(words[index], float(similarities[index])) for index in order]
 
     def _top(self, scores: np.ndarray, excluded: Sequence[int], count: int) -> list[Neighbor]:
-        """Return the names with the highest scores. Ties are in row order."""
+        """Return the `count` names with the highest scores, skipping the `excluded` rows. Ties are in row order."""
         scores = scores.copy()
         scores[list(excluded)] = -np.inf
         count = min(count, len(scores) - len(set(excluded)))
@@ -198,16 +198,16 @@ class Vectors:
         except (OSError, SafetensorError) as error:
             raise InputError(f"cannot be read: {error}", where=str(path)) from None
         if FORMAT not in metadata or not {"vectors", "names", "name_ends"} <= tensors.keys():
-            raise InputError("not an embedding file of tinylm", where=str(path), hint="`tinylm embed import` reads other formats")
+            raise InputError("not a tinylm embedding file", where=str(path), hint="`tinylm embed import` reads other formats")
         try:
             raw, ends = tensors["names"].tobytes(), [int(end) for end in tensors["name_ends"]]
             header = json.loads(metadata[FORMAT])
             byte_mapped, notes, counts = bool(header["byte_mapped"]), dict(header["notes"]), tensors.get("counts")
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise InputError(f"its names or metadata are damaged: {error}", where=str(path)) from None
+            raise InputError(f"the names or metadata are damaged: {error}", where=str(path)) from None
         in_order = all(start <= end for start, end in pairwise([0, *ends])) and (not ends or ends[-1] == len(raw))
         matrix = tensors["vectors"]
         if not in_order or matrix.dtype != np.float32 or (counts is not None and counts.shape != (len(ends),)):
-            raise InputError("its names, vectors and counts do not match", where=str(path))
+            raise InputError("the names, vectors and counts do not match", where=str(path))
         names = [raw[start:end].decode("utf-8", "surrogateescape") for start, end in pairwise([0, *ends])]
         return cls(names, matrix, counts, byte_mapped, notes)

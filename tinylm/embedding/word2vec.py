@@ -1,9 +1,9 @@
 """Skip-gram and CBOW with negative sampling (Mikolov et al. 2013). The result is bit-identical for any number of threads.
 
-A step reads 8 consecutive segments of the text. Each segment is trained by plain SGD with its own random numbers, on copies of the
-rows it needs; all segments start from the same tables. Then their changes are added in the order of the text, so the result does
-not depend on the assignment of segments to threads. A step depends only on the seed, its number and the tables, so resuming needs
-nothing else.
+A step reads 8 consecutive segments of the text. Each segment is trained with plain SGD, with its own random numbers and on its own
+copies of the table rows that it needs. All segments start from the same tables, and their changes are then added in text order. The
+result therefore does not depend on which thread trains which segment. A step depends only on the seed, the step number and the
+tables, so no other state is needed to resume training.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from tinylm.errors import missing_extra
 from tinylm.recipe.embeddings import CbowMethod, SkipGramMethod
 
 SEGMENTS = 8
-"""Segments per step, which is also the largest useful number of threads."""
+"""Segments per step. Word2vec does not use more threads than this."""
 SEGMENT_LENGTH = 1024
 """Ids per segment."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """`loss` is summed over `terms` (pairs, positions or cells); `tokens` counts the ids, or for GloVe the cells, of the step."""
+    """The result of a step. `loss` is summed over `terms` (pairs, positions or cells). `tokens` counts ids, or cells for GloVe."""
 
     loss: float
     terms: int
@@ -36,7 +36,7 @@ class StepResult:
 
 
 def import_kernels() -> Any:
-    """Import the module of compiled loops. Raises `InputError` if numba is not installed."""
+    """Import the module with the compiled loops. Raises `InputError` if numba is not installed."""
     try:
         from tinylm.embedding import kernels as compiled
     except ImportError:
@@ -45,7 +45,7 @@ def import_kernels() -> Any:
 
 
 class Word2Vec:
-    """The tables of skip-gram or CBOW, trained step by step. `inputs` and `outputs` are float32 (names, dimensions)."""
+    """Train skip-gram or CBOW tables step by step. `inputs` and `outputs` are float32 (names, dimensions)."""
 
     unit = "tokens"
 
@@ -95,7 +95,7 @@ class Word2Vec:
         return StepResult(loss, terms, len(ids), lr)
 
     def _train(self, ids: np.ndarray, number: int, lr: np.float32) -> tuple[float, int]:
-        """Train on the ids of one step. Returns the summed loss and the number of its terms."""
+        """Train on the ids of one step. Returns the summed loss and the number of terms in the sum."""
         workspaces, threads = self._workspaces, self._threads
 
         def train_segment(segment: int) -> tuple[float, int, int, int]:
@@ -122,11 +122,11 @@ class Word2Vec:
         return sum(result[0] for result in results), sum(result[1] for result in results)
 
     def tables(self) -> dict[str, np.ndarray]:
-        """The complete training state by name. To restore it, write into these arrays."""
+        """Return the complete training state by name. To restore the state, write into these arrays."""
         return {"inputs": self.inputs, "outputs": self.outputs}
 
     def vectors(self) -> np.ndarray:
-        """The word vectors, float32 (names, dimensions): the input table, as in word2vec."""
+        """Return the word vectors, float32 (names, dimensions): the input table, as in the original word2vec."""
         return self.inputs
 
     def close(self) -> None:
@@ -134,7 +134,7 @@ class Word2Vec:
 
 
 class Workspaces:
-    """The scratch memory of all segments, allocated once: an array per field of `kernels.Workspace`, with a row per segment."""
+    """Scratch memory for all segments, allocated once. The arrays for `kernels.Workspace` have one row per segment."""
 
     def __init__(self, names: int, width: int, negatives: int) -> None:
         inputs, outputs = min(names, SEGMENT_LENGTH), min(names, SEGMENT_LENGTH * (negatives + 1))
@@ -150,7 +150,7 @@ class Workspaces:
         self.uses_per_row = np.zeros((2, names), np.int32)
 
     def of_segment(self, segment: int) -> Sequence[np.ndarray]:
-        """The arrays of one segment, in the order of the fields of `kernels.Workspace`."""
+        """Return the arrays for one segment, in the field order of `kernels.Workspace`."""
         return [
             array[segment]
             for array in (
@@ -171,7 +171,7 @@ class Workspaces:
 def alias_table(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Build tables for sampling rows in proportion to `weights` in constant time (Walker 1977; Vose 1991).
 
-    To sample, draw a row r uniformly. Keep it with probability `accept[r]`, otherwise use `alias[r]`.
+    To sample, draw a row r uniformly. Keep it with probability `accept[r]`; otherwise, use `alias[r]`.
     """
     scaled = (weights / weights.sum() * len(weights)).tolist()
     accept, alias = np.ones(len(weights), dtype=np.float32), np.arange(len(weights), dtype=np.int32)

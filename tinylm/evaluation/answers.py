@@ -1,6 +1,6 @@
-"""The loss of a model on the answers of conversations. Every token of an answer is scored once, including its end-of-turn token.
+"""Evaluate a model's loss on the answers in conversations. Every answer token is scored once, including end-of-turn tokens.
 
-Legend: `B` conversations in a batch, `T` tokens of the longest one.
+Legend: `B` conversations in a batch, `T` input tokens in the longest conversation.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tinylm.processes import SINGLE_PROCESS, Processes
 
 @dataclass(frozen=True)
 class AnswerScores:
-    """The result of an evaluation: sums over the tokens of all answers."""
+    """The result of an evaluation: sums over all answer tokens."""
 
     conversations: int
     skipped: int
@@ -62,10 +62,10 @@ def evaluate(
     processes: Processes = SINGLE_PROCESS,
     on_progress: Callable[[int], None] = lambda count: None,
 ) -> AnswerScores:
-    """Score the answers of all conversations, or of the first ones that have `max_tokens` tokens together.
+    """Score the answers in all conversations. With `max_tokens`, stop after the conversation that reaches this total.
 
-    Conversations are cut to the context as in training. With several processes, each scores a share of the batches, and all return
-    the same result. Raises `InputError` if no conversation fits into the context.
+    Conversations are truncated to the context length as in training. With several processes, each rank scores a share of the
+    batches, and all ranks return the same result. Raises `InputError` if no conversation has an answer that fits into the context.
     """
     context = network.model.context_length
     fitted: list[Fitted] = []
@@ -98,7 +98,10 @@ def evaluate(
 
 
 def _nats(network: Model, members: Sequence[Fitted]) -> float:
-    """The summed loss of the answers of a batch. Padding follows the conversations, so no position attends to it."""
+    """Return the summed loss of the answers in a batch, in nats.
+
+    Padding comes after each conversation, so causal attention keeps it from affecting the scored positions.
+    """
     width = max(len(item.ids) for item in members) - 1
     inputs = np.zeros((len(members), width), dtype=np.int64)  # (B, T)
     targets = np.full((len(members), width), IGNORE_INDEX, dtype=np.int64)

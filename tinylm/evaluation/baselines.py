@@ -1,7 +1,7 @@
-"""Baselines for a model, in bits per byte of the same held-out text: n-gram models and general-purpose compressors.
+"""Baselines for language models: the bits per byte of n-gram models and general-purpose compressors on the same held-out text.
 
-The n-gram models use modified Kneser-Ney smoothing. They are trained on the same tokens as the network and also score documents
-independently. xz and zstd compress the held-out text with the training text as a dictionary.
+The n-gram models use modified Kneser-Ney smoothing. They are trained on the same tokens as the network and, like the network, score
+documents independently. xz and zstd compress the held-out text with the training text as a dictionary.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAX_ORDER = 5
 
 
 def kneser_ney_bits(train: Shard, heldout: Shard, vocab_size: int, size: int) -> dict[str, float]:
-    """Return bits per byte of a held-out text of `size` bytes under n-gram models of order 1 to `MAX_ORDER`, by name."""
+    """Return the bits per byte of n-gram models of order 1 to `MAX_ORDER`, by name. `size` is the held-out text's size in bytes."""
     counts = count_shard(train, vocab_size, MAX_ORDER)
     bits = {}
     for order in range(1, MAX_ORDER + 1):
@@ -31,7 +31,10 @@ def kneser_ney_bits(train: Shard, heldout: Shard, vocab_size: int, size: int) ->
 
 
 def compressor_bits(train: bytes, heldout: bytes) -> dict[str, float]:
-    """Return bits per byte of the held-out text, compressed by xz and (if installed) zstd with the training text as dictionary."""
+    """Return bits per byte of the held-out text compressed with xz and, if it is installed, zstd.
+
+    Both use the training text as a dictionary.
+    """
     sizes = {"xz": _xz_size(train + heldout) - _xz_size(train)}
     zstd_size = _load_zstd()
     if zstd_size is not None:
@@ -40,7 +43,7 @@ def compressor_bits(train: bytes, heldout: bytes) -> dict[str, float]:
 
 
 def _xz_size(data: bytes) -> int:
-    """Compressed size in bytes, at the highest preset and with a window that covers all of the data."""
+    """Return the compressed size in bytes, using the highest preset and a window that covers all the data (up to 1.5 GiB)."""
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": min(max(len(data), 1 << 16), 1536 << 20)}]
     return len(lzma.compress(data, format=lzma.FORMAT_XZ, filters=filters))
 

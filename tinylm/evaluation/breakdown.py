@@ -1,6 +1,6 @@
-"""Per-token losses of an evaluation, and tables of the loss by document, position and frequency.
+"""Collect per-token losses during an evaluation, and tabulate the loss by document, position and frequency.
 
-`TokenLosses` collects the losses while `evaluate` runs. The functions of this module summarize them without running a model.
+`TokenLosses` collects the losses while `evaluate` runs. The functions in this module summarize them without running a model.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _FREQUENCY_BANDS = (0, 1, 10, 100, 1_000, 10_000)
 
 
 class TokenLosses:
-    """Losses in nats by position in the shard, NaN where no token was scored. Pass an instance to `evaluate` as `on_batch`.
+    """Losses in nats by position in the shard; NaN marks tokens that were not scored. Pass an instance to `evaluate` as `on_batch`.
 
-    For the first `detailed` tokens of the shard, it also stores the ids and probabilities of the tokens that the model considered
-    most likely: `alternatives` and `probabilities` `(detailed, 5)`.
+    For the first `detailed` tokens of the shard, `alternatives` and `probabilities`, both `(detailed, 5)`, contain the ids and
+    probabilities of the tokens that the model considered most likely.
     """
 
     def __init__(self, shard: Shard, detailed: int = 0) -> None:
@@ -54,7 +54,7 @@ class TokenLosses:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table. `share` is the fraction of all scored tokens, `loss` is in nats per token."""
+    """A table row. `share` is the fraction of all scored tokens, and `loss` is in nats per token."""
 
     name: str
     tokens: int
@@ -70,7 +70,7 @@ def _row(name: str, losses: TokenLosses, positions: np.ndarray, token_byte_lengt
 
 
 def by_document(losses: TokenLosses, token_byte_lengths: np.ndarray) -> list[Row]:
-    """One row per document, in order, named by the document's number."""
+    """Return one row per document, in order. The name of a row is the document's number."""
     rows = []
     for number, (start, end) in enumerate(losses.shard.documents(), 1):
         positions = np.arange(start, end)
@@ -81,7 +81,10 @@ def by_document(losses: TokenLosses, token_byte_lengths: np.ndarray) -> list[Row
 
 
 def by_position(losses: TokenLosses, token_byte_lengths: np.ndarray) -> list[Row]:
-    """One row per range of context lengths (the number of tokens that a token was predicted from): 1, 2, 3-4, 5-8, ..."""
+    """Return one row per range of context lengths: 1, 2, 3-4, 5-8, ...
+
+    A token's context length is the number of tokens that it was predicted from.
+    """
     positions = losses.positions
     doublings = np.ceil(np.log2(np.maximum(losses.context_lengths[positions], 1))).astype(int)
     rows = []
@@ -93,7 +96,7 @@ def by_position(losses: TokenLosses, token_byte_lengths: np.ndarray) -> list[Row
 
 
 def by_frequency(losses: TokenLosses, token_byte_lengths: np.ndarray, train: Shard) -> list[Row]:
-    """One row per range of the number of times that a token occurs in the training text: never, 1-9, 10-99, ..."""
+    """Return one row per range of token frequencies in the training text: never, 1-9, 10-99, ..."""
     counts = np.bincount(np.asarray(train.tokens), minlength=len(token_byte_lengths))
     positions = losses.positions
     frequencies = counts[losses.shard.tokens[positions]]
@@ -108,7 +111,7 @@ def by_frequency(losses: TokenLosses, token_byte_lengths: np.ndarray, train: Sha
 
 @dataclass(frozen=True)
 class HardToken:
-    """A token with a large loss, and the text before it."""
+    """A token with a large loss and the text before the token."""
 
     token: str
     nats: float
@@ -116,7 +119,7 @@ class HardToken:
 
 
 def hardest(losses: TokenLosses, tokenizer: Tokenizer, count: int) -> list[HardToken]:
-    """The `count` tokens with the largest losses, largest first."""
+    """Return the `count` tokens with the largest losses, in descending order of loss."""
     positions = losses.positions
     order = positions[np.argsort(-losses.nats[positions], kind="stable")][:count]
     tokens, end_of_text = losses.shard.tokens, losses.shard.end_of_text

@@ -1,7 +1,6 @@
 """Evaluate a classifier: predictions for texts, accuracy, F1 scores and the confusion matrix.
 
-A tie for the highest probability counts as the share of the tied labels that are correct: a classifier that always gives two labels
-the same probability gets one half.
+If k labels tie for the highest probability and one of them is correct, the text counts as 1 / k correct.
 
 Legend: `N` texts, `L` labels.
 """
@@ -36,10 +35,11 @@ def predict(
     processes: Processes = SINGLE_PROCESS,
     on_progress: Callable[[int], None] = lambda tokens: None,
 ) -> np.ndarray:
-    """The logits of each text, (N, L) float64, given its ids. In evaluation mode; the training mode is restored afterwards.
+    """Return the logits for texts given as token ids, float64 (N, L).
 
-    With several `processes`, each rank computes its share of the batches, and all return the same result. `on_progress` receives
-    the number of tokens read so far; it is called equally often on every rank.
+    The network runs in evaluation mode, and its training mode is restored afterwards. With several `processes`, each rank computes
+    a share of the batches, and all ranks return the same result. `on_progress` receives the number of tokens read so far. It is
+    called the same number of times on every rank.
     """
     assert isinstance(network, SequenceClassifier)
     framed = [framing.frame(ids) for ids in texts]
@@ -71,7 +71,7 @@ def evaluate_during_training(
     processes: Processes,
     on_progress: Callable[[int], None],
 ) -> Metrics:
-    """Classify the held-out texts, or those among the first `max_tokens` held-out tokens."""
+    """Classify the held-out texts, or only those within the first `max_tokens` held-out tokens."""
     assert isinstance(network, SequenceClassifier)
     texts, targets = prepared.heldout.documents(), prepared.heldout.ids(network.objective.labels)
     if max_tokens is not None:
@@ -83,7 +83,7 @@ def evaluate_during_training(
 
 @dataclass(frozen=True)
 class LabelScore:
-    """How well one label is recognized. `count` is the number of texts that have it."""
+    """How well one label is recognized. `count` is the number of texts with this label."""
 
     precision: float
     recall: float
@@ -93,18 +93,18 @@ class LabelScore:
 
 @dataclass(frozen=True)
 class ClassifierScores:
-    """The result of an evaluation of N texts."""
+    """The result of evaluating N texts."""
 
     examples: int
     accuracy: float
     accuracy_ci95: tuple[float, float]
     macro_f1: float
-    """The mean F1 over the labels that occur among the texts or the predictions."""
+    """The mean F1 over all labels that occur in the texts or the predictions."""
     loss: float
-    """Cross-entropy in nats per text, over the texts whose label the model knows."""
+    """Cross-entropy in nats per text, averaged over the texts whose label the model knows."""
     per_label: list[LabelScore]
     confusion: np.ndarray
-    """(L, L): how many texts of each label (row) got each prediction (column)."""
+    """(L, L): the number of texts for each true label (row) and predicted label (column)."""
 
     @property
     def metrics(self) -> Metrics:
@@ -114,7 +114,7 @@ class ClassifierScores:
 
 
 def score(logits: np.ndarray, targets: np.ndarray) -> ClassifierScores:
-    """Compare logits (N, L) with the ids of the true labels (N,). Negative ids are labels that the model does not have.
+    """Compare logits (N, L) with the ids of the true labels (N,). A negative id marks a label that the model does not have.
 
     Raises `InputError` if there are no texts.
     """
@@ -143,7 +143,7 @@ def score(logits: np.ndarray, targets: np.ndarray) -> ClassifierScores:
 
 
 def credits(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """(N,): 1 for a correct prediction, 0 for a wrong one, and 1 / k if the true label ties with k - 1 others."""
+    """Return the credit (N,) for each prediction: 1 if correct, 0 if wrong, and 1 / k if the true label ties with k - 1 others."""
     best = logits == logits.max(axis=1, keepdims=True)
     right = best[np.arange(len(targets)), np.maximum(targets, 0)] & (targets >= 0)
     shares: np.ndarray = right / best.sum(axis=1)
@@ -151,7 +151,10 @@ def credits(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def _per_label(confusion: np.ndarray, unknown: np.ndarray) -> list[LabelScore]:
-    """`unknown` (L,): predictions for texts whose label the model does not have, which are all wrong."""
+    """Return the scores of each label.
+
+    `unknown` (L,) counts the predictions for texts whose label the model does not have. All of these predictions are wrong.
+    """
     scores = []
     for label in range(len(confusion)):
         hits, count = int(confusion[label, label]), int(confusion[label].sum())
@@ -163,16 +166,16 @@ def _per_label(confusion: np.ndarray, unknown: np.ndarray) -> list[LabelScore]:
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """(N, L) -> (N, L)."""
+    """Convert logits (N, L) to log-probabilities (N, L)."""
     shifted = logits - logits.max(axis=1, keepdims=True)
     normalized: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return normalized
 
 
 def fit_temperature(logits: np.ndarray, targets: np.ndarray) -> float:
-    """The temperature that minimizes the loss of logits / temperature on known targets (Guo et al. 2017), by golden-section search.
+    """Find the temperature that minimizes the loss of logits / temperature (Guo et al. 2017) by golden-section search.
 
-    Raises `InputError` if no text has a known label.
+    Texts whose label the model does not know are ignored. Raises `InputError` if no text has a known label.
     """
     known = targets >= 0
     if not known.any():

@@ -19,7 +19,7 @@ from tinylm.run import Checkpoint, Run
 from tinylm.tokenizer import Tokenizer
 
 _CHUNK = 4096
-"""Number of texts that are sorted by length together."""
+"""Number of texts per chunk. Texts are sorted by length within a chunk."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Prediction:
 
 
 def truncation(run: Run) -> str:
-    """The value of `data.truncate` that a run was trained with."""
+    """Return the value of `data.truncate` in a run's recipe, or the default if the recipe has no labeled texts."""
     return run.recipe.data.truncate if isinstance(run.recipe.data, LabelsSection) else "head"
 
 
 def require_classifier(run: Run) -> ClassificationObjective:
-    """Return the objective of a classifier. Raises `InputError` for another run."""
+    """Return a run's classification objective. Raises `InputError` if the run is not a classifier."""
     objective = run.recipe.objective
     if not isinstance(objective, ClassificationObjective):
         raise InputError(
@@ -49,16 +49,16 @@ def require_classifier(run: Run) -> ClassificationObjective:
 
 
 def heldout_texts(run: Run, split: str = "heldout") -> LabeledShard:
-    """Open the held-out or test texts of a run. Raises `InputError` if there are none, or if they are damaged."""
+    """Open a run's held-out or test texts. Raises `InputError` if the texts are missing or damaged."""
     if split == "test" and not run.has_test_split:
-        raise InputError("this run has no test texts", where=str(run.path), hint="`data.test` in a recipe sets them aside")
+        raise InputError("this run has no test texts", where=str(run.path), hint="set `data.test` in the recipe to reserve some")
     if not (run.path / "heldout").exists():
-        raise InputError("this run has no held-out texts", where=str(run.path), hint="name labeled texts to evaluate it on")
+        raise InputError("this run has no held-out texts", where=str(run.path), hint="specify labeled texts to evaluate it on")
     return open_labeled(run.path / "heldout", split, run.tokenizer.vocab_size)
 
 
 class TextClassifier:
-    """Classifies texts with the network of a run."""
+    """Classifies texts with a run's network."""
 
     def __init__(self, run: Run, checkpoint: Checkpoint, device: torch.device) -> None:
         """Raises `InputError` if the run is not a classifier."""
@@ -72,7 +72,10 @@ class TextClassifier:
         self.temperature = 1.0
 
     def calibrate(self) -> float:
-        """Fit the temperature on the held-out texts, so that the probabilities match the share of right labels. Returns it."""
+        """Fit the temperature on the held-out texts so that probabilities match the share of correct labels.
+
+        Returns the temperature. Raises `InputError` if the run has no held-out texts.
+        """
         texts = heldout_texts(self._run)
         logits = classification.predict(self.network, texts.documents(), self.framing)
         self.temperature = classification.fit_temperature(logits, texts.ids(self.labels))
@@ -88,7 +91,7 @@ class TextClassifier:
                 yield Prediction(text, self.labels[int(row.argmax())], dict(zip(self.labels, map(float, row), strict=True)))
 
     def logits(self, texts: list[str]) -> np.ndarray:
-        """The logits (texts, labels) before calibration."""
+        """Return the logits (texts, labels) before calibration."""
         return classification.predict(
             self.network, [np.array(self._tokenizer.encode(text), dtype=np.int64) for text in texts], self.framing
         )

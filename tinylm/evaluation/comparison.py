@@ -24,12 +24,12 @@ from tinylm.tokenizer import Tokenizer
 
 SIGNIFICANCE_LEVEL = 0.05
 MIN_SEEDS = 2
-"""A recipe needs this many seeds for a comparison of recipes."""
+"""Minimum number of seeds per recipe for a comparison of recipes."""
 
 
 @dataclass(frozen=True)
 class ScoredRun:
-    """A run and its result on the text of the comparison."""
+    """A run and its result on the text that is used for the comparison."""
 
     run: Run
     checkpoint: str
@@ -44,7 +44,7 @@ class ScoredRun:
 
 @dataclass(frozen=True)
 class ModelTest:
-    """The test of two models on the text."""
+    """A significance test between two models on the same text."""
 
     a: ScoredRun
     b: ScoredRun
@@ -56,7 +56,7 @@ class ModelTest:
 
     @property
     def better(self) -> ScoredRun | None:
-        """The model with the lower loss. None if the difference is not significant."""
+        """The model with the lower loss, or None if the difference is not significant."""
         return (self.a if self.result.difference < 0 else self.b) if self.p_corrected < SIGNIFICANCE_LEVEL else None
 
     def as_dict(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class ModelTest:
 
 @dataclass(frozen=True)
 class ScoredRecipe:
-    """The results of all seeds of a recipe."""
+    """A recipe's results for all seeds."""
 
     name: str
     runs: tuple[ScoredRun, ...]
@@ -90,7 +90,7 @@ class ScoredRecipe:
 
     @property
     def deviation(self) -> float | None:
-        """The standard deviation between seeds; None for a single seed."""
+        """The standard deviation over the seeds, or None if there is only one seed."""
         return float(np.std(self.scores, ddof=1)) if len(self.runs) >= MIN_SEEDS else None
 
     def as_dict(self) -> dict[str, Any]:
@@ -99,7 +99,7 @@ class ScoredRecipe:
 
 @dataclass(frozen=True)
 class RecipeTest:
-    """The test of two recipes with several seeds each."""
+    """A significance test between two recipes, each with several seeds."""
 
     a: ScoredRecipe
     b: ScoredRecipe
@@ -123,7 +123,7 @@ class Comparison:
     model_tests: list[ModelTest]
     recipes: list[ScoredRecipe]
     recipe_tests: list[RecipeTest]
-    """The tests of the first recipe that has several seeds against each of the others."""
+    """Tests of the first recipe with several seeds against every other such recipe."""
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -144,12 +144,15 @@ class Comparison:
 
 
 def share_text(runs: Sequence[Run], split: str) -> bool:
-    """Whether the held-out or test texts of all runs are the same, with any tokenizer. Raises `InputError` if a run has none."""
+    """Whether all runs have the same held-out or test text, even if their tokenizers differ.
+
+    Raises `InputError` if a run has no such text.
+    """
     return len({_text_hash(run.heldout(split), run.tokenizer) for run in runs}) == 1
 
 
 def _text_hash(shard: Shard, tokenizer: Tokenizer) -> str:
-    """A hash of the text of a shard and its division into documents."""
+    """Return a hash of a shard's text and document boundaries."""
     token_bytes, text = tokenizer.token_bytes, hashlib.sha256()
     for start, end in shard.documents():
         document = b"".join(token_bytes[id] for id in shard.tokens[start:end].tolist())
@@ -167,7 +170,7 @@ def compare_runs(
     device: str = "auto",
     reporter: Reporter = SILENT,
 ) -> Comparison:
-    """Compare the best checkpoints of runs on `sources`, or on their common held-out or test text if there are none.
+    """Compare the best checkpoints of runs on `sources`, or on the held-out or test text they share if `sources` is empty.
 
     Raises `InputError` if the texts differ (see `share_text`) or the text is too short.
     """
@@ -201,7 +204,7 @@ def _test_models(scored: Sequence[ScoredRun], groups: Sequence[Replicates]) -> l
 
 
 def _test_recipes(recipes: Sequence[ScoredRecipe]) -> list[RecipeTest]:
-    """Test the first recipe that has several seeds against each of the others that do."""
+    """Test the first recipe with several seeds against every other such recipe."""
     several = [recipe for recipe in recipes if len(recipe.runs) >= MIN_SEEDS]
     results = [significance.compare_seeds(several[0].scores, other.scores) for other in several[1:]]
     corrected = significance.holm([result.p_value for result in results])

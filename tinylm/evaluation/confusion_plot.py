@@ -12,13 +12,13 @@ from tinylm.paths import atomic_file
 
 _FORMATS = (".png", ".svg", ".pdf")
 _MAX_NUMBERS = 20
-"""Larger matrices are drawn without the numbers."""
+"""Maximum number of labels. Larger matrices are drawn without numbers."""
 
 
 def draw(confusion: np.ndarray, labels: Sequence[str], path: Path) -> None:
-    """Draw the confusion matrix (labels, labels) to a .png, .svg or .pdf file. The color shows the share of each row.
+    """Draw the confusion matrix (labels, labels) to a .png, .svg or .pdf file. The color shows each cell's share of its row.
 
-    Raises `InputError` for another suffix, or if matplotlib is not installed.
+    Raises `InputError` for any other suffix, or if matplotlib is not installed.
     """
     if path.suffix.lower() not in _FORMATS:
         raise InputError(f"the file name must end in {', '.join(_FORMATS)}", where=f"--plot {path}")

@@ -1,4 +1,4 @@
-"""Draw the training curves of runs as a picture, with one panel for each metric. Requires matplotlib."""
+"""Draw training curves of runs as an image with one panel per metric. Requires matplotlib."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from tinylm.run import Run
 
 FORMATS = (".png", ".svg", ".pdf")
 MAX_RUNS = 10
-"""If there are more runs, they are grouped by recipe. If there are more recipes, only the best are drawn in color."""
+"""More runs than this are grouped by recipe. If there are still more groups than this, only the best are drawn in color."""
 _HIGHLIGHTED = 5
 _ANNOTATED = 3
-"""The best value is written next to the curves if there are at most this many."""
+"""Maximum number of curves for which the best value is written next to the curve."""
 _MAX_MARKERS = 30
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#b5548c", "#c58900", "#3a9bdc", "#6a4c93", "#8c5a3c", "#4d4d4d", "#7f8c00")
-"""Distinguishable with any color vision, on white. Markers distinguish the runs as well."""
+"""Colors that can be distinguished on white with any type of color vision. Markers also distinguish the runs."""
 _MARKERS = "os^DvPX<>h"
 _GRAY, _TEXT, _GRID = "#b8bcc4", "#2b2f36", "#e6e8ec"
 _STYLE: dict[Any, Any] = {
@@ -69,7 +69,7 @@ STEP_SERIES = {
 
 @dataclass(frozen=True)
 class _Line:
-    """One curve with its appearance. `low` and `high` bound a band around it."""
+    """A curve and its appearance. `low` and `high` are the bounds of a band around the curve."""
 
     label: str
     curve: Curve
@@ -81,7 +81,7 @@ class _Line:
 
 
 def draw(runs: Sequence[Run], names: Sequence[str], path: Path) -> None:
-    """Plot the metrics with these names, by default the one that is comparable across the runs.
+    """Plot the named metrics. If there are no names, plot the metric that is comparable across all runs.
 
     Raises `InputError` for an unknown metric or file format, or if a run does not have the metric.
     """
@@ -145,7 +145,7 @@ def _draw_panel(axis: Any, panel: Metric | StepSeries, groups: Sequence[Replicat
         axis.set_title(f"Held-out {panel.label}{panel.direction}")
         axis.set_ylabel(panel.axis)
         if len(lines) <= _ANNOTATED:
-            axis.margins(y=0.1)  # room for the values
+            axis.margins(y=0.1)  # leave room for the values
             for line in lines:
                 _annotate_best(axis, line, panel)
     else:
@@ -170,7 +170,7 @@ def _line(panel: Metric | StepSeries, group: Replicates, label: str, number: int
 
 
 def _highlight_best(lines: Sequence[_Line], panel: Metric | StepSeries) -> list[_Line]:
-    """Return the lines in drawing order: first the others in gray, then those with the best last values in color."""
+    """Return the lines in drawing order: first all others in gray, then the lines with the best final values in color."""
     sign = 1 if isinstance(panel, StepSeries) or panel.lower_is_better else -1
     order = sorted(range(len(lines)), key=lambda number: sign * lines[number].curve.values[-1])
     best, others = order[:_HIGHLIGHTED], order[_HIGHLIGHTED:]
@@ -228,7 +228,7 @@ def _format_values(axis: Any, panel: Metric | StepSeries) -> None:
 
 
 def _limit_values(axis: Any, lines: Sequence[_Line], panel: Metric | StepSeries) -> None:
-    """Keep the first training losses from compressing the rest of the panel."""
+    """Limit the y-axis so that the first training losses do not compress the rest of the panel."""
     if panel is LOSS and lines and all(len(line.curve.values) for line in lines):
         first, lowest = (function(function(line.curve.values) for line in lines) for function in (max, min))
         margin = max(first - lowest, 0.1)
@@ -245,7 +245,7 @@ def _label_tokens(axis: Any, runs: Sequence[Run]) -> None:
 
 
 def _add_legend(figure: Any, axis: Any) -> None:
-    """Add a legend below the panels: the runs, and the meaning of thick and thin lines if both are drawn."""
+    """Add a legend below the panels. It lists the runs and, if thick and thin lines are drawn, explains the difference."""
     from matplotlib.lines import Line2D
 
     handles, labels = axis.get_legend_handles_labels()

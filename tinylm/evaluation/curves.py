@@ -1,4 +1,4 @@
-"""The training curves of runs: which metric can be compared, and which runs are replicates of each other. Does not import torch."""
+"""Training curves of runs, the metric on which runs can be compared, and groups of replicates. Does not import torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tinylm.run import EMBEDDINGS_MARKER, Run
 
 @dataclass(frozen=True)
 class Curve:
-    """Values over the tokens that were trained on."""
+    """A training curve. `values[i]` was logged after training on `tokens[i]` tokens."""
 
     tokens: np.ndarray
     values: np.ndarray
@@ -25,7 +25,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Replicates:
-    """Runs whose recipes differ only in the seed. The model of each was trained for the same number of steps on the same text."""
+    """Runs whose recipes differ only in the seed. All were trained for the same number of steps on the same text."""
 
     runs: tuple[Run, ...]
 
@@ -36,24 +36,24 @@ class Replicates:
 
 
 def comparable_metric(runs: Sequence[Run]) -> Metric:
-    """The primary metric, or bits per byte if that depends on the tokenizer and the tokenizers differ."""
+    """Return the primary metric, or bits per byte if the primary metric depends on the tokenizer and the tokenizers differ."""
     metric = primary_metric(line for run in runs for line in run.metrics())
     return BITS_PER_BYTE if metric in (LOSS, PERPLEXITY) and tokenizers_differ(runs) else metric
 
 
 def tokenizers_differ(runs: Sequence[Run]) -> bool:
-    """Whether the tokenizers differ, so that losses per token are not comparable. Runs without a tokenizer are ignored."""
+    """Whether the tokenizers differ, which makes losses per token incomparable. Runs without a tokenizer are ignored."""
     return len({run.tokenizer.fingerprint for run in runs if (run.path / "tokenizer.json").exists()}) > 1
 
 
 def curve(run: Run, key: str, kind: str) -> Curve:
-    """The values with this key in the lines of metrics.jsonl that have this kind, `step` or `eval`."""
+    """Return the values of `key` from the lines in metrics.jsonl whose kind is `kind` (`step` or `eval`)."""
     lines = [line for line in run.metrics() if line["kind"] == kind and line.get(key) is not None]
     return Curve(np.array([line["tokens"] for line in lines]), np.array([line[key] for line in lines], dtype=float))
 
 
 def group_by_recipe(runs: Sequence[Run]) -> list[Replicates]:
-    """Group the runs that are replicates of each other, in the order of their first runs. A repeated seed starts a new group."""
+    """Group runs that are replicates of each other. Groups are ordered by their first run. A repeated seed starts a new group."""
     groups: dict[str, dict[int, Run]] = {}
     for number, run in enumerate(runs):
         key, seed = _replicate_key(run), _seed(run)
@@ -64,7 +64,7 @@ def group_by_recipe(runs: Sequence[Run]) -> list[Replicates]:
 
 
 def _seed(run: Run) -> int | None:
-    """The seed of a language model's run; None for embeddings, which are never grouped."""
+    """Return the seed of a language model run, or None for embeddings, which are never grouped."""
     return None if (run.path / EMBEDDINGS_MARKER).exists() else run.recipe.seed
 
 

@@ -1,4 +1,4 @@
-"""Evaluate a classifier on its own held-out or test texts or on other labeled texts, beside simple baselines."""
+"""Evaluate a classifier on its own held-out or test texts or on other labeled texts, and compare it with simple baselines."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MAJORITY, TFIDF = "majority", "tfidf_linear"
 
 @dataclass(frozen=True)
 class Mistake:
-    """A text that was classified wrongly."""
+    """A misclassified text."""
 
     text: str
     label: str
@@ -37,7 +37,7 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Baseline:
-    """The accuracy of a baseline on the same texts. `difference_ci95`: interval for the model's accuracy minus the baseline's."""
+    """A baseline's accuracy on the same texts. `difference_ci95` is the interval for the model's accuracy minus the baseline's."""
 
     accuracy: float
     accuracy_ci95: tuple[float, float]
@@ -58,12 +58,12 @@ class ClassifierEvaluation:
     unseen: int
     """Number of texts whose label the model does not have. They count as mistakes."""
     calibration: float
-    """The temperature that calibrates the probabilities on these texts: above 1 if the model is too confident."""
+    """The temperature that calibrates the probabilities on these texts. Above 1 if the model is overconfident."""
     mistakes: list[Mistake] = field(default_factory=list)
     baselines: dict[str, Baseline] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the JSON document of `tinylm eval --json`. The rows of `confusion` are the true labels, in order of `labels`."""
+        """Return the JSON document of `tinylm eval --json`. The rows of `confusion` are true labels, in the order of `labels`."""
         scores = self.scores
         return {
             "run": self.run,
@@ -99,10 +99,11 @@ def evaluate_classifier(
     device: str = "auto",
     reporter: Reporter = SILENT,
 ) -> ClassifierEvaluation:
-    """Classify labeled texts: `sources`, or the run's own texts if there are none. `mistakes`: how many to list.
+    """Classify the labeled texts in `sources`, or the run's own texts if there are no sources.
 
-    With `baselines`, they are trained on the run's training texts. If these have changed or scikit-learn is missing, a warning
-    lists the baselines that are left out. Raises `InputError` if the run is not a classifier, or if a source cannot be read.
+    `mistakes` is the number of misclassified texts to list. With `baselines`, also train baselines on the run's training texts. If
+    those texts have changed or scikit-learn is missing, warn and skip the TF-IDF baseline. Raises `InputError` if the run is not a
+    classifier, or if a source cannot be read.
     """
     labels = require_classifier(run).labels
     chosen = run.checkpoint(checkpoint)
@@ -147,7 +148,7 @@ def _read(run: Run, sources: Sequence[str]) -> list[LabeledText]:
 def _mistakes(
     run: Run, documents: Sequence[np.ndarray], names: Sequence[str], labels: Sequence[str], logits: np.ndarray, count: int
 ) -> list[Mistake]:
-    """The wrong predictions with the highest probability."""
+    """Return the `count` wrong predictions with the highest probabilities."""
     probabilities = np.exp(classification.log_softmax(logits))
     predicted = probabilities.argmax(axis=1)
     confidence = probabilities.max(axis=1)
@@ -167,7 +168,7 @@ def _baselines(
     targets: np.ndarray,
     reporter: Reporter,
 ) -> dict[str, Baseline]:
-    """The baselines on the evaluated texts. `items` is empty for the run's own texts."""
+    """Evaluate the baselines on the same texts as the model. `items` is empty for the run's own texts."""
     objective = require_classifier(run)
     credits = classification.credits(logits, targets)
     scores = {}
@@ -183,7 +184,7 @@ def _baselines(
 
 
 def _parts(run: Run, checkpoint: Checkpoint) -> dict[str, list[LabeledText]]:
-    """The labeled texts of all parts of a run. Raises `InputError` if they are missing or have changed since it was trained."""
+    """Return a run's labeled texts by part, such as `train`. Raises `InputError` if they are missing or changed after training."""
     data = run.recipe.data
     if not isinstance(data, LabelsSection):
         raise InputError("the training texts of an imported model are not available", where=str(run.path))

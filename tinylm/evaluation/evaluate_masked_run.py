@@ -1,4 +1,4 @@
-"""Evaluate a run of a masked language model on its own held-out or test text, or on other texts."""
+"""Evaluate a masked language model on the run's own held-out or test text, or on other texts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tinylm.text.sources import describe
 
 @dataclass(frozen=True)
 class MaskedEvaluation:
-    """The evaluation of a masked language model. `pseudo` has the scores with each token masked in turn, if they were requested."""
+    """The evaluation of a masked language model. `pseudo` contains the scores for masking one token at a time, if requested."""
 
     run: str
     checkpoint: str
@@ -68,9 +68,9 @@ def evaluate_masked_run(
     device: str = "auto",
     reporter: Reporter = SILENT,
 ) -> MaskedEvaluation:
-    """Score `sources`, or the run's own text if there are none. `pseudo` also computes the pseudo-perplexity.
+    """Score `sources`, or the run's own text if there are no sources. With `pseudo`, also compute the pseudo-perplexity.
 
-    `max_tokens` limits the text to its first tokens. Raises `InputError` if a source or the checkpoint cannot be read.
+    With `max_tokens`, score only the first tokens of the text. Raises `InputError` if a source or the checkpoint cannot be read.
     """
     chosen = run.checkpoint(checkpoint)
     with open_shard(run, sources, split, text_format, reporter) as shard:
@@ -96,6 +96,6 @@ def _score(run: Run, network: Model, shard: Shard, max_tokens: int | None, pseud
 
 
 def interval_text(bounds: tuple[float, float], spec: str) -> str:
-    """A 95 % interval for people."""
+    """Format a 95% confidence interval for display."""
     low, high = bounds
-    return "too short for an interval" if math.isnan(low) else f"95 % interval {low:{spec}} to {high:{spec}}"
+    return "too short for an interval" if math.isnan(low) else f"95% interval {low:{spec}} to {high:{spec}}"

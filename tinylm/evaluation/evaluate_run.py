@@ -1,4 +1,4 @@
-"""Evaluate a run on its own held-out or test text or on other texts, and report how much of the text the model was trained on."""
+"""Evaluate a run on its own held-out or test text or on other texts, and measure how much of the text the model was trained on."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tinylm.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class TextFormat:
-    """How to read text sources: the field or template of structured files, and the handling of invalid UTF-8."""
+    """How to read text sources: the field or template for structured files, and how to handle invalid UTF-8."""
 
     field: str = "text"
     template: str | None = None
@@ -61,7 +61,7 @@ class BreakdownOptions:
 class Evaluation:
     """The evaluation of a run.
 
-    `baselines` maps names to bits per byte. The keys of `tables` are document, position and frequency.
+    `baselines` maps names to bits per byte. The keys of `tables` are `document`, `position` and `frequency`.
     """
 
     run: str
@@ -71,9 +71,9 @@ class Evaluation:
     weights: str
     perplexity: Perplexity
     split: str | None = None
-    """`heldout` or `test` for the run's own text, None for other texts."""
+    """`heldout` or `test` for the run's own text, or None for other texts."""
     chosen_by_split: bool = False
-    """Whether the checkpoint was chosen because it is the best one on this text."""
+    """Whether this text was used to select the checkpoint as the best one."""
     has_test_split: bool = False
     overlaps: list[MeasuredOverlap] = field(default_factory=list)
     """How much of the text occurs in each text that the model was trained on."""
@@ -84,7 +84,7 @@ class Evaluation:
     def as_dict(self) -> dict[str, object]:
         """Return the JSON document of `tinylm eval --json`. Optional parts are present only if they were requested.
 
-        `overlap` is the largest known share of the text that occurs in a training text, or None.
+        `overlap` is the largest share of the text that is known to occur in any one training text, or None if no share is known.
         """
         scores = self.perplexity
         document: dict[str, object] = {
@@ -131,10 +131,10 @@ def evaluate_run(
     device: str = "auto",
     reporter: Reporter = SILENT,
 ) -> Evaluation:
-    """Score `sources`, or the run's own text if there are none, and write the HTML report if requested.
+    """Score `sources`, or the run's own text if there are no sources, and write an HTML report if requested.
 
-    `split` is the part of the run's own text, `heldout` or `test`. Raises `InputError` if a source, the part or the checkpoint
-    cannot be read, an option is out of range, or the training text has changed.
+    `split` selects the part of the run's own text: `heldout` or `test`. Raises `InputError` if a source, the part or the checkpoint
+    cannot be read, an option is out of range, or the training text is needed and has changed.
     """
     chosen = run.checkpoint(checkpoint)
     train = _training_shard(run, chosen, reporter) if details.needs_training_text else None
@@ -165,7 +165,7 @@ def evaluate_run(
 
 
 def text_bytes(shard: Shard, tokenizer: Tokenizer) -> bytes:
-    """The text of a shard, with its documents concatenated."""
+    """Return the concatenated text of all documents in a shard."""
     token_bytes = tokenizer.token_bytes
     return b"".join(token_bytes[id] for id in shard.tokens.tolist() if id != shard.end_of_text)
 
@@ -173,7 +173,7 @@ def text_bytes(shard: Shard, tokenizer: Tokenizer) -> bytes:
 def measure_overlap(run: Run, shard: Shard, reporter: Reporter) -> list[MeasuredOverlap]:
     """Measure how much of a text, encoded with the run's tokenizer, occurs in the texts that the model was trained on.
 
-    If the record of the training text is damaged, warns and returns an empty list.
+    If the record of the training text is damaged, warn and return an empty list.
     """
     try:
         return training_text.measure(run.training_texts(), shard, run.tokenizer)
@@ -183,7 +183,7 @@ def measure_overlap(run: Run, shard: Shard, reporter: Reporter) -> list[Measured
 
 
 def _is_best(run: Run, checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint is the best of a run on its held-out text."""
+    """Whether a checkpoint is the run's best checkpoint on the held-out text."""
     try:
         return checkpoint.step > 0 and run.checkpoint("best").path == checkpoint.path
     except InputError:  # the run has no best checkpoint yet
@@ -201,7 +201,7 @@ def score(
     device: str,
     reporter: Reporter,
 ) -> Perplexity:
-    """Evaluate a checkpoint on a shard. If `losses` is given, also store the loss of every token in it."""
+    """Evaluate a checkpoint on a shard. If `losses` is not None, store the loss of every token there."""
     options.window_size(run.recipe.model.context_length)  # raises before the weights are loaded
     network = run.network(checkpoint, devices.resolve(device))
     if weights != "fp32":
@@ -217,9 +217,9 @@ def score(
 
 @contextmanager
 def open_shard(run: Run, sources: Sequence[str], split: str, text_format: TextFormat, reporter: Reporter) -> Iterator[Shard]:
-    """Yield the tokens of `sources`, or of the run's held-out or test text if there are none.
+    """Yield the tokens of `sources`, or of the run's held-out or test text if there are no sources.
 
-    Raises `InputError` for an empty or missing text.
+    Raises `InputError` if the text is empty or missing.
     """
     with temporary_folder(cache_folder("spool"), "eval") as folder:
         if sources:

@@ -1,4 +1,4 @@
-"""Fill masks: the most likely tokens for each [MASK] of a text."""
+"""Predict the most likely tokens for each [MASK] in a text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tinylm.tokenizer.control_tokens import ControlTokens, encode_with_masks
 
 @dataclass(frozen=True)
 class Candidate:
-    """A token that could replace a mask. Its text includes the space before it, if it has one."""
+    """A token that could replace a mask. `token` is its text, including the leading space if there is one."""
 
     id: int
     token: str
@@ -29,7 +29,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class FilledMask:
-    """The most likely tokens for one mask, most likely first. `position`: its index among the tokens of the text."""
+    """The most likely tokens for one mask, most likely first. `position` is the index of the mask among the text's tokens."""
 
     position: int
     candidates: list[Candidate]
@@ -37,7 +37,7 @@ class FilledMask:
 
 @dataclass(frozen=True)
 class FilledText:
-    """A text with masks and the candidates for each. `filled` is the text with the most likely token for each mask."""
+    """A text with masks and the candidates for each mask. In `filled`, each mask is replaced with its most likely token."""
 
     text: str
     filled: str
@@ -52,7 +52,7 @@ class FilledText:
 
 
 def require_masked_model(network: Model) -> None:
-    """Raise `InputError` unless a network predicts masked tokens."""
+    """Raise `InputError` unless the network predicts masked tokens."""
     if network.is_causal or network.objective is not None:
         kind = network.architecture if network.is_causal else f"objective {network.objective.name if network.objective else ''}"
         raise InputError(
@@ -64,7 +64,7 @@ def require_masked_model(network: Model) -> None:
 
 @torch.no_grad()
 def fill(network: Model, tokenizer: Tokenizer, text: str, top: int = 5) -> FilledText:
-    """Predict each [MASK] of a text, all in one forward pass.
+    """Predict all [MASK] tokens in a text with one forward pass. Returns `top` candidates for each.
 
     Raises `InputError` if the text has no mask or does not fit into the context, or if the network does not predict masked tokens.
     """
@@ -76,7 +76,7 @@ def fill(network: Model, tokenizer: Tokenizer, text: str, top: int = 5) -> Fille
         raise InputError(f"the text has no {MASK}", where=repr(text[:40]), hint=f"write {MASK} for each token to predict")
     if len(ids) > framing.room:
         raise InputError(
-            f"the text has {len(ids)} tokens, and only {framing.room} fit into the context",
+            f"the text has {len(ids)} tokens, but only {framing.room} fit into the context",
             where=repr(text[:40]),
             hint="shorten it",
         )
@@ -93,6 +93,6 @@ def fill(network: Model, tokenizer: Tokenizer, text: str, top: int = 5) -> Fille
 
 
 def token_text(tokenizer: Tokenizer, id: int) -> str:
-    """The text of a token, or the name of a token that has no text."""
+    """Return a token's text, or its name if it has no text."""
     text = tokenizer.token_bytes[id].decode("utf-8", "replace")
     return text or str(tokenizer.backend.id_to_token(id))

@@ -1,7 +1,7 @@
 """Render an evaluated text as one self-contained HTML file in which each token is shaded by its loss.
 
-All shades have the same hue and differ in lightness, so they do not depend on color vision. Hovering over a token, tapping it or
-moving to it with the arrow keys shows its exact loss and what the model predicted instead.
+All shades have the same hue and differ only in lightness, so they do not depend on color vision. Hovering over a token, tapping it
+or moving to it with the arrow keys shows its exact loss and the tokens that the model considered most likely.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from tinylm.evaluation.breakdown import TokenLosses
 from tinylm.tokenizer import Tokenizer
 
 MAX_TOKENS = 20_000
-"""Maximum number of tokens on a page, from the beginning of the text. More tokens would make browsers slow."""
+"""The page shows only this many tokens from the beginning of the text. More tokens would slow down browsers."""
 _EMPTY_TOKEN = "<i>\u00b7</i>"
 """Shown for a token that has no text."""
 _LEVELS = (1, 2, 4, 6, 8, 11, 14)
-"""Lower bounds of the shades, in bits."""
+"""The lowest loss for each shade, in bits."""
 _FACTS = ("run", "checkpoint", "text", "tokens", "bytes", "bits_per_byte", "perplexity", "context", "stride")
 
 
@@ -48,11 +48,11 @@ def render(losses: TokenLosses, tokenizer: Tokenizer, document: dict[str, object
 
 
 def _render_tokens(losses: TokenLosses, tokenizer: Tokenizer) -> tuple[list[str], list[list[object]]]:
-    """Return the HTML of each token and its details for the script: token, bits, probability, [[alternative, probability], ...]."""
+    """Return, for each token, its HTML and the data for the script: token, bits, probability, [[alternative, probability], ...]."""
     shard = losses.shard
     spans: list[str] = []
     data: list[list[object]] = []
-    pending: list[int] = []  # tokens of an incomplete character
+    pending: list[int] = []  # tokens of a character that is still incomplete
     for position in range(1, min(losses.detailed, len(shard))):
         id = int(shard.tokens[position])
         if id == shard.end_of_text:

@@ -14,7 +14,7 @@ _Z95 = 1.959964
 def bootstrap_ratio(numerators: np.ndarray, denominators: np.ndarray) -> tuple[float, float]:
     """Return the bootstrap interval for sum(numerators) / sum(denominators).
 
-    Pairs are resampled: each numerator stays with its denominator. The bounds are NaN if there are fewer than 5 pairs.
+    Resampling keeps each numerator with its denominator. The bounds are NaN if there are fewer than 5 pairs.
     """
     if len(numerators) < _MIN_PAIRS:
         return math.nan, math.nan
@@ -28,7 +28,7 @@ def bootstrap_ratio(numerators: np.ndarray, denominators: np.ndarray) -> tuple[f
 
 
 def wilson(successes: float, trials: int) -> tuple[float, float]:
-    """Return the Wilson score interval for a proportion (Wilson 1927)."""
+    """Return the Wilson score interval for a proportion (Wilson 1927). The bounds are NaN if there are no trials."""
     if not trials:
         return math.nan, math.nan
     share, z = successes / trials, _Z95

@@ -19,7 +19,7 @@ def majority_scores(label_counts: Sequence[int], count: int) -> np.ndarray:
 
 
 def tfidf_linear_scores(train: Sequence[LabeledText], texts: Sequence[str], labels: Sequence[str]) -> np.ndarray:
-    """Return the scores `(texts, labels)` of a linear support vector machine on TF-IDF features of words and word pairs.
+    """Return scores `(texts, labels)` from a linear support vector machine on TF-IDF features of words and word pairs.
 
     Raises `InputError` if scikit-learn is not installed.
     """
@@ -32,7 +32,7 @@ def tfidf_linear_scores(train: Sequence[LabeledText], texts: Sequence[str], labe
     features = vectorizer.fit_transform([item.text for item in train])
     classifier = LinearSVC(random_state=0).fit(features, [item.label for item in train])
     decisions = classifier.decision_function(vectorizer.transform(texts))
-    if decisions.ndim == 1:  # two labels: the decision is the score of the second one
+    if decisions.ndim == 1:  # with two labels, scikit-learn returns only the score of the second one
         decisions = np.stack([-decisions, decisions], axis=1)
     columns = {label: column for column, label in enumerate(classifier.classes_)}
     scores = np.full((len(texts), len(labels)), -np.inf)

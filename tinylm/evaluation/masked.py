@@ -1,9 +1,9 @@
 """Evaluate a masked language model on a text: loss and accuracy at masked tokens, and pseudo-perplexity.
 
-Documents are evaluated independently, in rows of at most one context. The same 15% of the ordinary tokens are replaced by [MASK]
-every time. For the pseudo-perplexity (Salazar et al. 2020), each token is masked in turn.
+Documents are evaluated independently and split into rows that fit into the context. Every evaluation replaces the same 15% of the
+ordinary tokens with [MASK]. For the pseudo-perplexity (Salazar et al. 2020), the tokens are masked one at a time.
 
-Legend: `B` rows in a batch, `T` tokens of a row, `N` masked tokens, `C` width, `V` vocabulary.
+Legend: `B` rows in a batch, `T` tokens in a row, `N` masked tokens, `C` width, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from tinylm.tokenizer import Tokenizer
 RATE = 0.15
 """The share of tokens that an evaluation masks."""
 SEED = 15
-"""The seed of the masks, the same for all runs."""
+"""The seed for choosing the masked tokens. It is the same for all runs."""
 _ALWAYS_MASK = Replacement(mask=1.0, random=0.0, keep=0.0)
 
 
 @dataclass(frozen=True)
 class MaskedScores:
-    """Sums over all masked tokens, and 95% bootstrap intervals over documents or, if there are few, over rows."""
+    """Sums over all masked tokens, and 95% bootstrap intervals over documents or, if there are only a few, over rows."""
 
     documents: int
     tokens: int
-    """Number of tokens of the text."""
+    """Number of tokens in the text."""
     bytes: int
     masked: int
     """Number of masked tokens."""
@@ -59,7 +59,7 @@ class MaskedScores:
 
     @property
     def accuracy(self) -> float:
-        """The share of masked tokens whose most likely prediction is correct."""
+        """The share of masked tokens for which the most likely prediction is correct."""
         return self.correct / self.masked
 
     @property
@@ -70,7 +70,7 @@ class MaskedScores:
 
 @dataclass(frozen=True)
 class Row:
-    """The tokens [start, end) of a shard, which belong to one document."""
+    """A range of tokens [start, end) in a shard. All tokens belong to one document."""
 
     start: int
     end: int
@@ -79,7 +79,7 @@ class Row:
 
 @dataclass(frozen=True)
 class _Item:
-    """One row of a batch: framed ids with masks, and the targets, each (T,)."""
+    """A framed row with masks and its targets, each (T,). `row` is the index of the `Row`."""
 
     inputs: np.ndarray
     targets: np.ndarray
@@ -97,12 +97,12 @@ def evaluate(
     processes: Processes = SINGLE_PROCESS,
     on_progress: Callable[[int], None] = lambda tokens: None,
 ) -> MaskedScores:
-    """Score a text in evaluation mode; the network's training mode is restored afterwards.
+    """Score a text in evaluation mode. The network's training mode is restored afterwards.
 
-    `max_tokens` limits the text to its first tokens. With `pseudo`, every ordinary token is masked in turn instead of 15% together,
-    so that the perplexity of the result is the pseudo-perplexity. With several `processes`, each rank scores its share of the
-    batches, and all return the same result. `on_progress` receives the number of tokens read so far; it is called equally often on
-    every rank. Raises `InputError` if no token can be masked.
+    With `max_tokens`, score only the first tokens of the text. With `pseudo`, mask the ordinary tokens one at a time instead of
+    masking 15% of them together; `pseudo_perplexity` converts the result. With several `processes`, each rank scores a share of the
+    batches, and all ranks return the same result. `on_progress` receives the number of tokens read so far. It is called the same
+    number of times on every rank. Raises `InputError` if no token can be masked.
     """
     framing = Framing.of(tokenizer, network.model)
     rows = list(split_rows(shard, framing.room, max_tokens))
@@ -131,7 +131,7 @@ def evaluate(
 
 
 def split_rows(shard: Shard, room: int, max_tokens: int | None = None) -> Iterator[Row]:
-    """Split each document of a shard into rows of at most `room` tokens. Stops after `max_tokens` tokens."""
+    """Split each document in a shard into rows of up to `room` tokens. Stop after `max_tokens` tokens in total."""
     remaining = max_tokens if max_tokens is not None else len(shard)
     for document, (start, end) in enumerate(shard.documents()):
         for begin in range(start, end, room):
@@ -143,7 +143,7 @@ def split_rows(shard: Shard, room: int, max_tokens: int | None = None) -> Iterat
 
 
 def _masked_together(shard: Shard, rows: Sequence[Row], framing: Framing, masking: Masking) -> Iterator[_Item]:
-    """Mask 15% of the tokens of each row. Yields the rows with at least one masked token."""
+    """Mask 15% of the tokens in each row. Yields only rows with masked tokens."""
     for index, row in enumerate(rows):
         framed = framing.frame(shard.tokens[row.start : row.end])
         inputs, targets = masking.apply(framed[None], np.array([RATE]), SEED, np.array([index]))
@@ -152,7 +152,7 @@ def _masked_together(shard: Shard, rows: Sequence[Row], framing: Framing, maskin
 
 
 def _masked_in_turn(shard: Shard, rows: Sequence[Row], framing: Framing, masking: Masking) -> Iterator[_Item]:
-    """Yield one item for each ordinary token of each row, in which only this token is masked."""
+    """Yield one item for each ordinary token in each row. Only that token is masked."""
     for index, row in enumerate(rows):
         framed = framing.frame(shard.tokens[row.start : row.end])
         for position in np.flatnonzero(masking.ordinary[framed]):
@@ -162,7 +162,7 @@ def _masked_in_turn(shard: Shard, rows: Sequence[Row], framing: Framing, masking
 
 
 def _score(network: Model, framing: Framing, batch: Sequence[_Item]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The loss of each masked token, whether the most likely token is correct, and the index of its row, each (N,)."""
+    """Return three arrays (N,): the loss of each masked token, whether the top prediction is correct, and the token's row index."""
     tokens, segments = framing.rows([item.inputs for item in batch])
     targets, _ = framing.rows([item.targets for item in batch])
     targets = np.where(segments < 0, IGNORE_INDEX, targets)
@@ -177,7 +177,7 @@ def _score(network: Model, framing: Framing, batch: Sequence[_Item]) -> tuple[np
 
 
 def _result(shard: Shard, tokenizer: Tokenizer, rows: Sequence[Row], sums: np.ndarray) -> MaskedScores:
-    """Summarize `sums`: nats, correct predictions and masked tokens of each row, (3, rows)."""
+    """Summarize `sums`, (3, rows): the nats, correct predictions and masked tokens of each row."""
     documents = np.array([row.document for row in rows])
     count = int(documents.max()) + 1
     pieces = sums
@@ -197,14 +197,14 @@ def _result(shard: Shard, tokenizer: Tokenizer, rows: Sequence[Row], sums: np.nd
 
 
 def pseudo_perplexity(scores: MaskedScores) -> tuple[float, tuple[float, float]]:
-    """The pseudo-perplexity and its interval, from scores with `pseudo`."""
+    """Return the pseudo-perplexity and its interval. `scores` must come from `evaluate` with `pseudo`."""
     low, high = scores.loss_ci95
     return perplexity_of(scores.loss), (math.nan if math.isnan(low) else perplexity_of(low), perplexity_of(high))
 
 
 @contextmanager
 def evaluation_mode(network: Model) -> Iterator[None]:
-    """Put the network in evaluation mode inside the `with` statement."""
+    """Put the network in evaluation mode for the duration of the `with` block."""
     was_training = network.training
     network.eval()
     try:

@@ -1,7 +1,7 @@
-"""Metrics on held-out data: the definition of each metric, and the values of one evaluation.
+"""Metrics on held-out data: the definition of each metric, and the values from one evaluation.
 
-An objective determines which metrics its evaluation computes, and which one is the primary metric. The primary metric selects
-the best checkpoint, and every view shows it first. Files and `--json` store a metric under the key `val_` plus its name.
+The objective determines which metrics an evaluation computes and which one is the primary metric. The primary metric selects the
+best checkpoint, and every view shows it first. Files and `--json` store a metric under the key `val_` plus its name.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ class Metric:
 
     name: str
     label: str
-    """The name that is shown to users."""
+    """The name shown to users."""
     unit: str
-    """Empty if the number has no unit, and equal to the label if the label is a unit, such as `bits per byte`."""
+    """The unit. Empty if the metric has no unit, and equal to the label if the label is a unit, such as `bits per byte`."""
     lower_is_better: bool
     format: str
-    """Format specification of a value, such as `.4f`."""
+    """Format specification for values, such as `.4f`."""
 
     @property
     def key(self) -> str:
@@ -36,7 +36,7 @@ class Metric:
         return format(value, self.format)
 
     def described(self, value: float, *, unit: bool = False) -> str:
-        """A value with its label, and optionally with its unit: `loss 2.5000 nats per token`, `1.2000 bits per byte`."""
+        """Format a value with its label and optionally its unit: `loss 2.5000 nats per token`, `1.2000 bits per byte`."""
         text = self.formatted(value)
         if self.unit == self.label:
             return f"{text} {self.label}"
@@ -44,21 +44,21 @@ class Metric:
 
     @property
     def heading(self) -> str:
-        """The title of a column of values."""
+        """The heading for a column of values."""
         return self.label if self.unit == self.label else f"held-out {self.label}"
 
     @property
     def axis(self) -> str:
-        """The label of an axis of values: the unit, or the label if the metric has no unit."""
+        """The label for a plot axis: the unit, or the metric's label if there is no unit."""
         return f"{self.unit or self.label}{self.direction}"
 
     @property
     def direction(self) -> str:
-        """A note to append to a title: empty if lower is better, as for losses."""
+        """A note to append to titles. Empty if lower is better, as for losses."""
         return "" if self.lower_is_better else " (higher is better)"
 
     def better(self, value: float, other: float | None) -> bool:
-        """Whether `value` is better than `other`. Any finite value is better than None; equal values are not better."""
+        """Whether `value` is better than `other`. Any finite value is better than None. An equal value is not better."""
         if other is None or not math.isfinite(value):
             return math.isfinite(value)
         return value < other if self.lower_is_better else value > other
@@ -77,22 +77,23 @@ BLEU = Metric("bleu", "BLEU", "", lower_is_better=False, format=".2f")
 
 _ALL = (LOSS, BITS_PER_BYTE, PERPLEXITY, MASKED_LOSS, MASKED_ACCURACY, LABEL_LOSS, ACCURACY, MACRO_F1, BLEU)
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
-"""All metrics by name. All code that shows the metrics of a run uses these labels, directions and formats."""
+"""All metrics by name. Everything that displays metrics uses these labels, directions and formats."""
 
 LANGUAGE_MODEL = (LOSS, BITS_PER_BYTE)
 """The metrics of language models during training, primary metric first."""
 MASKED_LM = (MASKED_LOSS, MASKED_ACCURACY)
 """The metrics of masked language models."""
 TRANSLATION = (LOSS,)
-"""The metrics of translation models, if the loss selects the best checkpoint."""
+"""The metrics of translation models if the loss selects the best checkpoint."""
 TRANSLATION_BY_BLEU = (BLEU, LOSS)
+"""The metrics of translation models if BLEU selects the best checkpoint."""
 CLASSIFIER = (ACCURACY, LABEL_LOSS, MACRO_F1)
 """The metrics of classifiers."""
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """The values of one evaluation by metric name. All names are keys of `METRICS`."""
+    """The values from one evaluation by metric name. All names are keys of `METRICS`."""
 
     primary: str
     values: Mapping[str, float]
@@ -111,19 +112,19 @@ class Metrics:
         return self.values[self.primary]
 
     def items(self) -> list[tuple[Metric, float]]:
-        """The metrics with their values, primary metric first."""
+        """Return the metrics with their values, primary metric first."""
         others = [name for name in self.values if name != self.primary]
         return [(METRICS[name], self.values[name]) for name in (self.primary, *others)]
 
     def as_dict(self) -> dict[str, float]:
-        """The values by key (`val_` plus name), primary metric first."""
+        """Return the values by key (`val_` plus name), primary metric first."""
         return {metric.key: value for metric, value in self.items()}
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Metrics | None:
-        """Read metrics from a dictionary with keys such as `val_loss`, primary metric first. Return None if there are no metrics.
+        """Read metrics from a dictionary with keys such as `val_loss`. Returns None if the dictionary contains no metrics.
 
-        Metrics that this version does not know are skipped. A value of None, which represents a non-finite number, becomes NaN.
+        The first key is the primary metric. Unknown metrics are skipped. None stands for a non-finite number and becomes NaN.
         """
         values = {
             key.removeprefix(PREFIX): math.nan if value is None else float(value)
@@ -147,11 +148,11 @@ def best_index(evaluations: Sequence[Metrics]) -> int | None:
 
 
 def primary_metric(lines: Iterable[Mapping[str, Any]]) -> Metric:
-    """The primary metric of the first line of metrics.jsonl that contains metrics; the loss if there is no such line."""
+    """Return the primary metric in the first line of metrics.jsonl that contains metrics, or the loss if there is no such line."""
     evaluations = (metrics for line in lines if (metrics := Metrics.from_dict(line)) is not None)
     return next((metrics.metric for metrics in evaluations), LOSS)
 
 
 def perplexity_of(loss: float) -> float:
-    """The perplexity for a loss in nats per token. A loss above 700 is clamped to 700 to avoid overflow."""
+    """Return the perplexity for a loss in nats per token. Losses above 700 are clamped to 700 to avoid overflow."""
     return math.exp(min(loss, 700.0))

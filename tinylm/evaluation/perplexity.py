@@ -1,12 +1,12 @@
-"""Perplexity and bits per byte of a model on a text: every token is scored exactly once, and documents are scored independently.
+"""Compute a model's perplexity and bits per byte on a text. Every token is scored exactly once.
 
-A document is split into windows of `context` tokens that advance by `stride` tokens. A window scores the tokens that no earlier
-window has scored, so each token is predicted from at least `context - stride` tokens, or from all preceding tokens. The first
-token of a document is predicted from the end-of-text token. A model with a state of constant size, such as a recurrent network,
-carries its state from window to window instead, so each token is predicted from all preceding tokens. The model computes in
-float32 (unless its weights are packed). All sums are computed in float64.
+Documents are scored independently. Each document is split into windows of `context` tokens that advance by `stride` tokens. A
+window scores the tokens that no earlier window has scored. Each token is therefore predicted from all preceding tokens in the
+document or from at least `context - stride` of them. The first token in a document is predicted from the end-of-text token. A model
+with a constant-size state, such as a recurrent network, carries its state from window to window instead and predicts each token
+from all preceding tokens. The model computes in float32 unless its weights are packed. All sums are computed in float64.
 
-Legend: `B` windows in a batch, `T` tokens of a window, `C` width, `N` scored tokens, `V` vocabulary.
+Legend: `B` windows in a batch, `T` tokens in a window, `C` width, `N` scored tokens, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ _CARRIED_WINDOW = 256
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """How a text is split into windows and which of its tokens are scored."""
+    """How to split a text into windows, and which tokens to score."""
 
     context: int | None = None
-    """Tokens per window; None: the model's context length, which is also the maximum."""
+    """Tokens per window. The default and maximum is the model's context length."""
     stride: int | None = None
-    """Number of tokens by which windows advance; None: the context, so windows do not overlap.
+    """Number of tokens by which windows advance. By default this is the context, so windows do not overlap.
 
-    If `context` and `stride` are None, a `StatefulModel` carries its state over whole documents.
+    If both `context` and `stride` are None, a `StatefulModel` carries its state through each document.
     """
     max_tokens: int | None = None
     """Score only this many tokens from the beginning of the text."""
     across_documents: bool = False
-    """Let windows cross document boundaries. The end-of-text tokens in between serve as context, but are not scored."""
+    """Let windows cross document boundaries. The end-of-text tokens at these boundaries serve as context but are not scored."""
     confidence_interval: bool = True
-    """Compute the bootstrap interval for bits per byte. If false, the bounds of the interval are NaN."""
+    """Compute a bootstrap interval for bits per byte. If false, the interval bounds are NaN."""
 
     def window_size(self, context_length: int) -> tuple[int, int]:
-        """Return the context and stride for a model with this context length. Raises `InputError` if one is out of range."""
+        """Return the context and stride for a model with this context length. Raises `InputError` if either is out of range."""
         context = context_length if self.context is None else self.context
         if not 1 <= context <= context_length:
             raise InputError(f"must be 1 to {context_length} (the model's context length), not {context}", where="--context")
@@ -67,7 +67,7 @@ class EvaluationOptions:
 
 @dataclass(frozen=True)
 class ScoredBatch:
-    """The scored tokens of one batch of windows, not sorted by position."""
+    """The scored tokens in one batch of windows. They are not sorted by position."""
 
     positions: np.ndarray
     """`(N,)`: index of each token in the shard."""
@@ -76,7 +76,7 @@ class ScoredBatch:
     nats: np.ndarray
     """`(N,)`: loss of each token; 0 for end-of-text tokens."""
     logits: Tensor
-    """`(N, V)`."""
+    """`(N, V)`: logits that predict each token."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,9 @@ class Perplexity:
     nats: float
     bits_per_byte_ci95: tuple[float, float]
     context: int | None
-    """Tokens per window; None: all preceding tokens of the document are context."""
+    """Tokens per window, or None if each token was predicted from all preceding tokens in its document."""
     stride: int | None
-    """None: the state of the model was carried from window to window."""
+    """Tokens by which windows advanced, or None if the model carried its state from window to window."""
 
     @property
     def loss(self) -> float:
@@ -123,18 +123,21 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class Window:
-    """`length` input tokens that begin at `start` in the shard. The last `scored` targets are scored and belong to `document`."""
+    """A window of `length` input tokens that begins at `start` in the shard.
+
+    The last `scored` targets are scored and belong to `document`.
+    """
 
     start: int
     length: int
     scored: int
     document: int
     preceding: int = 0
-    """Number of tokens of the document before this window that the model has already read."""
+    """Number of tokens in the document before this window that the model has already read."""
 
 
 def sliding_windows(documents: list[tuple[int, int]], context: int, stride: int) -> Iterator[Window]:
-    """Split documents, given as (start, end) positions in a shard, into windows that score every token exactly once."""
+    """Split documents into windows that score every token exactly once. Each document is a range (start, end) in a shard."""
     for number, (start, end) in enumerate(documents):
         targets, begin, scored = end - start, 0, 0
         while scored < targets:
@@ -155,16 +158,16 @@ def evaluate(
     on_progress: Callable[[int], None] = lambda tokens: None,
     on_batch: Callable[[ScoredBatch], None] = lambda batch: None,
 ) -> Perplexity:
-    """Score a text, in evaluation mode. The network's training mode is restored afterwards.
+    """Score a text in evaluation mode. The network's training mode is restored afterwards.
 
-    With several `processes`, each rank scores every `world_size`-th batch or, if the state is carried, group of documents. All
-    ranks return the same result, bit-identical to the result of a single process. After every batch, `on_progress` receives the
-    number of tokens scored so far. It is called the same number of times on every rank and may raise an exception to stop the
-    evaluation. `on_batch` receives the batches that this rank scored. Raises `InputError` for an empty text, or if the context or
-    stride is out of range.
+    With several `processes`, each rank scores every `world_size`-th batch, or every `world_size`-th group of documents if the state
+    is carried. All ranks return the same result, which is bit-identical to that of a single process. After every batch,
+    `on_progress` receives the number of tokens scored so far. It is called the same number of times on every rank and may raise an
+    exception to stop the evaluation. `on_batch` receives the batches that this rank scored. Raises `InputError` if the text is
+    empty, the context or stride is out of range, or the model is not causal.
     """
     if not network.is_causal:
-        raise InputError(f"a model of architecture {network.architecture} does not predict the next token")
+        raise InputError(f"a model with architecture {network.architecture} does not predict the next token")
     context, stride = options.window_size(network.model.context_length)
     carried = isinstance(network, StatefulModel) and options.context is None and options.stride is None
     documents = _first_tokens(shard.documents(), options.max_tokens)
@@ -211,7 +214,7 @@ def evaluate(
 
 
 def _first_tokens(documents: list[tuple[int, int]], max_tokens: int | None) -> list[tuple[int, int]]:
-    """The documents that contain the first `max_tokens` tokens; the last one is truncated."""
+    """Return the documents that contain the first `max_tokens` tokens. The last one is truncated."""
     if max_tokens is None:
         return documents
     kept, remaining = [], max_tokens
@@ -224,18 +227,18 @@ def _first_tokens(documents: list[tuple[int, int]], max_tokens: int | None) -> l
 
 
 Group = list[list[Window]]
-"""Batches that one rank scores one after the other. If the state is carried, they continue the same documents."""
+"""Batches that one rank scores in sequence. If the state is carried, each batch continues the documents of the previous one."""
 
 
 def _groups(spans: list[tuple[int, int]], context: int, stride: int, max_tokens: int) -> Iterator[Group]:
-    """Yield groups of a single batch of independent windows, longest first."""
+    """Yield groups that contain a single batch of independent windows. The longest windows come first."""
     windows = sorted(sliding_windows(spans, context, stride), key=lambda window: (-window.length, window.start))
     for batch in _batches(windows, max_tokens):
         yield [batch]
 
 
 def _carried_groups(spans: list[tuple[int, int]], max_tokens: int) -> Iterator[Group]:
-    """Yield groups of documents, longest first. Batch i of a group contains window i of each document that is long enough."""
+    """Yield groups of documents, longest first. Batch i in a group contains window i of each document that is long enough."""
     windows: dict[int, list[Window]] = {}
     for window in sliding_windows(spans, _CARRIED_WINDOW, _CARRIED_WINDOW):
         document = windows.setdefault(window.document, [])
@@ -248,7 +251,7 @@ def _carried_groups(spans: list[tuple[int, int]], max_tokens: int) -> Iterator[G
 
 
 def _batches(windows: list[Window], max_tokens: int) -> Iterator[list[Window]]:
-    """Group windows, sorted longest first, into batches of at most `max_tokens` tokens including padding, or of a single window."""
+    """Group windows, sorted longest first, into batches. A batch has up to `max_tokens` tokens with padding, or a single window."""
     start = 0
     while start < len(windows):
         size = max(1, max_tokens // windows[start].length)
@@ -267,7 +270,7 @@ def _evaluation_mode(network: Model) -> Iterator[None]:
 
 
 class _WindowSums:
-    """Nats, bytes and tokens of each window. The values of windows that another rank scored are zero until `reduce` is called."""
+    """Nats, bytes and tokens for each window. Until `reduce` is called, the values for windows scored by other ranks are zero."""
 
     def __init__(self, shard: Shard, token_byte_lengths: np.ndarray, groups: list[Group]) -> None:
         batches = [batch for group in groups for batch in group]
@@ -282,7 +285,7 @@ class _WindowSums:
         self._groups = np.cumsum([0, *map(len, groups)])
 
     def add(self, group: int, index: int, batch: ScoredBatch) -> None:
-        """Add the scored tokens of the batch with this index in a group."""
+        """Add the scored tokens from batch `index` in group `group`."""
         start, end = self._starts[self._groups[group] + index : self._groups[group] + index + 2]
         owners = np.repeat(np.arange(start, end), self._scored[start:end])
         targets = self._shard.tokens[batch.positions]
@@ -296,15 +299,15 @@ class _WindowSums:
 
 
 def _score(network: Model, shard: Shard, batch: list[Window]) -> ScoredBatch:
-    """Score a batch of windows; the result is ordered by window. End-of-text tokens count as 0 nats."""
+    """Score a batch of windows. The result is in window order. End-of-text tokens count as 0 nats."""
     inputs = _inputs(network, shard, batch)
-    skipped = min(window.length - window.scored for window in batch)  # no window of this batch scores an earlier column
+    skipped = min(window.length - window.scored for window in batch)  # no window in this batch scores the columns before this one
     hidden = network.hidden(inputs, n_last=inputs.shape[1] - skipped if skipped else None)
     return _scored_batch(network, shard, batch, hidden, skipped)
 
 
 def _score_and_carry(network: Model, shard: Shard, batch: list[Window], state: Tensor | None) -> tuple[ScoredBatch, Tensor]:
-    """Like `_score`, for windows that continue the rows of `state` (None: the beginning of documents). Also returns the state."""
+    """Like `_score`, but start from `state`, or from an empty state at the beginning of documents. Also returns the new state."""
     assert isinstance(network, StatefulModel)
     before = network.empty_state(len(batch)) if state is None else state[: len(batch)]
     hidden, after = network.continue_from(_inputs(network, shard, batch), before)
@@ -312,7 +315,7 @@ def _score_and_carry(network: Model, shard: Shard, batch: list[Window], state: T
 
 
 def _inputs(network: Model, shard: Shard, batch: list[Window]) -> Tensor:
-    """The ids (B, T) of a batch of windows, padded at the end."""
+    """Return the ids (B, T) for a batch of windows, padded at the end."""
     inputs = np.zeros((len(batch), batch[0].length), dtype=np.int64)  # (B, T)
     for row, window in enumerate(batch):
         inputs[row, : window.length] = shard.tokens[window.start : window.start + window.length]
@@ -320,7 +323,7 @@ def _inputs(network: Model, shard: Shard, batch: list[Window]) -> Tensor:
 
 
 def _scored_batch(network: Model, shard: Shard, batch: list[Window], hidden: Tensor, skipped: int) -> ScoredBatch:
-    """Score the targets of windows, given the hidden states (B, T - skipped, C) of their last columns."""
+    """Score the targets in a batch of windows. `hidden` (B, T - skipped, C) omits the first `skipped` columns."""
     device = network.device
     rows, columns, positions, context_lengths = [], [], [], []
     for row, window in enumerate(batch):
@@ -340,9 +343,9 @@ def _scored_batch(network: Model, shard: Shard, batch: list[Window], hidden: Ten
 
 
 def bootstrap_interval(nats: np.ndarray, sizes: np.ndarray, owners: np.ndarray, documents: int) -> tuple[float, float]:
-    """The 95% bootstrap interval for bits per byte, given the nats, bytes (`sizes`) and document (`owners`) of each window.
+    """Return the 95% bootstrap interval for bits per byte, given each window's nats, bytes (`sizes`) and document (`owners`).
 
-    Resamples documents if there are many, otherwise windows. The bounds are NaN if there are fewer than 5 to resample.
+    Resamples documents if there are at least 50, otherwise windows. The bounds are NaN if there are fewer than 5 to resample.
     """
     if documents >= _MIN_DOCUMENTS_TO_RESAMPLE:
         nats = np.bincount(owners, weights=nats, minlength=documents)

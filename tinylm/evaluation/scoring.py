@@ -1,6 +1,6 @@
-"""Convert logits to log-probabilities of tokens, in nats. Evaluation, generation, training and exports use these functions.
+"""Convert logits to log-probabilities in nats. Evaluation, generation, training and exports use these functions.
 
-Everything is computed in float32, or in the dtype of the logits if that is wider.
+Everything is computed in float32, or in the dtype of the logits if it is wider.
 
 Legend: `...` any leading dimensions, `V` vocabulary.
 """
@@ -14,12 +14,12 @@ from tinylm.data.batch import IGNORE_INDEX
 
 
 def all_logprobs(logits: Tensor) -> Tensor:
-    """The log-probability of every token of the vocabulary, `(..., V)`, given logits `(..., V)`."""
+    """Return the log-probability of every token in the vocabulary, `(..., V)`, for logits `(..., V)`."""
     return _widened(logits).log_softmax(dim=-1)
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """The cross-entropy loss of each target, `(...)`, given logits `(..., V)` and targets `(...)`. It is 0 for negative targets."""
+    """Return the cross-entropy loss of each target, `(...)`, for logits `(..., V)` and targets `(...)`; 0 for negative targets."""
     ids = targets.long()
     losses = F.cross_entropy(
         _widened(logits).flatten(0, -2),
@@ -31,12 +31,12 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
-    """The log-probability of each id, `(...)`, given logits `(..., V)` and ids `(...)`. It is 0 for negative ids."""
+    """Return the log-probability of each id, `(...)`, for logits `(..., V)` and ids `(...)`; 0 for negative ids."""
     return -token_losses(logits, ids)
 
 
 def top_logprobs(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ids and log-probabilities of the `count` most likely tokens, each `(..., count)`, most likely first.
+    """Return the ids and log-probabilities of the `count` most likely tokens, each `(..., count)`, most likely first.
 
     Returns fewer tokens if the vocabulary is smaller.
     """

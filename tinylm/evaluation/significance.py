@@ -1,8 +1,9 @@
-"""Test whether two models differ on the same text (paired bootstrap and permutation test), or two recipes (several seeds of each).
+"""Significance tests: whether two models differ on the same text, and whether two recipes differ over several seeds.
 
-The losses of both models are summed over the same pieces of text: documents if there are many, otherwise pieces of equal size in
-bytes. Because the comparison is paired, pieces that are hard for both models do not add to the variance of the difference. The
-tokenizers may differ: the loss of a token belongs to the piece that contains the token's first byte.
+Two models are compared with a paired bootstrap and a permutation test. The losses of both models are summed over the same pieces of
+text: documents if there are many, otherwise pieces of equal size in bytes. Because the comparison is paired, pieces that are hard
+for both models do not add to the variance of the difference. The tokenizers may differ: a token's loss belongs to the piece that
+contains the token's first byte.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ _RESAMPLES = 10_000
 class PairedComparison:
     """Bits per byte of the models A and B on the same text, and their difference, A minus B.
 
-    `ci95` is a 95% paired bootstrap interval for the difference. If this is one of several comparisons, `simultaneous_ci95` is
-    wider: all of these intervals together contain the differences with a probability of 95% (Bonferroni). `p_value` is the result
-    of a two-sided permutation test: how often randomly swapping A and B in each piece yields a difference at least as large.
-    `pieces` is the number of pieces, and `kind` describes them.
+    `ci95` is a 95% paired bootstrap interval for the difference. `simultaneous_ci95` is wider if several comparisons are made
+    together: with a probability of 95%, every one of these intervals contains its true difference (Bonferroni). `p_value` comes
+    from a two-sided permutation test. It is the share of random swaps of A and B within pieces that yield a difference at least as
+    large as the observed one. `pieces` is the number of pieces, and `kind` describes them.
     """
 
     a: float
@@ -45,9 +46,9 @@ class PairedComparison:
 
 @dataclass(frozen=True)
 class SeedComparison:
-    """Welch's t-test of two recipes, each with several seeds: the difference between the mean bits per byte, A minus B.
+    """Welch's t-test for two recipes with several seeds each. `difference` is the difference in mean bits per byte, A minus B.
 
-    Unlike `PairedComparison`, it compares recipes and not single models, because it accounts for the differences between seeds.
+    Unlike `PairedComparison`, this test accounts for the variation between seeds, so it compares recipes rather than single models.
     """
 
     difference: float
@@ -56,7 +57,7 @@ class SeedComparison:
 
 
 def compare_seeds(a: Sequence[float], b: Sequence[float]) -> SeedComparison:
-    """Compare two recipes by the bits per byte of their seeds, at least two each (Welch 1947)."""
+    """Compare two recipes by the bits per byte of each seed (Welch 1947). Each recipe needs at least two seeds."""
     variances = [float(np.var(values, ddof=1)) / len(values) for values in (a, b)]
     difference = float(np.mean(a) - np.mean(b))
     error = math.sqrt(sum(variances))
@@ -71,7 +72,7 @@ def compare_seeds(a: Sequence[float], b: Sequence[float]) -> SeedComparison:
 
 
 def t_test(t: float, degrees: float) -> float:
-    """The two-sided p-value of a t statistic: the probability that a variable with Student's t distribution is further from 0.
+    """Return the two-sided p-value of a t statistic: the probability that a Student's t variable is farther from 0.
 
     With t = sqrt(degrees) tan(angle), the density is proportional to cos(angle)**(degrees - 1).
     """
@@ -82,7 +83,7 @@ def t_test(t: float, degrees: float) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Correct p-values for several comparisons (Holm 1979), to keep the probability of any false positive at the nominal level."""
+    """Correct p-values for multiple comparisons (Holm 1979), so that the family-wise error rate stays at the nominal level."""
     order = np.argsort(p_values, kind="stable")
     factors = len(p_values) - np.arange(len(p_values))
     adjusted = np.maximum.accumulate(np.asarray(p_values)[order] * factors).clip(max=1)
@@ -94,9 +95,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def compare_losses(
     a: TokenLosses, a_byte_lengths: np.ndarray, b: TokenLosses, b_byte_lengths: np.ndarray, *, comparisons: int = 1
 ) -> PairedComparison:
-    """Compare two models by their losses. `comparisons` is the number of comparisons that are made together.
+    """Compare two models by their losses on the same text. `comparisons` is the number of comparisons made together.
 
-    Raises `InputError` if the scored texts differ or the text is too short.
+    Raises `InputError` if the scored texts differ or are too short.
     """
     sizes = np.array(_document_bytes(a, a_byte_lengths))
     if sizes.tolist() != _document_bytes(b, b_byte_lengths):
@@ -136,7 +137,7 @@ def _document_bytes(losses: TokenLosses, byte_lengths: np.ndarray) -> list[int]:
 
 
 def _nats_of_pieces(losses: TokenLosses, byte_lengths: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Return the nats of each piece; `ends` contains the byte offsets at which the pieces end."""
+    """Return the nats for each piece. `ends` contains the byte offsets at which the pieces end."""
     positions = losses.positions
     sizes = byte_lengths[losses.shard.tokens[positions]]
     starts = np.cumsum(sizes) - sizes

@@ -1,7 +1,7 @@
 """Compile a regular expression to a deterministic finite automaton (DFA) over UTF-8 bytes.
 
-The size of the automaton and the work of compiling it are bounded, because an expression of a few characters can describe an
-automaton that would not fit in memory.
+The number of states and the amount of work are limited, because even a very short expression can describe an automaton that does
+not fit in memory.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ _PARSER: Any = importlib.import_module("re._parser" if sys.version_info >= (3, 1
 
 
 class CompileTimeout(InputError):
-    """The deadline for compiling an expression has passed."""
+    """Raised when the deadline for compiling an expression has passed."""
 
 
 @dataclass
 class CompileBudget:
-    """Limits the work of compiling one expression. Its errors name the option or parameter `name`.
+    """Limits the work spent on compiling one expression. Errors mention the option or parameter `name`.
 
-    `deadline`: a time of `time.monotonic()`. `pause`: seconds to sleep after every millisecond or so of work, so that a background
-    compilation does not hold Python's global interpreter lock for long.
+    `deadline` is a time on the `time.monotonic()` clock. `pause` is the number of seconds to sleep after about every millisecond of
+    work, so that a background compilation does not hold Python's global interpreter lock for long.
     """
 
     name: str
@@ -49,7 +49,7 @@ class CompileBudget:
     _next_check: int = 0
 
     def spend(self, work: int = 1) -> None:
-        """Count work, in operations of about a microsecond. Raises `InputError` if too much was spent or time is up."""
+        """Count work in units of about a microsecond. Raises `InputError` if the limit or the deadline has been exceeded."""
         self.work += work
         if self.work < self._next_check:
             return
@@ -62,12 +62,12 @@ class CompileBudget:
             raise CompileTimeout("the expression takes too long to compile", where=self.name, hint="use a smaller expression")
 
     def too_large(self) -> InputError:
-        """The error for an expression whose automaton is too large."""
+        """Return the error for an expression whose automaton is too large."""
         return InputError("the expression is too large", where=self.name, hint="use fewer or smaller repetitions")
 
 
 def byte_dfa(pattern: str, budget: CompileBudget) -> tuple[np.ndarray, np.ndarray]:
-    """The DFA of a pattern over bytes: Thompson's NFA, made deterministic by the subset construction. State 0 is the initial state.
+    """Compile a pattern to a DFA over bytes: build Thompson's NFA and apply the subset construction. State 0 is the initial state.
 
     Returns the transitions `(states, 256)`, int16, with -1 for no transition, and a bool mask `(states,)` of accepting states.
     Raises `InputError` if the pattern is invalid, not supported or too large.
@@ -76,7 +76,7 @@ def byte_dfa(pattern: str, budget: CompileBudget) -> tuple[np.ndarray, np.ndarra
     nfa = _ByteNfa(budget, dotall=bool(parsed.state.flags & re.DOTALL), ascii=bool(parsed.state.flags & re.ASCII))
     final = nfa.add_sequence(_without_anchors(list(parsed)), 0)
     start = nfa.closure((0,))
-    indices, rows, queue = {start: 0}, [], deque([start])  # a state of the DFA is a set of states of the NFA
+    indices, rows, queue = {start: 0}, [], deque([start])  # each DFA state is a set of NFA states
     while queue:
         row = np.full(256, -1, dtype=np.int16)
         for low, high, targets in nfa.byte_transitions(queue.popleft()):
@@ -95,7 +95,7 @@ def _parse(pattern: str, name: str) -> Any:
         raise InputError(f"must have at most {MAX_PATTERN_LENGTH} characters, not {len(pattern)}", where=name)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # for example, that `[[` may become a set operation
+            warnings.simplefilter("ignore")  # for example, the warning that `[[` may become a set operation
             parsed = _PARSER.parse(pattern)
     except RecursionError:
         raise InputError("the expression is nested too deeply", where=name) from None
@@ -107,7 +107,7 @@ def _parse(pattern: str, name: str) -> Any:
 
 
 def _without_anchors(items: list[Any]) -> list[Any]:
-    """Remove `^`, `$` and their equivalents at the ends of a pattern. They are redundant, because the whole text has to match."""
+    """Remove `^`, `$` and their equivalents from the ends of a pattern. They are redundant because the whole text has to match."""
     if items and str(items[0][0]) == "AT" and str(items[0][1]) in ("AT_BEGINNING", "AT_BEGINNING_STRING"):
         items = items[1:]
     if items and str(items[-1][0]) == "AT" and str(items[-1][1]) in ("AT_END", "AT_END_STRING"):
@@ -119,7 +119,7 @@ def _without_anchors(items: list[Any]) -> list[Any]:
 class _ByteNfa:
     """A nondeterministic finite automaton over bytes (Thompson 1968). State 0 is the initial state.
 
-    Each `add` method adds a part of the pattern that starts in a given state, and returns the state in which the part ends.
+    Each `add` method adds a part of the pattern that starts in `state` and returns the state in which that part ends.
     """
 
     budget: CompileBudget
@@ -176,7 +176,7 @@ class _ByteNfa:
         for _ in range(int(minimum)):
             self.budget.spend()
             before, state = state, self.add_sequence(items, state)
-            if state == before:  # matches only the empty text
+            if state == before:  # the repeated part matches only the empty string
                 return state
         end = self.new_state()
         self.epsilon[state].append(end)
@@ -195,7 +195,7 @@ class _ByteNfa:
         return end
 
     def _character_class(self, kind: str, value: Any) -> _Ranges:
-        """The code points that one element of a pattern matches, as inclusive ranges."""
+        """Return the code points that one element of a pattern matches, as inclusive ranges."""
         if kind == "LITERAL":
             return [(value, value)]
         if kind == "NOT_LITERAL":
@@ -227,7 +227,7 @@ class _ByteNfa:
         return end
 
     def closure(self, states: tuple[int, ...]) -> frozenset[int]:
-        """The given states and all states that are reachable from them without consuming a byte."""
+        """Return these states and all states that are reachable from them without consuming a byte."""
         if states not in self._closures:
             self._closures[states] = self._reachable(states)
         return self._closures[states]
@@ -243,8 +243,8 @@ class _ByteNfa:
         return frozenset(reachable)
 
     def byte_transitions(self, states: frozenset[int]) -> Iterable[tuple[int, int, frozenset[int]]]:
-        """The transitions of a set of states, as disjoint ranges: (lowest byte, highest byte, set of target states)."""
-        targets: dict[int, list[int]] = {}  # for each byte
+        """Yield the transitions from a set of states as disjoint ranges: (lowest byte, highest byte, set of target states)."""
+        targets: dict[int, list[int]] = {}  # byte -> target states
         for state in states:
             self.budget.spend()
             for low, high, target in self.edges[state]:
@@ -261,7 +261,7 @@ class _ByteNfa:
 
 
 def _complement(ranges: _Ranges) -> _Ranges:
-    """All code points outside the ranges."""
+    """Return all code points outside the ranges."""
     outside, start = [], 0
     for low, high in sorted(ranges):
         if low > start:
@@ -272,7 +272,7 @@ def _complement(ranges: _Ranges) -> _Ranges:
 
 @lru_cache(maxsize=16)
 def _category(name: str, ascii: bool) -> _Ranges:
-    """The code points that `\\d`, `\\w`, `\\s` or one of their complements match, according to `re`."""
+    """Return the code points that `\\d`, `\\w`, `\\s` or their complements match in Python's `re` module."""
     letter = {"DIGIT": "d", "WORD": "w", "SPACE": "s"}[name.rpartition("_")[2]]
     text = "".join(map(chr, range(_MAX_CODE_POINT + 1)))
     matches = re.finditer(f"\\{letter}+", text, re.ASCII if ascii else 0)
@@ -281,7 +281,7 @@ def _category(name: str, ascii: bool) -> _Ranges:
 
 
 def _utf8_ranges(low: int, high: int) -> Iterable[list[tuple[int, int]]]:
-    """The UTF-8 encodings of a range of code points, as sequences of byte ranges. Surrogates are skipped."""
+    """Yield the UTF-8 encodings of a range of code points as sequences of byte ranges. Surrogates are skipped."""
     for first, last in ((0, 0x7F), (0x80, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFF), (0x10000, _MAX_CODE_POINT)):
         begin, end = max(low, first), min(high, last)
         if begin <= end:
@@ -289,7 +289,7 @@ def _utf8_ranges(low: int, high: int) -> Iterable[list[tuple[int, int]]]:
 
 
 def _byte_ranges(low: list[int], high: list[int]) -> Iterable[list[tuple[int, int]]]:
-    """The encodings from `low` to `high`, which have the same length, as sequences of byte ranges."""
+    """Yield the encodings from `low` to `high` as sequences of byte ranges. Both encodings must have the same length."""
     if len(low) == 1:
         yield [(low[0], high[0])]
         return

@@ -1,4 +1,4 @@
-"""Talk to a model that was trained on conversations: prompts that fit into the context, answers, and how good they are."""
+"""Chat with a model that was trained on conversations: build prompts that fit into the context, and generate answers."""
 
 from __future__ import annotations
 
@@ -16,44 +16,44 @@ from tinylm.model.state import DecodingModel
 from tinylm.text.conversations import ASSISTANT, SYSTEM, USER, Message
 from tinylm.tokenizer.chat_template import ChatEncoder, fit_turns
 
-_MAX_RESERVED_SHARE = 4
-"""At least one part in this many of the context is kept for the answer."""
+_RESERVED_DIVISOR = 4
+"""Up to 1 / `_RESERVED_DIVISOR` of the context is reserved for the answer."""
 
 
 @dataclass(frozen=True)
 class ChatPrompt:
-    """The tokens of a conversation, and what had to be left out."""
+    """The token ids of a conversation that was truncated to fit into the context."""
 
     ids: list[int]
     left_out: int
-    """Number of the oldest messages that are left out."""
+    """Number of messages that were dropped from the beginning of the conversation."""
     new_tokens: int
-    """Maximum number of tokens of the answer."""
+    """Maximum number of tokens in the answer."""
 
 
 def chat_prompt(messages: Sequence[Message], encoder: ChatEncoder, capacity: int | None, max_new_tokens: int) -> ChatPrompt:
-    """Encode a conversation whose last message is the user's, without its oldest exchanges if the context is full.
+    """Encode a conversation that ends with a user message. Drop the oldest exchanges if the conversation does not fit.
 
-    Room is kept for an answer of `max_new_tokens` tokens, but at most for a quarter of the context. Raises `InputError` if the last
-    message and the system message leave no room for an answer.
+    `capacity` is the context length. Reserves space for an answer of `max_new_tokens` tokens, but no more than a quarter of the
+    context. Raises `InputError` if the system message and the last message leave no room for an answer.
     """
     turns = encoder.turns(messages)
     if capacity is None:
         return ChatPrompt(encoder.prompt(turns), 0, max_new_tokens)
-    reserved = max(1, min(max_new_tokens, capacity // _MAX_RESERVED_SHARE))
+    reserved = max(1, min(max_new_tokens, capacity // _RESERVED_DIVISOR))
     frame = len(encoder.prompt(()))
     kept, left_out = fit_turns(turns, capacity - reserved - frame)
     ids = encoder.prompt(kept)
-    room = capacity - len(ids) + 1  # the last token of an answer is not read
+    room = capacity - len(ids) + 1  # the last token of an answer is not fed back to the model
     if room < 1:
-        problem = f"the message has {len(ids):,} tokens with its frame, and the model's context has {capacity:,}"
+        problem = f"the message has {len(ids):,} tokens with its frame, but the model's context has only {capacity:,}"
         raise InputError(problem, hint="write a shorter message")
     return ChatPrompt(ids, left_out, min(max_new_tokens, room))
 
 
 @dataclass
 class ChatSession:
-    """A conversation with a model. The answers depend only on the seed, the messages and the number of the turn."""
+    """A conversation with a model. Each answer depends only on the seed, the previous messages and the turn number."""
 
     decoder: DecodingModel[Any]
     encoder: ChatEncoder
@@ -65,7 +65,7 @@ class ChatSession:
 
     @property
     def conversation(self) -> list[Message]:
-        """The conversation so far."""
+        """The conversation so far, including the system message."""
         system = [] if self.system is None else [Message(SYSTEM, self.system)]
         return [*system, *self.messages]
 
@@ -74,9 +74,9 @@ class ChatSession:
         self.messages = []
 
     def ask(self, text: str, on_text: Callable[[str], None] | None = None) -> tuple[Sample, ChatPrompt]:
-        """Add a message of the user and generate the answer, which is added as well. `on_text` streams it.
+        """Generate the answer to a user message, and add both to the conversation. `on_text` streams the answer.
 
-        Raises `InputError` if the message does not fit into the context. The conversation is then unchanged.
+        Raises `InputError` and leaves the conversation unchanged if the message does not fit into the context.
         """
         asked = [*self.conversation, Message(USER, text)]
         prompt = chat_prompt(asked, self.encoder, self.decoder.capacity, self.options.max_new_tokens)
@@ -94,7 +94,7 @@ def answer_all(
     prompts: Sequence[Sequence[int]],
     options: SamplingOptions = SamplingOptions(temperature=0.0, top_k=None),
 ) -> Iterator[Sample]:
-    """Generate one answer after each prompt, in order. An answer ends where the context is full."""
+    """Generate one answer for each prompt, in order. An answer ends when the context is full."""
     decoder = as_decoder(model)
     requests = []
     for ids in prompts:

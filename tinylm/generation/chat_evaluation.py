@@ -1,4 +1,4 @@
-"""Evaluate a run on conversations: the loss on the answers, and greedy answers to the last questions."""
+"""Evaluate a run on conversations: compute the loss on all answers, and generate greedy answers to the last questions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_NEW_TOKENS = 200
 
 @dataclass(frozen=True)
 class Answer:
-    """A question with the expected and the generated answer."""
+    """A question with the expected and the generated answer. `stopped` is True if the model ended its answer with an end token."""
 
     question: str
     expected: str
@@ -30,7 +30,7 @@ class Answer:
 
     @property
     def exact(self) -> bool:
-        """Whether the generated answer ends and is the expected one."""
+        """Whether the generated answer is complete and equals the expected answer."""
         return self.stopped and self.text == self.expected
 
 
@@ -44,7 +44,7 @@ class ChatEvaluation:
     split: str
     scores: AnswerScores
     answers: list[Answer]
-    """The last answers of the conversations."""
+    """The generated answer to the last question in each conversation."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON document of `tinylm eval --json`."""
@@ -80,13 +80,13 @@ def evaluate_chat_run(
     device: str = "auto",
     reporter: Reporter = SILENT,
 ) -> ChatEvaluation:
-    """Score the answers of the run's held-out or test conversations, and answer the last question of each, greedily.
+    """Score the answers in the run's held-out or test conversations, and generate a greedy answer to each last question.
 
-    `max_answers` limits the number of generated answers; the loss is computed over all conversations. Raises `InputError` if the
-    run has no such conversations or the checkpoint cannot be read.
+    `max_answers` limits the number of generated answers, but not the conversations that are scored. Raises `InputError` if the run
+    has no such conversations or the checkpoint cannot be read.
     """
     encoder, chosen = run.require_chat(), run.checkpoint(checkpoint)
-    run.heldout(split)  # reports a missing part
+    run.heldout(split)  # raises if the split is missing
     conversations = open_conversations(run.path / "heldout", split, run.tokenizer.vocab_size)
     network = run.network(chosen, devices.resolve(device))
     with reporter.progress("evaluating", None, "tokens") as advance:

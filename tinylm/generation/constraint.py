@@ -1,9 +1,9 @@
 """Constrained generation: a regular expression or a list of choices, compiled to a finite automaton over the model's tokens.
 
-The expression (in Python's syntax) is compiled to a deterministic finite automaton (DFA) over UTF-8 bytes. Running every token of
-the vocabulary through the DFA yields the tokens that are allowed in each state, and the number of tokens that the shortest match
-still requires. The model may therefore split its text into tokens in any way, even within a character, and its output always
-matches within the token limit.
+The expression uses Python's syntax and is compiled to a deterministic finite automaton (DFA) over UTF-8 bytes. Running every token
+in the vocabulary through the DFA yields the tokens allowed in each state and the number of tokens that the shortest match still
+requires. The model can therefore split its text into tokens in any way, even within a character, and its output always matches
+within the token limit.
 
 Legend: `S` states, `V` vocabulary.
 """
@@ -26,12 +26,12 @@ from tinylm.tokenizer import Tokenizer
 _UNREACHABLE = np.iinfo(np.int32).max
 _CACHED_STATES = 16
 _TRANSITIONS_PER_WORK = 200
-"""Transitions that take about as long to compute as one unit of work of a `CompileBudget`."""
+"""Number of transitions that take about as long to compute as one unit of work in a `CompileBudget`."""
 
 
 @dataclass(frozen=True)
 class _Transitions:
-    """The transitions of one state: ascending ids `(N,)`, the state after each, and the ids on the device of the logits."""
+    """The transitions from one state: ids `(N,)` in ascending order, target states `(N,)`, and the ids on the logits' device."""
 
     ids: np.ndarray
     targets: np.ndarray
@@ -39,7 +39,7 @@ class _Transitions:
 
 
 class Constraint:
-    """A DFA over a tokenizer's ids that accepts the texts that a pattern matches. State 0 is the initial state.
+    """A DFA over token ids that accepts the texts that match a pattern. State 0 is the initial state.
 
     Error messages refer to the command line option `name`. Raises `InputError` if the pattern is invalid, not supported or too
     large, if the deadline of `budget` has passed, or if the vocabulary cannot express any text that matches.
@@ -54,18 +54,18 @@ class Constraint:
         self._distances, self._continues = _distances(self._tokens, self._accepting, budget)
         if self._distances[0] == _UNREACHABLE:
             raise InputError("the model's vocabulary cannot express any text that matches", where=name)
-        self._cache: OrderedDict[int, _Transitions] = OrderedDict()  # of the most recently used states
+        self._cache: OrderedDict[int, _Transitions] = OrderedDict()  # transitions from the most recently used states
 
     @classmethod
     def choices(cls, texts: Sequence[str], tokenizer: Tokenizer, *, budget: CompileBudget | None = None) -> Constraint:
-        """A constraint that accepts exactly these texts, none of which may be empty."""
+        """Return a constraint that accepts exactly these texts. Raises `InputError` if one of them is empty."""
         if any(not text for text in texts):
             raise InputError("must not be empty", where="--choice")
         return cls("|".join(map(re.escape, texts)), tokenizer, name="--choice", budget=budget)
 
     @property
     def min_tokens(self) -> int:
-        """Number of tokens of the shortest match."""
+        """Number of tokens in the shortest match."""
         return int(self._distances[0])
 
     def check_max_new_tokens(self, max_new_tokens: int) -> None:
@@ -76,7 +76,7 @@ class Constraint:
             )
 
     def mask_logits(self, logits: Tensor, state: int, max_tokens: int) -> None:
-        """Set logits `(V,)` to minus infinity, in place, for tokens after which no match is possible within `max_tokens` tokens."""
+        """Set logits `(V,)` to minus infinity in place for tokens that rule out a match within `max_tokens` tokens."""
         transitions = self._transitions(state, logits.device)
         allowed = transitions.tensor
         can_match = self._distances[transitions.targets] < max_tokens
@@ -89,7 +89,7 @@ class Constraint:
         logits[allowed] = kept
 
     def next_state(self, state: int, id: int) -> int:
-        """The state after an allowed token."""
+        """Return the state after an allowed token."""
         transitions = self._transitions(state, torch.device("cpu"))
         return int(transitions.targets[np.searchsorted(transitions.ids, id)])
 
@@ -102,7 +102,7 @@ class Constraint:
         return bool(self._accepting[state]) and (self._end_of_text is None or not self._continues[state])
 
     def _transitions(self, state: int, device: torch.device) -> _Transitions:
-        """The transitions of a state to states from which an accepting state is reachable."""
+        """Return the transitions from a state, except those after which no accepting state can be reached."""
         cached = self._cache.get(state)
         if cached is None:
             ids, targets = self._tokens.of_state(state)
@@ -119,16 +119,16 @@ class Constraint:
 
 
 class _TokenTransitions:
-    """The token transitions of a byte DFA `(S, 256)`, computed one state at a time: storing all of them could take gigabytes.
+    """The token transitions of a byte DFA `(S, 256)`, computed one state at a time. Storing all of them could take gigabytes.
 
-    All tokens are run through the DFA at once, one byte position at a time. They are sorted longest first, so that the tokens that
-    have a byte at a given position are a prefix of the order.
+    All tokens are run through the DFA together, one byte position at a time. They are sorted longest first, so the tokens that
+    have a byte at a given position form a prefix of the sorted list.
     """
 
     def __init__(self, table: np.ndarray, tokenizer: Tokenizer) -> None:
         self.states = len(table)
         dead = self.states
-        # bytes that no state distinguishes share a column, which makes the table much smaller than (S + 1, 256)
+        # Bytes that have the same transitions in every state share a column, so the table is much smaller than (S + 1, 256).
         columns, classes = np.unique(np.where(table < 0, dead, table), axis=1, return_inverse=True)
         self._next_state = np.vstack((columns, np.full(columns.shape[1], dead))).astype(np.int16)
         excluded = (tokenizer.unknown, tokenizer.end_of_text)
@@ -143,7 +143,7 @@ class _TokenTransitions:
         self.work_per_state = 1 + sum(len(column) for column in self._columns) // _TRANSITIONS_PER_WORK
 
     def of_state(self, state: int) -> tuple[np.ndarray, np.ndarray]:
-        """The ids with a transition from a state, longest tokens first, and the target of each."""
+        """Return the ids that have a transition from a state, longest tokens first, and the target state of each."""
         states = np.full(len(self._order), state, dtype=np.int16)
         for column in self._columns:
             states[: len(column)] = self._next_state[states[: len(column)], column]
@@ -152,9 +152,9 @@ class _TokenTransitions:
 
 
 def _distances(tokens: _TokenTransitions, accepting: np.ndarray, budget: CompileBudget) -> tuple[np.ndarray, np.ndarray]:
-    """Number of tokens from each state to the nearest accepting state (breadth-first search), `(S,)`.
+    """Return the number of tokens `(S,)` from each state to the nearest accepting state, found with breadth-first search.
 
-    Also returns whether an accepting state is reachable from a state with at least one more token, `(S,)`.
+    Also returns a mask `(S,)` of the states from which one or more additional tokens lead to an accepting state.
     """
     predecessors: list[list[int]] = [[] for _ in range(tokens.states)]
     is_target = np.zeros(tokens.states, dtype=bool)

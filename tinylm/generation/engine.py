@@ -1,9 +1,9 @@
 """Generate text with continuous batching: requests are prefilled into the rows of a decoding state and decoded together.
 
 Works with any model that has a decoding state (`tinylm.model.state`). A finished sequence immediately frees its row for the next
-request, so prompts of any length share the decoding steps. Samples of the same prompt share its prefill. When a row is full, the
-state evicts its older half. If the newer half has to be prefilled again, no token is processed more than about twice, because
-an eviction happens once per half capacity. The rows of a state of unlimited capacity are never full.
+request, so prompts of any length share the decoding steps. Samples with the same prompt share one prefill. When a row is full, the
+state evicts the older half of the row. Some states then have to prefill the newer half again. No token is processed more than about
+twice, because a row fills up again only after another half capacity. If the capacity is unlimited, rows are never full.
 
 Legend: `B` rows in use, `V` vocabulary.
 """
@@ -31,7 +31,7 @@ from tinylm.tokenizer import StreamDecoder, Tokenizer
 
 OnText = Callable[[int, str], None]
 DEFAULT_ROWS = 16
-"""Maximum number of rows that `generate_batch` decodes together by default."""
+"""Default maximum number of rows that `generate_batch` decodes together."""
 _UNIFORMS_PER_BLOCK = 256
 
 
@@ -39,10 +39,10 @@ _UNIFORMS_PER_BLOCK = 256
 class Sample:
     """A generated continuation.
 
-    `finish_reason`: "stop" (a stop text was generated, or the constraint is complete), "end" (the end-of-text token or one of
+    `finish_reason` is "stop" (a stop text was generated, or the constraint is complete), "end" (the end-of-text token or one of
     `stop_ids` was generated) or "length" (`max_new_tokens` was reached). `choices` is filled only if `SamplingOptions.logprobs` is
-    set; the choice of the token that ends the sample is in `end_choice`, because this token is not part of the sample.
-    `prompt_choices` (for all tokens of the prompt except the first) is filled only if `Request.score_prompt` is set as well.
+    set. The token that ends a sample is not part of it, so the choice of that token is stored separately in `end_choice`.
+    `prompt_choices`, for all prompt tokens except the first, is filled only if `Request.score_prompt` is also set.
     """
 
     prompt: str
@@ -59,9 +59,10 @@ class Sample:
 class Request:
     """One sample to generate. Its random numbers depend only on `seed`.
 
-    `on_text` receives text as soon as it is final: complete characters that cannot become part of a stop text. `on_token` receives
-    each token if `SamplingOptions.logprobs` is set. `score_prompt` records the log-probabilities of the prompt's tokens too, which
-    requires a prompt of at most `capacity` + 1 tokens. `ids` are the tokens of the prompt if it is not plain text.
+    `on_text` receives text as soon as it is final, which means complete characters that cannot be part of a stop text. `on_token`
+    receives each token if `SamplingOptions.logprobs` is set. `score_prompt` also records the log-probabilities of the prompt tokens
+    and requires a prompt of no more than `capacity` + 1 tokens. `ids` replaces the encoding of `prompt`, for prompts that are not
+    plain text.
     """
 
     prompt: str
@@ -85,9 +86,9 @@ def generate(
     constraint: Constraint | None = None,
     on_text: OnText | None = None,
 ) -> list[Sample]:
-    """Generate `count` continuations of a prompt. The empty prompt starts a new document. `on_text(i, text)` streams sample i.
+    """Generate `count` continuations of a prompt. An empty prompt starts a new document. `on_text(i, text)` streams sample i.
 
-    Up to rounding, sample i depends only on the seed and i, not on the other samples of the batch.
+    Up to rounding, sample i depends only on the seed and i, and not on the other samples in the batch.
     """
 
     def on_text_of(index: int) -> Callable[[str], None] | None:
@@ -98,17 +99,17 @@ def generate(
 
 
 def sample_seed(seed: int, index: int) -> int:
-    """The seed of the sample with this index, derived from the user's `seed`."""
+    """Derive the seed for the sample with this index from the user's `seed`."""
     return (seed * 1_000_003 + index) % 2**63
 
 
 def generate_batch(
     model: nn.Module | DecodingModel[Any], tokenizer: Tokenizer, requests: Sequence[Request], *, rows: int | None = None
 ) -> Iterator[Sample]:
-    """Yield one sample per request, in order. At most `rows` (default: `DEFAULT_ROWS`) of them are decoded together.
+    """Yield one sample per request, in order. Up to `rows` sequences (default: `DEFAULT_ROWS`) are decoded together.
 
-    Raises `InputError` if the model cannot generate text or the tokens that a request allows are all banned, and `WorkError` if
-    the model's logits are not finite.
+    Raises `InputError` if the model cannot generate text, or if a request bans all tokens that it allows. Raises `WorkError` if the
+    model's logits are non-finite.
     """
     prompts = [list(request.ids) if request.ids is not None else tokenizer.encode(request.prompt) for request in requests]
     max_length = max((len(ids) + request.options.max_new_tokens for ids, request in zip(prompts, requests, strict=True)), default=1)
@@ -135,10 +136,10 @@ def generate_batch(
 
 
 class Engine:
-    """A batch of sequences that are decoded together, one row of the decoding state each.
+    """A batch of sequences that are decoded together. Each sequence uses one row of the decoding state.
 
-    `add` prefills a prompt into free rows, `step` appends one token to every sequence, `evict` removes a sequence. `max_tokens` is
-    the number of tokens per row that memory is reserved for (default: the capacity of the model).
+    `add` prefills a prompt into free rows, `step` appends one token to every sequence, and `evict` removes a sequence. `max_tokens`
+    is the number of tokens per row for which memory is reserved (default: the model's capacity).
     """
 
     def __init__(self, decoder: DecodingModel[Any], tokenizer: Tokenizer, rows: int, *, max_tokens: int | None = None) -> None:
@@ -162,15 +163,14 @@ class Engine:
     def add(self, requests: Sequence[Request], ids: Sequence[int] | None = None) -> list[SequenceState]:
         """Start one sequence per request in the free rows. All requests must have the same prompt, which is prefilled once.
 
-        `ids` are the tokens of the prompt if it has already been encoded. Raises `InputError` if `max_new_tokens` is too small for
-        the constraint.
+        Pass `ids` if the prompt has already been encoded. Raises `InputError` if `max_new_tokens` is too small for the constraint.
         """
-        given = list(ids if ids is not None else self.tokenizer.encode(requests[0].prompt))
-        prompt = given or [self.tokenizer.end_of_text or 0]
+        prompt_ids = list(ids if ids is not None else self.tokenizer.encode(requests[0].prompt))
+        prompt = prompt_ids or [self.tokenizer.end_of_text or 0]
         added = [SequenceState(request, prompt, self.tokenizer) for request in requests]
         for sequence, request in zip(added, requests, strict=True):
             if request.score_prompt and request.options.logprobs is not None:
-                sequence.sample.prompt_choices = prompt_choices(self.decoder, given, request.options.logprobs)
+                sequence.sample.prompt_choices = prompt_choices(self.decoder, prompt_ids, request.options.logprobs)
         unfinished = [sequence for sequence in added if not sequence.done]
         if not unfinished:
             return added
@@ -192,14 +192,15 @@ class Engine:
         self._state.resize(first + count)
         capacity = self._state.capacity
         logits = self.decoder.prefill(self._state, first, prompt if capacity is None else prompt[-capacity:])
-        self._state.fork(first, range(first + 1, first + count))
+        if count > 1:
+            self._state.fork(first, range(first + 1, first + count))
         return logits
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Append one token to every sequence, evict the finished ones and compute the next logits of the others.
+        """Append one token to every sequence, remove finished sequences and compute the next logits for the others.
 
-        An error in one sequence ends only that sequence and is stored in it.
+        An error in one sequence ends only that sequence and is stored in its `error`.
         """
         if not self._sequences or self._logits is None:
             return
@@ -207,9 +208,7 @@ class Engine:
         ids = chosen.tolist()
         for sequence, id in zip(self._sequences, ids, strict=True):
             sequence.attempt(partial(sequence.append, id))
-        for row in reversed(range(len(ids))):
-            if self._sequences[row].done:
-                chosen = self._remove_row(row, chosen)
+        chosen = self._remove_rows([row for row, sequence in enumerate(self._sequences) if sequence.done], chosen)
         if self._sequences:
             capacity = self._state.capacity
             for row, length in enumerate(self._state.lengths):
@@ -219,34 +218,38 @@ class Engine:
 
     @torch.inference_mode()
     def evict(self, sequence: SequenceState) -> None:
-        """Free the row of a sequence that may be unfinished, for example because its client disconnected."""
+        """Remove a sequence even if it is unfinished, for example because its client disconnected."""
         if sequence in self._sequences:
-            row = self._sequences.index(sequence)
             assert self._logits is not None
-            self._logits = self._remove_row(row, self._logits)
+            self._logits = self._remove_rows([self._sequences.index(sequence)], self._logits)
 
     def _evict_older_half(self, row: int, capacity: int) -> None:
-        """Evict the older half of a full row. The newest token of the sequence is not in the state yet, but counts as kept."""
+        """Evict the older half of a full row. The newest token counts toward the half to keep but is not in the state yet."""
         missing = self._state.evict(row, max(1, capacity // 2) - 1)
         if missing:
             self.decoder.prefill(self._state, row, self._sequences[row].history[-missing - 1 : -1])
 
-    def _remove_row(self, row: int, values: Tensor) -> Tensor:
-        """Remove a row by moving the last one into its place, in the state and in `values` `(B, ...)`; return the new values."""
-        last = len(self._sequences) - 1
-        if row != last:
-            self._sequences[row] = self._sequences[last]
-            self._state.reorder([last], [row])
-            self._sampler.move(last, row)
+    def _remove_rows(self, removed: list[int], values: Tensor) -> Tensor:
+        """Remove rows from the state and `values` `(B, ...)` by moving the last rows into their places. Returns the new values."""
+        if not removed:
+            return values
+        count = len(self._sequences) - len(removed)
+        rows = [row for row in removed if row < count]
+        sources = [row for row in range(count, len(self._sequences)) if row not in removed]
+        if rows:
+            self._state.reorder(sources, rows)
             values = values.clone()
-            values[row] = values[last]
-        self._sequences.pop()
-        self._state.resize(last)
-        return values[:last]
+            values[rows] = values[sources]
+        for source, row in zip(sources, rows, strict=True):
+            self._sequences[row] = self._sequences[source]
+            self._sampler.move(source, row)
+        del self._sequences[count:]
+        self._state.resize(count)
+        return values[:count]
 
 
 class SequenceState:
-    """A sample that is being generated: its random numbers, its constraint, and its text up to a stop text.
+    """The state of a sample during generation: its random numbers, its constraint, and its text up to a stop text.
 
     Raises `InputError` if `max_new_tokens` is too small for the constraint.
     """
@@ -272,7 +275,7 @@ class SequenceState:
             self._finish("length")
 
     def next_uniform(self) -> float:
-        """The next random number in [0, 1) of this sample."""
+        """Return this sample's next random number in [0, 1)."""
         for number in self._uniforms:
             return number
         self._uniforms = iter(torch.rand(_UNIFORMS_PER_BLOCK, generator=self._generator, dtype=torch.float64).tolist())
@@ -284,7 +287,7 @@ class SequenceState:
         return self._request.constraint is not None or len(self.sample.token_ids) < len(self.options.forced)
 
     def mask_logits(self, logits: Tensor) -> None:
-        """Set logits `(V,)` to minus infinity, in place, for tokens that must not come next."""
+        """Set logits `(V,)` to minus infinity in place for tokens that must not come next."""
         generated = len(self.sample.token_ids)
         if generated < len(self.options.forced):
             forced = self.options.forced[generated]
@@ -303,7 +306,7 @@ class SequenceState:
             self._request.on_token(choice)
 
     def attempt(self, action: Callable[[], None]) -> None:
-        """Run a part of a step that concerns only this sequence. An error fails the sequence instead of the whole batch."""
+        """Run a part of a step that affects only this sequence. If it raises, only this sequence fails and not the whole batch."""
         if self.done:
             return
         try:
@@ -341,13 +344,13 @@ class SequenceState:
     def _finish(self, reason: str) -> None:
         self.done = True
         self.sample.finish_reason = reason
-        if reason != "stop" or self._request.constraint is not None:  # a text that was cut at a stop text must not grow
+        if reason != "stop" or self._request.constraint is not None:  # do not extend a text that was truncated at a stop text
             self._append_text(self._decoder.finish())
         self._stream(len(self.sample.text))
         self.sample.tokens_per_second = len(self.sample.token_ids) / max(time.perf_counter() - self._start_time, 1e-9)
 
     def _append_text(self, text: str) -> None:
-        """Append decoded text, cut it at the first stop text, and stream the part that is final."""
+        """Append decoded text, truncate the sample at the first stop text, and stream the part that is final."""
         self.sample.text += text
         held_back = 0
         if self._stops is not None and not self.done:

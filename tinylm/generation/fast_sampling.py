@@ -1,7 +1,7 @@
-"""Temperature and top-k sampling on the CPU in one numba kernel: the common case of `sampling.choose` without its small tensors.
+"""Temperature and top-k sampling on the CPU in numba kernels, which avoid the overhead of small tensors in `sampling.choose`.
 
-The distribution and random numbers are the same as in `sampling.choose`. Sums are computed in float64, so a random number within
-float32 rounding error of the boundary between two tokens may select a different token.
+The distribution and the random numbers are the same as in `sampling.choose`. Sums are computed in float64, so a different token may
+be selected if a random number is within float32 rounding error of the boundary between two tokens.
 """
 
 from __future__ import annotations
@@ -20,11 +20,15 @@ from tinylm.jit import cached_njit
 def choose(logits: Tensor, options: SamplingOptions, uniforms: Tensor | None) -> Tensor:
     """Choose the next ids `(B,)` from float32 logits `(B, V)` on the CPU, like `sampling.choose`.
 
-    If the kernel does not support the options, calls `sampling.choose`.
+    If the kernel does not support the options, `sampling.choose` is called instead.
     """
-    if uniforms is None or options.temperature == 0 or options.top_k is None or options.top_p is not None or options.min_p:
+    if uniforms is None or options.temperature == 0 or options.top_p is not None or options.min_p:
         return sampling.choose(logits, options, uniforms)
     chosen = np.empty(len(logits), dtype=np.int64)
+    if options.top_k is None:
+        probabilities, _ = sampling.distribution(logits, options)
+        _sample(probabilities.numpy(), uniforms.numpy(), chosen)
+        return torch.from_numpy(chosen)
     size = min(options.top_k, logits.shape[1])
     _sample_top_k(logits.numpy(), uniforms.numpy(), max(options.temperature, 1e-5), size, chosen)
     return torch.from_numpy(chosen)
@@ -34,10 +38,25 @@ _compiled = cached_njit()
 
 
 @_compiled
-def _threshold(keys: Any, size: int) -> Any:
-    """Return a threshold that exactly `size` keys reach, or the largest that at least `size` keys reach if there are ties.
+def _sample(probabilities: Any, uniforms: Any, chosen: Any) -> None:
+    """Sample one id from each row of `probabilities` `(B, V)` by inverting the cumulative distribution. Fills `chosen` `(B,)`."""
+    for row in range(len(probabilities)):
+        total, cumulative = 0.0, 0.0
+        for id in range(probabilities.shape[1]):
+            total += np.float64(probabilities[row, id])
+        target: Any = uniforms[row] * total
+        for id in range(probabilities.shape[1]):
+            cumulative += np.float64(probabilities[row, id])
+            chosen[row] = id
+            if cumulative > target:
+                break
 
-    Uses bisection. Each step counts the keys that reach the middle.
+
+@_compiled
+def _threshold(keys: Any, size: int) -> Any:
+    """Return a threshold such that exactly `size` keys are greater than or equal to it.
+
+    If ties make this impossible, return the largest threshold that at least `size` keys reach. Uses bisection.
     """
     low, high = keys[0], keys[0]
     for i in range(len(keys)):
@@ -58,7 +77,7 @@ def _threshold(keys: Any, size: int) -> Any:
 
 @_compiled
 def _sample_top_k(logits: Any, uniforms: Any, temperature: float, size: int, chosen: Any) -> None:
-    """Sample one of the `size` most likely tokens of each row of `logits` `(B, V)` and write its id to `chosen` `(B,)`."""
+    """For each row of `logits` `(B, V)`, sample one of the `size` most likely tokens and write its id to `chosen` `(B,)`."""
     ids, weights = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.float64)
     keys = np.empty(logits.shape[1], dtype=np.int32)
     for row in range(len(logits)):

@@ -1,6 +1,6 @@
-"""Choose the next token of every row of a batch whose rows have different sampling options, biases and constraints.
+"""Choose the next token for every row in a batch. Rows can have different sampling options, biases and constraints.
 
-An error in one row, for example because all of its tokens are banned, fails only that row's sample.
+An error in one row, such as a ban on all of its tokens, fails only that row's sample.
 
 Legend: `B` rows in use, `V` vocabulary, `K` alternatives.
 """
@@ -28,9 +28,9 @@ _Choose = Callable[[Tensor, SamplingOptions, Tensor | None], Tensor]
 
 
 class RowSampler:
-    """Chooses the next tokens, from tables with one row per sequence. Tables are allocated when a sequence first needs them.
+    """Chooses the next token for every sequence. The penalty and bias tables have one row per sequence and are allocated on demand.
 
-    `uses_numba`: sample in numba-compiled code where it supports the options.
+    With `uses_numba`, sample in numba-compiled code if it supports the options.
     """
 
     def __init__(self, rows: int, vocab_size: int, device: torch.device, *, uses_numba: bool) -> None:
@@ -70,18 +70,20 @@ class RowSampler:
                 table[row] = table[source]
 
     def next_tokens(self, logits: Tensor, sequences: Sequence[SequenceState]) -> Tensor:
-        """Choose the next ids `(B,)` from logits `(B, V)`. A row without finite logits fails its sequence; its id is arbitrary."""
+        """Choose the next ids `(B,)` from logits `(B, V)`. A sequence with unusable logits fails, and its id is arbitrary."""
         groups: dict[object, list[int]] = {}
         for row, sequence in enumerate(sequences):
             groups.setdefault(sequence.options.sampling_key, []).append(row)
         final = self._final_logits(logits, sequences, list(groups.values()))
+        if len(groups) == 1:
+            return self._sample(logits, final, sequences, list(range(len(sequences))))
         chosen = torch.empty(len(sequences), dtype=torch.long, device=logits.device)
         for rows in groups.values():
             chosen[rows] = self._sample(logits, final, [sequences[row] for row in rows], rows)
         return chosen
 
     def _final_logits(self, logits: Tensor, sequences: Sequence[SequenceState], groups: list[list[int]]) -> Tensor:
-        """The logits `(B, V)` with biases, penalties and constraints."""
+        """Apply biases, penalties and constraints to logits `(B, V)`."""
         final = logits
         if self._biases is not None and any(sequence.options.logit_bias for sequence in sequences):
             final = final + self._biases[: len(sequences)]
@@ -97,7 +99,7 @@ class RowSampler:
         return _fail_unusable_rows(final, sequences)
 
     def _sample(self, logits: Tensor, final: Tensor, sequences: Sequence[SequenceState], rows: list[int]) -> Tensor:
-        """The next ids of the given rows, which have equal sampling keys. `logits` and `final` contain all rows."""
+        """Choose the next ids for `rows`, which have equal sampling keys. `logits` and `final` contain all rows of the batch."""
         options, uniforms = sequences[0].options, None
         if len(rows) < len(final):
             logits, final = logits[rows], final[rows]
@@ -115,7 +117,7 @@ class RowSampler:
 
 
 def _fail_unusable_rows(logits: Tensor, sequences: Sequence[SequenceState]) -> Tensor:
-    """Fail the sequences whose logits `(B, V)` are not finite anywhere, and return logits that can be sampled in every row."""
+    """Fail sequences whose logits contain NaN or infinity or are all minus infinity. Returns logits that are usable everywhere."""
     maxima = logits.amax(dim=-1).tolist()  # NaN if any logit is NaN
     unusable = [row for row, maximum in enumerate(maxima) if not math.isfinite(maximum)]
     if not unusable:
@@ -129,13 +131,13 @@ def _fail_unusable_rows(logits: Tensor, sequences: Sequence[SequenceState]) -> T
 
 def _unusable_error(maximum: float, restricted: bool) -> TinylmError:
     if maximum != float("-inf"):
-        return WorkError("the model's logits are not finite", hint="its weights are damaged, or the precision is too low")
+        return WorkError("the model's logits are not finite", hint="the weights are damaged, or the precision is too low")
     banned = "every token that the constraint allows next" if restricted else "every token"
     return InputError(f"{banned} is banned", where="--ban")
 
 
 def _choices(logits: Tensor, final: Tensor, chosen: Tensor, options: SamplingOptions) -> list[TokenChoice]:
-    """The chosen ids `(B,)` with their log-probabilities and chances, and the most likely alternatives."""
+    """Return the chosen ids `(B,)` with their log-probabilities, sampling probabilities and most likely alternatives."""
     choices, ids = token_choices(all_logprobs(logits), chosen, options.logprobs or 0)
     probabilities = chances(final, options, torch.cat((chosen[:, None], ids), dim=1)).tolist()  # (B, 1 + K)
     return [choice.with_chances(row) for choice, row in zip(choices, probabilities, strict=True)]

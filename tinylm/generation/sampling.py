@@ -1,6 +1,6 @@
-"""Choose the next token of every row from its logits: penalties and biases, temperature, top-k, top-p and min-p.
+"""Choose the next token for every row from its logits: penalties and biases, temperature, top-k, top-p and min-p.
 
-Penalties, biases and bans change the logits. Temperature and the filters then turn them into a distribution over candidates,
+Penalties, biases and bans change the logits. Temperature and the filters then turn the logits into a distribution over candidates
 without sorting the whole vocabulary. Each row is sampled with its own random number.
 
 Legend: `B` batch, `V` vocabulary, `N` candidates, most likely first.
@@ -21,21 +21,21 @@ MAX_LOGPROBS = 20
 MAX_NEW_TOKENS = 10**9
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1000
-"""Maximum number of characters of a stop text."""
+"""Maximum number of characters in a stop text."""
 MAX_LOGIT_CHANGE = 1e10
-"""Maximum absolute value of a bias or a penalty. Larger values could overflow the float32 logits."""
+"""Maximum absolute value of a bias or penalty. Larger values could overflow the float32 logits."""
 _FIRST_CANDIDATES = 256
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How to choose tokens and when to stop. Raises an `InputError` that names the option if a value is out of range.
+    """How to choose tokens and when to stop. Raises `InputError` with the name of the option if a value is out of range.
 
-    `temperature` 0 is greedy decoding. `repetition_penalty` applies to the tokens of the prompt and of the generated text;
-    `frequency_penalty` (once per occurrence) and `presence_penalty` (once) apply to the generated text only. `logit_bias` contains
-    pairs of a token id and the value to add to its logit; minus infinity bans the token. The ids in `forced` are generated first,
-    whatever their probability. `logprobs` is the number of alternatives to record with the log-probability of each token; if it is
-    None, no log-probabilities are recorded.
+    A `temperature` of 0 means greedy decoding. `repetition_penalty` applies to tokens in the prompt and in the generated text.
+    `frequency_penalty` (once per occurrence) and `presence_penalty` (once) apply only to the generated text. `logit_bias` contains
+    pairs of a token id and a value that is added to the token's logit. Minus infinity bans the token. The ids in `forced` are
+    generated first, regardless of their probability. `logprobs` is the number of alternatives to record with the log-probability of
+    each token. If it is None, no log-probabilities are recorded.
     """
 
     max_new_tokens: int = 200
@@ -84,22 +84,22 @@ class SamplingOptions:
 
     @cached_property
     def sampling_key(self) -> tuple[Any, ...]:
-        """The options that decide how a token is chosen from biased logits. Rows with equal keys can be sampled together."""
+        """The options that determine how a token is chosen from biased logits. Rows with equal keys can be sampled together."""
         filters = (self.temperature, self.top_k, self.top_p, self.min_p)
         return *filters, self.repetition_penalty, self.frequency_penalty, self.presence_penalty, self.logprobs
 
     @cached_property
     def has_penalties(self) -> bool:
-        """Whether the logits depend on the tokens that occurred before."""
+        """Whether the logits depend on which tokens have occurred before."""
         return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
 
 
 def apply_penalties(logits: Tensor, seen: Tensor, counts: Tensor, options: SamplingOptions) -> Tensor:
-    """Return the logits `(B, V)` with the three penalties of `options` applied.
+    """Apply the three penalties in `options` to logits `(B, V)`.
 
-    `seen` `(B, V)`, bool: the token occurs in the prompt or the generated text. `counts` `(B, V)`: its occurrences in the generated
-    text. The repetition penalty divides positive logits of seen tokens and multiplies negative ones (CTRL, Keskar et al. 2019). The
-    frequency and presence penalties work as in the OpenAI API.
+    `seen` is a bool mask `(B, V)` of the tokens that occur in the prompt or the generated text. `counts` `(B, V)` contains the
+    number of occurrences in the generated text only. The repetition penalty divides positive logits of seen tokens and multiplies
+    negative ones (CTRL, Keskar et al. 2019). The frequency and presence penalties work as in the OpenAI API.
     """
     penalty = options.repetition_penalty
     if penalty != 1.0:
@@ -112,18 +112,19 @@ def apply_penalties(logits: Tensor, seen: Tensor, counts: Tensor, options: Sampl
 
 
 def distribution(logits: Tensor, options: SamplingOptions) -> tuple[Tensor, Tensor | None]:
-    """Turn logits `(B, V)` into probabilities `(B, N)` and token ids `(B, N)`; ids of None mean the whole vocabulary in order.
+    """Turn logits `(B, V)` into probabilities `(B, N)` and token ids `(B, N)`.
 
-    Temperature is applied first, then top-k, then top-p (nucleus sampling, Holtzman et al. 2020: the smallest set of most likely
-    tokens that reaches the probability mass), then min-p (Nguyen et al. 2024: the tokens with at least this fraction of the top
-    token's probability). The most likely token is always kept.
+    If the ids are None, the probabilities cover the whole vocabulary in order. Temperature is applied first, then top-k, top-p and
+    min-p. Top-p (nucleus sampling, Holtzman et al. 2020) keeps the smallest set of most likely tokens that reaches the probability
+    mass. Min-p (Nguyen et al. 2024) keeps the tokens with at least this fraction of the top token's probability. The most likely
+    token is always kept.
     """
     logits = logits.float()
-    if options.temperature != 1.0:  # subtract the maximum first: dividing a very large logit could overflow
-        logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(options.temperature, 1e-5)
     truncates = (options.top_p is not None and options.top_p < 1) or bool(options.min_p)
-    if options.top_k is None and not truncates:
-        return logits.softmax(dim=-1), None
+    if options.top_k is None:
+        logits = _scaled(logits, logits.amax(dim=-1, keepdim=True), options)
+        if not truncates:
+            return logits.softmax(dim=-1), None
     probabilities, ids = _candidates(logits, options)  # (B, N)
     if truncates:
         probabilities = probabilities * _keep_mask(probabilities, options)
@@ -131,15 +132,20 @@ def distribution(logits: Tensor, options: SamplingOptions) -> tuple[Tensor, Tens
     return probabilities, ids
 
 
-def _candidates(logits: Tensor, options: SamplingOptions) -> tuple[Tensor, Tensor]:
-    """Probabilities and ids `(B, N)` of the top-k tokens, or of at least as many tokens as top-p and min-p can keep.
+def _scaled(logits: Tensor, maximum: Tensor, options: SamplingOptions) -> Tensor:
+    """Divide logits `(B, N)` by the temperature. Subtracts the maximum `(B, 1)` first: dividing a very large logit could overflow."""
+    return logits if options.temperature == 1.0 else (logits - maximum) / max(options.temperature, 1e-5)
 
-    Sorting a large vocabulary would take longer than the forward pass.
+
+def _candidates(logits: Tensor, options: SamplingOptions) -> tuple[Tensor, Tensor]:
+    """Return the probabilities and ids `(B, N)` of the top-k tokens, or of all tokens that top-p and min-p can keep.
+
+    With top-k, the logits are those before the temperature is applied. This does not sort the vocabulary, because sorting a large vocabulary takes longer than the forward pass.
     """
     vocab_size = logits.shape[-1]
     if options.top_k is not None:
         top = logits.topk(min(options.top_k, vocab_size), dim=-1)
-        return top.values.softmax(dim=-1), top.indices
+        return _scaled(top.values, top.values[:, :1], options).softmax(dim=-1), top.indices
     log_total, size = logits.logsumexp(dim=-1, keepdim=True), min(_FIRST_CANDIDATES, vocab_size)
     while True:
         top = logits.topk(size, dim=-1)
@@ -150,7 +156,7 @@ def _candidates(logits: Tensor, options: SamplingOptions) -> tuple[Tensor, Tenso
 
 
 def _keep_mask(probabilities: Tensor, options: SamplingOptions) -> Tensor:
-    """Return a mask `(B, N)` of the candidates that top-p and min-p keep. Candidates are sorted, most likely first."""
+    """Return a mask `(B, N)` of the candidates that top-p and min-p keep. Candidates must be sorted, most likely first."""
     keep = torch.ones_like(probabilities, dtype=torch.bool)
     if options.top_p is not None:
         keep &= probabilities.cumsum(dim=-1) - probabilities < options.top_p
@@ -160,7 +166,7 @@ def _keep_mask(probabilities: Tensor, options: SamplingOptions) -> Tensor:
 
 
 def chances(logits: Tensor, options: SamplingOptions, ids: Tensor) -> Tensor:
-    """The probability `(B, K)` with which `choose` selects each of the ids `(B, K)` from logits `(B, V)`."""
+    """Return the probability `(B, K)` that `choose` selects each of `ids` `(B, K)` from logits `(B, V)`."""
     if options.temperature == 0:
         return (ids == logits.argmax(dim=-1, keepdim=True)).float()
     probabilities, candidates = distribution(logits, options)
@@ -170,7 +176,7 @@ def chances(logits: Tensor, options: SamplingOptions, ids: Tensor) -> Tensor:
 
 
 def choose(logits: Tensor, options: SamplingOptions, uniforms: Tensor | None) -> Tensor:
-    """Choose the next ids `(B,)` from logits `(B, V)`: greedy, or by inverting each row's cumulative distribution.
+    """Choose the next ids `(B,)` from logits `(B, V)`, either greedily or by inverting each row's cumulative distribution.
 
     `uniforms` `(B,)` contains one random number in [0, 1) per row. It may be None for greedy decoding.
     """

@@ -25,7 +25,7 @@ RANKINGS = ("likelihood", "contrast")
 
 @dataclass(frozen=True)
 class RankedSample:
-    """A sample and the score by which it was ranked, in nats; higher is better."""
+    """A sample and its ranking score in nats. Higher is better."""
 
     sample: Sample
     score: float
@@ -57,12 +57,12 @@ def beam_search(
     length_penalty: float = 1.0,
     constraint: Constraint | None = None,
 ) -> list[RankedSample]:
-    """Find the `beams` most likely continuations, best first, scored by log-probability / length ** `length_penalty`.
+    """Find the `beams` most likely continuations, best first. The score is log-probability / length ** `length_penalty`.
 
     Each step extends all beams and keeps the most likely extensions. A beam is finished when it ends with the end-of-text token or
-    completes the constraint. The search stops when there are `beams` finished beams and no unfinished beam has a better score. The
-    result is exact if `beams` is the number of possible continuations. Raises `InputError` if prompt and continuation exceed the
-    capacity of the model, if `max_new_tokens` is too small for the constraint, or if `beams` is below 1.
+    completes the constraint. The search stops when there are `beams` finished beams and no unfinished beam has a better score. It
+    is exhaustive only if `beams` is at least the number of possible continuations. Raises `InputError` if the prompt and the
+    continuation exceed the model's capacity, if `max_new_tokens` is too small for the constraint, or if `beams` is less than 1.
     """
     start = time.perf_counter()
     prompt_ids = tokenizer.encode(prompt) or [tokenizer.end_of_text or 0]
@@ -131,11 +131,11 @@ class _BeamSearch:
     constraint: Constraint | None
 
     def score(self, beam: _Beam, tokens: int) -> float:
-        """The score of a beam with this many tokens, including the end-of-text token."""
+        """Return the score of a beam. `tokens` is its length, including the end-of-text token."""
         return float(beam.logprob / max(tokens, 1) ** self.length_penalty)
 
     def extend(self, active: list[_Beam], logprobs: Tensor, tokens: int) -> tuple[list[int], list[_Beam], list[_Finished]]:
-        """Extend the active beams to `tokens` tokens, given the log-probability of each beam extended by each token `(beams, V)`.
+        """Extend the active beams to `tokens` tokens. `logprobs` `(beams, V)` scores each beam extended by each token.
 
         Returns the parent of each kept beam (an index into `active`), the kept beams, and the beams that finished.
         """
@@ -166,7 +166,7 @@ def _best(finished: list[_Finished], count: int) -> list[_Finished]:
 
 
 def _extension_logprobs(logits: Tensor, beams: list[_Beam], constraint: Constraint | None, max_tokens: int) -> Tensor:
-    """Log-probability of each beam extended by each token, `(beams, V)`; minus infinity if the constraint forbids it."""
+    """Return the log-probability `(beams, V)` of each beam extended by each token. Forbidden extensions are minus infinity."""
     logprobs = all_logprobs(logits)
     if constraint is not None:
         logprobs = logprobs.clone()
@@ -186,9 +186,9 @@ def best_of(
 ) -> list[RankedSample]:
     """Generate `candidates` samples and return the best `count` of them, best first.
 
-    The seed of sample i is `sample_seed(request.seed, i)`. The ranking "likelihood" scores a sample by the mean log-probability of
-    its tokens given the prompt. "contrast" subtracts their mean log-probability without the prompt, which favors text that is
-    specific to the prompt (pointwise mutual information, Li et al. 2016). Raises `InputError` for an unknown ranking or if
+    The seed of sample i is `sample_seed(request.seed, i)`. The "likelihood" ranking scores a sample by the mean log-probability of
+    its tokens given the prompt. The "contrast" ranking subtracts their mean log-probability without the prompt, which favors text
+    that is specific to the prompt (pointwise mutual information, Li et al. 2016). Raises `InputError` if the ranking is unknown or
     `candidates` is less than `count`.
     """
     if ranking not in RANKINGS:
@@ -208,7 +208,7 @@ def best_of(
 
 @torch.inference_mode()
 def mean_logprob(decoder: DecodingModel[Any], tokenizer: Tokenizer, prompt: str, ids: Sequence[int]) -> float:
-    """Mean log-probability in nats of `ids` after a prompt. If both together exceed the capacity, the beginning is dropped."""
+    """Return the mean log-probability of `ids` after a prompt, in nats. If they exceed the capacity, the beginning is dropped."""
     if not ids:
         return 0.0
     sequence = [*(tokenizer.encode(prompt) or [tokenizer.end_of_text or 0]), *ids]

@@ -1,4 +1,4 @@
-"""Find stop texts in a stream of text, in time proportional to its length (Aho and Corasick 1975)."""
+"""Find stop texts in a stream of text in linear time (Aho and Corasick 1975)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 
 class StopMatcher:
-    """An automaton whose state is the longest suffix of the text so far that a stop text begins with. State 0: the empty suffix."""
+    """An automaton whose state is the longest suffix of the text that is a prefix of a stop text. State 0 is the empty suffix."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._next: list[dict[str, int]] = [{}]
         self._depth = [0]
-        self._match = [0]  # the length of the longest stop text that ends in a state
+        self._match = [0]  # for each state, the length of the longest stop text that ends there
         for stop in stops:
             state = 0
             for character in stop:
@@ -27,7 +27,7 @@ class StopMatcher:
         self._state, self._length = 0, 0
 
     def _fallbacks(self) -> list[int]:
-        """For each state, the state of its longest proper suffix that a stop text begins with."""
+        """Return, for each state, the state of its longest proper suffix that is a prefix of a stop text."""
         fallback = [0] * len(self._next)
         queue = deque(self._next[0].values())
         while queue:
@@ -44,9 +44,9 @@ class StopMatcher:
         return self._next[state].get(character, 0)
 
     def push(self, text: str) -> int | None:
-        """Append a piece of text. Return the start of the first stop text that ends in it, counted from the first piece.
+        """Append a piece of text, and look for stop texts that end in this piece.
 
-        If several end in it, return the smallest start; None if none does.
+        Returns the smallest start of these stop texts, counted from the beginning of the stream, or None if there are none.
         """
         starts = []
         for character in text:
@@ -58,5 +58,5 @@ class StopMatcher:
 
     @property
     def partial_length(self) -> int:
-        """The length of the longest suffix of the text that a stop text begins with."""
+        """The length of the longest suffix of the text that is a prefix of a stop text."""
         return self._depth[self._state]

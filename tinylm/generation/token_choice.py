@@ -1,4 +1,4 @@
-"""A token with its log-probability and the most likely alternatives: what `logprobs` records, for generated and prompt tokens.
+"""Record the log-probabilities of generated tokens and prompt tokens, and the most likely alternatives to them.
 
 Legend: `B` tokens, `V` vocabulary, `K` alternatives.
 """
@@ -20,9 +20,9 @@ from tinylm.model.state import DecodingModel
 class TokenChoice:
     """A token with its log-probability and the most likely alternatives as pairs of (id, log-probability).
 
-    Log-probabilities are in nats. They are computed from the model's logits, before penalties, temperature and filters. `chance` is
-    the probability with which sampling selected the token, after all of these, and `alternative_chances` those of the alternatives.
-    A token of the prompt was not sampled, so it has no chances.
+    Log-probabilities are in nats. They are computed from the model's logits before penalties, temperature and filters. `chance` is
+    the probability of sampling the token after all of these have been applied, and `alternative_chances` contains the same for the
+    alternatives. Prompt tokens were not sampled, so they have no chances.
     """
 
     id: int
@@ -32,12 +32,12 @@ class TokenChoice:
     alternative_chances: tuple[float, ...] = ()
 
     def with_chances(self, chances: Sequence[float]) -> TokenChoice:
-        """This choice with the chance of the token and of each alternative."""
+        """Return a copy with the chances of the token and of each alternative, in this order."""
         return replace(self, chance=chances[0], alternative_chances=tuple(chances[1:]))
 
 
 def token_choices(logprobs: Tensor, chosen: Tensor, alternatives: int) -> tuple[list[TokenChoice], Tensor]:
-    """The choices for log-probabilities `(B, V)` and the chosen ids `(B,)`, and the ids of the alternatives `(B, K)`."""
+    """Return the choices for log-probabilities `(B, V)` and chosen ids `(B,)`, and the ids of the alternatives `(B, K)`."""
     top = logprobs.topk(min(alternatives, logprobs.shape[-1]), dim=-1)
     chosen_logprobs = logprobs.gather(1, chosen[:, None]).squeeze(1)
     columns = (chosen.tolist(), chosen_logprobs.tolist(), top.indices.tolist(), top.values.tolist())
@@ -49,7 +49,7 @@ def token_choices(logprobs: Tensor, chosen: Tensor, alternatives: int) -> tuple[
 
 @torch.inference_mode()
 def prompt_choices(decoder: DecodingModel[Any], ids: Sequence[int], alternatives: int) -> list[TokenChoice]:
-    """The choices for all ids except the first, each given the ids before it. There may be at most `decoder.capacity` + 1 ids."""
+    """Return the choices for all ids except the first, each given the ids before it. Accepts up to `decoder.capacity` + 1 ids."""
     if len(ids) < 2:
         return []
     tokens = torch.tensor([list(ids)], device=decoder.device)

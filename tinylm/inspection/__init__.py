@@ -1,7 +1,7 @@
-"""Look inside a trained model: what it computes from a text, which parts matter, and how it came to be.
+"""Look inside a trained model: what it computes from a text, which parts matter, and how it changed during training.
 
-All functions accept any `tinylm.model.base.Model` in eval mode, return plain tensors whose axes the docstrings name, and do not
-change the model. `Run.model()` loads one.
+All functions accept any `tinylm.model.base.Model` in eval mode, return plain tensors with axes documented in the docstrings, and do
+not modify the model. `Run.model()` loads such a model.
 """
 
 from tinylm.inspection.attribution import Attribution, attribution

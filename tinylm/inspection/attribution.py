@@ -1,7 +1,7 @@
-"""Direct logit attribution: how much every embedding, head, feed-forward layer and bias adds to a logit.
+"""Direct logit attribution: how much every embedding, head, feed-forward layer and bias contributes to a logit.
 
-The logit of a token is the dot product of its output vector (a column of the unembedding) with the final hidden state, and the
-hidden state is a sum of components (`tinylm.model.decomposition`). So the logit is a sum, too. The scale of the final norm is
+A token's logit is the dot product of its output vector (a row of the output projection's weight) and the final hidden state. The
+hidden state is a sum of components (`tinylm.model.decomposition`), so the logit is a sum as well. The scale of the final norm is
 frozen at its value in the forward pass.
 """
 
@@ -22,7 +22,7 @@ class Attribution:
     """Contributions to a logit, or to the difference between two logits."""
 
     components: list[str]
-    """Names in the order of the forward pass, see `tinylm.model.decomposition.decompose`."""
+    """Names in the order of the forward pass (see `tinylm.model.decomposition.decompose`)."""
     contributions: Tensor
     """(component, batch, position)."""
     logits: Tensor
@@ -30,12 +30,12 @@ class Attribution:
 
     @property
     def sums(self) -> Tensor:
-        """(batch, position): the sums of all contributions."""
+        """(batch, position): the sum of all contributions."""
         return self.contributions.sum(0)
 
     @property
     def remainder(self) -> float:
-        """The largest difference between a logit and the sum of its contributions. Only rounding makes it non-zero."""
+        """The largest difference between a logit and the sum of its contributions, which is only due to rounding."""
         return float((self.logits - self.sums).abs().max())
 
 
@@ -45,8 +45,8 @@ def attribution(
 ) -> Attribution:
     """Attribute the logits of `targets` to components. All arguments are ids (batch, position).
 
-    A position is where the prediction is made: its target is usually the next token. With `against`, the difference between the
-    logits of `targets` and `against` is attributed. `cache` saves the forward pass if it has all activations of the same tokens.
+    The target at a position is the token predicted there, which is usually the next token. With `against`, attribute the difference
+    between the logits of `targets` and `against`. To skip the forward pass, pass a `cache` with all activations for these tokens.
     Raises `InputError` if the architecture cannot be split into components.
     """
     if cache is None:

@@ -1,4 +1,4 @@
-"""The data of the page that needs more forward passes: neurons on held-out text, ablation, patching, and checkpoints."""
+"""The page data that requires additional forward passes: neurons on held-out text, ablation, patching and checkpoints."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from tinylm.model.base import Model
 from tinylm.reporting import Reporter
 
 NEURON_TOKENS = 2048
-"""Tokens of held-out text in which the snippets of neurons are found."""
+"""Number of held-out tokens that are searched for the snippets in which neurons are most active."""
 _SNIPPETS = 3
 _ABLATION_FLOPS = 4e11
-"""Arithmetic that ablations may take: a few seconds on two cores."""
+"""FLOP limit for ablations. This takes a few seconds on two cores."""
 _MIN_ABLATION_TOKENS = 128
 _MAX_ABLATION_TOKENS = 4096
 
 
 def ablation_tokens(network: Model) -> int:
-    """How many tokens of held-out text keep the ablations of all heads and layers within `_ABLATION_FLOPS`."""
+    """Return the number of held-out tokens for which ablating all heads and layers stays within `_ABLATION_FLOPS`."""
     weights = sum(module.weight.numel() for module in network.modules() if isinstance(module, nn.Linear))
     names = network.hook_names()
     heads = getattr(network.model, "n_head", 0)
@@ -39,7 +39,7 @@ def ablation_tokens(network: Model) -> int:
 
 @torch.no_grad()
 def neurons(inspection: Inspection, active: list[tuple[Tensor, Tensor]], text: HeldoutWindows | None) -> dict[str, Any] | None:
-    """The most active neurons of each token, and where these neurons are most active in held-out text."""
+    """Return the most active neurons for each token, and the places in held-out text where these neurons are most active."""
     if not active:
         return None
     network = inspection.forward.network
@@ -67,7 +67,7 @@ def neurons(inspection: Inspection, active: list[tuple[Tensor, Tensor]], text: H
 def ablations(
     inspection: Inspection, text: HeldoutWindows | None, requested: int | None, reporter: Reporter
 ) -> dict[str, Any] | None:
-    """The change in bits per byte when each head and each feed-forward layer is replaced by its mean."""
+    """Measure the change in bits per byte when each head or feed-forward layer is replaced with its mean."""
     network = inspection.forward.network
     if text is None or requested == 0:
         return None
@@ -93,7 +93,10 @@ def ablations(
 
 @torch.no_grad()
 def patching(inspection: Inspection, corrupt: str | None, reporter: Reporter) -> dict[str, Any] | None:
-    """The effect of activations of the text on the prediction after another text. Raises `InputError` if the lengths differ."""
+    """Measure how patching in activations from the inspected text affects the prediction for the `corrupt` text.
+
+    Raises `InputError` if the texts have different numbers of tokens.
+    """
     if corrupt is None:
         return None
     network, clean = inspection.forward.network, inspection.forward.tokens
@@ -121,7 +124,11 @@ def patching(inspection: Inspection, corrupt: str | None, reporter: Reporter) ->
 
 
 def _patching_metric(inspection: Inspection, other: Tensor) -> tuple[Metric, str]:
-    """The difference between the logits of the best guesses after both texts, or the log-probability if they are the same token."""
+    """Return the metric and its description.
+
+    The metric is the difference between the logits of the top predictions for the two texts. If both predictions are the same
+    token, the metric is the log-probability of that token.
+    """
     forward = inspection.forward
     target = int(forward.logits[0, inspection.predicted_at].argmax())
     rival = int(forward.network(other)[0, inspection.predicted_at].argmax())
@@ -132,7 +139,7 @@ def _patching_metric(inspection: Inspection, other: Tensor) -> tuple[Metric, str
 
 
 def learning(views: list[CheckpointView]) -> dict[str, Any] | None:
-    """Losses, head scores and attention at several checkpoints."""
+    """Return losses, head scores and attention at several checkpoints."""
     if not views:
         return None
     result: dict[str, Any] = {

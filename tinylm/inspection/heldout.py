@@ -1,4 +1,4 @@
-"""Windows of held-out text to measure on, in equal distances over the text."""
+"""Select evenly spaced windows of held-out text for measurements."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from tinylm.run import Run
 from tinylm.tokenizer.control_tokens import ControlTokens
 
 WINDOW = 128
-"""Tokens of a window, where the context allows it."""
+"""Tokens per window, if the context is long enough."""
 _MASKED = 0.15
-"""Share of tokens that an encoder has to predict, as in its evaluation."""
+"""Share of tokens that an encoder has to predict, as in `tinylm eval`."""
 
 
 @dataclass(frozen=True)
 class HeldoutWindows:
-    """Ids of windows and the tokens to predict, both (window, position). Negative targets are not scored.
+    """Input ids and target ids of windows, both (window, position). Negative targets are not scored.
 
-    The target is the next token, or for an encoder the token under a mask.
+    The target is the next token or, for an encoder, the masked token.
     """
 
     inputs: Tensor
@@ -32,19 +32,19 @@ class HeldoutWindows:
     scored: int
     """Number of scored tokens."""
     bytes: int
-    """Number of bytes of the scored tokens."""
+    """Number of bytes in the scored tokens."""
 
     def subset(self, tokens: int, token_byte_lengths: np.ndarray) -> HeldoutWindows:
-        """About `tokens` tokens of these windows, in equal distances, but at least one window."""
+        """Return evenly spaced windows with about `tokens` tokens in total, but always at least one window."""
         count = max(1, min(len(self.inputs), tokens // self.inputs.shape[1]))
         chosen = np.linspace(0, len(self.inputs) - 1, count).round().astype(int)
         return _windows(self.inputs[chosen], self.targets[chosen], token_byte_lengths)
 
 
 def heldout_windows(run: Run, tokens: int, sources: Sequence[str] = (), reporter: Reporter = SILENT) -> HeldoutWindows:
-    """Take windows with about `tokens` tokens in total from `sources`, or from the run's held-out text if there are none.
+    """Select windows with about `tokens` tokens in total from `sources`, or from the run's held-out text if there are no sources.
 
-    Raises `InputError` if there is no text or it is shorter than 2 tokens.
+    Raises `InputError` if there is no text.
     """
     with open_shard(run, sources, "heldout", TextFormat(), reporter) as shard:
         ids = np.asarray(shard.tokens).astype(np.int64)
@@ -63,7 +63,7 @@ def heldout_windows(run: Run, tokens: int, sources: Sequence[str] = (), reporter
 
 
 def _masked(windows: Tensor, control: ControlTokens, end_of_text: int) -> tuple[Tensor, Tensor]:
-    """Mask `_MASKED` of the tokens of each window, whose first and last tokens become the control tokens of a text."""
+    """Mask about 15% of the tokens in each window, and replace the first and last tokens with [CLS] and [SEP]."""
     inputs = windows.clone()
     masked = torch.rand(inputs.shape, generator=torch.Generator().manual_seed(0)) < _MASKED
     masked[:, [0, -1]] = False

@@ -1,4 +1,4 @@
-"""Change activations and measure the effect: mean ablation, and activation patching between two texts (Meng et al. 2022).
+"""Modify activations and measure the effect: mean ablation, and activation patching between two texts (Meng et al. 2022).
 
 Legend: `B` batch, `T` time, `H` heads, `D` head width, `V` vocabulary.
 """
@@ -19,12 +19,12 @@ from tinylm.model.hooks import HookFunction
 from tinylm.reporting import Advance
 
 Metric = Callable[[Tensor], Tensor]
-"""Maps the logits of one position (batch, vocabulary) to one number per row (batch,)."""
+"""Maps the logits at one position (batch, vocabulary) to one number per row (batch,)."""
 _BATCH_TOKENS = 2048
 
 
-def _ignore(done: int) -> None:
-    """Discard progress."""
+def _ignore_progress(done: int) -> None:
+    pass
 
 
 # Ablation.
@@ -32,9 +32,9 @@ def _ignore(done: int) -> None:
 
 @dataclass(frozen=True)
 class Ablation:
-    """How much the loss grows, in nats per token, when a part is replaced by its mean. Errors are standard errors of these means.
+    """How much the loss increases, in nats per token, when a part is replaced with its mean.
 
-    Multiply by `bits_per_byte_factor` to convert to bits per byte.
+    `head_errors` and `feed_forward_errors` are standard errors. Multiply by `bits_per_byte_factor` to convert to bits per byte.
     """
 
     loss: float
@@ -50,18 +50,18 @@ class Ablation:
 
     @staticmethod
     def bits_per_byte_factor(tokens: int, size: int) -> float:
-        """The factor from nats per token to bits per byte, for a text of `tokens` tokens and `size` bytes."""
+        """Return the factor that converts nats per token to bits per byte for a text with `tokens` tokens and `size` bytes."""
         return tokens / (size * math.log(2))
 
 
 @torch.no_grad()
-def ablate(network: Model, windows: Tensor, targets: Tensor | None = None, *, on_progress: Advance = _ignore) -> Ablation:
-    """Replace each head, and each feed-forward layer, by its mean over `windows`, one at a time, and measure the loss.
+def ablate(network: Model, windows: Tensor, targets: Tensor | None = None, *, on_progress: Advance = _ignore_progress) -> Ablation:
+    """Replace one head or feed-forward layer at a time with its mean over `windows`, and measure the loss.
 
-    `windows`: ids (window, position). `targets`: ids of the same shape, where negative ids are not scored; by default, each token
-    is the target of the position before it. A head is ablated at `attn.z`, its output before the output projection; a feed-forward
-    layer at `mlp_out`. The mean is over all windows and positions. `on_progress` receives the number of finished forward passes.
-    Raises `InputError` if the model has neither heads nor feed-forward layers.
+    `windows` contains ids (window, position). `targets` contains ids of the same shape; negative ids are not scored. By default,
+    the target is the next token. A head is ablated at `attn.z`, its output before the output projection, and a feed-forward layer
+    at `mlp_out`. The mean is over all windows and positions. `on_progress` receives the number of finished forward passes. Raises
+    `InputError` if the model has neither heads nor feed-forward layers.
     """
     if targets is None:
         windows, targets = windows[:, :-1], windows[:, 1:]
@@ -69,7 +69,7 @@ def ablate(network: Model, windows: Tensor, targets: Tensor | None = None, *, on
     head_names = [name for name in known if name.endswith(".attn.z")]
     layer_names = [name for name in known if name.endswith(".mlp_out")]
     if not head_names and not layer_names:
-        raise InputError(f"a model of architecture {network.architecture} has neither heads nor feed-forward layers")
+        raise InputError(f"a model with architecture {network.architecture} has neither heads nor feed-forward layers")
     logits, cache = network.run_with_cache(windows, [*head_names, *layer_names])
     scored = targets.flatten() >= 0
     before = token_losses(logits, targets).flatten()[scored]
@@ -115,7 +115,7 @@ def _set_all(value: Tensor) -> HookFunction:
 
 
 def logit_difference(target: int, against: int) -> Metric:
-    """The metric of `patch` that is usual for texts with different answers: the difference between the logits of two tokens."""
+    """Return the usual metric for patching between texts with different answers: the difference between two tokens' logits."""
     return lambda logits: logits[:, target] - logits[:, against]
 
 
@@ -128,22 +128,22 @@ def patch(
     *,
     at: str = "resid_pre",
     position: int = -1,
-    on_progress: Advance = _ignore,
+    on_progress: Advance = _ignore_progress,
 ) -> Tensor:
-    """Run the model on `corrupt` with one activation from `clean`, for every place. Both are ids (1, T).
+    """Run the model on `corrupt` with one activation patched in from `clean`, and repeat this for every place.
 
-    Returns (patched - corrupt) / (clean - corrupt), where each term is the metric of the prediction at `position`: 0 means that
-    the place does not matter, 1 that it restores the prediction. With `at="z"`, the place is a head at all positions, and the
-    result is (layer, head). Otherwise it is a position of `blocks.{i}.{at}`, for example of `resid_pre`, `attn_out` or `mlp_out`,
-    and the result is (layer, position). `on_progress` receives the number of finished layers. Raises `InputError` if the lengths
-    differ, the texts have the same metric, or the model has no such activations.
+    Both texts are ids (1, T). Returns (patched - corrupt) / (clean - corrupt), where each term is the metric of the prediction at
+    `position`. 0 means that the place does not matter, and 1 that it fully restores the prediction. With `at="z"`, a place is a
+    head at all positions, and the result is (layer, head). Otherwise, a place is a position in `blocks.{i}.{at}`, for example in
+    `resid_pre`, `attn_out` or `mlp_out`, and the result is (layer, position). `on_progress` receives the number of finished layers.
+    Raises `InputError` if the lengths differ, the metric is the same for both texts, or the model has no such activations.
     """
     if clean.shape != corrupt.shape or len(clean) != 1:
         raise InputError(f"the texts must have the same number of tokens, not {clean.shape[-1]} and {corrupt.shape[-1]}")
     hook = "attn.z" if at == "z" else at
     names = [f"blocks.{layer}.{hook}" for layer in range(network.depth)]
     if not names or not set(names) <= set(network.hook_names()):
-        raise InputError(f"a model of architecture {network.architecture} has no activations {hook}")
+        raise InputError(f"a model with architecture {network.architecture} has no activations {hook}")
     clean_logits, cache = network.run_with_cache(clean, names)
     clean_value, corrupt_value = metric(clean_logits[:, position]), metric(network(corrupt)[:, position])
     if torch.allclose(clean_value, corrupt_value, rtol=0, atol=1e-6):
@@ -166,7 +166,7 @@ def patch(
 
 
 def _patched_logits(network: Model, corrupt: Tensor, name: str, source: Tensor, places: Tensor, *, heads: bool) -> Tensor:
-    """Run one row per place, and patch the head or the position of that number in each row. Returns (place, T, V)."""
+    """Run one row per place. In each row, patch the head or position with the number `places[row]`. Returns (place, T, V)."""
 
     def replace(x: Tensor, name: str) -> None:
         for row, place in enumerate(places.tolist()):

@@ -1,4 +1,4 @@
-"""The same text and head scores at several checkpoints: what a model learned when."""
+"""Compare losses, attention and head scores at several checkpoints to see what a model learned and when."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from tinylm.run import MODEL_FILES, Checkpoint, Run
 
 @dataclass(frozen=True)
 class CheckpointView:
-    """A checkpoint's losses on a text, and its attention.
+    """A checkpoint's losses on a text and its attention.
 
-    `losses` are in nats, one for each token but the first. An encoder has none.
+    `losses` are in nats and cover every token except the first. For an encoder, the list is empty.
     """
 
     step: int
     losses: list[float]
     heads: HeadScores | None
     patterns: Tensor | None
-    """(layer, head, query, key): the attention between the first tokens of the text."""
+    """(layer, head, query, key): the attention between the first tokens in the text."""
 
     def as_dict(self) -> dict[str, Any]:
         loss = sum(self.losses) / len(self.losses) if self.losses else None
@@ -38,7 +38,7 @@ class CheckpointView:
 
 
 def select_checkpoints(run: Run, which: str) -> list[Checkpoint]:
-    """The checkpoints that `all`, or `last N`, names, sorted by step. Raises `InputError` if there are none."""
+    """Return the checkpoints selected by `all` or `last N`, sorted by step. Raises `InputError` if there are none."""
     match = re.fullmatch(r"all|(?:last\s*)?(\d{1,6})", which.strip())
     if match is None or match[1] == "0":
         raise InputError(f"must be all or last N, not {which!r}", where="--checkpoints", hint='for example --checkpoints "last 5"')
@@ -66,7 +66,7 @@ def view_checkpoints(
             if problem is None:
                 views.append(_view(run, ids, checkpoint, pattern_tokens, device))
             else:
-                reporter.warn(f"{checkpoint.path} is damaged ({problem}) and left out")
+                reporter.warn(f"{checkpoint.path} is damaged ({problem}) and was skipped")
             advance(done)
     return views
 
@@ -77,7 +77,7 @@ def _view(run: Run, ids: list[int], checkpoint: Checkpoint, pattern_tokens: int,
     try:
         names = pattern_names(network)
         scores = head_scores(network)
-    except InputError:  # no attention; the overview of the text says so
+    except InputError:  # the model has no attention, which `inspect_text` reports
         names, scores = [], None
     logits, cache = network.run_with_cache(tokens, names)
     shown = [cache[name][0, :, :pattern_tokens, :pattern_tokens] for name in names]
@@ -86,11 +86,11 @@ def _view(run: Run, ids: list[int], checkpoint: Checkpoint, pattern_tokens: int,
 
 
 _PATTERN_VALUES = 900_000
-"""Attention weights of all checkpoints together that a page may hold."""
+"""Maximum number of attention weights on a page, over all checkpoints."""
 
 
 def pattern_tokens(run: Run, tokens: int, checkpoints: int) -> int:
-    """How many tokens' attention can be kept for every checkpoint, so that a page stays small."""
+    """Return the number of tokens for which a page can store the attention at every checkpoint."""
     model = run.recipe.model
     heads = getattr(model, "n_layer", 0) * getattr(model, "n_head", 0)
     return min(tokens, math.isqrt(_PATTERN_VALUES // max(1, heads * checkpoints)))

@@ -1,4 +1,4 @@
-"""The logit lens: what a model would predict if it ended after each layer (nostalgebraist 2020).
+"""The logit lens: what a model would predict if it stopped after each layer (nostalgebraist 2020).
 
 Legend: `L` layers, `B` batch, `T` time, `C` width, `V` vocabulary, `K` guesses.
 """
@@ -19,40 +19,40 @@ from tinylm.model.hooks import ActivationCache
 
 @dataclass(frozen=True)
 class LensGuesses:
-    """The best guesses of each layer. Axis `layer` has L + 1 entries, as in `logit_lens`."""
+    """The most likely tokens after each layer. The layer axis has L + 1 entries, as in `logit_lens`."""
 
     ids: Tensor
     """(layer, position, K), most likely first."""
     probabilities: Tensor
     """(layer, position, K)."""
     ranks: Tensor
-    """(layer, position): rank of the true token, 1 for the best guess; 0 where it is not known."""
+    """(layer, position): the rank of the true token, starting at 1, or 0 if the true token is unknown."""
 
 
 def lens_names(network: Model) -> list[str]:
-    """The hook points of the residual stream that the lens reads: the input of the first block, then the output of each block.
+    """Return the hook points that the lens reads: the input to the first block, then the output of each block.
 
     Raises `InputError` if the model has no residual stream.
     """
     names = ["blocks.0.resid_pre", *(f"blocks.{layer}.resid_post" for layer in range(network.depth))]
     if not set(names) <= set(network.hook_names()):
-        raise InputError(f"a model of architecture {network.architecture} has no residual stream for the logit lens")
+        raise InputError(f"a model with architecture {network.architecture} has no residual stream for the logit lens")
     return names
 
 
 @torch.no_grad()
 def logit_lens(network: Model, tokens: Tensor, cache: ActivationCache | None = None) -> Tensor:
-    """Ids (batch, position) -> logits (layer, batch, position, vocabulary).
+    """Compute logits after each layer: ids (batch, position) -> logits (layer, batch, position, vocabulary).
 
-    Axis `layer` has L + 1 entries: the input of the first block, then the output of each block. The final norm is computed again on
-    each of these residuals, so its scale is not the one of the last layer. The last entry is the model's own prediction. `cache`
-    saves the forward pass if it has the residuals of the same tokens. Raises `InputError` if the model has no residual stream.
+    The layer axis has L + 1 entries: the input to the first block, then the output of each block. The final norm is recomputed for
+    each of these residuals instead of reusing the scale from the last layer. The last entry is the model's own prediction. To skip
+    the forward pass, pass a `cache` with the residuals for these tokens. Raises `InputError` if the model has no residual stream.
     """
     return torch.stack(list(_lens_logits(network, tokens, cache)))
 
 
 def _lens_logits(network: Model, tokens: Tensor, cache: ActivationCache | None) -> Iterator[Tensor]:
-    """Yield the logits (B, T, V) of each layer."""
+    """Yield the logits (B, T, V) after each layer."""
     names = lens_names(network)
     if cache is None:
         _, cache = network.run_with_cache(tokens, names)
@@ -62,9 +62,9 @@ def _lens_logits(network: Model, tokens: Tensor, cache: ActivationCache | None) 
 
 @torch.no_grad()
 def lens_guesses(network: Model, tokens: Tensor, truth: Tensor, count: int, cache: ActivationCache | None = None) -> LensGuesses:
-    """Return the `count` best guesses of each layer for one text, ids (1, T), without keeping the logits of all layers.
+    """Return the `count` most likely tokens after each layer for one text, ids (1, T). Does not keep the logits of all layers.
 
-    `truth` (T,): the token that each position should predict, or a negative number.
+    `truth` (T,) contains the token that each position should predict, or a negative number if it is unknown.
     """
     ids, probabilities, ranks = [], [], []
     for logits in _lens_logits(network, tokens, cache):

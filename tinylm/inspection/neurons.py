@@ -1,6 +1,6 @@
-"""Neurons of feed-forward layers: where in a text each one is most active.
+"""Find where in a text each feed-forward neuron is most active.
 
-Legend: `B` windows, `T` tokens of a window, `F` neurons, `K` ranks.
+Legend: `B` windows, `T` tokens in a window, `F` neurons, `K` ranks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class TopActivations:
     windows: Tensor
     """Index of the window."""
     positions: Tensor
-    """Position in that window."""
+    """Position in the window."""
 
 
 @torch.no_grad()
@@ -36,11 +36,11 @@ def top_activations(
     count: int = 5,
     cache: ActivationCache | None = None,
 ) -> TopActivations:
-    """Find where in windows of text, ids (window, position), the neurons of a layer are most active.
+    """Find where the neurons in a layer are most active in windows of text, given as ids (window, position).
 
-    The activation is `mlp.post`: the input of the layer's output projection. `neurons` (neuron,) selects some neurons; by default
-    all. `cache` saves the forward pass if it has the activations of these windows. Raises `InputError` if the model has no such
-    layer.
+    The activation is `mlp.post`, the input to the layer's output projection. `neurons` (neuron,) selects neurons; the default is
+    all neurons. To skip the forward pass, pass a `cache` with the activations for these windows. Raises `InputError` if the model
+    has no such layer.
     """
     name = neuron_name(network, layer)
     if cache is None:
@@ -54,8 +54,8 @@ def top_activations(
 
 
 def neuron_name(network: Model, layer: int) -> str:
-    """The hook point of a layer's neurons. Raises `InputError` if the model has no such layer."""
+    """Return the hook point of a layer's neurons. Raises `InputError` if the model has no such layer."""
     name = f"blocks.{layer}.mlp.post"
     if name not in network.hook_names():
-        raise InputError(f"a model of architecture {network.architecture} has no feed-forward layer {layer}")
+        raise InputError(f"a model with architecture {network.architecture} has no feed-forward layer {layer}")
     return name

@@ -1,8 +1,8 @@
-"""What `tinylm inspect` reports about a text: losses, head scores, logit lens and attribution of one prediction.
+"""Compute what `tinylm inspect` reports about a text: losses, head scores, logit lens and the attribution of one prediction.
 
-A part that an architecture does not have, such as attention in a recurrent network, is left out, with the reason in `missing`.
+Parts that an architecture does not have, such as attention in a recurrent network, are skipped. `missing` contains the reasons.
 
-Legend: `T` tokens of the text, `V` vocabulary.
+Legend: `T` tokens in the text, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ _Part = TypeVar("_Part")
 
 @dataclass(frozen=True)
 class InspectOptions:
-    """Which part of a text is inspected, and which prediction is attributed."""
+    """Which part of a text to inspect, and which prediction to attribute."""
 
     max_tokens: int | None = None
-    """Inspect only this many tokens from the beginning; None: `DEFAULT_TOKENS`, or the context length if that is less."""
+    """Inspect only this many tokens from the beginning. The default is `DEFAULT_TOKENS` or the context length if it is smaller."""
     position: int | None = None
-    """The token after which the attributed prediction is made, counted from 0; None: the last one."""
+    """The position of the attributed prediction, counted from 0. The default is the last one or, for an encoder, the first mask."""
     target: str | None = None
-    """The token whose logit is attributed; None: the most likely one. A text or `@ID`."""
+    """The token whose logit is attributed: a text or `@ID`. The default is the most likely token."""
     start_of_document: bool = False
     """Put the end-of-text token before the text, as between documents in training and in `tinylm eval`."""
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token of the text. `loss` is in nats, None where nothing is predicted."""
+    """A token in the text. `loss` is in nats, or None if this token is not predicted."""
 
     id: int
     text: str
@@ -61,7 +61,7 @@ class Token:
 
 @dataclass(frozen=True)
 class AttributedLogit:
-    """One logit as a sum of contributions. `contributions` are pairs of a component and its share of the logit."""
+    """One logit as a sum of contributions. `contributions` contains pairs of a component and its contribution."""
 
     position: int
     target: str
@@ -73,7 +73,7 @@ class AttributedLogit:
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """The model, and everything that it computed from the text."""
+    """The model and everything it computed from the text."""
 
     network: Model
     tokens: Tensor
@@ -98,20 +98,20 @@ class Inspection:
     attributions: Attribution | None
     """The logits of `targets` at every position."""
     targets: list[int]
-    """For each position, the token whose logit is attributed: the one that follows, and for `attributed` the requested one."""
+    """The token whose logit is attributed at each position: the true token, or the requested one at the `attributed` position."""
     attributed: AttributedLogit | None
     predicted_at: int
-    """The position whose prediction is sampled: the last one, or for an encoder the attributed position."""
+    """The position whose prediction is sampled: the last one or, for an encoder, the attributed position."""
     next_tokens: list[tuple[int, float]]
-    """The most likely tokens there, and their probabilities."""
+    """The most likely tokens at `predicted_at` and their probabilities."""
     missing: dict[str, str] = field(default_factory=dict)
-    """Why a part is not available, by its name: loss, heads, lens, attribution."""
+    """The reasons why parts are not available, by the name of the part, such as `loss`, `heads`, `lens` or `attribution`."""
 
     def token_text(self, id: int) -> str:
         return token_text(self.run.tokenizer, id)
 
     def as_dict(self) -> dict[str, Any]:
-        """The JSON document of `tinylm inspect --json`."""
+        """Return the JSON document of `tinylm inspect --json`."""
         losses = [token.loss for token in self.tokens if token.loss is not None]
         return {
             "run": str(self.run.path),
@@ -127,7 +127,7 @@ class Inspection:
         }
 
     def _lens_rows(self) -> list[list[list[dict[str, Any]]]]:
-        """[layer][position] -> the best guesses. The first layer is the input of the first block."""
+        """Return the most likely tokens, indexed by [layer][position]. The first layer is the input to the first block."""
         if self.lens is None:
             return []
         return [
@@ -152,7 +152,7 @@ class Inspection:
 
 
 def head_rows(scores: HeadScores | None) -> list[dict[str, Any]]:
-    """One row per head, for JSON."""
+    """Return one row per head for JSON output."""
     if scores is None:
         return []
     layers, heads = scores.induction.shape
@@ -172,9 +172,9 @@ def head_rows(scores: HeadScores | None) -> list[dict[str, Any]]:
 
 
 def token_text(tokenizer: Tokenizer, id: int) -> str:
-    """The text of a token. Bytes of incomplete characters are written as \\xNN, and special tokens by their name."""
+    """Return a token's text. Bytes of incomplete characters are written as \\xNN, and special tokens are shown by name."""
     if not 0 <= id < len(tokenizer.token_bytes):
-        return f"@{id}"  # a model may have more logits than its tokenizer has tokens
+        return f"@{id}"  # a model can have more logits than its tokenizer has tokens
     raw = tokenizer.token_bytes[id]
     if not raw or id == tokenizer.unknown:
         return tokenizer.backend.id_to_token(id) or f"@{id}"
@@ -182,7 +182,7 @@ def token_text(tokenizer: Tokenizer, id: int) -> str:
 
 
 def token_ids(run: Run, text: str, options: InspectOptions, reporter: Reporter = SILENT) -> list[int]:
-    """The ids of the inspected part of a text. Raises `InputError` if it is empty or an option is out of range."""
+    """Return the ids in the inspected part of a text. Raises `InputError` if the text is empty or an option is out of range."""
     context = run.recipe.model.context_length
     limit = min(DEFAULT_TOKENS, context) if options.max_tokens is None else options.max_tokens
     if not 1 <= limit <= context:
@@ -196,27 +196,27 @@ def token_ids(run: Run, text: str, options: InspectOptions, reporter: Reporter =
         ids = [run.tokenizer.end_of_text, *ids]
     if not ids:
         raise InputError("the text is empty", where="--text")
-    _warn_if_cut(len(ids), limit, context, reporter)
+    _warn_if_truncated(len(ids), limit, context, reporter)
     return ids[:limit]
 
 
 def _framed_ids(run: Run, text: str, limit: int, options: InspectOptions, reporter: Reporter) -> list[int]:
-    """The ids of a text for an encoder, in which [MASK] is a masked token, between its control tokens."""
+    """Return the ids of a text for an encoder, framed by control tokens. [MASK] in the text becomes a mask token."""
     if options.start_of_document:
-        raise InputError("an encoder reads a text between its own control tokens", where="--start-of-document")
+        raise InputError("encoders frame a text with their own control tokens", where="--start-of-document", hint="omit it")
     ids = encode_with_masks(run.tokenizer, text)
     if not ids:
         raise InputError("the text is empty", where="--text")
     if limit < 3:
         raise InputError("must be at least 3 for an encoder", where="--max-tokens")
-    _warn_if_cut(len(ids), limit - 2, run.recipe.model.context_length - 2, reporter)
+    _warn_if_truncated(len(ids), limit - 2, run.recipe.model.context_length - 2, reporter)
     framed: list[int] = Framing.of(run.tokenizer, run.recipe.model).frame(ids[: limit - 2]).tolist()
     return framed
 
 
-def _warn_if_cut(length: int, limit: int, most: int, reporter: Reporter) -> None:
+def _warn_if_truncated(length: int, limit: int, maximum: int, reporter: Reporter) -> None:
     if length > limit:
-        hint = f"--max-tokens shows more, up to {most:,}" if limit < most else "the context holds no more"
+        hint = f"raise --max-tokens to inspect up to {maximum:,}" if limit < maximum else "no more fit into the context"
         reporter.warn(f"only the first {limit:,} of {length:,} tokens are inspected ({hint})")
 
 
@@ -230,9 +230,9 @@ def inspect_text(
     device: str = "auto",
     reporter: Reporter = SILENT,
 ) -> Inspection:
-    """Run a checkpoint on a text and summarize what happens.
+    """Run a checkpoint on a text and summarize what the model computes.
 
-    Raises `InputError` for an empty text, an option that is out of range, or a model that does not accept plain text.
+    Raises `InputError` if the text is empty, an option is out of range, or the model does not predict tokens.
     """
     chosen = run.checkpoint(checkpoint)
     ids = token_ids(run, text, options, reporter)
@@ -268,7 +268,10 @@ def inspect_text(
 
 
 def _position(run: Run, forward: ForwardPass, requested: int | None) -> int:
-    """The attributed position: the last one, or for an encoder the first mask, or else the last token of the text."""
+    """Return the attributed position. The default is the last position.
+
+    For an encoder, the default is the first mask, or the last token of the text if there is no mask.
+    """
     length = forward.tokens.shape[1]
     if requested is None and forward.network.is_causal:
         return length - 1
@@ -281,7 +284,7 @@ def _position(run: Run, forward: ForwardPass, requested: int | None) -> int:
 
 
 def _available(name: str, missing: dict[str, str], compute: Callable[[], _Part]) -> _Part | None:
-    """The result of `compute`, or None and the reason in `missing` if the architecture does not have this part."""
+    """Return the result of `compute`, or store the reason in `missing` if the architecture does not have this part."""
     try:
         return compute()
     except InputError as error:
@@ -290,7 +293,10 @@ def _available(name: str, missing: dict[str, str], compute: Callable[[], _Part])
 
 
 def _truth(run: Run, forward: ForwardPass) -> Tensor:
-    """The token that each position should predict (T,): the next one, or for an encoder the same one; negative if unknown."""
+    """Return the token (T,) that each position should predict, or a negative number if it is unknown.
+
+    This is the next token or, for an encoder, the token at the same position.
+    """
     tokens = forward.tokens[0]
     if forward.network.is_causal:
         return torch.cat((tokens[1:], tokens.new_tensor([-1])))
@@ -298,9 +304,10 @@ def _truth(run: Run, forward: ForwardPass) -> Tensor:
 
 
 def _losses(run: Run, forward: ForwardPass, missing: dict[str, str]) -> list[float | None]:
-    """The loss of each token. The first token of a text, and control tokens, have none.
+    """Return the loss of each token, or None for tokens that are not predicted, such as the first token and control tokens.
 
-    A causal model predicts a token from those before it. An encoder predicts it from all others, with this token masked.
+    A causal model predicts each token from the preceding tokens. An encoder predicts each token from all other tokens while that
+    token is masked.
     """
     length = forward.tokens.shape[1]
     if not forward.network.is_causal:
@@ -312,7 +319,7 @@ def _losses(run: Run, forward: ForwardPass, missing: dict[str, str]) -> list[flo
 
 
 def _masked_losses(run: Run, forward: ForwardPass) -> list[float | None]:
-    """Mask one token per row, and predict it."""
+    """Mask one token per row and predict it. Returns the loss of each token."""
     mask, tokens = ControlTokens.of(run.tokenizer).mask, forward.tokens[0]
     length = len(tokens)
     losses: list[float | None] = [None] * length
@@ -327,7 +334,10 @@ def _masked_losses(run: Run, forward: ForwardPass) -> list[float | None]:
 
 
 def _targets(run: Run, forward: ForwardPass, truth: Tensor, position: int, requested: str | None) -> list[int]:
-    """The true token of each position; the requested or the most likely one at `position`, and where the true one is unknown."""
+    """Return the token to attribute at each position: the true token, or the most likely token if the true one is unknown.
+
+    At `position`, this is the requested token or, by default, the most likely token.
+    """
     best = forward.logits[0].argmax(-1)
     targets: list[int] = torch.where(truth >= 0, truth, best).tolist()
     if requested is None:

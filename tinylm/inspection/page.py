@@ -1,4 +1,4 @@
-"""Render an inspection as one HTML file that works offline: data, style and scripts are inside the file."""
+"""Render an inspection as one HTML file that works offline. Data, styles and scripts are embedded in the file."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class PageOptions:
     """What the page shows in addition to the text itself."""
 
     corrupt: str | None = None
-    """A text with as many tokens, for activation patching."""
+    """A text with the same number of tokens, for activation patching."""
     sources: tuple[str, ...] = ()
-    """Text for ablations and neurons; empty: the run's held-out text."""
+    """Texts for ablations and neurons. The default is the run's held-out text."""
     ablation_tokens: int | None = None
-    """Tokens to measure ablations on. None: what a few seconds allow. 0: no ablations."""
+    """Number of tokens for measuring ablations. The default is chosen to take a few seconds. 0 disables ablations."""
 
 
 def render(
@@ -41,7 +41,7 @@ def render(
 ) -> str:
     """Return the HTML of the page.
 
-    Raises `InputError` if `options.corrupt` has another number of tokens, or a source cannot be read.
+    Raises `InputError` if `options.corrupt` has a different number of tokens, or a source cannot be read.
     """
     data = collect(inspection, views, options, reporter)
     content = {
@@ -54,7 +54,7 @@ def render(
 
 
 def collect(inspection: Inspection, views: list[CheckpointView], options: PageOptions, reporter: Reporter) -> dict[str, Any]:
-    """Everything that the page shows, as JSON values."""
+    """Return everything that the page shows as JSON values."""
     network = inspection.forward.network
     measured = _measured_text(inspection, options, reporter)
     active = page_data.active_neurons(inspection)
@@ -87,19 +87,22 @@ def collect(inspection: Inspection, views: list[CheckpointView], options: PageOp
 
 
 def _measured_text(inspection: Inspection, options: PageOptions, reporter: Reporter) -> HeldoutWindows | None:
-    """The text for ablations and neurons. Without --on, an imported run may have none, which the page then says."""
+    """Return the text for ablations and neurons.
+
+    Returns None for a run without held-out text, such as an imported run, if there are no sources. The page then shows the reason.
+    """
     wanted = max(effects.NEURON_TOKENS, options.ablation_tokens or effects.ablation_tokens(inspection.forward.network))
     try:
         return heldout_windows(inspection.run, wanted, options.sources, reporter)
     except InputError as error:
         if options.sources:
             raise
-        inspection.missing["heldout"] = f"{error.message}; name a text with --on"
+        inspection.missing["heldout"] = f"{error.message}; specify a text with --on"
         return None
 
 
 def _vocabulary(inspection: Inspection, parts: dict[str, Any]) -> dict[int, str]:
-    """The texts of all ids that the page mentions."""
+    """Return the texts of all token ids on the page."""
     ids = {token.id for token in inspection.tokens} | set(parts["sampling"]["ids"])
     if inspection.lens is not None:
         ids |= set(inspection.lens.ids.flatten().tolist())

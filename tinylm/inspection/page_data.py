@@ -1,6 +1,6 @@
-"""The data of the page about the text itself: tokens, embeddings, attention, residual stream, neurons, lens, attribution, sampling.
+"""The page data from one forward pass: tokens, embeddings, attention, residual stream, neurons, lens, attribution, sampling.
 
-Each function returns a JSON value for one part of the page. `effects.py` has the parts that need more forward passes.
+Each function returns a JSON value for one part of the page. `effects.py` computes the parts that require more forward passes.
 
 Legend: `T` tokens, `C` width, `L` layers, `H` heads, `K` key/value heads, `D` head width, `F` neurons, `V` vocabulary.
 """
@@ -24,13 +24,13 @@ from tinylm.tokenizer.explain import explain
 
 _NEAREST = 8
 _VECTOR_BYTES = 1_800_000
-"""Bytes of queries, keys and values that a page may hold. For a larger model, the page holds only the most characteristic heads."""
+"""Maximum size of all queries, keys and values on a page. For larger models, the page contains only the heads with top scores."""
 NEURONS = 5
-"""Neurons shown for each token and layer."""
+"""Number of neurons shown for each token and layer."""
 
 
 def tokens(inspection: Inspection) -> dict[str, Any]:
-    """The tokens with their losses, and how the tokenizer merges each word."""
+    """Return the tokens with their losses, and the steps in which the tokenizer splits each word."""
     losses = [token.loss if token.loss is None or math.isfinite(token.loss) else None for token in inspection.tokens]
     rows = [{"id": token.id, "text": token.text, "loss": loss} for token, loss in zip(inspection.tokens, losses, strict=True)]
     tokenizer = inspection.run.tokenizer
@@ -49,7 +49,7 @@ def tokens(inspection: Inspection) -> dict[str, Any]:
 
 
 def embeddings(inspection: Inspection) -> dict[str, Any] | None:
-    """The vectors of each token: embedding, n-grams, positions, and the input of the first block; the most similar tokens."""
+    """Return each token's vectors (embedding, n-grams, position and input to the first block) and the most similar tokens."""
     network, cache = inspection.forward.network, inspection.forward.cache
     try:
         table = network.input_embedding().weight.detach()
@@ -86,7 +86,7 @@ def embeddings(inspection: Inspection) -> dict[str, Any] | None:
 
 
 def attention(inspection: Inspection) -> dict[str, Any] | None:
-    """The attention of all heads, and the queries, keys and values of as many heads as fit."""
+    """Return the attention of all heads, and the queries, keys and values of as many heads as `_VECTOR_BYTES` allows."""
     network, cache, scores = inspection.forward.network, inspection.forward.cache, inspection.heads
     model = network.model
     if scores is None or "blocks.0.attn.pattern" not in cache:
@@ -125,7 +125,10 @@ def attention(inspection: Inspection) -> dict[str, Any] | None:
 
 
 def residual(inspection: Inspection) -> dict[str, Any] | None:
-    """Norms of the residual stream and of what is added to it, by layer and token, and the scale of the norms."""
+    """Return the norms of the residual stream, of the layer outputs added to it and of the final norm's output for each token.
+
+    `spread` is the value by which a normalization layer divides the residual stream.
+    """
     network, cache = inspection.forward.network, inspection.forward.cache
     if inspection.lens is None:
         inspection.missing.setdefault("residual", inspection.missing.get("lens", "this architecture has no residual stream"))
@@ -155,18 +158,18 @@ def residual(inspection: Inspection) -> dict[str, Any] | None:
 
 
 def active_neurons(inspection: Inspection) -> list[tuple[Tensor, Tensor]]:
-    """For each layer, the indices and activations of the most active neurons at each token, both (T, `NEURONS`)."""
+    """Return, for each layer, the indices and activations of the most active neurons at each token, both (T, `NEURONS`)."""
     network, cache = inspection.forward.network, inspection.forward.cache
     names = [f"blocks.{layer}.mlp.post" for layer in range(network.depth)]
     if not names or not set(names) <= set(cache):
-        inspection.missing["feed_forward"] = f"a model of architecture {network.architecture} has no feed-forward layers"
+        inspection.missing["feed_forward"] = f"a model with architecture {network.architecture} has no feed-forward layers"
         return []
     tops = [cache[name][0].topk(min(NEURONS, cache[name].shape[-1]), dim=-1) for name in names]
     return [(top.indices, top.values) for top in tops]
 
 
 def lens(inspection: Inspection) -> dict[str, Any] | None:
-    """The best guesses of each layer at each position, and the rank of the token that follows."""
+    """Return the most likely tokens after each layer at each position, and the rank of the true token."""
     if inspection.lens is None:
         return None
     guesses = inspection.lens
@@ -175,7 +178,7 @@ def lens(inspection: Inspection) -> dict[str, Any] | None:
 
 @torch.no_grad()
 def attributions(inspection: Inspection) -> dict[str, Any] | None:
-    """Contributions to the logit of a target and of its strongest competitor, at every position."""
+    """Return the contributions to the logits of the target and of its strongest competitor at every position."""
     result, forward = inspection.attributions, inspection.forward
     if result is None:
         return None
@@ -195,6 +198,6 @@ def attributions(inspection: Inspection) -> dict[str, Any] | None:
 
 
 def sampling(inspection: Inspection) -> dict[str, Any]:
-    """All logits of the sampled prediction, sorted, and the ids of the most likely tokens."""
+    """Return the sorted logits of the prediction that is sampled, and the ids of the most likely tokens."""
     ordered = inspection.forward.logits[0, inspection.predicted_at].float().sort(descending=True)
     return {"logits": encode(ordered.values, "f4"), "ids": ordered.indices[:200].tolist(), "position": inspection.predicted_at}

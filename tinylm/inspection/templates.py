@@ -13,5 +13,5 @@ def read(name: str) -> str:
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
-    """Replace all placeholders in one pass, so that a value that looks like a placeholder stays as it is."""
+    """Replace all placeholders in one pass, so that placeholders inside values are not replaced."""
     return re.sub(r"\{\{([A-Z]+)\}\}", lambda match: values[match[1]], template)

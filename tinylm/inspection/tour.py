@@ -1,4 +1,4 @@
-"""A guided tour from characters to a gradient step, with the numbers of the reader's own model: what `tinylm explain` shows."""
+"""The guided tour that `tinylm explain` shows: from characters to a gradient step, with numbers from the user's own model."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from tinylm.recipe.schema import TransformerSection
 from tinylm.tokenizer.explain import explain, visible
 
 MAX_WORDS = 80
-"""Words of the text of a step."""
+"""Maximum number of words in the text of a step."""
 _LEARNING_RATE = 0.01
 _SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the tour: what happens in general, and the numbers of this model as pairs of a label and a value."""
+    """One step of the tour: a general explanation, and numbers from this model as pairs of a label and a value."""
 
     title: str
     text: str
@@ -33,12 +33,12 @@ class Step:
 
 
 def tour(inspection: Inspection, *, seed: int = 0) -> list[Step]:
-    """The steps of the tour for the inspected text. `seed` determines the sampled token.
+    """Return the steps of the tour for the inspected text. `seed` determines the sampled token.
 
-    Raises `InputError` for a text of less than two tokens. Steps that the architecture does not have say so.
+    Steps that do not apply to the architecture say so. Raises `InputError` if the text has fewer than two tokens.
     """
     if len(inspection.tokens) < 2:
-        raise InputError("must have at least two tokens, so that there is a token to predict", where="--text")
+        raise InputError("must have at least two tokens, because the first token is not predicted", where="--text")
     builders: list[Callable[[], Step]] = [
         lambda: _characters(inspection.text),
         lambda: _tokens(inspection),
@@ -85,7 +85,7 @@ def _numbers(values: Tensor) -> str:
 
 
 def _not_available(inspection: Inspection, title: str, part: str) -> Step:
-    reason = inspection.missing.get(part, f"a model of architecture {inspection.forward.network.architecture} does not have this")
+    reason = inspection.missing.get(part, f"a model with architecture {inspection.forward.network.architecture} does not have this")
     return Step(title, f"Not in this model: {reason}.", [])
 
 
@@ -108,9 +108,10 @@ def _tokens(inspection: Inspection) -> Step:
     if longest is not None:
         numbers += [(step.description, " ".join(_quote(part) for part in step.parts)) for step in longest.steps[:8]]
     note = (
-        "A tokenizer cuts the text into tokens from a fixed vocabulary, and the model sees only their ids. Frequent pieces of the "
+        "A tokenizer splits the text into tokens from a fixed vocabulary, and the model sees only their ids. The vocabulary "
+        "contains the most frequent pieces of the training text, so common words are one token and rare words are several."
     )
-    return Step("Tokens", f"{note}training text became tokens, so common words are one token and rare words are several.", numbers)
+    return Step("Tokens", note, numbers)
 
 
 def _embedding(inspection: Inspection) -> Step:
@@ -128,8 +129,8 @@ def _embedding(inspection: Inspection) -> Step:
         for id, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     )
     note = (
-        "The id of a token selects a row of a table of vectors. Training moved the vectors of tokens that are used alike closer "
-        "together. From here on, the model computes only with vectors."
+        "A token's id selects a row in a table of vectors. Training moved the vectors of tokens that are used in similar ways "
+        "closer together. From here on, the model computes only with vectors."
     )
     numbers = [(f"vector of {_quote(token.text)}", f"{len(vector)} numbers: {_numbers(vector)}"), ("most similar", near)]
     return Step("Embedding", note, numbers)
@@ -141,15 +142,15 @@ def _positions(inspection: Inspection) -> Step:
     title = "Positions"
     if "pos_embed" in cache:
         vector = cache["pos_embed"][0, position]
-        note = "Vectors alone do not say where a token stands. This model adds a vector for each position to the embedding."
+        note = "An embedding does not contain a token's position. This model adds a vector for each position to the embedding."
         return Step(title, note, [(f"vector of position {position}", _numbers(vector)), ("length", f"{float(vector.norm()):.3f}")])
     model = network.model
     if not isinstance(model, TransformerSection) or model.position != "rope":
         return Step(title, "This model does not add positions to its vectors.", [])
     theta, width = model.rope_theta or 10000.0, model.head_width
     note = (
-        "This model turns queries and keys by angles that grow with the position (rotary embeddings). A dot product then depends "
-        "on the distance between two tokens."
+        "This model rotates queries and keys by angles that grow with the position (rotary embeddings). Their dot product then "
+        "depends on the distance between two tokens."
     )
     angles = [theta ** (-2 * pair / width) for pair in (0, 1, width // 2 - 1)]
     turns = ", ".join(f"{position * angle:.4g}" for angle in angles)
@@ -177,8 +178,8 @@ def _one_head(inspection: Inspection) -> Step:
         value = f"q·k = {dot:.3f}, / √{len(q)} = {dot / root:.3f}, softmax over all keys = {float(weights[key]):.3f}"
         numbers.append((f"key {_quote(inspection.tokens[key].text)} at {key}", value))
     note = (
-        "Each token makes a query, a key and a value. The dot product of a query with a key, divided by the root of the head "
-        "width, is a score. The softmax turns scores into weights, and the head returns the weighted mean of the values."
+        "Each token produces a query, a key and a value. The score is the dot product of a query and a key, divided by the square "
+        "root of the head width. The softmax turns scores into weights, and the head returns the weighted mean of the values."
     )
     return Step(title, note, numbers)
 
@@ -196,8 +197,8 @@ def _many_heads(inspection: Inspection) -> Step:
             (f"L{layer}H{head}", f"{values}: {'not yet characteristic' if kind is None else kind.replace('_', ' ') + ' head'}")
         )
     note = (
-        "Heads learn different jobs. A previous-token head looks one token back. An induction head looks for an earlier copy of "
-        "the current token and reads what came next, which lets the model continue repetitions."
+        "Heads learn different tasks. A previous-token head attends to the token before. An induction head finds an earlier copy "
+        "of the current token and reads what followed it, so the model can continue repetitions."
     )
     return Step(title, note, numbers)
 
@@ -214,8 +215,8 @@ def _residual(inspection: Inspection) -> Step:
         ("length after layer 0", f"{float(after.norm()):.3f}"),
     ]
     note = (
-        "A layer does not replace the vector of a token. It adds to it, so information survives many layers. Before a layer reads "
-        "the vector, a norm scales it to a fixed size, so that growing sums do not disturb the layer."
+        "A layer does not replace a token's vector but adds to it, so information survives many layers. Before a layer reads the "
+        "vector, a norm scales it to a fixed size, so a growing sum does not affect the layer."
     )
     return Step(title, note, numbers)
 
@@ -230,8 +231,8 @@ def _feed_forward(inspection: Inspection) -> Step:
     numbers = [("neurons per layer", f"{len(neurons):,}")]
     numbers += [(f"neuron {id}", f"{value:.3f}") for id, value in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
     note = (
-        "After attention has collected information from other tokens, the feed-forward layer processes each token alone. Each of "
-        "its neurons reacts to a direction of the vector and adds another direction. Shown: the last layer, the last token."
+        "After attention has collected information from other tokens, the feed-forward layer processes each token separately. Each "
+        "neuron responds to one direction in the vector and adds another direction. The numbers are for the last token and layer."
     )
     return Step(
         title,
@@ -248,8 +249,8 @@ def _blocks(inspection: Inspection) -> Step:
     guesses = zip(lens.ids[:, -1, 0].tolist(), lens.probabilities[:, -1, 0].tolist(), strict=True)
     numbers = [(name, f"{_quote(inspection.token_text(id))} {share:.1%}") for name, (id, share) in zip(names, guesses, strict=True)]
     note = (
-        "Attention and feed-forward form a block, and blocks are stacked. The logit lens shows what the model would predict if it "
-        "ended after each block: the prediction is refined from block to block."
+        "Attention and feed-forward layers form a block, and blocks are stacked. The logit lens shows what the model would predict "
+        "if it stopped after each block. The prediction is refined from block to block."
     )
     return Step(title, note, numbers)
 
@@ -267,10 +268,10 @@ def _logits(inspection: Inspection) -> Step:
     if attributed is not None:
         largest = sorted(attributed.contributions, key=lambda item: -abs(item[1]))[:3]
         parts = ", ".join(f"{component} {value:+.3f}" for component, value in largest)
-        numbers.append((f"parts of {_quote(attributed.target)}", f"{parts}, ...: together {attributed.sum:.3f}"))
+        numbers.append((f"parts of {_quote(attributed.target)}", f"{parts}, ...; total {attributed.sum:.3f}"))
     note = (
-        "The last vector is compared with one vector per token of the vocabulary. Each dot product is a logit: the higher, the "
-        "better the token fits as the next one."
+        "The last vector is compared with one vector for each token in the vocabulary. Each dot product is a logit. The higher the "
+        "logit, the better the token fits as the next one."
     )
     return Step("Logits", note, numbers)
 
@@ -284,7 +285,7 @@ def _softmax(inspection: Inspection) -> Step:
         numbers.append((_quote(inspection.token_text(id)), f"{power:.4f} / {total:.4f} = {power / total:.2%}"))
     note = (
         "The softmax turns logits into probabilities: e to the power of each logit, divided by the sum over the vocabulary. "
-        "Subtracting the largest logit first changes nothing and avoids large numbers."
+        "Subtracting the largest logit first does not change the result and avoids large numbers."
     )
     return Step("Softmax", note, numbers)
 
@@ -299,11 +300,11 @@ def _sampling(inspection: Inspection, seed: int) -> Step:
     chosen = _quote(inspection.token_text(int(ordered.indices[rank])))
     numbers = [
         ("random number", f"{uniform:.4f} (seed {seed})"),
-        ("chosen", f"{chosen}, number {rank + 1} by probability: it covers {before:.4f} to {float(cumulative[rank]):.4f}"),
+        ("chosen", f"{chosen}, rank {rank + 1} by probability; it covers {before:.4f} to {float(cumulative[rank]):.4f}"),
     ]
     note = (
         "To generate text, draw a random number between 0 and 1, add up the probabilities from the most likely token down, and "
-        "stop at the token that reaches the number. The token is appended, and everything starts again."
+        "stop at the token that reaches the number. Append this token to the text and repeat."
     )
     return Step("A sampled token", note, numbers)
 
@@ -320,10 +321,10 @@ def _loss(inspection: Inspection) -> Step:
         for token, loss in losses[:_SHOWN]
     ]
     mean = sum(loss for _, loss in losses) / len(losses)
-    numbers.append(("mean", f"{mean:.4f} nats per token: as unsure as among {math.exp(mean):,.1f} equally likely tokens"))
+    numbers.append(("mean", f"{mean:.4f} nats per token, like choosing among {math.exp(mean):,.1f} equally likely tokens"))
     note = (
-        "The loss of a token is the negative logarithm of the probability that the model gave it: 0 if it was certain, large if it"
-        " was surprised. Training lowers the mean loss over a large text."
+        "A token's loss is the negative logarithm of the probability that the model assigned to it. The loss is 0 if the model was "
+        "certain and large if it was surprised. Training lowers the mean loss over a large text."
     )
     return Step("The loss", note, numbers)
 
@@ -332,7 +333,7 @@ def _gradient_step(inspection: Inspection) -> Step:
     """Change the weight with the largest gradient by one step of gradient descent. The weight is restored afterwards."""
     title, network = "One gradient step", inspection.forward.network
     if not network.is_causal or inspection.tokens[-1].loss is None:
-        return Step(title, "Not in this tour: it is shown for models that predict the next token.", [])
+        return Step(title, "Not in this tour: this step requires a model that predicts the next token.", [])
     tokens = inspection.forward.tokens
     name, weight, gradient = _largest_gradient(network, tokens)
     index = int(gradient.abs().argmax())
@@ -347,13 +348,13 @@ def _gradient_step(inspection: Inspection) -> Step:
     place = ", ".join(str(int(i)) for i in torch.unravel_index(torch.tensor(index), weight.shape))
     numbers = [
         ("weight", f"{name}[{place}] = {before:.5f}"),
-        ("gradient", f"{slope:+.5f}: the loss changes by this much per unit of the weight"),
+        ("gradient", f"{slope:+.5f}: the change in the loss per unit change in the weight"),
         ("new weight", f"{before:.5f} - {_LEARNING_RATE} × ({slope:.5f}) = {after:.5f}"),
         ("loss", f"{loss:.6f} -> {changed:.6f}: change {changed - loss:+.2e}, predicted {-_LEARNING_RATE * slope * slope:+.2e}"),
     ]
     note = (
-        "The gradient says how the loss reacts to every weight. A step moves each weight against its gradient, by the learning "
-        "rate times its size. Here only the weight with the largest gradient moves. Training repeats this for all weights."
+        "The gradient shows how the loss responds to each weight. A step moves a weight against its gradient, by the learning rate "
+        "times the gradient. Here, only the weight with the largest gradient moves. Training repeats this for all weights."
     )
     return Step(title, note, numbers)
 

@@ -1,1 +1,1 @@
-"""Export and import: Hugging Face folders, GGUF and ONNX files, nanoGPT checkpoints, and an lm-evaluation-harness adapter."""
+"""Import and export: Hugging Face folders, GGUF, ONNX and ARPA files, nanoGPT checkpoints, and an lm-evaluation-harness adapter."""

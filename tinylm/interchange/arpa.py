@@ -1,7 +1,7 @@
-"""ARPA files: the text format of n-gram models that KenLM, SRILM and speech recognizers read and write.
+"""Read and write ARPA files, the text format for n-gram models that KenLM, SRILM and speech recognizers use.
 
-The end-of-text token is `<s>` at the beginning of an n-gram and `</s>` at its end; the unknown token is `<unk>`. Whitespace
-separates words in the file, so in other tokens it is written as `<0x20>` for a space, `<0x0A>` for a line feed, and so on.
+The end-of-text token is `<s>` at the beginning of an n-gram and `</s>` at its end. The unknown token is `<unk>`. Whitespace
+separates words in the file, so whitespace inside a token is written as `<0x20>` for a space, `<0x0A>` for a line feed, and so on.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from tinylm.tokenizer.tokenizer import UNKNOWN as UNKNOWN_TOKEN
 
 BEGIN, END, UNKNOWN = "<s>", "</s>", "<unk>"
 _LOG_ZERO = -99.0
-"""The log10-probability of n-grams that cannot occur: predicting `<s>`."""
+"""The log10-probability of events that cannot occur, such as predicting `<s>`."""
 _UNKNOWN_LOGPROB = -30.0
-"""The log10-probability of the unknown token if a file does not contain it."""
+"""The log10-probability of the unknown token if a file does not contain this token."""
 _LN10 = math.log(10)
 
 
@@ -60,28 +60,28 @@ def _text(tokenizer: Tokenizer, id: int) -> str:
 
 
 def check_supported(model: ModelVariant) -> None:
-    """Raise `InputError` if a model is not an n-gram model."""
+    """Raise `InputError` unless the model is an n-gram model."""
     if not isinstance(model, NgramSection):
         raise InputError(f"ARPA files contain n-gram models, not architecture {model.architecture}", where="--to arpa")
 
 
 def load_tables(network: Model, tables: NgramTables) -> None:
-    """Replace the probabilities of an n-gram model."""
+    """Replace the probability tables of an n-gram model."""
     assert isinstance(network, Ngram)
     network.set_tables(tables)
 
 
 def tables_of(network: Model) -> NgramTables:
-    """The probabilities of an n-gram model."""
+    """Return the probability tables of an n-gram model."""
     assert isinstance(network, Ngram)
     return network.tables
 
 
 def check_export(path: Path, tables: NgramTables, tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[float, tuple[str, ...]]:
-    """Compare the log-probabilities in a file with the log-probabilities of the model, on the ids of one document.
+    """Compare the log-probabilities from a file with those from the model on the ids of one document.
 
-    Reads the file with this module and, if it is installed, with KenLM. Returns the largest difference in nats, and the names of
-    the programs.
+    The file is read with this module and, if it is installed, with KenLM. Returns the largest difference in nats and the names of
+    the programs that read the file.
     """
     tokens = np.asarray(ids, dtype=np.int64)
     expected = np.log(tables.token_probabilities(tokens, np.arange(len(tokens))))[1:]
@@ -100,7 +100,7 @@ def check_export(path: Path, tables: NgramTables, tokenizer: Tokenizer, ids: Seq
 
 
 def write(path: Path, tables: NgramTables, words: Sequence[str], end_of_text: int) -> None:
-    """Write an n-gram model. Numbers have 7 digits, which is the precision of float32."""
+    """Write an n-gram model. Numbers have 7 significant digits, which is about the precision of float32."""
     with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
         file.write("\\data\\\n")
         sizes = [len(probabilities) for probabilities in tables.probabilities]
@@ -116,7 +116,7 @@ def write(path: Path, tables: NgramTables, words: Sequence[str], end_of_text: in
                 before = [BEGIN if k == 2 and prefix == end_of_text else texts[prefix] for prefix in prefixes.tolist()]
                 texts = [f"{prefix} {words[token]}" for prefix, token in zip(before, tokens.tolist(), strict=True)]
             for index, text in enumerate(texts):
-                # `</s>` ends a text, so it has no backoff weight: as a context it is `<s>`.
+                # `</s>` ends a text, so it is never a context and has no backoff weight. As a context, the token is `<s>`.
                 backoff = None if backoffs is None or text.endswith(END) else backoffs[index]
                 file.write(_line(math.log10(tables.probabilities[k - 1][index]), text, backoff))
         file.write("\n\\end\\\n")
@@ -130,8 +130,8 @@ def _line(logprob: float, text: str, backoff: float | None) -> str:
 def read(path: Path, ids: Mapping[str, int] | None = None) -> tuple[NgramTables, list[str]]:
     """Read an n-gram model. Returns the tables and the word for each id.
 
-    `ids`: the id of each word. By default, words are numbered in the order of the file, and `</s>` has the last id.
-    Raises `InputError` if the file is not a complete ARPA file, or if it contains an n-gram without its prefix.
+    `ids` maps each word to its id. By default, words are numbered in file order, and `</s>` has the last id. Raises `InputError`
+    if the file is not a complete ARPA file, or if it contains an n-gram without its prefix.
     """
     with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         try:
@@ -141,11 +141,11 @@ def read(path: Path, ids: Mapping[str, int] | None = None) -> tuple[NgramTables,
 
 
 def word_tokenizer(words: Sequence[str]) -> Tokenizer:
-    """A tokenizer that splits text at whitespace, for a file that comes without a tokenizer."""
+    """Create a tokenizer that splits text at whitespace, for a file without a tokenizer."""
     names = {END: END_OF_TEXT, UNKNOWN: UNKNOWN_TOKEN}
     vocabulary = {names.get(word, word): id for id, word in enumerate(words)}
     if len(vocabulary) < len(words):
-        raise InputError(f"a word is {END_OF_TEXT} or {UNKNOWN_TOKEN}, which have a special meaning", where="the ARPA file")
+        raise InputError(f"contains the reserved word {END_OF_TEXT} or {UNKNOWN_TOKEN}", where="the ARPA file")
     backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN_TOKEN))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.add_special_tokens([tokenizers.AddedToken(END_OF_TEXT, special=True, normalized=False)])
@@ -153,7 +153,7 @@ def word_tokenizer(words: Sequence[str]) -> Tokenizer:
 
 
 class _Reader:
-    """Reads the lines of an ARPA file."""
+    """A parser for the lines of an ARPA file."""
 
     def __init__(self, path: Path, lines: Iterable[str]) -> None:
         self._path = path
@@ -175,7 +175,7 @@ class _Reader:
         else:
             if set(words) != set(given):
                 different = min(set(words) ^ set(given))
-                raise ValueError(f"its words are not the tokens of the tokenizer: {different!r} is only in one of them")
+                raise ValueError(f"its words do not match the tokenizer: {different!r} is only in one of them")
             words.sort(key=given.__getitem__)
         ids = {word: id for id, word in enumerate(words)}
         ids[BEGIN] = ids[END]
@@ -200,7 +200,7 @@ class _Reader:
         return tables, words
 
     def _sizes(self) -> list[int]:
-        """Read the header: the number of n-grams of each order."""
+        """Read the header. Returns the number of n-grams of each order."""
         sizes = []
         for _, line in self._lines:
             if line.strip() == "\\1-grams:":
@@ -214,7 +214,7 @@ class _Reader:
         return sizes
 
     def _section(self, k: int) -> Iterator[tuple[float, list[str], float]]:
-        """Yield (log10 of the probability, words, log10 of the backoff weight) for each k-gram."""
+        """Yield (log10 probability, words, log10 backoff weight) for each k-gram."""
         for number, line in self._lines:
             text = line.strip("\r\n")
             if text.startswith("\\") and (text == "\\end\\" or text == f"\\{k + 1}-grams:"):
@@ -228,7 +228,7 @@ class _Reader:
         raise ValueError(f"it ends within the {k}-grams")
 
     def _key(self, keys: list[np.ndarray], gram: list[int], vocab_size: int) -> int:
-        """The key of an n-gram. Its prefix must be among the n-grams of the orders before."""
+        """Return the key of an n-gram. Raises `ValueError` if its prefix is not among the n-grams of lower orders."""
         index = gram[0]
         for known, token in zip(keys, gram[1:-1], strict=True):
             key = index * vocab_size + token

@@ -1,4 +1,4 @@
-"""The model card (README.md) of an exported Hugging Face folder: training data, results, and how to load the model."""
+"""Write the model card (README.md) for an exported Hugging Face folder: results, training data, and how to load the model."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def model_card(
 ) -> str:
     """Return the model card as Markdown.
 
-    `unsupported`: the model parts that no transformers class supports. If there are any, the export includes modeling code.
+    `unsupported` lists the model parts that no transformers class supports. If there are any, the export includes modeling code.
     """
     name = run.recipe.name
     front_matter = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- tinylm\n- text-generation\n---\n"
     parts = [
         f"# {name}",
         f"A language model with {parameters:,} parameters, trained with tinylm for {checkpoint.step:,} steps and exported for "
-        f"`{class_name}`. After the export, the model was loaded from this folder: its logits, and the text generated with the "
-        "code below, matched those of the original model.",
+        f"`{class_name}`. After the export, the model was loaded from this folder. Its logits and the text generated with the code "
+        "below matched those of the original model.",
         "## Results",
         _results(run, checkpoint),
         "## Data",
@@ -46,7 +46,7 @@ def model_card(
 
 
 def _results(run: Run, checkpoint: Checkpoint) -> str:
-    """Return the results on the held-out text, as logged during training, and on the test text if there is one."""
+    """Return the results on the held-out text as logged during training, and on the test text if there is one."""
     evaluations = [line for line in run.metrics() if line["kind"] == "eval" and line["step"] == checkpoint.step]
     metrics = Metrics.from_dict(evaluations[-1]) if evaluations else None
     rows: list[tuple[str, Metrics]] = []
@@ -96,7 +96,7 @@ def _pretraining_sources(run: Run) -> str:
 
 
 def _describe_split(run: Run, split: str) -> str:
-    """Describe the source and size of the held-out or test text, and its overlap with each text that the model was trained on."""
+    """Describe the source and size of the held-out or test text, and its overlap with each training text."""
     data = require_text(run.recipe.data)
     section = data.heldout if split == "heldout" else data.test
     assert section is not None
@@ -115,7 +115,7 @@ def _describe_split(run: Run, split: str) -> str:
 
 
 def _describe_share(data: DataSection, split: str, share: float) -> str:
-    """Return which share of the text is the held-out or test text. A test text at the end of the text follows the held-out text."""
+    """Describe which part of the text is the held-out or test text. The test text comes last, directly after the held-out text."""
     if isinstance(data.heldout, HeldoutShare) and data.heldout.by == "document":
         return f"{share:.0%} of the documents"
     if split == "heldout" and isinstance(data.test, TestShare):
@@ -125,7 +125,7 @@ def _describe_share(data: DataSection, split: str, share: float) -> str:
 
 def _usage(name: str, snippet: Snippet) -> str:
     return (
-        f"```python\n{snippet.code(name)}```\n\nReplace `{name}` with the path of this folder if the folder has another name. "
+        f"```python\n{snippet.code(name)}```\n\nReplace `{name}` with the path to this folder if the folder has a different name. "
         "During training, an end-of-text token preceded every document. If a text contains the characters `<|endoftext|>`, the "
         "tokenizer encodes them as ordinary text and not as the end-of-text token."
     )

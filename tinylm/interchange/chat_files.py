@@ -1,7 +1,7 @@
-"""The chat template in exports: as Jinja in a Hugging Face folder and in a GGUF file, with the end of a turn as end token.
+"""Export the chat template as Jinja to Hugging Face folders and GGUF files, with the end-of-turn token as an end token.
 
-The template comes from the run (`tokenizer.chat_template`). `check_ids` renders conversations that spell control tokens with
-transformers and compares the ids with those that the model was trained on.
+The template comes from the run (`tokenizer.chat_template`). `check_ids` uses transformers to render conversations whose text
+contains control tokens, and compares the ids with those that the model was trained on.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ _PROBES = (
 
 
 def write(folder: Path, encoder: ChatEncoder) -> None:
-    """Add the template and the end tokens to the files of an exported folder."""
+    """Add the template and the end tokens to the files in an exported folder."""
     end = encoder.template.end_of_turn
-    # Without splitting, the control tokens of the rendered template are recognized. It renders messages without control tokens.
+    # The tokenizer has to recognize the template's control tokens, so it must not split them. The template escapes control tokens
+    # in messages.
     _update(folder / "tokenizer_config.json", {"chat_template": encoder.jinja(), "eos_token": end, "split_special_tokens": False})
     _update(folder / "generation_config.json", {"eos_token_id": [encoder.end_of_turn, encoder.start]})
 
@@ -37,13 +38,13 @@ def _update(file: Path, values: dict[str, Any]) -> None:
 
 
 def add_to_gguf(writer: Any, encoder: ChatEncoder) -> None:
-    """Add the template and the end of a turn to a GGUF file."""
+    """Add the template and the end-of-turn token to a GGUF file."""
     writer.add_chat_template(encoder.jinja())
     writer.add_eot_token_id(encoder.end_of_turn)
 
 
 def probes(encoder: ChatEncoder) -> list[list[Message]]:
-    """Conversations on which templates are compared. Some spell every control token."""
+    """Return conversations on which to compare templates. Some messages contain the text of control tokens."""
     control = encoder.control_tokens
     contents = [*_PROBES, *control, "".join(control), *(f"a{name}b" for name in control), *(name[:-1] for name in control)]
     conversations = [[Message(USER, text)] for text in contents]
@@ -64,7 +65,7 @@ def check_ids(tokenizer: Any, encoder: ChatEncoder) -> None:
 
 
 def usage(name: str) -> str:
-    """The section of the model card that shows how to get an answer."""
+    """Return the section in the model card that shows how to generate an answer."""
     code = (
         "messages = [{'role': 'user', 'content': 'Hello!'}]\n"
         "inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors='pt', return_dict=True)\n"
@@ -74,6 +75,6 @@ def usage(name: str) -> str:
     return (
         f"The model was trained on conversations. With `tokenizer` and `model` loaded from `{name}` as above:\n\n"
         f"```python\n{code}```\n\n"
-        "The template writes a space into control tokens that are spelled in a message, so a message cannot end a turn. For text "
-        "that does not go through the template, pass `split_special_tokens=True` to the tokenizer."
+        "If a message contains the text of a control token, the template inserts a space into it, so a message cannot end a turn. "
+        "For text that does not go through the template, pass `split_special_tokens=True` to the tokenizer."
     )

@@ -1,7 +1,7 @@
-"""The types of the values of config.json that an import reads.
+"""The types of the values that an import reads from config.json.
 
-They are checked before anything is computed with them, because the file may come from someone else: a value of another type, or a
-number that is too large for a model, raises `InputError` with the name of its key.
+The types are checked before the values are used, because the file can come from an untrusted source. A value of the wrong type, or
+a number that is too large for a model, raises `InputError` with the name of the key.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tinylm.recipe.values import (
 
 
 def _keys(types: Mapping[str, Any]) -> type[BaseModel]:
-    """Return a schema in which every key may be absent, and keys that are not listed are ignored."""
+    """Return a schema in which every key is optional. Unlisted keys are ignored."""
     return create_model("ConfigJson", **{name: (kind, None) for names, kind in types.items() for name in names.split()})  # type: ignore[call-overload,no-any-return]
 
 
@@ -66,11 +66,11 @@ _Config = _keys(
         "rope_parameters": _RopeParameters | None,
     }
 )
-"""The keys of all families. null is accepted where transformers accepts it."""
+"""The keys of all model families. Keys accept null if transformers does."""
 
 
 def check_types(config: Mapping[str, Any], where: str) -> None:
-    """Raise `InputError` for the first value of an unexpected type or size."""
+    """Raise `InputError` for the first value with an unexpected type or size."""
     try:
         _Config.model_validate(dict(config))
     except ValidationError as error:

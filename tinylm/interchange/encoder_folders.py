@@ -1,7 +1,7 @@
 """Read and write Hugging Face folders of encoders and classifiers, and compare them with transformers.
 
-A folder that is written here works with transformers' pipelines `fill-mask` and `text-classification`: its tokenizer adds [CLS] and
-[SEP] to a text, and recognizes [MASK] in it.
+Exported folders work with the transformers pipelines `fill-mask` and `text-classification`: the tokenizer frames a text with [CLS]
+and [SEP] and recognizes [MASK] in it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def is_encoder(folder: Path) -> bool:
 
 
 def read(folder: Path, tokenizer_file: Path | None, *, trust_pickle: bool) -> tuple[ImportedEncoder, Tokenizer]:
-    """Return the model and the tokenizer of a folder. Raises `InputError` if something is missing, damaged or not supported."""
+    """Read the model and the tokenizer from a folder. Raises `InputError` if anything is missing, damaged or unsupported."""
     config = huggingface.read_config(folder)
     tensors = dict(huggingface.read_tensors(folder, trust_pickle))
     imported = encoders.read(config, tensors, str(folder))
@@ -60,7 +60,7 @@ def read(folder: Path, tokenizer_file: Path | None, *, trust_pickle: bool) -> tu
 
 
 def _from_vocabulary(folder: Path) -> Tokenizer:
-    """The tokenizer of a folder with a vocab.txt, BERT's older format."""
+    """Create a tokenizer from a folder's vocab.txt, which is BERT's older format."""
     options: dict[str, Any] = {}
     if (folder / "tokenizer_config.json").is_file():
         try:
@@ -83,7 +83,7 @@ def _from_vocabulary(folder: Path) -> Tokenizer:
 def compare_with_transformers(folder: Path, network: Model, tokenizer: Tokenizer) -> tuple[float, int, str] | str:
     """Return the largest difference between the outputs, the number of compared tokens, and the name of the reference.
 
-    Returns the reason instead if transformers cannot load the folder.
+    If transformers cannot load the folder, return the reason as a string instead.
     """
     if not list(folder.glob("*.safetensors")):
         return "transformers cannot read this format"
@@ -94,7 +94,7 @@ def compare_with_transformers(folder: Path, network: Model, tokenizer: Tokenizer
     with huggingface.quiet(transformers):
         try:
             reference = _load(transformers, folder, network)
-        except Exception as error:  # the import works without a reference; the caller warns about the reason
+        except Exception as error:  # the import also works without a reference; the caller reports the reason as a warning
             return f"transformers cannot load it: {' '.join(str(error).split())[:200]}"
         difference, tokens = _largest_difference(network, reference, tokenizer, verify.english_text())
     return difference, tokens, f"transformers {transformers.__version__}"
@@ -118,7 +118,7 @@ def _has_mask_head(folder: Path) -> bool:
 
 @torch.no_grad()
 def _largest_difference(network: Model, reference: Any, tokenizer: Tokenizer, text: str) -> tuple[float, int]:
-    """Compare logits, or the hidden states of a model without a head, on rows of real text, one of them padded."""
+    """Compare logits, or hidden states if the model has no head, on rows of real text. One row is padded."""
     framing = Framing.of(tokenizer, network.model)
     ids = np.array(tokenizer.encode(text), dtype=np.int64)
     length = min(framing.room, 254, len(ids))
@@ -142,9 +142,9 @@ def _largest_difference(network: Model, reference: Any, tokenizer: Tokenizer, te
 
 
 def write(folder: Path, network: Model, objective: ObjectiveVariant, tokenizer: Tokenizer, card: str, type: str = "f32") -> str:
-    """Write all files into an empty folder. `type` is one of `huggingface.DTYPES`. Returns the name of the class that loads it.
+    """Write all files to an empty folder. `type` is a key of `huggingface.DTYPES`.
 
-    Raises `InputError` if no transformers class supports the model.
+    Returns the name of the transformers class that loads the folder. Raises `InputError` if no class supports the model.
     """
     model = network.model
     assert isinstance(model, EncoderSection)
@@ -166,7 +166,7 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def _tokenizer_json(tokenizer: Tokenizer, control: ControlTokens) -> dict[str, Any]:
-    """The tokenizer.json, which frames texts, and lets [MASK] take the space before it, as in `tinylm fill`."""
+    """Return a tokenizer.json that frames texts with control tokens and lets [MASK] absorb a leading space, as in `tinylm fill`."""
     values: dict[str, Any] = json.loads(tokenizer.backend.to_str())
     names = {name: str(tokenizer.backend.id_to_token(id)) for name, id in (("cls", control.cls), ("sep", control.sep))}
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
@@ -198,16 +198,17 @@ def _tokenizer_config(tokenizer: Tokenizer, control: ControlTokens, context_leng
 
 
 def check_export(folder: Path, network: Model, tokenizer: Tokenizer, text: str) -> tuple[float, int]:
-    """Load the folder with transformers. Return (largest difference between logits on `text`, number of compared tokens).
+    """Load the folder with transformers and compare it with `network`.
 
-    Raises `WorkError` if the logits, the token ids or the answers of a pipeline differ, `InputError` if transformers is missing.
+    Returns the largest difference between logits on `text` and the number of compared tokens. Raises `WorkError` if the logits, the
+    token ids or the pipeline's answers differ, and `InputError` if transformers is missing.
     """
     transformers = verify.require("transformers", "hf", "checking a Hugging Face folder")
     with huggingface.quiet(transformers):
         try:
             other_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
             reference = _load(transformers, folder, network)
-        except Exception as error:  # whatever the exception, the export is not usable
+        except Exception as error:  # any exception means that the export is unusable
             raise WorkError(f"transformers cannot load the exported folder: {' '.join(str(error).split())[:300]}") from error
         control = ControlTokens.of(tokenizer)
         probes = [probe for probe in verify.tokenizer_probes(text) if not any(name in probe for name in ("[", "</s>"))]
@@ -226,7 +227,7 @@ def check_export(folder: Path, network: Model, tokenizer: Tokenizer, text: str) 
 def _check_pipeline(
     transformers: Any, folder: Path, reference: Any, other_tokenizer: Any, network: Model, tokenizer: Tokenizer, text: str
 ) -> None:
-    """Raise `WorkError` if transformers' pipeline for this kind of model returns a different answer for the beginning of `text`."""
+    """Raise `WorkError` if the transformers pipeline for this kind of model returns a different answer for the start of `text`."""
     words = " ".join(text.split()[:8]) or "a text"
     if isinstance(network, SequenceClassifier):
         pipeline = transformers.pipeline("text-classification", model=reference, tokenizer=other_tokenizer, device="cpu")
@@ -249,18 +250,18 @@ def _check_pipeline(
         answer = f"{theirs['token_str']!r} {theirs['score']:.4f}"
     if not same:
         raise WorkError(
-            f"transformers' pipeline returns a different answer for the exported folder: {answer}", hint="nothing was saved"
+            f"the transformers pipeline returns a different answer for the exported folder: {answer}", hint="nothing was saved"
         )
 
 
 def model_card(name: str, parameters: int, class_name: str, recipe_yaml: str, objective: ObjectiveVariant) -> str:
-    """The text of README.md."""
+    """Return the text of README.md."""
     task = "text-classification" if isinstance(objective, ClassificationObjective) else "fill-mask"
     example = "a text" if task == "text-classification" else "a [MASK]"
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags:\n- tinylm\n---\n# {name}\n\n"
         f"A model with {parameters:,} parameters, trained with tinylm and exported for `{class_name}`. After the export, the model "
-        "was loaded from this folder: its logits, and the answer of the pipeline below, matched those of the original model.\n\n"
+        "was loaded from this folder. Its logits and the answer of the pipeline below matched those of the original model.\n\n"
         f"## Usage\n\n```python\nfrom transformers import pipeline\n\n"
         f"print(pipeline({task!r}, model={name!r})({example!r}))\n```\n\n"
         f"## Recipe\n\n```yaml\n{recipe_yaml}```\n"

@@ -1,7 +1,7 @@
-"""Import and export encoders: BERT, DistilBERT, RoBERTa and ModernBERT, as masked models, classifiers or without a head.
+"""Import and export encoders (BERT, DistilBERT, RoBERTa and ModernBERT) as masked models, classifiers or models without a head.
 
-All are configurations of tinylm's encoder, so only names and layouts of tensors differ. Queries, keys and values are one matrix in
-tinylm. RoBERTa numbers positions from `pad_token_id + 1`, so the rows before are dropped. Exports are in BERT's format.
+All of these are configurations of tinylm's encoder, so only tensor names and layouts differ. In tinylm, queries, keys and values
+share one matrix. RoBERTa numbers positions from `pad_token_id + 1`, so the rows before that are dropped. Exports use BERT's format.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tinylm.recipe.support import ANY, SIZES, TRAINING, Supports, check_supporte
 from tinylm.recipe.values import show
 
 KINDS = ("bert", "distilbert", "roberta", "modernbert")
-"""Values of `model_type` that are imported as encoders."""
+"""Values of `model_type` that can be imported as encoders."""
 _ACTIVATIONS = {"gelu": "gelu_exact", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu": "relu"}
 _TO_ACTIVATION = {"gelu_exact": "gelu", "gelu": "gelu_new", "relu": "relu"}
 BERT: Supports = {
@@ -44,12 +44,12 @@ BERT: Supports = {
     "head_transform": ANY,
     "head_bias": ANY,
 }
-"""The values of the keys of `model:` that BertModel supports."""
+"""The values of the `model:` keys that BertModel supports."""
 
 
 @dataclass(frozen=True)
 class ImportedEncoder:
-    """The content of a folder: the sections of the recipe, and the weights in tinylm's names. `has_head`: not a bare model."""
+    """The contents of a folder: the recipe sections and the weights under tinylm's names. `has_head` is False for a bare model."""
 
     model: EncoderSection
     objective: ObjectiveVariant
@@ -61,11 +61,11 @@ class ImportedEncoder:
 
 
 def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> ImportedEncoder:
-    """Convert config.json and tensors. Raises `InputError` if the model is not supported or tensors are missing or unexpected."""
+    """Convert config.json and tensors. Raises `InputError` if the model is unsupported, or if tensors are missing or unexpected."""
     model = section_from_config(config, f"{where}/config.json")
     kind, task = str(config["model_type"]), _task(config)
     if task == "classification" and kind == "modernbert":
-        raise InputError("ModernBERT classifiers cannot be imported, only masked models", where=where)
+        raise InputError("only masked ModernBERT models can be imported, not classifiers", where=where)
     objective = _classification(config, kind, where) if task == "classification" else MaskedLMObjective()
     has_head = task != "none"
     if task != "masked_lm":
@@ -79,7 +79,7 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -
         return remaining.pop(name, torch.zeros(0))
 
     state = dict(_CONVERTERS[kind](pop, model))
-    if kind == "roberta":  # the rows before the first position belong to padding
+    if kind == "roberta":  # the rows before the first position are for padding
         state["positions.weight"] = state["positions.weight"][int(config.get("pad_token_id") or 0) + 1 :]
     if isinstance(objective, ClassificationObjective):
         state = {BODY + name: tensor for name, tensor in state.items()}
@@ -106,7 +106,7 @@ _UNUSED = (
     "classifier.",
     "pre_classifier.",
 )
-"""Beginnings of the names of tensors of other heads and of tied weights, which are not loaded."""
+"""Name prefixes of tensors that are not loaded because they belong to other heads or are tied weights."""
 _POOLERS = {"bert": "pooler.dense", "roberta": "classifier.dense", "distilbert": "pre_classifier"}
 _OUTPUTS = {"bert": "classifier", "roberta": "classifier.out_proj", "distilbert": "classifier"}
 _ACTIVATIONS_OF_POOLERS = {"bert": "tanh", "roberta": "tanh", "distilbert": "relu"}
@@ -122,7 +122,7 @@ def _short(names: list[str]) -> str:
 
 
 def _task(config: Mapping[str, Any]) -> str:
-    """What the saved class is for: masked_lm, classification or none."""
+    """Return the task of the saved class: `masked_lm`, `classification` or `none`."""
     architecture = str((config.get("architectures") or [""])[0])
     if architecture.endswith("ForSequenceClassification"):
         return "classification"
@@ -132,7 +132,7 @@ def _task(config: Mapping[str, Any]) -> str:
 def _classification(config: Mapping[str, Any], kind: str, where: str) -> ClassificationObjective:
     names = config.get("id2label")
     if not isinstance(names, Mapping) or config.get("problem_type") not in (None, "single_label_classification"):
-        raise InputError("not a classifier that gives each text one label", where=where)
+        raise InputError("not a classifier that assigns one label to each text", where=where)
     try:
         labels = tuple(str(label) for _, label in sorted(names.items(), key=lambda item: int(item[0])))
         return ClassificationObjective(pool="cls", pooler=_ACTIVATIONS_OF_POOLERS[kind], labels=labels)  # type: ignore[arg-type]
@@ -147,7 +147,7 @@ _REQUIRED: dict[str, Any] = {
     "quantization_config": None,
     "sinusoidal_pos_embds": False,
 }
-"""Keys of config.json that change what the model computes, each with its only supported value."""
+"""Keys in config.json that affect the computation, with the only supported value of each."""
 
 
 def section_from_config(config: Mapping[str, Any], where: str) -> EncoderSection:
@@ -246,13 +246,13 @@ _Names = Mapping[str, str]
 
 
 def _both(pop: Pop, ours: str, theirs: str) -> Iterator[tuple[str, Tensor]]:
-    """The weight and the bias of a module."""
+    """Yield the weight and bias of a module."""
     for part in ("weight", "bias"):
         yield f"{ours}.{part}", pop(f"{theirs}.{part}")
 
 
 def _fused(pop: Pop, ours: str, names: tuple[str, str, str]) -> Iterator[tuple[str, Tensor]]:
-    """The weight and the bias of the queries, keys and values in one matrix."""
+    """Yield the weight and bias of the queries, keys and values, each joined into one tensor."""
     for part in ("weight", "bias"):
         yield f"{ours}.{part}", torch.cat([pop(f"{name}.{part}") for name in names])
 
@@ -368,7 +368,7 @@ def check_exportable(model: EncoderSection, objective: ObjectiveVariant) -> str:
 
 
 def make_config(network: Model, objective: ObjectiveVariant) -> dict[str, Any]:
-    """The contents of config.json in BERT's format, without the ids of special tokens."""
+    """Return the contents of config.json in BERT's format, without the special token ids."""
     model = network.model
     assert isinstance(model, EncoderSection)
     config = {
@@ -398,7 +398,7 @@ def make_config(network: Model, objective: ObjectiveVariant) -> dict[str, Any]:
 
 
 def export_tensors(network: Model) -> dict[str, Tensor]:
-    """The weights of an encoder or a classifier in BERT's names and layouts."""
+    """Return the weights of an encoder or classifier under BERT's names and in BERT's layout."""
     state = network.state_dict()
     if isinstance(network, SequenceClassifier):
         outputs = {"pooler": "bert.pooler.dense", "output": "classifier"}

@@ -1,6 +1,6 @@
-"""`tinylm export`: write a run's model as a Hugging Face folder, a GGUF file or an ONNX file, and verify the result.
+"""`tinylm export`: write a run's model as a Hugging Face folder or a GGUF, ONNX or ARPA file, and verify the result.
 
-An export is written atomically: if verification fails, nothing is left at the destination.
+An export is written atomically: if verification fails, the destination does not change.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ Format = Literal["hf", "gguf", "onnx", "arpa"]
 class ExportResult:
     """What was exported and how it was verified. The field names are the keys of `tinylm export --json`.
 
-    `largest_difference`: largest absolute difference between logits on real text. The reference is the run with its weights
-    rounded to the type of the export; `perplexity` and `run_perplexity` show the effect of rounding. `custom_code_reasons`: the
-    model parts that no transformers class supports. `same_greedy`: number of greedily decoded tokens before the first that
-    differs in llama.cpp.
+    `largest_difference` is the largest absolute difference between logits on real text. The reference is the run's model with its
+    weights rounded to the export's type. `perplexity` and `run_perplexity` show the effect of rounding. `custom_code_reasons` lists
+    the model parts that no transformers class supports. `same_greedy` is the number of greedily decoded tokens before the first one
+    that differs in llama.cpp.
     """
 
     run: str
@@ -69,17 +69,17 @@ def export(
     overwrite: bool = False,
     reporter: Reporter = SILENT,
 ) -> ExportResult:
-    """Write the model of a checkpoint to `path`, load it with third-party libraries, and keep it only if the logits match.
+    """Write a checkpoint's model to `path`, load it with third-party libraries, and keep the export only if the outputs match.
 
-    `type`: storage type of the weights of a Hugging Face folder, or of the matrices in a GGUF file. An existing export at `path` is
-    replaced only if `overwrite` is set. Raises `InputError` if the format does not support the model or `path` cannot be written,
-    `WorkError` if verification fails.
+    `type` is the storage type of the weights in a Hugging Face folder or of the matrices in a GGUF file. An existing export at
+    `path` is replaced only if `overwrite` is set. Raises `InputError` if the format does not support the model or `path` cannot be
+    written. Raises `WorkError` if verification fails.
     """
     path = Path(path)
     _check_destination(path, to, overwrite)
     chosen = run.checkpoint(checkpoint)
     if to == "gguf":
-        _refuse_classifier(run, to)
+        _reject_classifier(run, to)
         gguf.check_supported(run.recipe.model, run.tokenizer)  # fail before loading the weights
     if to == "onnx":
         onnx.check_possible(run.recipe.model)
@@ -90,7 +90,7 @@ def export(
         elif isinstance(run.recipe.model, EncoderSection):
             encoders.check_exportable(run.recipe.model, run.recipe.objective)
         else:
-            _refuse_classifier(run, to)
+            _reject_classifier(run, to)
             huggingface.select_class(run.recipe.model)
     if to == "arpa":
         arpa.check_supported(run.recipe.model)
@@ -98,11 +98,11 @@ def export(
     return writer(run, chosen, path, type, reporter)
 
 
-def _refuse_classifier(run: Run, to: Format) -> None:
+def _reject_classifier(run: Run, to: Format) -> None:
     if isinstance(run.recipe.objective, ClassificationObjective):
         architecture = run.recipe.model.architecture
         hint = "--to onnx exports every classifier"
-        raise InputError(f"a classifier of architecture {architecture} cannot be exported", where=f"--to {to}", hint=hint)
+        raise InputError(f"a classifier with architecture {architecture} cannot be exported", where=f"--to {to}", hint=hint)
 
 
 def _check_destination(path: Path, to: Format, overwrite: bool) -> None:
@@ -165,7 +165,7 @@ def _export_huggingface(run: Run, checkpoint: Checkpoint, path: Path, type: str,
 
 
 def _export_encoder(run: Run, checkpoint: Checkpoint, network: Model, path: Path, type: str) -> ExportResult:
-    """Write an encoder or its classifier in BERT's format."""
+    """Write an encoder or classifier in BERT's format."""
     model, objective = network.model, run.recipe.objective
     assert isinstance(model, EncoderSection)
     class_name = encoders.check_exportable(model, objective)
@@ -216,7 +216,7 @@ def _export_translator(run: Run, checkpoint: Checkpoint, path: Path, type: str) 
 
 
 def _encoder_text(run: Run) -> str:
-    """Text to compare an encoder on. The held-out texts of a classifier are its labeled texts."""
+    """Return the text on which to compare an encoder. For a classifier, this comes from its labeled held-out texts."""
     if isinstance(run.recipe.objective, ClassificationObjective) and (run.path / "heldout").exists():
         return "\n".join(run.tokenizer.decode(ids.tolist()) for ids in heldout_texts(run).documents()[:200])
     return verify.sample_text(run)

@@ -1,8 +1,9 @@
-"""Write GGUF files for llama.cpp, for models that compute the same function as GPT-2, Llama or Qwen3.
+"""Write GGUF files for llama.cpp from models that compute the same function as GPT-2, Llama or Qwen3.
 
-Tensors have the names and layouts that llama.cpp's own converter writes: Llama's query and key rows in the interleaved order of
-its rotary embedding, and all biases of GPT-2, zero if the model has none. llama.cpp identifies pretokenizers by name, so a split
-pattern without a name is an error. `check_export` loads the file with transformers, and with llama.cpp if it is installed.
+Tensor names and layouts are the same as in files from llama.cpp's own converter. Llama's query and key rows are in the interleaved
+order of llama.cpp's rotary embedding. GPT-2's biases are always written and are zero if the model has none. llama.cpp identifies
+pretokenizers by name, so a split pattern without a name is an error. `check_export` loads the file with transformers and, if it is
+installed, with llama.cpp.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ from tinylm.tokenizer.pretokenizer import split_pattern
 
 TYPES = ("f32", "f16", "q8_0", "q4_0")
 MAX_PERPLEXITY_RATIO = {"f32": 1.0001, "f16": 1.001, "q8_0": 1.01}
-"""Largest ratio of the file's perplexity to the run's. q4_0 has no limit, because it makes small models much worse."""
+"""Maximum ratio of the file's perplexity to the run's. q4_0 has no limit, because it makes small models much worse."""
 _LLAMA_CPP_MAX_RATIO = 1.01
-"""Largest ratio of llama.cpp's perplexity to transformers'. llama.cpp rounds activations to 16 or 8 bits, like the weights."""
+"""Maximum ratio of llama.cpp's perplexity to transformers'. llama.cpp rounds not only weights but also activations."""
 GREEDY_TOKENS = 20
-"""Length of the greedy continuation that is compared with llama.cpp's."""
+"""Length of the greedy continuation that is compared with llama.cpp."""
 _BLOCK_SIZE = 32
 """Number of values that share a scale in q8_0 and q4_0."""
 
@@ -44,11 +45,11 @@ SUPPORTS = {
     family: {key: values for key, values in hf_architectures.SUPPORTS[family].items() if key != "rope_scaling"}
     for family in ("gpt2", "llama", "qwen3")
 }
-"""For each architecture, the values of the keys of `model:` that can be written. `check_supported` restricts gpt2 to gelu."""
+"""For each architecture, the values of `model:` keys that can be exported. `check_supported` restricts gpt2 to gelu."""
 
 
 def check_supported(model: ModelVariant, tokenizer: Tokenizer) -> tuple[str, str]:
-    """Return llama.cpp's names of the architecture and the pretokenizer. Raises `InputError` if either is not supported."""
+    """Return llama.cpp's names for the architecture and the pretokenizer. Raises `InputError` if either is not supported."""
     name, unsupported = hf_architectures.find_family(model, SUPPORTS)
     if name is None:
         raise InputError(
@@ -65,7 +66,7 @@ def check_supported(model: ModelVariant, tokenizer: Tokenizer) -> tuple[str, str
 
 
 def _supported_pretokenizer(tokenizer: Tokenizer) -> str:
-    """Return llama.cpp's name of the tokenizer's pretokenizer. Raises `InputError` if the tokenizer is not supported."""
+    """Return llama.cpp's name for the tokenizer's pretokenizer. Raises `InputError` if the tokenizer is not supported."""
     values = json.loads(tokenizer.backend.to_str())
     if tokenizer.kind not in ("bpe", "byte"):
         raise InputError(
@@ -76,16 +77,16 @@ def _supported_pretokenizer(tokenizer: Tokenizer) -> str:
     ignore_merges = bool(values["model"].get("ignore_merges"))
     name = pretokenizer_name(values["pre_tokenizer"], ignore_merges) if tokenizer.kind == "bpe" else "gpt-2"
     if name is None or values["normalizer"] is not None:
-        problem = "normalizes text" if name else "uses a split pattern that llama.cpp does not know"
+        problem = "normalizes text" if name else "uses a split pattern that llama.cpp does not support"
         hint = "split gpt2 is supported, and split gpt4 with digits 1 or 3"
         raise InputError(f"the tokenizer {problem}", where="--to gguf", hint=hint)
     return name
 
 
 def pretokenizer_name(pre: dict[str, Any] | None, ignore_merges: bool) -> str | None:
-    """Return llama.cpp's name for the `pre_tokenizer` of a tokenizer.json, or None if llama.cpp does not support it.
+    """Return llama.cpp's name for the `pre_tokenizer` in a tokenizer.json, or None if llama.cpp does not support it.
 
-    `ignore_merges`: the BPE setting that encodes a word in the vocabulary as one token, without applying merges.
+    `ignore_merges` is the BPE setting that encodes a word in the vocabulary as one token without applying merges.
     """
     parts = pre.get("pretokenizers", [pre]) if pre else []
     if not parts or parts[-1].get("type") != "ByteLevel" or parts[-1].get("add_prefix_space"):
@@ -112,16 +113,17 @@ _PATTERN_NAMES = {
     split_pattern("gpt4", 1).replace("{1,1}", ""): "qwen2",  # as in Qwen's own tokenizer.json
     split_pattern("gpt4", 3): "dbrx",
 }
-"""llama.cpp's names of split patterns. `llama-bpe` has the pattern of `dbrx`, but sets `ignore_merges`."""
+"""llama.cpp's names for split patterns. `llama-bpe` has the same pattern as `dbrx` but sets `ignore_merges`."""
 
 
 # Export.
 
 
 def write(path: Path, network: Model, tokenizer: Tokenizer, file_type: str, name: str, chat: ChatEncoder | None = None) -> None:
-    """Write a GGUF file, with the chat template of `chat`. `file_type`: one of `TYPES`. `name`: the model's name.
+    """Write a GGUF file for a model called `name`, including the template of `chat` if there is one.
 
-    Raises `InputError` as `check_supported` does."""
+    `file_type` is one of `TYPES`. Raises `InputError` if `check_supported` does.
+    """
     gguf = verify.require("gguf", "gguf", "writing GGUF")
     model = hf_architectures.decoder_section(network.model)
     architecture, pretokenizer = check_supported(model, tokenizer)
@@ -177,7 +179,7 @@ def _add_tokenizer(writer: Any, gguf: Any, tokenizer: Tokenizer, pretokenizer: s
     writer.add_tokenizer_pre(pretokenizer)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    writer.add_token_merges(merges or [f"{tokens[end or 0]} {tokens[end or 0]}"])  # must not be empty; this merge never applies
+    writer.add_token_merges(merges or [f"{tokens[end or 0]} {tokens[end or 0]}"])  # must not be empty; this merge is never applied
     if end is not None:  # llama.cpp's default would be id 11
         writer.add_bos_token_id(end)
         writer.add_eos_token_id(end if chat is None else chat.end_of_turn)
@@ -189,7 +191,7 @@ def _add_tokenizer(writer: Any, gguf: Any, tokenizer: Tokenizer, pretokenizer: s
 
 
 def _tensors(network: Model, architecture: str, gguf: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield llama.cpp's name and the value of each tensor in llama.cpp's layout: matrices are (outputs, inputs)."""
+    """Yield each tensor with llama.cpp's name and in llama.cpp's layout. Matrices are (outputs, inputs)."""
     model = hf_architectures.decoder_section(network.model)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], model.n_layer)
     for theirs, tensor in hf_architectures.export_state_dict(network.state_dict(), model, architecture).items():
@@ -208,22 +210,22 @@ def interleave_rotary_rows(rows: Tensor, heads: int) -> Tensor:
 
 
 def _storage_type(key: str, tensor: Tensor, file_type: str) -> str:
-    """Return the storage type of a tensor. `key`: its name in the file.
+    """Return the storage type for the tensor with the name `key` in the file.
 
-    Vectors and position embeddings are stored as f32. In a quantized file, matrices are stored as f16 if the length of their rows
-    is not a multiple of the block size.
+    Vectors and position embeddings are stored as f32. In a quantized file, matrices are stored as f16 if their row length is not a
+    multiple of the block size.
     """
     if tensor.ndim < 2 or key.startswith("position_embd"):
         return "f32"
     if file_type.startswith("q") and tensor.shape[1] % _BLOCK_SIZE:
         return "f16"
     if file_type == "q4_0" and key.startswith(("token_embd", "output.")):
-        return "q8_0"  # embedding and output head are most of a small model, and rounding affects them most
+        return "q8_0"  # the embedding and output head are the largest part of a small model and the most sensitive to rounding
     return file_type
 
 
 def _quantize(values: np.ndarray, storage_type: str, gguf: Any) -> tuple[np.ndarray, Any]:
-    """Return the stored array, and gguf's constant for a quantized type (None for f32 and f16)."""
+    """Return the array to store and gguf's constant for a quantized type (None for f32 and f16)."""
     if storage_type == "f32":
         return values.astype(np.float32), None
     if storage_type == "f16":
@@ -237,7 +239,7 @@ def _quantize(values: np.ndarray, storage_type: str, gguf: Any) -> tuple[np.ndar
 
 @dataclass(frozen=True)
 class Verification:
-    """How the file compares with the run. `largest_difference` is between the logits of the file and of the rounded weights."""
+    """How the file compares with the run. `largest_difference` compares the file's logits with those of the rounded weights."""
 
     largest_difference: float
     tokens: int
@@ -246,7 +248,7 @@ class Verification:
     programs: tuple[str, ...]
     """Names and versions of the programs that loaded the file."""
     same_greedy: int | None
-    """Number of greedily decoded tokens, up to `GREEDY_TOKENS`, before the first that differs in llama.cpp. None if not run."""
+    """Number of greedily decoded tokens (up to `GREEDY_TOKENS`) before llama.cpp first differs. None if llama.cpp was not run."""
 
 
 def check_export(
@@ -254,10 +256,9 @@ def check_export(
 ) -> Verification:
     """Load the file with other programs and compare it with the run on `text`.
 
-    The logits of transformers must match the logits of `network` with weights rounded to the file's type, and the perplexity of the
-    file must be close to the perplexity of the run. llama.cpp, if installed, must split the text into the same tokens and compute
-    nearly the same perplexity.
-    Raises `WorkError` if a comparison fails, `InputError` if transformers is not installed.
+    The logits from transformers must match those of `network` with weights rounded to the file's type, and the file's perplexity
+    must be close to the run's. If llama.cpp is installed, it must split the text into the same tokens and compute nearly the same
+    perplexity. Raises `WorkError` if a comparison fails, and `InputError` if transformers is not installed.
     """
     transformers = verify.require("transformers", "gguf", "checking a GGUF file")
     rounded = _round_weights(network, file_type)
@@ -294,14 +295,14 @@ def _check_llama_cpp(
 ) -> int:
     """Return the number of greedily decoded tokens before the first difference.
 
-    Raises `WorkError` if llama.cpp's token ids or perplexity differ. `expected` is the expected perplexity.
+    `expected` is the expected perplexity. Raises `WorkError` if llama.cpp's token ids or perplexity differ.
     """
     ids = dict(zip(verify.tokenizer_probes(text), result.ids, strict=True))
     verify.check_ids(tokenizer, ids.__getitem__, text, "llama.cpp")
     perplexity = perplexity_of(result.nats / max(1, rows.shape[0] * (rows.shape[1] - 1)))
     if not expected / _LLAMA_CPP_MAX_RATIO <= perplexity <= expected * _LLAMA_CPP_MAX_RATIO:
         raise WorkError(
-            f"llama.cpp computes a perplexity of {perplexity:.4f}, transformers {expected:.4f}", hint="nothing was saved"
+            f"the perplexity is {perplexity:.4f} in llama.cpp but {expected:.4f} in transformers", hint="nothing was saved"
         )
     ours = verify.greedy(network, rows[:1, : _prompt_length(network.model)], len(result.continuation))
     same = [a == b for a, b in zip(ours, result.continuation, strict=True)]
@@ -309,13 +310,13 @@ def _check_llama_cpp(
 
 
 _GGUF_PREFIXES = {"embedding.weight": "token_embd", "positions.weight": "position_embd", "head.weight": "output."}
-"""Prefixes of llama.cpp's names for the tensors that `_storage_type` distinguishes."""
+"""Prefixes of llama.cpp's names for the tensors that `_storage_type` treats differently."""
 
 
 def _round_weights(network: Model, file_type: str) -> Model:
     """Return a copy of the network with its weights rounded as in the file.
 
-    Quantization blocks lie within a row, so the order of rows, which the file changes, does not matter.
+    A quantization block never spans two rows, so it does not matter that the file changes the row order.
     """
     import gguf
 
@@ -331,7 +332,7 @@ def _round_weights(network: Model, file_type: str) -> Model:
 
 
 def _load_with_transformers(transformers: Any, path: Path, network: Model) -> Any:
-    """Load the file with transformers, passing the settings that its GGUF reader ignores: positions, head width and biases."""
+    """Load the file with transformers. Pass the settings that its GGUF reader ignores: positions, head width and biases."""
     model = hf_architectures.decoder_section(network.model)
     family, _ = hf_architectures.find_family(model, SUPPORTS)
     assert family is not None

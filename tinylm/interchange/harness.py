@@ -1,7 +1,7 @@
-"""Evaluate a run with lm-evaluation-harness: `run_tasks` runs its tasks, `adapter` implements its model interface.
+"""Evaluate a run with lm-evaluation-harness. `run_tasks` runs tasks, and `adapter` implements the harness's model interface.
 
-Whole texts (`loglikelihood_rolling`) are scored in the same windows as in `tinylm eval`, so that both report the same perplexity.
-The harness's own adapter for transformers is different: the last window of a text has more context.
+Whole texts (`loglikelihood_rolling`) are scored in the same windows as in `tinylm eval`, so both report the same perplexity. The
+harness's own adapter for transformers differs slightly because it gives the last window of a text more context.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from tinylm.tokenizer import Tokenizer
 
 _BOOTSTRAP_ITERATIONS = 1000
 _DEFAULT_NEW_TOKENS = 256
-"""Maximum number of generated tokens if a task does not set one; the harness's own adapters use the same value."""
+"""Maximum number of generated tokens if a task does not set it. The harness's own adapters use the same value."""
 
 
 @dataclass(frozen=True)
 class HarnessResult:
-    """Scores of a run. `results`: task -> metric -> value, with standard errors as separate metrics. `harness`: its version."""
+    """A run's scores. `results` maps task -> metric -> value; standard errors are separate metrics. `harness` is its version."""
 
     run: str
     checkpoint: str
@@ -44,7 +44,7 @@ class HarnessResult:
 
 @dataclass(frozen=True)
 class ScoredSpan:
-    """A sequence whose last `count` ids are scored, each conditioned on all ids before it."""
+    """A sequence in which the last `count` ids are scored. Each is conditioned on all ids before it."""
 
     ids: Sequence[int]
     count: int
@@ -59,10 +59,10 @@ def run_tasks(
     limit: int | None = None,
     device: str = "auto",
 ) -> HarnessResult:
-    """Evaluate a run on tasks: names of the harness's own tasks, or paths of task files (.yaml).
+    """Evaluate a run on tasks, given as names of the harness's own tasks or as paths to task files (.yaml).
 
-    `limit`: use only the first documents of each task. `stride`: as in `tinylm eval`.
-    Raises `InputError` if lm-eval is not installed or a task is unknown or unreadable, `WorkError` if a task fails.
+    `limit` is the number of documents per task, taken from the beginning. `stride` has the same meaning as in `tinylm eval`. Raises
+    `InputError` if lm-eval is not installed, or if a task is unknown or unreadable. Raises `WorkError` if a task fails.
     """
     harness = verify.require("lm_eval", "harness", "running lm-evaluation-harness tasks")
     from lm_eval.tasks import TaskManager
@@ -101,7 +101,7 @@ def _is_task_file(task: str) -> bool:
 
 
 def _resolve_tasks(tasks: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the names of the tasks, and the folders of the task files."""
+    """Return the task names and the folders that contain the task files."""
     names, folders = [], []
     for task in tasks:
         if not _is_task_file(task):
@@ -132,10 +132,10 @@ def _numeric_metrics(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, 
 
 
 def adapter(network: Model, tokenizer: Tokenizer, stride: int | None = None) -> Any:
-    """Return the object to pass as `model=` to `lm_eval.simple_evaluate`. `stride`: as in `tinylm eval`."""
+    """Return the object to pass as `model=` to `lm_eval.simple_evaluate`. `stride` has the same meaning as in `tinylm eval`."""
     from lm_eval.api.model import TemplateLM
 
-    class TinylmLM(TemplateLM):  # type: ignore[misc]  # defined here because lm_eval is an extra
+    class TinylmLM(TemplateLM):  # type: ignore[misc]  # defined here because lm_eval is an optional dependency
         @property
         def eot_token_id(self) -> int:
             return tokenizer.end_of_text or 0
@@ -158,9 +158,10 @@ def adapter(network: Model, tokenizer: Tokenizer, stride: int | None = None) -> 
 
 
 def score_continuations(network: Model, requests: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-    """Return, for each (context, continuation), its log-probability in nats and whether greedy decoding would generate it.
+    """Score (context, continuation) pairs of ids.
 
-    A context that is too long for the model is truncated on the left. A continuation that is too long is scored in several spans.
+    Returns, for each continuation, its log-probability in nats and whether greedy decoding would generate it. A context that is too
+    long for the model is truncated on the left. A continuation that is too long is scored in several spans.
     """
     context_length = network.model.context_length
     spans, owners = [], []
@@ -178,7 +179,7 @@ def score_continuations(network: Model, requests: Sequence[tuple[list[int], list
 
 
 def score_texts(network: Model, tokenizer: Tokenizer, texts: Sequence[str], stride: int | None) -> list[float]:
-    """Return the log-probability of each text in nats, scored in the windows of `tinylm eval`."""
+    """Return the log-probability of each text in nats, scored in the same windows as in `tinylm eval`."""
     context_length = network.model.context_length
     spans, owners = [], []
     for owner, text in enumerate(texts):
@@ -194,9 +195,9 @@ def score_texts(network: Model, tokenizer: Tokenizer, texts: Sequence[str], stri
 
 @torch.no_grad()
 def _score_spans(network: Model, spans: Sequence[ScoredSpan]) -> list[tuple[float, bool]]:
-    """Return, for each span, its summed loss in nats and whether every scored token is the most likely one.
+    """Return, for each span, the summed loss in nats and whether every scored token is the most likely one.
 
-    Spans of similar length are scored in one batch, longest first.
+    Spans with similar lengths are batched together, longest first.
     """
     device = network.device
     order = sorted(range(len(spans)), key=lambda index: -len(spans[index].ids))
@@ -218,7 +219,7 @@ def _score_spans(network: Model, spans: Sequence[ScoredSpan]) -> list[tuple[floa
 
 
 def complete(network: Model, tokenizer: Tokenizer, prompt: str, settings: dict[str, Any]) -> str:
-    """Generate text after a prompt, up to a stop string. Decoding is greedy unless the task's `settings` enable sampling."""
+    """Continue a prompt up to a stop string. Decoding is greedy unless the task's `settings` enable sampling."""
     until = settings.get("until") or []
     temperature = float(settings.get("temperature") or 0.0) if settings.get("do_sample") else 0.0
     options = SamplingOptions(

@@ -1,9 +1,9 @@
-"""Map between tinylm's `model:` section and the transformers classes that compute the same model.
+"""Map between tinylm's `model:` section and the transformers classes that compute the same function.
 
-Converts config.json and state dicts in both directions, for four families: gpt2, llama, qwen3 (Llama with query and key norms) and
-mistral (Llama with an attention window). They differ from tinylm's decoder only in tensor names and layouts. GPT-2's Conv1D stores
-matrices as (inputs, outputs). Llama stores separate matrices for queries, keys and values, and for SwiGLU's gate and up
-projections. Rotary embeddings pair dimension i with i + D/2, as in tinylm. Biases that the source does not have are set to zero,
+This module converts config.json files and state dicts in both directions for four families: gpt2, llama, qwen3 (Llama with query
+and key norms) and mistral (Llama with an attention window). They differ from tinylm's decoder only in tensor names and layouts.
+GPT-2's Conv1D stores matrices as (inputs, outputs). Llama stores separate matrices for queries, keys and values, and for SwiGLU's
+gate and up projections. Rotary embeddings pair dimension i with i + D/2, as in tinylm. Missing biases are set to zero, and missing
 norm gains to one.
 """
 
@@ -29,7 +29,7 @@ CLASSES = {
     "mistral": "MistralForCausalLM",
 }
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "gemma2", "gemma3_text")
-"""Values of `model_type` that are imported like Llama. They differ in sliding windows, biases, and query and key norms."""
+"""Values of `model_type` that are imported like Llama. These models differ in details such as sliding windows, biases and norms."""
 
 _ACTIVATIONS = {"gelu": "gelu_new", "gelu_exact": "gelu", "relu": "relu", "relu2": "relu2"}
 _ACTIVATIONS_FROM_HF = {**{theirs: ours for ours, theirs in _ACTIVATIONS.items()}, "gelu_pytorch_tanh": "gelu"}
@@ -42,7 +42,7 @@ _ALL_FAMILIES: Supports = {
     **SIZES,
     **TRAINING,
     "norm_position": ("pre",),
-    "norm_gain": ANY,  # without gains, ones are exported
+    "norm_gain": ANY,  # a model without gains is exported with gains of one
     "embedding_norm": (False,),
     "rope_theta": ANY,
     "qk_gain": ANY,
@@ -76,18 +76,18 @@ SUPPORTS: dict[str, Supports] = {
         "attention_pattern": lambda model: {*model.attention_pattern} == {"local"},
     },
 }
-"""For each family, the values of the keys of `model:` that it supports."""
+"""The values of `model:` keys that each family supports."""
 
 
 def find_family(model: ModelVariant, families: Mapping[str, Supports] = SUPPORTS) -> tuple[str | None, tuple[str, ...]]:
-    """Return the family that computes `model`, or None and the parts that the closest family does not support."""
+    """Return the family that supports `model`, or None and the parts that the closest family does not support."""
     unsupported = {family: unsupported_parts(model, supports) for family, supports in families.items()}
     closest = min(unsupported, key=lambda family: len(unsupported[family]))
     return (None, unsupported[closest]) if unsupported[closest] else (closest, ())
 
 
 def decoder_section(model: ModelVariant) -> DecoderSection:
-    """Return `model` if it is the section of a decoder. Raises `InputError` for any other architecture."""
+    """Return `model` if it is a decoder section. Raises `InputError` for any other architecture."""
     if not isinstance(model, DecoderSection):
         raise InputError(f"only decoders can be exported in this format, not architecture {model.architecture}", where="--to")
     return model
@@ -97,7 +97,7 @@ def decoder_section(model: ModelVariant) -> DecoderSection:
 
 
 def make_config(model: DecoderSection, family: str, vocab_size: int) -> dict[str, Any]:
-    """Return the contents of config.json for a model of `family`, without the ids of special tokens."""
+    """Return the contents of config.json for a model in `family`, without the special token ids."""
     shared = {
         "architectures": [CLASSES[family]],
         "model_type": family,
@@ -142,7 +142,7 @@ def make_config(model: DecoderSection, family: str, vocab_size: int) -> dict[str
 
 
 def export_state_dict(state: Mapping[str, Tensor], model: DecoderSection, family: str) -> dict[str, Tensor]:
-    """Convert a network's state dict to the names and layouts of `family`; a tied output head is omitted."""
+    """Convert a network's state dict to the names and layouts of `family`. A tied output head is omitted."""
     get = _with_defaults(state, model)
     converted = _to_gpt2(get, model) if family == "gpt2" else _to_llama(get, model)
     head = "lm_head.weight"
@@ -150,7 +150,7 @@ def export_state_dict(state: Mapping[str, Tensor], model: DecoderSection, family
 
 
 def _with_defaults(state: Mapping[str, Tensor], model: DecoderSection) -> Callable[[str], Tensor]:
-    """Return a function that looks up a tensor. Missing gains are ones, and missing biases are zeros."""
+    """Return a function that looks up a tensor. It returns ones for missing gains and zeros for missing biases."""
 
     def get(key: str) -> Tensor:
         if key in state:
@@ -223,7 +223,7 @@ def _llama_block_names(model: DecoderSection) -> dict[str, str]:
 
 
 def _llama_fused_rows(model: DecoderSection) -> dict[str, tuple[int, ...]]:
-    """Return, for each matrix that tinylm fuses, the number of rows of each of Llama's matrices in it."""
+    """Return the number of rows of each Llama matrix in tinylm's fused matrices."""
     kv_rows = model.kv_heads * model.head_width
     return {
         "attention.qkv": (model.n_head * model.head_width, kv_rows, kv_rows),
@@ -249,10 +249,9 @@ def _to_llama(get: Callable[[str], Tensor], model: DecoderSection) -> Iterator[t
 
 
 def model_section_from_config(config: Mapping[str, Any], tensors: Mapping[str, Any], where: str) -> DecoderSection:
-    """Return the `model:` section of the model that config.json describes.
+    """Return the `model:` section for the model that config.json describes.
 
-    Only the names of `tensors` are used, to find out whether a Llama model has biases.
-    Raises `InputError` if the model is not supported.
+    The names of `tensors` show whether a Llama model has biases. Raises `InputError` if the model is not supported.
     """
     kind = config.get("model_type")
     if kind not in IMPORTED:
@@ -285,7 +284,7 @@ _REQUIRED_SETTINGS: dict[str, dict[str, Any]] = {
     },
     "llama": {"hidden_act": "silu", "quantization_config": None},
 }
-"""Keys of config.json that change what the model computes, each with its only supported value."""
+"""Keys in config.json that affect the computation, with the only supported value of each."""
 
 
 IMPORTED = ("gpt2", *LLAMA_LIKE, *hf_variants.CONVERTED)
@@ -329,7 +328,7 @@ def _llama_section_values(config: Mapping[str, Any], tensors: Mapping[str, Any],
         "n_embd": width,
         "head_dim": None if head_dim * heads == width else head_dim,
         "n_inner": config["intermediate_size"],
-        # Only some blocks of Qwen have a window, which has no effect on sequences that fit in it.
+        # In Qwen models, only some blocks have a window, which has no effect on sequences that fit into it.
         "context_length": context if is_mistral else min(context, window or context),
         "attention_window": window if is_mistral and window and window < context else None,
         "norm_eps": config.get("rms_norm_eps", 1e-6),
@@ -343,11 +342,10 @@ def _llama_section_values(config: Mapping[str, Any], tensors: Mapping[str, Any],
 def import_state_dict(
     tensors: Mapping[str, Tensor], model: DecoderSection, kind: str, where: str, config: Mapping[str, Any] | None = None
 ) -> dict[str, Tensor]:
-    """Convert a state dict of another program to tinylm's names and layouts.
+    """Convert a state dict from another program to tinylm's names and layouts.
 
-    `kind`: the `model_type`, or "nanogpt", which is GPT-2 without Conv1D's transposed layout. `config`: the contents of
-    config.json.
-    Raises `InputError` with the names of missing and unexpected tensors.
+    `kind` is the `model_type`, or "nanogpt" for GPT-2 without Conv1D's transposed layout. `config` contains the contents of
+    config.json. Raises `InputError` with the names of missing and unexpected tensors.
     """
     remaining = dict(tensors)
     if kind in ("gpt2", "nanogpt"):
@@ -359,7 +357,7 @@ def import_state_dict(
     missing: list[str] = []
 
     def pop(name: str, zeros: int | None = None) -> Tensor:
-        """Remove a tensor from `remaining` and return it. If it is absent, return `zeros` zeros, or record its name as missing."""
+        """Remove a tensor from `remaining` and return it. If it is missing, return `zeros` zeros or record the missing name."""
         if name in remaining:
             return remaining.pop(name).float()
         if zeros is None:
@@ -388,7 +386,7 @@ def _abbreviate(names: list[str]) -> str:
 
 
 PopTensor = Callable[..., Tensor]
-"""The function `pop` of `import_state_dict`."""
+"""The type of the function `pop` in `import_state_dict`."""
 
 
 def _from_gpt2(pop: PopTensor, model: DecoderSection, transposed: bool) -> Iterator[tuple[str, Tensor]]:
@@ -400,7 +398,7 @@ def _from_gpt2(pop: PopTensor, model: DecoderSection, transposed: bool) -> Itera
 
 
 def _from_llama(pop: PopTensor, model: DecoderSection, norms: Mapping[str, str] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a network. `norms`: for an architecture with other norms, their names, as in `_LLAMA_BLOCK_NAMES`."""
+    """Yield a network's tensors. `norms` replaces the norms in `_LLAMA_BLOCK_NAMES` for architectures with different norms."""
     rows = _llama_fused_rows(model)
     block_names = _llama_block_names(model)
     if norms is not None:

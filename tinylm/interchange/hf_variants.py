@@ -1,8 +1,8 @@
-"""Import of more architectures of transformers: GPT-NeoX (Pythia), GPT-Neo (TinyStories), SmolLM3, OLMo 2, and Gemma 2 and 3.
+"""Import more transformers architectures: GPT-NeoX (Pythia), GPT-Neo (TinyStories), SmolLM3, OLMo 2, and Gemma 2 and 3.
 
-Each is converted to a decoder that computes the same logits. Where an architecture has no key of its own, the weights absorb the
-difference: GPT-Neo does not scale attention scores by 1 / sqrt(D), Gemma scales them by another number and adds 1 to the gains of
-norms, and GPT-NeoX rotates the first dimensions of a head, which become pairs (i, i + D/2).
+Each model is converted to a decoder that computes the same logits. Differences that the `model:` section cannot express are folded
+into the weights. GPT-Neo does not scale attention scores by 1 / sqrt(D). Gemma scales them by a different factor and adds 1 to norm
+gains. GPT-NeoX rotates only the first dimensions of a head, which are reordered into pairs (i, i + D/2).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tinylm.recipe.values import show
 
 PopTensor = Callable[..., Tensor]
 CONVERTED = ("gpt_neox", "gpt_neo")
-"""Values of `model_type` that `convert` reads. The others have Llama's names of tensors, except for norms."""
+"""Values of `model_type` that `convert` supports. The other architectures use Llama's tensor names, except for norms."""
 
 _ACTIVATIONS = {"gelu_new": "gelu", "gelu_fast": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact", "relu": "relu"}
 _GEMMA_ACTIVATION = "gelu_pytorch_tanh"
@@ -37,7 +37,7 @@ REQUIRED_SETTINGS: dict[str, dict[str, Any]] = {
         "quantization_config": None,
     },
 }
-"""Keys of config.json that change what the model computes, each with its only supported value."""
+"""Keys in config.json that affect the computation, with the only supported value of each."""
 
 _GEMMA_NORMS = {
     "attention_norm.weight": "input_layernorm.weight",
@@ -53,11 +53,11 @@ BLOCK_NAMES: dict[str, Mapping[str, str]] = {
     "gemma2": _GEMMA_NORMS,
     "gemma3_text": _GEMMA_NORMS,
 }
-"""The names of the norms of a block, for architectures whose names differ from Llama's."""
+"""Names of the norms in a block, for architectures whose names differ from Llama's."""
 
 
 def section_values(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return values of the `model:` section. For architectures like Llama, only those that differ from Llama's."""
+    """Return values for the `model:` section. For Llama-like architectures, return only the values that differ from Llama's."""
     functions = {
         "gpt_neox": _gpt_neox,
         "gpt_neo": _gpt_neo,
@@ -114,7 +114,7 @@ def _gpt_neo(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _smollm3(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     layers, interval = config["num_hidden_layers"], config.get("no_rope_layer_interval", 4)
-    flags = config.get("no_rope_layers") or [(layer + 1) % interval != 0 for layer in range(layers)]  # 1: with positions
+    flags = config.get("no_rope_layers") or [(layer + 1) % interval != 0 for layer in range(layers)]  # true means with RoPE
     return {"rope_pattern": ["rope" if flag else "none" for flag in flags[:layers]]}
 
 
@@ -145,7 +145,7 @@ def _gemma(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _gemma3_rope(config: Mapping[str, Any], has_local: bool, where: str) -> dict[str, Any]:
-    """Gemma 3 has one base of rotary frequencies for local blocks, and another, possibly with scaling, for the others."""
+    """Return the RoPE keys for Gemma 3, which uses different bases for local and global blocks. Only global ones can be scaled."""
     parameters = config.get("rope_parameters") or {}
     full = parameters.get("full_attention") or {"rope_theta": config.get("rope_theta", 1e6), **(config.get("rope_scaling") or {})}
     local = parameters.get("sliding_attention") or {"rope_theta": config.get("rope_local_base_freq", 10000.0)}
@@ -159,7 +159,7 @@ def _gemma3_rope(config: Mapping[str, Any], has_local: bool, where: str) -> dict
 
 
 def adjust(state: dict[str, Tensor], model: DecoderSection, kind: str, scalar: float | None = None) -> dict[str, Tensor]:
-    """Fold what the decoder does not compute into the weights of an architecture like Llama. `scalar`: `query_pre_attn_scalar`."""
+    """Fold Gemma's norm gains and attention scale into the weights. `scalar` is `query_pre_attn_scalar` from config.json."""
     if not kind.startswith("gemma"):
         return state
     is_gain = ("norm.weight", "_gain")
@@ -172,12 +172,12 @@ def adjust(state: dict[str, Tensor], model: DecoderSection, kind: str, scalar: f
 
 
 def _scale_queries(weight: Tensor, scale: float, rows: int) -> Tensor:
-    """Multiply the first `rows` rows, which compute the queries."""
+    """Scale the first `rows` rows, which compute the queries."""
     return torch.cat((weight[:rows] * scale, weight[rows:]))
 
 
 def convert(pop: PopTensor, model: DecoderSection, kind: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a network from those of GPT-NeoX or GPT-Neo, which `pop` removes from the file's."""
+    """Yield a network's tensors, converted from the GPT-NeoX or GPT-Neo tensors that `pop` returns."""
     return _from_gpt_neox(pop, model) if kind == "gpt_neox" else _from_gpt_neo(pop, model)
 
 
@@ -201,7 +201,7 @@ def _from_gpt_neox(pop: PopTensor, model: DecoderSection) -> Iterator[tuple[str,
 
 
 def _rotary_order(model: DecoderSection) -> list[int]:
-    """The place in GPT-NeoX's head of each dimension of tinylm's, which pairs dimension i with i + D/2 over the whole head."""
+    """Return, for each head dimension in tinylm, its index in GPT-NeoX. tinylm pairs dimension i with i + D/2 in the whole head."""
     pairs, half = int(model.head_width // 2 * model.rope_fraction), model.head_width // 2
     first, second = range(pairs), range(pairs, 2 * pairs)
     rest = range(2 * pairs, model.head_width)
@@ -209,11 +209,11 @@ def _rotary_order(model: DecoderSection) -> list[int]:
 
 
 def _split_heads(pop: PopTensor, name: str, model: DecoderSection, order: list[int]) -> Tensor:
-    """Reorder rows (H, 3, D), the query, key and value of each head, to (3, H, D), with reordered dimensions."""
+    """Reorder rows from (H, 3, D) to (3, H, D), and apply `order` to the dimensions of queries and keys."""
     rows = 3 * model.n_head * model.head_width
     tensor = pop(name, rows if name.endswith("bias") else None)
     if tensor.shape[0] != rows:
-        return tensor  # missing, or of a wrong shape, which the caller reports
+        return tensor  # missing or of the wrong shape; the caller reports the error
     q, k, v = tensor.view(model.n_head, 3, model.head_width, *tensor.shape[1:]).unbind(1)  # (H, D, ...)
     return torch.cat((q[:, order], k[:, order], v)).flatten(0, 1)
 

@@ -1,4 +1,4 @@
-"""Download a model from the Hugging Face Hub: `hf:OWNER/NAME`, or `hf:OWNER/NAME@REVISION`."""
+"""Download a model from the Hugging Face Hub: `hf:OWNER/NAME` or `hf:OWNER/NAME@REVISION`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _PICKLES = ("pytorch_model.bin",)
 
 
 def download(source: str, *, trust_pickle: bool = False) -> Path:
-    """Download the files that the import reads to the Hub's cache, and return their folder.
+    """Download the files needed for an import to the Hub's cache. Returns the folder that contains them.
 
     `source` begins with `PREFIX`. The environment variables `HF_ENDPOINT` and `HF_TOKEN` are respected. Raises `InputError` if the
-    name is wrong or the Hub has no such model, `WorkError` if it cannot be reached.
+    name is invalid or the Hub has no such model. Raises `WorkError` if the Hub cannot be reached.
     """
     hub = verify.require("huggingface_hub", "hf", "downloading a model")
     errors = verify.require("huggingface_hub.errors", "hf", "downloading a model")
@@ -37,9 +37,9 @@ def download(source: str, *, trust_pickle: bool = False) -> Path:
         ) from None
     except errors.RevisionNotFoundError:
         raise InputError(f"the model has no revision {revision}", where=source) from None
-    except Exception as error:  # the client raises the exceptions of several network libraries
+    except Exception as error:  # the client raises exceptions from several network libraries
         message = " ".join(str(error).split())[:200]
         raise WorkError(f"cannot download {source}: {message}", hint="check the connection and try again") from None
     if not (Path(folder) / "config.json").exists():
-        raise InputError("the repository has no config.json", where=source, hint="not a model for transformers")
+        raise InputError("the repository has no config.json", where=source, hint="choose a transformers model")
     return Path(folder)

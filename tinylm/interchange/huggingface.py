@@ -1,7 +1,7 @@
 """Write and read Hugging Face folders: config.json, safetensors weights, tokenizer files and the model card.
 
-A model that one of transformers' own classes supports is written for that class (see `hf_architectures`). For any other model,
-the folder includes `modeling_tinylm.py`. Only `check_export` and `load_model` need transformers.
+If one of transformers' own classes supports a model, the folder is written for that class (see `hf_architectures`). Otherwise, the
+folder includes `modeling_tinylm.py`. Only `check_export` and `load_model` require transformers.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from tinylm.tokenizer.chat_template import ChatEncoder
 from tinylm.tokenizer.tokenizer import END_OF_TEXT
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-"""The types that weights can be stored in."""
+"""The data types in which weights can be stored."""
 MODELING_FILE = "modeling_tinylm.py"
 _MODEL_TYPE = "tinylm"
 _MODEL_CLASS = "TinylmForCausalLM"
@@ -66,7 +66,7 @@ _SHARED_KEYS = (
     "parallel_residual",
     "logit_softcap",
 )
-"""Keys of a recipe's `model` section that have the same name in `TinylmConfig`."""
+"""Keys in a recipe's `model:` section that have the same name in `TinylmConfig`."""
 _NEWER_KEYS = {
     "attention_window": "attention_window",
     "attention_pattern": "attention_pattern",
@@ -78,8 +78,10 @@ _NEWER_KEYS = {
     "rope_pattern": "rotary_pattern",
     "rope_scaling": "rotary_scaling",
 }
-"""More keys, and their names in `TinylmConfig`. Folders written by older versions do not have them. transformers interprets names
-that begin with `rope_` itself."""
+"""More keys and their names in `TinylmConfig`. Folders from older versions do not have them.
+
+The names do not begin with `rope_`, because transformers interprets such names itself.
+"""
 SUPPORTS: Supports = {
     **COMMON,
     "attention_window": ANY,
@@ -94,14 +96,14 @@ SUPPORTS: Supports = {
     "rope_pattern": lambda model: {*model.rope_pattern} <= {"rope", "none"},
     "rope_scaling": lambda model: model.rope_scaling is None or model.rope_scaling.type in ("linear", "llama3", "yarn"),
 }
-"""The values of the keys of `model:` that `modeling_tinylm.py` supports."""
+"""The values of `model:` keys that `modeling_tinylm.py` supports."""
 
 
 # Export.
 
 
 def select_class(model: ModelVariant) -> tuple[str, tuple[str, ...]]:
-    """Return the name of the class that loads `model`, and the parts of the model that make tinylm's own class necessary.
+    """Return the name of the class that loads `model`, and the model parts for which tinylm's own class is needed.
 
     Raises `InputError` if tinylm's own class does not support the model either.
     """
@@ -112,9 +114,9 @@ def select_class(model: ModelVariant) -> tuple[str, tuple[str, ...]]:
 
 
 def write(folder: Path, network: Model, tokenizer: Tokenizer, card: str, type: str = "f32") -> None:
-    """Write all files of an export into an empty folder. `card`: the text of README.md. `type`: one of `DTYPES`.
+    """Write an export to an empty folder. `card` is the text of README.md, and `type` is a key of `DTYPES`.
 
-    Raises `InputError` as `select_class` does.
+    Raises `InputError` if no class supports the model (see `select_class`).
     """
     model = hf_architectures.decoder_section(network.model)
     select_class(model)
@@ -166,7 +168,7 @@ def _tinylm_config(model: DecoderSection, vocab_size: int) -> dict[str, Any]:
 
 
 def _tokenizer_json(tokenizer: Tokenizer) -> str:
-    """Return tokenizer.json, without a post-processor that adds special tokens: tinylm adds none when it encodes text."""
+    """Return tokenizer.json without a post-processor that adds special tokens, because tinylm does not add any to text."""
     values = json.loads(tokenizer.backend.to_str())
     if tokenizer.backend.num_special_tokens_to_add(is_pair=False):
         values["post_processor"] = None
@@ -175,7 +177,7 @@ def _tokenizer_json(tokenizer: Tokenizer) -> str:
 
 def _tokenizer_config(tokenizer: Tokenizer, context_length: int) -> dict[str, Any]:
     special = {"bos_token": tokenizer.end_of_text, "eos_token": tokenizer.end_of_text, "pad_token": tokenizer.end_of_text}
-    # As in GPT-2's tokenizer. CTranslate2 requires an unknown token, and no text is encoded to it.
+    # As in GPT-2's tokenizer: CTranslate2 requires an unknown token, but no text is encoded to it.
     special["unk_token"] = tokenizer.end_of_text if tokenizer.unknown is None else tokenizer.unknown
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -192,7 +194,7 @@ def _tokenizer_config(tokenizer: Tokenizer, context_length: int) -> dict[str, An
 
 
 def round_weights(network: Model, type: str) -> Model:
-    """Return a copy of the network with float32 weights that have been rounded to `type`. Raises `InputError` on overflow."""
+    """Return a copy of the network with float32 weights that are rounded to `type`. Raises `InputError` on overflow."""
     rounded = copy.deepcopy(network)
     with torch.no_grad():
         for name, parameter in rounded.named_parameters():
@@ -205,9 +207,10 @@ def round_weights(network: Model, type: str) -> Model:
 def check_export(
     folder: Path, network: Model, tokenizer: Tokenizer, text: str, snippet: Snippet, chat: ChatEncoder | None = None
 ) -> tuple[float, int]:
-    """Load the folder with transformers and return (largest difference between logits on `text`, number of compared tokens).
+    """Load the folder with transformers and compare it with `network`.
 
-    Raises `WorkError` if the logits, the token ids or the generated text differ, `InputError` if transformers is not installed.
+    Returns the largest difference between logits on `text` and the number of compared tokens. Raises `WorkError` if the logits, the
+    token ids or the generated text differ, and `InputError` if transformers is not installed.
     """
     transformers = verify.require("transformers", "hf", "checking a Hugging Face folder")
     own_class = (folder / MODELING_FILE).exists()
@@ -216,7 +219,7 @@ def check_export(
         try:
             other_tokenizer = loader.from_pretrained(folder)
             other = load_model(folder, folder / MODELING_FILE)
-        except Exception as error:  # whatever the exception, the export is not usable
+        except Exception as error:  # any exception means that the export is unusable
             raise WorkError(f"transformers cannot load the exported folder: {' '.join(str(error).split())[:300]}") from error
         options = {} if chat is None else {"split_special_tokens": True}
 
@@ -235,7 +238,7 @@ def check_export(
 
 
 def load_model(folder: Path, code: Path) -> Any:
-    """Load the folder's model in float32 with transformers. `code`: the modeling file for a folder with tinylm's own class."""
+    """Load the folder's model in float32 with transformers. `code` is the modeling file to use for tinylm's own class."""
     import transformers
 
     if read_config(folder).get("model_type") == _MODEL_TYPE:
@@ -249,12 +252,12 @@ def load_model(folder: Path, code: Path) -> Any:
 
 
 def float32_argument(transformers: Any) -> dict[str, torch.dtype]:
-    """Return the `from_pretrained` argument for float32; transformers 5 renamed it from `torch_dtype` to `dtype`."""
+    """Return the `from_pretrained` argument for float32. transformers 5 renamed it from `torch_dtype` to `dtype`."""
     return {"dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype": torch.float32}
 
 
 def _import_file(code: Path) -> ModuleType:
-    """Import a Python file as a module, without copying it to the transformers module cache as `trust_remote_code` does."""
+    """Import a Python file as a module. Unlike `trust_remote_code`, do not copy the file to the transformers module cache."""
     name = "tinylm_modeling"
     spec = importlib.util.spec_from_file_location(name, code)
     assert spec is not None
@@ -287,10 +290,10 @@ def quiet(transformers: Any) -> Iterator[None]:
 def read(
     folder: Path, tokenizer_file: Path | None = None, *, trust_pickle: bool = False
 ) -> tuple[DecoderSection, dict[str, Tensor], Tokenizer]:
-    """Return the model section, state dict and tokenizer of a folder.
+    """Read the model section, state dict and tokenizer from a folder.
 
-    `tokenizer_file`: a tokenizer.json to use instead of the folder's own. `trust_pickle`: allow reading pytorch_model.bin.
-    Raises `InputError` if something is missing, damaged or not supported.
+    `tokenizer_file` is a tokenizer.json to use instead of the folder's own. `trust_pickle` allows reading pytorch_model.bin.
+    Raises `InputError` if anything is missing, damaged or not supported.
     """
     config = read_config(folder)
     tensors = dict(read_tensors(folder, trust_pickle))
@@ -328,7 +331,7 @@ def _tinylm_model_section(config: Mapping[str, Any], where: str) -> DecoderSecti
         if values["position"] == "rope":
             values["rope_theta"] = float(config["rotary_base"])
         if values["ngram_embeddings"] and config.get("ngram_pad_id", config["vocab_size"]) != config["vocab_size"]:
-            raise InputError("a model with n-gram embeddings cannot be imported after its embeddings were resized", where=where)
+            raise InputError("a model with n-gram embeddings cannot be imported if its embeddings were resized", where=where)
         model = DecoderSection.model_validate(values)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"config.json was not written by tinylm: {' '.join(str(error).split())}", where=where) from None
@@ -361,7 +364,7 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield the name and value of every tensor in a file. Raises `InputError` if the file is missing or damaged."""
     try:
         with safe_open(path, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  not a mapping
+            for name in opened.keys():  # noqa: SIM118  `opened` is not a mapping
                 yield name, opened.get_tensor(name)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot be read: {error}", where=str(path)) from None
@@ -384,7 +387,7 @@ def load_pickle(path: Path, trusted: bool) -> dict[str, Any]:
         )
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch and pickle raise many types; torch's advice to set weights_only=False must not reach the user
+    except Exception:  # torch and pickle raise many types; do not show torch's advice to set weights_only=False
         raise InputError("contains objects other than tensors and plain values, or is damaged", where=str(path)) from None
     if not isinstance(value, dict):
         raise InputError(f"contains a {type(value).__name__} instead of a dictionary", where=str(path))
@@ -392,7 +395,7 @@ def load_pickle(path: Path, trusted: bool) -> dict[str, Any]:
 
 
 def rename_end_of_text(tokenizer: Tokenizer, config: Mapping[str, Any]) -> Tokenizer:
-    """Rename the token with config.json's `eos_token_id` to `<|endoftext|>`, unless the tokenizer already has such a token."""
+    """Rename the token with the `eos_token_id` from config.json to `<|endoftext|>`, unless the tokenizer already has this token."""
     end = config.get("eos_token_id")
     end = end[0] if isinstance(end, list) and end else end
     if tokenizer.end_of_text is not None or type(end) is not int or not 0 <= end < tokenizer.vocab_size:
@@ -401,7 +404,7 @@ def rename_end_of_text(tokenizer: Tokenizer, config: Mapping[str, Any]) -> Token
         return tokenizer
     values = json.loads(tokenizer.backend.to_str())
     old_name = tokenizer.backend.id_to_token(end)
-    values["post_processor"] = None  # it may refer to the old name, and tinylm does not use it
+    values["post_processor"] = None  # the post-processor can refer to the old name, and tinylm does not use it
     values["added_tokens"] = [token for token in values["added_tokens"] if token["id"] != end]
     vocabulary = values["model"].get("vocab")
     if isinstance(vocabulary, dict):
@@ -413,9 +416,9 @@ def rename_end_of_text(tokenizer: Tokenizer, config: Mapping[str, Any]) -> Token
 
 
 def pad_vocabulary(tokenizer: Tokenizer, rows: int, where: str) -> Tokenizer:
-    """Add placeholder tokens until the tokenizer has one id per embedding row; no text encodes to a placeholder.
+    """Add placeholder tokens until the tokenizer has one id per embedding row. No text is encoded to a placeholder.
 
-    The first one becomes the end-of-text token if there is none. Raises `InputError` if there are more ids than rows.
+    If there is no end-of-text token, the first new token becomes one. Raises `InputError` if there are more ids than rows.
     """
     missing = rows - tokenizer.vocab_size
     if missing < 0:

@@ -1,6 +1,6 @@
-"""`tinylm import`: turn a Hugging Face folder or a nanoGPT checkpoint into a run folder with one checkpoint at step 0.
+"""`tinylm import`: convert a Hugging Face folder, a nanoGPT checkpoint or an ARPA file to a run with one checkpoint at step 0.
 
-If transformers can load the source, the imported model must compute the same logits as transformers.
+If transformers can load the source, the import succeeds only if the logits match.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from tinylm.training.progress import Progress
 class ImportResult:
     """What was imported. The field names are the keys of `tinylm import --json`.
 
-    `largest_difference`: largest absolute difference between logits on real text, or None if there was no reference.
+    `largest_difference` is the largest absolute difference between logits on real text, or None if there was no reference.
     """
 
     run: str
@@ -77,11 +77,10 @@ def import_model(
 ) -> ImportResult:
     """Import a model and create the run folder `folder` for it.
 
-    `source`: a Hugging Face folder, nanoGPT's ckpt.pt, an ARPA file (.arpa), or `hf:OWNER/NAME` to download a model from the
-    Hugging Face Hub.
-    `tokenizer`: a tokenizer.json to use instead of the source's own. `context`: shorten the context length to this value.
-    `trust_pickle`: allow reading pickle files (tensors and plain values only).
-    Raises `InputError` if the source is missing, damaged or unsupported, `WorkError` if the logits differ from transformers'.
+    `source` is a Hugging Face folder, nanoGPT's ckpt.pt, an ARPA file (.arpa), or `hf:OWNER/NAME` to download a model from the
+    Hugging Face Hub. `tokenizer` is a tokenizer.json to use instead of the source's own. `context` is a shorter context length.
+    `trust_pickle` allows reading pickle files, but only tensors and plain values. Raises `InputError` if the source is missing,
+    damaged or unsupported. Raises `WorkError` if the logits differ from those in transformers.
     """
     name, folder = str(source), Path(folder)
     check_destination(folder, overwrite)
@@ -141,7 +140,7 @@ def _import_encoder(source: Path, folder: Path, name: str, options: _EncoderOpti
     network.load_stored_weights({key: tensor.float() for key, tensor in state.items()})
     network.eval()
     if not imported.has_head:
-        reporter.warn("the source has no head, so only its hidden states and sentence vectors mean something, not filled masks")
+        reporter.warn("the source has no head, so only its hidden states and sentence vectors are meaningful, not filled masks")
     compared = encoder_folders.compare_with_transformers(source, network, tokenizer)
     difference, tokens, reference = (None, 0, None) if isinstance(compared, str) else compared
     if isinstance(compared, str):
@@ -195,7 +194,7 @@ def _import_translator(
 
 
 def _import_arpa(source: Path, folder: Path, tokenizer: str | Path | None, context: int | None) -> ImportResult:
-    """Import an n-gram model. Without a tokenizer, the words of the file are the tokens, separated by whitespace."""
+    """Import an n-gram model. Without a tokenizer, the words in the file become the tokens."""
     if context is not None:
         raise InputError("has no effect on n-gram models", where="--context")
     if tokenizer is None:
@@ -222,7 +221,7 @@ def _import_arpa(source: Path, folder: Path, tokenizer: str | Path | None, conte
 
 
 def check_destination(folder: Path, overwrite: bool) -> None:
-    """Raise `InputError` unless a run may be created in `folder`."""
+    """Raise `InputError` unless a run can be created in `folder`."""
     if not overwrite and folder.is_dir() and any(folder.iterdir()):
         raise InputError("the folder is not empty", where=str(folder), hint="--overwrite replaces an existing run")
     check_run_folder(folder, False, overwrite)
@@ -232,7 +231,7 @@ def _read(source: Path, tokenizer: Path | None, trust_pickle: bool) -> tuple[Dec
     if not source.exists():
         raise InputError("no such file or folder", where=str(source), hint="expected a Hugging Face folder or nanoGPT's ckpt.pt")
     kind = identify(source)
-    if kind is not None and source.suffix not in (".pt", ".pth"):  # files of nanoGPT may be pickles
+    if kind is not None and source.suffix not in (".pt", ".pth"):  # nanoGPT checkpoints can be pickles
         raise InputError(f"this is {kind.name}", where=str(source), hint=kind.hint)
     if source.is_dir():
         return huggingface.read(source, tokenizer, trust_pickle=trust_pickle)
@@ -247,7 +246,7 @@ def _read(source: Path, tokenizer: Path | None, trust_pickle: bool) -> tuple[Dec
         raise InputError(
             "the checkpoint does not include a tokenizer",
             where=str(source),
-            hint="pass a tokenizer.json with --tokenizer, such as one made by `tinylm tokenize train TEXT --kind char`",
+            hint="pass a tokenizer.json with --tokenizer, such as one created with `tinylm tokenize train TEXT --kind char`",
         )
     return model, state, Tokenizer.load(tokenizer)
 
@@ -272,10 +271,10 @@ def _shorten_context(
 def _build_network(
     model: DecoderSection, state: dict[str, Tensor], tokenizer: Tokenizer, where: str, reporter: Reporter
 ) -> tuple[Model, Tokenizer]:
-    """Return the network, and a tokenizer with exactly one id per embedding row.
+    """Return the network and a tokenizer with exactly one id per embedding row.
 
-    Special tokens without an embedding row get the mean of all rows. Rows without a token get a placeholder token.
-    Raises `InputError` if the shapes of the tensors do not match `model`.
+    Special tokens without an embedding row get the mean of all rows. Rows without a token get a placeholder token. Raises
+    `InputError` if the tensor shapes do not match `model`.
     """
     rows = state["embedding.weight"].shape[0]
     if tokenizer.end_of_text is None and rows == tokenizer.vocab_size:
@@ -314,7 +313,7 @@ def _compare_with_transformers(
 ) -> tuple[float | None, int, str | None]:
     """Return the largest difference between logits, the number of compared tokens, and the name and version of the reference.
 
-    Warns and returns (None, 0, None) if transformers cannot load the source.
+    If transformers cannot load the source, warn and return (None, 0, None).
     """
     reference = _load_reference(source)
     if isinstance(reference, str):
@@ -329,9 +328,9 @@ def _compare_with_transformers(
 
 
 def _load_reference(source: Path) -> tuple[Callable[[Tensor], Tensor], str] | str:
-    """Load the source with transformers. Returns the logits function and transformers' version, or the reason for a failure.
+    """Load the source with transformers. Returns its logits function and the transformers version, or an error message.
 
-    Code in the folder is never executed: a folder with tinylm's own class is loaded with the installed `modeling_tinylm.py`.
+    Code from the folder is never executed. A folder with tinylm's own class is loaded with the installed `modeling_tinylm.py`.
     """
     if not source.is_dir() or not list(source.glob("*.safetensors")):
         return "transformers cannot read this format"
@@ -342,7 +341,7 @@ def _load_reference(source: Path) -> tuple[Callable[[Tensor], Tensor], str] | st
     with huggingface.quiet(transformers):
         try:
             other = huggingface.load_model(source, Path(huggingface.__file__).with_name(huggingface.MODELING_FILE))
-        except Exception as error:  # the import works without a reference; the caller warns about the reason
+        except Exception as error:  # the import also works without a reference; the caller reports the reason as a warning
             return f"transformers cannot load it: {' '.join(str(error).split())[:200]}"
     return (lambda ids: other(ids).logits), f"transformers {transformers.__version__}"
 
@@ -377,7 +376,7 @@ def _write(
 
 
 def save_untrained(folder: Path, network: Model, fingerprints: dict[str, str]) -> None:
-    """Save the weights as a run's only checkpoint: step 0, marked best and last, without optimizer state."""
+    """Save the weights as a run's only checkpoint, at step 0 and without optimizer state. It is marked as both best and last."""
     writer = CheckpointWriter(folder, keep=1)
     writer.prepare()
     progress = Progress().as_state(LANGUAGE_MODEL)

@@ -1,8 +1,8 @@
-"""Evaluate a GGUF file with llama.cpp in a separate process, so that a crash of native code does not end the caller.
+"""Evaluate a GGUF file with llama.cpp in a separate process, so that a crash in native code does not kill the caller.
 
     python -m tinylm.interchange.llama_cpp FILE < inputs.json > outputs.json
 
-Needs llama-cpp-python. Its kernels for repacked weights are disabled, because some crash on CPUs whose features they misdetect.
+Requires llama-cpp-python. Its kernels for repacked weights are disabled, because some misdetect CPU features and crash.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class LlamaCppResult:
-    """The results of llama.cpp for the inputs of `run`."""
+    """llama.cpp's results for the inputs of `run`."""
 
     ids: list[list[int]]
-    """Token ids of each text."""
+    """The token ids of each text."""
     nats: float
-    """Loss summed over all rows, without the first token of each row."""
+    """The loss summed over all tokens except the first token in each row."""
     continuation: list[int]
-    """Greedy continuation of the prompt."""
+    """The greedy continuation of the prompt."""
 
 
 def installed() -> bool:
@@ -33,9 +33,9 @@ def installed() -> bool:
 
 
 def run(file: Path, texts: list[str], rows: list[list[int]], prompt: list[int], new_tokens: int) -> LlamaCppResult | str:
-    """Run llama.cpp on `file`. Returns an error message if it fails.
+    """Run llama.cpp on `file`. Returns an error message if llama.cpp fails.
 
-    `texts` are tokenized, `rows` of token ids are scored, and `prompt` is continued by `new_tokens` tokens.
+    `texts` are tokenized, `rows` of token ids are scored, and `prompt` is continued with `new_tokens` tokens.
     """
     inputs = {"texts": texts, "rows": rows, "prompt": prompt, "new_tokens": new_tokens}
     command = [sys.executable, "-m", __spec__.name, str(file)]

@@ -1,7 +1,7 @@
-"""Folders for MarianMTModel in transformers: write and check a trained translation model, and read such folders.
+"""Read, write and check folders for MarianMTModel in transformers.
 
-Marian's vocabulary has one more token than tinylm's: the padding token, which is also the start of a translation and has a zero
-embedding. tinylm represents the start without a token, so an export adds this token and an import removes it.
+Marian's vocabulary has one more token than tinylm's: the padding token, which has a zero embedding and also starts every
+translation. tinylm represents the start without a token, so an export adds the padding token and an import removes it.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ CLASS = "MarianMTModel"
 _MODEL_TYPE = "marian"
 _PAD = "<pad>"
 _ACTIVATIONS = {"relu": "relu", "silu": "silu", "gelu_exact": "gelu", "gelu": "gelu_new"}
-"""Values of `feed_forward` and their names in Marian's configuration."""
+"""Values of `feed_forward` and their names in Marian's config.json."""
 _ACTIVATION_ALIASES = {"swish": "silu", "gelu_pytorch_tanh": "gelu"}
 _NO_LOGIT = -1e9
-"""The bias of the padding token, which is never generated."""
+"""The bias of the padding token's logit, so that this token is never generated."""
 _CHECKED_TRANSLATIONS = 8
 _CHECKED_SENTENCES = 64
 _CHECKED_TOKENS = 60
@@ -60,11 +60,11 @@ SUPPORTS: Supports = {
     "qk_norm": (False,),
     "embedding_norm": (False,),
 }
-"""The values of the keys of `model:` that MarianMTModel supports."""
+"""The values of `model:` keys that MarianMTModel supports."""
 
 
 def check_exportable(model: ModelVariant, separate_vocabulary: bool) -> None:
-    """Raise `InputError` if MarianMTModel does not support a model."""
+    """Raise `InputError` if MarianMTModel does not support the model or its separate vocabularies."""
     parts = unsupported_parts(model, SUPPORTS)
     if parts:
         hint = "train with preset transformer"
@@ -75,7 +75,7 @@ def check_exportable(model: ModelVariant, separate_vocabulary: bool) -> None:
 
 
 def is_marian(source: Path) -> bool:
-    """Whether a path is a folder with a Marian model."""
+    """Whether the path is a folder that contains a Marian model."""
     file = source / "config.json"
     if not file.is_file():
         return False
@@ -91,7 +91,7 @@ def is_marian(source: Path) -> bool:
 
 @dataclass(frozen=True)
 class _Layers:
-    """Where the blocks of one stack are stored in both libraries."""
+    """The names of the blocks in one stack (encoder or decoder) in both libraries."""
 
     ours: str
     theirs: str
@@ -99,7 +99,7 @@ class _Layers:
     cross_attention: bool
 
     def attentions(self, layer: int) -> list[tuple[str, str, str]]:
-        """Prefixes of each attention layer: ours, theirs, and their norm."""
+        """Return the prefixes of each attention layer: ours, theirs, and that of their norm."""
         ours, theirs = f"{self.ours}.blocks.{layer}", f"{self.theirs}.layers.{layer}"
         found = [(f"{ours}.attention", f"{theirs}.self_attn", f"{theirs}.self_attn_layer_norm")]
         if self.cross_attention:
@@ -107,7 +107,7 @@ class _Layers:
         return found
 
     def linears(self, layer: int) -> list[tuple[str, str]]:
-        """Prefixes of the other modules with a weight and a bias: ours and theirs."""
+        """Return the prefixes of all other modules with a weight and a bias: ours and theirs."""
         ours, theirs = f"{self.ours}.blocks.{layer}", f"{self.theirs}.layers.{layer}"
         return [
             *((f"{own}.output", f"{other}.out_proj") for own, other, _ in self.attentions(layer)),
@@ -126,7 +126,7 @@ def _stacks(model: EncoderDecoderSection) -> tuple[_Layers, _Layers]:
 
 
 def export_state_dict(network: EncoderDecoder) -> dict[str, Tensor]:
-    """The weights with the names and shapes of MarianMTModel."""
+    """Return the weights with MarianMTModel's names and shapes."""
     model, state = network.model, {name: tensor.detach() for name, tensor in network.state_dict().items()}
     tensors: dict[str, Tensor] = {}
     for stack in _stacks(model):
@@ -152,7 +152,7 @@ def _with_zero_row(matrix: Tensor) -> Tensor:
 
 
 def import_state_dict(tensors: Mapping[str, Tensor], model: EncoderDecoderSection, pad: int, where: str) -> dict[str, Tensor]:
-    """The weights with tinylm's names. Raises `InputError` if one is missing or has an unexpected shape."""
+    """Return the weights with tinylm's names. Raises `InputError` if a weight is missing or the last token is not for padding."""
 
     def get(name: str) -> Tensor:
         if name not in tensors:
@@ -178,7 +178,7 @@ def import_state_dict(tensors: Mapping[str, Tensor], model: EncoderDecoderSectio
 
 def _without_pad(matrix: Tensor, pad: int, where: str) -> Tensor:
     if matrix.shape[0] != pad + 1 or bool(matrix[pad].any()):
-        raise InputError("the last token is not a padding token whose embedding is zero", where=where)
+        raise InputError("the last token is not a padding token with a zero embedding", where=where)
     return matrix[:pad]
 
 
@@ -219,7 +219,7 @@ def _config(network: EncoderDecoder, end: int) -> dict[str, Any]:
 
 
 def write(folder: Path, translator: Translator, card: str, type: str) -> None:
-    """Write all files of an export into an empty folder. `type`: the storage type of the weights."""
+    """Write an export to an empty folder. `type` is the storage type of the weights."""
     network, tokenizer = translator.network, translator.framing.target_tokenizer
     end, dtype = translator.framing.target_end, huggingface.DTYPES[type]
     config = {**_config(network, end), "torch_dtype": str(dtype).removeprefix("torch.")}
@@ -252,7 +252,7 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def _tokenizer_json(tokenizer: Tokenizer, pad: int, end: int) -> str:
-    """tokenizer.json with the padding token, and a post-processor that appends the end token."""
+    """Return a tokenizer.json with the padding token and a post-processor that appends the end token."""
     values = json.loads(tokenizer.backend.to_str())
     flags = {"special": True, "normalized": False, "single_word": False, "lstrip": False, "rstrip": False}
     values["added_tokens"].append({"id": pad, "content": _PAD, **flags})
@@ -268,7 +268,7 @@ def _tokenizer_json(tokenizer: Tokenizer, pad: int, end: int) -> str:
 
 
 def model_card(name: str, parameters: int, recipe_yaml: str) -> str:
-    """The text of README.md."""
+    """Return the text of README.md."""
     usage = (
         "```python\nfrom transformers import AutoTokenizer, MarianMTModel\n\n"
         'tokenizer = AutoTokenizer.from_pretrained(".")\nmodel = MarianMTModel.from_pretrained(".")\n'
@@ -287,29 +287,29 @@ def model_card(name: str, parameters: int, recipe_yaml: str) -> str:
 
 
 def sample_pairs(run: Run) -> list[SentencePair]:
-    """Sentence pairs to compare models on: the run's held-out pairs, or lines of English text paired with themselves."""
+    """Return sentence pairs on which to compare models: the run's held-out pairs, or English lines paired with themselves."""
     if (run.path / "heldout").exists():
         return list(open_part(run.path / "heldout", "heldout", run.tokenizer, run.tokenizer).pairs[:_CHECKED_SENTENCES])
     return english_pairs()
 
 
 def english_pairs() -> list[SentencePair]:
-    """Lines of English text paired with themselves."""
+    """Return lines of English text paired with themselves."""
     lines = [" ".join(line.split()) for line in verify.english_text().splitlines()]
     return [SentencePair(line, line, "") for line in lines if line][:_CHECKED_SENTENCES]
 
 
 def check_folder(folder: Path, translator: Translator, pairs: Sequence[SentencePair]) -> tuple[float, int]:
-    """Load the folder with transformers and compare ids, logits and beam-5 translations of `pairs`.
+    """Load the folder with transformers and compare ids, logits and translations (5 beams) on `pairs`.
 
-    Returns (largest difference between logits, number of compared tokens). Raises `WorkError` if anything differs.
+    Returns the largest difference between logits and the number of compared tokens. Raises `WorkError` if anything differs.
     """
     transformers = verify.require("transformers", "hf", "checking a Hugging Face folder")
     with huggingface.quiet(transformers):
         try:
             other_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
             other = load(folder)
-        except Exception as error:  # whatever the exception, the export is not usable
+        except Exception as error:  # any exception means that the export is unusable
             raise WorkError(f"transformers cannot load the exported folder: {' '.join(str(error).split())[:300]}") from error
     pairs = pairs[:_CHECKED_SENTENCES]
     for pair in pairs:
@@ -336,7 +336,7 @@ def load(folder: Path) -> Any:
 
 @torch.no_grad()
 def compare_logits(other: Any, translator: Translator, pairs: Sequence[SentencePair]) -> tuple[float, int]:
-    """The largest difference between the logits of a MarianMTModel and ours on sentence pairs, and the number of target tokens."""
+    """Return the largest difference between a MarianMTModel's logits and ours on `pairs`, and the number of target tokens."""
     framing, network = translator.framing, translator.network
     largest, tokens = 0.0, 0
     for pair in pairs:
@@ -374,7 +374,7 @@ def _compare_translations(other: Any, translator: Translator, pairs: Sequence[Se
 def read(
     folder: Path, tokenizer_file: Path | None, *, trust_pickle: bool
 ) -> tuple[EncoderDecoderSection, dict[str, Tensor], Tokenizer]:
-    """Return the model section, weights and tokenizer of a Marian folder. Raises `InputError` if it is not supported."""
+    """Read the model section, weights and tokenizer from a Marian folder. Raises `InputError` if the folder is not supported."""
     config, where = huggingface.read_config(folder), str(folder / "config.json")
     tensors = dict(huggingface.read_tensors(folder, trust_pickle))
     model = section_from_config(config, tensors, where)
@@ -385,7 +385,7 @@ def read(
     file = tokenizer_file or folder
     if tokenizer_file is None and not (folder / "tokenizer.json").exists():
         hint = "pass a tokenizer.json with --tokenizer"
-        raise InputError("has no tokenizer.json; SentencePiece models (source.spm) are not read", where=str(folder), hint=hint)
+        raise InputError("has no tokenizer.json; SentencePiece models (source.spm) are not supported", where=str(folder), hint=hint)
     tokenizer = huggingface.rename_end_of_text(_without_pad_token(Tokenizer.load(file), pad), config)
     return model, import_state_dict(tensors, model, pad, str(folder)), huggingface.pad_vocabulary(tokenizer, pad, str(folder))
 
@@ -398,7 +398,7 @@ def _without_pad_token(tokenizer: Tokenizer, pad: int) -> Tokenizer:
 
 
 def section_from_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> EncoderDecoderSection:
-    """The model section of a Marian configuration. Raises `InputError` for a value that tinylm does not support."""
+    """Return the model section for Marian's config.json. Raises `InputError` for unsupported values."""
     activation = config.get("activation_function", "gelu")
     names = {theirs: ours for ours, theirs in _ACTIVATIONS.items()} | _ACTIVATION_ALIASES
     if activation not in names:
@@ -442,7 +442,7 @@ def section_from_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 def compare_with_transformers(source: Path, network: Model, tokenizer: Tokenizer) -> tuple[float, int, str] | str:
     """Return the largest difference between logits, the number of compared tokens, and the version of transformers.
 
-    Returns the reason instead if transformers cannot load the folder.
+    If transformers cannot load the folder, return the reason as a string instead.
     """
     if not list(source.glob("*.safetensors")):
         return "transformers cannot read this format"
@@ -454,7 +454,7 @@ def compare_with_transformers(source: Path, network: Model, tokenizer: Tokenizer
     with huggingface.quiet(transformers):
         try:
             other = load(source)
-        except Exception as error:  # the import works without a reference; the caller warns about the reason
+        except Exception as error:  # the import also works without a reference; the caller reports the reason as a warning
             return f"transformers cannot load it: {' '.join(str(error).split())[:200]}"
     translator = Translator(network, PairFraming(tokenizer, tokenizer, network.model.context_length))
     difference, tokens = compare_logits(other, translator, english_pairs()[:16])

@@ -2,8 +2,8 @@
 
     AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 
-Needs only torch and transformers (4.57.1 or newer). Supports every model setting of a tinylm recipe, and `generate` with a dynamic
-or static KV cache, padding on either side, and beam search. Tensors have the same names as in tinylm.
+Requires only torch and transformers (4.57.1 or newer). Supports `generate` with a dynamic or static KV cache, padding on either
+side, and beam search. Tensors have the same names as in tinylm.
 
 Legend: B batch, T new positions, S all positions so far, C width, H query heads, K key/value heads, D head width, V vocabulary.
 """
@@ -24,7 +24,7 @@ CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ e
 LOSS_ARGUMENTS = {"num_items_in_batch", "ignore_index", "shift_labels"}
 """Arguments of `forward` that are passed on to the loss function."""
 IGNORED_ARGUMENTS = {"cache_position", "is_first_iteration"}
-"""Arguments that some versions of `generate` pass to `forward`, and that do not affect what this model computes."""
+"""Arguments that some versions of `generate` pass to `forward`. They do not affect this model."""
 
 
 DEFAULTS = {
@@ -67,11 +67,11 @@ DEFAULTS = {
     "attention_pattern": ["local"],
     "use_cache": True,
 }
-"""The keys of `TinylmConfig` and their values if config.json does not have them."""
+"""The keys of `TinylmConfig` and their default values."""
 
 
 class TinylmConfig(PretrainedConfig):
-    """The vocabulary size, and the `model:` section of a tinylm recipe. Most keys have the same names."""
+    """The vocabulary size and the `model:` section of a tinylm recipe. Most keys have the same names as in the recipe."""
 
     model_type = "tinylm"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012  the name that transformers expects
@@ -87,7 +87,7 @@ class TinylmConfig(PretrainedConfig):
     def __init__(self, tie_word_embeddings=False, **kwargs):
         for name, default in DEFAULTS.items():
             setattr(self, name, kwargs.pop(name, copy.copy(default)))
-        # The hash of n-grams depends on this id, so it must not change when the embeddings are resized.
+        # The n-gram hash depends on this id, so the id must not change when the embeddings are resized.
         self.ngram_pad_id = self.vocab_size if self.ngram_pad_id is None else self.ngram_pad_id
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
@@ -115,7 +115,7 @@ def make_norm(config):
 
 
 def rotary_frequencies(config, base, scaling):
-    """Return the frequency of each pair of dimensions, (D/2,) in float64, and a factor of the cosines and sines."""
+    """Return the frequency of each pair of dimensions, float64 (D/2,), and a factor by which to scale the cosines and sines."""
     half = config.head_dim // 2
     width = 2 * int(half * config.rotary_fraction)
     frequencies = base ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
@@ -124,13 +124,13 @@ def rotary_frequencies(config, base, scaling):
 
 
 def scale_frequencies(frequencies, base, scaling):
-    """Scale rotary frequencies for a longer context: linear, llama3, or yarn (Peng et al. 2023)."""
+    """Scale rotary frequencies for a longer context with the linear, llama3 or yarn (Peng et al. 2023) method."""
     if scaling is None:
         return frequencies, 1.0
     slow = frequencies / scaling["factor"]
     if scaling["type"] == "linear":
         return slow, 1.0
-    rotations = scaling["original_context"] * frequencies / (2 * math.pi)  # in the original context
+    rotations = scaling["original_context"] * frequencies / (2 * math.pi)  # number of full turns in the original context
     if scaling["type"] == "llama3":
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         share = ((rotations - low) / (high - low)).clamp(0, 1)
@@ -148,17 +148,17 @@ def scale_frequencies(frequencies, base, scaling):
 
 
 def rotate(x, cosines, sines):
-    """Rotary positions (Su et al. 2021): rotate the pairs (x[i], x[i + D/2]) of x (B, heads, T, D)."""
+    """Apply rotary embeddings (Su et al. 2021): rotate the pairs (x[i], x[i + D/2]) in x (B, heads, T, D)."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1)
 
 
 class Inputs(NamedTuple):
-    """Inputs of a forward pass that are the same for all blocks."""
+    """Inputs that are the same for all blocks in a forward pass."""
 
     tokens: torch.Tensor | None  # (B, T)
-    embedded: torch.Tensor  # (B, T, C), the input of the first block
-    masks: dict  # for global and local blocks, (B, 1, T, S): True where a query may attend to a key
+    embedded: torch.Tensor  # (B, T, C), the input to the first block
+    masks: dict  # for global and local blocks, (B, 1, T, S): True where a query can attend to a key
     rotations: dict  # for global and local blocks, the cosines and sines, (B, 1, T, D/2)
     cache: object
     cache_position: torch.Tensor  # (T,), positions in the cache
@@ -182,7 +182,7 @@ class Attention(nn.Module):
         self.rotary = config.position == "rope" and config.rotary_pattern[layer % len(config.rotary_pattern)] == "rope"
 
     def forward(self, x, inputs, added_values, first_values):
-        """x (B, T, C) -> (B, T, C), the values (B, K, T, D) without cached values, and the attention pattern or None."""
+        """Map x (B, T, C) to (B, T, C). Also returns the new values (B, K, T, D) and, on request, the attention pattern."""
         config, (B, T, _) = self.config, x.shape
         q, k, v = self.qkv(x).split(self.rows, dim=-1)
         if config.qk_norm and self.whole_layer:
@@ -200,7 +200,7 @@ class Attention(nn.Module):
         if inputs.cache is not None:
             k, v = inputs.cache.update(k, v, self.layer, {"cache_position": inputs.cache_position})
         mask = inputs.masks[self.kind]
-        mask = F.pad(mask, (0, k.shape[2] - mask.shape[3]))  # the unused positions of a static cache
+        mask = F.pad(mask, (0, k.shape[2] - mask.shape[3]))  # mask out the unused positions in a static cache
         groups = config.n_head // config.n_kv_head
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, H, S, D)
         pattern = None
@@ -213,7 +213,7 @@ class Attention(nn.Module):
 
 
 def attention_pattern(q, k, mask, cap):
-    """softmax(q k' / sqrt(D)) with soft-capped scores, (B, H, T, S)."""
+    """Return the attention weights softmax(q k' / sqrt(D)), (B, H, T, S), with optional soft-capping of the scores."""
     scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
     scores = scores if cap is None else cap * torch.tanh(scores / cap)
     return scores.masked_fill(~mask, float("-inf")).softmax(dim=-1, dtype=torch.float32).to(q.dtype)
@@ -254,7 +254,7 @@ class Block(nn.Module):
         self.feed_forward_output_norm = make_norm(config) if self.norm_position == "both" else None
 
     def forward(self, x, inputs, first_values):
-        """x (B, T, C) -> (B, T, C), and the values and the pattern of the attention layer."""
+        """Map x (B, T, C) to (B, T, C). Also returns the values and the pattern from the attention layer."""
         if self.residual_mix is not None:
             x = self.residual_mix[0] * x + self.residual_mix[1] * inputs.embedded
         added_values = None if self.value_embedding is None else self.value_embedding(inputs.tokens)
@@ -263,7 +263,7 @@ class Block(nn.Module):
         return self.add(x, attended), values, pattern
 
     def add(self, x, attended):
-        """Add the outputs of the attention and feed-forward layers to x."""
+        """Add the outputs of the attention layer and the feed-forward layer to x."""
         if self.norm_position == "post":
             if self.parallel:
                 return self.attention_norm(x + attended + self.feed_forward(x))
@@ -282,7 +282,7 @@ class Block(nn.Module):
 
 
 class NgramEmbedding(nn.Module):
-    """For each order n, a hash of the last n ids selects a row of a table."""
+    """For each order n, a hash of the last n ids selects a row in a table."""
 
     def __init__(self, config):
         super().__init__()
@@ -291,7 +291,7 @@ class NgramEmbedding(nn.Module):
         self.projection = nn.Linear(len(self.orders) * config.ngram_width, config.n_embd, bias=False)
 
     def forward(self, tokens):
-        """Ids (B, S), with `pad_id` at padding -> (B, S, C)."""
+        """Map ids (B, S), with `pad_id` at padding positions, to embeddings (B, S, C)."""
         indices = torch.stack([self.row_indices(tokens, order) + i * self.rows for i, order in enumerate(self.orders)], dim=-1)
         return self.projection(self.table(indices).flatten(-2))
 
@@ -305,7 +305,7 @@ class NgramEmbedding(nn.Module):
 
 
 class TinylmModel(PreTrainedModel):
-    """The model without its output head: token ids to hidden states."""
+    """The model without its output head, which maps token ids to hidden states."""
 
     config_class = TinylmConfig
     base_model_prefix = ""
@@ -327,7 +327,7 @@ class TinylmModel(PreTrainedModel):
         self.post_init()
 
     def _add_head(self, config):
-        """Create the modules that a subclass adds."""
+        """Create additional modules. Subclasses override this."""
 
     def get_input_embeddings(self):
         return self.embedding
@@ -336,7 +336,7 @@ class TinylmModel(PreTrainedModel):
         self.embedding = value
 
     def _resize_token_embeddings(self, new_num_tokens, *args, **kwargs):
-        """Resize every table that is indexed by token. The n-gram tables are indexed by a hash and keep their size."""
+        """Resize every table that is indexed by token id. The n-gram tables are indexed by a hash and keep their size."""
         resized = super()._resize_token_embeddings(new_num_tokens, *args, **kwargs)
         for block in self.blocks:
             if block.value_embedding is not None:
@@ -359,10 +359,10 @@ class TinylmModel(PreTrainedModel):
         cache=None,
         **kwargs,
     ):
-        """Ids (B, T) or embeddings (B, T, C) -> hidden states (B, T, C). With a cache, the ids follow those in the cache.
+        """Map ids (B, T) or embeddings (B, T, C) to hidden states (B, T, C). With a cache, the ids follow those in the cache.
 
-        `attention_mask` (B, S): 0 at padding. `cache` and `past_key_values` are two names of the same argument. `previous_ids`
-        (B, n - 1): the ids before `input_ids`. With a cache, n-gram embeddings need them; `generate` passes them.
+        `attention_mask` (B, S) is 0 at padding. `cache` and `past_key_values` are two names for the same argument. `previous_ids`
+        (B, n - 1) contains the ids before `input_ids`, which n-gram embeddings require with a cache. `generate` passes them.
         """
         check_arguments(kwargs, IGNORED_ARGUMENTS)
         hidden, cache, states, patterns = self._hidden(
@@ -394,12 +394,12 @@ class TinylmModel(PreTrainedModel):
         output_hidden_states,
         previous_ids,
     ):
-        """Return the final hidden states, the cache, and on request the hidden states and attention patterns of all layers."""
+        """Return the final hidden states, the cache and, on request, the hidden states and attention patterns of all layers."""
         config = self.config
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if input_ids is None and (config.ngram_embeddings or config.value_embeddings):
-            raise ValueError("this model needs input_ids: it looks up more than one embedding of each token")
+            raise ValueError("this model requires input_ids because it looks up more than one embedding for each token")
         if output_attentions is None:
             output_attentions = getattr(config, "output_attentions", False)
         if output_hidden_states is None:
@@ -441,13 +441,13 @@ class TinylmModel(PreTrainedModel):
         return x, cache, states, patterns if output_attentions else None
 
     def _embed(self, x, tokens, attention_mask, positions, past, previous_ids):
-        """Token embeddings (B, T, C) -> input of the first block."""
+        """Map token embeddings (B, T, C) to the input to the first block (B, T, C)."""
         config, T = self.config, x.shape[1]
         if config.embedding_scale != 1:
             x = x * config.embedding_scale
         if self.ngrams is not None:
             if previous_ids is None and past:
-                raise ValueError("with a cache, n-gram embeddings need previous_ids, the ids before input_ids")
+                raise ValueError("with a cache, n-gram embeddings require previous_ids, the ids before input_ids")
             ids = tokens.masked_fill(attention_mask[:, -T:] == 0, self.ngrams.pad_id)
             ids = ids if previous_ids is None else torch.cat((previous_ids, ids), dim=1)
             x = x + self.ngrams(ids)[:, -T:]
@@ -460,7 +460,7 @@ class TinylmModel(PreTrainedModel):
         return x if self.embedding_norm is None else self.embedding_norm(x)
 
     def _rotations(self, positions, dtype):
-        """Positions (B, T) -> the cosines and sines of global and local blocks, (B, 1, T, D/2)."""
+        """Map positions (B, T) to the cosines and sines (B, 1, T, D/2) for global and local blocks."""
         config, tables = self.config, {}
         if config.position != "rope":
             return tables
@@ -474,10 +474,10 @@ class TinylmModel(PreTrainedModel):
         return tables
 
     def _mask(self, attention_mask, T, window=None):
-        """Return a mask (B, 1, T, S) that is True where a query may attend to a key.
+        """Return a mask (B, 1, T, S) that is True where a query can attend to a key.
 
-        The key must not come later or be padding. A query always attends to itself, so that no row is all False. With a `window`,
-        it attends only to the last `window` positions up to its own.
+        The key must not come after the query and must not be padding. A position can always attend to itself, so no row is all
+        False. With a `window`, a query can attend only to the last `window` positions, including its own.
         """
         S = attention_mask.shape[1]
         causal = torch.ones((T, S), dtype=torch.bool, device=attention_mask.device).tril(S - T)
@@ -488,7 +488,7 @@ class TinylmModel(PreTrainedModel):
 
 
 def check_arguments(arguments, known):
-    """Raise `TypeError` for an argument of `forward` that has a value and would be ignored."""
+    """Raise `TypeError` if `forward` would ignore an argument that has a value."""
     unknown = [name for name, value in arguments.items() if value is not None and name not in known]
     if unknown:
         raise TypeError(f"forward() does not support the arguments {', '.join(sorted(unknown))}")
@@ -525,7 +525,7 @@ class TinylmForCausalLM(TinylmModel, GenerationMixin):
         cache=None,
         **kwargs,
     ):
-        """As `TinylmModel.forward`, but returns logits (B, T, V), and with `labels` (B, T) the mean loss of the next tokens."""
+        """Like `TinylmModel.forward`, but return logits (B, T, V) and, with `labels` (B, T), the mean loss of the next tokens."""
         check_arguments(kwargs, IGNORED_ARGUMENTS | LOSS_ARGUMENTS)
         hidden, cache, states, patterns = self._hidden(
             input_ids,
@@ -550,7 +550,7 @@ class TinylmForCausalLM(TinylmModel, GenerationMixin):
         return output if self._returns_dict(return_dict) else output.to_tuple()
 
     def create_masks_for_generate(self, *args, attention_mask=None, **kwargs):
-        """Keep the mask (B, S) with a static cache too: n-gram embeddings and positions need it."""
+        """Keep the mask (B, S) even with a static cache, because n-gram embeddings and positions need it."""
         return attention_mask
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):

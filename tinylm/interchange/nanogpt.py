@@ -1,4 +1,4 @@
-"""Read nanoGPT's `ckpt.pt`: a GPT-2 with exact GELU, optional biases and `nn.Linear` layers. It does not include a tokenizer."""
+"""Read nanoGPT checkpoints (`ckpt.pt`): GPT-2 with exact GELU, optional biases and `nn.Linear` layers, without a tokenizer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ARGUMENT_NAMES = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd",
 
 
 def read(path: Path, *, trust_pickle: bool) -> tuple[DecoderSection, dict[str, Tensor]]:
-    """Return the model section and state dict of a checkpoint.
+    """Return a checkpoint's model section and state dict.
 
     Raises `InputError` if pickles are not trusted or the file is not a nanoGPT checkpoint.
     """

@@ -1,4 +1,4 @@
-"""Write ONNX files that map ids `(batch, time)` to logits `(batch, time, vocabulary)`, without a KV cache, for every model."""
+"""Export models to ONNX files that map ids `(batch, time)` to logits `(batch, time, vocabulary)`, without a KV cache."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from tinylm.recipe.support import ANY, COMMON, Supports, check_supported
 from tinylm.tokenizer import Tokenizer
 
 SUPPORTS: Supports = {**COMMON, "rope_scaling": ANY, "rope_fraction": ANY}
-"""The values of the keys of `model:` whose graphs torch exports for any batch size and length."""
+"""The values of `model:` keys for which torch can export a graph with dynamic batch size and sequence length."""
 ENCODERS: Supports = {
     **SUPPORTS,
     "architecture": ("encoder",),
     **dict.fromkeys(("token_types", "head_transform", "head_bias", "norm_first_block"), ANY),
 }
-"""The same for encoders."""
+"""The supported values for encoders."""
 _EXTRA_SHAPES = ((1, 1), (3, 5))
-"""Shapes `(batch, time)` that `check_export` tries in addition to real text, because the file must accept any shape."""
+"""Shapes `(batch, time)` that `check_export` tests in addition to real text, because the graph must accept any shape."""
 
 
 class _Logits(nn.Module):
-    """The exported graph: logits from ids."""
+    """The exported graph, which maps ids to logits."""
 
     def __init__(self, network: Model) -> None:
         super().__init__()
@@ -43,14 +43,14 @@ class _Logits(nn.Module):
 
 
 def check_possible(model: ModelVariant) -> None:
-    """Raise `InputError` if the model is not supported, or if a package that export or verification needs is missing."""
+    """Raise `InputError` if the model is not supported or a required package is missing."""
     check_supported(model, ENCODERS if model.bidirectional else SUPPORTS, "ONNX export", "--to onnx")
     for module in ("onnx", "onnxscript", "onnxruntime"):
         verify.require(module, "onnx", "writing ONNX")
 
 
 def write(path: Path, network: Model, name: str) -> None:
-    """Write a file with torch's exporter. Batch and time are dynamic; time is at most the context length."""
+    """Export the network with dynamic batch size and sequence length, up to the context length. The metadata includes `name`."""
     check_possible(network.model)
     import onnx
 
@@ -89,9 +89,10 @@ def _quiet() -> Iterator[None]:
 
 
 def check_export(path: Path, network: Model, tokenizer: Tokenizer, text: str) -> tuple[float, int]:
-    """Load the file with onnxruntime and return (largest difference between logits on `text`, number of compared tokens).
+    """Compare the exported graph, run with onnxruntime, with the network on `text` and on other shapes.
 
-    Raises `WorkError` if the logits differ.
+    Returns the largest absolute difference between logits and the number of compared text tokens. Raises `WorkError` if the
+    difference is too large.
     """
     import onnxruntime
 

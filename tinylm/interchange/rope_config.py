@@ -1,7 +1,7 @@
-"""Rotary position settings in config.json, in the layouts of transformers 4 and 5, and in the `model:` section of a recipe.
+"""Convert RoPE settings between config.json and a recipe's `model:` section.
 
-transformers 4 writes `rope_theta`, `rope_scaling` and `partial_rotary_factor`. transformers 5 writes all of them in
-`rope_parameters`.
+Imports read both layouts of config.json: transformers 4 writes `rope_theta`, `rope_scaling` and `partial_rotary_factor`, and
+transformers 5 nests these settings under `rope_parameters`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TYPES = ("linear", "llama3", "yarn")
 
 
 def export_rope_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    """Return the value of `rope_scaling` in config.json."""
+    """Convert `model.rope_scaling` to the value of `rope_scaling` in config.json."""
     if scaling is None:
         return None
     values = scaling.model_dump(mode="json")
@@ -40,7 +40,7 @@ def export_rope_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
 
 
 def import_rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return `rope_theta`, `rope_scaling` and `rope_fraction`. Raises `InputError` for a type of scaling that is not supported."""
+    """Return `rope_theta`, `rope_scaling` and `rope_fraction`. Raises `InputError` if the scaling type is not supported."""
     parameters = config.get("rope_parameters") or {}
     rope = {**(config.get("rope_scaling") or {}), **parameters}
     fraction = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", config.get("rotary_pct")))
@@ -52,18 +52,18 @@ def import_rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def import_rope_scaling(rope: Mapping[str, Any], config: Mapping[str, Any], where: str) -> dict[str, Any] | None:
-    """Return the value of `model.rope_scaling` for the `rope_scaling` or `rope_parameters` of a config.json."""
+    """Convert `rope_scaling` or `rope_parameters` from config.json to the value of `model.rope_scaling`."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
     if kind not in TYPES:
         known = ", ".join(TYPES)
-        raise InputError(f"rotary embeddings scaled by {show(kind)} are not supported (supported: {known})", where=where)
+        raise InputError(f"RoPE scaling type {show(kind)} is not supported (supported: {known})", where=where)
     unknown = {key for key in rope if key not in _OTHER_KEYS and key not in _NAMES.values() and rope[key] is not None}
     if kind == "yarn" and unknown:
         raise InputError(f"yarn with {', '.join(sorted(unknown))} is not supported", where=where)
     if rope.get("factor") is None:
-        raise InputError(f"rotary embeddings scaled by {show(kind)} need a factor", where=where)
+        raise InputError(f"RoPE scaling type {show(kind)} requires `factor`", where=where)
     original = rope.get("original_max_position_embeddings") or config.get("max_position_embeddings") or 0
     values = {ours: rope[theirs] for ours, theirs in _NAMES.items() if rope.get(theirs) is not None}
     if kind == "linear":

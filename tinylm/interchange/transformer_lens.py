@@ -1,4 +1,4 @@
-"""Compare the inspection of a model with TransformerLens, an independent implementation, on an exported copy of the model."""
+"""Check inspection results against TransformerLens, an independent implementation that loads an exported copy of the model."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from tinylm.tokenizer import Tokenizer
 
 @torch.no_grad()
 def largest_differences(network: Model, tokenizer: Tokenizer, ids: list[int]) -> dict[str, float]:
-    """The largest absolute differences between attention patterns, residuals, logit lens and the attribution of each head's logits.
+    """Return the largest absolute differences in attention patterns, residuals, logit-lens outputs and per-head attributions.
 
-    The target at each position is the token that follows. Raises `InputError` if transformer-lens is not installed, or transformers
-    has no class for the model.
+    The attribution target at each position is the next token. Raises `InputError` if transformer-lens is not installed, or if
+    transformers has no class for the model.
     """
     if find_spec("transformer_lens") is None:
         raise InputError("needs transformer-lens", where="--verify", hint="pip install transformer-lens")
@@ -30,7 +30,7 @@ def largest_differences(network: Model, tokenizer: Tokenizer, ids: list[int]) ->
     _, unsupported = huggingface.select_class(network.model)
     if unsupported:
         problem = f"TransformerLens cannot load a model with {', '.join(unsupported)}"
-        raise InputError(problem, where="--verify", hint="it loads models of the presets gpt2 and llama")
+        raise InputError(problem, where="--verify", hint="it can load models with preset gpt2 or llama")
     tokens = torch.tensor([ids])
     with tempfile.TemporaryDirectory() as folder:
         huggingface.write(Path(folder), network, tokenizer, card="")
@@ -61,13 +61,13 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
 
 
 def _lens(bridge: Any, cache: Any) -> Tensor:
-    """Their logit lens: the accumulated residual, normalized again, and projected to the vocabulary."""
+    """Apply TransformerLens's logit lens: normalize each accumulated residual again and project it to the vocabulary."""
     residuals = cache.apply_ln_to_stack(cache.accumulated_resid(layer=-1), layer=-1, recompute_ln=True)
     return torch.stack([bridge.unembed(residual) for residual in residuals])
 
 
 def _attribution_difference(network: Model, tokens: Tensor, cache: Any) -> float:
-    """Compare the contributions of all heads. TransformerLens does not multiply by the gain of the final norm."""
+    """Return the largest difference between head contributions. TransformerLens does not multiply by the gain of the final norm."""
     targets = torch.cat((tokens[:, 1:], tokens[:, :1]), dim=1)
     heads, labels = cache.stack_head_results(return_labels=True, apply_ln=True)
     gain = getattr(getattr(network, "final_norm", None), "weight", None)

@@ -30,7 +30,7 @@ LogitsFunction = Callable[[Tensor], Tensor]
 
 
 def sample_text(run: Run) -> str:
-    """Return up to 40,000 characters of the run's held-out text, or of a built-in corpus if the run has no held-out text."""
+    """Return up to 40,000 characters of the run's held-out text, or of a built-in corpus if the run has none."""
     if (run.path / "heldout").exists():
         ids = np.asarray(run.heldout().tokens[: _MAX_CHARACTERS // 2], dtype=np.int64)
         return run.tokenizer.decode(ids.tolist())[:_MAX_CHARACTERS]
@@ -49,7 +49,7 @@ def english_text() -> str:
 
 
 def windows(ids: list[int], context_length: int) -> Tensor:
-    """Return rows of equal length `(rows, time)` taken at even intervals from `ids`, at most 2,048 tokens in total."""
+    """Return evenly spaced windows of equal length from `ids`, as `(rows, time)`, with up to 2,048 tokens in total."""
     length = max(1, min(context_length, _MAX_LENGTH, len(ids) - 1))
     count = max(1, min(_MAX_TOKENS // length, len(ids) // length))
     starts = np.linspace(0, len(ids) - length, count).astype(int)
@@ -73,7 +73,7 @@ def largest_difference(ours: LogitsFunction, theirs: LogitsFunction, rows: Tenso
 
 @torch.no_grad()
 def perplexity(logits: LogitsFunction, rows: Tensor) -> float:
-    """Return the perplexity of `rows` `(rows, time)`; the first token of each row is context only."""
+    """Return the perplexity of `rows` `(rows, time)`. The first token of each row serves only as context."""
     nats, count = 0.0, 0
     for row in rows[:, None]:
         losses = token_losses(logits(row)[0, :-1], row[0, 1:])
@@ -91,7 +91,7 @@ def greedy(logits: LogitsFunction, prompt: Tensor, new_tokens: int) -> list[int]
 
 
 def check_logits(difference: float, name: str) -> None:
-    """Raise `WorkError` if a difference between logits is too large for float32 rounding. `name` is used in the message."""
+    """Raise `WorkError` if a logit difference is too large to be a rounding error. `name` appears in the message."""
     if not difference <= MAX_LOGIT_DIFFERENCE:
         raise WorkError(
             f"{name} does not match the original model: logits differ by {difference:.2e}, more than {MAX_LOGIT_DIFFERENCE:.0e}",
@@ -100,7 +100,7 @@ def check_logits(difference: float, name: str) -> None:
 
 
 def check_ids(tokenizer: Tokenizer, encode: Callable[[str], list[int]], text: str, name: str) -> None:
-    """Raise `WorkError` if `encode` and `tokenizer` return different ids for a probe of `text`. `name` is used in the message."""
+    """Raise `WorkError` if `encode` and `tokenizer` return different ids for a probe of `text`. `name` appears in the message."""
     for probe in tokenizer_probes(text):
         if encode(probe) != tokenizer.encode(probe):
             raise WorkError(f"{name} tokenizes {probe[:60]!r} differently from the tinylm tokenizer", hint="nothing was saved")
@@ -117,12 +117,12 @@ _EDGE_CASES = (
 
 
 def tokenizer_probes(text: str) -> list[str]:
-    """Return the texts on which tokenizers are compared: chunks of `text`, then strings on which tokenizers often disagree."""
+    """Return the texts for comparing tokenizers: chunks of `text`, then strings on which tokenizers often disagree."""
     return [*(text[start : start + 2000] for start in range(0, len(text), 2000)), *_EDGE_CASES]
 
 
 def require(module: str, extra: str, purpose: str) -> Any:
-    """Import an optional package. If it is missing, raises `InputError` with the command that installs it."""
+    """Import an optional package. Raises `InputError` with the install command if it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError:

@@ -1,6 +1,6 @@
-"""The models: the interface of all networks, the transformer that a recipe's `model:` section configures, and decoders.
+"""Neural networks: the common `Model` interface, one module per architecture, and decoders for generation.
 
-Code in this package does not read files or depend on the number of processes.
+Code in this package does not read checkpoints or depend on the number of processes.
 """
 
 from tinylm.device import warm_up_vector_math

@@ -1,7 +1,7 @@
-"""`Model`: the interface of networks that training, evaluation, generation and exports use, for every architecture.
+"""`Model`: the interface through which training, evaluation, generation and export use a network of any architecture.
 
-A new architecture is a subclass of `Model` that implements at least `hidden` and `logits`, registered with `registry.register`.
-Everything else has a default, and nothing outside `tinylm.model` needs to know the class.
+To add an architecture, subclass `Model`, implement at least `hidden` and `logits`, and register the class with
+`registry.register`. All other methods have defaults, and code outside `tinylm.model` does not depend on the class.
 
 Legend: `B` batch, `T` time, `C` width, `V` vocabulary.
 """
@@ -19,18 +19,18 @@ from tinylm.model.hooks import HookedModule
 from tinylm.recipe.schema import ModelVariant, ObjectiveVariant
 
 BODY = "body."
-"""The beginning of the names of the weights of a classifier's network without its head."""
+"""Prefix for the weight names of a classifier's body, which is the network without its head."""
 
 
 class Model(HookedModule):
     """A network that predicts tokens. `model` is its section of the recipe.
 
-    Set `recompute` for activation checkpointing. A model that saves no large activations may ignore this attribute. Set
-    `compile_loss` to allow the loss to be compiled for the GPU.
+    Set `recompute` to enable activation checkpointing. A model that saves no large activations can ignore this attribute. Set
+    `compile_loss` to allow compiling the loss on a GPU.
     """
 
     def __init__(self, model: ModelVariant, vocab_size: int, *, seed: int | None = 0) -> None:
-        """`seed` determines the initial weights. Pass None to skip initialization if weights are loaded later."""
+        """`seed` determines the initial weights. Pass None to skip initialization when weights are loaded later."""
         super().__init__()
         self.model = model
         self.vocab_size = vocab_size
@@ -39,12 +39,12 @@ class Model(HookedModule):
 
     @property
     def is_causal(self) -> bool:
-        """Whether a position depends only on itself and on earlier positions."""
+        """Whether the output at each position depends only on that position and earlier ones."""
         return not self.model.bidirectional
 
     @property
     def objective(self) -> ObjectiveVariant | None:
-        """The objective whose output layer replaces the head of the language model; None: the model predicts tokens."""
+        """The objective whose output layer replaces the language-model head, or None if the model predicts tokens."""
         return None
 
     @property
@@ -61,7 +61,7 @@ class Model(HookedModule):
     def hidden(self, tokens: Tensor, *, n_last: int | None = None, segments: Tensor | None = None) -> Tensor:
         """Ids (B, T) -> final hidden states (B, T, C), the input of `logits`. `n_last`: return only the last `n_last` positions.
 
-        `segments` (B, T): see `Batch`. Raises `ValueError` for more positions than the context length.
+        `segments` (B, T): see `Batch`. Raises `ValueError` if T is larger than the context length.
         """
         raise NotImplementedError
 
@@ -70,16 +70,16 @@ class Model(HookedModule):
         raise NotImplementedError
 
     def unembed(self, residual: Tensor) -> Tensor:
-        """The logits (..., V) that the model would give if a residual stream (..., C) were the output of its last block.
+        """Return the logits (..., V) that the model would compute if `residual` (..., C) were the output of its last block.
 
         Raises `InputError` if the model has no residual stream.
         """
-        raise InputError(f"a model of architecture {self.architecture} has no residual stream")
+        raise InputError(f"a model with architecture {self.architecture} has no residual stream")
 
     def forward(self, tokens: Tensor, *, targets: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
-        """Ids (B, T) -> logits (B, T, V), or with `targets` (B, T) the summed loss in nats, a scalar.
+        """Ids (B, T) -> logits (B, T, V), or, with `targets` (B, T), the summed loss in nats (a scalar).
 
-        Negative targets are ignored. `segments`: see `hidden`. Training calls this method on every rank.
+        Negative targets are ignored. `segments`: see `hidden`.
         """
         logits = self.logits(self.hidden(tokens, segments=segments))
         if targets is None:
@@ -90,7 +90,7 @@ class Model(HookedModule):
     # Training.
 
     def compile_units(self) -> Sequence[nn.Module]:
-        """Return, in order, the modules that are compiled and sharded separately. If there are none, the model is a single unit."""
+        """Return the modules to compile and shard separately, in order. If there are none, the whole model is one unit."""
         return ()
 
     def muon_weights(self) -> list[str]:
@@ -99,50 +99,50 @@ class Model(HookedModule):
         return [name for name in linears if name not in self.tied_weights()]
 
     def stacked_matrices(self) -> dict[str, tuple[int, ...]]:
-        """Map the name of each parameter that stacks several matrices to the number of rows of each matrix."""
+        """Map the name of each parameter that stacks several matrices to the number of rows in each matrix."""
         return {}
 
     def lr_multipliers(self) -> dict[str, float]:
-        """Map the name of each parameter whose learning rate differs from its optimizer's learning rate to a factor."""
+        """Map parameter names to learning-rate multipliers. The default multiplier is 1."""
         return {}
 
     # Saving and loading.
 
     def tied_weights(self) -> dict[str, str]:
-        """Map the name of each weight that is not stored to the name of the stored weight with which it shares memory."""
+        """Map the name of each weight that is not stored to the name of the stored weight that shares its memory."""
         return {}
 
     def stored_weights(self) -> dict[str, Tensor]:
-        """Return the weights that a checkpoint stores, detached, by name."""
+        """Return the detached weights that a checkpoint stores, by name."""
         tied = self.tied_weights()
         return {name: tensor.detach() for name, tensor in self.state_dict().items() if name not in tied}
 
     def load_stored_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Load weights with the same names as in `stored_weights`. Raises `RuntimeError` if names or shapes differ."""
+        """Load weights named as in `stored_weights`. Raises `RuntimeError` if names or shapes differ."""
         tied = {name: weights[stored] for name, stored in self.tied_weights().items() if stored in weights}
         self.load_state_dict({**weights, **tied})
 
     def stored_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-        """Return the shapes that the weights in a file must have, given the shapes that they have.
+        """Return the shapes that a file's weights must have. `shapes` are the shapes found in the file.
 
-        They differ from those of this network only if the size of a model depends on its training text.
+        By default, the shapes must match this network. Override this method if the model's size depends on its training text.
         """
         return {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
 
     @classmethod
     def check_size(cls, model: ModelVariant, names: Iterable[str]) -> str | None:
-        """Return why weights with these names cannot belong to `model`, or None.
+        """Return the reason that weights with these names cannot belong to `model`, or None if they can.
 
-        Called before the network of an untrusted recipe is built, so a huge number of layers takes no time or memory.
+        Called before the network of an untrusted recipe is built, so that a huge number of layers takes no time or memory.
         """
         return None
 
     def vocabulary_weights(self) -> frozenset[str]:
-        """Return the names of the weights that depend on the vocabulary. They do not fit a model with another tokenizer."""
+        """Return the names of the weights that depend on the vocabulary and do not fit a model with a different tokenizer."""
         return frozenset()
 
     def head_weights(self) -> frozenset[str]:
-        """Return the names of the weights of the output head, which `init_from: {head: off}` does not load."""
+        """Return the names of the output head's weights, which `init_from: {head: off}` does not load."""
         return frozenset()
 
     def remove_head(self) -> None:
@@ -151,18 +151,18 @@ class Model(HookedModule):
             delattr(self, name)
 
     def fit_pretrained(self, name: str, weight: Tensor) -> Tensor:
-        """Return the part of a compatible pretrained model's weight that this model uses."""
+        """Crop a compatible pretrained model's weight to the part that this model uses."""
         return weight
 
     # Inspection.
 
     def input_embedding(self) -> nn.Embedding:
         """The embedding of input tokens, (V, C). Raises `InputError` if the model has none."""
-        raise InputError(f"a model of architecture {self.architecture} has no input embedding")
+        raise InputError(f"a model with architecture {self.architecture} has no input embedding")
 
     def output_embedding(self) -> nn.Linear:
         """The output projection, (V, C). Raises `InputError` if the model has none."""
-        raise InputError(f"a model of architecture {self.architecture} has no output projection")
+        raise InputError(f"a model with architecture {self.architecture} has no output projection")
 
     @property
     def depth(self) -> int:

@@ -1,4 +1,4 @@
-"""A text classifier: a network without its head, a pooled vector of each text, and an output for each label.
+"""A text classifier: a network without its head, pooling to one vector per text, and an output layer with one logit per label.
 
 Legend: `B` batch, `T` time, `C` width, `L` labels.
 """
@@ -23,13 +23,12 @@ _INITIAL_STD = 0.02
 
 
 def text_hidden(network: Model, tokens: Tensor, segments: Tensor | None) -> Tensor:
-    """The final hidden states (B, T, C) of one text per row, ids (B, T). `segments` (B, T): negative for padding at the end.
+    """Ids (B, T), one text per row -> final hidden states (B, T, C).
 
-    Without `segments`, there is no padding.
-
-    A causal network needs no mask, because padding comes after the text.
+    `segments` (B, T) is negative at the padding, which follows the text. None means that there is no padding. A causal network does
+    not need a mask, because text never attends to the padding after it.
     """
-    if isinstance(network, StatefulModel):  # `hidden` would leave out the burn-in in training
+    if isinstance(network, StatefulModel):  # in training mode, `hidden` returns zeros for the burn-in positions
         hidden, _ = network.continue_from(tokens, network.empty_state(len(tokens)))
         return hidden
     return network.hidden(tokens, segments=None if network.is_causal else segments)
@@ -49,7 +48,7 @@ def pool(hidden: Tensor, segments: Tensor | None, how: str) -> Tensor:
 
 
 class SequenceClassifier(Model):
-    """Predicts the label of a text. `body` loses its head."""
+    """Predicts a text's label. Removes the head of `body`."""
 
     def __init__(self, body: Model, objective: ClassificationObjective, *, seed: int | None = 0) -> None:
         """Raises `InputError` if the objective has no labels."""
@@ -79,7 +78,7 @@ class SequenceClassifier(Model):
 
     @property
     def pool(self) -> str:
-        """How a text becomes one vector: cls, mean or last."""
+        """The pooling method: cls, mean or last."""
         if self._objective.pool != "auto":
             return self._objective.pool
         return "last" if self.body.is_causal else "cls"
@@ -87,7 +86,7 @@ class SequenceClassifier(Model):
     def forward(self, tokens: Tensor, *, targets: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
         """Ids (B, T), one text per row -> logits (B, L). Padding has negative `segments`."""
         if targets is not None:
-            raise ValueError("the objective computes the loss of a classifier")
+            raise ValueError("a classifier does not accept `targets`; its objective computes the loss")
         self.body.recompute = self.recompute
         vectors = pool(text_hidden(self.body, tokens, segments), segments, self.pool)  # (B, C)
         if self.pooler is not None:
@@ -122,7 +121,7 @@ class SequenceClassifier(Model):
 
     @classmethod
     def check_size(cls, model: ModelVariant, names: Iterable[str]) -> str | None:
-        raise NotImplementedError("the class of the body checks the size")
+        raise NotImplementedError("call `check_size` of the body's class")
 
     def vocabulary_weights(self) -> frozenset[str]:
         return frozenset(BODY + name for name in self.body.vocabulary_weights())
@@ -139,5 +138,5 @@ class SequenceClassifier(Model):
 
 
 def without_classifier(network: Model) -> Model:
-    """The network that computes the hidden states: the body of a classifier, or the network itself."""
+    """Return a classifier's body, or the network itself if it is not a classifier."""
     return network.body if isinstance(network, SequenceClassifier) else network

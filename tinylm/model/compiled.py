@@ -1,8 +1,8 @@
 """Decoding on a CPU with numba-compiled code: packs the weights, allocates the workspace and runs each step on several threads.
 
 The compiled code itself is in `tinylm.model.kernels`, which needs numba. The code runs on torch's own OpenMP threads, because a
-second thread pool would compete for the same cores. It starts these threads through the entry points that compilers call, which
-libgomp, libomp and Intel's library all provide. If no OpenMP library is found, steps run on one thread.
+second thread pool would compete for the same cores. It starts these threads through the entry points for compiler-generated code,
+which libgomp, libomp and Intel's library all provide. If no OpenMP library is found, steps run on one thread.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from tinylm.model.transformer import Transformer
 from tinylm.recipe.support import ANY, COMMON, Supports, unsupported_parts
 
 MIN_PRODUCTS_PER_THREAD = 4_000_000
-"""Minimum number of multiplications per thread. Smaller steps use fewer threads. This is a constant rather than a measured value to
-make the number of threads reproducible."""
+"""Minimum number of multiplications per thread. Smaller steps use fewer threads. A constant makes the number of threads
+reproducible, unlike a value measured at run time."""
 COMPILE_NOTE_SECONDS = 1.5
-"""Report the compilation if it takes longer than this. Loading code that is already compiled is faster."""
+"""Report compilation if it takes longer than this. Loading previously compiled code takes less time."""
 SUPPORTS: Supports = {
     **COMMON,
     "norm_position": ("pre",),
@@ -47,7 +47,7 @@ _ALIGNMENT = 64
 _LOAD_SECONDS = 2.0
 """Upper bound on the time to load numba and the compiled code, measured on two cores of a Xeon."""
 _SAVED_SECONDS_PER_STEP, _SAVED_SECONDS_PER_BYTE = 4e-4, 16e-12
-"""Lower bound on the time that a compiled step saves, measured on the same CPU: a constant, and a term per byte of weights."""
+"""Lower bound on the seconds that a compiled step saves, measured on the same CPU: a constant plus a term per byte of weights."""
 
 
 def import_kernels() -> Any:
@@ -68,7 +68,7 @@ def unsupported(network: Transformer) -> str | None:
 
 
 def is_worthwhile(network: Transformer, steps: int | None) -> bool:
-    """Whether compiled steps are supported and save more time over `steps` steps than loading takes. None: unlimited steps."""
+    """Whether compiled steps are supported and save more time than loading takes. `steps=None` means unlimited steps."""
     supported = find_spec("numba") is not None and network.embedding.weight.device.type == "cpu" and unsupported(network) is None
     weight_bytes = sum(4 * parameter.numel() for parameter in network.parameters())
     saved = _SAVED_SECONDS_PER_STEP + _SAVED_SECONDS_PER_BYTE * weight_bytes
@@ -76,7 +76,7 @@ def is_worthwhile(network: Transformer, steps: int | None) -> bool:
 
 
 def load_kernels(report: Callable[[str], None]) -> None:
-    """Load the compiled code, which the first use on a machine compiles. Call `report` if this takes long."""
+    """Load the compiled code, and compile it first if necessary. Call `report` with a message if this takes long."""
     message = "compiling the decoding step for this CPU (once, about 10 seconds)"
     timer = threading.Timer(COMPILE_NOTE_SECONDS, report, [message])
     timer.daemon = True
@@ -116,12 +116,12 @@ class CompiledStep:
         self._call_single_threaded = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._code)
 
     def __call__(self, cache: KVCache, tokens: Tensor) -> Tensor:
-        """Append one id (B,) to every row. Return the logits (B, V) after it. Does not change `cache.lengths`."""
+        """Append `tokens` (B,), one id per row. Return the next-token logits (B, V). Does not change `cache.lengths`."""
         rows = len(cache.lengths)
         return self._run(cache, tokens, np.arange(rows), cache.lengths)
 
     def prefill(self, cache: KVCache, row: int, tokens: Tensor) -> Tensor:
-        """Overwrite a row with ids (T,). Return the logits (V,) after the last. Does not change `cache.lengths`."""
+        """Overwrite a row with ids (T,). Return the next-token logits (V,). Does not change `cache.lengths`."""
         cache.tokens[row, : len(tokens)] = tokens
         return self._run(cache, tokens, row, np.arange(len(tokens)), is_prefill=True)[0]
 
@@ -169,7 +169,7 @@ class CompiledStep:
             step["cosines"], step["sines"] = (network.get_buffer(f"rope_{name}").data_ptr() for name in ("cosines", "sines"))
 
     def _fill_records(self) -> None:
-        """Fill in everything that does not change from step to step: settings, addresses of tables, and weights."""
+        """Fill in everything that does not change between steps: settings, table addresses and weights."""
         network, model, step = self._network, self._network.model, self._step
         step["layers"], step["matrices"] = self._layers.ctypes.data, self._matrices.ctypes.data
         step["layer_count"], step["width"] = model.n_layer, model.n_embd
@@ -212,13 +212,13 @@ class CompiledStep:
         self._fill_matrix(first + self._kernels.DOWN, feed_forward.output)
 
     def _fill_norm(self, record: np.ndarray, name: str, norm: nn.Module | None) -> None:
-        """Fill in `NAME_gain` and `NAME_bias` of a record with the parameters that the norm has."""
+        """Fill in the `NAME_gain` and `NAME_bias` fields of a record if the norm has these parameters."""
         for field, vector in (("gain", getattr(norm, "weight", None)), ("bias", getattr(norm, "bias", None))):
             if vector is not None:
                 self._weights.add_vector(record, f"{name}_{field}", vector)
 
     def _fill_matrix(self, index: int, linear: nn.Module, part: int = 0, parts: int = 1) -> None:
-        """Fill record `index` from a linear layer, or from one of `parts` equal parts of its outputs."""
+        """Fill in record `index` from a linear layer, or from one of `parts` equal slices of its outputs."""
         weight, scale = _weight_and_scale(linear)
         outputs = len(weight) // parts
         rows = slice(part * outputs, (part + 1) * outputs)
@@ -263,12 +263,12 @@ def _weight_and_scale(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 def _round_up(size: int) -> int:
-    """The smallest multiple of the alignment that is at least `size`."""
+    """Round up to a multiple of the alignment."""
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def _aligned_zeros(size: int) -> tuple[np.ndarray, int]:
-    """Return an array of zeros, and an aligned address inside it that is followed by at least `size` bytes."""
+    """Return a zeroed array and an aligned address inside it, with at least `size` bytes from that address to the end."""
     memory = np.zeros(size + _ALIGNMENT, dtype=np.uint8)  # numpy requests huge pages for large arrays
     return memory, _round_up(memory.ctypes.data)
 

@@ -1,4 +1,4 @@
-"""Decoding with a recurrent network on a CPU with numba-compiled code (`tinylm.model.recurrent_kernels`, which needs numba)."""
+"""Numba-compiled decoding for recurrent networks on a CPU. The kernels in `tinylm.model.recurrent_kernels` need numba."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tinylm.recipe.recurrent import GruSection, LstmSection, RnnSection
 _LOAD_SECONDS = 2.0
 """Upper bound on the time to load numba and the compiled code."""
 _SAVED_SECONDS_PER_STEP = 1e-4
-"""Lower bound on the time that a compiled step saves."""
+"""Lower bound on the seconds that a compiled step saves."""
 
 _MAX_TABLE = 1 << 24
-"""Maximum number of values in the table of the products of all embeddings with the input weights of the first layer."""
+"""Maximum number of values in the precomputed table that maps each token to the first layer's input projection."""
 
 
 def is_worthwhile(network: Recurrent, steps: int | None) -> bool:
-    """Whether compiled steps are supported and save more time over `steps` steps than loading takes. None: unlimited steps."""
+    """Whether compiled steps are supported and save more time than loading takes. `steps=None` means unlimited steps."""
     weight = network.embedding.weight
     supported = find_spec("numba") is not None and weight.device.type == "cpu" and weight.dtype == torch.float32
     return supported and (steps is None or steps * _SAVED_SECONDS_PER_STEP > _LOAD_SECONDS)
@@ -72,15 +72,15 @@ class CompiledRecurrent:
         return logits
 
     def new_state(self, rows: int, max_tokens: int | None = None) -> RowState:
-        """Create a state of `rows` empty rows. Its size does not depend on `max_tokens`."""
+        """Create a state with `rows` empty rows. Its size does not depend on `max_tokens`."""
         return self.network.new_state(rows)
 
     def prefill(self, state: RowState, row: int, ids: Sequence[int] | Tensor) -> Tensor:
-        """Replace the contents of a row with ids (T,). Return the logits (V,) after the last one."""
+        """Overwrite a row with ids (T,). Return the next-token logits (V,)."""
         return self.network.prefill(state, row, ids)
 
     def step(self, state: RowState, tokens: Tensor) -> Tensor:
-        """Append one id (B,) to every row and return the logits (B, V) after it."""
+        """Append `tokens` (B,), one id per row. Return the next-token logits (B, V)."""
         inputs = self._embedding[tokens] @ self._first_weight if self._table is None else self._table[tokens]
         logits = torch.empty(len(tokens), self.vocab_size)
         state.values = state.values.detach().contiguous()

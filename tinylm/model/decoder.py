@@ -1,7 +1,7 @@
 """Decoding: fill rows of a KV cache with prompts (prefill), then add one token at a time to every row (step).
 
-A step computes what `Transformer.hidden` and `Transformer.logits` compute for one new position per row, without autograd or
-module calls. All state is in the cache. Rows may have different lengths, so requests can join and leave a batch at any time. On a
+A step is equivalent to `Transformer.hidden` and `Transformer.logits` for one new position per row, but without autograd or
+module calls. All state is in the cache. Rows can have different lengths, so requests can join and leave a batch at any time. On a
 CPU, numba-compiled code can run the step instead (see `tinylm.model.compiled`).
 
 Legend: `B` rows, `T` prompt tokens, `C` width, `H` query heads, `K` key/value heads, `G` = `H` / `K`, `D` head width, `S` cached
@@ -48,7 +48,7 @@ SUPPORTS: Supports = {
 """The values of `model:` keys that decoding with a KV cache supports. A `FullPassDecoder` decodes all other networks."""
 TensorFunction = Callable[[Tensor], Tensor]
 _MAX_NUMBA_PROMPT = 32
-"""Maximum length in tokens of a prompt that the numba-compiled code prefills. For longer prompts, PyTorch is faster."""
+"""Maximum prompt length, in tokens, for prefill in numba-compiled code. PyTorch is faster for longer prompts."""
 
 
 def make_decoder(
@@ -57,8 +57,8 @@ def make_decoder(
     """Make a decoder for about `steps` steps (None: unlimited). `compiled=None` compiles the step on a CPU if that saves time.
 
     Reports a note if decoding with a KV cache does not support a part of the network. Raises `InputError` if the network cannot
-    generate text, or if it does not support `weights` or `compiled`. Both options require a transformer without functions attached
-    to its hook points. On a CPU, the compiled code must also support the network.
+    generate text, or if it does not support `weights` or `compiled`. On a transformer, both options also require that no functions
+    are attached to hook points.
     """
     if isinstance(network, Recurrent) and weights == "fp32":
         if compiled is None:
@@ -87,14 +87,14 @@ def check_generates_text(network: Model) -> None:
         name = network.objective.name
         raise InputError(f"a model trained with objective {name} cannot generate text", hint="use `tinylm classify`")
     if not network.is_causal:
-        raise InputError(f"a model of architecture {network.architecture} cannot generate text", hint="use `tinylm fill`")
+        raise InputError(f"a model with architecture {network.architecture} cannot generate text", hint="use `tinylm fill`")
 
 
 def as_decoder(model: nn.Module | DecodingModel[Any]) -> DecodingModel[Any]:
-    """Return a `DecodingModel` for a model: the model itself if it is one, else a `Decoder` or a `FullPassDecoder`.
+    """Return the model itself if it is a `DecodingModel`, otherwise a `Decoder` or a `FullPassDecoder` for it.
 
-    A transformer gets a `Decoder`, unless it has a part that `SUPPORTS` does not list or functions attached to its hook points.
-    Raises `InputError` for a model that cannot generate text.
+    A transformer gets a `Decoder` unless it has a part that `SUPPORTS` does not list or functions attached to its hook points.
+    Raises `InputError` if the model cannot generate text.
     """
     if isinstance(model, Model):
         check_generates_text(model)
@@ -108,13 +108,13 @@ def as_decoder(model: nn.Module | DecodingModel[Any]) -> DecodingModel[Any]:
 
 
 def _transformer_decoder(network: Transformer, weights: WeightKind, compiled: bool) -> Decoder | FullPassDecoder:
-    """Return a `FullPassDecoder` if functions are attached or a PyTorch step does not support the network, else a `Decoder`.
+    """Return a `FullPassDecoder` if functions are attached or the PyTorch step does not support the network, else a `Decoder`.
 
-    Raises `InputError` in the same cases as `Decoder`, and if functions are attached that `weights` or `compiled` would ignore.
+    Raises `InputError` if `Decoder` does, or if functions are attached and `weights` or `compiled` would bypass them.
     """
     hooked = has_functions(network)
     if hooked and (compiled or weights != "fp32"):
-        raise InputError("functions at hook points are only called in uncompiled decoding with fp32 weights")
+        raise InputError("functions at hook points require uncompiled decoding with fp32 weights")
     uses_torch = not compiled or network.device.type != "cpu"
     if uses_torch and (hooked or unsupported_parts(network.model, SUPPORTS)):
         return FullPassDecoder(network if hooked else pack(network, weights))  # a packed copy has no functions attached
@@ -124,11 +124,12 @@ def _transformer_decoder(network: Transformer, weights: WeightKind, compiled: bo
 class Decoder:
     """The `DecodingModel` for transformers: prefills prompts into rows of a KV cache and continues them token by token.
 
-    `compiled`: compile the step with `backend`. With "numba" (the default on a CPU), a row's logits are bit-identical and
-    independent of the other rows. "torch" (the default on other devices) uses `torch.compile` with static shapes, and CUDA graphs
-    on CUDA; the first step then takes tens of seconds. Raises `InputError` if the numba backend does not support the network.
+    `compiled`: compile the step with `backend`. With "numba" (the default on a CPU), a row's logits are bit-identical in every run
+    and do not depend on the other rows. "torch" (the default on other devices) uses `torch.compile` with static shapes, plus CUDA
+    graphs on CUDA; the first step then takes tens of seconds. Raises `InputError` if the numba backend does not support the
+    network.
 
-    Raises `ValueError` if functions are attached to hook points of the network, because a step would not call them, or if the
+    Raises `ValueError` if functions are attached to the network's hook points, because a step would not call them, or if the
     network has a part that `SUPPORTS` does not list. `make_decoder` and `as_decoder` return a `FullPassDecoder` in these cases.
     """
 
@@ -158,7 +159,7 @@ class Decoder:
         self.uses_numba = self._numba_step is not None
 
     def _prepare_layers(self) -> None:
-        """Look up everything that a step in PyTorch needs."""
+        """Look up the modules and tables that the PyTorch step needs."""
         network = self.network
         self._layers = [_DecoderLayer(cast(Block, block)) for block in network.blocks]
         self._embedding_norm = _norm_function(network.embedding_norm)
@@ -178,7 +179,7 @@ class Decoder:
             self._local_rotations = None if self.model.rope_theta_local is None else self._rotation_table("local_rope")
 
     def _rotation_table(self, name: str) -> Tensor:
-        """Return the cosines and sines of a table, repeated for both halves of a head, (positions, 2, 1, D)."""
+        """Return a table's cosines and sines, repeated for both halves of a head: (positions, 2, 1, D)."""
         cosines, sines = self.network.get_buffer(f"{name}_cosines"), self.network.get_buffer(f"{name}_sines")
         tables = torch.stack((torch.cat((cosines, cosines), -1), torch.cat((-sines, sines), -1)), 1)
         return tables[:, :, None]
@@ -197,7 +198,7 @@ class Decoder:
         return logits
 
     def new_state(self, rows: int, max_tokens: int | None = None) -> KVCache:
-        """Create a cache for `rows` sequences of up to `max_tokens` tokens (default and maximum: the model's context length)."""
+        """Create a cache for `rows` sequences of up to `max_tokens` tokens. Default and maximum: the model's context length."""
         capacity = min(max_tokens or self.capacity, self.capacity)
         if self.network.reserve_positions(capacity):
             if self._numba_step is not None:
@@ -208,7 +209,7 @@ class Decoder:
 
     @torch.inference_mode()
     def prefill(self, state: KVCache, row: int, ids: Sequence[int] | Tensor) -> Tensor:
-        """Overwrite a row of the cache with a prompt. Return the logits (V,) after its last token."""
+        """Overwrite a cache row with a prompt. Return the next-token logits (V,)."""
         tokens = torch.as_tensor(ids, device=self.device, dtype=torch.long)[None]  # (1, T)
         if self._numba_step is not None and tokens.shape[1] <= _MAX_NUMBA_PROMPT:
             logits = self._numba_step.prefill(state, row, tokens[0])
@@ -217,14 +218,14 @@ class Decoder:
         return self.network.logits(self.network.hidden(tokens, state.row_slice(row, row + 1), n_last=1)[0])[0]
 
     def step(self, state: KVCache, tokens: Tensor) -> Tensor:
-        """Append one id (B,) to every active row and return the logits (B, V) after it. No row may be at capacity.
+        """Append `tokens` (B,), one id per active row. Return the next-token logits (B, V). No row may be at capacity.
 
-        Call it in inference mode. Entering inference mode in each step would take 1% of a small model's step.
+        Call this method in inference mode. Entering inference mode in each step would take 1% of a small model's step time.
         """
         lengths = state.lengths
         if self._numba_step is not None:
             logits = self._numba_step(state, tokens)
-        elif self._static_shapes:  # decodes inactive rows too: they write to position 0, which the next prompt overwrites
+        elif self._static_shapes:  # also decodes inactive rows, which write to position 0; the next prompt overwrites it
             inactive = len(state.tokens) - len(lengths)
             positions = torch.tensor(lengths + [0] * inactive, device=self.device)
             padded = F.pad(tokens, (0, inactive))
@@ -246,9 +247,9 @@ class Decoder:
         kv_length: int,
         same_length: bool,
     ) -> Tensor:
-        """One step as a function of tensors, which can be compiled and captured in a CUDA graph. Returns logits (B, V).
+        """Run one step on tensors, so that it can be compiled and captured in a CUDA graph. Return logits (B, V).
 
-        Writes `tokens[b]` at position `positions[b]` of row b of the cache. Queries attend to the first `kv_length` positions.
+        Writes `tokens[b]` at position `positions[b]` in cache row b. Queries attend to the first `kv_length` positions.
         `same_length`: all rows are at position `kv_length - 1`, so no mask is needed.
         """
         B, capacity = tokens.shape[0], cached_tokens.shape[1]
@@ -296,20 +297,20 @@ class Decoder:
 
 
 class _StepContext(NamedTuple):
-    """Inputs of a step that are the same for all layers."""
+    """Inputs that all layers share in a step."""
 
     tokens: Tensor  # (B,)
     embedded: Tensor  # (B, C), the input of the first layer
     rotation: tuple[Tensor, ...] | None  # cosines and sines, (B, 1, D)
-    local_rotation: tuple[Tensor, ...] | None  # instead of `rotation` in local blocks
+    local_rotation: tuple[Tensor, ...] | None  # replaces `rotation` in local blocks
     slots: Tensor  # (B,), where to write keys and values in the flattened cache
     kv_length: int
     mask: Tensor | None  # (B, 1, 1, S), added to the scores
-    window_mask: Tensor | None  # instead of `mask` in blocks with an attention window
+    window_mask: Tensor | None  # replaces `mask` in blocks with an attention window
 
 
 class _DecoderLayer:
-    """Runs a block for one new position per row. Looks up parameters and settings once, at construction."""
+    """Runs a block for one new position per row. Parameters and settings are looked up once, in the constructor."""
 
     def __init__(self, block: Block) -> None:
         attention: Attention = block.attention
@@ -343,7 +344,7 @@ class _DecoderLayer:
             self._qk_gains = torch.cat(tuple(gains)).detach()  # (H + K, D)
 
     def __call__(self, x: Tensor, context: _StepContext, cache: LayerCache, first_values: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(B, C) -> (B, C) and the values (B, K, D). Writes keys and values to the cache."""
+        """(B, C) -> block output (B, C) and values (B, K, D). Writes keys and values to the cache."""
         if self._residual_mix is not None:
             x = self._residual_mix[0] * x + self._residual_mix[1] * context.embedded
         B = x.shape[0]
@@ -357,7 +358,7 @@ class _DecoderLayer:
         cache.flat_keys.index_copy_(0, context.slots, k)
         cache.flat_values.index_copy_(0, context.slots, v)
         attended = F.scaled_dot_product_attention(
-            q.reshape(B, self._kv_heads, -1, self._head_width),  # (B, K, G, D): a group's queries take the place of positions
+            q.reshape(B, self._kv_heads, -1, self._head_width),  # (B, K, G, D): a group's queries lie along the time axis
             cache.keys.narrow(2, 0, context.kv_length),  # (B, K, S, D)
             cache.values.narrow(2, 0, context.kv_length),
             attn_mask=context.window_mask if self._windowed else context.mask,
@@ -375,7 +376,7 @@ class _DecoderLayer:
         return self._feed_forward(self._feed_forward_norm(x if self._parallel else residual), residual), v
 
     def _norm_and_rotate(self, qkv: Tensor, rotation: tuple[Tensor, ...] | None) -> Sequence[Tensor]:
-        """Split `qkv` into queries (B, H, D), keys and values (B, K, D), with queries and keys normalized and rotated."""
+        """Split `qkv` into queries (B, H, D), keys and values (B, K, D). Normalize and rotate queries and keys."""
         if self._qk_norm_eps is None and rotation is None:
             return qkv.split_with_sizes([self._heads, self._kv_heads, self._kv_heads], 1)
         qk = qkv.narrow(1, 0, self._qk_heads)
@@ -384,7 +385,7 @@ class _DecoderLayer:
             if self._qk_gains is not None:
                 qk.mul_(self._qk_gains)
         if rotation is not None:
-            cosines, sines = rotation  # (B, 1, D): each table repeated twice, the first sines negated
+            cosines, sines = rotation  # (B, 1, D), from `_rotation_table`: both halves are equal, but the first sines are negated
             qk = torch.addcmul(qk * cosines, qk.roll(self._head_width // 2, -1), sines)
         return (
             qk.narrow(1, 0, self._heads),
@@ -415,13 +416,13 @@ class _DecoderLayer:
 
 
 def _additive_mask(masked: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, S), True where a query may not attend to a key -> (B, 1, 1, S), minus infinity there and 0 elsewhere."""
+    """Mask (B, S) -> (B, 1, 1, S): minus infinity where `masked` is True, so that a query cannot attend there, and 0 elsewhere."""
     mask = torch.zeros(masked.shape, device=masked.device, dtype=dtype)
     return mask.masked_fill_(masked, float("-inf"))[:, None, None]
 
 
 def _linear_function(layer: nn.Module) -> TensorFunction:
-    """Return a linear layer as a plain function. Parameter lookups in a module would take as long as a small matrix product."""
+    """Return a linear layer as a plain function. Looking up a module's parameters takes as long as a small matrix product."""
     if not isinstance(layer, TransposedLinear):
         forward: TensorFunction = layer.forward
         return forward
@@ -442,7 +443,7 @@ def _linear_add_function(layer: nn.Module) -> Callable[[Tensor, Tensor], Tensor]
 
 
 def _rms_norm(x: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps). For one row, `F.rms_norm` takes three times as long."""
+    """x / sqrt(mean(x^2) + eps). `F.rms_norm` is three times slower for one row."""
     l2_norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     normed: Tensor = x * l2_norm.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
     return normed

@@ -1,7 +1,7 @@
-"""Split the final hidden state of a transformer into the parts that each embedding, head, feed-forward layer and bias adds to it.
+"""Split a transformer's final hidden state into the contributions of its embeddings, heads, feed-forward layers and biases.
 
-The residual stream is a sum, and a norm with a fixed scale is linear. So every norm is applied to each part with the scale that it
-has in the actual forward pass ("frozen"), and the parts still add up to the hidden state. This is the basis of direct logit
+The residual stream is a sum, and a norm with a fixed scale is linear. Each norm is therefore "frozen": it is applied to every part
+with the scale from the actual forward pass, and the parts still add up to the hidden state. This is the basis of direct logit
 attribution (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits").
 
 Legend: `N` components, `B` batch, `T` time, `C` width, `H` heads, `D` head width.
@@ -22,7 +22,7 @@ from tinylm.model.layers import Block, RMSNorm
 from tinylm.model.transformer import Transformer
 
 _NAMES = re.compile(r"(ngram_|pos_)?embed|final_norm|blocks\.\d+\.(attn\.z|mlp_out)")
-"""The hook points that attribution reads, as far as the network has them."""
+"""Matches the hook points that attribution reads. A network does not need to have all of them."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Components:
         return Components(self.names, self.vectors * factor)
 
     def __add__(self, other: Components) -> Components:
-        """Components of the same name are added."""
+        """Add components with the same name, and append the remaining components of `other`."""
         position = {name: index for index, name in enumerate(self.names)}
         vectors = self.vectors.clone()
         new = [index for index, name in enumerate(other.names) if name not in position]
@@ -53,16 +53,16 @@ class Components:
 
 
 def decompose(network: Model, cache: ActivationCache) -> Components:
-    """Split the input of the output projection into components, given the activations `hook_names` of a forward pass.
+    """Split the input of the output projection into components. `cache` contains a forward pass's activations at `hook_names`.
 
     The components are the embeddings (`embed`, `ngram_embed`, `pos_embed`), every head (`L0H3`), the bias of every attention output
     projection (`L0 attention bias`), every feed-forward layer with its bias (`L0 feed-forward`), and the bias of every LayerNorm
     that is applied to the residual stream. Value embeddings and value residuals are part of the heads that read them. QK norms and
-    attention soft-caps only change where a head looks. Raises `InputError` if the network is
-    not a decoder or an encoder, or has a `head_transform`.
+    attention soft-caps only affect the attention pattern. Raises `InputError` if the network is not a decoder or an encoder, or if
+    it has a `head_transform`.
     """
     if not isinstance(network, Transformer):
-        raise InputError(f"a model of architecture {network.architecture} cannot be split into components")
+        raise InputError(f"a model with architecture {network.architecture} cannot be split into components")
     if getattr(network, "head_transform", None) is not None:
         raise InputError("head_transform is not linear, so the logits of this model are not sums of components")
     embedded = _embedded(network, cache)
@@ -75,7 +75,7 @@ def decompose(network: Model, cache: ActivationCache) -> Components:
 
 
 def hook_names(network: Model) -> list[str]:
-    """The hook points of `network` that `decompose` reads, and `final_norm`, its result."""
+    """Return the hook points of `network` that `decompose` reads, and `final_norm`, which equals the sum of the components."""
     return [name for name in network.hook_names() if _NAMES.fullmatch(name)]
 
 
@@ -86,7 +86,7 @@ def _embedded(network: Transformer, cache: ActivationCache) -> Components:
 
 
 def _through_block(block: Block, layer: int, x: Components, embedded: Components, cache: ActivationCache) -> Components:
-    """Follow the components through a block. Mirrors `Block.forward`."""
+    """Propagate the components through a block. Mirrors `Block.forward`."""
     if block.residual_mix is not None:
         x_share, embedded_share = block.residual_mix.unbind()
         x = x.scaled(x_share) + embedded.scaled(embedded_share)
@@ -101,7 +101,7 @@ def _through_block(block: Block, layer: int, x: Components, embedded: Components
 
 
 def _heads(block: Block, layer: int, cache: ActivationCache) -> Components:
-    """What each head adds to the residual stream, and the bias of the output projection."""
+    """Return the contributions of each head and of the output projection's bias to the residual stream."""
     projection = block.attention.output
     z = cache[f"blocks.{layer}.attn.z"]  # (B, T, H, D)
     weight = projection.weight.view(-1, *z.shape[-2:])  # (C, H, D)
@@ -116,7 +116,7 @@ def _heads(block: Block, layer: int, cache: ActivationCache) -> Components:
 
 
 def _frozen_norm(norm: nn.Module, parts: Components, bias_name: str) -> Components:
-    """Apply a norm to components, with the scale that the norm has for their sum. A bias becomes a component of its own."""
+    """Apply a norm to each component with the scale computed from their sum. A bias becomes a separate component."""
     total, vectors = parts.total, parts.vectors
     if isinstance(norm, RMSNorm):
         scaled = vectors * torch.rsqrt(total.square().mean(-1, keepdim=True) + norm.eps)

@@ -1,4 +1,4 @@
-"""The transformer encoder: every position attends to all positions. With `preset: bert`, it computes what BertForMaskedLM computes.
+"""The transformer encoder: every position attends to all positions. With `preset: bert`, it matches BertForMaskedLM.
 
 Legend: `B` batch, `T` time, `C` width, `N` targets, `V` vocabulary.
 """
@@ -10,16 +10,17 @@ from torch import Tensor, nn
 
 from tinylm.cost.memory import loss_chunk_rows
 from tinylm.model.cache import CacheRows
+from tinylm.model.functions import summed_cross_entropy
 from tinylm.model.layers import Memory, make_norm
-from tinylm.model.transformer import Transformer, summed_loss
+from tinylm.model.transformer import Transformer
 from tinylm.recipe.encoder import EncoderSection
 from tinylm.recipe.schema import TransformerSection
 
 
 class HeadTransform(nn.Module):
-    """The layer between the last block and the head in BERT: linear, activation, norm.
+    """BERT's layer between the last block and the head: linear, activation, norm.
 
-    The activation is that of the feed-forward layers, or the exact GELU if they have a gate or another activation.
+    It uses the activation of the feed-forward layers if that is `relu` or `gelu`, and otherwise the exact GELU.
     """
 
     def __init__(self, model: EncoderSection) -> None:
@@ -62,9 +63,9 @@ class Encoder(Transformer):
         segments: Tensor | None = None,
         token_types: Tensor | None = None,
     ) -> Tensor:
-        """Ids (B, T) -> logits (B, T, V), or with `targets` (B, T) the summed loss in nats, a scalar.
+        """Ids (B, T) -> logits (B, T, V), or, with `targets` (B, T), the summed loss in nats (a scalar).
 
-        The head is computed only where the target is not negative. `token_types` (B, T): default 0 everywhere.
+        With targets, the head runs only at positions whose target is not negative. `token_types` (B, T): all 0 by default.
         """
         hidden = self.hidden(tokens, segments=segments, token_types=token_types)  # (B, T, C)
         if targets is None:
@@ -74,10 +75,9 @@ class Encoder(Transformer):
         if self.model.head_bias:
             return F.cross_entropy(self.logits(hidden).float(), ids.long(), reduction="sum")
         chunk = loss_chunk_rows(self.vocab_size, on_gpu=hidden.device.type != "cpu")
-        loss: Tensor = summed_loss(
-            self._transformed(hidden), self.head.weight, ids, self.model.logit_softcap, chunk, self.compile_loss
+        return summed_cross_entropy(
+            self._transformed(hidden), self.head.weight, ids, self.model.logit_softcap, chunk, compiled=self.compile_loss
         )
-        return loss
 
     def hidden(
         self,
@@ -90,7 +90,7 @@ class Encoder(Transformer):
         memory: Memory | None = None,
         token_types: Tensor | None = None,
     ) -> Tensor:
-        """Ids (B, T) -> final hidden states (B, T, C), the input of `logits`. Raises `ValueError` for a cache or a memory."""
+        """Ids (B, T) -> final hidden states (B, T, C), the input of `logits`. `cache` and `memory` must be None."""
         if cache is not None or memory is not None:
             raise ValueError("an encoder has neither a cache nor cross-attention")
         if self.token_types is not None:

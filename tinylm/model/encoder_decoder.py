@@ -1,6 +1,6 @@
-"""The encoder-decoder (Vaswani et al. 2017): an encoder reads the source, and a decoder that attends to it predicts the target.
+"""The encoder-decoder (Vaswani et al. 2017): an encoder reads the source, and a decoder predicts the target from its output.
 
-With `preset: transformer`, it computes what MarianMTModel computes. Both stacks have the same blocks as the other transformers.
+With `preset: transformer`, it matches MarianMTModel. Both stacks use the same blocks as the other transformers.
 
 Legend: `B` batch, `S` source time, `T` target time, `C` width, `N` targets, `V` vocabulary.
 """
@@ -26,7 +26,7 @@ from tinylm.recipe.encoder_decoder import EncoderDecoderSection
 from tinylm.recipe.schema import ModelVariant, TransformerSection
 
 START = -1
-"""The id of the position before the first target token. It has no row in the embedding."""
+"""The id at the position before the first target token. It has no row in the embedding."""
 
 
 class EncoderStack(Encoder):
@@ -50,7 +50,7 @@ class DecoderStack(Transformer):
         super().__init__(section.decoder, vocab_size, seed=seed)
 
     def _add_modules(self, model: TransformerSection) -> None:
-        # Not zeros: the gradient of an RMS norm is very large there.
+        # Do not start at zero, where the gradient of an RMS norm is very large.
         self.start = nn.Parameter(torch.linspace(-1, 1, model.n_embd)) if self.section.learned_start else None
 
     @property
@@ -64,7 +64,7 @@ class DecoderStack(Transformer):
 
 
 class EncoderDecoder(Model):
-    """Predicts a target sequence from a source sequence. `source_vocab_size`: None for the same vocabulary as the target."""
+    """Predicts a target sequence from a source sequence. `source_vocab_size` defaults to `vocab_size`."""
 
     model: EncoderDecoderSection
 
@@ -82,13 +82,13 @@ class EncoderDecoder(Model):
     # Computation.
 
     def encode(self, source: Tensor, source_segments: Tensor | None = None) -> Memory:
-        """Source ids (B, S) -> what the decoder attends to. `source_segments` (B, S): negative numbers are padding."""
+        """Source ids (B, S) -> the decoder's memory. `source_segments` (B, S) is negative at padding."""
         self._set_recompute()
         hidden = self.encoder.hidden(source, segments=source_segments)  # (B, S, C)
         return Memory(hidden, None if source_segments is None else (source_segments >= 0)[:, None, None])
 
     def memory_keys_values(self, memory: Memory) -> tuple[KeysValues, ...]:
-        """The keys and values of every decoder block's cross-attention, which stay the same during decoding."""
+        """Return the cross-attention keys and values of every decoder block. They do not change during decoding."""
         assert memory.hidden is not None
         layers = (block.cross_attention for block in self._decoder_blocks())
         return tuple(layer.project_keys_values(memory.hidden) for layer in layers if layer is not None)
@@ -102,12 +102,12 @@ class EncoderDecoder(Model):
         source: Tensor | None = None,
         source_segments: Tensor | None = None,
     ) -> Tensor:
-        """Target ids (B, T), the first of which is `START` -> final hidden states (B, T, C), the input of `logits`.
+        """Target ids (B, T) that begin with `START` -> final hidden states (B, T, C), the input of `logits`.
 
-        Raises `InputError` without a `source`, because the model predicts only translations.
+        `source` (B, S) is required. Raises `InputError` if it is None.
         """
         if source is None:
-            raise InputError("a model of architecture encoder_decoder needs a source text", hint="use `tinylm translate`")
+            raise InputError("a model with architecture encoder_decoder needs a source text", hint="use `tinylm translate`")
         memory = self.encode(source, source_segments)
         return self.decoder.hidden(tokens, segments=segments, n_last=n_last, memory=memory)
 
@@ -124,10 +124,10 @@ class EncoderDecoder(Model):
         source_segments: Tensor | None = None,
         label_smoothing: float = 0.0,
     ) -> Tensor:
-        """Target ids (B, T) -> logits (B, T, V), or with `targets` (B, T) the summed loss in nats, a scalar.
+        """Target ids (B, T) -> logits (B, T, V), or, with `targets` (B, T), the summed loss in nats (a scalar).
 
-        The head is computed only where the target is not negative. `label_smoothing`: the probability that the targets distribute
-        evenly over the vocabulary.
+        With targets, the head runs only at positions whose target is not negative. `label_smoothing`: the share of the target
+        probability that is spread uniformly over the vocabulary.
         """
         hidden = self.hidden(tokens, segments=segments, source=source, source_segments=source_segments)
         if targets is None:

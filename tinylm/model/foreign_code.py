@@ -1,6 +1,6 @@
-"""Find code outside tinylm that takes part in a network: own layers, patched functions and methods.
+"""Find code in a network that is not part of tinylm or torch: custom layers, and patched functions and methods.
 
-Such a network cannot be rebuilt from its recipe alone, so a run records what is found here.
+Such a network cannot be rebuilt from its recipe alone, so the run records the names of this code.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import nn
 
 _PACKAGE = "tinylm.model"
 _STANDARD_LIBRARY = sysconfig.get_path("stdlib")
-"""Data classes and named tuples get methods from here."""
+"""Methods generated for data classes and named tuples are defined here."""
 
 
 def foreign_code(network: nn.Module) -> list[str]:
-    """Return the names of all classes, functions and methods of a network that neither tinylm nor torch defines, sorted."""
+    """Return the sorted names of a network's classes, functions and methods that neither tinylm nor torch defines."""
     names = {_name_of(kind) for kind in map(type, network.modules()) if not _is_from(kind.__module__, "tinylm", "torch")}
     for path, module in network.named_modules():
         names |= {f"{path or type(network).__name__}.{name}" for name, value in vars(module).items() if inspect.isfunction(value)}
@@ -40,7 +40,7 @@ def _is_from(module: str, *packages: str) -> bool:
 
 
 def _patched(module: ModuleType) -> Iterator[str]:
-    """Yield the functions, classes and methods of a module, and its imports from tinylm, that differ from its source."""
+    """Yield a module's functions, classes, methods and tinylm imports that differ from its source code."""
     with open(str(module.__file__), encoding="utf-8") as file:
         tree = ast.parse(file.read())
     for node in tree.body:
@@ -74,7 +74,7 @@ def _is_defined_in(value: object, module: ModuleType) -> bool:
 
 
 def _code_file(value: object) -> str | None:
-    """Return the file of the code of a function, also if it is decorated, a static method or a property. None for other values."""
+    """Return the file that defines a function. Unwraps decorators, static methods and properties. None for other values."""
     for attribute in ("__func__", "fget", "func", "py_func", "_init_fn"):
         value = getattr(value, attribute, value)
     code = getattr(inspect.unwrap(value) if callable(value) else value, "__code__", None)

@@ -1,6 +1,6 @@
-"""Generation without a KV cache or hidden state: every step is a forward pass over all tokens so far.
+"""Generation without a KV cache or recurrent state: every step is a forward pass over all tokens so far.
 
-It works with any model and calls the functions at hook points in every step.
+This works with any causal model, and every step calls the functions at hook points.
 
 Legend: `B` rows, `T` tokens so far, `V` vocabulary.
 """
@@ -17,7 +17,7 @@ from tinylm.model.hooks import has_functions
 
 
 class TokenState:
-    """A `DecodingState` that contains only the ids of each row, so evicting tokens does not require another prefill."""
+    """A `DecodingState` that contains only each row's ids. Evicting tokens therefore does not require another prefill."""
 
     def __init__(self, rows: int, capacity: int) -> None:
         self.capacity = capacity
@@ -45,7 +45,7 @@ class TokenState:
 class FullPassDecoder:
     """A `DecodingModel` for causal networks that implement only `Model`, and for transformers that `Decoder` does not support.
 
-    Calls the functions that are attached to hook points of `network`, with the activations of all tokens so far.
+    Functions attached to hook points of `network` receive the activations of all tokens so far.
     """
 
     uses_numba = False
@@ -75,9 +75,9 @@ class FullPassDecoder:
         return self._last_logits([state.tokens[row]])[0]
 
     def step(self, state: TokenState, tokens: Tensor) -> Tensor:
-        """Append one id (B,) to every row and return the logits (B, V) after it. Rows of equal length share a forward pass."""
-        for ids, id in zip(state.tokens, tokens.tolist(), strict=True):
-            ids.append(id)
+        """Append `tokens` (B,), one id per row. Return the next-token logits (B, V). Rows of equal length share a forward pass."""
+        for ids, new_id in zip(state.tokens, tokens.tolist(), strict=True):
+            ids.append(new_id)
         logits: dict[int, Tensor] = {}
         for length in set(state.lengths):
             rows = [row for row, ids in enumerate(state.tokens) if len(ids) == length]
@@ -85,7 +85,7 @@ class FullPassDecoder:
         return torch.stack([logits[row] for row in range(len(tokens))])
 
     def _last_logits(self, sequences: list[list[int]]) -> Tensor:
-        """Sequences of equal length (B, T) -> logits (B, V) after the last token of each."""
-        n_last = None if has_functions(self.network) else 1  # functions get the activations of all positions in every block
+        """Sequences of equal length (B, T) -> next-token logits (B, V)."""
+        n_last = None if has_functions(self.network) else 1  # functions must receive the activations of all positions
         hidden = self.network.hidden(torch.tensor(sequences, device=self.device), n_last=n_last)
         return self.network.logits(hidden[:, -1])

@@ -1,7 +1,7 @@
 """Elementwise operations and the loss, with hand-written backward passes.
 
-They launch fewer kernels and save fewer tensors than composite operations under autograd. On a CPU, composite operations would take
-a third of a small model's training step. On GPUs and under a compiler, which fuse kernels anyway, composite operations are used.
+They launch fewer kernels and save fewer tensors than composite operations under autograd, which would take a third of a small
+model's training step on a CPU. Composite operations are used on GPUs and under torch.compile.
 
 Legend: `N` rows, `C` width, `V` vocabulary, `D` head width.
 """
@@ -23,13 +23,13 @@ from tinylm.cost.memory import FUSED_LOSS_FROM, LOSS_ROWS_FP16, fused_loss_rows
 
 
 def prefers_composite_ops(x: Tensor) -> bool:
-    """Whether to use composite operations. True on a GPU and while a compiler traces the code."""
+    """Whether to use composite operations: on a GPU, or while torch.compile traces the code."""
     return x.device.type != "cpu" or torch.compiler.is_compiling()
 
 
 @library.custom_op("tinylm::keep_mask", mutates_args=())
 def _keep_mask(like: Tensor, dropped: int) -> Tensor:
-    """A boolean mask with the shape of `like`. Elements are False with probability `dropped` / 65,536.
+    """Return a boolean mask with the shape of `like`. Each element is False with probability `dropped` / 65,536.
 
     Draws 16 random bits per element, which is faster than drawing one float per element.
     """
@@ -44,7 +44,7 @@ def _(like: Tensor, dropped: int) -> Tensor:
 
 
 class Dropout(torch.nn.Dropout):
-    """`nn.Dropout` with a cheaper mask on CPUs, where `p` is rounded to the nearest multiple of 1 / 65,536."""
+    """`nn.Dropout` with a cheaper mask on a CPU. There, `p` is rounded to the nearest multiple of 1 / 65,536."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or not self.p or input.device.type != "cpu":
@@ -93,7 +93,7 @@ def rms_norm(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
 
 
 def _rotate_pairs(x: Tensor, cosines: Tensor, sines: Tensor, direction: int) -> Tensor:
-    """Rotate by the angles of the tables, multiplied by `direction` (1 or -1)."""
+    """Rotate each pair by its angle in the tables, times `direction` (1 or -1)."""
     rotated = torch.empty_like(x)
     half = x.shape[-1] // 2
     first, second = x[..., :half], x[..., half:]
@@ -117,7 +117,7 @@ class _Rotation(torch.autograd.Function):
 
 
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Rotate each pair (x[i], x[i + D/2]) of x (..., D), as Llama pairs them. The tables (..., D/2) broadcast against the pairs.
+    """Rotate each pair (x[i], x[i + D/2]) of x (..., D), as in Llama. The tables (..., D/2) broadcast against the pairs.
 
     Computes in the dtype of `x`.
     """
@@ -153,11 +153,11 @@ def relu_squared(x: Tensor) -> Tensor:
 
 
 LossFunction = Callable[[Tensor, Tensor, float | None], tuple[Tensor, Tensor]]
-"""Logits (N, V), targets (N,) and the cap -> losses (N,) and the gradients with respect to the logits (N, V)."""
+"""Logits (N, V), targets (N,) and the soft-cap -> losses (N,) and the gradients with respect to the logits (N, V)."""
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    """Computes the loss and the gradients together, chunk by chunk. Saves only gradients with the shapes of the inputs."""
+    """Computes the loss and the gradients together, chunk by chunk. Saves only the gradients of the inputs."""
 
     @staticmethod
     def forward(
@@ -185,9 +185,9 @@ class _SummedCrossEntropy(torch.autograd.Function):
             if fused is not None:
                 losses, logit_gradients = fused(states @ matrix.T, targets[rows], cap)
             else:
-                # Cast before the call. While torch.compile's frame evaluator is installed (it stays installed after a failed
-                # compilation), the caller keeps the arguments of a call alive until it returns. A 16-bit product would then stay
-                # in memory next to its float32 copy.
+                # Cast before the call. While torch.compile's frame evaluator is installed (even after a failed compilation), the
+                # caller keeps a call's arguments alive until the call returns. A cast inside the function would therefore keep
+                # the 16-bit product in memory together with its float32 copy.
                 losses, logit_gradients = _losses_and_logit_gradients((states @ matrix.T).to(total.dtype), targets[rows], cap)
             total += losses.sum()
             logit_gradients = logit_gradients.to(dtype)  # (chunk, V)
@@ -209,7 +209,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b. If torch supports it, a product of 16-bit matrices is added to a float32 `total` without being rounded."""
+    """total += a @ b. If torch supports it, a product of 16-bit matrices is added to a float32 `total` without rounding."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     elif adds_product_in_float32(a.dtype, a.device.type):
@@ -220,7 +220,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 @functools.cache
 def adds_product_in_float32(dtype: torch.dtype, device_type: str) -> bool:
-    """Whether torch can add a product of 16-bit matrices to a float32 matrix in one call. It can on CUDA since version 2.8."""
+    """Whether torch can add a product of 16-bit matrices to a float32 matrix in one call, as it can on CUDA since version 2.8."""
     if device_type != "cuda":
         return False
     ones = torch.ones(16, 16, dtype=dtype, device=device_type)
@@ -233,7 +233,7 @@ def adds_product_in_float32(dtype: torch.dtype, device_type: str) -> bool:
 
 
 def losses_and_logit_gradients(logits: Tensor, targets: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
-    """Like `_losses_and_logit_gradients`, but written so that a compiler fuses it into one kernel.
+    """Like `_losses_and_logit_gradients`, but written so that torch.compile fuses it into one kernel.
 
     `logits` may have any dtype and are not modified. The losses are at least float32; the gradients have the dtype of the logits.
     """
@@ -255,13 +255,13 @@ def losses_and_logit_gradients(logits: Tensor, targets: Tensor, cap: float | Non
 class FusedLoss:
     """`losses_and_logit_gradients`, compiled on CUDA if Triton is installed and the logits are large.
 
-    If compilation fails, it warns once and uses the plain loss from then on.
+    If compilation fails, it warns once and uses the uncompiled loss from then on.
     """
 
     enabled = True
 
     def function(self, logits: int, device: torch.device) -> LossFunction | None:
-        """Return the compiled function for a total of `logits` numbers, or None if the plain loss is to be used."""
+        """Return the compiled loss for `logits` logits in total, or None if the uncompiled loss should be used."""
         if device.type != "cuda" or 4 * logits < FUSED_LOSS_FROM or not self.enabled or not _has_triton():
             return None
         return self
@@ -276,7 +276,7 @@ class FusedLoss:
             except Exception as error:  # the compiler's errors have no common base class, and some come from the tools it runs
                 self.enabled = False
                 first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-                warnings.warn(f"the loss cannot be compiled ({first_line}); it is computed without compiling", stacklevel=2)
+                warnings.warn(f"the loss cannot be compiled ({first_line}); using the uncompiled loss", stacklevel=2)
         losses, gradients = _losses_and_logit_gradients(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, cap)
         return losses, gradients.to(logits.dtype)
 
@@ -295,10 +295,10 @@ def _has_triton() -> bool:
 
 
 def _losses_and_logit_gradients(logits: Tensor, targets: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
-    """Losses (N,), and their gradients with respect to the logits (N, V) before soft-capping. Both are zero for negative targets.
+    """Return losses (N,) and their gradients (N, V) w.r.t. the logits before soft-capping. Both are 0 for negative targets.
 
-    Logits must be float32 or float64. On a CPU, the gradients overwrite the logits, because a copy would take more time than
-    another pass of arithmetic.
+    Logits must be float32 or float64. On a CPU, the gradients overwrite the logits, because copying them would take longer than
+    an arithmetic pass.
     """
     valid = targets >= 0
     index = targets.clamp_min(0).unsqueeze(1)  # (N, 1)
@@ -325,7 +325,7 @@ def _losses_and_logit_gradients(logits: Tensor, targets: Tensor, cap: float | No
 def summed_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None, chunk: int, *, compiled: bool = True
 ) -> Tensor:
-    """Sum of -log softmax(softcap(hidden @ weight.T))[target] over the non-negative targets, in nats and at least in float32.
+    """Return the sum of -log softmax(softcap(hidden @ weight.T))[target] over non-negative targets, in nats and at least float32.
 
     `hidden` (N, C), `weight` (V, C), `targets` (N,). `cap`: softcap(x) = cap * tanh(x / cap), or no cap if None. At most
     `chunk` rows of logits exist at a time, and none are saved for the backward pass. The backward pass can run only once.

@@ -1,7 +1,7 @@
 """Hook points: named places in a network where functions can read and replace activations.
 
-A network that derives from `HookedModule` has a `HookPoint` for each named activation. `hooks` attaches functions to them
-temporarily, and `run_with_cache` returns the activations of a forward pass. Names are TransformerLens names without `hook_`.
+A network that derives from `HookedModule` has a `HookPoint` for each named activation. `hooks` temporarily attaches functions to
+hook points, and `run_with_cache` returns a forward pass's activations. Names are TransformerLens names without `hook_`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 from torch import Tensor, nn
 
 HookFunction = Callable[[Tensor, str], Tensor | None]
-"""Receives the activation and the name of its hook point. Returns a replacement of the same shape, or None."""
+"""Receives an activation and its hook point's name. Returns a replacement of the same shape, or None to keep the activation."""
 NameFilter = Iterable[str] | Callable[[str], bool]
-"""Names, in which `*` matches any characters, or a predicate on names."""
+"""Names, where `*` matches any characters, or a predicate on names."""
 
 _PARTS = {"attention": "attn", "feed_forward": "mlp"}
 """Abbreviations of submodule names in hook names."""
@@ -28,7 +28,7 @@ _TRANSFORMER_LENS = (
     (r"\brot_([qk])\b", r"\1"),
     (r"\bln_final\.normalized$", "final_norm"),
 )
-"""Patterns and replacements that convert a TransformerLens name to our name."""
+"""Patterns and replacements that convert a TransformerLens name to a tinylm name."""
 
 
 class HookPoint(nn.Module):
@@ -39,7 +39,7 @@ class HookPoint(nn.Module):
         self.functions: list[Callable[[Tensor], Tensor]] = []
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Bypass `nn.Module.__call__`, which would take 1% of a tiny model's step."""
+        """Bypass `nn.Module.__call__`, which would take 1% of a tiny model's step time."""
         return self.forward(x) if self.functions else x
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,9 +50,13 @@ class HookPoint(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "functions": []}  # type: ignore[no-untyped-call]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> HookPoint:
+        """Copying each attribute would take most of the time that it takes to copy a small network."""
+        return HookPoint().train(self.training)
+
 
 class ActivationCache(dict[str, Tensor]):
-    """Activations by hook point name, in the order of the forward pass. TransformerLens names also work."""
+    """Activations by hook point name, in the order of the forward pass. Lookups also accept TransformerLens names."""
 
     def __missing__(self, name: str) -> Tensor:
         canonical = _canonical(name)
@@ -72,16 +76,16 @@ class HookedModule(nn.Module):
     recompute = False
 
     def hook_names(self) -> list[str]:
-        """The names of all hook points, in the order of the forward pass."""
+        """Return the names of all hook points, in the order of the forward pass."""
         return list(self._hook_points())
 
     @contextmanager
     def hooks(self, functions: Mapping[str, HookFunction]) -> Iterator[None]:
         """Attach functions to hook points inside the `with` statement. Contexts can be nested; inner functions are called last.
 
-        A key may contain `*`, which matches any characters. A function is called with a copy of the activation, which it may
-        modify in place, and with the name. If it returns a tensor, that tensor replaces the activation. The calls are
-        differentiable. Raises `ValueError` for unknown names, and in the forward pass if a replacement has a different shape.
+        In the keys, `*` matches any characters. Each function receives a copy of the activation, which it can modify in place, and
+        the hook point's name. If it returns a tensor, that tensor replaces the activation. Gradients flow through the functions.
+        Raises `ValueError` for unknown names, and in the forward pass if a replacement has a different shape.
         """
         points = self._hook_points()
         attached = [
@@ -92,9 +96,9 @@ class HookedModule(nn.Module):
 
     @contextmanager
     def caching(self, names: NameFilter | None = None) -> Iterator[ActivationCache]:
-        """Record detached activations of the forward passes inside the `with` statement, as returned by their hook points.
+        """Record the detached outputs of hook points during forward passes inside the `with` statement.
 
-        `names` selects hook points as in `run_with_cache`. Each forward pass overwrites the activations of the previous one.
+        `names` selects hook points as in `run_with_cache`. Each forward pass overwrites the previous activations.
         """
         points = self._hook_points()
         cache = ActivationCache()
@@ -102,10 +106,10 @@ class HookedModule(nn.Module):
             yield cache
 
     def run_with_cache(self, tokens: Tensor, names: NameFilter | None = None, **inputs: Any) -> tuple[Tensor, ActivationCache]:
-        """Ids (batch, time) -> logits (batch, time, vocabulary), and detached activations by name.
+        """Ids (batch, time) -> logits (batch, time, vocabulary) and detached activations by name.
 
-        `names`: a list of names, in which `*` matches any characters, a predicate on names, or None for all hook points. `inputs`:
-        other arguments of `forward`. The axes are:
+        `names` selects hook points: a list of names (`*` matches any characters), a predicate on names, or None for all. `inputs`
+        are additional arguments of `forward`. The activations have these shapes:
 
         - (batch, time, width): `embed`, `pos_embed`, `ngram_embed`, `resid_*`, `attn_out`, `mlp_out`, `final_norm`
         - (batch, time, heads, head width): `attn.q` and `attn.k` as the scores use them (normalized, rotated), `attn.v`, `attn.z`;
@@ -148,12 +152,12 @@ def has_functions(network: nn.Module) -> bool:
 
 
 def _hook_name(path: str) -> str:
-    """Convert the path of a hook point to its name."""
+    """Convert a hook point's module path to its name."""
     return ".".join(_PARTS.get(part, part.removeprefix("hook_")) for part in path.split("."))
 
 
 def _canonical(name: str) -> str:
-    """Convert a TransformerLens name to our name. Our names are returned unchanged."""
+    """Convert a TransformerLens name to a tinylm name. Tinylm names are returned unchanged."""
     for pattern, replacement in _TRANSFORMER_LENS:
         name = re.sub(pattern, replacement, name)
     return name

@@ -1,6 +1,6 @@
-"""`model.init_from`: initialize a network with the weights of a trained one.
+"""`model.init_from`: initialize a network with the weights of a trained network.
 
-The functions raise `InputError` unless the two models have the same parts.
+The functions raise `InputError` if the two models are incompatible.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from tinylm.recipe.schema import ModelVariant, TransformerSection
 from tinylm.recipe.support import TRAINING
 
 _IGNORED_KEYS = {*TRAINING, "feed_forward_multiple", "n_inner"}
-"""Keys that may differ between the two models. They do not change what the trained weights compute, except for the last two. Those
+"""Keys that may differ between the two models. The training keys do not change what the trained weights compute. The last two keys
 only set the hidden width, which `_comparable` includes."""
 _KEY = "model.init_from"
 
 
 def check_compatible(model: ModelVariant, source: ModelVariant) -> None:
-    """Raise `InputError` with the differing keys unless a network of `model` can load the weights of a network of `source`.
+    """Raise `InputError` that lists the differing keys if weights of a `source` network do not fit a `model` network.
 
     Learned position embeddings can be truncated to a shorter context; other position embeddings fit any context. A tied head can be
     untied.
@@ -54,7 +54,7 @@ def _comparable(model: ModelVariant) -> dict[str, object]:
 def resize_rows(tensor: Tensor, sources: Sequence[Sequence[int]]) -> Tensor:
     """Resize a tensor with one row per token (V, C) to one row per entry of `sources`, which lists old token ids.
 
-    The new row is the mean of their rows, or of all rows if the list is empty.
+    Each new row is the mean of the listed rows, or of all rows if its list is empty.
     """
     resized = tensor[torch.tensor([old[0] if old else 0 for old in sources])].clone()
     for row, old in enumerate(sources):
@@ -68,9 +68,9 @@ def load_pretrained(
 ) -> list[str]:
     """Copy the weights of `source` into `network`. Return the names of the weights that keep their initialization.
 
-    By default, all weights are copied. If the tokenizer only has more tokens, `sources` lists the old ids of each new id, and the
+    By default, all weights are copied. If the new tokenizer only adds tokens, `sources` lists the old ids for each new id, and
     tables with one row per token are resized with `resize_rows`. With `init_from: {head: off}`, the head is not copied. If the
-    tokenizer also differs, no weights that depend on the vocabulary are copied. Raises `InputError` for a different tokenizer
+    tokenizer also differs, weights that depend on the vocabulary are not copied. Raises `InputError` for a different tokenizer
     without `head: off`, and for `head: off` with tied embeddings if the tokenizer is the same.
     """
     if isinstance(network, SequenceClassifier) or isinstance(source, SequenceClassifier):
@@ -87,7 +87,7 @@ def load_pretrained(
         )
     if not load_head and same_tokenizer and network.head_weights() & network.tied_weights().keys():
         raise InputError(
-            "`head: off` excludes the head, but with tied embeddings the head is the embedding",
+            "`head: off` does not load the head, but tied embeddings share the head's weights",
             where=_KEY,
             hint="set model.tie_embeddings: off",
         )
@@ -108,7 +108,7 @@ def load_pretrained(
 
 
 def _load_extended(network: Model, source: Model, sources: Sequence[Sequence[int]]) -> list[str]:
-    """Copy all weights of `source`, whose tokenizer has fewer tokens."""
+    """Copy all weights of `source` into a network whose tokenizer adds tokens."""
     weights = source.state_dict()
     tied = network.tied_weights()
     with torch.no_grad():
@@ -122,9 +122,9 @@ def _load_extended(network: Model, source: Model, sources: Sequence[Sequence[int
 
 
 def _load_classifier(network: Model, source: Model, *, same_tokenizer: bool) -> list[str]:
-    """`load_pretrained` where at least one of the two is a classifier. The output layer is loaded if both have the same labels."""
+    """Implement `load_pretrained` for classifiers. The output layer is copied if both have the same labels and pooling."""
     if not isinstance(network, SequenceClassifier):
-        raise InputError("the source run is a classifier, which has no head for tokens", where=_KEY)
+        raise InputError("the source run is a classifier, which has no language-model head", where=_KEY)
     load_head = network.model.pretrained is None or network.model.pretrained.head
     body_of_source = without_classifier(source)
     body_of_source.remove_head()

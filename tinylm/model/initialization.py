@@ -1,9 +1,10 @@
 """Initial weights. Each matrix is drawn from a normal distribution with one of these standard deviations:
 
-- By default (gpt2, llama): 0.02, divided by sqrt(2 * layers) in the projections that end a residual branch (Radford et al. 2019).
-- With `zero_init_outputs`: 0.5 / sqrt(inputs), but 0 in the projections that end a residual branch, and 0.001 in an untied head, so
-  that the first loss is close to log(vocabulary size).
-- Embeddings: 0.02, except 1 for an untied token embedding that is followed by a norm. N-gram and value embeddings start small
+- Linear layers by default (gpt2, llama): 0.02, divided by sqrt(2 * layers) in the last projection of each residual branch
+  (Radford et al. 2019).
+- Linear layers with `zero_init_outputs`: 0.5 / sqrt(inputs), but 0 in the last projection of each residual branch and 0.001 in an
+  untied head, which makes the initial loss close to log(vocabulary size).
+- Embeddings: 0.02, or 1 for an untied token embedding that is followed by a norm. N-gram and value embeddings start small
   because they are added to other vectors.
 
 Biases start at zero.
@@ -20,7 +21,7 @@ from tinylm.recipe.schema import TransformerSection
 
 
 def initialize(network: nn.Module, model: TransformerSection, generator: torch.Generator) -> None:
-    """Initialize every linear layer and embedding of `network`, in the order of `named_modules`. `generator` must be on the CPU."""
+    """Initialize every linear layer and embedding in `network`, in the order of `named_modules`. `generator` must be on the CPU."""
     residual_scale = 1 / math.sqrt(2 * model.n_layer)
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear):

@@ -5,10 +5,10 @@ parallel: each computes its share of the outputs, and all synchronize at barrier
 fixed order. Results are therefore bit-identical for any number of threads, and a row's result does not depend on the other rows in
 the batch.
 
-Matrices are stored as tiles of 64 outputs, each made of two panels of 32. In a panel, the weights of one input are contiguous, and
-the product reads them sequentially. Up to four rows are multiplied by both panels of a tile at once. More rows are multiplied by
-one panel after the other, in blocks of eight: each block reads the panel again, from the CPU cache, and meanwhile prefetches part
-of the next panel. bfloat16 and int8 weights are converted to float32 when they are loaded; inputs and sums are float32.
+Matrices are stored as tiles of 64 outputs, and each tile consists of two panels of 32. In a panel, the weights of one input are
+contiguous, and the product reads them sequentially. Up to four rows are multiplied by both panels of a tile at once. Larger batches
+are multiplied by one panel at a time in blocks of eight rows. Each block rereads the panel from the CPU cache while it prefetches
+part of the next panel. bfloat16 and int8 weights are converted to float32 when they are loaded; inputs and sums are float32.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ MATRIX = np.dtype(
         ("weight_bytes", _COUNT),  # bytes per weight: 4 for float32, 2 for bfloat16, 1 for int8
         ("inputs", _COUNT),
         ("outputs", _COUNT),
-        ("scales", _ADDRESS),  # one float32 per output; in every address field, 0 means absent
+        ("scales", _ADDRESS),  # one float32 per output; in all address fields, 0 means absent
         ("biases", _ADDRESS),
     ]
 )
@@ -69,28 +69,28 @@ _STEP_INPUTS = [
     ("is_prefill", _COUNT),  # 1: the rows are the tokens of one prompt, and only the last row needs logits
     *((name, _ADDRESS) for name in ("keys", "values", "cached_tokens", "tokens", "positions", "cache_row_indices", "logits")),
 ]
-_WORKSPACE = [  # shared by all threads, except one scratch area per thread: normalized inputs, sums of a tile, attention scores
+_WORKSPACE = [  # shared, except for each thread's scratch area, which contains normalized inputs, tile sums and attention scores
     *((name, _ADDRESS) for name in ("residual", "qkv", "attended", "hidden", "scratch")),
     *((name, _COUNT) for name in ("scratch_bytes", "sums_offset", "scores_offset")),
 ]
-_THREADS = [  # addresses of functions (get_thread_num is 0 if there is only one thread) and of the barrier's two counters
+_THREADS = [  # addresses of functions (get_thread_num is 0 for a single thread) and of the barrier's two counters
     (name, _ADDRESS) for name in ("get_thread_num", "get_num_threads", "usleep", "barrier")
 ]
 STEP = np.dtype([*_MODEL, *_STEP_INPUTS, *_WORKSPACE, *_THREADS], align=True)
 
 _SPINS_BEFORE_SLEEP = 1000
-"""A thread that waits at a barrier sleeps after this number of spins (about 50 microseconds)."""
+"""A thread that waits at a barrier goes to sleep after this many spins (about 50 microseconds)."""
 _PREFETCH_BYTES = 8192
-"""Prefetch distance in products that read a tile only once."""
+"""Prefetch distance for products that read each tile only once."""
 _FLOAT, _HALF, _BYTE, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _fast = njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "arcp", "nsz"})
-"""The compiler may reorder sums to vectorize them, in the same way for each row. NaN and infinity are handled correctly."""
+"""Allows the compiler to reorder sums for vectorization, in the same way for each row. NaN and infinity are handled correctly."""
 _strict = njit(nogil=True, error_model="numpy", fastmath={"contract"})
-"""The compiler must keep the order of operations. Without any flag, a function would inherit its caller's flags."""
+"""Makes the compiler keep the order of operations. Without any flag, a function would inherit its caller's flags."""
 
 
 def is_supported() -> bool:
-    """Whether the CPU has fused multiply-add instructions. Without them, every product would be a function call."""
+    """Whether the CPU has fused multiply-add instructions. Without them, every multiply-add would be a slow function call."""
     return _architecture() in ("aarch64", "arm64") or bool(llvmlite.binding.get_host_cpu_features().get("fma"))
 
 
@@ -165,7 +165,7 @@ def _bitcast_intrinsic(source: Any, target: Any, llvm_target: Any) -> Any:
 
 @intrinsic
 def _call(context: Any, address: Any) -> Any:
-    """Call the function without arguments at an address, and return its result."""
+    """Call the function at an address without arguments, and return its result."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.call(builder.inttoptr(arguments[0], ir.FunctionType(_I32, []).as_pointer()), [])
@@ -215,9 +215,9 @@ _to_bits, _from_bits = _bitcast_intrinsic(types.float32, types.int32, _I32), _bi
 def _make_multiply(rows: int, weight_bytes: int) -> Any:
     """Return a function that multiplies `rows` rows by a tile (a panel if `rows` is `ROW_BLOCK`), and its number of passes.
 
-    A pass computes as many outputs as fit in the registers. The function's arguments are the address of the weights; the address of
-    the inputs and the number of bytes between rows; the number of inputs; the address of the sums (rows, TILE); and, for
-    `ROW_BLOCK` rows, the address to prefetch from and its increment in bytes per input.
+    A pass computes as many outputs as fit in the registers. The function's arguments are the weight address, the input address, the
+    number of bytes between input rows, the number of inputs, and the address of the sums (rows, TILE). For `ROW_BLOCK` rows, the
+    last two arguments are the address to prefetch from and its increment in bytes per input.
     """
     lanes, registers = _registers()
     outputs = TILE if rows < ROW_BLOCK else PANEL
@@ -244,7 +244,7 @@ def _make_multiply(rows: int, weight_bytes: int) -> Any:
         fma = cgutils.get_or_insert_function(module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{lanes}f32")
         hint = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _I32, _I32, _I32])
         fetch = cgutils.get_or_insert_function(module, hint, "llvm.prefetch.p0i8")
-        # Loop over the inputs. The running totals of all rows and outputs of a pass stay in registers.
+        # Loop over the inputs. The running totals for all rows and outputs in a pass stay in registers.
         before, loop, after = builder.block, builder.append_basic_block("loop"), builder.append_basic_block("after")
         builder.branch(loop)
         builder.position_at_end(loop)
@@ -330,7 +330,7 @@ def _make_multiply_any(rows: int) -> Any:
 
 @_strict
 def _exp(x: Any) -> Any:
-    """exp(x) within 2 ulp, with operations that vectorize: 2 ** n (assembled from its bits) times a polynomial in the remainder."""
+    """exp(x) within 2 ulp, in vectorizable operations: 2 ** n (assembled from its bits) times a polynomial in the remainder."""
     x = min(max(x, np.float32(-87.0)), np.float32(88.0))
     shifted = x * np.float32(1.44269504) + np.float32(12582912.0)  # adding 1.5 * 2 ** 23 rounds to an integer
     n = shifted - np.float32(12582912.0)
@@ -374,11 +374,11 @@ def _barrier(step: Any, threads: Any) -> None:
 
 @_fast
 def _tile_sums(matrix: Any, tile: Any, rows: Any, inputs: Any, row_bytes: Any, sums: Any) -> None:
-    """Multiply every row by one tile of weights, and write the results to `sums` (rows, TILE). Input rows are `row_bytes` apart."""
+    """Multiply every row by one weight tile, and write the results to `sums` (rows, TILE). Input rows are `row_bytes` apart."""
     count, weight_bytes = matrix.inputs, matrix.weight_bytes
     size = count * PANEL * weight_bytes
     weights = matrix.weights + tile * (TILE // PANEL) * size
-    remainder = rows % ROW_BLOCK if rows % ROW_BLOCK <= ROW_BLOCK // 2 else 0  # more than half a block is padded to a block
+    remainder = rows % ROW_BLOCK if rows % ROW_BLOCK <= ROW_BLOCK // 2 else 0  # more than half a block is padded to a full block
     if rows > remainder:
         # Each pass prefetches an equal part of the next panel.
         prefetch_stride = PANEL * weight_bytes // ((rows - remainder + ROW_BLOCK - 1) // ROW_BLOCK * _BLOCK_PASSES)
@@ -486,7 +486,7 @@ def _normalize_rows(step: Any, thread: Any, gain: Any, bias: Any) -> Any:
 
 @_fast
 def _embed_token(step: Any, row: Any) -> None:
-    """Write a row's token embedding to the residual stream, and its n-gram embeddings, concatenated, to `hidden`."""
+    """Write a row's token embedding to the residual stream and its concatenated n-gram embeddings to `hidden`."""
     width, token, position = step.width, _load_id(step.tokens, row), _load_id(step.positions, row)
     embedded, residual = step.embedding + token * width * 4, step.residual + row * width * 4
     for i in range(width):
@@ -527,7 +527,7 @@ def _embed(step: Any, thread: Any, threads: Any) -> None:
 
 @_fast
 def _norm_and_rotate(step: Any, x: Any, gain: Any, position: Any) -> None:
-    """Normalize a query or key and rotate it to its position, in place."""
+    """Normalize a query or key, and apply its rotary position embedding, in place."""
     width = step.head_width
     if step.qk_norm_eps >= np.float32(0.0):
         _normalize(x, width, 0, step.qk_norm_eps, gain, 0, x)
@@ -557,9 +557,9 @@ def _store_keys_values(step: Any, layer: Any, layer_index: Any, row: Any, first:
 
 @_fast
 def _attend(step: Any, layer: Any, layer_index: Any, thread: Any, row: Any, first: Any, last: Any) -> None:
-    """Compute attention for the query heads of a row that use the key/value heads [first, last).
+    """Compute attention for a row's query heads that use the key/value heads [first, last).
 
-    Reads the cache sequentially: one position after another, and all heads of a position together.
+    Reads the cache sequentially: position by position, with all heads of a position together.
     """
     width, group = step.head_width, step.heads // step.kv_heads
     position, row_bytes = _load_id(step.positions, row), step.kv_heads * width * 4
@@ -588,7 +588,7 @@ def _attention_scores(
     scores: Any,
     score_bytes: Any,
 ) -> None:
-    """Compute scaled dot products of queries with the keys of `count` positions: (queries, positions), `score_bytes` per query."""
+    """Compute scaled dot products of queries and keys at `count` positions: (queries, positions), `score_bytes` per query."""
     scale = np.float32(1.0) / np.sqrt(np.float32(width))
     for t in range(count):
         for head in range(first, last):
@@ -613,7 +613,7 @@ def _weighted_values(
     width: Any,
     attended: Any,
 ) -> None:
-    """Compute weighted sums of the values of `count` positions, four positions at a time to write the sums less often."""
+    """Compute weighted sums of the values at `count` positions. Four positions at a time reduce the number of writes."""
     for i in range(first * group * width, last * group * width):
         _store(attended, i, np.float32(0.0))
     for t in range(0, count - 3, 4):

@@ -1,4 +1,4 @@
-"""The modules of a transformer block: norms, attention and feed-forward layers.
+"""Modules for transformer blocks: norms, attention and feed-forward layers.
 
 Legend: `B` batch, `T` time, `S` time of keys and values, `C` width, `H` query heads, `K` key/value heads, `D` head width.
 """
@@ -33,7 +33,7 @@ class RMSNorm(nn.Module):
 
 
 def make_norm(model: TransformerSection, width: int) -> nn.Module:
-    """Create the norm that `model` configures, over a last axis of size `width`."""
+    """Create the norm that `model` configures, for a last axis of size `width`."""
     if model.norm == "layernorm":
         return nn.LayerNorm(width, eps=model.norm_eps, elementwise_affine=model.norm_gain, bias=model.bias)
     return RMSNorm(width, model.norm_eps, model.norm_gain)
@@ -45,19 +45,19 @@ KeysValues = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Memory:
-    """What cross-attention attends to: the output of an encoder, or the keys and values that were computed from it."""
+    """The input of cross-attention: an encoder's output, or the keys and values computed from it."""
 
     hidden: Tensor | None
-    """(B, S, C); None if `keys_values` is given."""
+    """(B, S, C), or None if `keys_values` is set."""
     mask: Tensor | None = None
-    """(B, 1, 1, S), True where there is no padding. None: there is no padding."""
+    """(B, 1, 1, S), False at padding. None means that there is no padding."""
     keys_values: tuple[KeysValues, ...] | None = None
-    """The keys and values of each block. None: every block computes them from `hidden`."""
+    """Keys and values for each block, or None if every block computes them from `hidden`."""
 
 
 @dataclass(frozen=True)
 class ForwardContext:
-    """Inputs of a forward pass that are the same for all blocks."""
+    """Inputs that all blocks share in a forward pass."""
 
     tokens: Tensor
     """(B, T) ids."""
@@ -65,21 +65,21 @@ class ForwardContext:
     """(B, T, C), the input of the first block."""
     rotation: Rotation | None = None
     local_rotation: Rotation | None = None
-    """The rotation of local blocks, if it differs from that of the others."""
+    """The rotation for local blocks, if it differs from `rotation`."""
     cache: CacheRows | None = None
     mask: Tensor | None = None
-    """(B, 1, T, T), True where a query may attend to a key. None: attention to all positions that `causal` allows."""
+    """(B, 1, T, T), True where a query can attend to a key. With None, a query can attend to all positions that `causal` allows."""
     causal: bool = True
-    """Whether a position attends only to itself and to earlier positions. A `mask` must agree with this."""
+    """Whether a position attends only to itself and earlier positions. A `mask` must already be causal if this is True."""
     memory: Memory | None = None
-    """The input of cross-attention, in blocks that have it."""
+    """The input of cross-attention in blocks that have it."""
 
 
 class Attention(nn.Module):
     """Multi-head attention, grouped-query when `n_kv_head` is less than `n_head` (Ainslie et al. 2023).
 
-    Keys and values are computed from the same input as the queries, or from another input (cross-attention). `qkv` stacks the
-    three projections: rows for the queries, then the keys, then the values.
+    Keys and values are computed from the same input as the queries, or from a different one (cross-attention). The rows of `qkv`
+    contain the projections for the queries, then the keys, then the values.
     """
 
     def __init__(self, model: TransformerSection, layer: int) -> None:
@@ -120,11 +120,11 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(B, T, C) -> (B, T, C) and the values (B, S, K, D), excluding cached values.
 
-        `kv_source` (B, S, C): the input of the keys and values (default: `x`). `mask` broadcasts to (B, H, T, S); True means
-        that a query may attend to a key. `causal`: position t attends to the cached positions and to positions up to t. In a
-        block with an attention window, a query attends only to keys less than `window` positions away. `added_values`
-        (B, S, K, D) are added to the values. `first_values` (B, S, K, D) are interpolated with the values. `n_last`: return
-        only the last `n_last` positions. `keys_values`: the result of `project_keys_values`, instead of `kv_source`.
+        `kv_source` (B, S, C): the input for keys and values (default: `x`). `mask` broadcasts to (B, H, T, S); True means that a
+        query can attend to a key. `causal`: position t attends to the cached positions and to positions up to t. In a block with
+        an attention window, a query attends only to keys less than `window` positions away. `added_values` (B, S, K, D) are added
+        to the values. `first_values` (B, S, K, D) are interpolated with the values. `n_last`: return only the last `n_last`
+        positions. `keys_values`: the result of `project_keys_values`, which replaces `kv_source`.
         """
         B, T, _ = x.shape
         if keys_values is not None:
@@ -177,7 +177,7 @@ class Attention(nn.Module):
         return output, values
 
     def _unfused_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """softmax(q k' / sqrt(D)) v with hook points for scores and pattern. A query that may not attend to any key gets zeros."""
+        """softmax(q k' / sqrt(D)) v with hook points for scores and pattern. If all keys are masked, the output is 0."""
         k, v = (x.repeat_interleave(self.heads // x.shape[1], dim=1) for x in (k, v))  # (B, H, S, D)
         scores = q @ k.transpose(-2, -1) * self.head_width**-0.5  # (B, H, T, S)
         if self.softcap is not None:
@@ -190,33 +190,33 @@ class Attention(nn.Module):
         return F.dropout(pattern, self.dropout, self.training).to(v.dtype) @ v
 
     def _project(self, x: Tensor, kv_source: Tensor | None, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, T, H, D), keys and values (B, S, K, D), with queries and keys normalized and, in self-attention, rotated."""
+        """Return queries (B, T, H, D), keys and values (B, S, K, D), after QK norm and, in self-attention, rotation."""
         if kv_source is None:
             qkv = self._split_heads(self.qkv(x))  # (B, T, H + 2 K, D)
             if self.qk_norm_eps is None and rotation is None:
                 q, k, v = torch.split(qkv, [self.heads, self.kv_heads, self.kv_heads], dim=2)
                 return q, k, v
-            # Split in two steps to make the gradient of `qk` one tensor instead of a sum of zero-padded slices.
+            # Split in two steps so that the gradient of `qk` is one tensor instead of a sum of zero-padded slices.
             qk, v = torch.split(qkv, [self.heads + self.kv_heads, self.kv_heads], dim=2)
             q, k = torch.split(self._norm_and_rotate(qk, rotation), [self.heads, self.kv_heads], dim=2)
             return q, k, v
         return self._project_queries(x), *self.project_keys_values(kv_source)
 
     def _project_queries(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> the queries of cross-attention (B, T, H, D), normalized."""
+        """(B, T, C) -> normalized queries for cross-attention (B, T, H, D)."""
         rows, bias = self.query_rows, self.qkv.bias
         q = self._split_heads(F.linear(x, self.qkv.weight[:rows], None if bias is None else bias[:rows]))
         return q if self.qk_norm_eps is None else self._norm_heads(q, self.query_gain)
 
     def project_keys_values(self, kv_source: Tensor) -> KeysValues:
-        """(B, S, C) -> the keys, normalized, and values of cross-attention, each (B, S, K, D)."""
+        """(B, S, C) -> normalized keys and values for cross-attention, each (B, S, K, D)."""
         rows, bias = self.query_rows, self.qkv.bias
         projected = F.linear(kv_source, self.qkv.weight[rows:], None if bias is None else bias[rows:])
         k, v = self._split_heads(projected).chunk(2, dim=2)
         return (k if self.qk_norm_eps is None else self._norm_heads(k, self.key_gain)), v
 
     def _norm_and_rotate(self, qk: Tensor, rotation: Rotation | None) -> Tensor:
-        """Normalize and rotate the heads of queries and keys together, (B, T, H + K, D) -> (B, T, H + K, D)."""
+        """Normalize and rotate query and key heads together: (B, T, H + K, D) -> (B, T, H + K, D)."""
         if self.qk_norm_eps is not None and self.norms_all_heads:
             q, k = torch.split(qk, [self.heads, self.kv_heads], dim=2)
             qk = torch.cat((self._norm_heads(q, self.query_gain), self._norm_heads(k, self.key_gain)), dim=2)
@@ -228,7 +228,7 @@ class Attention(nn.Module):
         return qk if rotation is None else rotate(qk, *rotation)
 
     def _norm_heads(self, x: Tensor, gain: Tensor | None) -> Tensor:
-        """Normalize each head of x (B, T, heads, D), or with `norms_all_heads` all heads together."""
+        """Normalize each head of x (B, T, heads, D), or, with `norms_all_heads`, all heads together."""
         assert self.qk_norm_eps is not None
         if not self.norms_all_heads:
             return rms_norm(x, gain, self.qk_norm_eps)
@@ -242,7 +242,7 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """Two linear layers with an activation in between.
 
-    With a gate (Shazeer 2020), `input` stacks the rows of the gate and the values.
+    In a gated layer (Shazeer 2020), the first half of the rows of `input` computes the gate, and the second half the values.
     """
 
     def __init__(self, model: TransformerSection) -> None:
@@ -281,8 +281,9 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward layers with residual connections.
 
-    Norms are applied to the inputs of both (pre), to their outputs (output), to both, or to the residual sums (post). With
-    `cross_attention`, a layer between them attends to `ForwardContext.memory`, with norms and a residual connection of its own.
+    `norm_position` determines whether norms are applied to the layers' inputs (pre), their outputs (output), both (both), or the
+    residual sums (post). With `cross_attention`, an additional layer between the two attends to `ForwardContext.memory`. It has its
+    own norms and residual connection.
     """
 
     def __init__(self, model: TransformerSection, layer: int, vocab_size: int, *, cross_attention: bool = False) -> None:
@@ -315,10 +316,10 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, context: ForwardContext, first_values: Tensor | None, n_last: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(B, T, C) -> (B, T, C) with the attention of `context`, and the attention's values (B, T, K, D).
+        """(B, T, C) -> the block's output (B, T, C) and its attention values (B, T, K, D).
 
-        `first_values`: the values of the first block, None in the first block itself. `n_last`: return only the last `n_last`
-        positions, (B, n_last, C). The keys and values of all positions are still cached.
+        `first_values`: the first block's values, or None in the first block. `n_last`: return only the last `n_last` positions,
+        (B, n_last, C). The keys and values of all positions are still cached.
         """
         x = self.hook_resid_pre(x)
         if self.residual_mix is not None:
@@ -358,7 +359,7 @@ class Block(nn.Module):
         return self.hook_resid_post(x), values
 
     def _attend_to_memory(self, x: Tensor, context: ForwardContext) -> Tensor:
-        """Add the cross-attention layer's output to x (B, T, C), normalized as those of the other layers."""
+        """Add the cross-attention layer's output to x (B, T, C), with norms in the same places as in the other layers."""
         memory, norm = context.memory, self.cross_attention_norm
         assert self.cross_attention is not None
         assert self.hook_cross_attn_out is not None
@@ -381,7 +382,7 @@ class Block(nn.Module):
         return context.local_rotation if self.is_local and context.local_rotation is not None else context.rotation
 
     def _norm_output(self, x: Tensor, norm: nn.Module | None, second_norm: nn.Module | None) -> Tensor:
-        """Normalize the output of a layer with its only norm (output) or its second norm (both), or return it unchanged."""
+        """Normalize a layer's output with its only norm (output) or its second norm (both), or return it unchanged."""
         chosen = norm if self.norm_position == "output" else second_norm
         return x if chosen is None else chosen(x)
 

@@ -1,4 +1,4 @@
-"""Low-rank adaptation, LoRA (Hu et al. 2022): train low-rank updates of the matrices of a frozen model.
+"""LoRA, low-rank adaptation (Hu et al. 2022): train low-rank updates to the matrices of a frozen model.
 
 `attach` freezes a network and adds LoRA weights to the chosen matrices. `merge` adds the updates to the matrices and removes the
 LoRA weights. Frozen weights keep their names and are part of checkpoints, so a fine-tuned run does not need its source run.
@@ -43,13 +43,13 @@ ENCODERS: Supports = {
     "architecture": ("encoder",),
     **dict.fromkeys(("token_types", "head_transform", "head_bias", "norm_first_block"), ANY),
 }
-"""The same for encoders."""
+"""The supported values for encoders."""
 
 
 class LoraLinear(nn.Linear):
     """y = W x + b + (alpha / rank) B A x with frozen W and b (section 4.1).
 
-    A (rank, inputs) is initialized randomly, and B (outputs, rank) with zeros.
+    A (rank, inputs) is initialized randomly, and B (outputs, rank) is initialized to zero.
     """
 
     def __init__(self, frozen: nn.Linear, section: LoraSection, generator: torch.Generator) -> None:
@@ -77,11 +77,9 @@ class LoraLinear(nn.Linear):
 
 
 def attach(network: Model, section: LoraSection, seed: int = 0) -> None:
-    """Freeze every parameter of `network` and add LoRA weights to the target matrices of its blocks, in place.
+    """Freeze every parameter of `network` and add LoRA weights to the target matrices in its blocks, in place.
 
-    The output layers of a classifier are not frozen.
-
-    Raises `InputError` if the network has a part that LoRA does not support.
+    A classifier's output layers stay trainable. Raises `InputError` if the network has a part that LoRA does not support.
     """
     check_supported(network.model, ENCODERS if network.model.bidirectional else SUPPORTS, "LoRA", "training.lora")
     generator = torch.Generator().manual_seed(seed)
@@ -90,16 +88,17 @@ def attach(network: Model, section: LoraSection, seed: int = 0) -> None:
         in_block = name.removeprefix(BODY).startswith("blocks.")
         if isinstance(module, nn.Linear) and in_block and name.endswith(section.targets):
             network.set_submodule(name, LoraLinear(module, section, generator))
-    if network.objective is not None:  # the output layer of a classifier is new
+    if network.objective is not None:  # a classifier's output layers are not pretrained
         for name in network.head_weights():
             network.get_parameter(name).requires_grad_(True)
 
 
 def train_rows(network: Model, ids: Sequence[int]) -> int:
-    """Also train the rows of these tokens in the embedding and in the head, such as those of new control tokens.
+    """Also train the embedding and head rows of these tokens, for example of new control tokens.
 
-    A frozen row that is the mean of others could never be the most likely next token. The gradients of the other rows are set to
-    zero, and the optimizer applies no weight decay (`TRAINED_ROWS`), so they do not change. Returns the number of trained values.
+    A new token's row starts as the mean of other rows. If it stayed frozen, the token could never be the most likely next token.
+    The other rows do not change: their gradients are set to zero, and `TRAINED_ROWS` disables weight decay. Returns the number of
+    trained values.
     """
     kept = torch.zeros(network.vocab_size, 1)
     kept[list(ids)] = 1.0
@@ -112,17 +111,17 @@ def train_rows(network: Model, ids: Sequence[int]) -> int:
 
 
 def has_trained_rows(network: nn.Module) -> bool:
-    """Whether `train_rows` was called."""
+    """Whether `train_rows` was called on the network."""
     return any(hasattr(parameter, TRAINED_ROWS) for parameter in network.parameters())
 
 
 def section_of(network: nn.Module) -> LoraSection | None:
-    """Return the section that `attach` was called with, or None for a network without LoRA."""
+    """Return the section that was passed to `attach`, or None for a network without LoRA."""
     return next((module.section for module in network.modules() if isinstance(module, LoraLinear)), None)
 
 
 def merge(network: nn.Module) -> None:
-    """Add the LoRA updates to the matrices, in place, remove the LoRA weights, and unfreeze every parameter."""
+    """Add the LoRA updates to the matrices in place, remove the LoRA weights, and unfreeze every parameter."""
     for name, module in list(network.named_modules()):
         if isinstance(module, LoraLinear):
             network.set_submodule(name, module.merged())

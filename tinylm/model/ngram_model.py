@@ -1,6 +1,6 @@
-"""N-gram language models as networks: the probabilities of `tinylm.data.kneser_ney`, saved as tensors.
+"""N-gram language models with the `Model` interface. Their tensors contain the probabilities from `tinylm.data.kneser_ney`.
 
-They always compute on the CPU, and have no parameters with a gradient.
+They always run on the CPU and have no trainable parameters.
 
 Legend: `B` batch, `T` time, `N` order, `V` vocabulary.
 """
@@ -18,16 +18,16 @@ from tinylm.model.stateful import StatefulModel
 from tinylm.recipe.fixed_context import NgramSection
 
 _TENSORS = {"keys": torch.int64, "probabilities": torch.float32, "backoffs": torch.float32, "sizes": torch.int64}
-"""The tensors of a checkpoint. Each contains the arrays of all orders, one after the other; `sizes` (N,) counts the n-grams."""
+"""The tensors in a checkpoint. `sizes` (N,) counts the n-grams per order. The other tensors concatenate arrays of all orders."""
 
 
 class Ngram(StatefulModel):
-    """An n-gram model. Its state, and the "hidden state" of a position, consists of the last N - 1 ids; -1 stands for none."""
+    """An n-gram model. Its state and the "hidden state" at each position are the last N - 1 ids. -1 marks a missing token."""
 
     model: NgramSection
 
     def __init__(self, model: NgramSection, vocab_size: int, *, seed: int | None = 0) -> None:
-        """Nothing is random. Before any text is counted, all tokens have the same probability."""
+        """`seed` has no effect. Before any text is counted, all tokens have the same probability."""
         super().__init__(model, vocab_size)
         for name, dtype in _TENSORS.items():
             self.register_buffer(name, torch.empty(0, dtype=dtype))
@@ -40,12 +40,12 @@ class Ngram(StatefulModel):
 
     @property
     def tables(self) -> NgramTables:
-        """The probabilities."""
+        """The n-gram probabilities and backoff weights."""
         assert self._tables is not None
         return self._tables
 
     def set_tables(self, tables: NgramTables) -> None:
-        """Replace the probabilities."""
+        """Replace the n-gram probabilities and backoff weights."""
         self._tables = tables
         arrays = {"keys": tables.keys, "probabilities": tables.probabilities, "backoffs": tables.backoffs}
         for name, dtype in _TENSORS.items():
@@ -78,17 +78,17 @@ class Ngram(StatefulModel):
         return torch.device("cpu")
 
     def _apply(self, fn: object, recurse: bool = True) -> nn.Module:
-        """Stay on the CPU and keep all types."""
+        """Ignore device and dtype conversions."""
         return self
 
     def parameter_count(self) -> int:
-        """Number of probabilities and backoff weights. 0 before the text has been counted."""
+        """Return the number of probabilities and backoff weights, or 0 on the meta device."""
         if self._tables is None:
             return 0
         return sum(len(array) for array in (*self.tables.probabilities, *self.tables.backoffs))
 
     def stored_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-        """The number of n-grams depends on the training text, so any length is valid; `load_stored_weights` checks the content."""
+        """Accept any length, because the n-gram count depends on the training text. `load_stored_weights` checks the content."""
         expected = {name: shape if len(shape := shapes.get(name, ())) == 1 else (0,) for name in _TENSORS}
         return {**expected, "sizes": (self.model.order,)}
 
@@ -98,7 +98,7 @@ class Ngram(StatefulModel):
         sizes = weights["sizes"].tolist()
         arrays = {name: tensor.numpy() for name, tensor in weights.items()}
         if len(sizes) != self.model.order or sizes[0] != self.vocab_size or min(sizes) < 0:
-            raise RuntimeError("the numbers of n-grams do not match the order and the vocabulary")
+            raise RuntimeError("the n-gram counts do not match the order and the vocabulary")
         tables = NgramTables(
             self.vocab_size,
             _split(arrays["keys"], sizes[1:]),
@@ -116,7 +116,7 @@ def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _split(values: np.ndarray, sizes: list[int]) -> tuple[np.ndarray, ...]:
-    """Divide an array into parts of these sizes. Raises `RuntimeError` if it has another total size."""
+    """Split an array into parts of the given sizes. Raises `RuntimeError` if the sizes do not add up to its length."""
     if sum(sizes) != len(values):
         raise RuntimeError(f"{len(values):,} values instead of {sum(sizes):,}")
     ends = np.cumsum(sizes)

@@ -1,4 +1,4 @@
-"""N-gram embeddings: vectors for the n-grams that end at each token, added to the embedding of that token.
+"""N-gram embeddings: vectors for the n-grams that end at each token. They are added to the token's embedding.
 
 For each order n, a hash of the n-gram that ends at a position selects a row of a table (Pagnoni et al. 2024, "Byte Latent
 Transformer", section 3.2.1). The rows of all orders are concatenated and projected to the model's width. Small models on CPUs are
@@ -32,7 +32,7 @@ class NgramEmbedding(nn.Module):
         self.projection = nn.Linear(len(self.orders) * model.ngram_width, model.n_embd, bias=False)
 
     def forward(self, tokens: Tensor, segments: Tensor | None = None) -> Tensor:
-        """Ids (B, T) -> (B, T, C). With `segments` (B, T), n-grams do not contain tokens of other segments."""
+        """Ids (B, T) -> (B, T, C). With `segments` (B, T), n-grams do not cross segment boundaries."""
         rows = [self.row_indices(tokens, order, segments) + index * self.rows for index, order in enumerate(self.orders)]
         indices = torch.stack(rows, dim=-1)  # (B, T, orders)
         vectors = self.table(indices)  # (B, T, orders, ngram_width)
@@ -43,10 +43,9 @@ class NgramEmbedding(nn.Module):
         return projected
 
     def row_indices(self, tokens: Tensor, order: int, segments: Tensor | None = None) -> Tensor:
-        """Ids (B, T) -> row of each position's n-gram in the table of `order`, (B, T), in [0, rows).
+        """Ids (B, T) -> the table row of each position's n-gram of length `order`, (B, T), in [0, rows).
 
-        The row is a multiplicative hash of the ids in the n-gram. Tokens of other segments count as positions before the first
-        token.
+        The row is a multiplicative hash of the ids in the n-gram. Tokens from other segments are replaced with `pad_id`.
         """
         T = tokens.shape[1]
         padded = nn.functional.pad(tokens, (order - 1, 0), value=self.pad_id)

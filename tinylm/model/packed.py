@@ -1,7 +1,7 @@
 """Weights packed for decoding: transposed float32, bfloat16 or int8.
 
-Training multiplies thousands of rows by a weight at a time. Decoding multiplies only a few, so its speed is limited by reading the
-weights from memory. `pack` returns a copy of a network with smaller or faster linear layers. Embeddings, norms, attention and
+Training multiplies each weight matrix by thousands of rows at once. Decoding multiplies it by only a few, so its speed is limited
+by memory bandwidth. `pack` returns a copy of a network with smaller or faster linear layers. Embeddings, norms, attention and
 residual sums keep the network's dtype.
 """
 
@@ -21,9 +21,9 @@ _ModelT = TypeVar("_ModelT", bound=Model)
 WeightKind = Literal["fp32", "bf16", "int8"]
 WEIGHT_KINDS: tuple[WeightKind, ...] = ("fp32", "bf16", "int8")
 _INT8_KERNEL_MAX_ROWS = 4
-"""Up to this number of rows, the int8 kernel is faster than a matrix product with a bfloat16 copy of the weights."""
+"""For up to this many rows, the int8 kernel is faster than a matrix product with a bfloat16 copy of the weights."""
 _CACHED_COPY_MAX_ROWS = 64
-"""Up to this number of rows (a decoding batch), the bfloat16 copy is kept. A long prompt amortizes a new copy over its rows."""
+"""For up to this many rows (a decoding batch), the bfloat16 copy is cached. A longer prompt amortizes the cost of a new copy."""
 
 
 def _bias_of(linear: nn.Module) -> Tensor | None:
@@ -34,7 +34,7 @@ def _bias_of(linear: nn.Module) -> Tensor | None:
 class TransposedLinear(nn.Module):
     """x W + b with W stored as (inputs, outputs), the fastest layout for matrix-vector products.
 
-    With two or more rows, the result of a row does not depend on the other rows, unlike with the usual layout.
+    With two or more rows, a row's result does not depend on the other rows. The usual layout does not guarantee this.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -47,7 +47,7 @@ class TransposedLinear(nn.Module):
 
 
 class BFloat16Linear(nn.Module):
-    """Multiplies bfloat16 weights and inputs with float32 accumulation. Returns the dtype of the input."""
+    """A linear layer with bfloat16 weights, bfloat16 inputs and float32 accumulation. The output has the dtype of the input."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class BFloat16Linear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """Weight-only int8 quantization, symmetric, with one scale per output.
+    """Symmetric weight-only int8 quantization with one scale per output.
 
     Scales are rounded to bfloat16 before the weights are divided by them, because the kernel multiplies by bfloat16 scales. The
     kernel requires the number of inputs to be a multiple of 16, so weights and inputs are zero-padded.
@@ -113,9 +113,9 @@ _LAYERS = {"fp32": TransposedLinear, "bf16": BFloat16Linear, "int8": Int8Linear}
 
 
 def pack(network: _ModelT, weights: WeightKind | None = "fp32") -> _ModelT:
-    """Return a copy of `network` for inference. It shares all tensors outside linear layers. Do not train or save it.
+    """Return a copy of `network` for inference, which shares all tensors outside linear layers. Do not train or save the copy.
 
-    "fp32" changes only the order of summation; `tinylm eval --weights` measures the effect of the other kinds on the loss. None
+    "fp32" changes only the order of summation. Measure how the other kinds affect the loss with `tinylm eval --weights`. None
     leaves linear layers unchanged. LoRA weights are always merged.
     """
     memo = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}

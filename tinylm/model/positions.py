@@ -1,6 +1,6 @@
-"""Tables for rotary and sinusoidal position embeddings, and positions within segments, for document masking.
+"""Tables for rotary and sinusoidal position embeddings, and positions and masks for document masking.
 
-Learned position embeddings are an `nn.Embedding`. `B` batch, `T` time.
+Learned position embeddings are an `nn.Embedding`. Legend: `B` batch, `T` time.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from tinylm.recipe.schema import LinearRopeScaling, Llama3RopeScaling, RopeScali
 def rope_table(
     length: int, head_width: int, theta: float, scaling: RopeScaling | None = None, fraction: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for rotary position embeddings (Su et al. 2021), each (length, head_width / 2), float32.
+    """Return cosines and sines for rotary position embeddings (Su et al. 2021), each (length, head_width / 2), float32.
 
-    `fraction`: the share of the dimensions that are rotated. The pairs after them get the angle 0.
+    `fraction`: the share of the dimensions to rotate. The remaining pairs get angle 0.
     """
     pairs = int(head_width // 2 * fraction)
     frequencies = theta ** (-torch.arange(0, 2 * pairs, 2, dtype=torch.float64) / (2 * pairs))
@@ -32,7 +32,7 @@ def rope_table(
 
 
 def _scale_frequencies(frequencies: Tensor, theta: float, scaling: RopeScaling) -> tuple[Tensor, float]:
-    """Return the scaled frequencies (pairs,) and the factor of the cosines and sines."""
+    """Return the scaled frequencies (pairs,) and the factor for the cosines and sines."""
     slow = frequencies / scaling.factor
     if isinstance(scaling, LinearRopeScaling):
         return slow, 1.0
@@ -47,7 +47,10 @@ def _scale_frequencies(frequencies: Tensor, theta: float, scaling: RopeScaling) 
 
 
 def _yarn_bounds(pairs: int, theta: float, scaling: YarnRopeScaling) -> tuple[float, float]:
-    """The pairs that complete `beta_fast` and `beta_slow` rotations in the original context (Peng et al. 2023, section 3.2)."""
+    """Return the indices of the pairs that make `beta_fast` and `beta_slow` rotations in the original context.
+
+    See section 3.2 of Peng et al. 2023.
+    """
     low, high = (
         pairs * math.log(scaling.original_context / (rotations * 2 * math.pi)) / math.log(theta)
         for rotations in (scaling.beta_fast, scaling.beta_slow)
@@ -58,9 +61,9 @@ def _yarn_bounds(pairs: int, theta: float, scaling: YarnRopeScaling) -> tuple[fl
 
 
 def sinusoidal_table(length: int, width: int, *, interleaved: bool = True) -> Tensor:
-    """Sinusoidal position embeddings (Vaswani et al. 2017, section 3.5), (length, width), float32.
+    """Return sinusoidal position embeddings (Vaswani et al. 2017, section 3.5), (length, width), float32.
 
-    Sines and cosines are interleaved, or else all sines come before all cosines, as in Marian.
+    Sines and cosines alternate if `interleaved` is true. Otherwise, all sines precede all cosines, as in Marian.
     """
     frequencies = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
@@ -68,7 +71,7 @@ def sinusoidal_table(length: int, width: int, *, interleaved: bool = True) -> Te
 
 
 def positions_in_segments(segments: Tensor) -> Tensor:
-    """Positions that start at 0 in each segment: [5, 5, 5, 6, 6] -> [0, 1, 2, 0, 1]. (B, T) -> (B, T)."""
+    """Return positions that restart at 0 in each segment: [5, 5, 5, 6, 6] -> [0, 1, 2, 0, 1]. (B, T) -> (B, T)."""
     index = torch.arange(segments.shape[1], device=segments.device)
     is_start = torch.nn.functional.pad(segments[:, 1:] != segments[:, :-1], (1, 0))
     starts = (index * is_start).cummax(dim=1).values
@@ -76,7 +79,7 @@ def positions_in_segments(segments: Tensor) -> Tensor:
 
 
 def segment_mask(segments: Tensor, *, causal: bool = True) -> Tensor:
-    """Attention mask within segments: True where the key is in the query's segment and, if `causal`, not after the query.
+    """Return an attention mask that is True where the key is in the query's segment and, if `causal`, not after the query.
 
     (B, T) -> (B, 1, T, T).
     """

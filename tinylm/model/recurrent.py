@@ -1,8 +1,8 @@
-"""Recurrent language models: embedding, layers of a simple RNN, LSTM or GRU, head.
+"""Recurrent language models: an embedding, a stack of simple RNN, LSTM or GRU layers, and a head.
 
-The layers compute what torch.nn.RNN, LSTM and GRU compute, with torch's own functions.
+The layers are equivalent to torch.nn.RNN, LSTM and GRU, and call the same torch functions.
 
-Legend: `B` batch, `T` time, `C` width, `G` gates, `S` vectors in the state of a layer (2 for an LSTM: output and cell), `L` layers,
+Legend: `B` batch, `T` time, `C` width, `G` gates, `S` vectors in a layer's state (2 for an LSTM: output and cell), `L` layers,
 `V` vocabulary.
 """
 
@@ -26,7 +26,7 @@ from tinylm.recipe.schema import ModelVariant
 
 
 class RecurrentLayer(HookedModule):
-    """One layer, with the weights of torch.nn.RNN, LSTM or GRU in their order of gates."""
+    """One recurrent layer. Its weights have the same names and gate order as in torch.nn.RNNCell, LSTMCell and GRUCell."""
 
     def __init__(self, model: RecurrentSection) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class RecurrentLayer(HookedModule):
     def forward(self, x: Tensor, state: Tensor, weight_hh: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs (B, T, C) and state (B, S, C) -> outputs (B, T, C) and the state after the last input.
 
-        `weight_hh`: the recurrent weights, some of which may be dropped.
+        `weight_hh`: the recurrent weights after weight dropout.
         """
         vectors = [vector[None].contiguous() for vector in state.unbind(1)]  # each (1, B, C)
         weights = [self.weight_ih, weight_hh, self.bias_ih, self.bias_hh]
@@ -56,12 +56,12 @@ class RecurrentLayer(HookedModule):
         return self.hook_output(outputs), torch.stack([vector[0] for vector in final], dim=1)
 
     def dropped_weight(self) -> Tensor:
-        """The recurrent weights for one micro-batch: in training, a share of them is dropped."""
+        """Return the recurrent weights for one micro-batch, with weight dropout in training mode."""
         return F.dropout(self.weight_hh, self.weight_drop, self.training) if self.weight_drop else self.weight_hh
 
 
 class Recurrent(StatefulModel):
-    """A stack of recurrent layers. Its state (B, L, S, C) contains the outputs, and for an LSTM also the cells, of all layers."""
+    """A stack of recurrent layers. Its state (B, L, S, C) contains each layer's output and, for an LSTM, its cell."""
 
     model: RecurrentSection
 
@@ -78,9 +78,9 @@ class Recurrent(StatefulModel):
             self.head.weight = self.embedding.weight
 
     def _initialize(self, generator: torch.Generator) -> None:
-        """Draw uniform weights in the layers, as torch.nn does. The forget gate of an LSTM is almost open (Jozefowicz et al. 2015).
+        """Draw uniform weights in the layers, as torch.nn does. An LSTM's forget bias starts at about 1 (Jozefowicz et al. 2015).
 
-        An embedding that is not tied has a standard deviation of 1: with smaller values, the first steps learn slowly.
+        An untied embedding has standard deviation 1, because smaller values slow down learning in the first steps.
         """
         width = self.model.n_embd
         bounds = {"embedding.weight": 0.1 if self.model.tie_embeddings else math.sqrt(3), "head.weight": 0.001}
@@ -101,9 +101,9 @@ class Recurrent(StatefulModel):
         )
 
     def hidden(self, tokens: Tensor, *, n_last: int | None = None, segments: Tensor | None = None) -> Tensor:
-        """Ids (B, T) -> outputs of the last layer (B, T, C). In training, those of the burn-in are zero.
+        """Ids (B, T) -> outputs of the last layer (B, T, C). In training mode, outputs at burn-in positions are zero.
 
-        Raises `ValueError` for segments, because the layers cannot reset their state within a row.
+        Raises `ValueError` if `segments` is not None, because the layers cannot reset their state within a row.
         """
         if segments is not None:
             raise ValueError("recurrent networks do not support segments")
@@ -131,7 +131,7 @@ class Recurrent(StatefulModel):
         return x if masks is None else x * masks[-1], torch.stack(states, dim=1)
 
     def _dropout_masks(self, tokens: Tensor) -> list[Tensor] | None:
-        """One mask (B, 1, C) for the input of each layer and one for the output of the last, or None without dropout."""
+        """Return a mask (B, 1, C) for each layer's input and one for the last layer's output, or None without dropout."""
         if not self.training or not self.model.dropout:
             return None
         ones = torch.ones(len(tokens), 1, self.model.n_embd, device=tokens.device)

@@ -1,8 +1,8 @@
-"""The decoding step of a recurrent network in numba: one token for every row, with all layers and the head.
+"""The decoding step of a recurrent network in numba. It processes one token per row, including all layers and the head.
 
 Every sum is computed in a fixed order, so a row's result does not depend on the other rows.
 
-Legend: `B` rows, `L` layers, `G` gates, `S` vectors in the state of a layer, `C` width, `V` vocabulary.
+Legend: `B` rows, `L` layers, `G` gates, `S` vectors in a layer's state, `C` width, `R` weight rows, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from numba import njit
 from tinylm.jit import cached_njit
 
 TANH, RELU, LSTM, GRU = range(4)
-"""The kinds of layers: simple RNNs with two nonlinearities, LSTM and GRU."""
+"""Layer kinds: simple RNN with tanh, simple RNN with ReLU, LSTM and GRU."""
 _FAST = {"reassoc", "contract", "arcp", "nsz"}
-"""The compiler may reorder sums to vectorize them, in the same way for each row."""
+"""Allows the compiler to reorder sums for vectorization, in the same way for each row."""
 _ONE = np.float32(1.0)
 
 
 @njit(nogil=True, error_model="numpy", fastmath=_FAST)
 def _product(weight: Any, x: Any, out: Any) -> None:
-    """out (B, R) = x (B, C) @ weight (R, C) transposed. Each row of the weight is read once for all rows of `x`."""
+    """out (B, R) = x (B, C) @ weight (R, C) transposed. Each weight row is read once for all rows of `x`."""
     for r in range(weight.shape[0]):
         for b in range(x.shape[0]):
             total = np.float32(0.0)
@@ -44,7 +44,7 @@ def _tanh(x: Any) -> Any:
 
 @njit(nogil=True, error_model="numpy")
 def _update(kind: int, inputs: Any, recurrent: Any, bias_ih: Any, bias_hh: Any, state: Any) -> None:
-    """Update the state (S, C) of a layer, given the products (G C,) of its two weights. Gates are in torch's order."""
+    """Update a layer's state (S, C) from its input and recurrent projections (G C,). Gates are in torch's order."""
     width = state.shape[1]
     for c in range(width):
         if kind == LSTM:
@@ -78,10 +78,10 @@ def step(
     state: Any,
     logits: Any,
 ) -> None:
-    """Process one token of every row. Updates `state` (B, L, S, C) and fills `logits` (B, V).
+    """Process one token per row. Updates `state` (B, L, S, C) and fills `logits` (B, V).
 
-    `inputs` (B, G C): the products of the embeddings with the first `weight_ih`; they are overwritten. `weight_ih` and `weight_hh`
-    (L, G C, C), `bias_ih` and `bias_hh` (L, G C), `head` (V, C). Everything is float32.
+    `inputs` (B, G C): the embeddings multiplied by the first layer's `weight_ih`. They are overwritten. `weight_ih` and `weight_hh`
+    (L, G C, C), `bias_ih` and `bias_hh` (L, G C), `head` (V, C). All arrays are float32.
     """
     recurrent = np.empty_like(inputs)
     before = np.empty((inputs.shape[0], weight_hh.shape[2]), dtype=np.float32)

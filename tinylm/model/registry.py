@@ -1,6 +1,6 @@
 """Network architectures: `build` constructs all networks in the library, and `register` adds an architecture.
 
-A new architecture needs a section of the recipe, a subclass of `tinylm.model.base.Model`, and one call:
+A new architecture needs a recipe section, a subclass of `tinylm.model.base.Model`, and one call:
 
     register(BigramSection, Bigram)
 """
@@ -45,7 +45,7 @@ _NETWORKS: dict[type[ModelVariant], type[Model]] = {
 
 
 def register(section: type[ModelVariant], network: type[Model]) -> None:
-    """Add an architecture: `section` becomes a variant of `model:`, which `build` passes to `network`.
+    """Add an architecture: recipes can select `section` in `model:`, and `build` constructs a `network` for it.
 
     The constructor is called as `network(section, vocab_size, seed=seed)`. Raises `ValueError` if the architecture already exists,
     or if `section` does not have the key `context_length`.
@@ -61,7 +61,7 @@ def unregister(section: type[ModelVariant]) -> None:
 
 
 def network_class(section: ModelVariant) -> type[Model]:
-    """Return the class of the network that a section configures. Raises `InputError` if there is none."""
+    """Return the network class for a section. Raises `InputError` if none is registered."""
     if type(section) not in _NETWORKS:
         raise InputError(f"no network is registered for the architecture {section.architecture}", where="model.architecture")
     return _NETWORKS[type(section)]
@@ -77,9 +77,9 @@ def build(
 ) -> Model:
     """Build the network that `section` configures, on the CPU or on the device of a `with torch.device(...)` block.
 
-    `seed` determines its initial weights. Pass None to skip initialization if weights are loaded later. `objective` is that of the
-    recipe: classification replaces the head, and translation sets the size of a separate source vocabulary. `with_lora` attaches
-    LoRA weights, which is required before the weights of a LoRA run can be loaded.
+    `seed` determines the initial weights. Pass None to skip initialization when weights are loaded later. `objective` is the
+    recipe's objective: classification replaces the head, and translation sets the size of a separate source vocabulary. `with_lora`
+    attaches LoRA weights. Set it before loading the weights of a LoRA run.
     """
     network_type = network_class(section)
     if isinstance(section, EncoderDecoderSection) and isinstance(objective, TranslationObjective):

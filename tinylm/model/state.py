@@ -16,24 +16,24 @@ from torch import Tensor
 
 
 class DecodingState(Protocol):
-    """The state of several sequences that are decoded together, one row each. Rows may have different lengths.
+    """The state of several sequences that are decoded together, one row each. Rows can have different lengths.
 
     The first `len(lengths)` rows are active: `DecodingModel.step` advances only these.
     """
 
     @property
     def lengths(self) -> Sequence[int]:
-        """The number of tokens that each active row has processed and not evicted."""
+        """The number of tokens in each active row, excluding evicted tokens."""
 
     @property
     def capacity(self) -> int | None:
-        """The maximum number of tokens per row; None: unlimited."""
+        """The maximum number of tokens per row, or None if it is unlimited."""
 
     def resize(self, rows: int) -> None:
-        """Make exactly the first `rows` rows active. Rows that become active are empty."""
+        """Set the number of active rows. Newly active rows are empty."""
 
     def fork(self, source: int, rows: Sequence[int]) -> None:
-        """Copy row `source` to other active rows, to continue one prompt in several ways."""
+        """Copy row `source` to other active rows, so that several samples can continue one prompt."""
 
     def reorder(self, sources: Sequence[int], rows: Sequence[int]) -> None:
         """Copy row `sources[i]` to row `rows[i]` for every i. All sources are read before any row is written."""
@@ -55,7 +55,7 @@ class DecodingModel(Protocol[State]):
 
     vocab_size: int
     uses_numba: bool
-    """Whether a step runs in numba-compiled code. If so, sampling does too."""
+    """Whether a step runs in numba-compiled code. If it does, sampling is also numba-compiled."""
 
     @property
     def device(self) -> torch.device:
@@ -63,19 +63,19 @@ class DecodingModel(Protocol[State]):
 
     @property
     def capacity(self) -> int | None:
-        """The maximum number of tokens that the model can process as one sequence; None: unlimited."""
+        """The maximum number of tokens that the model can process as one sequence, or None if it is unlimited."""
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Ids (B, T) -> logits (B, T, V) in a single pass, without a state. T must not exceed `capacity`."""
 
     def new_state(self, rows: int, max_tokens: int | None = None) -> State:
-        """Create a state of `rows` empty, active rows of up to `max_tokens` tokens each (default and maximum: `capacity`)."""
+        """Create a state with `rows` empty, active rows of up to `max_tokens` tokens each. Default and maximum: `capacity`."""
 
     def prefill(self, state: State, row: int, ids: Sequence[int] | Tensor) -> Tensor:
-        """Replace the contents of a row with ids (T,). Return the logits (V,) after the last one. T must be at least 1."""
+        """Overwrite a row with ids (T,). Return the next-token logits (V,). T must be at least 1."""
 
     def step(self, state: State, tokens: Tensor) -> Tensor:
-        """Append one id (B,) to every active row and return the logits (B, V) after it. No row may be full.
+        """Append `tokens` (B,), one id per active row. Return the next-token logits (B, V). No row may be full.
 
-        Call it in inference mode.
+        Call this method in inference mode.
         """

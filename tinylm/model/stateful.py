@@ -1,6 +1,6 @@
 """Models that read a text from left to right with a state of constant size: recurrent networks, window networks and n-gram models.
 
-`continue_from` is all that evaluation and generation need: it carries the state over a text of any length.
+Evaluation and generation only need `continue_from`, which carries the state through a text of any length.
 
 Legend: `B` rows, `T` time, `C` width of the hidden states, `V` vocabulary.
 """
@@ -16,12 +16,12 @@ from tinylm.model.base import Model
 
 
 class RowState:
-    """A `DecodingState` of unlimited capacity: one tensor per row, which has the same size after any number of tokens."""
+    """A `DecodingState` with unlimited capacity. It stores one tensor of constant size per row."""
 
     capacity = None
 
     def __init__(self, empty: Tensor) -> None:
-        """`empty`: (B, ...), the state of rows without tokens."""
+        """`empty` (B, ...) is the state of rows without tokens."""
         self.values = empty
         self.lengths = [0] * len(empty)
         self._empty = empty[:1].clone()
@@ -50,20 +50,20 @@ class StatefulModel(Model):
     capacity = None
 
     def empty_state(self, rows: int) -> Tensor:
-        """The state (B, ...) at the beginning of a text."""
+        """Return the state (B, ...) at the beginning of a text."""
         raise NotImplementedError
 
     def continue_from(self, tokens: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids (B, T) that follow those in `state` (B, ...) -> final hidden states (B, T, C), and the state after the last id."""
+        """Ids (B, T) that continue from `state` (B, ...) -> final hidden states (B, T, C) and the state after the last id."""
         raise NotImplementedError
 
     def new_state(self, rows: int, max_tokens: int | None = None) -> RowState:
-        """Create a state of `rows` empty rows. Its size does not depend on `max_tokens`."""
+        """Create a state with `rows` empty rows. Its size does not depend on `max_tokens`."""
         return RowState(self.empty_state(rows))
 
     @torch.inference_mode()
     def prefill(self, state: RowState, row: int, ids: Sequence[int] | Tensor) -> Tensor:
-        """Replace the contents of a row with ids (T,). Return the logits (V,) after the last one."""
+        """Overwrite a row with ids (T,). Return the next-token logits (V,)."""
         tokens = torch.as_tensor(ids, device=self.device)[None]
         hidden, values = self.continue_from(tokens, self.empty_state(1))
         state.values[row] = values[0]
@@ -71,7 +71,7 @@ class StatefulModel(Model):
         return self.logits(hidden[:, -1])[0]
 
     def step(self, state: RowState, tokens: Tensor) -> Tensor:
-        """Append one id (B,) to every row and return the logits (B, V) after it."""
+        """Append `tokens` (B,), one id per row. Return the next-token logits (B, V)."""
         hidden, state.values = self.continue_from(tokens[:, None], state.values)
         state.lengths = [length + 1 for length in state.lengths]
         return self.logits(hidden[:, -1])

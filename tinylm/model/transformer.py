@@ -1,6 +1,6 @@
 """The transformer: a decoder-only model that a recipe's `model:` section can configure as GPT-2, Llama or the `modern` preset.
 
-It maps token ids to logits or, given targets, to the summed loss.
+It maps token ids to logits or, with targets, to the summed loss.
 
 Legend: `B` batch, `T` time, `C` width, `V` vocabulary.
 """
@@ -27,28 +27,26 @@ from tinylm.model.positions import positions_in_segments, rope_table, segment_ma
 from tinylm.recipe.schema import ModelVariant, TransformerSection
 
 NGRAM_LR_MULTIPLIER = 6.0
-"""Learning rate of n-gram tables relative to other embeddings. Most of their rows are used too rarely to learn at the same rate."""
+"""Learning rate of n-gram tables relative to other embeddings. Most table rows occur too rarely to learn at the same rate."""
 _PER_TOKEN = re.compile(r"embedding\.weight|head\.weight|ngrams\.table\.weight|blocks\.\d+\.value_embedding\.weight")
 """Names of the weights that depend on the vocabulary."""
-
-
 INITIAL_TABLE_LENGTH = 1 << 16
-"""Positions in the tables of a new network with a longer context. The tables grow when more positions are needed."""
+"""Maximum length of the position tables in a new network. The tables grow when more positions are needed."""
 
 
 class Transformer(Model):
     """A causal language model.
 
-    `model` configures its architecture. `seed` determines its initial weights. Pass None to skip initialization if weights are
-    loaded later. Set the attribute `recompute` for activation checkpointing: save only the input of each block, and recompute
+    `model` configures its architecture. `seed` determines its initial weights. Pass None to skip initialization when weights are
+    loaded later. Set the attribute `recompute` for activation checkpointing, which saves only each block's input and recomputes
     the block in the backward pass.
     """
 
     model: TransformerSection
     causal: ClassVar[bool] = True
-    """Whether a position attends only to itself and to earlier positions."""
+    """Whether a position attends only to itself and earlier positions."""
     cross_attention: ClassVar[bool] = False
-    """Whether the blocks attend to the output of an encoder."""
+    """Whether the blocks attend to an encoder's output."""
     interleaved_sinusoids: ClassVar[bool] = True
     """The layout of sinusoidal position embeddings (see `sinusoidal_table`)."""
 
@@ -77,14 +75,14 @@ class Transformer(Model):
         self.embedding.weight.requires_grad_(not model.freeze_embeddings)
 
     def _add_modules(self, model: TransformerSection) -> None:
-        """Add the modules that only a subclass has. They are initialized with the others."""
+        """Add a subclass's own modules. They are initialized together with the other modules."""
 
     @property
     def _has_head_bias(self) -> bool:
         return False
 
     def _register_position_tables(self, length: int) -> None:
-        """Compute the tables of rotary or sinusoidal positions for `length` positions."""
+        """Compute the tables for rotary or sinusoidal position embeddings for `length` positions."""
         model, width, fraction = self.model, self.model.head_width, self.model.rope_fraction
         self.table_length = length
         if model.position == "sinusoidal":
@@ -101,9 +99,9 @@ class Transformer(Model):
             self.register_buffer(f"{name}_sines", sines, persistent=False)
 
     def reserve_positions(self, length: int) -> bool:
-        """Make sure that the tables have at least `length` positions. Returns whether they had to be computed again.
+        """Extend the position tables if they have fewer than `length` positions. Returns whether they were extended.
 
-        They do not have all `context_length` positions from the start, because an untrusted recipe can claim any length.
+        The initial tables do not always cover `context_length`, because an untrusted recipe can set it to any number.
         """
         if length <= self.table_length:
             return False
@@ -119,7 +117,7 @@ class Transformer(Model):
         targets: Tensor | None = None,
         segments: Tensor | None = None,
     ) -> Tensor:
-        """Ids (B, T) -> logits (B, T, V), or with `targets` (B, T) the summed loss in nats, a scalar.
+        """Ids (B, T) -> logits (B, T, V), or, with `targets` (B, T), the summed loss in nats (a scalar).
 
         Negative targets are ignored. The loss is computed without keeping all logits in memory. With a `cache`, the ids follow the
         cached tokens and are appended to the cache. Raises `ValueError` for more than `context_length` positions, including
@@ -132,8 +130,9 @@ class Transformer(Model):
             return self.logits(hidden)
         chunk = loss_chunk_rows(self.vocab_size, on_gpu=hidden.device.type != "cpu")
         cap = self.model.logit_softcap
-        loss: Tensor = summed_loss(hidden.flatten(0, 1), self.head.weight, targets.flatten(), cap, chunk, self.compile_loss)
-        return loss
+        return summed_cross_entropy(
+            hidden.flatten(0, 1), self.head.weight, targets.flatten(), cap, chunk, compiled=self.compile_loss
+        )
 
     def hidden(
         self,
@@ -147,7 +146,7 @@ class Transformer(Model):
     ) -> Tensor:
         """Ids (B, T) -> final hidden states (B, T, C), the input of the head. `n_last`: return only the last `n_last` positions.
 
-        `added`: vectors to add to the token embedding, which broadcast to (B, T, C). `memory`: the input of cross-attention.
+        `added`: vectors to add to the token embeddings, broadcast to (B, T, C). `memory`: the input of cross-attention.
         """
         start = cache.length if cache is not None else 0
         end = start + tokens.shape[1]
@@ -196,9 +195,9 @@ class Transformer(Model):
     def _embed(
         self, tokens: Tensor, start: int, end: int, cache: CacheRows | None, segments: Tensor | None, added: Tensor | None
     ) -> Tensor:
-        """Ids (B, T) -> input (B, T, C) of the first block.
+        """Ids (B, T) -> the first block's input (B, T, C).
 
-        Positions are [start, end). With `segments`, they start at 0 in each segment.
+        Positions are [start, end). With `segments`, they restart at 0 in each segment.
         """
         x = self._embed_tokens(tokens)
         if added is not None:
@@ -216,7 +215,7 @@ class Transformer(Model):
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         if torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) == torch.bfloat16:
-            x = x.bfloat16()  # halves the memory traffic of the residual stream; the range of float16 is too small for it
+            x = x.bfloat16()  # halves the memory traffic of the residual stream, whose range is too large for float16
         dropped: Tensor = self.dropout(x)
         return dropped
 
@@ -226,16 +225,15 @@ class Transformer(Model):
         return embedded
 
     def _rotation(self, table: str, start: int, end: int) -> Rotation | None:
-        """Return the cosines and sines of a table for positions [start, end), or None if the model does not have this table.
+        """Return a table's cosines and sines for positions [start, end), or None if the model does not have this table.
 
-        Positions do not restart in each segment, because only the differences between positions matter.
+        Positions do not restart in each segment, because only differences between positions matter.
         """
         if self.model.position != "rope" or (table == "local_rope" and self.model.rope_theta_local is None):
             return None
         return self.get_buffer(f"{table}_cosines")[start:end, None], self.get_buffer(f"{table}_sines")[start:end, None]
 
     def stacked_matrices(self) -> dict[str, tuple[int, ...]]:
-        """Map the name of each parameter that stacks several matrices to the number of rows of each matrix."""
         rows: dict[str, tuple[int, ...]] = {}
         for name, module in self.named_modules():
             if isinstance(module, Attention):
@@ -282,9 +280,3 @@ class Transformer(Model):
     @property
     def depth(self) -> int:
         return len(self.blocks)
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None, chunk: int, compiled: bool) -> Tensor:
-    """`summed_cross_entropy`, excluded from compiled graphs. On CUDA, it compiles its own kernel."""
-    return summed_cross_entropy(hidden, weight, targets, cap, chunk, compiled=compiled)

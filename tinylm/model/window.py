@@ -1,6 +1,6 @@
-"""The neural probabilistic language model: a feed-forward network predicts a token from a fixed number of tokens before it.
+"""The neural probabilistic language model: a feed-forward network predicts each token from a fixed number of preceding tokens.
 
-The representations x of the last n tokens, side by side, are the input of tanh hidden units. The logits are
+The concatenated representations x of the last n tokens are the input of a tanh hidden layer. The logits are
 `b + W x + U tanh(d + H x)` (Bengio et al. 2003, equation 1), where W is present only with `direct: true`.
 
 Legend: `B` batch, `T` time, `N` tokens in the window, `E` width of the embedding, `D` hidden units, `V` vocabulary.
@@ -22,7 +22,7 @@ from tinylm.recipe.fixed_context import FeedForwardSection
 
 
 class WindowNetwork(StatefulModel):
-    """The network of Bengio et al. Its state (B, N - 1) consists of the last ids. The id V stands for positions without a token."""
+    """The network of Bengio et al. Its state (B, N - 1) contains the last N - 1 ids. Id V marks positions without a token."""
 
     model: FeedForwardSection
 
@@ -39,7 +39,7 @@ class WindowNetwork(StatefulModel):
             self._initialize(torch.Generator().manual_seed(seed))
 
     def _initialize(self, generator: torch.Generator) -> None:
-        """The head starts near zero, so that the first loss is about log V."""
+        """Initialize the weights. The head starts near zero, which makes the initial loss approximately log V."""
         fan_in = self.model.window if self.model.input == "one_hot" else self.input.in_features
         stds = {"input.weight": 1 / math.sqrt(fan_in), "head.weight": 0.001, "embedding.weight": 1.0}
         with torch.no_grad():
@@ -50,7 +50,7 @@ class WindowNetwork(StatefulModel):
         hidden = self.hidden(tokens, segments=segments)
         if targets is None:
             return self.logits(hidden)
-        # A constant input of 1 turns the bias of the head into a column of its weight.
+        # A constant input of 1 turns the head's bias into an additional column of its weight.
         inputs = F.pad(hidden.flatten(0, 1), (0, 1), value=1.0)
         weight = torch.cat((self.head.weight, self.head.bias[:, None]), dim=1)
         chunk = loss_chunk_rows(self.vocab_size, on_gpu=hidden.device.type != "cpu")
@@ -59,7 +59,7 @@ class WindowNetwork(StatefulModel):
     def hidden(self, tokens: Tensor, *, n_last: int | None = None, segments: Tensor | None = None) -> Tensor:
         """Ids (B, T) -> inputs of the head (B, T, D), or (B, T, D + inputs) with direct connections.
 
-        With `segments` (B, T), tokens of other segments count as positions without a token.
+        With `segments` (B, T), tokens from other segments are treated as missing.
         """
         windows = self._windows(tokens, self.empty_state(len(tokens)))
         if segments is not None:
@@ -75,7 +75,7 @@ class WindowNetwork(StatefulModel):
         return torch.full((rows, self.model.window - 1), self.vocab_size, device=self.device)
 
     def _windows(self, tokens: Tensor, state: Tensor) -> Tensor:
-        """Ids (B, T) -> the ids of the window that ends at each position, (B, T, N)."""
+        """Ids (B, T) -> ids in the window that ends at each position, (B, T, N)."""
         return torch.cat((state, tokens), dim=1).unfold(1, self.model.window, 1)
 
     def _hidden(self, windows: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class WindowNetwork(StatefulModel):
             return self.hook_hidden(self.dropout(summed.tanh()))
         if self.embedding is not None:
             x = self.embedding(windows).flatten(-2)
-        else:  # ids as numbers from -1 to 1; 0 without a token
+        else:  # ids scaled to [-1, 1]; 0 where there is no token
             numbers = windows.to(self.input.weight.dtype) * (2 / max(self.vocab_size - 1, 1)) - 1
             x = numbers.masked_fill(windows == self.vocab_size, 0.0)
         units = self.hook_hidden(self.dropout(self.input(x).tanh()))

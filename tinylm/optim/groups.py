@@ -1,4 +1,4 @@
-"""Build the optimizers of a recipe: assign an optimizer, a learning rate and a weight decay to every parameter."""
+"""Build a recipe's optimizers: assign an optimizer, a learning rate and a weight decay to every parameter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class TrainableNetwork(Protocol):
-    """The methods of a network that the optimizers need. Parameters have the same names as in `named_parameters`."""
+    """The network methods that `build` calls. All of them use the parameter names from `named_parameters`."""
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
@@ -27,16 +27,16 @@ class TrainableNetwork(Protocol):
         ...
 
     def stacked_matrices(self) -> dict[str, tuple[int, ...]]:
-        """Map the name of each parameter that stacks several matrices to the number of rows of each matrix."""
+        """Map the name of each parameter that stacks several matrices to the number of rows in each matrix."""
         ...
 
     def lr_multipliers(self) -> dict[str, float]:
-        """Map the name of each parameter with its own learning rate to a multiplier of the optimizer's rate."""
+        """Map parameter names to learning-rate multipliers. The default multiplier is 1."""
         ...
 
 
 class Optimizers:
-    """One or two torch optimizers that step together, with a common learning-rate multiplier and one flat dictionary of state."""
+    """One or two torch optimizers that step together, with a shared learning-rate multiplier and one flat state dictionary."""
 
     def __init__(self, parts: Mapping[str, torch.optim.Optimizer], names: Mapping[nn.Parameter, str]) -> None:
         self.parts = dict(parts)
@@ -46,7 +46,7 @@ class Optimizers:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of all optimizers. A gradient scaler checks them together, so that all optimizers skip the same steps."""
+        """The parameter groups of all optimizers. A gradient scaler checks them together, so all optimizers skip the same steps."""
         return [group for part in self.parts.values() for group in part.param_groups]
 
     def scale_lr(self, multiplier: float) -> None:
@@ -61,7 +61,7 @@ class Optimizers:
     def step(self, usable: Tensor | None = None) -> None:
         """Update all parameters, or skip the update if `usable` is false.
 
-        `usable` is a boolean scalar on the device of the parameters, to avoid a host-device synchronization.
+        `usable` is a boolean scalar on the parameters' device, which avoids a host-device synchronization.
         """
         for part in self.parts.values():
             # torch's gradient scaler passes the same flag to fused optimizers under this name.
@@ -164,7 +164,7 @@ def resolve_newton_schulz_dtype(section: MuonOptimizer, device: torch.device) ->
 
 
 TRAINED_ROWS = "trained_rows"
-"""An attribute of a parameter of which only some rows are trained. Weight decay would change the others."""
+"""Name of an attribute that marks parameters with frozen rows. They get no weight decay, which would change the frozen rows."""
 
 
 def _is_decayed(parameter: nn.Parameter) -> bool:

@@ -1,7 +1,7 @@
 """Muon: momentum with orthogonalized updates (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
 
-Matrices of the same shape are stacked and orthogonalized in one batch. In float32, updates are equal to those of `torch.optim.Muon`
-with `adjust_lr_fn="original"`. With several processes, each matrix is orthogonalized by only one process.
+Matrices of the same shape are stacked and orthogonalized in one batch. In float32, updates match `torch.optim.Muon` with
+`adjust_lr_fn="original"`. In distributed training, each matrix is orthogonalized by only one process.
 
 Legend: `N` matrices of the same shape, `R` rows, `C` columns.
 """
@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:  # these imports take a second and are only needed with several processes
+if TYPE_CHECKING:  # these imports take a second and are only needed in distributed training
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import Placement
 
 COEFFICIENTS = {
-    # Jordan et al. 2024: the same polynomial a x + b x^3 + c x^5 in every iteration. Five iterations are usual.
+    # Jordan et al. 2024: the same polynomial a x + b x^3 + c x^5 in every iteration, usually for five iterations.
     "classic": ((3.4445, -4.7750, 2.0315),),
     # Amsel et al. 2025: each polynomial is optimal for the output of the previous one, given singular values in [0.01, 1].
     # Three iterations map them to 1 +- 0.27, four to 1 +- 0.013.
@@ -33,13 +33,13 @@ COEFFICIENTS = {
         (1.875, -1.25, 0.375),
     ),
 }
-"""(a, b, c) of each Newton-Schulz iteration. The last one is repeated if there are more iterations."""
+"""(a, b, c) for each Newton-Schulz iteration. Further iterations repeat the last polynomial."""
 _INITIAL_MOMENTUM = 0.85
-"""Momentum at the start of the momentum warmup."""
+"""Momentum at the start of its warmup."""
 
 
 def orthogonalize(matrices: Tensor, steps: int, coefficients: str = "classic") -> Tensor:
-    """Newton-Schulz iteration: push the singular values of each matrix toward 1. `matrices` and the result are (N, R, C)."""
+    """Push the singular values of each matrix toward 1 with Newton-Schulz iterations. `matrices` and the result are (N, R, C)."""
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices  # wide or square, so that x @ x.mT is the smaller Gram matrix
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
@@ -54,7 +54,7 @@ def orthogonalize(matrices: Tensor, steps: int, coefficients: str = "classic") -
 def orthogonalize_all(
     matrices: Sequence[Tensor], steps: int, coefficients: str, dtype: torch.dtype, *, scale: bool = False
 ) -> list[Tensor]:
-    """Orthogonalize each (R, C) matrix, in one batch per shape. Computes in `dtype` and returns tensors of `dtype`.
+    """Orthogonalize (R, C) matrices in one batch per shape. Both the computation and the results use `dtype`.
 
     If `scale` is set, the results of tall matrices are multiplied by sqrt(R / C).
     """
@@ -81,16 +81,16 @@ def orthogonalize_all(
 class Muon(torch.optim.Optimizer):
     """Muon for parameters that are matrices.
 
-    A parameter may stack several matrices; `rows` then contains the number of rows of each matrix. The spectral norm of an update
-    is approximately `lr`, multiplied by sqrt(R / C) for tall matrices. The momentum rises linearly from 0.85 to `momentum` over
-    `momentum_warmup` steps. Weight decay is decoupled. If it is `cautious` (Chen et al. 2025), it only applies to weights that the
-    update itself moves toward zero. `steps` and `coefficients` configure the Newton-Schulz iteration, which computes in `dtype`.
+    If a parameter stacks several matrices, `rows` contains the number of rows in each matrix. The spectral norm of an update is
+    approximately `lr`, multiplied by sqrt(R / C) for tall matrices. The momentum rises linearly from 0.85 to `momentum` over
+    `momentum_warmup` steps. Weight decay is decoupled. `cautious` weight decay (Chen et al. 2025) applies only to weights that the
+    update moves toward zero. `steps` and `coefficients` configure the Newton-Schulz iteration, which computes in `dtype`.
 
-    `mesh` contains the processes that train together. Their parameters and gradients are either replicated or sharded
+    `mesh` contains the processes that train together. Parameters and gradients are either replicated or sharded
     (`fully_shard`).
 
-    Like torch's fused optimizers, this optimizer skips the update if `found_inf`, a scalar on the device, is 1. Unlike those
-    optimizers, it counts skipped steps in the momentum warmup.
+    Like torch's fused optimizers, this optimizer skips the update if `found_inf`, a scalar on the device, is 1. Unlike them, it
+    counts skipped steps in the momentum warmup.
     """
 
     found_inf: Tensor | None = None
@@ -143,7 +143,7 @@ class Muon(torch.optim.Optimizer):
             # Both factors have the dtype of the tensors they scale. If not, _foreach_mul_ launches one kernel per tensor on CUDA.
             shrink = (1 - decay * usable).to(weights[0].dtype)
             torch._foreach_mul_(directions, usable.to(directions[0].dtype))
-        if decay and group["cautious"]:  # if the update is skipped, directions are zero and nothing decays
+        if decay and group["cautious"]:  # if the update is skipped, all directions are zero, so no weight decays
             for weight, direction in zip(weights, directions, strict=True):
                 weight.addcmul_(weight, (weight * direction > 0).to(weight.dtype), value=-decay)
         elif decay:
@@ -151,7 +151,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(weights, directions, alpha=-group["lr"])
 
     def _nesterov(self, parameters: list[Tensor], group: dict[str, Any]) -> tuple[Tensor, ...]:
-        """Update the momentum buffers and return the Nesterov update of each parameter, or of this process's shard."""
+        """Update the momentum buffers and return the Nesterov update for each parameter or for this process's shard of it."""
         for parameter in parameters:
             if "momentum" not in self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
@@ -169,7 +169,7 @@ class Muon(torch.optim.Optimizer):
         return torch._foreach_lerp(gradients, buffers, momentum)
 
     def _directions(self, parameters: list[Tensor], updates: Sequence[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        """Return the orthogonalized and scaled update of each parameter, in the dtype of the update."""
+        """Return the orthogonalized and scaled update for each parameter, in the dtype of `updates`."""
         if self._mesh is None:
             pairs = [(update, self._row_blocks(p)) for p, update in zip(parameters, updates, strict=True)]
             orthogonal = self._orthogonalize_blocks(pairs, group)
@@ -179,7 +179,7 @@ class Muon(torch.optim.Optimizer):
     def _distributed_directions(
         self, parameters: list[Tensor], updates: Sequence[Tensor], group: dict[str, Any], mesh: DeviceMesh
     ) -> list[Tensor]:
-        """Compute `_directions` with several processes.
+        """Compute `_directions` in distributed training.
 
         Updates of the same shape are stacked, (N, R, C), and redistributed so that each process orthogonalizes whole matrices. The
         results are then redistributed like the parameters: replicated, or sharded by rows.
@@ -205,13 +205,13 @@ class Muon(torch.optim.Optimizer):
         return directions
 
     def _orthogonalize_blocks(self, updates: Sequence[tuple[Tensor, tuple[int, ...]]], group: dict[str, Any]) -> list[Tensor]:
-        """Orthogonalize and scale every row block of each update. `updates` contains pairs (update, rows of each block)."""
+        """Orthogonalize and scale every row block in each update. `updates` contains pairs (update, rows per block)."""
         matrices = [matrix for update, blocks in updates for matrix in torch.split(update, list(blocks))]
         results = iter(orthogonalize_all(matrices, group["steps"], group["coefficients"], self._dtype, scale=True))
         return [torch.cat([next(results) for _ in blocks]) if len(blocks) > 1 else next(results) for _, blocks in updates]
 
     def _row_blocks(self, parameter: Tensor) -> tuple[int, ...]:
-        """Return the number of rows of each matrix in a parameter."""
+        """Return the number of rows in each matrix that a parameter stacks."""
         return self._rows.get(parameter, (parameter.shape[0],))
 
 

@@ -1,4 +1,4 @@
-"""Learning-rate schedules. They are pure functions of the training progress, so resuming does not need scheduler state."""
+"""Learning-rate schedules. They are pure functions of the training progress, so a resumed run does not need scheduler state."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ def lr_multiplier(schedule: Schedule, progress: float, step_fraction: float) -> 
     """Return the learning rate of an update as a fraction of the peak learning rate.
 
     `progress` is the fraction of training that is complete before this update, in [0, 1]. `step_fraction` is the fraction that one
-    update adds: `progress + step_fraction` is 1 for the last update. A warmup of 1 or more is a number of updates; a warmup
-    below 1 is a fraction of training.
+    update adds: `progress + step_fraction` is 1 for the last update. A warmup of 1 or more is a number of updates. A warmup below 1
+    is a fraction of the training length.
     """
     if isinstance(schedule, NoamSchedule):
         step = max(1.0, (progress + step_fraction) / step_fraction)

@@ -1,4 +1,4 @@
-"""A recipe is one YAML file that describes a whole experiment. Does not import torch."""
+"""Load and validate recipes. A recipe is a YAML file that describes a whole experiment. This package does not import torch."""
 
 from tinylm.recipe.embeddings import EmbeddingRecipe
 from tinylm.recipe.loader import RecipeError, load, load_any, loads, loads_any

@@ -1,4 +1,4 @@
-"""Integer arithmetic for the checks of recipes."""
+"""Integer arithmetic for recipe checks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import math
 
 
 def divisors(number: int) -> list[int]:
-    """Return the divisors of a positive number in ascending order, in a time that grows with its square root."""
+    """Return the divisors of a positive number in ascending order, in O(sqrt(number)) time."""
     small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
     return sorted({*small, *(number // size for size in small)})

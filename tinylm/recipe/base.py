@@ -1,4 +1,4 @@
-"""The base classes of the sections of a recipe, and of the variants of `data:`, `model:` and `objective:`."""
+"""Base classes for recipe sections, and for the variants of `data:`, `model:` and `objective:`."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from tinylm.recipe.values import Flag, RequiredPath
 
 
 class Section(BaseModel):
-    """A part of a recipe. Unknown keys and wrong types are errors."""
+    """A section of a recipe. Unknown keys and wrong types are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
 
 
 class DataVariant(Section):
-    """The base class of the variants of `data:`, one for each format. `register_data_section` adds a variant.
+    """Base class for the variants of `data:`, one per format. `register_data_section` adds a variant.
 
-    A variant declares the key `format`, whose only value and default is the name of the format.
+    A variant declares the key `format`, with the format's name as the default and only allowed value.
     """
 
     default_objective: ClassVar[str | None] = None
-    """The objective of a recipe without the key `objective.name`; None: the default of the architecture."""
+    """The objective if the recipe does not set `objective.name`. None means the architecture's default."""
 
     format: str
 
@@ -33,15 +33,15 @@ class DataVariant(Section):
 
 
 class ObjectiveVariant(Section):
-    """The base class of the variants of `objective:`. `register_objective_section` adds a variant.
+    """Base class for the variants of `objective:`. `register_objective_section` adds a variant.
 
-    A variant declares the key `name`, whose only value and default is the name of the objective.
+    A variant declares the key `name`, with the objective's name as the default and only allowed value.
     """
 
     architectures: ClassVar[tuple[str, ...]] = ()
     """The architectures that can be trained with the objective, in addition to those that list it in `objectives`."""
     data_formats: ClassVar[tuple[str, ...]] = ("text",)
-    """The values of `data.format` that the objective can be trained on."""
+    """The values of `data.format` that the objective supports."""
     filled_in: ClassVar[tuple[str, ...]] = ()
     """The keys that `PreparedData.fill_in` sets from the data. A resumed run keeps their values."""
 
@@ -54,30 +54,30 @@ class InitFrom(Section):
     run: RequiredPath
     """A run folder, whose best checkpoint is used, or a checkpoint folder."""
     head: Flag = True
-    """Load the output head. false initializes it, as well as every table indexed by token if the tokenizer differs."""
+    """Load the output head. false initializes a new head and, if the tokenizer differs, also new embedding tables."""
 
 
 class ModelVariant(Section):
-    """The base class of the variants of `model:`, one for each architecture. `register_model_section` adds a variant.
+    """Base class for the variants of `model:`, one per architecture. `register_model_section` adds a variant.
 
-    A variant declares the keys `architecture`, whose only value and default is the name of the variant, and `context_length`. Other
-    code reads the properties and methods below from every architecture.
+    A variant declares the key `architecture`, with the variant's name as the default and only allowed value, and the key
+    `context_length`. Code outside the variant uses only the attributes and methods below.
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """The defaults of the other keys for each value of the key `preset`. Empty for an architecture without this key."""
+    """The defaults of the other keys, by value of the key `preset`. Empty for an architecture without this key."""
     objectives: ClassVar[tuple[str, ...]] = ("causal_lm",)
-    """The objectives that the model can be trained with, by name. The first one is the default."""
+    """Names of the objectives that the model can be trained with. The first one is the default."""
     training_values: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-    """For each key of `training:` with values that the architecture does not support, the supported values."""
+    """The supported values of `training:` keys. All values are supported for keys that are not listed."""
     training_keys: ClassVar[tuple[str, ...] | None] = None
-    """The keys of `training:` that have an effect; None: all."""
+    """The keys of `training:` that have an effect, or None if all of them do."""
     learns_by_counting: ClassVar[bool] = False
-    """Whether the model is trained by counting instead of gradients."""
+    """Whether the model is trained by counting n-grams instead of gradient descent."""
     reads_across_documents: ClassVar[bool | None] = None
-    """Whether a prediction can depend on earlier documents of the training text; None: `data.document_mask` decides."""
+    """Whether a prediction can depend on earlier documents in the training text. None means that `data.document_mask` decides."""
     bidirectional: ClassVar[bool] = False
-    """Whether a position depends on later positions, so that the model cannot generate text from left to right."""
+    """Whether positions attend to later positions. Such a model cannot generate text from left to right."""
     needs_full_window: ClassVar[bool] = True
     """Whether the training text must have more than `context_length` tokens."""
 
@@ -102,17 +102,17 @@ class ModelVariant(Section):
 
     @property
     def warmup_tokens(self) -> int:
-        """Number of tokens that a training sequence contains before its first target, as context."""
+        """Number of context tokens before the first target in a training sequence."""
         return 0
 
     @property
     def pretrained(self) -> InitFrom | None:
-        """The value of `init_from`, for architectures with this key: the run whose weights are loaded."""
+        """The value of `init_from`, or None for architectures without this key."""
         return None
 
     @property
     def pretrained_embeddings(self) -> str | None:
-        """The value of `init_embeddings`, for architectures with this key: the vectors that initialize the embedding."""
+        """The value of `init_embeddings`, or None for architectures without this key."""
         return None
 
     def problems(self) -> Iterator[tuple[str, str]]:

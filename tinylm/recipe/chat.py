@@ -19,10 +19,10 @@ class ConversationShare(Section):
 
 
 class ConversationSources(Section):
-    """Conversations in files of their own."""
+    """Conversations in separate files."""
 
     sources: Sources
-    """The conversations. The short form `heldout: b.jsonl` means the same."""
+    """The conversations. The short form `heldout: b.jsonl` is equivalent."""
 
 
 def _expand(value: object) -> object:
@@ -46,23 +46,23 @@ OptionalConversationPart = Annotated[
 
 
 class UnusedShare(Section):
-    """The share of a mixed text that is not trained on."""
+    """The part of the mixed-in text that is excluded from training."""
 
     share: OpenShare = 0.1
-    """The share: of the characters with `by: tail`, of the documents with `by: document`."""
+    """The share to exclude: of the characters with `by: tail`, or of the documents with `by: document`."""
     by: Literal["document", "tail"] = "tail"
     """How the share is chosen, as in `data.heldout` of the run that was trained on this text."""
 
 
 class MixSection(Section):
-    """Train on sequences of plain text in between, against forgetting. The short form `mix: {SOURCE: SHARE}` means the same."""
+    """Mix sequences of plain text into training to reduce forgetting. The short form `mix: {SOURCE: SHARE}` is equivalent."""
 
     text: Sources
-    """The text, usually the one that the model was trained on before."""
+    """The text, usually the one that the model was pretrained on."""
     share: OpenShare = 0.2
-    """The share of the training sequences that are text. Every token of these sequences is learned."""
+    """The share of training sequences that are plain text. The loss includes every token in these sequences."""
     heldout: UnusedShare = UnusedShare()
-    """The part of the text that is not trained on, so that it still measures forgetting."""
+    """The part of the text that is excluded from training, so that it can still measure forgetting."""
 
 
 def _expand_mix(value: object) -> object:
@@ -76,8 +76,8 @@ def _expand_mix(value: object) -> object:
 class ChatSection(DataVariant):
     """Conversations: .jsonl or .parquet files with one conversation per record, or tables with one question and answer per row.
 
-    A conversation is an optional system message, then messages of the user and of the assistant in turns. The control tokens
-    <|system|>, <|user|>, <|assistant|> and <|end_of_turn|> are added to the tokenizer.
+    A conversation is an optional system message followed by alternating user and assistant messages. The control tokens <|system|>,
+    <|user|>, <|assistant|> and <|end_of_turn|> are added to the tokenizer.
     """
 
     default_objective = "causal_lm"
@@ -93,19 +93,19 @@ class ChatSection(DataVariant):
     """The fields of a record. messages: a list of {role, content}. prompt_response: a question and an answer. alpaca:
     `instruction`, an optional `input`, and `output`."""
     messages: str = "messages"
-    """With layout messages: the field that holds the list of messages."""
+    """With layout messages: the field that contains the list of messages."""
     prompt: str = "prompt"
-    """With layout prompt_response: the field or column that holds the question."""
+    """With layout prompt_response: the field or column that contains the question."""
     response: str = "response"
-    """With layout prompt_response: the field or column that holds the answer."""
+    """With layout prompt_response: the field or column that contains the answer."""
     packing: Flag = True
-    """Put several conversations into one sequence. Attention does not cross conversations, so the losses are the same without."""
+    """Pack several conversations into one sequence. Attention does not cross conversations, so packing does not change the loss."""
     mix: Annotated[MixSection | None, BeforeValidator(_expand_mix)] = None
-    """Plain text to train on in between. null means none."""
+    """Plain text to mix into training. null means none."""
     errors: Literal["strict", "replace"] = "strict"
-    """What to do with bytes that are not UTF-8. strict is an error; replace substitutes U+FFFD."""
+    """What to do with bytes that are not UTF-8. strict reports an error, and replace substitutes U+FFFD."""
     format: Literal["chat"] = "chat"
-    """What the sources contain: chat is conversations."""
+    """What the sources contain: chat means conversations."""
 
     def sources(self) -> dict[str, tuple[str, ...]]:
         others = {"heldout": self.heldout, "test": self.test}

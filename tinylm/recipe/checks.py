@@ -1,6 +1,6 @@
-"""Checks that involve several keys of a recipe, or files: sizes divide each other, and files exist and are large enough.
+"""Checks that involve several recipe keys or files: for example, sizes must be divisible, and files must exist.
 
-The functions yield problems as (key path, message). Each key by itself has already been validated.
+The functions yield problems as (key path, message). Individual keys have already been validated.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def check_recipe(recipe: Recipe, check_files: bool = True) -> Iterator[tuple[Key
 
 
 def check_embedding_recipe(recipe: EmbeddingRecipe, check_files: bool = True) -> Iterator[tuple[KeyPath, str]]:
-    """`check_recipe` for a recipe for embeddings."""
+    """Like `check_recipe`, but for an embedding recipe."""
     yield from _check_data(recipe.data)
     method = recipe.method
     if isinstance(method, Word2VecMethod) and method.lr_end > method.lr:
@@ -91,7 +91,7 @@ def _check_chat(recipe: Recipe, data: ChatSection) -> Iterator[tuple[KeyPath, st
     if stride is not None:
         yield ("evaluation", "stride"), "has no effect on format chat (remove the key)"
     if recipe.sampling.every is not None and not all(prompt.strip() for prompt in recipe.sampling.prompts):
-        yield ("sampling", "prompts"), "format chat needs messages of the user, which must not be empty"
+        yield ("sampling", "prompts"), "the prompts of format chat are user messages, which must not be empty"
 
 
 def _check_model(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
@@ -134,12 +134,12 @@ def _check_objective(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     if isinstance(objective, ClassificationObjective) and objective.pool == "cls" and not model.bidirectional:
         yield (
             ("objective", "pool"),
-            f"cls is the first token, at which architecture {model.architecture} has not read the text (use last)",
+            f"cls uses the first token, before architecture {model.architecture} has read the text (use last)",
         )
 
 
 def _check_translation(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
-    """Check the combinations of keys for sentence pairs."""
+    """Check combinations of keys for sentence pairs."""
     data, model = recipe.data, recipe.model
     if isinstance(recipe.objective, TranslationObjective) and recipe.evaluation.stride is not None:
         yield ("evaluation", "stride"), "has no effect on objective translation (remove the key)"
@@ -151,7 +151,7 @@ def _check_translation(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     if data.vocabulary == "separate" and isinstance(model, EncoderDecoderSection) and model.tie_embeddings == "all":
         yield ("model", "tie_embeddings"), "all needs data.vocabulary: shared (use output or none)"
     if data.vocabulary == "separate" and isinstance(recipe.tokenizer, FileTokenizer):
-        yield ("data", "vocabulary"), "separate needs a tokenizer that is learned, not tokenizer.path"
+        yield ("data", "vocabulary"), "separate needs a learned tokenizer, not tokenizer.path"
     if recipe.sampling.every is not None and (data.vocabulary == "separate" or data.language is not None):
         yield ("sampling", "every"), "needs data.vocabulary: shared, and no data.language"
     if isinstance(recipe.tokenizer, BpeTokenizer) and recipe.tokenizer.dropout:
@@ -219,7 +219,7 @@ def _check_training(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         if recipe.model.pretrained is None:
             yield ("training", "lora"), "needs a trained model to adapt (set model.init_from to its run)"
         if isinstance(training.optimizer, MuonOptimizer):
-            yield ("training", "optimizer"), "must be adamw if lora is set (or remove its name)"
+            yield ("training", "optimizer"), "must be adamw if lora is set (remove the key to use the default)"
     micro, batch = training.micro_batch_size, training.global_batch_size
     if micro != "auto" and batch % micro:
         nearest = sorted(sorted(divisors(batch), key=lambda size: abs(size - micro))[:2])
@@ -241,7 +241,7 @@ def _check_training(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
 
 
 def _check_files(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
-    """Check that local files exist, and the sizes of uncompressed files. `tinylm.text` checks other sources when it reads them."""
+    """Check that local files exist and that uncompressed files are large enough. `tinylm.text` checks other sources on reading."""
     for key, sources in recipe.data.sources().items():
         yield from _missing(("data", key), sources)
     if isinstance(recipe.tokenizer, FileTokenizer):
@@ -284,7 +284,7 @@ def _missing(key: KeyPath, sources: tuple[str, ...]) -> Iterator[tuple[KeyPath, 
 
 
 def _plain_size(sources: tuple[str, ...]) -> int | None:
-    """Total size in bytes if every source is a local uncompressed file, else None."""
+    """Return the total size in bytes if every source is a local uncompressed file, else None."""
     paths = [os.path.expanduser(source) for source in sources]
     if all(_is_plain(s) and os.path.isfile(p) and not s.endswith(_COMPRESSED) for s, p in zip(sources, paths, strict=True)):
         return sum(os.path.getsize(path) for path in paths)

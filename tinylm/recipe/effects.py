@@ -1,4 +1,4 @@
-"""Which keys of a recipe do not change the trained model, except for rounding."""
+"""Determine which recipe keys do not change the trained model, except for rounding."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from tinylm.recipe.schema import Recipe, flattened
 SAFE_KEYS = ("name", "tracking", "training.log_every", "training.parallel", "training.guards.", "checkpoint.", "sampling.")
 """Keys and sections that do not change the trained model. A name that ends in a dot is a section."""
 SAFE_KEYS_WITHOUT_DROPOUT = ("training.compile", "training.micro_batch_size")
-"""Additional keys for models without dropout. They change dropout masks; other effects are only rounding."""
+"""Additional safe keys for models without dropout. Apart from dropout masks, they only affect rounding."""
 
 
 def safe_keys(recipe: Recipe) -> tuple[str, ...]:
-    """The keys and sections that can change without changing the model that this recipe trains."""
+    """Return the keys and sections that do not change the model that this recipe trains."""
     return SAFE_KEYS if recipe.model.uses_dropout else (*SAFE_KEYS, *SAFE_KEYS_WITHOUT_DROPOUT)
 
 
@@ -21,6 +21,6 @@ def covers(name: str, key: str) -> bool:
 
 
 def settings_without_seed(recipe: Recipe) -> dict[str, object]:
-    """The settings that determine the trained model, except for the seed, by key. Two such recipes are replicates of each other."""
+    """Return the settings that determine the trained model, except for the seed. Recipes with equal settings are replicates."""
     ignored = ("seed", *safe_keys(recipe), *SAFE_KEYS_WITHOUT_DROPOUT)
     return {key: value for key, value in flattened(recipe.as_dict()).items() if not any(covers(name, key) for name in ignored)}

@@ -1,4 +1,4 @@
-"""The schema of recipes with `kind: embeddings`: a text, the words or tokens to learn vectors for, and the method."""
+"""The schema of embedding recipes (`kind: embeddings`): a text, the words or tokens to learn vectors for, and the method."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ from tinylm.recipe.values import (
 
 
 class EmbeddingDataSection(Section):
-    """The text to train on. There is no held-out text: vectors are evaluated on tasks such as analogies, not by a held-out loss."""
+    """The text to train on. There is no held-out text, because vectors are evaluated on tasks such as analogies."""
 
     train: Sources
     """The text to train on."""
     field: str = "text"
     """The field of each .jsonl line, or the column of a .csv, .tsv or .parquet file, that contains the text."""
     template: OptionalTemplate = None
-    """Combines several fields into the text of a document, for example `"{category}: {body}"`. Replaces `field`. `{{` and `}}`
-    stand for braces."""
+    """Combines several fields into the text of a document, for example `"{category}: {body}"`. Replaces `field`. Write braces in
+    the text as `{{` and `}}`."""
     errors: Literal["strict", "replace"] = "strict"
-    """What to do with bytes that are not UTF-8. strict is an error; replace substitutes U+FFFD."""
+    """What to do with bytes that are not UTF-8. strict reports an error, and replace substitutes U+FFFD."""
 
 
 class WordVocabulary(Section):
-    """Words: sequences of letters, digits, marks and underscores, which may contain apostrophes."""
+    """Words: sequences of letters, digits, marks and underscores, which can contain apostrophes."""
 
     kind: Literal["words"]
     lowercase: Flag = True
@@ -53,7 +53,7 @@ class WordVocabulary(Section):
     min_count: Count = 5
     """Words with fewer occurrences are removed from the text before windows are formed, as in word2vec."""
     max_size: OptionalCount = None
-    """Maximum number of words; the most frequent ones are kept. null means no limit."""
+    """Maximum number of words. The most frequent words are kept. null means no limit."""
 
 
 class TokenVocabulary(Section):
@@ -67,18 +67,18 @@ class TokenVocabulary(Section):
 
 
 class Word2VecMethod(Section):
-    """The keys of skip-gram and CBOW with negative sampling. The defaults are those of Mikolov et al. 2013b."""
+    """Keys shared by skip-gram and CBOW with negative sampling. The defaults follow Mikolov et al. 2013b."""
 
     dimensions: Width = 100
-    """Number of components of a vector."""
+    """Number of components in each vector."""
     window: SmallCount = 5
-    """Maximum window size on each side. The size at each position is drawn uniformly from 1 to this."""
+    """Maximum window size on each side. The size at each position is drawn uniformly from 1 to this value."""
     negatives: SmallCount = 5
     """Number of negative samples for each pair of neighbors."""
     exponent: Exponent = 0.75
     """Negative samples are drawn with probability proportional to count ** exponent."""
     subsample: NotNegative = 1e-3
-    """Words that make up a larger share of the text than this are subsampled. 0 means no subsampling."""
+    """Words whose share of the text is larger than this are subsampled. 0 means no subsampling."""
     lr: LearningRate
     """Initial learning rate."""
     lr_end: NotNegative = 1e-4
@@ -88,31 +88,31 @@ class Word2VecMethod(Section):
 
 
 class SkipGramMethod(Word2VecMethod):
-    """The vector of a word predicts the words around it."""
+    """The vector of each word predicts the surrounding words."""
 
     name: Literal["skipgram"]
     lr: LearningRate = 0.025
 
 
 class CbowMethod(Word2VecMethod):
-    """The mean of the vectors around a word predicts the word."""
+    """The mean vector of the surrounding words predicts each word."""
 
     name: Literal["cbow"]
     lr: LearningRate = 0.05
 
 
 class GloveMethod(Section):
-    """Factorization of the logarithm of co-occurrence counts. The defaults are those of Pennington et al. 2014."""
+    """Factorization of log co-occurrence counts. The defaults follow Pennington et al. 2014."""
 
     name: Literal["glove"]
     dimensions: Width = 100
-    """Number of components of a vector."""
+    """Number of components in each vector."""
     window: SmallCount = 15
-    """Window size on each side. A word at distance d counts 1/d."""
+    """Window size on each side. A word at distance d adds 1/d to a count."""
     x_max: Positive = 100.0
     """Counts of at least x_max have weight 1. Smaller counts have weight (count / x_max) ** alpha."""
     alpha: Exponent = 0.75
-    """The exponent in the weight of a count, see x_max."""
+    """The exponent in the weight of a count (see x_max)."""
     lr: LearningRate = 0.05
     """Learning rate of AdaGrad."""
     epochs: Count = 25
@@ -146,14 +146,14 @@ class WatchSection(Section):
     neighbours: CountOrZero = 5
     """Number of neighbors to show."""
     every: OpenShare = 0.1
-    """The share of the training run between two lists of neighbors."""
+    """The interval between lists of neighbors, as a share of the training run."""
 
 
 class EmbeddingCheckpointSection(Section):
     """Checkpoints during training."""
 
     every: Share = 0.1
-    """The share of the training run between checkpoints. 0 saves only at the end, and when training is stopped."""
+    """The interval between checkpoints, as a share of the training run. 0 saves only at the end and when training is stopped."""
 
 
 class EmbeddingRecipe(Section):
@@ -163,7 +163,7 @@ class EmbeddingRecipe(Section):
     name: RunName = "vectors"
     """The vectors are written to embeddings/NAME."""
     seed: Seed = 1337
-    """Seed of the initial vectors and of all sampling."""
+    """Seed for the initial vectors and all sampling."""
     data: EmbeddingDataSection
     vocabulary: Annotated[WordVocabulary | TokenVocabulary, Field(discriminator="kind"), BeforeValidator(_default_vocabulary)] = (
         WordVocabulary(kind="words")
@@ -175,7 +175,7 @@ class EmbeddingRecipe(Section):
     checkpoint: EmbeddingCheckpointSection = EmbeddingCheckpointSection()
 
     def as_dict(self) -> dict[str, Any]:
-        """The recipe as plain values, including every default. `load_any` reads them back as an equal recipe."""
+        """Return the recipe as plain values, including every default. `load_any` reads them back as an equal recipe."""
         values: dict[str, Any] = to_plain(self.model_dump())
         return values
 

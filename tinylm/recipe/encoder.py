@@ -13,17 +13,17 @@ from tinylm.recipe.transformer import TransformerSection
 from tinylm.recipe.values import CountOrZero, Flag, MaskRates, Share
 
 CONTROL_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
-"""The control tokens of a tokenizer that is trained for an encoder."""
+"""The control tokens that are added to a tokenizer learned for an encoder."""
 MASK = "[MASK]"
-"""The text that marks a token to predict in a prompt, for every tokenizer."""
+"""The text that marks a token to predict in a prompt. It does not depend on the tokenizer."""
 _SHORTEST_CONTEXT = 3
 
 
 class EncoderSection(TransformerSection):
-    """A transformer encoder, in which every position attends to all positions. Preset bert is exactly BertModel.
+    """A transformer encoder, in which every position attends to all positions. Preset bert matches BertModel.
 
-    A text is framed by [CLS] and [SEP], which a learned tokenizer gets as control tokens. attention_window counts the positions on
-    each side, including the position itself.
+    Each text is wrapped in [CLS] and [SEP], which are added as control tokens to a learned tokenizer. attention_window is the
+    number of positions on each side, including the position itself.
     """
 
     presets = ENCODER_PRESETS
@@ -32,14 +32,14 @@ class EncoderSection(TransformerSection):
 
     architecture: Literal["encoder"] = "encoder"
     preset: Literal["modern", "bert"] = "modern"
-    """The model whose settings are the defaults of the other keys."""
+    """The preset that sets the defaults of the other keys."""
     norm_first_block: Flag = True
-    """Normalize the input of the first block's attention. false as in ModernBERT, where the embedding is already normalized."""
+    """Normalize the input of the first block's attention. ModernBERT uses false, because its embedding is already normalized."""
     token_types: CountOrZero
     """Number of token type embeddings (BERT's segments), one of which is added to each token embedding. Text has type 0."""
     head_transform: Flag
-    """Apply a linear layer, an activation and a norm before the head, as BERT does. The activation is gelu or relu if feed_forward
-    is, and gelu_exact otherwise."""
+    """Apply a linear layer, an activation and a norm before the head, as in BERT. The activation is feed_forward if that is gelu or
+    relu, and gelu_exact otherwise."""
     head_bias: Flag
     """Use a learned bias in the head."""
 
@@ -59,7 +59,7 @@ class Replacement(Section):
     random: Share = 0.1
     """The share that becomes a random token."""
     keep: Share = 0.1
-    """The share that stays as it is."""
+    """The share that stays unchanged."""
 
     @model_validator(mode="after")
     def _check_sum(self) -> Replacement:
@@ -71,8 +71,8 @@ class Replacement(Section):
 class MaskedLMObjective(ObjectiveVariant):
     """Predict masked tokens from the tokens on both sides (Devlin et al. 2019).
 
-    Which tokens are masked depends only on the seed and the position in the data order. Control tokens are never masked. Evaluation
-    always masks 15% of the held-out tokens, the same ones every time.
+    Which tokens are masked depends only on the seed and the position in the data order. Control tokens are never masked. Every
+    evaluation masks the same 15% of the held-out tokens.
     """
 
     name: Literal["masked_lm"] = "masked_lm"

@@ -1,4 +1,4 @@
-"""The `model:` section of the encoder-decoder, whose decoder attends to the hidden states of an encoder (Vaswani et al. 2017)."""
+"""The `model:` section of the encoder-decoder, whose decoder attends to the encoder's hidden states (Vaswani et al. 2017)."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from tinylm.recipe.values import (
 
 
 class EncoderDecoderSection(ModelVariant):
-    """A transformer for translation. Preset transformer is exactly MarianMTModel.
+    """A transformer for translation. Preset transformer matches MarianMTModel.
 
-    The keys have the same meaning as those of architecture decoder, and apply to the blocks of the encoder and of the decoder.
+    The keys have the same meaning as for architecture decoder. They apply to the blocks of both the encoder and the decoder.
     """
 
     presets = ENCODER_DECODER_PRESETS
@@ -40,11 +40,11 @@ class EncoderDecoderSection(ModelVariant):
 
     architecture: Literal["encoder_decoder"] = "encoder_decoder"
     preset: Literal["modern", "transformer"] = "modern"
-    """The model whose settings are the defaults of the other keys."""
+    """The preset that sets the defaults of the other keys."""
     n_layer: Blocks = 6
-    """Number of blocks of the encoder."""
+    """Number of encoder blocks."""
     n_decoder_layer: OptionalWidth = None
-    """Number of blocks of the decoder. null means n_layer."""
+    """Number of decoder blocks. null means n_layer."""
     n_head: Width = 8
     """Number of attention heads in each block."""
     n_kv_head: OptionalWidth = None
@@ -54,18 +54,18 @@ class EncoderDecoderSection(ModelVariant):
     head_dim: OptionalWidth = None
     """Width of an attention head. null means n_embd / n_head."""
     context_length: ContextLength = 128
-    """Maximum number of tokens of a source sentence, and of a translation. Longer training pairs are skipped."""
+    """Maximum number of tokens in a source sentence, and in a translation. Longer training pairs are skipped."""
     norm: Literal["layernorm", "rmsnorm"]
     """The kind of normalization layer."""
     norm_position: Literal["pre", "post", "output", "both"]
     """pre normalizes the input of each attention and feed-forward layer, and of the head. post normalizes each residual sum.
-    output normalizes the output of each layer, and both its input and its output."""
+    output normalizes the output of each layer. both normalizes its input and its output."""
     norm_eps: Epsilon
     """The epsilon added under the square root of a norm."""
     norm_gain: Flag
     """Multiply the output of norms by a learned gain."""
     position: Literal["learned", "sinusoidal", "rope", "none"]
-    """How positions are encoded. sinusoidal has the layout of Marian: first all sines, then all cosines. rope rotates the queries
+    """How positions are encoded. sinusoidal uses Marian's layout, in which all sines precede all cosines. rope rotates the queries
     and keys of self-attention."""
     rope_theta: OptionalPositive = None
     """The base of the rotary frequencies with `position: rope`. null means 10000."""
@@ -80,11 +80,12 @@ class EncoderDecoderSection(ModelVariant):
     head_bias: Flag
     """Use a learned bias in the head."""
     tie_embeddings: Literal["all", "output", "none"]
-    """all uses one matrix as source embedding, target embedding and head. output uses one as target embedding and head."""
+    """all shares one matrix between source embedding, target embedding and head. output shares one between target embedding and
+    head."""
     scale_embeddings: Flag
     """Multiply embeddings by the square root of n_embd."""
     learned_start: Flag
-    """Use a learned vector as the embedding before the first target token. false uses zeros, as Marian does."""
+    """Use a learned vector as the embedding before the first target token. false uses zeros, as in Marian."""
     qk_norm: Flag
     """Apply an RMS norm to the queries and keys of each head."""
     embedding_norm: Flag
@@ -92,11 +93,11 @@ class EncoderDecoderSection(ModelVariant):
     zero_init_outputs: Flag
     """Initialize the output projections of attention and feed-forward layers to zero."""
     dropout: ShareBelowOne
-    """Dropout of the embeddings and of the output of each attention and feed-forward layer."""
+    """Dropout probability for the embeddings and for the output of each attention and feed-forward layer."""
     attention_dropout: OptionalShareBelowOne
-    """Dropout of the attention probabilities. null means the value of dropout."""
+    """Dropout probability for the attention weights. null means the value of dropout."""
     logit_softcap: OptionalPositive = None
-    """Soft cap c of the logits, which become c * tanh(logits / c). null means no cap."""
+    """Soft cap c for the logits, which become c * tanh(logits / c). null means no cap."""
     init_from: Annotated[InitFrom | None, BeforeValidator(expand_init_from)] = None
     """The run whose weights are loaded: `init_from: RUN`, or `init_from: {run: RUN, head: off}`."""
 
@@ -114,13 +115,13 @@ class EncoderDecoderSection(ModelVariant):
 
     @property
     def encoder(self) -> EncoderSection:
-        """The section of the encoder's stack of blocks."""
+        """The section that configures the encoder stack."""
         values = self._stack_values(self.n_layer)
         return EncoderSection(**values, tie_embeddings=False, token_types=0, head_transform=False, head_bias=False)
 
     @property
     def decoder(self) -> DecoderSection:
-        """The section of the decoder's stack of blocks."""
+        """The section that configures the decoder stack."""
         return DecoderSection(**self._stack_values(self.decoder_layers), tie_embeddings=self.tie_embeddings != "none")
 
     def _stack_values(self, layers: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The `model:` sections of models that see a fixed number of tokens: feed_forward and ngram."""
+"""The `model:` sections of models that predict from a fixed number of tokens: feed_forward and ngram."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tinylm.recipe.values import ContextLength, Flag, ShareBelowOne, SmallCount,
 
 
 class FeedForwardSection(ModelVariant):
-    """A network that predicts a token from a fixed number of tokens before it (Bengio et al. 2003).
+    """A network that predicts each token from a fixed number of preceding tokens (Bengio et al. 2003).
 
     It never reads across documents.
     """
@@ -26,13 +26,13 @@ class FeedForwardSection(ModelVariant):
     n_hidden: Width = 256
     """Number of hidden units."""
     input: Literal["embedding", "one_hot", "number"] = "embedding"
-    """What represents a token: a learned embedding, a vector with a single one, or its id as one number between -1 and 1."""
+    """How a token is represented: by a learned embedding, a one-hot vector, or its id scaled to a number between -1 and 1."""
     direct: Flag = False
     """Also connect the input directly to the output."""
     dropout: ShareBelowOne = 0.0
-    """Dropout of the hidden units."""
+    """Dropout probability for the hidden units."""
     context_length: ContextLength = 128
-    """Number of tokens that a training sequence predicts. Each is predicted from the `window` tokens before it."""
+    """Number of predicted tokens in a training sequence. Each is predicted from the `window` tokens before it."""
 
     @property
     def uses_dropout(self) -> bool:
@@ -46,17 +46,17 @@ class FeedForwardSection(ModelVariant):
         if self.window > self.context_length:
             yield "window", f"must be at most context_length {self.context_length}, not {self.window}"
         if self.direct and self.input == "one_hot":
-            yield "direct", "cannot be combined with input: one_hot, whose direct weights would be window * vocab_size^2"
+            yield "direct", "cannot be combined with input: one_hot, because there would be window * vocab_size^2 direct weights"
         default = type(self).model_fields["n_embd"].default
         if self.input != "embedding" and self.n_embd != default:
-            yield "n_embd", f"needs input: embedding, and input is {self.input}"
+            yield "n_embd", f"needs input: embedding, not {self.input}"
 
 
 class NgramSection(ModelVariant):
     """An n-gram model with interpolated modified Kneser-Ney smoothing (Chen & Goodman 1999). It never reads across documents.
 
-    It is trained by counting the training text once, from its beginning, so `training` must not be longer than one epoch. A step
-    counts `global_batch_size` parts of `context_length` tokens.
+    Training counts the n-grams in the training text once, from the beginning, so it cannot be longer than one epoch. A step counts
+    `global_batch_size` chunks of `context_length` tokens.
     """
 
     training_keys = ("steps", "tokens", "epochs", "minutes", "global_batch_size", "log_every")
@@ -68,10 +68,10 @@ class NgramSection(ModelVariant):
     order: SmallCount = 5
     """The maximum length of an n-gram, including the token that it predicts."""
     prune: Thresholds = (0,)
-    """For each order, n-grams that occur at most this often are removed. The last number also applies to longer n-grams. For
-    example, [0, 0, 1] removes all 3-grams and longer n-grams that occur once. The first number must be 0."""
+    """Thresholds by order: n-grams with at most this many occurrences are removed. The last threshold also applies to longer
+    n-grams. For example, [0, 0, 1] removes all 3-grams and longer n-grams that occur once. The first threshold must be 0."""
     context_length: ContextLength = 4096
-    """Number of tokens in a part of the training text. It does not change the model."""
+    """Number of tokens in a chunk of the training text. It does not change the model."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.prune[0] != 0:
@@ -79,4 +79,4 @@ class NgramSection(ModelVariant):
         elif any(later < earlier for earlier, later in pairwise(self.prune)):
             yield "prune", "the numbers must not decrease"
         elif len(self.prune) > max(self.order, 1):
-            yield "prune", f"has more numbers than the order {self.order}"
+            yield "prune", f"has more thresholds than the order {self.order}"

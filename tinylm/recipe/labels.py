@@ -11,7 +11,7 @@ from tinylm.recipe.values import ClassWeights, Counts, LabelList, OpenShare, Sha
 
 
 class StratifiedShare(Section):
-    """Set aside a share of the labeled texts of each label, chosen by a hash of the text. Equal texts stay together."""
+    """Set aside a share of each label's texts, chosen by a hash of the text. Equal texts stay together."""
 
     share: OpenShare = 0.1
     """The share of each label's texts."""
@@ -21,7 +21,7 @@ class LabeledSources(Section):
     """Labeled texts in separate files."""
 
     sources: Sources
-    """The labeled texts, in the same formats as `data.train`. The short form `heldout: b.jsonl` means the same."""
+    """The labeled texts, in the same formats as `data.train`. The short form `heldout: b.jsonl` is equivalent."""
 
 
 def _expand(value: object) -> object:
@@ -63,15 +63,17 @@ class LabelsSection(DataVariant):
     text: str = "text"
     """The field or column that contains the text."""
     label: str = "label"
-    """The field or column that contains the label. Numbers and booleans become labels as they are written in JSON."""
+    """The field or column that contains the label. Numbers and booleans become labels in JSON notation."""
     errors: Literal["strict", "replace"] = "strict"
-    """What to do with bytes that are not UTF-8. strict is an error; replace substitutes U+FFFD."""
+    """What to do with bytes that are not UTF-8. strict reports an error, and replace substitutes U+FFFD."""
     train_share: ShareAboveZero = 1.0
-    """The share of the training texts of each label to use, to measure the effect of fewer labels. Held-out texts do not change."""
+    """The share of each label's training texts to use, for example to measure the effect of less data. Held-out texts do not
+    change."""
     truncate: Literal["head", "head_tail"] = "head"
-    """Which tokens of a text that is longer than the context are used: the first ones, or the first and the last quarter."""
+    """Which tokens to use if a text is longer than the context. head uses the beginning. head_tail fills a quarter of the context
+    with the end."""
     format: Literal["labels"] = "labels"
-    """What the sources contain: labels is texts with one label each."""
+    """What the sources contain: labels means texts with one label each."""
 
     def sources(self) -> dict[str, tuple[str, ...]]:
         others = {"heldout": self.heldout, "test": self.test}
@@ -79,9 +81,9 @@ class LabelsSection(DataVariant):
 
 
 class ClassificationObjective(ObjectiveVariant):
-    """Predict the label of a text from a vector of the whole text.
+    """Predict a text's label from one vector for the whole text.
 
-    The output layer replaces the head of the language model. `tinylm classify` uses the trained model.
+    The output layer replaces the language-model head. `tinylm classify` uses the trained model.
     """
 
     architectures = ("encoder", "decoder", "rnn", "lstm", "gru")
@@ -90,17 +92,17 @@ class ClassificationObjective(ObjectiveVariant):
 
     name: Literal["classification"] = "classification"
     pool: Literal["auto", "cls", "mean", "last"] = "auto"
-    """The vector that represents a text: the vector of the first token (cls), of the last token, or the mean over all tokens. auto
-    means cls for an encoder and last for other models, where only the last position has read the whole text."""
+    """The vector that represents a text: the hidden state of the first token (cls), of the last token (last), or the mean over all
+    tokens (mean). auto means cls for an encoder and last for other models, where only the last position has read the whole text."""
     pooler: Literal["tanh", "relu", "none"] = "tanh"
     """The activation of a linear layer between this vector and the output layer: tanh as in BERT, relu as in DistilBERT, or none to
     omit this layer."""
     label_smoothing: ShareBelowOne = 0.0
-    """The share of the target probability that is distributed evenly over all labels."""
+    """The share of the target probability that is spread uniformly over all labels."""
     class_weights: ClassWeights = "none"
     """The weight of each label in the loss: none, balanced (inversely proportional to its frequency in the training texts), or a
     number for each label. A label without a number has weight 1."""
     labels: LabelList = ()
-    """The labels in the order of the outputs. [] means all labels of the training texts, sorted. The run's recipe lists them."""
+    """The labels in output order. [] means all labels in the training texts, sorted. The run's recipe lists them."""
     label_counts: Counts = ()
-    """How many training texts have each label. Training sets this key; a run's recipe lists the counts."""
+    """Number of training texts with each label. Training sets this key, and the run's recipe lists the counts."""

@@ -1,7 +1,7 @@
-"""Read a recipe file, and report all its problems at once, each with its line.
+"""Read a recipe file, and report all problems at once with their line numbers.
 
-Makes a `Recipe` from a YAML file (or its text) and `--set` overrides. YAML follows version 1.2: `3e-4` and `1e6` are numbers, `off`
-is a string that flags accept as false, and a duplicate key is an error.
+Builds a `Recipe` from a YAML file (or its text) and `--set` overrides. YAML follows version 1.2: `3e-4` and `1e6` are numbers,
+`off` is a string that flags accept as false, and duplicate keys are errors.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tinylm.recipe.values import printable, show
 
 
 class RecipeError(InputError):
-    """All problems of a recipe, one per line, as `file:line: key: problem (what to do)`."""
+    """All problems in a recipe, one per line, as `file:line: key: problem (what to do)`."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = list(problems)
@@ -47,11 +47,11 @@ class _Document:
 
     @property
     def schema(self) -> type[Recipe] | type[EmbeddingRecipe]:
-        """The class of the recipe, which the key `kind` determines."""
+        """The recipe class, which depends on the key `kind`."""
         return EmbeddingRecipe if self.values.get("kind") == "embeddings" else Recipe
 
     def location(self, path: KeyPath) -> str:
-        """The location of `path`, or of the innermost section that contains it if the key is missing."""
+        """Return the location of `path` or, if the key is missing, of the innermost section that would contain it."""
         while path and path not in self.locations:
             path = path[:-1]
         return self.locations.get(path, self.name)
@@ -60,14 +60,14 @@ class _Document:
 def load(source: str | Path, overrides: Sequence[str] = (), *, check_files: bool = True) -> Recipe:
     """Read the recipe file `source`, with `--set` overrides such as `training.optimizer.lr=3e-4`.
 
-    With `check_files=False`, the files named in the recipe do not have to exist. Raises `InputError` if the file cannot be read or
-    is a recipe for embeddings, and `RecipeError` with all problems if it is not valid.
+    With `check_files=False`, the files that the recipe refers to do not have to exist. Raises `InputError` if the file cannot be
+    read or is an embedding recipe, and `RecipeError` with all problems if it is not valid.
     """
     return _require_language_model(load_any(source, overrides, check_files=check_files), str(source))
 
 
 def load_any(source: str | Path, overrides: Sequence[str] = (), *, check_files: bool = True) -> Recipe | EmbeddingRecipe:
-    """`load` for recipes of both kinds: for a language model and for embeddings."""
+    """Like `load`, but for language-model and embedding recipes."""
     path = Path(source)
     try:
         text = path.read_text(encoding="utf-8")
@@ -79,7 +79,7 @@ def load_any(source: str | Path, overrides: Sequence[str] = (), *, check_files: 
 
 
 def loads(text: str, overrides: Sequence[str] = (), *, name: str = "recipe", check_files: bool = True) -> Recipe:
-    """`load` for a recipe given as YAML text; error messages use `name` in place of the file name."""
+    """Like `load`, but for YAML text. Error messages show `name` instead of a file name."""
     return _require_language_model(loads_any(text, overrides, name=name, check_files=check_files), name)
 
 
@@ -92,7 +92,7 @@ def _require_language_model(recipe: Recipe | EmbeddingRecipe, where: str) -> Rec
 def loads_any(
     text: str, overrides: Sequence[str] = (), *, name: str = "recipe", check_files: bool = True
 ) -> Recipe | EmbeddingRecipe:
-    """`loads` for recipes of both kinds: for a language model and for embeddings."""
+    """Like `loads`, but for language-model and embedding recipes."""
     document = _parse(text, name)
     for override in overrides:
         _apply(document, override)
@@ -106,14 +106,14 @@ def loads_any(
 
 
 def _line_of(where: str) -> int:
-    """The line number in `file:line`. Locations without a line number, such as options, sort last."""
+    """Return the line number in `file:line`. Locations without a line number, such as options, sort last."""
     match = None if where.startswith("--set ") else re.search(r":([0-9]{1,9})$", where)
     return int(match[1]) if match else sys.maxsize
 
 
 def _parse(text: str, name: str) -> _Document:
     document = _Document(name)
-    _refuse_other_line_breaks(text, name)
+    _reject_other_line_breaks(text, name)
     try:
         loader = Loader(text)
         try:
@@ -155,11 +155,11 @@ _YAML_HINTS = {
     "could not find expected ':'": "write a space after the colon, for example name: my-run",
     "found undefined alias": "quote a value that begins with *, such as a glob",
 }
-"""What to do about an error of the YAML parser, by the beginning of its message."""
+"""Hints for YAML parser errors, by the beginning of the error message."""
 
 
-def _refuse_other_line_breaks(text: str, name: str) -> None:
-    """Raise `InputError` for line separators that YAML 1.1 reads as line breaks, but an editor and YAML 1.2 do not."""
+def _reject_other_line_breaks(text: str, name: str) -> None:
+    """Raise `InputError` for line separators that YAML 1.1 treats as line breaks, but editors and YAML 1.2 do not."""
     match = re.search("[\x85\u2028\u2029]", text)
     if match is not None:
         code, escape = f"U+{ord(match[0]):04X}", {"\x85": "\\N", "\u2028": "\\L", "\u2029": "\\P"}[match[0]]
@@ -180,7 +180,7 @@ def _construct(loader: Loader, node: yaml.Node, path: KeyPath, document: _Docume
                 continue
             if key in mapping:
                 first = document.locations[(*path, key)].rpartition(":")[2]
-                document.problems.append((line, f"{key} is given twice (first on line {first})"))
+                document.problems.append((line, f"{key} is set twice (first on line {first})"))
                 continue
             document.locations[(*path, key)] = line
             mapping[key] = _construct(loader, value_node, (*path, key), document)
@@ -205,7 +205,7 @@ def _scalar(loader: Loader, node: yaml.Node, where: str) -> Any:
 
 
 def _text_problem(value: object) -> str | None:
-    """Return why a string cannot be the value of a key. The surrogates U+DC80 to U+DCFF are bytes of paths that are not UTF-8."""
+    """Return why a string is not a valid value, or None. Surrogates U+DC80 to U+DCFF are valid: they encode non-UTF-8 paths."""
     if isinstance(value, str) and "\0" in value:
         return f"{show(value)} contains a NUL character"
     if isinstance(value, str) and any("\ud800" <= c <= "\udfff" and not "\udc80" <= c <= "\udcff" for c in value):
@@ -214,7 +214,7 @@ def _text_problem(value: object) -> str | None:
 
 
 def _apply(document: _Document, override: str) -> None:
-    """Set one key of the document from the override `SECTION.KEY=VALUE`."""
+    """Set one key in the document from the override `SECTION.KEY=VALUE`."""
     key, equals, written = override.partition("=")
     path = tuple(key.strip().split("."))
     where = f"--set {printable(override)}"
@@ -247,7 +247,7 @@ def _apply(document: _Document, override: str) -> None:
 
 
 def _expand_for(section: type[BaseModel], key: str, value: Any, next_key: str) -> Any:
-    """Expand `value` if it is a short form, so that `next_key` can be set in its section. Other values are returned unchanged."""
+    """Expand `value` if it is a short form, so that `next_key` can be set in its section. Return other values unchanged."""
     expanded = expand(section, key, value)
     variants = variants_of(section, key)
     if not isinstance(expanded, dict) or variants is None:
@@ -259,7 +259,7 @@ def _expand_for(section: type[BaseModel], key: str, value: Any, next_key: str) -
 
 
 def _inherit(document: _Document) -> None:
-    """Copy the missing keys of `model:`, and a missing `tokenizer:`, from the run that `model.init_from` names."""
+    """Copy missing `model:` keys and a missing `tokenizer:` section from the run that `model.init_from` refers to."""
     model = document.values.get("model")
     init_from = _mapping(model).get("init_from")
     run = init_from.get("run") if isinstance(init_from, dict) else init_from
@@ -269,7 +269,7 @@ def _inherit(document: _Document) -> None:
     folder = folder.parent.parent if folder.parent.name == "checkpoints" else folder
     try:
         text = (folder / "recipe.yaml").read_text(encoding="utf-8")
-    except (OSError, ValueError):  # ValueError: not UTF-8, or not a possible path
+    except (OSError, ValueError):  # ValueError: not UTF-8, or not a valid path
         return  # if the run does not exist, `checks` reports it
     inherited = _mapping(_parse(text, str(folder / "recipe.yaml")).values.get("model"))
     run_architecture = inherited.get("architecture", DEFAULT_ARCHITECTURE)
@@ -277,14 +277,14 @@ def _inherit(document: _Document) -> None:
         problem = f"model.init_from: the architecture of {run} is {run_architecture}, not {_mapping(model)['architecture']}"
         document.problems.append((document.location(("model", "init_from")), problem))
         return
-    for key in ("init_embeddings", "freeze_embeddings"):  # they initialized the embedding of that run, which is loaded now
+    for key in ("init_embeddings", "freeze_embeddings"):  # they only apply to an embedding that is not loaded from a run
         inherited.pop(key, None)
     document.values["model"] = {**inherited, **_mapping(model)}
     document.values.setdefault("tokenizer", {"path": str(folder / "tokenizer.json")})
 
 
 def _parse_value(written: str) -> Any:
-    """The value of an override: a YAML scalar, list or mapping in brackets. Anything else (`-`, `*.txt`, `Note: this`) is text."""
+    """Parse the value of an override: a YAML scalar, or a list or mapping in brackets. Anything else, such as `*.txt`, is text."""
     try:
         loader = Loader(written)
         try:
@@ -301,14 +301,14 @@ def _parse_value(written: str) -> Any:
 
 _MAX_DEPTH, _MAX_KEYS = 16, 10_000
 _MAX_ROUNDS = 20
-"""Maximum number of times that a recipe is validated, each time without the wrong keys found before."""
+"""Maximum number of validation rounds. Each round excludes the invalid keys found so far."""
 _TOO_LARGE = "nested too deeply or too large for a recipe"
 
 
 def _validate(document: _Document, check_files: bool) -> tuple[Recipe | EmbeddingRecipe | None, list[tuple[str, str]]]:
-    """Return the recipe (None if its structure is wrong), and its problems as (location, message).
+    """Return the recipe (None if its structure is invalid) and its problems as (location, message).
 
-    Wrong keys are removed and the rest is validated again, so that one mistake does not hide another.
+    Invalid keys are removed and the rest is validated again, so that one mistake does not hide another.
     """
     problems: list[tuple[str, str]] = []
     values = document.values
@@ -326,7 +326,7 @@ def _validate(document: _Document, check_files: bool) -> tuple[Recipe | Embeddin
             values = _with_required(values, document.schema, wrong)
             continue
         checks = check_recipe if isinstance(recipe, Recipe) else check_embedding_recipe
-        for path, message in checks(recipe, check_files):  # type: ignore[arg-type]  # each check gets its own kind of recipe
+        for path, message in checks(recipe, check_files):  # type: ignore[arg-type]  # `checks` matches the recipe's class
             if not any(path[: len(bad)] == bad or bad[: len(path)] == path for bad in wrong):
                 problems.append((document.location(path), f"{_dotted(path)}: {message}"))
         return recipe, problems
@@ -334,7 +334,7 @@ def _validate(document: _Document, check_files: bool) -> tuple[Recipe | Embeddin
 
 
 def _with_required(values: dict[str, Any], schema: type[BaseModel], wrong: set[KeyPath]) -> dict[str, Any]:
-    """`values` with placeholders for required keys that are missing, so that the other keys can be validated.
+    """Return `values` with placeholders for missing required keys, so that the other keys can be validated.
 
     The placeholders are added to `wrong`, because the missing keys have already been reported.
     """
@@ -358,7 +358,7 @@ class _Problem:
     location: KeyPath
     """The key whose line is reported: `path`, or the discriminator inside it."""
     shown: KeyPath
-    """The key whose name is reported: `path` if it has a short form, which names the variant, or else `location`."""
+    """The key whose name is reported: `path` if it has a short form, otherwise `location`."""
 
 
 @dataclass(frozen=True)
@@ -374,7 +374,7 @@ class _SchemaKey:
 
 
 def _problem(item: Any, values: dict[str, Any], schema: type[BaseModel]) -> _Problem:
-    """Translate a validation error of pydantic to the recipe as written."""
+    """Convert a pydantic validation error to a problem in the recipe as written."""
     key = _schema_key(item["loc"], values, schema)
     location = shown = key.path
     if item["type"] == "union_tag_invalid":
@@ -385,7 +385,7 @@ def _problem(item: Any, values: dict[str, Any], schema: type[BaseModel]) -> _Pro
 
 
 def _schema_key(location: KeyPath, values: Any, schema: type[BaseModel]) -> _SchemaKey:
-    """The key at pydantic's `location`, which also contains the tags of unions and the keys that a short form expands to."""
+    """Return the key at pydantic's `location`, which also contains union tags and the keys that a short form expands to."""
     key = _SchemaKey((), schema)
     inside: tuple[type[BaseModel], Variants | None, str] = (schema, None, "")
     parts = iter(location)
@@ -402,17 +402,17 @@ def _schema_key(location: KeyPath, values: Any, schema: type[BaseModel]) -> _Sch
 
 
 def _message(item: Any, key: _SchemaKey, schema: type[BaseModel]) -> str:
-    """The message for a validation error of pydantic at `key`."""
+    """Return the message for a pydantic validation error at `key`."""
     path, kind, context = key.path, item["type"], item.get("ctx", {})
     if path == ("kind",):
-        return "must be embeddings (leave it out for a language model)"
+        return "must be embeddings (omit this key for a language model)"
     if kind == "extra_forbidden":
         return _unknown_key_message(key, schema, item["input"])
     if kind == "missing":
         if path == ("training",):
             return f"missing (set how long to train with one of {', '.join(LENGTHS)})"
         if path == ("data",):
-            return "missing (name the text to train on, for example `data: {train: my.txt}`)"
+            return "missing (specify the text to train on, for example `data: {train: my.txt}`)"
         return "missing"
     if kind == "value_error":
         hint = hints.number(str(path[-1]) if path else "", item["input"])
@@ -437,11 +437,11 @@ def _message(item: Any, key: _SchemaKey, schema: type[BaseModel]) -> str:
     return str(item["msg"])
 
 
-_TOKENIZER_HINT = "{kind: bpe, split: gpt2} trains one like that of GPT-2, and {path: tokenizer.json} uses an existing one"
+_TOKENIZER_HINT = "{kind: bpe, split: gpt2} trains one like GPT-2's, and {path: tokenizer.json} uses an existing one"
 
 
 def _unknown_key_message(key: _SchemaKey, schema: type[BaseModel], value: object) -> str:
-    """The message for an unknown key, which may be misspelled, have another name or belong elsewhere."""
+    """Return the message for an unknown key, which may be misspelled, renamed or in the wrong section."""
     name, known = str(key.path[-1]), list(key.section.model_fields)
     others = key.variants.with_key(name) if key.variants is not None else []
     if key.variants is None or not others:
@@ -454,7 +454,7 @@ def _unknown_key_message(key: _SchemaKey, schema: type[BaseModel], value: object
 
 
 def _key_hint(key: _SchemaKey, schema: type[BaseModel], value: object) -> str | None:
-    """The hint for an unknown key. For an unknown section with a single key, it is the hint for that key if there is one."""
+    """Return a hint for an unknown key. For an unknown section with a single key, prefer the hint for that key."""
     path, known = tuple(map(str, key.path)), frozenset(all_keys(schema))
     if isinstance(value, dict) and len(value) == 1:
         inner = (*path, *map(str, value))
@@ -465,7 +465,7 @@ def _key_hint(key: _SchemaKey, schema: type[BaseModel], value: object) -> str | 
 
 
 def _without(values: Any, paths: set[KeyPath], prefix: KeyPath = ()) -> Any:
-    """`values` without the keys at `paths`."""
+    """Return `values` without the keys at `paths`."""
     if isinstance(values, dict):
         return {k: _without(v, paths, (*prefix, k)) for k, v in values.items() if (*prefix, k) not in paths}
     return values

@@ -1,7 +1,7 @@
-"""Read and write YAML with the plain scalars of version 1.2, and underscores in numbers.
+"""Read and write YAML with the scalar types of version 1.2, and with underscores in numbers.
 
-`off`, `no` and dates are strings; `3e-4`, `1_000` and `.5` are numbers. PyYAML by itself follows version 1.1, in which
-`3e-4` is a string. `Dumper` quotes every string that `Loader` would read as something else.
+`off`, `no` and dates are strings; `3e-4`, `1_000` and `.5` are numbers. By default, PyYAML follows version 1.1, in which `3e-4` is
+a string. `Dumper` quotes every string that `Loader` would not read as a string.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _FLOAT_PATTERN = re.compile(r"^[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][
 
 
 class Loader(yaml.SafeLoader):
-    """Reads the YAML of recipes."""
+    """Reads YAML recipes."""
 
 
 class Dumper(yaml.SafeDumper):
@@ -34,7 +34,7 @@ Loader.add_constructor(_FLOAT, lambda loader, node: float(str(node.value).replac
 
 
 def _represent_text(dumper: Dumper, text: str) -> yaml.ScalarNode:
-    """Write text with a line separator other than \\n in double quotes, in which it is escaped. Otherwise it would be lost."""
+    """Write text in double quotes if it contains a line separator other than \\n, because only double quotes preserve it."""
     style = '"' if any(separator in text for separator in "\x85\u2028\u2029") else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 

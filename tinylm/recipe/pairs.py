@@ -10,13 +10,13 @@ from tinylm.recipe.base import DataVariant, ObjectiveVariant, Section
 from tinylm.recipe.values import OpenShare, OptionalPath, OptionalWidth, Positive, RequiredPath, ShareBelowOne, Sources
 
 CATALOG = "catalog:"
-"""The prefix of sources that are the message catalogs installed for a language."""
+"""Prefix of a source that consists of a language's installed message catalogs, such as `catalog:de`."""
 TOY = "toy:"
-"""The prefix of sources that are generated: `toy:reverse`."""
+"""Prefix of generated sources, such as `toy:reverse`."""
 
 
 class AlignedFiles(Section):
-    """Two text files: each line of one is the translation of the same line of the other."""
+    """Two text files. Each line in the target file is the translation of the same line in the source file."""
 
     source: RequiredPath
     """The file to translate from."""
@@ -28,7 +28,7 @@ class PairSources(Section):
     """Sentence pairs in separate files."""
 
     sources: Sources
-    """The sentence pairs. The short form `heldout: b.jsonl` means the same."""
+    """The sentence pairs. The short form `heldout: b.jsonl` is equivalent."""
 
 
 class PairShare(Section):
@@ -37,8 +37,8 @@ class PairShare(Section):
     share: OpenShare = 0.1
     """The share of the pairs."""
     by: Literal["document", "tail"] = "document"
-    """document sets aside whole documents, chosen by a hash of their name: message catalogs, or pairs with the same `document`
-    field. Without such a field, 100 consecutive pairs are a document. tail sets aside the last pairs."""
+    """document sets aside whole documents, chosen by a hash of their name. A document is a message catalog, or all pairs with the
+    same `document` field. Without this field, every 100 consecutive pairs form a document. tail sets aside the last pairs."""
 
 
 def _expand(value: object) -> object:
@@ -68,9 +68,8 @@ OptionalPairPart = Annotated[
 class PairsSection(DataVariant):
     """Sentences and their translations: records, tables, two aligned files, .po and .mo files, or `catalog:LANGUAGE`.
 
-    `catalog:de` reads the German message catalogs of the programs on this machine. Each message has the fields `source` (English),
-    `target`, `language`, `en` and the name of its language, here `de`. `toy:reverse` generates sequences of letters and their
-    reversals.
+    `catalog:de` reads the German message catalogs of installed programs. Each message has the fields `source` (English), `target`,
+    `language`, `en`, and a field named after the language, here `de`. `toy:reverse` generates letter sequences and their reversals.
     """
 
     default_objective = "translation"
@@ -83,27 +82,27 @@ class PairsSection(DataVariant):
     """Sentence pairs that training never uses, not even to choose the best checkpoint: a share, or other files. `tinylm eval
     --split test` scores them. null means none."""
     source: str = "source"
-    """The field or column of the sentence to translate."""
+    """The field or column that contains the sentence to translate."""
     target: str = "target"
-    """The field or column of its translation."""
+    """The field or column that contains the translation."""
     document: str = "document"
-    """The field or column that names the document of a pair, if there is one."""
+    """The field or column that contains the name of a pair's document, if there is one."""
     language: OptionalPath = None
-    """The field or column that names the target language. Each source sentence then starts with a control token such as `<2de>`,
-    so that one model translates into several languages. null means a single language."""
+    """The field or column that contains the target language. Each source sentence then starts with a control token such as `<2de>`,
+    so that one model can translate into several languages. null means a single language."""
     max_length_ratio: Positive = 4.0
-    """Skip pairs of which one side has more than this many times the characters of the other. Sides of up to 20 characters are
-    kept."""
+    """Skip a pair if one side has more than this many times the characters of the other side. Pairs are kept if both sides have at
+    most 20 characters."""
     duplicates: Literal["drop", "keep"] = "drop"
-    """What to do with a training pair that occurs again."""
+    """What to do with repeated training pairs."""
     overlap: Literal["drop", "keep"] = "drop"
     """What to do with held-out and test pairs whose source sentence also occurs in the training pairs."""
     vocabulary: Literal["shared", "separate"] = "shared"
-    """shared learns one tokenizer from both sides. separate learns one for each side."""
+    """shared learns one tokenizer from both sides. separate learns one tokenizer per side."""
     errors: Literal["strict", "replace"] = "strict"
-    """What to do with bytes that are not UTF-8. strict is an error; replace substitutes U+FFFD."""
+    """What to do with bytes that are not UTF-8. strict reports an error, and replace substitutes U+FFFD."""
     format: Literal["pairs"] = "pairs"
-    """What the sources contain: pairs is sentences and their translations."""
+    """What the sources contain: pairs means sentences and their translations."""
 
     def sources(self) -> dict[str, tuple[str, ...]]:
         parts = {"train": self.train, "heldout": self.heldout, "test": self.test}
@@ -111,7 +110,7 @@ class PairsSection(DataVariant):
 
 
 def paths_of(part: AlignedFiles | PairSources) -> tuple[str, ...]:
-    """The sources of a part."""
+    """Return the sources of a section as a tuple."""
     return (part.source, part.target) if isinstance(part, AlignedFiles) else part.sources
 
 
@@ -123,10 +122,10 @@ class TranslationObjective(ObjectiveVariant):
 
     name: Literal["translation"] = "translation"
     label_smoothing: ShareBelowOne = 0.1
-    """The share of the target probability that the training loss distributes evenly over the vocabulary (Szegedy et al. 2016).
-    The held-out loss is computed without it."""
+    """The share of the target probability that is spread uniformly over the vocabulary in the training loss (Szegedy et al. 2016).
+    The held-out loss does not use label smoothing."""
     select: Literal["loss", "bleu"] = "loss"
     """The metric that selects the best checkpoint: the held-out loss, or the BLEU of greedy translations of the held-out
     sentences, which takes longer."""
     source_vocab_size: OptionalWidth = None
-    """The size of the source vocabulary with `data.vocabulary: separate`. Training sets this key."""
+    """The size of the source vocabulary if `data.vocabulary` is separate. Training sets this key."""

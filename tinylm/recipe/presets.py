@@ -1,11 +1,11 @@
-"""The presets of the architectures. A preset is a set of defaults for the other keys of `model:`."""
+"""The presets of each architecture. A preset is a set of defaults for the other keys of `model:`."""
 
 from __future__ import annotations
 
 from typing import Any
 
 DECODER_PRESETS: dict[str, dict[str, Any]] = {
-    # The default. docs/lab-notebook.md ("Ablation of `modern`") has the measurements behind it.
+    # The default. The measurements behind it are in docs/lab-notebook.md ("Ablation of `modern`").
     "modern": {
         "norm": "rmsnorm",
         "norm_position": "pre",
@@ -56,7 +56,7 @@ DECODER_PRESETS: dict[str, dict[str, Any]] = {
 }
 
 ENCODER_PRESETS: dict[str, dict[str, Any]] = {
-    # The default: the parts of the decoder preset of the same name.
+    # The default, based on the decoder preset of the same name.
     "modern": {
         **DECODER_PRESETS["modern"],
         "tie_embeddings": False,
@@ -86,7 +86,7 @@ ENCODER_PRESETS: dict[str, dict[str, Any]] = {
 }
 
 ENCODER_DECODER_PRESETS: dict[str, dict[str, Any]] = {
-    # The default: the parts of the decoder preset of the same name.
+    # The default, based on the decoder preset of the same name.
     "modern": {
         **DECODER_PRESETS["modern"],
         "tie_embeddings": "none",

@@ -10,28 +10,28 @@ from tinylm.recipe.values import Blocks, ContextLength, CountOrZero, Flag, Share
 
 
 class RecurrentSection(ModelVariant):
-    """The keys of all recurrent networks."""
+    """Keys shared by all recurrent networks."""
 
     training_values: ClassVar[Mapping[str, tuple[Any, ...]]] = {"compile": ("auto", False), "activation_checkpointing": (False,)}
     reads_across_documents = True
     gates: ClassVar[int]
-    """Number of matrices in each weight of a layer."""
+    """Number of matrices that each layer weight stacks."""
 
     n_layer: Blocks = 2
     """Number of recurrent layers."""
     n_embd: Width = 256
     """Width of the token embedding and of every layer."""
     context_length: ContextLength = 128
-    """Number of tokens that a training sequence predicts. Gradients do not flow back to earlier tokens. Evaluation and sampling
-    carry the state over any number of tokens."""
+    """Number of predicted tokens in a training sequence. Gradients do not flow back to earlier tokens. Evaluation and sampling
+    carry the state through any number of tokens."""
     burn_in: CountOrZero = 32
-    """Number of tokens before each training sequence that only compute its first state, without a gradient. 0 starts each sequence
-    with an empty state."""
+    """Number of tokens before each training sequence that are used only to compute its initial state, without a gradient. 0 starts
+    each sequence with an empty state."""
     tie_embeddings: Flag = False
-    """Use the weights of the token embedding as those of the head."""
+    """Share the weights of the token embedding with the head."""
     dropout: ShareBelowOne = 0.0
-    """Variational dropout of the embedding and of the output of each layer (Gal & Ghahramani 2016): a sequence has the same mask at
-    all positions."""
+    """Variational dropout for the embedding and the output of each layer (Gal & Ghahramani 2016). All positions in a sequence share
+    the same mask."""
     weight_drop: ShareBelowOne = 0.0
     """The share of the recurrent weights that are dropped in each micro-batch (Merity et al. 2018)."""
 
@@ -67,7 +67,7 @@ class LstmSection(RecurrentSection):
 
 
 class GruSection(RecurrentSection):
-    """A gated recurrent unit (Cho et al. 2014), in the variant of torch.nn.GRU."""
+    """A gated recurrent unit (Cho et al. 2014), as in torch.nn.GRU."""
 
     gates = 3
 

@@ -86,7 +86,7 @@ class HeldoutShare(Section):
     """Hold out a share of the training text."""
 
     share: OpenShare = 0.1
-    """The share to hold out: of the characters with `by: tail`, of the documents with `by: document`."""
+    """The share to hold out: of the characters with `by: tail`, or of the documents with `by: document`."""
     by: Literal["document", "tail"] = "tail"
     """document holds out whole documents, chosen by a hash of their text. tail holds out the end of the text."""
 
@@ -95,7 +95,7 @@ class HeldoutSources(Section):
     """Evaluate on another text."""
 
     sources: Sources
-    """The held-out text. The short form `heldout: b.txt` means the same."""
+    """The held-out text. The short form `heldout: b.txt` is equivalent."""
 
 
 def _expand_heldout(value: object) -> object:
@@ -118,10 +118,10 @@ Heldout = Annotated[
 
 
 class TestShare(Section):
-    """Set a share of the training text aside for a test, in the same way as the held-out text: by document, or at the end."""
+    """Set aside a share of the training text as the test text. It is chosen in the same way as the held-out text."""
 
     share: OpenShare = 0.1
-    """The share to set aside: of the characters with `heldout.by: tail`, of the documents with `heldout.by: document`."""
+    """The share to set aside: of the characters with `heldout.by: tail`, or of the documents with `heldout.by: document`."""
 
 
 def _choose_test(value: object) -> str:
@@ -148,18 +148,18 @@ class DataSection(DataVariant):
     field: str = "text"
     """The field of each .jsonl line, or the column of a .csv, .tsv or .parquet file, that contains the text."""
     template: OptionalTemplate = None
-    """Combines several fields into the text of a document, for example `"{category}: {body}"`. Replaces `field`. `{{` and `}}`
-    stand for braces."""
+    """Combines several fields into the text of a document, for example `"{category}: {body}"`. Replaces `field`. Write braces in
+    the text as `{{` and `}}`."""
     errors: Literal["strict", "replace"] = "strict"
-    """What to do with bytes that are not UTF-8. strict is an error; replace substitutes U+FFFD."""
+    """What to do with bytes that are not UTF-8. strict reports an error, and replace substitutes U+FFFD."""
     shuffle: Literal["windows", "documents"] = "windows"
-    """What each epoch shuffles: windows keeps the documents in the order of the text and shuffles the windows that it is cut into.
-    documents also shuffles the documents before the text is cut."""
+    """What to shuffle in each epoch. windows cuts the text into windows and shuffles them. documents also shuffles the documents
+    before the text is cut."""
     document_mask: Flag = False
-    """Process each document in a window as if it were alone: attention does not cross documents, and positions start at 0 in each.
-    false lets the model attend to earlier documents, which is faster."""
+    """Process each document in a window separately: attention does not cross documents, and positions restart at 0 in each
+    document. false lets the model attend to earlier documents, which is faster."""
     format: Literal["text"] = "text"
-    """What the sources contain: text is plain text, which becomes one stream of tokens."""
+    """What the sources contain: text means plain text, which becomes one stream of tokens."""
 
     def sources(self) -> dict[str, tuple[str, ...]]:
         others = {"heldout": self.heldout, "test": self.test}
@@ -174,7 +174,7 @@ def require_text(data: DataVariant) -> DataSection:
 
 
 DATA_VARIANTS = OpenUnion("format", DataSection, LabelsSection, PairsSection, ChatSection)
-"""The data formats. `register_data_section` adds one from outside the library."""
+"""The data formats. Code outside the library can add one with `register_data_section`."""
 
 
 def _default_format(value: object) -> object:
@@ -185,11 +185,11 @@ DataUnion = Annotated[DataVariant, DATA_VARIANTS, BeforeValidator(_default_forma
 
 
 class LearnedTokenizer(Section):
-    """The keys of all tokenizers that are learned from the training text. The held-out text is never used for this."""
+    """Keys shared by all tokenizers that are learned from the training text. The held-out text is never used for this."""
 
     kind: str
     normalize: Normalizations = ()
-    """Normalizations applied to text before it is encoded. They are lossy: decoding does not restore the original text."""
+    """Normalizations applied to text before encoding. They are lossy: decoding does not restore the original text."""
     special_tokens: TokenList = ()
     """Control tokens in addition to the end-of-text token. Encoding text never produces them."""
     added_tokens: TokenList = ()
@@ -197,15 +197,15 @@ class LearnedTokenizer(Section):
 
 
 class VocabularyTokenizer(LearnedTokenizer):
-    """The keys of the tokenizers that learn a vocabulary of a given size."""
+    """Keys shared by tokenizers that learn a vocabulary of a given size."""
 
     vocab_size: VocabSize = 4096
     """Number of tokens, including the end-of-text, special and added tokens."""
     allow_smaller: Flag = True
-    """What to do if the text is too small for vocab_size: true learns fewer tokens and warns, false is an error that names the
+    """What to do if the text is too small for vocab_size. true learns fewer tokens and warns. false reports an error with the
     largest possible size."""
     max_megabytes: Megabytes = 64
-    """Maximum number of megabytes of text to learn from. A longer text is sampled evenly."""
+    """Maximum amount of text to learn from, in megabytes. A longer text is sampled evenly."""
 
 
 class BpeTokenizer(VocabularyTokenizer):
@@ -218,7 +218,7 @@ class BpeTokenizer(VocabularyTokenizer):
     digits: OptionalSmallCount = None
     """Maximum number of digits in one token. null means 2 for gpt4, 3 for llama3 and no limit otherwise."""
     min_frequency: Count = 1
-    """Minimum number of occurrences of a pair for it to be merged."""
+    """Minimum number of occurrences that a pair needs to be merged."""
     max_token_length: OptionalCount = None
     """Maximum length of a token, in bytes for `alphabet: bytes` and in characters otherwise. null means no limit."""
     alphabet: Alphabet = "bytes"
@@ -254,7 +254,7 @@ class WordPieceTokenizer(VocabularyTokenizer):
     split: str = "bert"
     """What a word is: bert (punctuation is separate), whitespace, or a regular expression applied between spaces."""
     min_frequency: Count = 1
-    """Minimum number of occurrences of a pair for it to be merged."""
+    """Minimum number of occurrences that a pair needs to be merged."""
     max_token_length: OptionalCount = None
     """Maximum number of characters in a token. null means no limit."""
     alphabet: Characters = "text"
@@ -269,7 +269,7 @@ class WordTokenizer(VocabularyTokenizer):
     split: str = "bert"
     """What a word is, as for wordpiece."""
     min_frequency: Count = 1
-    """Minimum number of occurrences of a word for it to get a token."""
+    """Minimum number of occurrences that a word needs to become a token."""
 
 
 class CharTokenizer(LearnedTokenizer):
@@ -277,7 +277,7 @@ class CharTokenizer(LearnedTokenizer):
 
     kind: Literal["char"]
     min_frequency: Count = 1
-    """Minimum number of occurrences of a character for it to get a token."""
+    """Minimum number of occurrences that a character needs to become a token."""
 
 
 class ByteTokenizer(LearnedTokenizer):
@@ -319,11 +319,11 @@ MODEL_VARIANTS = OpenUnion(
     EncoderSection,
     EncoderDecoderSection,
 )
-"""The architectures. `register_model_section` adds one from outside the library."""
+"""The architectures. Code outside the library can add one with `register_model_section`."""
 
 
 DEFAULT_ARCHITECTURE = "decoder"
-"""The architecture of a recipe without the key `model.architecture`."""
+"""The architecture if a recipe does not set `model.architecture`."""
 
 
 def _default_architecture(value: object) -> object:
@@ -340,12 +340,12 @@ class CausalLMObjective(ObjectiveVariant):
 
     name: Literal["causal_lm"] = "causal_lm"
     mask_prompt: Flag = True
-    """With data of format chat, learn only the answers: the tokens of the assistant's messages and the ends of its turns. false
-    also learns the other messages."""
+    """With format chat, compute the loss only on the assistant's messages and end-of-turn tokens. false computes it on all
+    messages."""
 
 
 OBJECTIVE_VARIANTS = OpenUnion("name", CausalLMObjective, MaskedLMObjective, ClassificationObjective, TranslationObjective)
-"""The objectives. `register_objective_section` adds one from outside the library."""
+"""The objectives. Code outside the library can add one with `register_objective_section`."""
 
 ObjectiveSection = Annotated[ObjectiveVariant, OBJECTIVE_VARIANTS, BeforeValidator(_expand_name)]
 
@@ -357,11 +357,11 @@ class AdamWOptimizer(Section):
     lr: LearningRate = 1e-3
     """Peak learning rate."""
     betas: Betas = (0.9, 0.95)
-    """Decay rates of the running averages of the gradient and of its square."""
+    """Decay rates for the running averages of the gradient and its square."""
     eps: Epsilon = 1e-8
     """The epsilon added to the denominator."""
     weight_decay: NotNegative = 0.1
-    """Decoupled weight decay of matrices. Each step decays them by this times the learning rate."""
+    """Decoupled weight decay for matrices. Each step multiplies them by 1 - learning rate * weight_decay."""
 
 
 class MuonOptimizer(Section):
@@ -369,24 +369,24 @@ class MuonOptimizer(Section):
 
     name: Literal["muon"]
     lr: LearningRate = 0.02
-    """Peak learning rate of Muon. At a learning rate of 1, the root mean square of an update is about 1 / sqrt(columns)."""
+    """Peak learning rate for Muon. At a learning rate of 1, the root mean square of an update is about 1 / sqrt(columns)."""
     momentum: ShareBelowOne = 0.95
     """Nesterov momentum."""
     momentum_warmup: CountOrZero = 0
-    """Number of steps over which the momentum rises from 0.85 to its value."""
+    """Number of steps over which the momentum rises from 0.85 to the value of the key momentum."""
     newton_schulz: Literal["polar_express", "classic"] = "polar_express"
     """Coefficients of the Newton-Schulz iteration: polar_express (Amsel et al. 2025) or classic (Jordan et al. 2024)."""
     newton_schulz_steps: SmallCount = 3
-    """Number of Newton-Schulz iterations. 3 with polar_express are about as accurate as 5 with classic."""
+    """Number of Newton-Schulz iterations. 3 iterations with polar_express are about as accurate as 5 with classic."""
     newton_schulz_dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of the Newton-Schulz iteration. auto means bf16 on hardware with bf16 matrix units (GPUs since Ampere, CPUs with
     AMX) and fp32 otherwise."""
     weight_decay: NotNegative = 0.1
-    """Decoupled weight decay of the weights that Muon updates. Each step decays them by this times the learning rate."""
+    """Decoupled weight decay for the weights that Muon updates. Each step multiplies them by 1 - learning rate * weight_decay."""
     cautious_weight_decay: Flag = False
     """Apply weight decay only to weights that the update moves toward zero (Chen et al. 2025)."""
     adamw_lr: LearningRate = 4e-3
-    """Peak learning rate of the weights that AdamW updates."""
+    """Peak learning rate for the weights that AdamW updates."""
     betas: Betas = (0.9, 0.95)
     """The betas of AdamW."""
     eps: Epsilon = 1e-8
@@ -404,7 +404,7 @@ def _default_optimizer(value: object) -> object:
 
 
 class ScheduleWithFloor(Section):
-    """The keys of the schedules whose learning rate falls at the end."""
+    """Keys shared by schedules that end at a minimum learning rate."""
 
     warmup: Warmup = 0.02
     """Length of the linear warmup: a number of steps, or a share of the training run if below 1."""
@@ -453,7 +453,7 @@ class NoamSchedule(Section):
 
     name: Literal["noam"]
     warmup: Count = 4000
-    """Number of steps of the linear warmup."""
+    """Length of the linear warmup, in steps."""
     width: Width = 512
     """The width in the formula, usually n_embd."""
 
@@ -469,11 +469,11 @@ def _default_schedule(value: object) -> object:
 
 
 class LoraSection(Section):
-    """Low-rank adaptation (Hu et al. 2022). Each weight W is frozen, and a trained product (alpha / rank) B A is added to it, which
-    starts at zero."""
+    """Low-rank adaptation (Hu et al. 2022). Each weight W is frozen, and a trained product (alpha / rank) B A is added to it. The
+    product starts at zero."""
 
     rank: Width = 8
-    """Number of rows of A and number of columns of B."""
+    """Number of rows in A and of columns in B."""
     alpha: Positive = 16.0
     """The product B A is scaled by alpha / rank."""
     targets: Targets = LORA_TARGETS
@@ -490,10 +490,11 @@ class GuardsSection(Section):
     patience: Count = 3
     """Number of consecutive steps skipped for a non-finite loss or gradient before a rollback to the last good checkpoint."""
     rollbacks: CountOrZero = 1
-    """Maximum number of rollbacks, each of which continues past the offending batches. After that, training stops with a report."""
+    """Maximum number of rollbacks. After a rollback, training continues past the offending batches. Once the limit is reached,
+    training stops with a report."""
     spike: OptionalPositive = 12.0
-    """Flag a loss that is this many deviations above the median of the last 64. A deviation is 1.48 times the median absolute
-    deviation. null means never."""
+    """Flag a loss that is this many deviations above the median of the last 64 losses. A deviation is 1.48 times the median
+    absolute deviation. null means never."""
 
 
 class TrainingSection(Section):
@@ -521,22 +522,23 @@ class TrainingSection(Section):
     schedule: Annotated[Schedule, BeforeValidator(_default_schedule), BeforeValidator(_expand_name)] = WsdSchedule(name="wsd")
     """The learning rate schedule, as a name or as a section: wsd, cosine, linear, constant, inverse_sqrt or noam."""
     clip_grad_norm: ClipNorm = 1.0
-    """Maximum norm of the gradient of all parameters together. off means no clipping."""
+    """Maximum global gradient norm. off means no clipping."""
     compile: FlagOrAuto = "auto"
     """Compile the blocks with torch.compile. auto compiles if that saves more time than the compilation takes."""
     activation_checkpointing: Flag = False
-    """Save only the input of each block and recompute the rest in the backward pass. This saves memory and takes more time."""
+    """Save only the input of each block and recompute the rest in the backward pass. This saves memory but takes more time."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
-    """How several processes share the model: ddp replicates it, fsdp shards it, auto uses ddp if the model fits in memory."""
+    """How several processes share the model. ddp replicates it, and fsdp shards it. auto uses ddp if the model fits in memory and
+    fsdp otherwise."""
     guards: GuardsSection = GuardsSection()
     """What to do about non-finite losses and loss spikes."""
     log_every: Count = 10
-    """Number of steps between lines of metrics.jsonl."""
+    """Number of steps between lines in metrics.jsonl."""
 
     @model_validator(mode="before")
     @classmethod
     def _adamw_for_lora(cls, values: Any) -> Any:
-        """With LoRA, the default is AdamW. Muon orthogonalizes full matrices, which makes no sense for low-rank factors."""
+        """Default to AdamW with LoRA. Muon orthogonalizes whole matrices, which is not meaningful for low-rank factors."""
         if not isinstance(values, dict) or values.get("lora") is None:
             return values
         optimizer = _expand_name(values.get("optimizer", {}))
@@ -558,7 +560,7 @@ class EvaluationSection(Section):
     max_tokens: TokenCount = None
     """Evaluate only on the first max_tokens held-out tokens. null means all."""
     stride: OptionalCount = None
-    """Number of tokens from the start of one window to the next. Below context_length, tokens are scored with more context, which
+    """Number of tokens from the start of one window to the next. A stride below context_length scores tokens with more context but
     takes more time. null means context_length."""
 
 
@@ -566,16 +568,16 @@ class CheckpointSection(Section):
     """Checkpoints during training."""
 
     every: Interval = 100
-    """Number of steps between checkpoints, or a share of the training run if below 1. Evaluated steps and the last step are saved
-    as well. With `training.minutes`, the default is 0.125."""
+    """Number of steps between checkpoints, or a share of the training run if below 1. Evaluated steps and the last step are also
+    saved. With `training.minutes`, the default is 0.125."""
     keep: CountOrZero = 2
     """Number of recent checkpoints to keep in addition to best and last."""
     keep_every: OptionalInterval = None
     """Number of steps between checkpoints that are never removed, or a share of the training run if below 1. `tinylm inspect
     --checkpoints all` compares them. null means none."""
     optimizer: Literal["keep", "drop"] = "keep"
-    """drop removes the optimizer state, about two thirds of a checkpoint, when the training is complete. The run can then no longer
-    be resumed."""
+    """What to do with the optimizer state, about two thirds of a checkpoint, when training is complete. drop removes it, and the
+    run can then no longer be resumed."""
     on_failure: Literal["stop", "continue"] = "stop"
     """What to do if a checkpoint cannot be written, for example because the disk is full: stop training, or continue with a
     warning and try again at the next checkpoint."""
@@ -602,15 +604,15 @@ class Recipe(Section):
     name: RunName = "run"
     """The run is written to runs/NAME."""
     seed: Seed = 1337
-    """Seed of the initial weights, the data order and dropout."""
+    """Seed for the initial weights, the data order and dropout."""
     data: DataUnion
-    """What to train on and what to evaluate on: the format, by default text, and the keys of this format."""
+    """What to train on and what to evaluate on: the format (by default text) and its keys."""
     tokenizer: Annotated[TokenizerSection, Field(discriminator="kind"), BeforeValidator(_default_tokenizer)] = BpeTokenizer(
         kind="bpe"
     )
     """How text is split into tokens: a tokenizer that is learned from the training text, or an existing one."""
     model: ModelSection = Field(default_factory=lambda: DecoderSection.model_validate({}))
-    """The network: its architecture, by default decoder, and the keys of this architecture."""
+    """The network: its architecture (by default decoder) and the keys of this architecture."""
     objective: ObjectiveSection = CausalLMObjective()
     """What the model learns to predict, as a name or as a section. The default for architecture decoder is causal_lm."""
     training: TrainingSection
@@ -633,7 +635,7 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _default_objective(cls, values: Any) -> Any:
-        """If the objective has no name, set it to the default of the data format or, if it has none, of the architecture."""
+        """If the objective has no name, use the data format's default or, if there is none, the architecture's default."""
         if not isinstance(values, dict):
             return values
         objective = _expand_name(values.get("objective", {}))
@@ -652,7 +654,7 @@ class Recipe(Section):
         return {**values, "objective": {"name": section.objectives[0], **objective}}
 
     def as_dict(self) -> dict[str, Any]:
-        """The recipe as plain values, including every default. `load` reads them back as an equal recipe."""
+        """Return the recipe as plain values, including every default. `load` reads them back as an equal recipe."""
         values: dict[str, Any] = to_plain(self.model_dump())
         for key in ("train", "heldout", "test"):
             text = values["data"].get(key)
@@ -668,7 +670,7 @@ class Recipe(Section):
 
 
 def register_model_section(section: type[ModelVariant]) -> None:
-    """Add an architecture to `model:`. Recipes, `--set`, error messages and the reference then include the keys of `section`.
+    """Add an architecture to `model:`. Recipes, `--set`, error messages and the reference then support the keys of `section`.
 
     Raises `ValueError` if the architecture already exists, or if `section` does not have the key `context_length`.
     """
@@ -696,7 +698,7 @@ def _register(variants: OpenUnion, section: type[Section]) -> None:
 
 
 def unregister_section(section: type[Section]) -> None:
-    """Remove an architecture, an objective or a data format that was registered."""
+    """Remove a registered architecture, objective or data format."""
     for base, variants in ((ModelVariant, MODEL_VARIANTS), (ObjectiveVariant, OBJECTIVE_VARIANTS), (DataVariant, DATA_VARIANTS)):
         if issubclass(section, base):
             variants.remove(section)
@@ -704,20 +706,20 @@ def unregister_section(section: type[Section]) -> None:
 
 
 def dump_yaml(values: dict[str, Any]) -> str:
-    """The YAML text of a recipe."""
+    """Return the values of a recipe as YAML text."""
     text: str = yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
     return text
 
 
 def to_plain(value: Any) -> Any:
-    """`value` with tuples converted to lists at every level, because YAML has no tuples."""
+    """Convert tuples to lists at every level, because YAML has no tuples."""
     if isinstance(value, dict):
         return {key: to_plain(item) for key, item in value.items()}
     return [to_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def flattened(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys joined by dots, as in `--set`: {"a": {"b": 1}} becomes {"a.b": 1}."""
+    """Join nested keys with dots, as in `--set`: {"a": {"b": 1}} becomes {"a.b": 1}."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
@@ -734,6 +736,6 @@ class AnyRecipe(Protocol):
 
 
 def changes(before: AnyRecipe, after: AnyRecipe) -> dict[str, tuple[Any, Any]]:
-    """The keys in which two recipes differ, each with the values before and after."""
+    """Return the keys that differ between two recipes, with the old and new values."""
     old, new = flattened(before.as_dict()), flattened(after.as_dict())
     return {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}

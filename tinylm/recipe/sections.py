@@ -1,6 +1,6 @@
 """Inspect the pydantic models of a recipe: the sections that each key accepts, their variants and their short forms.
 
-The loader and the generated reference use this module, so neither changes when a variant or short form is added.
+The loader and the generated reference use this module, so neither needs a change when a variant or short form is added.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pydantic_core import CoreSchema, core_schema
 class OpenUnion:
     """Annotates a key that accepts one of several sections. Code outside the library can add further sections.
 
-    Unlike `Field(discriminator=...)`, an `OpenUnion` may have a single section. After `add` or `remove`, every class whose schema
+    Unlike `Field(discriminator=...)`, an `OpenUnion` can have a single section. After `add` or `remove`, every class whose schema
     contains the union must be rebuilt.
     """
 
@@ -36,7 +36,7 @@ class OpenUnion:
 
     @property
     def sections(self) -> Mapping[str, type[BaseModel]]:
-        """The sections by tag, in the order in which they were added."""
+        """The sections by tag, in the order of addition."""
         return MappingProxyType(self._sections)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -62,11 +62,11 @@ class Variants:
         return next(iter(self.by_tag.values()))
 
     def first_with(self, key: str) -> type[BaseModel]:
-        """The first variant that has `key`, or the default variant."""
+        """Return the first variant that has `key`, or the default variant."""
         return next((section for section in self.by_tag.values() if key in section.model_fields), self.default)
 
     def with_key(self, key: str) -> list[str]:
-        """The tags of the variants that have `key`."""
+        """Return the tags of the variants that have `key`."""
         return [tag for tag, section in self.by_tag.items() if key in section.model_fields]
 
 
@@ -107,14 +107,14 @@ def _sections_in(annotation: Any, tag: str = "") -> Iterator[tuple[str, type[Bas
 
 
 def _literal(section: type[BaseModel], key: str | None) -> str:
-    """Return the tag of `section`: the only value of the `Literal` that is the type of its discriminator `key`."""
+    """Return the tag of `section`, which is the only value that the `Literal` type of its discriminator `key` allows."""
     annotation = section.model_fields[str(key)].annotation
     assert get_origin(annotation) is Literal
     return str(get_args(annotation)[0])
 
 
 def all_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Yield the dotted paths of all keys in a section and in its nested sections, including every variant."""
+    """Yield the dotted paths of all keys in a section and its nested sections, including every variant."""
     for key in section.model_fields:
         yield f"{prefix}{key}"
         variants = variants_of(section, key)

@@ -1,8 +1,8 @@
-"""Which keys of the `model:` section a backend supports.
+"""Declare and check which `model:` keys a backend supports.
 
-A backend is code that implements the model a second time (a decoding step, an exporter) or computes with it (LoRA, cost
-estimates). Each declares a mapping `SUPPORTS` from keys to supported values. A key that is not listed is supported only at its
-default, so a backend cannot silently ignore a key that was added after it was written.
+A backend is code that reimplements the model (a decoding step, an exporter) or depends on its structure (LoRA, cost estimates).
+Each backend declares a mapping `SUPPORTS` from keys to supported values. A key that is not listed is supported only at its default
+value, so a backend cannot silently ignore a key that was added later.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pydantic import BaseModel
 from tinylm.errors import InputError
 
 Supports = Mapping[str, Collection[Any] | Callable[[Any], bool]]
-"""For each key: the supported values, or a predicate of the whole section."""
+"""Maps each key to its supported values, or to a predicate on the whole section."""
 
 
 def ANY(section: BaseModel) -> bool:  # noqa: N802  a constant of `Supports`
-    """Every value of the key is supported. Do not use it for a key with a list of choices, because choices may be added."""
+    """Support every value of a key. Do not use this for a key with a fixed list of choices, because choices may be added."""
     return True
 
 
@@ -39,7 +39,7 @@ SIZES: Supports = dict.fromkeys(
     ),
     ANY,
 )
-"""The numbers that set the shapes of tensors, and the epsilon of norms."""
+"""The numbers that set tensor shapes, and the epsilon of norms."""
 
 TRAINING: Supports = dict.fromkeys(
     (
@@ -54,7 +54,7 @@ TRAINING: Supports = dict.fromkeys(
     ),
     ANY,
 )
-"""The keys that only affect initialization and training, which a backend that runs a trained model can ignore."""
+"""The keys that only affect initialization and training. A backend that runs a trained model can ignore them."""
 
 COMMON: Supports = {
     "architecture": ("decoder",),
@@ -78,16 +78,15 @@ COMMON: Supports = {
     "parallel_residual": ANY,
     "logit_softcap": ANY,
 }
-"""The values that most backends support. A backend that supports fewer overrides entries. Never add a new key or value here:
-add it to the `SUPPORTS` of each backend that implements it."""
+"""The values that most backends support. A backend that supports fewer values overrides entries. Never add a new key or value
+here. Instead, add it to the `SUPPORTS` of each backend that implements it."""
 
 
 def unsupported(section: BaseModel, supports: Supports) -> list[tuple[str, Any]]:
-    """Return the keys of `section` whose values are not supported, each with its value.
+    """Return (key, value) for each key of `section` whose value is not supported.
 
-    A key that `supports` does not list must have its default value. If it has no default, it is never supported. Keys are in the
-    order of `supports`; keys that it does not list follow in the order of the schema. Keys that `section` does not have are
-    skipped.
+    A key that `supports` does not list is supported only at its default value, and never if it has no default. The result is in
+    the order of `supports`, followed by unlisted keys in schema order. Keys that `section` does not have are skipped.
     """
     fields = type(section).model_fields
     unsupported_keys = []
@@ -100,7 +99,7 @@ def unsupported(section: BaseModel, supports: Supports) -> list[tuple[str, Any]]
 
 
 def unsupported_parts(section: BaseModel, supports: Supports) -> tuple[str, ...]:
-    """`unsupported` for messages: each part as "key value", as written in a recipe, such as "norm_position post"."""
+    """Return the unsupported keys and values formatted for messages, such as "norm_position post"."""
     return tuple(f"{key} {_format_value(value)}" for key, value in unsupported(section, supports))
 
 
@@ -111,7 +110,7 @@ def _format_value(value: object) -> str:
 
 
 def check_supported(section: BaseModel, supports: Supports, backend: str, where: str) -> None:
-    """Raise `InputError` with the names of the keys that a backend does not support, if there are any."""
+    """Raise `InputError` that lists the keys that a backend does not support, if there are any."""
     parts = unsupported_parts(section, supports)
     if parts:
         raise InputError(f"{backend} does not support model.{', model.'.join(parts)}", where=where)

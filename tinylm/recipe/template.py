@@ -1,4 +1,4 @@
-"""Parse templates that combine the fields of a record into a text, such as `{title}: {body}`."""
+"""Parse templates that combine a record's fields into a text, such as `{title}: {body}`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _PART = re.compile(r"(?P<escaped>\{\{|\}\})|\{(?P<field>[^{}]*)\}|(?P<stray>[{}]
 
 
 def parse_template(template: str) -> Iterator[tuple[str, str | None]]:
-    """Yield (literal text, field name) pairs; the last name is None. `{{` and `}}` stand for braces.
+    """Yield (literal text, field name) pairs. The last name is None. `{{` and `}}` are escaped braces.
 
-    Everything between braces is a field name: there are no format specifications. Raises `ValueError` for an
-    unmatched brace, and for an empty name.
+    Everything between braces is a field name; format specifications are not supported. Raises `ValueError` for an unmatched brace
+    or an empty field name.
     """
     literal, end = "", 0
     for match in _PART.finditer(template):
@@ -36,4 +36,4 @@ def template_problem(template: str) -> str | None:
         named = [name for _, name in parse_template(template) if name is not None]
     except ValueError as error:
         return f"{template!r} {error}"
-    return None if named else f"{template!r} names no field (write a field in braces, for example {{title}})"
+    return None if named else f"{template!r} contains no field (write a field in braces, for example {{title}})"

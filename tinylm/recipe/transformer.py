@@ -57,11 +57,11 @@ class Llama3RopeScaling(Section):
     low_freq_factor: Positive = 1.0
     """Frequencies with fewer rotations than this in the original context are divided by factor."""
     high_freq_factor: Positive = 4.0
-    """Frequencies with more rotations than this in the original context stay as they are. Those in between are interpolated."""
+    """Frequencies with more rotations than this in the original context are unchanged. Those in between are interpolated."""
 
 
 class YarnRopeScaling(Section):
-    """YaRN (Peng et al. 2023): divide the low frequencies by a factor, and scale the scores of attention."""
+    """YaRN (Peng et al. 2023): divide the low frequencies by a factor, and scale the attention scores."""
 
     type: Literal["yarn"]
     factor: Positive
@@ -69,20 +69,20 @@ class YarnRopeScaling(Section):
     original_context: Count
     """The context length before the extension."""
     beta_fast: Positive = 32.0
-    """Frequencies with more rotations than this in the original context stay as they are."""
+    """Frequencies with more rotations than this in the original context are unchanged."""
     beta_slow: Positive = 1.0
     """Frequencies with fewer rotations than this in the original context are divided by factor."""
     attention_factor: OptionalPositive = None
-    """The factor of the rotated queries and keys. null means 0.1 ln(factor) + 1."""
+    """The scale of the rotated queries and keys. null means 0.1 ln(factor) + 1."""
     truncate: Flag = True
-    """Round the bounds that beta_fast and beta_slow determine to whole dimensions."""
+    """Round the bounds computed from beta_fast and beta_slow to whole dimensions."""
 
 
 RopeScaling = Annotated[LinearRopeScaling | Llama3RopeScaling | YarnRopeScaling, Field(discriminator="type")]
 
 
 class TransformerSection(ModelVariant):
-    """The keys of all transformers with one stack of blocks."""
+    """Keys shared by all transformers with one stack of blocks."""
 
     preset: str
     n_layer: Blocks = 6
@@ -98,17 +98,17 @@ class TransformerSection(ModelVariant):
     context_length: ContextLength = 256
     """Number of tokens in a training sequence, and the maximum number of tokens the model attends to."""
     attention_window: OptionalCount = None
-    """Number of positions that each position attends to, including itself, in the blocks that attention_pattern calls local
-    (Beltagy et al. 2020). null means all earlier positions."""
+    """Number of positions that each position attends to, including itself, in local blocks (Beltagy et al. 2020; see
+    attention_pattern). null means all earlier positions."""
     attention_pattern: AttentionPattern = ("local",)
-    """Which blocks use attention_window, repeated over the blocks: [local, local, global] means that every third block attends to
-    all earlier positions."""
+    """The pattern of local blocks, which use attention_window. It repeats over the blocks: with [local, local, global], every
+    third block attends to all earlier positions."""
     norm: Literal["layernorm", "rmsnorm"]
     """The kind of normalization layer."""
     norm_position: Literal["pre", "post", "output", "both"]
     """pre normalizes the input of each attention and feed-forward layer. post normalizes each residual sum. output normalizes the
-    output of each layer before it is added (OLMo 2), and both its input and its output (Gemma 2). All but post also normalize the
-    input of the head."""
+    output of each layer before it is added (OLMo 2). both normalizes its input and its output (Gemma 2). All values except post
+    also normalize the input of the head."""
     norm_eps: Epsilon
     """The epsilon added under the square root of a norm."""
     norm_gain: Flag
@@ -118,18 +118,18 @@ class TransformerSection(ModelVariant):
     rope_theta: OptionalPositive = None
     """The base of the rotary frequencies with `position: rope`. null means 10000."""
     rope_theta_local: OptionalPositive = None
-    """The base of the rotary frequencies, without rope_scaling, in blocks that attention_pattern calls local (Gemma 3). null means
+    """The base of the rotary frequencies, without rope_scaling, in local blocks (Gemma 3; see attention_pattern). null means
     rope_theta."""
     rope_scaling: RopeScaling | None = None
-    """How rotary frequencies were changed for a longer context. null means not at all."""
+    """How rotary frequencies are scaled for a longer context. null means no scaling."""
     rope_fraction: ShareAboveZero = 1.0
-    """The share of each head's dimensions that rotary positions rotate (GPT-NeoX)."""
+    """The share of each head's dimensions to rotate (GPT-NeoX)."""
     rope_pattern: RopePattern = ("rope",)
-    """Which blocks use rotary positions, repeated over the blocks: [rope, rope, none] means that every third block has no
-    positions (SmolLM3)."""
+    """The pattern of blocks that use rotary positions. It repeats over the blocks: with [rope, rope, none], every third block does
+    not encode positions (SmolLM3)."""
     feed_forward: Literal["gelu", "gelu_exact", "relu", "relu2", "silu", "swiglu", "geglu", "geglu_exact"]
-    """The activation of the feed-forward layers. gelu is the tanh approximation of GPT-2, gelu_exact the exact function. swiglu,
-    geglu and geglu_exact have a gate, with SiLU, gelu or gelu_exact (Shazeer 2020)."""
+    """The activation of the feed-forward layers. gelu is GPT-2's tanh approximation, and gelu_exact is the exact function. swiglu,
+    geglu and geglu_exact are the gated variants of SiLU, gelu and gelu_exact (Shazeer 2020)."""
     feed_forward_multiple: Factor
     """The hidden width of the feed-forward layers as a multiple of n_embd, rounded to the nearest multiple of 8."""
     n_inner: OptionalWidth = None
@@ -137,48 +137,48 @@ class TransformerSection(ModelVariant):
     bias: Flag
     """Use a learned bias in linear layers and layer norms."""
     tie_embeddings: Flag
-    """Use the weights of the token embedding as those of the head."""
+    """Share the weights of the token embedding with the head."""
     qk_norm: Flag
-    """Apply an RMS norm to the queries and keys of each head, before rotary positions."""
+    """Apply an RMS norm to the queries and keys of each head, before rotation."""
     qk_norm_joint: Flag = False
-    """Let qk_norm normalize the queries of all heads together, and also the keys (OLMo 2). false normalizes each head."""
+    """Normalize the queries of all heads together, and the keys of all heads together (OLMo 2). false normalizes each head
+    separately."""
     qk_gain: Flag = True
     """Multiply the output of qk_norm by a learned gain."""
     embedding_norm: Flag
     """Normalize the token embedding before the first block."""
     embedding_scale: Positive = 1.0
-    """Factor of the token embedding (Gemma)."""
+    """Multiply the token embedding by this factor (Gemma)."""
     zero_init_outputs: Flag
     """Initialize the output projections of attention and feed-forward layers to zero, so that every block starts as the identity.
     The head starts near zero, and other matrices have a standard deviation of 0.5 / sqrt(inputs)."""
     ngram_embeddings: Orders = ()
-    """Values of n, such as [2, 3]. For each, a hashed embedding of the last n tokens is added to the token embedding (Pagnoni et
+    """Values of n, such as [2, 3]. For each n, a hashed embedding of the last n tokens is added to the token embedding (Pagnoni et
     al. 2024). [] means none."""
     ngram_rows: Count = 16384
-    """Number of rows of the embedding table for each n."""
+    """Number of rows in the embedding table for each n."""
     ngram_width: Width = 32
     """Width of the n-gram embedding tables."""
     ngram_dropout: ShareBelowOne = 0.0
-    """The share of n-gram embeddings that are dropped in training. Without it, the tables soon memorize a small text."""
+    """The share of n-gram embeddings to drop in training. Without dropout, the tables quickly memorize a small text."""
     value_embeddings: CountOrZero = 0
-    """Number of blocks at the start, and again at the end, whose attention values get a token embedding added (Zhou et al.
-    2024)."""
+    """Add a token embedding to the attention values in this many blocks at the start and at the end (Zhou et al. 2024)."""
     value_residual: Flag = False
-    """Mix the values of the first block into those of later blocks, with a learned weight (Zhou et al. 2024)."""
+    """Mix the first block's attention values into those of later blocks with a learned weight (Zhou et al. 2024)."""
     embedding_shortcut: Flag = False
-    """The input of every block is a learned mix of the residual stream and the embedding."""
+    """Use a learned mix of the residual stream and the embedding as the input of every block."""
     parallel_residual: Flag = False
-    """Compute attention and feed-forward layer in parallel from the same input, and add both outputs (GPT-NeoX)."""
+    """Compute the attention and feed-forward layers in parallel from the same input, and add both outputs (GPT-NeoX)."""
     dropout: ShareBelowOne = 0.0
-    """Dropout of the embedding and of the output of each attention and feed-forward layer."""
+    """Dropout probability for the embedding and for the output of each attention and feed-forward layer."""
     attention_dropout: OptionalShareBelowOne = None
-    """Dropout of the attention probabilities. null means the value of dropout. On a CPU it doubles the time of attention."""
+    """Dropout probability for the attention weights. null means the value of dropout. On a CPU, it doubles the attention time."""
     attention_softcap: OptionalPositive = None
-    """Soft cap of the attention scores before the softmax (Gemma 2). It slows attention down. null means no cap."""
+    """Soft cap for the attention scores before the softmax (Gemma 2). It slows down attention. null means no cap."""
     logit_softcap: OptionalPositive = None
-    """Soft cap c of the logits, which become c * tanh(logits / c). null means no cap."""
+    """Soft cap c for the logits, which become c * tanh(logits / c). null means no cap."""
     init_embeddings: OptionalPath = None
-    """Initialize the token embedding with these vectors: a folder from `tinylm embed train`, or a file in any format it reads."""
+    """Initialize the token embedding with these vectors: a folder from `tinylm embed train`, or a file in a supported format."""
     freeze_embeddings: Flag = False
     """Do not train the token embedding that init_embeddings loads."""
     init_from: Annotated[InitFrom | None, BeforeValidator(expand_init_from)] = None
@@ -219,15 +219,15 @@ class TransformerSection(ModelVariant):
         return self.feed_forward in ("swiglu", "geglu", "geglu_exact")
 
     def is_local(self, layer: int) -> bool:
-        """Whether attention_pattern calls a block, counted from 0, local."""
+        """Whether a block (counted from 0) is local according to attention_pattern."""
         return self.attention_pattern[layer % len(self.attention_pattern)] == "local"
 
     def window_of(self, layer: int) -> int | None:
-        """The attention window of a block, counted from 0, or None if it attends to all earlier positions."""
+        """Return the attention window of a block (counted from 0), or None if it attends to all earlier positions."""
         return self.attention_window if self.is_local(layer) else None
 
     def uses_rope(self, layer: int) -> bool:
-        """Whether a block, counted from 0, rotates its queries and keys."""
+        """Whether a block (counted from 0) rotates its queries and keys."""
         return self.position == "rope" and self.rope_pattern[layer % len(self.rope_pattern)] == "rope"
 
     def problems(self) -> Iterator[tuple[str, str]]:
@@ -259,7 +259,7 @@ class TransformerSection(ModelVariant):
         if self.position != "rope":
             for key, field in type(self).model_fields.items():
                 if key.startswith("rope_") and getattr(self, key) != field.default:
-                    yield key, f"needs position: rope, and position is {self.position}"
+                    yield key, f"needs position: rope, not {self.position}"
         elif int(self.head_width // 2 * self.rope_fraction) == 0:
             yield "rope_fraction", f"rotates none of the {self.head_width} dimensions of a head"
         if self.rope_theta_local is not None and self.attention_window is None:
@@ -269,11 +269,11 @@ class TransformerSection(ModelVariant):
 class DecoderSection(TransformerSection):
     """A transformer decoder. `preset` sets the defaults of the other keys, each of which can also be set separately.
 
-    With `init_from`, keys that are not set have the values of that run, and its tokenizer is used unless another one is set.
+    With `init_from`, keys that are not set take that run's values, and its tokenizer is used unless another one is set.
     """
 
     presets = DECODER_PRESETS
 
     architecture: Literal["decoder"] = "decoder"
     preset: Literal["modern", "gpt2", "llama"] = "modern"
-    """The model whose settings are the defaults of the other keys."""
+    """The preset that sets the defaults of the other keys."""

@@ -1,4 +1,4 @@
-"""The types of recipe values. Each type accepts the usual notations of a value (such as `1e6` for an integer and `off` for false).
+"""The types of recipe values. Each type accepts the usual notations (such as `1e6` for an integer and `off` for false).
 
 Any other value raises `ValueError("must be ..., not ...")`, which states the accepted values.
 """
@@ -20,20 +20,18 @@ ComputeDtype = Literal["fp32", "bf16", "fp16"]
 """The dtype that matrix products are computed in."""
 
 _TRUE, _FALSE = ("true", "on", "yes"), ("false", "off", "no")
-
-
 _MAX_SHOWN = 60
-"""Characters of a wrong value in an error message."""
+"""Maximum number of characters of an invalid value in an error message."""
 
 
 def printable(text: str) -> str:
-    """Return text with its characters that cannot be printed, such as line breaks, escaped."""
+    """Escape unprintable characters, such as line breaks."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def show(value: object) -> str:
     """Format a value for an error message: on one line, printable and short."""
-    if isinstance(value, int) and abs(value) >= 10**_MAX_SHOWN:  # Python refuses to print integers of thousands of digits
+    if isinstance(value, int) and abs(value) >= 10**_MAX_SHOWN:  # Python raises an error for integers with thousands of digits
         return "a huge number"
     text = "null" if value is None else repr(value) if isinstance(value, str) else str(value)
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
@@ -48,7 +46,7 @@ def _as_flag(value: object) -> bool | None:
 
 
 def _validated(accept: Callable[[Any], Any], expected: str) -> PlainValidator:
-    """A validator that returns `accept(value)`, or raises `ValueError` if the result is `_INVALID`."""
+    """Return a validator that returns `accept(value)`, or raises `ValueError` if that is `_INVALID`."""
 
     def validate(value: object) -> object:
         accepted = accept(value)
@@ -63,16 +61,16 @@ _INVALID = object()
 
 
 MAX_COUNT = 1_000_000_000
-"""The limit of counts that have no limit of their own, such as steps."""
+"""The default limit for counts, such as steps."""
 MAX_NUMBER = 1e12
-"""The limit of real numbers that have no limit of their own."""
+"""The default limit for real numbers."""
 MAX_CONTEXT_LENGTH = 1 << 24
 
 
 def _whole(minimum: int, maximum: float = math.inf, *, limit: int = MAX_COUNT) -> Callable[[object], object]:
     """Accept whole numbers in [minimum, maximum], including floats such as 1e6.
 
-    A number above `limit` is almost certainly a mistake. The error names the limit, which the description of the type omits.
+    A number above `limit` is almost certainly a mistake. Its error message states the limit; other messages omit it.
     """
 
     def accept(value: object) -> object:
@@ -89,7 +87,7 @@ def _whole(minimum: int, maximum: float = math.inf, *, limit: int = MAX_COUNT) -
 def _real(
     minimum: float, maximum: float = math.inf, *, above: bool = False, limit: float = MAX_NUMBER
 ) -> Callable[[object], object]:
-    """Accept finite numbers in [minimum, maximum], or with `above` in (minimum, maximum]. See `_whole` for `limit`."""
+    """Accept finite numbers in [minimum, maximum], or, with `above`, in (minimum, maximum]. See `_whole` for `limit`."""
 
     def accept(value: object) -> object:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -155,7 +153,7 @@ def _mask_rates(value: object) -> object:
 
 
 def _label_list(value: object) -> object:
-    """Accept a list of different labels. Labels that YAML parses as numbers or booleans are written as in JSON."""
+    """Accept a list of different labels. Convert labels that YAML parses as numbers or booleans to JSON notation."""
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, (str, bool, int, float)) for item in value):
         return _INVALID
     labels = tuple(item if isinstance(item, str) else json.dumps(item) for item in value)
@@ -218,7 +216,7 @@ def _run_name(value: object) -> object:
 
 
 def run_name(folder: str, default: str) -> str:
-    """Return the name of a folder as a `name` of a recipe: characters that a name cannot have become hyphens."""
+    """Convert a folder name to a valid recipe `name`: replace invalid characters with hyphens."""
     name = re.sub(r"[^\w.-]+", "-", folder.encode(errors="replace").decode()).strip("-").lstrip(".")[: _MAX_NAME_BYTES // 4]
     return name or default
 
@@ -308,7 +306,7 @@ SmallCount = Annotated[int, _validated(_whole(1, limit=1000), "a whole number of
 OptionalSmallCount = Annotated[
     int | None, _validated(_or_word(_whole(1, limit=1000), None), "a whole number of at least 1, or null")
 ]
-LearningRate = Annotated[float, _validated(_real(0.0, above=True, limit=1e38), "a number above 0")]  # what float32 can hold
+LearningRate = Annotated[float, _validated(_real(0.0, above=True, limit=1e38), "a number above 0")]  # the range of float32
 Epsilon = Annotated[float, _validated(_real(0.0, above=True, limit=1.0), "a number above 0")]
 Exponent = Annotated[float, _validated(_real(0.0, limit=10.0), "a number of at least 0")]
 Factor = Annotated[float, _validated(_real(0.0, above=True, limit=1000.0), "a number above 0")]

@@ -1,7 +1,7 @@
 """Validate the body of OpenAI's `/v1/completions`, `/tokenize` and `/detokenize`.
 
-Supported in addition to OpenAI's keys: `top_k`, `min_p`, `repetition_penalty`, `regex`, `choice` and `forced_ids`. A key that is
-null has its default value. An unknown key is an error.
+The keys `top_k`, `min_p`, `repetition_penalty`, `regex`, `choice` and `forced_ids` are supported in addition to OpenAI's. A null
+key has its default value. Unknown keys are errors.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_CHOICES = 128
 MAX_BIASES = 300
 _ID = re.compile(r"[0-9]{1,10}", re.ASCII)
 _OPTION_NAMES = {"--ban": "logit_bias", "--max-new-tokens": "max_tokens", "--force": "forced_ids"}
-"""The request keys whose command-line options have another name."""
+"""The request keys for command-line options with a different name."""
 _CHAT_KEYS = ("messages", "tools", "functions")
 NO_CHAT = (
     "chat is not supported: the model was not trained on conversations and only continues text; send a `prompt` to /v1/completions"
@@ -37,7 +37,7 @@ Body = TypeVar("Body", bound="RequestBody")
 
 
 class RequestBody(BaseModel):
-    """A JSON body without unknown keys."""
+    """Base class for JSON bodies. Unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -49,7 +49,7 @@ class StreamOptions(RequestBody):
 
 
 class CompletionRequest(RequestBody):
-    """The JSON body of a request for completions. Defaults are OpenAI's."""
+    """The JSON body of a completion request. The defaults match OpenAI's."""
 
     model: str | None = None
     prompt: Prompt = ""
@@ -73,7 +73,7 @@ class CompletionRequest(RequestBody):
     user: str | None = None
     """Accepted for compatibility and ignored."""
     top_k: Annotated[int, Field(ge=-1)] | None = None
-    """0 and -1: sample from all tokens."""
+    """0 and -1 sample from all tokens."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
     regex: str | None = None
@@ -91,7 +91,7 @@ class TokenizeRequest(RequestBody):
     """Has no effect: the tokenizer adds no special tokens."""
 
     def ids(self, tokenizer: Tokenizer) -> list[int]:
-        """The ids of the prompt. A prompt that is exactly the name of the end-of-text token is encoded as this token."""
+        """Return the ids of the prompt. A prompt that is exactly the name of the end-of-text token is encoded as this token."""
         if tokenizer.end_of_text is not None and self.prompt == end_of_text_name(tokenizer):
             return [tokenizer.end_of_text]
         return encode(self.prompt, tokenizer)
@@ -105,7 +105,7 @@ class DetokenizeRequest(RequestBody):
 
 
 class RequestError(Exception):
-    """An error response: HTTP status, message, and the key of the request that caused it."""
+    """An error response: HTTP status, message, and the request key that caused the error."""
 
     def __init__(self, status: int, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -113,7 +113,7 @@ class RequestError(Exception):
 
     @classmethod
     def of(cls, error: InputError) -> RequestError:
-        """The response to an error whose message names command-line options."""
+        """Create the response to an error. Replaces command-line options in the message with request keys."""
         param = _request_key(error.where) if error.where and error.where.startswith("--") else None
         text = str(InputError(error.message, hint=error.hint))
         message = re.sub(r"--[a-z][a-z-]*", lambda option: _request_key(option[0]), text)
@@ -130,18 +130,18 @@ def _request_key(option: str) -> str:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """The model of a server: its name, its tokenizer, and the maximum number of tokens in its context (None: unlimited)."""
+    """A server's model: its name, its tokenizer, and the maximum number of tokens in its context (None: unlimited)."""
 
     name: str
     tokenizer: Tokenizer
     capacity: int | None
     chat: ChatEncoder | None = None
-    """Encodes conversations, for a model that was trained on them."""
+    """Encodes conversations, if the model was trained on them."""
 
 
 @dataclass(frozen=True)
 class ParsedRequest:
-    """A valid request: its body, one pair (engine request, prompt ids) per sample, and fields of the response.
+    """A valid request: its body, one pair (engine request, prompt ids) per sample, and fields for the response.
 
     `chat`: whether the response has the format of `/v1/chat/completions`.
     """
@@ -155,7 +155,7 @@ class ParsedRequest:
     chat: bool = False
 
     def constrained(self, constraint: Constraint) -> ParsedRequest:
-        """This request with a constraint. Raises `RequestError` if `max_tokens` is too small for it."""
+        """Return this request with a constraint. Raises `RequestError` if `max_tokens` is too small for the constraint."""
         if constraint.min_tokens > self.body.max_tokens:
             problem = f"max_tokens: must be at least {constraint.min_tokens}, the length of the shortest match"
             raise RequestError(400, problem, "max_tokens")
@@ -163,7 +163,7 @@ class ParsedRequest:
 
 
 def parse_body(data: bytes, kind: type[Body], model: str) -> Body:
-    """Parse a JSON object as `kind`. Raises `RequestError` with status 400, or 404 if the body names another model."""
+    """Parse a JSON object as `kind`. Raises `RequestError` with status 400, or 404 if the body is for another model."""
     try:
         document = pydantic_core.from_json(data, allow_inf_nan=False)
     except ValueError as error:
@@ -175,7 +175,7 @@ def parse_body(data: bytes, kind: type[Body], model: str) -> Body:
         body = kind.model_validate({key: value for key, value in document.items() if value is not None})
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        # pydantic adds the type of the union that it tried, such as `list[int]`, to the location
+        # pydantic adds the union member that it tried, such as `list[int]`, to the location
         where = ".".join(str(part)[:40] for part in first["loc"] if not str(part).startswith(("str", "list", "function")))
         raise RequestError(400, f"{where + ': ' if where else ''}{first['msg']}", where or None) from None
     named = document.get("model")
@@ -198,7 +198,7 @@ def _check_keys(document: dict[str, Any], kind: type[RequestBody]) -> None:
 
 
 def parse_request(data: bytes, served: ServedModel, max_tokens: int) -> ParsedRequest:
-    """Parse and validate the body of a request for completions, except for its `regex` or `choice`.
+    """Parse and validate the body of a completion request, except for its `regex` or `choice`.
 
     Raises `RequestError` with status 400 or 404.
     """
@@ -242,7 +242,7 @@ def _check_combinations(body: CompletionRequest) -> None:
 
 
 def _prompts(prompt: Prompt, n: int, tokenizer: Tokenizer) -> list[tuple[str, list[int]]]:
-    """Return (text, ids) of each prompt."""
+    """Return (text, ids) for each prompt."""
     if isinstance(prompt, str):
         prompt = [prompt]
     elif prompt and isinstance(prompt[0], int):
@@ -262,12 +262,12 @@ def _prompts(prompt: Prompt, n: int, tokenizer: Tokenizer) -> list[tuple[str, li
 
 
 def end_of_text_name(tokenizer: Tokenizer) -> str | None:
-    """The name of the end-of-text token, such as `<|endoftext|>`."""
+    """Return the name of the end-of-text token, such as `<|endoftext|>`."""
     return None if tokenizer.end_of_text is None else tokenizer.backend.id_to_token(tokenizer.end_of_text)
 
 
 def encode(text: str, tokenizer: Tokenizer) -> list[int]:
-    """The ids of a prompt. Raises `RequestError` if the tokenizer cannot encode it."""
+    """Return the ids of a prompt. Raises `RequestError` if the tokenizer cannot encode it."""
     try:
         return tokenizer.encode(text)
     except InputError as error:
@@ -275,7 +275,7 @@ def encode(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def decode(ids: list[int], tokenizer: Tokenizer, param: str) -> str:
-    """The text of ids. Raises a `RequestError` that names `param` if an id does not exist."""
+    """Decode ids to text. Raises `RequestError` for the key `param` if an id does not exist."""
     _check_ids(ids, tokenizer, param)
     return tokenizer.decode(ids)
 
@@ -286,7 +286,7 @@ def _check_ids(ids: list[int], tokenizer: Tokenizer, param: str) -> None:
 
 
 def sampling_options(body: CompletionRequest, tokenizer: Tokenizer, stop_ids: tuple[int, ...] = ()) -> SamplingOptions:
-    """The options of a request for completions. Raises `InputError` or `RequestError` if a value is out of range."""
+    """Return the options of a completion request. Raises `InputError` or `RequestError` if a value is out of range."""
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     forced = body.forced_ids or []
     _check_ids(forced, tokenizer, "forced_ids")

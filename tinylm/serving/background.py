@@ -1,7 +1,7 @@
-"""Run blocking functions of requests in a few daemon threads.
+"""Run the blocking functions of requests in a few daemon threads.
 
-If a function runs past its deadline, its request fails and its thread keeps running. Unlike a thread of `asyncio.to_thread`, it
-does not keep the server from exiting.
+If a function runs past its deadline, its request fails but its thread keeps running. Unlike the threads of `asyncio.to_thread`,
+daemon threads do not keep the server from exiting.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class _Task:
 
 
 class BackgroundThreads:
-    """`threads` threads that run functions in the order of submission. Deadlines are times of `time.monotonic()`."""
+    """Runs functions on `threads` threads in the order of submission. Deadlines are `time.monotonic()` times."""
 
     def __init__(self, threads: int, name: str) -> None:
         self._tasks: deque[_Task] = deque()
@@ -44,12 +44,12 @@ class BackgroundThreads:
 
     @property
     def idle_seconds(self) -> float:
-        """The time since a function last ended or there was none to run."""
+        """Seconds since a function last ended, or 0 if there are no functions to run."""
         with self._wakeup:
             return time.monotonic() - self._last_progress if self._running or self._tasks else 0.0
 
     async def run(self, function: Callable[[], T], deadline: float) -> T:
-        """Return the result of the function. Raises its error, or `asyncio.TimeoutError` after the deadline."""
+        """Run the function and return its result. Raises its error, or `asyncio.TimeoutError` after the deadline."""
         loop = asyncio.get_running_loop()
         task = _Task(function, loop.create_future(), loop, deadline)
         with self._wakeup:

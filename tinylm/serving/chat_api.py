@@ -1,4 +1,4 @@
-"""Validate the body of OpenAI's `/v1/chat/completions`. The sampling keys are those of `/v1/completions`."""
+"""Validate the body of OpenAI's `/v1/chat/completions`. The sampling keys are the same as for `/v1/completions`."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ _UNSUPPORTED = {
     "response_format": "only {'type': 'text'} is supported",
     "prompt": "send a prompt to /v1/completions, or messages to this route",
 }
-"""Keys that cannot be ignored, and why they are rejected."""
+"""Keys that cannot be ignored, with the reasons for rejecting them."""
 
 
 class ChatRequest(RequestBody):
-    """The JSON body of a chat request. Defaults are OpenAI's."""
+    """The JSON body of a chat request. The defaults match OpenAI's."""
 
     model: str | None = None
     messages: list[Any]
@@ -76,7 +76,7 @@ class ChatRequest(RequestBody):
 def parse_chat_request(data: bytes, served: ServedModel, max_tokens: int) -> ParsedRequest:
     """Parse and validate the body of a chat request. Raises `RequestError` with status 400 or 404.
 
-    Without `max_tokens`, an answer may fill the context, up to the server's limit.
+    Without `max_tokens`, an answer can fill the rest of the context, up to the server's limit.
     """
     body = parse_body(data, ChatRequest, served.name)
     _check(body)
@@ -115,7 +115,7 @@ def _check(body: ChatRequest) -> None:
 
 
 def _prompt(body: ChatRequest, served: ServedModel) -> tuple[list[int], int | None]:
-    """The ids of the conversation, and how many tokens of the context are left for the answer."""
+    """Return the ids of the conversation and the number of tokens left in the context for the answer."""
     assert served.chat is not None
     try:
         messages = parse_messages(body.messages, "messages")
@@ -126,15 +126,15 @@ def _prompt(body: ChatRequest, served: ServedModel) -> tuple[list[int], int | No
         raise RequestError(400, f"{where}{error}", "messages") from None
     if served.capacity is None:
         return ids, None
-    room = served.capacity - len(ids) + 1  # the last token of an answer is not read
+    room = served.capacity - len(ids) + 1  # the model does not read the last token of an answer
     if room < 1:
-        problem = f"messages: they have {len(ids)} tokens, and the model's context has {served.capacity}; leave out the oldest"
+        problem = f"messages: they have {len(ids)} tokens, and the model's context has {served.capacity}; omit the oldest"
         raise RequestError(400, problem, "messages")
     return ids, room
 
 
 def _as_completion(body: ChatRequest, max_tokens: int) -> CompletionRequest:
-    """The request for completions with the same sampling keys."""
+    """Return a completion request with the same sampling keys."""
     shared = {key: getattr(body, key) for key in CompletionRequest.model_fields if key in ChatRequest.model_fields}
     shared |= {"prompt": "", "max_tokens": max_tokens, "logprobs": (body.top_logprobs or 0) if body.logprobs else None}
     return CompletionRequest.model_construct(**shared)

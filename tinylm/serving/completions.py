@@ -1,4 +1,4 @@
-"""The jobs of one request for completions, and their events, which are passed from the worker's thread to the event loop."""
+"""Run the jobs of one completion request, and pass their events from the worker thread to the event loop."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from tinylm.serving.worker import Event, QueueFull, Unavailable, Worker
 from tinylm.tokenizer import Tokenizer
 
 _DISCONNECT_POLL_SECONDS = 0.5
-"""Time between checks whether the client of a non-streaming request has disconnected."""
+"""Seconds between checks for a disconnected client during a non-streaming request."""
 
 
 class RunningCompletion:
-    """Submits the jobs of a request. `deadline` is a time of `time.monotonic()`. Raises `RequestError` if the queue is full."""
+    """Submits the jobs of a request. `deadline` is a `time.monotonic()` time. Raises `RequestError` if the queue is full."""
 
     def __init__(self, worker: Worker, parsed: ParsedRequest, deadline: float) -> None:
         if len(parsed.requests) > worker.capacity:
-            problem = f"n: the number of prompts times n must be at most {worker.capacity}, the number of samples that may wait"
+            problem = f"n: the number of prompts times n must be at most {worker.capacity}, the capacity of this server"
             raise RequestError(400, problem, "n")
         self._worker, self._parsed = worker, parsed
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
@@ -87,7 +87,7 @@ class RunningCompletion:
 
 
 class _StreamedChoice:
-    """One choice of a streamed response: the tokens since its last event, and what was sent."""
+    """One choice in a streamed response. Collects the tokens since its last event and tracks what was sent."""
 
     def __init__(self, parsed: ParsedRequest, index: int, tokenizer: Tokenizer) -> None:
         self._parsed, self._index = parsed, index
@@ -96,7 +96,7 @@ class _StreamedChoice:
         self.tokens: list[TokenChoice | int] = []
 
     def chunk(self, event: str | Sample, sample: Sample) -> dict[str, Any]:
-        """The event with the new text, or the last event with the complete sample. `sample` contains the prompt's choices."""
+        """Return an event with new text, or the last event with the complete sample. `sample` contains the prompt's choices."""
         complete = event if isinstance(event, Sample) else None
         text, tokens = ("" if isinstance(event, Sample) else event), self.tokens
         first = not self._started
@@ -118,7 +118,7 @@ def _server_sent_event(document: dict[str, Any]) -> bytes:
 
 
 def as_request_error(error: Exception) -> RequestError:
-    """The response to an error of the worker or of a sample."""
+    """Convert an error from the worker or from a sample to an error response."""
     if isinstance(error, QueueFull):
         return RequestError(429, "too many requests are waiting; try again later")
     if isinstance(error, Unavailable):

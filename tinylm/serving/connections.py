@@ -12,17 +12,18 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 _PROBE_SECONDS = 1.0
-"""How often to check whether a client that closed its side of the connection still waits for the response."""
+"""Interval for checking whether a client that closed its side of the connection is still waiting for the response."""
 _RESERVED_FILES = 48
-"""File descriptors that the process needs for anything other than connections."""
+"""Number of file descriptors that are reserved for purposes other than connections."""
 _LOG_INTERVAL = 60.0
 
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """Seconds that a client may take to send the headers and the body of a request and to read what was sent to it.
+    """Limits on connections. If there are more than `maximum`, the one that has waited longest for a request is closed.
 
-    `maximum`: the number of connections. If there are more, the one that has waited longest for a request is closed.
+    `headers`, `body` and `reading` are timeouts in seconds: for receiving a request's headers, for receiving its body, and for
+    clients that stop reading the response.
     """
 
     maximum: int = 1000
@@ -76,7 +77,7 @@ class LimitedProtocol(H11Protocol):
                 timer.cancel()
 
     def data_received(self, data: bytes) -> None:
-        """Process data. The deadline of the headers becomes that of the body, and is removed with the last byte."""
+        """Process data. Start the deadline for the body after the headers, and cancel it after the last byte."""
         super().data_received(data)
         self._update_deadline()
 
@@ -104,7 +105,7 @@ class LimitedProtocol(H11Protocol):
         self._abort_unless_read()
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Keep the connection open while a response is due: the client may have closed only its own side."""
+        """Keep the connection open while a response is pending, because the client may have closed only its own side."""
         if self.cycle is None or self.cycle.response_complete or self.cycle.more_body:
             return False
         self.cycle.keep_alive = False
@@ -120,12 +121,12 @@ class LimitedProtocol(H11Protocol):
         self._probe = self.loop.call_later(_PROBE_SECONDS, self._probe_client)
 
     def pause_writing(self) -> None:
-        """Close the connection if the client does not read for too long."""
+        """Start the deadline after which a connection is closed if the client does not read."""
         super().pause_writing()
         self._abort_unless_read()
 
     def resume_writing(self) -> None:
-        """The client reads again."""
+        """Cancel the deadline, because the client is reading again."""
         super().resume_writing()
         if self._stalled is not None:
             self._stalled.cancel()
@@ -160,7 +161,7 @@ class LimitedProtocol(H11Protocol):
 
 
 def connection_limit(wanted: int) -> int:
-    """Return how many connections the limit on open files allows, at most `wanted`. Increases the soft limit if needed."""
+    """Return `wanted`, or fewer connections if the limit on open files is too low. Raises the soft limit if needed."""
     try:
         import resource
     except ImportError:  # Windows has no such limit
@@ -174,14 +175,14 @@ def connection_limit(wanted: int) -> int:
 
 
 class RepeatFilter(logging.Filter):
-    """Drops messages that were already logged less than a minute ago, and errors of requests that a shutdown canceled."""
+    """Drops messages that were logged less than a minute ago, and errors from requests that a shutdown canceled."""
 
     def __init__(self) -> None:
         super().__init__()
         self._logged: dict[str, float] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether to log a message. Messages that differ only in their arguments count as equal."""
+        """Return whether to log a message. Messages that differ only in their arguments are considered equal."""
         error = record.exc_info[0] if record.exc_info else None
         if error is asyncio.CancelledError:
             return False

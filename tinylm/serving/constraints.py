@@ -1,4 +1,4 @@
-"""Compile the constraints of requests in one background thread, under the deadline of each request, with a cache."""
+"""Compile request constraints in a background thread, with a cache and a deadline for each request."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from tinylm.tokenizer import Tokenizer
 _CACHE_SIZE = 64
 _MAX_PENDING = 64
 _MAX_SECONDS = 5.0
-"""Maximum time of one compilation. An expression within the limits of `CompileBudget` takes a fraction of it on an idle machine."""
+"""Maximum compilation time. On an idle machine, an expression within the limits of `CompileBudget` takes a fraction of this."""
 _PAUSE_SECONDS = 0.001
 _Key = tuple[str | None, tuple[str, ...] | None]
 
 
 class ConstraintCompiler:
-    """Compiles `regex` and `choice` for a tokenizer. The results and the errors of the latest requests are kept.
+    """Compiles `regex` and `choice` for a tokenizer. Caches recent results and errors.
 
-    There is one thread, so that slow compilations delay only other compilations.
+    All compilations share one thread, so that slow compilations delay only other compilations.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -41,7 +41,7 @@ class ConstraintCompiler:
     async def compile(self, regex: str | None, choice: list[str] | None, deadline: float) -> Constraint:
         """Return the constraint.
 
-        Raises `InputError` if it is invalid, `CompileTimeout` if it is not ready in time, or `QueueFull`.
+        Raises `InputError` if it is invalid, `CompileTimeout` if it is not ready in time, or `QueueFull` if too many are waiting.
         """
         key = (regex, None if choice is None else tuple(choice))
         compiled = self._cache.get(key) or await self._compile_in_background(key, deadline)

@@ -1,4 +1,4 @@
-"""Counters of a server in the text format of Prometheus."""
+"""Server metrics in the Prometheus text format."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
 class Metrics:
-    """The metrics of one server. `load` and `connections` are called when the metrics are read."""
+    """The metrics of one server. It calls `load` and `connections` when the metrics are read."""
 
     def __init__(self, load: Callable[[], Load], connections: Callable[[], int]) -> None:
         self._registry = CollectorRegistry()
@@ -25,7 +25,7 @@ class Metrics:
         )
         self._seconds = Histogram(
             "tinylm_response_seconds",
-            "Time from the headers of a request to the end of its response.",
+            "Time from a request's headers to the end of its response.",
             ("route",),
             buckets=_SECONDS,
             registry=self._registry,
@@ -42,7 +42,7 @@ class Metrics:
         self._prompt_tokens.inc(tokens)
 
     def text(self) -> bytes:
-        """All metrics in the text format of Prometheus."""
+        """Return all metrics in the Prometheus text format."""
         return generate_latest(self._registry)
 
 

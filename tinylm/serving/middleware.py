@@ -1,4 +1,4 @@
-"""Middleware of the server: count responses, and require an API key."""
+"""Server middleware that counts responses and requires an API key."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ _OTHER = "other"
 
 
 class CountResponses:
-    """Counts the responses of the given routes by status, and those of all other paths together."""
+    """Counts responses by route and status. All paths outside `routes` are counted as one route."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, routes: frozenset[str]) -> None:
         self._app, self._metrics, self._routes = app, metrics, routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle a request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -41,16 +40,15 @@ class CountResponses:
 
 
 class RequireKey:
-    """Answers requests without the API key with status 401, except those for public paths."""
+    """Rejects requests without the API key with status 401, except requests for public paths."""
 
     def __init__(self, app: ASGIApp, key: str, public: frozenset[str]) -> None:
         self._app, self._expected, self._public = app, b"Bearer " + key.encode(), public
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle a request."""
         if scope["type"] == "http" and scope["path"] not in self._public:
-            given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-            if not hmac.compare_digest(given, self._expected):
+            sent = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+            if not hmac.compare_digest(sent, self._expected):
                 problem = "wrong or missing API key; send the header `Authorization: Bearer KEY`"
                 response = JSONResponse(RequestError(401, problem).as_dict(), 401, {"WWW-Authenticate": "Bearer"})
                 await response(scope, receive, send)

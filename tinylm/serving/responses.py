@@ -23,7 +23,7 @@ def completion(parsed: ParsedRequest, samples: list[Sample], tokenizer: Tokenize
 
 
 class Tokens:
-    """The tokens of one choice of a response, and the number of characters in those that have been sent.
+    """The tokens in one choice of a response. Tracks the text offset of the next token.
 
     With `echo`, the response starts with the prompt and also lists the end-of-text token if it was generated.
     """
@@ -35,17 +35,17 @@ class Tokens:
         self._tokenizer, self._offset = tokenizer, 0
 
     def prompt(self, sample: Sample) -> list[TokenChoice | int]:
-        """The echoed tokens of the prompt. The first one is only an id, because nothing precedes it."""
+        """Return the echoed prompt tokens. The first one is only an id, because no token precedes it."""
         return [*self._prompt_ids[:1], *sample.prompt_choices] if self._echo else []
 
     def end(self, sample: Sample) -> list[TokenChoice]:
-        """The end-of-text token, if it was generated and is listed."""
+        """Return the end-of-text token if it was generated and the response lists it."""
         return [sample.end_choice] if self._echo and sample.end_choice is not None else []
 
     def logprobs(self, choices: list[TokenChoice | int]) -> dict[str, Any] | None:
-        """Return OpenAI's four lists, and `content` with ids and bytes, because different tokens can decode to the same text.
+        """Return OpenAI's four lists, or None if the request does not set `logprobs`.
 
-        Returns None if the request does not set `logprobs`.
+        The additional list `content` has ids and bytes, because different tokens can decode to the same text.
         """
         if not self._enabled:
             return None
@@ -80,7 +80,7 @@ class Tokens:
 
 
 def _by_text(token: dict[str, Any]) -> dict[str, float] | None:
-    """Map the texts of the alternatives and the token to log-probabilities. Among equal texts, the most likely token counts."""
+    """Map the texts of the alternatives and the token to log-probabilities. If texts are equal, use the most likely token."""
     if token["top_logprobs"] is None:
         return None
     logprobs: dict[str, float] = {}
@@ -92,7 +92,7 @@ def _by_text(token: dict[str, Any]) -> dict[str, float] | None:
 def completion_chunk(
     parsed: ParsedRequest, index: int, text: str, logprobs: dict[str, Any] | None, sample: Sample | None, *, first: bool
 ) -> dict[str, Any]:
-    """Return one event of a streamed response. `sample`: the complete sample, if this is the last event of the choice."""
+    """Return one event in a streamed response. `sample`: the complete sample, if this is the choice's last event."""
     if parsed.chat:
         return _chat_chunk(parsed, index, text, logprobs, sample, first)
     return {**_envelope(parsed), "choices": [_choice(index, text, logprobs, None if sample is None else _finish_reason(sample))]}
@@ -109,7 +109,7 @@ def usage(parsed: ParsedRequest, samples: list[Sample]) -> dict[str, int]:
 
 
 def usage_chunk(parsed: ParsedRequest, samples: list[Sample]) -> dict[str, Any]:
-    """Return the last event of a stream with `stream_options.include_usage`."""
+    """Return the last event in a stream with `stream_options.include_usage`."""
     return {**_envelope(parsed), "choices": [], "usage": usage(parsed, samples)}
 
 
@@ -131,7 +131,7 @@ def chat_completion(parsed: ParsedRequest, samples: list[Sample], tokenizer: Tok
 def _chat_chunk(
     parsed: ParsedRequest, index: int, text: str, logprobs: dict[str, Any] | None, sample: Sample | None, first: bool
 ) -> dict[str, Any]:
-    """One event of a streamed response to a chat request. Only the first event of a choice has the role."""
+    """Return one event in a streamed chat response. Only a choice's first event has the role."""
     delta = ({"role": "assistant"} if first else {}) | ({"content": text} if text or first else {})
     reason = None if sample is None else _finish_reason(sample)
     choice = {"index": index, "delta": delta, "logprobs": _chat_logprobs(logprobs), "finish_reason": reason}
@@ -139,7 +139,7 @@ def _chat_chunk(
 
 
 def _chat_logprobs(logprobs: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The log-probabilities in the format of chat, which has only the list of tokens."""
+    """Convert log-probabilities to the chat format, which has only the token list."""
     return None if logprobs is None else {"content": logprobs["content"], "refusal": None}
 
 

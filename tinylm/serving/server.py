@@ -55,14 +55,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a server. `timeout` (seconds) counts from a request's arrival to its last token."""
+    """Server limits. `timeout` is the time in seconds from a request's arrival to its last token."""
 
     max_body_bytes: int = 1 << 20
     max_tokens: int = 2048
     rows: int = 16
-    """Samples generated at the same time."""
+    """Maximum number of samples generated at the same time."""
     queue_size: int = 256
-    """Samples that may wait for a free row."""
+    """Maximum number of samples waiting for a free row."""
     timeout: float = 120.0
     connections: ConnectionLimits = field(default_factory=ConnectionLimits)
 
@@ -85,12 +85,10 @@ def create_app(
     examples: Sequence[str] = (),
     chat: ChatEncoder | None = None,
 ) -> Starlette:
-    """Return the ASGI application. `name`: the model's name in the API; `examples`: prompts that the web page offers.
+    """Return the ASGI application. `name`: the model's name in the API. `examples`: prompts that the web page offers.
 
-    `chat` encodes conversations, for a model that was trained on them.
-
-    `app.state.connections` creates the protocol that enforces the limits of connections: pass `app.state.connections.protocol` to
-    uvicorn as `http`.
+    `chat` encodes conversations, if the model was trained on them. To enforce the connection limits, pass
+    `app.state.connections.protocol` to uvicorn as `http`.
     """
     return _Service(ServedModel(name, tokenizer, decoder.capacity, chat), decoder, limits, examples).app(access)
 
@@ -108,7 +106,7 @@ class _Service:
         self._page = _page(served, examples)
 
     def app(self, access: Access) -> Starlette:
-        """The application with its routes and middleware."""
+        """Build the application with its routes and middleware."""
         routes = [
             Route("/", self.home),
             Route("/health", self.health),
@@ -251,7 +249,7 @@ class _Service:
 
 
 async def read_json_body(request: Request, max_bytes: int) -> bytes:
-    """Read the body of a request. Raises `RequestError` if it is not JSON by its content type, or too long."""
+    """Read a request's body. Raises `RequestError` if the content type is not JSON or the body is too long."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise RequestError(415, "the content type must be application/json")
@@ -264,7 +262,7 @@ async def read_json_body(request: Request, max_bytes: int) -> bytes:
 
 
 def exception_handlers() -> dict[Any, Any]:
-    """The functions that turn exceptions into error responses, by exception class."""
+    """Return the functions that convert exceptions to error responses, by exception class."""
     return {
         RequestError: _on_request_error,
         HTTPException: _on_http_exception,
@@ -274,7 +272,7 @@ def exception_handlers() -> dict[Any, Any]:
 
 
 def _page(served: ServedModel, examples: Sequence[str]) -> str:
-    """The web page: a conversation, or text that the model continues. Empty, long and repeated examples are left out."""
+    """Return the web page for chat or for text completion. Empty, long and repeated examples are omitted."""
     file, name = "page.html" if served.chat is None else "chat_page.html", served.name
     page = resources.files("tinylm.serving").joinpath(file).read_text(encoding="utf-8")
     defaults = _DEFAULT_EXAMPLES if served.chat is None else _DEFAULT_MESSAGES

@@ -1,6 +1,6 @@
 """The HTTP server for translation models: `/v1/translate`, `/v1/models`, `/health`, and a web page at `/`.
 
-One thread translates. The limits of body size, queue length and time, and the access rules are those of the server for completions.
+All translation runs in one thread. Request limits and access rules are the same as in the completions server.
 """
 
 from __future__ import annotations
@@ -44,24 +44,24 @@ class TranslateRequest(RequestBody):
 
     model: str | None = None
     text: str | list[str]
-    """A sentence, or a list of sentences."""
+    """One sentence, or a list of sentences."""
     beams: int = 5
     length_penalty: float = 1.0
     n: int = 1
     to: str = ""
-    """The target language, for a model with several."""
+    """The target language, if the model has several."""
 
     def sentences(self) -> list[str]:
-        """Raises `RequestError` for too many sentences."""
+        """Return the sentences as a list. Raises `RequestError` if there are too many."""
         sentences = [self.text] if isinstance(self.text, str) else self.text
         if len(sentences) > _MAX_SENTENCES:
-            raise RequestError(400, f"at most {_MAX_SENTENCES} sentences", "text")
+            raise RequestError(400, f"at most {_MAX_SENTENCES} sentences are allowed", "text")
         return sentences
 
     def options(self) -> SearchOptions:
-        """Raises `RequestError` for values out of range."""
+        """Return the search options. Raises `RequestError` if a value is out of range."""
         if self.beams > _MAX_BEAMS:
-            raise RequestError(400, f"at most {_MAX_BEAMS} beams", "beams")
+            raise RequestError(400, f"at most {_MAX_BEAMS} beams are allowed", "beams")
         options = SearchOptions(beams=self.beams, length_penalty=self.length_penalty, n_best=self.n)
         try:
             options.check()
@@ -71,7 +71,7 @@ class TranslateRequest(RequestBody):
 
 
 def create_app(translator: Translator, name: str, *, limits: Limits = Limits(), access: Access = Access()) -> Starlette:
-    """Return the ASGI application. `name`: the model's name in the API."""
+    """Return the ASGI application. `name` is the model's name in the API."""
     return _Service(translator, name, limits).app(access)
 
 
@@ -100,7 +100,7 @@ class _Service:
         yield
 
     async def translate(self, request: Request) -> Response:
-        """Translate the sentences of a request."""
+        """Translate the sentences in a request."""
         deadline = time.monotonic() + self._limits.timeout
         body = await read_json_body(request, self._limits.max_body_bytes)
         parsed = api.parse_body(body, TranslateRequest, self._name)

@@ -1,7 +1,7 @@
 """Run the generation engine for all requests in one thread.
 
-Jobs wait in a queue, start as the engine's rows become free, and report events while they are generated. A job that is canceled or
-times out frees its row after the current token. Every job ends with an event, unless it is canceled first.
+Jobs wait in a queue, start when rows of the engine become free, and send events while they run. A job that is canceled or times out
+frees its row after the current token. Every job sends a last event, unless it is canceled first.
 """
 
 from __future__ import annotations
@@ -19,14 +19,12 @@ from tinylm.model.state import DecodingModel
 from tinylm.tokenizer import Tokenizer
 
 Event = TokenChoice | str | Sample | Exception
-"""A token (if logprobs were requested), a piece of final text, or the last event of a job: its sample or an error."""
+"""A token (if logprobs were requested), a piece of final text, or the last event of a job, which is its sample or an error."""
 Listener = Callable[[Event], None]
-"""Receives the events of a job, in the worker's thread. It must not raise."""
+"""Receives the events of a job in the worker's thread. It must not raise."""
 _STOPPED = "the server has stopped generating"
-
-
 _CLOSE_SECONDS = 3.0
-"""How long `close` waits for the current token."""
+"""Seconds that `close` waits for the current token."""
 
 
 class QueueFull(Exception):
@@ -34,7 +32,7 @@ class QueueFull(Exception):
 
 
 class Unavailable(Exception):
-    """A job cannot be generated: it timed out in the queue, or the worker has stopped."""
+    """A job cannot run, because it timed out in the queue or the worker has stopped."""
 
 
 @dataclass(eq=False)
@@ -52,7 +50,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Load:
-    """The load of a worker. `idle_seconds`: the time since it last finished a step or had nothing to do."""
+    """The load of a worker. `idle_seconds` is the time without progress while jobs are unfinished, and 0 if there are none."""
 
     generating: int
     waiting: int
@@ -64,7 +62,7 @@ class Load:
 class Worker:
     """Generates up to `rows` samples at once and queues up to `queue_size` more.
 
-    If a job passes its deadline while it runs, its text so far is returned.
+    A running job that passes its deadline returns the text generated so far.
     """
 
     def __init__(self, decoder: DecodingModel[Any], tokenizer: Tokenizer, *, rows: int, queue_size: int) -> None:
@@ -84,9 +82,9 @@ class Worker:
     def submit(
         self, requests: Sequence[tuple[Request, Sequence[int], Listener]], deadline: float, *, stream: bool = False
     ) -> list[Job]:
-        """Queue all of the requests or none. `deadline` is a time of `time.monotonic()`.
+        """Queue all requests, or none if they do not fit. `deadline` is a `time.monotonic()` timestamp.
 
-        Without `stream`, the only event of a job is its last.
+        Without `stream`, a job sends only its last event.
 
         Raises `QueueFull`, or `Unavailable` if the worker has stopped.
         """
@@ -104,7 +102,7 @@ class Worker:
         return jobs
 
     def cancel(self, jobs: Sequence[Job]) -> None:
-        """Stop generating these jobs and send no last event. Has no effect on finished jobs."""
+        """Stop these jobs without sending a last event. Finished jobs are not affected."""
         with self._wakeup:
             for job in jobs:
                 job.canceled = True
@@ -120,7 +118,7 @@ class Worker:
     def close(self) -> None:
         """Stop after the current token. Unfinished jobs get an `Unavailable` error.
 
-        If the token takes longer than a few seconds, the thread is abandoned. It ends with the process.
+        If the token takes longer than a few seconds, the thread keeps running until the process exits.
         """
         with self._wakeup:
             self._closed = True
@@ -142,14 +140,14 @@ class Worker:
                         job.listener(error)
                     for job in failed:
                         self._evict(job)
-        finally:  # also if the engine fails permanently, as after a CUDA error
+        finally:  # also when the engine fails permanently, for example after a CUDA error
             with self._wakeup:
                 self._closed = True
             for job in (*self._running, *self._queue):
                 job.listener(Unavailable(_STOPPED))
 
     def _wait_for_jobs(self) -> bool:
-        """Wait until there is a job. Returns False once the worker is closed."""
+        """Wait until there is a job. Returns False if the worker is closed."""
         with self._wakeup:
             while not (self._closed or self._queue or self._running):
                 self._wakeup.wait()
@@ -162,7 +160,7 @@ class Worker:
             self._generated_tokens += sum(job.sequence is not None for job in self._running)
 
     def _remove_canceled_and_expired(self) -> None:
-        """Free the rows of canceled and expired jobs. An expired job returns its text so far, or an error if still queued."""
+        """Free the rows of canceled and expired jobs. An expired job returns its text so far, or an error if it is still queued."""
         now = time.monotonic()
         for job in [job for job in self._running if job.canceled or now > job.deadline]:
             self._evict(job)

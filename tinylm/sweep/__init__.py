@@ -1,1 +1,4 @@
-"""Sweeps: train one recipe with many settings, in separate processes, and compare the results. Does not import torch."""
+"""Sweeps: train one recipe with many settings, in separate processes, and compare the results.
+
+This package does not import torch.
+"""

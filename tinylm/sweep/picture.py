@@ -10,11 +10,11 @@ from tinylm.sweep.settings import shortened
 from tinylm.sweep.summary import Group, Summary
 
 _MAX_LINES = 8
-"""With more lines than this, the legend would hide the plot, so all runs are drawn as points."""
+"""With more lines than this, the legend would hide the plot, so the runs are drawn as unconnected points without a legend."""
 
 
 def draw(summary: Summary, path: Path) -> None:
-    """Write the picture. Means of several seeds have bars of one standard deviation."""
+    """Plot `summary` and save the image at `path`. Error bars show one standard deviation over the seeds."""
     import matplotlib
 
     matplotlib.use("Agg")

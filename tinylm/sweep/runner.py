@@ -1,8 +1,8 @@
-"""Train the runs of a sweep in separate processes. A sweep that was stopped or killed continues where it stopped.
+"""Train the runs of a sweep in separate processes. An interrupted sweep resumes where it stopped.
 
 SWEEP/NAME/                the run folder of each training run
-SWEEP/results/NAME.json    written when a training run is finished
-SWEEP/logs/NAME.log        what the training run wrote to stderr
+SWEEP/results/NAME.json    the outcome of a finished training run
+SWEEP/logs/NAME.log        stderr of the training run
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tinylm.sweep.settings import Values, overrides
 
 _POLL_SECONDS = 0.1
 _STOP_SECONDS = 60.0
-"""Seconds that a training run may take to save and stop."""
+"""Maximum number of seconds that a training run may take to save a checkpoint and stop."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Outcome:
 
 
 Monitor = Callable[[Training, Path], bool]
-"""Called repeatedly during a training run, with its run folder. The run is stopped early when it returns True."""
+"""Called repeatedly during training with the training run and its folder. Returning True stops the run early."""
 
 
 def _never_prune(training: Training, folder: Path) -> bool:
@@ -67,7 +67,7 @@ class Sweep:
     """A folder with the runs and results of a sweep."""
 
     def __init__(self, folder: Path, recipe_file: Path, *, jobs: int = 1, device: str = "auto") -> None:
-        """`jobs` runs are trained at the same time. Each gets an equal share of the cores."""
+        """`jobs` runs are trained at the same time. The CPU cores are divided equally among them."""
         self.folder = folder
         self._recipe_file = recipe_file
         self.jobs = jobs
@@ -81,9 +81,9 @@ class Sweep:
         return self.folder / name
 
     def finished(self, training: Training) -> Outcome | None:
-        """Return the outcome of a training run that is finished, or None.
+        """Return the outcome of a training run, or None if it is not finished.
 
-        Raises `InputError` if the folder contains the result of another recipe under this name.
+        Raises `InputError` if the result file is damaged or belongs to another recipe.
         """
         file = self._result_file(training.name)
         try:
@@ -91,7 +91,7 @@ class Sweep:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"not a result of a sweep: {error}", where=str(file), hint="remove it to train again") from None
+            raise InputError(f"not a sweep result: {error}", where=str(file), hint="remove it to train again") from None
         if outcome.digest != self._digest(training.values):
             hint = "choose another folder with --out"
             raise InputError("the folder contains a sweep of another recipe", where=str(self.folder), hint=hint)
@@ -100,7 +100,7 @@ class Sweep:
     def run(self, planned: Sequence[Training], monitor: Monitor = _never_prune) -> Iterator[Outcome]:
         """Train all runs that are not finished, and yield each outcome as soon as it is known.
 
-        If this process is interrupted, all runs that are being trained save a checkpoint and stop.
+        If this process is interrupted, all active runs save a checkpoint and stop.
         """
         waiting: list[Training] = []
         for training in planned:
@@ -140,7 +140,8 @@ class Sweep:
         for file in (self._log_file(training.name), self._output_file(training.name)):
             file.parent.mkdir(parents=True, exist_ok=True)
         with open(self._output_file(training.name), "wb") as output, open(self._log_file(training.name), "ab") as log:
-            # In a new session, the child does not receive Ctrl-C. This process then stops it with SIGTERM, so that it saves.
+            # In a session of its own, the child does not receive Ctrl-C. This process sends SIGTERM instead, so that the child
+            # saves a checkpoint before it exits.
             return subprocess.Popen(command, stdout=output, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
 
     def _finish(self, training: Training, process: subprocess.Popen[bytes], *, pruned: bool) -> Outcome:
@@ -150,7 +151,7 @@ class Sweep:
         error = None
         if process.returncode and not pruned:
             error = _last_error(self._log_file(training.name)) or f"ended with exit code {process.returncode}"
-        digest = "" if error else self._digest(training.values)  # the recipe of a failed run may not be valid
+        digest = "" if error else self._digest(training.values)  # if the run failed, its recipe may be invalid
         run = str(self.run_folder(training.name))
         outcome = Outcome(training.name, run, training.values, digest, result, error, pruned)
         if error is None:
@@ -172,7 +173,7 @@ class Sweep:
 
 
 def _stop_all(processes: list[subprocess.Popen[bytes]]) -> None:
-    """Ask the processes to save and stop, and kill those that do not within a minute."""
+    """Ask the processes to save a checkpoint and stop. Kill those that are still running after a minute."""
     for process in processes:
         process.send_signal(signal.SIGTERM)
     deadline = time.monotonic() + _STOP_SECONDS
@@ -185,6 +186,6 @@ def _stop_all(processes: list[subprocess.Popen[bytes]]) -> None:
 
 
 def _last_error(log: Path) -> str | None:
-    """The last error message in a log, without `error:`."""
+    """Return the last error message in a log, without the prefix `error:`."""
     messages = re.findall(r"^error: (.*)$", log.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
     return messages[-1] if messages else None

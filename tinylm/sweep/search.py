@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import optuna
 
 _STARTUP_TRIALS = 5
-"""Number of trials without pruning."""
+"""Number of trials that must finish before any trial is pruned."""
 _MARKS_PER_DOUBLING = 2
 """Training runs are compared at fixed token counts, called marks. There are this many marks per doubling of the token count."""
 
@@ -49,8 +49,8 @@ def _open_study(sweep: Sweep, axes: Sequence[Axis], ranges: Sequence[Range], see
     sweep.folder.mkdir(parents=True, exist_ok=True)
     storage = f"sqlite:///{sweep.folder / 'optuna.db'}"
     space = json.dumps([[asdict(axis) for axis in axes], [asdict(interval) for interval in ranges]], sort_keys=True)
-    # A sampler with the same seed would repeat its first proposals when a search is resumed.
     study = optuna.create_study(study_name="sweep", storage=storage, direction="minimize", load_if_exists=True)
+    # With the same seed, a resumed search would repeat its first proposals.
     study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))
     study.pruner = optuna.pruners.MedianPruner(n_startup_trials=_STARTUP_TRIALS)
     if study.user_attrs.get("space", space) != space:
@@ -104,7 +104,7 @@ def _tell(study: optuna.Study, trial: optuna.Trial, outcome: Outcome) -> None:
 
 
 def _score(outcome: Outcome) -> float | None:
-    """The primary metric of the best checkpoint, negated if higher is better."""
+    """Return the primary metric of the best checkpoint, negated if higher is better. None if there is no finite value."""
     from tinylm.sweep.summary import summarize
 
     summary = summarize([outcome])
@@ -119,7 +119,7 @@ def _signed(metric: Metric, value: float) -> float:
 
 
 class _Pruner:
-    """Reports the evaluations of a training run at fixed numbers of tokens, and decides whether to stop it."""
+    """Reports a run's primary metric to Optuna at fixed token counts, and decides whether to stop the run."""
 
     def __init__(self, trial: optuna.Trial) -> None:
         self._trial = trial
@@ -147,12 +147,12 @@ class _Pruners:
 
 
 def mark_tokens(mark: int) -> float:
-    """Return the token count at which mark number `mark` is reported."""
+    """Return the token count of mark number `mark`."""
     return float(2 ** (mark / _MARKS_PER_DOUBLING))
 
 
 def interpolate(points: Sequence[tuple[float, float]], tokens: float) -> float:
-    """Interpolate linearly between sorted (tokens, value) points. Raises `ValueError` outside their range."""
+    """Interpolate linearly between sorted (tokens, value) points. Raises `ValueError` if `tokens` is outside their range."""
     for (x0, y0), (x1, y1) in pairwise(points):
         if x0 <= tokens <= x1:
             return y0 if x1 == x0 else y0 + (y1 - y0) * (tokens - x0) / (x1 - x0)

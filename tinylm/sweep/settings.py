@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from tinylm.errors import InputError
 
 Values = Mapping[str, str]
-"""The values of the swept keys in one run, as they are written in `--set KEY=VALUE`."""
+"""The values of the swept keys in one run, as written in `--set KEY=VALUE`."""
 
 _RANGE = re.compile(r"(?P<low>[^.:]+(?:\.\d+)?(?:e[+-]?\d+)?)\.\.(?P<high>[^:]+?)(?P<log>:log)?", re.IGNORECASE)
 _OPENING, _CLOSING, _QUOTES = "[{(", "]})", "'\""
@@ -20,7 +20,7 @@ _MAX_NAME_LENGTH = 120
 
 @dataclass(frozen=True)
 class Axis:
-    """A recipe key with the values to try. With a single value, the key is the same in all runs."""
+    """A recipe key with the values to try. A key with a single value is the same in all runs."""
 
     key: str
     values: tuple[str, ...]
@@ -28,13 +28,13 @@ class Axis:
 
 @dataclass(frozen=True)
 class Range:
-    """A recipe key and the range of numbers to search for it. The values are whole numbers if both bounds are."""
+    """A recipe key and the range of numbers to search for it. If both bounds are integers, so are the values."""
 
     key: str
     low: float
     high: float
     log: bool
-    """Search the logarithm of the value uniformly."""
+    """Sample values uniformly on a logarithmic scale."""
     whole: bool
 
 
@@ -101,24 +101,24 @@ def grid(axes: Sequence[Axis]) -> list[dict[str, str]]:
 
 
 def overrides(values: Values) -> list[str]:
-    """The settings as arguments of `--set`."""
+    """Return the settings as arguments for `--set`."""
     return [f"{key}={value}" for key, value in values.items()]
 
 
 def run_names(settings: Sequence[Values], swept: Iterable[str]) -> list[str]:
-    """Return a folder name for each run that shows the values of the swept keys, such as `n_embd=128,seed=1`."""
+    """Return a folder name for each run. It shows the values of the swept keys, for example `n_embd=128,seed=1`."""
     short = shortened(swept)
     names = []
     for values in settings:
         parts = (f"{short[key]}={re.sub(r'[^A-Za-z0-9._+-]+', '_', value)}" for key, value in values.items() if key in short)
         names.append(",".join(parts)[:_MAX_NAME_LENGTH] or "run")
-    if len({name.casefold() for name in names}) < len(names):  # two values differ only in characters that names cannot contain
+    if len({name.casefold() for name in names}) < len(names):  # some values differ only in characters that names cannot contain
         return [f"{index:03},{name}" for index, name in enumerate(names)]
     return names
 
 
 def shortened(keys: Iterable[str]) -> dict[str, str]:
-    """Map each dotted key to its shortest suffix that no other key ends in."""
+    """Map each dotted key to its shortest suffix that is unique among the keys."""
     keys = list(keys)
     short = {}
     for key in keys:

@@ -16,7 +16,7 @@ SEED = "seed"
 
 @dataclass(frozen=True)
 class Row:
-    """One run. `metrics` maps `val_loss` and other keys to the values at the end of training."""
+    """One run. `metrics` maps keys such as `val_loss` to their values at the end of training."""
 
     run: str
     values: dict[str, str]
@@ -46,7 +46,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs with the same values except for the seed."""
+    """Runs that differ only in their seed."""
 
     values: dict[str, str]
     rows: list[Row]
@@ -141,14 +141,14 @@ def _primary_metric(outcomes: Sequence[Outcome]) -> Metric:
 
 
 def _rank(metric: Metric, value: float | None) -> float:
-    """A sort key that is lower for better values, and infinite if there is none."""
+    """Return a sort key that is lower for better values, and infinite if the value is missing or not finite."""
     if value is None or not math.isfinite(value):
         return math.inf
     return value if metric.lower_is_better else -value
 
 
 def _plain(value: str) -> Any:
-    """A number if the value is one, else the text."""
+    """Convert the value to a number if possible."""
     for convert in (int, float):
         try:
             return convert(value)

@@ -27,7 +27,7 @@ _FORMAT = 1
 
 
 def path_of(name: str) -> Path:
-    """Return the .jsonl file of builtin `name`, which is cached on first use. Raises `InputError` for an unknown name."""
+    """Return the path of the cached .jsonl file for `builtin:NAME`. Raises `InputError` if there is no such text."""
     if name not in BUILTINS:
         raise InputError(
             f"unknown builtin text; available: {', '.join(BUILTINS)}", where=f"builtin:{name}", hint=did_you_mean(name, BUILTINS)
@@ -43,7 +43,7 @@ def path_of(name: str) -> Path:
 
 
 def python_docs() -> Iterator[tuple[str, str]]:
-    """Yield the (title, text) of each document of `builtin:python-docs`."""
+    """Yield (title, text) for each document of `builtin:python-docs`."""
     for title, text in sorted(_topics().items()):
         yield title, text.strip() + "\n"
     seen: set[str] = set()
@@ -77,11 +77,11 @@ def _modules(root: Path) -> list[Path]:
 
 
 def _docstrings(path: Path) -> Iterator[str]:
-    """Yield the docstrings of a module, in the order of the file."""
+    """Yield the docstrings of a module in file order."""
     try:
         tree = ast.parse(path.read_bytes())
     except SyntaxError:
-        return  # for example, the Python 2 files of lib2to3
+        return  # for example, the Python 2 files in lib2to3
     nodes = [node for node in ast.walk(tree) if isinstance(node, _DOCUMENTED)]
     for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0)):
         text = ast.get_docstring(node)
@@ -90,7 +90,7 @@ def _docstrings(path: Path) -> Iterator[str]:
 
 
 def python_docstrings() -> Iterator[tuple[str, str]]:
-    """Yield the (label, text) of each document of `builtin:python-docstrings`: a docstring and the package or module it is from."""
+    """Yield (label, text) for each document of `builtin:python-docstrings`: a package or module, and one of its docstrings."""
     root = Path(sysconfig.get_paths()["stdlib"])
     by_package: dict[str, list[str]] = {}
     seen: set[str] = set()
@@ -107,9 +107,9 @@ def python_docstrings() -> Iterator[tuple[str, str]]:
 
 _SHORTEST_DOCSTRING = 30
 _FEWEST_DOCSTRINGS = 60
-"""Packages with fewer docstrings are left out."""
+"""Packages with fewer docstrings are skipped."""
 _TITLE_FIELDS = {"python-docstrings": "label"}
-"""The name of the first field of each builtin, if it is not `title`."""
+"""The name of the first record field in each builtin, if it is not `title`."""
 BUILTINS: dict[str, Callable[[], Iterator[tuple[str, str]]]] = {
     "python-docs": python_docs,
     "python-docstrings": python_docstrings,

@@ -1,6 +1,6 @@
-"""Sentence pairs from the message catalogs of programs: .mo files installed on this machine, and .po and .mo files.
+"""Read sentence pairs from the message catalogs of programs: all .mo files installed on this machine, or single .po and .mo files.
 
-A message of a program is in English, and a catalog contains its translations into one language. `polib` reads the files.
+The messages of a program are in English, and each catalog contains their translations into one language. `polib` reads the files.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SUFFIXES = (".po", ".mo")
 _LANGPACKS = "/usr/share/locale-langpack"
 _MESSAGES = "LC_MESSAGES"
 _ONE, _SEVERAL = 1, 5
-"""The numbers whose plural forms are paired with an English message's singular and plural."""
+"""An English singular is paired with the translation for the first number, an English plural with the one for the second."""
 
 
 @dataclass
@@ -48,13 +48,13 @@ class Message:
     language: str
 
     def fields(self) -> dict[str, str]:
-        """The message as a record. The languages are fields, too."""
+        """Return the message as a record. The texts are also available under the language names, for example `en` and `de`."""
         values = {"source": self.source, "target": self.target, "document": self.catalog, "language": self.language}
         return {**values, "en": self.source, self.language or "target": self.target}
 
 
 def installed_messages(language: str, counts: CatalogCounts) -> Iterator[Message]:
-    """Yield the messages of all catalogs for a language on this machine. Raises `InputError` if there are none."""
+    """Yield the messages from all installed catalogs for a language. Raises `InputError` if there are none."""
     catalogs = find_catalogs(language)
     if not catalogs:
         available = installed_languages()
@@ -69,7 +69,7 @@ def installed_messages(language: str, counts: CatalogCounts) -> Iterator[Message
 
 
 def find_catalogs(language: str) -> list[tuple[str, str]]:
-    """The name and path of each installed catalog for a language, sorted by name. Equal names are read once."""
+    """Return the name and path of each installed catalog for a language, sorted by name. Duplicate names are listed once."""
     found: dict[str, str] = {}
     for root in _locale_folders():
         folder = os.path.join(root, language, _MESSAGES)
@@ -87,7 +87,7 @@ def find_catalogs(language: str) -> list[tuple[str, str]]:
 
 
 def installed_languages() -> list[str]:
-    """The languages that have catalogs in the system's locale folders."""
+    """Return the languages that have catalogs in the system's locale folders."""
     languages = set()
     for root in _locale_folders():
         for name in os.listdir(root):
@@ -110,10 +110,11 @@ def _package_folders() -> list[str]:
 
 
 def read_catalog(path: str, counts: CatalogCounts, *, catalog: str | None = None, language: str | None = None) -> Iterator[Message]:
-    """Yield the cleaned messages of a .po or .mo file. The language is read from the file header, unless it is given.
+    """Yield the cleaned messages of a .po or .mo file. If `language` is None, the language is read from the file header.
 
-    Fuzzy, obsolete, empty and untranslated messages are skipped, as are translations whose placeholders differ. Contexts are
-    dropped. Of a message with plural forms, the singular is paired with the form for 1 and the plural with the form for 5.
+    Fuzzy, obsolete, empty and untranslated messages are skipped, and so are translations with different placeholders. Message
+    contexts are dropped. If a message has plural forms, its singular is paired with the form for 1 and its plural with the form
+    for 5.
     """
     opened = _open(path)
     name = catalog or os.path.splitext(os.path.basename(path))[0]
@@ -157,7 +158,10 @@ def _texts(entry: Any, plural_forms: str) -> Sequence[tuple[str, str]]:
 
 
 def _plural_rule(header: str) -> Any:
-    """The function from a number to the index of its plural form, from the header `nplurals=2; plural=(n != 1);`."""
+    """Return the function that maps a number to the index of its plural form.
+
+    `header` is the Plural-Forms header of the catalog, for example `nplurals=2; plural=(n != 1);`.
+    """
     _, _, expression = header.partition("plural=")
     try:
         return gettext.c2py(expression.split(";")[0].strip() or "n != 1")

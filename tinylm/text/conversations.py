@@ -1,4 +1,4 @@
-"""Read and validate conversations: an optional system message, then messages of the user and of the assistant in turns."""
+"""Read and validate conversations: an optional system message, then alternating messages from the user and the assistant."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from tinylm.text.sources import Corpus
 
 SYSTEM, USER, ASSISTANT = ROLES = ("system", "user", "assistant")
 _UNSUPPORTED_KEYS = ("tool_calls", "function_call", "tool_call_id", "weight")
-"""Keys of a message whose meaning would be lost if they were ignored."""
+"""Message keys that are rejected, because ignoring them would change the meaning of the message."""
 ContentOf = Callable[[Mapping[str, object], str], str]
-"""Returns the content of a message, given the message and its place."""
+"""Takes a message and its location, and returns the content of the message."""
 _HINT = "choose the fields with data.layout, data.messages, data.prompt and data.response"
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """What one participant says in a turn."""
+    """A message in a conversation."""
 
     role: str
     content: str
@@ -34,7 +34,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A valid conversation, and the place where it was read, such as `a.jsonl:3`."""
+    """A valid conversation, and the location that it was read from, such as `a.jsonl:3`."""
 
     messages: tuple[Message, ...]
     where: str = ""
@@ -47,7 +47,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class ConversationFormat(RecordFormat):
-    """Converts a record to the JSON text of a valid conversation with its place. `layout` and the fields come from `data:`."""
+    """Converts a record to JSON text that contains a valid conversation and its location. The attributes are keys of `data:`."""
 
     layout: str = "messages"
     messages: str = "messages"
@@ -95,7 +95,7 @@ class ConversationFormat(RecordFormat):
 
 
 def text_content(message: Mapping[str, object], where: str) -> str:
-    """The content of a message. Raises `InputError` if it is not text."""
+    """Return the content of a message. Raises `InputError` if the content is not text."""
     content = message["content"]
     if isinstance(content, list) and all(
         isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content
@@ -113,9 +113,9 @@ def text_content(message: Mapping[str, object], where: str) -> str:
 
 
 def parse_messages(value: object, where: str, content_of: ContentOf = text_content) -> tuple[Message, ...]:
-    """Check the form of each message of a list from JSON. `content_of` returns the content of a message.
+    """Parse a list of messages from JSON. `content_of` returns the content of a message.
 
-    Raises `InputError` that names the message.
+    Raises `InputError` with the number of the first invalid message.
     """
     if not isinstance(value, list):
         raise InputError(f"messages must be a list of {{role, content}}, not {show(value)}", where=where)
@@ -145,14 +145,14 @@ def _message(item: object, number: int, where: str, content_of: ContentOf) -> Me
 
 
 def check_turns(messages: Sequence[Message], where: str, *, answered: bool) -> None:
-    """Check the order of the roles. The last message must be the assistant's if `answered`, and the user's otherwise.
+    """Check the order of the roles. The last message must be the assistant's if `answered` is true, and the user's otherwise.
 
-    Raises `InputError` that names the first wrong message.
+    Raises `InputError` with the number of the first message that has the wrong role.
     """
     turns = messages[1:] if messages[0].role == SYSTEM else messages
     skipped = len(messages) - len(turns)
     if not turns:
-        raise InputError("there is only a system message", where=where, hint="add a message of the user")
+        raise InputError("there is only a system message", where=where, hint="add a user message")
     for number, message in enumerate(turns):
         expected = (USER, ASSISTANT)[number % 2]
         if message.role != expected:
@@ -162,11 +162,11 @@ def check_turns(messages: Sequence[Message], where: str, *, answered: bool) -> N
     last = ASSISTANT if answered else USER
     if turns[-1].role != last:
         problem = f"the last message must have the role {last}, not {turns[-1].role}"
-        raise InputError(problem, where=where, hint="a message without an answer cannot be learned" if answered else None)
+        raise InputError(problem, where=where, hint="add the answer, or remove the last message" if answered else None)
 
 
 def read_conversations(sources: Sequence[str], record_format: ConversationFormat) -> Iterator[Conversation]:
-    """Yield the conversations of `sources` in order. Raises `InputError` with the line of a conversation that is not valid."""
+    """Yield the conversations in `sources` in order. Raises `InputError` with the line of the first invalid conversation."""
     with Corpus(sources, errors=record_format.errors, record_format=record_format) as corpus:
         for name, is_record, document in corpus.documents():
             if not is_record:
@@ -176,9 +176,10 @@ def read_conversations(sources: Sequence[str], record_format: ConversationFormat
 
 
 def choose(conversations: Sequence[Conversation], shares: Mapping[str, float]) -> dict[str, list[Conversation]]:
-    """Choose the conversations of each part by a hash of their text. Those of no part are under `train`.
+    """Divide conversations into parts by a hash of their text. The rest is the part `train`.
 
-    `shares`: the share of the conversations that each part gets, at least one. Equal conversations are in the same part.
+    `shares` maps each part to its share of the conversations. Each part gets at least one conversation. Identical conversations
+    are in the same part.
     """
     groups: dict[bytes, list[int]] = {}
     for index, conversation in enumerate(conversations):

@@ -11,9 +11,9 @@ MAX_PIECE_CHARACTERS = 4 * MIN_PIECE_CHARACTERS
 
 
 def cut_into_pieces(document: Iterable[str]) -> Iterator[str]:
-    """Regroup the parts of a document into pieces that end at the end of a word, or after `MAX_PIECE_CHARACTERS` characters.
+    """Regroup the parts of a document into pieces that end at a word boundary, or after `MAX_PIECE_CHARACTERS` characters.
 
-    The cuts depend only on the text and not on its division into parts, so that the same text always has the same tokens.
+    The cuts depend only on the text, not on how it is divided into parts, so the same text always has the same tokens.
     """
     buffer = io.StringIO()
     for part in document:
@@ -31,7 +31,7 @@ def cut_into_pieces(document: Iterable[str]) -> Iterator[str]:
 
 
 def _cut_position(text: str, start: int) -> int | None:
-    """Return the end of the piece that begins at `start`, or None if it is not in `text`.
+    """Return the end of the piece that begins at `start`, or None if `text` does not contain the end.
 
     The end is the first position after `MIN_PIECE_CHARACTERS` where a space follows a character that is not whitespace. At such a
     position, every supported split pattern starts a new token, regardless of the text before and after.

@@ -14,8 +14,6 @@ from tinylm.errors import InputError, is_out_of_memory, missing_extra
 BLOCK_BYTES = 1 << 20
 COMPRESSIONS = {".gz": "gzip", ".xz": "xz", ".bz2": "bz2", ".zst": "zstd"}
 """fsspec's compression name for each file suffix."""
-
-
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".log", ".html", ".csv", ".tsv", ".jsonl", ".parquet", ".py")
 """Suffixes of files that contain text to train on, not a recipe."""
 _SIGNATURES = (
@@ -42,12 +40,12 @@ _SIGNATURES = (
     (b"\x7fELF", "a program", "choose a text file"),
     (b"MZ", "a Windows program", "choose a text file"),
     (b"SQLite format 3", "an SQLite database", "export a table as CSV"),
-    (b"PAR1", "a Parquet file", "let its name end in .parquet"),
+    (b"PAR1", "a Parquet file", "rename it so that the name ends in .parquet"),
     (b"GGUF", "a GGUF model", "choose a text file"),
     (b"\xff\xfe", "UTF-16 text", "convert it with: iconv -f UTF-16 -t UTF-8"),
     (b"\xfe\xff", "UTF-16 text", "convert it with: iconv -f UTF-16 -t UTF-8"),
 )
-"""The first bytes of files that are not UTF-8 text, what such a file is, and what to do."""
+"""(first bytes of a file that is not UTF-8 text, what the file is, what to do)."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class TextFile:
 
     @classmethod
     def at(cls, path: str, name: str) -> TextFile:
-        """The file at `path`. Its suffixes determine the format and compression."""
+        """Return the file at `path`. The suffixes of the path determine the format and the compression."""
         return cls(name, path, format_suffix(path), COMPRESSIONS.get(os.path.splitext(path)[1].lower()))
 
 
@@ -73,7 +71,7 @@ def format_suffix(path: str) -> str:
 
 
 def looks_like_text(path: str) -> bool:
-    """Return whether a file begins with UTF-8 text, or is a compressed .txt, .md, .jsonl, .csv or .tsv file."""
+    """Return whether a file begins with UTF-8 text or is a compressed .txt, .md, .jsonl, .csv or .tsv file."""
     if os.path.splitext(path)[1].lower() in COMPRESSIONS:
         return format_suffix(path) in (".txt", ".md", ".jsonl", ".csv", ".tsv")
     with open_bytes(TextFile.at(path, path)) as file:
@@ -88,7 +86,7 @@ def looks_like_text(path: str) -> bool:
 
 
 def refuse_binary(file: TextFile) -> None:
-    """Raise `InputError` if an uncompressed file has a known format other than text, such as an image."""
+    """Raise `InputError` if an uncompressed file has a known format that is not text, for example an image format."""
     if file.compression is not None or file.suffix == ".parquet" or looks_like_text(file.path):
         return
     with open_bytes(file) as stream:
@@ -99,7 +97,7 @@ def refuse_binary(file: TextFile) -> None:
 
 
 def open_bytes(file: TextFile) -> IO[bytes]:
-    """Open a file for reading its decompressed bytes. Raises `InputError` if it cannot be opened."""
+    """Open a file and decompress it while reading. Raises `InputError` if it cannot be opened."""
     try:
         if file.compression is None:
             return open(file.path, "rb")
@@ -126,7 +124,7 @@ def _open_zstd(path: str) -> IO[bytes]:
 
 
 def _read_blocks(name: str, stream: IO[bytes]) -> Iterator[bytes]:
-    """Yield the stream in blocks. Raises `InputError` for a damaged or truncated archive."""
+    """Yield the stream in blocks. Raises `InputError` if a compressed file is damaged or truncated."""
     while True:
         try:
             block = stream.read(BLOCK_BYTES)
@@ -150,7 +148,7 @@ def read_lines(name: str, stream: IO[bytes]) -> Iterator[bytes]:
 
 
 def read_text(name: str, stream: IO[bytes], errors: str) -> Iterator[str]:
-    """Yield a stream as text. If `errors` is `strict`, raises `InputError` with the offset of the first invalid byte."""
+    """Decode a stream block by block. If `errors` is `strict`, raises `InputError` with the offset of the first invalid byte."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors)
     offset = 0
     for block in _read_blocks(name, stream):

@@ -1,6 +1,6 @@
-"""Read texts with one label each, and split them so that every part has its share of each label.
+"""Read texts that have one label each, and split them so that every part has its share of each label.
 
-A labeled text is a record of a .jsonl, .csv, .tsv or .parquet file, or a text file in a subfolder that is named after its label.
+A labeled text is a record in a .jsonl, .csv, .tsv or .parquet file, or a text file in a subfolder that is named after its label.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class LabeledText:
 
 @dataclass(frozen=True)
 class LabeledRecordFormat(RecordFormat):
-    """Converts a record to a document whose first line is the label, in JSON, and whose other lines are the text."""
+    """Converts a record to a document: the label as JSON on the first line, then the text."""
 
     label: str = "label"
 
     @property
     def is_default(self) -> bool:
-        return True  # plain files have no fields, but get their label from their folder
+        return True  # a plain file has no fields, but gets its label from its folder
 
     @property
     def _hint(self) -> str:
@@ -59,7 +59,7 @@ class LabeledRecordFormat(RecordFormat):
 
 
 def read_labeled(sources: Sequence[str], text: str, label: str, errors: str) -> Iterator[LabeledText]:
-    """Yield the labeled texts of `sources` in order. `text` and `label` name the fields of records.
+    """Yield the labeled texts in `sources` in order. `text` and `label` are the names of the record fields.
 
     Raises `InputError` if a source cannot be read, or if a text has no label.
     """
@@ -75,20 +75,20 @@ def read_labeled(sources: Sequence[str], text: str, label: str, errors: str) -> 
 
 
 def _label_of_file(source: str, name: str) -> str:
-    """The label of a text file: the name of its subfolder in the folder `source`."""
+    """Return the label of a text file: the name of its subfolder in the folder `source`."""
     folder = os.path.expanduser(source)
     parts = os.path.relpath(name, folder).split(os.sep) if os.path.isdir(folder) else []
     if len(parts) < 2:
-        hint = "give a folder with a subfolder for each label, or a .jsonl, .csv, .tsv or .parquet file with a label field"
+        hint = "use a folder with a subfolder for each label, or a .jsonl, .csv, .tsv or .parquet file with a label field"
         raise InputError("a text file has no label", where=name, hint=hint)
     return parts[0]
 
 
 def stratified(texts: Sequence[LabeledText], shares: Mapping[str, float]) -> dict[str, list[int]]:
-    """Choose the texts of each part. Returns indices in the order of `texts`. Those of no part are under `train`.
+    """Divide texts into parts with the same share of each label. Returns sorted indices into `texts` for each part.
 
-    `shares`: the share of each label's texts in each part. The choice depends only on a hash of the text, and equal texts are
-    in the same part. A label with few texts may have none in a part.
+    `shares` maps each part to its share of each label's texts. The rest is the part `train`. The choice depends only on a hash
+    of the text, and identical texts are in the same part. A part may contain no text of a rare label.
     """
     groups: dict[str, list[int]] = defaultdict(list)
     for index, item in enumerate(texts):
@@ -111,7 +111,7 @@ def stratified(texts: Sequence[LabeledText], shares: Mapping[str, float]) -> dic
 
 
 def subset(texts: Sequence[LabeledText], share: float) -> list[int]:
-    """The indices of a share of each label's texts, at least one per label. A smaller share is a subset of a larger one."""
+    """Return the indices of a share of each label's texts, at least one per label. A smaller share is a subset of a larger one."""
     by_label: dict[str, list[int]] = defaultdict(list)
     for index, item in enumerate(texts):
         by_label[item.label].append(index)
@@ -123,7 +123,7 @@ def subset(texts: Sequence[LabeledText], share: float) -> list[int]:
 
 
 def fingerprint(texts: Iterable[LabeledText]) -> str:
-    """A hash of texts and labels in order."""
+    """Return a hash of the texts and labels in order."""
     digest = hashlib.sha256()
     for item in texts:
         digest.update(f"{json.dumps([item.label, item.text])}\n".encode("utf-8", "surrogatepass"))

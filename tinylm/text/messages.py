@@ -1,4 +1,4 @@
-"""Clean the messages of programs for translation: keyboard accelerators, placeholders and line breaks."""
+"""Prepare the messages of programs for translation: remove keyboard accelerators and line breaks, and find placeholders."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections import Counter
 
 _MARKERS = ("_", "&", "~")
-"""What marks a keyboard accelerator in GTK, Qt and LibreOffice."""
+"""The markers of keyboard accelerators in GTK, Qt and LibreOffice."""
 _PLACEHOLDERS = re.compile(
     r"%%|%(?:\d+\$)?(?:\(\w+\))?[-+#0]*(?:\d+|\*)?(?:\.(?:\d+|\*))?(?:hh|h|ll|l|L|q|j|z|t)?[diouxXeEfFgGcrsaA]"
     r"|%\d+|\$\{\w+\}|\$\w+|\{\w*\}|@\w+@"
@@ -15,7 +15,7 @@ _POSITION = re.compile(r"^%\d+\$")
 
 
 def clean_message(source: str, target: str) -> tuple[str, str]:
-    """Remove accelerators from a message and its translation, and replace white space, including line breaks, by single spaces."""
+    """Remove accelerators from a message and its translation, and replace each run of whitespace with one space."""
     source, target = (" ".join(text.split()) for text in (source, target))
     for marker in _MARKERS:
         if _has_accelerator(source, marker) and (_has_accelerator(target, marker) or marker not in target):
@@ -42,11 +42,14 @@ def _has_accelerator(text: str, marker: str) -> bool:
 
 
 def _without_accelerator(text: str, marker: str) -> str:
-    """Remove the marker. An accelerator in parentheses, as in Chinese and Japanese messages, is removed as a whole."""
+    """Remove the marker, together with its letter and parentheses if the accelerator is written as in `Open(_O)`."""
     text = re.sub(rf"\s*\({re.escape(marker)}\w\)", "", text)
     return text.replace(marker, "")
 
 
 def placeholders(text: str) -> Counter[str]:
-    """The placeholders of a message, such as `%s` and `{name}`. Positions (`%1$s`) are ignored, because translations reorder."""
+    """Count the placeholders in a message, such as `%s` and `{name}`.
+
+    Positions (`%1$s`) are ignored, because a translation may reorder the placeholders.
+    """
     return Counter(_POSITION.sub("%", match) for match in _PLACEHOLDERS.findall(text))

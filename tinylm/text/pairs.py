@@ -22,7 +22,7 @@ from tinylm.text.sources import Corpus
 _HINT = "choose other fields with data.source and data.target"
 _SHORT_SIDE = 20
 _PAIRS_PER_DOCUMENT = 100
-"""Consecutive pairs that stay together in a split if they have no document."""
+"""If pairs have no document, blocks of this many consecutive pairs stay together in a split."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,17 +32,17 @@ class SentencePair:
     source: str
     target: str
     document: str
-    """What the pair belongs to. A split does not divide a document."""
+    """The document that the pair belongs to. A split by document does not divide it."""
     language: str = ""
-    """The target language; empty if there is only one."""
+    """The target language. Empty if there is only one."""
 
 
 @dataclass(frozen=True)
 class PairRecordFormat(RecordFormat):
-    """Converts a record to a document of JSON: source, target, document and language."""
+    """Converts a record to a JSON list: source, target, document and language."""
 
     names: tuple[str, str, str, str | None] = ("source", "target", "document", None)
-    """The fields of the source, the target, the document and the language."""
+    """The names of the fields for the source, the target, the document and the language."""
 
     @property
     def is_default(self) -> bool:
@@ -73,9 +73,9 @@ class PairRecordFormat(RecordFormat):
 
 
 def read_pairs(section: PairsSection, part: AlignedFiles | PairSources, reporter: Reporter) -> list[SentencePair]:
-    """Read the pairs of a part in order and skip those that are empty or of very unequal length, with a report.
+    """Read the pairs of a part in order. Pairs with an empty side or with very different lengths are skipped and reported.
 
-    Raises `InputError` if a source cannot be read, if aligned files have different numbers of lines, or if no pair is left.
+    Raises `InputError` if a source cannot be read, if aligned files have different numbers of lines, or if no pairs remain.
     """
     counts = CatalogCounts()
     found = _aligned_pairs(part, section.errors) if isinstance(part, AlignedFiles) else _pairs(section, part.sources, counts)
@@ -119,7 +119,7 @@ def _from_messages(messages: Iterable[catalogs.Message], record_format: PairReco
 def _toy_pairs(source: str) -> Iterator[SentencePair]:
     name = source.removeprefix(TOY)
     if name not in toy_pairs.NAMES:
-        raise InputError(f"no generated pairs are called {name!r}", where=source, hint=f"use {TOY}{toy_pairs.NAMES[0]}")
+        raise InputError(f"unknown generated pairs {name!r}", where=source, hint=f"use {TOY}{toy_pairs.NAMES[0]}")
     for number, (text, translation) in enumerate(toy_pairs.reversed_sequences()):
         yield _in_block(SentencePair(text, translation, ""), source, number)
 
@@ -188,10 +188,10 @@ def _describe(part: AlignedFiles | PairSources) -> str:
 
 
 def split(pairs: Sequence[SentencePair], shares: Mapping[str, tuple[float, str]]) -> dict[str, list[SentencePair]]:
-    """Divide pairs into `train` and the parts in `shares`, each with its share and how it is chosen: `document` or `tail`.
+    """Divide pairs into `train` and the parts in `shares`, which maps each part to (share, `document` or `tail`).
 
-    Documents are chosen in the order of a hash of their names, until a part has its share. Raises `InputError` if a part or the
-    training part would be empty.
+    With `document`, whole documents are added to a part until it has its share, in the order of a hash of their names. With
+    `tail`, a part is the end of the remaining pairs. Raises `InputError` if no pairs remain for training.
     """
     rest, parts = list(pairs), {}
     for part, (share, by) in shares.items():
@@ -204,7 +204,7 @@ def split(pairs: Sequence[SentencePair], shares: Mapping[str, tuple[float, str]]
             rest = [pair for pair in rest if pair.document not in chosen]
         if not rest:
             documents = len({pair.document for pair in pairs})
-            hint = "set data.heldout.by to tail, or name held-out files"
+            hint = "set data.heldout.by to tail, or use separate held-out files"
             problem = f"all pairs belong to {documents} documents, so none are left for training"
             raise InputError(problem, where="data.heldout", hint=hint)
     return {"train": rest, **parts}
@@ -217,7 +217,7 @@ def _choose_documents(pairs: Sequence[SentencePair], wanted: int) -> set[str]:
     for document in sorted(sizes, key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()):
         if count >= wanted:
             break
-        # A document that would make the part more than twice as large as wanted stays in the training part.
+        # A document that would make the part more than twice as large as requested stays in the training part.
         if count and count + sizes[document] > 2 * wanted:
             continue
         chosen.add(document)
@@ -226,12 +226,12 @@ def _choose_documents(pairs: Sequence[SentencePair], wanted: int) -> set[str]:
 
 
 def normalized(text: str) -> str:
-    """Return a sentence with normalized case and white space, to find repeated sentences."""
+    """Return a sentence with normalized case and whitespace. Used to find repeated sentences."""
     return " ".join(text.casefold().split())
 
 
 def fingerprint(parts: Mapping[str, Sequence[SentencePair]]) -> str:
-    """A hash of the pairs of all parts in order."""
+    """Return a hash of the pairs of all parts in order."""
     digest = hashlib.sha256()
     for part, pairs in parts.items():
         digest.update(f"{part} {len(pairs)}\n".encode())

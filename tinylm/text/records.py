@@ -24,12 +24,12 @@ _TEMPLATE_HINT = "correct --template (data.template)"
 
 @dataclass(frozen=True)
 class RecordFormat:
-    """How a record becomes text: the value of `field`, or `template` with the values of the fields that it names in braces."""
+    """Converts a record to text: the value of `field`, or `template` with each field name in braces replaced with its value."""
 
     field: str = DEFAULT_FIELD
     template: str | None = None
     errors: str = "strict"
-    """Unpaired surrogates are an error if this is `strict`, and are replaced by U+FFFD if it is `replace`."""
+    """`strict` raises an error for unpaired surrogates. `replace` replaces them with U+FFFD."""
 
     def __post_init__(self) -> None:
         if self.template is not None:
@@ -57,7 +57,7 @@ class RecordFormat:
         return [self.field] if self.template is None else list(dict.fromkeys(name for _, name in self._parts if name is not None))
 
     def check_columns(self, columns: list[str], where: str) -> None:
-        """Raise `InputError` if a table does not have the required columns, or has one of them twice."""
+        """Raise `InputError` if a table lacks a required column, or has it more than once."""
         for name in self.fields:
             if name not in columns:
                 listed = ", ".join(map(str, columns))
@@ -98,12 +98,12 @@ class RecordFormat:
 
 
 def table_rows(file: TextFile, stream: IO[bytes], record_format: RecordFormat) -> Iterator[tuple[dict[str, str], str]]:
-    """Yield each row of a CSV or TSV file as (values by column, location). The first line names the columns.
+    """Yield each row of a CSV or TSV file as (values by column, location). The first line contains the column names.
 
     Values in double quotes may contain delimiters and line breaks (RFC 4180). The delimiter of a .csv file is a semicolon if its
-    first line contains semicolons but no commas. Raises `InputError` with the line for a row that does not fit the columns.
+    first line contains semicolons but no commas. Raises `InputError` with the line number if a row has the wrong number of values.
     """
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default would refuse documents of more than 128 KiB
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default rejects documents longer than 128 KiB
     lines = _decoded_lines(file.name, stream, record_format.errors)
     first = next(lines, "")
     reader = csv.reader(_chain(first, lines), delimiter=_delimiter(file.suffix, first), strict=True)
@@ -142,7 +142,7 @@ def _delimiter(suffix: str, header: str) -> str:
 
 
 def _decoded_lines(name: str, stream: IO[bytes], errors: str) -> Iterator[str]:
-    """Yield the lines of a stream with their line ends, without a byte order mark."""
+    """Yield the lines of a stream with their line endings, but without a byte order mark."""
     offset = 0
     for line in read_lines(name, stream):
         try:

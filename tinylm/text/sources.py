@@ -1,10 +1,9 @@
-"""Read text from any SOURCE as a stream of pieces of documents. Memory use does not grow with the size of the text.
+"""Read text from any SOURCE as a stream of document pieces. Memory use does not grow with the size of the text.
 
 A SOURCE is a file (text, .jsonl, .csv, .tsv or .parquet; all except .parquet may be compressed), a folder, a glob, a URL, `-` for
 standard input, `builtin:NAME`, or `hf:DATASET[/CONFIGURATION][:SPLIT]`. A document is a text file, a line of a .jsonl file, a row
-of a table or dataset, or an entry of a built-in corpus. Text is decoded without changes: line endings, NULs and byte order marks
-are kept.
-Bytes that are not UTF-8 raise an error with their position, or are replaced if requested.
+of a table or dataset, or an entry in a built-in corpus. Text is decoded without changes: line endings, NULs and byte order marks
+are kept. Bytes that are not UTF-8 raise an error with their position, or are replaced if requested.
 """
 
 from __future__ import annotations
@@ -51,15 +50,15 @@ class Piece:
 
 
 class Corpus:
-    """The documents of one or more SOURCEs. They can be read repeatedly, always with the same result.
+    """The documents of one or more SOURCEs. They can be read repeatedly, with the same result each time.
 
     Standard input, pipes and remote files are copied to a temporary folder when they are opened. The folder is removed by `close`
     or at the end of a `with` block. `field` is the .jsonl field or the column that contains the text, and `template` combines
     several fields or columns. Bytes that are not UTF-8 are an error if `errors` is `strict`, and become U+FFFD if `errors` is
     `replace`.
 
-    Raises `InputError` if a source does not exist, cannot be opened, or contains no text. A `field` or `template`
-    without any source that has fields is also an `InputError`, unless `allow_unused_format` is true.
+    Raises `InputError` if a source does not exist, cannot be opened, or contains no text. Also raises it if `field` or `template`
+    is set but no source has fields, unless `allow_unused_format` is true.
     """
 
     def __init__(
@@ -107,7 +106,7 @@ class Corpus:
     def pieces(self, *, keep_empty: bool = False) -> Iterator[Piece]:
         """Yield all documents in order, in pieces of at most `MAX_PIECE_CHARACTERS` characters.
 
-        Empty documents are skipped. With `keep_empty`, each of them is yielded as one empty piece.
+        Empty documents are skipped. With `keep_empty`, each is yielded as one empty piece.
         """
         for file in self._files:
             yield from self._pieces(file, keep_empty)
@@ -297,7 +296,7 @@ def _without_query(url: str) -> str:
 
 
 def _glob(pattern: str) -> list[str]:
-    """Return the paths that a pattern matches. `**` visits each folder once, even if several symlinks point to the folder."""
+    """Return the paths that match a pattern. `**` visits each folder once, even if several symlinks point to it."""
     parts = pattern.replace(os.sep, "/").split("/")
     if "**" not in parts:
         return glob.glob(pattern)
@@ -309,7 +308,7 @@ def _glob(pattern: str) -> list[str]:
 
 
 def _folders(paths: Iterable[str], seen: set[str]) -> Iterator[str]:
-    """Yield the folders among `paths` and their subfolders, except hidden ones. `seen` holds the real paths of visited folders."""
+    """Yield the folders among `paths` and their subfolders, except hidden ones. `seen` is the set of real paths visited so far."""
     for path in paths:
         real = os.path.realpath(path or ".")
         if real in seen or not os.path.isdir(real):
@@ -343,5 +342,5 @@ def require_used_format(corpora: Sequence[Corpus]) -> None:
 
 
 def describe(sources: Sequence[str]) -> str:
-    """Return the sources as a short phrase for messages."""
+    """Return a short description of the sources for messages."""
     return ", ".join(sources) if len(sources) <= 3 else f"{sources[0]} and {len(sources) - 1} more"

@@ -1,8 +1,8 @@
 """Split a text into a training part, a held-out part and optionally a test part.
 
-`scan` reads the text once and returns sizes, hashes and a fingerprint. From these, `by_document` or `by_tail` computes a `Split`,
-whose `select` streams one of the parts. Each document is in one part, unless it is so long that `by_tail` has to cut it. Then
-`move_cuts_to_lines` moves the cuts to the ends of paragraphs or lines.
+`scan` reads the text once and returns sizes, hashes and a fingerprint. From these, `by_document` or `by_tail` computes a `Split`.
+Its method `select` streams one of the parts. Each document is in one part, unless it is so long that `by_tail` has to cut it.
+`move_cuts_to_lines` moves such cuts to the ends of paragraphs or lines.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class Scan:
     """The result of one pass over a text."""
 
     bytes: int
-    """Size of the text in bytes, as UTF-8."""
+    """Size of the text in UTF-8 bytes."""
     hashes: np.ndarray
-    """uint64 (documents,): the first 8 bytes of the BLAKE2b hash of each document."""
+    """uint64 (documents,): the first 8 bytes of each document's BLAKE2b hash."""
     lengths: np.ndarray
-    """int64 (documents,): characters of each document."""
+    """int64 (documents,): the number of characters in each document."""
     fingerprint: str
     """Hash of the text and its division into documents."""
 
@@ -74,7 +74,7 @@ class _Scanner:
 
 
 def scan(pieces: Iterable[Piece], progress: Callable[[int], None] | None = None) -> Scan:
-    """Read a text once. `progress` is called with the number of bytes read so far."""
+    """Read a text once. After each piece, `progress` is called with the number of bytes read so far."""
     scanner = _Scanner()
     for piece in pieces:
         scanner.add(piece)
@@ -84,9 +84,9 @@ def scan(pieces: Iterable[Piece], progress: Callable[[int], None] | None = None)
 
 
 def unchanged(pieces: Iterable[Piece], expected: Scan, where: str) -> Iterator[Piece]:
-    """Yield the pieces of a text that was scanned before. After the last one, raise `InputError` if the text has changed.
+    """Yield the pieces of a text that was scanned before. After the last piece, raise `InputError` if the text has changed.
 
-    What is computed from a text is cached under its fingerprint, so it must be computed from exactly the text that was scanned.
+    Data that is computed from a text is cached under the fingerprint of the scan, so the text must not change in between.
     """
     scanner, count = _Scanner(), 0
     for piece in pieces:
@@ -102,34 +102,34 @@ def unchanged(pieces: Iterable[Piece], expected: Scan, where: str) -> Iterator[P
 PARTS = ("train", "heldout", "test")
 _MAX_MOVE_CHARACTERS = 8192
 _MAX_MOVE_SHARE = 0.1
-"""A cut is moved by at most this share of the smallest part next to it, and by at most `_MAX_MOVE_CHARACTERS`."""
+"""A cut moves by at most this share of the smallest part, and by at most `_MAX_MOVE_CHARACTERS`."""
 _CUTS = (re.compile(r"\n[ \t\r]*\n+"), re.compile(r"\r\n|\n|\r"), re.compile(r"\s+"))
-"""What a cut may follow, best first: a blank line, the end of a line, whitespace."""
+"""Patterns that a cut may follow, best first: a blank line, the end of a line, whitespace."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Defines the part that each character belongs to: a document starts with training text, followed by held-out and test text.
+    """Assigns each character to a part. Each document consists of training text, then held-out text, then test text.
 
-    Two of the three are empty, except in a document that is cut.
+    Two of the three are empty unless the document is cut.
     """
 
     boundaries: np.ndarray
-    """int64 (documents,): where the held-out text starts."""
+    """int64 (documents,): the character position where the held-out text of each document starts."""
     lengths: np.ndarray
-    """int64 (documents,): characters of each document."""
+    """int64 (documents,): the number of characters in each document."""
     test_boundaries: np.ndarray | None = None
-    """int64 (documents,): where the test text starts. None if there is no test text."""
+    """int64 (documents,): the character position where the test text of each document starts. None if there is no test text."""
 
     def spans(self, part: str) -> tuple[np.ndarray, np.ndarray]:
-        """The start and the end of a part in each document, in characters."""
+        """Return the start and end of a part in each document, in characters."""
         test = self.lengths if self.test_boundaries is None else self.test_boundaries
         edges = (np.zeros_like(self.lengths), self.boundaries, test, self.lengths)
         index = PARTS.index(part)
         return edges[index], edges[index + 1]
 
     def contains(self, part: str) -> np.ndarray:
-        """bool (documents,): whether a part contains at least a piece of each document."""
+        """Return bool (documents,): whether a part contains any text of each document."""
         starts, ends = self.spans(part)
         return np.asarray(ends > starts)
 
@@ -143,7 +143,7 @@ class Split:
         return bool((np.sum([self.contains(part) for part in PARTS], axis=0) > 1).any())
 
     def select(self, pieces: Iterable[Piece], part: str) -> Iterator[Piece]:
-        """Yield the pieces of one part, `train`, `heldout` or `test`."""
+        """Yield the pieces of one part: `train`, `heldout` or `test`."""
         starts, ends = self.spans(part)
         document, position, starts_document = -1, 0, True
         start = end = 0
@@ -159,9 +159,9 @@ class Split:
 
 
 def by_document(scanned: Scan, share: float, test_share: float = 0.0) -> Split:
-    """Hold out the documents whose hash is in the lowest `share` of all possible hashes, so that equal documents stay together.
+    """Hold out the documents whose hash is in the lowest `share` of all possible hashes. Identical documents stay together.
 
-    The next `test_share` of the hashes is the test part. Raises `InputError` if a part would be empty.
+    Documents with a hash in the next `test_share` are the test part. Raises `InputError` if a part would be empty.
     """
     limit, test_limit = (np.uint64(min(int(value * 2**64), 2**64 - 1)) for value in (share, share + test_share))
     held_out, not_training = scanned.hashes < limit, scanned.hashes < test_limit
@@ -201,7 +201,7 @@ def by_tail(scanned: Scan, share: float, test_share: float = 0.0) -> Split:
 
 
 def _tail_start(scanned: Scan, share: float) -> int:
-    """The position in the whole text, in characters, where a tail of about `share` starts."""
+    """Return the position where a tail of about `share` starts, in characters from the start of the text."""
     cut = int(scanned.characters * (1 - share))
     document_starts = np.cumsum(scanned.lengths)[:-1]
     if len(document_starts):
@@ -213,15 +213,15 @@ def _tail_start(scanned: Scan, share: float) -> int:
 
 
 def _boundaries_at(scanned: Scan, cut: int) -> np.ndarray:
-    """The boundary in each document for a cut at this position in the whole text."""
+    """Return the boundary in each document for a cut at `cut` characters from the start of the text."""
     starts = np.cumsum(scanned.lengths) - scanned.lengths
     return np.asarray(np.clip(cut - starts, 0, scanned.lengths))
 
 
 def move_cuts_to_lines(split: Split, pieces: Iterable[Piece]) -> Split:
-    """Move every cut within a document to the nearest end of a paragraph, else of a line, else of a word.
+    """Move every cut within a document to the nearest paragraph end, or else line end, or else word end.
 
-    The text is read up to the last cut. A cut that is not near any of these stays where it is.
+    The text is read up to the last cut. A cut without any of these nearby stays where it is.
     """
     sizes = [size for part in PARTS if (size := split.characters(part))]
     reach = min(int(_MAX_MOVE_SHARE * min(sizes, default=0)), _MAX_MOVE_CHARACTERS)
@@ -241,7 +241,7 @@ def move_cuts_to_lines(split: Split, pieces: Iterable[Piece]) -> Split:
 
 
 def _moved(cuts: list[tuple[int, int]], reach: int, pieces: Iterable[Piece]) -> list[int]:
-    """Return the new position of each cut in its document. `cuts` contains (document, position) pairs, sorted."""
+    """Return the new position of each cut in its document. `cuts` contains sorted (document, position) pairs."""
     nearby = ["" for _ in cuts]
     document, offset = -1, 0
     for piece in pieces if cuts else ():
@@ -259,7 +259,10 @@ def _moved(cuts: list[tuple[int, int]], reach: int, pieces: Iterable[Piece]) -> 
 
 
 def _nearest_cut(text: str, position: int) -> int:
-    """The position nearest to `position` that follows the best kind of cut in `text`; `position` if there is none."""
+    """Return the cut position in `text` nearest to `position`, using the first pattern in `_CUTS` that matches.
+
+    Returns `position` if no pattern matches.
+    """
     for pattern in _CUTS:
         ends = [match.end() for match in pattern.finditer(text) if 0 < match.end() < len(text)]
         if ends:
@@ -268,5 +271,5 @@ def _nearest_cut(text: str, position: int) -> int:
 
 
 def repeated_documents(train: np.ndarray, heldout: np.ndarray) -> int:
-    """Return the number of held-out documents that are also training documents, compared by hash."""
+    """Return the number of held-out documents that are also training documents. `train` and `heldout` are document hashes."""
     return int(np.isin(heldout, train).sum())

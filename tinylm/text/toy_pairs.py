@@ -13,7 +13,7 @@ NAMES = ("reverse",)
 
 
 def reversed_sequences() -> Iterator[tuple[str, str]]:
-    """20,000 pairs, always the same ones."""
+    """Yield 20,000 (letters, reversed letters) pairs. The pairs are the same in every call."""
     generator = random.Random(0)
     for _ in range(_PAIRS):
         letters = generator.choices(_LETTERS, k=generator.randint(_SHORTEST, _LONGEST))

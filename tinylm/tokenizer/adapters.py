@@ -1,6 +1,6 @@
-"""One interface to the tokenizers of several libraries, so that they can be compared.
+"""A common interface to tokenizers from several libraries, for comparing them.
 
-Supported: tokenizer.json files (tinylm's and Hugging Face's), tiktoken ranks, and sentencepiece models.
+Supported are tokenizer.json files (from tinylm and Hugging Face), tiktoken ranks, and sentencepiece models.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenizerAdapter:
-    """A tokenizer of any library, in the form that reports and comparisons use."""
+    """A tokenizer from any library, with the interface that reports and comparisons use."""
 
     kind: str
     vocab_size: int
@@ -36,13 +36,13 @@ class TokenizerAdapter:
     """The text of each token, by id."""
     split_points: SplitPoints | None
     encode: Callable[[bytes], np.ndarray]
-    """Encodes one segment of UTF-8 text (see `segments`) to ids."""
+    """Encodes one segment of UTF-8 text (see `segments`) to uint32 ids."""
     encode_batch: Callable[[Sequence[str]], list[list[int]]]
     """Encodes many short texts at once."""
     decode: Callable[[Sequence[int]], str]
 
     def segments(self, pieces: Iterable[Piece]) -> Iterator[tuple[bytes, bool]]:
-        """Yield the segments of a text that `encode` accepts, as (UTF-8 text, whether it begins a document)."""
+        """Divide a text into segments for `encode`, and yield (UTF-8 text, whether it begins a document)."""
         return segments(pieces, self.split_points)
 
 
@@ -66,12 +66,12 @@ def adapt(tokenizer: Tokenizer) -> TokenizerAdapter:
 
 
 def open_tokenizer(path: str) -> TokenizerAdapter:
-    """Open the tokenizer that `path` names. Raises `InputError` if it does not exist or cannot be read.
+    """Open the tokenizer at `path`. Raises `InputError` if it does not exist or cannot be read.
 
     `path` is one of:
 
     - a tokenizer.json, or a folder that contains one (a run, a Hugging Face model)
-    - `FILE.tiktoken` or `FILE.tiktoken:SPLIT`: a file of tiktoken ranks. SPLIT is its split pattern (default: llama3, as in cl100k)
+    - `FILE.tiktoken` or `FILE.tiktoken:SPLIT`: a tiktoken rank file. SPLIT is its split pattern (default: llama3, as in cl100k)
     - `tiktoken:NAME`: an encoding that tiktoken provides, for example `tiktoken:gpt2`
     - `FILE.model`: a sentencepiece model
     """
@@ -108,7 +108,7 @@ def _tiktoken_from_ranks(path: str, file: str, split: str) -> TokenizerAdapter:
     try:
         ranks = load_tiktoken_bpe(str(Path(file).absolute()))
     except Exception as error:  # the parser raises exceptions of several types
-        raise InputError(f"not a file of tiktoken ranks: {error}", where=file) from None
+        raise InputError(f"not a tiktoken rank file: {error}", where=file) from None
     try:
         encoding = tiktoken.Encoding(path, pat_str=split_pattern(split, None), mergeable_ranks=ranks, special_tokens={})
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Turns the errors of the `tokenizers` library into `InputError`."""
+"""Convert errors from the `tokenizers` library to `InputError`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tinylm.errors import InputError
 def translate_backend_errors() -> Iterator[None]:
     """Raise `InputError` if `tokenizers` cannot process a text.
 
-    It raises plain `Exception`, for example for a word outside a vocabulary without an unknown token. If the split pattern needs
-    too many backtracking steps, it raises a `PanicException`, which is not a subclass of `Exception`.
+    The library raises a plain `Exception`, for example if a word is not in the vocabulary and there is no unknown token. It raises
+    a `PanicException`, which is not a subclass of `Exception`, if the split pattern needs too many backtracking steps.
     """
     try:
         yield

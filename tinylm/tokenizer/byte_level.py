@@ -10,7 +10,7 @@ from functools import cache
 
 @cache
 def bytes_to_unicode() -> dict[int, str]:
-    """Map each byte to the character that represents it: the same code point for printable bytes, U+0100 and up for the others.
+    """Map each byte to its character: the same code point for a printable byte, else a code point from U+0100 on.
 
     For example, the space (32) is written as `Ġ` and the line feed (10) as `Ċ`.
     """

@@ -1,9 +1,9 @@
-"""The chat template: how a conversation becomes token ids, for training, chat, the server and exports alike.
+"""The chat template converts a conversation to token ids, in the same way for training, chat, the server and exports.
 
 A conversation is the end-of-text token, then for each message the control token of its role, the text, and the end-of-turn token.
-The ids are built from these pieces, and a message is never encoded to a control token. Exports carry the same template in Jinja,
-which renders one text for the whole conversation. There, a control token that is spelled in a message would become the control
-token. The template therefore writes a space after the first character of such a spelling (`< |user|>`), here and in Jinja.
+The ids are built from these pieces, so the text of a message is never encoded to a control token. Exports contain the same template
+in Jinja, which renders the whole conversation as one text. In that text, a message that spells out a control token would be encoded
+to the control token. Therefore, both versions insert a space after the first character of such a spelling (`< |user|>`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tinylm.tokenizer.tokenizer import Tokenizer
 from tinylm.tokenizer.vocab_editing import EditedTokenizer, add
 
 CHAT_TEMPLATE_FILE = "chat_template.json"
-"""The file of a run folder that holds the template."""
+"""The file in a run folder that contains the template."""
 
 
 @dataclass(frozen=True)
@@ -40,20 +40,20 @@ class ChatTemplate:
 
     @classmethod
     def from_json(cls, text: str) -> ChatTemplate:
-        """Raises `InputError` if the text is not the JSON of a template."""
+        """Parse a template. Raises `InputError` if the text is not valid."""
         try:
             document = json.loads(text)
             if not isinstance(document, dict) or not all(isinstance(value, str) and value for value in document.values()):
-                raise ValueError("it must be an object of texts")
+                raise ValueError("it must be a JSON object whose values are non-empty strings")
             return cls(**document)
         except (ValueError, TypeError, RecursionError) as error:
             raise InputError(f"not a chat template: {error}") from None
 
 
 def add_control_tokens(tokenizer: Tokenizer, template: ChatTemplate = ChatTemplate()) -> EditedTokenizer:
-    """Add the tokens of the template that are missing, as control tokens.
+    """Add the missing tokens of the template as control tokens.
 
-    Raises `InputError` if one of them is an ordinary token, which text could be encoded to.
+    Raises `InputError` if one of them is already an ordinary token, because text could be encoded to it.
     """
     special = {token.content for token in tokenizer.backend.get_added_tokens_decoder().values() if token.special}
     missing = [token for token in template.tokens if token not in special]
@@ -75,12 +75,12 @@ class Turn:
 
     @property
     def learned(self) -> list[bool]:
-        """Whether each token is part of an answer: the text and the end of turn of the assistant, but not the token of the role."""
+        """Whether each token is trained on: the assistant's text and end-of-turn token, but not its role token."""
         return [False] + [self.role == ASSISTANT] * (len(self.ids) - 1)
 
 
 class ChatEncoder:
-    """Encodes conversations with a template and a tokenizer. Raises `InputError` if the tokenizer does not have its tokens."""
+    """Encodes conversations with a template and a tokenizer. Raises `InputError` if the tokenizer lacks a token of the template."""
 
     def __init__(self, template: ChatTemplate, tokenizer: Tokenizer) -> None:
         self.template, self.tokenizer = template, tokenizer
@@ -96,30 +96,30 @@ class ChatEncoder:
         """The id of the token before a conversation."""
         self.end_of_turn = ids[template.end_of_turn]
         self.added_ids = tuple(ids[token] for token in template.tokens)
-        """The ids of the tokens of the template."""
+        """The ids of the template's tokens."""
         self.stop_ids = (self.end_of_turn,)
         """The ids that end an answer, in addition to the end-of-text token."""
 
     @cached_property
     def control_tokens(self) -> list[str]:
-        """The names of all control tokens of the tokenizer, which messages must not contain.
+        """The text of all control tokens of the tokenizer, longest first. `escape` rewrites them in messages.
 
-        Raises `InputError` if one of them cannot be written with a space in it.
+        Raises `InputError` if one of them cannot be escaped with a space.
         """
         added = self.tokenizer.backend.get_added_tokens_decoder()
         names = {token.content for token in added.values() if token.special}
         names |= {str(self.tokenizer.backend.id_to_token(self.start))}
         short = sorted(name for name in names if len(name) < 2)
         if short:
-            problem = f"the control token {short[0]!r} is a single character, which could not be written in a message"
+            problem = f"the control token {short[0]!r} is a single character, so it cannot be escaped in a message"
             raise InputError(problem, where="tokenizer")
         unsafe = sorted(name for name in names if any(other in _escaped(name) for other in names))
         if unsafe:
-            raise InputError(f"the control token {unsafe[0]!r} contains another one with a space in it", where="tokenizer")
+            raise InputError(f"the control token {unsafe[0]!r} still contains a control token when escaped", where="tokenizer")
         return sorted(names, key=lambda name: (-len(name), name))
 
     def escape(self, text: str) -> str:
-        """Write a space after the first character of every control token that is spelled in a text."""
+        """Insert a space after the first character of every control token in a text."""
         for name in self.control_tokens:
             text = text.replace(name, _escaped(name))
         return text
@@ -135,11 +135,11 @@ class ChatEncoder:
         return [self.turn(message) for message in messages]
 
     def prompt(self, turns: Sequence[Turn]) -> list[int]:
-        """The ids after which the model generates the next answer."""
+        """Return the prompt ids for the assistant's next answer."""
         return [self.start, *(id for turn in turns for id in turn.ids), self._role_ids[ASSISTANT]]
 
     def jinja(self) -> str:
-        """The template in Jinja, as `transformers` and llama.cpp use it. It renders a text that encodes to the same ids."""
+        """Return the template in Jinja, for `transformers` and llama.cpp. It renders a text that encodes to the same ids."""
         content = "message['content']" + "".join(
             f".replace({_quoted(name)}, {_quoted(_escaped(name))})" for name in self.control_tokens
         )
@@ -165,17 +165,17 @@ def _escaped(name: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A text as a string of Jinja."""
+    """Format a text as a Jinja string literal."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
 
 
 def fit_turns(turns: Sequence[Turn], limit: int | None) -> tuple[list[Turn], int]:
-    """Leave out the oldest exchanges until at most `limit` tokens remain. Returns the other turns and how many were left out.
+    """Drop the oldest exchanges until at most `limit` tokens remain. Returns the remaining turns and the number of dropped turns.
 
-    The last turn is a message of the user. It stays even if it is longer than the limit, and so does the system message.
+    The last turn is the user's. The last turn and the system message are kept even if they are longer than the limit.
     """
     system, rest = (turns[:1], turns[1:]) if turns and turns[0].role == SYSTEM else (turns[:0], turns)
-    left_out = 0
+    dropped = 0
     while limit is not None and len(rest) > 2 and sum(len(turn.ids) for turn in (*system, *rest)) > limit:
-        rest, left_out = rest[2:], left_out + 2
-    return [*system, *rest], left_out
+        rest, dropped = rest[2:], dropped + 2
+    return [*system, *rest], dropped

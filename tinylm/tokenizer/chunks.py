@@ -1,8 +1,8 @@
-"""Numbers the distinct chunks of a text, where a chunk is the text between two neighboring split points.
+"""Assign numbers to the distinct chunks of a text. A chunk is the text between two neighboring split points.
 
-Most chunks of a text repeat earlier ones. Encoding needs the model only for new chunks, and training counts chunk numbers instead
-of words. To look up all chunks of a text at once with array operations, short chunks are packed into three 64-bit integers each
-and compared in full, so a hash collision cannot return a wrong number.
+Most chunks in a text repeat earlier ones. Therefore, only new chunks have to be encoded, and training counts chunk numbers instead
+of words. Array operations look up all chunks of a text at once: each short chunk is packed into three 64-bit integers and compared
+in full, so a hash collision cannot return a wrong number.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_BYTES = 32 << 20
 _SLOTS = 1 << 20
 _MAX_PACKED_BYTES = 8 * PACKED_WORDS
 _MASKS = np.array([(1 << 8 * size) - 1 for size in range(8)] + [(1 << 64) - 1] * (_MAX_PACKED_BYTES - 7), dtype=np.uint64)
-"""`_MASKS[size]` keeps the first `size` bytes of a 64-bit integer. From 8 bytes on, it keeps all of them."""
+"""`_MASKS[size]` keeps the first `size` bytes of a 64-bit integer, or all 8 bytes if `size` is larger."""
 
 
 class ChunkIndex:
@@ -41,7 +41,7 @@ class ChunkIndex:
         self._has_kernel_slots = False
         self._packed = np.zeros((PACKED_WORDS, 1024), dtype="<u8")
         self._lengths = np.full(1024, -1, dtype=np.int32)
-        """The length in bytes of each chunk in `_packed`; -1 for chunks that are too long to be packed."""
+        """The length in bytes of each chunk in `_packed`, or -1 for a chunk that is too long to be packed."""
 
     @property
     def is_full(self) -> bool:
@@ -64,7 +64,7 @@ class ChunkIndex:
         return numbers
 
     def _find_with_kernels(self, kernels: Any, text: bytes, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """`find` with compiled loops. Their hash table resolves collisions by linear probing, so it contains every short chunk."""
+        """`find` with compiled loops. Linear probing resolves hash collisions, so the table contains every short chunk."""
         if not self._has_kernel_slots:
             self._slots = np.full(_SLOTS, -1, dtype=np.int32)
             kernels.index_chunks(self._slots, self._packed, self._lengths, len(self.chunks))
@@ -117,7 +117,7 @@ class ChunkIndex:
         self._slots[slots[short]] = numbers
 
     def _reserve(self, n_chunks: int) -> None:
-        """Grow the arrays, if necessary, to hold `n_chunks` chunks."""
+        """Grow the arrays if they are too small for `n_chunks` chunks."""
         if n_chunks > len(self._lengths):
             extra = 2 * n_chunks - len(self._lengths)
             self._lengths = np.concatenate((self._lengths, np.full(extra, -1, dtype=np.int32)))
@@ -125,9 +125,9 @@ class ChunkIndex:
 
 
 def _pack(text: bytes, starts: np.ndarray, lengths: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-    """Return the first bytes of each chunk as `PACKED_WORDS` integers, padded with zeros, and the slots to which they hash."""
+    """Return the first bytes of each chunk as `PACKED_WORDS` zero-padded integers, and the hash table slot of each chunk."""
     padded = text + bytes(_MAX_PACKED_BYTES)
-    # The 8 bytes at every position of the text as an integer, in a strided view without a copy.
+    # word_at[i] is the integer formed by the 8 bytes at position i. The view is strided, so nothing is copied.
     word_at = np.ndarray(shape=(len(text) + 8 * (PACKED_WORDS - 1) + 1,), dtype="<u8", buffer=padded, strides=(1,))
     words = []
     hashed = lengths.astype(np.uint64) * HASH_MULTIPLIERS[1]

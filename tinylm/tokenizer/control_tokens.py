@@ -1,4 +1,7 @@
-"""The control tokens of an encoder's tokenizer, which frame a text, mask a token or fill up a row. Text never encodes to them."""
+"""The control tokens of an encoder's tokenizer mark the start and end of a text, mask a token, or pad a sequence.
+
+Text is never encoded to control tokens.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ _SPELLINGS = {
     "mask": ("[MASK]", "<mask>"),
     "pad": ("[PAD]", "<pad>"),
 }
-"""The names of each control token, in BERT's and in RoBERTa's vocabularies."""
+"""The spelling of each control token in BERT's and in RoBERTa's vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class ControlTokens:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> ControlTokens:
-        """Find the control tokens of a tokenizer. Raises `InputError` if it has no such token."""
+        """Find the control tokens of a tokenizer. Raises `InputError` if one is missing, or if text can be encoded to one."""
         ids = {}
         for name, spellings in _SPELLINGS.items():
             found = (tokenizer.backend.token_to_id(spelling) for spelling in spellings)
@@ -51,7 +54,7 @@ class ControlTokens:
 
 
 def encode_with_masks(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Encode a text in which [MASK] stands for one token. A space before [MASK] belongs to the masked token.
+    """Encode a text in which each [MASK] represents one masked token. A space before [MASK] belongs to the masked token.
 
     All other control tokens in the text are encoded as ordinary text.
     """
@@ -59,7 +62,7 @@ def encode_with_masks(tokenizer: Tokenizer, text: str) -> list[int]:
     spelling = str(tokenizer.backend.id_to_token(mask))
     document = json.loads(tokenizer.backend.to_str())
     for token in document["added_tokens"]:
-        if token["id"] == mask:  # a token that is not special is recognized in every text
+        if token["id"] == mask:  # a token that is not special is recognized in any text
             token.update(special=False, lstrip=True, rstrip=False, single_word=False, normalized=False)
     backend = tokenizers.Tokenizer.from_str(json.dumps(document))
     backend.encode_special_tokens = True

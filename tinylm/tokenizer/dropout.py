@@ -4,7 +4,7 @@ Provilkov et al. 2020, "BPE-Dropout: Simple and Effective Subword Regularization
 could be applied is dropped with some probability; if all are dropped, the word is finished. For example, a word that is usually
 encoded as `n` `e` `w` `est` becomes `n` `e` `w` `es` `t` if the merge of `es` and `t` is dropped.
 
-Random numbers are drawn in the order of the text, so the same seed produces the same ids for any division of the text into pieces.
+Random numbers are drawn in text order, so the same seed produces the same ids no matter how the text is divided into pieces.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Fast encoding of text to ids. Each distinct chunk is encoded once, by the fastest engine that produces the same ids.
+"""Fast encoding of text to ids. The ids are always the same as those of the `tokenizers` library.
 
-If the split points of a tokenizer are known, a `ChunkIndex` looks up known chunks, and only new chunks are passed to the engine.
-The engine is tiktoken if it is installed, can represent the tokenizer, and agrees with `tokenizers` on a sample of the text.
-Otherwise it is `tokenizers`. Byte and character vocabularies use a lookup table. The ids are always the same as with `tokenizers`.
+If the split points of a tokenizer are known, each distinct chunk is encoded once: a `ChunkIndex` looks up known chunks, and only
+new chunks are passed to the engine. The engine is tiktoken if it is installed, can represent the tokenizer, and agrees with
+`tokenizers` on a sample of the text. Otherwise, it is `tokenizers`. Byte and character vocabularies use a lookup table.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ Note = Callable[[str], None]
 SEGMENT_BYTES = 1 << 18
 """Target size of the segments into which documents are cut."""
 MAX_BYTES_WITHOUT_SPLIT_POINT = 1 << 22
-"""A longer stretch of text without a split point is not encoded, because encoding it as a whole would need too much memory."""
+"""A longer stretch of text without a split point is rejected, because encoding it as a whole would need too much memory."""
 _SAMPLE_CHUNKS = 2000
-"""Chunks on which tiktoken must agree with `tokenizers`."""
+"""Number of chunks on which tiktoken must agree with `tokenizers`."""
 _MAX_TIKTOKEN_CHARACTERS = 500
-"""tiktoken's time is quadratic in the length of a chunk, so longer chunks go to `tokenizers`."""
+"""tiktoken's run time is quadratic in the chunk length, so longer chunks are encoded with `tokenizers`."""
 _ENGINE_CHUNKS = 1 << 14
 """Maximum number of chunks passed to the engine at once."""
 
@@ -45,7 +45,7 @@ def segments(
 
     The cuts are at split points, so they do not change any token. They do not depend on how `pieces` divide a document. Without
     `split_points`, each segment is a whole document. With `cut_anywhere`, a long stretch without a split point is cut between any
-    two characters, which may change tokens. Otherwise, raises `InputError` for more than `MAX_BYTES_WITHOUT_SPLIT_POINT` of it.
+    two characters, which may change tokens. Otherwise, a stretch longer than `MAX_BYTES_WITHOUT_SPLIT_POINT` raises `InputError`.
     """
     cut_anywhere = cut_anywhere or (split_points is not None and split_points.anywhere)
     buffer, starts_document = bytearray(), False
@@ -74,8 +74,8 @@ def segments(
 def _cuts(text: bytes, split_points: SplitPoints, cut_anywhere: bool) -> list[int]:
     """Return the positions at which to cut the beginning of a longer text.
 
-    They are the last split point before each multiple of `SEGMENT_BYTES`, and with `cut_anywhere` also positions in stretches of
-    more than `SEGMENT_BYTES` without a split point.
+    The cuts are the last split points before each multiple of `SEGMENT_BYTES`. With `cut_anywhere`, stretches of more than
+    `SEGMENT_BYTES` without a split point are also cut.
     """
     candidates = split_points.find(text)
     targets = np.append(np.arange(SEGMENT_BYTES, len(text), SEGMENT_BYTES), len(text))
@@ -93,7 +93,7 @@ def _cuts(text: bytes, split_points: SplitPoints, cut_anywhere: bool) -> list[in
 
 
 class Encoder:
-    """Encodes segments for one tokenizer and caches the ids of chunks. `note` is called if tiktoken cannot be used."""
+    """Encodes segments with one tokenizer and caches the ids of chunks. `note` receives a message if tiktoken's ids differ."""
 
     def __init__(self, backend: tokenizers.Tokenizer, tokenizer_json: Mapping[str, Any], split_points: SplitPoints | None) -> None:
         self._backend = backend
@@ -161,18 +161,18 @@ class Encoder:
         if engine is None:
             return self._encode_with_tokenizers
         if engine(sample) != self._encode_with_tokenizers(sample):
-            self.note("tiktoken gives different ids for this tokenizer; encoding with tokenizers instead, which is slower")
+            self.note("tiktoken produces different ids for this tokenizer; encoding with tokenizers instead, which is slower")
             return self._encode_with_tokenizers
         return engine
 
 
 def _grown(array: np.ndarray, size: int) -> np.ndarray:
-    """The array, extended with zeros if it is shorter than `size`."""
+    """Return the array, extended with zeros if it is shorter than `size`."""
     return array if len(array) >= size else np.concatenate((array, np.zeros(2 * size - len(array), dtype=array.dtype)))
 
 
 def _no_normalizer_or_added_tokens(tokenizer_json: Mapping[str, Any]) -> bool:
-    """Ignores special tokens, because text is never encoded as a special token."""
+    """Special tokens do not count, because text is never encoded to them."""
     return tokenizer_json.get("normalizer") is None and all(token["special"] for token in tokenizer_json["added_tokens"])
 
 
@@ -212,7 +212,7 @@ def _character_table(tokenizer_json: Mapping[str, Any]) -> np.ndarray | None:
 def tiktoken_engine(tokenizer_json: Mapping[str, Any], fallback: Engine) -> Engine | None:
     """Return a tiktoken engine with the same merges, or None if tiktoken is not installed or cannot represent the tokenizer.
 
-    `fallback` encodes the texts that are too long for tiktoken.
+    `fallback` encodes texts that are too long for tiktoken.
     """
     pattern = byte_level_pattern(tokenizer_json)
     model = tokenizer_json["model"]

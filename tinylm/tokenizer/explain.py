@@ -1,4 +1,4 @@
-"""Explains step by step how a text is encoded: the merges of BPE, the best segmentations of Unigram, the matches of WordPiece."""
+"""Explain step by step how a text is encoded: the merges of BPE, the best segmentations of Unigram, the matches of WordPiece."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tinylm.tokenizer.tokenizer import BYTE_TOKENS, Tokenizer
 
 MAX_CHARACTERS = 20_000
 _N_ALTERNATIVES = 3
-"""Segmentations shown for Unigram besides the best one."""
+"""Number of Unigram segmentations to show in addition to the best one."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class _WordExplainer:
         return token if token in BYTE_TOKENS or id == self._tokenizer.unknown else self._text(token)
 
     def _text(self, token: str) -> str:
-        """Return the text of a token or word of the vocabulary. Bytes of incomplete characters are written as \\xNN."""
+        """Return the readable text of a token or pretokenized word. Bytes of incomplete characters are written as \\xNN."""
         table = unicode_to_bytes()
         if not self._tokenizer.is_byte_level or not all(character in table for character in token):
             return token
@@ -194,19 +194,20 @@ def visible(text: str) -> str:
 
 
 _COLORS = 6
-"""Number of colors of tokens in explain.html."""
+"""Number of token colors in explain.html."""
 _NOTES = {
-    "bpe": "BPE starts with the {units} of a word and applies merges. Merge 23 is the 23rd pair that training joined, when it was "
-    "the most frequent pair of neighbors in the training text. Of the merges that fit a word, the lowest number comes first.",
-    "unigram": "Unigram gives every token a probability, learned from the training text. Of all ways to divide a word into tokens, "
-    "it takes the one with the highest product of probabilities. log p is the logarithm of this product: closest to 0 is best.",
-    "wordpiece": "WordPiece takes the longest token that the word begins with, then the longest that continues it, and so on. "
-    "Tokens inside a word begin with ##. A word that cannot be divided completely becomes one unknown token.",
-    "word": "Every word of the vocabulary is one token. All other words become the unknown token.",
+    "bpe": "BPE starts with the {units} of a word and applies merges. Merge 23 joins the pair of neighbors that was the most "
+    "frequent one in the training text after the first 22 merges. If several merges are possible, the lowest number is applied "
+    "first.",
+    "unigram": "Unigram learns the probability of every token from the training text. Among all ways to divide a word into tokens, "
+    "it chooses the one with the highest product of probabilities. log p is the logarithm of this product: closest to 0 is best.",
+    "wordpiece": "WordPiece chooses the longest token at the start of the word, then the longest token at the start of the rest, "
+    "and so on. Tokens inside a word begin with ##. A word that cannot be divided completely becomes one unknown token.",
+    "word": "Every word in the vocabulary is one token. All other words become the unknown token.",
     "char": "Every character is one token.",
     "byte": "Every byte of the UTF-8 text is one token.",
 }
-"""What the steps of each kind of tokenizer mean."""
+"""Explanations of the steps, by tokenizer kind."""
 
 
 def as_html(explanation: Explanation, title: str) -> str:

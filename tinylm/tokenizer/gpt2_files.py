@@ -1,4 +1,4 @@
-"""Read a byte-level BPE tokenizer from GPT-2's vocab.json and merges.txt, and find the tokenizer in a folder."""
+"""Find the tokenizer file in a folder, and read byte-level BPE tokenizers in GPT-2's format (vocab.json and merges.txt)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ VOCABULARY, MERGES = "vocab.json", "merges.txt"
 
 
 def tokenizer_file(folder: Path) -> Path:
-    """Return the file that holds the tokenizer of a folder. Raises `InputError` if there is none that can be read."""
+    """Return the tokenizer file in a folder. Raises `InputError` if there is none in a supported format."""
     if (folder / "tokenizer.json").exists():
         return folder / "tokenizer.json"
     if (folder / VOCABULARY).exists() and (folder / MERGES).exists():
@@ -28,13 +28,13 @@ def tokenizer_file(folder: Path) -> Path:
 
 
 def read(folder: Path, end_of_text: str) -> tokenizers.Tokenizer:
-    """Read the two files. `end_of_text` becomes a control token if the vocabulary has it.
+    """Read vocab.json and merges.txt. `end_of_text` becomes a control token if the vocabulary contains it.
 
     Raises `InputError` if a file is missing or damaged.
     """
     for name in (VOCABULARY, MERGES):
         if not (folder / name).is_file():
-            raise InputError("no such file", where=str(folder / name), hint=f"{VOCABULARY} and {MERGES} belong together")
+            raise InputError("no such file", where=str(folder / name), hint=f"both {VOCABULARY} and {MERGES} are required")
     vocabulary = folder / VOCABULARY
     try:
         backend = tokenizers.Tokenizer(models.BPE.from_file(str(vocabulary), str(folder / MERGES)))

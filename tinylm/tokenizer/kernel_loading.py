@@ -1,4 +1,4 @@
-"""Decides whether to run the numba loops of `tinylm.tokenizer.kernels` or the equivalent NumPy code.
+"""Decide whether to run the numba loops in `tinylm.tokenizer.kernels` or the equivalent NumPy code.
 
 Loading the loops takes about half a second. The first time on a machine, numba compiles them, which takes about ten seconds.
 """
@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 MIN_BYTES = 8 << 20
-"""Bytes of text that a process must have read before loading the kernels pays off."""
+"""Bytes of text that a process must read before it is worthwhile to load the kernels."""
 bytes_read = 0
 """Bytes of text that this process has read so far."""
 _MODULE = "tinylm.tokenizer.kernels"
@@ -19,7 +19,7 @@ _MODULE = "tinylm.tokenizer.kernels"
 def kernels_if_worthwhile(n_bytes: int) -> Any | None:
     """Add `n_bytes` to the bytes read, and return the `kernels` module if it is loaded or worth loading now.
 
-    Otherwise return None: the caller should use the equivalent NumPy code. Always return None if numba is not installed.
+    If this returns None, the caller should use the equivalent NumPy code. Always returns None if numba is not installed.
     """
     global bytes_read
     if _MODULE in sys.modules:

@@ -1,4 +1,4 @@
-"""The inner loops that find chunks and learn merges, compiled by numba.
+"""The inner loops that find chunks and learn merges, compiled with numba.
 
 They return the same results as the NumPy code in `split_points`, `chunks`, `encoding` and `merges`. `kernel_loading` decides
 when they are used.
@@ -16,7 +16,7 @@ from tinylm.tokenizer.constants import HASH_MULTIPLIERS, PACKED_WORDS, PAIR_SHIF
 _MAX_PACKED_BYTES = 8 * PACKED_WORDS
 _M0, _M1, _M2 = HASH_MULTIPLIERS
 _EMPTY = -1
-"""The key of an empty slot of a pair table."""
+"""The key of an empty slot in a pair table."""
 
 
 _njit = cached_njit()
@@ -123,11 +123,11 @@ def gather_ids(flat: Any, starts: Any, sizes: Any, numbers: Any, ids: Any) -> No
 
 # Learning merges. The functions below share these arguments, which `merges._CompiledPairs` creates:
 #
-# words   (symbol, following, preceding, weight): for each position its symbol, its neighbors' positions and its word's count
+# words   (symbol, following, preceding, weight): for each position, the symbol, the neighbors' positions and the word's count
 # table   (keys, counts, sizes, heads): a hash table of pairs, with the count, the number of positions and the first list entry
 # lists   (positions, next entries): linked lists of the positions where each pair occurs
-# heap    (counts, keys): a binary heap of pairs, highest count first; may contain outdated entries
-# used    the number of keys in the table, of entries in the lists, and of items in the heap
+# heap    (counts, keys): a binary heap of pairs, highest count first, which may contain outdated items
+# used    the numbers of table keys, list entries and heap items
 
 
 @_njit
@@ -142,7 +142,7 @@ def slot_of(keys: Any, key: int) -> Any:
 
 @_njit
 def _comes_before(heap: Any, i: int, j: int) -> Any:
-    """Whether item i comes before item j: it has the higher count or, if the counts are equal, the lower key."""
+    """Whether item i comes before item j: it has a higher count, or an equal count and a lower key."""
     counts, keys = heap
     return counts[i] > counts[j] if counts[i] != counts[j] else keys[i] < keys[j]
 

@@ -1,4 +1,4 @@
-"""Learns the merges of byte-pair encoding (BPE) from word counts.
+"""Learn the merges of byte-pair encoding (BPE) from word counts.
 
 Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units": every word starts as a sequence of characters.
 The pair of neighboring symbols with the highest count is merged into a new symbol, until the vocabulary is large enough. Pairs
@@ -37,13 +37,13 @@ _EXCLUDED = -(1 << 62)
 
 @dataclass
 class Merges:
-    """A learned vocabulary: the tokens by id, starting with the alphabet, and the merges in order as pairs of ids."""
+    """A learned vocabulary: the tokens in id order, starting with the alphabet, and the merges as pairs of ids."""
 
     tokens: list[str]
     pairs: list[tuple[int, int]] = field(default_factory=list)
 
     def as_text(self) -> list[tuple[str, str]]:
-        """The merges as pairs of tokens."""
+        """Return the merges as pairs of tokens."""
         return [(self.tokens[left], self.tokens[right]) for left, right in self.pairs]
 
 
@@ -64,9 +64,10 @@ def learn(
 ) -> Merges:
     """Learn merges until there are `vocab_size` tokens or no pair occurs at least `min_frequency` times.
 
-    `alphabet` lists the characters that may begin a word, and `inner_alphabet` the tokens of the same characters inside a word
-    (WordPiece: `##a` for `a`; default: the same tokens). Other characters are never merged. No merge creates a token that
-    is longer than `max_token_length` characters or is in `reserved`. `join` returns the token that results from merging two tokens.
+    `alphabet` lists the characters that are tokens at the start of a word. `inner_alphabet` lists the tokens for the same
+    characters inside a word, for example `##a` for `a` in WordPiece. By default, these tokens are the same. Characters that are not
+    in the alphabet are never merged. Merges are skipped if the new token would be longer than `max_token_length` characters or is
+    in `reserved`. `join` returns the token that results from merging two tokens.
     """
     tokens = [*alphabet, *(inner_alphabet or [])]
     symbols, starts = _symbols(word_counts, alphabet, inner_alphabet is not None)
@@ -95,7 +96,7 @@ def learn(
 
 
 def _symbols(word_counts: WordCounts, alphabet: list[str], has_inner: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Return the symbol of every character of every word, int64 (characters,), and the position where each word starts, (words,).
+    """Return the symbol of each character in all words, int64 (characters,), and the start of each word, int64 (words,).
 
     A symbol is the character's index in `alphabet`, or -1 if the alphabet does not contain it. With `has_inner`, len(alphabet) is
     added to the symbols that do not begin a word.
@@ -115,7 +116,7 @@ def _symbols(word_counts: WordCounts, alphabet: list[str], has_inner: bool) -> t
 
 
 def _linked(symbols: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Return for each position its symbol, the positions of the next and previous symbols in its word, and the word's count.
+    """Return, for each position, the symbol, the positions of the next and previous symbols in the word, and the word's count.
 
     The position `len(symbols)` means that there is no neighbor. A negative symbol is not part of any pair.
     """
@@ -145,7 +146,7 @@ class _CompiledPairs:
         kernels.fill_heap(self._table, self._heap, self._used)
 
     def _reserve(self, n_pairs: int) -> None:
-        """Grow the table and the heap to hold `n_pairs` more pairs, with the table at most half full."""
+        """Grow the table and the heap so that `n_pairs` more pairs fit. The table stays at most half full."""
         size = len(self._table[0])
         while 2 * (int(self._used[0]) + n_pairs) > size:
             size *= 2
@@ -164,7 +165,7 @@ class _CompiledPairs:
         return None if key < 0 else (key >> PAIR_SHIFT, key & _MASK)
 
     def exclude(self, pair: tuple[int, int]) -> None:
-        """Never return a pair from `best` again."""
+        """Prevent `best` from returning this pair again."""
         keys, counts = self._table[:2]
         counts[self._kernels.slot_of(keys, pair[0] << PAIR_SHIFT | pair[1])] = _EXCLUDED
 
@@ -176,7 +177,7 @@ class _CompiledPairs:
 
 
 def _pair_table(size: int) -> tuple[np.ndarray, ...]:
-    """Create an empty hash table: keys (-1: none), counts, numbers of positions, and first list entries (-1: none)."""
+    """Create an empty hash table: keys (-1 if empty), counts, numbers of positions, and first list entries (-1 if empty)."""
     return np.full(size, -1, np.int64), np.zeros(size, np.int64), np.zeros(size, np.int32), np.full(size, -1, np.int32)
 
 
@@ -220,7 +221,7 @@ class _Pairs:
             heapq.heapify(self._heap)
 
     def exclude(self, pair: tuple[int, int]) -> None:
-        """Never return a pair from `best` again."""
+        """Prevent `best` from returning this pair again."""
         key = pair[0] << PAIR_SHIFT | pair[1]
         self._counts[key] = _EXCLUDED
 
@@ -242,7 +243,7 @@ class _Pairs:
         symbol[A], symbol[B] = new, -2
         following[A], preceding[R] = R, A
         self._is_merged[A] = True
-        right_unmerged = ~self._is_merged[R]  # if the right neighbor was merged too, it counts the pair
+        right_unmerged = ~self._is_merged[R]  # if the right neighbor was merged too, the pair is counted there
         self._is_merged[A] = False
         L = preceding[A]
         left = symbol[L]
@@ -287,7 +288,7 @@ class _Pairs:
 
 
 def _without_overlaps(A: np.ndarray, B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Keep only the left one of two overlapping pairs, as in `aaa`. A and B are the positions of the two symbols of each pair."""
+    """Keep only the left of two overlapping pairs, as in `aaa`. A and B are the positions of each pair's two symbols."""
     order = np.argsort(A)
     A, B = A[order], B[order]
     kept, previous = [], -1

@@ -1,6 +1,6 @@
-"""Pretokenizers, which divide a text into words before the tokenizer's model is applied. No token spans two words.
+"""Pretokenizers divide a text into words before the tokenizer's model is applied. No token spans two words.
 
-`tokenizer.split` of a recipe is one of the names below or a regular expression.
+The recipe key `tokenizer.split` is one of the names below or a regular expression.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ PATTERNS = {
     "whitespace": r" ?\S+|\s+(?!\S)|\s+",
     "none": r"[^\n]*\n|[^\n]+",
 }
-"""The regular expression of each named split. `DIGITS` is replaced by the maximum number of digits in a word."""
+"""The regular expression of each named split. `DIGITS` is replaced with the maximum number of digits in a word."""
 PATTERNS["llama3"] = PATTERNS["gpt4"]
 MAX_DIGITS = {"gpt4": 2, "llama3": 3}
-"""Default maximum number of digits in a word, for the splits whose pattern limits it."""
+"""Default maximum number of digits in a word, for the named splits that have such a limit."""
 SPLIT_NAMES = ("gpt4", "gpt2", "llama3", "whitespace", "none")
 
 
 def split_pattern(split: str, digits: int | None) -> str:
     """Return the regular expression of a named split. Any other `split` is used as a regular expression.
 
-    `digits` is the maximum number of digits in a word; None means the default of the split.
+    `digits` is the maximum number of digits in a word. None means the split's default.
     """
     return PATTERNS.get(split, split).replace("DIGITS", str(digits or MAX_DIGITS.get(split, 1)))
 
@@ -98,7 +98,7 @@ def as_canonical_steps(*steps: pre_tokenizers.PreTokenizer) -> list[str]:
 
 
 def byte_level_pattern(tokenizer_json: Mapping[str, Any]) -> str | None:
-    """Return the split pattern of a tokenizer.json that splits by one pattern and then maps bytes to characters.
+    """Return the split pattern if a tokenizer.json splits with one pattern and then maps bytes to characters.
 
     Returns None for any other pretokenizer.
     """

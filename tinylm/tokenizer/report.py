@@ -1,4 +1,4 @@
-"""Evaluate how well a tokenizer fits a text: compression, coverage, balance, split words and lossless decoding."""
+"""Evaluate how well a tokenizer fits a text: compression, token frequencies, unknown tokens, split words and lossless decoding."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tinylm.tokenizer.tokenizer import Tokenizer
 
 RENYI_ALPHA = 2.5
 RARE_COUNT = 5
-"""Tokens that are used at least once, but fewer times than this, are reported as rare."""
+"""Tokens that are used at least once but fewer than this many times are reported as rare."""
 BASELINE_TEXT = "builtin:python-docs"
 _MAX_FAILURES = 5
 _MAX_EXCERPT = 40
@@ -30,7 +30,7 @@ _MAX_TOKEN_LENGTH = 16
 
 @dataclass(frozen=True)
 class FileReport:
-    """The metrics of one file of the text."""
+    """The metrics of a tokenizer on one file of a text."""
 
     name: str
     bytes: int
@@ -41,7 +41,7 @@ class FileReport:
 
 @dataclass(frozen=True)
 class RoundTripFailure:
-    """A line that decoding did not restore: excerpts of the line and of the decoded text around the first difference."""
+    """A line that decoding did not restore, with excerpts of the line and of the decoded text around the first difference."""
 
     file: str
     line: int
@@ -63,21 +63,21 @@ class TokenizerReport:
     bytes_per_token: float
     tokens_per_word: float
     words_split: float
-    """The share of words (separated by whitespace) that are split into several tokens."""
+    """The share of whitespace-separated words that are split into several tokens."""
     unused_tokens: int
     rare_tokens: int
-    """Tokens that are used at least once, but fewer than `RARE_COUNT` times."""
+    """Number of tokens that are used at least once but fewer than `RARE_COUNT` times."""
     unknown_tokens: int
     renyi_efficiency: float
     """The Rényi entropy of order 2.5 of the token frequencies, divided by the log of the vocabulary size (Zouhar et al. 2023,
     "Tokenization and the Noiseless Channel")."""
     round_trip_failures: int
-    """Lines of the text that decoding did not restore exactly."""
+    """Number of lines that decoding did not restore exactly."""
     encode_megabytes_per_second: float
     frequent_tokens: list[tuple[str, int]]
     longest_tokens: list[str]
     token_lengths: list[int]
-    """How many tokens of the text have 0, 1, 2, ... bytes. The last entry counts all longer tokens."""
+    """Number of tokens in the text with 0, 1, 2, ... bytes. The last entry includes all longer tokens."""
     failures: list[RoundTripFailure]
     """The first few round-trip failures."""
     files: list[FileReport]
@@ -163,7 +163,7 @@ def _unknown_count(adapter: TokenizerAdapter, counts: np.ndarray) -> int:
 
 
 def _round_trip_failures(adapter: TokenizerAdapter, file: str, first_line: int, text: str) -> list[RoundTripFailure]:
-    """Return the lines of a text that decoding does not restore, or the whole text if each single line is restored."""
+    """Return the lines of a text that decoding does not restore, or the whole text if every line is restored separately."""
     lines = text.splitlines(keepends=True)
     failures = []
     for number, (line, ids) in enumerate(zip(lines, adapter.encode_batch(lines), strict=True), first_line):
@@ -183,7 +183,7 @@ def _excerpts(text: str, decoded: str) -> tuple[str, str]:
 
 
 def _share_of_split_words(adapter: TokenizerAdapter, words: Counter[str]) -> float:
-    """Return the share of words with several tokens, ignoring whitespace tokens. Each word is encoded after a space."""
+    """Return the share of words with several tokens, ignoring whitespace tokens. Each word is encoded with a leading space."""
     common = words.most_common(_MAX_SPLIT_WORDS)
     is_visible = np.array([bool(token.strip()) for token in adapter.token_bytes])
     encoded = adapter.encode_batch([f" {word}" for word, _ in common])
@@ -201,7 +201,7 @@ def _renyi_efficiency(counts: np.ndarray) -> float:
 
 
 def gpt2_style(vocab_size: int) -> Tokenizer:
-    """A baseline: byte-level BPE with GPT-2's split pattern, trained on `BASELINE_TEXT`. The tokenizer is cached."""
+    """Return a baseline tokenizer: byte-level BPE with GPT-2's split pattern, trained on `BASELINE_TEXT` and cached."""
     section = BpeTokenizer(kind="bpe", vocab_size=min(max(vocab_size, 257), 50_257), split="gpt2")
     with Corpus([BASELINE_TEXT]) as corpus:
         path = cache_folder("tokenizers") / f"gpt2-style-{section.vocab_size}.json"

@@ -1,4 +1,4 @@
-"""Finds split points, the positions where a text may be cut without changing any token.
+"""Find split points: positions where a text can be cut without changing any token.
 
 A new word begins at every split point, regardless of the text before and after it. The parts between split points can therefore be
 encoded separately and in any order, and a repeated part needs to be encoded only once. For example, the pretokenizer `gpt2` always
@@ -36,14 +36,14 @@ class SplitPoints:
     def __init__(self, rules: Iterable[tuple[str, str]], *, before_line_starts: bool = False, anywhere: bool = False) -> None:
         """Define the split points.
 
-        Each rule is a pair (classes of a byte, classes of the next byte), written with the letters of `_CLASSES`. There is a split
-        point between two bytes if a rule matches both. With `before_line_starts`, the beginning of every non-blank line is a
-        split point too. With `anywhere`, a text may also be cut between any two characters; `find` does not list these positions.
+        Each rule is a pair (classes of a byte, classes of the next byte), written with the letters in `_CLASSES`. There is a split
+        point between two bytes if a rule matches both. With `before_line_starts`, the beginning of every non-blank line is also a
+        split point. With `anywhere`, a text can be cut between any two characters, but `find` does not return these positions.
         """
         self.anywhere = anywhere
         self.rules = tuple(rules)
         self.before_line_starts = before_line_starts
-        # Each byte maps to bits: its own class, and the classes after which it may begin a word.
+        # Two bit masks for each byte: its own class, and the classes after which it always begins a word.
         self._class_bits = bytes(1 << _CLASSES.index(name) for name in _CLASS_OF)
         allowed = {
             name: sum({1 << _CLASSES.index(left) for before, after in self.rules if name in after for left in before})
@@ -96,9 +96,9 @@ def _class_of(byte: int) -> str:
 
 
 def _wide_space() -> np.ndarray:
-    """Return a table of whether two bytes (`first << 8 | second`) can be the end of a non-ASCII whitespace character.
+    """Return a table, indexed by two bytes (`first << 8 | second`), of whether they can end a non-ASCII whitespace character.
 
-    It includes U+180E, which was whitespace in older versions of Unicode.
+    The table includes U+180E, which was whitespace in older versions of Unicode.
     """
     table = np.zeros(1 << 16, dtype=bool)
     for character in "\x85\xa0\u1680\u180e\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B))):
@@ -123,7 +123,7 @@ SPLIT_POINTS = {
 
 
 def split_points_of(tokenizer_json: Mapping[str, Any]) -> SplitPoints | None:
-    """Return the split points of a parsed tokenizer.json, or None if they are not known. Documents are then encoded as a whole."""
+    """Return the split points of a parsed tokenizer.json. If the result is None, documents must be encoded as a whole."""
     model = tokenizer_json["model"]
     without_merges = model["type"] == "BPE" and not model["merges"]  # every byte or character is its own token
     only_special = all(token["special"] for token in tokenizer_json.get("added_tokens", ()))
@@ -135,7 +135,7 @@ def split_points_of(tokenizer_json: Mapping[str, Any]) -> SplitPoints | None:
     for token in tokenizer_json.get("added_tokens", ()):
         if token["lstrip"] or token["rstrip"] or any(c.isspace() for c in token["content"]) or token["normalized"]:
             return None
-        if not token["special"] and len(split_points.find(token["content"].encode())):  # a cut inside prevents a match
+        if not token["special"] and len(split_points.find(token["content"].encode())):  # a cut inside the token prevents a match
             return None
     for step in flat_steps(tokenizer_json.get("normalizer"), "normalizers"):
         if step["type"] in ("NFKC", "NFKD", "StripAccents"):  # may remove or replace the character before a space

@@ -1,7 +1,7 @@
 """`Tokenizer` converts text to token ids and back. Its vocabulary is in Hugging Face's tokenizer.json format.
 
 Text is never encoded as a control token: if a document contains `<|endoftext|>`, its characters are encoded like any other text.
-`tokenizers` does not save this setting in the file, so it is set on every load.
+The `tokenizers` library does not store this setting in the file, so it is set on every load.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read a tokenizer.json, or the tokenizer of a folder: its tokenizer.json, or GPT-2's vocab.json and merges.txt.
+        """Read a tokenizer.json, or a folder that contains a tokenizer.json or GPT-2's vocab.json and merges.txt.
 
-        Raises `InputError` if it is missing, invalid, or not supported.
+        Raises `InputError` if the tokenizer is missing, invalid, or not supported.
         """
         path = Path(path)
         if path.is_dir():
@@ -108,13 +108,13 @@ class Tokenizer:
 
     @property
     def _splits_words(self) -> bool:
-        """Whether the pretokenizer does more than mapping bytes to characters."""
+        """Whether the pretokenizer does more than map bytes to characters."""
         steps = flat_steps(self.tokenizer_json.get("pre_tokenizer"), "pretokenizers")
         return any(step["type"] != "ByteLevel" or step.get("use_regex", True) for step in steps)
 
     @cached_property
     def fingerprint(self) -> str:
-        """The SHA-256 of the tokenizer.json in canonical form. It covers everything that affects how a text is encoded."""
+        """The SHA-256 of the tokenizer.json in canonical form. It covers everything that affects encoding."""
         canonical = json.dumps(json.loads(self.backend.to_str()), sort_keys=True, ensure_ascii=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -137,7 +137,7 @@ class Tokenizer:
 
     @cached_property
     def split_points(self) -> SplitPoints | None:
-        """Where a text may be cut without changing its tokens, or None if the pretokenizer's split points are not known."""
+        """The positions where a text can be cut without changing its tokens. None if they are not known for the pretokenizer."""
         return split_points_of(self.tokenizer_json)
 
     @cached_property
@@ -147,12 +147,12 @@ class Tokenizer:
 
     @property
     def is_byte_level(self) -> bool:
-        """Whether the tokens are sequences of bytes, written in GPT-2's characters (see `byte_level`)."""
+        """Whether the tokens are byte sequences, written with GPT-2's characters (see `byte_level`)."""
         return self._decoding.byte_level
 
     @cached_property
     def merge_ranks(self) -> dict[tuple[str, str], int]:
-        """The rank of each merge (0 is applied first) by its pair of tokens. Empty for kinds other than bpe."""
+        """The rank of each merge by its pair of tokens. Rank 0 is applied first. Empty if the tokenizer has no merges."""
         merges = self._model.get("merges", ())
         pairs = (tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in merges)
         return {(left, right): rank for rank, (left, right) in enumerate(pairs)}
@@ -160,10 +160,10 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Encode a text without adding special tokens. A special token spelled out in the text is encoded as plain text.
 
-        Raises `InputError` for text with an unpaired surrogate, or on which the split pattern backtracks too much.
+        Raises `InputError` if the text contains an unpaired surrogate, or if the split pattern backtracks too much.
         """
         try:
-            if len(text) > SEGMENT_BYTES // 4:  # may be more than one segment, as a character has up to 4 bytes
+            if len(text) > SEGMENT_BYTES // 4:  # may be more than one segment, because a character has up to 4 bytes
                 return [id for ids, _ in self.encode_pieces([Piece(text, True)]) for id in ids.tolist()]
             with translate_backend_errors():
                 return list(self.backend.encode(text, add_special_tokens=False).ids)
@@ -175,7 +175,7 @@ class Tokenizer:
             raise InputError("the tokenizer cannot split this text", hint=f"its split pattern failed: {error}") from None
 
     def token_id(self, name: str) -> int:
-        """Return the id of a token, given as `@ID` or as the token's text. Raises `InputError` if there is no such token."""
+        """Return the id of a token. `name` is `@ID` or the token's text. Raises `InputError` if there is no such token."""
         if name.startswith("@") and name[1:].isdecimal() and name.isascii() and len(name) < 20:
             id = int(name[1:])
             if id >= self.vocab_size:
@@ -189,13 +189,13 @@ class Tokenizer:
             return self.token_bytes.index(encoded)
         ids = self.encode(name)
         raise InputError(
-            f"{name!r} is not a single token but {len(ids)}", hint=f"to give a token by its id, write @{ids[0] if ids else 0}"
+            f"{name!r} is not a single token but {len(ids)}", hint=f"to specify a token by its id, write @{ids[0] if ids else 0}"
         )
 
     def encode_pieces(self, pieces: Iterable[Piece]) -> Iterator[tuple[np.ndarray, bool]]:
-        """Yield the ids of each segment, as uint32, and whether the segment begins a document.
+        """Yield the uint32 ids of each segment, and whether the segment begins a document.
 
-        The ids of a document do not depend on how `pieces` divide it.
+        The ids of a document do not depend on how `pieces` divide the document.
         """
         for text, starts_document in segments(pieces, self.split_points):
             yield self.encoder.encode(text), starts_document
@@ -225,9 +225,9 @@ class Tokenizer:
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
-        """The text of each id as bytes. Special tokens have no text, except for the unknown token, whose text is U+FFFD.
+        """The text of each id as bytes. The text of the unknown token is U+FFFD. Other special tokens have no text.
 
-        For kinds that drop whitespace, tokens that begin a word start with a space. Decoding removes the first space of a text.
+        If the tokenizer drops whitespace, tokens that begin a word start with a space. Decoding removes the first space of a text.
         """
         added = self.backend.get_added_tokens_decoder()
         special = {id for id, token in added.items() if token.special}
@@ -252,12 +252,12 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class DecodingRules:
-    """How the tokens of a tokenizer.json are decoded. Supports decoders that handle each token separately."""
+    """Rules for decoding the tokens of a tokenizer.json. Only decoders that handle each token separately are supported."""
 
     byte_level: bool
     byte_fallback: bool
     continuation_prefix: str | None
-    """Marks a token that continues a word (WordPiece: `##`)."""
+    """Marks a token that continues a word, for example `##` in WordPiece."""
     replacements: tuple[tuple[str, str], ...]
     space_before: Literal["always", "once", "never"]
     """`always`: a space precedes each token that begins a word. `once`: encoding adds one space before the text. In both cases,
@@ -265,7 +265,7 @@ class DecodingRules:
 
     @classmethod
     def from_json(cls, tokenizer_json: Mapping[str, Any]) -> DecodingRules:
-        """Raises `InputError` if the decoder is not supported."""
+        """Read the rules from a parsed tokenizer.json. Raises `InputError` if the decoder is not supported."""
         steps = _decoder_steps(tokenizer_json.get("decoder"))
         kinds = [step["type"] for step in steps]
         unsupported = {*kinds} - {"ByteLevel", "ByteFallback", "Fuse", "WordPiece", "Replace", "Metaspace", "Strip"}
@@ -286,7 +286,7 @@ class DecodingRules:
         )
 
     def bytes_of(self, token: str) -> bytes:
-        """Return the text of a token of the vocabulary, as bytes."""
+        """Return the text of a vocabulary token as bytes."""
         if self.byte_level:
             table = unicode_to_bytes()
             return bytes(table[c] for c in token) if all(c in table for c in token) else token.encode("utf-8")

@@ -1,8 +1,8 @@
-"""Trains a tokenizer on a stream of text.
+"""Train a tokenizer on a stream of text.
 
-The kinds `bpe`, `unigram`, `wordpiece` and `word` learn their vocabulary from word counts. `char` uses the characters of the text,
-and `byte` uses the 256 bytes. The result is a tokenizer.json that other libraries can load. The same text always produces the same
-file. The end-of-text token comes after the learned tokens.
+The kinds `bpe`, `unigram`, `wordpiece` and `word` learn their vocabulary from word counts. The vocabulary of `char` is the
+characters of the text, and the vocabulary of `byte` is the 256 bytes. The result is a tokenizer.json that other libraries can load.
+The same text always produces the same file. The end-of-text token comes after the learned tokens.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from tinylm.tokenizer.word_counts import Warn, WordCounts, character_counts, cou
 
 CONTINUATION_PREFIX = "##"
 RESERVED_SCORE = -1000.0
-"""The highest log probability of Unigram's byte and unknown tokens. It is so low that text that spells them out is encoded without
-them."""
+"""Upper limit for the log probability of Unigram's byte and unknown tokens. It is so low that text that spells out such a token is
+encoded with other tokens."""
 
 
 def train(section: TokenizerSection, pieces: Iterable[Piece], warn: Warn, n_bytes: int | None = None) -> Tokenizer:
-    """Train the tokenizer that `section` describes on `pieces`. `n_bytes` is the size of the text, if known.
+    """Train the tokenizer that `section` describes. `pieces` is the text, and `n_bytes` is its size if known.
 
     `warn` is called if the text is too small for the vocabulary size, contains very long words, or looks like a binary file. Raises
     `InputError` for an invalid split pattern, an empty text, or a text that is too small for the vocabulary size.
@@ -59,7 +59,7 @@ def train(section: TokenizerSection, pieces: Iterable[Piece], warn: Warn, n_byte
 
 
 def count(section: LearnedTokenizer, pieces: Iterable[Piece], warn: Warn) -> WordCounts:
-    """Count the words of a text after normalizing and pretokenizing it. The counts can be reused for any vocabulary size."""
+    """Count the words in a text after normalizing and pretokenizing it. The counts can be reused for any vocabulary size."""
     if isinstance(section, ByteTokenizer):
         return WordCounts([], np.zeros(0, dtype=np.int64))
     backend = _backend_without_model(section)
@@ -79,7 +79,7 @@ def learn(section: LearnedTokenizer, word_counts: WordCounts) -> Tokenizer:
     for token in section.special_tokens:
         if backend.token_to_id(token) is not None:
             raise InputError(
-                f"{token!r} is also a token of the text", where="tokenizer.special_tokens", hint="choose a longer control token"
+                f"{token!r} was also learned from the text", where="tokenizer.special_tokens", hint="choose a longer control token"
             )
     _add_tokens(backend, section)
     return Tokenizer(backend)
@@ -100,7 +100,7 @@ def check_size(tokenizer: Tokenizer, section: TokenizerSection, warn: Warn) -> N
 
 
 def _subsample(section: VocabularyTokenizer, pieces: Iterable[Piece], n_bytes: int | None, warn: Warn) -> Iterator[Piece]:
-    """Yield every n-th piece to use at most `max_megabytes` of the text. `n_bytes` is the size of the text."""
+    """Yield every n-th piece, so that about `max_megabytes` of the text are used. `n_bytes` is the size of the whole text."""
     every = math.ceil((n_bytes or 0) / (section.max_megabytes * 1_000_000)) or 1
     if every > 1:
         warn(f"the tokenizer learns from 1/{every} of the text (tokenizer.max_megabytes {section.max_megabytes})")
@@ -117,7 +117,7 @@ def _is_byte_level(section: LearnedTokenizer) -> bool:
 
 
 def _backend_without_model(section: LearnedTokenizer) -> tokenizers.Tokenizer:
-    """Create a tokenizer with the section's normalizer, pretokenizer and decoder. Its model is a placeholder."""
+    """Create a tokenizer with the normalizer, pretokenizer and decoder for `section`. Its model is a placeholder."""
     backend = tokenizers.Tokenizer(models.WordLevel({UNKNOWN: 0}, unk_token=UNKNOWN))
     if section.normalize:
         backend.normalizer = normalizers.Sequence([step for name in section.normalize for step in _NORMALIZERS[name]()])
@@ -177,12 +177,12 @@ def _vocabulary(tokens: Sequence[str]) -> dict[str, int]:
 
 
 def _model_size(section: VocabularyTokenizer) -> int:
-    """The number of tokens left for the model after the end-of-text, special and added tokens."""
+    """Return the number of tokens left for the model after the end-of-text, special and added tokens."""
     return section.vocab_size - 1 - len(section.special_tokens) - len(section.added_tokens)
 
 
 def _control_tokens(section: LearnedTokenizer) -> set[str]:
-    """The tokens that no text is encoded to. They must not be learned, or text that spells them out would be encoded to them."""
+    """Return the tokens that must not be learned, because text that spells them out would then be encoded to them."""
     return {END_OF_TEXT, UNKNOWN, *section.special_tokens}
 
 
@@ -221,7 +221,7 @@ def _character_bpe(section: BpeTokenizer, word_counts: WordCounts) -> models.Mod
 
 
 def _alphabet(alphabet: int | str, word_counts: WordCounts) -> list[str]:
-    """The characters that get their own tokens, in code point order."""
+    """Return the characters that get their own tokens, in code point order."""
     if alphabet == "text":
         chosen = [*character_counts(word_counts)]
     elif isinstance(alphabet, int):
@@ -232,7 +232,7 @@ def _alphabet(alphabet: int | str, word_counts: WordCounts) -> list[str]:
 
 
 def _check_alphabet_size(section: VocabularyTokenizer, alphabet: Sequence[str], needed: int, available: int) -> None:
-    """Raise `InputError` if the `needed` tokens of an alphabet exceed the `available` ones, with the smallest vocabulary size."""
+    """Raise `InputError` if an alphabet needs more tokens than are available. The hint contains the smallest sufficient size."""
     if needed > available:
         raise InputError(
             f"the alphabet has {len(alphabet):,} characters, which need {needed:,} tokens, but the vocabulary has only "
@@ -245,7 +245,7 @@ def _check_alphabet_size(section: VocabularyTokenizer, alphabet: Sequence[str], 
 def _unigram(section: UnigramTokenizer, word_counts: WordCounts) -> models.Model:
     reserved = [UNKNOWN, *(BYTE_TOKENS if section.byte_fallback else [])]
     size = _model_size(section) - len(reserved)
-    spelling = {*"".join(reserved)}  # so that text that spells out a reserved token can be encoded without that token
+    spelling = {*"".join(reserved)}  # with these characters, text that spells out a reserved token can be encoded without it
     alphabet = sorted(spelling | {*_alphabet(section.alphabet, word_counts)})
     _check_alphabet_size(section, alphabet, len(alphabet), size)
     pieces = unigram.learn(word_counts, alphabet, size, max_token_length=section.max_token_length)

@@ -1,16 +1,16 @@
-"""Learns the pieces of a Unigram language model from word counts.
+"""Learn the pieces of a Unigram language model from word counts.
 
 Kudo 2018, "Subword Regularization: Improving Neural Network Translation Models with Multiple Subword Candidates", section 3.2, as
 implemented in SentencePiece. The probability of a segmentation is the product of the probabilities of its pieces. For example, if
-the pieces `a`, `b` and `ab` have the probabilities 0.3, 0.3 and 0.4, the segmentations of the word ab have the probabilities
-0.3 x 0.3 = 0.09 (`a` `b`) and 0.4 (`ab`), and the piece `ab` is expected to be used 0.4 / 0.49 = 0.82 times.
+the pieces `a`, `b` and `ab` have the probabilities 0.3, 0.3 and 0.4, the segmentations of the word `ab` have the probabilities
+0.3 x 0.3 = 0.09 (`a` `b`) and 0.4 (`ab`), and the expected count of the piece `ab` in this word is 0.4 / 0.49 = 0.82.
 
 1. The initial pieces are the frequent substrings of words ("seeds") and all characters of the alphabet.
-2. Expectation maximization (EM) estimates their probabilities from their expected use over all segmentations of all words.
+2. Expectation maximization (EM) estimates the probabilities of the pieces from their expected counts in all segmentations.
 3. Pruning removes the 25% of the pieces that affect the likelihood least. Steps 2 and 3 repeat until the target size is reached.
 
 All words form one lattice. Array operations process all words at once, one level (position in the word) at a time. The result
-does not depend on threads or hashing. Scores are rounded to six digits.
+does not depend on the number of threads or on hash order. Scores are rounded to six digits.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import numpy as np
 from tinylm.tokenizer.word_counts import WordCounts
 
 KEPT_SHARE = 0.75
-"""Share of the pieces that one pruning step keeps."""
+"""Share of the pieces that each pruning step keeps."""
 EM_STEPS = 2
-"""EM steps before each pruning step."""
+"""Number of EM steps before each pruning step."""
 SEEDS_PER_PIECE = 24
 _MIN_SEEDS = 40_000
 _MIN_EXPECTED = 0.5
@@ -37,11 +37,11 @@ class Nodes:
     """The nodes of the lattice: the positions between the characters of all words. A word of n characters has n + 1 nodes."""
 
     codes: np.ndarray
-    """The index in the alphabet of the character after each node; -1 at the end of a word."""
+    """The alphabet index of the character after each node, or -1 at the end of a word."""
     levels: np.ndarray
-    """The number of characters of the word before each node."""
+    """The number of characters between the start of the word and each node."""
     owners: np.ndarray
-    """The index of the word of each node."""
+    """The index of the word that each node belongs to."""
     ends: np.ndarray
     """The last node of each node's word."""
     weights: np.ndarray
@@ -60,7 +60,7 @@ class Nodes:
 
 @dataclass
 class Edges:
-    """The edges of the lattice. Edge i is the piece `piece[i]` and leads from node `start[i]` to node `end[i]`."""
+    """The edges of the lattice. Edge i is piece number `piece[i]`, from node `start[i]` to node `end[i]`."""
 
     start: np.ndarray
     end: np.ndarray
@@ -71,7 +71,7 @@ class Edges:
 
 
 class Lattice:
-    """All segmentations of all words: the paths from each word's first node to its last."""
+    """All segmentations of all words: the paths from the first node to the last node of each word."""
 
     def __init__(self, edges: Edges, levels: np.ndarray, firsts: np.ndarray, lasts: np.ndarray) -> None:
         self.firsts, self.lasts = firsts, lasts
@@ -86,8 +86,8 @@ class Lattice:
     def forward(self, scores: np.ndarray, *, best_only: bool = False) -> np.ndarray:
         """Return the log of the total probability of all paths from a word's first node to each node, as float64 (nodes,).
 
-        `scores` contains the log probability of each piece. If `best_only`, use the most probable path instead of the sum over all
-        paths (Viterbi).
+        `scores` contains the log probability of each piece. If `best_only` is true, use the most probable path instead of the sum
+        over all paths (Viterbi).
         """
         values = np.full(self.n_nodes, -np.inf)
         values[self.firsts] = 0.0
@@ -114,7 +114,7 @@ class Lattice:
     ) -> None:
         """Set the value of each target node, one level at a time.
 
-        The value is the log-sum-exp (or maximum) of source value plus score over the edges of the node.
+        The value is the log-sum-exp (or maximum) of source value plus score, over the edges that lead to the node.
         """
         for begin, end, firsts in groups:
             paths = values[source[begin:end]] + scores[begin:end]
@@ -127,7 +127,7 @@ class Lattice:
             values[target[begin:end][firsts]] = highest
 
     def expected_counts(self, scores: np.ndarray, nodes: Nodes) -> tuple[np.ndarray, float]:
-        """Return the expected count of each piece, (pieces,), and the log likelihood of the text in nats."""
+        """Return the expected count of each piece, float64 (pieces,), and the log likelihood of the text in nats."""
         alpha, beta = self.forward(scores), self.backward(scores)
         totals = alpha[self.lasts]
         edges = self.edges
@@ -140,7 +140,7 @@ class Lattice:
 
 
 def _groups(nodes: np.ndarray, levels: np.ndarray) -> list[tuple[int, int, np.ndarray]]:
-    """Return (begin, end, firsts) for each level: its range of edges, and the first edge of each node relative to `begin`.
+    """Return (begin, end, firsts) for each level: the range of edges, and the first edge of each node, relative to `begin`.
 
     The edges must be sorted by level and node.
     """
@@ -157,8 +157,8 @@ def _groups(nodes: np.ndarray, levels: np.ndarray) -> list[tuple[int, int, np.nd
 def learn(word_counts: WordCounts, alphabet: list[str], n_pieces: int, *, max_token_length: int = 16) -> list[tuple[str, float]]:
     """Return at most `n_pieces` pieces with their log probabilities, most probable first.
 
-    Every character of `alphabet` is a piece, and pieces contain no other characters. There are fewer than `n_pieces` pieces if the
-    text does not have enough substrings that occur at least twice.
+    Every character of `alphabet` is a piece, and pieces contain no other characters. The result has fewer than `n_pieces` pieces if
+    too few substrings of the text occur at least twice.
     """
     nodes = lay_out(word_counts, alphabet)
     pieces, edges, counts = seed_pieces(nodes, alphabet, max(_MIN_SEEDS, SEEDS_PER_PIECE * n_pieces), max_token_length)
@@ -219,12 +219,12 @@ def lay_out(word_counts: WordCounts, alphabet: list[str]) -> Nodes:
 def seed_pieces(nodes: Nodes, alphabet: list[str], max_seeds: int, max_token_length: int) -> tuple[list[str], Edges, np.ndarray]:
     """Return the initial pieces, the edges where they occur, and their counts, float64 (pieces,).
 
-    The initial pieces are all characters of the alphabet, and the substrings that occur at least twice and cover the most text
-    (count times length).
+    The initial pieces are all characters of the alphabet, and the substrings that cover the most text (count times length) among
+    those that occur at least twice.
     """
     codes, ends, weights = nodes.codes, nodes.ends, nodes.weights[nodes.owners]
     n_characters = len(alphabet)
-    # For the current length, substring `ids[i]` begins at node `starts[i]`, and `example[n]` is one node where substring n begins.
+    # For the current length, substring number `ids[i]` begins at node `starts[i]`, and substring n also begins at `example[n]`.
     starts, ids = np.flatnonzero(codes >= 0), codes[codes >= 0]
     totals = np.bincount(ids, weights[starts], minlength=n_characters)
     by_length = [(starts, ids, totals)]
@@ -276,7 +276,7 @@ def _maximize(expected: np.ndarray) -> np.ndarray:
 
 
 def digamma(x: np.ndarray) -> np.ndarray:
-    """The derivative of log gamma: Abramowitz and Stegun 6.3.18 for x >= 7, and the recurrence 6.3.5 below."""
+    """Return the derivative of log gamma: Abramowitz and Stegun 6.3.18 for x >= 7, and the recurrence 6.3.5 for smaller x."""
     result = np.zeros_like(x)
     x = x.copy()
     for _ in range(8):
@@ -289,10 +289,11 @@ def digamma(x: np.ndarray) -> np.ndarray:
 
 
 def _losses(lattice: Lattice, scores: np.ndarray, expected: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Return how much the log likelihood of the text would drop without each piece, (pieces,); -inf for single characters.
+    """Return how much the log likelihood of the text would drop without each piece, float64 (pieces,).
 
     The drop is the piece's expected count times the difference between its score and the score of its best segmentation into other
-    pieces. All these segmentations are computed in a second lattice, with one word for each piece.
+    pieces. All these segmentations are computed in a second lattice, with one word for each piece. The result for single characters
+    is -inf.
     """
     edges = lattice.edges
     longer = np.flatnonzero(lengths > 1)
@@ -304,7 +305,7 @@ def _losses(lattice: Lattice, scores: np.ndarray, expected: np.ndarray, lengths:
     begins = np.cumsum(sizes) - sizes
     owner = np.repeat(np.arange(len(longer)), sizes)
     level = np.arange(int(sizes.sum())) - begins[owner]
-    original = example[longer][owner] + level  # the node of the text that each node of the second lattice copies
+    original = example[longer][owner] + level  # the node in the first lattice that each node in the second lattice copies
     by_start = np.argsort(edges.start, kind="stable")
     first_edge = np.searchsorted(edges.start[by_start], np.arange(lattice.n_nodes + 1))
     n_edges = first_edge[original + 1] - first_edge[original]

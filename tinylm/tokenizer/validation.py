@@ -1,4 +1,4 @@
-"""Checks a tokenizer.json before memory is allocated for what it claims, because it may come from someone else."""
+"""Check a tokenizer.json from an untrusted source before allocating memory for the sizes in it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from tinylm.tokenizer.byte_level import bytes_to_unicode
 from tinylm.tokenizer.pretokenizer import flat_steps
 
 _MAX_UNUSED_IDS = 1 << 16
-"""Unused ids that any vocabulary may have. Larger ones may have more in proportion, for example for padding."""
+"""Number of unused ids that any vocabulary may have. Larger vocabularies may have proportionally more, for example for padding."""
 _MAX_GROWTH = 64
-"""How much longer the replacements of a normalizer or decoder may make a text."""
+"""Maximum factor by which the replacements of a normalizer or decoder may lengthen a text."""
 _SAMPLE = "A short text: 12 words, naïve 🙂\n\n  x\t<|endoftext|>"
 """Text that every tokenizer must be able to encode."""
 
 
 def check_ids(vocabulary: Mapping[str, int]) -> None:
-    """Raise `InputError` if two tokens have the same id, or if ids are far larger than the number of tokens."""
+    """Raise `InputError` if two tokens have the same id, or if an id is much larger than the number of tokens."""
     highest = max(vocabulary.values(), default=-1)
     if highest >= _MAX_UNUSED_IDS + 2 * len(vocabulary):
         raise InputError(f"the id {highest:,} does not fit a vocabulary of {len(vocabulary):,} tokens")
@@ -44,13 +44,13 @@ def check_growth(tokenizer_json: Mapping[str, Any]) -> None:
 
 
 def _growth_of(pattern: Mapping[str, str], length: int) -> float:
-    """How much longer a text gets if every match of `pattern` is replaced by `length` characters."""
+    """Return the factor by which a text grows if every match of `pattern` is replaced with `length` characters."""
     replaced = len(pattern.get("String", ""))
     return length / replaced if replaced else 1.0 + length  # a regular expression may match the empty string everywhere
 
 
 def check_unknown(tokenizer_json: Mapping[str, Any], vocabulary: Mapping[str, int]) -> None:
-    """Raise `InputError` if the model needs an unknown token for text outside its vocabulary and has none."""
+    """Raise `InputError` if the model needs an unknown token for text outside its vocabulary but does not have one."""
     model = tokenizer_json["model"]
     if model["type"] in ("WordLevel", "WordPiece") and model["unk_token"] not in vocabulary:
         raise InputError(f"the unknown token {model['unk_token']!r} is not in the vocabulary")
@@ -61,7 +61,7 @@ def check_unknown(tokenizer_json: Mapping[str, Any], vocabulary: Mapping[str, in
 
 
 def _check_bpe_alphabet(tokenizer_json: Mapping[str, Any], vocabulary: Mapping[str, int]) -> None:
-    """Refuse a BPE model without an unknown token that drops all characters it does not know, and warn if it drops some bytes."""
+    """Raise `InputError` if a BPE model without an unknown token drops unknown characters. Warn if it drops only some bytes."""
     steps = [
         *flat_steps(tokenizer_json.get("pre_tokenizer"), "pretokenizers"),
         *flat_steps(tokenizer_json.get("normalizer"), "normalizers"),

@@ -1,8 +1,8 @@
-"""Add tokens to a tokenizer or remove tokens from it, so that text without these tokens is encoded as before.
+"""Add tokens to a tokenizer, or remove tokens. Text that does not contain these tokens is encoded as before.
 
-Added tokens are matched in the text before anything else, so other text is not affected. Removing a token from a BPE vocabulary
-also removes its merge. Longer tokens that were merged from it get another merge if the vocabulary has two tokens that form them;
-otherwise they are removed too. This only affects text that contains the removed token.
+Added tokens are matched before the rest of the text is encoded. Removing a token from a BPE vocabulary also removes its merge. A
+longer token that was merged from the removed token gets another merge if two remaining tokens form it. Otherwise, it is removed
+too. This affects only text that contains the removed token.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ class EditedTokenizer:
 
     tokenizer: Tokenizer
     sources: list[list[int]]
-    """For each new id, the old ids that it replaces: the old id of a token that was kept, or the old encoding of an added token."""
+    """The old ids that each new id replaces: the old id of a kept token, or the old encoding of an added token."""
     also_removed: list[str]
     """Tokens that were removed because they could only be merged from removed tokens."""
 
 
 @dataclass(frozen=True)
 class EncodingCheck:
-    """How many lines of a text are encoded as before."""
+    """The number of lines in a text that are encoded as before."""
 
     lines: int
     unaffected: int
-    """Lines that do not contain any of the added or removed tokens."""
+    """Number of lines without any of the added or removed tokens."""
     unchanged: int
-    """Unaffected lines that both tokenizers encode to the same tokens. This number should equal `unaffected`."""
+    """Number of unaffected lines that both tokenizers encode to the same tokens. It should equal `unaffected`."""
 
 
 def add(tokenizer: Tokenizer, tokens: Sequence[str], *, special: bool = False) -> EditedTokenizer:
-    """Append tokens to a vocabulary, as control tokens if `special`. Raises `InputError` if one already exists."""
+    """Append tokens to a vocabulary, as control tokens if `special` is true. Raises `InputError` if one already exists."""
     _check_tokens(tokens)
     for token in tokens:
         spellings = (token, _to_vocabulary(tokenizer, token))
@@ -63,7 +63,7 @@ def add(tokenizer: Tokenizer, tokens: Sequence[str], *, special: bool = False) -
 
 
 def extension(before: Tokenizer, after: Tokenizer) -> EditedTokenizer | None:
-    """Return `after` as an edit of `before` if it only has more control tokens. Otherwise return None."""
+    """Return `after` as an edit of `before` if they differ only in added control tokens. Otherwise, return None."""
     known = before.backend.get_added_tokens_decoder()
     added = [token.content for id, token in sorted(after.backend.get_added_tokens_decoder().items()) if id not in known]
     if not added:
@@ -105,7 +105,7 @@ def remove(tokenizer: Tokenizer, tokens: Sequence[str]) -> EditedTokenizer:
 
 
 def _removable(tokenizer: Tokenizer, token: str, added: dict[str, Any], vocabulary: dict[str, int]) -> str:
-    """Return a token in the spelling of the vocabulary. Raises `InputError` if it is not in the vocabulary or cannot be removed."""
+    """Return a token as the vocabulary spells it. Raises `InputError` if it is not in the vocabulary or cannot be removed."""
     spelling = token if token in added else _to_vocabulary(tokenizer, token)
     if spelling not in added and spelling not in vocabulary:
         raise InputError(f"{token!r} is not in the vocabulary", where="TOKEN")
@@ -117,7 +117,7 @@ def _removable(tokenizer: Tokenizer, token: str, added: dict[str, Any], vocabula
 
 
 def check_encoding(before: Tokenizer, edited: EditedTokenizer, tokens: Sequence[str], pieces: Iterable[Piece]) -> EncodingCheck:
-    """Compare both tokenizers on the lines of a text that do not contain any of the edited `tokens`."""
+    """Compare the tokenizers before and after editing on the lines of a text that do not contain any of the edited `tokens`."""
     n_lines = unaffected = unchanged = 0
     prefix = before.tokenizer_json["model"].get("continuing_subword_prefix") or ""
     changed = [token.removeprefix(prefix) for token in [*tokens, *edited.also_removed]]
@@ -139,11 +139,11 @@ def _check_tokens(tokens: Sequence[str]) -> None:
     if not tokens or not all(tokens):
         raise InputError("a token must not be empty", where="TOKEN")
     if len({*tokens}) < len(tokens):
-        raise InputError("the same token is given twice", where="TOKEN")
+        raise InputError("the same token is listed twice", where="TOKEN")
 
 
 def _to_vocabulary(tokenizer: Tokenizer, token: str) -> str:
-    """Convert a token's text to the spelling of the vocabulary. Byte-level vocabularies write bytes as characters."""
+    """Convert a token's text to its spelling in the vocabulary. Byte-level vocabularies represent bytes as characters."""
     if not tokenizer.is_byte_level:
         return token
     character_of = bytes_to_unicode()
@@ -161,8 +161,8 @@ def _to_text(tokenizer: Tokenizer, spelling: str) -> str:
 def repair_merges(merges: list[Any], vocabulary: dict[str, int], removed: set[str]) -> tuple[list[list[str]], set[str]]:
     """Remove tokens from the merges of a BPE vocabulary. Returns the merges and all removed tokens.
 
-    Tokens that are left without a merge are removed too. For example, if `ab` is removed, the merge of `ab` and `c` is replaced by
-    the merge of `a` and `bc`. If `bc` is not a token, `abc` is removed.
+    Tokens that are left without a merge are removed too. For example, if `ab` is removed, the merge of `ab` and `c` is replaced
+    with the merge of `a` and `bc`. If `bc` is not a token, `abc` is removed.
     """
     removed = set(removed)
     kept: list[list[str]] = []

@@ -1,4 +1,4 @@
-"""Compare vocabulary sizes for a text and a model by their compression of held-out text and their cost in the model."""
+"""Compare vocabulary sizes for a text and a model by compression of held-out text, number of parameters and FLOPs."""
 
 from __future__ import annotations
 
@@ -20,19 +20,17 @@ MIN_OCCURRENCES = 50
 """A token that occurs fewer times in the training text is considered rare. Its embedding is assumed to be poorly trained."""
 MAX_RARE_SHARE = 0.25
 """Sizes with a larger share of rare tokens are not suggested."""
-
-
 BYTES_PER_ENTRY, READ_BYTES_PER_ENTRY = 2000, 2500
 """Number of bytes per vocabulary entry, in the text and in the data read during training (including repetitions). With fewer bytes,
-tokens occur too rarely to be learned. For 1 MB read nine times, 512 entries (and dropout 0.2 instead of 0.1) gave 4% fewer bits
-per byte than 1024 or 2048. For two minutes of 12.6 MB, 2048 entries gave 2% fewer than 4096."""
+tokens occur too rarely to be learned. In nine epochs on 1 MB, 512 entries (and dropout 0.2 instead of 0.1) gave 4% fewer bits per
+byte than 1024 or 2048 entries. In two minutes on 12.6 MB, 2048 entries gave 2% fewer than 4096."""
 MIN_VOCABULARY, MAX_VOCABULARY = 512, 32768
 
 
 def vocab_size_for(text_bytes: float, read_bytes: float = math.inf) -> int:
-    """Return the vocabulary size for a text, as a power of two. `read_bytes` is the amount of text that the training reads.
+    """Return the vocabulary size that `tinylm new` chooses for a text, as a power of two.
 
-    `tinylm new` uses this rule.
+    `read_bytes` is the amount of text that training reads, including repetitions.
     """
     entries = max(1.0, min(text_bytes / BYTES_PER_ENTRY, read_bytes / READ_BYTES_PER_ENTRY))
     return min(max(1 << round(math.log2(entries)), MIN_VOCABULARY), MAX_VOCABULARY)
@@ -48,25 +46,25 @@ class VocabSizeResult:
     embedding_parameters: int
     """The parameters that depend on the vocabulary size: token embeddings and the output head."""
     embedding_share: float
-    """`embedding_parameters` as a share of all parameters of the model."""
+    """`embedding_parameters` as a share of all parameters in the model."""
     bytes_per_step: float
     """Bytes of text that one optimizer step processes."""
     flops_per_byte: float
     """Training FLOPs per byte of text. A larger vocabulary has fewer tokens per byte, but a larger output head."""
     rare_tokens: float
-    """The share of the tokens of more than one byte that are rare in the training text (see `MIN_OCCURRENCES`)."""
+    """The share of multi-byte tokens that are rare in the training text (see `MIN_OCCURRENCES`)."""
 
 
 @dataclass(frozen=True)
 class VocabSweep:
-    """The results by increasing size, and the suggested size with the reason for it."""
+    """The results, sorted by size, and the suggested size with the reason for it."""
 
     sizes: list[VocabSizeResult]
     tokens_per_step: int
     suggested: int
     reason: str
     suggested_by_new: int
-    """The size that `tinylm new` would choose for this text, without regard to the length of the training."""
+    """The size that `tinylm new` would choose for this text if training time were unlimited."""
 
 
 def sweep_vocab_sizes(
@@ -80,7 +78,8 @@ def sweep_vocab_sizes(
 ) -> VocabSweep:
     """Train the tokenizer that `section` describes at each size on the training text, and evaluate it on the held-out text.
 
-    Raises `InputError` for an architecture without estimates, if a size is not possible for this kind, or if there are no sizes.
+    Raises `InputError` if costs cannot be estimated for the architecture, if a size is not possible for this tokenizer kind, or if
+    `sizes` is empty.
     """
     if not isinstance(model, DecoderSection):
         raise InputError(f"the cost of architecture {model.architecture} cannot be estimated", where="model.architecture")
@@ -110,7 +109,7 @@ def sweep_vocab_sizes(
             rare_tokens=float((multi_byte < MIN_OCCURRENCES).mean()) if len(multi_byte) else 0.0,
         )
     if not results:
-        raise InputError("no sizes given", where="--sizes")
+        raise InputError("there are no sizes", where="--sizes", hint="use numbers separated by commas")
     return VocabSweep(list(results.values()), tokens_per_step, *_suggest(list(results.values())), vocab_size_for(train_bytes))
 
 
@@ -124,7 +123,7 @@ def _token_counts(tokenizer: TokenizerAdapter, pieces: Iterable[Piece]) -> tuple
 
 
 def _suggest(results: Sequence[VocabSizeResult]) -> tuple[int, str]:
-    """Return the size with the fewest FLOPs per byte, among the sizes with few rare tokens, and the reason."""
+    """Return the suggested size and the reason. Among the sizes with few rare tokens, it has the fewest FLOPs per byte."""
     eligible = [result for result in results if result.rare_tokens <= MAX_RARE_SHARE]
     if not eligible:
         best = min(results, key=lambda result: result.rare_tokens)

@@ -1,8 +1,8 @@
-"""Count the words in a text. A vocabulary is learned from these counts.
+"""Count the words in a text. Vocabularies are learned from these counts.
 
-Words are the units into which a tokenizer's normalizer and pretokenizer divide the text. If the split points are known,
-chunks are counted first, and each distinct chunk is divided into words only once. Memory is bounded by the number of distinct
-words kept.
+Words are the units into which a tokenizer's normalizer and pretokenizer divide the text. If the split points are known, chunks are
+counted first, and each distinct chunk is divided into words only once. Memory use is limited, because at most `MAX_WORDS` distinct
+words are kept.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from tinylm.tokenizer.split_points import SPLIT_POINTS, SplitPoints
 Warn = Callable[[str], None]
 
 MAX_WORD_LENGTH = 256
-"""Longer words are cut into parts of this many characters, because words of this length rarely repeat."""
+"""Longer words are cut into parts of this many characters, because they rarely repeat."""
 MAX_LONG_WORD_CHARACTERS = 1 << 20
-"""Maximum total number of characters of long words that are counted."""
+"""Maximum total number of characters from long words that are counted."""
 MAX_WORDS = 500_000
-"""Maximum number of distinct words. Above it, the rarest are dropped, which bounds the memory of counting and learning."""
+"""Maximum number of distinct words. If there are more, the rarest are dropped, which limits memory use in counting and learning."""
 BINARY_CHECK_CHARACTERS = 1 << 20
 """Number of characters at the beginning of a text that are checked for control characters."""
 WINDOW_CHARACTERS = 1 << 20
 """A text without known split points is divided into words in windows of this size."""
 _WINDOW_MARGIN = 1 << 10
-"""A word that ends this close to the end of a window may be incomplete."""
+"""A word may be incomplete if it ends within this many characters of the end of a window."""
 _CHUNKS_AT_ONCE = 1 << 12
 
 
@@ -67,7 +67,7 @@ def count_words(backend: tokenizers.Tokenizer, split_points: SplitPoints | None,
 
 
 def count_characters(backend: tokenizers.Tokenizer, pieces: Iterable[Piece]) -> WordCounts:
-    """Count the characters of a text after normalization. Each character is a word in the result."""
+    """Count the characters in a text after normalization. Each character is a word in the result."""
     totals = np.zeros(0x110000, dtype=np.int64)
     at_spaces = SPLIT_POINTS["whitespace"]
     for text, _ in segments(pieces, at_spaces if backend.normalizer is None else at_spaces.ascii_only(), cut_anywhere=True):
@@ -98,16 +98,15 @@ class _WordCounter:
         self._warned_about_long_words = False
 
     def add_chunks(self, split_points: SplitPoints, chunks: Sequence[bytes], counts: Sequence[int]) -> None:
-        """Count the words of distinct chunks. `counts` contains the number of occurrences of each chunk."""
+        """Count the words in distinct chunks. `counts` contains the number of occurrences of each chunk."""
         for start in range(0, len(chunks), _CHUNKS_AT_ONCE):
             texts = [self._normalize(chunk.decode("utf-8")) for chunk in chunks[start : start + _CHUNKS_AT_ONCE]]
             self._add_texts(split_points, texts, np.array(counts[start : start + _CHUNKS_AT_ONCE], dtype=np.int64))
         self._drop_rare_words()
 
     def _add_texts(self, split_points: SplitPoints, texts: list[str], counts: np.ndarray) -> None:
-        """Join the texts of chunks and pretokenize them together.
+        """Join the texts of chunks and pretokenize them together, which is several times faster than one at a time.
 
-        This is several times faster than pretokenizing them one at a time.
         Two neighboring texts are joined only if there is a split point between them in the joined text.
         """
         n_bytes = np.fromiter((len(text.encode("utf-8")) for text in texts), dtype=np.int64, count=len(texts))
@@ -131,7 +130,7 @@ class _WordCounter:
                 self._add_word(word, count)
 
     def add_text(self, text: str) -> None:
-        """Count the words of a text without known split points.
+        """Count the words in a text without known split points.
 
         The text is pretokenized in windows. The next window begins after the last word that ends well inside the current window.
         """
@@ -198,7 +197,7 @@ def character_counts(word_counts: WordCounts) -> dict[str, int]:
 
 
 def warn_if_binary(pieces: Iterable[Piece], warn: Warn) -> Iterator[Piece]:
-    """Yield the same pieces, and warn once if the beginning of the text looks like a binary file."""
+    """Yield the pieces unchanged, and warn once if the beginning of the text looks like a binary file."""
     seen = control = 0
     for piece in pieces:
         if seen < BINARY_CHECK_CHARACTERS:

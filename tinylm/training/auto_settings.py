@@ -1,6 +1,6 @@
-"""Resolve `auto` settings with short trials on this machine: precision, micro-batch size, compilation, number of CPU threads.
+"""Resolve `auto` settings for precision, micro-batch size, compilation and CPU threads with short trials on this machine.
 
-The choices are written into the run's recipe, so that a resumed run keeps them.
+The choices are written to the run's recipe, so that a resumed run keeps them.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class ResolvedSettings:
     """The result of `resolve`."""
 
     recipe: Recipe
-    """The recipe with every `auto` replaced by a value."""
+    """The recipe with every `auto` replaced with a value."""
     precision: Precision
     compile_seconds: float
     """0 if nothing was compiled."""
@@ -69,8 +69,8 @@ def resolve(
 ) -> ResolvedSettings:
     """Choose a value for every `auto` setting, and compile the blocks of `network` if `training.compile` is or becomes true.
 
-    With several processes, the main process chooses for all of them. If compilation fails in a `resumed` run, warns and
-    continues without it. Raises `WorkError` if the recipe of a new run requires compilation and compilation fails.
+    With several processes, the main process chooses for all of them. If compilation fails, a new run whose recipe requires it
+    raises `WorkError`. Other runs, including `resumed` ones, continue without compilation after a warning.
     """
     device = network.device
     batch = _first_batch(recipe, dataset, objective)
@@ -105,7 +105,7 @@ class _Chooser:
         return self.network.device
 
     def resolve(self) -> Recipe:
-        """Return the recipe without `auto`. Nothing is compiled yet: `training.compile` only determines whether to try."""
+        """Return the recipe without `auto`. If `training.compile` is true in the result, the caller should try to compile."""
         training = self.recipe.training
         precision = precisions.resolve(training.precision, self.device, self.reporter)
         micro_batch_size = self._estimate_micro_batch(precision)
@@ -139,14 +139,14 @@ class _Chooser:
         return Trial(self.network, self.batch, GradientSettings(micro_batch_size, precision, self.objective))
 
     def _faster_of(self, fp32: Precision, bf16: Precision, micro_batch_size: int) -> Precision:
-        """Return `bf16` if it is clearly faster, else `fp32`. The trials alternate, because the load on the machine varies."""
+        """Return `bf16` if it is clearly faster, else `fp32`. The trials alternate to average out varying load on the machine."""
         trials = {precision: self._trial(micro_batch_size, precision) for precision in (fp32, bf16)}
         rounds = [{precision: trial.seconds(repeat=1) for precision, trial in trials.items()} for _ in range(2)]
         seconds = {precision: min(times[precision] for times in rounds) for precision in trials}
         return bf16 if seconds[bf16] < step_time.CLEARLY_FASTER * seconds[fp32] else fp32
 
     def _estimate_micro_batch(self, precision: Precision) -> int:
-        """Return the recipe's micro-batch size, or for `auto` an estimate of the largest size that fits into memory."""
+        """Return the recipe's micro-batch size. For `auto`, estimate the largest size that fits into memory."""
         device = self.device
         memory: int
         max_tokens: int | None = None
@@ -191,9 +191,9 @@ class _Chooser:
 
 
 def use_fastest_threads(recipe: Recipe, vocab_size: int, dataset: Dataset, objective: Objective, world_size: int = 1) -> int:
-    """Set torch's CPU threads to the fastest number for this model, and return that number.
+    """Find the fastest number of CPU threads for this model, set it in torch, and return it.
 
-    Halves the current number as long as that makes a micro-batch clearly faster.
+    The current number is halved as long as that makes a micro-batch clearly faster.
     """
     network = registry.build(recipe.model, vocab_size, seed=0, objective=recipe.objective)
     memory = host_memory_bytes() // world_size

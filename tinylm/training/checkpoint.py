@@ -2,15 +2,15 @@
 
     model.safetensors              all weights
     training-00001.safetensors     the optimizer state, if any: one file per process, with that process's shard
-    state.json                     progress: step, cursor, gradient scaler, guards, best so far, fingerprints
+    state.json                     progress: step, cursor, gradient scaler, guards, best result so far, fingerprints
     manifest.json                  size and SHA-256 of every file; written last
 
-A checkpoint is written to a folder with a temporary name. Its files are synced, the manifest is written last, and then the folder
-is renamed. This happens in a background thread, on copies of the tensors, while training continues.
+A checkpoint is written to a folder with a temporary name. The files are synced, the manifest is written last, and then the folder
+is renamed. A background thread writes copies of the tensors while training continues.
 
-torch.distributed.checkpoint writes the optimizer state and reads all tensors, in its safetensors format. The headers of these files
+torch.distributed.checkpoint writes the optimizer state in its safetensors format, and reads all tensors. The headers of these files
 record which part of a tensor each file contains, so that a run can resume with a different number of processes. The default format
-of torch.distributed.checkpoint keeps this information in a pickle.
+of torch.distributed.checkpoint is not used, because it stores this information in a pickle.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ from tinylm.run import FORMAT, OPTIMIZER_FILES, POINTERS, Checkpoint, Run, drop_
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The content of a checkpoint. Its tensors must not change while it is being saved."""
+    """The contents of a checkpoint. The tensors must not change while the checkpoint is being saved."""
 
     weights: Mapping[str, Tensor]
-    """All weights of the model. Only the main process writes them; elsewhere this may be empty."""
+    """All weights of the model. Only the main process writes them. In other processes, this may be empty."""
     optimizer_state: Mapping[str, Tensor]
     """This process's shard of the optimizer state."""
     state: Mapping[str, Any]
@@ -67,7 +67,7 @@ class CheckpointWriter:
         self._pending: Future[Checkpoint] | None = None
 
     def prepare(self) -> None:
-        """Create the checkpoints folder, and remove partial files that a killed process left in it."""
+        """Create the checkpoints folder, and remove partial files left behind by a killed process."""
         if not self._is_main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ class CheckpointWriter:
                 leftover.unlink()
 
     def start_save(self, snapshot: Snapshot) -> None:
-        """Save in a background thread. The checkpoint becomes `last` once it is complete. Call `wait` before the next save."""
+        """Save in a background thread. When the checkpoint is complete, `last` points to it. Call `wait` before the next save."""
         assert self._pending is None, "call wait before the next save"
         pending: Future[Checkpoint] = Future()
 
@@ -88,7 +88,7 @@ class CheckpointWriter:
             except BaseException as error:
                 pending.set_exception(error)
 
-        # A daemon thread, so that a second signal ends the process without waiting for the disk.
+        # With a daemon thread, a second signal ends the process without waiting for the disk.
         threading.Thread(target=save, name="tinylm-save", daemon=True).start()
         self._pending = pending
 
@@ -110,7 +110,7 @@ class CheckpointWriter:
         final = self.folder / f"step-{step:06d}"
         partial = self.folder / f".{final.name}.partial"
         try:
-            with _translate_write_errors(f"the checkpoint of step {step} could not be saved", self.folder):
+            with _translate_write_errors(f"the checkpoint for step {step} could not be saved", self.folder):
                 self._processes.run_on_main(lambda: _recreate_folder(partial))
                 _write_tensors(partial, snapshot.optimizer_state, self._processes)
                 self._processes.run_on_main(lambda: self._complete(partial, final, snapshot))
@@ -121,7 +121,7 @@ class CheckpointWriter:
         return Checkpoint(final)
 
     def _complete(self, partial: Path, final: Path, snapshot: Snapshot) -> None:
-        """Write the files of the main process, with the manifest last, and rename the folder."""
+        """Write the main process's files, with the manifest last, and rename the folder."""
         for number, file in enumerate(sorted(partial.iterdir()), 1):
             os.replace(file, partial / f"{OPTIMIZER_FILES}{number:05d}.safetensors")
         save_file(dict(snapshot.weights), partial / "model.safetensors", {"format": "pt"})
@@ -141,7 +141,7 @@ class CheckpointWriter:
                 atomic_write_text(self.folder / pointer, checkpoint + "\n")
 
     def prune(self) -> None:
-        """Remove checkpoints, except the best, the last, the `keep` newest and permanent ones. Raises `WorkError` if that fails."""
+        """Remove all checkpoints except the best, the last, the `keep` newest and permanent ones. Raises `WorkError` on failure."""
         if not self._is_main:
             return
         pointers = [self.folder / name for name in POINTERS]
@@ -154,7 +154,7 @@ class CheckpointWriter:
                     _remove(checkpoint)
 
     def drop_optimizer_states(self) -> None:
-        """Remove the optimizer state from all complete checkpoints. Raises `WorkError` if that fails."""
+        """Remove the optimizer state from all complete checkpoints. Raises `WorkError` on failure."""
         if not self._is_main:
             return
         with _translate_write_errors("the optimizer state could not be removed", self.folder):
@@ -165,8 +165,8 @@ class CheckpointWriter:
     def discard_after(self, kept: Checkpoint, best_step: int) -> bool:
         """Remove all checkpoints newer than `kept`, and point `last` to `kept`.
 
-        Returns whether the checkpoint of `best_step` still exists. If so, `best` points to it; otherwise `best` is removed. Raises
-        `WorkError` if that fails.
+        Returns whether the checkpoint for `best_step` still exists. If so, `best` points to it. Otherwise, `best` is removed.
+        Raises `WorkError` on failure.
         """
 
         def discard() -> bool:
@@ -183,11 +183,11 @@ class CheckpointWriter:
                     (self.folder / "best").unlink(missing_ok=True)
             return best_exists
 
-        return self._processes.run_on_main(discard)  # the others must not look at a file system that is being changed
+        return self._processes.run_on_main(discard)  # the other processes must not read the folder while it is being changed
 
 
 def _remove(checkpoint: Checkpoint) -> None:
-    """Remove a checkpoint. The folder is renamed first, so that an interruption does not leave a partial checkpoint."""
+    """Remove a checkpoint. The folder is renamed first, so that an interruption does not leave a partial checkpoint behind."""
     removed = checkpoint.path.with_name(f".{checkpoint.name}.removed")
     shutil.rmtree(removed, ignore_errors=True)
     os.replace(checkpoint.path, removed)
@@ -195,7 +195,7 @@ def _remove(checkpoint: Checkpoint) -> None:
 
 
 def _recreate_folder(folder: Path) -> None:
-    """Create an empty folder, but not its parents: if the user has removed the run folder, saving must fail, not recreate it."""
+    """Create an empty folder, but not its parents. If the user has removed the run folder, saving must fail."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
 
@@ -211,7 +211,7 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], processes: Proce
 
 @contextmanager
 def _translate_write_errors(problem: str, folder: Path) -> Iterator[None]:
-    """Turn errors of the file system, safetensors and torch.distributed.checkpoint into a `WorkError` that reports `problem`."""
+    """Convert file system, safetensors and torch.distributed.checkpoint errors to a `WorkError` that reports `problem`."""
     try:
         yield
     except TinylmError:
@@ -239,14 +239,14 @@ def _is_distributed_checkpoint_error(error: BaseException) -> bool:
 
 @contextmanager
 def _ignore_warnings() -> Iterator[None]:
-    """torch.distributed.checkpoint warns that it assumes a single process, even if called with `no_dist`."""
+    """torch.distributed.checkpoint warns that it assumes a single process, even when it is called with `no_dist`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def newest_complete_checkpoint(run: Run, reporter: Reporter) -> Checkpoint:
-    """Return the newest undamaged checkpoint, and warn about damaged ones. Raises `InputError` if no checkpoint is undamaged."""
+    """Return the newest undamaged checkpoint, and warn about newer damaged ones. Raises `InputError` if all are damaged."""
     for checkpoint in reversed(run.checkpoints()):
         problem = checkpoint.problem()
         if problem is None:
@@ -263,7 +263,7 @@ def restore(
     *,
     load_optimizer: bool = True,
 ) -> dict[str, Any]:
-    """Load the weights and the optimizer state of a checkpoint, and return the content of its state.json.
+    """Load the weights and the optimizer state from a checkpoint, and return the contents of its state.json.
 
     Each process reads its own shard. Without `load_optimizer`, the optimizer state stays empty. Raises `InputError` if the
     checkpoint does not match the network or the optimizers.
@@ -289,7 +289,9 @@ def restore(
         optimizers.load_state(optimizer_state)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, IndexError, OverflowError, RuntimeError) as error:
         cause = (
-            f"the optimizer has no match for the saved state {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+            f"the optimizer has no parameter for the saved state {error}"
+            if isinstance(error, KeyError)
+            else str(error).splitlines()[0]
         )
         raise InputError(f"cannot be restored: {cause}", where=str(checkpoint.path)) from None
     except BaseException as error:
@@ -307,7 +309,7 @@ def _check_weights(weights: Mapping[str, Tensor], stored: Mapping[str, torch.Siz
 
 
 def _stored_shape(name: str, entry: Any) -> Any:
-    """Return the shape of a saved tensor. Raises `ValueError` if the parts in the files do not cover the tensor exactly."""
+    """Return the shape of a saved tensor. Raises `ValueError` if the saved parts do not cover the tensor exactly."""
     covered = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
     if covered != math.prod(entry.size) or any(offset < 0 for chunk in entry.chunks for offset in chunk.offsets):
         raise ValueError(f"the parts of {name} do not cover the tensor")

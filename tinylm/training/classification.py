@@ -23,7 +23,8 @@ from tinylm.training.objective import Heldout
 class Classification:
     """Cross-entropy over the labels, with label smoothing and class weights.
 
-    A batch has one target per text. The weighted losses are divided by the number of texts, not by the sum of their weights.
+    A batch has one target per text. The sum of the weighted losses is divided by the number of texts, not by the sum of the
+    weights.
     """
 
     name = "classification"
@@ -34,7 +35,7 @@ class Classification:
         self._weights = class_weights(section)
 
     def batch(self, examples: Examples, seed: int, start: int) -> Batch:
-        """Sort the texts by length, so that micro-batches have little padding. Nothing is random."""
+        """Sort the texts by length, so that micro-batches have little padding. The batch does not depend on `seed`."""
         tokens = examples["tokens"]
         order = np.argsort((tokens >= 0).sum(axis=1), kind="stable")
         ids = torch.from_numpy(tokens[order])
@@ -69,7 +70,7 @@ class Classification:
 
 
 def class_weights(section: ClassificationObjective) -> Tensor | None:
-    """The weight of each label in the loss, or None if all are 1. Balanced weights have a mean of 1 over the training texts."""
+    """Return the loss weight of each label, (labels,), or None if all are 1. Balanced weights average 1 over the training texts."""
     if section.class_weights == "balanced":
         counts = torch.tensor(section.label_counts, dtype=torch.float64)
         return (counts.sum() / (len(counts) * counts)).float()
@@ -79,7 +80,7 @@ def class_weights(section: ClassificationObjective) -> Tensor | None:
 
 
 def without_padding(batch: Batch) -> Batch:
-    """Remove the columns that are padding in every row. On a GPU, where that would wait for the device, nothing is removed."""
+    """Remove the columns that contain only padding. On a GPU, nothing is removed, because that would require a synchronization."""
     if batch.segments is None or batch.segments.device.type != "cpu":
         return batch
     width = int((batch.segments >= 0).sum(dim=1).max())

@@ -18,7 +18,7 @@ from tinylm.training.step import GradientSettings, accumulate
 
 
 def available_compiler(device: torch.device) -> str | None:
-    """Return the compiler that torch.compile uses on this device, or None if it is missing or the device is unsupported."""
+    """Return the compiler that `torch.compile` uses on this device, or None if it is missing or the device is not supported."""
     if device.type == "cuda":
         return "triton" if importlib.util.find_spec("triton") is not None else None
     if device.type == "cpu":
@@ -27,7 +27,7 @@ def available_compiler(device: torch.device) -> str | None:
 
 
 class Trial:
-    """Runs the forward and backward pass of the first micro-batch of a batch, and discards the gradient."""
+    """Runs a forward and backward pass on the first micro-batch of a batch, and discards the gradient."""
 
     def __init__(self, network: Model, batch: LocalBatch, settings: GradientSettings) -> None:
         self.settings = replace(settings, scaler=None)
@@ -36,7 +36,7 @@ class Trial:
         self._batch = replace(batch, share=batch.share.rows(slice(size)))
 
     def seconds(self, repeat: int = 2) -> float:
-        """Measure the time of one micro-batch: the best of `repeat` runs, after one warmup run."""
+        """Measure the time for one micro-batch in seconds: the best of `repeat` runs, after one warm-up run."""
         best = float("inf")
         for attempt in range(repeat + 1):
             start = time.perf_counter()
@@ -57,9 +57,9 @@ class Trial:
 def compile_units(network: Model, trial: Trial, *, required: bool, reporter: Reporter) -> float:
     """Compile every unit of the network in place by running one micro-batch. Returns the elapsed seconds, or 0 on failure.
 
-    Units of the same kind share the code compiled for the first one. A network without units is compiled as a whole. If compilation
-    fails, raises `WorkError` if it is `required`; otherwise warns and leaves the units uncompiled. If the micro-batch runs out of
-    memory, the units stay compiled: the trainer will reduce the micro-batch size.
+    Units of the same kind share the code that is compiled for the first one. A network without units is compiled as a whole. If
+    compilation fails and is `required`, raises `WorkError`. If it fails and is not required, warns and leaves the units uncompiled.
+    If the micro-batch runs out of memory, the units stay compiled, and the trainer later reduces the micro-batch size.
     """
     start = time.perf_counter()
     units = network.compile_units() or (network,)
@@ -67,7 +67,7 @@ def compile_units(network: Model, trial: Trial, *, required: bool, reporter: Rep
         unit.compile(dynamic=False)
     try:
         trial.run()
-    except Exception as error:  # the compiler's errors have no common base class, and some come from the tools it runs
+    except Exception as error:  # compiler errors have no common base class, and some come from tools that the compiler runs
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             reporter.note("a micro-batch does not fit into memory; the first step will reduce its size")
             return time.perf_counter() - start

@@ -1,7 +1,7 @@
-"""Training by counting: each step counts the n-grams of the next part of the text. There are no gradients.
+"""Training by counting: each step counts the n-grams in the next part of the text. There are no gradients.
 
-The counts take the place of the optimizer state in checkpoints, so that a resumed run continues counting. Every process counts the
-whole text, because merging the counts of several processes would take about as long.
+Checkpoints store the counts in place of an optimizer state, so that a resumed run continues counting. Every process counts the
+whole text, because merging the counts from several processes would take about as long.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PREFIX = "counts/"
 
 
 class CountState:
-    """The counts so far, with the interface of `Optimizers` that saves and restores them."""
+    """The counts so far. It has the same methods as `Optimizers` for saving and restoring."""
 
     def __init__(self, vocab_size: int, order: int) -> None:
         self._vocab_size, self._order = vocab_size, order
@@ -40,7 +40,7 @@ class CountState:
         self.counts = part if self.counts is None else self.counts.merged(part)
 
     def state(self) -> dict[str, Tensor]:
-        """The counts as tensors. Each contains the arrays of all orders, one after the other."""
+        """Return the counts as tensors. Each tensor is the concatenation of the arrays for all orders."""
         assert self.counts is not None
         arrays = {
             "keys": np.concatenate((np.zeros(0, dtype=np.int64), *self.counts.keys)),
@@ -68,10 +68,10 @@ class CountState:
 
 
 class CountingTrainer(Trainer):
-    """A `Trainer` for n-gram models. The optimizers of its setup are a `CountState`."""
+    """A `Trainer` for n-gram models. `setup.optimizers` must be a `CountState`."""
 
     def __init__(self, setup: TrainingSetup, hooks: Hooks) -> None:
-        """Raises `InputError` if the recipe asks for more steps than the text has."""
+        """Raises `InputError` if the recipe sets more steps than it takes to count the text once."""
         super().__init__(setup, hooks)
         assert isinstance(setup.dataset, ConsecutiveParts)
         self._parts = setup.dataset
@@ -82,13 +82,13 @@ class CountingTrainer(Trainer):
         available = -(-self._parts.examples_per_epoch // batch)
         if setup.steps is not None and setup.steps > available:
             raise InputError(
-                f"the text is counted in {available} steps, fewer than the {setup.steps} that the recipe asks for",
+                f"counting the whole text takes {available} steps, but the recipe sets {setup.steps}",
                 where="training",
                 hint="use epochs: 1 to count the whole text once",
             )
 
     def train_step(self, feed: Feed) -> None:
-        """Count the n-grams of the next part of the text."""
+        """Count the n-grams in the next part of the text."""
         start, progress, batch = perf_counter(), self.progress, self.setup.recipe.training.global_batch_size
         first, last = self._last_span = self._parts.span(progress.cursor, batch)
         hashed = fingerprint(self._parts.examples(progress.cursor, batch)["tokens"])
@@ -101,7 +101,7 @@ class CountingTrainer(Trainer):
         progress.train_seconds += perf_counter() - start
 
     def _log(self, result: StepResult) -> None:
-        """Smooth the counts, which evaluations and checkpoints need as well, and log the loss of the text that was counted last."""
+        """Smooth the counts for evaluations and checkpoints, and log the loss on the text that was counted last."""
         start = perf_counter()
         assert self._state.counts is not None
         self._ngrams.set_tables(smooth(self._state.counts, self._parts.shard.end_of_text, self._ngrams.model.prune))
@@ -111,7 +111,7 @@ class CountingTrainer(Trainer):
         super()._log(replace(result, loss=loss))
 
     def _loss(self, first: int, last: int) -> float:
-        """The mean loss in nats of the tokens [first, last) of the text."""
+        """Return the mean loss in nats over the tokens [first, last) of the text."""
         context = self._ngrams.model.order - 1
         tokens = np.asarray(self._parts.shard.tokens[max(0, first - context) : last], dtype=np.int64)
         preceding = np.minimum(np.arange(len(tokens)), context)
@@ -122,6 +122,6 @@ class CountingTrainer(Trainer):
         return 0.0
 
     def _completed_fraction(self) -> float:
-        """With `training.minutes`, the run also ends when the whole text has been counted."""
+        """With `training.minutes`, the run also ends once the whole text has been counted."""
         fraction = super()._completed_fraction()
         return max(fraction, self.progress.cursor / self._parts.examples_per_epoch) if self.setup.steps is None else fraction

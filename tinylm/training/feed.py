@@ -1,6 +1,6 @@
 """Prefetch batches: a background thread assembles the next batch and pins its memory while the device computes.
 
-With several processes, each gets an equal share of the examples of every global batch, determined by its rank.
+With several processes, each process gets an equal share of every global batch, depending on its rank.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ class LocalBatch:
 
     share: Batch
     global_target_count: int
-    """Number of targets in the global batch that count in the loss."""
+    """Number of targets in the global batch, without ignored ones."""
     global_token_count: int
-    """Number of tokens in the global batch that the model reads, without padding."""
+    """Number of input tokens in the global batch, without padding."""
     fingerprint: int = 0
-    """Hash of the examples in this share. The hashes of all shares add up to the hash of the global batch, modulo 2**64."""
+    """Hash of the examples in this share. The hash of the global batch is the sum over all shares, modulo 2**64."""
 
     @classmethod
     def whole(cls, batch: Batch) -> LocalBatch:
-        """Wrap a global batch that a single process computes."""
+        """Wrap a global batch for a single process."""
         return cls(batch, batch.target_count, batch.token_count)
 
 
 class Feed:
-    """A context manager that returns batches by position and prefetches the next one."""
+    """Returns batches by position and prefetches the next one. Use it as a context manager."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class Feed:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """`seed` is the recipe's seed, for the random choices of the objective."""
+        """`seed` is the recipe's seed. The objective uses it for random choices."""
         self._dataset = dataset
         self._objective = objective
         self._seed = seed
@@ -64,9 +64,9 @@ class Feed:
         self._worker.shutdown(cancel_futures=True)
 
     def batch(self, start: int, count: int) -> LocalBatch:
-        """Return this process's share of the examples [start, start + count). Also starts preparing the next `count` examples.
+        """Return this process's share of the examples [start, start + count), and start to prepare the next `count` examples.
 
-        An error from reading the examples is raised here, even if it occurred in the background thread.
+        Errors in reading the examples are raised here, even if they occurred in the background thread.
         """
         if self._next is not None and self._next[:2] == (start, count):
             batch = self._next[2].result()

@@ -22,7 +22,7 @@ class PeerOutOfMemory(Exception):
 
 
 class GradientComputer:
-    """Computes gradients of global batches. Every method is a collective: all processes must call it."""
+    """Computes the gradients of global batches. `compute` is a collective: all processes must call it."""
 
     def __init__(
         self,
@@ -41,10 +41,11 @@ class GradientComputer:
         self._note = note
 
     def compute(self, batch: LocalBatch, steps_before: int) -> tuple[Tensor, int]:
-        """Store the gradient of the global batch in `.grad`; `batch` is this process's share of it.
+        """Store the gradient of the global batch in `.grad`. `batch` is this process's share of the global batch.
 
         Returns the mean loss over the global batch in nats, as a scalar on the device, and the fingerprint of the global batch. If
-        memory runs out, the micro-batch size is reduced and the batch is computed again. Raises `WorkError` if that is impossible.
+        memory runs out, the micro-batch size is reduced and the gradient is computed again. Raises `WorkError` if the size cannot
+        be reduced.
         """
         loss = None
         while loss is None:
@@ -54,11 +55,11 @@ class GradientComputer:
         return self._parallel.all_reduce(loss), fingerprint
 
     def _try_accumulate(self, batch: LocalBatch, steps_before: int) -> Tensor | None:
-        """Return this process's share of the loss; None if memory ran out in any process and the micro-batch size was reduced.
+        """Return this process's share of the loss, or None if the micro-batch size was reduced because a process ran out of memory.
 
-        With DDP, all processes check whether any process has run out of memory before they exchange gradients, and if so, reduce
-        the size together. A process that runs out of memory during the exchange, or at any time with FSDP, raises `WorkError`
-        instead, because its peers are already waiting in another collective.
+        With DDP, all processes check whether any of them has run out of memory before they exchange gradients. If so, they all
+        reduce the size. A process that runs out of memory during the exchange, or at any time with FSDP, raises `WorkError`,
+        because the other processes are already waiting in another collective.
         """
         self._optimizers.zero_grad()
         processes, exchanging = self._processes, False

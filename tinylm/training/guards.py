@@ -1,8 +1,8 @@
-"""Check the loss and gradient norm of every step: skip non-finite steps, flag spikes.
+"""Check the loss and gradient norm of every step: skip non-finite steps and flag spikes.
 
-A step whose loss or gradient is non-finite does not update the weights. After `patience` skipped steps in a row, the trainer rolls
-back to its last good checkpoint and continues past the offending batches. After `rollbacks` rollbacks, it aborts instead, with a
-report (`training.replay`). The state of the guard is saved with every checkpoint, so that resuming does not reset it.
+A step with a non-finite loss or gradient does not update the weights. After `patience` consecutive skipped steps, the trainer rolls
+back to the last good checkpoint and continues after the batches that failed. If `rollbacks` rollbacks have already happened, it
+writes a report (`training.replay`) and aborts. Checkpoints contain the state of the guard, so that resuming does not reset it.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from statistics import median
 from tinylm.recipe.schema import GuardsSection
 
 WINDOW = 64
-"""Number of recent losses that a loss is compared with."""
+"""Number of recent losses to compare a loss with."""
 _MIN_LOSSES = 32
-"""Minimum number of recent losses for detecting a spike."""
+"""Minimum number of recent losses needed to detect a spike."""
 _MAD_TO_DEVIATION = 1.4826
-"""Ratio of the standard deviation to the median absolute deviation of a normal distribution."""
+"""Ratio of the standard deviation to the median absolute deviation in a normal distribution."""
 
 
 @dataclass
 class GuardState:
-    """Counters and recent losses. Saved in state.json with these names."""
+    """Counters and recent losses. The field names are keys in state.json."""
 
     in_a_row: int = 0
-    """Consecutive skipped steps."""
+    """Number of consecutive skipped steps up to now."""
     skipped: int = 0
     spikes: int = 0
     rollbacks: int = 0
@@ -44,8 +44,8 @@ class Guard:
     def skip_reason(self, loss: float, grad_norm: float, overflow_expected: bool) -> str | None:
         """Return the reason to skip a step, or None. Also counts the skipped steps.
 
-        With `overflow_expected`, only the loss has to be finite: a gradient scaler tries scales that are too large, and skips
-        those steps itself.
+        With `overflow_expected`, only the loss has to be finite, because a gradient scaler tries scales that are too large and
+        skips those steps.
         """
         state = self._state
         if not math.isfinite(loss):
@@ -61,19 +61,19 @@ class Guard:
 
     @property
     def rollback_due(self) -> bool:
-        """Whether `patience` steps in a row were skipped."""
+        """Whether `patience` consecutive steps have been skipped."""
         return self._state.in_a_row >= self._section.patience
 
     @property
     def may_roll_back(self) -> bool:
-        """Whether another rollback is allowed. If not, training must abort."""
+        """Whether another rollback is allowed. Otherwise, training must abort."""
         return self._state.rollbacks < self._section.rollbacks
 
     def spike_score(self, loss: float) -> float | None:
         """Return the robust z-score of a loss if it is a spike, else None. Also counts spikes and adds the loss to the recent ones.
 
-        Unlike mean and standard deviation, the median and the median absolute deviation are robust to the spikes themselves
-        (Leys et al. 2013).
+        Spikes affect the median and the median absolute deviation much less than the mean and the standard deviation (Leys et al.
+        2013).
         """
         state, limit = self._state, self._section.spike
         score = robust_z_score(loss, state.recent)
@@ -85,7 +85,10 @@ class Guard:
 
 
 def robust_z_score(value: float, others: list[float]) -> float | None:
-    """(value - median) / (1.4826 * median absolute deviation) of `others`. None if there are too few or their deviation is 0."""
+    """Return (value - median) / (1.4826 * median absolute deviation), with both medians taken over `others`.
+
+    Returns None if `others` has too few values or their deviation is 0.
+    """
     if len(others) < _MIN_LOSSES:
         return None
     center = median(others)

@@ -1,4 +1,4 @@
-"""A JSON Lines log of a training run. New lines are appended; old ones are removed only when a run resumes or rolls back."""
+"""A JSON Lines log of a training run. New lines are appended. Old lines are removed only when a run resumes or rolls back."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tinylm.paths import atomic_write_text
 
 
 class JsonLinesLog:
-    """A file with one JSON object per line; each object has an integer `step`. Lines are flushed as they are written.
+    """A file with one JSON object per line. Each object has an integer `step`. Every line is flushed after it is written.
 
-    Use it as a context manager, or call `close`. Every method may raise `OSError`.
+    Use it as a context manager, or call `close`. Every method can raise `OSError`.
     """
 
     def __init__(self, path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
-        """Open `path` for appending, after removing the lines for which `keep` is false."""
+        """Remove the lines for which `keep` is false, and open `path` for appending."""
         self._path = path
         self._file = self._rewrite_and_open(keep)
 
@@ -38,11 +38,11 @@ class JsonLinesLog:
         self._file.flush()
 
     def records(self) -> list[dict[str, Any]]:
-        """All records in the file. Lines that are not objects with an integer `step`, such as a partial last line, are skipped."""
+        """Return all records. Lines that are not objects with an integer `step`, such as a partial last line, are skipped."""
         return [record for _, record in self._lines()]
 
     def remove_unless(self, keep: Callable[[Mapping[str, Any]], bool]) -> None:
-        """Remove the lines for which `keep` is false. If this raises `OSError`, the log is unchanged and still open."""
+        """Remove the lines for which `keep` is false. If this raises `OSError`, the log is unchanged and stays open."""
         self._file.flush()
         replaced, self._file = self._file, self._rewrite_and_open(keep)
         replaced.close()

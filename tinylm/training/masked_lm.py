@@ -18,13 +18,13 @@ from tinylm.training.objective import Heldout
 
 
 class MaskedLM:
-    """The loss is computed only at masked positions. `data.masking` chooses them."""
+    """Cross-entropy at the masked positions, which `data.masking` chooses."""
 
     name = "masked_lm"
     metrics: Sequence[Metric] = MASKED_LM
 
     def batch(self, examples: Examples, seed: int, start: int) -> Batch:
-        """Nothing is random: the examples already have masks."""
+        """Convert the examples to tensors. The batch does not depend on `seed`, because the examples are already masked."""
         segments = torch.from_numpy(examples["segments"]) if "segments" in examples else None
         return Batch(torch.from_numpy(examples["tokens"]), torch.from_numpy(examples["targets"]), segments)
 

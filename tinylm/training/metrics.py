@@ -16,12 +16,12 @@ from tinylm.paths import atomic_write_text
 from tinylm.training.jsonl_log import JsonLinesLog
 
 _LOGGED_BEFORE_SAVING = ("step", "skipped", "spike")
-"""Kinds of lines that are written before the checkpoint of their step is saved. All other kinds are written afterwards."""
+"""Kinds of lines that are written before the checkpoint for their step is saved. All other kinds are written afterwards."""
 
 
 @dataclass(frozen=True)
 class StepEvent:
-    """A logged optimizer step. `loss` is the mean over all targets of the global batch, before the update, in nats per token."""
+    """A logged optimizer step. `loss` is the mean over all targets in the global batch before the update, in nats per token."""
 
     step: int
     tokens: int
@@ -30,15 +30,15 @@ class StepEvent:
     grad_norm: float
     tokens_per_second: float
     mfu: float | None
-    """Model FLOPs utilization: the model's FLOP/s divided by the FLOP/s of large matrix products in this precision.
+    """Model FLOPs utilization: the model's FLOP/s divided by the peak FLOP/s of the device in this precision.
 
-    None if the FLOPs of the architecture are not estimated."""
+    None if FLOPs cannot be estimated for the architecture."""
     seconds: float
-    """Since training started, summed over all resumes."""
+    """Total training time in seconds, summed over all resumes."""
     fraction_done: float
     """Completed fraction of the training run, in (0, 1]."""
     batch: str = ""
-    """Hash of the sequences of the global batch. It does not depend on the number of processes."""
+    """Hash of the sequences in the global batch. It does not depend on the number of processes."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class EvaluationEvent:
     """Time spent in optimizer steps only."""
     seconds: float
     best: bool
-    """Whether the checkpoint of this step was saved and is the best so far."""
+    """Whether the checkpoint for this step was saved and is the best so far."""
 
     def as_line(self) -> dict[str, Any]:
         """Return the fields of a metrics.jsonl line. Each metric has its own key, such as `val_loss`."""
@@ -70,7 +70,7 @@ class EvaluationEvent:
 
 @dataclass(frozen=True)
 class GuardEvent:
-    """A `skipped` step, a `spike` of the loss, or a `rollback` to the checkpoint of `step`."""
+    """A `skipped` step, a `spike` in the loss, or a `rollback` to the checkpoint for `step`."""
 
     kind: str
     step: int
@@ -87,15 +87,15 @@ class SampleEvent:
 
 
 class Observer:
-    """Receives the events of a training run. Override the methods you need; by default they do nothing.
+    """Receives the events of a training run. Override the methods you need. By default, they do nothing.
 
-    Any of them may call `request_stop`.
+    All methods may call `request_stop`.
     """
 
     stop_requested = False
 
     def request_stop(self) -> None:
-        """Save and stop the training after the current step. The run can be resumed."""
+        """Save a checkpoint and stop training after the current step. The run can be resumed."""
         self.stop_requested = True
 
     def step(self, event: StepEvent) -> None: ...
@@ -107,10 +107,10 @@ class Observer:
     def guard(self, event: GuardEvent) -> None: ...
 
     def resumed(self, steps: Sequence[StepEvent], evaluations: Sequence[EvaluationEvent]) -> None:
-        """Called once, before all other methods, with the events logged before the run was resumed. A new run has none."""
+        """Called once, before all other methods, with the events from before the run was resumed. A new run has none."""
 
     def saved(self, step: int) -> None:
-        """Called when the checkpoint of `step` is complete. A background thread saves it, so this may be a few steps later."""
+        """Called when the checkpoint for `step` is complete. A background thread saves it, so this may be a few steps later."""
 
     def phase(self, name: str) -> None:
         """Called when a phase begins: `first step`, `training`, `evaluating`, `saving` or `sampling`."""
@@ -122,7 +122,7 @@ class Observer:
         """Called when training ends, even after an error."""
 
     def stopping(self) -> None:
-        """Called from the signal handler when a signal arrives. Training will save and stop after the current step."""
+        """Called from the signal handler. Training will save a checkpoint and stop after the current step."""
 
 
 class Observers(Observer):
@@ -132,7 +132,7 @@ class Observers(Observer):
         self._members = tuple(members)
 
     @property
-    def stop_requested(self) -> bool:  # type: ignore[override]  # read-only: the members hold the requests
+    def stop_requested(self) -> bool:  # type: ignore[override]  # read-only, because the members store the requests
         return any(member.stop_requested for member in self._members)
 
     def request_stop(self) -> None:
@@ -179,8 +179,8 @@ class Observers(Observer):
 class MetricsFile(Observer):
     """Appends events to metrics.jsonl and samples.md in a run folder.
 
-    When a run is resumed, all events written after the checkpoint of `resumed_step` are removed: events of later steps, and the
-    evaluation and samples of that step. If writing fails, `on_write_error` receives a message; by default it raises `WorkError`.
+    When a run is resumed, all events written after the checkpoint for `resumed_step` are removed: events from later steps, and the
+    evaluation and samples for that step. If writing fails, `on_write_error` receives a message. By default, it raises `WorkError`.
     """
 
     def __init__(self, folder: Path, resumed_step: int, on_write_error: Callable[[str], None] | None = None) -> None:
@@ -194,7 +194,7 @@ class MetricsFile(Observer):
             atomic_write_text(self._samples, _samples_before(self._samples.read_bytes().decode("utf-8", "replace"), step))
 
     def history(self) -> tuple[list[StepEvent], list[EvaluationEvent]]:
-        """Return the step and evaluation events in the file. Lines with other fields (from another version) are skipped."""
+        """Return the step and evaluation events in the file. Lines from other versions with different fields are skipped."""
         steps: list[StepEvent] = []
         evaluations: list[EvaluationEvent] = []
         for line in self._log.records():
@@ -242,7 +242,7 @@ class MetricsFile(Observer):
 
 
 def _written_before_saving(step: int) -> Callable[[Mapping[str, Any]], bool]:
-    """Return a predicate that is true for lines of metrics.jsonl written before the checkpoint of `step` was saved."""
+    """Return a predicate that is true for metrics.jsonl lines written before the checkpoint for `step` was saved."""
     return lambda line: "kind" in line and line["step"] < step + (line["kind"] in _LOGGED_BEFORE_SAVING)
 
 

@@ -1,4 +1,4 @@
-"""`Objective`: the interface of training objectives, which make batches from the examples of a dataset and compute the losses.
+"""`Objective` is the interface for training objectives. An objective makes batches from dataset examples and computes the losses.
 
 Losses are returned as sums or per target, never as means, so that gradient accumulation can divide by the number of
 targets in the global batch.
@@ -28,9 +28,10 @@ class Heldout:
     prepared: PreparedData
     section: EvaluationSection
     processes: Processes = SINGLE_PROCESS
-    """All processes evaluate together and return the same result."""
+    """All processes take part in the evaluation and return the same result."""
     on_progress: Callable[[int], None] = lambda count: None
-    """Called after every batch, equally often in each process, with the number of tokens scored so far. May raise to interrupt."""
+    """Called after every batch with the number of tokens scored so far, the same number of times in each process. It may raise an
+    exception to interrupt the evaluation."""
 
 
 class Objective(Protocol):
@@ -47,18 +48,18 @@ class Objective(Protocol):
         ...
 
     def batch(self, examples: Examples, seed: int, start: int) -> Batch:
-        """Make a batch of consecutive examples. `start` is the position of the first one in the data order.
+        """Make a batch of consecutive examples. `start` is the first example's position in the data order.
 
         Random choices depend only on the recipe's `seed` and an example's position, so that a resumed run repeats them.
         """
         ...
 
     def loss_sum(self, network: nn.Module, batch: Batch) -> Tensor:
-        """Sum of the losses of all targets in nats, a scalar with a gradient."""
+        """Return the sum of the losses over all targets in nats, a scalar with a gradient."""
         ...
 
     def losses(self, network: nn.Module, batch: Batch) -> Tensor:
-        """Loss of each target in nats, (batch, time), zero where the target is ignored."""
+        """Return the loss of each target in nats, (batch, time). It is zero where the target is ignored."""
         ...
 
     def evaluate(self, network: Model, heldout: Heldout) -> Metrics:

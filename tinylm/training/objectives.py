@@ -1,4 +1,4 @@
-"""The training objectives by the section of the recipe that configures them, and next-token prediction."""
+"""The registry of training objectives, by the type of recipe section that configures them, and next-token prediction."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class CausalLM:
     metrics: Sequence[Metric] = LANGUAGE_MODEL
 
     def batch(self, examples: Examples, seed: int, start: int) -> Batch:
-        """Inputs are all tokens but the last. Targets are all but the first, unless the examples have others. Nothing is random."""
+        """The inputs are all tokens except the last. The targets are all tokens except the first, or those in the examples."""
         tokens = torch.from_numpy(examples["tokens"])
         targets = torch.from_numpy(examples["targets"]) if "targets" in examples else tokens[:, 1:].contiguous()
         segments = torch.from_numpy(examples["segments"])[:, :-1].contiguous() if "segments" in examples else None
-        # Copying a pinned tensor to a GPU is only fast if the tensor is contiguous.
+        # Copying a pinned tensor to a GPU is fast only if the tensor is contiguous.
         return Batch(tokens[:, :-1].clamp_min(0), targets, segments)
 
     def loss_sum(self, network: nn.Module, batch: Batch) -> Tensor:
@@ -47,11 +47,11 @@ class CausalLM:
         return total
 
     def losses(self, network: nn.Module, batch: Batch) -> Tensor:
-        """Computed in float32, or in the dtype of the logits if that is wider."""
+        """The losses are computed in float32, or in the dtype of the logits if that is wider."""
         return token_losses(network(batch.inputs, segments=batch.segments), batch.targets)
 
     def evaluate(self, network: Model, heldout: Heldout) -> Metrics:
-        """Score every held-out token once (see `evaluation.perplexity`), or every token of the answers in conversations."""
+        """Score every held-out token once (see `evaluation.perplexity`). In conversations, score only the answers."""
         section, prepared = heldout.section, heldout.prepared
         if isinstance(prepared, PreparedChat):
             return answers.evaluate(

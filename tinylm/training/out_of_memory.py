@@ -20,14 +20,14 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # from malloc.h; 
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocator ran out of memory. Only CUDA raises a dedicated class; other devices are recognized by the message."""
+    """Whether an allocator ran out of memory. Only CUDA raises a dedicated class. On other devices, the message is checked."""
     return isinstance(error, torch.OutOfMemoryError) or errors.is_out_of_memory(error)
 
 
 def check_training_state(recipe: Recipe, vocab_size: int, device: torch.device, world_size: int) -> None:
-    """Raise `InputError` if weights, gradients and optimizer state cannot fit into memory. Allocates no memory for the network.
+    """Raise `InputError` if weights, gradients and optimizer state cannot fit into memory. The network is not allocated.
 
-    The optimizer state is counted only for architectures with estimates.
+    The optimizer state is included only if its size can be estimated for the architecture.
     """
     if has_estimates(recipe.model):
         costs = estimate_memory(recipe, vocab_size, 1)
@@ -38,13 +38,13 @@ def check_training_state(recipe: Recipe, vocab_size: int, device: torch.device, 
         needed = 2 * _BYTES_PER_PARAMETER * network.parameter_count()
     available = _total_memory(device, world_size)
     if needed > available:
-        sizes = f"at least {needed / 1e9:,.1f} GB of memory, and {available / 1e9:,.1f} GB are available"
+        sizes = f"at least {needed / 1e9:,.1f} GB of memory, but only {available / 1e9:,.1f} GB are available"
         hint = "use a smaller model, or a device with more memory"
         raise InputError(f"weights, gradients and optimizer state need {sizes}", where="model", hint=hint)
 
 
 def _total_memory(device: torch.device, world_size: int) -> int:
-    """Bytes of memory over which the training state can be distributed: that of this machine, or of one GPU for each process."""
+    """Return the bytes of memory for the training state: on this machine, or on one GPU per process."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory) * world_size
     if device.type == "mps":
@@ -70,5 +70,8 @@ def keep_freed_memory() -> bool:
 
 
 def smaller_micro_batch(micro_batch_size: int, sequences: int) -> int:
-    """Return the largest divisor of `sequences`, a process's share of the batch, that is at most half the micro-batch size."""
+    """Return the largest divisor of `sequences` that is at most half the micro-batch size.
+
+    `sequences` is the size of a process's share of the batch.
+    """
     return next(size for size in range(micro_batch_size // 2, 0, -1) if sequences % size == 0)

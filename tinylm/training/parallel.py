@@ -1,8 +1,8 @@
-"""Data parallelism: sum the gradients of all processes (DDP), or also shard the weights among them (FSDP).
+"""Data parallelism: sum the gradients over all processes (DDP), and optionally shard the weights across them (FSDP).
 
 With `ddp`, each process has a copy of the model (torch's DistributedDataParallel). With `fsdp`, weights, gradients and optimizer
 state are sharded (FSDP2's `fully_shard`, one unit per block). Both reduce gradients in float32, once per optimizer step, during the
-last micro-batch. The model contains no code for this, and optimizers are built from the unwrapped network.
+last micro-batch. The model contains no code for parallelism, and optimizers are built from the unwrapped network.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def resolve(name: str, recipe: Recipe, vocab_size: int, device: torch.device, pr
 class Parallel:
     """Prepares a network for training with several processes.
 
-    `network` is the network that was passed in. Use it to evaluate, to save and to build the optimizers. To train, call the module
-    that `micro_batch` yields.
+    The attribute `network` is the network that was passed in. Use it for evaluation, for saving and for building the optimizers.
+    For training, call the module that `micro_batch` yields.
     """
 
     def __init__(
@@ -107,9 +107,9 @@ class Parallel:
         return total
 
     def full_weights(self) -> dict[str, Tensor]:
-        """Copy all weights to the CPU, by name. A tied head is included once. The result is empty except in the main process.
+        """Copy all weights to the CPU, by name. Tied weights are included once. The result is empty except in the main process.
 
-        A collective: all processes must call it.
+        This is a collective: all processes must call it.
         """
         weights = {}
         for name, tensor in self.network.stored_weights().items():
@@ -119,7 +119,7 @@ class Parallel:
         return weights
 
     def cpu_copies(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copy tensors to the CPU, so that training does not modify them. Copies of sharded tensors are sharded the same way."""
+        """Copy tensors to the CPU. Training does not modify the copies. Copies of sharded tensors are sharded in the same way."""
         return {name: self._cpu_copy(tensor) for name, tensor in tensors.items()}
 
     def _cpu_copy(self, tensor: Any) -> Tensor:
@@ -134,7 +134,7 @@ class Parallel:
 
     @contextmanager
     def full_network(self) -> Iterator[Model | None]:
-        """Yield the unsharded network in the main process and None in the others. On exit, all wait for the main process."""
+        """Yield the unsharded network in the main process, and None in the others. On exit, all wait for the main process."""
         network: Model | None = None
         if self.name == "fsdp":
             weights = self.full_weights()
@@ -146,7 +146,7 @@ class Parallel:
         self.processes.any(False)  # any collective is a barrier
 
     def _unsharded_copy(self, weights: Mapping[str, Tensor]) -> Model:
-        """Build an unsharded copy of the network with the given weights, on the same device."""
+        """Build an unsharded copy of the network on the same device, with these weights."""
         sharded = self.network
         network = registry.build(
             sharded.model, sharded.vocab_size, None, objective=sharded.objective, with_lora=lora.section_of(sharded)
@@ -159,7 +159,10 @@ class Parallel:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Gather a sharded tensor, or reduce a partial one, in every process. Other tensors are returned unchanged. A collective."""
+    """Gather a sharded tensor, or reduce a partial one, in every process. Other tensors are returned unchanged.
+
+    This is a collective: all processes must call it.
+    """
     full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return full
 
@@ -179,10 +182,10 @@ def _shard(network: Model, mesh: DeviceMesh, precision: Precision | None) -> Non
     fully_shard(network, mesh=mesh, mp_policy=policy)  # the remaining parameters; tied weights must be in the same unit
     for method in ("hidden", "logits"):  # evaluation calls these instead of forward
         register_fsdp_forward_method(network, method)
-    # A block returns its value embeddings as a view. torch warns against modifying it in place, but no code does that.
+    # A block returns its value embeddings as a view. torch warns against modifying such a view in place, but no code does that.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for module in network.modules():
-        if isinstance(module, FSDPModule):  # sum, because losses are already divided by the global number of targets
+        if isinstance(module, FSDPModule):  # sum gradients, because losses are already divided by the global number of targets
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
 
@@ -190,8 +193,9 @@ def _shard(network: Model, mesh: DeviceMesh, precision: Precision | None) -> Non
 def _replicate(network: Model, device: torch.device) -> DistributedDataParallel:
     from torch.nn.parallel import DistributedDataParallel
 
-    # DDP reduces gradients in buckets, which it rebuilds after the first step unless `find_unused_parameters` is set. With rebuilt
-    # buckets, the first step of a resumed run would use different buckets from an uninterrupted run, and round differently.
+    # DDP reduces gradients in buckets, and rebuilds the buckets after the first step unless `find_unused_parameters` is set.
+    # Without that setting, the first step of a resumed run would use different buckets than in an uninterrupted run, and the
+    # rounding would differ.
     ids = [device] if device.type == "cuda" else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames broadcast_buffers; older versions lack the new name
@@ -201,7 +205,7 @@ def _replicate(network: Model, device: torch.device) -> DistributedDataParallel:
 
 
 def _sum_gradients(bucket: dist.GradBucket) -> torch.futures.Future[Any]:  # type: ignore[name-defined]
-    """Sum instead of average, because losses are already divided by the global number of targets."""
+    """Sum gradients instead of averaging them, because losses are already divided by the global number of targets."""
     import torch.distributed as dist
 
     work = dist.all_reduce(bucket.buffer(), async_op=True)

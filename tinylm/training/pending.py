@@ -1,4 +1,4 @@
-"""The results of optimizer steps. On a GPU they are read asynchronously: the host queues the next step before waiting."""
+"""The results of optimizer steps. On a GPU, the host queues the next step before it waits for the results of the previous one."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ class StepResult:
     cursor: int
     """Position in the data order after this step, in sequences."""
     fingerprint: int
-    """Hash of the sequences of the global batch."""
+    """Hash of the sequences in the global batch."""
     loss: float
-    """Mean over all targets of the global batch, in nats."""
+    """Mean over all targets in the global batch, in nats."""
     grad_norm: float
     loss_scale: float
-    """The factor that scales the loss in fp16; 1 in other precisions."""
+    """The factor that scales the loss in fp16. It is 1 in other precisions."""
 
 
 @dataclass(frozen=True)
 class PendingStep:
-    """A step whose results may not have been copied from the device yet."""
+    """A step whose results may not have been copied from the device to the host yet."""
 
     step: int
     cursor: int
     fingerprint: int
     values: Tensor
-    """(3,): loss, gradient norm and loss scale."""
+    """Loss, gradient norm and loss scale, (3,)."""
     copied: torch.cuda.Event | None
-    """Recorded after the copy of `values` to the host; None if `values` was not on a GPU."""
+    """Recorded after the copy of `values` to the host. None if `values` was not on a CUDA GPU."""
 
     @classmethod
     def start(cls, step: int, cursor: int, fingerprint: int, values: Tensor) -> PendingStep:
@@ -57,6 +57,6 @@ class PendingStep:
 def defers_results(device: torch.device) -> bool:
     """Whether the results of a step are read only after the next step has been queued.
 
-    This needs a device that runs asynchronously, and optimizers that skip an update if a flag on the device is set.
+    This requires a device that runs asynchronously, and optimizers that skip an update if a flag on the device is set.
     """
     return device.type == "cuda"

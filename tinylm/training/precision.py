@@ -19,19 +19,19 @@ _SPEEDUP_WIDTH = 256
 """Width of the square matrices in `bf16_speedup`."""
 _PEAK_WIDTHS = {"cpu": (1024, 2048), "cuda": (8192,), "mps": (2048,)}
 """Widths of the square matrices in `measure_peak_flops`. On some CPUs, a bf16 matmul of the smaller width runs on a single core, so
-the larger width is timed as well. In fp32, that would only delay the start of training."""
+the larger width is also timed. In fp32, this is not necessary and would only delay the start of training."""
 _REPEATS = 6
 _BACK_TO_BACK = 10
 """Number of matmuls to queue back to back on a GPU, so that the measured time does not include launch overhead."""
 _TRY_LARGER_BELOW_SECONDS = 0.03
 """The larger width is timed only if a matmul of the smaller width is faster than this."""
 _REPEAT_BELOW_SECONDS = 0.5
-"""A matmul that takes longer than this is not repeated, for example in bf16 on a CPU that emulates it."""
+"""A matmul that takes longer than this is not repeated. For example, bf16 matmuls are very slow on CPUs that emulate bf16."""
 
 
 @dataclass(frozen=True)
 class Precision:
-    """`name` is `fp32` (no autocast), or the autocast dtype, `bf16` or `fp16`. Weights and optimizer state are always float32."""
+    """`name` is `fp32` for no autocast, or the autocast dtype `bf16` or `fp16`. Weights and optimizer state are always float32."""
 
     name: str
     device: torch.device
@@ -42,13 +42,13 @@ class Precision:
 
     @contextmanager
     def tf32(self) -> Iterator[None]:
-        """Use TF32 for float32 matmuls on a GPU within this context. Training uses TF32; evaluation stays in full float32."""
+        """Use TF32 for float32 matmuls on a GPU within this context. Training uses TF32, but evaluation uses full float32."""
         if self.device.type != "cuda":
             yield
             return
         try:
             before = torch.backends.cuda.matmul.allow_tf32
-        except RuntimeError:  # the caller has used torch's newer `fp32_precision` setting, which must not be mixed with this one
+        except RuntimeError:  # the caller uses torch's newer `fp32_precision` setting, which must not be mixed with this one
             yield
             return
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -68,7 +68,7 @@ class Precision:
 
 
 def resolve(name: str, device: torch.device, reporter: Reporter) -> Precision:
-    """Return the precision `name`. For `auto`: bf16 if it is faster on the device, fp16 on a GPU without bf16 units, else fp32.
+    """Return the precision called `name`. `auto` means bf16 if it is faster, fp16 on a GPU without bf16 units, and otherwise fp32.
 
     Warns if bf16 was requested on a CPU where it is slower than fp32.
     """
@@ -98,19 +98,19 @@ def bf16_speedup(device: torch.device) -> float:
 
 
 def peak_flops(precision: Precision) -> float:
-    """Return the FLOP/s that model FLOPs utilization (MFU) is relative to, from the device's data sheet or else measured."""
+    """Return the peak FLOP/s for model FLOPs utilization (MFU), from the device's data sheet or else from a measurement."""
     sheet = _data_sheet(precision)
     return measure_peak_flops(precision) if sheet is None else sheet[0].flops[sheet[1]]
 
 
 def peak_source(precision: Precision) -> str:
-    """Describe where the value of `peak_flops` comes from."""
+    """Return a description of where the value of `peak_flops` comes from."""
     sheet = _data_sheet(precision)
     return "measured matrix product" if sheet is None else f"data sheet of {sheet[0].name}, {sheet[1]}"
 
 
 def _data_sheet(precision: Precision) -> tuple[Accelerator, str] | None:
-    """Return the data sheet of a GPU and its key for this precision. As in training, fp32 uses TF32 if the GPU supports it."""
+    """Return a GPU's data sheet and the key for this precision in it. As in training, fp32 uses TF32 if the GPU supports it."""
     if precision.device.type != "cuda":
         return None
     sheet = accelerators.from_device_name(describe(precision.device))
@@ -121,7 +121,7 @@ def _data_sheet(precision: Precision) -> tuple[Accelerator, str] | None:
 
 
 def measure_peak_flops(precision: Precision) -> float:
-    """Measure the FLOP/s of a large matmul on the device in this precision. As in training, fp32 on a GPU uses TF32."""
+    """Measure the FLOP/s of a large matmul in this precision. As in training, fp32 on a GPU uses TF32."""
     widths = _PEAK_WIDTHS[precision.device.type]
     best = 0.0
     for width in widths[: 1 if precision.name == "fp32" else None]:
@@ -133,14 +133,14 @@ def measure_peak_flops(precision: Precision) -> float:
 
 
 def matmul_seconds(width: int, precision: Precision) -> float:
-    """Measure the time of a (width, width) x (width, width) matmul: the best of several repeats.
+    """Measure the time of a (width, width) x (width, width) matmul in seconds: the best of several repeats.
 
-    On CUDA, the result is the mean of several back-to-back matmuls, after two warmup matmuls. On a CPU, it is the CPU time of the
-    calling thread if that clock is precise enough, so that other load on the machine does not matter.
+    On CUDA, the result is the mean of several back-to-back matmuls, after two warm-up matmuls. On a CPU, it is the CPU time of the
+    calling thread if that clock is precise enough, so that other load on the machine does not affect the result.
     """
     device = precision.device
     clock = time.thread_time if device.type == "cpu" and _has_precise_thread_clock() else time.perf_counter
-    generator = torch.Generator().manual_seed(0)  # random, because GPUs multiply constant matrices faster
+    generator = torch.Generator().manual_seed(0)  # use random values, because GPUs multiply constant matrices faster
     matrix = torch.randn(width, width, generator=generator).to(device, precision.dtype)
     best = float("inf")
     with precision.tf32():
@@ -171,7 +171,7 @@ def _cuda_matmul_seconds(matrix: torch.Tensor) -> float:
 
 
 def _has_precise_thread_clock() -> bool:
-    """Whether `time.thread_time` can time a matmul. On Windows it advances in steps of 16 ms."""
+    """Whether `time.thread_time` is precise enough to time a matmul. On Windows, it advances in steps of 16 ms."""
     return time.get_clock_info("thread_time").resolution < 1e-4
 
 

@@ -16,7 +16,7 @@ _LARGEST = 2**63
 
 
 def check_state(state: dict[str, Any], where: str) -> None:
-    """Raise `InputError` if the content of a state.json has missing keys or wrong types."""
+    """Raise `InputError` if the parsed state.json has missing keys or values of the wrong type."""
     watch = state.get("watch")
     if not isinstance(watch, dict) or not isinstance(state.get("scaler"), dict) or watch.keys() != GuardState().__dict__.keys():
         raise InputError("state.json has an unexpected structure", where=where)
@@ -34,7 +34,7 @@ def check_state(state: dict[str, Any], where: str) -> None:
 
 @dataclass
 class Progress:
-    """The progress of a run. The loss is None until the first step, and metrics are None until the first evaluation."""
+    """The progress of a run. `train_loss` is None before the first step, and `metrics` is None before the first evaluation."""
 
     step: int = 0
     """Number of completed steps."""
@@ -42,21 +42,21 @@ class Progress:
     """Position in the data order where the next global batch begins, in sequences."""
     tokens: int = 0
     seconds: float = 0.0
-    """Total time, summed over all resumes."""
+    """Total time in seconds, summed over all resumes."""
     train_seconds: float = 0.0
     """Time spent in optimizer steps only."""
     train_loss: float | None = None
     metrics: Metrics | None = None
-    """The newest evaluation."""
+    """The metrics from the latest evaluation."""
     evaluated_step: int = 0
     best_step: int = 0
-    """The step of the best checkpoint; 0 if there is none."""
+    """The step of the best checkpoint, or 0 if there is none."""
     best_value: float | None = None
     """The primary metric of the best checkpoint."""
     watch: GuardState = field(default_factory=GuardState)
 
     def as_state(self, defined: Sequence[Metric]) -> dict[str, Any]:
-        """Return the content of state.json. `defined` lists the metrics of the run, primary metric first."""
+        """Return the contents of state.json. `defined` lists the metrics of the run, primary metric first."""
         return {
             "step": self.step,
             "cursor": self.cursor,
@@ -73,7 +73,7 @@ class Progress:
 
     @classmethod
     def from_state(cls, state: dict[str, Any], defined: Sequence[Metric]) -> Progress:
-        """Restore the progress from the content of a state.json. `defined` is as in `as_state`."""
+        """Restore the progress from the contents of a state.json. `defined` lists the metrics of the run, as in `as_state`."""
         values = {metric.name: value for metric in defined if (value := state.get(metric.key)) is not None}
         return cls(
             step=state["step"],

@@ -1,8 +1,8 @@
-"""Write a report when training aborts, and recompute the reported step from the report alone.
+"""Write a report when training aborts, and recompute the failed step from the report alone.
 
-report.json         reason, position (step, cursor), loss, norms of every weight and gradient, numeric settings
-texts.txt           the sequences of the batch, as text
-batch.safetensors   the same sequences, as the arrays of the dataset
+report.json         reason, position (step, cursor), loss, norms of all weights and gradients, numeric settings
+texts.txt           the sequences in the batch, as text
+batch.safetensors   the same sequences, as the dataset's arrays
 model.safetensors   the weights before the step
 recipe.yaml         the recipe
 """
@@ -40,12 +40,12 @@ from tinylm.training.precision import Precision
 from tinylm.training.step import GradientSettings, accumulate, micro_batch_seeds
 
 _ROUNDING = 1e-3
-"""Maximum relative difference that is attributed to rounding, which depends on the order of summation."""
+"""Maximum relative difference that is attributed to rounding. Rounding errors depend on the order of summation."""
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """The content of report.json. `cursor` is the number of sequences that were consumed before the batch."""
+    """The contents of report.json. `cursor` is the number of sequences consumed before the batch."""
 
     reason: str
     step: int
@@ -55,7 +55,7 @@ class StepReport:
     micro_batch_size: int
     precision: str
     scale: float
-    """Loss scale in fp16; 1 in other precisions."""
+    """Loss scale in fp16. It is 1 in other precisions."""
     device: str
     vocab_size: int
     processes: int
@@ -78,11 +78,11 @@ class Replay:
     sequence_losses: list[float]
     """Mean loss of each sequence in the batch, in nats per token, without dropout."""
     agreement: str
-    """How the loss and gradient norm compare with the report: `bits` (identical), `rounding` or `different`."""
+    """How closely the loss and gradient norm match the report: `bits` (identical), `rounding` or `different`."""
 
     @property
     def non_finite(self) -> list[str]:
-        """The parameters whose weights or gradients are non-finite, in model order."""
+        """The names of parameters with non-finite weights or gradients, in model order."""
         weights = self.report.weights
         return [
             name for name, norm in self.gradients.items() if not (math.isfinite(norm) and math.isfinite(weights.get(name, 0.0)))
@@ -108,9 +108,9 @@ class Replay:
 def write_report(
     folder: Path, report: StepReport, recipe: Recipe, weights: Mapping[str, Tensor], examples: Examples, texts: list[str]
 ) -> None:
-    """Write the report folder atomically, replacing an existing one. `examples` and `texts` belong to the global batch.
+    """Write the report folder atomically, and replace an existing one. `examples` and `texts` are those of the global batch.
 
-    Raises `OSError` if it cannot be written.
+    Raises `OSError` if the folder cannot be written.
     """
     try:
         with atomic_folder(folder) as partial:
@@ -127,7 +127,7 @@ def write_report(
 
 
 def replay(folder: str | Path, *, device: str | None = None, threads: int | None = None) -> Replay:
-    """Recompute the loss and gradient of a reported step. `device` and `threads` default to the values in the report.
+    """Recompute the loss and gradient of the step in a report. `device` and `threads` default to the values in the report.
 
     Raises `InputError` if the folder is not a report or is damaged.
     """
@@ -157,7 +157,7 @@ def replay(folder: str | Path, *, device: str | None = None, threads: int | None
 
 @torch.no_grad()
 def _sequence_losses(network: Model, batch: Batch, objective: Objective, precision: Precision) -> list[float]:
-    """Return the mean loss of each sequence. Sequences are evaluated one at a time, because logits take a lot of memory."""
+    """Return the mean loss of each sequence. Sequences are evaluated one at a time, because logits use a lot of memory."""
     losses = []
     with precision.autocast():
         for sequence in batch.split(1):
@@ -184,9 +184,9 @@ def _read_report(folder: Path) -> tuple[StepReport, Examples]:
         examples = {name: tensor.numpy() for name, tensor in load_file(folder / "batch.safetensors").items()}
         shape = examples["tokens"].shape
         if len(shape) != 2 or report.micro_batch_size < 1 or shape[0] % report.micro_batch_size:
-            raise ValueError("the batch is not a multiple of the micro-batch size")
+            raise ValueError("the batch size is not a multiple of the micro-batch size")
         if any(array.shape[:1] != shape[:1] for array in examples.values()):
-            raise ValueError("the arrays of the batch differ in length")
+            raise ValueError("the arrays in the batch differ in length")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"cannot be read: {error}", where=str(folder)) from None
     return report, examples

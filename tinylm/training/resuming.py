@@ -1,4 +1,4 @@
-"""Check a resumed run against the length and schedule that its recipe now asks for."""
+"""Check a resumed run against the training length and learning rate schedule in its current recipe."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _NOTABLE_LR_CHANGE = 1.1
 
 
 def check_remaining(run: Run, recipe: Recipe, steps: int | None, done_steps: int, done_seconds: float) -> None:
-    """Raise `InputError` if the run has already trained for longer than the recipe now asks for.
+    """Raise `InputError` if the run has already trained for longer than the recipe specifies.
 
-    `steps` is the number of steps that the recipe asks for, or None if it sets `training.minutes`.
+    `steps` is the number of steps in the recipe, or None if the recipe sets `training.minutes`.
     """
     if steps is not None:
         if done_steps <= steps:
@@ -27,7 +27,7 @@ def check_remaining(run: Run, recipe: Recipe, steps: int | None, done_steps: int
             return
         done, wanted = f"{done_seconds / 60:.3g} minutes", f"{minutes:g} minutes"
     raise InputError(
-        f"the run has already trained {done}, which is more than the {wanted} of training.{_length(recipe)[0]}",
+        f"the run has already trained for {done}, which is more than the {wanted} in training.{_length(recipe)[0]}",
         where=str(run.path),
         hint="increase it, use an earlier checkpoint of this run with --checkpoint STEP, or train a shorter run in another folder "
         "with --out",
@@ -35,14 +35,14 @@ def check_remaining(run: Run, recipe: Recipe, steps: int | None, done_steps: int
 
 
 def _length(recipe: Recipe) -> tuple[str, float]:
-    """The key that sets the training length, and its value."""
+    """Return the key that sets the training length, and its value."""
     return next((key, value) for key in LENGTHS if (value := getattr(recipe.training, key)) is not None)
 
 
 def lr_change(before: Recipe, after: Recipe, fractions: tuple[float, float], step: int) -> str | None:
-    """Describe how the learning rate changes when a run continues after `step` with another recipe. None if it hardly changes.
+    """Describe how the learning rate changes if a run continues after `step` with another recipe. None if it hardly changes.
 
-    `fractions` are the completed fractions of the training run under the recipes before and after.
+    `fractions` are the completed fractions of the training run according to the recipes `before` and `after`.
     """
     if before.training == after.training:
         return None
@@ -58,5 +58,5 @@ def lr_change(before: Recipe, after: Recipe, fractions: tuple[float, float], ste
         return None
     return (
         f"the learning rate changes from {rates[0]:.3g} in step {step:,} to {rates[1]:.3g} in step {step + 1:,}: the schedule "
-        f"follows the completed share of the run, which changes from {min(1.0, fractions[0]):.0%} to {fractions[1]:.0%}"
+        f"depends on the completed share of the run, which changes from {min(1.0, fractions[0]):.0%} to {fractions[1]:.0%}"
     )

@@ -35,10 +35,10 @@ from tinylm.tokenizer.chat_template import CHAT_TEMPLATE_FILE
 
 @contextmanager
 def locked_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
-    """Create `folder` and lock it, so that no other process trains in it. On exit, remove it if it is new and still empty.
+    """Create `folder` and lock it, so that no other process trains in it. On exit, remove `folder` if it is new and still empty.
 
-    The operating system releases the lock when the process ends, even if it is killed. Raises `InputError` if another process holds
-    the lock or `check_run_folder` rejects the folder.
+    The operating system releases the lock when the process ends, even if the process is killed. Raises `InputError` if another
+    process holds the lock, or if `check_run_folder` rejects the folder.
     """
     check_run_folder(folder, resume, overwrite)
     created = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -66,13 +66,13 @@ def locked_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> Iterato
 
 
 def _remove_temporary_files(folder: Path) -> None:
-    """Remove the files that a killed process left behind while it was writing atomically."""
+    """Remove the temporary files of atomic writes that were interrupted because the process was killed."""
     for place in (folder, folder / "heldout", folder / "reports"):
         remove_abandoned(place)
 
 
 def remove_run(folder: Path) -> None:
-    """Remove the files of the previous run and keep all others. recipe.yaml stays until the new one replaces it."""
+    """Remove the files of the previous run, and keep all other files. recipe.yaml stays until the new recipe replaces it."""
     for name in run_files(folder):
         path = folder / name
         if path.is_dir() and not path.is_symlink():
@@ -88,11 +88,11 @@ def write_run(
     facts: dict[str, Any],
     training_texts: Sequence[TrainingText] | None = None,
 ) -> None:
-    """Write recipe.yaml, tokenizer.json, heldout/, environment.json and, if `training_texts` are given, training_text/.
+    """Write recipe.yaml, tokenizer.json, heldout/, environment.json and, if `training_texts` is not None, training_text/.
 
-    The recipe is written first: it marks the folder as a run folder, so that the run can be resumed or overwritten even if this
-    process is killed. `facts` are added to environment.json. A resumed run keeps the environment it started in and appends the
-    current one.
+    The recipe is written first, because it marks the folder as a run folder. The run can then be resumed or overwritten even if
+    this process is killed. `facts` are added to environment.json. In a resumed run, environment.json keeps the original
+    environment, and the current one is appended.
     """
     atomic_write_text(folder / "recipe.yaml", recipe.to_yaml())
     prepared.tokenizer.save(folder / "tokenizer.json")

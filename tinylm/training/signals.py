@@ -1,4 +1,4 @@
-"""Turn the first Ctrl-C or SIGTERM into a request to stop after the current step; a second one exits immediately."""
+"""Treat the first Ctrl-C or SIGTERM as a request to stop after the current step. The second one exits immediately."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 class StopRequest:
     """A context manager that handles SIGINT and SIGTERM, and restores the previous handlers on exit.
 
-    `signal_number` is None until the first signal arrives. The signal handler sets it and calls `on_request`. Python does not allow
-    signal handlers outside the main thread. There, the context manager does nothing.
+    `signal_number` is None until the first signal arrives. The signal handler sets it and calls `on_request`. Outside the main
+    thread, the context manager does nothing, because Python does not allow signal handlers there.
     """
 
     def __init__(self, on_request: Callable[[], None] = lambda: None) -> None:

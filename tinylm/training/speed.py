@@ -1,4 +1,4 @@
-"""Watch the speed of a training run on a CPU: adapt to other programs that use its cores, and warn if the run is slow."""
+"""Monitor the speed of a training run on a CPU: adapt to other programs that use the cores, and warn if training is slow."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ from tinylm.wait_policy import WaitPolicy
 BUSY_NOTE = "other programs use the CPU"
 
 FAR_BELOW = 0.5
-"""Warn if the speed is below this fraction of the estimate. Estimates are within 20% on the processors that they were fitted to."""
+"""Warn if the speed is below this fraction of the estimate. On processors that the estimates were fitted to, they are accurate to
+within 20%."""
 CHANGED = 0.75
-"""Measure the machine again if the speed falls to this fraction of the speed after the last measurement, or rises accordingly."""
+"""Measure the load again if the speed falls below this fraction of the speed after the last measurement, or rises by the inverse
+factor."""
 SECONDS_BETWEEN_MEASUREMENTS = 5.0
-"""Minimum time between measurements, which take 0.06 s each."""
+"""Minimum time between measurements. Each measurement takes 0.06 s."""
 SECONDS_UNTIL_IDLE_CHECK = 30.0
-"""While the machine is busy, measure it this often to notice that it is idle again."""
+"""On a busy machine, time until the load is measured again to find out whether the machine has become idle."""
 SECONDS_UNTIL_WARNING = 5.0
-"""Before this time, the speed is not compared with the estimate."""
+"""Training time before the speed is first compared with the estimate."""
 
 
 class SpeedMonitor(Observer):
-    """Adapts `policy` to the load on the machine, and passes a message about each change, and at most one warning, to `note`.
+    """Adapts `policy` to the load on the machine. `note` receives a message about each change, and at most one warning.
 
     `estimate` returns the tokens/s of this training run on an idle machine, or None if there is no estimate. It is called at most
-    once. `measure` returns the fraction of the time for which a thread has a core.
+    once. `measure` returns the fraction of time for which a thread has a core.
     """
 
     def __init__(
@@ -69,10 +71,10 @@ class SpeedMonitor(Observer):
         if (before, after) == ("spin", "sleep"):
             self._note(f"{BUSY_NOTE}, so idle threads now sleep instead of spinning")
         elif (before, after) == ("sleep", "spin"):
-            self._note("the CPU is no longer used by other programs, so idle threads spin again")
+            self._note("other programs no longer use the CPU, so idle threads spin again")
 
     def _compare(self, speed: float) -> None:
-        """Warn if the speed is far below the estimate twice in a row. A single slow interval may be a brief disturbance."""
+        """Warn if the speed is far below the estimate twice in a row. A single slow interval may be a temporary disturbance."""
         if self._expected is None:
             self._expected = self._estimate()
             self._compares = self._expected is not None

@@ -1,4 +1,4 @@
-"""Gradient accumulation: compute the gradient of one optimizer step in micro-batches, with the same weight for every target."""
+"""Gradient accumulation: compute the gradient for one optimizer step in micro-batches, with equal weight for every target."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from tinylm.training.objectives import Objective
 from tinylm.training.precision import Precision
 
 MicroBatchContext = Callable[[bool], AbstractContextManager[nn.Module]]
-"""Called with True for the last micro-batch of a step. The context yields the module to call (see `Parallel.micro_batch`)."""
+"""The argument is True for the last micro-batch of a step. The context yields the module to call (see `Parallel.micro_batch`)."""
 
 
 @dataclass(frozen=True)
 class GradientSettings:
-    """How the gradient of a batch is computed."""
+    """Settings for computing the gradient of a batch."""
 
     micro_batch_size: int
-    """Examples per forward and backward pass."""
+    """Number of examples per forward and backward pass."""
     precision: Precision
     objective: Objective
     scaler: torch.amp.GradScaler | None = None
-    """Scales the loss before the backward pass, for fp16."""
+    """Scales the loss before the backward pass in fp16."""
 
 
 def micro_batch_seeds(seed: int, steps_before: int, first: int, count: int) -> Iterator[int]:
-    """Yield the dropout seeds of micro-batches `first` to `first + count - 1` of a step.
+    """Yield the dropout seeds for micro-batches `first` to `first + count - 1` of a step.
 
-    They depend only on the recipe's seed and the number of previous steps, so that a resumed run draws the same dropout masks.
+    They depend only on the recipe's seed, the number of previous steps and the index of the micro-batch, so that a resumed run
+    draws the same dropout masks.
     """
     mixed = (seed * 6364136223846793005 + steps_before) * 6364136223846793005
     for micro in range(first, first + count):
@@ -46,13 +47,13 @@ def accumulate(
     seeds: Iterator[int] | None = None,
     context: MicroBatchContext | None = None,
 ) -> Tensor:
-    """Add the gradient of the mean loss over all targets of `batch` to `.grad`.
+    """Add this process's share of the gradient of the mean loss to `.grad`.
 
-    The mean is taken over all targets of the global batch, not over the means of its micro-batches. It therefore does not depend on
-    the micro-batch size, the number of processes or padding. `seeds` yields the dropout seed of each micro-batch. With several
-    processes, `context` yields the module to call instead of `network`.
+    The mean is taken over all targets in the global batch, not over the means of its micro-batches. Therefore, it does not depend
+    on the micro-batch size, the number of processes or the padding. `seeds` yields the dropout seed for each micro-batch. With
+    several processes, `context` yields the module to call instead of `network`.
 
-    Returns this process's share of the mean loss, in nats. It is a scalar on the device, to avoid a host-device synchronization.
+    Returns this process's share of the mean loss in nats, as a scalar on the device to avoid a host-device synchronization.
     """
     device, scaler = settings.precision.device, settings.scaler
     total = torch.zeros((), device=device, dtype=torch.float32)

@@ -1,6 +1,6 @@
-"""Experiment trackers: an observer that sends the numbers of metrics.jsonl to TensorBoard, Weights & Biases or trackio.
+"""Experiment trackers: an observer that logs the values in metrics.jsonl to TensorBoard, Weights & Biases or trackio.
 
-Values have the keys of metrics.jsonl, such as `loss` and `val_loss`.
+Values have the same keys as in metrics.jsonl, for example `loss` and `val_loss`.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _NOT_LOGGED = ("step", "batch")
 
 
 class Backend(Protocol):
-    """One tracker. `restart` is called once, before `log`."""
+    """A tracking service or library. `restart` is called once, before `log`."""
 
     @property
     def errors(self) -> tuple[type[Exception], ...]:
-        """The exceptions of `log` and `close`, for example for a full disk. Training then continues without the tracker."""
+        """The exceptions that the methods may raise, for example if the disk is full. Training continues without the tracker."""
         ...
 
     def restart(self, history: Sequence[tuple[int, dict[str, float]]]) -> None:
-        """Begin a run, or continue one whose logged values are `history`, as (step, values)."""
+        """Begin a run, or continue a resumed one. `history` contains (step, values) for everything that was logged before."""
         ...
 
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
@@ -40,7 +40,7 @@ class Backend(Protocol):
 
 
 class TensorBoard:
-    """Writes event files into the folder `tensorboard` of the run. A resumed run writes its history again."""
+    """Writes event files to the folder `tensorboard` in the run folder. A resumed run writes its history again."""
 
     errors = (OSError,)
 
@@ -69,7 +69,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """Logs to the project `tinylm`. With WANDB_MODE=offline, everything stays in the folder `wandb` of the run."""
+    """Logs to the project `tinylm`. With WANDB_MODE=offline, everything stays in the folder `wandb` in the run folder."""
 
     def __init__(self, folder: Path, recipe: Recipe) -> None:
         try:
@@ -99,7 +99,7 @@ class WeightsAndBiases:
 
 
 class Trackio:
-    """Logs to the local project `tinylm` of trackio."""
+    """Logs to the local trackio project `tinylm`."""
 
     errors = (OSError,)
 
@@ -130,7 +130,7 @@ BACKENDS: dict[str, Callable[[Path, Recipe], Backend]] = {
 
 
 class Tracker(Observer):
-    """Forwards step and evaluation events to a backend. If the backend fails, reports it with `note` and stops logging."""
+    """Forwards step and evaluation events to a backend. If the backend fails, reports the error with `note` and stops logging."""
 
     def __init__(self, name: str, backend: Backend, note: Callable[[str], None]) -> None:
         self._name = name
@@ -168,7 +168,7 @@ def trackers(recipe: Recipe, folder: Path, note: Callable[[str], None]) -> list[
 
 
 def _values(event: StepEvent | EvaluationEvent) -> dict[str, float]:
-    """The finite numbers of an event, by their keys in metrics.jsonl."""
+    """Return the finite numbers in an event, by their keys in metrics.jsonl."""
     fields: dict[str, Any] = event.as_line() if isinstance(event, EvaluationEvent) else asdict(event)
     numbers = {key: value for key, value in fields.items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
     return {key: value for key, value in numbers.items() if key not in _NOT_LOGGED and math.isfinite(value)}

@@ -1,7 +1,8 @@
 """The training loop: step, log, save, evaluate and sample until the run is complete or a stop is requested.
 
-A step depends only on the recipe, the seed, the step number and the position in the data order. Resuming a stopped run therefore
-gives the same result as an uninterrupted run. All processes run this loop in lockstep and agree on every decision before acting.
+A step depends only on the state before it, the recipe, the seed, the step number and the position in the data order. Therefore, a
+resumed run has the same result as an uninterrupted one. All processes run this loop in lockstep and agree on every decision before
+acting.
 """
 
 from __future__ import annotations
@@ -39,21 +40,19 @@ from tinylm.training.signals import StopRequest
 from tinylm.training.step import GradientSettings
 
 Stop = Literal["done", "time", "signal", "callback"]
-
-
 Poll = Callable[[int], None]
-"""Called after every batch of an evaluation with the number of tokens scored so far. All processes must call it equally often.
+"""Called after every evaluation batch with the number of tokens scored so far. Raises an exception to interrupt the evaluation.
 
-Raises an exception to interrupt the evaluation.
+All processes must call it the same number of times.
 """
 
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """What to train, on which data, and where to save it."""
+    """What to train, on what data, and where to save it."""
 
     recipe: Recipe
-    """Must not contain `auto`."""
+    """Its training settings must not contain `auto`."""
     parallel: Parallel
     """The network, and how it is parallelized."""
     optimizers: Optimizers
@@ -63,22 +62,22 @@ class TrainingSetup:
     """None if the recipe's `training.minutes` limits the run instead."""
     precision: Precision
     flops_per_token: float | None
-    """None if the FLOPs of the architecture are not estimated."""
+    """None if FLOPs cannot be estimated for the architecture."""
     peak_flops: float
-    """FLOP/s of one process in large matrix products. Model FLOPs utilization (MFU) is relative to this value."""
+    """Peak FLOP/s of one process. Model FLOPs utilization (MFU) is relative to this value."""
     checkpoints: CheckpointWriter
     fingerprints: dict[str, str]
-    """Hashes of data and tokenizer, saved with every checkpoint."""
+    """Hashes of the data and the tokenizer, which are saved with every checkpoint."""
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """Functions to evaluate, sample and report. All processes call `evaluate` and `generate_samples` together."""
+    """Functions to evaluate, sample and report. All processes must call `evaluate` and `generate_samples` together."""
 
     evaluate: Callable[[Poll], Metrics]
-    """Evaluate the network on held-out data. Returns the metrics of the objective."""
+    """Evaluate the network on held-out data. Returns the objective's metrics."""
     generate_samples: Callable[[], Iterable[tuple[str, str]]]
-    """Yield (prompt, continuation) in the main process and nothing in the others."""
+    """Yield (prompt, continuation) pairs in the main process, and nothing in other processes."""
     decode: Callable[[list[int]], str]
     """Convert token ids to text."""
     observer: Observer
@@ -89,7 +88,7 @@ class _EvaluationInterrupted(Exception):
 
 
 def _intervals(fraction: float, every: float) -> int:
-    """Number of intervals completed at a fraction of the run. Rounding errors do not delay the end of an interval."""
+    """Return the number of intervals completed at a fraction of the run. Rounding errors do not delay the end of an interval."""
     return math.floor(fraction / every + 1e-9)
 
 
@@ -111,9 +110,9 @@ class Trainer:
         self._logged_tokens = 0
         self._logged_train_seconds = 0.0
         self._fraction = 0.0
-        """Completed fraction of the run after the newest step. Time that passes until the next step does not change it."""
+        """Completed fraction of the run after the latest step. It does not change until the next step."""
         self._previous_fraction = 0.0
-        """Completed fraction of the run after the step before."""
+        """Completed fraction of the run after the previous step."""
         self._saved_step = 0
         self._save_error: TinylmError | None = None
         self._signal_number = 0
@@ -129,7 +128,7 @@ class Trainer:
         return GradientComputer(setup.parallel, setup.optimizers, settings, dropout_seed, self._observer.note)
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Continue from the state of a checkpoint. Restore the weights and optimizer state before calling this."""
+        """Continue from a checkpoint's state. Restore the weights and the optimizer state before calling this."""
         self.progress = Progress.from_state(state, self.setup.objective.metrics)
         self._guard = Guard(self.setup.recipe.training.guards, self.progress.watch)
         if state["scaler"]:  # empty unless the run trains in fp16
@@ -140,8 +139,8 @@ class Trainer:
     def train(self, request: StopRequest, stop_after: float | None = None) -> Stop:
         """Train to the end and return `done`, or stop early and return `time` (after `stop_after` seconds), `signal` or `callback`.
 
-        On return, the last step has been saved and, after `done`, evaluated. Raises `WorkError` if training cannot recover from
-        non-finite values, if memory runs out, or if a checkpoint cannot be written.
+        When this returns, the last step has been saved. If the result is `done`, it has also been evaluated. Raises `WorkError` if
+        training cannot recover from non-finite values, if memory runs out, or if a checkpoint cannot be written.
         """
         setup, processes = self.setup, self._processes
         feed = Feed(
@@ -166,18 +165,18 @@ class Trainer:
             raise
         return stop
 
-    # The loop.
+    # Training loop
 
     def _run(self, feed: Feed, request: StopRequest, stop_after: float | None) -> Stop:
         self._start_time, self._prior_seconds = perf_counter(), self.progress.seconds
         self._network.train()
         self._update_fractions()
-        if self.progress.step:  # a resumed checkpoint was saved before it was evaluated
+        if self.progress.step:  # a checkpoint is saved before it is evaluated, so the run may have stopped in between
             self._evaluate_and_sample(request)
 
         stop: Stop | None = "done" if self._finished() else None
         if stop is None:
-            self._observer.phase("first step")  # slower than the other steps if the model is compiled
+            self._observer.phase("first step")  # slower than later steps if the model is compiled
         first_step = self.progress.step + 1
         while stop is None:
             self.train_step(feed)
@@ -189,7 +188,7 @@ class Trainer:
 
             stopping = self._stop_reason(stop_after) is not None
             result = self.collect_results(all_steps=stopping or self._save_due() or self._log_due())
-            stop = self._stop_reason(stop_after)  # again, because a result may have caused a rollback
+            stop = self._stop_reason(stop_after)  # check again, because a result may have caused a rollback
             saving = stop is not None or (result is not None and self._save_due())
 
             if result is not None and (saving or self._log_due()):
@@ -203,7 +202,7 @@ class Trainer:
                 self._evaluate_and_sample(request)
 
             self._sync_stop_state(request)
-            if stop is None and (self._signal_number or self._stop_requested):  # it arrived after `stop` was decided
+            if stop is None and (self._signal_number or self._stop_requested):  # requested after `stop` was set
                 stop = "signal" if self._signal_number else "callback"
                 if not saving:
                     self._save()
@@ -223,16 +222,16 @@ class Trainer:
         return None
 
     def _sync_stop_state(self, request: StopRequest) -> None:
-        """Synchronize time and stop requests. All processes use the main process's clock, and a request to one stops all."""
+        """Synchronize time and stop requests. All processes use the main process's clock. A request to any process stops all."""
         seconds = self._prior_seconds + perf_counter() - self._start_time
         gathered = self._processes.gather([seconds, float(request.signal_number or 0), float(self._observer.stop_requested)])
         self.progress.seconds = gathered[0][0]
         self._signal_number = int(max(signal for _, signal, _ in gathered))
         self._stop_requested = any(requested for _, _, requested in gathered)
-        if self._signal_number:  # otherwise, keep a signal that arrived since `gather` for the next call
+        if self._signal_number:  # otherwise, keep a signal that arrived after `gather` for the next call
             request.signal_number = self._signal_number
 
-    # Intervals of evaluations, samples, checkpoints and log lines.
+    # Intervals between evaluations, samples, checkpoints and log lines
 
     def _evaluation_due(self) -> bool:
         return self._finished() or self._interval_ended(self.setup.recipe.evaluation.every)
@@ -249,7 +248,7 @@ class Trainer:
         return every is not None and self._interval_ended(every)
 
     def _interval_ended(self, every: int | float) -> bool:
-        """Whether an interval of `every` steps, or of a share `every` of the run, has ended with the newest step."""
+        """Whether the latest step ended an interval. An interval is `every` steps, or a fraction of the run if `every` < 1."""
         if every >= 1:
             return self.progress.step % every == 0
         return _intervals(self._fraction, every) > _intervals(self._previous_fraction, every)
@@ -261,7 +260,7 @@ class Trainer:
         return self._completed_fraction() >= 1
 
     def _update_fractions(self) -> None:
-        """Record the completed fraction after a step. A run with a time limit evaluates again when it is resumed."""
+        """Record the completed fraction after a step. In a resumed run with a time limit, this causes another evaluation."""
         self._previous_fraction, self._fraction = self._fraction, self._completed_fraction()
         if self.setup.steps is not None:
             self._previous_fraction = (self.progress.step - 1) / self.setup.steps
@@ -277,15 +276,15 @@ class Trainer:
         return self.progress.seconds / (60 * (self.setup.recipe.training.minutes or 0.0))
 
     def _step_fraction(self) -> float:
-        """One step as a fraction of the whole run. With `training.minutes`, it is estimated from the previous steps."""
+        """Return one step as a fraction of the whole run. With `training.minutes`, it is estimated from the previous steps."""
         if self.setup.steps is not None:
             return 1 / self.setup.steps
         return self._completed_fraction() / self.progress.step if self.progress.step else 0.001
 
-    # Steps and their results.
+    # Steps and their results
 
     def train_step(self, feed: Feed) -> None:
-        """Run one optimizer step. Skip the update if the loss or gradient is non-finite; `collect_results` reports that."""
+        """Run one optimizer step. Skip the update if the loss or gradient is non-finite. `collect_results` reports the skip."""
         start = perf_counter()
         training, progress, optimizers = self.setup.recipe.training, self.progress, self.setup.optimizers
         optimizers.scale_lr(lr_multiplier(training.schedule, self._completed_fraction(), self._step_fraction()))
@@ -311,10 +310,10 @@ class Trainer:
         progress.train_seconds += perf_counter() - start
 
     def collect_results(self, *, all_steps: bool) -> StepResult | None:
-        """Read and check the results of pending steps. Return the newest result, or None if it is unread or its step was skipped.
+        """Read and check the results of pending steps. Return the latest result, or None if it is unread or its step was skipped.
 
-        If results are deferred, the newest one stays pending unless `all_steps` is set, to avoid a host-device synchronization.
-        After a skipped step, every result is read immediately, so that a report shows the state right after the failing step.
+        If results are deferred, the latest result stays pending unless `all_steps` is set, to avoid a host-device synchronization.
+        After a skipped step, every result is read immediately, so that a report shows the state right after the failed step.
         """
         result = None
         while self._pending_steps and (all_steps or len(self._pending_steps) > self._max_pending_steps):
@@ -334,7 +333,7 @@ class Trainer:
 
     @property
     def _max_pending_steps(self) -> int:
-        """Number of steps whose results may stay unread when the next step starts."""
+        """The maximum number of steps whose results are still unread when the next step starts."""
         read_immediately = self.progress.watch.in_a_row > 0 or self.setup.recipe.training.guards.patience == 1
         return 1 if self._defers_results and not read_immediately else 0
 
@@ -362,10 +361,10 @@ class Trainer:
     def _learning_rate(self) -> float:
         return float(next(iter(self.setup.optimizers.parts.values())).param_groups[0]["lr"])
 
-    # Recovery from non-finite steps.
+    # Recovery from non-finite steps
 
     def _on_skipped_step(self, result: StepResult, reason: str) -> None:
-        """Log a skipped step. After `patience` skipped steps in a row, roll back or abort."""
+        """Log a skipped step. After `patience` consecutive skipped steps, roll back or abort."""
         self._report_guard_event("skipped", f"skipped: {reason}", result.step, result.cursor)
         if self._guard.rollback_due:
             in_a_row = self.progress.watch.in_a_row
@@ -376,10 +375,10 @@ class Trainer:
         self._observer.note(f"step {step}: {description}")
 
     def _rollback(self, reason: str, result: StepResult | None) -> None:
-        """Restore the last good checkpoint and continue past the offending batches.
+        """Restore the last good checkpoint, and continue after the batches that failed.
 
         `result` is the result of the skipped step that caused the rollback, if there is one. Raises `WorkError` if there is no good
-        checkpoint, or after too many rollbacks.
+        checkpoint, or if there have been too many rollbacks.
         """
         self._wait_for_save()
         before = self.progress
@@ -405,8 +404,8 @@ class Trainer:
         return next((checkpoint for checkpoint in reversed(checkpoints) if checkpoint.problem() is None), None)
 
     def _abort(self, reason: str, saved_step: int, result: StepResult | None) -> None:
-        """Raise a `WorkError` with advice for the user. If a skipped step is the cause, write a report of it first."""
-        kept = f"the checkpoint of step {saved_step} is complete" if saved_step else "no checkpoint was saved"
+        """Raise a `WorkError` with advice for the user. If a skipped step is the cause, first write a report about that step."""
+        kept = f"the checkpoint for step {saved_step} is complete" if saved_step else "no checkpoint was saved"
         problem = f"{reason}; {kept}"
         advice = "lower training.optimizer.lr, or check the text with `tinylm tokenize report`"
         folder = self.setup.checkpoints.run.path / "reports" / f"step-{self.progress.step:06d}"
@@ -446,10 +445,10 @@ class Trainer:
             gradients=gradients,
         )
 
-    # Checkpoints.
+    # Checkpoints
 
     def _save(self) -> None:
-        """Start saving in a background thread. If the weights are non-finite, roll back instead."""
+        """Start to save in a background thread. If the weights are non-finite, roll back instead."""
         self._wait_for_save()
         non_finite = not all(bool(weight.isfinite().all()) for weight in self._local_weights())
         if self._processes.any(non_finite):
@@ -472,7 +471,8 @@ class Trainer:
     def _collect_finished_save(self) -> None:
         """With a single process, report a finished save.
 
-        Several processes would see the save finish at different steps. They wait for it at the next save or evaluation instead.
+        With several processes, the save could finish at a different step in each process. Therefore, they wait for it before the
+        next save and after the next evaluation.
         """
         if self._processes.world_size == 1 and self.setup.checkpoints.idle:
             self._wait_for_save()
@@ -487,7 +487,7 @@ class Trainer:
 
     @contextmanager
     def _handle_save_errors(self) -> Iterator[None]:
-        """With `checkpoint.on_failure: continue`, report an error instead of raising it; the next checkpoint is saved as usual."""
+        """With `checkpoint.on_failure: continue`, report an error instead of raising it. The next checkpoint is saved as usual."""
         try:
             yield
         except TinylmError as error:
@@ -496,10 +496,10 @@ class Trainer:
             self._save_error = error
             self._observer.note(f"{error}; training continues (checkpoint.on_failure: continue)")
 
-    # Evaluation and samples.
+    # Evaluation and samples
 
     def _evaluate_and_sample(self, request: StopRequest) -> None:
-        """Evaluate and sample if due, unless the last step was skipped or a signal arrived."""
+        """Evaluate and sample if due, unless the latest step was skipped or a signal has arrived."""
         if self.progress.watch.in_a_row and not self._finished():
             return
         if self._evaluation_due() and not self._signal_number:
@@ -525,7 +525,7 @@ class Trainer:
         progress = self.progress
         if not math.isfinite(metrics.value):
             label = metrics.metric.label
-            self._abort(f"the held-out {label} of step {progress.step} is {metrics.value}", self._saved_step, None)
+            self._abort(f"the held-out {label} after step {progress.step} is {metrics.value}", self._saved_step, None)
         progress.metrics, progress.evaluated_step = metrics, progress.step
         better = metrics.metric.better(metrics.value, progress.best_value)
         best = better and self._saved_step == progress.step  # if the step could not be saved, it has no checkpoint
@@ -543,7 +543,7 @@ class Trainer:
         )
 
     def _mark_best(self, value: float) -> None:
-        """Mark the checkpoint of this step as the best one. `value` is its primary metric."""
+        """Mark the checkpoint for this step as the best one. `value` is its primary metric."""
         self.progress.best_step, self.progress.best_value = self.progress.step, value
         with self._handle_save_errors():
             self.setup.checkpoints.set_pointer("best", f"step-{self.progress.step:06d}")

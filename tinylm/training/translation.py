@@ -1,4 +1,4 @@
-"""Translation: predict each token of the target sentence from the source sentence and the target tokens before it."""
+"""Translation: predict each token of the target sentence from the source sentence and the preceding target tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tinylm.translation.search import SearchOptions, translate_ids
 
 
 class Translation:
-    """Cross-entropy per target token with label smoothing, in teacher forcing: the decoder reads the true target."""
+    """Cross-entropy per target token with label smoothing and teacher forcing: the decoder's input is the reference translation."""
 
     name = "translation"
 
@@ -36,11 +36,11 @@ class Translation:
         return TRANSLATION_BY_BLEU if self._section.select == "bleu" else TRANSLATION
 
     def batch(self, examples: Examples, seed: int, start: int) -> Batch:
-        """Nothing is random."""
+        """Convert framed pairs to a batch. The batch does not depend on `seed`."""
         return pair_batch(examples["source"], examples["tokens"])
 
     def loss_sum(self, network: nn.Module, batch: Batch) -> Tensor:
-        """The sum of the losses with label smoothing."""
+        """Return the sum of the losses with label smoothing, in nats."""
         total: Tensor = network(
             batch.inputs,
             targets=batch.targets,
@@ -51,11 +51,14 @@ class Translation:
         return total
 
     def losses(self, network: nn.Module, batch: Batch) -> Tensor:
-        """The losses without label smoothing."""
+        """Return the losses without label smoothing, in nats, (batch, time)."""
         return pair_losses(network, batch)
 
     def evaluate(self, network: Model, heldout: Heldout) -> Metrics:
-        """Score the held-out pairs, or those with the first `evaluation.max_tokens` target tokens. All processes do the same."""
+        """Score all held-out pairs, or only the first ones up to `evaluation.max_tokens` target tokens.
+
+        With several processes, each process scores the same pairs.
+        """
         prepared = heldout.prepared
         assert isinstance(prepared, PreparedPairs)
         assert isinstance(network, EncoderDecoder)
@@ -76,7 +79,7 @@ class Translation:
 
 
 def _pairs_within(targets: Sequence[np.ndarray], max_tokens: int | None) -> int:
-    """The number of pairs with at most `max_tokens` target tokens in total, at least one."""
+    """Return the number of leading pairs with at most `max_tokens` target tokens in total, but at least 1."""
     if max_tokens is None:
         return len(targets)
     total = 0

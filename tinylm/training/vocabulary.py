@@ -1,8 +1,8 @@
 """Change the vocabulary of a trained run: write a new run folder with the edited tokenizer and resized embeddings.
 
-The old tokenizer encodes the text of an added token as one or more tokens. The new embedding is the mean of their embeddings. The
-embeddings of removed tokens are dropped. The held-out text is encoded with the new tokenizer, so that the new run can be evaluated.
-The optimizer state is not copied.
+The old tokenizer encodes the text of an added token as one or more tokens. The embedding of the added token is the mean of their
+embeddings. The embeddings of removed tokens are dropped. The held-out text is encoded with the new tokenizer, so that the new run
+can be evaluated. The optimizer state is not copied.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ from tinylm.tokenizer.vocab_editing import EditedTokenizer
 def write_edited_run(
     run: Run, edited: EditedTokenizer, out: Path, *, checkpoint: str | None = None, reporter: Reporter = SILENT
 ) -> Run:
-    """Write a new run folder `out` that contains one checkpoint of `run`, with the vocabulary of `edited`.
+    """Write a new run folder `out` that contains one checkpoint of `run` with the edited vocabulary.
 
-    Raises `InputError` if `out` exists, if the checkpoint is damaged, or if the model has n-gram tables and token ids would change.
+    Raises `InputError` if `out` contains a run, if the checkpoint is damaged, or if the model has n-gram tables and token ids would
+    change.
     """
     check_run_folder(out, resume=False, overwrite=False)
     source = run.checkpoint(checkpoint)
@@ -59,7 +60,7 @@ def write_edited_run(
 
 
 def _write_checkpoint(folder: Path, run: Run, edited: EditedTokenizer, source: Checkpoint) -> None:
-    """Write the edited copy of the checkpoint `source` into the run folder `folder`, as its only checkpoint."""
+    """Write an edited copy of the checkpoint `source` to the run folder `folder`, as its only checkpoint."""
     saved = folder / "checkpoints" / source.name
     saved.mkdir(parents=True)
     weights = load_file(source.path / "model.safetensors")
@@ -73,9 +74,9 @@ def _write_checkpoint(folder: Path, run: Run, edited: EditedTokenizer, source: C
 
 
 def _resize_embeddings(weights: dict[str, Tensor], vocab_size: int, sources: list[list[int]]) -> dict[str, Tensor]:
-    """Resize every (V, C) tensor that has one row per token to one row per entry of `sources`.
+    """Resize every (V, C) tensor with one row per token to one row per entry in `sources`.
 
-    Each entry lists old token ids. The new row is the mean of their rows, or of all rows if the list is empty.
+    Each entry is a list of old token ids. The new row is the mean of their rows, or of all rows if the list is empty.
     """
     resized = {}
     for name, tensor in weights.items():
@@ -86,17 +87,17 @@ def _resize_embeddings(weights: dict[str, Tensor], vocab_size: int, sources: lis
 
 
 def _check_ngrams(run: Run, edited: EditedTokenizer, reporter: Reporter) -> None:
-    """With n-gram tables, raise `InputError` if token ids would change, and warn that the padding id changes."""
+    """If the model has n-gram tables, warn that the padding id changes. Raises `InputError` if other token ids would change."""
     model = run.recipe.model
     if not (isinstance(model, DecoderSection) and model.ngram_embeddings):
         return
     if any(old != [new] for new, old in enumerate(edited.sources[: run.tokenizer.vocab_size])):
         raise InputError(
-            "the n-gram tables of this model are indexed by token ids, which removing tokens would change",
+            "removing tokens would change token ids, but the n-gram tables of this model are indexed by token ids",
             where=str(run.path),
-            hint="tokens can only be added",
+            hint="only add tokens",
         )
-    reporter.warn("the first few positions of each context now use different rows of the n-gram tables")
+    reporter.warn("the first few positions in each context now use different rows of the n-gram tables")
 
 
 def _encode_heldout(run: Run, tokenizer: Tokenizer, out: Path, reporter: Reporter) -> None:

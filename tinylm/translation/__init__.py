@@ -1,1 +1,1 @@
-"""Translate with an encoder-decoder: beam search and sampling, scores of translations, and the baselines to compare them with."""
+"""Translate with an encoder-decoder: beam search, sampling, translation scores, and baselines for comparison."""

@@ -1,4 +1,4 @@
-"""What a translation model must beat: copying the source, the most similar training sentence, and a word-by-word translation."""
+"""Baselines for translation models: a copy of the source, the most similar training sentence, and a word-by-word translation."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _SPACE_BEFORE_PUNCTUATION = re.compile(r"\s+([^\w\s])(?=\s|$)")
 
 
 def words(text: str) -> list[str]:
-    """The words and punctuation marks of a sentence."""
+    """Return the words and punctuation marks in a sentence."""
     return _WORDS.findall(text)
 
 
 class TranslationMemory:
-    """Returns the translation of the training sentence with the most similar words (cosine of tf-idf vectors)."""
+    """Returns the translation of the most similar training sentence, by cosine similarity of TF-IDF vectors."""
 
     def __init__(self, pairs: Sequence[SentencePair]) -> None:
         self._pairs = pairs
@@ -48,13 +48,13 @@ class TranslationMemory:
 
 
 class WordByWord:
-    """Replaces each word by its most likely translation in a table of IBM model 1 (Brown et al. 1993). Unknown words stay."""
+    """Replaces each word with its most likely translation according to IBM Model 1 (Brown et al. 1993). Keeps unknown words."""
 
     def __init__(self, pairs: Sequence[SentencePair]) -> None:
         sources, targets = _Vocabulary(), _Vocabulary()
         source_ids = [np.unique([sources.id(word) for word in words(pair.source)]) for pair in pairs]
         target_ids = [np.unique([targets.id(word) for word in words(pair.target)]) for pair in pairs]
-        # One entry for every source and target word of every pair.
+        # One entry for each combination of a source word and a target word in the same pair
         source = np.concatenate([np.repeat(s, len(t)) for s, t in zip(source_ids, target_ids, strict=True)])
         target = np.concatenate([np.tile(t, len(s)) for s, t in zip(source_ids, target_ids, strict=True)])
         number = np.repeat(np.arange(len(pairs)), [len(s) * len(t) for s, t in zip(source_ids, target_ids, strict=True)])
@@ -79,7 +79,7 @@ class WordByWord:
 
 
 class _Vocabulary:
-    """Numbers words in the order in which they first occur."""
+    """Numbers words in order of first occurrence."""
 
     def __init__(self) -> None:
         self._ids: dict[str, int] = {}
@@ -96,7 +96,7 @@ class _Vocabulary:
 
 
 def translate_with_baselines(train: Sequence[SentencePair], sources: Sequence[str]) -> dict[str, list[str]]:
-    """The translations of each baseline by name. Without training pairs, only the copy."""
+    """Return the translations of each baseline, by name. Without training pairs, `copy` is the only baseline."""
     translations = {"copy": list(sources)}
     if train:
         memory, model = TranslationMemory(train), WordByWord(train)

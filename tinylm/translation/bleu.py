@@ -1,4 +1,4 @@
-"""BLEU and chrF of translations, with bootstrap intervals. `sacrebleu` computes them and describes them by its signature."""
+"""Score translations with BLEU and chrF, including bootstrap confidence intervals. `sacrebleu` computes the scores."""
 
 from __future__ import annotations
 
@@ -16,29 +16,30 @@ _RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class TranslationScores:
-    """Scores between 0 and 100. The intervals are 95 % bootstrap intervals over sentences; None for a single sentence."""
+    """Scores between 0 and 100, with 95% bootstrap confidence intervals. The intervals are None for a single sentence."""
 
     bleu: float
     bleu_ci95: tuple[float, float] | None
     bleu_signature: str
+    """sacrebleu's description of the settings."""
     chrf: float
     chrf_ci95: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
 class PairedScores:
-    """The BLEU of two systems on the same sentences, and their difference A minus B with a paired 95 % bootstrap interval."""
+    """BLEU of two systems on the same sentences, and the difference A minus B with a paired 95% bootstrap confidence interval."""
 
     a: float
     b: float
     difference: float
     ci95: tuple[float, float]
     p_value: float
-    """How often a resampled difference has the other sign, two-sided (Koehn 2004)."""
+    """Two-sided p-value from the share of resampled differences with the opposite sign (Koehn 2004)."""
 
 
 def require_sacrebleu() -> ModuleType:
-    """Import sacrebleu. Raises `InputError` with the command that installs it if it is missing."""
+    """Import sacrebleu. If it is missing, raises `InputError` with the command that installs it."""
     try:
         import sacrebleu
     except ImportError:
@@ -48,12 +49,12 @@ def require_sacrebleu() -> ModuleType:
 
 
 def corpus_bleu(translations: Sequence[str], references: Sequence[str]) -> float:
-    """The BLEU of translations, without an interval."""
+    """Return the BLEU of translations, without a confidence interval."""
     return float(require_sacrebleu().metrics.BLEU().corpus_score(list(translations), [list(references)]).score)
 
 
 def score(translations: Sequence[str], references: Sequence[str]) -> TranslationScores:
-    """Score translations against one reference each."""
+    """Score translations with one reference per sentence."""
     metrics = require_sacrebleu().metrics
     bleu, chrf = metrics.BLEU(), metrics.CHRF()
     values = [metric.corpus_score(list(translations), [list(references)]).score for metric in (bleu, chrf)]
@@ -62,7 +63,7 @@ def score(translations: Sequence[str], references: Sequence[str]) -> Translation
 
 
 def compare(a: Sequence[str], b: Sequence[str], references: Sequence[str]) -> PairedScores:
-    """Compare two lists of translations of the same sentences by paired bootstrap."""
+    """Compare two lists of translations of the same sentences with the paired bootstrap."""
     metric = require_sacrebleu().metrics.BLEU()
     chosen = _resamples(len(references))
     full = [float(metric.corpus_score(list(each), [list(references)]).score) for each in (a, b)]
@@ -86,7 +87,7 @@ def _resamples(sentences: int) -> np.ndarray:
 
 
 def _resampled(metric: Any, translations: Sequence[str], references: Sequence[str], chosen: np.ndarray) -> np.ndarray:
-    """The score of each resample of the sentences. Both metrics are functions of sums of counts over sentences."""
-    # sacrebleu offers no public access to the counts of each sentence.
+    """Return the score of each resample, (resamples,). Both metrics depend only on counts that are summed over sentences."""
+    # sacrebleu does not provide public access to the counts of each sentence.
     counts = np.array(metric._extract_corpus_statistics(list(translations), [list(references)]), dtype=np.float64)
     return np.array([metric._compute_score_from_stats(counts[rows].sum(axis=0).tolist()).score for rows in chosen])

@@ -1,8 +1,8 @@
-"""Decode many sentences together, one token per step, so that the result for a sentence never depends on the others.
+"""Decode a batch of sentences, one token per step, so that the result for a sentence never depends on the other sentences.
 
-Floating-point sums depend on their order, and a matrix product may choose another order for another number of rows. Therefore, on a
-CPU, a sentence is encoded alone, its source is padded to a length that depends only on the sentence, the number of rows is a
-multiple of 16, and one thread computes each product.
+Floating-point sums depend on the order of summation, and in a matrix product this order may depend on the number of rows.
+Therefore, each sentence is encoded alone, its source is padded to a length that depends only on the sentence, and the number of
+rows is a multiple of 16. On a CPU, all products are computed on one thread.
 
 Legend: `R` rows, `S` padded source time, `V` vocabulary, `K` key/value heads, `D` head width.
 """
@@ -21,17 +21,17 @@ from tinylm.model.encoder_decoder import START, EncoderDecoder
 from tinylm.model.layers import KeysValues, Memory
 
 _ROW_MULTIPLE = 16
-"""Matrix products with a multiple of this number of rows compute each row in the same way, whatever their number."""
+"""If the number of rows is a multiple of this, a matrix product computes each row in the same way for any number of rows."""
 _SOURCE_MULTIPLE = 16
 
 
 def padded_length(source: np.ndarray) -> int:
-    """The length to which a source sentence is padded. Only sentences of the same padded length are decoded together."""
+    """Return the length to which a source sentence is padded. Only sentences with the same padded length are decoded together."""
     return -(-len(source) // _SOURCE_MULTIPLE) * _SOURCE_MULTIPLE
 
 
 class _Cache:
-    """The keys and values of the tokens so far, for `Transformer.hidden`."""
+    """The key/value cache that `Transformer.hidden` uses."""
 
     def __init__(self, rows: int, layers: int, capacity: int) -> None:
         self.length = 0
@@ -39,7 +39,7 @@ class _Cache:
         self._stored: list[tuple[Tensor, Tensor] | None] = [None] * layers
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values (R, K, 1, D) to a layer. Return those of all positions so far."""
+        """Append keys and values (R, K, 1, D) to a layer. Return the keys and values of all positions so far."""
         stored = self._stored[layer]
         if stored is None:
             shape = (*keys.shape[:2], self._capacity, keys.shape[3])
@@ -52,7 +52,7 @@ class _Cache:
         self.length += positions
 
     def select(self, rows: Tensor) -> None:
-        """Replace the rows by copies of the rows with these indexes."""
+        """Replace the rows with copies of the rows at these indices."""
         for layer, stored in enumerate(self._stored):
             if stored is None:
                 continue
@@ -64,9 +64,9 @@ class _Cache:
 
 
 class Decoding:
-    """The state of the sentences of one batch, each with the same number of rows: its beams or its samples.
+    """The decoding state of a batch of sentences. Each sentence has the same number of rows, which are its beams or samples.
 
-    All sources must have the same padded length. `step` extends every row by one token. Use it inside `decoding_mode`.
+    All sources must have the same padded length. `step` extends every row by one token. Use this class inside `decoding_mode`.
     """
 
     def __init__(self, network: EncoderDecoder, sources: Sequence[np.ndarray], rows_per_source: int, capacity: int) -> None:
@@ -78,13 +78,13 @@ class Decoding:
         self._cache = _Cache(len(_completed(rows)), network.model.decoder_layers, capacity)
 
     def start(self) -> Tensor:
-        """The log-probabilities (R, V) of the first token of every row."""
+        """Return the log-probabilities (R, V) for the first token of every row."""
         return self._advance(torch.full((self._count,), START, device=self._network.device))
 
     def step(self, parents: Tensor, tokens: Tensor) -> Tensor:
-        """Replace the rows by copies of the rows `parents` (R,) and append `tokens` (R,). Return log-probabilities (R, V).
+        """Replace the rows with copies of the rows `parents` (R,), append `tokens` (R,), and return log-probabilities (R, V).
 
-        There may be fewer rows than before, if all rows of some sentences are left out.
+        There may be fewer rows than before, because finished sentences are dropped with all their rows.
         """
         selected = _completed(parents)
         if len(tokens) != self._count:
@@ -105,7 +105,7 @@ def _completed(rows: Tensor) -> Tensor:
 
 
 def _memory(network: EncoderDecoder, sources: Sequence[np.ndarray]) -> Memory:
-    """Encode the sentences one by one, and pad their keys and values to the same length (sentences, S, K, D)."""
+    """Encode the sentences one by one, and pad their keys and values to the same length: (sentences, S, K, D)."""
     length = max(map(padded_length, sources))
     device = network.device
     mask = torch.zeros(len(sources), 1, 1, length, dtype=torch.bool, device=device)
@@ -130,7 +130,7 @@ def _select(memory: Memory, rows: Tensor) -> Memory:
 
 @contextmanager
 def decoding_mode(network: EncoderDecoder) -> Iterator[None]:
-    """Put the network in evaluation mode without gradients and, on a CPU, compute on one thread."""
+    """Put the network in evaluation mode without gradients. On a CPU, also compute on one thread."""
     was_training, threads = network.training, torch.get_num_threads()
     network.eval()
     if network.device.type == "cpu":

@@ -1,4 +1,4 @@
-"""Evaluate a translation run on its held-out or test pairs or on other pairs: loss, BLEU, chrF, and baselines beside them."""
+"""Evaluate a translation run on its held-out pairs, its test pairs or other pairs: loss, BLEU, chrF, and baselines."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ class TranslationEvaluation:
     loss: float
     scores: TranslationScores
     exact: float
-    """The share of translations that are equal to their reference."""
+    """The share of translations that are identical to their reference."""
     beams: int
     length_penalty: float
     baselines: dict[str, TranslationScores] = field(default_factory=dict)
     against_baselines: dict[str, PairedScores] = field(default_factory=dict)
-    """The difference between the BLEU of the model and of each baseline, with a paired bootstrap interval."""
+    """The difference in BLEU between the model and each baseline, with a paired bootstrap confidence interval."""
     hardest: list[HardSentence] = field(default_factory=list)
     cut: int = 0
-    """The number of source sentences that are longer than the context and were cut."""
+    """The number of source sentences that were truncated because they are longer than the context."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON document of `tinylm eval --json`."""
@@ -96,7 +96,7 @@ class TranslationEvaluation:
 
 @dataclass(frozen=True)
 class TranslationEvaluationOptions:
-    """What to evaluate and how. `max_pairs` limits the pairs to the first ones; `hardest` is the number of sentences to list."""
+    """What to evaluate and how. `max_pairs` selects the first pairs. `hardest` is the number of highest-loss sentences to list."""
 
     split: str = "heldout"
     max_pairs: int | None = None
@@ -150,23 +150,26 @@ def evaluate_translator(
 
 
 def evaluation_pairs(run: Run, sources: Sequence[str], split: str, reporter: Reporter) -> list[SentencePair]:
-    """The sentence pairs in `sources`, or of a part of the run's own data if there are none."""
+    """Return the sentence pairs in `sources`, or in a part of the run's own data if `sources` is empty."""
     require_translation_run(run)
     data = run.recipe.data
     assert isinstance(data, PairsSection)
     if sources:
         return read_pairs(data, PairSources(sources=tuple(sources)), reporter)
     if not (run.path / "heldout").exists():
-        raise InputError("this run has no held-out pairs", where=str(run.path), hint="name sentence pairs to evaluate it on")
+        raise InputError("this run has no held-out pairs", where=str(run.path), hint="specify sentence pairs to evaluate it on")
     if split == "test" and not (run.path / "heldout" / "test-pairs.jsonl").exists():
-        raise InputError("this run has no test pairs", where=str(run.path), hint="`data.test` in a recipe sets some aside")
+        raise InputError("this run has no test pairs", where=str(run.path), hint="set data.test in the recipe, and train again")
     return list(open_part(run.path / "heldout", split, source_tokenizer_of(run), run.tokenizer).pairs)
 
 
 def translate_pairs(
     translator: Translator, pairs: Sequence[SentencePair], search: SearchOptions, reporter: Reporter
 ) -> tuple[list[str], int]:
-    """The best translation of each source, and the number of sources that were cut. Each pair has its target language."""
+    """Return the best translation of each source, and the number of truncated sources.
+
+    Pairs with different target languages are translated separately.
+    """
     translations, cut = [""] * len(pairs), 0
     with reporter.progress("translating", len(pairs), "sentences") as advance:
         for language in sorted({pair.language for pair in pairs}):
@@ -181,7 +184,7 @@ def translate_pairs(
 
 
 def _losses(translator: Translator, pairs: Sequence[SentencePair]) -> tuple[np.ndarray, np.ndarray]:
-    """The loss of each pair in nats, and its number of target tokens."""
+    """Return the loss of each pair in nats, and the number of target tokens in each pair."""
     framing = translator.framing
     sources = [framing.source(framing.source_tokenizer.encode(pair.source), pair.language) for pair in pairs]
     targets = [framing.target(framing.target_tokenizer.encode(pair.target)) for pair in pairs]
@@ -190,14 +193,14 @@ def _losses(translator: Translator, pairs: Sequence[SentencePair]) -> tuple[np.n
 
 
 def _training_pairs(run: Run, reporter: Reporter) -> Sequence[SentencePair]:
-    """The pairs that the run was trained on, or none, with a warning, if they are not available or have changed."""
+    """Return the pairs that the run was trained on. If they are not available or have changed, warn and return no pairs."""
     try:
         prepared = formats.find(run.recipe.data).prepare(run.recipe, SILENT, 1)
     except InputError as error:
-        reporter.warn(f"only the copy is a baseline, because the training pairs cannot be read: {error}")
+        reporter.warn(f"copying the source is the only baseline, because the training pairs cannot be read: {error}")
         return ()
     if prepared.fingerprint != run.checkpoint("last").state["fingerprints"]["data"]:
-        reporter.warn("only the copy is a baseline, because the training pairs have changed since the run was trained")
+        reporter.warn("copying the source is the only baseline, because the training pairs have changed since the run was trained")
         return ()
     pairs: Sequence[SentencePair] = prepared.train.pairs
     return pairs
@@ -212,9 +215,9 @@ def compare_translators(
     device: str = "auto",
     reporter: Reporter = SILENT,
 ) -> PairedScores:
-    """Compare the BLEU of two runs on the same pairs by paired bootstrap. Without `sources`, on a part of the runs' own data.
+    """Compare the BLEU of two runs on the same pairs with the paired bootstrap.
 
-    Raises `InputError` if the two runs do not have the same pairs.
+    Without `sources`, the pairs are a part of the runs' own data. Raises `InputError` if the runs then have different pairs.
     """
     bleu.require_sacrebleu()
     pairs = evaluation_pairs(first, sources, split, reporter)

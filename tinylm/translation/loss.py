@@ -1,4 +1,4 @@
-"""The loss of a translation model on sentence pairs, without label smoothing, per target token."""
+"""Compute the loss of a translation model on sentence pairs, without label smoothing."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ _BATCH_TOKENS = 4096
 
 
 def pair_batch(sources: np.ndarray, targets: np.ndarray) -> Batch:
-    """The batch for framed pairs, (pairs, length) each with `PADDING`: the decoder reads the target shifted by one position.
+    """Make a batch of framed pairs. `sources` and `targets` are padded with `PADDING`, (pairs, length).
 
-    `segments` marks the padding for counting tokens only. The decoder needs no mask, because padding comes after all targets.
+    The decoder's input is the target shifted by one position. `segments` marks the padding only for counting tokens. The decoder
+    does not need a mask, because the padding follows all targets.
     """
     source, target = torch.from_numpy(sources), torch.from_numpy(targets)
     inputs = torch.cat((torch.full((len(target), 1), START), target[:, :-1].clamp_min(0)), dim=1)
@@ -36,7 +37,7 @@ def pair_batch(sources: np.ndarray, targets: np.ndarray) -> Batch:
 
 
 def pair_losses(network: torch.nn.Module, batch: Batch) -> Tensor:
-    """The loss of each target (pairs, time) in nats, zero where it is padding."""
+    """Return the loss of each target token in nats, (pairs, time). It is zero where the target is padding."""
     logits = network(batch.inputs, source=batch.source, source_segments=batch.source_segments)
     return token_losses(logits, batch.targets)
 
@@ -48,7 +49,7 @@ def losses_of_pairs(
     targets: Sequence[np.ndarray],
     on_progress: Callable[[int], None] = lambda tokens: None,
 ) -> np.ndarray:
-    """The summed loss of each framed pair in nats. Sides longer than the context are cut.
+    """Return the summed loss of each framed pair in nats, (pairs,). Sources and targets longer than the context are truncated.
 
     `on_progress` is called after every batch with the number of target tokens so far.
     """

@@ -1,4 +1,4 @@
-"""Search for the translations of source sentences: beam search with a length penalty, and sampling."""
+"""Find translations of source sentences with beam search and a length penalty, or by sampling."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ _NEVER = float("-inf")
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """How to search for translations. `check` raises `InputError` for values out of range."""
+    """Settings for finding translations. `check` raises `InputError` if a value is out of range."""
 
     beams: int = DEFAULT_BEAMS
     """Number of partial translations to keep in each step. 1 is greedy decoding."""
     length_penalty: float = 1.0
-    """The exponent A in score = log-probability / ((5 + length) / 6) ** A (Wu et al. 2016). The length counts the end token."""
+    """The exponent A in score = log-probability / ((5 + length) / 6) ** A (Wu et al. 2016). The length includes the end token."""
     n_best: int = 1
     """Number of translations to return for each sentence."""
     max_length: int | None = None
-    """Maximum number of tokens, including the end token. None: 3 times the length of the source, plus 20."""
+    """Maximum number of tokens, including the end token. None means 3 times the source length plus 20."""
     no_repeat_ngram: int = 0
-    """Never generate an n-gram of this length twice in a translation. 0 allows it."""
+    """Never generate an n-gram of this length twice in a translation. 0 turns this off."""
     temperature: float | None = None
     """Sample translations at this temperature instead of searching for the most likely ones."""
     top_k: int | None = None
-    """Sample only from the most likely tokens."""
+    """Sample only from this many of the most likely tokens. None means all tokens."""
     seed: int = 0
 
     def check(self) -> None:
@@ -60,7 +60,7 @@ class SearchOptions:
             raise InputError("must be a finite number", where="--length-penalty")
 
     def limit(self, source: np.ndarray, context_length: int) -> int:
-        """The maximum number of tokens for the translation of a source sentence."""
+        """Return the maximum number of tokens in the translation of a source sentence."""
         limit = self.max_length or _TOKENS_PER_SOURCE_TOKEN * len(source) + _EXTRA_TOKENS
         return min(limit, context_length)
 
@@ -71,15 +71,15 @@ class Hypothesis:
 
     ids: tuple[int, ...]
     logprob: float
-    """Log-probability in nats, including that of the end token."""
+    """Log-probability in nats, including the end token."""
     score: float
     """The log-probability divided by the length penalty."""
     finished: bool = True
-    """Whether it ends with the end token, and not because of the maximum length."""
+    """Whether the translation ended with the end token. Otherwise, it reached the maximum length."""
 
 
 def penalized(logprob: float, length: int, exponent: float) -> float:
-    """The score of a translation with `length` tokens, including the end token."""
+    """Return the score of a translation of `length` tokens, including the end token."""
     return float(logprob / ((5 + length) / 6) ** exponent)
 
 
@@ -92,10 +92,10 @@ def translate_ids(
     batch_size: int = DEFAULT_BATCH,
     on_batch: Callable[[int], None] = lambda sentences: None,
 ) -> list[list[Hypothesis]]:
-    """Translate framed source sentences. Returns the best translations of each, best first.
+    """Translate framed source sentences. Returns the best translations of each sentence, best first.
 
-    `end` is the id of the end token. A result does not depend on the other sentences or on `batch_size`. `on_batch` is called with
-    the number of sentences done so far.
+    `end` is the id of the end token. The translations of a sentence do not depend on the other sentences or on `batch_size`.
+    `on_batch` is called after every batch with the number of sentences translated so far.
     """
     options.check()
     results: list[list[Hypothesis]] = [[] for _ in sources]
@@ -116,7 +116,7 @@ def translate_ids(
 
 
 def _batches(sources: Sequence[np.ndarray], size: int) -> Iterator[list[int]]:
-    """Indexes of sentences with the same padded length, at most `size` together."""
+    """Yield lists of at most `size` indices of sentences with the same padded length."""
     groups: dict[int, list[int]] = {}
     for index, source in enumerate(sources):
         groups.setdefault(padded_length(source), []).append(index)
@@ -129,22 +129,22 @@ def _batches(sources: Sequence[np.ndarray], size: int) -> Iterator[list[int]]:
 class _BeamSearch:
     """Beam search for one batch.
 
-    Each step extends all beams of a sentence and keeps the most likely extensions. A beam is finished if one of the `beams` most
-    likely extensions is the end token. A sentence is done when it has `beams` finished translations and no unfinished one has a
-    better score, which is also how transformers decides.
+    Each step extends all beams of a sentence and keeps the most likely extensions. A translation is finished if its extension by
+    the end token is among the `beams` most likely extensions. As in `transformers`, a sentence is done when it has `beams` finished
+    translations and no unfinished one has a better score.
     """
 
     def __init__(self, options: SearchOptions, end: int, limits: Sequence[int]) -> None:
         self._beams, self._options, self._end, self._limits = options.beams, options, end, limits
         self._finished: list[list[Hypothesis]] = [[] for _ in limits]
         self._active = list(range(len(limits)))
-        """The sentences that are not done."""
+        """The indices of sentences that are not done."""
         self._ids: list[list[list[int]]] = [[[] for _ in range(self._beams)] for _ in limits]
 
     def run(self, network: EncoderDecoder, sources: Sequence[np.ndarray]) -> list[list[Hypothesis]]:
         decoding = Decoding(network, sources, self._beams, max(self._limits))
         logprobs = decoding.start()
-        # All beams of a sentence are equal at first, so only the first one is extended.
+        # At first, all beams of a sentence are equal, so only the first one is extended.
         totals = torch.full((len(sources), self._beams), _NEVER, device=logprobs.device)
         totals[:, 0] = 0.0
         for length in range(1, max(self._limits) + 1):
@@ -155,7 +155,11 @@ class _BeamSearch:
         return [sorted(found, key=lambda each: -each.score)[: self._options.n_best] for found in self._finished]
 
     def _extend(self, logprobs: Tensor, totals: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Extend the beams to `length` tokens. Returns totals (sentences, beams), parents and tokens (rows,) of those not done."""
+        """Extend the beams to `length` tokens.
+
+        Returns the total log-probabilities (sentences, beams), the parents (rows,) and the tokens (rows,) of the sentences that are
+        not done.
+        """
         if self._options.no_repeat_ngram:
             logprobs = self._without_repeated_ngrams(logprobs)
         vocab_size = logprobs.shape[1]
@@ -182,9 +186,9 @@ class _BeamSearch:
     def _extend_sentence(
         self, sentence: int, values: list[float], extensions: list[tuple[int, int]], length: int
     ) -> list[tuple[float, int, int]] | None:
-        """Sort the extensions (beam, token) of a sentence, best first, into finished and kept ones.
+        """Divide the extensions (beam, token) of a sentence, which are sorted best first, into finished ones and ones to keep.
 
-        Returns total, parent and token of each kept beam, or None if the sentence is done.
+        Returns (total log-probability, parent, token) for each kept beam, or None if the sentence is done.
         """
         before, finished = self._ids[sentence], self._finished[sentence]
         kept: list[tuple[float, int, int]] = []
@@ -220,7 +224,7 @@ class _BeamSearch:
 
 
 def without_repeated_ngrams(logprobs: Tensor, rows: Sequence[Sequence[int]], order: int) -> Tensor:
-    """Set the log-probability (R, V) of tokens to -inf that would repeat an n-gram of the ids of their row."""
+    """Return log-probabilities (R, V) that are -inf for tokens that would repeat an n-gram in the ids of their row."""
     logprobs = logprobs.clone()
     for row, ids in enumerate(rows):
         prefix = tuple(ids[len(ids) - order + 1 :]) if order > 1 else ()
@@ -234,7 +238,7 @@ def without_repeated_ngrams(logprobs: Tensor, rows: Sequence[Sequence[int]], ord
 def _sample(
     network: EncoderDecoder, sources: Sequence[np.ndarray], end: int, options: SearchOptions, limits: Sequence[int]
 ) -> list[list[Hypothesis]]:
-    """Draw `n_best` translations of each sentence. Each has its own random numbers, from the seed, the sentence and its number."""
+    """Draw `n_best` translations of each sentence. The result for a sentence depends only on the seed and on the sentence."""
     count = options.n_best
     generators = [_generator(options.seed, source, number) for source in sources for number in range(count)]
     rows: list[list[int]] = [[] for _ in generators]
@@ -270,7 +274,7 @@ def _generator(seed: int, source: np.ndarray, number: int) -> np.random.Generato
 
 
 def _draw(logprobs: Tensor, options: SearchOptions, generator: np.random.Generator) -> int:
-    """Draw a token from log-probabilities (V,) with the options' temperature and top_k."""
+    """Draw a token from log-probabilities (V,) with the temperature and top-k in `options`."""
     assert options.temperature is not None
     values, tokens = logprobs.double().sort(descending=True, stable=True)
     if options.top_k is not None:

@@ -1,4 +1,4 @@
-"""Translate texts with a trained run: `Translator` turns lines into token ids, searches for translations and decodes them."""
+"""Translate texts with a trained run: `Translator` converts sentences to token ids, finds translations and decodes them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class TranslatedText:
 
 @dataclass(frozen=True)
 class AlignedToken:
-    """A token of a translation, and the source token that the decoder attended to most when it predicted it."""
+    """A token of a translation, and the source token that the decoder attended to most when it predicted this token."""
 
     token: str
     source: str
@@ -48,7 +48,7 @@ class Translation:
     source: str
     translations: tuple[TranslatedText, ...]
     note: str | None = None
-    """What is unusual about the sentence: it is empty, or was too long and has been cut."""
+    """Set if the sentence is empty, or if it was truncated because it is too long."""
     alignment: tuple[AlignedToken, ...] | None = None
     """The alignment of the best translation, if it was requested."""
 
@@ -62,9 +62,9 @@ class Translator:
 
     @classmethod
     def open(cls, run: Run, checkpoint: str | None = None, *, device: str = "auto", average: int = 1) -> Translator:
-        """Load the translator of a run. `average`: use the mean of the weights of its last `average` checkpoints instead.
+        """Load a run's translator. If `average` is more than 1, its weights are the mean of the last `average` checkpoints.
 
-        Raises `InputError` if the run is not a translation model, or does not have enough checkpoints.
+        Raises `InputError` if the run is not a translation model or does not have enough checkpoints.
         """
         require_translation_run(run)
         target = devices.resolve(device)
@@ -84,9 +84,9 @@ class Translator:
     ) -> list[Translation]:
         """Translate sentences. A translation never depends on the other sentences.
 
-        An empty sentence has the empty translation. A sentence that is longer than the context is cut. `language` is the target
-        language of a model with several; `align` computes the alignment of each best translation. Raises `InputError` for an
-        invalid option or an unknown language.
+        The translation of an empty sentence is empty. A sentence that is longer than the context is truncated. `language` is the
+        target language, if the model has several. `align` adds an alignment to the best translation of each sentence. Raises
+        `InputError` if an option is invalid or the language is unknown.
         """
         options.check()
         self._check_language(language)
@@ -103,12 +103,12 @@ class Translator:
     def _check_language(self, language: str) -> None:
         languages = self.framing.languages
         if languages and not language:
-            hint = f"name one with --to: {', '.join(languages)}"
+            hint = f"choose one with --to: {', '.join(languages)}"
             raise InputError("the model translates into several languages", where="--to", hint=hint)
         self.framing.language_ids(language)
 
     def _prepare(self, texts: Sequence[str], language: str) -> tuple[list[str | None], list[np.ndarray], list[int]]:
-        """The note of each text, and the framed ids and the index of each text that is not empty."""
+        """Return the note for each text, and the framed ids and index of each text that is not empty."""
         notes: list[str | None] = []
         sources, indexes = [], []
         room = self.framing.context_length - len(self.framing.source([], language))
@@ -123,14 +123,14 @@ class Translator:
         return notes, sources, indexes
 
     def _decode(self, hypothesis: Hypothesis) -> TranslatedText:
-        # A translation is one line, whatever the model generates.
+        # A translation must be a single line, even if the model generates line breaks.
         text = " ".join(self.framing.target_tokenizer.decode(hypothesis.ids).split())
         reason = "end" if hypothesis.finished else "length"
         tokens = len(hypothesis.ids) + hypothesis.finished
         return TranslatedText(text, hypothesis.score, hypothesis.logprob, tokens, reason)
 
     def _align(self, source: np.ndarray, hypothesis: Hypothesis) -> tuple[AlignedToken, ...]:
-        """The source token to which the heads of the last decoder block attend most, on average, at each target token."""
+        """For each target token, return the source token that the last decoder block attends to most, averaged over heads."""
         pattern = self.attention(source, hypothesis.ids).mean(axis=0)  # (T, S)
         source_tokens = [_shown(self.framing.source_tokenizer, int(id)) for id in source]
         chosen = pattern.argmax(axis=1)
@@ -140,7 +140,7 @@ class Translator:
         )
 
     def attention(self, source: np.ndarray, ids: Sequence[int]) -> np.ndarray:
-        """The attention pattern (heads, target tokens, source tokens) of the last decoder block, where it predicts `ids`."""
+        """Return the last decoder block's cross-attention when it predicts `ids`, (heads, target tokens, source tokens)."""
         name = f"decoder.blocks.{self.network.model.decoder_layers - 1}.cross_attention.pattern"
         device = self.network.device
         with torch.inference_mode(), self.network.caching([name]) as cache:
@@ -160,16 +160,16 @@ def require_translation_run(run: Run) -> None:
 
 
 def source_tokenizer_of(run: Run) -> Tokenizer:
-    """The tokenizer of the source side of a translation run."""
+    """Return the tokenizer for the source language of a translation run."""
     own = run.path / "heldout" / SOURCE_TOKENIZER
     return Tokenizer.load(own) if own.exists() else run.tokenizer
 
 
 def averaged_network(run: Run, count: int, device: torch.device) -> EncoderDecoder:
-    """The network with the mean of the weights of the last `count` checkpoints. Raises `InputError` if there are fewer."""
+    """Return the network with the mean weights of the last `count` checkpoints. Raises `InputError` if there are fewer."""
     checkpoints: list[Checkpoint] = run.checkpoints()[-count:]
     if count < 1 or len(checkpoints) < count:
-        hint = "keep more with checkpoint.keep, or average fewer"
+        hint = "average fewer checkpoints, or keep more of them with checkpoint.keep"
         raise InputError(f"cannot average {count} checkpoints: the run has {len(run.checkpoints())}", where="--average", hint=hint)
     networks = [run.network(checkpoint, device) for checkpoint in checkpoints]
     weights = [network.stored_weights() for network in networks]
