@@ -11,7 +11,7 @@ help:
 	@echo "make test   install, run the test suite"
 	@echo "make check  install, run the linters, the type checker and the import contracts"
 	@echo "make docs   install, build the documentation in build/site"
-	@echo "make examples  run every command that the documentation shows and update its output (half an hour)"
+	@echo "make examples  run every command that the documentation shows and update its output (takes half an hour)"
 	@echo "make clean  remove $(VENV) and all build output"
 
 $(BIN)/python:

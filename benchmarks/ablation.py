@@ -2,9 +2,9 @@
 
     python benchmarks/ablation.py SOURCE [--recipe shakespeare-char] [--steps 400] [--seeds 3] [--only NAME ...] [--set K=V ...]
 
-Prints the held-out loss of the baseline. For each variant, prints the mean difference from the baseline with the same seeds, its
-standard error, and the ratio of the training times. Differences below two standard errors are not significant. Other load on the
-machine affects the times but not the losses.
+The script prints the held-out loss of the baseline. For each variant, it prints the mean loss difference from the baseline with
+the same seed, the standard error of this mean, and the ratio of the training times (variant / baseline). Differences below two
+standard errors are not significant. Other load on the machine affects the times but not the losses.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 
 
 def train(recipe: str, settings: list[str]) -> tuple[float, float]:
-    """Train once and return (held-out loss, seconds spent in training steps)."""
+    """Train once and return (held-out loss, training time in seconds)."""
     settings = ["evaluation.every=1000000", "checkpoint.every=1000000", "sampling.every=null", *settings]
     path = RECIPES / f"{recipe}.yaml"
     with tempfile.TemporaryDirectory() as folder:
@@ -79,9 +79,10 @@ def main() -> None:
     losses = [loss for loss, _ in baseline]
     deviation = statistics.stdev(losses) if len(losses) > 1 else 0.0
     print(
-        f"baseline: {statistics.mean(losses):.4f} (standard deviation {deviation:.4f}), {baseline[0][1]:.1f} s of training steps",
+        f"baseline: loss {statistics.mean(losses):.4f} (standard deviation {deviation:.4f}), training time {baseline[0][1]:.1f} s",
         flush=True,
     )
+    print("\nloss difference from the baseline (mean +- standard error) and training time (variant / baseline)")
     for name, variant in VARIANTS.items():
         if arguments.only and not any(word in name for word in arguments.only):
             continue
@@ -89,7 +90,7 @@ def main() -> None:
         differences = [loss - base for (loss, _), (base, _) in zip(results, baseline, strict=True)]
         error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
         ratio = statistics.median(seconds / base for (_, seconds), (_, base) in zip(results, baseline, strict=True))
-        print(f"{name:40} {statistics.mean(differences):+.4f} +- {error:.4f}   time x {ratio:.2f}", flush=True)
+        print(f"{name:40} loss {statistics.mean(differences):+.4f} +- {error:.4f}   time {ratio:.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ def main() -> None:
             full_batch = gradient(dtype, preset, BATCH_SIZE)
             for size in MICRO_BATCH_SIZES:
                 difference = (gradient(dtype, preset, size) - full_batch).norm() / full_batch.norm()
-                print(f"{dtype}  {preset:7}  {BATCH_SIZE // size}x{size} vs. 1x{BATCH_SIZE}: relative difference {difference:.1e}")
+                sizes = f"{BATCH_SIZE // size}x{size} vs. 1x{BATCH_SIZE}"
+                print(f"{dtype}  {preset:7}  {sizes}: relative gradient difference {difference:.1e}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Measure training speed next to other busy processes, with different wait policies for idle OpenMP threads.
+"""Measure training speed alongside other busy processes, with different wait policies for idle OpenMP threads.
 
     python benchmarks/busy_machine.py [--rounds 5] [--seconds 3] [--precision fp32] [--settings torch tinylm one-thread]
 
 Each measurement trains a small model (3 layers, width 192, vocabulary 4096, context 256, batch 8, AdamW) in a new process, because
-the OpenMP runtime reads its environment only once. The settings alternate for each number of busy processes: zero, one, and one per
-core. `torch` is torch's default and `tinylm` is `tinylm.wait_policy`. Prints each setting's median tokens/s and its ratio to the
-first setting on the idle machine. The load average of each round, on stderr, shows whether the machine was otherwise idle.
+the OpenMP runtime reads its environment only once. For each number of busy processes (zero, one, and one per core), the settings
+are measured in turn. `torch` is torch's default and `tinylm` is `tinylm.wait_policy`. The script prints each setting's median
+tokens/s and its ratio to the first setting on the idle machine. The load average of each round, on stderr, shows whether the
+machine was otherwise idle.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ SETTINGS: dict[str, dict[str, str]] = {
 
 
 def measure(setting: str, seconds: float, precision_name: ComputeDtype) -> float:
-    """Train for two warm-up steps, then for at least three steps and `seconds`. Return the tokens/s without the warm-up."""
+    """Train for two warm-up steps, then for at least three steps and `seconds`. Return the throughput in tokens/s, excluding the
+    warm-up."""
     import torch
 
     from tinylm.data.datasets import TokenStream
@@ -73,7 +75,7 @@ def measure(setting: str, seconds: float, precision_name: ComputeDtype) -> float
 
 @contextmanager
 def busy_processes(count: int) -> Iterator[None]:
-    """Run `count` busy processes in this context."""
+    """Run `count` busy processes until the context exits."""
     processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
         yield
@@ -89,7 +91,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
-    parser.add_argument("--busy", nargs="+", type=int, default=[0, 1, os.cpu_count() or 1], help="numbers of busy processes")
+    parser.add_argument(
+        "--busy", nargs="+", type=int, default=[0, 1, os.cpu_count() or 1], help="numbers of busy processes to measure with"
+    )
     parser.add_argument("--measure", choices=list(SETTINGS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -108,7 +112,7 @@ def main() -> None:
                 speeds[name, count].append(float(done.stdout))
         print(f"load average {os.getloadavg()[0]:.1f}", file=sys.stderr)
     baseline = statistics.median(speeds[options.settings[0], options.busy[0]])
-    print(f"{options.precision}, tokens/s (ratio to {options.settings[0]} with {options.busy[0]} busy processes)")
+    print(f"tokens/s in {options.precision} (ratio to {options.settings[0]} with {options.busy[0]} busy processes)")
     for name in options.settings:
         medians = [statistics.median(speeds[name, count]) for count in options.busy]
         cells = [

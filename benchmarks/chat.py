@@ -1,12 +1,13 @@
-"""Fine-tune a run on questions, with and without `data.mix`, and measure answer loss, exact-match rate, stop rate and forgetting.
+"""Fine-tune a run on questions and answers, with and without `data.mix`, and measure answer quality and forgetting.
 
     python benchmarks/chat.py RUN --minutes 10
     python benchmarks/chat.py RUN --minutes 0.5 --task arithmetic --pairs 200
 
 RUN is a run folder, such as runs/quickstart. The script generates the data: `docstrings` asks what functions in the standard
 library do and expects the first sentence of their documentation, `arithmetic` asks for sums, and `reverse` asks for reversed words.
-A tenth of the pairs is held out. "before" is the model with control tokens that are added but not trained. Forgetting is the change
-in bits per byte on RUN's own held-out text, which `data.mix` does not train on.
+One tenth of the pairs are held out. The script measures the loss on their answers, the exact-match rate, the stop rate and
+forgetting: the change in bits per byte on RUN's own held-out text, which `data.mix` does not train on. In the table, "before" is
+the model after its control tokens were added and before it is fine-tuned.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ Pair = tuple[str, str]
 
 
 def docstrings() -> Iterator[Pair]:
-    """Yield questions about public functions in the standard library, with the first sentence of their documentation."""
+    """Yield a question about each public function in the standard library, and the first sentence of its documentation."""
     for name in MODULES:
         module = importlib.import_module(name)
         for member in sorted(vars(module)):
@@ -55,14 +56,14 @@ def docstrings() -> Iterator[Pair]:
 
 
 def arithmetic() -> Iterator[Pair]:
-    """Yield sums of two numbers below 100."""
+    """Yield a question about each sum of two numbers below 100, and its answer."""
     for first in range(100):
         for second in range(100):
             yield f"What is {first} + {second}?", str(first + second)
 
 
 def reverse() -> Iterator[Pair]:
-    """Yield short words and the same words reversed."""
+    """Yield a request to reverse each short word, and the reversed word."""
     for name in sorted({member for module in MODULES for member in dir(importlib.import_module(module))}):
         if name.isalpha() and name.islower() and 3 <= len(name) <= 8:
             yield f"Reverse {name}.", name[::-1]
@@ -84,7 +85,7 @@ def write_pairs(file: Path, task: str, count: int, seed: int) -> int:
 
 
 def row(name: str, run: Run, checkpoint: str, text: Run, seconds: float | None) -> str:
-    """Return a row of the table. Forgetting is measured on the held-out text of the run `text`."""
+    """Return a row of the table. Bits per byte are computed on the held-out text of the run `text`."""
     chat = evaluate_chat_run(run, checkpoint=checkpoint, device="cpu").as_dict()
     bits = bits_on_text(run, checkpoint, text)
     time = "" if seconds is None else f"{seconds:.0f}"
@@ -104,7 +105,7 @@ def bits_on_text(run: Run, checkpoint: str, text: Run) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run")
-    parser.add_argument("--minutes", type=float, default=10.0, help="training time of each variant")
+    parser.add_argument("--minutes", type=float, default=10.0, help="training time per variant, in minutes")
     parser.add_argument("--task", choices=TASKS, default="docstrings")
     parser.add_argument("--pairs", type=int, default=500)
     parser.add_argument("--seed", type=int, default=1337)
@@ -118,8 +119,9 @@ def main() -> None:
             ChatSection(train=(str(folder / "pairs.jsonl"),)), base, name="chat", minutes=arguments.minutes
         )
         settings = (f"seed={arguments.seed}", "training.compile=off", "training.log_every=1000000")
-        print(f"{arguments.task}: {count} pairs, a tenth held out; {arguments.minutes:g} minutes per variant\n")
-        print("| model | loss on answers | exact | stops | bits per byte on its own text | seconds |\n|---|---|---|---|---|---|")
+        print(f"{arguments.task}: {count} pairs, one tenth of them held out; {arguments.minutes:g} minutes per variant\n")
+        print("| model | answer loss | exact match | stop rate | bits per byte on RUN's text | training time (s) |")
+        print("|---|---|---|---|---|---|")
         for variant, more in (("without mix", ("data.mix=null",)), ("with mix", ())):
             recipe = loads(suggestion.yaml, (*settings, *more))
             if variant == "without mix":

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Clone this checkout into a temporary folder and run `make demo`, as a new user would. Prints the total time, the training time and
-# the held-out bits per byte. Needs network access to install the dependencies.
+# Clone this checkout into a temporary folder and run `make demo`, as a new user would. Print the total time, the training time and
+# the held-out bits per byte. Network access is needed to install the dependencies.
 # Usage: bash benchmarks/demo.sh
 set -euo pipefail
 source=$(cd "$(dirname "$0")/.." && pwd)
@@ -12,7 +12,7 @@ git clone --quiet "$source" "$folder/tinylm"
 cd "$folder/tinylm"
 make demo
 echo
-echo "clone to samples: $(($(date +%s) - start)) s"
+echo "total time, from cloning to samples: $(($(date +%s) - start)) s"
 .venv/bin/python - <<'PYTHON'
 import json
 lines = [json.loads(line) for line in open("runs/quickstart/metrics.jsonl")]

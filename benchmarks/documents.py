@@ -1,10 +1,10 @@
-"""Measure the costs and benefits of shuffling and masking documents, in time per step and held-out bits per byte.
+"""Measure how shuffling and masking documents affect the time per step and the held-out bits per byte.
 
     python benchmarks/documents.py [SOURCE] [--rounds 3] [--steps 600] [--context 256] [--batch 8] [--seed 1337]
 
-Each round trains with the default, with `data.shuffle: documents`, with `data.document_mask: on`, and with both, all with the same
-seed. Held-out text is split by document. For each option, prints the median time ratio and the median difference in bits per byte,
-both relative to the default in the same round.
+Each round trains four models with the same seed: with the defaults, with `data.shuffle: documents`, with
+`data.document_mask: on`, and with both. Whole documents are held out. For each variant, the script prints the median time ratio
+and the median difference in bits per byte, both relative to the defaults in the same round.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ def main() -> None:
             print(f"round {round_number + 1}  {name:<16}  {measured}", flush=True)
             times[name].append(seconds / results["default"][0])
             differences[name].append(bits_per_byte - results["default"][1])
-    print("\nmedians relative to the default")
+    print("\nrelative to the defaults: median time ratio, and median difference in bits per byte (range over rounds)")
     for name in OPTIONS:
         time, difference = statistics.median(times[name]), statistics.median(differences[name])
-        interval = f"(from {min(differences[name]):+.4f} to {max(differences[name]):+.4f})"
-        print(f"{name:<16}  time x {time:.3f}  bits per byte {difference:+.4f} {interval}")
+        spread = f"({min(differences[name]):+.4f} to {max(differences[name]):+.4f})"
+        print(f"{name:<16}  time ratio {time:.3f}  bits per byte {difference:+.4f} {spread}")
 
 
 if __name__ == "__main__":

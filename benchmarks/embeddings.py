@@ -1,4 +1,4 @@
-"""Benchmark word vectors: speed, quality, memory, nearest neighbors, and use as a language model's initial embeddings.
+"""Benchmark word vectors: speed, quality, memory, nearest neighbors, and their use as initial embeddings of a language model.
 
     python benchmarks/embeddings.py speed TEXT... [--methods skipgram cbow] [--rounds 3] [--epochs 1] [--threads 2]
     python benchmarks/embeddings.py glove TEXT... --program FOLDER [--rounds 2] [--epochs 15] [--threads 2]
@@ -6,14 +6,14 @@
     python benchmarks/embeddings.py neighbors
     python benchmarks/embeddings.py reuse [--steps 300] [--seeds 1 2 3]
 
-`speed` compares skip-gram and CBOW with gensim. Both libraries get the same ids and train on one document at a time. Building the
-vocabulary is not timed. One document in 20 is held out, or the last twentieth of the text if it has fewer than 20 documents. The
-held-out loss is the negative-sampling loss on the held-out text, with the same negatives for both libraries. `plurals` is the share
-of words whose plural is among their ten nearest neighbors.
+`speed` compares tinylm's skip-gram and CBOW with gensim's. Both libraries train on the same ids, one document at a time. Building
+the vocabulary is not timed. One document in 20 is held out, or the last twentieth of the text if it has fewer than 20 documents.
+The held-out loss is the negative-sampling loss on the held-out text, with the same negatives for both libraries. `plurals` is the
+percentage of words whose plural is among their ten nearest neighbors.
 
 `glove` compares tinylm with the published C program (github.com/stanfordnlp/GloVe); `--program` is the folder with its binaries.
-Both programs get the same words in the same documents. `neighbors` prints the nearest neighbors of example words. `reuse` trains
-language models with and without pretrained vectors.
+Both programs read the same words in the same documents. `memory` measures the peak memory of training on generated texts.
+`neighbors` prints the nearest neighbors of example words. `reuse` trains language models with and without pretrained vectors.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _encode(sources: list[str]) -> EncodedText:
 
 def glove(arguments: argparse.Namespace) -> None:
     text = _encode(arguments.text)
-    print(f"{text.length:,} tokens of {len(text.vocabulary.names):,} words", flush=True)
+    print(f"{text.length:,} tokens, {len(text.vocabulary.names):,} distinct words", flush=True)
     programs = {"C program": _train_glove_program, "tinylm": _train_tinylm_glove}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
     for seed in range(1, arguments.rounds + 1):
@@ -69,14 +69,16 @@ def glove(arguments: argparse.Namespace) -> None:
             seconds[name].append((counting, training))
             rate = cells * arguments.epochs / training
             plurals = _plurals(vectors, text.vocabulary.names)
-            print(f"{name:14} counting {counting:5.1f} s, {rate:11,.0f} cells/s of {cells:,}, plurals {plurals:.1%}", flush=True)
+            print(
+                f"{name:14} counting {counting:5.1f} s, {cells:,} cells, {rate:11,.0f} cells/s, plurals {plurals:.1%}", flush=True
+            )
     for part, name in enumerate(("counting", "training")):
         ratio = median(times[part] for times in seconds["C program"]) / median(times[part] for times in seconds["tinylm"])
-        print(f"{name}: {ratio:.2f} x as fast as the C program")
+        print(f"{name}: tinylm is {ratio:.2f} times as fast as the C program (medians)")
 
 
 GloveResult = tuple[np.ndarray, float, float, int]
-"""Vectors, seconds spent counting co-occurrences, seconds spent training, and the number of non-zero cells."""
+"""Vectors, time to count co-occurrences and training time in seconds, and the number of non-zero cells."""
 
 
 def _train_glove_program(arguments: argparse.Namespace, text: EncodedText, seed: int) -> GloveResult:
@@ -139,7 +141,7 @@ def speed(arguments: argparse.Namespace) -> None:
         train = train[train != -2].astype("<i4")
         train.tofile(path)
         text = EncodedText(Vocabulary(names, counts[kept], False), path, len(train), "")
-        print(f"{len(train):,} tokens of {len(names):,} words for training, {len(heldout):,} tokens held out", flush=True)
+        print(f"{len(train):,} training tokens, {len(names):,} distinct words, {len(heldout):,} held-out tokens", flush=True)
         for method in arguments.methods:
             _compare_with_gensim(arguments, method, text, heldout[heldout != -2])
 
@@ -168,14 +170,14 @@ def _compare_with_gensim(arguments: argparse.Namespace, method: str, text: Encod
             rates[name].append(tokens / wall_seconds)
             ratio = rates[name][-1] / rates[first][-1]
             print(
-                f"{method} {name:18} {tokens / wall_seconds:9,.0f} tokens/s ({ratio:.2f} x), "
+                f"{method} {name:18} {tokens / wall_seconds:9,.0f} tokens/s ({ratio:.2f} times gensim's speed), "
                 f"{tokens / cpu_seconds:9,.0f} tokens per CPU second, "
                 f"held-out loss {_heldout_loss(*tables, heldout, text.vocabulary.counts):.4f}, "
                 f"plurals {_plurals(tables[0], text.vocabulary.names):.1%}",
                 flush=True,
             )
     for name, values in rates.items():
-        print(f"{method} {name:18} median {median(values) / median(rates[first]):.2f} x gensim")
+        print(f"{method} {name:18} {median(values) / median(rates[first]):.2f} times gensim's speed (medians)")
 
 
 def _seconds_of(work: Callable[[], None]) -> tuple[float, float]:
@@ -252,7 +254,7 @@ def _heldout_loss(inputs: np.ndarray, outputs: np.ndarray, ids: np.ndarray, coun
 
 
 def _plurals(matrix: np.ndarray, names: list[str]) -> float:
-    """Return the share of words whose plural is among their ten nearest neighbors."""
+    """Return the fraction of words whose plural is among their ten nearest neighbors."""
     rows = {name: row for row, name in enumerate(names)}
     pairs = np.array([(row, rows[f"{name}s"]) for name, row in rows.items() if len(name) > 3 and f"{name}s" in rows][:1500])
     units = matrix / np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), 1e-30)
@@ -275,7 +277,7 @@ def memory(arguments: argparse.Namespace) -> None:
                 process = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
                 peak, names, tokens, seconds = process.stdout.split()
                 print(
-                    f"{method}, {megabytes} MB: peak {peak} MiB; {names} words, {tokens} training tokens, {seconds} s", flush=True
+                    f"{method}, {megabytes} MB: peak {peak} MiB; {names} distinct words, {tokens} tokens, {seconds} s", flush=True
                 )
 
 
@@ -294,8 +296,8 @@ def neighbors(arguments: argparse.Namespace) -> None:
     generator = np.random.default_rng(0)
     chance = [_plurals(generator.standard_normal(vectors.matrix.shape), list(vectors.names)) for _ in range(20)]
     trained = _plurals(vectors.matrix, list(vectors.names))
-    random = f"mean {np.mean(chance):.2%}, maximum {max(chance):.2%} of 20"
-    print(f"plural among the ten nearest neighbors: {trained:.1%}; with random vectors: {random}")
+    random = f"mean {np.mean(chance):.2%}, maximum {max(chance):.2%} (20 draws)"
+    print(f"words whose plural is among their ten nearest neighbors: {trained:.1%}; with random vectors: {random}")
 
 
 def reuse(arguments: argparse.Namespace) -> None:
@@ -333,13 +335,11 @@ checkpoint: {{every: {arguments.steps}}}
                 run = folder / f"{variant}-{seed}"
                 train(loads(base, [*overrides, f"seed={seed}"]), run)
                 losses = [line["val_loss"] for line in Run.open(run).metrics() if line["kind"] == "eval"]
-                print(
-                    f"seed {seed}  {variant:15} held-out nats per token {'  '.join(f'{loss:.4f}' for loss in losses)}", flush=True
-                )
+                print(f"seed {seed}  {variant:15} held-out loss {'  '.join(f'{loss:.4f}' for loss in losses)}", flush=True)
 
 
 def _write_training_text(folder: Path, base: str) -> Path:
-    """Write the training text without the held-out text, because vectors trained on both would leak held-out data."""
+    """Write the text without its held-out part, because vectors trained on the whole text would leak held-out data."""
     from contextlib import ExitStack
 
     from tinylm.data.split_text import open_text

@@ -1,16 +1,16 @@
-"""Measure encoders and classifiers.
+"""Benchmark encoders and classifiers.
 
     python benchmarks/encoders.py masked [SOURCE] [--minutes 3] [--width 192] [--layers 4] [--seeds 3]
     python benchmarks/encoders.py labels FILE [--minutes 15] [--shares 0.01 0.1 1.0] [--init-from RUN]
     python benchmarks/encoders.py debian FILE
     python benchmarks/encoders.py throughput FILE [--texts 2000]
 
-masked: Compare the held-out masked loss over time for preset `modern`, preset `bert`, and BertForMaskedLM from transformers with
-torch's AdamW. All three have the same size and train on the same batches. Prints when each preset reaches transformers' final loss.
-labels: Train a classifier for --minutes on shares of the labeled texts in FILE, and compare its accuracy with TF-IDF + linear.
-Prints confidence intervals. With --init-from, each share is also trained starting from that run.
+masked: Train the `modern` and `bert` presets, and BertForMaskedLM from transformers with torch's AdamW. All three have the same
+size and train on the same batches. Print how long each preset takes to reach transformers' final held-out loss.
+labels: Train a classifier for --minutes on each of several fractions of the labeled texts in FILE, and compare its accuracy with
+that of baselines such as a linear classifier on TF-IDF features. With --init-from, also train classifiers initialized from RUN.
 debian: Write the synopsis and the section of every package in `apt-cache dumpavail` to FILE, as labeled texts.
-throughput: Measure the texts/s of `tinylm classify` and transformers' pipeline, alternately and with the same weights.
+throughput: Measure the throughput (texts/s) of `tinylm classify` and of transformers' pipeline, with the same weights.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def train_transformers(recipe: Recipe, minutes: float, seed: int) -> list[tuple[
 
 
 def seconds_to(points: list[tuple[float, float]], loss: float) -> float | None:
-    """Return the time when a curve first reaches `loss`, interpolated linearly, or None if it never does."""
+    """Return the time at which a curve first reaches `loss`, by linear interpolation, or None if it never does."""
     for (before, above), (after, below) in pairwise(points):
         if below <= loss < above:
             return before + (after - before) * (above - loss) / (above - below)
@@ -129,20 +129,20 @@ def compare_masked(arguments: argparse.Namespace) -> None:
             curves = {preset: train_ours(recipe, Path(folder, preset)) for preset, recipe in recipes.items()}
         theirs = train_transformers(recipes["bert"], arguments.minutes, seed)
         target = theirs[-1][1]
-        print(f"seed {seed}: transformers reaches {target:.4f} nats per masked token in {theirs[-1][0]:.0f} s")
+        print(f"seed {seed}: transformers' final loss is {target:.4f} nats per masked token after {theirs[-1][0]:.0f} s")
         for preset, points in curves.items():
             reached = seconds_to(points, target)
-            print(f"  {preset}: {points[-1][1]:.4f} in {points[-1][0]:.0f} s; the target {describe(reached, theirs[-1][0])}")
+            print(f"  {preset}: {points[-1][1]:.4f} after {points[-1][0]:.0f} s; target {describe(reached, theirs[-1][0])}")
             if reached is not None:
                 ratios[preset].append(theirs[-1][0] / reached)
     for preset, values in ratios.items():
         if values:
-            spread = f"from {min(values):.2f} to {max(values):.2f}, {len(values)} seeds"
-            print(f"{preset}: {statistics.mean(values):.2f}x as fast as transformers ({spread})")
+            spread = f"range {min(values):.2f} to {max(values):.2f}, {len(values)} seeds"
+            print(f"{preset}: on average {statistics.mean(values):.2f} times as fast as transformers ({spread})")
 
 
 def describe(reached: float | None, theirs: float) -> str:
-    return "was not reached" if reached is None else f"was reached after {reached:.0f} s, {theirs / reached:.2f}x as fast"
+    return "not reached" if reached is None else f"reached after {reached:.0f} s, {theirs / reached:.2f} times as fast"
 
 
 def compare_labels(arguments: argparse.Namespace) -> None:
@@ -156,10 +156,12 @@ def compare_labels(arguments: argparse.Namespace) -> None:
                 pipeline.train(loads(text), Path(folder, "run"), device="cpu")
                 result = evaluate_classifier(Run.open(Path(folder, "run")), device="cpu", mistakes=0)
             low, high = result.scores.accuracy_ci95
-            print(f"{share:.0%} of the labels, {name}: {result.scores.accuracy:.2%} ({low:.2%} to {high:.2%})", flush=True)
+            print(
+                f"{share:.0%} of the texts, {name}: {result.scores.accuracy:.2%} (95% interval {low:.2%} to {high:.2%})", flush=True
+            )
             for baseline, scores in result.baselines.items():
                 low, high = scores.difference_ci95
-                print(f"  {baseline}: {scores.accuracy:.2%}; difference {low:+.2%} to {high:+.2%}", flush=True)
+                print(f"  {baseline}: {scores.accuracy:.2%} (95% interval of the difference {low:+.2%} to {high:+.2%})", flush=True)
 
 
 def debian_packages() -> Iterator[dict[str, str]]:
@@ -205,7 +207,7 @@ def compare_throughput(arguments: argparse.Namespace) -> None:
                 labels = [answer["label"] if isinstance(answer, dict) else answer.label for answer in answers]
                 print(f"{name}: {rates[name][-1]:,.0f} texts/s, first labels {labels[:3]}", flush=True)
     medians = {name: statistics.median(values) for name, values in rates.items()}
-    print(f"ratio of medians: {medians['tinylm'] / medians['transformers']:.2f}")
+    print(f"ratio of median throughputs (tinylm / transformers): {medians['tinylm'] / medians['transformers']:.2f}")
 
 
 def main() -> None:

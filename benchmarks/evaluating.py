@@ -1,10 +1,10 @@
-"""Compare the speed of sliding-window perplexity in tinylm and in a plain loop with transformers' GPT-2.
+"""Compare the speed of sliding-window perplexity evaluation in tinylm and in a plain loop around transformers' GPT-2.
 
     python benchmarks/evaluating.py [--rounds 3] [--tokens 20000]
 
-The model has 13.8 M parameters and a context of 256 tokens, the stride is half the context, and the text is one document of random
-tokens. Both implementations have the same weights, use batches of 8192 tokens, and run alternately on the same cores. The loop is a
-batched version of the one in transformers' documentation on perplexity, which masks the targets that an earlier window scored.
+The model has 13.8M parameters and a context of 256 tokens, the stride is half the context, and the text is one document of random
+tokens. Both implementations have the same weights, use batches of 8192 tokens, and run in turn on the same cores. The loop is a
+batched version of the one in transformers' perplexity guide. It masks the targets that an earlier window has scored.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def main() -> None:
     for name, value in perplexities.items():
         print(f"{name:<13} {options.tokens / best[name]:9.0f} tokens/s  perplexity {value:.6f}")
     difference = abs(perplexities["tinylm"] / perplexities["transformers"] - 1)
-    print(f"speedup {best['transformers'] / best['tinylm']:.2f}, relative perplexity difference {difference:.1e}")
+    print(f"speedup over transformers {best['transformers'] / best['tinylm']:.2f}, relative perplexity difference {difference:.1e}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Fine-tune a run on a second text with all weights or LoRA, or train from scratch, and measure bits per byte on both texts.
+"""Compare full fine-tuning, LoRA and training from scratch on a second text, in bits per byte on the first and second texts.
 
     python benchmarks/finetune.py RUN TEXT --steps 120
 
-RUN is a run folder (such as runs/quickstart), and TEXT is the second text. The first text is the one that RUN was trained on. Only
-held-out text is measured. All variants use the same tokenizer, batches and number of steps, and are evaluated at their last
-checkpoint.
+RUN is a run folder (such as runs/quickstart), and TEXT is the second text. The first text is the one that RUN was trained on. All
+measurements are on held-out text. All variants use the same tokenizer, batches and number of steps, and are evaluated at their
+last checkpoint.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> None:
     base = Run.open(arguments.run)
     text = RECIPE.format(run=arguments.run, text=arguments.text, steps=arguments.steps)
     first, second = base.heldout(), None
-    print("| variant | first text | second text | seconds of training steps |\n|---|---|---|---|")
+    print("| variant | first text (bits/byte) | second text (bits/byte) | training time (s) |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for number, (name, settings) in enumerate(VARIANTS.items()):
             recipe = loads(text, settings)

@@ -1,10 +1,10 @@
 """Measure training and decoding speed on one GPU. Compare precisions and execution modes with plain eager execution.
 
-    python benchmarks/gpu.py [--model gpt2-124m|small] [--batch N] [--parts training optimizers decoding] [--json]
+    python benchmarks/gpu.py [--model gpt2-124m|small] [--batch N] [--parts PART ...] [--json]
 
-Variants run alternately on random tokens; the speed does not depend on the text. All rows of the training table share one network
-and one optimizer, so that the peak memory of a row does not include the memory of other rows. A row that runs out of memory is
-marked as failed, and the others continue. `--device cpu --tiny` is a smoke test.
+Runs of the variants are interleaved. They use random tokens, because the speed does not depend on the text. All training variants
+share one network and one optimizer, so the peak memory of a variant does not include that of others. A variant that runs out of
+memory is marked as failed, and the others continue. `--device cpu --tiny` is a smoke test.
 """
 
 from __future__ import annotations
@@ -25,15 +25,21 @@ import numpy as np
 import torch
 
 from tinylm.cost.accelerators import Accelerator, find, from_device_name
+from tinylm.cost.memory import EVALUATION_BATCH_LOGITS, EVALUATION_BATCH_TOKENS
 from tinylm.cost.parameters import flops_per_token
 from tinylm.data.datasets import TokenStream
+from tinylm.data.shards import Counts, Shard
 from tinylm.device import describe
 from tinylm.errors import InputError
+from tinylm.evaluation.perplexity import BatchLimits, EvaluationOptions, evaluate
 from tinylm.generation.engine import generate
 from tinylm.generation.sampling import SamplingOptions
 from tinylm.model.decoder import Decoder
+from tinylm.model.functions import attention_without_cudnn
+from tinylm.model.graphs import CUDAGraphs
 from tinylm.model.transformer import Transformer
 from tinylm.optim import groups
+from tinylm.processes import SINGLE_PROCESS
 from tinylm.recipe.schema import AdamWOptimizer, DecoderSection, MuonOptimizer, Optimizer
 from tinylm.reporting import CollectingReporter
 from tinylm.tokenizer import Tokenizer
@@ -48,8 +54,7 @@ MODES = ("fp32", "tf32", "bf16", "fp16")
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PLAIN = "plain"
 UNSUPPORTED = "not supported by this device"
-NO_ENGINE_GRAPH = "not supported: a graph has fixed shapes and addresses, but cache slices and positions grow with every token"
-"""Why the engine cannot use CUDA graphs. A decode step at a fixed position can use them, and its row shows the possible speedup."""
+ENGINE_GRAPHS = "engine, CUDA graphs"
 CompiledCall = Callable[..., Any]
 """The compiled forward call of a block, which torch keeps in `Module._compiled_call_impl`."""
 
@@ -66,7 +71,7 @@ class BenchmarkSettings:
     steps: int
     """Steps per time measurement."""
     peak_width: int
-    """Width of the square matrices whose product measures the peak FLOP/s."""
+    """Width of the square matrices that are multiplied to measure the peak FLOP/s."""
     new_tokens: int
     decode_batches: tuple[int, ...] = (1, 16, 64)
     """Batch sizes for decoding."""
@@ -103,6 +108,8 @@ class Variant:
     recompute: bool = False
     """Activation checkpointing."""
     n_micro_batches: int = 1
+    whole: bool = False
+    """Whether all blocks are compiled together, as one graph. Training compiles each block on its own."""
     fused_loss: bool = True
     """Whether the loss of a large vocabulary is compiled, as in training."""
 
@@ -110,6 +117,7 @@ class Variant:
 VARIANTS = (
     Variant(PLAIN),
     Variant("compiled", compiled=True),
+    Variant("compiled together", whole=True),
     Variant("compiled, plain loss", compiled=True, fused_loss=False),
     Variant("checkpointing", recompute=True),
     Variant("compiled, checkpointing", compiled=True, recompute=True),
@@ -122,7 +130,8 @@ VARIANTS = (
 class StepRow:
     """One variant in one precision (`mode`). The time of an optimizer step is the median over the rounds.
 
-    `mfu_sheet` is the MFU relative to the data sheet peak. `mfu_measured` is relative to the speed of a large matrix product.
+    `mfu_sheet` is the MFU relative to the data sheet peak. `mfu_measured` is relative to the measured throughput of a large
+    matmul.
     """
 
     mode: str
@@ -160,6 +169,20 @@ class DecodeRow:
     method: str
     tokens_per_second: float | None = None
     ratio: float | None = None
+    first_seconds: float | None = None
+    """Time of the first generation, which captures graphs and loads libraries."""
+    failed: str | None = None
+
+
+@dataclass
+class EvaluationRow:
+    """An evaluation of random tokens. `loss` is in nats per token."""
+
+    name: str
+    mode: str
+    batch_tokens: int
+    tokens_per_second: float | None = None
+    loss: float | None = None
     failed: str | None = None
 
 
@@ -242,7 +265,7 @@ def matmul_precision(mode: str, precision: Precision) -> AbstractContextManager[
 
 
 def measured_peak(mode: str, width: int, device: torch.device) -> float:
-    """Return the best FLOP/s over several products of large random matrices. (A GPU multiplies constant matrices faster.)"""
+    """Return the highest FLOP/s of several matmuls of large random matrices. (A GPU multiplies constant matrices faster.)"""
     a, b = (torch.randn(width, width, device=device).to(DTYPES[mode]) for _ in range(2))
     with matmul_precision(mode, precision_of(mode, device)):
         seconds_of(lambda: a @ b, 3, device)
@@ -268,6 +291,7 @@ class Training:
         self.objective = CausalLM()
         self.network = Transformer(settings.model, settings.vocab_size, seed=0).to(device)
         self.optimizers = groups.build(AdamWOptimizer(name="adamw", lr=1e-5), self.network)
+        self._compiled_hidden = torch.compile(self.network.hidden, dynamic=False)
         self._feed = feed
         self._position = 0
 
@@ -293,10 +317,13 @@ class Training:
         self.network.compile_loss = variant.fused_loss
         for block, call in zip(self.network.blocks, compiled, strict=True):
             block._compiled_call_impl = call if variant.compiled else None
+        if variant.whole:
+            self.network.hidden = self._compiled_hidden  # type: ignore[method-assign]
         try:
             yield
         finally:
             self.network.recompute = False
+            self.network.__dict__.pop("hidden", None)
 
     def compile(self, mode: str, precision: Precision) -> tuple[list[CompiledCall | None], str | None]:
         """Return one compiled call per block, and an error message if compilation failed."""
@@ -439,7 +466,7 @@ class _FakeTokenizer:
 
 
 class DecodeStep:
-    """Greedily decodes one token without the engine, always in the middle of the context."""
+    """Decodes one token greedily, without the engine, at a fixed position in the middle of the context."""
 
     def __init__(self, network: Transformer, batch: int) -> None:
         self._decoder = Decoder(network)
@@ -449,31 +476,24 @@ class DecodeStep:
         self.tokens = torch.zeros(batch, dtype=torch.long, device=self._decoder.device)
 
     def __call__(self) -> None:
-        self.logits = self._decoder.decode_one_token(
-            self._cache.layers, self._cache.tokens, self.tokens, self._positions, self._position + 1, same_length=True
-        )
+        with attention_without_cudnn(self._decoder.device):
+            self.logits = self._decoder.decode_one_token(
+                self._cache.layers, self._cache.tokens, self.tokens, self._positions, self._position + 1, same_length=True
+            )
         self.tokens.copy_(self.logits.argmax(dim=-1))
 
     def capture(self) -> Callable[[], None]:
         """Capture the step as a CUDA graph. Raises `RuntimeError` if the capture fails or a replay produces different logits."""
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # autotune kernels and load libraries before the capture
-            for _ in range(3):
-                self()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self()
+        replay = CUDAGraphs(self._decoder.device).capture(self)
         graph_logits = self.logits  # every replay writes to this tensor
         self.tokens.zero_()
         self()
         self.tokens.zero_()
-        graph.replay()
+        replay()
         difference = (graph_logits - self.logits).float().norm() / self.logits.float().norm()
         if not difference < 0.01:
             raise RuntimeError(f"the graph's logits differ from the eager step's: relative difference {float(difference):.1e}")
-        return lambda: graph.replay()
+        return replay
 
 
 def decode_rows(settings: BenchmarkSettings, device: torch.device) -> list[DecodeRow]:
@@ -504,22 +524,70 @@ def _decode_rows(
         except RuntimeError as error:  # some operations cannot be captured
             failed["one step, CUDA graph"] = "capture failed: " + str(error).splitlines()[0]
     else:
-        failed["one step, CUDA graph"] = "needs CUDA"
+        failed["one step, CUDA graph"] = "requires CUDA"
     repeat = 4 * settings.new_tokens // 10 + 1
     step_times, _, step_failed = measure_alternately(variants, rounds=settings.rounds, steps=repeat, warmup=3, device=device)
-    engine: dict[str, Callable[[], object]] = {"engine": lambda: generate(network, tokenizer, "", options, count=batch)}
+    decoders = {"engine": Decoder(network)}
+    if device.type == "cuda":
+        decoders[ENGINE_GRAPHS] = Decoder(network, compiled=True, backend="graphs")
+    else:
+        failed[ENGINE_GRAPHS] = "requires CUDA"
+
+    def run_of(decoder: Decoder) -> Callable[[], object]:
+        return lambda: generate(decoder, tokenizer, "", options, count=batch)
+
+    engine = {name: run_of(decoder) for name, decoder in decoders.items()}
+    first = {name: seconds_of(run, 1, device) for name, run in engine.items()}
     engine_times, _, engine_failed = measure_alternately(engine, rounds=min(3, settings.rounds), steps=1, warmup=1, device=device)
     speeds = {name: batch / seconds for name, seconds in step_times.items()}
     speeds.update({name: batch * options.max_new_tokens / seconds for name, seconds in engine_times.items()})
     failed = {**failed, **step_failed, **engine_failed}
     eager = speeds.get("one step, eager")
-    rows = [
+    return [
         DecodeRow(
-            weights, batch, name, speeds.get(name), speeds[name] / eager if name in speeds and eager else None, failed.get(name)
+            weights,
+            batch,
+            name,
+            speeds.get(name),
+            speeds[name] / eager if name in speeds and eager else None,
+            first.get(name),
+            failed.get(name),
         )
-        for name in ("engine", "one step, eager", "one step, CUDA graph")
+        for name in ("engine", ENGINE_GRAPHS, "one step, eager", "one step, CUDA graph")
     ]
-    return [*rows, DecodeRow(weights, batch, "engine, CUDA graph", failed=NO_ENGINE_GRAPH)]
+
+
+def evaluation_rows(settings: BenchmarkSettings, device: torch.device) -> list[EvaluationRow]:
+    """Evaluate one network on random tokens as training does, as the final evaluation does, and in small batches."""
+    context = settings.model.context_length
+    network = Transformer(settings.model, settings.vocab_size, seed=0).to(device).eval()
+    tokens = np.random.default_rng(0).integers(1, settings.vocab_size, 4 * settings.batch * context + 2, dtype=np.uint16)
+    tokens[[0, -1]] = 0
+    shard = Shard(tokens, Counts(1, len(tokens) - 2, len(tokens) - 2, len(tokens) - 2, 0), end_of_text=0)
+    lengths = np.ones(settings.vocab_size, dtype=np.int64)
+    automatic = BatchLimits.of(network, settings.vocab_size, SINGLE_PROCESS)
+    small = BatchLimits(min(EVALUATION_BATCH_TOKENS, max(context, EVALUATION_BATCH_LOGITS // settings.vocab_size)))
+    rows = []
+    for name, mode, limits in (
+        ("final", "fp32", automatic),
+        ("final, small batches", "fp32", small),
+        ("during training", "bf16", automatic),
+        ("during training, small batches", "bf16", small),
+    ):
+        row = EvaluationRow(name, mode, limits.tokens)
+
+        def work(row: EvaluationRow = row, limits: BatchLimits = limits) -> None:
+            with matmul_precision(row.mode, precision_of(row.mode, device)), precision_of(row.mode, device).autocast():
+                options = EvaluationOptions(confidence_interval=False)
+                row.loss = evaluate(network, shard, lengths, options, limits=limits).loss
+
+        def measure(row: EvaluationRow = row, work: Callable[[], None] = work) -> None:
+            work()
+            row.tokens_per_second = shard.counts.tokens / seconds_of(work, 1, device)
+
+        row.failed = UNSUPPORTED if not is_supported(mode, device) else run_catching_out_of_memory(measure)
+        rows.append(row)
+    return rows
 
 
 def log(text: str) -> None:
@@ -543,7 +611,18 @@ def table(title: str, header: Sequence[str], rows: Sequence[tuple[Sequence[str],
 
 
 def step_table(rows: Sequence[StepRow]) -> str:
-    header = ("precision", "step", "ms", "tokens/s", "MFU sheet", "MFU peak", "MiB", "speedup", "memory", "vs. fp32")
+    header = (
+        "precision",
+        "step",
+        "ms",
+        "tokens/s",
+        "MFU (sheet)",
+        "MFU (matmul)",
+        "peak MiB",
+        "speedup",
+        "memory",
+        "speedup over fp32",
+    )
     lines = []
     for row in rows:
         cells = [row.mode, row.variant]
@@ -557,7 +636,7 @@ def step_table(rows: Sequence[StepRow]) -> str:
                 cell(row.speedup_over_fp32, ".2f"),
             ]
         lines.append((cells, row.failed))
-    return table("Training (speedup and memory: relative to the plain step in the same precision)", header, lines)
+    return table("Training (speedup and memory relative to the plain step in the same precision)", header, lines)
 
 
 def optimizer_table(rows: Sequence[OptimizerRow]) -> str:
@@ -573,9 +652,18 @@ def decode_table(rows: Sequence[DecodeRow]) -> str:
     lines = []
     for row in rows:
         cells = [row.weights, str(row.batch), row.method]
-        numbers = [cell(row.tokens_per_second, ",.0f"), cell(row.ratio, ".2f")]
+        numbers = [cell(row.tokens_per_second, ",.0f"), cell(row.ratio, ".2f"), cell(row.first_seconds, ".2f")]
         lines.append((cells + numbers if row.failed is None else cells, row.failed))
-    return table("Decoding", ("weights", "batch", "method", "tokens/s", "vs. eager step"), lines)
+    return table("Decoding", ("weights", "batch", "method", "tokens/s", "speedup over eager step", "first s"), lines)
+
+
+def evaluation_table(rows: Sequence[EvaluationRow]) -> str:
+    lines = []
+    for row in rows:
+        cells = [row.name, row.mode, f"{row.batch_tokens:,}"]
+        numbers = [cell(row.tokens_per_second, ",.0f"), cell(row.loss, ".6f")]
+        lines.append((cells + numbers if row.failed is None else cells, row.failed))
+    return table("Evaluation", ("evaluation", "precision", "batch tokens", "tokens/s", "loss"), lines)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -584,11 +672,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--batch", type=int, help="sequences per optimizer step, a multiple of 4 (default: 16 for gpt2-124m, 64 for small)"
     )
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:1 or cpu")
+    parser.add_argument("--device", default="cuda", help="device to measure: cuda, cuda:1 or cpu")
     parser.add_argument("--tiny", action="store_true", help="smoke test with a tiny model")
     parser.add_argument("--no-compile", action="store_true", help="skip the compiled variants")
     parser.add_argument("--hardware", help="name of a data sheet in tinylm.cost.accelerators, for a GPU that is not recognized")
-    parts = ("training", "optimizers", "decoding")
+    parts = ("training", "optimizers", "evaluation", "decoding")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--precisions", nargs="+", choices=MODES, default=MODES, help="precisions in the training table")
     parser.add_argument("--variants", nargs="+", choices=[variant.name for variant in VARIANTS], help="rows of the training table")
@@ -616,7 +704,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except InputError as error:
         sys.exit(str(error))
     settings = make_settings(options.model, tiny=options.tiny, batch=options.batch)
-    variants = [variant for variant in VARIANTS if not (variant.compiled and options.no_compile)]
+    variants = [variant for variant in VARIANTS if not ((variant.compiled or variant.whole) and options.no_compile)]
     if options.variants is not None:
         variants = [variant for variant in variants if variant.name in options.variants]
     description = {
@@ -634,6 +722,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parts: dict[str, tuple[Callable[[], list[Any]], Callable[[Any], str]]] = {
         "training": (lambda: training_rows(settings, device, sheet, variants, options.precisions), step_table),
         "optimizers": (lambda: optimizer_rows(settings, device), optimizer_table),
+        "evaluation": (lambda: evaluation_rows(settings, device), evaluation_table),
         "decoding": (lambda: decode_rows(settings, device), decode_table),
     }
     if not options.json:

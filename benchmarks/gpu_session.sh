@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Measure training, decoding and memory on one GPU in at most 9 minutes, most valuable parts first.
+# Measure training speed, decoding speed and memory use on one GPU in at most 9 minutes, most valuable measurements first.
 #
 #     bash benchmarks/gpu_session.sh [--out FOLDER] [--device cuda|cpu] [--tiny] [--only "PART ..."] [--seconds N]
 #
 # Each part has its own time limit and writes FOLDER/PART.log; the end of each log is also printed. A part that fails does not stop
-# the others, but the exit code is then 1. Uses the Python in $PYTHON (default: python3), which needs tinylm's dependencies; tinylm
-# itself is imported from this checkout. The training text is generated. `--device cpu --tiny` is a dry run.
+# the others, but the exit code is then 1. The script uses the Python in $PYTHON (default: python3), which needs tinylm's
+# dependencies; tinylm itself is imported from this checkout. The training text is generated. `--device cpu --tiny` is a dry run.
 set -u
 cd "$(dirname "$0")/.." || exit
 
 python=${PYTHON:-python3} out=gpu-session device=cuda tiny="" total=540
-parts="facts cudnn training tests trainer optimizers decoding sample memory"
+parts="facts cudnn training tests trainer sample memory decoding evaluation optimizers"
 while [ $# -gt 0 ]; do
     case $1 in
         --out) out=$2; shift 2 ;;
@@ -54,13 +54,13 @@ try:
     import triton
     print("triton", triton.__version__)
 except ImportError:
-    print("no triton")
+    print("triton is not installed")
 if sys.argv[1] == "cuda":
     properties = torch.cuda.get_device_properties(0)
     print("cuDNN", torch.backends.cudnn.version(), "|", properties.name, "|", round(properties.total_memory / 2**30, 1), "GiB")
 '
 
-# Time attention with one query: the first call with each number of keys, and a repeated call with the last number.
+# Time attention with one query: the first call for each KV length, and a second call for the last one.
 cudnn='
 import sys, time, torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -108,7 +108,7 @@ if [ -n "$tiny" ]; then
         --set training.compile=off --set training.tokens=2560 --set training.schedule.warmup=2
         --set training.log_every=5 --set evaluation.every=5 --set evaluation.max_tokens=500)
 else
-    step=(--batch 64 --variants plain compiled "compiled, plain loss" checkpointing) lines=400000
+    step=(--batch 64 --variants plain compiled "compiled together" "compiled, plain loss" checkpointing) lines=400000
     recipe=(--set training.tokens=15728640 --set training.schedule.warmup=5
         --set training.log_every=5 --set evaluation.every=15 --set evaluation.max_tokens=200_000)
 fi
@@ -125,9 +125,10 @@ part training 150 "$python" benchmarks/gpu.py --device "$device" --parts trainin
 "$python" -c "$text" "$work/text.txt" "$lines"
 part trainer 120 "$python" -m tinylm train "${recipe[@]}" --device "$device" --out "$work/run"
 cp "$work/run/metrics.jsonl" "$out/" 2>/dev/null
-part sample 40 "$python" -m tinylm sample --run "$work/run" --device "$device" --prompt the --max-new-tokens 20
+part sample 40 "$python" -m tinylm sample --run "$work/run" --device "$device" --prompt the --max-new-tokens 100
 part memory 40 "$python" -c "$memory" "$out/trainer.log" "${recipe[@]}"
-part optimizers 60 "$python" benchmarks/gpu.py --device "$device" --parts optimizers ${tiny:+--tiny}
 part decoding 120 "$python" benchmarks/gpu.py --device "$device" --parts decoding ${tiny:+--tiny}
+part evaluation 40 "$python" benchmarks/gpu.py --device "$device" --parts evaluation --batch 64 ${tiny:+--tiny}
+part optimizers 60 "$python" benchmarks/gpu.py --device "$device" --parts optimizers ${tiny:+--tiny}
 echo "== end, at $SECONDS s; logs in $out"
 exit $failed

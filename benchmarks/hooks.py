@@ -3,8 +3,8 @@
     python benchmarks/hooks.py [--steps 200] [--width 64] [--rows 8] [--compile]
 
 Both networks have the same weights and train on the same batches, on one thread. One of them has plain functions in place of the
-hook points. Prints the median CPU time per step and the median ratio between the two networks, plus or minus two standard errors.
-The default shape is tiny, so that module calls take a large share of each step.
+hook points. The script prints the median CPU time per step with and without hook points, and the median ratio of the two times,
+plus or minus two standard errors. The default shape is tiny, so that module calls account for much of each step.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ VOCABULARY = 512
 
 
 class NoHookPoint:
-    """A replacement for a hook point. Calling it costs about as much as calling a Python function."""
+    """A replacement for a hook point that costs about as much as a function call."""
 
     functions = ()
 
@@ -81,13 +81,14 @@ def main() -> None:
             tokens = torch.randint(VOCABULARY, (arguments.rows, arguments.context + 1), generator=generator)
             order = (0, 1) if number % 2 else (1, 0)
             pair = {index: step(networks[index], parameters[index], tokens) for index in order}
-            if number >= 10:  # the first ten steps are a warmup
+            if number >= 10:  # the first ten steps are warmup
                 times.append((pair[0], pair[1]))
         ratios = [present / absent for present, absent in times]
         error = 1.25 * statistics.stdev(ratios) / len(ratios) ** 0.5  # standard error of the median
         present, absent = (statistics.median(column) * 1e3 for column in zip(*times, strict=True))
         ratio = statistics.median(ratios)
-        print(f"{preset:8} present {present:7.2f} ms   absent {absent:7.2f} ms   ratio {ratio:.4f} ± {2 * error:.4f}", flush=True)
+        times_text = f"with {present:7.2f} ms   without {absent:7.2f} ms"
+        print(f"{preset:8} {times_text}   ratio (with / without) {ratio:.4f} ± {2 * error:.4f}", flush=True)
 
 
 if __name__ == "__main__":

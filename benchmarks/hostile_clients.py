@@ -1,10 +1,11 @@
-"""Load test of `tinylm serve` with a hostile client among many normal ones.
+"""Load-test `tinylm serve` with a hostile client among many normal ones.
 
-    python benchmarks/hostile_clients.py --run runs/quickstart [--clients 200] [--seconds 30] [--tokens 16]
+    python benchmarks/hostile_clients.py --run runs/quickstart [--clients 200] [--seconds 30] [--tokens 16] [--rounds 2]
 
-Measures the latency of normal clients without and with the hostile client, which runs in its own process. The hostile client sends
-requests that ban every allowed token, long stop strings, regular expressions with huge automata and invalid requests, and keeps
-slow connections open, all at the same time. Finally, sends SIGTERM to the server and measures how long the server takes to exit.
+In each round, the script measures the latency of normal clients and the memory of the server, with and without the hostile client,
+which runs in its own process. The hostile client sends invalid requests and requests with long stop strings, with regular
+expressions that have huge automata, or with biases that ban every allowed token. At the same time, it holds slow connections open.
+Finally, the script sends SIGTERM to the server and measures how long the server takes to exit.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ EXPRESSIONS = (
 
 
 def hostile_bodies() -> Iterator[dict[str, Any]]:
-    """Yield requests that are expensive or should be answered with an error. No two regular expressions are equal."""
+    """Yield requests that are invalid or expensive. No two regular expressions are equal, so none is cached."""
     for turn in itertools.count():
         yield {"prompt": "a", "regex": "a", "logit_bias": {str(id): -100 for id in range(300)}}
         yield {"prompt": "The cat", "max_tokens": 50, "stop": "z" * 900_000}
@@ -72,7 +73,7 @@ async def send_hostile_requests(address: str, statuses: Counter[int]) -> None:
 
 
 async def hold_slow_connections(address: str) -> None:
-    """Keep connections open that send headers and bodies slowly. Replace each connection that the server closes."""
+    """Hold open connections that send their headers or bodies slowly. Replace each connection that the server closes."""
     url = urlsplit(address)
     head = HEAD + b"Content-Length: 1000\r\n"
 
@@ -95,7 +96,7 @@ async def hold_slow_connections(address: str) -> None:
 
 
 async def run_hostile(address: str) -> None:
-    """Run all attacks at once until SIGTERM, then print the number of responses by status."""
+    """Run all attacks at the same time until SIGTERM. Then print the number of responses by status."""
     statuses: Counter[int] = Counter()
     tasks = asyncio.gather(send_hostile_requests(address, statuses), hold_slow_connections(address))
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, tasks.cancel)
@@ -106,7 +107,7 @@ async def run_hostile(address: str) -> None:
 
 
 async def post(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body: dict[str, Any]) -> int:
-    """Send a request on an open connection and return the status. An HTTP library would use more CPU time than the server."""
+    """Send a request on an open connection and return the status. An HTTP library would need more CPU time than the server."""
     data = json.dumps(body).encode()
     writer.write(HEAD + b"Content-Length: %d\r\n\r\n" % len(data) + data)
     head = (await reader.readuntil(b"\r\n\r\n")).lower()
@@ -115,7 +116,7 @@ async def post(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body:
 
 
 async def measure(address: str, clients: int, seconds: float, tokens: int) -> tuple[list[float], Counter[int]]:
-    """Send requests from normal clients. Return the sorted latencies in seconds and the number of responses by status."""
+    """Send requests as normal clients. Return the sorted latencies in seconds and the number of responses by status."""
     url = urlsplit(address)
     latencies: list[float] = []
     statuses: Counter[int] = Counter()
@@ -141,14 +142,14 @@ async def measure(address: str, clients: int, seconds: float, tokens: int) -> tu
 def report(name: str, latencies: list[float], statuses: Counter[int], seconds: float, memory: float) -> None:
     p50, p99 = latencies[len(latencies) // 2], latencies[int(0.99 * len(latencies))]
     print(
-        f"{name}: {len(latencies) / seconds:.0f} requests/s, median {p50:.2f} s, p99 {p99:.2f} s, "
-        f"statuses {dict(statuses)}, server memory {memory:.0f} MB",
+        f"{name}: {len(latencies) / seconds:.0f} requests/s, median latency {p50:.2f} s, p99 latency {p99:.2f} s, "
+        f"responses by status {dict(statuses)}, server memory {memory:.0f} MB",
         flush=True,
     )
 
 
 def memory_of(process: subprocess.Popen[str]) -> float:
-    """Return the resident memory in MB (Linux only)."""
+    """Return the resident memory of a process in MB (Linux only)."""
     with open(f"/proc/{process.pid}/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * resource.getpagesize() / 1e6
 
@@ -159,7 +160,8 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=30)
     parser.add_argument("--tokens", type=int, default=16)
-    parser.add_argument("--attack", metavar="ADDRESS", help="act as the hostile client of this server until SIGTERM")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--attack", metavar="ADDRESS", help="attack the server at ADDRESS until SIGTERM")
     options = parser.parse_args()
     if options.attack:
         asyncio.run(run_hostile(options.attack))
@@ -172,7 +174,8 @@ def main() -> None:
             if not address:
                 sys.exit("the server did not start")
             asyncio.run(measure(address, 8, 3, options.tokens))  # warm up
-            for name, hostile in (("normal", False), ("hostile", True), ("normal", False), ("hostile", True)):
+            print(f"server memory after the warm-up: {memory_of(server):.0f} MB", flush=True)
+            for name, hostile in (("without the hostile client", False), ("with the hostile client", True)) * options.rounds:
                 attacker = None
                 if hostile:
                     attacker = subprocess.Popen([sys.executable, __file__, "--attack", address], stdout=subprocess.PIPE, text=True)
@@ -181,7 +184,7 @@ def main() -> None:
                 report(name, latencies, statuses, options.seconds, memory_of(server))
                 if attacker is not None:
                     attacker.terminate()
-                    print("  hostile requests by status:", attacker.communicate()[0].strip(), flush=True)
+                    print("  responses to the hostile client by status:", attacker.communicate()[0].strip(), flush=True)
             print("  health:", httpx.get(f"{address}/health", timeout=30).text)
             attacker = subprocess.Popen([sys.executable, __file__, "--attack", address], stdout=subprocess.DEVNULL)
             time.sleep(5)

@@ -3,10 +3,11 @@
     python benchmarks/ladder.py speed [--rounds 5] [--steps 10] [--tokens 300]
     python benchmarks/ladder.py texts TEXT [TEXT...] [--minutes 50] [--seeds 1 2 3] [--set tokenizer=char] [--out DIR]
 
-`speed` compares training steps with those of a plain language model made of torch.nn modules, and compiled sampling with a plain
-torch loop that samples from the 50 most likely tokens. `texts` runs `tinylm ladder` on each text with each seed. It prints one
-table per text with the mean bits per byte over the seeds, the range over the seeds, and the first seed's confidence interval. For
-example, TEXT can be the path to tinyshakespeare.txt, with `--set tokenizer=char` and 10 minutes for each of the 5 models.
+`speed` compares the speed of training steps with that of a simple language model built from torch.nn modules, and the speed of
+compiled sampling with that of a torch loop that samples from the 50 most likely tokens. `texts` runs `tinylm ladder` on each text
+with each seed. It prints one table per text with the mean bits per byte over the seeds, the range over the seeds, and the first
+seed's confidence interval. For example, TEXT can be the path to tinyshakespeare.txt, with `--set tokenizer=char` and
+`--minutes 50`, which gives each of the 5 models 10 minutes.
 """
 
 from __future__ import annotations
@@ -103,7 +104,9 @@ def speed(rounds: int, steps: int, tokens: int) -> None:
     tokenizer = training.train(ByteTokenizer(kind="byte"), iter([Piece("text", True)]), print)
     vocab_size = tokenizer.vocab_size
     tokenizer.__dict__["end_of_text"] = None  # so that no sample ends early
-    print("model          training: torch.nn, tinylm (steps/s), ratio   sampling: torch loop, tinylm (tokens/s), ratio")
+    print("training in steps/s, sampling in tokens/s, ratio: tinylm / torch")
+    print(f"{'':14} {'training':>9} {'':9} {'':7}   {'sampling':>12}")
+    print(f"{'model':14} {'torch.nn':>9} {'tinylm':>9} {'ratio':>7}   {'torch loop':>12} {'tinylm':>9} {'ratio':>7}")
     for kind in SECTIONS:
         for width, layers in ((128, 1), (256, 1), (256, 2)):
             plain, ours = PlainModel(kind, vocab_size, width, layers), our_model(kind, vocab_size, width, layers)
@@ -137,7 +140,7 @@ def climb(text: str, minutes: str, seed: int, settings: list[str], out: Path) ->
 def texts(sources: list[str], minutes: str, seeds: list[int], settings: list[str], out: Path) -> None:
     for text in sources:
         ladders = [climb(text, minutes, seed, settings, out) for seed in seeds]
-        print(f"\n{text}, {minutes} minutes for all models, seeds {' '.join(map(str, seeds))}")
+        print(f"\n{text}: {minutes} minutes of training in total, seeds {' '.join(map(str, seeds))}")
         print("model       parameters  bits per byte  range over seeds     95% interval of the first seed")
         for rows in zip(*ladders, strict=True):
             bits = [float(str(row["bits_per_byte"])) for row in rows]
@@ -158,9 +161,9 @@ def main() -> None:
     measured.add_argument("--tokens", type=int, default=300, help="tokens sampled in each round")
     ladders = commands.add_parser("texts", help="run the ladder on several texts and seeds")
     ladders.add_argument("texts", nargs="+")
-    ladders.add_argument("--minutes", default="50", help="total training time for all models of a ladder")
+    ladders.add_argument("--minutes", default="50", help="total training time of all models in a ladder")
     ladders.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    ladders.add_argument("--set", action="append", default=[], help="a setting for all recipes")
+    ladders.add_argument("--set", action="append", default=[], help="a recipe key to set for all models; can be repeated")
     ladders.add_argument("--out", type=Path, default=Path("runs/ladders"))
     arguments = parser.parse_args()
     if arguments.command == "speed":

@@ -3,7 +3,7 @@
     python benchmarks/long_run.py tinyshakespeare.txt [--minutes 20] [--repeat 3] [--recipe shakespeare-char-long] [--set K=V ...]
 
 Times start at the first training step and include compilation and evaluation. The loss is in nats per character; every held-out
-character is scored once. nanoGPT's best published loss on tinyshakespeare is 1.4697 (10.6 M parameters, on an A100).
+character is scored once. nanoGPT's best published loss on tinyshakespeare is 1.4697 (10.6M parameters, on an A100).
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ def main() -> None:
             lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         curve = [(line["seconds"] / 60, line["val_loss"]) for line in lines if line["kind"] == "eval"]
         reached_at = next((minutes for minutes, loss in curve if loss <= NANOGPT_LOSS), None)
-        print(f"seed {seed}: " + "  ".join(f"{minutes:.1f} min {loss:.4f}" for minutes, loss in curve))
+        print(f"seed {seed}: held-out loss " + ", ".join(f"{loss:.4f} at {minutes:.1f} min" for minutes, loss in curve))
         reached = "not reached" if reached_at is None else f"reached after {reached_at:.1f} minutes"
         print(
-            f"seed {seed}: best loss {result['best_val_loss']:.4f} nats per character, last loss {result['val_loss']:.4f}; "
+            f"seed {seed}: best loss {result['best_val_loss']:.4f} nats per character, final loss {result['val_loss']:.4f}; "
             f"{result['parameters']:,} parameters, {result['step']} steps, {result['seconds'] / 60:.1f} minutes; "
-            f"{NANOGPT_LOSS} {reached}",
+            f"nanoGPT's loss {NANOGPT_LOSS} {reached}",
             flush=True,
         )
         best_losses.append(result["best_val_loss"])
-    print(f"median of the best losses {statistics.median(best_losses):.4f}, after {arguments.minutes:g} minutes")
+    print(f"median of the seeds' best losses within {arguments.minutes:g} minutes: {statistics.median(best_losses):.4f}")
 
 
 if __name__ == "__main__":

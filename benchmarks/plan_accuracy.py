@@ -2,8 +2,10 @@
 
     python benchmarks/plan_accuracy.py [--steps 5] [--precision auto|fp32|bf16]
 
-Runs three recipes in separate processes, on random tokens (the cost of a step does not depend on the text), without compilation,
-with the precision and micro-batch size from the plan. Memory is the growth of the resident set, from just before the model is built
+The script trains three recipes in separate processes, on random tokens (the cost of a step does not depend on the text), without
+compilation, and with the precision and micro-batch size from the plan. The error is predicted / measured - 1.
+
+Memory is the growth of the resident set, from just before the model is built
 to its maximum over the steps and one evaluation. It includes memory that the allocator keeps. A tiny model is trained and
 evaluated first, so one-time library allocations are not counted. The step time is the median, excluding the first two steps.
 `make_plan` benchmarks the machine before each training process starts; on a busy machine, neither prediction nor measurement is

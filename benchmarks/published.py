@@ -2,7 +2,7 @@
 
 The source of each run defines its architecture, batch size, device, and execution mode. If a source is incomplete, a note lists the
 assumptions. The constants in `tinylm.cost.accelerators` were not fitted to these runs, with one exception: MATMUL_EFFICIENCY was
-chosen using two of the runs, llm.c's 124M on A100s and 1558M on H100s.
+chosen using llm.c's 124M on A100s. MATMUL_EFFICIENCY_HOPPER was fitted to tinylm's own run on an H200.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Run:
     hardware: str
     devices: int
     tokens_per_second: float
-    """Total throughput of all devices."""
+    """Total throughput of all devices in tokens/s."""
     published: str
     """The speed as reported by the source."""
     url: str
@@ -97,7 +97,7 @@ RUNS = (
         2 * HALF_MILLION,
         8,
         stream_bytes=2,
-        note="as above; GELU fused into the matrix product",
+        note="as above; GELU fused into the matmul",
     ),
     Run(
         "modded-nanogpt baseline",
@@ -133,7 +133,7 @@ RUNS = (
         {"preset": "modern", "n_layer": 12, "n_head": 12, "n_embd": 768, "context_length": 2048, "logit_softcap": 30.0},
         HALF_MILLION,
         8,
-        note="compilation assumed; excludes Muon's matrix products",
+        note="compilation assumed; excludes Muon's matmuls",
     ),
     Run(
         "TinyLlama 1.1B",
@@ -247,17 +247,18 @@ def predicted_seconds(run: Run) -> float:
 
 
 def main() -> None:
-    print(f"{'run':24} {'hardware':17} {'published':24} {'ms/step':>9} {'predicted':>9} {'error':>6}  note")
+    print(f"{'run':24} {'hardware':17} {'source reports':24} {'published ms':>12} {'predicted ms':>12} {'error':>6}  note")
     errors = []
     for run in RUNS:
         published, predicted = run.tokens_per_step / run.tokens_per_second, predicted_seconds(run)
         error = predicted / published - 1
         errors.append(abs(error))
         hardware = f"{run.devices} {run.hardware}"
-        times = f"{1e3 * published:9.0f} {1e3 * predicted:9.0f} {100 * error:+5.0f}%"
+        times = f"{1e3 * published:12.0f} {1e3 * predicted:12.0f} {100 * error:+5.0f}%"
         print(f"{run.name:24} {hardware:17} {run.published:24} {times}  {run.note}")
     within = sum(error <= 0.25 for error in errors)
-    print(f"\nwithin 25%: {within} of {len(errors)}; median error {100 * median(errors):.0f}%, largest {100 * max(errors):.0f}%\n")
+    summary = f"median {100 * median(errors):.0f}%, maximum {100 * max(errors):.0f}%"
+    print(f"\nabsolute error: {summary}, within 25% for {within} of {len(errors)} runs\n")
     for url in dict.fromkeys(run.url for run in RUNS):
         print(f"{', '.join(dict.fromkeys(run.name for run in RUNS if run.url == url))}: {url}")
 

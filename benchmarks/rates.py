@@ -1,11 +1,12 @@
-"""Check that learning rates transfer between model sizes: held-out loss by learning rate, for several widths and batch sizes.
+"""Check that learning rates transfer between model sizes by training models of several widths with several batch sizes.
 
     python benchmarks/rates.py SOURCE [--widths 64 128 256] [--batches 12 48] [--layers 4] [--steps 400] [--seed 1337]
 
-Muon's `lr` and its `adamw_lr` (for embeddings, head and gains) are varied separately, by factors of two around their defaults.
-Every width is trained with the first batch size, and the middle width also with the other batch sizes. If learning rates transfer,
-the best factor is about the same in all rows. The models are character-level with context 64. They have no n-gram embeddings,
-because only the learning rates of the transformer's matrices are of interest.
+Muon's `lr` and its `adamw_lr` (for the embeddings, the head and the gains) are varied separately, by factors of two around their
+defaults. Each row of the output shows the held-out loss (nats per character) for each factor, and the best factor. Models of every
+width are trained with the first batch size, and models of the middle width also with the other batch sizes. If learning rates
+transfer, the best factor is about the same in all rows. The models are character-level with a context length of 64. They have no
+n-gram embeddings, because only the learning rates of the transformer's matrices are of interest.
 """
 
 from __future__ import annotations

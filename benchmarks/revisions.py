@@ -1,10 +1,11 @@
-"""Compare the speed of two revisions of tinylm, which take turns step by step.
+"""Compare the speed of two revisions of tinylm, interleaving their training steps and samples.
 
     python benchmarks/revisions.py BEFORE [AFTER] [--preset modern] [--steps 60] [--samples 12] [--threads 2]
 
-BEFORE and AFTER (default: HEAD) are git revisions. Each runs in its own process, from a copy of its files. The processes take turns:
-one training step each, and later one batch of samples each. A change in the machine's speed therefore affects both alike. Prints the
-median time of both revisions, and the median ratio AFTER / BEFORE over all pairs of turns with its 95% interval.
+BEFORE and AFTER (default: HEAD) are git revisions. Each runs in its own process, from a copy of its files. The processes take
+turns: one training step each, and later one batch of samples each. A change in the machine's speed therefore affects both alike.
+The script prints each revision's median time, and the median ratio AFTER / BEFORE over all pairs of turns with its 95% confidence
+interval.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ checkpoint: {{every: 1000000, keep: 0}}
 seed: 1
 """
 UNCOUNTED = 5
-"""The first training steps, which are not counted."""
+"""Number of training steps at the start that are not timed."""
 
 
 def take_turn(seconds: float) -> None:
-    """Report the seconds of the last piece of work and wait for the next turn."""
+    """Report how many seconds the last piece of work took, and wait for the next turn."""
     print(json.dumps(seconds), flush=True)
     sys.stdin.readline()
 
@@ -85,7 +86,7 @@ def start_worker(folder: Path, revision: str) -> subprocess.Popen[str]:
 
 
 def run_turn(worker: subprocess.Popen[str]) -> float:
-    """Let a worker do one piece of work, and return its seconds."""
+    """Let a worker do one piece of work, and return how many seconds it took."""
     assert worker.stdin is not None
     assert worker.stdout is not None
     worker.stdin.write("\n")
@@ -100,7 +101,7 @@ def report(name: str, before: list[float], after: list[float]) -> None:
     milliseconds = [1000 * statistics.median(values) for values in (before, after)]
     print(
         f"{name}: before {milliseconds[0]:.2f} ms, after {milliseconds[1]:.2f} ms, "
-        f"ratio {statistics.median(ratios):.4f} ({medians[50]:.4f} to {medians[-51]:.4f})"
+        f"after / before {statistics.median(ratios):.4f} (95% interval {medians[50]:.4f} to {medians[-51]:.4f})"
     )
 
 
@@ -119,7 +120,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         workers = [start_worker(Path(folder, name), getattr(arguments, name)) for name in ("before", "after")]
-        for worker in workers:  # the time to prepare the data does not count
+        for worker in workers:  # wait until the data is prepared, which is not timed
             assert worker.stdout is not None
             worker.stdout.readline()
         turns: list[list[float]] = [[], []]

@@ -1,9 +1,9 @@
-"""Check that training is deterministic: train one recipe in many processes and count the distinct final weights.
+"""Check that training is deterministic: train a recipe in many processes and count the distinct final models.
 
     python benchmarks/same_model.py --runs 60
     python benchmarks/same_model.py --runs 10 --busy --set training.steps=40
 
-`--busy` runs matrix products in another process at the same time. The exit status is 1 if the weights differ.
+With `--busy`, another process computes matrix products at the same time. The exit status is 1 if any weights differ.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main() -> int:
         if load is not None:
             load.kill()
     counts = ", ".join(map(str, fingerprints.values()))
-    print(f"{arguments.runs} runs, {len(fingerprints)} distinct weights (runs with each: {counts})")
+    print(f"{arguments.runs} runs, {len(fingerprints)} distinct models (number of runs for each: {counts})")
     return 0 if len(fingerprints) == 1 else 1
 
 

@@ -1,11 +1,11 @@
-"""Compare generation speed with transformers' `generate`, using the same weights and running alternately on the same cores.
+"""Compare tinylm's generation speed with that of transformers' `generate`, with the same weights and interleaved runs.
 
     python benchmarks/sampling.py [--models 0.86M 13.8M 124M] [--rows 1 16] [--rounds 5] [--first-token]
 
 Each model has the `gpt2` preset and random weights, which are copied into a GPT2LMHeadModel. The script first checks that greedy
 decoding produces the same tokens. Then it samples with top-k 50 after a 16-token prompt, with batch sizes 1 and 16. The end-of-text
-token is banned in both libraries. The speedup is the ratio of medians. Compiled decoding needs numba. With `--first-token`, the
-script instead measures the time to the first token after a 1000-token prompt, with the 13.8 M model.
+token is banned in both libraries. The speedup is the ratio of the median times. Compiled decoding needs numba. With
+`--first-token`, the script instead measures the time to the first token after a 1000-token prompt, with the 13.8M model.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def to_transformers(network: Transformer, vocab_size: int) -> GPT2LMHeadModel:
 
 
 def add_noise(network: Transformer) -> Transformer:
-    """Add noise to make the weights about as large as trained weights and to keep the model from repeating one token."""
+    """Add noise, so that the weights are about as large as trained weights and the model does not repeat one token."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -98,7 +98,7 @@ def seconds_of(work: Callable[[], object]) -> float:
 def generate_with_tinylm(
     decoder: Decoder, tokenizer: Tokenizer, rows: int, tokens: int, prompt: list[int], temperature: float = 1.0
 ) -> list[list[int]]:
-    """Generate `rows` samples with the engine, as `tinylm sample` does, and return their ids."""
+    """Generate `rows` samples with the engine, as `tinylm sample` does, and return their token ids."""
     settings = SamplingOptions(tokens, logit_bias=((END, float("-inf")),), temperature=temperature)
     engine = Engine(decoder, tokenizer, rows, max_tokens=len(prompt) + tokens)
     sequences = engine.add([Request("", settings, seed) for seed in range(rows)], prompt)
@@ -136,7 +136,7 @@ def benchmark(name: str, all_rows: list[int], rounds: int) -> None:
         }
         for kind, decoder in decoders.items():
             variants[kind] = lambda rows=rows, decoder=decoder: generate_with_tinylm(decoder, tokenizer, rows, tokens, PROMPT)
-        report(f"{name} x{rows}", variants, rounds, rows * tokens, "tokens/s")
+        report(f"{name}, batch size {rows}", variants, rounds, rows * tokens)
 
 
 def first_token(rounds: int) -> None:
@@ -149,11 +149,11 @@ def first_token(rounds: int) -> None:
         "transformers": lambda: generate_with_transformers(gpt2, 1, 1, prompt, do_sample=True, top_k=50),
         "fp32": lambda: generate_with_tinylm(decoder, tokenizer, 1, 1, prompt),
     }
-    report("first token after 1000, 13.8M", variants, rounds, 1, "per second")
+    report("first token, 1000-token prompt, 13.8M", variants, rounds, None)
 
 
-def report(title: str, variants: dict[str, Callable[[], object]], rounds: int, amount: int, unit: str) -> None:
-    """Time every variant once per round, and print the median throughput and the speedup over transformers."""
+def report(title: str, variants: dict[str, Callable[[], object]], rounds: int, tokens: int | None) -> None:
+    """Time every variant once per round. Print the median throughput, or the median time, and the speedup over transformers."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for work in variants.values():
         work()
@@ -164,9 +164,10 @@ def report(title: str, variants: dict[str, Callable[[], object]], rounds: int, a
     for name, times in seconds.items():
         median = statistics.median(times)
         ratios = sorted(a / b for a, b in zip(seconds["transformers"], times, strict=True))
+        measured = f"{1e3 * median:9.1f} ms" if tokens is None else f"{tokens / median:9.1f} tokens/s"
         print(
-            f"{title:<30} {name:<13} {amount / median:9.1f} {unit}  x{base / median:5.2f}"
-            f"  (rounds {ratios[0]:.2f} to {ratios[-1]:.2f})",
+            f"{title:<38} {name:<13} {measured}  speedup {base / median:5.2f}"
+            f"  (range over rounds: {ratios[0]:.2f} to {ratios[-1]:.2f})",
             flush=True,
         )
 

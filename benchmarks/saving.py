@@ -47,9 +47,9 @@ def main() -> None:
         assert checkpoint is not None
         size = sum(file.stat().st_size for file in checkpoint.path.iterdir())
     pause, total = min(pauses[1:]), min(totals[1:])
-    model_size = f"{network.parameter_count() / 1e6:.1f} M parameters, {size / 2**20:.0f} MiB"
+    model_size = f"{network.parameter_count() / 1e6:.1f}M parameters, {size / 2**20:.0f} MiB"
     blocked = f"the loop is blocked for {1000 * pause:.0f} ms"
-    print(f"{model_size}: {blocked}, the file is complete after {1000 * total:.0f} ms (ratio {total / pause:.1f})")
+    print(f"{model_size}: {blocked}, the file is complete after {1000 * total:.0f} ms ({total / pause:.1f} times as long)")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Load test of `tinylm serve` with 64 concurrent clients on loopback: correctness and latency.
+"""Load-test `tinylm serve` with 64 concurrent clients on the same machine: correctness and latency.
 
     python benchmarks/serving.py --run runs/quickstart [--clients 64] [--requests 3] [--tokens 32]
 
-Starts `tinylm serve` in a separate process. Every client sends its requests sequentially, each with a different seed. Every
-response is compared with the text that the library generates for that seed. Then half as many clients start streams and disconnect,
-and the script measures the time until the server is idle.
+The script starts `tinylm serve` in a separate process. Every client sends its requests sequentially, each with a different seed.
+Every response is compared with the text that the library generates with the same seed. Then half as many clients start streams and
+disconnect, and the script measures the time until the server is idle.
 """
 
 from __future__ import annotations
@@ -103,14 +103,14 @@ def main() -> None:
     wrong = sum(sample.text != texts[seed] for seed, sample in zip(seeds, samples, strict=True))
     seconds.sort()
     print(
-        f"{len(texts)} responses to {options.clients} clients in {total:.1f} s; "
-        f"{failed} failed, {wrong} differ from the library's text"
+        f"{len(texts)} responses to {options.clients} clients in {total:.1f} s: "
+        f"{failed} requests failed, {wrong} responses differ from the library's text"
     )
     print(
         f"latency: median {statistics.median(seconds):.2f} s, p90 {seconds[int(0.9 * len(seconds))]:.2f} s, "
         f"p99 {seconds[int(0.99 * len(seconds))]:.2f} s; {len(texts) * options.tokens / total:.0f} tokens/s"
     )
-    print(f"{options.clients // 2} clients disconnected during a stream: idle after {idle_after:.2f} s")
+    print(f"after {options.clients // 2} clients disconnected during a stream: server idle within {idle_after:.2f} s")
 
 
 if __name__ == "__main__":

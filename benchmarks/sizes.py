@@ -1,10 +1,10 @@
-"""Check the model size that `tinylm new` chooses: train its recipe and a grid of other sizes with the same time budget.
+"""Check the model size that `tinylm new` chooses against a grid of other sizes, with the same time budget.
 
     python benchmarks/sizes.py SOURCE... [--minutes 2] [--sizes 2x128 3x192 4x256 5x320 6x384 8x512] [--set K=V ...]
 
-Trains the recipe that `tinylm new SOURCE --minutes M` proposes, and, for each size in the grid, the recipe that `tinylm new` would
-write for that size, including regularization, evaluation interval and schedule. Prints the held-out bits per byte of each size's
-best checkpoint, and the ratio between the proposed size and the best size.
+The script trains the recipe that `tinylm new SOURCE --minutes M` proposes and, for each size in the grid, the recipe that
+`tinylm new` would write for that size, including regularization, evaluation interval and schedule. It prints the held-out bits per
+byte of each best checkpoint, and the ratio of the proposed size's bits per byte to the best size's.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def main() -> None:
         recipe, result = train(suggest_recipe(data, budget, sizes=[(layers, width)]).yaml, arguments.settings)
         losses = result.metrics["bits_per_byte"], result.metrics["loss"], result.best_value
         bits_per_byte, last, best = (loss or math.nan for loss in losses)
-        results[size] = bits_per_byte * best / last  # bits per byte are proportional to the loss
+        results[size] = bits_per_byte * best / last  # bits per byte is proportional to the loss
         details = f"{result.step:,} steps, {result.seconds / 60:.1f} minutes, dropout {recipe.model.dropout:g}"
         proposed = ", proposed" if size == chosen else ""
         print(f"{size:>7}: {results[size]:.4f} bits per byte ({details}{proposed})", flush=True)
     best_size = min(results, key=lambda size: results[size])
-    print(f"proposed {chosen} / best {best_size}: {results[chosen] / results[best_size]:.3f}")
+    print(f"bits per byte, proposed ({chosen}) / best ({best_size}): {results[chosen] / results[best_size]:.3f}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Crash test: repeatedly kill a training run, sometimes during a save, resume it, and compare it with an uninterrupted run.
+"""Crash test: repeatedly kill a training run, sometimes during a save, and resume it. Compare it with an uninterrupted run.
 
     python benchmarks/soak.py [--kills 50] [--processes 1] [--parallel ddp|fsdp] [--precision fp32|bf16] [--seed 1]
 
 The recipe uses dropout, gradient accumulation and several epochs, and saves every second step. Each attempt starts new processes
 and kills one of them with SIGKILL. At the end, all logged numbers, weights and optimizer moments must be bitwise equal to those of
-the uninterrupted run. Prints a line per attempt and a summary. The exit status is 1 if anything differs.
+the uninterrupted run. The script prints a line per attempt and a summary. The exit status is 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def is_saving(folder: Path) -> bool:
 
 
 def run_attempt(recipe: Path, folder: Path, processes: int, rng: random.Random, during_save: bool, max_lines: int) -> bool:
-    """Resume the run and kill it after 1 to `max_lines` more lines of metrics. Returns False if it finishes first."""
+    """Resume the run and kill it after 1 to `max_lines` more lines in metrics.jsonl. Return False if the run finishes first."""
     workers, last_line = launch(recipe, folder, processes), line_count(folder) + rng.randint(1, max_lines)
     victim = workers[rng.randrange(processes)]
     while not (line_count(folder) >= last_line and (not during_save or is_saving(folder))):
@@ -137,7 +137,7 @@ def main() -> None:
             if killed:
                 kills += 1
                 kills_during_save += is_saving(folder)
-                progress = f"line {line_count(folder)} of {line_count(uninterrupted)}"
+                progress = f"line {line_count(folder)} of {line_count(uninterrupted)} in metrics.jsonl"
                 print(f"attempt {kills}: killed after {progress}{', during a save' if is_saving(folder) else ''}")
         same_log = logged_metrics(folder) == logged_metrics(uninterrupted)
         actual, expected = saved_tensors(folder), saved_tensors(uninterrupted)

@@ -1,4 +1,4 @@
-"""Compare the startup time of `tinylm --help` with an empty Python process, and check whether the command imports torch."""
+"""Compare the startup time of `tinylm --help` with that of an empty Python process, and check whether the command imports torch."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def main() -> None:
     help_seconds, empty_seconds = (statistics.median(times) for times in zip(*pairs, strict=True))
     check = [sys.executable, "-c", HELP_AND_CHECK_TORCH]
     torch_imported = subprocess.run(check, capture_output=True, text=True, check=True).stderr.split()[-1]
-    times = f"tinylm --help {help_seconds:.3f} s, python -c pass {empty_seconds:.3f} s, ratio {help_seconds / empty_seconds:.1f}"
-    print(f"{times}, torch imported: {torch_imported}")
+    ratio = f"ratio (tinylm / python) {help_seconds / empty_seconds:.1f}"
+    print(f"tinylm --help {help_seconds:.3f} s, python -c pass {empty_seconds:.3f} s, {ratio}, torch imported: {torch_imported}")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python benchmarks/step_memory.py [--checkpointing]
 
-The model is GPT-2 small: 12 layers, 12 heads, width 768, vocabulary 50,257, context 1024. It is trained with AdamW in float32, with
-micro-batches of 4 sequences. Prints each process's maximum resident set size over two steps, and its growth since just before the
-model was built.
+The model is GPT-2 small: 12 layers, 12 heads, width 768, a vocabulary of 50,257 tokens and a context of 1024. It is trained with
+AdamW in float32, with micro-batches of 4 sequences. The script prints each process's maximum resident set size over two steps, and
+the growth since just before the model was built.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def peak_resident() -> int:
 
 
 def run_worker(variant: str) -> None:
-    """Take two training steps in this process, and print the measurements as one line of JSON."""
+    """Run two training steps in this process, and print the measurements as one line of JSON."""
     import torch
 
     tokens = torch.randint(VOCABULARY, (BATCH, CONTEXT + 1), generator=torch.Generator().manual_seed(0))
@@ -86,8 +86,8 @@ def main() -> None:
         peak, growth = result["peak"], result["peak"] - result["before"]
         base = results["transformers"]
         print(
-            f"{variant:14} peak {peak / 2**30:6.2f} GiB ({peak / base['peak']:4.0%} of transformers)   "
-            f"growth {growth / 2**30:6.2f} GiB ({growth / (base['peak'] - base['before']):4.0%})   "
+            f"{variant:14} peak {peak / 2**30:6.2f} GiB ({peak / base['peak']:4.0%} of transformers' peak)   "
+            f"growth {growth / 2**30:6.2f} GiB ({growth / (base['peak'] - base['before']):4.0%} of transformers' growth)   "
             f"second step {result['seconds']:5.1f} s",
             flush=True,
         )

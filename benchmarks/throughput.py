@@ -1,10 +1,11 @@
-"""Compare training speed with a plain loop around transformers' GPT2LMHeadModel, alternately on the same cores.
+"""Compare the training speed of tinylm and of a plain loop around transformers' GPT2LMHeadModel, in turn on the same cores.
 
     python benchmarks/throughput.py [--rounds 5] [--steps 4] [--precision fp32]
 
-The model has 13.9 M parameters: 6 layers, 6 heads, width 384, vocabulary 8192, context 256. The batch size is 8, and gradients are
-clipped at norm 1. Model FLOPs are 6 per weight and token, plus the operations of causal attention. MFU is relative to the speed of
-a 2048 x 2048 matrix product, measured between the rounds. Also prints the optimizer's share of a step, for AdamW and Muon.
+The model has 13.9M parameters: 6 layers, 6 heads, width 384, vocabulary 8192, context 256. The batch size is 8, and gradients are
+clipped at norm 1. The model FLOPs are 6 per weight and token, plus those of causal attention. MFU is relative to the throughput
+of a 2048 x 2048 matmul, measured between the rounds. The script also prints the optimizer's share of the step time for AdamW and
+Muon.
 """
 
 from __future__ import annotations
@@ -178,12 +179,12 @@ def main() -> None:
     peak = statistics.median(peaks)
     flops = flops_per_token(DecoderSection.model_validate({"preset": "gpt2", **SHAPE}), VOCABULARY) * BATCH * CONTEXT
     base = statistics.median(seconds for seconds, _ in times["transformers"])
-    print(f"matrix product: {peak / 1e9:.0f} GFLOP/s in {precision.name}; one step: {flops / 1e9:.0f} GFLOP")
+    print(f"matmul: {peak / 1e9:.0f} GFLOP/s in {precision.name}; one step: {flops / 1e9:.0f} GFLOP")
     for name, measured in times.items():
         seconds = statistics.median(total for total, _ in measured)
         optimizer = statistics.median(part for _, part in measured)
         speed = f"{1000 * seconds:6.0f} ms/step  {BATCH * CONTEXT / seconds:6.0f} tokens/s  {base / seconds:5.2f} x transformers"
-        print(f"{name:24} {speed}  MFU {flops / seconds / peak:4.0%}  optimizer {optimizer / seconds:4.1%} of the step")
+        print(f"{name:24} {speed}  MFU {flops / seconds / peak:4.0%}  optimizer {optimizer / seconds:4.1%} of step time")
 
 
 if __name__ == "__main__":

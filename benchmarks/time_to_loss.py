@@ -1,4 +1,4 @@
-"""Compare how soon tinylm's character-level recipe and nanoGPT's recipe reach nanoGPT's loss, alternately on the same cores.
+"""Compare how quickly tinylm's character-level recipe and nanoGPT's recipe reach nanoGPT's loss on the same CPU cores.
 
     python benchmarks/time_to_loss.py SOURCE [--target 1.88] [--repeat 3] [--recipe shakespeare-char]
 
@@ -6,10 +6,11 @@ SOURCE is tinyshakespeare.txt, another text of about a megabyte, or builtin:pyth
 held-out characters (the last tenth of the text), each scored once. Times count only training steps, not evaluation. For each seed,
 the script trains three times:
 
-1. The baseline: the unchanged recipe `nanogpt-char` (2000 steps), evaluated every 250 steps. This measures its last loss, its
-   training time, and its time to the target loss. Without --target, the target is the baseline's own last loss.
-2. Our recipe for 200 steps with a constant learning rate, evaluated every 10 steps. This measures the speedup to the target loss.
-3. Our recipe, trained for as long as the baseline. This measures the loss after equal training time.
+1. The baseline: the unchanged `nanogpt-char` recipe (2000 steps), evaluated every 250 steps. This measures its final loss, its
+   training time, and its time to the target loss. Without --target, the target is the baseline's final loss.
+2. tinylm's recipe for 200 steps with a constant learning rate, evaluated every 10 steps. This measures the speedup to the target
+   loss.
+3. tinylm's recipe for the training time of the baseline. This measures the loss after the same training time.
 """
 
 from __future__ import annotations
@@ -61,18 +62,21 @@ def main() -> None:
             recipe_seconds = seconds_to_target(evaluations, target)
             same_time = (source, f"seed={seed}", "training.steps=null", f"training.minutes={minutes}", "evaluation.every=100000")
             long, _ = train(arguments.recipe, Path(folder, "long"), *same_time)
+        baseline_time, recipe_time = (
+            "not reached" if seconds is None else f"after {seconds:.1f} s" for seconds in (baseline_seconds, recipe_seconds)
+        )
         print(
-            f"seed {seed}: nanogpt-char: {baseline['val_loss']:.4f} after {baseline['train_seconds']:.1f} s, "
-            f"{target:.2f} {'not reached' if baseline_seconds is None else f'after {baseline_seconds:.1f} s'}; "
-            f"{arguments.recipe}: {target:.2f} {'not reached' if recipe_seconds is None else f'after {recipe_seconds:.1f} s'}, "
-            f"{long['val_loss']:.4f} after {long['train_seconds']:.1f} s ({long['step']} steps)",
+            f"seed {seed}: nanogpt-char: loss {baseline['val_loss']:.4f} after {baseline['train_seconds']:.1f} s, "
+            f"target {target:.2f} {baseline_time}; "
+            f"{arguments.recipe}: target {target:.2f} {recipe_time}, "
+            f"loss {long['val_loss']:.4f} after {long['train_seconds']:.1f} s ({long['step']} steps)",
             flush=True,
         )
         if recipe_seconds is not None:
             speedups.append((baseline_seconds if baseline_seconds is not None else baseline["train_seconds"]) / recipe_seconds)
         same_time_losses.append(long["val_loss"])
     if speedups:
-        lower_bound = " (a lower bound if the baseline did not reach it)" if arguments.target else ""
+        lower_bound = " (a lower bound if the baseline did not reach the target)" if arguments.target else ""
         print(f"speedup to the target loss: median {statistics.median(speedups):.1f}{lower_bound}")
     print(f"loss after the baseline's training time: median {statistics.median(same_time_losses):.4f}")
 

@@ -1,9 +1,9 @@
-"""Compare tinylm's tokenizers with other libraries: encoding and training speed, round trip, determinism, compression.
+"""Compare tinylm's tokenizers with those of other libraries: encoding and training speed, round trips, determinism, compression.
 
     python benchmarks/tokenizer_workbench.py FOLDER_OR_FILE [--only encode train roundtrip determinism compression] [--rounds 3]
 
-The libraries run alternately. Needs tiktoken, rustbpe and sentencepiece (`pip install tiktoken rustbpe sentencepiece`). The text
-should be at least 13 MB.
+The speed measurements of the libraries are interleaved. The script requires tiktoken, rustbpe and sentencepiece
+(`pip install tiktoken rustbpe sentencepiece`). The text should be at least 13 MB.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def benchmark(variants: dict[str, Callable[[], object]], rounds: int, size: int)
         ratios = [other / base for base, other in zip(seconds[first], times, strict=True)]
         median = statistics.median(times)
         print(
-            f"  {name:<34} {median:6.2f} s {size / 1e6 / median:7.2f} MB/s   speedup of {first} {statistics.median(ratios):.2f} x"
+            f"  {name:<34} {median:6.2f} s {size / 1e6 / median:7.2f} MB/s   speedup of {first}: {statistics.median(ratios):.2f}x"
         )
 
 
@@ -163,7 +163,7 @@ with Corpus([sys.argv[1]]) as corpus:
 
 
 def determinism(source: str) -> None:
-    """Train every kind six times with different thread counts and hash seeds, and compare the results."""
+    """Train every kind of tokenizer six times with different thread counts and hash seeds, and compare the results."""
     for kind in ("bpe", "unigram", "wordpiece", "word", "char", "byte"):
         hashes = []
         for run in range(6):
@@ -217,8 +217,8 @@ def compression(pieces: list[Piece], size: int) -> None:
         tinylm_ratio = total / sum(len(tokenizer.encode(line)) for line in heldout)
         sentencepiece_ratio = total / sum(map(len, processor.encode(heldout)))
         ratio = tinylm_ratio / sentencepiece_ratio
-        ratios = f"tinylm {tinylm_ratio:.3f}, sentencepiece {sentencepiece_ratio:.3f} bytes per token: {ratio:.3f} x"
-        print(f"  {kind:<8} {ratios}", flush=True)
+        ratios = f"tinylm {tinylm_ratio:.3f}, sentencepiece {sentencepiece_ratio:.3f}, tinylm / sentencepiece {ratio:.3f}"
+        print(f"  {kind:<8} bytes per token: {ratios}", flush=True)
 
 
 def main() -> None:

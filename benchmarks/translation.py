@@ -1,11 +1,11 @@
-"""Compare translation quality with baselines and JoeyNMT, and decoding speed with transformers and CTranslate2.
+"""Compare tinylm's translation quality with baselines and JoeyNMT, and its decoding speed with transformers and CTranslate2.
 
-    python benchmarks/translation.py quality --minutes 20 --seeds 3      # the presets `modern` and `transformer`, and baselines
+    python benchmarks/translation.py quality --minutes 20 --seeds 3      # the `modern` and `transformer` presets, and baselines
     python benchmarks/translation.py joeynmt --minutes 20                # the same pairs, training time and number of parameters
-    python benchmarks/translation.py decoding --run runs/NAME            # beam 5, batch 32, on held-out sentences
-    python benchmarks/translation.py invariance --run runs/NAME          # one sentence at a time and in batches of 32
+    python benchmarks/translation.py decoding --run runs/NAME            # beam 5, batch 32, on held-out sentences python
+    benchmarks/translation.py invariance --run runs/NAME          # one sentence at a time and in batches of 32
 
-The systems run alternately. JoeyNMT runs in its own process, with the Python interpreter of --joey-python.
+The runs of the systems are interleaved. JoeyNMT runs in its own process, with the Python interpreter of --joey-python.
 """
 
 from __future__ import annotations
@@ -45,6 +45,10 @@ class Printer(Reporter):
     warn = note
 
 
+def interval(ci95: tuple[float, float] | None) -> str:
+    return "no CI" if ci95 is None else f"95% CI {ci95[0]:.2f} to {ci95[1]:.2f}"
+
+
 def quality(minutes: float, seeds: int, folder: Path) -> None:
     """Train both presets with several seeds and print BLEU, chrF and the baselines on the test pairs."""
     for seed in range(seeds):
@@ -58,11 +62,12 @@ def quality(minutes: float, seeds: int, folder: Path) -> None:
             result = evaluate_translator(Run.open(run_folder), options=options, reporter=Printer())
             scores = result.scores
             print(
-                f"{preset} seed {seed}: BLEU {scores.bleu:.2f} {scores.bleu_ci95}, chrF {scores.chrf:.2f}, loss {result.loss:.4f}"
+                f"{preset} seed {seed}: BLEU {scores.bleu:.2f} ({interval(scores.bleu_ci95)}), chrF {scores.chrf:.2f}, "
+                f"loss {result.loss:.4f}"
             )
             for name, baseline in result.baselines.items():
                 paired = result.against_baselines[name]
-                difference = f"difference {paired.difference:+.2f} {paired.ci95}"
+                difference = f"BLEU of model minus baseline {paired.difference:+.2f} ({interval(paired.ci95)})"
                 print(f"  {name}: BLEU {baseline.bleu:.2f}, chrF {baseline.chrf:.2f}, {difference}")
 
 
@@ -148,11 +153,11 @@ def joeynmt(minutes: float, folder: Path, python: str) -> None:
     translated = subprocess.run(command, stdin=open(folder / "test.de", "rb"), capture_output=True, check=True)  # noqa: SIM115
     translations = translated.stdout.decode().splitlines()
     scores = bleu.score(translations, [pair.target for pair in prepared.test.pairs])
-    print(f"JoeyNMT: BLEU {scores.bleu:.2f} {scores.bleu_ci95}, chrF {scores.chrf:.2f} ({scores.bleu_signature})")
+    print(f"JoeyNMT: BLEU {scores.bleu:.2f} ({interval(scores.bleu_ci95)}), chrF {scores.chrf:.2f} ({scores.bleu_signature})")
 
 
 def decoding(run: Run, sentences: int, beams: int, batch_size: int, ct2_converter: str) -> None:
-    """Time tinylm, transformers and CTranslate2 (if it is installed) alternately, with the same weights and sentences."""
+    """Time tinylm, transformers and CTranslate2 (if it is installed) in turn, with the same weights and sentences."""
     import transformers
 
     translator = Translator.open(run, device="cpu")
@@ -187,7 +192,7 @@ def _tinylm(translator: Translator, sources: list, beams: int, batch_size: int) 
 
 
 def _transformers(other: object, sources: list, beams: int, batch_size: int) -> int:
-    """Sort by length, as tinylm does, so that both have little padding."""
+    """Translate in order of length, as tinylm does, to minimize padding. Return the number of generated tokens."""
     ordered, tokens = sorted(sources, key=len), 0
     pad = other.config.pad_token_id
     for start in range(0, len(ordered), batch_size):

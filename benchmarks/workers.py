@@ -1,4 +1,4 @@
-"""Compare encoding speed with one process, whose tokenizer uses threads, and with several processes.
+"""Compare the encoding speed of one process, whose tokenizer uses threads, with that of several processes.
 
     python benchmarks/workers.py TEXT [WORKERS]...
 
@@ -39,7 +39,7 @@ def main() -> None:
                 file = Path(folder) / f"{name}.npy"
                 fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
                 speed = shard.counts.bytes / best[workers] / 1e6
-                print(f"{workers} workers: {best[workers]:.2f} s, {speed:.1f} MB/s, tokens {fingerprint}")
+                print(f"{workers} workers: {best[workers]:.2f} s, {speed:.1f} MB/s, token hash {fingerprint}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The `tinylm` command. It imports only the module of the subcommand that runs, and turns errors into messages and exit codes."""
+"""The `tinylm` command. It imports only the subcommand that runs, and turns errors into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ COMMANDS = {
     "fill": ("Use", "Predict the masked tokens in a text."),
     "chat": ("Use", "Talk to a model that was fine-tuned on conversations."),
     "classify": ("Use", "Label texts with a classifier."),
-    "inspect": ("Use", "Look inside a model: attention, logit lens, and what contributed to a prediction."),
-    "compare": ("Use", "Compare the recipes and losses of runs, and test whether the difference is significant."),
+    "inspect": ("Use", "Look inside a model: attention, logit lens, and contributions to a prediction."),
+    "compare": ("Use", "Compare the recipes and losses of runs, and test whether the differences are significant."),
     "serve": ("Use", "Serve a model over HTTP: an OpenAI-compatible API and a web page."),
     "export": ("Share", "Export a model to Hugging Face, llama.cpp or ONNX and verify it."),
     "import": ("Share", "Import a Hugging Face model, a nanoGPT checkpoint or an ARPA file as a run."),
     "sweep": ("Train", "Train a recipe with many settings and compare them."),
     "ladder": ("Train", "Train an n-gram model, older networks and a GPT on the same text and compare them."),
-    "runs": ("Use", "List runs with their steps and held-out losses."),
+    "runs": ("Use", "List runs with their steps and held-out metrics."),
     "plot": ("Use", "Plot the training curves of runs."),
-    "data": ("Text", "Show training examples and which of their tokens are trained on."),
+    "data": ("Text", "Show training examples, and the tokens in them that the model learns."),
     "tokenize": ("Text", "Train, apply and evaluate tokenizers."),
     "embed": ("Text", "Train, query, evaluate and convert embeddings."),
 }
@@ -50,7 +50,7 @@ COMMANDS = {
 _MODULES = {"eval": "evaluate", "import": "import_"}
 """Module names that differ from the command name."""
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
-"""The base class of typer's errors for an invalid command line. It has no public name."""
+"""The base class of Typer's errors for an invalid command line, which has no public name."""
 
 
 class LazyCommands(CommandGroup):
@@ -77,7 +77,7 @@ class LazyCommands(CommandGroup):
 
 
 def load_command(name: str) -> Any:
-    """Import the module of a command and return its Click command."""
+    """Import a command's module and return its Click command."""
     module = importlib.import_module(f".{_MODULES.get(name, name)}", __package__)
     return typer.main.get_command(module.app)
 
@@ -108,7 +108,7 @@ def root(
 
 
 def _replace_closed_streams() -> None:
-    """Discard what is written to stdout or stderr if the stream was closed before the process started (`>&-`)."""
+    """Discard output to stdout or stderr if the stream was already closed when the process started (`>&-`)."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  closed when the process ends
@@ -133,7 +133,7 @@ def main() -> None:
 
     warnings.showwarning = show_warning
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # file names can contain bytes that are not valid UTF-8: print them as is
+        if isinstance(stream, io.TextIOWrapper):  # file names can contain invalid UTF-8: print such bytes unchanged
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     try:
         code = typer.main.get_command(app)(standalone_mode=False)
@@ -159,7 +159,7 @@ def main() -> None:
 
 
 def _use_utf8() -> None:
-    """Restart Python in UTF-8 mode if the locale has another encoding, to read arguments, file names and stdin as UTF-8."""
+    """Restart Python in UTF-8 mode if the locale uses another encoding, so that arguments, file names and stdin are UTF-8."""
     if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
@@ -180,7 +180,7 @@ def _print_error(error: Exception) -> int:
 
 
 def _usage_message(error: Any) -> str:
-    """Return the error message for an invalid command line, with a hint to run --help, or "" if typer already printed the help."""
+    """Return the message for an invalid command line, with a hint, or "" if Typer already printed the help."""
     message: str = error.format_message().rstrip(".")
     context = getattr(error, "ctx", None)
     if not message:
@@ -205,7 +205,7 @@ def _usage_hint(error: Any, context: Any) -> str | None:
 
 
 def _on_closed_stdout() -> int:
-    """Discard the buffered output and return exit code 0, because a closed stdout (for example by `| head`) is not a failure."""
+    """Discard the buffered output and return exit code 0: a closed stdout, for example with `| head`, is not a failure."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 

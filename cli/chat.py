@@ -16,11 +16,11 @@ from tinylm.errors import InputError
 from .console import (
     CHECKPOINT,
     COMPILE,
+    DECODING_WEIGHTS,
     DEVICE,
     QUIET,
     RUN,
     THREADS,
-    WEIGHTS,
     ConsoleReporter,
     StderrConsole,
     checked_text,
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False)
 _COMMANDS = {
     "/reset": "forget the conversation",
-    "/save FILE": "append the conversation to a .jsonl file, in the format of training data",
+    "/save FILE": "append the conversation to a .jsonl file, in the training data format",
     "/help": "list these commands",
     "/quit": "end the chat; Ctrl-D also works",
 }
@@ -46,14 +46,14 @@ _COMMANDS = {
 @app.command()
 def chat(
     system: str | None = typer.Option(None, "--system", help="A system message at the start of every conversation."),
-    max_new_tokens: int = typer.Option(200, "--max-new-tokens", min=1, max=1 << 24, help="Maximum length of an answer in tokens."),
+    max_new_tokens: int = typer.Option(200, "--max-new-tokens", min=1, max=1 << 24, help="Maximum number of tokens in an answer."),
     temperature: float = typer.Option(0.8, "--temperature", help="Sampling temperature; 0 is greedy decoding."),
     top_k: int = typer.Option(50, "--top-k", help="Sample only from the K most likely tokens."),
     top_p: float | None = typer.Option(
-        None, "--top-p", help="Sample from the smallest set of most likely tokens with this total probability."
+        None, "--top-p", help="Sample only from the smallest set of most likely tokens whose total probability reaches this value."
     ),
     seed: int | None = typer.Option(None, "--seed", min=0, help="Random seed. Default: a different one each time."),
-    weights: str = WEIGHTS,
+    weights: str | None = DECODING_WEIGHTS,
     compiled: bool | None = COMPILE,
     run: str | None = RUN,
     checkpoint: str | None = CHECKPOINT,
@@ -68,7 +68,7 @@ def chat(
     """
     if system is not None and not checked_text(system, "--system").strip():
         raise InputError("must not be empty", where="--system")
-    kind = checked_weights(weights)
+    kind = None if weights is None else checked_weights(weights)
     console = stderr_console()
     opened = open_run(run, console, quiet=quiet)
     chosen = opened.checkpoint(checkpoint)
@@ -127,7 +127,7 @@ class _Loop:
             self._note(f"the answer was cut off after {pluralize(len(sample.token_ids), 'token')}")
 
     def _command(self, name: str, argument: str = "") -> bool:
-        """Run a command. Returns False for the command that ends the chat."""
+        """Run a command. Return False if it ends the chat."""
         if name == "/quit":
             return False
         if name == "/reset":

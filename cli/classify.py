@@ -54,8 +54,8 @@ def classify(
 ) -> None:
     """Classify texts with a model that was trained with `objective: classification`.
 
-    Prints one line per text: the label, its probability and the text, separated by tabs. --json prints the probabilities of all
-    labels.
+    Print one line per text: the label, its probability and the text, separated by tabs. With --json, print the probabilities of
+    all labels.
     """
     checked_errors(errors)
     if (text is None) == (input_ is None):
@@ -90,7 +90,7 @@ def classify(
 
 
 def _texts_of(source: str, whole: bool, field: str, template: str | None, errors: str) -> Iterator[str]:
-    """Yield the texts in a SOURCE: its records, and the lines of plain text files, or whole files if `whole` is true."""
+    """Yield the texts in a SOURCE: each record, and each line of a plain text file (or the whole file if `whole` is true)."""
     from tinylm.text.sources import Corpus
 
     with Corpus([source], field=field, template=template, errors=errors) as corpus:

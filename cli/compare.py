@@ -74,7 +74,7 @@ def compare(
     if not on and (unused := given_options(ctx, ("field", "template", "errors"))):
         raise InputError("requires --on", where=", ".join(unused))
     if on and given_options(ctx, ("split",)):
-        raise InputError("mutually exclusive: compare on a part of the runs' own text or on another text", where="--split, --on")
+        raise InputError("mutually exclusive: compare on a split of the runs' own text or on another text", where="--split, --on")
     checked_split(split)
     opened = [Run.open(path) for path in runs]
     for run in opened:
@@ -129,7 +129,7 @@ def compare(
     if comparison is not None:
         leaks = [run.path for run in comparison.runs if (largest_share(run.overlaps) or 0) > WARN_ABOVE]
         if leaks:
-            reporter.warn(f"much of the text also occurs in the training text of {', '.join(leaks)}: see the 'trained on' column")
+            reporter.warn(f"much of the text also occurs in the training text of {', '.join(leaks)}: see the 'overlap' column")
     else:
         reporter.warn(f"{_DIFFERENT_TEXTS}, so their results are not comparable: choose a text with --on")
 
@@ -137,10 +137,10 @@ def compare(
 def _print_comparison(console: Console, comparison: Comparison, text: str) -> None:
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
     table.add_column("bits per byte")
-    table.add_column("difference", justify="right")
+    table.add_column("vs. first run", justify="right")
     table.add_column("95% interval", justify="right")
     table.add_column("p", justify="right")
-    table.add_column("trained on", justify="right")
+    table.add_column("overlap", justify="right")
     table.add_column(f"model, on {text}")
     for run, test in zip(comparison.runs, [None, *comparison.model_tests], strict=True):
         cells = ["", "", ""]
@@ -148,8 +148,8 @@ def _print_comparison(console: Console, comparison: Comparison, text: str) -> No
             low, high = test.result.simultaneous_ci95
             cells = [f"{-test.result.difference:+.4f}", f"{-high:+.4f} to {-low:+.4f}", f"{test.p_corrected:.4f}"]
         share = largest_share(run.overlaps)
-        trained_on = "unknown" if share is None else percent(share)
-        table.add_row(f"{run.bits_per_byte:.4f}", *cells, trained_on, Text(f"{run.path} {run.checkpoint}"))
+        overlap = "unknown" if share is None else percent(share)
+        table.add_row(f"{run.bits_per_byte:.4f}", *cells, overlap, Text(f"{run.path} {run.checkpoint}"))
     console.print(table)
     console.print()
     for test in comparison.model_tests:
@@ -184,7 +184,7 @@ def _print_recipes(console: Console, comparison: Comparison) -> None:
         return
     console.print()
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
-    for title in ("mean bits per byte", "deviation", "seeds"):
+    for title in ("mean bits per byte", "standard deviation", "seeds"):
         table.add_column(title, justify="right")
     table.add_column("recipe")
     for recipe in comparison.recipes:
@@ -237,7 +237,7 @@ def _recipe_differences(runs: list[Run]) -> list[dict[str, Any]]:
 
 
 def _curves(runs: list[Run], metric: Metric) -> list[dict[str, Any]]:
-    """Return each run's metric at up to twelve of the steps at which at least one run was evaluated."""
+    """Return each run's metric at up to twelve steps at which at least one run was evaluated."""
     curves = [{event["step"]: event.get(metric.key) for event in run.metrics() if event["kind"] == "eval"} for run in runs]
     steps = sorted({step for curve in curves for step in curve})
     shown = [step for number, step in enumerate(reversed(steps)) if number % max(1, -(-len(steps) // 12)) == 0][::-1]

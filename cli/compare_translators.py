@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def compare(
     runs: list[Run], sources: list[str], split: str, document: dict[str, Any], *, device: str, json: bool, quiet: bool
 ) -> None:
-    """Compare the first run with each of the others and print the result. `document` contains the other keys of the JSON output."""
+    """Compare the first run with each of the others and print the results. `document` has the other keys of the JSON output."""
     from tinylm.translation.evaluate import compare_translators
 
     reporter = ConsoleReporter(stderr_console(), quiet=quiet)

@@ -29,27 +29,34 @@ if TYPE_CHECKING:
 
 JSON = typer.Option(False, "--json", help="Print one JSON document on stdout.")
 QUIET = typer.Option(False, "--quiet", "-q", help="Print only warnings and errors on stderr.")
-DEVICE = typer.Option("auto", "--device", help="auto, cpu, cuda or mps.")
-THREADS = typer.Option(None, "--threads", min=1, help="CPU threads. Default: one per core.")
+DEVICE = typer.Option("auto", "--device", help="The device: auto, cpu, cuda or mps.")
+THREADS = typer.Option(None, "--threads", min=1, help="Number of CPU threads. Default: one per core.")
 RUN = typer.Option(
     None, "--run", "-r", help="A run folder or a checkpoint folder. Default: $TINYLM_RUN, or the newest run in runs/."
 )
-CHECKPOINT = typer.Option(None, "--checkpoint", help="best, last or a step. Default: best.")
+CHECKPOINT = typer.Option(None, "--checkpoint", help="The checkpoint: best, last or a step. Default: best.")
 SET = typer.Option(None, "--set", metavar="SECTION.KEY=VALUE", help="Set a recipe key. Can be repeated.")
 FIELD = typer.Option("text", "--field", help="The field of .jsonl files, or the column of tables, that contains the text.")
 TEMPLATE = typer.Option(
     None, "--template", metavar="TEXT", help="Instead of --field: combine several fields, for example '{title}: {body}'."
 )
-WEIGHTS = typer.Option("fp32", "--weights", help="Weight format: fp32, bf16 or int8. int8 weights are a quarter as large as fp32.")
+WEIGHTS = typer.Option(
+    "fp32", "--weights", help="Weight format: fp32, bf16 or int8. int8 weights take a quarter of the memory of fp32."
+)
+DECODING_WEIGHTS = typer.Option(
+    None,
+    "--weights",
+    help="Weight format: fp32, bf16 or int8 (only on a CPU). Default: bf16 on a GPU that supports it, else fp32.",
+)
 COMPILE = typer.Option(
     None,
     "--compile/--no-compile",
-    help="Compile the decoding step: slower to start, then faster. Default: only on a CPU and only if it saves time.",
+    help="Compile the decoding step, or use CUDA graphs on a GPU: slower to start, then faster. Default: only if it saves time.",
 )
 SPLIT = typer.Option(
     "heldout",
     "--split",
-    help="Part of the run's own text: heldout, or test (data.test), which training never uses to choose a checkpoint.",
+    help="Split of the run's own data: heldout, or test (data.test), which training never uses to choose a checkpoint.",
 )
 ERRORS = typer.Option(
     "strict", "--errors", help="How to handle bytes that are not UTF-8: strict (report an error) or replace (with U+FFFD)."
@@ -244,7 +251,7 @@ def write_stdout(text: str, *, end: str = "\n") -> None:
 
 
 def checked_text(text: str, option: str) -> str:
-    """Return a text from the command line. Raises `InputError` if it is not UTF-8. (Python decodes other bytes to surrogates.)"""
+    """Return a text from the command line. Raises `InputError` if it is not UTF-8 (Python decodes other bytes to surrogates)."""
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise InputError("not UTF-8", where=option)
     return text

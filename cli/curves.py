@@ -19,7 +19,8 @@ LABEL_WIDTH = 8
 
 @dataclass(frozen=True)
 class Curve:
-    """A curve of (x, y) points with x in [0, 1]. If `marker` is set, it is drawn at every point instead of a dotted line."""
+    """A curve of (x, y) points with x in [0, 1]. If `marker` is set, the marker is drawn at every point instead of a dotted
+    line."""
 
     points: Sequence[tuple[float, float]]
     style: str

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 app = typer.Typer(cls=CommandGroup, add_completion=False, no_args_is_help=True)
 _LEARNED, _READ = "bold green", "dim"
 _MARKS = ("[[", "]]")
-"""Brackets around the text that is trained on, for output without color."""
+"""Brackets around training targets, for output without color."""
 
 
 @app.callback()
@@ -37,7 +37,7 @@ def show(
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Show training examples. The tokens that are trained on are in color or between [[ and ]]; the others are only context."""
+    """Show training examples. Training targets are in color or between [[ and ]]; the other tokens are only context."""
     from tinylm.data import formats
     from tinylm.data.examples import shown_examples
     from tinylm.recipe import load
@@ -74,7 +74,8 @@ def _print(console: Console, number: int, example: ShownExample) -> None:
     share = example.learned / max(example.tokens, 1)
     padding = f", {pluralize(example.padding, 'padding position')}" if example.padding else ""
     console.print(
-        f"example {number}: {pluralize(example.tokens, 'token')}, {example.learned:,} learned ({share:.0%}){padding}", style="bold"
+        f"example {number}: {pluralize(example.tokens, 'token')}, {example.learned:,} trained on ({share:.0%}){padding}",
+        style="bold",
     )
     opening, closing = ("", "") if console.is_terminal and not console.no_color else _MARKS
     for parts in example.segments:

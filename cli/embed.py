@@ -57,18 +57,18 @@ def train(
     out_: str | None = typer.Option(None, "--out", help="Output folder. Default: embeddings/NAME."),
     name: str | None = typer.Option(None, "--name", help="Name of the vectors. Default: the method."),
     method: str = typer.Option("skipgram", "--method", help="skipgram, cbow or glove."),
-    dimensions: int | None = typer.Option(None, "--dimensions", "-d", help="Dimensions of a vector. Default: 100."),
+    dimensions: int | None = typer.Option(None, "--dimensions", "-d", help="Number of dimensions. Default: 100."),
     window: int | None = typer.Option(
         None, "--window", help="Maximum number of context words on each side. Default: 5, or 15 for glove."
     ),
     negatives: int | None = typer.Option(None, "--negatives", help="Negative samples per word. Default: 5."),
     subsample: float | None = typer.Option(
-        None, "--subsample", help="Subsample words that make up a larger share of the text than this. Default: 1e-3."
+        None, "--subsample", help="Subsample words that make up a larger fraction of the text than this. Default: 1e-3."
     ),
     epochs: int | None = typer.Option(None, "--epochs", help="Passes over the text. Default: 5, or 25 for glove."),
     lr: float | None = typer.Option(None, "--lr", help="Learning rate. Default: 0.025, or 0.05 for cbow and glove."),
     min_count: int | None = typer.Option(
-        None, "--min-count", help="Skip words that occur less often. Default: 5, or 1 for tokens."
+        None, "--min-count", help="Skip words that occur fewer times than this. Default: 5, or 1 for tokens."
     ),
     max_size: int | None = typer.Option(None, "--max-size", help="Maximum vocabulary size: keep only the most frequent words."),
     keep_case: bool = typer.Option(False, "--keep-case", help="Do not convert words to lower case."),
@@ -84,7 +84,9 @@ def train(
     seed: int | None = typer.Option(None, "--seed", min=0, help="Random seed. Default: 1337."),
     resume: bool = typer.Option(False, "--resume", help="Resume from the newest complete checkpoint."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace the run in the output folder."),
-    stop_after: str | None = typer.Option(None, "--stop-after", metavar="TIME", help="Save and stop after 90s, 55m or 2h."),
+    stop_after: str | None = typer.Option(
+        None, "--stop-after", metavar="TIME", help="Save and stop after this time, for example 90s, 55m or 2h."
+    ),
     threads: int | None = typer.Option(
         None, "--threads", min=1, help="CPU threads; they do not affect the result. Default: one per core."
     ),
@@ -135,7 +137,7 @@ _OPTION_OF_KEY = {
 
 
 def _recipe(sections: dict[str, dict[str, Any]], top: dict[str, Any], overrides: Sequence[str]) -> EmbeddingRecipe:
-    """Build a recipe from the options. Raises `InputError`, with the option instead of the recipe key."""
+    """Build a recipe from the options. Raises `InputError` with the option's name instead of the recipe key."""
     from tinylm.recipe import RecipeError, loads_any
 
     def without_none(keys: dict[str, Any]) -> dict[str, Any]:
@@ -222,13 +224,13 @@ def _show_result(result: EmbeddingResult, unit: str, console: StderrConsole, jso
 
 @app.command("from-run")
 def from_run(
-    source: list[str] | None = typer.Argument(None, help="Texts for --which contextual and --which sentence."),
+    source: list[str] | None = typer.Argument(None, help="Texts, for --which contextual or sentence."),
     run: str | None = RUN,
     checkpoint: str | None = CHECKPOINT,
     which: str = typer.Option(
         "input",
         "--which",
-        help="input or output: the embedding matrix. contextual: mean hidden states over a text. "
+        help="input or output: that embedding matrix. contextual: the mean hidden state of each token over a text. "
         "sentence: one vector for each line of a text file, or for each record.",
     ),
     pool: str = typer.Option("mean", "--pool", help="For sentence: cls (the first token), mean or last."),
@@ -236,7 +238,9 @@ def from_run(
         None, "--layer", min=0, help="For contextual: use the hidden states after this many blocks. Default: half of the blocks."
     ),
     words: bool = typer.Option(False, "--words", help="For contextual: word vectors instead of token vectors."),
-    min_count: int = typer.Option(1, "--min-count", min=1, help="For contextual: skip tokens or words that occur less often."),
+    min_count: int = typer.Option(
+        1, "--min-count", min=1, help="For contextual: skip tokens or words that occur fewer times than this."
+    ),
     out_: str = typer.Option(..., "--out", help="Output file. Its suffix determines the format, as in `embed export`."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing file."),
     device: str = DEVICE,
@@ -346,7 +350,7 @@ def export(
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Write vectors in a format that other programs read, such as gensim, GloVe and the TensorFlow projector."""
+    """Write vectors in a format for other programs, such as gensim, GloVe and the TensorFlow Embedding Projector."""
     from tinylm.embedding.formats import write
 
     target = checked_output_file(out_, overwrite)
@@ -393,7 +397,7 @@ def plot(
     projection: str = typer.Option("pca", "--projection", help="pca, umap or tsne; umap and tsne require tinylm[umap]."),
     max_names: int = typer.Option(2000, "--max-names", min=3, help="Draw only this many of the most frequent names."),
     labels: int = typer.Option(
-        150, "--labels", min=0, help="Number of names to write in an image. A page shows more when zoomed in."
+        150, "--labels", min=0, help="Number of names to show in an image. An HTML page shows more when you zoom in."
     ),
     seed: int = typer.Option(1337, "--seed", min=0, help="Random seed for umap and tsne."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing file."),

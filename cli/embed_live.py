@@ -1,4 +1,4 @@
-"""Show the progress of embedding training: a live panel with loss and neighbors on a terminal, plain lines otherwise."""
+"""Show the progress of embedding training: a live panel with the loss and neighbors on a terminal, plain lines otherwise."""
 
 from __future__ import annotations
 

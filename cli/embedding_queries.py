@@ -39,9 +39,9 @@ VECTORS = typer.Option(
     help="A folder written by `embed train`, or a vector file. Default: $TINYLM_VECTORS, or the newest folder in embeddings/.",
 )
 COUNT = typer.Option(10, "-n", min=1, help="Number of neighbors.")
-METHOD = typer.Option("3cosadd", "--method", help="3cosadd or 3cosmul.")
+METHOD = typer.Option("3cosadd", "--method", help="How to score answers: 3cosadd or 3cosmul.")
 MAX_NAMES = typer.Option(
-    30_000, "--max-names", min=0, help="Consider only this many of the most frequent names as answers. 0 means all names."
+    30_000, "--max-names", min=0, help="Consider only the N most frequent names as answers. 0 means all of them.", metavar="N"
 )
 
 
@@ -64,7 +64,7 @@ def load_vectors(path: str | None, quiet: bool = False) -> Vectors:
 
 
 def lines_of(sources: Sequence[str], field: str, template: str | None, errors: str) -> Iterator[str]:
-    """Yield the non-blank texts in the sources: records, and the lines of plain text files."""
+    """Yield the non-blank texts in the sources: each record, and each line of a plain text file."""
     from tinylm.text.sources import Corpus
 
     with Corpus(list(sources), field=field, template=template, errors=errors) as corpus:
@@ -85,7 +85,7 @@ class _QueryCommand:
     def check(self, words: list[str], where: str | None) -> list[str]:
         if self.word_count is not None and len(words) != self.word_count:
             needed = {1: "one word", 2: "two words", 3: "three words"}[self.word_count]
-            raise InputError(f"{self.name} takes {needed}, not {len(words)}", where=where)
+            raise InputError(f"{self.name} requires {needed}, not {len(words)}", where=where)
         return words
 
     def queries(self, arguments: list[str] | None) -> Iterator[list[str]]:

@@ -71,7 +71,7 @@ _TEXT_OPTIONS = (
 _COMMON_OPTIONS = ("source", "run", "checkpoint", "device", "threads", "json", "quiet")
 _LANGUAGE_MODEL_OPTIONS = (*_TEXT_OPTIONS, "stride")
 _EVALUATORS = {"masked_lm": "evaluate_masked", "classification": "evaluate_classifier", "translation": "evaluate_translator"}
-"""The evaluation module for each objective. A module defines `OPTIONS`, the options that it supports, and `evaluate`."""
+"""The evaluation module for each objective. Each module defines `evaluate` and `OPTIONS` (the options that it supports)."""
 _TABLE_TITLES = {"document": "document", "position": "context length", "frequency": "count in training text"}
 
 
@@ -81,11 +81,9 @@ def evaluate(
     source: list[str] | None = typer.Argument(
         None,
         help="Files, folders, globs, URLs, - for standard input, or builtin:NAME. Default: the run's held-out text. "
-        "With --harness: the tasks.",
+        "With --harness: task names or task files (.yaml).",
     ),
-    harness: bool = typer.Option(
-        False, "--harness", help="Evaluate on lm-evaluation-harness tasks instead: task names or task files (.yaml)."
-    ),
+    harness: bool = typer.Option(False, "--harness", help="Evaluate on lm-evaluation-harness tasks, which SOURCE lists."),
     limit: int | None = typer.Option(None, "--limit", min=1, help="With --harness: use only the first N documents of each task."),
     context: int | None = typer.Option(None, "--context", help="Tokens per window. Default: the model's context length."),
     stride: int | None = typer.Option(
@@ -95,12 +93,12 @@ def evaluate(
     run: str | None = RUN,
     checkpoint: str | None = CHECKPOINT,
     across_documents: bool = typer.Option(
-        False, "--across-documents", help="Let windows cross document boundaries. Default: documents are independent."
+        False, "--across-documents", help="Let windows cross document boundaries. By default, each document is scored separately."
     ),
     baselines: bool = typer.Option(
         False,
         "--baselines",
-        help="Compare with n-gram models, and with xz and zstd that use the training text as a dictionary.",
+        help="Compare with n-gram models, and with xz and zstd using the training text as a dictionary.",
     ),
     by_frequency: bool = typer.Option(False, "--by-frequency", help="Show the loss by token frequency in the training text."),
     by_position: bool = typer.Option(False, "--by-position", help="Show the loss by the number of preceding tokens."),
@@ -109,12 +107,12 @@ def evaluate(
         0, "--hardest", min=0, metavar="N", help="Show the N tokens, or sentence pairs, with the largest losses."
     ),
     pseudo: bool = typer.Option(
-        False, "--pseudo", help="Masked models: also compute the pseudo-perplexity, which masks one token at a time."
+        False, "--pseudo", help="Masked models: also compute the pseudo-perplexity, by masking one token at a time."
     ),
     max_tokens: int | None = typer.Option(
         None, "--max-tokens", min=1, help="Masked models: score only this many tokens from the start of the text."
     ),
-    mistakes: int = typer.Option(10, "--mistakes", min=0, metavar="N", help="Classifiers and chat: show N mistakes."),
+    mistakes: int = typer.Option(10, "--mistakes", min=0, metavar="N", help="Classifiers and chat models: show N mistakes."),
     max_pairs: int | None = typer.Option(None, "--max-pairs", min=1, help="Translation models: use only the first N pairs."),
     no_baselines: bool = typer.Option(
         False, "--no-baselines", help="Classifiers and translation models: do not compare with simple baselines."
@@ -199,7 +197,7 @@ def evaluate(
 
 
 def _evaluator_of(run: Run, ctx: typer.Context, *, own_data: bool) -> ModuleType | None:
-    """Return the evaluation module for the run's objective, or None for language models on text.
+    """Return the evaluation module for the run's objective, or None for a language model, which is evaluated on plain text.
 
     Raises `InputError` for options that have no effect on such a model.
     """
@@ -209,8 +207,11 @@ def _evaluator_of(run: Run, ctx: typer.Context, *, own_data: bool) -> ModuleType
     supported = _COMMON_OPTIONS + (_LANGUAGE_MODEL_OPTIONS if evaluator is None else tuple(evaluator.OPTIONS))
     names = [str(parameter.name) for parameter in ctx.command.params]
     if unused := given_options(ctx, [name for name in names if name not in supported]):
-        what = "the run's own conversations" if module == "evaluate_chat" else f"a model trained with objective {objective}"
-        raise InputError(f"has no effect on {what}", where=", ".join(unused))
+        if module == "evaluate_chat":
+            problem = "has no effect when a chat model is evaluated on its own conversations"
+        else:
+            problem = f"has no effect on a model trained with the {objective} objective"
+        raise InputError(problem, where=", ".join(unused))
     return evaluator
 
 
@@ -225,7 +226,7 @@ def _check_options(ctx: typer.Context, sources: list[str], harness: bool, limit:
     if sources and not harness and given_options(ctx, ("split",)):
         raise InputError("has no effect with a SOURCE", where="--split")
     if html is not None and html.is_dir():
-        raise InputError("is a folder", where=f"--html {html}", hint="pass the path of a file")
+        raise InputError("is a folder", where=f"--html {html}", hint="pass a file path")
 
 
 def _check_tasks(tasks: list[str], unsupported: list[str]) -> None:
@@ -273,7 +274,9 @@ def _print_totals(console: Console, result: Evaluation) -> None:
         rows.append(
             (
                 "selection",
-                f"{note} (`data.test` sets aside a test text)" if not result.has_test_split else f"{note}; see --split test",
+                f"{note} (set `data.test` in the recipe to hold out a test set)"
+                if not result.has_test_split
+                else f"{note}; see --split test",
             )
         )
     rows += [("overlap", overlap.describe()) for overlap in result.overlaps]

@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from tinylm.generation.chat_evaluation import Answer
 
 OPTIONS = ("split", "mistakes")
-"""The `tinylm eval` options that apply to the run's own conversations."""
+"""The `tinylm eval` options that have an effect when a chat model is evaluated on its own conversations."""
 
 
 def evaluate(request: EvaluationRequest) -> None:
-    """Evaluate the run of `request` on its conversations and print the result."""
+    """Evaluate `request.run` on its held-out or test conversations, and print the result."""
     from tinylm.generation.chat_evaluation import evaluate_chat_run
 
     result = evaluate_chat_run(
@@ -36,7 +36,7 @@ def evaluate(request: EvaluationRequest) -> None:
         ("model", f"{result.run} {result.checkpoint}"),
         ("loss", f"{scores.loss:.4f} nats per answer token, including end-of-turn tokens"),
         ("exact match", _rate(document, "exact_match")),
-        ("stop rate", f"{_rate(document, 'stop_rate')}; the other answers were cut off"),
+        ("stop rate", f"{_rate(document, 'stop_rate')}; the other answers were truncated"),
     ]
     if scores.skipped:
         rows.insert(1, ("skipped", f"{pluralize(scores.skipped, 'conversation')} whose last answer is longer than the context"))

@@ -25,7 +25,7 @@ _NAMES = {"majority": "majority label", "tfidf_linear": "TF-IDF + linear"}
 
 
 def evaluate(request: EvaluationRequest) -> None:
-    """Evaluate the run of `request` and print the result."""
+    """Evaluate `request.run` and print the result."""
     from tinylm.evaluation.evaluate_classifier import evaluate_classifier
 
     if request.plot is not None and request.plot.is_dir():
@@ -95,7 +95,7 @@ def _print_labels(console: Console, result: ClassifierEvaluation) -> None:
 def _print_confusion(console: Console, result: ClassifierEvaluation) -> None:
     confusion, labels = result.scores.confusion, result.labels
     if len(labels) <= _MAX_COLUMNS:
-        table = _table("confusion matrix: rows are the true labels, columns the predictions")
+        table = _table("confusion matrix: rows are true labels, columns are predicted labels")
         for label in labels:
             table.add_column(Text(label), justify="right")
         table.add_column("")

@@ -10,7 +10,7 @@ OPTIONS = ("split", "field", "template", "errors", "pseudo", "max_tokens")
 
 
 def evaluate(request: EvaluationRequest) -> None:
-    """Evaluate the run of `request` and print the result."""
+    """Evaluate `request.run` and print the result."""
     from tinylm.evaluation.evaluate_masked_run import evaluate_masked_run, interval_text
     from tinylm.evaluation.evaluate_run import TextFormat
 
@@ -34,7 +34,7 @@ def evaluate(request: EvaluationRequest) -> None:
     rows = [
         ("text", f"{result.text}: {', '.join(pluralize(*size) for size in sizes)}"),
         ("model", f"{result.run} {result.checkpoint}"),
-        ("masked", f"{scores.masked:,} tokens ({document['rate']:.0%} of the tokens, the same in every evaluation)"),
+        ("masked", f"{scores.masked:,} tokens ({document['rate']:.0%} of all tokens; every evaluation masks the same ones)"),
         ("masked accuracy", f"{scores.accuracy:.2%}  ({interval_text(scores.accuracy_ci95, '.2%')})"),
         ("masked loss", f"{scores.loss:.4f} nats per masked token  ({interval_text(scores.loss_ci95, '.4f')})"),
     ]

@@ -13,7 +13,7 @@ _NAMES = {"copy": "copy of the source", "memory": "most similar training sentenc
 
 
 def evaluate(request: EvaluationRequest) -> None:
-    """Evaluate the run of `request` and print the result."""
+    """Evaluate `request.run` and print the result."""
     from tinylm.translation.evaluate import TranslationEvaluationOptions, evaluate_translator
 
     result = evaluate_translator(
@@ -57,7 +57,11 @@ def evaluate(request: EvaluationRequest) -> None:
             table.add_row(f"{baseline.bleu:.2f}", f"{baseline.chrf:.2f}", difference, _NAMES[name])
         stdout_console().print(table)
     for sentence in result.hardest:
-        rows = [("loss", f"{sentence.loss:.3f}"), ("source", sentence.source), ("reference", sentence.reference)]
+        rows = [
+            ("loss", f"{sentence.loss:.3f} nats per target token"),
+            ("source", sentence.source),
+            ("reference", sentence.reference),
+        ]
         stdout_console().print()
         print_fields(stdout_console(), [*rows, ("translation", sentence.translation)])
 

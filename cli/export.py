@@ -48,7 +48,8 @@ def export(
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Export a model, load the export, and compare its logits with the run's on real text. If they differ, discard the export."""
+    """Export a model, load the export, and compare its logits with the original model's on real text. If they differ, discard the
+    export."""
     from tinylm.errors import InputError, did_you_mean
 
     if to not in FORMATS:

@@ -47,7 +47,8 @@ def fill(
 ) -> None:
     """Predict the masked tokens in a text from the context on both sides, with a model trained with `objective: masked_lm`.
 
-    A space before [MASK] belongs to the masked token. For standard input, prints one filled text per line, or a list with --json.
+    A space before [MASK] belongs to the masked token. For text from standard input, the output is one filled text per line, or a
+    list with --json.
     """
     texts = _lines() if text == "-" else [checked_text(text, "TEXT")]
     opened = open_run(run, stderr_console(), quiet=quiet)

@@ -13,13 +13,15 @@ app = typer.Typer(add_completion=False)
 def import_(
     source: str = typer.Argument(
         ...,
-        help="Hugging Face folder, nanoGPT's ckpt.pt, an ARPA file, or hf:OWNER/NAME to download it from the Hugging Face Hub.",
+        help="A Hugging Face model folder, a nanoGPT ckpt.pt, an ARPA file, or hf:OWNER/NAME to download a model from the Hub.",
     ),
-    out_: str = typer.Option(..., "--out", help="Run folder to create."),
+    out_: str = typer.Option(..., "--out", help="The run folder to create."),
     tokenizer: str | None = typer.Option(
-        None, "--tokenizer", "-t", help="tokenizer.json to use instead of the one next to the weights."
+        None, "--tokenizer", "-t", help="A tokenizer.json to use instead of the one next to the weights."
     ),
-    context: int | None = typer.Option(None, "--context", min=1, help="Shorten the context length to save memory."),
+    context: int | None = typer.Option(
+        None, "--context", min=1, metavar="N", help="Reduce the context length to N tokens to save memory."
+    ),
     trust_pickle: bool = typer.Option(
         False, "--trust-pickle", help="Allow pickle files. Only tensors and plain values are loaded."
     ),
@@ -36,7 +38,7 @@ def import_(
     if not source.startswith("hf:") and not Path(source).exists():
         is_name = source.count("/") <= 1 and not source.startswith((".", "/", "~"))
         hint = (
-            f"to download it from the Hugging Face Hub, write hf:{source if '/' in source else 'OWNER/' + source}"
+            f"to download a model from the Hugging Face Hub, write hf:{source if '/' in source else 'OWNER/' + source}"
             if is_name
             else None
         )
@@ -63,7 +65,7 @@ def import_(
         sizes = f"vocabulary {result.vocab_size:,}, context {result.context_length:,}"
         rows = [("model", f"{result.preset}, {format_count(result.parameters)} parameters, {sizes}")]
         if result.largest_difference is not None:
-            difference = f"{result.largest_difference:.1e} between its logits and those of {result.verified_with}"
+            difference = f"{result.largest_difference:.1e} between the imported model's logits and those of {result.verified_with}"
             rows.append(("max difference", f"{difference}, on {result.tokens_compared:,} tokens"))
         print_fields(console, rows)
     write_stdout(result.run)

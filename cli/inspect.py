@@ -28,7 +28,6 @@ from .console import (
 if TYPE_CHECKING:
     from tinylm.inspection.learning import CheckpointView
     from tinylm.inspection.overview import Inspection
-    from tinylm.run import Run
 
 app = typer.Typer(add_completion=False)
 
@@ -43,7 +42,10 @@ def inspect(
     ),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing file."),
     checkpoints: str | None = typer.Option(
-        None, "--checkpoints", metavar="all|last N", help="Also show how the model learned: all saved checkpoints, or the last N."
+        None,
+        "--checkpoints",
+        metavar="all|last N",
+        help="Also compare checkpoints to show how the model learned: all saved ones, or the last N.",
     ),
     corrupt: str | None = typer.Option(
         None, "--corrupt", help="With --out: a second text with the same number of tokens, for activation patching."
@@ -58,14 +60,21 @@ def inspect(
         help="With --out: number of tokens to measure ablations on; 0 skips ablations. Default: as many as take a few seconds.",
     ),
     position: int | None = typer.Option(
-        None, "--position", help="Attribute the prediction after this token, counted from 0. Default: the last token."
+        None,
+        "--position",
+        help="Attribute the prediction after this token, counted from 0, or at this token for an encoder. Default: the last token, "
+        "the first [MASK], or the start of a translation.",
     ),
     target: str | None = typer.Option(
-        None, "--target", help="Attribute the logit of this token (text or @ID). Default: the most likely token."
+        None, "--target", help="Attribute the logit of this token (text or @ID) or label. Default: the most likely one."
     ),
+    translation: str | None = typer.Option(
+        None, "--translation", help="For a translator: the translation to inspect. Default: the model's own greedy translation."
+    ),
+    to: str = typer.Option("", "--to", metavar="LANGUAGE", help="The target language, for a model with several target languages."),
     max_tokens: int | None = typer.Option(None, "--max-tokens", help="Maximum number of tokens to inspect. Default: 128."),
     start_of_document: bool = typer.Option(
-        False, "--start-of-document", help="Put the end-of-text token before the text, as in training and in eval."
+        False, "--start-of-document", help="Put the end-of-text token before the text, as in training and evaluation."
     ),
     verify: bool = typer.Option(False, "--verify", help="Compare with transformer-lens, and print the largest differences."),
     device: str = DEVICE,
@@ -73,8 +82,13 @@ def inspect(
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Look inside a model: tokens, attention, logit lens, what contributed to a prediction, and what its parts do."""
+    """Look inside a model: tokens, attention, logit lens, what contributed to a prediction, and what its parts do.
+
+    Decoders, encoders, classifiers and translators are supported. In a text for an encoder, [MASK] stands for a masked token.
+    """
     checked_text(text, "--text")
+    if translation is not None:
+        checked_text(translation, "--translation")
     page_only = {"--corrupt": corrupt, "--on": on, "--ablation-tokens": ablation_tokens}
     unused = [option for option, value in page_only.items() if value not in (None, [])]
     if out is None and unused:
@@ -86,12 +100,13 @@ def inspect(
     opened.checkpoint(checkpoint)  # report a missing checkpoint before torch is imported
 
     from tinylm.device import set_threads
-    from tinylm.inspection.overview import InspectOptions, inspect_text
+    from tinylm.inspection.input import InspectOptions
+    from tinylm.inspection.overview import inspect_text
 
     set_threads(threads)
-    options = InspectOptions(max_tokens, position, target, start_of_document)
+    options = InspectOptions(max_tokens, position, target, start_of_document, translation, to)
     result = inspect_text(opened, text, options, checkpoint=checkpoint, device=device, reporter=reporter)
-    views = _views(opened, [token.id for token in result.tokens], checkpoints, device, reporter) if checkpoints else []
+    views = _views(result, checkpoints, device, reporter) if checkpoints else []
     differences = _verify(result) if verify else {}
     if file is not None:
         from tinylm.inspection.page import PageOptions, render
@@ -114,19 +129,19 @@ def inspect(
             print(f"{name:<14}  largest difference from transformer-lens {difference:.2g}")
 
 
-def _views(run: Run, ids: list[int], which: str, device: str, reporter: ConsoleReporter) -> list[CheckpointView]:
+def _views(result: Inspection, which: str, device: str, reporter: ConsoleReporter) -> list[CheckpointView]:
     from tinylm.inspection.learning import pattern_tokens, select_checkpoints, view_checkpoints
 
+    run, given = result.run, result.input
     chosen = select_checkpoints(run, which)
-    return view_checkpoints(
-        run, ids, chosen, pattern_tokens=pattern_tokens(run, len(ids), len(chosen)), device=device, reporter=reporter
-    )
+    shown = pattern_tokens(run, len(given.ids), len(chosen))
+    return view_checkpoints(run, given.ids, chosen, given.source, pattern_tokens=shown, device=device, reporter=reporter)
 
 
 def _verify(result: Inspection) -> dict[str, float]:
     from tinylm.interchange.transformer_lens import largest_differences
 
-    return largest_differences(result.forward.network, result.run.tokenizer, [token.id for token in result.tokens])
+    return largest_differences(result.forward.model, result.run.tokenizer, result.input.ids)
 
 
 def _write(file: Path, page: str) -> None:

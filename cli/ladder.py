@@ -43,7 +43,7 @@ def ladder(
     equal: str = typer.Option(
         "time",
         "--equal",
-        help="time: each model gets the same training time. parameters: the models also have about the same number of parameters.",
+        help="time: all models have the same training time. parameters: they also have about the same number of parameters.",
     ),
     models: str | None = typer.Option(
         None,

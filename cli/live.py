@@ -198,7 +198,7 @@ class TerminalView(Observer):
         return max(self._steps[-1].seconds, (self._end_time or time.monotonic()) - self._zero_time)
 
     def _seconds_since_last_step(self) -> float:
-        """Return the seconds from the last logged step until now or the end of training. Return 0 before the panel appears."""
+        """Return the seconds between the last logged step and now or the end of training, or 0 before the panel appears."""
         if self._end_time is not None:
             return self._end_time - self._last_step_time
         return time.monotonic() - self._last_step_time if self._live.is_started else 0.0

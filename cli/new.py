@@ -38,7 +38,7 @@ def new(
     ),
     from_: str | None = typer.Option(None, "--from", metavar="RUN", help="With --chat: the run to fine-tune."),
     layout: str = typer.Option(
-        "messages", "--layout", help="With --chat: messages, prompt_response or alpaca, the layout of a record (see data.layout)."
+        "messages", "--layout", help="With --chat: the layout of a record: messages, prompt_response or alpaca (see data.layout)."
     ),
     out_: str | None = typer.Option(None, "--out", "-o", help="The file to write. Default: stdout."),
     minutes_: str = typer.Option(
@@ -49,7 +49,7 @@ def new(
     ),
     hardware: str | None = HARDWARE,
     devices: int | None = typer.Option(None, "--devices", min=1, help="Number of accelerators."),
-    name: str | None = typer.Option(None, "--name", help="Name of the recipe. Default: the file name of --out or SOURCE."),
+    name: str | None = typer.Option(None, "--name", help="Name of the recipe. Default: the name of the --out or SOURCE file."),
     for_: str | None = typer.Option(None, "--for", metavar="gguf", help="Use only model parts that this export format supports."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing file."),
     field: str = FIELD,

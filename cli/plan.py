@@ -1,4 +1,4 @@
-"""`tinylm plan`: estimate the cost of a recipe. Also defines the hardware options that `tinylm new` uses."""
+"""`tinylm plan`: estimate the cost of a recipe. This module also defines the hardware options of `tinylm new`."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def plan(
 
 
 def check_hardware(hardware: str | None, devices: int | None) -> None:
-    """Raise `InputError` for an unknown accelerator, or for `--devices` without `--hardware`. Call it before reading the text."""
+    """Raise `InputError` for an unknown accelerator, or for `--devices` without `--hardware`. Call this before reading the text."""
     from tinylm.cost import accelerators
     from tinylm.errors import InputError
 
@@ -67,7 +67,7 @@ def check_hardware(hardware: str | None, devices: int | None) -> None:
 
 
 def list_hardware(json: bool) -> None:
-    """Print the known accelerators with their data sheet figures."""
+    """Print the known accelerators with the figures from their data sheets."""
     from tinylm.cost.accelerators import ACCELERATORS
 
     if json:
@@ -80,7 +80,7 @@ def list_hardware(json: bool) -> None:
 
 
 def plan_recipe(recipe: object, reporter: ConsoleReporter, hardware: str | None = None, devices: int = 1) -> Plan:
-    """Count the tokens in the text and plan the recipe. `hardware` is the name of an accelerator, or None for this CPU."""
+    """Count the tokens in the text and plan the training run. `hardware` is the name of an accelerator, or None for this CPU."""
     from tinylm.cost.plan import BUSY, make_plan
     from tinylm.data.estimate import estimate_text_size
     from tinylm.recipe import Recipe
@@ -178,8 +178,8 @@ def _compute_optimal(planned: Plan) -> str:
     ratio = best.tokens / planned.tokens
     times = f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.2g}"
     return (
-        f"this model: {format_count(best.tokens)} tokens, at 20 tokens per parameter ({times} x the planned tokens); "
-        f"this compute: {format_count(best.parameters_for_flops)} parameters and {format_count(best.tokens_for_flops)} tokens"
+        f"for this model: {format_count(best.tokens)} tokens (20 per parameter, {times} times the planned number); "
+        f"for this compute: {format_count(best.parameters_for_flops)} parameters and {format_count(best.tokens_for_flops)} tokens"
     )
 
 

@@ -18,8 +18,8 @@ def plot(
     name: list[str] | None = typer.Option(
         None,
         "--metric",
-        help="A held-out metric, such as bits_per_byte, or lr, grad_norm or tokens_per_second. Can be repeated: each metric gets a "
-        "panel. Default: the metric that selects the best checkpoint, or bits per byte if the tokenizers differ.",
+        help="A held-out metric, such as bits_per_byte, or lr, grad_norm or tokens_per_second. Can be repeated; each metric has "
+        "its own panel. Default: the metric that selects the best checkpoint, or bits_per_byte if the tokenizers differ.",
     ),
 ) -> None:
     """Plot a held-out metric of runs as thick lines with markers. For the loss, also plot the training loss as thin lines.

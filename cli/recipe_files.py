@@ -19,7 +19,9 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def _new_hint(source: str) -> str:
-    return f"`tinylm new {shlex.quote(source)} --out my.yaml` writes a recipe for this text, and `tinylm train my.yaml` trains it"
+    return (
+        f"`tinylm new {shlex.quote(source)} --out my.yaml` writes a recipe for this text, and `tinylm train my.yaml` trains a model"
+    )
 
 
 def find_recipe(recipe: str) -> Path:

@@ -18,12 +18,12 @@ from tinylm.errors import InputError
 from .console import (
     CHECKPOINT,
     COMPILE,
+    DECODING_WEIGHTS,
     DEVICE,
     JSON,
     QUIET,
     RUN,
     THREADS,
-    WEIGHTS,
     ConsoleReporter,
     checked_text,
     checked_weights,
@@ -87,14 +87,16 @@ class _Result:
 @app.command()
 def sample(
     ctx: typer.Context,
-    prompt: str = typer.Option("", "--prompt", "-p", help="Text to continue, or - for standard input. Default: a new document."),
+    prompt: str = typer.Option(
+        "", "--prompt", "-p", help="Text to continue, or - for standard input. Default: start a new document."
+    ),
     prompt_file: Path | None = typer.Option(None, "--prompt-file", help="Read the prompt from this file."),
     prompts: str | None = typer.Option(
         None,
         "--prompts",
-        help="Continue many prompts from a .jsonl file or standard input (-), one string or object per line. Prints .jsonl.",
+        help="Continue each prompt in a .jsonl file or standard input (-), one string or object per line, and print .jsonl.",
     ),
-    field: str = typer.Option("prompt", "--field", help="With --prompts: the field of an object that contains the prompt."),
+    field: str = typer.Option("prompt", "--field", help="With --prompts: the object field that contains the prompt."),
     interactive: bool = typer.Option(
         False, "--interactive", "-i", help="Take turns with the model, which continues the text after each line that you type."
     ),
@@ -103,44 +105,48 @@ def sample(
     temperature: float = typer.Option(0.8, "--temperature", help="Sampling temperature; 0 is greedy decoding."),
     top_k: int = typer.Option(50, "--top-k", help="Sample only from the K most likely tokens."),
     top_p: float | None = typer.Option(
-        None, "--top-p", help="Sample from the smallest set of most likely tokens with this total probability."
+        None, "--top-p", help="Sample only from the smallest set of most likely tokens whose total probability reaches this value."
     ),
     min_p: float | None = typer.Option(
-        None, "--min-p", help="Sample from tokens with at least this fraction of the top token's probability."
+        None, "--min-p", help="Sample only from tokens with at least this fraction of the top token's probability."
     ),
     repetition_penalty: float = typer.Option(
         1.0, "--repetition-penalty", help="Above 1: make tokens that already occur in the text less likely."
     ),
     frequency_penalty: float = typer.Option(
-        0.0, "--frequency-penalty", help="Subtract this from a token's logit for each time the token was generated."
+        0.0,
+        "--frequency-penalty",
+        help="Subtract this from a token's logit for each occurrence of the token in the generated text.",
     ),
     presence_penalty: float = typer.Option(
-        0.0, "--presence-penalty", help="Subtract this once from the logit of every token that was already generated."
+        0.0, "--presence-penalty", help="Subtract this from the logit of every token that occurs in the generated text."
     ),
     stop: list[str] | None = typer.Option(None, "--stop", help="Stop before this text. Can be repeated."),
     logit_bias: list[str] | None = typer.Option(
-        None, "--logit-bias", metavar="TOKEN=X", help="Add X to a token's logit. TOKEN is a text or @ID. Can be repeated."
+        None, "--logit-bias", metavar="TOKEN=X", help="Add X to a token's logit. TOKEN is the token's text or @ID. Can be repeated."
     ),
     ban: list[str] | None = typer.Option(None, "--ban", metavar="TOKEN", help="Never generate this token. Can be repeated."),
     force: str = typer.Option("", "--force", help="Begin the continuation with this text."),
     regex: str | None = typer.Option(None, "--regex", help="Constrain the whole continuation to a regular expression."),
     choice: list[str] | None = typer.Option(
-        None, "--choice", help="Constrain the continuation to this text or another --choice. Can be repeated."
+        None, "--choice", help="Restrict the continuation to the --choice texts. Can be repeated."
     ),
-    beams: int | None = typer.Option(None, "--beams", help="Use beam search with this many beams; return the best -n."),
+    beams: int | None = typer.Option(None, "--beams", help="Use beam search with this many beams and return the -n best samples."),
     length_penalty: float = typer.Option(
         1.0, "--length-penalty", help="With --beams: the exponent A in score = log-probability / length ** A."
     ),
-    best_of: int | None = typer.Option(None, "--best-of", help="Generate this many samples; return the best -n."),
+    best_of: int | None = typer.Option(None, "--best-of", help="Generate this many samples and return the -n best."),
     rank: str = typer.Option(
-        "likelihood", "--rank", help="With --best-of: likelihood, or contrast, which subtracts the likelihood without the prompt."
+        "likelihood",
+        "--rank",
+        help="With --best-of: rank by likelihood, or by contrast (the likelihood minus that without the prompt).",
     ),
     logprobs: int | None = typer.Option(
         None, "--logprobs", help="Show the log-probability of each token and this many alternatives."
     ),
     seed: int | None = typer.Option(None, "--seed", min=0, help="Random seed. Default: a different one each time."),
     no_stream: bool = typer.Option(False, "--no-stream", help="Print the text only when it is complete."),
-    weights: str = WEIGHTS,
+    weights: str | None = DECODING_WEIGHTS,
     compiled: bool | None = COMPILE,
     run: str | None = RUN,
     checkpoint: str | None = CHECKPOINT,
@@ -153,7 +159,7 @@ def sample(
     _check_combinations(ctx)
     if beams is not None and beams < count:
         raise InputError(f"must be at least -n ({count})", where="--beams")
-    weight_kind = checked_weights(weights)
+    weight_kind = None if weights is None else checked_weights(weights)
     console = stderr_console()
     opened = open_run(run, console, quiet=quiet)
     chosen = opened.checkpoint(checkpoint)  # report a missing checkpoint before torch is imported
@@ -272,7 +278,7 @@ def _read_prompt_lines(name: str, field: str) -> Iterator[_Prompt]:
 
 def _read_file(path: Path) -> bytes:
     if path.is_dir():
-        raise InputError("is a folder", where=str(path), hint="pass the path of a file")
+        raise InputError("is a folder", where=str(path), hint="pass a file path")
     if not path.exists():
         raise InputError("no such file", where=str(path))
     return path.read_bytes()

@@ -17,11 +17,11 @@ from tinylm.errors import InputError, WorkError, missing_extra
 from .console import (
     CHECKPOINT,
     COMPILE,
+    DECODING_WEIGHTS,
     DEVICE,
     QUIET,
     RUN,
     THREADS,
-    WEIGHTS,
     ConsoleReporter,
     checked_weights,
     given_options,
@@ -53,7 +53,7 @@ def serve(
     port: int = typer.Option(8000, "--port", min=0, max=65535, help="Port to listen on; 0 picks a free one."),
     rows: int = typer.Option(16, "--rows", min=1, max=1024, help="Maximum number of samples generated at the same time."),
     waiting: int = typer.Option(
-        256, "--waiting", min=1, help="Maximum number of samples in the queue; further requests get status 429."
+        256, "--waiting", min=1, help="Maximum number of samples in the queue; further requests are rejected with status 429."
     ),
     max_tokens: int = typer.Option(2048, "--max-tokens", min=1, help="Largest max_tokens that a request can ask for."),
     max_body: int = typer.Option(1 << 20, "--max-body", min=1, metavar="BYTES", help="Maximum size of a request body."),
@@ -73,7 +73,7 @@ def serve(
         show_envvar=True,
         help="Require this key from clients. Other users of the machine can see options, so prefer the environment variable.",
     ),
-    weights: str = WEIGHTS,
+    weights: str | None = DECODING_WEIGHTS,
     compiled: bool | None = COMPILE,
     run: str | None = RUN,
     checkpoint: str | None = CHECKPOINT,
@@ -86,7 +86,7 @@ def serve(
     The routes are /v1/completions and, for a model that was fine-tuned on conversations, /v1/chat/completions. A translation model
     has /v1/translate instead.
     """
-    kind = checked_weights(weights)
+    kind = None if weights is None else checked_weights(weights)
     _check_key(api_key)
     console = stderr_console()
     opened = open_run(run, console, quiet=quiet)
@@ -139,7 +139,7 @@ def serve(
 
 def _check_key(key: str | None) -> None:
     if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key and key):
-        raise InputError("must be a non-empty text of printable ASCII characters", where="--api-key")
+        raise InputError("must be a non-empty string of printable ASCII characters", where="--api-key")
 
 
 def _run(asgi_app: Starlette, listener: socket.socket) -> None:

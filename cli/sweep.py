@@ -1,4 +1,4 @@
-"""`tinylm sweep`: train a recipe with many settings and compare the results."""
+"""`tinylm sweep`: train models with many settings of a recipe and compare the results."""
 
 from __future__ import annotations
 
@@ -38,16 +38,23 @@ def sweep(
         None, "--set", metavar="KEY=A,B,C", help="Try each of these values of a recipe key. A single value applies to all runs."
     ),
     trials: int | None = typer.Option(
-        None, "--trials", min=1, help="Search instead of trying every combination: train this many settings that Optuna proposes."
+        None,
+        "--trials",
+        min=1,
+        metavar="N",
+        help="Instead of trying every combination, run N trials with settings that Optuna proposes.",
     ),
     range_: list[str] | None = typer.Option(
         None, "--range", metavar="KEY=LOW..HIGH[:log]", help="With --trials: search this range of a recipe key. Can be repeated."
     ),
     seeds: int | None = typer.Option(
-        None, "--seeds", min=1, help="Train the best setting with this many seeds in total. Default: 3 with --trials, otherwise 1."
+        None,
+        "--seeds",
+        min=1,
+        help="Train with the best setting and this many seeds in total. Default: 3 with --trials, otherwise 1.",
     ),
     jobs: int = typer.Option(
-        1, "--jobs", min=1, help="Number of runs to train at the same time. Each run gets an equal share of the cores."
+        1, "--jobs", min=1, help="Number of runs at the same time. Each run uses an equal share of the cores."
     ),
     out: str | None = typer.Option(None, "--out", help="Folder for the sweep. Default: runs/NAME-sweep."),
     plot: str | None = typer.Option(None, "--plot", metavar="FILE", help="Also plot the results: .png, .svg or .pdf."),
@@ -56,7 +63,7 @@ def sweep(
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Train a recipe with many settings. Run the same command again to continue a sweep that was stopped.
+    """Train models with many settings of a recipe. Run the same command again to continue a sweep that was stopped.
 
     Each run is an ordinary run folder inside the sweep's folder.
     """

@@ -56,7 +56,7 @@ OVERWRITE = typer.Option(False, "--overwrite", help="Replace an existing file.")
 def train(
     source: list[str] = typer.Argument(..., help="Texts to train on."),
     out_: str = typer.Option(..., "--out", help="The tokenizer.json to write."),
-    kind: str = typer.Option("bpe", "--kind", help=f"{', '.join(KINDS)}."),
+    kind: str = typer.Option("bpe", "--kind", help=f"Kind of tokenizer: {', '.join(KINDS)}."),
     vocab_size: int | None = typer.Option(
         None, "--vocab-size", help=f"Number of tokens, including special and added tokens. Default: {DEFAULT_VOCAB_SIZE}."
     ),
@@ -67,13 +67,13 @@ def train(
         None,
         "--split",
         help="How to split text into words, whose boundaries tokens never cross: gpt4 (default), gpt2, llama3, whitespace, none or "
-        "a regular expression. For kinds wordpiece and word: bert (default), whitespace or a regular expression.",
+        "a regular expression. For the kinds wordpiece and word: bert (default), whitespace or a regular expression.",
     ),
     digits: int | None = typer.Option(None, "--digits", help="Maximum number of digits in a token. Default: 2 with --split gpt4."),
     normalize: list[str] | None = typer.Option(
         None,
         "--normalize",
-        help="nfc, nfd, nfkc, nfkd, lowercase or strip_accents. Can be repeated. Decoding does not undo it. Default: none.",
+        help="Normalization: nfc, nfd, nfkc, nfkd, lowercase or strip_accents. Can be repeated. Decoding does not reverse it.",
     ),
     alphabet: str | None = typer.Option(
         None,
@@ -172,7 +172,9 @@ def encode(
         help="ids: token ids separated by spaces, one document per line. tokens: one token per line. jsonl: one document per line.",
     ),
     allow_special: bool = typer.Option(False, "--allow-special", help="Encode text that spells a special token as that token."),
-    dropout: float = typer.Option(0.0, "--dropout", min=0.0, max=0.999, help="For kind bpe: skip this share of merges at random."),
+    dropout: float = typer.Option(
+        0.0, "--dropout", min=0.0, max=0.999, help="For the kind bpe: skip this fraction of the merges at random."
+    ),
     seed: int = typer.Option(0, "--seed", min=0, help="Random seed for --dropout."),
     field: str = FIELD,
     template: str | None = TEMPLATE,
@@ -217,7 +219,7 @@ def _print_ids(encoded: Any) -> None:
 
 
 def _encoded(tokenizer: Tokenizer, pieces: Any, allow_special: bool, dropout: float, seed: int) -> Iterator[tuple[Any, bool]]:
-    """Encode pieces. Yields (ids, whether the ids start a document)."""
+    """Encode the pieces. Yield (ids, whether the ids start a document)."""
     if dropout:
         from tinylm.tokenizer.dropout import DropoutEncoder
 
@@ -248,7 +250,7 @@ def _token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
 
 @app.command()
 def decode(
-    source: str = typer.Argument("-", help="A file with ids in the format of `encode`, or - for standard input."),
+    source: str = typer.Argument("-", help="A file with ids, in the output format of `encode`, or - for standard input."),
     tokenizer: str | None = TOKENIZER,
     run: str | None = RUN,
     quiet: bool = QUIET,
@@ -286,7 +288,7 @@ def _words(stream: io.TextIOBase) -> Iterator[str]:
 TOKENS = typer.Argument(..., help="The tokens, as text.")
 EDIT_OUT = typer.Option(..., "--out", help="The tokenizer.json to write, or the new run folder with --run.")
 CHECK_ON = typer.Option(
-    "builtin:python-docs", "--check-on", help="SOURCE for checking that lines without the tokens are still encoded as before."
+    "builtin:python-docs", "--check-on", help="A SOURCE for checking that lines without the tokens are still encoded as before."
 )
 
 
@@ -310,7 +312,7 @@ def add(
     token: list[str] = TOKENS,
     out_: str = EDIT_OUT,
     special: bool = typer.Option(
-        False, "--special", help="Add control tokens. Text is encoded as these tokens only with --allow-special."
+        False, "--special", help="Add the tokens as control tokens, which text is encoded as only with --allow-special."
     ),
     tokenizer: str | None = TOKENIZER,
     run: str | None = RUN,
@@ -320,7 +322,7 @@ def add(
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Add tokens to a tokenizer or a run. The embedding of a new token is the mean embedding of the tokens it replaces."""
+    """Add tokens to a tokenizer or a run. The embedding of a new token is the mean embedding of the tokens that it replaces."""
     from tinylm.tokenizer import vocab_editing
 
     options = EditOptions(token, out_, tokenizer, run, checkpoint, check_on, overwrite, json, quiet)
@@ -382,7 +384,7 @@ def _edit(change: Callable[[Tokenizer], EditedTokenizer], options: EditOptions) 
         )
     reporter.note(
         f"{loaded.vocab_size:,} -> {edited.tokenizer.vocab_size:,} tokens; checked on {options.check_on}: all "
-        f"{pluralize(check.unaffected, 'line')} without the tokens (of {check.lines:,}) are encoded as before"
+        f"{pluralize(check.unaffected, 'line')} without these tokens (of {check.lines:,} lines) are encoded as before"
     )
     extra = {"also_removed": edited.also_removed, "lines_checked": check.unaffected, "lines_unchanged": check.unchanged}
     _print_result(options.out, edited.tokenizer, extra, options.json)

@@ -36,7 +36,7 @@ def load_tokenizer(tokenizer: str | None, run: str | None, quiet: bool) -> Token
 def tokenizer_section(kind: str, **options: Any) -> Any:
     """Build and validate the `tokenizer` section of a recipe from these options. Options that are None are ignored.
 
-    If an option is invalid, the `InputError` names the command-line option.
+    Errors refer to command-line options instead of recipe keys.
     """
     from tinylm.recipe import schema
 
@@ -47,7 +47,7 @@ def tokenizer_section(kind: str, **options: Any) -> Any:
     for key, value in options.items():
         if value is not None and key not in known:
             supporting = [name for name, section in sections.items() if key in section.model_fields]
-            raise InputError(f"not supported by kind {kind}, only by {', '.join(supporting)}", where=_option(key))
+            raise InputError(f"not supported for {kind} tokenizers, only for {', '.join(supporting)}", where=_option(key))
     if "vocab_size" in known:
         options["vocab_size"] = DEFAULT_VOCAB_SIZE if options.get("vocab_size") is None else options["vocab_size"]
         options["allow_smaller"] = bool(options.get("allow_smaller"))

@@ -83,7 +83,7 @@ def _print_report(result: TokenizerReport, description: str, baselines: str) -> 
         ("text", ", ".join(pluralize(*size) for size in sizes)),
         ("bytes per token", f"{result.bytes_per_token:.3f} ({baselines})"),
         ("tokens per word", f"{result.tokens_per_word:.3f}"),
-        ("split words", f"{result.words_split:.1%} of words are more than one token"),
+        ("split words", f"{result.words_split:.1%} of words are split into several tokens"),
         ("unused tokens", f"{result.unused_tokens:,} of {result.vocab_size:,}"),
         ("rare tokens", f"{result.rare_tokens:,} used, but fewer than {RARE_COUNT} times"),
         ("unknown tokens", f"{result.unknown_tokens:,}"),
@@ -241,14 +241,18 @@ def _colored(parts: list[str]) -> Text:
 def sweep(
     source: list[str] = typer.Argument(..., help="Texts to train on."),
     sizes: str = typer.Option("512,1024,2048,4096,8192,16384", "--sizes", help="Vocabulary sizes, separated by commas."),
-    kind: str = typer.Option("bpe", "--kind", help="bpe, unigram, wordpiece or word."),
-    split: str | None = typer.Option(None, "--split", help="As in `tokenize train`."),
+    kind: str = typer.Option("bpe", "--kind", help="The kind of tokenizer: bpe, unigram, wordpiece or word."),
+    split: str | None = typer.Option(None, "--split", help="The pretokenizer, as in `tokenize train`."),
     recipe: str = typer.Option(
         "quickstart", "--recipe", help="The recipe that defines the model and the batch size for the comparison."
     ),
     set_: list[str] | None = SET,
     heldout: float = typer.Option(
-        0.1, "--heldout", min=0.001, max=0.9, help="Share of the text to hold out for evaluation, taken from the end of the text."
+        0.1,
+        "--heldout",
+        min=0.001,
+        max=0.9,
+        help="Fraction of the text to hold out for evaluation, taken from the end of the text.",
     ),
     plot: str | None = typer.Option(None, "--plot", help="Also draw a chart: a .png, .svg or .pdf file."),
     field: str = FIELD,
@@ -257,7 +261,7 @@ def sweep(
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Compare vocabulary sizes by bytes per token and by their cost in the model, and suggest one of them."""
+    """Compare vocabulary sizes by bytes per token and by their cost in parameters and compute, and suggest one."""
     from tinylm.recipe import load
     from tinylm.text.sources import Corpus, describe
     from tinylm.text.split import by_tail, scan
@@ -328,7 +332,7 @@ def _print_sweep(sweep: VocabSweep, recipe: str) -> None:
             f"{result.rare_tokens:.1%}",
         )
     stdout_console().print(table)
-    write_stdout(f"model and batch size of recipe {recipe}: {pluralize(sweep.tokens_per_step, 'token')} per step")
+    write_stdout(f"model and batch size of the {recipe} recipe: {pluralize(sweep.tokens_per_step, 'token')} per step")
     write_stdout(f"rare tokens: share of the multi-byte tokens that occur fewer than {MIN_OCCURRENCES} times in the training text")
     write_stdout(f"* suggested: {sweep.suggested:,}, {sweep.reason}")
     if sweep.suggested_by_new != sweep.suggested:

@@ -44,7 +44,9 @@ def train(
     allow_change: list[str] | None = typer.Option(
         None, "--allow-change", metavar="KEY", help="With --resume: accept a changed recipe key or section. Can be repeated."
     ),
-    stop_after: str | None = typer.Option(None, "--stop-after", metavar="TIME", help="Save and stop after 90s, 55m or 2h."),
+    stop_after: str | None = typer.Option(
+        None, "--stop-after", metavar="TIME", help="Save and stop after this time, for example 90s, 55m or 2h."
+    ),
     replay: str | None = typer.Option(
         None, "--replay", metavar="REPORT", help="Repeat a failed step from the report that the run wrote."
     ),
@@ -52,7 +54,7 @@ def train(
     dry_run: bool = typer.Option(False, "--dry-run", help="Check the recipe and show the plan, but do not train."),
     device: str = DEVICE,
     threads: str | None = typer.Option(
-        None, "--threads", help="CPU threads, or auto for the fastest number. Default: one per core."
+        None, "--threads", help="Number of CPU threads, or auto for the fastest number. Default: one per core."
     ),
     workers: int = typer.Option(1, "--workers", min=1, help="Number of processes that encode the text. With 1, threads are used."),
     json: bool = JSON,
@@ -156,7 +158,7 @@ def _load(
     loaded = load_any(file, overrides, check_files=not resume)
     if is_run_folder and out is None:
         if not resume:
-            hint = "--resume continues the run, --out trains its recipe in another folder"
+            hint = "--resume continues the run; --out trains with its recipe in another folder"
             raise InputError("is a run folder", where=recipe, hint=hint)
         out = recipe
     if allow_change and not resume:
@@ -213,7 +215,7 @@ def _replay(report: str, device: str, threads: int | Literal["auto"] | None, jso
         print_json(replayed.as_dict())
         return
     reported, losses = replayed.report, replayed.sequence_losses
-    agreement = {"bits": "bit for bit", "rounding": "up to rounding", "different": "no, the results differ"}[replayed.agreement]
+    agreement = {"bits": "bit for bit", "rounding": "up to rounding", "different": "no; the results differ"}[replayed.agreement]
     non_finite = f"{len(replayed.non_finite)} of {len(replayed.gradients)} parameters{_first_names(replayed.non_finite)}"
     worst = sorted(range(len(losses)), key=lambda row: _nan_as_infinity(losses[row]), reverse=True)[:3]
     worst_texts = ", ".join(f"sequence {row} (loss {losses[row]:.4g})" for row in worst)

@@ -32,7 +32,7 @@ _COMMANDS_OF_OTHER_METRICS = {
     ],
     "accuracy": [
         ("classify", 'tinylm classify "..." --run {run}', "classify a text"),
-        ("eval", "tinylm eval --run {run}", "see the model's mistakes and compare it with simple baselines"),
+        ("eval", "tinylm eval --run {run}", "see the model's mistakes and compare its accuracy with that of simple baselines"),
         ("plot", "tinylm plot {run} --out accuracy.png", "draw the curves"),
     ],
 }

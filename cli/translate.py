@@ -111,7 +111,8 @@ def translate(
 
 
 def _lines(text: str | None, file: str | None) -> Iterator[str]:
-    """Return the lines to translate, without line endings. Raises `InputError` for text that is not UTF-8, or for two inputs."""
+    """Return the lines to translate, without line endings. Raises `InputError` if there are two inputs, or if an input is not
+    UTF-8."""
     if text is not None and file is not None:
         raise InputError("cannot be combined with a text", where="--input")
     if text is not None and text != "-":
@@ -139,7 +140,8 @@ def _decoded(stream: Any, name: str) -> Iterator[str]:
 
 
 def _groups(lines: Iterator[str]) -> Iterator[list[str]]:
-    """Yield groups of lines to translate together. Lines typed on a terminal are translated one by one, without waiting."""
+    """Yield groups of lines to translate together. Lines typed on a terminal are translated one by one, as soon as they are
+    entered."""
     size = 1 if sys.stdin.isatty() else _LINES_AT_ONCE
     while group := list(islice(lines, size)):
         yield group

@@ -1,37 +1,31 @@
 """A custom architecture and objective for tests, written the way a library user would write them.
 
-The bigram model is a table that maps each token to the logits of the next token. Its objective predicts a random part of the
-tokens. As a script, this module trains a recipe and kills its own process at a step: `bigram.py RECIPE FOLDER STEP`.
+The bigram model is a table that maps each token to the logits of the next token. Its objective predicts a random subset of the
+tokens.
 """
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tinylm import pipeline
 from tinylm.data.batch import Batch
 from tinylm.data.datasets import Examples
 from tinylm.model import registry
 from tinylm.model.base import Model
-from tinylm.recipe import ModelVariant, ObjectiveVariant, load
+from tinylm.recipe import ModelVariant, ObjectiveVariant
 from tinylm.recipe.values import Count, Share
 from tinylm.training import objectives
-from tinylm.training.metrics import Observer, StepEvent
 
 
 class BigramSection(ModelVariant):
-    """A table of bigrams."""
+    """The recipe section of the bigram model."""
 
     objectives = ("sparse_lm", "causal_lm")
 
@@ -56,11 +50,11 @@ class Bigram(Model):
 
 
 class SparseLMObjective(ObjectiveVariant):
-    """Predict a random part of the tokens."""
+    """Predict a random subset of the tokens."""
 
     name: Literal["sparse_lm"] = "sparse_lm"
     share: Share = 0.5
-    """The share of tokens that are predicted."""
+    """The fraction of tokens that are predicted."""
 
 
 class SparseLM(objectives.CausalLM):
@@ -91,18 +85,3 @@ def registered() -> Iterator[None]:
     finally:
         objectives.unregister(SparseLMObjective)
         registry.unregister(BigramSection)
-
-
-class _Killer(Observer):
-    def __init__(self, step: int) -> None:
-        self._step = step
-
-    def step(self, event: StepEvent) -> None:
-        if event.step == self._step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    with registered():
-        pipeline.train(load(sys.argv[1]), Path(sys.argv[2]), device="cpu", observer=_Killer(int(sys.argv[3])))

@@ -15,13 +15,13 @@ _FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-backgrou
 @contextmanager
 def browser() -> Iterator[Any]:
     """Yield a Playwright browser. Skip the test if Playwright or Chromium is not available."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    playwright = pytest.importorskip("playwright.sync_api", reason="requires playwright")
     path = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
     with playwright.sync_playwright() as session:
         try:
             started = session.chromium.launch(executable_path=path, args=_FLAGS)
         except playwright.Error as error:
-            pytest.skip(f"Chromium does not start: {str(error).splitlines()[0]}")
+            pytest.skip(f"could not start Chromium: {str(error).splitlines()[0]}")
         try:
             yield started
         finally:

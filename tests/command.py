@@ -42,7 +42,7 @@ RunCli = Callable[..., CommandResult]
 
 
 def error_of(result: CommandResult, code: int = 2) -> str:
-    """Return the error message of a failed command. Check the exit code, and that stdout is empty and there is no traceback."""
+    """Check that a command failed with exit code `code`, without output or a traceback, and return its error message."""
     assert result.code == code, result
     assert result.out == ""
     assert "Traceback" not in result.err

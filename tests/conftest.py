@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pydoc_data.topics
-from collections.abc import Callable, Collection
+import signal
+import sys
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command import CommandResult, RunCli
+from tinylm_cli.app import main
 
 from tinylm.model.transformer import Transformer
 from tinylm.pipeline import train
 from tinylm.recipe import Recipe, loads
 from tinylm.run import Run
-from tinylm.training import gradient
+from tinylm.training import gradient, precision
 from tinylm.training.metrics import Observer
 from tinylm.training.step import accumulate
 
@@ -33,10 +38,20 @@ checkpoint: {{every: 5, keep: 1}}
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Run all tests with their own cache and on one thread, which is fastest for tiny models."""
+    """Run all tests and their processes with their own cache and on one thread, which is fastest for tiny models."""
     os.environ["TINYLM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ.pop("TINYLM_RUN", None)
+    os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _constant_peak() -> Iterator[None]:
+    """Assume a peak of 1 TFLOP/s. Otherwise, each training run would spend 0.1 s measuring it. Tests of the measurement import
+    the original function."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "measure_peak_flops", lambda precision: 1e12)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -71,6 +86,26 @@ def tiny_run(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     train(tiny_recipe(text_file), folder, device="cpu")
     return Run.open(folder)
+
+
+@pytest.fixture
+def run_cli(capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[RunCli]:
+    """`run_cli("eval", "--json")` runs `tinylm eval --json` in the test process, so that torch is imported only once."""
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments: str | Path, stdin: bytes = b"") -> CommandResult:
+        monkeypatch.setattr(sys, "argv", ["tinylm", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        capfdbinary.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main()
+        out, err = capfdbinary.readouterr()
+        return CommandResult(int(caught.value.code or 0), out.decode("utf-8", "surrogateescape"), err.decode())
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
 
 
 class NoteCollector(Observer):

@@ -43,7 +43,7 @@ def exchange(question: str, answer: str, *, system: str | None = None) -> list[M
 
 
 def additions(count: int) -> list[list[Message]]:
-    """Return conversations about sums, with answers of different lengths. Some have two exchanges, and some a system message."""
+    """Return conversations about sums, with answers of different lengths. Some have two exchanges or a system message."""
     conversations = []
     for number in range(count):
         first = exchange(f"What is {number} + 3?", f"It is {number + 3}.", system="Answer briefly." if number % 5 == 0 else None)

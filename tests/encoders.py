@@ -1,4 +1,4 @@
-"""Tiny recipes for encoders and classifiers, and the texts that they train on."""
+"""Tiny recipes for encoders and classifiers, and their training texts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WORDS = {
 
 
 def write_text(folder: Path) -> Path:
-    """Write a JSON Lines file with 42 short documents of regular sentences."""
+    """Write a JSON Lines file with 42 short documents that follow a few sentence patterns."""
     lines = [
         {"text": f"The {a} is near the {b}. The {b} is not the {a}."}
         for number in range(10)

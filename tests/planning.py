@@ -14,7 +14,7 @@ WITHOUT_AMX = Processor(350e9, 27e9, 14e9, cores=2, has_amx=False)
 
 
 def recipe(*settings: str) -> Recipe:
-    """Return a recipe with 10 steps and these overrides."""
+    """Return a recipe for 10 steps with the overrides `settings`."""
     return loads("data: {train: a.txt}\ntraining: {steps: 10}\n", settings, check_files=False)
 
 

@@ -1,4 +1,4 @@
-"""In tinylm, transformers and llama.cpp, a model that memorized twenty conversations reproduces each answer and then stops."""
+"""A model that memorized twenty conversations reproduces each answer and then stops, in tinylm, transformers and llama.cpp."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_a_gguf_file_contains_the_template_and_the_end_of_turn(run: Run, tmp_pat
 
 
 @pytest.mark.parametrize("content", HOSTILE)
-def test_hostile_messages_have_the_same_ids_in_jinja_and_no_control_tokens(
+def test_hostile_messages_contain_no_control_tokens_and_have_the_same_ids_in_jinja(
     run: Run, exported: tuple[Any, Any], content: str
 ) -> None:
     encoder, (tokenizer, _) = run.require_chat(), exported
@@ -171,14 +171,14 @@ def test_a_session_remembers_its_turns_and_drops_the_oldest(run: Run, network: A
     assert prompt.left_out % 2 == 0
     assert len(prompt.ids) + prompt.new_tokens <= 65
     messages = list(session.messages)
-    with pytest.raises(InputError, match="tokens with its frame, but the model's context has only 64"):
+    with pytest.raises(InputError, match="tokens with its control tokens, but the model's context has only 64"):
         session.ask("x" * 500)
     assert session.messages == messages
     session.reset()
     assert [message.role for message in session.conversation] == [SYSTEM]
 
 
-def test_only_whole_exchanges_are_dropped_from_the_history_and_the_system_message_stays(run: Run) -> None:
+def test_only_whole_exchanges_are_dropped_from_the_history_and_the_system_message_is_kept(run: Run) -> None:
     encoder = run.require_chat()
     messages = [Message(SYSTEM, "s"), *exchange("first", "a"), *exchange("second", "b"), Message(USER, "third")]
     turns = encoder.turns(messages)

@@ -61,7 +61,7 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
 
 
 def reference_sum(network: torch.nn.Module, prepared: PreparedChat, index: int) -> tuple[float, int]:
-    """Return the summed loss in nats and the number of learned tokens for one conversation, computed token by token."""
+    """Return the summed loss in nats and the number of target tokens for one conversation, computed token by token."""
     encoder, ids, learned = prepared.encoder, [prepared.encoder.start], [False]
     for turn in prepared.train[index]:
         ids += turn.ids
@@ -72,7 +72,7 @@ def reference_sum(network: torch.nn.Module, prepared: PreparedChat, index: int) 
     return -sum(float(logprobs[position - 1, ids[position]]) for position in scored), len(scored)
 
 
-def test_only_the_answers_and_their_end_of_turn_tokens_are_learned(prepared: PreparedChat) -> None:
+def test_only_the_answers_and_their_end_of_turn_tokens_are_targets(prepared: PreparedChat) -> None:
     encoder, tokenizer = prepared.encoder, prepared.tokenizer
     turns = prepared.train[0]
     assert [turn.role for turn in turns] == ["system", "user", "assistant", "user", "assistant"]
@@ -117,7 +117,7 @@ def test_items_are_packed_into_few_bins() -> None:
 
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("micro", [1, 4])
-def test_the_mean_loss_covers_exactly_the_learned_tokens(
+def test_the_mean_loss_covers_exactly_the_target_tokens(
     tiny_run: Run, recipe: Recipe, prepared: PreparedChat, packing: bool, micro: int
 ) -> None:
     """Check every combination of packing and gradient accumulation."""
@@ -228,7 +228,7 @@ def test_a_huge_message_is_truncated_a_huge_answer_is_skipped_and_both_lines_are
         formats.find(recipe.data).prepare(chat_recipe(tiny_run, only_long, "model.context_length=64"), SILENT, 1)
 
 
-def test_the_requested_share_of_sequences_is_plain_text_with_a_loss_on_every_token(
+def test_the_requested_fraction_of_sequences_is_plain_text_with_a_loss_on_every_token(
     tiny_run: Run, data: Path, text_file: Path
 ) -> None:
     recipe = chat_recipe(tiny_run, data, "model.context_length=64", f"data.mix={{{text_file}: 0.25}}")
@@ -282,7 +282,7 @@ def test_lora_trains_the_embedding_rows_of_the_control_tokens_and_keeps_all_othe
 
 
 def test_other_architectures_and_keys_that_have_no_effect_are_rejected(data: Path, tiny_run: Run) -> None:
-    with pytest.raises(InputError, match="chat needs architecture decoder, not lstm"):
+    with pytest.raises(InputError, match="the chat format requires the decoder architecture, not lstm"):
         loads(f"data: {{format: chat, train: {data}}}\nmodel: {{architecture: lstm}}\ntraining: {{steps: 1}}")
-    with pytest.raises(InputError, match=r"data\.prompt: has no effect on layout messages"):
+    with pytest.raises(InputError, match=r"data\.prompt: has no effect with layout: messages"):
         chat_recipe(tiny_run, data, "data.prompt=question")

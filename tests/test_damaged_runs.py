@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from command import tinylm
+from command import RunCli
 
 from tinylm.errors import InputError, WorkError
 from tinylm.pipeline import train
@@ -24,16 +24,16 @@ def run(tiny_run: Run, tmp_path: Path) -> Run:
     return Run(tmp_path / "runs" / "a")
 
 
-def test_runs_marks_damaged_runs(run: Run, tiny_run: Run) -> None:
+def test_runs_marks_damaged_runs(run: Run, tiny_run: Run, run_cli: RunCli) -> None:
     shutil.copytree(tiny_run.path, run.path.with_name("b"))
     (run.path.with_name("c") / "metrics.jsonl").mkdir(parents=True)
     (run.path.with_name("c") / "recipe.yaml").touch()
     with open(run.path / "metrics.jsonl", "a") as file:
         file.write('{"kind": "eval", "step": "ten"}\n' + "[" * 100_000 + "\n")
     os.utime(run.path / "metrics.jsonl", (4e9, 4e9))
-    listed = tinylm("runs", run.path.parent, "--json")
-    assert listed.returncode == 0
-    a, b, c = json.loads(listed.stdout)
+    listed = run_cli("runs", run.path.parent, "--json")
+    assert listed.code == 0
+    a, b, c = listed.json
     assert a["problem"] == "metrics.jsonl has 2 damaged lines"
     assert a["age_seconds"] == 0
     assert (b["problem"], b["step"], a["step"]) == (None, 20, 20)
@@ -50,18 +50,18 @@ DAMAGED_LINES = (
 )
 
 
-def test_plot_and_compare_skip_the_damaged_lines_of_one_log(run: Run, tiny_run: Run) -> None:
+def test_plot_and_compare_skip_the_damaged_lines_of_one_log(run: Run, tiny_run: Run, run_cli: RunCli) -> None:
     with open(run.path / "metrics.jsonl", "a", encoding="utf-8", errors="surrogatepass") as file:
         file.write("\n".join(DAMAGED_LINES) + "\n" + "[" * 100_000 + "\n")
     assert list(run.metrics()) == list(tiny_run.metrics())
     assert run.damaged_metrics() == len(DAMAGED_LINES) + 1
     image = run.path.parent / "loss.svg"
-    plotted = tinylm("plot", run.path, tiny_run.path, "--out", image)
-    assert plotted.returncode == 0, plotted.stderr
+    plotted = run_cli("plot", run.path, tiny_run.path, "--out", image)
+    assert plotted.code == 0, plotted.err
     assert b"<svg" in image.read_bytes()
-    compared = tinylm("compare", run.path, tiny_run.path, "--json")
-    assert compared.returncode == 0, compared.stderr
-    json.loads(compared.stdout)
+    compared = run_cli("compare", run.path, tiny_run.path, "--json")
+    assert compared.code == 0, compared.err
+    assert compared.json
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no named pipes")

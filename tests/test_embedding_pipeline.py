@@ -128,7 +128,7 @@ def test_a_damaged_checkpoint_is_reported(reference: Path, tmp_path: Path) -> No
     assert "has changed since it was saved" in reporter.warnings[0]
 
 
-def test_the_run_of_a_language_model_cannot_be_resumed(tiny_run: Run, reference: Path) -> None:
+def test_a_language_model_run_cannot_be_resumed_as_an_embedding_run(tiny_run: Run, reference: Path) -> None:
     with pytest.raises(InputError, match="this folder contains a language model"):
         train_embeddings(embedding_recipe(reference), tiny_run.path, resume=True)
 

@@ -47,7 +47,7 @@ def test_an_adapter_is_not_a_model(tmp_path: Path) -> None:
             import_model(path, tmp_path / "run")
 
 
-def test_supported_empty_and_missing_files_are_not_identified(tmp_path: Path) -> None:
+def test_files_that_are_supported_or_empty_or_missing_are_not_identified(tmp_path: Path) -> None:
     (tmp_path / "words.vec").write_text("1 2\na 1 2\n")
     (tmp_path / "empty").write_bytes(b"")
     assert [identify(tmp_path / name) for name in ("words.vec", "empty", "missing", "")] == [None] * 4

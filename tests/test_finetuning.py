@@ -170,7 +170,7 @@ def test_a_different_tokenizer_requires_a_new_head(tiny_run: Run, code_file: Pat
     [
         ("{init_from: nowhere}", "{steps: 1}", "model.init_from: nowhere: no such run"),
         ("{init_from: {rnu: a}}", "{steps: 1}", "model.init_from.rnu: unknown key (did you mean run?)"),
-        ("{}", "{steps: 1, lora: {rank: 4}}", "training.lora: needs a trained model to adapt"),
+        ("{}", "{steps: 1, lora: {rank: 4}}", "training.lora: requires a trained model to adapt"),
         ("{init_from: RUN}", "{steps: 1, lora: {}, optimizer: muon}", "training.optimizer: must be adamw if lora is set"),
         ("{init_from: RUN}", "{steps: 1, lora: {rank: 0}}", "training.lora.rank: must be a whole number of at least 1"),
         ("{init_from: RUN}", "{steps: 1, lora: {targets: [attention]}}", "training.lora.targets: must be a list of attention.qkv,"),

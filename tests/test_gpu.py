@@ -1,4 +1,4 @@
-"""Tests that need a CUDA GPU: half precision, asynchronous steps, compilation, pinned memory, out-of-memory handling."""
+"""Tests that need a CUDA GPU: half precision, asynchronous steps, compilation, pinned memory and out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ CUDA = torch.device("cuda")
 
 @pytest.fixture
 def _no_tf32() -> Iterator[None]:
-    """Compute float32 products without TF32."""
+    """Compute float32 matmuls without TF32."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     yield
@@ -67,7 +67,7 @@ def _losses(folder: Path) -> list[float]:
 
 @pytest.mark.usefixtures("_no_tf32")
 @pytest.mark.parametrize("preset", ["modern", "gpt2", "llama"])
-def test_logits_on_the_gpu_match_the_cpu(preset: str) -> None:
+def test_logits_on_the_gpu_match_logits_on_the_cpu(preset: str) -> None:
     tokens = torch.randint(61, (2, 12), generator=torch.Generator().manual_seed(0))
     network = model(preset)
     expected = network(tokens)
@@ -75,13 +75,13 @@ def test_logits_on_the_gpu_match_the_cpu(preset: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_losses_in_half_precision_are_close_to_fp32(precision: str, text_file: Path, tmp_path: Path) -> None:
+def test_losses_in_half_precision_are_close_to_losses_in_fp32(precision: str, text_file: Path, tmp_path: Path) -> None:
     for name in ("fp32", precision):
         train(_recipe(text_file, f"training.precision={name}"), tmp_path / name, device="cuda")
     assert _losses(tmp_path / precision) == pytest.approx(_losses(tmp_path / "fp32"), rel=0.03)
 
 
-def test_losses_on_the_gpu_are_close_to_the_cpu(text_file: Path, tmp_path: Path) -> None:
+def test_losses_on_the_gpu_are_close_to_losses_on_the_cpu(text_file: Path, tmp_path: Path) -> None:
     for device in ("cpu", "cuda"):
         train(_recipe(text_file), tmp_path / device, device=device)
     assert _losses(tmp_path / "cuda") == pytest.approx(_losses(tmp_path / "cpu"), rel=0.03)
@@ -257,7 +257,7 @@ def _loss_and_gradients(
 def test_the_compiled_loss_is_as_accurate_as_the_eager_loss(
     precision: str, cap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Compare both with a float64 reference on the CPU. The 1,000 rows include ignored targets and form chunks of two sizes."""
+    """Compare both losses with a float64 reference. The 1,000 rows include ignored targets and form chunks of two sizes."""
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(1000, 64, generator=generator), 0.3 * torch.randn(777, 64, generator=generator)
     targets = torch.randint(-50, 777, (1000,), generator=generator)
@@ -307,14 +307,14 @@ def test_the_compiled_loss_uses_no_more_memory_than_estimated(precision: str) ->
 
 @pytest.mark.skipif("dtype_out" not in torch.ops.aten.addmm.overloads(), reason="torch is older than 2.8")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_product_is_added_in_float32_without_rounding(dtype: torch.dtype) -> None:
+def test_a_matmul_is_added_to_a_float32_tensor_without_rounding(dtype: torch.dtype) -> None:
     assert functions.adds_product_in_float32(dtype, "cuda")
 
 
 @pytest.mark.usefixtures("_no_tf32")
 @pytest.mark.parametrize("skipped", [False, True])
 @pytest.mark.parametrize("shape", [(48, 96), (96, 48), (48, 48)], ids=str)
-def test_muon_steps_on_the_gpu_match_the_cpu(shape: tuple[int, int], skipped: bool) -> None:
+def test_muon_steps_on_the_gpu_match_steps_on_the_cpu(shape: tuple[int, int], skipped: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     weights, gradients = (torch.randn(3, *shape, generator=generator) for _ in range(2))
     stepped = []
@@ -342,7 +342,7 @@ def _kernels(work: Callable[[], object]) -> int:
 
 
 def test_a_muon_step_launches_few_kernels_per_matrix() -> None:
-    """Each matrix needs one kernel that skips non-finite gradients. The other kernels handle all matrices of one shape together."""
+    """Each matrix needs one kernel, which skips non-finite gradients. The other kernels process matrices of one shape together."""
 
     def kernels(count: int) -> int:
         parameters = [torch.nn.Parameter(torch.randn(96, 48, device=CUDA)) for _ in range(count)]

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu_session.sh"
-PARTS = ("facts", "cudnn", "training", "trainer", "sample", "memory", "optimizers", "decoding")
+PARTS = ("facts", "cudnn", "training", "trainer", "sample", "memory", "decoding", "evaluation", "optimizers")
 
 
-@pytest.mark.skipif(shutil.which("bash") is None or shutil.which("timeout") is None, reason="needs bash and timeout")
+@pytest.mark.skipif(shutil.which("bash") is None or shutil.which("timeout") is None, reason="requires bash and timeout")
 def test_every_part_of_the_gpu_session_runs_on_a_cpu(tmp_path: Path) -> None:
     command = ["bash", str(SCRIPT), "--device", "cpu", "--tiny", "--out", str(tmp_path)]
     environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
@@ -30,3 +30,5 @@ def test_every_part_of_the_gpu_session_runs_on_a_cpu(tmp_path: Path) -> None:
     assert "planned:" in logs["memory"]
     assert "muon" in logs["optimizers"]
     assert "one step, eager" in logs["decoding"]
+    assert "engine, CUDA graphs" in logs["decoding"]
+    assert "during training" in logs["evaluation"]

@@ -1,4 +1,4 @@
-"""A command that is killed while writing keeps the old result, and the next command removes the leftovers."""
+"""A command that is killed while writing leaves the old result intact, and the next command removes the leftovers."""
 
 from __future__ import annotations
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-from command import tinylm
+from command import RunCli
 from tinylm_cli.recipe_files import shipped_recipes
 
 from tinylm.errors import InputError
@@ -20,27 +19,26 @@ def plan(folder: Path, *names: str, overrides: tuple[str, ...] = ()) -> LadderPl
     return LadderPlan(folder, ("builtin:python-docs",), shipped_recipes(), find_rungs(names), 1.0, overrides=overrides)
 
 
-def test_a_ladder_is_not_trained_twice_and_its_rungs_are_ordinary_runs(short_file: Path, tmp_path: Path) -> None:
+def test_a_ladder_is_not_trained_twice_and_its_rungs_are_ordinary_runs(short_file: Path, tmp_path: Path, run_cli: RunCli) -> None:
     folder = tmp_path / "ladder"
     settings = ("--set", "tokenizer=char", "--set", "training.epochs=1")
     command = ("ladder", short_file, "--models", "ngram", *settings, "--out", folder, "--json")
-    first = tinylm(*command, "--plot", tmp_path / "plot.svg")
-    assert first.returncode == 0, first.stderr
-    document = json.loads(first.stdout)
-    [row] = document["rows"]
+    first = run_cli(*command, "--plot", tmp_path / "plot.svg")
+    assert first.code == 0, first.err
+    [row] = first.json["rows"]
     assert row["model"] == "ngram"
     assert row["bits_per_byte"] > 0
     assert row["bits_per_byte_ci95"] == [None, None], "the held-out text is too short for an interval"
     assert row["sample"]
     assert (tmp_path / "plot.svg").read_text().startswith("<?xml")
     changed = (folder / "ngram" / "metrics.jsonl").stat().st_mtime_ns
-    again = tinylm(*command)
-    assert json.loads(again.stdout) == document
+    again = run_cli(*command)
+    assert again.json == first.json
     assert (folder / "ngram" / "metrics.jsonl").stat().st_mtime_ns == changed
     assert Run.open(folder / "ngram").recipe.model.architecture == "ngram"
-    other = tinylm(*command, "--set", "model.order=3")
-    assert other.returncode == 2
-    assert b"another recipe" in other.stderr
+    other = run_cli(*command, "--set", "model.order=3")
+    assert other.code == 2
+    assert "another recipe" in other.err
 
 
 @pytest.mark.parametrize("rung", RUNGS.values(), ids=str)
@@ -67,12 +65,15 @@ def test_the_chosen_width_comes_closest_to_the_requested_parameter_count(name: s
     assert width % 8 == 0
 
 
-def test_invalid_models_and_settings_are_rejected_before_training(tmp_path: Path) -> None:
+def test_invalid_models_and_settings_are_rejected_before_training(
+    tmp_path: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="no such model 'ngrams'"):
         find_rungs(["ngrams"])
     with pytest.raises(InputError, match="did you mean n_layer"):
         list(climb(plan(tmp_path, "lstm", overrides=("model.n_layers=3",))))
     for arguments in (["--minutes", "0"], ["--equal", "size"], ["--plot", "plot.txt"]):
-        rejected = tinylm("ladder", "builtin:python-docs", *arguments, cwd=tmp_path)
-        assert rejected.returncode == 2, rejected.stderr
+        rejected = run_cli("ladder", "builtin:python-docs", *arguments)
+        assert rejected.code == 2, rejected.err
     assert not list(tmp_path.iterdir())

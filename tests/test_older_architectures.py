@@ -1,18 +1,16 @@
-"""Runs with n-gram models, window networks and recurrent networks: resuming, evaluation, sampling, comparison, two processes."""
+"""N-gram models, window networks and recurrent networks: resuming, evaluation, sampling, comparison and two processes."""
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from command import environment, tinylm
+import training_processes
+from command import RunCli
 from safetensors.torch import load_file
 
 from tinylm.data.kneser_ney import count_shard, smooth
@@ -137,7 +135,7 @@ def test_greedy_samples_match_full_passes_and_exceed_the_context_length(name: st
     assert len(long.token_ids) == 1200
 
 
-def test_counting_in_steps_produces_the_same_model_as_counting_the_whole_text(runs: dict[str, Run]) -> None:
+def test_counting_in_steps_produces_the_same_model_as_counting_the_whole_text_at_once(runs: dict[str, Run]) -> None:
     run = runs["ngram"]
     prepared = prepare(run.recipe.data, run.recipe.tokenizer, SILENT)  # type: ignore[arg-type]
     expected = smooth(count_shard(prepared.train, run.tokenizer.vocab_size, 4), prepared.train.end_of_text)
@@ -185,32 +183,27 @@ def test_a_text_of_four_lines_can_be_trained_on_and_sampled(tmp_path: Path) -> N
 def test_two_processes_train_the_same_model_up_to_rounding(
     name: str, runs: dict[str, Run], short_file: Path, tmp_path: Path
 ) -> None:
-    recipe = tmp_path / "recipe.yaml"
     overrides = ["model.dropout=0", "model.weight_drop=0"] if name == "lstm" else []
-    recipe.write_text(recipe_of(name, short_file, *overrides).to_yaml())
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tinylm", "train"]
-    command = [*launcher, str(recipe), "--out", str(tmp_path / "both"), "--device", "cpu", "--quiet"]
-    finished = subprocess.run(command, capture_output=True, env=environment(), timeout=600, check=False)
-    assert finished.returncode == 0, finished.stderr
+    recipe = recipe_of(name, short_file, *overrides)
+    training_processes.run(recipe, tmp_path / "both", world_size=2)
     if overrides:
-        train(recipe_of(name, short_file, *overrides), tmp_path / "one", device="cpu")
+        train(recipe, tmp_path / "one", device="cpu")
     one = Run.open(tmp_path / "one") if overrides else runs[name]
     for key, tensor in tensors_of(one).items():
         if not key.startswith(("adamw/", "muon/")):
             torch.testing.assert_close(tensors_of(Run.open(tmp_path / "both"))[key], tensor, atol=1e-4, rtol=1e-3)
 
 
-def test_the_command_line_evaluates_samples_and_compares_the_runs(runs: dict[str, Run]) -> None:
-    evaluated = tinylm("eval", "--run", runs["ngram"].path, "--json")
-    assert evaluated.returncode == 0, evaluated.stderr
-    document = json.loads(evaluated.stdout)
-    assert document["context"] is None
-    assert document["bits_per_byte"] > 0
-    compared = tinylm("compare", runs["ngram"].path, runs["gru"].path, "--on", "LICENSE", "--json", cwd=ROOT)
-    assert compared.returncode == 0, compared.stderr
-    assert json.loads(compared.stdout)
-    text = tinylm("eval", "--run", runs["lstm"].path)
-    assert b"the state is carried" in text.stdout, text
+def test_the_eval_sample_and_compare_commands_support_the_architectures(runs: dict[str, Run], run_cli: RunCli) -> None:
+    evaluated = run_cli("eval", "--run", runs["ngram"].path, "--json")
+    assert evaluated.code == 0, evaluated.err
+    assert evaluated.json["context"] is None
+    assert evaluated.json["bits_per_byte"] > 0
+    compared = run_cli("compare", runs["ngram"].path, runs["gru"].path, "--on", ROOT / "LICENSE", "--json")
+    assert compared.code == 0, compared.err
+    assert compared.json
+    text = run_cli("eval", "--run", runs["lstm"].path)
+    assert "the state is carried" in text.out, text
 
 
 def test_weights_that_do_not_match_the_recipe_are_rejected(runs: dict[str, Run], tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def test_text_is_written_in_utf8_with_unix_line_endings(tmp_path: Path) -> None:
     assert (tmp_path / "a.txt").read_bytes() == "é\n🙂\n".encode()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no umask")
+@pytest.mark.skipif(sys.platform == "win32", reason="requires a umask")
 def test_the_permissions_of_a_file_follow_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
@@ -71,7 +71,7 @@ with atomic_file(Path(sys.argv[1]) / "file") as file, atomic_folder(Path(sys.arg
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows lacks this kind of file lock")
+@pytest.mark.skipif(sys.platform == "win32", reason="requires POSIX file locks")
 def test_leftovers_from_a_killed_process_are_removed_but_not_files_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TINYLM_CACHE", str(tmp_path))
     subprocess.run([sys.executable, "-c", KILLED_WRITER, str(tmp_path / "tokens")], check=False)

@@ -1,4 +1,4 @@
-"""Training from a recipe into a run folder: the folder's contents, invalid input, and resuming after damage and signals."""
+"""Training a recipe in a run folder: the folder's contents, invalid input, and resuming after damage or a signal."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def _train_one_step(recipe: Recipe, folder: Path) -> None:
-    """Train for a single step to create a checkpoint for resuming."""
+    """Train for a single step, to create a checkpoint that training can resume from."""
     train(recipe, folder, device="cpu", stop_after=0.0)
 
 
@@ -210,7 +210,7 @@ def test_an_allowed_change_is_applied_and_others_are_still_rejected(text: Path, 
     assert max(line["lr"] for line in Run(folder).metrics() if line["kind"] == "step") > 0.4
 
 
-def test_resume_safe_keys_can_change_without_changing_the_model(text: Path, folder: Path) -> None:
+def test_keys_that_are_safe_to_change_on_resume_do_not_change_the_model(text: Path, folder: Path) -> None:
     _train_one_step(_short(text), folder)
     changes = ("name=new", "training.log_every=3", "checkpoint.keep=5", "checkpoint.every=1", "sampling.every=2")
     train(_short(text, *changes), folder, device="cpu", resume=True)
@@ -256,7 +256,7 @@ def test_resuming_with_a_changed_text_is_rejected(text: Path, folder: Path) -> N
     assert _last_weights(folder) == before
 
 
-def test_a_changed_text_with_the_same_tokenizer_is_reported_as_the_text(text: Path, folder: Path) -> None:
+def test_a_changed_text_is_reported_even_if_the_tokenizer_is_the_same(text: Path, folder: Path) -> None:
     recipe = _short(text, "tokenizer=byte", "evaluation.max_tokens=100")
     _train_one_step(recipe, folder)
     text.write_text(text.read_text().replace("the", "eht", 1))
@@ -264,7 +264,7 @@ def test_a_changed_text_with_the_same_tokenizer_is_reported_as_the_text(text: Pa
         train(recipe, folder, device="cpu", resume=True)
 
 
-def test_a_changed_tokenizer_file_is_reported_as_the_tokenizer(text: Path, folder: Path, tiny_run: Run, tmp_path: Path) -> None:
+def test_a_changed_tokenizer_file_is_reported(text: Path, folder: Path, tiny_run: Run, tmp_path: Path) -> None:
     file = tmp_path / "tokenizer.json"
     file.write_bytes((tiny_run.path / "tokenizer.json").read_bytes())
     recipe = _short(text, f"tokenizer={{path: {file}}}")
@@ -288,7 +288,7 @@ def test_a_text_shorter_than_one_sequence_is_rejected(tmp_path: Path, folder: Pa
 # Damage and signals
 
 
-def test_resuming_from_the_previous_checkpoint_if_the_newest_is_damaged_trains_the_same_model(text: Path, folder: Path) -> None:
+def test_if_the_newest_checkpoint_is_damaged_resuming_from_the_previous_one_trains_the_same_model(text: Path, folder: Path) -> None:
     recipe = _short(text, "checkpoint.keep=3", steps=12)
     train(recipe, folder, device="cpu")
     weights, evaluations = _last_weights(folder), _evaluations(folder)

@@ -1,4 +1,4 @@
-"""Text that changes during reading and damaged cached or held-out tokens never silently produce wrong results."""
+"""Neither a text that changes while it is read nor damaged cached or held-out tokens silently produce wrong results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A suggested recipe is valid, fits its text, machine and budget, and states a reason for each choice."""
+"""A suggested recipe is valid, suits the text, the machine and the budget, and states a reason for each choice."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_recipe_for_gguf_uses_only_features_that_llama_cpp_supports() -> None:
     assert gguf.pretokenizer_name(values["pre_tokenizer"], False) == "qwen2"
 
 
-def test_one_document_is_split_by_tail_and_many_by_document(text_file: Path) -> None:
+def test_a_single_document_is_split_by_tail_and_many_documents_by_document(text_file: Path) -> None:
     assert suggested(text_file).recipe.data.heldout.by == "tail"  # type: ignore[union-attr]
     assert suggested("builtin:python-docs").recipe.data.heldout.by == "document"  # type: ignore[union-attr]
 
@@ -174,7 +174,7 @@ def test_file_names_that_yaml_would_read_differently_are_quoted(
     assert suggested(name).recipe.data.train == (name,)
 
 
-def test_the_recipe_contains_the_requested_sources_field_and_errors(tmp_path: Path, english: str) -> None:
+def test_the_recipe_contains_the_requested_data_keys(tmp_path: Path, english: str) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"body": english[:20_000]}) + "\n", encoding="utf-8")
     recipe = suggested(tmp_path / "a.jsonl", tmp_path / "b.jsonl", field="body", errors="replace").recipe
@@ -187,7 +187,7 @@ def test_standard_input_is_rejected_because_training_reads_it_again() -> None:
         suggested("-")
 
 
-def test_a_text_or_a_budget_that_is_too_small_is_rejected(tmp_path: Path, text_file: Path) -> None:
+def test_a_text_or_budget_that_is_too_small_is_rejected(tmp_path: Path, text_file: Path) -> None:
     path = tmp_path / "short.txt"
     path.write_text("too short", encoding="utf-8")
     with pytest.raises(InputError, match="not enough to train on"):
@@ -217,7 +217,7 @@ def test_a_text_without_words_has_an_empty_prompt(tmp_path: Path) -> None:
     assert suggested(path).recipe.sampling.prompts == ("",)
 
 
-def test_documents_are_split_by_tail_if_their_hashes_hold_out_too_much_or_too_little(tmp_path: Path, english: str) -> None:
+def test_documents_are_split_by_tail_if_their_hashes_would_hold_out_too_much_or_too_little(tmp_path: Path, english: str) -> None:
     size, methods = len(english) // 20, {}
     for round_ in range(8):
         folder = tmp_path / str(round_)

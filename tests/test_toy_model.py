@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,9 @@ import bigram
 import numpy as np
 import pytest
 import torch
+import training_processes
 from bigram import BigramSection, SparseLMObjective
-from command import environment, tinylm
+from command import tinylm
 from safetensors.torch import load_file
 
 from tinylm.data.datasets import TokenStream
@@ -108,11 +107,11 @@ def test_the_first_step_changes_only_rows_with_a_gradient(recipe: Recipe, tmp_pa
     assert 0 < len(predicting) < len(set(tokens[:, :-1].flatten().tolist()))
 
 
-def test_resuming_a_killed_run_gives_bitwise_equal_weights(recipe: Recipe, run: Run, tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
-    command = [sys.executable, bigram.__file__, str(tmp_path / "recipe.yaml"), str(tmp_path / "killed"), "9"]
-    killed = subprocess.run(command, capture_output=True, env=environment(), timeout=600, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+def test_resuming_a_killed_run_produces_bitwise_equal_weights(recipe: Recipe, run: Run, tmp_path: Path) -> None:
+    processes = training_processes.start(
+        recipe, tmp_path / "killed", observer=training_processes.Killer(9), registered=bigram.registered
+    )
+    assert training_processes.wait(processes) == [-signal.SIGKILL]
     before = Run.open(tmp_path / "killed")
     assert 0 < before.checkpoint("last").step < 9
     train(recipe, before.path, device="cpu", resume=True)
@@ -126,11 +125,9 @@ def test_resuming_a_killed_run_gives_bitwise_equal_weights(recipe: Recipe, run: 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_train_the_same_model_up_to_rounding(recipe: Recipe, run: Run, parallel: str, tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml().replace("parallel: auto", f"parallel: {parallel}"))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launcher, bigram.__file__, str(tmp_path / "recipe.yaml"), str(tmp_path / "both"), "0"]
-    finished = subprocess.run(command, capture_output=True, env=environment(), timeout=600, check=False)
-    assert finished.returncode == 0, finished.stderr
+    training = recipe.training.model_copy(update={"parallel": parallel})
+    distributed = recipe.model_copy(update={"training": training})
+    training_processes.run(distributed, tmp_path / "both", world_size=2, registered=bigram.registered)
     both = Run.open(tmp_path / "both")
     assert json.loads((both.path / "environment.json").read_text())["parallel"] == parallel
     torch.testing.assert_close(_table(both), _table(run), atol=1e-5, rtol=1e-4)
@@ -184,7 +181,7 @@ def test_auto_settings_are_chosen_without_a_cost_estimate(recipe: Recipe, tmp_pa
     )
     run = Run.open(tmp_path / "auto")
     assert run.recipe.training.micro_batch_size == 8
-    assert any("architecture bigram" in note for note in reporter.notes)
+    assert any("bigram architecture" in note for note in reporter.notes)
     assert all(line["mfu"] is None for line in run.metrics() if line["kind"] == "step")
 
 
@@ -217,14 +214,14 @@ def test_adamw_updates_the_table_and_muon_rejects_a_model_without_matrices(recip
 
 @pytest.mark.parametrize("format", ["hf", "gguf", "onnx"])
 def test_exports_reject_an_unsupported_architecture(run: Run, format: Any, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="architecture bigram"):
+    with pytest.raises(InputError, match="bigram"):
         export(run, format, tmp_path / "exported")
 
 
 def test_vectors_need_a_model_with_embeddings_and_blocks(run: Run) -> None:
-    with pytest.raises(InputError, match="a model with architecture bigram has no input embedding"):
+    with pytest.raises(InputError, match="a model with the bigram architecture has no input embedding"):
         static_vectors(run, run.checkpoint(), "input")
-    with pytest.raises(InputError, match="a model with architecture bigram has no residual stream"):
+    with pytest.raises(InputError, match="a model with the bigram architecture has no residual stream"):
         contextual_vectors(run, run.checkpoint(), ["-"])
 
 

@@ -61,7 +61,7 @@ def test_reversal_is_learned_exactly(tmp_path: Path) -> None:
     assert len(result.hardest) == 2
 
 
-def test_resuming_an_interrupted_run_gives_bitwise_equal_weights(run: Run, tmp_path: Path) -> None:
+def test_resuming_an_interrupted_run_produces_bit_identical_weights(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "stopped"
     train(run.recipe, folder, device="cpu", stop_after=0.0)
     assert Run.open(folder).checkpoint("last").step < 12
@@ -90,7 +90,7 @@ def test_the_held_out_loss_is_the_mean_over_target_tokens(run: Run) -> None:
 
 
 def test_a_language_model_cannot_translate(tiny_run: Run) -> None:
-    with pytest.raises(InputError, match="trained with objective causal_lm, so it does not translate"):
+    with pytest.raises(InputError, match="trained with the causal_lm objective, so it cannot translate"):
         Translator.open(tiny_run)
 
 

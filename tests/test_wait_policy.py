@@ -83,7 +83,7 @@ policy.set("spin")
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="requires /proc")
 def test_libgomp_manages_more_threads_than_cores_in_sleep_mode() -> None:
     """libgomp spins for a shorter time if it manages more threads than there are cores."""
     result = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=False)

@@ -1,6 +1,6 @@
 """Train in separate processes that tests can kill.
 
-The processes are forked from a server that has already imported torch, so they start quickly.
+The processes are forked from a server that has already imported the modules that training needs, so they start quickly.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,13 @@ import torch
 from tinylm.errors import TinylmError
 from tinylm.pipeline import train
 from tinylm.recipe import Recipe, loads
-from tinylm.training import gradient, step, trainer
+from tinylm.training import gradient, precision, step, trainer
 from tinylm.training.metrics import Observer, StepEvent
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["training_processes", "torch.distributed.checkpoint", "torch.distributed.fsdp"])
+_CONTEXT.set_forkserver_preload(
+    ["training_processes", "torch._dynamo", "torch.distributed.checkpoint.hf_storage", "torch.distributed.fsdp"]
+)
 _TIMEOUT_SECONDS = 600.0
 
 
@@ -52,13 +55,16 @@ def _train_and_exit(
     """Train in this process and exit with the same code as `tinylm train`."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+    precision.measure_peak_flops = lambda precision: 1e12  # as in the test process
     if rendezvous is not None:
         torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
     gradient.accumulate = _accumulate_with_nan_gradients(options.pop("nan_steps", ()))
     if options.pop("defer_results", False):
         trainer.defers_results = lambda device: True
+    registered = options.pop("registered", nullcontext)
     try:
-        result = train(loads(recipe, check_files=False), folder, device="cpu", observer=observer, **options)
+        with registered():
+            result = train(loads(recipe, check_files=False), folder, device="cpu", observer=observer, **options)
     except TinylmError as error:
         print(f"[{rank}] {error}", file=sys.stderr, flush=True)
         error_file(folder, rank).write_text(str(error))  # Tests cannot capture the stderr of a forked process.
@@ -76,7 +82,8 @@ def start(
 ) -> list[BaseProcess]:
     """Start `world_size` processes that train in `folder`.
 
-    `options` are passed to `train`, except for `nan_steps` (steps whose gradients are NaN) and `defer_results` (as on a GPU).
+    `options` are passed to `train`, except for `nan_steps` (steps whose gradients are NaN), `defer_results` (as on a GPU) and
+    `registered` (returns a context manager that registers an architecture).
     """
     rendezvous = Path(tempfile.mkdtemp()) / "rendezvous" if world_size > 1 else None
     processes: list[BaseProcess] = []
@@ -112,7 +119,7 @@ def kill_when(processes: Sequence[BaseProcess], condition: Callable[[], bool], r
             wait(processes)
             return False
         assert time.monotonic() < deadline
-        time.sleep(0.0005)
+        time.sleep(0.001)
     pid = processes[rank].pid
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
@@ -129,6 +136,17 @@ def logged_lines(folder: Path) -> int:
 def is_saving(folder: Path) -> bool:
     """Return whether the folder contains a partial checkpoint."""
     return any((folder / "checkpoints").glob(".step-*.partial"))
+
+
+class Killer(Observer):
+    """Kill this process after a step."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def step(self, event: StepEvent) -> None:
+        if event.step == self._step:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class FullDisk(Observer):

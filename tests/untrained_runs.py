@@ -13,7 +13,7 @@ from tinylm.tokenizer import Tokenizer
 
 CONTEXT = 48
 MakeRun = Callable[..., Run]
-"""The type of the fixture `make_run`."""
+"""The type of the `make_run` fixture."""
 
 
 def save_run(folder: Path, network: Transformer, tokenizer: Tokenizer) -> Run:

@@ -28,7 +28,7 @@ def cpu_share(threads: int | None = None, seconds: float = 0.06) -> float:
     def run() -> None:
         start, cpu_start = time.perf_counter(), time.thread_time()
         while time.perf_counter() - start < seconds:
-            hashlib.sha256(_BUFFER)  # releases the interpreter lock
+            hashlib.sha256(_BUFFER)  # releases the GIL
         shares.append((time.thread_time() - cpu_start) / (time.perf_counter() - start))
 
     workers = [threading.Thread(target=run) for _ in range(threads or available_cores())]

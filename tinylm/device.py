@@ -91,10 +91,18 @@ def describe(device: torch.device) -> str:
     return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
 
 
+def free_memory_bytes(device: torch.device) -> int:
+    """Return the free memory of a CUDA GPU in bytes, including memory that torch has reserved but not allocated."""
+    import torch
+
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + int(unused)
+
+
 def peak_memory_bytes(device: torch.device) -> int | None:
     """Return the peak memory of this process in bytes, or for CUDA the peak memory allocated on the GPU.
 
-    Returns None if the operating system does not report it.
+    Return None if the operating system does not report it.
     """
     if device.type == "cuda":
         import torch

@@ -39,14 +39,14 @@ from tinylm.training.run_folder import locked_run_folder, remove_run
 from tinylm.training.signals import StopRequest
 
 RESUME_SAFE_KEYS = ("name", "watch.", "checkpoint.")
-"""Keys and sections that may change when training resumes, because they do not affect the vectors."""
+"""Keys and sections that can be changed when training is resumed, because they do not affect the vectors."""
 _LOG_LINES = 100
 """Approximate number of lines in metrics.jsonl after a complete training run."""
 _DEFAULT_PROBES = 5
 
 
 class Learner(Protocol):
-    """A method that learns vectors step by step. A step depends only on its number and the current tables."""
+    """A method that learns vectors step by step. The result of a step depends only on its number and the current tables."""
 
     unit: str
     """The unit of `StepResult.tokens`."""
@@ -71,7 +71,7 @@ class ProgressEvent:
     epoch: float
     tokens: int
     loss: float
-    """Mean since the last event: nats per pair or position (word2vec), or weighted squared error per cell (GloVe)."""
+    """Mean loss since the last event: nats per pair or position (word2vec), or weighted squared error per cell (GloVe)."""
     lr: float
     tokens_per_second: float
     seconds: float
@@ -119,7 +119,7 @@ class EmbeddingResult:
     tokens_per_second: float
     peak_memory_bytes: int | None
     stopped: str
-    """`done`, `time` or `signal`."""
+    """Why training ended: `done`, `time` or `signal`."""
     signal_number: int | None = None
 
 
@@ -423,5 +423,5 @@ class _Training:
 
 
 def _share_of_steps(share: float, steps: int) -> int:
-    """Convert a share of all steps to a number of steps. The minimum is 1."""
+    """Convert a fraction of the total steps to a number of steps. The minimum is 1."""
     return max(1, round(share * steps))

@@ -42,7 +42,7 @@ class TinylmWarning(Warning):
 
 
 _OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED", "bad_alloc", "can't start new thread")
-"""Excerpts from error messages of libraries that do not raise `MemoryError`. A thread fails to start if its stack does not fit."""
+"""Excerpts from error messages of libraries that do not raise `MemoryError`. A thread cannot start without memory for its stack."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

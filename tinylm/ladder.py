@@ -38,7 +38,7 @@ class Rung:
     name: str
     """The name in the table. The recipe is `ladder-NAME`."""
     year: int
-    """The year in which this kind of model was first published as a language model."""
+    """The year of the first well-known language model of this kind."""
     width: str | None
     """The `model:` key that sets the model size, or None if the size depends on the training text."""
 
@@ -60,7 +60,7 @@ RUNGS = {
 }
 DEFAULT_RUNGS = ("ngram", "window", "rnn", "lstm", "gpt")
 REFERENCE_RUNG = "gpt"
-"""With equal parameters, the width of every other network is chosen so that its parameter count is close to this model's."""
+"""With `--equal parameters`, every other network has about as many parameters as this model."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def climb(plan: LadderPlan, reporter: Reporter = SILENT) -> Iterator[Row]:
 
 
 def _values(plan: LadderPlan, rung: Rung) -> dict[str, str]:
-    """Return a rung's recipe settings by key. Every network gets the same share of the training time."""
+    """Return a rung's recipe settings by key. Every network has the same training time."""
     values = {"data.train": json.dumps(list(plan.source))}
     if rung.width is not None:
         values["training.minutes"] = f"{plan.minutes / len(plan.rungs):.6g}"
@@ -159,9 +159,8 @@ def _with_equal_parameters(
 
 
 def parameter_count(model: ModelVariant, vocab_size: int) -> int:
-    """Return a network's number of parameters, without allocating them."""
-    with torch.device("meta"):
-        return registry.build(model, vocab_size, None).parameter_count()
+    """Return a network's number of parameters without allocating memory for them."""
+    return registry.build_without_weights(model, vocab_size).parameter_count()
 
 
 def width_for(model: ModelVariant, key: str, vocab_size: int, parameters: int) -> int:
@@ -222,7 +221,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     above = [row.bits_per_byte_ci95[1] - row.bits_per_byte for row in rows]
     axes.errorbar(range(len(rows)), values, yerr=[below, above], fmt="o", capsize=4)
     axes.set_xticks(range(len(rows)), [f"{row.model}\n{row.year}" for row in rows])
-    axes.set_ylabel("bits per byte of held-out text")
+    axes.set_ylabel("held-out bits per byte")
     axes.grid(alpha=0.3)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

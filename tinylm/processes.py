@@ -1,4 +1,4 @@
-"""The processes of a distributed run: this process's rank, and collectives that exchange values and errors between processes.
+"""The processes of a distributed run: this process's rank, and collectives that exchange values and errors among processes.
 
 A launcher such as torchrun describes the processes through RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. The
 collectives in this module exchange small values on the host (gloo). `tinylm.training.parallel` exchanges gradients and weights.
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from tinylm.cpu_load import available_cores
 from tinylm.errors import InputError, TinylmError, WorkError
 
 if TYPE_CHECKING:  # `launch_info` does not import torch
@@ -22,7 +23,7 @@ if TYPE_CHECKING:  # `launch_info` does not import torch
 
 Result = TypeVar("Result")
 _TIMEOUT = timedelta(hours=12)
-"""How long a process waits in a collective, for example while the main process prepares a text. Dead peers are detected at once."""
+"""How long a process waits in a collective, for example while the main process prepares a text. Dead peers are detected sooner."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def threads_per_process() -> int | None:
     threads_set_by_user = os.environ.get("OMP_NUM_THREADS", "1") != "1"
     if launch_info().world_size == 1 or threads_set_by_user or not processes_on_machine.isdigit():
         return None
-    return max(1, (os.cpu_count() or 1) // max(1, int(processes_on_machine)))
+    return max(1, available_cores() // max(1, int(processes_on_machine)))
 
 
 class PeerFailed(TinylmError):

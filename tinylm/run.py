@@ -277,7 +277,7 @@ class Run:
         if path.parent.name == "checkpoints" and (path / "state.json").exists():
             return cls.open(path.parent.parent, embeddings=embeddings)._pinned(path.name)
         if not path.exists():
-            raise InputError("no such run", where=str(path), hint="`tinylm runs` lists the runs under runs/")
+            raise InputError("no such run", where=str(path), hint="`tinylm runs` lists the runs in runs/")
         if not (path / "recipe.yaml").exists():
             raise InputError("not a run folder: it has no recipe.yaml", where=str(path))
         if not embeddings and (path / EMBEDDINGS_MARKER).exists():
@@ -296,7 +296,7 @@ class Run:
 
     @classmethod
     def find(cls) -> Run:
-        """Open the run in TINYLM_RUN or, if that is not set, the most recently trained run under runs/.
+        """Open the run in TINYLM_RUN or, if that is not set, the most recently trained run in runs/.
 
         Raises `InputError` if there is no run or `open` rejects it.
         """
@@ -304,7 +304,9 @@ class Run:
             return cls.open(named)
         runs = list(all_runs(RUNS))
         if not runs:
-            raise InputError("no run under runs/ yet", hint="train one with `tinylm train quickstart`, or select one with --run")
+            raise InputError(
+                "there are no runs in runs/ yet", hint="train one with `tinylm train quickstart`, or select one with --run"
+            )
         return cls.open(max(runs, key=lambda run: run.modified_at).path)
 
     @property
@@ -367,7 +369,9 @@ class Run:
         file = self.path / "heldout" / f"{split}.npy"
         hint = "specify a text to evaluate it on"
         if split == "test" and not self.has_test_split:
-            raise InputError("this run has no test text", where=str(self.path), hint="`data.test` in a recipe sets one aside")
+            raise InputError(
+                "this run has no test text", where=str(self.path), hint="set `data.test` in the recipe to hold one out"
+            )
         if not file.parent.exists():
             raise InputError("this run has no held-out text", where=str(self.path), hint=hint)
         shard = open_shard(file.parent, split)
@@ -423,7 +427,7 @@ class Run:
         return name_in_file
 
     def model(self, checkpoint: str | None = None, *, device: str = "auto") -> Model:
-        """Load the model from a checkpoint: `best`, `last` or a step, with the default of the method `checkpoint`."""
+        """Load the model from a checkpoint: `best`, `last` or a step. The default is the same as for `Run.checkpoint`."""
         from tinylm import device as devices
 
         return self.network(self.checkpoint(checkpoint), devices.resolve(device))
@@ -528,15 +532,12 @@ def shape_mismatch(
     with_lora: LoraSection | None = None,
 ) -> str | None:
     """Return how weight shapes differ from those of a network, or None if they match. Does not allocate the network."""
-    import torch
-
     from tinylm.model import registry
 
     mismatch = registry.network_class(model).check_size(model, shapes)
     if mismatch is not None:
         return mismatch
-    with torch.device("meta"):
-        built = registry.build(model, vocab_size, None, objective=objective, with_lora=with_lora)
+    built = registry.build_without_weights(model, vocab_size, objective=objective, with_lora=with_lora)
     shapes = dict(shapes)
     expected = built.stored_shapes(shapes)
     for name in built.tied_weights():

@@ -1,4 +1,4 @@
-"""Samples during training. They depend on the objective: continuations, filled masks, labels, translations or chat answers."""
+"""Generate samples during training. The objective determines the kind: text, filled masks, labels, translations or chat answers."""
 
 from __future__ import annotations
 

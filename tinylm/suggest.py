@@ -136,7 +136,7 @@ class _Draft:
     ngram_dropout: float | None = 0.0
     """None means no n-gram tables."""
     for_gguf: bool = False
-    """Use only parts that llama.cpp supports."""
+    """Use only features that llama.cpp supports."""
     evaluations: int = 1
     max_tokens: int | None = None
     """Number of held-out tokens to evaluate on during training. None means all."""
@@ -232,7 +232,7 @@ def suggest_recipe(
     """Return the recipe with the lowest predicted held-out loss within the budget. The budget includes evaluations.
 
     `sizes` lists (number of layers, width) for the models to choose from, smallest first. `data.heldout` is replaced.
-    If `for_gguf` is true, the model and the tokenizer use only parts that llama.cpp supports.
+    If `for_gguf` is true, the model and the tokenizer use only features that llama.cpp supports.
 
     Raises `InputError` if the text cannot be read or is too short, if it is standard input (which training could not read again),
     if no model fits in memory, or if the budget does not allow `MIN_STEPS` steps of the smallest model.
@@ -303,7 +303,7 @@ def _first_draft(name: str, data: DataSection, budget: Budget) -> tuple[_Draft, 
 
 
 def _holds_out(scan: split.Scan, share: float) -> bool:
-    """Whether a split by document would hold out 0.5 to 1.5 times the requested share."""
+    """Return whether a split by document would hold out 0.5 to 1.5 times the requested share."""
     try:
         boundaries = split.by_document(scan, share).boundaries
     except InputError:
@@ -414,7 +414,7 @@ def _reasons(
         "vocab_size": f"for {text.train_tokens:,} training tokens; `tokenize sweep` compares sizes",
         "preset": _preset_reason(draft),
         "qk_norm": "llama.cpp runs this model as qwen3; export it with `tinylm export --to gguf`",
-        "n_layer": f"a scaling law predicts the lowest loss for this size, out of {candidates}",
+        "n_layer": f"a scaling law predicts the lowest loss for this size, out of {candidates} sizes",
         "n_head": "each head is 64 wide",
         "n_embd": f"{_short(plan.parameters)} parameters, trained on {_short(plan.tokens)} tokens: {passes}",
         "context_length": "the model attends to this many tokens",

@@ -21,7 +21,7 @@ EPOCHS = ((500, 10), (5000, 5))
 """(maximum number of conversations, epochs). With more conversations, training takes 3 epochs."""
 MIX_SHARE = 0.2
 MAX_MUON_LR, MAX_ADAMW_LR = 5e-3, 1e-3
-"""Upper limits, equal to the learning rates of the recipe `finetune`."""
+"""Upper limits, equal to the learning rates in the `finetune` recipe."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def suggest_chat_recipe(
     """
     model = run.recipe.model
     if not isinstance(model, DecoderSection):
-        problem = f"a model with architecture {model.architecture} cannot be trained on conversations"
+        problem = f"a model with the {model.architecture} architecture cannot be trained on conversations"
         raise InputError(problem, where=str(run.path), hint="use a decoder")
     run.checkpoint()  # raises an error if there is no checkpoint
     parts = read_parts(data, reporter)

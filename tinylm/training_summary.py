@@ -16,9 +16,9 @@ from tinylm.reporting import SILENT
 from tinylm.run import Run
 
 SECONDS_PER_TOKEN = 1e-5
-"""Assumed time in seconds to compute all baselines, per token of training text."""
+"""Estimated time in seconds to compute all baselines, per training token."""
 MAX_SHARE = 0.1
-"""Compute the baselines only if that takes at most this share of the training time."""
+"""Compute the baselines only if this takes at most this fraction of the training time."""
 _SAMPLE = re.compile(r"^## Step (\d+)\n\n(.*?)(?=^## Step |\Z)", re.MULTILINE | re.DOTALL)
 
 
@@ -43,14 +43,14 @@ class TrainingSummary:
     samples: Sequence[SavedSample]
     """The first and the last sample for the first prompt, or a single sample if there is only one."""
     baselines: dict[str, float]
-    """Bits per byte of n-gram models and compressors on the same held-out text. Empty if they are not comparable or would take too
+    """Bits per byte of n-gram models and compressors on the same held-out text. Empty if they are not comparable or take too
     long."""
     is_chat: bool = False
     """Whether the model was trained on conversations."""
 
     @property
     def equally_likely_tokens(self) -> float | None:
-        """The perplexity: the model is as uncertain as if it had to choose among this many equally likely tokens."""
+        """The perplexity: the model is as uncertain as if it chose among this many equally likely tokens."""
         return None if self.heldout_loss is None else math.exp(self.heldout_loss)
 
 
@@ -96,7 +96,7 @@ def _first_and_last(samples: Sequence[SavedSample]) -> list[SavedSample]:
 
 
 def _baselines(run: Run, seconds: float) -> dict[str, float]:
-    """Return the baselines. Empty if the model was evaluated on only part of the held-out text, or if they would take too long."""
+    """Return the baselines, or no baselines if they would take too long or the evaluation used only part of the held-out text."""
     data, tokenizer, heldout = run.recipe.data, run.tokenizer, run.heldout()
     limit = run.recipe.evaluation.max_tokens
     if not isinstance(data, DataSection) or (limit is not None and limit < len(heldout)):

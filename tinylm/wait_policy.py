@@ -1,9 +1,9 @@
-"""Control how torch's idle CPU threads wait for work: they keep their core busy (spin), or soon release it (sleep).
+"""Control how torch's idle CPU threads wait for work: they keep their cores busy (spin) or soon release them (sleep).
 
 Between two parallel regions, a thread of libgomp (the OpenMP runtime in torch's Linux packages) spins for about 3 ms before it
-sleeps. On an idle machine, this saves the time to wake the thread up. On a busy machine, the spinning thread takes the core away
-from the thread that it is waiting for, and training becomes several times slower (`benchmarks/busy_machine.py`). The policy does
-not affect results.
+sleeps. On an idle machine, this saves the time that waking the thread would take. On a busy machine, the spinning thread takes the
+core away from the thread that it is waiting for, and training becomes several times slower (`benchmarks/busy_machine.py`). The
+policy does not affect results.
 
 The policy depends on the measured load. Environment variables that the user has set take precedence: OMP_WAIT_POLICY,
 GOMP_SPINCOUNT, KMP_BLOCKTIME and KMP_LIBRARY.

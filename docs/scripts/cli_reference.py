@@ -14,7 +14,7 @@ This page lists every command with its arguments and options. `tinylm COMMAND --
 and `tinylm --install-completion` sets up completion for your shell. `python docs/scripts/make_reference.py` generates this page.
 
 Results go to standard output; notes and progress go to standard error. With `--json`, standard output is exactly one JSON
-document. Exit codes: 0 for success, 1 if the work failed, 2 if the input was wrong, 130 or 143 if a signal stopped the command
+document. Exit codes: 0 for success, 1 if the command failed, 2 if its input was invalid, 130 or 143 if a signal stopped the command
 after it saved its work.
 """
 

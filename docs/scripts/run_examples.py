@@ -46,7 +46,7 @@ class Block:
 
     @property
     def commands(self) -> list[str]:
-        """The commands of a console or bash block. A command that ends with a backslash continues on the next line."""
+        """The commands in a console or bash block. A command that ends with a backslash continues on the next line."""
         if self.kind == "bash":
             return [line for line in self.lines if line.strip()]
         joined = "\n".join(self.lines).replace("\\\n", "\0")

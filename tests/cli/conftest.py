@@ -1,37 +1,11 @@
-"""Run the command line in the test process, so that torch is imported only once."""
+"""Fixtures for command-line tests."""
 
 from __future__ import annotations
 
-import io
-import signal
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
-from command import CommandResult, RunCli
-from tinylm_cli.app import main
-
-
-@pytest.fixture
-def run_cli(capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[RunCli]:
-    """`run_cli("eval", "--json")` runs `tinylm eval --json`."""
-    monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    handler = signal.getsignal(signal.SIGTERM)
-
-    def run(*arguments: str | Path, stdin: bytes = b"") -> CommandResult:
-        monkeypatch.setattr(sys, "argv", ["tinylm", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
-        capfdbinary.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main()
-        out, err = capfdbinary.readouterr()
-        return CommandResult(int(caught.value.code or 0), out.decode("utf-8", "surrogateescape"), err.decode())
-
-    yield run
-    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture

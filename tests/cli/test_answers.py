@@ -99,7 +99,7 @@ def test_eval_prints_a_confidence_interval_and_reads_standard_input(run_cli: Run
     assert (piped["bytes"], piped["documents"]) == (len(text), 1)
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="requires named pipes")
 def test_eval_reads_a_named_pipe(run_cli: RunCli, tiny_run: Run, text_file: Path, tmp_path: Path) -> None:
     text, pipe = text_file.read_text()[:2000], tmp_path / "pipe"
     os.mkfifo(pipe)
@@ -194,7 +194,7 @@ def test_decode_inverts_encode(run_cli: RunCli, tokenizer: Path, text: str) -> N
     assert (ids.err, ids.code) == ("", 0)
 
 
-def test_every_output_format_of_encode_has_the_same_tokens(run_cli: RunCli, tiny_run: Run) -> None:
+def test_encode_returns_the_same_tokens_in_every_output_format(run_cli: RunCli, tiny_run: Run) -> None:
     ids = run_cli("tokenize", "encode", "-r", tiny_run.path, stdin=b"The for")
     record = run_cli("tokenize", "encode", "-r", tiny_run.path, "--format", "jsonl", stdin=b"The for").json
     assert " ".join(map(str, record["ids"])) == ids.out.strip()

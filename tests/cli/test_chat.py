@@ -91,7 +91,7 @@ def test_data_show_marks_the_text_that_is_learned(run_cli: RunCli, run: Run) -> 
     assert all(text.endswith("<|end_of_turn|>") for text in learned)
 
 
-def test_data_show_counts_all_tokens_of_a_text_but_the_first_as_learned(run_cli: RunCli, tiny_run: Run) -> None:
+def test_data_show_counts_every_token_of_a_text_except_the_first_as_learned(run_cli: RunCli, tiny_run: Run) -> None:
     [example] = run_cli("data", "show", tiny_run.path, "-n", "1", "--json").json["examples"]
     assert (example["tokens"], example["learned"], example["padding"]) == (33, 32, 0)
 
@@ -112,7 +112,10 @@ def test_eval_evaluates_answers_and_rejects_options_for_texts(run_cli: RunCli, r
     shown = run_cli("eval", "--run", run.path)
     assert "exact match" in shown.out
     assert "stop rate" in shown.out
-    assert error_of(run_cli("eval", "--run", run.path, "--stride", "2")) == "--stride: has no effect on the run's own conversations"
+    assert (
+        error_of(run_cli("eval", "--run", run.path, "--stride", "2"))
+        == "--stride: has no effect when a chat model is evaluated on its own conversations"
+    )
 
 
 def test_new_writes_a_recipe_that_trains(run_cli: RunCli, tiny_run: Run, data: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Test `tinylm embed`: each subcommand with text and JSON output, and training from options or a recipe."""
+"""Test `tinylm embed`: the text and JSON output of each subcommand, and training from options or a recipe."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def trained(run_cli: RunCli, folder: Path, text_file: Path) -> Path:
     return folder / "embeddings" / "words"
 
 
-def test_queries_print_text_and_json_for_arguments_and_standard_input(run_cli: RunCli, trained: Path) -> None:
+def test_queries_from_arguments_and_standard_input_print_text_or_json(run_cli: RunCli, trained: Path) -> None:
     nearest = run_cli("embed", "nearest", "object", "-n", "3", "--json").json
     assert nearest["query"] == "object"
     assert [set(neighbor) for neighbor in nearest["neighbours"]] == [{"token", "similarity"}] * 3
@@ -49,7 +49,7 @@ def test_queries_print_text_and_json_for_arguments_and_standard_input(run_cli: R
     assert len(run_cli("embed", "similarity", stdin=b"object class\nobject object\n").out.splitlines()) == 2
     odd = run_cli("embed", "odd-one-out", "object", "class", "the", "--json").json
     assert odd["odd"] == odd["similarities"][0]["token"]
-    assert "-:2: similarity takes two words, not 1" in run_cli("embed", "similarity", stdin=b"object class\nobject\n").err
+    assert "-:2: similarity requires two words, not 1" in run_cli("embed", "similarity", stdin=b"object class\nobject\n").err
     assert "standard input contains no queries" in error_of(run_cli("embed", "nearest", "-q", stdin=b""))
 
 

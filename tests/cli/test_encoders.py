@@ -31,7 +31,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def test_fill_prints_candidates_and_answers_lines_from_a_pipe(run_cli: RunCli, masked: Path) -> None:
+def test_fill_prints_candidates_and_fills_lines_from_a_pipe(run_cli: RunCli, masked: Path) -> None:
     one = run_cli("fill", "The [MASK]aw", "--run", masked, "--top", "3", "--json")
     assert one.code == 0, one.err
     document = json.loads(one.out)
@@ -56,7 +56,7 @@ def test_eval_prints_the_metrics_of_a_masked_language_model(run_cli: RunCli, mas
     assert "masked accuracy" in shown.out
     unused = run_cli("eval", "--run", masked, "--stride", "4")
     assert unused.code == 2
-    assert "--stride: has no effect on a model trained with objective masked_lm" in unused.err
+    assert "--stride: has no effect on a model trained with the masked_lm objective" in unused.err
 
 
 def test_classify_reads_an_argument_a_pipe_or_a_file(run_cli: RunCli, classifier: Path, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_a_command_fails_if_stdout_is_on_a_full_disk(tiny_run: Run) -> None:
 
 @pytest.fixture
 def full_disk() -> Iterator[None]:
-    """Prevent this process from writing files larger than 20 kB, as on a disk with no more space."""
+    """Prevent this process from writing files larger than 20 kB, to simulate a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     yield
@@ -101,8 +101,6 @@ def full_disk() -> Iterator[None]:
     ("needs", "arguments", "name"),
     [
         ("transformers", ("export", "--to", "hf"), "folder"),
-        ("gguf", ("export", "--to", "gguf"), "model.gguf"),
-        ("onnxscript", ("export", "--to", "onnx"), "model.onnx"),
         ("torch", ("embed", "from-run", "--out"), "vectors.txt"),
         ("torch", ("embed", "from-run", "--out"), "vectors.safetensors"),
     ],

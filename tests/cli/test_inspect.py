@@ -40,7 +40,7 @@ def test_the_terminal_view_has_every_section_and_no_control_characters(run_cli: 
     assert not {"\x00", "\x1b", "\u202e"} & set(result.out)
 
 
-def test_a_page_is_overwritten_only_with_the_option(run_cli: RunCli, tiny_run: Run, tmp_path: Path) -> None:
+def test_a_page_is_overwritten_only_with_overwrite(run_cli: RunCli, tiny_run: Run, tmp_path: Path) -> None:
     file = tmp_path / "page.html"
     written = run_cli("inspect", "--text", TEXT, "--run", tiny_run.path, "--out", file, "--ablation-tokens", "64")
     assert (written.code, written.out) == (0, "")
@@ -72,7 +72,7 @@ def test_invalid_options_are_rejected(options: tuple[str, ...], message: str, ru
     assert message in error_of(run_cli("inspect", *options, "--run", tiny_run.path))
 
 
-def test_the_text_for_measurements_must_exist(run_cli: RunCli, tiny_run: Run, tmp_path: Path) -> None:
+def test_inspect_reports_a_missing_on_source_and_writes_no_page(run_cli: RunCli, tiny_run: Run, tmp_path: Path) -> None:
     options = ("--text", TEXT, "--run", tiny_run.path, "--out", tmp_path / "page.html", "--on", tmp_path / "missing.txt")
     assert "missing.txt" in error_of(run_cli("inspect", *options))
     assert not (tmp_path / "page.html").exists()

@@ -32,7 +32,7 @@ def step(number: int, loss: float, *, seconds: float | None = None, steps: int =
 
 
 def send_events(view: Observer) -> None:
-    """Send four of eight steps, evaluations after the second step (the best) and the fourth, and one sample."""
+    """Send four of eight steps, one sample, and an evaluation after the second step (the best one) and after the fourth."""
     view.phase("first step")
     for number, loss in enumerate(LOSSES, 1):
         view.step(step(number, loss))
@@ -71,7 +71,7 @@ def test_plain_lines_are_printed_at_most_every_few_seconds() -> None:
 
 
 def test_the_time_left_does_not_include_compilation() -> None:
-    """The first step includes a minute of compilation; every later step takes a second."""
+    """The first step includes a minute of compilation. Every later step takes a second."""
     target, panel = console(), console(width=110)
     plain, live = PlainView(target), TerminalView(panel, "tinylm train tiny")
     for number in range(1, 12):
@@ -242,7 +242,7 @@ def test_the_panel_has_a_legend_and_units_at_every_width(width: int) -> None:
 
 
 def test_the_elapsed_time_never_decreases(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Events arrive with different delays: three, three, five and one seconds."""
+    """The events arrive with delays of three, three, five and one seconds."""
     clock = [1000.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
     target, view = console(), TerminalView(console(terminal=True), "tinylm train tiny")

@@ -1,4 +1,4 @@
-"""Test checkpoints, logs, views and commands with an objective whose main metric is accuracy (higher is better)."""
+"""Test checkpoints, logs, views and commands with an objective whose primary metric is accuracy (higher is better)."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from tinylm.training.objectives import CausalLM, Heldout
 
 ACCURACY = Metric("accuracy", "accuracy", "", lower_is_better=False, format=".1%")
 SCORES = {5: (0.2, 3.0), 10: (0.5, 4.0), 15: (0.4, 5.0)}
-"""Accuracy and loss by step. The accuracy is best at step 10, the loss at step 5."""
+"""Accuracy and loss by step. The accuracy is best at step 10, and the loss is best at step 5."""
 
 
 class AccuracySection(ObjectiveVariant):
-    """Predict each token; evaluate by accuracy."""
+    """Predict each token, and evaluate the predictions by accuracy."""
 
     architectures = ("decoder",)
     name: Literal["accuracy_lm"] = "accuracy_lm"

@@ -13,7 +13,7 @@ from command import COMMAND, environment, tinylm
 
 from tinylm.run import Run
 
-posix = pytest.mark.skipif(os.name == "nt", reason="POSIX pipes and signals")
+posix = pytest.mark.skipif(os.name == "nt", reason="requires POSIX pipes and signals")
 
 
 @posix

@@ -55,7 +55,7 @@ def test_beam_search_reports_its_speed(run_sample: RunCli) -> None:
     assert all(sample["tokens"] and sample["tokens_per_second"] > 0 for sample in samples)
 
 
-def test_many_prompts_generate_the_same_texts_in_order_as_single_prompts(run_sample: RunCli, tmp_path: Path) -> None:
+def test_a_prompt_generates_the_same_text_in_a_file_of_prompts_as_on_its_own(run_sample: RunCli, tmp_path: Path) -> None:
     prompts = ["The for statement", "", "a", "is"] * 5
     lines = [json.dumps({"prompt": prompt, "id": number}) for number, prompt in enumerate(prompts)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines) + "\n\n")
@@ -91,7 +91,7 @@ def _token_70(run_sample: RunCli) -> str:
     return str(sample["logprobs"][0]["token"])
 
 
-def test_logprobs_are_printed_in_the_json_and_in_a_table(run_sample: RunCli) -> None:
+def test_logprobs_are_printed_as_json_and_as_a_table(run_sample: RunCli) -> None:
     [sample] = run_sample("--logprobs", 2, "--json").json["samples"]
     assert len(sample["logprobs"]) == sample["tokens"]
     assert all(len(token["alternatives"]) == 2 and token["logprob"] <= 0 for token in sample["logprobs"])
@@ -99,7 +99,7 @@ def test_logprobs_are_printed_in_the_json_and_in_a_table(run_sample: RunCli) -> 
     assert shown.count("%") >= sample["tokens"]
 
 
-def test_beam_search_and_best_of_rank_samples_by_score(run_sample: RunCli) -> None:
+def test_beam_search_and_best_of_sort_samples_by_score(run_sample: RunCli) -> None:
     for search in (("--beams", 3), ("--best-of", 4), ("--best-of", 4, "--rank", "contrast")):
         samples = run_sample("--prompt", "The", *search, "-n", 2, "--json").json["samples"]
         assert len(samples) == 2
@@ -182,7 +182,7 @@ def test_eval_prints_optional_tables(run_cli: RunCli, tiny_run: Run, tmp_path: P
     assert len(document["hardest"]) == 3
 
 
-def test_eval_rejects_options_without_effect(run_cli: RunCli, tiny_run: Run, tmp_path: Path) -> None:
+def test_eval_rejects_options_that_would_have_no_effect(run_cli: RunCli, tiny_run: Run, tmp_path: Path) -> None:
     assert error_of(run_cli("eval", "-r", tiny_run.path, "--field", "x")) == "--field: requires a SOURCE"
     assert error_of(run_cli("eval", "-r", tiny_run.path, "--errors", "replace")) == "--errors: requires a SOURCE"
     assert "is a folder" in error_of(run_cli("eval", "-r", tiny_run.path, "--html", tmp_path))
@@ -201,7 +201,7 @@ def test_compare_prints_differences_and_their_significance(run_cli: RunCli, tiny
     assert "--field: requires --on" in error_of(run_cli("compare", tiny_run.path, tiny_run.path, "--field", "x"))
 
 
-def test_compare_shows_runs_with_different_held_out_texts_without_tests(run_cli: RunCli, tiny_run: Run, tmp_path: Path) -> None:
+def test_compare_runs_no_significance_tests_if_the_held_out_texts_differ(run_cli: RunCli, tiny_run: Run, tmp_path: Path) -> None:
     other = shutil.copytree(tiny_run.path, tmp_path / "other")
     kept = tiny_run.heldout()
     shards.write_shard(
@@ -222,7 +222,7 @@ def test_compare_shows_runs_with_different_held_out_texts_without_tests(run_cli:
     assert document["curves"]
 
 
-def test_split_must_be_a_part_of_the_text_that_the_run_has(run_cli: RunCli, tiny_run: Run, text_file: Path) -> None:
+def test_a_split_that_the_run_does_not_have_is_rejected(run_cli: RunCli, tiny_run: Run, text_file: Path) -> None:
     assert "overlap" in run_cli("eval", "-r", tiny_run.path).out
     assert "this run has no test text" in error_of(run_cli("eval", "-r", tiny_run.path, "--split", "test"))
     assert "this run has no test text" in error_of(run_cli("compare", tiny_run.path, tiny_run.path, "--split", "test"))

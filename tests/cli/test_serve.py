@@ -27,6 +27,7 @@ def test_a_server_without_free_file_descriptors_logs_little_and_recovers(tiny_ru
         try:
             assert process.stdout is not None
             address = process.stdout.readline().strip()
+            assert address, log.read_text(encoding="utf-8")
             port = int(address.rpartition(":")[2])
             connections = [socket.create_connection(("127.0.0.1", port), timeout=60) for _ in range(300)]
             with urllib.request.urlopen(f"{address}/health", timeout=60) as response:

@@ -10,14 +10,14 @@ from tinylm_cli.smoothing import smoothed
 
 
 def falling(steps: int) -> list[float]:
-    """Return losses that fall from 8 as in a real run."""
+    """Return a loss curve that starts at 8 and falls as in a real run."""
     return [2 + 6 * (1 + 30 * step / steps) ** -0.6 for step in range(steps)]
 
 
 @pytest.mark.parametrize("steps", [40, 150, 450, 5000])
 @pytest.mark.parametrize("done", [0.125, 0.5, 1.0])
 def test_a_higher_held_out_loss_is_drawn_above_the_training_loss(steps: int, done: float) -> None:
-    """The held-out loss is 2% above the training loss. For half of a short run, an average of past losses would exceed both."""
+    """The held-out loss is 2% above the training loss. In the first half of a short run, the mean of past losses exceeds both."""
     losses = falling(steps)[: int(done * steps)]
     assert all(value < 1.02 * loss for value, loss in zip(smoothed(losses, done), losses, strict=True))
 

@@ -42,7 +42,7 @@ def test_the_run_in_the_environment_variable_is_used(run_cli: RunCli, tiny_run: 
     assert run_cli("tokenize", "decode", stdin=ids.out.encode()).out == "The for statement"
 
 
-def test_special_tokens_are_encoded_as_text_unless_allowed(run_cli: RunCli, tokenizer: Path) -> None:
+def test_special_tokens_are_encoded_as_text_without_allow_special(run_cli: RunCli, tokenizer: Path) -> None:
     encode = ("tokenize", "encode", "-t", tokenizer)
     text = b"a<|endoftext|>b"
     end = str(399)

@@ -26,7 +26,7 @@ def test_translate_prints_one_line_for_every_input_line(run: Run, run_cli: RunCl
     assert len(lines) == 5
     assert lines[1] == ""
     assert "line 2 is empty" in result.err
-    assert "line 4 is longer than the model's context: cut from 40 to 11 tokens" in result.err
+    assert "line 4 is longer than the model's context: truncated from 40 to 11 tokens" in result.err
 
 
 def test_translate_prints_several_translations_with_scores_and_an_alignment(run: Run, run_cli: RunCli) -> None:

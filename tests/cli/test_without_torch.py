@@ -69,9 +69,9 @@ MISTAKES = {
     "plan quickstart --hardware abacus": "--hardware: unknown accelerator 'abacus' (known accelerators: b200, h200,",
     "plan quickstart --hardware h100-smx": "did you mean h100-sxm?",
     "plan quickstart --devices 2": "--devices: requires --hardware",
-    "sample": "no run under runs/ yet (train one with `tinylm train quickstart`, or select one with --run)",
+    "sample": "there are no runs in runs/ yet (train one with `tinylm train quickstart`, or select one with --run)",
     "sample -n 0": "invalid value for '-n'",
-    "sample --run nowhere": "nowhere: no such run (`tinylm runs` lists the runs under runs/)",
+    "sample --run nowhere": "nowhere: no such run (`tinylm runs` lists the runs in runs/)",
     "eval --threads 0": "invalid value for '--threads'",
     "eval --errors perhaps": "--errors: must be strict or replace, not 'perhaps'",
     "eval --harness": "--harness: requires a task (for example `tinylm eval --harness my_task.yaml`)",
@@ -83,19 +83,19 @@ MISTAKES = {
     "export out --to hff": "--to: must be hf, gguf, onnx or arpa, not 'hff' (did you mean hf?)",
     "export out --to onnx --type f16": "--type: requires --to hf or gguf",
     "export out --to gguf --type q8": "--type: must be f32, f16, q8_0 or q4_0 with --to gguf, not 'q8' (did you mean q8_0?)",
-    "export out --to gguf": "no run under runs/ yet",
+    "export out --to gguf": "there are no runs in runs/ yet",
     "import nowhere --out run": "nowhere: no such file or folder",
     "import text.txt": "missing option '--out'",
     "runs nowhere": "nowhere: no such folder",
     "recipes quikstart": "quikstart: no such recipe (did you mean quickstart?)",
     "tokenize trian": "no such command 'trian'",
-    "tokenize encode nowhere.txt": "no run under runs/ yet",
+    "tokenize encode nowhere.txt": "there are no runs in runs/ yet",
     "tokenize encode - -t nowhere.json": "nowhere.json: no such tokenizer file",
     "tokenize encode - -t x --format hex": "--format: must be ids, tokens or jsonl, not 'hex'",
     "tokenize train nowhere.txt --out t.json": "nowhere.txt: no such file or folder",
     "tokenize train nowhere.txt --out t.json --kind wordpice": "not 'wordpice' (did you mean wordpiece?)",
     "tokenize train nowhere.txt --out t.json --vocab-size 9": "--vocab-size: must be at least 257 for bpe",
-    "tokenize train nowhere.txt --out t.json --kind char --vocab-size 9": "--vocab-size: not supported by kind char, only by bpe,",
+    "tokenize train nowhere.txt --out t.json --kind char --vocab-size 9": "--vocab-size: not supported for char tokenizers, only",
     "tokenize train nowhere.txt --out t.json --kind word --dropout 9": "no such option",
     "tokenize train nowhere.txt --out t.json --normalize nfx": "--normalize: must be none or some of nfc, nfd,",
     "tokenize compare nowhere.json --on nowhere.txt": "nowhere.json: no such tokenizer file",
@@ -120,9 +120,9 @@ MISTAKES = {
     "embed nearest king -v nowhere": "nowhere: no such file",
     "embed nearest king -v text.txt": "text.txt:1: contains a value that is not a number",
     "embed nearest king -v three.txt": "'king' is not among the 3 vectors",
-    "embed analogy a b -v three.txt": "analogy takes three words, not 2",
+    "embed analogy a b -v three.txt": "analogy requires three words, not 2",
     "embed analogy a b c --method cosine": "--method: must be 3cosadd or 3cosmul, not 'cosine'",
-    "embed similarity a -v three.txt": "similarity takes two words, not 1",
+    "embed similarity a -v three.txt": "similarity requires two words, not 1",
     "embed odd-one-out a b -v three.txt": "the odd one out needs at least three words, not 2",
     "embed eval nowhere.txt -v three.txt": "nowhere.txt: No such file or directory",
     "embed export three.txt -v three.txt": "three.txt: the file already exists (--overwrite replaces it)",
@@ -203,7 +203,7 @@ def test_plan_estimates_the_cost_without_torch(results: Results) -> None:
     assert (code, "time on 1 l4" in out) == (0, True)
 
 
-def test_the_list_is_empty_if_there_are_no_runs(results: Results) -> None:
+def test_the_list_of_runs_is_empty_if_there_are_none(results: Results) -> None:
     assert results["runs --json"][:3] == (0, "[]\n", "")
 
 

@@ -29,7 +29,7 @@ MACHINE = Processor(100e9, 20e9, 10e9, cores=2, has_amx=True)
 WORK = Work("fp32", 1e9, 1e8, 1e6, 100, 1000, state_bytes=1e8, update_kernels=200, newton_schulz_flops=1e9)
 
 
-def test_a_step_matches_a_calculation_by_hand() -> None:
+def test_the_step_time_matches_a_hand_calculation() -> None:
     seconds = step_seconds(MACHINE, WORK)
     assert seconds.matmul == pytest.approx(1e9 / 100e9 / MATMUL_EFFICIENCY)
     assert seconds.attention == pytest.approx(1e6 * SCORE_SECONDS / 2)
@@ -48,12 +48,12 @@ def test_bf16_is_faster_with_amx_and_has_a_cost_per_query_block() -> None:
 
 
 @pytest.mark.parametrize("count", ["matmul_flops", "elementwise_bytes", "scores", "kernels", "state_bytes", "update_kernels"])
-def test_doubling_a_count_takes_one_to_two_times_as_long(count: str) -> None:
+def test_doubling_a_count_multiplies_the_time_by_one_to_two(count: str) -> None:
     once, twice = step_seconds(MACHINE, WORK).total, step_seconds(MACHINE, replace(WORK, **{count: 2 * getattr(WORK, count)})).total
     assert once < twice <= 2 * once
 
 
-def test_compilation_launches_fewer_kernels_and_autocast_more() -> None:
+def test_compilation_reduces_the_number_of_kernels_and_autocast_increases_it() -> None:
     assert kernels(4, 0, "fp32", compiled=True) < kernels(4, 0, "fp32", compiled=False) < kernels(4, 0, "bf16", compiled=False)
 
 
@@ -61,7 +61,7 @@ def test_every_ngram_table_adds_kernels() -> None:
     assert kernels(4, 2, "fp32", compiled=True) - kernels(4, 0, "fp32", compiled=True) == 2 * TABLE_KERNELS
 
 
-def test_newton_schulz_flops_match_a_calculation_by_hand() -> None:
+def test_newton_schulz_flops_match_a_hand_calculation() -> None:
     assert newton_schulz_flops(64, 16, 3) == newton_schulz_flops(16, 64, 3) == 3 * (4 * 16 * 16 * 64 + 2 * 16**3)
     assert newton_schulz_flops(32, 32, 1) == 6 * 32**3
 

@@ -157,7 +157,7 @@ class _Norm(torch.autograd.Function):
 
 @pytest.mark.parametrize("preset", DECODER_PRESETS)
 def test_saved_bytes_match_a_forward_pass_on_a_gpu(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float32, torch's `meta` device takes the same code paths as a GPU, but without data. Stubs replace fused kernels."""
+    """In float32, torch's `meta` device follows the same code paths as a GPU, but without data. Stubs replace fused kernels."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
         result: Tensor = _Flash.apply(q, k, v)  # type: ignore[no-untyped-call]

@@ -27,7 +27,7 @@ def test_the_micro_batch_is_the_largest_divisor_of_the_batch_that_fits(batch: in
     assert not any(fits(size) for size in range(chosen + 1, batch + 1) if batch % size == 0)
 
 
-def test_the_micro_batch_can_be_set_and_limited_by_tokens() -> None:
+def test_the_micro_batch_size_can_be_set_or_limited_by_a_number_of_tokens() -> None:
     assert choose_micro_batch(recipe("training.micro_batch_size=16"), 4096, 1, None) == 16
     assert choose_micro_batch(recipe(), 4096, 1 << 40, 4096) == 16
     assert choose_micro_batch(recipe("model.context_length=8192"), 4096, 1 << 40, 4096) == 1

@@ -71,7 +71,7 @@ def test_gpt2_small_has_the_published_number_of_parameters() -> None:
     assert sum(parameter_counts(model, 50_257).values()) == 124_439_808
 
 
-def test_flops_per_token_match_a_calculation_by_hand() -> None:
+def test_flops_per_token_match_a_hand_calculation() -> None:
     model = section(preset="gpt2")
     weights = 2 * (4 * 32 * 32 + 2 * 32 * 128) + 61 * 32
     attended = 24 / 2  # on average, a causal position attends to half of the context

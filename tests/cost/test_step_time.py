@@ -1,13 +1,22 @@
-"""Estimates of the step time, and the choices for `auto` settings."""
+"""Estimates of the step time, and the values that are chosen for `auto` settings."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 from planning import IDLE, WITHOUT_AMX, plan, recipe
 
 from tinylm.cost.accelerators import find
-from tinylm.cost.step_time import CLEARLY_FASTER, COMPILATION_SECONDS, compilation_pays_off, cpu_seconds
+from tinylm.cost.step_time import (
+    CLEARLY_FASTER,
+    COMPILATION_SECONDS,
+    compilation_pays_off,
+    cpu_seconds,
+    estimate_on_accelerator,
+)
 from tinylm.errors import InputError
+from tinylm.recipe import load
 from tinylm.recipe.values import ComputeDtype
 
 # These steps were measured on the machine that the constants were fitted to, so this is a regression test, not evidence.
@@ -70,7 +79,9 @@ def test_auto_compiles_if_training_is_long_enough(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(("device", "compilation"), [("cpu", 12.0), ("cuda", 45.0), ("mps", 60.0)])
-def test_compilation_pays_off_if_saving_15_percent_saves_1_5_times_its_duration(device: str, compilation: float) -> None:
+def test_compilation_pays_off_if_15_percent_of_the_training_time_is_1_5_times_the_compilation_time(
+    device: str, compilation: float
+) -> None:
     minimum = 1.5 * compilation / 0.15
     assert not compilation_pays_off(0.5, None, 2 * minimum - 1, device)
     assert compilation_pays_off(0.5, None, 2 * minimum + 1, device)
@@ -83,11 +94,19 @@ def test_compilation_pays_off_if_saving_15_percent_saves_1_5_times_its_duration(
 @pytest.mark.parametrize(
     ("name", "precision"), [("h100-sxm", "bf16"), ("t4", "fp16"), ("v100-sxm2-32gb", "fp16"), ("rtx-3090", "bf16")]
 )
-def test_auto_precision_is_bf16_or_else_fp16_on_an_accelerator(name: str, precision: str) -> None:
+def test_auto_precision_on_an_accelerator_is_bf16_if_supported_and_fp16_otherwise(name: str, precision: str) -> None:
     estimate = plan(accelerator=name)
     assert (estimate.hardware, estimate.precision) == (name, precision)
     assert estimate.device_memory_bytes == find(name).memory
     assert 0 < estimate.mfu < 1
+
+
+def test_the_estimate_for_gpt2_on_an_h200_is_within_15_percent_of_the_measured_speed() -> None:
+    """benchmarks/results/h200-2026-11.md: 533,000 to 537,000 tokens/s."""
+    shipped = load(Path(__file__).parents[2] / "recipes" / "gpt2-124m.yaml", check_files=False)
+    estimate = estimate_on_accelerator(shipped, 50_304, None, find("h200"), 1)
+    assert estimate.micro_batch_size == 128, "as in the measured run"
+    assert shipped.training.global_batch_size * 1024 / estimate.step_seconds == pytest.approx(535_000, rel=0.15)
 
 
 def test_an_unsupported_precision_in_the_recipe_is_an_error() -> None:

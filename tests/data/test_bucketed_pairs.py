@@ -36,12 +36,12 @@ def test_examples_depend_only_on_seed_and_position() -> None:
     assert not np.array_equal(dataset.pair_indexes(0, 64), _dataset(seed=2).pair_indexes(0, 64))
 
 
-def test_the_source_and_the_target_in_a_row_are_a_pair() -> None:
+def test_the_source_and_the_target_of_each_row_form_a_pair() -> None:
     examples = _dataset().examples(5 * SIZE, SIZE)
     assert (examples["source"][:, 0] == examples["tokens"][:, 0]).all()
 
 
-def test_padding_is_a_small_share_of_the_tokens() -> None:
+def test_padding_is_a_small_fraction_of_the_tokens() -> None:
     dataset = _dataset()
     batches = [dataset.examples(start, SIZE) for start in range(0, 800, SIZE)]
     padding = sum(int((batch[name] < 0).sum()) for batch in batches for name in ("source", "tokens"))

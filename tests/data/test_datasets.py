@@ -70,7 +70,7 @@ def test_each_seed_and_each_epoch_has_its_own_order() -> None:
     assert len({tuple(epoch.tolist()) for epoch in epochs}) == 5
 
 
-def test_a_text_with_exactly_one_sequence_works_and_a_shorter_text_raises() -> None:
+def test_a_text_with_exactly_one_sequence_is_accepted_and_a_shorter_text_is_rejected() -> None:
     dataset = TokenStream(text_of(33), 32, seed=1)
     for position in (0, 1, 1000):
         assert dataset.examples(position, 1)["tokens"].tolist() == [list(range(33))]
@@ -123,7 +123,7 @@ def test_shuffled_documents_are_complete_and_occur_once(context: int) -> None:
     documents = [tuple(shard.tokens[start:end].tolist()) for start, end in shard.documents()]
     missing = Counter(documents) - Counter(read)
     assert not Counter(read) - Counter(documents), "every document is complete and occurs once"
-    assert sum(len(document) + 1 for document in missing.elements()) < context + 1 + max(LENGTHS), "only the last one is cut off"
+    assert sum(len(document) + 1 for document in missing.elements()) < context + 1 + max(LENGTHS), "only the last one is truncated"
     assert read != documents[: len(read)]
 
 

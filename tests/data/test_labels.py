@@ -1,4 +1,4 @@
-"""Test the formats of labeled texts, stratified splits, and messages about unusual data."""
+"""Test the file formats for labeled texts, stratified splits, and messages about unusual data."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_text_file_without_a_label_folder_is_rejected(tmp_path: Path) -> None:
             read(source)
 
 
-def test_the_split_has_the_same_share_of_every_label_and_keeps_identical_texts_together() -> None:
+def test_a_split_is_stratified_by_label_and_keeps_identical_texts_together() -> None:
     texts = [LabeledText(f"text {i % 150}", "abc"[i % 3]) for i in range(300)]
     chosen = stratified(texts, {"heldout": 0.2, "test": 0.1})
     assert sorted(index for part in chosen.values() for index in part) == list(range(300))
@@ -91,7 +91,7 @@ def test_the_split_has_the_same_share_of_every_label_and_keeps_identical_texts_t
     assert {texts[i].text for i in chosen["heldout"]} == {texts[::-1][i].text for i in shuffled["heldout"]}
 
 
-def test_a_smaller_share_of_the_training_texts_is_a_subset() -> None:
+def test_a_smaller_fraction_of_the_training_texts_is_a_subset_of_a_larger_one() -> None:
     texts = [LabeledText(f"text {i}", "ab"[i % 2]) for i in range(200)]
     tenth, half = set(subset(texts, 0.1)), set(subset(texts, 0.5))
     assert len(tenth) == 20

@@ -63,13 +63,13 @@ def test_80_percent_of_the_targets_are_masked_and_10_percent_are_unchanged(tmp_p
     assert np.mean(inputs == targets) == pytest.approx(0.1, abs=0.02)
 
 
-def test_the_rate_changes_linearly_over_the_training_run(tmp_path: Path) -> None:
+def test_the_masking_rate_changes_linearly_during_training(tmp_path: Path) -> None:
     windows, _ = dataset(tmp_path, extra="objective: {name: masked_lm, rate: [0.3, 0.15]}\n")
     assert windows.total == 48
     assert windows.rates(np.array([0, 24, 48, 96])) == pytest.approx([0.3, 0.225, 0.15, 0.15])
 
 
-def test_uniform_numbers_are_uniform_and_streams_differ() -> None:
+def test_uniform_numbers_are_uniform_and_streams_are_uncorrelated() -> None:
     first, second = (uniform(7, np.arange(500), 40, stream) for stream in (0, 1))
     assert first.mean() == pytest.approx(0.5, abs=0.01)
     assert first.var() == pytest.approx(1 / 12, abs=0.003)
@@ -91,7 +91,7 @@ def test_text_never_encodes_to_control_tokens(tmp_path: Path, tokenizer: str) ->
     assert masked[: len(before) + 1] == [*before, control.mask]
 
 
-def test_two_rates_require_a_fixed_number_of_steps() -> None:
+def test_a_changing_masking_rate_requires_a_fixed_number_of_steps() -> None:
     with pytest.raises(RecipeError, match="masks must not depend on the clock"):
         loads(
             "data: {train: 'builtin:python-docs'}\nmodel: {architecture: encoder}\n"

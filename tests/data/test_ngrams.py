@@ -1,4 +1,4 @@
-"""Test that the sampled overlap of two texts agrees with sets of n-grams, and that the sample stays small."""
+"""Test that the sampled overlap of two texts agrees with an exact computation, and that the sample stays small."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def random_tokens(size: int, seed: int, vocab_size: int = 5000) -> np.ndarray:
 
 
 def reference_share(train: Shard, heldout: Shard, length: int) -> float:
-    """Return the share of held-out n-grams that also occur in the training text, from sets.
+    """Return the fraction of held-out n-grams that also occur in the training text, computed with sets.
 
     A document shorter than `length` is a single n-gram, weighted by its number of tokens.
     """
@@ -42,7 +42,7 @@ def reference_share(train: Shard, heldout: Shard, length: int) -> float:
     return float(np.mean([gram in known for gram in grams(heldout)]))
 
 
-def test_the_share_of_a_small_text_is_exact() -> None:
+def test_the_overlap_of_a_small_text_is_exact() -> None:
     generator = np.random.default_rng(4)
     documents = [random_tokens(int(size), seed, vocab_size=4) for seed, size in enumerate(generator.integers(1, 60, 80))]
     train = shard(*documents)
@@ -92,7 +92,7 @@ def test_the_sample_of_a_huge_text_stays_below_17_megabytes() -> None:
         assert 15e6 < 4 * tokens / sample.rate < 17e6
 
 
-def test_unknown_ngrams_are_rarely_found() -> None:
+def test_unrelated_texts_have_almost_no_overlap() -> None:
     overlap = sample_ngrams(shard(random_tokens(400_000, 1))).overlap(shard(random_tokens(400_000, 2)))
     assert overlap is not None
     assert overlap.share < 0.0005

@@ -19,7 +19,7 @@ def test_permute_maps_a_range_onto_itself(key: int) -> None:
         assert np.array_equal(np.sort(images), np.arange(size)), size
 
 
-def test_permuting_a_huge_range_stays_in_range_and_needs_almost_no_memory() -> None:
+def test_a_permutation_of_a_huge_range_stays_in_range_and_needs_almost_no_memory() -> None:
     positions = np.array([0, 1, 2, 10**12, 2**40 - 1])
     tracemalloc.start()
     images = permute(positions, 2**40, 5)

@@ -45,7 +45,7 @@ def source(tmp_path: Path, english: str) -> Path:
 
 
 def train_part(english: str) -> str:
-    """Return the training part of `source`, which ends at the blank line nearest to 90% of the text."""
+    """Return the training split of `source`, which ends at the blank line nearest to 90% of the text."""
     return english[: min((match.end() for match in re.finditer("\n\n+", english[:20_000])), key=lambda end: abs(end - 18_000))]
 
 
@@ -189,7 +189,7 @@ def test_held_out_documents_that_also_occur_in_the_training_text_cause_a_warning
     prepare_files(tmp_path / "train", BYTE, reporter, heldout=str(tmp_path / "heldout"))
     repeated, overlap = reporter.warnings
     assert repeated == "3 of 4 held-out documents also occur in the training text, so the held-out scores will be too optimistic"
-    assert overlap.endswith("in the training text (sequences of 40 tokens), so its scores are better than on new text")
+    assert overlap.endswith("in the training text (sequences of 40 tokens), so the scores are better than on new text")
     reporter = CollectingReporter()
     (tmp_path / "heldout/0000.txt").write_text("x")
     prepare_files(tmp_path / "heldout", BYTE, reporter, heldout={"share": 0.5, "by": "document"})
@@ -251,32 +251,32 @@ def test_tokens_without_their_counts_file_are_encoded_again(source: Path) -> Non
         ("x" * 100, {"heldout": {"share": 0.1, "by": "document"}}, "documents would be"),
     ],
 )
-def test_a_text_that_cannot_be_split_raises(source: Path, content: str, settings: dict[str, Any], message: str) -> None:
+def test_a_text_that_cannot_be_split_is_rejected(source: Path, content: str, settings: dict[str, Any], message: str) -> None:
     source.write_text(content)
     with pytest.raises(InputError, match=message):
         prepare_files(source, BYTE, **settings)
 
 
-def test_a_tokenizer_without_an_end_of_text_token_raises(source: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_without_an_end_of_text_token_is_rejected(source: Path, tmp_path: Path) -> None:
     tokenizers.ByteLevelBPETokenizer().save(str(tmp_path / "t.json"))
     with pytest.raises(InputError, match=r"tokenizer\.path: the tokenizer has no end-of-text token"):
         prepare_files(source, FileTokenizer(kind="file", path=str(tmp_path / "t.json")))
 
 
-def test_a_tokenizer_that_encodes_text_to_the_end_of_text_token_raises(source: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_that_encodes_text_to_the_end_of_text_token_is_rejected(source: Path, tmp_path: Path) -> None:
     path = tmp_path / "t.json"
     training.train(BYTE, [], print).save(path)
     content = json.loads(path.read_text())
     content["added_tokens"][0]["special"] = False
     path.write_text(json.dumps(content))
     with pytest.raises(
-        InputError, match=r'tokenizer\.path: the text <\|endoftext\|> encodes to the end-of-text token.*"special": true'
+        InputError, match=r'tokenizer\.path: the text <\|endoftext\|> is encoded to the end-of-text token.*"special": true'
     ):
         prepare_files(source, FileTokenizer(kind="file", path=str(path)))
 
 
 @pytest.mark.parametrize("change", ["more", "less", "another document"])
-def test_a_text_that_changes_while_it_is_read_raises_and_leaves_no_tokens(
+def test_a_text_that_changes_while_it_is_read_is_rejected_and_leaves_no_tokens(
     change: str, tmp_path: Path, english: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = [json.dumps({"text": english[start : start + 500]}) for start in range(0, 20_000, 500)]

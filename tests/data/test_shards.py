@@ -17,7 +17,7 @@ DOCUMENTS = [[5, 6, 7], [8], [9, 5, 5, 5, 6], [7, 7]]
 def write_and_open(
     folder: Path, documents: list[list[int]], *, vocab_size: int = 300, end_of_text: int = 299, unknown: int | None = None
 ) -> Shard:
-    """Write each document in two pieces, as for long documents, and open the shard."""
+    """Write each document in two pieces, as is done for long documents, and open the shard."""
     pieces = [
         (np.array(part, dtype=np.uint32), index == 0)
         for document in documents
@@ -79,14 +79,14 @@ def test_the_error_for_a_truncated_file_contains_its_path(tmp_path: Path, keep: 
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"end_of_text": 1}', '{"end_of_text": "x"}'])
-def test_a_damaged_counts_file_raises(tmp_path: Path, content: str) -> None:
+def test_a_damaged_counts_file_is_rejected(tmp_path: Path, content: str) -> None:
     write_and_open(tmp_path, DOCUMENTS)
     (tmp_path / "train.json").write_text(content, encoding="utf-8")
     with pytest.raises(InputError, match="the tokens are missing or damaged"):
         shards.open_shard(tmp_path, "train")
 
 
-def test_a_missing_shard_raises(tmp_path: Path) -> None:
+def test_a_missing_shard_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the tokens are missing or damaged"):
         shards.open_shard(tmp_path, "heldout")
 

@@ -81,7 +81,7 @@ def test_a_record_with_an_invalid_file_name_is_rejected(
         open_training_texts(tmp_path, tokenizers[0])
 
 
-def test_only_shares_of_exactly_0_or_1_are_shown_as_0_or_100_percent() -> None:
+def test_only_exactly_0_and_1_are_shown_as_0_and_100_percent() -> None:
     assert [percent(share) for share in (0, 0.0001, 0.034, 0.34, 0.998, 1)] == [
         "0%",
         "less than 0.1%",

@@ -52,7 +52,7 @@ def _exit_worker(tokenizer_json: str) -> None:
     os._exit(9)
 
 
-def test_a_killed_worker_raises_and_leaves_no_file(
+def test_a_killed_worker_causes_an_error_and_leaves_no_file(
     pieces: list[Piece], tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parallel, "initialize_worker", _exit_worker)
@@ -61,7 +61,7 @@ def test_a_killed_worker_raises_and_leaves_no_file(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_error_in_the_text_is_propagated(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_an_error_while_reading_the_text_is_propagated(tokenizer: Tokenizer, tmp_path: Path) -> None:
     def broken() -> Iterator[Piece]:
         yield Piece("some text", True)
         raise OSError("the disk was removed")

@@ -14,7 +14,7 @@ from tinylm.errors import InputError
 
 def test_the_results_match_gensim(learned: Vectors) -> None:
     """Use gensim's test sets, and random vectors for the words in them."""
-    models = pytest.importorskip("gensim.models", reason="gensim has no wheel for this Python")
+    models = pytest.importorskip("gensim.models", reason="gensim is not installed")
     from gensim.test.utils import datapath
 
     questions, pairs = datapath("questions-words.txt"), datapath("wordsim353.tsv")

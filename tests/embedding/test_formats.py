@@ -1,4 +1,4 @@
-"""Test that every format restores the exact bits of the vectors in tinylm and in gensim, and that errors contain the position."""
+"""Test that tinylm and gensim read the exact bits of the vectors in every format, and that errors show where a file is damaged."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_round_trip_restores_names_with_white_space(tmp_path: Path, kind: str)
 
 @pytest.mark.parametrize("unusual_names", [False, True])
 def test_gensim_reads_the_same_bits(extreme: Vectors, tmp_path: Path, unusual_names: bool) -> None:
-    models = pytest.importorskip("gensim.models", reason="gensim has no wheel for this Python")
+    models = pytest.importorskip("gensim.models", reason="requires gensim")
     named = [name for name in UNUSUAL_NAMES[:-1] if name]
     vectors = Vectors([*named, *list(extreme.names)[len(named) :]], extreme.matrix) if unusual_names else extreme
     for kind, options in (
@@ -70,7 +70,7 @@ def test_gensim_reads_the_same_bits(extreme: Vectors, tmp_path: Path, unusual_na
 
 
 def test_files_written_by_gensim_can_be_read(learned: Vectors, tmp_path: Path) -> None:
-    models = pytest.importorskip("gensim.models", reason="gensim has no wheel for this Python")
+    models = pytest.importorskip("gensim.models", reason="requires gensim")
     keyed = models.KeyedVectors(learned.dimensions)
     keyed.add_vectors(list(learned.names), learned.matrix)
     for name, binary in (("g.vec", False), ("g.bin", True)):

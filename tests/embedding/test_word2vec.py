@@ -59,7 +59,7 @@ def reference_update(
 
 
 @pytest.mark.parametrize("cbow", [False, True])
-def test_a_segment_is_trained_with_the_published_update(cbow: bool) -> None:
+def test_training_on_a_segment_applies_the_published_update(cbow: bool) -> None:
     generator = np.random.default_rng(0)
     inputs, outputs = generator.standard_normal((2, V, D)).astype(np.float32)
     ids = np.array([0, 1, 2, -1, 3, 1, 4, -1, 2], np.int32)
@@ -110,7 +110,7 @@ def test_the_alias_table_samples_in_proportion_to_the_weights() -> None:
 
 @pytest.fixture(scope="module")
 def paired_ids(tmp_path_factory: pytest.TempPathFactory) -> EncodedText:
-    """A text for more than three steps, in which ids 2i and 2i + 1 always occur together."""
+    """A text that is long enough for more than three steps, in which ids 2i and 2i + 1 always occur together."""
     generator = np.random.default_rng(0)
     pairs = generator.integers(0, 30, 10_000)
     ids = np.stack([2 * pairs, 2 * pairs + 1, np.full_like(pairs, -1)], axis=1).ravel().astype("<i4")

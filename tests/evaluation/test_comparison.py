@@ -50,7 +50,7 @@ def test_holms_correction_multiplies_the_smallest_p_value_by_the_largest_factor(
 
 
 @pytest.mark.parametrize("sizes", [(2, 2), (3, 5), (8, 3)])
-def test_the_test_between_groups_of_seeds_matches_scipy(sizes: tuple[int, int]) -> None:
+def test_welchs_t_test_between_groups_of_seeds_matches_scipy(sizes: tuple[int, int]) -> None:
     stats = pytest.importorskip("scipy.stats")
     generator = np.random.default_rng(1)
     a, b = (generator.normal(1.5, 0.02, size).tolist() for size in sizes)

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from tiny import model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinylm.data.shards import Counts, Shard
 from tinylm.errors import InputError
 from tinylm.evaluation import perplexity
-from tinylm.evaluation.perplexity import EvaluationOptions, Perplexity, evaluate, sliding_windows
+from tinylm.evaluation.perplexity import BatchLimits, EvaluationOptions, Perplexity, evaluate, sliding_windows
 from tinylm.model.transformer import Transformer
 
 END = 0
@@ -168,6 +169,46 @@ def test_the_training_mode_is_restored_even_after_an_interruption(training: bool
     with pytest.raises(KeyboardInterrupt):
         evaluate(network, _shard(documents), BYTES, on_progress=interrupt)
     assert network.training is training
+
+
+@pytest.mark.parametrize("limits", [BatchLimits(10**6), BatchLimits(10**6, 7 * VOCAB_SIZE), BatchLimits(40, 1)], ids=str)
+def test_large_batches_and_chunked_logits_do_not_change_the_loss(limits: BatchLimits) -> None:
+    network, shard, options = model("modern"), _shard(_documents()), EvaluationOptions(16, 5)
+    expected, parts = evaluate(network, shard, BYTES, options), []
+    result = evaluate(network, shard, BYTES, options, limits=limits, on_batch=parts.append)
+    assert result.nats == pytest.approx(expected.nats, rel=1e-6)
+    assert (result.tokens, result.bytes) == (expected.tokens, expected.bytes)
+    assert result.bits_per_byte_ci95 == pytest.approx(expected.bits_per_byte_ci95, rel=1e-6)
+    assert sum(part.nats.sum() for part in parts) == pytest.approx(expected.nats, rel=1e-6)
+    if limits.logits is not None:
+        assert all(part.logits.numel() <= max(limits.logits, VOCAB_SIZE) for part in parts)
+
+
+class _CopiesToHost(TorchDispatchMode):
+    """Counts the copies to the host, including those of tensors that are already there but have another dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.count += kwargs.get("device") == torch.device("cpu") and func is torch.ops.aten._to_copy.default
+        self.count += func is torch.ops.aten._local_scalar_dense.default  # `item` and `tolist`
+        return func(*args, **kwargs)
+
+
+def test_the_losses_of_all_batches_are_copied_to_the_host_together() -> None:
+    batches = 0
+
+    def count_batches(_: int) -> None:
+        nonlocal batches
+        batches += 1
+
+    with _CopiesToHost() as copies:
+        evaluate(model("gpt2"), _shard(_documents()), BYTES, limits=BatchLimits(20), on_progress=count_batches)
+    assert batches > 4
+    assert copies.count == 1
 
 
 def test_progress_increases_up_to_the_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def _accepts(constraint: Constraint, tokenizer: Tokenizer, text: str) -> bool:
-    """Run a text through the automaton token by token, as the engine does."""
+    """Return whether the automaton accepts a text, which is processed token by token, as in the engine."""
     state, vocabulary = 0, tokenizer.vocab_size
     for id in tokenizer.encode(text):
         logits = torch.zeros(vocabulary)
@@ -55,7 +55,7 @@ PATTERNS = [
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_a_constraint_accepts_exactly_the_texts_that_re_matches(pattern: str, byte_tokenizer: Tokenizer) -> None:
+def test_a_constraint_accepts_the_same_texts_as_the_re_module(pattern: str, byte_tokenizer: Tokenizer) -> None:
     constraint, generator = Constraint(pattern, byte_tokenizer), random.Random(pattern)
     texts = ["", "ab", "abab", "1-1", "a a", "é", "日b"]
     texts += ["".join(generator.choice(ALPHABET) for _ in range(generator.randint(1, 5))) for _ in range(150)]

@@ -256,7 +256,7 @@ def test_a_trained_model_continues_an_empty_prompt(tiny_run: Run) -> None:
 
 @pytest.fixture
 def generate_forced(byte_tokenizer: Tokenizer) -> Any:
-    """A function that generates texts, each followed by the end-of-text token, and returns the samples and streamed pieces."""
+    """Return a function that generates the specified texts and returns the samples and the streamed pieces."""
     decoder = Decoder(_network(byte_tokenizer))
     byte_ids = {text: id for id, text in enumerate(byte_tokenizer.token_bytes) if len(text) == 1}
 

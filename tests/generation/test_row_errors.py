@@ -104,7 +104,7 @@ def test_values_that_could_overflow_are_rejected(options: dict[str, Any]) -> Non
         SamplingOptions(**options)
 
 
-def test_rows_with_different_biases_penalties_and_temperatures_equal_single_samples(
+def test_rows_with_different_biases_penalties_and_temperatures_match_single_samples(
     network: Transformer, tokenizer: Tokenizer
 ) -> None:
     variants = [

@@ -57,7 +57,7 @@ def _renormalized(*kept: int) -> list[float]:
         ({"min_p": 0.5}, _renormalized(1, 4)),
         ({"min_p": 1.0}, _renormalized(1)),
         ({"top_k": 4, "top_p": 0.8, "min_p": 0.5}, _renormalized(1, 4)),
-        ({"top_k": 2, "top_p": 0.6}, _renormalized(1, 4)),  # after top-k, the first token has 0.57, so top-p keeps two
+        ({"top_k": 2, "top_p": 0.6}, _renormalized(1, 4)),  # after top-k, the first token has probability 0.57, so top-p keeps both
         ({"top_k": 2, "top_p": 0.5}, _renormalized(1)),
     ],
     ids=str,
@@ -173,7 +173,7 @@ def test_rows_are_sampled_independently_of_the_batch() -> None:
     ],
     ids=str,
 )
-def test_the_error_for_a_value_out_of_range_contains_the_option(options: dict[str, Any], option: str) -> None:
+def test_the_error_for_a_value_out_of_range_names_the_option(options: dict[str, Any], option: str) -> None:
     with pytest.raises(InputError) as caught:
         SamplingOptions(**options)
     assert caught.value.where == option

@@ -1,4 +1,4 @@
-"""Beam search compared with exhaustive search, and best-of sampling compared with scores computed by hand."""
+"""Compare beam search with exhaustive search, and best-of sampling with scores computed by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generation with a model that is not a transformer: a GRU with one hidden vector per row and unlimited capacity.
+"""Generate text with a model that is not a transformer: a GRU with one hidden vector per row and unlimited capacity.
 
 The reference is a plain loop over the same cell, one sequence and one token at a time. All values are float64 so that rounding
 differences between batch sizes do not change the chosen tokens.
@@ -251,7 +251,7 @@ def test_best_of_scores_a_sequence_of_any_length(letters: Tokenizer) -> None:
         )
 
 
-def test_only_transformers_are_packed_or_compiled(byte_tokenizer: Tokenizer) -> None:
+def test_only_transformers_can_be_packed_or_compiled(byte_tokenizer: Tokenizer) -> None:
     network = GRULanguageModel(byte_tokenizer.vocab_size)
     arguments: dict[str, Any] = {"steps": None, "reporter": Reporter()}
     assert make_decoder(network, weights="fp32", compiled=None, **arguments) is network

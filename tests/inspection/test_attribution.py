@@ -48,7 +48,7 @@ def test_the_attribution_of_a_logit_difference_is_the_difference_between_two_att
 def test_removing_a_head_changes_the_logit_by_its_contribution() -> None:
     """With RMSNorm and a fixed final-norm scale, a head's contribution equals the drop in the logit when the head is removed.
 
-    The last feed-forward layer reads this head's output, so the test restores that layer's original output.
+    The last feed-forward layer reads this head's output. The test therefore restores the layer's original output.
     """
     network, tokens = model("llama"), ids(1, 8)
     targets = ids(1, 8, seed=1)
@@ -75,5 +75,5 @@ def test_architectures_that_are_not_decoders_are_rejected() -> None:
     from bigram import Bigram, BigramSection
 
     network = Bigram(BigramSection(context_length=8), 20)
-    with pytest.raises(InputError, match="architecture bigram cannot be split into components"):
+    with pytest.raises(InputError, match="bigram architecture cannot be split into components"):
         attribution(network, ids(1, 4, vocab_size=20), ids(1, 4, vocab_size=20))

@@ -1,4 +1,4 @@
-"""Head scores match their definitions, and they find an induction head in a trained model but not in a random one."""
+"""Head scores match their definitions, and they identify an induction head in a trained model but none in a random one."""
 
 from __future__ import annotations
 
@@ -95,5 +95,5 @@ def test_training_on_repetitions_forms_an_induction_head_that_a_random_model_lac
 
 
 def test_a_model_without_attention_is_rejected() -> None:
-    with pytest.raises(InputError, match="architecture bigram has no attention"):
+    with pytest.raises(InputError, match="bigram architecture has no attention"):
         head_scores(Bigram(BigramSection(context_length=8), 20))

@@ -44,5 +44,5 @@ def test_a_model_without_a_residual_stream_is_rejected() -> None:
     from bigram import Bigram, BigramSection
 
     network = Bigram(BigramSection(context_length=8), 20)
-    with pytest.raises(InputError, match="architecture bigram has no residual stream"):
+    with pytest.raises(InputError, match="bigram architecture has no residual stream"):
         logit_lens(network, ids(1, 4, vocab_size=20))

@@ -13,7 +13,8 @@ from untrained_runs import save_run
 from tinylm.errors import InputError
 from tinylm.evaluation.evaluate_run import evaluate_run
 from tinylm.inspection.learning import pattern_tokens, select_checkpoints, view_checkpoints
-from tinylm.inspection.overview import InspectOptions, inspect_text, token_text
+from tinylm.inspection.input import InspectOptions
+from tinylm.inspection.overview import inspect_text, token_text
 from tinylm.inspection.page import PageOptions, collect
 from tinylm.inspection.tour import MAX_WORDS, as_html, tour
 from tinylm.model import registry
@@ -72,7 +73,7 @@ def test_invalid_options_are_rejected(text: str, options: InspectOptions, proble
         inspect_text(tiny_run, text, options)
 
 
-def test_every_token_has_a_readable_text(tiny_run: Run) -> None:
+def test_every_token_has_readable_text(tiny_run: Run) -> None:
     tokenizer = tiny_run.tokenizer
     assert "".join(token_text(tokenizer, id) for id in tokenizer.encode("a b\n")) == "a b\n"
     assert token_text(tokenizer, tokenizer.end_of_text or 0) == "<|endoftext|>"
@@ -88,7 +89,8 @@ def test_checkpoints_are_selected_and_viewed(tiny_run: Run, tmp_path: Path) -> N
             select_checkpoints(tiny_run, invalid)
     [view] = view_checkpoints(tiny_run, tiny_run.tokenizer.encode(TEXT), select_checkpoints(tiny_run, "1"), pattern_tokens=3)
     inspected = inspect_text(tiny_run, TEXT, checkpoint="20")
-    assert view.losses == pytest.approx([token.loss for token in inspected.tokens[1:]], abs=1e-5)
+    assert view.losses[1:] == pytest.approx([token.loss for token in inspected.tokens[1:]], abs=1e-5)
+    assert view.losses[0] is None
     assert view.patterns is not None
     assert view.patterns.shape == (2, 2, 3, 3)
     assert pattern_tokens(tiny_run, 10, 1) == 10
@@ -150,7 +152,7 @@ def test_the_tour_needs_a_token_to_predict(tiny_run: Run) -> None:
 
 
 def _encoder_run(folder: Path, preset: str) -> Run:
-    """Train an encoder for two steps on text with a held-out part. Its tokenizer has control tokens."""
+    """Train an encoder for two steps, with a held-out split and a tokenizer that has control tokens."""
     text = folder / "text.txt"
     text.write_text("the cat sat on the mat and the dog ran to the cat\n" * 60)
     shape = "n_layer: 2, n_head: 2, n_embd: 16, context_length: 24"
@@ -195,6 +197,8 @@ def test_logits_after_a_nonlinear_head_are_not_attributed(tmp_path: Path) -> Non
     assert set(inspected.missing) == {"attribution"}
     assert "head_transform is not linear" in inspected.missing["attribution"]
     assert inspected.lens is not None
-    torch.testing.assert_close(
-        inspected.lens.probabilities[-1, 3, 0], inspected.forward.logits[0, 3].softmax(-1).max(), atol=1e-5, rtol=1e-5
-    )
+    masked = inspected.forward.tokens.clone()
+    masked[0, 3] = ControlTokens.of(inspected.run.tokenizer).mask
+    with torch.no_grad():
+        expected = inspected.forward.model(masked)[0, 3].softmax(-1).max()
+    torch.testing.assert_close(inspected.lens.probabilities[-1, 3, 0], expected, atol=1e-5, rtol=1e-5)

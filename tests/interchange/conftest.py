@@ -17,7 +17,7 @@ from tinylm.tokenizer import Tokenizer, training
 
 @pytest.fixture(scope="session")
 def tokenizers(english: str) -> dict[str, Tokenizer]:
-    """Return tokenizers that differ in features that not every program supports: split pattern, digits per token, and kind."""
+    """Return tokenizers that differ in what other programs support: the split pattern, the digits per token, and the kind."""
     sections = {
         "gpt2": BpeTokenizer(kind="bpe", vocab_size=400, split="gpt2"),
         "digits1": BpeTokenizer(kind="bpe", vocab_size=400, digits=1),

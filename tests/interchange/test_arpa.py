@@ -1,4 +1,4 @@
-"""N-gram models survive a round trip through ARPA files, and KenLM can read these files."""
+"""N-gram models survive a round trip through ARPA files, and KenLM computes the same probabilities from these files."""
 
 from __future__ import annotations
 
@@ -77,5 +77,5 @@ def test_a_damaged_file_is_rejected(old: str, new: str, tmp_path: Path) -> None:
 
 
 def test_only_n_gram_models_are_exported(tiny_run: Run, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="ARPA files contain n-gram models, not architecture decoder"):
+    with pytest.raises(InputError, match="ARPA files contain n-gram models, but this model has the decoder architecture"):
         export(tiny_run, "arpa", tmp_path / "model.arpa")

@@ -38,7 +38,7 @@ LABELS = {0: "yes", 1: "no", 2: "perhaps"}
 
 
 def save(folder: Path, name: str, config: dict[str, Any], *, byte_level: bool = False) -> Any:
-    """Save a random model of class `name` together with a tokenizer, and return the model."""
+    """Save a randomly initialized model of class `name` together with a tokenizer, and return the model."""
     names = ["<s>", "<pad>", "</s>", "<mask>"] if byte_level else ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     kind: Any = BpeTokenizer(kind="bpe", vocab_size=320, special_tokens=tuple(names))
     if not byte_level:
@@ -103,7 +103,7 @@ def test_an_imported_model_computes_the_same_logits(name: str, config: dict[str,
         )
 
 
-def test_preset_bert_survives_export_and_import(tmp_path: Path) -> None:
+def test_the_bert_preset_survives_export_and_import(tmp_path: Path) -> None:
     train(
         masked_recipe(tmp_path, model="preset: bert", tokenizer="{kind: wordpiece, vocab_size: 120}"),
         tmp_path / "run",
@@ -152,7 +152,7 @@ def test_errors_explain_what_cannot_be_exported_or_imported(tmp_path: Path) -> N
     run = Run.open(tmp_path / "run")
     with pytest.raises(InputError, match=r"does not support model\.norm rmsnorm"):
         export(run, "hf", tmp_path / "exported")
-    with pytest.raises(InputError, match="architecture encoder"):
+    with pytest.raises(InputError, match="encoder architecture"):
         export(run, "gguf", tmp_path / "model.gguf")
     save(tmp_path / "source", "BertForMaskedLM", BERT)
     file = tmp_path / "source" / "config.json"

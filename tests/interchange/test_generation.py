@@ -35,7 +35,7 @@ GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
 
 
 def load(folder: Path, auto_class: str = "AutoModelForCausalLM") -> tuple[Any, Any]:
-    """Load the tokenizer and the model in the way that the model card shows."""
+    """Load the tokenizer and the model as shown in the model card."""
     trust = {"trust_remote_code": (folder / huggingface.MODELING_FILE).exists()}
     with huggingface.quiet(transformers):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **trust)
@@ -134,7 +134,7 @@ def test_the_custom_class_returns_hidden_states_attentions_and_a_loss(exported: 
     torch.testing.assert_close(output.loss, expected)
 
 
-def test_the_cache_of_one_call_continues_in_the_next(exported: Any) -> None:
+def test_the_cache_from_one_call_can_be_passed_to_the_next(exported: Any) -> None:
     tokenizer, other = load(exported(PLAIN))
     ids = tokenizer("The for statement is used to iterate", return_tensors="pt")["input_ids"]
     with torch.no_grad():
@@ -207,7 +207,7 @@ def test_an_export_that_generates_different_text_fails(make_run: MakeRun, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_the_snippet_fits_the_context_and_the_tokenizer(tokenizers: dict[str, Tokenizer]) -> None:
+def test_the_model_card_snippet_fits_the_context_and_the_tokenizer(tokenizers: dict[str, Tokenizer]) -> None:
     assert Snippet.choose(tokenizers["byte"], 64, "text", False) == Snippet("Once", 40, False)
     assert Snippet.choose(tokenizers["byte"], 10, "text", False) == Snippet("Once", 6, False)
     assert Snippet.choose(tokenizers["byte"], 4, "text", False) == Snippet("t", 3, False)

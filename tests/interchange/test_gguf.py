@@ -50,7 +50,7 @@ def test_a_gguf_file_produces_the_same_results_in_other_programs(
         assert result.same_greedy == gguf.GREEDY_TOKENS if file_type == "f32" else result.same_greedy is not None
 
 
-def test_the_file_states_its_type_and_its_padding_token(make_run: MakeRun, tmp_path: Path) -> None:
+def test_the_metadata_contain_the_file_type_and_the_padding_token(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run("llama")
     export(run, "gguf", tmp_path / "model.gguf")
     fields = __import__("gguf").GGUFReader(tmp_path / "model.gguf").fields
@@ -97,8 +97,13 @@ def test_a_gguf_file_contains_the_complete_tokenizer(make_run: MakeRun, tmp_path
 @pytest.mark.parametrize(
     ("preset", "tokenizer", "parts", "message"),
     [
-        ("llama", "digits2", {}, "uses a split pattern that llama.cpp does not support (split gpt2 is supported, and split gpt4"),
-        ("llama", "char", {}, "llama.cpp does not support tokenizers of kind char (kinds bpe and byte are supported)"),
+        (
+            "llama",
+            "digits2",
+            {},
+            "uses a split pattern that llama.cpp does not support (the split gpt2 is supported, and the split gpt4",
+        ),
+        ("llama", "char", {}, "llama.cpp does not support tokenizers of the kind char (the kinds bpe and byte are supported)"),
         ("modern", "gpt2", {}, "llama.cpp does not support embedding_norm true, feed_forward relu2"),
         ("gpt2", "gpt2", {"feed_forward": "relu"}, "gpt2 does not support feed_forward relu (gelu is supported)"),
     ],

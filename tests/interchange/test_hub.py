@@ -24,7 +24,7 @@ NAME = "someone/small"
 
 
 class HubServer(ThreadingHTTPServer):
-    """Serves the files in `folder` as the model `NAME`."""
+    """Serves the files in `folder` as the files of the model `NAME`."""
 
     folder: Path
     requested: list[str]

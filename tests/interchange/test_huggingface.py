@@ -67,7 +67,7 @@ def load_network(run: Run) -> Transformer:
 
 
 def load_with_transformers(folder: Path) -> tuple[Any, Any]:
-    """Load the tokenizer and the model in the way that transformers users do."""
+    """Load the tokenizer and the model as transformers users do."""
     remote_code = (folder / huggingface.MODELING_FILE).exists()
     with huggingface.quiet(transformers):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=remote_code)
@@ -288,7 +288,9 @@ def gpt2_folder(folder: Path, english: str, **changes: Any) -> Path:
     return folder
 
 
-def test_tensor_names_and_buffers_from_older_transformers_import_as_the_same_model(tmp_path: Path, english: str) -> None:
+def test_a_checkpoint_with_the_tensor_names_and_buffers_of_older_transformers_is_imported_correctly(
+    tmp_path: Path, english: str
+) -> None:
     folder = gpt2_folder(tmp_path / "theirs", english)
     import_model(folder, tmp_path / "new")
     tensors = load_file(folder / "model.safetensors")
@@ -304,7 +306,7 @@ def test_tensor_names_and_buffers_from_older_transformers_import_as_the_same_mod
     assert all(torch.equal(tensor, expected[name]) for name, tensor in actual.items())
 
 
-def test_vocab_json_and_merges_txt_are_read_as_a_gpt2_tokenizer(tmp_path: Path, english: str) -> None:
+def test_a_gpt2_tokenizer_is_read_from_vocab_json_and_merges_txt(tmp_path: Path, english: str) -> None:
     folder = gpt2_folder(tmp_path / "theirs", english)
     (folder / "tokenizer.json").unlink()
     with pytest.raises(InputError, match=r"neither tokenizer\.json nor vocab\.json and merges\.txt"):

@@ -84,7 +84,7 @@ def case_section(case: dict[str, Any], preset: str) -> DecoderSection:
 
 
 def case_network(case: dict[str, Any], preset: str) -> Transformer:
-    """Return a network for `case_section` in eval mode, with noise added to its initial weights."""
+    """Return a network for a case in eval mode, with noise added to its initial weights."""
     return add_noise_(Transformer(case_section(case, preset), VOCAB_SIZE)).eval()
 
 
@@ -94,7 +94,7 @@ def cases_and_presets() -> list[tuple[str, dict[str, Any]]]:
 
 
 def assert_decoding_matches_full_passes(network: Transformer, decoder: DecodingModel[Any]) -> None:
-    """Check that prefill and decode steps match a full forward pass for rows of different lengths. Call it in inference mode."""
+    """Check that prefill and decode steps match full forward passes for rows of different lengths. Call this in inference mode."""
     tokens, starts = ids(3, 16), (5, 3, 8)
     full_pass = network(tokens)
     cache = decoder.new_state(3)

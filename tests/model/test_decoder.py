@@ -1,4 +1,4 @@
-"""Decoding token by token returns the same logits as a full forward pass for every model setting."""
+"""Decoding token by token returns the same logits as a full forward pass, for every `model:` key."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_rows_can_be_copied_reordered_and_dropped(preset: str, compiled: bool) -
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("preset", PRESETS)
 @torch.inference_mode()
-def test_evicting_clears_the_row_and_returns_the_number_of_tokens_to_prefill_again(preset: str, compiled: bool) -> None:
+def test_evicting_clears_a_row_and_returns_how_many_tokens_to_prefill_again(preset: str, compiled: bool) -> None:
     if compiled:
         pytest.importorskip("numba", reason="needs tinylm[fast]")
     network, tokens = model(preset), ids(2, 17)
@@ -95,7 +95,7 @@ def test_a_state_reserves_no_more_than_the_context_length() -> None:
 
 @torch.inference_mode()
 def test_torch_compile_receives_static_shapes_for_any_number_of_active_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replace `torch.compile`, which takes a minute, with a wrapper that records input shapes."""
+    """Replace `torch.compile`, which takes a minute, with a wrapper that records the input shapes."""
     shapes = set()
 
     def record_shapes(function: Any, **options: Any) -> Any:

@@ -28,7 +28,7 @@ def _random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, grad
 
 
 def _output_and_gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
-    """Return the output of `function`, then the gradient of a weighted sum of its elements for each input that requires one."""
+    """Return the output of `function`, and the gradients of a weighted sum of its elements for the inputs that require them."""
     leaves = [tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in inputs]
     output = function(*leaves)
     weights = torch.linspace(-1, 2, output.numel(), dtype=output.dtype).view_as(output)
@@ -171,7 +171,7 @@ def test_the_fused_loss_matches_torch_and_skips_ignored_targets(
 
 @pytest.mark.parametrize("cap", CAPS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_the_fused_loss_is_as_accurate_under_autocast_as_the_plain_loss(
+def test_the_fused_loss_is_as_accurate_under_autocast_as_the_unfused_loss(
     dtype: torch.dtype, cap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hidden, weight = _random(640, 32, dtype=torch.float32), _random(300, 32, seed=1, dtype=torch.float32)
@@ -326,7 +326,7 @@ def test_a_second_backward_pass_raises() -> None:
 
 
 class _LargestTensor(TorchDispatchMode):
-    """Record the number of elements in the largest tensor that any operation returns."""
+    """Records the number of elements in the largest tensor that any operation returns."""
 
     numel = 0
 

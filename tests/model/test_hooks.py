@@ -437,7 +437,7 @@ def test_hook_points_add_nothing_to_the_state_dict_and_copies_have_no_functions(
     assert list(cache) == ["embed"]
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="requires torch.distributed")
 def test_functions_receive_and_replace_full_activations_in_a_sharded_model(tmp_path: Path) -> None:
     plain, sharded, tokens = model("llama"), model("llama"), ids(2, 13)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)

@@ -1,4 +1,4 @@
-"""Compare attention, feed-forward layers, norms and position embeddings with plain formulas and PyTorch modules."""
+"""Compare attention, feed-forward layers, norms and position embeddings with their formulas and with PyTorch modules."""
 
 from __future__ import annotations
 

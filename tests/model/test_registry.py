@@ -1,4 +1,4 @@
-"""The transformer's implementation of `Model`: which weights are stored, tied, frozen, adapted and grouped."""
+"""The transformer's implementation of `Model`: stored, tied, frozen and adapted weights, and their optimizer groups."""
 
 from __future__ import annotations
 
@@ -78,12 +78,15 @@ def test_compile_units_contain_all_block_weights() -> None:
     assert len(network.compile_units()) == network.depth == 2
 
 
-def test_muon_updates_all_linear_weights_except_the_head_and_ngram_tables_have_a_higher_learning_rate() -> None:
+def test_muon_updates_all_linear_weights_except_the_head() -> None:
     network = _built("modern", ngram_embeddings=[2])
     expected = [f"{name}.weight" for name, module in network.named_modules() if isinstance(module, nn.Linear) and name != "head"]
     assert network.muon_weights() == expected
     assert set(network.stacked_matrices()) <= set(expected)
-    assert network.lr_multipliers() == {"ngrams.table.weight": 6.0}
+
+
+def test_only_ngram_tables_have_a_higher_learning_rate() -> None:
+    assert _built("modern", ngram_embeddings=[2]).lr_multipliers() == {"ngrams.table.weight": 6.0}
     assert _built("gpt2").lr_multipliers() == {}
 
 

@@ -92,7 +92,7 @@ def _assert_same_logits(network: Transformer, other: torch.nn.Module, length: in
         {"n_head": 2, "n_embd": 16, "tie_embeddings": False},
     ],
 )
-def test_preset_gpt2_matches_transformers_gpt2(overrides: dict[str, Any]) -> None:
+def test_the_gpt2_preset_matches_transformers_gpt2(overrides: dict[str, Any]) -> None:
     transformers = pytest.importorskip("transformers")
     network = model("gpt2", **overrides)
     shape = network.model
@@ -138,7 +138,7 @@ def _llama_config(network: Transformer) -> dict[str, Any]:
         {"n_head": 2, "n_embd": 40, "tie_embeddings": True, "norm_eps": 1e-3},
     ],
 )
-def test_preset_llama_matches_transformers_llama(overrides: dict[str, Any]) -> None:
+def test_the_llama_preset_matches_transformers_llama(overrides: dict[str, Any]) -> None:
     transformers = pytest.importorskip("transformers")
     network = model("llama", **overrides)
     other = transformers.LlamaForCausalLM(transformers.LlamaConfig(**_llama_config(network)))
@@ -254,7 +254,7 @@ def test_dropout_is_active_only_in_training_mode() -> None:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_attention_dropout_defaults_to_dropout_except_in_preset_modern(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_dropout_defaults_to_dropout_except_in_the_modern_preset(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     attention, seen = torch.nn.functional.scaled_dot_product_attention, set()
 
     def recorded(*tensors: torch.Tensor, dropout_p: float = 0.0, **rest: Any) -> torch.Tensor:
@@ -276,7 +276,7 @@ def test_attention_dropout_defaults_to_dropout_except_in_preset_modern(preset: s
         assert seen == {expected, 0.0}
 
 
-def test_dropout_zeroes_the_given_fraction_of_elements_and_preserves_the_mean() -> None:
+def test_dropout_zeroes_the_configured_fraction_of_elements_and_preserves_the_mean() -> None:
     torch.manual_seed(0)
     x = torch.ones(400, 257, requires_grad=True)
     dropped = functions.Dropout(0.3)(x)
@@ -453,7 +453,7 @@ def _rotate(heads: Tensor, theta: float) -> Tensor:
 
 
 def _reference_logits(network: Transformer, tokens: Tensor) -> Tensor:
-    """Compute the logits of one sequence head by head, for preset modern with any of `SETTINGS`.
+    """Compute the logits of one sequence head by head, for the `modern` preset with any of `SETTINGS`.
 
     The n-gram embeddings come from the network itself.
     """
@@ -504,7 +504,7 @@ WINDOWS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("overrides", [*SETTINGS, *WINDOWS], ids=str)
-def test_preset_modern_with_any_setting_matches_the_formula(overrides: dict[str, Any]) -> None:
+def test_the_modern_preset_with_any_setting_matches_the_formula(overrides: dict[str, Any]) -> None:
     network = model(n_layer=3, **overrides).double()
     tokens = ids(2, 11)
     with torch.no_grad():

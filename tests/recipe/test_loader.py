@@ -53,7 +53,7 @@ def test_integers_are_accepted_in_every_common_notation(written: str, expected: 
 @pytest.mark.parametrize(
     ("written", "expected"), [("off", False), ("on", True), ("no", False), ("Yes", True), ("TRUE", True), ("false", False)]
 )
-def test_flags_accept_true_on_yes_and_their_opposites(written: str, expected: bool) -> None:
+def test_booleans_accept_true_on_yes_and_their_opposites(written: str, expected: bool) -> None:
     assert read(f"{SMALLEST}model: {{bias: {written}}}").model.bias is expected
     assert read(SMALLEST, f"training.compile={written}").training.compile is expected
 
@@ -233,7 +233,7 @@ name: again
         "my.yaml:10: training.tokens: only one of steps, tokens, epochs, minutes can be set, and steps is set",
         "my.yaml:12: training.micro_batch_size: 24 does not divide global_batch_size 64 (16 or 32 would)",
         "my.yaml:13: training.schedule.warmup: 50 warmup steps exceed the 10 training steps",
-        "my.yaml:14: evaluation.every: must be a whole number of at least 1, or a share of the training run below 1, not -3",
+        "my.yaml:14: evaluation.every: must be a whole number of at least 1, or a share below 1 of the training run, not -3",
         "my.yaml:15: name is set twice (first on line 1)",
     ]
 
@@ -244,7 +244,7 @@ def test_a_misspelled_key_is_not_also_reported_as_missing() -> None:
         "my.yaml:2: training.steps: must be a whole number of at least 1, or null, not 'none'"
     ]
     assert problems("data: {train: []}\ntraining: {steps: 1}\n") == [
-        "my.yaml:1: data.train: must be a SOURCE (a file, folder, glob, URL, builtin:NAME) or a list of them, not []"
+        "my.yaml:1: data.train: must be a SOURCE (a file, folder, glob, URL or builtin:NAME) or a list of them, not []"
     ]
 
 
@@ -289,7 +289,7 @@ def test_contradictory_keys_are_rejected(settings: list[str], expected: str) -> 
     assert expected in problem
 
 
-def test_files_in_a_recipe_must_exist_and_be_long_enough(tmp_path: Path) -> None:
+def test_the_files_named_in_a_recipe_must_exist_and_be_long_enough(tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("too short")
     text = f"data:\n  train: {short}\n  heldout: {tmp_path}/none.txt\ntokenizer: {{path: none.json}}\ntraining: {{steps: 1}}\n"
@@ -435,7 +435,7 @@ def test_an_invalid_override_is_reported_exactly_as_typed(override: str, expecte
     assert problem.startswith(expected)
 
 
-def test_importing_recipes_plans_text_and_data_does_not_import_torch() -> None:
+def test_the_recipe_plan_text_and_data_modules_do_not_import_torch() -> None:
     modules = "tinylm.recipe, tinylm.cost.plan, tinylm.text.sources, tinylm.text.split, tinylm.data.prepare, tinylm.data.estimate"
     program = f"import sys, {modules}; print(sorted({{'torch', 'transformers', 'pyarrow'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

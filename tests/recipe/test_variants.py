@@ -12,7 +12,7 @@ import yaml
 from toy import ToyObjective, ToySection
 
 from tinylm.errors import InputError
-from tinylm.pipeline import merge_for_resume
+from tinylm.pipeline.resume import merge_for_resume
 from tinylm.recipe import (
     ModelVariant,
     Recipe,
@@ -140,7 +140,7 @@ def test_the_default_objective_of_a_registered_architecture_is_its_first_objecti
     assert read(TOY, "objective=causal_lm").objective == CausalLMObjective()
     assert read(BASE).objective == CausalLMObjective()
     assert problems(BASE, "objective=toy_lm") == [
-        "--set objective=toy_lm: objective: architecture decoder cannot be trained with toy_lm (only with causal_lm)"
+        "--set objective=toy_lm: objective: the decoder architecture cannot be trained with toy_lm (only with causal_lm)"
     ]
 
 
@@ -156,7 +156,7 @@ def test_an_objective_can_list_the_architectures_that_it_supports() -> None:
 
 
 @pytest.mark.usefixtures("toy")
-def test_mistakes_in_a_registered_architecture_are_reported_with_their_lines() -> None:
+def test_mistakes_in_the_keys_of_a_registered_architecture_are_reported_with_their_lines() -> None:
     text = f"{BASE}model:\n  architecture: toy\n  prune: [0]\n  n_state: 3\n  forgetting: 1\nobjective:\n  shore: 1\n"
     assert problems(text) == [
         "my.yaml:5: model.prune: not a key of architecture toy (architecture ngram has it)",
@@ -180,7 +180,9 @@ def test_conflicts_between_keys_of_a_registered_architecture_are_reported() -> N
     assert problems(TOY, "evaluation.stride=17")[0].startswith(
         "--set evaluation.stride=17: evaluation.stride: must be at most context_length 16"
     )
-    assert problems(TOY, "training.lora={}")[0].startswith("--set training.lora={}: training.lora: needs a trained model to adapt")
+    assert problems(TOY, "training.lora={}")[0].startswith(
+        "--set training.lora={}: training.lora: requires a trained model to adapt"
+    )
 
 
 @pytest.mark.usefixtures("toy")

@@ -136,7 +136,7 @@ def test_text_parts_are_joined(server: RunningServer) -> None:
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             "messages: message 1: content must be text; images, audio and files are not supported (here: image_url)",
         ),
-        ({"messages": [{"role": "user", "content": "x" * 200}]}, "messages: they have 204 tokens, and the model's context has 96"),
+        ({"messages": [{"role": "user", "content": "x" * 200}]}, "messages: 204 tokens do not fit into the model's context of 96"),
         ({"messages": MESSAGES, "tools": [{"type": "function"}]}, "tools: tools are not supported"),
         ({"messages": MESSAGES, "response_format": {"type": "json_object"}}, "response_format: only {'type': 'text'} is supported"),
         ({"messages": MESSAGES, "max_tokens": 61}, "max_tokens: must be at most 60"),
@@ -161,7 +161,7 @@ def test_the_error_for_messages_sent_to_completions_contains_the_chat_route(serv
     assert "/v1/chat/completions" in response.json()["error"]["message"]
 
 
-def test_the_page_is_a_chat_and_the_template_is_public(server: RunningServer, encoder: ChatEncoder) -> None:
+def test_the_page_is_a_chat_page_and_the_template_is_public(server: RunningServer, encoder: ChatEncoder) -> None:
     page = httpx.get(server.address).text
     assert "v1/chat/completions" in page
     assert httpx.get(f"{server.address}/tokenizer_info").json()["chat_template"] == encoder.jinja()

@@ -19,6 +19,7 @@ def _record(message: str, *arguments: object, error: BaseException | None = None
 def test_a_repeated_message_is_logged_once() -> None:
     repeats = connections.RepeatFilter()
     assert [repeats.filter(_record("accept failed: %s", number)) for number in range(1000)] == [True] + [False] * 999
+    assert [repeats.filter(_record(f"failed\nhandle: {number}")) for number in range(3)] == [True, False, False]
     assert repeats.filter(_record("another message"))
     assert repeats.filter(_record("accept failed: %s", 1, error=OSError())), "the same message with an error is new"
 

@@ -143,7 +143,7 @@ def test_every_sampling_option_changes_the_text(running: RunningServer) -> None:
     ],
     ids=str,
 )
-def test_the_error_for_an_invalid_request_contains_the_key(
+def test_the_error_for_an_invalid_request_names_the_parameter(
     running: RunningServer, body: dict[str, Any], status: int, param: str | None
 ) -> None:
     response = running.complete(**body)
@@ -176,7 +176,7 @@ def test_concurrent_clients_each_get_their_own_text(running: RunningServer, deco
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_disconnect_frees_the_rows(running: RunningServer, stream: bool) -> None:
+def test_a_client_disconnect_frees_its_batch_slots(running: RunningServer, stream: bool) -> None:
     assert running.wait_until_idle()
     body = json.dumps({"prompt": "x", "max_tokens": 2000, "n": 4, "logit_bias": {"0": -100}, "stream": stream}).encode()
     with socket.create_connection(("127.0.0.1", int(running.address.rpartition(":")[2]))) as connection:
@@ -202,6 +202,17 @@ def test_a_full_queue_and_a_timeout_are_reported(decoder: Decoder, tokenizer: To
         assert busy.complete(prompt="x", max_tokens=1).status_code == 200
     finally:
         busy.stop()
+
+
+def test_more_samples_than_rows_wait_and_more_than_can_wait_are_rejected(decoder: Decoder, tokenizer: Tokenizer) -> None:
+    small = RunningServer(decoder, tokenizer, server.Limits(rows=1, queue_size=1))
+    try:
+        assert len(small.complete(prompt="x", max_tokens=2, n=2).json()["choices"]) == 2
+        rejected = small.complete(prompt="x", max_tokens=2, n=3)
+        assert (rejected.status_code, rejected.json()["error"]["param"]) == (400, "n")
+        assert "must be at most 2" in rejected.json()["error"]["message"]
+    finally:
+        small.stop()
 
 
 def test_null_and_neutral_values_are_accepted(running: RunningServer) -> None:
@@ -239,7 +250,7 @@ def test_echo_returns_the_prompt_with_its_logprobs(client: Any, decoder: Decoder
     assert offsets[:5] == [0, 1, 2, 3, 4]
 
 
-def test_an_error_in_one_request_does_not_end_others(running: RunningServer, tokenizer: Tokenizer) -> None:
+def test_an_error_in_one_request_does_not_abort_other_requests(running: RunningServer, tokenizer: Tokenizer) -> None:
     async def complete_both() -> list[Any]:
         async with httpx.AsyncClient(timeout=60) as clients:
             normal = {"prompt": "x", "max_tokens": 300, "logit_bias": {str(tokenizer.end_of_text): -100}, "seed": 1}
@@ -278,14 +289,14 @@ def test_slow_and_idle_connections_are_closed(decoder: Decoder, tokenizer: Token
         with socket.create_connection(address, timeout=30) as connection:
             assert connection.recv(100) == b"", "an idle connection must be closed"
         idle = [socket.create_connection(address, timeout=30) for _ in range(6)]
-        assert slow.complete(prompt="x", max_tokens=1).status_code == 200, "idle connections must not block others"
+        assert slow.complete(prompt="x", max_tokens=1).status_code == 200, "idle connections must not block other clients"
         for connection in idle:
             connection.close()
     finally:
         slow.stop()
 
 
-def test_the_model_tokenizer_health_and_metrics_routes_respond(running: RunningServer, tokenizer: Tokenizer) -> None:
+def test_the_models_tokenize_health_and_metrics_routes_respond(running: RunningServer, tokenizer: Tokenizer) -> None:
     get = lambda path: httpx.get(f"{running.address}{path}")  # noqa: E731
     assert get(f"/v1/models/{NAME}").json()["id"] == NAME
     assert get("/v1/models/a/b").status_code == 404
@@ -329,7 +340,7 @@ def _start_browser() -> Any:
         return session, session.chromium.launch(executable_path=path, args=flags)
     except playwright.Error as error:
         session.stop()
-        pytest.skip(f"Chromium does not start: {str(error).splitlines()[0]}")
+        pytest.skip(f"could not start Chromium: {str(error).splitlines()[0]}")
 
 
 def test_the_web_page_generates_text_and_continues_from_an_alternative_token(running: RunningServer) -> None:

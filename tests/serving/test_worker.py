@@ -80,7 +80,7 @@ def test_a_failure_during_prefill_is_reported_to_its_client(
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_if_the_engine_fails_permanently_running_queued_and_new_jobs_receive_an_error(
+def test_all_jobs_receive_an_error_if_the_engine_fails_permanently(
     decoder: Decoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with running_worker(decoder, tokenizer) as worker:
@@ -95,7 +95,7 @@ def test_if_the_engine_fails_permanently_running_queued_and_new_jobs_receive_an_
             Client(worker, tokenizer, max_new_tokens=3)
 
 
-def test_closing_the_worker_ends_running_and_queued_jobs(decoder: Decoder, tokenizer: Tokenizer) -> None:
+def test_closing_the_worker_aborts_running_and_queued_jobs(decoder: Decoder, tokenizer: Tokenizer) -> None:
     with running_worker(decoder, tokenizer) as worker:
         clients = [Client(worker, tokenizer, max_new_tokens=ENDLESS) for _ in range(2)]
         clients[0].next_event()
@@ -104,7 +104,7 @@ def test_closing_the_worker_ends_running_and_queued_jobs(decoder: Decoder, token
         Client(worker, tokenizer, max_new_tokens=3)
 
 
-def test_a_canceled_job_frees_its_row_for_the_next_job(decoder: Decoder, tokenizer: Tokenizer) -> None:
+def test_a_canceled_job_frees_its_batch_slot_for_the_next_job(decoder: Decoder, tokenizer: Tokenizer) -> None:
     with running_worker(decoder, tokenizer) as worker:
         endless = Client(worker, tokenizer, max_new_tokens=ENDLESS)
         endless.next_event()

@@ -45,7 +45,7 @@ def test_runs_that_differ_only_in_the_seed_are_averaged() -> None:
     assert document["best"]["mean"] == pytest.approx(2.1)
 
 
-def test_failed_and_pruned_runs_are_listed_but_never_the_best() -> None:
+def test_failed_and_pruned_runs_are_listed_but_never_chosen_as_best() -> None:
     pruned = Outcome("p", "runs/p", {"lr": "9"}, "digest", {"best_val_loss": 1.0, "val_loss": 1.0}, pruned=True)
     summary = summarize([outcome("a", None, lr="1"), pruned, outcome("b", 3.0, lr="2"), outcome("c", math.nan, lr="3")])
     assert [row.status for row in summary.rows] == ["failed", "pruned", "done", "done"]
@@ -59,7 +59,7 @@ def test_a_sweep_in_which_every_run_failed_has_no_best_run() -> None:
     assert summary.as_dict()["best"] is None
 
 
-def test_a_higher_value_is_better_for_a_metric_such_as_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_run_has_the_highest_value_of_a_metric_such_as_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
     from tinylm.evaluation import metrics
 
     accuracy = metrics.Metric("toy_accuracy", "accuracy", "", lower_is_better=False, format=".3f")

@@ -95,7 +95,7 @@ def test_surrogates_are_replaced_on_request(tmp_path: Path) -> None:
     assert item.messages[0].content == "a\ufffd"
 
 
-def test_equal_conversations_are_in_the_same_part_and_no_part_is_empty() -> None:
+def test_equal_conversations_are_in_the_same_split_and_no_split_is_empty() -> None:
     conversations = [Conversation(tuple(messages)) for messages in additions(20)]
     repeated = [*conversations, *[Conversation(tuple(exchange("again", "yes")))] * 5]
     parts = choose(repeated, {"heldout": 0.1, "test": 0.04})

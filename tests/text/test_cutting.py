@@ -1,4 +1,4 @@
-"""Long documents are cut into bounded pieces that have the same tokens as the whole document."""
+"""Long documents are cut into pieces of bounded size that together have the same tokens as the whole document."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def pieces_of(path: Path) -> list[str]:
     return [piece.text for piece in pieces]
 
 
-def test_a_long_document_is_cut_into_bounded_pieces(tmp_path: Path, english: str) -> None:
+def test_a_long_document_is_cut_into_pieces_of_bounded_size(tmp_path: Path, english: str) -> None:
     for name, text in {
         "english": english * 3,
         "nospace": "ab" * 1_300_000,

@@ -84,7 +84,7 @@ def test_catalog_messages_are_cleaned_and_plurals_are_included(po_file: Path) ->
     ]
     assert {pair.document for pair in pairs} == {"program"}
     assert "2 fuzzy or obsolete" in reporter.notes[0]
-    assert "1 other placeholders" in reporter.notes[0]
+    assert "1 different placeholders" in reporter.notes[0]
     assert "1 untranslated" in reporter.notes[0]
 
 
@@ -137,7 +137,7 @@ def test_placeholders_can_be_in_a_different_order() -> None:
     assert placeholders("{name} 100%") != placeholders("100%")
 
 
-def test_aligned_files_need_the_same_number_of_lines(tmp_path: Path) -> None:
+def test_aligned_files_must_have_the_same_number_of_lines(tmp_path: Path) -> None:
     (tmp_path / "a.de").write_text("eins\nzwei\n", encoding="utf-8")
     (tmp_path / "a.en").write_text("one\ntwo\n", encoding="utf-8")
     part = AlignedFiles(source=str(tmp_path / "a.de"), target=str(tmp_path / "a.en"))

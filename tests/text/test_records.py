@@ -87,7 +87,7 @@ def test_a_template_combines_jsonl_fields(tmp_path: Path) -> None:
 
 
 def test_a_template_combines_parquet_columns(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow", reason="needs tinylm[parquet]")
+    pyarrow = pytest.importorskip("pyarrow", reason="requires tinylm[parquet]")
     from pyarrow import parquet
 
     parquet.write_table(pyarrow.table({"id": [1, 2], "body": ["é", "b"]}), tmp_path / "a.parquet")

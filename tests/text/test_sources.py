@@ -239,7 +239,7 @@ def test_standard_input_can_be_read_repeatedly(monkeypatch: pytest.MonkeyPatch) 
         assert joined(corpus) == joined(corpus) == [POEM]
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="requires named pipes")
 def test_a_pipe_can_be_read_repeatedly(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
@@ -306,13 +306,13 @@ def test_errors_for_missing_sources_are_one_line_long(tmp_path: Path) -> None:
 @pytest.fixture
 def _datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Use the `datasets` library offline and with a temporary cache."""
-    library = pytest.importorskip("datasets", reason="needs tinylm[datasets]")
+    library = pytest.importorskip("datasets", reason="requires tinylm[datasets]")
     monkeypatch.setattr(library.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(library.config, "HF_HUB_OFFLINE", True)
 
 
 @pytest.mark.usefixtures("_datasets")
-def test_a_dataset_is_read_row_by_row_from_the_given_split(tmp_path: Path) -> None:
+def test_a_dataset_is_read_row_by_row_from_the_requested_split(tmp_path: Path) -> None:
     texts = [f"row {number},\r\n 世界" for number in range(10)]
     for split, part in {"train": texts[:8], "test": texts[8:]}.items():
         write(tmp_path / "data" / f"{split}.jsonl", "".join(json.dumps({"text": text, "n": 1}) + "\n" for text in part))
@@ -370,7 +370,7 @@ with Corpus([sys.argv[1]]) as small, Corpus([sys.argv[2]]) as large:
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in kilobytes only on Linux")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="requires Linux, where ru_maxrss is in kilobytes")
 @pytest.mark.parametrize("unit", ["x", "word "])
 def test_a_fifty_megabyte_line_is_streamed_in_constant_memory(tmp_path: Path, unit: str) -> None:
     small = write(tmp_path / "small.txt", unit * (4_000_000 // len(unit)))

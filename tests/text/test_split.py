@@ -1,4 +1,4 @@
-"""The training, held-out and test parts are disjoint, and together they form the whole text."""
+"""The training, held-out and test splits are disjoint, and together they form the whole text."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_the_fingerprint_depends_only_on_the_text_and_its_division_into_document
 
 @pytest.mark.parametrize("split_by", [by_tail, by_document])
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.5, 0.9])
-def test_the_parts_are_disjoint_and_together_form_the_text(english: str, split_by: SplitFunction, share: float) -> None:
+def test_the_splits_are_disjoint_and_together_form_the_text(english: str, split_by: SplitFunction, share: float) -> None:
     documents = paragraphs(english)
     train, heldout = parts(split_by, documents, share, size=50)
     assert len(documents) > 300
@@ -110,7 +110,7 @@ def test_the_tail_of_random_documents_is_a_suffix_near_the_requested_share() -> 
         assert abs(sum(map(len, heldout)) - requested) <= max(0.5 * requested, 1)
 
 
-def test_the_part_of_a_document_depends_only_on_its_text(english: str) -> None:
+def test_the_split_that_contains_a_document_depends_only_on_its_text(english: str) -> None:
     documents = paragraphs(english)
     unique = list(dict.fromkeys(documents))
     train, heldout = parts(by_document, documents + documents, 0.2)
@@ -121,20 +121,20 @@ def test_the_part_of_a_document_depends_only_on_its_text(english: str) -> None:
 
 
 @pytest.mark.parametrize(("documents", "share", "part"), [(["a"], 1e-9, "held-out"), (["a", "b"], 1 - 1e-9, "training")])
-def test_a_split_by_document_with_an_empty_part_is_an_error(documents: list[str], share: float, part: str) -> None:
+def test_an_empty_split_is_an_error(documents: list[str], share: float, part: str) -> None:
     with pytest.raises(InputError, match=f"the {part} part of the {len(documents)} documents would be empty") as caught:
         by_document(scan(in_pieces(documents, 5)), share)
     assert "use `by: tail`" in str(caught.value)
 
 
-def test_held_out_documents_that_occur_in_the_training_part_are_counted() -> None:
+def test_held_out_documents_that_also_occur_in_the_training_split_are_counted() -> None:
     train, heldout = (scan(in_pieces(texts, 3)).hashes for texts in (["a", "b", "b", "c"], ["b", "x", "c", "c"]))
     assert repeated_documents(train, heldout) == 3
     assert repeated_documents(train, np.array([], dtype=np.uint64)) == 0
 
 
 def cut_texts(text: str, share: float = 0.1, size: int = 7, test_share: float = 0.0) -> list[str]:
-    """Split a single document, move its cuts to line boundaries, and return the three parts."""
+    """Split a single document, move its cuts to line boundaries, and return the training, held-out and test text."""
     pieces = in_pieces([text], size)
     split = move_cuts_to_lines(by_tail(scan(pieces), share, test_share), pieces)
     return ["".join(joined(split, pieces, part)) for part in ("train", "heldout", "test")]
@@ -160,7 +160,7 @@ def test_a_document_is_cut_at_the_best_boundary_near_the_requested_share(unit: s
     assert abs(len(heldout) - 0.1 * len(text)) <= len(unit)
 
 
-def test_a_test_part_follows_the_held_out_part_and_is_cut_at_a_line() -> None:
+def test_the_test_split_follows_the_held_out_split_and_starts_at_a_line() -> None:
     text = "".join(f"line {number} of the text\n" for number in range(500))
     train, heldout, test = cut_texts(text, 0.2, 50, test_share=0.1)
     assert train + heldout + test == text
@@ -171,7 +171,9 @@ def test_a_test_part_follows_the_held_out_part_and_is_cut_at_a_line() -> None:
 
 
 @pytest.mark.parametrize("split_by", [by_tail, by_document])
-def test_three_parts_are_disjoint_and_together_form_the_text(english: str, split_by: Callable[[Scan, float, float], Split]) -> None:
+def test_three_splits_are_disjoint_and_together_form_the_text(
+    english: str, split_by: Callable[[Scan, float, float], Split]
+) -> None:
     documents = list(dict.fromkeys(paragraphs(english)))
     pieces = in_pieces(documents, 50)
     split = split_by(scan(pieces), 0.2, 0.1)
@@ -180,4 +182,4 @@ def test_three_parts_are_disjoint_and_together_form_the_text(english: str, split
     assert len(heldout) == pytest.approx(0.2 * len(documents), rel=0.5)
     assert len(test) == pytest.approx(0.1 * len(documents), rel=0.5)
     if split_by is by_document:
-        assert set(heldout) == set(joined(by_document(scan(pieces), 0.2), pieces, "heldout")), "a test part must not change it"
+        assert set(heldout) == set(joined(by_document(scan(pieces), 0.2), pieces, "heldout")), "a test split must not change it"

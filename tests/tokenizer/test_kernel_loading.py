@@ -1,4 +1,4 @@
-"""The numba kernels are loaded once a process has read enough text."""
+"""A process loads the numba kernels once it has read enough text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from tinylm.tokenizer import kernel_loading
 
-pytest.importorskip("tinylm.tokenizer.kernels", reason="needs tinylm[fast]")
+pytest.importorskip("tinylm.tokenizer.kernels", reason="requires tinylm[fast]")
 
 
 def test_kernels_are_loaded_only_after_enough_text(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ UseKernels = Callable[[Any], None]
 
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch) -> UseKernels:
-    """`use(kernels)` makes all modules call the kernels. `use(None)` makes them run the NumPy code."""
+    """`use(kernels)` makes all modules call the kernels, and `use(None)` makes them run the NumPy code."""
 
     def choose(module: Any) -> None:
         monkeypatch.setattr(kernel_loading, "kernels_if_worthwhile", lambda n_bytes: module)
@@ -56,7 +56,7 @@ def test_kernels_find_the_same_split_points_and_chunks(split: str, use: UseKerne
         assert chunks[0] == chunks[1]
         assert b"".join(chunks[1]) == encoded
     distinct = indices[kernels].chunks
-    assert len(set(distinct)) == len(distinct), "each chunk must have one number"
+    assert len(set(distinct)) == len(distinct), "each distinct chunk must be numbered once"
     assert sorted(distinct) == sorted(indices[None].chunks)
     assert indices[kernels].n_bytes == indices[None].n_bytes
 

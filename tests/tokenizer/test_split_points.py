@@ -49,7 +49,7 @@ def test_cutting_a_text_at_its_split_points_preserves_its_words(split: str, engl
     assert n_cuts > 300
 
 
-def test_there_are_no_split_points_with_custom_patterns_spaces_in_tokens_or_replacements() -> None:
+def test_split_points_are_unknown_for_custom_patterns_tokens_with_spaces_and_replacements() -> None:
     backend = make_backend("gpt4")
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("a+"), "isolated")
     assert split_points_of(json.loads(backend.to_str())) is None

@@ -202,7 +202,7 @@ def test_a_tokenizer_with_an_unsupported_decoder_is_an_error(tmp_path: Path) -> 
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "a</w>": 1}, unk_token="[UNK]"))
     backend.decoder = tokenizers.decoders.BPEDecoder()
     backend.save(str(tmp_path / "t.json"))
-    with pytest.raises(InputError, match=r"t\.json: wordlevel tokenizers with decoder BPEDecoder are not supported"):
+    with pytest.raises(InputError, match=r"t\.json: wordlevel tokenizers with the decoder BPEDecoder are not supported"):
         Tokenizer.load(tmp_path / "t.json")
 
 

@@ -96,7 +96,7 @@ def test_a_tokenizer_file_is_loaded_unchanged(english: str, tmp_path: Path) -> N
     assert loaded.fingerprint == saved.fingerprint
 
 
-def test_only_a_part_of_a_text_without_spaces_is_used_with_a_warning() -> None:
+def test_only_part_of_a_text_without_spaces_is_used_and_a_warning_is_printed() -> None:
     rng = random.Random(3)
     dna = "".join(rng.choices("ACGT", k=2_000_000))
     warnings: list[str] = []

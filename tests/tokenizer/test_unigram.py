@@ -1,4 +1,4 @@
-"""Unigram training matches the definition of the model, and the result compresses as well as sentencepiece."""
+"""Unigram training matches the definition of the model, and its tokenizers compress text as well as those of sentencepiece."""
 
 from __future__ import annotations
 

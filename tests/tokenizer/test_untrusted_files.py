@@ -1,4 +1,4 @@
-"""A tokenizer.json is validated before memory is allocated for it, and errors in the `tokenizers` library are reported."""
+"""A tokenizer.json is validated before memory is allocated for it, and errors from the `tokenizers` library are reported."""
 
 from __future__ import annotations
 

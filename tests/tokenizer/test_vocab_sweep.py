@@ -1,4 +1,4 @@
-"""The metrics in a vocabulary size sweep match a tokenizer trained separately at each size."""
+"""The metrics in a vocabulary size sweep match those of tokenizers that are trained separately at each size."""
 
 from __future__ import annotations
 
@@ -33,5 +33,5 @@ def test_the_metrics_of_a_sweep_match_training_at_each_size(english: str) -> Non
 
 
 def test_an_architecture_without_estimates_is_rejected() -> None:
-    with pytest.raises(InputError, match="the cost of architecture toy cannot be estimated"):
+    with pytest.raises(InputError, match="the cost of the toy architecture cannot be estimated"):
         sweep_vocab_sizes(BPE, [300], lambda: [], lambda: [], ToySection(), 1000, pytest.fail)

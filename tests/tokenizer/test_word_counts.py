@@ -1,4 +1,4 @@
-"""Word counts equal those from pretokenizing the whole text at once, and memory use is bounded."""
+"""Word counts are the same as when the whole text is pretokenized at once, and memory use is bounded."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_windows_do_not_change_word_counts_for_text_without_split_points(english
     )
 
 
-def test_the_number_of_words_and_chunks_in_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_numbers_of_words_and_chunks_in_memory_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tinylm.tokenizer.chunks.MAX_CHUNKS", 1000)
     monkeypatch.setattr("tinylm.tokenizer.word_counts.MAX_WORDS", 1500)
     rng = random.Random(3)

@@ -77,7 +77,7 @@ def test_training_continues_with_smaller_micro_batches_if_compiled_blocks_run_ou
     assert any("does not fit into memory" in note for note in reporter.notes)
 
 
-def test_a_resumed_run_continues_without_compilation_if_it_fails(text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_continues_uncompiled_if_compilation_fails(text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn.Module, "compile", _fail_to_compile)
     recipe, reporter = tiny_recipe(text_file, "modern", "training.compile=on"), CollectingReporter()
     with pytest.raises(WorkError, match="cannot be compiled: no compiler found"):

@@ -125,7 +125,7 @@ def test_links_and_paths_outside_the_folder_are_rejected(tmp_path: Path) -> None
     assert "does not belong" in str(Checkpoint(tmp_path / "checkpoints" / "step-000005").problem())
 
 
-def test_the_error_for_a_missing_complete_checkpoint_suggests_overwriting(tmp_path: Path) -> None:
+def test_the_error_for_a_run_without_a_complete_checkpoint_suggests_overwriting(tmp_path: Path) -> None:
     _save_steps(tmp_path, 5)
     _flip(tmp_path / "checkpoints" / "step-000005" / "state.json")
     with pytest.raises(InputError, match=r"no complete checkpoint.*--overwrite"):

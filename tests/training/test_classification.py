@@ -111,14 +111,14 @@ def test_the_run_stores_labels_and_counts(run: Run) -> None:
     assert "the saw -> " in (run.path / "samples.md").read_text()
 
 
-def test_a_resumed_run_is_bitwise_equal(folder: Path, run: Run, tmp_path: Path) -> None:
+def test_resuming_produces_bit_identical_losses_and_weights(folder: Path, run: Run, tmp_path: Path) -> None:
     recipe = classifier_recipe(folder, extra="objective: {class_weights: balanced}\nsampling: {every: 3, prompts: [the saw]}\n")
     train(recipe, tmp_path / "other", device="cpu")
     other = Run.open(tmp_path / "other")
     for name in ("best", "last"):
         (other.path / "checkpoints" / name).write_text("step-000003\n")
     shutil.rmtree(other.path / "checkpoints" / "step-000006")
-    train(recipe, other.path, device="cpu", resume=True)  # This recipe does not contain the labels that the run has filled in.
+    train(recipe, other.path, device="cpu", resume=True)  # This recipe does not contain the labels that the first run filled in.
     assert _losses(other) == _losses(run)
     weights = _weights(run)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in _weights(other).items())
@@ -207,15 +207,15 @@ def test_the_probabilities_for_a_text_sum_to_one(run: Run) -> None:
     assert classifier.calibrate() > 0
 
 
-def test_pool_cls_needs_a_bidirectional_model(folder: Path) -> None:
+def test_cls_pooling_requires_a_bidirectional_model(folder: Path) -> None:
     with pytest.raises(RecipeError, match="cls is the first token"):
         classifier_recipe(folder, model=MODELS["decoder"], extra="objective: {pool: cls}\n")
 
 
 def test_text_and_labels_need_matching_objectives(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="needs format labels, not text"):
+    with pytest.raises(RecipeError, match="requires the labels format, not text"):
         masked_recipe(tmp_path, extra="objective: classification\n")
-    with pytest.raises(RecipeError, match="needs format text, not labels"):
+    with pytest.raises(RecipeError, match="requires the text format, not labels"):
         classifier_recipe(tmp_path, extra="objective: masked_lm\n")
 
 

@@ -33,11 +33,11 @@ from tinylm.training.step import GradientSettings, accumulate
 
 CPU, CUDA, MPS = (torch.device(kind) for kind in ("cpu", "cuda", "mps"))
 FP32 = Precision("fp32", CPU)
-needs_a_compiler = pytest.mark.skipif(available_compiler(CPU) is None, reason="needs a C++ compiler")
+needs_a_compiler = pytest.mark.skipif(available_compiler(CPU) is None, reason="requires a C++ compiler")
 
 
 @pytest.mark.parametrize("has_triton", [True, False])
-def test_a_gpu_needs_triton(has_triton: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compilation_on_a_gpu_requires_triton(has_triton: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if has_triton and name == "triton" else None)
     assert available_compiler(CUDA) == ("triton" if has_triton else None)
 
@@ -53,7 +53,7 @@ def test_a_gpu_needs_triton(has_triton: bool, monkeypatch: pytest.MonkeyPatch) -
         ((), "missing", None),
     ],
 )
-def test_a_cpu_needs_an_installed_cpp_compiler(
+def test_compilation_on_a_cpu_requires_a_cpp_compiler(
     installed: tuple[str, ...], variable: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}" if name in installed else None)
@@ -63,7 +63,7 @@ def test_a_cpu_needs_an_installed_cpp_compiler(
     assert available_compiler(CPU) == expected
 
 
-def test_other_devices_have_no_compiler() -> None:
+def test_models_cannot_be_compiled_on_other_devices() -> None:
     assert available_compiler(MPS) is None
 
 

@@ -1,4 +1,4 @@
-"""Saved checkpoints survive full disks, deleted folders, concurrent processes and signals, and errors are reported."""
+"""Training reports full disks, deleted folders and concurrent processes, handles signals, and preserves saved checkpoints."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tinylm.run import LOCK, Run
 from tinylm.training import checkpoint as checkpoint_module
 from tinylm.training.metrics import Observer
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals and limits")
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="requires POSIX signals and resource limits")
 
 
 def _recipe(text: Path, *overrides: str) -> Recipe:
@@ -38,7 +38,7 @@ def _steps(folder: Path) -> list[int]:
 
 
 class _ActionAfterSaving(Observer):
-    """Call `action` when the checkpoint at step 4 is complete, and collect notes."""
+    """Calls `action` when the checkpoint for step 4 is complete, and collects notes."""
 
     def __init__(self, action: Any) -> None:
         self.action, self.notes = action, []

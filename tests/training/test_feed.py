@@ -18,7 +18,7 @@ TOKENS = np.random.default_rng(0).integers(0, 61, 500).astype(np.uint16)
 
 
 class _RecordingDataset(TokenStream):
-    """Record which examples are read and whether they are read in the main thread."""
+    """A dataset that records which examples are read, and whether the main thread reads them."""
 
     def __init__(self, broken_from: int = 10**9) -> None:
         super().__init__(TOKENS, 8, seed=3)

@@ -1,4 +1,4 @@
-"""Evaluations, samples and checkpoints are made at intervals given as a number of steps or as a share of the run."""
+"""The intervals of evaluations, samples and checkpoints can be a number of steps or a fraction of the run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def evaluated_steps(folder: Path) -> list[int]:
     return [line["step"] for line in Run.open(folder).metrics() if line["kind"] == "eval"]
 
 
-def test_intervals_can_be_shares_of_the_number_of_steps(short_file: Path, tmp_path: Path) -> None:
+def test_intervals_can_be_fractions_of_the_number_of_steps(short_file: Path, tmp_path: Path) -> None:
     shares = ("evaluation.every=0.25", "sampling.every=0.5", "checkpoint.every=0.2", "checkpoint.keep=20", "training.steps=10")
     train(tiny_recipe(short_file, "modern", *FAST, *shares), tmp_path / "run", device="cpu")
     assert evaluated_steps(tmp_path / "run") == [3, 5, 8, 10]
@@ -65,7 +65,7 @@ def test_a_run_with_a_time_limit_is_evaluated_about_eight_times(
     assert lines[-1]["seconds"] >= 1.8
 
 
-def test_a_time_limit_makes_shares_the_default(short_file: Path) -> None:
+def test_with_a_time_limit_intervals_are_fractions_of_the_run_by_default(short_file: Path) -> None:
     from tinylm.recipe import loads
 
     text = f"data: {{train: {short_file}}}\ntraining: {{minutes: 2}}\ncheckpoint: {{keep: 1}}\n"

@@ -1,4 +1,4 @@
-"""metrics.jsonl and samples.md contain the events of a run. A resumed run removes everything after its checkpoint."""
+"""metrics.jsonl and samples.md record the events of a run. Resuming removes everything written after the checkpoint."""
 
 from __future__ import annotations
 
@@ -63,10 +63,12 @@ def test_each_line_is_flushed_immediately(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_an_error_or_a_note_and_unwritten_lines_are_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_causes_an_error_or_a_note_and_unwritten_lines_are_written_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(jsonl_log, "open", lambda *_, **__: open("/dev/full", "a"), raising=False)  # noqa: SIM115
     raises = MetricsFile(tmp_path, 0)
-    for write in (lambda: raises.step(_step(1)), raises.close):  # Closing the file writes the line again.
+    for write in (lambda: raises.step(_step(1)), raises.close):  # closing the file tries to write the line again
         with pytest.raises(WorkError, match=r"cannot write the log: No space left.*--resume"):
             write()
     errors: list[str] = []
@@ -111,7 +113,7 @@ def test_resuming_removes_everything_written_after_the_checkpoint(tmp_path: Path
             metrics.sample(SampleEvent(step, "Once", f" upon {step}\n\n## Step 9\n\r## Step 9\n"))
     metrics.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"kind": "step", "st')  # A crash has truncated this line.
+        file.write('{"kind": "step", "st')  # a line that a crash truncated
     MetricsFile(tmp_path, 4).close()
     assert [(line["kind"], line["step"]) for line in _lines(tmp_path)] == [
         ("step", 1),

@@ -54,7 +54,7 @@ sys.exit(0 if faults() < first / 3 else f"{faults()} page faults, {first} before
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="requires glibc")
 def test_freed_memory_is_reused_without_new_page_faults() -> None:
     """Count page faults in a separate process."""
     result = subprocess.run([sys.executable, "-c", COUNT_PAGE_FAULTS], capture_output=True, text=True, check=False)

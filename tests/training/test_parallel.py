@@ -19,7 +19,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 from tinylm.recipe import Recipe
 from tinylm.run import Run
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="gloo, and POSIX signals")
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="requires gloo and POSIX signals")
 STEPS = 7
 
 

@@ -53,6 +53,6 @@ def test_the_keys_depend_on_the_metrics_of_the_objective() -> None:
 
 
 def test_the_best_value_is_not_restored_if_the_primary_metric_has_changed() -> None:
-    """If the primary metric of an objective changes, the next evaluation is the best so far."""
+    """The next evaluation is then the best so far."""
     restored = Progress.from_state(state(), (ACCURACY, LOSS))
     assert (restored.metrics, restored.best_value) == (None, None)

@@ -1,4 +1,4 @@
-"""Resuming rejects a shorter run, warns about jumps in the learning rate, and requires the optimizer state."""
+"""Resuming rejects a shorter training length, warns about jumps in the learning rate, and requires the optimizer state."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_extending_a_run_warns_about_the_jump_in_the_learning_rate(text_file: Pa
     assert [warning for warning in reporter.warnings if expected in warning and "from 100% to 25%" in warning]
 
 
-def test_an_unchanged_recipe_causes_no_warning(text_file: Path, tmp_path: Path) -> None:
+def test_resuming_with_an_unchanged_recipe_causes_no_warning(text_file: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(text_file, "modern", "training.steps=12")
     assert train(recipe, tmp_path / "run", device="cpu", observer=_Stopper("logged")).step == 6
     reporter = _Warnings()
@@ -127,7 +127,7 @@ def test_a_stopped_run_keeps_its_optimizer_state(text_file: Path, tmp_path: Path
     assert train(recipe, tmp_path / "run", resume=True, device="cpu").step == 12
 
 
-def test_a_run_trained_with_a_patched_layer_warns_when_it_is_opened(
+def test_opening_a_run_trained_with_a_patched_layer_causes_a_warning(
     text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = layers.FeedForward.forward

@@ -25,7 +25,7 @@ class FakePolicy:
 
 
 def run(speeds: Sequence[float], *, choices: Sequence[Policy] = (), expected: float | None = None, share: float = 0.5) -> tuple:  # type: ignore[type-arg]
-    """Send one step event every ten seconds with the speeds (tokens/s). Return the notes and the policy."""
+    """Send a step event for each of `speeds` (tokens/s), ten seconds apart. Return the notes and the policy."""
     policy, notes = FakePolicy(choices), list[str]()
     monitor = SpeedMonitor(cast(WaitPolicy, policy), notes.append, lambda: expected, lambda: share)
     for number, speed in enumerate(speeds, 1):

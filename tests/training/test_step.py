@@ -62,7 +62,7 @@ def test_the_gradient_matches_the_mean_loss_over_all_targets() -> None:
     torch.testing.assert_close(gradient, torch.cat([part.flatten() for part in expected]))
 
 
-def test_a_batch_without_targets_does_not_divide_by_zero() -> None:
+def test_a_batch_without_targets_does_not_cause_a_division_by_zero() -> None:
     network = model(n_embd=16)
     sequences = ids(4, 9)
     sequences[:, 1:] = IGNORE_INDEX

@@ -1,4 +1,4 @@
-"""A signal stops training and saves the last step, whenever it arrives."""
+"""Whenever a signal arrives, training stops and saves the last step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tinylm.training.metrics import EvaluationEvent, Observer, StepEvent
 
 
 class _Interrupter(Observer):
-    """Send SIGINT at one event in step 10, and count the calls to `stopping`."""
+    """Sends SIGINT at one event in step 10, and counts the calls to `stopping`."""
 
     def __init__(self, event: str) -> None:
         self.event = event
@@ -38,7 +38,7 @@ class _Interrupter(Observer):
         self.stopping_calls += 1
 
 
-@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.skipif(os.name == "nt", reason="requires POSIX signals")
 @pytest.mark.parametrize(("event", "every"), [("logged", 1000), ("logged", 10), ("saved", 10), ("evaluated", 10)])
 def test_a_signal_at_any_event_saves_the_step(text_file: Path, tmp_path: Path, event: str, every: int) -> None:
     recipe = tiny_recipe(text_file, "modern", f"checkpoint.every={every}", f"evaluation.every={every}")

@@ -1,4 +1,4 @@
-"""Trackers receive the same values as metrics.jsonl, including those from before a run was resumed."""
+"""Trackers receive the same values as metrics.jsonl, including the values from before a run was resumed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def logged(run: Path) -> dict[tuple[str, int], float]:
 
 
 def leveldb_records(content: bytes) -> Iterator[bytes]:
-    """Yield the records in a LevelDB log. Its 32 KiB blocks consist of fragments with a checksum, a length and a type."""
+    """Yield the records in a LevelDB log, whose 32 KiB blocks consist of fragments with a checksum, a length and a type."""
     position, parts = 7, b""  # skip the file header
     while position + 7 <= len(content):
         if (1 << 15) - position % (1 << 15) < 7:
@@ -76,7 +76,7 @@ def test_wandb_receives_all_metrics_offline(text_file: Path, tmp_path: Path, mon
     monkeypatch.setenv("WANDB_SILENT", "true")
     train(tiny_recipe(text_file, "modern", "tracking=wandb", "training.steps=5"), tmp_path / "run", device="cpu")
 
-    wandb.teardown()  # The service of wandb writes the file in the background.
+    wandb.teardown()  # wandb's service writes the file in the background
     from wandb.proto import wandb_internal_pb2
 
     (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")

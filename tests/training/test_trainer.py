@@ -217,7 +217,7 @@ def test_masked_documents_have_the_same_loss_as_separate_documents(documents_rec
     end_of_text, losses = prepared.train.end_of_text, []
     for row in ShuffledDocuments(prepared.train, 32, recipe.seed).examples(0, 8)["tokens"]:
         starts = [0, *(np.flatnonzero(row[1:-1] == end_of_text) + 1), len(row) - 1]
-        for start, end in pairwise(starts):  # Adjacent parts share one token.
+        for start, end in pairwise(starts):  # Adjacent documents share one token.
             part = torch.from_numpy(row[start : end + 1])
             losses.append(F.cross_entropy(network(part[None, :-1])[0], part[1:], reduction="none"))
     assert len(losses) > 8, "some windows must contain several documents"

@@ -64,7 +64,7 @@ def test_an_existing_folder_is_not_overwritten(tiny_run: Run, tmp_path: Path) ->
         vocabulary.write_edited_run(tiny_run, vocab_editing.add(tiny_run.tokenizer, ["zzz"]), tmp_path)
 
 
-def test_adding_tokens_with_ngram_tables_warns_and_removing_them_is_an_error(tiny_run: Run, tmp_path: Path) -> None:
+def test_with_ngram_tables_adding_tokens_warns_and_removing_tokens_is_an_error(tiny_run: Run, tmp_path: Path) -> None:
     model = tiny_run.recipe.model.model_copy(update={"ngram_embeddings": (2,)})
     run = dataclasses.replace(tiny_run)
     run.__dict__["recipe"] = tiny_run.recipe.model_copy(update={"model": model})

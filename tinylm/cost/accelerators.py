@@ -2,8 +2,8 @@
 
 The module converts counts (FLOPs and bytes) to seconds. The step time is a roofline estimate (Williams, Waterman & Patterson
 2009). It is the sum of the times for matrix products, other memory traffic, and the part of the all-reduce that does not overlap
-with the backward pass. The constants are the same for every accelerator and recipe. `benchmarks/published.py` compares the
-estimates with published training runs.
+with the backward pass. The constants are the same for every recipe and, except for `MATMUL_EFFICIENCY_HOPPER`, for every
+accelerator. `benchmarks/published.py` compares the estimates with published training runs.
 
 The estimate covers data parallelism within one node in which all devices communicate at `link_bandwidth`. It ignores kernel
 launches, which dominate steps of a few milliseconds. `step_time` accounts for them.
@@ -24,8 +24,10 @@ MATMUL_EFFICIENCY = 0.65
 """Fraction of the data sheet's FLOP/s that the matrix products of a training step reach. The best shapes reach 0.86 on an A100,
 0.80 on an H100 and 0.78 on a B200 (https://github.com/stas00/ml-engineering/tree/master/compute/accelerator, "Maximum Achievable
 Matmul FLOPS"). The shapes in a GPT are assumed to reach a fifth less because tiles do not fill the last wave, inner dimensions are
-short, and attention recomputes its scores in the backward pass. The value lies between the best fits to llm.c's runs on A100s (0.7)
-and H100s (0.6)."""
+short, and attention recomputes its scores in the backward pass. The best fit to llm.c's runs on A100s is 0.7."""
+MATMUL_EFFICIENCY_HOPPER = 0.55
+"""The same for H100s and H200s, fitted to `gpt2-124m` on one H200 (benchmarks/results/h200-2026-11.md). With this value, the
+estimates for the runs on H100s in `benchmarks/published.py` are within 5%. With the value above, they were 8 to 13% too fast."""
 BANDWIDTH_EFFICIENCY = 0.85
 """Fraction of the data sheet's memory bandwidth that all other kernels reach. This value is an assumption. Large copies reach about
 0.9. Norms and losses, which reduce along rows, reach less."""
@@ -55,10 +57,9 @@ class Accelerator:
 
     `flops`: dense matrix FLOP/s for each precision, without structured sparsity. 16-bit products accumulate in float32.
     `memory`: memory in bytes. A GB in the data sheet counts as 10^9 bytes. The chip has 7% more, but ECC and the driver use most
-    of it.
-    `bandwidth`: memory bandwidth in bytes/s.
-    `link_bandwidth`: bandwidth to the other devices in one direction, in bytes/s. This is half the figure in data sheets, which
-    add both directions. For cards that can only be bridged in pairs, it is the PCIe bandwidth.
+    of the difference. `bandwidth`: memory bandwidth in bytes/s. `link_bandwidth`: bandwidth to the other devices in one
+    direction, in bytes/s. This is half the figure in data sheets, which add both directions. For cards that can only be bridged
+    in pairs, it is the PCIe bandwidth. `matmul_efficiency`: fraction of `flops` that matrix products reach.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Accelerator:
     bandwidth: float
     link_bandwidth: float
     source: Source
+    matmul_efficiency: float = MATMUL_EFFICIENCY
 
     def matmul_flops(self, precision: MatmulPrecision) -> float:
         """Return the dense FLOP/s in the data sheet. Raises `InputError` if the device does not support the precision."""
@@ -123,9 +125,10 @@ ACCELERATORS: tuple[Accelerator, ...] = (  # name, FLOP/s, memory, bandwidth, li
         4.8e12,
         450e9,
         Source("NVIDIA H200 Tensor Core GPU data sheet, SXM", "https://www.nvidia.com/en-us/data-center/h200/"),
+        MATMUL_EFFICIENCY_HOPPER,
     ),
-    Accelerator("h100-sxm", _HOPPER_SXM, 80e9, 3.35e12, 450e9, _H100),
-    Accelerator("h100-pcie", _from_teraflops(51, 378, 756, 756), 80e9, 2e12, _PCIE5, _H100),
+    Accelerator("h100-sxm", _HOPPER_SXM, 80e9, 3.35e12, 450e9, _H100, MATMUL_EFFICIENCY_HOPPER),
+    Accelerator("h100-pcie", _from_teraflops(51, 378, 756, 756), 80e9, 2e12, _PCIE5, _H100, MATMUL_EFFICIENCY_HOPPER),
     Accelerator("a100-80gb-sxm", _from_teraflops(19.5, 156, 312, 312), 80e9, 2.039e12, 300e9, _A100),
     Accelerator("a100-80gb-pcie", _from_teraflops(19.5, 156, 312, 312), 80e9, 1.935e12, _PCIE4, _A100),
     Accelerator(
@@ -266,11 +269,11 @@ def step_seconds(
 ) -> StepSeconds:
     """Estimate the seconds for one optimizer step with data parallelism over `devices` in one node.
 
-    Three counts are for the global batch, which is divided among the devices. `matmul_flops` is the number of FLOPs in all matrix
-    products, `matmul_bytes` is the memory traffic for their operands (the bottleneck in narrow models), and `elementwise_bytes` is
-    all other memory traffic. Two counts are per device. `state_bytes` is the memory traffic for weights, gradients and optimizer
-    state, and `gradient_bytes` is the size of the gradients. In a ring all-reduce, each of N devices sends 2 (N - 1) / N times
-    `gradient_bytes` (Patarasuk & Yuan 2009).
+    Three counts apply to the global batch, which is divided among the devices. `matmul_flops` is the number of FLOPs in all
+    matrix products, `matmul_bytes` is the memory traffic for their operands (the bottleneck in narrow models), and
+    `elementwise_bytes` is all other memory traffic. Two counts apply to each device. `state_bytes` is the memory traffic for
+    weights, gradients and optimizer state, and `gradient_bytes` is the size of the gradients. In a ring all-reduce, each of N
+    devices sends 2 (N - 1) / N times `gradient_bytes` (Patarasuk & Yuan 2009).
 
     Raises `InputError` if the accelerator does not support the precision, or if `devices` is below 1.
     """
@@ -279,7 +282,7 @@ def step_seconds(
     peak = accelerator.matmul_flops(precision)
     bandwidth = BANDWIDTH_EFFICIENCY * accelerator.bandwidth
     # A kernel loads operands while it computes, so its time is the longer of the two.
-    matmul = max(matmul_flops / (MATMUL_EFFICIENCY * peak), matmul_bytes / bandwidth) / devices
+    matmul = max(matmul_flops / (accelerator.matmul_efficiency * peak), matmul_bytes / bandwidth) / devices
     elementwise = elementwise_bytes / bandwidth / devices
     ring = 2 * (devices - 1) / devices * gradient_bytes / (LINK_EFFICIENCY * accelerator.link_bandwidth)
     overlapped = min(OVERLAP_FRACTION * ring, BACKWARD_FRACTION * (matmul + elementwise))

@@ -3,9 +3,9 @@
 The module converts counts (FLOPs, bytes and kernels) to seconds and does not import torch. `measure` measures the speed of matrix
 products and memory with numpy. The constants state what fraction of that speed a training step reaches. Constants marked as fitted
 are close to the least-squares fit to twelve step times. These were measured for five models with 0.8 to 13.9 million parameters,
-context lengths from 64 to 256, and 768 to 2048 tokens per step, in fp32, in bf16 and compiled. All ran on two cores of one Xeon
-with AMX (350 GFLOP/s in fp32, 1650 in bf16). The constants reproduce those times within 20%. For other processors, they are rough
-guesses.
+context lengths from 64 to 256, and 768 to 2048 tokens per step, in fp32, in bf16, and with compilation. All ran on two cores of
+one Xeon with AMX (350 GFLOP/s in fp32, 1650 in bf16). The constants reproduce those times within 20%. For other processors, they
+are rough guesses.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ QUERY_BLOCK_SECONDS = 130e-6
 """Core-seconds per block of queries in the 16-bit backward pass of attention. Small 16-bit products have a fixed cost that float32
 products do not have. Fitted. A profile of 48 (sequence, head) pairs with 64 positions showed 70e-6 per block of 32 queries."""
 LAUNCH_SECONDS = 8e-6
-"""Time to launch a kernel from Python. Assumed. Typical values are 5 to 10 microseconds."""
+"""Seconds to launch a kernel from Python. Assumed. Typical values are 5 to 10 microseconds."""
 KERNELS = {"eager": 90, "compiled": 40}
 """Kernels per block in the forward and backward pass, excluding views. The eager value was counted in a profile of the `modern`
 preset. The compiled value is assumed."""
@@ -172,7 +172,7 @@ def newton_schulz_flops(rows: int, columns: int, steps: int) -> int:
 
 
 def measure(activation_bytes: int, weight_bytes: int) -> Processor:
-    """Measure this machine's CPU. This takes about 0.2 seconds. Other running programs lower the results.
+    """Measure this machine's CPU. This takes about 0.2 seconds. Other running programs lower the measured speed.
 
     `activation_bytes` and `weight_bytes` are the sizes of the arrays for measuring the two bandwidths.
     """
@@ -209,7 +209,7 @@ def _bandwidth(size: int) -> float:
 def _best(work: Callable[[], object], min_runs: int = 3, max_seconds: float = 0.06) -> float:
     """Call `work` repeatedly and return the seconds of the fastest call.
 
-    Stops after `max_seconds`, but calls it between `min_runs` and 50 times.
+    Stop after `max_seconds`, but make at least `min_runs` and at most 50 calls.
     """
     best, first_start, runs = math.inf, time.perf_counter(), 0
     while runs < min_runs or (runs < 50 and time.perf_counter() - first_start < max_seconds):

@@ -23,8 +23,8 @@ FUSED_LOSS_BYTES = 2 << 30
 """Maximum size in bytes of a chunk of float32 logits in the compiled loss on CUDA. Large chunks are faster because each chunk reads
 and writes the head's whole gradient."""
 FUSED_LOSS_SHARE = 4
-"""In the compiled loss, chunks that are larger than plain chunks contain at most 1 / `FUSED_LOSS_SHARE` of the micro-batch's rows.
-With small micro-batches, as on GPUs with little memory, the loss therefore needs little memory."""
+"""In the compiled loss, a chunk that is larger than in the uncompiled loss contains at most 1 / `FUSED_LOSS_SHARE` of the
+micro-batch's rows. With small micro-batches, as on GPUs with little memory, the loss therefore needs little memory."""
 FUSED_LOSS_FROM = 1 << 30
 """The loss is compiled if the logits of a micro-batch take at least this many bytes in float32. Compilation takes seconds and saves
 about 3 ms per gigabyte on an H200."""
@@ -38,6 +38,15 @@ EVALUATION_BATCH_TOKENS = 8192
 """Maximum number of tokens in an evaluation batch, including padding."""
 EVALUATION_BATCH_LOGITS = 1 << 25
 """Maximum number of logits in an evaluation batch (128 MiB in float32). With a large vocabulary, this limit is reached first."""
+GPU_EVALUATION_TOKENS = (8192, 65_536)
+"""Minimum and maximum number of tokens in an evaluation batch on a GPU (powers of two). Smaller batches do not keep a GPU busy."""
+GPU_EVALUATION_LOGITS = 1 << 28
+"""Maximum number of logits that an evaluation on a GPU computes together (1 GiB in float32)."""
+_GPU_EVALUATION_SHARE = 4
+"""An evaluation batch on a GPU takes at most 1 / `_GPU_EVALUATION_SHARE` of the free memory."""
+_EVALUATION_WIDTHS = 32
+"""Upper bound on the number of float32 values per token and channel that an evaluation stores at a time: the residual stream, a
+wide feed-forward layer, and queries, keys and values."""
 
 MMAP_THRESHOLD = 32 << 20
 """Freed tensors of at least this many bytes are returned to the operating system (see `tinylm.training.out_of_memory`)."""
@@ -241,7 +250,7 @@ def loss_bytes(model: DecoderSection, config: PassConfig) -> int:
 
     These are hidden states, a chunk of logits and, in 16-bit precision, a copy of the head.
 
-    On a GPU, the loss can be compiled or not, so the result is the larger of the two sizes.
+    On a GPU, the loss may or may not be compiled, so the result is the larger of the two sizes.
     """
     tokens = config.sequences * model.context_length
     chunk = loss_chunk_rows(config.vocab_size, on_gpu=config.on_gpu)
@@ -281,7 +290,7 @@ def muon_bytes(model: DecoderSection, *, bf16: bool) -> int:
     """Return the peak bytes of a Muon step, excluding its state.
 
     They consist of the float32 updates before orthogonalization, the updates that are already orthogonalized, and the temporaries
-    in the Newton-Schulz iteration. The iteration processes all matrices with the same shape as one stack. Its temporaries are the
+    of the Newton-Schulz iteration. The iteration processes all matrices with the same shape as one stack. Its temporaries are the
     stack, the matrices before and after an iteration, and two Gram matrices. With `bf16`, it runs in bf16, and the results are
     cast to float32 when the weights are updated.
     """
@@ -298,7 +307,7 @@ def muon_bytes(model: DecoderSection, *, bf16: bool) -> int:
 
 
 def evaluation_bytes(model: DecoderSection, vocab_size: int) -> tuple[int, int]:
-    """Return the peak bytes for an evaluation batch, in the blocks and while the logits and their log-softmax exist.
+    """Return the peak bytes for an evaluation batch: first in the blocks, then while the logits and their log-softmax exist.
 
     An evaluation runs in float32 and saves nothing for a backward pass.
     """
@@ -322,11 +331,19 @@ def _evaluated_tokens(model: DecoderSection, vocab_size: int) -> int:
     return context * max(1, min(EVALUATION_BATCH_TOKENS, EVALUATION_BATCH_LOGITS // vocab_size) // context)
 
 
+def gpu_evaluation_batch(width: int, free_bytes: int) -> tuple[int, int]:
+    """Return the maximum numbers of tokens and of logits in an evaluation batch on a GPU with this much free memory."""
+    smallest, largest = GPU_EVALUATION_TOKENS
+    fitting = free_bytes // _GPU_EVALUATION_SHARE // (4 * _EVALUATION_WIDTHS * width)
+    tokens = min(max(fitting, smallest), largest)
+    return 1 << (tokens.bit_length() - 1), GPU_EVALUATION_LOGITS  # a power of two varies less with the free memory
+
+
 def cpu_peak_bytes(model: DecoderSection, vocab_size: int, step: int, resident: int) -> int:
     """Return the peak resident set in bytes when training on a CPU, excluding weights and optimizer state.
 
-    `step` is the size in bytes of the tensors that a step allocates and frees. `resident` is the size of those that stay allocated.
-    The allocator keeps freed memory (`training/out_of_memory.py`), which is fast but causes fragmentation. A step takes
+    `step` is the size in bytes of the tensors that a step allocates and frees. `resident` is the size of the tensors that stay
+    allocated. The allocator keeps freed memory (`training/out_of_memory.py`), which is fast but causes fragmentation. A step takes
     `FRAGMENTATION` times the bytes of its tensors, and the largest gradient cannot reuse the memory it previously occupied. An
     evaluation is assumed to reuse none of this memory, because its tensors have different sizes. Only tensors of `MMAP_THRESHOLD`
     or more bytes are returned to the operating system.

@@ -107,7 +107,8 @@ def choose_micro_batch(
     half: bool = False,
     devices: int = 1,
 ) -> int:
-    """Return the recipe's micro-batch size. For `auto`, choose the largest size that fits in the usable share of device memory.
+    """Return the recipe's micro-batch size. For `auto`, choose the largest size that fits in the usable fraction of device
+    memory.
 
     The chosen size divides each device's batch. It is 1 if no size fits. `max_tokens` limits the micro-batch on a CPU and is None
     for a GPU. `half` means 16-bit training: fp16 if the recipe sets it, and bf16 otherwise. The memory limit is ignored for an

@@ -7,7 +7,7 @@ from tinylm.recipe.schema import DecoderSection, LoraSection, ModelVariant
 from tinylm.recipe.support import ANY, COMMON, Supports, unsupported_parts
 
 SUPPORTS: Supports = {**COMMON, "rope_scaling": ANY, "rope_fraction": ANY}
-"""The `model:` keys and values that all estimates in `tinylm.cost` cover: parameters, FLOPs, memory and time."""
+"""The `model:` keys and values that are covered by all estimates in `tinylm.cost`: parameters, FLOPs, memory and time."""
 
 
 def not_estimated(model: ModelVariant) -> tuple[str, ...]:
@@ -23,7 +23,7 @@ def has_estimates(model: ModelVariant) -> bool:
 def estimated(model: ModelVariant) -> DecoderSection:
     """Return `model`. Raises `InputError` if its architecture has no estimates."""
     if not isinstance(model, DecoderSection):
-        raise InputError(f"the cost of architecture {model.architecture} cannot be estimated", where="model.architecture")
+        raise InputError(f"the cost of the {model.architecture} architecture cannot be estimated", where="model.architecture")
     return model
 
 
@@ -76,8 +76,8 @@ def trained_parameters(model: DecoderSection, vocab_size: int, lora: LoraSection
 def flops_per_token(model: DecoderSection, vocab_size: int, lora: LoraSection | None = None) -> float:
     """Return the FLOPs per token in the forward and backward pass.
 
-    They are 6 per weight in a matrix product, including the head, plus causal attention. With `lora`, they are 6 per adapter weight
-    and 4 per frozen weight, because the gradients of frozen weights are not computed.
+    The count is 6 per weight in a matrix product, including the head, plus causal attention. With `lora`, it is 6 per adapter
+    weight and 4 per frozen weight, because the gradients of frozen weights are not computed.
     """
     attention = 6 * model.n_layer * model.context_length * model.n_head * model.head_width
     return weight_flops_per_token(model, vocab_size, lora) + attention

@@ -1,8 +1,8 @@
 """Estimate the parameters, batch sizes, FLOPs, memory and time of a training run before it starts.
 
-This module makes a `Plan` from a recipe, a vocabulary size and a number of training tokens. It does not import torch. `parameters`
-counts parameters and FLOPs, `micro_batch` estimates memory, and `step_time` estimates seconds on this machine's CPU or on
-accelerators.
+This module computes a `Plan` from a recipe, a vocabulary size and a number of training tokens. It does not import torch.
+`parameters` counts parameters and FLOPs, `micro_batch` estimates memory, and `step_time` estimates seconds on this machine's CPU or
+on accelerators.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class Plan:
     If the recipe sets `minutes`, `steps` and everything that depends on it are estimates. `micro_batch_size`,
     `gradient_accumulation_steps` and `memory_bytes` are per device. `seconds_estimate` includes compilation (`start_up_seconds`)
     but not evaluations (`evaluation_seconds`). `mfu` is the model FLOPs utilization, the fraction of the peak FLOP/s at this
-    precision that the recipe's FLOPs use. `cpu_share` is the fraction of the time that a thread runs on a CPU core when all cores
-    are in use. It is 1 for accelerators, which are not measured. If the machine is busy, `seconds_range` and `steps_range` extend
-    from the estimate for an idle machine to the estimate for this CPU share. Otherwise, both ends equal the estimate.
+    precision that the recipe's FLOPs use. `cpu_share` is the fraction of the time that a thread runs on a core when all
+    cores are in use. It is 1 for accelerators, which are not measured. If the machine is busy, `seconds_range` and `steps_range`
+    extend from the estimate for an idle machine to the estimate for this CPU share. Otherwise, both ends equal the estimate.
     `not_estimated` lists the parts of the model that the plan ignores, as "key value".
     """
 
@@ -211,7 +211,7 @@ def _evaluated_tokens(recipe: Recipe, heldout_tokens: int) -> float:
 
 
 def compute_optimal(parameters: int, flops: float, tokens: int, unique_tokens: int) -> ComputeOptimal:
-    """Return compute-optimal sizes. D = 20 N tokens and C = 6 N D FLOPs imply N = sqrt(C / 120) (Hoffmann et al. 2022)."""
+    """Return compute-optimal sizes. With D = 20 N tokens and C = 6 N D FLOPs, N = sqrt(C / 120) (Hoffmann et al. 2022)."""
     optimal_parameters = math.sqrt(flops / (6 * TOKENS_PER_PARAMETER))
     return ComputeOptimal(
         tokens=TOKENS_PER_PARAMETER * parameters,
@@ -223,7 +223,7 @@ def compute_optimal(parameters: int, flops: float, tokens: int, unique_tokens: i
 
 
 def effective_tokens(tokens: int, unique_tokens: int, scale: float = REPETITIONS_SCALE) -> int:
-    """Return the number of unique tokens worth as much as training on `tokens` from a text with `unique_tokens`.
+    """Return the number of unique tokens that are worth as much as `tokens` training tokens from a text with `unique_tokens`.
 
     It is U + U R* (1 - exp(-R / R*)), with U unique tokens, R = tokens / U - 1 repetitions, and R* = `scale` (Muennighoff et al.
     2023).

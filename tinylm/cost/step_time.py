@@ -1,8 +1,8 @@
 """Estimate the time of an optimizer step on this machine's CPU or on accelerators. This module does not import torch.
 
-It makes a `StepEstimate` from a recipe, its vocabulary size and a device. It also predicts the precision, micro-batch size and
-compilation that training on that device would choose for `auto`. This module counts FLOPs, bytes and kernels. `cpu` and
-`accelerators` convert the counts to seconds.
+It builds a `StepEstimate` from a recipe, its vocabulary size and a device, and predicts which precision and micro-batch size
+training on that device would choose for `auto`, and whether it would compile. This module counts FLOPs, bytes and kernels. `cpu`
+and `accelerators` convert the counts to seconds.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ _ADAMW_BYTES = 28 + 12
 """Bytes per weight that an AdamW step and clipping move. AdamW reads the weight, the gradient and two moments, and writes all but
 the gradient (28). Clipping reads the gradient to compute the norm, then reads and writes it again to scale it (12)."""
 _MUON_BYTES = 72
-"""Bytes per weight that a Muon step moves for momentum and update (28), stacking and norm (16), iteration (16) and weight (12)."""
+"""Bytes per weight that a Muon step moves: 28 for the momentum and the update, 16 for stacking and the norm, 16 for the iteration
+and 12 for the weight."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ class Batch:
     targets: Tensor
     """Token ids to predict at each position. Negative ids are ignored."""
     segments: Tensor | None = None
-    """A position attends only to positions with the same number. Negative numbers are padding. If None, each row is one segment."""
+    """Segment numbers, negative for padding. A position attends only to its own segment. If None, each row is one segment."""
     source: Tensor | None = None
     """Token ids (batch, source time) that an encoder reads."""
     source_segments: Tensor | None = None
@@ -55,14 +55,14 @@ class Batch:
 
     @property
     def target_count(self) -> int:
-        """Number of targets that are not ignored. Reading it synchronizes with the device unless the batch is in host memory."""
+        """Number of targets that are not ignored. Reading this synchronizes with the device unless the batch is in host memory."""
         return int((self.targets >= 0).sum())
 
     @property
     def token_count(self) -> int:
         """Number of tokens that the model reads, excluding padding.
 
-        Reading it synchronizes with the device unless the batch is in host memory.
+        Reading this synchronizes with the device unless the batch is in host memory.
         """
         source = 0 if self.source is None else _count(self.source, self.source_segments)
         return _count(self.inputs, self.segments) + source

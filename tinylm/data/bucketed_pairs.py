@@ -1,4 +1,4 @@
-"""Frame sentence pairs with control tokens, and batch pairs of similar length to reduce padding."""
+"""Add control tokens to sentence pairs, and batch pairs of similar length to reduce padding."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class PairFraming:
 
     @property
     def source_limit(self) -> int:
-        """The number of source text tokens that fit into the context, after subtracting the control tokens."""
+        """The maximum number of text tokens in a source sentence: the context length minus the control tokens."""
         return self.context_length - 2
 
     def language_ids(self, language: str) -> list[int]:
@@ -66,11 +66,11 @@ class PairFraming:
         return sorted(token[2:-1] for token in tokens if token.startswith("<2") and token.endswith(">"))
 
     def source(self, ids: Sequence[int] | np.ndarray, language: str = "") -> np.ndarray:
-        """Return a framed source sentence of any length as int64 (length,)."""
+        """Return a source sentence of any length with its control tokens, as int64 (length,)."""
         return np.array([*self.language_ids(language), *ids, self._source_end], dtype=np.int64)
 
     def target(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Return a framed target sentence of any length as int64 (length,)."""
+        """Return a target sentence of any length with its control tokens, as int64 (length,)."""
         return np.array([*ids, self.target_end], dtype=np.int64)
 
 
@@ -84,14 +84,14 @@ class BucketedPairs:
     """Sentence pairs in a pseudo-random order in which the pairs in each batch have similar lengths.
 
     Each epoch permutes all pairs, divides them into buckets of 32 batches, sorts each bucket by length, divides it into batches,
-    and permutes the batches. The order depends only on the seed and the position. The last incomplete batch in an epoch is dropped.
-    It contains different pairs in each epoch.
+    and permutes the batches. The order depends only on the seed and the position. The incomplete batch at the end of each epoch is
+    dropped; it contains different pairs each time.
     """
 
     def __init__(
         self, sources: Sequence[np.ndarray], targets: Sequence[np.ndarray], context_length: int, batch_size: int, seed: int
     ) -> None:
-        """Skip pairs with a side longer than `context_length`. Raises `InputError` if no pairs remain."""
+        """Skip pairs in which either sentence is longer than `context_length`. Raises `InputError` if no pairs remain."""
         fitting = [
             index
             for index, (source, target) in enumerate(zip(sources, targets, strict=True))

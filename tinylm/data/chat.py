@@ -1,4 +1,4 @@
-"""Data format `chat`: conversations are split by a hash of their text, encoded turn by turn, and packed into sequences."""
+"""The `chat` data format: conversations are split by a hash of their text, encoded turn by turn, and packed into sequences."""
 
 from __future__ import annotations
 
@@ -79,12 +79,12 @@ class EncodedConversations:
 
 
 def turns_file(part: str) -> str:
-    """Return the name of the file that contains the turns of a part."""
+    """Return the name of the file that contains the turns of a split."""
     return f"{part}-turns.npy"
 
 
 def open_conversations(folder: Path, part: str, vocab_size: int) -> EncodedConversations:
-    """Open the encoded conversations of a part. Raises `InputError` if they are missing or damaged."""
+    """Open the encoded conversations of a split. Raises `InputError` if they are missing or damaged."""
     shard, file = open_shard(folder, part), folder / turns_file(part)
     try:
         if not file.is_file():
@@ -106,7 +106,7 @@ def open_conversations(folder: Path, part: str, vocab_size: int) -> EncodedConve
 def encode_conversations(
     folder: Path, part: str, conversations: Sequence[Conversation], encoder: ChatEncoder, advance: Callable[[int], None]
 ) -> None:
-    """Encode the conversations of a part and write them to `folder`."""
+    """Encode the conversations of a split and write them to `folder`."""
     turns: list[tuple[int, int, int]] = []
     sizes = [0, 0]
 
@@ -141,14 +141,14 @@ def encode_conversations(
 
 @dataclass(frozen=True)
 class Fitted:
-    """A conversation that fits into a context. `ids` starts with the end-of-text token. `learned` marks the training targets."""
+    """A conversation that fits into the context. `ids` starts with the end-of-text token. `learned` marks the training targets."""
 
     ids: np.ndarray
     learned: np.ndarray
     cut: bool
 
     def targets(self, mask_prompt: bool) -> np.ndarray:
-        """Return the target after each id except the last one. It is `IGNORE_INDEX` if it is not predicted."""
+        """Return the target for each id except the last one: the next id, or `IGNORE_INDEX` if it is not a training target."""
         targets: np.ndarray = np.where(self.learned[1:], self.ids[1:], IGNORE_INDEX) if mask_prompt else self.ids[1:]
         return targets
 
@@ -156,8 +156,8 @@ class Fitted:
 def fit(turns: Sequence[Turn], start: int, context_length: int) -> Fitted | None:
     """Frame a conversation for training, and truncate it from the left if it has more than `context_length` + 1 tokens.
 
-    The oldest exchanges are dropped first. Then the beginning of the last question is cut. Finally, the system message is dropped.
-    Returns None if the last answer does not fit.
+    The oldest exchanges are dropped first. Then the last question is truncated from the left. Finally, the system message is
+    dropped. Return None if the last answer does not fit.
     """
     limit = context_length + 1
     kept, cut = list(turns), False
@@ -201,9 +201,9 @@ class PackedConversations:
     ) -> None:
         self._conversations, self._context, self._seed, self._mask_prompt = conversations, context_length, seed, mask_prompt
         self.cut: list[int] = []
-        """The indexes of truncated conversations."""
+        """The indexes of the truncated conversations."""
         self.skipped: list[int] = []
-        """The indexes of conversations that are skipped because their last answer does not fit into the context."""
+        """The indexes of the conversations that are skipped because their last answer does not fit into the context."""
         self.learned = 0
         """Number of training targets in one epoch."""
         sizes: dict[int, int] = {}
@@ -265,7 +265,7 @@ def no_fitting_conversation(context_length: int) -> InputError:
 
 
 def pack(sizes: dict[int, int], capacity: int) -> list[list[int]]:
-    """Divide items among bins with the same capacity. Each item, from the largest, goes into the fullest bin with enough room."""
+    """Divide items among bins of the same capacity, largest item first. Each item goes into the fullest bin with enough room."""
     bins: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (remaining room, bin), sorted
     for item, size in sorted(sizes.items(), key=lambda pair: (-pair[1], pair[0])):
@@ -282,7 +282,7 @@ def pack(sizes: dict[int, int], capacity: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class PreparedChat(PreparedData):
-    """A tokenizer with control tokens, the chat template, the conversations in all parts, and the mixed-in text."""
+    """A tokenizer with control tokens, the chat template, the conversations in all splits, and the mixed-in text."""
 
     template: ChatTemplate
     train: EncodedConversations
@@ -299,7 +299,7 @@ class PreparedChat(PreparedData):
         return ChatEncoder(self.template, self.tokenizer)
 
     def training_texts(self, data: ChatSection) -> list[TrainingText]:
-        """Return the records for the conversations and the mixed-in text."""
+        """Return the training texts: the conversations and the mixed-in text."""
         texts = [TrainingText(data.train, sample_ngrams(self.train.shard), self.tokenizer)]
         if data.mix is not None and self.mix is not None:
             texts.append(TrainingText(data.mix.text, self.mix.ngrams, self.tokenizer))
@@ -369,7 +369,7 @@ def _open(folder: Path, key: str, tokenizer: Tokenizer) -> PreparedChat:
 
 
 def _is_complete(folder: Path, part: str, vocab_size: int, reporter: Reporter) -> bool:
-    """Return whether the cache contains a valid part. Warn if its files are damaged."""
+    """Return whether the cache contains a valid split. Warn if its files are damaged."""
     if not (folder / turns_file(part)).exists():
         return False
     try:
@@ -381,7 +381,7 @@ def _is_complete(folder: Path, part: str, vocab_size: int, reporter: Reporter) -
 
 
 def _prepare_mix(data: ChatSection, mix: MixSection, tokenizer: Tokenizer, reporter: Reporter, workers: int) -> PreparedText:
-    """Encode the mixed-in text with the tokenizer that has the control tokens."""
+    """Encode the mixed-in text with the tokenizer of the conversations, which has control tokens."""
     path = cached_file(cache_folder("tokenizers") / f"{tokenizer.fingerprint[:32]}.json", tokenizer.save)
     heldout = HeldoutShare(share=mix.heldout.share, by=mix.heldout.by)
     section = DataSection(train=mix.text, heldout=heldout, errors=data.errors)
@@ -390,7 +390,7 @@ def _prepare_mix(data: ChatSection, mix: MixSection, tokenizer: Tokenizer, repor
 
 @dataclass(frozen=True)
 class ConversationParts:
-    """The conversations in each part, in memory."""
+    """The conversations in each split, in memory."""
 
     conversations: dict[str, list[Conversation]]
 
@@ -414,7 +414,7 @@ class ConversationParts:
 
 
 def read_parts(data: ChatSection, reporter: Reporter) -> ConversationParts:
-    """Read and split the conversations, and report how many there are. Raises `InputError` if a part is empty."""
+    """Read and split the conversations, and report how many there are. Raises `InputError` if a split is empty."""
     sections = {"heldout": data.heldout, "test": data.test}
     shares = {part: section.share for part, section in sections.items() if isinstance(section, ConversationShare)}
     parts = choose(_read(data, data.train), shares)
@@ -460,7 +460,7 @@ def _report_lengths(recipe: Recipe, prepared: PreparedChat, parts: ConversationP
     )
     if packed.cut:
         reporter.note(
-            f"{_count(len(packed.cut), 'conversation')} longer than the context: the beginning is dropped "
+            f"dropped the beginning of {_count(len(packed.cut), 'conversation')} longer than the context "
             f"({_places(packed.cut, places)})"
         )
     if packed.skipped:

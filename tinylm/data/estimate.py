@@ -17,7 +17,7 @@ from tinylm.tokenizer import training
 from tinylm.tokenizer.chat_template import ChatEncoder, ChatTemplate, add_control_tokens
 
 EXACT_LIMIT_BYTES = 16 << 20
-"""Maximum size of a text that is tokenized completely."""
+"""Maximum size in bytes of a training text that is tokenized completely."""
 SAMPLE_CHARACTERS = 4 << 20
 
 
@@ -33,7 +33,7 @@ class TextSize:
 
 
 def estimate_text_size(data: DataVariant, tokenizer: TokenizerSection, reporter: Reporter) -> TextSize:
-    """Count the tokens in a text. A large text is estimated from a sample. A small text is tokenized and cached for training.
+    """Count the tokens in a text. A small text is tokenized and cached for training. For a large text, the counts are estimates.
 
     Raises `InputError` in the same cases as `prepare`, and if the data format is neither text nor chat.
     """

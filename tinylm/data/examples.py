@@ -27,7 +27,7 @@ class ShownExample:
 
     segments: list[list[Part]]
     padding: int
-    """Number of padded positions."""
+    """Number of padding positions."""
 
     @property
     def tokens(self) -> int:
@@ -60,7 +60,7 @@ def _spans(segments: np.ndarray) -> Iterator[tuple[int, int]]:
 
 
 def _segment(tokens: np.ndarray, targets: np.ndarray, start: int, end: int, tokenizer: Tokenizer) -> list[Part]:
-    """Return the parts of the segment [start, end). A final target that is not an input is included."""
+    """Return the parts of the segment [start, end), including a last target that is not an input."""
     ids, learned = [int(tokens[start])], [False]
     for position in range(start, min(end, len(targets))):
         target = int(targets[position])

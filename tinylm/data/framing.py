@@ -21,7 +21,7 @@ PADDING = -1
 
 
 def with_control_tokens(section: TokenizerSection, model: ModelVariant) -> TokenizerSection:
-    """Add control tokens to the section of a tokenizer that will be trained for an encoder."""
+    """For an encoder, add control tokens to the section of a tokenizer that will be trained. Other sections are unchanged."""
     if not model.bidirectional or not isinstance(section, LearnedTokenizer):
         return section
     added = [token for token in CONTROL_TOKENS if token not in section.special_tokens]
@@ -37,7 +37,7 @@ class Framing:
     pad: int
     context_length: int
     truncate: str = "head"
-    """How to truncate: `head` keeps the beginning. `head_tail` takes a quarter of the tokens from the end."""
+    """How to truncate: `head` keeps the beginning; `head_tail` takes a quarter of the tokens from the end."""
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, model: ModelVariant, truncate: str = "head") -> Framing:
@@ -56,7 +56,7 @@ class Framing:
         return self.context_length - 2
 
     def frame(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Truncate a text and add the control tokens. Returns int64 (length,)."""
+        """Truncate a text and add the control tokens. Return int64 (length,)."""
         ids = np.asarray(ids, dtype=np.int64)
         if len(ids) > self.room:
             tail = self.room // 4 if self.truncate == "head_tail" else 0
@@ -64,7 +64,7 @@ class Framing:
         return np.concatenate(([self.first], ids, [self.last]))
 
     def rows(self, framed: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Pad framed texts to the same length. Returns ids and segments (0 or `PADDING`), both int64 (texts, length)."""
+        """Pad framed texts to the same length. Return ids and segments (0 or `PADDING`), both int64 (texts, length)."""
         length = max(map(len, framed))
         tokens = np.full((len(framed), length), self.pad, dtype=np.int64)
         segments = np.full((len(framed), length), PADDING, dtype=np.int64)
@@ -76,7 +76,7 @@ class Framing:
 def batches_by_length(lengths: Sequence[int], max_tokens: int) -> list[np.ndarray]:
     """Group texts of similar length into batches of up to `max_tokens` tokens including padding, from longest to shortest.
 
-    Returns the indices of the texts in each batch. A text that is longer than `max_tokens` is in a batch of its own.
+    Return the indices of the texts in each batch. A text that is longer than `max_tokens` is in a batch of its own.
     """
     order = np.argsort(-np.asarray(lengths), kind="stable")
     batches, start = [], 0

@@ -215,8 +215,8 @@ def _ranges(first: np.ndarray, last: np.ndarray) -> np.ndarray:
 def smooth(counts: NgramCounts, end_of_text: int, prune: tuple[int, ...] = ()) -> NgramTables:
     """Compute the probabilities of an n-gram model from counts.
 
-    `prune` contains a threshold for each order. N-grams are removed if they occur no more often than that. The last threshold also
-    applies to longer n-grams, and the thresholds must not decrease. The probability mass of removed n-grams goes to shorter
+    `prune` contains a threshold for each order. An n-gram is removed if its count is at most the threshold. The last threshold
+    also applies to longer n-grams, and the thresholds must not decrease. The probability mass of removed n-grams goes to shorter
     n-grams. 1-grams are never removed.
     """
     vocab_size, order = counts.vocab_size, counts.order

@@ -1,4 +1,4 @@
-"""Data format `labels`: labeled texts are split with stratification, encoded, and read as examples in a pseudo-random order."""
+"""The `labels` data format: labeled texts are divided into stratified splits, encoded, and read in a pseudo-random order."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class LabeledShard:
 
 @dataclass(frozen=True)
 class PreparedLabels(PreparedData):
-    """A tokenizer and the labeled texts in all parts."""
+    """A tokenizer and the labeled texts in all splits."""
 
     train: LabeledShard
     heldout: LabeledShard
@@ -76,7 +76,7 @@ class PreparedLabels(PreparedData):
         return tuple(name for part in parts for name in (f"{part}.npy", f"{part}.json", labels_file(part)))
 
     def fill_in(self, recipe: Recipe) -> Recipe:
-        """Set `objective.labels` and `objective.label_counts`. Raises `InputError` if they do not match the training texts."""
+        """Fill in `objective.labels` and `objective.label_counts`. Raises `InputError` if they do not match the training texts."""
         objective = recipe.objective
         assert isinstance(objective, ClassificationObjective)
         counts = Counter(self.train.names[id] for id in self.train.labels)
@@ -103,12 +103,12 @@ class PreparedLabels(PreparedData):
 
 
 def labels_file(part: str) -> str:
-    """Return the name of the file that contains the labels of a part."""
+    """Return the name of the file that contains the labels of a split."""
     return f"{part}-labels.json"
 
 
 def open_labeled(folder: Path, part: str, vocab_size: int) -> LabeledShard:
-    """Open the texts and labels of a part. Raises `InputError` if they are missing or damaged."""
+    """Open the texts and labels of a split. Raises `InputError` if they are missing or damaged."""
     shard, file = open_shard(folder, part), folder / labels_file(part)
     problem = shard.problem(vocab_size)
     if problem is not None:
@@ -130,7 +130,7 @@ def open_labeled(folder: Path, part: str, vocab_size: int) -> LabeledShard:
 
 
 def write_labels(folder: Path, part: str, texts: Sequence[LabeledText]) -> None:
-    """Write the labels of a part next to its tokens."""
+    """Write the labels of a split next to its tokens."""
     names = sorted({item.label for item in texts})
     index = {name: id for id, name in enumerate(names)}
     ids = [index[item.label] for item in texts]
@@ -144,7 +144,7 @@ def _labels_hash(names: Any, ids: Any) -> str:
 
 @dataclass(frozen=True)
 class LabeledParts:
-    """The labeled texts in each part, in memory."""
+    """The labeled texts in each split, in memory."""
 
     texts: dict[str, list[LabeledText]]
 
@@ -207,7 +207,7 @@ def _open(folder: Path, key: str, tokenizer: Tokenizer, data: LabelsSection) -> 
 
 
 def read_parts(data: LabelsSection, reporter: Reporter) -> LabeledParts:
-    """Read and split the labeled texts, and report their sizes. Raises `InputError` if a part is empty."""
+    """Read and split the labeled texts, and report the size of each split. Raises `InputError` if a split is empty."""
     sections = {"heldout": data.heldout, "test": data.test}
     shares = {part: section.share for part, section in sections.items() if isinstance(section, StratifiedShare)}
     texts = _read(data, data.train, reporter)
@@ -278,8 +278,7 @@ def _report_lengths(prepared: PreparedLabels, framing: Framing, reporter: Report
     if longer:
         kept = "first" if framing.truncate == "head" else "first and last"
         reporter.note(
-            f"{longer:,} of {_count(len(lengths), 'training text')} have more than {framing.room} tokens, "
-            f"the longest {max(lengths):,}; "
+            f"{longer:,} of {_count(len(lengths), 'training text')} have more than {framing.room} tokens (up to {max(lengths):,}); "
             f"only their {kept} {framing.room} tokens are used (data.truncate: {framing.truncate}, model.context_length)"
         )
 

@@ -1,4 +1,4 @@
-"""The dataset for masked language models, which consists of text windows with masked tokens (Devlin et al. 2019)."""
+"""The dataset for masked language models: text windows with masked tokens (Devlin et al. 2019)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CHOICE, _KIND, _TOKEN = range(3)
 
 @dataclass(frozen=True)
 class Masking:
-    """Which tokens can be masked and what replaces them."""
+    """Which tokens can be masked, and what replaces them."""
 
     mask: int
     ordinary: np.ndarray

@@ -1,4 +1,4 @@
-"""Mix a dataset with plain text, which provides a fixed share of the examples and is spread evenly over the data order."""
+"""Mix a dataset with windows of plain text, which make up a fixed fraction of the examples, spread evenly over the data order."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tinylm.data.framing import PADDING
 class Mixture:
     """The examples of `main`, interleaved with windows of `text`.
 
-    Up to rounding, `share` of any consecutive examples are text windows. Each dataset keeps its own order and starts its next epoch
-    when all of its examples have been read. An epoch of the mixture is one epoch of `main`.
+    In any range of consecutive examples, the fraction of text windows is `share`, up to rounding. Each dataset keeps its own order
+    and starts its next epoch when all of its examples have been read. An epoch of the mixture is one epoch of `main`.
     """
 
     def __init__(self, main: Dataset, text: TokenStream, share: float) -> None:

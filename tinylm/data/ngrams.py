@@ -1,12 +1,12 @@
 """Sample the n-grams in a text to measure how much of another text also occurs in it. This module does not import torch.
 
 An n-gram is in the sample if its hash is small. If two texts contain the same n-gram, either both sample it or both skip it. The
-share of a text's sampled n-grams that occur in the other text is therefore an unbiased estimate of the share for all its n-grams.
-This is the sketch of Broder (1997) with a threshold on the hash.
+fraction of a text's sampled n-grams that occur in the other text is therefore an unbiased estimate of the fraction for all its
+n-grams. This is the sketch of Broder (1997) with a threshold on the hash.
 
 One in `rate` distinct n-grams is stored as a 32-bit hash. The rate is 1 for texts with up to 65,536 tokens and rises to 4 (one byte
-per token). For very large texts, it is higher, so that the sample has no more than about 4 million hashes (16 MiB). The probability
-of finding an n-gram that the text does not contain is (number of hashes) / 2**32, which is about 0.1% or less.
+per token). For very large texts, it is higher, so that the sample has no more than about 4 million hashes (16 MiB). The
+probability of a false positive is (number of hashes) / 2**32, which is about 0.1% or less.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class Overlap:
     """How much of a text also occurs in another text."""
 
     share: float
-    """The share of the text's n-grams that also occur in the other text. A document shorter than an n-gram is hashed as a whole."""
+    """The fraction of the text's n-grams that also occur in the other text. A document shorter than an n-gram is hashed as a
+    whole."""
     length: int
     """Number of tokens in an n-gram."""
     sampled: int
@@ -60,7 +61,7 @@ class NgramSample:
     def overlap(self, shard: Shard) -> Overlap | None:
         """Measure how much of a text with the same tokenizer also occurs in this one.
 
-        Returns None if none of its n-grams is in the sample.
+        Returns None if the text has no sampled n-grams.
         """
         hashes, weights = _sample(shard, self.length, self.rate)
         total = int(weights.sum())

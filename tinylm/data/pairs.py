@@ -1,4 +1,4 @@
-"""Data format `pairs`: sentence pairs are split by document, encoded, and read in batches of similar length."""
+"""The `pairs` data format: sentence pairs are split by document, encoded, and read in batches of similar length."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SOURCE_TOKENIZER = "source-tokenizer.json"
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """The pairs in one part as text and as tokens. The shards contain one document per pair."""
+    """The pairs in one split as text and as tokens. The shards contain one document per pair."""
 
     pairs: tuple[SentencePair, ...]
     source: Shard
@@ -55,7 +55,7 @@ class EncodedPairs:
 
 @dataclass(frozen=True)
 class PreparedPairs(PreparedData):
-    """The tokenizers and the sentence pairs in all parts. `tokenizer` is the target tokenizer."""
+    """The tokenizers and the sentence pairs in all splits. `tokenizer` is the target tokenizer."""
 
     source_tokenizer: Tokenizer
     """The same object as `tokenizer` if the vocabulary is shared."""
@@ -71,7 +71,7 @@ class PreparedPairs(PreparedData):
         return (*shards, *(name for part in parts for name in (pairs_file(part), checksum_file(part))), *own)
 
     def fill_in(self, recipe: Recipe) -> Recipe:
-        """Set `objective.source_vocab_size` if the source side has a separate vocabulary."""
+        """Fill in `objective.source_vocab_size` if the source side has a separate vocabulary."""
         if self.source_tokenizer is self.tokenizer:
             return recipe
         objective = recipe.objective.model_copy(update={"source_vocab_size": self.source_tokenizer.vocab_size})
@@ -82,7 +82,7 @@ class PreparedPairs(PreparedData):
 
 
 def pairs_file(part: str) -> str:
-    """Return the name of the file that contains the text of a part."""
+    """Return the name of the file that contains the text of a split."""
     return f"{part}-pairs.jsonl"
 
 
@@ -141,7 +141,7 @@ def open_pairs(folder: Path, fingerprint: str, tokenizer: Tokenizer) -> Prepared
 
 
 def open_part(folder: Path, part: str, source_tokenizer: Tokenizer, tokenizer: Tokenizer) -> EncodedPairs:
-    """Open one part of prepared pairs, for example in a run folder. Raises `InputError` if it is missing or damaged."""
+    """Open one split of prepared pairs, for example in a run folder. Raises `InputError` if it is missing or damaged."""
     pairs = _read_pairs(folder, part)
     shards = []
     for side, chosen in zip(_SIDES, (source_tokenizer, tokenizer), strict=True):
@@ -178,7 +178,7 @@ def _read_pairs(folder: Path, part: str) -> tuple[SentencePair, ...]:
 
 @dataclass(frozen=True)
 class _Texts:
-    """The sentences on one or both sides, as a text in which each sentence is a document."""
+    """The sentences of one or both sides, as a text in which each sentence is a document."""
 
     parts: Mapping[str, Sequence[SentencePair]]
     sides: tuple[str, ...]
@@ -204,7 +204,7 @@ class _Texts:
 
 
 def read_parts(data: PairsSection, reporter: Reporter) -> dict[str, list[SentencePair]]:
-    """Read, split and clean the pairs, and report the size of each part. Raises `InputError` if a part is empty."""
+    """Read, split and clean the pairs, and report the size of each split. Raises `InputError` if a split is empty."""
     sections: dict[str, Any] = {"heldout": data.heldout, "test": data.test}
     shares = {part: (section.share, section.by) for part, section in sections.items() if isinstance(section, PairShare)}
     parts = pair_texts.split(pair_texts.read_pairs(data, data.train, reporter), shares)
@@ -253,7 +253,7 @@ def _count_overlap(parts: dict[str, list[SentencePair]], data: PairsSection, rep
 def _with_language_tokens(
     section: TokenizerSection, parts: Mapping[str, Sequence[SentencePair]], data: PairsSection
 ) -> TokenizerSection:
-    """Add a control token for each target language to the section of a tokenizer that will be trained."""
+    """Add a control token for each target language to the section of a tokenizer that has not been trained yet."""
     if data.language is None or not isinstance(section, LearnedTokenizer):
         return section
     tokens = sorted({language_token(pair.language) for pair in parts["train"]} - {*section.special_tokens})
@@ -273,4 +273,4 @@ def _report(prepared: PreparedPairs, context_length: int, reporter: Reporter) ->
             reporter.warn(f"{longer:,} of {len(encoded):,} {part} pairs are {longest} and {what}")
     unknown = sum(shard.counts.unknown_tokens or 0 for shard in (prepared.heldout.source, prepared.heldout.target))
     if unknown:
-        reporter.warn(f"{unknown:,} held-out tokens are unknown to the tokenizer (use tokenizer kind bpe or byte)")
+        reporter.warn(f"{unknown:,} held-out tokens are unknown to the tokenizer (use a tokenizer of the kind bpe or byte)")

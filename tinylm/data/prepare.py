@@ -1,7 +1,7 @@
-"""Train a tokenizer on the training part of a recipe's text, and encode all parts as tokens on disk.
+"""Train a tokenizer on the training split of a recipe's text, and encode all splits as tokens on disk.
 
-Tokenizers and tokens are cached. The cache key for the tokens is a hash of the text, the split and the tokenizer. A changed text or
-tokenizer therefore never uses stale tokens, and an unchanged text is encoded only once.
+Tokenizers and tokens are cached. The cache key for the tokens is a hash of the text, its splits and the tokenizer. Stale tokens are
+therefore never used for a changed text or tokenizer, and an unchanged text is encoded only once.
 """
 
 from __future__ import annotations
@@ -39,26 +39,26 @@ EncodePieces = Callable[[Iterable[Piece]], Iterator[tuple[np.ndarray, bool]]]
 
 
 class TextParts(Protocol):
-    """A text that is divided into parts. The first part is `train`."""
+    """A text that is divided into splits. The first one is `train`."""
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the content of all parts."""
+        """A hash of the content of all splits."""
 
     @property
     def train_bytes(self) -> int:
-        """The approximate size of the training part in bytes."""
+        """The approximate size of the training split in bytes."""
 
     def pieces(self, part: str) -> Iterator[Piece]:
-        """Yield the text of a part."""
+        """Yield the text of a split."""
 
     def sizes(self, part: str) -> tuple[int, int]:
-        """Return the number of documents and characters in a part."""
+        """Return the number of documents and characters in a split."""
 
 
 @dataclass(frozen=True)
 class PreparedText(PreparedData):
-    """A tokenizer and the tokens of each part of a text."""
+    """A tokenizer and the tokens of each split of a text."""
 
     train: Shard
     heldout: Shard
@@ -71,7 +71,7 @@ class PreparedText(PreparedData):
 
     @property
     def ngrams(self) -> NgramSample:
-        """A sample of the n-grams in the training part."""
+        """A sample of the n-grams in the training split."""
         return open_ngrams(self.folder / _NGRAMS_FILE)
 
 
@@ -99,7 +99,7 @@ def prepare_text(text: SplitText, section: TokenizerSection, reporter: Reporter,
     encode_train = DropoutEncoder(tokenizer, dropout).encode_pieces if dropout else encode_heldout
     train = open_or_encode(folder, "train", text, tokenizer, encode_train, reporter)
     ngrams = _sample_training_ngrams(folder, train, text, tokenizer, encode_heldout if dropout else None)
-    # The held-out part is encoded last because its files indicate that everything else is in the cache.
+    # The held-out split is encoded last, because its files indicate that everything else is in the cache.
     test = open_or_encode(folder, "test", text, tokenizer, encode_heldout, reporter) if "test" in text.parts else None
     heldout = open_or_encode(folder, "heldout", text, tokenizer, encode_heldout, reporter)
     _warn_about_unknown_tokens(heldout, reporter)
@@ -139,21 +139,21 @@ def open_prepared(folder: Path, fingerprint: str, tokenizer_json: str) -> Prepar
 
 
 def _check_end_of_text(tokenizer: Tokenizer) -> None:
-    """Raise `InputError` if the tokenizer has no end-of-text token, or if text can encode to it."""
+    """Raise `InputError` if the tokenizer has no end-of-text token, or if text can be encoded to it."""
     end_of_text = tokenizer.end_of_text
     if end_of_text is None:
         raise InputError("the tokenizer has no end-of-text token", where="tokenizer.path", hint="add <|endoftext|> to it")
     token = str(tokenizer.backend.id_to_token(end_of_text))
     if end_of_text in tokenizer.encode(token):
         raise InputError(
-            f"the text {token} encodes to the end-of-text token",
+            f"the text {token} is encoded to the end-of-text token",
             where="tokenizer.path",
             hint='set "special": true for this token under added_tokens',
         )
 
 
 def load_or_train_tokenizer(text: TextParts, section: TokenizerSection, reporter: Reporter) -> Tokenizer:
-    """Load the recipe's tokenizer from a file or the cache, or train it. Text never encodes to its end-of-text token."""
+    """Load the recipe's tokenizer from a file or the cache, or train it. No text is encoded to its end-of-text token."""
     if isinstance(section, FileTokenizer):
         tokenizer = Tokenizer.load(section.path)
         _check_end_of_text(tokenizer)
@@ -189,7 +189,7 @@ def _report_progress(pieces: Iterator[Piece], advance: Advance) -> Iterator[Piec
 def open_or_encode(
     folder: Path, part: str, text: TextParts, tokenizer: Tokenizer, encode_pieces: EncodePieces, reporter: Reporter
 ) -> Shard:
-    """Open the cached tokens of a part. Encode the text if they are missing or damaged."""
+    """Open the cached tokens of a split. Encode the text if they are missing or damaged."""
     if (folder / f"{part}.json").exists():
         try:
             return _open_undamaged(folder, part, tokenizer.vocab_size)
@@ -250,5 +250,5 @@ def _warn_about_unknown_tokens(heldout: Shard, reporter: Reporter) -> None:
     if unknown:
         reporter.warn(
             f"{unknown:,} held-out tokens are unknown to the tokenizer, so bits per byte will be too low "
-            "(use tokenizer kind bpe or byte)"
+            "(use a tokenizer of the kind bpe or byte)"
         )

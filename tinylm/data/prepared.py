@@ -1,4 +1,4 @@
-"""`PreparedData` is a tokenizer with cached, encoded examples that are ready for training. Each data format has a subclass."""
+"""`PreparedData` holds a tokenizer and cached, encoded examples that are ready for training. Each data format has a subclass."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from tinylm.recipe import Recipe
 from tinylm.tokenizer import Tokenizer
 
 PART_ADJECTIVES = {"train": "training", "heldout": "held-out", "test": "test"}
-"""The adjective for each part of the data in messages."""
+"""The adjective that messages use for each split of the data."""
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """The prepared data that training, evaluation and the run folder need in every format."""
+    """The prepared data that training, evaluation and the run folder need, whatever the data format."""
 
     tokenizer: Tokenizer
     folder: Path
@@ -33,5 +33,5 @@ class PreparedData:
         return None
 
     def fill_in(self, recipe: Recipe) -> Recipe:
-        """Set the keys of a recipe that depend on the data. Raises `InputError` if the recipe contradicts the data."""
+        """Return the recipe with the keys that depend on the data filled in. Raises `InputError` if it contradicts the data."""
         return recipe

@@ -1,8 +1,8 @@
-"""Store the tokens of each part of a text in a memory-mapped .npy file, and its counts in a .json file.
+"""Store the tokens of each split of a text in a memory-mapped .npy file, and its counts in a .json file.
 
-The .npy file starts with the end-of-text token. Each document is also followed by that token. The type is uint16 if the vocabulary
-fits, and uint32 otherwise. No text encodes to the end-of-text token, so the tokens alone determine where documents start and end.
-The .json file also contains a SHA-256 of the counts and tokens.
+The .npy file starts with the end-of-text token. Each document is also followed by that token. The dtype is uint16 if every id fits,
+and uint32 otherwise. No text is encoded to the end-of-text token, so the tokens alone determine where documents start and end. The
+.json file also contains a SHA-256 of the counts and tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tinylm.paths import atomic_file, atomic_write_text
 
 @dataclass(frozen=True)
 class Counts:
-    """The sizes of one part of a text. `tokens` excludes the end-of-text tokens."""
+    """The sizes of one split of a text. `tokens` excludes the end-of-text tokens."""
 
     documents: int
     bytes: int
@@ -35,7 +35,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Shard:
-    """The memory-mapped tokens of one part of a text."""
+    """The memory-mapped tokens of one split of a text."""
 
     tokens: np.ndarray
     counts: Counts
@@ -47,7 +47,7 @@ class Shard:
         return len(self.tokens)
 
     def documents(self) -> list[tuple[int, int]]:
-        """Return (start, end) of each document in `tokens`. End-of-text tokens are at `start - 1` and `end`."""
+        """Return the (start, end) of each document in `tokens`. End-of-text tokens are at `start - 1` and `end`."""
         ends = np.flatnonzero(np.asarray(self.tokens) == self.end_of_text)
         return [(int(a) + 1, int(b)) for a, b in pairwise(ends)]
 
@@ -79,7 +79,7 @@ _HASHED_TOKENS = 1 << 20
 
 
 def _with_counts(tokens_hash: hashlib._Hash, counts: Counts, end_of_text: int) -> str:
-    """Add the other content of a shard to the hash of its tokens."""
+    """Add the counts and the end-of-text token of a shard to the hash of its tokens."""
     tokens_hash.update(json.dumps({**asdict(counts), "end_of_text": end_of_text}, sort_keys=True).encode())
     return tokens_hash.hexdigest()
 

@@ -1,4 +1,4 @@
-"""Open a recipe's text, scan it, and split it into the parts `train`, `heldout` and optionally `test`."""
+"""Open a recipe's text, scan it, and split it into `train`, `heldout` and optionally `test`."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class ScannedCorpus:
 
 @dataclass(frozen=True)
 class SplitText:
-    """A text that has been opened, scanned and split into the parts `train`, `heldout` and optionally `test`."""
+    """A text that has been opened, scanned and split into `train`, `heldout` and optionally `test`."""
 
     source: ScannedCorpus
-    """The text from `data.train`, which contains all parts that have no separate sources."""
+    """The text from `data.train`, which contains all splits that have no separate sources."""
     split: Split
     others: Mapping[str, ScannedCorpus] = field(default_factory=dict)
-    """The parts with separate sources."""
+    """The splits with separate sources."""
 
     @property
     def train_scan(self) -> Scan:
@@ -56,33 +56,33 @@ class SplitText:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The names of the parts."""
+        """The names of the splits."""
         has_test = "test" in self.others or self.split.test_boundaries is not None
         return split.PARTS if has_test else split.PARTS[:2]
 
     def pieces(self, part: str) -> Iterator[Piece]:
-        """Yield the text of a part. Raises `InputError` if its source has changed since the scan."""
+        """Yield the text of a split. Raises `InputError` if its source has changed since the scan."""
         if part in self.others:
             return self.others[part].pieces()
         return self.split.select(self.source.pieces(), part)
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the content of all parts and the boundaries between them."""
+        """A hash of the content of all splits and the boundaries between them."""
         boundaries = [self.split.boundaries] if self.split.test_boundaries is None else [*self.split.spans("heldout")]
         hashes = [hashlib.sha256(array.astype("<i8").tobytes()).hexdigest() for array in boundaries]
         others = [f"{part} {scanned.scan.fingerprint}" for part, scanned in sorted(self.others.items())]
         return hashlib.sha256(json.dumps([self.train_scan.fingerprint, *hashes, *others]).encode()).hexdigest()[:32]
 
     def sizes(self, part: str) -> tuple[int, int]:
-        """Return the number of documents and characters in a part."""
+        """Return the number of documents and characters in a split."""
         if part in self.others:
             scan = self.others[part].scan
             return scan.documents, scan.characters
         return int(self.split.contains(part).sum()), self.split.characters(part)
 
     def hashes(self, part: str) -> np.ndarray:
-        """Return the hashes of the documents that are entirely in a part."""
+        """Return the hashes of the documents that are entirely in a split."""
         if part in self.others:
             return self.others[part].scan.hashes
         starts, ends = self.split.spans(part)
@@ -136,7 +136,7 @@ def _scan(corpus: Corpus, reporter: Reporter) -> Scan:
 
 
 def _report_sizes(text: SplitText, data: DataSection, reporter: Reporter) -> None:
-    """Report the sizes of all parts. Raises `InputError` if one is empty."""
+    """Report the sizes of all splits. Raises `InputError` if one is empty."""
     for part in text.parts:
         if not text.sizes(part)[1]:
             hint = "use more text or a different share"
@@ -161,7 +161,8 @@ def _describe_part(data: DataSection, part: str) -> str:
 
 
 def _report_problems(text: SplitText, data: DataSection, reporter: Reporter) -> None:
-    """Report what makes held-out results less reliable: split documents, repeated documents, and parts with unexpected sizes."""
+    """Report what makes held-out results less reliable: a document cut in two, repeated documents, and splits of unexpected
+    size."""
     if text.split.cuts_a_document:
         reporter.note("the split cuts a document in two; the held-out text starts inside it")
     for part in text.parts[1:]:

@@ -1,4 +1,4 @@
-"""Record the texts that a model was trained on, to measure how much of another text also occurs in them.
+"""Record the texts that a model was trained on, in order to measure how much of another text also occurs in them.
 
 The folder `training_text` in a run folder contains index.json and a sample of the n-grams in each text. It also contains the
 tokenizer of a text if it differs from the run's tokenizer. The first text is the run's own training text. If the model was
@@ -24,7 +24,7 @@ from tinylm.tokenizer import Tokenizer
 
 FOLDER = "training_text"
 WARN_ABOVE = 0.03
-"""Warn if more than this share of a text occurs in a training text."""
+"""Warn if more than this fraction of a text also occurs in a training text."""
 _INDEX = "index.json"
 
 
@@ -47,7 +47,7 @@ class TrainingText:
 
 @dataclass(frozen=True)
 class MeasuredOverlap:
-    """How much of a measured text also occurs in one of the texts that the model was trained on."""
+    """How much of a text also occurs in one of the texts that the model was trained on."""
 
     text: TrainingText
     overlap: Overlap | None
@@ -62,14 +62,15 @@ class MeasuredOverlap:
         return self.share is not None and self.share > WARN_ABOVE
 
     def describe(self) -> str:
-        """Describe the overlap, for example as `0.2% of its 13-token sequences also occur in the training text`."""
+        """Describe the overlap, for example as `0.2% of the text's 13-token sequences also occur in the training text`."""
         if self.overlap is not None:
-            return f"{percent(self.overlap.share)} of its {self.overlap.length}-token sequences also occur in {self.text.name}"
+            share, length = percent(self.overlap.share), self.overlap.length
+            return f"{share} of the text's {length}-token sequences also occur in {self.text.name}"
         reason = "that text was not recorded" if self.text.ngrams is None else "this text is too short"
         return f"the overlap with {self.text.name} is unknown, because {reason}"
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the entry for JSON output. `share` is None if it is unknown."""
+        """Return the entry in the JSON output. `share` is None if the overlap is unknown."""
         overlap = self.overlap
         return {
             "run": self.text.run,
@@ -81,7 +82,7 @@ class MeasuredOverlap:
 
 
 def percent(share: float) -> str:
-    """Format a share as a percentage, with one decimal below 10%. Only exactly 0 and 1 are shown as 0% and 100%."""
+    """Format a fraction as a percentage, with one decimal below 10%. Only exactly 0 and 1 are shown as 0% and 100%."""
     if 0 < share < 0.0005:
         return "less than 0.1%"
     if 0.995 <= share < 1:
@@ -102,20 +103,20 @@ def measure(texts: Iterable[TrainingText], shard: Shard, tokenizer: Tokenizer) -
 
 
 def warn(measured: Iterable[MeasuredOverlap], name: str, reporter: Reporter) -> None:
-    """Warn about each training text that contains much of the measured text. `name` describes that text (`the held-out text`)."""
+    """Warn about each training text that contains much of the measured text. `name` is a name for the measured text."""
     for item in measured:
         overlap = item.overlap
         if overlap is not None and item.is_large:
             reporter.warn(
                 f"{percent(overlap.share)} of {name} also occurs in {item.text.name} "
-                f"(sequences of {overlap.length} tokens), so its scores are better than on new text"
+                f"(sequences of {overlap.length} tokens), so the scores are better than on new text"
             )
         elif overlap is None and item.text.ngrams is None:
             reporter.note(f"it is not known how much of {name} occurs in {item.text.name}, which was not recorded")
 
 
 def largest_share(overlaps: Iterable[MeasuredOverlap]) -> float | None:
-    """Return the largest known share of a text that occurs in any training text, or None if no share is known."""
+    """Return the largest known fraction of a text that occurs in any one training text, or None if no fraction is known."""
     return max((overlap.share for overlap in overlaps if overlap.share is not None), default=None)
 
 

@@ -1,6 +1,6 @@
 """Encode text with several processes.
 
-The text is divided only at split points, which no token crosses. Batches are sent to the workers in order, and the ids are yielded
+The text is divided only at split points, which no token crosses. Segments are sent to the workers in order, and the ids are yielded
 in the same order. The result therefore does not depend on the number of workers.
 """
 
@@ -24,7 +24,7 @@ from tinylm.tokenizer.encoding import segments
 
 BATCH_BYTES = 1 << 21
 _PENDING_PER_WORKER = 3
-"""Maximum number of pending batches per worker. It limits memory use, but keeps all workers busy while results wait for the slowest
+"""Maximum number of pending batches per worker. It limits memory use but keeps all workers busy while results wait for the slowest
 batch."""
 
 Segment = tuple[bytes, bool]

@@ -1,4 +1,4 @@
-"""Write a token's bytes as a printable string without whitespace, using GPT-2's mapping between bytes and characters."""
+"""Represent a token's bytes as a printable string without whitespace, with GPT-2's mapping between bytes and characters."""
 
 from __future__ import annotations
 

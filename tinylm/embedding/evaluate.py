@@ -2,7 +2,7 @@
 
 An analogy file has section lines (`: NAME`) and questions with four words each. A similarity file has two words and a score per
 line, separated by tabs, commas, semicolons or spaces. Questions that contain a word without a vector are skipped. Coverage is the
-share of questions that are not skipped.
+fraction of the questions that are not skipped.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tinylm.embedding.vectors import Vectors
 from tinylm.errors import InputError
 
 _BATCH = 256
-"""Number of questions that are scored at once."""
+"""Number of questions per batch."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class AnalogyResult:
 
     @property
     def accuracy(self) -> float | None:
-        """The share of covered questions that were answered correctly, or None if no questions are covered."""
+        """The fraction of the covered questions that were answered correctly, or None if no questions are covered."""
         return self.correct / self.covered if self.covered else None
 
     @property
@@ -131,7 +131,7 @@ def _evaluate_similarities(vectors: Vectors, lines: list[tuple[int, str]], path:
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
-    """Return the rank of each value. Equal values have the mean of their ranks."""
+    """Return the rank of each value. Equal values share the mean of their ranks."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last_ranks = np.cumsum(counts)
     means: np.ndarray = last_ranks - (counts - 1) / 2

@@ -1,8 +1,8 @@
 """Read and write vectors in common formats: word2vec text and binary, GloVe text, safetensors, and TensorFlow projector.
 
 Text formats write each float32 with nine digits, which is enough to restore it exactly. Only safetensors can represent names that
-are empty, contain whitespace or control characters, or are not UTF-8. For the other formats, all names are byte-mapped if there is
-such a name. `read` can undo the mapping.
+are empty, contain whitespace or control characters, or are not UTF-8. If there is such a name, the other formats byte-map all
+names. `read` can undo this mapping.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MAX_GZIP_RATIO = 1032
 
 
 def read(path: Path, kind: str | None = None, *, undo_byte_mapping: bool = False) -> Vectors:
-    """Read a file in any of these formats, or the folder of an embedding run.
+    """Read a file in one of these formats, or the folder of an embedding run.
 
     Without `kind`, the format is detected from the suffix and the first bytes. `undo_byte_mapping` decodes byte-mapped names.
     Raises `InputError` with the position of the problem.
@@ -110,7 +110,7 @@ def check_format(path: Path, kind: str | None = None, *, hint: str = "the suffix
 
 
 def write(vectors: Vectors, path: Path, kind: str | None = None) -> bool:
-    """Write `vectors` in the format `kind`, by default the format for the suffix. Returns whether the names were byte-mapped.
+    """Write `vectors` in the format `kind`, by default the format for the suffix. Return whether the names were byte-mapped.
 
     Raises `InputError` for an unknown format.
     """

@@ -52,7 +52,7 @@ def contextual_vectors(
     network = run.network(checkpoint, device)
     depth = network.depth
     if not depth:
-        raise InputError(f"a model with architecture {network.architecture} has no residual stream")
+        raise InputError(f"a model with the {network.architecture} architecture has no residual stream")
     layer = (depth + 1) // 2 if layer is None else layer
     if layer > depth:
         raise InputError(f"must be from 0 to {depth}, the number of blocks", where=f"--layer {layer}")

@@ -26,7 +26,7 @@ BLOCKS_PER_SIDE = 8
 MAX_DENSE_NAMES = 2048
 """Number of the most frequent names whose pairs are counted in a dense float64 matrix (32 MiB)."""
 BYTES_PER_PAIR = 64
-"""Memory per buffered pair: the key, the weight and the temporary arrays used for sorting."""
+"""Bytes of memory per buffered pair: the key, the weight and the temporary arrays used for sorting."""
 _FORMAT = 2
 """Version of the cache format. Increase it when the contents of the cached files change."""
 RUN_DTYPE = np.dtype([("key", "<i8"), ("weight", "<f8")])
@@ -168,7 +168,7 @@ def _shuffle_and_join_blocks(working: Path, target: Path, seed: int) -> None:
 
 
 class Glove:
-    """Train the GloVe tables step by step. Each table is float32 (names, dimensions + 1); the last column contains the biases."""
+    """Trains the GloVe tables step by step. Each table is float32 (names, dimensions + 1); the last column contains the biases."""
 
     unit = "pairs"
 
@@ -187,7 +187,7 @@ class Glove:
         self.steps = BLOCKS_PER_SIDE * method.epochs
 
     def step(self, number: int) -> StepResult:
-        """Run step `number`, from 0 to `steps` - 1, which processes block (row, (row + number) mod 8) for each row."""
+        """Run step `number` (0 to `steps` - 1), which processes block (row, (row + number) mod 8) for each row of blocks."""
         method = self._method
 
         def train_block(row: int) -> tuple[float, int]:

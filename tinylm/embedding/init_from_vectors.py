@@ -1,6 +1,6 @@
 """Initialize a language model's token embedding from vectors (recipe key `model.init_embeddings`).
 
-Token vectors are copied to tokens with the same name. Word vectors are averaged: each token gets the mean vector of all words whose
+Token vectors are copied to tokens with the same name. Word vectors are averaged: a token's vector is the mean over all words whose
 encoding contains the token, weighted by word count. All vectors are scaled by one common factor to match the standard deviation of
 the embedding's random initialization. Tokens without a vector keep their random values.
 """
@@ -31,7 +31,7 @@ class InitializedTokens:
 def initialize_from_vectors(embedding: nn.Embedding, vectors: Vectors, tokenizer: Tokenizer) -> InitializedTokens:
     """Overwrite rows of `embedding`, (vocabulary, width), in place.
 
-    Raises `InputError` if the vectors have a different width, or if no token gets a vector.
+    Raises `InputError` if the vectors have a different width, or if no token receives a vector.
     """
     where = "model.init_embeddings"
     if vectors.dimensions != embedding.embedding_dim:

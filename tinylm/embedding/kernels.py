@@ -3,8 +3,8 @@
 Papers: Mikolov et al. 2013, "Distributed Representations of Words and Phrases and their Compositionality" (negative sampling);
 Pennington et al. 2014, "GloVe: Global Vectors for Word Representation".
 
-Legend: `V` names, `D` dimensions, `P` positions in a segment, `K` negatives. `ids` are int32 indices into the vocabulary;
-a negative id marks the end of a document. A workspace is the scratch memory for one segment of the text.
+Legend: `V` vocabulary size, `D` dimensions, `P` positions in a segment, `K` negatives. `ids` are int32 indices into the
+vocabulary; a negative id marks the end of a document. A workspace is the scratch memory for one segment of the text.
 """
 
 from __future__ import annotations

@@ -13,10 +13,10 @@ _ITERATIONS = 30
 
 
 def group(normalized: np.ndarray) -> np.ndarray:
-    """Assign each normalized vector, (names, dimensions), to a group. Returns int64 (names,).
+    """Divide normalized vectors (names, dimensions) into groups. Return the group of each vector, int64 (names,).
 
-    Uses spherical k-means (Dhillon & Modha 2001). The first center is the first vector. Each additional center is the vector that
-    is least similar to the centers chosen before it, so no random numbers are needed. Group 0 is the largest.
+    The method is spherical k-means (Dhillon & Modha 2001). The first center is the first vector. Each additional center is the
+    vector that is least similar to the centers chosen before it, so no random numbers are needed. Group 0 is the largest.
     """
     count = max(1, min(MAX_GROUPS, len(normalized) // _NAMES_PER_GROUP))
     chosen = [0]
@@ -56,7 +56,7 @@ class Box:
 def place_labels(
     points: np.ndarray, sizes: Iterable[tuple[float, float]], area: Box, limit: int, gap: float
 ) -> Iterator[tuple[int, float, float]]:
-    """Yield (row, left, bottom) in pixels for up to `limit` labels that do not overlap, in row order.
+    """Yield (row, left, bottom) for up to `limit` labels that do not overlap, in row order. `left` and `bottom` are in pixels.
 
     `points` is (names, 2) in pixels, and `sizes` yields the width and height of each label. A label is placed to the right of, to
     the left of, above or below its point, at a distance of `gap`. It is skipped if all four places are taken or outside `area`.

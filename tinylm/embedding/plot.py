@@ -47,7 +47,8 @@ def draw(vectors: Vectors, path: Path, *, projection: str = "pca", max_names: in
 
 
 def project(normalized: np.ndarray, projection: str, seed: int) -> tuple[np.ndarray, float | None]:
-    """Project normalized vectors to points (names, 2). Also returns the share of variance explained (None except with PCA)."""
+    """Project normalized vectors to points (names, 2). Return the points and, for PCA, the fraction of the variance that they
+    explain."""
     if projection == "pca":
         return pca(normalized)
     try:
@@ -70,7 +71,7 @@ def project(normalized: np.ndarray, projection: str, seed: int) -> tuple[np.ndar
 
 
 def pca(rows: np.ndarray) -> tuple[np.ndarray, float]:
-    """Return the first two principal components (rows, 2) and the share of the variance that they explain.
+    """Return the first two principal components (rows, 2) and the fraction of the variance that they explain.
 
     The sign of a component is chosen so that its largest loading is positive.
     """
@@ -117,7 +118,7 @@ def page(vectors: Vectors, points: np.ndarray, projection: str, explained: float
         "similarities": np.round(similarities, 3).tolist(),
         "counts": None if vectors.counts is None else vectors.counts[: len(points)].tolist(),
     }
-    variance = "" if explained is None else f" ({explained:.0%} of the variance)"
+    variance = "" if explained is None else f" ({explained:.0%} of the variance explained)"
     title = f"{len(points):,} of {len(vectors):,} vectors, {projection}{variance}"
     encoded = base64.b64encode(json.dumps(data).encode()).decode("ascii")  # base64, so that a name cannot close the script element
     template = resources.files("tinylm.embedding").joinpath("map.html").read_text(encoding="utf-8")

@@ -31,14 +31,14 @@ def sentence_vectors(
     device: torch.device | None = None,
     reporter: Reporter = SILENT,
 ) -> np.ndarray:
-    """Return one vector per text, float32 (texts, width). `how` is the pooling: `cls`, `mean` or `last`.
+    """Return one vector per text, float32 (texts, width). `how` is the pooling method: `cls`, `mean` or `last`.
 
     Long texts are truncated to the context length. Raises `InputError` for `cls` with a causal model.
     """
     network = without_classifier(run.network(checkpoint or run.checkpoint(), device or torch.device("cpu")))
     if how == "cls" and network.is_causal:
         raise InputError(
-            f"cls uses the first token, but a model with architecture {network.architecture} has not read the text at that point",
+            f"cls is the first token, which cannot depend on the text in a model with the {network.architecture} architecture",
             where="--pool",
             hint="use mean or last",
         )
@@ -69,13 +69,17 @@ def table(run: Run, texts: Sequence[str], how: str, **options: Any) -> Vectors:
 
 
 def query_vector(vectors: Vectors, text: str, run_path: str | None = None) -> np.ndarray:
-    """Compute the vector of a new text with the run and the pooling that produced `vectors`. Pass `run_path` if the run has moved.
+    """Compute the vector of a new text with the run and the pooling method that produced `vectors`.
+
+    Pass `run_path` if the run has moved.
 
     Raises `InputError` if the run is missing or has a different tokenizer.
     """
     path = run_path or vectors.notes.get("run_path")
     if not isinstance(path, str):
-        raise InputError("these vectors do not record the run that computed them", where="--run", hint="specify the run with --run")
+        raise InputError(
+            "the vectors file does not say which run computed the vectors", where="--run", hint="specify the run with --run"
+        )
     run = Run.open(path)
     if run.tokenizer.fingerprint != vectors.notes.get("tokenizer"):
         raise InputError("is not the run that computed these vectors", where=str(run.path))

@@ -6,7 +6,6 @@ spelling. All similarities are cosines. This module does not import torch.
 
 from __future__ import annotations
 
-import errno
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -34,14 +33,6 @@ def check_analogy_method(method: str) -> None:
     if method not in ANALOGY_METHODS:
         hint = did_you_mean(method, ANALOGY_METHODS)
         raise InputError(f"must be {' or '.join(ANALOGY_METHODS)}, not {method!r}", where="--method", hint=hint)
-
-
-def _save(tensors: dict[str, np.ndarray], path: Path, metadata: dict[str, str]) -> None:
-    """Write a .safetensors file. Raises `OSError` if it cannot be written."""
-    try:
-        save_file(tensors, path, metadata)
-    except SafetensorError as error:
-        raise OSError(errno.EIO, str(error), str(path)) from None
 
 
 @dataclass(frozen=True)
@@ -186,7 +177,7 @@ class Vectors:
             tensors["counts"] = self.counts.astype(np.int64)
         header = json.dumps({"byte_mapped": self.byte_mapped, "notes": self.notes}, sort_keys=True)
         with atomic_file(path) as temporary:
-            _save(tensors, temporary, {FORMAT: header})  # a single key, because safetensors does not keep the order of keys
+            save_file(tensors, temporary, {FORMAT: header})  # a single key, because safetensors does not keep the order of keys
 
     @classmethod
     def load(cls, path: Path) -> Vectors:

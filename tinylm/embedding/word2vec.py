@@ -1,9 +1,9 @@
 """Skip-gram and CBOW with negative sampling (Mikolov et al. 2013). The result is bit-identical for any number of threads.
 
-A step reads 8 consecutive segments of the text. Each segment is trained with plain SGD, with its own random numbers and on its own
-copies of the table rows that it needs. All segments start from the same tables, and their changes are then added in text order. The
-result therefore does not depend on which thread trains which segment. A step depends only on the seed, the step number and the
-tables, so no other state is needed to resume training.
+A step reads 8 consecutive segments of the text. Training on a segment uses plain SGD, its own random numbers and its own copies of
+the table rows that it changes. All segments start from the same tables, and their changes are then added in text order. The result
+therefore does not depend on which thread processes which segment. A step depends only on the seed, the step number and the tables,
+so no other state is needed to resume training.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tinylm.errors import missing_extra
 from tinylm.recipe.embeddings import CbowMethod, SkipGramMethod
 
 SEGMENTS = 8
-"""Segments per step. Word2vec does not use more threads than this."""
+"""Segments per step, and the maximum number of threads."""
 SEGMENT_LENGTH = 1024
 """Ids per segment."""
 
@@ -95,7 +95,7 @@ class Word2Vec:
         return StepResult(loss, terms, len(ids), lr)
 
     def _train(self, ids: np.ndarray, number: int, lr: np.float32) -> tuple[float, int]:
-        """Train on the ids of one step. Returns the summed loss and the number of terms in the sum."""
+        """Train on the ids of one step. Return the summed loss and the number of terms in the sum."""
         workspaces, threads = self._workspaces, self._threads
 
         def train_segment(segment: int) -> tuple[float, int, int, int]:

@@ -30,11 +30,11 @@ class AnswerScores:
 
     conversations: int
     skipped: int
-    """Conversations whose last answer does not fit into the context."""
+    """Number of conversations whose last answer does not fit into the context."""
     tokens: int
-    """Scored tokens, including end-of-turn tokens."""
+    """Number of scored tokens, including end-of-turn tokens."""
     bytes: int
-    """Size of the answers' text."""
+    """Size of the answers in UTF-8."""
     nats: float
 
     @property
@@ -64,7 +64,7 @@ def evaluate(
 ) -> AnswerScores:
     """Score the answers in all conversations. With `max_tokens`, stop after the conversation that reaches this total.
 
-    Conversations are truncated to the context length as in training. With several processes, each rank scores a share of the
+    Conversations are truncated to the context length as in training. With several processes, each rank scores some of the
     batches, and all ranks return the same result. Raises `InputError` if no conversation has an answer that fits into the context.
     """
     context = network.model.context_length

@@ -31,7 +31,7 @@ def kneser_ney_bits(train: Shard, heldout: Shard, vocab_size: int, size: int) ->
 
 
 def compressor_bits(train: bytes, heldout: bytes) -> dict[str, float]:
-    """Return bits per byte of the held-out text compressed with xz and, if it is installed, zstd.
+    """Return the bits per byte of the held-out text when compressed with xz and, if it is installed, zstd.
 
     Both use the training text as a dictionary.
     """

@@ -23,8 +23,8 @@ _FREQUENCY_BANDS = (0, 1, 10, 100, 1_000, 10_000)
 class TokenLosses:
     """Losses in nats by position in the shard; NaN marks tokens that were not scored. Pass an instance to `evaluate` as `on_batch`.
 
-    For the first `detailed` tokens of the shard, `alternatives` and `probabilities`, both `(detailed, 5)`, contain the ids and
-    probabilities of the tokens that the model considered most likely.
+    `alternatives` and `probabilities`, both `(detailed, 5)`, contain the ids and probabilities of the five tokens that the model
+    considered most likely. `detailed` is the number of tokens from the beginning of the shard for which they are recorded.
     """
 
     def __init__(self, shard: Shard, detailed: int = 0) -> None:
@@ -111,7 +111,7 @@ def by_frequency(losses: TokenLosses, token_byte_lengths: np.ndarray, train: Sha
 
 @dataclass(frozen=True)
 class HardToken:
-    """A token with a large loss and the text before the token."""
+    """A token with a large loss, and the text before it."""
 
     token: str
     nats: float

@@ -37,8 +37,8 @@ def predict(
 ) -> np.ndarray:
     """Return the logits for texts given as token ids, float64 (N, L).
 
-    The network runs in evaluation mode, and its training mode is restored afterwards. With several `processes`, each rank computes
-    a share of the batches, and all ranks return the same result. `on_progress` receives the number of tokens read so far. It is
+    The network runs in evaluation mode, and its training mode is restored afterwards. With several `processes`, each rank runs
+    some of the batches, and all ranks return the same result. `on_progress` receives the number of tokens read so far. It is
     called the same number of times on every rank.
     """
     assert isinstance(network, SequenceClassifier)

@@ -1,4 +1,4 @@
-"""Classify texts with a trained run, optionally with calibrated probabilities."""
+"""Classify texts with a trained model, optionally with calibrated probabilities."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ class Prediction:
 
 
 def truncation(run: Run) -> str:
-    """Return the value of `data.truncate` in a run's recipe, or the default if the recipe has no labeled texts."""
+    """Return the value of `data.truncate` in a run's recipe, or the default if its data is not labeled texts."""
     return run.recipe.data.truncate if isinstance(run.recipe.data, LabelsSection) else "head"
 
 
 def require_classifier(run: Run) -> ClassificationObjective:
-    """Return a run's classification objective. Raises `InputError` if the run is not a classifier."""
+    """Return a run's classification objective. Raises `InputError` if the run was not trained for classification."""
     objective = run.recipe.objective
     if not isinstance(objective, ClassificationObjective):
         raise InputError(
-            f"was trained with objective {objective.name}, not classification",
+            f"was trained with the {objective.name} objective, not classification",
             where=str(run.path),
             hint="choose a classifier with --run",
         )
@@ -51,7 +51,7 @@ def require_classifier(run: Run) -> ClassificationObjective:
 def heldout_texts(run: Run, split: str = "heldout") -> LabeledShard:
     """Open a run's held-out or test texts. Raises `InputError` if the texts are missing or damaged."""
     if split == "test" and not run.has_test_split:
-        raise InputError("this run has no test texts", where=str(run.path), hint="set `data.test` in the recipe to reserve some")
+        raise InputError("this run has no test texts", where=str(run.path), hint="set `data.test` in the recipe to hold out some")
     if not (run.path / "heldout").exists():
         raise InputError("this run has no held-out texts", where=str(run.path), hint="specify labeled texts to evaluate it on")
     return open_labeled(run.path / "heldout", split, run.tokenizer.vocab_size)
@@ -61,7 +61,7 @@ class TextClassifier:
     """Classifies texts with a run's network."""
 
     def __init__(self, run: Run, checkpoint: Checkpoint, device: torch.device) -> None:
-        """Raises `InputError` if the run is not a classifier."""
+        """Raises `InputError` if the run was not trained for classification."""
         self.labels = require_classifier(run).labels
         self._run = run
         self._tokenizer: Tokenizer = run.tokenizer
@@ -72,7 +72,7 @@ class TextClassifier:
         self.temperature = 1.0
 
     def calibrate(self) -> float:
-        """Fit the temperature on the held-out texts so that probabilities match the share of correct labels.
+        """Fit the temperature on the held-out texts so that probabilities match the fraction of correct predictions.
 
         Returns the temperature. Raises `InputError` if the run has no held-out texts.
         """

@@ -170,7 +170,7 @@ def compare_runs(
     device: str = "auto",
     reporter: Reporter = SILENT,
 ) -> Comparison:
-    """Compare the best checkpoints of runs on `sources`, or on the held-out or test text they share if `sources` is empty.
+    """Compare the best checkpoints of runs on `sources`, or on their common held-out or test text if `sources` is empty.
 
     Raises `InputError` if the texts differ (see `share_text`) or the text is too short.
     """

@@ -12,7 +12,7 @@ from tinylm.paths import atomic_file
 
 _FORMATS = (".png", ".svg", ".pdf")
 _MAX_NUMBERS = 20
-"""Maximum number of labels. Larger matrices are drawn without numbers."""
+"""Maximum number of labels for which the cells show numbers."""
 
 
 def draw(confusion: np.ndarray, labels: Sequence[str], path: Path) -> None:

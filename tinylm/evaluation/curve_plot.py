@@ -17,7 +17,7 @@ from tinylm.run import Run
 
 FORMATS = (".png", ".svg", ".pdf")
 MAX_RUNS = 10
-"""More runs than this are grouped by recipe. If there are still more groups than this, only the best are drawn in color."""
+"""If there are more runs than this, they are grouped by recipe. If there are also more groups, only the best are in color."""
 _HIGHLIGHTED = 5
 _ANNOTATED = 3
 """Maximum number of curves for which the best value is written next to the curve."""

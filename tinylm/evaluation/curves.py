@@ -1,4 +1,5 @@
-"""Training curves of runs, the metric on which runs can be compared, and groups of replicates. Does not import torch."""
+"""Training curves of runs, the metric on which runs can be compared, and groups of replicates. This module does not import
+torch."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ def comparable_metric(runs: Sequence[Run]) -> Metric:
 
 
 def tokenizers_differ(runs: Sequence[Run]) -> bool:
-    """Whether the tokenizers differ, which makes losses per token incomparable. Runs without a tokenizer are ignored."""
+    """Return whether the tokenizers differ, which makes losses per token incomparable. Runs without a tokenizer are ignored."""
     return len({run.tokenizer.fingerprint for run in runs if (run.path / "tokenizer.json").exists()}) > 1
 
 

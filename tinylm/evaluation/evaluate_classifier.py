@@ -1,4 +1,4 @@
-"""Evaluate a classifier on its own held-out or test texts or on other labeled texts, and compare it with simple baselines."""
+"""Evaluate a classifier on the run's held-out or test texts, or on other labeled texts, and compare it with simple baselines."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A baseline's accuracy on the same texts. `difference_ci95` is the interval for the model's accuracy minus the baseline's."""
+    """A baseline's accuracy on the same texts. `difference_ci95` is the interval of the model's accuracy minus the baseline's."""
 
     accuracy: float
     accuracy_ci95: tuple[float, float]
@@ -58,7 +58,7 @@ class ClassifierEvaluation:
     unseen: int
     """Number of texts whose label the model does not have. They count as mistakes."""
     calibration: float
-    """The temperature that calibrates the probabilities on these texts. Above 1 if the model is overconfident."""
+    """The temperature that calibrates the probabilities on these texts. It is above 1 if the model is overconfident."""
     mistakes: list[Mistake] = field(default_factory=list)
     baselines: dict[str, Baseline] = field(default_factory=dict)
 
@@ -148,7 +148,7 @@ def _read(run: Run, sources: Sequence[str]) -> list[LabeledText]:
 def _mistakes(
     run: Run, documents: Sequence[np.ndarray], names: Sequence[str], labels: Sequence[str], logits: np.ndarray, count: int
 ) -> list[Mistake]:
-    """Return the `count` wrong predictions with the highest probabilities."""
+    """Return the `count` incorrect predictions with the highest probabilities."""
     probabilities = np.exp(classification.log_softmax(logits))
     predicted = probabilities.argmax(axis=1)
     confidence = probabilities.max(axis=1)
@@ -184,7 +184,7 @@ def _baselines(
 
 
 def _parts(run: Run, checkpoint: Checkpoint) -> dict[str, list[LabeledText]]:
-    """Return a run's labeled texts by part, such as `train`. Raises `InputError` if they are missing or changed after training."""
+    """Return a run's labeled texts by split. Raises `InputError` if they are missing or have changed since the run was trained."""
     data = run.recipe.data
     if not isinstance(data, LabelsSection):
         raise InputError("the training texts of an imported model are not available", where=str(run.path))

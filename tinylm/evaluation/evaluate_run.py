@@ -1,4 +1,4 @@
-"""Evaluate a run on its own held-out or test text or on other texts, and measure how much of the text the model was trained on."""
+"""Evaluate a run on its held-out or test text, or on other texts, and measure how much of the text the model was trained on."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TextFormat:
 
 @dataclass(frozen=True)
 class BreakdownOptions:
-    """What to report in addition to the totals. `baselines` and `by_frequency` require the training text."""
+    """What to report in addition to the overall scores. `baselines` and `by_frequency` require the training text."""
 
     baselines: bool = False
     by_frequency: bool = False
@@ -73,7 +73,7 @@ class Evaluation:
     split: str | None = None
     """`heldout` or `test` for the run's own text, or None for other texts."""
     chosen_by_split: bool = False
-    """Whether this text was used to select the checkpoint as the best one."""
+    """Whether the checkpoint was selected by its score on this text."""
     has_test_split: bool = False
     overlaps: list[MeasuredOverlap] = field(default_factory=list)
     """How much of the text occurs in each text that the model was trained on."""
@@ -84,7 +84,7 @@ class Evaluation:
     def as_dict(self) -> dict[str, object]:
         """Return the JSON document of `tinylm eval --json`. Optional parts are present only if they were requested.
 
-        `overlap` is the largest share of the text that is known to occur in any one training text, or None if no share is known.
+        `overlap` is the largest fraction of the text that is known to occur in any one training text, or None if none is known.
         """
         scores = self.perplexity
         document: dict[str, object] = {
@@ -133,8 +133,8 @@ def evaluate_run(
 ) -> Evaluation:
     """Score `sources`, or the run's own text if there are no sources, and write an HTML report if requested.
 
-    `split` selects the part of the run's own text: `heldout` or `test`. Raises `InputError` if a source, the part or the checkpoint
-    cannot be read, an option is out of range, or the training text is needed and has changed.
+    `split` selects the run's `heldout` or `test` text. Raises `InputError` if a source, the split or the checkpoint cannot be read,
+    if an option is out of range, or if the training text is needed and has changed.
     """
     chosen = run.checkpoint(checkpoint)
     train = _training_shard(run, chosen, reporter) if details.needs_training_text else None
@@ -183,7 +183,7 @@ def measure_overlap(run: Run, shard: Shard, reporter: Reporter) -> list[Measured
 
 
 def _is_best(run: Run, checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint is the run's best checkpoint on the held-out text."""
+    """Return whether a checkpoint is the run's best checkpoint on the held-out text."""
     try:
         return checkpoint.step > 0 and run.checkpoint("best").path == checkpoint.path
     except InputError:  # the run has no best checkpoint yet

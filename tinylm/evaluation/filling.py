@@ -58,7 +58,7 @@ def require_masked_model(network: Model) -> None:
         raise InputError(
             f"this model ({kind}) does not predict masked tokens",
             where="--run",
-            hint="choose a run trained with objective masked_lm",
+            hint="choose a run trained with the masked_lm objective",
         )
 
 

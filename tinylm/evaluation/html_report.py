@@ -15,9 +15,9 @@ from tinylm.evaluation.breakdown import TokenLosses
 from tinylm.tokenizer import Tokenizer
 
 MAX_TOKENS = 20_000
-"""The page shows only this many tokens from the beginning of the text. More tokens would slow down browsers."""
+"""The page shows at most this many tokens from the beginning of the text, because more tokens would slow down browsers."""
 _EMPTY_TOKEN = "<i>\u00b7</i>"
-"""Shown for a token that has no text."""
+"""The page shows this for a token without text."""
 _LEVELS = (1, 2, 4, 6, 8, 11, 14)
 """The lowest loss for each shade, in bits."""
 _FACTS = ("run", "checkpoint", "text", "tokens", "bytes", "bits_per_byte", "perplexity", "context", "stride")

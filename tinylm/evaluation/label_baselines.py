@@ -13,7 +13,7 @@ from tinylm.text.labeled import LabeledText
 def majority_scores(label_counts: Sequence[int], count: int) -> np.ndarray:
     """Return scores `(count, labels)` that rank the labels by their frequency in the training texts.
 
-    Every text gets the same scores. Labels with equal counts get equal scores.
+    All texts have the same scores, and labels with equal counts have equal scores.
     """
     return np.tile(np.asarray(label_counts, dtype=np.float64), (count, 1))
 

@@ -31,7 +31,7 @@ from tinylm.recipe.encoder import Replacement
 from tinylm.tokenizer import Tokenizer
 
 RATE = 0.15
-"""The share of tokens that an evaluation masks."""
+"""The fraction of the tokens that an evaluation masks."""
 SEED = 15
 """The seed for choosing the masked tokens. It is the same for all runs."""
 _ALWAYS_MASK = Replacement(mask=1.0, random=0.0, keep=0.0)
@@ -59,12 +59,12 @@ class MaskedScores:
 
     @property
     def accuracy(self) -> float:
-        """The share of masked tokens for which the most likely prediction is correct."""
+        """The fraction of the masked tokens for which the most likely prediction is correct."""
         return self.correct / self.masked
 
     @property
     def metrics(self) -> Metrics:
-        """The metrics that are logged during training."""
+        """The metrics as they are logged during training."""
         return Metrics(MASKED_LOSS.name, {MASKED_LOSS.name: self.loss, MASKED_ACCURACY.name: self.accuracy})
 
 
@@ -143,7 +143,7 @@ def split_rows(shard: Shard, room: int, max_tokens: int | None = None) -> Iterat
 
 
 def _masked_together(shard: Shard, rows: Sequence[Row], framing: Framing, masking: Masking) -> Iterator[_Item]:
-    """Mask 15% of the tokens in each row. Yields only rows with masked tokens."""
+    """Mask 15% of the tokens in each row, and yield the rows with masked tokens."""
     for index, row in enumerate(rows):
         framed = framing.frame(shard.tokens[row.start : row.end])
         inputs, targets = masking.apply(framed[None], np.array([RATE]), SEED, np.array([index]))
@@ -152,7 +152,7 @@ def _masked_together(shard: Shard, rows: Sequence[Row], framing: Framing, maskin
 
 
 def _masked_in_turn(shard: Shard, rows: Sequence[Row], framing: Framing, masking: Masking) -> Iterator[_Item]:
-    """Yield one item for each ordinary token in each row. Only that token is masked."""
+    """Yield one item for each ordinary token in each row, with only that token masked."""
     for index, row in enumerate(rows):
         framed = framing.frame(shard.tokens[row.start : row.end])
         for position in np.flatnonzero(masking.ordinary[framed]):
@@ -162,7 +162,7 @@ def _masked_in_turn(shard: Shard, rows: Sequence[Row], framing: Framing, masking
 
 
 def _score(network: Model, framing: Framing, batch: Sequence[_Item]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return three arrays (N,): the loss of each masked token, whether the top prediction is correct, and the token's row index."""
+    """Return, for each masked token, its loss, whether the top prediction is correct, and its row index: three arrays (N,)."""
     tokens, segments = framing.rows([item.inputs for item in batch])
     targets, _ = framing.rows([item.targets for item in batch])
     targets = np.where(segments < 0, IGNORE_INDEX, targets)
@@ -177,7 +177,7 @@ def _score(network: Model, framing: Framing, batch: Sequence[_Item]) -> tuple[np
 
 
 def _result(shard: Shard, tokenizer: Tokenizer, rows: Sequence[Row], sums: np.ndarray) -> MaskedScores:
-    """Summarize `sums`, (3, rows): the nats, correct predictions and masked tokens of each row."""
+    """Summarize `sums` (3, rows): the loss in nats, the correct predictions and the masked tokens in each row."""
     documents = np.array([row.document for row in rows])
     count = int(documents.max()) + 1
     pieces = sums

@@ -4,7 +4,8 @@ Documents are scored independently. Each document is split into windows of `cont
 window scores the tokens that no earlier window has scored. Each token is therefore predicted from all preceding tokens in the
 document or from at least `context - stride` of them. The first token in a document is predicted from the end-of-text token. A model
 with a constant-size state, such as a recurrent network, carries its state from window to window instead and predicts each token
-from all preceding tokens. The model computes in float32 unless its weights are packed. All sums are computed in float64.
+from all preceding tokens. The model computes in float32 unless its weights are packed or the caller enables autocast. All sums are
+computed in float64. The losses stay on the device until many tokens have been scored, so that the host does not wait for a GPU.
 
 Legend: `B` windows in a batch, `T` tokens in a window, `C` width, `N` scored tokens, `V` vocabulary.
 """
@@ -15,25 +16,50 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tinylm.cost.memory import EVALUATION_BATCH_LOGITS, EVALUATION_BATCH_TOKENS
+from tinylm.cost.memory import EVALUATION_BATCH_LOGITS, EVALUATION_BATCH_TOKENS, gpu_evaluation_batch
 from tinylm.data.shards import Shard
+from tinylm.device import free_memory_bytes
 from tinylm.errors import InputError
 from tinylm.evaluation.metrics import BITS_PER_BYTE, LOSS, Metrics, perplexity_of
 from tinylm.evaluation.scoring import token_losses
 from tinylm.model.base import Model
+from tinylm.model.functions import attention_without_cudnn
 from tinylm.model.stateful import StatefulModel
 from tinylm.processes import SINGLE_PROCESS, Processes
+from tinylm.recipe.transformer import TransformerSection
 
 _BOOTSTRAP_SAMPLES = 1000
 _MIN_DOCUMENTS_TO_RESAMPLE = 50
 _MIN_PIECES_TO_RESAMPLE = 5
 _CARRIED_WINDOW = 256
 """Tokens per window if the state is carried from window to window."""
+_LOSSES_ON_DEVICE = 1 << 22
+"""Number of losses to collect on the device before they are copied to the host."""
+
+
+@dataclass(frozen=True)
+class BatchLimits:
+    """The size of evaluation batches. It affects results only through rounding."""
+
+    tokens: int
+    """Maximum number of tokens in a batch of windows, including padding."""
+    logits: int | None = None
+    """Maximum number of logits to compute together, or None for all logits in a batch."""
+
+    @classmethod
+    def of(cls, network: Model, vocab_size: int, processes: Processes) -> BatchLimits:
+        """Return the limits for a network. A transformer in a single process on a GPU uses part of the free memory."""
+        section, device = network.model, network.device
+        # A sharded network needs the same number of calls in every process, so its logits are not divided.
+        if device.type == "cuda" and processes.world_size == 1 and isinstance(section, TransformerSection):
+            return cls(*gpu_evaluation_batch(section.n_embd, free_memory_bytes(device)))
+        return cls(min(EVALUATION_BATCH_TOKENS, EVALUATION_BATCH_LOGITS // vocab_size))
 
 
 @dataclass(frozen=True)
@@ -73,10 +99,18 @@ class ScoredBatch:
     """`(N,)`: index of each token in the shard."""
     context_lengths: np.ndarray
     """`(N,)`: number of tokens that each token was predicted from."""
-    nats: np.ndarray
-    """`(N,)`: loss of each token; 0 for end-of-text tokens."""
+    is_text: np.ndarray
+    """`(N,)`: false for end-of-text tokens."""
+    losses: Tensor
+    """`(N,)`: loss of each token in nats, on the device."""
     logits: Tensor
-    """`(N, V)`: logits that predict each token."""
+    """`(N, V)`: logits that predict each token, on the device."""
+
+    @cached_property
+    def nats(self) -> np.ndarray:
+        """`(N,)`: loss of each token; 0 for end-of-text tokens. The first access waits for the device."""
+        nats: np.ndarray = _on_host(self.losses) * self.is_text
+        return nats
 
 
 @dataclass(frozen=True)
@@ -157,28 +191,31 @@ def evaluate(
     processes: Processes = SINGLE_PROCESS,
     on_progress: Callable[[int], None] = lambda tokens: None,
     on_batch: Callable[[ScoredBatch], None] = lambda batch: None,
+    limits: BatchLimits | None = None,
 ) -> Perplexity:
     """Score a text in evaluation mode. The network's training mode is restored afterwards.
 
     With several `processes`, each rank scores every `world_size`-th batch, or every `world_size`-th group of documents if the state
     is carried. All ranks return the same result, which is bit-identical to that of a single process. After every batch,
     `on_progress` receives the number of tokens scored so far. It is called the same number of times on every rank and may raise an
-    exception to stop the evaluation. `on_batch` receives the batches that this rank scored. Raises `InputError` if the text is
-    empty, the context or stride is out of range, or the model is not causal.
+    exception to stop the evaluation. `on_batch` receives the batches that this rank scored, divided into parts with at most
+    `limits.logits` logits. `limits` defaults to `BatchLimits.of`. Raises `InputError` if the text is empty, if the context or
+    stride is out of range, or if the model is not causal.
     """
     if not network.is_causal:
-        raise InputError(f"a model with architecture {network.architecture} does not predict the next token")
+        raise InputError(f"a model with the {network.architecture} architecture does not predict the next token")
     context, stride = options.window_size(network.model.context_length)
     carried = isinstance(network, StatefulModel) and options.context is None and options.stride is None
     documents = _first_tokens(shard.documents(), options.max_tokens)
     spans = [(documents[0][0], documents[-1][1])] if options.across_documents and documents else documents
-    max_tokens = min(EVALUATION_BATCH_TOKENS, EVALUATION_BATCH_LOGITS // len(token_byte_lengths))
-    groups = list(_carried_groups(spans, max_tokens) if carried else _groups(spans, context, stride, max_tokens))
+    limits = limits or BatchLimits.of(network, len(token_byte_lengths), processes)
+    rows = None if limits.logits is None else max(1, limits.logits // len(token_byte_lengths))
+    groups = list(_carried_groups(spans, limits.tokens) if carried else _groups(spans, context, stride, limits.tokens))
     if not groups:
         raise InputError("the text is empty")
     sums = _WindowSums(shard, token_byte_lengths, groups)
     tokens = 0
-    with _evaluation_mode(network):
+    with _evaluation_mode(network), attention_without_cudnn(network.device):
         for first in range(0, len(groups), processes.world_size):
             # A sharded model needs all ranks in every forward pass, so ranks without their own batch repeat their last batch.
             own = min(first + processes.rank, len(groups) - 1)
@@ -187,13 +224,17 @@ def evaluate(
             for number in range(max(map(len, peers))):
                 index = min(number, len(group) - 1)
                 if carried:
-                    scored, state = _score_and_carry(network, shard, group[index], state)
+                    scored, state = _run_and_carry(network, shard, group[index], state)
                 else:
-                    scored = _score(network, shard, group[index])
+                    scored = _run(network, shard, group[index])
                 if own == first + processes.rank and index == number:
-                    sums.add(own, index, scored)
-                    on_batch(scored)
-                del scored  # free its logits before the next batch
+                    sums.start(own, index)
+                for part in scored.parts(rows):
+                    if own == first + processes.rank and index == number:
+                        sums.add(part)
+                        on_batch(part)
+                    del part  # free its logits before the next part
+                del scored
                 tokens += sum(window.scored for peer in peers if number < len(peer) for window in peer[number])
                 on_progress(tokens)
     sums.reduce(processes)
@@ -270,7 +311,7 @@ def _evaluation_mode(network: Model) -> Iterator[None]:
 
 
 class _WindowSums:
-    """Nats, bytes and tokens for each window. Until `reduce` is called, the values for windows scored by other ranks are zero."""
+    """Nats, bytes and tokens for each window. They are complete after `reduce`."""
 
     def __init__(self, shard: Shard, token_byte_lengths: np.ndarray, groups: list[Group]) -> None:
         batches = [batch for group in groups for batch in group]
@@ -283,35 +324,88 @@ class _WindowSums:
         self._scored = np.array([window.scored for window in windows])
         self._starts = np.cumsum([0, *(len(batch) for batch in batches)])
         self._groups = np.cumsum([0, *map(len, groups)])
+        self._owners = np.array([], dtype=np.int64)  # the windows of the tokens in the current batch
+        self._added: list[tuple[np.ndarray, np.ndarray, Tensor]] = []  # windows, whether tokens are text, and losses on the device
 
-    def add(self, group: int, index: int, batch: ScoredBatch) -> None:
-        """Add the scored tokens from batch `index` in group `group`."""
+    def start(self, group: int, index: int) -> None:
+        """Start batch `index` in group `group`."""
         start, end = self._starts[self._groups[group] + index : self._groups[group] + index + 2]
-        owners = np.repeat(np.arange(start, end), self._scored[start:end])
-        targets = self._shard.tokens[batch.positions]
-        np.add.at(self.nats, owners, batch.nats)
-        np.add.at(self.bytes, owners, self._token_byte_lengths[targets])
-        np.add.at(self.tokens, owners, targets != self._shard.end_of_text)
+        self._owners = np.repeat(np.arange(start, end), self._scored[start:end])
+
+    def add(self, part: ScoredBatch) -> None:
+        """Add the next scored tokens of the current batch, without waiting for the device."""
+        owners, self._owners = np.split(self._owners, [len(part.positions)])
+        np.add.at(self.bytes, owners, self._token_byte_lengths[self._shard.tokens[part.positions]])
+        np.add.at(self.tokens, owners, part.is_text)
+        self._added.append((owners, part.is_text, part.losses))
+        if sum(len(added) for added, _, _ in self._added) >= _LOSSES_ON_DEVICE:
+            self._add_losses()
+
+    def _add_losses(self) -> None:
+        if not self._added:
+            return
+        owners, is_text, losses = zip(*self._added, strict=True)
+        np.add.at(self.nats, np.concatenate(owners), _on_host(torch.cat(losses)) * np.concatenate(is_text))
+        self._added.clear()
 
     def reduce(self, processes: Processes) -> None:
         """Sum over the ranks. Each window was scored by exactly one rank, so the sums are exact."""
+        self._add_losses()
         self.nats, self.bytes, self.tokens = processes.sum(self.nats), processes.sum(self.bytes), processes.sum(self.tokens)
 
 
-def _score(network: Model, shard: Shard, batch: list[Window]) -> ScoredBatch:
-    """Score a batch of windows. The result is in window order. End-of-text tokens count as 0 nats."""
+def _on_host(losses: Tensor) -> np.ndarray:
+    """Copy losses to the host, in float64."""
+    on_host: np.ndarray = losses.to("cpu", torch.float64).numpy()
+    return on_host
+
+
+def _on_device(values: np.ndarray, device: torch.device) -> Tensor:
+    """Copy an array to the device. On a GPU, the copy is queued."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+@dataclass(frozen=True)
+class _ForwardPass:
+    """The result of running the network on a batch of windows, in window order."""
+
+    network: Model
+    positions: np.ndarray
+    """`(N,)`"""
+    context_lengths: np.ndarray
+    """`(N,)`"""
+    hidden: Tensor
+    """`(N, C)`: hidden states that predict each scored token."""
+    targets: np.ndarray
+    """`(N,)`"""
+    is_text: np.ndarray
+    """`(N,)`"""
+
+    def parts(self, rows: int | None) -> Iterator[ScoredBatch]:
+        """Compute the losses of up to `rows` tokens at a time, or of all tokens if `rows` is None."""
+        targets = _on_device(self.targets, self.hidden.device)
+        for start in range(0, len(targets), rows or len(targets)):
+            part = slice(start, None if rows is None else start + rows)
+            logits = self.network.logits(self.hidden[part])  # (rows, V)
+            losses = token_losses(logits, targets[part])
+            yield ScoredBatch(self.positions[part], self.context_lengths[part], self.is_text[part], losses, logits)
+            del logits  # free them before the next part's logits are allocated
+
+
+def _run(network: Model, shard: Shard, batch: list[Window]) -> _ForwardPass:
     inputs = _inputs(network, shard, batch)
     skipped = min(window.length - window.scored for window in batch)  # no window in this batch scores the columns before this one
     hidden = network.hidden(inputs, n_last=inputs.shape[1] - skipped if skipped else None)
-    return _scored_batch(network, shard, batch, hidden, skipped)
+    return _forward_pass(network, shard, batch, hidden, skipped)
 
 
-def _score_and_carry(network: Model, shard: Shard, batch: list[Window], state: Tensor | None) -> tuple[ScoredBatch, Tensor]:
-    """Like `_score`, but start from `state`, or from an empty state at the beginning of documents. Also returns the new state."""
+def _run_and_carry(network: Model, shard: Shard, batch: list[Window], state: Tensor | None) -> tuple[_ForwardPass, Tensor]:
+    """Like `_run`, but start from `state`, or from an empty state at the beginning of documents. Also returns the new state."""
     assert isinstance(network, StatefulModel)
     before = network.empty_state(len(batch)) if state is None else state[: len(batch)]
     hidden, after = network.continue_from(_inputs(network, shard, batch), before)
-    return _scored_batch(network, shard, batch, hidden, 0), after
+    return _forward_pass(network, shard, batch, hidden, 0), after
 
 
 def _inputs(network: Model, shard: Shard, batch: list[Window]) -> Tensor:
@@ -319,12 +413,11 @@ def _inputs(network: Model, shard: Shard, batch: list[Window]) -> Tensor:
     inputs = np.zeros((len(batch), batch[0].length), dtype=np.int64)  # (B, T)
     for row, window in enumerate(batch):
         inputs[row, : window.length] = shard.tokens[window.start : window.start + window.length]
-    return torch.from_numpy(inputs).to(network.device)
+    return _on_device(inputs, network.device)
 
 
-def _scored_batch(network: Model, shard: Shard, batch: list[Window], hidden: Tensor, skipped: int) -> ScoredBatch:
-    """Score the targets in a batch of windows. `hidden` (B, T - skipped, C) omits the first `skipped` columns."""
-    device = network.device
+def _forward_pass(network: Model, shard: Shard, batch: list[Window], hidden: Tensor, skipped: int) -> _ForwardPass:
+    """Select the scored positions of a batch. `hidden` (B, T - skipped, C) omits the first `skipped` columns."""
     rows, columns, positions, context_lengths = [], [], [], []
     for row, window in enumerate(batch):
         column = np.arange(window.length - window.scored, window.length)
@@ -334,12 +427,10 @@ def _scored_batch(network: Model, shard: Shard, batch: list[Window], hidden: Ten
         context_lengths.append(window.preceding + column + 1)
     scored_positions = np.concatenate(positions)  # (N,)
     targets = shard.tokens[scored_positions].astype(np.int64)
-    column_index = torch.from_numpy(np.concatenate(columns) - skipped).to(device)
-    scored = hidden[torch.from_numpy(np.concatenate(rows)).to(device), column_index]  # (N, C)
-    logits = network.logits(scored)  # (N, V)
-    losses = token_losses(logits, torch.from_numpy(targets).to(device))  # (N,)
-    nats = losses.cpu().double().numpy() * (targets != shard.end_of_text)
-    return ScoredBatch(scored_positions, np.concatenate(context_lengths), nats, logits)
+    row_index, column_index = _on_device(np.stack((np.concatenate(rows), np.concatenate(columns) - skipped)), hidden.device)
+    scored = hidden[row_index, column_index]  # (N, C)
+    is_text = targets != shard.end_of_text
+    return _ForwardPass(network, scored_positions, np.concatenate(context_lengths), scored, targets, is_text)
 
 
 def bootstrap_interval(nats: np.ndarray, sizes: np.ndarray, owners: np.ndarray, documents: int) -> tuple[float, float]:

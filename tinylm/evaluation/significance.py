@@ -1,4 +1,4 @@
-"""Significance tests: whether two models differ on the same text, and whether two recipes differ over several seeds.
+"""Significance tests: whether two models differ on the same text, and whether two recipes differ across several seeds.
 
 Two models are compared with a paired bootstrap and a permutation test. The losses of both models are summed over the same pieces of
 text: documents if there are many, otherwise pieces of equal size in bytes. Because the comparison is paired, pieces that are hard
@@ -30,8 +30,8 @@ class PairedComparison:
 
     `ci95` is a 95% paired bootstrap interval for the difference. `simultaneous_ci95` is wider if several comparisons are made
     together: with a probability of 95%, every one of these intervals contains its true difference (Bonferroni). `p_value` comes
-    from a two-sided permutation test. It is the share of random swaps of A and B within pieces that yield a difference at least as
-    large as the observed one. `pieces` is the number of pieces, and `kind` describes them.
+    from a two-sided permutation test. It is the fraction of random swaps of A and B within pieces that yield a difference at
+    least as large as the observed one. `pieces` is the number of pieces, and `kind` describes them.
     """
 
     a: float
@@ -137,7 +137,7 @@ def _document_bytes(losses: TokenLosses, byte_lengths: np.ndarray) -> list[int]:
 
 
 def _nats_of_pieces(losses: TokenLosses, byte_lengths: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Return the nats for each piece. `ends` contains the byte offsets at which the pieces end."""
+    """Return the summed loss of each piece in nats. `ends` contains the byte offsets at which the pieces end."""
     positions = losses.positions
     sizes = byte_lengths[losses.shard.tokens[positions]]
     starts = np.cumsum(sizes) - sizes

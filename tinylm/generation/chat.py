@@ -34,7 +34,7 @@ class ChatPrompt:
 def chat_prompt(messages: Sequence[Message], encoder: ChatEncoder, capacity: int | None, max_new_tokens: int) -> ChatPrompt:
     """Encode a conversation that ends with a user message. Drop the oldest exchanges if the conversation does not fit.
 
-    `capacity` is the context length. Reserves space for an answer of `max_new_tokens` tokens, but no more than a quarter of the
+    `capacity` is the context length. Space is reserved for an answer of `max_new_tokens` tokens, but no more than a quarter of the
     context. Raises `InputError` if the system message and the last message leave no room for an answer.
     """
     turns = encoder.turns(messages)
@@ -46,7 +46,7 @@ def chat_prompt(messages: Sequence[Message], encoder: ChatEncoder, capacity: int
     ids = encoder.prompt(kept)
     room = capacity - len(ids) + 1  # the last token of an answer is not fed back to the model
     if room < 1:
-        problem = f"the message has {len(ids):,} tokens with its frame, but the model's context has only {capacity:,}"
+        problem = f"the message has {len(ids):,} tokens with its control tokens, but the model's context has only {capacity:,}"
         raise InputError(problem, hint="write a shorter message")
     return ChatPrompt(ids, left_out, min(max_new_tokens, room))
 

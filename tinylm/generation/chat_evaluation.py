@@ -1,4 +1,4 @@
-"""Evaluate a run on conversations: compute the loss on all answers, and generate greedy answers to the last questions."""
+"""Evaluate a chat model on conversations: compute the loss on all answers, and generate greedy answers to the last questions."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class ChatEvaluation:
-    """The evaluation of a run on its held-out or test conversations."""
+    """The evaluation of a chat model on its held-out or test conversations."""
 
     run: str
     checkpoint: str

@@ -64,6 +64,14 @@ class Constraint:
         return cls("|".join(map(re.escape, texts)), tokenizer, name="--choice", budget=budget)
 
     @property
+    def nbytes(self) -> int:
+        """Size of the automaton and of the cached transitions in bytes."""
+        arrays = [self._accepting, self._distances, self._continues]
+        for transitions in list(self._cache.values()):  # a copy, because another thread may be generating
+            arrays += [transitions.ids, transitions.targets]
+        return self._tokens.nbytes + sum(array.nbytes for array in arrays)
+
+    @property
     def min_tokens(self) -> int:
         """Number of tokens in the shortest match."""
         return int(self._distances[0])
@@ -136,11 +144,16 @@ class _TokenTransitions:
         lengths = np.array([len(text) for text in token_bytes])
         order = np.argsort(-lengths, kind="stable")
         self._order = order[: int((lengths > 0).sum())].astype(np.int32)
+        classes = classes.reshape(-1).astype(np.uint8)
         self._columns = [
-            classes.reshape(-1)[[token_bytes[id][position] for id in order[: int((lengths > position).sum())]]]
+            classes[[token_bytes[id][position] for id in order[: int((lengths > position).sum())]]]
             for position in range(int(lengths.max(initial=0)))
         ]
         self.work_per_state = 1 + sum(len(column) for column in self._columns) // _TRANSITIONS_PER_WORK
+
+    @property
+    def nbytes(self) -> int:
+        return self._next_state.nbytes + self._order.nbytes + sum(column.nbytes for column in self._columns)
 
     def of_state(self, state: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids that have a transition from a state, longest tokens first, and the target state of each."""

@@ -1,9 +1,10 @@
 """Generate text with continuous batching: requests are prefilled into the rows of a decoding state and decoded together.
 
-Works with any model that has a decoding state (`tinylm.model.state`). A finished sequence immediately frees its row for the next
-request, so prompts of any length share the decoding steps. Samples with the same prompt share one prefill. When a row is full, the
-state evicts the older half of the row. Some states then have to prefill the newer half again. No token is processed more than about
-twice, because a row fills up again only after another half capacity. If the capacity is unlimited, rows are never full.
+The engine works with any model that has a decoding state (`tinylm.model.state`). A finished sequence immediately frees its row for
+the next request, so prompts of any length share the decoding steps. Samples with the same prompt share one prefill. When a row is
+full, the state evicts the older half of the row. Some states then have to prefill the newer half again. No token is processed more
+than about twice, because a row fills up again only after as many tokens as were evicted. If the capacity is unlimited, rows are
+never full.
 
 Legend: `B` rows in use, `V` vocabulary.
 """
@@ -39,7 +40,7 @@ _UNIFORMS_PER_BLOCK = 256
 class Sample:
     """A generated continuation.
 
-    `finish_reason` is "stop" (a stop text was generated, or the constraint is complete), "end" (the end-of-text token or one of
+    `finish_reason` is "stop" (a stop string was generated, or the constraint is complete), "end" (the end-of-text token or one of
     `stop_ids` was generated) or "length" (`max_new_tokens` was reached). `choices` is filled only if `SamplingOptions.logprobs` is
     set. The token that ends a sample is not part of it, so the choice of that token is stored separately in `end_choice`.
     `prompt_choices`, for all prompt tokens except the first, is filled only if `Request.score_prompt` is also set.
@@ -59,7 +60,7 @@ class Sample:
 class Request:
     """One sample to generate. Its random numbers depend only on `seed`.
 
-    `on_text` receives text as soon as it is final, which means complete characters that cannot be part of a stop text. `on_token`
+    `on_text` receives text as soon as it is final, which means complete characters that cannot be part of a stop string. `on_token`
     receives each token if `SamplingOptions.logprobs` is set. `score_prompt` also records the log-probabilities of the prompt tokens
     and requires a prompt of no more than `capacity` + 1 tokens. `ids` replaces the encoding of `prompt`, for prompts that are not
     plain text.
@@ -249,7 +250,7 @@ class Engine:
 
 
 class SequenceState:
-    """The state of a sample during generation: its random numbers, its constraint, and its text up to a stop text.
+    """The state of a sample during generation: its random numbers, its constraint, and its text up to a stop string.
 
     Raises `InputError` if `max_new_tokens` is too small for the constraint.
     """
@@ -344,13 +345,13 @@ class SequenceState:
     def _finish(self, reason: str) -> None:
         self.done = True
         self.sample.finish_reason = reason
-        if reason != "stop" or self._request.constraint is not None:  # do not extend a text that was truncated at a stop text
+        if reason != "stop" or self._request.constraint is not None:  # do not extend a text that was truncated at a stop string
             self._append_text(self._decoder.finish())
         self._stream(len(self.sample.text))
         self.sample.tokens_per_second = len(self.sample.token_ids) / max(time.perf_counter() - self._start_time, 1e-9)
 
     def _append_text(self, text: str) -> None:
-        """Append decoded text, truncate the sample at the first stop text, and stream the part that is final."""
+        """Append decoded text, truncate the sample at the first stop string, and stream the part that is final."""
         self.sample.text += text
         held_back = 0
         if self._stops is not None and not self.done:

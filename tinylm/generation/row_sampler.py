@@ -30,7 +30,7 @@ _Choose = Callable[[Tensor, SamplingOptions, Tensor | None], Tensor]
 class RowSampler:
     """Chooses the next token for every sequence. The penalty and bias tables have one row per sequence and are allocated on demand.
 
-    With `uses_numba`, sample in numba-compiled code if it supports the options.
+    With `uses_numba`, sampling runs in numba-compiled code if that code supports the options.
     """
 
     def __init__(self, rows: int, vocab_size: int, device: torch.device, *, uses_numba: bool) -> None:
@@ -117,7 +117,8 @@ class RowSampler:
 
 
 def _fail_unusable_rows(logits: Tensor, sequences: Sequence[SequenceState]) -> Tensor:
-    """Fail sequences whose logits contain NaN or infinity or are all minus infinity. Returns logits that are usable everywhere."""
+    """Fail sequences whose logits contain NaN or infinity or are all minus infinity. Returns logits that are usable in every
+    row."""
     maxima = logits.amax(dim=-1).tolist()  # NaN if any logit is NaN
     unusable = [row for row, maximum in enumerate(maxima) if not math.isfinite(maximum)]
     if not unusable:

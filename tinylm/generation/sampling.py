@@ -21,7 +21,7 @@ MAX_LOGPROBS = 20
 MAX_NEW_TOKENS = 10**9
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1000
-"""Maximum number of characters in a stop text."""
+"""Maximum number of characters in a stop string."""
 MAX_LOGIT_CHANGE = 1e10
 """Maximum absolute value of a bias or penalty. Larger values could overflow the float32 logits."""
 _FIRST_CANDIDATES = 256
@@ -73,7 +73,7 @@ class SamplingOptions:
         if any(not text for text in self.stop):
             raise InputError("must not be empty", where="--stop")
         if len(self.stop) > MAX_STOPS:
-            raise InputError(f"there can be at most {MAX_STOPS} stop texts, not {len(self.stop)}", where="--stop")
+            raise InputError(f"there can be at most {MAX_STOPS} stop strings, not {len(self.stop)}", where="--stop")
         if any(len(text) > MAX_STOP_LENGTH for text in self.stop):
             raise InputError(f"must have at most {MAX_STOP_LENGTH} characters", where="--stop")
         for _, bias in self.logit_bias:
@@ -133,14 +133,15 @@ def distribution(logits: Tensor, options: SamplingOptions) -> tuple[Tensor, Tens
 
 
 def _scaled(logits: Tensor, maximum: Tensor, options: SamplingOptions) -> Tensor:
-    """Divide logits `(B, N)` by the temperature. Subtracts the maximum `(B, 1)` first: dividing a very large logit could overflow."""
+    """Divide logits `(B, N)` by the temperature. Subtract the maximum `(B, 1)` first so that very large logits do not overflow."""
     return logits if options.temperature == 1.0 else (logits - maximum) / max(options.temperature, 1e-5)
 
 
 def _candidates(logits: Tensor, options: SamplingOptions) -> tuple[Tensor, Tensor]:
     """Return the probabilities and ids `(B, N)` of the top-k tokens, or of all tokens that top-p and min-p can keep.
 
-    With top-k, the logits are those before the temperature is applied. This does not sort the vocabulary, because sorting a large vocabulary takes longer than the forward pass.
+    With top-k, `logits` must not be scaled by the temperature yet. Without top-k, they must be scaled already. This does not sort
+    the vocabulary, because sorting a large vocabulary takes longer than the forward pass.
     """
     vocab_size = logits.shape[-1]
     if options.top_k is not None:

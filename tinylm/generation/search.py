@@ -166,7 +166,7 @@ def _best(finished: list[_Finished], count: int) -> list[_Finished]:
 
 
 def _extension_logprobs(logits: Tensor, beams: list[_Beam], constraint: Constraint | None, max_tokens: int) -> Tensor:
-    """Return the log-probability `(beams, V)` of each beam extended by each token. Forbidden extensions are minus infinity."""
+    """Return the log-probability `(beams, V)` of each beam extended by each token. It is minus infinity if forbidden."""
     logprobs = all_logprobs(logits)
     if constraint is not None:
         logprobs = logprobs.clone()
@@ -208,7 +208,7 @@ def best_of(
 
 @torch.inference_mode()
 def mean_logprob(decoder: DecodingModel[Any], tokenizer: Tokenizer, prompt: str, ids: Sequence[int]) -> float:
-    """Return the mean log-probability of `ids` after a prompt, in nats. If they exceed the capacity, the beginning is dropped."""
+    """Return the mean log-probability of `ids` after a prompt, in nats. Text that exceeds the capacity is truncated on the left."""
     if not ids:
         return 0.0
     sequence = [*(tokenizer.encode(prompt) or [tokenizer.end_of_text or 0]), *ids]

@@ -1,4 +1,4 @@
-"""Find stop texts in a stream of text in linear time (Aho and Corasick 1975)."""
+"""Find stop strings in a stream of text in linear time (Aho and Corasick 1975)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 
 class StopMatcher:
-    """An automaton whose state is the longest suffix of the text that is a prefix of a stop text. State 0 is the empty suffix."""
+    """An automaton whose state is the longest suffix of the text that is a prefix of a stop string. State 0 is the empty suffix."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._next: list[dict[str, int]] = [{}]
         self._depth = [0]
-        self._match = [0]  # for each state, the length of the longest stop text that ends there
+        self._match = [0]  # for each state, the length of the longest stop string that ends there
         for stop in stops:
             state = 0
             for character in stop:
@@ -27,7 +27,7 @@ class StopMatcher:
         self._state, self._length = 0, 0
 
     def _fallbacks(self) -> list[int]:
-        """Return, for each state, the state of its longest proper suffix that is a prefix of a stop text."""
+        """Return, for each state, the state of its longest proper suffix that is a prefix of a stop string."""
         fallback = [0] * len(self._next)
         queue = deque(self._next[0].values())
         while queue:
@@ -44,9 +44,9 @@ class StopMatcher:
         return self._next[state].get(character, 0)
 
     def push(self, text: str) -> int | None:
-        """Append a piece of text, and look for stop texts that end in this piece.
+        """Append a piece of text, and look for stop strings that end in this piece.
 
-        Returns the smallest start of these stop texts, counted from the beginning of the stream, or None if there are none.
+        Returns the smallest start of these stop strings, counted from the beginning of the stream, or None if there are none.
         """
         starts = []
         for character in text:
@@ -58,5 +58,5 @@ class StopMatcher:
 
     @property
     def partial_length(self) -> int:
-        """The length of the longest suffix of the text that is a prefix of a stop text."""
+        """The length of the longest suffix of the text that is a prefix of a stop string."""
         return self._depth[self._state]

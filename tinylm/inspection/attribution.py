@@ -13,8 +13,12 @@ import torch
 from torch import Tensor
 
 from tinylm.model.base import Model
-from tinylm.model.decomposition import decompose, hook_names
+from tinylm.model.classifier import SequenceClassifier, pool
+from tinylm.model.decomposition import decompose, final_hidden, hook_names
 from tinylm.model.hooks import ActivationCache
+
+_SMALL = 1e-12
+"""The input below which the ratio of a pooling unit is 1, its limit for tanh."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Attribution:
 
     @property
     def remainder(self) -> float:
-        """The largest difference between a logit and the sum of its contributions, which is only due to rounding."""
+        """The largest difference between a logit and the sum of its contributions. It is only due to rounding."""
         return float((self.logits - self.sums).abs().max())
 
 
@@ -54,7 +58,7 @@ def attribution(
     parts = decompose(network, cache)
     weight = network.output_embedding().weight
     direction = weight[targets] if against is None else weight[targets] - weight[against]  # (B, T, C)
-    hidden = cache["final_norm"] if "final_norm" in cache else network.hidden(tokens)
+    hidden = final_hidden(network, cache)
     names, contributions = list(parts.names), torch.einsum("nbtc,btc->nbt", parts.vectors, direction)
     logits = (hidden * direction).sum(-1)
     bias = network.output_embedding().bias
@@ -62,3 +66,38 @@ def attribution(
         biases = bias[targets] if against is None else bias[targets] - bias[against]  # (B, T)
         names, contributions, logits = [*names, "head bias"], torch.cat((contributions, biases[None])), logits + biases
     return Attribution(names, contributions, logits)
+
+
+@torch.no_grad()
+def label_attribution(classifier: SequenceClassifier, label: int, against: int | None, cache: ActivationCache) -> Attribution:
+    """Attribute a label's logit for one text to components of the pooled vector. Labels are given by number.
+
+    With `against`, attribute the difference between two labels' logits. `cache` contains the activations of the classifier's body.
+    The pooling layer is frozen like a norm: each of its units is multiplied by the ratio of its output and input in the forward
+    pass. The result has one position. Raises `InputError` if the body cannot be split into components.
+    """
+    parts = decompose(classifier.body, cache)
+    weight, bias = classifier.output.weight, classifier.output.bias
+    direction = weight[label] if against is None else weight[label] - weight[against]  # (C,)
+    constant = bias[label] if against is None else bias[label] - bias[against]
+    names, contributions = ["label bias"], constant[None]
+    pooled = pool(final_hidden(classifier.body, cache), None, classifier.pool)[0]  # (C,)
+    logit = classifier.pooled_logits(pooled) @ _selector(len(bias), label, against, bias)
+    if classifier.pooler is not None:
+        inputs = classifier.pooler(pooled)  # (C,)
+        ratios = torch.where(inputs.abs() < _SMALL, torch.ones_like(inputs), classifier.pooler_activation(inputs) / inputs)
+        direction = direction * ratios
+        names, contributions = ["pooling bias", *names], torch.cat(((classifier.pooler.bias @ direction)[None], contributions))
+        direction = classifier.pooler.weight.T @ direction
+    vectors = torch.cat([pool(vectors, None, classifier.pool) for vectors in parts.vectors])  # (component, C)
+    contributions = torch.cat((vectors @ direction, contributions))
+    return Attribution([*parts.names, *names], contributions[:, None, None], logit[None, None])
+
+
+def _selector(count: int, label: int, against: int | None, like: Tensor) -> Tensor:
+    """Return the vector (count,) whose dot product with the logits is the logit of `label`, or its difference to `against`."""
+    selector = torch.zeros(count, device=like.device)
+    selector[label] += 1
+    if against is not None:
+        selector[against] -= 1
+    return selector

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from tinylm.inspection.heldout import HeldoutWindows
 from tinylm.inspection.interventions import Ablation, Metric, ablate, logit_difference, patch
 from tinylm.inspection.learning import CheckpointView
 from tinylm.inspection.neurons import neuron_name, top_activations
-from tinylm.inspection.overview import Inspection, token_ids
+from tinylm.inspection.input import token_ids
+from tinylm.inspection.overview import Inspection
 from tinylm.model.base import Model
 from tinylm.reporting import Reporter
 
@@ -23,6 +25,8 @@ NEURON_TOKENS = 2048
 _SNIPPETS = 3
 _ABLATION_FLOPS = 4e11
 """FLOP limit for ablations. This takes a few seconds on two cores."""
+_WITHOUT_EFFECTS = {"classification": "classifiers", "translation": "translators"}
+"""The tasks for which ablations and activation patching are not available, and the names of their models."""
 _MIN_ABLATION_TOKENS = 128
 _MAX_ABLATION_TOKENS = 4096
 
@@ -51,7 +55,8 @@ def neurons(inspection: Inspection, active: list[tuple[Tensor, Tensor]], text: H
     if text is None:
         return result
     windows = text.inputs.to(network.device)
-    _, cache = network.run_with_cache(windows, [neuron_name(network, layer) for layer in range(len(active))])
+    with network.caching([neuron_name(network, layer) for layer in range(len(active))]) as cache:
+        network.hidden(windows)
     places: dict[str, list[list[float]]] = {}
     for layer, (ids, _) in enumerate(active):
         chosen = torch.unique(ids)
@@ -69,6 +74,9 @@ def ablations(
 ) -> dict[str, Any] | None:
     """Measure the change in bits per byte when each head or feed-forward layer is replaced with its mean."""
     network = inspection.forward.network
+    if inspection.forward.task in _WITHOUT_EFFECTS:
+        inspection.missing["ablation"] = f"ablations are not measured for {_WITHOUT_EFFECTS[inspection.forward.task]}"
+        return None
     if text is None or requested == 0:
         return None
     tokens = ablation_tokens(network) if requested is None else requested
@@ -97,6 +105,10 @@ def patching(inspection: Inspection, corrupt: str | None, reporter: Reporter) ->
 
     Raises `InputError` if the texts have different numbers of tokens.
     """
+    if inspection.forward.task in _WITHOUT_EFFECTS:
+        inspection.missing["patching"] = f"activation patching does not support {_WITHOUT_EFFECTS[inspection.forward.task]}"
+        if corrupt is not None:
+            raise InputError(inspection.missing["patching"], where="--corrupt", hint="omit it")
     if corrupt is None:
         return None
     network, clean = inspection.forward.network, inspection.forward.tokens
@@ -142,9 +154,11 @@ def learning(views: list[CheckpointView]) -> dict[str, Any] | None:
     """Return losses, head scores and attention at several checkpoints."""
     if not views:
         return None
+    losses = [[math.nan if loss is None else loss for loss in view.losses] for view in views]
     result: dict[str, Any] = {
         "steps": [view.step for view in views],
-        "losses": encode(torch.tensor([view.losses for view in views]), "f4"),
+        "losses": encode(torch.tensor(losses), "f4"),
+        "means": [view.mean_loss for view in views],
     }
     heads = [view.heads for view in views if view.heads is not None]
     if heads:

@@ -1,6 +1,6 @@
 """Measure what attention heads do: previous-token, duplicate-token and induction scores (Olsson et al. 2022), and entropy.
 
-The scores are measured on a random sequence that is repeated once, so only the repetition can be used to predict its tokens.
+The scores are measured on a random sequence that is repeated once, so that its tokens can be predicted only from the repetition.
 
 Legend: `B` batch, `T` time, `L` length of the repeated part, `H` heads.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ class HeadScores:
 
 
 def repeated_tokens(network: Model, *, rows: int = ROWS, seed: int = 0) -> Tensor:
-    """Return sequences of L random ids that are repeated once, (rows, 2 L). L is `PERIOD`, or half of a shorter context.
+    """Return sequences (rows, 2 L) that each consist of two copies of L random ids. L is `PERIOD`, or half of a shorter context.
 
     Raises `InputError` if the context has fewer than 4 tokens.
     """
@@ -68,9 +69,10 @@ def repeated_tokens(network: Model, *, rows: int = ROWS, seed: int = 0) -> Tenso
 
 
 @torch.no_grad()
-def head_scores(network: Model, tokens: Tensor | None = None) -> HeadScores:
+def head_scores(network: Model, tokens: Tensor | None = None, **inputs: Any) -> HeadScores:
     """Score every head on repeated tokens (batch, 2 L). By default, these are the tokens from `repeated_tokens`.
 
+    `inputs` are additional arguments of `Model.hidden`, such as the memory of a decoder with cross-attention.
     Raises `InputError` if the model has no attention or `tokens` is not a repeated sequence.
     """
     if tokens is None:
@@ -79,7 +81,8 @@ def head_scores(network: Model, tokens: Tensor | None = None) -> HeadScores:
     if tokens.shape[1] != 2 * period or not torch.equal(tokens[:, :period], tokens[:, period:]):
         raise InputError("the tokens must be two copies of the same sequence")
     names = pattern_names(network)
-    _, cache = network.run_with_cache(tokens, names)
+    with network.caching(names) as cache:
+        network.hidden(tokens, **inputs)
     patterns = [cache[name] for name in names]
     equal = (tokens[:, :, None] == tokens[:, None, :]).tril(-1)  # (B, T, T)
     return HeadScores(
@@ -94,7 +97,7 @@ def pattern_names(network: Model) -> list[str]:
     """Return the hook points of the attention patterns. Raises `InputError` if there are none."""
     names = [name for name in network.hook_names() if name.endswith(".attn.pattern")]
     if not names:
-        raise InputError(f"a model with architecture {network.architecture} has no attention")
+        raise InputError(f"a model with the {network.architecture} architecture has no attention")
     return names
 
 

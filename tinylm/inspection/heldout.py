@@ -17,7 +17,7 @@ from tinylm.tokenizer.control_tokens import ControlTokens
 WINDOW = 128
 """Tokens per window, if the context is long enough."""
 _MASKED = 0.15
-"""Share of tokens that an encoder has to predict, as in `tinylm eval`."""
+"""Fraction of the tokens that an encoder has to predict, as in `tinylm eval`."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def _ignore_progress(done: int) -> None:
 
 @dataclass(frozen=True)
 class Ablation:
-    """How much the loss increases, in nats per token, when a part is replaced with its mean.
+    """How much the loss increases, in nats per token, when a head or feed-forward layer is replaced with its mean.
 
     `head_errors` and `feed_forward_errors` are standard errors. Multiply by `bits_per_byte_factor` to convert to bits per byte.
     """
@@ -69,7 +69,7 @@ def ablate(network: Model, windows: Tensor, targets: Tensor | None = None, *, on
     head_names = [name for name in known if name.endswith(".attn.z")]
     layer_names = [name for name in known if name.endswith(".mlp_out")]
     if not head_names and not layer_names:
-        raise InputError(f"a model with architecture {network.architecture} has neither heads nor feed-forward layers")
+        raise InputError(f"a model with the {network.architecture} architecture has neither heads nor feed-forward layers")
     logits, cache = network.run_with_cache(windows, [*head_names, *layer_names])
     scored = targets.flatten() >= 0
     before = token_losses(logits, targets).flatten()[scored]
@@ -143,7 +143,7 @@ def patch(
     hook = "attn.z" if at == "z" else at
     names = [f"blocks.{layer}.{hook}" for layer in range(network.depth)]
     if not names or not set(names) <= set(network.hook_names()):
-        raise InputError(f"a model with architecture {network.architecture} has no activations {hook}")
+        raise InputError(f"a model with the {network.architecture} architecture has no activations {hook}")
     clean_logits, cache = network.run_with_cache(clean, names)
     clean_value, corrupt_value = metric(clean_logits[:, position]), metric(network(corrupt)[:, position])
     if torch.allclose(clean_value, corrupt_value, rtol=0, atol=1e-6):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from tinylm import device as devices
 from tinylm.errors import InputError
-from tinylm.evaluation.scoring import token_losses
-from tinylm.inspection.heads import HeadScores, head_scores, pattern_names
+from tinylm.inspection.forward import forward_pass, token_losses_of, truth_of
+from tinylm.inspection.heads import HeadScores, pattern_names
 from tinylm.inspection.overview import head_rows
 from tinylm.reporting import SILENT, Reporter
 from tinylm.run import MODEL_FILES, Checkpoint, Run
@@ -21,20 +22,25 @@ from tinylm.run import MODEL_FILES, Checkpoint, Run
 
 @dataclass(frozen=True)
 class CheckpointView:
-    """A checkpoint's losses on a text and its attention.
+    """A checkpoint's losses and attention on a text.
 
-    `losses` are in nats and cover every token except the first. For an encoder, the list is empty.
+    `losses` are in nats, one per token, or None for a token that is not predicted.
     """
 
     step: int
-    losses: list[float]
+    losses: list[float | None]
     heads: HeadScores | None
     patterns: Tensor | None
     """(layer, head, query, key): the attention between the first tokens in the text."""
 
     def as_dict(self) -> dict[str, Any]:
-        loss = sum(self.losses) / len(self.losses) if self.losses else None
-        return {"step": self.step, "loss": loss, "heads": head_rows(self.heads)}
+        return {"step": self.step, "loss": self.mean_loss, "heads": head_rows(self.heads)}
+
+    @property
+    def mean_loss(self) -> float | None:
+        """The mean loss of the predicted tokens in nats, or None if no token is predicted."""
+        known = [loss for loss in self.losses if loss is not None]
+        return sum(known) / len(known) if known else None
 
 
 def select_checkpoints(run: Run, which: str) -> list[Checkpoint]:
@@ -53,35 +59,40 @@ def view_checkpoints(
     run: Run,
     ids: list[int],
     checkpoints: list[Checkpoint],
+    source: Sequence[int] = (),
     *,
     pattern_tokens: int = 0,
     device: str = "auto",
     reporter: Reporter = SILENT,
 ) -> list[CheckpointView]:
-    """Run each checkpoint on the same ids. Damaged checkpoints are skipped with a warning."""
+    """Run each checkpoint on the same ids. `source` contains a translator's source ids.
+
+    Damaged checkpoints are skipped with a warning.
+    """
     views = []
     with reporter.progress("checkpoints", len(checkpoints), "") as advance:
         for done, checkpoint in enumerate(checkpoints, 1):
             problem = checkpoint.problem(only=MODEL_FILES)
             if problem is None:
-                views.append(_view(run, ids, checkpoint, pattern_tokens, device))
+                views.append(_view(run, ids, source, checkpoint, pattern_tokens, device))
             else:
                 reporter.warn(f"{checkpoint.path} is damaged ({problem}) and was skipped")
             advance(done)
     return views
 
 
-def _view(run: Run, ids: list[int], checkpoint: Checkpoint, pattern_tokens: int, device: str) -> CheckpointView:
-    network = run.network(checkpoint, devices.resolve(device))
-    tokens = torch.tensor([ids], device=network.device)
+def _view(
+    run: Run, ids: list[int], source: Sequence[int], checkpoint: Checkpoint, pattern_tokens: int, device: str
+) -> CheckpointView:
+    model = run.network(checkpoint, devices.resolve(device))
+    forward = forward_pass(run, model, ids, source, names=lambda name: name.endswith(".attn.pattern"))
     try:
-        names = pattern_names(network)
-        scores = head_scores(network)
+        names = pattern_names(forward.network)
+        scores = forward.head_scores()
     except InputError:  # the model has no attention, which `inspect_text` reports
         names, scores = [], None
-    logits, cache = network.run_with_cache(tokens, names)
-    shown = [cache[name][0, :, :pattern_tokens, :pattern_tokens] for name in names]
-    losses = token_losses(logits[0, :-1], tokens[0, 1:]).tolist() if network.is_causal else []
+    shown = [forward.cache[name][0, :, :pattern_tokens, :pattern_tokens] for name in names]
+    losses = token_losses_of(forward, truth_of(run, forward))
     return CheckpointView(checkpoint.step, losses, scores, torch.stack(shown) if shown and pattern_tokens else None)
 
 
@@ -92,5 +103,6 @@ _PATTERN_VALUES = 900_000
 def pattern_tokens(run: Run, tokens: int, checkpoints: int) -> int:
     """Return the number of tokens for which a page can store the attention at every checkpoint."""
     model = run.recipe.model
-    heads = getattr(model, "n_layer", 0) * getattr(model, "n_head", 0)
+    layers = getattr(model, "decoder_layers", getattr(model, "n_layer", 0))
+    heads = layers * getattr(model, "n_head", 0)
     return min(tokens, math.isqrt(_PATTERN_VALUES // max(1, heads * checkpoints)))

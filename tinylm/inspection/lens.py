@@ -5,7 +5,7 @@ Legend: `L` layers, `B` batch, `T` time, `C` width, `V` vocabulary, `K` guesses.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from tinylm.errors import InputError
 from tinylm.evaluation.scoring import all_logprobs
 from tinylm.model.base import Model
+from tinylm.model.classifier import SequenceClassifier
 from tinylm.model.hooks import ActivationCache
 
 
@@ -36,7 +37,7 @@ def lens_names(network: Model) -> list[str]:
     """
     names = ["blocks.0.resid_pre", *(f"blocks.{layer}.resid_post" for layer in range(network.depth))]
     if not set(names) <= set(network.hook_names()):
-        raise InputError(f"a model with architecture {network.architecture} has no residual stream for the logit lens")
+        raise InputError(f"a model with the {network.architecture} architecture has no residual stream for the logit lens")
     return names
 
 
@@ -62,12 +63,29 @@ def _lens_logits(network: Model, tokens: Tensor, cache: ActivationCache | None) 
 
 @torch.no_grad()
 def lens_guesses(network: Model, tokens: Tensor, truth: Tensor, count: int, cache: ActivationCache | None = None) -> LensGuesses:
-    """Return the `count` most likely tokens after each layer for one text, ids (1, T). Does not keep the logits of all layers.
+    """Return the `count` most likely tokens after each layer for one text, ids (1, T), without keeping the logits of all layers.
 
     `truth` (T,) contains the token that each position should predict, or a negative number if it is unknown.
     """
+    return _guesses(_lens_logits(network, tokens, cache), truth, count)
+
+
+@torch.no_grad()
+def label_guesses(classifier: SequenceClassifier, cache: ActivationCache) -> LensGuesses:
+    """Return all labels after each layer, most likely first. There is one position, which is the pooled one.
+
+    The final norm, the pooler and the output layer are applied to the residuals of each layer. `cache` contains the activations of
+    the classifier's body for one text. Raises `InputError` if the body has no residual stream.
+    """
+    body = classifier.body
+    logits = (classifier.label_logits(body.finish(cache[name]))[None] for name in lens_names(body))
+    unknown = torch.tensor([-1], device=classifier.device)
+    return _guesses(logits, unknown, len(classifier.objective.labels))
+
+
+def _guesses(layers: Iterable[Tensor], truth: Tensor, count: int) -> LensGuesses:
     ids, probabilities, ranks = [], [], []
-    for logits in _lens_logits(network, tokens, cache):
+    for logits in layers:
         top = all_logprobs(logits[0]).exp().topk(min(count, logits.shape[-1]), dim=-1)
         true_logits = logits[0].gather(-1, truth.clamp_min(0)[:, None])
         rank = (1 + (logits[0] > true_logits).sum(-1)) * (truth >= 0)

@@ -17,7 +17,7 @@ from tinylm.model.hooks import ActivationCache
 
 @dataclass(frozen=True)
 class TopActivations:
-    """The places where neurons are most active, strongest first. All tensors are (neuron, rank)."""
+    """Where neurons are most active, highest activation first. All tensors have the shape (neuron, rank)."""
 
     values: Tensor
     windows: Tensor
@@ -36,7 +36,7 @@ def top_activations(
     count: int = 5,
     cache: ActivationCache | None = None,
 ) -> TopActivations:
-    """Find where the neurons in a layer are most active in windows of text, given as ids (window, position).
+    """Find where the neurons in a layer are most active in windows of token ids (window, position).
 
     The activation is `mlp.post`, the input to the layer's output projection. `neurons` (neuron,) selects neurons; the default is
     all neurons. To skip the forward pass, pass a `cache` with the activations for these windows. Raises `InputError` if the model
@@ -57,5 +57,5 @@ def neuron_name(network: Model, layer: int) -> str:
     """Return the hook point of a layer's neurons. Raises `InputError` if the model has no such layer."""
     name = f"blocks.{layer}.mlp.post"
     if name not in network.hook_names():
-        raise InputError(f"a model with architecture {network.architecture} has no feed-forward layer {layer}")
+        raise InputError(f"a model with the {network.architecture} architecture has no feed-forward layer {layer}")
     return name

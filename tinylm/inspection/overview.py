@@ -2,7 +2,7 @@
 
 Parts that an architecture does not have, such as attention in a recurrent network, are skipped. `missing` contains the reasons.
 
-Legend: `T` tokens in the text, `V` vocabulary.
+Legend: `T` tokens in the text, `S` source tokens.
 """
 
 from __future__ import annotations
@@ -16,38 +16,26 @@ import torch
 from torch import Tensor
 
 from tinylm import device as devices
-from tinylm.data.framing import Framing
 from tinylm.errors import InputError
-from tinylm.evaluation.scoring import token_losses, top_logprobs
-from tinylm.inspection.attribution import Attribution, attribution
+from tinylm.evaluation.scoring import top_logprobs
+from tinylm.inspection.attribution import Attribution, attribution, label_attribution
+from tinylm.inspection.forward import ForwardPass, forward_pass, token_losses_of, truth_of
 from tinylm.inspection.heads import HeadScores, head_scores
-from tinylm.inspection.lens import LensGuesses, lens_guesses
-from tinylm.model.base import Model
-from tinylm.model.hooks import ActivationCache
+from tinylm.inspection.input import InspectOptions, ModelInput, read_input
+from tinylm.inspection.lens import LensGuesses, label_guesses, lens_guesses
+from tinylm.model.classifier import SequenceClassifier
+from tinylm.model.encoder_decoder import START
 from tinylm.recipe.schema import CausalLMObjective
 from tinylm.reporting import SILENT, Reporter
 from tinylm.run import Checkpoint, Run
 from tinylm.tokenizer import Tokenizer
-from tinylm.tokenizer.control_tokens import ControlTokens, encode_with_masks
+from tinylm.tokenizer.control_tokens import ControlTokens
+from tinylm.translation.translator import source_tokenizer_of
 
-DEFAULT_TOKENS = 128
 GUESSES = 10
-_BATCH_TOKENS = 2048
+START_TEXT = "<start>"
+"""The name of the position before a translation."""
 _Part = TypeVar("_Part")
-
-
-@dataclass(frozen=True)
-class InspectOptions:
-    """Which part of a text to inspect, and which prediction to attribute."""
-
-    max_tokens: int | None = None
-    """Inspect only this many tokens from the beginning. The default is `DEFAULT_TOKENS` or the context length if it is smaller."""
-    position: int | None = None
-    """The position of the attributed prediction, counted from 0. The default is the last one or, for an encoder, the first mask."""
-    target: str | None = None
-    """The token whose logit is attributed: a text or `@ID`. The default is the most likely token."""
-    start_of_document: bool = False
-    """Put the end-of-text token before the text, as between documents in training and in `tinylm eval`."""
 
 
 @dataclass(frozen=True)
@@ -72,15 +60,17 @@ class AttributedLogit:
 
 
 @dataclass(frozen=True)
-class ForwardPass:
-    """The model and everything it computed from the text."""
+class SourceText:
+    """The text that a translator reads, and how the translation depends on it."""
 
-    network: Model
-    tokens: Tensor
-    """(1, T)."""
-    logits: Tensor
-    """(1, T, V)."""
-    cache: ActivationCache
+    text: str
+    tokens: list[Token]
+    heads: HeadScores
+    """The scores of the encoder's heads."""
+    alignment: Tensor
+    """(T, S): the last decoder block's cross-attention when it predicts the token after each position, averaged over heads."""
+    generated: bool
+    """Whether the translation is the model's own."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +80,9 @@ class Inspection:
     run: Run
     checkpoint: Checkpoint
     text: str
+    """The text that `tokens` were cut from. For a translator, this is the translation."""
     options: InspectOptions
+    input: ModelInput
     forward: ForwardPass
     tokens: list[Token]
     heads: HeadScores | None
@@ -101,14 +93,26 @@ class Inspection:
     """The token whose logit is attributed at each position: the true token, or the requested one at the `attributed` position."""
     attributed: AttributedLogit | None
     predicted_at: int
-    """The position whose prediction is sampled: the last one or, for an encoder, the attributed position."""
+    """The position whose prediction is sampled: the last one or, for an encoder and a translator, the attributed position."""
     next_tokens: list[tuple[int, float]]
-    """The most likely tokens at `predicted_at` and their probabilities."""
+    """The most likely tokens, or a classifier's most likely labels, at `predicted_at` and their probabilities."""
+    source: SourceText | None = None
+    """The source text of a translator."""
     missing: dict[str, str] = field(default_factory=dict)
     """The reasons why parts are not available, by the name of the part, such as `loss`, `heads`, `lens` or `attribution`."""
 
+    @property
+    def labels(self) -> list[str] | None:
+        """The labels of a classifier, whose logits, lens and attributions refer to labels instead of tokens."""
+        model = self.forward.model
+        return list(model.objective.labels) if isinstance(model, SequenceClassifier) else None
+
     def token_text(self, id: int) -> str:
         return token_text(self.run.tokenizer, id)
+
+    def output_text(self, id: int) -> str:
+        """Return the text of a predicted token, or a classifier's label."""
+        return self.token_text(id) if self.labels is None else self.labels[id]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON document of `tinylm inspect --json`."""
@@ -122,17 +126,32 @@ class Inspection:
             "heads": head_rows(self.heads),
             "logit_lens": self._lens_rows(),
             "attribution": None if self.attributed is None else self._attribution_row(self.attributed),
-            "next": [{"token": self.token_text(id), "id": id, "probability": probability} for id, probability in self.next_tokens],
+            **self._predictions(),
+            **({} if self.source is None else {"source": self._source_row(self.source)}),
             "not_available": self.missing,
+        }
+
+    def _predictions(self) -> dict[str, Any]:
+        if self.labels is not None:
+            return {"labels": [{"label": self.labels[id], "probability": probability} for id, probability in self.next_tokens]}
+        return {"next": [{"token": self.token_text(id), "id": id, "probability": p} for id, p in self.next_tokens]}
+
+    @staticmethod
+    def _source_row(source: SourceText) -> dict[str, Any]:
+        return {
+            "tokens": [{"id": token.id, "text": token.text} for token in source.tokens],
+            "heads": head_rows(source.heads),
+            "alignment": source.alignment.tolist(),
         }
 
     def _lens_rows(self) -> list[list[list[dict[str, Any]]]]:
         """Return the most likely tokens, indexed by [layer][position]. The first layer is the input to the first block."""
         if self.lens is None:
             return []
+        key = "token" if self.labels is None else "label"
         return [
             [
-                [{"token": self.token_text(id), "probability": probability} for id, probability in zip(ids, shares, strict=True)]
+                [{key: self.output_text(id), "probability": probability} for id, probability in zip(ids, shares, strict=True)]
                 for ids, shares in zip(layer_ids, layer_shares, strict=True)
             ]
             for layer_ids, layer_shares in zip(self.lens.ids.tolist(), self.lens.probabilities.tolist(), strict=True)
@@ -173,51 +192,14 @@ def head_rows(scores: HeadScores | None) -> list[dict[str, Any]]:
 
 def token_text(tokenizer: Tokenizer, id: int) -> str:
     """Return a token's text. Bytes of incomplete characters are written as \\xNN, and special tokens are shown by name."""
+    if id == START:
+        return START_TEXT
     if not 0 <= id < len(tokenizer.token_bytes):
         return f"@{id}"  # a model can have more logits than its tokenizer has tokens
     raw = tokenizer.token_bytes[id]
     if not raw or id == tokenizer.unknown:
         return tokenizer.backend.id_to_token(id) or f"@{id}"
     return raw.decode("utf-8", "backslashreplace")
-
-
-def token_ids(run: Run, text: str, options: InspectOptions, reporter: Reporter = SILENT) -> list[int]:
-    """Return the ids in the inspected part of a text. Raises `InputError` if the text is empty or an option is out of range."""
-    context = run.recipe.model.context_length
-    limit = min(DEFAULT_TOKENS, context) if options.max_tokens is None else options.max_tokens
-    if not 1 <= limit <= context:
-        raise InputError(f"must be 1 to {context} (the model's context length), not {limit}", where="--max-tokens")
-    if run.recipe.model.bidirectional:
-        return _framed_ids(run, text, limit, options, reporter)
-    ids = run.tokenizer.encode(text)
-    if options.start_of_document:
-        if run.tokenizer.end_of_text is None:
-            raise InputError("the tokenizer has no end-of-text token", where="--start-of-document")
-        ids = [run.tokenizer.end_of_text, *ids]
-    if not ids:
-        raise InputError("the text is empty", where="--text")
-    _warn_if_truncated(len(ids), limit, context, reporter)
-    return ids[:limit]
-
-
-def _framed_ids(run: Run, text: str, limit: int, options: InspectOptions, reporter: Reporter) -> list[int]:
-    """Return the ids of a text for an encoder, framed by control tokens. [MASK] in the text becomes a mask token."""
-    if options.start_of_document:
-        raise InputError("encoders frame a text with their own control tokens", where="--start-of-document", hint="omit it")
-    ids = encode_with_masks(run.tokenizer, text)
-    if not ids:
-        raise InputError("the text is empty", where="--text")
-    if limit < 3:
-        raise InputError("must be at least 3 for an encoder", where="--max-tokens")
-    _warn_if_truncated(len(ids), limit - 2, run.recipe.model.context_length - 2, reporter)
-    framed: list[int] = Framing.of(run.tokenizer, run.recipe.model).frame(ids[: limit - 2]).tolist()
-    return framed
-
-
-def _warn_if_truncated(length: int, limit: int, maximum: int, reporter: Reporter) -> None:
-    if length > limit:
-        hint = f"raise --max-tokens to inspect up to {maximum:,}" if limit < maximum else "no more fit into the context"
-        reporter.warn(f"only the first {limit:,} of {length:,} tokens are inspected ({hint})")
 
 
 @torch.no_grad()
@@ -232,55 +214,88 @@ def inspect_text(
 ) -> Inspection:
     """Run a checkpoint on a text and summarize what the model computes.
 
-    Raises `InputError` if the text is empty, an option is out of range, or the model does not predict tokens.
+    Raises `InputError` if the text is empty or an option is out of range.
     """
     chosen = run.checkpoint(checkpoint)
-    ids = token_ids(run, text, options, reporter)
-    network = run.network(chosen, devices.resolve(device))
-    if network.objective is not None:
-        raise InputError("this model predicts labels, not tokens", where=str(run.path), hint="use `tinylm classify`")
-    tokens = torch.tensor([ids], device=network.device)
-    logits, cache = network.run_with_cache(tokens)
-    forward = ForwardPass(network, tokens, logits, cache)
+    model = run.network(chosen, devices.resolve(device))
+    given = read_input(run, model, text, options, reporter)
+    forward = forward_pass(run, model, given.ids, given.source)
+    truth = truth_of(run, forward, given.end)
     position = _position(run, forward, options.position)
     missing: dict[str, str] = {}
-    truth, losses = _truth(run, forward), _losses(run, forward, missing)
+    losses = token_losses_of(forward, truth)
+    if forward.task == "classification":
+        missing["loss"] = "a classifier predicts a label, not tokens"
+    elif forward.task == "causal_lm" and not isinstance(run.recipe.objective, CausalLMObjective):
+        missing["loss"] = f"a model trained with the {run.recipe.objective.name} objective does not predict the next token"
+        losses = [None] * len(losses)
     targets = _targets(run, forward, truth, position, options.target)
-    attributions = _available(
-        "attribution", missing, lambda: attribution(network, tokens, tokens.new_tensor([targets]), cache=cache)
-    )
+    attributions = _available("attribution", missing, lambda: _attributions(forward, targets))
+    outputs = model.objective.labels if isinstance(model, SequenceClassifier) else None
+    wanted = targets[position]
+    shown = token_text(run.tokenizer, wanted) if outputs is None else outputs[wanted]
+    attributed = None if attributions is None else _attributed(attributions, position, wanted, shown)
+    at = forward.logits.shape[1] - 1 if forward.task == "causal_lm" else position
     return Inspection(
         run=run,
         checkpoint=chosen,
-        text=text,
+        text=given.text,
         options=options,
+        input=given,
         forward=forward,
-        tokens=[Token(id, token_text(run.tokenizer, id), loss) for id, loss in zip(ids, losses, strict=True)],
-        heads=_available("heads", missing, lambda: head_scores(network)),
-        lens=_available("lens", missing, lambda: lens_guesses(network, tokens, truth, GUESSES, cache)),
+        tokens=[Token(id, token_text(run.tokenizer, id), loss) for id, loss in zip(given.ids, losses, strict=True)],
+        heads=_available("heads", missing, forward.head_scores),
+        lens=_available("lens", missing, lambda: _lens(forward, truth)),
         attributions=attributions,
         targets=targets,
-        attributed=None if attributions is None else _attributed(attributions, position, targets[position], run.tokenizer),
-        predicted_at=len(ids) - 1 if network.is_causal else position,
-        next_tokens=_best(logits[0, -1 if network.is_causal else position]),
+        attributed=attributed,
+        predicted_at=at,
+        next_tokens=_best(forward.logits[0, at]),
+        source=_source(run, forward, text, given) if forward.task == "translation" else None,
         missing=missing,
+    )
+
+
+def _lens(forward: ForwardPass, truth: Tensor) -> LensGuesses:
+    if isinstance(forward.model, SequenceClassifier):
+        return label_guesses(forward.model, forward.cache)
+    return lens_guesses(forward.network, forward.tokens, truth, GUESSES, forward.predictions)
+
+
+def _attributions(forward: ForwardPass, targets: list[int]) -> Attribution:
+    if isinstance(forward.model, SequenceClassifier):
+        return label_attribution(forward.model, targets[0], None, forward.cache)
+    ids = forward.tokens.new_tensor([targets])
+    return attribution(forward.network, forward.tokens, ids, cache=forward.predictions)
+
+
+def _source(run: Run, forward: ForwardPass, text: str, given: ModelInput) -> SourceText:
+    tokenizer = source_tokenizer_of(run)
+    pattern = forward.cache[f"blocks.{forward.network.depth - 1}.cross_attention.pattern"]
+    return SourceText(
+        text=text,
+        tokens=[Token(id, token_text(tokenizer, id), None) for id in given.source],
+        heads=head_scores(forward.encoder),
+        alignment=pattern[0].mean(0),
+        generated=given.generated,
     )
 
 
 def _position(run: Run, forward: ForwardPass, requested: int | None) -> int:
     """Return the attributed position. The default is the last position.
 
-    For an encoder, the default is the first mask, or the last token of the text if there is no mask.
+    For an encoder, the default is the first mask, or the last token of the text if there is no mask. For a translator, it is the
+    position before the first token of the translation. A classifier has one position.
     """
-    length = forward.tokens.shape[1]
-    if requested is None and forward.network.is_causal:
-        return length - 1
-    if requested is None:
+    length = forward.logits.shape[1]
+    if requested is not None:
+        if not -length <= requested < length:
+            raise InputError(f"must be 0 to {length - 1}, not {requested}", where="--position")
+        return requested % length
+    if forward.task == "masked_lm":
         masks = (forward.tokens[0] == ControlTokens.of(run.tokenizer).mask).nonzero().flatten().tolist()
         return int(masks[0]) if masks else length - 2
-    if not -length <= requested < length:
-        raise InputError(f"must be 0 to {length - 1}, not {requested}", where="--position")
-    return requested % length
+    return 0 if forward.task == "translation" else length - 1
 
 
 def _available(name: str, missing: dict[str, str], compute: Callable[[], _Part]) -> _Part | None:
@@ -292,69 +307,37 @@ def _available(name: str, missing: dict[str, str], compute: Callable[[], _Part])
         return None
 
 
-def _truth(run: Run, forward: ForwardPass) -> Tensor:
-    """Return the token (T,) that each position should predict, or a negative number if it is unknown.
-
-    This is the next token or, for an encoder, the token at the same position.
-    """
-    tokens = forward.tokens[0]
-    if forward.network.is_causal:
-        return torch.cat((tokens[1:], tokens.new_tensor([-1])))
-    return tokens.masked_fill(tokens == ControlTokens.of(run.tokenizer).mask, -1)
-
-
-def _losses(run: Run, forward: ForwardPass, missing: dict[str, str]) -> list[float | None]:
-    """Return the loss of each token, or None for tokens that are not predicted, such as the first token and control tokens.
-
-    A causal model predicts each token from the preceding tokens. An encoder predicts each token from all other tokens while that
-    token is masked.
-    """
-    length = forward.tokens.shape[1]
-    if not forward.network.is_causal:
-        return _masked_losses(run, forward)
-    if not isinstance(run.recipe.objective, CausalLMObjective):
-        missing["loss"] = f"a model trained with objective {run.recipe.objective.name} does not predict the next token"
-        return [None] * length
-    return [None, *token_losses(forward.logits[0, :-1], forward.tokens[0, 1:]).tolist()]
-
-
-def _masked_losses(run: Run, forward: ForwardPass) -> list[float | None]:
-    """Mask one token per row and predict it. Returns the loss of each token."""
-    mask, tokens = ControlTokens.of(run.tokenizer).mask, forward.tokens[0]
-    length = len(tokens)
-    losses: list[float | None] = [None] * length
-    positions = [index for index in range(1, length - 1) if int(tokens[index]) != mask]
-    for chunk in torch.split(torch.tensor(positions, dtype=torch.long), max(1, _BATCH_TOKENS // length)):
-        rows, numbers = tokens.repeat(len(chunk), 1), torch.arange(len(chunk))
-        rows[numbers, chunk] = mask
-        values = token_losses(forward.network(rows)[numbers, chunk], tokens[chunk]).tolist()
-        for index, value in zip(chunk.tolist(), values, strict=True):
-            losses[index] = value
-    return losses
-
-
 def _targets(run: Run, forward: ForwardPass, truth: Tensor, position: int, requested: str | None) -> list[int]:
     """Return the token to attribute at each position: the true token, or the most likely token if the true one is unknown.
 
-    At `position`, this is the requested token or, by default, the most likely token.
+    At `position`, this is the requested token or, by default, the most likely token. A classifier's target is a label.
     """
     best = forward.logits[0].argmax(-1)
-    targets: list[int] = torch.where(truth >= 0, truth, best).tolist()
+    labels = forward.model.objective.labels if isinstance(forward.model, SequenceClassifier) else None
+    targets: list[int] = best.tolist() if labels is not None else torch.where(truth >= 0, truth, best).tolist()
     if requested is None:
         targets[position] = int(best[position])
-        return targets
-    try:
-        targets[position] = run.tokenizer.token_id(requested)
-    except InputError as error:
-        raise InputError(error.message, where="--target", hint=error.hint) from None
+    elif labels is None:
+        targets[position] = _requested_token(run.tokenizer, requested)
+    elif requested in labels:
+        targets[position] = labels.index(requested)
+    else:
+        raise InputError(f"{requested!r} is not a label", where="--target", hint=f"choose from {', '.join(labels)}")
     return targets
 
 
-def _attributed(attributions: Attribution, position: int, target: int, tokenizer: Tokenizer) -> AttributedLogit:
+def _requested_token(tokenizer: Tokenizer, requested: str) -> int:
+    try:
+        return tokenizer.token_id(requested)
+    except InputError as error:
+        raise InputError(error.message, where="--target", hint=error.hint) from None
+
+
+def _attributed(attributions: Attribution, position: int, target: int, text: str) -> AttributedLogit:
     values = attributions.contributions[:, 0, position].tolist()
     return AttributedLogit(
         position=position,
-        target=token_text(tokenizer, target),
+        target=text,
         target_id=target,
         contributions=list(zip(attributions.components, values, strict=True)),
         sum=math.fsum(values),

@@ -62,6 +62,7 @@ def collect(inspection: Inspection, views: list[CheckpointView], options: PageOp
         "tokens": page_data.tokens(inspection),
         "embeddings": page_data.embeddings(inspection),
         "attention": page_data.attention(inspection),
+        "source": page_data.source(inspection),
         "residual": page_data.residual(inspection),
         "neurons": effects.neurons(inspection, active, measured),
         "lens": page_data.lens(inspection),
@@ -76,9 +77,11 @@ def collect(inspection: Inspection, views: list[CheckpointView], options: PageOp
         "run": str(inspection.run.path),
         "checkpoint": inspection.checkpoint.name,
         "version": tinylm.__version__,
-        "architecture": network.architecture,
+        "architecture": inspection.forward.model.architecture,
+        "task": inspection.forward.task,
         "causal": network.is_causal,
-        "parameters": network.parameter_count(),
+        "labels": inspection.labels,
+        "parameters": inspection.forward.model.parameter_count(),
         "measured_on": describe(options.sources) if options.sources else "the run's held-out text",
         "missing": inspection.missing,
         "formulas": formulas(network.model),
@@ -91,6 +94,9 @@ def _measured_text(inspection: Inspection, options: PageOptions, reporter: Repor
 
     Returns None for a run without held-out text, such as an imported run, if there are no sources. The page then shows the reason.
     """
+    if inspection.forward.task == "translation":
+        inspection.missing["heldout"] = "held-out text for a translator's neurons is not supported"
+        return None
     wanted = max(effects.NEURON_TOKENS, options.ablation_tokens or effects.ablation_tokens(inspection.forward.network))
     try:
         return heldout_windows(inspection.run, wanted, options.sources, reporter)
@@ -103,12 +109,13 @@ def _measured_text(inspection: Inspection, options: PageOptions, reporter: Repor
 
 def _vocabulary(inspection: Inspection, parts: dict[str, Any]) -> dict[int, str]:
     """Return the texts of all token ids on the page."""
-    ids = {token.id for token in inspection.tokens} | set(parts["sampling"]["ids"])
-    if inspection.lens is not None:
-        ids |= set(inspection.lens.ids.flatten().tolist())
+    ids = {token.id for token in inspection.tokens}
+    if inspection.labels is None:
+        ids |= set(parts["sampling"]["ids"])
+        ids |= set() if inspection.lens is None else set(inspection.lens.ids.flatten().tolist())
     if parts["embeddings"] is not None:
         ids |= {other for row in parts["embeddings"]["nearest"].values() for other, _ in row}
-    if parts["attribution"] is not None:
+    if parts["attribution"] is not None and inspection.labels is None:
         ids |= {*parts["attribution"]["targets"], *parts["attribution"]["competitors"]}
     if parts["neurons"] is not None and parts["neurons"]["snippets"] is not None:
         ids |= {id for window in parts["neurons"]["snippets"]["windows"] for id in window}

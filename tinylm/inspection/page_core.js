@@ -1,7 +1,7 @@
 // Data, the selected token, and helpers that build elements. Text from the model is only ever inserted as text.
 const data = JSON.parse(document.getElementById("data").textContent);
 const rows = data.tokens.rows, T = rows.length;
-const state = { token: T - 1, layer: 0, head: 0, key: null, listeners: [] };
+const state = { token: T - 1, layer: 0, head: 0, listeners: [], headListeners: [] };
 const $ = id => document.getElementById(id);
 
 function decode(value) {
@@ -25,6 +25,9 @@ function half(bits) {
 const marks = { " ": "\u00b7", "\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d" };
 const visible = text => [...text].map(c => marks[c] ?? (/[\p{C}\p{Z}]/u.test(c) ? "\\u{" + c.codePointAt(0).toString(16) + "}" : c)).join("");
 const name = id => visible(data.vocabulary[id] ?? "@" + id);
+// A classifier predicts one label for the text. Other models predict a token at every position.
+const labels = data.labels, outputName = id => labels ? visible(labels[id]) : name(id);
+const masked = data.task === "masked_lm", ordinal = layer => layer === 0 ? "embeddings" : "layer " + (layer - 1);
 const tokenName = index => visible(rows[index].text);
 const percent = p => p >= 0.0005 ? (100 * p).toFixed(1) + " %" : (100 * p).toExponential(0) + " %";
 const signed = (x, digits = 3) => (x < 0 ? "-" : "+") + Math.abs(x).toFixed(digits);
@@ -82,7 +85,7 @@ function paint(container, shade) {
   for (const button of container.children) { const l = shade(+button.dataset.i); button.className = "t" + (l ? " l" + l : ""); }
 }
 function selectToken(index) {
-  state.token = Math.max(0, Math.min(T - 1, index)); state.key = null;
+  state.token = Math.max(0, Math.min(T - 1, index));
   $("previous").disabled = state.token === 0; $("next").disabled = state.token === T - 1;
   $("current").textContent = "token " + state.token + " of " + T + ": [" + tokenName(state.token) + "]";
   for (const listener of state.listeners) listener();
@@ -94,12 +97,12 @@ function unavailable(id, part, advice = "") {
 }
 const ink = () => getComputedStyle(document.documentElement).getPropertyValue("--ink").trim();
 // Draw weights (rows, columns) as squares: the more opaque, the larger. `limit` is the weight that is fully opaque.
-function drawMatrix(canvas, size, weight, mark) {
-  canvas.width = canvas.height = size;
+function drawMatrix(canvas, height, width, weight, mark) {
+  canvas.width = width; canvas.height = height;
   const context = canvas.getContext("2d");
   context.fillStyle = ink();
-  for (let i = 0; i < size; i++) for (let j = 0; j < size; j++) { const w = weight(i, j); if (w > 0.004) { context.globalAlpha = Math.sqrt(w); context.fillRect(j, i, 1, 1); } }
-  if (mark !== undefined) { context.globalAlpha = 0.25; context.fillRect(0, mark, size, 1); }
+  for (let i = 0; i < height; i++) for (let j = 0; j < width; j++) { const w = weight(i, j); if (w > 0.004) { context.globalAlpha = Math.sqrt(w); context.fillRect(j, i, 1, 1); } }
+  if (mark !== undefined) { context.globalAlpha = 0.25; context.fillRect(0, mark, width, 1); }
 }
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => selectToken(state.token));
 

@@ -15,16 +15,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinylm.errors import InputError
-from tinylm.inspection.attribution import attribution
+from tinylm.inspection.attribution import attribution, label_attribution
 from tinylm.inspection.encoding import encode
-from tinylm.inspection.heads import KINDS, entropy_bits
+from tinylm.inspection.heads import KINDS, HeadScores, entropy_bits
 from tinylm.inspection.overview import Inspection
+from tinylm.model.base import Model
+from tinylm.model.classifier import SequenceClassifier
+from tinylm.model.hooks import ActivationCache
 from tinylm.recipe.schema import TransformerSection
 from tinylm.tokenizer.explain import explain
 
 _NEAREST = 8
 _VECTOR_BYTES = 1_800_000
-"""Maximum size of all queries, keys and values on a page. For larger models, the page contains only the heads with top scores."""
+"""Maximum size of all queries, keys and values on a page. For larger models, the page contains only the heads with the highest
+scores."""
 NEURONS = 5
 """Number of neurons shown for each token and layer."""
 
@@ -65,7 +69,7 @@ def embeddings(inspection: Inspection) -> dict[str, Any] | None:
     parts = [(label, cache[name][0]) for name, label in names.items() if name in cache]
     if not parts:
         parts = [("embedding", table[inspection.forward.tokens[0]])]
-    unique = sorted({token.id for token in inspection.tokens})
+    unique = sorted({token.id for token in inspection.tokens if token.id >= 0})  # the start of a translation has no row
     similarity = F.normalize(table[unique], dim=-1) @ F.normalize(table, dim=-1).T  # (ids, V)
     top = similarity.topk(min(_NEAREST + 1, len(table)), dim=-1)
     nearest = {
@@ -87,34 +91,56 @@ def embeddings(inspection: Inspection) -> dict[str, Any] | None:
 
 def attention(inspection: Inspection) -> dict[str, Any] | None:
     """Return the attention of all heads, and the queries, keys and values of as many heads as `_VECTOR_BYTES` allows."""
-    network, cache, scores = inspection.forward.network, inspection.forward.cache, inspection.heads
-    model = network.model
-    if scores is None or "blocks.0.attn.pattern" not in cache:
+    forward, scores = inspection.forward, inspection.heads
+    if scores is None or "blocks.0.attn.pattern" not in forward.cache:
         inspection.missing.setdefault("attention", inspection.missing.get("heads", "this architecture has no attention patterns"))
         return None
-    layers = range(network.depth)
-    patterns = torch.stack([cache[f"blocks.{layer}.attn.pattern"][0] for layer in layers])  # (L, H, T, T)
-    causal = not bool(patterns.triu(1).any())
-    lower = torch.ones(patterns.shape[-2:], dtype=torch.bool, device=patterns.device).tril()
-    q, k, v = (torch.stack([cache[f"blocks.{layer}.attn.{name}"][0] for layer in layers]) for name in "qkv")  # (L, T, H or K, D)
-    group = q.shape[2] // k.shape[2]
-    per_head = 3 * q.shape[1] * q.shape[3] * 2
-    shown = scores.strongest()[: max(1, _VECTOR_BYTES // per_head)]
-    heads = torch.tensor(sorted(shown))
-    key_heads = heads[:, 1] // group
+    return _attention(forward.network, forward.cache, "attn", scores, _VECTOR_BYTES if inspection.source is None else _VECTOR_BYTES // 3)
+
+
+def source(inspection: Inspection) -> dict[str, Any] | None:
+    """Return a translator's source tokens, the attention of its encoder, and the attention of its decoder to the source tokens."""
+    found, forward = inspection.source, inspection.forward
+    if found is None:
+        return None
+    size = _VECTOR_BYTES // 3
     return {
+        "rows": [{"id": token.id, "text": token.text} for token in found.tokens],
+        "text": found.text,
+        "generated": found.generated,
+        "attention": _attention(forward.encoder, forward.source_cache, "attn", found.heads, size),
+        "cross": _attention(forward.network, forward.cache, "cross_attention", None, size),
+        "alignment": encode(found.alignment, "f4"),
+    }
+
+
+def _attention(network: Model, cache: ActivationCache, kind: str, scores: HeadScores | None, vector_bytes: int) -> dict[str, Any]:
+    """Return the attention of all layers named `kind`. Without scores, the heads are shown without types, as in cross-attention."""
+    model, layers = network.model, range(network.depth)
+    patterns = torch.stack([cache[f"blocks.{layer}.{kind}.pattern"][0] for layer in layers])  # (L, H, T, keys)
+    q, k, v = (torch.stack([cache[f"blocks.{layer}.{kind}.{name}"][0] for layer in layers]) for name in "qkv")  # (L, T, H or K, D)
+    causal = kind == "attn" and network.is_causal
+    lower = torch.ones(patterns.shape[-2:], dtype=torch.bool, device=patterns.device).tril()
+    group = q.shape[2] // k.shape[2]
+    per_head = (q.shape[1] + 2 * k.shape[1]) * q.shape[3] * 2
+    entropy = entropy_bits(patterns).mean(-1)
+    count = patterns.shape[1]
+    order = [divmod(index, count) for index in entropy.flatten().argsort().tolist()] if scores is None else scores.strongest()
+    heads = torch.tensor(sorted(order[: max(1, vector_bytes // per_head)]))
+    key_heads = heads[:, 1] // group
+    result: dict[str, Any] = {
         "layers": len(layers),
-        "heads": patterns.shape[1],
+        "heads": count,
         "width": q.shape[3],
         "group": group,
         "causal": causal,
         "softcap": getattr(model, "attention_softcap", None),
-        "windows": [model.window_of(layer) if isinstance(model, TransformerSection) else None for layer in layers],
-        "strongest": scores.strongest()[0],
+        "windows": [model.window_of(layer) if kind == "attn" and isinstance(model, TransformerSection) else None for layer in layers],
+        "strongest": order[0],
         "patterns": encode(patterns[..., lower] if causal else patterns.flatten(-2), "u2"),
-        "entropy": encode(entropy_bits(patterns).mean(-1), "f4"),
-        "scores": {kind: encode(scores.of(kind), "f4") for kind in KINDS},
-        "kinds": [[scores.kind(layer, head) for head in range(patterns.shape[1])] for layer in layers],
+        "entropy": encode(entropy, "f4"),
+        "scores": None,
+        "kinds": None,
         "vectors": {
             "heads": heads.tolist(),
             "q": encode(q[heads[:, 0], :, heads[:, 1]], "f2"),
@@ -122,6 +148,10 @@ def attention(inspection: Inspection) -> dict[str, Any] | None:
             "v": encode(v[heads[:, 0], :, key_heads], "f2"),
         },
     }
+    if scores is not None:
+        result["scores"] = {each: encode(scores.of(each), "f4") for each in KINDS}
+        result["kinds"] = [[scores.kind(layer, head) for head in range(count)] for layer in layers]
+    return result
 
 
 def residual(inspection: Inspection) -> dict[str, Any] | None:
@@ -152,6 +182,8 @@ def residual(inspection: Inspection) -> dict[str, Any] | None:
         result["attention"] = encode(attended.norm(dim=-1), "f4")
         result["feed_forward"] = encode(fed.norm(dim=-1), "f4")
         result["cosine"] = encode(F.cosine_similarity(attended, fed, dim=-1), "f4")
+    if "blocks.0.cross_attn_out" in cache:
+        result["cross_attention"] = encode(stack("cross_attn_out").norm(dim=-1), "f4")
     if "final_norm" in cache:
         result["final"] = encode(cache["final_norm"][0].norm(dim=-1), "f4")
     return result
@@ -162,7 +194,7 @@ def active_neurons(inspection: Inspection) -> list[tuple[Tensor, Tensor]]:
     network, cache = inspection.forward.network, inspection.forward.cache
     names = [f"blocks.{layer}.mlp.post" for layer in range(network.depth)]
     if not names or not set(names) <= set(cache):
-        inspection.missing["feed_forward"] = f"a model with architecture {network.architecture} has no feed-forward layers"
+        inspection.missing["feed_forward"] = f"a model with the {network.architecture} architecture has no feed-forward layers"
         return []
     tops = [cache[name][0].topk(min(NEURONS, cache[name].shape[-1]), dim=-1) for name in names]
     return [(top.indices, top.values) for top in tops]
@@ -184,7 +216,10 @@ def attributions(inspection: Inspection) -> dict[str, Any] | None:
         return None
     targets = torch.tensor(inspection.targets, device=forward.logits.device)
     competitors = forward.logits[0].scatter(1, targets[:, None], -math.inf).argmax(-1)
-    against = attribution(forward.network, forward.tokens, competitors[None], cache=forward.cache)
+    if isinstance(forward.model, SequenceClassifier):
+        against = label_attribution(forward.model, int(competitors[0]), None, forward.cache)
+    else:
+        against = attribution(forward.network, forward.tokens, competitors[None], cache=forward.predictions)
     return {
         "components": result.components,
         "targets": targets.tolist(),
@@ -198,6 +233,6 @@ def attributions(inspection: Inspection) -> dict[str, Any] | None:
 
 
 def sampling(inspection: Inspection) -> dict[str, Any]:
-    """Return the sorted logits of the prediction that is sampled, and the ids of the most likely tokens."""
+    """Return the sorted logits of the prediction that is sampled, and the ids of the most likely tokens or labels."""
     ordered = inspection.forward.logits[0, inspection.predicted_at].float().sort(descending=True)
     return {"logits": encode(ordered.values, "f4"), "ids": ordered.indices[:200].tolist(), "position": inspection.predicted_at}

@@ -11,7 +11,7 @@ const range = n => Array.from({ length: n }, (_, i) => i);
 (() => {
   const part = data.ablation, box = $("ablation");
   box.append(el("h3", {}, "Ablation: a part is set to its mean"));
-  if (!part) { box.append(el("div", { id: "no-ablation" })); return unavailable("no-ablation", "ablation", "Ablations need text to measure on; --ablation-tokens 0 skips them."); }
+  if (!part) { box.append(el("div", { id: "no-ablation" })); return unavailable("no-ablation", "ablation", data.missing.ablation ? "" : "Ablations need text to measure on; --ablation-tokens 0 skips them."); }
   const heads = decode(part.heads), headErrors = decode(part.head_errors), layers = decode(part.feed_forward), layerErrors = decode(part.feed_forward_errors);
   const rowsOfHeads = heads.shape[0], columns = heads.shape[1] ?? 0, names = range(Math.max(rowsOfHeads, layers.numbers.length)).map(layer => "layer " + layer);
   const values = names.map((_, layer) => [...range(columns).map(head => heads.at(layer, head)), ...(layer < layers.numbers.length ? [layers.at(layer)] : [])]);
@@ -24,6 +24,7 @@ const range = n => Array.from({ length: n }, (_, i) => i);
 (() => {
   const part = data.patching, box = $("patching");
   box.append(el("h3", {}, "Activation patching: which places carry the difference"));
+  if (data.missing.patching) { box.append(el("div", { id: "no-patching" })); return unavailable("no-patching", "patching"); }
   if (!part) return box.append(el("p", { className: "note" }, "Compares two texts with the same number of tokens: tinylm inspect --text \"...\" --corrupt \"...\" --out page.html"));
   const positions = decode(part.positions), heads = decode(part.heads), layers = range(positions.shape[0]);
   const changed = range(T).filter(t => part.texts[t] !== rows[t].text);
@@ -39,7 +40,7 @@ const range = n => Array.from({ length: n }, (_, i) => i);
   const part = data.learning, box = $("learning");
   if (!part) return box.append(el("p", { className: "note" }, "Not requested. Save checkpoints to compare with checkpoint.keep_every in the recipe, and add --checkpoints all."));
   const steps = part.steps, K = steps.length, losses = decode(part.losses), patterns = decode(part.patterns), scores = part.scores && Object.fromEntries(Object.entries(part.scores).map(([kind, value]) => [kind, decode(value)]));
-  const mean = range(K).map(k => losses.shape[1] ? range(losses.shape[1]).reduce((sum, t) => sum + losses.at(k, t), 0) / losses.shape[1] : 0);
+  const mean = part.means, hasLoss = mean.every(value => value !== null);
   const slider = el("input", { type: "range", id: "checkpoint-slider", min: 0, max: K - 1, value: K - 1 }), now = el("output"), detail = el("div", { role: "status", id: "checkpoint-detail" });
   const strong = el("div", { className: "strip" });
   function chart(title, lines, lowest, highest) {
@@ -51,7 +52,7 @@ const range = n => Array.from({ length: n }, (_, i) => i);
     lines.forEach(([label, values, style], index) => { make("path", { class: style, d: values.map((value, k) => (k ? "L" : "M") + x(k) + " " + y(value)).join(" ") }); make("text", { x: 40 + 125 * index, y: 184 }, label); });
     return el("div", {}, el("h3", {}, title), svg);
   }
-  const charts = el("div", { className: "columns" }); if (losses.shape[1]) charts.append(chart("Loss on this text, nats per token", [["", mean, ""]], Math.min(...mean), Math.max(...mean)));
+  const charts = el("div", { className: "columns" }); if (hasLoss) charts.append(chart("Loss on this text, nats per token", [["", mean, ""]], Math.min(...mean), Math.max(...mean)));
   if (scores) { const best = kind => range(K).map(k => Math.max(...range(scores[kind].shape[1]).flatMap(l => range(scores[kind].shape[2]).map(h => scores[kind].at(k, l, h))))); charts.append(chart("Best head score", [["\u2014 previous", best("previous_token"), ""], ["- - duplicate", best("duplicate_token"), "dash"], ["\u00b7 \u00b7 induction", best("induction"), "dots"]], 0, 1)); }
   const canvas = el("canvas", { "aria-hidden": "true" }); canvas.style.width = "min(100%, 16rem)";
   box.append(charts, el("div", { className: "controls" }, el("label", {}, "checkpoint ", slider, now)), el("div", { className: "columns" }, el("div", {}, strong, detail), patterns ? canvas : null));
@@ -59,15 +60,15 @@ const range = n => Array.from({ length: n }, (_, i) => i);
   function show() {
     const k = +slider.value;
     now.textContent = "step " + steps[k]; slider.setAttribute("aria-valuetext", "step " + steps[k]);
-    paint(strong, index => index && losses.shape[1] ? level(losses.at(k, index - 1) / Math.LN2, bitBounds) : 0);
-    const lines = losses.shape[1] ? ["Loss " + mean[k].toFixed(3) + " nats per token."] : [];
+    paint(strong, index => level(losses.at(k, index) / Math.LN2, bitBounds));
+    const lines = hasLoss ? ["Loss " + mean[k].toFixed(3) + " nats per token."] : [];
     if (scores) { const { layer, head } = state; lines.push("Selected head L" + layer + "H" + head + ": " + Object.keys(scores).map(kind => kindNames[kind] + " " + scores[kind].at(k, layer, head).toFixed(2)).join(", ") + "."); for (const kind of Object.keys(scores)) { const first = range(K).find(i => range(scores[kind].shape[1]).some(l => range(scores[kind].shape[2]).some(h => scores[kind].at(i, l, h) >= 0.3))); lines.push("First " + kindNames[kind] + " head: " + (first === undefined ? "not yet." : "by step " + steps[first] + ".")); } }
-    if (patterns) { const n = patterns.shape[3]; drawMatrix(canvas, n, (i, j) => patterns.at(k, state.layer, state.head, i, j)); lines.push("The picture shows the attention of the selected head among the first " + n + " tokens at this step."); }
+    if (patterns) { const n = patterns.shape[3]; drawMatrix(canvas, n, n, (i, j) => patterns.at(k, state.layer, state.head, i, j)); lines.push("The picture shows the attention of the selected head among the first " + n + " tokens at this step."); }
     detail.replaceChildren(...lines.map(line => el("p", {}, line)));
   }
   slider.oninput = show;
   onToken(show);
-  document.addEventListener("click", event => { if (event.target.closest(".heads")) show(); });
+  state.headListeners.push(show);
 })();
 
 $("formulas").append(table(["quantity", "formula", "source"], data.formulas.map(row => [row.name, row.formula, row.source])));

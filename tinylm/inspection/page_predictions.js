@@ -1,9 +1,10 @@
 // Parts 6 to 8: logit lens, attribution, sampling.
 (() => {
-  const part = data.lens, box = $("lens"), after = data.causal ? ", after token " : ", at token ";
+  const part = data.lens, box = $("lens"), after = masked ? ", at token " : ", after token ";
   if (!part) return unavailable("lens", "lens");
   const ids = decode(part.ids), shares = decode(part.shares), ranks = decode(part.ranks), [layers, , count] = ids.shape;
-  const label = layer => layer === 0 ? "embeddings" : "layer " + (layer - 1), detail = el("div", { id: "lens-detail", role: "status" }), cells = [];
+  if (labels) return labelLens(box, ids, shares);
+  const label = ordinal, detail = el("div", { id: "lens-detail", role: "status" }), cells = [];
   let at = [layers - 1, T - 1];
   const body = el("tbody");
   for (let layer = layers - 1; layer >= 0; layer--) {
@@ -22,15 +23,26 @@
   cells.find(([layer, position]) => layer === layers - 1 && position === T - 1)[3].tabIndex = 0;
   body.onkeydown = event => arrows(event, body, T);
   const scroller = el("div", { className: "scroll" }, grid);
-  box.append(scroller, el("p", { className: "note" }, "Each cell: best token, its probability, and # the rank of the true token, which is " + (data.causal ? "the next one." : "the token at this position.")), detail);
+  box.append(scroller, el("p", { className: "note" }, "Each cell: best token, its probability, and # the rank of the true token, which is " + (masked ? "the token at this position. Each token is masked while it is predicted." : "the next one.")), detail);
   function show() {
     const [layer, position] = at, rank = ranks.at(layer, position);
     for (const [l, p, td] of cells) td.classList.toggle("selected", l === layer && p === position);
     const items = Array.from({ length: count }, (_, r) => ["[" + name(ids.at(layer, position, r)) + "]", shares.at(layer, position, r), percent(shares.at(layer, position, r))]);
-    detail.replaceChildren(el("h3", {}, label(layer) + after + position + " [" + tokenName(position) + "]" + (rank ? ": [" + tokenName(position + (data.causal ? 1 : 0)) + "] is the true token, rank " + rank : "")), bars(items));
+    detail.replaceChildren(el("h3", {}, label(layer) + after + position + " [" + tokenName(position) + "]" + (rank ? ": [" + (masked || position + 1 < T ? tokenName(position + (masked ? 0 : 1)) : "end") + "] is the true token, rank " + rank : "")), bars(items));
   }
   onToken(() => { at = [at[0], state.token]; show(); });
 })();
+
+// A classifier has one prediction per layer: the probabilities of all labels.
+function labelLens(box, ids, shares) {
+  const [layers, , count] = ids.shape, body = [];
+  for (let layer = layers - 1; layer >= 0; layer--) {
+    const byLabel = new Map(Array.from({ length: count }, (_, r) => [ids.at(layer, 0, r), shares.at(layer, 0, r)]));
+    body.push(el("tr", {}, el("th", {}, ordinal(layer)), ...labels.map((_, id) => el("td", { className: "l" + level(byLabel.get(id), shareBounds) }, percent(byLabel.get(id))))));
+  }
+  box.append(el("div", { className: "scroll", tabIndex: 0 }, el("table", { className: "grid", id: "label-lens" }, el("thead", {}, el("tr", {}, el("th"), ...labels.map((_, id) => el("th", {}, outputName(id))))), el("tbody", {}, ...body))),
+    el("p", { className: "note" }, "The probability of each label if the text's vector were pooled from this layer."));
+}
 
 (() => {
   const part = data.attribution, box = $("attribution");
@@ -40,23 +52,29 @@
   mode.append(el("option", { value: "difference" }), el("option", { value: "logit" }));
   box.append(el("div", { className: "controls" }, el("label", {}, "explain ", mode), el("label", {}, "sort ", order)), result);
   function show() {
-    const t = state.token, isDifference = mode.value !== "logit", wanted = name(part.targets[t]), other = name(part.competitors[t]);
+    const t = labels ? 0 : state.token, isDifference = mode.value !== "logit", wanted = outputName(part.targets[t]), other = outputName(part.competitors[t]);
     mode.options[0].textContent = "logit of [" + wanted + "] minus logit of [" + other + "]"; mode.options[1].textContent = "logit of [" + wanted + "]";
     let items = part.components.map((component, n) => [component, target.at(n, t) - (isDifference ? competitor.at(n, t) : 0)]);
     const sum = items.reduce((total, [, value]) => total + value, 0), logit = logits.at(0, t) - (isDifference ? logits.at(1, t) : 0);
     if (order.value === "size") items = items.sort((a, b) => Math.abs(b[1]) - Math.abs(a[1]));
-    const truth = data.causal ? rows[t + 1] : rows[t], real = truth && truth.id === part.targets[t];
-    result.replaceChildren(el("p", {}, (data.causal ? "After" : "At") + " token " + t + " [" + tokenName(t) + "]; [" + wanted + "] is " + (real ? "the true token" : "the most likely or requested token") + ", [" + other + "] is its strongest competitor."),
+    const truth = labels ? null : masked ? rows[t] : rows[t + 1], real = truth && truth.loss !== null && truth.id === part.targets[t];
+    const where = labels ? "For this text" : (masked ? "At" : "After") + " token " + t + " [" + tokenName(t) + "]", kind = labels ? "label" : "token";
+    result.replaceChildren(el("p", {}, where + "; [" + wanted + "] is " + (real ? "the true token" : "the most likely or requested " + kind) + ", [" + other + "] is its strongest competitor."),
       bars(items.map(([component, value]) => [component, value, signed(value)]), true),
-      el("p", { id: "attribution-sum" }, "Sum of " + items.length + " contributions " + signed(sum, 4) + "; the model computed " + signed(logit, 4) + "; remainder " + (logit - sum).toExponential(1) + ". The scale of the final norm is frozen." + (part.softcap ? " These are the logits before the soft-cap of " + part.softcap + "." : "")));
+      el("p", { id: "attribution-sum" }, "Sum of " + items.length + " contributions " + signed(sum, 4) + "; the model computed " + signed(logit, 4) + "; remainder " + (logit - sum).toExponential(1) + ". The scale of the final norm " + (labels ? "and of the pooling layer " : "") + "is frozen." + (part.softcap ? " These are the logits before the soft-cap of " + part.softcap + "." : "")));
   }
   mode.onchange = show; order.onchange = show;
   onToken(show);
-  state.token = part.position;
+  if (!labels) state.token = part.position;
 })();
 
 (() => {
   const part = data.sampling, box = $("sampling"), logits = decode(part.logits).numbers, V = logits.length, result = el("div", { id: "distribution", role: "status" });
+  if (labels) {
+    $("sampling-text").textContent = "The softmax turns the logits of the labels into probabilities. A classifier does not sample, so there are no sampling options.";
+    const largest = logits[0], weights = Array.from(logits, x => Math.exp(x - largest)), total = weights.reduce((a, b) => a + b, 0);
+    return box.append(bars(weights.map((w, r) => ["[" + outputName(part.ids[r]) + "]", w / total, percent(w / total) + ", logit " + number(logits[r])])));
+  }
   const sliders = { temperature: [0, 2, 0.05, 1], "top-k": [0, Math.min(200, V), 1, 0], "top-p": [0.05, 1, 0.05, 1], "min-p": [0, 0.5, 0.01, 0] }, inputs = {}, controls = el("div", { className: "controls" });
   for (const [label, [min, max, step, value]] of Object.entries(sliders)) {
     const output = el("output"), input = el("input", { type: "range", id: "slider-" + label, min, max, step, value });
@@ -64,7 +82,7 @@
     inputs[label] = input; output.textContent = label === "top-k" ? "off" : value;
     controls.append(el("label", {}, label, input, output));
   }
-  box.append(el("p", {}, data.causal ? "After the last token:" : "At token " + part.position + " [" + tokenName(part.position) + "]:"), controls, result, el("p", { className: "note" }, "The loss of a token is -ln of its probability in nats, or -log\u2082 in bits: a token with probability 50 % costs 1 bit."));
+  box.append(el("p", {}, data.task === "causal_lm" ? "After the last token:" : data.source ? "The first token of the translation:" : "At token " + part.position + " [" + tokenName(part.position) + "]:"), controls, result, el("p", { className: "note" }, "The loss of a token is -ln of its probability in nats, or -log\u2082 in bits: a token with probability 50 % costs 1 bit."));
   // Temperature, then top-k, then top-p, then min-p. The logits are sorted, largest first.
   function distribution() {
     const temperature = Math.max(+inputs.temperature.value, 1e-5), k = +inputs["top-k"].value || V, p = +inputs["top-p"].value, least = +inputs["min-p"].value;

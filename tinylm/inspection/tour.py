@@ -17,6 +17,13 @@ from tinylm.inspection.templates import fill, read
 from tinylm.recipe.schema import TransformerSection
 from tinylm.tokenizer.explain import explain, visible
 
+_OUTPUTS = {
+    "causal_lm": ("token in the vocabulary", "as the next token"),
+    "masked_lm": ("token in the vocabulary", "in the place of the masked token"),
+    "classification": ("label", "the text"),
+    "translation": ("token in the vocabulary", "as the next token of the translation"),
+}
+"""What a model's logits belong to, and what a high logit means."""
 MAX_WORDS = 80
 """Maximum number of words in the text of a step."""
 _LEARNING_RATE = 0.01
@@ -40,12 +47,13 @@ def tour(inspection: Inspection, *, seed: int = 0) -> list[Step]:
     if len(inspection.tokens) < 2:
         raise InputError("must have at least two tokens, because the first token is not predicted", where="--text")
     builders: list[Callable[[], Step]] = [
-        lambda: _characters(inspection.text),
+        lambda: _characters(inspection.text if inspection.source is None else inspection.source.text),
         lambda: _tokens(inspection),
         lambda: _embedding(inspection),
         lambda: _positions(inspection),
         lambda: _one_head(inspection),
         lambda: _many_heads(inspection),
+        *([] if inspection.source is None else [lambda: _cross_attention(inspection)]),
         lambda: _residual(inspection),
         lambda: _feed_forward(inspection),
         lambda: _blocks(inspection),
@@ -85,7 +93,7 @@ def _numbers(values: Tensor) -> str:
 
 
 def _not_available(inspection: Inspection, title: str, part: str) -> Step:
-    reason = inspection.missing.get(part, f"a model with architecture {inspection.forward.network.architecture} does not have this")
+    reason = inspection.missing.get(part, f"a model with the {inspection.forward.model.architecture} architecture does not have this")
     return Step(title, f"Not in this model: {reason}.", [])
 
 
@@ -109,7 +117,7 @@ def _tokens(inspection: Inspection) -> Step:
         numbers += [(step.description, " ".join(_quote(part) for part in step.parts)) for step in longest.steps[:8]]
     note = (
         "A tokenizer splits the text into tokens from a fixed vocabulary, and the model sees only their ids. The vocabulary "
-        "contains the most frequent pieces of the training text, so common words are one token and rare words are several."
+        "contains the most frequent pieces of the training text, so a common word is one token and a rare word is several."
     )
     return Step("Tokens", note, numbers)
 
@@ -203,6 +211,22 @@ def _many_heads(inspection: Inspection) -> Step:
     return Step(title, note, numbers)
 
 
+def _cross_attention(inspection: Inspection) -> Step:
+    source = inspection.source
+    assert source is not None
+    numbers = [("source", " ".join(_quote(token.text) for token in source.tokens))]
+    for token, weights in list(zip(inspection.tokens[1:], source.alignment, strict=False))[:_SHOWN]:
+        best = weights.topk(min(3, len(weights)))
+        reads = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        numbers.append((_quote(token.text), ", ".join(f"{_quote(source.tokens[key].text)} {share:.1%}" for key, share in reads)))
+    note = (
+        "A translator has two parts. The encoder turns the source text into vectors. The decoder writes the translation, and in each "
+        "block, a second attention layer reads the encoder's vectors. Its weights show which source tokens each predicted token "
+        "depends on. The numbers are averages over the heads of the last block."
+    )
+    return Step("Cross-attention", note, numbers)
+
+
 def _residual(inspection: Inspection) -> Step:
     title, cache = "Residual stream and norm", inspection.forward.cache
     if inspection.lens is None or "blocks.0.attn_out" not in cache:
@@ -246,8 +270,9 @@ def _blocks(inspection: Inspection) -> Step:
     if lens is None:
         return _not_available(inspection, title, "lens")
     names = ["embeddings", *(f"after layer {layer}" for layer in range(len(lens.ids) - 1))]
-    guesses = zip(lens.ids[:, -1, 0].tolist(), lens.probabilities[:, -1, 0].tolist(), strict=True)
-    numbers = [(name, f"{_quote(inspection.token_text(id))} {share:.1%}") for name, (id, share) in zip(names, guesses, strict=True)]
+    at = inspection.predicted_at
+    guesses = zip(lens.ids[:, at, 0].tolist(), lens.probabilities[:, at, 0].tolist(), strict=True)
+    numbers = [(name, f"{_quote(inspection.output_text(id))} {share:.1%}") for name, (id, share) in zip(names, guesses, strict=True)]
     note = (
         "Attention and feed-forward layers form a block, and blocks are stacked. The logit lens shows what the model would predict "
         "if it stopped after each block. The prediction is refined from block to block."
@@ -261,17 +286,17 @@ def _blocks(inspection: Inspection) -> Step:
 def _logits(inspection: Inspection) -> Step:
     top = inspection.forward.logits[0, inspection.predicted_at].topk(min(_SHOWN, inspection.forward.logits.shape[-1]))
     numbers = [
-        (_quote(inspection.token_text(id)), f"logit {value:.3f}")
+        (_quote(inspection.output_text(id)), f"logit {value:.3f}")
         for id, value in zip(top.indices.tolist(), top.values.tolist(), strict=True)
     ]
     attributed = inspection.attributed
     if attributed is not None:
         largest = sorted(attributed.contributions, key=lambda item: -abs(item[1]))[:3]
         parts = ", ".join(f"{component} {value:+.3f}" for component, value in largest)
-        numbers.append((f"parts of {_quote(attributed.target)}", f"{parts}, ...; total {attributed.sum:.3f}"))
+        numbers.append((f"contributions to {_quote(attributed.target)}", f"{parts}, ...; total {attributed.sum:.3f}"))
     note = (
-        "The last vector is compared with one vector for each token in the vocabulary. Each dot product is a logit. The higher the "
-        "logit, the better the token fits as the next one."
+        f"The last vector is compared with one vector for each {_OUTPUTS[inspection.forward.task][0]}. Each dot product is a logit. "
+        f"The higher the logit, the better it fits {_OUTPUTS[inspection.forward.task][1]}."
     )
     return Step("Logits", note, numbers)
 
@@ -282,7 +307,7 @@ def _softmax(inspection: Inspection) -> Step:
     numbers = [("sum of e^(logit - largest)", f"{total:.4f}")]
     for id in logits.topk(min(_SHOWN, len(logits))).indices.tolist():
         power = math.exp(float(logits[id] - logits.max()))
-        numbers.append((_quote(inspection.token_text(id)), f"{power:.4f} / {total:.4f} = {power / total:.2%}"))
+        numbers.append((_quote(inspection.output_text(id)), f"{power:.4f} / {total:.4f} = {power / total:.2%}"))
     note = (
         "The softmax turns logits into probabilities: e to the power of each logit, divided by the sum over the vocabulary. "
         "Subtracting the largest logit first does not change the result and avoids large numbers."
@@ -291,6 +316,8 @@ def _softmax(inspection: Inspection) -> Step:
 
 
 def _sampling(inspection: Inspection, seed: int) -> Step:
+    if inspection.labels is not None:
+        return Step("A sampled token", "Not in this tour: a classifier does not sample. It returns the most likely label.", [])
     probabilities = inspection.forward.logits[0, inspection.predicted_at].double().softmax(-1).cpu()
     uniform = float(torch.rand((), generator=torch.Generator().manual_seed(seed)))
     ordered = probabilities.sort(descending=True)
@@ -302,9 +329,10 @@ def _sampling(inspection: Inspection, seed: int) -> Step:
         ("random number", f"{uniform:.4f} (seed {seed})"),
         ("chosen", f"{chosen}, rank {rank + 1} by probability; it covers {before:.4f} to {float(cumulative[rank]):.4f}"),
     ]
+    last = "Replace the mask with this token." if inspection.forward.task == "masked_lm" else "Append this token to the text and repeat."
     note = (
         "To generate text, draw a random number between 0 and 1, add up the probabilities from the most likely token down, and "
-        "stop at the token that reaches the number. Append this token to the text and repeat."
+        f"stop at the token that reaches the number. {last}"
     )
     return Step("A sampled token", note, numbers)
 
@@ -332,7 +360,7 @@ def _loss(inspection: Inspection) -> Step:
 def _gradient_step(inspection: Inspection) -> Step:
     """Change the weight with the largest gradient by one step of gradient descent. The weight is restored afterwards."""
     title, network = "One gradient step", inspection.forward.network
-    if not network.is_causal or inspection.tokens[-1].loss is None:
+    if inspection.forward.task != "causal_lm" or inspection.tokens[-1].loss is None:
         return Step(title, "Not in this tour: this step requires a model that predicts the next token.", [])
     tokens = inspection.forward.tokens
     name, weight, gradient = _largest_gradient(network, tokens)

@@ -62,7 +62,8 @@ def _text(tokenizer: Tokenizer, id: int) -> str:
 def check_supported(model: ModelVariant) -> None:
     """Raise `InputError` unless the model is an n-gram model."""
     if not isinstance(model, NgramSection):
-        raise InputError(f"ARPA files contain n-gram models, not architecture {model.architecture}", where="--to arpa")
+        problem = f"ARPA files contain n-gram models, but this model has the {model.architecture} architecture"
+        raise InputError(problem, where="--to arpa")
 
 
 def load_tables(network: Model, tables: NgramTables) -> None:

@@ -68,7 +68,7 @@ def _results(run: Run, checkpoint: Checkpoint) -> str:
         return "\n".join(table) + "\n\nOnly the answers in conversations are scored, including the end-of-turn tokens."
     return (
         "\n".join(table)
-        + "\n\nEvery token is scored once, and documents are scored separately. Bits per byte do not depend on the tokenizer."
+        + "\n\nEvery token is scored once, and documents are scored separately. Bits per byte does not depend on the tokenizer."
     )
 
 

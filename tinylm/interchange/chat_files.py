@@ -1,4 +1,4 @@
-"""Export the chat template as Jinja to Hugging Face folders and GGUF files, with the end-of-turn token as an end token.
+"""Add the chat template, in Jinja, and the end-of-turn token to exported Hugging Face folders and GGUF files.
 
 The template comes from the run (`tokenizer.chat_template`). `check_ids` uses transformers to render conversations whose text
 contains control tokens, and compares the ids with those that the model was trained on.
@@ -44,7 +44,7 @@ def add_to_gguf(writer: Any, encoder: ChatEncoder) -> None:
 
 
 def probes(encoder: ChatEncoder) -> list[list[Message]]:
-    """Return conversations on which to compare templates. Some messages contain the text of control tokens."""
+    """Return conversations for comparing templates. Some messages contain the text of control tokens."""
     control = encoder.control_tokens
     contents = [*_PROBES, *control, "".join(control), *(f"a{name}b" for name in control), *(name[:-1] for name in control)]
     conversations = [[Message(USER, text)] for text in contents]
@@ -55,7 +55,7 @@ def probes(encoder: ChatEncoder) -> list[list[Message]]:
 
 
 def check_ids(tokenizer: Any, encoder: ChatEncoder) -> None:
-    """Raise `WorkError` if the chat template of a transformers tokenizer produces different ids than during training."""
+    """Raise `WorkError` if a transformers tokenizer's chat template produces other ids than those that the model was trained on."""
     for messages in probes(encoder):
         rendered = [message.as_dict() for message in messages]
         ids = tokenizer.apply_chat_template(rendered, add_generation_prompt=True, tokenize=True, return_dict=False)

@@ -1,6 +1,6 @@
 """The types of the values that an import reads from config.json.
 
-The types are checked before the values are used, because the file can come from an untrusted source. A value of the wrong type, or
+The types are checked before the values are used, because the file may come from an untrusted source. A value of the wrong type, or
 a number that is too large for a model, raises `InputError` with the name of the key.
 """
 

@@ -1,7 +1,7 @@
 """Read and write Hugging Face folders of encoders and classifiers, and compare them with transformers.
 
-Exported folders work with the transformers pipelines `fill-mask` and `text-classification`: the tokenizer frames a text with [CLS]
-and [SEP] and recognizes [MASK] in it.
+Exported folders work with the transformers pipelines `fill-mask` and `text-classification`: the tokenizer puts [CLS] before a text
+and [SEP] after it, and recognizes [MASK] in it.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def _tokenizer_json(tokenizer: Tokenizer, control: ControlTokens) -> dict[str, Any]:
-    """Return a tokenizer.json that frames texts with control tokens and lets [MASK] absorb a leading space, as in `tinylm fill`."""
+    """Return a tokenizer.json that adds [CLS] and [SEP] to texts. As in `tinylm fill`, [MASK] includes a space before it."""
     values: dict[str, Any] = json.loads(tokenizer.backend.to_str())
     names = {name: str(tokenizer.backend.id_to_token(id)) for name, id in (("cls", control.cls), ("sep", control.sep))}
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())

@@ -1,7 +1,8 @@
-"""Import and export encoders (BERT, DistilBERT, RoBERTa and ModernBERT) as masked models, classifiers or models without a head.
+"""Import and export encoders (BERT, DistilBERT, RoBERTa, ModernBERT) as masked language models, classifiers or bare models.
 
-All of these are configurations of tinylm's encoder, so only tensor names and layouts differ. In tinylm, queries, keys and values
-share one matrix. RoBERTa numbers positions from `pad_token_id + 1`, so the rows before that are dropped. Exports use BERT's format.
+tinylm's encoder can be configured to match each of them, so only tensor names and layouts differ. In tinylm, queries, keys and
+values share one matrix. RoBERTa numbers positions from `pad_token_id + 1`, so the rows before that are dropped. Exports use BERT's
+format.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -
     model = section_from_config(config, f"{where}/config.json")
     kind, task = str(config["model_type"]), _task(config)
     if task == "classification" and kind == "modernbert":
-        raise InputError("only masked ModernBERT models can be imported, not classifiers", where=where)
+        raise InputError("only masked language models can be imported from ModernBERT, not classifiers", where=where)
     objective = _classification(config, kind, where) if task == "classification" else MaskedLMObjective()
     has_head = task != "none"
     if task != "masked_lm":
@@ -398,7 +399,7 @@ def make_config(network: Model, objective: ObjectiveVariant) -> dict[str, Any]:
 
 
 def export_tensors(network: Model) -> dict[str, Tensor]:
-    """Return the weights of an encoder or classifier under BERT's names and in BERT's layout."""
+    """Return the weights of an encoder or classifier with BERT's names and layouts."""
     state = network.state_dict()
     if isinstance(network, SequenceClassifier):
         outputs = {"pooler": "bert.pooler.dense", "output": "classifier"}

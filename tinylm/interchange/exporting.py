@@ -102,7 +102,7 @@ def _reject_classifier(run: Run, to: Format) -> None:
     if isinstance(run.recipe.objective, ClassificationObjective):
         architecture = run.recipe.model.architecture
         hint = "--to onnx exports every classifier"
-        raise InputError(f"a classifier with architecture {architecture} cannot be exported", where=f"--to {to}", hint=hint)
+        raise InputError(f"a classifier with the {architecture} architecture cannot be exported", where=f"--to {to}", hint=hint)
 
 
 def _check_destination(path: Path, to: Format, overwrite: bool) -> None:

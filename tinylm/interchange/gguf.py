@@ -55,7 +55,7 @@ def check_supported(model: ModelVariant, tokenizer: Tokenizer) -> tuple[str, str
         raise InputError(
             f"llama.cpp does not support {', '.join(unsupported)}",
             where="--to gguf",
-            hint="model presets gpt2 and llama are supported",
+            hint="the presets gpt2 and llama are supported",
         )
     model = hf_architectures.decoder_section(model)
     if name == "gpt2" and model.feed_forward != "gelu":
@@ -70,15 +70,15 @@ def _supported_pretokenizer(tokenizer: Tokenizer) -> str:
     values = json.loads(tokenizer.backend.to_str())
     if tokenizer.kind not in ("bpe", "byte"):
         raise InputError(
-            f"llama.cpp does not support tokenizers of kind {tokenizer.kind}",
+            f"llama.cpp does not support tokenizers of the kind {tokenizer.kind}",
             where="--to gguf",
-            hint="kinds bpe and byte are supported",
+            hint="the kinds bpe and byte are supported",
         )
     ignore_merges = bool(values["model"].get("ignore_merges"))
     name = pretokenizer_name(values["pre_tokenizer"], ignore_merges) if tokenizer.kind == "bpe" else "gpt-2"
     if name is None or values["normalizer"] is not None:
         problem = "normalizes text" if name else "uses a split pattern that llama.cpp does not support"
-        hint = "split gpt2 is supported, and split gpt4 with digits 1 or 3"
+        hint = "the split gpt2 is supported, and the split gpt4 with digits 1 or 3"
         raise InputError(f"the tokenizer {problem}", where="--to gguf", hint=hint)
     return name
 
@@ -122,7 +122,7 @@ _PATTERN_NAMES = {
 def write(path: Path, network: Model, tokenizer: Tokenizer, file_type: str, name: str, chat: ChatEncoder | None = None) -> None:
     """Write a GGUF file for a model called `name`, including the template of `chat` if there is one.
 
-    `file_type` is one of `TYPES`. Raises `InputError` if `check_supported` does.
+    `file_type` is one of `TYPES`. Raises `InputError` if `check_supported` rejects the model or the tokenizer.
     """
     gguf = verify.require("gguf", "gguf", "writing GGUF")
     model = hf_architectures.decoder_section(network.model)
@@ -210,7 +210,7 @@ def interleave_rotary_rows(rows: Tensor, heads: int) -> Tensor:
 
 
 def _storage_type(key: str, tensor: Tensor, file_type: str) -> str:
-    """Return the storage type for the tensor with the name `key` in the file.
+    """Return the storage type of the tensor that is called `key` in the file.
 
     Vectors and position embeddings are stored as f32. In a quantized file, matrices are stored as f16 if their row length is not a
     multiple of the block size.
@@ -239,7 +239,7 @@ def _quantize(values: np.ndarray, storage_type: str, gguf: Any) -> tuple[np.ndar
 
 @dataclass(frozen=True)
 class Verification:
-    """How the file compares with the run. `largest_difference` compares the file's logits with those of the rounded weights."""
+    """How the file compares with the run. `largest_difference` is between the file's logits and those of the rounded weights."""
 
     largest_difference: float
     tokens: int
@@ -248,7 +248,7 @@ class Verification:
     programs: tuple[str, ...]
     """Names and versions of the programs that loaded the file."""
     same_greedy: int | None
-    """Number of greedily decoded tokens (up to `GREEDY_TOKENS`) before llama.cpp first differs. None if llama.cpp was not run."""
+    """Number of greedily decoded tokens before llama.cpp first differs, at most `GREEDY_TOKENS`. None if llama.cpp was not run."""
 
 
 def check_export(

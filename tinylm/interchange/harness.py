@@ -28,17 +28,18 @@ from tinylm.tokenizer import Tokenizer
 
 _BOOTSTRAP_ITERATIONS = 1000
 _DEFAULT_NEW_TOKENS = 256
-"""Maximum number of generated tokens if a task does not set it. The harness's own adapters use the same value."""
+"""Maximum number of generated tokens for a task that does not set one. The harness's own adapters use the same value."""
 
 
 @dataclass(frozen=True)
 class HarnessResult:
-    """A run's scores. `results` maps task -> metric -> value; standard errors are separate metrics. `harness` is its version."""
+    """A run's scores. `results` maps task -> metric -> value, and standard errors are separate metrics."""
 
     run: str
     checkpoint: str
     step: int
     harness: str
+    """The version of lm-eval."""
     results: dict[str, dict[str, float]]
 
 

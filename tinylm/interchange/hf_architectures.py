@@ -80,7 +80,7 @@ SUPPORTS: dict[str, Supports] = {
 
 
 def find_family(model: ModelVariant, families: Mapping[str, Supports] = SUPPORTS) -> tuple[str | None, tuple[str, ...]]:
-    """Return the family that supports `model`, or None and the parts that the closest family does not support."""
+    """Return the family that supports `model`. If there is none, return None and the parts that the closest family lacks."""
     unsupported = {family: unsupported_parts(model, supports) for family, supports in families.items()}
     closest = min(unsupported, key=lambda family: len(unsupported[family]))
     return (None, unsupported[closest]) if unsupported[closest] else (closest, ())
@@ -89,7 +89,7 @@ def find_family(model: ModelVariant, families: Mapping[str, Supports] = SUPPORTS
 def decoder_section(model: ModelVariant) -> DecoderSection:
     """Return `model` if it is a decoder section. Raises `InputError` for any other architecture."""
     if not isinstance(model, DecoderSection):
-        raise InputError(f"only decoders can be exported in this format, not architecture {model.architecture}", where="--to")
+        raise InputError(f"only decoders can be exported in this format, not the {model.architecture} architecture", where="--to")
     return model
 
 

@@ -1,4 +1,4 @@
-"""Import more transformers architectures: GPT-NeoX (Pythia), GPT-Neo (TinyStories), SmolLM3, OLMo 2, and Gemma 2 and 3.
+"""Import models of further transformers architectures: GPT-NeoX (Pythia), GPT-Neo (TinyStories), SmolLM3, OLMo 2, Gemma 2 and 3.
 
 Each model is converted to a decoder that computes the same logits. Differences that the `model:` section cannot express are folded
 into the weights. GPT-Neo does not scale attention scores by 1 / sqrt(D). Gemma scales them by a different factor and adds 1 to norm
@@ -201,7 +201,7 @@ def _from_gpt_neox(pop: PopTensor, model: DecoderSection) -> Iterator[tuple[str,
 
 
 def _rotary_order(model: DecoderSection) -> list[int]:
-    """Return, for each head dimension in tinylm, its index in GPT-NeoX. tinylm pairs dimension i with i + D/2 in the whole head."""
+    """Return the GPT-NeoX index of each head dimension in tinylm, which pairs dimension i with i + D/2 across the whole head."""
     pairs, half = int(model.head_width // 2 * model.rope_fraction), model.head_width // 2
     first, second = range(pairs), range(pairs, 2 * pairs)
     rest = range(2 * pairs, model.head_width)

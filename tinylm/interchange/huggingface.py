@@ -78,7 +78,7 @@ _NEWER_KEYS = {
     "rope_pattern": "rotary_pattern",
     "rope_scaling": "rotary_scaling",
 }
-"""More keys and their names in `TinylmConfig`. Folders from older versions do not have them.
+"""Keys that have a different name in `TinylmConfig`. Folders from older versions do not have them.
 
 The names do not begin with `rope_`, because transformers interprets such names itself.
 """

@@ -77,10 +77,10 @@ def import_model(
 ) -> ImportResult:
     """Import a model and create the run folder `folder` for it.
 
-    `source` is a Hugging Face folder, nanoGPT's ckpt.pt, an ARPA file (.arpa), or `hf:OWNER/NAME` to download a model from the
-    Hugging Face Hub. `tokenizer` is a tokenizer.json to use instead of the source's own. `context` is a shorter context length.
-    `trust_pickle` allows reading pickle files, but only tensors and plain values. Raises `InputError` if the source is missing,
-    damaged or unsupported. Raises `WorkError` if the logits differ from those in transformers.
+    `source` is a Hugging Face model folder, a nanoGPT ckpt.pt, an ARPA file (.arpa), or `hf:OWNER/NAME` to download a model from
+    the Hugging Face Hub. `tokenizer` is a tokenizer.json to use instead of the source's own. `context` reduces the context length
+    to this many tokens. `trust_pickle` allows reading pickle files, but only tensors and plain values. Raises `InputError` if the
+    source is missing, damaged or unsupported. Raises `WorkError` if the logits differ from those of transformers.
     """
     name, folder = str(source), Path(folder)
     check_destination(folder, overwrite)
@@ -140,7 +140,9 @@ def _import_encoder(source: Path, folder: Path, name: str, options: _EncoderOpti
     network.load_stored_weights({key: tensor.float() for key, tensor in state.items()})
     network.eval()
     if not imported.has_head:
-        reporter.warn("the source has no head, so only its hidden states and sentence vectors are meaningful, not filled masks")
+        reporter.warn(
+            "the source has no head, so only its hidden states and sentence vectors are meaningful; it cannot predict masked tokens"
+        )
     compared = encoder_folders.compare_with_transformers(source, network, tokenizer)
     difference, tokens, reference = (None, 0, None) if isinstance(compared, str) else compared
     if isinstance(compared, str):
@@ -229,7 +231,9 @@ def check_destination(folder: Path, overwrite: bool) -> None:
 
 def _read(source: Path, tokenizer: Path | None, trust_pickle: bool) -> tuple[DecoderSection, dict[str, Tensor], Tokenizer]:
     if not source.exists():
-        raise InputError("no such file or folder", where=str(source), hint="expected a Hugging Face folder or nanoGPT's ckpt.pt")
+        raise InputError(
+            "no such file or folder", where=str(source), hint="expected a Hugging Face model folder or a nanoGPT ckpt.pt"
+        )
     kind = identify(source)
     if kind is not None and source.suffix not in (".pt", ".pth"):  # nanoGPT checkpoints can be pickles
         raise InputError(f"this is {kind.name}", where=str(source), hint=kind.hint)

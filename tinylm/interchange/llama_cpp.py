@@ -2,7 +2,7 @@
 
     python -m tinylm.interchange.llama_cpp FILE < inputs.json > outputs.json
 
-Requires llama-cpp-python. Its kernels for repacked weights are disabled, because some misdetect CPU features and crash.
+This requires llama-cpp-python. Its kernels for repacked weights are disabled, because some misdetect CPU features and crash.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def installed() -> bool:
 
 
 def run(file: Path, texts: list[str], rows: list[list[int]], prompt: list[int], new_tokens: int) -> LlamaCppResult | str:
-    """Run llama.cpp on `file`. Returns an error message if llama.cpp fails.
+    """Run llama.cpp on `file`. Return an error message if llama.cpp fails.
 
     `texts` are tokenized, `rows` of token ids are scored, and `prompt` is continued with `new_tokens` tokens.
     """

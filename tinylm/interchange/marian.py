@@ -64,10 +64,10 @@ SUPPORTS: Supports = {
 
 
 def check_exportable(model: ModelVariant, separate_vocabulary: bool) -> None:
-    """Raise `InputError` if MarianMTModel does not support the model or its separate vocabularies."""
+    """Raise `InputError` if MarianMTModel does not support the model, or if the model has separate vocabularies."""
     parts = unsupported_parts(model, SUPPORTS)
     if parts:
-        hint = "train with preset transformer"
+        hint = "train with the transformer preset"
         raise InputError(f"{CLASS} does not support model.{', model.'.join(parts)}", where="--to hf", hint=hint)
     if separate_vocabulary:
         hint = "train with data.vocabulary: shared"
@@ -99,7 +99,7 @@ class _Layers:
     cross_attention: bool
 
     def attentions(self, layer: int) -> list[tuple[str, str, str]]:
-        """Return the prefixes of each attention layer: ours, theirs, and that of their norm."""
+        """Return the name prefixes of each attention layer in tinylm and in Marian, and of its norm in Marian."""
         ours, theirs = f"{self.ours}.blocks.{layer}", f"{self.theirs}.layers.{layer}"
         found = [(f"{ours}.attention", f"{theirs}.self_attn", f"{theirs}.self_attn_layer_norm")]
         if self.cross_attention:
@@ -107,7 +107,7 @@ class _Layers:
         return found
 
     def linears(self, layer: int) -> list[tuple[str, str]]:
-        """Return the prefixes of all other modules with a weight and a bias: ours and theirs."""
+        """Return the name prefixes, in tinylm and in Marian, of all other modules with a weight and a bias."""
         ours, theirs = f"{self.ours}.blocks.{layer}", f"{self.theirs}.layers.{layer}"
         return [
             *((f"{own}.output", f"{other}.out_proj") for own, other, _ in self.attentions(layer)),
@@ -287,7 +287,7 @@ def model_card(name: str, parameters: int, recipe_yaml: str) -> str:
 
 
 def sample_pairs(run: Run) -> list[SentencePair]:
-    """Return sentence pairs on which to compare models: the run's held-out pairs, or English lines paired with themselves."""
+    """Return sentence pairs for comparing models: the run's held-out pairs, or English lines paired with themselves."""
     if (run.path / "heldout").exists():
         return list(open_part(run.path / "heldout", "heldout", run.tokenizer, run.tokenizer).pairs[:_CHECKED_SENTENCES])
     return english_pairs()
@@ -302,7 +302,7 @@ def english_pairs() -> list[SentencePair]:
 def check_folder(folder: Path, translator: Translator, pairs: Sequence[SentencePair]) -> tuple[float, int]:
     """Load the folder with transformers and compare ids, logits and translations (5 beams) on `pairs`.
 
-    Returns the largest difference between logits and the number of compared tokens. Raises `WorkError` if anything differs.
+    Return the largest difference between logits and the number of compared tokens. Raises `WorkError` if a comparison fails.
     """
     transformers = verify.require("transformers", "hf", "checking a Hugging Face folder")
     with huggingface.quiet(transformers):
@@ -336,7 +336,7 @@ def load(folder: Path) -> Any:
 
 @torch.no_grad()
 def compare_logits(other: Any, translator: Translator, pairs: Sequence[SentencePair]) -> tuple[float, int]:
-    """Return the largest difference between a MarianMTModel's logits and ours on `pairs`, and the number of target tokens."""
+    """Return the largest difference between the logits of a MarianMTModel and a translator, and the number of target tokens."""
     framing, network = translator.framing, translator.network
     largest, tokens = 0.0, 0
     for pair in pairs:

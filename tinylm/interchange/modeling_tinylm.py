@@ -2,8 +2,8 @@
 
     AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 
-Requires only torch and transformers (4.57.1 or newer). Supports `generate` with a dynamic or static KV cache, padding on either
-side, and beam search. Tensors have the same names as in tinylm.
+This requires only torch and transformers (4.57.1 or newer). It supports `generate` with a dynamic or static KV cache, padding on
+either side, and beam search. Tensors have the same names as in tinylm.
 
 Legend: B batch, T new positions, S all positions so far, C width, H query heads, K key/value heads, D head width, V vocabulary.
 """
@@ -115,7 +115,7 @@ def make_norm(config):
 
 
 def rotary_frequencies(config, base, scaling):
-    """Return the frequency of each pair of dimensions, float64 (D/2,), and a factor by which to scale the cosines and sines."""
+    """Return the frequency of each pair of dimensions, float64 (D/2,), and the factor for the cosines and sines."""
     half = config.head_dim // 2
     width = 2 * int(half * config.rotary_fraction)
     frequencies = base ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
@@ -182,7 +182,7 @@ class Attention(nn.Module):
         self.rotary = config.position == "rope" and config.rotary_pattern[layer % len(config.rotary_pattern)] == "rope"
 
     def forward(self, x, inputs, added_values, first_values):
-        """Map x (B, T, C) to (B, T, C). Also returns the new values (B, K, T, D) and, on request, the attention pattern."""
+        """Map x (B, T, C) to (B, T, C). Also return the new values (B, K, T, D) and, on request, the attention pattern."""
         config, (B, T, _) = self.config, x.shape
         q, k, v = self.qkv(x).split(self.rows, dim=-1)
         if config.qk_norm and self.whole_layer:
@@ -254,7 +254,7 @@ class Block(nn.Module):
         self.feed_forward_output_norm = make_norm(config) if self.norm_position == "both" else None
 
     def forward(self, x, inputs, first_values):
-        """Map x (B, T, C) to (B, T, C). Also returns the values and the pattern from the attention layer."""
+        """Map x (B, T, C) to (B, T, C). Also return the values and the pattern from the attention layer."""
         if self.residual_mix is not None:
             x = self.residual_mix[0] * x + self.residual_mix[1] * inputs.embedded
         added_values = None if self.value_embedding is None else self.value_embedding(inputs.tokens)
@@ -282,7 +282,7 @@ class Block(nn.Module):
 
 
 class NgramEmbedding(nn.Module):
-    """For each order n, a hash of the last n ids selects a row in a table."""
+    """Embeddings of n-grams. For each order n, a hash of the last n ids selects a row in a table."""
 
     def __init__(self, config):
         super().__init__()

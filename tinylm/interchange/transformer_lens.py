@@ -30,7 +30,7 @@ def largest_differences(network: Model, tokenizer: Tokenizer, ids: list[int]) ->
     _, unsupported = huggingface.select_class(network.model)
     if unsupported:
         problem = f"TransformerLens cannot load a model with {', '.join(unsupported)}"
-        raise InputError(problem, where="--verify", hint="it can load models with preset gpt2 or llama")
+        raise InputError(problem, where="--verify", hint="it can load models with the gpt2 or llama preset")
     tokens = torch.tensor([ids])
     with tempfile.TemporaryDirectory() as folder:
         huggingface.write(Path(folder), network, tokenizer, card="")

@@ -26,7 +26,7 @@ class Model(HookedModule):
     """A network that predicts tokens. `model` is its section of the recipe.
 
     Set `recompute` to enable activation checkpointing. A model that saves no large activations can ignore this attribute. Set
-    `compile_loss` to allow compiling the loss on a GPU.
+    `compile_loss` to allow compiling the loss, and the attention within segments, on a GPU.
     """
 
     def __init__(self, model: ModelVariant, vocab_size: int, *, seed: int | None = 0) -> None:
@@ -69,12 +69,19 @@ class Model(HookedModule):
         """(..., C) -> (..., V)."""
         raise NotImplementedError
 
+    def finish(self, residual: Tensor) -> Tensor:
+        """Return the final hidden states (..., C) of a model whose last block outputs `residual` (..., C).
+
+        Raises `InputError` if the model has no residual stream.
+        """
+        raise InputError(f"a model with the {self.architecture} architecture has no residual stream")
+
     def unembed(self, residual: Tensor) -> Tensor:
         """Return the logits (..., V) that the model would compute if `residual` (..., C) were the output of its last block.
 
         Raises `InputError` if the model has no residual stream.
         """
-        raise InputError(f"a model with architecture {self.architecture} has no residual stream")
+        return self.logits(self.finish(residual))
 
     def forward(self, tokens: Tensor, *, targets: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
         """Ids (B, T) -> logits (B, T, V), or, with `targets` (B, T), the summed loss in nats (a scalar).
@@ -158,11 +165,11 @@ class Model(HookedModule):
 
     def input_embedding(self) -> nn.Embedding:
         """The embedding of input tokens, (V, C). Raises `InputError` if the model has none."""
-        raise InputError(f"a model with architecture {self.architecture} has no input embedding")
+        raise InputError(f"a model with the {self.architecture} architecture has no input embedding")
 
     def output_embedding(self) -> nn.Linear:
         """The output projection, (V, C). Raises `InputError` if the model has none."""
-        raise InputError(f"a model with architecture {self.architecture} has no output projection")
+        raise InputError(f"a model with the {self.architecture} architecture has no output projection")
 
     @property
     def depth(self) -> int:

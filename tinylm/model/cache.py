@@ -71,7 +71,7 @@ class KVCache:
             self.lengths[row] = length
 
     def evict(self, row: int, keep: int) -> int:
-        """Empty a row. Returns `keep`, because the last `keep` tokens must be prefilled again.
+        """Empty a row. Return `keep`, because the last `keep` tokens must be prefilled again.
 
         Shifting the keys and values is not an alternative. With learned and sinusoidal position embeddings, keys and values depend
         on absolute positions. With rotary position embeddings, shifting is possible but degrades the output, because the model was

@@ -48,7 +48,7 @@ def pool(hidden: Tensor, segments: Tensor | None, how: str) -> Tensor:
 
 
 class SequenceClassifier(Model):
-    """Predicts a text's label. Removes the head of `body`."""
+    """Predicts a text's label from the hidden states of `body`, whose head is removed."""
 
     def __init__(self, body: Model, objective: ClassificationObjective, *, seed: int | None = 0) -> None:
         """Raises `InputError` if the objective has no labels."""
@@ -88,11 +88,22 @@ class SequenceClassifier(Model):
         if targets is not None:
             raise ValueError("a classifier does not accept `targets`; its objective computes the loss")
         self.body.recompute = self.recompute
-        vectors = pool(text_hidden(self.body, tokens, segments), segments, self.pool)  # (B, C)
+        return self.label_logits(text_hidden(self.body, tokens, segments), segments)
+
+    def label_logits(self, hidden: Tensor, segments: Tensor | None = None) -> Tensor:
+        """Final hidden states (B, T, C) of the body -> logits (B, L). Padding has negative `segments`."""
+        return self.pooled_logits(pool(hidden, segments, self.pool))
+
+    def pooled_logits(self, vectors: Tensor) -> Tensor:
+        """Pooled vectors (..., C) -> logits (..., L)."""
         if self.pooler is not None:
-            vectors = _ACTIVATIONS[self._objective.pooler](self.pooler(vectors))
+            vectors = self.pooler_activation(self.pooler(vectors))
         logits: Tensor = self.output(self.dropout(vectors))
         return logits
+
+    def pooler_activation(self, x: Tensor) -> Tensor:
+        """Apply the activation function of the pooling layer."""
+        return _ACTIVATIONS[self._objective.pooler](x)
 
     def hidden(self, tokens: Tensor, **options: Any) -> Tensor:
         return self.body.hidden(tokens, **options)

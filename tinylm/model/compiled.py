@@ -1,4 +1,4 @@
-"""Decoding on a CPU with numba-compiled code: packs the weights, allocates the workspace and runs each step on several threads.
+"""Decode on a CPU with numba-compiled code: pack the weights, allocate the workspace and run each step on several threads.
 
 The compiled code itself is in `tinylm.model.kernels`, which needs numba. The code runs on torch's own OpenMP threads, because a
 second thread pool would compete for the same cores. It starts these threads through the entry points for compiler-generated code,
@@ -30,7 +30,7 @@ MIN_PRODUCTS_PER_THREAD = 4_000_000
 """Minimum number of multiplications per thread. Smaller steps use fewer threads. A constant makes the number of threads
 reproducible, unlike a value measured at run time."""
 COMPILE_NOTE_SECONDS = 1.5
-"""Report compilation if it takes longer than this. Loading previously compiled code takes less time."""
+"""Seconds after which compilation is reported. Loading previously compiled code takes less time."""
 SUPPORTS: Supports = {
     **COMMON,
     "norm_position": ("pre",),
@@ -90,8 +90,8 @@ def load_kernels(report: Callable[[str], None]) -> None:
 class CompiledStep:
     """Compiled versions of `Decoder.step` and `Decoder.prefill`, for packed and plain networks on the CPU.
 
-    Copies the network's matrices and reads its embeddings in place. Raises `InputError` if numba is not installed, or if the
-    network or the CPU is not supported.
+    The network's matrices are copied, and its embeddings are read in place. Raises `InputError` if numba is not installed, or if
+    the network or the CPU is not supported.
     """
 
     def __init__(self, network: Transformer) -> None:
@@ -116,12 +116,12 @@ class CompiledStep:
         self._call_single_threaded = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._code)
 
     def __call__(self, cache: KVCache, tokens: Tensor) -> Tensor:
-        """Append `tokens` (B,), one id per row. Return the next-token logits (B, V). Does not change `cache.lengths`."""
+        """Append `tokens` (B,), one id per row. Return the next-token logits (B, V). `cache.lengths` is not changed."""
         rows = len(cache.lengths)
         return self._run(cache, tokens, np.arange(rows), cache.lengths)
 
     def prefill(self, cache: KVCache, row: int, tokens: Tensor) -> Tensor:
-        """Overwrite a row with ids (T,). Return the next-token logits (V,). Does not change `cache.lengths`."""
+        """Overwrite a row with ids (T,). Return the next-token logits (V,). `cache.lengths` is not changed."""
         cache.tokens[row, : len(tokens)] = tokens
         return self._run(cache, tokens, row, np.arange(len(tokens)), is_prefill=True)[0]
 

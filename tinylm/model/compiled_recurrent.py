@@ -15,7 +15,7 @@ from tinylm.model.stateful import RowState
 from tinylm.recipe.recurrent import GruSection, LstmSection, RnnSection
 
 _LOAD_SECONDS = 2.0
-"""Upper bound on the time to load numba and the compiled code."""
+"""Upper bound on the seconds needed to load numba and the compiled code."""
 _SAVED_SECONDS_PER_STEP = 1e-4
 """Lower bound on the seconds that a compiled step saves."""
 

@@ -10,19 +10,24 @@ positions, `V` vocabulary.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tinylm.device import has_bf16_units
 from tinylm.errors import InputError
 from tinylm.model import compiled_recurrent
 from tinylm.model.base import Model
 from tinylm.model.cache import KVCache, LayerCache
 from tinylm.model.compiled import CompiledStep, is_worthwhile, load_kernels
 from tinylm.model.full_pass import FullPassDecoder
+from tinylm.model.functions import at_least_float32, attention_without_cudnn
+from tinylm.model.graphs import CUDAGraphs, GraphBackend, GraphedSteps
 from tinylm.model.hooks import has_functions
 from tinylm.model.layers import Attention, Block, RMSNorm
 from tinylm.model.packed import TransposedLinear, WeightKind, pack
@@ -49,17 +54,26 @@ SUPPORTS: Supports = {
 TensorFunction = Callable[[Tensor], Tensor]
 _MAX_NUMBA_PROMPT = 32
 """Maximum prompt length, in tokens, for prefill in numba-compiled code. PyTorch is faster for longer prompts."""
+_MIN_GRAPH_STEPS = 32
+"""Minimum number of steps for which CUDA graphs are used by default. Capturing a graph takes about as long as four steps."""
 
 
 def make_decoder(
-    network: nn.Module, *, weights: WeightKind, compiled: bool | None, steps: int | None, reporter: Reporter
+    network: nn.Module, *, weights: WeightKind | None, compiled: bool | None, steps: int | None, reporter: Reporter
 ) -> DecodingModel[Any]:
-    """Make a decoder for about `steps` steps (None: unlimited). `compiled=None` compiles the step on a CPU if that saves time.
+    """Make a decoder for about `steps` steps (None: unlimited).
+
+    `weights=None` means bf16 for a transformer on a GPU with bf16 units, else fp32. `compiled=None` compiles the step on a CPU, or
+    captures it in CUDA graphs on a GPU, if that saves time.
 
     Reports a note if decoding with a KV cache does not support a part of the network. Raises `InputError` if the network cannot
     generate text, or if it does not support `weights` or `compiled`. On a transformer, both options also require that no functions
     are attached to hook points.
     """
+    if weights is None:
+        weights = _default_weights(network)
+        if weights != "fp32":
+            reporter.note(f"decoding with {weights} weights, the default on this GPU (--weights fp32 uses fp32 instead)")
     if isinstance(network, Recurrent) and weights == "fp32":
         if compiled is None:
             compiled = compiled_recurrent.is_worthwhile(network, steps) and not has_functions(network)
@@ -74,20 +88,34 @@ def make_decoder(
         return as_decoder(network)
     if parts := unsupported_parts(network.model, SUPPORTS):
         reporter.note(f"decoding with a KV cache does not support {', '.join(parts)}; each token takes a full forward pass")
+    if weights == "int8" and network.device.type == "cuda":
+        hint = "use bf16 (tinylm has no int8 kernel for GPUs, so it would also keep a bf16 copy)"
+        raise InputError(
+            "int8 weights take more memory than bf16 weights on a GPU, and are no faster", where="--weights", hint=hint
+        )
     if compiled is None:
-        compiled = is_worthwhile(network, steps) and not has_functions(network)
+        worthwhile = is_worthwhile(network, steps)
+        if network.device.type == "cuda":
+            worthwhile = (steps is None or steps >= _MIN_GRAPH_STEPS) and not parts
+        compiled = worthwhile and not has_functions(network)
     if compiled and network.embedding.weight.device.type == "cpu":
         load_kernels(reporter.note)
     return _transformer_decoder(network, weights, compiled)
+
+
+def _default_weights(network: nn.Module) -> WeightKind:
+    if not isinstance(network, Transformer) or network.device.type != "cuda" or has_functions(network):
+        return "fp32"
+    return "bf16" if has_bf16_units(network.device) else "fp32"
 
 
 def check_generates_text(network: Model) -> None:
     """Raise `InputError` if a network cannot generate text from left to right."""
     if network.objective is not None:
         name = network.objective.name
-        raise InputError(f"a model trained with objective {name} cannot generate text", hint="use `tinylm classify`")
+        raise InputError(f"a model trained with the {name} objective cannot generate text", hint="use `tinylm classify`")
     if not network.is_causal:
-        raise InputError(f"a model with architecture {network.architecture} cannot generate text", hint="use `tinylm fill`")
+        raise InputError(f"a model with the {network.architecture} architecture cannot generate text", hint="use `tinylm fill`")
 
 
 def as_decoder(model: nn.Module | DecodingModel[Any]) -> DecodingModel[Any]:
@@ -125,9 +153,9 @@ class Decoder:
     """The `DecodingModel` for transformers: prefills prompts into rows of a KV cache and continues them token by token.
 
     `compiled`: compile the step with `backend`. With "numba" (the default on a CPU), a row's logits are bit-identical in every run
-    and do not depend on the other rows. "torch" (the default on other devices) uses `torch.compile` with static shapes, plus CUDA
-    graphs on CUDA; the first step then takes tens of seconds. Raises `InputError` if the numba backend does not support the
-    network.
+    and do not depend on the other rows. "graphs" (the default on CUDA) captures the step in CUDA graphs, or with `graphs` if it is
+    not None. If that fails, it warns and decodes without graphs. "torch" (the default on other devices) uses `torch.compile` with
+    static shapes; the first step then takes tens of seconds. Raises `InputError` if the numba backend does not support the network.
 
     Raises `ValueError` if functions are attached to the network's hook points, because a step would not call them, or if the
     network has a part that `SUPPORTS` does not list. `make_decoder` and `as_decoder` return a `FullPassDecoder` in these cases.
@@ -139,14 +167,20 @@ class Decoder:
         *,
         weights: WeightKind = "fp32",
         compiled: bool = False,
-        backend: Literal["numba", "torch"] | None = None,
+        backend: Literal["numba", "torch", "graphs"] | None = None,
+        graphs: GraphBackend | None = None,
     ) -> None:
         if backend is None:
-            backend = "numba" if network.embedding.weight.device.type == "cpu" else "torch"
+            defaults: dict[str, Literal["numba", "graphs"]] = {"cpu": "numba", "cuda": "graphs"}
+            backend = defaults.get(network.device.type, "torch")
         self._numba_step: CompiledStep | None = None
         if has_functions(network):
             raise ValueError("decoding with a KV cache does not call functions at hook points; use make_decoder")
         self._static_shapes = compiled and backend == "torch"
+        self._graphs: GraphBackend | None = None
+        if compiled and backend == "graphs":
+            self._graphs = graphs or CUDAGraphs(network.device)
+        self._graphed_steps: WeakKeyDictionary[KVCache, GraphedSteps] = WeakKeyDictionary()
         self.model, self.vocab_size = network.model, network.vocab_size
         if compiled and backend == "numba":
             self.network = pack(network, None if weights == "fp32" else weights)  # only prefills long prompts
@@ -167,8 +201,7 @@ class Decoder:
         self._head = _linear_function(network.head)
         self._decode_one_token = self.decode_one_token
         if self._static_shapes:
-            mode = "reduce-overhead" if self.device.type == "cuda" else "default"
-            self._decode_one_token = torch.compile(self.decode_one_token, dynamic=False, fullgraph=True, mode=mode)
+            self._decode_one_token = torch.compile(self.decode_one_token, dynamic=False, fullgraph=True)
         self._prepare_rotations()
         if network.ngrams is not None:
             self._ngram_offsets = torch.arange(max(network.ngrams.orders), device=self.device).flip(0)
@@ -194,8 +227,8 @@ class Decoder:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Ids (B, T) -> logits (B, T, V), without a cache or compiled code."""
-        logits: Tensor = self.network(tokens)
-        return logits
+        with attention_without_cudnn(self.device):
+            return at_least_float32(self.network(tokens))
 
     def new_state(self, rows: int, max_tokens: int | None = None) -> KVCache:
         """Create a cache for `rows` sequences of up to `max_tokens` tokens. Default and maximum: the model's context length."""
@@ -205,6 +238,7 @@ class Decoder:
                 self._numba_step.update_position_tables()
             else:
                 self._prepare_rotations()
+                self._graphed_steps.clear()  # the graphs read the previous tables
         return KVCache(self.model, rows, capacity, device=self.device, dtype=self.network.embedding.weight.dtype)
 
     @torch.inference_mode()
@@ -215,17 +249,37 @@ class Decoder:
             logits = self._numba_step.prefill(state, row, tokens[0])
             state.lengths[row] = tokens.shape[1]
             return logits
-        return self.network.logits(self.network.hidden(tokens, state.row_slice(row, row + 1), n_last=1)[0])[0]
+        with attention_without_cudnn(self.device):
+            hidden = self.network.hidden(tokens, state.row_slice(row, row + 1), n_last=1)  # (1, 1, C)
+        return at_least_float32(self.network.logits(hidden[0])[0])
 
     def step(self, state: KVCache, tokens: Tensor) -> Tensor:
         """Append `tokens` (B,), one id per active row. Return the next-token logits (B, V). No row may be at capacity.
 
         Call this method in inference mode. Entering inference mode in each step would take 1% of a small model's step time.
         """
-        lengths = state.lengths
         if self._numba_step is not None:
             logits = self._numba_step(state, tokens)
-        elif self._static_shapes:  # also decodes inactive rows, which write to position 0; the next prompt overwrites it
+        else:
+            with attention_without_cudnn(self.device):
+                logits = self._torch_step(state, tokens)
+        state.lengths[:] = [length + 1 for length in state.lengths]
+        return logits
+
+    def _torch_step(self, state: KVCache, tokens: Tensor) -> Tensor:
+        lengths = state.lengths
+        if self._graphs is not None:
+            if state not in self._graphed_steps:
+                self._graphed_steps[state] = GraphedSteps(self.decode_one_token, state, self.vocab_size, self._graphs)
+            try:
+                return self._graphed_steps[state](tokens, lengths)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # some operations cannot be captured; if the step itself is wrong, it fails again below
+                self._graphs = None
+                first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+                warnings.warn(f"decoding without CUDA graphs, because a step cannot be captured ({first_line})", stacklevel=2)
+        if self._static_shapes:  # also decodes inactive rows, which write to position 0; the next prompt overwrites it
             inactive = len(state.tokens) - len(lengths)
             positions = torch.tensor(lengths + [0] * inactive, device=self.device)
             padded = F.pad(tokens, (0, inactive))
@@ -235,7 +289,6 @@ class Decoder:
             longest = max(lengths) + 1
             positions = torch.tensor(lengths, device=self.device)
             logits = self._decode_one_token(state.layers, state.tokens, tokens, positions, longest, min(lengths) + 1 == longest)
-        state.lengths[:] = [length + 1 for length in lengths]
         return logits
 
     def decode_one_token(
@@ -247,7 +300,7 @@ class Decoder:
         kv_length: int,
         same_length: bool,
     ) -> Tensor:
-        """Run one step on tensors, so that it can be compiled and captured in a CUDA graph. Return logits (B, V).
+        """Run one step on tensors, so that it can be compiled and captured in a CUDA graph. Return logits (B, V), at least float32.
 
         Writes `tokens[b]` at position `positions[b]` in cache row b. Queries attend to the first `kv_length` positions.
         `same_length`: all rows are at position `kv_length - 1`, so no mask is needed.
@@ -274,7 +327,7 @@ class Decoder:
             x, values = layer(x, context, layer_cache, first_values)
             if first_values is None and self.model.value_residual:
                 first_values = values
-        logits = self._head(self._final_norm(x))
+        logits = at_least_float32(self._head(self._final_norm(x)))
         cap = self.model.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -444,6 +497,8 @@ def _linear_add_function(layer: nn.Module) -> Callable[[Tensor, Tensor], Tensor]
 
 def _rms_norm(x: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps). `F.rms_norm` is three times slower for one row."""
+    if x.itemsize < 4:
+        return F.rms_norm(x, x.shape[-1:], eps=eps)  # computes in float32
     l2_norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     normed: Tensor = x * l2_norm.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
     return normed

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from tinylm.errors import InputError
 from tinylm.model.base import Model
 from tinylm.model.hooks import ActivationCache
-from tinylm.model.layers import Block, RMSNorm
+from tinylm.model.layers import Attention, Block, RMSNorm
 from tinylm.model.transformer import Transformer
 
-_NAMES = re.compile(r"(ngram_|pos_)?embed|final_norm|blocks\.\d+\.(attn\.z|mlp_out)")
+_NAMES = re.compile(r"(ngram_|pos_)?embed|final_norm|blocks\.\d+\.(attn\.z|cross_attention\.z|mlp_out)")
 """Matches the hook points that attribution reads. A network does not need to have all of them."""
 
 
@@ -56,13 +56,13 @@ def decompose(network: Model, cache: ActivationCache) -> Components:
     """Split the input of the output projection into components. `cache` contains a forward pass's activations at `hook_names`.
 
     The components are the embeddings (`embed`, `ngram_embed`, `pos_embed`), every head (`L0H3`), the bias of every attention output
-    projection (`L0 attention bias`), every feed-forward layer with its bias (`L0 feed-forward`), and the bias of every LayerNorm
-    that is applied to the residual stream. Value embeddings and value residuals are part of the heads that read them. QK norms and
-    attention soft-caps only affect the attention pattern. Raises `InputError` if the network is not a decoder or an encoder, or if
-    it has a `head_transform`.
+    projection (`L0 attention bias`), every head of a cross-attention layer (`L0X3`) and its bias, every feed-forward layer with its
+    bias (`L0 feed-forward`), and the bias of every LayerNorm that is applied to the residual stream. Value embeddings and value
+    residuals are part of the heads that read them. QK norms and attention soft-caps affect only the attention pattern. Raises
+    `InputError` if the network is not a decoder or an encoder, or if it has a `head_transform`.
     """
     if not isinstance(network, Transformer):
-        raise InputError(f"a model with architecture {network.architecture} cannot be split into components")
+        raise InputError(f"a model with the {network.architecture} architecture cannot be split into components")
     if getattr(network, "head_transform", None) is not None:
         raise InputError("head_transform is not linear, so the logits of this model are not sums of components")
     embedded = _embedded(network, cache)
@@ -75,8 +75,15 @@ def decompose(network: Model, cache: ActivationCache) -> Components:
 
 
 def hook_names(network: Model) -> list[str]:
-    """Return the hook points of `network` that `decompose` reads, and `final_norm`, which equals the sum of the components."""
-    return [name for name in network.hook_names() if _NAMES.fullmatch(name)]
+    """Return the hook points of `network` that `decompose` and `final_hidden` read."""
+    names = network.hook_names()
+    last = f"blocks.{network.depth - 1}.resid_post"
+    return [name for name in names if _NAMES.fullmatch(name) or (name == last and "final_norm" not in names)]
+
+
+def final_hidden(network: Model, cache: ActivationCache) -> Tensor:
+    """Return the final hidden states (B, T, C), which equal the sum of the components. `cache`: see `decompose`."""
+    return cache["final_norm"] if "final_norm" in cache else cache[f"blocks.{network.depth - 1}.resid_post"]
 
 
 def _embedded(network: Transformer, cache: ActivationCache) -> Components:
@@ -90,29 +97,46 @@ def _through_block(block: Block, layer: int, x: Components, embedded: Components
     if block.residual_mix is not None:
         x_share, embedded_share = block.residual_mix.unbind()
         x = x.scaled(x_share) + embedded.scaled(embedded_share)
-    attended = _heads(block, layer, cache)
+    attended, crossed = _heads(block, layer, cache), _cross_heads(block, layer, cache)
     feed_forward = Components([f"L{layer} feed-forward"], cache[f"blocks.{layer}.mlp_out"].unsqueeze(0))
     if not block.post:
-        return x + attended + feed_forward
+        return x + attended + feed_forward if crossed is None else x + attended + crossed + feed_forward
     if block.feed_forward_norm is None:  # parallel
         return _frozen_norm(block.attention_norm, x + attended + feed_forward, f"L{layer} norm bias")
     middle = _frozen_norm(block.attention_norm, x + attended, f"L{layer} attention norm bias")
+    if crossed is not None:
+        assert block.cross_attention_norm is not None
+        middle = _frozen_norm(block.cross_attention_norm, middle + crossed, f"L{layer} cross-attention norm bias")
     return _frozen_norm(block.feed_forward_norm, middle + feed_forward, f"L{layer} feed-forward norm bias")
 
 
 def _heads(block: Block, layer: int, cache: ActivationCache) -> Components:
     """Return the contributions of each head and of the output projection's bias to the residual stream."""
-    projection = block.attention.output
-    z = cache[f"blocks.{layer}.attn.z"]  # (B, T, H, D)
-    weight = projection.weight.view(-1, *z.shape[-2:])  # (C, H, D)
-    names = [f"L{layer}H{head}" for head in range(z.shape[2])]
-    vectors = torch.einsum("bthd,chd->hbtc", z, weight)
-    if projection.bias is not None:
-        names.append(f"L{layer} attention bias")
-        vectors = torch.cat((vectors, projection.bias.expand_as(vectors[:1])))
-    parts = Components(names, vectors)
+    parts = _projected(block.attention, cache[f"blocks.{layer}.attn.z"], f"L{layer}H", f"L{layer} attention bias")
     norm = block.attention_norm if block.norm_position == "output" else block.attention_output_norm
     return parts if norm is None else _frozen_norm(norm, parts, f"L{layer} attention output norm bias")
+
+
+def _cross_heads(block: Block, layer: int, cache: ActivationCache) -> Components | None:
+    """Return the same contributions for the cross-attention layer, or None if the block has none."""
+    if block.cross_attention is None:
+        return None
+    z = cache[f"blocks.{layer}.cross_attention.z"]
+    parts = _projected(block.cross_attention, z, f"L{layer}X", f"L{layer} cross-attention bias")
+    norm = block.cross_attention_norm if block.norm_position == "output" else block.cross_attention_output_norm
+    return parts if norm is None else _frozen_norm(norm, parts, f"L{layer} cross-attention output norm bias")
+
+
+def _projected(attention: Attention, z: Tensor, head_name: str, bias_name: str) -> Components:
+    """Multiply the output of each head, z (B, T, H, D), by its part of the output projection."""
+    projection = attention.output
+    weight = projection.weight.view(-1, *z.shape[-2:])  # (C, H, D)
+    names = [f"{head_name}{head}" for head in range(z.shape[2])]
+    vectors = torch.einsum("bthd,chd->hbtc", z, weight)
+    if projection.bias is not None:
+        names.append(bias_name)
+        vectors = torch.cat((vectors, projection.bias.expand_as(vectors[:1])))
+    return Components(names, vectors)
 
 
 def _frozen_norm(norm: nn.Module, parts: Components, bias_name: str) -> Components:

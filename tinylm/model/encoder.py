@@ -65,7 +65,7 @@ class Encoder(Transformer):
     ) -> Tensor:
         """Ids (B, T) -> logits (B, T, V), or, with `targets` (B, T), the summed loss in nats (a scalar).
 
-        With targets, the head runs only at positions whose target is not negative. `token_types` (B, T): all 0 by default.
+        With targets, the head runs only at positions whose target is not negative. `token_types` (B, T) are 0 by default.
         """
         hidden = self.hidden(tokens, segments=segments, token_types=token_types)  # (B, T, C)
         if targets is None:

@@ -107,7 +107,7 @@ class EncoderDecoder(Model):
         `source` (B, S) is required. Raises `InputError` if it is None.
         """
         if source is None:
-            raise InputError("a model with architecture encoder_decoder needs a source text", hint="use `tinylm translate`")
+            raise InputError("a model with the encoder_decoder architecture needs a source text", hint="use `tinylm translate`")
         memory = self.encode(source, source_segments)
         return self.decoder.hidden(tokens, segments=segments, n_last=n_last, memory=memory)
 
@@ -126,8 +126,8 @@ class EncoderDecoder(Model):
     ) -> Tensor:
         """Target ids (B, T) -> logits (B, T, V), or, with `targets` (B, T), the summed loss in nats (a scalar).
 
-        With targets, the head runs only at positions whose target is not negative. `label_smoothing`: the share of the target
-        probability that is spread uniformly over the vocabulary.
+        With targets, the head runs only at positions whose target is not negative. `label_smoothing`: the fraction of the
+        target probability that is spread uniformly over the vocabulary.
         """
         hidden = self.hidden(tokens, segments=segments, source=source, source_segments=source_segments)
         if targets is None:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from tinylm.model.base import Model
+from tinylm.model.functions import at_least_float32, attention_without_cudnn
 from tinylm.model.hooks import has_functions
 
 
 class TokenState:
-    """A `DecodingState` that contains only each row's ids. Evicting tokens therefore does not require another prefill."""
+    """A `DecodingState` that contains only the ids of each row. Evicting tokens therefore does not require another prefill."""
 
     def __init__(self, rows: int, capacity: int) -> None:
         self.capacity = capacity
@@ -63,8 +64,8 @@ class FullPassDecoder:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Ids (B, T) -> logits (B, T, V)."""
-        logits: Tensor = self.network(tokens)
-        return logits
+        with attention_without_cudnn(self.device):
+            return at_least_float32(self.network(tokens))
 
     def new_state(self, rows: int, max_tokens: int | None = None) -> TokenState:
         return TokenState(rows, min(max_tokens or self.capacity, self.capacity))
@@ -87,5 +88,6 @@ class FullPassDecoder:
     def _last_logits(self, sequences: list[list[int]]) -> Tensor:
         """Sequences of equal length (B, T) -> next-token logits (B, V)."""
         n_last = None if has_functions(self.network) else 1  # functions must receive the activations of all positions
-        hidden = self.network.hidden(torch.tensor(sequences, device=self.device), n_last=n_last)
-        return self.network.logits(hidden[:, -1])
+        with attention_without_cudnn(self.device):
+            hidden = self.network.hidden(torch.tensor(sequences, device=self.device), n_last=n_last)
+        return at_least_float32(self.network.logits(hidden[:, -1]))

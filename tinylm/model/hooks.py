@@ -51,7 +51,7 @@ class HookPoint(nn.Module):
         return {**super().__getstate__(), "functions": []}  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HookPoint:
-        """Copying each attribute would take most of the time that it takes to copy a small network."""
+        """Create a new hook point, because copying each attribute would dominate the time to copy a small network."""
         return HookPoint().train(self.training)
 
 
@@ -147,7 +147,7 @@ class HookedModule(nn.Module):
 
 
 def has_functions(network: nn.Module) -> bool:
-    """Whether functions are attached to any hook point of `network`."""
+    """Return whether functions are attached to any hook point of `network`."""
     return any(module.functions for module in network.modules() if isinstance(module, HookPoint))
 
 

@@ -23,7 +23,7 @@ _KEY = "model.init_from"
 
 
 def check_compatible(model: ModelVariant, source: ModelVariant) -> None:
-    """Raise `InputError` that lists the differing keys if weights of a `source` network do not fit a `model` network.
+    """Raise an `InputError` that lists the differing keys if the weights of a `source` network do not fit a `model` network.
 
     Learned position embeddings can be truncated to a shorter context; other position embeddings fit any context. A tied head can be
     untied.

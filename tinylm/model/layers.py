@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
+from tinylm.model.block_mask import block_masked_attention
 from tinylm.model.cache import CacheRows
 from tinylm.model.functions import Dropout, relu_squared, rms_norm, rotate
 from tinylm.model.hooks import HookPoint
@@ -67,8 +69,9 @@ class ForwardContext:
     local_rotation: Rotation | None = None
     """The rotation for local blocks, if it differs from `rotation`."""
     cache: CacheRows | None = None
-    mask: Tensor | None = None
-    """(B, 1, T, T), True where a query can attend to a key. With None, a query can attend to all positions that `causal` allows."""
+    mask: Tensor | BlockMask | None = None
+    """(B, 1, T, T), True where a query can attend to a key, or an equivalent block mask. With None, a query can attend to all
+    positions that `causal` allows."""
     causal: bool = True
     """Whether a position attends only to itself and earlier positions. A `mask` must already be causal if this is True."""
     memory: Memory | None = None
@@ -109,7 +112,7 @@ class Attention(nn.Module):
         x: Tensor,
         kv_source: Tensor | None = None,
         *,
-        mask: Tensor | None = None,
+        mask: Tensor | BlockMask | None = None,
         causal: bool = False,
         rotation: Rotation | None = None,
         cache: CacheRows | None = None,
@@ -126,7 +129,7 @@ class Attention(nn.Module):
         to the values. `first_values` (B, S, K, D) are interpolated with the values. `n_last`: return only the last `n_last`
         positions. `keys_values`: the result of `project_keys_values`, which replaces `kv_source`.
         """
-        B, T, _ = x.shape
+        T = x.shape[1]
         if keys_values is not None:
             q, (k, v) = self._project_queries(x), keys_values
         else:
@@ -138,6 +141,8 @@ class Attention(nn.Module):
         q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
         values = v
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), (B, K, S, D), (B, K, S, D)
+        if isinstance(mask, BlockMask):
+            return self._project_output(block_masked_attention(q, k, v, mask)), values
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # S now includes the cached positions
         if n_last is not None:
@@ -172,9 +177,13 @@ class Attention(nn.Module):
                 dropout_p=self.dropout if self.training else 0.0,
                 enable_gqa=grouped,
             )  # (B, H, T, D)
+        return self._project_output(attended), values
+
+    def _project_output(self, attended: Tensor) -> Tensor:
+        """(B, H, T, D) -> (B, T, C)."""
         z = self.hook_z(attended.transpose(1, 2))  # (B, T, H, D)
-        output: Tensor = self.output(z.reshape(B, T, self.query_rows))  # (B, T, C)
-        return output, values
+        output: Tensor = self.output(z.reshape(*z.shape[:2], self.query_rows))
+        return output
 
     def _unfused_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """softmax(q k' / sqrt(D)) v with hook points for scores and pattern. If all keys are masked, the output is 0."""

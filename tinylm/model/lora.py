@@ -111,7 +111,7 @@ def train_rows(network: Model, ids: Sequence[int]) -> int:
 
 
 def has_trained_rows(network: nn.Module) -> bool:
-    """Whether `train_rows` was called on the network."""
+    """Return whether `train_rows` was called on the network."""
     return any(hasattr(parameter, TRAINED_ROWS) for parameter in network.parameters())
 
 

@@ -2,7 +2,7 @@
 
 For each order n, a hash of the n-gram that ends at a position selects a row of a table (Pagnoni et al. 2024, "Byte Latent
 Transformer", section 3.2.1). The rows of all orders are concatenated and projected to the model's width. Small models on CPUs are
-limited by arithmetic, and lookups need almost none. Collisions (different n-grams with the same row) are not resolved.
+limited by arithmetic, which lookups hardly need. Collisions (different n-grams with the same row) are not resolved.
 
 Legend: `B` batch, `T` time, `C` width.
 """

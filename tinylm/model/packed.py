@@ -8,7 +8,7 @@ residual sums keep the network's dtype.
 from __future__ import annotations
 
 import copy
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -116,8 +116,10 @@ def pack(network: _ModelT, weights: WeightKind | None = "fp32") -> _ModelT:
     """Return a copy of `network` for inference, which shares all tensors outside linear layers. Do not train or save the copy.
 
     "fp32" changes only the order of summation. Measure how the other kinds affect the loss with `tinylm eval --weights`. None
-    leaves linear layers unchanged. LoRA weights are always merged.
+    leaves linear layers unchanged. LoRA weights are always merged. On a GPU, "bf16" converts the whole network (see `to_bfloat16`).
     """
+    if weights == "bf16" and network.device.type == "cuda":
+        return to_bfloat16(network)
     memo = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
     packed = copy.deepcopy(network, memo).eval()
     for parent in list(packed.modules()):
@@ -128,3 +130,17 @@ def pack(network: _ModelT, weights: WeightKind | None = "fp32") -> _ModelT:
             if weights is not None and type(child) is nn.Linear:
                 setattr(parent, name, _LAYERS[weights](child))
     return packed
+
+
+def to_bfloat16(network: _ModelT) -> _ModelT:
+    """Return a copy of `network` with all weights, and therefore also the residual stream and the KV cache, in bfloat16.
+
+    On a GPU, this is faster than `BFloat16Linear`, which converts its inputs and outputs in separate kernels.
+    """
+    merged = pack(network, None)
+    memo: dict[int, Any] = {}
+    for tensor in (*merged.parameters(), *merged.buffers()):
+        if tensor.is_floating_point():
+            half = tensor.detach().bfloat16()
+            memo[id(tensor)] = nn.Parameter(half, requires_grad=False) if isinstance(tensor, nn.Parameter) else half
+    return copy.deepcopy(merged, memo)

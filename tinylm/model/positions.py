@@ -19,7 +19,7 @@ def rope_table(
 ) -> tuple[Tensor, Tensor]:
     """Return cosines and sines for rotary position embeddings (Su et al. 2021), each (length, head_width / 2), float32.
 
-    `fraction`: the share of the dimensions to rotate. The remaining pairs get angle 0.
+    Only a `fraction` of the dimensions is rotated. The remaining pairs have angle 0.
     """
     pairs = int(head_width // 2 * fraction)
     frequencies = theta ** (-torch.arange(0, 2 * pairs, 2, dtype=torch.float64) / (2 * pairs))

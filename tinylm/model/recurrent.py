@@ -45,7 +45,7 @@ class RecurrentLayer(HookedModule):
     def forward(self, x: Tensor, state: Tensor, weight_hh: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs (B, T, C) and state (B, S, C) -> outputs (B, T, C) and the state after the last input.
 
-        `weight_hh`: the recurrent weights after weight dropout.
+        `weight_hh` contains the recurrent weights after weight dropout.
         """
         vectors = [vector[None].contiguous() for vector in state.unbind(1)]  # each (1, B, C)
         weights = [self.weight_ih, weight_hh, self.bias_ih, self.bias_hh]

@@ -1,4 +1,4 @@
-"""The decoding step of a recurrent network in numba. It processes one token per row, including all layers and the head.
+"""The decoding step of a recurrent network in numba. It runs all layers and the head on one token per row.
 
 Every sum is computed in a fixed order, so a row's result does not depend on the other rows.
 
@@ -78,10 +78,11 @@ def step(
     state: Any,
     logits: Any,
 ) -> None:
-    """Process one token per row. Updates `state` (B, L, S, C) and fills `logits` (B, V).
+    """Process one token per row. Update `state` (B, L, S, C) and fill `logits` (B, V).
 
-    `inputs` (B, G C): the embeddings multiplied by the first layer's `weight_ih`. They are overwritten. `weight_ih` and `weight_hh`
-    (L, G C, C), `bias_ih` and `bias_hh` (L, G C), `head` (V, C). All arrays are float32.
+    `inputs` (B, G C) contains the embeddings multiplied by the first layer's `weight_ih`, and is overwritten. The other shapes are
+    (L, G C, C) for `weight_ih` and `weight_hh`, (L, G C) for `bias_ih` and `bias_hh`, and (V, C) for `head`. All arrays are
+    float32.
     """
     recurrent = np.empty_like(inputs)
     before = np.empty((inputs.shape[0], weight_hh.shape[2]), dtype=np.float32)

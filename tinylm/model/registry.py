@@ -7,6 +7,11 @@ A new architecture needs a recipe section, a subclass of `tinylm.model.base.Mode
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
 from tinylm.errors import InputError
 from tinylm.model import lora
 from tinylm.model.base import Model
@@ -91,3 +96,22 @@ def build(
     if with_lora is not None:
         lora.attach(network, with_lora)
     return network
+
+
+def build_without_weights(
+    section: ModelVariant,
+    vocab_size: int,
+    *,
+    objective: ObjectiveVariant | None = None,
+    with_lora: LoraSection | None = None,
+) -> Model:
+    """Build a network on the meta device, where weights have shapes but no values. See `build`."""
+    with torch.device("meta"), _SkipNormal():
+        return build(section, vocab_size, None, objective=objective, with_lora=with_lora)
+
+
+class _SkipNormal(TorchFunctionMode):
+    """Skip `torch.nn.init.normal_`, which has no effect on the meta device but imports torch's compiler (1 to 2 s)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return None if func is torch.nn.init.normal_ else func(*args, **(kwargs or {}))

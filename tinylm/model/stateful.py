@@ -1,6 +1,6 @@
 """Models that read a text from left to right with a state of constant size: recurrent networks, window networks and n-gram models.
 
-Evaluation and generation only need `continue_from`, which carries the state through a text of any length.
+Evaluation and generation need only `continue_from`, which carries the state through a text of any length.
 
 Legend: `B` rows, `T` time, `C` width of the hidden states, `V` vocabulary.
 """

@@ -13,13 +13,16 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
 from tinylm.cost.memory import loss_chunk_rows
+from tinylm.model import block_mask
 from tinylm.model.base import Model
+from tinylm.model.block_mask import segment_block_mask
 from tinylm.model.cache import CacheRows
 from tinylm.model.functions import Dropout, summed_cross_entropy
-from tinylm.model.hooks import HookPoint
+from tinylm.model.hooks import HookPoint, has_functions
 from tinylm.model.initialization import initialize
 from tinylm.model.layers import Attention, Block, FeedForward, ForwardContext, Memory, Rotation, make_norm
 from tinylm.model.ngrams import NgramEmbedding
@@ -82,21 +85,23 @@ class Transformer(Model):
         return False
 
     def _register_position_tables(self, length: int) -> None:
-        """Compute the tables for rotary or sinusoidal position embeddings for `length` positions."""
+        """Compute the tables of rotary or sinusoidal position embeddings for `length` positions. Do nothing on the meta device."""
+        if self.embedding.weight.is_meta:
+            return
         model, width, fraction = self.model, self.model.head_width, self.model.rope_fraction
+        dtype = self.embedding.weight.dtype  # not float32 in a network that was converted for decoding
         self.table_length = length
         if model.position == "sinusoidal":
-            self.register_buffer(
-                "sinusoids", sinusoidal_table(length, model.n_embd, interleaved=self.interleaved_sinusoids), persistent=False
-            )
+            sinusoids = sinusoidal_table(length, model.n_embd, interleaved=self.interleaved_sinusoids)
+            self.register_buffer("sinusoids", sinusoids.to(dtype), persistent=False)
         if model.position != "rope":
             return
         tables = {"rope": rope_table(length, width, model.rope_theta or 10000.0, model.rope_scaling, fraction)}
         if model.rope_theta_local is not None:
             tables["local_rope"] = rope_table(length, width, model.rope_theta_local, None, fraction)
         for name, (cosines, sines) in tables.items():
-            self.register_buffer(f"{name}_cosines", cosines, persistent=False)
-            self.register_buffer(f"{name}_sines", sines, persistent=False)
+            self.register_buffer(f"{name}_cosines", cosines.to(dtype), persistent=False)
+            self.register_buffer(f"{name}_sines", sines.to(dtype), persistent=False)
 
     def reserve_positions(self, length: int) -> bool:
         """Extend the position tables if they have fewer than `length` positions. Returns whether they were extended.
@@ -154,7 +159,11 @@ class Transformer(Model):
             raise ValueError(f"{end} positions do not fit in the context length of {self.model.context_length}")
         self.reserve_positions(end)
         x = self._embed(tokens, start, end, cache, segments, added)  # (B, T, C)
-        mask = None if segments is None else segment_mask(segments, causal=self.causal)
+        mask: Tensor | BlockMask | None = None
+        if segments is not None and self._uses_block_mask(cache, n_last):
+            mask = segment_block_mask(segments, causal=self.causal)
+        elif segments is not None:
+            mask = segment_mask(segments, causal=self.causal)
         context = ForwardContext(
             tokens,
             x,
@@ -183,14 +192,19 @@ class Transformer(Model):
             x = self.hook_final_norm(self.final_norm(x))
         return x
 
+    def _uses_block_mask(self, cache: CacheRows | None, n_last: int | None) -> bool:
+        """Whether to attend within segments with compiled FlexAttention, which supports only the attention of a training step."""
+        training_step = torch.is_grad_enabled() and cache is None and n_last is None and self.compile_loss
+        return training_step and block_mask.is_supported(self.model, self.device) and not has_functions(self)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., V), soft-capped if `logit_softcap` is set (Gemma 2, section 2)."""
         logits: Tensor = self.head(hidden)
         cap = self.model.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def unembed(self, residual: Tensor) -> Tensor:
-        return self.logits(residual if self.final_norm is None else self.final_norm(residual))
+    def finish(self, residual: Tensor) -> Tensor:
+        return residual if self.final_norm is None else self.final_norm(residual)
 
     def _embed(
         self, tokens: Tensor, start: int, end: int, cache: CacheRows | None, segments: Tensor | None, added: Tensor | None

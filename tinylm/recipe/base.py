@@ -65,7 +65,7 @@ class ModelVariant(Section):
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """The defaults of the other keys, by value of the key `preset`. Empty for an architecture without this key."""
+    """The defaults of the other keys for each value of `preset`. Empty for an architecture without this key."""
     objectives: ClassVar[tuple[str, ...]] = ("causal_lm",)
     """Names of the objectives that the model can be trained with. The first one is the default."""
     training_values: ClassVar[Mapping[str, tuple[Any, ...]]] = {}

@@ -1,4 +1,4 @@
-"""Conversations: the `data:` section of format chat."""
+"""Conversations: the `data:` section of the `chat` format."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class UnusedShare(Section):
     share: OpenShare = 0.1
     """The share to exclude: of the characters with `by: tail`, or of the documents with `by: document`."""
     by: Literal["document", "tail"] = "tail"
-    """How the share is chosen, as in `data.heldout` of the run that was trained on this text."""
+    """How the excluded text is chosen, as in `data.heldout` of the run that was trained on this text."""
 
 
 class MixSection(Section):
@@ -93,11 +93,11 @@ class ChatSection(DataVariant):
     """The fields of a record. messages: a list of {role, content}. prompt_response: a question and an answer. alpaca:
     `instruction`, an optional `input`, and `output`."""
     messages: str = "messages"
-    """With layout messages: the field that contains the list of messages."""
+    """With `layout: messages`, the field that contains the list of messages."""
     prompt: str = "prompt"
-    """With layout prompt_response: the field or column that contains the question."""
+    """With `layout: prompt_response`, the field or column that contains the question."""
     response: str = "response"
-    """With layout prompt_response: the field or column that contains the answer."""
+    """With `layout: prompt_response`, the field or column that contains the answer."""
     packing: Flag = True
     """Pack several conversations into one sequence. Attention does not cross conversations, so packing does not change the loss."""
     mix: Annotated[MixSection | None, BeforeValidator(_expand_mix)] = None
@@ -121,7 +121,7 @@ class ChatSection(DataVariant):
         for layout, keys in used.items():
             for key in keys:
                 if layout != self.layout and getattr(self, key) != type(self).model_fields[key].default:
-                    yield key, f"has no effect on layout {self.layout} (remove the key, or set layout: {layout})"
+                    yield key, f"has no effect with layout: {self.layout} (remove the key, or set layout: {layout})"
         shares = [part.share for part in (self.heldout, self.test) if isinstance(part, ConversationShare)]
         if sum(shares) >= 1:
             yield "test", f"the held-out share {shares[0]:g} and the test share {shares[1]:g} leave no conversations for training"

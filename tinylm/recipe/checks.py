@@ -87,11 +87,11 @@ def _check_chat(recipe: Recipe, data: ChatSection) -> Iterator[tuple[KeyPath, st
         yield ("data", key), problem
     model, stride = recipe.model, recipe.evaluation.stride
     if not isinstance(model, DecoderSection):
-        yield ("data", "format"), f"chat needs architecture decoder, not {model.architecture}"
+        yield ("data", "format"), f"the chat format requires the decoder architecture, not {model.architecture}"
     if stride is not None:
-        yield ("evaluation", "stride"), "has no effect on format chat (remove the key)"
+        yield ("evaluation", "stride"), "has no effect with the chat format (remove the key)"
     if recipe.sampling.every is not None and not all(prompt.strip() for prompt in recipe.sampling.prompts):
-        yield ("sampling", "prompts"), "the prompts of format chat are user messages, which must not be empty"
+        yield ("sampling", "prompts"), "with the chat format, prompts are user messages, which must not be empty"
 
 
 def _check_model(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
@@ -101,7 +101,7 @@ def _check_model(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     if objective.name not in model.objectives and model.architecture not in objective.architectures:
         yield (
             ("objective",),
-            f"architecture {model.architecture} cannot be trained with {objective.name} (only with {listed(model.objectives)})",
+            f"the {model.architecture} architecture cannot be trained with {objective.name} (only with {listed(model.objectives)})",
         )
     yield from _check_objective(recipe)
     yield from _check_architecture(recipe)
@@ -118,23 +118,23 @@ def _check_objective(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     objective, model, training = recipe.objective, recipe.model, recipe.training
     if recipe.data.format not in objective.data_formats:
         needed = listed(objective.data_formats, "or")
-        yield ("data", "format"), f"objective {objective.name} needs format {needed}, not {recipe.data.format}"
+        yield ("data", "format"), f"the {objective.name} objective requires the {needed} format, not {recipe.data.format}"
     if isinstance(objective, MaskedLMObjective | ClassificationObjective) and recipe.evaluation.stride is not None:
-        yield ("evaluation", "stride"), f"has no effect on objective {objective.name} (remove the key)"
+        yield ("evaluation", "stride"), f"has no effect with the {objective.name} objective (remove the key)"
     if isinstance(objective, CausalLMObjective) and not objective.mask_prompt and not isinstance(recipe.data, ChatSection):
-        yield ("objective", "mask_prompt"), f"has no effect on format {recipe.data.format} (remove the key)"
+        yield ("objective", "mask_prompt"), f"has no effect with the {recipe.data.format} format (remove the key)"
     if isinstance(objective, MaskedLMObjective):
         if len(set(objective.rate)) > 1 and training.minutes is not None:
             yield (
                 ("objective", "rate"),
-                "two rates need training.steps, tokens or epochs, because masks must not depend on the clock",
+                "two rates require training.steps, tokens or epochs, because masks must not depend on the clock",
             )
         if recipe.sampling.every is not None and not all(MASK in prompt for prompt in recipe.sampling.prompts):
-            yield ("sampling", "prompts"), f"objective {objective.name} needs {MASK} in every prompt"
+            yield ("sampling", "prompts"), f"the {objective.name} objective requires {MASK} in every prompt"
     if isinstance(objective, ClassificationObjective) and objective.pool == "cls" and not model.bidirectional:
         yield (
             ("objective", "pool"),
-            f"cls uses the first token, before architecture {model.architecture} has read the text (use last)",
+            f"cls is the first token, which cannot depend on the text in the {model.architecture} architecture (use last)",
         )
 
 
@@ -142,41 +142,41 @@ def _check_translation(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     """Check combinations of keys for sentence pairs."""
     data, model = recipe.data, recipe.model
     if isinstance(recipe.objective, TranslationObjective) and recipe.evaluation.stride is not None:
-        yield ("evaluation", "stride"), "has no effect on objective translation (remove the key)"
+        yield ("evaluation", "stride"), "has no effect with the translation objective (remove the key)"
     if not isinstance(data, PairsSection):
         return
     heldout, test = data.heldout, data.test
     if isinstance(heldout, PairShare) and isinstance(test, PairShare) and heldout.share + test.share >= 1:
         yield ("data", "test"), f"the held-out share {heldout.share:g} and the test share {test.share:g} leave no training pairs"
     if data.vocabulary == "separate" and isinstance(model, EncoderDecoderSection) and model.tie_embeddings == "all":
-        yield ("model", "tie_embeddings"), "all needs data.vocabulary: shared (use output or none)"
+        yield ("model", "tie_embeddings"), "all requires data.vocabulary: shared (use output or none)"
     if data.vocabulary == "separate" and isinstance(recipe.tokenizer, FileTokenizer):
-        yield ("data", "vocabulary"), "separate needs a learned tokenizer, not tokenizer.path"
+        yield ("data", "vocabulary"), "separate requires a learned tokenizer, not tokenizer.path"
     if recipe.sampling.every is not None and (data.vocabulary == "separate" or data.language is not None):
-        yield ("sampling", "every"), "needs data.vocabulary: shared, and no data.language"
+        yield ("sampling", "every"), "requires data.vocabulary: shared, and no data.language"
     if isinstance(recipe.tokenizer, BpeTokenizer) and recipe.tokenizer.dropout:
-        yield ("tokenizer", "dropout"), "has no effect on format pairs (remove the key)"
+        yield ("tokenizer", "dropout"), "has no effect with the pairs format (remove the key)"
     if isinstance(recipe.training.schedule, NoamSchedule) and recipe.training.minutes is not None:
-        yield ("training", "schedule"), "noam counts steps, so it needs training.steps, tokens or epochs"
+        yield ("training", "schedule"), "noam counts steps, so it requires training.steps, tokens or epochs"
 
 
 def _check_architecture(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     """Check that the architecture supports the values of keys in other sections."""
     model, training, data = recipe.model, recipe.training, recipe.data
-    name = f"architecture {model.architecture}"
+    name = f"the {model.architecture} architecture"
     for key, values in model.training_values.items():
         if getattr(training, key) not in values:
             yield ("training", key), f"{name} does not support this value (remove the key)"
     for key, field in TrainingSection.model_fields.items():
         if model.training_keys is not None and key not in model.training_keys and getattr(training, key) != field.default:
-            yield ("training", key), f"has no effect on {name} (remove the key)"
+            yield ("training", key), f"has no effect with {name} (remove the key)"
     if isinstance(data, DataSection) and data.document_mask and model.reads_across_documents:
         yield ("data", "document_mask"), f"{name} does not support it"
     if isinstance(model, NgramSection):
         if training.epochs is not None and training.epochs > 1:
             yield ("training", "epochs"), f"must be at most 1 for {name}, which counts the text once"
         if isinstance(data, DataSection) and data.shuffle != "windows":
-            yield ("data", "shuffle"), f"has no effect on {name} (remove the key)"
+            yield ("data", "shuffle"), f"has no effect with {name} (remove the key)"
 
 
 def _check_tokenizer(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
@@ -217,7 +217,7 @@ def _check_training(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         yield ("training", lengths[1]), f"only one of {', '.join(LENGTHS)} can be set, and {lengths[0]} is set"
     if training.lora is not None:
         if recipe.model.pretrained is None:
-            yield ("training", "lora"), "needs a trained model to adapt (set model.init_from to its run)"
+            yield ("training", "lora"), "requires a trained model to adapt (set model.init_from to its run)"
         if isinstance(training.optimizer, MuonOptimizer):
             yield ("training", "optimizer"), "must be adamw if lora is set (remove the key to use the default)"
     micro, batch = training.micro_batch_size, training.global_batch_size

@@ -63,7 +63,7 @@ class TokenVocabulary(Section):
     tokenizer: RequiredPath
     """A tokenizer.json, or a run folder that contains one."""
     min_count: Count = 1
-    """Tokens with fewer occurrences get no vector."""
+    """Tokens with fewer occurrences have no vector."""
 
 
 class Word2VecMethod(Section):
@@ -78,7 +78,7 @@ class Word2VecMethod(Section):
     exponent: Exponent = 0.75
     """Negative samples are drawn with probability proportional to count ** exponent."""
     subsample: NotNegative = 1e-3
-    """Words whose share of the text is larger than this are subsampled. 0 means no subsampling."""
+    """Words that make up more than this fraction of the text are subsampled. 0 means no subsampling."""
     lr: LearningRate
     """Initial learning rate."""
     lr_end: NotNegative = 1e-4
@@ -146,14 +146,14 @@ class WatchSection(Section):
     neighbours: CountOrZero = 5
     """Number of neighbors to show."""
     every: OpenShare = 0.1
-    """The interval between lists of neighbors, as a share of the training run."""
+    """The interval between lists of neighbors, as a fraction of the training run."""
 
 
 class EmbeddingCheckpointSection(Section):
     """Checkpoints during training."""
 
     every: Share = 0.1
-    """The interval between checkpoints, as a share of the training run. 0 saves only at the end and when training is stopped."""
+    """The interval between checkpoints, as a fraction of the training run. 0 saves only at the end and when training is stopped."""
 
 
 class EmbeddingRecipe(Section):

@@ -20,7 +20,7 @@ _SHORTEST_CONTEXT = 3
 
 
 class EncoderSection(TransformerSection):
-    """A transformer encoder, in which every position attends to all positions. Preset bert matches BertModel.
+    """A transformer encoder, in which every position attends to all positions. The bert preset matches BertModel.
 
     Each text is wrapped in [CLS] and [SEP], which are added as control tokens to a learned tokenizer. attention_window is the
     number of positions on each side, including the position itself.
@@ -52,14 +52,14 @@ class EncoderSection(TransformerSection):
 
 
 class Replacement(Section):
-    """What replaces a masked token. The shares must add up to 1."""
+    """What replaces a masked token. The fractions must add up to 1."""
 
     mask: Share = 0.8
-    """The share that becomes [MASK]."""
+    """The fraction that becomes [MASK]."""
     random: Share = 0.1
-    """The share that becomes a random token."""
+    """The fraction that becomes a random token."""
     keep: Share = 0.1
-    """The share that stays unchanged."""
+    """The fraction that stays unchanged."""
 
     @model_validator(mode="after")
     def _check_sum(self) -> Replacement:
@@ -77,6 +77,6 @@ class MaskedLMObjective(ObjectiveVariant):
 
     name: Literal["masked_lm"] = "masked_lm"
     rate: MaskRates = (0.15,)
-    """The share of tokens to predict. With two shares, it changes linearly from the first to the second over the training run."""
+    """The fraction of tokens to predict. With two values, it changes linearly from the first to the second during training."""
     replace: Replacement = Replacement()
     """What replaces a token to predict."""

@@ -28,9 +28,9 @@ from tinylm.recipe.values import (
 
 
 class EncoderDecoderSection(ModelVariant):
-    """A transformer for translation. Preset transformer matches MarianMTModel.
+    """A transformer for translation. The `transformer` preset matches MarianMTModel.
 
-    The keys have the same meaning as for architecture decoder. They apply to the blocks of both the encoder and the decoder.
+    The keys have the same meaning as in the decoder architecture. They apply to the blocks of both the encoder and the decoder.
     """
 
     presets = ENCODER_DECODER_PRESETS

@@ -13,7 +13,7 @@ from tinylm.recipe.values import ContextLength, Flag, ShareBelowOne, SmallCount,
 class FeedForwardSection(ModelVariant):
     """A network that predicts each token from a fixed number of preceding tokens (Bengio et al. 2003).
 
-    It never reads across documents.
+    Predictions never depend on earlier documents.
     """
 
     reads_across_documents = False
@@ -53,7 +53,7 @@ class FeedForwardSection(ModelVariant):
 
 
 class NgramSection(ModelVariant):
-    """An n-gram model with interpolated modified Kneser-Ney smoothing (Chen & Goodman 1999). It never reads across documents.
+    """An n-gram model with interpolated modified Kneser-Ney smoothing (Chen & Goodman 1999). No n-gram crosses a document boundary.
 
     Training counts the n-grams in the training text once, from the beginning, so it cannot be longer than one epoch. A step counts
     `global_batch_size` chunks of `context_length` tokens.

@@ -1,4 +1,4 @@
-"""Labeled texts: the `data:` section of format labels, and the `classification` objective."""
+"""Labeled texts: the `data:` section for `format: labels`, and the `classification` objective."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class LabelsSection(DataVariant):
     """The labeled texts to evaluate on: a share of each label, or another SOURCE."""
     test: OptionalLabeledPart = None
     """Labeled texts that training never uses, not even to choose the best checkpoint: a share of each label, or another SOURCE.
-    `tinylm eval --split test` scores them. null means none."""
+    `tinylm eval --split test` evaluates on them. null means none."""
     text: str = "text"
     """The field or column that contains the text."""
     label: str = "label"

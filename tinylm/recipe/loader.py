@@ -1,7 +1,7 @@
 """Read a recipe file, and report all problems at once with their line numbers.
 
-Builds a `Recipe` from a YAML file (or its text) and `--set` overrides. YAML follows version 1.2: `3e-4` and `1e6` are numbers,
-`off` is a string that flags accept as false, and duplicate keys are errors.
+This module builds a `Recipe` from a YAML file (or its text) and `--set` overrides. As in YAML 1.2, `3e-4` and `1e6` are numbers,
+`off` is a string (which flags accept as false), and duplicate keys are errors.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def _reject_other_line_breaks(text: str, name: str) -> None:
 
 
 def _construct(loader: Loader, node: yaml.Node, path: KeyPath, document: _Document) -> Any:
-    if len(path) > _MAX_DEPTH or len(document.locations) > _MAX_KEYS:  # a recursive alias, or aliases that multiply
+    if len(path) > _MAX_DEPTH or len(document.locations) > _MAX_KEYS:  # a recursive alias, or nested aliases that explode
         raise InputError(_TOO_LARGE, where=f"{document.name}:{node.start_mark.line + 1}")
     if isinstance(node, yaml.MappingNode):
         mapping: dict[str, Any] = {}

@@ -1,6 +1,6 @@
-"""Read and write YAML with the scalar types of version 1.2, and with underscores in numbers.
+"""Read and write YAML with the scalar types of YAML 1.2 and with underscores in numbers.
 
-`off`, `no` and dates are strings; `3e-4`, `1_000` and `.5` are numbers. By default, PyYAML follows version 1.1, in which `3e-4` is
+`off`, `no` and dates are strings; `3e-4`, `1_000` and `.5` are numbers. By default, PyYAML follows YAML 1.1, in which `3e-4` is
 a string. `Dumper` quotes every string that `Loader` would not read as a string.
 """
 

@@ -1,4 +1,4 @@
-"""Sentence pairs: the `data:` section of format pairs, and the `translation` objective."""
+"""Sentence pairs: the `data:` section for `format: pairs`, and the `translation` objective."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class PairsSection(DataVariant):
     """The sentence pairs to evaluate on: a share of the documents, or other files."""
     test: OptionalPairPart = None
     """Sentence pairs that training never uses, not even to choose the best checkpoint: a share, or other files. `tinylm eval
-    --split test` scores them. null means none."""
+    --split test` evaluates on them. null means none."""
     source: str = "source"
     """The field or column that contains the sentence to translate."""
     target: str = "target"

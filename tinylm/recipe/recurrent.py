@@ -33,7 +33,7 @@ class RecurrentSection(ModelVariant):
     """Variational dropout for the embedding and the output of each layer (Gal & Ghahramani 2016). All positions in a sequence share
     the same mask."""
     weight_drop: ShareBelowOne = 0.0
-    """The share of the recurrent weights that are dropped in each micro-batch (Merity et al. 2018)."""
+    """The fraction of the recurrent weights that is dropped in each micro-batch (Merity et al. 2018)."""
 
     @property
     def uses_dropout(self) -> bool:

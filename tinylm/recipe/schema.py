@@ -83,10 +83,10 @@ def _expand_name(value: object) -> object:
 
 
 class HeldoutShare(Section):
-    """Hold out a share of the training text."""
+    """Hold out a fraction of the training text."""
 
     share: OpenShare = 0.1
-    """The share to hold out: of the characters with `by: tail`, or of the documents with `by: document`."""
+    """The fraction to hold out: of the characters with `by: tail`, or of the documents with `by: document`."""
     by: Literal["document", "tail"] = "tail"
     """document holds out whole documents, chosen by a hash of their text. tail holds out the end of the text."""
 
@@ -118,10 +118,10 @@ Heldout = Annotated[
 
 
 class TestShare(Section):
-    """Set aside a share of the training text as the test text. It is chosen in the same way as the held-out text."""
+    """Set aside a fraction of the training text as the test set. It is chosen in the same way as the held-out text."""
 
     share: OpenShare = 0.1
-    """The share to set aside: of the characters with `heldout.by: tail`, or of the documents with `heldout.by: document`."""
+    """The fraction to set aside: of the characters with `heldout.by: tail`, or of the documents with `heldout.by: document`."""
 
 
 def _choose_test(value: object) -> str:
@@ -141,10 +141,10 @@ class DataSection(DataVariant):
     train: Sources
     """The text to train on."""
     heldout: Heldout = HeldoutShare()
-    """The text to evaluate on: a share of the training text, or another SOURCE."""
+    """The text to evaluate on: a fraction of the training text, or another SOURCE."""
     test: OptionalTest = None
-    """A text that is never used during training, not even to choose the best checkpoint: a share of the training text, or another
-    SOURCE. `tinylm eval --split test` scores it. null means none."""
+    """A text that is never used during training, not even to choose the best checkpoint: a fraction of the training text, or
+    another SOURCE. `tinylm eval --split test` evaluates on it. null means none."""
     field: str = "text"
     """The field of each .jsonl line, or the column of a .csv, .tsv or .parquet file, that contains the text."""
     template: OptionalTemplate = None
@@ -197,7 +197,7 @@ class LearnedTokenizer(Section):
 
 
 class VocabularyTokenizer(LearnedTokenizer):
-    """Keys shared by tokenizers that learn a vocabulary of a given size."""
+    """Keys shared by tokenizers that learn a vocabulary of a chosen size."""
 
     vocab_size: VocabSize = 4096
     """Number of tokens, including the end-of-text, special and added tokens."""
@@ -227,7 +227,7 @@ class BpeTokenizer(VocabularyTokenizer):
     byte_fallback: Flag = True
     """Encode characters outside the alphabet as bytes. false encodes them as the unknown token."""
     dropout: ShareBelowOne = 0.0
-    """BPE dropout (Provilkov et al. 2020): the share of merges skipped at random when encoding the training text."""
+    """BPE dropout (Provilkov et al. 2020): the fraction of merges skipped at random when encoding the training text."""
 
 
 class UnigramTokenizer(VocabularyTokenizer):
@@ -340,7 +340,7 @@ class CausalLMObjective(ObjectiveVariant):
 
     name: Literal["causal_lm"] = "causal_lm"
     mask_prompt: Flag = True
-    """With format chat, compute the loss only on the assistant's messages and end-of-turn tokens. false computes it on all
+    """With the chat format, compute the loss only on the assistant's messages and end-of-turn tokens. false computes it on all
     messages."""
 
 
@@ -407,9 +407,9 @@ class ScheduleWithFloor(Section):
     """Keys shared by schedules that end at a minimum learning rate."""
 
     warmup: Warmup = 0.02
-    """Length of the linear warmup: a number of steps, or a share of the training run if below 1."""
+    """Length of the linear warmup: a number of steps, or a fraction of the training run if below 1."""
     floor: Share = 0.0
-    """Final learning rate as a share of the peak learning rate."""
+    """Final learning rate as a fraction of the peak learning rate."""
 
 
 class WsdSchedule(ScheduleWithFloor):
@@ -417,7 +417,7 @@ class WsdSchedule(ScheduleWithFloor):
 
     name: Literal["wsd"]
     cooldown: Share = 0.6
-    """The share of the training run spent in cooldown."""
+    """The fraction of the training run spent in cooldown."""
 
 
 class CosineSchedule(ScheduleWithFloor):
@@ -437,15 +437,15 @@ class ConstantSchedule(Section):
 
     name: Literal["constant"]
     warmup: Warmup = 0.02
-    """Length of the linear warmup: a number of steps, or a share of the training run if below 1."""
+    """Length of the linear warmup: a number of steps, or a fraction of the training run if below 1."""
 
 
 class InverseSqrtSchedule(Section):
-    """Warmup, then decay with the inverse square root of the completed share of the training run."""
+    """Warmup, then decay with the inverse square root of the completed fraction of the training run."""
 
     name: Literal["inverse_sqrt"]
     warmup: Warmup = 0.1
-    """Length of the linear warmup: a number of steps, or a share of the training run if below 1."""
+    """Length of the linear warmup: a number of steps, or a fraction of the training run if below 1."""
 
 
 class NoamSchedule(Section):
@@ -555,7 +555,7 @@ class EvaluationSection(Section):
     """Evaluation on the held-out text during training."""
 
     every: Interval = 100
-    """Number of steps between evaluations, or a share of the training run if below 1. The last step is always evaluated. With
+    """Number of steps between evaluations, or a fraction of the training run if below 1. The last step is always evaluated. With
     `training.minutes`, the default is 0.125."""
     max_tokens: TokenCount = None
     """Evaluate only on the first max_tokens held-out tokens. null means all."""
@@ -568,12 +568,12 @@ class CheckpointSection(Section):
     """Checkpoints during training."""
 
     every: Interval = 100
-    """Number of steps between checkpoints, or a share of the training run if below 1. Evaluated steps and the last step are also
+    """Number of steps between checkpoints, or a fraction of the training run if below 1. Evaluated steps and the last step are also
     saved. With `training.minutes`, the default is 0.125."""
     keep: CountOrZero = 2
     """Number of recent checkpoints to keep in addition to best and last."""
     keep_every: OptionalInterval = None
-    """Number of steps between checkpoints that are never removed, or a share of the training run if below 1. `tinylm inspect
+    """Number of steps between checkpoints that are never removed, or a fraction of the training run if below 1. `tinylm inspect
     --checkpoints all` compares them. null means none."""
     optimizer: Literal["keep", "drop"] = "keep"
     """What to do with the optimizer state, about two thirds of a checkpoint, when training is complete. drop removes it, and the
@@ -587,13 +587,13 @@ class SamplingSection(Section):
     """Samples generated during training, written to samples.md."""
 
     every: OptionalInterval = None
-    """Number of steps between samples, or a share of the training run if below 1. null means no samples."""
+    """Number of steps between samples, or a fraction of the training run if below 1. null means no samples."""
     prompts: Texts = ("",)
     """The prompts to continue. An empty prompt starts a new document."""
     max_new_tokens: ContextLength = 80
     """Number of tokens to generate for each prompt."""
     temperature: Temperature = 0.8
-    """Sampling temperature. 0 is greedy."""
+    """Sampling temperature. 0 means greedy decoding."""
     top_k: OptionalCount = 50
     """Sample from the top_k most likely tokens. null means all."""
 
@@ -614,7 +614,7 @@ class Recipe(Section):
     model: ModelSection = Field(default_factory=lambda: DecoderSection.model_validate({}))
     """The network: its architecture (by default decoder) and the keys of this architecture."""
     objective: ObjectiveSection = CausalLMObjective()
-    """What the model learns to predict, as a name or as a section. The default for architecture decoder is causal_lm."""
+    """What the model learns to predict, as a name or as a section. The default for the decoder architecture is causal_lm."""
     training: TrainingSection
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
@@ -625,7 +625,7 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _default_intervals(cls, values: Any) -> Any:
-        """With `training.minutes`, make the intervals shares of the run, so that slow machines evaluate as often as fast ones."""
+        """With `training.minutes`, set the intervals to fractions of the run. Slow machines then evaluate as often as fast ones."""
         training = values.get("training") if isinstance(values, dict) else None
         if not isinstance(training, dict) or training.get("minutes") is None:
             return values

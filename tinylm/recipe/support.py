@@ -110,7 +110,7 @@ def _format_value(value: object) -> str:
 
 
 def check_supported(section: BaseModel, supports: Supports, backend: str, where: str) -> None:
-    """Raise `InputError` that lists the keys that a backend does not support, if there are any."""
+    """Raise an `InputError` that lists the keys that a backend does not support, if there are any."""
     parts = unsupported_parts(section, supports)
     if parts:
         raise InputError(f"{backend} does not support model.{', model.'.join(parts)}", where=where)

@@ -123,7 +123,7 @@ class TransformerSection(ModelVariant):
     rope_scaling: RopeScaling | None = None
     """How rotary frequencies are scaled for a longer context. null means no scaling."""
     rope_fraction: ShareAboveZero = 1.0
-    """The share of each head's dimensions to rotate (GPT-NeoX)."""
+    """The fraction of each head's dimensions to rotate (GPT-NeoX)."""
     rope_pattern: RopePattern = ("rope",)
     """The pattern of blocks that use rotary positions. It repeats over the blocks: with [rope, rope, none], every third block does
     not encode positions (SmolLM3)."""
@@ -160,7 +160,7 @@ class TransformerSection(ModelVariant):
     ngram_width: Width = 32
     """Width of the n-gram embedding tables."""
     ngram_dropout: ShareBelowOne = 0.0
-    """The share of n-gram embeddings to drop in training. Without dropout, the tables quickly memorize a small text."""
+    """The fraction of n-gram embeddings to drop in training. Without dropout, the tables quickly memorize a small text."""
     value_embeddings: CountOrZero = 0
     """Add a token embedding to the attention values in this many blocks at the start and at the end (Zhou et al. 2024)."""
     value_residual: Flag = False

@@ -1,4 +1,4 @@
-"""The types of recipe values. Each type accepts the usual notations (such as `1e6` for an integer and `off` for false).
+"""The types of recipe values. Each type accepts the usual notations, such as `1e6` for an integer and `off` for false.
 
 Any other value raises `ValueError("must be ..., not ...")`, which states the accepted values.
 """
@@ -17,7 +17,7 @@ from pydantic import PlainValidator
 from tinylm.recipe.template import template_problem
 
 ComputeDtype = Literal["fp32", "bf16", "fp16"]
-"""The dtype that matrix products are computed in."""
+"""The dtype in which matmuls are computed."""
 
 _TRUE, _FALSE = ("true", "on", "yes"), ("false", "off", "no")
 _MAX_SHOWN = 60
@@ -329,11 +329,11 @@ OptionalShareBelowOne = Annotated[
 Flag = Annotated[bool, _validated(_flag, "true or false")]
 FlagOrAuto = Annotated[bool | Literal["auto"], _validated(_or_word(_flag, "auto"), "true, false or auto")]
 ClipNorm = Annotated[float | None, _validated(_clip, "a number above 0, or off")]
-Warmup = Annotated[int | float, _validated(_warmup, "a number of steps, or a share of the training run below 1")]
-Interval = Annotated[int | float, _validated(_interval, "a whole number of at least 1, or a share of the training run below 1")]
+Warmup = Annotated[int | float, _validated(_warmup, "a number of steps, or a share below 1 of the training run")]
+Interval = Annotated[int | float, _validated(_interval, "a whole number of at least 1, or a share below 1 of the training run")]
 OptionalInterval = Annotated[
     int | float | None,
-    _validated(_or_word(_interval, None), "a whole number of at least 1, a share of the training run below 1, or null"),
+    _validated(_or_word(_interval, None), "a whole number of at least 1, a share below 1 of the training run, or null"),
 ]
 MaskRates = Annotated[tuple[float, ...], _validated(_mask_rates, "a share above 0 and below 1, or two of them, like [0.3, 0.15]")]
 LabelList = Annotated[tuple[str, ...], _validated(_label_list, "a list of different labels")]
@@ -354,7 +354,7 @@ AttentionPattern = Annotated[
     tuple[str, ...], _validated(_attention_pattern, "a list of local and global, like [local, local, global]")
 ]
 RopePattern = Annotated[tuple[str, ...], _validated(_rope_pattern, "a list of rope and none, like [rope, rope, none]")]
-Sources = Annotated[tuple[str, ...], _validated(_sources, "a SOURCE (a file, folder, glob, URL, builtin:NAME) or a list of them")]
+Sources = Annotated[tuple[str, ...], _validated(_sources, "a SOURCE (a file, folder, glob, URL or builtin:NAME) or a list of them")]
 Targets = Annotated[tuple[str, ...], _validated(_targets, f"a list of {', '.join(LORA_TARGETS)}")]
 Texts = Annotated[tuple[str, ...], _validated(_texts, "text or a list of texts")]
 Trackers = Annotated[tuple[str, ...], _validated(_trackers, f"one of {', '.join(TRACKERS)}, or a list of them")]
@@ -364,4 +364,4 @@ Normalizations = Annotated[
     tuple[str, ...], _validated(_normalizations, f"none or some of {', '.join(NORMALIZATIONS)}, in the order in which they apply")
 ]
 TokenList = Annotated[tuple[str, ...], _validated(_token_list, "a token or a list of different tokens")]
-Megabytes = Annotated[int, _validated(_whole(1, 1_000_000), "a whole number of megabytes of at least 1")]
+Megabytes = Annotated[int, _validated(_whole(1, 1_000_000), "a whole number of megabytes, at least 1")]

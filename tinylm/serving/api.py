@@ -1,7 +1,7 @@
-"""Validate the body of OpenAI's `/v1/completions`, `/tokenize` and `/detokenize`.
+"""Validate the request bodies for OpenAI's `/v1/completions`, and for `/tokenize` and `/detokenize`.
 
-The keys `top_k`, `min_p`, `repetition_penalty`, `regex`, `choice` and `forced_ids` are supported in addition to OpenAI's. A null
-key has its default value. Unknown keys are errors.
+The keys `top_k`, `min_p`, `repetition_penalty`, `regex`, `choice` and `forced_ids` are supported in addition to OpenAI's keys. A
+key that is null has its default value. Unknown keys are errors.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_CHOICES = 128
 MAX_BIASES = 300
 _ID = re.compile(r"[0-9]{1,10}", re.ASCII)
 _OPTION_NAMES = {"--ban": "logit_bias", "--max-new-tokens": "max_tokens", "--force": "forced_ids"}
-"""The request keys for command-line options with a different name."""
+"""The request keys whose command-line options have a different name."""
 _CHAT_KEYS = ("messages", "tools", "functions")
 NO_CHAT = (
     "chat is not supported: the model was not trained on conversations and only continues text; send a `prompt` to /v1/completions"
@@ -113,7 +113,7 @@ class RequestError(Exception):
 
     @classmethod
     def of(cls, error: InputError) -> RequestError:
-        """Create the response to an error. Replaces command-line options in the message with request keys."""
+        """Create an error response. Command-line options in the message are replaced with request keys."""
         param = _request_key(error.where) if error.where and error.where.startswith("--") else None
         text = str(InputError(error.message, hint=error.hint))
         message = re.sub(r"--[a-z][a-z-]*", lambda option: _request_key(option[0]), text)

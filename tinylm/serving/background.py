@@ -1,4 +1,4 @@
-"""Run the blocking functions of requests in a few daemon threads.
+"""Run blocking functions for requests in a few daemon threads.
 
 If a function runs past its deadline, its request fails but its thread keeps running. Unlike the threads of `asyncio.to_thread`,
 daemon threads do not keep the server from exiting.
@@ -44,7 +44,7 @@ class BackgroundThreads:
 
     @property
     def idle_seconds(self) -> float:
-        """Seconds since a function last ended, or 0 if there are no functions to run."""
+        """Seconds for which no function has ended although at least one is running or waiting, or else 0."""
         with self._wakeup:
             return time.monotonic() - self._last_progress if self._running or self._tasks else 0.0
 

@@ -1,4 +1,4 @@
-"""Validate the body of OpenAI's `/v1/chat/completions`. The sampling keys are the same as for `/v1/completions`."""
+"""Validate the request bodies for OpenAI's `/v1/chat/completions`. The sampling keys are the same as for `/v1/completions`."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _check(body: ChatRequest) -> None:
     problems = (
         (body.stream_options is not None and not body.stream, "stream_options", "requires stream"),
         (body.top_logprobs is not None and not body.logprobs, "top_logprobs", "requires logprobs"),
-        (len(body.messages) > MAX_MESSAGES, "messages", f"must be at most {MAX_MESSAGES}"),
+        (len(body.messages) > MAX_MESSAGES, "messages", f"there must be at most {MAX_MESSAGES}"),
     )
     for violated, key, problem in problems:
         if violated:
@@ -128,7 +128,7 @@ def _prompt(body: ChatRequest, served: ServedModel) -> tuple[list[int], int | No
         return ids, None
     room = served.capacity - len(ids) + 1  # the model does not read the last token of an answer
     if room < 1:
-        problem = f"messages: they have {len(ids)} tokens, and the model's context has {served.capacity}; omit the oldest"
+        problem = f"messages: {len(ids)} tokens do not fit into the model's context of {served.capacity}; omit the oldest messages"
         raise RequestError(400, problem, "messages")
     return ids, room
 

@@ -12,7 +12,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 _PROBE_SECONDS = 1.0
-"""Interval for checking whether a client that closed its side of the connection is still waiting for the response."""
+"""Seconds between checks whether a client that closed its side of the connection is still waiting for the response."""
 _RESERVED_FILES = 48
 """Number of file descriptors that are reserved for purposes other than connections."""
 _LOG_INTERVAL = 60.0
@@ -20,7 +20,7 @@ _LOG_INTERVAL = 60.0
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """Limits on connections. If there are more than `maximum`, the one that has waited longest for a request is closed.
+    """Limits on connections. If there are more than `maximum`, the connection that has waited longest for a request is closed.
 
     `headers`, `body` and `reading` are timeouts in seconds: for receiving a request's headers, for receiving its body, and for
     clients that stop reading the response.
@@ -161,7 +161,7 @@ class LimitedProtocol(H11Protocol):
 
 
 def connection_limit(wanted: int) -> int:
-    """Return `wanted`, or fewer connections if the limit on open files is too low. Raises the soft limit if needed."""
+    """Return `wanted`, or a smaller number if the limit on open files is too low. Raises the soft limit if needed."""
     try:
         import resource
     except ImportError:  # Windows has no such limit
@@ -186,7 +186,8 @@ class RepeatFilter(logging.Filter):
         error = record.exc_info[0] if record.exc_info else None
         if error is asyncio.CancelledError:
             return False
-        now, message = time.monotonic(), f"{str(record.msg)[:200]} {error}"
+        first_line = str(record.msg).partition("\n")[0]  # asyncio's messages continue with details that differ each time
+        now, message = time.monotonic(), f"{first_line[:200]} {error}"
         if now - self._logged.get(message, -_LOG_INTERVAL) < _LOG_INTERVAL:
             return False
         if len(self._logged) >= 1000:

@@ -33,7 +33,7 @@ class Metrics:
         self._prompt_tokens = Counter("tinylm_prompt_tokens", "Prompt tokens of accepted requests.", registry=self._registry)
 
     def count_response(self, route: str, status: int, seconds: float) -> None:
-        """Count a response. `route` must be one of a few fixed values, because each becomes a time series."""
+        """Count a response. `route` must be one of a few fixed values, because each value becomes a time series."""
         self._responses.labels(route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 

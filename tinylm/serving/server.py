@@ -46,7 +46,7 @@ _CONTENT_SECURITY_POLICY = (
 )
 _PARSING_THREADS = 2
 _STALLED_SECONDS = 30.0
-"""`/health` reports a server as stalled if there was work but no progress for this long."""
+"""`/health` reports a server as stalled if there was work but no progress for this many seconds."""
 _PUBLIC_PATHS = frozenset(("/", "/health"))
 _DEFAULT_EXAMPLES = ("The", "Once upon a time")
 _DEFAULT_MESSAGES = ("Hello!", "What can you do?")
@@ -62,7 +62,7 @@ class Limits:
     rows: int = 16
     """Maximum number of samples generated at the same time."""
     queue_size: int = 256
-    """Maximum number of samples waiting for a free row."""
+    """Maximum number of samples waiting to be generated."""
     timeout: float = 120.0
     connections: ConnectionLimits = field(default_factory=ConnectionLimits)
 

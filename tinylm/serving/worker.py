@@ -116,7 +116,7 @@ class Worker:
             return Load(generating, waiting, self._generated_tokens, idle_seconds, self._closed)
 
     def close(self) -> None:
-        """Stop after the current token. Unfinished jobs get an `Unavailable` error.
+        """Stop after the current token. Unfinished jobs receive an `Unavailable` error.
 
         If the token takes longer than a few seconds, the thread keeps running until the process exits.
         """
@@ -147,7 +147,7 @@ class Worker:
                 job.listener(Unavailable(_STOPPED))
 
     def _wait_for_jobs(self) -> bool:
-        """Wait until there is a job. Returns False if the worker is closed."""
+        """Wait until there is a job. Return False if the worker is closed."""
         with self._wakeup:
             while not (self._closed or self._queue or self._running):
                 self._wakeup.wait()

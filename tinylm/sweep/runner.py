@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import signal
 import subprocess
@@ -21,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tinylm.cpu_load import available_cores
 from tinylm.errors import InputError
 from tinylm.paths import atomic_write_text
 from tinylm.recipe import Recipe, load
@@ -132,7 +132,7 @@ class Sweep:
         command = [sys.executable, "-m", "tinylm", "train", str(self._recipe_file), "--out", str(folder), "--json"]
         command += ["--device", self._device]
         if self.jobs > 1:
-            command += ["--threads", str(max(1, (os.cpu_count() or 1) // self.jobs))]
+            command += ["--threads", str(max(1, available_cores() // self.jobs))]
         for override in overrides(training.values):
             command += ["--set", override]
         if (folder / "recipe.yaml").exists():

@@ -88,7 +88,7 @@ class Summary:
 
     @property
     def best_row(self) -> Row | None:
-        """The best run of the best group."""
+        """The best run in the best group."""
         if self.best is None:
             return None
         scored = [row for row in self.best.rows if row.best is not None and math.isfinite(row.best)]

@@ -1,6 +1,6 @@
 """Texts that come with every Python installation (`builtin:NAME`), so that a first model can be trained offline.
 
-`python-docs` contains one document for each language reference topic of pydoc, followed by one document for each standard library
+`python-docs` contains one document for each language reference topic in pydoc, followed by one document for each standard library
 module with its docstrings. Both are sorted, and repeated docstrings are dropped. Modules are parsed with `ast` and never imported.
 The text depends only on the Python version.
 
@@ -109,7 +109,7 @@ _SHORTEST_DOCSTRING = 30
 _FEWEST_DOCSTRINGS = 60
 """Packages with fewer docstrings are skipped."""
 _TITLE_FIELDS = {"python-docstrings": "label"}
-"""The name of the first record field in each builtin, if it is not `title`."""
+"""The name of the first record field in each built-in text, if it is not `title`."""
 BUILTINS: dict[str, Callable[[], Iterator[tuple[str, str]]]] = {
     "python-docs": python_docs,
     "python-docstrings": python_docstrings,

@@ -22,7 +22,7 @@ SUFFIXES = (".po", ".mo")
 _LANGPACKS = "/usr/share/locale-langpack"
 _MESSAGES = "LC_MESSAGES"
 _ONE, _SEVERAL = 1, 5
-"""An English singular is paired with the translation for the first number, an English plural with the one for the second."""
+"""The English singular is paired with the translation for the first number, and the plural with the one for the second."""
 
 
 @dataclass
@@ -141,7 +141,7 @@ def _reason_to_skip(source: str, target: str) -> str | None:
         return "untranslated"
     if not any(character.isalpha() for character in source):
         return "without letters"
-    return "other placeholders" if placeholders(source) != placeholders(target) else None
+    return "different placeholders" if placeholders(source) != placeholders(target) else None
 
 
 def _texts(entry: Any, plural_forms: str) -> Sequence[tuple[str, str]]:

@@ -176,10 +176,10 @@ def read_conversations(sources: Sequence[str], record_format: ConversationFormat
 
 
 def choose(conversations: Sequence[Conversation], shares: Mapping[str, float]) -> dict[str, list[Conversation]]:
-    """Divide conversations into parts by a hash of their text. The rest is the part `train`.
+    """Divide conversations into splits by a hash of their text.
 
-    `shares` maps each part to its share of the conversations. Each part gets at least one conversation. Identical conversations
-    are in the same part.
+    `shares` maps the name of each split to its fraction of the conversations. The other conversations form the `train` split. Each
+    split contains at least one conversation, and identical conversations are in the same split.
     """
     groups: dict[bytes, list[int]] = {}
     for index, conversation in enumerate(conversations):

@@ -1,4 +1,4 @@
-"""Read texts that have one label each, and split them so that every part has its share of each label.
+"""Read texts that have one label each, and divide them into stratified splits.
 
 A labeled text is a record in a .jsonl, .csv, .tsv or .parquet file, or a text file in a subfolder that is named after its label.
 """
@@ -36,7 +36,7 @@ class LabeledRecordFormat(RecordFormat):
 
     @property
     def is_default(self) -> bool:
-        return True  # a plain file has no fields, but gets its label from its folder
+        return True  # a plain file has no fields; its folder determines its label
 
     @property
     def _hint(self) -> str:
@@ -85,10 +85,10 @@ def _label_of_file(source: str, name: str) -> str:
 
 
 def stratified(texts: Sequence[LabeledText], shares: Mapping[str, float]) -> dict[str, list[int]]:
-    """Divide texts into parts with the same share of each label. Returns sorted indices into `texts` for each part.
+    """Divide texts into splits with the same fraction of each label's texts. Return sorted indices into `texts` for each split.
 
-    `shares` maps each part to its share of each label's texts. The rest is the part `train`. The choice depends only on a hash
-    of the text, and identical texts are in the same part. A part may contain no text of a rare label.
+    `shares` maps each split to its fraction of each label's texts. The rest is the split `train`. The choice depends only on a hash
+    of the text, and identical texts are in the same split. A split may contain no text with a rare label.
     """
     groups: dict[str, list[int]] = defaultdict(list)
     for index, item in enumerate(texts):
@@ -111,7 +111,7 @@ def stratified(texts: Sequence[LabeledText], shares: Mapping[str, float]) -> dic
 
 
 def subset(texts: Sequence[LabeledText], share: float) -> list[int]:
-    """Return the indices of a share of each label's texts, at least one per label. A smaller share is a subset of a larger one."""
+    """Return the indices of a fraction of each label's texts, at least one per label. A smaller fraction selects a subset."""
     by_label: dict[str, list[int]] = defaultdict(list)
     for index, item in enumerate(texts):
         by_label[item.label].append(index)

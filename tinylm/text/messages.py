@@ -1,4 +1,4 @@
-"""Prepare the messages of programs for translation: remove keyboard accelerators and line breaks, and find placeholders."""
+"""Prepare program messages for translation: remove keyboard accelerators and line breaks, and find placeholders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Turn records (JSON objects, table rows) into the text of documents, and read tables in CSV and TSV format."""
+"""Convert records (JSON objects or table rows) to the text of documents, and read tables in CSV and TSV format."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class RecordFormat:
 
     @cached_property
     def _parts(self) -> list[tuple[str, str | None]]:
-        """Each field of the template with the literal text before it. The field of the last part is None."""
+        """Each field of the template with the literal text before it. The field of the last pair is None."""
         return list(parse_template(str(self.template)))
 
     @cached_property

@@ -57,8 +57,8 @@ class Corpus:
     several fields or columns. Bytes that are not UTF-8 are an error if `errors` is `strict`, and become U+FFFD if `errors` is
     `replace`.
 
-    Raises `InputError` if a source does not exist, cannot be opened, or contains no text. Also raises it if `field` or `template`
-    is set but no source has fields, unless `allow_unused_format` is true.
+    Raises `InputError` if a source does not exist, cannot be opened, or contains no text. It is also raised if `field` or
+    `template` is set but no source has fields, unless `allow_unused_format` is true.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Split a text into a training part, a held-out part and optionally a test part.
+"""Split a text into training text, held-out text and optionally test text.
 
 `scan` reads the text once and returns sizes, hashes and a fingerprint. From these, `by_document` or `by_tail` computes a `Split`.
 Its method `select` streams one of the parts. Each document is in one part, unless it is so long that `by_tail` has to cut it.
@@ -102,7 +102,7 @@ def unchanged(pieces: Iterable[Piece], expected: Scan, where: str) -> Iterator[P
 PARTS = ("train", "heldout", "test")
 _MAX_MOVE_CHARACTERS = 8192
 _MAX_MOVE_SHARE = 0.1
-"""A cut moves by at most this share of the smallest part, and by at most `_MAX_MOVE_CHARACTERS`."""
+"""A cut moves by at most this fraction of the smallest part, and by at most `_MAX_MOVE_CHARACTERS`."""
 _CUTS = (re.compile(r"\n[ \t\r]*\n+"), re.compile(r"\r\n|\n|\r"), re.compile(r"\s+"))
 """Patterns that a cut may follow, best first: a blank line, the end of a line, whitespace."""
 
@@ -161,7 +161,7 @@ class Split:
 def by_document(scanned: Scan, share: float, test_share: float = 0.0) -> Split:
     """Hold out the documents whose hash is in the lowest `share` of all possible hashes. Identical documents stay together.
 
-    Documents with a hash in the next `test_share` are the test part. Raises `InputError` if a part would be empty.
+    Documents with a hash in the next `test_share` form the test part. Raises `InputError` if a part would be empty.
     """
     limit, test_limit = (np.uint64(min(int(value * 2**64), 2**64 - 1)) for value in (share, share + test_share))
     held_out, not_training = scanned.hashes < limit, scanned.hashes < test_limit

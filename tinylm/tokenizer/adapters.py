@@ -1,6 +1,6 @@
 """A common interface to tokenizers from several libraries, for comparing them.
 
-Supported are tokenizer.json files (from tinylm and Hugging Face), tiktoken ranks, and sentencepiece models.
+It supports tokenizer.json files (from tinylm and Hugging Face), tiktoken ranks, and sentencepiece models.
 """
 
 from __future__ import annotations

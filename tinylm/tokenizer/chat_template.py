@@ -1,6 +1,7 @@
 """The chat template converts a conversation to token ids, in the same way for training, chat, the server and exports.
 
-A conversation is the end-of-text token, then for each message the control token of its role, the text, and the end-of-turn token.
+A conversation consists of the end-of-text token and, for each message, the control token of its role, its text and the end-of-turn
+token.
 The ids are built from these pieces, so the text of a message is never encoded to a control token. Exports contain the same template
 in Jinja, which renders the whole conversation as one text. In that text, a message that spells out a control token would be encoded
 to the control token. Therefore, both versions insert a space after the first character of such a spelling (`< |user|>`).
@@ -172,7 +173,7 @@ def _quoted(text: str) -> str:
 def fit_turns(turns: Sequence[Turn], limit: int | None) -> tuple[list[Turn], int]:
     """Drop the oldest exchanges until at most `limit` tokens remain. Returns the remaining turns and the number of dropped turns.
 
-    The last turn is the user's. The last turn and the system message are kept even if they are longer than the limit.
+    The last turn must be the user's. The last turn and the system message are kept even if they are longer than the limit.
     """
     system, rest = (turns[:1], turns[1:]) if turns and turns[0].role == SYSTEM else (turns[:0], turns)
     dropped = 0

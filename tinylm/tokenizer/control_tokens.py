@@ -1,6 +1,6 @@
 """The control tokens of an encoder's tokenizer mark the start and end of a text, mask a token, or pad a sequence.
 
-Text is never encoded to control tokens.
+Text is never encoded as control tokens.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ class ControlTokens:
     """The ids of the control tokens."""
 
     cls: int
-    """Comes before a text."""
+    """The token before a text."""
     sep: int
-    """Comes after a text."""
+    """The token after a text."""
     mask: int
     pad: int
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> ControlTokens:
-        """Find the control tokens of a tokenizer. Raises `InputError` if one is missing, or if text can be encoded to one."""
+        """Find the control tokens of a tokenizer. Raises `InputError` if one is missing, or if text can be encoded as one."""
         ids = {}
         for name, spellings in _SPELLINGS.items():
             found = (tokenizer.backend.token_to_id(spelling) for spelling in spellings)
@@ -48,7 +48,7 @@ class ControlTokens:
             spelling = str(tokenizer.backend.id_to_token(id))
             if id in tokenizer.encode(spelling):
                 hint = 'set "special": true for this token under added_tokens'
-                raise InputError(f"the text {spelling} encodes to the control token", where="tokenizer", hint=hint)
+                raise InputError(f"the text {spelling} is encoded as the control token", where="tokenizer", hint=hint)
             ids[name] = id
         return cls(**ids)
 

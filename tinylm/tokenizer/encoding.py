@@ -27,9 +27,9 @@ Engine = Callable[[Sequence[str]], list[list[int]]]
 Note = Callable[[str], None]
 
 SEGMENT_BYTES = 1 << 18
-"""Target size of the segments into which documents are cut."""
+"""Target size, in bytes, of the segments into which documents are cut."""
 MAX_BYTES_WITHOUT_SPLIT_POINT = 1 << 22
-"""A longer stretch of text without a split point is rejected, because encoding it as a whole would need too much memory."""
+"""Longer stretches of text without a split point are rejected, because encoding them whole would need too much memory."""
 _SAMPLE_CHUNKS = 2000
 """Number of chunks on which tiktoken must agree with `tokenizers`."""
 _MAX_TIKTOKEN_CHARACTERS = 500

@@ -173,7 +173,8 @@ class _WordExplainer:
 
 
 def _best_paths(word: str, scores: dict[str, float], count: int) -> list[tuple[float, list[str]]]:
-    """Return the `count` best segmentations of a word, best first. Empty if a character of the word is not in any piece."""
+    """Return the `count` best segmentations of a word, best first. The list is empty if no piece contains a character of the
+    word."""
     longest = max(map(len, scores), default=0)
     best: list[list[tuple[float, list[str]]]] = [[(0.0, [])]]
     for end in range(1, len(word) + 1):

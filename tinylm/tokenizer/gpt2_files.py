@@ -23,7 +23,7 @@ def tokenizer_file(folder: Path) -> Path:
         if kind := identify(file):
             raise InputError(f"the folder's tokenizer is {kind.name}", where=str(file), hint=kind.hint)
     raise InputError(
-        f"found neither tokenizer.json nor {VOCABULARY} and {MERGES}", where=str(folder), hint="pass the path of a tokenizer.json"
+        f"found neither tokenizer.json nor {VOCABULARY} and {MERGES}", where=str(folder), hint="pass the path to a tokenizer.json"
     )
 
 

@@ -81,8 +81,8 @@ def number_chunks(
 ) -> Any:
     """Write the number of each chunk of `text` into `numbers`. New chunks are numbered from `n_known`.
 
-    Also write the indices of new chunks into `new`. Chunks that are too long to be packed get no number; their indices are written
-    into `long`. Returns the number of new chunks and the number of long chunks. See `chunks.ChunkIndex`.
+    Also write the indices of new chunks into `new`. Chunks that are too long to be packed are not numbered; their indices are
+    written into `long`. Return the number of new chunks and the number of long chunks. See `chunks.ChunkIndex`.
     """
     n_new, n_long, last = 0, 0, len(starts) - 1
     for chunk in range(len(starts)):

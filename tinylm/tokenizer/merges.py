@@ -32,7 +32,7 @@ from tinylm.tokenizer.word_counts import WordCounts
 
 _MASK = (1 << PAIR_SHIFT) - 1
 _EXCLUDED = -(1 << 62)
-"""The count of a pair that must not be merged."""
+"""The count that marks a pair that must not be merged."""
 
 
 @dataclass

@@ -63,7 +63,7 @@ class TokenizerReport:
     bytes_per_token: float
     tokens_per_word: float
     words_split: float
-    """The share of whitespace-separated words that are split into several tokens."""
+    """The fraction of whitespace-separated words that are split into several tokens."""
     unused_tokens: int
     rare_tokens: int
     """Number of tokens that are used at least once but fewer than `RARE_COUNT` times."""
@@ -183,7 +183,7 @@ def _excerpts(text: str, decoded: str) -> tuple[str, str]:
 
 
 def _share_of_split_words(adapter: TokenizerAdapter, words: Counter[str]) -> float:
-    """Return the share of words with several tokens, ignoring whitespace tokens. Each word is encoded with a leading space."""
+    """Return the fraction of words with several tokens, ignoring whitespace tokens. Each word is encoded with a leading space."""
     common = words.most_common(_MAX_SPLIT_WORDS)
     is_visible = np.array([bool(token.strip()) for token in adapter.token_bytes])
     encoded = adapter.encode_batch([f" {word}" for word, _ in common])

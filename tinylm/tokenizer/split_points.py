@@ -96,7 +96,7 @@ def _class_of(byte: int) -> str:
 
 
 def _wide_space() -> np.ndarray:
-    """Return a table, indexed by two bytes (`first << 8 | second`), of whether they can end a non-ASCII whitespace character.
+    """Return a table, indexed by `first << 8 | second`, of the pairs of bytes that can end a non-ASCII whitespace character.
 
     The table includes U+180E, which was whitespace in older versions of Unicode.
     """

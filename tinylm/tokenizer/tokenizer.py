@@ -44,7 +44,7 @@ class Tokenizer:
         backend.no_truncation()  # a file may enable truncation or padding, which would drop or add tokens
         backend.no_padding()
         if getattr(backend.model, "dropout", None):
-            backend.model.dropout = None  # with BPE dropout, the same text would get different ids each time
+            backend.model.dropout = None  # with BPE dropout, the ids for a text would vary
         self.backend = backend
         vocabulary = backend.get_vocab(with_added_tokens=True)
         validation.check_ids(vocabulary)  # before `to_str`, which allocates memory for every id up to the highest
@@ -271,7 +271,8 @@ class DecodingRules:
         unsupported = {*kinds} - {"ByteLevel", "ByteFallback", "Fuse", "WordPiece", "Replace", "Metaspace", "Strip"}
         if unsupported or any("String" not in step["pattern"] for step in steps if step["type"] == "Replace"):
             model = tokenizer_json["model"]["type"].lower()
-            raise InputError(f"{model} tokenizers with decoder {', '.join(sorted(unsupported)) or 'Replace'} are not supported")
+            names = ", ".join(sorted(unsupported)) or "Replace"
+            raise InputError(f"{model} tokenizers with the decoder {names} are not supported")
         replacements = [(step["pattern"]["String"], step["content"]) for step in steps if step["type"] == "Replace"]
         replacements += [(step["replacement"], " ") for step in steps if step["type"] == "Metaspace"]
         once = any(step["type"] == "Strip" and step["content"] == " " and step["start"] == 1 for step in steps)

@@ -23,7 +23,7 @@ import numpy as np
 from tinylm.tokenizer.word_counts import WordCounts
 
 KEPT_SHARE = 0.75
-"""Share of the pieces that each pruning step keeps."""
+"""Fraction of the pieces that each pruning step keeps."""
 EM_STEPS = 2
 """Number of EM steps before each pruning step."""
 SEEDS_PER_PIECE = 24

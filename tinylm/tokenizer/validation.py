@@ -1,4 +1,4 @@
-"""Check a tokenizer.json from an untrusted source before allocating memory for the sizes in it."""
+"""Check a tokenizer.json from an untrusted source before memory is allocated for the sizes that it specifies."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ def _to_text(tokenizer: Tokenizer, spelling: str) -> str:
 
 
 def repair_merges(merges: list[Any], vocabulary: dict[str, int], removed: set[str]) -> tuple[list[list[str]], set[str]]:
-    """Remove tokens from the merges of a BPE vocabulary. Returns the merges and all removed tokens.
+    """Remove tokens from the merges of a BPE vocabulary. Return the merges and all removed tokens.
 
     Tokens that are left without a merge are removed too. For example, if `ab` is removed, the merge of `ab` and `c` is replaced
     with the merge of `a` and `bc`. If `bc` is not a token, `abc` is removed.

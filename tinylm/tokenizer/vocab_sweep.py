@@ -19,7 +19,7 @@ from tinylm.tokenizer.word_counts import Warn
 MIN_OCCURRENCES = 50
 """A token that occurs fewer times in the training text is considered rare. Its embedding is assumed to be poorly trained."""
 MAX_RARE_SHARE = 0.25
-"""Sizes with a larger share of rare tokens are not suggested."""
+"""Sizes with a larger fraction of rare tokens are not suggested."""
 BYTES_PER_ENTRY, READ_BYTES_PER_ENTRY = 2000, 2500
 """Number of bytes per vocabulary entry, in the text and in the data read during training (including repetitions). With fewer bytes,
 tokens occur too rarely to be learned. In nine epochs on 1 MB, 512 entries (and dropout 0.2 instead of 0.1) gave 4% fewer bits per
@@ -46,13 +46,13 @@ class VocabSizeResult:
     embedding_parameters: int
     """The parameters that depend on the vocabulary size: token embeddings and the output head."""
     embedding_share: float
-    """`embedding_parameters` as a share of all parameters in the model."""
+    """`embedding_parameters` as a fraction of all parameters in the model."""
     bytes_per_step: float
     """Bytes of text that one optimizer step processes."""
     flops_per_byte: float
     """Training FLOPs per byte of text. A larger vocabulary has fewer tokens per byte, but a larger output head."""
     rare_tokens: float
-    """The share of multi-byte tokens that are rare in the training text (see `MIN_OCCURRENCES`)."""
+    """The fraction of multi-byte tokens that are rare in the training text (see `MIN_OCCURRENCES`)."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def sweep_vocab_sizes(
     `sizes` is empty.
     """
     if not isinstance(model, DecoderSection):
-        raise InputError(f"the cost of architecture {model.architecture} cannot be estimated", where="model.architecture")
+        raise InputError(f"the cost of the {model.architecture} architecture cannot be estimated", where="model.architecture")
     word_counts = training.count(section, train_pieces(), warn)
     train_bytes = sum(len(piece.text.encode()) for piece in train_pieces())
     results: dict[int, VocabSizeResult] = {}

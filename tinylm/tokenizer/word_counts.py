@@ -25,7 +25,7 @@ Warn = Callable[[str], None]
 MAX_WORD_LENGTH = 256
 """Longer words are cut into parts of this many characters, because they rarely repeat."""
 MAX_LONG_WORD_CHARACTERS = 1 << 20
-"""Maximum total number of characters from long words that are counted."""
+"""Maximum total number of characters of long words that are counted."""
 MAX_WORDS = 500_000
 """Maximum number of distinct words. If there are more, the rarest are dropped, which limits memory use in counting and learning."""
 BINARY_CHECK_CHARACTERS = 1 << 20

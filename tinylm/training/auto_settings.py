@@ -53,7 +53,7 @@ class ResolvedSettings:
     """The recipe with every `auto` replaced with a value."""
     precision: Precision
     compile_seconds: float
-    """0 if nothing was compiled."""
+    """Time spent on compilation. It is 0 if nothing was compiled."""
 
 
 def resolve(
@@ -67,7 +67,8 @@ def resolve(
     resumed: bool = False,
     processes: Processes = SINGLE_PROCESS,
 ) -> ResolvedSettings:
-    """Choose a value for every `auto` setting, and compile the blocks of `network` if `training.compile` is or becomes true.
+    """Choose a value for every `auto` setting, and compile the blocks of `network` if `training.compile` is set or resolved to
+    true.
 
     With several processes, the main process chooses for all of them. If compilation fails, a new run whose recipe requires it
     raises `WorkError`. Other runs, including `resumed` ones, continue without compilation after a warning.

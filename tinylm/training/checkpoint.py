@@ -239,7 +239,7 @@ def _is_distributed_checkpoint_error(error: BaseException) -> bool:
 
 @contextmanager
 def _ignore_warnings() -> Iterator[None]:
-    """torch.distributed.checkpoint warns that it assumes a single process, even when it is called with `no_dist`."""
+    """Suppress a warning that torch.distributed.checkpoint assumes a single process, which it issues even with `no_dist`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

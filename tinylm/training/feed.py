@@ -1,6 +1,6 @@
 """Prefetch batches: a background thread assembles the next batch and pins its memory while the device computes.
 
-With several processes, each process gets an equal share of every global batch, depending on its rank.
+With several processes, each process reads an equal share of every global batch, which depends on its rank.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Check the loss and gradient norm of every step: skip non-finite steps and flag spikes.
 
 A step with a non-finite loss or gradient does not update the weights. After `patience` consecutive skipped steps, the trainer rolls
-back to the last good checkpoint and continues after the batches that failed. If `rollbacks` rollbacks have already happened, it
+back to the last good checkpoint and continues after the batches that failed. After `rollbacks` rollbacks, it instead
 writes a report (`training.replay`) and aborts. Checkpoints contain the state of the guard, so that resuming does not reset it.
 """
 
@@ -14,7 +14,7 @@ from statistics import median
 from tinylm.recipe.schema import GuardsSection
 
 WINDOW = 64
-"""Number of recent losses to compare a loss with."""
+"""Number of recent losses that a loss is compared with."""
 _MIN_LOSSES = 32
 """Minimum number of recent losses needed to detect a spike."""
 _MAD_TO_DEVIATION = 1.4826
@@ -42,7 +42,7 @@ class Guard:
         self._state = state
 
     def skip_reason(self, loss: float, grad_norm: float, overflow_expected: bool) -> str | None:
-        """Return the reason to skip a step, or None. Also counts the skipped steps.
+        """Return the reason to skip a step, or None. Also count the skipped steps.
 
         With `overflow_expected`, only the loss has to be finite, because a gradient scaler tries scales that are too large and
         skips those steps.
@@ -70,7 +70,7 @@ class Guard:
         return self._state.rollbacks < self._section.rollbacks
 
     def spike_score(self, loss: float) -> float | None:
-        """Return the robust z-score of a loss if it is a spike, else None. Also counts spikes and adds the loss to the recent ones.
+        """Return the robust z-score of a loss if it is a spike, else None. Also count spikes and record the loss.
 
         Spikes affect the median and the median absolute deviation much less than the mean and the standard deviation (Leys et al.
         2013).
@@ -87,7 +87,7 @@ class Guard:
 def robust_z_score(value: float, others: list[float]) -> float | None:
     """Return (value - median) / (1.4826 * median absolute deviation), with both medians taken over `others`.
 
-    Returns None if `others` has too few values or their deviation is 0.
+    Return None if `others` has too few values or their deviation is 0.
     """
     if len(others) < _MIN_LOSSES:
         return None

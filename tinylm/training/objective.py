@@ -63,5 +63,5 @@ class Objective(Protocol):
         ...
 
     def evaluate(self, network: Model, heldout: Heldout) -> Metrics:
-        """Evaluate a network on held-out data. Returns the values of `metrics`."""
+        """Evaluate a network on held-out data. Return the values of `metrics`."""
         ...

@@ -1,4 +1,4 @@
-"""The registry of training objectives, by the type of recipe section that configures them, and next-token prediction."""
+"""Next-token prediction, and the registry that maps the types of recipe sections to training objectives."""
 
 from __future__ import annotations
 

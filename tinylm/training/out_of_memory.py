@@ -33,8 +33,7 @@ def check_training_state(recipe: Recipe, vocab_size: int, device: torch.device, 
         costs = estimate_memory(recipe, vocab_size, 1)
         needed = costs.weights + costs.gradients + costs.optimizer
     else:
-        with torch.device("meta"):
-            network = registry.build(recipe.model, vocab_size, None, objective=recipe.objective)
+        network = registry.build_without_weights(recipe.model, vocab_size, objective=recipe.objective)
         needed = 2 * _BYTES_PER_PARAMETER * network.parameter_count()
     available = _total_memory(device, world_size)
     if needed > available:

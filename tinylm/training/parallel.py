@@ -111,30 +111,34 @@ class Parallel:
 
         This is a collective: all processes must call it.
         """
+        copies = HostCopies()
         weights = {}
         for name, tensor in self.network.stored_weights().items():
             full = full_tensor(tensor)
             if self.processes.is_main:
-                weights[name] = full.to("cpu", copy=True)
+                weights[name] = copies.start(full)
+        copies.wait()
         return weights
 
     def cpu_copies(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copy tensors to the CPU. Training does not modify the copies. Copies of sharded tensors are sharded in the same way."""
-        return {name: self._cpu_copy(tensor) for name, tensor in tensors.items()}
+        copies = HostCopies()
+        on_host = {name: self._cpu_copy(tensor, copies) for name, tensor in tensors.items()}
+        copies.wait()
+        return on_host
 
-    def _cpu_copy(self, tensor: Any) -> Tensor:
+    def _cpu_copy(self, tensor: Any, copies: HostCopies) -> Tensor:
         if not hasattr(tensor, "to_local"):
-            copied: Tensor = tensor.detach().to("cpu", copy=True)
-            return copied
+            return copies.start(tensor)
         from torch.distributed.tensor import DTensor
 
-        local = tensor.to_local().detach().to("cpu", copy=True)
+        local = copies.start(tensor.to_local())
         shape = {"shape": tensor.shape, "stride": tensor.stride()}
         return DTensor.from_local(local, self._host_mesh, tensor.placements, run_check=False, **shape)
 
     @contextmanager
     def full_network(self) -> Iterator[Model | None]:
-        """Yield the unsharded network in the main process, and None in the others. On exit, all wait for the main process."""
+        """Yield the unsharded network in the main process and None in the others. On exit, the others wait for the main process."""
         network: Model | None = None
         if self.name == "fsdp":
             weights = self.full_weights()
@@ -156,6 +160,29 @@ class Parallel:
             for name, tensor in network.stored_weights().items():
                 tensor.copy_(weights[name])
         return network
+
+
+class HostCopies:
+    """Copies tensors to the host. From a CUDA GPU, the copies are queued to pinned memory, and only `wait` waits for the GPU.
+
+    PyTorch reuses the pinned memory for later copies once the tensors have been freed.
+    """
+
+    def __init__(self) -> None:
+        self._device: torch.device | None = None
+
+    def start(self, tensor: Tensor) -> Tensor:
+        """Return a copy on the CPU. On a GPU, its values are undefined until `wait` returns."""
+        tensor = tensor.detach()
+        if tensor.device.type != "cuda":
+            return tensor.to("cpu", copy=True)
+        self._device = tensor.device
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+    def wait(self) -> None:
+        """Wait until all copies are complete."""
+        if self._device is not None:
+            torch.cuda.current_stream(self._device).synchronize()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

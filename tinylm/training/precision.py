@@ -31,7 +31,7 @@ _REPEAT_BELOW_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Precision:
-    """`name` is `fp32` for no autocast, or the autocast dtype `bf16` or `fp16`. Weights and optimizer state are always float32."""
+    """`name` is `fp32` (no autocast), or the autocast dtype `bf16` or `fp16`. Weights and optimizer state are always float32."""
 
     name: str
     device: torch.device
@@ -42,7 +42,7 @@ class Precision:
 
     @contextmanager
     def tf32(self) -> Iterator[None]:
-        """Use TF32 for float32 matmuls on a GPU within this context. Training uses TF32, but evaluation uses full float32."""
+        """Use TF32 for float32 matmuls on a GPU within this context. The final evaluation uses full float32 instead."""
         if self.device.type != "cuda":
             yield
             return
@@ -61,6 +61,12 @@ class Precision:
         if self.name == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
+
+    @contextmanager
+    def for_training(self) -> Iterator[None]:
+        """Compute as in training within this context: with autocast, and with TF32 on a GPU."""
+        with self.tf32(), self.autocast():
+            yield
 
     def scaler(self) -> torch.amp.GradScaler:
         """Return a gradient scaler that keeps float16 gradients from underflowing. It is disabled for other precisions."""
@@ -106,7 +112,7 @@ def peak_flops(precision: Precision) -> float:
 def peak_source(precision: Precision) -> str:
     """Return a description of where the value of `peak_flops` comes from."""
     sheet = _data_sheet(precision)
-    return "measured matrix product" if sheet is None else f"data sheet of {sheet[0].name}, {sheet[1]}"
+    return "measured matmul throughput" if sheet is None else f"data sheet of {sheet[0].name}, {sheet[1]}"
 
 
 def _data_sheet(precision: Precision) -> tuple[Accelerator, str] | None:

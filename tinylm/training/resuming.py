@@ -9,7 +9,7 @@ from tinylm.recipe.schema import LENGTHS
 from tinylm.run import Run
 
 _NOTABLE_LR_CHANGE = 1.1
-"""Warn if the learning rate changes by a larger factor between two steps."""
+"""Report a change in the learning rate if it is larger than this factor."""
 
 
 def check_remaining(run: Run, recipe: Recipe, steps: int | None, done_steps: int, done_seconds: float) -> None:
@@ -58,5 +58,5 @@ def lr_change(before: Recipe, after: Recipe, fractions: tuple[float, float], ste
         return None
     return (
         f"the learning rate changes from {rates[0]:.3g} in step {step:,} to {rates[1]:.3g} in step {step + 1:,}: the schedule "
-        f"depends on the completed share of the run, which changes from {min(1.0, fractions[0]):.0%} to {fractions[1]:.0%}"
+        f"depends on the completed fraction of the run, which changes from {min(1.0, fractions[0]):.0%} to {fractions[1]:.0%}"
     )

@@ -53,7 +53,7 @@ def accumulate(
     on the micro-batch size, the number of processes or the padding. `seeds` yields the dropout seed for each micro-batch. With
     several processes, `context` yields the module to call instead of `network`.
 
-    Returns this process's share of the mean loss in nats, as a scalar on the device to avoid a host-device synchronization.
+    Return this process's share of the mean loss in nats, as a scalar on the device to avoid a host-device synchronization.
     """
     device, scaler = settings.precision.device, settings.scaler
     total = torch.zeros((), device=device, dtype=torch.float32)
@@ -61,7 +61,9 @@ def accumulate(
     micro_batches = list(batch.share.split(settings.micro_batch_size))
     for index, cpu_micro_batch in enumerate(micro_batches):
         if seeds is not None:
-            torch.manual_seed(next(seeds))
+            # On a CPU, seed only its generator. `torch.manual_seed` also queues a call with a stack trace for each GPU backend.
+            seed = torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed
+            seed(next(seeds))
         micro_batch = cpu_micro_batch.to(device, non_blocking=on_cuda)
         with nullcontext(network) if context is None else context(index == len(micro_batches) - 1) as module:
             with settings.precision.autocast():

@@ -40,7 +40,7 @@ class Backend(Protocol):
 
 
 class TensorBoard:
-    """Writes event files to the folder `tensorboard` in the run folder. A resumed run writes its history again."""
+    """Writes event files to the `tensorboard` folder in the run folder. A resumed run writes its history again."""
 
     errors = (OSError,)
 
@@ -69,7 +69,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """Logs to the project `tinylm`. With WANDB_MODE=offline, everything stays in the folder `wandb` in the run folder."""
+    """Logs to the `tinylm` project. With WANDB_MODE=offline, everything stays in the `wandb` folder in the run folder."""
 
     def __init__(self, folder: Path, recipe: Recipe) -> None:
         try:
@@ -99,7 +99,7 @@ class WeightsAndBiases:
 
 
 class Trackio:
-    """Logs to the local trackio project `tinylm`."""
+    """Logs to the local `tinylm` project in trackio."""
 
     errors = (OSError,)
 

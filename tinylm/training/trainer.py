@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from time import perf_counter
@@ -260,7 +260,7 @@ class Trainer:
         return self._completed_fraction() >= 1
 
     def _update_fractions(self) -> None:
-        """Record the completed fraction after a step. In a resumed run with a time limit, this causes another evaluation."""
+        """Record the completed fraction. When a run with `training.minutes` is resumed, an evaluation is then due immediately."""
         self._previous_fraction, self._fraction = self._fraction, self._completed_fraction()
         if self.setup.steps is not None:
             self._previous_fraction = (self.progress.step - 1) / self.setup.steps
@@ -450,8 +450,8 @@ class Trainer:
     def _save(self) -> None:
         """Start to save in a background thread. If the weights are non-finite, roll back instead."""
         self._wait_for_save()
-        non_finite = not all(bool(weight.isfinite().all()) for weight in self._local_weights())
-        if self._processes.any(non_finite):
+        finite = [weight.isfinite().all() for weight in self._local_weights()]  # n-gram models have no weights
+        if self._processes.any(bool(finite) and not bool(torch.stack(finite).all())):  # reads one flag from the device
             self._rollback(f"the weights after step {self.progress.step} are non-finite", None)
             return
         self._observer.phase("saving")
@@ -515,7 +515,8 @@ class Trainer:
 
         self._observer.phase("evaluating")
         try:
-            with torch.compiler.set_stance("force_eager"):  # otherwise, each new shape triggers a compilation
+            # Without "force_eager", each new shape would trigger a compilation.
+            with torch.compiler.set_stance("force_eager"), self._evaluation_precision():
                 metrics = self.hooks.evaluate(poll)
         except _EvaluationInterrupted:
             return
@@ -541,6 +542,11 @@ class Trainer:
                 best=best,
             )
         )
+
+    def _evaluation_precision(self) -> AbstractContextManager[None]:
+        """On a GPU, evaluate in the training precision. Only the final evaluation computes in float32, which takes much longer."""
+        precision = self.setup.precision
+        return precision.for_training() if precision.device.type == "cuda" and not self._finished() else nullcontext()
 
     def _mark_best(self, value: float) -> None:
         """Mark the checkpoint for this step as the best one. `value` is its primary metric."""

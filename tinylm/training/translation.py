@@ -26,7 +26,7 @@ class Translation:
     name = "translation"
 
     def __init__(self, section: TranslationObjective) -> None:
-        """Raises `InputError` if the best checkpoint is selected by BLEU and sacrebleu is not installed."""
+        """Raise `InputError` if the best checkpoint is selected by BLEU and sacrebleu is not installed."""
         self._section = section
         if section.select == "bleu":
             bleu.require_sacrebleu()
@@ -79,7 +79,7 @@ class Translation:
 
 
 def _pairs_within(targets: Sequence[np.ndarray], max_tokens: int | None) -> int:
-    """Return the number of leading pairs with at most `max_tokens` target tokens in total, but at least 1."""
+    """Return how many of the first pairs have at most `max_tokens` target tokens in total, but at least 1."""
     if max_tokens is None:
         return len(targets)
     total = 0

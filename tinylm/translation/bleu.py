@@ -28,14 +28,15 @@ class TranslationScores:
 
 @dataclass(frozen=True)
 class PairedScores:
-    """BLEU of two systems on the same sentences, and the difference A minus B with a paired 95% bootstrap confidence interval."""
+    """BLEU scores of two systems on the same sentences, and the difference A minus B with a paired 95% bootstrap confidence
+    interval."""
 
     a: float
     b: float
     difference: float
     ci95: tuple[float, float]
     p_value: float
-    """Two-sided p-value from the share of resampled differences with the opposite sign (Koehn 2004)."""
+    """Two-sided p-value from the fraction of resampled differences with the opposite sign (Koehn 2004)."""
 
 
 def require_sacrebleu() -> ModuleType:
@@ -49,7 +50,7 @@ def require_sacrebleu() -> ModuleType:
 
 
 def corpus_bleu(translations: Sequence[str], references: Sequence[str]) -> float:
-    """Return the BLEU of translations, without a confidence interval."""
+    """Return the BLEU score of translations, without a confidence interval."""
     return float(require_sacrebleu().metrics.BLEU().corpus_score(list(translations), [list(references)]).score)
 
 

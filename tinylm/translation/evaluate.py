@@ -49,7 +49,7 @@ class TranslationEvaluation:
     loss: float
     scores: TranslationScores
     exact: float
-    """The share of translations that are identical to their reference."""
+    """The fraction of translations that are identical to their reference."""
     beams: int
     length_penalty: float
     baselines: dict[str, TranslationScores] = field(default_factory=dict)
@@ -57,7 +57,7 @@ class TranslationEvaluation:
     """The difference in BLEU between the model and each baseline, with a paired bootstrap confidence interval."""
     hardest: list[HardSentence] = field(default_factory=list)
     cut: int = 0
-    """The number of source sentences that were truncated because they are longer than the context."""
+    """The number of source sentences that were truncated because they were longer than the context."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON document of `tinylm eval --json`."""
@@ -114,9 +114,9 @@ def evaluate_translator(
     device: str = "auto",
     reporter: Reporter = SILENT,
 ) -> TranslationEvaluation:
-    """Translate the sentence pairs in `sources`, or the run's own, and score the translations.
+    """Translate the source sentences in `sources`, or in the run's own pairs, and compare the translations with the references.
 
-    Raises `InputError` if the run is not a translation model, or if the pairs cannot be read.
+    Raises `InputError` if the run was not trained for translation, or if the pairs cannot be read.
     """
     bleu.require_sacrebleu()
     pairs = evaluation_pairs(run, sources, options.split, reporter)[: options.max_pairs]
@@ -150,7 +150,7 @@ def evaluate_translator(
 
 
 def evaluation_pairs(run: Run, sources: Sequence[str], split: str, reporter: Reporter) -> list[SentencePair]:
-    """Return the sentence pairs in `sources`, or in a part of the run's own data if `sources` is empty."""
+    """Return the sentence pairs in `sources`, or in a split of the run's own data if `sources` is empty."""
     require_translation_run(run)
     data = run.recipe.data
     assert isinstance(data, PairsSection)
@@ -179,7 +179,7 @@ def translate_pairs(
                 translations[index] = result.translations[0].text
                 cut += result.note is not None
     if cut:
-        reporter.warn(f"{cut:,} of {len(pairs):,} source sentences are longer than the model's context and were cut")
+        reporter.warn(f"{cut:,} of {len(pairs):,} source sentences are longer than the model's context and were truncated")
     return translations, cut
 
 
@@ -217,7 +217,7 @@ def compare_translators(
 ) -> PairedScores:
     """Compare the BLEU of two runs on the same pairs with the paired bootstrap.
 
-    Without `sources`, the pairs are a part of the runs' own data. Raises `InputError` if the runs then have different pairs.
+    Without `sources`, the pairs are a split of the runs' own data. Raises `InputError` if the runs do not have the same pairs.
     """
     bleu.require_sacrebleu()
     pairs = evaluation_pairs(first, sources, split, reporter)

@@ -20,7 +20,7 @@ _BATCH_TOKENS = 4096
 
 
 def pair_batch(sources: np.ndarray, targets: np.ndarray) -> Batch:
-    """Make a batch of framed pairs. `sources` and `targets` are padded with `PADDING`, (pairs, length).
+    """Make a batch of pairs. `sources` and `targets` contain ids with special tokens and `PADDING`, (pairs, length).
 
     The decoder's input is the target shifted by one position. `segments` marks the padding only for counting tokens. The decoder
     does not need a mask, because the padding follows all targets.
@@ -49,7 +49,8 @@ def losses_of_pairs(
     targets: Sequence[np.ndarray],
     on_progress: Callable[[int], None] = lambda tokens: None,
 ) -> np.ndarray:
-    """Return the summed loss of each framed pair in nats, (pairs,). Sources and targets longer than the context are truncated.
+    """Return the summed loss of each pair in nats, (pairs,). The ids include special tokens. Sources and targets longer than the
+    context are truncated.
 
     `on_progress` is called after every batch with the number of target tokens so far.
     """

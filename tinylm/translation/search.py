@@ -92,7 +92,7 @@ def translate_ids(
     batch_size: int = DEFAULT_BATCH,
     on_batch: Callable[[int], None] = lambda sentences: None,
 ) -> list[list[Hypothesis]]:
-    """Translate framed source sentences. Returns the best translations of each sentence, best first.
+    """Translate source sentences, passed as ids with control tokens. Returns the best translations of each sentence, best first.
 
     `end` is the id of the end token. The translations of a sentence do not depend on the other sentences or on `batch_size`.
     `on_batch` is called after every batch with the number of sentences translated so far.

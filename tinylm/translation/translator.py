@@ -1,4 +1,4 @@
-"""Translate texts with a trained run: `Translator` converts sentences to token ids, finds translations and decodes them."""
+"""Translate texts with a trained model: `Translator` converts sentences to token ids, finds translations and decodes them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Translation:
     source: str
     translations: tuple[TranslatedText, ...]
     note: str | None = None
-    """Set if the sentence is empty, or if it was truncated because it is too long."""
+    """Set if the sentence is empty, or if it was too long and was truncated."""
     alignment: tuple[AlignedToken, ...] | None = None
     """The alignment of the best translation, if it was requested."""
 
@@ -62,9 +62,9 @@ class Translator:
 
     @classmethod
     def open(cls, run: Run, checkpoint: str | None = None, *, device: str = "auto", average: int = 1) -> Translator:
-        """Load a run's translator. If `average` is more than 1, its weights are the mean of the last `average` checkpoints.
+        """Load a run's translator. If `average` is greater than 1, the weights are the mean of the last `average` checkpoints.
 
-        Raises `InputError` if the run is not a translation model or does not have enough checkpoints.
+        Raises `InputError` if the run was not trained for translation or does not have enough checkpoints.
         """
         require_translation_run(run)
         target = devices.resolve(device)
@@ -89,7 +89,7 @@ class Translator:
         `InputError` if an option is invalid or the language is unknown.
         """
         options.check()
-        self._check_language(language)
+        self.check_language(language)
         notes, sources, indexes = self._prepare(texts, language)
         found = translate_ids(self.network, sources, self.framing.target_end, options, batch_size=batch_size, on_batch=on_batch)
         empty = (TranslatedText("", 0.0, 0.0, 0, "end"),)
@@ -100,7 +100,8 @@ class Translator:
             results[index] = Translation(texts[index], translated, notes[index], alignment)
         return results
 
-    def _check_language(self, language: str) -> None:
+    def check_language(self, language: str) -> None:
+        """Raise `InputError` if `language` is unknown, or if it is empty although the model has several target languages."""
         languages = self.framing.languages
         if languages and not language:
             hint = f"choose one with --to: {', '.join(languages)}"
@@ -108,7 +109,7 @@ class Translator:
         self.framing.language_ids(language)
 
     def _prepare(self, texts: Sequence[str], language: str) -> tuple[list[str | None], list[np.ndarray], list[int]]:
-        """Return the note for each text, and the framed ids and index of each text that is not empty."""
+        """Return the note for each text, and the source ids (with special tokens) and the index of each nonempty text."""
         notes: list[str | None] = []
         sources, indexes = [], []
         room = self.framing.context_length - len(self.framing.source([], language))
@@ -117,7 +118,7 @@ class Translator:
             if not ids:
                 notes.append("empty")
                 continue
-            notes.append(f"cut from {len(ids):,} to {room:,} tokens" if len(ids) > room else None)
+            notes.append(f"truncated from {len(ids):,} to {room:,} tokens" if len(ids) > room else None)
             sources.append(self.framing.source(ids[:room], language))
             indexes.append(index)
         return notes, sources, indexes
@@ -130,7 +131,8 @@ class Translator:
         return TranslatedText(text, hypothesis.score, hypothesis.logprob, tokens, reason)
 
     def _align(self, source: np.ndarray, hypothesis: Hypothesis) -> tuple[AlignedToken, ...]:
-        """For each target token, return the source token that the last decoder block attends to most, averaged over heads."""
+        """For each target token, return the source token with the largest mean attention weight over the last decoder block's
+        heads."""
         pattern = self.attention(source, hypothesis.ids).mean(axis=0)  # (T, S)
         source_tokens = [_shown(self.framing.source_tokenizer, int(id)) for id in source]
         chosen = pattern.argmax(axis=1)
@@ -140,7 +142,7 @@ class Translator:
         )
 
     def attention(self, source: np.ndarray, ids: Sequence[int]) -> np.ndarray:
-        """Return the last decoder block's cross-attention when it predicts `ids`, (heads, target tokens, source tokens)."""
+        """Return the last decoder block's cross-attention weights for `ids`, of shape (heads, target tokens, source tokens)."""
         name = f"decoder.blocks.{self.network.model.decoder_layers - 1}.cross_attention.pattern"
         device = self.network.device
         with torch.inference_mode(), self.network.caching([name]) as cache:
@@ -153,9 +155,9 @@ class Translator:
 
 
 def require_translation_run(run: Run) -> None:
-    """Raise `InputError` if a run is not a translation model."""
+    """Raise `InputError` if a run was not trained for translation."""
     if run.recipe.objective.name != "translation":
-        problem = f"trained with objective {run.recipe.objective.name}, so it does not translate"
+        problem = f"trained with the {run.recipe.objective.name} objective, so it cannot translate"
         raise InputError(problem, where=str(run.path), hint="train a translator with `tinylm train translate-de-en`")
 
 
