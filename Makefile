@@ -37,7 +37,7 @@ demo: $(VENV)/installed
 	@echo "  $(BIN)/tinylm --help"
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -291,7 +291,7 @@ class Training:
         self.objective = CausalLM()
         self.network = Transformer(settings.model, settings.vocab_size, seed=0).to(device)
         self.optimizers = groups.build(AdamWOptimizer(name="adamw", lr=1e-5), self.network)
-        self._compiled_hidden = torch.compile(self.network.hidden, dynamic=False)
+        self._compiled_hidden: CompiledCall | None = None
         self._feed = feed
         self._position = 0
 
@@ -318,6 +318,8 @@ class Training:
         for block, call in zip(self.network.blocks, compiled, strict=True):
             block._compiled_call_impl = call if variant.compiled else None
         if variant.whole:
+            if self._compiled_hidden is None:
+                self._compiled_hidden = torch.compile(self.network.hidden, dynamic=False)
             self.network.hidden = self._compiled_hidden  # type: ignore[method-assign]
         try:
             yield
@@ -558,7 +560,8 @@ def _decode_rows(
 
 
 def evaluation_rows(settings: BenchmarkSettings, device: torch.device) -> list[EvaluationRow]:
-    """Evaluate one network on random tokens as training does, as the final evaluation does, and in small batches."""
+    """Evaluate one network on random tokens with the settings used during training, with those of the final evaluation, and in
+    small batches."""
     context = settings.model.context_length
     network = Transformer(settings.model, settings.vocab_size, seed=0).to(device).eval()
     tokens = np.random.default_rng(0).integers(1, settings.vocab_size, 4 * settings.batch * context + 2, dtype=np.uint16)
@@ -654,7 +657,7 @@ def decode_table(rows: Sequence[DecodeRow]) -> str:
         cells = [row.weights, str(row.batch), row.method]
         numbers = [cell(row.tokens_per_second, ",.0f"), cell(row.ratio, ".2f"), cell(row.first_seconds, ".2f")]
         lines.append((cells + numbers if row.failed is None else cells, row.failed))
-    return table("Decoding", ("weights", "batch", "method", "tokens/s", "speedup over eager step", "first s"), lines)
+    return table("Decoding", ("weights", "batch", "method", "tokens/s", "speedup over eager step", "first call (s)"), lines)
 
 
 def evaluation_table(rows: Sequence[EvaluationRow]) -> str:

@@ -2,8 +2,8 @@
 
     python benchmarks/translation.py quality --minutes 20 --seeds 3      # the `modern` and `transformer` presets, and baselines
     python benchmarks/translation.py joeynmt --minutes 20                # the same pairs, training time and number of parameters
-    python benchmarks/translation.py decoding --run runs/NAME            # beam 5, batch 32, on held-out sentences python
-    benchmarks/translation.py invariance --run runs/NAME          # one sentence at a time and in batches of 32
+    python benchmarks/translation.py decoding --run runs/NAME            # beam 5, batch 32, on held-out sentences
+    python benchmarks/translation.py invariance --run runs/NAME          # one sentence at a time and in batches of 32
 
 The runs of the systems are interleaved. JoeyNMT runs in its own process, with the Python interpreter of --joey-python.
 """

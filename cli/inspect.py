@@ -139,6 +139,8 @@ def _views(result: Inspection, which: str, device: str, reporter: ConsoleReporte
 
 
 def _verify(result: Inspection) -> dict[str, float]:
+    if result.forward.task != "causal_lm":
+        raise InputError("requires a model that predicts the next token", where="--verify", hint="omit it")
     from tinylm.interchange.transformer_lens import largest_differences
 
     return largest_differences(result.forward.model, result.run.tokenizer, result.input.ids)

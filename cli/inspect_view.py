@@ -14,8 +14,8 @@ from tinylm.tokenizer.explain import visible
 from .console import stdout_console
 
 if TYPE_CHECKING:
-    from tinylm.inspection.learning import CheckpointView
     from tinylm.inspection.heads import HeadScores
+    from tinylm.inspection.learning import CheckpointView
     from tinylm.inspection.lens import LensGuesses
     from tinylm.inspection.overview import Inspection, SourceText, Token
 

@@ -181,7 +181,7 @@ def test_auto_settings_are_chosen_without_a_cost_estimate(recipe: Recipe, tmp_pa
     )
     run = Run.open(tmp_path / "auto")
     assert run.recipe.training.micro_batch_size == 8
-    assert any("bigram architecture" in note for note in reporter.notes)
+    assert any("architecture bigram" in note for note in reporter.notes)
     assert all(line["mfu"] is None for line in run.metrics() if line["kind"] == "step")
 
 

@@ -29,7 +29,7 @@ def test_an_exported_run_can_be_imported(run_cli: RunCli, tiny_run: Run, tmp_pat
     assert result.json.keys() >= {"run", "source", "parameters", "context_length", "vocab_size", "largest_difference"}
     assert "is not empty (--overwrite" in error_of(run_cli("import", exported, "--out", imported))
     assert run_cli("sample", "-r", imported, "--max-new-tokens", 2).code == 0
-    assert "this run has no held-out text (name a text" in error_of(run_cli("eval", "-r", imported))
+    assert "this run has no held-out text (specify a text" in error_of(run_cli("eval", "-r", imported))
     assert "the training text of an imported model is not available" in error_of(run_cli("train", imported, "--resume"))
     assert run_cli("runs", tmp_path, "--json").json[0]["name"] == "imported"
 

@@ -80,6 +80,8 @@ def test_search_rejects_invalid_options(decoder: Decoder, letters: Tokenizer) ->
         beam_search(decoder, letters, "a", beams=2, max_new_tokens=16)
     with pytest.raises(InputError, match="1 or more"):
         beam_search(decoder, letters, "a", beams=0, max_new_tokens=2)
+    with pytest.raises(InputError, match="--length-penalty: must be between -10 and 10"):
+        beam_search(decoder, letters, "a", beams=2, max_new_tokens=2, length_penalty=1e308)
     options = SamplingOptions(max_new_tokens=4)
     with pytest.raises(InputError, match="at least -n \\(2\\)"):
         best_of(decoder, letters, Request("a", options), count=2, candidates=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,22 +39,23 @@ def translator(tmp_path_factory: pytest.TempPathFactory) -> Inspection:
     """Inspect a translator that was trained for a few steps to reverse letters."""
     folder = tmp_path_factory.mktemp("translator")
     pairs = write_jsonl(folder / "pairs.jsonl", reversed_pairs(60))
-    train(loads(REVERSE.format(pairs=pairs, preset="transformer", steps=4)), folder / "run", device="cpu")
+    train(loads(REVERSE.format(pairs=pairs, preset="transformer", steps=4), ["data.heldout.by=tail"]), folder / "run", device="cpu")
     return inspect_text(Run.open(folder / "run"), SOURCE, InspectOptions(translation="d c b a"))
 
 
-def _classifier(folder: Path, extra: str = "") -> Inspection:
-    train(classifier_recipe(folder, extra=extra), folder / "run", device="cpu")
+@pytest.fixture(scope="module", params=["", "objective: {name: classification, pool: mean, pooler: none}\n"], ids=["tanh", "mean"])
+def classifier(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Inspection:
+    """Inspect a classifier with a pooling layer, and one without."""
+    folder = tmp_path_factory.mktemp("classifier")
+    train(classifier_recipe(folder, extra=request.param), folder / "run", device="cpu")
     return inspect_text(Run.open(folder / "run"), LABELED)
 
 
 # Classifiers
 
 
-@pytest.mark.parametrize("extra", ["", "objective: {name: classification, pool: mean, pooler: none}\n"])
-def test_the_contributions_to_a_label_sum_to_its_logit(extra: str, tmp_path: Path) -> None:
-    inspected = _classifier(tmp_path, extra)
-    model = inspected.forward.model
+def test_the_contributions_to_a_label_sum_to_its_logit(classifier: Inspection) -> None:
+    inspected, model = classifier, classifier.forward.model
     assert isinstance(model, SequenceClassifier)
     with torch.no_grad():
         logits = model(inspected.forward.tokens)[0]
@@ -60,11 +63,11 @@ def test_the_contributions_to_a_label_sum_to_its_logit(extra: str, tmp_path: Pat
     assert inspected.attributed.target == model.objective.labels[int(logits.argmax())]
     assert inspected.attributed.logit == pytest.approx(float(logits.max()), abs=1e-5)
     assert inspected.attributed.sum == pytest.approx(inspected.attributed.logit, abs=1e-5)
-    assert ("pooling bias" in dict(inspected.attributed.contributions)) == (not extra)
+    assert ("pooling bias" in dict(inspected.attributed.contributions)) == (model.pooler is not None)
 
 
-def test_the_last_row_of_the_label_lens_is_the_prediction(tmp_path: Path) -> None:
-    inspected = _classifier(tmp_path)
+def test_the_last_row_of_the_label_lens_is_the_prediction(classifier: Inspection) -> None:
+    inspected = classifier
     with torch.no_grad():
         expected = inspected.forward.model(inspected.forward.tokens)[0].softmax(-1)
     assert inspected.lens is not None
@@ -73,7 +76,7 @@ def test_the_last_row_of_the_label_lens_is_the_prediction(tmp_path: Path) -> Non
     document = inspected.as_dict()
     assert document["labels"][0]["label"] == document["logit_lens"][-1][0][0]["label"]
     assert set(inspected.missing) == {"loss"}
-    assert [step.title for step in tour(inspected) if step.text.startswith("Not in this")][0] == "A sampled token"
+    assert next(step.title for step in tour(inspected) if step.text.startswith("Not in this")) == "A sampled token"
     with pytest.raises(InputError, match="--target: 'plane' is not a label"):
         inspect_text(inspected.run, LABELED, InspectOptions(target="plane"))
 
@@ -117,7 +120,9 @@ def test_a_given_translation_is_scored_and_aligned(translator: Inspection) -> No
 def test_without_a_translation_the_greedy_one_is_inspected(translator: Inspection) -> None:
     inspected = inspect_text(translator.run, SOURCE)
     [greedy] = Translator.open(translator.run, device="cpu").translate([SOURCE], SearchOptions(beams=1))
-    assert translator.run.tokenizer.decode([token.id for token in inspected.tokens[1:]]).split() == greedy.translations[0].text.split()
+    assert (
+        translator.run.tokenizer.decode([token.id for token in inspected.tokens[1:]]).split() == greedy.translations[0].text.split()
+    )
     assert inspected.source is not None
     assert inspected.source.generated
 
@@ -140,21 +145,31 @@ def test_options_for_translators_are_rejected_for_other_models(tiny_run: Run, tr
 # The page
 
 
-def test_the_pages_of_a_classifier_and_a_translator_work_in_a_browser(translator: Inspection, tmp_path: Path) -> None:
+def test_the_page_of_a_translator_shows_its_alignment(translator: Inspection, tmp_path: Path) -> None:
+    with _opened_page(translator, tmp_path) as page:
+        assert "Not available: ablations are not measured for translators" in page.inner_text("#p-effects")
+        _check_translator(page, translator)
+
+
+def test_the_page_of_a_classifier_shows_label_probabilities_by_layer(classifier: Inspection, tmp_path: Path) -> None:
+    with _opened_page(classifier, tmp_path) as page:
+        assert "Not available: ablations are not measured for classifiers" in page.inner_text("#p-effects")
+        shown = page.inner_text("#label-lens")
+        assert all(label in shown for label in classifier.labels or ())
+
+
+@contextmanager
+def _opened_page(inspected: Inspection, folder: Path) -> Iterator[Any]:
+    """Open the page of an inspection on a small screen, and check that it fits and has no errors."""
     problems: list[str] = []
+    file = folder / "page.html"
+    file.write_text(render(inspected, []))
     with browser() as started:
-        for name, inspected in (("translator", translator), ("classifier", _classifier(tmp_path))):
-            file = tmp_path / f"{name}.html"
-            file.write_text(render(inspected, []))
-            page = started.new_page(viewport={"width": 390, "height": 900})
-            page.on("pageerror", lambda error: problems.append(str(error)))
-            page.goto(file.as_uri())
-            assert page.evaluate("document.documentElement.scrollWidth") <= 390, name
-            assert "Not available" in page.inner_text("#p-effects")
-            if name == "translator":
-                _check_translator(page, inspected)
-            else:
-                assert all(label in page.inner_text("#label-lens") for label in inspected.labels or ())
+        page = started.new_page(viewport={"width": 390, "height": 900})
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.goto(file.as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        yield page
     assert problems == []
 
 

@@ -11,11 +11,9 @@ from bigram import Bigram, BigramSection
 from tiny import ids, model, section
 
 from tinylm.errors import InputError
-from tinylm.inspection import HeadScores, head_scores, repeated_tokens
-from tinylm.inspection.heads import CHARACTERISTIC, KINDS
+from tinylm.inspection import head_scores, repeated_tokens
+from tinylm.inspection.heads import CHARACTERISTIC
 from tinylm.model.transformer import Transformer
-
-REPEATED_VOCABULARY = 20
 
 
 class _Reference(NamedTuple):
@@ -68,30 +66,31 @@ def test_repeated_tokens_are_two_copies_that_fit_the_context() -> None:
         head_scores(model("gpt2"), ids(1, 8))
 
 
-def _largest(scores: HeadScores) -> dict[str, float]:
-    return {kind: float(scores.of(kind).max()) for kind in KINDS}
+def _repeated_text(text: str, rows: int, length: int, generator: torch.Generator) -> tuple[torch.Tensor, int]:
+    """Return random excerpts of a text, each repeated once, as character ids (rows, 2 length), and the number of characters."""
+    characters = {character: id for id, character in enumerate(sorted(set(text)))}
+    ids = torch.tensor([characters[character] for character in text])
+    starts = torch.randint(len(ids) - length, (rows,), generator=generator)
+    excerpts = ids[starts[:, None] + torch.arange(length)]
+    return torch.cat((excerpts, excerpts), dim=1), len(characters)
 
 
-def test_training_on_repetitions_forms_an_induction_head_that_a_random_model_lacks() -> None:
-    shape = {"n_layer": 2, "n_head": 4, "n_embd": 32, "context_length": 24}
-    network = Transformer(section("gpt2", **shape), REPEATED_VOCABULARY, seed=0).eval()
+def test_training_on_text_with_repeats_forms_an_induction_head_that_a_random_model_lacks(english: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens, size = _repeated_text(english[1000:21_000].lower(), 100 * 16, 16, generator)
+    shape = {"n_layer": 2, "n_head": 4, "n_embd": 64, "context_length": 32}
+    network = Transformer(section("llama", **shape), size, seed=0).eval()
     untrained = head_scores(network)
-    assert max(_largest(untrained).values()) < CHARACTERISTIC
     assert all(untrained.kind(layer, head) is None for layer in range(2) for head in range(4))
     optimizer = torch.optim.AdamW(network.parameters(), lr=5e-3, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(150):
-        half = torch.randint(REPEATED_VOCABULARY, (16, 12), generator=generator)
-        tokens = torch.cat((half, half), dim=1)
-        targets = tokens[:, 1:].clone()
-        targets[:, :11] = -1  # the first copy cannot be predicted
+    for batch in tokens.split(16):
         optimizer.zero_grad()
-        (network(tokens[:, :-1], targets=targets) / (targets >= 0).sum()).backward()
+        (network(batch[:, :-1], targets=batch[:, 1:]) / batch[:, 1:].numel()).backward()
         optimizer.step()
     trained = head_scores(network)
     layer, head = trained.strongest()[0]
     assert trained.kind(layer, head) == "induction"
-    assert _largest(trained)["induction"] > CHARACTERISTIC
+    assert trained.induction[layer, head] > 2 * CHARACTERISTIC
 
 
 def test_a_model_without_attention_is_rejected() -> None:

@@ -12,8 +12,8 @@ from untrained_runs import save_run
 
 from tinylm.errors import InputError
 from tinylm.evaluation.evaluate_run import evaluate_run
-from tinylm.inspection.learning import pattern_tokens, select_checkpoints, view_checkpoints
 from tinylm.inspection.input import InspectOptions
+from tinylm.inspection.learning import pattern_tokens, select_checkpoints, view_checkpoints
 from tinylm.inspection.overview import inspect_text, token_text
 from tinylm.inspection.page import PageOptions, collect
 from tinylm.inspection.tour import MAX_WORDS, as_html, tour

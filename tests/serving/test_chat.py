@@ -191,7 +191,7 @@ def test_the_page_streams_answers_and_remembers_the_conversation(server: Running
         page.fill("#message", "x" * 300)
         page.click("#go")
         page.wait_for_selector("#status.bad")
-        assert "the model's context has 96" in page.inner_text("#status")
+        assert "the model's context of 96" in page.inner_text("#status")
         assert len(page.locator("#messages li").all()) == 4, "a rejected message must not join the conversation"
         assert page.input_value("#message") == "x" * 300
         page.click("#reset")

@@ -118,7 +118,10 @@ def _check_response(response: Any) -> None:
 
 
 def _fuzz(client: Any, route: str, kind: type[RequestBody], required: dict[str, Any], examples: int = 100) -> None:
-    """Send each key with each odd value, and random bodies. Check each response. Check that a normal request gets the same response before and after."""
+    """Send each key with each odd value, and random bodies, and check each response.
+
+    Check that a normal request gets the same response before and after.
+    """
 
     def normal_response() -> Any:
         response = client.post(route, json=required)

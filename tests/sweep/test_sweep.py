@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tinylm.pipeline import train
+from tinylm.recipe import load
 from tinylm.run import Run
 
 RUN_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
@@ -46,10 +48,8 @@ def document(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     return loaded
 
 
-def test_a_terminated_sweep_continues_and_matches_an_uninterrupted_sweep(recipe_file: Path, tmp_path: Path) -> None:
+def test_a_terminated_sweep_continues_and_matches_uninterrupted_runs(recipe_file: Path, tmp_path: Path) -> None:
     arguments = (recipe_file, "--set", "seed=1,2", "--set", "training.steps=6", "--json")
-    uninterrupted = document(sweep(*arguments, "--out", tmp_path / "uninterrupted", "--jobs", "2"))
-
     folder = tmp_path / "killed"
     command = [sys.executable, "-m", "tinylm", "sweep", *map(str, arguments), "--out", str(folder)]
     process = subprocess.Popen(command, env=RUN_ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -60,9 +60,13 @@ def test_a_terminated_sweep_continues_and_matches_an_uninterrupted_sweep(recipe_
     assert process.wait(120) == 143
     assert Run.open(folder / "seed=1").checkpoints()
 
-    resumed = document(sweep(*arguments, "--out", folder))
-    assert [row["val_loss"] for row in resumed["rows"]] == [row["val_loss"] for row in uninterrupted["rows"]]
-    assert resumed["best"]["values"] == uninterrupted["best"]["values"]
+    resumed = document(sweep(*arguments, "--out", folder, "--jobs", "2"))
+    losses = {}
+    for seed in (1, 2):
+        recipe = load(recipe_file, (f"seed={seed}", "training.steps=6"))
+        losses[seed] = train(recipe, tmp_path / str(seed), device="cpu").metrics["loss"]
+    assert {row["values"]["seed"]: row["val_loss"] for row in resumed["rows"]} == losses
+    assert resumed["best"]["values"] == {"training.steps": 6}, "the seeds of one setting are averaged"
     assert not (folder / "logs" / "seed=1.stdout").exists()
 
 

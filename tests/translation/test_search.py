@@ -93,6 +93,8 @@ def test_out_of_range_options_are_errors() -> None:
         (SearchOptions(beams=2, n_best=3), r"must be at least -n \(3\)"),
         (SearchOptions(temperature=0.0), "--temperature: must be above 0"),
         (SearchOptions(max_length=0), "--max-length"),
+        (SearchOptions(length_penalty=1e308), "--length-penalty: must be between -10 and 10, not 1e.308"),
+        (SearchOptions(length_penalty=float("nan")), "--length-penalty: must be between -10 and 10, not nan"),
     ):
         with pytest.raises(InputError, match=match):
             options.check()

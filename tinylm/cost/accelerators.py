@@ -57,9 +57,11 @@ class Accelerator:
 
     `flops`: dense matrix FLOP/s for each precision, without structured sparsity. 16-bit products accumulate in float32.
     `memory`: memory in bytes. A GB in the data sheet counts as 10^9 bytes. The chip has 7% more, but ECC and the driver use most
-    of the difference. `bandwidth`: memory bandwidth in bytes/s. `link_bandwidth`: bandwidth to the other devices in one
-    direction, in bytes/s. This is half the figure in data sheets, which add both directions. For cards that can only be bridged
-    in pairs, it is the PCIe bandwidth. `matmul_efficiency`: fraction of `flops` that matrix products reach.
+    of the difference.
+    `bandwidth`: memory bandwidth in bytes/s.
+    `link_bandwidth`: bandwidth to the other devices in one direction, in bytes/s. This is half the figure in data sheets, which
+    add both directions. For cards that can only be bridged in pairs, it is the PCIe bandwidth.
+    `matmul_efficiency`: fraction of `flops` that matrix products reach.
     """
 
     name: str

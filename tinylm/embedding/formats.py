@@ -22,6 +22,7 @@ from tinylm.embedding.vectors import Vectors
 from tinylm.errors import InputError, TinylmWarning, did_you_mean
 from tinylm.file_kinds import identify
 from tinylm.paths import atomic_file
+from tinylm.recipe.values import has_surrogates
 from tinylm.run import VECTORS_FILE
 
 SUFFIXES = {".safetensors": "safetensors", ".bin": "word2vec-binary", ".vec": "word2vec", ".txt": "word2vec", ".tsv": "projector"}
@@ -77,8 +78,7 @@ def _without_duplicates(vectors: Vectors, path: Path) -> Vectors:
 
 def _is_plain(name: str) -> bool:
     """Return whether all formats can represent a name."""
-    is_text = not any("\ud800" <= character <= "\udfff" for character in name)
-    return is_text and len(name.split()) == 1 and name.strip() == name and not _has_control_character(name)
+    return not has_surrogates(name) and len(name.split()) == 1 and name.strip() == name and not _has_control_character(name)
 
 
 def _has_control_character(name: str) -> bool:

@@ -70,8 +70,8 @@ def evaluate_masked_run(
 ) -> MaskedEvaluation:
     """Score `sources`, or the run's own text if there are no sources. With `pseudo`, also compute the pseudo-perplexity.
 
-    If `max_tokens` is set, score only that many tokens from the start of the text. Raises `InputError` if a source or the checkpoint
-    cannot be read.
+    If `max_tokens` is set, score only that many tokens from the start of the text. Raises `InputError` if a source or the
+    checkpoint cannot be read.
     """
     chosen = run.checkpoint(checkpoint)
     with open_shard(run, sources, split, text_format, reporter) as shard:

@@ -25,6 +25,7 @@ MAX_PATTERN_LENGTH = 20_000
 _MAX_STATES = 10_000
 _MAX_WORK = 400_000
 _WORK_PER_CHECK = 500
+_MAX_PAUSE = 0.02
 _Ranges = list[tuple[int, int]]
 _MAX_CODE_POINT = 0x10FFFF
 _PARSER: Any = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
@@ -38,8 +39,9 @@ class CompileTimeout(InputError):
 class CompileBudget:
     """Limits the work spent on compiling one expression. Errors mention the option or parameter `name`.
 
-    `deadline` is a time on the `time.monotonic()` clock. `pause` is the number of seconds to sleep after about every millisecond of
-    work, so that a background compilation does not hold Python's global interpreter lock for long.
+    `deadline` is a time on the `time.monotonic()` clock. After about every millisecond of work, sleep `pause` times as long as the
+    work took, up to 0.02 seconds. With a `pause` of 2, a background compilation holds Python's global interpreter lock for at most
+    a third of the time.
     """
 
     name: str
@@ -47,6 +49,7 @@ class CompileBudget:
     pause: float = 0.0
     work: int = 0
     _next_check: int = 0
+    _resumed: float = field(default_factory=time.monotonic)
 
     def spend(self, work: int = 1) -> None:
         """Count work in units of about a microsecond. Raises `InputError` if the limit or the deadline has been exceeded."""
@@ -57,7 +60,8 @@ class CompileBudget:
         if self.work > _MAX_WORK:
             raise self.too_large()
         if self.pause:
-            time.sleep(self.pause)
+            time.sleep(min(_MAX_PAUSE, self.pause * (time.monotonic() - self._resumed)))
+            self._resumed = time.monotonic()
         if self.deadline is not None and time.monotonic() > self.deadline:
             raise CompileTimeout("the expression takes too long to compile", where=self.name, hint="use a smaller expression")
 

@@ -21,6 +21,8 @@ from tinylm.model.state import DecodingModel, DecodingState
 from tinylm.tokenizer import Tokenizer
 
 RANKINGS = ("likelihood", "contrast")
+_MAX_LENGTH_PENALTY = 10.0
+"""Maximum absolute value. Scores could overflow with larger exponents."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,15 @@ def beam_search(
     Each step extends all beams and keeps the most likely extensions. A beam is finished when it ends with the end-of-text token or
     completes the constraint. The search stops when there are `beams` finished beams and no unfinished beam has a better score. It
     is exhaustive only if `beams` is at least the number of possible continuations. Raises `InputError` if the prompt and the
-    continuation exceed the model's capacity, if `max_new_tokens` is too small for the constraint, or if `beams` is less than 1.
+    continuation exceed the model's capacity, if `max_new_tokens` is too small for the constraint, or if `beams` or `length_penalty`
+    is out of range.
     """
     start = time.perf_counter()
     prompt_ids = tokenizer.encode(prompt) or [tokenizer.end_of_text or 0]
     _check_beam_search(decoder.capacity, len(prompt_ids), beams, max_new_tokens, constraint)
+    if not abs(length_penalty) <= _MAX_LENGTH_PENALTY:
+        limit = f"between -{_MAX_LENGTH_PENALTY:g} and {_MAX_LENGTH_PENALTY:g}"
+        raise InputError(f"must be {limit}, not {length_penalty:g}", where="--length-penalty")
     search = _BeamSearch(beams, length_penalty, tokenizer.end_of_text, constraint)
     state: DecodingState = decoder.new_state(beams, len(prompt_ids) + max_new_tokens)
     state.resize(1)

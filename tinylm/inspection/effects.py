@@ -12,10 +12,10 @@ from tinylm.errors import InputError
 from tinylm.inspection.encoding import encode
 from tinylm.inspection.heads import KINDS
 from tinylm.inspection.heldout import HeldoutWindows
+from tinylm.inspection.input import token_ids
 from tinylm.inspection.interventions import Ablation, Metric, ablate, logit_difference, patch
 from tinylm.inspection.learning import CheckpointView
 from tinylm.inspection.neurons import neuron_name, top_activations
-from tinylm.inspection.input import token_ids
 from tinylm.inspection.overview import Inspection
 from tinylm.model.base import Model
 from tinylm.reporting import Reporter
@@ -23,7 +23,7 @@ from tinylm.reporting import Reporter
 NEURON_TOKENS = 2048
 """Number of held-out tokens that are searched for the snippets in which neurons are most active."""
 _SNIPPETS = 3
-_ABLATION_FLOPS = 4e11
+_ABLATION_FLOPS = 1.5e11
 """FLOP limit for ablations. This takes a few seconds on two cores."""
 _WITHOUT_EFFECTS = {"classification": "classifiers", "translation": "translators"}
 """The tasks for which ablations and activation patching are not available, and the names of their models."""

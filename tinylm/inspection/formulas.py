@@ -92,6 +92,11 @@ def _notes(model: ModelVariant) -> list[tuple[str, str]]:
         chosen.append(
             ("post-norm", "every norm is applied to all components with its scale frozen; its bias is a separate component")
         )
+    if model.bidirectional:
+        note = "loss, logit lens and attribution of a token are computed while it is masked, from the logits at its position"
+        chosen.append(("masked tokens", note))
+    if model.architecture == "encoder_decoder":
+        chosen.append(("alignment", "mean of cross_attention.pattern over the heads of the last decoder layer"))
     if getattr(model, "n_kv_head", None):
         chosen.append(("grouped-query attention", "several query heads share one key/value head"))
     return chosen

@@ -80,7 +80,9 @@ def task_of(model: Model) -> Task:
 
 
 @torch.no_grad()
-def forward_pass(run: Run, model: Model, ids: Sequence[int], source: Sequence[int] = (), names: NameFilter | None = None) -> ForwardPass:
+def forward_pass(
+    run: Run, model: Model, ids: Sequence[int], source: Sequence[int] = (), names: NameFilter | None = None
+) -> ForwardPass:
     """Run a model on the ids of a text.
 
     `source` contains a translator's source ids. `names` selects the activations to keep; the default is all.

@@ -84,7 +84,7 @@ def collect(inspection: Inspection, views: list[CheckpointView], options: PageOp
         "parameters": inspection.forward.model.parameter_count(),
         "measured_on": describe(options.sources) if options.sources else "the run's held-out text",
         "missing": inspection.missing,
-        "formulas": formulas(network.model),
+        "formulas": formulas(inspection.forward.model.model),
         "vocabulary": _vocabulary(inspection, parts),
     }
 

@@ -95,7 +95,9 @@ def attention(inspection: Inspection) -> dict[str, Any] | None:
     if scores is None or "blocks.0.attn.pattern" not in forward.cache:
         inspection.missing.setdefault("attention", inspection.missing.get("heads", "this architecture has no attention patterns"))
         return None
-    return _attention(forward.network, forward.cache, "attn", scores, _VECTOR_BYTES if inspection.source is None else _VECTOR_BYTES // 3)
+    return _attention(
+        forward.network, forward.cache, "attn", scores, _VECTOR_BYTES if inspection.source is None else _VECTOR_BYTES // 3
+    )
 
 
 def source(inspection: Inspection) -> dict[str, Any] | None:
@@ -135,7 +137,9 @@ def _attention(network: Model, cache: ActivationCache, kind: str, scores: HeadSc
         "group": group,
         "causal": causal,
         "softcap": getattr(model, "attention_softcap", None),
-        "windows": [model.window_of(layer) if kind == "attn" and isinstance(model, TransformerSection) else None for layer in layers],
+        "windows": [
+            model.window_of(layer) if kind == "attn" and isinstance(model, TransformerSection) else None for layer in layers
+        ],
         "strongest": order[0],
         "patterns": encode(patterns[..., lower] if causal else patterns.flatten(-2), "u2"),
         "entropy": encode(entropy, "f4"),

@@ -93,7 +93,9 @@ def _numbers(values: Tensor) -> str:
 
 
 def _not_available(inspection: Inspection, title: str, part: str) -> Step:
-    reason = inspection.missing.get(part, f"a model with the {inspection.forward.model.architecture} architecture does not have this")
+    reason = inspection.missing.get(
+        part, f"a model with the {inspection.forward.model.architecture} architecture does not have this"
+    )
     return Step(title, f"Not in this model: {reason}.", [])
 
 
@@ -220,9 +222,9 @@ def _cross_attention(inspection: Inspection) -> Step:
         reads = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         numbers.append((_quote(token.text), ", ".join(f"{_quote(source.tokens[key].text)} {share:.1%}" for key, share in reads)))
     note = (
-        "A translator has two parts. The encoder turns the source text into vectors. The decoder writes the translation, and in each "
-        "block, a second attention layer reads the encoder's vectors. Its weights show which source tokens each predicted token "
-        "depends on. The numbers are averages over the heads of the last block."
+        "A translator has two parts. The encoder turns the source text into vectors. The decoder writes the translation, and in "
+        "each block, a second attention layer reads the encoder's vectors. Its weights show which source tokens each predicted "
+        "token depends on. The numbers are averages over the heads of the last block."
     )
     return Step("Cross-attention", note, numbers)
 
@@ -272,7 +274,9 @@ def _blocks(inspection: Inspection) -> Step:
     names = ["embeddings", *(f"after layer {layer}" for layer in range(len(lens.ids) - 1))]
     at = inspection.predicted_at
     guesses = zip(lens.ids[:, at, 0].tolist(), lens.probabilities[:, at, 0].tolist(), strict=True)
-    numbers = [(name, f"{_quote(inspection.output_text(id))} {share:.1%}") for name, (id, share) in zip(names, guesses, strict=True)]
+    numbers = [
+        (name, f"{_quote(inspection.output_text(id))} {share:.1%}") for name, (id, share) in zip(names, guesses, strict=True)
+    ]
     note = (
         "Attention and feed-forward layers form a block, and blocks are stacked. The logit lens shows what the model would predict "
         "if it stopped after each block. The prediction is refined from block to block."
@@ -294,9 +298,10 @@ def _logits(inspection: Inspection) -> Step:
         largest = sorted(attributed.contributions, key=lambda item: -abs(item[1]))[:3]
         parts = ", ".join(f"{component} {value:+.3f}" for component, value in largest)
         numbers.append((f"contributions to {_quote(attributed.target)}", f"{parts}, ...; total {attributed.sum:.3f}"))
+    output, place = _OUTPUTS[inspection.forward.task]
     note = (
-        f"The last vector is compared with one vector for each {_OUTPUTS[inspection.forward.task][0]}. Each dot product is a logit. "
-        f"The higher the logit, the better it fits {_OUTPUTS[inspection.forward.task][1]}."
+        f"The last vector is compared with one vector for each {output}. Each dot product is a logit. "
+        f"The higher the logit, the better it fits {place}."
     )
     return Step("Logits", note, numbers)
 
@@ -329,7 +334,11 @@ def _sampling(inspection: Inspection, seed: int) -> Step:
         ("random number", f"{uniform:.4f} (seed {seed})"),
         ("chosen", f"{chosen}, rank {rank + 1} by probability; it covers {before:.4f} to {float(cumulative[rank]):.4f}"),
     ]
-    last = "Replace the mask with this token." if inspection.forward.task == "masked_lm" else "Append this token to the text and repeat."
+    last = (
+        "Replace the mask with this token."
+        if inspection.forward.task == "masked_lm"
+        else "Append this token to the text and repeat."
+    )
     note = (
         "To generate text, draw a random number between 0 and 1, add up the probabilities from the most likely token down, and "
         f"stop at the token that reaches the number. {last}"

@@ -121,7 +121,7 @@ def check_generates_text(network: Model) -> None:
 def as_decoder(model: nn.Module | DecodingModel[Any]) -> DecodingModel[Any]:
     """Return the model itself if it is a `DecodingModel`, otherwise a `Decoder` or a `FullPassDecoder` for it.
 
-    A transformer gets a `Decoder` unless it has a part that `SUPPORTS` does not list or functions attached to its hook points.
+    A transformer is decoded by a `Decoder`, unless `SUPPORTS` does not list one of its parts or its hook points have functions.
     Raises `InputError` if the model cannot generate text.
     """
     if isinstance(model, Model):

@@ -88,7 +88,7 @@ class ChatSection(DataVariant):
     """The conversations to evaluate on: a share of the conversations, or another SOURCE."""
     test: OptionalConversationPart = None
     """Conversations that training never uses, not even to choose the best checkpoint: a share, or another SOURCE. `tinylm eval
-    --split test` scores them. null means none."""
+    --split test` evaluates on them. null means none."""
     layout: Literal["messages", "prompt_response", "alpaca"] = "messages"
     """The fields of a record. messages: a list of {role, content}. prompt_response: a question and an answer. alpaca:
     `instruction`, an optional `input`, and `output`."""

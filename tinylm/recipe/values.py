@@ -16,6 +16,7 @@ from pydantic import PlainValidator
 
 from tinylm.recipe.template import template_problem
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 ComputeDtype = Literal["fp32", "bf16", "fp16"]
 """The dtype in which matmuls are computed."""
 
@@ -157,7 +158,7 @@ def _label_list(value: object) -> object:
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, (str, bool, int, float)) for item in value):
         return _INVALID
     labels = tuple(item if isinstance(item, str) else json.dumps(item) for item in value)
-    return labels if len(set(labels)) == len(labels) and not any(_has_surrogates(label) for label in labels) else _INVALID
+    return labels if len(set(labels)) == len(labels) and not any(has_surrogates(label) for label in labels) else _INVALID
 
 
 def _counts(value: object) -> object:
@@ -242,18 +243,18 @@ def _sources(value: object) -> object:
 
 def _texts(value: object) -> object:
     values = (value,) if isinstance(value, str) else value
-    if isinstance(values, (list, tuple)) and all(isinstance(item, str) and not _has_surrogates(item) for item in values):
+    if isinstance(values, (list, tuple)) and all(isinstance(item, str) and not has_surrogates(item) for item in values):
         return tuple(values)
     return _INVALID
 
 
-def _has_surrogates(text: str) -> bool:
+def has_surrogates(text: str) -> bool:
     """Whether the text contains an unpaired surrogate, which UTF-8 cannot encode."""
-    return any("\ud800" <= character <= "\udfff" for character in text)
+    return _SURROGATE.search(text) is not None
 
 
 def _alphabet(value: object) -> object:
-    if isinstance(value, str) and value and not _has_surrogates(value):
+    if isinstance(value, str) and value and not has_surrogates(value):
         return value
     return _whole(1, limit=sys.maxunicode + 1)(value)
 

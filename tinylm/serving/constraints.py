@@ -19,7 +19,7 @@ _CACHE_BYTES = 64_000_000
 _MAX_PENDING = 64
 _MAX_SECONDS = 5.0
 """Maximum compilation time. On an idle machine, an expression within the limits of `CompileBudget` takes a fraction of this."""
-_PAUSE_SECONDS = 0.001
+_PAUSE = 2.0
 _Key = tuple[str | None, tuple[str, ...] | None]
 
 
@@ -78,7 +78,7 @@ class ConstraintCompiler:
     def _compile(self, key: _Key, deadline: float) -> Constraint:
         regex, choice = key
         name = "--choice" if regex is None else "--regex"
-        budget = CompileBudget(name, min(deadline, time.monotonic() + _MAX_SECONDS), _PAUSE_SECONDS)
+        budget = CompileBudget(name, min(deadline, time.monotonic() + _MAX_SECONDS), _PAUSE)
         if regex is not None:
             return Constraint(regex, self._tokenizer, budget=budget)
         if sum(map(len, choice or ())) > MAX_PATTERN_LENGTH:

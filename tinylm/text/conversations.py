@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from tinylm.errors import InputError
-from tinylm.recipe.values import show
+from tinylm.recipe.values import has_surrogates, show
 from tinylm.text.records import RecordFormat
 from tinylm.text.sources import Corpus
 
@@ -107,7 +107,7 @@ def text_content(message: Mapping[str, object], where: str) -> str:
         raise InputError(f"content must be text; images, audio and files are not supported{listed}", where=where)
     if not isinstance(content, str):
         raise InputError(f"content must be text, not {show(content)}", where=where)
-    if any("\ud800" <= character <= "\udfff" for character in content):
+    if has_surrogates(content):
         raise InputError("content contains an unpaired surrogate", where=where)
     return content
 

@@ -12,6 +12,7 @@ from typing import IO
 
 from tinylm.errors import InputError, did_you_mean
 from tinylm.recipe.template import parse_template, template_problem
+from tinylm.recipe.values import has_surrogates
 from tinylm.text.files import TextFile, not_utf8, read_lines
 
 DEFAULT_FIELD = "text"
@@ -86,7 +87,7 @@ class RecordFormat:
         if not isinstance(value, str):
             shown = json.dumps(value, default=str)[:40]
             raise InputError(f"field {name!r} must be text, not {shown}", where=where, hint=self._hint)
-        if any("\ud800" <= character <= "\udfff" for character in value):
+        if has_surrogates(value):
             if self.errors == "strict":
                 raise InputError(
                     f"field {name!r} contains an unpaired surrogate",

@@ -17,6 +17,8 @@ from tinylm.translation.decoding import Decoding, decoding_mode, padded_length
 DEFAULT_BEAMS = 5
 DEFAULT_BATCH = 32
 _EXTRA_TOKENS = 20
+_MAX_LENGTH_PENALTY = 10.0
+"""Maximum absolute value. Scores could overflow with larger exponents."""
 _TOKENS_PER_SOURCE_TOKEN = 3
 _NEVER = float("-inf")
 
@@ -56,8 +58,9 @@ class SearchOptions:
             raise InputError(f"must be at least -n ({self.n_best})", where="--beams")
         if self.temperature is not None and not self.temperature > 0:
             raise InputError(f"must be above 0, not {self.temperature:g}", where="--temperature")
-        if not np.isfinite(self.length_penalty):
-            raise InputError("must be a finite number", where="--length-penalty")
+        if not abs(self.length_penalty) <= _MAX_LENGTH_PENALTY:
+            limit = f"between -{_MAX_LENGTH_PENALTY:g} and {_MAX_LENGTH_PENALTY:g}"
+            raise InputError(f"must be {limit}, not {self.length_penalty:g}", where="--length-penalty")
 
     def limit(self, source: np.ndarray, context_length: int) -> int:
         """Return the maximum number of tokens in the translation of a source sentence."""
