@@ -21,7 +21,7 @@ from tinylm.recipe import load
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 VARIANTS: dict[str, tuple[str, ...]] = {
-    "without rope (learned positions)": ("model.position=learned",),
+    "learned positions instead of RoPE": ("model.position=learned",),
     "without QK-norm": ("model.qk_norm=off",),
     "QK-norm without gain": ("model.qk_gain=off",),
     "layer norm instead of RMS norm": ("model.norm=layernorm",),
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="settings")
     arguments = parser.parse_args()
     if not arguments.source.startswith("builtin:") and not Path(arguments.source).exists():
-        sys.exit(f"skipped: {arguments.source} does not exist")
+        sys.exit(f"error: {arguments.source} does not exist")
     common = [f"data.train={arguments.source}", f"training.steps={arguments.steps}", *arguments.settings]
     seeds = range(1337, 1337 + arguments.seeds)
     baseline = [train(arguments.recipe, [*common, f"seed={seed}"]) for seed in seeds]

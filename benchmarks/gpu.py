@@ -1,4 +1,4 @@
-"""Measure training and decoding speed on one GPU. Compare precisions and execution modes with plain eager execution.
+"""Measure training and decoding speed on one GPU. Compare precisions and ways of executing a step with plain eager execution.
 
     python benchmarks/gpu.py [--model gpt2-124m|small] [--batch N] [--parts PART ...] [--json]
 
@@ -50,7 +50,7 @@ from tinylm.training.out_of_memory import is_out_of_memory
 from tinylm.training.precision import Precision
 from tinylm.training.step import GradientSettings, accumulate
 
-MODES = ("fp32", "tf32", "bf16", "fp16")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PLAIN = "plain"
 UNSUPPORTED = "not supported by this device"
@@ -108,16 +108,16 @@ class Variant:
     recompute: bool = False
     """Activation checkpointing."""
     n_micro_batches: int = 1
-    whole: bool = False
-    """Whether all blocks are compiled together, as one graph. Training compiles each block on its own."""
+    compiled_together: bool = False
+    """Whether all blocks are compiled as one graph. Training compiles each block on its own."""
     fused_loss: bool = True
-    """Whether the loss of a large vocabulary is compiled, as in training."""
+    """Whether the loss is compiled if the vocabulary is large, as in training."""
 
 
 VARIANTS = (
     Variant(PLAIN),
     Variant("compiled", compiled=True),
-    Variant("compiled together", whole=True),
+    Variant("compiled together", compiled_together=True),
     Variant("compiled, plain loss", compiled=True, fused_loss=False),
     Variant("checkpointing", recompute=True),
     Variant("compiled, checkpointing", compiled=True, recompute=True),
@@ -128,10 +128,10 @@ VARIANTS = (
 
 @dataclass
 class StepRow:
-    """One variant in one precision (`mode`). The time of an optimizer step is the median over the rounds.
+    """One variant in one precision. The time of an optimizer step is the median over the rounds.
 
-    `mfu_sheet` is the MFU relative to the data sheet peak. `mfu_measured` is relative to the measured throughput of a large
-    matmul.
+    The field names are JSON keys. `mode` is the precision. `mfu_sheet` is the MFU relative to the peak FLOP/s in the data sheet.
+    `mfu_measured` is relative to the measured throughput of a large matmul.
     """
 
     mode: str
@@ -142,9 +142,9 @@ class StepRow:
     mfu_measured: float | None = None
     peak_bytes: int | None = None
     speedup_over_plain: float | None = None
-    """Speedup over the plain variant in the same mode."""
+    """Speedup over the plain variant in the same precision."""
     memory_ratio_to_plain: float | None = None
-    """Peak memory relative to the plain variant in the same mode."""
+    """Peak memory relative to the plain variant in the same precision."""
     speedup_over_fp32: float | None = None
     """Speedup over the same variant in fp32."""
     failed: str | None = None
@@ -162,7 +162,7 @@ class OptimizerRow:
 
 @dataclass
 class DecodeRow:
-    """Total throughput of all sequences. `ratio` is the speedup over the eager step with the same weights and batch size."""
+    """Total throughput of all sequences. `ratio` is the speedup over the eager step with the same weight precision and batch size."""
 
     weights: str
     batch: int
@@ -176,7 +176,7 @@ class DecodeRow:
 
 @dataclass
 class EvaluationRow:
-    """An evaluation of random tokens. `loss` is in nats per token."""
+    """An evaluation on random tokens. `mode` is the precision, and `loss` is in nats per token."""
 
     name: str
     mode: str
@@ -191,7 +191,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds_of(work: Callable[[], object], repeat: int, device: torch.device) -> float:
+def seconds_per_call(work: Callable[[], object], repeat: int, device: torch.device) -> float:
     """Return the mean seconds per call over `repeat` calls. Synchronize only before the first call and after the last."""
     synchronize(device)
     start = time.perf_counter()
@@ -232,7 +232,7 @@ def measure_alternately(
                 torch.cuda.reset_peak_memory_stats(device)
 
             def measure(name: str = name, work: Callable[[], object] = work, is_warmup: bool = round_index < 0) -> None:
-                seconds = seconds_of(work, warmup if is_warmup else steps, device)
+                seconds = seconds_per_call(work, warmup if is_warmup else steps, device)
                 if not is_warmup:
                     times[name].append(seconds)
 
@@ -245,31 +245,32 @@ def measure_alternately(
     return medians, peaks, failed
 
 
-def is_supported(mode: str, device: torch.device) -> bool:
-    """Return whether the device supports a precision in hardware. A CPU runs every precision, for smoke tests."""
-    if device.type != "cuda" or mode in ("fp32", "fp16"):
+def is_supported(precision_name: str, device: torch.device) -> bool:
+    """Return whether the device supports a precision in hardware. A CPU counts as supporting every
+    precision, so that smoke tests can run."""
+    if device.type != "cuda" or precision_name in ("fp32", "fp16"):
         return True
-    if mode == "tf32":
+    if precision_name == "tf32":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     with torch.cuda.device(device):
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
-def precision_of(mode: str, device: torch.device) -> Precision:
-    return Precision("fp32" if mode == "tf32" else mode, device)
+def to_precision(precision_name: str, device: torch.device) -> Precision:
+    return Precision("fp32" if precision_name == "tf32" else precision_name, device)
 
 
-def matmul_precision(mode: str, precision: Precision) -> AbstractContextManager[None]:
-    """Return a context with the trainer's matmul precision. Mode "fp32" keeps TF32 disabled, although the trainer enables it."""
-    return nullcontext() if mode == "fp32" else precision.tf32()
+def matmul_precision(precision_name: str, precision: Precision) -> AbstractContextManager[None]:
+    """Return a context with the trainer's matmul precision. "fp32" keeps TF32 disabled, although the trainer enables it."""
+    return nullcontext() if precision_name == "fp32" else precision.tf32()
 
 
-def measured_peak(mode: str, width: int, device: torch.device) -> float:
+def measured_peak(precision_name: str, width: int, device: torch.device) -> float:
     """Return the highest FLOP/s of several matmuls of large random matrices. (A GPU multiplies constant matrices faster.)"""
-    a, b = (torch.randn(width, width, device=device).to(DTYPES[mode]) for _ in range(2))
-    with matmul_precision(mode, precision_of(mode, device)):
-        seconds_of(lambda: a @ b, 3, device)
-        best = min(seconds_of(lambda: a @ b, 3, device) for _ in range(5))
+    a, b = (torch.randn(width, width, device=device).to(DTYPES[precision_name]) for _ in range(2))
+    with matmul_precision(precision_name, to_precision(precision_name, device)):
+        seconds_per_call(lambda: a @ b, 3, device)
+        best = min(seconds_per_call(lambda: a @ b, 3, device) for _ in range(5))
     return 2 * width**3 / best
 
 
@@ -295,14 +296,14 @@ class Training:
         self._feed = feed
         self._position = 0
 
-    def step(self, mode: str, variant: Variant, precision: Precision, scaler: torch.amp.GradScaler) -> torch.Tensor:
+    def step(self, precision_name: str, variant: Variant, precision: Precision, scaler: torch.amp.GradScaler) -> torch.Tensor:
         """Take a training step and return the mean loss, without synchronization."""
         size = self.settings.batch
         batch = self._feed.batch(self._position, size)
         self._position += size
         self.optimizers.zero_grad()
         gradient_settings = GradientSettings(size // variant.n_micro_batches, precision, self.objective, scaler)
-        with matmul_precision(mode, precision):
+        with matmul_precision(precision_name, precision):
             loss = accumulate(self.network, batch, gradient_settings)
         scaler.unscale_(self.optimizers)  # type: ignore[arg-type]  # the scaler only needs param_groups and step
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
@@ -317,7 +318,7 @@ class Training:
         self.network.compile_loss = variant.fused_loss
         for block, call in zip(self.network.blocks, compiled, strict=True):
             block._compiled_call_impl = call if variant.compiled else None
-        if variant.whole:
+        if variant.compiled_together:
             if self._compiled_hidden is None:
                 self._compiled_hidden = torch.compile(self.network.hidden, dynamic=False)
             self.network.hidden = self._compiled_hidden  # type: ignore[method-assign]
@@ -327,13 +328,13 @@ class Training:
             self.network.recompute = False
             self.network.__dict__.pop("hidden", None)
 
-    def compile(self, mode: str, precision: Precision) -> tuple[list[CompiledCall | None], str | None]:
+    def compile(self, precision_name: str, precision: Precision) -> tuple[list[CompiledCall | None], str | None]:
         """Return one compiled call per block, and an error message if compilation failed."""
-        torch.compiler.reset()  # compile from scratch in every mode: after too many recompilations, torch falls back to eager
+        torch.compiler.reset()  # compile from scratch for every precision: after too many recompilations, torch falls back to eager
         reporter = CollectingReporter()
         batch = self._feed.batch(self._position, self.settings.batch)
         trial = Trial(self.network, batch, GradientSettings(self.settings.batch, precision, self.objective))
-        with matmul_precision(mode, precision):
+        with matmul_precision(precision_name, precision):
             compiled = compile_units(self.network, trial, required=False, reporter=reporter)
         calls = [block._compiled_call_impl for block in self.network.blocks]
         for block in self.network.blocks:
@@ -341,38 +342,38 @@ class Training:
         self.optimizers.zero_grad()
         return calls, None if compiled else "; ".join(reporter.warnings) or "not compiled"
 
-    def rows(self, mode: str, variants: Sequence[Variant], sheet: Accelerator | None) -> list[StepRow]:
-        """Measure all variants in one mode."""
-        settings, precision = self.settings, precision_of(mode, self.device)
-        if not is_supported(mode, self.device):
-            return [StepRow(mode, PLAIN, failed=UNSUPPORTED)]
+    def rows(self, precision_name: str, variants: Sequence[Variant], sheet: Accelerator | None) -> list[StepRow]:
+        """Measure all variants in one precision."""
+        settings, precision = self.settings, to_precision(precision_name, self.device)
+        if not is_supported(precision_name, self.device):
+            return [StepRow(precision_name, PLAIN, failed=UNSUPPORTED)]
         scaler = precision.scaler()
         calls: list[CompiledCall | None] = [None for _ in self.network.blocks]
         not_compiled: dict[str, str] = {}
         if any(variant.compiled for variant in variants):
-            calls, problem = self.compile(mode, precision)
+            calls, problem = self.compile(precision_name, precision)
             not_compiled = {variant.name: problem for variant in variants if problem is not None and variant.compiled}
         losses: dict[str, torch.Tensor] = {}
 
-        def step_of(variant: Variant) -> Callable[[], object]:
+        def make_step(variant: Variant) -> Callable[[], object]:
             def step() -> None:
                 with self.configured(variant, calls):
-                    losses[variant.name] = self.step(mode, variant, precision, scaler)
+                    losses[variant.name] = self.step(precision_name, variant, precision, scaler)
 
             return step
 
-        runs = {variant.name: step_of(variant) for variant in variants if variant.name not in not_compiled}
+        runs = {variant.name: make_step(variant) for variant in variants if variant.name not in not_compiled}
         times, peaks, failed = measure_alternately(runs, rounds=settings.rounds, steps=settings.steps, warmup=4, device=self.device)
         self.optimizers.zero_grad()
         failed = {**not_compiled, **failed}
         failed.update({name: f"the loss is {float(loss)}" for name, loss in losses.items() if not math.isfinite(float(loss))})
-        sheet_peak = sheet.flops.get(mode) if sheet is not None else None
-        peak = measured_peak(mode, settings.peak_width, self.device)
-        return [self._row(mode, variant.name, times, peaks, failed, sheet_peak, peak) for variant in variants]
+        sheet_peak = sheet.flops.get(precision_name) if sheet is not None else None
+        peak = measured_peak(precision_name, settings.peak_width, self.device)
+        return [self._row(precision_name, variant.name, times, peaks, failed, sheet_peak, peak) for variant in variants]
 
     def _row(
         self,
-        mode: str,
+        precision_name: str,
         name: str,
         times: dict[str, float],
         peaks: dict[str, int],
@@ -381,12 +382,12 @@ class Training:
         measured_peak: float,
     ) -> StepRow:
         if name in failed:
-            return StepRow(mode, name, failed=failed[name])
+            return StepRow(precision_name, name, failed=failed[name])
         settings, seconds = self.settings, times[name]
         tokens = settings.batch * settings.model.context_length / seconds
         flops = tokens * flops_per_token(settings.model, settings.vocab_size)
         return StepRow(
-            mode,
+            precision_name,
             name,
             milliseconds=1e3 * seconds,
             tokens_per_second=tokens,
@@ -411,16 +412,16 @@ def training_rows(
     device: torch.device,
     sheet: Accelerator | None,
     variants: Sequence[Variant],
-    modes: Sequence[str] = MODES,
+    precision_names: Sequence[str] = PRECISIONS,
 ) -> list[StepRow]:
     context = settings.model.context_length
     tokens = np.random.default_rng(0).integers(settings.vocab_size, size=4 * settings.batch * context + 1)
     rows: list[StepRow] = []
     with Feed(TokenStream(tokens, context, 0), CausalLM(), seed=0, pin_memory=device.type == "cuda") as feed:
         training = Training(settings, device, feed)
-        for mode in modes:
-            log(f"training in {mode} ...")
-            rows += training.rows(mode, variants, sheet)
+        for precision_name in precision_names:
+            log(f"training in {precision_name} ...")
+            rows += training.rows(precision_name, variants, sheet)
     torch.compiler.reset()
     fill_speedup_over_fp32(rows)
     return rows
@@ -535,11 +536,11 @@ def _decode_rows(
     else:
         failed[ENGINE_GRAPHS] = "requires CUDA"
 
-    def run_of(decoder: Decoder) -> Callable[[], object]:
+    def make_run(decoder: Decoder) -> Callable[[], object]:
         return lambda: generate(decoder, tokenizer, "", options, count=batch)
 
-    engine = {name: run_of(decoder) for name, decoder in decoders.items()}
-    first = {name: seconds_of(run, 1, device) for name, run in engine.items()}
+    engine = {name: make_run(decoder) for name, decoder in decoders.items()}
+    first = {name: seconds_per_call(run, 1, device) for name, run in engine.items()}
     engine_times, _, engine_failed = measure_alternately(engine, rounds=min(3, settings.rounds), steps=1, warmup=1, device=device)
     speeds = {name: batch / seconds for name, seconds in step_times.items()}
     speeds.update({name: batch * options.max_new_tokens / seconds for name, seconds in engine_times.items()})
@@ -560,8 +561,8 @@ def _decode_rows(
 
 
 def evaluation_rows(settings: BenchmarkSettings, device: torch.device) -> list[EvaluationRow]:
-    """Evaluate one network on random tokens with the settings used during training, with those of the final evaluation, and in
-    small batches."""
+    """Evaluate one network on random tokens with the settings used during training and those of the final evaluation,
+    each with automatic and with small batches."""
     context = settings.model.context_length
     network = Transformer(settings.model, settings.vocab_size, seed=0).to(device).eval()
     tokens = np.random.default_rng(0).integers(1, settings.vocab_size, 4 * settings.batch * context + 2, dtype=np.uint16)
@@ -571,24 +572,24 @@ def evaluation_rows(settings: BenchmarkSettings, device: torch.device) -> list[E
     automatic = BatchLimits.of(network, settings.vocab_size, SINGLE_PROCESS)
     small = BatchLimits(min(EVALUATION_BATCH_TOKENS, max(context, EVALUATION_BATCH_LOGITS // settings.vocab_size)))
     rows = []
-    for name, mode, limits in (
+    for name, precision_name, limits in (
         ("final", "fp32", automatic),
         ("final, small batches", "fp32", small),
         ("during training", "bf16", automatic),
         ("during training, small batches", "bf16", small),
     ):
-        row = EvaluationRow(name, mode, limits.tokens)
+        row = EvaluationRow(name, precision_name, limits.tokens)
 
         def work(row: EvaluationRow = row, limits: BatchLimits = limits) -> None:
-            with matmul_precision(row.mode, precision_of(row.mode, device)), precision_of(row.mode, device).autocast():
+            with matmul_precision(row.mode, to_precision(row.mode, device)), to_precision(row.mode, device).autocast():
                 options = EvaluationOptions(confidence_interval=False)
                 row.loss = evaluate(network, shard, lengths, options, limits=limits).loss
 
         def measure(row: EvaluationRow = row, work: Callable[[], None] = work) -> None:
             work()
-            row.tokens_per_second = shard.counts.tokens / seconds_of(work, 1, device)
+            row.tokens_per_second = shard.counts.tokens / seconds_per_call(work, 1, device)
 
-        row.failed = UNSUPPORTED if not is_supported(mode, device) else run_catching_out_of_memory(measure)
+        row.failed = UNSUPPORTED if not is_supported(precision_name, device) else run_catching_out_of_memory(measure)
         rows.append(row)
     return rows
 
@@ -619,7 +620,7 @@ def step_table(rows: Sequence[StepRow]) -> str:
         "step",
         "ms",
         "tokens/s",
-        "MFU (sheet)",
+        "MFU (data sheet)",
         "MFU (matmul)",
         "peak MiB",
         "speedup",
@@ -648,7 +649,7 @@ def optimizer_table(rows: Sequence[OptimizerRow]) -> str:
         state = None if row.state_bytes is None else row.state_bytes / 2**20
         cells = [row.name, cell(row.milliseconds, ".2f"), cell(state, ",.0f"), cell(row.time_ratio_to_adamw, ".2f")]
         lines.append((cells if row.failed is None else cells[:1], row.failed))
-    return table("Optimizers, one step", ("optimizer", "ms", "state MiB", "time / AdamW"), lines)
+    return table("Optimizers, one step", ("optimizer", "ms", "state MiB", "time vs. AdamW"), lines)
 
 
 def decode_table(rows: Sequence[DecodeRow]) -> str:
@@ -681,7 +682,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--hardware", help="name of a data sheet in tinylm.cost.accelerators, for a GPU that is not recognized")
     parts = ("training", "optimizers", "evaluation", "decoding")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
-    parser.add_argument("--precisions", nargs="+", choices=MODES, default=MODES, help="precisions in the training table")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="precisions in the training table")
     parser.add_argument("--variants", nargs="+", choices=[variant.name for variant in VARIANTS], help="rows of the training table")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
     options = parser.parse_args(arguments)
@@ -707,7 +708,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except InputError as error:
         sys.exit(str(error))
     settings = make_settings(options.model, tiny=options.tiny, batch=options.batch)
-    variants = [variant for variant in VARIANTS if not ((variant.compiled or variant.whole) and options.no_compile)]
+    variants = [variant for variant in VARIANTS if not ((variant.compiled or variant.compiled_together) and options.no_compile)]
     if options.variants is not None:
         variants = [variant for variant in variants if variant.name in options.variants]
     description = {

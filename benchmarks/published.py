@@ -1,8 +1,8 @@
 """Compare the roofline model of `tinylm.cost.accelerators` with published training runs, and print the error for each run.
 
-The source of each run defines its architecture, batch size, device, and execution mode. If a source is incomplete, a note lists the
-assumptions. The constants in `tinylm.cost.accelerators` were not fitted to these runs, with one exception: MATMUL_EFFICIENCY was
-chosen using llm.c's 124M on A100s. MATMUL_EFFICIENCY_HOPPER was fitted to tinylm's own run on an H200.
+The source of each run specifies its architecture, batch size, device, and execution mode. If a source is incomplete, a note lists
+the assumptions. The constants in `tinylm.cost.accelerators` were not fitted to these runs, with one exception: MATMUL_EFFICIENCY
+was chosen using llm.c's run of the 124M model on A100s. MATMUL_EFFICIENCY_HOPPER was fitted to tinylm's own run on an H200.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ RUNS = (
         "a100-40gb-sxm",
         8,
         22e9 / (32 * 3600),
-        "32 h for 22 B tokens",
+        "32 h for 22B tokens",
         "https://github.com/jzhang38/TinyLlama",
         {
             "preset": "llama",
@@ -247,7 +247,7 @@ def predicted_seconds(run: Run) -> float:
 
 
 def main() -> None:
-    print(f"{'run':24} {'hardware':17} {'source reports':24} {'published ms':>12} {'predicted ms':>12} {'error':>6}  note")
+    print(f"{'run':24} {'hardware':17} {'as reported':24} {'published ms':>12} {'predicted ms':>12} {'error':>6}  note")
     errors = []
     for run in RUNS:
         published, predicted = run.tokens_per_step / run.tokens_per_second, predicted_seconds(run)

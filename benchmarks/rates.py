@@ -2,11 +2,11 @@
 
     python benchmarks/rates.py SOURCE [--widths 64 128 256] [--batches 12 48] [--layers 4] [--steps 400] [--seed 1337]
 
-Muon's `lr` and its `adamw_lr` (for the embeddings, the head and the gains) are varied separately, by factors of two around their
+Muon's `lr` and its `adamw_lr` (for the embeddings, the head and the norm gains) are varied separately, by factors of two around their
 defaults. Each row of the output shows the held-out loss (nats per character) for each factor, and the best factor. Models of every
 width are trained with the first batch size, and models of the middle width also with the other batch sizes. If learning rates
 transfer, the best factor is about the same in all rows. The models are character-level with a context length of 64. They have no
-n-gram embeddings, because only the learning rates of the transformer's matrices are of interest.
+n-gram embeddings, because the learning rate of the n-gram tables is not tested.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source")
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256])
-    parser.add_argument("--batches", type=int, nargs="+", default=[12, 48])
+    parser.add_argument("--batches", type=int, nargs="+", default=[12, 48], help="batch sizes, in sequences per step")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seed", type=int, default=1337)

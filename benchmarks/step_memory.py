@@ -20,7 +20,7 @@ SHAPE = {"n_layer": 12, "n_head": 12, "n_embd": 768, "context_length": 1024}
 VOCABULARY, CONTEXT, BATCH = 50_257, 1024, 4
 
 
-def peak_resident() -> int:
+def peak_rss() -> int:
     """Return the maximum resident set size of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
@@ -33,7 +33,7 @@ def run_worker(variant: str) -> None:
     if variant == "transformers":
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        before = peak_resident()
+        before = peak_rss()
         network = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)).train()
         optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
 
@@ -51,7 +51,7 @@ def run_worker(variant: str) -> None:
         from tinylm.training.precision import Precision
         from tinylm.training.step import GradientSettings, accumulate
 
-        before = peak_resident()
+        before = peak_rss()
         keep_freed_memory()
         transformer = Transformer(DecoderSection.model_validate({"preset": "gpt2", **SHAPE}), VOCABULARY)
         transformer.recompute = variant == "checkpointing"
@@ -67,7 +67,7 @@ def run_worker(variant: str) -> None:
     step()
     start = time.perf_counter()
     step()
-    print(json.dumps({"peak": peak_resident(), "before": before, "seconds": time.perf_counter() - start}))
+    print(json.dumps({"peak": peak_rss(), "before": before, "seconds": time.perf_counter() - start}))
 
 
 def main() -> None:

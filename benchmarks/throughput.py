@@ -1,11 +1,11 @@
-"""Compare the training speed of tinylm and of a plain loop around transformers' GPT2LMHeadModel, in turn on the same cores.
+"""Compare the training speed of tinylm and of a plain loop around transformers' GPT2LMHeadModel.
 
     python benchmarks/throughput.py [--rounds 5] [--steps 4] [--precision fp32]
 
 The model has 13.9M parameters: 6 layers, 6 heads, width 384, vocabulary 8192, context 256. The batch size is 8, and gradients are
-clipped at norm 1. The model FLOPs are 6 per weight and token, plus those of causal attention. MFU is relative to the throughput
-of a 2048 x 2048 matmul, measured between the rounds. The script also prints the optimizer's share of the step time for AdamW and
-Muon.
+clipped to norm 1. All variants run in turn on the same cores. Model FLOPs are counted as 6 per parameter per token, plus causal
+attention. MFU is relative to the throughput of a 2048 x 2048 matmul, measured between the rounds. The script also prints the
+optimizer's share of the step time for AdamW and Muon.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def dataset() -> TokenStream:
 def make_tinylm_step(
     preset: str, section: AdamWOptimizer | MuonOptimizer, precision: Precision, compiled: bool
 ) -> Callable[[], tuple[float, float]]:
-    """Return a function that takes a training step and returns (seconds for the whole step, seconds for the optimizer)."""
+    """Return a function that runs one training step and returns (seconds for the whole step, seconds for the optimizer)."""
     model = DecoderSection.model_validate({"preset": preset, **SHAPE, "tie_embeddings": True})
     network = Transformer(model, VOCABULARY)
     optimizers = groups.build(section, network)
@@ -114,7 +114,7 @@ VARIANTS = ("transformers", "gpt2", "gpt2, compiled", "modern, muon", "modern, m
 
 
 def run_worker(variant: str, precision: Precision) -> None:
-    """Take a training step for each line on stdin, and print the seconds for the whole step and for the optimizer."""
+    """Run a training step for each line on stdin, and print the seconds for the whole step and for the optimizer."""
     if variant == "transformers":
         step = make_transformers_step(precision)
     else:

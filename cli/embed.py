@@ -53,7 +53,7 @@ FOLDER, VECTORS = embedding_queries.FOLDER, embedding_queries.VECTORS
 
 @app.command()
 def train(
-    source: list[str] = typer.Argument(..., help="Texts to train on."),
+    source: list[str] = typer.Argument(..., help="The text to train on: files, folders, globs, URLs or builtin:NAME."),
     out_: str | None = typer.Option(None, "--out", help="Output folder. Default: embeddings/NAME."),
     name: str | None = typer.Option(None, "--name", help="Name of the vectors. Default: the method."),
     method: str = typer.Option("skipgram", "--method", help="skipgram, cbow or glove."),
@@ -73,7 +73,7 @@ def train(
     max_size: int | None = typer.Option(None, "--max-size", help="Maximum vocabulary size: keep only the most frequent words."),
     keep_case: bool = typer.Option(False, "--keep-case", help="Do not convert words to lower case."),
     tokenizer: str | None = typer.Option(
-        None, "--tokenizer", "-t", help="Train token vectors instead of word vectors, with this tokenizer.json or run."
+        None, "--tokenizer", "-t", help="Train token vectors instead of word vectors, using this tokenizer.json or the tokenizer of this run."
     ),
     probe: list[str] | None = typer.Option(
         None, "--probe", help="Show the neighbors of this word during training. Can be repeated."
@@ -224,13 +224,13 @@ def _show_result(result: EmbeddingResult, unit: str, console: StderrConsole, jso
 
 @app.command("from-run")
 def from_run(
-    source: list[str] | None = typer.Argument(None, help="Texts, for --which contextual or sentence."),
+    source: list[str] | None = typer.Argument(None, help="For contextual or sentence: files, folders, globs, URLs or builtin:NAME."),
     run: str | None = RUN,
     checkpoint: str | None = CHECKPOINT,
     which: str = typer.Option(
         "input",
         "--which",
-        help="input or output: that embedding matrix. contextual: the mean hidden state of each token over a text. "
+        help="input: the input embedding matrix. output: the output embedding matrix. contextual: the mean hidden state of each token over a text. "
         "sentence: one vector for each line of a text file, or for each record.",
     ),
     pool: str = typer.Option("mean", "--pool", help="For sentence: cls (the first token), mean or last."),
@@ -288,7 +288,7 @@ def from_run(
     if which == "sentence":
         from tinylm.embedding.sentences import table
 
-        texts = list(embedding_queries.lines_of(source or (), field, template, checked_errors(errors)))
+        texts = list(embedding_queries.read_texts(source or (), field, template, checked_errors(errors)))
         vectors = table(
             model_run,
             texts,
@@ -321,7 +321,7 @@ def from_run(
 def _note_byte_mapping(is_mapped: bool, quiet: bool) -> None:
     if is_mapped and not quiet:
         stderr_console().print_line(
-            "some names contain whitespace, so all names were written byte-mapped; read them with `embed import --byte-mapped`",
+            "some words or tokens contain whitespace, so all were written in byte-mapped form; read them with `embed import --byte-mapped`",
             styles.WARNING,
         )
 
@@ -365,9 +365,9 @@ def import_(
     file: str = typer.Argument(..., help="A file in any of the formats of `embed export`."),
     out_: str = typer.Option(..., "--out", help="Output file (.safetensors)."),
     from_: str | None = typer.Option(None, "--from", help="Format. Default: detected from the suffix and the first bytes."),
-    byte_mapped: bool = typer.Option(False, "--byte-mapped", help="Decode names that `embed export` wrote byte-mapped."),
+    byte_mapped: bool = typer.Option(False, "--byte-mapped", help="Decode words or tokens that `embed export` wrote in byte-mapped form."),
     tokens: bool = typer.Option(
-        False, "--tokens", help="The names are tokens in byte-mapped form (`Ġthe`). Keep them, and display them as text."
+        False, "--tokens", help="The file contains tokens in byte-mapped form (`Ġthe`). Store them in this form, but display them as text."
     ),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing file."),
     json: bool = JSON,
@@ -395,9 +395,9 @@ def plot(
     ),
     vectors: str | None = VECTORS,
     projection: str = typer.Option("pca", "--projection", help="pca, umap or tsne; umap and tsne require tinylm[umap]."),
-    max_names: int = typer.Option(2000, "--max-names", min=3, help="Draw only this many of the most frequent names."),
+    max_names: int = typer.Option(2000, "--max-names", min=3, help="Draw only this many of the most frequent words or tokens."),
     labels: int = typer.Option(
-        150, "--labels", min=0, help="Number of names to show in an image. An HTML page shows more when you zoom in."
+        150, "--labels", min=0, help="Number of words or tokens to label in an image. An HTML page shows more when you zoom in."
     ),
     seed: int = typer.Option(1337, "--seed", min=0, help="Random seed for umap and tsne."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing file."),

@@ -41,7 +41,7 @@ VECTORS = typer.Option(
 COUNT = typer.Option(10, "-n", min=1, help="Number of neighbors.")
 METHOD = typer.Option("3cosadd", "--method", help="How to score answers: 3cosadd or 3cosmul.")
 MAX_NAMES = typer.Option(
-    30_000, "--max-names", min=0, help="Consider only the N most frequent names as answers. 0 means all of them.", metavar="N"
+    30_000, "--max-names", min=0, help="Consider only the N most frequent words as answers. 0 means no limit.", metavar="N"
 )
 
 
@@ -63,7 +63,7 @@ def load_vectors(path: str | None, quiet: bool = False) -> Vectors:
     return read(files[-1])
 
 
-def lines_of(sources: Sequence[str], field: str, template: str | None, errors: str) -> Iterator[str]:
+def read_texts(sources: Sequence[str], field: str, template: str | None, errors: str) -> Iterator[str]:
     """Yield the non-blank texts in the sources: each record, and each line of a plain text file."""
     from tinylm.text.sources import Corpus
 
@@ -161,19 +161,19 @@ def nearest(
     For vectors from `embed from-run --which sentence`, the sentence can be any text. The run that computed the vectors encodes it.
     """
     loaded = load_vectors(vectors, quiet)
-    of_sentences = loaded.notes.get("which") == "sentence"
-    if run is not None and not of_sentences:
+    are_sentence_vectors = loaded.notes.get("which") == "sentence"
+    if run is not None and not are_sentence_vectors:
         raise InputError("requires sentence vectors", where="--run")
 
     def neighbors(query: str) -> list[Neighbor]:
-        if not of_sentences or query in loaded.index:
+        if not are_sentence_vectors or query in loaded.index:
             return loaded.nearest(query, n)
         from tinylm.embedding.sentences import query_vector
 
         return loaded.nearest_to(query_vector(loaded, query, run), n)
 
     _answer_queries(
-        _QueryCommand("nearest", 1, whole_lines=of_sentences),
+        _QueryCommand("nearest", 1, whole_lines=are_sentence_vectors),
         [" ".join(word)] if word else None,
         json,
         lambda words: {"query": words[0], "neighbours": _neighbor_dicts(neighbors(words[0]))},
@@ -236,7 +236,7 @@ def odd_one_out(
     json: bool = JSON,
     quiet: bool = QUIET,
 ) -> None:
-    """Print the word that is least similar to the mean of all words."""
+    """Print the word that is least similar to the mean of the given words."""
     loaded = load_vectors(vectors, quiet)
 
     def answer(words: list[str]) -> dict[str, Any]:
@@ -247,7 +247,7 @@ def odd_one_out(
 
 
 def evaluate(
-    file: list[str] = typer.Argument(..., help="Analogies (questions-words.txt) or word similarities (wordsim353.tsv)."),
+    file: list[str] = typer.Argument(..., help="Test files: analogies (such as questions-words.txt) or word similarities (such as wordsim353.tsv)."),
     vectors: str | None = VECTORS,
     method: str = METHOD,
     max_names: int = MAX_NAMES,

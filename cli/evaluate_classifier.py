@@ -72,13 +72,9 @@ def _print_totals(console: Console, result: ClassifierEvaluation) -> None:
         )
     for name, baseline in result.baselines.items():
         low, high = baseline.difference_ci95
-        difference = scores.accuracy - baseline.accuracy
-        rows.append(
-            (
-                _NAMES[name],
-                f"{baseline.accuracy:.2%}; model minus baseline {difference:+.2%}  (95% interval {low:+.2%} to {high:+.2%})",
-            )
-        )
+        difference = f"{100 * (scores.accuracy - baseline.accuracy):+.2f} points"
+        interval = f"95% interval {100 * low:+.2f} to {100 * high:+.2f}"
+        rows.append((_NAMES[name], f"{baseline.accuracy:.2%}; difference (model - baseline) {difference}  ({interval})"))
     print_fields(console, rows)
 
 
@@ -108,8 +104,8 @@ def _print_confusion(console: Console, result: ClassifierEvaluation) -> None:
     table.add_column("texts", justify="right")
     table.add_column("true label")
     table.add_column("predicted")
-    for count, right, predicted in sorted(pairs, key=lambda pair: (-pair[0], pair[1:]))[:_MAX_CONFUSIONS]:
-        table.add_row(f"{count:,}", Text(labels[right]), Text(labels[predicted]))
+    for count, true, predicted in sorted(pairs, key=lambda pair: (-pair[0], pair[1:]))[:_MAX_CONFUSIONS]:
+        table.add_row(f"{count:,}", Text(labels[true]), Text(labels[predicted]))
     console.print(table)
 
 

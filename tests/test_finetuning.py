@@ -209,7 +209,7 @@ def test_held_out_text_that_the_source_run_was_trained_on_is_reported_everywhere
     assert inherited["sources"] == [str(text_file)]
     card = model_card(run, run.checkpoint(), 1, "Class", (), Snippet("Once", 3, False))
     assert f"started from the weights of the run `{tiny_run.name}`, which was trained on `{text_file}`" in card
-    assert re.search(rf"\d+% of its \d+-token sequences also occur in the training text of {tiny_run.name}", card)
+    assert re.search(rf"\d+% of the text's \d+-token sequences also occur in the training text of {tiny_run.name}", card)
 
 
 def test_an_unrecorded_training_text_is_reported_as_unknown(tiny_run: Run, code_file: Path, tmp_path: Path) -> None:

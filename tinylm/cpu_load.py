@@ -1,4 +1,4 @@
-"""Measure whether other programs are using this machine's CPU cores. This module does not import torch."""
+"""Detect whether other programs are using this machine's CPU cores. This module does not import torch."""
 
 from __future__ import annotations
 

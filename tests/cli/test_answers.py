@@ -225,7 +225,7 @@ def test_plan_estimates_the_cost_on_accelerators(run_cli: RunCli, recipe_file: P
     assert planned["compute_optimal"]["unique_tokens"] == local["compute_optimal"]["unique_tokens"] > 0
     shown = run_cli("plan", recipe_file, "--hardware", "h100-sxm", "--devices", 2).out
     assert "time on 2 h100-sxm" in shown
-    assert "20 tokens per parameter" in shown
+    assert "(20 per parameter, " in shown
 
 
 def test_a_plan_warns_about_parts_that_it_does_not_estimate(run_cli: RunCli, recipe_file: Path) -> None:

@@ -100,7 +100,7 @@ def test_the_custom_class_rejects_arguments_it_would_ignore(exported: Any) -> No
         other(ids, token_type_ids=torch.zeros_like(ids))
     with pytest.raises((TypeError, ValueError), match="head_mask"):
         other.generate(ids, head_mask=torch.ones(1), max_new_tokens=2)
-    with pytest.raises(ValueError, match="this model needs input_ids"):
+    with pytest.raises(ValueError, match="this model requires input_ids"):
         other(inputs_embeds=other.get_input_embeddings()(ids))
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         other()

@@ -240,7 +240,7 @@ def test_running_out_of_memory_is_not_mistaken_for_a_compilation_failure(monkeyp
 def test_the_loss_is_compiled_only_on_cuda_for_large_logits_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     fused, large = functions.FusedLoss(), 65_536 * 50_304
     for triton in (True, False):
-        monkeypatch.setattr(functions, "_has_triton", lambda triton=triton: triton)
+        monkeypatch.setattr(functions, "has_triton", lambda triton=triton: triton)
         assert (fused.function(large, torch.device("cuda")) is fused) == triton
         assert fused.function(64 * 61, torch.device("cuda")) is None
         assert fused.function(large, torch.device("cpu")) is None

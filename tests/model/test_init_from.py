@@ -50,7 +50,7 @@ def test_head_off_loads_all_weights_except_the_head() -> None:
     with torch.no_grad():
         assert torch.equal(network.hidden(ids()), source.hidden(ids()))
     assert not torch.equal(network.head.weight, source.head.weight)
-    with pytest.raises(InputError, match="with tied embeddings the head is the embedding"):
+    with pytest.raises(InputError, match="tied embeddings share the head"):
         init_from(source, init_from={"run": "runs/source", "head": False})
 
 

@@ -50,7 +50,7 @@ def encode_in_parallel(tokenizer: Tokenizer, pieces: Iterable[Piece], workers: i
         while pending:
             yield from pending.popleft().result()
     except BrokenProcessPool:
-        hint = "it may have run out of memory; use fewer --workers"
+        hint = "it may have run out of memory; reduce --workers"
         raise WorkError("a tokenization worker was killed", hint=hint) from None
     finally:
         pool.shutdown(cancel_futures=True)

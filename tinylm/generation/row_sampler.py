@@ -119,6 +119,8 @@ class RowSampler:
 def _fail_unusable_rows(logits: Tensor, sequences: Sequence[SequenceState]) -> Tensor:
     """Fail sequences whose logits contain NaN or infinity or are all minus infinity. Returns logits that are usable in every
     row."""
+    if math.isfinite(logits.sum().item()):  # the usual case
+        return logits
     maxima = logits.amax(dim=-1).tolist()  # NaN if any logit is NaN
     unusable = [row for row, maximum in enumerate(maxima) if not math.isfinite(maximum)]
     if not unusable:

@@ -2,7 +2,7 @@
 
 It maps token ids to logits or, with targets, to the summed loss.
 
-Legend: `B` batch, `T` time, `C` width, `V` vocabulary.
+Dimensions: `B` batch, `T` time, `C` width, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from tinylm.model.positions import positions_in_segments, rope_table, segment_ma
 from tinylm.recipe.schema import ModelVariant, TransformerSection
 
 NGRAM_LR_MULTIPLIER = 6.0
-"""Learning rate of n-gram tables relative to other embeddings. Most table rows occur too rarely to learn at the same rate."""
+"""Learning rate of n-gram tables relative to other embeddings. Most n-grams occur too rarely for their rows to be learned with the
+same learning rate."""
 _PER_TOKEN = re.compile(r"embedding\.weight|head\.weight|ngrams\.table\.weight|blocks\.\d+\.value_embedding\.weight")
-"""Names of the weights that depend on the vocabulary."""
+"""Matches the names of the weights whose rows belong to tokens or n-grams."""
 INITIAL_TABLE_LENGTH = 1 << 16
 """Maximum length of the position tables in a new network. The tables grow when more positions are needed."""
 
@@ -151,7 +152,8 @@ class Transformer(Model):
     ) -> Tensor:
         """Ids (B, T) -> final hidden states (B, T, C), the input of the head. `n_last`: return only the last `n_last` positions.
 
-        `added`: vectors to add to the token embeddings, broadcast to (B, T, C). `memory`: the input of cross-attention.
+        `added`: vectors to add to the token embeddings, broadcast to (B, T, C). `memory`: the encoder output, to
+        which cross-attention attends.
         """
         start = cache.length if cache is not None else 0
         end = start + tokens.shape[1]
@@ -193,7 +195,7 @@ class Transformer(Model):
         return x
 
     def _uses_block_mask(self, cache: CacheRows | None, n_last: int | None) -> bool:
-        """Whether to attend within segments with compiled FlexAttention, which supports only the attention of a training step."""
+        """Whether to use compiled FlexAttention for the segment mask. It is supported only in training steps."""
         training_step = torch.is_grad_enabled() and cache is None and n_last is None and self.compile_loss
         return training_step and block_mask.is_supported(self.model, self.device) and not has_functions(self)
 

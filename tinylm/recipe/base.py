@@ -54,7 +54,7 @@ class InitFrom(Section):
     run: RequiredPath
     """A run folder, whose best checkpoint is used, or a checkpoint folder."""
     head: Flag = True
-    """Load the output head. false initializes a new head and, if the tokenizer differs, also new embedding tables."""
+    """Load the output head. If false, initialize a new head and, if the tokenizer differs, also new embedding tables."""
 
 
 class ModelVariant(Section):

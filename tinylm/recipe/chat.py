@@ -88,9 +88,9 @@ class ChatSection(DataVariant):
     """The conversations to evaluate on: a share of the conversations, or another SOURCE."""
     test: OptionalConversationPart = None
     """Conversations that training never uses, not even to choose the best checkpoint: a share, or another SOURCE. `tinylm eval
-    --split test` evaluates on them. null means none."""
+    --split test` evaluates on them. `null` means none."""
     layout: Literal["messages", "prompt_response", "alpaca"] = "messages"
-    """The fields of a record. messages: a list of {role, content}. prompt_response: a question and an answer. alpaca:
+    """The fields of a record. `messages`: a list of `{role, content}`. `prompt_response`: a question and an answer. `alpaca`:
     `instruction`, an optional `input`, and `output`."""
     messages: str = "messages"
     """With `layout: messages`, the field that contains the list of messages."""
@@ -101,11 +101,11 @@ class ChatSection(DataVariant):
     packing: Flag = True
     """Pack several conversations into one sequence. Attention does not cross conversations, so packing does not change the loss."""
     mix: Annotated[MixSection | None, BeforeValidator(_expand_mix)] = None
-    """Plain text to mix into training. null means none."""
+    """Plain text to mix into training. `null` means none."""
     errors: Literal["strict", "replace"] = "strict"
-    """What to do with bytes that are not UTF-8. strict reports an error, and replace substitutes U+FFFD."""
+    """What to do with bytes that are not UTF-8. `strict` reports an error, and `replace` substitutes U+FFFD."""
     format: Literal["chat"] = "chat"
-    """What the sources contain: chat means conversations."""
+    """What the sources contain: `chat` means conversations."""
 
     def sources(self) -> dict[str, tuple[str, ...]]:
         others = {"heldout": self.heldout, "test": self.test}

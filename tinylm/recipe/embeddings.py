@@ -41,7 +41,7 @@ class EmbeddingDataSection(Section):
     """Combines several fields into the text of a document, for example `"{category}: {body}"`. Replaces `field`. Write braces in
     the text as `{{` and `}}`."""
     errors: Literal["strict", "replace"] = "strict"
-    """What to do with bytes that are not UTF-8. strict reports an error, and replace substitutes U+FFFD."""
+    """What to do with bytes that are not UTF-8. `strict` reports an error, and `replace` substitutes U+FFFD."""
 
 
 class WordVocabulary(Section):
@@ -53,7 +53,7 @@ class WordVocabulary(Section):
     min_count: Count = 5
     """Words with fewer occurrences are removed from the text before windows are formed, as in word2vec."""
     max_size: OptionalCount = None
-    """Maximum number of words. The most frequent words are kept. null means no limit."""
+    """Maximum number of words. The most frequent words are kept. `null` means no limit."""
 
 
 class TokenVocabulary(Section):
@@ -76,13 +76,13 @@ class Word2VecMethod(Section):
     negatives: SmallCount = 5
     """Number of negative samples for each pair of neighbors."""
     exponent: Exponent = 0.75
-    """Negative samples are drawn with probability proportional to count ** exponent."""
+    """Negative samples are drawn with probability proportional to `count ** exponent`."""
     subsample: NotNegative = 1e-3
-    """Words that make up more than this fraction of the text are subsampled. 0 means no subsampling."""
+    """Words that make up more than this fraction of the text are subsampled. `0` means no subsampling."""
     lr: LearningRate
     """Initial learning rate."""
     lr_end: NotNegative = 1e-4
-    """Final learning rate. The rate decays linearly from lr."""
+    """Final learning rate. The rate decays linearly from `lr`."""
     epochs: Count = 5
     """Number of passes over the text."""
 
@@ -110,9 +110,9 @@ class GloveMethod(Section):
     window: SmallCount = 15
     """Window size on each side. A word at distance d adds 1/d to a count."""
     x_max: Positive = 100.0
-    """Counts of at least x_max have weight 1. Smaller counts have weight (count / x_max) ** alpha."""
+    """Counts of at least `x_max` have weight 1. Smaller counts have weight `(count / x_max) ** alpha`."""
     alpha: Exponent = 0.75
-    """The exponent in the weight of a count (see x_max)."""
+    """The exponent in the weight of a count (see `x_max`)."""
     lr: LearningRate = 0.05
     """Learning rate of AdaGrad."""
     epochs: Count = 25
@@ -142,7 +142,7 @@ class WatchSection(Section):
     """The nearest neighbors shown during training."""
 
     probes: Texts = ()
-    """Words whose nearest neighbors are shown. [] means five frequent words."""
+    """Words whose nearest neighbors are shown. `[]` means five frequent words."""
     neighbours: CountOrZero = 5
     """Number of neighbors to show."""
     every: OpenShare = 0.1
@@ -153,7 +153,8 @@ class EmbeddingCheckpointSection(Section):
     """Checkpoints during training."""
 
     every: Share = 0.1
-    """The interval between checkpoints, as a fraction of the training run. 0 saves only at the end and when training is stopped."""
+    """The interval between checkpoints, as a fraction of the training run. `0` saves only at the end and when training is
+    stopped."""
 
 
 class EmbeddingRecipe(Section):
@@ -170,7 +171,7 @@ class EmbeddingRecipe(Section):
     )
     """The units to learn vectors for: words, or the tokens of a tokenizer."""
     method: Annotated[Method, BeforeValidator(_default_method)] = SkipGramMethod(name="skipgram")
-    """The method that learns the vectors, as a name or as a section: skipgram, cbow or glove."""
+    """The method that learns the vectors, as a name or as a section: `skipgram`, `cbow` or `glove`."""
     watch: WatchSection = WatchSection()
     checkpoint: EmbeddingCheckpointSection = EmbeddingCheckpointSection()
 

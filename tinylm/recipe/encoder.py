@@ -20,10 +20,10 @@ _SHORTEST_CONTEXT = 3
 
 
 class EncoderSection(TransformerSection):
-    """A transformer encoder, in which every position attends to all positions. The bert preset matches BertModel.
+    """A transformer encoder, in which every position attends to all positions. The `bert` preset matches BertModel.
 
-    Each text is wrapped in [CLS] and [SEP], which are added as control tokens to a learned tokenizer. attention_window is the
-    number of positions on each side, including the position itself.
+    Each text is wrapped in [CLS] and [SEP], which are added as control tokens to a learned tokenizer. `attention_window` is
+    the number of positions on each side, including the position itself.
     """
 
     presets = ENCODER_PRESETS
@@ -34,12 +34,13 @@ class EncoderSection(TransformerSection):
     preset: Literal["modern", "bert"] = "modern"
     """The preset that sets the defaults of the other keys."""
     norm_first_block: Flag = True
-    """Normalize the input of the first block's attention. ModernBERT uses false, because its embedding is already normalized."""
+    """Normalize the input of the first block's attention. ModernBERT sets this to false, because its embedding is already
+    normalized."""
     token_types: CountOrZero
     """Number of token type embeddings (BERT's segments), one of which is added to each token embedding. Text has type 0."""
     head_transform: Flag
-    """Apply a linear layer, an activation and a norm before the head, as in BERT. The activation is feed_forward if that is gelu or
-    relu, and gelu_exact otherwise."""
+    """Apply a linear layer, an activation and a norm before the head, as in BERT. The activation is `feed_forward` if that is
+    `gelu` or `relu`, and `gelu_exact` otherwise."""
     head_bias: Flag
     """Use a learned bias in the head."""
 

@@ -44,48 +44,49 @@ class EncoderDecoderSection(ModelVariant):
     n_layer: Blocks = 6
     """Number of encoder blocks."""
     n_decoder_layer: OptionalWidth = None
-    """Number of decoder blocks. null means n_layer."""
+    """Number of decoder blocks. `null` means `n_layer`."""
     n_head: Width = 8
     """Number of attention heads in each block."""
     n_kv_head: OptionalWidth = None
-    """Number of key/value heads, for grouped-query attention. null means n_head."""
+    """Number of key/value heads, for grouped-query attention. `null` means `n_head`."""
     n_embd: Width = 256
     """Width of the residual stream."""
     head_dim: OptionalWidth = None
-    """Width of an attention head. null means n_embd / n_head."""
+    """Width of an attention head. `null` means `n_embd / n_head`."""
     context_length: ContextLength = 128
     """Maximum number of tokens in a source sentence, and in a translation. Longer training pairs are skipped."""
     norm: Literal["layernorm", "rmsnorm"]
     """The kind of normalization layer."""
     norm_position: Literal["pre", "post", "output", "both"]
-    """pre normalizes the input of each attention and feed-forward layer, and of the head. post normalizes each residual sum.
-    output normalizes the output of each layer. both normalizes its input and its output."""
+    """Where norms are applied. `pre`: to the input of each attention and feed-forward layer. `post`: to each residual sum.
+    `output`: to the output of each layer before it is added. `both`: to the input and the output. With all values except `post`, a
+    norm is also applied to the input of the head."""
     norm_eps: Epsilon
     """The epsilon added under the square root of a norm."""
     norm_gain: Flag
     """Multiply the output of norms by a learned gain."""
     position: Literal["learned", "sinusoidal", "rope", "none"]
-    """How positions are encoded. sinusoidal uses Marian's layout, in which all sines precede all cosines. rope rotates the queries
-    and keys of self-attention."""
+    """How positions are encoded. `sinusoidal` uses Marian's layout, in which all sines precede all cosines. `rope` rotates the
+    queries and keys of self-attention."""
     rope_theta: OptionalPositive = None
-    """The base of the rotary frequencies with `position: rope`. null means 10000."""
+    """The base of the rotary frequencies with `position: rope`. `null` means 10000."""
     feed_forward: Literal["gelu", "gelu_exact", "relu", "relu2", "silu", "swiglu", "geglu"]
     """The activation of the feed-forward layers."""
     feed_forward_multiple: Factor
-    """The hidden width of the feed-forward layers as a multiple of n_embd, rounded to the nearest multiple of 8."""
+    """The hidden width of the feed-forward layers as a multiple of `n_embd`, rounded to the nearest multiple of 8."""
     n_inner: OptionalWidth = None
-    """The hidden width of the feed-forward layers. null means that feed_forward_multiple determines it."""
+    """The hidden width of the feed-forward layers. `null` means that `feed_forward_multiple` determines it."""
     bias: Flag
     """Use a learned bias in linear layers and layer norms."""
     head_bias: Flag
     """Use a learned bias in the head."""
     tie_embeddings: Literal["all", "output", "none"]
-    """all shares one matrix between source embedding, target embedding and head. output shares one between target embedding and
-    head."""
+    """Which matrices share their weights. `all`: the source embedding, the target embedding and the head. `output`: the target
+    embedding and the head."""
     scale_embeddings: Flag
-    """Multiply embeddings by the square root of n_embd."""
+    """Multiply embeddings by the square root of `n_embd`."""
     learned_start: Flag
-    """Use a learned vector as the embedding before the first target token. false uses zeros, as in Marian."""
+    """Use a learned vector as the embedding before the first target token. If false, use zeros, as in Marian."""
     qk_norm: Flag
     """Apply an RMS norm to the queries and keys of each head."""
     embedding_norm: Flag
@@ -95,9 +96,9 @@ class EncoderDecoderSection(ModelVariant):
     dropout: ShareBelowOne
     """Dropout probability for the embeddings and for the output of each attention and feed-forward layer."""
     attention_dropout: OptionalShareBelowOne
-    """Dropout probability for the attention weights. null means the value of dropout."""
+    """Dropout probability for the attention weights. `null` means the value of `dropout`."""
     logit_softcap: OptionalPositive = None
-    """Soft cap c for the logits, which become c * tanh(logits / c). null means no cap."""
+    """Soft cap c for the logits, which become `c * tanh(logits / c)`. `null` means no cap."""
     init_from: Annotated[InitFrom | None, BeforeValidator(expand_init_from)] = None
     """The run whose weights are loaded: `init_from: RUN`, or `init_from: {run: RUN, head: off}`."""
 

@@ -69,7 +69,7 @@ class NgramSection(ModelVariant):
     """The maximum length of an n-gram, including the token that it predicts."""
     prune: Thresholds = (0,)
     """Thresholds by order: n-grams with at most this many occurrences are removed. The last threshold also applies to longer
-    n-grams. For example, [0, 0, 1] removes all 3-grams and longer n-grams that occur once. The first threshold must be 0."""
+    n-grams. For example, `[0, 0, 1]` removes all 3-grams and longer n-grams that occur once. The first threshold must be 0."""
     context_length: ContextLength = 4096
     """Number of tokens in a chunk of the training text. It does not change the model."""
 

@@ -59,21 +59,21 @@ class LabelsSection(DataVariant):
     """The labeled texts to evaluate on: a share of each label, or another SOURCE."""
     test: OptionalLabeledPart = None
     """Labeled texts that training never uses, not even to choose the best checkpoint: a share of each label, or another SOURCE.
-    `tinylm eval --split test` evaluates on them. null means none."""
+    `tinylm eval --split test` evaluates on them. `null` means none."""
     text: str = "text"
     """The field or column that contains the text."""
     label: str = "label"
     """The field or column that contains the label. Numbers and booleans become labels in JSON notation."""
     errors: Literal["strict", "replace"] = "strict"
-    """What to do with bytes that are not UTF-8. strict reports an error, and replace substitutes U+FFFD."""
+    """What to do with bytes that are not UTF-8. `strict` reports an error, and `replace` substitutes U+FFFD."""
     train_share: ShareAboveZero = 1.0
     """The share of each label's training texts to use, for example to measure the effect of less data. Held-out texts do not
     change."""
     truncate: Literal["head", "head_tail"] = "head"
-    """Which tokens to use if a text is longer than the context. head uses the beginning. head_tail fills a quarter of the context
-    with the end."""
+    """Which tokens to use if a text is longer than the context. `head`: those at the beginning. `head_tail`: those at the beginning
+    and at the end; the end fills a quarter of the context."""
     format: Literal["labels"] = "labels"
-    """What the sources contain: labels means texts with one label each."""
+    """What the sources contain: `labels` means texts with one label each."""
 
     def sources(self) -> dict[str, tuple[str, ...]]:
         others = {"heldout": self.heldout, "test": self.test}
@@ -92,17 +92,18 @@ class ClassificationObjective(ObjectiveVariant):
 
     name: Literal["classification"] = "classification"
     pool: Literal["auto", "cls", "mean", "last"] = "auto"
-    """The vector that represents a text: the hidden state of the first token (cls), of the last token (last), or the mean over all
-    tokens (mean). auto means cls for an encoder and last for other models, where only the last position has read the whole text."""
+    """The vector that represents a text: the hidden state of the first token (`cls`), of the last token (`last`), or the mean over
+    all tokens (`mean`). `auto` means `cls` for an encoder and `last` for other models, where only the last position depends on the
+    whole text."""
     pooler: Literal["tanh", "relu", "none"] = "tanh"
-    """The activation of a linear layer between this vector and the output layer: tanh as in BERT, relu as in DistilBERT, or none to
-    omit this layer."""
+    """The activation of a linear layer between this vector and the output layer: `tanh` as in BERT, `relu` as in DistilBERT, or
+    `none` to omit this layer."""
     label_smoothing: ShareBelowOne = 0.0
     """The share of the target probability that is spread uniformly over all labels."""
     class_weights: ClassWeights = "none"
-    """The weight of each label in the loss: none, balanced (inversely proportional to its frequency in the training texts), or a
-    number for each label. A label without a number has weight 1."""
+    """The weight of each label in the loss: `none`, `balanced` (inversely proportional to its frequency in the training texts), or
+    a number for each label. A label without a number has weight 1."""
     labels: LabelList = ()
-    """The labels in output order. [] means all labels in the training texts, sorted. The run's recipe lists them."""
+    """The labels in output order. `[]` means all labels in the training texts, sorted. The run's recipe lists them."""
     label_counts: Counts = ()
     """Number of training texts with each label. Training sets this key, and the run's recipe lists the counts."""

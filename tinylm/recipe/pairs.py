@@ -37,8 +37,9 @@ class PairShare(Section):
     share: OpenShare = 0.1
     """The share of the pairs."""
     by: Literal["document", "tail"] = "document"
-    """document sets aside whole documents, chosen by a hash of their name. A document is a message catalog, or all pairs with the
-    same `document` field. Without this field, every 100 consecutive pairs form a document. tail sets aside the last pairs."""
+    """Which pairs to set aside. `document`: whole documents, chosen by a hash of their name. A document is a message catalog, or
+    all pairs with the same `document` field. Without this field, every 100 consecutive pairs form a document. `tail`: the last
+    pairs."""
 
 
 def _expand(value: object) -> object:
@@ -80,7 +81,7 @@ class PairsSection(DataVariant):
     """The sentence pairs to evaluate on: a share of the documents, or other files."""
     test: OptionalPairPart = None
     """Sentence pairs that training never uses, not even to choose the best checkpoint: a share, or other files. `tinylm eval
-    --split test` evaluates on them. null means none."""
+    --split test` evaluates on them. `null` means none."""
     source: str = "source"
     """The field or column that contains the sentence to translate."""
     target: str = "target"
@@ -89,7 +90,7 @@ class PairsSection(DataVariant):
     """The field or column that contains the name of a pair's document, if there is one."""
     language: OptionalPath = None
     """The field or column that contains the target language. Each source sentence then starts with a control token such as `<2de>`,
-    so that one model can translate into several languages. null means a single language."""
+    so that one model can translate into several languages. `null` means a single language."""
     max_length_ratio: Positive = 4.0
     """Skip a pair if one side has more than this many times the characters of the other side. Pairs are kept if both sides have at
     most 20 characters."""
@@ -98,11 +99,11 @@ class PairsSection(DataVariant):
     overlap: Literal["drop", "keep"] = "drop"
     """What to do with held-out and test pairs whose source sentence also occurs in the training pairs."""
     vocabulary: Literal["shared", "separate"] = "shared"
-    """shared learns one tokenizer from both sides. separate learns one tokenizer per side."""
+    """`shared`: learn one tokenizer from both sides. `separate`: learn one tokenizer per side."""
     errors: Literal["strict", "replace"] = "strict"
-    """What to do with bytes that are not UTF-8. strict reports an error, and replace substitutes U+FFFD."""
+    """What to do with bytes that are not UTF-8. `strict` reports an error, and `replace` substitutes U+FFFD."""
     format: Literal["pairs"] = "pairs"
-    """What the sources contain: pairs means sentences and their translations."""
+    """What the sources contain: `pairs` means sentences and their translations."""
 
     def sources(self) -> dict[str, tuple[str, ...]]:
         parts = {"train": self.train, "heldout": self.heldout, "test": self.test}
@@ -128,4 +129,4 @@ class TranslationObjective(ObjectiveVariant):
     """The metric that selects the best checkpoint: the held-out loss, or the BLEU of greedy translations of the held-out
     sentences, which takes longer."""
     source_vocab_size: OptionalWidth = None
-    """The size of the source vocabulary if `data.vocabulary` is separate. Training sets this key."""
+    """The size of the source vocabulary with `data.vocabulary: separate`. Training sets this key."""

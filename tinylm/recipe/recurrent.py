@@ -25,8 +25,8 @@ class RecurrentSection(ModelVariant):
     """Number of predicted tokens in a training sequence. Gradients do not flow back to earlier tokens. Evaluation and sampling
     carry the state through any number of tokens."""
     burn_in: CountOrZero = 32
-    """Number of tokens before each training sequence that are used only to compute its initial state, without a gradient. 0 starts
-    each sequence with an empty state."""
+    """Number of tokens before each training sequence that are used only to compute its initial state, without a gradient. `0`
+    starts each sequence with an empty state."""
     tie_embeddings: Flag = False
     """Share the weights of the token embedding with the head."""
     dropout: ShareBelowOne = 0.0

@@ -88,7 +88,7 @@ class HeldoutShare(Section):
     share: OpenShare = 0.1
     """The fraction to hold out: of the characters with `by: tail`, or of the documents with `by: document`."""
     by: Literal["document", "tail"] = "tail"
-    """document holds out whole documents, chosen by a hash of their text. tail holds out the end of the text."""
+    """Which text to hold out. `document`: whole documents, chosen by a hash of their text. `tail`: the end of the text."""
 
 
 class HeldoutSources(Section):
@@ -144,22 +144,22 @@ class DataSection(DataVariant):
     """The text to evaluate on: a fraction of the training text, or another SOURCE."""
     test: OptionalTest = None
     """A text that is never used during training, not even to choose the best checkpoint: a fraction of the training text, or
-    another SOURCE. `tinylm eval --split test` evaluates on it. null means none."""
+    another SOURCE. `tinylm eval --split test` evaluates on it. `null` means none."""
     field: str = "text"
     """The field of each .jsonl line, or the column of a .csv, .tsv or .parquet file, that contains the text."""
     template: OptionalTemplate = None
     """Combines several fields into the text of a document, for example `"{category}: {body}"`. Replaces `field`. Write braces in
     the text as `{{` and `}}`."""
     errors: Literal["strict", "replace"] = "strict"
-    """What to do with bytes that are not UTF-8. strict reports an error, and replace substitutes U+FFFD."""
+    """What to do with bytes that are not UTF-8. `strict` reports an error, and `replace` substitutes U+FFFD."""
     shuffle: Literal["windows", "documents"] = "windows"
-    """What to shuffle in each epoch. windows cuts the text into windows and shuffles them. documents also shuffles the documents
+    """What to shuffle in each epoch. `windows`: cut the text into windows and shuffle them. `documents`: also shuffle the documents
     before the text is cut."""
     document_mask: Flag = False
     """Process each document in a window separately: attention does not cross documents, and positions restart at 0 in each
-    document. false lets the model attend to earlier documents, which is faster."""
+    document. If false, the model can attend to earlier documents, which is faster."""
     format: Literal["text"] = "text"
-    """What the sources contain: text means plain text, which becomes one stream of tokens."""
+    """What the sources contain: `text` means plain text, which becomes one stream of tokens."""
 
     def sources(self) -> dict[str, tuple[str, ...]]:
         others = {"heldout": self.heldout, "test": self.test}
@@ -202,8 +202,8 @@ class VocabularyTokenizer(LearnedTokenizer):
     vocab_size: VocabSize = 4096
     """Number of tokens, including the end-of-text, special and added tokens."""
     allow_smaller: Flag = True
-    """What to do if the text is too small for vocab_size. true learns fewer tokens and warns. false reports an error with the
-    largest possible size."""
+    """Learn fewer tokens, with a warning, if the text is too small for `vocab_size`. If false, report an error with the largest
+    possible size."""
     max_megabytes: Megabytes = 64
     """Maximum amount of text to learn from, in megabytes. A longer text is sampled evenly."""
 
@@ -213,19 +213,19 @@ class BpeTokenizer(VocabularyTokenizer):
 
     kind: Literal["bpe"]
     split: str = "gpt4"
-    """The pretokenizer, which splits text at boundaries that merges never cross: gpt4, gpt2, llama3, whitespace, none (only lines)
-    or a regular expression."""
+    """The pretokenizer, which splits text at boundaries that merges never cross: `gpt4`, `gpt2`, `llama3`, `whitespace`, `none`
+    (only lines) or a regular expression."""
     digits: OptionalSmallCount = None
-    """Maximum number of digits in one token. null means 2 for gpt4, 3 for llama3 and no limit otherwise."""
+    """Maximum number of digits in one token. `null` means 2 for `gpt4`, 3 for `llama3` and no limit otherwise."""
     min_frequency: Count = 1
     """Minimum number of occurrences that a pair needs to be merged."""
     max_token_length: OptionalCount = None
-    """Maximum length of a token, in bytes for `alphabet: bytes` and in characters otherwise. null means no limit."""
+    """Maximum length of a token, in bytes for `alphabet: bytes` and in characters otherwise. `null` means no limit."""
     alphabet: Alphabet = "bytes"
-    """The units that merges start from: bytes, text (all characters of the text), a number (of its most frequent characters) or the
-    characters themselves."""
+    """The units that merges start from: `bytes`, `text` (all characters of the text), a number (of its most frequent characters) or
+    the characters themselves."""
     byte_fallback: Flag = True
-    """Encode characters outside the alphabet as bytes. false encodes them as the unknown token."""
+    """Encode characters outside the alphabet as bytes. If false, encode them as the unknown token."""
     dropout: ShareBelowOne = 0.0
     """BPE dropout (Provilkov et al. 2020): the fraction of merges skipped at random when encoding the training text."""
 
@@ -235,16 +235,16 @@ class UnigramTokenizer(VocabularyTokenizer):
 
     kind: Literal["unigram"]
     split: str = "gpt4"
-    """The pretokenizer, as for bpe. Tokens never cross its boundaries."""
+    """The pretokenizer, as for `bpe`. Tokens never cross its boundaries."""
     digits: OptionalSmallCount = None
-    """Maximum number of digits in one token, as for bpe."""
+    """Maximum number of digits in one token, as for `bpe`."""
     max_token_length: SmallCount = 16
     """Maximum number of characters in a token."""
     alphabet: Characters = "text"
-    """Characters that are always tokens: text (all its characters), a number (its most frequent ones) or the characters
+    """Characters that are always tokens: `text` (all its characters), a number (its most frequent ones) or the characters
     themselves."""
     byte_fallback: Flag = True
-    """Encode characters outside the alphabet as bytes. false encodes them as the unknown token."""
+    """Encode characters outside the alphabet as bytes. If false, encode them as the unknown token."""
 
 
 class WordPieceTokenizer(VocabularyTokenizer):
@@ -252,13 +252,13 @@ class WordPieceTokenizer(VocabularyTokenizer):
 
     kind: Literal["wordpiece"]
     split: str = "bert"
-    """What a word is: bert (punctuation is separate), whitespace, or a regular expression applied between spaces."""
+    """What a word is: `bert` (punctuation is separate), `whitespace`, or a regular expression applied between spaces."""
     min_frequency: Count = 1
     """Minimum number of occurrences that a pair needs to be merged."""
     max_token_length: OptionalCount = None
-    """Maximum number of characters in a token. null means no limit."""
+    """Maximum number of characters in a token. `null` means no limit."""
     alphabet: Characters = "text"
-    """Characters that are always tokens: text (all its characters), a number (its most frequent ones) or the characters
+    """Characters that are always tokens: `text` (all its characters), a number (its most frequent ones) or the characters
     themselves. A word with any other character is unknown."""
 
 
@@ -267,7 +267,7 @@ class WordTokenizer(VocabularyTokenizer):
 
     kind: Literal["word"]
     split: str = "bert"
-    """What a word is, as for wordpiece."""
+    """What a word is, as for `wordpiece`."""
     min_frequency: Count = 1
     """Minimum number of occurrences that a word needs to become a token."""
 
@@ -340,7 +340,7 @@ class CausalLMObjective(ObjectiveVariant):
 
     name: Literal["causal_lm"] = "causal_lm"
     mask_prompt: Flag = True
-    """With the chat format, compute the loss only on the assistant's messages and end-of-turn tokens. false computes it on all
+    """With the chat format, compute the loss only on the assistant's messages and end-of-turn tokens. If false, compute it on all
     messages."""
 
 
@@ -361,7 +361,7 @@ class AdamWOptimizer(Section):
     eps: Epsilon = 1e-8
     """The epsilon added to the denominator."""
     weight_decay: NotNegative = 0.1
-    """Decoupled weight decay for matrices. Each step multiplies them by 1 - learning rate * weight_decay."""
+    """Decoupled weight decay for matrices. Each step multiplies them by `1 - learning rate * weight_decay`."""
 
 
 class MuonOptimizer(Section):
@@ -373,16 +373,16 @@ class MuonOptimizer(Section):
     momentum: ShareBelowOne = 0.95
     """Nesterov momentum."""
     momentum_warmup: CountOrZero = 0
-    """Number of steps over which the momentum rises from 0.85 to the value of the key momentum."""
+    """Number of steps over which the momentum rises from 0.85 to the value of `momentum`."""
     newton_schulz: Literal["polar_express", "classic"] = "polar_express"
-    """Coefficients of the Newton-Schulz iteration: polar_express (Amsel et al. 2025) or classic (Jordan et al. 2024)."""
+    """Coefficients of the Newton-Schulz iteration: `polar_express` (Amsel et al. 2025) or `classic` (Jordan et al. 2024)."""
     newton_schulz_steps: SmallCount = 3
-    """Number of Newton-Schulz iterations. 3 iterations with polar_express are about as accurate as 5 with classic."""
+    """Number of Newton-Schulz iterations. 3 iterations with `polar_express` are about as accurate as 5 with `classic`."""
     newton_schulz_dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Precision of the Newton-Schulz iteration. auto means bf16 on hardware with bf16 matrix units (GPUs since Ampere, CPUs with
-    AMX) and fp32 otherwise."""
+    """Precision of the Newton-Schulz iteration. `auto` means `bf16` on hardware with bf16 matrix units (GPUs since Ampere, CPUs
+    with AMX) and `fp32` otherwise."""
     weight_decay: NotNegative = 0.1
-    """Decoupled weight decay for the weights that Muon updates. Each step multiplies them by 1 - learning rate * weight_decay."""
+    """Decoupled weight decay for the weights that Muon updates. Each step multiplies them by `1 - learning rate * weight_decay`."""
     cautious_weight_decay: Flag = False
     """Apply weight decay only to weights that the update moves toward zero (Chen et al. 2025)."""
     adamw_lr: LearningRate = 4e-3
@@ -455,7 +455,7 @@ class NoamSchedule(Section):
     warmup: Count = 4000
     """Length of the linear warmup, in steps."""
     width: Width = 512
-    """The width in the formula, usually n_embd."""
+    """The width in the formula, usually `n_embd`."""
 
 
 Schedule = Annotated[
@@ -475,9 +475,9 @@ class LoraSection(Section):
     rank: Width = 8
     """Number of rows in A and of columns in B."""
     alpha: Positive = 16.0
-    """The product B A is scaled by alpha / rank."""
+    """The product B A is scaled by `alpha / rank`."""
     targets: Targets = LORA_TARGETS
-    """The linear layers of each block that get an adapter."""
+    """The linear layers of each block that have an adapter."""
 
 
 LENGTHS = ("steps", "tokens", "epochs", "minutes")
@@ -493,12 +493,12 @@ class GuardsSection(Section):
     """Maximum number of rollbacks. After a rollback, training continues past the offending batches. Once the limit is reached,
     training stops with a report."""
     spike: OptionalPositive = 12.0
-    """Flag a loss that is this many deviations above the median of the last 64 losses. A deviation is 1.48 times the median
-    absolute deviation. null means never."""
+    """Flag a loss that is this many robust standard deviations above the median of the last 64 losses. A robust standard deviation
+    is 1.48 times the median absolute deviation. `null` means never."""
 
 
 class TrainingSection(Section):
-    """Training length, batch size, precision and optimizer. Set exactly one of steps, tokens, epochs and minutes."""
+    """Training length, batch size, precision and optimizer. Set exactly one of `steps`, `tokens`, `epochs` and `minutes`."""
 
     steps: OptionalCount = None
     """Number of optimizer steps."""
@@ -511,25 +511,25 @@ class TrainingSection(Section):
     global_batch_size: BatchSize = 64
     """Number of sequences per optimizer step."""
     micro_batch_size: BatchSizeOrAuto = "auto"
-    """Number of sequences per forward pass. It must divide global_batch_size. auto chooses a size that fits in memory."""
+    """Number of sequences per forward pass. It must divide `global_batch_size`. `auto` chooses a size that fits in memory."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Precision of matrix products. Weights and optimizer state are always float32. auto chooses bf16 or fp16 if the
-    device supports it and it is faster, else fp32."""
+    """Precision of matrix products. Weights and optimizer state are always float32. `auto` chooses `bf16` or `fp16` if the device
+    supports it and it is faster, else `fp32`."""
     lora: LoraSection | None = None
     """Train only low-rank adapters of the model that `model.init_from` loads. The optimizer is then AdamW."""
     optimizer: Annotated[Optimizer, BeforeValidator(_default_optimizer), BeforeValidator(_expand_name)] = MuonOptimizer(name="muon")
-    """The optimizer, as a name or as a section: muon, adamw or auto, which means muon."""
+    """The optimizer, as a name or as a section: `muon`, `adamw` or `auto`, which means `muon`."""
     schedule: Annotated[Schedule, BeforeValidator(_default_schedule), BeforeValidator(_expand_name)] = WsdSchedule(name="wsd")
-    """The learning rate schedule, as a name or as a section: wsd, cosine, linear, constant, inverse_sqrt or noam."""
+    """The learning rate schedule, as a name or as a section: `wsd`, `cosine`, `linear`, `constant`, `inverse_sqrt` or `noam`."""
     clip_grad_norm: ClipNorm = 1.0
-    """Maximum global gradient norm. off means no clipping."""
+    """Maximum global gradient norm. `off` means no clipping."""
     compile: FlagOrAuto = "auto"
-    """Compile the blocks with torch.compile. auto compiles if that saves more time than the compilation takes."""
+    """Compile the blocks with torch.compile. `auto` compiles them if that saves more time than the compilation takes."""
     activation_checkpointing: Flag = False
     """Save only the input of each block and recompute the rest in the backward pass. This saves memory but takes more time."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
-    """How several processes share the model. ddp replicates it, and fsdp shards it. auto uses ddp if the model fits in memory and
-    fsdp otherwise."""
+    """How several processes share the model. `ddp` replicates it, and `fsdp` shards it. `auto` uses `ddp` if the model fits in
+    memory and `fsdp` otherwise."""
     guards: GuardsSection = GuardsSection()
     """What to do about non-finite losses and loss spikes."""
     log_every: Count = 10
@@ -558,10 +558,10 @@ class EvaluationSection(Section):
     """Number of steps between evaluations, or a fraction of the training run if below 1. The last step is always evaluated. With
     `training.minutes`, the default is 0.125."""
     max_tokens: TokenCount = None
-    """Evaluate only on the first max_tokens held-out tokens. null means all."""
+    """Evaluate only on the first `max_tokens` held-out tokens. `null` means all."""
     stride: OptionalCount = None
-    """Number of tokens from the start of one window to the next. A stride below context_length scores tokens with more context but
-    takes more time. null means context_length."""
+    """Number of tokens from the start of one window to the next. A stride below `context_length` scores tokens with more context
+    but takes more time. `null` means `context_length`."""
 
 
 class CheckpointSection(Section):
@@ -571,12 +571,12 @@ class CheckpointSection(Section):
     """Number of steps between checkpoints, or a fraction of the training run if below 1. Evaluated steps and the last step are also
     saved. With `training.minutes`, the default is 0.125."""
     keep: CountOrZero = 2
-    """Number of recent checkpoints to keep in addition to best and last."""
+    """Number of recent checkpoints to keep in addition to `best` and `last`."""
     keep_every: OptionalInterval = None
     """Number of steps between checkpoints that are never removed, or a fraction of the training run if below 1. `tinylm inspect
-    --checkpoints all` compares them. null means none."""
+    --checkpoints all` compares them. `null` means none."""
     optimizer: Literal["keep", "drop"] = "keep"
-    """What to do with the optimizer state, about two thirds of a checkpoint, when training is complete. drop removes it, and the
+    """What to do with the optimizer state, about two thirds of a checkpoint, when training is complete. `drop` removes it, and the
     run can then no longer be resumed."""
     on_failure: Literal["stop", "continue"] = "stop"
     """What to do if a checkpoint cannot be written, for example because the disk is full: stop training, or continue with a
@@ -587,15 +587,15 @@ class SamplingSection(Section):
     """Samples generated during training, written to samples.md."""
 
     every: OptionalInterval = None
-    """Number of steps between samples, or a fraction of the training run if below 1. null means no samples."""
+    """Number of steps between samples, or a fraction of the training run if below 1. `null` means no samples."""
     prompts: Texts = ("",)
     """The prompts to continue. An empty prompt starts a new document."""
     max_new_tokens: ContextLength = 80
     """Number of tokens to generate for each prompt."""
     temperature: Temperature = 0.8
-    """Sampling temperature. 0 means greedy decoding."""
+    """Sampling temperature. `0` means greedy decoding."""
     top_k: OptionalCount = 50
-    """Sample from the top_k most likely tokens. null means all."""
+    """Sample from the `top_k` most likely tokens. `null` means all."""
 
 
 class Recipe(Section):
@@ -606,21 +606,21 @@ class Recipe(Section):
     seed: Seed = 1337
     """Seed for the initial weights, the data order and dropout."""
     data: DataUnion
-    """What to train on and what to evaluate on: the format (by default text) and its keys."""
+    """What to train on and what to evaluate on: the format (by default `text`) and its keys."""
     tokenizer: Annotated[TokenizerSection, Field(discriminator="kind"), BeforeValidator(_default_tokenizer)] = BpeTokenizer(
         kind="bpe"
     )
     """How text is split into tokens: a tokenizer that is learned from the training text, or an existing one."""
     model: ModelSection = Field(default_factory=lambda: DecoderSection.model_validate({}))
-    """The network: its architecture (by default decoder) and the keys of this architecture."""
+    """The network: its architecture (by default `decoder`) and the keys of this architecture."""
     objective: ObjectiveSection = CausalLMObjective()
-    """What the model learns to predict, as a name or as a section. The default for the decoder architecture is causal_lm."""
+    """What the model learns to predict, as a name or as a section. The default for the decoder architecture is `causal_lm`."""
     training: TrainingSection
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     sampling: SamplingSection = SamplingSection()
     tracking: Trackers = ()
-    """Experiment trackers to log to: tensorboard, wandb, trackio, or a list of them."""
+    """Experiment trackers to log to: `tensorboard`, `wandb`, `trackio`, or a list of them."""
 
     @model_validator(mode="before")
     @classmethod

@@ -18,7 +18,7 @@ Supports = Mapping[str, Collection[Any] | Callable[[Any], bool]]
 """Maps each key to its supported values, or to a predicate on the whole section."""
 
 
-def ANY(section: BaseModel) -> bool:  # noqa: N802  a constant of `Supports`
+def ANY(section: BaseModel) -> bool:  # noqa: N802  used like a constant in `Supports` mappings
     """Support every value of a key. Do not use this for a key with a fixed list of choices, because choices may be added."""
     return True
 

@@ -55,7 +55,7 @@ class Llama3RopeScaling(Section):
     original_context: Count
     """The context length before the extension."""
     low_freq_factor: Positive = 1.0
-    """Frequencies with fewer rotations than this in the original context are divided by factor."""
+    """Frequencies with fewer rotations than this in the original context are divided by `factor`."""
     high_freq_factor: Positive = 4.0
     """Frequencies with more rotations than this in the original context are unchanged. Those in between are interpolated."""
 
@@ -71,11 +71,11 @@ class YarnRopeScaling(Section):
     beta_fast: Positive = 32.0
     """Frequencies with more rotations than this in the original context are unchanged."""
     beta_slow: Positive = 1.0
-    """Frequencies with fewer rotations than this in the original context are divided by factor."""
+    """Frequencies with fewer rotations than this in the original context are divided by `factor`."""
     attention_factor: OptionalPositive = None
-    """The scale of the rotated queries and keys. null means 0.1 ln(factor) + 1."""
+    """The scale of the rotated queries and keys. `null` means `0.1 ln(factor) + 1`."""
     truncate: Flag = True
-    """Round the bounds computed from beta_fast and beta_slow to whole dimensions."""
+    """Round the bounds computed from `beta_fast` and `beta_slow` to whole dimensions."""
 
 
 RopeScaling = Annotated[LinearRopeScaling | Llama3RopeScaling | YarnRopeScaling, Field(discriminator="type")]
@@ -90,50 +90,50 @@ class TransformerSection(ModelVariant):
     n_head: Width = 6
     """Number of attention heads in each block."""
     n_kv_head: OptionalWidth = None
-    """Number of key/value heads, for grouped-query attention (Ainslie et al. 2023). null means n_head."""
+    """Number of key/value heads, for grouped-query attention (Ainslie et al. 2023). `null` means `n_head`."""
     n_embd: Width = 384
     """Width of the residual stream."""
     head_dim: OptionalWidth = None
-    """Width of an attention head. null means n_embd / n_head."""
+    """Width of an attention head. `null` means `n_embd / n_head`."""
     context_length: ContextLength = 256
     """Number of tokens in a training sequence, and the maximum number of tokens the model attends to."""
     attention_window: OptionalCount = None
     """Number of positions that each position attends to, including itself, in local blocks (Beltagy et al. 2020; see
-    attention_pattern). null means all earlier positions."""
+    `attention_pattern`). `null` means all earlier positions."""
     attention_pattern: AttentionPattern = ("local",)
-    """The pattern of local blocks, which use attention_window. It repeats over the blocks: with [local, local, global], every
+    """The pattern of local blocks, which use `attention_window`. It repeats over the blocks: with `[local, local, global]`, every
     third block attends to all earlier positions."""
     norm: Literal["layernorm", "rmsnorm"]
     """The kind of normalization layer."""
     norm_position: Literal["pre", "post", "output", "both"]
-    """pre normalizes the input of each attention and feed-forward layer. post normalizes each residual sum. output normalizes the
-    output of each layer before it is added (OLMo 2). both normalizes its input and its output (Gemma 2). All values except post
-    also normalize the input of the head."""
+    """Where norms are applied. `pre`: to the input of each attention and feed-forward layer. `post`: to each residual sum.
+    `output`: to the output of each layer before it is added (OLMo 2). `both`: to the input and the output (Gemma 2). With all
+    values except `post`, a norm is also applied to the input of the head."""
     norm_eps: Epsilon
     """The epsilon added under the square root of a norm."""
     norm_gain: Flag
     """Multiply the output of norms by a learned gain."""
     position: Literal["learned", "sinusoidal", "rope", "none"]
-    """How positions are encoded: by a learned or sinusoidal embedding, by rotating queries and keys (rope), or not at all."""
+    """How positions are encoded: by a learned or sinusoidal embedding, by rotating queries and keys (`rope`), or not at all."""
     rope_theta: OptionalPositive = None
-    """The base of the rotary frequencies with `position: rope`. null means 10000."""
+    """The base of the rotary frequencies with `position: rope`. `null` means 10000."""
     rope_theta_local: OptionalPositive = None
-    """The base of the rotary frequencies, without rope_scaling, in local blocks (Gemma 3; see attention_pattern). null means
-    rope_theta."""
+    """The base of the rotary frequencies, without `rope_scaling`, in local blocks (Gemma 3; see `attention_pattern`). `null` means
+    `rope_theta`."""
     rope_scaling: RopeScaling | None = None
-    """How rotary frequencies are scaled for a longer context. null means no scaling."""
+    """How rotary frequencies are scaled for a longer context. `null` means no scaling."""
     rope_fraction: ShareAboveZero = 1.0
     """The fraction of each head's dimensions to rotate (GPT-NeoX)."""
     rope_pattern: RopePattern = ("rope",)
-    """The pattern of blocks that use rotary positions. It repeats over the blocks: with [rope, rope, none], every third block does
-    not encode positions (SmolLM3)."""
+    """The pattern of blocks that use rotary positions. It repeats over the blocks: with `[rope, rope, none]`, every third block
+    does not encode positions (SmolLM3)."""
     feed_forward: Literal["gelu", "gelu_exact", "relu", "relu2", "silu", "swiglu", "geglu", "geglu_exact"]
-    """The activation of the feed-forward layers. gelu is GPT-2's tanh approximation, and gelu_exact is the exact function. swiglu,
-    geglu and geglu_exact are the gated variants of SiLU, gelu and gelu_exact (Shazeer 2020)."""
+    """The activation of the feed-forward layers. `gelu` is GPT-2's tanh approximation, and `gelu_exact` is the exact function.
+    `swiglu`, `geglu` and `geglu_exact` are the gated variants of SiLU, `gelu` and `gelu_exact` (Shazeer 2020)."""
     feed_forward_multiple: Factor
-    """The hidden width of the feed-forward layers as a multiple of n_embd, rounded to the nearest multiple of 8."""
+    """The hidden width of the feed-forward layers as a multiple of `n_embd`, rounded to the nearest multiple of 8."""
     n_inner: OptionalWidth = None
-    """The hidden width of the feed-forward layers. null means that feed_forward_multiple determines it."""
+    """The hidden width of the feed-forward layers. `null` means that `feed_forward_multiple` determines it."""
     bias: Flag
     """Use a learned bias in linear layers and layer norms."""
     tie_embeddings: Flag
@@ -141,10 +141,10 @@ class TransformerSection(ModelVariant):
     qk_norm: Flag
     """Apply an RMS norm to the queries and keys of each head, before rotation."""
     qk_norm_joint: Flag = False
-    """Normalize the queries of all heads together, and the keys of all heads together (OLMo 2). false normalizes each head
+    """Normalize the queries of all heads together, and the keys of all heads together (OLMo 2). If false, normalize each head
     separately."""
     qk_gain: Flag = True
-    """Multiply the output of qk_norm by a learned gain."""
+    """Multiply the output of `qk_norm` by a learned gain."""
     embedding_norm: Flag
     """Normalize the token embedding before the first block."""
     embedding_scale: Positive = 1.0
@@ -153,8 +153,8 @@ class TransformerSection(ModelVariant):
     """Initialize the output projections of attention and feed-forward layers to zero, so that every block starts as the identity.
     The head starts near zero, and other matrices have a standard deviation of 0.5 / sqrt(inputs)."""
     ngram_embeddings: Orders = ()
-    """Values of n, such as [2, 3]. For each n, a hashed embedding of the last n tokens is added to the token embedding (Pagnoni et
-    al. 2024). [] means none."""
+    """Values of n, such as `[2, 3]`. For each n, a hashed embedding of the last n tokens is added to the token embedding (Pagnoni
+    et al. 2024). `[]` means none."""
     ngram_rows: Count = 16384
     """Number of rows in the embedding table for each n."""
     ngram_width: Width = 32
@@ -172,15 +172,16 @@ class TransformerSection(ModelVariant):
     dropout: ShareBelowOne = 0.0
     """Dropout probability for the embedding and for the output of each attention and feed-forward layer."""
     attention_dropout: OptionalShareBelowOne = None
-    """Dropout probability for the attention weights. null means the value of dropout. On a CPU, it doubles the attention time."""
+    """Dropout probability for the attention weights. `null` means the value of `dropout`. Attention dropout doubles the attention
+    time on a CPU."""
     attention_softcap: OptionalPositive = None
-    """Soft cap for the attention scores before the softmax (Gemma 2). It slows down attention. null means no cap."""
+    """Soft cap for the attention scores before the softmax (Gemma 2). It slows down attention. `null` means no cap."""
     logit_softcap: OptionalPositive = None
-    """Soft cap c for the logits, which become c * tanh(logits / c). null means no cap."""
+    """Soft cap c for the logits, which become `c * tanh(logits / c)`. `null` means no cap."""
     init_embeddings: OptionalPath = None
     """Initialize the token embedding with these vectors: a folder from `tinylm embed train`, or a file in a supported format."""
     freeze_embeddings: Flag = False
-    """Do not train the token embedding that init_embeddings loads."""
+    """Do not train the token embedding that `init_embeddings` loads."""
     init_from: Annotated[InitFrom | None, BeforeValidator(expand_init_from)] = None
     """The run whose weights are loaded: `init_from: RUN`, or `init_from: {run: RUN, head: off}`."""
 

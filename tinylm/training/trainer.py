@@ -1,8 +1,8 @@
 """The training loop: step, log, save, evaluate and sample until the run is complete or a stop is requested.
 
 A step depends only on the state before it, the recipe, the seed, the step number and the position in the data order. Therefore, a
-resumed run has the same result as an uninterrupted one. All processes run this loop in lockstep and agree on every decision before
-acting.
+resumed run produces the same result as an uninterrupted one. All processes run this loop in lockstep and agree on every decision
+before acting.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from tinylm.training.replay import StepReport, write_report
 from tinylm.training.signals import StopRequest
 from tinylm.training.step import GradientSettings
 
-Stop = Literal["done", "time", "signal", "callback"]
+StopReason = Literal["done", "time", "signal", "callback"]
 Poll = Callable[[int], None]
 """Called after every evaluation batch with the number of tokens scored so far. Raises an exception to interrupt the evaluation.
 
@@ -88,7 +88,7 @@ class _EvaluationInterrupted(Exception):
 
 
 def _intervals(fraction: float, every: float) -> int:
-    """Return the number of intervals completed at a fraction of the run. Rounding errors do not delay the end of an interval."""
+    """Return how many intervals have ended after `fraction` of the run. A tolerance keeps rounding errors from delaying an end."""
     return math.floor(fraction / every + 1e-9)
 
 
@@ -136,7 +136,7 @@ class Trainer:
         self._logged_tokens, self._logged_train_seconds = self.progress.tokens, self.progress.train_seconds
         self._saved_step = self.progress.step
 
-    def train(self, request: StopRequest, stop_after: float | None = None) -> Stop:
+    def train(self, request: StopRequest, stop_after: float | None = None) -> StopReason:
         """Train to the end and return `done`, or stop early and return `time` (after `stop_after` seconds), `signal` or `callback`.
 
         When this returns, the last step has been saved. If the result is `done`, it has also been evaluated. Raises `WorkError` if
@@ -167,14 +167,14 @@ class Trainer:
 
     # Training loop
 
-    def _run(self, feed: Feed, request: StopRequest, stop_after: float | None) -> Stop:
+    def _run(self, feed: Feed, request: StopRequest, stop_after: float | None) -> StopReason:
         self._start_time, self._prior_seconds = perf_counter(), self.progress.seconds
         self._network.train()
         self._update_fractions()
         if self.progress.step:  # a checkpoint is saved before it is evaluated, so the run may have stopped in between
             self._evaluate_and_sample(request)
 
-        stop: Stop | None = "done" if self._finished() else None
+        stop: StopReason | None = "done" if self._finished() else None
         if stop is None:
             self._observer.phase("first step")  # slower than later steps if the model is compiled
         first_step = self.progress.step + 1
@@ -210,7 +210,7 @@ class Trainer:
         evaluated = self.progress.evaluated_step == self.progress.step
         return "signal" if stop == "done" and not evaluated else stop  # a signal interrupted the last evaluation
 
-    def _stop_reason(self, stop_after: float | None) -> Stop | None:
+    def _stop_reason(self, stop_after: float | None) -> StopReason | None:
         if self._finished():
             return "done"
         if self._signal_number:
@@ -222,13 +222,16 @@ class Trainer:
         return None
 
     def _sync_stop_state(self, request: StopRequest) -> None:
-        """Synchronize time and stop requests. All processes use the main process's clock. A request to any process stops all."""
+        """Synchronize time and stop requests. All processes use the main process's clock.
+
+        A stop request to any process stops all of them.
+        """
         seconds = self._prior_seconds + perf_counter() - self._start_time
         gathered = self._processes.gather([seconds, float(request.signal_number or 0), float(self._observer.stop_requested)])
         self.progress.seconds = gathered[0][0]
         self._signal_number = int(max(signal for _, signal, _ in gathered))
         self._stop_requested = any(requested for _, _, requested in gathered)
-        if self._signal_number:  # otherwise, keep a signal that arrived after `gather` for the next call
+        if self._signal_number:  # do not overwrite the request with 0, because a signal may have arrived after `gather`
             request.signal_number = self._signal_number
 
     # Intervals between evaluations, samples, checkpoints and log lines
@@ -260,7 +263,10 @@ class Trainer:
         return self._completed_fraction() >= 1
 
     def _update_fractions(self) -> None:
-        """Record the completed fraction. When a run with `training.minutes` is resumed, an evaluation is then due immediately."""
+        """Record the completed fraction of the run.
+
+        After resuming a run with `training.minutes`, the previous fraction is 0, so an evaluation is due immediately.
+        """
         self._previous_fraction, self._fraction = self._fraction, self._completed_fraction()
         if self.setup.steps is not None:
             self._previous_fraction = (self.progress.step - 1) / self.setup.steps
@@ -327,7 +333,7 @@ class Trainer:
                 continue
             self.progress.train_loss = result.loss
             if (score := self._guard.spike_score(result.loss)) is not None:
-                description = f"loss spike: {result.loss:.4f} is {score:.0f} deviations above the median of the recent steps"
+                description = f"loss spike: {result.loss:.4f} is {score:.0f} robust standard deviations above the median of recent losses"
                 self._report_guard_event("spike", description, result.step, result.cursor)
         return None if self._pending_steps else result
 
@@ -367,8 +373,9 @@ class Trainer:
         """Log a skipped step. After `patience` consecutive skipped steps, roll back or abort."""
         self._report_guard_event("skipped", f"skipped: {reason}", result.step, result.cursor)
         if self._guard.rollback_due:
-            in_a_row = self.progress.watch.in_a_row
-            self._rollback(f"{reason} in step {result.step}, the last of {in_a_row} skipped steps in a row", result)
+            skipped = self.progress.watch.in_a_row
+            consecutive = f" ({skipped} consecutive skipped steps)" if skipped > 1 else ""
+            self._rollback(f"{reason} in step {result.step}{consecutive}", result)
 
     def _report_guard_event(self, kind: str, description: str, step: int, cursor: int) -> None:
         self._observer.guard(GuardEvent(kind, step, cursor, description))
@@ -405,7 +412,7 @@ class Trainer:
 
     def _abort(self, reason: str, saved_step: int, result: StepResult | None) -> None:
         """Raise a `WorkError` with advice for the user. If a skipped step is the cause, first write a report about that step."""
-        kept = f"the checkpoint for step {saved_step} is complete" if saved_step else "no checkpoint was saved"
+        kept = f"the newest complete checkpoint is from step {saved_step}" if saved_step else "no checkpoint was saved"
         problem = f"{reason}; {kept}"
         advice = "lower training.optimizer.lr, or check the text with `tinylm tokenize report`"
         folder = self.setup.checkpoints.run.path / "reports" / f"step-{self.progress.step:06d}"
@@ -448,7 +455,7 @@ class Trainer:
     # Checkpoints
 
     def _save(self) -> None:
-        """Start to save in a background thread. If the weights are non-finite, roll back instead."""
+        """Start saving in a background thread. If the weights are non-finite, roll back instead."""
         self._wait_for_save()
         finite = [weight.isfinite().all() for weight in self._local_weights()]  # n-gram models have no weights
         if self._processes.any(bool(finite) and not bool(torch.stack(finite).all())):  # reads one flag from the device
@@ -515,7 +522,7 @@ class Trainer:
 
         self._observer.phase("evaluating")
         try:
-            # Without "force_eager", each new shape would trigger a compilation.
+            # Without "force_eager", each new shape would trigger a recompilation.
             with torch.compiler.set_stance("force_eager"), self._evaluation_precision():
                 metrics = self.hooks.evaluate(poll)
         except _EvaluationInterrupted:
@@ -544,7 +551,7 @@ class Trainer:
         )
 
     def _evaluation_precision(self) -> AbstractContextManager[None]:
-        """On a GPU, evaluate in the training precision. Only the final evaluation computes in float32, which takes much longer."""
+        """On a GPU, evaluate in the training precision. Only the final evaluation runs in float32, which takes much longer."""
         precision = self.setup.precision
         return precision.for_training() if precision.device.type == "cuda" and not self._finished() else nullcontext()
 
