@@ -180,7 +180,7 @@ def _compare_with_gensim(arguments: argparse.Namespace, method: str, text: Encod
         print(f"{method} {name:18} {median(values) / median(rates[first]):.2f} times gensim's speed (medians)")
 
 
-def _seconds_of(work: Callable[[], None]) -> tuple[float, float]:
+def _measure_seconds(work: Callable[[], None]) -> tuple[float, float]:
     """Return the wall time and the CPU time of a call in seconds."""
     wall_start, cpu_start = time.perf_counter(), time.process_time()
     work()
@@ -211,7 +211,7 @@ def _train_gensim(arguments: argparse.Namespace, method: str, text: EncodedText,
         seed=seed,
     )
     model.build_vocab(sentences)
-    seconds = _seconds_of(lambda: model.train(sentences, total_examples=model.corpus_count, epochs=arguments.epochs))
+    seconds = _measure_seconds(lambda: model.train(sentences, total_examples=model.corpus_count, epochs=arguments.epochs))
     rows = [model.wv.key_to_index[name] for name in names]
     return (model.wv.vectors[rows], model.syn1neg[rows]), len(ids) * arguments.epochs, *seconds
 
@@ -229,7 +229,7 @@ def _train_tinylm(
         for step in range(learner.steps):
             learner.step(step)
 
-    seconds = _seconds_of(work)
+    seconds = _measure_seconds(work)
     learner.close()
     return (learner.inputs, learner.outputs), text.length * arguments.epochs, *seconds
 

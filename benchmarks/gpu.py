@@ -162,7 +162,8 @@ class OptimizerRow:
 
 @dataclass
 class DecodeRow:
-    """Total throughput of all sequences. `ratio` is the speedup over the eager step with the same weight precision and batch size."""
+    """Total throughput of all sequences. `ratio` is the speedup over the eager step with the same batch size and weight precision,
+    which is the value of `weights`."""
 
     weights: str
     batch: int
@@ -246,8 +247,10 @@ def measure_alternately(
 
 
 def is_supported(precision_name: str, device: torch.device) -> bool:
-    """Return whether the device supports a precision in hardware. A CPU counts as supporting every
-    precision, so that smoke tests can run."""
+    """Return whether the device supports a precision in hardware.
+
+    A CPU counts as supporting every precision, so that smoke tests can run.
+    """
     if device.type != "cuda" or precision_name in ("fp32", "fp16"):
         return True
     if precision_name == "tf32":
@@ -330,7 +333,7 @@ class Training:
 
     def compile(self, precision_name: str, precision: Precision) -> tuple[list[CompiledCall | None], str | None]:
         """Return one compiled call per block, and an error message if compilation failed."""
-        torch.compiler.reset()  # compile from scratch for every precision: after too many recompilations, torch falls back to eager
+        torch.compiler.reset()  # compile each precision from scratch: after too many recompilations, torch falls back to eager
         reporter = CollectingReporter()
         batch = self._feed.batch(self._position, self.settings.batch)
         trial = Trial(self.network, batch, GradientSettings(self.settings.batch, precision, self.objective))
@@ -561,8 +564,10 @@ def _decode_rows(
 
 
 def evaluation_rows(settings: BenchmarkSettings, device: torch.device) -> list[EvaluationRow]:
-    """Evaluate one network on random tokens with the settings used during training and those of the final evaluation,
-    each with automatic and with small batches."""
+    """Evaluate one network on random tokens.
+
+    Use the settings used during training and those of the final evaluation, each with automatic and with small batches.
+    """
     context = settings.model.context_length
     network = Transformer(settings.model, settings.vocab_size, seed=0).to(device).eval()
     tokens = np.random.default_rng(0).integers(1, settings.vocab_size, 4 * settings.batch * context + 2, dtype=np.uint16)

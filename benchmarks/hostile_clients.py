@@ -148,7 +148,7 @@ def report(name: str, latencies: list[float], statuses: Counter[int], seconds: f
     )
 
 
-def memory_of(process: subprocess.Popen[str]) -> float:
+def resident_megabytes(process: subprocess.Popen[str]) -> float:
     """Return the resident memory of a process in MB (Linux only)."""
     with open(f"/proc/{process.pid}/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * resource.getpagesize() / 1e6
@@ -174,14 +174,14 @@ def main() -> None:
             if not address:
                 sys.exit("the server did not start")
             asyncio.run(measure(address, 8, 3, options.tokens))  # warm up
-            print(f"server memory after the warm-up: {memory_of(server):.0f} MB", flush=True)
+            print(f"server memory after the warm-up: {resident_megabytes(server):.0f} MB", flush=True)
             for name, hostile in (("without the hostile client", False), ("with the hostile client", True)) * options.rounds:
                 attacker = None
                 if hostile:
                     attacker = subprocess.Popen([sys.executable, __file__, "--attack", address], stdout=subprocess.PIPE, text=True)
                     time.sleep(3)
                 latencies, statuses = asyncio.run(measure(address, options.clients, options.seconds, options.tokens))
-                report(name, latencies, statuses, options.seconds, memory_of(server))
+                report(name, latencies, statuses, options.seconds, resident_megabytes(server))
                 if attacker is not None:
                     attacker.terminate()
                     print("  responses to the hostile client by status:", attacker.communicate()[0].strip(), flush=True)

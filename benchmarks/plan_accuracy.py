@@ -5,11 +5,10 @@
 The script trains three recipes in separate processes, on random tokens (the cost of a step does not depend on the text), without
 compilation, and with the precision and micro-batch size from the plan. The error is predicted / measured - 1.
 
-Memory is the growth of the resident set, from just before the model is built
-to its maximum over the steps and one evaluation. It includes memory that the allocator keeps. A tiny model is trained and
-evaluated first, so one-time library allocations are not counted. The step time is the median, excluding the first two steps.
-`make_plan` benchmarks the machine before each training process starts; on a busy machine, neither prediction nor measurement is
-reliable.
+Memory is the growth of the resident set, from just before the model is built to its maximum over the steps and one evaluation. It
+includes memory that the allocator keeps. A tiny model is trained and evaluated first, so one-time library allocations are not
+counted. The step time is the median, excluding the first two steps. `make_plan` benchmarks the machine before each training process
+starts; on a busy machine, neither prediction nor measurement is reliable.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ CASES = {"quickstart": 4096, "shakespeare-char": 113, "gpt2, 13.9M": 8192}
 """Vocabulary size of each recipe on builtin:python-docs."""
 
 
-def recipe_of(name: str, settings: list[str]) -> Recipe:
+def make_recipe(name: str, settings: list[str]) -> Recipe:
     settings = ["training.compile=off", *settings]
     if name.startswith("gpt2"):
         return loads(GPT2, settings)
@@ -104,18 +103,18 @@ def run_worker(name: str, settings: list[str], micro: int, steps: int) -> None:
     tiny = ["model.n_layer=1", "model.n_embd=32", "model.n_head=2", "model.context_length=16", "training.global_batch_size=2"]
     if "char" in name:
         tiny.append("model.ngram_rows=16")
-    tiny_recipe = recipe_of(name, [*settings, *tiny, "evaluation.stride=null"])
+    tiny_recipe = make_recipe(name, [*settings, *tiny, "evaluation.stride=null"])
     train(tiny_recipe, 16, 1, 2)
     reset_peak()
     before = current_and_peak_rss()[0]
-    seconds, step_peak, evaluation_seconds = train(recipe_of(name, settings), CASES[name], micro, steps)
+    seconds, step_peak, evaluation_seconds = train(make_recipe(name, settings), CASES[name], micro, steps)
     peak = current_and_peak_rss()[1]
     memory = {"step_memory": step_peak - before, "total_memory": peak - before}
     print(json.dumps({"seconds": seconds, **memory, "evaluation_seconds": evaluation_seconds}))
 
 
 def predict(name: str, settings: list[str]) -> Plan:
-    return make_plan(recipe_of(name, settings), CASES[name], TRAIN_TOKENS, heldout_tokens=HELDOUT_TOKENS)
+    return make_plan(make_recipe(name, settings), CASES[name], TRAIN_TOKENS, heldout_tokens=HELDOUT_TOKENS)
 
 
 def main() -> None:
@@ -138,7 +137,7 @@ def main() -> None:
         memory = plan.memory_bytes
         step = max(memory.activations, memory.gradients + memory.update)  # all three recipes have one micro-batch per step
         step = memory.weights + memory.optimizer + int(FRAGMENTATION * step)
-        evaluations = -(-plan.steps // recipe_of(name, settings).evaluation.every)
+        evaluations = -(-plan.steps // make_recipe(name, settings).evaluation.every)
         rows = (
             ("step memory, MiB", step / 2**20, actual["step_memory"] / 2**20),
             ("total memory, MiB", (memory.total - memory.saving) / 2**20, actual["total_memory"] / 2**20),

@@ -2,9 +2,9 @@
 
     python benchmarks/rates.py SOURCE [--widths 64 128 256] [--batches 12 48] [--layers 4] [--steps 400] [--seed 1337]
 
-Muon's `lr` and its `adamw_lr` (for the embeddings, the head and the norm gains) are varied separately, by factors of two around their
-defaults. Each row of the output shows the held-out loss (nats per character) for each factor, and the best factor. Models of every
-width are trained with the first batch size, and models of the middle width also with the other batch sizes. If learning rates
+Muon's `lr` and its `adamw_lr` (for the embeddings, the head and the norm gains) are varied separately, by factors of two around
+their defaults. Each row of the output shows the held-out loss (nats per character) for each factor, and the best factor. Models of
+every width are trained with the first batch size, and models of the middle width also with the other batch sizes. If learning rates
 transfer, the best factor is about the same in all rows. The models are character-level with a context length of 64. They have no
 n-gram embeddings, because the learning rate of the n-gram tables is not tested.
 """

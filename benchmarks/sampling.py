@@ -89,7 +89,7 @@ def add_noise(network: Transformer) -> Transformer:
     return network
 
 
-def seconds_of(work: Callable[[], object]) -> float:
+def measure_seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
@@ -159,7 +159,7 @@ def report(title: str, variants: dict[str, Callable[[], object]], rounds: int, t
         work()
     for _ in range(rounds):
         for name, work in variants.items():
-            seconds[name].append(seconds_of(work))
+            seconds[name].append(measure_seconds(work))
     base = statistics.median(seconds["transformers"])
     for name, times in seconds.items():
         median = statistics.median(times)

@@ -8,7 +8,7 @@ import sys
 import time
 
 
-def seconds_of(code: str) -> float:
+def measure_seconds(code: str) -> float:
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     return time.perf_counter() - start
@@ -27,8 +27,8 @@ finally:
 
 
 def main() -> None:
-    seconds_of(HELP)
-    pairs = [(seconds_of(HELP), seconds_of("pass")) for _ in range(15)]
+    measure_seconds(HELP)
+    pairs = [(measure_seconds(HELP), measure_seconds("pass")) for _ in range(15)]
     help_seconds, empty_seconds = (statistics.median(times) for times in zip(*pairs, strict=True))
     check = [sys.executable, "-c", HELP_AND_CHECK_TORCH]
     torch_imported = subprocess.run(check, capture_output=True, text=True, check=True).stderr.split()[-1]

@@ -33,7 +33,7 @@ VOCABULARY = 8192
 CODE_POINT_RANGES = [(0x00, 0x80), (0x80, 0x800), (0x800, 0xD800), (0xE000, 0x10000), (0x10000, 0x20000), (0x20000, 0x110000)]
 
 
-def seconds_of(work: Callable[[], object]) -> float:
+def measure_seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
@@ -44,7 +44,7 @@ def benchmark(variants: dict[str, Callable[[], object]], rounds: int, size: int)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, work in variants.items():
-            seconds[name].append(seconds_of(work))
+            seconds[name].append(measure_seconds(work))
     first = next(iter(variants))
     for name, times in seconds.items():
         ratios = [other / base for base, other in zip(seconds[first], times, strict=True)]

@@ -73,7 +73,10 @@ def train(
     max_size: int | None = typer.Option(None, "--max-size", help="Maximum vocabulary size: keep only the most frequent words."),
     keep_case: bool = typer.Option(False, "--keep-case", help="Do not convert words to lower case."),
     tokenizer: str | None = typer.Option(
-        None, "--tokenizer", "-t", help="Train token vectors instead of word vectors, using this tokenizer.json or the tokenizer of this run."
+        None,
+        "--tokenizer",
+        "-t",
+        help="Train token vectors instead of word vectors, using this tokenizer.json or the tokenizer of this run.",
     ),
     probe: list[str] | None = typer.Option(
         None, "--probe", help="Show the neighbors of this word during training. Can be repeated."
@@ -224,14 +227,16 @@ def _show_result(result: EmbeddingResult, unit: str, console: StderrConsole, jso
 
 @app.command("from-run")
 def from_run(
-    source: list[str] | None = typer.Argument(None, help="For contextual or sentence: files, folders, globs, URLs or builtin:NAME."),
+    source: list[str] | None = typer.Argument(
+        None, help="With --which contextual or sentence: the text, as files, folders, globs, URLs or builtin:NAME."
+    ),
     run: str | None = RUN,
     checkpoint: str | None = CHECKPOINT,
     which: str = typer.Option(
         "input",
         "--which",
-        help="input: the input embedding matrix. output: the output embedding matrix. contextual: the mean hidden state of each token over a text. "
-        "sentence: one vector for each line of a text file, or for each record.",
+        help="input: the input embedding matrix. output: the output embedding matrix. contextual: the mean hidden state of each "
+        "token over a text. sentence: one vector for each line of a text file, or for each record.",
     ),
     pool: str = typer.Option("mean", "--pool", help="For sentence: cls (the first token), mean or last."),
     layer: int | None = typer.Option(
@@ -321,7 +326,8 @@ def from_run(
 def _note_byte_mapping(is_mapped: bool, quiet: bool) -> None:
     if is_mapped and not quiet:
         stderr_console().print_line(
-            "some words or tokens contain whitespace, so all were written in byte-mapped form; read them with `embed import --byte-mapped`",
+            "some words, tokens or sentences contain whitespace, so all were written in byte-mapped form; "
+            "read them with `embed import --byte-mapped`",
             styles.WARNING,
         )
 
@@ -365,9 +371,13 @@ def import_(
     file: str = typer.Argument(..., help="A file in any of the formats of `embed export`."),
     out_: str = typer.Option(..., "--out", help="Output file (.safetensors)."),
     from_: str | None = typer.Option(None, "--from", help="Format. Default: detected from the suffix and the first bytes."),
-    byte_mapped: bool = typer.Option(False, "--byte-mapped", help="Decode words or tokens that `embed export` wrote in byte-mapped form."),
+    byte_mapped: bool = typer.Option(
+        False, "--byte-mapped", help="Decode words, tokens or sentences that `embed export` wrote in byte-mapped form."
+    ),
     tokens: bool = typer.Option(
-        False, "--tokens", help="The file contains tokens in byte-mapped form (`Ġthe`). Store them in this form, but display them as text."
+        False,
+        "--tokens",
+        help="The file contains tokens in byte-mapped form (`Ġthe`). Keep this form in the output, but display the tokens as text.",
     ),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing file."),
     json: bool = JSON,

@@ -247,7 +247,9 @@ def odd_one_out(
 
 
 def evaluate(
-    file: list[str] = typer.Argument(..., help="Test files: analogies (such as questions-words.txt) or word similarities (such as wordsim353.tsv)."),
+    file: list[str] = typer.Argument(
+        ..., help="Test sets: analogies (such as questions-words.txt) or word similarities (such as wordsim353.tsv)."
+    ),
     vectors: str | None = VECTORS,
     method: str = METHOD,
     max_names: int = MAX_NAMES,

@@ -302,8 +302,9 @@ def test_the_gradients_of_compiled_and_eager_blocks_are_close(preset: str, preci
 
 @needs_compiler
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_nothing_is_compiled_after_the_trial(precision: str, text_file: Path, tmp_path: Path) -> None:
-    """If a flag such as TF32 changed between the trial and training, PyTorch would recompile the blocks."""
+@pytest.mark.parametrize("document_mask", ["off", "on"])
+def test_nothing_is_compiled_after_the_trial(precision: str, document_mask: str, text_file: Path, tmp_path: Path) -> None:
+    """PyTorch would recompile the blocks if a flag such as TF32 changed after the trial, or for every block mask."""
     from torch._dynamo.utils import counters
 
     def graphs() -> int:
@@ -318,6 +319,7 @@ def test_nothing_is_compiled_after_the_trial(precision: str, text_file: Path, tm
 
     torch.compiler.reset()
     options = (f"training.precision={precision}", "training.compile=on", "training.micro_batch_size=8")
+    options = (*options, f"data.document_mask={document_mask}")
     observer = GraphsBeforeFirstStep()
     train(_recipe(text_file, *options), tmp_path / "run", device="cuda", observer=observer)
     assert observer.count > 0

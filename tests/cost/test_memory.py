@@ -324,6 +324,16 @@ def test_the_model_and_the_evaluation_use_the_batch_sizes_that_the_estimate_assu
     assert perplexity.EVALUATION_BATCH_LOGITS is memory.EVALUATION_BATCH_LOGITS
 
 
+@pytest.mark.parametrize("free_gib", [0.1, 1.5, 12, 120])
+def test_an_evaluation_batch_on_a_gpu_fits_into_a_quarter_of_the_free_memory(free_gib: float) -> None:
+    free = int(free_gib * 2**30)
+    tokens, logits = memory.gpu_evaluation_batch(768, free)
+    assert 4 * 32 * 768 * tokens <= free // 4
+    assert 12 * logits <= free // 4 or logits == memory.EVALUATION_BATCH_LOGITS
+    assert tokens <= memory.GPU_EVALUATION_TOKENS
+    assert logits <= memory.GPU_EVALUATION_LOGITS
+
+
 def test_the_mmap_threshold_matches_the_allocator_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     settings: dict[int, int] = {}
 

@@ -192,6 +192,26 @@ def test_an_encoder_predicts_each_token_from_all_others(tmp_path: Path) -> None:
     assert tour(inspected)[-1].text.startswith("Not in this tour")
 
 
+def test_patching_an_encoder_measures_the_prediction_for_a_masked_token(tmp_path: Path) -> None:
+    inspected = inspect_text(_encoder_run(tmp_path, "modern"), "the cat sat")
+    data = collect(inspected, [], PageOptions(corrupt="the dog sit", ablation_tokens=48), SILENT)
+    at, mask = inspected.predicted_at, ControlTokens.of(inspected.run.tokenizer).mask
+    top = []
+    for text in ("the cat sat", "the dog sit"):
+        ids = inspect_text(inspected.run, text).forward.tokens.clone()
+        ids[0, at] = mask
+        with torch.no_grad():
+            top.append(int(inspected.forward.network(ids)[0, at].argmax()))
+    names = [f"[{inspected.token_text(id)}]" for id in dict.fromkeys(top)]
+    assert all(name in data["patching"]["metric"] for name in names)
+    assert ("minus" in data["patching"]["metric"]) == (len(names) == 2)
+
+
+def test_a_text_that_consists_of_masks_can_be_inspected(tmp_path: Path) -> None:
+    inspected = inspect_text(_encoder_run(tmp_path, "modern"), "[MASK][MASK]")
+    assert [token.loss for token in inspected.tokens] == [None] * 4
+
+
 def test_logits_after_a_nonlinear_head_are_not_attributed(tmp_path: Path) -> None:
     inspected = inspect_text(_encoder_run(tmp_path, "bert"), "the cat sat")
     assert set(inspected.missing) == {"attribution"}

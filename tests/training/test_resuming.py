@@ -11,7 +11,10 @@ from conftest import tiny_recipe
 
 from tinylm.errors import InputError, TinylmWarning
 from tinylm.model import layers
+from tinylm.model.foreign_code import foreign_code
+from tinylm.model.transformer import Transformer
 from tinylm.pipeline import train
+from tinylm.recipe.schema import DecoderSection
 from tinylm.reporting import Reporter
 from tinylm.run import Run
 from tinylm.training.metrics import EvaluationEvent, Observer, StepEvent
@@ -140,3 +143,12 @@ def test_opening_a_run_trained_with_a_patched_layer_causes_a_warning(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert Run.open(tmp_path / "plain").foreign_code == []
+
+
+def test_a_compiled_block_is_not_custom_code() -> None:
+    network = Transformer(DecoderSection(n_layer=1, n_head=1, n_embd=8, context_length=8), 16)
+    for block in network.compile_units():
+        block.compile()
+    assert foreign_code(network) == []
+    network.blocks[0].forward = lambda x: x
+    assert foreign_code(network) == ["blocks.0.forward"]

@@ -38,12 +38,14 @@ EVALUATION_BATCH_TOKENS = 8192
 """Maximum number of tokens in an evaluation batch, including padding."""
 EVALUATION_BATCH_LOGITS = 1 << 25
 """Maximum number of logits in an evaluation batch (128 MiB in float32). With a large vocabulary, this limit is reached first."""
-GPU_EVALUATION_TOKENS = (8192, 65_536)
-"""Minimum and maximum number of tokens in an evaluation batch on a GPU (powers of two). Smaller batches do not keep a GPU busy."""
+GPU_EVALUATION_TOKENS = 65_536
+"""Maximum number of tokens in an evaluation batch on a GPU."""
 GPU_EVALUATION_LOGITS = 1 << 28
 """Maximum number of logits that an evaluation on a GPU computes together (1 GiB in float32)."""
 _GPU_EVALUATION_SHARE = 4
 """An evaluation batch on a GPU takes at most 1 / `_GPU_EVALUATION_SHARE` of the free memory."""
+_BYTES_PER_EVALUATED_LOGIT = 12
+"""Logits in bf16, logits in float32, log-probabilities in float32, and temporary values."""
 _EVALUATION_WIDTHS = 32
 """Upper bound on the number of float32 values per token and channel that an evaluation stores at a time: the residual stream, a
 wide feed-forward layer, and queries, keys and values."""
@@ -333,10 +335,15 @@ def _evaluated_tokens(model: DecoderSection, vocab_size: int) -> int:
 
 def gpu_evaluation_batch(width: int, free_bytes: int) -> tuple[int, int]:
     """Return the maximum numbers of tokens and of logits in an evaluation batch on a GPU with this much free memory."""
-    smallest, largest = GPU_EVALUATION_TOKENS
-    fitting = free_bytes // _GPU_EVALUATION_SHARE // (4 * _EVALUATION_WIDTHS * width)
-    tokens = min(max(fitting, smallest), largest)
-    return 1 << (tokens.bit_length() - 1), GPU_EVALUATION_LOGITS  # a power of two varies less with the free memory
+    available = free_bytes // _GPU_EVALUATION_SHARE
+    tokens = min(max(available // (4 * _EVALUATION_WIDTHS * width), 1), GPU_EVALUATION_TOKENS)
+    logits = min(max(available // _BYTES_PER_EVALUATED_LOGIT, EVALUATION_BATCH_LOGITS), GPU_EVALUATION_LOGITS)
+    return _power_of_two(tokens), _power_of_two(logits)  # powers of two vary less with the free memory
+
+
+def _power_of_two(number: int) -> int:
+    """Return the largest power of two that is at most `number`."""
+    return 1 << (number.bit_length() - 1)
 
 
 def cpu_peak_bytes(model: DecoderSection, vocab_size: int, step: int, resident: int) -> int:

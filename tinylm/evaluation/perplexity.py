@@ -57,7 +57,12 @@ class BatchLimits:
         """Return the limits for a network. A transformer in a single process on a GPU uses part of the free memory."""
         section, device = network.model, network.device
         # A sharded network needs the same number of calls in every process, so its logits are not divided.
-        if device.type == "cuda" and processes.world_size == 1 and isinstance(section, TransformerSection):
+        if (
+            device.type == "cuda"
+            and processes.world_size == 1
+            and isinstance(section, TransformerSection)
+            and section.attention_softcap is None  # otherwise, all attention scores are stored
+        ):
             return cls(*gpu_evaluation_batch(section.n_embd, free_memory_bytes(device)))
         return cls(min(EVALUATION_BATCH_TOKENS, EVALUATION_BATCH_LOGITS // vocab_size))
 
@@ -196,10 +201,10 @@ def evaluate(
     """Score a text in evaluation mode. The network's training mode is restored afterwards.
 
     With several `processes`, each rank scores every `world_size`-th batch, or every `world_size`-th group of documents if the state
-    is carried. All ranks return the same result, which is bit-identical to that of a single process. After every batch,
-    `on_progress` receives the number of tokens scored so far. It is called the same number of times on every rank and may raise an
-    exception to stop the evaluation. `on_batch` receives the batches that this rank scored, divided into parts with at most
-    `limits.logits` logits. `limits` defaults to `BatchLimits.of`. Raises `InputError` if the text is empty, if the context or
+    is carried. All ranks return the same result, which is bit-identical to that of a single process with the same `limits`. After
+    every batch, `on_progress` receives the number of tokens scored so far. It is called the same number of times on every rank and
+    may raise an exception to stop the evaluation. `on_batch` receives the batches that this rank scored, divided into parts with at
+    most `limits.logits` logits. `limits` defaults to `BatchLimits.of`. Raises `InputError` if the text is empty, if the context or
     stride is out of range, or if the model is not causal.
     """
     if not network.is_causal:
@@ -356,7 +361,7 @@ class _WindowSums:
 
 def _on_host(losses: Tensor) -> np.ndarray:
     """Copy losses to the host, in float64."""
-    on_host: np.ndarray = losses.to("cpu", torch.float64).numpy()
+    on_host: np.ndarray = losses.cpu().double().numpy()  # the device may not support float64
     return on_host
 
 

@@ -19,6 +19,7 @@ from tinylm.inspection.neurons import neuron_name, top_activations
 from tinylm.inspection.overview import Inspection
 from tinylm.model.base import Model
 from tinylm.reporting import Reporter
+from tinylm.tokenizer.control_tokens import ControlTokens
 
 NEURON_TOKENS = 2048
 """Number of held-out tokens that are searched for the snippets in which neurons are most active."""
@@ -117,6 +118,9 @@ def patching(inspection: Inspection, corrupt: str | None, reporter: Reporter) ->
         problem = f"has {len(ids)} tokens, but the text has {clean.shape[1]}"
         raise InputError(problem, where="--corrupt", hint="activation patching compares two texts token by token")
     other = clean.new_tensor([ids])
+    if inspection.forward.task == "masked_lm":  # the prediction is for a masked token
+        clean, mask = clean.clone(), ControlTokens.of(inspection.run.tokenizer).mask
+        clean[0, inspection.predicted_at] = other[0, inspection.predicted_at] = mask
     try:
         metric, description = _patching_metric(inspection, other)
         with reporter.progress("patching", 2 * network.depth, "") as advance:

@@ -116,6 +116,8 @@ def _masked_pass(model: Model, tokens: Tensor, logits: Tensor, cache: Activation
     predictions = ActivationCache({name: cache[name].clone() for name in names if name in cache})
     logits = logits.clone()
     positions = [index for index in range(1, length - 1) if int(tokens[0, index]) != mask]
+    if not positions:
+        return ForwardPass(model, model, tokens, logits, cache, predictions)
     for chosen in torch.split(torch.tensor(positions, dtype=torch.long, device=tokens.device), max(1, _BATCH_TOKENS // length)):
         rows, numbers = tokens.repeat(len(chosen), 1), torch.arange(len(chosen), device=tokens.device)
         rows[numbers, chosen] = mask

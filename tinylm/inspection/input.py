@@ -59,8 +59,8 @@ def read_input(run: Run, model: Model, text: str, options: InspectOptions, repor
     """Return the ids for a text. Raises `InputError` if the text is empty or an option does not fit the model."""
     if isinstance(model, EncoderDecoder):
         return _translator_input(run, model, text, options, reporter)
-    for option, value in (("--translation", options.translation), ("--to", options.language)):
-        if value:
+    for option, is_given in (("--translation", options.translation is not None), ("--to", bool(options.language))):
+        if is_given:
             raise InputError("requires a translator", where=option, hint="omit it")
     return ModelInput(text, token_ids(run, text, options, reporter))
 

@@ -20,13 +20,16 @@ from torch import nn
 _PACKAGE = "tinylm.model"
 _STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 """Methods generated for data classes and named tuples are defined here."""
+_COMPILED = "_compiled_call_impl"
+"""The attribute that `nn.Module.compile` sets."""
 
 
 def foreign_code(network: nn.Module) -> list[str]:
     """Return the sorted names of a network's classes, functions and methods that neither tinylm nor torch defines."""
     names = {_name_of(kind) for kind in map(type, network.modules()) if not _is_from(kind.__module__, "tinylm", "torch")}
     for path, module in network.named_modules():
-        names |= {f"{path or type(network).__name__}.{name}" for name, value in vars(module).items() if inspect.isfunction(value)}
+        functions = {name for name, value in vars(module).items() if inspect.isfunction(value)} - {_COMPILED}
+        names |= {f"{path or type(network).__name__}.{name}" for name in functions}
     for name, module in list(sys.modules.items()):
         if _is_from(name, _PACKAGE) and getattr(module, "__file__", None):
             names |= set(_patched(module))

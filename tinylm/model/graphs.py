@@ -45,19 +45,25 @@ class CUDAGraphs:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        # cuBLAS allocates a workspace for every stream, so all captures use the same stream.
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def capture(self, work: Work) -> Work:
         with torch.cuda.device(self._device):
-            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # loads libraries and chooses kernels, which is not possible during a capture
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):  # loads libraries and chooses kernels, which is not possible during a capture
                 for _ in range(_WARM_UP_RUNS):
                     work()
-            torch.cuda.current_stream().wait_stream(stream)
+            current.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
-            # With "thread_local", other threads may use CUDA during the capture, as in a server.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                work()
+            try:
+                # With "thread_local", other threads may use CUDA during the capture, as in a server.
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                    work()
+            except RuntimeError:  # torch does not restore the stream if the capture fails
+                torch.cuda.set_stream(current)
+                raise
         replay: Work = graph.replay
         return replay
 
@@ -101,6 +107,7 @@ class GraphedSteps:
         active, (rows, capacity) = len(lengths), self._cached_tokens.shape
         shape = rows_in_graph(active, rows), span_in_graph(max(lengths) + 1, capacity)
         if self._lengths != list(lengths):
+            self._lengths = []  # if the capture fails, the buffers do not belong to a completed step
             inactive = [0] * (rows - active)
             self._positions.copy_(torch.tensor([*lengths, *inactive]))
             self._active.copy_(torch.tensor([1] * active + inactive))

@@ -152,8 +152,8 @@ class Transformer(Model):
     ) -> Tensor:
         """Ids (B, T) -> final hidden states (B, T, C), the input of the head. `n_last`: return only the last `n_last` positions.
 
-        `added`: vectors to add to the token embeddings, broadcast to (B, T, C). `memory`: the encoder output, to
-        which cross-attention attends.
+        `added`: vectors to add to the token embeddings, broadcast to (B, T, C). `memory`: the encoder
+        output, to which cross-attention attends.
         """
         start = cache.length if cache is not None else 0
         end = start + tokens.shape[1]

@@ -177,7 +177,11 @@ class HostCopies:
         if tensor.device.type != "cuda":
             return tensor.to("cpu", copy=True)
         self._device = tensor.device
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+        try:
+            pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        except RuntimeError:  # the host cannot pin that much memory
+            return tensor.to("cpu", copy=True)
+        return pinned.copy_(tensor, non_blocking=True)
 
     def wait(self) -> None:
         """Wait until all copies are complete."""

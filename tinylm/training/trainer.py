@@ -88,7 +88,7 @@ class _EvaluationInterrupted(Exception):
 
 
 def _intervals(fraction: float, every: float) -> int:
-    """Return how many intervals have ended after `fraction` of the run. A tolerance keeps rounding errors from delaying an end."""
+    """Return how many intervals have ended after `fraction` of the run. A small tolerance allows for rounding errors."""
     return math.floor(fraction / every + 1e-9)
 
 
@@ -333,7 +333,8 @@ class Trainer:
                 continue
             self.progress.train_loss = result.loss
             if (score := self._guard.spike_score(result.loss)) is not None:
-                description = f"loss spike: {result.loss:.4f} is {score:.0f} robust standard deviations above the median of recent losses"
+                distance = f"{score:.0f} robust standard deviations above the median of recent losses"
+                description = f"loss spike: {result.loss:.4f} is {distance}"
                 self._report_guard_event("spike", description, result.step, result.cursor)
         return None if self._pending_steps else result
 
