@@ -36,7 +36,10 @@ def evaluate(request: EvaluationRequest) -> None:
         ("model", f"{result.run} {result.checkpoint}"),
         ("loss", f"{scores.loss:.4f} nats per answer token, including end-of-turn tokens"),
         ("exact match", _rate(document, "exact_match")),
-        ("stop rate", f"{_rate(document, 'stop_rate')}; the other answers were truncated"),
+        (
+            "stop rate",
+            _rate(document, "stop_rate") + ("" if document["stop_rate"] in (None, 1.0) else "; the other answers were truncated"),
+        ),
     ]
     if scores.skipped:
         rows.insert(1, ("skipped", f"{pluralize(scores.skipped, 'conversation')} whose last answer is longer than the context"))

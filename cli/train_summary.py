@@ -18,27 +18,31 @@ if TYPE_CHECKING:
     from tinylm.pipeline import TrainResult
     from tinylm.training_summary import SavedSample, TrainingSummary
 
-_COMMANDS_OF_OTHER_METRICS = {
+_COMMANDS_BY_TASK = {
     "chat": [
         ("chat", "tinylm chat --run {run}", "talk to the model"),
         ("serve", "tinylm serve --run {run}", "talk to the model in a browser or with an OpenAI client"),
         ("eval", "tinylm eval --run {run}", "measure how often its answers are correct and complete"),
         ("plot", "tinylm plot {run} --out loss.png", "draw the loss curves"),
     ],
-    "masked_loss": [
+    "masked_lm": [
         ("fill", 'tinylm fill "... [MASK] ..." --run {run}', "predict masked tokens"),
         ("eval", "tinylm eval --run {run} --pseudo", "compute the pseudo-perplexity"),
         ("plot", "tinylm plot {run} --out loss.png", "draw the loss curves"),
     ],
-    "accuracy": [
+    "classification": [
         ("classify", 'tinylm classify "..." --run {run}', "classify a text"),
         ("eval", "tinylm eval --run {run}", "see the model's mistakes and compare its accuracy with that of simple baselines"),
         ("plot", "tinylm plot {run} --out accuracy.png", "draw the curves"),
     ],
+    "translation": [
+        ("translate", 'tinylm translate "..." --run {run}', "translate a sentence"),
+        ("serve", "tinylm serve --run {run}", "try it in a browser"),
+        ("eval", "tinylm eval --run {run}", "compute BLEU and compare it with that of simple baselines"),
+        ("inspect", 'tinylm inspect --run {run} --text "..."', "see which source tokens each word depends on"),
+    ],
 }
-"""Suggested next commands for chat models and for models whose primary metric is not the loss.
-
-Each entry is (name, command, purpose)."""
+"""Suggested next commands for all tasks except language models on text. Each entry is (name, command, purpose)."""
 _SAMPLE_CHARACTERS = 240
 _SIDE_BY_SIDE = 76
 """Minimum width of the terminal for two samples side by side."""
@@ -55,8 +59,7 @@ def show_summary(result: TrainResult, summary: TrainingSummary, console: StderrC
         console.print_line(text, styles.WARNING)
         return
     console.print_line("next:", "dim")
-    kind = "chat" if summary.is_chat else next(iter(result.metrics))
-    for command, purpose in _next_commands(run, kind, has_baselines=bool(summary.baselines)):
+    for command, purpose in _next_commands(run, summary.task, has_baselines=bool(summary.baselines)):
         console.print_line(f"  {command}   {purpose}", "dim")
 
 
@@ -121,12 +124,9 @@ def _shortened(text: str) -> str:
     return "\n".join(lines) + (" ..." if len(text) > _SAMPLE_CHARACTERS else "")
 
 
-def _next_commands(run: str, metric: str, *, has_baselines: bool) -> list[tuple[str, str]]:
-    """Return suggested next commands, each with its purpose.
-
-    `metric` is the primary metric of the run, or "chat" for a model that was trained on conversations.
-    """
-    commands = _COMMANDS_OF_OTHER_METRICS.get(metric, [])
+def _next_commands(run: str, task: str, *, has_baselines: bool) -> list[tuple[str, str]]:
+    """Return suggested next commands, each with its purpose. `task` is `TrainingSummary.task`."""
+    commands = _COMMANDS_BY_TASK.get(task, [])
     commands = [(name, text.format(run=run), purpose) for name, text, purpose in commands] or [
         ("sample", f'tinylm sample --run {run} --prompt "..."', "generate text"),
         ("serve", f"tinylm serve --run {run}", "try it in a browser"),
@@ -134,7 +134,7 @@ def _next_commands(run: str, metric: str, *, has_baselines: bool) -> list[tuple[
         ("plot", f"tinylm plot {run} --out loss.png", "draw the loss curves"),
         ("inspect", f'tinylm inspect --run {run} --text "..."', "look inside the model"),
     ]
-    if not has_baselines and metric not in _COMMANDS_OF_OTHER_METRICS:
+    if not has_baselines and task not in _COMMANDS_BY_TASK:
         commands.insert(3, ("eval", f"tinylm eval --run {run} --baselines", "compare it with n-gram models and compressors"))
     shown = [(command, purpose) for name, command, purpose in commands if name in COMMANDS]
     width = max(len(command) for command, _ in shown)

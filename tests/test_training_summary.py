@@ -64,6 +64,15 @@ def test_the_summary_of_a_finished_run_shows_losses_baselines_and_next_commands(
         assert f"tinylm {command}" in text
 
 
+@pytest.mark.parametrize("task", ["chat", "classification", "masked_lm", "translation"])
+def test_the_next_commands_suit_the_task(task: str) -> None:
+    text = shown(result(), replace(SUMMARY, task=task))
+    command = {"chat": "chat", "classification": "classify", "masked_lm": "fill", "translation": "translate"}[task]
+    assert f"tinylm {command} " in text
+    assert "tinylm sample" not in text
+    assert "--html" not in text
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

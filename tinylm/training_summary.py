@@ -45,8 +45,8 @@ class TrainingSummary:
     baselines: dict[str, float]
     """Bits per byte of n-gram models and compressors on the same held-out text. Empty if they are not comparable or take too
     long."""
-    is_chat: bool = False
-    """Whether the model was trained on conversations."""
+    task: str = "causal_lm"
+    """The name of the run's objective, or "chat" if the model was trained on conversations."""
 
     @property
     def equally_likely_tokens(self) -> float | None:
@@ -70,7 +70,7 @@ def summarize(run: Run, seconds: float) -> TrainingSummary:
         bits_per_byte=bits,
         samples=_first_and_last(read_samples(run)),
         baselines={} if bits is None else _baselines(run, seconds),
-        is_chat=run.chat_encoder is not None,
+        task=run.recipe.objective.name if run.chat_encoder is None else "chat",
     )
 
 
