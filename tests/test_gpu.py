@@ -318,8 +318,8 @@ def test_nothing_is_compiled_after_the_trial(precision: str, document_mask: str,
                 self.count = graphs()
 
     torch.compiler.reset()
-    options = (f"training.precision={precision}", "training.compile=on", "training.micro_batch_size=8")
-    options = (*options, f"data.document_mask={document_mask}")
+    training = (f"training.precision={precision}", "training.compile=on", "training.micro_batch_size=8")
+    options = (*training, f"data.document_mask={document_mask}")
     observer = GraphsBeforeFirstStep()
     train(_recipe(text_file, *options), tmp_path / "run", device="cuda", observer=observer)
     assert observer.count > 0

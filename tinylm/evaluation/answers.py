@@ -17,10 +17,9 @@ from tinylm.data.batch import IGNORE_INDEX
 from tinylm.data.chat import EncodedConversations, Fitted, fit
 from tinylm.data.framing import batches_by_length
 from tinylm.errors import InputError
-from tinylm.evaluation.masked import evaluation_mode
 from tinylm.evaluation.metrics import BITS_PER_BYTE, LOSS, Metrics
 from tinylm.evaluation.scoring import token_losses
-from tinylm.model.base import Model
+from tinylm.model.base import Model, evaluation_mode
 from tinylm.processes import SINGLE_PROCESS, Processes
 
 

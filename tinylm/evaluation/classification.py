@@ -19,9 +19,8 @@ from tinylm.data.framing import Framing, batches_by_length
 from tinylm.data.labels import PreparedLabels
 from tinylm.errors import InputError
 from tinylm.evaluation.intervals import wilson
-from tinylm.evaluation.masked import evaluation_mode
 from tinylm.evaluation.metrics import ACCURACY, LABEL_LOSS, MACRO_F1, Metrics
-from tinylm.model.base import Model
+from tinylm.model.base import Model, evaluation_mode
 from tinylm.model.classifier import SequenceClassifier
 from tinylm.processes import SINGLE_PROCESS, Processes
 

@@ -10,9 +10,8 @@ import torch
 
 from tinylm.data.framing import Framing
 from tinylm.errors import InputError
-from tinylm.evaluation.masked import evaluation_mode
 from tinylm.evaluation.scoring import top_logprobs
-from tinylm.model.base import Model
+from tinylm.model.base import Model, evaluation_mode
 from tinylm.recipe.encoder import MASK
 from tinylm.tokenizer import Tokenizer
 from tinylm.tokenizer.control_tokens import ControlTokens, encode_with_masks

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +24,7 @@ from tinylm.errors import InputError
 from tinylm.evaluation.intervals import bootstrap_ratio
 from tinylm.evaluation.metrics import MASKED_ACCURACY, MASKED_LOSS, Metrics, perplexity_of
 from tinylm.evaluation.scoring import token_losses
-from tinylm.model.base import Model
+from tinylm.model.base import Model, evaluation_mode
 from tinylm.processes import SINGLE_PROCESS, Processes
 from tinylm.recipe.encoder import Replacement
 from tinylm.tokenizer import Tokenizer
@@ -200,14 +199,3 @@ def pseudo_perplexity(scores: MaskedScores) -> tuple[float, tuple[float, float]]
     """Return the pseudo-perplexity and its interval. `scores` must come from `evaluate` with `pseudo`."""
     low, high = scores.loss_ci95
     return perplexity_of(scores.loss), (math.nan if math.isnan(low) else perplexity_of(low), perplexity_of(high))
-
-
-@contextmanager
-def evaluation_mode(network: Model) -> Iterator[None]:
-    """Put the network in evaluation mode for the duration of the `with` block."""
-    was_training = network.training
-    network.eval()
-    try:
-        yield
-    finally:
-        network.train(was_training)

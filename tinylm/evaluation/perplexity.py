@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -28,7 +27,7 @@ from tinylm.device import free_memory_bytes
 from tinylm.errors import InputError
 from tinylm.evaluation.metrics import BITS_PER_BYTE, LOSS, Metrics, perplexity_of
 from tinylm.evaluation.scoring import token_losses
-from tinylm.model.base import Model
+from tinylm.model.base import Model, evaluation_mode
 from tinylm.model.functions import attention_without_cudnn
 from tinylm.model.stateful import StatefulModel
 from tinylm.processes import SINGLE_PROCESS, Processes
@@ -220,7 +219,7 @@ def evaluate(
         raise InputError("the text is empty")
     sums = _WindowSums(shard, token_byte_lengths, groups)
     tokens = 0
-    with _evaluation_mode(network), attention_without_cudnn(network.device):
+    with evaluation_mode(network), attention_without_cudnn(network.device):
         for first in range(0, len(groups), processes.world_size):
             # A sharded model needs all ranks in every forward pass, so ranks without their own batch repeat their last batch.
             own = min(first + processes.rank, len(groups) - 1)
@@ -303,16 +302,6 @@ def _batches(windows: list[Window], max_tokens: int) -> Iterator[list[Window]]:
         size = max(1, max_tokens // windows[start].length)
         yield windows[start : start + size]
         start += size
-
-
-@contextmanager
-def _evaluation_mode(network: Model) -> Iterator[None]:
-    was_training = network.training
-    network.eval()
-    try:
-        yield
-    finally:
-        network.train(was_training)
 
 
 class _WindowSums:

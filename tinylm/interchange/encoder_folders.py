@@ -7,7 +7,6 @@ and [SEP] after it, and recognizes [MASK] in it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from tinylm.errors import InputError, WorkError
 from tinylm.evaluation.filling import fill
 from tinylm.interchange import encoders, huggingface, verify
 from tinylm.interchange.encoders import ImportedEncoder
+from tinylm.interchange.huggingface import write_json
 from tinylm.model.base import Model
 from tinylm.model.classifier import SequenceClassifier
 from tinylm.recipe.encoder import EncoderSection
@@ -153,16 +153,12 @@ def write(folder: Path, network: Model, objective: ObjectiveVariant, tokenizer: 
     dtype = huggingface.DTYPES[type]
     tensors = {name: tensor.to(dtype) for name, tensor in encoders.export_tensors(network).items()}
     config |= {"torch_dtype": str(dtype).removeprefix("torch."), "pad_token_id": control.pad}
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    _write_json(folder / "tokenizer.json", _tokenizer_json(tokenizer, control))
-    _write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, control, model.context_length))
+    write_json(folder / "tokenizer.json", _tokenizer_json(tokenizer, control))
+    write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, control, model.context_length))
     (folder / "README.md").write_text(card, encoding="utf-8")
     return str(config["architectures"][0])
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _tokenizer_json(tokenizer: Tokenizer, control: ControlTokens) -> dict[str, Any]:

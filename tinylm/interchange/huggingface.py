@@ -132,15 +132,16 @@ def write(folder: Path, network: Model, tokenizer: Tokenizer, card: str, type: s
     tensors = {name: tensor.to(DTYPES[type]) for name, tensor in tensors.items()}
     config["torch_dtype"] = str(DTYPES[type]).removeprefix("torch.")
     end = tokenizer.end_of_text
-    _write_json(folder / "config.json", {**config, "bos_token_id": end, "eos_token_id": end})
-    _write_json(folder / "generation_config.json", {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end})
+    write_json(folder / "config.json", {**config, "bos_token_id": end, "eos_token_id": end})
+    write_json(folder / "generation_config.json", {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end})
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "tokenizer.json").write_text(_tokenizer_json(tokenizer), encoding="utf-8")
-    _write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, model.context_length))
+    write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, model.context_length))
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file in the format that transformers uses."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

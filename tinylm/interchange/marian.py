@@ -20,6 +20,7 @@ from tinylm.data.bucketed_pairs import PairFraming
 from tinylm.data.pairs import open_part
 from tinylm.errors import InputError, WorkError
 from tinylm.interchange import huggingface, verify
+from tinylm.interchange.huggingface import write_json
 from tinylm.model.base import Model
 from tinylm.model.encoder_decoder import START, EncoderDecoder
 from tinylm.model.positions import sinusoidal_table
@@ -223,16 +224,16 @@ def write(folder: Path, translator: Translator, card: str, type: str) -> None:
     network, tokenizer = translator.network, translator.framing.target_tokenizer
     end, dtype = translator.framing.target_end, huggingface.DTYPES[type]
     config = {**_config(network, end), "torch_dtype": str(dtype).removeprefix("torch.")}
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     generation = {name: config[name] for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id")}
     search = {"num_beams": 5, "length_penalty": 1.0, "max_length": network.model.context_length}
-    _write_json(folder / "generation_config.json", {**generation, **search})
+    write_json(folder / "generation_config.json", {**generation, **search})
     tensors = {name: tensor.to(dtype) for name, tensor in export_state_dict(network).items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "tokenizer.json").write_text(_tokenizer_json(tokenizer, network.vocab_size, end), encoding="utf-8")
     end_token = str(tokenizer.backend.id_to_token(end))
     unknown = end_token if tokenizer.unknown is None else str(tokenizer.backend.id_to_token(tokenizer.unknown))
-    _write_json(
+    write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -245,10 +246,6 @@ def write(folder: Path, translator: Translator, card: str, type: str) -> None:
         },
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _tokenizer_json(tokenizer: Tokenizer, pad: int, end: int) -> str:

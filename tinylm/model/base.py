@@ -8,7 +8,8 @@ Legend: `B` batch, `T` time, `C` width, `V` vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -180,3 +181,14 @@ class Model(HookedModule):
     def architecture(self) -> str:
         """The value of `model.architecture` in the recipe."""
         return self.model.architecture
+
+
+@contextmanager
+def evaluation_mode(network: Model) -> Iterator[None]:
+    """Put the network in evaluation mode for the duration of the `with` block."""
+    was_training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(was_training)

@@ -5,7 +5,7 @@ Legend: `B` batch, `T` time, `C` width, `L` labels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from tinylm.model.base import BODY, Model
 from tinylm.model.functions import Dropout
 from tinylm.model.stateful import StatefulModel
 from tinylm.recipe.labels import ClassificationObjective
-from tinylm.recipe.schema import ModelVariant
 
 _ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
 _INITIAL_STD = 0.02
@@ -129,10 +128,6 @@ class SequenceClassifier(Model):
 
     def tied_weights(self) -> dict[str, str]:
         return {BODY + name: BODY + stored for name, stored in self.body.tied_weights().items()}
-
-    @classmethod
-    def check_size(cls, model: ModelVariant, names: Iterable[str]) -> str | None:
-        raise NotImplementedError("call `check_size` of the body's class")
 
     def vocabulary_weights(self) -> frozenset[str]:
         return frozenset(BODY + name for name in self.body.vocabulary_weights())

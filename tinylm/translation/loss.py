@@ -11,9 +11,8 @@ from torch import Tensor
 from tinylm.data.batch import IGNORE_INDEX, Batch
 from tinylm.data.bucketed_pairs import PADDING, padded
 from tinylm.data.framing import batches_by_length
-from tinylm.evaluation.masked import evaluation_mode
 from tinylm.evaluation.scoring import token_losses
-from tinylm.model.base import Model
+from tinylm.model.base import Model, evaluation_mode
 from tinylm.model.encoder_decoder import START
 
 _BATCH_TOKENS = 4096
