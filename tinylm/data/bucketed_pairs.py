@@ -1,4 +1,4 @@
-"""Add control tokens to sentence pairs, and batch pairs of similar length to reduce padding."""
+"""Add control tokens to sentence pairs, and batch pairs of similar lengths."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from functools import cached_property
 
 import numpy as np
 
+from tinylm.data.bucketing import BucketedOrder
 from tinylm.data.datasets import Examples
-from tinylm.data.order import epoch_key, permute
 from tinylm.errors import InputError, did_you_mean
 from tinylm.tokenizer import Tokenizer
 
 PADDING = -1
-_BATCHES_PER_BUCKET = 32
-"""Number of batches in a bucket. Each bucket is sorted by length. Larger buckets reduce padding but mix pairs less."""
 
 
 def language_token(language: str) -> str:
@@ -81,12 +79,7 @@ def _end_of_text(tokenizer: Tokenizer) -> int:
 
 
 class BucketedPairs:
-    """Sentence pairs in a pseudo-random order in which the pairs in each batch have similar lengths.
-
-    Each epoch permutes all pairs, divides them into buckets of 32 batches, sorts each bucket by length, divides it into batches,
-    and permutes the batches. The order depends only on the seed and the position. The incomplete batch at the end of each epoch is
-    dropped; it contains different pairs each time.
-    """
+    """Sentence pairs in a pseudo-random order in which the pairs in each batch have similar lengths."""
 
     def __init__(
         self, sources: Sequence[np.ndarray], targets: Sequence[np.ndarray], context_length: int, batch_size: int, seed: int
@@ -100,22 +93,14 @@ class BucketedPairs:
         if not fitting:
             raise InputError(f"all pairs are longer than {context_length} tokens", where="model.context_length", hint="increase it")
         self._sources, self._targets = [sources[index] for index in fitting], [targets[index] for index in fitting]
-        self._lengths = np.array([(len(self._targets[i]), len(self._sources[i])) for i in range(len(fitting))])
-        self._batch_size = batch_size if len(fitting) >= batch_size else 1
-        self._seed = seed
-        self.examples_per_epoch = len(fitting) // self._batch_size * self._batch_size
-        self.tokens_per_example = float(self._lengths.sum() / len(fitting))
-        self._last_order: tuple[int, np.ndarray] | None = None
+        lengths = np.array([(len(self._targets[i]), len(self._sources[i])) for i in range(len(fitting))])
+        self._order = BucketedOrder(lengths, batch_size, seed)
+        self.examples_per_epoch = self._order.examples_per_epoch
+        self.tokens_per_example = float(lengths.sum() / len(fitting))
 
     def pair_indexes(self, start: int, count: int) -> np.ndarray:
         """Return the indexes of the pairs at positions [start, start + count), counting only pairs that fit."""
-        positions = np.arange(start, start + count, dtype=np.int64)
-        epochs, within_epoch = np.divmod(positions, self.examples_per_epoch)
-        indexes = np.empty_like(positions)
-        for epoch in np.unique(epochs):
-            chosen = epochs == epoch
-            indexes[chosen] = self._order(int(epoch))[within_epoch[chosen]]
-        return indexes
+        return self._order.indexes(start, count)
 
     def examples(self, start: int, count: int) -> Examples:
         """Return the pairs at positions [start, start + count) as `source` and `tokens` (the target), padded with negative ids."""
@@ -124,25 +109,6 @@ class BucketedPairs:
             "tokens": padded([self._targets[index] for index in indexes]),
             "source": padded([self._sources[index] for index in indexes]),
         }
-
-    def _order(self, epoch: int) -> np.ndarray:
-        """Return the order of the pairs in an epoch. This is thread-safe because the cached order is replaced atomically."""
-        last = self._last_order
-        if last is None or last[0] != epoch:
-            last = self._last_order = (epoch, self._compute_order(epoch))
-        return last[1]
-
-    def _compute_order(self, epoch: int) -> np.ndarray:
-        total, size = len(self._sources), self._batch_size
-        key = epoch_key(self._seed, epoch)
-        order = permute(np.arange(total), total, key)[: self.examples_per_epoch]
-        for first in range(0, len(order), size * _BATCHES_PER_BUCKET):
-            bucket = order[first : first + size * _BATCHES_PER_BUCKET]
-            target_lengths, source_lengths = self._lengths[bucket].T
-            order[first : first + len(bucket)] = bucket[np.lexsort((source_lengths, target_lengths))]
-        batches = permute(np.arange(len(order) // size), len(order) // size, key + 1)
-        mixed: np.ndarray = order.reshape(-1, size)[batches].reshape(-1)
-        return mixed
 
 
 def padded(sequences: Sequence[np.ndarray]) -> np.ndarray:

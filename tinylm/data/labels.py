@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from tinylm.data.bucketing import BucketedOrder
 from tinylm.data.datasets import Examples
 from tinylm.data.framing import Framing, with_control_tokens
-from tinylm.data.order import epoch_key, permute
+from tinylm.data.order import uniform
 from tinylm.data.prepare import EncodePieces, digest, load_or_train_tokenizer, open_or_encode
 from tinylm.data.prepared import PART_ADJECTIVES, PreparedData
 from tinylm.data.shards import Shard, open_shard
@@ -197,7 +198,14 @@ class LabelsFormat:
         assert isinstance(data, LabelsSection)
         assert isinstance(objective, ClassificationObjective)
         framing = Framing.of(prepared.tokenizer, recipe.model, data.truncate)
-        return LabeledDocuments(prepared.train, objective.labels, framing, recipe.seed)
+        return LabeledDocuments(
+            prepared.train,
+            objective.labels,
+            framing,
+            batch_size=recipe.training.global_batch_size,
+            seed=recipe.seed,
+            token_dropout=objective.token_dropout,
+        )
 
 
 def _open(folder: Path, key: str, tokenizer: Tokenizer, data: LabelsSection) -> PreparedLabels:
@@ -293,26 +301,46 @@ def _listed(names: Sequence[str]) -> str:
 
 
 class LabeledDocuments:
-    """A dataset of labeled texts. Each epoch visits every text once in a pseudo-random order.
+    """A dataset of labeled texts in a pseudo-random order in which the texts in each batch have similar lengths.
 
     Examples have `tokens` (count, length), padded with negative ids, and `labels` (count, 1).
     """
 
-    def __init__(self, texts: LabeledShard, labels: Sequence[str], framing: Framing, seed: int) -> None:
-        self._shard, self._framing, self._seed = texts.shard, framing, seed
+    def __init__(
+        self,
+        texts: LabeledShard,
+        labels: Sequence[str],
+        framing: Framing,
+        *,
+        batch_size: int,
+        seed: int,
+        token_dropout: float = 0.0,
+    ) -> None:
+        self._shard, self._framing = texts.shard, framing
+        self._token_dropout, self._seed = token_dropout, seed
         self._spans = np.array(texts.shard.documents(), dtype=np.int64)
         self._labels = texts.ids(labels)
-        self.examples_per_epoch = len(texts)
         lengths = np.minimum(self._spans[:, 1] - self._spans[:, 0], framing.room) + 2
+        self._order = BucketedOrder(lengths[:, None], batch_size, seed)
+        self.examples_per_epoch = self._order.examples_per_epoch
         self.tokens_per_example = float(lengths.mean())
 
     def examples(self, start: int, count: int) -> Examples:
         """Return the texts at positions [start, start + count)."""
-        epochs, within = np.divmod(np.arange(start, start + count, dtype=np.int64), self.examples_per_epoch)
-        chosen = np.empty_like(within)
-        for epoch in np.unique(epochs):
-            selected = epochs == epoch
-            chosen[selected] = permute(within[selected], self.examples_per_epoch, epoch_key(self._seed, int(epoch)))
-        framed = [self._framing.frame(self._shard.tokens[first:last]) for first, last in self._spans[chosen]]
+        chosen = self._order.indexes(start, count)
+        texts = [np.asarray(self._shard.tokens[first:last]) for first, last in self._spans[chosen]]
+        if self._token_dropout:
+            random = uniform(self._seed, np.arange(start, start + count, dtype=np.int64), max(map(len, texts)), stream=0)
+            texts = [_drop(text, numbers, self._token_dropout) for text, numbers in zip(texts, random, strict=True)]
+        framed = [self._framing.frame(text) for text in texts]
         tokens, _ = replace(self._framing, pad=-1).rows(framed)
         return {"tokens": tokens, "labels": self._labels[chosen][:, None]}
+
+
+def _drop(text: np.ndarray, random: np.ndarray, rate: float) -> np.ndarray:
+    """Remove the tokens whose random number in [0, 1) is below `rate`. The token with the largest number always remains."""
+    if not len(text):
+        return text
+    numbers = random[: len(text)]
+    kept: np.ndarray = text[numbers >= min(rate, numbers.max())]
+    return kept

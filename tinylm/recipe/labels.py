@@ -100,6 +100,9 @@ class ClassificationObjective(ObjectiveVariant):
     `none` to omit this layer."""
     label_smoothing: ShareBelowOne = 0.0
     """The share of the target probability that is spread uniformly over all labels."""
+    token_dropout: ShareBelowOne = 0.0
+    """The fraction of a text's tokens to remove in training, different ones in each epoch (word dropout, Iyyer et al. 2015). It
+    reduces overfitting to single words. At least one token remains."""
     class_weights: ClassWeights = "none"
     """The weight of each label in the loss: `none`, `balanced` (inversely proportional to its frequency in the training texts), or
     a number for each label. A label without a number has weight 1."""
