@@ -20,7 +20,7 @@ import typer
 
 from tinylm.errors import InputError
 
-from . import tokenizer_report
+from . import tokenizer_export, tokenizer_report
 from .console import (
     CHECKPOINT,
     ERRORS,
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 app = typer.Typer(cls=CommandGroup, add_completion=False, no_args_is_help=True, help="Train, apply, compare and edit tokenizers.")
 for command in (tokenizer_report.report, tokenizer_report.compare, tokenizer_report.explain, tokenizer_report.sweep):
     app.command()(command)
+app.command()(tokenizer_export.export)
 OVERWRITE = typer.Option(False, "--overwrite", help="Replace an existing file.")
 
 

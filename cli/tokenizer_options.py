@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from tinylm.tokenizer import Tokenizer
 
 KINDS = ("bpe", "unigram", "wordpiece", "word", "char", "byte")
-TOKENIZER = typer.Option(None, "--tokenizer", "-t", help="A tokenizer.json. Default: the run's tokenizer.")
+TOKENIZER = typer.Option(
+    None,
+    "--tokenizer",
+    "-t",
+    help="A tokenizer.json, FILE.tiktoken[:SPLIT] or a sentencepiece FILE.model. Default: the run's tokenizer.",
+)
 DEFAULT_VOCAB_SIZE = 8192
 
 

@@ -59,3 +59,46 @@ def random_texts(count: int, english: str) -> Iterator[str]:
                 case _:
                     parts += [chr(rng.randrange(*rng.choice(_CODE_POINTS))) for _ in range(rng.randint(1, 6))]
         yield "".join(parts)
+
+
+def odd_texts(count: int) -> Iterator[str]:
+    """Yield texts of characters that tokenizers often treat differently: marks, spaces, emoji, ligatures, wide forms and words."""
+    generator = random.Random(7)
+    words = (
+        "the",
+        "ing",
+        "'s",
+        "'LL",
+        "é",
+        "ß",
+        "\u212b",
+        "日本語",
+        "🙂",
+        "👩\u200d👧",
+        "ﬁ",
+        "①",
+        "½",
+        "１２３",
+        "▁",
+        "def ",
+        "    ",
+    )
+    marks = " \n\t\r\u00a0\u2028\u3000\u200b\u0301\u0300\u20e3\ufe0f"
+    ranges = (
+        (0x20, 0x7F),
+        (0xA0, 0x2000),
+        (0x2000, 0x3100),
+        (0x4E00, 0x9FFF),
+        (0xAC00, 0xD7A3),
+        (0xE000, 0xFFFF),
+        (0x1F300, 0x1FAFF),
+    )
+    for _ in range(count):
+        parts = []
+        for _ in range(60):
+            kind = generator.random()
+            if kind < 0.5:
+                parts.append(chr(generator.randrange(*generator.choice(ranges))))
+            else:
+                parts.append(generator.choice(words if kind < 0.75 else marks))
+        yield "".join(parts)

@@ -11,11 +11,10 @@ import pytest
 
 from tinylm.recipe.schema import BpeTokenizer, WordPieceTokenizer
 from tinylm.text.sources import Piece
-from tinylm.tokenizer import Tokenizer, kernel_loading, training
+from tinylm.tokenizer import Tokenizer, kernel_loading, kernels, training
 from tinylm.tokenizer.chunks import ChunkIndex
 from tinylm.tokenizer.split_points import SPLIT_POINTS
 
-kernels = pytest.importorskip("tinylm.tokenizer.kernels", reason="needs tinylm[fast]")
 UseKernels = Callable[[Any], None]
 
 

@@ -1,13 +1,12 @@
 """A common interface to tokenizers from several libraries, for comparing them.
 
-It supports tokenizer.json files (from tinylm and Hugging Face), tiktoken ranks, and sentencepiece models.
+It supports all files that `Tokenizer.load` reads, and the encodings that tiktoken downloads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +15,6 @@ from tinylm.errors import InputError, missing_extra
 from tinylm.text.sources import Piece
 from tinylm.tokenizer.backend_errors import translate_backend_errors
 from tinylm.tokenizer.encoding import segments
-from tinylm.tokenizer.pretokenizer import split_pattern
 from tinylm.tokenizer.split_points import SplitPoints
 from tinylm.tokenizer.tokenizer import Tokenizer
 
@@ -68,21 +66,10 @@ def adapt(tokenizer: Tokenizer) -> TokenizerAdapter:
 def open_tokenizer(path: str) -> TokenizerAdapter:
     """Open the tokenizer at `path`. Raises `InputError` if it does not exist or cannot be read.
 
-    `path` is one of:
-
-    - a tokenizer.json, or a folder that contains one (a run, a Hugging Face model)
-    - `FILE.tiktoken` or `FILE.tiktoken:SPLIT`: a tiktoken rank file. SPLIT is its split pattern (default: llama3, as in cl100k)
-    - `tiktoken:NAME`: an encoding that tiktoken provides, for example `tiktoken:gpt2`
-    - `FILE.model`: a sentencepiece model
+    `path` is anything that `Tokenizer.load` accepts, or `tiktoken:NAME`: an encoding that tiktoken provides, for example
+    `tiktoken:gpt2`.
     """
-    if path.startswith("tiktoken:"):
-        return _tiktoken_by_name(path)
-    file, _, split = path.rpartition(":") if ".tiktoken:" in path else (path, "", "llama3")
-    if file.endswith(".tiktoken"):
-        return _tiktoken_from_ranks(path, file, split)
-    if path.endswith(".model"):
-        return _sentencepiece(path)
-    return adapt(Tokenizer.load(Path(path) / "tokenizer.json" if Path(path).is_dir() else path))
+    return _tiktoken_by_name(path) if path.startswith("tiktoken:") else adapt(Tokenizer.load(path))
 
 
 def _tiktoken_by_name(path: str) -> TokenizerAdapter:
@@ -94,25 +81,6 @@ def _tiktoken_by_name(path: str) -> TokenizerAdapter:
         encoding = tiktoken.get_encoding(path.removeprefix("tiktoken:"))
     except Exception as error:  # an unknown name, or a failed download
         raise InputError(f"tiktoken cannot load this encoding: {error}".splitlines()[0], where=path) from None
-    return _adapt_tiktoken(encoding)
-
-
-def _tiktoken_from_ranks(path: str, file: str, split: str) -> TokenizerAdapter:
-    try:
-        import tiktoken
-        from tiktoken.load import load_tiktoken_bpe
-    except ImportError:
-        raise missing_extra("compare", "reading tiktoken's vocabularies") from None
-    if not Path(file).is_file():
-        raise InputError("no such tokenizer file", where=file)
-    try:
-        ranks = load_tiktoken_bpe(str(Path(file).absolute()))
-    except Exception as error:  # the parser raises exceptions of several types
-        raise InputError(f"not a tiktoken rank file: {error}", where=file) from None
-    try:
-        encoding = tiktoken.Encoding(path, pat_str=split_pattern(split, None), mergeable_ranks=ranks, special_tokens={})
-    except Exception as error:
-        raise InputError(f"tiktoken cannot use these ranks: {error}", where=path) from None
     return _adapt_tiktoken(encoding)
 
 
@@ -129,36 +97,4 @@ def _adapt_tiktoken(encoding: tiktoken.Encoding) -> TokenizerAdapter:
         encode=lambda text: np.array(encoding.encode_ordinary(text.decode("utf-8")), dtype=np.uint32),
         encode_batch=lambda texts: [encoding.encode_ordinary(text) for text in texts],
         decode=encoding.decode,
-    )
-
-
-def _sentencepiece(path: str) -> TokenizerAdapter:
-    try:
-        import sentencepiece
-    except ImportError:
-        raise missing_extra("compare", "reading sentencepiece models") from None
-    if not Path(path).is_file():
-        raise InputError("no such tokenizer file", where=path)
-    try:
-        model = sentencepiece.SentencePieceProcessor(model_file=path)
-    except (RuntimeError, OSError) as error:
-        raise InputError(f"not a sentencepiece model: {error}", where=path) from None
-
-    def bytes_of(id: int) -> bytes:
-        if model.is_byte(id):  # for example <0x41>
-            return bytes([int(model.id_to_piece(id)[3:5], 16)])
-        if model.is_control(id):
-            return b""
-        return "\ufffd".encode() if model.is_unknown(id) else str(model.id_to_piece(id)).replace("▁", " ").encode()
-
-    size = model.get_piece_size()
-    return TokenizerAdapter(
-        kind="sentencepiece",
-        vocab_size=size,
-        unknown=model.unk_id(),
-        token_bytes=[bytes_of(id) for id in range(size)],
-        split_points=None,
-        encode=lambda text: np.array(model.encode(text.decode("utf-8")), dtype=np.uint32),
-        encode_batch=lambda texts: model.encode(list(texts)),
-        decode=lambda ids: model.decode(list(map(int, ids))),
     )

@@ -8,7 +8,7 @@ new chunks are passed to the engine. The engine is tiktoken if it is installed, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain, pairwise
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,10 @@ import tokenizers
 
 from tinylm.errors import InputError
 from tinylm.text.sources import Piece
-from tinylm.tokenizer import kernel_loading
+from tinylm.tokenizer import kernel_loading, tiktoken_files
 from tinylm.tokenizer.backend_errors import translate_backend_errors
-from tinylm.tokenizer.byte_level import bytes_to_unicode, unicode_to_bytes
+from tinylm.tokenizer.byte_level import bytes_to_unicode
 from tinylm.tokenizer.chunks import ChunkIndex
-from tinylm.tokenizer.pretokenizer import byte_level_pattern
 from tinylm.tokenizer.split_points import SplitPoints
 
 Engine = Callable[[Sequence[str]], list[list[int]]]
@@ -214,21 +213,11 @@ def tiktoken_engine(tokenizer_json: Mapping[str, Any], fallback: Engine) -> Engi
 
     `fallback` encodes texts that are too long for tiktoken.
     """
-    pattern = byte_level_pattern(tokenizer_json)
-    model = tokenizer_json["model"]
-    if pattern is None or model["type"] != "BPE" or not model["merges"] or not _no_normalizer_or_added_tokens(tokenizer_json):
+    if not tokenizer_json["model"].get("merges") or tokenizer_json["model"].get("ignore_merges"):
         return None
-    if model["byte_fallback"] or model["ignore_merges"] or (tokenizer_json.get("decoder") or {}).get("type") != "ByteLevel":
-        return None
-    byte_of = unicode_to_bytes()
-    special = {token["content"] for token in tokenizer_json["added_tokens"]}
-    vocabulary = {token: id for token, id in model["vocab"].items() if token not in special}
-    merged_ids = [vocabulary.get("".join(merge if isinstance(merge, list) else merge.split(" ")), -1) for merge in model["merges"]]
-    in_order = all(a < b for a, b in pairwise(merged_ids)) and merged_ids[0] >= 256  # tiktoken merges in the order of ids
-    if not in_order or not all(character in byte_of for token in vocabulary for character in token):
-        return None
-    ranks = {bytes(byte_of[character] for character in token): id for token, id in vocabulary.items()}
-    if len(ranks) != len(merged_ids) + 256 or not all(bytes([byte]) in ranks for byte in range(256)):
+    try:
+        pattern, ranks = tiktoken_files.representation(tokenizer_json)
+    except InputError:
         return None
     try:
         import tiktoken

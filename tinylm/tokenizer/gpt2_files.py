@@ -8,7 +8,6 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from tinylm.errors import InputError
-from tinylm.file_kinds import identify
 
 VOCABULARY, MERGES = "vocab.json", "merges.txt"
 
@@ -19,9 +18,12 @@ def tokenizer_file(folder: Path) -> Path:
         return folder / "tokenizer.json"
     if (folder / VOCABULARY).exists() and (folder / MERGES).exists():
         return folder / VOCABULARY
-    for file in sorted(folder.glob("*.model")) + sorted(folder.glob("*.tiktoken")):
-        if kind := identify(file):
-            raise InputError(f"the folder's tokenizer is {kind.name}", where=str(file), hint=kind.hint)
+    others = [*sorted(folder.glob("*.model")), *sorted(folder.glob("*.tiktoken"))]
+    if len(others) == 1:
+        return others[0]
+    if others:
+        names = f"{others[0].name} and {others[1].name}"
+        raise InputError(f"contains several tokenizers, such as {names}", where=str(folder), hint="pass the path to one of them")
     raise InputError(
         f"found neither tokenizer.json nor {VOCABULARY} and {MERGES}", where=str(folder), hint="pass the path to a tokenizer.json"
     )

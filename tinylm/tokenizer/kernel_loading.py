@@ -6,7 +6,6 @@ Loading the loops takes about half a second. The first time on a machine, numba 
 from __future__ import annotations
 
 import sys
-from importlib.util import find_spec
 from typing import Any
 
 MIN_BYTES = 8 << 20
@@ -19,13 +18,13 @@ _MODULE = "tinylm.tokenizer.kernels"
 def kernels_if_worthwhile(n_bytes: int) -> Any | None:
     """Add `n_bytes` to the bytes read, and return the `kernels` module if it is loaded or worth loading now.
 
-    If this returns None, the caller should use the equivalent NumPy code. Always returns None if numba is not installed.
+    If this returns None, the caller should use the equivalent NumPy code.
     """
     global bytes_read
     if _MODULE in sys.modules:
         return sys.modules[_MODULE]
     bytes_read += n_bytes
-    if bytes_read < MIN_BYTES or find_spec("numba") is None:
+    if bytes_read < MIN_BYTES:
         return None
     from tinylm.tokenizer import kernels
 

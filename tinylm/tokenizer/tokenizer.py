@@ -22,7 +22,7 @@ from tinylm.errors import InputError
 from tinylm.file_kinds import identify
 from tinylm.paths import atomic_write_text
 from tinylm.text.sources import Piece
-from tinylm.tokenizer import gpt2_files, validation
+from tinylm.tokenizer import gpt2_files, sentencepiece_files, tiktoken_files, validation
 from tinylm.tokenizer.backend_errors import translate_backend_errors
 from tinylm.tokenizer.byte_level import unicode_to_bytes
 from tinylm.tokenizer.encoding import SEGMENT_BYTES, Encoder, segments
@@ -57,15 +57,24 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read a tokenizer.json, or a folder that contains a tokenizer.json or GPT-2's vocab.json and merges.txt.
+        """Read a tokenizer file, or the tokenizer file in a folder.
 
-        Raises `InputError` if the tokenizer is missing, invalid, or not supported.
+        `path` is a tokenizer.json, GPT-2's vocab.json or merges.txt, a sentencepiece model (`FILE.model`), or a tiktoken rank file
+        (`FILE.tiktoken` or `FILE.tiktoken:SPLIT`, where SPLIT is the name of a split or a regular expression). Raises `InputError`
+        if the tokenizer is missing, invalid, or not supported.
         """
+        rank_file = tiktoken_files.parse_path(str(path))
+        if rank_file is not None:
+            return cls._converted(tiktoken_files.read(*rank_file, END_OF_TEXT), rank_file[0])
         path = Path(path)
         if path.is_dir():
             path = gpt2_files.tokenizer_file(path)
         if path.name in (gpt2_files.VOCABULARY, gpt2_files.MERGES):
             return cls(gpt2_files.read(path.parent, END_OF_TEXT))
+        if path.suffix == tiktoken_files.SUFFIX:
+            return cls.load(str(path))
+        if path.suffix == sentencepiece_files.SUFFIX:
+            return cls._converted(sentencepiece_files.read(str(path), END_OF_TEXT), str(path))
         if not path.is_file():
             raise InputError("no such tokenizer file", where=str(path))
         if kind := identify(path):
@@ -74,12 +83,22 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises plain Exception for a file that it cannot read
             raise InputError(f"not a valid tokenizer.json: {error}", where=str(path)) from None
+        return cls._checked(backend, str(path))
+
+    @classmethod
+    def _converted(cls, backend: tokenizers.Tokenizer, where: str) -> Tokenizer:
+        """Create a tokenizer as its tokenizer.json will be read, so that its fingerprint does not change when it is saved."""
+        return cls._checked(tokenizers.Tokenizer.from_str(backend.to_str()), where)
+
+    @classmethod
+    def _checked(cls, backend: tokenizers.Tokenizer, where: str) -> Tokenizer:
+        """Create a tokenizer and encode a short text with it. Raises `InputError` if it is not supported."""
         try:
             tokenizer = cls(backend)
             validation.check_encoding(backend.encode)
             return tokenizer
         except InputError as error:
-            raise InputError(error.message, where=str(path), hint=error.hint) from None
+            raise InputError(error.message, where=where, hint=error.hint) from None
 
     @classmethod
     def from_text(cls, text: str) -> Tokenizer:
