@@ -25,6 +25,7 @@ from tinylm.errors import InputError
 from tinylm.paths import atomic_file, atomic_write_text, cache_folder, cached_file
 from tinylm.recipe import Recipe
 from tinylm.recipe.chat import ChatSection, ConversationShare, ConversationSources, MixSection
+from tinylm.recipe.mixture import MixtureShares
 from tinylm.recipe.schema import CausalLMObjective, DataSection, FileTokenizer, HeldoutShare
 from tinylm.reporting import Reporter
 from tinylm.text.conversations import ROLES, SYSTEM, Conversation, ConversationFormat, choose, read_conversations
@@ -346,7 +347,9 @@ class ChatFormat:
         if data.mix is None or prepared.mix is None:
             return packed
         text = TokenStream(prepared.mix.train.tokens, recipe.model.context_length, recipe.seed)
-        return Mixture(packed, text, data.mix.share)
+        shares = MixtureShares.constant([1 - data.mix.share, data.mix.share])
+        # One epoch is one epoch of the conversations.
+        return Mixture([packed, text], shares, max(1, round(packed.examples_per_epoch / (1 - data.mix.share))))
 
 
 def _packed(recipe: Recipe, prepared: PreparedChat) -> PackedConversations:

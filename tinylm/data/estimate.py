@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 
+from tinylm.data import prepared_folder
 from tinylm.data.chat import read_parts
-from tinylm.data.prepare import load_or_train_tokenizer, prepare_text
-from tinylm.data.split_text import open_text
+from tinylm.data.prepare import load_or_train_tokenizer, prepare, prepare_text
+from tinylm.data.split_text import SplitText, open_text
 from tinylm.recipe.chat import ChatSection
 from tinylm.recipe.schema import DataVariant, TokenizerSection, VocabularyTokenizer, require_text
 from tinylm.reporting import Reporter
@@ -30,6 +32,8 @@ class TextSize:
     heldout_tokens: int
     exact: bool
     """False if the token counts are estimates."""
+    source_tokens: tuple[int, ...] = ()
+    """The number of training tokens of each source of a mixture."""
 
 
 def estimate_text_size(data: DataVariant, tokenizer: TokenizerSection, reporter: Reporter) -> TextSize:
@@ -39,17 +43,34 @@ def estimate_text_size(data: DataVariant, tokenizer: TokenizerSection, reporter:
     """
     if isinstance(data, ChatSection):
         return _estimate_chat(data, tokenizer, reporter)
+    if prepared_folder.find(require_text(data)) is not None:
+        opened = prepare(require_text(data), tokenizer, reporter)
+        return TextSize(opened.tokenizer.vocab_size, len(opened.train), len(opened.heldout), exact=True)
     with ExitStack() as stack:
         text = open_text(require_text(data), reporter, stack)
-        if text.train_scan.bytes > EXACT_LIMIT_BYTES:
-            sample = list(_take_characters(text.pieces("train"), SAMPLE_CHARACTERS))
-            trained = training.train(_allow_smaller(tokenizer), sample, reporter.warn)
-            tokens = sum(len(ids) for ids, _ in trained.encode_pieces(sample))
-            characters = sum(len(piece.text) for piece in sample)
-            train_tokens, heldout_tokens = (int(tokens / characters * text.sizes(part)[1]) for part in ("train", "heldout"))
-            return TextSize(trained.vocab_size, train_tokens, heldout_tokens, exact=False)
+        if text.train_bytes > EXACT_LIMIT_BYTES:
+            return _estimate_from_sample(text, tokenizer, reporter)
         prepared = prepare_text(text, tokenizer, reporter)
-    return TextSize(prepared.tokenizer.vocab_size, len(prepared.train), len(prepared.heldout), exact=True)
+    spans = prepared.spans.get("train", ())
+    sizes = len(prepared.train), len(prepared.heldout)
+    return TextSize(prepared.tokenizer.vocab_size, *sizes, exact=True, source_tokens=tuple(span.tokens for span in spans))
+
+
+def _estimate_from_sample(text: SplitText, tokenizer: TokenizerSection, reporter: Reporter) -> TextSize:
+    """Train a tokenizer on the beginning of the text or, for a mixture, of each source, and count the tokens in this sample."""
+    sizes = [source.sizes("train")[1] for source in text.texts]
+    samples = [
+        list(_take_characters(source.pieces("train"), max(1, SAMPLE_CHARACTERS * size // sum(sizes))))
+        for source, size in zip(text.texts, sizes, strict=True)
+    ]
+    trained = training.train(_allow_smaller(tokenizer), chain.from_iterable(samples), reporter.warn)
+    counts = []
+    for sample, size in zip(samples, sizes, strict=True):
+        tokens = sum(len(ids) for ids, _ in trained.encode_pieces(sample))
+        counts.append(int(tokens / sum(len(piece.text) for piece in sample) * size))
+    heldout = int(sum(counts) / sum(sizes) * text.sizes("heldout")[1])
+    by_source = tuple(counts) if len(counts) > 1 else ()
+    return TextSize(trained.vocab_size, sum(counts), heldout, exact=False, source_tokens=by_source)
 
 
 def _estimate_chat(data: ChatSection, section: TokenizerSection, reporter: Reporter) -> TextSize:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
-from tinylm.data import datasets, masking
+from tinylm.data import masking, mixture
 from tinylm.data.chat import ChatFormat
 from tinylm.data.datasets import Dataset
 from tinylm.data.framing import with_control_tokens
@@ -55,7 +55,10 @@ class TextFormat:
     def dataset(self, recipe: Recipe, prepared: PreparedText) -> Dataset:
         if isinstance(recipe.objective, MaskedLMObjective):
             return masking.build(recipe, recipe.objective, prepared)
-        return datasets.build(require_text(recipe.data), prepared.train, recipe.model, recipe.seed)
+        dataset = mixture.build(recipe, prepared, recipe.model)
+        if isinstance(dataset, mixture.Mixture):
+            dataset.set_total(mixture.planned_examples(recipe, dataset))
+        return dataset
 
 
 _FORMATS: dict[type[DataVariant], DataFormat] = {

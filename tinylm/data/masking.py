@@ -6,15 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tinylm.cost.plan import training_steps
-from tinylm.data import datasets
+from tinylm.data import mixture
 from tinylm.data.batch import IGNORE_INDEX
-from tinylm.data.datasets import Examples, TokenStream
+from tinylm.data.datasets import Dataset, Examples
+from tinylm.data.mixture import Mixture
 from tinylm.data.order import uniform
 from tinylm.data.prepare import PreparedText
 from tinylm.recipe import Recipe
 from tinylm.recipe.encoder import MaskedLMObjective, Replacement
-from tinylm.recipe.schema import require_text
 from tinylm.tokenizer import Tokenizer
 from tinylm.tokenizer.control_tokens import ControlTokens, is_ordinary
 
@@ -59,9 +58,9 @@ class MaskedWindows:
     `segments`.
     """
 
-    def __init__(self, stream: TokenStream, tokenizer: Tokenizer, objective: MaskedLMObjective, seed: int) -> None:
+    def __init__(self, stream: Dataset, tokenizer: Tokenizer, objective: MaskedLMObjective, seed: int) -> None:
         """Raises `InputError` if the tokenizer lacks the control tokens of an encoder."""
-        self._stream, self._seed = stream, seed
+        self.stream, self._seed = stream, seed
         self._control = ControlTokens.of(tokenizer)
         self._end_of_text = tokenizer.end_of_text
         self._masking = Masking.of(tokenizer, objective.replace)
@@ -71,16 +70,16 @@ class MaskedWindows:
 
     @property
     def examples_per_epoch(self) -> int:
-        return self._stream.examples_per_epoch
+        return self.stream.examples_per_epoch
 
     @property
     def tokens_per_example(self) -> float:
-        return self._stream.context_length + 2
+        return self.stream.tokens_per_example + 2
 
     def examples(self, start: int, count: int) -> Examples:
         """Return the examples at positions [start, start + count)."""
         positions = np.arange(start, start + count, dtype=np.int64)
-        windows = self._stream.examples(start, count)
+        windows = self.stream.examples(start, count)
         text = windows["tokens"][:, :-1]  # The last token is also the first token of the next window.
         text = np.where(text == self._end_of_text, self._control.sep, text)
         framed = np.pad(text, ((0, 0), (1, 1)))
@@ -101,9 +100,9 @@ class MaskedWindows:
 def build(recipe: Recipe, objective: MaskedLMObjective, prepared: PreparedText) -> MaskedWindows:
     """Build the dataset for a recipe. Raises `InputError` if the text is shorter than one window."""
     window = recipe.model.model_copy(update={"context_length": recipe.model.context_length - 2})
-    stream = datasets.build(require_text(recipe.data), prepared.train, window, recipe.seed)
-    assert isinstance(stream, TokenStream)
+    stream = mixture.build(recipe, prepared, window)
     dataset = MaskedWindows(stream, prepared.tokenizer, objective, recipe.seed)
-    steps = training_steps(recipe.training, dataset.tokens_per_example, dataset.examples_per_epoch)
-    dataset.total = None if steps is None else steps * recipe.training.global_batch_size
+    dataset.total = mixture.planned_examples(recipe, dataset)
+    if isinstance(stream, Mixture):
+        stream.set_total(dataset.total)
     return dataset

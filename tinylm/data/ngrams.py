@@ -11,14 +11,16 @@ probability of a false positive is (number of hashes) / 2**32, which is about 0.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import safetensors
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
-from tinylm.data.shards import Shard
+from tinylm.data.shards import Counts, Shard
 from tinylm.errors import InputError
 from tinylm.paths import atomic_file
 
@@ -76,18 +78,31 @@ class NgramSample:
 
 def sample_ngrams(shard: Shard) -> NgramSample:
     """Sample the n-grams in a text."""
-    counts = shard.counts
+    return sample_ngrams_of_parts([shard], shard.counts)
+
+
+def sample_ngrams_of_parts(parts: Iterable[Shard], counts: Counts) -> NgramSample:
+    """Sample the n-grams in a text that consists of several shards. `counts` are the counts of the whole text."""
     length = max(MIN_LENGTH, round(_MIN_BYTES * counts.tokens / max(counts.bytes, 1)))
     rate = max(1, min(_USUAL_RATE, -(-counts.tokens // _EXACT_TOKENS)), -(-counts.tokens // _MAX_HASHES))
-    hashes = np.sort(_sample(shard, length, rate)[0])  # much faster than np.unique
+    hashes = np.sort(np.concatenate([_sample(part, length, rate)[0] for part in parts]))  # much faster than np.unique
     first = np.append(True, hashes[1:] != hashes[:-1])[: len(hashes)]
     return NgramSample(hashes[first], length, rate)
 
 
 def save_ngrams(sample: NgramSample, file: Path) -> None:
     """Write a sample to a safetensors file atomically."""
+    data = save({"hashes": sample.hashes}, {"length": str(sample.length), "rate": str(sample.rate)})
     with atomic_file(file) as temporary:
-        save_file({"hashes": sample.hashes}, temporary, {"length": str(sample.length), "rate": str(sample.rate)})
+        temporary.write_bytes(_with_sorted_header(data))
+
+
+def _with_sorted_header(data: bytes) -> bytes:
+    """Sort the keys in the header of a safetensors file, which are in a random order, so that equal samples are equal files."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
 
 def open_ngrams(file: Path) -> NgramSample:

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from tinylm.data import shards, training_text
+from tinylm.data import prepared_folder, shards, training_text
 from tinylm.data.ngrams import NgramSample, open_ngrams, sample_ngrams, save_ngrams
 from tinylm.data.prepared import PreparedData
 from tinylm.data.shards import Shard
+from tinylm.data.source_spans import FILE as SPANS_FILE
+from tinylm.data.source_spans import Span, find_spans, open_spans, write_spans
 from tinylm.data.split_text import SplitText, open_text
 from tinylm.data.training_text import TrainingText
 from tinylm.data.workers import encode_in_parallel
@@ -33,7 +35,7 @@ from tinylm.tokenizer import Tokenizer, training
 from tinylm.tokenizer.dropout import DropoutEncoder
 
 _CACHE_VERSION = 3
-_NGRAMS_FILE = "train-ngrams.safetensors"
+NGRAMS_FILE = "train-ngrams.safetensors"
 EncodePieces = Callable[[Iterable[Piece]], Iterator[tuple[np.ndarray, bool]]]
 """A function that encodes a text and yields (ids, whether they start a document)."""
 
@@ -63,16 +65,18 @@ class PreparedText(PreparedData):
     train: Shard
     heldout: Shard
     test: Shard | None = None
+    spans: Mapping[str, tuple[Span, ...]] = field(default_factory=dict)
+    """For a mixture, the tokens of each source in each split. A split with separate sources has no entry."""
 
     @property
     def heldout_files(self) -> tuple[str, ...]:
         parts = ("heldout",) if self.test is None else ("heldout", "test")
-        return tuple(f"{part}.{suffix}" for part in parts for suffix in ("npy", "json"))
+        return (*(f"{part}.{suffix}" for part in parts for suffix in ("npy", "json")), *([SPANS_FILE] if self.spans else []))
 
     @property
     def ngrams(self) -> NgramSample:
         """A sample of the n-grams in the training split."""
-        return open_ngrams(self.folder / _NGRAMS_FILE)
+        return open_ngrams(self.folder / NGRAMS_FILE)
 
 
 def digest(*parts: str) -> str:
@@ -84,8 +88,24 @@ def prepare(data: DataSection, tokenizer: TokenizerSection, reporter: Reporter, 
 
     Raises `InputError` if the text cannot be read or split, or if the tokenizer cannot be trained on it.
     """
+    if (folder := prepared_folder.find(data)) is not None:
+        return _open_prepared_folder(folder, tokenizer, reporter)
     with ExitStack() as stack:
         return prepare_text(open_text(data, reporter, stack), tokenizer, reporter, workers)
+
+
+def _open_prepared_folder(folder: Path, section: TokenizerSection, reporter: Reporter) -> PreparedText:
+    """Open a folder that `tinylm prepare` wrote. Raises `InputError` if it is damaged or has another tokenizer than the recipe."""
+    tokenizer = prepared_folder.load_tokenizer(folder, section)
+    train, heldout = (_open_undamaged(folder, part, tokenizer.vocab_size) for part in ("train", "heldout"))
+    reporter.note(
+        f"text: {train.counts.tokens:,} tokens in {train.counts.documents:,} documents for training, "
+        f"{heldout.counts.tokens:,} in {heldout.counts.documents:,} held out (prepared in {folder})"
+    )
+    fingerprint = digest(prepared_folder.read_manifest(folder)["fingerprint"], tokenizer.fingerprint, str(train.sha256))
+    prepared = PreparedText(tokenizer, folder, fingerprint, train, heldout)
+    _warn_about_heldout(prepared, TrainingText((str(folder),), prepared.ngrams, tokenizer), reporter)
+    return prepared
 
 
 def prepare_text(text: SplitText, section: TokenizerSection, reporter: Reporter, workers: int = 1) -> PreparedText:
@@ -102,12 +122,25 @@ def prepare_text(text: SplitText, section: TokenizerSection, reporter: Reporter,
     # The held-out split is encoded last, because its files indicate that everything else is in the cache.
     test = open_or_encode(folder, "test", text, tokenizer, encode_heldout, reporter) if "test" in text.parts else None
     heldout = open_or_encode(folder, "heldout", text, tokenizer, encode_heldout, reporter)
-    _warn_about_unknown_tokens(heldout, reporter)
-    trained = [TrainingText(text.source.corpus.sources, ngrams, tokenizer)]
-    for shard, name in ((heldout, "the held-out text"), (test, "the test text")):
-        if shard is not None:
-            training_text.warn(training_text.measure(trained, shard, tokenizer), name, reporter)
-    return PreparedText(tokenizer, folder, fingerprint, train, heldout, test)
+    spans = _record_spans(folder, text, tokenizer, {"train": train, "heldout": heldout, "test": test})
+    prepared = PreparedText(tokenizer, folder, fingerprint, train, heldout, test, spans)
+    _warn_about_heldout(prepared, TrainingText(text.sources, ngrams, tokenizer), reporter)
+    return prepared
+
+
+def _record_spans(
+    folder: Path, text: SplitText, tokenizer: Tokenizer, shards: Mapping[str, Shard | None]
+) -> dict[str, tuple[Span, ...]]:
+    """Find and save the tokens of each source of a mixture in each split. Return an empty dictionary for other texts."""
+    if len(text.texts) == 1:
+        return {}
+    spans = {
+        part: find_spans(shard, text.documents_by_source(part), tokenizer.token_byte_lengths)
+        for part, shard in shards.items()
+        if shard is not None and text.documents_by_source(part)
+    }
+    write_spans(folder, spans)
+    return spans
 
 
 def _sample_training_ngrams(
@@ -128,14 +161,17 @@ def _sample_training_ngrams(
             save_ngrams(sample_ngrams(shard), file)
             del shard  # Windows cannot remove a file while it is mapped
 
-    return open_ngrams(cached_file(folder / _NGRAMS_FILE, write))
+    return open_ngrams(cached_file(folder / NGRAMS_FILE, write))
 
 
 def open_prepared(folder: Path, fingerprint: str, tokenizer_json: str) -> PreparedText:
     """Open data that another process has prepared. `tokenizer_json` is the content of its tokenizer.json."""
     train, heldout = (shards.open_shard(folder, part) for part in ("train", "heldout"))
     test = shards.open_shard(folder, "test") if (folder / "test.json").exists() else None
-    return PreparedText(Tokenizer.from_text(tokenizer_json), folder, fingerprint, train, heldout, test)
+    opened = {"train": train, "heldout": heldout, "test": test}
+    spans = {part: open_spans(folder, part, shard) for part, shard in opened.items() if shard is not None}
+    spans = {part: of_part for part, of_part in spans.items() if of_part}
+    return PreparedText(Tokenizer.from_text(tokenizer_json), folder, fingerprint, train, heldout, test, spans)
 
 
 def _check_end_of_text(tokenizer: Tokenizer) -> None:
@@ -152,12 +188,17 @@ def _check_end_of_text(tokenizer: Tokenizer) -> None:
         )
 
 
+def load_tokenizer_file(section: FileTokenizer) -> Tokenizer:
+    """Load a tokenizer. Raises `InputError` if its end-of-text token is missing, or if text can be encoded to it."""
+    tokenizer = Tokenizer.load(section.path)
+    _check_end_of_text(tokenizer)
+    return tokenizer
+
+
 def load_or_train_tokenizer(text: TextParts, section: TokenizerSection, reporter: Reporter) -> Tokenizer:
     """Load the recipe's tokenizer from a file or the cache, or train it. No text is encoded to its end-of-text token."""
     if isinstance(section, FileTokenizer):
-        tokenizer = Tokenizer.load(section.path)
-        _check_end_of_text(tokenizer)
-        return tokenizer
+        return load_tokenizer_file(section)
     settings = section.model_dump(exclude={"allow_smaller", "dropout"})
     key = digest(text.fingerprint, json.dumps(settings), str(_CACHE_VERSION))
     path = cache_folder("tokenizers") / f"{key}.json"
@@ -205,7 +246,7 @@ def _open_undamaged(folder: Path, part: str, vocab_size: int) -> Shard:
     shard = shards.open_shard(folder, part)
     problem = shard.problem(vocab_size)
     if problem is not None:
-        raise InputError(f"the cached tokens are damaged: {problem}", where=str(folder / f"{part}.npy"))
+        raise InputError(f"the tokens are damaged: {problem}", where=str(folder / f"{part}.npy"))
     return shard
 
 
@@ -243,6 +284,14 @@ def encode_to_shard(
         sizes=lambda: (size, characters),
     )
     return shards.open_shard(folder, name)
+
+
+def _warn_about_heldout(prepared: PreparedText, trained: TrainingText, reporter: Reporter) -> None:
+    """Warn about unknown held-out tokens, and about held-out and test text that also occurs in the training text."""
+    _warn_about_unknown_tokens(prepared.heldout, reporter)
+    for shard, name in ((prepared.heldout, "the held-out text"), (prepared.test, "the test text")):
+        if shard is not None:
+            training_text.warn(training_text.measure([trained], shard, prepared.tokenizer), name, reporter)
 
 
 def _warn_about_unknown_tokens(heldout: Shard, reporter: Reporter) -> None:

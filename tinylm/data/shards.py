@@ -11,7 +11,7 @@ import hashlib
 import json
 import tokenize
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 
@@ -58,13 +58,17 @@ class Shard:
         """
         if self.sha256 is not None and self.sha256 != self.digest():
             return "they have changed since they were saved"
-        if int(np.count_nonzero(self.tokens == self.end_of_text)) != self.counts.documents + 1:
+        if self._count_end_of_text() != self.counts.documents + 1:
             return f"they do not contain {self.counts.documents:,} documents"
         if self.tokens[0] != self.end_of_text or self.tokens[-1] != self.end_of_text:
             return "they do not begin and end with the end-of-text token"
         if vocab_size is not None and int(self.tokens.max()) >= vocab_size:
             return f"they contain ids outside the vocabulary of {vocab_size:,} tokens"
         return None
+
+    def _count_end_of_text(self) -> int:
+        starts = range(0, len(self.tokens), _HASHED_TOKENS)
+        return sum(int(np.count_nonzero(self.tokens[start : start + _HASHED_TOKENS] == self.end_of_text)) for start in starts)
 
     def digest(self) -> str:
         """Return the SHA-256 of the tokens and counts in hexadecimal."""
@@ -75,7 +79,7 @@ class Shard:
 
 
 _HASHED_TOKENS = 1 << 20
-"""Number of tokens that are hashed at a time."""
+"""Number of tokens that are hashed or compared at a time."""
 
 
 def _with_counts(tokens_hash: hashlib._Hash, counts: Counts, end_of_text: int) -> str:
@@ -94,7 +98,7 @@ class ShardWriter:
     def __init__(self, file: Path, vocab_size: int, end_of_text: int, unknown: int | None) -> None:
         self._dtype = np.dtype(token_dtype(vocab_size))
         self._file = open(file, "wb")  # noqa: SIM115  closed by `finish` or `close`
-        self._end_of_text = end_of_text
+        self.end_of_text = end_of_text
         self._unknown = unknown
         self.hash = hashlib.sha256()
         self.length = 0
@@ -119,20 +123,27 @@ class ShardWriter:
 
         Raises `InputError` if the ids contain the end-of-text token, which would divide the document.
         """
-        if (ids == self._end_of_text).any():
+        if (ids == self.end_of_text).any():
             hint = "use a tokenizer that does not encode text to this token"
-            raise InputError(f"a document encodes to the end-of-text token {self._end_of_text}", hint=hint)
+            raise InputError(f"a document encodes to the end-of-text token {self.end_of_text}", hint=hint)
         if starts_document:
             if self.documents:
-                self._write(np.array([self._end_of_text]))
+                self._write(np.array([self.end_of_text]))
             self.documents += 1
         self._write(ids)
         if self._unknown is not None:
             self.unknown_tokens += int((ids == self._unknown).sum())
 
+    def append(self, shard: Shard) -> None:
+        """Append all documents of another shard with the same tokenizer."""
+        if self.documents:
+            self._write(np.array([self.end_of_text]))
+        self._write(np.asarray(shard.tokens[1:-1]))
+        self.documents += shard.counts.documents
+
     def finish(self) -> None:
         """Write the last end-of-text token and the final header, and close the file."""
-        self._write(np.array([self._end_of_text]))
+        self._write(np.array([self.end_of_text]))
         self._write_header(self.length)
         self._file.close()
 
@@ -167,8 +178,36 @@ def write_shard(
     size, characters = sizes()
     tokens = writer.length - writer.documents - 1
     counts = Counts(writer.documents, size, characters, tokens, writer.unknown_tokens)
+    _write_counts(folder / f"{name}.json", writer, counts, end_of_text)
+    return counts
+
+
+def _write_counts(file: Path, writer: ShardWriter, counts: Counts, end_of_text: int) -> None:
     document = {**asdict(counts), "end_of_text": end_of_text, "sha256": _with_counts(writer.hash, counts, end_of_text)}
-    atomic_write_text(folder / f"{name}.json", json.dumps(document) + "\n")
+    atomic_write_text(file, json.dumps(document) + "\n")
+
+
+def concatenate(folder: Path, name: str, parts: Callable[[], Iterable[Shard]], vocab_size: int) -> Counts:
+    """Write the documents of several shards to one shard, atomically. `parts` yields them in order, one at a time.
+
+    Raises `ValueError` if there are no parts.
+    """
+    totals = {field.name: 0 for field in fields(Counts)}
+    with atomic_file(folder / f"{name}.npy") as temporary:
+        writer: ShardWriter | None = None
+        try:
+            for part in parts():
+                writer = writer or ShardWriter(temporary, vocab_size, part.end_of_text, None)
+                writer.append(part)
+                totals = {key: value + getattr(part.counts, key) for key, value in totals.items()}
+            if writer is None:
+                raise ValueError("no shards to concatenate")
+            writer.finish()
+        finally:
+            if writer is not None:
+                writer.close()
+    counts = Counts(**totals)
+    _write_counts(folder / f"{name}.json", writer, counts, writer.end_of_text)
     return counts
 
 

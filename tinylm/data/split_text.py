@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 
 import numpy as np
 
@@ -36,57 +37,87 @@ class ScannedCorpus:
 
 
 @dataclass(frozen=True)
+class SplitSource:
+    """A text from `data.train` that has been scanned and split."""
+
+    text: ScannedCorpus
+    split: Split
+
+    def pieces(self, part: str) -> Iterator[Piece]:
+        """Yield the text of a split. Raises `InputError` if the text has changed since the scan."""
+        return self.split.select(self.text.pieces(), part)
+
+    def sizes(self, part: str) -> tuple[int, int]:
+        """Return the number of documents and characters in a split."""
+        return int(self.split.contains(part).sum()), self.split.characters(part)
+
+    @property
+    def fingerprint(self) -> list[str]:
+        """Hashes of the content and of the boundaries between the splits."""
+        boundaries = [self.split.boundaries] if self.split.test_boundaries is None else [*self.split.spans("heldout")]
+        return [self.text.scan.fingerprint, *(hashlib.sha256(array.astype("<i8").tobytes()).hexdigest() for array in boundaries)]
+
+
+@dataclass(frozen=True)
 class SplitText:
     """A text that has been opened, scanned and split into `train`, `heldout` and optionally `test`."""
 
-    source: ScannedCorpus
-    """The text from `data.train`, which contains all splits that have no separate sources."""
-    split: Split
+    texts: tuple[SplitSource, ...]
+    """The text from `data.train`, which contains all splits that have no separate sources. A mixture has several, which are split
+    separately; each split then contains the text of all sources, in order."""
     others: Mapping[str, ScannedCorpus] = field(default_factory=dict)
     """The splits with separate sources."""
 
     @property
-    def train_scan(self) -> Scan:
-        return self.source.scan
+    def sources(self) -> tuple[str, ...]:
+        """The sources in `data.train`."""
+        return tuple(source for text in self.texts for source in text.text.corpus.sources)
 
     @property
     def train_bytes(self) -> int:
         """The size of the text from `data.train` in bytes."""
-        return self.train_scan.bytes
+        return sum(text.text.scan.bytes for text in self.texts)
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The names of the splits."""
-        has_test = "test" in self.others or self.split.test_boundaries is not None
+        has_test = "test" in self.others or self.texts[0].split.test_boundaries is not None
         return split.PARTS if has_test else split.PARTS[:2]
 
     def pieces(self, part: str) -> Iterator[Piece]:
         """Yield the text of a split. Raises `InputError` if its source has changed since the scan."""
         if part in self.others:
             return self.others[part].pieces()
-        return self.split.select(self.source.pieces(), part)
+        return chain.from_iterable(text.pieces(part) for text in self.texts)
 
     @property
     def fingerprint(self) -> str:
         """A hash of the content of all splits and the boundaries between them."""
-        boundaries = [self.split.boundaries] if self.split.test_boundaries is None else [*self.split.spans("heldout")]
-        hashes = [hashlib.sha256(array.astype("<i8").tobytes()).hexdigest() for array in boundaries]
+        hashes = [item for text in self.texts for item in text.fingerprint]
         others = [f"{part} {scanned.scan.fingerprint}" for part, scanned in sorted(self.others.items())]
-        return hashlib.sha256(json.dumps([self.train_scan.fingerprint, *hashes, *others]).encode()).hexdigest()[:32]
+        return hashlib.sha256(json.dumps([*hashes, *others]).encode()).hexdigest()[:32]
 
     def sizes(self, part: str) -> tuple[int, int]:
         """Return the number of documents and characters in a split."""
         if part in self.others:
             scan = self.others[part].scan
             return scan.documents, scan.characters
-        return int(self.split.contains(part).sum()), self.split.characters(part)
+        sizes = [text.sizes(part) for text in self.texts]
+        return sum(documents for documents, _ in sizes), sum(characters for _, characters in sizes)
+
+    def documents_by_source(self, part: str) -> dict[str, int]:
+        """Return the number of documents of each source of a mixture in a split. Empty if the split has separate sources."""
+        return {} if part in self.others else {", ".join(text.text.corpus.sources): text.sizes(part)[0] for text in self.texts}
 
     def hashes(self, part: str) -> np.ndarray:
         """Return the hashes of the documents that are entirely in a split."""
         if part in self.others:
             return self.others[part].scan.hashes
-        starts, ends = self.split.spans(part)
-        return np.asarray(self.train_scan.hashes[ends - starts == self.split.lengths])
+        hashes = []
+        for text in self.texts:
+            starts, ends = text.split.spans(part)
+            hashes.append(text.text.scan.hashes[ends - starts == text.split.lengths])
+        return np.concatenate(hashes)
 
 
 def open_text(data: DataSection, reporter: Reporter, stack: ExitStack) -> SplitText:
@@ -96,17 +127,26 @@ def open_text(data: DataSection, reporter: Reporter, stack: ExitStack) -> SplitT
     """
     sections = {"heldout": data.heldout, "test": data.test}
     sources = {part: section.sources for part, section in sections.items() if isinstance(section, HeldoutSources)}
-    open_corpus = partial(Corpus, field=data.field, template=data.template, errors=data.errors)
-    corpus = stack.enter_context(open_corpus(data.train, allow_unused_format=bool(sources)))
-    others = {part: stack.enter_context(open_corpus(names, allow_unused_format=True)) for part, names in sources.items()}
-    if others:
-        require_used_format([corpus, *others.values()])
-    scanned = ScannedCorpus(corpus, _scan(corpus, reporter))
-    text_split = _split(scanned, data)
-    text = SplitText(scanned, text_split, {part: ScannedCorpus(other, _scan(other, reporter)) for part, other in others.items()})
+    groups = [item.source for item in data.mixture] or [data.sources()["train"]]
+    open_corpus = partial(Corpus, field=data.field, template=data.template, errors=data.errors, allow_unused_format=True)
+    corpora = [stack.enter_context(open_corpus(names)) for names in groups]
+    others = {part: stack.enter_context(open_corpus(names)) for part, names in sources.items()}
+    require_used_format([*corpora, *others.values()])
+    texts = tuple(_split_source(corpus, data, reporter) for corpus in corpora)
+    text = SplitText(texts, {part: ScannedCorpus(other, _scan(other, reporter)) for part, other in others.items()})
     _report_sizes(text, data, reporter)
     _report_problems(text, data, reporter)
     return text
+
+
+def _split_source(corpus: Corpus, data: DataSection, reporter: Reporter) -> SplitSource:
+    scanned = ScannedCorpus(corpus, _scan(corpus, reporter))
+    try:
+        return SplitSource(scanned, _split(scanned, data))
+    except InputError as error:
+        if not data.mixture:
+            raise
+        raise InputError(f"{describe(corpus.sources)}: {error.message}", where=error.where, hint=error.hint) from None
 
 
 def _split(text: ScannedCorpus, data: DataSection) -> Split:
@@ -163,8 +203,10 @@ def _describe_part(data: DataSection, part: str) -> str:
 def _report_problems(text: SplitText, data: DataSection, reporter: Reporter) -> None:
     """Report what makes held-out results less reliable: a document cut in two, repeated documents, and splits of unexpected
     size."""
-    if text.split.cuts_a_document:
-        reporter.note("the split cuts a document in two; the held-out text starts inside it")
+    for source in text.texts:
+        if source.split.cuts_a_document:
+            where = f"{describe(source.text.corpus.sources)}: " if len(text.texts) > 1 else ""
+            reporter.note(f"{where}the split cuts a document in two; the held-out text starts inside it")
     for part in text.parts[1:]:
         adjective = PART_ADJECTIVES[part]
         documents = text.sizes(part)[0]
@@ -177,12 +219,13 @@ def _report_problems(text: SplitText, data: DataSection, reporter: Reporter) -> 
         if isinstance(data.heldout, HeldoutShare) and data.heldout.by == "document" and part not in text.others:
             section = data.heldout if part == "heldout" else data.test
             assert isinstance(section, HeldoutShare | TestShare)
-            _check_share(text, part, section.share, reporter)
+            for source in text.texts:
+                _check_share(source, part, section.share, reporter)
 
 
-def _check_share(text: SplitText, part: str, share: float, reporter: Reporter) -> None:
+def _check_share(text: SplitSource, part: str, share: float, reporter: Reporter) -> None:
     """Warn if a split by document holds out much less or much more text than requested."""
-    (documents, characters), scan = text.sizes(part), text.train_scan
+    (documents, characters), scan = text.sizes(part), text.text.scan
     actual = characters / scan.characters
     if not 0.5 <= actual / share <= 2:
         reporter.warn(

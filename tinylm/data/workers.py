@@ -1,6 +1,6 @@
-"""Encode text with several processes.
+"""Apply a function with several processes and keep the order of the results. This is how text is encoded.
 
-The text is divided only at split points, which no token crosses. Segments are sent to the workers in order, and the ids are yielded
+A text is divided only at split points, which no token crosses. Segments are sent to the workers in order, and the ids are yielded
 in the same order. The result therefore does not depend on the number of workers.
 """
 
@@ -11,9 +11,10 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -27,6 +28,8 @@ _PENDING_PER_WORKER = 3
 """Maximum number of pending batches per worker. It limits memory use but keeps all workers busy while results wait for the slowest
 batch."""
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 Segment = tuple[bytes, bool]
 """(UTF-8 text, whether it starts a document)"""
 Encoded = tuple[np.ndarray, bool]
@@ -39,19 +42,36 @@ def encode_in_parallel(tokenizer: Tokenizer, pieces: Iterable[Piece], workers: i
     if workers == 1:
         yield from tokenizer.encode_pieces(pieces)
         return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initialize_worker, (tokenizer.backend.to_str(),))
-    pending: deque[Future[list[Encoded]]] = deque()
+    batches = _batches(segments(pieces, tokenizer.split_points))
+    for encoded in map_in_order(_encode, batches, workers, initialize_worker, (tokenizer.backend.to_str(),)):
+        yield from encoded
+
+
+def map_in_order(
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    workers: int,
+    initialize: Callable[..., None],
+    arguments: tuple[Any, ...] = (),
+    *,
+    option: str = "--workers",
+) -> Iterator[Result]:
+    """Apply a function in worker processes, and yield the results in the order of the items.
+
+    Each worker first calls `initialize(*arguments)`. Raises `WorkError` if a worker dies; the hint names `option`.
+    """
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initialize, arguments)
+    pending: deque[Future[Result]] = deque()
     try:
-        for batch in _batches(segments(pieces, tokenizer.split_points)):
-            pending.append(pool.submit(_encode, batch))
+        for item in items:
+            pending.append(pool.submit(function, item))
             if len(pending) >= _PENDING_PER_WORKER * workers:
-                yield from pending.popleft().result()
+                yield pending.popleft().result()
         while pending:
-            yield from pending.popleft().result()
+            yield pending.popleft().result()
     except BrokenProcessPool:
-        hint = "it may have run out of memory; reduce --workers"
-        raise WorkError("a tokenization worker was killed", hint=hint) from None
+        hint = f"it may have run out of memory; reduce {option}"
+        raise WorkError("a worker process was killed", hint=hint) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -70,8 +90,14 @@ def _batches(all_segments: Iterable[Segment]) -> Iterator[list[Segment]]:
 
 
 def initialize_worker(tokenizer_json: str) -> None:
-    """Load a tokenizer.json in a worker. The worker uses one thread, ignores Ctrl-C, and exits when its parent process ends."""
+    """Load a tokenizer.json in a worker."""
     global _tokenizer
+    isolate_worker()
+    _tokenizer = Tokenizer.from_text(tokenizer_json)
+
+
+def isolate_worker() -> None:
+    """Set up a worker process, which uses one thread, ignores Ctrl-C, and exits when its parent process ends."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -82,7 +108,6 @@ def initialize_worker(tokenizer_json: str) -> None:
         os._exit(1)
 
     threading.Thread(target=exit_with_parent, daemon=True).start()
-    _tokenizer = Tokenizer.from_text(tokenizer_json)
 
 
 def _encode(batch: list[Segment]) -> list[Encoded]:
