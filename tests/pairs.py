@@ -11,7 +11,10 @@ import torch
 
 from tinylm.model import registry
 from tinylm.model.encoder_decoder import EncoderDecoder
+from tinylm.model.recurrent_encoder_decoder import RecurrentEncoderDecoder
+from tinylm.model.sequence_to_sequence import SequenceToSequence
 from tinylm.recipe.encoder_decoder import EncoderDecoderSection
+from tinylm.recipe.recurrent import RecurrentEncoderDecoderSection
 
 VOCAB_SIZE = 40
 END = 0
@@ -42,11 +45,35 @@ def network(preset: str = "transformer", *, vocab_size: int = VOCAB_SIZE, seed: 
     """Return a network in eval mode with noise added to its initial weights."""
     built = registry.build(section(preset, **overrides), vocab_size, seed)
     assert isinstance(built, EncoderDecoder)
+    _add_noise(built, seed)
+    return built.eval()
+
+
+def recurrent_network(
+    preset: str = "bahdanau", *, vocab_size: int = VOCAB_SIZE, seed: int = 0, **overrides: Any
+) -> RecurrentEncoderDecoder:
+    """Return a recurrent network of width 32 in eval mode with noise added to its initial weights."""
+    shape = {"n_embd": 32, "context_length": 24}
+    built = registry.build(
+        RecurrentEncoderDecoderSection.model_validate({"preset": preset, **shape, **overrides}), vocab_size, seed
+    )
+    assert isinstance(built, RecurrentEncoderDecoder)
+    _add_noise(built, seed)
+    return built.eval()
+
+
+def translators(*, vocab_size: int = VOCAB_SIZE, seed: int = 0) -> dict[str, SequenceToSequence]:
+    """Return a small network of each kind, by preset."""
+    sizes = {"vocab_size": vocab_size, "seed": seed}
+    networks: dict[str, SequenceToSequence] = {preset: network(preset, **sizes) for preset in ("transformer", "modern")}
+    return {**networks, **{preset: recurrent_network(preset, **sizes) for preset in ("bahdanau", "sutskever")}}
+
+
+def _add_noise(network: SequenceToSequence, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in built.parameters():
+        for parameter in network.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.15)
-    return built.eval()
 
 
 def reversed_pairs(count: int, *, seed: int = 0, letters: str = "abcdef", longest: int = 6) -> list[dict[str, str]]:

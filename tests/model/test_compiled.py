@@ -1,9 +1,7 @@
-"""Numba-compiled decoding: logits are correct and bit-identical for any batch size and thread count, and numba is optional."""
+"""Numba-compiled decoding: logits are correct and bit-identical for any batch size and thread count."""
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,11 +13,12 @@ from torch import Tensor
 
 from tinylm.errors import InputError
 from tinylm.model import compiled
-from tinylm.model.decoder import Decoder, make_decoder
+from tinylm.model.decoder import Decoder, should_compile_for_later
 from tinylm.model.packed import WEIGHT_KINDS, WeightKind
+from tinylm.model.step_records import DECODING_STEP
 from tinylm.model.transformer import Transformer
+from tinylm.native import NativeFunction
 from tinylm.recipe.support import unsupported
-from tinylm.reporting import Reporter
 
 SETTINGS: list[dict[str, Any]] = [
     {},
@@ -36,6 +35,12 @@ SETTINGS: list[dict[str, Any]] = [
     {"head_dim": 6},
     {"n_embd": 96, "n_inner": 200},
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_code() -> None:
+    """Compile the code once, so that it is on disk."""
+    DECODING_STEP.compile()
 
 
 @pytest.fixture
@@ -171,29 +176,33 @@ def test_the_error_for_an_unsupported_setting_contains_its_key(overrides: dict[s
     assert not compiled.is_worthwhile(network, None)
 
 
-def test_compilation_is_worthwhile_only_for_many_steps() -> None:
+def test_compiled_steps_are_worthwhile_if_they_save_more_time_than_loading_or_compiling_the_code_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     network = model()
-    assert compiled.is_worthwhile(network, None)
-    assert compiled.is_worthwhile(network, 10_000)
-    assert not compiled.is_worthwhile(network, 50)
+    for is_compiled, enough_steps in ((True, 200), (False, 100_000)):
+        monkeypatch.setattr(NativeFunction, "is_compiled", lambda self, is_compiled=is_compiled: is_compiled)
+        assert compiled.is_worthwhile(network, None)
+        assert compiled.is_worthwhile(network, enough_steps)
+        assert not compiled.is_worthwhile(network, enough_steps // 4)
+        assert compiled.is_worthwhile(network, 200, once_compiled=True)
 
 
-def test_without_numba_only_an_explicit_request_for_compilation_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tinylm.model.kernels", None)
-    monkeypatch.delattr("tinylm.model.kernels", raising=False)
-    monkeypatch.setattr(compiled, "find_spec", lambda name: None)
-    network, reporter = model(), Reporter()
-    assert not make_decoder(network, weights="fp32", compiled=None, steps=None, reporter=reporter).uses_numba
-    with pytest.raises(InputError, match=r"tinylm\[fast\]"):
-        make_decoder(network, weights="fp32", compiled=True, steps=1, reporter=reporter)
+def test_code_that_is_not_on_disk_is_compiled_for_later_if_a_short_generation_would_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = model()
+    assert not should_compile_for_later(network, 200), "the code is already on disk"
+    monkeypatch.setattr(NativeFunction, "is_compiled", lambda self: False)
+    assert should_compile_for_later(network, 200)
+    assert not should_compile_for_later(network, 10)
+    assert not should_compile_for_later(model(parallel_residual=True), 200)
+    assert not should_compile_for_later(network, None), "the code is compiled before the first step"
 
 
-def test_a_slow_compilation_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compilation_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     notes: list[str] = []
-    compiled.load_kernels(notes.append)
+    compiled.load_code(notes.append)
     assert not notes, "the code is already compiled"
-    monkeypatch.setattr(compiled, "COMPILE_NOTE_SECONDS", 0.01)
-    monkeypatch.setattr(compiled.import_kernels(), "entry", lambda: time.sleep(0.3))
-    compiled.load_kernels(notes.append)
+    monkeypatch.setattr(NativeFunction, "is_compiled", lambda self: False)
+    compiled.load_code(notes.append)
     (note,) = notes
     assert "compiling" in note

@@ -50,8 +50,6 @@ def test_steps_match_a_full_pass_for_every_model_key(preset: str, case: dict[str
 @pytest.mark.parametrize("preset", PRESETS)
 @torch.inference_mode()
 def test_rows_can_be_copied_reordered_and_dropped(preset: str, compiled: bool) -> None:
-    if compiled:
-        pytest.importorskip("numba", reason="needs tinylm[fast]")
     network, tokens = model(preset, ngram_embeddings=[2, 3], ngram_rows=97), ids(4, 16)
     decoder = Decoder(network, compiled=compiled)
     cache = decoder.new_state(4)
@@ -72,8 +70,6 @@ def test_rows_can_be_copied_reordered_and_dropped(preset: str, compiled: bool) -
 @pytest.mark.parametrize("preset", PRESETS)
 @torch.inference_mode()
 def test_evicting_clears_a_row_and_returns_how_many_tokens_to_prefill_again(preset: str, compiled: bool) -> None:
-    if compiled:
-        pytest.importorskip("numba", reason="needs tinylm[fast]")
     network, tokens = model(preset), ids(2, 17)
     decoder = Decoder(network, compiled=compiled)
     state = decoder.new_state(2)

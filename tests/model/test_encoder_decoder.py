@@ -11,7 +11,8 @@ from torch import nn
 from tinylm.errors import InputError
 from tinylm.interchange import marian
 from tinylm.model import registry
-from tinylm.model.encoder_decoder import START, EncoderDecoder
+from tinylm.model.encoder_decoder import EncoderDecoder
+from tinylm.model.sequence_to_sequence import START
 from tinylm.recipe.pairs import TranslationObjective
 
 PRESETS = ("transformer", "modern")

@@ -67,7 +67,6 @@ def test_loss_and_gradients_match_torch(kind: str, keys: dict[str, Any]) -> None
 
 @pytest.mark.parametrize(("kind", "keys"), [("rnn", {}), ("rnn", {"activation": "relu"}), ("lstm", {}), ("gru", {})])
 def test_compiled_steps_match_torch_for_rows_of_different_lengths(kind: str, keys: dict[str, Any]) -> None:
-    pytest.importorskip("numba")
     ours, tokens = network(kind, **keys), ids(3, 9)
     compiled = make_decoder(ours, weights="fp32", compiled=True, steps=None, reporter=SILENT)
     assert compiled.uses_numba

@@ -7,11 +7,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from pairs import END, VOCAB_SIZE, network
+from pairs import END, VOCAB_SIZE, network, translators
 
 from tinylm.errors import InputError
 from tinylm.interchange import marian
-from tinylm.model.encoder_decoder import START
+from tinylm.model.sequence_to_sequence import START
 from tinylm.translation.search import SearchOptions, penalized, translate_ids, without_repeated_ngrams
 
 
@@ -48,17 +48,18 @@ def test_beam_search_matches_transformers() -> None:
     [SearchOptions(beams=3, n_best=3), SearchOptions(beams=1), SearchOptions(temperature=1.3, top_k=20, n_best=2, seed=5)],
     ids=["beams", "greedy", "sampling"],
 )
-@pytest.mark.parametrize("preset", ["transformer", "modern"])
+@pytest.mark.parametrize("preset", ["transformer", "modern", "bahdanau", "sutskever"])
 def test_a_translation_does_not_depend_on_the_batch(preset: str, options: SearchOptions) -> None:
-    model, sources = network(preset), _sources(9, seed=1)
+    model, sources = translators()[preset], _sources(9, seed=1)
     together = translate_ids(model, sources, END, options, batch_size=32)
     assert translate_ids(model, sources, END, options, batch_size=4) == together
     assert [translate_ids(model, [source], END, options)[0] for source in sources] == together
 
 
-def test_a_wide_beam_finds_the_most_likely_translation() -> None:
+@pytest.mark.parametrize("preset", ["transformer", "bahdanau", "sutskever"])
+def test_a_wide_beam_finds_the_most_likely_translation(preset: str) -> None:
     """With 4 tokens and up to 3 steps, a beam of 64 contains every possible translation."""
-    model = network(vocab_size=4, seed=2)
+    model = translators(vocab_size=4, seed=2)[preset]
     source = np.array([1, 2, 3, END])
     [[best]] = translate_ids(model, [source], END, SearchOptions(beams=64, max_length=3, length_penalty=0.7))
     scores = {}

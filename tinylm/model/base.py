@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinylm.errors import InputError
+from tinylm.model.functions import Teacher, distillation_loss
 from tinylm.model.hooks import HookedModule
 from tinylm.recipe.schema import ModelVariant, ObjectiveVariant
 
@@ -84,14 +85,23 @@ class Model(HookedModule):
         """
         return self.logits(self.finish(residual))
 
-    def forward(self, tokens: Tensor, *, targets: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        targets: Tensor | None = None,
+        segments: Tensor | None = None,
+        teacher: Teacher | None = None,
+    ) -> Tensor:
         """Ids (B, T) -> logits (B, T, V), or, with `targets` (B, T), the summed loss in nats (a scalar).
 
-        Negative targets are ignored. `segments`: see `hidden`.
+        Negative targets are ignored. `segments`: see `hidden`. `teacher`: see `summed_cross_entropy`.
         """
         logits = self.logits(self.hidden(tokens, segments=segments))
         if targets is None:
             return logits
+        if teacher is not None:
+            return distillation_loss(logits.flatten(0, -2), targets.flatten(), teacher)
         ids = targets.flatten().long().clamp_min(-1)
         return F.cross_entropy(logits.flatten(0, -2).float(), ids, ignore_index=-1, reduction="sum")
 

@@ -82,7 +82,9 @@ class SequenceClassifier(Model):
             return self._objective.pool
         return "last" if self.body.is_causal else "cls"
 
-    def forward(self, tokens: Tensor, *, targets: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+    def forward(  # type: ignore[override]  # only models that predict the next token have teachers
+        self, tokens: Tensor, *, targets: Tensor | None = None, segments: Tensor | None = None
+    ) -> Tensor:
         """Ids (B, T), one text per row -> logits (B, L). Padding has negative `segments`."""
         if targets is not None:
             raise ValueError("a classifier does not accept `targets`; its objective computes the loss")

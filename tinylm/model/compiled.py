@@ -1,8 +1,9 @@
 """Decode on a CPU with numba-compiled code: pack the weights, allocate the workspace and run each step on several threads.
 
-The compiled code itself is in `tinylm.model.kernels`, which needs numba. The code runs on torch's own OpenMP threads, because a
-second thread pool would compete for the same cores. It starts these threads through the entry points for compiler-generated code,
-which libgomp, libomp and Intel's library all provide. If no OpenMP library is found, steps run on one thread.
+The compiled code itself is in `tinylm.model.kernels`. Once it has been compiled, it is loaded without numba. It runs on torch's own
+OpenMP threads, because a second thread pool would compete for the same cores. It starts these threads through the entry points for
+compiler-generated code, which libgomp, libomp and Intel's library all provide. If no OpenMP library is found, steps run on one
+thread.
 """
 
 from __future__ import annotations
@@ -12,25 +13,25 @@ import math
 import threading
 from collections.abc import Callable
 from functools import cache
-from importlib.util import find_spec
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tinylm.errors import InputError, missing_extra
+from tinylm.errors import InputError
+from tinylm.model import step_records as records
 from tinylm.model.cache import KVCache
 from tinylm.model.layers import Block
 from tinylm.model.packed import Int8Linear, TransposedLinear
+from tinylm.model.step_records import DECODING_STEP
 from tinylm.model.transformer import Transformer
+from tinylm.native import has_fused_multiply_add
 from tinylm.recipe.support import ANY, COMMON, Supports, unsupported_parts
 
 MIN_PRODUCTS_PER_THREAD = 4_000_000
 """Minimum number of multiplications per thread. Smaller steps use fewer threads. A constant makes the number of threads
 reproducible, unlike a value measured at run time."""
-COMPILE_NOTE_SECONDS = 1.5
-"""Seconds after which compilation is reported. Loading previously compiled code takes less time."""
 SUPPORTS: Supports = {
     **COMMON,
     "norm_position": ("pre",),
@@ -44,19 +45,10 @@ SUPPORTS: Supports = {
 }
 """The values of `model:` keys that the compiled code supports. PyTorch decodes all other networks."""
 _ALIGNMENT = 64
-_LOAD_SECONDS = 2.0
-"""Upper bound on the time to load numba and the compiled code, measured on two cores of a Xeon."""
+_LOAD_SECONDS, _COMPILE_SECONDS = 0.08, 20.0
+"""Upper bounds on the seconds to load the compiled code and to compile it, measured on one core of a Xeon."""
 _SAVED_SECONDS_PER_STEP, _SAVED_SECONDS_PER_BYTE = 4e-4, 16e-12
 """Lower bound on the seconds that a compiled step saves, measured on the same CPU: a constant plus a term per byte of weights."""
-
-
-def import_kernels() -> Any:
-    """Import `tinylm.model.kernels`. Raises `InputError` if numba is not installed."""
-    try:
-        from tinylm.model import kernels
-    except ImportError:
-        raise missing_extra("fast", "compiling the decoding step for a CPU") from None
-    return kernels
 
 
 def unsupported(network: Transformer) -> str | None:
@@ -67,44 +59,42 @@ def unsupported(network: Transformer) -> str | None:
     return properties[0] if properties else None
 
 
-def is_worthwhile(network: Transformer, steps: int | None) -> bool:
-    """Whether compiled steps are supported and save more time than loading takes. `steps=None` means unlimited steps."""
-    supported = find_spec("numba") is not None and network.embedding.weight.device.type == "cpu" and unsupported(network) is None
+def is_worthwhile(network: Transformer, steps: int | None, *, once_compiled: bool = False) -> bool:
+    """Whether compiled steps are supported and save more time than it takes to load them, and to compile them if necessary.
+
+    `steps=None` means unlimited steps. With `once_compiled`, return whether they will save time after they have been compiled.
+    """
+    if network.embedding.weight.device.type != "cpu" or unsupported(network) is not None or not has_fused_multiply_add():
+        return False
+    cost = _LOAD_SECONDS if once_compiled or DECODING_STEP.is_compiled() else _COMPILE_SECONDS
     weight_bytes = sum(4 * parameter.numel() for parameter in network.parameters())
-    saved = _SAVED_SECONDS_PER_STEP + _SAVED_SECONDS_PER_BYTE * weight_bytes
-    return supported and (steps is None or steps * saved > _LOAD_SECONDS) and bool(import_kernels().is_supported())
+    return steps is None or steps * (_SAVED_SECONDS_PER_STEP + _SAVED_SECONDS_PER_BYTE * weight_bytes) > cost
 
 
-def load_kernels(report: Callable[[str], None]) -> None:
-    """Load the compiled code, and compile it first if necessary. Call `report` with a message if this takes long."""
-    message = "compiling the decoding step for this CPU (once, about 10 seconds)"
-    timer = threading.Timer(COMPILE_NOTE_SECONDS, report, [message])
-    timer.daemon = True
-    timer.start()
-    try:
-        import_kernels().entry()
-    finally:
-        timer.cancel()
+def load_code(report: Callable[[str], None]) -> None:
+    """Load the compiled code. If it has to be compiled first, call `report` with a message."""
+    if not DECODING_STEP.is_compiled():
+        report("compiling the decoding step for this CPU (once, about 15 seconds)")
+    DECODING_STEP.address  # noqa: B018  reading the property loads the code
 
 
 class CompiledStep:
     """Compiled versions of `Decoder.step` and `Decoder.prefill`, for packed and plain networks on the CPU.
 
-    The network's matrices are copied, and its embeddings are read in place. Raises `InputError` if numba is not installed, or if
-    the network or the CPU is not supported.
+    The network's matrices are copied, and its embeddings are read in place. Raises `InputError` if the network or the CPU is not
+    supported.
     """
 
     def __init__(self, network: Transformer) -> None:
-        self._kernels = import_kernels()
         reason = unsupported(network)
-        if reason is None and not self._kernels.is_supported():
+        if reason is None and not has_fused_multiply_add():
             reason = "a CPU without fused multiply-add"
         if reason is not None:
             raise InputError(f"{reason} is not supported by compiled decoding", where="--compile", hint="remove the option")
         self._network = network
-        self._step = np.zeros(1, self._kernels.STEP)
-        self._layers = np.zeros(network.model.n_layer, self._kernels.LAYER)
-        self._matrices = np.zeros(network.model.n_layer * self._kernels.MATRICES_PER_LAYER + 2, self._kernels.MATRIX)
+        self._step = np.zeros(1, records.STEP)
+        self._layers = np.zeros(network.model.n_layer, records.LAYER)
+        self._matrices = np.zeros(network.model.n_layer * records.MATRICES_PER_LAYER + 2, records.MATRIX)
         self._weights = _WeightArena()
         self._fill_records()
         self._weights.allocate()
@@ -112,7 +102,7 @@ class CompiledStep:
         self._workspace: np.ndarray | None = None
         self._workspace_size = (0, 0, 0)
         self._lock = threading.Lock()
-        self._code = self._kernels.entry()
+        self._code = DECODING_STEP.address
         self._call_single_threaded = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._code)
 
     def __call__(self, cache: KVCache, tokens: Tensor) -> Tensor:
@@ -174,7 +164,7 @@ class CompiledStep:
         step["layers"], step["matrices"] = self._layers.ctypes.data, self._matrices.ctypes.data
         step["layer_count"], step["width"] = model.n_layer, model.n_embd
         step["heads"], step["kv_heads"], step["head_width"] = model.n_head, model.kv_heads, model.head_width
-        step["activation"] = getattr(self._kernels, model.feed_forward.upper())  # GELU, RELU, RELU2 or SWIGLU
+        step["activation"] = getattr(records, model.feed_forward.upper())  # GELU, RELU, RELU2 or SWIGLU
         step["layer_norm"], step["norm_eps"] = model.norm == "layernorm", model.norm_eps
         step["qk_norm_eps"] = model.norm_eps if model.qk_norm else -1.0
         step["softcap"] = model.logit_softcap or 0.0
@@ -185,31 +175,31 @@ class CompiledStep:
         self._fill_norm(step, "final", network.final_norm)
         for index, block in enumerate(network.blocks):
             self._fill_layer(index, cast(Block, block))
-        self._fill_matrix(model.n_layer * self._kernels.MATRICES_PER_LAYER, network.head)
+        self._fill_matrix(model.n_layer * records.MATRICES_PER_LAYER, network.head)
         if (ngrams := network.ngrams) is not None:
             self._ngram_orders = np.array(ngrams.orders, dtype=np.int64)
             step["ngram_orders"], step["ngram_order_count"] = self._ngram_orders.ctypes.data, len(ngrams.orders)
             step["ngram_table"], step["ngram_rows"] = ngrams.table.weight.data_ptr(), ngrams.rows
             step["ngram_width"], step["pad_id"] = model.ngram_width, ngrams.pad_id
-            self._fill_matrix(model.n_layer * self._kernels.MATRICES_PER_LAYER + 1, ngrams.projection)
+            self._fill_matrix(model.n_layer * records.MATRICES_PER_LAYER + 1, ngrams.projection)
 
     def _fill_layer(self, index: int, block: Block) -> None:
         """Fill in the norms, gains and matrices of a block."""
         attention, feed_forward = block.attention, block.feed_forward
-        layer, first = self._layers[index : index + 1], index * self._kernels.MATRICES_PER_LAYER
+        layer, first = self._layers[index : index + 1], index * records.MATRICES_PER_LAYER
         self._fill_norm(layer, "attention", block.attention_norm)
         self._fill_norm(layer, "feed_forward", block.feed_forward_norm)
         if attention.query_gain is not None and attention.key_gain is not None:
             self._weights.add_vector(layer, "query_gain", attention.query_gain)
             self._weights.add_vector(layer, "key_gain", attention.key_gain)
-        self._fill_matrix(first + self._kernels.QKV, attention.qkv)
-        self._fill_matrix(first + self._kernels.ATTENTION_OUTPUT, attention.output)
+        self._fill_matrix(first + records.QKV, attention.qkv)
+        self._fill_matrix(first + records.ATTENTION_OUTPUT, attention.output)
         if feed_forward.kind == "swiglu":
-            self._fill_matrix(first + self._kernels.GATE, feed_forward.input, 0, 2)
-            self._fill_matrix(first + self._kernels.UP, feed_forward.input, 1, 2)
+            self._fill_matrix(first + records.GATE, feed_forward.input, 0, 2)
+            self._fill_matrix(first + records.UP, feed_forward.input, 1, 2)
         else:
-            self._fill_matrix(first + self._kernels.UP, feed_forward.input)
-        self._fill_matrix(first + self._kernels.DOWN, feed_forward.output)
+            self._fill_matrix(first + records.UP, feed_forward.input)
+        self._fill_matrix(first + records.DOWN, feed_forward.output)
 
     def _fill_norm(self, record: np.ndarray, name: str, norm: nn.Module | None) -> None:
         """Fill in the `NAME_gain` and `NAME_bias` fields of a record if the norm has these parameters."""
@@ -224,7 +214,7 @@ class CompiledStep:
         rows = slice(part * outputs, (part + 1) * outputs)
         record = self._matrices[index : index + 1]
         record["weight_bytes"], record["inputs"], record["outputs"] = weight.element_size(), weight.shape[1], outputs
-        self._weights.add_tiles(record, "weights", weight[rows], self._kernels.TILE, self._kernels.PANEL)
+        self._weights.add_tiles(record, "weights", weight[rows], records.TILE, records.PANEL)
         for field, vector in (("scales", scale), ("biases", linear.bias)):
             if vector is not None:
                 self._weights.add_vector(record, field, cast(Tensor, vector)[rows])
@@ -237,13 +227,13 @@ class CompiledStep:
         rows, capacity, threads = max(rows, reserved[0]), max(capacity, reserved[1]), max(threads, reserved[2])
         self._workspace_size = rows, capacity, threads
         model, step = self._network.model, self._step
-        padded_rows = -(-rows // self._kernels.ROW_BLOCK) * self._kernels.ROW_BLOCK
+        padded_rows = -(-rows // records.ROW_BLOCK) * records.ROW_BLOCK
         heads = model.n_head + 2 * model.kv_heads
         hidden = max(model.feed_forward_width, len(model.ngram_embeddings) * model.ngram_width)
         widths = {"residual": model.n_embd, "qkv": heads * model.head_width, "attended": model.n_head * model.head_width}
         sizes = {name: _round_up(4 * padded_rows * width) for name, width in (widths | {"hidden": hidden}).items()}
         step["sums_offset"] = _round_up(4 * padded_rows * model.n_embd)
-        step["scores_offset"] = step["sums_offset"] + _round_up(4 * padded_rows * self._kernels.TILE)
+        step["scores_offset"] = step["sums_offset"] + _round_up(4 * padded_rows * records.TILE)
         step["scratch_bytes"] = step["scores_offset"] + _round_up(4 * model.n_head * capacity)
         self._inputs = np.zeros((3, rows), dtype=np.int64)
         step["tokens"], step["positions"], step["cache_row_indices"] = (values.ctypes.data for values in self._inputs)

@@ -1,16 +1,16 @@
-"""Numba-compiled decoding for recurrent networks on a CPU. The kernels in `tinylm.model.recurrent_kernels` need numba."""
+"""Numba-compiled decoding for recurrent networks on a CPU. The kernels are in `tinylm.model.recurrent_kernels`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tinylm.errors import InputError, missing_extra
+from tinylm.errors import InputError
 from tinylm.model.recurrent import Recurrent
+from tinylm.model.state import TokenChooser
 from tinylm.model.stateful import RowState
 from tinylm.recipe.recurrent import GruSection, LstmSection, RnnSection
 
@@ -26,28 +26,27 @@ _MAX_TABLE = 1 << 24
 def is_worthwhile(network: Recurrent, steps: int | None) -> bool:
     """Whether compiled steps are supported and save more time than loading takes. `steps=None` means unlimited steps."""
     weight = network.embedding.weight
-    supported = find_spec("numba") is not None and weight.device.type == "cpu" and weight.dtype == torch.float32
+    supported = weight.device.type == "cpu" and weight.dtype == torch.float32
     return supported and (steps is None or steps * _SAVED_SECONDS_PER_STEP > _LOAD_SECONDS)
 
 
 class CompiledRecurrent:
     """A `DecodingModel` whose steps run in compiled code on one thread. Prompts are prefilled with PyTorch.
 
-    Raises `InputError` if numba is not installed, or if the network is not on a CPU in float32.
+    Raises `InputError` if the network is not on a CPU in float32.
     """
 
     uses_numba = True
     capacity = None
 
     def __init__(self, network: Recurrent) -> None:
-        try:
-            from tinylm.model import recurrent_kernels
-        except ImportError:
-            raise missing_extra("fast", "compiling the decoding step for a CPU") from None
+        from tinylm.model import recurrent_kernels  # imports numba, which is slow
+
         if network.device.type != "cpu" or network.embedding.weight.dtype != torch.float32:
             raise InputError("compiled decoding needs a CPU and float32", where="--compile", hint="remove the option")
         self.network, self.vocab_size = network, network.vocab_size
         self._kernel: Any = recurrent_kernels.step
+        self._run: Any = recurrent_kernels.run
         self._embedding = network.embedding.weight.detach()
         layers = [dict(layer.named_parameters()) for layer in network.layers]
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -87,3 +86,15 @@ class CompiledRecurrent:
         self._kernel(self._kind, *self._arrays, inputs.numpy(), state.values.numpy(), logits.numpy())
         state.lengths = [length + 1 for length in state.lengths]
         return logits
+
+    def run(self, state: RowState, chooser: TokenChooser) -> int:
+        """Choose and append several tokens per row. See `tinylm.model.state.RunsAhead`."""
+        if self._table is None:
+            return 0
+        state.values = state.values.detach().contiguous()
+        arrays = (self._table.numpy(), state.values.numpy(), chooser.logits.numpy())
+        steps = int(
+            self._run(self._kind, *self._arrays, *arrays, chooser.address, chooser.records, chooser.record_size, chooser.chosen)
+        )
+        state.lengths = [length + steps for length in state.lengths]
+        return steps

@@ -24,7 +24,7 @@ from tinylm.errors import InputError
 from tinylm.model import compiled_recurrent
 from tinylm.model.base import Model
 from tinylm.model.cache import KVCache, LayerCache
-from tinylm.model.compiled import CompiledStep, is_worthwhile, load_kernels
+from tinylm.model.compiled import CompiledStep, is_worthwhile, load_code
 from tinylm.model.full_pass import FullPassDecoder
 from tinylm.model.functions import at_least_float32, attention_without_cudnn
 from tinylm.model.graphs import CUDAGraphs, GraphBackend, GraphedSteps
@@ -99,8 +99,18 @@ def make_decoder(
             worthwhile = (steps is None or steps >= _MIN_GRAPH_STEPS) and not parts
         compiled = worthwhile and not has_functions(network)
     if compiled and network.embedding.weight.device.type == "cpu":
-        load_kernels(reporter.note)
+        load_code(reporter.note)
     return _transformer_decoder(network, weights, compiled)
+
+
+def should_compile_for_later(network: nn.Module, steps: int | None) -> bool:
+    """Whether `make_decoder` does not compile the step for `steps` steps, but would use it if it had been compiled before."""
+    return (
+        isinstance(network, Transformer)
+        and not has_functions(network)
+        and is_worthwhile(network, steps, once_compiled=True)
+        and not is_worthwhile(network, steps)
+    )
 
 
 def _default_weights(network: nn.Module) -> WeightKind:

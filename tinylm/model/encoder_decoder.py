@@ -2,7 +2,7 @@
 
 With `preset: transformer`, it matches MarianMTModel. Both stacks use the same blocks as the other transformers.
 
-Legend: `B` batch, `S` source time, `T` target time, `C` width, `N` targets, `V` vocabulary.
+Legend: `B` batch, `S` source time, `T` target time, `C` width, `R` rows, `K` key/value heads, `D` head width, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -12,21 +12,15 @@ from itertools import chain
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from tinylm.cost.memory import loss_chunk_rows
 from tinylm.errors import InputError
-from tinylm.model.base import Model
 from tinylm.model.encoder import Encoder
 from tinylm.model.layers import Block, KeysValues, Memory
+from tinylm.model.sequence_to_sequence import START, SequenceToSequence
 from tinylm.model.transformer import Transformer
 from tinylm.recipe.encoder_decoder import EncoderDecoderSection
 from tinylm.recipe.schema import ModelVariant, TransformerSection
-
-START = -1
-"""The id at the position before the first target token. It has no row in the embedding."""
 
 
 class EncoderStack(Encoder):
@@ -63,7 +57,7 @@ class DecoderStack(Transformer):
         return embedded.masked_fill(is_start, 0.0) if self.start is None else torch.where(is_start, self.start, embedded)
 
 
-class EncoderDecoder(Model):
+class EncoderDecoder(SequenceToSequence):
     """Predicts a target sequence from a source sequence. `source_vocab_size` defaults to `vocab_size`."""
 
     model: EncoderDecoderSection
@@ -102,47 +96,21 @@ class EncoderDecoder(Model):
         source: Tensor | None = None,
         source_segments: Tensor | None = None,
     ) -> Tensor:
-        """Target ids (B, T) that begin with `START` -> final hidden states (B, T, C), the input of `logits`.
-
-        `source` (B, S) is required. Raises `InputError` if it is None.
-        """
-        if source is None:
-            raise InputError("a model with the encoder_decoder architecture needs a source text", hint="use `tinylm translate`")
-        memory = self.encode(source, source_segments)
+        memory = self.encode(self._required(source), source_segments)
         return self.decoder.hidden(tokens, segments=segments, n_last=n_last, memory=memory)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.decoder.logits(hidden)
 
-    def forward(
-        self,
-        tokens: Tensor,
-        *,
-        targets: Tensor | None = None,
-        segments: Tensor | None = None,
-        source: Tensor | None = None,
-        source_segments: Tensor | None = None,
-        label_smoothing: float = 0.0,
-    ) -> Tensor:
-        """Target ids (B, T) -> logits (B, T, V), or, with `targets` (B, T), the summed loss in nats (a scalar).
+    def target_state(self, sources: Sequence[Tensor], length: int, capacity: int) -> _TargetState:
+        return _TargetState(self, sources, length, capacity)
 
-        With targets, the head runs only at positions whose target is not negative. `label_smoothing`: the fraction of the
-        target probability that is spread uniformly over the vocabulary.
-        """
-        hidden = self.hidden(tokens, segments=segments, source=source, source_segments=source_segments)
-        if targets is None:
-            return self.logits(hidden)
-        chosen = (targets.flatten() >= 0).nonzero().squeeze(1)  # (N,)
-        hidden, ids = hidden.flatten(0, 1)[chosen], targets.flatten()[chosen].long()  # (N, C), (N,)
-        rows = loss_chunk_rows(self.vocab_size, on_gpu=hidden.device.type != "cpu")
-        if len(ids) <= rows:
-            return self._loss(hidden, ids, label_smoothing)
-        chunks = zip(torch.split(hidden, rows), torch.split(ids, rows), strict=True)
-        losses = [checkpoint(self._loss, part, part_ids, label_smoothing, use_reentrant=False) for part, part_ids in chunks]
-        return torch.stack(losses).sum()
-
-    def _loss(self, hidden: Tensor, ids: Tensor, label_smoothing: float) -> Tensor:
-        return F.cross_entropy(self.logits(hidden).float(), ids, reduction="sum", label_smoothing=label_smoothing)
+    def attention_weights(self, source: Tensor, tokens: Tensor) -> Tensor:
+        """Return the weights of the last decoder block's cross-attention."""
+        name = f"decoder.blocks.{self.model.decoder_layers - 1}.cross_attention.pattern"
+        with self.caching([name]) as cache:
+            self(tokens[None], source=source[None])
+        return cache[name][0]
 
     def _set_recompute(self) -> None:
         self.encoder.recompute = self.decoder.recompute = self.recompute
@@ -212,3 +180,72 @@ class EncoderDecoder(Model):
 
     def output_embedding(self) -> nn.Linear:
         return self.decoder.head
+
+
+class _TargetState:
+    """A `TargetState`: the key/value caches of cross-attention and self-attention."""
+
+    def __init__(self, network: EncoderDecoder, sources: Sequence[Tensor], length: int, capacity: int) -> None:
+        self._network = network
+        self._memory = self._encode(sources, length)
+        self._cache = _Cache(network.model.decoder_layers, capacity)
+
+    def _encode(self, sources: Sequence[Tensor], length: int) -> Memory:
+        """Encode the sentences one by one, and pad their keys and values to `length`: (sentences, S, K, D)."""
+        mask = torch.zeros(len(sources), 1, 1, length, dtype=torch.bool, device=self._network.device)
+        stacked: list[KeysValues] = []
+        for row, source in enumerate(sources):
+            memory = self._network.encode(source[None])
+            mask[row, ..., : len(source)] = True
+            for layer, (keys, values) in enumerate(self._network.memory_keys_values(memory)):
+                if not row:
+                    shape = (len(sources), length, *keys.shape[2:])
+                    stacked.append((keys.new_zeros(shape), values.new_zeros(shape)))
+                stacked[layer][0][row, : len(source)], stacked[layer][1][row, : len(source)] = keys[0], values[0]
+        return Memory(None, mask, tuple(stacked))
+
+    def select_sources(self, rows: Tensor) -> None:
+        assert self._memory.keys_values is not None
+        assert self._memory.mask is not None
+        selected = tuple((keys.index_select(0, rows), values.index_select(0, rows)) for keys, values in self._memory.keys_values)
+        self._memory = Memory(None, self._memory.mask.index_select(0, rows), selected)
+
+    def select_targets(self, rows: Tensor) -> None:
+        self._cache.select(rows)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        hidden = self._network.decoder.hidden(tokens[:, None], self._cache, memory=self._memory)  # type: ignore[arg-type]
+        return self._network.logits(hidden[:, -1])
+
+
+class _Cache:
+    """The key/value cache that `Transformer.hidden` uses."""
+
+    def __init__(self, layers: int, capacity: int) -> None:
+        self.length = 0
+        self._capacity = capacity
+        self._stored: list[tuple[Tensor, Tensor] | None] = [None] * layers
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append keys and values (R, K, 1, D) to a layer. Return the keys and values of all positions so far."""
+        stored = self._stored[layer]
+        if stored is None:
+            shape = (*keys.shape[:2], self._capacity, keys.shape[3])
+            stored = self._stored[layer] = (keys.new_zeros(shape), values.new_zeros(shape))
+        end = self.length + keys.shape[2]
+        stored[0][:, :, self.length : end], stored[1][:, :, self.length : end] = keys, values
+        return stored[0][:, :, :end], stored[1][:, :, :end]
+
+    def advance(self, positions: int) -> None:
+        self.length += positions
+
+    def select(self, rows: Tensor) -> None:
+        """Replace the rows with copies of the rows at these indices."""
+        for layer, stored in enumerate(self._stored):
+            if stored is None:
+                continue
+            if len(rows) == len(stored[0]):
+                for tensor in stored:
+                    tensor[:, :, : self.length] = tensor[:, :, : self.length].index_select(0, rows)
+            else:
+                self._stored[layer] = (stored[0].index_select(0, rows), stored[1].index_select(0, rows))

@@ -13,7 +13,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -225,6 +225,107 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return (*scaled, None, None, None, None, None)
 
 
+class Teacher(Protocol):
+    """The distribution that a model learns to predict in addition to the targets of one micro-batch (distillation)."""
+
+    @property
+    def weight(self) -> float:
+        """The share of the teacher in the loss, in (0, 1]."""
+
+    def probabilities(self, rows: slice) -> Tensor:
+        """Return the probabilities (rows, V) at some positions of the micro-batch, whose positions (B, T) are flattened."""
+
+
+class _SummedDistillation(torch.autograd.Function):
+    """Like `_SummedCrossEntropy`, but for the loss with a teacher. The second output contains the terms of the loss."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        cap: float | None,
+        chunk: int,
+        teacher: Teacher,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        if dtype == torch.float16:
+            chunk = min(chunk, LOSS_ROWS_FP16)
+        matrix = weight.detach().to(dtype)
+        terms = torch.zeros(2, dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
+        hidden_gradient = torch.empty_like(hidden) if hidden.requires_grad else None
+        weight_gradient = torch.zeros_like(weight) if weight.requires_grad else None
+        for start in range(0, hidden.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            states = hidden[rows].to(dtype)  # (chunk, C)
+            losses, logit_gradients = _distillation_losses_and_logit_gradients(
+                (states @ matrix.T).to(terms.dtype),
+                targets[rows],
+                teacher.probabilities(rows).to(terms.dtype),
+                teacher.weight,
+                cap,
+            )
+            terms += losses.sum(dim=1)
+            logit_gradients = logit_gradients.to(dtype)  # (chunk, V)
+            if hidden_gradient is not None:
+                hidden_gradient[rows] = logit_gradients @ matrix
+            if weight_gradient is not None:
+                _add_product(weight_gradient, logit_gradients.T, states)
+            del logit_gradients
+        ctx.save_for_backward(hidden_gradient, weight_gradient)
+        ctx.mark_non_differentiable(terms)
+        return (1 - teacher.weight) * terms[0] + teacher.weight * terms[1], terms
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale the saved gradients in place, as `_SummedCrossEntropy` does."""
+        scaled = [None if saved is None else saved.mul_(gradients[0]) for saved in ctx.saved_tensors]
+        return (*scaled, None, None, None, None, None)
+
+
+def _distillation_losses_and_logit_gradients(
+    logits: Tensor, targets: Tensor, teacher: Tensor, share: float, cap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropy and the divergence from the teacher of each row, (2, N), and the gradients of the loss, (N, V).
+
+    The gradients are those of (1 - share) * cross-entropy + share * divergence w.r.t. the logits before soft-capping. With p the
+    model's and q the teacher's probabilities, they are p - (1 - share) * onehot(target) - share * q. Everything is 0 for negative
+    targets. Logits (N, V) and `teacher`, the probabilities q (N, V), must be float32 or float64. The gradients overwrite the
+    logits.
+    """
+    valid = targets >= 0
+    index = targets.clamp_min(0).unsqueeze(1)  # (N, 1)
+    squashed = None
+    if cap is not None:
+        squashed = logits.div_(cap).tanh_()
+        logits = squashed * cap
+    logits.sub_(logits.amax(dim=-1, keepdim=True))
+    target_logits = logits.gather(1, index).squeeze(1)
+    expected_logits = torch.einsum("nv,nv->n", teacher, logits)  # under the teacher's distribution
+    total = logits.exp_().sum(dim=-1, keepdim=True)
+    normalizer = total.log().squeeze(1)
+    negative_entropy = torch.xlogy(teacher, teacher).sum(dim=-1)
+    losses = torch.stack((normalizer - target_logits, negative_entropy + normalizer - expected_logits)) * valid
+    gradients = logits.div_(total).sub_(teacher, alpha=share)
+    gradients.scatter_add_(1, index, torch.full_like(index, share - 1, dtype=gradients.dtype))
+    if squashed is not None:
+        gradients.mul_(squashed.square_().neg_().add_(1))
+    return losses, gradients.mul_(valid.unsqueeze(1))
+
+
+def distillation_loss(logits: Tensor, targets: Tensor, teacher: Teacher) -> Tensor:
+    """Return the summed loss with a teacher and its terms for logits (N, V) and targets (N,), as `summed_cross_entropy` does."""
+    logprobs = at_least_float32(logits).log_softmax(dim=-1)
+    probabilities = teacher.probabilities(slice(None)).to(logprobs.dtype)
+    cross_entropy = -logprobs.gather(1, targets.long().clamp_min(0).unsqueeze(1)).squeeze(1)
+    divergence = (torch.xlogy(probabilities, probabilities) - probabilities * logprobs).sum(dim=-1)
+    terms = (torch.stack((cross_entropy, divergence)) * (targets >= 0)).sum(dim=1)
+    loss = (1 - teacher.weight) * terms[0] + teacher.weight * terms[1]
+    return torch.cat((loss[None], terms.detach()))
+
+
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b. If torch supports it, a product of 16-bit matrices is added to a float32 `total` without rounding."""
     if total.dtype == a.dtype:
@@ -341,14 +442,28 @@ def _losses_and_logit_gradients(logits: Tensor, targets: Tensor, cap: float | No
 
 
 def summed_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None, chunk: int, *, compiled: bool = True
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    cap: float | None,
+    chunk: int,
+    *,
+    compiled: bool = True,
+    teacher: Teacher | None = None,
 ) -> Tensor:
     """Return the sum of -log softmax(softcap(hidden @ weight.T))[target] over non-negative targets, in nats and at least float32.
 
     `hidden` (N, C), `weight` (V, C), `targets` (N,). `cap`: softcap(x) = cap * tanh(x / cap), or no cap if None. At most
     `chunk` rows of logits exist at a time, and none are saved for the backward pass. The backward pass can run only once.
     `compiled`: use the compiled loss if `FusedLoss` provides one.
+
+    With a `teacher`, returns a vector (3,): the loss to minimize, the cross-entropy and the Kullback-Leibler divergence from the
+    teacher's distribution to the model's, all summed over non-negative targets. With w = `teacher.weight`, the loss is (1 - w)
+    times the cross-entropy plus w times the divergence (Hinton et al. 2015). Only the loss has a gradient.
     """
     dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
+    if teacher is not None:
+        loss, terms = _SummedDistillation.apply(hidden, weight, targets, cap, chunk, teacher, dtype)  # type: ignore[no-untyped-call]
+        return torch.cat((loss[None], terms))
     total: Tensor = _SummedCrossEntropy.apply(hidden, weight, targets, cap, chunk, compiled, dtype)  # type: ignore[no-untyped-call]
     return total

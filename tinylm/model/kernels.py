@@ -1,6 +1,6 @@
 """The decoding step in numba: all of `Decoder.decode_one_token` for all rows, compiled for the host CPU.
 
-The code reads addresses from the records `STEP`, `LAYER` and `MATRIX`, which `CompiledStep` fills in. Several threads run it in
+The code reads addresses from the records in `tinylm.model.step_records`, which `CompiledStep` fills in. Several threads run it in
 parallel: each computes its share of the outputs, and all synchronize at barriers. Every sum is computed by one thread in a
 fixed order. Results are therefore bit-identical for any number of threads, and a row's result does not depend on the other rows in
 the batch.
@@ -19,64 +19,32 @@ from typing import Any
 import llvmlite.binding
 import numpy as np
 from llvmlite import ir
-from numba import carray, cfunc, from_dtype, njit, types
+from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from tinylm.jit import pointer_cast
 from tinylm.model.ngrams import HASH_MULTIPLIER
-
-TILE, PANEL = 64, 32
-"""Outputs per tile and per panel."""
-ROW_BLOCK = 8
-"""Maximum number of rows multiplied at once. The workspace is allocated for a multiple of this number."""
-STORE, ADD, GELU, RELU, RELU2, SWIGLU, SOFTCAP = range(7)
-"""Epilogues of a matrix product: store the result, add it to the destination, apply GELU, ReLU or squared ReLU to it, multiply it
-by the SiLU of the destination, or soft-cap it."""
-QKV, ATTENTION_OUTPUT, GATE, UP, DOWN = range(5)
-MATRICES_PER_LAYER = 5
-"""Indices of a layer's matrices. GATE has no outputs unless the activation is SwiGLU. The head and the n-gram projection are stored
-after the matrices of all layers."""
-
-_ADDRESS, _COUNT = np.int64, np.int64
-MATRIX = np.dtype(
-    [
-        ("weights", _ADDRESS),  # (tiles, TILE / PANEL, inputs, PANEL)
-        ("weight_bytes", _COUNT),  # bytes per weight: 4 for float32, 2 for bfloat16, 1 for int8
-        ("inputs", _COUNT),
-        ("outputs", _COUNT),
-        ("scales", _ADDRESS),  # one float32 per output; in all address fields, 0 means absent
-        ("biases", _ADDRESS),
-    ]
+from tinylm.model.step_records import (
+    ADD,
+    ATTENTION_OUTPUT,
+    DOWN,
+    GATE,
+    GELU,
+    LAYER,
+    MATRICES_PER_LAYER,
+    MATRIX,
+    PANEL,
+    QKV,
+    RELU,
+    RELU2,
+    ROW_BLOCK,
+    SOFTCAP,
+    STORE,
+    SWIGLU,
+    TILE,
+    UP,
 )
-LAYER = np.dtype(
-    [
-        (name, _ADDRESS)
-        for name in ("attention_gain", "attention_bias", "feed_forward_gain", "feed_forward_bias", "query_gain", "key_gain")
-    ]
-)
-_MODEL = [
-    *((name, _ADDRESS) for name in ("layers", "matrices", "embedding", "position_table", "cosines", "sines")),
-    *((name, _ADDRESS) for name in ("ngram_table", "ngram_orders")),
-    *((name, _ADDRESS) for name in ("embedding_gain", "embedding_bias", "final_gain", "final_bias")),
-    *((name, _COUNT) for name in ("layer_count", "width", "heads", "kv_heads", "head_width", "activation")),
-    *((name, _COUNT) for name in ("layer_norm", "embedding_norm", "ngram_rows", "ngram_width", "ngram_order_count", "pad_id")),
-    ("norm_eps", np.float32),
-    ("qk_norm_eps", np.float32),  # negative: queries and keys are not normalized
-    ("softcap", np.float32),  # 0: no soft-capping
-]
-_STEP_INPUTS = [
-    *((name, _COUNT) for name in ("rows", "capacity", "cache_row_count")),
-    ("is_prefill", _COUNT),  # 1: the rows are the tokens of one prompt, and only the last row needs logits
-    *((name, _ADDRESS) for name in ("keys", "values", "cached_tokens", "tokens", "positions", "cache_row_indices", "logits")),
-]
-_WORKSPACE = [  # shared, except for each thread's scratch area, which contains normalized inputs, tile sums and attention scores
-    *((name, _ADDRESS) for name in ("residual", "qkv", "attended", "hidden", "scratch")),
-    *((name, _COUNT) for name in ("scratch_bytes", "sums_offset", "scores_offset")),
-]
-_THREADS = [  # addresses of functions (get_thread_num is 0 for a single thread) and of the barrier's two counters
-    (name, _ADDRESS) for name in ("get_thread_num", "get_num_threads", "usleep", "barrier")
-]
-STEP = np.dtype([*_MODEL, *_STEP_INPUTS, *_WORKSPACE, *_THREADS], align=True)
 
 _SPINS_BEFORE_SLEEP = 1000
 """A thread that waits at a barrier goes to sleep after this many spins (about 50 microseconds)."""
@@ -87,11 +55,6 @@ _fast = njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "
 """Allows the compiler to reorder sums for vectorization, in the same way for each row. NaN and infinity are handled correctly."""
 _strict = njit(nogil=True, error_model="numpy", fastmath={"contract"})
 """Makes the compiler keep the order of operations. Without any flag, a function would inherit its caller's flags."""
-
-
-def is_supported() -> bool:
-    """Whether the CPU has fused multiply-add instructions. Without them, every multiply-add would be a slow function call."""
-    return _architecture() in ("aarch64", "arm64") or bool(llvmlite.binding.get_host_cpu_features().get("fma"))
 
 
 def _architecture() -> str:
@@ -134,20 +97,6 @@ def _store_intrinsic(llvm_type: Any, numba_type: Any) -> Any:
         return types.void(types.int64, types.int64, numba_type), emit
 
     return store
-
-
-def _records_intrinsic(dtype: np.dtype[Any]) -> Any:
-    """Return a function (address) that casts an address to a pointer to records."""
-    pointer = types.CPointer(from_dtype(dtype))
-
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(pointer))
-
-    @intrinsic
-    def cast_pointer(context: Any, address: Any) -> Any:
-        return pointer(types.int64), emit
-
-    return cast_pointer
 
 
 def _bitcast_intrinsic(source: Any, target: Any, llvm_target: Any) -> Any:
@@ -208,7 +157,7 @@ def _pause(context: Any) -> Any:
 
 _load, _store = _load_intrinsic(_FLOAT, types.float32), _store_intrinsic(_FLOAT, types.float32)
 _load_id, _store_id = _load_intrinsic(_I64, types.int64), _store_intrinsic(_I64, types.int64)
-_layers_at, _matrices_at = _records_intrinsic(LAYER), _records_intrinsic(MATRIX)
+_layers_at, _matrices_at = pointer_cast(LAYER), pointer_cast(MATRIX)
 _to_bits, _from_bits = _bitcast_intrinsic(types.float32, types.int32, _I32), _bitcast_intrinsic(types.int32, types.float32, _FLOAT)
 
 
@@ -700,24 +649,10 @@ def _decode(step: Any, thread: Any, threads: Any) -> None:
     _matmul(step, step.layer_count * MATRICES_PER_LAYER, thread, threads, rows - first_row, normed, step.logits, epilogue)
 
 
-def _entry(steps: Any) -> None:
+def decode(steps: Any) -> None:
+    """Run this thread's share of a step. `NativeFunction` compiles this function."""
     step = carray(steps, 1)[0]
     thread, threads = np.int64(0), np.int64(1)
     if step.get_thread_num:
         thread, threads = np.int64(_call(step.get_thread_num)), np.int64(_call(step.get_num_threads))
     _decode(step, thread, threads)
-
-
-@cache
-def entry() -> int:
-    """Return the address of the compiled function, `void step(STEP *)`, which every thread runs.
-
-    The function is compiled once per machine and then cached.
-    """
-    signature = types.void(types.CPointer(from_dtype(STEP)))
-    try:
-        compiled = cfunc(signature, nopython=True, cache=True)(_entry)
-    except RuntimeError:  # numba found no writable cache folder
-        compiled = cfunc(signature, nopython=True)(_entry)
-    address: int = compiled.address
-    return address

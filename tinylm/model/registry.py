@@ -20,6 +20,8 @@ from tinylm.model.encoder import Encoder
 from tinylm.model.encoder_decoder import EncoderDecoder
 from tinylm.model.ngram_model import Ngram
 from tinylm.model.recurrent import Recurrent
+from tinylm.model.recurrent_encoder_decoder import RecurrentEncoderDecoder
+from tinylm.model.sequence_to_sequence import SequenceToSequence
 from tinylm.model.transformer import Transformer
 from tinylm.model.window import WindowNetwork
 from tinylm.recipe.encoder import EncoderSection
@@ -27,7 +29,7 @@ from tinylm.recipe.encoder_decoder import EncoderDecoderSection
 from tinylm.recipe.fixed_context import FeedForwardSection, NgramSection
 from tinylm.recipe.labels import ClassificationObjective
 from tinylm.recipe.pairs import TranslationObjective
-from tinylm.recipe.recurrent import GruSection, LstmSection, RnnSection
+from tinylm.recipe.recurrent import GruSection, LstmSection, RecurrentEncoderDecoderSection, RnnSection
 from tinylm.recipe.schema import (
     DecoderSection,
     LoraSection,
@@ -46,6 +48,7 @@ _NETWORKS: dict[type[ModelVariant], type[Model]] = {
     DecoderSection: Transformer,
     EncoderSection: Encoder,
     EncoderDecoderSection: EncoderDecoder,
+    RecurrentEncoderDecoderSection: RecurrentEncoderDecoder,
 }
 
 
@@ -87,8 +90,8 @@ def build(
     attaches LoRA weights. Set it before loading the weights of a LoRA run.
     """
     network_type = network_class(section)
-    if isinstance(section, EncoderDecoderSection) and isinstance(objective, TranslationObjective):
-        network: Model = EncoderDecoder(section, vocab_size, seed=seed, source_vocab_size=objective.source_vocab_size)
+    if issubclass(network_type, SequenceToSequence) and isinstance(objective, TranslationObjective):
+        network: Model = network_type(section, vocab_size, seed=seed, source_vocab_size=objective.source_vocab_size)
     else:
         network = network_type(section, vocab_size, seed=seed)
     if isinstance(objective, ClassificationObjective):

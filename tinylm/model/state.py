@@ -9,8 +9,10 @@ Legend: `B` active rows, `T` time, `V` vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,7 +48,24 @@ class DecodingState(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class TokenChooser:
+    """Compiled code that chooses a token for each row from its logits, with its arguments for several steps."""
+
+    address: int
+    """The address of the C function `void choose(void *record)`."""
+    records: int
+    """The address of the first step's record. The next steps' records follow it."""
+    record_size: int
+    """Size of a record in bytes."""
+    logits: Tensor
+    """(B, V): the logits that the function reads in every step."""
+    chosen: np.ndarray
+    """(steps, B): the ids that the function writes."""
+
+
 State = TypeVar("State", bound=DecodingState)
+_RunState = TypeVar("_RunState", bound=DecodingState, contravariant=True)
 
 
 @runtime_checkable
@@ -78,4 +97,15 @@ class DecodingModel(Protocol[State]):
         """Append `tokens` (B,), one id per active row. Return the next-token logits (B, V). No row may be full.
 
         Call this method in inference mode.
+        """
+
+
+@runtime_checkable
+class RunsAhead(Protocol[_RunState]):
+    """A `DecodingModel` that can also choose and append several tokens in a single call of compiled code."""
+
+    def run(self, state: _RunState, chooser: TokenChooser) -> int:
+        """Choose and append tokens until `chooser.chosen` is full or a logit is not finite. Return the number of steps.
+
+        `chooser.logits` contains the logits before the first step, and afterwards those after the last step.
         """

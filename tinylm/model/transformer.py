@@ -21,7 +21,7 @@ from tinylm.model import block_mask
 from tinylm.model.base import Model
 from tinylm.model.block_mask import segment_block_mask
 from tinylm.model.cache import CacheRows
-from tinylm.model.functions import Dropout, summed_cross_entropy
+from tinylm.model.functions import Dropout, Teacher, summed_cross_entropy
 from tinylm.model.hooks import HookPoint, has_functions
 from tinylm.model.initialization import initialize
 from tinylm.model.layers import Attention, Block, FeedForward, ForwardContext, Memory, Rotation, make_norm
@@ -122,6 +122,7 @@ class Transformer(Model):
         *,
         targets: Tensor | None = None,
         segments: Tensor | None = None,
+        teacher: Teacher | None = None,
     ) -> Tensor:
         """Ids (B, T) -> logits (B, T, V), or, with `targets` (B, T), the summed loss in nats (a scalar).
 
@@ -130,6 +131,7 @@ class Transformer(Model):
         cached positions.
 
         `segments` (B, T): compute each segment of a row as if it were a separate row. Cannot be combined with a cache.
+        `teacher`: see `summed_cross_entropy`.
         """
         hidden = self.hidden(tokens, cache, segments=segments)  # (B, T, C)
         if targets is None:
@@ -137,7 +139,13 @@ class Transformer(Model):
         chunk = loss_chunk_rows(self.vocab_size, on_gpu=hidden.device.type != "cpu")
         cap = self.model.logit_softcap
         return summed_cross_entropy(
-            hidden.flatten(0, 1), self.head.weight, targets.flatten(), cap, chunk, compiled=self.compile_loss
+            hidden.flatten(0, 1),
+            self.head.weight,
+            targets.flatten(),
+            cap,
+            chunk,
+            compiled=self.compile_loss,
+            teacher=teacher,
         )
 
     def hidden(

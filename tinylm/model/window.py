@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinylm.cost.memory import loss_chunk_rows
-from tinylm.model.functions import Dropout, summed_cross_entropy
+from tinylm.model.functions import Dropout, Teacher, summed_cross_entropy
 from tinylm.model.hooks import HookPoint
 from tinylm.model.stateful import StatefulModel
 from tinylm.recipe.fixed_context import FeedForwardSection
@@ -46,7 +46,14 @@ class WindowNetwork(StatefulModel):
             for name, parameter in self.named_parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * stds.get(name, 0.0))
 
-    def forward(self, tokens: Tensor, *, targets: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        targets: Tensor | None = None,
+        segments: Tensor | None = None,
+        teacher: Teacher | None = None,
+    ) -> Tensor:
         hidden = self.hidden(tokens, segments=segments)
         if targets is None:
             return self.logits(hidden)
@@ -54,7 +61,7 @@ class WindowNetwork(StatefulModel):
         inputs = F.pad(hidden.flatten(0, 1), (0, 1), value=1.0)
         weight = torch.cat((self.head.weight, self.head.bias[:, None]), dim=1)
         chunk = loss_chunk_rows(self.vocab_size, on_gpu=hidden.device.type != "cpu")
-        return summed_cross_entropy(inputs, weight, targets.flatten(), None, chunk, compiled=self.compile_loss)
+        return summed_cross_entropy(inputs, weight, targets.flatten(), None, chunk, compiled=self.compile_loss, teacher=teacher)
 
     def hidden(self, tokens: Tensor, *, n_last: int | None = None, segments: Tensor | None = None) -> Tensor:
         """Ids (B, T) -> inputs of the head (B, T, D), or (B, T, D + inputs) with direct connections.

@@ -13,7 +13,7 @@ from tinylm.data.bucketed_pairs import PADDING, padded
 from tinylm.data.framing import batches_by_length
 from tinylm.evaluation.scoring import token_losses
 from tinylm.model.base import Model, evaluation_mode
-from tinylm.model.encoder_decoder import START
+from tinylm.model.sequence_to_sequence import START
 
 _BATCH_TOKENS = 4096
 

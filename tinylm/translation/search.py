@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tinylm.errors import InputError
-from tinylm.model.encoder_decoder import EncoderDecoder
+from tinylm.model.sequence_to_sequence import SequenceToSequence
 from tinylm.translation.decoding import Decoding, decoding_mode, padded_length
 
 DEFAULT_BEAMS = 5
@@ -87,7 +87,7 @@ def penalized(logprob: float, length: int, exponent: float) -> float:
 
 
 def translate_ids(
-    network: EncoderDecoder,
+    network: SequenceToSequence,
     sources: Sequence[np.ndarray],
     end: int,
     options: SearchOptions,
@@ -144,7 +144,7 @@ class _BeamSearch:
         """The indices of sentences that are not done."""
         self._ids: list[list[list[int]]] = [[[] for _ in range(self._beams)] for _ in limits]
 
-    def run(self, network: EncoderDecoder, sources: Sequence[np.ndarray]) -> list[list[Hypothesis]]:
+    def run(self, network: SequenceToSequence, sources: Sequence[np.ndarray]) -> list[list[Hypothesis]]:
         decoding = Decoding(network, sources, self._beams, max(self._limits))
         logprobs = decoding.start()
         # At first, all beams of a sentence are equal, so only the first one is extended.
@@ -239,7 +239,7 @@ def without_repeated_ngrams(logprobs: Tensor, rows: Sequence[Sequence[int]], ord
 
 
 def _sample(
-    network: EncoderDecoder, sources: Sequence[np.ndarray], end: int, options: SearchOptions, limits: Sequence[int]
+    network: SequenceToSequence, sources: Sequence[np.ndarray], end: int, options: SearchOptions, limits: Sequence[int]
 ) -> list[list[Hypothesis]]:
     """Draw `n_best` translations of each sentence. The result for a sentence depends only on the seed and on the sentence."""
     count = options.n_best

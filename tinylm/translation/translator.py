@@ -12,7 +12,7 @@ from tinylm import device as devices
 from tinylm.data.bucketed_pairs import PairFraming
 from tinylm.data.pairs import SOURCE_TOKENIZER
 from tinylm.errors import InputError
-from tinylm.model.encoder_decoder import START, EncoderDecoder
+from tinylm.model.sequence_to_sequence import START, SequenceToSequence
 from tinylm.run import Checkpoint, Run
 from tinylm.tokenizer import Tokenizer
 from tinylm.translation.search import DEFAULT_BATCH, Hypothesis, SearchOptions, translate_ids
@@ -57,7 +57,7 @@ class Translation:
 class Translator:
     """A translation model with its tokenizers."""
 
-    network: EncoderDecoder
+    network: SequenceToSequence
     framing: PairFraming
 
     @classmethod
@@ -69,7 +69,7 @@ class Translator:
         require_translation_run(run)
         target = devices.resolve(device)
         network = run.network(run.checkpoint(checkpoint), target) if average == 1 else averaged_network(run, average, target)
-        assert isinstance(network, EncoderDecoder)
+        assert isinstance(network, SequenceToSequence)
         return cls(network, PairFraming(source_tokenizer_of(run), run.tokenizer, network.model.context_length))
 
     def translate(
@@ -131,8 +131,7 @@ class Translator:
         return TranslatedText(text, hypothesis.score, hypothesis.logprob, tokens, reason)
 
     def _align(self, source: np.ndarray, hypothesis: Hypothesis) -> tuple[AlignedToken, ...]:
-        """For each target token, return the source token with the largest mean attention weight over the last decoder block's
-        heads."""
+        """For each target token, return the source token with the largest attention weight, averaged over the heads."""
         pattern = self.attention(source, hypothesis.ids).mean(axis=0)  # (T, S)
         source_tokens = [_shown(self.framing.source_tokenizer, int(id)) for id in source]
         chosen = pattern.argmax(axis=1)
@@ -142,15 +141,15 @@ class Translator:
         )
 
     def attention(self, source: np.ndarray, ids: Sequence[int]) -> np.ndarray:
-        """Return the last decoder block's cross-attention weights for `ids`, of shape (heads, target tokens, source tokens)."""
-        name = f"decoder.blocks.{self.network.model.decoder_layers - 1}.cross_attention.pattern"
+        """Return the decoder's attention weights for `ids`, of shape (heads, target tokens, source tokens).
+
+        Raises `InputError` if the model has no attention.
+        """
         device = self.network.device
-        with torch.inference_mode(), self.network.caching([name]) as cache:
-            self.network(
-                torch.tensor([[START, *ids[:-1]]] if ids else [[START]], device=device),
-                source=torch.as_tensor(source, device=device)[None],
-            )
-        pattern: np.ndarray = cache[name][0, :, : len(ids)].cpu().numpy()
+        with torch.inference_mode():
+            tokens = torch.tensor([START, *ids[:-1]] if ids else [START], device=device)
+            weights = self.network.attention_weights(torch.as_tensor(source, device=device), tokens)
+        pattern: np.ndarray = weights[:, : len(ids)].cpu().numpy()
         return pattern
 
 
@@ -167,7 +166,7 @@ def source_tokenizer_of(run: Run) -> Tokenizer:
     return Tokenizer.load(own) if own.exists() else run.tokenizer
 
 
-def averaged_network(run: Run, count: int, device: torch.device) -> EncoderDecoder:
+def averaged_network(run: Run, count: int, device: torch.device) -> SequenceToSequence:
     """Return the network with the mean weights of the last `count` checkpoints. Raises `InputError` if there are fewer."""
     checkpoints: list[Checkpoint] = run.checkpoints()[-count:]
     if count < 1 or len(checkpoints) < count:
@@ -177,7 +176,7 @@ def averaged_network(run: Run, count: int, device: torch.device) -> EncoderDecod
     weights = [network.stored_weights() for network in networks]
     mean = {name: torch.stack([each[name].double() for each in weights]).mean(dim=0).float() for name in weights[0]}
     networks[0].load_stored_weights(mean)
-    assert isinstance(networks[0], EncoderDecoder)
+    assert isinstance(networks[0], SequenceToSequence)
     return networks[0]
 
 
