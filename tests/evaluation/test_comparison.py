@@ -104,7 +104,7 @@ def test_runs_that_differ_only_in_their_seeds_are_marked_and_p_values_are_correc
 def test_the_better_model_is_found_with_different_tokenizers(tiny_run: Run, other_tokenizer_run: Run, text_file: Path) -> None:
     (test,) = compare_runs([other_tokenizer_run, tiny_run], [str(text_file)], device="cpu").model_tests
     assert test.better is not None
-    assert test.better.run is tiny_run
+    assert test.better.is_run(tiny_run)
     assert test.result.simultaneous_ci95 == test.result.ci95
     assert comparable_metric([tiny_run, other_tokenizer_run]) is BITS_PER_BYTE
     assert comparable_metric([tiny_run, tiny_run]) is LOSS

@@ -51,7 +51,7 @@ def test_bf16_is_chosen_only_if_it_is_clearly_faster_for_this_model(
 ) -> None:
     monkeypatch.setattr(auto_settings.precisions, "bf16_speedup", lambda device: 3.0)
     times = {"fp32": fp32, "bf16": bf16}
-    monkeypatch.setattr(compilation.Trial, "seconds", lambda trial, repeat=2: times[trial.settings.precision.name])
+    monkeypatch.setattr(compilation.Trial, "seconds", lambda trial, **options: times[trial.settings.precision.name])
     recipe = tiny_recipe(text_file, "modern", "training.precision=auto")
     assert _resolved(recipe).training.precision == chosen
 
@@ -93,7 +93,7 @@ def test_a_resumed_run_keeps_the_newton_schulz_dtype(text_file: Path, tmp_path: 
         train(recipe, tmp_path / "run", device="cpu", resume=resume, stop_after=0.0)
     assert Run.open(tmp_path / "run").recipe.training.optimizer.newton_schulz_dtype == "fp32"
     assert load(tmp_path / "run" / "recipe.yaml", check_files=False).training.optimizer.newton_schulz_dtype == "fp32"
-    assert groups.resolve_newton_schulz_dtype(recipe.training.optimizer, torch.device("cpu")) == "bf16"
+    assert groups.resolve_muon(recipe.training.optimizer, torch.device("cpu")).newton_schulz_dtype == "bf16"
 
 
 def test_the_fastest_number_of_threads_is_used(text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,9 @@ from tinylm.training.classification import Classification, class_weights, withou
 MODELS = {
     "encoder": f"architecture: encoder, {SHAPE}",
     "decoder": f"architecture: decoder, {SHAPE}",
+    "rnn": "architecture: rnn, n_layer: 2, n_embd: 16, context_length: 16, burn_in: 4",
     "lstm": "architecture: lstm, n_layer: 1, n_embd: 16, context_length: 16, burn_in: 4",
+    "gru": "architecture: gru, n_layer: 2, n_embd: 16, context_length: 16, burn_in: 4",
 }
 
 
@@ -74,6 +76,29 @@ def test_padding_does_not_change_the_logits(model: str, how: str) -> None:
     together = network(tokens, segments=segments)
     torch.testing.assert_close(together[1:2], network(tokens[1:2, :4]), atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(network.train()(tokens, segments=segments), together, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "layer"), [("rnn", torch.nn.RNN), ("lstm", torch.nn.LSTM), ("gru", torch.nn.GRU)])
+def test_a_recurrent_classifier_computes_the_same_logits_and_gradients_as_torch(kind: str, layer: type[torch.nn.RNNBase]) -> None:
+    network = _classifier(MODELS[kind], pool="last", pooler="none").double()
+    names = dict(network.named_parameters())
+    layers = sum(name.endswith(".weight_hh") for name in names)
+    theirs = layer(16, 16, layers, batch_first=True).double()
+    stored = {name: name.rpartition("_l") for name, _ in theirs.named_parameters()}
+    theirs.load_state_dict({name: names[f"body.layers.{i}.{weight}"].detach() for name, (weight, _, i) in stored.items()})
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(60, (length,), generator=generator) for length in (9, 3, 1)]
+    embedding, weight, bias = (names[name].detach() for name in ("body.embedding.weight", "output.weight", "output.bias"))
+    expected = torch.stack([theirs(embedding[text][None])[0][0, -1] @ weight.T + bias for text in texts])
+    tokens = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=7)
+    segments = torch.nn.utils.rnn.pad_sequence([torch.zeros_like(text) for text in texts], batch_first=True, padding_value=-1)
+    logits = network(tokens, segments=segments)
+    torch.testing.assert_close(logits, expected, rtol=1e-12, atol=1e-12)
+    logits.square().sum().backward()
+    expected.square().sum().backward()
+    for name, parameter in theirs.named_parameters():
+        own, _, i = stored[name]
+        torch.testing.assert_close(names[f"body.layers.{i}.{own}"].grad, parameter.grad, rtol=1e-9, atol=1e-12)
 
 
 def test_pooling_selects_the_first_or_last_token_or_averages_the_text() -> None:
@@ -124,7 +149,7 @@ def test_resuming_produces_bit_identical_losses_and_weights(folder: Path, run: R
     assert all(torch.equal(tensor, weights[name]) for name, tensor in _weights(other).items())
 
 
-@pytest.mark.parametrize("architecture", ["decoder", "lstm"])
+@pytest.mark.parametrize("architecture", ["decoder", "rnn", "lstm", "gru"])
 def test_decoders_and_recurrent_networks_can_be_trained_as_classifiers(folder: Path, architecture: str, tmp_path: Path) -> None:
     recipe = classifier_recipe(folder, model=MODELS[architecture])
     result = train(recipe, tmp_path / architecture, device="cpu")

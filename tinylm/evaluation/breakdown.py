@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from tinylm.data.shards import Shard
+from tinylm.data.source_spans import Span
 from tinylm.evaluation.perplexity import ScoredBatch
 from tinylm.evaluation.scoring import top_logprobs
 from tinylm.tokenizer import Tokenizer
@@ -77,6 +79,16 @@ def by_document(losses: TokenLosses, token_byte_lengths: np.ndarray) -> list[Row
         positions = positions[~np.isnan(losses.nats[positions])]
         if len(positions):
             rows.append(_row(str(number), losses, positions, token_byte_lengths))
+    return rows
+
+
+def by_source(losses: TokenLosses, token_byte_lengths: np.ndarray, spans: Sequence[Span]) -> list[Row]:
+    """Return one row per source of a mixture."""
+    rows = []
+    for span in spans:
+        positions = np.arange(span.start, span.end)
+        positions = positions[~np.isnan(losses.nats[positions])]
+        rows.append(_row(span.source, losses, positions, token_byte_lengths))
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Compare runs on the same text: test whether their models differ, and whether recipes with several seeds differ."""
+"""Compare runs or ensembles on the same text: test whether they differ, and whether recipes with several seeds differ."""
 
 from __future__ import annotations
 
@@ -12,10 +12,18 @@ import numpy as np
 
 from tinylm.data.shards import Shard
 from tinylm.data.training_text import MeasuredOverlap, largest_share
-from tinylm.evaluation import significance
+from tinylm.ensemble import Ensemble
+from tinylm.evaluation import ensembles, significance
 from tinylm.evaluation.breakdown import TokenLosses
 from tinylm.evaluation.curves import Replicates, group_by_recipe
-from tinylm.evaluation.evaluate_run import TextFormat, measure_overlap, open_shard, score
+from tinylm.evaluation.evaluate_run import (
+    TextFormat,
+    check_same_text,
+    measure_overlaps,
+    open_shard,
+    score_members,
+    summarize_members,
+)
 from tinylm.evaluation.perplexity import EvaluationOptions
 from tinylm.evaluation.significance import PairedComparison, SeedComparison
 from tinylm.reporting import SILENT, Reporter
@@ -28,26 +36,38 @@ MIN_SEEDS = 2
 
 
 @dataclass(frozen=True)
-class ScoredRun:
-    """A run and its result on the text that is used for the comparison."""
+class ScoredModel:
+    """A run or an ensemble, and its result on the text that is used for the comparison."""
 
-    run: Run
-    checkpoint: str
+    model: Ensemble
     losses: TokenLosses
     bits_per_byte: float
     overlaps: list[MeasuredOverlap]
 
     @property
     def path(self) -> str:
-        return str(self.run.path)
+        """The path of the run. The paths of an ensemble's runs are separated by `+`."""
+        return self.model.name
+
+    @property
+    def checkpoint(self) -> str:
+        return self.model.checkpoint
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.model.members[0].run.tokenizer
+
+    def is_run(self, run: Run) -> bool:
+        """Whether this is a single model of `run`."""
+        return self.model.is_single and self.model.members[0].run is run
 
 
 @dataclass(frozen=True)
 class ModelTest:
     """A significance test between two models on the same text."""
 
-    a: ScoredRun
-    b: ScoredRun
+    a: ScoredModel
+    b: ScoredModel
     result: PairedComparison
     p_corrected: float
     """The p-value, corrected for the number of tests."""
@@ -55,7 +75,7 @@ class ModelTest:
     """Whether the runs differ only in the seed."""
 
     @property
-    def better(self) -> ScoredRun | None:
+    def better(self) -> ScoredModel | None:
         """The model with the lower loss, or None if the difference is not significant."""
         return (self.a if self.result.difference < 0 else self.b) if self.p_corrected < SIGNIFICANCE_LEVEL else None
 
@@ -78,7 +98,7 @@ class ScoredRecipe:
     """A recipe's results for all seeds."""
 
     name: str
-    runs: tuple[ScoredRun, ...]
+    runs: tuple[ScoredModel, ...]
 
     @cached_property
     def scores(self) -> list[float]:
@@ -119,7 +139,7 @@ class RecipeTest:
 class Comparison:
     """The results of all runs on the same text. The first run is tested against each of the others."""
 
-    runs: list[ScoredRun]
+    runs: list[ScoredModel]
     model_tests: list[ModelTest]
     recipes: list[ScoredRecipe]
     recipe_tests: list[RecipeTest]
@@ -161,7 +181,7 @@ def _text_hash(shard: Shard, tokenizer: Tokenizer) -> str:
 
 
 def compare_runs(
-    runs: Sequence[Run],
+    runs: Sequence[Run | Ensemble],
     sources: Sequence[str] = (),
     *,
     split: str = "heldout",
@@ -170,35 +190,36 @@ def compare_runs(
     device: str = "auto",
     reporter: Reporter = SILENT,
 ) -> Comparison:
-    """Compare the best checkpoints of runs on `sources`, or on their common held-out or test text if `sources` is empty.
+    """Compare the best checkpoints of runs, or ensembles, on `sources`. If it is empty, use their common held-out or test text.
 
     Raises `InputError` if the texts differ (see `share_text`) or the text is too short.
     """
     options = EvaluationOptions(stride=stride, confidence_interval=False)
-    scored = [_score_run(run, sources, split, text_format, options, device, reporter) for run in runs]
-    groups = group_by_recipe(runs)
+    models = [run if isinstance(run, Ensemble) else Ensemble.of([run]) for run in runs]
+    scored = [_score_model(model, sources, split, text_format, options, device, reporter) for model in models]
+    groups = group_by_recipe([model.members[0].run for model in models if model.is_single])
     recipes = [_scored_recipe(group, scored) for group in groups]
     return Comparison(scored, _test_models(scored, groups), recipes, _test_recipes(recipes))
 
 
-def _scored_recipe(group: Replicates, scored: Sequence[ScoredRun]) -> ScoredRecipe:
-    return ScoredRecipe(group.name, tuple(item for item in scored if any(item.run is run for run in group.runs)))
+def _scored_recipe(group: Replicates, scored: Sequence[ScoredModel]) -> ScoredRecipe:
+    return ScoredRecipe(group.name, tuple(item for item in scored if any(map(item.is_run, group.runs))))
 
 
-def _test_models(scored: Sequence[ScoredRun], groups: Sequence[Replicates]) -> list[ModelTest]:
+def _test_models(scored: Sequence[ScoredModel], groups: Sequence[Replicates]) -> list[ModelTest]:
     """Test the first model against each of the others."""
     first, others = scored[0], scored[1:]
-    lengths = first.run.tokenizer.token_byte_lengths
+    lengths = first.tokenizer.token_byte_lengths
     results = [
         significance.compare_losses(
-            first.losses, lengths, other.losses, other.run.tokenizer.token_byte_lengths, comparisons=len(others)
+            first.losses, lengths, other.losses, other.tokenizer.token_byte_lengths, comparisons=len(others)
         )
         for other in others
     ]
     corrected = significance.holm([result.p_value for result in results])
-    replicates = next(group.runs for group in groups if any(run is first.run for run in group.runs))
+    replicates = next((group.runs for group in groups if any(map(first.is_run, group.runs))), ())
     return [
-        ModelTest(first, other, result, p_value, any(run is other.run for run in replicates))
+        ModelTest(first, other, result, p_value, any(map(other.is_run, replicates)))
         for other, result, p_value in zip(others, results, corrected, strict=True)
     ]
 
@@ -214,19 +235,23 @@ def _test_recipes(recipes: Sequence[ScoredRecipe]) -> list[RecipeTest]:
     ]
 
 
-def _score_run(
-    run: Run,
+def _score_model(
+    model: Ensemble,
     sources: Sequence[str],
     split: str,
     text_format: TextFormat,
     options: EvaluationOptions,
     device: str,
     reporter: Reporter,
-) -> ScoredRun:
-    checkpoint = run.checkpoint()
-    with open_shard(run, sources, split, text_format, reporter) as shard:
-        losses = TokenLosses(Shard(shard.tokens[:].copy(), shard.counts, shard.end_of_text))
-        overlaps = measure_overlap(run, shard, reporter)
-        result = score(run, checkpoint, shard, losses, options, weights="fp32", device=device, reporter=reporter)
-        del shard  # Windows cannot remove a file while it is mapped
-    return ScoredRun(run, checkpoint.name, losses, result.bits_per_byte, overlaps)
+) -> ScoredModel:
+    first = model.members[0].run
+    with open_shard(first, sources, split, text_format, reporter) as mapped:
+        if not sources:
+            check_same_text(model, mapped, split)
+        shard = Shard(mapped.tokens[:].copy(), mapped.counts, mapped.end_of_text)
+        del mapped  # Windows cannot remove a file while it is mapped
+    overlaps = measure_overlaps(model, shard, reporter)
+    members, member_losses = score_members(model, shard, options, weights="fp32", device=device, reporter=reporter)
+    losses = ensembles.average(member_losses)
+    result = summarize_members(members, losses, first.tokenizer, options)
+    return ScoredModel(model, losses, result.bits_per_byte, overlaps)

@@ -1,4 +1,7 @@
-"""Evaluate a run on its held-out or test text, or on other texts, and measure how much of the text the model was trained on."""
+"""Evaluate a run, or an ensemble of several, on its held-out or test text or on other texts.
+
+The evaluation also measures how much of the text the model was trained on.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,22 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from tinylm import device as devices
 from tinylm.data import training_text
 from tinylm.data.prepare import encode_to_shard, prepare
 from tinylm.data.shards import Shard
+from tinylm.data.source_spans import Span
 from tinylm.data.split_text import PART_NAMES
 from tinylm.data.training_text import MeasuredOverlap, largest_share
+from tinylm.ensemble import Ensemble
 from tinylm.errors import InputError
-from tinylm.evaluation import baselines, breakdown, html_report
+from tinylm.evaluation import baselines, breakdown, ensembles, html_report
 from tinylm.evaluation.breakdown import TokenLosses
-from tinylm.evaluation.perplexity import EvaluationOptions, Perplexity, ScoredBatch, evaluate
+from tinylm.evaluation.ensembles import BestMember, MemberScore
+from tinylm.evaluation.perplexity import EvaluationOptions, Perplexity, ScoredBatch, evaluate, summarize_losses
 from tinylm.model.packed import WeightKind, pack
 from tinylm.paths import atomic_write_text, cache_folder, temporary_folder
 from tinylm.recipe.schema import require_text
@@ -59,14 +66,17 @@ class BreakdownOptions:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The evaluation of a run.
+    """The evaluation of a run or of an ensemble.
 
-    `baselines` maps names to bits per byte. The keys of `tables` are `document`, `position` and `frequency`.
+    `baselines` maps names to bits per byte. The keys of `tables` are `source` (for the held-out text of a mixture),
+    `document`, `position` and `frequency`.
     """
 
     run: str
+    """The path of the run. The names of several runs, and of several checkpoints, are separated by `+`."""
     checkpoint: str
-    step: int
+    step: int | None
+    """The step of the checkpoint. None if the members of an ensemble have different steps."""
     text: str
     weights: str
     perplexity: Perplexity
@@ -80,6 +90,9 @@ class Evaluation:
     baselines: dict[str, float] = field(default_factory=dict)
     tables: dict[str, list[breakdown.Row]] = field(default_factory=dict)
     hardest: list[breakdown.HardToken] = field(default_factory=list)
+    members: list[MemberScore] = field(default_factory=list)
+    """The result of each member of an ensemble. Empty for a single model."""
+    best_member: BestMember | None = None
 
     def as_dict(self) -> dict[str, object]:
         """Return the JSON document of `tinylm eval --json`. Optional parts are present only if they were requested.
@@ -115,6 +128,9 @@ class Evaluation:
             document[f"by_{name}"] = [asdict(row) for row in rows]
         if self.hardest:
             document["hardest"] = [asdict(token) for token in self.hardest]
+        if self.best_member is not None:
+            document["members"] = [member.as_dict() for member in self.members]
+            document["best_member"] = self.best_member.as_dict()
         return document
 
 
@@ -136,32 +152,128 @@ def evaluate_run(
     `split` selects the run's `heldout` or `test` text. Raises `InputError` if a source, the split or the checkpoint cannot be read,
     if an option is out of range, or if the training text is needed and has changed.
     """
-    chosen = run.checkpoint(checkpoint)
-    train = _training_shard(run, chosen, reporter) if details.needs_training_text else None
-    with open_shard(run, sources, split, text_format, reporter) as shard:
-        overlaps = measure_overlap(run, shard, reporter)
+    return evaluate_ensemble(
+        Ensemble.of([run], [] if checkpoint is None else [checkpoint]),
+        sources,
+        split=split,
+        options=options,
+        details=details,
+        text_format=text_format,
+        weights=weights,
+        device=device,
+        reporter=reporter,
+    )
+
+
+def evaluate_ensemble(
+    ensemble: Ensemble,
+    sources: Sequence[str] = (),
+    *,
+    split: str = "heldout",
+    options: EvaluationOptions = EvaluationOptions(),
+    details: BreakdownOptions = BreakdownOptions(),
+    text_format: TextFormat = TextFormat(),
+    weights: WeightKind = "fp32",
+    device: str = "auto",
+    reporter: Reporter = SILENT,
+) -> Evaluation:
+    """Like `evaluate_run`, but for the mean probabilities of one or more models. Every member scores the same tokens.
+
+    Also raises `InputError` if the members do not have the same held-out text, if their training texts differ and are needed, or
+    if an HTML report of more than one model is requested.
+    """
+    _check_ensemble(ensemble, details)
+    first = ensemble.members[0]
+    tokenizer = first.run.tokenizer
+    train = _training_shard(first.run, first.checkpoint, reporter) if details.needs_training_text else None
+    with open_shard(first.run, sources, split, text_format, reporter) as shard:
+        if not sources:
+            check_same_text(ensemble, shard, split)
+        spans = () if sources else first.run.heldout_sources(shard, split)
+        overlaps = measure_overlaps(ensemble, shard, reporter)
         training_text.warn(overlaps, "the text", reporter)
-        losses = TokenLosses(shard, html_report.MAX_TOKENS if details.html else 0) if details.needs_token_losses else None
-        scores = score(run, chosen, shard, losses, options, weights=weights, device=device, reporter=reporter)
+        combined: TokenLosses | None = None
+        members: list[MemberScore] = []
+        best: BestMember | None = None
+        if ensemble.is_single:
+            needed = details.needs_token_losses or spans
+            combined = TokenLosses(shard, html_report.MAX_TOKENS if details.html else 0) if needed else None
+            scores = score(first.run, first.checkpoint, shard, combined, options, weights=weights, device=device, reporter=reporter)
+        else:
+            members, losses = score_members(ensemble, shard, options, weights=weights, device=device, reporter=reporter)
+            combined = ensembles.average(losses)
+            scores = summarize_members(members, combined, tokenizer, options)
+            best = ensembles.best_member(members, losses, combined, tokenizer.token_byte_lengths)
+            del losses
+        steps = {member.checkpoint.step for member in ensemble.members}
+        is_heldout = not sources and split == "heldout"
         result = Evaluation(
-            run=str(run.path),
-            checkpoint=chosen.name,
-            step=chosen.step,
+            run=ensemble.name,
+            checkpoint=ensemble.checkpoint,
+            step=first.checkpoint.step if len(steps) == 1 else None,
             text=describe(sources) if sources else f"the run's {PART_NAMES[split]}",
             weights=weights,
             perplexity=scores,
             split=None if sources else split,
-            chosen_by_split=not sources and split == "heldout" and _is_best(run, chosen),
-            has_test_split=run.has_test_split,
+            chosen_by_split=is_heldout and any(_is_best(member.run, member.checkpoint) for member in ensemble.members),
+            has_test_split=first.run.has_test_split,
             overlaps=overlaps,
-            baselines=_baselines(train, shard, run.tokenizer, reporter) if details.baselines and train is not None else {},
-            tables={} if losses is None else _tables(losses, run.tokenizer, details, train),
-            hardest=[] if losses is None else breakdown.hardest(losses, run.tokenizer, details.hardest),
+            baselines=_baselines(train, shard, tokenizer, reporter) if details.baselines and train is not None else {},
+            tables={} if combined is None else _tables(combined, tokenizer, details, train, spans),
+            hardest=[] if combined is None else breakdown.hardest(combined, tokenizer, details.hardest),
+            members=members,
+            best_member=best,
         )
-        if details.html is not None and losses is not None:
-            atomic_write_text(details.html, html_report.render(losses, run.tokenizer, result.as_dict()))
-        del shard, losses  # Windows cannot remove a file while it is mapped
+        if details.html is not None and combined is not None:
+            atomic_write_text(details.html, html_report.render(combined, tokenizer, result.as_dict()))
+        del shard, combined  # Windows cannot remove a file while it is mapped
     return result
+
+
+def _check_ensemble(ensemble: Ensemble, details: BreakdownOptions) -> None:
+    """Raise `InputError` if the details cannot be computed for these members."""
+    if ensemble.is_single:
+        return
+    if details.html is not None:
+        raise InputError("shows the predictions of a single model", where="--html", hint="evaluate one run")
+    texts = {member.checkpoint.state["fingerprints"].get("data") for member in ensemble.members}
+    if details.needs_training_text and len(texts) > 1:
+        problem = "the members were trained on different texts"
+        raise InputError(problem, where="--baselines, --by-frequency", hint="evaluate them one at a time")
+
+
+def check_same_text(ensemble: Ensemble, shard: Shard, split: str) -> None:
+    """Raise `InputError` if a member's held-out or test text is not the text in `shard`, which is that of the first member."""
+    for member in ensemble.members[1:]:
+        if member.run.path != ensemble.members[0].run.path and not np.array_equal(member.run.heldout(split).tokens, shard.tokens):
+            problem = f"its {PART_NAMES[split]} differs from that of {ensemble.members[0].path}"
+            raise InputError(problem, where=member.path, hint="specify a text to evaluate the ensemble on")
+
+
+def score_members(
+    ensemble: Ensemble, shard: Shard, options: EvaluationOptions, *, weights: WeightKind, device: str, reporter: Reporter
+) -> tuple[list[MemberScore], list[TokenLosses]]:
+    """Evaluate every member on a shard, each with the same context and stride. Return the results and the losses of all tokens."""
+    options = ensembles.common_options(ensemble, options)
+    scores, losses = [], []
+    for member in ensemble.members:
+        losses.append(TokenLosses(shard))
+        perplexity = score(
+            member.run, member.checkpoint, shard, losses[-1], options, weights=weights, device=device, reporter=reporter
+        )
+        scores.append(MemberScore(member, perplexity))
+    return scores, losses
+
+
+def summarize_members(
+    members: Sequence[MemberScore], combined: TokenLosses, tokenizer: Tokenizer, options: EvaluationOptions
+) -> Perplexity:
+    """Return the result of an ensemble, given the results of its members and its loss for each token."""
+    first = members[0].perplexity
+    if len(members) == 1:
+        return first
+    window = None if first.context is None or first.stride is None else (first.context, first.stride)
+    return summarize_losses(combined.nats, combined.shard, tokenizer.token_byte_lengths, options, window)
 
 
 def text_bytes(shard: Shard, tokenizer: Tokenizer) -> bytes:
@@ -180,6 +292,13 @@ def measure_overlap(run: Run, shard: Shard, reporter: Reporter) -> list[Measured
     except InputError as error:
         reporter.warn(f"{error}; it is not known how much of the text the model was trained on")
         return []
+
+
+def measure_overlaps(ensemble: Ensemble, shard: Shard, reporter: Reporter) -> list[MeasuredOverlap]:
+    """Measure how much of a text occurs in the training texts of each member. Equal results are returned once."""
+    runs = {run.path: run for run in ensemble.runs}.values()
+    measured = [overlap for run in runs for overlap in measure_overlap(run, shard, reporter)]
+    return list({repr(overlap.as_dict()): overlap for overlap in measured}.values())
 
 
 def _is_best(run: Run, checkpoint: Checkpoint) -> bool:
@@ -254,9 +373,11 @@ def _baselines(train: Shard, shard: Shard, tokenizer: Tokenizer, reporter: Repor
 
 
 def _tables(
-    losses: TokenLosses, tokenizer: Tokenizer, details: BreakdownOptions, train: Shard | None
+    losses: TokenLosses, tokenizer: Tokenizer, details: BreakdownOptions, train: Shard | None, spans: Sequence[Span]
 ) -> dict[str, list[breakdown.Row]]:
     tables = {}
+    if spans:
+        tables["source"] = breakdown.by_source(losses, tokenizer.token_byte_lengths, spans)
     if details.by_document:
         tables["document"] = breakdown.by_document(losses, tokenizer.token_byte_lengths)
     if details.by_position:

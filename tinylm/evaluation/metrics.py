@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 PREFIX = "val_"
+BY_SOURCE = "by_source"
+"""The key of the metrics on each source of a mixture."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ class Metrics:
 
     primary: str
     values: Mapping[str, float]
+    by_source: Mapping[str, Metrics] = field(default_factory=dict)
+    """If the held-out data is a mixture: the metrics on each source."""
 
     def __getitem__(self, name: str) -> float:
         return self.values[name]
@@ -116,9 +120,10 @@ class Metrics:
         others = [name for name in self.values if name != self.primary]
         return [(METRICS[name], self.values[name]) for name in (self.primary, *others)]
 
-    def as_dict(self) -> dict[str, float]:
-        """Return the values by key (`val_` plus name), primary metric first."""
-        return {metric.key: value for metric, value in self.items()}
+    def as_dict(self) -> dict[str, Any]:
+        """Return the values by key (`val_` plus name), primary metric first, and `by_source` if the held-out data is a mixture."""
+        values: dict[str, Any] = {metric.key: value for metric, value in self.items()}
+        return values | ({BY_SOURCE: {name: part.as_dict() for name, part in self.by_source.items()}} if self.by_source else {})
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Metrics | None:
@@ -131,7 +136,10 @@ class Metrics:
             for key, value in document.items()
             if key.startswith(PREFIX) and key.removeprefix(PREFIX) in METRICS
         }
-        return cls(next(iter(values)), values) if values else None
+        if not values:
+            return None
+        parts = {name: cls.from_dict(part) for name, part in document.get(BY_SOURCE, {}).items()}
+        return cls(next(iter(values)), values, {name: part for name, part in parts.items() if part is not None})
 
 
 def best_index(evaluations: Sequence[Metrics]) -> int | None:

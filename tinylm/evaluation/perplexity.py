@@ -174,6 +174,11 @@ class Window:
     """Number of tokens in the document before this window that the model has already read."""
 
 
+def _longest_first(window: Window) -> tuple[int, int]:
+    """The key by which windows are sorted into batches."""
+    return -window.length, window.start
+
+
 def sliding_windows(documents: list[tuple[int, int]], context: int, stride: int) -> Iterator[Window]:
     """Split documents into windows that score every token exactly once. Each document is a range (start, end) in a shard."""
     for number, (start, end) in enumerate(documents):
@@ -210,8 +215,7 @@ def evaluate(
         raise InputError(f"a model with the {network.architecture} architecture does not predict the next token")
     context, stride = options.window_size(network.model.context_length)
     carried = isinstance(network, StatefulModel) and options.context is None and options.stride is None
-    documents = _first_tokens(shard.documents(), options.max_tokens)
-    spans = [(documents[0][0], documents[-1][1])] if options.across_documents and documents else documents
+    spans = _spans(shard, options)
     limits = limits or BatchLimits.of(network, len(token_byte_lengths), processes)
     rows = None if limits.logits is None else max(1, limits.logits // len(token_byte_lengths))
     groups = list(_carried_groups(spans, limits.tokens) if carried else _groups(spans, context, stride, limits.tokens))
@@ -242,20 +246,63 @@ def evaluate(
                 tokens += sum(window.scored for peer in peers if number < len(peer) for window in peer[number])
                 on_progress(tokens)
     sums.reduce(processes)
+    return _summarize(shard, options, sums.nats, sums.bytes, sums.tokens, sums.documents, None if carried else (context, stride))
+
+
+def summarize_losses(
+    nats: np.ndarray, shard: Shard, token_byte_lengths: np.ndarray, options: EvaluationOptions, window: tuple[int, int] | None
+) -> Perplexity:
+    """Summarize losses that have already been computed, as `evaluate` does.
+
+    `nats` contains the loss of each token in the shard, or NaN if it was not scored. `window` contains the context and the stride
+    of the evaluation, or None if the models carried their state through each document.
+    """
+    spans = _spans(shard, options)
+    windows = sorted(sliding_windows(spans, *(window or (_CARRIED_WINDOW, _CARRIED_WINDOW))), key=_longest_first)
+    ends = np.array([each.start + each.length + 1 for each in windows])
+    counts = np.array([each.scored for each in windows])
+    owners = np.repeat(np.arange(len(windows)), counts)
+    positions = np.arange(len(owners)) + np.repeat(ends - np.cumsum(counts), counts)
+    scored = nats[positions]
+    is_text = ~np.isnan(scored)
+    sums = np.zeros(len(windows))
+    np.add.at(sums, owners, np.where(is_text, scored, 0.0))
+    sizes, tokens = np.zeros((2, len(windows)), dtype=np.int64)
+    np.add.at(sizes, owners, token_byte_lengths[shard.tokens[positions]])
+    np.add.at(tokens, owners, is_text)
+    return _summarize(shard, options, sums, sizes, tokens, np.array([each.document for each in windows]), window)
+
+
+def _summarize(
+    shard: Shard,
+    options: EvaluationOptions,
+    nats: np.ndarray,
+    sizes: np.ndarray,
+    tokens: np.ndarray,
+    owners: np.ndarray,
+    window: tuple[int, int] | None,
+) -> Perplexity:
+    """Return the result for each window's nats, bytes (`sizes`), tokens and document (`owners`)."""
     complete = options.max_tokens is None or options.max_tokens >= shard.counts.tokens
     interval = (math.nan, math.nan)
     if options.confidence_interval:
-        interval = bootstrap_interval(sums.nats, sums.bytes, sums.documents, len(spans))
+        interval = bootstrap_interval(nats, sizes, owners, len(_spans(shard, options)))
     return Perplexity(
-        documents=len(documents),
-        tokens=int(sums.tokens.sum()),
-        bytes=shard.counts.bytes if complete else int(sums.bytes.sum()),
+        documents=len(_first_tokens(shard.documents(), options.max_tokens)),
+        tokens=int(tokens.sum()),
+        bytes=shard.counts.bytes if complete else int(sizes.sum()),
         characters=shard.counts.characters if complete else None,
-        nats=float(sums.nats.sum()),
+        nats=float(nats.sum()),
         bits_per_byte_ci95=interval,
-        context=None if carried else context,
-        stride=None if carried else stride,
+        context=None if window is None else window[0],
+        stride=None if window is None else window[1],
     )
+
+
+def _spans(shard: Shard, options: EvaluationOptions) -> list[tuple[int, int]]:
+    """Return the ranges (start, end) of the shard that windows do not cross: documents, or the whole text."""
+    documents = _first_tokens(shard.documents(), options.max_tokens)
+    return [(documents[0][0], documents[-1][1])] if options.across_documents and documents else documents
 
 
 def _first_tokens(documents: list[tuple[int, int]], max_tokens: int | None) -> list[tuple[int, int]]:
@@ -277,7 +324,7 @@ Group = list[list[Window]]
 
 def _groups(spans: list[tuple[int, int]], context: int, stride: int, max_tokens: int) -> Iterator[Group]:
     """Yield groups that contain a single batch of independent windows. The longest windows come first."""
-    windows = sorted(sliding_windows(spans, context, stride), key=lambda window: (-window.length, window.start))
+    windows = sorted(sliding_windows(spans, context, stride), key=_longest_first)
     for batch in _batches(windows, max_tokens):
         yield [batch]
 

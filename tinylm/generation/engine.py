@@ -16,24 +16,29 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tinylm.generation import fast_sampling
 from tinylm.generation.constraint import Constraint
 from tinylm.generation.row_sampler import RowSampler
 from tinylm.generation.sampling import SamplingOptions
 from tinylm.generation.stops import StopMatcher
 from tinylm.generation.token_choice import TokenChoice, prompt_choices
 from tinylm.model.decoder import as_decoder
-from tinylm.model.state import DecodingModel, DecodingState
+from tinylm.model.state import DecodingModel, DecodingState, RunsAhead
 from tinylm.tokenizer import StreamDecoder, Tokenizer
 
 OnText = Callable[[int, str], None]
 DEFAULT_ROWS = 16
 """Default maximum number of rows that `generate_batch` decodes together."""
 _UNIFORMS_PER_BLOCK = 256
+_STEPS_AHEAD = 16
+"""Maximum number of tokens per sequence that a model chooses in a single call. Tokens after the end of a sample are discarded."""
 
 
 @dataclass
@@ -151,6 +156,7 @@ class Engine:
         self._sequences: list[SequenceState] = []
         self._logits: Tensor | None = None  # (B, V): logits of each sequence's next token
         self._sampler = RowSampler(rows, decoder.vocab_size, decoder.device, uses_numba=decoder.uses_numba)
+        self._run_ahead = decoder.run if isinstance(decoder, RunsAhead) else None
 
     @property
     def busy(self) -> bool:
@@ -201,9 +207,10 @@ class Engine:
     def step(self) -> None:
         """Append one token to every sequence, remove finished sequences and compute the next logits for the others.
 
-        An error in one sequence ends only that sequence and is stored in its `error`.
+        A model that runs ahead appends several tokens if the options allow it. An error in one sequence ends only that sequence and
+        is stored in its `error`.
         """
-        if not self._sequences or self._logits is None:
+        if not self._sequences or self._logits is None or self._append_several(self._logits):
             return
         chosen = self._sampler.next_tokens(self._logits, self._sequences)
         ids = chosen.tolist()
@@ -216,6 +223,28 @@ class Engine:
                 if capacity is not None and length == capacity:
                     self._evict_older_half(row, capacity)
             self._logits = self.decoder.step(self._state, chosen)
+
+    def _append_several(self, logits: Tensor) -> bool:
+        """Append several tokens to every sequence in a single call of the model. Return false if this is not possible."""
+        if self._run_ahead is None or any(not sequence.can_run_ahead for sequence in self._sequences):
+            return False
+        options = self._sequences[0].options
+        steps = min(_STEPS_AHEAD, *(sequence.remaining for sequence in self._sequences))
+        if steps < 2 or any(sequence.options.sampling_key != options.sampling_key for sequence in self._sequences):
+            return False
+        uniforms = np.array([[sequence.next_uniform() for _ in range(steps)] for sequence in self._sequences])
+        logits = logits.clone(memory_format=torch.contiguous_format)  # the model overwrites them
+        run = fast_sampling.Run(logits, options, uniforms.T)
+        done = self._run_ahead(self._state, run.chooser)
+        for sequence, unused in zip(self._sequences, uniforms[:, done:].tolist(), strict=True):
+            sequence.return_uniforms(unused)
+        if not done:
+            return False
+        for ids in run.chooser.chosen[:done].tolist():
+            for sequence, id in zip(self._sequences, ids, strict=True):
+                sequence.attempt(partial(sequence.append, id))
+        self._logits = self._remove_rows([row for row, sequence in enumerate(self._sequences) if sequence.done], logits)
+        return True
 
     @torch.inference_mode()
     def evict(self, sequence: SequenceState) -> None:
@@ -262,6 +291,7 @@ class SequenceState:
         self.done = False
         self.error: Exception | None = None
         self._request = request
+        self._only_top_k = fast_sampling.supports_run(self.options)
         self._end_ids = {tokenizer.end_of_text, *request.options.stop_ids}
         self._decoder: StreamDecoder = tokenizer.stream_decoder()
         self._stops = StopMatcher(self.options.stop) if self.options.stop else None
@@ -281,6 +311,21 @@ class SequenceState:
             return number
         self._uniforms = iter(torch.rand(_UNIFORMS_PER_BLOCK, generator=self._generator, dtype=torch.float64).tolist())
         return next(self._uniforms)
+
+    def return_uniforms(self, unused: list[float]) -> None:
+        """Return random numbers that were not used. `next_uniform` will return them again."""
+        if unused:
+            self._uniforms = chain(unused, self._uniforms)
+
+    @property
+    def remaining(self) -> int:
+        """The maximum number of tokens that can still be appended."""
+        return self.options.max_new_tokens - len(self.sample.token_ids)
+
+    @property
+    def can_run_ahead(self) -> bool:
+        """Whether the next tokens depend only on logits and random numbers, so that several can be chosen in one call."""
+        return self._only_top_k and not self.is_restricted
 
     @property
     def is_restricted(self) -> bool:

@@ -1,4 +1,4 @@
-"""Temperature and top-k sampling on the CPU in numba kernels, which avoid the overhead of small tensors in `sampling.choose`.
+"""Temperature and top-k sampling on the CPU in compiled code, which avoids the overhead of small tensors in `sampling.choose`.
 
 The distribution and the random numbers are the same as in `sampling.choose`. Sums are computed in float64, so a different token may
 be selected if a random number is within float32 rounding error of the boundary between two tokens.
@@ -6,6 +6,8 @@ be selected if a random number is within float32 rounding error of the boundary 
 
 from __future__ import annotations
 
+import ctypes
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,102 +16,88 @@ from torch import Tensor
 
 from tinylm.generation import sampling
 from tinylm.generation.sampling import SamplingOptions
-from tinylm.jit import cached_njit
+from tinylm.model.state import TokenChooser
+from tinylm.native import NativeFunction
+
+_ADDRESS, _COUNT = np.int64, np.int64
+SAMPLING = np.dtype(
+    [
+        ("rows", _COUNT),
+        ("vocab_size", _COUNT),
+        ("top_k", _COUNT),  # 0: the scores are probabilities, and all tokens are candidates
+        ("temperature", np.float64),
+        ("scores", _ADDRESS),  # logits or probabilities (B, V), float32
+        ("uniforms", _ADDRESS),  # random numbers (B,), float64
+        *((name, _ADDRESS) for name in ("keys", "ids", "weights")),  # workspace: (V,) int32, (top_k,) int64, (top_k,) float64
+        ("chosen", _ADDRESS),  # the result (B,), int64
+    ]
+)
+CHOICE = NativeFunction("tinylm.generation.sampling_kernels", "choose", SAMPLING, ("tinylm.generation.fast_sampling", "tinylm.jit"))
 
 
 def choose(logits: Tensor, options: SamplingOptions, uniforms: Tensor | None) -> Tensor:
     """Choose the next ids `(B,)` from float32 logits `(B, V)` on the CPU, like `sampling.choose`.
 
-    If the kernel does not support the options, `sampling.choose` is called instead.
+    If the compiled code does not support the options, `sampling.choose` is called instead.
     """
     if uniforms is None or options.temperature == 0 or options.top_p is not None or options.min_p:
         return sampling.choose(logits, options, uniforms)
-    chosen = np.empty(len(logits), dtype=np.int64)
+    scores, size = logits, min(options.top_k or 0, logits.shape[1])
     if options.top_k is None:
-        probabilities, _ = sampling.distribution(logits, options)
-        _sample(probabilities.numpy(), uniforms.numpy(), chosen)
-        return torch.from_numpy(chosen)
-    size = min(options.top_k, logits.shape[1])
-    _sample_top_k(logits.numpy(), uniforms.numpy(), max(options.temperature, 1e-5), size, chosen)
-    return torch.from_numpy(chosen)
+        scores, _ = sampling.distribution(logits, options)
+    scores = scores.contiguous()
+    chosen = torch.empty(len(scores), dtype=torch.long)
+    keys, ids, weights = np.empty(scores.shape[1], np.int32), np.empty(size, np.int64), np.empty(size, np.float64)
+    record = np.zeros(1, SAMPLING)
+    record[0] = (
+        *scores.shape,
+        size,
+        max(options.temperature, 1e-5),
+        scores.data_ptr(),
+        uniforms.data_ptr(),
+        *(array.ctypes.data for array in (keys, ids, weights)),
+        chosen.data_ptr(),
+    )
+    _code()(record.ctypes.data)
+    return chosen
 
 
-_compiled = cached_njit()
+def supports_run(options: SamplingOptions) -> bool:
+    """Whether `Run` supports the options: temperature and top-k only, with nothing to record."""
+    only_top_k = options.temperature != 0 and options.top_k is not None and options.top_p is None and not options.min_p
+    return only_top_k and not options.has_penalties and not options.logit_bias and options.logprobs is None
 
 
-@_compiled
-def _sample(probabilities: Any, uniforms: Any, chosen: Any) -> None:
-    """Sample one id from each row of `probabilities` `(B, V)` by inverting the cumulative distribution. Fills `chosen` `(B,)`."""
-    for row in range(len(probabilities)):
-        total, cumulative = 0.0, 0.0
-        for id in range(probabilities.shape[1]):
-            total += np.float64(probabilities[row, id])
-        target: Any = uniforms[row] * total
-        for id in range(probabilities.shape[1]):
-            cumulative += np.float64(probabilities[row, id])
-            chosen[row] = id
-            if cumulative > target:
-                break
+class Run:
+    """The arguments of the compiled code for several steps with the same options, for a model that runs ahead."""
+
+    def __init__(self, logits: Tensor, options: SamplingOptions, uniforms: np.ndarray) -> None:
+        """`logits` (B, V) is float32 and contiguous. `uniforms` (steps, B) contains one random number per step and row."""
+        (rows, vocab_size), steps = logits.shape, len(uniforms)
+        size = min(options.top_k or 0, vocab_size)
+        self._workspace = (np.empty(vocab_size, np.int32), np.empty(size, np.int64), np.empty(size, np.float64))
+        self._uniforms, self._records = np.ascontiguousarray(uniforms, np.float64), np.zeros(steps, SAMPLING)
+        chosen = np.empty((steps, rows), np.int64)
+        keys, ids, weights = (array.ctypes.data for array in self._workspace)
+        first, written = self._uniforms.ctypes.data, chosen.ctypes.data
+        for step in range(steps):
+            offset = 8 * rows * step
+            self._records[step] = (
+                rows,
+                vocab_size,
+                size,
+                max(options.temperature, 1e-5),
+                logits.data_ptr(),
+                first + offset,
+                keys,
+                ids,
+                weights,
+                written + offset,
+            )
+        self.chooser = TokenChooser(CHOICE.address, self._records.ctypes.data, SAMPLING.itemsize, logits, chosen)
 
 
-@_compiled
-def _threshold(keys: Any, size: int) -> Any:
-    """Return a threshold such that exactly `size` keys are greater than or equal to it.
-
-    If ties make this impossible, return the largest threshold that at least `size` keys reach. Uses bisection.
-    """
-    low, high = keys[0], keys[0]
-    for i in range(len(keys)):
-        low, high = min(low, keys[i]), max(high, keys[i])
-    while low < high:
-        middle = np.int32((np.int64(low) + np.int64(high) + 1) >> 1)
-        count = np.int32(0)
-        for i in range(len(keys)):
-            count = np.int32(count + np.int32(keys[i] >= middle))
-        if count == size:
-            return middle
-        if count > size:
-            low = middle
-        else:
-            high = np.int32(middle - np.int32(1))
-    return low
-
-
-@_compiled
-def _sample_top_k(logits: Any, uniforms: Any, temperature: float, size: int, chosen: Any) -> None:
-    """For each row of `logits` `(B, V)`, sample one of the `size` most likely tokens and write its id to `chosen` `(B,)`."""
-    ids, weights = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.float64)
-    keys = np.empty(logits.shape[1], dtype=np.int32)
-    for row in range(len(logits)):
-        bits = logits[row].view(np.int32)
-        for id in range(len(keys)):  # reinterpret float32 bits as integers that sort in the same order
-            keys[id] = bits[id] ^ np.int32((bits[id] >> np.int32(31)) & np.int32(0x7FFFFFFF))
-        threshold, count = _threshold(keys, size), 0
-        for id in range(len(keys)):
-            if keys[id] > threshold:
-                ids[count] = id
-                count += 1
-        for id in range(len(keys)):  # among equal logits, lower ids come first
-            if count == size:
-                break
-            if keys[id] == threshold:
-                ids[count] = id
-                count += 1
-        largest, total = np.float64(logits[row, ids[0]]), 0.0
-        for i in range(size):
-            largest = max(largest, np.float64(logits[row, ids[i]]))
-        for i in range(size):
-            weights[i] = np.exp((np.float64(logits[row, ids[i]]) - largest) / temperature)
-            total += weights[i]
-        target: Any = uniforms[row] * total
-        choice: Any = 0
-        for _ in range(size):  # subtract the weights, largest first, until the target is negative
-            likeliest = np.argmax(weights)
-            if not weights[likeliest] > 0:
-                break
-            choice = likeliest
-            target -= weights[choice]
-            if target < 0:
-                break
-            weights[choice] = -1.0
-        chosen[row] = ids[choice]
+@cache
+def _code() -> Any:
+    """Load the compiled code. This compiles it if necessary."""
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(CHOICE.address)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tinylm.errors import InputError, TinylmError, WorkError
 from tinylm.evaluation.scoring import all_logprobs
+from tinylm.generation import fast_sampling
 from tinylm.generation.sampling import SamplingOptions, apply_penalties, chances, choose
 from tinylm.generation.token_choice import TokenChoice, token_choices
 
@@ -30,7 +31,7 @@ _Choose = Callable[[Tensor, SamplingOptions, Tensor | None], Tensor]
 class RowSampler:
     """Chooses the next token for every sequence. The penalty and bias tables have one row per sequence and are allocated on demand.
 
-    With `uses_numba`, sampling runs in numba-compiled code if that code supports the options.
+    With `uses_numba`, sampling runs in compiled code if that code supports the options.
     """
 
     def __init__(self, rows: int, vocab_size: int, device: torch.device, *, uses_numba: bool) -> None:
@@ -40,8 +41,6 @@ class RowSampler:
         self._biases: Tensor | None = None  # (rows, V): added to the logits
         self._choose: _Choose = choose
         if uses_numba:
-            from tinylm.generation import fast_sampling  # imports numba, an optional dependency
-
             self._choose = fast_sampling.choose
 
     def reset(self, row: int, options: SamplingOptions, prompt: Sequence[int]) -> None:

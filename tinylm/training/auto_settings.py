@@ -5,7 +5,7 @@ The choices are written to the run's recipe, so that a resumed run keeps them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -15,7 +15,7 @@ from tinylm.cost.parameters import not_estimated
 from tinylm.data.datasets import Dataset
 from tinylm.model import registry
 from tinylm.model.base import Model
-from tinylm.optim.groups import resolve_newton_schulz_dtype
+from tinylm.optim.groups import resolve_muon
 from tinylm.processes import SINGLE_PROCESS, Processes
 from tinylm.recipe import Recipe
 from tinylm.recipe.schema import MuonOptimizer
@@ -100,6 +100,8 @@ class _Chooser:
     budget: Budget
     reporter: Reporter
     world_size: int
+    _warm_up_seconds: dict[tuple[int, str], float] = field(default_factory=dict)
+    """Seconds that the first micro-batch took, by micro-batch size and name of the precision."""
 
     @property
     def device(self) -> torch.device:
@@ -120,9 +122,9 @@ class _Chooser:
             self.reporter.note(f"computing in {precision.name} (training.precision: auto)")
         compiled = training.compile
         if compiled == "auto":
-            compiled = compilation.available_compiler(self.device) is not None and self._compilation_pays_off(
-                micro_batch_size, precision
-            )
+            supported = True in self.recipe.model.training_values.get("compile", (True,))
+            available = supported and compilation.available_compiler(self.device) is not None
+            compiled = available and self._compilation_pays_off(micro_batch_size, precision)
             if compiled:
                 self.reporter.note("compiling the blocks, which takes a few seconds and makes every step faster (training.compile)")
         update = {
@@ -132,8 +134,7 @@ class _Chooser:
             "optimizer": training.optimizer,
         }
         if isinstance(training.optimizer, MuonOptimizer):
-            dtype = resolve_newton_schulz_dtype(training.optimizer, self.device)
-            update["optimizer"] = training.optimizer.model_copy(update={"newton_schulz_dtype": dtype})
+            update["optimizer"] = resolve_muon(training.optimizer, self.device)
         return self.recipe.model_copy(update={"training": training.model_copy(update=update)})
 
     def _trial(self, micro_batch_size: int, precision: Precision) -> Trial:
@@ -166,7 +167,7 @@ class _Chooser:
         """Halve the micro-batch size until a forward and backward pass does not run out of memory."""
         while size > 1:
             try:
-                self._trial(size, precision).run()
+                self._warm_up_seconds[size, precision.name] = self._trial(size, precision).run()
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -176,19 +177,28 @@ class _Chooser:
         return size
 
     def _compilation_pays_off(self, micro_batch_size: int, precision: Precision) -> bool:
-        """Time an eager micro-batch and predict whether compilation saves time within the budget."""
+        """Time an eager micro-batch and predict whether compilation saves time within the budget.
+
+        If it does not pay off even for a slow first micro-batch, no others are run.
+        """
         training = self.recipe.training
+        seconds_left = self.budget.seconds(training.minutes)
+
+        def pays_off(micro_batch_seconds: float) -> bool:
+            step_seconds = micro_batch_seconds * training.global_batch_size / micro_batch_size / self.world_size
+            return step_time.compilation_pays_off(step_seconds, seconds_left, self.budget.steps, self.device.type)
+
+        warm_up_seconds = self._warm_up_seconds.get((micro_batch_size, precision.name))
+        if warm_up_seconds is not None and not pays_off(warm_up_seconds):
+            return False
         trial = self._trial(micro_batch_size, precision)
         try:
-            step_seconds = trial.seconds() * training.global_batch_size / micro_batch_size / self.world_size
+            return pays_off(trial.seconds(is_fast_enough=lambda seconds: not pays_off(seconds)))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             self.reporter.note("not compiling: a micro-batch does not fit into memory")  # the trainer will reduce it
             return False
-        return step_time.compilation_pays_off(
-            step_seconds, self.budget.seconds(training.minutes), self.budget.steps, self.device.type
-        )
 
 
 def use_fastest_threads(recipe: Recipe, vocab_size: int, dataset: Dataset, objective: Objective, world_size: int = 1) -> int:

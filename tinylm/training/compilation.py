@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -35,23 +36,24 @@ class Trial:
         size = settings.micro_batch_size
         self._batch = replace(batch, share=batch.share.rows(slice(size)))
 
-    def seconds(self, repeat: int = 2) -> float:
-        """Measure the time for one micro-batch in seconds: the best of `repeat` runs, after one warm-up run."""
-        best = float("inf")
-        for attempt in range(repeat + 1):
-            start = time.perf_counter()
-            self.run()
-            if attempt:
-                best = min(best, time.perf_counter() - start)
-        return best
+    def seconds(self, repeat: int = 2, *, is_fast_enough: Callable[[float], bool] = lambda seconds: False) -> float:
+        """Measure the time for one micro-batch in seconds: the best of `repeat` runs, after one warm-up run.
 
-    def run(self) -> None:
+        The warm-up run is slower than the others. If `is_fast_enough` accepts its time, that time is returned without further runs.
+        """
+        warm_up_seconds = self.run()
+        return warm_up_seconds if is_fast_enough(warm_up_seconds) else min(self.run() for _ in range(repeat))
+
+    def run(self) -> float:
+        """Run once and return the elapsed seconds."""
+        start = time.perf_counter()
         try:
             with self.settings.precision.tf32():  # as in training, because the compiled code depends on this flag
                 loss = accumulate(self._network, self._batch, self.settings)
-            float(loss)  # synchronizes with the device
+            float(loss.flatten()[0])  # synchronizes with the device
         finally:
             self._network.zero_grad(set_to_none=True)
+        return time.perf_counter() - start
 
 
 def compile_units(network: Model, trial: Trial, *, required: bool, reporter: Reporter) -> float:

@@ -43,7 +43,7 @@ class GradientComputer:
     def compute(self, batch: LocalBatch, steps_before: int) -> tuple[Tensor, int]:
         """Store the gradient of the global batch in `.grad`. `batch` is this process's share of the global batch.
 
-        Returns the mean loss over the global batch in nats, as a scalar on the device, and the fingerprint of the global batch. If
+        Returns the mean loss over the global batch in nats (see `accumulate`) and the fingerprint of the global batch. If
         memory runs out, the micro-batch size is reduced and the gradient is computed again. Raises `WorkError` if the size cannot
         be reduced.
         """

@@ -33,8 +33,7 @@ class JsonLinesLog:
 
         If this raises `OSError` (for example because the disk is full), the line stays buffered, and the next call writes it.
         """
-        values = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
-        self._file.write(json.dumps(values, allow_nan=False) + "\n")
+        self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
         self._file.flush()
 
     def records(self) -> list[dict[str, Any]]:
@@ -67,3 +66,10 @@ class JsonLinesLog:
             if isinstance(record, dict) and isinstance(record.get("step"), int):
                 parsed.append((line, record))
         return parsed
+
+
+def _finite(value: Any) -> Any:
+    """Replace NaN and infinity with None at every level."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +11,11 @@ from torch import Tensor, nn
 from tinylm.data.batch import Batch
 from tinylm.data.datasets import Examples
 from tinylm.data.prepare import PreparedText
+from tinylm.data.shards import Shard
 from tinylm.evaluation import masked
+from tinylm.evaluation.masked import MaskedScores
 from tinylm.evaluation.metrics import MASKED_LM, Metric, Metrics
+from tinylm.evaluation.mixture import evaluate_sources
 from tinylm.evaluation.scoring import token_losses
 from tinylm.model.base import Model
 from tinylm.training.objective import Heldout
@@ -39,12 +43,26 @@ class MaskedLM:
         """Predict 15% of the held-out tokens (see `evaluation.masked`)."""
         prepared = heldout.prepared
         assert isinstance(prepared, PreparedText)
-        scores = masked.evaluate(
-            network,
-            prepared.heldout,
-            prepared.tokenizer,
-            max_tokens=heldout.section.max_tokens,
-            processes=heldout.processes,
-            on_progress=heldout.on_progress,
+
+        def evaluate(shard: Shard, max_tokens: int | None, on_progress: Callable[[int], None]) -> MaskedScores:
+            return masked.evaluate(
+                network,
+                shard,
+                prepared.tokenizer,
+                max_tokens=max_tokens,
+                processes=heldout.processes,
+                on_progress=on_progress,
+            )
+
+        max_tokens, spans = heldout.section.max_tokens, prepared.spans.get("heldout", ())
+        if not spans:
+            return evaluate(prepared.heldout, max_tokens, heldout.on_progress).metrics
+        by_source = evaluate_sources(evaluate, prepared.heldout, spans, max_tokens, heldout.on_progress)
+        parts = by_source.values()
+        total = replace(
+            next(iter(parts)),
+            masked=sum(part.masked for part in parts),
+            nats=sum(part.nats for part in parts),
+            correct=sum(part.correct for part in parts),
         )
-        return scores.metrics
+        return replace(total.metrics, by_source={name: part.metrics for name, part in by_source.items()})

@@ -39,6 +39,15 @@ class StepEvent:
     """Completed fraction of the training run, in (0, 1]."""
     batch: str = ""
     """Hash of the sequences in the global batch. It does not depend on the number of processes."""
+    distillation_loss: float | None = None
+    """The divergence from the teachers (`objective.teacher`) in nats per token, or None without teachers. `loss` excludes it."""
+
+    def as_line(self) -> dict[str, Any]:
+        """Return the fields of a metrics.jsonl line. Without teachers, the line has no `distillation_loss`."""
+        line = asdict(self)
+        if self.distillation_loss is None:
+            del line["distillation_loss"]
+        return line
 
 
 @dataclass(frozen=True)
@@ -219,7 +228,7 @@ class MetricsFile(Observer):
             self._log.write({"kind": kind, **fields})
 
     def step(self, event: StepEvent) -> None:
-        self._write("step", asdict(event))
+        self._write("step", event.as_line())
 
     def evaluation(self, event: EvaluationEvent) -> None:
         self._write("eval", event.as_line())

@@ -55,7 +55,11 @@ class Objective(Protocol):
         ...
 
     def loss_sum(self, network: nn.Module, batch: Batch) -> Tensor:
-        """Return the sum of the losses over all targets in nats, a scalar with a gradient."""
+        """Return the sum of the losses over all targets in nats, a scalar with a gradient.
+
+        An objective whose loss has several terms returns a vector instead: the loss to minimize, followed by the terms to report.
+        The first term is the cross-entropy, which is logged as the loss, so that it is comparable to other objectives.
+        """
         ...
 
     def losses(self, network: nn.Module, batch: Batch) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from tinylm.data.batch import Batch
 from tinylm.data.chat import PreparedChat
 from tinylm.data.datasets import Examples
 from tinylm.data.prepare import PreparedText
+from tinylm.data.shards import Shard
 from tinylm.evaluation import answers, perplexity
 from tinylm.evaluation.metrics import LANGUAGE_MODEL, Metric, Metrics
-from tinylm.evaluation.perplexity import EvaluationOptions
+from tinylm.evaluation.mixture import evaluate_sources
+from tinylm.evaluation.perplexity import EvaluationOptions, Perplexity
 from tinylm.evaluation.scoring import token_losses
 from tinylm.model.base import Model
 from tinylm.recipe.encoder import MaskedLMObjective
@@ -63,14 +66,30 @@ class CausalLM:
                 on_progress=heldout.on_progress,
             ).metrics
         assert isinstance(prepared, PreparedText)
-        return perplexity.evaluate(
-            network,
-            prepared.heldout,
-            prepared.tokenizer.token_byte_lengths,
-            EvaluationOptions(stride=section.stride, max_tokens=section.max_tokens, confidence_interval=False),
-            processes=heldout.processes,
-            on_progress=heldout.on_progress,
-        ).metrics
+
+        def evaluate(shard: Shard, max_tokens: int | None, on_progress: Callable[[int], None]) -> Perplexity:
+            return perplexity.evaluate(
+                network,
+                shard,
+                prepared.tokenizer.token_byte_lengths,
+                EvaluationOptions(stride=section.stride, max_tokens=max_tokens, confidence_interval=False),
+                processes=heldout.processes,
+                on_progress=on_progress,
+            )
+
+        spans = prepared.spans.get("heldout", ())
+        if not spans:
+            return evaluate(prepared.heldout, section.max_tokens, heldout.on_progress).metrics
+        by_source = evaluate_sources(evaluate, prepared.heldout, spans, section.max_tokens, heldout.on_progress)
+        parts, counts = by_source.values(), prepared.heldout.counts
+        complete = section.max_tokens is None or section.max_tokens >= counts.tokens
+        total = replace(
+            next(iter(parts)),
+            tokens=sum(part.tokens for part in parts),
+            bytes=counts.bytes if complete else sum(part.bytes for part in parts),
+            nats=sum(part.nats for part in parts),
+        )
+        return replace(total.metrics, by_source={name: part.metrics for name, part in by_source.items()})
 
 
 _OBJECTIVES: dict[type[ObjectiveVariant], Callable[[Any], Objective]] = {

@@ -94,7 +94,7 @@ class Parallel:
             yield self._replicas
 
     def all_reduce(self, part: Tensor) -> Tensor:
-        """Sum a scalar over all processes. The result stays on the device, in float64 if there are several processes."""
+        """Sum a tensor over all processes. The result stays on the device, in float64 if there are several processes."""
         if self.mesh is None:
             return part
         import torch.distributed as dist

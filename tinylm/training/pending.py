@@ -22,6 +22,8 @@ class StepResult:
     grad_norm: float
     loss_scale: float
     """The factor that scales the loss in fp16. It is 1 in other precisions."""
+    distillation_loss: float | None = None
+    """Mean divergence from the teachers in nats, or None without teachers."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class PendingStep:
     cursor: int
     fingerprint: int
     values: Tensor
-    """Loss, gradient norm and loss scale, (3,)."""
+    """Loss, gradient norm, loss scale and, with teachers, the distillation loss: (3,) or (4,)."""
     copied: torch.cuda.Event | None
     """Recorded after the copy of `values` to the host. None if `values` was not on a CUDA GPU."""
 
@@ -50,8 +52,7 @@ class PendingStep:
         """Wait for the results and return them."""
         if self.copied is not None:
             self.copied.synchronize()
-        loss, grad_norm, loss_scale = self.values.tolist()
-        return StepResult(self.step, self.cursor, self.fingerprint, loss, grad_norm, loss_scale)
+        return StepResult(self.step, self.cursor, self.fingerprint, *self.values.tolist())
 
 
 def defers_results(device: torch.device) -> bool:

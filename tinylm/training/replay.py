@@ -33,6 +33,7 @@ from tinylm.paths import atomic_folder
 from tinylm.recipe import Recipe, load
 from tinylm.run import Checkpoint, check_shapes, load_weights
 from tinylm.training import objectives
+from tinylm.training.distillation import Teachers
 from tinylm.training.feed import LocalBatch
 from tinylm.training.objectives import Objective
 from tinylm.training.parallel import tensor_norms
@@ -140,12 +141,14 @@ def replay(folder: str | Path, *, device: str | None = None, threads: int | None
     network = _load_network(folder, recipe, report.vocab_size).to(target).train()
     scaler = torch.amp.GradScaler(target.type, init_scale=report.scale, enabled=report.precision == "fp16")
     objective = objectives.build(recipe.objective)
+    if (teachers := Teachers.open(recipe, folder)) is not None:
+        objective = teachers.objective(target)
     settings = GradientSettings(report.micro_batch_size, precision, objective, scaler)
     batch = objective.batch(examples, recipe.seed, report.cursor)
     count = len(batch) // report.micro_batch_size
     seeds = micro_batch_seeds(recipe.seed, report.step - 1, 0, count) if recipe.model.uses_dropout else None
     with precision.tf32():
-        loss = float(accumulate(network, LocalBatch.whole(batch), settings, seeds))
+        loss = float(accumulate(network, LocalBatch.whole(batch), settings, seeds).flatten()[0])
     gradients = {
         name: parameter.grad / report.scale for name, parameter in network.named_parameters() if parameter.grad is not None
     }

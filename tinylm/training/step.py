@@ -53,7 +53,8 @@ def accumulate(
     on the micro-batch size, the number of processes or the padding. `seeds` yields the dropout seed for each micro-batch. With
     several processes, `context` yields the module to call instead of `network`.
 
-    Return this process's share of the mean loss in nats, as a scalar on the device to avoid a host-device synchronization.
+    Return this process's share of the mean loss in nats, as a scalar on the device to avoid a host-device synchronization. If the
+    objective reports several terms, return a vector of their means (see `Objective.loss_sum`).
     """
     device, scaler = settings.precision.device, settings.scaler
     total = torch.zeros((), device=device, dtype=torch.float32)
@@ -67,8 +68,9 @@ def accumulate(
         micro_batch = cpu_micro_batch.to(device, non_blocking=on_cuda)
         with nullcontext(network) if context is None else context(index == len(micro_batches) - 1) as module:
             with settings.precision.autocast():
-                loss = settings.objective.loss_sum(module, micro_batch) / max(batch.global_target_count, 1)
+                losses = settings.objective.loss_sum(module, micro_batch) / max(batch.global_target_count, 1)
+            loss, reported = (losses[0], losses[1:]) if losses.ndim else (losses, losses)
             scaled = loss if scaler is None else scaler.scale(loss)
             scaled.backward()  # type: ignore[no-untyped-call]
-        total += loss.detach()
+        total = total + reported.detach()
     return total

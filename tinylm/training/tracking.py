@@ -9,7 +9,6 @@ import hashlib
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -169,6 +168,6 @@ def trackers(recipe: Recipe, folder: Path, note: Callable[[str], None]) -> list[
 
 def _values(event: StepEvent | EvaluationEvent) -> dict[str, float]:
     """Return the finite numbers in an event, by their keys in metrics.jsonl."""
-    fields: dict[str, Any] = event.as_line() if isinstance(event, EvaluationEvent) else asdict(event)
+    fields = event.as_line()
     numbers = {key: value for key, value in fields.items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
     return {key: value for key, value in numbers.items() if key not in _NOT_LOGGED and math.isfinite(value)}

@@ -295,7 +295,8 @@ class Trainer:
         training, progress, optimizers = self.setup.recipe.training, self.progress, self.setup.optimizers
         optimizers.scale_lr(lr_multiplier(training.schedule, self._completed_fraction(), self._step_fraction()))
         batch = feed.batch(progress.cursor, training.global_batch_size)
-        loss, fingerprint = self._gradient.compute(batch, progress.step)
+        losses, fingerprint = self._gradient.compute(batch, progress.step)
+        loss, *terms = losses.unbind() if losses.ndim else (losses,)
         self._scaler.unscale_(optimizers)  # type: ignore[arg-type]  # it only needs `param_groups`
         gradients = [p.grad for p in self._network.parameters() if p.grad is not None]
         grad_norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
@@ -305,7 +306,7 @@ class Trainer:
         progress.step += 1
         progress.cursor += training.global_batch_size
         progress.tokens += batch.global_token_count
-        results = torch.stack((loss, grad_norm, loss_scale))
+        results = torch.stack((loss, grad_norm, loss_scale, *terms))
         self._pending_steps.append(PendingStep.start(progress.step, progress.cursor, fingerprint, results))
 
         if self._defers_results or bool(usable):
@@ -362,6 +363,7 @@ class Trainer:
                 seconds=progress.seconds,
                 fraction_done=self.fraction_done,
                 batch=f"{result.fingerprint:016x}",
+                distillation_loss=result.distillation_loss,
             )
         )
 

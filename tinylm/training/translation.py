@@ -12,7 +12,7 @@ from tinylm.data.datasets import Examples
 from tinylm.data.pairs import PreparedPairs
 from tinylm.evaluation.metrics import BLEU, LOSS, TRANSLATION, TRANSLATION_BY_BLEU, Metric, Metrics
 from tinylm.model.base import Model
-from tinylm.model.encoder_decoder import EncoderDecoder
+from tinylm.model.sequence_to_sequence import SequenceToSequence
 from tinylm.recipe.pairs import TranslationObjective
 from tinylm.training.objective import Heldout
 from tinylm.translation import bleu
@@ -61,7 +61,7 @@ class Translation:
         """
         prepared = heldout.prepared
         assert isinstance(prepared, PreparedPairs)
-        assert isinstance(network, EncoderDecoder)
+        assert isinstance(network, SequenceToSequence)
         framing = prepared.framing(network.model.context_length)
         sources, targets = prepared.heldout.ids(framing)
         limit = network.model.context_length

@@ -1,0 +1,128 @@
+"""Ensembles: several trained models that are used as one, by averaging the probabilities that they predict.
+
+`Ensemble.of` checks that the models can be averaged. `evaluation` averages their losses, and `generation` averages the
+probabilities of the next token. A single model is an ensemble with one member. This module does not import torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tinylm.errors import InputError
+from tinylm.recipe import Recipe
+from tinylm.recipe.schema import CausalLMObjective
+from tinylm.run import Checkpoint, Run
+
+SEPARATOR = "+"
+"""Separates the members of an ensemble in its name: `runs/a+runs/b`."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A model in an ensemble: one checkpoint of a run."""
+
+    run: Run
+    checkpoint: Checkpoint
+
+    @property
+    def path(self) -> str:
+        """The path of the run folder."""
+        return str(self.run.path)
+
+    @property
+    def name(self) -> str:
+        return f"{self.path} {self.checkpoint.name}"
+
+    def as_dict(self) -> dict[str, object]:
+        return {"run": self.path, "checkpoint": self.checkpoint.name, "step": self.checkpoint.step}
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """One or more language models with the same tokenizer. All members have the same weight."""
+
+    members: tuple[Member, ...]
+
+    @classmethod
+    def of(cls, runs: Sequence[Run], checkpoints: Sequence[str] = ()) -> Ensemble:
+        """Combine `runs`, each with the same checkpoint, or several checkpoints of a single run.
+
+        `checkpoints` contains `best`, `last` or steps. If it is empty, each run's default checkpoint is used. Raises `InputError`
+        if a checkpoint does not exist, if a member occurs twice, or if the members cannot be averaged: they must be language
+        models, and their tokenizers must have the same content.
+        """
+        if len(runs) > 1 and len(checkpoints) > 1:
+            raise InputError(
+                "several checkpoints require a single run",
+                where="--checkpoint",
+                hint="pass checkpoint folders instead: --run RUN/checkpoints/STEP",
+            )
+        chosen: Sequence[str | None] = checkpoints or (None,)
+        members = tuple(Member(run, run.checkpoint(which)) for run in runs for which in chosen)
+        first, seen = members[0], set[Path]()
+        for member in members:
+            folder = member.checkpoint.path.resolve()
+            if folder in seen:
+                raise InputError("is in the ensemble twice", where=member.name, hint="pass it once")
+            seen.add(folder)
+            if len(members) > 1:
+                _check_averages(first, member)
+        return cls(members)
+
+    @classmethod
+    def open(cls, name: str) -> Ensemble:
+        """Open a run, a checkpoint folder, or an ensemble of several that are separated by `+`."""
+        paths = [name] if Path(name).exists() else name.split(SEPARATOR)
+        return cls.of([Run.open(path) for path in paths])
+
+    @property
+    def runs(self) -> list[Run]:
+        """The run of each member."""
+        return [member.run for member in self.members]
+
+    @property
+    def is_single(self) -> bool:
+        return len(self.members) == 1
+
+    @property
+    def name(self) -> str:
+        """The paths of the run folders, separated by `+`. If a run occurs twice, the paths of its checkpoint folders."""
+        paths = [member.path for member in self.members]
+        names = (
+            member.path if paths.count(member.path) == 1 else str(member.run.path / "checkpoints" / member.checkpoint.name)
+            for member in self.members
+        )
+        return SEPARATOR.join(names)
+
+    @property
+    def checkpoint(self) -> str:
+        """The names of the checkpoints, separated by `+`."""
+        return SEPARATOR.join(member.checkpoint.name for member in self.members)
+
+    @property
+    def context_length(self) -> int:
+        """The smallest context length of the members."""
+        return min(run.recipe.model.context_length for run in self.runs)
+
+
+def teacher_runs(recipe: Recipe) -> list[Run]:
+    """Open the runs that a recipe distills (`objective.teacher`). Raises `InputError` if one of them cannot be opened."""
+    paths = recipe.objective.teacher if isinstance(recipe.objective, CausalLMObjective) else ()
+    return [Run.open(os.path.expanduser(path)) for path in paths]
+
+
+def _check_averages(first: Member, member: Member) -> None:
+    """Raise `InputError` if the probabilities of two models cannot be averaged."""
+    recipe = member.run.recipe
+    if not isinstance(recipe.objective, CausalLMObjective):
+        problem = f"was trained with the {recipe.objective.name} objective, so it cannot be part of an ensemble"
+        raise InputError(problem, where=member.path, hint="ensembles require the causal_lm objective")
+    if member.run.tokenizer.fingerprint != first.run.tokenizer.fingerprint:
+        raise InputError(
+            f"its tokenizer differs from that of {first.path}, so the probabilities of their tokens cannot be averaged",
+            where=member.path,
+            hint="train the runs with the same tokenizer: set `tokenizer.path` in the recipe",
+        )
